@@ -1,0 +1,1 @@
+"""The runner that drives both stages, its report and the `ssld` command."""

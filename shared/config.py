@@ -1,0 +1,236 @@
+"""Strict configuration: a YAML file first, typed flags on top, and nothing else.
+
+Flags are generated from the pydantic models by pydantic-settings; environment variables, dotenv files and secrets are deliberately not read. An
+unknown key or flag is an error that names the nearest known one. This module does not import torch, so that `--help` and the runner stay fast.
+"""
+
+import difflib
+import json
+import os
+import types
+import typing
+from argparse import ArgumentParser
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from shared.errors import UserError
+
+# A run is the same run whatever these say: where it writes, how fast it goes, how much it tells.
+NOT_IDENTITY = frozenset({"output", "resume", "workers", "threads", "log_every", "trackers", "device"})
+# These may change between two starts of one run: the change is printed.
+MAY_CHANGE = frozenset({"steps", "train_epochs", "train_images", "save_every", "keep_checkpoints", "evaluate_every"})
+
+
+class Config(BaseModel):
+    """A frozen group of settings that knows all its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class CommandConfig(BaseSettings):
+    """The settings of one command; every command writes into one run directory."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+        cli_parse_none_str="null",
+        cli_enforce_required=False,
+    )
+    output: Path
+    """run directory to create, or to go on with"""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of this process; default: cores / processes on this machine"""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+    def inputs(self) -> dict[str, Path]:
+        """Files and folders this command reads, by the key that names them: their digests belong to the run's identity."""
+        return {}
+
+
+ConfigT = TypeVar("ConfigT", bound=CommandConfig)
+
+
+class _Loader(yaml.SafeLoader):
+    """A YAML loader that refuses a key given twice, which PyYAML lets the last one win."""
+
+
+def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise UserError(
+                f"{key_node.start_mark.name}, line {key_node.start_mark.line + 1}: key {key!r} is given twice"
+            )
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError for a missing file, bad YAML, a duplicate key or anything but a mapping."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            content = yaml.load(file, _Loader)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected keys and values at the top level, found {type(content).__name__}")
+    return content
+
+
+class Parser(ArgumentParser):
+    """An argument parser whose mistakes are UserErrors of one line; an unknown flag names the nearest known one."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        known = list(self._option_string_actions)
+        unknown = next((word for word in message.split() if word.startswith("--")), None)
+        if message.startswith("unrecognized arguments") and unknown:
+            flag = unknown.split("=")[0]
+            raise UserError(f"{flag}: unknown flag{did_you_mean(flag, known)}")
+        raise UserError(message)
+
+
+def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: str) -> ConfigT:
+    """The configuration that a command line asks for.
+
+    `--config FILE` is read first, flags go on top; `--print-config` prints the result as YAML and exits. Raises UserError with one line per
+    wrong key.
+    """
+    parser = Parser(prog=program, description=config_type.__doc__, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with these settings; flags override it")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings and exit")
+    try:
+        flags = CliSettingsSource[ArgumentParser](config_type, cli_parse_args=list(argv), root_parser=parser)()
+    except SettingsError as error:
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        raise UserError(f"command line: {error}{cause}") from None
+    known, _ = parser.parse_known_args(list(argv))
+    values = read_yaml(known.config) if known.config else {}
+    config = validate(config_type, merge(values, flags), source=str(known.config) if known.config else "command line")
+    if known.print_config:
+        print(dump_yaml(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def validate(config_type: type[ConfigT], values: dict[str, Any], *, source: str) -> ConfigT:
+    """Build a configuration; raises UserError with one line per wrong key, each beginning with `source`."""
+    try:
+        return config_type(**values)
+    except ValidationError as error:
+        lines = [f"{source}: {_explain(config_type, item)}" for item in error.errors()]
+        raise UserError("\n".join(dict.fromkeys(lines))) from None
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, group by group; lists and values are replaced whole."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def dump(config: BaseModel) -> dict[str, Any]:
+    """The resolved settings as plain JSON values."""
+    values: dict[str, Any] = config.model_dump(mode="json")
+    return values
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """The resolved settings as YAML that reads back to the same configuration."""
+    return yaml.safe_dump(dump(config), sort_keys=False, allow_unicode=True)
+
+
+def identity(config: BaseModel) -> dict[str, Any]:
+    """What makes a run this run: the resolved settings without those that only say where and how fast."""
+    return {key: value for key, value in dump(config).items() if key not in NOT_IDENTITY}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, old, new) of everything that differs between two dumped configurations."""
+    for key in dict.fromkeys([*old, *new]):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key}", before, after
+
+
+def launched_ranks() -> tuple[int, int]:
+    """(rank, processes) as the launcher's environment says, before any process group exists."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """The end of an error line on an unknown word: the nearest known one, or what is known."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join(sorted(known)[:12])}"
+
+
+def _explain(config_type: type[BaseModel], item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown key{did_you_mean(location[-1], _known_keys(config_type, item['loc'][:-1]))}"
+    if item["type"] == "missing":
+        return f"{key}: missing; give it in the YAML file or as --{key}"
+    message = item["msg"].removeprefix("Value error, ")
+    given = json.dumps(item["input"], default=str)
+    shown = f" (given: {given if len(given) <= 80 else given[:77] + '...'})" if item["type"] != "value_error" else ""
+    return f"{key}: {message}{shown}" if key else message
+
+
+def _known_keys(model: Any, location: tuple[Any, ...]) -> list[str]:
+    """Field names of the model at `location`, looking through Optional, unions and lists."""
+    models = [model]
+    for part in location:
+        inner = [m.model_fields[part].annotation for m in models if part in m.model_fields] or list(models)
+        models = [m for annotation in inner for m in _models_in(annotation)]
+    return [name for m in models for name in m.model_fields]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if (
+        isinstance(annotation, type)
+        and not isinstance(annotation, types.GenericAlias)
+        and issubclass(annotation, BaseModel)
+    ):
+        return [annotation]
+    return [m for inner in typing.get_args(annotation) for m in _models_in(inner)]
+
+
+Resume = Literal["auto", "never"]

@@ -1,0 +1,13 @@
+"""The one exception a user is meant to see."""
+
+
+class UserError(Exception):
+    """Something the user can mend: bad input, a bad key, a missing file.
+
+    The message is one line that names the file, the key or the id and says what to do. The entry scripts print it without a traceback and
+    exit with code 2; every other exception is a bug and keeps its traceback.
+    """
+
+
+class Stopped(Exception):
+    """The run was asked to stop by a signal, has written a checkpoint and can go on; the command exits with code 143."""

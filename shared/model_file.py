@@ -1,0 +1,131 @@
+"""The one model file of both stages: safetensors, with everything else about the model as JSON in its metadata.
+
+`kind` says what it is: "backbone" (a timm classifier, readable by plain timm too) or "detector". The content hash covers names, shapes, types and
+bytes of all tensors, so a file can be recognised whatever its name.
+"""
+
+import hashlib
+import json
+import os
+import pickletools
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from shared.errors import UserError
+
+_KEY = "ssld"
+FORMAT = 1
+
+
+def save_model_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
+    """Write a model file atomically and return its content hash, which is added to the metadata as `content_sha256`."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    digest = content_hash(tensors)
+    record = {"format": FORMAT, **metadata, "content_sha256": digest}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt", _KEY: json.dumps(record)})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return digest
+
+
+def read_metadata(path: Path, kind: str | None = None) -> dict[str, Any]:
+    """The metadata of a model file; {} for a safetensors file that another program wrote.
+
+    Raises UserError when the file is missing, is not safetensors (a pickle is named as such), or is not of `kind`.
+    """
+    with _open(path) as file:
+        metadata = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+    if kind and metadata.get("kind", kind) != kind:
+        raise UserError(f"{path}: is a {metadata['kind']} file, a {kind} file is needed here")
+    if metadata.get("format", FORMAT) > FORMAT:
+        raise UserError(f"{path}: written by a newer version (format {metadata['format']}); update this package")
+    return dict(metadata)
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a safetensors file, without loading any."""
+    with _open(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a model file, on the CPU. Raises UserError when the content hash does not match."""
+    with _open(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    expected = read_metadata(path).get("content_sha256")
+    if expected and content_hash(tensors) != expected:
+        raise UserError(f"{path}: its tensors do not match its content hash; the file was changed or damaged")
+    return tensors
+
+
+def content_hash(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def inspect_text(path: Path) -> str:
+    """What a model file is, as readable lines."""
+    metadata = read_metadata(path)
+    shapes = read_shapes(path)
+    parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
+    lines = [f"{path}", f"  tensors           {len(shapes)} ({parameters / 1e6:.2f} M values)"]
+    if not metadata:
+        lines.append("  metadata          none: not written by this project")
+    for key, value in metadata.items():
+        lines += _inspect_lines(key, value)
+    return "\n".join(lines)
+
+
+def _inspect_lines(key: str, value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [f"  {key}"] + [
+            f"    {name:<16}{json.dumps(inner) if isinstance(inner, dict | list) else inner}"
+            for name, inner in value.items()
+        ]
+    if isinstance(value, list) and len(value) > 12:
+        value = f"{', '.join(map(str, value[:10]))} ... ({len(value)})"
+    elif isinstance(value, list):
+        value = ", ".join(map(str, value))
+    return [f"  {key:<18}{'-' if value is None else value}"]
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        if looks_pickled(path):
+            raise UserError(
+                f"{path}: is a pickle, which can run code when opened; a .safetensors file is needed"
+            ) from None
+        raise UserError(f"{path}: not a safetensors file ({error})") from None
+
+
+def looks_pickled(path: Path) -> bool:
+    """Whether a file is a pickle or one of torch's zipped pickles."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(".pkl") for name in archive.namelist())
+    try:
+        with path.open("rb") as file:
+            return next(pickletools.genops(file))[0].name == "PROTO"
+    except (ValueError, StopIteration, OSError):
+        return False

@@ -1,0 +1,72 @@
+"""Parameter groups, optimizers, and learning-rate schedules as functions of the step (so that a resumed run needs no scheduler state)."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+OptimizerName = Literal["sgd", "nesterov", "adamw"]
+
+
+def parameter_groups(
+    module: nn.Module,
+    *,
+    weight_decay: float,
+    decay_norm_and_bias: bool,
+    lr_factor: Callable[[str], float] = lambda name: 1.0,
+) -> list[dict[str, Any]]:
+    """Trainable parameters grouped by (lr factor, weight decay); each group carries `lr_factor` and the `names` it holds.
+
+    Args:
+        decay_norm_and_bias: whether one-dimensional parameters (norm scales, biases) are decayed too.
+        lr_factor: parameter name -> factor on the learning rate.
+    """
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decay = weight_decay if decay_norm_and_bias or parameter.ndim > 1 else 0.0
+        factor = lr_factor(name)
+        group = groups.setdefault(
+            (factor, decay), {"params": [], "names": [], "lr_factor": factor, "weight_decay": decay}
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def make_optimizer(name: OptimizerName, groups: list[dict[str, Any]], *, momentum: float) -> torch.optim.Optimizer:
+    """SGD with plain or Nesterov momentum, or AdamW with betas (momentum, 0.999). The learning rate is set by `set_lr` before each step."""
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=(momentum, 0.999))
+    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=name == "nesterov")
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set every group's learning rate to lr times the group's own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
+
+
+def scale_lr(lr: float, reference_batch: int, batch: int, optimizer: OptimizerName) -> float:
+    """A recipe's learning rate for another global batch: linear for SGD, square root for Adam-type optimizers."""
+    ratio = batch / reference_batch
+    return lr * (math.sqrt(ratio) if optimizer == "adamw" else ratio)
+
+
+def cosine_factor(step: int, *, steps: int, warmup_steps: int) -> float:
+    """Factor on the learning rate at `step` (0-based): linear warm-up to 1, then half a cosine that reaches 0 after the last step."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def multistep_factor(
+    step: int, *, milestones: Sequence[int], gamma: float, warmup_steps: int, warmup_start: float
+) -> float:
+    """Factor on the learning rate at `step` (0-based): linear warm-up from `warmup_start` to 1, times gamma for each milestone passed."""
+    warmup = 1.0 if step >= warmup_steps else warmup_start + (1.0 - warmup_start) * step / warmup_steps
+    return warmup * gamma ** sum(step >= milestone for milestone in milestones)

@@ -1,0 +1,55 @@
+"""What the processes of one run tell each other. Everything works without a process group, as one rank."""
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Number of processes of this run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, 0 for the main one."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def total_over_ranks(value: Tensor) -> Tensor:
+    """Sum of a tensor over all ranks, on its device and without a host sync; not differentiated through."""
+    if world_size() == 1:
+        return value.detach()
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank."""
+    if world_size() == 1:
+        return flag
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    return bool(total_over_ranks(torch.tensor(int(flag), device=device)).item())
+
+
+def gather_lists(items: list[T]) -> list[T]:
+    """The lists of all ranks, one after the other in the order of ranks, on every rank."""
+    if world_size() == 1:
+        return items
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, items)
+    return [item for part in gathered for item in part]
+
+
+def from_main_rank(value: T) -> T:
+    """The main rank's value, on every rank."""
+    if world_size() == 1:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0)
+    received: T = box[0]
+    return received

@@ -1,0 +1,281 @@
+"""The folder of one run, and everything it says about itself.
+
+    config.yaml       the resolved settings
+    environment.json  command line, versions, machine, digests of the inputs
+    metrics.jsonl     one line a logged step
+    log.txt           what the run printed
+    quarantine.txt    unreadable images, if any
+    checkpoints/      see shared/checkpoint.py
+    result.json       written last: its presence means the run is finished
+
+Only the main rank writes; the lock is an flock that dies with its process. Does not import torch.
+"""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import yaml
+
+from shared.config import MAY_CHANGE, NOT_IDENTITY, CommandConfig, differences, dump_yaml, identity
+from shared.errors import UserError
+from shared.files import files_digest
+
+Status = Literal["new", "unfinished", "finished"]
+_PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "pycocotools", "safetensors", "numpy", "pillow")
+
+
+class RunDir:
+    """A run directory, held exclusively while this object lives.
+
+    Args:
+        config: the resolved settings; `config.output` is the folder.
+        command: name of the entry script, for the records.
+        main: whether this process writes (rank 0).
+
+    Attributes:
+        status: "new", "unfinished" (the same run was begun here) or "finished" (result.json is there).
+
+    Raises:
+        UserError: the folder is in use, holds something else, holds another run, or one of its inputs has changed since.
+    """
+
+    def __init__(self, config: CommandConfig, command: str, *, main: bool = True) -> None:
+        self.path = config.output
+        self.main = main
+        self.status: Status = "new"
+        self._config, self._command = config, command
+        self._started = time.time()
+        self._lock: IO[str] | None = None
+        self.inputs: dict[str, str] = {}
+        if main:
+            self._open()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def log(self, text: str) -> None:
+        """Print a line and keep it in log.txt."""
+        if self.main:
+            print(text, flush=True)
+            with (self.path / "log.txt").open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+    def metric(self, step: int, **values: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        if self.main:
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop what a killed run wrote after the checkpoint of `step`, and a torn last line."""
+        file = self.path / "metrics.jsonl"
+        if self.main and file.exists():
+            kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+            write_atomically(file, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def quarantine(self, keys: Iterable[str]) -> None:
+        """Write the list of unreadable images."""
+        if self.main:
+            write_atomically(self.path / "quarantine.txt", "".join(f"{key}\n" for key in sorted(set(keys))))
+
+    def quarantined(self) -> list[str]:
+        """The unreadable images that this run has met so far."""
+        file = self.path / "quarantine.txt"
+        return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+
+    def finish(self, metrics: dict[str, Any], outputs: Iterable[Path] = ()) -> None:
+        """Write result.json, the record that this run is done; `outputs` are files inside the folder."""
+        if not self.main:
+            return
+        record = {
+            "command": self._command,
+            "metrics": metrics,
+            "outputs": {str(file.relative_to(self.path)): file_sha256(file) for file in outputs},
+            "config": identity(self._config),
+            "inputs": self.inputs,
+            "seconds": round(time.time() - self._started, 1),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        write_atomically(self.path / "result.json", json.dumps(record, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Release the folder."""
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+    def _open(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path}: is a file; give another --output")
+        foreign = self.path.is_dir() and not (self.path / "config.yaml").exists()
+        if foreign and any(
+            not entry.name.startswith(".") and entry.name != "error.json" for entry in self.path.iterdir()
+        ):
+            raise UserError(f"{self.path}: not empty and not a run directory; give another --output")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.close()
+            raise UserError(f"{self.path}: in use by another process; wait for it or give another --output") from None
+        try:
+            self._compare_and_record()
+        except BaseException:
+            self.close()
+            raise
+
+    def _compare_and_record(self) -> None:
+        self.inputs = input_digests(self._config)
+        environment = _environment(self._command, self.inputs)
+        changes: list[str] = []
+        if (self.path / "config.yaml").exists():
+            changes = self._refuse_other_run()
+            self._note_environment(environment)
+            finished = (self.path / "result.json").exists() and not changes
+            self.status = "finished" if finished else "unfinished"
+            if finished:
+                return
+        (self.path / "error.json").unlink(missing_ok=True)
+        (self.path / "result.json").unlink(missing_ok=True)
+        write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+        write_atomically(self.path / "config.yaml", dump_yaml(self._config))
+        for change in changes:
+            self.log(change)
+
+    def _refuse_other_run(self) -> list[str]:
+        """Lines on permitted changes; UserError for any other difference between the run begun here and the one asked for."""
+        allowed, refused = changes_since(self.path, self._config, self.inputs)
+        if refused:
+            what = "; ".join(refused[:4])
+            raise UserError(
+                f"{self.path}: holds a run with another configuration ({what}); give another --output or delete it"
+            )
+        if getattr(self._config, "resume", "auto") == "never":
+            raise UserError(
+                f"{self.path}: holds this run already and --resume is never; give another --output or delete it"
+            )
+        return [f"changed since the last start: {line}" for line in allowed]
+
+    def _note_environment(self, environment: dict[str, Any]) -> None:
+        try:
+            before = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        for key in ("versions", "processes", "threads"):
+            if before.get(key) != environment[key]:
+                self.log(f"{key} differ from the last start: results may differ in the last bits")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small text file so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a line torn by a kill is left out."""
+    file = run / "metrics.jsonl"
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def read_result(run: Path) -> dict[str, Any] | None:
+    """A run's result.json, or None while it is not finished."""
+    try:
+        result: dict[str, Any] = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run / 'result.json'}: not readable ({error}); delete it and run again") from None
+    return result
+
+
+def recorded_identity(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """(settings, input digests) of the run begun in a folder."""
+    file = run / "config.yaml"
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{run}: its config.yaml or environment.json is not readable ({error}); delete the folder"
+        ) from None
+    return {key: value for key, value in settings.items() if key not in NOT_IDENTITY}, environment.get("inputs", {})
+
+
+def changes_since(run: Path, config: CommandConfig, inputs: dict[str, str]) -> tuple[list[str], list[str]]:
+    """(permitted, refused) lines on what differs between the run begun in a folder and the one asked for now."""
+    old_config, old_inputs = recorded_identity(run)
+    permitted: list[str] = []
+    refused: list[str] = []
+    for key, before, after in differences(old_config, identity(config)):
+        line = f"{key}: {json.dumps(before)} -> {json.dumps(after)}"
+        (permitted if key in MAY_CHANGE else refused).append(line)
+    refused += [
+        f"{key} has other content" for key, before, after in differences(old_inputs, inputs) if before and after
+    ]
+    return permitted, refused
+
+
+def input_digests(config: CommandConfig) -> dict[str, str]:
+    """Digest of every input of a configuration. Raises UserError for a path that is not there."""
+    digests = {}
+    for key, path in config.inputs().items():
+        if not path.exists():
+            raise UserError(f"{key}: {path}: no such file or folder")
+        digests[key] = file_sha256(path) if path.suffix == ".safetensors" else files_digest(path)
+    return digests
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _environment(command: str, inputs: dict[str, str]) -> dict[str, Any]:
+    return {
+        "command": command,
+        "arguments": sys.argv[1:],
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "cores": os.cpu_count(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "threads": _threads(),
+        "inputs": inputs,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _threads() -> int | None:
+    torch = sys.modules.get("torch")
+    return torch.get_num_threads() if torch else None

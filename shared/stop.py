@@ -1,0 +1,41 @@
+"""SIGTERM and Ctrl-C end a run after the step in hand, with a checkpoint."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+from shared.ranks import any_rank
+
+
+class StopRequest:
+    """Inside this context SIGTERM and the first SIGINT only set a flag; a second SIGINT interrupts at once."""
+
+    # Agreeing between ranks is a reduction, hence a wait: with several ranks it is done every so many steps only.
+    AGREE_EVERY_STEPS = 10
+
+    def __init__(self) -> None:
+        self._requested = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._requested = True
+
+    def agreed(self, step: int, processes: int) -> bool:
+        """Whether the run should stop after `step`; every rank gets the same answer."""
+        if processes == 1:
+            return self._requested
+        return step % self.AGREE_EVERY_STEPS == 0 and any_rank(self._requested)

@@ -1,0 +1,324 @@
+"""Image sources and batches of stage 1.
+
+A source is a Hugging Face `datasets` dataset, read in place: folders are listed here (`load_dataset("imagefolder")` may drop files whose class name
+looks like a split), Parquet files are opened as they are (`load_dataset` copies them into its cache). A label is never needed.
+
+Batches are a pure function of (seed, step, rank), views of (seed, image key, pass): nothing about them is stored in a checkpoint.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets.table import InMemoryTable
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from shared.errors import UserError
+from shared.files import list_images
+from shared.images import UnreadableImage, decode_image, seeded_view, stable_seed
+from stage1_ssld.config import DataConfig, SourceConfig
+from stage1_ssld.views import train_view, val_view
+
+NO_LABEL = -1
+
+
+class ImageSource:
+    """Images of one source, by row.
+
+    Attributes:
+        class_names: of its labels, None where it has none; `labels` is then None too.
+        labels: class number of every row.
+    """
+
+    def __init__(self, config: SourceConfig, number: int) -> None:
+        self.path, self.number = config.path, number
+        self.class_names: list[str] | None = None
+        self.labels: list[int] | None = None
+        if not self.path.exists():
+            raise UserError(f"{self.path}: no such file or folder")
+        parquet = sorted(self.path.glob("*.parquet")) if self.path.is_dir() else [self.path]
+        if parquet:
+            self._open_parquet(parquet, config)
+        else:
+            self._list_folder(config)
+        if len(self) == 0:
+            raise UserError(f"{self.path}: holds no images")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def key(self, row: int) -> str:
+        """Names the image wherever it is drawn: number of the source and relative path or row."""
+        return f"{self.number}:{self._rows[row]['image'] if self._folder else row}"
+
+    def location(self, row: int) -> str:
+        """Where a person finds the image."""
+        return str(self.path / self._rows[row]["image"]) if self._folder else f"{self.path}, row {row}"
+
+    def read(self, row: int) -> Tensor:
+        """The decoded image, uint8 [3,H,W]. Raises UnreadableImage."""
+        image = self._rows[row]["image"]
+        if self._folder:
+            return decode_image(self.path / image)
+        if isinstance(image, dict):
+            image = image.get("bytes") or (self.path.parent / image["path"] if image.get("path") else None)
+        if image is None:
+            raise UnreadableImage(self.location(row), "empty")
+        return decode_image(image)
+
+    def _list_folder(self, config: SourceConfig) -> None:
+        self._folder = True
+        names = list_images(self.path)
+        if not names:
+            raise UserError(
+                f"{self.path}: holds no images; give a folder of images, a folder of class folders, or Parquet files"
+            )
+        if config.labels not in ("auto", "none"):
+            raise UserError(
+                f"{self.path}: a label file is for Parquet sources; sort these images into class folders instead"
+            )
+        folders = {name.split("/")[0] for name in names if name.count("/") == 1}
+        if config.labels == "auto" and all(name.count("/") == 1 for name in names):
+            self.class_names = sorted(folders)
+            number = {name: index for index, name in enumerate(self.class_names)}
+            self.labels = [number[name.split("/")[0]] for name in names]
+        self._rows = datasets.Dataset.from_dict({"image": names})
+
+    def _open_parquet(self, files: list[Path], config: SourceConfig) -> None:
+        self._folder = False
+        try:
+            schema = pq.read_schema(files[0])
+            columns = [
+                name for name in (config.image_column, config.label_column, config.id_column) if name in schema.names
+            ]
+            table = pa.concat_tables([pq.read_table(file, columns=columns, memory_map=True) for file in files])
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{self.path}: not readable as Parquet ({' '.join(str(error).split())[:160]})") from None
+        if config.image_column not in columns:
+            raise UserError(
+                f"{self.path}: has no column {config.image_column!r} (it has {', '.join(schema.names)}); set image_column"
+            )
+        if config.labels == "auto" and config.label_column in columns:
+            self.labels = table.column(config.label_column).to_pylist()
+            self.class_names = _class_names(schema, config.label_column)
+        elif config.labels not in ("auto", "none"):
+            table = self._join_labels(table, Path(config.labels), config)
+        images = table.select([config.image_column]).rename_columns(["image"]).replace_schema_metadata(None)
+        self._rows = datasets.Dataset(InMemoryTable(images))
+
+    def _join_labels(self, table: pa.Table, file: Path, config: SourceConfig) -> pa.Table:
+        """Keep the rows that the label file gives a class."""
+        if config.id_column not in table.column_names:
+            raise UserError(f"{self.path}: has no column {config.id_column!r} to join {file} by; set id_column")
+        if not file.is_file():
+            raise UserError(f"{file}: no such file")
+        known = pq.read_table(file)
+        if not {config.id_column, config.label_column} <= set(known.column_names):
+            raise UserError(f"{file}: needs the columns {config.id_column!r} and {config.label_column!r}")
+        label_of = dict(zip(known[config.id_column].to_pylist(), known[config.label_column].to_pylist(), strict=True))
+        labels = [label_of.get(identifier, NO_LABEL) for identifier in table[config.id_column].to_pylist()]
+        kept = [row for row, label in enumerate(labels) if label is not None and label >= 0]
+        self.labels = [labels[row] for row in kept]
+        return table.take(kept)
+
+
+def _class_names(schema: pa.Schema, column: str) -> list[str] | None:
+    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    feature = metadata.get("info", {}).get("features", {}).get(column, {})
+    return feature.get("names") if isinstance(feature, dict) else None
+
+
+def open_sources(configs: Sequence[SourceConfig]) -> list[ImageSource]:
+    """Open several sources. Raises UserError naming the path for anything that is not one."""
+    return [ImageSource(config, number) for number, config in enumerate(configs)]
+
+
+def labelled_classes(sources: Sequence[ImageSource]) -> tuple[list[ImageSource], int, list[str] | None]:
+    """(the labelled sources, number of classes, class names where any source has them).
+
+    Raises UserError when there is no labelled source, or when two of them name their classes differently.
+    """
+    labelled = [source for source in sources if source.labels is not None]
+    if not labelled:
+        raise UserError(f"{sources[0].path}: no labels; sort the images into class folders or add a label column")
+    named = [source for source in labelled if source.class_names]
+    for source in named[1:]:
+        if source.class_names != named[0].class_names:
+            raise UserError(
+                f"{source.path}: its class names differ from those of {named[0].path}: {_first_difference(source, named[0])}"
+            )
+    names = named[0].class_names if named else None
+    highest = max(max(source.labels or [0]) for source in labelled)
+    if names and highest >= len(names):
+        raise UserError(f"label {highest} in {labelled[0].path} is outside the {len(names)} classes of {named[0].path}")
+    return labelled, len(names) if names else highest + 1, names
+
+
+def match_classes(source: ImageSource, names: list[str] | None, count: int, owner: str) -> list[int] | None:
+    """The source's labels in the class numbers of a model, matched by name where both have names; None without labels.
+
+    Raises UserError when the classes are not the model's: other names, or a number outside its count.
+    """
+    if source.labels is None:
+        return None
+    if names and source.class_names:
+        number = {name: index for index, name in enumerate(names)}
+        strange = [name for name in source.class_names if name not in number]
+        if strange:
+            raise UserError(
+                f"{source.path}: class {strange[0]!r} is not among the {count} classes of {owner} ({names[0]!r}, ...); "
+                "use images of its classes, or labels: none"
+            )
+        return [number[source.class_names[label]] for label in source.labels]
+    classes = len(source.class_names) if source.class_names else max(source.labels) + 1
+    if classes > count or (source.class_names and classes != count):
+        raise UserError(
+            f"{source.path}: has {classes} classes, but {owner} has {count}; use images of its classes, or labels: none"
+        )
+    return source.labels
+
+
+def _first_difference(a: ImageSource, b: ImageSource) -> str:
+    ours, theirs = a.class_names or [], b.class_names or []
+    pair = next(((x, y) for x, y in zip(ours, theirs, strict=False) if x != y), None)
+    return f"{pair[0]!r} against {pair[1]!r}" if pair else f"{len(ours)} against {len(theirs)} classes"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """pixels_BCHW uint8 views, labels_B int64 (NO_LABEL where unlabelled), keys of the images, locations of images that could not be read."""
+
+    pixels_BCHW: Tensor
+    labels_B: Tensor
+    keys: list[str]
+    unreadable: list[str]
+
+
+class TrainViews(Dataset[Any]):
+    """(index over all sources, pass) -> (view, label, key, locations of unreadable images met on the way).
+
+    An unreadable image is replaced by the next one.
+    """
+
+    def __init__(
+        self, sources: Sequence[ImageSource], labels: Sequence[Sequence[int] | None], config: DataConfig, seed: int
+    ) -> None:
+        self.sources, self.labels, self.config, self.seed = sources, labels, config, seed
+        self._ends = torch.tensor([len(source) for source in sources]).cumsum(0).tolist()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int, str, list[str]]:
+        index, view = item
+        unreadable: list[str] = []
+        while len(unreadable) < min(len(self), 100):
+            number = next(n for n, end in enumerate(self._ends) if index < end)
+            source, row = self.sources[number], index - (self._ends[number] - len(self.sources[number]))
+            try:
+                image = source.read(row)
+            except UnreadableImage:
+                unreadable.append(source.location(row))
+                index = (index + 1) % len(self)
+                continue
+            key, labels, config = source.key(row), self.labels[number], self.config
+            with seeded_view(key, view, self.seed):
+                pixels = train_view(
+                    image, size=config.image_size, area=config.crop_area, ratio=config.crop_ratio, flip=config.flip
+                )
+            return pixels, NO_LABEL if labels is None else labels[row], key, unreadable
+        raise UserError(f"{unreadable[0]} and the {len(unreadable) - 1} images after it are all unreadable")
+
+
+class ValViews(Dataset[Any]):
+    """Row of a source -> (view, label, key, unreadable); the view is None for an unreadable image."""
+
+    def __init__(self, source: ImageSource, labels: Sequence[int] | None, *, size: int, crop: float) -> None:
+        self.source, self.labels, self.size, self.crop = source, labels, size, crop
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, row: int) -> tuple[Tensor | None, int, str, list[str]]:
+        label = NO_LABEL if self.labels is None else self.labels[row]
+        try:
+            return val_view(self.source.read(row), size=self.size, crop=self.crop), label, self.source.key(row), []
+        except UnreadableImage:
+            return None, label, self.source.key(row), [self.source.location(row)]
+
+
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """Micro-batches of (index, pass) of one rank, from `start_step` to `steps`.
+
+    Sample number n of the run is image n % N of pass n // N in that pass's permutation. A step takes the next `batch_size` numbers; ranks and
+    accumulation cut them into contiguous pieces, so that every split of a global batch sees the same images.
+    """
+
+    def __init__(
+        self,
+        images: int,
+        *,
+        batch_size: int,
+        steps: int,
+        start_step: int,
+        seed: int,
+        rank: int,
+        ranks: int,
+        accumulate: int,
+    ) -> None:
+        if batch_size % (ranks * accumulate):
+            raise UserError(f"batch_size {batch_size} is not a multiple of {ranks} processes x accumulate {accumulate}")
+        self.images, self.batch_size, self.steps, self.start_step = images, batch_size, steps, start_step
+        self.seed, self.rank, self.ranks, self.accumulate = seed, rank, ranks, accumulate
+
+    def __len__(self) -> int:
+        return (self.steps - self.start_step) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        size = self.batch_size // (self.ranks * self.accumulate)
+        epoch, order = -1, torch.empty(0, dtype=torch.int64)
+        for step in range(self.start_step, self.steps):
+            for micro in range(self.accumulate):
+                first = step * self.batch_size + (self.rank * self.accumulate + micro) * size
+                batch = []
+                for number in range(first, first + size):
+                    if number // self.images != epoch:
+                        epoch = number // self.images
+                        order = torch.randperm(
+                            self.images, generator=torch.Generator().manual_seed(stable_seed(self.seed, epoch))
+                        )
+                    batch.append((int(order[number % self.images]), epoch))
+                yield batch
+
+
+def collate(items: list[tuple[Tensor | None, int, str, list[str]]]) -> Batch:
+    """Stack what the data sets give; images that could not be read are left out."""
+    readable = [item for item in items if item[0] is not None]
+    pixels = (
+        torch.stack([item[0] for item in readable if item[0] is not None])
+        if readable
+        else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+    )
+    labels = torch.tensor([item[1] for item in readable], dtype=torch.int64)
+    return Batch(pixels, labels, [item[2] for item in readable], [location for item in items for location in item[3]])
+
+
+def make_loader(dataset: Dataset[Any], batches: Any, *, workers: int, pin_memory: bool) -> DataLoader[Any]:
+    """A loader over lists of items; decoding happens in `workers` processes, in this one for 0."""
+    prefetch = {"prefetch_factor": 4} if workers else {}
+    return DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=pin_memory, **prefetch
+    )
+
+
+def val_batches(images: int, batch_size: int, rank: int, ranks: int) -> list[list[int]]:
+    """Batches fixed by index, dealt to the ranks in turn: the same batches for any number of ranks."""
+    starts = range(rank * batch_size, images, batch_size * ranks)
+    return [list(range(start, min(start + batch_size, images))) for start in starts]

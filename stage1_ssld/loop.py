@@ -1,0 +1,322 @@
+"""The training loop of stage 1: one loop, two objectives.
+
+`teacher`: SSLD, the student learns from the teacher's soft labels alone. `labels`: plain cross-entropy on the labelled sources, for fine-tuning a
+teacher and for the supervised baseline. Initial weights come, in this order, from (1) the newest checkpoint of this run, (2) the network's reference.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from shared.backbones import InputSettings, create_classifier, parse_reference, save_backbone
+from shared.checkpoint import (
+    complete_checkpoints,
+    load_checkpoint,
+    load_module,
+    load_optimizer,
+    optimizer_part,
+    save_checkpoint,
+)
+from shared.errors import Stopped
+from shared.images import stable_seed
+from shared.loss_watch import LossWatch
+from shared.optim import cosine_factor, make_optimizer, parameter_groups, scale_lr, set_lr
+from shared.processes import DTYPES, load_scaler_state, optimizer_step, scaler_state, start_processes, to_device
+from shared.quarantine import Quarantine
+from shared.ranks import from_main_rank, world_size
+from shared.run_dir import RunDir
+from shared.stop import StopRequest
+from shared.teacher import FrozenTeacher
+from stage1_ssld.config import NetworkConfig, Stage1Config, TeacherConfig
+from stage1_ssld.data import (
+    StepSampler,
+    TrainViews,
+    ValViews,
+    labelled_classes,
+    make_loader,
+    match_classes,
+    open_sources,
+    val_batches,
+)
+from stage1_ssld.losses import symmetric_kl
+from stage1_ssld.metrics import describe, evaluate
+
+
+def train(
+    config: Stage1Config,
+    *,
+    command: str,
+    network: NetworkConfig,
+    teacher_config: TeacherConfig | None,
+    objective: str,
+    export: str,
+) -> None:
+    """Train `network` and write `<export>.safetensors` (last step) and, with `evaluate_every`, `<export>_best.safetensors` to the run directory.
+
+    Raises:
+        UserError: anything the user can mend.
+        Stopped: after SIGTERM or Ctrl-C, with a checkpoint written.
+    """
+    # ---- sources and references, checked before any process group exists
+    sources = open_sources(config.data.train)
+    val_source = open_sources([config.data.val])[0] if config.data.val else None
+    reference = parse_reference(network.model, network.arch)
+
+    # ---- processes and run directory
+    accelerator = start_processes(config)
+    device, dtype, ranks = accelerator.device, DTYPES[config.precision], world_size()
+    run = RunDir(config, command, main=accelerator.is_main_process)
+    if from_main_rank(run.status) == "finished":
+        run.log(f"{run.path}: this run is finished; nothing to do")
+        return
+
+    # ---- teacher and classes
+    teacher = _load_teacher(teacher_config, config, device) if teacher_config else None
+    if objective == "labels":
+        left_out = sum(source.labels is None for source in sources)
+        sources, classes, names = labelled_classes(sources)
+        if left_out:
+            run.log(f"objective labels: {left_out} unlabelled source(s) left out")
+    else:
+        assert teacher is not None
+        classes, names = teacher.num_classes, teacher.class_names
+    owner = "the teacher" if objective == "teacher" else "the training images"
+    train_labels = [
+        match_classes(source, names, classes, owner) if objective == "labels" else None for source in sources
+    ]
+    val_labels = match_classes(val_source, names, classes, owner) if val_source else None
+    if val_source and val_labels is None and teacher is None:
+        run.log(f"{val_source.path}: no labels and no teacher: nothing to evaluate")
+        val_source = None
+
+    # ---- student, optimizer, schedule
+    torch.manual_seed(config.seed)
+    student, inputs = create_classifier(reference, num_classes=classes, drop_path=network.drop_path)
+    student.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+    inputs = InputSettings(inputs.mean, inputs.std, (config.data.image_size,) * 2, "bilinear", inputs.fixed_size)
+    ema = ModelEmaV3(student, decay=config.ema.decay, use_warmup=config.ema.warmup) if config.ema else None
+    groups = parameter_groups(
+        student, weight_decay=config.optim.weight_decay, decay_norm_and_bias=config.optim.decay_norm_and_bias
+    )
+    optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
+    dataset = TrainViews(sources, train_labels, config.data, config.seed)
+    steps = config.total_steps(len(dataset))
+    warmup_steps = config.optim.total_warmup_steps(len(dataset), config.batch_size)
+    base_lr = scale_lr(config.optim.lr, config.optim.reference_batch, config.batch_size, config.optim.name)
+
+    # ---- resume
+    watch, quarantine = LossWatch(), Quarantine(run, len(dataset))
+    start, best = 0, float("-inf")
+    newest = from_main_rank(next(iter(reversed(complete_checkpoints(run.checkpoints))), None))
+    if newest:
+        parts, state = load_checkpoint(newest)
+        load_module(student.net, parts["model"], newest)
+        load_optimizer(optimizer, parts["optimizer"], state["optimizer"])
+        if ema:
+            load_module(ema.module.net, parts["ema"], newest)
+        load_scaler_state(accelerator, state["scaler"])
+        watch.load_state(state["watch"])
+        start, best = state["step"], state["best"] if state["best"] is not None else best
+    run.cut_metrics(start)
+
+    # ---- data
+    batches = StepSampler(
+        len(dataset),
+        batch_size=config.batch_size,
+        steps=steps,
+        start_step=start,
+        seed=config.seed,
+        rank=accelerator.process_index,
+        ranks=ranks,
+        accumulate=config.accumulate,
+    )
+    pin_memory = device.type == "cuda"
+    loader = make_loader(dataset, batches, workers=config.workers, pin_memory=pin_memory)
+
+    def evaluate_now() -> dict[str, float]:
+        if val_source is None:
+            return {}
+        net = ema.module if ema else student
+        net.eval()
+        views = ValViews(val_source, val_labels, size=config.data.image_size, crop=config.data.val_crop)
+        micro = max(1, config.batch_size // (ranks * config.accumulate))
+        order = val_batches(len(views), micro, accelerator.process_index, ranks)
+        metrics = evaluate(
+            net,
+            teacher,
+            make_loader(views, order, workers=config.workers, pin_memory=pin_memory),
+            device=device,
+            dtype=dtype,
+        )
+        run.log(f"step {step}: {describe(metrics)}")
+        run.metric(step, **{f"val_{name}": value for name, value in metrics.items()})
+        return metrics
+
+    def save_network(path: Path, metrics: dict[str, float]) -> None:
+        if accelerator.is_main_process:
+            facts: dict[str, Any] = {
+                "class_names": names,
+                "objective": objective,
+                "step": step,
+                "weights": "ema" if ema else "last",
+                "metrics": metrics,
+                "teacher": teacher.facts() if teacher and objective == "teacher" else None,
+                "licence": _licence(reference.metadata, teacher if objective == "teacher" else None),
+                "start": network.model,
+                "run": str(run.path),
+            }
+            net = ema.module.net if ema else student.net
+            save_backbone(
+                path,
+                net,
+                arch=reference.metadata.get("arch") or reference.arch,
+                inputs=inputs,
+                classes=classes,
+                **facts,
+            )
+
+    def save() -> None:
+        watch.check()
+        if accelerator.is_main_process:
+            tensors, values = optimizer_part(optimizer)
+            parts = {"model": student.net.state_dict(), "optimizer": tensors}
+            if ema:
+                parts["ema"] = ema.module.net.state_dict()
+            state = {
+                "optimizer": values,
+                "scaler": scaler_state(accelerator),
+                "watch": watch.state(),
+                "best": best if best > float("-inf") else None,
+            }
+            save_checkpoint(run.checkpoints, step, parts, state, keep=config.keep_checkpoints)
+
+    # ---- what is about to happen
+    if config.compile:
+        student.net.compile()
+    model = accelerator.prepare_model(student)
+    values = sum(parameter.numel() for parameter in student.parameters())
+    run.log(
+        f"{command}: {network.model} ({values / 1e6:.2f} M parameters, {classes} classes) at {config.data.image_size} px, objective {objective}"
+    )
+    if teacher_config:
+        run.log(f"teacher {teacher_config.model}{'' if objective == 'teacher' else ' (for evaluation only)'}")
+    run.log(
+        f"{len(dataset)} images from {len(sources)} source(s), {steps} steps of {config.batch_size} images "
+        f"({ranks} processes x {config.accumulate} accumulated), {steps * config.batch_size / len(dataset):.1f} passes"
+    )
+    run.log(
+        f"lr {base_lr:g} = {config.optim.lr:g} scaled from batch {config.optim.reference_batch} to {config.batch_size}, warm-up {warmup_steps} steps"
+    )
+    if newest:
+        run.log(f"resumed from {newest.name}")
+
+    # ---- the loop
+    step = start
+    with StopRequest() as stop:
+        since, waited = time.perf_counter(), 0.0
+        stream = iter(loader)
+        for step in range(start + 1, steps + 1):
+            set_lr(optimizer, base_lr * cosine_factor(step - 1, steps=steps, warmup_steps=warmup_steps))
+            model.train()
+            for micro in range(config.accumulate):
+                asked = time.perf_counter()
+                batch = next(stream)
+                waited += time.perf_counter() - asked
+                quarantine.add(batch.unreadable)
+                pixels, labels = to_device(batch.pixels_BCHW, device), to_device(batch.labels_B, device)
+                torch.manual_seed(stable_seed(config.seed, step, micro, accelerator.process_index))  # drop-path
+                with _no_sync(accelerator, model, last=micro == config.accumulate - 1):
+                    logits = model(pixels)
+                    teacher_logits = teacher(pixels) if teacher and objective == "teacher" else None
+                    loss = (
+                        F.cross_entropy(logits.float(), labels, reduction="sum")
+                        if teacher_logits is None
+                        else symmetric_kl(logits, teacher_logits)
+                    )
+                    # DDP averages over ranks, so the sum over this rank's images counts `ranks` times.
+                    accelerator.backward(loss * (ranks / config.batch_size))
+                target = labels if teacher_logits is None else teacher_logits.argmax(-1)
+                hits = (logits.detach().argmax(-1) == target).sum()
+                name = "agreement" if objective == "teacher" else "accuracy"
+                watch.add(step - 1, {"loss": loss / config.batch_size, name: hits / config.batch_size}, batch.keys)
+                if step == 1 and micro == 0 and teacher_logits is not None:
+                    _check_first_loss(run, loss, teacher_logits)
+            optimizer_step(accelerator, optimizer, config.optim.clip_grad_norm)
+            if ema:
+                ema.update(student, step=step)
+
+            if step % config.log_every == 0 or step == steps:
+                means = watch.averages()
+                quarantine.judge(step * config.batch_size)
+                seconds, since = time.perf_counter() - since, time.perf_counter()
+                lr = optimizer.param_groups[0]["lr"]
+                run.metric(
+                    step, lr=lr, **means, seconds=round(seconds, 3), data_wait=round(min(1.0, waited / seconds), 3)
+                )
+                accelerator.log({"lr": lr, **means}, step=step)
+                run.log(
+                    f"step {step}/{steps}: "
+                    + ", ".join(f"{key} {value:.4f}" for key, value in means.items())
+                    + f", lr {lr:.4g}"
+                )
+                waited = 0.0
+            if config.evaluate_every and step % config.evaluate_every == 0 and step < steps:
+                metrics = evaluate_now()
+                score = metrics.get("top1", metrics.get("agreement", float("-inf")))
+                if score > best:
+                    best = score
+                    watch.check()
+                    save_network(run.path / f"{export}_best.safetensors", metrics)
+            stopping = stop.agreed(step, ranks) and step < steps
+            if step % config.save_every == 0 or step == steps or stopping:
+                save()
+            if stopping:
+                raise Stopped(f"checkpoint of step {step} written to {run.checkpoints}")
+
+    # ---- finish
+    metrics = evaluate_now()
+    file = run.path / f"{export}.safetensors"
+    save_network(file, metrics)
+    accelerator.end_training()
+    run.finish(metrics | {"steps": steps, "images_seen": steps * config.batch_size}, [file])
+    run.log(f"wrote {file}")
+
+
+def _load_teacher(teacher: TeacherConfig, config: Stage1Config, device: torch.device) -> FrozenTeacher:
+    dtype = DTYPES[teacher.precision or config.precision]
+    return FrozenTeacher(
+        teacher.model,
+        arch=teacher.arch,
+        device=device,
+        dtype=dtype,
+        channels_last=config.channels_last,
+        size=teacher.size,
+    )
+
+
+def _no_sync(accelerator: Accelerator, model: nn.Module, *, last: bool) -> Any:
+    """DDP reduces gradients once a step, in the last backward pass."""
+    from contextlib import nullcontext
+
+    return nullcontext() if last else accelerator.no_sync(model)
+
+
+def _check_first_loss(run: RunDir, loss: Tensor, teacher_logits_BK: Tensor) -> None:
+    """Warn when the first loss is not what an untrained student gives: the sign of a wrong loss or wrong teacher weights."""
+    expected = symmetric_kl(torch.zeros_like(teacher_logits_BK), teacher_logits_BK).item()
+    first, images = loss.item(), len(teacher_logits_BK)
+    if first < 0 or first > 1.5 * expected:
+        run.log(
+            f"warning: the first loss is {first / images:.3f} an image, {expected / images:.3f} is what a student that knows nothing gives"
+        )
+
+
+def _licence(metadata: dict[str, Any], teacher: FrozenTeacher | None) -> str:
+    """Licence of the weights that this network's weights come from."""
+    return str(teacher.facts()["licence"]) if teacher else str(metadata.get("licence") or "unknown")

@@ -1,0 +1,1 @@
+"""Detector modules; they see neither configuration nor data."""
