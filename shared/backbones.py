@@ -11,7 +11,7 @@ A model reference is one of
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from shared.errors import UserError
 from shared.model_file import content_hash, read_metadata, read_shapes, read_tensors, save_model_file
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl")
 
 
@@ -84,6 +85,9 @@ class Classifier(nn.Module):
     Its state dict is the timm model's own, so that what is saved loads anywhere.
     """
 
+    mean_3: Tensor
+    std_3: Tensor
+
     def __init__(self, net: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.net = net
@@ -94,6 +98,12 @@ class Classifier(nn.Module):
         # Normalised in float32 also under autocast: the first convolution casts down by itself.
         logits: Tensor = self.net((pixels_BCHW.float() - self.mean_3) / self.std_3)
         return logits
+
+
+def place(module: ModuleT, device: torch.device | str, *, channels_last: bool) -> ModuleT:
+    """Move a network to a device, in channels-last memory layout if asked."""
+    module.to(device)
+    return module.to(memory_format=torch.channels_last) if channels_last else module
 
 
 @dataclass(frozen=True)
@@ -132,17 +142,16 @@ def create_classifier(
     Raises:
         UserError: keys or shapes do not fit the arch (the first differences are named), or the weights cannot be had.
     """
-    options = {"drop_path_rate": drop_path} if drop_path else {}
+    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
     if reference.file is None:
-        net = _create_named(reference, num_classes, **options)
-        return _classifier(net, reference)
+        return _classifier(_create_named(reference, num_classes, **options), reference)
     if reference.file.suffix in PICKLE_SUFFIXES:
         tensors = _read_pickle(reference.file)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     else:
         tensors, shapes = {}, read_shapes(reference.file)
     file_classes = check_fits(reference, shapes)
-    net = timm.create_model(reference.arch, num_classes=file_classes, **options)
+    net: Any = _create(reference.arch, num_classes=file_classes, **options)
     net.load_state_dict(tensors or read_tensors(reference.file))
     if num_classes not in (None, file_classes):
         net.reset_classifier(num_classes)
@@ -154,11 +163,22 @@ def _classifier(net: nn.Module, reference: ModelReference) -> tuple[Classifier, 
     return Classifier(net, mean=settings.mean, std=settings.std), settings
 
 
+def _create(arch: str, **options: Any) -> Any:
+    try:
+        return timm.create_model(arch, **options)
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        raise UserError(f"{arch}: has no stochastic depth; leave drop_path at 0") from None
+
+
 def _create_named(reference: ModelReference, num_classes: int | None, **options: Any) -> nn.Module:
     if num_classes is not None:
         options["num_classes"] = num_classes
     try:
-        net: nn.Module = timm.create_model(reference.arch, pretrained=reference.pretrained, **options)
+        net: nn.Module = _create(reference.arch, pretrained=reference.pretrained, **options)
+    except UserError:
+        raise
     except Exception as error:
         if not reference.pretrained:
             raise
@@ -175,7 +195,8 @@ def check_fits(reference: ModelReference, shapes: dict[str, tuple[int, ...]]) ->
     Raises UserError naming the first differences. Needed because timm loads feature networks without a word about missing layers.
     """
     with torch.device("meta"):
-        head = timm.create_model(reference.arch).default_cfg.get("classifier")
+        cfg: Any = timm.create_model(reference.arch).default_cfg
+        head = cfg.get("classifier")
         head = head[0] if isinstance(head, tuple | list) else head
         classes = shapes.get(f"{head}.weight", (0,))[0]
         expected = {

@@ -57,6 +57,11 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(mark.parent for mark in folder.glob(f"step_*/{_MARK}"))
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest usable checkpoint below a folder."""
+    return next(reversed(complete_checkpoints(folder)), None)
+
+
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """(parts, state) as given to `save_checkpoint`, tensors on the CPU. Raises UserError for an unreadable checkpoint."""
     try:

@@ -72,6 +72,7 @@ class CommandConfig(BaseSettings):
 
 
 ConfigT = TypeVar("ConfigT", bound=CommandConfig)
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
@@ -144,7 +145,7 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
     return config
 
 
-def validate(config_type: type[ConfigT], values: dict[str, Any], *, source: str) -> ConfigT:
+def validate(config_type: type[ModelT], values: dict[str, Any], *, source: str) -> ModelT:
     """Build a configuration; raises UserError with one line per wrong key, each beginning with `source`."""
     try:
         return config_type(**values)

@@ -14,7 +14,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def start_processes(config: TrainingConfig) -> Accelerator:
-    """Join the process group (if launched with several processes) and set up device, precision and trackers.
+    """Join the process group (if launched with several processes) and set up device and precision.
 
     Only the student or detector is ever prepared by it: schedules, loaders, checkpoints and the teacher are ours.
     Raises UserError for fp16 without an accelerator.
@@ -30,12 +30,16 @@ def start_processes(config: TrainingConfig) -> Accelerator:
         project_dir=str(config.output) if trackers else None,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    if trackers:
+    return accelerator
+
+
+def start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
+    """Start the trackers that the configuration asks for; after the run directory is open, because they write into it."""
+    if config.trackers:
         settings = {
             key: value for key, value in config.model_dump(mode="json").items() if isinstance(value, int | float | str)
         }
         accelerator.init_trackers("ssld", config=settings)
-    return accelerator
 
 
 def optimizer_step(accelerator: Accelerator, optimizer: torch.optim.Optimizer, clip_grad_norm: float | None) -> None:

@@ -48,13 +48,14 @@ class RunDir:
         UserError: the folder is in use, holds something else, holds another run, or one of its inputs has changed since.
     """
 
+    _lock: IO[str] | None = None
+
     def __init__(self, config: CommandConfig, command: str, *, main: bool = True) -> None:
         self.path = config.output
         self.main = main
         self.status: Status = "new"
         self._config, self._command = config, command
         self._started = time.time()
-        self._lock: IO[str] | None = None
         self.inputs: dict[str, str] = {}
         if main:
             self._open()
@@ -79,10 +80,8 @@ class RunDir:
 
     def cut_metrics(self, step: int) -> None:
         """Drop what a killed run wrote after the checkpoint of `step`, and a torn last line."""
-        file = self.path / "metrics.jsonl"
-        if self.main and file.exists():
-            kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-            write_atomically(file, "".join(json.dumps(line) + "\n" for line in kept))
+        if self.main and (self.path / "metrics.jsonl").exists():
+            self._rewrite_metrics(line for line in read_metrics(self.path) if line["step"] <= step)
 
     def quarantine(self, keys: Iterable[str]) -> None:
         """Write the list of unreadable images."""
@@ -98,6 +97,9 @@ class RunDir:
         """Write result.json, the record that this run is done; `outputs` are files inside the folder."""
         if not self.main:
             return
+        # An attempt that died between its last evaluation and this point has logged that evaluation already.
+        if (self.path / "metrics.jsonl").exists():
+            self._rewrite_metrics({(line["step"], *line): line for line in read_metrics(self.path)}.values())
         record = {
             "command": self._command,
             "metrics": metrics,
@@ -114,6 +116,12 @@ class RunDir:
         if self._lock:
             self._lock.close()
             self._lock = None
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _rewrite_metrics(self, lines: Iterable[dict[str, Any]]) -> None:
+        write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
     def _open(self) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -140,7 +148,7 @@ class RunDir:
         self.inputs = input_digests(self._config)
         environment = _environment(self._command, self.inputs)
         changes: list[str] = []
-        if (self.path / "config.yaml").exists():
+        if (self.path / "config.yaml").exists() and self._holds_work():
             changes = self._refuse_other_run()
             self._note_environment(environment)
             finished = (self.path / "result.json").exists() and not changes
@@ -153,6 +161,11 @@ class RunDir:
         write_atomically(self.path / "config.yaml", dump_yaml(self._config))
         for change in changes:
             self.log(change)
+
+    def _holds_work(self) -> bool:
+        """Whether a run got further than its start here: one refused for a mistake may begin again with other settings."""
+        records = {"config.yaml", "environment.json", "log.txt", "error.json"}
+        return any(not entry.name.startswith(".") and entry.name not in records for entry in self.path.iterdir())
 
     def _refuse_other_run(self) -> list[str]:
         """Lines on permitted changes; UserError for any other difference between the run begun here and the one asked for."""

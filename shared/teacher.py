@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared.backbones import ModelReference, create_classifier, parse_reference
+from shared.backbones import ModelReference, create_classifier, parse_reference, place
 from shared.errors import UserError
 from shared.model_file import content_hash
 
@@ -40,9 +40,7 @@ class FrozenTeacher:
         self.reference: ModelReference = parse_reference(reference, arch, allow_pickle=True)
         classifier, inputs = create_classifier(self.reference)
         classifier.requires_grad_(False).eval()
-        self._classifier = classifier.to(
-            device, memory_format=torch.channels_last if channels_last else torch.contiguous_format
-        )
+        self._classifier = place(classifier, device, channels_last=channels_last)
         self._dtype, self._device_type = dtype, torch.device(device).type
         self.size = (size, size) if size else inputs.size if inputs.fixed_size else None
         self.num_classes = int(getattr(classifier.net, "num_classes", 0))

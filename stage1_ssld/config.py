@@ -125,7 +125,7 @@ class Stage1Config(TrainingConfig):
     ema: EmaConfig | None = None
 
     def inputs(self) -> dict[str, Path]:
-        files = {}
+        files: dict[str, Path] = {}
         for number, source in enumerate(self.data.train):
             files |= source.inputs(f"data.train.{number}")
         if self.data.val:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from shared.errors import UserError
 from shared.files import list_images
 from shared.images import UnreadableImage, decode_image, seeded_view, stable_seed
+from shared.workers import start_worker
 from stage1_ssld.config import DataConfig, SourceConfig
 from stage1_ssld.views import train_view, val_view
 
@@ -312,9 +313,15 @@ def collate(items: list[tuple[Tensor | None, int, str, list[str]]]) -> Batch:
 
 def make_loader(dataset: Dataset[Any], batches: Any, *, workers: int, pin_memory: bool) -> DataLoader[Any]:
     """A loader over lists of items; decoding happens in `workers` processes, in this one for 0."""
-    prefetch = {"prefetch_factor": 4} if workers else {}
     return DataLoader(
-        dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=pin_memory, **prefetch
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=start_worker,
+        generator=torch.Generator(),  # its own: the loader's base seed would otherwise advance torch's global generator
     )
 
 

@@ -1,6 +1,6 @@
 """Evaluate a backbone file: top-1 and top-5 of it and of a teacher, their agreement and KL.
 
-python stage1_ssld/evaluate.py --model runs/ssld/student.safetensors --data images/val --output runs/ssld_val
+python stage1_ssld/evaluate.py --model runs/ssld/student.safetensors --data.path images/val --output runs/ssld_val
 """
 
 import sys

@@ -14,12 +14,12 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from shared.backbones import InputSettings, create_classifier, parse_reference, save_backbone
+from shared.backbones import InputSettings, create_classifier, parse_reference, place, save_backbone
 from shared.checkpoint import (
-    complete_checkpoints,
     load_checkpoint,
     load_module,
     load_optimizer,
+    newest_checkpoint,
     optimizer_part,
     save_checkpoint,
 )
@@ -27,7 +27,15 @@ from shared.errors import Stopped
 from shared.images import stable_seed
 from shared.loss_watch import LossWatch
 from shared.optim import cosine_factor, make_optimizer, parameter_groups, scale_lr, set_lr
-from shared.processes import DTYPES, load_scaler_state, optimizer_step, scaler_state, start_processes, to_device
+from shared.processes import (
+    DTYPES,
+    load_scaler_state,
+    optimizer_step,
+    scaler_state,
+    start_processes,
+    start_trackers,
+    to_device,
+)
 from shared.quarantine import Quarantine
 from shared.ranks import from_main_rank, world_size
 from shared.run_dir import RunDir
@@ -75,6 +83,7 @@ def train(
     if from_main_rank(run.status) == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
+    start_trackers(accelerator, config)
 
     # ---- teacher and classes
     teacher = _load_teacher(teacher_config, config, device) if teacher_config else None
@@ -98,7 +107,7 @@ def train(
     # ---- student, optimizer, schedule
     torch.manual_seed(config.seed)
     student, inputs = create_classifier(reference, num_classes=classes, drop_path=network.drop_path)
-    student.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+    place(student, device, channels_last=config.channels_last)
     inputs = InputSettings(inputs.mean, inputs.std, (config.data.image_size,) * 2, "bilinear", inputs.fixed_size)
     ema = ModelEmaV3(student, decay=config.ema.decay, use_warmup=config.ema.warmup) if config.ema else None
     groups = parameter_groups(
@@ -113,7 +122,7 @@ def train(
     # ---- resume
     watch, quarantine = LossWatch(), Quarantine(run, len(dataset))
     start, best = 0, float("-inf")
-    newest = from_main_rank(next(iter(reversed(complete_checkpoints(run.checkpoints))), None))
+    newest = from_main_rank(newest_checkpoint(run.checkpoints))
     if newest:
         parts, state = load_checkpoint(newest)
         load_module(student.net, parts["model"], newest)

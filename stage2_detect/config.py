@@ -98,9 +98,23 @@ class Stage2OptimConfig(OptimConfig):
     warmup_steps: int = Field(1000, ge=0)
     warmup_start: float = Field(0.1, ge=0, le=1)
     """factor on the learning rate at the first step"""
-    milestones: list[float] = [8 / 12, 11 / 12]
-    """parts of the run after which the learning rate is multiplied by gamma"""
+    milestones_epochs: list[float] | None = None
+    """passes over the training images after which the learning rate is multiplied by gamma"""
+    milestones_steps: list[int] | None = None
+    """the same in steps; give one of the two, or none for a constant rate"""
     gamma: float = Field(0.1, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_kind_of_milestones(self) -> Self:
+        if self.milestones_epochs is not None and self.milestones_steps is not None:
+            raise ValueError("give one of milestones_epochs and milestones_steps")
+        return self
+
+    def milestones(self, steps_per_epoch: int) -> list[int]:
+        """Milestones in steps."""
+        if self.milestones_steps is not None:
+            return self.milestones_steps
+        return [round(epochs * steps_per_epoch) for epochs in self.milestones_epochs or []]
 
 
 class TrainConfig(TrainingConfig):

@@ -1,0 +1,72 @@
+"""Image folders: list them, and tell by a digest whether they changed. Torch-free, because config code imports it.
+
+The digest covers names, sizes and modification times, not contents: a million files are digested in seconds, and a
+changed picture is noticed unless somebody resets its time stamp on purpose. Folders are walked with `os.scandir`; the
+only cache is the caller's.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from shared.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2")
+
+
+def list_images(folder: str | Path) -> list[str]:
+    """Sorted posix paths, relative to `folder`, of all images in it and below; suffixes in any case, hidden names
+    skipped, links followed."""
+    return sorted(name for name, _ in _walk(folder) if name.lower().endswith(IMAGE_SUFFIXES))
+
+
+def require_images(folder: str | Path) -> list[str]:
+    """`list_images`, or a `UserError` when the path is missing, is not a folder, or holds no image."""
+    path = Path(folder)
+    if not path.exists():
+        raise UserError(f"image folder {path} does not exist")
+    if not path.is_dir():
+        raise UserError(f"{path} is a file, expected a folder of images")
+    names = list_images(path)
+    if not names:
+        raise UserError(f"no images in {path} (looked, in all sub-folders, for {' '.join(IMAGE_SUFFIXES)})")
+    return names
+
+
+def files_digest(path: str | Path) -> str:
+    """Hex SHA-256 over (relative path, bytes, mtime in ns) of every file in a folder that is not hidden, or of one
+    file.
+
+    Moving the folder as a whole keeps the digest. Raises `UserError` for a missing path.
+    """
+    root = Path(path)
+    if not root.exists():
+        raise UserError(f"{root} does not exist")
+    entries = sorted(_walk(root)) if root.is_dir() else [(root.name, root.stat())]
+    digest = hashlib.sha256()
+    for name, stat in entries:
+        digest.update(os.fsencode(name) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _walk(folder: str | Path) -> Iterator[tuple[str, os.stat_result]]:
+    """(posix path relative to `folder`, stat) of every file; broken links and hidden names are skipped, a link to a
+    parent ends there."""
+    root = Path(folder).stat()
+    pending = [(os.fspath(folder), "", frozenset({(root.st_dev, root.st_ino)}))]
+    while pending:
+        place, prefix, parents = pending.pop()
+        with os.scandir(place) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                try:
+                    stat = entry.stat()
+                    is_folder = entry.is_dir()
+                except OSError:  # a broken link, or a file that went away while we walked
+                    continue
+                if not is_folder:
+                    yield prefix + entry.name, stat
+                elif (stat.st_dev, stat.st_ino) not in parents:
+                    pending.append((entry.path, f"{prefix}{entry.name}/", parents | {(stat.st_dev, stat.st_ino)}))

@@ -1,0 +1,146 @@
+"""Images as uint8 tensors, and randomness that belongs to one view of one image.
+
+Decoding is PIL's: torchvision's decoders warn that they are deprecated since 0.29, and fail on BMP, TIFF, 16-bit PNG
+and WebP with EXIF. An image is only decoded here; crop, resize and normalisation happen on the tensor, later. Alpha is
+dropped, not blended, as OpenCV and torchvision do. Deliberately absent: animations (the first frame counts), colour
+profiles.
+
+Legend: C 3 channels (RGB), H height, W width.
+"""
+
+import hashlib
+import io
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+from torch import Tensor
+
+# EXIF orientation -> what turns the stored picture upright (EXIF 2.32, section 4.6.4)
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class UnreadableImage(Exception):
+    """A file that cannot be decoded: `name` says which, `reason` why. Callers quarantine it or turn it into a
+    `UserError`."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)  # both in args: the exception survives pickling between worker processes
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"cannot read image {self.name}: {self.reason}"
+
+
+def decode_image(source: bytes | str | Path, *, exif: bool = True, name: str | None = None) -> Tensor:
+    """Decodes a file or its bytes to uint8 RGB [3, H, W]; raises `UnreadableImage` whatever the decoder complains
+    about.
+
+    `exif` applies the EXIF orientation. `name` is what errors call the image; a path speaks for itself. The memory lies
+    as [H, W, 3]: the tensor is a view, so that nothing is copied twice; `.contiguous()` where the layout matters.
+    """
+    with _decoder_errors(source, name), _open(source) as image:
+        pixels = _rgb(image)
+        upright = _UPRIGHT.get(_orientation(image)) if exif else None
+        if upright is not None:
+            pixels = pixels.transpose(upright)
+        return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+
+
+def image_size(source: bytes | str | Path, *, exif: bool = True, name: str | None = None) -> tuple[int, int]:
+    """(height, width) from the header alone, as `decode_image` would return them; raises `UnreadableImage`."""
+    with _decoder_errors(source, name), _open(source) as image:
+        width, height = image.size
+        return (width, height) if exif and _orientation(image) >= 5 else (height, width)
+
+
+def stable_seed(*parts: int | str) -> int:
+    """A seed in [0, 2**63) that depends on the parts only: equal in every process, on every machine, for every Python
+    version."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+@contextmanager
+def seeded_view(key: str, view: int, seed: int) -> Iterator[None]:
+    """Seeds python's, numpy's and torch's (CPU) global generators from (seed, key, view) and puts their states back
+    afterwards.
+
+    Augmentations of other libraries draw from the global generators. Inside this block their draws are a function of
+    the image and the view, not of the worker, the rank or what was drawn before.
+    """
+    python_state, numpy_state, torch_state = (
+        random.getstate(),
+        np.random.get_state(),
+        torch.default_generator.get_state(),
+    )
+    value = stable_seed(seed, key, view)
+    try:
+        random.seed(value)
+        np.random.seed(value % 2**32)
+        torch.default_generator.manual_seed(value)  # torch.manual_seed would seed the accelerators too
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.default_generator.set_state(torch_state)
+
+
+@contextmanager
+def _decoder_errors(source: bytes | str | Path, name: str | None) -> Iterator[None]:
+    """Decoders raise nearly everything (OSError, SyntaxError, struct.error, IndexError ...) and warn about what they
+    could mend."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except MemoryError:
+            raise
+        except Exception as error:
+            label = name or (f"<{len(source)} bytes>" if isinstance(source, bytes) else str(source))
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            if isinstance(error, Image.UnidentifiedImageError):
+                reason = "not an image, or of an unknown format"
+            raise UnreadableImage(label, " ".join(reason.split()) or type(error).__name__) from error
+
+
+def _open(source: bytes | str | Path) -> Image.Image:
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # broken EXIF in front of a sound picture: show it as stored
+        return 1
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = Image.fromarray(_eight_bits(np.asarray(image), image.mode))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bits(grey: np.ndarray, mode: str) -> np.ndarray:
+    """Grey values of more than 8 bits scaled to 0..255, where PIL's own conversion clips them at 255."""
+    values = np.nan_to_num(grey.astype(np.float64))
+    if mode.startswith("I;16"):
+        full = 65535.0
+    elif mode == "I":  # 32 bits hold 8, 16 or more in practice: the smallest range that fits
+        full = next((limit for limit in (255.0, 65535.0) if values.max() <= limit), values.max())
+    else:
+        full = 1.0 if values.max() <= 1 else 255.0
+    return np.round(values.clip(0, full) * (255.0 / full)).astype(np.uint8)

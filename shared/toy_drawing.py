@@ -1,0 +1,318 @@
+"""Draws the pictures of the toy data: textured objects in many poses before cluttered backgrounds, by NumPy and PIL.
+
+A class is a shape together with a texture family. Each shape and each family belongs to two classes, so that neither
+decides alone; colours are free and say nothing. Crops and scenes paint their objects by the same function, so that what
+a backbone learns on crops holds in scenes. Everything is drawn at SUPER times the size and averaged down, which is the
+antialiasing. Every draw comes from the generator that is passed in: equal generators give equal pictures.
+
+The constants were tuned once, on the order "teacher with many labels > student from its outputs > student from few
+labels", and are frozen: numbers in the documentation refer to these pictures.
+
+Legend: H, W rows and columns (of the enlarged canvas inside this file); C = 3 colour channels; P points of an outline.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.random import Generator
+from PIL import Image, ImageDraw
+
+# Each of five shapes twice and each of five texture families twice.
+CLASSES: dict[str, tuple[str, str]] = {
+    "striped_disc": ("disc", "stripes"),
+    "dotted_disc": ("disc", "dots"),
+    "striped_cross": ("cross", "stripes"),
+    "checked_cross": ("cross", "checks"),
+    "checked_triangle": ("triangle", "checks"),
+    "zigzag_triangle": ("triangle", "zigzag"),
+    "zigzag_square": ("square", "zigzag"),
+    "ringed_square": ("square", "rings"),
+    "ringed_star": ("star", "rings"),
+    "dotted_star": ("star", "dots"),
+}
+TEXTURES = ("stripes", "dots", "checks", "zigzag", "rings")
+# Foreign objects are of no class in shape and texture.
+FOREIGN_SHAPES = ("crescent", "arrow", "heart", "blob")
+FOREIGN_TEXTURES = ("plain", "blotches", "grid")
+
+SUPER = 2
+CROP_SIZE, SCENE_SIZE = 48, 128
+# Longer side of the object, in pixels. Scenes reach from what a stride-4 level finds to half the picture.
+CROP_OBJECT, SCENE_OBJECT, CROWD_OBJECT = (22.0, 44.0), (20.0, 60.0), (12.0, 18.0)
+# Texture period as a part of the object's size, and its limits in pixels: below 4 no family can be told from another.
+PERIOD, PERIOD_LIMITS = (0.18, 0.28), (4.5, 12.0)
+TEXTURE_CONTRAST = 70.0  # least difference of brightness between an object's two colours, of 255
+BACKGROUND_TEXTURE = 0.35  # strength of the families in the background
+CLUTTER = (1, 4)  # foreign pieces behind the object, for each 48 x 48 pixels
+OCCLUDED = 0.5  # part of the crops with a piece before the object
+NOISE = (4.0, 14.0)  # standard deviation, of 255
+MIN_VISIBLE = 0.5  # least part of an object of a scene that is not covered
+CROWD_MEMBERS = (6, 10)
+
+
+@dataclass
+class Thing:
+    """What was painted: its outline in picture pixels and the picture's pixels it covers."""
+
+    name: str | None
+    """class; None is foreign"""
+    outline_P2: np.ndarray
+    """float64 x, y; may reach outside the picture"""
+    visible_HW: np.ndarray
+    """bool at picture size"""
+    crowd: bool = False
+    area: int = field(init=False)
+    """pixels before anything covered it"""
+
+    def __post_init__(self) -> None:
+        self.area = int(self.visible_HW.sum())
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing covers it and all of it is inside the picture."""
+        height, width = self.visible_HW.shape
+        inside = self.outline_P2.min() >= 0 and (self.outline_P2.max(0) <= (width, height)).all()
+        return bool(inside) and int(self.visible_HW.sum()) == self.area
+
+
+def draw_crop(rng: Generator, name: str | None) -> np.ndarray:
+    """uint8 [48, 48, 3] of one object of class `name`, or of a foreign one for None."""
+    canvas = _background(rng, CROP_SIZE)
+    for _ in range(rng.integers(*CLUTTER, endpoint=True)):
+        _paint_piece(canvas, rng, rng.uniform(0, CROP_SIZE, 2), rng.uniform(8, 22))
+    size = rng.uniform(*CROP_OBJECT)
+    spare = max(0.0, (CROP_SIZE - size) / 2) + 2
+    centre = CROP_SIZE / 2 + rng.uniform(-spare, spare, 2)
+    _paint_object(canvas, rng, name, centre, size)
+    if rng.random() < OCCLUDED:
+        angle = rng.uniform(0, 2 * np.pi)
+        away = np.array([np.cos(angle), np.sin(angle)]) * size * rng.uniform(0.35, 0.5)
+        _paint_piece(canvas, rng, centre + away, size * rng.uniform(0.3, 0.5))
+    return _develop(canvas, rng)
+
+
+def draw_scene(rng: Generator, objects: int, *, crowd: bool = False) -> tuple[np.ndarray, list[Thing]]:
+    """uint8 [128, 128, 3] with at most `objects` objects of the classes (fewer where they would hide each other) and
+    some foreign ones, and what is in it, foreign things left out. `crowd` adds a heap of small objects of one class."""
+    canvas = _background(rng, SCENE_SIZE)
+    patches = (SCENE_SIZE // CROP_SIZE) ** 2
+    for _ in range(patches * rng.integers(*CLUTTER, endpoint=True)):
+        _paint_piece(canvas, rng, rng.uniform(0, SCENE_SIZE, 2), rng.uniform(8, 22))
+    names: list[str | None] = [str(name) for name in rng.choice(list(CLASSES), objects)]
+    names += [None] * int(rng.integers(0, 3))
+    things: list[Thing] = []
+    if crowd:
+        things.append(_paint_crowd(canvas, rng))
+    for index in rng.permutation(len(names)):
+        size = rng.uniform(*SCENE_OBJECT)
+        place = _free_place(rng, things, size)
+        if place is not None:
+            _cover(things, _paint_object(canvas, rng, names[index], place, size))
+    for _ in range(rng.integers(0, 4)):
+        size = rng.uniform(8, 18)
+        place = _free_place(rng, things, size)
+        if place is not None:
+            _cover(things, _paint_piece(canvas, rng, place, size))
+    return _develop(canvas, rng), [thing for thing in things if thing.name is not None]
+
+
+def _cover(things: list[Thing], new: Thing) -> None:
+    for thing in things:
+        thing.visible_HW &= ~new.visible_HW
+    things.append(new)
+
+
+def _free_place(rng: Generator, things: list[Thing], size: float) -> np.ndarray | None:
+    """A centre where a square of `size` leaves enough of everything visible; None after some tries."""
+    for _ in range(12):
+        centre = rng.uniform(0.35 * size, SCENE_SIZE - 0.35 * size, 2)
+        left, top = np.maximum(0, centre - size / 2).astype(int)
+        right, bottom = np.ceil(centre + size / 2).astype(int)
+        hidden = [int(thing.visible_HW[top:bottom, left:right].sum()) for thing in things]
+        left_over = [int(thing.visible_HW.sum()) - hide for thing, hide in zip(things, hidden, strict=True)]
+        if all(rest >= MIN_VISIBLE * thing.area for rest, thing in zip(left_over, things, strict=True)):
+            return centre
+    return None
+
+
+def _paint_crowd(canvas: np.ndarray, rng: Generator) -> Thing:
+    name = str(rng.choice(list(CLASSES)))
+    middle = rng.uniform(32, SCENE_SIZE - 32, 2)
+    heap = np.zeros((SCENE_SIZE, SCENE_SIZE), dtype=bool)
+    for _ in range(rng.integers(*CROWD_MEMBERS, endpoint=True)):
+        centre = middle + rng.normal(0, 11, 2)
+        heap |= _paint_object(canvas, rng, name, centre, rng.uniform(*CROWD_OBJECT)).visible_HW
+    return Thing(name, np.full((1, 2), -1.0), heap, crowd=True)
+
+
+def _paint_object(canvas: np.ndarray, rng: Generator, name: str | None, centre: np.ndarray, size: float) -> Thing:
+    if name is None:
+        shape, texture = str(rng.choice(FOREIGN_SHAPES)), str(rng.choice(FOREIGN_TEXTURES))
+    else:
+        shape, texture = CLASSES[name]
+    return _paint(canvas, rng, name, shape, texture, centre, size, _two_colours(rng, TEXTURE_CONTRAST))
+
+
+def _paint_piece(canvas: np.ndarray, rng: Generator, centre: np.ndarray, size: float) -> Thing:
+    """A shapeless foreign piece: clutter behind the object, or what hides a part of it."""
+    texture = str(rng.choice(FOREIGN_TEXTURES))
+    shape = "blob" if rng.random() < 0.6 else "bar"
+    return _paint(canvas, rng, None, shape, texture, centre, size, _two_colours(rng, 20))
+
+
+def _paint(
+    canvas: np.ndarray,
+    rng: Generator,
+    name: str | None,
+    shape: str,
+    texture: str,
+    centre: np.ndarray,
+    size: float,
+    colours_2C: np.ndarray,
+) -> Thing:
+    """Paint a shape in a random pose, its longer side `size` picture pixels, on the enlarged float32 canvas [H,W,C]."""
+    points_P2 = _outline(shape, rng) @ _pose(rng)
+    points_P2 -= (points_P2.min(0) + points_P2.max(0)) / 2
+    points_P2 = points_P2 * (size / np.ptp(points_P2, axis=0).max()) + centre
+    height, width = canvas.shape[:2]
+    # PIL paints every pixel whose centre the outline holds when corners are given at pixel centres.
+    stencil = Image.new("1", (width, height))
+    corners = [(float(x), float(y)) for x, y in points_P2 * SUPER - 0.5]
+    ImageDraw.Draw(stencil).polygon(corners, fill=1)
+    mask_HW = np.asarray(stencil)
+    low = np.clip(np.floor(points_P2.min(0) * SUPER).astype(int) - 1, 0, (width, height))
+    high = np.clip(np.ceil(points_P2.max(0) * SUPER).astype(int) + 1, 0, (width, height))
+    window = (slice(low[1], high[1]), slice(low[0], high[0]))
+    inside = mask_HW[window]
+    if inside.any():
+        period = float(np.clip(size * rng.uniform(*PERIOD), *PERIOD_LIMITS)) * SUPER
+        rows = np.arange(low[1], high[1], dtype=np.float32)[:, None] - centre[1] * SUPER
+        columns = np.arange(low[0], high[0], dtype=np.float32)[None] - centre[0] * SUPER
+        mix_HW1 = _texture(texture, rng, rows, columns, period)[..., None]
+        colour = colours_2C[0] + mix_HW1 * (colours_2C[1] - colours_2C[0])
+        slope = rng.uniform(-0.25, 0.25, 2) / (size * SUPER / 2)
+        colour *= (1 + slope[0] * rows + slope[1] * columns)[..., None]
+        np.copyto(canvas[window], colour, where=inside[..., None], casting="same_kind")
+    covered = _shrink(mask_HW.astype(np.float32)) >= 0.5
+    return Thing(name, points_P2, covered)
+
+
+def _outline(shape: str, rng: Generator) -> np.ndarray:
+    """Corners [P,2] of a shape about the origin; the free proportions are drawn."""
+    turn = np.linspace(0, 2 * np.pi, 32, endpoint=False)
+    circle = np.stack([np.cos(turn), np.sin(turn)], 1)
+    match shape:
+        case "disc":
+            return circle
+        case "triangle":
+            return circle[[0, 11, 21]]
+        case "square":
+            return np.array([[-1.0, -1], [1, -1], [1, 1], [-1, 1]])
+        case "cross":
+            a = rng.uniform(0.28, 0.4)
+            corner = np.array([[a, 1], [a, a], [1, a], [1, -a], [a, -a], [a, -1]])
+            return np.concatenate([corner, -corner])
+        case "star":
+            points = np.linspace(0, 2 * np.pi, 10, endpoint=False)
+            radius = np.where(np.arange(10) % 2, rng.uniform(0.4, 0.52), 1.0)
+            return np.stack([np.cos(points), np.sin(points)], 1) * radius[:, None]
+        case "crescent":
+            inner = circle[8:25][::-1] * [rng.uniform(0.3, 0.6), 1]
+            return np.concatenate([circle[8:25], inner])
+        case "arrow":
+            a = rng.uniform(0.2, 0.35)
+            return np.array([[-1, a], [0, a], [0, 0.9], [1, 0], [0, -0.9], [0, -a], [-1, -a]])
+        case "heart":
+            x = 16 * np.sin(turn) ** 3
+            y = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
+            return np.stack([x, y], 1) / 16
+        case "bar":
+            a = rng.uniform(0.15, 0.3)
+            return np.array([[-1, -a], [1, -a], [1, a], [-1, a]])
+        case _:
+            waves = sum(rng.uniform(-0.16, 0.16) * np.cos(n * turn + rng.uniform(0, 6)) for n in (2, 3, 4, 5))
+            return circle * (1 + np.asarray(waves))[:, None]
+
+
+def _pose(rng: Generator) -> np.ndarray:
+    """A turn by any angle, then a stretch along any other direction: 2 x 2, for points as rows."""
+    angle, other = rng.uniform(0, 2 * np.pi, 2)
+    stretch = np.exp(rng.uniform(-0.3, 0.3))
+    second = _rotation(other)
+    matrix: np.ndarray = _rotation(angle) @ second.T @ np.diag([stretch, 1 / stretch]) @ second
+    return matrix
+
+
+def _rotation(angle: float) -> np.ndarray:
+    c, s = np.cos(angle), np.sin(angle)
+    return np.array([[c, -s], [s, c]])
+
+
+def _texture(family: str, rng: Generator, rows: np.ndarray, columns: np.ndarray, period: float) -> np.ndarray:
+    """float32 [H,W] between 0 and 1: which of two colours, on coordinates in canvas pixels."""
+    angle, shift_u, shift_v, balance = rng.uniform(0, 2 * np.pi, 4)
+    c, s = np.cos(angle) * 2 * np.pi / period, np.sin(angle) * 2 * np.pi / period
+    u = (c * columns + s * rows).astype(np.float32)
+    v = (c * rows - s * columns).astype(np.float32)
+    if family == "rings":  # about a point near the object's middle
+        value = np.sin(np.hypot(u + shift_u / 4, v + shift_v / 4) + balance)
+        return np.clip(0.5 + 2 * value, 0, 1)
+    u += np.float32(shift_u)
+    v += np.float32(shift_v)
+    match family:
+        case "stripes":
+            value = np.sin(u)
+        case "checks":
+            value = 2 * np.sin(u / 1.3) * np.sin(v / 1.3)
+        case "dots":
+            value = np.cos(u / 1.1) + np.cos(v / 1.1) - 0.5
+        case "zigzag":
+            value = np.sin(u + 2.2 * np.abs((v / np.pi) % 2 - 1) * 1.3)
+        case "grid":
+            value = np.maximum(np.cos(u / 1.5), np.cos(v / 1.5)) * 2 - 1.5
+        case "blotches":
+            value = np.sin(0.5 * u + 2 * np.sin(0.45 * v)) + np.sin(0.6 * v + 2 * np.sin(0.35 * u + 1))
+        case _:
+            value = np.zeros_like(u + v)
+    value = value * np.float32(np.sign(balance - np.pi))  # either colour is the ground
+    return np.clip(0.5 + 2 * value, 0, 1)
+
+
+def _two_colours(rng: Generator, contrast: float) -> np.ndarray:
+    """float32 [2,C] whose brightness differs by at least `contrast`."""
+    while True:
+        colours = rng.uniform(10, 245, (2, 3)).astype(np.float32)
+        if abs(float((colours[0] - colours[1]) @ (0.3, 0.59, 0.11))) >= contrast:
+            return colours
+
+
+def _background(rng: Generator, size: int) -> np.ndarray:
+    """float32 canvas [H,W,C] of soft clouds between two colours with a weak texture of any family on it."""
+    enlarged = size * SUPER
+    cells = int(rng.integers(3, 7)) * size // CROP_SIZE
+    clouds = Image.fromarray(rng.random((cells, cells), dtype=np.float32)).resize((enlarged,) * 2, Image.Resampling.BICUBIC)
+    mix = np.asarray(clouds)
+    axis = np.arange(enlarged, dtype=np.float32) - enlarged / 2
+    family = str(rng.choice(TEXTURES + FOREIGN_TEXTURES))
+    pattern = _texture(family, rng, axis[:, None], axis[None], rng.uniform(5, 14) * SUPER)
+    mix = (mix + rng.uniform(0, BACKGROUND_TEXTURE) * (pattern - 0.5))[..., None]
+    colours = rng.uniform(10, 245, (2, 3)).astype(np.float32)
+    return colours[0] + mix * (colours[1] - colours[0])
+
+
+def _develop(canvas: np.ndarray, rng: Generator) -> np.ndarray:
+    """Light from one side, averaging down, noise: uint8 at picture size."""
+    picture = _shrink(canvas)
+    height, width = picture.shape[:2]
+    slope = rng.uniform(-0.35, 0.35, 2)
+    light = 1 + slope[0] * np.linspace(-1, 1, height)[:, None] + slope[1] * np.linspace(-1, 1, width)[None]
+    picture = picture * (light * rng.uniform(0.75, 1.15))[..., None]
+    picture += rng.uniform(*NOISE) * rng.standard_normal(picture.shape, dtype=np.float32)
+    return picture.clip(0, 255).astype(np.uint8)
+
+
+def _shrink(enlarged: np.ndarray) -> np.ndarray:
+    """Mean over SUPER x SUPER pixels."""
+    height, width = enlarged.shape[0] // SUPER, enlarged.shape[1] // SUPER
+    shrunk: np.ndarray = enlarged.reshape(height, SUPER, width, SUPER, *enlarged.shape[2:]).mean((1, 3))
+    return shrunk

@@ -1,0 +1,338 @@
+"""Detection batches: what the network sees at a step is a pure function of (seed, step), split over ranks and
+micro-batches.
+
+The global batch is the knob. It is drawn once for all ranks from (seed, epoch) and cut contiguously, first over ranks,
+then over accumulation, so that any split sees the same images under the same augmentation; a run may stop anywhere and
+start again at `start_step`. A batch holds either images that are wider than high or the others, to limit padding; what
+is left over of both groups fills the last batches. Evaluation batches are fixed by index, and ranks share them out
+whole. Deliberately absent: repeat-factor sampling, and any state to save.
+
+Legend: B images of a micro-batch, C channels, H height, W width, G objects (padded to the batch's most).
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from shared.errors import UserError
+from shared.images import UnreadableImage, decode_image, stable_seed
+from shared.workers import start_worker
+from stage2_detect.augment import View, draw_view, fit_view, view_boxes, view_image
+from stage2_detect.coco import MIN_SIDE, CocoData, CocoImage
+from stage2_detect.models.batch import ImageBatch, Targets
+
+PAD_MULTIPLE = 32
+
+
+class TrainBatch(NamedTuple):
+    """One micro-batch of one rank."""
+
+    images: ImageBatch
+    targets: Targets
+    records: list[CocoImage]
+    unreadable: list[UnreadableImage]
+    """files that could not be decoded and were replaced by the next image; the training loop counts and lists them"""
+
+
+class BatchOrder:
+    """Which images form which global batch.
+
+    Raises `UserError` when `batch_size` exceeds the number of images or does not divide over `ranks * accumulate`
+    micro-batches.
+    """
+
+    def __init__(
+        self, wide: Sequence[bool], *, batch_size: int, seed: int, ranks: int = 1, accumulate: int = 1
+    ) -> None:
+        if batch_size < 1 or batch_size > len(wide):
+            raise UserError(f"batch_size {batch_size} does not fit the data set of {len(wide)} training images")
+        if batch_size % (ranks * accumulate):
+            raise UserError(
+                f"batch_size {batch_size} does not divide over {ranks} processes x {accumulate} accumulation steps"
+            )
+        self.wide = np.asarray(wide, dtype=bool)
+        self.batch_size, self.seed, self.ranks, self.accumulate = batch_size, seed, ranks, accumulate
+        self.steps_per_epoch = len(wide) // batch_size
+        """constant: the remainder of an epoch is dropped, however the two groups divide"""
+        self._epoch_batches = lru_cache(maxsize=2)(self._draw_epoch)
+
+    def step(self, step: int) -> list[int]:
+        """Image indices of the global batch of a step (from 0)."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        return self._epoch_batches(epoch)[number].tolist()
+
+    def micro_batch(self, step: int, rank: int, part: int) -> list[int]:
+        """Image indices of one rank's accumulation part of a step."""
+        size = self.batch_size // (self.ranks * self.accumulate)
+        start = (rank * self.accumulate + part) * size
+        return self.step(step)[start : start + size]
+
+    def _draw_epoch(self, epoch: int) -> np.ndarray:
+        """[steps_per_epoch, batch_size] image indices."""
+        draw = np.random.default_rng([self.seed, epoch])
+        order = draw.permutation(len(self.wide))
+        groups = [order[self.wide[order]], order[~self.wide[order]]]
+        full = [len(group) // self.batch_size * self.batch_size for group in groups]
+        rest = np.concatenate([group[cut:] for group, cut in zip(groups, full, strict=True)])
+        kept = [group[:cut] for group, cut in zip(groups, full, strict=True)]
+        kept.append(draw.permutation(rest)[: len(rest) // self.batch_size * self.batch_size])
+        return draw.permutation(np.concatenate(kept).reshape(-1, self.batch_size), axis=0)
+
+
+class TrainLoader:
+    """Iterates over this rank's micro-batches from `start_step` to `stop_step`: `accumulate` of them a step, in order.
+
+    `short_sides`, `max_long`, `flip` and `interpolation` are the whole augmentation (see `augment.draw_view`); an
+    image's view number is the epoch. `workers=0` decodes in the calling process. An image that cannot be decoded is
+    replaced by the next of the file and reported with the batch; a picture whose size differs from the file's raises
+    `UserError`.
+    """
+
+    def __init__(
+        self,
+        data: CocoData,
+        *,
+        batch_size: int,
+        seed: int,
+        start_step: int,
+        stop_step: int,
+        short_sides: Sequence[int],
+        max_long: int,
+        flip: float = 0.5,
+        interpolation: str = "bicubic",
+        rank: int = 0,
+        ranks: int = 1,
+        accumulate: int = 1,
+        workers: int = 0,
+    ) -> None:
+        wide = [record.width > record.height for record in data.images]
+        self.order = BatchOrder(wide, batch_size=batch_size, seed=seed, ranks=ranks, accumulate=accumulate)
+        self.steps_per_epoch = self.order.steps_per_epoch
+        self._records = data.images
+        samples = _TrainSamples(data.images, seed, tuple(short_sides), max_long, flip, interpolation)
+        steps = range(start_step, max(stop_step, start_step))
+        self._loader = _data_loader(samples, _TrainSampler(self.order, rank, steps), _collate_training, workers)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[TrainBatch]:
+        for batch in self._loader:
+            _raise_error(batch)
+            targets = Targets(boxes_BG4=batch["boxes"], labels_BG=batch["labels"], seeds_B=batch["seeds"])
+            unreadable = [UnreadableImage(*parts) for parts in batch["unreadable"]]
+            yield TrainBatch(_image_batch(batch), targets, [self._records[i] for i in batch["indices"]], unreadable)
+
+
+class EvalLoader:
+    """Iterates over this rank's (ImageBatch, records); every image of the data comes once over all ranks.
+
+    Batches are the same whatever the number of ranks, since padding touches the features near a border; rank r takes
+    batches r, r + ranks, ... An image that cannot be decoded is a `UserError`.
+    """
+
+    def __init__(
+        self,
+        data: CocoData,
+        *,
+        batch_size: int,
+        short_side: int,
+        max_long: int,
+        interpolation: str = "bicubic",
+        rank: int = 0,
+        ranks: int = 1,
+        workers: int = 0,
+    ) -> None:
+        self._records = data.images
+        batches = eval_batches(data.images, batch_size)[rank::ranks]
+        samples = _EvalSamples(data.images, short_side, max_long, interpolation)
+        self._loader = _data_loader(samples, batches, _collate_images, workers)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[ImageBatch, list[CocoImage]]]:
+        for batch in self._loader:
+            _raise_error(batch)
+            yield _image_batch(batch), [self._records[i] for i in batch["indices"]]
+
+
+def eval_batches(records: Sequence[CocoImage], batch_size: int) -> list[list[int]]:
+    """Image indices of each evaluation batch: sorted by aspect ratio, then by index, so that a batch needs little
+    padding."""
+    order = sorted(range(len(records)), key=lambda i: (records[i].width / records[i].height, i))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def load_record(record: CocoImage) -> Tensor:
+    """uint8 [3, height, width] in the size the JSON gives.
+
+    Boxes are drawn on the stored or on the upright picture, depending on the tool: EXIF rotation is applied only if it
+    makes the size fit. Raises `UnreadableImage`, or `UserError` when neither fits.
+    """
+    expected = (record.height, record.width)
+    for exif in (False, True):
+        image = decode_image(record.path, exif=exif)
+        if image.shape[1:] == expected:
+            return image
+    raise UserError(
+        f"image {record.path} is {image.shape[2]}x{image.shape[1]}, "
+        f"but its JSON entry (id {record.image_id!r}) says {record.width}x{record.height}"
+    )
+
+
+class _Request(NamedTuple):
+    position: int
+    epoch: int
+    step: int
+
+
+class _Sample(NamedTuple):
+    """What a worker makes of one request; errors are values, since a `DataLoader` would wrap a raised one in a
+    traceback."""
+
+    position: int
+    image_CHW: Tensor | None = None
+    view: View | None = None
+    boxes_N4: np.ndarray | None = None
+    labels_N: np.ndarray | None = None
+    seed: int = 0
+    unreadable: tuple[tuple[str, str], ...] = ()
+    error: str = ""
+
+
+class _TrainSampler(Sampler[list[_Request]]):
+    def __init__(self, order: BatchOrder, rank: int, steps: range) -> None:
+        self.order, self.rank, self.steps = order, rank, steps
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.order.accumulate
+
+    def __iter__(self) -> Iterator[list[_Request]]:
+        for step in self.steps:
+            epoch = step // self.order.steps_per_epoch
+            for part in range(self.order.accumulate):
+                yield [_Request(index, epoch, step) for index in self.order.micro_batch(step, self.rank, part)]
+
+
+class _TrainSamples(Dataset[_Sample]):
+    def __init__(
+        self,
+        records: list[CocoImage],
+        seed: int,
+        short_sides: tuple[int, ...],
+        max_long: int,
+        flip: float,
+        interpolation: str,
+    ) -> None:
+        self.records, self.seed, self.interpolation = records, seed, interpolation
+        self.short_sides, self.max_long, self.flip = short_sides, max_long, flip
+
+    def __getitem__(self, request: _Request) -> _Sample:
+        unreadable: list[tuple[str, str]] = []
+        for offset in range(len(self.records)):
+            index = (request.position + offset) % len(self.records)
+            record = self.records[index]
+            try:
+                image = load_record(record)
+            except UnreadableImage as error:
+                unreadable.append((error.name, error.reason))
+                continue
+            except UserError as error:
+                return _Sample(index, error=str(error))
+            view = draw_view(
+                record.height, record.width, seed=self.seed, image_id=record.image_id, view=request.epoch,
+                short_sides=self.short_sides, max_long=self.max_long, flip=self.flip,
+            )  # fmt: skip
+            boxes = view_boxes(record.boxes_N4, view)
+            sound = ((boxes[:, 2:] - boxes[:, :2]) > MIN_SIDE).all(
+                1
+            )  # a sliver at the border can vanish by rounding of the size
+            seed = stable_seed(self.seed, request.step, record.image_id)
+            pixels = view_image(image, view, self.interpolation)
+            return _Sample(index, pixels, view, boxes[sound], record.labels_N[sound], seed, tuple(unreadable))
+        return _Sample(
+            request.position,
+            error=f"none of the {len(self.records)} training images can be read; the first: {': '.join(unreadable[0])}",
+        )
+
+
+class _EvalSamples(Dataset[_Sample]):
+    def __init__(self, records: list[CocoImage], short_side: int, max_long: int, interpolation: str) -> None:
+        self.records, self.short_side, self.max_long, self.interpolation = records, short_side, max_long, interpolation
+
+    def __getitem__(self, index: int) -> _Sample:
+        record = self.records[index]
+        try:
+            image = load_record(record)
+        except (UnreadableImage, UserError) as error:
+            return _Sample(index, error=str(error))
+        view = fit_view(record.height, record.width, short_side=self.short_side, max_long=self.max_long)
+        return _Sample(index, view_image(image, view, self.interpolation), view)
+
+
+def _collate_images(samples: list[_Sample]) -> dict[str, Any]:
+    """Plain tensors and lists: what crosses the process border can be pinned and stays small."""
+    for sample in samples:
+        if sample.error:
+            return {"error": sample.error}
+    images = [sample.image_CHW for sample in samples if sample.image_CHW is not None]
+    height, width = (-(-max(image.shape[axis] for image in images) // PAD_MULTIPLE) * PAD_MULTIPLE for axis in (1, 2))
+    pixels_BCHW = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    for canvas, image in zip(pixels_BCHW, images, strict=True):
+        canvas[:, : image.shape[1], : image.shape[2]] = image
+    return {
+        "pixels": pixels_BCHW,
+        "sizes": torch.tensor([image.shape[1:] for image in images]),
+        "scales": torch.tensor(
+            [sample.view.scale for sample in samples if sample.view is not None], dtype=torch.float32
+        ),
+        "indices": [sample.position for sample in samples],
+    }
+
+
+def _collate_training(samples: list[_Sample]) -> dict[str, Any]:
+    batch = _collate_images(samples)
+    if "error" in batch:
+        return batch
+    objects = [
+        (sample.boxes_N4, sample.labels_N)
+        for sample in samples
+        if sample.boxes_N4 is not None and sample.labels_N is not None
+    ]
+    most = max(len(labels) for _, labels in objects)
+    boxes_BG4 = torch.zeros(len(samples), most, 4)
+    labels_BG = torch.full((len(samples), most), -1, dtype=torch.int64)
+    for row, (boxes, labels) in enumerate(objects):
+        boxes_BG4[row, : len(boxes)] = torch.from_numpy(boxes)
+        labels_BG[row, : len(labels)] = torch.from_numpy(labels)
+    seeds_B = torch.tensor([sample.seed for sample in samples], dtype=torch.int64)
+    unreadable = [list(parts) for sample in samples for parts in sample.unreadable]
+    return batch | {"boxes": boxes_BG4, "labels": labels_BG, "seeds": seeds_B, "unreadable": unreadable}
+
+
+def _image_batch(batch: dict[str, Any]) -> ImageBatch:
+    return ImageBatch(pixels_BCHW=batch["pixels"], sizes_B2=batch["sizes"], scales_B=batch["scales"])
+
+
+def _raise_error(batch: dict[str, Any]) -> None:
+    if "error" in batch:
+        raise UserError(batch["error"])
+
+
+def _data_loader(dataset: Dataset, batches: Any, collate: Any, workers: int) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+        worker_init_fn=start_worker,
+        generator=torch.Generator(),  # its own: the loader's base seed would otherwise advance torch's global generator
+    )

@@ -1,0 +1,215 @@
+"""COCO average precision of boxes, by hotcoco or pycocotools, and detections as COCO results JSON.
+
+Metric: https://cocodataset.org/#detection-eval, as pycocotools computes it; hotcoco gives the same bits about a hundred
+times faster. Both get arrays, never a file, and both of their precision tables are summarised by the same lines here.
+Known traps are kept from them: annotation ids are renumbered from 1 (an id of 0 halves pycocotools' AP), string ids
+become numbers, empty detections score 0 (pycocotools: IndexError) and NaN scores are refused (pycocotools: AP 1).
+Deliberately absent: masks, plots, confusion matrices.
+
+Legend: N objects of one image, D detections of all images, T IoU thresholds, R recall points, K classes, A area ranges,
+M detection limits.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from shared.errors import UserError
+from stage2_detect.coco import CocoData, Id
+from stage2_detect.models.batch import Detections
+
+BACKENDS = ("auto", "hotcoco", "pycocotools")
+_AREAS = {"": 0, "s": 1, "m": 2, "l": 3}
+_LIMITS = {1: 0, 10: 1, 100: 2}
+
+
+def coco_ap(ground_truth: CocoData, detections: Mapping[Id, Detections], backend: str = "auto") -> dict[str, Any]:
+    """COCO's twelve numbers and AP per class; a number that is undefined (no object of that class or size) is None.
+
+    `ground_truth` was read with `training=False`. `detections` maps image ids to boxes in original-image pixels; an
+    image without an entry has none. Keys: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl in 0..1, and
+    `per_class` {class name: AP}. Raises `ValueError` for an unknown image, a label out of range, or a number that is
+    not finite.
+    """
+    if ground_truth.training:
+        raise ValueError(
+            "the ground truth must be read with training=False: crowds and odd boxes count in COCO's scores"
+        )
+    # The order of the original ids decides between equal scores, as it does in pycocotools on the original file.
+    order = sorted((record.image_id for record in ground_truth.images), key=lambda key: (isinstance(key, str), key))
+    number = {image_id: index for index, image_id in enumerate(order, 1)}
+    found_D7 = _detection_table(ground_truth, detections, number)
+    evaluate = _hotcoco_tables if choose_backend(backend) == "hotcoco" else _pycocotools_tables
+    precision_TRKAM, recall_TKAM = evaluate(_dataset(ground_truth, number), found_D7)
+
+    def ap(area: str = "", at: slice = slice(None), label: slice = slice(None)) -> float | None:
+        return _mean(precision_TRKAM[at, :, label, _AREAS[area], _LIMITS[100]])
+
+    def ar(limit: int = 100, area: str = "") -> float | None:
+        return _mean(recall_TKAM[:, :, _AREAS[area], _LIMITS[limit]])
+
+    result: dict[str, Any] = {"AP": ap(), "AP50": ap(at=slice(0, 1)), "AP75": ap(at=slice(5, 6))}
+    result |= {f"AP{area}": ap(area) for area in "sml"}
+    result |= {f"AR{limit}": ar(limit) for limit in _LIMITS}
+    result |= {f"AR{area}": ar(area=area) for area in "sml"}
+    result["per_class"] = {name: ap(label=slice(k, k + 1)) for k, name in enumerate(ground_truth.class_names)}
+    return result
+
+
+def choose_backend(backend: str) -> str:
+    """The backend that "auto" stands for here; a `UserError` when the one asked for is not installed."""
+    if backend not in BACKENDS:
+        raise UserError(f"unknown COCO backend {backend!r}, choose one of {', '.join(BACKENDS)}")
+    present = importlib.util.find_spec("hotcoco") is not None
+    if backend == "hotcoco" and not present:
+        raise UserError('the COCO backend hotcoco is not installed: pip install "ssld[fast]", or use pycocotools')
+    return "hotcoco" if present and backend != "pycocotools" else "pycocotools"
+
+
+def detections_to_json(data: CocoData, detections: Mapping[Id, Detections], path: str | Path) -> None:
+    """Writes COCO's results format with the file's own image and category ids; the file appears whole or not at all."""
+    rows = []
+    for image_id, found in detections.items():
+        corners_N4 = found.boxes_N4.double().cpu().numpy()
+        boxes = np.concatenate([corners_N4[:, :2], corners_N4[:, 2:] - corners_N4[:, :2]], 1).round(3).tolist()
+        for box, score, label in zip(boxes, found.scores_N.tolist(), found.labels_N.tolist(), strict=True):
+            category_id = data.category_ids[label]
+            rows.append({"image_id": image_id, "category_id": category_id, "bbox": box, "score": float(f"{score:.9g}")})
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(rows, allow_nan=False))
+    os.replace(part, path)
+
+
+def detections_from_json(data: CocoData, path: str | Path) -> dict[Id, Detections]:
+    """Reads COCO's results format back, for the images and categories of `data`; a faulty row is a `UserError`."""
+    try:
+        rows = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise UserError(f"{path} is not a list of COCO detections")
+    labels = {category_id: label for label, category_id in enumerate(data.category_ids)}
+    found: dict[Id, list[list[float]]] = {record.image_id: [] for record in data.images}
+    for index, row in enumerate(rows):
+        fault = _fault(row, found, labels)
+        if fault:
+            raise UserError(f"{path}: detection number {index + 1} {fault}")
+        x, y, width, height = row["bbox"]
+        found[row["image_id"]].append([x, y, x + width, y + height, row["score"], labels[row["category_id"]]])
+    tables = {image_id: torch.tensor(table, dtype=torch.float64).reshape(-1, 6) for image_id, table in found.items()}
+    return {
+        image_id: Detections(boxes_N4=table[:, :4].float(), scores_N=table[:, 4].float(), labels_N=table[:, 5].long())
+        for image_id, table in tables.items()
+    }
+
+
+def _fault(row: Any, images: Mapping[Id, Any], labels: Mapping[Id, int]) -> str:
+    if not isinstance(row, dict) or not {"image_id", "category_id", "bbox", "score"} <= row.keys():
+        return "lacks one of image_id, category_id, bbox, score"
+    if row["image_id"] not in images:
+        return f"has the unknown image_id {row['image_id']!r}"
+    if row["category_id"] not in labels:
+        return f"has the unknown category_id {row['category_id']!r}"
+    box, score = row["bbox"], row["score"]
+    if (
+        not isinstance(box, list)
+        or len(box) != 4
+        or not all(isinstance(v, int | float) and math.isfinite(v) for v in [*box, score])
+    ):
+        return f"has bbox {box!r} and score {score!r}, expected finite numbers"
+    return ""
+
+
+def _detection_table(
+    ground_truth: CocoData, detections: Mapping[Id, Detections], number: Mapping[Id, int]
+) -> np.ndarray:
+    """float64 [D, 7]: image number, x, y, width, height, score, label + 1."""
+    tables = [np.zeros((0, 7))]
+    for image_id, found in detections.items():
+        if image_id not in number:
+            raise ValueError(f"detections for image {image_id!r}, which {ground_truth.file} does not have")
+        corners_N4, scores_N, labels_N = (
+            part.double().cpu().numpy() for part in (found.boxes_N4, found.scores_N, found.labels_N)
+        )
+        if not (np.isfinite(corners_N4).all() and np.isfinite(scores_N).all()):
+            raise ValueError(f"a score or box of image {image_id!r} is not finite")
+        if len(labels_N) and not (labels_N.min() >= 0 and labels_N.max() < len(ground_truth.class_names)):
+            raise ValueError(f"image {image_id!r} has a label outside 0..{len(ground_truth.class_names) - 1}")
+        sides_N2 = corners_N4[:, 2:] - corners_N4[:, :2]
+        columns = (np.full(len(scores_N), number[image_id]), corners_N4[:, :2], sides_N2, scores_N, labels_N + 1)
+        tables.append(np.column_stack(columns))
+    table = np.concatenate(tables)
+    return table[np.argsort(table[:, 0], kind="stable")]
+
+
+def _dataset(ground_truth: CocoData, number: Mapping[Id, int]) -> dict[str, list[dict]]:
+    """The data set in COCO's own form with ids 1, 2, ... for images, annotations and categories (label + 1)."""
+    images: list[dict] = []
+    annotations: list[dict] = []
+    for record in ground_truth.images:
+        image_number = number[record.image_id]
+        images.append({"id": image_number, "file_name": record.path, "height": record.height, "width": record.width})
+        columns = (
+            record.file_boxes_N4.tolist(),
+            record.labels_N.tolist(),
+            record.areas_N.tolist(),
+            record.crowd_N.tolist(),
+        )
+        for box, label, area, crowd in zip(*columns, strict=True):
+            annotation = {"id": len(annotations) + 1, "image_id": image_number, "category_id": label + 1}
+            annotations.append(annotation | {"bbox": box, "area": area, "iscrowd": int(crowd)})
+    categories = [{"id": label + 1, "name": name} for label, name in enumerate(ground_truth.class_names)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _hotcoco_tables(dataset: dict[str, list[dict]], found_D7: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    import hotcoco  # optional dependency
+
+    truth = hotcoco.COCO(dataset)
+    evaluation = hotcoco.COCOeval(truth, truth.load_res(found_D7), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    return np.asarray(evaluation.eval["precision"]), np.asarray(evaluation.eval["recall"])
+
+
+def _pycocotools_tables(dataset: dict[str, list[dict]], found_D7: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    found: list[dict] = []
+    for image, x, y, width, height, score, category in found_D7.tolist():
+        row = {
+            "id": len(found) + 1,
+            "image_id": int(image),
+            "category_id": int(category),
+            "bbox": [x, y, width, height],
+        }
+        found.append(row | {"score": score, "area": width * height, "iscrowd": 0})
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+        apis = []
+        for annotations in (dataset["annotations"], found):  # not `loadRes`, which fails on an empty list
+            api = COCO()
+            api.dataset = dataset | {"annotations": annotations}
+            api.createIndex()
+            apis.append(api)
+        evaluation = COCOeval(*apis, "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+    tables = cast(dict[str, np.ndarray], evaluation.eval)
+    return tables["precision"], tables["recall"]
+
+
+def _mean(table: np.ndarray) -> float | None:
+    """Mean over the defined entries; COCO marks the others -1."""
+    defined = table[table > -1]
+    return float(defined.mean()) if defined.size else None

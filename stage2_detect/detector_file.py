@@ -1,0 +1,70 @@
+"""The detector file: weights, architecture, sizes, class names and category ids, so that evaluation needs nothing else."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+
+from shared.backbones import InputSettings
+from shared.checkpoint import load_module
+from shared.errors import UserError
+from shared.model_file import read_metadata, read_tensors, save_model_file
+from stage2_detect.coco import CocoData
+from stage2_detect.config import DetectorConfig, ResizeConfig
+from stage2_detect.models.build import build_detector
+from stage2_detect.models.rcnn import RCNN
+
+
+@dataclass(frozen=True)
+class LoadedDetector:
+    """A detector in evaluation mode with the classes and image sizes that belong to it."""
+
+    model: RCNN
+    class_names: tuple[str, ...]
+    category_ids: tuple[int | str, ...]
+    resize: ResizeConfig
+    metadata: dict[str, Any]
+
+
+def save_detector(
+    path: Path,
+    model: RCNN,
+    *,
+    config: DetectorConfig,
+    resize: ResizeConfig,
+    arch: str,
+    inputs: InputSettings,
+    data: CocoData,
+    **facts: Any,
+) -> str:
+    """Write a detector file; `facts` (step, metrics, backbone ...) go to its metadata. Returns the content hash."""
+    metadata = {
+        "kind": "detector",
+        "arch": arch,
+        "timm_version": timm.__version__,
+        "class_names": data.class_names,
+        "category_ids": data.category_ids,
+        "mean": inputs.mean,
+        "std": inputs.std,
+        "model": config.model_dump(mode="json"),
+        "resize": resize.model_dump(mode="json"),
+        **facts,
+    }
+    return save_model_file(path, model.state_dict(), metadata)
+
+
+def load_detector(path: Path) -> LoadedDetector:
+    """Read a detector file. Raises UserError for anything that is not one."""
+    metadata = read_metadata(path, kind="detector")
+    if metadata.get("kind") != "detector":
+        raise UserError(f"{path}: not a detector file: it has no metadata of this project")
+    names = tuple(metadata["class_names"])
+    inputs = InputSettings(tuple(metadata["mean"]), tuple(metadata["std"]), (0, 0), "bilinear", False)
+    config = DetectorConfig(**metadata["model"])
+    body = timm.create_model(metadata["arch"], features_only=True)
+    model = build_detector(config, classes=len(names), body=body, arch=metadata["arch"], inputs=inputs)
+    load_module(model, read_tensors(path), path)
+    return LoadedDetector(
+        model.eval(), names, tuple(metadata["category_ids"]), ResizeConfig(**metadata["resize"]), metadata
+    )

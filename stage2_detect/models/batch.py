@@ -1,0 +1,73 @@
+"""What goes into a detector and what comes out of it: images, targets, detections.
+
+Absent on purpose: files, category ids and names. The data side makes `ImageBatch` and `Targets`; models see nothing
+    else of it.
+
+Shapes: B images, G objects (padded to the most of the batch, may be 0), C channels, H height, W width, N detections, K
+    classes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images of unequal size in one padded tensor."""
+
+    pixels_BCHW: Tensor
+    """uint8 RGB, padded with zeros at the bottom and the right to a multiple of 32."""
+    sizes_B2: Tensor
+    """int64 true (height, width) of each image inside the padded one."""
+    scales_B: Tensor
+    """float32 network size / original size."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "ImageBatch":
+        """A copy on `device`."""
+        return ImageBatch(
+            self.pixels_BCHW.to(device, non_blocking=non_blocking),
+            self.sizes_B2.to(device, non_blocking=non_blocking),
+            self.scales_B.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> "ImageBatch":
+        """A copy in page-locked memory; a data loader with `pin_memory=True` calls it."""
+        return ImageBatch(self.pixels_BCHW.pin_memory(), self.sizes_B2.pin_memory(), self.scales_B.pin_memory())
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The objects of each image, in the coordinates of the network's input."""
+
+    boxes_BG4: Tensor
+    """float32 (x1, y1, x2, y2) in pixels; zeros where there is no object."""
+    labels_BG: Tensor
+    """int64 in 0..K-1; -1 where there is no object."""
+    seeds_B: Tensor
+    """int64: decides the sampling of this image at this step; a hash of (seed, step, image id)."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
+        """A copy on `device`."""
+        return Targets(
+            self.boxes_BG4.to(device, non_blocking=non_blocking),
+            self.labels_BG.to(device, non_blocking=non_blocking),
+            self.seeds_B.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> "Targets":
+        """A copy in page-locked memory; a data loader with `pin_memory=True` calls it."""
+        return Targets(self.boxes_BG4.pin_memory(), self.labels_BG.pin_memory(), self.seeds_B.pin_memory())
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What was found in one image, best first."""
+
+    boxes_N4: Tensor
+    """float32 (x1, y1, x2, y2) in pixels of the original image."""
+    scores_N: Tensor
+    """float32 in 0..1."""
+    labels_N: Tensor
+    """int64 in 0..K-1."""

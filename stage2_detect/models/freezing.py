@@ -1,0 +1,77 @@
+"""Which stage of a backbone a parameter belongs to, and holding the first stages and the norms still.
+
+Stages follow timm's `feature_info`, not names of any one architecture: stage 0 (the stem) is what comes before the
+module that yields stride 4, stage k is what comes after the module of stage k - 1 up to and including the one that
+yields stride 2 * 2**k (4, 8, 16, 32).
+
+A frozen BatchNorm stays the module it was, in eval mode and without gradients: its keys in a state dict do not change,
+and under bf16 autocast its output stays bf16 (the usual replacement multiplies by float32 buffers, and its output
+becomes float32).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+STRIDES = (4, 8, 16, 32)
+
+
+def feature_info(body: nn.Module) -> Any:
+    """timm's description of a `features_only` body: channels, reductions and module names of its maps."""
+    return body.feature_info
+
+
+def level_indices(reductions: Sequence[int]) -> list[int | None]:
+    """For each of `STRIDES` the last feature with that reduction, or None."""
+    return [max((i for i, r in enumerate(reductions) if r == stride), default=None) for stride in STRIDES]
+
+
+def stage_of_module(body: nn.Module) -> dict[str, int]:
+    """Stage 0..4 of every module of a timm `features_only` body with all of `STRIDES`, by the module's name."""
+    infos = feature_info(body).get_dicts()
+    indices = level_indices([info["reduction"] for info in infos])
+    assert None not in indices, "a pyramid body has every stride"
+    # timm flattens `stages.0` to the child `stages_0` in some bodies, so names are compared without the difference.
+    levels = [_flat(infos[i]["module"]) for i in indices if i is not None]
+    stages: dict[str, int] = {}
+    passed = 0  # levels whose module has been seen
+    for name, _ in body.named_modules():  # registration order, which is the order of execution in timm's bodies
+        inside = [k for k, level in enumerate(levels, start=1) if _flat(name).startswith(level)]
+        if inside:
+            passed = inside[0]
+            stages[name] = passed
+        else:
+            is_container = any(level.startswith(_flat(name)) for level in levels)
+            stages[name] = 0 if passed == 0 or is_container else min(passed + 1, len(STRIDES))
+    return stages
+
+
+def stage_of_parameter(body: nn.Module) -> dict[str, int]:
+    """Stage 0 (stem) .. 4 (stride 32) of every parameter of the body, by name: for learning-rate factors."""
+    stages = stage_of_module(body)
+    return {name: stages[name.rpartition(".")[0]] for name, _ in body.named_parameters()}
+
+
+def freeze(body: nn.Module, *, stages: int, norm: bool) -> list[nn.Module]:
+    """Takes the gradients from the first `stages` stages (1: the stem, 2: and stride 4, ...) and, with `norm`, from
+    every BatchNorm.
+
+    Returns the modules whose own `training` flag has to stay False whenever the model is set to train.
+    """
+    stage = stage_of_module(body)
+    still = [module for name, module in body.named_modules() if name and stage[name] < stages]
+    for name, parameter in body.named_parameters():
+        if stage[name.rpartition(".")[0]] < stages:
+            parameter.requires_grad_(False)
+    if norm:
+        norms = [module for module in body.modules() if isinstance(module, _BatchNorm)]
+        for module in norms:
+            module.requires_grad_(False)
+        still.extend(norms)
+    return still
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_") + "_"

@@ -1,0 +1,60 @@
+"""R-CNN detector: uint8 images -> pyramid -> RPN -> RoI heads (arXiv 1506.01497 on 1612.03144).
+
+The model owns its normalisation: it takes uint8 batches, which are a quarter of the bytes to move, and zeroes the
+padding *after* normalising, as the references do (the other order changes features by 14-22 %).
+
+Shapes: B images, C channels, H height, W width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from stage2_detect.models.batch import Detections, ImageBatch, Targets
+from stage2_detect.models.pyramid import TimmPyramid
+from stage2_detect.models.roi_heads import RoIHeads
+from stage2_detect.models.rpn import RPN
+
+
+def normalise(images: ImageBatch, mean_C11: Tensor, std_C11: Tensor) -> Tensor:
+    """float32 pixels [B, C, H, W] with zeros in the padding; `mean` and `std` in units of 0..255."""
+    H, W = images.pixels_BCHW.shape[-2:]
+    device = images.pixels_BCHW.device
+    rows_BH = torch.arange(H, device=device) < images.sizes_B2[:, :1]
+    columns_BW = torch.arange(W, device=device) < images.sizes_B2[:, 1:]
+    inside_B1HW = (rows_BH[:, :, None] & columns_BW[:, None, :])[:, None]
+    return torch.where(inside_B1HW, (images.pixels_BCHW.float() - mean_C11) / std_C11, 0.0)
+
+
+class RCNN(nn.Module):
+    """The detector contract: in train mode `model(images, targets)` -> losses by name, in eval mode `model(images)` ->
+    detections.
+
+    Args:
+        mean, std: of the backbone's input, for red, green, blue in units of 0..1.
+    """
+
+    mean_C11: Tensor
+    std_C11: Tensor
+
+    def __init__(
+        self, *, pyramid: TimmPyramid, rpn: RPN, roi_heads: RoIHeads, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        super().__init__()
+        self.pyramid, self.rpn, self.roi_heads = pyramid, rpn, roi_heads
+        # Not in the state dict: they belong to the backbone's description, which is stored beside the weights.
+        self.register_buffer("mean_C11", 255 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std_C11", 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
+        """Losses `loss_rpn_cls`, `loss_rpn_box`, `loss_cls`, `loss_box` (float32 scalars, already normalised), or
+        detections.
+        """
+        features = self.pyramid(normalise(images, self.mean_C11, self.std_C11))
+        if self.training:
+            assert targets is not None, "training needs targets"
+            proposals, losses = self.rpn(features, images.sizes_B2, targets)
+            return losses | self.roi_heads.losses(features, proposals, images.sizes_B2, targets)
+        proposals, _ = self.rpn(features, images.sizes_B2)
+        return self.roi_heads.detect(features, proposals, images)

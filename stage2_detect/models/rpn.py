@@ -1,0 +1,173 @@
+"""Region proposal network over a pyramid, batched over images (arXiv 1506.01497, 1612.03144).
+
+Behaves as PaddleDetection@666f597f: both losses are sums over the sampled anchors divided by `samples_per_image` times
+the images, whatever was in fact sampled; the box loss is plain L1; proposals smaller than a pixel are dropped before
+suppression. No anchor is excluded for reaching over the image's border or into the padding. Absent: several anchor
+sizes on a level.
+
+Shapes: B images, G objects, A anchors of all levels in the order level, row, column, ratio, N candidates, R proposals,
+S sampled anchors, C channels, H rows, W columns.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stage2_detect.models import anchors, assign, boxes, sampling
+from stage2_detect.models.batch import Targets
+
+_STREAM = 0  # of the sampling hash; the RoI heads use others
+_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """Boxes that may hold an object, best first."""
+
+    boxes_BR4: Tensor
+    """float32, inside the un-padded images; without gradient."""
+    valid_BR: Tensor
+    """bool: images with fewer proposals than R have padding at the end."""
+
+
+class RPNHead(nn.Module):
+    """Objectness and deltas for every anchor of one level; the same weights serve every level."""
+
+    def __init__(self, *, channels: int, anchors_per_cell: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.objectness = nn.Conv2d(channels, anchors_per_cell, 1)
+        self.deltas = nn.Conv2d(channels, anchors_per_cell * 4, 1)
+        for layer in (self.conv, self.objectness, self.deltas):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    def forward(self, feature_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, ratios, H, W] and deltas [B, ratios * 4, H, W]."""
+        hidden_BCHW = F.relu(self.conv(feature_BCHW))
+        return self.objectness(hidden_BCHW), self.deltas(hidden_BCHW)
+
+
+class RPN(nn.Module):
+    """Features -> proposals and, with targets, the two losses.
+
+    Args:
+        channels: of every feature map.
+        strides, anchor_sizes: pixels, one a level.
+        anchor_ratios: height / width.
+        positive_iou, negative_iou: of the assignment; between the two an anchor is ignored.
+        samples_per_image: anchors in the losses, and the losses' divisor.
+        random_sampling: False takes the first anchors in index order.
+        train_pre_nms, test_pre_nms: candidates a level before suppression.
+        train_post_nms, test_post_nms: proposals an image over all levels.
+        min_size: pixels; a proposal with a smaller side is dropped.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int = 256,
+        strides: Sequence[int] = (4, 8, 16, 32, 64),
+        anchor_sizes: Sequence[float] = (32.0, 64.0, 128.0, 256.0, 512.0),
+        anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        positive_iou: float = 0.7,
+        negative_iou: float = 0.3,
+        samples_per_image: int = 256,
+        positive_fraction: float = 0.5,
+        random_sampling: bool = True,
+        nms_iou: float = 0.7,
+        train_pre_nms: int = 2000,
+        train_post_nms: int = 1000,
+        test_pre_nms: int = 1000,
+        test_post_nms: int = 1000,
+        min_size: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.head = RPNHead(channels=channels, anchors_per_cell=len(anchor_ratios))
+        self.strides, self.anchor_sizes, self.anchor_ratios = tuple(strides), tuple(anchor_sizes), tuple(anchor_ratios)
+        self.positive_iou, self.negative_iou = positive_iou, negative_iou
+        self.samples_per_image, self.positive_fraction = samples_per_image, positive_fraction
+        self.random_sampling = random_sampling
+        self.nms_iou, self.min_size = nms_iou, min_size
+        self.train_nms, self.test_nms = (train_pre_nms, train_post_nms), (test_pre_nms, test_post_nms)
+
+    def forward(
+        self, features: Sequence[Tensor], sizes_B2: Tensor, targets: Targets | None = None
+    ) -> tuple[Proposals, dict[str, Tensor]]:
+        """Proposals for images of (height, width) `sizes_B2`, and `loss_rpn_cls`, `loss_rpn_box` where there are
+        targets.
+        """
+        maps = [self.head(feature) for feature in features]
+        # Geometry and losses in float32: bf16 moves a box by up to a hundredth of its coordinate.
+        logits = [_flatten(scores, 1).squeeze(-1).float() for scores, _ in maps]
+        deltas = [_flatten(deltas, 4).float() for _, deltas in maps]
+        anchors_A4 = anchors.grid_anchors(
+            [(feature.shape[-2], feature.shape[-1]) for feature in features],
+            sizes_B2.device,
+            strides=self.strides,
+            sizes=self.anchor_sizes,
+            ratios=self.anchor_ratios,
+        )
+        proposals = self._propose(logits, deltas, anchors_A4, sizes_B2)
+        if targets is None:
+            return proposals, {}
+        return proposals, self._losses(torch.cat(logits, dim=1), torch.cat(deltas, dim=1), anchors_A4, targets)
+
+    @torch.no_grad()
+    def _propose(self, logits: list[Tensor], deltas: list[Tensor], anchors_A4: Tensor, sizes_B2: Tensor) -> Proposals:
+        pre_nms, post_nms = self.train_nms if self.training else self.test_nms
+        level_anchors = anchors_A4.split([level.shape[1] for level in logits])
+        candidates, scores = [], []
+        for logits_BL, deltas_BL4, anchors_L4 in zip(logits, deltas, level_anchors, strict=True):
+            scores_BN, index_BN = logits_BL.topk(min(pre_nms, logits_BL.shape[1]), dim=1)
+            deltas_BN4 = boxes.take(deltas_BL4, index_BN)
+            boxes_BN4 = boxes.clip(boxes.decode(deltas_BN4, anchors_L4[index_BN], _WEIGHTS), sizes_B2)
+            valid_BN = ((boxes_BN4[..., 2:] - boxes_BN4[..., :2]) >= self.min_size).all(dim=-1)
+            kept_BN = boxes.nms_mask(boxes_BN4, scores_BN, valid_BN, self.nms_iou)
+            candidates.append(boxes_BN4)
+            scores.append(scores_BN.masked_fill(~kept_BN, -torch.inf))
+        scores_BN, boxes_BN4 = torch.cat(scores, dim=1), torch.cat(candidates, dim=1)
+        scores_BR, index_BR = scores_BN.topk(min(post_nms, scores_BN.shape[1]), dim=1)
+        return Proposals(boxes.take(boxes_BN4, index_BR), scores_BR > -torch.inf)
+
+    def _losses(self, logits_BA: Tensor, deltas_BA4: Tensor, anchors_A4: Tensor, targets: Targets) -> dict[str, Tensor]:
+        B = len(logits_BA)
+        assigned = assign.assign(
+            anchors_A4.expand(B, -1, -1),
+            targets.boxes_BG4,
+            targets.labels_BG >= 0,
+            positive_iou=self.positive_iou,
+            negative_iou=self.negative_iou,
+            low_quality=True,
+        )
+        A = len(anchors_A4)
+        priority_BA = (
+            sampling.hash_priority(targets.seeds_B, A, _STREAM)
+            if self.random_sampling
+            else sampling.index_priority(targets.seeds_B, A)
+        )
+        chosen = sampling.sample(
+            assigned.labels_BA, priority_BA, count=self.samples_per_image, positive_fraction=self.positive_fraction
+        )
+        objectness_BS = F.binary_cross_entropy_with_logits(
+            logits_BA.gather(1, chosen.index_BS), chosen.positive_BS.float(), reduction="none"
+        )
+        objects_BS4 = boxes.take(targets.boxes_BG4, assigned.objects_BA.gather(1, chosen.index_BS))
+        wanted_BS4 = boxes.encode(objects_BS4, anchors_A4[chosen.index_BS], _WEIGHTS)
+        distance_BS = (boxes.take(deltas_BA4, chosen.index_BS) - wanted_BS4).abs().sum(dim=-1)
+        # `where` over all places keeps every head in the graph, so that a batch without objects gives zero gradients
+        # instead of none.
+        divisor = self.samples_per_image * B
+        return {
+            "loss_rpn_cls": torch.where(chosen.valid_BS, objectness_BS, 0.0).sum() / divisor,
+            "loss_rpn_box": torch.where(chosen.positive_BS, distance_BS, 0.0).sum() / divisor,
+        }
+
+
+def _flatten(map_BCHW: Tensor, values: int) -> Tensor:
+    """[B, ratios * values, H, W] -> [B, H * W * ratios, values], the order of the anchors."""
+    B, _, H, W = map_BCHW.shape
+    return map_BCHW.view(B, -1, values, H, W).permute(0, 3, 4, 1, 2).reshape(B, -1, values)

@@ -1,0 +1,63 @@
+"""Run a detector over an evaluation set and score it by COCO AP, on any number of ranks."""
+
+from typing import Any
+
+import torch
+
+from shared.ranks import from_main_rank, gather_lists, rank, world_size
+from stage2_detect.batches import EvalLoader
+from stage2_detect.coco import CocoData, Id
+from stage2_detect.coco_ap import coco_ap
+from stage2_detect.models.batch import Detections
+from stage2_detect.models.rcnn import RCNN
+
+
+@torch.no_grad()
+def detect(model: RCNN, loader: EvalLoader, *, device: torch.device, dtype: torch.dtype) -> dict[Id, Detections]:
+    """Detections of every image by its id, gathered over all ranks; `model` is left in evaluation mode."""
+    model.eval()
+    found: list[tuple[Id, Detections]] = []
+    for images, records in loader:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            detections = model(images.to(device, non_blocking=True))
+        for record, one in zip(records, detections, strict=True):
+            found.append((record.image_id, Detections(one.boxes_N4.cpu(), one.scores_N.cpu(), one.labels_N.cpu())))
+    return dict(gather_lists(found))
+
+
+def score(
+    model: RCNN,
+    data: CocoData,
+    *,
+    short_side: int,
+    long_side: int,
+    interpolation: str,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str = "auto",
+) -> tuple[dict[str, Any], dict[Id, Detections]]:
+    """(COCO metrics, detections) of a detector on `data`, the same on every rank."""
+    loader = EvalLoader(
+        data,
+        batch_size=batch_size,
+        short_side=short_side,
+        max_long=long_side,
+        interpolation=interpolation,
+        rank=rank(),
+        ranks=world_size(),
+        workers=workers,
+    )
+    detections = detect(model, loader, device=device, dtype=dtype)
+    metrics = coco_ap(data, detections, backend) if rank() == 0 else {}
+    return from_main_rank(metrics), detections
+
+
+def describe(metrics: dict[str, Any]) -> str:
+    """One line for the log."""
+    return ", ".join(
+        f"{name} {100 * metrics[name]:.2f}"
+        for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")
+        if metrics[name] is not None
+    )
