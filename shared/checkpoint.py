@@ -47,7 +47,8 @@ def save_checkpoint(
     _sync(final)
     for old in complete_checkpoints(folder)[:-keep]:
         _remove(old)
-    for leftover in folder.glob(".writing_*"):
+    unmarked = [path for path in folder.glob("step_*") if not (path / _MARK).exists()]
+    for leftover in [*unmarked, *folder.glob(".writing_*")]:
         shutil.rmtree(leftover, ignore_errors=True)
     return final
 

@@ -23,14 +23,13 @@ def start_processes(config: TrainingConfig) -> Accelerator:
     if cpu and config.precision == "fp16":
         raise UserError("precision: fp16 needs a GPU; use bf16 or fp32")
     trackers: list[Any] = list(config.trackers)
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=cpu,
         mixed_precision=_MIXED[config.precision],
         log_with=trackers or None,
         project_dir=str(config.output) if trackers else None,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    return accelerator
 
 
 def start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:

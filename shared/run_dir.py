@@ -257,8 +257,13 @@ def input_digests(config: CommandConfig) -> dict[str, str]:
     for key, path in config.inputs().items():
         if not path.exists():
             raise UserError(f"{key}: {path}: no such file or folder")
-        digests[key] = file_sha256(path) if path.suffix == ".safetensors" else files_digest(path)
+        digests[key] = input_digest(path)
     return digests
+
+
+def input_digest(path: Path) -> str:
+    """Digest of one input: of a model file's bytes, of the names, sizes and times of anything else."""
+    return file_sha256(path) if path.suffix == ".safetensors" else files_digest(path)
 
 
 def file_sha256(path: Path) -> str:

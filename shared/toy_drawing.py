@@ -11,6 +11,7 @@ labels", and are frozen: numbers in the documentation refer to these pictures.
 Legend: H, W rows and columns (of the enlarged canvas inside this file); C = 3 colour channels; P points of an outline.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -174,26 +175,26 @@ def _paint(
     points_P2 = _outline(shape, rng) @ _pose(rng)
     points_P2 -= (points_P2.min(0) + points_P2.max(0)) / 2
     points_P2 = points_P2 * (size / np.ptp(points_P2, axis=0).max()) + centre
-    height, width = canvas.shape[:2]
-    # PIL paints every pixel whose centre the outline holds when corners are given at pixel centres.
-    stencil = Image.new("1", (width, height))
-    corners = [(float(x), float(y)) for x, y in points_P2 * SUPER - 0.5]
-    ImageDraw.Draw(stencil).polygon(corners, fill=1)
-    mask_HW = np.asarray(stencil)
-    low = np.clip(np.floor(points_P2.min(0) * SUPER).astype(int) - 1, 0, (width, height))
-    high = np.clip(np.ceil(points_P2.max(0) * SUPER).astype(int) + 1, 0, (width, height))
-    window = (slice(low[1], high[1]), slice(low[0], high[0]))
-    inside = mask_HW[window]
-    if inside.any():
+    height, width = (side // SUPER for side in canvas.shape[:2])
+    left, top = np.clip(np.floor(points_P2.min(0)).astype(int), 0, (width, height))
+    right, bottom = np.clip(np.ceil(points_P2.max(0)).astype(int), 0, (width, height))
+    covered = np.zeros((height, width), dtype=bool)
+    if left < right and top < bottom:
+        # Corners at pixel centres: PIL paints the pixels whose centre the outline holds.
+        corners = (points_P2 - (left, top)) * SUPER - 0.5
+        stencil = Image.new("L", ((right - left) * SUPER, (bottom - top) * SUPER))
+        ImageDraw.Draw(stencil).polygon(corners.ravel().tolist(), fill=1)
+        inside = np.asarray(stencil)
+        covered[top:bottom, left:right] = _shrink(inside.astype(np.float32)) >= 0.5
         period = float(np.clip(size * rng.uniform(*PERIOD), *PERIOD_LIMITS)) * SUPER
-        rows = np.arange(low[1], high[1], dtype=np.float32)[:, None] - centre[1] * SUPER
-        columns = np.arange(low[0], high[0], dtype=np.float32)[None] - centre[0] * SUPER
+        rows = np.arange(top * SUPER, bottom * SUPER, dtype=np.float32)[:, None] - float(centre[1] * SUPER)
+        columns = np.arange(left * SUPER, right * SUPER, dtype=np.float32)[None] - float(centre[0] * SUPER)
         mix_HW1 = _texture(texture, rng, rows, columns, period)[..., None]
         colour = colours_2C[0] + mix_HW1 * (colours_2C[1] - colours_2C[0])
-        slope = rng.uniform(-0.25, 0.25, 2) / (size * SUPER / 2)
+        slope = (rng.uniform(-0.25, 0.25, 2) / (size * SUPER / 2)).astype(np.float32)
         colour *= (1 + slope[0] * rows + slope[1] * columns)[..., None]
-        np.copyto(canvas[window], colour, where=inside[..., None], casting="same_kind")
-    covered = _shrink(mask_HW.astype(np.float32)) >= 0.5
+        window = canvas[top * SUPER : bottom * SUPER, left * SUPER : right * SUPER]
+        np.copyto(window, colour, where=inside[..., None] > 0)
     return Thing(name, points_P2, covered)
 
 
@@ -250,15 +251,16 @@ def _rotation(angle: float) -> np.ndarray:
 
 def _texture(family: str, rng: Generator, rows: np.ndarray, columns: np.ndarray, period: float) -> np.ndarray:
     """float32 [H,W] between 0 and 1: which of two colours, on coordinates in canvas pixels."""
-    angle, shift_u, shift_v, balance = rng.uniform(0, 2 * np.pi, 4)
-    c, s = np.cos(angle) * 2 * np.pi / period, np.sin(angle) * 2 * np.pi / period
-    u = (c * columns + s * rows).astype(np.float32)
-    v = (c * rows - s * columns).astype(np.float32)
+    # Python numbers: NumPy's own would turn float32 into float64.
+    angle, shift_u, shift_v, balance = rng.uniform(0, 2 * math.pi, 4).tolist()
+    c, s = math.cos(angle) * 2 * math.pi / period, math.sin(angle) * 2 * math.pi / period
+    u = c * columns + s * rows
+    v = c * rows - s * columns
     if family == "rings":  # about a point near the object's middle
         value = np.sin(np.hypot(u + shift_u / 4, v + shift_v / 4) + balance)
         return np.clip(0.5 + 2 * value, 0, 1)
-    u += np.float32(shift_u)
-    v += np.float32(shift_v)
+    u += shift_u
+    v += shift_v
     match family:
         case "stripes":
             value = np.sin(u)
@@ -267,14 +269,14 @@ def _texture(family: str, rng: Generator, rows: np.ndarray, columns: np.ndarray,
         case "dots":
             value = np.cos(u / 1.1) + np.cos(v / 1.1) - 0.5
         case "zigzag":
-            value = np.sin(u + 2.2 * np.abs((v / np.pi) % 2 - 1) * 1.3)
+            value = np.sin(u + 2.2 * np.abs((v / math.pi) % 2 - 1) * 1.3)
         case "grid":
             value = np.maximum(np.cos(u / 1.5), np.cos(v / 1.5)) * 2 - 1.5
         case "blotches":
             value = np.sin(0.5 * u + 2 * np.sin(0.45 * v)) + np.sin(0.6 * v + 2 * np.sin(0.35 * u + 1))
         case _:
-            value = np.zeros_like(u + v)
-    value = value * np.float32(np.sign(balance - np.pi))  # either colour is the ground
+            return np.zeros_like(u)
+    value = value * math.copysign(1, balance - math.pi)  # either colour is the ground
     return np.clip(0.5 + 2 * value, 0, 1)
 
 
@@ -304,15 +306,16 @@ def _develop(canvas: np.ndarray, rng: Generator) -> np.ndarray:
     """Light from one side, averaging down, noise: uint8 at picture size."""
     picture = _shrink(canvas)
     height, width = picture.shape[:2]
-    slope = rng.uniform(-0.35, 0.35, 2)
-    light = 1 + slope[0] * np.linspace(-1, 1, height)[:, None] + slope[1] * np.linspace(-1, 1, width)[None]
-    picture = picture * (light * rng.uniform(0.75, 1.15))[..., None]
-    picture += rng.uniform(*NOISE) * rng.standard_normal(picture.shape, dtype=np.float32)
+    down, right, whole, noise = rng.uniform((-0.35, -0.35, 0.75, NOISE[0]), (0.35, 0.35, 1.15, NOISE[1])).tolist()
+    rows = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
+    columns = np.linspace(-1, 1, width, dtype=np.float32)[None]
+    picture = picture * (whole * (1 + down * rows + right * columns))[..., None]
+    picture += noise * rng.standard_normal(picture.shape, dtype=np.float32)
     return picture.clip(0, 255).astype(np.uint8)
 
 
 def _shrink(enlarged: np.ndarray) -> np.ndarray:
     """Mean over SUPER x SUPER pixels."""
-    height, width = enlarged.shape[0] // SUPER, enlarged.shape[1] // SUPER
-    shrunk: np.ndarray = enlarged.reshape(height, SUPER, width, SUPER, *enlarged.shape[2:]).mean((1, 3))
+    corners = [enlarged[row::SUPER, column::SUPER] for row in range(SUPER) for column in range(SUPER)]
+    shrunk: np.ndarray = sum(corners[1:], corners[0]) / SUPER**2
     return shrunk

@@ -182,7 +182,8 @@ def _hotcoco_tables(dataset: dict[str, list[dict]], found_D7: np.ndarray) -> tup
     evaluation = hotcoco.COCOeval(truth, truth.load_res(found_D7), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
-    return np.asarray(evaluation.eval["precision"]), np.asarray(evaluation.eval["recall"])
+    tables = cast(dict[str, np.ndarray], evaluation.eval)
+    return np.asarray(tables["precision"]), np.asarray(tables["recall"])
 
 
 def _pycocotools_tables(dataset: dict[str, list[dict]], found_D7: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

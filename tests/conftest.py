@@ -1,0 +1,231 @@
+"""What several test files need: tiny drawn images, a tiny teacher, in-process commands, real processes, and where the real data is."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+CLASSES = ("disc", "ring", "stripes")
+# One thread and no network, in this process and in those it starts.
+QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+os.environ.update(QUIET)
+
+
+def draw(kind: str, seed: int, size: tuple[int, int] = (40, 44)) -> Image.Image:
+    """A noisy picture of one kind of thing in a random colour; `size` is (height, width)."""
+    generator = np.random.default_rng([seed, CLASSES.index(kind) if kind in CLASSES else 9])
+    rows, columns = np.mgrid[: size[0], : size[1]]
+    away = np.hypot(rows - size[0] / 2, columns - size[1] / 2)
+    mask = {"disc": away < 12, "ring": abs(away - 12) < 4, "stripes": rows // 4 % 2 == 0}.get(kind, rows > columns)
+    pixels = np.where(mask[..., None], generator.integers(120, 256, 3), generator.integers(0, 120, 3))
+    return Image.fromarray((pixels + generator.integers(-15, 16, pixels.shape)).clip(0, 255).astype(np.uint8))
+
+
+def save_images(folder: Path, kind: str, count: int, seed: int, suffix: str = "png") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        draw(kind, seed + number).save(folder / f"{kind}_{number:03d}.{suffix}")
+
+
+@dataclass(frozen=True)
+class TinyData:
+    """Folders of drawn images: three classes of 10 (train) and 5 (val), 12 unlabelled nested ones; and Parquet of the 30 training images."""
+
+    train: Path
+    val: Path
+    unlabelled: Path
+    parquet: Path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    import datasets
+
+    folder = tmp_path_factory.mktemp("tiny")
+    rows: list[dict[str, Any]] = []
+    for label, kind in enumerate(CLASSES):
+        save_images(folder / "train" / kind, kind, 10, seed=0)
+        save_images(folder / "val" / kind, kind, 5, seed=1000)
+        save_images(folder / "unlabelled" / "deeper" / kind[:2], kind, 4, seed=2000)
+        for number in range(10):
+            rows.append({"image": draw(kind, number), "label": label, "id": 100 + len(rows)})
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=list(CLASSES)), id=datasets.Value("int64")
+    )
+    save_images(folder / "unlabelled", "other", 2, seed=3000)
+    columns = {key: [row[key] for row in rows] for key in ("image", "label", "id")}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / "train.parquet")
+    return TinyData(folder / "train", folder / "val", folder / "unlabelled", folder / "train.parquet")
+
+
+@pytest.fixture(scope="session")
+def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backbone file of `test_resnet` with three classes: random weights whose answers are far from uniform."""
+    import timm
+    import torch
+
+    from shared.backbones import input_settings, save_backbone
+
+    torch.manual_seed(7)
+    net = timm.create_model("test_resnet", num_classes=3)
+    with torch.no_grad():
+        net.get_classifier().weight.mul_(100)
+        pictures = [np.array(draw(kind, seed).resize((32, 32))) for kind in CLASSES for seed in range(10)]
+        pixels_BCHW = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
+        net.get_classifier().bias.sub_(net.eval()(pixels_BCHW).mean(0))  # no class is always the answer
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    facts: dict[str, Any] = {"class_names": list(CLASSES), "licence": "apache-2.0", "step": 12, "metrics": {"top1": 0.5}}
+    save_backbone(path, net, arch="test_resnet", inputs=input_settings(net, {}), classes=3, **facts)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """A function from a data set's name to its folder; the test skips where it is absent."""
+    root = Path(os.environ.get("SSLD_TEST_DATA") or ROOT.parent / "shared" / "data")
+
+    def folder(name: str) -> Path:
+        if not (root / name).is_dir():
+            pytest.skip(f"{name} is not in {root}; set SSLD_TEST_DATA to the folder that holds it")
+        return root / name
+
+    return folder
+
+
+@pytest.fixture
+def distill_settings(tiny: TinyData, teacher_file: Path) -> dict[str, Any]:
+    """Settings of a small distillation without `output`: 6 steps of 8 images at 32 px, LayerNorm student."""
+    return {
+        "threads": 1,
+        "workers": 0,
+        "device": "cpu",
+        "steps": 6,
+        "batch_size": 8,
+        "save_every": 4,
+        "log_every": 2,
+        "data": {"train": [str(tiny.train), str(tiny.unlabelled)], "val": str(tiny.val), "image_size": 32},
+        "student": {"model": "random:test_convnext"},
+        "teacher": {"model": str(teacher_file)},
+        "optim": {"lr": 0.02, "reference_batch": 8, "warmup_steps": 2},
+    }
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> Callable[..., list[str]]:
+    """Writes settings to a YAML file and gives the command line that uses it; `output` is a name below the test's folder."""
+
+    def write(settings: dict[str, Any], output: str = "run", *flags: str) -> list[str]:
+        file = tmp_path / f"{output}.yaml"
+        file.write_text(yaml.safe_dump(settings | {"output": str(tmp_path / output)}), encoding="utf-8")
+        return ["--config", str(file), *flags]
+
+    return write
+
+
+Main = Callable[[list[str]], int]
+
+
+@pytest.fixture(scope="session")
+def call() -> Callable[[Main, list[str]], int]:
+    """Runs an entry's `main(argv)` in this process and gives its exit code."""
+
+    def run(main: Main, argv: list[str]) -> int:
+        # Accelerate keeps one state a Python process, and refuses another precision in it.
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(True)
+        return main(argv)
+
+    return run
+
+
+@pytest.fixture
+def user_error(call: Callable[[Main, list[str]], int], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs an entry's `main(argv)`, which must fail with exit code 2 and one line; returns the line without its prefix."""
+
+    def run(main: Main, argv: list[str]) -> str:
+        capsys.readouterr()
+        assert call(main, argv) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        return lines[0].removeprefix("error: ")
+
+    return run
+
+
+class Scripts:
+    """Starts entry scripts as users do: real processes, one thread each."""
+
+    def start(self, *command: str, ranks: int = 1, **environment: str) -> "subprocess.Popen[str]":
+        """`command` is the script below the project's root and its flags; several ranks go through torch's launcher."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        script = [str(ROOT / command[0]), *command[1:]]
+        line = [sys.executable, "-W", "ignore", *(launcher if ranks > 1 else []), *script]
+        env = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))}
+        return subprocess.Popen(
+            line,
+            env=env | QUIET | environment,
+            cwd=ROOT.parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *command: str, ranks: int = 1, **environment: str) -> "subprocess.CompletedProcess[str]":
+        """Start and wait."""
+        process = self.start(*command, ranks=ranks, **environment)
+        try:
+            out, err = process.communicate(timeout=300)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture(scope="session")
+def scripts() -> Scripts:
+    return Scripts()
+
+
+@pytest.fixture(scope="session")
+def files_below() -> Callable[[Path], set[str]]:
+    """Relative paths of all files in a folder."""
+
+    def names(folder: Path) -> set[str]:
+        return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+    return names
+
+
+@pytest.fixture(scope="session")
+def metrics_of() -> Callable[[Path], list[dict[str, Any]]]:
+    """A run's metrics without what depends on the clock."""
+
+    def read(run: Path) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        return [{k: v for k, v in line.items() if k not in ("seconds", "data_wait")} for line in lines]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def jpeg() -> Callable[..., bytes]:
+    """A drawn picture as JPEG bytes."""
+
+    def encode(kind: str = "disc", seed: int = 0, mode: str = "RGB") -> bytes:
+        buffer = io.BytesIO()
+        draw(kind, seed).convert(mode).save(buffer, "JPEG", quality=90)
+        return buffer.getvalue()
+
+    return encode

@@ -1,0 +1,257 @@
+"""Decoding of every kind of file users have, errors that are always one class, and seeded views."""
+
+import contextlib
+import io
+import os
+import pickle
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shared.errors import UserError
+from shared.files import files_digest, list_images, require_images
+from shared.images import UnreadableImage, decode_image, image_size, seeded_view, stable_seed
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def gradient(height: int = 9, width: int = 13) -> Image.Image:
+    rows, columns = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([rows * 20, columns * 15, rows * columns], 2).astype(np.uint8))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
+def test_lossless_formats_are_exact(kind: str) -> None:
+    image = gradient()
+    pixels = decode_image(encoded(image, kind))
+    assert pixels.dtype == torch.uint8
+    assert pixels.shape == (3, 9, 13)
+    assert torch.equal(pixels.permute(1, 2, 0), torch.from_numpy(np.array(image)))
+
+
+@pytest.mark.parametrize(("kind", "options"), [("JPEG", {"quality": 95}), ("WEBP", {"lossless": True}), ("GIF", {})])
+def test_other_formats_decode_to_rgb(kind: str, options: dict) -> None:
+    assert decode_image(encoded(gradient(), kind, **options)).shape == (3, 9, 13)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [
+        ("1", "PNG"),
+        ("L", "PNG"),
+        ("LA", "PNG"),
+        ("P", "PNG"),
+        ("RGBA", "PNG"),
+        ("CMYK", "JPEG"),
+        ("YCbCr", "JPEG"),
+        ("LAB", "TIFF"),
+    ],
+)
+def test_modes(mode: str, kind: str) -> None:
+    image = Image.new("LAB", (13, 9)) if mode == "LAB" else gradient().convert(mode)
+    assert decode_image(encoded(image, kind)).shape == (3, 9, 13)
+
+
+def test_grey_is_equal_in_all_channels() -> None:
+    pixels = decode_image(encoded(Image.new("L", (4, 3), 77), "PNG"))
+    assert torch.equal(pixels, torch.full((3, 3, 4), 77, dtype=torch.uint8))
+
+
+def test_cmyk_jpeg_keeps_colour() -> None:
+    pixels = decode_image(encoded(Image.new("RGB", (8, 8), (200, 40, 60)).convert("CMYK"), "JPEG", quality=95))
+    assert (pixels[:, 4, 4].int() - torch.tensor([200, 40, 60])).abs().max() <= 6
+
+
+def test_palette_with_transparency_and_alpha() -> None:
+    palette = gradient().convert("P")
+    pixels = decode_image(encoded(palette, "PNG", transparency=bytes(range(256))))
+    assert torch.equal(pixels, decode_image(encoded(palette, "PNG")))
+    half = Image.new("RGBA", (2, 2), (10, 20, 30, 0))
+    assert decode_image(encoded(half, "PNG"))[:, 0, 0].tolist() == [10, 20, 30]  # alpha dropped, not blended
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    for kind in ("PNG", "TIFF"):
+        assert decode_image(encoded(Image.fromarray(values), kind))[0, 0].tolist() == [0, 1, 128, 255]
+    assert decode_image(encoded(Image.fromarray(values.astype(np.int32)), "TIFF"))[0, 0].tolist() == [0, 1, 128, 255]
+    floats = np.array([[0.0, 0.5, 1.0, np.nan]], dtype=np.float32)
+    assert decode_image(encoded(Image.fromarray(floats), "TIFF"))[0, 0].tolist() == [0, 128, 255, 0]
+
+
+def test_one_pixel() -> None:
+    assert decode_image(encoded(Image.new("RGB", (1, 1), (1, 2, 3)), "PNG")).flatten().tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = {
+        1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
+        5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+        8: lambda a: np.rot90(a),
+    }[orientation]  # fmt: skip
+    stored = np.array(gradient())
+    data = encoded(gradient(), "PNG", exif=exif)
+    assert np.array_equal(decode_image(data).permute(1, 2, 0).numpy(), upright(stored))
+    assert np.array_equal(decode_image(data, exif=False).permute(1, 2, 0).numpy(), stored)
+    assert image_size(data) == upright(stored).shape[:2]
+    assert image_size(data, exif=False) == (9, 13)
+    path = tmp_path / "image.jpg"
+    path.write_bytes(encoded(gradient(), "JPEG", exif=exif))
+    assert image_size(path) == tuple(decode_image(path).shape[1:])
+
+
+def test_broken_exif_is_no_reason_to_drop_a_sound_picture() -> None:
+    data = encoded(gradient(), "JPEG", exif=b"Exif\0\0garbage that is no tiff header")
+    assert decode_image(data).shape == (3, 9, 13)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"):
+        data = encoded(noise, kind)
+        path = tmp_path / f"truncated.{kind.lower()}"
+        path.write_bytes(data[: len(data) // 2])
+        with pytest.raises(UnreadableImage) as caught:
+            decode_image(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    for data in (b"", b"not an image", encoded(noise, "PNG")[:30]):
+        with pytest.raises(UnreadableImage):
+            decode_image(data)
+    with pytest.raises(UnreadableImage, match="No such file"):
+        decode_image(tmp_path / "absent.jpg")
+    with pytest.raises(UnreadableImage, match=r"row 7 of a\.parquet: not an image"):
+        image_size(b"x", name="row 7 of a.parquet")
+
+
+def test_damaged_bytes_never_raise_anything_else() -> None:
+    rng = random.Random(0)
+    for kind in ("JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP"):
+        data = encoded(gradient(), kind)
+        for _ in range(60):
+            broken = bytearray(data)
+            for _ in range(rng.randrange(1, 8)):
+                broken[rng.randrange(len(broken))] = rng.randrange(256)
+            with contextlib.suppress(UnreadableImage):
+                decode_image(bytes(broken))
+
+
+def test_decompression_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(Image.new("L", (100, 100)), "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6000)  # between one and two times: PIL only warns
+    assert decode_image(data).shape == (3, 100, 100)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UnreadableImage, match="bomb"):
+        decode_image(data)
+
+
+def test_unreadable_image_survives_pickling() -> None:
+    error = pickle.loads(pickle.dumps(UnreadableImage("a.jpg", "truncated")))
+    assert (error.name, error.reason) == ("a.jpg", "truncated")
+
+
+def draws() -> tuple:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def test_seeded_view_seeds_all_three_and_restores_them() -> None:
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = draws()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    with seeded_view("a.jpg", 0, seed=5):
+        first = draws()
+    assert draws() == expected
+    with seeded_view("a.jpg", 0, seed=5):
+        assert draws() == first
+    others = []
+    for key, view, seed in [("b.jpg", 0, 5), ("a.jpg", 1, 5), ("a.jpg", 0, 6)]:
+        with seeded_view(key, view, seed):
+            others.append(draws())
+    assert len({first, *others}) == 4
+    before = random.getstate()
+    with pytest.raises(RuntimeError), seeded_view("a", 0, 0):
+        raise RuntimeError
+    assert random.getstate() == before
+
+
+def test_stable_seed_is_pinned() -> None:
+    """The value may never change: stored soft labels and resumed runs rely on it."""
+    assert stable_seed(0, "a", 1) == 7965780462979794708
+    assert len({stable_seed(1, 23), stable_seed(12, 3), stable_seed("1", 23), stable_seed(123)}) == 4
+    assert all(0 <= stable_seed(i) < 2**63 for i in range(100))
+
+
+def test_list_images(tmp_path: Path) -> None:
+    for name in (
+        "b/2.JPG",
+        "b/1.png",
+        "a.jpeg",
+        "z.WebP",
+        "notes.txt",
+        ".hidden.jpg",
+        ".git/x.jpg",
+        "b/deep/er/3.tiff",
+    ):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"x")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "linked.png").write_bytes(b"x")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "b" / "loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "broken.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    assert list_images(tmp_path / "in") == sorted(
+        ["a.jpeg", "b/1.png", "b/2.JPG", "b/deep/er/3.tiff", "link/linked.png", "z.WebP"]
+    )
+    assert require_images(tmp_path / "in") == list_images(str(tmp_path / "in"))
+
+
+def test_require_images_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        require_images(tmp_path / "absent")
+    (tmp_path / "note.txt").write_text("x")
+    with pytest.raises(UserError, match="no images in"):
+        require_images(tmp_path)
+    with pytest.raises(UserError, match="is a file"):
+        require_images(tmp_path / "note.txt")
+
+
+def test_files_digest(tmp_path: Path) -> None:
+    folder = tmp_path / "one"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "a.jpg").write_bytes(b"abc")
+    (folder / "b.jpg").write_bytes(b"abc")
+    digest = files_digest(folder)
+    assert digest == files_digest(str(folder))
+    assert len(digest) == 64
+    folder.rename(tmp_path / "two")
+    folder = tmp_path / "two"
+    assert files_digest(folder) == digest
+    now = time.time_ns()
+    os.utime(folder / "b.jpg", ns=(now + 10**9, now + 10**9))
+    touched = files_digest(folder)
+    assert touched != digest
+    (folder / "b.jpg").rename(folder / "c.jpg")
+    assert files_digest(folder) not in (digest, touched)
+    assert files_digest(folder / "c.jpg") != files_digest(folder / "sub" / "a.jpg")
+    with pytest.raises(UserError, match="does not exist"):
+        files_digest(folder / "absent")
+
+
+def test_files_module_needs_no_torch() -> None:
+    code = "import sys, shared.files; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    root = Path(__file__).resolve().parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

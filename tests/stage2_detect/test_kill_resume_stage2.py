@@ -1,0 +1,92 @@
+"""Real processes of stage 2: killed at several moments, stopped, and split over two ranks."""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from shared.run_dir import file_sha256
+from stage2_detect import train
+
+TRAIN = "stage2_detect/train.py"
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the process did not get that far"
+        time.sleep(0.002)
+
+
+def test_killed_and_stopped_runs_resume_to_the_same_bits(
+    train_settings: dict[str, Any],
+    arguments: Callable[..., list[str]],
+    scripts: Any,
+    tmp_path: Path,
+    metrics_of: Callable[[Path], Any],
+) -> None:
+    settings = train_settings | {"steps": 40, "save_every": 5, "workers": 1}
+    assert scripts.run(TRAIN, *arguments(settings, "whole")).returncode == 0
+    argv = arguments(settings, "killed")
+    run = tmp_path / "killed"
+
+    process = scripts.start(TRAIN, *argv)  # before the first checkpoint
+    wait_for(lambda: (run / "metrics.jsonl").exists())
+    process.kill()
+    process.communicate()
+
+    process = scripts.start(TRAIN, *argv)  # while a checkpoint is being written, or just after
+    wait_for(
+        lambda: any((run / "checkpoints").glob(".writing_00000010")) or (run / "checkpoints" / "step_00000010").exists()
+    )
+    process.kill()
+    process.communicate()
+
+    process = scripts.start(TRAIN, *argv)  # a polite stop in the middle
+    wait_for(lambda: (run / "checkpoints" / "step_00000020" / "COMPLETE").exists())
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 143, err
+    assert "the same command goes on from there" in err
+    assert not (run / "result.json").exists()
+
+    assert scripts.run(TRAIN, *argv).returncode == 0
+    assert "resumed from step_" in (run / "log.txt").read_text()
+    # Metadata names the run's folder, so the weights are compared by their content.
+    outputs = [json.loads((tmp_path / name / "result.json").read_text())["metrics"] for name in ("whole", "killed")]
+    assert outputs[0] == outputs[1]
+    whole, killed = (load_file(tmp_path / name / "detector.safetensors") for name in ("whole", "killed"))
+    assert all(whole[name].equal(killed[name]) for name in whole)
+    assert metrics_of(tmp_path / "whole") == metrics_of(run)
+    optimizer = "checkpoints/step_00000040/optimizer.safetensors"
+    assert file_sha256(tmp_path / "whole" / optimizer) == file_sha256(run / optimizer)
+
+
+def test_two_ranks_train_and_evaluate_as_one(
+    train_settings: dict[str, Any],
+    arguments: Callable[..., list[str]],
+    scripts: Any,
+    call: Callable[..., int],
+    tmp_path: Path,
+    metrics_of: Callable[[Path], list[dict[str, Any]]],
+) -> None:
+    settings = train_settings | {"steps": 5}
+    assert settings["model"].get("freeze_norm", True)
+    assert call(train.main, arguments(settings, "one")) == 0
+    done = scripts.run(TRAIN, *arguments(settings, "two"), ranks=2)
+    assert done.returncode == 0, done.stderr
+    one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for a, b in zip(one, two, strict=True):
+        assert a.get("lr") == b.get("lr")
+        for name in ("loss", "loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_box", "val_AP"):
+            assert a.get(name) == (pytest.approx(b[name], rel=1e-5, abs=1e-5) if name in b else None), (name, a, b)
+    evaluated = [
+        json.loads((tmp_path / name / "result.json").read_text())["metrics"]["AP50"] for name in ("one", "two")
+    ]
+    assert evaluated[0] == pytest.approx(evaluated[1], abs=1e-4)

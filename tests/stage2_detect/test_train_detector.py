@@ -1,0 +1,269 @@
+"""The detector commands end to end on drawn scenes: files, numbers, invariances, user errors."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shared.backbones import create_classifier, parse_reference, save_backbone
+from shared.checkpoint import load_checkpoint, newest_checkpoint
+from shared.model_file import read_metadata
+from stage2_detect import evaluate, train
+from stage2_detect.detector_file import load_detector
+
+Settings = dict[str, Any]
+Arguments = Callable[..., list[str]]
+Call = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def backbone_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(1)
+    classifier, inputs = create_classifier(parse_reference("random:test_resnet"), num_classes=3)
+    path = tmp_path_factory.mktemp("backbone") / "student.safetensors"
+    save_backbone(path, classifier.net, arch="test_resnet", inputs=inputs, classes=3, licence="mit")
+    return path
+
+
+def test_writes_exactly_these_files_and_the_detector_evaluates(
+    train_settings: Settings,
+    arguments: Arguments,
+    call: Call,
+    tmp_path: Path,
+    backbone_file: Path,
+    files_below: Callable[[Path], set[str]],
+) -> None:
+    settings = train_settings | {"backbone": str(backbone_file), "evaluate_every": 3}
+    assert call(train.main, arguments(settings)) == 0
+    run = tmp_path / "run"
+    checkpoint = {"model.safetensors", "optimizer.safetensors", "state.json", "COMPLETE"}
+    assert files_below(run) == {
+        ".lock",
+        "config.yaml",
+        "environment.json",
+        "log.txt",
+        "metrics.jsonl",
+        "result.json",
+        "detector.safetensors",
+        "detector_best.safetensors",
+        *(f"checkpoints/step_{step:08d}/{name}" for step in (4, 6) for name in checkpoint),
+    }
+    log = (run / "log.txt").read_text()
+    tensors = len(load_file(backbone_file))
+    assert f"loaded {tensors - 2}/{tensors - 2} backbone tensors, 2 head tensors dropped" in log
+    metadata = read_metadata(run / "detector.safetensors", kind="detector")
+    assert metadata["class_names"] == ["wide", "tall"]
+    assert metadata["category_ids"] == [3, 7]
+    assert metadata["licence"] == "mit"
+
+    data = settings["data"]
+    flags = [
+        "--model",
+        str(run / "detector.safetensors"),
+        "--annotations",
+        data["val_annotations"],
+        "--images",
+        data["val_images"],
+    ]
+    flags += ["--output", str(tmp_path / "ap"), "--workers", "0", "--device", "cpu", "--threads", "1"]
+    assert call(evaluate.main, flags) == 0
+    assert files_below(tmp_path / "ap") == {
+        ".lock",
+        "config.yaml",
+        "environment.json",
+        "log.txt",
+        "result.json",
+        "detections.json",
+    }
+    trained = json.loads((run / "result.json").read_text())["metrics"]
+    evaluated = json.loads((tmp_path / "ap" / "result.json").read_text())["metrics"]
+    assert {key: trained[key] for key in evaluated} == evaluated
+    assert set(evaluated["per_class"]) == {"wide", "tall"}
+    rows = json.loads((tmp_path / "ap" / "detections.json").read_text())
+    assert {row["category_id"] for row in rows} <= {3, 7}
+    assert {row["image_id"] for row in rows} <= {f"val-{number}" for number in range(5)}
+
+
+def test_learns_the_scenes(train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path) -> None:
+    optim = train_settings["optim"] | {"lr": 0.02, "clip_grad_norm": 2.0, "milestones_steps": [50]}
+    settings = train_settings | {"steps": 60, "log_every": 20, "save_every": 60, "optim": optim}
+    settings["model"] = train_settings["model"] | {"freeze_norm": False}
+    assert call(train.main, arguments(settings)) == 0
+    ap50 = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]["AP50"]
+    assert ap50 > 0.25, ap50  # one colour a class: a detector that learns at all finds some of these rectangles
+
+
+def test_learning_rates_freezing_and_updates(
+    train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path, backbone_file: Path
+) -> None:
+    factors = [1.0, 1.0, 0.1, 0.2, 0.3]
+    settings = train_settings | {"backbone": str(backbone_file), "steps": 5, "batch_size": 8}
+    settings["model"] = train_settings["model"] | {"freeze_stages": 2, "freeze_norm": True}
+    settings["optim"] = train_settings["optim"] | {
+        "backbone_lr_factors": factors,
+        "milestones_steps": [4],
+        "warmup_start": 0.5,
+    }
+    assert call(train.main, arguments(settings)) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    # 0.01 at batch 4 is 0.02 at batch 8; warm-up 0.5, 0.75, 1; a tenth from the fifth step on
+    assert [line["lr"] for line in lines if "lr" in line] == pytest.approx([0.01, 0.015, 0.02, 0.02, 0.002])
+    before = load_file(backbone_file)
+    after = load_file(tmp_path / "run" / "detector.safetensors")
+    moved = {
+        name
+        for name in before
+        if name in before and not torch.equal(before[name], after.get(f"pyramid.body.{name}", before[name]))
+    }
+    assert moved, "nothing of the backbone was trained"
+    assert all(
+        (name.startswith(("layer2", "layer3", "layer4")) and "conv" in name) or "downsample.1" in name for name in moved
+    ), moved
+
+
+def test_the_same_command_again_is_finished_and_another_is_refused(
+    train_settings: Settings,
+    arguments: Arguments,
+    call: Call,
+    capsys: pytest.CaptureFixture[str],
+    user_error: Callable[..., str],
+) -> None:
+    assert call(train.main, arguments(train_settings | {"steps": 1})) == 0
+    capsys.readouterr()
+    assert call(train.main, arguments(train_settings | {"steps": 1})) == 0
+    assert "finished; nothing to do" in capsys.readouterr().out
+    message = user_error(train.main, arguments(train_settings | {"steps": 1, "seed": 5}))
+    assert "seed: 0 -> 5" in message
+
+
+def test_a_batch_without_any_object_trains(
+    train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path
+) -> None:
+    data = train_settings["data"]
+    content = json.loads(Path(data["train_annotations"]).read_text())
+    file = tmp_path / "empty.json"
+    file.write_text(json.dumps(content | {"annotations": []}))
+    settings = train_settings | {"steps": 2, "data": data | {"train_annotations": str(file)}}
+    assert call(train.main, arguments(settings)) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss_box"] for line in lines if "loss_box" in line] == [0.0, 0.0]
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_ids_and_keeps_the_checkpoint(
+    train_settings: Settings, arguments: Arguments, user_error: Callable[..., str], tmp_path: Path
+) -> None:
+    optim = train_settings["optim"] | {"lr": 1e12, "warmup_steps": 0, "milestones_steps": None}
+    message = user_error(train.main, arguments(train_settings | {"save_every": 1, "steps": 30, "optim": optim}))
+    assert "loss is not finite at step" in message
+    assert "loss_rpn_cls" in message
+    assert "train-" in message
+    newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest
+    load_checkpoint(newest)
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_bf16_trains_with_float32_boxes(
+    train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path
+) -> None:
+    assert call(train.main, arguments(train_settings | {"precision": "bf16", "steps": 2})) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < line["loss"] < 100 for line in lines if "loss" in line)
+
+
+def test_an_unreadable_training_image_is_skipped_and_listed(
+    train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(train_settings["data"]["train_images"], images)
+    (images / "4.png").write_bytes((images / "4.png").read_bytes()[:200])
+    settings = train_settings | {"data": train_settings["data"] | {"train_images": str(images)}}
+    assert call(train.main, arguments(settings)) == 0
+    assert (tmp_path / "run" / "quarantine.txt").read_text().strip().endswith("4.png")
+
+
+def test_user_errors(
+    train_settings: Settings, arguments: Arguments, user_error: Callable[..., str], tmp_path: Path
+) -> None:
+    def message(**changes: Any) -> str:
+        return user_error(train.main, arguments(train_settings | changes, "bad"))
+
+    data = train_settings["data"]
+    assert "strides" in message(backbone="random:vit_tiny_patch16_224")
+    shutil.rmtree(tmp_path / "bad", ignore_errors=True)  # the backbone is built after the run directory
+    assert "did you mean 'resnet50d'" in message(backbone="random:resnet50dd")
+    assert "batch_size 40" in message(batch_size=40)
+    shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+    assert "nowhere.json" in message(data=data | {"val_annotations": "nowhere.json"})
+    other = tmp_path / "other.json"
+    content = json.loads(Path(data["val_annotations"]).read_text())
+    other.write_text(json.dumps(content | {"categories": [{"id": 3, "name": "wide"}, {"id": 7, "name": "round"}]}))
+    assert "round" in message(data=data | {"val_annotations": str(other)})
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pth")
+    assert "is a pickle" in message(backbone=str(tmp_path / "weights.pth"))
+    shutil.copy(tmp_path / "weights.pth", tmp_path / "weights.safetensors")
+    assert "is a pickle" in message(backbone=str(tmp_path / "weights.safetensors"))
+    assert "unknown key; did you mean 'freeze_norm'?" in message(model={"freeze_nrm": True})
+    assert not (tmp_path / "bad").exists(), "a refused command left something behind"
+
+
+def test_a_backbone_file_is_no_detector(
+    backbone_file: Path, train_settings: Settings, user_error: Callable[..., str], tmp_path: Path
+) -> None:
+    data = train_settings["data"]
+    flags = ["--model", str(backbone_file), "--annotations", data["val_annotations"], "--images", data["val_images"]]
+    assert "is a backbone file, a detector file is needed" in user_error(
+        evaluate.main, [*flags, "--output", str(tmp_path / "ap")]
+    )
+
+
+def test_a_detector_file_loads_anywhere(
+    train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path
+) -> None:
+    assert call(train.main, arguments(train_settings | {"steps": 1})) == 0
+    loaded = load_detector(tmp_path / "run" / "detector.safetensors")
+    saved = load_file(tmp_path / "run" / "detector.safetensors")
+    state = loaded.model.state_dict()
+    assert state.keys() == saved.keys()
+    assert all(torch.equal(state[name], saved[name]) for name in saved)
+    assert not loaded.model.training
+
+
+@pytest.mark.parametrize("part", ["train"])
+def test_real_images_go_through(
+    part: str,
+    train_settings: Settings,
+    arguments: Arguments,
+    call: Call,
+    tmp_path: Path,
+    shared_data: Callable[[str], Path],
+) -> None:
+    """Crowds, an RLE, images without objects and a grey-scale file, at a small size."""
+    folder = shared_data("coco-mini")
+    content = json.loads((folder / "annotations" / "instances_train.json").read_text())
+    grey = [image for image in content["images"] if not (folder / "images" / image["file_name"]).exists()]
+    assert not grey
+    data = {
+        "train_annotations": str(folder / "annotations" / "instances_train.json"),
+        "train_images": str(folder / "images"),
+        "keep_empty": True,
+    }
+    resize = {"train_short_sides": [48, 64], "train_long_side": 96, "val_short_side": 64, "val_long_side": 96}
+    settings = train_settings | {
+        "data": data,
+        "resize": resize,
+        "train_epochs": 1,
+        "steps": None,
+        "batch_size": 20,
+        "log_every": 5,
+    }
+    assert call(train.main, arguments(settings)) == 0
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "300 images" in log
+    assert "crowd regions dropped" in log
+    assert not (tmp_path / "run" / "quarantine.txt").exists()
