@@ -144,14 +144,15 @@ def open_sources(configs: Sequence[SourceConfig]) -> list[ImageSource]:
 def labelled_classes(sources: Sequence[ImageSource]) -> tuple[list[ImageSource], int, list[str] | None]:
     """(the labelled sources, number of classes, class names where any source has them).
 
-    Raises UserError when there is no labelled source, or when two of them name their classes differently.
+    Sources may number the same names differently: `match_classes` brings them to the order returned here, that of the first named source.
+    Raises UserError when there is no labelled source, or when two of them have other names.
     """
     labelled = [source for source in sources if source.labels is not None]
     if not labelled:
         raise UserError(f"{sources[0].path}: no labels; sort the images into class folders or add a label column")
     named = [source for source in labelled if source.class_names]
     for source in named[1:]:
-        if source.class_names != named[0].class_names:
+        if set(source.class_names or []) != set(named[0].class_names or []):
             raise UserError(
                 f"{source.path}: its class names differ from those of {named[0].path}: {_first_difference(source, named[0])}"
             )
@@ -187,9 +188,13 @@ def match_classes(source: ImageSource, names: list[str] | None, count: int, owne
 
 
 def _first_difference(a: ImageSource, b: ImageSource) -> str:
-    ours, theirs = a.class_names or [], b.class_names or []
-    pair = next(((x, y) for x, y in zip(ours, theirs, strict=False) if x != y), None)
-    return f"{pair[0]!r} against {pair[1]!r}" if pair else f"{len(ours)} against {len(theirs)} classes"
+    ours, theirs = set(a.class_names or []), set(b.class_names or [])
+    only = [
+        f"only the {which} has {min(names)!r}"
+        for which, names in (("first", ours - theirs), ("second", theirs - ours))
+        if names
+    ]
+    return ", ".join(only)
 
 
 @dataclass(frozen=True)

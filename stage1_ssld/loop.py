@@ -222,6 +222,7 @@ def train(
     run.log(
         f"lr {base_lr:g} = {config.optim.lr:g} scaled from batch {config.optim.reference_batch} to {config.batch_size}, warm-up {warmup_steps} steps"
     )
+    run.log(f"{device}, {config.precision}, {torch.get_num_threads()} threads, {config.workers} workers")
     if newest:
         run.log(f"resumed from {newest.name}")
 

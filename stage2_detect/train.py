@@ -198,6 +198,7 @@ def train(config: TrainConfig) -> None:
         f"{steps / steps_per_epoch:.1f} passes, lr {base_lr:g} = {config.optim.lr:g} scaled from batch {config.optim.reference_batch} "
         f"to {config.batch_size}, milestones {milestones}"
     )
+    run.log(f"{device}, {config.precision}, {torch.get_num_threads()} threads, {config.workers} workers")
     if newest:
         run.log(f"resumed from {newest.name}")
 

@@ -1,0 +1,98 @@
+"""The console script `ssld`: sub-commands that hand the rest of the line to an entry script, nothing more.
+
+A sub-command's module is imported when it is called, so that `ssld --help` needs no torch.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from shared.command import USER_ERROR
+from shared.config import did_you_mean, read_yaml
+from shared.errors import UserError
+
+# name -> (module with main(argv), one line of help)
+COMMANDS = {
+    "run": ("pipelines.run", "run a pipeline, from images to the table and the report"),
+    "teach": ("stage1_ssld.teach", "fine-tune a teacher on labelled images"),
+    "distill": ("stage1_ssld.distill", "train a student from a teacher's soft labels, without human labels"),
+    "train": ("stage2_detect.train", "train a detector from a backbone file"),
+    "evaluate": ("", "evaluate a backbone or detector file, told apart by what it holds"),
+    "inspect": ("", "print what a backbone or detector file is"),
+    "report": ("pipelines.report", "write report.html from a pipeline's run directories"),
+    "toy-data": ("shared.toy_data", "draw the embedded data set"),
+}
+_EVALUATORS = {"backbone": "stage1_ssld.evaluate", "detector": "stage2_detect.evaluate"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Dispatch to an entry script; returns its exit code."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if words else USER_ERROR
+    name, rest = words[0], words[1:]
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"ssld {name}: no such command{did_you_mean(name, list(COMMANDS))}")
+        if name == "inspect":
+            return _inspect(rest)
+        return _main_of(_evaluator(rest) if name == "evaluate" else COMMANDS[name][0], rest)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+
+
+def usage() -> str:
+    """What `ssld --help` prints."""
+    lines = [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: ssld COMMAND ...", "", *lines, "", "ssld COMMAND --help lists the settings of a command."]
+    )
+
+
+def _main_of(module: str, argv: list[str]) -> int:
+    code: int = importlib.import_module(module).main(argv)
+    return code
+
+
+def _inspect(argv: list[str]) -> int:
+    from shared.model_file import inspect_text
+
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise UserError("usage: ssld inspect FILE")
+    print(inspect_text(Path(argv[0])))
+    return 0
+
+
+def _evaluator(argv: list[str]) -> str:
+    """The module that evaluates the file a command line names."""
+    from shared.model_file import read_metadata
+
+    file = _value(argv, "--model")
+    config = _value(argv, "--config")
+    if file is None and config is not None:
+        file = read_yaml(Path(config)).get("model")
+    if not isinstance(file, str):
+        scripts = ", ".join(f"{name.replace('.', '/')}.py for a {kind}" for kind, name in _EVALUATORS.items())
+        raise UserError(f"ssld evaluate: needs --model FILE; the settings are those of {scripts}")
+    kind = read_metadata(Path(file)).get("kind", "backbone")  # a file of plain timm has no kind
+    if kind not in _EVALUATORS:
+        raise UserError(f"{file}: a {kind} file cannot be evaluated")
+    return _EVALUATORS[kind]
+
+
+def _value(argv: list[str], flag: str) -> str | None:
+    """The last value given to a flag, as `--flag VALUE` or `--flag=VALUE`."""
+    found = None
+    for word, following in zip(argv, [*argv, None][1:], strict=True):
+        if word == flag:
+            found = following
+        elif word.startswith(f"{flag}="):
+            found = word.removeprefix(f"{flag}=")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""What a pipeline will cost before it has started: steps, and an estimate of the disk space. Does not import torch.
+
+The size of a network that timm knows by name is asked of timm in another process, on the meta device; a stage whose network stays unknown is
+said to be so. The estimate counts model files and checkpoints, the only large things a stage writes.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+from pipelines.stages import Stage
+from shared.training_config import TrainingConfig
+from stage1_ssld.config import DistillConfig, Stage1Config, TeachConfig
+from stage2_detect.config import DetectorConfig, TrainConfig
+
+_ASK_TIMM = """
+import json, sys, timm, torch
+answer = {}
+for name in sys.argv[1:]:
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, num_classes=0)
+    except Exception:
+        continue
+    answer[name] = [sum(p.numel() for p in model.parameters()), [f["num_chs"] for f in model.feature_info]]
+print(json.dumps(answer))
+"""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A timm network: number of its values, channels of its feature maps."""
+
+    values: int
+    channels: tuple[int, ...]
+
+
+def steps_text(stage: Stage) -> str:
+    """How long a stage trains, as far as its settings alone can say; empty for a command that does not train."""
+    config = stage.config
+    if not isinstance(config, TrainingConfig):
+        return ""
+    if config.train_epochs is not None:
+        return f"{config.train_epochs:g} epochs of {config.batch_size} images a step"
+    return f"{config.total_steps(0)} steps of {config.batch_size} images"
+
+
+def disk_bytes(stages: list[Stage]) -> dict[str, int | None]:
+    """Bytes that each training stage will hold at most, by name; None where its network's size is not known."""
+    architectures = {stage.name: _architecture(stage, stages) for stage in stages if _reference(stage)}
+    known = _ask_timm(sorted({name for name in architectures.values() if name}))
+    return {
+        stage.name: _training_bytes(stage, known.get(architectures[stage.name] or ""))
+        for stage in stages
+        if stage.name in architectures
+    }
+
+
+def disk_text(size: int | None) -> str:
+    """A number of bytes for people."""
+    if size is None:
+        return "disk unknown: the network's size is not known before it is loaded"
+    return f"about {size / 1e9:.1f} GB of disk" if size >= 1e9 else f"about {max(1, round(size / 1e6))} MB of disk"
+
+
+def _training_bytes(stage: Stage, network: Network | None) -> int | None:
+    config = stage.config
+    if network is None or not isinstance(config, TrainingConfig):
+        return None
+    values, ema = network.values, False
+    optim = config.optim if isinstance(config, Stage1Config | TrainConfig) else None
+    if isinstance(config, Stage1Config):
+        ema = config.ema is not None
+    elif isinstance(config, TrainConfig):
+        values += _detector_values(config.model, network.channels)
+    state = 2 if optim and optim.name == "adamw" else 1
+    checkpoints = config.keep_checkpoints + 1  # the next one is complete before the oldest goes
+    if config.train_epochs is None:
+        checkpoints = min(checkpoints, ceil(config.total_steps(0) / config.save_every))
+    files = 2  # the last model and the best
+    return 4 * values * (files + checkpoints * (1 + state + ema))
+
+
+def _detector_values(model: DetectorConfig, channels: tuple[int, ...]) -> int:
+    """Values of the pyramid, the proposal network and a box head; the few of the class layer, whose size the data say, are left out."""
+    width, hidden = model.fpn_channels, model.roi.hidden
+    pyramid = sum(channels[-4:]) * width + 4 * 9 * width**2
+    proposals = 9 * width**2 + width * 5 * len(model.rpn.anchor_ratios)
+    return pyramid + proposals + 49 * width * hidden + hidden**2
+
+
+def _reference(stage: Stage) -> str | None:
+    """The network a stage trains, as its settings name it."""
+    match stage.config:
+        case DistillConfig(student=network) | TeachConfig(model=network):
+            return network.arch or network.model
+        case TrainConfig(backbone=backbone, arch=arch):
+            return arch or backbone
+    return None
+
+
+def _architecture(stage: Stage, stages: list[Stage]) -> str | None:
+    """The timm name behind a stage's network, followed through the stages whose files it starts from."""
+    reference = _reference(stage)
+    if reference is None:
+        return None
+    for earlier in stages:
+        if earlier is not stage and Path(reference).is_relative_to(earlier.run):
+            return _architecture(earlier, stages)
+    name = reference.removeprefix("random:").removeprefix("timm:")
+    return None if "/" in name or ":" in name or name.endswith(".safetensors") else name
+
+
+def _ask_timm(names: list[str]) -> dict[str, Network]:
+    if not names:
+        return {}
+    answer = subprocess.run([sys.executable, "-c", _ASK_TIMM, *names], capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        return {}
+    found = json.loads(answer.stdout.splitlines()[-1])
+    return {name: Network(values, tuple(channels)) for name, (values, channels) in found.items()}

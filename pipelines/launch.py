@@ -1,0 +1,165 @@
+"""One stage as a process: the line a user would type, its output passed through and kept, signals forwarded.
+
+A stage gets its own process group, because `accelerate launch` and `torch.distributed.run` do not hand a signal on reliably; the group is what
+a signal is sent to, and what is waited for.
+"""
+
+import functools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO
+
+from pipelines.stages import ROOT, Stage
+from shared.command import STOPPED, USER_ERROR
+from shared.run_dir import read_result
+
+TAIL_LINES = 15
+_GRACE_SECONDS = 600  # after a signal, for the step to end and the checkpoint to be written
+_LINGER_SECONDS = 10  # after a normal end, for loader processes to go away
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a stage ended: 0 finished, 2 a user's mistake, 143 stopped, 1 anything else; and the lines that say why."""
+
+    code: int
+    lines: tuple[str, ...] = ()
+
+
+class Signals:
+    """Context in which SIGINT and SIGTERM go to the running stage instead of ending this process.
+
+    Attributes:
+        received: the first signal that came, or None.
+        group: process group of the running stage, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.group: int | None = None
+
+    def __enter__(self) -> "Signals":
+        self._before = {number: signal.signal(number, self._forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or number
+        if self.group is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.group, number)
+
+
+def command_line(stage: Stage) -> list[str]:
+    """The line a user would type for this stage. Several processes: accelerate on GPUs; it starts only one on CPU, where torch's launcher serves."""
+    script = stage.kind.script if Path(stage.kind.script).exists() else str(ROOT / stage.kind.script)
+    count = str(stage.processes)
+    if stage.processes == 1:
+        launcher = ["python"]
+    elif getattr(stage.config, "device", "auto") != "cpu" and _has_cuda():
+        launcher = ["accelerate", "launch", "--multi_gpu", "--num_processes", count]
+    else:
+        launcher = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count]
+    return [*launcher, script, *stage.arguments]
+
+
+def run_stage(stage: Stage, console: Path, signals: Signals) -> Outcome:
+    """Run a stage to its end; everything it prints is passed through and appended to `console`."""
+    line = command_line(stage)
+    program = [sys.executable, "-m", "accelerate.commands.launch"] if line[0] == "accelerate" else [sys.executable]
+    words = [*program, *line[2 if line[0] == "accelerate" else 1 :]]
+    tail: deque[str] = deque(maxlen=200)
+    begun = time.time()
+    console.parent.mkdir(parents=True, exist_ok=True)
+    if stage.processes > 1:  # a place for error.json, even when the mistake is found before the run directory is opened
+        stage.run.mkdir(parents=True, exist_ok=True)
+    with console.open("ab") as log:
+        log.write(f"$ {shlex.join(line)}\n".encode())
+        process = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        signals.group = process.pid
+        if signals.received:  # it came between two stages
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signals.received)
+        assert process.stdout is not None
+        reader = threading.Thread(target=_pass_through, args=(process.stdout, log, tail), daemon=True)
+        reader.start()
+        code = process.wait()
+        # A launcher may be gone before the processes it started: the stage has ended when all of them have closed their output.
+        reader.join(_GRACE_SECONDS if signals.received else _LINGER_SECONDS)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        reader.join(_LINGER_SECONDS)
+        process.stdout.close()
+        signals.group = None
+    return _outcome(stage, code, list(tail), begun, stopped=signals.received is not None)
+
+
+def _outcome(stage: Stage, code: int, tail: list[str], begun: float, *, stopped: bool) -> Outcome:
+    if code == 0 and read_result(stage.run) is not None:
+        return Outcome(0)
+    if stopped or code == STOPPED:
+        return Outcome(STOPPED)
+    with suppress(OSError, ValueError, KeyError):  # written by the main rank, whose exit code a launcher hides
+        file = stage.run / "error.json"
+        if file.stat().st_mtime >= begun - 1:
+            return Outcome(USER_ERROR, tuple(json.loads(file.read_text(encoding="utf-8"))["error"].splitlines()))
+    if code == USER_ERROR:
+        errors = [text.removeprefix("error: ") for text in tail if text.startswith("error: ")]
+        return Outcome(USER_ERROR, tuple(errors or tail[-1:]))
+    why = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    why = "ended without a result" if code == 0 else why
+    return Outcome(1, (f"{why}; its last lines:", *tail[-TAIL_LINES:]))
+
+
+def _pass_through(source: IO[bytes], log: IO[bytes], tail: deque[str]) -> None:
+    screen = getattr(sys.stdout, "buffer", None)
+    rest = b""
+    while chunk := os.read(source.fileno(), 65536):
+        log.write(chunk)
+        log.flush()
+        with suppress(OSError, ValueError):  # a closed terminal must not end the stage
+            if screen is not None:
+                sys.stdout.flush()
+                screen.write(chunk)
+                screen.flush()
+            else:
+                sys.stdout.write(chunk.decode(errors="replace"))
+        *lines, rest = (rest + chunk).split(b"\n")
+        tail.extend(text for text in map(_last_state, lines) if text)
+    if text := _last_state(rest):
+        tail.append(text)
+
+
+def _last_state(line: bytes) -> str:
+    """A printed line as it stood at its end: progress bars go back to its beginning many times."""
+    return line.decode(errors="replace").rstrip().rsplit("\r", 1)[-1]
+
+
+@functools.cache
+def _has_cuda() -> bool:
+    """Whether torch sees a GPU; asked in another process, so that this one stays without torch."""
+    question = "import torch; raise SystemExit(0 if torch.cuda.is_available() else 1)"
+    return subprocess.run([sys.executable, "-c", question], capture_output=True, check=False).returncode == 0

@@ -1,0 +1,126 @@
+"""What a start of a pipeline will do: which stages are done, which go on, which are refused, and what --redo deletes."""
+
+import fcntl
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipelines.stages import Stage, followers
+from shared.errors import UserError
+from shared.run_dir import changes_since, input_digest, read_result
+
+State = Literal["done", "new", "begun"]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage and what will happen to it: done is skipped, new starts from nothing, begun goes on where it was."""
+
+    stage: Stage
+    state: State
+    notes: tuple[str, ...] = ()
+
+
+def make_plan(stages: list[Stage], redo: set[str]) -> list[Planned]:
+    """Compare every stage with its run directory; the stages in `redo` and their followers count as deleted.
+
+    Raises UserError, one line for each stage that cannot run: an input that is missing and that no earlier stage will write, a run directory
+    that holds another configuration, or a stage that is done but reads from one that is not.
+    """
+    by_name = {stage.name: stage for stage in stages}
+    erased = followers(stages, redo)
+    pending: set[str] = set()
+    plan: list[Planned] = []
+    errors: list[str] = []
+    outdated: dict[str, list[str]] = {}
+    told: set[Path] = set()
+    for stage in stages:
+        digests, missing = _inputs(stage, by_name, pending)
+        errors += [f"stage {stage.name}: {line}" for path, line in missing.items() if path not in told]
+        told |= set(missing)
+        planned, refused = _compare(stage, digests, erased)
+        waits_for = sorted(stage.needs & pending)
+        if refused:
+            what = "; ".join(refused[:4])
+            errors.append(
+                f"stage {stage.name}: {stage.run} holds a run with another configuration ({what}); "
+                f"--redo {stage.name} computes it and what follows again"
+            )
+        elif planned.state != "new" and waits_for and not stage.kind.remake:
+            outdated[stage.name] = waits_for
+        if stage.kind.remake and waits_for:
+            planned = Planned(stage, "new")
+        if planned.state != "done":
+            pending.add(stage.name)
+        plan.append(planned)
+    for name in outdated:
+        if not any(name in followers(stages, {other}) - {other} for other in outdated):
+            source = ", ".join(outdated[name])
+            errors.append(
+                f"stage {name}: was made from a {source} that is gone or will change; --redo {name} makes it new"
+            )
+    if errors:
+        raise UserError("\n".join(errors))
+    return plan
+
+
+def erase(stages: list[Stage], redo: set[str], output: Path) -> list[Path]:
+    """Delete the run directories of `redo` and what follows; returns them. Nothing but a run directory inside `output` is ever deleted."""
+    doomed = to_erase(stages, redo)
+    for run in doomed:
+        if run.is_symlink() or not run.resolve().is_relative_to(output.resolve()):
+            raise UserError(f"{run}: not a folder inside {output}; delete it yourself")
+        if not (run / "config.yaml").is_file():
+            raise UserError(f"{run}: not a run directory; delete it yourself")
+        with (run / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"{run}: in use by another process; it cannot be computed again now") from None
+    for run in doomed:
+        shutil.rmtree(run)
+    return doomed
+
+
+def to_erase(stages: list[Stage], redo: set[str]) -> list[Path]:
+    """The run directories that `erase` would delete."""
+    names = followers(stages, redo)
+    return [stage.run for stage in stages if stage.name in names and not _is_blank(stage.run)]
+
+
+def _is_blank(run: Path) -> bool:
+    """Whether a folder is absent or holds no more than a start that never came to anything leaves."""
+    if not run.is_dir():
+        return not run.exists()
+    return all(entry.name.startswith(".") or entry.name == "error.json" for entry in run.iterdir())
+
+
+def _inputs(stage: Stage, by_name: dict[str, Stage], pending: set[str]) -> tuple[dict[str, str], dict[Path, str]]:
+    """(digests of the inputs that are there, a line on each path that is not and will not be)."""
+    digests: dict[str, str] = {}
+    missing: dict[Path, str] = {}
+    for key, path in stage.config.inputs().items():
+        writer = next((by_name[name] for name in stage.needs if path.is_relative_to(by_name[name].run)), None)
+        if writer and writer.name in pending:
+            if not stage.kind.remake and not writer.writes(path):
+                what = ", ".join(writer.kind.writes) or "nothing to read"
+                missing[path] = f"{key}: {path}: stage {writer.name} does not write this; it writes {what}"
+        elif path.exists():
+            digests[key] = input_digest(path)
+        else:
+            hint = f"; --redo {writer.name} makes it again" if writer else ""
+            missing[path] = f"{key}: {path}: no such file or folder{hint}"
+    return digests, missing
+
+
+def _compare(stage: Stage, digests: dict[str, str], erased: set[str]) -> tuple[Planned, list[str]]:
+    """(what to do with the stage, lines on why it is refused)."""
+    if stage.name in erased or not (stage.run / "config.yaml").exists():
+        return Planned(stage, "new"), []
+    permitted, refused = changes_since(stage.run, stage.config, digests)
+    if stage.kind.remake:
+        known = (read_result(stage.run) or {}).get("inputs")
+        return Planned(stage, "done" if known == digests and not refused else "new"), []
+    finished = read_result(stage.run) is not None and not permitted
+    return Planned(stage, "done" if finished else "begun", tuple(permitted)), refused

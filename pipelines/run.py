@@ -1,0 +1,188 @@
+"""ENTRY: run a pipeline, one command after the other, each exactly as a user would type it.
+
+    python pipelines/run.py pipelines/quickstart.yaml
+
+All settings of all stages are checked before the first one starts. A stage whose run directory holds the finished run is skipped, one that was
+interrupted goes on, one that holds another configuration stops the pipeline with what differs. Does not import torch.
+"""
+
+import fcntl
+import resource
+import shlex
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pipelines.config import PipelineConfig
+from pipelines.disk import disk_bytes, disk_text, steps_text
+from pipelines.launch import Signals, command_line, run_stage
+from pipelines.plan import Planned, erase, make_plan, to_erase
+from pipelines.stages import LOGS, Stage, build_stages, located, read_pipeline
+from pipelines.table import table_text
+from shared.command import STOPPED, USER_ERROR
+from shared.config import Parser, did_you_mean
+from shared.errors import UserError
+from shared.run_dir import read_result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a pipeline; returns 0 done, 2 a user's mistake, 1 a failed stage, 143 stopped."""
+    try:
+        return _run(sys.argv[1:] if argv is None else list(argv))
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return USER_ERROR
+
+
+def _run(argv: list[str]) -> int:
+    parser = _parser()
+    file = Path(located(str(parser.parse_known_args(_without_variables(argv))[0].pipeline)))
+    pipeline = read_pipeline(file)
+    for name in pipeline.variables:  # flags that only this file has
+        parser.add_argument(
+            f"--variables.{name}", dest=f"variables.{name}", metavar="VALUE", help=f"value of ${{{name}}}"
+        )
+    arguments = parser.parse_args(argv)
+    if arguments.smoke and not pipeline.smoke:
+        raise UserError(f"{file}: --smoke needs a section `smoke:` with the smallest sizes")
+    output = arguments.output or Path(f"{pipeline.output}_smoke" if arguments.smoke else pipeline.output)
+    given = {name: getattr(arguments, f"variables.{name}") for name in pipeline.variables}
+    variables = {name: value for name, value in given.items() if value is not None}
+    stages = build_stages(pipeline, file, output=output, variables=variables, smoke=arguments.smoke)
+    redo = _redo(arguments, stages)
+    plan = make_plan(stages, redo)
+    if arguments.dry_run:
+        _print_plan(plan, to_erase(stages, redo), output)
+        return 0
+    with _locked(output):
+        for run in erase(stages, redo, output):
+            print(f"deleted {run}")
+        return _run_stages(plan, pipeline, output)
+
+
+def _run_stages(plan: list[Planned], pipeline: PipelineConfig, output: Path) -> int:
+    started = time.monotonic()
+    with Signals() as signals:
+        for number, planned in enumerate(plan, 1):
+            stage, label = planned.stage, f"[{number}/{len(plan)}] {planned.stage.name}"
+            if planned.state == "done":
+                print(f"{label}: done before", flush=True)
+                continue
+            for note in planned.notes:
+                print(f"{label}: changed since the last start: {note}")
+            if signals.received:
+                return STOPPED
+            print(f"{label}: {shlex.join(command_line(stage))}", flush=True)
+            begun = time.monotonic()
+            outcome = run_stage(stage, output / LOGS / f"{stage.name}.txt", signals)
+            if outcome.code == STOPPED or (signals.received and number < len(plan)):
+                print(f"stage {stage.name}: stopped; the same command goes on from there", file=sys.stderr)
+                return STOPPED
+            if outcome.code:
+                for line in outcome.lines:
+                    print(f"error: stage {stage.name}: {line}", file=sys.stderr)
+                return outcome.code
+            print(f"{label}: {(time.monotonic() - begun) / 60:.1f} min", flush=True)
+    if pipeline.table:
+        print(f"\n{table_text(pipeline.table, output)}\n")
+    print(_closing_line(plan, time.monotonic() - started))
+    return 0
+
+
+def _closing_line(plan: list[Planned], seconds: float) -> str:
+    """What it took: the stages' own records count the ones that were done before too."""
+    recorded = sum((read_result(planned.stage.run) or {}).get("seconds", 0) for planned in plan)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    memory = f"; largest process {peak:.1f} GB" if peak else ""
+    return f"{len(plan)} stages: {recorded / 60:.1f} min of work, {seconds / 60:.1f} min in this run{memory}"
+
+
+def _print_plan(plan: list[Planned], doomed: list[Path], output: Path) -> None:
+    stages = [planned.stage for planned in plan]
+    disk = disk_bytes(stages)
+    for run in doomed:
+        print(f"would delete {run}")
+    for number, planned in enumerate(plan, 1):
+        stage = planned.stage
+        words = {"done": "done, skipped", "begun": "goes on", "new": ""}[planned.state]
+        costs = [words, steps_text(stage), disk_text(disk[stage.name]) if stage.name in disk else ""]
+        print(f"[{number}/{len(plan)}] {stage.name}: {'; '.join(text for text in costs if text) or 'new'}")
+        for note in planned.notes:
+            print(f"    changed since the last start: {note}")
+        print(f"    {shlex.join(command_line(stage))}")
+    known = [size for size in disk.values() if size is not None]
+    more = "" if len(known) == len(disk) else f", and {len(disk) - len(known)} stages of unknown size"
+    print(
+        f"{len(plan)} stages; models and checkpoints in {output}: {disk_text(sum(known))}{more}; data sets not counted"
+    )
+
+
+def _without_variables(argv: list[str]) -> list[str]:
+    """The command line without --variables.NAME VALUE, which are only known once the file has been read."""
+    words: list[str] = []
+    skip = False
+    for word in argv:
+        if not skip and not word.startswith("--variables."):
+            words.append(word)
+        skip = not skip and word.startswith("--variables.") and "=" not in word
+    return words
+
+
+def _redo(arguments: Namespace, stages: list[Stage]) -> set[str]:
+    names = [stage.name for stage in stages]
+    for name in arguments.redo:
+        if name not in names:
+            raise UserError(f"--redo {name}: no such stage{did_you_mean(name, names)}")
+    return set(arguments.redo)
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Hold the pipeline's folder; the lock dies with the process."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: is a file; give another --output")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = (output / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{output}: {error.strerror or error}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{output}: in use by another pipeline; wait for it or give another --output") from None
+        yield
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="pipelines/run.py",
+        description="Run a pipeline of stages, resumable.",
+        epilog="--variables.NAME VALUE gives a variable of the file its value.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("pipeline", type=Path, metavar="PIPELINE", help="YAML file")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder of the run directories, instead of the file's"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, steps and disk space, run nothing")
+    parser.add_argument(
+        "--redo",
+        action="append",
+        default=[],
+        metavar="STAGE",
+        help="delete this stage and what follows from it, then run",
+    )
+    parser.add_argument("--smoke", action="store_true", help="smallest sizes, to see that everything runs")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

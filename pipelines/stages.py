@@ -1,0 +1,205 @@
+"""The stage table, and a pipeline's YAML turned into the command lines of its stages.
+
+A command line is checked by the very parser and settings class that the command itself uses, so nothing can be accepted here and refused there.
+Values may hold ${NAME}: a variable, an earlier stage (its run directory), `output` (the folder of all run directories) or `pipeline` (the YAML
+file). Deliberately absent: conditions, loops, parallel stages. Does not import torch.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import CommandName, PipelineConfig, ReportConfig, StageConfig, flatten
+from shared.config import CommandConfig, did_you_mean, parse_config, read_yaml, validate
+from shared.errors import UserError
+from shared.toy_data import ToyDataConfig
+from stage1_ssld.config import DistillConfig, TeachConfig
+from stage1_ssld.config import EvaluateConfig as EvaluateBackboneConfig
+from stage2_detect.config import EvaluateConfig as EvaluateDetectorConfig
+from stage2_detect.config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+LOGS = "logs"
+_REFERENCE = re.compile(r"\$\{([^}]*)\}")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the runner knows about a command."""
+
+    script: str
+    config_type: type[CommandConfig]
+    writes: tuple[str, ...] = ()
+    """files and folders in its run directory that later stages may read"""
+    remake: bool = False
+    """cheap and read by nobody: made again whenever something it reads has changed"""
+
+
+KINDS: dict[CommandName, Kind] = {
+    "toy_data": Kind("shared/toy_data.py", ToyDataConfig, ("stage1", "stage2")),
+    "teach": Kind("stage1_ssld/teach.py", TeachConfig, ("teacher.safetensors",)),
+    "distill": Kind("stage1_ssld/distill.py", DistillConfig, ("student.safetensors",)),
+    "evaluate_backbone": Kind("stage1_ssld/evaluate.py", EvaluateBackboneConfig),
+    "train": Kind("stage2_detect/train.py", TrainConfig, ("detector.safetensors",)),
+    "evaluate_detector": Kind("stage2_detect/evaluate.py", EvaluateDetectorConfig),
+    "report": Kind("pipelines/report.py", ReportConfig, ("report.html",), remake=True),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of a pipeline, with its settings checked.
+
+    Attributes:
+        arguments: what follows the script on its command line.
+        needs: names of the earlier stages that it reads from.
+    """
+
+    name: str
+    kind: Kind
+    config: CommandConfig
+    arguments: tuple[str, ...]
+    processes: int
+    needs: frozenset[str]
+
+    @property
+    def run(self) -> Path:
+        """Its run directory."""
+        return self.config.output
+
+    def writes(self, path: Path) -> bool:
+        """Whether the finished stage holds `path`."""
+        return any(path.is_relative_to(self.run / name) for name in self.kind.writes)
+
+
+def read_pipeline(file: Path) -> PipelineConfig:
+    """The pipeline in a YAML file; raises UserError with a line for each wrong key."""
+    return validate(PipelineConfig, read_yaml(file), source=str(file))
+
+
+def build_stages(
+    pipeline: PipelineConfig,
+    file: Path,
+    *,
+    output: Path,
+    variables: dict[str, str] | None = None,
+    smoke: bool = False,
+) -> list[Stage]:
+    """Every stage with its command line parsed and checked.
+
+    Args:
+        pipeline: what `file` holds.
+        output: folder of the run directories.
+        variables: values that take the place of those in the file.
+        smoke: lay the file's `smoke` settings on top.
+
+    Raises:
+        UserError: one line for each mistake, over all stages.
+    """
+    names = _variables(pipeline, file, variables or {}) | {"output": str(output), "pipeline": str(file)}
+    stages: list[Stage] = []
+    errors: list[str] = []
+    for name, settings in pipeline.stages.items():
+        try:
+            _check_name(name, names)
+            extra = pipeline.smoke.get(settings.command, {}) if smoke else {}
+            stages.append(_build_stage(name, settings, extra, names, output, stages))
+        except UserError as error:
+            errors += [f"stage {name}: {line}" for line in str(error).splitlines()]
+        names = {**names, name: str(output / name)}
+    if errors:
+        raise UserError("\n".join(errors))
+    return stages
+
+
+def followers(stages: list[Stage], first: set[str]) -> set[str]:
+    """The stages in `first` and all that read from them, directly or not."""
+    found = set(first)
+    for stage in stages:  # in order: a stage only reads from earlier ones
+        if stage.needs & found:
+            found.add(stage.name)
+    return found
+
+
+def located(path: str) -> str:
+    """`path` as it is when it exists from here, else below the project's root when it exists there, else as it is."""
+    return path if Path(path).exists() or not (ROOT / path).exists() else str(ROOT / path)
+
+
+def flags(values: dict[str, Any]) -> list[str]:
+    """Settings by dotted key as command-line flags that parse back to them."""
+    words: list[str] = []
+    for key, value in flatten(values):
+        plain = isinstance(value, list) and value and all(_is_plain(item) for item in value)
+        text = ",".join(map(_text, value)) if plain else _text(value)
+        words += [f"--{key}={text}"] if text.startswith("-") else [f"--{key}", text]
+    return words
+
+
+def _build_stage(
+    name: str, settings: StageConfig, extra: dict[str, Any], names: dict[str, str], output: Path, earlier: list[Stage]
+) -> Stage:
+    kind = KINDS[settings.command]
+    used: set[str] = set()
+    values = dict(flatten(_substitute(settings.set, names, used))) | dict(flatten(_substitute(extra, names, used)))
+    for key in ("output", "config"):
+        if key in values:
+            raise UserError(f"set.{key}: not here; the runner gives --{key}")
+    arguments = [*flags(values), "--output", str(output / name)]
+    if settings.config:
+        arguments = ["--config", located(_substitute(settings.config, names, used)), *arguments]
+    config = parse_config(kind.config_type, arguments, program=kind.script)
+    needs = {stage.name for stage in earlier if stage.name in used or "output" in used}
+    for path in config.inputs().values():
+        needs |= {stage.name for stage in earlier if path.is_relative_to(stage.run)}
+    return Stage(name, kind, config, tuple(arguments), settings.processes, frozenset(needs))
+
+
+def _check_name(name: str, names: dict[str, str]) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name == LOGS:
+        raise UserError(f"not a good name for a stage; use letters, digits, _ and -, and not {LOGS!r}")
+    if name in names:
+        raise UserError("a variable has this name too; rename one of them")
+
+
+def _variables(pipeline: PipelineConfig, file: Path, given: dict[str, str]) -> dict[str, str]:
+    values = pipeline.variables | given
+    for name, value in values.items():
+        if name in ("output", "pipeline"):
+            raise UserError(f"{file}: variables.{name}: this name is taken by the runner")
+        if value is None:
+            raise UserError(f"{file}: variable {name} has no value; give it as --variables.{name} VALUE")
+    return {name: str(value) for name, value in values.items()}
+
+
+def _substitute(value: Any, names: dict[str, str], used: set[str]) -> Any:
+    """`value` with every ${NAME} replaced; the names go into `used`."""
+    if isinstance(value, dict):
+        return {key: _substitute(inner, names, used) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_substitute(inner, names, used) for inner in value]
+    if not isinstance(value, str):
+        return value
+
+    def replacement(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in names:
+            raise UserError(
+                f"${{{name}}}: no variable and no earlier stage of this name{did_you_mean(name, list(names))}"
+            )
+        used.add(name)
+        return names[name]
+
+    return _REFERENCE.sub(replacement, value)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, int | float) or (
+        isinstance(value, str) and not re.search(r"[\[\]{},\"]", value) and value != ""
+    )
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else "null" if value is None else json.dumps(value)

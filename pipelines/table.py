@@ -1,0 +1,83 @@
+"""The table at the end of a pipeline: what each backbone is worth, as a classifier and under a detector.
+
+Numbers come from the stages' result.json, as fractions; they are shown in percent. A number that no stage measured is shown as "-". Does not
+import torch.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import TableConfig
+from shared.run_dir import read_result
+
+COLUMNS = ("backbone", "top-1", "agreement", "detector AP", "AP50")
+_CLASSIFIER, _DETECTOR = ("top1", "agreement"), ("AP", "AP50")
+NONE = "-"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One backbone: its name, and a fraction or None for each column after the first."""
+
+    name: str
+    values: tuple[float | None, ...]
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as text."""
+        return (self.name, *(NONE if value is None else f"{100 * value:.1f}" for value in self.values))
+
+
+def table_rows(table: TableConfig, output: Path) -> list[Row]:
+    """The rows, as far as the stages below `output` are finished."""
+    rows = []
+    for name, row in table.rows.items():
+        classifier = _metrics(output, row.classifier)
+        detector = _metrics(output, row.detector)
+        values = [_fraction(classifier, key) for key in _CLASSIFIER] + [_fraction(detector, key) for key in _DETECTOR]
+        rows.append(Row(name, tuple(values)))
+    return rows
+
+
+def gain(table: TableConfig, rows: list[Row]) -> Row | None:
+    """The difference between the two rows that the pipeline compares; None when it compares none."""
+    if table.gain is None:
+        return None
+    by_name = {row.name: row for row in rows}
+    better, base = (by_name[name] for name in table.gain)
+    pairs = zip(better.values, base.values, strict=True)
+    values = tuple(None if a is None or b is None else a - b for a, b in pairs)
+    return Row(f"{better.name} - {base.name}", values)
+
+
+def gain_cells(row: Row) -> tuple[str, ...]:
+    """The row of differences as text, with signs."""
+    return (row.name, *(NONE if value is None else f"{100 * value:+.1f}" for value in row.values))
+
+
+def table_text(table: TableConfig, output: Path) -> str:
+    """The whole table as aligned lines."""
+    rows = table_rows(table, output)
+    difference = gain(table, rows)
+    cells = [COLUMNS, *(row.cells() for row in rows), *([gain_cells(difference)] if difference else [])]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
+    lines = [_line(line, widths) for line in cells]
+    if difference:
+        lines.insert(len(lines) - 1, "-" * len(lines[0]))
+    return "\n".join(lines)
+
+
+def _line(cells: tuple[str, ...], widths: list[int]) -> str:
+    first, *rest = zip(cells, widths, strict=True)
+    return "    ".join([f"{first[0]:<{first[1]}}", *(f"{cell:>{width}}" for cell, width in rest)])
+
+
+def _metrics(output: Path, stage: str | None) -> dict[str, Any]:
+    result = read_result(output / stage) if stage else None
+    metrics: dict[str, Any] = result["metrics"] if result else {}
+    return metrics
+
+
+def _fraction(metrics: dict[str, Any], key: str) -> float | None:
+    value = metrics.get(key)
+    return float(value) if isinstance(value, int | float) else None

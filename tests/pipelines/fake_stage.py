@@ -1,0 +1,84 @@
+"""A stage without any work, for the tests of the runner: run by path as a process, or in-process through `main`."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from pydantic import Field
+
+from shared.command import run_command
+from shared.config import CommandConfig, Config, dump
+from shared.errors import Stopped, UserError
+from shared.run_dir import RunDir
+
+
+class Metrics(Config):
+    """What the stage pretends to have measured."""
+
+    top1: float | None = None
+    agreement: float | None = None
+    AP: float | None = None
+    AP50: float | None = None
+
+
+class FakeConfig(CommandConfig):
+    """Copies a file, or fails as it is told."""
+
+    source: Path | None = None
+    sources: list[Path] = []
+    text: str = ""
+    steps: int = Field(1, ge=1)
+    metrics: Metrics = Metrics()
+    ends: str = "well"
+    """well, by a user error, by a crash, without a result, or waiting for a signal"""
+
+    def inputs(self) -> dict[str, Path]:
+        files = {f"sources.{number}": file for number, file in enumerate(self.sources)}
+        return files | ({"source": self.source} if self.source else {})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(FakeConfig, work, argv, program="fake_stage.py", torch_threads=False)
+
+
+def work(config: FakeConfig) -> None:
+    run = RunDir(config, "fake")
+    run.log(f"working in {run.path.name}")
+    if config.ends == "user error":
+        raise UserError("images: no such folder; give another")
+    if config.ends == "crash":
+        for number in range(40):
+            print(f"line {number}")
+        raise RuntimeError("a bug")
+    if config.ends == "no result":
+        return
+    if config.ends == "waiting":
+        wait_for_signal(run)
+    text = config.source.read_text() if config.source else ""
+    file = run.path / "out.txt"
+    file.write_text(text + config.text)
+    measured = {name: value for name, value in dump(config.metrics).items() if value is not None}
+    run.finish({"steps": config.steps, **measured}, [file])
+    run.close()
+
+
+def wait_for_signal(run: RunDir) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(f"signal {number}")
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    run.log(f"group {os.getpgid(0) == os.getpid()}")
+    (run.path / "ready").touch()
+    time.sleep(60)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

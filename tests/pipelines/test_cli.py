@@ -1,0 +1,104 @@
+"""`ssld`: dispatch to the entry scripts, nearest names, and files told apart by what they hold."""
+
+import importlib
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.cli import COMMANDS, main
+from shared.model_file import save_model_file
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
+    """(module, argv) of every entry that was called; none is really imported."""
+    calls: list[tuple[str, list[str]]] = []
+
+    def stand_in(module: str) -> types.SimpleNamespace:
+        def entry(argv: list[str]) -> int:
+            calls.append((module, argv))
+            return 7
+
+        return types.SimpleNamespace(main=entry)
+
+    monkeypatch.setattr("pipelines.cli.importlib", types.SimpleNamespace(import_module=stand_in))
+    return calls
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """A model file of each kind, one of another program, and one of a kind that nobody knows."""
+    tensors = {"weight": torch.zeros(2, 3)}
+    paths = {kind: tmp_path / f"{kind}.safetensors" for kind in ("backbone", "detector", "plain", "odd")}
+    for kind, path in paths.items():
+        save_model_file(path, tensors, {} if kind == "plain" else {"kind": kind, "arch": "test_resnet"})
+    return paths
+
+
+@pytest.mark.parametrize("name", [name for name, (module, _) in COMMANDS.items() if module])
+def test_dispatch(called: list[tuple[str, list[str]]], name: str) -> None:
+    assert main([name, "--steps", "3"]) == 7
+    assert called == [(COMMANDS[name][0], ["--steps", "3"])]
+
+
+@pytest.mark.parametrize(
+    ("kind", "module"),
+    [
+        ("backbone", "stage1_ssld.evaluate"),
+        ("plain", "stage1_ssld.evaluate"),
+        ("detector", "stage2_detect.evaluate"),
+    ],
+)
+def test_evaluate_goes_by_the_file(
+    called: list[tuple[str, list[str]]], files: dict[str, Path], tmp_path: Path, kind: str, module: str
+) -> None:
+    config = tmp_path / "evaluate.yaml"
+    config.write_text(f"model: {files[kind]}\n")
+    lines = [["--model", str(files[kind])], [f"--model={files[kind]}"], ["--config", str(config)]]
+    for line in lines:
+        assert main(["evaluate", *line]) == 7
+    assert called == [(module, line) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["destill"], "error: ssld destill: no such command; did you mean 'distill'?"),
+        (["evaluate"], "error: ssld evaluate: needs --model FILE"),
+        (["evaluate", "--model", "nowhere.safetensors"], "error: nowhere.safetensors: no such file"),
+        (["inspect"], "error: usage: ssld inspect FILE"),
+        (["inspect", "nowhere.safetensors"], "error: nowhere.safetensors: no such file"),
+    ],
+)
+def test_mistakes_end_in_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+def test_unknown_kind_is_refused(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--model", str(files["odd"])]) == 2
+    assert capsys.readouterr().err == f"error: {files['odd']}: a odd file cannot be evaluated\n"
+
+
+def test_inspect(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(files["detector"])]) == 0
+    out = capsys.readouterr().out
+    assert "detector" in out
+    assert "test_resnet" in out
+
+
+def test_help_has_a_line_for_each_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, (_, text) in COMMANDS.items():
+        assert f"  {name:<10} {text}" in lines
+    assert main([]) == 2
+
+
+@pytest.mark.parametrize("module", sorted({module for module, _ in COMMANDS.values() if module}))
+def test_every_entry_has_a_main(module: str) -> None:
+    assert callable(importlib.import_module(module).main)

@@ -1,0 +1,200 @@
+"""The report: right numbers, every picture described, nothing from outside, unfinished runs shown as such."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipelines import charts
+from pipelines.report import main
+from pipelines.table import Row
+
+VOID = {"meta", "link", "br", "img", "path", "use"}
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, the text, and whether tags close in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text += f" {data.strip()}"
+
+
+def write_run(run: Path, *, metrics: dict[str, Any] | None, lines: list[dict[str, Any]]) -> None:
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("steps: 100\nname: <b>&amp;\n")
+    environment = {
+        "command": run.name,
+        "arguments": ["--steps", "100"],
+        "versions": {"torch": "2.15.0", "hotcoco": None},
+        "machine": "some machine",
+        "cores": 2,
+        "inputs": {},
+    }
+    (run / "environment.json").write_text(json.dumps(environment))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"torn')
+    if metrics is not None:
+        (run / "result.json").write_text(json.dumps({"metrics": metrics, "seconds": 90.0}))
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path, chain: dict[str, Any], table: dict[str, Any], fake_kinds: None) -> Path:
+    """A pipeline whose student is finished, baseline unfinished, ap finished, and the rest not run."""
+    stages = {**chain, "report": {"command": "report"}}
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump({"output": "unused", "stages": stages, "table": table}, sort_keys=False))
+    steps = [{"step": step, "loss": 3 - step / 50, "agreement": step / 200, "lr": 0.1} for step in (50, 100)]
+    student = {"top1": 0.691, "agreement": 0.712, "kl": 0.4321, "steps": 100}
+    write_run(tmp_path / "runs/student", metrics=student, lines=[*steps, {"step": 100, "val_top1": 0.691}])
+    write_run(tmp_path / "runs/baseline", metrics=None, lines=[{"step": 50, "loss": 2.5, "lr": 0.1}])
+    ap = {"AP": 0.2574, "AP50": 0.481, "APs": None, "per_class": {"disc": 0.333, "ring": None}}
+    write_run(tmp_path / "runs/ap", metrics=ap, lines=[])
+    (tmp_path / "runs/student/quarantine.txt").write_text("a.jpg\nb.jpg\n")
+    return file
+
+
+def arguments(pipeline: Path) -> list[str]:
+    runs = pipeline.parent / "runs"
+    return ["--pipeline", str(pipeline), "--runs", str(runs), "--output", str(runs / "report")]
+
+
+@pytest.fixture
+def html(pipeline: Path) -> str:
+    assert main(arguments(pipeline)) == 0
+    return (pipeline.parent / "runs/report/report.html").read_text()
+
+
+def test_numbers(html: str) -> None:
+    text = " ".join(Page(html).text.split())
+    assert "SSLD 69.1 71.2 25.7 48.1" in text
+    assert "teacher - - - -" in text
+    assert "SSLD against baseline: - points of top-1" in text
+    assert "kl 0.4321" in text
+    assert "steps 100" in text
+    assert "AP 25.7" in text
+    assert "APs -" in text
+    assert "disc 33.3 ring -" in text
+    assert "2 of 5 stages finished, 3.0 minutes of work" in text
+    assert "2 unreadable images" in text
+
+
+def test_status_of_every_stage(html: str) -> None:
+    text = " ".join(Page(html).text.split())
+    for line in (
+        "data toy_data not run -",
+        "student distill finished 1.5",
+        "baseline distill unfinished, at step 50 -",
+    ):
+        assert line in text
+    assert "report report" not in text  # itself
+
+
+def test_settings_and_machine(html: str) -> None:
+    text = Page(html).text
+    assert "name: <b>&amp;" in text  # shown as it stands, not as markup
+    assert "fake_stage.py --steps 100" in text
+    assert "some machine" in text
+    assert "torch 2.15.0" in text
+    assert "hotcoco" not in text
+
+
+def test_every_picture_has_words_with_numbers(html: str) -> None:
+    page = Page(html)
+    assert page.open == []
+    assert not [tag for tag, _ in page.tags if tag in ("img", "script")]
+    pictures = [attributes["aria-label"] or "" for _, attributes in page.tags if attributes.get("role") == "img"]
+    assert len(pictures) == sum(tag == "svg" for tag, _ in page.tags) == 3
+    assert pictures[0] == "Bars. top-1 in %: SSLD 69.1; detector AP: SSLD 25.7."
+    assert "loss from 2 at step 50 to 1 at step 100" in pictures[1]
+    assert "training agreement from 25 at step 50 to 50 at step 100" in pictures[1]
+    assert pictures[2].startswith("Curves of stage baseline: loss from 2.5 at step 50")
+
+
+def test_page_is_self_contained(html: str) -> None:
+    page = Page(html)
+    for _, attributes in page.tags:
+        for name in ("src", "href", "xlink:href", "action"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:"))
+    assert "@import" not in html
+    assert not re.search(r"url\((?!#)", html)
+    anchors = [attributes["id"] for _, attributes in page.tags if attributes.get("id")]
+    assert len(anchors) == len(set(anchors))
+    links = [attributes["href"] or "" for tag, attributes in page.tags if tag == "a"]
+    assert {link[1:] for link in links} == {"stage-student", "stage-baseline", "stage-ap"} <= set(anchors)
+    assert "prefers-color-scheme: dark" in html
+    assert "currentColor" in html
+
+
+def test_again_replaces_the_old_page(pipeline: Path, html: str) -> None:
+    write_run(pipeline.parent / "runs/teacher", metrics={"top1": 0.876}, lines=[])
+    assert main(arguments(pipeline)) == 0
+    page = pipeline.parent / "runs/report/report.html"
+    assert "87.6" in Page(page.read_text()).text
+    assert "87.6" not in Page(html).text
+
+
+def test_without_table_and_runs(tmp_path: Path, fake_kinds: None) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text("output: x\nstages: {a: {command: teach}}\n")
+    (tmp_path / "runs").mkdir()
+    assert main(arguments(file)) == 0
+    html = (tmp_path / "runs/report/report.html").read_text()
+    assert "Result" not in Page(html).text
+    assert "0 of 1 stages finished" in html
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--runs", "nowhere"], "runs: nowhere: no such folder"),
+        (["--pipeline", "nowhere.yaml"], "nowhere.yaml: No such file or directory"),
+        (["--run", "x"], "--run: unknown flag; did you mean '--runs'?"),
+    ],
+)
+def test_mistakes_end_in_one_line(pipeline: Path, change: list[str], message: str, capfd: Any) -> None:
+    assert main([*arguments(pipeline), *change]) == 2
+    assert capfd.readouterr().err == f"error: {message}\n"
+
+
+def test_another_run_is_not_overwritten(pipeline: Path, capfd: Any) -> None:
+    runs = pipeline.parent / "runs"
+    assert main(["--pipeline", str(pipeline), "--runs", str(runs), "--output", str(runs / "student")]) == 2
+    assert "holds a run with another configuration" in capfd.readouterr().err
+    assert (runs / "student/result.json").exists()
+
+
+def test_charts_without_numbers() -> None:
+    assert charts.curves("a", []) is None
+    assert charts.curves("a", [{"step": 1, "seconds": 2.0, "loss": None}]) is None
+    assert charts.bars([Row("a", (None, None, None, None))]) is None
+
+
+def test_same_curves_give_the_same_bytes() -> None:
+    metrics = [{"step": step, "loss": 1 / step} for step in range(1, 5)]
+    first, second = charts.curves("a", metrics), charts.curves("a", metrics)
+    assert first == second
+    assert first is not None
+    assert first.svg.startswith("<svg")

@@ -1,0 +1,253 @@
+"""YAML -> checked command lines, and the plan: what is missing, done, refused, made anew."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+from pydantic import Field
+
+from pipelines.config import PipelineConfig
+from pipelines.disk import disk_bytes, disk_text, steps_text
+from pipelines.plan import make_plan
+from pipelines.stages import ROOT, Stage, build_stages, flags, followers, located, read_pipeline
+from shared.config import CommandConfig, Config, identity, parse_config, validate
+from shared.errors import UserError
+
+
+def build(file: Path, **options: Any) -> list[Stage]:
+    pipeline = read_pipeline(file)
+    return build_stages(pipeline, file, output=pipeline.output, **options)
+
+
+def error_of(file: Path, **options: Any) -> str:
+    with pytest.raises(UserError) as error:
+        make_plan(build(file, **options), set())
+    return str(error.value)
+
+
+# ---- flags
+
+
+class Inner(Config):
+    numbers: list[float] = []
+    paths: list[Path | dict[str, str]] = []
+    note: str | None = "x"
+    on: bool = True
+
+
+class Outer(CommandConfig):
+    """Every kind of value."""
+
+    inner: Inner = Inner()
+    count: int = 0
+    name: str = ""
+    lr: float = Field(0.0)
+
+
+def test_flags_parse_back_to_the_settings() -> None:
+    settings = {
+        "inner": {"numbers": [1, 2.5], "paths": ["a b", "c"], "note": None, "on": False},
+        "count": -3,
+        "name": "--odd name",
+        "lr": 1e-5,
+    }
+    config = parse_config(Outer, [*flags(settings), "--output", "x"], program="p")
+    assert config == Outer(output=Path("x"), **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("paths", [[], ["with,comma"], ["a", {"path": "b", "labels": "c"}], ["[odd]"]])
+def test_lists_that_need_json(paths: list[Any]) -> None:
+    config = parse_config(Outer, [*flags({"inner.paths": paths}), "--output", "x"], program="p")
+    assert json.loads(config.model_dump_json())["inner"]["paths"] == paths
+
+
+# ---- the YAML file
+
+
+def test_shipped_pipelines_are_valid() -> None:
+    stages = build(ROOT / "pipelines/quickstart.yaml")
+    assert [stage.name for stage in stages][:4] == ["data", "teacher", "ssld", "baseline"]
+    by_name = {stage.name: stage for stage in stages}
+    assert by_name["ap_ssld"].needs == {"data", "detector_ssld"}
+    assert by_name["report"].needs == {stage.name for stage in stages} - {"report"}
+    build(ROOT / "pipelines/quickstart.yaml", smoke=True)
+    build(ROOT / "pipelines/real_small.yaml", variables={"data": "somewhere"})
+    build(ROOT / "pipelines/real_small.yaml", variables={"data": "somewhere"}, smoke=True)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "real_small"])
+def test_baseline_differs_from_ssld_in_objective_and_sources_only(name: str) -> None:
+    variables = {"data": "somewhere"} if name == "real_small" else {}
+    by_name = {stage.name: stage for stage in build(ROOT / f"pipelines/{name}.yaml", variables=variables)}
+    ssld, baseline = (identity(by_name[stage].config) for stage in ("ssld", "baseline"))
+    assert ssld.pop("objective") == "teacher"
+    assert baseline.pop("objective") == "labels"
+    assert ssld["data"].pop("train")[0] == baseline["data"].pop("train")[0]
+    assert ssld == baseline
+    # the detectors differ in nothing but the backbone, and every stage of it trains
+    detectors = [identity(by_name[f"detector_{row}"].config) for row in ("ssld", "baseline", "random")]
+    assert len({detector.pop("backbone") for detector in detectors}) == 3
+    assert detectors[0] == detectors[1] == detectors[2]
+    assert detectors[0]["model"]["freeze_stages"] == 0
+    assert not detectors[0]["model"]["freeze_norm"]
+    assert detectors[0]["optim"]["backbone_lr_factors"] == [1.0] * 5
+
+
+def test_dotted_like_takes_over_settings(fake_kinds: None, write_pipeline: Any) -> None:
+    file = write_pipeline(
+        {
+            "first": {"command": "toy_data", "set": {"text": "a", "steps": 3}},
+            "second": {"like": "first", "set": {"text": "b"}},
+        }
+    )
+    first, second = build(file)
+    assert (first.config.text, second.config.text) == ("a", "b")  # type: ignore[attr-defined]
+    assert second.config.steps == 3  # type: ignore[attr-defined]
+    assert second.needs == frozenset()
+
+
+MISTAKES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
+    (
+        {"a": {"comand": "teach"}},
+        {},
+        ["stages.a.comand: unknown key; did you mean 'command'?", "stages.a.command: missing"],
+    ),
+    ({"a": {"command": "teech"}}, {}, ["stages.a.command", "'teach'"]),
+    ({"a": {"like": "b"}, "b": {"command": "teach"}}, {}, ["stages.a.like: b: no earlier stage"]),
+    ({"a": {"command": "teach"}}, {"outptu": 1}, ["outptu: unknown key; did you mean 'output'?"]),
+    ({"a": {"command": "teach"}}, {"table": {"rows": {"x": {"classifier": "aa"}}}}, ["table: aa: no such stage"]),
+    ({"a": {"command": "teach"}}, {"table": {"rows": {"x": {}}, "gain": ["x", "y"]}}, ["table.gain: y: no such row"]),
+    ({"a": {"command": "teach", "set": {"stps": 2}}}, {}, ["stage a: --stps: unknown flag; did you mean '--steps'?"]),
+    ({"a": {"command": "teach", "set": {"steps": 0}}}, {}, ["stage a: ", "steps: ", "greater than or equal to 1"]),
+    ({"a": {"command": "teach", "set": {"output": "x"}}}, {}, ["stage a: set.output: not here"]),
+    ({"a": {"command": "teach", "config": "no.yaml"}}, {}, ["stage a: no.yaml: No such file"]),
+    ({"../a": {"command": "teach"}}, {}, ["stage ../a: not a good name"]),
+    ({"logs": {"command": "teach"}}, {}, ["stage logs: not a good name"]),
+    ({"a": {"command": "teach"}}, {"variables": {"a": 1}}, ["stage a: a variable has this name too"]),
+    ({"a": {"command": "teach"}}, {"variables": {"output": 1}}, ["variables.output: this name is taken"]),
+    (
+        {"a": {"command": "teach"}},
+        {"variables": {"dir": None}},
+        ["variable dir has no value; give it as --variables.dir"],
+    ),
+    (
+        {"teacher": {"command": "teach"}, "b": {"command": "distill", "set": {"text": "${techer}"}}},
+        {},
+        ["stage b: ${techer}: no variable and no earlier stage of this name; did you mean 'teacher'?"],
+    ),
+    ({"a": {"command": "teach", "set": {"text": "${a}"}}}, {}, ["stage a: ${a}: no variable and no earlier stage"]),
+]
+
+
+@pytest.mark.parametrize(("stages", "other", "expected"), MISTAKES)
+def test_mistakes_are_named(
+    fake_kinds: None, write_pipeline: Any, stages: dict[str, Any], other: dict[str, Any], expected: list[str]
+) -> None:
+    message = error_of(write_pipeline(stages, **other))
+    for part in expected:
+        assert part in message
+
+
+def test_all_mistakes_at_once(fake_kinds: None, write_pipeline: Any) -> None:
+    message = error_of(
+        write_pipeline({"a": {"command": "teach", "set": {"x": 1}}, "b": {"command": "teach", "set": {"y": 1}}})
+    )
+    assert [line.split(":")[0] for line in message.splitlines()] == ["stage a", "stage b"]
+
+
+def test_duplicate_stage_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text("output: x\nstages:\n  a: {command: teach}\n  a: {command: teach}\n")
+    with pytest.raises(UserError, match=r"line 4: key 'a' is given twice"):
+        read_pipeline(file)
+
+
+def test_variables_reach_numbers_and_paths(fake_kinds: None, write_pipeline: Any, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("x")
+    file = write_pipeline(
+        {"a": {"command": "teach", "set": {"source": "${dir}/in.txt", "steps": "${steps}"}}},
+        variables={"dir": None, "steps": 5},
+    )
+    (stage,) = build(file, variables={"dir": str(tmp_path)})
+    assert stage.config.steps == 5  # type: ignore[attr-defined]
+    assert stage.config.source == tmp_path / "in.txt"  # type: ignore[attr-defined]
+
+
+def test_smoke_settings_lie_on_top(fake_kinds: None, write_pipeline: Any) -> None:
+    file = write_pipeline({"a": {"command": "teach", "set": {"steps": 5, "text": "t"}}}, smoke={"teach": {"steps": 1}})
+    (stage,) = build(file, smoke=True)
+    assert stage.config.steps == 1  # type: ignore[attr-defined]
+    assert stage.config.text == "t"  # type: ignore[attr-defined]
+    assert build(file)[0].config.steps == 5  # type: ignore[attr-defined]
+
+
+def test_located_falls_back_to_the_project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert located("pipelines/quickstart.yaml") == str(ROOT / "pipelines/quickstart.yaml")
+    assert located("nowhere.yaml") == "nowhere.yaml"
+
+
+# ---- dependencies and missing inputs
+
+
+def test_followers_are_transitive(fake_kinds: None, write_pipeline: Any, chain: dict[str, Any]) -> None:
+    stages = build(write_pipeline(chain))
+    assert followers(stages, {"teacher"}) == {"teacher", "student", "ap"}
+    assert followers(stages, {"data"}) == set(chain)
+
+
+def test_path_into_a_run_directory_is_a_dependency(fake_kinds: None, write_pipeline: Any, tmp_path: Path) -> None:
+    file = write_pipeline(
+        {"a": {"command": "teach"}, "b": {"command": "distill", "set": {"source": str(tmp_path / "runs/a/out.txt")}}}
+    )
+    assert build(file)[1].needs == {"a"}
+
+
+def test_missing_inputs_are_told_before_anything_runs(fake_kinds: None, write_pipeline: Any) -> None:
+    file = write_pipeline(
+        {
+            "a": {"command": "teach", "set": {"source": "nowhere.txt"}},
+            "b": {"command": "distill", "set": {"sources": ["${a}/out.txt", "${a}/other.txt", "nowhere.txt"]}},
+        }
+    )
+    assert error_of(file).splitlines() == [
+        "stage a: source: nowhere.txt: no such file or folder",
+        f"stage b: sources.1: {file.parent}/runs/a/other.txt: stage a does not write this; it writes out.txt",
+    ]
+
+
+# ---- costs
+
+
+def test_steps_and_disk(tmp_path: Path) -> None:
+    values = {
+        "output": str(tmp_path),
+        "stages": {
+            "t": {
+                "command": "distill",
+                "set": {
+                    "student": {"model": "random:test_resnet"},
+                    "objective": "labels",
+                    "data.train": ["x"],
+                    "steps": 10,
+                    "batch_size": 4,
+                    "save_every": 100,
+                    "optim": {"lr": 0.1, "reference_batch": 4},
+                },
+            },
+            "u": {"like": "t", "set": {"student.model": "hf-hub:someone/something"}},
+            "v": {"like": "t", "set": {"student.model": "${t}/student.safetensors", "ema.decay": 0.9}},
+        },
+    }
+    pipeline = validate(PipelineConfig, values, source="p")
+    stages = build_stages(pipeline, Path("p"), output=tmp_path)
+    assert steps_text(stages[0]) == "10 steps of 4 images"
+    disk = disk_bytes(stages)
+    weights = 4 * sum(p.numel() for p in timm.create_model("test_resnet", num_classes=0).parameters())
+    assert disk["t"] == 4 * weights  # last and best model, one checkpoint with its momentum
+    assert disk["u"] is None
+    assert disk["v"] == 5 * weights  # and the average
+    assert disk_text(None).startswith("disk unknown")
+    assert disk_text(2_500_000_000) == "about 2.5 GB of disk"
