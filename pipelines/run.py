@@ -185,4 +185,4 @@ def _parser() -> Parser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

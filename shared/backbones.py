@@ -224,9 +224,7 @@ def create_body(reference: ModelReference, **options: Any) -> tuple[nn.Module, s
     classes = check_fits(reference, read_shapes(reference.file))
     tensors = read_tensors(reference.file)
     overlay = {"file": str(reference.file), "num_classes": classes}
-    body = timm.create_model(
-        reference.arch, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay, **options
-    )
+    body = _create(reference.arch, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     # timm renames tensors in some feature networks and loads them non-strictly, so the check is by content.
     available = {content_hash({"": tensor}) for tensor in tensors.values()}
     state = body.state_dict()

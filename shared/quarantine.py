@@ -24,8 +24,8 @@ class Quarantine:
         """Note what this rank could not read."""
         self._new += locations
 
-    def judge(self, images_seen: int) -> None:
-        """Write the list and fail if it is too long; all ranks together, after `images_seen` training images of the whole run."""
+    def write(self) -> None:
+        """Bring the list up to date, all ranks together; before a checkpoint, because a resumed run does not meet these images again."""
         new = set(gather_lists(self._new)) - self._known
         self._new = []
         if new:
@@ -34,6 +34,10 @@ class Quarantine:
             self._run.log(
                 f"{len(self._known)} unreadable image(s), see {self._run.path / 'quarantine.txt'}; last: {max(new)}"
             )
+
+    def judge(self, images_seen: int) -> None:
+        """Write the list and fail if it is too long; all ranks together, after `images_seen` training images of the whole run."""
+        self.write()
         read = min(images_seen, self._images)
         enough = read >= min(_JUDGED_AFTER, self._images)
         if enough and len(self._known) > 1 and len(self._known) > _TOO_MANY * read:

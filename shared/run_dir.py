@@ -145,6 +145,9 @@ class RunDir:
             raise
 
     def _compare_and_record(self) -> None:
+        for leftover in self.path.glob(".*.*"):  # files that a killed process was writing
+            if leftover.suffix[1:].isdigit():
+                leftover.unlink(missing_ok=True)
         self.inputs = input_digests(self._config)
         environment = _environment(self._command, self.inputs)
         changes: list[str] = []
@@ -232,7 +235,7 @@ def recorded_identity(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
         environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(
-            f"{run}: its config.yaml or environment.json is not readable ({error}); delete the folder"
+            f"{run}: its config.yaml or environment.json is not readable ({' '.join(str(error).split())}); delete the folder"
         ) from None
     return {key: value for key, value in settings.items() if key not in NOT_IDENTITY}, environment.get("inputs", {})
 

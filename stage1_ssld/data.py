@@ -69,7 +69,8 @@ class ImageSource:
         if self._folder:
             return decode_image(self.path / image)
         if isinstance(image, dict):
-            image = image.get("bytes") or (self.path.parent / image["path"] if image.get("path") else None)
+            folder = self.path if self.path.is_dir() else self.path.parent
+            image = image.get("bytes") or (folder / image["path"] if image.get("path") else None)
         if image is None:
             raise UnreadableImage(self.location(row), "empty")
         return decode_image(image)
@@ -107,7 +108,7 @@ class ImageSource:
                 f"{self.path}: has no column {config.image_column!r} (it has {', '.join(schema.names)}); set image_column"
             )
         if config.labels == "auto" and config.label_column in columns:
-            self.labels = table.column(config.label_column).to_pylist()
+            self.labels = _class_numbers(table, config.label_column, self.path)
             self.class_names = _class_names(schema, config.label_column)
         elif config.labels not in ("auto", "none"):
             table = self._join_labels(table, Path(config.labels), config)
@@ -120,14 +121,28 @@ class ImageSource:
             raise UserError(f"{self.path}: has no column {config.id_column!r} to join {file} by; set id_column")
         if not file.is_file():
             raise UserError(f"{file}: no such file")
-        known = pq.read_table(file)
+        try:
+            known = pq.read_table(file)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{file}: not readable as Parquet ({' '.join(str(error).split())[:160]})") from None
         if not {config.id_column, config.label_column} <= set(known.column_names):
             raise UserError(f"{file}: needs the columns {config.id_column!r} and {config.label_column!r}")
-        label_of = dict(zip(known[config.id_column].to_pylist(), known[config.label_column].to_pylist(), strict=True))
+        numbers = _class_numbers(known, config.label_column, file)
+        label_of = dict(zip(known[config.id_column].to_pylist(), numbers, strict=True))
         labels = [label_of.get(identifier, NO_LABEL) for identifier in table[config.id_column].to_pylist()]
-        kept = [row for row, label in enumerate(labels) if label is not None and label >= 0]
+        kept = [row for row, label in enumerate(labels) if label != NO_LABEL]
         self.labels = [labels[row] for row in kept]
         return table.take(kept)
+
+
+def _class_numbers(table: pa.Table, column: str, path: Path) -> list[int]:
+    """The labels of a table, NO_LABEL for null and negative ones."""
+    if not pa.types.is_integer(table.schema.field(column).type):
+        raise UserError(
+            f"{path}: column {column!r} holds {table.schema.field(column).type}, class numbers are needed; "
+            "set label_column, or labels: none"
+        )
+    return [NO_LABEL if label is None or label < 0 else label for label in table.column(column).to_pylist()]
 
 
 def _class_names(schema: pa.Schema, column: str) -> list[str] | None:
@@ -150,6 +165,10 @@ def labelled_classes(sources: Sequence[ImageSource]) -> tuple[list[ImageSource],
     labelled = [source for source in sources if source.labels is not None]
     if not labelled:
         raise UserError(f"{sources[0].path}: no labels; sort the images into class folders or add a label column")
+    for source in labelled:
+        missing = (source.labels or []).count(NO_LABEL)
+        if missing:
+            raise UserError(f"{source.path}: {missing} of {len(source)} images have no label; leave them out")
     named = [source for source in labelled if source.class_names]
     for source in named[1:]:
         if set(source.class_names or []) != set(named[0].class_names or []):
@@ -210,7 +229,7 @@ class Batch:
 class TrainViews(Dataset[Any]):
     """(index over all sources, pass) -> (view, label, key, locations of unreadable images met on the way).
 
-    An unreadable image is replaced by the next one.
+    An unreadable image is replaced by the next one; the view is None when the 100 next ones are unreadable too.
     """
 
     def __init__(
@@ -222,7 +241,7 @@ class TrainViews(Dataset[Any]):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int, str, list[str]]:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor | None, int, str, list[str]]:
         index, view = item
         unreadable: list[str] = []
         while len(unreadable) < min(len(self), 100):
@@ -240,7 +259,7 @@ class TrainViews(Dataset[Any]):
                     image, size=config.image_size, area=config.crop_area, ratio=config.crop_ratio, flip=config.flip
                 )
             return pixels, NO_LABEL if labels is None else labels[row], key, unreadable
-        raise UserError(f"{unreadable[0]} and the {len(unreadable) - 1} images after it are all unreadable")
+        return None, NO_LABEL, "", unreadable  # the loop says so: an error raised here would carry a worker's traceback
 
 
 class ValViews(Dataset[Any]):

@@ -23,7 +23,7 @@ from shared.checkpoint import (
     optimizer_part,
     save_checkpoint,
 )
-from shared.errors import Stopped
+from shared.errors import Stopped, UserError
 from shared.images import stable_seed
 from shared.loss_watch import LossWatch
 from shared.optim import cosine_factor, make_optimizer, parameter_groups, scale_lr, set_lr
@@ -154,8 +154,8 @@ def train(
         net = ema.module if ema else student
         net.eval()
         views = ValViews(val_source, val_labels, size=config.data.image_size, crop=config.data.val_crop)
-        micro = max(1, config.batch_size // (ranks * config.accumulate))
-        order = val_batches(len(views), micro, accelerator.process_index, ranks)
+        # The same batches on any number of ranks: their size must not follow from it.
+        order = val_batches(len(views), min(config.batch_size, 128), accelerator.process_index, ranks)
         metrics = evaluate(
             net,
             teacher,
@@ -192,6 +192,7 @@ def train(
 
     def save() -> None:
         watch.check()
+        quarantine.write()
         if accelerator.is_main_process:
             tensors, values = optimizer_part(optimizer)
             parts = {"model": student.net.state_dict(), "optimizer": tensors}
@@ -239,6 +240,10 @@ def train(
                 batch = next(stream)
                 waited += time.perf_counter() - asked
                 quarantine.add(batch.unreadable)
+                if len(batch.keys) * ranks * config.accumulate < config.batch_size:
+                    raise UserError(
+                        f"{batch.unreadable[0]} and the images after it are all unreadable; mend or remove them"
+                    )
                 pixels, labels = to_device(batch.pixels_BCHW, device), to_device(batch.labels_B, device)
                 torch.manual_seed(stable_seed(config.seed, step, micro, accelerator.process_index))  # drop-path
                 with _no_sync(accelerator, model, last=micro == config.accumulate - 1):

@@ -29,11 +29,13 @@ def evaluate(
         dtype: of the student's forward pass, by autocast.
 
     Returns:
-        `images`; with labels `top1`, `top5` (fractions) and those of the teacher as `teacher_top1`, `teacher_top5`; with a teacher `agreement`
-        (share of images where both have the same top-1) and `kl`, the mean KL(teacher||student) in nats.
+        `images`; `unreadable`, where some were left out; with labels `top1`, `top5` (fractions) and those of the teacher as `teacher_top1`,
+        `teacher_top5`; with a teacher `agreement` (share of images where both have the same top-1) and `kl`, the mean KL(teacher||student) in nats.
     """
     sums = torch.zeros(len(_NAMES), dtype=torch.float64, device=device)
+    unreadable = torch.zeros((), dtype=torch.int64, device=device)
     for batch in batches:
+        unreadable += len(batch.unreadable)
         pixels, labels = to_device(batch.pixels_BCHW, device), to_device(batch.labels_B, device)
         if len(batch.labels_B) == 0:
             continue
@@ -59,6 +61,9 @@ def evaluate(
         sums += torch.stack([value.double() for value in row])
     total = dict(zip(_NAMES, total_over_ranks(sums).tolist(), strict=True))
     result: dict[str, float] = {"images": int(total["images"])}
+    skipped = int(total_over_ranks(unreadable).item())
+    if skipped:
+        result["unreadable"] = skipped
     if total["labelled"]:
         names = ("top1", "top5", "teacher_top1", "teacher_top5") if teacher else ("top1", "top5")
         result |= {name: total[name] / total["labelled"] for name in names}
@@ -81,4 +86,5 @@ def describe(metrics: dict[str, float]) -> str:
             shown.append(f"{name} {100 * metrics[name]:.2f} %")
     if "kl" in metrics:
         shown.append(f"kl {metrics['kl']:.4f}")
-    return ", ".join(shown) + f" on {metrics['images']} images"
+    skipped = f" ({metrics['unreadable']} unreadable left out)" if "unreadable" in metrics else ""
+    return ", ".join(shown) + f" on {metrics['images']} images{skipped}"

@@ -128,6 +128,8 @@ class TrainConfig(TrainingConfig):
     resize: ResizeConfig = ResizeConfig()
     model: DetectorConfig = DetectorConfig()
     optim: Stage2OptimConfig
+    val_batch_size: int = Field(4, ge=1)
+    """images a forward pass in evaluation"""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """stochastic depth of the backbone, where the arch has it"""
 

@@ -48,7 +48,14 @@ def train(config: TrainConfig) -> None:
     from shared.images import stable_seed
     from shared.loss_watch import LossWatch
     from shared.optim import make_optimizer, multistep_factor, parameter_groups, scale_lr, set_lr
-    from shared.processes import DTYPES, load_scaler_state, optimizer_step, scaler_state, start_processes, start_trackers
+    from shared.processes import (
+        DTYPES,
+        load_scaler_state,
+        optimizer_step,
+        scaler_state,
+        start_processes,
+        start_trackers,
+    )
     from shared.quarantine import Quarantine
     from shared.ranks import from_main_rank, total_over_ranks, world_size
     from shared.run_dir import RunDir
@@ -149,7 +156,7 @@ def train(config: TrainConfig) -> None:
             short_side=config.resize.val_short_side,
             long_side=config.resize.val_long_side,
             interpolation=config.resize.interpolation,
-            batch_size=max(1, config.batch_size // (ranks * config.accumulate)),
+            batch_size=config.val_batch_size,
             workers=config.workers,
             device=device,
             dtype=dtype,
@@ -173,6 +180,7 @@ def train(config: TrainConfig) -> None:
 
     def save() -> None:
         watch.check()
+        quarantine.write()
         if accelerator.is_main_process:
             tensors, values = optimizer_part(optimizer)
             state = {

@@ -78,14 +78,19 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from shared.backbones import input_settings, save_backbone
 
     torch.manual_seed(7)
-    net = timm.create_model("test_resnet", num_classes=3)
+    net: Any = timm.create_model("test_resnet", num_classes=3)
     with torch.no_grad():
         net.get_classifier().weight.mul_(100)
         pictures = [np.array(draw(kind, seed).resize((32, 32))) for kind in CLASSES for seed in range(10)]
         pixels_BCHW = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
         net.get_classifier().bias.sub_(net.eval()(pixels_BCHW).mean(0))  # no class is always the answer
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    facts: dict[str, Any] = {"class_names": list(CLASSES), "licence": "apache-2.0", "step": 12, "metrics": {"top1": 0.5}}
+    facts: dict[str, Any] = {
+        "class_names": list(CLASSES),
+        "licence": "apache-2.0",
+        "step": 12,
+        "metrics": {"top1": 0.5},
+    }
     save_backbone(path, net, arch="test_resnet", inputs=input_settings(net, {}), classes=3, **facts)
     return path
 
@@ -173,7 +178,11 @@ class Scripts:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         script = [str(ROOT / command[0]), *command[1:]]
         line = [sys.executable, "-W", "ignore", *(launcher if ranks > 1 else []), *script]
-        env = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))}
+        env = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))
+        }
         return subprocess.Popen(
             line,
             env=env | QUIET | environment,

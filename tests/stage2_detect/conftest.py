@@ -1,8 +1,6 @@
-"""Drawn scenes, settings of a small detector, and where the real data sets are."""
+"""Drawn scenes and settings of a small detector."""
 
 import json
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,19 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-
-
-@pytest.fixture(scope="session")
-def real_data() -> Callable[[str], Path]:
-    """A function from a data set's name to its folder; the test skips where it is absent."""
-    root = Path(os.environ.get("SSLD_TEST_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
-
-    def folder(name: str) -> Path:
-        if not (root / name).is_dir():
-            pytest.skip(f"{name} is not in {root}; set SSLD_TEST_DATA to the folder that holds it")
-        return root / name
-
-    return folder
 
 
 @dataclass(frozen=True)

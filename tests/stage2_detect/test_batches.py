@@ -280,8 +280,8 @@ def test_evaluation_view_is_the_plain_fit(data: CocoData) -> None:
             assert images.sizes_B2.tolist() == [expected]
 
 
-def test_real_data_goes_through(real_data: Callable) -> None:
-    root = real_data("coco-mini")
+def test_shared_data_goes_through(shared_data: Callable) -> None:
+    root = shared_data("coco-mini")
     data = read_coco(root / "annotations" / "instances_val.json", root / "images", training=True)
     batches = list(loader(data, batch_size=10, stop_step=10, short_sides=[96], max_long=160))
     assert sorted(str(r.image_id) for b in batches for r in b.records) == sorted(str(r.image_id) for r in data.images)

@@ -234,8 +234,8 @@ def test_segmentations_are_kept_when_asked_for(read: Callable) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_real_coco(split: str, real_data: Callable) -> None:
-    root = real_data("coco-mini")
+def test_real_coco(split: str, shared_data: Callable) -> None:
+    root = shared_data("coco-mini")
     path = root / "annotations" / f"instances_{split}.json"
     raw = json.loads(path.read_text())
     crowds = [row for row in raw["annotations"] if row["iscrowd"]]
@@ -262,8 +262,8 @@ def test_real_coco(split: str, real_data: Callable) -> None:
     assert min(seen.values()) > 0
 
 
-def test_real_grey_image(real_data: Callable) -> None:
-    root = real_data("coco-mini")
+def test_real_grey_image(shared_data: Callable) -> None:
+    root = shared_data("coco-mini")
     for path in sorted((root / "images").iterdir()):
         with Image.open(path) as image:
             if image.mode == "L":
@@ -275,8 +275,8 @@ def test_real_grey_image(real_data: Callable) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_real_blood_cells(split: str, real_data: Callable) -> None:
-    root = real_data("bccd")
+def test_real_blood_cells(split: str, shared_data: Callable) -> None:
+    root = shared_data("bccd")
     data = read_coco(root / "annotations" / f"instances_{split}.json", root / "images", training=True, keep_empty=False)
     assert data.class_names == ("RBC", "WBC", "Platelets")
     assert data.counts["boxes"] > 900

@@ -101,8 +101,8 @@ class TestByHand:
         assert empty["AP"] is None
         assert empty["per_class"] == {"cat": None, "dog": None}
 
-    def test_real_truth_as_detections(self, backend: str, real_data: Callable) -> None:
-        root = real_data("coco-mini")
+    def test_real_truth_as_detections(self, backend: str, shared_data: Callable) -> None:
+        root = shared_data("coco-mini")
         for split in ("train", "val"):
             data = read_coco(root / "annotations" / f"instances_{split}.json", root / "images", training=False)
             result = coco_ap(data, own_boxes(data), backend)

@@ -1,0 +1,179 @@
+"""Run directories: new, unfinished, finished, refused; what they record; the lock."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shared.config import CommandConfig
+from shared.errors import UserError
+from shared.run_dir import RunDir, file_sha256, read_metrics, read_result, write_atomically
+
+
+class Settings(CommandConfig):
+    """Settings of a test."""
+
+    steps: int = 5
+    rate: float = 0.1
+    data: Path
+    resume: str = "auto"
+
+    def inputs(self) -> dict[str, Path]:
+        return {"data": self.data}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Settings:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jpg").write_bytes(b"x")
+    return Settings(output=tmp_path / "run", data=tmp_path / "data")
+
+
+def begun(config: Settings) -> None:
+    run = RunDir(config, "test")
+    run.metric(1, loss=1.0)
+    run.close()
+
+
+def changed(config: Settings, **values: object) -> Settings:
+    return config.model_copy(update=values)
+
+
+def test_life_of_a_run(config: Settings) -> None:
+    run = RunDir(config, "test")
+    assert run.status == "new"
+    run.metric(1, loss=2.0)
+    run.close()
+    run = RunDir(config, "test")
+    assert run.status == "unfinished"
+    (run.path / "model").write_text("m")
+    run.finish({"top1": 0.5}, [run.path / "model"])
+    run.close()
+    run = RunDir(config, "test")
+    assert run.status == "finished"
+    result = read_result(run.path)
+    assert result is not None
+    assert result["metrics"] == {"top1": 0.5}
+    assert result["outputs"] == {"model": file_sha256(run.path / "model")}
+    assert result["config"] == {"steps": 5, "rate": 0.1, "data": str(config.data)}
+    assert set(result["inputs"]) == {"data"}
+    environment = json.loads((run.path / "environment.json").read_text())
+    assert environment["inputs"] == result["inputs"]
+    assert environment["versions"]["torch"]
+
+
+def test_permitted_change_reopens(config: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    begun(config)
+    run = RunDir(config, "test")
+    run.finish({})
+    run.close()
+    run = RunDir(changed(config, steps=9), "test")
+    assert run.status == "unfinished"
+    assert read_result(run.path) is None
+    assert "changed since the last start: steps: 5 -> 9" in capsys.readouterr().out
+    assert "steps: 9" in (run.path / "config.yaml").read_text()
+
+
+def test_refusals(config: Settings, tmp_path: Path) -> None:
+    begun(config)
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(
+        UserError, match=r"another configuration .rate: 0.1 -> 0.2.; give another --output or delete it"
+    ):
+        RunDir(changed(config, rate=0.2), "test")
+    with pytest.raises(UserError, match="holds this run already and --resume is never"):
+        RunDir(changed(config, resume="never"), "test")
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    (tmp_path / "data" / "b.jpg").write_bytes(b"y")
+    with pytest.raises(UserError, match="data has other content"):
+        RunDir(config, "test")
+    with pytest.raises(UserError, match=r"data: .*gone: no such file or folder"):
+        RunDir(changed(config, data=tmp_path / "gone", output=tmp_path / "new"), "test")
+    assert not (tmp_path / "new" / "config.yaml").exists()
+
+
+def test_a_start_that_failed_does_not_hold_the_folder(config: Settings) -> None:
+    run = RunDir(config, "test")
+    run.log("teacher and data do not fit")
+    run.close()
+    run = RunDir(changed(config, rate=0.2, resume="never"), "test")
+    assert run.status == "new"
+    assert "rate: 0.2" in (run.path / "config.yaml").read_text()
+
+
+def test_lock_is_released_by_closing_and_by_death(config: Settings) -> None:
+    run = RunDir(config, "test")
+    with pytest.raises(UserError, match="in use by another process"):
+        RunDir(config, "test")
+    run.close()
+    RunDir(config, "test").close()
+    code = f"import fcntl; f = open({str(config.output / '.lock')!r}, 'w'); fcntl.flock(f, 2); print('held', flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(UserError, match="in use by another process"):
+            RunDir(config, "test")
+        holder.kill()
+    RunDir(config, "test").close()
+
+
+def test_metrics_are_cut_and_torn_lines_left_out(config: Settings) -> None:
+    run = RunDir(config, "test")
+    for step in (1, 2, 3):
+        run.metric(step, loss=step / 2)
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert [line["step"] for line in read_metrics(run.path)] == [1, 2, 3]
+    run.cut_metrics(2)
+    run.metric(3, loss=9)
+    assert read_metrics(run.path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 9}]
+
+
+def test_an_evaluation_logged_twice_counts_once(config: Settings) -> None:
+    run = RunDir(config, "test")
+    for value in (0.1, 0.2):
+        run.metric(5, loss=1.0, seconds=value)
+        run.metric(5, val_top1=value)
+    run.finish({})
+    assert read_metrics(run.path) == [{"step": 5, "loss": 1.0, "seconds": 0.2}, {"step": 5, "val_top1": 0.2}]
+
+
+def test_other_ranks_write_nothing(config: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDir(config, "test", main=False)
+    run.log("hello")
+    run.metric(1, loss=1)
+    run.cut_metrics(0)
+    run.quarantine(["a"])
+    run.finish({})
+    assert not config.output.exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_broken_records(config: Settings) -> None:
+    begun(config)
+    (config.output / "config.yaml").write_text("rate: [")
+    with pytest.raises(
+        UserError, match=r"config.yaml or environment.json is not readable .*delete the folder"
+    ) as caught:
+        RunDir(config, "test")
+    assert "\n" not in str(caught.value)
+    (config.output / "result.json").write_text("{")
+    with pytest.raises(UserError, match=r"result.json: not readable"):
+        read_result(config.output)
+
+
+def test_atomic_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    write_atomically(tmp_path / "f", "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(tmp_path / "f", "new")
+    assert (tmp_path / "f").read_text() == "old"

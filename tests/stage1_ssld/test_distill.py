@@ -1,0 +1,560 @@
+"""The stage-1 commands end to end on tiny drawn data: what they write, what they learn from, what they leave alone, and how they refuse."""
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from shared.model_file import content_hash, read_metadata, read_tensors
+from shared.run_dir import RunDir, file_sha256
+from stage1_ssld import loop
+from stage1_ssld.distill import main as distill
+from stage1_ssld.evaluate import main as evaluate
+from stage1_ssld.teach import main as teach
+
+Settings = dict[str, Any]
+Arguments = Callable[..., list[str]]
+Call = Callable[..., int]
+
+RECORDS = {".lock", "config.yaml", "environment.json", "log.txt", "metrics.jsonl", "result.json"}
+
+
+def checkpoint(step: int, *extra: str) -> set[str]:
+    names = ("COMPLETE", "state.json", "model.safetensors", "optimizer.safetensors", *extra)
+    return {f"checkpoints/step_{step:08d}/{name}" for name in names}
+
+
+def without(settings: Settings, group: str, key: str) -> Settings:
+    return settings | {group: {name: value for name, value in settings[group].items() if name != key}}
+
+
+# ---- what the commands write
+
+
+def test_distill_writes_exactly_these_files(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, files_below: Any, metrics_of: Any
+) -> None:
+    assert call(distill, arguments(distill_settings)) == 0
+    run = tmp_path / "run"
+    assert files_below(run) == RECORDS | checkpoint(4) | checkpoint(6) | {"student.safetensors"}
+    result = json.loads((run / "result.json").read_text())
+    assert result["outputs"] == {"student.safetensors": file_sha256(run / "student.safetensors")}
+    assert result["metrics"]["steps"] == 6
+    assert result["metrics"]["images_seen"] == 48
+    assert set(result["metrics"]) == {
+        "images", "top1", "top5", "teacher_top1", "teacher_top5", "agreement", "kl", "steps", "images_seen"
+    }  # fmt: skip
+    lines = metrics_of(run)
+    assert [line["step"] for line in lines] == [2, 4, 6, 6]
+    assert set(lines[0]) == {"step", "lr", "loss", "agreement"}
+    assert lines[-1]["val_images"] == 15
+    metadata = read_metadata(run / "student.safetensors", kind="backbone")
+    assert metadata["class_names"] == ["disc", "ring", "stripes"]
+    assert (metadata["num_classes"], metadata["step"], metadata["weights"]) == (3, 6, "last")
+    assert metadata["input_size"] == [32, 32]
+    assert metadata["teacher"]["licence"] == metadata["licence"] == "apache-2.0"
+    assert metadata["metrics"]["top1"] == result["metrics"]["top1"]
+
+
+def test_ema_and_evaluation_on_the_way_add_their_files(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, files_below: Any
+) -> None:
+    settings = distill_settings | {"ema": {"decay": 0.5, "warmup": False}, "evaluate_every": 2, "keep_checkpoints": 1}
+    assert call(distill, arguments(settings)) == 0
+    run = tmp_path / "run"
+    models = {"student.safetensors", "student_best.safetensors"}
+    assert files_below(run) == RECORDS | checkpoint(6, "ema.safetensors") | models
+    last = load_file(run / "checkpoints/step_00000006/model.safetensors")
+    average = load_file(run / "checkpoints/step_00000006/ema.safetensors")
+    assert content_hash(read_tensors(run / "student.safetensors")) == content_hash(average) != content_hash(last)
+    assert read_metadata(run / "student.safetensors")["weights"] == "ema"
+    best = read_metadata(run / "student_best.safetensors")
+    scores = {
+        line["step"]: line["val_top1"]
+        for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        if "val_top1" in line and line["step"] < 6
+    }
+    assert best["metrics"]["top1"] == max(scores.values())
+    assert best["step"] == min(step for step, score in scores.items() if score == max(scores.values()))
+
+
+def test_ema_is_the_average_of_the_student_alone(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path
+) -> None:
+    """Recomputed from checkpoints of every step: average = d * average + (1 - d) * weights, from the initial weights."""
+    settings = distill_settings | {"steps": 3, "save_every": 1, "keep_checkpoints": 9}
+    assert call(distill, arguments(settings | {"ema": {"decay": 0.75, "warmup": False}})) == 0
+    folder = tmp_path / "run" / "checkpoints"
+    averages = [load_file(folder / f"step_{step:08d}" / "ema.safetensors") for step in (1, 2, 3)]
+    for before, after, step in zip(averages, averages[1:], (2, 3), strict=False):
+        weights = load_file(folder / f"step_{step:08d}" / "model.safetensors")
+        for name, tensor in after.items():
+            torch.testing.assert_close(tensor, 0.75 * before[name] + 0.25 * weights[name], rtol=1e-5, atol=1e-7)
+
+
+def test_distil_without_any_label_and_without_validation(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, tiny: Any
+) -> None:
+    data = {"train": [str(tiny.unlabelled)], "image_size": 32}
+    assert call(distill, arguments(distill_settings | {"data": data})) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert set(result["metrics"]) == {"steps", "images_seen"}
+
+
+def test_unlabelled_validation_gives_agreement_and_kl_only(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, tiny: Any
+) -> None:
+    for name, val in (("plain", str(tiny.unlabelled)), ("switched_off", {"path": str(tiny.val), "labels": "none"})):
+        data = distill_settings["data"] | {"val": val}
+        assert call(distill, arguments(distill_settings | {"data": data}, name)) == 0
+        metrics = json.loads((tmp_path / name / "result.json").read_text())["metrics"]
+        assert set(metrics) == {"images", "agreement", "kl", "steps", "images_seen"}
+
+
+def test_labels_of_the_training_images_are_never_used(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, tiny: Any
+) -> None:
+    for name, labels in (("with", "auto"), ("without", "none")):
+        data = {"train": [{"path": str(tiny.parquet), "labels": labels}], "image_size": 32}
+        assert call(distill, arguments(distill_settings | {"data": data}, name)) == 0
+    with_labels, without_labels = (
+        read_tensors(tmp_path / name / "student.safetensors") for name in ("with", "without")
+    )
+    assert content_hash(with_labels) == content_hash(without_labels)
+
+
+def test_teach_then_evaluate(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, tiny: Any, files_below: Any
+) -> None:
+    settings = {k: v for k, v in distill_settings.items() if k not in ("student", "teacher")}
+    settings |= {
+        "model": {"model": "random:test_resnet"}, "steps": 60, "log_every": 20, "save_every": 60,
+        "data": {"train": [str(tiny.train)], "val": str(tiny.val), "image_size": 32, "crop_area": [0.7, 1.0]},
+        "optim": {"lr": 0.05, "reference_batch": 8, "warmup_steps": 2},
+    }  # fmt: skip
+    assert call(teach, arguments(settings, "teach")) == 0
+    run = tmp_path / "teach"
+    assert files_below(run) == RECORDS | checkpoint(60) | {"teacher.safetensors"}
+    trained = json.loads((run / "result.json").read_text())["metrics"]
+    assert trained["top1"] > 0.8  # chance is a third: the labels reach the loss in the right order
+    assert read_metadata(run / "teacher.safetensors")["teacher"] is None
+    # the command for evaluation, by flags alone, gives the numbers of the training run
+    file = str(run / "teacher.safetensors")
+    argv = ["--model", file, "--data.path", str(tiny.val), "--output", str(tmp_path / "eval"), "--threads", "1"]
+    assert call(evaluate, [*argv, "--workers", "0", "--batch_size", "4", "--teacher.model", file]) == 0
+    assert files_below(tmp_path / "eval") == RECORDS - {"metrics.jsonl"}
+    metrics = json.loads((tmp_path / "eval" / "result.json").read_text())["metrics"]
+    assert metrics["top1"] == metrics["teacher_top1"] == trained["top1"]
+    assert metrics["agreement"] == 1
+    assert metrics["kl"] == pytest.approx(0, abs=1e-6)
+    # and that teacher teaches
+    settings = distill_settings | {"teacher": {"model": file}, "steps": 60, "log_every": 10}
+    assert call(distill, arguments(settings, "distill")) == 0
+    distilled = json.loads((tmp_path / "distill" / "result.json").read_text())["metrics"]
+    assert min(distilled["agreement"], distilled["top1"]) > 0.8
+
+
+def test_supervised_baseline_is_the_same_settings(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, metrics_of: Any
+) -> None:
+    assert call(distill, arguments(distill_settings | {"objective": "labels"})) == 0
+    run = tmp_path / "run"
+    assert "1 unlabelled source(s) left out" in (run / "log.txt").read_text()
+    assert {"loss", "accuracy", "lr"} <= set(metrics_of(run)[0])
+    metadata = read_metadata(run / "student.safetensors")
+    assert metadata["objective"] == "labels"
+    assert metadata["teacher"] is None
+    assert metadata["class_names"] == ["disc", "ring", "stripes"]
+    # the teacher is there for evaluation only
+    assert "agreement" in json.loads((run / "result.json").read_text())["metrics"]
+
+
+def test_file_loads_with_plain_timm(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path
+) -> None:
+    from shared.backbones import create_classifier, parse_reference
+
+    assert call(distill, arguments(distill_settings)) == 0
+    file = str(tmp_path / "run" / "student.safetensors")
+    ours, _ = create_classifier(parse_reference(file))
+    theirs: Any = timm.create_model(
+        "test_convnext", pretrained=True, pretrained_cfg_overlay={"file": file, "num_classes": 3}, num_classes=3
+    )
+    pixels = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean, std = theirs.pretrained_cfg["mean"], theirs.pretrained_cfg["std"]
+    x = (pixels / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(pixels), theirs.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+# ---- the teacher is furniture
+
+
+def test_teacher_is_untouched_and_in_no_checkpoint(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, teacher_file: Path, monkeypatch: Any
+) -> None:
+    loaded: list[Any] = []
+    load = loop._load_teacher
+
+    def remembered(*args: Any) -> Any:
+        loaded.append(load(*args))
+        return loaded[-1]
+
+    monkeypatch.setattr(loop, "_load_teacher", remembered)
+    before = file_sha256(teacher_file)
+    settings = distill_settings | {"ema": {"decay": 0.5}, "optim": distill_settings["optim"] | {"momentum": 0.9}}
+    assert call(distill, arguments(settings)) == 0
+    assert file_sha256(teacher_file) == before
+    teacher_tensors = read_tensors(teacher_file)
+    assert loaded[0].content_sha256() == content_hash(teacher_tensors)
+    assert all(parameter.grad is None for parameter in loaded[0]._classifier.parameters())
+    teacher_hashes = {content_hash({"": tensor}) for tensor in teacher_tensors.values() if tensor.ndim > 1}
+    student = set(timm.create_model("test_convnext", num_classes=3).state_dict())
+    for file in (tmp_path / "run").rglob("*.safetensors"):
+        tensors = load_file(file)
+        assert not teacher_hashes & {content_hash({"": tensor}) for tensor in tensors.values()}
+        if file.stem == "optimizer":
+            assert len(tensors) == len(student)  # one momentum buffer for each parameter of the student; no more
+        else:
+            assert set(tensors) == student
+
+
+def test_student_and_teacher_see_the_same_pixels(
+    arguments: Arguments, distill_settings: Settings, call: Call, teacher_file: Path
+) -> None:
+    """A student that starts as its teacher has a loss of zero from the first step: same view, same normalisation, same function."""
+    from shared.backbones import Classifier
+
+    seen: list[torch.Tensor] = []
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0]) if isinstance(module, Classifier) else None
+    )
+    try:
+        data = without(distill_settings, "data", "val")["data"]
+        assert call(distill, arguments(distill_settings | {"data": data, "steps": 2, "log_every": 1})) == 0
+    finally:
+        handle.remove()
+    assert len(seen) == 4
+    assert seen[0].dtype == torch.uint8
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[2], seen[3])
+    assert not torch.equal(seen[0], seen[2])
+
+
+# ---- equalities
+
+
+def test_accumulation_equals_the_large_batch(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, metrics_of: Any
+) -> None:
+    settings = distill_settings | {"steps": 5, "log_every": 1}
+    assert call(distill, arguments(settings, "whole")) == 0
+    assert call(distill, arguments(settings | {"accumulate": 4}, "parts")) == 0
+    whole, parts = (load_file(tmp_path / name / "student.safetensors") for name in ("whole", "parts"))
+    start = load_file(tmp_path / "whole" / "checkpoints" / "step_00000004" / "model.safetensors")
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-5, atol=2e-7)
+    moved = max((start[name] - tensor).abs().max().item() for name, tensor in whole.items())
+    assert moved > 1e-4  # a single step moves the weights far more than the tolerance
+    for a, b in zip(metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "parts"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
+
+
+def test_learning_rate_is_scaled_warmed_up_and_ends_near_zero(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, metrics_of: Any
+) -> None:
+    optim = {"lr": 0.4, "reference_batch": 32, "warmup_steps": 2}
+    assert call(distill, arguments(distill_settings | {"log_every": 1, "optim": optim})) == 0
+    curve = [line["lr"] for line in metrics_of(tmp_path / "run") if "lr" in line]
+    # batch 8 of 32: peak 0.1; half of it, all of it, then half a cosine over four steps
+    assert curve == pytest.approx([0.05, 0.1, 0.1, 0.0853553, 0.05, 0.0146447], rel=1e-5)
+    assert "lr 0.1 = 0.4 scaled from batch 32 to 8" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("change", [{"precision": "bf16"}, {"channels_last": True}, {"workers": 1}])
+def test_speed_options_train_alike(
+    change: Settings, arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, metrics_of: Any
+) -> None:
+    assert call(distill, arguments(distill_settings, "plain")) == 0
+    assert call(distill, arguments(distill_settings | change, "other")) == 0
+    exact = "workers" in change
+    for a, b in zip(metrics_of(tmp_path / "plain"), metrics_of(tmp_path / "other"), strict=True):
+        if "loss" in a:
+            assert b["loss"] == pytest.approx(a["loss"], rel=0 if exact else 0.05, abs=0 if exact else 0.01)
+            assert b["lr"] == a["lr"]
+
+
+# ---- the same command again
+
+
+def test_finished_run_says_so(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, capsys: Any
+) -> None:
+    assert call(distill, arguments(distill_settings)) == 0
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*") if file.suffix != ".txt"}
+    capsys.readouterr()
+    assert call(distill, arguments(distill_settings | {"workers": 1, "log_every": 3})) == 0
+    assert "this run is finished; nothing to do" in capsys.readouterr().out
+    after = {file: file.stat().st_mtime_ns for file in before if file.name != ".lock"}
+    assert after == {file: time for file, time in before.items() if file.name != ".lock"}
+
+
+def test_another_configuration_is_refused(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, user_error: Any
+) -> None:
+    assert call(distill, arguments(distill_settings)) == 0
+    student = file_sha256(tmp_path / "run" / "student.safetensors")
+    line = user_error(distill, arguments(distill_settings, "run", "--optim.lr", "0.3", "--seed", "5"))
+    assert "run: holds a run with another configuration (seed: 0 -> 5; optim.lr: 0.02 -> 0.3)" in line
+    assert file_sha256(tmp_path / "run" / "student.safetensors") == student
+    assert (tmp_path / "run" / "result.json").exists()
+    line = user_error(distill, arguments(distill_settings | {"steps": 9}, "run", "--resume", "never"))
+    assert "--resume is never" in line
+
+
+def test_more_steps_go_on_from_the_checkpoint(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, capsys: Any, metrics_of: Any
+) -> None:
+    assert call(distill, arguments(distill_settings)) == 0
+    capsys.readouterr()
+    assert call(distill, arguments(distill_settings | {"steps": 10})) == 0
+    out = capsys.readouterr().out
+    assert "changed since the last start: steps: 6 -> 10" in out
+    assert "resumed from step_00000006" in out
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [2, 4, 6, 6, 8, 10, 10]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["config"]["steps"] == 10
+
+
+def test_changed_input_is_refused(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, user_error: Any, jpeg: Any
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for seed in range(4):
+        (folder / f"{seed}.jpg").write_bytes(jpeg(seed=seed))
+    settings = distill_settings | {"steps": 2, "data": {"train": [str(folder)], "image_size": 32}}
+    assert call(distill, arguments(settings)) == 0
+    (folder / "4.jpg").write_bytes(jpeg(seed=4))
+    assert "data.train.0 has other content" in user_error(distill, arguments(settings))
+
+
+def test_a_run_that_died_before_its_last_line_is_finished_without_doubles(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, metrics_of: Any, monkeypatch: Any
+) -> None:
+    """Killed after the last evaluation was logged, before result.json: the evaluation is done again, and logged once."""
+    assert call(distill, arguments(distill_settings, "whole")) == 0
+
+    def killed(*args: Any) -> None:
+        raise SystemError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "finish", killed)
+        with pytest.raises(SystemError):
+            call(distill, arguments(distill_settings))
+    assert call(distill, arguments(distill_settings)) == 0
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
+
+
+def test_tensorboard(arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert call(distill, arguments(distill_settings | {"trackers": ["tensorboard"]})) == 0
+    assert len(list((tmp_path / "run").rglob("events.out.tfevents*"))) >= 1
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("group", "change", "message"),
+    [
+        (None, {"stepz": 3}, "stepz: unknown key; did you mean 'steps'?"),
+        ("optim", {"lrr": 1}, "optim.lrr: unknown key; did you mean 'lr'?"),
+        ("optim", {"lr": -1}, "optim.lr: Input should be greater than 0 (given: -1)"),
+        (None, {"train_epochs": 2}, "give exactly one of steps, train_epochs, train_images"),
+        (None, {"teacher": None}, "teacher.model is missing: distillation needs a teacher"),
+        (None, {"batch_size": None}, "batch_size: Input should be a valid integer"),
+        (None, {"precision": "fp16"}, "precision: fp16 needs a GPU"),
+        (None, {"accumulate": 3}, "batch_size 8 is not a multiple of 1 processes x accumulate 3"),
+        ("student", {"model": "random:test_convnxt"}, "timm has no such model; did you mean 'test_convnext'?"),
+        ("student", {"model": "gone.safetensors"}, "gone.safetensors: no such file"),
+        ("teacher", {"model": "gone.safetensors"}, "teacher.model: gone.safetensors: no such file"),
+        (
+            "student",
+            {"drop_path": 0.1, "model": "random:dla46_c"},
+            "dla46_c: has no stochastic depth; leave drop_path at 0",
+        ),
+        ("data", {"train": ["no/such/folder"]}, "no/such/folder: no such file or folder"),
+        ("data", {"train": []}, "data.train: List should have at least 1 item"),
+        ("data", {"val": "no/such/folder"}, "no/such/folder: no such file or folder"),
+        ("optim", {"warmup_epochs": 1}, "give one of warmup_steps and warmup_epochs"),
+    ],
+)
+def test_mistakes_cost_one_line(
+    group: str | None, change: Settings, message: str, arguments: Arguments, distill_settings: Settings,
+    user_error: Any, call: Call,
+) -> None:  # fmt: skip
+    settings = distill_settings | (change if group is None else {group: distill_settings[group] | change})
+    assert message in user_error(distill, arguments(settings))
+    # nothing half-written: mending the mistake and giving the same output works
+    assert call(distill, arguments(distill_settings)) == 0
+
+
+def test_unknown_flag(arguments: Arguments, distill_settings: Settings, user_error: Any, tmp_path: Path) -> None:
+    argv = arguments(distill_settings, "run", "--optim.lrr", "1")
+    assert user_error(distill, argv) == "--optim.lrr: unknown flag; did you mean '--optim.lr'?"
+    assert not (tmp_path / "run").exists()
+
+
+def test_folder_without_images(
+    arguments: Arguments, distill_settings: Settings, user_error: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no picture")
+    data = {"train": [str(tmp_path / "empty")], "image_size": 32}
+    assert "empty: holds no images" in user_error(distill, arguments(distill_settings | {"data": data}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_class_count_of_teacher_and_data_differ_and_the_same_output_works_once_mended(
+    arguments: Arguments, distill_settings: Settings, user_error: Any, call: Call, tmp_path: Path, jpeg: Any
+) -> None:
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / "four" / name).mkdir(parents=True)
+        (tmp_path / "four" / name / "1.jpg").write_bytes(jpeg())
+    data = distill_settings["data"] | {"val": str(tmp_path / "four")}
+    line = user_error(distill, arguments(distill_settings | {"data": data}))
+    assert "four: class 'a' is not among the 3 classes of the teacher" in line
+    unnamed = distill_settings | {"data": data, "teacher": {"model": "random:test_resnet"}}
+    line = user_error(distill, arguments(unnamed, "other"))
+    assert "four: has 4 classes, but the teacher has 1000" in line
+    assert call(distill, arguments(distill_settings)) == 0
+
+
+def test_run_directory_in_use(
+    arguments: Arguments, distill_settings: Settings, user_error: Any, call: Call, tmp_path: Path
+) -> None:
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        line = user_error(distill, arguments(distill_settings))
+        assert line.endswith("run: in use by another process; wait for it or give another --output")
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
+    assert call(distill, arguments(distill_settings)) == 0
+
+
+def test_foreign_folder_is_left_alone(
+    arguments: Arguments, distill_settings: Settings, user_error: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    assert "not empty and not a run directory" in user_error(distill, arguments(distill_settings))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"thesis.tex"}
+    (tmp_path / "file").write_text("")
+    assert "is a file; give another --output" in user_error(distill, arguments(distill_settings, "file"))
+
+
+def test_full_disk(
+    arguments: Arguments, distill_settings: Settings, user_error: Any, call: Call, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """The disk fills up in the second checkpoint: one line, the first checkpoint usable, and the same command ends as if nothing had been."""
+    from shared import checkpoint as module
+
+    save, calls = module.save_file, []
+
+    def full(tensors: Any, path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 4:
+            Path(path).write_bytes(b"half a fi")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(tensors, path)
+
+    assert call(distill, arguments(distill_settings, "whole")) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_file", full)
+        line = user_error(distill, arguments(distill_settings))
+    assert "No space left on device" in line
+    assert "run the same command again" in line
+    assert [path.name for path in module.complete_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000004"]
+    assert call(distill, arguments(distill_settings)) == 0
+    whole, mended = (read_tensors(tmp_path / name / "student.safetensors") for name in ("whole", "run"))
+    assert content_hash(whole) == content_hash(mended)
+    assert not list((tmp_path / "run" / "checkpoints").glob(".writing_*"))
+
+
+def test_loss_that_is_not_finite(
+    arguments: Arguments, distill_settings: Settings, user_error: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    steps = iter(range(1, 100))
+
+    def diverging(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return student.sum() * (
+            float("nan") if next(steps) == 6 else 0.0
+        )  # the first call is the check of the first loss
+
+    monkeypatch.setattr(loop, "symmetric_kl", diverging)
+    settings = distill_settings | {"save_every": 2, "log_every": 10, "steps": 12}
+    line = user_error(distill, arguments(settings))
+    assert "loss is not finite at step 5: loss nan, agreement" in line
+    assert "images 0:" in line or "images 1:" in line
+    assert line.count("0:") + line.count("1:") >= 8
+    from shared.checkpoint import load_checkpoint, newest_checkpoint
+
+    newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    assert newest.name == "step_00000004"
+    parts, _ = load_checkpoint(newest)
+    assert all(tensor.isfinite().all() for tensor in parts["model"].values())
+    assert not (tmp_path / "run" / "student.safetensors").exists()
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_evaluate_mistakes(user_error: Any, tmp_path: Path, tiny: Any, teacher_file: Path) -> None:
+    def line(**flags: str) -> str:
+        given = {"model": str(teacher_file), "data.path": str(tiny.val), "output": str(tmp_path / "e"), "threads": "1"}
+        argv = [part for key, value in (given | flags).items() for part in (f"--{key}", value)]
+        message = user_error(evaluate, argv)
+        assert isinstance(message, str)
+        return message
+
+    assert "no labels; give --teacher.model" in line(**{"data.path": str(tiny.unlabelled)})
+    assert "no such file" in line(model="gone.safetensors")
+    assert "gone: no such file or folder" in line(**{"data.path": "gone"})
+    (tmp_path / "model.pth").write_bytes(b"\x80\x04N.")
+    assert "is a pickle" in line(model=str(tmp_path / "model.pth"))
+    argv = [
+        "--model",
+        str(teacher_file),
+        "--data.path",
+        str(tiny.val),
+        "--output",
+        str(tmp_path / "f"),
+        "--threads",
+        "1",
+    ]
+    assert "has 3 classes, its teacher random:test_resnet has 1000" in user_error(
+        evaluate, [*argv, "--teacher.model", "random:test_resnet"]
+    )
+
+
+def test_real_processes_of_the_other_entries(
+    scripts: Any, arguments: Any, distill_settings: Settings, tmp_path: Path, tiny: Any, teacher_file: Path
+) -> None:
+    """From any folder, without an installed package: exit codes, one line for a mistake, no traceback."""
+    settings = {key: value for key, value in distill_settings.items() if key not in ("student", "teacher")}
+    settings |= {"model": "random:test_resnet", "steps": 2}
+    process = scripts.run("stage1_ssld/teach.py", *arguments(settings))
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "run" / "teacher.safetensors").exists()
+    process = scripts.run("stage1_ssld/evaluate.py", "--model", str(tiny.parquet), "--data.path", "x", "--output", "o")
+    assert process.returncode == 2
+    assert process.stdout == ""
+    assert process.stderr.startswith("error: ")
+    assert process.stderr.count("\n") == 1

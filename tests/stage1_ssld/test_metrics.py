@@ -1,0 +1,87 @@
+"""Evaluation against counts made by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stage1_ssld.data import Batch
+from stage1_ssld.metrics import describe, evaluate
+
+CPU, FP32 = torch.device("cpu"), torch.float32
+
+
+def batches(labels: list[int], sizes: list[int]) -> list[Batch]:
+    """Batches whose pixels carry the number of the image."""
+    numbers = iter(range(len(labels)))
+    out = []
+    for size in sizes:
+        rows = [next(numbers) for _ in range(size)]
+        pixels = torch.tensor(rows, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+        out.append(Batch(pixels, torch.tensor([labels[row] for row in rows]), [str(row) for row in rows], []))
+    return out
+
+
+def lookup(table_NK: torch.Tensor):  # type: ignore[no-untyped-def]
+    return lambda pixels: table_NK[pixels[:, 0, 0, 0].long()]
+
+
+def test_against_numpy() -> None:
+    generator = np.random.default_rng(0)
+    s, t = generator.standard_normal((2, 23, 11)) * 2
+    labels = generator.integers(0, 11, 23)
+    student, teacher = (lookup(torch.from_numpy(x).float()) for x in (s, t))
+    result = evaluate(student, teacher, batches(labels.tolist(), [8, 8, 7]), device=CPU, dtype=FP32)
+    log_s, log_t = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (s, t))
+    rank_s, rank_t = ((x > x[np.arange(23), labels][:, None]).sum(1) for x in (s, t))
+    assert result == pytest.approx(
+        {
+            "images": 23,
+            "top1": (rank_s < 1).mean(),
+            "top5": (rank_s < 5).mean(),
+            "teacher_top1": (rank_t < 1).mean(),
+            "teacher_top5": (rank_t < 5).mean(),
+            "agreement": (s.argmax(1) == t.argmax(1)).mean(),
+            "kl": (np.exp(log_t) * (log_t - log_s)).sum(1).mean(),
+        },
+        rel=1e-5,
+    )
+    again = evaluate(student, teacher, batches(labels.tolist(), [1, 20, 2]), device=CPU, dtype=FP32)
+    assert again == pytest.approx(result, rel=1e-6)
+
+
+def test_only_labelled_images_count_for_accuracy() -> None:
+    table = torch.eye(4)
+    result = evaluate(lookup(table), None, batches([0, -1, 1, -1], [2, 2]), device=CPU, dtype=FP32)
+    assert result == {"images": 4, "top1": 0.5, "top5": 1.0}
+    result = evaluate(lookup(table), lookup(table), batches([-1] * 4, [4]), device=CPU, dtype=FP32)
+    assert set(result) == {"images", "agreement", "kl"}
+    assert result["agreement"] == 1
+    assert result["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_batches_without_a_readable_image_are_passed_over() -> None:
+    empty = Batch(torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), [], ["broken.jpg"])
+    result = evaluate(lookup(torch.eye(2)), None, [empty, *batches([0, 1], [2])], device=CPU, dtype=FP32)
+    assert result == {"images": 2, "unreadable": 1, "top1": 1.0, "top5": 1.0}
+    assert evaluate(lookup(torch.eye(2)), None, [], device=CPU, dtype=FP32) == {"images": 0}
+
+
+def test_description() -> None:
+    metrics = {"images": 50, "top1": 0.1234, "agreement": 0.5, "kl": 0.25}
+    assert describe(metrics) == "top1 12.34 %, agreement 50.00 %, kl 0.2500 on 50 images"
+
+
+def test_unreadable_validation_images_are_said(
+    arguments: Any, distill_settings: Any, call: Any, tmp_path: Path, jpeg: Any
+) -> None:
+    from stage1_ssld.distill import main as distill
+
+    (tmp_path / "val").mkdir()
+    for seed in range(5):
+        (tmp_path / "val" / f"{seed}.jpg").write_bytes(jpeg(seed=seed)[: 300 if seed == 2 else None])
+    data = distill_settings["data"] | {"val": str(tmp_path / "val")}
+    assert call(distill, arguments(distill_settings | {"data": data})) == 0
+    assert "on 4 images (1 unreadable left out)" in (tmp_path / "run" / "log.txt").read_text()

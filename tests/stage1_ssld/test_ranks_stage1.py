@@ -1,0 +1,47 @@
+"""One process and two processes (gloo, started by torch's launcher) train and evaluate alike."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shared.model_file import read_tensors
+from stage1_ssld.distill import main as distill
+
+
+def test_two_ranks_equal_one(
+    arguments: Any, distill_settings: Any, call: Any, tmp_path: Path, scripts: Any, files_below: Any, metrics_of: Any
+) -> None:
+    """LayerNorm student, no drop-path, equal sizes: only the order of summation differs."""
+    settings = distill_settings | {"steps": 5, "log_every": 1, "optim": {"lr": 0.05, "reference_batch": 8}}
+    assert call(distill, arguments(settings, "one")) == 0
+    process = scripts.run("stage1_ssld/distill.py", *arguments(settings, "two"), ranks=2)
+    assert process.returncode == 0, process.stderr
+    assert "(2 processes x 1 accumulated)" in process.stdout
+    assert process.stdout.count("step 5/5") == 1  # one rank speaks
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert files_below(one) == files_below(two)
+    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
+        assert a.get("lr") == b.get("lr")
+        assert b == pytest.approx(a, rel=1e-5, abs=1e-5)
+    metrics = [json.loads((run / "result.json").read_text())["metrics"] for run in (one, two)]
+    assert metrics[0]["images"] == metrics[1]["images"] == 15  # 15 images in batches of 4: nobody is counted twice
+    start = read_tensors(one / "checkpoints" / "step_00000004" / "model.safetensors")
+    after = read_tensors(one / "student.safetensors")
+    assert max((start[name] - after[name]).abs().max().item() for name in after) > 1e-4
+    for name, tensor in read_tensors(two / "student.safetensors").items():
+        torch.testing.assert_close(tensor, after[name], rtol=1e-4, atol=2e-6)
+
+
+def test_a_mistake_under_a_launcher_is_left_in_the_run_directory(
+    arguments: Any, distill_settings: Any, tmp_path: Path, scripts: Any
+) -> None:
+    """The launcher changes the exit code and buries the line: the run directory keeps it."""
+    settings = distill_settings | {"accumulate": 3}
+    process = scripts.run("stage1_ssld/distill.py", *arguments(settings), ranks=2)
+    assert process.returncode != 0
+    error = json.loads((tmp_path / "run" / "error.json").read_text())
+    assert error["exit_code"] == 2
+    assert error["error"] == "batch_size 8 is not a multiple of 2 processes x accumulate 3"

@@ -1,0 +1,128 @@
+"""The README is executed: its set-up commands, the quickstart at smoke size, every other command's flags, its file tree."""
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from pipelines import run
+from pipelines.cli import COMMANDS
+from shared.config import parse_config
+from stage1_ssld.config import DistillConfig
+from stage2_detect.config import EvaluateConfig, TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+QUICKSTART = "pipelines/quickstart.yaml"
+
+
+def commands() -> Iterator[str]:
+    """The indented command lines of the README, continuation lines joined."""
+    for block in re.findall(r"(?:^ {4}\S.*\n?)(?:^ {4,}\S.*\n?)*", README, flags=re.MULTILINE):
+        yield from re.sub(r"\\\n\s+", "", block).splitlines()
+
+
+def test_there_are_exactly_two_set_up_commands() -> None:
+    installs = [line.strip() for line in commands() if "pip install" in line]
+    assert installs == [
+        f'pip install -e ".[test]" && python pipelines/run.py {QUICKSTART}',
+        'pip install -e ".[test]" && pytest',
+    ]
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    pattern = re.search(r"grep -m1 '(.*)' README.md", script)
+    assert pattern
+    expression = re.compile(pattern[1])
+    found = [line for line in README.splitlines() if expression.match(line)]
+    assert found == ['    pip install -e ".[test]" && pytest']
+    assert "pip install" not in script.replace(pattern[1], ""), "the command stands in the README and nowhere else"
+
+
+@pytest.mark.parametrize("line", [line.strip() for line in commands() if re.match(r"\s+(python stage|ssld )", line)])
+def test_every_other_command_is_understood(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [word for word in shlex.split(line) if word != "..."]
+    if words[0] == "ssld":
+        assert words[1] in COMMANDS
+        return
+    monkeypatch.chdir(ROOT)
+    config_type: Any = {"distill.py": DistillConfig, "train.py": TrainConfig, "evaluate.py": EvaluateConfig}[
+        Path(words[1]).name
+    ]
+    assert (ROOT / words[1]).is_file()
+    parse_config(config_type, words[2:], program=words[1])
+
+
+def test_the_file_tree_is_complete() -> None:
+    tree = README.split("```\nshared/")[1].split("```")[0]
+    for folder in ("shared", "stage1_ssld", "stage2_detect", "pipelines"):
+        for file in (ROOT / folder).glob("*.py"):
+            assert file.name in tree or file.name == "__init__.py", (
+                f"{folder}/{file.name} is missing from the README's file tree"
+            )
+    for name in re.findall(r"\b\w+\.py\b", "shared/" + tree):
+        assert list(ROOT.glob(f"*/{name}")) + list(ROOT.glob(f"*/models/{name}")), (
+            f"the README names {name}, which is not there"
+        )
+
+
+def test_the_quickstart_dry_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert run.main([QUICKSTART, "--dry-run", "--output", str(tmp_path / "dry")]) == 0
+    shown = capsys.readouterr().out
+    for script in ("toy_data.py", "teach.py", "distill.py", "train.py", "evaluate.py", "report.py"):
+        assert script in shown
+    assert "--objective labels" in shown
+    assert not (tmp_path / "dry").exists() or not any((tmp_path / "dry").iterdir())
+
+
+def test_the_quickstart_runs(scripts: Any, tmp_path: Path) -> None:
+    """Every stage at smoke size in real processes, from images to the table; a second start does nothing."""
+    output = tmp_path / "quick"
+    argv = [str(ROOT / QUICKSTART), "--smoke", "--output", str(output)]
+    done = scripts.run("pipelines/run.py", *argv)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    header = next(line for line in lines if line.split()[:2] == ["backbone", "top-1"])
+    rows = [line.split()[0] for line in lines[lines.index(header) + 1 :] if line.strip()]
+    assert [name for name in rows if name in ("teacher", "SSLD", "baseline", "random")] == [
+        "teacher",
+        "SSLD",
+        "baseline",
+        "random",
+    ]
+    assert (output / "report" / "report.html").stat().st_size > 10_000
+    ap = json.loads((output / "ap_ssld" / "result.json").read_text())["metrics"]
+    assert 0.0 <= ap["AP"] <= ap["AP50"] <= 1.0
+    again = scripts.run("pipelines/run.py", *argv)
+    assert again.returncode == 0
+    assert "teach.py" not in again.stdout.replace("toy_teacher", ""), "a finished pipeline ran a stage again"
+
+
+def test_the_timm_snippet(teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's lines, with another file and arch in them."""
+    snippet = re.search(r"```python\n(import timm.*?)```", README, flags=re.DOTALL)
+    assert snippet
+    code = (
+        snippet[1]
+        .replace("runs/mine/student.safetensors", str(teacher_file))
+        .replace("resnet18d", "test_resnet")
+        .replace("1000", "3")
+    )
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    expected = timm.create_model("test_resnet", num_classes=3)
+    from safetensors.torch import load_file
+
+    expected.load_state_dict(load_file(teacher_file))
+    pixels = torch.rand(2, 3, 64, 64)
+    assert torch.equal(scope["model"].eval()(pixels), expected.eval()(pixels))
