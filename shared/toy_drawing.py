@@ -18,18 +18,20 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw
 
-# Each of five shapes twice and each of five texture families twice.
+# Each of five shapes twice and each of five texture families twice. Shapes are the slower to learn: the two of a family
+# are unlike each other, and the families that break up an outline most (stripes, checks) have the most unlike ones.
+# Sorted by name, as folders are, so that every part of the data numbers its classes alike.
 CLASSES: dict[str, tuple[str, str]] = {
-    "striped_disc": ("disc", "stripes"),
-    "dotted_disc": ("disc", "dots"),
-    "striped_cross": ("cross", "stripes"),
     "checked_cross": ("cross", "checks"),
-    "checked_triangle": ("triangle", "checks"),
+    "checked_square": ("square", "checks"),
+    "dotted_disc": ("disc", "dots"),
+    "dotted_triangle": ("triangle", "dots"),
+    "ringed_cross": ("cross", "rings"),
+    "ringed_disc": ("disc", "rings"),
+    "striped_square": ("square", "stripes"),
+    "striped_star": ("star", "stripes"),
+    "zigzag_star": ("star", "zigzag"),
     "zigzag_triangle": ("triangle", "zigzag"),
-    "zigzag_square": ("square", "zigzag"),
-    "ringed_square": ("square", "rings"),
-    "ringed_star": ("star", "rings"),
-    "dotted_star": ("star", "dots"),
 }
 TEXTURES = ("stripes", "dots", "checks", "zigzag", "rings")
 # Foreign objects are of no class in shape and texture.
@@ -39,14 +41,17 @@ FOREIGN_TEXTURES = ("plain", "blotches", "grid")
 SUPER = 2
 CROP_SIZE, SCENE_SIZE = 48, 128
 # Longer side of the object, in pixels. Scenes reach from what a stride-4 level finds to half the picture.
-CROP_OBJECT, SCENE_OBJECT, CROWD_OBJECT = (22.0, 44.0), (20.0, 60.0), (12.0, 18.0)
+CROP_OBJECT, SCENE_OBJECT, CROWD_OBJECT = (26.0, 46.0), (20.0, 60.0), (12.0, 18.0)
 # Texture period as a part of the object's size, and its limits in pixels: below 4 no family can be told from another.
 PERIOD, PERIOD_LIMITS = (0.18, 0.28), (4.5, 12.0)
 TEXTURE_CONTRAST = 70.0  # least difference of brightness between an object's two colours, of 255
+# A dark rim, in enlarged pixels and as a part of the darker colour. Shapes are the slow part: a resnet10t of 700 steps
+# came to 78 % without it and to 84 % with it.
+RIM, RIM_SHADE = 4, 0.35
 BACKGROUND_TEXTURE = 0.35  # strength of the families in the background
-CLUTTER = (1, 4)  # foreign pieces behind the object, for each 48 x 48 pixels
-OCCLUDED = 0.5  # part of the crops with a piece before the object
-NOISE = (4.0, 14.0)  # standard deviation, of 255
+CLUTTER = (0, 3)  # foreign pieces behind the object, for each 48 x 48 pixels
+OCCLUDED = 0.35  # part of the crops with a piece before the object
+NOISE = (3.0, 10.0)  # standard deviation, of 255
 MIN_VISIBLE = 0.5  # least part of an object of a scene that is not covered
 CROWD_MEMBERS = (6, 10)
 
@@ -183,8 +188,10 @@ def _paint(
         # Corners at pixel centres: PIL paints the pixels whose centre the outline holds.
         corners = (points_P2 - (left, top)) * SUPER - 0.5
         stencil = Image.new("L", ((right - left) * SUPER, (bottom - top) * SUPER))
-        ImageDraw.Draw(stencil).polygon(corners.ravel().tolist(), fill=1)
-        inside = np.asarray(stencil)
+        ImageDraw.Draw(stencil).polygon(corners.ravel().tolist(), fill=1, outline=2, width=RIM)
+        drawn = np.asarray(stencil)
+        ImageDraw.Draw(stencil).polygon(corners.ravel().tolist(), fill=3)
+        inside = (drawn > 0) & (np.asarray(stencil) == 3)
         covered[top:bottom, left:right] = _shrink(inside.astype(np.float32)) >= 0.5
         period = float(np.clip(size * rng.uniform(*PERIOD), *PERIOD_LIMITS)) * SUPER
         rows = np.arange(top * SUPER, bottom * SUPER, dtype=np.float32)[:, None] - float(centre[1] * SUPER)
@@ -192,9 +199,10 @@ def _paint(
         mix_HW1 = _texture(texture, rng, rows, columns, period)[..., None]
         colour = colours_2C[0] + mix_HW1 * (colours_2C[1] - colours_2C[0])
         slope = (rng.uniform(-0.25, 0.25, 2) / (size * SUPER / 2)).astype(np.float32)
+        colour[drawn == 2] = colours_2C.min(0) * RIM_SHADE
         colour *= (1 + slope[0] * rows + slope[1] * columns)[..., None]
         window = canvas[top * SUPER : bottom * SUPER, left * SUPER : right * SUPER]
-        np.copyto(window, colour, where=inside[..., None] > 0)
+        np.copyto(window, colour, where=inside[..., None])
     return Thing(name, points_P2, covered)
 
 
@@ -210,12 +218,12 @@ def _outline(shape: str, rng: Generator) -> np.ndarray:
         case "square":
             return np.array([[-1.0, -1], [1, -1], [1, 1], [-1, 1]])
         case "cross":
-            a = rng.uniform(0.28, 0.4)
+            a = rng.uniform(0.22, 0.34)
             corner = np.array([[a, 1], [a, a], [1, a], [1, -a], [a, -a], [a, -1]])
             return np.concatenate([corner, -corner])
         case "star":
             points = np.linspace(0, 2 * np.pi, 10, endpoint=False)
-            radius = np.where(np.arange(10) % 2, rng.uniform(0.4, 0.52), 1.0)
+            radius = np.where(np.arange(10) % 2, rng.uniform(0.38, 0.48), 1.0)
             return np.stack([np.cos(points), np.sin(points)], 1) * radius[:, None]
         case "crescent":
             inner = circle[8:25][::-1] * [rng.uniform(0.3, 0.6), 1]
@@ -238,7 +246,7 @@ def _outline(shape: str, rng: Generator) -> np.ndarray:
 def _pose(rng: Generator) -> np.ndarray:
     """A turn by any angle, then a stretch along any other direction: 2 x 2, for points as rows."""
     angle, other = rng.uniform(0, 2 * np.pi, 2)
-    stretch = np.exp(rng.uniform(-0.3, 0.3))
+    stretch = np.exp(rng.uniform(-0.22, 0.22))
     second = _rotation(other)
     matrix: np.ndarray = _rotation(angle) @ second.T @ np.diag([stretch, 1 / stretch]) @ second
     return matrix
@@ -292,7 +300,9 @@ def _background(rng: Generator, size: int) -> np.ndarray:
     """float32 canvas [H,W,C] of soft clouds between two colours with a weak texture of any family on it."""
     enlarged = size * SUPER
     cells = int(rng.integers(3, 7)) * size // CROP_SIZE
-    clouds = Image.fromarray(rng.random((cells, cells), dtype=np.float32)).resize((enlarged,) * 2, Image.Resampling.BICUBIC)
+    clouds = Image.fromarray(rng.random((cells, cells), dtype=np.float32)).resize(
+        (enlarged,) * 2, Image.Resampling.BICUBIC
+    )
     mix = np.asarray(clouds)
     axis = np.arange(enlarged, dtype=np.float32) - enlarged / 2
     family = str(rng.choice(TEXTURES + FOREIGN_TEXTURES))

@@ -26,7 +26,8 @@ def tiny_coco(tmp_path_factory: pytest.TempPathFactory) -> TinyCoco:
     draw = np.random.default_rng(3)
     for part, count in (("train", 12), ("val", 5)):
         (folder / part).mkdir()
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for number in range(count):
             pixels = draw.integers(0, 60, (64, 64, 3), dtype=np.uint8)
             images.append({"id": f"{part}-{number}", "file_name": f"{number}.png", "height": 64, "width": 64})
