@@ -7,6 +7,7 @@ unknown key or flag is an error that names the nearest known one. This module do
 import difflib
 import json
 import os
+import re
 import types
 import typing
 from argparse import ArgumentParser
@@ -134,8 +135,13 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
     try:
         flags = CliSettingsSource[ArgumentParser](config_type, cli_parse_args=list(argv), root_parser=parser)()
     except SettingsError as error:
-        cause = f" ({error.__cause__})" if error.__cause__ else ""
-        raise UserError(f"command line: {error}{cause}") from None
+        field = re.search(r'field "([^"]+)"', str(error))
+        if field is None:
+            raise UserError(f"command line: {' '.join(str(error).split())}") from None
+        name = field[1]
+        raise UserError(
+            f"--{name}: is a group or list of settings: give --{name}.KEY VALUE, or the whole as JSON"
+        ) from None
     known, _ = parser.parse_known_args(list(argv))
     values = read_yaml(known.config) if known.config else {}
     config = validate(config_type, merge(values, flags), source=str(known.config) if known.config else "command line")

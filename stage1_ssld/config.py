@@ -180,8 +180,8 @@ class EvaluateConfig(CommandConfig):
     """images; without labels only agreement and KL are measured, and a teacher is needed"""
     image_size: int | None = Field(None, ge=8)
     """side of a view in pixels; null: the one the model was trained at"""
-    val_crop: float = Field(0.875, gt=0, le=1)
-    """part of the short side that the central crop keeps"""
+    val_crop: float | None = Field(None, gt=0, le=1)
+    """part of the short side that the central crop keeps; null: the one the model was evaluated with in training"""
     batch_size: int = Field(256, ge=1)
     workers: int = Field(2, ge=0)
     """processes that decode images"""

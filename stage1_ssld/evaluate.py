@@ -53,7 +53,12 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     labels = match_classes(source, reference.metadata.get("class_names"), classes, str(config.model))
     if labels is None and teacher is None:
         raise UserError(f"{source.path}: no labels; give --teacher.model to measure agreement")
-    views = ValViews(source, labels, size=config.image_size or inputs.size[0], crop=config.val_crop)
+    views = ValViews(
+        source,
+        labels,
+        size=config.image_size or inputs.size[0],
+        crop=config.val_crop or reference.metadata.get("crop_pct", 0.875),
+    )
     loader = make_loader(
         views, val_batches(len(views), config.batch_size, 0, 1), workers=config.workers, pin_memory=on_gpu
     )

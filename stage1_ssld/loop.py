@@ -171,6 +171,7 @@ def train(
         if accelerator.is_main_process:
             facts: dict[str, Any] = {
                 "class_names": names,
+                "crop_pct": config.data.val_crop,
                 "objective": objective,
                 "step": step,
                 "weights": "ema" if ema else "last",
