@@ -1,7 +1,8 @@
 """What a pipeline will cost before it has started: steps, and an estimate of the disk space. Does not import torch.
 
 The size of a network that timm knows by name is asked of timm in another process, on the meta device; a stage whose network stays unknown is
-said to be so. The estimate counts model files and checkpoints, the only large things a stage writes.
+said to be so. The estimate counts model files and checkpoints, the only large things a stage writes. Passes over images become steps where the images
+are there already; nothing but names and the files' own counts is looked at.
 """
 
 import json
@@ -12,9 +13,11 @@ from math import ceil
 from pathlib import Path
 
 from pipelines.stages import Stage
+from shared.errors import UserError
+from shared.files import list_images
 from shared.training_config import TrainingConfig
-from stage1_ssld.config import DistillConfig, Stage1Config, TeachConfig
-from stage2_detect.config import DetectorConfig, TrainConfig
+from stage1_ssld.config import DistillConfig, SourceConfig, Stage1Config, TeachConfig
+from stage2_detect.config import DetectionDataConfig, DetectorConfig, TrainConfig
 
 _ASK_TIMM = """
 import json, sys, timm, torch
@@ -43,9 +46,13 @@ def steps_text(stage: Stage) -> str:
     config = stage.config
     if not isinstance(config, TrainingConfig):
         return ""
-    if config.train_epochs is not None:
+    if config.train_epochs is None:
+        return f"{config.total_steps(0)} steps of {config.batch_size} images"
+    images = _training_images(config)
+    if images is None:
         return f"{config.train_epochs:g} epochs of {config.batch_size} images a step"
-    return f"{config.total_steps(0)} steps of {config.batch_size} images"
+    passes = f"{config.train_epochs:g} epochs of {images} images"
+    return f"{config.total_steps(images)} steps of {config.batch_size} images ({passes})"
 
 
 def disk_bytes(stages: list[Stage]) -> dict[str, int | None]:
@@ -64,6 +71,46 @@ def disk_text(size: int | None) -> str:
     if size is None:
         return "disk unknown: the network's size is not known before it is loaded"
     return f"about {size / 1e9:.1f} GB of disk" if size >= 1e9 else f"about {max(1, round(size / 1e6))} MB of disk"
+
+
+def _training_images(config: TrainingConfig) -> int | None:
+    """Number of training images; None where they are not there yet, cannot be read, or only loading them would tell."""
+    import pyarrow as pa
+
+    try:
+        if isinstance(config, TrainConfig):
+            return _coco_images(config.data)
+        if isinstance(config, DistillConfig | TeachConfig):
+            counts = [_source_images(source, config.objective == "labels") for source in config.data.train]
+            return None if None in counts else sum(count or 0 for count in counts) or None
+    except (OSError, UserError, ValueError, TypeError, KeyError, AttributeError, pa.ArrowException):
+        return None  # the stage itself will say what is wrong
+    return None
+
+
+def _source_images(source: SourceConfig, labels_needed: bool) -> int | None:
+    """Images of one source that take part: none of an unlabelled one where labels are needed. None when a label file decides."""
+    import pyarrow.parquet as pq
+
+    if source.labels not in ("auto", "none"):
+        return None
+    files = sorted(source.path.glob("*.parquet")) if source.path.is_dir() else [source.path]
+    if files:
+        count = sum(pq.read_metadata(file).num_rows for file in files)
+        labelled = source.label_column in pq.read_schema(files[0]).names
+    else:
+        names = list_images(source.path)
+        count, labelled = len(names), all(name.count("/") == 1 for name in names)
+    return count if not labels_needed or (labelled and source.labels == "auto") else 0
+
+
+def _coco_images(data: DetectionDataConfig) -> int:
+    """Images of a COCO file, without those that have no box unless they are kept; whether a box lies in its image is not looked at."""
+    content = json.loads(data.train_annotations.read_bytes())
+    if data.keep_empty:
+        return len(content["images"])
+    boxes = (row for row in content["annotations"] if not row.get("iscrowd") and min(row["bbox"][2:]) > 0)
+    return len({row["image_id"] for row in boxes})
 
 
 def _training_bytes(stage: Stage, network: Network | None) -> int | None:

@@ -35,16 +35,18 @@ class Kind:
     """files and folders in its run directory that later stages may read"""
     remake: bool = False
     """cheap and read by nobody: made again whenever something it reads has changed"""
+    one_process: bool = False
+    """no work that several processes could share"""
 
 
 KINDS: dict[CommandName, Kind] = {
-    "toy_data": Kind("shared/toy_data.py", ToyDataConfig, ("stage1", "stage2")),
+    "toy_data": Kind("shared/toy_data.py", ToyDataConfig, ("stage1", "stage2"), one_process=True),
     "teach": Kind("stage1_ssld/teach.py", TeachConfig, ("teacher.safetensors",)),
     "distill": Kind("stage1_ssld/distill.py", DistillConfig, ("student.safetensors",)),
-    "evaluate_backbone": Kind("stage1_ssld/evaluate.py", EvaluateBackboneConfig),
+    "evaluate_backbone": Kind("stage1_ssld/evaluate.py", EvaluateBackboneConfig, one_process=True),
     "train": Kind("stage2_detect/train.py", TrainConfig, ("detector.safetensors",)),
     "evaluate_detector": Kind("stage2_detect/evaluate.py", EvaluateDetectorConfig),
-    "report": Kind("pipelines/report.py", ReportConfig, ("report.html",), remake=True),
+    "report": Kind("pipelines/report.py", ReportConfig, ("report.html",), remake=True, one_process=True),
 }
 
 
@@ -142,6 +144,8 @@ def _build_stage(
     name: str, settings: StageConfig, extra: dict[str, Any], names: dict[str, str], output: Path, earlier: list[Stage]
 ) -> Stage:
     kind = KINDS[settings.command]
+    if settings.processes > 1 and kind.one_process:
+        raise UserError(f"{settings.command} runs as one process; leave out processes: {settings.processes}")
     used: set[str] = set()
     values = dict(flatten(_substitute(settings.set, names, used))) | dict(flatten(_substitute(extra, names, used)))
     for key in ("output", "config"):

@@ -189,6 +189,22 @@ def _create_named(reference: ModelReference, num_classes: int | None, **options:
     return net
 
 
+def architecture(reference: ModelReference, net: nn.Module) -> str:
+    """The timm name to write into a file: what a hub id or a folder turned out to hold, not where it came from."""
+    if reference.arch.startswith(("hf-hub:", "local-dir:")):
+        cfg: Any = getattr(net, "pretrained_cfg", None) or {}
+        return str(cfg.get("architecture"))
+    return reference.arch
+
+
+def licence(reference: ModelReference, net: nn.Module) -> str | None:
+    """Licence of a reference's weights: None for random ones, "unknown" where nobody says it."""
+    if reference.file is None and not reference.pretrained:
+        return None
+    cfg: Any = getattr(net, "pretrained_cfg", None) or {}
+    return str(reference.metadata.get("licence") or (cfg.get("license") if reference.pretrained else None) or "unknown")
+
+
 def check_fits(reference: ModelReference, shapes: dict[str, tuple[int, ...]]) -> int:
     """Compare a file's keys and shapes with its arch on the meta device; returns the file's number of classes.
 

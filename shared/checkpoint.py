@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from shared.errors import UserError
+from shared.model_file import save_tensors
 
 _MARK = "COMPLETE"
 
@@ -34,9 +35,8 @@ def save_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for name, tensors in parts.items():
-        save_file(
-            {key: tensor.detach().contiguous() for key, tensor in tensors.items()}, temporary / f"{name}.safetensors"
-        )
+        contents = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+        save_tensors(contents, temporary / f"{name}.safetensors")
     (temporary / "state.json").write_text(json.dumps({"step": step, **state}) + "\n", encoding="utf-8")
     for file in temporary.iterdir():
         _sync(file)

@@ -11,6 +11,14 @@ from shared.config import ConfigT, launched_ranks, parse_config
 from shared.errors import Stopped, UserError
 
 USER_ERROR, STOPPED = 2, 143
+_MAKE_ROOM = "nothing is lost: make room and run the same command again"
+_HINTS = {
+    errno.ENOSPC: _MAKE_ROOM,
+    errno.EDQUOT: _MAKE_ROOM,
+    errno.EFBIG: _MAKE_ROOM,
+    errno.EROFS: "give another --output",
+    errno.EACCES: "check its permissions, or give another --output",
+}
 
 
 def run_command(
@@ -36,12 +44,11 @@ def run_command(
     except UserError as error:
         return _report(str(error), rank, processes, output)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in _HINTS:
             raise
         where = error.filename or output
-        return _report(
-            f"{where}: {os.strerror(error.errno)}; nothing is lost: run the same command again", rank, processes, output
-        )
+        message = f"{where}: {os.strerror(error.errno)}; {_HINTS[error.errno]}"
+        return _report(message, rank, processes, output)
     except Stopped as error:
         if rank == 0:
             print(f"stopped: {error}; the same command goes on from there", file=sys.stderr)
@@ -50,15 +57,19 @@ def run_command(
 
 
 def _report(message: str, rank: int, processes: int, output: Path | None) -> int:
-    lines = message.splitlines()
-    prefix = "" if rank == 0 else f"[rank {rank}] "
-    for line in lines:
-        print(f"{prefix}error: {line}", file=sys.stderr)
-    # A launcher buries its children's output and changes their exit code: leave the line where the runner finds it.
-    if rank == 0 and processes > 1 and output is not None and output.is_dir():
-        (output / "error.json").write_text(
-            json.dumps({"error": message, "exit_code": USER_ERROR}) + "\n", encoding="utf-8"
-        )
+    told = rank == 0
+    # A launcher buries its children's output and changes their exit code: leave the line where the runner finds it. The main rank's line wins;
+    # another rank's is told only if it came first, since most mistakes are met by all ranks alike.
+    if processes > 1 and output is not None and output.is_dir():
+        record = json.dumps({"error": message, "exit_code": USER_ERROR}) + "\n"
+        try:
+            with (output / "error.json").open("w" if rank == 0 else "x", encoding="utf-8") as file:
+                file.write(record)
+            told = True
+        except OSError:
+            pass
+    for line in message.splitlines() if told else []:
+        print(f"{'' if rank == 0 else f'[rank {rank}] '}error: {line}", file=sys.stderr)
     return USER_ERROR
 
 

@@ -13,7 +13,7 @@ import typing
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -238,6 +238,3 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     ):
         return [annotation]
     return [m for inner in typing.get_args(annotation) for m in _models_in(inner)]
-
-
-Resume = Literal["auto", "never"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import UserError
-from shared.ranks import total_over_ranks
+from shared.ranks import gather_lists, total_over_ranks
 
 
 class LossWatch:
@@ -56,12 +56,15 @@ class LossWatch:
         self._sums, self._steps = dict(state["sums"]), int(state["steps"])  # type: ignore[call-overload]
 
     def _raise(self, values: list[list[float]]) -> None:
+        """The same error on every rank: that of the first rank whose own losses are not finite."""
+        found = []
         for (step, ids, _), row in zip(self._pending, values, strict=True):
             if not all(math.isfinite(value) for value in row):
                 parts = ", ".join(f"{name} {value:.4g}" for name, value in zip(self._names, row, strict=True))
-                shown = ", ".join(map(str, list(ids)[:16]))
-                raise UserError(
-                    f"loss is not finite at step {step + 1}: {parts}; images {shown}. The last checkpoint is intact: "
-                    "lower optim.lr, lengthen the warm-up or set optim.clip_grad_norm, and start again"
-                )
-        raise UserError("loss is not finite on another rank; its line names the images. The last checkpoint is intact")
+                found.append(f"at step {step + 1}: {parts}; images {', '.join(map(str, list(ids)[:16]))}")
+                break
+        what = next(iter(gather_lists(found)), "in the sum over ranks")
+        raise UserError(
+            f"loss is not finite {what}. The last checkpoint is intact: "
+            "lower optim.lr, lengthen the warm-up or set optim.clip_grad_norm, and start again"
+        )

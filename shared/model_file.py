@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pickletools
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,17 @@ _KEY = "ssld"
 FORMAT = 1
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """safetensors' `save_file`, with a full disk as the OSError it is."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+
+
 def save_model_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
     """Write a model file atomically and return its content hash, which is added to the metadata as `content_sha256`."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -31,7 +43,7 @@ def save_model_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, temporary, metadata={"format": "pt", _KEY: json.dumps(record)})
+        save_tensors(tensors, temporary, {"format": "pt", _KEY: json.dumps(record)})
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -13,13 +13,18 @@ _MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def uses_gpu(device: str) -> bool:
+    """Whether a `device` setting means a CUDA device on this machine."""
+    return device == "auto" and torch.cuda.is_available()
+
+
 def start_processes(config: TrainingConfig) -> Accelerator:
     """Join the process group (if launched with several processes) and set up device and precision.
 
     Only the student or detector is ever prepared by it: schedules, loaders, checkpoints and the teacher are ours.
     Raises UserError for fp16 without an accelerator.
     """
-    cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    cpu = not uses_gpu(config.device)
     if cpu and config.precision == "fp16":
         raise UserError("precision: fp16 needs a GPU; use bf16 or fp32")
     trackers: list[Any] = list(config.trackers)

@@ -1,10 +1,11 @@
 """What the processes of one run tell each other. Everything works without a process group, as one rank."""
 
+import functools
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -29,11 +30,24 @@ def total_over_ranks(value: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank."""
+    """Whether the flag is set on any rank; a reduction between hosts, which no device waits for."""
     if world_size() == 1:
         return flag
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    return bool(total_over_ranks(torch.tensor(int(flag), device=device)).item())
+    total = torch.tensor(int(flag))
+    dist.all_reduce(total, group=_host_group())
+    return bool(total.item())
+
+
+@functools.cache
+def _host_group() -> Any:
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give every rank the main rank's buffers: between two forward passes the ranks' running statistics differ."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def gather_lists(items: list[T]) -> list[T]:

@@ -124,15 +124,13 @@ class RunDir:
         write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
     def _open(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path}: is a file; give another --output")
-        foreign = self.path.is_dir() and not (self.path / "config.yaml").exists()
-        if foreign and any(
-            not entry.name.startswith(".") and entry.name != "error.json" for entry in self.path.iterdir()
-        ):
-            raise UserError(f"{self.path}: not empty and not a run directory; give another --output")
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("w")
+        try:
+            self._create()
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be made a run directory ({error.strerror or error}); give another --output"
+            ) from None
+        assert self._lock is not None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -143,6 +141,18 @@ class RunDir:
         except BaseException:
             self.close()
             raise
+
+    def _create(self) -> None:
+        """Make the folder and its lock file. Raises OSError where that is impossible: a parent is a file, no permission."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path}: is a file; give another --output")
+        foreign = self.path.is_dir() and not (self.path / "config.yaml").exists()
+        if foreign and any(
+            not entry.name.startswith(".") and entry.name != "error.json" for entry in self.path.iterdir()
+        ):
+            raise UserError(f"{self.path}: not empty and not a run directory; give another --output")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / ".lock").open("w")
 
     def _compare_and_record(self) -> None:
         for leftover in self.path.glob(".*.*"):  # files that a killed process was writing

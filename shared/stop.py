@@ -10,9 +10,6 @@ from shared.ranks import any_rank
 class StopRequest:
     """Inside this context SIGTERM and the first SIGINT only set a flag; a second SIGINT interrupts at once."""
 
-    # Agreeing between ranks is a reduction, hence a wait: with several ranks it is done every so many steps only.
-    AGREE_EVERY_STEPS = 10
-
     def __init__(self) -> None:
         self._requested = False
         self._previous: dict[int, object] = {}
@@ -34,8 +31,6 @@ class StopRequest:
             raise KeyboardInterrupt
         self._requested = True
 
-    def agreed(self, step: int, processes: int) -> bool:
-        """Whether the run should stop after `step`; every rank gets the same answer."""
-        if processes == 1:
-            return self._requested
-        return step % self.AGREE_EVERY_STEPS == 0 and any_rank(self._requested)
+    def agreed(self) -> bool:
+        """Whether the run should stop; every rank gets the same answer."""
+        return any_rank(self._requested)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared.backbones import ModelReference, create_classifier, parse_reference, place
+from shared.backbones import ModelReference, create_classifier, licence, parse_reference, place
 from shared.errors import UserError
 from shared.model_file import content_hash
 
@@ -44,6 +44,7 @@ class FrozenTeacher:
         self._dtype, self._device_type = dtype, torch.device(device).type
         self.size = (size, size) if size else inputs.size if inputs.fixed_size else None
         self.num_classes = int(getattr(classifier.net, "num_classes", 0))
+        self._order: Tensor | None = None
         self.class_names: list[str] | None = self.reference.metadata.get("class_names")
         if self.num_classes < 2:
             raise UserError(f"{reference}: has {self.num_classes} classes; a teacher needs a classification head")
@@ -55,19 +56,33 @@ class FrozenTeacher:
                     pixels_BCHW.float(), self.size, mode="bilinear", antialias=True, align_corners=False
                 )
             logits: Tensor = self._classifier(pixels_BCHW)
-        return logits.float()
+        logits = logits.float()
+        return logits if self._order is None else logits[:, self._order.to(logits.device)]
 
     def content_sha256(self) -> str:
         """Hash of its weights, as in a model file."""
         return content_hash(self._classifier.net.state_dict())
 
+    def match_classes(self, names: list[str] | None, count: int, owner: str) -> None:
+        """Answer in the class order of `names` from now on.
+
+        Raises UserError when the teacher has other classes than `owner`, by name where both have names, by count otherwise.
+        """
+        if names and self.class_names:
+            strange = sorted(set(names) ^ set(self.class_names))
+            if strange:
+                raise UserError(
+                    f"{self.reference.text}: its classes are not those of {owner}: only one of them has {strange[0]!r}"
+                )
+            self._order = torch.tensor([self.class_names.index(name) for name in names])
+        elif count != self.num_classes:
+            raise UserError(f"{self.reference.text}: has {self.num_classes} classes, {owner} have {count}")
+
     def facts(self) -> dict[str, Any]:
         """What a student's file says about its teacher."""
-        cfg = getattr(self._classifier.net, "pretrained_cfg", {}) or {}
-        licence = self.reference.metadata.get("licence", cfg.get("license") if self.reference.pretrained else None)
         return {
             "reference": self.reference.text,
             "arch": self.reference.arch,
-            "licence": licence or "unknown",
+            "licence": licence(self.reference, self._classifier.net) or "unknown",
             "content_sha256": self.content_sha256(),
         }

@@ -62,7 +62,7 @@ class TrainingConfig(CommandConfig):
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = []
     """also log to these, through accelerate"""
     device: Literal["auto", "cpu"] = "auto"
-    """auto takes the accelerator where there is one"""
+    """auto takes a CUDA GPU where there is one"""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

@@ -1,12 +1,15 @@
 """Settings of the stage-1 commands. Does not import torch, so that the runner can check them at once."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from shared.config import CommandConfig, Config
 from shared.training_config import OptimConfig, TrainingConfig
+
+Part = Annotated[float, Field(gt=0, le=1)]
+Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class SourceConfig(Config):
@@ -45,14 +48,21 @@ class DataConfig(Config):
     """images for evaluation; without labels only agreement and KL are measured"""
     image_size: int = Field(224, ge=8)
     """side of a view in pixels"""
-    crop_area: tuple[float, float] = (0.08, 1.0)
+    crop_area: tuple[Part, Part] = (0.08, 1.0)
     """smallest and largest part of the image that a training crop covers"""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_ratio: tuple[Ratio, Ratio] = (3 / 4, 4 / 3)
     """narrowest and widest crop, width / height"""
     flip: float = Field(0.5, ge=0, le=1)
     """probability of a horizontal flip"""
     val_crop: float = Field(0.875, gt=0, le=1)
     """part of the short side that the central evaluation crop keeps"""
+
+    @field_validator("crop_area", "crop_ratio")
+    @classmethod
+    def _in_order(cls, pair: tuple[float, float]) -> tuple[float, float]:
+        if pair[0] > pair[1]:
+            raise ValueError(f"the smaller number comes first (given: {pair[0]:g}, {pair[1]:g})")
+        return pair
 
 
 class NetworkConfig(Config):
@@ -186,7 +196,7 @@ class EvaluateConfig(CommandConfig):
     workers: int = Field(2, ge=0)
     """processes that decode images"""
     device: Literal["auto", "cpu"] = "auto"
-    """auto takes the accelerator where there is one"""
+    """auto takes a CUDA GPU where there is one"""
 
     def inputs(self) -> dict[str, Path]:
         teacher = _reference_input("teacher.model", self.teacher.model) if self.teacher else {}

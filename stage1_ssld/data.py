@@ -1,7 +1,8 @@
 """Image sources and batches of stage 1.
 
-A source is a Hugging Face `datasets` dataset, read in place: folders are listed here (`load_dataset("imagefolder")` may drop files whose class name
-looks like a split), Parquet files are opened as they are (`load_dataset` copies them into its cache). A label is never needed.
+A source is a Hugging Face `datasets` dataset without a copy in its cache. Folders are listed here (`load_dataset("imagefolder")` may drop files whose
+class name looks like a split) and their images read one by one; Parquet files are read into memory whole, encoded images and all, by every process of
+a run (`load_dataset` would write them to the disk a second time). A label is never needed.
 
 Batches are a pure function of (seed, step, rank), views of (seed, image key, pass): nothing about them is stored in a checkpoint.
 """
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from shared.errors import UserError
-from shared.files import list_images
+from shared.files import require_images
 from shared.images import UnreadableImage, decode_image, seeded_view, stable_seed
 from shared.workers import start_worker
 from stage1_ssld.config import DataConfig, SourceConfig
@@ -77,18 +78,19 @@ class ImageSource:
 
     def _list_folder(self, config: SourceConfig) -> None:
         self._folder = True
-        names = list_images(self.path)
-        if not names:
-            raise UserError(
-                f"{self.path}: holds no images; give a folder of images, a folder of class folders, or Parquet files"
-            )
+        names = require_images(self.path)
         if config.labels not in ("auto", "none"):
             raise UserError(
                 f"{self.path}: a label file is for Parquet sources; sort these images into class folders instead"
             )
-        folders = {name.split("/")[0] for name in names if name.count("/") == 1}
-        if config.labels == "auto" and all(name.count("/") == 1 for name in names):
-            self.class_names = sorted(folders)
+        strays = [name for name in names if name.count("/") != 1]
+        if config.labels == "auto" and strays and 2 * len(strays) <= len(names):
+            raise UserError(
+                f"{self.path}: most images lie in class folders, but {strays[0]} does not ({len(strays)} of {len(names)}); "
+                "move it into one, or set labels: none"
+            )
+        if config.labels == "auto" and not strays:
+            self.class_names = sorted({name.split("/")[0] for name in names})
             number = {name: index for index, name in enumerate(self.class_names)}
             self.labels = [number[name.split("/")[0]] for name in names]
         self._rows = datasets.Dataset.from_dict({"image": names})
@@ -130,9 +132,9 @@ class ImageSource:
         numbers = _class_numbers(known, config.label_column, file)
         label_of = dict(zip(known[config.id_column].to_pylist(), numbers, strict=True))
         labels = [label_of.get(identifier, NO_LABEL) for identifier in table[config.id_column].to_pylist()]
-        kept = [row for row, label in enumerate(labels) if label != NO_LABEL]
-        self.labels = [labels[row] for row in kept]
-        return table.take(kept)
+        self.labels = [label for label in labels if label != NO_LABEL]
+        # Not `take`, which joins the chunks of a column into one: above 2 GB of images its offsets overflow.
+        return table.filter(pa.array([label != NO_LABEL for label in labels], pa.bool_()))
 
 
 def _class_numbers(table: pa.Table, column: str, path: Path) -> list[int]:
@@ -154,66 +156,6 @@ def _class_names(schema: pa.Schema, column: str) -> list[str] | None:
 def open_sources(configs: Sequence[SourceConfig]) -> list[ImageSource]:
     """Open several sources. Raises UserError naming the path for anything that is not one."""
     return [ImageSource(config, number) for number, config in enumerate(configs)]
-
-
-def labelled_classes(sources: Sequence[ImageSource]) -> tuple[list[ImageSource], int, list[str] | None]:
-    """(the labelled sources, number of classes, class names where any source has them).
-
-    Sources may number the same names differently: `match_classes` brings them to the order returned here, that of the first named source.
-    Raises UserError when there is no labelled source, or when two of them have other names.
-    """
-    labelled = [source for source in sources if source.labels is not None]
-    if not labelled:
-        raise UserError(f"{sources[0].path}: no labels; sort the images into class folders or add a label column")
-    for source in labelled:
-        missing = (source.labels or []).count(NO_LABEL)
-        if missing:
-            raise UserError(f"{source.path}: {missing} of {len(source)} images have no label; leave them out")
-    named = [source for source in labelled if source.class_names]
-    for source in named[1:]:
-        if set(source.class_names or []) != set(named[0].class_names or []):
-            raise UserError(
-                f"{source.path}: its class names differ from those of {named[0].path}: {_first_difference(source, named[0])}"
-            )
-    names = named[0].class_names if named else None
-    highest = max(max(source.labels or [0]) for source in labelled)
-    if names and highest >= len(names):
-        raise UserError(f"label {highest} in {labelled[0].path} is outside the {len(names)} classes of {named[0].path}")
-    return labelled, len(names) if names else highest + 1, names
-
-
-def match_classes(source: ImageSource, names: list[str] | None, count: int, owner: str) -> list[int] | None:
-    """The source's labels in the class numbers of a model, matched by name where both have names; None without labels.
-
-    Raises UserError when the classes are not the model's: other names, or a number outside its count.
-    """
-    if source.labels is None:
-        return None
-    if names and source.class_names:
-        number = {name: index for index, name in enumerate(names)}
-        strange = [name for name in source.class_names if name not in number]
-        if strange:
-            raise UserError(
-                f"{source.path}: class {strange[0]!r} is not among the {count} classes of {owner} ({names[0]!r}, ...); "
-                "use images of its classes, or labels: none"
-            )
-        return [number[source.class_names[label]] for label in source.labels]
-    classes = len(source.class_names) if source.class_names else max(source.labels) + 1
-    if classes > count or (source.class_names and classes != count):
-        raise UserError(
-            f"{source.path}: has {classes} classes, but {owner} has {count}; use images of its classes, or labels: none"
-        )
-    return source.labels
-
-
-def _first_difference(a: ImageSource, b: ImageSource) -> str:
-    ours, theirs = set(a.class_names or []), set(b.class_names or [])
-    only = [
-        f"only the {which} has {min(names)!r}"
-        for which, names in (("first", ours - theirs), ("second", theirs - ours))
-        if names
-    ]
-    return ", ".join(only)
 
 
 @dataclass(frozen=True)

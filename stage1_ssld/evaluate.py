@@ -21,13 +21,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate_backbone(config: EvaluateConfig) -> None:
-    """Evaluate the file that `config` names and write result.json."""
+    """Evaluate the file that `config` names and write result.json.
+
+    Raises UserError for what does not fit together, and when more than one and more than 1 % of the images cannot be read; those are listed in
+    quarantine.txt.
+    """
     import torch
 
     from shared.backbones import create_classifier, parse_reference
+    from shared.processes import DTYPES
+    from shared.quarantine import Quarantine
     from shared.run_dir import RunDir
     from shared.teacher import FrozenTeacher
-    from stage1_ssld.data import ImageSource, ValViews, make_loader, match_classes, val_batches
+    from stage1_ssld.data import ImageSource, ValViews, make_loader, val_batches
+    from stage1_ssld.labels import match_classes
     from stage1_ssld.metrics import describe, evaluate
 
     reference = parse_reference(str(config.model))
@@ -41,7 +48,13 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     student, inputs = create_classifier(reference)
     student.to(device).eval()
     teacher = (
-        FrozenTeacher(config.teacher.model, arch=config.teacher.arch, device=device, size=config.teacher.size)
+        FrozenTeacher(
+            config.teacher.model,
+            arch=config.teacher.arch,
+            device=device,
+            dtype=DTYPES[config.teacher.precision or "fp32"],
+            size=config.teacher.size,
+        )
         if config.teacher
         else None
     )
@@ -62,8 +75,10 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     loader = make_loader(
         views, val_batches(len(views), config.batch_size, 0, 1), workers=config.workers, pin_memory=on_gpu
     )
-    metrics = evaluate(student, teacher, loader, device=device, dtype=torch.float32)
+    quarantine = Quarantine(run, len(views))
+    metrics = evaluate(student, teacher, loader, device=device, dtype=torch.float32, on_unreadable=quarantine.add)
     run.log(describe(metrics))
+    quarantine.judge(len(views))
     run.finish(metrics)
 
 

@@ -5,53 +5,44 @@ teacher and for the supervised baseline. Initial weights come, in this order, fr
 """
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 
-from shared.backbones import InputSettings, create_classifier, parse_reference, place, save_backbone
-from shared.checkpoint import (
-    load_checkpoint,
-    load_module,
-    load_optimizer,
-    newest_checkpoint,
-    optimizer_part,
-    save_checkpoint,
+from shared.backbones import (
+    InputSettings,
+    architecture,
+    create_classifier,
+    licence,
+    parse_reference,
+    place,
+    save_backbone,
 )
 from shared.errors import Stopped, UserError
 from shared.images import stable_seed
-from shared.loss_watch import LossWatch
 from shared.optim import cosine_factor, make_optimizer, parameter_groups, scale_lr, set_lr
-from shared.processes import (
-    DTYPES,
-    load_scaler_state,
-    optimizer_step,
-    scaler_state,
-    start_processes,
-    start_trackers,
-    to_device,
-)
+from shared.processes import DTYPES, optimizer_step, start_processes, start_trackers, to_device
 from shared.quarantine import Quarantine
-from shared.ranks import from_main_rank, world_size
+from shared.ranks import from_main_rank, share_buffers, world_size
 from shared.run_dir import RunDir
 from shared.stop import StopRequest
 from shared.teacher import FrozenTeacher
+from shared.training_state import TrainingState
 from stage1_ssld.config import NetworkConfig, Stage1Config, TeacherConfig
 from stage1_ssld.data import (
     StepSampler,
     TrainViews,
     ValViews,
-    labelled_classes,
     make_loader,
-    match_classes,
     open_sources,
     val_batches,
 )
+from stage1_ssld.labels import labelled_classes, match_classes
 from stage1_ssld.losses import symmetric_kl
 from stage1_ssld.metrics import describe, evaluate
 
@@ -92,6 +83,8 @@ def train(
         sources, classes, names = labelled_classes(sources)
         if left_out:
             run.log(f"objective labels: {left_out} unlabelled source(s) left out")
+        if teacher:
+            teacher.match_classes(names, classes, "the training images")
     else:
         assert teacher is not None
         classes, names = teacher.num_classes, teacher.class_names
@@ -120,19 +113,12 @@ def train(
     base_lr = scale_lr(config.optim.lr, config.optim.reference_batch, config.batch_size, config.optim.name)
 
     # ---- resume
-    watch, quarantine = LossWatch(), Quarantine(run, len(dataset))
-    start, best = 0, float("-inf")
-    newest = from_main_rank(newest_checkpoint(run.checkpoints))
-    if newest:
-        parts, state = load_checkpoint(newest)
-        load_module(student.net, parts["model"], newest)
-        load_optimizer(optimizer, parts["optimizer"], state["optimizer"])
-        if ema:
-            load_module(ema.module.net, parts["ema"], newest)
-        load_scaler_state(accelerator, state["scaler"])
-        watch.load_state(state["watch"])
-        start, best = state["step"], state["best"] if state["best"] is not None else best
-    run.cut_metrics(start)
+    quarantine = Quarantine(run, len(dataset))
+    networks = {"model": student.net} | ({"ema": ema.module.net} if ema else {})
+    state = TrainingState(
+        run, accelerator, networks, optimizer, quarantine, steps, config.batch_size, config.keep_checkpoints
+    )
+    start, resumed = state.restore()
 
     # ---- data
     batches = StepSampler(
@@ -153,6 +139,7 @@ def train(
             return {}
         net = ema.module if ema else student
         net.eval()
+        share_buffers(net)
         views = ValViews(val_source, val_labels, size=config.data.image_size, crop=config.data.val_crop)
         # The same batches on any number of ranks: their size must not follow from it.
         order = val_batches(len(views), min(config.batch_size, 128), accelerator.process_index, ranks)
@@ -162,7 +149,9 @@ def train(
             make_loader(views, order, workers=config.workers, pin_memory=pin_memory),
             device=device,
             dtype=dtype,
+            on_unreadable=quarantine.add,
         )
+        quarantine.write()
         run.log(f"step {step}: {describe(metrics)}")
         run.metric(step, **{f"val_{name}": value for name, value in metrics.items()})
         return metrics
@@ -177,7 +166,7 @@ def train(
                 "weights": "ema" if ema else "last",
                 "metrics": metrics,
                 "teacher": teacher.facts() if teacher and objective == "teacher" else None,
-                "licence": _licence(reference.metadata, teacher if objective == "teacher" else None),
+                "licence": _licences(licence(reference, student.net), teacher if objective == "teacher" else None),
                 "start": network.model,
                 "run": str(run.path),
             }
@@ -185,27 +174,11 @@ def train(
             save_backbone(
                 path,
                 net,
-                arch=reference.metadata.get("arch") or reference.arch,
+                arch=architecture(reference, student.net),
                 inputs=inputs,
                 classes=classes,
                 **facts,
             )
-
-    def save() -> None:
-        watch.check()
-        quarantine.write()
-        if accelerator.is_main_process:
-            tensors, values = optimizer_part(optimizer)
-            parts = {"model": student.net.state_dict(), "optimizer": tensors}
-            if ema:
-                parts["ema"] = ema.module.net.state_dict()
-            state = {
-                "optimizer": values,
-                "scaler": scaler_state(accelerator),
-                "watch": watch.state(),
-                "best": best if best > float("-inf") else None,
-            }
-            save_checkpoint(run.checkpoints, step, parts, state, keep=config.keep_checkpoints)
 
     # ---- what is about to happen
     if config.compile:
@@ -225,13 +198,12 @@ def train(
         f"lr {base_lr:g} = {config.optim.lr:g} scaled from batch {config.optim.reference_batch} to {config.batch_size}, warm-up {warmup_steps} steps"
     )
     run.log(f"{device}, {config.precision}, {torch.get_num_threads()} threads, {config.workers} workers")
-    if newest:
-        run.log(f"resumed from {newest.name}")
+    if resumed:
+        run.log(resumed)
 
     # ---- the loop
     step = start
     with StopRequest() as stop:
-        since, waited = time.perf_counter(), 0.0
         stream = iter(loader)
         for step in range(start + 1, steps + 1):
             set_lr(optimizer, base_lr * cosine_factor(step - 1, steps=steps, warmup_steps=warmup_steps))
@@ -239,7 +211,7 @@ def train(
             for micro in range(config.accumulate):
                 asked = time.perf_counter()
                 batch = next(stream)
-                waited += time.perf_counter() - asked
+                state.waited += time.perf_counter() - asked
                 quarantine.add(batch.unreadable)
                 if len(batch.keys) * ranks * config.accumulate < config.batch_size:
                     raise UserError(
@@ -247,7 +219,8 @@ def train(
                     )
                 pixels, labels = to_device(batch.pixels_BCHW, device), to_device(batch.labels_B, device)
                 torch.manual_seed(stable_seed(config.seed, step, micro, accelerator.process_index))  # drop-path
-                with _no_sync(accelerator, model, last=micro == config.accumulate - 1):
+                # DDP reduces gradients once a step, in the last backward pass.
+                with nullcontext() if micro == config.accumulate - 1 else accelerator.no_sync(model):
                     logits = model(pixels)
                     teacher_logits = teacher(pixels) if teacher and objective == "teacher" else None
                     loss = (
@@ -260,7 +233,9 @@ def train(
                 target = labels if teacher_logits is None else teacher_logits.argmax(-1)
                 hits = (logits.detach().argmax(-1) == target).sum()
                 name = "agreement" if objective == "teacher" else "accuracy"
-                watch.add(step - 1, {"loss": loss / config.batch_size, name: hits / config.batch_size}, batch.keys)
+                state.watch.add(
+                    step - 1, {"loss": loss / config.batch_size, name: hits / config.batch_size}, batch.keys
+                )
                 if step == 1 and micro == 0 and teacher_logits is not None:
                     _check_first_loss(run, loss, teacher_logits)
             optimizer_step(accelerator, optimizer, config.optim.clip_grad_norm)
@@ -268,30 +243,17 @@ def train(
                 ema.update(student, step=step)
 
             if step % config.log_every == 0 or step == steps:
-                means = watch.averages()
-                quarantine.judge(step * config.batch_size)
-                seconds, since = time.perf_counter() - since, time.perf_counter()
-                lr = optimizer.param_groups[0]["lr"]
-                run.metric(
-                    step, lr=lr, **means, seconds=round(seconds, 3), data_wait=round(min(1.0, waited / seconds), 3)
-                )
-                accelerator.log({"lr": lr, **means}, step=step)
-                run.log(
-                    f"step {step}/{steps}: "
-                    + ", ".join(f"{key} {value:.4f}" for key, value in means.items())
-                    + f", lr {lr:.4g}"
-                )
-                waited = 0.0
+                state.log(step, optimizer.param_groups[0]["lr"])
             if config.evaluate_every and step % config.evaluate_every == 0 and step < steps:
                 metrics = evaluate_now()
                 score = metrics.get("top1", metrics.get("agreement", float("-inf")))
-                if score > best:
-                    best = score
-                    watch.check()
+                if score > state.best:
+                    state.best = score
+                    state.watch.check()
                     save_network(run.path / f"{export}_best.safetensors", metrics)
-            stopping = stop.agreed(step, ranks) and step < steps
+            stopping = stop.agreed() and step < steps
             if step % config.save_every == 0 or step == steps or stopping:
-                save()
+                state.save(step)
             if stopping:
                 raise Stopped(f"checkpoint of step {step} written to {run.checkpoints}")
 
@@ -316,13 +278,6 @@ def _load_teacher(teacher: TeacherConfig, config: Stage1Config, device: torch.de
     )
 
 
-def _no_sync(accelerator: Accelerator, model: nn.Module, *, last: bool) -> Any:
-    """DDP reduces gradients once a step, in the last backward pass."""
-    from contextlib import nullcontext
-
-    return nullcontext() if last else accelerator.no_sync(model)
-
-
 def _check_first_loss(run: RunDir, loss: Tensor, teacher_logits_BK: Tensor) -> None:
     """Warn when the first loss is not what an untrained student gives: the sign of a wrong loss or wrong teacher weights."""
     expected = symmetric_kl(torch.zeros_like(teacher_logits_BK), teacher_logits_BK).item()
@@ -333,6 +288,7 @@ def _check_first_loss(run: RunDir, loss: Tensor, teacher_logits_BK: Tensor) -> N
         )
 
 
-def _licence(metadata: dict[str, Any], teacher: FrozenTeacher | None) -> str:
-    """Licence of the weights that this network's weights come from."""
-    return str(teacher.facts()["licence"]) if teacher else str(metadata.get("licence") or "unknown")
+def _licences(start: str | None, teacher: FrozenTeacher | None) -> str:
+    """Licences of the weights that this network's weights come from: those it started from, and its teacher's."""
+    names = [start, teacher.facts()["licence"] if teacher else None]
+    return " AND ".join(dict.fromkeys(name for name in names if name)) or "none: random weights, no teacher"

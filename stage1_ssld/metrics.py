@@ -21,12 +21,14 @@ def evaluate(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    on_unreadable: Callable[[list[str]], None] | None = None,
 ) -> dict[str, float]:
     """Evaluate a student, and the teacher with the same eyes, over this rank's batches; the result is of all ranks.
 
     Args:
         student: pixels [B,3,H,W] -> logits [B,K], in evaluation mode.
         dtype: of the student's forward pass, by autocast.
+        on_unreadable: told the locations of the images of this rank that could not be read.
 
     Returns:
         `images`; `unreadable`, where some were left out; with labels `top1`, `top5` (fractions) and those of the teacher as `teacher_top1`,
@@ -36,6 +38,8 @@ def evaluate(
     unreadable = torch.zeros((), dtype=torch.int64, device=device)
     for batch in batches:
         unreadable += len(batch.unreadable)
+        if on_unreadable and batch.unreadable:
+            on_unreadable(batch.unreadable)
         pixels, labels = to_device(batch.pixels_BCHW, device), to_device(batch.labels_B, device)
         if len(batch.labels_B) == 0:
             continue

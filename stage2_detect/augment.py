@@ -21,7 +21,6 @@ from torch import Tensor
 from shared.images import stable_seed
 
 _UPSAMPLE = {"bicubic": torch.ops.aten.upsample_bicubic2d, "bilinear": torch.ops.aten.upsample_bilinear2d}
-INTERPOLATIONS = tuple(_UPSAMPLE)
 
 
 @dataclass(frozen=True)

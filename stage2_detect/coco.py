@@ -125,16 +125,15 @@ def read_coco(
     crowd = _crowd_flags(file, annotations, annotation_ids)
     areas = _areas(file, annotations, annotation_ids, file_boxes)
 
-    corners = np.concatenate([file_boxes[:, :2], file_boxes[:, :2] + file_boxes[:, 2:]], 1).round(3)
+    unrounded = np.concatenate([file_boxes[:, :2], file_boxes[:, :2] + file_boxes[:, 2:]], 1)
+    corners = unrounded.round(3)
     limits = np.array([widths, heights, widths, heights], dtype=np.float64).T[owners].reshape(-1, 4)
     clipped = corners.clip(0, limits)
     degenerate = ((corners[:, 2:] - corners[:, :2]) <= MIN_SIDE).any(1)
     outside = ~degenerate & ((clipped[:, 2:] - clipped[:, :2]) <= MIN_SIDE).any(1)
     odd = np.flatnonzero((degenerate | outside) & ~(crowd & training))
     keep = ~(degenerate | outside | crowd) if training else np.ones(len(crowd), dtype=bool)
-    boxes = (
-        clipped if training else np.concatenate([file_boxes[:, :2], file_boxes[:, :2] + file_boxes[:, 2:]], 1)
-    ).astype(np.float32)
+    boxes = (clipped if training else unrounded).astype(np.float32)
 
     kept = np.flatnonzero(keep)
     kept = kept[np.argsort(owners[kept], kind="stable")]  # grouped by image, in file order inside
@@ -163,16 +162,6 @@ def read_coco(
     return CocoData(file, training, names, ids, images, counts, tuple(annotation_ids[i] for i in odd[:3]))
 
 
-def check_same_classes(train: CocoData, val: CocoData) -> None:
-    """Raises a `UserError` listing the names when two files have not the same classes in the same order."""
-    _compare_names(val.file, val.class_names, train.class_names)
-    if val.class_names != train.class_names:
-        raise UserError(
-            f"{val.file}: its categories stand in another order than in {train.file}; "
-            "read it with `class_names` of the other"
-        )
-
-
 def segmentation_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
     """Bool [height, width] of one object's polygons, uncompressed RLE or compressed RLE; raises `ValueError` for
     anything else."""
@@ -196,9 +185,8 @@ def segmentation_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
     else:
         raise ValueError("a segmentation is a list of polygons or a dict with size and counts")
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # pycocotools 2.0.11 under NumPy 2: __array__ without `copy`
+        # pycocotools 2.0.11 under NumPy 2: __array__ without `copy`
+        warnings.simplefilter("ignore", DeprecationWarning)
         return mask_codec.decode(code).astype(bool)
 
 
@@ -210,10 +198,7 @@ def _load(file: str) -> dict[str, list[dict]]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON: {error}") from error
     if not isinstance(data, dict):
-        raise UserError(
-            f"{file} is not a COCO data set: expected an object with images, annotations and categories, "
-            f"found a {type(data).__name__}"
-        )
+        raise UserError(f"{file} is not a COCO data set: expected an object, found a {type(data).__name__}")
     for key in ("images", "annotations", "categories"):
         if key not in data:
             raise UserError(

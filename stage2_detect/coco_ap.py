@@ -14,14 +14,12 @@ import contextlib
 import importlib.util
 import io
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -89,48 +87,6 @@ def detections_to_json(data: CocoData, detections: Mapping[Id, Detections], path
     part = Path(f"{path}.part")
     part.write_text(json.dumps(rows, allow_nan=False))
     os.replace(part, path)
-
-
-def detections_from_json(data: CocoData, path: str | Path) -> dict[Id, Detections]:
-    """Reads COCO's results format back, for the images and categories of `data`; a faulty row is a `UserError`."""
-    try:
-        rows = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(rows, list):
-        raise UserError(f"{path} is not a list of COCO detections")
-    labels = {category_id: label for label, category_id in enumerate(data.category_ids)}
-    found: dict[Id, list[list[float]]] = {record.image_id: [] for record in data.images}
-    for index, row in enumerate(rows):
-        fault = _fault(row, found, labels)
-        if fault:
-            raise UserError(f"{path}: detection number {index + 1} {fault}")
-        x, y, width, height = row["bbox"]
-        found[row["image_id"]].append([x, y, x + width, y + height, row["score"], labels[row["category_id"]]])
-    tables = {image_id: torch.tensor(table, dtype=torch.float64).reshape(-1, 6) for image_id, table in found.items()}
-    return {
-        image_id: Detections(boxes_N4=table[:, :4].float(), scores_N=table[:, 4].float(), labels_N=table[:, 5].long())
-        for image_id, table in tables.items()
-    }
-
-
-def _fault(row: Any, images: Mapping[Id, Any], labels: Mapping[Id, int]) -> str:
-    if not isinstance(row, dict) or not {"image_id", "category_id", "bbox", "score"} <= row.keys():
-        return "lacks one of image_id, category_id, bbox, score"
-    if row["image_id"] not in images:
-        return f"has the unknown image_id {row['image_id']!r}"
-    if row["category_id"] not in labels:
-        return f"has the unknown category_id {row['category_id']!r}"
-    box, score = row["bbox"], row["score"]
-    if (
-        not isinstance(box, list)
-        or len(box) != 4
-        or not all(isinstance(v, int | float) and math.isfinite(v) for v in [*box, score])
-    ):
-        return f"has bbox {box!r} and score {score!r}, expected finite numbers"
-    return ""
 
 
 def _detection_table(

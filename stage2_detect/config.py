@@ -1,12 +1,17 @@
 """Settings of the stage-2 commands. Does not import torch, so that the runner can check them at once."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from shared.config import CommandConfig, Config
 from shared.training_config import OptimConfig, TrainingConfig
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+IoU = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
 
 
 class DetectionDataConfig(Config):
@@ -30,7 +35,7 @@ class DetectionDataConfig(Config):
 class ResizeConfig(Config):
     """Image sizes and flips."""
 
-    train_short_sides: list[int] = Field([640, 672, 704, 736, 768, 800], min_length=1)
+    train_short_sides: list[Annotated[int, Field(ge=32)]] = Field([640, 672, 704, 736, 768, 800], min_length=1)
     """the short side is drawn from these"""
     train_long_side: int = Field(1333, ge=32)
     """largest long side in training"""
@@ -44,36 +49,42 @@ class ResizeConfig(Config):
 class RPNConfig(Config):
     """Region proposals: anchors, assignment, sampling, counts."""
 
-    anchor_sizes: list[float] = [32, 64, 128, 256, 512]
+    anchor_sizes: list[Positive] = Field([32, 64, 128, 256, 512], min_length=5, max_length=5)
     """one a level P2..P6, in pixels"""
-    anchor_ratios: list[float] = [0.5, 1.0, 2.0]
+    anchor_ratios: list[Positive] = Field([0.5, 1.0, 2.0], min_length=1)
     """height / width"""
-    positive_iou: float = 0.7
-    negative_iou: float = 0.3
+    positive_iou: IoU = 0.7
+    negative_iou: IoU = 0.3
     samples: int = Field(256, ge=1)
     """anchors an image in the loss"""
-    positive_fraction: float = 0.5
-    nms_iou: float = 0.7
-    train_pre_nms: int = 2000
+    positive_fraction: Fraction = 0.5
+    nms_iou: IoU = 0.7
+    train_pre_nms: Count = 2000
     """proposals a level before NMS"""
-    train_post_nms: int = 1000
+    train_post_nms: Count = 1000
     """proposals an image after NMS"""
-    val_pre_nms: int = 1000
-    val_post_nms: int = 1000
+    val_pre_nms: Count = 1000
+    val_post_nms: Count = 1000
+
+    @model_validator(mode="after")
+    def _ious_in_order(self) -> Self:
+        if self.negative_iou > self.positive_iou:
+            raise ValueError(f"negative_iou {self.negative_iou:g} is above positive_iou {self.positive_iou:g}")
+        return self
 
 
 class RoIConfig(Config):
     """Box head: assignment, sampling, post-processing."""
 
-    foreground_iou: float = 0.5
+    foreground_iou: IoU = 0.5
     samples: int = Field(512, ge=1)
     """RoIs an image in the loss"""
-    foreground_fraction: float = 0.25
-    hidden: int = 1024
+    foreground_fraction: Fraction = 0.25
+    hidden: Count = 1024
     """width of the two fully connected layers"""
-    score_threshold: float = 0.05
-    nms_iou: float = 0.5
-    detections: int = 100
+    score_threshold: float = Field(0.05, ge=0, lt=1)
+    nms_iou: IoU = 0.5
+    detections: Count = 100
     """kept an image"""
 
 
@@ -93,7 +104,7 @@ class DetectorConfig(Config):
 class Stage2OptimConfig(OptimConfig):
     """Optimizer and its schedule: linear warm-up, then a factor at each milestone, by step."""
 
-    backbone_lr_factors: list[float] = Field([1.0] * 5, min_length=5, max_length=5)
+    backbone_lr_factors: list[Annotated[float, Field(ge=0)]] = Field([1.0] * 5, min_length=5, max_length=5)
     """factors on the learning rate of the backbone's stem and stages of stride 4, 8, 16, 32"""
     warmup_steps: int = Field(1000, ge=0)
     warmup_start: float = Field(0.1, ge=0, le=1)
@@ -162,7 +173,7 @@ class EvaluateConfig(CommandConfig):
     workers: int = Field(2, ge=0)
     """processes that decode images"""
     device: Literal["auto", "cpu"] = "auto"
-    """auto takes the accelerator where there is one"""
+    """auto takes a CUDA GPU where there is one"""
 
     def inputs(self) -> dict[str, Path]:
         return {"model": self.model, "annotations": self.annotations, "images": self.images}

@@ -26,6 +26,7 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     import torch
     from accelerate import Accelerator
 
+    from shared.processes import uses_gpu
     from shared.ranks import from_main_rank
     from shared.run_dir import RunDir
     from stage2_detect.coco import read_coco
@@ -35,7 +36,7 @@ def evaluate_detector(config: EvaluateConfig) -> None:
 
     loaded = load_detector(config.model)
     data = read_coco(config.annotations, config.images, training=False, class_names=loaded.class_names)
-    accelerator = Accelerator(cpu=config.device == "cpu" or not torch.accelerator.is_available())
+    accelerator = Accelerator(cpu=not uses_gpu(config.device))
     run = RunDir(config, "evaluate_detector", main=accelerator.is_main_process)
     if from_main_rank(run.status) == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")

@@ -35,31 +35,16 @@ def train(config: TrainConfig) -> None:
 
     import torch
 
-    from shared.backbones import create_body, input_settings, parse_reference, place
-    from shared.checkpoint import (
-        load_checkpoint,
-        load_module,
-        load_optimizer,
-        newest_checkpoint,
-        optimizer_part,
-        save_checkpoint,
-    )
+    from shared.backbones import architecture, create_body, input_settings, licence, parse_reference, place
     from shared.errors import Stopped
     from shared.images import stable_seed
-    from shared.loss_watch import LossWatch
     from shared.optim import make_optimizer, multistep_factor, parameter_groups, scale_lr, set_lr
-    from shared.processes import (
-        DTYPES,
-        load_scaler_state,
-        optimizer_step,
-        scaler_state,
-        start_processes,
-        start_trackers,
-    )
+    from shared.processes import DTYPES, optimizer_step, start_processes, start_trackers
     from shared.quarantine import Quarantine
-    from shared.ranks import from_main_rank, total_over_ranks, world_size
+    from shared.ranks import from_main_rank, share_buffers, total_over_ranks, world_size
     from shared.run_dir import RunDir
     from shared.stop import StopRequest
+    from shared.training_state import TrainingState
     from stage2_detect.batches import TrainLoader
     from stage2_detect.coco import read_coco
     from stage2_detect.detector_file import save_detector
@@ -92,7 +77,7 @@ def train(config: TrainConfig) -> None:
     options = {"drop_path_rate": config.drop_path} if config.drop_path else {}
     body, loaded = create_body(reference, **options)
     inputs = input_settings(body, reference.metadata)
-    arch = reference.metadata.get("arch") or reference.arch
+    arch = architecture(reference, body)
     detector = build_detector(
         config.model,
         classes=len(data.class_names),
@@ -118,17 +103,11 @@ def train(config: TrainConfig) -> None:
     milestones = config.optim.milestones(steps_per_epoch)
 
     # ---- resume
-    watch, quarantine = LossWatch(), Quarantine(run, len(data.images))
-    start, best = 0, float("-inf")
-    newest = from_main_rank(newest_checkpoint(run.checkpoints))
-    if newest:
-        parts, state = load_checkpoint(newest)
-        load_module(detector, parts["model"], newest)
-        load_optimizer(optimizer, parts["optimizer"], state["optimizer"])
-        load_scaler_state(accelerator, state["scaler"])
-        watch.load_state(state["watch"])
-        start, best = state["step"], state["best"] if state["best"] is not None else best
-    run.cut_metrics(start)
+    quarantine = Quarantine(run, len(data.images))
+    state = TrainingState(
+        run, accelerator, {"model": detector}, optimizer, quarantine, steps, config.batch_size, config.keep_checkpoints
+    )
+    start, resumed = state.restore()
 
     # ---- data
     loader = TrainLoader(
@@ -150,6 +129,7 @@ def train(config: TrainConfig) -> None:
     def evaluate_now() -> dict[str, Any]:
         if val_data is None:
             return {}
+        share_buffers(detector)
         metrics, _ = score(
             detector,
             val_data,
@@ -171,26 +151,12 @@ def train(config: TrainConfig) -> None:
                 "step": step,
                 "metrics": metrics,
                 "backbone": {"reference": config.backbone, "content_sha256": reference.metadata.get("content_sha256")},
-                "licence": reference.metadata.get("licence") or "unknown",
+                "licence": licence(reference, body) or "none: random weights",
                 "run": str(run.path),
             }
             save_detector(
                 path, detector, config=config.model, resize=config.resize, arch=arch, inputs=inputs, data=data, **facts
             )
-
-    def save() -> None:
-        watch.check()
-        quarantine.write()
-        if accelerator.is_main_process:
-            tensors, values = optimizer_part(optimizer)
-            state = {
-                "optimizer": values,
-                "scaler": scaler_state(accelerator),
-                "watch": watch.state(),
-                "best": best if best > float("-inf") else None,
-            }
-            contents = {"model": detector.state_dict(), "optimizer": tensors}
-            save_checkpoint(run.checkpoints, step, contents, state, keep=config.keep_checkpoints)
 
     # ---- what is about to happen
     if config.compile:
@@ -207,13 +173,12 @@ def train(config: TrainConfig) -> None:
         f"to {config.batch_size}, milestones {milestones}"
     )
     run.log(f"{device}, {config.precision}, {torch.get_num_threads()} threads, {config.workers} workers")
-    if newest:
-        run.log(f"resumed from {newest.name}")
+    if resumed:
+        run.log(resumed)
 
     # ---- the loop
     step = start
     with StopRequest() as stop:
-        since, waited = time.perf_counter(), 0.0
         stream = iter(loader)
         for step in range(start + 1, steps + 1):
             factor = multistep_factor(
@@ -228,7 +193,7 @@ def train(config: TrainConfig) -> None:
             for micro in range(config.accumulate):
                 asked = time.perf_counter()
                 batch = next(stream)
-                waited += time.perf_counter() - asked
+                state.waited += time.perf_counter() - asked
                 quarantine.add(str(image.name) for image in batch.unreadable)
                 images, targets = (
                     batch.images.to(device, non_blocking=True),
@@ -242,7 +207,7 @@ def train(config: TrainConfig) -> None:
                     accelerator.backward(loss / config.accumulate)
                 losses = {"loss": loss, **losses}
                 share = 1.0 / (config.accumulate * ranks)
-                watch.add(
+                state.watch.add(
                     step - 1,
                     {name: part.detach() * share for name, part in losses.items()},
                     [r.image_id for r in batch.records],
@@ -250,29 +215,16 @@ def train(config: TrainConfig) -> None:
             optimizer_step(accelerator, optimizer, config.optim.clip_grad_norm)
 
             if step % config.log_every == 0 or step == steps:
-                means = watch.averages()
-                quarantine.judge(step * config.batch_size)
-                seconds, since = time.perf_counter() - since, time.perf_counter()
-                lr = base_lr * factor
-                run.metric(
-                    step, lr=lr, **means, seconds=round(seconds, 3), data_wait=round(min(1.0, waited / seconds), 3)
-                )
-                accelerator.log({"lr": lr, **means}, step=step)
-                run.log(
-                    f"step {step}/{steps}: "
-                    + ", ".join(f"{key} {value:.4f}" for key, value in means.items())
-                    + f", lr {lr:.4g}"
-                )
-                waited = 0.0
+                state.log(step, base_lr * factor)
             if config.evaluate_every and step % config.evaluate_every == 0 and step < steps and val_data:
                 metrics = evaluate_now()
-                if (metrics["AP"] or 0.0) > best:
-                    best = metrics["AP"] or 0.0
-                    watch.check()
+                if (metrics["AP"] or 0.0) > state.best:
+                    state.best = metrics["AP"] or 0.0
+                    state.watch.check()
                     save_model(run.path / "detector_best.safetensors", metrics)
-            stopping = stop.agreed(step, ranks) and step < steps
+            stopping = stop.agreed() and step < steps
             if step % config.save_every == 0 or step == steps or stopping:
-                save()
+                state.save(step)
             if stopping:
                 raise Stopped(f"checkpoint of step {step} written to {run.checkpoints}")
 

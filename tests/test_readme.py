@@ -60,6 +60,16 @@ def test_every_other_command_is_understood(line: str, tmp_path: Path, monkeypatc
     parse_config(config_type, words[2:], program=words[1])
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    assert re.findall(r"@[A-Z]+@", README) == []
+
+
+def test_relative_links_lead_somewhere() -> None:
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", README) if not re.match(r"[a-z]+:|#", link)]
+    assert links
+    assert [link for link in links if not (ROOT / link.split("#")[0]).exists()] == []
+
+
 def test_the_file_tree_is_complete() -> None:
     tree = README.split("```\nshared/")[1].split("```")[0]
     for folder in ("shared", "stage1_ssld", "stage2_detect", "pipelines"):

@@ -11,7 +11,7 @@ from pydantic import Field
 from pipelines.config import PipelineConfig
 from pipelines.disk import disk_bytes, disk_text, steps_text
 from pipelines.plan import make_plan
-from pipelines.stages import ROOT, Stage, build_stages, flags, followers, located, read_pipeline
+from pipelines.stages import KINDS, ROOT, Stage, build_stages, flags, followers, located, read_pipeline
 from shared.config import CommandConfig, Config, identity, parse_config, validate
 from shared.errors import UserError
 
@@ -251,3 +251,39 @@ def test_steps_and_disk(tmp_path: Path) -> None:
     assert disk["v"] == 5 * weights  # and the average
     assert disk_text(None).startswith("disk unknown")
     assert disk_text(2_500_000_000) == "about 2.5 GB of disk"
+
+
+def counted(command: str, *flags: str) -> str:
+    kind = KINDS[command]  # type: ignore[index]
+    common = "--output o --train_epochs 2.5 --batch_size 4 --optim.lr 0.1 --optim.reference_batch 4"
+    config = parse_config(kind.config_type, [*common.split(), *flags], program="p")
+    return steps_text(Stage("a", kind, config, (), 1, frozenset()))
+
+
+def test_passes_become_steps_where_the_images_are(tiny: Any, tmp_path: Path) -> None:
+    distill = ["--student.model", "random:x", "--teacher.model", "random:x"]
+    both = ["--data.train", f"{tiny.train},{tiny.unlabelled},{tiny.parquet}"]  # 30, 14 without labels, 30
+    assert counted("distill", *distill, *both) == "46 steps of 4 images (2.5 epochs of 74 images)"
+    assert (
+        counted("distill", *distill, *both, "--objective", "labels") == "38 steps of 4 images (2.5 epochs of 60 images)"
+    )
+    assert counted("teach", "--model.model", "x", *both) == "38 steps of 4 images (2.5 epochs of 60 images)"
+    unknown = "2.5 epochs of 4 images a step"
+    assert counted("distill", *distill, "--data.train", f"{tiny.train},{tmp_path}/later") == unknown
+    joined = json.dumps([{"path": str(tiny.parquet), "labels": "truth.parquet"}])
+    assert counted("distill", *distill, "--data.train", joined) == unknown
+    train = ["--backbone", "random:x", "--data.train_images", "i", "--data.train_annotations", str(tmp_path / "c.json")]
+    assert counted("train", *train) == unknown
+    boxes = [{"image_id": 1, "bbox": [0, 0, 5, 5]}, {"image_id": 2, "bbox": [0, 0, 5, 5], "iscrowd": 1}]
+    content = {"images": [{"id": number} for number in range(16)], "annotations": boxes}
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    assert counted("train", *train) == "1 steps of 4 images (2.5 epochs of 1 images)"
+    assert counted("train", *train, "--data.keep_empty", "true") == "10 steps of 4 images (2.5 epochs of 16 images)"
+    (tmp_path / "c.json").write_text("[")
+    assert counted("train", *train) == unknown
+
+
+@pytest.mark.parametrize("command", ["toy_data", "report", "evaluate_backbone"])
+def test_commands_of_one_process_are_not_launched_as_several(command: str, write_pipeline: Any) -> None:
+    message = error_of(write_pipeline({"a": {"command": command, "processes": 2}}))
+    assert message == f"stage a: {command} runs as one process; leave out processes: 2"

@@ -69,14 +69,17 @@ def test_threads(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.set_num_threads(before)
 
 
-def test_under_a_launcher_the_main_rank_leaves_the_line_in_the_folder(
+def test_under_a_launcher_the_line_is_left_in_the_folder_and_the_main_ranks_wins(
     run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert run(UserError("bad")) == 2
     assert capsys.readouterr().err == "[rank 1] error: bad\n"
-    assert not (tmp_path / "o" / "error.json").exists()
-    monkeypatch.setenv("RANK", "0")
-    assert run(UserError("bad")) == 2
     assert json.loads((tmp_path / "o" / "error.json").read_text()) == {"error": "bad", "exit_code": 2}
+    assert run(UserError("the same, later")) == 2
+    assert capsys.readouterr().err == "", "only the first line of another rank is told"
+    monkeypatch.setenv("RANK", "0")
+    assert run(UserError("worse")) == 2
+    assert capsys.readouterr().err == "error: worse\n"
+    assert json.loads((tmp_path / "o" / "error.json").read_text()) == {"error": "worse", "exit_code": 2}

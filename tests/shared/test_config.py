@@ -1,5 +1,6 @@
 """Strict settings: YAML first, flags on top, nothing else; mistakes are one line with the nearest known name."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,17 @@ import pytest
 import yaml
 from pydantic import Field
 
-from shared.config import CommandConfig, Config, differences, dump_yaml, identity, merge, parse_config, read_yaml
+from shared.config import (
+    CommandConfig,
+    Config,
+    differences,
+    dump_yaml,
+    identity,
+    merge,
+    parse_config,
+    read_yaml,
+    validate,
+)
 from shared.errors import UserError
 
 
@@ -143,3 +154,59 @@ def test_empty_yaml_is_no_settings(tmp_path: Path) -> None:
 def test_config_modules_do_not_import_torch() -> None:
     code = "import sys; import stage1_ssld.config, shared.run_dir, shared.command; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "value"),
+    [
+        (2, "model.rpn.anchor_sizes", "8,16,32,64"),
+        (2, "model.rpn.anchor_sizes.0", "0,16,32,64,128"),
+        (2, "model.rpn.anchor_ratios", "[]"),
+        (2, "model.rpn.anchor_ratios.1", "1,-2"),
+        (2, "model.rpn.positive_iou", "1.1"),
+        (2, "model.rpn.negative_iou", "0"),
+        (2, "model.rpn.positive_fraction", "1.5"),
+        (2, "model.rpn.nms_iou", "0"),
+        (2, "model.rpn.train_pre_nms", "0"),
+        (2, "model.rpn.train_post_nms", "0"),
+        (2, "model.rpn.val_pre_nms", "-1"),
+        (2, "model.rpn.val_post_nms", "0"),
+        (2, "model.roi.foreground_iou", "0"),
+        (2, "model.roi.foreground_fraction", "-0.1"),
+        (2, "model.roi.hidden", "0"),
+        (2, "model.roi.score_threshold", "1"),
+        (2, "model.roi.nms_iou", "2"),
+        (2, "model.roi.detections", "0"),
+        (2, "resize.train_short_sides.1", "48,31"),
+        (2, "optim.backbone_lr_factors.0", "-1,1,1,1,1"),
+        (1, "data.crop_area", "0.5,0.2"),
+        (1, "data.crop_area.0", "0,1"),
+        (1, "data.crop_area.1", "0.5,1.5"),
+        (1, "data.crop_ratio", "2,1"),
+        (1, "data.crop_ratio.0", "-1,1"),
+    ],
+)
+def test_nonsense_is_refused_by_its_key(stage: int, key: str, value: str) -> None:
+    from stage1_ssld.config import TeachConfig
+    from stage2_detect.config import TrainConfig
+
+    common = "--output o --steps 1 --batch_size 1 --optim.lr 1 --optim.reference_batch 1"
+    stages: dict[int, tuple[type[CommandConfig], str]] = {
+        1: (TeachConfig, "--model.model random:x --data.train x"),
+        2: (TrainConfig, "--backbone random:x --data.train_annotations a --data.train_images i"),
+    }
+    config_type, needed = stages[stage]
+    argv = [*common.split(), *needed.split()]
+    parse_config(config_type, argv, program="test.py")
+    flag = key.rstrip("0123456789").rstrip(".")
+    with pytest.raises(UserError, match=rf"command line: {re.escape(key)}: ") as caught:
+        parse_config(config_type, [*argv, f"--{flag}={value}"], program="test.py")
+    assert "\n" not in str(caught.value)
+
+
+def test_ious_of_the_proposals_are_in_order() -> None:
+    from stage2_detect.config import DetectorConfig
+
+    with pytest.raises(UserError, match=r"rpn: negative_iou 0.8 is above positive_iou 0.7"):
+        validate(DetectorConfig, {"rpn": {"negative_iou": 0.8}}, source="c")
+    assert validate(DetectorConfig, {"rpn": {"negative_iou": 0.7}}, source="c").rpn.negative_iou == 0.7

@@ -94,6 +94,21 @@ def test_refusals(config: Settings, tmp_path: Path) -> None:
     assert not (tmp_path / "new" / "config.yaml").exists()
 
 
+def test_an_output_that_cannot_be_made(config: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "afile").write_text("")
+    with pytest.raises(UserError, match=r"afile/run: cannot be made a run directory .*; give another --output"):
+        RunDir(changed(config, output=tmp_path / "afile" / "run"), "test")
+
+    def denied(path: Path, *args: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for step in ("mkdir", "open"):  # a parent, or the folder itself, of somebody else
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, step, denied)
+            with pytest.raises(UserError, match=r"run: cannot be made a run directory \(Permission denied\)"):
+                RunDir(config, "test")
+
+
 def test_a_start_that_failed_does_not_hold_the_folder(config: Settings) -> None:
     run = RunDir(config, "test")
     run.log("teacher and data do not fit")

@@ -281,3 +281,9 @@ def test_defaults_suit_the_pipeline() -> None:
     sizes = ToyDataConfig(output=Path("x")).sizes
     assert sizes.val_scenes >= 200
     assert sizes.unlabeled > 3 * sizes.labeled
+
+
+def test_help_claims_no_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert " %" not in capsys.readouterr().out

@@ -23,13 +23,12 @@ from stage1_ssld.data import (
     TrainViews,
     ValViews,
     collate,
-    labelled_classes,
     make_loader,
-    match_classes,
     open_sources,
     val_batches,
 )
 from stage1_ssld.distill import main as distill
+from stage1_ssld.labels import labelled_classes, match_classes
 
 
 def source(path: Path, **settings: Any) -> ImageSource:
@@ -83,6 +82,18 @@ def test_plain_and_nested_folders_are_unlabelled(tmp_path: Path) -> None:
     assert source(tmp_path, labels="none").labels is None
 
 
+@pytest.mark.parametrize("stray", ["stray.png", "cat/deeper/stray.png"])
+def test_a_stray_image_does_not_silently_drop_the_labels(stray: str, tmp_path: Path) -> None:
+    for name in ("cat/1.png", "dog/1.png", "dog/2.png", stray):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(png())
+    with pytest.raises(UserError, match=rf"but {stray} does not \(1 of 4\); move it into one, or set labels: none"):
+        source(tmp_path)
+    assert len(source(tmp_path, labels="none")) == 4
+    (tmp_path / stray).unlink()
+    assert source(tmp_path).labels == [0, 1, 1]
+
+
 def test_keys_name_the_source(tiny: Any) -> None:
     first, second = open_sources([SourceConfig(path=tiny.train), SourceConfig(path=tiny.train)])
     assert first.key(0) == "0:disc/disc_000.png"
@@ -103,7 +114,7 @@ def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return cache
 
 
-def test_parquet_with_metadata_is_read_in_place(tiny: Any, no_cache: Path) -> None:
+def test_parquet_with_metadata_is_not_copied_into_the_cache(tiny: Any, no_cache: Path) -> None:
     images, folder = source(tiny.parquet), source(tiny.train)
     assert len(images) == 30
     assert images.class_names == ["disc", "ring", "stripes"]
@@ -135,6 +146,20 @@ def test_label_file_is_joined_by_id(tiny: Any, tmp_path: Path) -> None:
     assert torch.equal(images.read(1), whole.read(29))
 
 
+def test_the_join_does_not_make_one_chunk_of_all_images(tmp_path: Path) -> None:
+    """One chunk of binary values cannot hold more than 2 GB."""
+    (tmp_path / "images").mkdir()
+    for part in range(3):
+        rows = {"image": [png(10 * part + n) for n in range(4)], "id": [4 * part + n for n in range(4)]}
+        pq.write_table(pa.table(rows), tmp_path / "images" / f"{part}.parquet")
+    truth = {"id": list(range(12)), "label": [n if n % 2 else -1 for n in range(12)]}
+    pq.write_table(pa.table(truth), tmp_path / "truth.parquet")
+    images = source(tmp_path / "images", labels=str(tmp_path / "truth.parquet"))
+    assert images.labels == [1, 3, 5, 7, 9, 11]
+    assert [int(images.read(row)[0, 0, 0]) for row in range(6)] == [1, 3, 11, 13, 21, 23]
+    assert images._rows.data.column("image").num_chunks == 3
+
+
 def test_real_parquet(shared_data: Callable[[str], Path], no_cache: Path) -> None:
     folder = shared_data("tinyimagenet100")
     joined = source(folder / "unlabeled.parquet", labels=str(folder / "unlabeled_truth.parquet"))
@@ -158,7 +183,7 @@ def test_refused_sources(tmp_path: Path, tiny: Any) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.parquet").write_text("no parquet")
     assert "no such file or folder" in message(tmp_path / "gone")
-    assert "holds no images; give a folder of images" in message(tmp_path / "empty")
+    assert "no images in" in message(tmp_path / "empty")
     assert "not readable as Parquet" in message(tmp_path / "text.parquet")
     assert "has no column 'picture' (it has image, label, id); set image_column" in message(
         tiny.parquet, image_column="picture"

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from shared import training_state
+from shared.checkpoint import complete_checkpoints
 from shared.model_file import content_hash, read_metadata, read_tensors
 from shared.run_dir import RunDir, file_sha256
 from stage1_ssld import loop
@@ -228,7 +232,7 @@ def test_teacher_is_untouched_and_in_no_checkpoint(
 def test_student_and_teacher_see_the_same_pixels(
     arguments: Arguments, distill_settings: Settings, call: Call, teacher_file: Path
 ) -> None:
-    """A student that starts as its teacher has a loss of zero from the first step: same view, same normalisation, same function."""
+    """Both get the very same uint8 tensor, in every step."""
     from shared.backbones import Classifier
 
     seen: list[torch.Tensor] = []
@@ -245,6 +249,31 @@ def test_student_and_teacher_see_the_same_pixels(
     assert torch.equal(seen[0], seen[1])
     assert torch.equal(seen[2], seen[3])
     assert not torch.equal(seen[0], seen[2])
+
+
+def test_a_student_that_starts_as_its_teacher_has_a_loss_of_zero(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, metrics_of: Any
+) -> None:
+    """Same view, same normalisation, same function: of LayerNorm nets, which compute the same in training mode."""
+    from shared.backbones import input_settings, save_backbone
+
+    torch.manual_seed(5)
+    net: Any = timm.create_model("test_convnext", num_classes=3)
+    with torch.no_grad():
+        net.get_classifier().weight.mul_(100)  # answers far from uniform: another function would not agree
+    file = tmp_path / "teacher.safetensors"
+    # Statistics of its own: a student or teacher normalised by the arch's default would differ.
+    inputs = input_settings(net, {"mean": [0.3, 0.5, 0.6], "std": [0.1, 0.2, 0.3], "input_size": [32, 32]})
+    save_backbone(file, net, arch="test_convnext", inputs=inputs, classes=3, licence="apache-2.0")
+    data = without(distill_settings, "data", "val")["data"]
+    settings = distill_settings | {"data": data, "steps": 1, "log_every": 1, "teacher": {"model": str(file)}}
+    first = {}
+    for name, model in (("itself", str(file)), ("another", "random:test_convnext")):
+        assert call(distill, arguments(settings | {"student": {"model": model}}, name)) == 0
+        first[name] = metrics_of(tmp_path / name)[0]
+    assert abs(first["itself"]["loss"]) < 1e-6
+    assert first["itself"]["agreement"] == 1
+    assert first["another"]["loss"] > 0.1
 
 
 # ---- equalities
@@ -417,7 +446,7 @@ def test_folder_without_images(
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("no picture")
     data = {"train": [str(tmp_path / "empty")], "image_size": 32}
-    assert "empty: holds no images" in user_error(distill, arguments(distill_settings | {"data": data}))
+    assert f"no images in {tmp_path}/empty" in user_error(distill, arguments(distill_settings | {"data": data}))
     assert not (tmp_path / "run").exists()
 
 
@@ -464,25 +493,28 @@ def test_foreign_folder_is_left_alone(
 def test_full_disk(
     arguments: Arguments, distill_settings: Settings, user_error: Any, call: Call, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """The disk fills up in the second checkpoint: one line, the first checkpoint usable, and the same command ends as if nothing had been."""
-    from shared import checkpoint as module
+    """The disk really fills up in the second checkpoint: one line, the first checkpoint usable, and the same command ends as if nothing had been.
 
-    save, calls = module.save_file, []
+    No file may grow beyond 20 kB from there on, which a write meets as it meets a full disk, in the library that writes the tensors too.
+    """
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = training_state.save_checkpoint
 
-    def full(tensors: Any, path: Path) -> None:
-        calls.append(path)
-        if len(calls) == 4:
-            Path(path).write_bytes(b"half a fi")
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        save(tensors, path)
+    def full(folder: Path, step: int, *rest: Any, **options: Any) -> Path:
+        if step == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        return save(folder, step, *rest, **options)
 
     assert call(distill, arguments(distill_settings, "whole")) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "save_file", full)
-        line = user_error(distill, arguments(distill_settings))
-    assert "No space left on device" in line
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(training_state, "save_checkpoint", full)
+            line = user_error(distill, arguments(distill_settings))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.strerror(errno.EFBIG) in line
     assert "run the same command again" in line
-    assert [path.name for path in module.complete_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000004"]
+    assert [path.name for path in complete_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000004"]
     assert call(distill, arguments(distill_settings)) == 0
     whole, mended = (read_tensors(tmp_path / name / "student.safetensors") for name in ("whole", "run"))
     assert content_hash(whole) == content_hash(mended)

@@ -66,6 +66,9 @@ def test_batches_without_a_readable_image_are_passed_over() -> None:
     empty = Batch(torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), [], ["broken.jpg"])
     result = evaluate(lookup(torch.eye(2)), None, [empty, *batches([0, 1], [2])], device=CPU, dtype=FP32)
     assert result == {"images": 2, "unreadable": 1, "top1": 1.0, "top5": 1.0}
+    told: list[str] = []
+    evaluate(lookup(torch.eye(2)), None, [empty, empty], device=CPU, dtype=FP32, on_unreadable=told.extend)
+    assert told == ["broken.jpg"] * 2
     assert evaluate(lookup(torch.eye(2)), None, [], device=CPU, dtype=FP32) == {"images": 0}
 
 
@@ -85,3 +88,45 @@ def test_unreadable_validation_images_are_said(
     data = distill_settings["data"] | {"val": str(tmp_path / "val")}
     assert call(distill, arguments(distill_settings | {"data": data})) == 0
     assert "on 4 images (1 unreadable left out)" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("broken", [1, 2])
+def test_unreadable_images_of_an_evaluation_are_listed_and_judged(
+    broken: int, call: Any, user_error: Any, tmp_path: Path, jpeg: Any, teacher_file: Path
+) -> None:
+    from stage1_ssld.evaluate import main
+
+    for number in range(6):
+        folder = tmp_path / "val" / ("disc", "ring", "stripes")[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.jpg").write_bytes(jpeg(seed=number)[: 300 if number < broken else None])
+    argv = ["--model", str(teacher_file), "--data.path", str(tmp_path / "val"), "--output", str(tmp_path / "run")]
+    argv += ["--threads", "1", "--workers", "0", "--device", "cpu"]
+    if broken == 1:
+        assert call(main, argv) == 0
+    else:
+        assert "2 of 6 images cannot be read, listed in" in user_error(main, argv)
+    assert (tmp_path / "run" / "result.json").exists() == (broken == 1)
+    listed = [f"{tmp_path}/val/disc/0.jpg", f"{tmp_path}/val/ring/1.jpg"][:broken]
+    assert (tmp_path / "run" / "quarantine.txt").read_text().splitlines() == listed
+
+
+def test_the_teacher_of_an_evaluation_has_its_own_precision(
+    call: Any, tmp_path: Path, tiny: Any, teacher_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shared import teacher
+    from stage1_ssld.evaluate import main
+
+    made: list[Any] = []
+
+    class Remembered(teacher.FrozenTeacher):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            made.append(self._dtype)
+
+    monkeypatch.setattr(teacher, "FrozenTeacher", Remembered)
+    argv = ["--model", str(teacher_file), "--data.path", str(tiny.val), "--teacher.model", str(teacher_file)]
+    argv += ["--threads", "1", "--workers", "0", "--device", "cpu"]
+    assert call(main, [*argv, "--output", str(tmp_path / "plain")]) == 0
+    assert call(main, [*argv, "--output", str(tmp_path / "half"), "--teacher.precision", "bf16"]) == 0
+    assert made == [torch.float32, torch.bfloat16]

@@ -1,14 +1,20 @@
 """One process and two processes (gloo, started by torch's launcher) train and evaluate alike."""
 
 import json
+import re
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from shared.checkpoint import newest_checkpoint
 from shared.model_file import read_tensors
+from shared.run_dir import read_metrics
 from stage1_ssld.distill import main as distill
+from stage1_ssld.evaluate import main as evaluate
 
 
 def test_two_ranks_equal_one(
@@ -33,6 +39,47 @@ def test_two_ranks_equal_one(
     assert max((start[name] - after[name]).abs().max().item() for name in after) > 1e-4
     for name, tensor in read_tensors(two / "student.safetensors").items():
         torch.testing.assert_close(tensor, after[name], rtol=1e-4, atol=2e-6)
+
+
+def test_two_ranks_stop_go_on_and_evaluate_the_saved_model(
+    arguments: Any, distill_settings: Any, call: Any, tmp_path: Path, scripts: Any, teacher_file: Path, tiny: Any
+) -> None:
+    """SIGTERM to the launcher reaches the ranks, which agree on a step; then the metrics are those of the file that was written.
+
+    A BatchNorm student: each rank has running statistics of its own, and those of the main rank are saved.
+    """
+    settings = distill_settings | {"steps": 60, "log_every": 1, "student": {"model": "random:test_resnet"}}
+    settings |= {"save_every": 100, "optim": {"lr": 0.1, "reference_batch": 8}}
+    command, run = ("stage1_ssld/distill.py", *arguments(settings)), tmp_path / "run"
+    process = scripts.start(*command, ranks=2)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    stopped = re.search(r"stopped: checkpoint of step (\d+) written to .*; the same command goes on from there\n", err)
+    assert stopped, err
+    newest = newest_checkpoint(run / "checkpoints")
+    assert newest
+    assert newest.name == f"step_{int(stopped[1]):08d}"
+    assert not (run / "result.json").exists()
+    assert not (run / "student.safetensors").exists()
+
+    process = scripts.run(*command, ranks=2)
+    assert process.returncode == 0, process.stderr
+    assert f"resumed from {newest.name}" in process.stdout
+    assert [line["step"] for line in read_metrics(run)] == [*range(1, 61), 60]
+
+    argv = ["--model", str(run / "student.safetensors"), "--teacher.model", str(teacher_file), "--threads", "1"]
+    argv += ["--data.path", str(tiny.val), "--output", str(tmp_path / "eval"), "--workers", "0", "--device", "cpu"]
+    assert call(evaluate, argv) == 0
+    trained, evaluated = (
+        json.loads((path / "result.json").read_text())["metrics"] for path in (run, tmp_path / "eval")
+    )
+    assert evaluated["kl"] > 1e-3
+    assert {name: trained[name] for name in evaluated} == pytest.approx(evaluated, rel=1e-5)
 
 
 def test_a_mistake_under_a_launcher_is_left_in_the_run_directory(

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from shared.run_dir import file_sha256
-from stage2_detect import train
+from stage2_detect import evaluate, train
 
 TRAIN = "stage2_detect/train.py"
 
@@ -67,7 +67,7 @@ def test_killed_and_stopped_runs_resume_to_the_same_bits(
     assert file_sha256(tmp_path / "whole" / optimizer) == file_sha256(run / optimizer)
 
 
-def test_two_ranks_train_and_evaluate_as_one(
+def test_two_ranks_train_as_one(
     train_settings: dict[str, Any],
     arguments: Callable[..., list[str]],
     scripts: Any,
@@ -76,17 +76,56 @@ def test_two_ranks_train_and_evaluate_as_one(
     metrics_of: Callable[[Path], list[dict[str, Any]]],
 ) -> None:
     settings = train_settings | {"steps": 5}
+    roi = train_settings["model"]["roi"] | {"score_threshold": 0.0}  # so that the AP is not 0 after these few steps
+    settings["model"] = train_settings["model"] | {"roi": roi}
     assert settings["model"].get("freeze_norm", True)
     assert call(train.main, arguments(settings, "one")) == 0
     done = scripts.run(TRAIN, *arguments(settings, "two"), ranks=2)
     assert done.returncode == 0, done.stderr
     one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
     assert [line["step"] for line in one] == [line["step"] for line in two]
+    assert one[-1]["val_AP"] > 0
     for a, b in zip(one, two, strict=True):
         assert a.get("lr") == b.get("lr")
         for name in ("loss", "loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_box", "val_AP"):
             assert a.get(name) == (pytest.approx(b[name], rel=1e-5, abs=1e-5) if name in b else None), (name, a, b)
-    evaluated = [
-        json.loads((tmp_path / name / "result.json").read_text())["metrics"]["AP50"] for name in ("one", "two")
-    ]
-    assert evaluated[0] == pytest.approx(evaluated[1], abs=1e-4)
+
+
+def test_two_ranks_evaluate_as_one(
+    train_settings: dict[str, Any],
+    arguments: Callable[..., list[str]],
+    scripts: Any,
+    call: Callable[..., int],
+    tmp_path: Path,
+) -> None:
+    """A detector that finds something, so that a lost or doubled image, or the detections of another rank, would show."""
+    settings = train_settings | {"steps": 60, "log_every": 20, "save_every": 60}
+    settings["optim"] = train_settings["optim"] | {"lr": 0.02, "clip_grad_norm": 2.0, "milestones_steps": [50]}
+    roi = train_settings["model"]["roi"] | {"score_threshold": 0.0}  # every image has detections
+    settings["model"] = train_settings["model"] | {"freeze_norm": False, "roi": roi}
+    assert call(train.main, arguments(settings, "trained")) == 0
+    data = settings["data"]
+    flags = ["--model", str(tmp_path / "trained" / "detector.safetensors"), "--workers", "0", "--device", "cpu"]
+    flags += ["--annotations", data["val_annotations"], "--images", data["val_images"], "--threads", "1"]
+    flags += ["--batch_size", "2"]  # 5 images: batches of 2, 2 and 1 for two ranks
+    assert call(evaluate.main, [*flags, "--output", str(tmp_path / "one")]) == 0
+    done = scripts.run("stage2_detect/evaluate.py", *flags, "--output", str(tmp_path / "two"), ranks=2)
+    assert done.returncode == 0, done.stderr
+
+    runs = (tmp_path / "one", tmp_path / "two")
+    one, two = (json.loads((run / "result.json").read_text())["metrics"] for run in runs)
+    assert one["AP"] > 0
+    assert one["AP50"] > 0.2
+    assert two.pop("per_class") == pytest.approx(one.pop("per_class"), abs=1e-6)
+    assert two == pytest.approx(one, abs=1e-6)
+    # The ranks' images follow each other; within an image the order is that of the scores.
+    rows, others = (
+        sorted(json.loads((run / "detections.json").read_text()), key=lambda row: row["image_id"]) for run in runs
+    )
+    assert [row["image_id"] for row in rows] == [row["image_id"] for row in others]
+    assert {row["image_id"] for row in rows} == {f"val-{number}" for number in range(5)}
+    assert len({json.dumps(row) for row in others}) == len(others), "an image was counted twice"
+    for row, other in zip(rows, others, strict=True):
+        assert other["category_id"] == row["category_id"]
+        assert other["score"] == pytest.approx(row["score"], abs=1e-4)
+        assert other["bbox"] == pytest.approx(row["bbox"], abs=1e-4)

@@ -1,0 +1,100 @@
+"""What a training run goes on from, in both stages: its networks, optimizer, loss averages and best score, to and from checkpoints."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from shared.checkpoint import (
+    load_checkpoint,
+    load_module,
+    load_optimizer,
+    newest_checkpoint,
+    optimizer_part,
+    save_checkpoint,
+)
+from shared.errors import UserError
+from shared.loss_watch import LossWatch
+from shared.processes import load_scaler_state, scaler_state
+from shared.quarantine import Quarantine
+from shared.ranks import from_main_rank
+from shared.run_dir import RunDir
+
+
+@dataclass
+class TrainingState:
+    """The state of a run of `steps` steps; the loop itself stays in the entry.
+
+    Attributes:
+        networks: file name in a checkpoint -> network; never the teacher.
+        best: highest score of an evaluation so far.
+        waited: seconds spent waiting for data since the last log line.
+    """
+
+    run: RunDir
+    accelerator: Accelerator
+    networks: dict[str, nn.Module]
+    optimizer: torch.optim.Optimizer
+    quarantine: Quarantine
+    steps: int
+    batch_size: int
+    keep_checkpoints: int
+    watch: LossWatch = field(default_factory=LossWatch)
+    best: float = float("-inf")
+    waited: float = 0.0
+    _logged: float = field(default_factory=time.perf_counter)
+
+    def restore(self) -> tuple[int, str]:
+        """(steps done, a line on where they come from): load the newest checkpoint, if there is one, on every rank.
+
+        Raises UserError when it does not fit the networks, or is beyond the end of the run.
+        """
+        newest = from_main_rank(newest_checkpoint(self.run.checkpoints))
+        step, line = 0, ""
+        if newest:
+            parts, state = load_checkpoint(newest)
+            for name, network in self.networks.items():
+                load_module(network, parts[name], newest)
+            load_optimizer(self.optimizer, parts["optimizer"], state["optimizer"])
+            load_scaler_state(self.accelerator, state["scaler"])
+            self.watch.load_state(state["watch"])
+            step, line = int(state["step"]), f"resumed from {newest.name}"
+            self.best = self.best if state["best"] is None else state["best"]
+        if step > self.steps:
+            raise UserError(
+                f"{self.run.path}: is at step {step} already, beyond the {self.steps} asked for; give another --output"
+            )
+        self.run.cut_metrics(step)
+        return step, line
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint, all ranks together; raises UserError first if a loss since the last one was not finite."""
+        self.watch.check()
+        self.quarantine.write()
+        if self.accelerator.is_main_process:
+            tensors, values = optimizer_part(self.optimizer)
+            parts = {name: network.state_dict() for name, network in self.networks.items()}
+            state: dict[str, Any] = {
+                "optimizer": values,
+                "scaler": scaler_state(self.accelerator),
+                "watch": self.watch.state(),
+                "best": self.best if self.best > float("-inf") else None,
+            }
+            save_checkpoint(
+                self.run.checkpoints, step, parts | {"optimizer": tensors}, state, keep=self.keep_checkpoints
+            )
+
+    def log(self, step: int, lr: float) -> None:
+        """Write the averages since the last line to the metrics, the trackers and the log."""
+        means = self.watch.averages()
+        self.quarantine.judge(step * self.batch_size)
+        seconds, self._logged = time.perf_counter() - self._logged, time.perf_counter()
+        share = round(min(1.0, self.waited / seconds), 3)
+        self.run.metric(step, lr=lr, **means, seconds=round(seconds, 3), data_wait=share)
+        self.accelerator.log({"lr": lr, **means}, step=step)
+        shown = ", ".join(f"{key} {value:.4f}" for key, value in means.items())
+        self.run.log(f"step {step}/{self.steps}: {shown}, lr {lr:.4g}")
+        self.waited = 0.0

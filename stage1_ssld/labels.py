@@ -1,0 +1,66 @@
+"""The classes of labelled sources: what they agree on, and their labels in the class numbers of a model."""
+
+from collections.abc import Sequence
+
+from shared.errors import UserError
+from stage1_ssld.data import NO_LABEL, ImageSource
+
+
+def labelled_classes(sources: Sequence[ImageSource]) -> tuple[list[ImageSource], int, list[str] | None]:
+    """(the labelled sources, number of classes, class names where any source has them).
+
+    Sources may number the same names differently: `match_classes` brings them to the order returned here, that of the first named source.
+    Raises UserError when there is no labelled source, or when two of them have other names.
+    """
+    labelled = [source for source in sources if source.labels is not None]
+    if not labelled:
+        raise UserError(f"{sources[0].path}: no labels; sort the images into class folders or add a label column")
+    for source in labelled:
+        missing = (source.labels or []).count(NO_LABEL)
+        if missing:
+            raise UserError(f"{source.path}: {missing} of {len(source)} images have no label; leave them out")
+    named = [source for source in labelled if source.class_names]
+    for source in named[1:]:
+        if set(source.class_names or []) != set(named[0].class_names or []):
+            raise UserError(
+                f"{source.path}: its class names differ from those of {named[0].path}: {_first_difference(source, named[0])}"
+            )
+    names = named[0].class_names if named else None
+    highest = max(max(source.labels or [0]) for source in labelled)
+    if names and highest >= len(names):
+        raise UserError(f"label {highest} in {labelled[0].path} is outside the {len(names)} classes of {named[0].path}")
+    return labelled, len(names) if names else highest + 1, names
+
+
+def match_classes(source: ImageSource, names: list[str] | None, count: int, owner: str) -> list[int] | None:
+    """The source's labels in the class numbers of a model, matched by name where both have names; None without labels.
+
+    Raises UserError when the classes are not the model's: other names, or a number outside its count.
+    """
+    if source.labels is None:
+        return None
+    if names and source.class_names:
+        number = {name: index for index, name in enumerate(names)}
+        strange = [name for name in source.class_names if name not in number]
+        if strange:
+            raise UserError(
+                f"{source.path}: class {strange[0]!r} is not among the {count} classes of {owner} ({names[0]!r}, ...); "
+                "use images of its classes, or labels: none"
+            )
+        return [number[source.class_names[label]] for label in source.labels]
+    classes = len(source.class_names) if source.class_names else max(source.labels) + 1
+    if classes > count or (source.class_names and classes != count):
+        raise UserError(
+            f"{source.path}: has {classes} classes, but {owner} has {count}; use images of its classes, or labels: none"
+        )
+    return source.labels
+
+
+def _first_difference(a: ImageSource, b: ImageSource) -> str:
+    ours, theirs = set(a.class_names or []), set(b.class_names or [])
+    only = [
+        f"only the {which} has {min(names)!r}"
+        for which, names in (("first", ours - theirs), ("second", theirs - ours))
+        if names
+    ]
+    return ", ".join(only)
