@@ -48,9 +48,15 @@ def parse_reference(text: str, arch: str | None = None, *, allow_pickle: bool = 
         return ModelReference(text, text, pretrained=True)
     path = Path(text)
     if path.is_dir():
+        if not (path / "config.json").exists():
+            files = sorted(path.glob("*.safetensors"))
+            hint = f"; did you mean {files[0]}?" if files else ""
+            raise UserError(f"{text}: not a folder in the Hugging Face layout (no config.json){hint}")
         return ModelReference(text, f"local-dir:{text}", pretrained=True)
     if text.endswith((".safetensors", *PICKLE_SUFFIXES)) or path.is_file():
         return _file_reference(text, path, arch, allow_pickle)
+    if "/" in text:
+        raise UserError(f"{text}: no such file or folder")
     return ModelReference(text, _known_arch(text.removeprefix("timm:")), pretrained=True)
 
 

@@ -13,7 +13,7 @@ import typing
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -66,6 +66,9 @@ class CommandConfig(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)
+
+    alternatives: ClassVar[tuple[str, ...]] = ()
+    """keys of which one is given: one on the command line replaces another of the file"""
 
     def inputs(self) -> dict[str, Path]:
         """Files and folders this command reads, by the key that names them: their digests belong to the run's identity."""
@@ -144,20 +147,39 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
         ) from None
     known, _ = parser.parse_known_args(list(argv))
     values = read_yaml(known.config) if known.config else {}
-    config = validate(config_type, merge(values, flags), source=str(known.config) if known.config else "command line")
+    if any(key in flags for key in config_type.alternatives):
+        values = {key: value for key, value in values.items() if key not in config_type.alternatives}
+    config = validate(config_type, merge(values, flags), source=str(known.config or "command line"), flags=flags)
     if known.print_config:
         print(dump_yaml(config), end="")
         raise SystemExit(0)
     return config
 
 
-def validate(config_type: type[ModelT], values: dict[str, Any], *, source: str) -> ModelT:
-    """Build a configuration; raises UserError with one line per wrong key, each beginning with `source`."""
+def validate(
+    config_type: type[ModelT], values: dict[str, Any], *, source: str, flags: dict[str, Any] | None = None
+) -> ModelT:
+    """Build a configuration; raises UserError with one line per wrong key.
+
+    A line begins with `source`, or with "command line" where the value came from `flags`. A misspelt key is named before the keys it leaves
+    missing.
+    """
     try:
         return config_type(**values)
     except ValidationError as error:
-        lines = [f"{source}: {_explain(config_type, item)}" for item in error.errors()]
+        items = sorted(error.errors(), key=lambda item: item["type"] == "missing")
+        lines = [f"{_source(item['loc'], source, flags or {})}: {_explain(config_type, item)}" for item in items]
         raise UserError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _source(location: tuple[Any, ...], source: str, flags: Any) -> str:
+    for part in location:
+        if not isinstance(flags, dict):
+            break
+        if part not in flags:
+            return source
+        flags = flags[part]
+    return "command line" if location else source
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Settings that training has in both stages. Does not import torch."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,8 @@ class OptimConfig(Config):
 
 class TrainingConfig(CommandConfig):
     """Settings of a training run in either stage."""
+
+    alternatives: ClassVar[tuple[str, ...]] = ("steps", "train_epochs", "train_images")
 
     seed: int = Field(0, ge=0)
     """every random draw follows from it"""

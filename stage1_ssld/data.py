@@ -98,17 +98,19 @@ class ImageSource:
     def _open_parquet(self, files: list[Path], config: SourceConfig) -> None:
         self._folder = False
         try:
-            schema = pq.read_schema(files[0])
-            columns = [
-                name for name in (config.image_column, config.label_column, config.id_column) if name in schema.names
-            ]
-            table = pa.concat_tables([pq.read_table(file, columns=columns, memory_map=True) for file in files])
+            schema, *others = [pq.read_schema(file) for file in files]
+            # Files without labels among files with labels make an unlabelled source.
+            wanted = (config.image_column, config.label_column, config.id_column)
+            columns = [name for name in wanted if all(name in other.names for other in (schema, *others))]
+            table = pa.concat_tables(
+                [pq.read_table(file, columns=columns, memory_map=True).replace_schema_metadata(None) for file in files]
+            )
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{self.path}: not readable as Parquet ({' '.join(str(error).split())[:160]})") from None
         if config.image_column not in columns:
-            raise UserError(
-                f"{self.path}: has no column {config.image_column!r} (it has {', '.join(schema.names)}); set image_column"
-            )
+            bare = next(file for file in files if config.image_column not in pq.read_schema(file).names)
+            has = ", ".join(pq.read_schema(bare).names)
+            raise UserError(f"{bare}: has no column {config.image_column!r} (it has {has}); set image_column")
         if config.labels == "auto" and config.label_column in columns:
             self.labels = _class_numbers(table, config.label_column, self.path)
             self.class_names = _class_names(schema, config.label_column)
@@ -153,9 +155,15 @@ def _class_names(schema: pa.Schema, column: str) -> list[str] | None:
     return feature.get("names") if isinstance(feature, dict) else None
 
 
-def open_sources(configs: Sequence[SourceConfig]) -> list[ImageSource]:
-    """Open several sources. Raises UserError naming the path for anything that is not one."""
-    return [ImageSource(config, number) for number, config in enumerate(configs)]
+def open_sources(configs: Sequence[SourceConfig], key: str) -> list[ImageSource]:
+    """Open several sources. Raises UserError naming the key and the path for anything that is not one."""
+    sources = []
+    for number, config in enumerate(configs):
+        try:
+            sources.append(ImageSource(config, number))
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+    return sources
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     import torch
 
     from shared.backbones import create_classifier, parse_reference
-    from shared.processes import DTYPES
+    from shared.processes import DTYPES, uses_gpu
     from shared.quarantine import Quarantine
     from shared.run_dir import RunDir
     from shared.teacher import FrozenTeacher
@@ -39,8 +39,8 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
 
     reference = parse_reference(str(config.model))
     source = ImageSource(config.data, 0)
-    on_gpu = config.device == "auto" and torch.accelerator.is_available()
-    device = torch.device(torch.accelerator.current_accelerator() or "cpu") if on_gpu else torch.device("cpu")
+    on_gpu = uses_gpu(config.device)
+    device = torch.device("cuda" if on_gpu else "cpu")
     run = RunDir(config, "evaluate")
     if run.status == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")

@@ -63,8 +63,8 @@ def train(
         Stopped: after SIGTERM or Ctrl-C, with a checkpoint written.
     """
     # ---- sources and references, checked before any process group exists
-    sources = open_sources(config.data.train)
-    val_source = open_sources([config.data.val])[0] if config.data.val else None
+    sources = open_sources(config.data.train, "data.train")
+    val_source = open_sources([config.data.val], "data.val")[0] if config.data.val else None
     reference = parse_reference(network.model, network.arch)
 
     # ---- processes and run directory
@@ -188,6 +188,8 @@ def train(
     run.log(
         f"{command}: {network.model} ({values / 1e6:.2f} M parameters, {classes} classes) at {config.data.image_size} px, objective {objective}"
     )
+    if teacher_config and teacher_config.model.startswith("random:"):
+        run.log("warning: the teacher has random weights")
     if teacher_config:
         run.log(f"teacher {teacher_config.model}{'' if objective == 'teacher' else ' (for evaluation only)'}")
     run.log(
@@ -282,9 +284,11 @@ def _check_first_loss(run: RunDir, loss: Tensor, teacher_logits_BK: Tensor) -> N
     """Warn when the first loss is not what an untrained student gives: the sign of a wrong loss or wrong teacher weights."""
     expected = symmetric_kl(torch.zeros_like(teacher_logits_BK), teacher_logits_BK).item()
     first, images = loss.item(), len(teacher_logits_BK)
-    if first < 0 or first > 1.5 * expected:
+    # A teacher that says little makes any untrained student look far from it: below a nat an image the ratio means nothing.
+    if first < 0 or first > max(1.5 * expected, images):
         run.log(
-            f"warning: the first loss is {first / images:.3f} an image, {expected / images:.3f} is what a student that knows nothing gives"
+            f"warning: the first loss is {first / images:.3g} an image, {expected / images:.3g} is what a student that knows nothing gives; "
+            "check that the teacher's weights and classes are the right ones"
         )
 
 

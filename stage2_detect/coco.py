@@ -235,7 +235,7 @@ def _compare_names(file: str, names: Sequence[str], wanted: Sequence[str]) -> No
             if some
         ]
         raise UserError(
-            f"{file}: its {len(names)} classes differ from the {len(wanted)} expected ones; {'; '.join(parts)}"
+            f"{file}: its {len(names)} classes differ from the {len(wanted)} that the detector is for; {'; '.join(parts)}"
         )
 
 

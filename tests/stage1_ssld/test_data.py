@@ -95,7 +95,7 @@ def test_a_stray_image_does_not_silently_drop_the_labels(stray: str, tmp_path: P
 
 
 def test_keys_name_the_source(tiny: Any) -> None:
-    first, second = open_sources([SourceConfig(path=tiny.train), SourceConfig(path=tiny.train)])
+    first, second = open_sources([SourceConfig(path=tiny.train), SourceConfig(path=tiny.train)], "data.train")
     assert first.key(0) == "0:disc/disc_000.png"
     assert second.key(0) == "1:disc/disc_000.png"
     assert first.location(0) == f"{tiny.train}/disc/disc_000.png"
@@ -293,7 +293,7 @@ def test_validation_batches_do_not_depend_on_ranks() -> None:
 
 def views(*folders: Path, **changes: Any) -> TrainViews:
     config = DataConfig(train=[SourceConfig(path=folder) for folder in folders], image_size=16, **changes)
-    sources = open_sources(config.train)
+    sources = open_sources(config.train, "data.train")
     return TrainViews(sources, [opened.labels for opened in sources], config, seed=1)
 
 
@@ -420,3 +420,18 @@ def test_the_list_survives_a_kill(
         with pytest.raises(SystemError):
             call(distill, arguments(settings))
     assert (tmp_path / "run" / "quarantine.txt").read_text() == f"{tmp_path}/f/000.jpg\n"
+
+
+def test_a_file_without_labels_among_files_with_labels_makes_an_unlabelled_source(
+    tiny: Any, tmp_path: Path
+) -> None:
+    table = pq.read_table(tiny.parquet)
+    pq.write_table(table.slice(0, 12), tmp_path / "a.parquet")
+    pq.write_table(table.slice(12).drop_columns(["label"]), tmp_path / "b.parquet")
+    source = ImageSource(SourceConfig(path=tmp_path), 0)
+    assert len(source) == 30
+    assert source.labels is None
+    assert source.read(29).shape == source.read(0).shape
+    pq.write_table(table.drop_columns(["image"]), tmp_path / "c.parquet")
+    with pytest.raises(UserError, match=r"c\.parquet: has no column 'image' \(it has label, id\); set image_column"):
+        ImageSource(SourceConfig(path=tmp_path), 0)

@@ -51,7 +51,7 @@ def half_a_line(run, step, *rest):
 
 moments = {
     "in the first steps": lambda: on_call(LossWatch, "add", 3),
-    "in the first checkpoint's second file": lambda: on_call(shared.checkpoint, "save_file", 2, half_a_file),
+    "in the first checkpoint's second file": lambda: on_call(shared.checkpoint, "save_tensors", 2, half_a_file),
     "before its renaming": lambda: on_call(Path, "rename", 1),
     "before its mark": lambda: on_call(Path, "touch", 1),
     "after its mark": lambda: on_call(shared.checkpoint, "complete_checkpoints", 2),
@@ -61,9 +61,11 @@ moments = {
         shared.checkpoint.shutil, "rmtree", 1, when=lambda path, *rest: Path(path).name == "step_00000005"
     ),
     "before an evaluation": lambda: on_call(stage1_ssld.loop, "evaluate", 1),
-    "in the best model's file": lambda: on_call(shared.model_file, "save_file", 1, half_a_file),
+    "in the best model's file": lambda: on_call(
+        shared.model_file, "save_tensors", 1, half_a_file, when=lambda tensors, path, *rest: "student_best" in path.name
+    ),
     "in the last model's file": lambda: on_call(
-        shared.model_file, "save_file", 1, half_a_file, when=lambda tensors, path, *rest: "best" not in str(path)
+        shared.model_file, "save_tensors", 1, half_a_file, when=lambda tensors, path, *rest: "student.safe" in path.name
     ),
     "before result.json": lambda: on_call(RunDir, "finish", 1),
     "after result.json": lambda: on_call(RunDir, "log", 1, when=lambda run, text: text.startswith("wrote")),

@@ -76,18 +76,15 @@ def test_two_ranks_train_as_one(
     metrics_of: Callable[[Path], list[dict[str, Any]]],
 ) -> None:
     settings = train_settings | {"steps": 5}
-    roi = train_settings["model"]["roi"] | {"score_threshold": 0.0}  # so that the AP is not 0 after these few steps
-    settings["model"] = train_settings["model"] | {"roi": roi}
     assert settings["model"].get("freeze_norm", True)
     assert call(train.main, arguments(settings, "one")) == 0
     done = scripts.run(TRAIN, *arguments(settings, "two"), ranks=2)
     assert done.returncode == 0, done.stderr
     one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
     assert [line["step"] for line in one] == [line["step"] for line in two]
-    assert one[-1]["val_AP"] > 0
     for a, b in zip(one, two, strict=True):
         assert a.get("lr") == b.get("lr")
-        for name in ("loss", "loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_box", "val_AP"):
+        for name in ("loss", "loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_box"):
             assert a.get(name) == (pytest.approx(b[name], rel=1e-5, abs=1e-5) if name in b else None), (name, a, b)
 
 
