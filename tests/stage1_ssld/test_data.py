@@ -422,9 +422,7 @@ def test_the_list_survives_a_kill(
     assert (tmp_path / "run" / "quarantine.txt").read_text() == f"{tmp_path}/f/000.jpg\n"
 
 
-def test_a_file_without_labels_among_files_with_labels_makes_an_unlabelled_source(
-    tiny: Any, tmp_path: Path
-) -> None:
+def test_a_file_without_labels_among_files_with_labels_makes_an_unlabelled_source(tiny: Any, tmp_path: Path) -> None:
     table = pq.read_table(tiny.parquet)
     pq.write_table(table.slice(0, 12), tmp_path / "a.parquet")
     pq.write_table(table.slice(12).drop_columns(["label"]), tmp_path / "b.parquet")
