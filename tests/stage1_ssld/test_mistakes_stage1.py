@@ -1,0 +1,199 @@
+"""What a user can get wrong in stage 1: one line, exit code 2, nothing half-written."""
+
+import errno
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shared import training_state
+from shared.checkpoint import complete_checkpoints
+from shared.model_file import content_hash, read_tensors
+from stage1_ssld import loop
+from stage1_ssld.distill import main as distill
+from stage1_ssld.evaluate import main as evaluate
+
+Settings = dict[str, Any]
+Arguments = Callable[..., list[str]]
+Call = Callable[..., int]
+
+
+@pytest.mark.parametrize(
+    ("group", "change", "message"),
+    [
+        (None, {"stepz": 3}, "stepz: unknown key; did you mean 'steps'?"),
+        ("optim", {"lrr": 1}, "optim.lrr: unknown key; did you mean 'lr'?"),
+        ("optim", {"lr": -1}, "optim.lr: Input should be greater than 0 (given: -1)"),
+        (None, {"train_epochs": 2}, "give exactly one of steps, train_epochs, train_images"),
+        (None, {"teacher": None}, "teacher.model is missing: distillation needs a teacher"),
+        (None, {"batch_size": None}, "batch_size: Input should be a valid integer"),
+        (None, {"precision": "fp16"}, "precision: fp16 needs a GPU"),
+        (None, {"accumulate": 3}, "batch_size 8 is not a multiple of 1 processes x accumulate 3"),
+        ("student", {"model": "random:test_convnxt"}, "timm has no such model; did you mean 'test_convnext'?"),
+        ("student", {"model": "gone.safetensors"}, "gone.safetensors: no such file"),
+        ("teacher", {"model": "gone.safetensors"}, "teacher.model: gone.safetensors: no such file"),
+        (
+            "student",
+            {"drop_path": 0.1, "model": "random:dla46_c"},
+            "dla46_c: has no stochastic depth; leave drop_path at 0",
+        ),
+        ("data", {"train": ["no/such/folder"]}, "no/such/folder: no such file or folder"),
+        ("data", {"train": []}, "data.train: List should have at least 1 item"),
+        ("data", {"val": "no/such/folder"}, "no/such/folder: no such file or folder"),
+        ("optim", {"warmup_epochs": 1}, "give one of warmup_steps and warmup_epochs"),
+    ],
+)
+def test_mistakes_cost_one_line(
+    group: str | None, change: Settings, message: str, arguments: Arguments, distill_settings: Settings,
+    user_error: Any, call: Call,
+) -> None:  # fmt: skip
+    settings = distill_settings | (change if group is None else {group: distill_settings[group] | change})
+    assert message in user_error(distill, arguments(settings))
+    # nothing half-written: mending the mistake and giving the same output works
+    assert call(distill, arguments(distill_settings)) == 0
+
+
+def test_unknown_flag(arguments: Arguments, distill_settings: Settings, user_error: Any, tmp_path: Path) -> None:
+    argv = arguments(distill_settings, "run", "--optim.lrr", "1")
+    assert user_error(distill, argv) == "--optim.lrr: unknown flag; did you mean '--optim.lr'?"
+    assert not (tmp_path / "run").exists()
+
+
+def test_folder_without_images(
+    arguments: Arguments, distill_settings: Settings, user_error: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no picture")
+    data = {"train": [str(tmp_path / "empty")], "image_size": 32}
+    assert f"no images in {tmp_path}/empty" in user_error(distill, arguments(distill_settings | {"data": data}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_class_count_of_teacher_and_data_differ_and_the_same_output_works_once_mended(
+    arguments: Arguments, distill_settings: Settings, user_error: Any, call: Call, tmp_path: Path, jpeg: Any
+) -> None:
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / "four" / name).mkdir(parents=True)
+        (tmp_path / "four" / name / "1.jpg").write_bytes(jpeg())
+    data = distill_settings["data"] | {"val": str(tmp_path / "four")}
+    line = user_error(distill, arguments(distill_settings | {"data": data}))
+    assert "four: class 'a' is not among the 3 classes of the teacher" in line
+    unnamed = distill_settings | {"data": data, "teacher": {"model": "random:test_resnet"}}
+    line = user_error(distill, arguments(unnamed, "other"))
+    assert "four: has 4 classes, but the teacher has 1000" in line
+    assert call(distill, arguments(distill_settings)) == 0
+
+
+def test_run_directory_in_use(
+    arguments: Arguments, distill_settings: Settings, user_error: Any, call: Call, tmp_path: Path
+) -> None:
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        line = user_error(distill, arguments(distill_settings))
+        assert line.endswith("run: in use by another process; wait for it or give another --output")
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
+    assert call(distill, arguments(distill_settings)) == 0
+
+
+def test_foreign_folder_is_left_alone(
+    arguments: Arguments, distill_settings: Settings, user_error: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    assert "not empty and not a run directory" in user_error(distill, arguments(distill_settings))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"thesis.tex"}
+    (tmp_path / "file").write_text("")
+    assert "is a file; give another --output" in user_error(distill, arguments(distill_settings, "file"))
+
+
+def test_full_disk(
+    arguments: Arguments, distill_settings: Settings, user_error: Any, call: Call, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """The disk really fills up in the second checkpoint: one line, the first checkpoint usable, and the same command ends as if nothing had been.
+
+    No file may grow beyond 20 kB from there on, which a write meets as it meets a full disk, in the library that writes the tensors too.
+    """
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = training_state.save_checkpoint
+
+    def full(folder: Path, step: int, *rest: Any, **options: Any) -> Path:
+        if step == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        return save(folder, step, *rest, **options)
+
+    assert call(distill, arguments(distill_settings, "whole")) == 0
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(training_state, "save_checkpoint", full)
+            line = user_error(distill, arguments(distill_settings))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.strerror(errno.EFBIG) in line
+    assert "run the same command again" in line
+    assert [path.name for path in complete_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000004"]
+    assert call(distill, arguments(distill_settings)) == 0
+    whole, mended = (read_tensors(tmp_path / name / "student.safetensors") for name in ("whole", "run"))
+    assert content_hash(whole) == content_hash(mended)
+    assert not list((tmp_path / "run" / "checkpoints").glob(".writing_*"))
+
+
+def test_loss_that_is_not_finite(
+    arguments: Arguments, distill_settings: Settings, user_error: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    steps = iter(range(1, 100))
+
+    def diverging(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return student.sum() * (
+            float("nan") if next(steps) == 6 else 0.0
+        )  # the first call is the check of the first loss
+
+    monkeypatch.setattr(loop, "symmetric_kl", diverging)
+    settings = distill_settings | {"save_every": 2, "log_every": 10, "steps": 12}
+    line = user_error(distill, arguments(settings))
+    assert "loss is not finite at step 5: loss nan, agreement" in line
+    assert "images 0:" in line or "images 1:" in line
+    assert line.count("0:") + line.count("1:") >= 8
+    from shared.checkpoint import load_checkpoint, newest_checkpoint
+
+    newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    assert newest.name == "step_00000004"
+    parts, _ = load_checkpoint(newest)
+    assert all(tensor.isfinite().all() for tensor in parts["model"].values())
+    assert not (tmp_path / "run" / "student.safetensors").exists()
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_evaluate_mistakes(user_error: Any, tmp_path: Path, tiny: Any, teacher_file: Path) -> None:
+    def line(**flags: str) -> str:
+        given = {"model": str(teacher_file), "data.path": str(tiny.val), "output": str(tmp_path / "e"), "threads": "1"}
+        argv = [part for key, value in (given | flags).items() for part in (f"--{key}", value)]
+        message = user_error(evaluate, argv)
+        assert isinstance(message, str)
+        return message
+
+    assert "no labels; give --teacher.model" in line(**{"data.path": str(tiny.unlabelled)})
+    assert "no such file" in line(model="gone.safetensors")
+    assert "gone: no such file or folder" in line(**{"data.path": "gone"})
+    (tmp_path / "model.pth").write_bytes(b"\x80\x04N.")
+    assert "is a pickle" in line(model=str(tmp_path / "model.pth"))
+    argv = [
+        "--model",
+        str(teacher_file),
+        "--data.path",
+        str(tiny.val),
+        "--output",
+        str(tmp_path / "f"),
+        "--threads",
+        "1",
+    ]
+    assert "has 3 classes, its teacher random:test_resnet has 1000" in user_error(
+        evaluate, [*argv, "--teacher.model", "random:test_resnet"]
+    )
