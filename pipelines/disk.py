@@ -16,7 +16,8 @@ from pipelines.stages import Stage
 from shared.errors import UserError
 from shared.files import list_images
 from shared.training_config import TrainingConfig
-from stage1_ssld.config import DistillConfig, SourceConfig, Stage1Config, TeachConfig
+from stage1_ssld.config import DistillConfig, Stage1Config, TeachConfig
+from stage1_ssld.data_config import SourceConfig
 from stage2_detect.config import DetectionDataConfig, DetectorConfig, TrainConfig
 
 _ASK_TIMM = """
@@ -94,12 +95,13 @@ def _source_images(source: SourceConfig, labels_needed: bool) -> int | None:
 
     if source.labels not in ("auto", "none"):
         return None
-    files = sorted(source.path.glob("*.parquet")) if source.path.is_dir() else [source.path]
+    path = Path(source.path)
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if files:
         count = sum(pq.read_metadata(file).num_rows for file in files)
         labelled = source.label_column in pq.read_schema(files[0]).names
     else:
-        names = list_images(source.path)
+        names = list_images(path)
         count, labelled = len(names), all(name.count("/") == 1 for name in names)
     return count if not labels_needed or (labelled and source.labels == "auto") else 0
 

@@ -1,102 +1,21 @@
-"""Settings of the stage-1 commands. Does not import torch, so that the runner can check them at once."""
+"""Settings of the stage-1 commands, one model a command. Does not import torch, so that the runner can check them at once."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from shared.config import CommandConfig, Config
 from shared.training_config import OptimConfig, TrainingConfig
-
-Part = Annotated[float, Field(gt=0, le=1)]
-Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class SourceConfig(Config):
-    """Images from one place: a folder of class folders, a plain folder nested at will, or Parquet files."""
-
-    path: Path
-    """folder, Parquet file, or folder of Parquet files"""
-    labels: str = "auto"
-    """auto: names of class folders, or the label column; none: unlabelled; FILE.parquet: labels joined by `id_column`, negative ones dropped"""
-    image_column: str = "image"
-    """Parquet column with the images"""
-    label_column: str = "label"
-    """Parquet column with the class numbers"""
-    id_column: str = "id"
-    """Parquet column that joins a label file"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_path(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str | Path) else value
-
-    def inputs(self, key: str) -> dict[str, Path]:
-        """The files this source reads."""
-        files = {key: self.path}
-        if self.labels not in ("auto", "none"):
-            files[f"{key}.labels"] = Path(self.labels)
-        return files
-
-
-class DataConfig(Config):
-    """Images, and the view that student and teacher both see."""
-
-    train: list[SourceConfig] = Field(min_length=1)
-    """training sources, one after the other; distillation never reads their labels"""
-    val: SourceConfig | None = None
-    """images for evaluation; without labels only agreement and KL are measured"""
-    image_size: int = Field(224, ge=8)
-    """side of a view in pixels"""
-    crop_area: tuple[Part, Part] = (0.08, 1.0)
-    """smallest and largest part of the image that a training crop covers"""
-    crop_ratio: tuple[Ratio, Ratio] = (3 / 4, 4 / 3)
-    """narrowest and widest crop, width / height"""
-    flip: float = Field(0.5, ge=0, le=1)
-    """probability of a horizontal flip"""
-    val_crop: float = Field(0.875, gt=0, le=1)
-    """part of the short side that the central evaluation crop keeps"""
-
-    @field_validator("crop_area", "crop_ratio")
-    @classmethod
-    def _in_order(cls, pair: tuple[float, float]) -> tuple[float, float]:
-        if pair[0] > pair[1]:
-            raise ValueError(f"the smaller number comes first (given: {pair[0]:g}, {pair[1]:g})")
-        return pair
-
-
-class NetworkConfig(Config):
-    """A network to train."""
-
-    model: str
-    """random:NAME, timm:NAME, hf-hub:ID, a folder or a .safetensors file to start from"""
-    arch: str | None = None
-    """timm name, for a file that does not say it"""
-    drop_path: float = Field(0.0, ge=0, lt=1)
-    """stochastic depth, where the arch has it"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_reference(cls, value: Any) -> Any:
-        return {"model": value} if isinstance(value, str) else value
-
-
-class TeacherConfig(Config):
-    """The frozen teacher."""
-
-    model: str
-    """timm NAME, hf-hub:ID, a folder, a .safetensors file, or a .pth state dict of plain tensors"""
-    arch: str | None = None
-    """timm name, for a file that does not say it"""
-    size: int | None = Field(None, ge=8)
-    """side in pixels that the same view is resized to for the teacher; null: as it comes, or the teacher's own size where that is fixed"""
-    precision: Literal["fp32", "bf16", "fp16"] | None = None
-    """of its forward pass; null: the student's"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_reference(cls, value: Any) -> Any:
-        return {"model": value} if isinstance(value, str) else value
+from stage1_ssld.data_config import (
+    DataConfig,
+    LossConfig,
+    NetworkConfig,
+    Precision,
+    SourceConfig,
+    TeacherConfig,
+    is_remote,
+)
 
 
 class Stage1OptimConfig(OptimConfig):
@@ -133,22 +52,25 @@ class Stage1Config(TrainingConfig):
     data: DataConfig
     optim: Stage1OptimConfig
     ema: EmaConfig | None = None
+    trainable: Literal["all", "classifier"] = "all"
+    """classifier: everything before it stays frozen, its BatchNorm too (the Fix phase)"""
+    best_by: Literal["top1", "agreement"] | None = None
+    """what the best checkpoint and `patience` go by; null: top1 where there are labels, agreement otherwise"""
+    patience: int | None = Field(None, ge=1)
+    """stop after this many evaluations in a row without a better one; needs evaluate_every"""
+
+    @model_validator(mode="after")
+    def _patience_needs_evaluations(self) -> Self:
+        if self.patience is not None and (self.evaluate_every is None or self.data.val is None):
+            raise ValueError("patience counts evaluations: give evaluate_every and data.val too, or leave it out")
+        return self
 
     def inputs(self) -> dict[str, Path]:
-        files: dict[str, Path] = {}
-        for number, source in enumerate(self.data.train):
-            files |= source.inputs(f"data.train.{number}")
-        if self.data.val:
-            files |= self.data.val.inputs("data.val")
-        return files
+        return self.data.inputs("data")
 
 
-def _reference_input(key: str, reference: str) -> dict[str, Path]:
-    return (
-        {key: Path(reference)}
-        if reference.endswith((".safetensors", ".pth", ".pt")) or Path(reference).exists()
-        else {}
-    )
+# Losses that the classes of a store and one bucket for the rest are enough for.
+STORE_LOSSES = ("symmetric_kl", "kl", "soft_cross_entropy", "jensen_shannon")
 
 
 class DistillConfig(Stage1Config):
@@ -156,18 +78,46 @@ class DistillConfig(Stage1Config):
 
     student: NetworkConfig
     teacher: TeacherConfig | None = None
+    store: Path | None = None
+    """folder that write_soft_labels.py made: the soft labels come from it, not from a live teacher; a teacher, if given, only measures agreement"""
     objective: Literal["teacher", "labels"] = "teacher"
     """teacher: SSLD; labels: the supervised baseline, same settings on the labelled sources alone"""
+    losses: list[LossConfig] = Field([LossConfig(name="symmetric_kl")], min_length=1)
+    """terms of the distillation loss, by name and weight"""
+    hard_label_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """weight of the cross-entropy with human labels, where an image has one; SSLD leaves it at 0"""
 
     @model_validator(mode="after")
     def _teacher_needed(self) -> Self:
-        if self.objective == "teacher" and self.teacher is None:
-            raise ValueError("teacher.model is missing: distillation needs a teacher")
+        if self.objective == "teacher" and self.teacher is None and self.store is None:
+            raise ValueError("teacher.model is missing: distillation needs a teacher, or a store of soft labels")
+        return self
+
+    @model_validator(mode="after")
+    def _what_a_store_holds(self) -> Self:
+        if self.store is None or self.objective == "labels":
+            return self
+        if self.data.mixes:
+            raise ValueError(
+                "store: its answers are to unmixed views; set data.mixup and data.cutmix to 0, or leave out store for a live teacher"
+            )
+        if self.data.streaming:
+            raise ValueError("store: needs the row of every image; set data.streaming: false, or leave out store")
+        if self.teacher is not None and self.teacher.batchnorm == "batch":
+            raise ValueError("store: was written with running statistics; set teacher.batchnorm: eval")
+        for loss in self.losses:
+            if loss.name not in STORE_LOSSES or loss.temperature != 1 or loss.standardize:
+                raise ValueError(
+                    f"store: {loss.name}{' at a temperature' if loss.temperature != 1 else ''}"
+                    f"{' on standardized logits' if loss.standardize else ''} needs every logit; "
+                    f"take one of {', '.join(STORE_LOSSES)} at temperature 1, or leave out store"
+                )
         return self
 
     def inputs(self) -> dict[str, Path]:
-        teacher = _reference_input("teacher.model", self.teacher.model) if self.teacher else {}
-        return super().inputs() | _reference_input("student.model", self.student.model) | teacher
+        teacher = self.teacher.inputs("teacher") if self.teacher else {}
+        store = {"store": self.store / "store.json"} if self.store else {}
+        return super().inputs() | self.student.inputs("student.model") | teacher | store
 
 
 class TeachConfig(Stage1Config):
@@ -177,27 +127,160 @@ class TeachConfig(Stage1Config):
     objective: Literal["labels"] = "labels"
 
     def inputs(self) -> dict[str, Path]:
-        return super().inputs() | _reference_input("model.model", self.model.model)
+        return super().inputs() | self.model.inputs("model.model")
 
 
-class EvaluateConfig(CommandConfig):
-    """Evaluate a backbone file: top-1, top-5, and agreement with a teacher."""
+class ForwardConfig(CommandConfig):
+    """Settings of commands that run a network over images without training it."""
+
+    batch_size: int = Field(256, ge=1)
+    """images a forward pass and process"""
+    workers: int = Field(2, ge=0)
+    """processes a rank that decode images; 0 decodes in the main process"""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes a CUDA GPU where there is one"""
+
+
+class EvaluateConfig(ForwardConfig):
+    """Evaluate a backbone file: top-1, top-5, agreement with a teacher, and accuracy of its nearest neighbours."""
 
     model: Path
     """backbone file"""
     teacher: TeacherConfig | None = None
     data: SourceConfig
     """images; without labels only agreement and KL are measured, and a teacher is needed"""
+    bank: SourceConfig | None = None
+    """labelled images: each image of `data` is also classified by the vote of its nearest neighbours among them"""
+    neighbours: int = Field(20, ge=1)
+    """neighbours that vote"""
     image_size: int | None = Field(None, ge=8)
     """side of a view in pixels; null: the one the model was trained at"""
     val_crop: float | None = Field(None, gt=0, le=1)
     """part of the short side that the central crop keeps; null: the one the model was evaluated with in training"""
-    batch_size: int = Field(256, ge=1)
-    workers: int = Field(2, ge=0)
-    """processes that decode images"""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes a CUDA GPU where there is one"""
 
     def inputs(self) -> dict[str, Path]:
-        teacher = _reference_input("teacher.model", self.teacher.model) if self.teacher else {}
-        return self.data.inputs("data") | {"model": self.model} | teacher
+        teacher = self.teacher.inputs("teacher") if self.teacher else {}
+        bank = self.bank.inputs("bank") if self.bank else {}
+        return self.data.inputs("data") | bank | {"model": self.model} | teacher
+
+
+class SoftLabelsConfig(ForwardConfig):
+    """Write a store of soft labels: the teacher's answers to V views of every image, once, for any number of students."""
+
+    data: DataConfig
+    """the settings of the distillation that will read the store; `val` is not read"""
+    teacher: TeacherConfig
+    views: int = Field(ge=1)
+    """views an image; pass number p of a distillation sees view p modulo V"""
+    top: int = Field(10, ge=1)
+    """classes kept a view, with their log-probabilities; the rest is one number"""
+    store_precision: Literal["fp16", "fp32"] = "fp16"
+    """of the stored log-probabilities"""
+    seed: int = Field(0, ge=0)
+    """every view follows from it, the image's key and the view's number"""
+    channels_last: bool = False
+    """memory layout of the teacher"""
+    shard_images: int = Field(4096, ge=1)
+    """images a file of the store; a killed run loses at most one file a process"""
+
+    @model_validator(mode="after")
+    def _replayable(self) -> Self:
+        if self.teacher.batchnorm == "batch":
+            raise ValueError(
+                "teacher.batchnorm: batch depends on the other images of a batch and cannot be stored; set eval, or distil live"
+            )
+        if self.data.mixes:
+            raise ValueError("data.mixup, data.cutmix: mixed images cannot be stored; set them to 0, or distil live")
+        if self.data.streaming:
+            raise ValueError("data.streaming: a store needs the row of every image; set it to false")
+        return self
+
+    def inputs(self) -> dict[str, Path]:
+        return self.data.inputs("data") | self.teacher.inputs("teacher")
+
+
+class CurateConfig(ForwardConfig):
+    """Select unlabelled images: the best k of each of the teacher's classes, no near-duplicates of validation or training images or each other."""
+
+    pool: list[SourceConfig] = Field(min_length=1)
+    """images to select from; labels are not read"""
+    streaming: bool = False
+    """read the pool file by file, without an index: for pools that are remote or larger than memory"""
+    teacher: TeacherConfig
+    keep: int = Field(ge=1)
+    """most images kept a class (k)"""
+    min_score: float = Field(0.0, ge=0, lt=1)
+    """smallest probability of an image's first class"""
+    val: list[SourceConfig] = []
+    """images that nothing kept may resemble: the validation set"""
+    train: list[SourceConfig] = []
+    """the same for the training set"""
+    hash_distance: int = Field(6, ge=0, le=16)
+    """perceptual hashes of 64 bits that differ in at most so many are looked at more closely"""
+    cosine: float = Field(0.9, gt=0, le=1)
+    """such a pair are duplicates when the cosine of the teacher's embeddings is at least this"""
+    candidates: float = Field(1.5, ge=1)
+    """images a class, as a multiple of `keep`, that are compared with each other"""
+    image_size: int = Field(224, ge=8)
+    """side of the view that is scored, in pixels"""
+    val_crop: float = Field(0.875, gt=0, le=1)
+    """part of the short side that the view keeps"""
+    precision: Precision = "fp32"
+    """of the teacher's forward pass, where teacher.precision does not say it"""
+    channels_last: bool = False
+    """memory layout of the teacher"""
+    materialise: bool = False
+    """also copy the selected images into Parquet files below `selected/`"""
+    examples: int = Field(8, ge=1)
+    """pictures a row of the examples"""
+
+    @model_validator(mode="after")
+    def _movable(self) -> Self:
+        remote = [source.path for source in self.pool if is_remote(source.path)]
+        if (remote or self.streaming) and not self.materialise:
+            what = remote[0] if remote else "streaming"
+            raise ValueError(f"materialise: {what}: single images of it cannot be read later; set materialise: true")
+        return self
+
+    def inputs(self) -> dict[str, Path]:
+        files = self.teacher.inputs("teacher")
+        for key in ("pool", "val", "train"):
+            for number, source in enumerate(getattr(self, key)):
+                files |= source.inputs(f"{key}.{number}")
+        return files
+
+
+class ExportConfig(ForwardConfig):
+    """Export a backbone file: ONNX, checked against torch, and a folder in the layout of the Hugging Face hub with a model card."""
+
+    model: Path
+    """backbone file"""
+    data: SourceConfig | None = None
+    """images the ONNX model is checked on; null: noise"""
+    check_images: int = Field(64, ge=1)
+    """images of the check"""
+    tolerance: float = Field(1e-3, gt=0)
+    """largest difference of a logit, as a part of the largest logit"""
+    image_size: int | None = Field(None, ge=8)
+    """side in pixels; null: the one the model was trained at"""
+    push_to_hub: str | None = None
+    """ORG/NAME: also upload the folder"""
+    private: bool = False
+    """whether a new repository there is private"""
+
+    def inputs(self) -> dict[str, Path]:
+        return {"model": self.model} | (self.data.inputs("data") if self.data else {})
+
+
+class ConvertPaddleConfig(CommandConfig):
+    """Turn an official PaddleClas file of a ResNet_vd into a backbone file."""
+
+    weights: Path
+    """.pdparams file"""
+    arch: Literal["resnet50d", "resnet101d", "resnet152d", "resnet18d", "resnet34d", "resnet200d"] | None = None
+    """timm name; null: found from the file"""
+    input_size: int = Field(224, ge=8)
+    """side in pixels it was trained at (Fix files: 320)"""
+
+    def inputs(self) -> dict[str, Path]:
+        return {"weights": self.weights}

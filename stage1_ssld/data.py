@@ -9,7 +9,6 @@ Batches are a pure function of (seed, step, rank), views of (seed, image key, pa
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,9 @@ from shared.errors import UserError
 from shared.files import require_images
 from shared.images import UnreadableImage, decode_image, seeded_view, stable_seed
 from shared.workers import start_worker
-from stage1_ssld.config import DataConfig, SourceConfig
+from stage1_ssld.batch import NO_LABEL, View, collate
+from stage1_ssld.data_config import DataConfig, SourceConfig
 from stage1_ssld.views import train_view, val_view
-
-NO_LABEL = -1
 
 
 class ImageSource:
@@ -40,7 +38,7 @@ class ImageSource:
     """
 
     def __init__(self, config: SourceConfig, number: int) -> None:
-        self.path, self.number = config.path, number
+        self.path, self.number = Path(config.path), number
         self.class_names: list[str] | None = None
         self.labels: list[int] | None = None
         if not self.path.exists():
@@ -166,16 +164,6 @@ def open_sources(configs: Sequence[SourceConfig], key: str) -> list[ImageSource]
     return sources
 
 
-@dataclass(frozen=True)
-class Batch:
-    """pixels_BCHW uint8 views, labels_B int64 (NO_LABEL where unlabelled), keys of the images, locations of images that could not be read."""
-
-    pixels_BCHW: Tensor
-    labels_B: Tensor
-    keys: list[str]
-    unreadable: list[str]
-
-
 class TrainViews(Dataset[Any]):
     """(index over all sources, pass) -> (view, label, key, locations of unreadable images met on the way).
 
@@ -191,7 +179,7 @@ class TrainViews(Dataset[Any]):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor | None, int, str, list[str]]:
+    def __getitem__(self, item: tuple[int, int]) -> View:
         index, view = item
         unreadable: list[str] = []
         while len(unreadable) < min(len(self), 100):
@@ -208,8 +196,10 @@ class TrainViews(Dataset[Any]):
                 pixels = train_view(
                     image, size=config.image_size, area=config.crop_area, ratio=config.crop_ratio, flip=config.flip
                 )
-            return pixels, NO_LABEL if labels is None else labels[row], key, unreadable
-        return None, NO_LABEL, "", unreadable  # the loop says so: an error raised here would carry a worker's traceback
+            return View(pixels, NO_LABEL if labels is None else labels[row], key, unreadable)
+        return View(
+            None, NO_LABEL, "", unreadable
+        )  # the loop says so: an error raised here would carry a worker's traceback
 
 
 class ValViews(Dataset[Any]):
@@ -221,12 +211,14 @@ class ValViews(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, row: int) -> tuple[Tensor | None, int, str, list[str]]:
+    def __getitem__(self, row: int) -> View:
         label = NO_LABEL if self.labels is None else self.labels[row]
         try:
-            return val_view(self.source.read(row), size=self.size, crop=self.crop), label, self.source.key(row), []
+            return View(
+                val_view(self.source.read(row), size=self.size, crop=self.crop), label, self.source.key(row), []
+            )
         except UnreadableImage:
-            return None, label, self.source.key(row), [self.source.location(row)]
+            return View(None, label, self.source.key(row), [self.source.location(row)])
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
@@ -271,18 +263,6 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
                         )
                     batch.append((int(order[number % self.images]), epoch))
                 yield batch
-
-
-def collate(items: list[tuple[Tensor | None, int, str, list[str]]]) -> Batch:
-    """Stack what the data sets give; images that could not be read are left out."""
-    readable = [item for item in items if item[0] is not None]
-    pixels = (
-        torch.stack([item[0] for item in readable if item[0] is not None])
-        if readable
-        else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
-    )
-    labels = torch.tensor([item[1] for item in readable], dtype=torch.int64)
-    return Batch(pixels, labels, [item[2] for item in readable], [location for item in items for location in item[3]])
 
 
 def make_loader(dataset: Dataset[Any], batches: Any, *, workers: int, pin_memory: bool) -> DataLoader[Any]:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from shared.errors import UserError
-from stage1_ssld.data import NO_LABEL, ImageSource
+from stage1_ssld.batch import NO_LABEL
+from stage1_ssld.data import ImageSource
 
 
 def labelled_classes(sources: Sequence[ImageSource]) -> tuple[list[ImageSource], int, list[str] | None]:

@@ -33,7 +33,7 @@ from shared.run_dir import RunDir
 from shared.stop import StopRequest
 from shared.teacher import FrozenTeacher
 from shared.training_state import TrainingState
-from stage1_ssld.config import NetworkConfig, Stage1Config, TeacherConfig
+from stage1_ssld.config import Stage1Config
 from stage1_ssld.data import (
     StepSampler,
     TrainViews,
@@ -42,6 +42,7 @@ from stage1_ssld.data import (
     open_sources,
     val_batches,
 )
+from stage1_ssld.data_config import NetworkConfig, TeacherConfig
 from stage1_ssld.labels import labelled_classes, match_classes
 from stage1_ssld.losses import symmetric_kl
 from stage1_ssld.metrics import describe, evaluate

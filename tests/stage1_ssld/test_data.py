@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 from shared.errors import UserError
-from stage1_ssld.config import DataConfig, SourceConfig
 from stage1_ssld.data import (
     NO_LABEL,
     ImageSource,
@@ -27,6 +26,7 @@ from stage1_ssld.data import (
     open_sources,
     val_batches,
 )
+from stage1_ssld.data_config import DataConfig, SourceConfig
 from stage1_ssld.distill import main as distill
 from stage1_ssld.labels import labelled_classes, match_classes
 

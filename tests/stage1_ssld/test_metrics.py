@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from stage1_ssld.data import Batch
+from stage1_ssld.batch import Batch
 from stage1_ssld.metrics import describe, evaluate
 
 CPU, FP32 = torch.device("cpu"), torch.float32

@@ -1,0 +1,213 @@
+"""Settings that the stage-1 commands share: images, views, networks, teachers, losses. Does not import torch."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from shared.config import Config
+
+Part = Annotated[float, Field(gt=0, le=1)]
+Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def is_remote(path: str) -> bool:
+    """Whether a source lies elsewhere: an fsspec URL (s3://..., gs://..., memory://...), or a data set of the Hugging Face hub."""
+    return "://" in path or path.startswith("hub:")
+
+
+class SourceConfig(Config):
+    """Images from one place, labelled or not."""
+
+    path: str
+    """folder (of class folders, or nested at will), Parquet file or folder of them, WebDataset .tar or folder of them, list file (.txt: a path a
+    line, and a class number if there is one), manifest that curate.py wrote, hub:ORG/NAME; all but the last two as a local path, with * in it, or as an
+    fsspec URL"""
+    weight: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """share of the training images that are drawn from this source, relative to the others' weights; null everywhere: the sources are concatenated"""
+    labels: str = "auto"
+    """auto: names of class folders, or the label column; none: unlabelled; FILE.parquet: labels joined by `id_column`, negative ones dropped"""
+    image_column: str = "image"
+    """Parquet column with the images"""
+    label_column: str = "label"
+    """Parquet column with the class numbers"""
+    id_column: str = "id"
+    """Parquet column that joins a label file"""
+    root: str | None = None
+    """folder that the paths of a list file are relative to; null: the folder of the file"""
+    split: str = "train"
+    """split of a data set of the hub"""
+    subset: str | None = None
+    """configuration of a data set of the hub, where it has several"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        if isinstance(value, str | Path):
+            return {"path": str(value)}
+        if isinstance(value, dict) and isinstance(value.get("path"), Path):
+            return {**value, "path": str(value["path"])}
+        return value
+
+    def inputs(self, key: str) -> dict[str, Path]:
+        """The local files this source reads."""
+        files = {} if is_remote(self.path) or "*" in self.path else {key: Path(self.path)}
+        if self.labels not in ("auto", "none"):
+            files[f"{key}.labels"] = Path(self.labels)
+        return files
+
+
+class DataConfig(Config):
+    """Images, and the view that student and teacher both see."""
+
+    train: list[SourceConfig] = Field(min_length=1)
+    """training sources, one after the other, or mixed by weight; distillation never reads their labels"""
+    val: SourceConfig | None = None
+    """images for evaluation; without labels only agreement and KL are measured"""
+    streaming: bool = False
+    """read the training sources in order of their files, shuffled in blocks, without an index: for pools that are remote or larger than memory"""
+    image_size: int = Field(224, ge=8)
+    """side of a view in pixels"""
+    train_view: Literal["random", "center"] = "random"
+    """random: crop, flip and augmentation; center: the evaluation view, for the Fix phase"""
+    crop_area: tuple[Part, Part] = (0.08, 1.0)
+    """smallest and largest part of the image that a training crop covers"""
+    crop_ratio: tuple[Ratio, Ratio] = (3 / 4, 4 / 3)
+    """narrowest and widest crop, width / height"""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """of every resize"""
+    flip: float = Field(0.5, ge=0, le=1)
+    """probability of a horizontal flip"""
+    augment: str | None = None
+    """timm's augmentation after the crop: a RandAugment (rand-m9-mstd0.5-inc1), an AutoAugment policy (original, originalr, v0, v0r, 3a), augmix-...,
+    or trivial for TrivialAugment"""
+    augment_probability: float = Field(1.0, ge=0, le=1)
+    """share of the views that are augmented"""
+    erase: float = Field(0.0, ge=0, le=1)
+    """probability that a random rectangle of the view is replaced by noise"""
+    mixup: float = Field(0.0, ge=0)
+    """alpha of mixup on the batch; the teacher sees the mixed image; 0 switches it off, 1 draws shares evenly"""
+    cutmix: float = Field(0.0, ge=0)
+    """alpha of cutmix on the batch; with both, every batch takes one of them"""
+    mix_probability: float = Field(1.0, ge=0, le=1)
+    """share of the batches that are mixed"""
+    val_crop: float = Field(0.875, gt=0, le=1)
+    """part of the short side that the central evaluation crop keeps"""
+
+    @field_validator("crop_area", "crop_ratio")
+    @classmethod
+    def _in_order(cls, pair: tuple[float, float]) -> tuple[float, float]:
+        if pair[0] > pair[1]:
+            raise ValueError(f"the smaller number comes first (given: {pair[0]:g}, {pair[1]:g})")
+        return pair
+
+    @model_validator(mode="after")
+    def _weights_for_all_or_none(self) -> Self:
+        given = [source.weight is not None for source in self.train]
+        if any(given) and not all(given):
+            raise ValueError(f"train.{given.index(False)}.weight is missing: give every source a weight, or none")
+        return self
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed."""
+        return self.mix_probability > 0 and (self.mixup > 0 or self.cutmix > 0)
+
+    def inputs(self, key: str) -> dict[str, Path]:
+        """The local files of all sources."""
+        files: dict[str, Path] = {}
+        for number, source in enumerate(self.train):
+            files |= source.inputs(f"{key}.train.{number}")
+        if self.val:
+            files |= self.val.inputs(f"{key}.val")
+        return files
+
+
+class NetworkConfig(Config):
+    """A network to train."""
+
+    model: str
+    """random:NAME, timm:NAME, hf-hub:ID, a folder or a .safetensors file to start from"""
+    arch: str | None = None
+    """timm name, for a file that does not say it"""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """stochastic depth, where the arch has it"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_reference(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+    def inputs(self, key: str) -> dict[str, Path]:
+        """The local file of the reference, if it names one."""
+        return _reference_input(key, self.model)
+
+
+class TeacherMember(Config):
+    """One frozen network of a teacher."""
+
+    model: str
+    """timm NAME, hf-hub:ID, a folder, a .safetensors file, or a .pth state dict of plain tensors"""
+    arch: str | None = None
+    """timm name, for a file that does not say it"""
+    size: int | None = Field(None, ge=8)
+    """side in pixels that the same view is resized to for the teacher; null: as it comes, or the teacher's own size where that is fixed"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_reference(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+
+class TeacherConfig(TeacherMember):
+    """The frozen teacher."""
+
+    ensemble: list[TeacherMember] = []
+    """further networks: the teacher's answer is the mean of everyone's softmax"""
+    precision: Precision | None = None
+    """of its forward pass; null: the student's"""
+    batchnorm: Literal["eval", "batch"] = "eval"
+    """eval: running statistics; batch: those of the batch on each process, as SSLD trained its students"""
+    fold_batchnorm: bool = True
+    """fold BatchNorm into the convolutions before it, where the network can be traced; not with batchnorm: batch"""
+    check_images: int = Field(1024, ge=0)
+    """labelled images that the teacher is tried on before training; it stops near chance; 0 leaves it out"""
+
+    def inputs(self, key: str) -> dict[str, Path]:
+        """The local files of its networks."""
+        files = _reference_input(f"{key}.model", self.model)
+        for number, member in enumerate(self.ensemble):
+            files |= _reference_input(f"{key}.ensemble.{number}.model", member.model)
+        return files
+
+
+LossName = Literal["symmetric_kl", "kl", "soft_cross_entropy", "jensen_shannon", "dist", "decoupled_kd", "bernoulli_kl"]
+
+
+class LossConfig(Config):
+    """One term of the distillation loss."""
+
+    name: LossName
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """of kl and decoupled_kd; the loss is multiplied by its square"""
+    standardize: bool = False
+    """subtract the mean of each image's logits and divide by their standard deviation first, for student and teacher"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _temperature_where_it_is_used(self) -> Self:
+        if self.temperature != 1 and self.name not in ("kl", "decoupled_kd"):
+            raise ValueError(f"{self.name} has no temperature; leave it at 1, or take kl")
+        return self
+
+
+def _reference_input(key: str, reference: str) -> dict[str, Path]:
+    """The local file or folder of a model reference, by the key that names it."""
+    local = reference.endswith((".safetensors", ".pth", ".pt")) or Path(reference).exists()
+    return {key: Path(reference)} if local else {}
