@@ -101,9 +101,12 @@ class Classifier(nn.Module):
         self.register_buffer("std_3", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        # Normalised in float32 also under autocast: the first convolution casts down by itself.
-        logits: Tensor = self.net((pixels_BCHW.float() - self.mean_3) / self.std_3)
+        logits: Tensor = self.net(self.normalised(pixels_BCHW))
         return logits
+
+    def normalised(self, pixels_BCHW: Tensor) -> Tensor:
+        """What the network sees, in float32 also under autocast: the first convolution casts down by itself."""
+        return (pixels_BCHW.float() - self.mean_3) / self.std_3
 
 
 def place(module: ModuleT, device: torch.device | str, *, channels_last: bool) -> ModuleT:

@@ -1,5 +1,6 @@
 """Images that cannot be read are skipped, counted, listed in quarantine.txt; too many of them end the run."""
 
+import sys
 from collections.abc import Iterable
 
 from shared.errors import UserError
@@ -10,13 +11,13 @@ _JUDGED_AFTER, _TOO_MANY = 1000, 0.01
 
 
 class Quarantine:
-    """Unreadable images of a run over `images` distinct files.
+    """Unreadable images of a run over `images` distinct files; None where only reading a stream tells how many there are.
 
     A run fails when more than one and more than 1 % of the distinct files it has read are unreadable, judged after 1,000 files or a whole pass.
     """
 
-    def __init__(self, run: RunDir, images: int) -> None:
-        self._run, self._images = run, images
+    def __init__(self, run: RunDir, images: int | None) -> None:
+        self._run, self._images = run, sys.maxsize if images is None else images
         self._known = set(run.quarantined())
         self._new: list[str] = []
 

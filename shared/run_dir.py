@@ -72,6 +72,11 @@ class RunDir:
             with (self.path / "log.txt").open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
+    def log_if(self, text: str | None) -> None:
+        """Log a line, if there is one."""
+        if text:
+            self.log(text)
+
     def metric(self, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
         if self.main:

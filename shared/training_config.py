@@ -5,6 +5,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from shared.config import CommandConfig, Config
+from shared.errors import UserError
 
 
 class OptimConfig(Config):
@@ -75,9 +76,11 @@ class TrainingConfig(CommandConfig):
             )
         return self
 
-    def total_steps(self, images: int) -> int:
-        """Optimizer steps of the run for a training set of `images` images."""
+    def total_steps(self, images: int | None) -> int:
+        """Optimizer steps of the run for a training set of `images` images; raises UserError where that number is needed and unknown."""
         if self.steps is not None:
             return self.steps
-        wanted = self.train_images if self.train_images is not None else (self.train_epochs or 0) * images
+        if self.train_epochs is not None and images is None:
+            raise UserError("train_epochs: nobody knows how many images the stream holds; give steps or train_images")
+        wanted = self.train_images if self.train_images is not None else (self.train_epochs or 0) * (images or 0)
         return max(1, round(wanted / self.batch_size))

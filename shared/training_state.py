@@ -31,6 +31,7 @@ class TrainingState:
     Attributes:
         networks: file name in a checkpoint -> network; never the teacher.
         best: highest score of an evaluation so far.
+        stale: evaluations since then.
         waited: seconds spent waiting for data since the last log line.
     """
 
@@ -44,6 +45,7 @@ class TrainingState:
     keep_checkpoints: int
     watch: LossWatch = field(default_factory=LossWatch)
     best: float = float("-inf")
+    stale: int = 0
     waited: float = 0.0
     _logged: float = field(default_factory=time.perf_counter)
 
@@ -63,12 +65,19 @@ class TrainingState:
             self.watch.load_state(state["watch"])
             step, line = int(state["step"]), f"resumed from {newest.name}"
             self.best = self.best if state["best"] is None else state["best"]
+            self.stale = int(state.get("stale", 0))
         if step > self.steps:
             raise UserError(
                 f"{self.run.path}: is at step {step} already, beyond the {self.steps} asked for; give another --output"
             )
         self.run.cut_metrics(step)
         return step, line
+
+    def improved(self, score: float) -> bool:
+        """Note an evaluation's score; whether it is the best so far."""
+        better = score > self.best
+        self.best, self.stale = (score, 0) if better else (self.best, self.stale + 1)
+        return better
 
     def save(self, step: int) -> None:
         """Write a checkpoint, all ranks together; raises UserError first if a loss since the last one was not finite."""
@@ -82,6 +91,7 @@ class TrainingState:
                 "scaler": scaler_state(self.accelerator),
                 "watch": self.watch.state(),
                 "best": self.best if self.best > float("-inf") else None,
+                "stale": self.stale,
             }
             save_checkpoint(
                 self.run.checkpoints, step, parts | {"optimizer": tensors}, state, keep=self.keep_checkpoints

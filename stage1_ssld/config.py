@@ -6,6 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from shared.config import CommandConfig, Config
+from shared.errors import UserError
 from shared.training_config import OptimConfig, TrainingConfig
 from stage1_ssld.data_config import (
     DataConfig,
@@ -32,9 +33,11 @@ class Stage1OptimConfig(OptimConfig):
             raise ValueError("give one of warmup_steps and warmup_epochs")
         return self
 
-    def total_warmup_steps(self, images: int, batch_size: int) -> int:
-        """Steps of warm-up for a training set of `images` images."""
-        return self.warmup_steps or round((self.warmup_epochs or 0) * images / batch_size)
+    def total_warmup_steps(self, images: int | None, batch_size: int) -> int:
+        """Steps of warm-up for a training set of `images` images; raises UserError where that number is needed and unknown."""
+        if self.warmup_epochs and images is None:
+            raise UserError("optim.warmup_epochs: nobody knows how many images the stream holds; give warmup_steps")
+        return self.warmup_steps or round((self.warmup_epochs or 0) * (images or 0) / batch_size)
 
 
 class EmaConfig(Config):
@@ -94,6 +97,12 @@ class DistillConfig(Stage1Config):
         return self
 
     @model_validator(mode="after")
+    def _labels_of_streams(self) -> Self:
+        if self.data.streaming and (self.objective == "labels" or self.hard_label_weight > 0):
+            raise ValueError("data.streaming: labels are not read from streams; set it to false, or do without labels")
+        return self
+
+    @model_validator(mode="after")
     def _what_a_store_holds(self) -> Self:
         if self.store is None or self.objective == "labels":
             return self
@@ -125,6 +134,12 @@ class TeachConfig(Stage1Config):
 
     model: NetworkConfig
     objective: Literal["labels"] = "labels"
+
+    @model_validator(mode="after")
+    def _no_streams(self) -> Self:
+        if self.data.streaming:
+            raise ValueError("data.streaming: labels are not read from streams; set it to false")
+        return self
 
     def inputs(self) -> dict[str, Path]:
         return super().inputs() | self.model.inputs("model.model")

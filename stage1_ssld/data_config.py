@@ -21,9 +21,9 @@ class SourceConfig(Config):
     """Images from one place, labelled or not."""
 
     path: str
-    """folder (of class folders, or nested at will), Parquet file or folder of them, WebDataset .tar or folder of them, list file (.txt: a path a
-    line, and a class number if there is one), manifest that curate.py wrote, hub:ORG/NAME; all but the last two as a local path, with * in it, or as an
-    fsspec URL"""
+    """folder (of class folders, or nested at will), Parquet file or folder of them, WebDataset .tar or folder of them, list file (.txt: a path, and a
+    class number if there is one, a line), manifest that curate.py wrote, hub:ORG/NAME; all but the last two as a local path, with * in it, or as
+    an fsspec URL"""
     weight: float | None = Field(None, gt=0, allow_inf_nan=False)
     """share of the training images that are drawn from this source, relative to the others' weights; null everywhere: the sources are concatenated"""
     labels: str = "auto"

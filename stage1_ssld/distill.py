@@ -25,14 +25,7 @@ def distill(config: DistillConfig) -> None:
     """Train the student that `config` describes."""
     from stage1_ssld.loop import train
 
-    train(
-        config,
-        command="distill",
-        network=config.student,
-        teacher_config=config.teacher,
-        objective=config.objective,
-        export="student",
-    )
+    train(config, command="distill", export="student")
 
 
 if __name__ == "__main__":

@@ -33,9 +33,10 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     from shared.quarantine import Quarantine
     from shared.run_dir import RunDir
     from shared.teacher import FrozenTeacher
-    from stage1_ssld.data import ImageSource, ValViews, make_loader, val_batches
+    from stage1_ssld.data import ValViews, make_loader, val_batches
     from stage1_ssld.labels import match_classes
     from stage1_ssld.metrics import describe, evaluate
+    from stage1_ssld.sources import ImageSource
 
     reference = parse_reference(str(config.model))
     source = ImageSource(config.data, 0)
@@ -73,7 +74,7 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
         crop=config.val_crop or reference.metadata.get("crop_pct", 0.875),
     )
     loader = make_loader(
-        views, val_batches(len(views), config.batch_size, 0, 1), workers=config.workers, pin_memory=on_gpu
+        views, val_batches(range(len(views)), config.batch_size, 0, 1), workers=config.workers, pin_memory=on_gpu
     )
     quarantine = Quarantine(run, len(views))
     metrics = evaluate(student, teacher, loader, device=device, dtype=torch.float32, on_unreadable=quarantine.add)

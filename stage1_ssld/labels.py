@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from shared.errors import UserError
 from stage1_ssld.batch import NO_LABEL
-from stage1_ssld.data import ImageSource
+from stage1_ssld.sources import ImageSource
 
 
 def labelled_classes(sources: Sequence[ImageSource]) -> tuple[list[ImageSource], int, list[str] | None]:

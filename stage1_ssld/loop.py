@@ -1,28 +1,18 @@
 """The training loop of stage 1: one loop, two objectives.
 
-`teacher`: SSLD, the student learns from the teacher's soft labels alone. `labels`: plain cross-entropy on the labelled sources, for fine-tuning a
-teacher and for the supervised baseline. Initial weights come, in this order, from (1) the newest checkpoint of this run, (2) the network's reference.
+`teacher`: SSLD, the student learns from the teacher's soft labels alone, live or from a store. `labels`: plain cross-entropy on the labelled sources,
+for fine-tuning a teacher and for the supervised baseline. Initial weights come, in this order, from (1) the newest checkpoint of this run, (2) the
+network's reference.
 """
 
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.utils import ModelEmaV3
-from torch import Tensor
 
-from shared.backbones import (
-    InputSettings,
-    architecture,
-    create_classifier,
-    licence,
-    parse_reference,
-    place,
-    save_backbone,
-)
+from shared.backbones import parse_reference
 from shared.errors import Stopped, UserError
 from shared.images import stable_seed
 from shared.optim import cosine_factor, make_optimizer, parameter_groups, scale_lr, set_lr
@@ -31,127 +21,89 @@ from shared.quarantine import Quarantine
 from shared.ranks import from_main_rank, share_buffers, world_size
 from shared.run_dir import RunDir
 from shared.stop import StopRequest
-from shared.teacher import FrozenTeacher
 from shared.training_state import TrainingState
-from stage1_ssld.config import Stage1Config
-from stage1_ssld.data import (
-    StepSampler,
-    TrainViews,
-    ValViews,
-    make_loader,
-    open_sources,
-    val_batches,
-)
-from stage1_ssld.data_config import NetworkConfig, TeacherConfig
-from stage1_ssld.labels import labelled_classes, match_classes
-from stage1_ssld.losses import symmetric_kl
+from stage1_ssld.config import DistillConfig, TeachConfig
+from stage1_ssld.curves import write_curves
+from stage1_ssld.data import TrainingData, ValViews, make_loader, val_batches
+from stage1_ssld.guidance import Guidance, open_guidance
 from stage1_ssld.metrics import describe, evaluate
+from stage1_ssld.mix import mix_batch
+from stage1_ssld.objective import implausible, make_objective
+from stage1_ssld.preflight import try_teacher
+from stage1_ssld.sources import open_sources
+from stage1_ssld.student import Student
 
 
-def train(
-    config: Stage1Config,
-    *,
-    command: str,
-    network: NetworkConfig,
-    teacher_config: TeacherConfig | None,
-    objective: str,
-    export: str,
-) -> None:
-    """Train `network` and write `<export>.safetensors` (last step) and, with `evaluate_every`, `<export>_best.safetensors` to the run directory.
+def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> None:
+    """Train a network and write `<export>.safetensors` (last step) and, with `evaluate_every`, `<export>_best.safetensors` to the run directory.
 
     Raises:
         UserError: anything the user can mend.
         Stopped: after SIGTERM or Ctrl-C, with a checkpoint written.
     """
     # ---- sources and references, checked before any process group exists
-    sources = open_sources(config.data.train, "data.train")
-    val_source = open_sources([config.data.val], "data.val")[0] if config.data.val else None
-    reference = parse_reference(network.model, network.arch)
+    data = config.data
+    network = config.student if isinstance(config, DistillConfig) else config.model
+    sources = [] if data.streaming else open_sources(data.train, "data.train")
+    val_source = open_sources([data.val], "data.val")[0] if data.val else None
+    parse_reference(network.model, network.arch)
 
     # ---- processes and run directory
     accelerator = start_processes(config)
-    device, dtype, ranks = accelerator.device, DTYPES[config.precision], world_size()
+    device, dtype, rank, ranks = accelerator.device, DTYPES[config.precision], accelerator.process_index, world_size()
+    pin_memory = device.type == "cuda"
     run = RunDir(config, command, main=accelerator.is_main_process)
     if from_main_rank(run.status) == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
     start_trackers(accelerator, config)
 
-    # ---- teacher and classes
-    teacher = _load_teacher(teacher_config, config, device) if teacher_config else None
-    if objective == "labels":
-        left_out = sum(source.labels is None for source in sources)
-        sources, classes, names = labelled_classes(sources)
-        if left_out:
-            run.log(f"objective labels: {left_out} unlabelled source(s) left out")
-        if teacher:
-            teacher.match_classes(names, classes, "the training images")
-    else:
-        assert teacher is not None
-        classes, names = teacher.num_classes, teacher.class_names
-    owner = "the teacher" if objective == "teacher" else "the training images"
-    train_labels = [
-        match_classes(source, names, classes, owner) if objective == "labels" else None for source in sources
-    ]
-    val_labels = match_classes(val_source, names, classes, owner) if val_source else None
-    if val_source and val_labels is None and teacher is None:
+    # ---- what teaches: a teacher, a store or labels; and the classes that follow from it
+    guidance = open_guidance(config, sources, val_source, device=device, log=run.log)
+    teacher = guidance.teacher
+    if val_source and guidance.val_labels is None and teacher is None:
         run.log(f"{val_source.path}: no labels and no teacher: nothing to evaluate")
         val_source = None
+    training = TrainingData(config, guidance.sources, guidance.train_labels, guidance.store)
 
     # ---- student, optimizer, schedule
-    torch.manual_seed(config.seed)
-    student, inputs = create_classifier(reference, num_classes=classes, drop_path=network.drop_path)
-    place(student, device, channels_last=config.channels_last)
-    inputs = InputSettings(inputs.mean, inputs.std, (config.data.image_size,) * 2, "bilinear", inputs.fixed_size)
-    ema = ModelEmaV3(student, decay=config.ema.decay, use_warmup=config.ema.warmup) if config.ema else None
+    student = Student(network, config, classes=guidance.classes, device=device)
+    objective = make_objective(config)
     groups = parameter_groups(
-        student, weight_decay=config.optim.weight_decay, decay_norm_and_bias=config.optim.decay_norm_and_bias
+        student.model, weight_decay=config.optim.weight_decay, decay_norm_and_bias=config.optim.decay_norm_and_bias
     )
     optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
-    dataset = TrainViews(sources, train_labels, config.data, config.seed)
-    steps = config.total_steps(len(dataset))
-    warmup_steps = config.optim.total_warmup_steps(len(dataset), config.batch_size)
+    steps = config.total_steps(training.images)
+    warmup_steps = config.optim.total_warmup_steps(training.images, config.batch_size)
     base_lr = scale_lr(config.optim.lr, config.optim.reference_batch, config.batch_size, config.optim.name)
 
     # ---- resume
-    quarantine = Quarantine(run, len(dataset))
-    networks = {"model": student.net} | ({"ema": ema.module.net} if ema else {})
+    quarantine = Quarantine(run, training.images)
     state = TrainingState(
-        run, accelerator, networks, optimizer, quarantine, steps, config.batch_size, config.keep_checkpoints
+        run, accelerator, student.networks(), optimizer, quarantine, steps, config.batch_size, config.keep_checkpoints
     )
     start, resumed = state.restore()
-
-    # ---- data
-    batches = StepSampler(
-        len(dataset),
-        batch_size=config.batch_size,
-        steps=steps,
-        start_step=start,
-        seed=config.seed,
-        rank=accelerator.process_index,
-        ranks=ranks,
-        accumulate=config.accumulate,
-    )
-    pin_memory = device.type == "cuda"
-    loader = make_loader(dataset, batches, workers=config.workers, pin_memory=pin_memory)
 
     def evaluate_now() -> dict[str, float]:
         if val_source is None:
             return {}
-        net = ema.module if ema else student
+        net = student.evaluated
         net.eval()
         share_buffers(net)
-        views = ValViews(val_source, val_labels, size=config.data.image_size, crop=config.data.val_crop)
-        # The same batches on any number of ranks: their size must not follow from it.
-        order = val_batches(len(views), min(config.batch_size, 128), accelerator.process_index, ranks)
-        metrics = evaluate(
-            net,
-            teacher,
-            make_loader(views, order, workers=config.workers, pin_memory=pin_memory),
-            device=device,
-            dtype=dtype,
-            on_unreadable=quarantine.add,
+        views = ValViews(
+            val_source, guidance.val_labels, size=data.image_size, crop=data.val_crop, interpolation=data.interpolation
         )
+        # The same batches on any number of ranks: their size must not follow from it.
+        order = val_batches(range(len(views)), min(config.batch_size, 128), rank, ranks)
+        with teacher.running_statistics() if teacher else nullcontext():
+            metrics = evaluate(
+                net,
+                teacher,
+                make_loader(views, order, workers=config.workers, pin_memory=pin_memory),
+                device=device,
+                dtype=dtype,
+                on_unreadable=quarantine.add,
+            )
         quarantine.write()
         run.log(f"step {step}: {describe(metrics)}")
         run.metric(step, **{f"val_{name}": value for name, value in metrics.items()})
@@ -159,44 +111,27 @@ def train(
 
     def save_network(path: Path, metrics: dict[str, float]) -> None:
         if accelerator.is_main_process:
-            facts: dict[str, Any] = {
-                "class_names": names,
-                "crop_pct": config.data.val_crop,
-                "objective": objective,
-                "step": step,
-                "weights": "ema" if ema else "last",
-                "metrics": metrics,
-                "teacher": teacher.facts() if teacher and objective == "teacher" else None,
-                "licence": _licences(licence(reference, student.net), teacher if objective == "teacher" else None),
-                "start": network.model,
-                "run": str(run.path),
-            }
-            net = ema.module.net if ema else student.net
-            save_backbone(
+            taught_by = guidance.facts()
+            student.save(
                 path,
-                net,
-                arch=architecture(reference, student.net),
-                inputs=inputs,
-                classes=classes,
-                **facts,
+                class_names=guidance.class_names,
+                crop_pct=data.val_crop,
+                objective=config.objective,
+                step=step,
+                metrics=metrics,
+                teacher=taught_by,
+                licence=_licences(student.licence(), taught_by),
+                run=str(run.path),
             )
 
     # ---- what is about to happen
+    if guidance.learns_from_teacher and teacher and start == 0:
+        run.log(try_teacher(config, guidance, val_source, device=device))
     if config.compile:
-        student.net.compile()
-    model = accelerator.prepare_model(student)
-    values = sum(parameter.numel() for parameter in student.parameters())
-    run.log(
-        f"{command}: {network.model} ({values / 1e6:.2f} M parameters, {classes} classes) at {config.data.image_size} px, objective {objective}"
-    )
-    if teacher_config and teacher_config.model.startswith("random:"):
-        run.log("warning: the teacher has random weights")
-    if teacher_config:
-        run.log(f"teacher {teacher_config.model}{'' if objective == 'teacher' else ' (for evaluation only)'}")
-    run.log(
-        f"{len(dataset)} images from {len(sources)} source(s), {steps} steps of {config.batch_size} images "
-        f"({ranks} processes x {config.accumulate} accumulated), {steps * config.batch_size / len(dataset):.1f} passes"
-    )
+        student.model.net.compile()
+    model = accelerator.prepare_model(student.model)
+    for line in _preview(config, student, guidance, training.images, steps, ranks):
+        run.log(line)
     run.log(
         f"lr {base_lr:g} = {config.optim.lr:g} scaled from batch {config.optim.reference_batch} to {config.batch_size}, warm-up {warmup_steps} steps"
     )
@@ -205,12 +140,15 @@ def train(
         run.log(resumed)
 
     # ---- the loop
-    step = start
-    with StopRequest() as stop:
-        stream = iter(loader)
-        for step in range(start + 1, steps + 1):
+    step, enough = start, _enough(config, state)
+    with (
+        StopRequest() as stop,
+        closing(training.batches(start, steps, rank=rank, ranks=ranks, pin_memory=pin_memory)) as stream,
+    ):
+        while step < steps and not enough:
+            step += 1
             set_lr(optimizer, base_lr * cosine_factor(step - 1, steps=steps, warmup_steps=warmup_steps))
-            model.train()
+            student.train_mode()
             for micro in range(config.accumulate):
                 asked = time.perf_counter()
                 batch = next(stream)
@@ -221,79 +159,99 @@ def train(
                         f"{batch.unreadable[0]} and the images after it are all unreadable; mend or remove them"
                     )
                 pixels, labels = to_device(batch.pixels_BCHW, device), to_device(batch.labels_B, device)
-                torch.manual_seed(stable_seed(config.seed, step, micro, accelerator.process_index))  # drop-path
+                soft = batch.soft.to(device) if batch.soft else None
+                seed = stable_seed(config.seed, step, micro, rank)
+                mixed = mix_batch(pixels, data, seed)
+                pixels = mixed.pixels_BCHW if mixed else pixels
+                torch.manual_seed(seed)  # drop-path
                 # DDP reduces gradients once a step, in the last backward pass.
                 with nullcontext() if micro == config.accumulate - 1 else accelerator.no_sync(model):
                     logits = model(pixels)
-                    teacher_logits = teacher(pixels) if teacher and objective == "teacher" else None
-                    loss = (
-                        F.cross_entropy(logits.float(), labels, reduction="sum")
-                        if teacher_logits is None
-                        else symmetric_kl(logits, teacher_logits)
-                    )
+                    answers = guidance.answers(logits, pixels, soft)
+                    parts = objective(logits, answers, labels, mixed)
                     # DDP averages over ranks, so the sum over this rank's images counts `ranks` times.
-                    accelerator.backward(loss * (ranks / config.batch_size))
-                target = labels if teacher_logits is None else teacher_logits.argmax(-1)
-                hits = (logits.detach().argmax(-1) == target).sum()
-                name = "agreement" if objective == "teacher" else "accuracy"
-                state.watch.add(
-                    step - 1, {"loss": loss / config.batch_size, name: hits / config.batch_size}, batch.keys
-                )
-                if step == 1 and micro == 0 and teacher_logits is not None:
-                    _check_first_loss(run, loss, teacher_logits)
+                    accelerator.backward(parts["loss"] * (ranks / config.batch_size))
+                name, target = ("accuracy", labels) if answers is None else ("agreement", answers.first_B)
+                parts[name] = (logits.detach().argmax(-1) == target).sum()
+                state.watch.add(step - 1, {key: part / config.batch_size for key, part in parts.items()}, batch.keys)
+                if step == 1 and micro == 0 and answers is not None and soft is None:
+                    ignorant = objective.of_ignorance(answers.teacher_BM).item()
+                    run.log_if(implausible(parts["loss"].item(), ignorant, len(batch.keys)))
             optimizer_step(accelerator, optimizer, config.optim.clip_grad_norm)
-            if ema:
-                ema.update(student, step=step)
+            if student.ema:
+                student.ema.update(student.model, step=step)
 
             if step % config.log_every == 0 or step == steps:
                 state.log(step, optimizer.param_groups[0]["lr"])
             if config.evaluate_every and step % config.evaluate_every == 0 and step < steps:
                 metrics = evaluate_now()
-                score = metrics.get("top1", metrics.get("agreement", float("-inf")))
-                if score > state.best:
-                    state.best = score
+                if state.improved(_score(metrics, config.best_by)):
                     state.watch.check()
                     save_network(run.path / f"{export}_best.safetensors", metrics)
+                enough = _enough(config, state)
             stopping = stop.agreed() and step < steps
-            if step % config.save_every == 0 or step == steps or stopping:
+            if step % config.save_every == 0 or step == steps or stopping or enough:
                 state.save(step)
-            if stopping:
+            if stopping and not enough:
                 raise Stopped(f"checkpoint of step {step} written to {run.checkpoints}")
 
     # ---- finish
+    if enough:
+        run.log(f"step {step}: {state.stale} evaluations in a row without a better one: enough (patience)")
     metrics = evaluate_now()
     file = run.path / f"{export}.safetensors"
     save_network(file, metrics)
     accelerator.end_training()
-    run.finish(metrics | {"steps": steps, "images_seen": steps * config.batch_size}, [file])
+    if accelerator.is_main_process:
+        write_curves(run.path)
+    run.finish(metrics | {"steps": step, "images_seen": step * config.batch_size}, [file])
     run.log(f"wrote {file}")
 
 
-def _load_teacher(teacher: TeacherConfig, config: Stage1Config, device: torch.device) -> FrozenTeacher:
-    dtype = DTYPES[teacher.precision or config.precision]
-    return FrozenTeacher(
-        teacher.model,
-        arch=teacher.arch,
-        device=device,
-        dtype=dtype,
-        channels_last=config.channels_last,
-        size=teacher.size,
+def _preview(
+    config: DistillConfig | TeachConfig,
+    student: Student,
+    guidance: Guidance,
+    images: int | None,
+    steps: int,
+    ranks: int,
+) -> Iterator[str]:
+    """What the run is about to do, for the log."""
+    learning = [parameter.numel() for parameter in student.model.parameters() if parameter.requires_grad]
+    frozen = "" if config.trainable == "all" else ", the classifier alone trains"
+    yield (
+        f"{student.name} ({sum(learning) / 1e6:.2f} M trained parameters, {student.classes} classes) at {config.data.image_size} px, "
+        f"objective {config.objective}{frozen}"
+    )
+    teacher = config.teacher if isinstance(config, DistillConfig) else None
+    if guidance.store:
+        yield f"soft labels from {guidance.store.path}: {guidance.store.facts()['reference']}, {guidance.store.views} views an image"
+    if teacher:
+        names = ", ".join([teacher.model, *(member.model for member in teacher.ensemble)])
+        only = "" if guidance.learns_from_teacher and not guidance.store else " (for evaluation only)"
+        yield f"teacher {names}, BatchNorm by {'the batch' if teacher.batchnorm == 'batch' else 'running statistics'}{only}"
+        if "random:" in names:
+            yield "warning: the teacher has random weights"
+    seen = steps * config.batch_size
+    passes = f"{images} images, {seen / images:.1f} passes" if images else "a stream of unknown length"
+    yield (
+        f"{len(config.data.train)} source(s), {passes}: {steps} steps of {config.batch_size} images "
+        f"({ranks} processes x {config.accumulate} accumulated)"
     )
 
 
-def _check_first_loss(run: RunDir, loss: Tensor, teacher_logits_BK: Tensor) -> None:
-    """Warn when the first loss is not what an untrained student gives: the sign of a wrong loss or wrong teacher weights."""
-    expected = symmetric_kl(torch.zeros_like(teacher_logits_BK), teacher_logits_BK).item()
-    first, images = loss.item(), len(teacher_logits_BK)
-    # A teacher that says little makes any untrained student look far from it: below a nat an image the ratio means nothing.
-    if first < 0 or first > max(1.5 * expected, images):
-        run.log(
-            f"warning: the first loss is {first / images:.3g} an image, {expected / images:.3g} is what a student that knows nothing gives; "
-            "check that the teacher's weights and classes are the right ones"
-        )
+def _enough(config: DistillConfig | TeachConfig, state: TrainingState) -> bool:
+    return config.patience is not None and state.stale >= config.patience
 
 
-def _licences(start: str | None, teacher: FrozenTeacher | None) -> str:
+def _score(metrics: dict[str, float], best_by: str | None) -> float:
+    """What evaluations are compared by."""
+    if best_by is not None and best_by not in metrics:
+        raise UserError(f"best_by: {best_by} is not measured here (there is {', '.join(metrics)}); leave it out")
+    return metrics[best_by] if best_by else metrics.get("top1", metrics.get("agreement", float("-inf")))
+
+
+def _licences(start: str | None, taught_by: dict[str, str] | None) -> str:
     """Licences of the weights that this network's weights come from: those it started from, and its teacher's."""
-    names = [start, teacher.facts()["licence"] if teacher else None]
+    names = [start, taught_by["licence"] if taught_by else None]
     return " AND ".join(dict.fromkeys(name for name in names if name)) or "none: random weights, no teacher"

@@ -2,23 +2,110 @@
 
 SSLD: Cui et al. 2021, arXiv 2103.05959. Its "JS divergence" is half the symmetric KL (Jeffreys) divergence at temperature 1, not the bounded
 mixture form: PaddleClas@d178931f, ppcls/loss/dmlloss.py. There the logarithm has an epsilon of 1e-12; here it is a log-softmax, which needs none.
+Those that compare distributions only (symmetric_kl, kl at temperature 1, soft_cross_entropy, jensen_shannon) take log-probabilities over buckets of
+classes as well: the log-softmax of log-probabilities is the same again.
 
 B images, K classes.
 """
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def symmetric_kl(student_logits_BK: Tensor, teacher_logits_BK: Tensor) -> Tensor:
     """Sum over the batch of 0.5 * (KL(t||s) + KL(s||t)) = 0.5 * sum_k (p_t - p_s) * (log p_t - log p_s), in nats."""
-    log_s_BK = F.log_softmax(student_logits_BK.float(), dim=-1)
-    log_t_BK = F.log_softmax(teacher_logits_BK.float(), dim=-1)
+    log_s_BK, log_t_BK = _log_probs(student_logits_BK), _log_probs(teacher_logits_BK)
     return 0.5 * ((log_t_BK.exp() - log_s_BK.exp()) * (log_t_BK - log_s_BK)).sum()
 
 
-def kl(student_logits_BK: Tensor, teacher_logits_BK: Tensor) -> Tensor:
-    """Sum over the batch of KL(t||s), in nats."""
-    log_s_BK = F.log_softmax(student_logits_BK.float(), dim=-1)
-    log_t_BK = F.log_softmax(teacher_logits_BK.float(), dim=-1)
-    return (log_t_BK.exp() * (log_t_BK - log_s_BK)).sum()
+def kl(student_logits_BK: Tensor, teacher_logits_BK: Tensor, temperature: float = 1.0) -> Tensor:
+    """Sum over the batch of T^2 * KL(t||s) of the distributions at temperature T, in nats (Hinton et al. 2015, arXiv 1503.02531)."""
+    log_s_BK = _log_probs(student_logits_BK, temperature)
+    log_t_BK = _log_probs(teacher_logits_BK, temperature)
+    return temperature**2 * (log_t_BK.exp() * (log_t_BK - log_s_BK)).sum()
+
+
+def soft_cross_entropy(student_logits_BK: Tensor, teacher_logits_BK: Tensor) -> Tensor:
+    """Sum over the batch of -sum_k p_t log p_s: KL(t||s) plus the teacher's entropy, so with the same gradient."""
+    return -(_log_probs(teacher_logits_BK).exp() * _log_probs(student_logits_BK)).sum()
+
+
+def jensen_shannon(student_logits_BK: Tensor, teacher_logits_BK: Tensor) -> Tensor:
+    """Sum over the batch of 0.5 * (KL(t||m) + KL(s||m)) with the mixture m = (p_t + p_s) / 2; at most log 2 an image.
+
+    The true form. Its gradient is far smaller than symmetric_kl's where the two are far apart: SSLD's learning rates are not for it.
+    """
+    log_s_BK, log_t_BK = _log_probs(student_logits_BK), _log_probs(teacher_logits_BK)
+    ahead_BK = log_s_BK - log_t_BK
+    # log p_t - log m = log 2 - softplus(log p_s - log p_t): zero where they are equal, without the rounding of large logarithms.
+    of_t_BK = log_t_BK.exp() * (math.log(2) - F.softplus(ahead_BK))
+    of_s_BK = log_s_BK.exp() * (math.log(2) - F.softplus(-ahead_BK))
+    return 0.5 * (of_t_BK + of_s_BK).sum()
+
+
+def dist(student_logits_BK: Tensor, teacher_logits_BK: Tensor, beta: float = 1.0, gamma: float = 1.0) -> Tensor:
+    """B * (beta * mean_b (1 - r_b) + gamma * mean_k (1 - r_k)), r the Pearson correlation of the probabilities over the classes of an image (r_b) and
+    over the images of a class (r_k).
+
+    DIST, Huang et al. 2022, arXiv 2205.10536, equations 7-10. The second part belongs to the batch: it is not a sum over parts of it.
+    """
+    s_BK, t_BK = _log_probs(student_logits_BK).exp(), _log_probs(teacher_logits_BK).exp()
+    images, classes = s_BK.shape
+    between = (1 - _pearson(s_BK, t_BK)).sum()
+    within = (1 - _pearson(s_BK.T, t_BK.T)).sum() * (images / classes)
+    return beta * between + gamma * within
+
+
+def decoupled_kd(
+    student_logits_BK: Tensor,
+    teacher_logits_BK: Tensor,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Sum over the batch of T^2 * (alpha * TCKD + beta * NCKD), without a label: the target class is the teacher's first.
+
+    TCKD: KL between (target, all others together); NCKD: KL among the others alone. Zhao et al. 2022, arXiv 2203.08679, equation 7; the teacher's
+    class as target as in PaddleClas@d178931f, ppcls/loss/dkdloss.py (`use_target_as_gt`).
+    """
+    s_BK, t_BK = student_logits_BK.float() / temperature, teacher_logits_BK.float() / temperature
+    target_B1 = t_BK.argmax(-1, keepdim=True)
+    others_BK = torch.zeros_like(t_BK, dtype=torch.bool).scatter_(-1, target_B1, True).logical_not_()
+    target_part = kl(_target_and_rest(s_BK, target_B1, others_BK), _target_and_rest(t_BK, target_B1, others_BK))
+    low = torch.finfo(torch.float32).min
+    log_s_BK = F.log_softmax(s_BK.masked_fill(~others_BK, low), dim=-1)
+    log_t_BK = F.log_softmax(t_BK.masked_fill(~others_BK, low), dim=-1)
+    difference_BK = (log_t_BK - log_s_BK).masked_fill(~others_BK, 0.0)
+    return temperature**2 * (alpha * target_part + beta * (log_t_BK.exp() * difference_BK).sum())
+
+
+def standardize_logits(logits_BK: Tensor) -> Tensor:
+    """(z - mean) / (std + 1e-7) over the classes of each image, with the unbiased deviation: Sun et al. 2024, arXiv 2403.01427, equation 10."""
+    z_BK = logits_BK.float()
+    return (z_BK - z_BK.mean(-1, keepdim=True)) / (z_BK.std(-1, keepdim=True) + 1e-7)
+
+
+def bernoulli_kl(student_logits_BK: Tensor, teacher_logits_BK: Tensor) -> Tensor:
+    """Sum over the batch and the classes of KL(Bernoulli(t)||Bernoulli(s)), for classes that do not exclude each other (sigmoid answers)."""
+    s_BK, t_BK = student_logits_BK.float(), teacher_logits_BK.float()
+    yes_BK = t_BK.sigmoid() * (F.logsigmoid(t_BK) - F.logsigmoid(s_BK))
+    no_BK = (-t_BK).sigmoid() * (F.logsigmoid(-t_BK) - F.logsigmoid(-s_BK))
+    return (yes_BK + no_BK).sum()
+
+
+def _log_probs(logits_BK: Tensor, temperature: float = 1.0) -> Tensor:
+    return F.log_softmax(logits_BK.float() / temperature, dim=-1)
+
+
+def _pearson(a_NM: Tensor, b_NM: Tensor) -> Tensor:
+    """Correlation of each row; a constant row correlates with nothing."""
+    a_NM, b_NM = a_NM - a_NM.mean(-1, keepdim=True), b_NM - b_NM.mean(-1, keepdim=True)
+    return F.cosine_similarity(a_NM, b_NM, dim=-1, eps=1e-8)
+
+
+def _target_and_rest(logits_BK: Tensor, target_B1: Tensor, others_BK: Tensor) -> Tensor:
+    rest_B1 = logits_BK.masked_fill(~others_BK, float("-inf")).logsumexp(-1, keepdim=True)
+    return torch.cat([logits_BK.gather(-1, target_B1), rest_B1], dim=-1)

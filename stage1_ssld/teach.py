@@ -25,9 +25,7 @@ def teach(config: TeachConfig) -> None:
     """Train the teacher that `config` describes."""
     from stage1_ssld.loop import train
 
-    train(
-        config, command="teach", network=config.model, teacher_config=None, objective=config.objective, export="teacher"
-    )
+    train(config, command="teach", export="teacher")
 
 
 if __name__ == "__main__":

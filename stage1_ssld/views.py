@@ -1,28 +1,48 @@
-"""Views of an image: what student and teacher both see. uint8 [3,H,W] in, uint8 [3,S,S] out, so that little travels to the device."""
+"""Views of an image: what student and teacher both see. uint8 [3,H,W] in, uint8 [3,S,S] out, so that little travels to the device.
 
+Augmentations are timm's. They work on PIL images and draw from the global generators, which `seeded_view` sets for one view and puts back.
+TrivialAugment (Müller and Hutter 2021, arXiv 2103.10158) is one operation of RandAugment's at an even magnitude.
+"""
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
 import torch
+from PIL import Image
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import InterpolationMode, RandomErasing, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
+from shared.errors import UserError
+from shared.images import seeded_view
+from stage1_ssld.data_config import DataConfig
 
-def train_view(
-    image_CHW: Tensor, *, size: int, area: tuple[float, float], ratio: tuple[float, float], flip: float
-) -> Tensor:
-    """RandomResizedCrop and horizontal flip, drawn from torch's global generator (see `shared.images.seeded_view`).
+_MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
+_PIL_MODES = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_TRIVIAL = "rand-n1-m10-mstd101-inc1"  # a deviation above 100 means: evenly between 0 and m
+_ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 3.3)  # Zhong et al. 2020, arXiv 1708.04896
 
-    Args:
-        size: side of the view in pixels.
-        area: smallest and largest part of the image that the crop covers.
-        ratio: narrowest and widest crop, width / height.
-        flip: probability of a flip.
+
+def training_view(image_CHW: Tensor, key: str, view: int, config: DataConfig, seed: int) -> Tensor:
+    """The view number `view` of the image `key`: a function of these, the settings and the seed alone.
+
+    Raises UserError for an augmentation that timm does not know.
     """
-    top, left, height, width = RandomResizedCrop.get_params(image_CHW, list(area), list(ratio))
-    view = F.resized_crop(image_CHW, top, left, height, width, [size, size], InterpolationMode.BILINEAR, antialias=True)
-    return F.horizontal_flip(view) if torch.rand(()) < flip else view
+    if config.train_view == "center":
+        return val_view(image_CHW, size=config.image_size, crop=config.val_crop, interpolation=config.interpolation)
+    with seeded_view(key, view, seed):
+        pixels = _crop_and_flip(image_CHW, config)
+        if config.augment is not None and torch.rand(()) < config.augment_probability:
+            picture = augmentation(config.augment, config.image_size, config.interpolation)(
+                Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            )
+            pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        return _erased(pixels) if config.erase and torch.rand(()) < config.erase else pixels
 
 
-def val_view(image_CHW: Tensor, *, size: int, crop: float) -> Tensor:
+def val_view(image_CHW: Tensor, *, size: int, crop: float, interpolation: str = "bilinear") -> Tensor:
     """The short side resized to size / crop, then the central square of `size` pixels."""
     height, width = image_CHW.shape[-2:]
     short = max(size, round(size / crop))
@@ -30,7 +50,47 @@ def val_view(image_CHW: Tensor, *, size: int, crop: float) -> Tensor:
     resized = F.resize(
         image_CHW,
         [max(short, round(height * scale)), max(short, round(width * scale))],
-        InterpolationMode.BILINEAR,
+        _MODES[interpolation],
         antialias=True,
     )
     return F.center_crop(resized, [size, size])
+
+
+@functools.cache
+def augmentation(policy: str, size: int, interpolation: str = "bilinear") -> Callable[[Image.Image], Image.Image]:
+    """timm's augmentation of PIL images of `size` pixels. Raises UserError naming the key for a policy that it does not know."""
+    settings = {
+        "translate_const": int(size * 0.45),
+        "img_mean": (124, 116, 104),
+        "interpolation": _PIL_MODES[interpolation],
+    }
+    try:
+        if policy == "trivial":
+            policy = _TRIVIAL
+        if policy.startswith("rand"):
+            transform: Callable[[Image.Image], Image.Image] = rand_augment_transform(policy, settings)
+        elif policy.startswith("augmix"):
+            transform = augment_and_mix_transform(policy, settings)
+        else:
+            transform = auto_augment_transform(policy, settings)
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        raise UserError(
+            f"data.augment: {policy}: not one of timm's policies ({type(error).__name__} {error}); "
+            "take rand-m9-mstd0.5-inc1, original, v0, augmix-m3-w3 or trivial"
+        ) from None
+    return transform
+
+
+def _crop_and_flip(image_CHW: Tensor, config: DataConfig) -> Tensor:
+    top, left, height, width = RandomResizedCrop.get_params(image_CHW, list(config.crop_area), list(config.crop_ratio))
+    size = [config.image_size, config.image_size]
+    view = F.resized_crop(image_CHW, top, left, height, width, size, _MODES[config.interpolation], antialias=True)
+    return F.horizontal_flip(view) if torch.rand(()) < config.flip else view
+
+
+def _erased(pixels_CHW: Tensor) -> Tensor:
+    top, left, height, width, _ = RandomErasing.get_params(pixels_CHW, _ERASED_AREA, _ERASED_RATIO, [0.0])
+    pixels_CHW = pixels_CHW.clone()
+    noise = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+    pixels_CHW[:, top : top + height, left : left + width] = noise
+    return pixels_CHW

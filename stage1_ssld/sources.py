@@ -1,0 +1,247 @@
+"""Image sources: what `path` of a source means, its images by row, and its labels where it has any.
+
+A source is a Hugging Face `datasets` table in memory, without a copy in its cache. Folders are listed here (`load_dataset("imagefolder")` may drop
+files whose class name looks like a split) and their images read one by one; Parquet files are read into memory whole, encoded images and all, by
+every process of a run (`load_dataset` would write them to the disk a second time); local tar files are indexed and read in place. What is larger than
+memory is streamed: see shards.py. A label is never needed.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from shared.errors import UserError
+from shared.files import require_images
+from shared.images import UnreadableImage, decode_image
+from stage1_ssld.batch import NO_LABEL
+from stage1_ssld.data_config import SourceConfig
+from stage1_ssld.formats import Encoded, FileRows, Rows, TableRows, TarRows
+from stage1_ssld.listing import Listing, filesystem_of, list_path, unreadable_parquet
+
+
+class ImageSource:
+    """Images of one source, by row.
+
+    Attributes:
+        path: as configured; number: of the source among those of a run.
+        class_names: of its labels, None where it has none; `labels` may be known without them.
+        labels: class number of every row, NO_LABEL where one has none; None for an unlabelled source.
+
+    Raises:
+        UserError: the path is not there, holds no images, or its columns or labels are not what the settings say.
+    """
+
+    def __init__(self, config: SourceConfig, number: int) -> None:
+        self.path, self.number, self.config = config.path, number, config
+        self.class_names: list[str] | None = None
+        self.labels: list[int] | None = None
+        self.rows: Rows = self._open(config)
+        if len(self) == 0:
+            raise UserError(f"{self.path}: holds no images")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def key(self, row: int) -> str:
+        """Names the image wherever it is drawn: number of the source and relative path or row."""
+        return f"{self.number}:{self.rows.name(row)}"
+
+    def location(self, row: int) -> str:
+        """Where a person finds the image."""
+        return self.rows.location(row)
+
+    def read(self, row: int) -> Tensor:
+        """The decoded image, uint8 [3,H,W]. Raises UnreadableImage."""
+        try:
+            encoded = self.rows.encoded(row)
+        except OSError as error:
+            raise UnreadableImage(self.location(row), str(error.strerror or error)) from None
+        return decode(encoded, self.location(row))
+
+    def _open(self, config: SourceConfig) -> Rows:
+        if config.path.startswith("hub:"):
+            return self._open_hub(config)
+        listing = list_path(config.path)
+        if listing.kind == "list":
+            return self._open_list(listing, config)
+        if listing.kind == "parquet":
+            return self._open_parquet(listing, config)
+        if config.labels not in ("auto", "none"):
+            raise UserError(
+                f"{self.path}: a label file is for Parquet sources; sort these images into class folders instead"
+            )
+        if listing.kind == "tar":
+            return self._open_tars(listing, config)
+        return self._open_folder(listing, config)
+
+    def _open_folder(self, listing: Listing, config: SourceConfig) -> Rows:
+        names = require_images(self.path) if listing.local and listing.folder else listing.files
+        if config.labels == "auto" and listing.folder:
+            strays = [name for name in names if name.count("/") != 1]
+            if strays and 2 * len(strays) <= len(names):
+                raise UserError(
+                    f"{self.path}: most images lie in class folders, but {strays[0]} does not ({len(strays)} of {len(names)}); "
+                    "move it into one, or set labels: none"
+                )
+            if not strays:
+                self.class_names = sorted({name.split("/")[0] for name in names})
+                number = {name: index for index, name in enumerate(self.class_names)}
+                self.labels = [number[name.split("/")[0]] for name in names]
+        return FileRows(listing.folder, names, listing.filesystem)
+
+    def _open_list(self, listing: Listing, config: SourceConfig) -> Rows:
+        names, labels = read_list(listing, self.path)
+        if config.labels not in ("auto", "none"):
+            raise UserError(f"{self.path}: a label file is for Parquet sources; write the class numbers into the list")
+        if config.labels == "auto" and labels is not None:
+            self.labels = labels
+        folder = config.root if config.root is not None else self.path.rpartition("/")[0] or "."
+        local, filesystem = ("://" not in folder), None
+        if not local:
+            filesystem, folder = filesystem_of(folder)
+        rows = FileRows(folder, names, filesystem)
+        if local:
+            missing = [row for row in range(len(rows)) if not Path(rows.location(row)).is_file()]
+            if missing:
+                raise UserError(
+                    f"{self.path}: {len(missing)} of {len(rows)} files are not there, first {rows.location(missing[0])}; "
+                    "set root to the folder that the list is relative to"
+                )
+        return rows
+
+    def _open_tars(self, listing: Listing, config: SourceConfig) -> Rows:
+        if not listing.local:
+            raise UserError(f"{self.path}: tar files elsewhere have no index; set data.streaming: true, or copy them")
+        rows = TarRows([Path(file) for file in listing.files])
+        if config.labels == "auto":
+            self.labels = rows.labels
+        return rows
+
+    def _open_hub(self, config: SourceConfig) -> Rows:
+        """A data set of the Hugging Face hub, in the cache of `datasets`: it has to be downloaded somewhere anyway."""
+        try:
+            rows = datasets.load_dataset(self.path.removeprefix("hub:"), config.subset, split=config.split)
+        except Exception as error:
+            why = " ".join(str(error).split())[:200]
+            raise UserError(f"{self.path}: cannot be had from the hub ({why})") from None
+        if config.image_column not in rows.column_names:
+            raise UserError(
+                f"{self.path}: has no column {config.image_column!r} (it has {', '.join(rows.column_names)}); set image_column"
+            )
+        feature = rows.features.get(config.label_column)
+        if config.labels == "auto" and feature is not None:
+            self.labels = _class_numbers(rows.data.table, config.label_column, self.path)
+            self.class_names = getattr(feature, "names", None)
+        elif config.labels not in ("auto", "none"):
+            raise UserError(f"{self.path}: a label file is for Parquet sources; set labels: auto or none")
+        return TableRows(self.path, rows.with_format(None).data.table, config.image_column, Path("."))
+
+    def _open_parquet(self, listing: Listing, config: SourceConfig) -> Rows:
+        from stage1_ssld.manifest import is_manifest, open_manifest
+
+        try:
+            schema, *others = [pq.read_schema(file, filesystem=listing.filesystem) for file in listing.files]
+            if is_manifest(schema):
+                return open_manifest(listing.files[0], config)
+            # Files without labels among files with labels make an unlabelled source.
+            wanted = (config.image_column, config.label_column, config.id_column)
+            columns = [name for name in wanted if all(name in other.names for other in (schema, *others))]
+            tables = [
+                pq.read_table(file, columns=columns, memory_map=listing.local, filesystem=listing.filesystem)
+                for file in listing.files
+            ]
+            table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+        except (OSError, pa.ArrowException) as error:
+            raise unreadable_parquet(self.path, error) from None
+        if config.image_column not in columns:
+            file, has = next(
+                (file, other.names)
+                for file, other in zip(listing.files, (schema, *others), strict=True)
+                if config.image_column not in other.names
+            )
+            raise UserError(
+                f"{file}: has no column {config.image_column!r} (it has {', '.join(has)}); set image_column"
+            )
+        if config.labels == "auto" and config.label_column in columns:
+            self.labels = _class_numbers(table, config.label_column, self.path)
+            self.class_names = _class_names(schema, config.label_column)
+        elif config.labels not in ("auto", "none"):
+            table = self._join_labels(table, Path(config.labels), config)
+        return TableRows(self.path, table, config.image_column, Path(listing.folder))
+
+    def _join_labels(self, table: pa.Table, file: Path, config: SourceConfig) -> pa.Table:
+        """Keep the rows that the label file gives a class."""
+        if config.id_column not in table.column_names:
+            raise UserError(f"{self.path}: has no column {config.id_column!r} to join {file} by; set id_column")
+        if not file.is_file():
+            raise UserError(f"{file}: no such file")
+        try:
+            known = pq.read_table(file)
+        except (OSError, pa.ArrowException) as error:
+            raise unreadable_parquet(str(file), error) from None
+        if not {config.id_column, config.label_column} <= set(known.column_names):
+            raise UserError(f"{file}: needs the columns {config.id_column!r} and {config.label_column!r}")
+        numbers = _class_numbers(known, config.label_column, str(file))
+        label_of = dict(zip(known[config.id_column].to_pylist(), numbers, strict=True))
+        labels = [label_of.get(identifier, NO_LABEL) for identifier in table[config.id_column].to_pylist()]
+        self.labels = [label for label in labels if label != NO_LABEL]
+        # Not `take`, which joins the chunks of a column into one: above 2 GB of images its offsets overflow.
+        return table.filter(pa.array([label != NO_LABEL for label in labels], pa.bool_()))
+
+
+def decode(encoded: Encoded, location: str) -> Tensor:
+    """The image, uint8 [3,H,W]. Raises UnreadableImage."""
+    if encoded is None:
+        raise UnreadableImage(location, "empty")
+    return decode_image(encoded, name=None if isinstance(encoded, Path) else location)
+
+
+def open_sources(configs: Sequence[SourceConfig], key: str) -> list[ImageSource]:
+    """Open several sources. Raises UserError naming the key and the path for anything that is not one."""
+    sources = []
+    for number, config in enumerate(configs):
+        try:
+            sources.append(ImageSource(config, number))
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+    return sources
+
+
+def read_list(listing: Listing, path: str) -> tuple[list[str], list[int] | None]:
+    """(paths, class numbers or None) of a list file: a path a line, and behind a space or tab a class number. Empty lines are skipped."""
+    names, labels = [], []
+    for line in listing.text().splitlines():
+        if not line.strip():
+            continue
+        name, _, last = line.strip().replace("\t", " ").rpartition(" ")
+        numbered = bool(name) and last.lstrip("-").isdigit()
+        names.append(name.strip() if numbered else line.strip())
+        labels.append(int(last) if numbered else None)
+    given = [label for label in labels if label is not None]
+    if given and len(given) != len(labels):
+        raise UserError(
+            f"{path}: line {labels.index(None) + 1} has no class number, others have; give one to every line or none"
+        )
+    return names, given or None
+
+
+def _class_numbers(table: pa.Table, column: str, path: str) -> list[int]:
+    """The labels of a table, NO_LABEL for null and negative ones."""
+    if not pa.types.is_integer(table.schema.field(column).type):
+        raise UserError(
+            f"{path}: column {column!r} holds {table.schema.field(column).type}, class numbers are needed; "
+            "set label_column, or labels: none"
+        )
+    return [NO_LABEL if label is None or label < 0 else label for label in table.column(column).to_pylist()]
+
+
+def _class_names(schema: pa.Schema, column: str) -> list[str] | None:
+    metadata: dict[str, Any] = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    feature = metadata.get("info", {}).get("features", {}).get(column, {})
+    return feature.get("names") if isinstance(feature, dict) else None

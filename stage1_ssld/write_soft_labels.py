@@ -1,0 +1,32 @@
+"""Write a store of soft labels: the teacher's answers to V views of every image, for any number of students.
+
+    accelerate launch stage1_ssld/write_soft_labels.py --config soft_labels.yaml
+
+Writes `store/`, which `distill.py --store` reads. Files are written one after the other by all processes; a killed run goes on with the next file.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from shared.command import run_command
+from stage1_ssld.config import SoftLabelsConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_command(SoftLabelsConfig, write_soft_labels, argv, program="write_soft_labels.py")
+
+
+def write_soft_labels(config: SoftLabelsConfig) -> None:
+    """Write the store that `config` describes."""
+    from stage1_ssld.store_writer import write_store
+
+    write_store(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
