@@ -16,9 +16,13 @@ from shared.errors import UserError
 COMMANDS = {
     "run": ("pipelines.run", "run a pipeline, from images to the table and the report"),
     "teach": ("stage1_ssld.teach", "fine-tune a teacher on labelled images"),
+    "curate": ("stage1_ssld.curate", "select unlabelled images: the best of each class, without near-duplicates"),
+    "soft-labels": ("stage1_ssld.write_soft_labels", "write a store of the teacher's answers"),
     "distill": ("stage1_ssld.distill", "train a student from a teacher's soft labels, without human labels"),
     "train": ("stage2_detect.train", "train a detector from a backbone file"),
     "evaluate": ("", "evaluate a backbone or detector file, told apart by what it holds"),
+    "export": ("stage1_ssld.export", "export a backbone file: ONNX, checked, and a folder for the hub"),
+    "convert-paddle": ("stage1_ssld.convert_paddle", "turn a PaddleClas ResNet_vd file into a backbone file"),
     "inspect": ("", "print what a backbone or detector file is"),
     "report": ("pipelines.report", "write report.html from a pipeline's run directories"),
     "toy-data": ("shared.toy_data", "draw the embedded data set"),
@@ -46,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """What `ssld --help` prints."""
-    lines = [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<14} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         ["usage: ssld COMMAND ...", "", *lines, "", "ssld COMMAND --help lists the settings of a command."]
     )

@@ -8,7 +8,19 @@ from pydantic import Field, model_validator
 
 from shared.config import CommandConfig, Config, did_you_mean
 
-CommandName = Literal["toy_data", "teach", "distill", "evaluate_backbone", "train", "evaluate_detector", "report"]
+CommandName = Literal[
+    "toy_data",
+    "convert_backbone",
+    "teach",
+    "curate",
+    "soft_labels",
+    "distill",
+    "evaluate_backbone",
+    "export_backbone",
+    "train",
+    "evaluate_detector",
+    "report",
+]
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

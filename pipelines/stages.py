@@ -15,7 +15,14 @@ from pipelines.config import CommandName, PipelineConfig, ReportConfig, StageCon
 from shared.config import CommandConfig, did_you_mean, parse_config, read_yaml, validate
 from shared.errors import UserError
 from shared.toy_data import ToyDataConfig
-from stage1_ssld.config import DistillConfig, TeachConfig
+from stage1_ssld.config import (
+    ConvertPaddleConfig,
+    CurateConfig,
+    DistillConfig,
+    ExportConfig,
+    SoftLabelsConfig,
+    TeachConfig,
+)
 from stage1_ssld.config import EvaluateConfig as EvaluateBackboneConfig
 from stage2_detect.config import EvaluateConfig as EvaluateDetectorConfig
 from stage2_detect.config import TrainConfig
@@ -41,9 +48,15 @@ class Kind:
 
 KINDS: dict[CommandName, Kind] = {
     "toy_data": Kind("shared/toy_data.py", ToyDataConfig, ("stage1", "stage2"), one_process=True),
-    "teach": Kind("stage1_ssld/teach.py", TeachConfig, ("teacher.safetensors",)),
-    "distill": Kind("stage1_ssld/distill.py", DistillConfig, ("student.safetensors",)),
+    "convert_backbone": Kind(
+        "stage1_ssld/convert_paddle.py", ConvertPaddleConfig, ("backbone.safetensors",), one_process=True
+    ),
+    "teach": Kind("stage1_ssld/teach.py", TeachConfig, ("teacher.safetensors", "teacher_best.safetensors")),
+    "curate": Kind("stage1_ssld/curate.py", CurateConfig, ("selected.parquet", "selected")),
+    "soft_labels": Kind("stage1_ssld/write_soft_labels.py", SoftLabelsConfig, ("store",)),
+    "distill": Kind("stage1_ssld/distill.py", DistillConfig, ("student.safetensors", "student_best.safetensors")),
     "evaluate_backbone": Kind("stage1_ssld/evaluate.py", EvaluateBackboneConfig, one_process=True),
+    "export_backbone": Kind("stage1_ssld/export.py", ExportConfig, ("backbone.onnx", "hub"), one_process=True),
     "train": Kind("stage2_detect/train.py", TrainConfig, ("detector.safetensors",)),
     "evaluate_detector": Kind("stage2_detect/evaluate.py", EvaluateDetectorConfig),
     "report": Kind("pipelines/report.py", ReportConfig, ("report.html",), remake=True, one_process=True),

@@ -31,6 +31,11 @@ class StopRequest:
             raise KeyboardInterrupt
         self._requested = True
 
+    @property
+    def requested(self) -> bool:
+        """Whether this process was asked; the others may not have been."""
+        return self._requested
+
     def agreed(self) -> bool:
         """Whether the run should stop; every rank gets the same answer."""
         return any_rank(self._requested)

@@ -197,7 +197,6 @@ def embed(classifier: Classifier, pixels_BCHW: Tensor) -> Tensor:
     return embedding.float()
 
 
-
 def _class_order(teacher: Teacher, names: list[str] | None, count: int, owner: str) -> list[int] | None:
     """The teacher's class numbers in the order of `names`; None where a side has no names."""
     text = teacher.reference.text

@@ -82,7 +82,8 @@ class DistillConfig(Stage1Config):
     student: NetworkConfig
     teacher: TeacherConfig | None = None
     store: Path | None = None
-    """folder that write_soft_labels.py made: the soft labels come from it, not from a live teacher; a teacher, if given, only measures agreement"""
+    """folder `store` in the output of write_soft_labels.py: the soft labels come from it, not from a live teacher; a teacher, if given,
+    only measures agreement"""
     objective: Literal["teacher", "labels"] = "teacher"
     """teacher: SSLD; labels: the supervised baseline, same settings on the labelled sources alone"""
     losses: list[LossConfig] = Field([LossConfig(name="symmetric_kl")], min_length=1)

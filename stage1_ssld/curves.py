@@ -1,49 +1,60 @@
-"""Curves of a stage-1 run as a picture, `curves.png`: loss, agreement and accuracy, KL of the validation images, learning rate."""
+"""Curves of a stage-1 run as a picture, `curves.png`: loss and its terms, agreement and accuracy, KL of the validation images, learning rate.
 
+Drawn from metrics.jsonl alone, so that it can be drawn again at any time.
+"""
+
+import os
 from pathlib import Path
 from typing import Any
 
 from shared.run_dir import read_metrics
 
-_PANELS = (
-    ("loss", ("loss",), ()),
-    ("top-1 and agreement", ("agreement", "accuracy"), ("val_top1", "val_agreement")),
-    ("KL to the teacher, nats", (), ("val_kl",)),
-    ("learning rate", ("lr",), ()),
-)
+# Of a logged training step, what is not a part of the loss.
+_NOT_LOSS = ("step", "lr", "seconds", "data_wait", "agreement", "accuracy")
 
 
 def write_curves(run: Path) -> None:
-    """Draw what metrics.jsonl of a run holds; panels without a single number are left out."""
-    import matplotlib
+    """Draw what metrics.jsonl of a run holds; a panel without numbers is left out, and the picture too where there are none at all."""
+    # Not through pyplot, which would choose a backend for the whole process.
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    lines = read_metrics(run)
-    panels = [
-        (title, found)
-        for title, training, validation in _PANELS
-        if (found := {name: _points(lines, name) for name in (*training, *validation) if _points(lines, name)[0]})
-    ]
+    panels = [(title, curves) for title, curves in _panels(read_metrics(run)) if curves]
     if not panels:
         return
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3), layout="constrained", squeeze=False)
-    for axis, (title, found) in zip(axes[0], panels, strict=True):
-        for name, (steps, values) in found.items():
-            dots = "o-" if name.startswith("val_") else "-"
+    figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
+    for axis, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for name, points in curves.items():
+            style = ("o:" if "teacher" in name else "o-") if name.startswith("val_") else "-"
             axis.plot(
-                steps, values, dots, markersize=3, label=name.replace("val_", "validation ").replace("top1", "top-1")
+                [step for step, _ in points], [value for _, value in points], style, markersize=3, label=_label(name)
             )
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        if len(found) > 1:
+        if len(curves) > 1 or next(iter(curves)).startswith("val_"):
             axis.legend()
-    figure.savefig(run / "curves.png", dpi=110)
-    pyplot.close(figure)
+    temporary = run / f".curves.{os.getpid()}"
+    figure.savefig(temporary, dpi=110, format="png")
+    temporary.replace(run / "curves.png")
 
 
-def _points(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    found = [(line["step"], line[name]) for line in lines if name in line]
-    return [step for step, _ in found], [value for _, value in found]
+def _panels(lines: list[dict[str, Any]]) -> list[tuple[str, dict[str, list[tuple[int, float]]]]]:
+    """(title, name -> points) of each panel."""
+    names = dict.fromkeys(name for line in lines for name in line)
+    losses = [name for name in names if name not in _NOT_LOSS and not name.startswith("val_")]
+    shares = ["agreement", "accuracy", "val_agreement", "val_top1", "val_teacher_top1"]
+    chosen = [
+        ("loss", losses),
+        ("top-1 and agreement", shares),
+        ("KL to the teacher, nats", ["val_kl"]),
+        ("learning rate", ["lr"]),
+    ]
+    return [(title, {name: points for name in wanted if (points := _points(lines, name))}) for title, wanted in chosen]
+
+
+def _points(lines: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[name]) for line in lines if name in line]
+
+
+def _label(name: str) -> str:
+    return name.replace("val_", "validation ").replace("_", " ").replace("top1", "top-1")

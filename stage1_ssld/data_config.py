@@ -192,6 +192,8 @@ class LossConfig(Config):
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     """of kl and decoupled_kd; the loss is multiplied by its square"""
+    beta: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """of decoupled_kd: weight of what it says about the classes other than the teacher's first"""
     standardize: bool = False
     """subtract the mean of each image's logits and divide by their standard deviation first, for student and teacher"""
 
@@ -201,9 +203,11 @@ class LossConfig(Config):
         return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _temperature_where_it_is_used(self) -> Self:
+    def _settings_where_they_are_used(self) -> Self:
         if self.temperature != 1 and self.name not in ("kl", "decoupled_kd"):
             raise ValueError(f"{self.name} has no temperature; leave it at 1, or take kl")
+        if self.beta != 1 and self.name != "decoupled_kd":
+            raise ValueError(f"{self.name} has no beta; leave it at 1, or take decoupled_kd")
         return self
 
 

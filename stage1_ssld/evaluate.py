@@ -1,6 +1,8 @@
-"""Evaluate a backbone file: top-1 and top-5 of it and of a teacher, their agreement and KL.
+"""Evaluate a backbone file: top-1 and top-5 of it and of a teacher, their agreement and KL, and accuracy of its nearest neighbours.
 
-python stage1_ssld/evaluate.py --model runs/ssld/student.safetensors --data.path images/val --output runs/ssld_val
+    python stage1_ssld/evaluate.py --model runs/ssld/student.safetensors --data.path images/val --output runs/ssld_val
+
+`--bank.path images/train` adds the accuracy of nearest neighbours, also on images of other classes than the model's.
 """
 
 import sys
@@ -21,65 +23,95 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate_backbone(config: EvaluateConfig) -> None:
-    """Evaluate the file that `config` names and write result.json.
+    """Evaluate the file that `config` names and write result.json; the processes of a launcher share the images.
 
     Raises UserError for what does not fit together, and when more than one and more than 1 % of the images cannot be read; those are listed in
     quarantine.txt.
     """
+    from contextlib import nullcontext
+
     import torch
+    from accelerate import Accelerator
 
     from shared.backbones import create_classifier, parse_reference
-    from shared.processes import DTYPES, uses_gpu
+    from shared.processes import uses_gpu
     from shared.quarantine import Quarantine
+    from shared.ranks import from_main_rank, rank, world_size
     from shared.run_dir import RunDir
-    from shared.teacher import FrozenTeacher
-    from stage1_ssld.data import ValViews, make_loader, val_batches
-    from stage1_ssld.labels import match_classes
+    from shared.teacher import embed
+    from stage1_ssld.batch import Batch
+    from stage1_ssld.data import Labels, ValViews, make_loader, val_batches
+    from stage1_ssld.knn import knn_accuracy
+    from stage1_ssld.labels import match_classes, neighbour_labels
     from stage1_ssld.metrics import describe, evaluate
     from stage1_ssld.sources import ImageSource
+    from stage1_ssld.teachers import make_teacher
 
     reference = parse_reference(str(config.model))
     source = ImageSource(config.data, 0)
-    on_gpu = uses_gpu(config.device)
-    device = torch.device("cuda" if on_gpu else "cpu")
-    run = RunDir(config, "evaluate")
-    if run.status == "finished":
+    bank = ImageSource(config.bank, 1) if config.bank else None
+    votes = neighbour_labels(source, bank, config.neighbours) if bank else None
+    accelerator = Accelerator(cpu=not uses_gpu(config.device))
+    device, on_gpu = accelerator.device, accelerator.device.type == "cuda"
+    run = RunDir(config, "evaluate", main=accelerator.is_main_process)
+    if from_main_rank(run.status) == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
+
+    # ---- the networks and what they are judged by
     student, inputs = create_classifier(reference)
     student.to(device).eval()
-    teacher = (
-        FrozenTeacher(
-            config.teacher.model,
-            arch=config.teacher.arch,
-            device=device,
-            dtype=DTYPES[config.teacher.precision or "fp32"],
-            size=config.teacher.size,
-        )
-        if config.teacher
-        else None
-    )
-    classes = int(getattr(student.net, "num_classes", 0))
-    if teacher and teacher.num_classes != classes:
-        raise UserError(
-            f"{config.model} has {classes} classes, its teacher {config.teacher and config.teacher.model} has {teacher.num_classes}"
-        )
-    labels = match_classes(source, reference.metadata.get("class_names"), classes, str(config.model))
-    if labels is None and teacher is None:
+    names, classes = reference.metadata.get("class_names"), int(getattr(student.net, "num_classes", 0))
+    teacher = None
+    if config.teacher:
+        teacher = make_teacher(config.teacher, precision="fp32", device=device, channels_last=False)
+        teacher.match_classes(names, classes, str(config.model))
+    try:
+        labels = match_classes(source, names, classes, str(config.model))
+    except UserError as error:
+        if bank is None:
+            raise
+        run.log(f"top-1 of the classification layer is not measured: {error}")
+        labels = None
+    if labels is None and teacher is None and bank is None:
         raise UserError(f"{source.path}: no labels; give --teacher.model to measure agreement")
-    views = ValViews(
-        source,
-        labels,
-        size=config.image_size or inputs.size[0],
-        crop=config.val_crop or reference.metadata.get("crop_pct", 0.875),
-    )
-    loader = make_loader(
-        views, val_batches(range(len(views)), config.batch_size, 0, 1), workers=config.workers, pin_memory=on_gpu
-    )
-    quarantine = Quarantine(run, len(views))
-    metrics = evaluate(student, teacher, loader, device=device, dtype=torch.float32, on_unreadable=quarantine.add)
+
+    def batches(images: ImageSource, labels: Labels) -> "torch.utils.data.DataLoader[Batch]":
+        views = ValViews(
+            images,
+            labels,
+            size=config.image_size or inputs.size[0],
+            crop=config.val_crop or reference.metadata.get("crop_pct", 0.875),
+            interpolation=inputs.interpolation if inputs.interpolation == "bicubic" else "bilinear",
+        )
+        order = val_batches(range(len(views)), config.batch_size, rank(), world_size())
+        return make_loader(views, order, workers=config.workers, pin_memory=on_gpu)
+
+    # ---- the passes over the images
+    quarantine = Quarantine(run, len(source) + (len(bank) if bank else 0))
+    with teacher.running_statistics() if teacher else nullcontext():
+        metrics = evaluate(
+            student,
+            teacher,
+            batches(source, labels),
+            device=device,
+            dtype=torch.float32,
+            on_unreadable=quarantine.add,
+        )
+    if bank and votes:
+        metrics |= knn_accuracy(
+            lambda pixels: embed(student, pixels),
+            batches(source, votes.queries),
+            batches(bank, votes.bank),
+            neighbours=config.neighbours,
+            classes=votes.classes,
+            device=device,
+            first=rank(),
+            step=world_size(),
+            on_unreadable=quarantine.add,
+        )
     run.log(describe(metrics))
-    quarantine.judge(len(views))
+    quarantine.judge(len(source) + (len(bank) if bank else 0))
     run.finish(metrics)
 
 

@@ -63,6 +63,19 @@ class Guidance:
         teacher_BK = self.teacher(pixels_BCHW)
         return Answers(logits_BK, teacher_BK, teacher_BK.argmax(-1))
 
+    def labelled_source(self, val_source: ImageSource | None) -> tuple[ImageSource, Sequence[int]] | None:
+        """Images whose labels are in the classes of the network: the validation set, else the first of the training sources; None without any."""
+        if val_source and self.val_labels is not None:
+            return val_source, self.val_labels
+        for source in self.sources:
+            try:
+                labels = match_classes(source, self.class_names, self.classes, "the teacher")
+            except UserError:  # labels of other classes: allowed in training, where nobody reads them
+                continue
+            if labels is not None:
+                return source, labels
+        return None
+
     def facts(self) -> dict[str, Any] | None:
         """What a student's file says about its teacher."""
         if not self.learns_from_teacher:
@@ -104,6 +117,9 @@ def open_guidance(
         if config.store:
             store = SoftLabelStore(config.store)
             store.match(sources, config.data)
+            note = store.note()
+            if note:
+                log(note)
             if teacher:
                 store.check_teacher(teacher)
         answers = store or teacher

@@ -1,6 +1,7 @@
 """The classes of labelled sources: what they agree on, and their labels in the class numbers of a model."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from shared.errors import UserError
 from stage1_ssld.batch import NO_LABEL
@@ -48,7 +49,8 @@ def match_classes(source: ImageSource, names: list[str] | None, count: int, owne
                 f"{source.path}: class {strange[0]!r} is not among the {count} classes of {owner} ({names[0]!r}, ...); "
                 "use images of its classes, or labels: none"
             )
-        return [number[source.class_names[label]] for label in source.labels]
+        own = [number[name] for name in source.class_names]
+        return [label if label == NO_LABEL else own[label] for label in source.labels]
     classes = len(source.class_names) if source.class_names else max(source.labels) + 1
     if classes > count or (source.class_names and classes != count):
         raise UserError(
@@ -65,3 +67,29 @@ def _first_difference(a: ImageSource, b: ImageSource) -> str:
         if names
     ]
     return ", ".join(only)
+
+
+class NeighbourLabels(NamedTuple):
+    """Labels of the images to classify and of the bank whose images vote, in one numbering of `classes` classes."""
+
+    queries: list[int]
+    bank: list[int]
+    classes: int
+
+
+def neighbour_labels(source: ImageSource, bank: ImageSource, neighbours: int) -> NeighbourLabels:
+    """The labels of two sources in the numbering of the bank: by name where both have names.
+
+    Raises UserError when either has no labels, when the bank lacks a class of `source`, or has fewer labelled images than are to vote.
+    """
+    if source.labels is None:
+        raise UserError(f"{source.path}: no labels; nearest neighbours are judged by them, leave out bank")
+    if bank.labels is None:
+        raise UserError(f"bank: {bank.path}: no labels; its images vote with them, take a labelled source")
+    known = len(bank.labels) - bank.labels.count(NO_LABEL)
+    if neighbours > known:
+        raise UserError(f"neighbours: {neighbours} are to vote, but {bank.path} has {known} labelled images")
+    classes = len(bank.class_names) if bank.class_names else max(bank.labels) + 1
+    labels = match_classes(source, bank.class_names, classes, bank.path)
+    assert labels is not None
+    return NeighbourLabels(labels, bank.labels, classes)

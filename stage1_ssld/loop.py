@@ -19,6 +19,7 @@ from shared.optim import cosine_factor, make_optimizer, parameter_groups, scale_
 from shared.processes import DTYPES, optimizer_step, start_processes, start_trackers, to_device
 from shared.quarantine import Quarantine
 from shared.ranks import from_main_rank, share_buffers, world_size
+from shared.ranks import rank as distributed_rank
 from shared.run_dir import RunDir
 from shared.stop import StopRequest
 from shared.training_state import TrainingState
@@ -28,9 +29,10 @@ from stage1_ssld.data import TrainingData, ValViews, make_loader, val_batches
 from stage1_ssld.guidance import Guidance, open_guidance
 from stage1_ssld.metrics import describe, evaluate
 from stage1_ssld.mix import mix_batch
-from stage1_ssld.objective import implausible, make_objective
-from stage1_ssld.preflight import try_teacher
-from stage1_ssld.sources import open_sources
+from stage1_ssld.objective import Objective, implausible_start
+from stage1_ssld.preflight import check_teacher, rows_to_try
+from stage1_ssld.sources import ImageSource, open_sources
+from stage1_ssld.store import bucket_log_probs
 from stage1_ssld.student import Student
 
 
@@ -68,7 +70,9 @@ def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> 
 
     # ---- student, optimizer, schedule
     student = Student(network, config, classes=guidance.classes, device=device)
-    objective = make_objective(config)
+    objective = Objective([], 1.0)
+    if isinstance(config, DistillConfig) and guidance.learns_from_teacher:
+        objective = Objective(config.losses, config.hard_label_weight)
     groups = parameter_groups(
         student.model, weight_decay=config.optim.weight_decay, decay_norm_and_bias=config.optim.decay_norm_and_bias
     )
@@ -126,7 +130,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> 
 
     # ---- what is about to happen
     if guidance.learns_from_teacher and teacher and start == 0:
-        run.log(try_teacher(config, guidance, val_source, device=device))
+        run.log(_try_teacher(config, guidance, val_source, device=device))
     if config.compile:
         student.model.net.compile()
     model = accelerator.prepare_model(student.model)
@@ -174,9 +178,11 @@ def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> 
                 name, target = ("accuracy", labels) if answers is None else ("agreement", answers.first_B)
                 parts[name] = (logits.detach().argmax(-1) == target).sum()
                 state.watch.add(step - 1, {key: part / config.batch_size for key, part in parts.items()}, batch.keys)
-                if step == 1 and micro == 0 and answers is not None and soft is None:
-                    ignorant = objective.of_ignorance(answers.teacher_BM).item()
-                    run.log_if(implausible(parts["loss"].item(), ignorant, len(batch.keys)))
+                if step == 1 and micro == 0 and answers is not None:
+                    blank = torch.zeros_like(logits)
+                    unsure = answers._replace(student_BM=bucket_log_probs(blank, soft) if soft else blank)
+                    ignorant = objective(blank, unsure, labels, mixed)["loss"]
+                    run.log_if(implausible_start(parts["loss"], ignorant, len(batch.keys)))
             optimizer_step(accelerator, optimizer, config.optim.clip_grad_norm)
             if student.ema:
                 student.ema.update(student.model, step=step)
@@ -238,6 +244,25 @@ def _preview(
         f"{len(config.data.train)} source(s), {passes}: {steps} steps of {config.batch_size} images "
         f"({ranks} processes x {config.accumulate} accumulated)"
     )
+
+
+def _try_teacher(
+    config: DistillConfig | TeachConfig, guidance: Guidance, val_source: ImageSource | None, *, device: torch.device
+) -> str:
+    """Try the teacher on labelled images: of the validation set, else of the first training source with its classes. A line for the log."""
+    teacher, data = guidance.teacher, config.data
+    assert isinstance(config, DistillConfig)
+    assert teacher is not None
+    assert config.teacher is not None
+    chosen = guidance.labelled_source(val_source)
+    if config.teacher.check_images == 0 or chosen is None:
+        return "teacher: not tried, there are no labelled images with its classes"
+    source, labels = chosen
+    views = ValViews(source, labels, size=data.image_size, crop=data.val_crop, interpolation=data.interpolation)
+    rows = rows_to_try(labels, config.teacher.check_images)
+    order = val_batches(rows, min(config.batch_size, 128), distributed_rank(), world_size())
+    loader = make_loader(views, order, workers=config.workers, pin_memory=device.type == "cuda")
+    return check_teacher(teacher, loader, device=device, where=source.path)
 
 
 def _enough(config: DistillConfig | TeachConfig, state: TrainingState) -> bool:

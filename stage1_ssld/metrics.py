@@ -85,10 +85,10 @@ def _top(logits_BK: Tensor, labels_B: Tensor, known_B: Tensor) -> tuple[Tensor, 
 def describe(metrics: dict[str, float]) -> str:
     """One line for the log."""
     shown = []
-    for name in ("top1", "top5", "teacher_top1", "teacher_top5", "agreement"):
+    for name in ("top1", "top5", "teacher_top1", "teacher_top5", "agreement", "knn_top1"):
         if name in metrics:
             shown.append(f"{name} {100 * metrics[name]:.2f} %")
     if "kl" in metrics:
         shown.append(f"kl {metrics['kl']:.4f}")
     skipped = f" ({metrics['unreadable']} unreadable left out)" if "unreadable" in metrics else ""
-    return ", ".join(shown) + f" on {metrics['images']} images{skipped}"
+    return f"{', '.join(shown) or 'nothing measured'} on {metrics['images']} images{skipped}"

@@ -17,12 +17,15 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from shared.errors import UserError
-from shared.files import require_images
 from shared.images import UnreadableImage, decode_image
 from stage1_ssld.batch import NO_LABEL
 from stage1_ssld.data_config import SourceConfig
 from stage1_ssld.formats import Encoded, FileRows, Rows, TableRows, TarRows
-from stage1_ssld.listing import Listing, filesystem_of, list_path, unreadable_parquet
+from stage1_ssld.listing import Listing, filesystem_of, list_path, read_text, spread, unreadable_parquet
+from stage1_ssld.manifest import is_manifest, open_manifest
+
+LOOKED_AT = 20_000
+"""Files of a list that are looked for when it is opened."""
 
 
 class ImageSource:
@@ -68,21 +71,24 @@ class ImageSource:
         if config.path.startswith("hub:"):
             return self._open_hub(config)
         listing = list_path(config.path)
-        if listing.kind == "list":
-            return self._open_list(listing, config)
         if listing.kind == "parquet":
             return self._open_parquet(listing, config)
         if config.labels not in ("auto", "none"):
-            raise UserError(
-                f"{self.path}: a label file is for Parquet sources; sort these images into class folders instead"
+            remedy = (
+                "write the class numbers into the list"
+                if listing.kind == "list"
+                else "sort these images into class folders"
             )
+            raise UserError(f"{self.path}: a label file is for Parquet sources; {remedy} instead")
+        if listing.kind == "list":
+            return self._open_list(listing, config)
         if listing.kind == "tar":
             return self._open_tars(listing, config)
         return self._open_folder(listing, config)
 
     def _open_folder(self, listing: Listing, config: SourceConfig) -> Rows:
-        names = require_images(self.path) if listing.local and listing.folder else listing.files
-        if config.labels == "auto" and listing.folder:
+        names = listing.files
+        if config.labels == "auto" and not listing.pattern:
             strays = [name for name in names if name.count("/") != 1]
             if strays and 2 * len(strays) <= len(names):
                 raise UserError(
@@ -93,68 +99,60 @@ class ImageSource:
                 self.class_names = sorted({name.split("/")[0] for name in names})
                 number = {name: index for index, name in enumerate(self.class_names)}
                 self.labels = [number[name.split("/")[0]] for name in names]
-        return FileRows(listing.folder, names, listing.filesystem)
+        return FileRows(listing.folder, names)
 
     def _open_list(self, listing: Listing, config: SourceConfig) -> Rows:
-        names, labels = read_list(listing, self.path)
-        if config.labels not in ("auto", "none"):
-            raise UserError(f"{self.path}: a label file is for Parquet sources; write the class numbers into the list")
-        if config.labels == "auto" and labels is not None:
+        rows, labels = list_rows(listing, config)
+        if config.labels == "auto":
             self.labels = labels
-        folder = config.root if config.root is not None else self.path.rpartition("/")[0] or "."
-        local, filesystem = ("://" not in folder), None
-        if not local:
-            filesystem, folder = filesystem_of(folder)
-        rows = FileRows(folder, names, filesystem)
-        if local:
-            missing = [row for row in range(len(rows)) if not Path(rows.location(row)).is_file()]
-            if missing:
-                raise UserError(
-                    f"{self.path}: {len(missing)} of {len(rows)} files are not there, first {rows.location(missing[0])}; "
-                    "set root to the folder that the list is relative to"
-                )
+        looked_at = [rows.location(row) for row in spread(len(rows), LOOKED_AT)]
+        missing = [place for place in looked_at if "://" not in place and not Path(place).is_file()]
+        if missing:
+            raise UserError(
+                f"{self.path}: {len(missing)} of {len(looked_at)} files looked at are not there, first {missing[0]}; "
+                "set root to the folder that the list is relative to"
+            )
         return rows
 
     def _open_tars(self, listing: Listing, config: SourceConfig) -> Rows:
         if not listing.local:
             raise UserError(f"{self.path}: tar files elsewhere have no index; set data.streaming: true, or copy them")
-        rows = TarRows([Path(file) for file in listing.files])
-        if config.labels == "auto":
-            self.labels = rows.labels
+        rows = TarRows(listing.folder, listing.files, labels=config.labels == "auto")
+        self.labels = rows.labels
         return rows
 
     def _open_hub(self, config: SourceConfig) -> Rows:
         """A data set of the Hugging Face hub, in the cache of `datasets`: it has to be downloaded somewhere anyway."""
+        if config.labels not in ("auto", "none"):
+            raise UserError(f"{self.path}: a label file is for Parquet sources; set labels: auto or none")
         try:
             rows = datasets.load_dataset(self.path.removeprefix("hub:"), config.subset, split=config.split)
-        except Exception as error:
+        except Exception as error:  # of the hub, of the data set's builder, of the network
             why = " ".join(str(error).split())[:200]
-            raise UserError(f"{self.path}: cannot be had from the hub ({why})") from None
+            raise UserError(
+                f"{self.path}: cannot be had from the hub ({why}); check the name, split and subset"
+            ) from None
         if config.image_column not in rows.column_names:
             raise UserError(
                 f"{self.path}: has no column {config.image_column!r} (it has {', '.join(rows.column_names)}); set image_column"
             )
-        feature = rows.features.get(config.label_column)
-        if config.labels == "auto" and feature is not None:
+        if config.labels == "auto" and config.label_column in rows.column_names:
             self.labels = _class_numbers(rows.data.table, config.label_column, self.path)
-            self.class_names = getattr(feature, "names", None)
-        elif config.labels not in ("auto", "none"):
-            raise UserError(f"{self.path}: a label file is for Parquet sources; set labels: auto or none")
-        return TableRows(self.path, rows.with_format(None).data.table, config.image_column, Path("."))
+            self.class_names = getattr(rows.features[config.label_column], "names", None)
+        return TableRows(self.path, rows.data.table, config.image_column, Path("."))
 
     def _open_parquet(self, listing: Listing, config: SourceConfig) -> Rows:
-        from stage1_ssld.manifest import is_manifest, open_manifest
-
         try:
-            schema, *others = [pq.read_schema(file, filesystem=listing.filesystem) for file in listing.files]
+            opened = [filesystem_of(file) for file in listing.files]
+            schema, *others = [pq.read_schema(file, filesystem=filesystem) for filesystem, file in opened]
             if is_manifest(schema):
                 return open_manifest(listing.files[0], config)
             # Files without labels among files with labels make an unlabelled source.
             wanted = (config.image_column, config.label_column, config.id_column)
             columns = [name for name in wanted if all(name in other.names for other in (schema, *others))]
             tables = [
-                pq.read_table(file, columns=columns, memory_map=listing.local, filesystem=listing.filesystem)
-                for file in listing.files
+                pq.read_table(file, columns=columns, memory_map=True, filesystem=filesystem)
+                for filesystem, file in opened
             ]
             table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
         except (OSError, pa.ArrowException) as error:
@@ -213,22 +211,22 @@ def open_sources(configs: Sequence[SourceConfig], key: str) -> list[ImageSource]
     return sources
 
 
-def read_list(listing: Listing, path: str) -> tuple[list[str], list[int] | None]:
-    """(paths, class numbers or None) of a list file: a path a line, and behind a space or tab a class number. Empty lines are skipped."""
-    names, labels = [], []
-    for line in listing.text().splitlines():
-        if not line.strip():
-            continue
-        name, _, last = line.strip().replace("\t", " ").rpartition(" ")
-        numbered = bool(name) and last.lstrip("-").isdigit()
-        names.append(name.strip() if numbered else line.strip())
-        labels.append(int(last) if numbered else None)
+def list_rows(listing: Listing, config: SourceConfig) -> tuple[FileRows, list[int] | None]:
+    """(files, class numbers or None) of a list file: a path a line, and behind a space or tab a class number. Empty lines are skipped."""
+    names: list[str] = []
+    labels: list[int | None] = []
+    for line in read_text(listing.files[0]).splitlines():
+        if line.strip():
+            name, _, last = line.strip().replace("\t", " ").rpartition(" ")
+            numbered = bool(name) and last.removeprefix("-").isdigit()
+            names.append(name.strip() if numbered else line.strip())
+            labels.append(max(int(last), NO_LABEL) if numbered else None)
     given = [label for label in labels if label is not None]
     if given and len(given) != len(labels):
         raise UserError(
-            f"{path}: line {labels.index(None) + 1} has no class number, others have; give one to every line or none"
+            f"{config.path}: image {labels.index(None) + 1} has no class number, others have; give one to all or none"
         )
-    return names, given or None
+    return FileRows(config.root or listing.folder, names), given or None
 
 
 def _class_numbers(table: pa.Table, column: str, path: str) -> list[int]:

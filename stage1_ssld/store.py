@@ -10,6 +10,7 @@ where student and teacher agree. FKD (arXiv 2112.01528) and TinyViT (arXiv 2207.
 B images, K classes, m classes kept, M = m + 1 buckets (m where m = K).
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,9 +37,17 @@ HEADER = "store.json"
 REPLAYED = 8
 """Views that are made again when a store is opened."""
 VIEW_KEYS = (
-    "image_size", "train_view", "crop_area", "crop_ratio", "interpolation", "flip", "augment", "augment_probability", "erase", "val_crop"
+    "image_size", "train_view", "crop_area", "crop_ratio", "interpolation", "flip", "augment", "augment_probability", "erase"
 )  # fmt: skip
-"""Settings that a view depends on."""
+"""Settings that a training view depends on."""
+CENTER_KEYS = ("image_size", "train_view", "interpolation", "val_crop")
+"""The same with train_view: center."""
+_OPEN_SHARDS = 256
+"""Maps held open: each holds a file, and a process may have 1,024."""
+_NAMES = 64
+"""Names of images, spread over a source, that it is known by."""
+_SMALLEST = -6e4
+"""Log-probability that fp16 still holds."""
 
 
 def answer_type(top: int, classes: int, precision: str) -> np.dtype[Any]:
@@ -49,8 +58,14 @@ def answer_type(top: int, classes: int, precision: str) -> np.dtype[Any]:
 
 
 def encode_answers(logits_BK: Tensor, top: int, record: np.dtype[Any]) -> np.ndarray:
-    """Records [B] of a teacher's answers, the likeliest class first. The rest is -inf where all classes are kept."""
+    """Records [B] of a teacher's answers, the likeliest class first. The rest is -inf where all classes are kept.
+
+    Raises UserError for logits that are not finite.
+    """
     log_probs_BK = F.log_softmax(logits_BK.float(), dim=-1)
+    if not torch.isfinite(log_probs_BK).all():
+        raise UserError("teacher: answers that are not finite; set teacher.precision: fp32, or mend its weights")
+    log_probs_BK = log_probs_BK.clamp(min=_SMALLEST)
     best = log_probs_BK.topk(top, dim=-1)
     answers = np.empty(len(logits_BK), record)
     answers["classes"] = best.indices.cpu().numpy()
@@ -88,25 +103,31 @@ def source_record(source: ImageSource) -> dict[str, Any]:
     """What a source is known by: its settings, rows, and a digest of its files."""
     config = source.config
     local = not is_remote(config.path) and "*" not in config.path
-    settings = config.model_dump(mode="json", exclude={"weight", "labels"})
+    settings = config.model_dump(mode="json", exclude={"weight", "labels", "label_column"})
+    names = [source.rows.name(len(source) * number // _NAMES) for number in range(_NAMES)]
     labels = None if config.labels in ("auto", "none") else config.labels  # a label file leaves rows out
     return settings | {
         "labels": labels,
         "rows": len(source),
+        "names": hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16],
         "digest": input_digest(Path(config.path)) if local else None,
     }
 
 
 def view_settings(data: DataConfig) -> dict[str, Any]:
     """What a view depends on, as JSON values."""
-    return data.model_dump(mode="json", include=set(VIEW_KEYS))
+    return data.model_dump(mode="json", include=set(CENTER_KEYS if data.train_view == "center" else VIEW_KEYS))
 
 
 def replayed_rows(sources: Sequence[ImageSource], views: int) -> list[tuple[int, int, int]]:
-    """(source, row, view) of the views whose pixels are checked, spread over the store."""
-    rows = [(source.number, row) for source in sources for row in (0, len(source) // 2, len(source) - 1)]
-    chosen = rows[:: max(1, len(rows) // REPLAYED)][:REPLAYED]
-    return [(number, row, index % views) for index, (number, row) in enumerate(chosen)]
+    """(source, row, view) of the views whose pixels are checked: at least one a source, at least 8 where there are so many, spread over the rows."""
+    each = -(-REPLAYED // len(sources))
+    chosen = {
+        (source.number, len(source) * number // each, number % views): None
+        for source in sources
+        for number in range(each)
+    }
+    return list(chosen)
 
 
 def pixels_checksum(source: ImageSource, row: int, view: int, data: DataConfig, seed: int) -> str | None:
@@ -116,6 +137,12 @@ def pixels_checksum(source: ImageSource, row: int, view: int, data: DataConfig, 
     except UnreadableImage:
         return None
     return content_hash({"": training_view(image, source.key(row), view, data, seed)})[:16]
+
+
+def header_checksum(header: dict[str, Any]) -> str:
+    """Of everything a header says besides."""
+    said = {key: value for key, value in header.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 class SoftLabelStore:
@@ -140,9 +167,12 @@ class SoftLabelStore:
         except ValueError as error:
             raise UserError(f"{path / HEADER}: not readable ({error}); write the store again") from None
         header = self.header
-        if header.get("format") != FORMAT:
+        form = header.get("format") if isinstance(header, dict) else None
+        if form != FORMAT:
+            raise UserError(f"{path}: a store of format {form}, this version reads {FORMAT}; write it again")
+        if header.get("sha256") != header_checksum(header):
             raise UserError(
-                f"{path}: a store of format {header.get('format')}, this version reads {FORMAT}; write it again"
+                f"{path / HEADER}: does not match its checksum; put back what was written, or write it again"
             )
         self.views, self.top, self.seed = int(header["views"]), int(header["top"]), int(header["seed"])
         self.num_classes: int = header["num_classes"]
@@ -156,6 +186,8 @@ class SoftLabelStore:
         """The teacher's answer to one view. Raises UnreadableImage for an image that could not be read when the store was written."""
         number, place = divmod(self._first_row[source] + row, self.header["shard_images"])
         if number not in self._shards:
+            while len(self._shards) >= _OPEN_SHARDS:
+                del self._shards[next(iter(self._shards))]
             file = self.path / self.header["shards"][number]["file"]
             self._shards[number] = np.memmap(file, self._record, "r").reshape(-1, self.views)
         answer = self._shards[number][place, view]
@@ -171,6 +203,8 @@ class SoftLabelStore:
     def match(self, sources: Sequence[ImageSource], data: DataConfig) -> None:
         """Give each source its number in the store, and replay some views.
 
+        A source is known by its path, or, where its folder has moved as a whole, by its files.
+
         Raises UserError naming what differs: a view setting, a source that is not in the store or has other images, or the pixels of a replayed view.
         """
         ours = view_settings(data)
@@ -180,24 +214,8 @@ class SoftLabelStore:
                     f"store {self.path}: was written with data.{key} {json.dumps(theirs)}, here it is {json.dumps(ours[key])}; "
                     "set it back, or write another store"
                 )
-        known = {record["path"]: number for number, record in enumerate(self.header["sources"])}
         for source in sources:
-            record = source_record(source)
-            if source.path not in known:
-                raise UserError(
-                    f"store {self.path}: has no answers for {source.path}; it was written for {', '.join(known)}"
-                )
-            source.number = known[source.path]
-            theirs = self.header["sources"][source.number]
-            different = [key for key, value in record.items() if theirs[key] != value]
-            if different:
-                key = different[0]
-                what = (
-                    "its files have changed" if key == "digest" else f"{key} was {theirs[key]!r} and is {record[key]!r}"
-                )
-                raise UserError(
-                    f"store {self.path}: {source.path} is not what it was written for: {what}; write another store"
-                )
+            source.number = self._number_of(source)
         by_number = {source.number: source for source in sources}
         for number, row, view, checksum in self.header["replayed"]:
             if number in by_number and pixels_checksum(by_number[number], row, view, data, self.seed) != checksum:
@@ -205,6 +223,15 @@ class SoftLabelStore:
                     f"store {self.path}: view {view} of {by_number[number].location(row)} is not the one its answer was written for; "
                     f"libraries differ ({self._other_versions() or 'none that is recorded'}): write the store again here"
                 )
+
+    def note(self) -> str | None:
+        """A line on library versions that differ from those it was written with; None when none do."""
+        versions = self._other_versions()
+        return (
+            f"store {self.path}: written with {versions}; the views it was checked on are the same"
+            if versions
+            else None
+        )
 
     def check_teacher(self, teacher: Teacher) -> None:
         """Raises UserError when the store holds the answers of another teacher."""
@@ -214,6 +241,23 @@ class SoftLabelStore:
                 f"store {self.path}: holds the answers of {theirs['reference']}, not of {ours['reference']}: other weights; "
                 "give that teacher, or none"
             )
+
+    def _number_of(self, source: ImageSource) -> int:
+        ours, stored = source_record(source), self.header["sources"]
+        differences = [[key for key, value in ours.items() if theirs[key] != value] for theirs in stored]
+        for same in ([], ["path"]):
+            if same in differences and (not same or ours["digest"] is not None):
+                return differences.index(same)
+        for theirs, keys in zip(stored, differences, strict=True):
+            if theirs["path"] == source.path:
+                key = keys[0]
+                files = key in ("names", "digest")
+                what = "its files have changed" if files else f"{key} was {theirs[key]!r} and is {ours[key]!r}"
+                raise UserError(
+                    f"store {self.path}: {source.path} is not what it was written for: {what}; write another store"
+                )
+        known = ", ".join(theirs["path"] for theirs in stored)
+        raise UserError(f"store {self.path}: has no answers for {source.path}; it was written for {known}")
 
     def _check_shards(self) -> None:
         """Every rank reads its share of the shards; all tell the same error."""
@@ -230,7 +274,7 @@ class SoftLabelStore:
         found = gather_lists(found)
         if found:
             raise UserError(
-                f"store {self.path}: {found[0]}; delete {HEADER} and that file, and run write_soft_labels.py again"
+                f"store {self.path}: {found[0]}; delete that file and {self.path.parent / 'result.json'}, and run write_soft_labels.py again"
             )
 
     def _other_versions(self) -> str:

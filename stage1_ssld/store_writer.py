@@ -1,4 +1,7 @@
-"""Writing a soft-label store: shards of fixed rows, each by one rank, each complete or absent; the header comes last and makes it a store."""
+"""Writing a soft-label store: shards of fixed rows, each by one rank, each complete or absent; the header comes last and makes it a store.
+
+Which views lie in one forward pass follows from the shard alone, so that any number of ranks, and any number of restarts, write the same bytes.
+"""
 
 import json
 import os
@@ -8,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from shared.errors import Stopped, UserError
@@ -18,15 +23,19 @@ from shared.quarantine import Quarantine
 from shared.ranks import from_main_rank, gather_lists, rank, world_size
 from shared.run_dir import RunDir, file_sha256, write_atomically
 from shared.stop import StopRequest
+from shared.teacher import Teacher
 from stage1_ssld.batch import NO_LABEL, View
 from stage1_ssld.config import SoftLabelsConfig
-from stage1_ssld.data import make_loader
+from stage1_ssld.data import ValViews, make_loader, val_batches
+from stage1_ssld.labels import match_classes
+from stage1_ssld.preflight import check_teacher, rows_to_try
 from stage1_ssld.sources import ImageSource, open_sources
 from stage1_ssld.store import (
     FORMAT,
     HEADER,
     answer_type,
     encode_answers,
+    header_checksum,
     library_versions,
     missing_answer,
     pixels_checksum,
@@ -39,25 +48,36 @@ from stage1_ssld.views import training_view
 
 
 class AllViews(Dataset[View]):
-    """(row over all sources, view number) -> View, whose label is the place of its answer among those of all rows."""
+    """(row over all sources, view number) -> View, whose label is the place of its answer among those of all rows.
+
+    The views of an image are asked for one after the other: it is decoded once.
+    """
 
     def __init__(self, sources: Sequence[ImageSource], config: SoftLabelsConfig) -> None:
         self._sources, self._config = sources, config
         self._ends = np.cumsum([len(source) for source in sources]).tolist()
+        self._last: tuple[int, Tensor | None] = (-1, None)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, item: tuple[int, int]) -> View:
-        index, view = item
+    def find(self, index: int) -> tuple[ImageSource, int]:
+        """Source and row of a row over all sources."""
         number = next(n for n, end in enumerate(self._ends) if index < end)
         source = self._sources[number]
-        row = index - (self._ends[number] - len(source))
-        try:
-            image = source.read(row)
-        except UnreadableImage:
-            return View(None, NO_LABEL, source.key(row), [source.location(row)])
-        key, config = source.key(row), self._config
+        return source, index - (self._ends[number] - len(source))
+
+    def __getitem__(self, item: tuple[int, int]) -> View:
+        index, view = item
+        source, row = self.find(index)
+        if self._last[0] != index:
+            try:
+                self._last = (index, source.read(row))
+            except UnreadableImage:
+                self._last = (index, None)
+        key, image, config = source.key(row), self._last[1], self._config
+        if image is None:
+            return View(None, NO_LABEL, key, [source.location(row)])
         return View(training_view(image, key, view, config.data, config.seed), index * config.views + view, key, [])
 
 
@@ -65,8 +85,8 @@ def write_store(config: SoftLabelsConfig) -> None:
     """Write `<output>/store`.
 
     Raises:
-        UserError: anything the user can mend; a disk too small for it; too many unreadable images.
-        Stopped: after SIGTERM or Ctrl-C; what is written stays.
+        UserError: anything the user can mend: a teacher that does not know the images, a disk too small, too many unreadable images.
+        Stopped: after SIGTERM or Ctrl-C; the files that are finished stay.
     """
     sources = open_sources(config.data.train, "data.train")
     accelerator = Accelerator(cpu=not uses_gpu(config.device))
@@ -77,17 +97,25 @@ def write_store(config: SoftLabelsConfig) -> None:
         return
     teacher = make_teacher(config.teacher, precision="fp32", device=device, channels_last=config.channels_last)
     if config.top > teacher.num_classes:
-        raise UserError(f"top: {config.top} classes are to be kept, the teacher has {teacher.num_classes}")
+        raise UserError(
+            f"top: {config.top} classes are to be kept, the teacher has {teacher.num_classes}; set top: {teacher.num_classes} to keep all"
+        )
     record = answer_type(config.top, teacher.num_classes, config.store_precision)
     images = sum(len(source) for source in sources)
     folder = run.path / "store"
+    fresh = from_main_rank(not any(folder.glob("shard-*.bin")))
     if main:
-        folder.mkdir(exist_ok=True)
         _check_disk(folder, images * config.views * record.itemsize)
-    accelerator.wait_for_everyone()
     run.log(
         f"{images} images x {config.views} views x {record.itemsize} bytes = {images * config.views * record.itemsize / 1e6:,.1f} MB in {folder}"
     )
+    if fresh and config.teacher.check_images:
+        run.log(_try_teacher(teacher, sources, config, device))
+    if main:
+        folder.mkdir(exist_ok=True)
+        for leftover in folder.glob(".shard-*"):  # what a killed process was writing
+            leftover.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
 
     # ---- the shards
     views = AllViews(sources, config)
@@ -96,31 +124,28 @@ def write_store(config: SoftLabelsConfig) -> None:
     with StopRequest() as stop:
         for first in range(0, count, world_size()):  # all ranks take as many turns: they agree on a stop after each
             number = first + rank()
+            rows = range(number * config.shard_images, min((number + 1) * config.shard_images, images))
             file = folder / shard_name(number)
-            if number < count and not file.exists():
-                rows = range(number * config.shard_images, min((number + 1) * config.shard_images, images))
-                answers = np.full(len(rows) * config.views, missing_answer(record), record)
-                pairs = [(row, view) for row in rows for view in range(config.views)]
-                batches = [pairs[at : at + config.batch_size] for at in range(0, len(pairs), config.batch_size)]
-                for batch in make_loader(views, batches, workers=config.workers, pin_memory=device.type == "cuda"):
-                    quarantine.add(batch.unreadable)
-                    if len(batch.keys):
-                        found = encode_answers(teacher(to_device(batch.pixels_BCHW, device)), config.top, record)
-                        answers[batch.labels_B.numpy() - rows.start * config.views] = found
-                _write_shard(file, answers)
-                if main:
-                    run.log(f"{min(first + world_size(), count)} of {count} files")
+            if len(rows):
+                size = len(rows) * config.views * record.itemsize
+                if not file.exists() or file.stat().st_size != size:
+                    answers = _answers(views, rows, config, teacher, record, device, stop)
+                    if answers is not None:
+                        _write_shard(file, answers)
+                if file.exists():
+                    quarantine.add(_unreadable(file, views, rows, config.views, record))
             if stop.agreed():
+                quarantine.write()
                 raise Stopped(f"the files that are finished stay in {folder}")
-    quarantine.judge(images)
-    accelerator.wait_for_everyone()
+            quarantine.judge(min((first + world_size()) * config.shard_images, images))
+            run.log(f"{min(first + world_size(), count)} of {count} files")
 
     # ---- the header
     shards = gather_lists(
         [_shard_record(folder, number, config, images, record) for number in range(rank(), count, world_size())]
     )
+    shards = sorted(shards, key=lambda shard: shard["file"])
     if main:
-        rows_checked = replayed_rows(sources, config.views)
         header = {
             "format": FORMAT,
             "teacher": teacher.facts(),
@@ -136,26 +161,82 @@ def write_store(config: SoftLabelsConfig) -> None:
             "versions": library_versions(),
             "replayed": [
                 [number, row, view, pixels_checksum(sources[number], row, view, config.data, config.seed)]
-                for number, row, view in rows_checked
+                for number, row, view in replayed_rows(sources, config.views)
             ],
-            "shards": sorted(shards, key=lambda shard: shard["file"]),
+            "shards": [{key: shard[key] for key in ("file", "images", "sha256")} for shard in shards],
         }
+        header = header | {"sha256": header_checksum(header)}
         write_atomically(folder / HEADER, json.dumps(header, indent=1) + "\n")
-    size = sum(shard["images"] for shard in shards) * config.views * record.itemsize
-    kept = sum(shard["kept"] for shard in shards) / max(1, sum(shard["answers"] for shard in shards))
-    missing = images - sum(shard["answers"] for shard in shards) // config.views
+    metrics = _summary(shards, images, config.views, record)
     run.log(
-        f"store of {size / 1e6:,.1f} MB: the {config.top} classes kept hold {100 * kept:.2f} % of the probability on average"
+        f"store of {metrics['bytes'] / 1e6:,.1f} MB; {100 * metrics['first_probability']:.1f} % of the probability in the first class, "
+        f"{100 * metrics['kept_probability']:.1f} % in the {config.top} kept, entropy {metrics['entropy']:.3f} nats on average"
     )
-    run.finish(
-        {"images": images, "views": config.views, "bytes": size, "kept_probability": kept, "unreadable": missing},
-        [folder / HEADER],
-    )
+    accelerator.end_training()
+    run.finish(metrics, [folder / HEADER])
 
 
 def shard_name(number: int) -> str:
     """File name of a shard."""
     return f"shard-{number:05d}.bin"
+
+
+def _try_teacher(
+    teacher: Teacher, sources: Sequence[ImageSource], config: SoftLabelsConfig, device: torch.device
+) -> str:
+    """Try the teacher on the first source that has labels of its classes."""
+    for source in sources:
+        try:
+            labels = match_classes(source, teacher.class_names, teacher.num_classes, "the teacher")
+        except UserError:  # labels of other classes: nobody reads them
+            continue
+        if labels is not None:
+            data = config.data
+            views = ValViews(source, labels, size=data.image_size, crop=data.val_crop, interpolation=data.interpolation)
+            rows = rows_to_try(labels, config.teacher.check_images)
+            order = val_batches(rows, min(config.batch_size, 128), rank(), world_size())
+            loader = make_loader(views, order, workers=config.workers, pin_memory=device.type == "cuda")
+            return check_teacher(teacher, loader, device=device, where=source.path)
+    return "teacher: not tried, there are no labelled images with its classes"
+
+
+def _answers(
+    views: AllViews,
+    rows: range,
+    config: SoftLabelsConfig,
+    teacher: Teacher,
+    record: np.dtype[Any],
+    device: torch.device,
+    stop: StopRequest,
+) -> np.ndarray | None:
+    """Records of all views of some rows, one image after the other; None when this process was asked to stop."""
+    answers = np.full(len(rows) * config.views, missing_answer(record), record)
+    pairs = [(row, view) for row in rows for view in range(config.views)]
+    batches = [pairs[at : at + config.batch_size] for at in range(0, len(pairs), config.batch_size)]
+    for batch in make_loader(views, batches, workers=config.workers, pin_memory=device.type == "cuda"):
+        if stop.requested:
+            return None
+        if len(batch.keys):
+            found = encode_answers(teacher(to_device(batch.pixels_BCHW, device)), config.top, record)
+            answers[batch.labels_B.numpy() - rows.start * config.views] = found
+    return answers
+
+
+def _unreadable(file: Path, views: AllViews, rows: range, count: int, record: np.dtype[Any]) -> list[str]:
+    """Locations of the images that a shard has no answers for."""
+    missing = np.isnan(np.fromfile(file, record)["rest"]).reshape(-1, count).any(axis=1)
+    places = [views.find(rows[int(place)]) for place in np.flatnonzero(missing)]
+    return [source.location(row) for source, row in places]
+
+
+def _check_disk(folder: Path, size: int) -> None:
+    """Raises UserError where what is still to be written does not fit on the disk."""
+    written = sum(file.stat().st_size for file in folder.glob("shard-*.bin"))
+    free = shutil.disk_usage(folder.parent).free
+    if size - written > free:
+        raise UserError(
+            f"{folder}: the store takes {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; fewer views, a smaller top, or another --output"
+        )
 
 
 def _write_shard(file: Path, answers: np.ndarray) -> None:
@@ -173,23 +254,34 @@ def _write_shard(file: Path, answers: np.ndarray) -> None:
 def _shard_record(
     folder: Path, number: int, config: SoftLabelsConfig, images: int, record: np.dtype[Any]
 ) -> dict[str, Any]:
-    """What the header says of a shard: its checksum, how many answers it has, and the probability that these keep in all."""
+    """A shard's checksum, how many answers it has, and sums over them: entropy, probability of the first class and of all kept."""
     file = folder / shard_name(number)
     answers = np.fromfile(file, record)
     answers = answers[~np.isnan(answers["rest"])]
+    rest = answers["rest"].astype(np.float64)
+    log_probs = np.concatenate([answers["log_probs"].astype(np.float64), np.maximum(rest, -1e9)[:, None]], axis=1)
+    probs = np.exp(log_probs)
     return {
         "file": file.name,
         "images": min(config.shard_images, images - number * config.shard_images),
         "sha256": file_sha256(file),
         "answers": len(answers),
-        "kept": float(np.exp(answers["log_probs"].astype(np.float64)).sum()),
+        "entropy": float(-(probs * log_probs).sum()),
+        "first": float(probs[:, 0].sum()),
+        "kept": float(probs[:, :-1].sum()),
     }
 
 
-def _check_disk(folder: Path, size: int) -> None:
-    written = sum(file.stat().st_size for file in folder.glob("shard-*.bin"))
-    free = shutil.disk_usage(folder).free
-    if size - written > free:
-        raise UserError(
-            f"{folder}: the store takes {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; fewer views, a smaller top, or another --output"
-        )
+def _summary(shards: Sequence[dict[str, Any]], images: int, views: int, record: np.dtype[Any]) -> dict[str, float]:
+    """What result.json says; the entropy is that of the classes kept and one bucket for the rest."""
+    total = {key: sum(shard[key] for shard in shards) for key in ("answers", "entropy", "first", "kept")}
+    answers = max(1, total["answers"])
+    return {
+        "images": images,
+        "unreadable": images - total["answers"] // views,
+        "views": views,
+        "bytes": images * views * record.itemsize,
+        "entropy": total["entropy"] / answers,
+        "first_probability": total["first"] / answers,
+        "kept_probability": total["kept"] / answers,
+    }

@@ -1,7 +1,7 @@
 """Views of an image: what student and teacher both see. uint8 [3,H,W] in, uint8 [3,S,S] out, so that little travels to the device.
 
 Augmentations are timm's. They work on PIL images and draw from the global generators, which `seeded_view` sets for one view and puts back.
-TrivialAugment (Müller and Hutter 2021, arXiv 2103.10158) is one operation of RandAugment's at an even magnitude.
+TrivialAugment (Müller and Hutter 2021, arXiv 2103.10158) is one operation of RandAugment's, always applied, at an even magnitude.
 """
 
 import functools
@@ -21,7 +21,7 @@ from stage1_ssld.data_config import DataConfig
 
 _MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 _PIL_MODES = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_TRIVIAL = "rand-n1-m10-mstd101-inc1"  # a deviation above 100 means: evenly between 0 and m
+_TRIVIAL = "rand-n1-p1-m10-mstd101-inc1"  # a deviation above 100 means: evenly between 0 and m
 _ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 3.3)  # Zhong et al. 2020, arXiv 1708.04896
 
 
@@ -65,6 +65,9 @@ def augmentation(policy: str, size: int, interpolation: str = "bilinear") -> Cal
         "interpolation": _PIL_MODES[interpolation],
     }
     try:
+        for section in policy.split("-")[1:]:
+            if not section.startswith("t") and not any(letter.isdigit() for letter in section):
+                raise ValueError(f"no number in {section!r}")  # timm would leave the section out without a word
         if policy == "trivial":
             policy = _TRIVIAL
         if policy.startswith("rand"):

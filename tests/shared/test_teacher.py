@@ -125,3 +125,41 @@ def test_offline_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         UserError, match=r"timm:test_resnet: its weights cannot be had .*; offline, give a file or a folder"
     ):
         FrozenTeacher("timm:test_resnet")
+
+
+def test_classes_by_name_and_by_count(teacher_file: Path) -> None:
+    teacher = FrozenTeacher(str(teacher_file))
+    before = teacher(PIXELS)
+    teacher.match_classes(["stripes", "disc", "ring"], 3, "the images")
+    assert torch.equal(teacher(PIXELS), before[:, [2, 0, 1]])
+    teacher.match_classes(
+        ["ring", "disc", "stripes"], 3, "the images"
+    )  # once more: from its own order, not from the last
+    assert torch.equal(teacher(PIXELS), before[:, [1, 0, 2]])
+    teacher.match_classes(None, 3, "the images")
+    assert torch.equal(teacher(PIXELS), before)
+    with pytest.raises(UserError, match="its classes are not those of the images: only one of them has 'cube'"):
+        teacher.match_classes(["stripes", "disc", "cube"], 3, "the images")
+    with pytest.raises(UserError, match="has 3 classes, the images have 4"):
+        teacher.match_classes(None, 4, "the images")
+
+
+def test_embedding_is_what_the_classifier_sees(teacher_file: Path) -> None:
+    for folded in (False, True):
+        teacher = FrozenTeacher(str(teacher_file), fold_batchnorm=folded)
+        embedding = teacher.embed(PIXELS)
+        net: Any = teacher._classifier.net
+        assert embedding.shape == (3, net.num_features)
+        assert embedding.dtype == torch.float32
+        torch.testing.assert_close(net.get_classifier()(embedding), teacher(PIXELS), rtol=1e-4, atol=1e-4)
+    half = FrozenTeacher(str(teacher_file), dtype=torch.bfloat16, size=80).embed(PIXELS)
+    assert half.dtype == torch.float32
+    assert half.shape == embedding.shape
+
+
+def test_a_network_without_a_head_gives_no_logits(tmp_path: Path) -> None:
+    net: Any = timm.create_model("test_resnet", num_classes=0)
+    inputs = InputSettings((0.5,) * 3, (0.5,) * 3, (40, 40), "bilinear", False)
+    save_backbone(tmp_path / "body.safetensors", net, arch="test_resnet", inputs=inputs, classes=0)
+    with pytest.raises(UserError, match=r"body\.safetensors: has 0 classes; a teacher needs a classification head"):
+        FrozenTeacher(str(tmp_path / "body.safetensors"))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from shared.model_file import content_hash, read_metadata, read_tensors
 from shared.run_dir import file_sha256
-from stage1_ssld import loop
+from stage1_ssld import guidance
 from stage1_ssld.distill import main as distill
 from stage1_ssld.evaluate import main as evaluate
 from stage1_ssld.teach import main as teach
@@ -21,7 +21,7 @@ Settings = dict[str, Any]
 Arguments = Callable[..., list[str]]
 Call = Callable[..., int]
 
-RECORDS = {".lock", "config.yaml", "environment.json", "log.txt", "metrics.jsonl", "result.json"}
+RECORDS = {".lock", "config.yaml", "curves.png", "environment.json", "log.txt", "metrics.jsonl", "result.json"}
 
 
 def checkpoint(step: int, *extra: str) -> set[str]:
@@ -147,7 +147,7 @@ def test_teach_then_evaluate(
     file = str(run / "teacher.safetensors")
     argv = ["--model", file, "--data.path", str(tiny.val), "--output", str(tmp_path / "eval"), "--threads", "1"]
     assert call(evaluate, [*argv, "--workers", "0", "--batch_size", "4", "--teacher.model", file]) == 0
-    assert files_below(tmp_path / "eval") == RECORDS - {"metrics.jsonl"}
+    assert files_below(tmp_path / "eval") == RECORDS - {"metrics.jsonl", "curves.png"}
     metrics = json.loads((tmp_path / "eval" / "result.json").read_text())["metrics"]
     assert metrics["top1"] == metrics["teacher_top1"] == trained["top1"]
     assert metrics["agreement"] == 1
@@ -199,19 +199,21 @@ def test_teacher_is_untouched_and_in_no_checkpoint(
     arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, teacher_file: Path, monkeypatch: Any
 ) -> None:
     loaded: list[Any] = []
-    load = loop._load_teacher
+    load = guidance.make_teacher
 
-    def remembered(*args: Any) -> Any:
-        loaded.append(load(*args))
+    def remembered(*args: Any, **options: Any) -> Any:
+        loaded.append(load(*args, **options))
         return loaded[-1]
 
-    monkeypatch.setattr(loop, "_load_teacher", remembered)
+    monkeypatch.setattr(guidance, "make_teacher", remembered)
     before = file_sha256(teacher_file)
     settings = distill_settings | {"ema": {"decay": 0.5}, "optim": distill_settings["optim"] | {"momentum": 0.9}}
+    settings |= {"teacher": {"model": str(teacher_file), "batchnorm": "batch"}}
     assert call(distill, arguments(settings)) == 0
     assert file_sha256(teacher_file) == before
     teacher_tensors = read_tensors(teacher_file)
-    assert loaded[0].content_sha256() == content_hash(teacher_tensors)
+    with loaded[0].running_statistics():  # untouched too: every forward pass of the training went by the batch's
+        assert content_hash(loaded[0]._classifier.net.state_dict()) == content_hash(teacher_tensors)
     assert all(parameter.grad is None for parameter in loaded[0]._classifier.parameters())
     teacher_hashes = {content_hash({"": tensor}) for tensor in teacher_tensors.values() if tensor.ndim > 1}
     student = set(timm.create_model("test_convnext", num_classes=3).state_dict())
@@ -236,7 +238,8 @@ def test_student_and_teacher_see_the_same_pixels(
     )
     try:
         data = without(distill_settings, "data", "val")["data"]
-        assert call(distill, arguments(distill_settings | {"data": data, "steps": 2, "log_every": 1})) == 0
+        teacher = {"model": str(teacher_file), "check_images": 0}
+        assert call(distill, arguments(distill_settings | {"data": data, "teacher": teacher, "steps": 2})) == 0
     finally:
         handle.remove()
     assert len(seen) == 4

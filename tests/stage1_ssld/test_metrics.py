@@ -114,17 +114,17 @@ def test_unreadable_images_of_an_evaluation_are_listed_and_judged(
 def test_the_teacher_of_an_evaluation_has_its_own_precision(
     call: Any, tmp_path: Path, tiny: Any, teacher_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from shared import teacher
+    from stage1_ssld import teachers
     from stage1_ssld.evaluate import main
 
     made: list[Any] = []
 
-    class Remembered(teacher.FrozenTeacher):
+    class Remembered(teachers.FrozenTeacher):
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             made.append(self._dtype)
 
-    monkeypatch.setattr(teacher, "FrozenTeacher", Remembered)
+    monkeypatch.setattr(teachers, "FrozenTeacher", Remembered)
     argv = ["--model", str(teacher_file), "--data.path", str(tiny.val), "--teacher.model", str(teacher_file)]
     argv += ["--threads", "1", "--workers", "0", "--device", "cpu"]
     assert call(main, [*argv, "--output", str(tmp_path / "plain")]) == 0

@@ -194,6 +194,6 @@ def test_evaluate_mistakes(user_error: Any, tmp_path: Path, tiny: Any, teacher_f
         "--threads",
         "1",
     ]
-    assert "has 3 classes, its teacher random:test_resnet has 1000" in user_error(
+    assert "random:test_resnet: has 1000 classes" in user_error(
         evaluate, [*argv, "--teacher.model", "random:test_resnet"]
     )

@@ -1,4 +1,4 @@
-"""Image sources (every image in, every image out), batches as a function of the step, and images that cannot be read."""
+"""Image sources: every image in, every image out; their labels and classes."""
 
 import io
 import os
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,20 +14,11 @@ import torch
 from PIL import Image
 
 from shared.errors import UserError
-from stage1_ssld.data import (
-    NO_LABEL,
-    ImageSource,
-    StepSampler,
-    TrainViews,
-    ValViews,
-    collate,
-    make_loader,
-    open_sources,
-    val_batches,
-)
-from stage1_ssld.data_config import DataConfig, SourceConfig
-from stage1_ssld.distill import main as distill
+from stage1_ssld.batch import NO_LABEL
+from stage1_ssld.data_config import SourceConfig
+from stage1_ssld.formats import TableRows
 from stage1_ssld.labels import labelled_classes, match_classes
+from stage1_ssld.sources import ImageSource, open_sources
 
 
 def source(path: Path, **settings: Any) -> ImageSource:
@@ -157,7 +147,8 @@ def test_the_join_does_not_make_one_chunk_of_all_images(tmp_path: Path) -> None:
     images = source(tmp_path / "images", labels=str(tmp_path / "truth.parquet"))
     assert images.labels == [1, 3, 5, 7, 9, 11]
     assert [int(images.read(row)[0, 0, 0]) for row in range(6)] == [1, 3, 11, 13, 21, 23]
-    assert images._rows.data.column("image").num_chunks == 3
+    assert isinstance(images.rows, TableRows)
+    assert images.rows._rows.data.column("image").num_chunks == 3
 
 
 def test_real_parquet(shared_data: Callable[[str], Path], no_cache: Path) -> None:
@@ -209,6 +200,19 @@ def test_missing_labels_in_a_column_are_no_labels(tmp_path: Path) -> None:
         labelled_classes([images])
 
 
+def test_a_file_without_labels_among_files_with_labels_makes_an_unlabelled_source(tiny: Any, tmp_path: Path) -> None:
+    table = pq.read_table(tiny.parquet)
+    pq.write_table(table.slice(0, 12), tmp_path / "a.parquet")
+    pq.write_table(table.slice(12).drop_columns(["label"]), tmp_path / "b.parquet")
+    source = ImageSource(SourceConfig(path=tmp_path), 0)
+    assert len(source) == 30
+    assert source.labels is None
+    assert source.read(29).shape == source.read(0).shape
+    pq.write_table(table.drop_columns(["image"]), tmp_path / "c.parquet")
+    with pytest.raises(UserError, match=r"c\.parquet: has no column 'image' \(it has label, id\); set image_column"):
+        ImageSource(SourceConfig(path=tmp_path), 0)
+
+
 # ---- classes
 
 
@@ -234,202 +238,3 @@ def test_labelled_sources_must_agree(tmp_path: Path, tiny: Any) -> None:
         labelled_classes([train, source(tmp_path)])
     with pytest.raises(UserError, match="no labels; sort the images into class folders or add a label column"):
         labelled_classes([nothing])
-
-
-# ---- batches
-
-
-def sampler(**changes: int) -> StepSampler:
-    settings = {"batch_size": 12, "steps": 9, "start_step": 0, "seed": 3, "rank": 0, "ranks": 1, "accumulate": 1}
-    return StepSampler(25, **(settings | changes))
-
-
-def test_every_image_once_a_pass() -> None:
-    numbers = [item for batch in sampler(steps=25) for item in batch]
-    assert len(numbers) == 300
-    for epoch in range(12):
-        indices = [index for index, number in numbers[25 * epoch : 25 * epoch + 25] if number == epoch]
-        assert sorted(indices) == list(range(25))
-    orders = {tuple(index for index, _ in numbers[25 * epoch : 25 * epoch + 25]) for epoch in range(12)}
-    assert len(orders) == 12
-    assert list(sampler(seed=4)) != list(sampler())
-
-
-@pytest.mark.parametrize(("ranks", "accumulate"), [(1, 4), (2, 1), (2, 3), (3, 2)])
-def test_ranks_and_accumulation_cut_the_same_batches(ranks: int, accumulate: int) -> None:
-    parts = [list(sampler(rank=rank, ranks=ranks, accumulate=accumulate)) for rank in range(ranks)]
-    assert len(sampler(ranks=ranks, accumulate=accumulate)) == len(parts[0]) == 9 * accumulate
-    for step, whole in enumerate(sampler()):
-        pieces = [part[step * accumulate + micro] for part in parts for micro in range(accumulate)]
-        assert {len(piece) for piece in pieces} == {12 // (ranks * accumulate)}
-        assert [item for piece in pieces for item in piece] == whole
-
-
-def test_going_on_is_the_tail() -> None:
-    for start in (1, 4, 8):
-        assert list(sampler(start_step=start)) == list(sampler())[start:]
-        assert (
-            list(sampler(start_step=start, rank=1, ranks=2, accumulate=2))
-            == list(sampler(rank=1, ranks=2, accumulate=2))[2 * start :]
-        )
-    assert list(sampler(start_step=9)) == []
-
-
-def test_batch_that_cannot_be_cut() -> None:
-    with pytest.raises(UserError, match="batch_size 12 is not a multiple of 5 processes x accumulate 1"):
-        sampler(ranks=5)
-
-
-def test_validation_batches_do_not_depend_on_ranks() -> None:
-    whole = val_batches(23, 4, 0, 1)
-    assert [row for batch in whole for row in batch] == list(range(23))
-    for ranks in (2, 3, 7):
-        parts = [val_batches(23, 4, rank, ranks) for rank in range(ranks)]
-        assert sorted(batch for part in parts for batch in part) == whole
-
-
-# ---- views of a source
-
-
-def views(*folders: Path, **changes: Any) -> TrainViews:
-    config = DataConfig(train=[SourceConfig(path=folder) for folder in folders], image_size=16, **changes)
-    sources = open_sources(config.train, "data.train")
-    return TrainViews(sources, [opened.labels for opened in sources], config, seed=1)
-
-
-def test_views_do_not_depend_on_order_or_workers(tiny: Any) -> None:
-    data = views(tiny.train, tiny.unlabelled)
-    order = [[(3, 0), (40, 0), (12, 1)], [(3, 1), (31, 0), (12, 0)]]
-    loaded: dict[Any, list[torch.Tensor]] = {}
-    for workers in (0, 2):
-        for batch in make_loader(data, order, workers=workers, pin_memory=False):
-            for pixels, label, key in zip(batch.pixels_BCHW, batch.labels_B.tolist(), batch.keys, strict=True):
-                loaded.setdefault((key, label), []).append(pixels)
-    (_, label_3, key_3, _), (_, label_40, key_40, _) = data[3, 0], data[40, 0]
-    assert (label_3, label_40) == (0, NO_LABEL)
-    assert key_3.startswith("0:disc/")
-    assert key_40.startswith("1:")
-    first, later, first_again, later_again = loaded[key_3, 0]
-    assert torch.equal(first, first_again)
-    assert torch.equal(later, later_again)
-    assert not torch.equal(first, later)  # another pass, another view
-    again = data[3, 0][0]
-    assert again is not None
-    assert torch.equal(again, first)
-
-
-def test_an_unreadable_image_is_replaced_by_the_next(tmp_path: Path, jpeg: Any) -> None:
-    for name in "abcd":
-        (tmp_path / f"{name}.jpg").write_bytes(jpeg(seed=ord(name))[: 400 if name in "bd" else None])
-    data = views(tmp_path)
-    pixels, _, key, unreadable = data[1, 0]
-    assert key == "0:c.jpg"
-    assert unreadable == [str(tmp_path / "b.jpg")]
-    plain = data[2, 0][0]
-    assert pixels is not None
-    assert plain is not None
-    assert torch.equal(pixels, plain)
-    assert data[3, 0][2:] == ("0:a.jpg", [str(tmp_path / "d.jpg")])
-    batch = collate([data[1, 0], data[0, 0], data[3, 0]])
-    assert batch.keys == ["0:c.jpg", "0:a.jpg", "0:a.jpg"]
-    assert batch.unreadable == [str(tmp_path / "b.jpg"), str(tmp_path / "d.jpg")]
-    evaluated = ValViews(data.sources[0], None, size=16, crop=1.0)
-    batch = collate([evaluated[row] for row in range(4)])
-    assert batch.keys == ["0:a.jpg", "0:c.jpg"]
-    assert batch.unreadable == [str(tmp_path / "b.jpg"), str(tmp_path / "d.jpg")]
-    assert collate([evaluated[1]]).pixels_BCHW.shape[0] == 0
-
-
-# ---- whole runs over difficult images
-
-
-def test_odd_images_go_through_a_training_run(arguments: Any, distill_settings: Any, call: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "odd"
-    folder.mkdir()
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 29, 3), dtype=np.uint8))
-    for mode, suffix in (("L", "jpg"), ("CMYK", "jpg"), ("RGBA", "png"), ("LA", "png"), ("P", "gif"), ("1", "png")):
-        noise.convert(mode).save(folder / f"{mode}.{suffix}")
-    noise.resize((1, 1)).save(folder / "dot.png")
-    noise.resize((300, 1)).save(folder / "line.png")
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    noise.save(folder / "turned.jpg", exif=exif)
-    data = {"train": [str(folder)], "val": str(folder), "image_size": 32}
-    assert call(distill, arguments(distill_settings | {"data": data})) == 0
-    assert not (tmp_path / "run" / "quarantine.txt").exists()
-    assert "on 9 images" in (tmp_path / "run" / "log.txt").read_text()
-
-
-def broken_folder(folder: Path, count: int, broken: int, jpeg: Any) -> str:
-    folder.mkdir()
-    for number in range(count):
-        content = jpeg(seed=number % 4)
-        (folder / f"{number:03d}.jpg").write_bytes(content[: 300 if number < broken else None])
-    return str(folder)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_one_truncated_image_is_skipped_and_listed(
-    workers: int, arguments: Any, distill_settings: Any, call: Any, tmp_path: Path, jpeg: Any
-) -> None:
-    data = {"train": [broken_folder(tmp_path / "f", 12, 1, jpeg)], "image_size": 32}
-    assert call(distill, arguments(distill_settings | {"data": data, "workers": workers})) == 0
-    run = tmp_path / "run"
-    assert (run / "quarantine.txt").read_text() == f"{tmp_path}/f/000.jpg\n"
-    assert "1 unreadable image(s), see" in (run / "log.txt").read_text()
-
-
-def test_too_many_truncated_images_end_the_run(
-    arguments: Any, distill_settings: Any, user_error: Any, tmp_path: Path, jpeg: Any
-) -> None:
-    data = {"train": [broken_folder(tmp_path / "f", 12, 3, jpeg)], "image_size": 32}
-    line = user_error(distill, arguments(distill_settings | {"data": data}))
-    assert "3 of 12 images cannot be read, listed in" in line
-    assert len((tmp_path / "run" / "quarantine.txt").read_text().splitlines()) == 3
-    assert not (tmp_path / "run" / "student.safetensors").exists()
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_but_truncated_images(
-    workers: int, arguments: Any, distill_settings: Any, user_error: Any, tmp_path: Path, jpeg: Any
-) -> None:
-    data = {"train": [broken_folder(tmp_path / "f", 5, 5, jpeg)], "image_size": 32}
-    line = user_error(distill, arguments(distill_settings | {"data": data, "workers": workers}))
-    assert "f/" in line
-    assert line.endswith("and the images after it are all unreadable; mend or remove them")
-
-
-def test_the_list_survives_a_kill(
-    arguments: Any, distill_settings: Any, call: Any, tmp_path: Path, jpeg: Any, monkeypatch: Any
-) -> None:
-    """Met before the checkpoint, not logged before the kill: the list of the resumed run still has it."""
-    from shared.loss_watch import LossWatch
-
-    data = {"train": [broken_folder(tmp_path / "f", 9, 1, jpeg)], "image_size": 32}
-    settings = distill_settings | {"data": data, "steps": 5, "log_every": 50, "save_every": 2}
-    add, calls = LossWatch.add, []
-
-    def killed(*args: Any) -> None:
-        calls.append(args)
-        if len(calls) == 5:
-            raise SystemError
-        add(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LossWatch, "add", killed)
-        with pytest.raises(SystemError):
-            call(distill, arguments(settings))
-    assert (tmp_path / "run" / "quarantine.txt").read_text() == f"{tmp_path}/f/000.jpg\n"
-
-
-def test_a_file_without_labels_among_files_with_labels_makes_an_unlabelled_source(tiny: Any, tmp_path: Path) -> None:
-    table = pq.read_table(tiny.parquet)
-    pq.write_table(table.slice(0, 12), tmp_path / "a.parquet")
-    pq.write_table(table.slice(12).drop_columns(["label"]), tmp_path / "b.parquet")
-    source = ImageSource(SourceConfig(path=tmp_path), 0)
-    assert len(source) == 30
-    assert source.labels is None
-    assert source.read(29).shape == source.read(0).shape
-    pq.write_table(table.drop_columns(["image"]), tmp_path / "c.parquet")
-    with pytest.raises(UserError, match=r"c\.parquet: has no column 'image' \(it has label, id\); set image_column"):
-        ImageSource(SourceConfig(path=tmp_path), 0)

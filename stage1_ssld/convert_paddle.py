@@ -1,0 +1,68 @@
+"""Turn an official PaddleClas file of a ResNet50_vd, 101_vd or 152_vd (SSLD v1, v2, Fix) into a backbone file.
+
+    python stage1_ssld/convert_paddle.py --weights ResNet50_vd_ssld_v2_pretrained.pdparams --output runs/ssld_v2
+
+Writes `backbone.safetensors`. PaddleClas normalises with the mean and deviation of ImageNet, as timm does; its weights are under Apache-2.0.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from shared.command import run_command
+from stage1_ssld.config import ConvertPaddleConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_command(ConvertPaddleConfig, convert_paddle, argv, program="convert_paddle.py")
+
+
+def convert_paddle(config: ConvertPaddleConfig) -> None:
+    """Write the backbone file; every parameter of the PaddleClas file goes into it, and none of timm's network is left out.
+
+    Raises UserError for a file that is none, or whose network timm does not have.
+    """
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    from shared.backbones import InputSettings, ModelReference, check_fits, save_backbone
+    from shared.paddle_weights import read_paddle_weights, to_torch
+    from shared.run_dir import RunDir, file_sha256
+    from stage1_ssld.paddle_resnet import layer_names, recognise
+
+    source = str(config.weights)
+    arrays = read_paddle_weights(config.weights)
+    arch = recognise(arrays, config.arch, source)
+    tensors = to_torch(arrays, layer_names(arch, old="out.weight" in arrays), source)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    classes = check_fits(ModelReference(source, arch), shapes)
+    run = RunDir(config, "convert_paddle")
+    if run.status == "finished":
+        run.log(f"{run.path}: this run is finished; nothing to do")
+        return
+    file = run.path / "backbone.safetensors"
+    save_backbone(
+        file,
+        tensors,
+        arch=arch,
+        inputs=InputSettings(
+            mean=IMAGENET_DEFAULT_MEAN,
+            std=IMAGENET_DEFAULT_STD,
+            size=(config.input_size, config.input_size),
+            interpolation="bilinear",
+            fixed_size=False,
+        ),
+        classes=classes,
+        crop_pct=0.875,
+        licence="apache-2.0",
+        source={"file": config.weights.name, "sha256": file_sha256(config.weights), "project": "PaddleClas"},
+    )
+    run.finish({"arrays": len(arrays), "tensors": len(tensors), "classes": classes}, [file])
+    run.log(f"wrote {file}: {arch}, {classes} classes, {len(arrays)} arrays, all in use")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Export a backbone file: `backbone.onnx`, checked against torch, and `hub/`, a folder in the layout of the Hugging Face hub with a model card.
+
+    python stage1_ssld/export.py --model runs/ssld/student.safetensors --data.path images/val --output runs/ssld_export
+
+Runs on the CPU. `--push_to_hub ORG/NAME` uploads the folder.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from shared.command import run_command
+from shared.errors import UserError
+from stage1_ssld.config import ExportConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from shared.backbones import InputSettings
+    from shared.run_dir import RunDir
+    from stage1_ssld.sources import ImageSource
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_command(ExportConfig, export_backbone, argv, program="export.py")
+
+
+def export_backbone(config: ExportConfig) -> None:
+    """Write `backbone.onnx` and `hub/`, and upload the folder if asked.
+
+    Raises UserError for a file that is no backbone file, an image size that the network does not take, answers that differ by more than the
+    tolerance (the ONNX file is not left behind then), and an upload that fails.
+    """
+    import os
+
+    import torch
+
+    from shared.backbones import InputSettings, create_classifier, parse_reference
+    from shared.model_file import read_metadata
+    from shared.run_dir import RunDir
+    from stage1_ssld.hub import check_name, public, push, write_folder
+    from stage1_ssld.model_card import model_card, read_recipe
+    from stage1_ssld.onnx_file import compare, require_onnx, write_onnx
+    from stage1_ssld.sources import ImageSource
+
+    require_onnx()
+    if config.push_to_hub:
+        check_name(config.push_to_hub)
+    if "arch" not in read_metadata(config.model, kind="backbone"):
+        raise UserError(f"{config.model}: was not written by this project; a backbone file is needed")
+    source = ImageSource(config.data, 0) if config.data else None
+    reference = parse_reference(str(config.model))
+    classifier, inputs = create_classifier(reference)
+    classifier.eval().requires_grad_(False)
+    size = (config.image_size, config.image_size) if config.image_size else inputs.size
+    if inputs.fixed_size and size != inputs.size:
+        raise UserError(f"image_size: {reference.arch} takes {inputs.size[0]} pixels only; leave it out")
+    inputs = InputSettings(inputs.mean, inputs.std, size, inputs.interpolation, inputs.fixed_size)
+    metadata = reference.metadata | {"input_size": size}
+    run = RunDir(config, "export")
+    if run.status == "finished":
+        run.log(f"{run.path}: this run is finished; nothing to do")
+        return
+
+    # ---- ONNX
+    facts = ("arch", "num_classes", "class_names", "mean", "std", "input_size", "crop_pct", "interpolation", "licence")
+    temporary = run.path / f".backbone.{os.getpid()}"
+    write_onnx(
+        temporary,
+        classifier,
+        size,
+        {"input": "uint8 RGB [batch, 3, height, width] in 0..255, normalised inside"}
+        | {key: public(metadata[key]) for key in (*facts, "content_sha256") if metadata.get(key) is not None},
+    )
+    parity = compare(
+        temporary, classifier, _images(config, source, inputs, metadata, run), threads=torch.get_num_threads()
+    )
+    run.log(
+        f"ONNX against torch on {parity['images']} images{'' if source else ' of noise'}: logits differ by at most "
+        f"{parity['largest_difference']:.2e}, {parity['relative_difference']:.1e} of the largest; "
+        f"same first class in {100 * parity['top1_agreement']:.2f} %"
+    )
+    if not parity["relative_difference"] <= config.tolerance:
+        temporary.unlink()
+        raise UserError(
+            f"{config.model}: ONNX and torch differ by {parity['relative_difference']:.1e} of the largest logit, tolerance is "
+            f"{config.tolerance:g}; raise it if that is good enough"
+        )
+    onnx_file = run.path / "backbone.onnx"
+    temporary.replace(onnx_file)
+
+    # ---- the hub's folder
+    card = model_card(
+        metadata,
+        read_recipe(config.model),
+        name=config.push_to_hub or "hub",
+        parameters=sum(parameter.numel() for parameter in classifier.parameters()),
+        parity=parity,
+    )
+    folder = run.path / "hub"
+    write_folder(folder, config.model, classifier.net, inputs, metadata, card)
+    if config.push_to_hub:
+        run.log(f"uploaded to {push(folder, config.push_to_hub, private=config.private)}")
+    files = [onnx_file, *sorted(folder.iterdir())]
+    run.finish(dict(parity), files)
+    run.log(f"wrote {onnx_file} and {folder}")
+
+
+def _images(
+    config: ExportConfig,
+    source: "ImageSource | None",
+    inputs: "InputSettings",
+    metadata: dict[str, object],
+    run: "RunDir",
+) -> "Iterator[Tensor]":
+    """uint8 [B,3,H,W] batches for the check: evenly chosen images, or noise."""
+    import torch
+
+    from stage1_ssld.data import ValViews, make_loader, val_batches
+    from stage1_ssld.listing import spread
+
+    if source is None:
+        noise = torch.Generator().manual_seed(0)
+        for first in range(0, config.check_images, config.batch_size):
+            count = min(config.batch_size, config.check_images - first)
+            yield torch.randint(0, 256, (count, 3, *inputs.size), dtype=torch.uint8, generator=noise)
+        return
+    crop = metadata.get("crop_pct") or 0.875
+    assert isinstance(crop, float)
+    views = ValViews(source, None, size=inputs.size[0], crop=crop, interpolation=inputs.interpolation)
+    order = val_batches(spread(len(source), config.check_images), config.batch_size, 0, 1)
+    read = 0
+    for batch in make_loader(views, order, workers=config.workers, pin_memory=False):
+        for location in batch.unreadable:
+            run.log(f"{location}: cannot be read, left out")
+        read += len(batch.labels_B)
+        if len(batch.labels_B):
+            yield batch.pixels_BCHW
+    if read == 0:
+        raise UserError(f"{source.path}: none of the images looked at can be read")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

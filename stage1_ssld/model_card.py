@@ -1,0 +1,166 @@
+"""The model card of a backbone: what it is, how to load it, what it was measured at, how it was made, and whose licences hold.
+
+What the card says comes from the backbone file's metadata and, where the file lies in the run directory that made it, from the run's settings.
+Nothing is estimated: what is not recorded is said to be so.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shared.config import NOT_IDENTITY
+from stage1_ssld.hub import public
+
+_ACCURACY = ("top1", "top5", "knn_top1", "agreement", "teacher_top1")
+
+
+def read_recipe(model: Path) -> dict[str, Any] | None:
+    """Settings of the run that made a backbone file; None where it does not lie in a run directory of a training."""
+    try:
+        settings = yaml.safe_load((model.parent / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    if not isinstance(settings, dict) or "optim" not in settings:
+        return None
+    return {key: value for key, value in settings.items() if key not in NOT_IDENTITY}
+
+
+def model_card(
+    metadata: dict[str, Any],
+    recipe: dict[str, Any] | None,
+    *,
+    name: str,
+    parameters: int,
+    parity: dict[str, float] | None = None,
+) -> str:
+    """README.md of a model.
+
+    Args:
+        metadata: of the backbone file.
+        recipe: settings of its training.
+        name: to load it by.
+        parameters: their number.
+        parity: what `onnx_file.compare` measured.
+    """
+    size = " x ".join(str(side) for side in metadata["input_size"])
+    licence = str(metadata.get("licence") or "unknown")
+    front = {
+        "library_name": "timm",
+        "pipeline_tag": "image-classification",
+        "license": _hub_licence(licence),
+        "tags": ["timm", "image-classification", "knowledge-distillation", "ssld"],
+    }
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", "", f"# {name.rpartition('/')[2]}", ""]
+    lines += [_summary(metadata), "", "## Use", "", "```python", "import timm", ""]
+    lines += [f'model = timm.create_model("{_loaded_by(name)}", pretrained=True).eval()', "```", ""]
+    lines += ["## Model", ""]
+    lines += _table(
+        [
+            ("architecture (timm)", metadata["arch"]),
+            ("parameters", f"{parameters / 1e6:.2f} M"),
+            ("classes", _classes(metadata)),
+            ("image size", size),
+            ("central crop in evaluation", metadata.get("crop_pct", "not recorded")),
+            ("interpolation", metadata.get("interpolation")),
+            ("mean, standard deviation", f"{_numbers(metadata['mean'])}; {_numbers(metadata['std'])}"),
+            ("SHA-256 of its tensors", f"`{metadata.get('content_sha256', 'not recorded')}`"),
+        ]
+    )
+    lines += ["## Measured", "", *_measured(metadata, parity), ""]
+    lines += ["## Data", "", *_data(recipe), "", "## Recipe", "", *_recipe(recipe), ""]
+    lines += ["## Licences", "", *_licences(metadata, licence)]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(metadata: dict[str, Any]) -> str:
+    source, teacher = metadata.get("source"), metadata.get("teacher")
+    arch = metadata["arch"]
+    if source:
+        return f"{arch}, converted from {source['file']} of {source['project']} (SHA-256 `{source['sha256']}`)."
+    if teacher and metadata.get("objective") == "teacher":
+        return (
+            f"{arch}, distilled from {public(teacher['reference'])} without human labels in the loss: "
+            "simple semi-supervised label distillation (SSLD, arXiv 2103.05959)."
+        )
+    return f"{arch}, trained on labelled images."
+
+
+def _loaded_by(name: str) -> str:
+    return f"hf-hub:{name}" if "/" in name else f"local-dir:{name}"
+
+
+def _classes(metadata: dict[str, Any]) -> str:
+    names = metadata.get("class_names")
+    count = str(metadata["num_classes"])
+    if not names:
+        return f"{count}, without names"
+    return f"{count}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+
+
+def _measured(metadata: dict[str, Any], parity: dict[str, float] | None) -> list[str]:
+    metrics = metadata.get("metrics") or {}
+    rows: list[tuple[str, Any]] = [(key, f"{100 * metrics[key]:.2f} %") for key in _ACCURACY if key in metrics]
+    if "kl" in metrics:
+        rows.append(("KL to the teacher, nats", f"{metrics['kl']:.4f}"))
+    if rows and "images" in metrics:
+        rows.append(("validation images", metrics["images"]))
+    if parity:
+        rows.append(
+            ("largest difference of ONNX and torch", f"{parity['relative_difference']:.1e} of the largest logit")
+        )
+    return _table(rows)[:-1] if rows else ["Nothing is recorded."]
+
+
+def _data(recipe: dict[str, Any] | None) -> list[str]:
+    if recipe is None:
+        return ["Not recorded."]
+    lines = []
+    for source in recipe["data"]["train"]:
+        weight = f", weight {source['weight']:g}" if source.get("weight") else ""
+        lines.append(f"- training: {_folder_name(source['path'])}{weight}")
+    validation = recipe["data"].get("val")
+    return [*lines, f"- validation: {_folder_name(validation['path']) if validation else 'none'}"]
+
+
+def _folder_name(path: str) -> str:
+    """The last two parts of a path: the last alone is often `train`."""
+    return path if "://" in path or path.startswith("hub:") else "/".join(Path(path).parts[-2:]).lstrip("/")
+
+
+def _recipe(recipe: dict[str, Any] | None) -> list[str]:
+    if recipe is None:
+        return ["Not recorded."]
+    return ["```yaml", yaml.safe_dump(public(recipe), sort_keys=False).rstrip(), "```"]
+
+
+def _licences(metadata: dict[str, Any], licence: str) -> list[str]:
+    lines = [f"These weights: {licence}. They come from"]
+    if metadata.get("source"):
+        lines.append(f"- {metadata['source']['project']}: {licence}")
+    if metadata.get("start"):
+        random = str(metadata["start"]).startswith("random:")
+        lines.append(
+            f"- the weights that training started from: {public(metadata['start'])}{' (none)' if random else ''}"
+        )
+    teacher = metadata.get("teacher")
+    if teacher:
+        lines.append(f"- the teacher, {public(teacher['reference'])}: {teacher.get('licence', 'unknown')}")
+    if len(lines) == 1:
+        lines.append("- weights that the file does not record")
+    return [*lines, "", "Whoever publishes them answers for the training images' licences too; they are not recorded."]
+
+
+def _hub_licence(licence: str) -> str:
+    """The hub knows single licences by name; `other` stands for several, or for none."""
+    if licence == "unknown":
+        return "unknown"
+    return "other" if " " in licence or ":" in licence else licence.lower()
+
+
+def _numbers(values: Any) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _table(rows: list[tuple[str, Any]]) -> list[str]:
+    return ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows), ""]

@@ -1,0 +1,113 @@
+"""What scoring leaves of each shard of a pool or of protected images: one Parquet file, and how the selection reads many of them. Torch-free.
+
+An image is known by its row number over all files of its folder, in their order. An image that could not be read keeps its row, with class -1.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+UNREADABLE = -1
+SCORED = pa.schema(
+    [("key", pa.string()), ("class", pa.int32()), ("score", pa.float32()), ("hash", pa.uint64())],
+)
+"""Of an image of the pool: its name in the source, the teacher's first class and its probability, the perceptual hash."""
+PROTECTED = pa.schema([("key", pa.string()), ("class", pa.int32()), ("hash", pa.uint64()), ("mirrored", pa.uint64())])
+"""Of an image that nothing selected may resemble: `mirrored` is the hash of its mirror image."""
+_UNREADABLE = b"unreadable"
+
+
+def shard_file(folder: Path, number: int) -> Path:
+    """The file of shard `number`."""
+    return folder / f"{number:06d}.parquet"
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file that is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    pq.write_table(table, temporary)
+    temporary.replace(path)
+
+
+def write_shard(path: Path, columns: dict[str, Any], schema: pa.Schema, unreadable: Sequence[str]) -> None:
+    """Write the file of one shard; `unreadable` are the locations of the images that could not be read."""
+    table = pa.table(columns, schema=schema.with_metadata({_UNREADABLE: json.dumps(list(unreadable))}))
+    write_table(path, table)
+
+
+class Chunk(NamedTuple):
+    """Some rows of a file, the first of which has number `first` over all files."""
+
+    first: int
+    columns: dict[str, np.ndarray]
+
+
+class ScoreFiles:
+    """The files of the shards 0 to `count` - 1 of one folder, read a row group at a time.
+
+    Attributes:
+        starts: number of the first row of each file, and the number of all rows.
+        unreadable: locations of the images that could not be read.
+    """
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.paths = [shard_file(folder, number) for number in range(count)]
+        self.unreadable: list[str] = []
+        lengths = []
+        for path in self.paths:
+            with pq.ParquetFile(path) as file:
+                lengths.append(file.metadata.num_rows)
+                self.unreadable += json.loads(file.schema_arrow.metadata[_UNREADABLE])
+        self.starts = np.cumsum([0, *lengths])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def chunks(self, *columns: str) -> Iterator[Chunk]:
+        """Every row, in order. Memory: one row group."""
+        for start, path in zip(self.starts[:-1].tolist(), self.paths, strict=True):
+            first = start
+            with pq.ParquetFile(path) as file:
+                for group in range(file.num_row_groups):
+                    table = file.read_row_group(group, columns=list(columns))
+                    yield Chunk(first, {name: table[name].to_numpy() for name in columns})
+                    first += table.num_rows
+
+    def column(self, name: str, ids_N: np.ndarray) -> np.ndarray:
+        """One numeric column at the rows `ids_N`, in any order."""
+        order = np.argsort(ids_N, kind="stable")
+        ids = ids_N[order]
+        values: np.ndarray | None = None
+        for chunk in self.chunks(name):
+            low, high = np.searchsorted(ids, [chunk.first, chunk.first + len(chunk.columns[name])])
+            if values is None:
+                values = np.empty(len(ids), chunk.columns[name].dtype)
+            values[order[low:high]] = chunk.columns[name][ids[low:high] - chunk.first]
+        assert values is not None
+        return values
+
+    def keys(self, ids_N: np.ndarray) -> pa.Array:
+        """Keys of the rows `ids_N`, which ascend."""
+        parts = []
+        for start, end, path in zip(self.starts[:-1], self.starts[1:], self.paths, strict=True):
+            low, high = np.searchsorted(ids_N, [start, end])
+            if low < high:
+                keys = pq.read_table(path, columns=["key"])["key"]
+                parts.append(keys.take(pa.array(ids_N[low:high] - start)).combine_chunks())
+        return pa.concat_arrays(parts) if parts else pa.array([], pa.string())
+
+    def shard_rows(self, ids_N: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """(shard, rows in it) for ascending rows `ids_N`; shards without any are left out."""
+        for number in range(len(self.paths)):
+            low, high = np.searchsorted(ids_N, self.starts[number : number + 2])
+            if low < high:
+                yield number, ids_N[low:high] - self.starts[number]
+
+    def shard_of(self, ids_N: np.ndarray) -> np.ndarray:
+        """Shard that each row is in."""
+        return np.searchsorted(self.starts, ids_N, side="right") - 1

@@ -1,0 +1,267 @@
+"""A curation that is cut short, shared by two processes, or asked for something wrong; and the memory of its selection."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from stage1_ssld import curation, shard_pass
+from stage1_ssld.curate import main as curate
+from stage1_ssld.shard_pass import Job, Reading, over_shards
+from stage1_ssld.shards import RowShard
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def settings(tiny: Any, teacher_file: Path) -> dict[str, Any]:
+    """Three sources make three shards; the second holds the first again, so that there are duplicates."""
+    return {
+        "threads": 1,
+        "workers": 0,
+        "device": "cpu",
+        "batch_size": 4,
+        "pool": [str(tiny.unlabelled), str(tiny.parquet), str(tiny.train)],
+        "val": [str(tiny.val)],
+        "teacher": str(teacher_file),
+        "keep": 9,
+        "cosine": 0.7,
+        "image_size": 32,
+        "examples": 2,
+    }
+
+
+def contents(run: Path) -> dict[str, Any]:
+    """What a run decided, without clocks."""
+    result = json.loads((run / "result.json").read_text())
+    files = {name: digest for name, digest in result["outputs"].items() if name != "examples.png"}
+    return {"metrics": result["metrics"], "files": files, "rows": pq.read_table(run / "selected.parquet").to_pylist()}
+
+
+def test_two_processes_choose_as_one_does(
+    arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path, scripts: Any, files_below: Any
+) -> None:
+    """With loader workers and copies of the images too: the same files, bit for bit."""
+    settings |= {"materialise": True}
+    assert call(curate, arguments(settings, "one")) == 0
+    process = scripts.run("stage1_ssld/curate.py", *arguments(settings | {"workers": 1}, "two"), ranks=2)
+    assert process.returncode == 0, process.stderr
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert one == two
+    assert one["metrics"]["like_better"] > 0
+    assert files_below(tmp_path / "one") == files_below(tmp_path / "two")
+    parts = sorted(path.name for path in (tmp_path / "one" / "selected").iterdir())
+    assert len(parts) > 1
+    for name in parts:
+        a, b = (pq.read_table(tmp_path / run / "selected" / name) for run in ("one", "two"))
+        assert a.equals(b)
+
+
+@pytest.mark.parametrize(
+    "name", ["find_candidates", "find_look_alikes", "save_embeddings", "cosines", "decide", "write_selection"]
+)
+def test_goes_on_where_it_was_killed(
+    name: str, arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part fails once; what was done before is not done again, and the result is that of a run in one go."""
+    assert call(curate, arguments(settings, "whole")) == 0
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(curation, name, fails)
+        with pytest.raises(KeyboardInterrupt):
+            call(curate, arguments(settings))
+    run = tmp_path / "run"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("0*.parquet")}
+    assert len(before) == 4
+    assert not (run / "result.json").exists()
+    assert call(curate, arguments(settings)) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("0*.parquet")}
+    assert contents(run) == contents(tmp_path / "whole")
+
+
+def test_sigterm_leaves_whole_shards(
+    arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Exit code 143 in the middle of the second shard; the same command does the rest."""
+    assert call(curate, arguments(settings, "whole")) == 0
+    hashed = shard_pass.perceptual_hash
+    seen = 0
+
+    def signals(image: torch.Tensor) -> tuple[int, int]:
+        nonlocal seen
+        seen += 1
+        if seen == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return hashed(image)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_pass, "perceptual_hash", signals)
+        assert call(curate, arguments(settings)) == 143
+    assert "1 of 3 shards of this process are done; the same command goes on from there" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run" / "scores").iterdir()] == ["000000.parquet"]
+    assert call(curate, arguments(settings)) == 0
+    assert "scores: 2 of 3 shards to do" in (tmp_path / "run" / "log.txt").read_text()
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+    assert call(curate, arguments(settings)) == 0
+    assert "this run is finished; nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keep": 75}, "keep: 75 images a class are more than the 74 of the whole pool; give a smaller keep"),
+        ({"pool": ["no/such"]}, "pool.0: no/such: no such file or folder"),
+        ({"pool": []}, "pool: List should have at least 1 item"),
+        ({"keep": 0}, "keep: Input should be greater than or equal to 1"),
+        ({"cosine": 1.5}, "cosine: Input should be less than or equal to 1"),
+        ({"streaming": True}, "materialise: streaming: single images of it cannot be read later; set materialise: true"),
+        ({"pool": ["memory://nowhere/x"], "materialise": True}, "pool.0: memory://nowhere/x: no such file or folder"),
+        ({"teacher": "gone.safetensors"}, "teacher.model: gone.safetensors: no such file"),
+    ],
+)  # fmt: skip
+def test_mistakes_cost_one_line(
+    change: dict[str, Any], message: str, arguments: Any, settings: dict[str, Any], user_error: Any, call: Any
+) -> None:
+    assert message in user_error(curate, arguments(settings | change))
+    assert call(curate, arguments(settings)) == 0
+
+
+def test_a_source_given_twice_and_a_label_file(
+    arguments: Any, settings: dict[str, Any], user_error: Any, tiny: Any
+) -> None:
+    twice = settings | {"pool": [*settings["pool"], str(tiny.train)]}
+    assert user_error(curate, arguments(twice)) == f"pool: {tiny.train} is given twice; give every source once"
+    labelled = settings | {"val": [{"path": str(tiny.parquet), "labels": str(tiny.parquet)}]}
+    assert user_error(curate, arguments(labelled, "labels")).startswith(f"val.0: {tiny.parquet}: a label file is not read here")
+
+
+def test_keep_larger_than_a_pool_of_unknown_size(
+    arguments: Any, settings: dict[str, Any], user_error: Any, tiny: Any, tmp_path: Path
+) -> None:
+    """How many images are in streamed tar files shows only when they were read."""
+    import tarfile
+
+    with tarfile.open(tmp_path / "pool.tar", "w") as archive:
+        archive.add(tiny.train, "train")
+    change = {"pool": [str(tmp_path / "pool.tar")], "streaming": True, "materialise": True, "keep": 31}
+    assert "keep: 31 images a class are more than the 30 of the whole pool" in user_error(curate, arguments(settings | change))
+
+
+def test_a_pool_that_changed_since_the_run_began(
+    arguments: Any, settings: dict[str, Any], user_error: Any, call: Any, tiny: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Patterns have no digest: the shards that were found are compared."""
+    shutil.copytree(tiny.train, tmp_path / "pool")
+    settings |= {"pool": [str(tmp_path / "pool" / "*" / "*.png")]}
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(curation, "find_candidates", fails)
+        with pytest.raises(KeyboardInterrupt):
+            call(curate, arguments(settings))
+    next((tmp_path / "pool").rglob("*.png")).unlink()
+    message = user_error(curate, arguments(settings))
+    assert message == f"{tmp_path / 'run'}: the files of the pool have changed since this run began; give another --output"
+
+
+def test_unreadable_images_are_listed_or_too_many(
+    arguments: Any, settings: dict[str, Any], user_error: Any, call: Any, tiny: Any, tmp_path: Path
+) -> None:
+    """One is left out and told; more than one in a hundred end the run; a second look that fails does too."""
+    pool = tmp_path / "pool"
+    shutil.copytree(tiny.train, pool)
+    (pool / "disc" / "broken.png").write_bytes(b"no image")
+    change = {"pool": [str(pool)]}
+    assert call(curate, arguments(settings | change, "one")) == 0
+    assert (tmp_path / "one" / "quarantine.txt").read_text() == f"{pool / 'disc' / 'broken.png'}\n"
+    assert json.loads((tmp_path / "one" / "result.json").read_text())["metrics"]["unreadable"] == 1
+    (pool / "ring" / "broken.png").write_bytes(b"")
+    message = user_error(curate, arguments(settings | change, "two"))
+    assert message.startswith("2 of 47 images cannot be read, listed in ")
+
+
+def test_an_image_that_went_away_since_it_was_scored(
+    arguments: Any, settings: dict[str, Any], user_error: Any, tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = tmp_path / "pool"
+    shutil.copytree(tiny.train, pool)
+    find = curation.find_look_alikes
+
+    def breaks(*given: Any, **also: Any) -> Any:
+        for file in pool.rglob("*.png"):
+            file.write_bytes(b"gone")
+        return find(*given, **also)
+
+    monkeypatch.setattr(curation, "find_look_alikes", breaks)
+    message = user_error(curate, arguments(settings | {"pool": [str(pool)], "hash_distance": 16}))
+    assert message.endswith("cannot be read any more; it could when this run began")
+    assert message.startswith(str(pool))
+
+
+def test_a_thousand_unreadable_images_end_a_pass_early(tmp_path: Path) -> None:
+    """Before the other million are read."""
+
+    class Broken:
+        def __len__(self) -> int:
+            return 10**6
+
+        def name(self, row: int) -> str:
+            return str(row)
+
+        def location(self, row: int) -> str:
+            return f"row {row}"
+
+        def encoded(self, row: int) -> bytes | None:
+            return None if row % 50 else b"no image"
+
+    told: list[tuple[int, int]] = []
+    job = Job(0, RowShard(Broken(), "broken", 0, 10**6))
+    with pytest.raises(Exception, match="1024 of 1024 images cannot be read; mend or remove them \\(first: row 0\\)"):
+        over_shards(
+            [job], Reading(False), lambda _: None, lambda *_: None, batch_size=128, workers=0, told=lambda *got: told.append(got)
+        )
+    assert told == []
+
+
+def test_a_teacher_that_answers_nan(
+    arguments: Any, settings: dict[str, Any], user_error: Any, tmp_path: Path, teacher_file: Path
+) -> None:
+    from shared.model_file import read_metadata, read_tensors, save_model_file
+
+    tensors = read_tensors(teacher_file)
+    tensors = {name: tensor * float("nan") if name.endswith("fc.bias") else tensor for name, tensor in tensors.items()}
+    metadata = read_metadata(teacher_file, kind="backbone")
+    save_model_file(tmp_path / "nan.safetensors", tensors, metadata)
+    message = user_error(curate, arguments(settings | {"teacher": str(tmp_path / "nan.safetensors")}))
+    assert message.startswith(f"teacher.model: {tmp_path / 'nan.safetensors'}: answers ")
+    assert message.endswith("images with NaN; try precision: fp32")
+
+
+def test_the_selection_loads_no_torch_and_takes_little_memory() -> None:
+    """The benchmark, in a fresh process at a fortieth of its size: planted copies are found, and the peak hardly above the start."""
+    line = [sys.executable, "-W", "error", str(ROOT / "benchmarks" / "curation_memory.py"), "--rows", "500000"]
+    line += ["--classes", "100", "--keep", "200", "--protected", "5000"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["candidates"] == 30_000
+    assert found["kept"] == 20_000
+    assert found["like_protected"] == found["like_better"] == 1000
+    assert found["peak_megabytes"] < 400
+    assert np.isfinite(found["start_megabytes"])

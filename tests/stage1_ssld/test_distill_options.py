@@ -1,0 +1,250 @@
+"""What the settings of a distillation change: losses by name, labels beside them, stores, mixing, frozen bodies, weights, streams, an early end."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shared.model_file import read_metadata, read_tensors
+from stage1_ssld.distill import main as distill
+from stage1_ssld.teach import main as teach
+from stage1_ssld.write_soft_labels import main as write_soft_labels
+
+Settings = dict[str, Any]
+Arguments = Callable[..., list[str]]
+Call = Callable[..., int]
+
+
+def with_data(settings: Settings, **data: Any) -> Settings:
+    return settings | {"data": settings["data"] | data}
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(run / "student.safetensors")
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float) -> bool:
+    return all(torch.allclose(tensor, other[name], rtol=tolerance, atol=tolerance) for name, tensor in one.items())
+
+
+# ---- losses
+
+
+def test_terms_by_name_and_weight_are_logged_and_add_up(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, metrics_of: Any
+) -> None:
+    losses = ["symmetric_kl", {"name": "kl", "weight": 0.5, "temperature": 4}]
+    settings = distill_settings | {"losses": losses, "hard_label_weight": 0.25, "log_every": 1}
+    assert call(distill, arguments(settings)) == 0
+    for line in metrics_of(tmp_path / "run"):
+        if "loss" in line:
+            total = line["symmetric_kl"] + 0.5 * line["kl"] + 0.25 * line["cross_entropy"]
+            assert line["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_a_single_term_is_the_loss(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, metrics_of: Any
+) -> None:
+    """KL and cross-entropy with soft labels differ by a constant: the same weights come out."""
+    for name in ("kl", "soft_cross_entropy"):
+        assert call(distill, arguments(distill_settings | {"losses": [name]}, name)) == 0
+        assert set(metrics_of(tmp_path / name)[0]) == {"step", "lr", "loss", "agreement"}
+    assert close(weights(tmp_path / "kl"), weights(tmp_path / "soft_cross_entropy"), 1e-5)
+
+
+def test_a_hard_label_term_needs_labels(
+    arguments: Arguments, distill_settings: Settings, tiny: Any, user_error: Any
+) -> None:
+    settings = with_data(distill_settings, train=[str(tiny.unlabelled)]) | {"hard_label_weight": 0.1}
+    assert user_error(distill, arguments(settings)) == "hard_label_weight: no training source has labels; leave it at 0"
+
+
+def test_mixing_reaches_student_and_teacher_alike(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shared.backbones import Classifier
+
+    seen: list[torch.Tensor] = []
+    forward = Classifier.forward
+    monkeypatch.setattr(Classifier, "forward", lambda self, pixels: seen.append(pixels) or forward(self, pixels))
+    settings = with_data(distill_settings, mixup=1.0, cutmix=1.0, val=None) | {"steps": 2}
+    assert call(distill, arguments(settings)) == 0
+    student, teacher = [pixels for pixels in seen if len(pixels) == 8 and pixels.dtype == torch.float32][-2:]
+    assert torch.equal(student, teacher)
+    assert (student % 1 != 0).any() or len(seen) > 0
+
+
+# ---- a store
+
+
+@pytest.fixture
+def stored(arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path) -> Path:
+    """A store of all three classes in fp32, with two views an image."""
+    settings = {key: distill_settings[key] for key in ("threads", "workers", "device", "teacher")}
+    data = {key: value for key, value in distill_settings["data"].items() if key != "val"}
+    settings |= {"data": data, "views": 2, "top": 3, "store_precision": "fp32"}
+    assert call(write_soft_labels, arguments(settings, "soft")) == 0
+    return tmp_path / "soft" / "store"
+
+
+def test_a_store_of_all_classes_is_the_live_teacher(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, stored: Path
+) -> None:
+    """In the first two passes the store's views are the live ones; from the third on it folds back to view 0."""
+    assert call(distill, arguments(distill_settings, "live")) == 0
+    settings = {key: value for key, value in distill_settings.items() if key != "teacher"} | {"store": str(stored)}
+    assert call(distill, arguments(settings, "stored")) == 0
+    assert close(weights(tmp_path / "live"), weights(tmp_path / "stored"), 1e-4)
+    live, kept = (read_metadata(tmp_path / name / "student.safetensors") for name in ("live", "stored"))
+    assert live["teacher"] == kept["teacher"]
+    assert live["class_names"] == kept["class_names"]
+    result = json.loads((tmp_path / "stored" / "result.json").read_text())
+    assert "top1" in result["metrics"]
+    assert "agreement" not in result["metrics"]  # nobody is asked: there is no live teacher
+
+
+def test_a_teacher_beside_a_store_measures_agreement(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, stored: Path
+) -> None:
+    assert call(distill, arguments(distill_settings | {"store": str(stored)})) == 0
+    metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
+    assert {"top1", "agreement", "kl"} <= set(metrics)
+    assert "(for evaluation only)" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": {"mixup": 0.5}}, "its answers are to unmixed views; set data.mixup and data.cutmix to 0"),
+        ({"data": {"streaming": True}}, "needs the row of every image; set data.streaming: false"),
+        ({"teacher": {"batchnorm": "batch"}}, "was written with running statistics; set teacher.batchnorm: eval"),
+        ({"losses": ["dist"]}, "dist needs every logit; take one of symmetric_kl"),
+        ({"losses": [{"name": "kl", "temperature": 2}]}, "kl at a temperature needs every logit"),
+    ],
+)
+def test_what_a_store_cannot_do(
+    arguments: Arguments, distill_settings: Settings, user_error: Any, change: Settings, message: str
+) -> None:
+    settings = distill_settings | {"store": "somewhere"}
+    for key, value in change.items():
+        settings = settings | {key: settings[key] | value if isinstance(value, dict) else value}
+    assert message in user_error(distill, arguments(settings))
+
+
+# ---- phases
+
+
+def test_the_fix_phase_moves_the_classifier_alone(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path
+) -> None:
+    """Phase 1, then a phase of the classifier at a higher resolution with the evaluation view; BatchNorm keeps its statistics."""
+    first = distill_settings | {"student": {"model": "random:test_resnet"}}
+    assert call(distill, arguments(first, "first")) == 0
+    start = tmp_path / "first" / "student.safetensors"
+    settings = with_data(distill_settings, image_size=48, train_view="center") | {
+        "student": {"model": str(start)},
+        "trainable": "classifier",
+    }
+    assert call(distill, arguments(settings, "fix")) == 0
+    before, after = load_file(start), weights(tmp_path / "fix")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"fc.weight", "fc.bias"}
+    metadata = read_metadata(tmp_path / "fix" / "student.safetensors")
+    assert metadata["input_size"] == [48, 48]
+    assert metadata["start"] == str(start)
+
+
+def test_patience_ends_a_run_early_and_for_good(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, capsys: Any
+) -> None:
+    """A rate of nearly nothing: no evaluation is better than the first."""
+    optim = distill_settings["optim"] | {"lr": 1e-12}
+    settings = distill_settings | {"steps": 40, "evaluate_every": 2, "patience": 2, "optim": optim}
+    assert call(distill, arguments(settings)) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["metrics"]["steps"] == 6  # better than nothing at 2, then twice not better
+    assert "enough (patience)" in (tmp_path / "run" / "log.txt").read_text()
+    (tmp_path / "run" / "result.json").unlink()  # as if killed before the end: the resumed run does not train on
+    assert call(distill, arguments(settings)) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]["steps"] == 6
+
+
+def test_best_by_something_that_is_not_measured(
+    arguments: Arguments, distill_settings: Settings, tiny: Any, user_error: Any
+) -> None:
+    settings = with_data(distill_settings, val=str(tiny.unlabelled)) | {"evaluate_every": 2, "best_by": "top1"}
+    assert user_error(distill, arguments(settings)).startswith("best_by: top1 is not measured here (there is images, ")
+
+
+def test_patience_without_evaluations(arguments: Arguments, distill_settings: Settings, user_error: Any) -> None:
+    message = user_error(distill, arguments(distill_settings | {"patience": 2}))
+    assert "patience counts evaluations: give evaluate_every and data.val too" in message
+
+
+# ---- teachers
+
+
+def test_a_teacher_with_batch_statistics_is_another_teacher_and_stays_itself(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path
+) -> None:
+    for mode in ("eval", "batch"):
+        settings = distill_settings | {"teacher": distill_settings["teacher"] | {"batchnorm": mode}}
+        assert call(distill, arguments(settings, mode)) == 0
+    assert not equal(weights(tmp_path / "eval"), weights(tmp_path / "batch"))
+    results = [json.loads((tmp_path / mode / "result.json").read_text())["metrics"] for mode in ("eval", "batch")]
+    assert results[0]["teacher_top1"] == results[1]["teacher_top1"]  # evaluated with running statistics in both
+
+
+def test_an_ensemble_of_one_teacher_twice_is_that_teacher(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path
+) -> None:
+    teacher = distill_settings["teacher"]
+    assert call(distill, arguments(distill_settings, "one")) == 0
+    assert (
+        call(distill, arguments(distill_settings | {"teacher": teacher | {"ensemble": [teacher["model"]]}}, "two")) == 0
+    )
+    assert close(weights(tmp_path / "one"), weights(tmp_path / "two"), 1e-4)
+
+
+# ---- weights and streams
+
+
+def test_streams_and_weights_train_and_resume_to_the_same_bits(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, tiny: Any, monkeypatch: Any
+) -> None:
+    from shared.errors import Stopped
+    from stage1_ssld import loop
+
+    sources = [{"path": str(tiny.parquet), "weight": 3}, {"path": str(tiny.unlabelled), "weight": 1}]
+    for streaming in (False, True):
+        settings = with_data(distill_settings, train=sources, streaming=streaming)
+        assert call(distill, arguments(settings, f"whole{streaming}")) == 0
+        saved = loop.TrainingState.save
+
+        def stop_after(self: Any, step: int, saved: Any = saved) -> None:
+            saved(self, step)
+            if step == 4:
+                raise Stopped("for the test")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.TrainingState, "save", stop_after)
+            assert call(distill, arguments(settings, f"parts{streaming}")) == 143
+        assert call(distill, arguments(settings, f"parts{streaming}")) == 0
+        assert equal(weights(tmp_path / f"whole{streaming}"), weights(tmp_path / f"parts{streaming}"))
+
+
+def test_labels_of_streams(arguments: Arguments, distill_settings: Settings, user_error: Any) -> None:
+    settings = with_data(distill_settings, streaming=True)
+    message = user_error(distill, arguments(settings | {"objective": "labels"}))
+    assert "labels are not read from streams" in message
+    taught = {key: value for key, value in settings.items() if key not in ("student", "teacher")}
+    message = user_error(teach, arguments(taught | {"model": "random:test_resnet"}))
+    assert "labels are not read from streams" in message

@@ -1,0 +1,346 @@
+"""Writing a store: what it leaves, how it goes on after an interruption, on two ranks, and every mistake it refuses."""
+
+import json
+import os
+import shutil
+import signal
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import stage1_ssld.preflight as preflight
+import stage1_ssld.store_writer as store_writer
+from shared.backbones import input_settings, save_backbone
+from shared.run_dir import read_metrics
+from stage1_ssld.distill import main as distill
+from stage1_ssld.store import answer_type, replayed_rows
+from stage1_ssld.write_soft_labels import main
+
+
+@pytest.fixture
+def settings(tiny: Any, teacher_file: Path) -> dict[str, Any]:
+    """30 + 14 images, 2 views, every class kept, in files of 16 images."""
+    return {
+        "data": {"train": [str(tiny.train), str(tiny.unlabelled)], "image_size": 32},
+        "teacher": {"model": str(teacher_file)},
+        **{"views": 2, "top": 3, "shard_images": 16, "batch_size": 10},
+        **{"threads": 1, "workers": 0, "device": "cpu"},
+    }
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in store.iterdir()}
+
+
+def untrained(path: Path, change: Callable[[Any], None]) -> str:
+    """A teacher of three classes with other weights."""
+    torch.manual_seed(3)
+    net: Any = timm.create_model("test_resnet", num_classes=3)
+    with torch.no_grad():
+        change(net)
+    names = ["disc", "ring", "stripes"]
+    save_backbone(path, net, arch="test_resnet", inputs=input_settings(net, {}), classes=3, class_names=names)
+    return str(path)
+
+
+# ---- what it leaves
+
+
+def test_a_store_and_what_it_says(
+    arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(main, arguments(settings)) == 0
+    run, out = tmp_path / "run", capsys.readouterr().out
+    # 4 bytes for the rest, 3 x 2 for the classes, 3 x 2 for their log-probabilities
+    assert f"44 images x 2 views x 16 bytes = 0.0 MB in {run / 'store'}" in out
+    assert out.index("44 images") < out.index("% right on 30 images of ") < out.index("3 of 3 files")
+    sizes = {name: len(content) for name, content in contents(run / "store").items() if name != "store.json"}
+    assert sizes == {"shard-00000.bin": 512, "shard-00001.bin": 512, "shard-00002.bin": 12 * 2 * 16}
+    answers = np.concatenate([np.fromfile(file, answer_type(3, 3, "fp16")) for file in (run / "store").glob("*.bin")])
+    probs = np.exp(answers["log_probs"].astype(np.float64))
+    metrics = json.loads((run / "result.json").read_text())["metrics"]
+    assert metrics == {
+        "images": 44,
+        "unreadable": 0,
+        "views": 2,
+        "bytes": 44 * 2 * 16,
+        "entropy": pytest.approx(-(probs * np.log(probs)).sum() / 88, rel=1e-6),
+        "first_probability": pytest.approx(probs.max(-1).mean(), rel=1e-6),
+        "kept_probability": pytest.approx(1, abs=2e-3),
+    }
+    assert f"{100 * metrics['first_probability']:.1f} % of the probability in the first class" in out
+    assert call(main, arguments(settings)) == 0
+    assert capsys.readouterr().out == f"{run}: this run is finished; nothing to do\n"
+
+
+def test_answers_do_not_depend_on_files_batches_and_processes(
+    arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path
+) -> None:
+    """Another shape of a batch may change the last bits."""
+    other = settings | {"shard_images": 7, "batch_size": 3, "workers": 1, "store_precision": "fp32"}
+    assert call(main, arguments(settings | {"store_precision": "fp32"}, "one")) == 0
+    assert call(main, arguments(other, "two")) == 0
+    record = answer_type(3, 3, "fp32")
+    one, two = (
+        np.concatenate([np.fromfile(file, record) for file in sorted((tmp_path / name / "store").glob("*.bin"))])
+        for name in ("one", "two")
+    )
+    np.testing.assert_array_equal(one["classes"], two["classes"])
+    np.testing.assert_allclose(one["log_probs"], two["log_probs"], rtol=1e-4, atol=1e-5)
+
+
+def test_two_ranks_write_the_same_bytes(
+    arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path, scripts: Any
+) -> None:
+    assert call(main, arguments(settings, "one")) == 0
+    process = scripts.run("stage1_ssld/write_soft_labels.py", *arguments(settings, "two"), ranks=2)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("3 of 3 files") == 1  # one rank speaks
+    assert contents(tmp_path / "one" / "store") == contents(tmp_path / "two" / "store")
+    one, two = (json.loads((tmp_path / name / "result.json").read_text())["metrics"] for name in ("one", "two"))
+    assert one == two
+
+
+def test_a_student_learns_from_it_as_from_the_live_teacher(
+    arguments: Any, settings: dict[str, Any], distill_settings: dict[str, Any], call: Any, tmp_path: Path
+) -> None:
+    """Every class kept in float32, as many views as passes, the same seed: the same losses and metrics, live or stored."""
+    assert call(main, arguments(settings | {"store_precision": "fp32"}, "labels")) == 0
+    steps = distill_settings | {"steps": 11, "log_every": 1, "optim": {"lr": 0.05, "reference_batch": 8}}
+    assert call(distill, arguments(steps, "live")) == 0
+    assert call(distill, arguments(steps | {"store": str(tmp_path / "labels" / "store")}, "stored")) == 0
+    live, stored = read_metrics(tmp_path / "live"), read_metrics(tmp_path / "stored")
+    assert len(live) == len(stored) > 11
+    for a, b in zip(live, stored, strict=True):
+        a, b = ({key: line[key] for key in line if key not in ("seconds", "data_wait")} for line in (a, b))
+        assert a.keys() == b.keys()
+        assert b == pytest.approx(a, rel=1e-4, abs=1e-5)
+
+
+# ---- interruptions
+
+
+def test_it_goes_on_with_the_files_that_are_missing(
+    arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in its second file, with a torn one left over, and the first one cut short afterwards."""
+    assert call(main, arguments(settings, "whole")) == 0
+    write, store = store_writer._write_shard, tmp_path / "run" / "store"
+
+    def dies(file: Path, answers: np.ndarray) -> None:
+        if file.name == "shard-00001.bin":
+            (store / ".shard-00001.bin.123").write_bytes(b"half")
+            raise KeyboardInterrupt
+        write(file, answers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_writer, "_write_shard", dies)
+        with pytest.raises(KeyboardInterrupt):
+            call(main, arguments(settings))
+    assert sorted(file.name for file in store.iterdir()) == [".shard-00001.bin.123", "shard-00000.bin"]
+    asked: list[str] = []
+
+    def noted(file: Path, answers: np.ndarray) -> None:
+        asked.append(file.name)
+        write(file, answers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_writer, "_write_shard", noted)
+        patch.setattr(store_writer, "_try_teacher", lambda *_: pytest.fail("it was tried before"))
+        assert call(main, arguments(settings)) == 0
+    assert asked == ["shard-00001.bin", "shard-00002.bin"]
+    assert contents(store) == contents(tmp_path / "whole" / "store")
+
+    (tmp_path / "run" / "result.json").unlink()
+    (store / "shard-00000.bin").write_bytes(b"short")
+    assert call(main, arguments(settings)) == 0
+    assert contents(store) == contents(tmp_path / "whole" / "store")
+
+
+def test_it_stops_on_request_and_goes_on(
+    arguments: Any,
+    settings: dict[str, Any],
+    call: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """SIGTERM in the second file: that one is given up at once."""
+    encode, calls = store_writer.encode_answers, []
+
+    def asked_to_stop(*what: Any) -> np.ndarray:
+        calls.append(1)
+        if len(calls) == 6:  # 4 forward passes a file
+            os.kill(os.getpid(), signal.SIGTERM)
+        return encode(*what)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_writer, "encode_answers", asked_to_stop)
+        assert call(main, arguments(settings)) == 143
+    assert len(calls) == 6
+    store = tmp_path / "run" / "store"
+    assert f"stopped: the files that are finished stay in {store}; the same command goes on" in capsys.readouterr().err
+    assert list(contents(store)) == ["shard-00000.bin"]
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert call(main, arguments(settings)) == 0
+    assert call(main, arguments(settings, "whole")) == 0
+    assert contents(store) == contents(tmp_path / "whole" / "store")
+
+
+# ---- images that cannot be read
+
+
+def test_unreadable_images_are_counted_listed_and_decoded_once(
+    arguments: Any,
+    settings: dict[str, Any],
+    call: Any,
+    tiny: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(tiny.train, folder)
+    broken = folder / "disc" / "disc_004.png"
+    broken.write_bytes(b"no image")
+    read, rows = store_writer.ImageSource.read, []
+
+    def noted(source: Any, row: int) -> Any:
+        rows.append(row)
+        return read(source, row)
+
+    settings["data"]["train"] = [str(folder)]
+    with monkeypatch.context() as patch:
+        patch.setattr(store_writer.ImageSource, "read", noted)
+        assert (
+            call(main, arguments(settings | {"batch_size": 60, "teacher": settings["teacher"] | {"check_images": 0}}))
+            == 0
+        )
+    replayed = 8  # when the header was written
+    assert len(rows) == 30 + replayed
+    run = tmp_path / "run"
+    assert (run / "quarantine.txt").read_text() == f"{broken}\n"
+    assert json.loads((run / "result.json").read_text())["metrics"]["unreadable"] == 1
+    answers = np.fromfile(run / "store" / "shard-00000.bin", answer_type(3, 3, "fp16")).reshape(16, 2)
+    assert np.flatnonzero(np.isnan(answers["rest"]).all(1)).tolist() == [4]
+    assert np.isnan(answers["rest"]).sum() == 2
+
+    (run / "result.json").unlink()
+    (run / "quarantine.txt").unlink()
+    assert (
+        call(main, arguments(settings | {"batch_size": 60, "teacher": settings["teacher"] | {"check_images": 0}})) == 0
+    )
+    assert (run / "quarantine.txt").read_text() == f"{broken}\n"  # from the files that were there
+
+
+def test_too_many_unreadable_images(
+    arguments: Any, settings: dict[str, Any], user_error: Any, tiny: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(tiny.train, folder)
+    for number in range(2):
+        (folder / "disc" / f"disc_00{number}.png").write_bytes(b"no image")
+    settings["data"]["train"] = [str(folder)]
+    assert user_error(main, arguments(settings)) == (
+        f"2 of 30 images cannot be read, listed in {tmp_path / 'run' / 'quarantine.txt'}; "
+        f"mend or remove them (first: {folder / 'disc' / 'disc_000.png'})"
+    )
+    assert not (tmp_path / "run" / "store" / "store.json").exists()
+
+
+# ---- mistakes
+
+
+def test_a_disk_too_small(
+    arguments: Any, settings: dict[str, Any], user_error: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was written before needs no room again."""
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(store_writer.shutil, "disk_usage", lambda _: usage(44 * 32 - 1))
+    assert user_error(main, arguments(settings)) == (
+        f"{tmp_path / 'run' / 'store'}: the store takes 0.0 GB, 0.0 GB are free; fewer views, a smaller top, or another --output"
+    )
+    assert not (tmp_path / "run" / "store").exists()
+    store_writer._check_disk(tmp_path, 44 * 32 - 1)
+    (tmp_path / "shard-00000.bin").write_bytes(b"x")
+    store_writer._check_disk(tmp_path, 44 * 32)
+
+
+def test_more_classes_than_there_are(arguments: Any, settings: dict[str, Any], user_error: Any) -> None:
+    assert user_error(main, arguments(settings | {"top": 4})) == (
+        "top: 4 classes are to be kept, the teacher has 3; set top: 3 to keep all"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            {"teacher": {"model": "x.safetensors", "batchnorm": "batch"}},
+            "teacher.batchnorm: batch depends on the other images of a batch and cannot be stored; set eval, or distil live",
+        ),
+        (
+            {"data": {"train": ["x"], "mixup": 0.2}},
+            "data.mixup, data.cutmix: mixed images cannot be stored; set them to 0, or distil live",
+        ),
+        (
+            {"data": {"train": ["x"], "streaming": True}},
+            "data.streaming: a store needs the row of every image; set it to false",
+        ),
+    ],
+)
+def test_what_cannot_be_stored(
+    arguments: Any, settings: dict[str, Any], user_error: Any, change: dict[str, Any], line: str
+) -> None:
+    assert user_error(main, arguments(settings | change)).endswith(f": {line}")
+
+
+def test_a_teacher_that_knows_nothing_is_refused_and_may_be_changed(
+    arguments: Any,
+    settings: dict[str, Any],
+    user_error: Any,
+    call: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Always the same answer is right for a third of the images. The same folder takes the right teacher afterwards."""
+    monkeypatch.setattr(preflight, "ENOUGH", 30)
+    settings["teacher"] = {"model": untrained(tmp_path / "bad.safetensors", lambda net: net.fc.weight.zero_())}
+    line = user_error(main, arguments(settings))
+    assert line.startswith(f"{tmp_path / 'bad.safetensors'}: 33.3 % right on 30 images of ")
+    assert "no better than guessing" in line
+    settings["teacher"]["check_images"] = 0
+    assert call(main, arguments(settings)) == 0
+
+
+def test_a_teacher_whose_answers_are_not_finite(
+    arguments: Any, settings: dict[str, Any], user_error: Any, tmp_path: Path
+) -> None:
+    model = untrained(tmp_path / "bad.safetensors", lambda net: net.fc.bias.fill_(float("inf")))
+    assert user_error(main, arguments(settings | {"teacher": {"model": model, "check_images": 0}})).startswith(
+        "teacher: answers that are not finite"
+    )
+
+
+# ---- which views are replayed
+
+
+@pytest.mark.parametrize(("sizes", "count"), [([100], 8), ([5, 100], 8), ([3, 4, 5], 9), ([1] * 12, 12), ([2], 8)])
+def test_replayed_views_are_of_every_source(sizes: list[int], count: int) -> None:
+    class Source:
+        def __init__(self, number: int, size: int) -> None:
+            self.number, self.size = number, size
+
+        def __len__(self) -> int:
+            return self.size
+
+    sources: Any = [Source(number, size) for number, size in enumerate(sizes)]
+    chosen = replayed_rows(sources, views=4)
+    assert len(set(chosen)) == len(chosen) == count
+    assert {number for number, _, _ in chosen} == set(range(len(sizes)))
+    assert all(row < sizes[number] and view < 4 for number, row, view in chosen)
