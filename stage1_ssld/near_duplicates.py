@@ -80,11 +80,12 @@ def close_images(hash_N: np.ndarray, other_hash_M: np.ndarray, distance: int) ->
     both = np.concatenate([hash_N, other_hash_M])
     unique, group_of = np.unique(both, return_inverse=True)
     mine, theirs = _Members(group_of[: len(hash_N)], len(unique)), _Members(group_of[len(hash_N) :], len(unique))
-    near = close_hashes(unique, distance, np.diff(mine.starts) > 0)
-    same = np.arange(len(unique))
+    count_mine, count_theirs = np.diff(mine.starts), np.diff(theirs.starts)
+    near = close_hashes(unique, distance, count_mine > 0)
+    same = np.flatnonzero((count_mine > 0) & (count_mine + count_theirs > 1))  # equal hashes
     left = np.concatenate([near.left_P, near.right_P, same])
     right = np.concatenate([near.right_P, near.left_P, same])
-    bits = np.concatenate([near.distance_P, near.distance_P, np.zeros(len(unique), np.uint8)])
+    bits = np.concatenate([near.distance_P, near.distance_P, np.zeros(len(same), np.uint8)])
     inside = [
         Pairs(a[a > b], b[a > b], bits[which][a > b]) for a, b, which in _expanded(mine, left, mine, right) if len(a)
     ]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from shared.errors import UserError
 from shared.paddle_weights import read_paddle_weights, to_torch
 
-ARRAYS = {
+ARRAYS: dict[str, np.ndarray] = {
     "fc.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
     "stem.weight": np.asfortranarray(np.linspace(-1, 1, 24).reshape(2, 3, 2, 2)),
     "bn._mean": np.array([1.5, -2.5], ">f4"),

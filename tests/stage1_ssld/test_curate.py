@@ -67,7 +67,9 @@ def scene_teacher(planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     with torch.no_grad():
         pixels_BCHW = torch.stack(views) / 127.5 - 1
         embedding = net.eval().forward_head(net.forward_features(pixels_BCHW), pre_logits=True)
-        net.get_classifier().weight.copy_(torch.randn(3, embedding.shape[1]) / (embedding.std(0) + embedding.std(0).mean()))
+        net.get_classifier().weight.copy_(
+            torch.randn(3, embedding.shape[1]) / (embedding.std(0) + embedding.std(0).mean())
+        )
         net.get_classifier().bias.copy_(-(net(pixels_BCHW) - net.get_classifier().bias).mean(0))
     path = tmp_path_factory.mktemp("scene_teacher") / "teacher.safetensors"
     names = ["disc", "ring", "stripes"]
@@ -105,7 +107,13 @@ def metrics(run: Path) -> dict[str, Any]:
 
 
 def test_keeps_the_best_of_each_class_and_no_copy(
-    arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path, files_below: Any, planted: Path, scene_teacher: Path
+    arguments: Any,
+    settings: dict[str, Any],
+    call: Any,
+    tmp_path: Path,
+    files_below: Any,
+    planted: Path,
+    scene_teacher: Path,
 ) -> None:
     """Scores against timm's own forward pass, the choice among the images without a double against sorting these."""
     run = tmp_path / "run"
@@ -168,7 +176,9 @@ def test_keeps_the_best_of_each_class_and_no_copy(
     assert (f"{len(short)} of 3 classes have fewer than 5 images" in log) == bool(short)
 
 
-def test_a_manifest_is_a_source(arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path, planted: Path) -> None:
+def test_a_manifest_is_a_source(
+    arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path, planted: Path
+) -> None:
     """Its rows are the images; it says which teacher, classes, settings and numbers it comes from."""
     assert call(curate, arguments(settings)) == 0
     source = ImageSource(SourceConfig(path=str(tmp_path / "run" / "selected.parquet")), 0)
@@ -205,7 +215,9 @@ def test_min_score_and_more_than_k(arguments: Any, settings: dict[str, Any], cal
     assert metrics(tmp_path / "some")["beyond_keep"] > 0
 
 
-def test_hash_alone_does_not_condemn(arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path, planted: Path) -> None:
+def test_hash_alone_does_not_condemn(
+    arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path, planted: Path
+) -> None:
     """Pairs with close hashes whose embeddings are not close stay: with cosine 1 only the very same pixels are a duplicate."""
     for name in ("only_val", "nothing"):
         change: dict[str, Any] = {"cosine": 1.0, "keep": 50}

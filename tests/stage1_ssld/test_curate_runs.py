@@ -145,7 +145,9 @@ def test_a_source_given_twice_and_a_label_file(
     twice = settings | {"pool": [*settings["pool"], str(tiny.train)]}
     assert user_error(curate, arguments(twice)) == f"pool: {tiny.train} is given twice; give every source once"
     labelled = settings | {"val": [{"path": str(tiny.parquet), "labels": str(tiny.parquet)}]}
-    assert user_error(curate, arguments(labelled, "labels")).startswith(f"val.0: {tiny.parquet}: a label file is not read here")
+    assert user_error(curate, arguments(labelled, "labels")).startswith(
+        f"val.0: {tiny.parquet}: a label file is not read here"
+    )
 
 
 def test_keep_larger_than_a_pool_of_unknown_size(
@@ -157,7 +159,9 @@ def test_keep_larger_than_a_pool_of_unknown_size(
     with tarfile.open(tmp_path / "pool.tar", "w") as archive:
         archive.add(tiny.train, "train")
     change = {"pool": [str(tmp_path / "pool.tar")], "streaming": True, "materialise": True, "keep": 31}
-    assert "keep: 31 images a class are more than the 30 of the whole pool" in user_error(curate, arguments(settings | change))
+    assert "keep: 31 images a class are more than the 30 of the whole pool" in user_error(
+        curate, arguments(settings | change)
+    )
 
 
 def test_a_pool_that_changed_since_the_run_began(
@@ -177,7 +181,9 @@ def test_a_pool_that_changed_since_the_run_began(
             call(curate, arguments(settings))
     next((tmp_path / "pool").rglob("*.png")).unlink()
     message = user_error(curate, arguments(settings))
-    assert message == f"{tmp_path / 'run'}: the files of the pool have changed since this run began; give another --output"
+    assert (
+        message == f"{tmp_path / 'run'}: the files of the pool have changed since this run began; give another --output"
+    )
 
 
 def test_unreadable_images_are_listed_or_too_many(
@@ -197,7 +203,12 @@ def test_unreadable_images_are_listed_or_too_many(
 
 
 def test_an_image_that_went_away_since_it_was_scored(
-    arguments: Any, settings: dict[str, Any], user_error: Any, tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
+    arguments: Any,
+    settings: dict[str, Any],
+    user_error: Any,
+    tmp_path: Path,
+    tiny: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pool = tmp_path / "pool"
     shutil.copytree(tiny.train, pool)
@@ -234,7 +245,13 @@ def test_a_thousand_unreadable_images_end_a_pass_early(tmp_path: Path) -> None:
     job = Job(0, RowShard(Broken(), "broken", 0, 10**6))
     with pytest.raises(Exception, match="1024 of 1024 images cannot be read; mend or remove them \\(first: row 0\\)"):
         over_shards(
-            [job], Reading(False), lambda _: None, lambda *_: None, batch_size=128, workers=0, told=lambda *got: told.append(got)
+            [job],
+            Reading(False),
+            lambda _: None,
+            lambda *_: None,
+            batch_size=128,
+            workers=0,
+            told=lambda *got: told.append(got),
         )
     assert told == []
 

@@ -143,10 +143,10 @@ def test_evaluate_with_a_bank_on_one_and_two_processes(
     for path in (tiny.val, tiny.train):
         source = ImageSource(SourceConfig(path=str(path)), 0)
         views = ValViews(source, source.labels, size=inputs.size[0], crop=0.875, interpolation=inputs.interpolation)
-        pixels = torch.stack([item.pixels_CHW for item in views if item.pixels_CHW is not None])
+        images = torch.stack([pixels for row in range(len(views)) if (pixels := views[row].pixels_CHW) is not None])
         with torch.no_grad():
-            parts += [embed(net, pixels).double().numpy(), np.array(source.labels)]
-    assert metrics["knn_top1"] == pytest.approx(by_hand(*parts, k=5))
+            parts += [embed(net, images).double().numpy(), np.array(source.labels)]
+    assert metrics["knn_top1"] == pytest.approx(by_hand(parts[0], parts[1], parts[2], parts[3], 5))
 
     process = scripts.run("stage1_ssld/evaluate.py", *argv, "--output", str(tmp_path / "two"), ranks=2)
     assert process.returncode == 0, process.stderr

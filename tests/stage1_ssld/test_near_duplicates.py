@@ -29,9 +29,7 @@ def every_pair(a: np.ndarray, b: np.ndarray, distance: int) -> dict[tuple[int, i
 
 
 def as_dict(pairs: Pairs) -> dict[tuple[int, int], int]:
-    found = {
-        (int(left), int(right)): int(bits) for left, right, bits in zip(*pairs, strict=True)
-    }
+    found = {(int(left), int(right)): int(bits) for left, right, bits in zip(*pairs, strict=True)}
     assert len(found) == len(pairs.left_P), "a pair came twice"
     return found
 

@@ -15,7 +15,9 @@ def stream(rows: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarr
     return generator.integers(0, classes, rows), scores, generator.permutation(rows)
 
 
-def sorted_reference(class_N: np.ndarray, score_N: np.ndarray, id_N: np.ndarray, keep: int) -> list[tuple[int, float, int]]:
+def sorted_reference(
+    class_N: np.ndarray, score_N: np.ndarray, id_N: np.ndarray, keep: int
+) -> list[tuple[int, float, int]]:
     kept = []
     for number in set(class_N.tolist()):
         rows = [row for row in zip(class_N.tolist(), score_N.tolist(), id_N.tolist(), strict=True) if row[0] == number]

@@ -1,0 +1,204 @@
+"""Ratios of stage 1, measured side by side in one run on whatever device there is: never an absolute time.
+
+    python benchmarks/distill.py FOLDER_OF_IMAGES [--pairs 30] [--student resnet18d --teacher resnet34d --size 64 --batch 16]
+
+(a) a step from a store / a supervised step                          wanted: at most 1.05
+(b) a step with a live teacher / (its forward pass + a supervised step)   at most 1.02
+(c) a step with a live teacher / timm's LogitDistillationTask, same networks and precision   at most 1.00 on a CPU, 0.75 on a GPU
+(d) images/s of our views / PIL with torchvision's v1 transforms up to a normalised float tensor   at least 1.6
+(e) share of a training loop's time spent waiting for images, one loader process
+
+The works of a round run one after the other, in alternating order; printed are the median and the quartiles over the rounds. Needs timm only as the
+opponent of (c), on labelled images, because it takes no others.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.task import LogitDistillationTask
+from torchvision import transforms
+
+from shared.backbones import create_classifier, parse_reference, place
+from shared.files import require_images
+from shared.images import decode_image
+from stage1_ssld.batch import SoftLabels
+from stage1_ssld.config import DistillConfig
+from stage1_ssld.data import TrainingData
+from stage1_ssld.data_config import DataConfig, LossConfig, TeacherConfig
+from stage1_ssld.objective import Objective
+from stage1_ssld.sources import open_sources
+from stage1_ssld.store import bucket_log_probs, soft_log_probs
+from stage1_ssld.teachers import make_teacher
+from stage1_ssld.views import training_view
+
+Work = Callable[[], None]
+KEPT = 10
+
+
+def rounds(works: dict[str, Work], count: int, device: torch.device) -> list[dict[str, float]]:
+    """Seconds of each work in every round; one round before them is not counted."""
+    found: list[dict[str, float]] = []
+    for number in range(count + 1):
+        seconds = {}
+        for name in works if number % 2 else reversed(works):
+            start = time.perf_counter()
+            works[name]()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name] = time.perf_counter() - start
+        found.append(seconds)
+    return found[1:]
+
+
+def show(label: str, ratios: list[float]) -> None:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    print(f"{label:<62} {middle:.3f}  ({low:.3f} to {high:.3f})")
+
+
+def steps(arguments: argparse.Namespace, device: torch.device) -> None:
+    """(a), (b) and (c)."""
+    size, batch, dtype = arguments.size, arguments.batch, torch.bfloat16 if device.type == "cuda" else torch.float32
+    pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
+    labels = torch.randint(0, 1000, (batch,), device=device)
+    reference = parse_reference(f"random:{arguments.student}")
+    student = place(create_classifier(reference)[0].train(), device, channels_last=True)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1e-4, momentum=0.9)
+    teacher_config = TeacherConfig(model=f"random:{arguments.teacher}")
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    teacher = make_teacher(teacher_config, precision=precision, device=device, channels_last=True)
+    objective, supervised = Objective([LossConfig(name="symmetric_kl")], 0.0), Objective([], 1.0)
+    best = F.log_softmax(teacher(pixels), dim=-1).topk(KEPT, dim=-1)
+    rest = torch.log1p(-best.values.exp().sum(-1).clamp(max=1 - 1e-6))
+    soft = SoftLabels(best.indices, best.values, rest)
+
+    def learn(loss_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = student(pixels)
+        (loss_of(logits) / batch).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def from_store() -> None:
+        learn(lambda z: objective(z, (bucket_log_probs(z, soft), soft_log_probs(soft, z.shape[-1])), labels)["loss"])
+
+    def from_labels() -> None:
+        learn(lambda z: supervised(z, None, labels)["loss"])
+
+    def live() -> None:
+        learn(lambda z: objective(z, (z, teacher(pixels)), labels)["loss"])
+
+    def teacher_alone() -> None:
+        teacher(pixels)
+
+    task = LogitDistillationTask(
+        timm.create_model(arguments.student), timm.create_model(arguments.teacher), loss_type="kl"
+    )
+    task = task.to(device).train()
+    task_optimizer = torch.optim.SGD(task.student.parameters(), lr=1e-4, momentum=0.9)
+    mean, std = student.mean_3, student.std_3
+
+    def timms() -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = task((pixels.float() - mean) / std, labels)["loss"]
+        loss.backward()
+        task_optimizer.step()
+        task_optimizer.zero_grad(set_to_none=True)
+        loss.item()  # its training script reads the loss every step
+
+    works = {"store": from_store, "labels": from_labels, "live": live, "teacher": teacher_alone, "timm": timms}
+    found = rounds(works, arguments.pairs, device)
+    show("(a) store step / supervised step", [r["store"] / r["labels"] for r in found])
+    show(
+        "(b) live step / (teacher forward + supervised step)", [r["live"] / (r["teacher"] + r["labels"]) for r in found]
+    )
+    show("(c) live step / timm's LogitDistillationTask", [r["live"] / r["timm"] for r in found])
+
+
+def loader(arguments: argparse.Namespace) -> None:
+    """(d)."""
+    files = [arguments.folder / name for name in require_images(arguments.folder)][:20]
+    data = DataConfig.model_validate({"train": [str(arguments.folder)], "image_size": 224})
+    crop = transforms.RandomResizedCrop(224, data.crop_area, data.crop_ratio)
+    normalise = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    chain = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise])
+
+    def ours() -> None:
+        for file in files:
+            training_view(decode_image(file), str(file), 0, data, 0)
+
+    def theirs() -> None:
+        for file in files:
+            with Image.open(file) as image:
+                chain(image.convert("RGB"))
+
+    found = rounds({"ours": ours, "theirs": theirs}, arguments.pairs, torch.device("cpu"))
+    show("(d) images/s of our views / torchvision's v1 transforms", [r["theirs"] / r["ours"] for r in found])
+
+
+def waiting(arguments: argparse.Namespace, device: torch.device) -> None:
+    """(e)."""
+    config = DistillConfig.model_validate(
+        {
+            "output": "unused",
+            "data": {"train": [str(arguments.folder)], "image_size": arguments.size},
+            "student": f"random:{arguments.student}",
+            "teacher": f"random:{arguments.teacher}",
+            "steps": arguments.pairs,
+            "batch_size": arguments.batch,
+            "workers": 1,
+            "optim": {"lr": 1e-4, "reference_batch": arguments.batch},
+        }
+    )
+    sources = open_sources(config.data.train, "data.train")
+    student = place(create_classifier(parse_reference(config.student.model))[0].train(), device, channels_last=True)
+    assert config.teacher is not None
+    teacher = make_teacher(config.teacher, precision="fp32", device=device, channels_last=True)
+    objective = Objective(config.losses, 0.0)
+    waited = worked = 0.0
+    training = TrainingData(config, sources, [None])
+    with closing(training.batches(0, arguments.pairs, rank=0, ranks=1, pin_memory=device.type == "cuda")) as stream:
+        for number in range(arguments.pairs):
+            asked = time.perf_counter()
+            batch = next(stream)
+            came = time.perf_counter()
+            pixels = batch.pixels_BCHW.to(device, non_blocking=True)
+            logits = student(pixels)
+            objective(logits, (logits, teacher(pixels)), batch.labels_B.to(device))["loss"].backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if number:  # the first batch waits for the loader to start
+                waited, worked = waited + came - asked, worked + time.perf_counter() - came
+    print(f"{'(e) share of the loop spent waiting, one loader process':<62} {waited / (waited + worked):.3f}")
+
+
+def main() -> None:
+    """Print all ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--student", default="resnet18d")
+    parser.add_argument("--teacher", default="resnet34d")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16)
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, timm {timm.__version__}, {device}, {arguments.pairs} rounds: median (quartiles)")
+    print(f"{arguments.student} from {arguments.teacher} at {arguments.size} px, batch {arguments.batch}")
+    steps(arguments, device)
+    loader(arguments)
+    waiting(arguments, device)
+
+
+if __name__ == "__main__":
+    main()
