@@ -1,5 +1,6 @@
 """Every published recipe: loads, resolves to the published settings, and trains two steps of each of its stages at tiny size."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -109,7 +110,7 @@ def test_resolves_to_the_published_settings(name: str, tmp_path: Path) -> None:
             assert config.data.val is not None
     # A phase starts from the one before it.
     names = list(PHASES[name])
-    for before, after in zip(names, names[1:], strict=False):
+    for before, after in itertools.pairwise(names):
         config = stages[after]
         if isinstance(config, DistillConfig) and before != "teacher":
             assert config.student.model == str(tmp_path / before / "student.safetensors")
