@@ -93,7 +93,10 @@ def log_numbers(run: RunDir, metrics: dict[str, Any], selection: Selection) -> N
     short = np.flatnonzero(counts < keep)
     if len(short):
         names = selection.class_names
-        first = ", ".join(f"{names[number] if names else number} ({counts[number]})" for number in short[:5].tolist())
+        first = ", ".join(
+            f"{names[number] if names else f'class {number}'} ({counts[number]})"
+            for number in short[np.argsort(counts[short], kind="stable")][:5].tolist()
+        )
         run.log(
             f"{len(short)} of {selection.classes} classes have fewer than {keep} images: {first}{', ...' if len(short) > 5 else ''}"
         )

@@ -46,9 +46,9 @@ def draw_numbers(path: Path, kept_K: np.ndarray, keep: int, histogram: np.ndarra
     kept = np.histogram(score_N, edges)[0]
     right.stairs(histogram, edges, fill=True, color=_POOL, label=f"pool ({histogram.sum():,})")
     right.stairs(kept, edges, fill=True, color=_KEPT, label=f"kept ({len(score_N):,})")
-    right.set(xlabel="probability of the first class", ylabel="images", xlim=(0, 1), yscale="symlog", title="scores")
+    right.set(xlabel="probability of the first class", ylabel="images", xlim=(0, 1), yscale="symlog")
     right.set_ylim(bottom=0)
-    right.legend(frameon=False, loc="upper left")
+    right.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.title.set_fontsize(10)
@@ -66,7 +66,8 @@ def draw_examples(path: Path, rows: Sequence[Row], columns: int) -> None:
         line[0].text(-0.12, 0.5, row.title, transform=line[0].transAxes, ha="right", va="center", fontsize=8)
         for picture, axes in zip(row.pictures, line, strict=False):
             axes.imshow(picture.image_HWC, interpolation="nearest")
-            axes.set_title(_shortened(picture.caption), fontsize=7, y=-0.02, va="top")
+            caption = _shortened(picture.caption)
+            axes.text(0.5, -0.04, caption, transform=axes.transAxes, ha="center", va="top", fontsize=7)
     figure.savefig(path, dpi=120)
 
 

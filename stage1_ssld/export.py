@@ -60,8 +60,10 @@ def export_backbone(config: ExportConfig) -> None:
     size = (config.image_size, config.image_size) if config.image_size else inputs.size
     if inputs.fixed_size and size != inputs.size:
         raise UserError(f"image_size: {reference.arch} takes {inputs.size[0]} pixels only; leave it out")
+    metadata = (
+        reference.metadata | ({} if size == inputs.size else {"trained_size": inputs.size}) | {"input_size": size}
+    )
     inputs = InputSettings(inputs.mean, inputs.std, size, inputs.interpolation, inputs.fixed_size)
-    metadata = reference.metadata | {"input_size": size}
     run = RunDir(config, "export")
     if run.status == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")
@@ -98,7 +100,7 @@ def export_backbone(config: ExportConfig) -> None:
     card = model_card(
         metadata,
         read_recipe(config.model),
-        name=config.push_to_hub or "hub",
+        repository=config.push_to_hub,
         parameters=sum(parameter.numel() for parameter in classifier.parameters()),
         parity=parity,
     )

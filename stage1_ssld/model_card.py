@@ -30,20 +30,19 @@ def model_card(
     metadata: dict[str, Any],
     recipe: dict[str, Any] | None,
     *,
-    name: str,
+    repository: str | None,
     parameters: int,
     parity: dict[str, float] | None = None,
 ) -> str:
     """README.md of a model.
 
     Args:
-        metadata: of the backbone file.
+        metadata: of the backbone file; `trained_size` where it was measured at another size than `input_size`.
         recipe: settings of its training.
-        name: to load it by.
+        repository: ORG/NAME on the hub; None for a folder that stays where it is.
         parameters: their number.
         parity: what `onnx_file.compare` measured.
     """
-    size = " x ".join(str(side) for side in metadata["input_size"])
     licence = str(metadata.get("licence") or "unknown")
     front = {
         "library_name": "timm",
@@ -51,16 +50,27 @@ def model_card(
         "license": _hub_licence(licence),
         "tags": ["timm", "image-classification", "knowledge-distillation", "ssld"],
     }
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", "", f"# {name.rpartition('/')[2]}", ""]
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).rstrip(),
+        "---",
+        "",
+        f"# {(repository or metadata['arch']).rpartition('/')[2]}",
+        "",
+    ]
     lines += [_summary(metadata), "", "## Use", "", "```python", "import timm", ""]
-    lines += [f'model = timm.create_model("{_loaded_by(name)}", pretrained=True).eval()', "```", ""]
+    lines += [
+        f'model = timm.create_model("{f"hf-hub:{repository}" if repository else "local-dir:hub"}", pretrained=True).eval()',
+        "```",
+        "",
+    ]
     lines += ["## Model", ""]
     lines += _table(
         [
             ("architecture (timm)", metadata["arch"]),
             ("parameters", f"{parameters / 1e6:.2f} M"),
             ("classes", _classes(metadata)),
-            ("image size", size),
+            ("image size", _size(metadata["input_size"])),
             ("central crop in evaluation", metadata.get("crop_pct", "not recorded")),
             ("interpolation", metadata.get("interpolation")),
             ("mean, standard deviation", f"{_numbers(metadata['mean'])}; {_numbers(metadata['std'])}"),
@@ -83,11 +93,9 @@ def _summary(metadata: dict[str, Any]) -> str:
             f"{arch}, distilled from {public(teacher['reference'])} without human labels in the loss: "
             "simple semi-supervised label distillation (SSLD, arXiv 2103.05959)."
         )
-    return f"{arch}, trained on labelled images."
-
-
-def _loaded_by(name: str) -> str:
-    return f"hf-hub:{name}" if "/" in name else f"local-dir:{name}"
+    if metadata.get("objective") == "labels":
+        return f"{arch}, trained on labelled images."
+    return f"{arch}. How it was trained is not recorded."
 
 
 def _classes(metadata: dict[str, Any]) -> str:
@@ -105,6 +113,8 @@ def _measured(metadata: dict[str, Any], parity: dict[str, float] | None) -> list
         rows.append(("KL to the teacher, nats", f"{metrics['kl']:.4f}"))
     if rows and "images" in metrics:
         rows.append(("validation images", metrics["images"]))
+    if rows and metadata.get("trained_size"):
+        rows.append(("at image size", _size(metadata["trained_size"])))
     if parity:
         rows.append(
             ("largest difference of ONNX and torch", f"{parity['relative_difference']:.1e} of the largest logit")
@@ -156,6 +166,10 @@ def _hub_licence(licence: str) -> str:
     if licence == "unknown":
         return "unknown"
     return "other" if " " in licence or ":" in licence else licence.lower()
+
+
+def _size(sides: Any) -> str:
+    return " x ".join(str(side) for side in sides)
 
 
 def _numbers(values: Any) -> str:

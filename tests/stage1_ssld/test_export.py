@@ -75,6 +75,9 @@ def test_the_differences_are_reported(exported: Path) -> None:
     assert re.search(
         r"ONNX against torch on 7 images: logits differ by at most .*e-0\d", (exported / "log.txt").read_text()
     )
+    card = (exported / "hub" / "README.md").read_text()
+    assert "| image size | 32 x 32 |" in card
+    assert "| at image size | 160 x 160 |" in card
     outputs = set(json.loads((exported / "result.json").read_text())["outputs"])
     assert outputs == {"backbone.onnx", "hub/README.md", "hub/config.json", "hub/model.safetensors"}
 

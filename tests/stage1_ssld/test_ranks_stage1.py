@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -92,3 +93,31 @@ def test_a_mistake_under_a_launcher_is_left_in_the_run_directory(
     error = json.loads((tmp_path / "run" / "error.json").read_text())
     assert error["exit_code"] == 2
     assert error["error"] == "batch_size 8 is not a multiple of 2 processes x accumulate 3"
+
+
+def test_checkpoints_of_two_ranks_and_of_one_go_on_with_the_other(
+    arguments: Any, distill_settings: Any, call: Any, tmp_path: Path, scripts: Any, tiny: Any
+) -> None:
+    """Weighted streams: four steps on two ranks and four on one, and the other way round, equal eight on one."""
+    sources = [{"path": str(tiny.parquet), "weight": 3}, {"path": str(tiny.unlabelled), "weight": 1}]
+    settings = distill_settings | {"data": {"train": sources, "streaming": True, "image_size": 32}, "save_every": 2}
+    settings |= {"optim": {"lr": 0.05, "reference_batch": 8}, "keep_checkpoints": 9}
+    assert call(distill, arguments(settings | {"steps": 8}, "whole")) == 0
+    expected = read_tensors(tmp_path / "whole" / "student.safetensors")
+    # A run of eight steps that stopped after four: its later checkpoints and its result are taken away.
+    for first, second in ((2, 1), (1, 2)):
+        name = f"first{first}"
+        for ranks in (first, second):
+            if ranks == 2:
+                process = scripts.run("stage1_ssld/distill.py", *arguments(settings | {"steps": 8}, name), ranks=2)
+                assert process.returncode == 0, process.stderr
+            else:
+                assert call(distill, arguments(settings | {"steps": 8}, name)) == 0
+            run = tmp_path / name
+            if ranks == first:
+                for later in ("step_00000006", "step_00000008"):
+                    shutil.rmtree(run / "checkpoints" / later)
+                (run / "result.json").unlink()
+        assert "resumed from step_00000004" in (run / "log.txt").read_text()
+        for tensor_name, tensor in read_tensors(run / "student.safetensors").items():
+            torch.testing.assert_close(tensor, expected[tensor_name], rtol=1e-4, atol=2e-6)

@@ -110,6 +110,18 @@ def test_readers_of_tar_files_go_through_their_own_in_turn(pools: Pools) -> None
         }
 
 
+def test_images_are_shuffled_within_blocks(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "BUFFERED", 4)
+    order = [
+        key for batch in keys(batches(data_of(f"{pools['tars']}/4.tar"), batch=2, steps=range(12))) for key in batch
+    ]
+    blocks = [order[first : first + 4] for first in range(0, 24, 4)]  # 8 images, one reader: two blocks a pass
+    assert all(sorted(block) == sorted(blocks[number % 2]) for number, block in enumerate(blocks))
+    assert max(blocks[0]) < min(blocks[1])
+    assert len({tuple(block) for block in blocks}) == 6
+    assert not all(block == sorted(block) for block in blocks)
+
+
 @pytest.mark.parametrize("kind", ["folder", "table", "tars"])
 def test_views_are_those_of_the_image_and_the_pass(kind: str, pools: Pools) -> None:
     data = data_of(pools[kind], augment="trivial")
