@@ -55,7 +55,7 @@ KINDS: dict[CommandName, Kind] = {
     "curate": Kind("stage1_ssld/curate.py", CurateConfig, ("selected.parquet", "selected")),
     "soft_labels": Kind("stage1_ssld/write_soft_labels.py", SoftLabelsConfig, ("store",)),
     "distill": Kind("stage1_ssld/distill.py", DistillConfig, ("student.safetensors", "student_best.safetensors")),
-    "evaluate_backbone": Kind("stage1_ssld/evaluate.py", EvaluateBackboneConfig, one_process=True),
+    "evaluate_backbone": Kind("stage1_ssld/evaluate.py", EvaluateBackboneConfig),
     "export_backbone": Kind("stage1_ssld/export.py", ExportConfig, ("backbone.onnx", "hub"), one_process=True),
     "train": Kind("stage2_detect/train.py", TrainConfig, ("detector.safetensors",)),
     "evaluate_detector": Kind("stage2_detect/evaluate.py", EvaluateDetectorConfig),

@@ -13,7 +13,7 @@ import torch
 from shared import training_state
 from shared.checkpoint import complete_checkpoints
 from shared.model_file import content_hash, read_tensors
-from stage1_ssld import loop
+from stage1_ssld import losses
 from stage1_ssld.distill import main as distill
 from stage1_ssld.evaluate import main as evaluate
 
@@ -152,9 +152,9 @@ def test_loss_that_is_not_finite(
     def diverging(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         return student.sum() * (
             float("nan") if next(steps) == 6 else 0.0
-        )  # the first call is the check of the first loss
+        )  # the second call is the check of the first loss
 
-    monkeypatch.setattr(loop, "symmetric_kl", diverging)
+    monkeypatch.setattr(losses, "symmetric_kl", diverging)
     settings = distill_settings | {"save_every": 2, "log_every": 10, "steps": 12}
     line = user_error(distill, arguments(settings))
     assert "loss is not finite at step 5: loss nan, agreement" in line

@@ -98,6 +98,17 @@ def test_rows_that_are_not_labelled_are_not_left_out(tiny: Any) -> None:
             source_shards(SourceConfig(path=str(tiny.parquet), labels="truth.parquet"), 0, streaming=streaming)
 
 
+def test_labels_of_tar_files_are_not_read(tmp_path: Path, jpeg: Any) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name, content in (("1.jpg", jpeg()), ("1.cls", b"no number")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    for streaming in (False, True):
+        (shard,) = source_shards(SourceConfig(path=str(tmp_path)), 0, streaming=streaming)
+        assert [sample.name for sample in shard.samples()] == ["x.tar/1.jpg"]
+
+
 def test_a_row_group_is_read_a_few_rows_at_a_time(tmp_path: Path) -> None:
     """One row group of 48 MB: its first images come without the rest."""
     rows = [np.random.default_rng(n).bytes(100_000) for n in range(480)]

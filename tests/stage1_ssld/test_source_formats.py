@@ -161,6 +161,13 @@ def test_patterns(tiny: Any, tmp_path: Path, jpeg: Any) -> None:
     assert "no Parquet files, tar files or images match" in message(f"{tmp_path}/*.webp")
 
 
+def test_a_pattern_where_the_command_is_started(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny.train)
+    images = source("*/ring_*.png")
+    assert images.key(2) == "0:ring/ring_002.png"
+    assert torch.equal(images.read(2), source(tiny.train).read(12))
+
+
 # ---- URLs
 
 

@@ -108,6 +108,14 @@ def test_each_weighted_source_goes_through_its_own_images_in_turn() -> None:
             assert sorted(index for index, number in own if number == view) == list(range(low, high))
 
 
+def test_every_own_pass_has_an_order_of_its_own() -> None:
+    """The last source begins its first and its eighth pass with places 0 and 70 of its own: other images come first."""
+    numbers = [item for batch in weighted(steps=33) for item in batch]
+    first, later = ({i for i, _ in numbers[30 * n : 30 * n + 30] if i >= 20} for n in (0, 10))
+    assert len(first) == len(later) == 7
+    assert first != later
+
+
 @pytest.mark.parametrize(("ranks", "accumulate"), [(2, 1), (1, 5)])
 def test_weighted_batches_do_not_depend_on_ranks_or_on_where_they_begin(ranks: int, accumulate: int) -> None:
     parts = [list(weighted(rank=rank, ranks=ranks, accumulate=accumulate)) for rank in range(ranks)]
