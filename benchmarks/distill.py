@@ -99,11 +99,10 @@ def steps(arguments: argparse.Namespace, device: torch.device) -> None:
     def teacher_alone() -> None:
         teacher(pixels)
 
-    task = LogitDistillationTask(
-        timm.create_model(arguments.student), timm.create_model(arguments.teacher), loss_type="kl"
-    )
-    task = task.to(device).train()
-    task_optimizer = torch.optim.SGD(task.student.parameters(), lr=1e-4, momentum=0.9)
+    opponent = timm.create_model(arguments.student)
+    task = LogitDistillationTask(opponent, timm.create_model(arguments.teacher), loss_type="kl")
+    task = task.to(device, memory_format=torch.channels_last).train()
+    task_optimizer = torch.optim.SGD(opponent.parameters(), lr=1e-4, momentum=0.9)
     mean, std = student.mean_3, student.std_3
 
     def timms() -> None:

@@ -1,9 +1,10 @@
 """Near-duplicates: all pairs of perceptual hashes within a Hamming distance, and which images of confirmed pairs have to go. Torch-free.
 
 The search is exact. Of h + 3 groups of bits, two hashes at distance h at most agree in three whole groups: sorting by every choice of three brings
-them together (the block permutations of Manku, Jain and Das Sarma, "Detecting near-duplicates for web crawling", WWW 2007). Why not a library: faiss
-(IndexBinaryMultiHash, the one exact method of the kept libraries beside brute force) took 140 s or more, and 190 MB, on one core to join a million
-hashes with themselves at h = 6, this 10 s and 45 MB (docs/benchmarks); approximate indices miss pairs, and a missed validation image is a leak.
+them together (the block permutations of Manku, Jain and Das Sarma, "Detecting near-duplicates for web crawling", WWW 2007).
+
+Why not a library: of the kept ones faiss alone searches binary codes exactly, and its best index takes 17 times as long to join a million hashes with
+themselves (benchmarks/close_hashes.py); approximate indices miss pairs, and a missed validation image is a leak.
 
 N, M hashes.
 """
@@ -77,12 +78,13 @@ def close_images(hash_N: np.ndarray, other_hash_M: np.ndarray, distance: int) ->
     Returns:
         Pairs (worse, better) of the N, and pairs (one of the N, one of the M); see PARTNERS.
     """
-    both = np.concatenate([hash_N, other_hash_M])
-    unique, group_of = np.unique(both, return_inverse=True)
+    unique, group_of = np.unique(np.concatenate([hash_N, other_hash_M]), return_inverse=True)
+    group_of = group_of.astype(np.int32)
+    interesting = np.zeros(len(unique), bool)
+    interesting[group_of[: len(hash_N)]] = True
+    near = close_hashes(unique, distance, interesting)
     mine, theirs = _Members(group_of[: len(hash_N)], len(unique)), _Members(group_of[len(hash_N) :], len(unique))
-    count_mine, count_theirs = np.diff(mine.starts), np.diff(theirs.starts)
-    near = close_hashes(unique, distance, count_mine > 0)
-    same = np.flatnonzero((count_mine > 0) & (count_mine + count_theirs > 1))  # equal hashes
+    same = np.flatnonzero(interesting & (np.diff(mine.starts) + np.diff(theirs.starts) > 1))  # equal hashes
     left = np.concatenate([near.left_P, near.right_P, same])
     right = np.concatenate([near.right_P, near.left_P, same])
     bits = np.concatenate([near.distance_P, near.distance_P, np.zeros(len(same), np.uint8)])
@@ -114,7 +116,7 @@ class _Members:
 
     def __init__(self, group_of_N: np.ndarray, groups: int) -> None:
         self.image = np.argsort(group_of_N, kind="stable")
-        self.starts = np.searchsorted(group_of_N[self.image], np.arange(groups + 1))
+        self.starts = np.searchsorted(group_of_N[self.image], np.arange(groups + 1)).astype(np.int32)
 
 
 def _expanded(

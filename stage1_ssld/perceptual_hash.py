@@ -26,7 +26,7 @@ _BIT = [1 << number for number in range(_LOW * _LOW)]
 
 
 def perceptual_hash(image_CHW: Tensor) -> tuple[int, int]:
-    """(hash of a uint8 image, hash of its mirror image). A picture without any structure has hash 1."""
+    """(hash of a uint8 image, hash of its mirror image). A picture of one colour has hash 1, a black one 0."""
     small = F.resize(image_CHW, [_SIDE, _SIDE], antialias=True).double()
     grey = sum(weight * channel for weight, channel in zip(_GREY, small, strict=True))
     low = (_COSINES @ grey @ _COSINES.T).round(decimals=6)  # rounding noise is no structure

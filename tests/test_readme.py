@@ -13,9 +13,8 @@ import torch
 
 from pipelines import run
 from pipelines.cli import COMMANDS
+from pipelines.stages import KINDS
 from shared.config import parse_config
-from stage1_ssld.config import DistillConfig
-from stage2_detect.config import EvaluateConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,11 +52,8 @@ def test_every_other_command_is_understood(line: str, tmp_path: Path, monkeypatc
         assert words[1] in COMMANDS
         return
     monkeypatch.chdir(ROOT)
-    config_type: Any = {"distill.py": DistillConfig, "train.py": TrainConfig, "evaluate.py": EvaluateConfig}[
-        Path(words[1]).name
-    ]
     assert (ROOT / words[1]).is_file()
-    parse_config(config_type, words[2:], program=words[1])
+    parse_config({kind.script: kind.config_type for kind in KINDS.values()}[words[1]], words[2:], program=words[1])
 
 
 def test_nothing_is_left_to_fill_in() -> None:
