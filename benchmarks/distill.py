@@ -14,10 +14,14 @@ opponent of (c), on labelled images, because it takes no others.
 
 import argparse
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import timm
 import torch
@@ -179,7 +183,7 @@ def waiting(arguments: argparse.Namespace, device: torch.device) -> None:
     print(f"{'(e) share of the loop spent waiting, one loader process':<62} {waited / (waited + worked):.3f}")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print all ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -188,7 +192,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="resnet34d")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)

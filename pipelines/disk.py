@@ -1,8 +1,8 @@
 """What a pipeline will cost before it has started: steps, and an estimate of the disk space. Does not import torch.
 
-The size of a network that timm knows by name is asked of timm in another process, on the meta device; a stage whose network stays unknown is
-said to be so. The estimate counts model files and checkpoints, the only large things a stage writes. Passes over images become steps where the images
-are there already; nothing but names and the files' own counts is looked at.
+The size of a network that timm knows by name is asked of timm in another process, on the meta device; a stage whose network or images nobody can see
+yet is said to be so. The estimate counts what is large: model files, checkpoints, stores of soft labels, scores and copies of a curation. Passes over
+images become steps where the images are there already; nothing but names, sizes and the files' own counts is looked at.
 """
 
 import json
@@ -16,7 +16,15 @@ from pipelines.stages import Stage
 from shared.errors import UserError
 from shared.files import list_images
 from shared.training_config import TrainingConfig
-from stage1_ssld.config import DistillConfig, Stage1Config, TeachConfig
+from stage1_ssld.config import (
+    ConvertPaddleConfig,
+    CurateConfig,
+    DistillConfig,
+    ExportConfig,
+    SoftLabelsConfig,
+    Stage1Config,
+    TeachConfig,
+)
 from stage1_ssld.data_config import SourceConfig
 from stage2_detect.config import DetectionDataConfig, DetectorConfig, TrainConfig
 
@@ -32,6 +40,8 @@ for name in sys.argv[1:]:
     answer[name] = [sum(p.numel() for p in model.parameters()), [f["num_chs"] for f in model.feature_info]]
 print(json.dumps(answer))
 """
+_SCORED = 100
+"""Bytes an image that a curation writes at most: its name and numbers among the scores, the candidates and what is kept."""
 
 
 @dataclass(frozen=True)
@@ -57,52 +67,75 @@ def steps_text(stage: Stage) -> str:
 
 
 def disk_bytes(stages: list[Stage]) -> dict[str, int | None]:
-    """Bytes that each training stage will hold at most, by name; None where its network's size is not known."""
+    """Bytes that each stage with large files will hold at most, by name; None where its network's size or its images are not known yet."""
     architectures = {stage.name: _architecture(stage, stages) for stage in stages if _reference(stage)}
     known = _ask_timm(sorted({name for name in architectures.values() if name}))
-    return {
-        stage.name: _training_bytes(stage, known.get(architectures[stage.name] or ""))
-        for stage in stages
-        if stage.name in architectures
-    }
+    sizes: dict[str, int | None] = {}
+    for stage in stages:
+        match stage.config:
+            case SoftLabelsConfig() as config:
+                sizes[stage.name] = _store_bytes(config)
+            case CurateConfig() as config:
+                sizes[stage.name] = _curation_bytes(config)
+            case ConvertPaddleConfig(weights=file):
+                sizes[stage.name] = file.stat().st_size if file.is_file() else None
+            case ExportConfig(model=file) if file.is_file():
+                sizes[stage.name] = 2 * file.stat().st_size  # ONNX, and the folder for the hub
+            case _ if stage.name in architectures:
+                network = known.get(architectures[stage.name] or "")
+                sizes[stage.name] = _network_bytes(stage, network) if network else None
+    return sizes
 
 
 def disk_text(size: int | None) -> str:
     """A number of bytes for people."""
     if size is None:
-        return "disk unknown: the network's size is not known before it is loaded"
+        return "disk unknown: its network or its images are not there to be looked at yet"
     return f"about {size / 1e9:.1f} GB of disk" if size >= 1e9 else f"about {max(1, round(size / 1e6))} MB of disk"
 
 
 def _training_images(config: TrainingConfig) -> int | None:
     """Number of training images; None where they are not there yet, cannot be read, or only loading them would tell."""
-    import pyarrow as pa
-
-    try:
-        if isinstance(config, TrainConfig):
+    if isinstance(config, DistillConfig | TeachConfig):
+        return _images(config.data.train, labels_needed=config.objective == "labels")
+    if isinstance(config, TrainConfig):
+        try:
             return _coco_images(config.data)
-        if isinstance(config, DistillConfig | TeachConfig):
-            counts = [_source_images(source, config.objective == "labels") for source in config.data.train]
-            return None if None in counts else sum(count or 0 for count in counts) or None
-    except (OSError, UserError, ValueError, TypeError, KeyError, AttributeError, pa.ArrowException):
-        return None  # the stage itself will say what is wrong
+        except (OSError, UserError, ValueError, TypeError, KeyError, AttributeError):
+            return None  # the stage itself will say what is wrong
     return None
 
 
+def _images(sources: list[SourceConfig], *, labels_needed: bool = False) -> int | None:
+    """Number of images of all sources; None where one is not there yet, cannot be read, or only loading it would tell."""
+    import pyarrow as pa
+
+    try:
+        counts = [_source_images(source, labels_needed) for source in sources]
+    except (OSError, UserError, ValueError, pa.ArrowException):
+        return None  # the stage itself will say what is wrong
+    return None if None in counts else sum(count or 0 for count in counts) or None
+
+
 def _source_images(source: SourceConfig, labels_needed: bool) -> int | None:
-    """Images of one source that take part: none of an unlabelled one where labels are needed. None when a label file decides."""
+    """Images of one source that take part: none of an unlabelled one where labels are needed. None when a label file decides, and for tars,
+    patterns and what lies elsewhere."""
     import pyarrow.parquet as pq
 
-    if source.labels not in ("auto", "none"):
-        return None
     path = Path(source.path)
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if files:
+    if source.labels not in ("auto", "none") or not path.exists():
+        return None
+    if path.suffix == ".txt":
+        lines = [words for line in path.read_text(encoding="utf-8").splitlines() if (words := line.split())]
+        count, labelled = len(lines), all(len(words) > 1 and words[-1].isdecimal() for words in lines)
+    elif files := sorted(path.glob("*.parquet")) if path.is_dir() else [path]:
         count = sum(pq.read_metadata(file).num_rows for file in files)
         labelled = source.label_column in pq.read_schema(files[0]).names
     else:
         names = list_images(path)
         count, labelled = len(names), all(name.count("/") == 1 for name in names)
+        if not names or any(path.glob("*.tar")):
+            return None
     return count if not labels_needed or (labelled and source.labels == "auto") else 0
 
 
@@ -115,11 +148,32 @@ def _coco_images(data: DetectionDataConfig) -> int:
     return len({row["image_id"] for row in boxes})
 
 
-def _training_bytes(stage: Stage, network: Network | None) -> int | None:
-    config = stage.config
-    if network is None or not isinstance(config, TrainingConfig):
+def _store_bytes(config: SoftLabelsConfig) -> int | None:
+    """A number for the rest, and class and log-probability of each kept class; networks of more than 65,536 classes take a little more."""
+    images = _images(config.data.train)
+    answer = 4 + config.top * (2 + (2 if config.store_precision == "fp16" else 4))
+    return None if images is None else images * config.views * answer
+
+
+def _curation_bytes(config: CurateConfig) -> int | None:
+    """Scores of every image, and copies of as many as the pool has at most."""
+    images = _images(config.pool)
+    if images is None:
         return None
-    values, ema = network.values, False
+    copies = sum(_folder_bytes(Path(source.path)) for source in config.pool) if config.materialise else 0
+    return images * _SCORED + copies
+
+
+def _folder_bytes(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _network_bytes(stage: Stage, network: Network) -> int:
+    """Models and checkpoints of a training stage, or the copies of an export."""
+    config, values, ema = stage.config, network.values, False
+    if not isinstance(config, TrainingConfig):
+        return 2 * 4 * values
     optim = config.optim if isinstance(config, Stage1Config | TrainConfig) else None
     if isinstance(config, Stage1Config):
         ema = config.ema is not None
@@ -142,12 +196,14 @@ def _detector_values(model: DetectorConfig, channels: tuple[int, ...]) -> int:
 
 
 def _reference(stage: Stage) -> str | None:
-    """The network a stage trains, as its settings name it."""
+    """The network a stage trains or exports, as its settings name it."""
     match stage.config:
         case DistillConfig(student=network) | TeachConfig(model=network):
             return network.arch or network.model
         case TrainConfig(backbone=backbone, arch=arch):
             return arch or backbone
+        case ExportConfig(model=file):
+            return str(file)
     return None
 
 

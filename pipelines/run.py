@@ -119,9 +119,7 @@ def _print_plan(plan: list[Planned], doomed: list[Path], output: Path) -> None:
         print(f"    {shlex.join(command_line(stage))}")
     known = [size for size in disk.values() if size is not None]
     more = "" if len(known) == len(disk) else f", and {len(disk) - len(known)} stages of unknown size"
-    print(
-        f"{len(plan)} stages; models and checkpoints in {output}: {disk_text(sum(known))}{more}; data sets not counted"
-    )
+    print(f"{len(plan)} stages in {output}: {disk_text(sum(known))}{more}; data sets not counted")
 
 
 def _without_variables(argv: list[str]) -> list[str]:

@@ -132,6 +132,7 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
     `--config FILE` is read first, flags go on top; `--print-config` prints the result as YAML and exits. Raises UserError with one line per
     wrong key.
     """
+    argv = [_underscored(word) for word in argv]
     parser = Parser(prog=program, description=config_type.__doc__, allow_abbrev=False)
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with these settings; flags override it")
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and exit")
@@ -154,6 +155,13 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
         print(dump_yaml(config), end="")
         raise SystemExit(0)
     return config
+
+
+def _underscored(word: str) -> str:
+    """A flag as its key is spelt: `--push-to-hub` is `--push_to_hub`."""
+    name, equals, value = word.partition("=")
+    known = not name.startswith("--") or name == "--print-config"
+    return word if known else f"--{name[2:].replace('-', '_')}{equals}{value}"
 
 
 def validate(

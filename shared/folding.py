@@ -30,24 +30,30 @@ def fold_batchnorm(net: nn.Module, example: Tensor) -> tuple[nn.Module, int]:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing warns of what it skips
         try:
-            pairs = _pairs(net)
-        except Exception:  # control flow that depends on values: whatever it raises, the network stays as it is
+            return _folded(net, example)
+        except (
+            Exception
+        ):  # control flow that depends on values, or on the modules that went: the network stays as it is
             return net, 0
-        if not pairs:
-            return net, 0
-        folded = copy.deepcopy(net)
-        for conv_name, norm_name in pairs:
-            conv: Any = folded.get_submodule(conv_name)
-            norm: Any = folded.get_submodule(norm_name)
-            folded.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
-            rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
-            folded.set_submodule(norm_name, rest)
-        folded.requires_grad_(False).eval()
-        expected = net(example)
-        difference = (folded(example) - expected).abs().max()
-        # Written so that a difference that is not a number counts as too large.
-        if not difference <= _DIFFERENCE * expected.abs().max():
-            return net, 0
+
+
+def _folded(net: nn.Module, example: Tensor) -> tuple[nn.Module, int]:
+    pairs = _pairs(net)
+    if not pairs:
+        return net, 0
+    folded = copy.deepcopy(net)
+    for conv_name, norm_name in pairs:
+        conv: Any = folded.get_submodule(conv_name)
+        norm: Any = folded.get_submodule(norm_name)
+        folded.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
+        rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+        folded.set_submodule(norm_name, rest)
+    folded.requires_grad_(False).eval()
+    expected = net(example)
+    difference = (folded(example) - expected).abs().max()
+    # Written so that a difference that is not a number counts as too large.
+    if not difference <= _DIFFERENCE * expected.abs().max():
+        return net, 0
     return folded, len(pairs)
 
 

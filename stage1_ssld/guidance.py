@@ -14,7 +14,7 @@ from shared.errors import UserError
 from shared.teacher import Teacher
 from stage1_ssld.batch import SoftLabels
 from stage1_ssld.config import DistillConfig, TeachConfig
-from stage1_ssld.labels import labelled_classes, match_classes
+from stage1_ssld.labels import labelled_classes, labels_in_classes, match_classes
 from stage1_ssld.sources import ImageSource
 from stage1_ssld.store import SoftLabelStore, bucket_log_probs, soft_log_probs
 from stage1_ssld.teachers import make_teacher
@@ -68,10 +68,7 @@ class Guidance:
         if val_source and self.val_labels is not None:
             return val_source, self.val_labels
         for source in self.sources:
-            try:
-                labels = match_classes(source, self.class_names, self.classes, "the teacher")
-            except UserError:  # labels of other classes: allowed in training, where nobody reads them
-                continue
+            labels = labels_in_classes(source, self.class_names, self.classes)
             if labels is not None:
                 return source, labels
         return None

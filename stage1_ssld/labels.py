@@ -34,6 +34,19 @@ def labelled_classes(sources: Sequence[ImageSource]) -> tuple[list[ImageSource],
     return labelled, len(names) if names else highest + 1, names
 
 
+def labels_in_classes(source: ImageSource, names: list[str] | None, count: int) -> list[int] | None:
+    """The source's labels in the classes of a teacher, where they surely are its classes: by name, or as many classes with names. None elsewhere.
+
+    Numbers without names may mean other classes, which is allowed in distillation, where nobody reads them.
+    """
+    if not source.class_names or not (names or len(source.class_names) == count):
+        return None
+    try:
+        return match_classes(source, names, count, "the teacher")
+    except UserError:  # other names
+        return None
+
+
 def match_classes(source: ImageSource, names: list[str] | None, count: int, owner: str) -> list[int] | None:
     """The source's labels in the class numbers of a model, matched by name where both have names; None without labels.
 

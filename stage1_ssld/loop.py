@@ -128,6 +128,11 @@ def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> 
                 run=str(run.path),
             )
 
+    def keep_best(metrics: dict[str, float]) -> None:
+        if metrics and state.improved(_score(metrics, config.best_by)):
+            state.watch.check()
+            save_network(run.path / f"{export}_best.safetensors", metrics)
+
     # ---- what is about to happen
     if guidance.learns_from_teacher and teacher and start == 0:
         run.log(_try_teacher(config, guidance, val_source, device=device))
@@ -190,10 +195,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> 
             if step % config.log_every == 0 or step == steps:
                 state.log(step, optimizer.param_groups[0]["lr"])
             if config.evaluate_every and step % config.evaluate_every == 0 and step < steps:
-                metrics = evaluate_now()
-                if state.improved(_score(metrics, config.best_by)):
-                    state.watch.check()
-                    save_network(run.path / f"{export}_best.safetensors", metrics)
+                keep_best(evaluate_now())
                 enough = _enough(config, state)
             stopping = stop.agreed() and step < steps
             if step % config.save_every == 0 or step == steps or stopping or enough:
@@ -205,6 +207,8 @@ def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> 
     if enough:
         run.log(f"step {step}: {state.stale} evaluations in a row without a better one: enough (patience)")
     metrics = evaluate_now()
+    if config.evaluate_every:
+        keep_best(metrics)
     file = run.path / f"{export}.safetensors"
     save_network(file, metrics)
     accelerator.end_training()

@@ -16,7 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 PARTNERS = 16
-"""Of images with one and the same hash, at most so many are compared with a given image, the best first: blank images come by the million."""
+"""Of a pool's images with one and the same hash, at most so many are compared with a given image, the best first: blank ones come by the million."""
+PROTECTED_PARTNERS = 512
+"""The same of validation and training images, which are fewer: one that is missed is a leak."""
 _AGREEING = 3
 _BLOCK = 1 << 22
 
@@ -76,7 +78,7 @@ def close_images(hash_N: np.ndarray, other_hash_M: np.ndarray, distance: int) ->
         other_hash_M: of other images; pairs among them are not looked for.
 
     Returns:
-        Pairs (worse, better) of the N, and pairs (one of the N, one of the M); see PARTNERS.
+        Pairs (worse, better) of the N, and pairs (one of the N, one of the M); see PARTNERS and PROTECTED_PARTNERS.
     """
     unique, group_of = np.unique(np.concatenate([hash_N, other_hash_M]), return_inverse=True)
     group_of = group_of.astype(np.int32)
@@ -89,9 +91,13 @@ def close_images(hash_N: np.ndarray, other_hash_M: np.ndarray, distance: int) ->
     right = np.concatenate([near.right_P, near.left_P, same])
     bits = np.concatenate([near.distance_P, near.distance_P, np.zeros(len(same), np.uint8)])
     inside = [
-        Pairs(a[a > b], b[a > b], bits[which][a > b]) for a, b, which in _expanded(mine, left, mine, right) if len(a)
+        Pairs(a[a > b], b[a > b], bits[which][a > b])
+        for a, b, which in _expanded(mine, left, mine, right, PARTNERS)
+        if len(a)
     ]
-    outside = [Pairs(a, b, bits[which]) for a, b, which in _expanded(mine, left, theirs, right) if len(a)]
+    outside = [
+        Pairs(a, b, bits[which]) for a, b, which in _expanded(mine, left, theirs, right, PROTECTED_PARTNERS) if len(a)
+    ]
     return _joined(inside), _joined(outside)
 
 
@@ -120,15 +126,15 @@ class _Members:
 
 
 def _expanded(
-    left: _Members, left_P: np.ndarray, right: _Members, right_P: np.ndarray
+    left: _Members, left_P: np.ndarray, right: _Members, right_P: np.ndarray, most: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(images of the left group, their partners in the right group, number of the pair of groups), in blocks of bounded size."""
-    partners = np.minimum(np.diff(right.starts)[right_P], PARTNERS)
+    partners = np.minimum(np.diff(right.starts)[right_P], most)
     # One entry an image of a left group and pair of groups; a group of a million blank images makes a million.
     images = np.where(partners > 0, np.diff(left.starts)[left_P], 0)
     ends = np.cumsum(images)
-    for first in range(0, int(ends[-1]) if len(ends) else 0, _BLOCK // PARTNERS):
-        entry = np.arange(first, min(first + _BLOCK // PARTNERS, int(ends[-1])))
+    for first in range(0, int(ends[-1]) if len(ends) else 0, _BLOCK // most):
+        entry = np.arange(first, min(first + _BLOCK // most, int(ends[-1])))
         pair = np.searchsorted(ends, entry, side="right")
         image = left.image[left.starts[left_P[pair]] + entry - (ends[pair] - images[pair])]
         repeats = partners[pair]

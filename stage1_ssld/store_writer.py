@@ -27,7 +27,7 @@ from shared.teacher import Teacher
 from stage1_ssld.batch import NO_LABEL, View
 from stage1_ssld.config import SoftLabelsConfig
 from stage1_ssld.data import ValViews, make_loader, val_batches
-from stage1_ssld.labels import match_classes
+from stage1_ssld.labels import labels_in_classes
 from stage1_ssld.preflight import check_teacher, rows_to_try
 from stage1_ssld.sources import ImageSource, open_sources
 from stage1_ssld.store import (
@@ -186,10 +186,7 @@ def _try_teacher(
 ) -> str:
     """Try the teacher on the first source that has labels of its classes."""
     for source in sources:
-        try:
-            labels = match_classes(source, teacher.class_names, teacher.num_classes, "the teacher")
-        except UserError:  # labels of other classes: nobody reads them
-            continue
+        labels = labels_in_classes(source, teacher.class_names, teacher.num_classes)
         if labels is not None:
             data = config.data
             views = ValViews(source, labels, size=data.image_size, crop=data.val_crop, interpolation=data.interpolation)

@@ -54,7 +54,7 @@ PHASES: dict[str, dict[str, tuple[int, float, int, float, float, bool, float]]] 
         "phase1": (UNION, 360, 1024, 0.5, 2e-5, True, 5),
         "phase2": (IMAGENET, 60, 1024, 0.005, 2e-5, True, 5),
     },
-    "ssld_lcnet_100": {"phase1": (UNION, 200, 1024, 0.4, 1e-5, False, 5)},
+    "ssld_lcnet_100": {"phase1": (IMAGENET, 200, 1024, 0.4, 1e-5, False, 5)},
     "ssld_convnext_atto": {
         "phase1": (UNION, 120, 4096, 4e-3, 0.05, False, 5),
         "phase2": (IMAGENET, 30, 4096, 4e-5, 0.05, False, 5),

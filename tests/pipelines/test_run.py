@@ -194,7 +194,7 @@ def test_shipped_quickstart_prints_its_commands(capfd: Any, tmp_path: Path, monk
     out = capfd.readouterr().out
     assert "python stage1_ssld/distill.py --config stage1_ssld/configs/toy_student.yaml --teacher.model " in out
     assert len(re.findall(r"\d+ steps of \d+ images; disk unknown", out)) == 6
-    assert "11 stages; models and checkpoints in " in out
+    assert "11 stages in " in out
     assert ", and 6 stages of unknown size" in out
     assert not (tmp_path / "q").exists()
 

@@ -5,14 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 from pydantic import Field
 
-from pipelines.config import PipelineConfig
-from pipelines.disk import disk_bytes, disk_text, steps_text
+from pipelines.config import flatten
 from pipelines.plan import make_plan
 from pipelines.stages import KINDS, ROOT, Stage, build_stages, flags, followers, located, read_pipeline
-from shared.config import CommandConfig, Config, identity, parse_config, validate
+from shared.config import CommandConfig, Config, identity, parse_config
 from shared.errors import UserError
 
 
@@ -75,6 +73,34 @@ def test_shipped_pipelines_are_valid() -> None:
     build(ROOT / "pipelines/quickstart.yaml", smoke=True)
     build(ROOT / "pipelines/real_small.yaml", variables={"data": "somewhere"})
     build(ROOT / "pipelines/real_small.yaml", variables={"data": "somewhere"}, smoke=True)
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+def test_rungs_of_the_ladder_differ_in_what_they_are_named_after(smoke: bool) -> None:
+    stages = build(ROOT / "pipelines/ssld_ablation.yaml", variables={"data": "somewhere"}, smoke=smoke)
+    rungs = {stage.name: stage for stage in stages if stage.kind is KINDS["distill"]}
+    settings = {name: dict(flatten(identity(stage.config))) for name, stage in rungs.items()}
+    differences = {
+        ("hard_and_soft", "kl"): {"hard_label_weight", "losses"},
+        ("kl", "symmetric_kl"): {"losses"},
+        ("supervised", "symmetric_kl"): {"objective"},
+        ("symmetric_kl", "in_class"): {"data.train"},
+        ("symmetric_kl", "all_unlabelled"): {"data.train"},
+        ("all_unlabelled", "curated"): {"data.train"},
+        ("all_unlabelled", "longer"): set() if smoke else {"steps"},
+        ("all_unlabelled", "batch_teacher"): {"teacher.batchnorm"},
+        ("all_unlabelled", "stored"): set() if smoke else {"store"},
+    }
+    for (one, other), keys in differences.items():
+        pair = settings[one], settings[other]
+        assert {key for key in pair[0] | pair[1] if pair[0].get(key) != pair[1].get(key)} == keys, (one, other)
+    # two more seeds of each
+    for name in {rung for pair in differences for rung in pair}:
+        for seed in (1, 2):
+            assert settings[f"{name}_{seed}"] == settings[name] | {"seed": seed}
+    assert len(rungs) == 3 * 10
+    assert rungs["stored"].needs == {"teacher", "answers"}
+    assert rungs["curated"].needs == {"teacher", "curated_images"}
 
 
 @pytest.mark.parametrize("name", ["quickstart", "real_small"])
@@ -218,72 +244,10 @@ def test_missing_inputs_are_told_before_anything_runs(fake_kinds: None, write_pi
     ]
 
 
-# ---- costs
+# ---- one process
 
 
-def test_steps_and_disk(tmp_path: Path) -> None:
-    values = {
-        "output": str(tmp_path),
-        "stages": {
-            "t": {
-                "command": "distill",
-                "set": {
-                    "student": {"model": "random:test_resnet"},
-                    "objective": "labels",
-                    "data.train": ["x"],
-                    "steps": 10,
-                    "batch_size": 4,
-                    "save_every": 100,
-                    "optim": {"lr": 0.1, "reference_batch": 4},
-                },
-            },
-            "u": {"like": "t", "set": {"student.model": "hf-hub:someone/something"}},
-            "v": {"like": "t", "set": {"student.model": "${t}/student.safetensors", "ema.decay": 0.9}},
-        },
-    }
-    pipeline = validate(PipelineConfig, values, source="p")
-    stages = build_stages(pipeline, Path("p"), output=tmp_path)
-    assert steps_text(stages[0]) == "10 steps of 4 images"
-    disk = disk_bytes(stages)
-    weights = 4 * sum(p.numel() for p in timm.create_model("test_resnet", num_classes=0).parameters())
-    assert disk["t"] == 4 * weights  # last and best model, one checkpoint with its momentum
-    assert disk["u"] is None
-    assert disk["v"] == 5 * weights  # and the average
-    assert disk_text(None).startswith("disk unknown")
-    assert disk_text(2_500_000_000) == "about 2.5 GB of disk"
-
-
-def counted(command: str, *flags: str) -> str:
-    kind = KINDS[command]  # type: ignore[index]
-    common = "--output o --train_epochs 2.5 --batch_size 4 --optim.lr 0.1 --optim.reference_batch 4"
-    config = parse_config(kind.config_type, [*common.split(), *flags], program="p")
-    return steps_text(Stage("a", kind, config, (), 1, frozenset()))
-
-
-def test_passes_become_steps_where_the_images_are(tiny: Any, tmp_path: Path) -> None:
-    distill = ["--student.model", "random:x", "--teacher.model", "random:x"]
-    both = ["--data.train", f"{tiny.train},{tiny.unlabelled},{tiny.parquet}"]  # 30, 14 without labels, 30
-    assert counted("distill", *distill, *both) == "46 steps of 4 images (2.5 epochs of 74 images)"
-    assert (
-        counted("distill", *distill, *both, "--objective", "labels") == "38 steps of 4 images (2.5 epochs of 60 images)"
-    )
-    assert counted("teach", "--model.model", "x", *both) == "38 steps of 4 images (2.5 epochs of 60 images)"
-    unknown = "2.5 epochs of 4 images a step"
-    assert counted("distill", *distill, "--data.train", f"{tiny.train},{tmp_path}/later") == unknown
-    joined = json.dumps([{"path": str(tiny.parquet), "labels": "truth.parquet"}])
-    assert counted("distill", *distill, "--data.train", joined) == unknown
-    train = ["--backbone", "random:x", "--data.train_images", "i", "--data.train_annotations", str(tmp_path / "c.json")]
-    assert counted("train", *train) == unknown
-    boxes = [{"image_id": 1, "bbox": [0, 0, 5, 5]}, {"image_id": 2, "bbox": [0, 0, 5, 5], "iscrowd": 1}]
-    content = {"images": [{"id": number} for number in range(16)], "annotations": boxes}
-    (tmp_path / "c.json").write_text(json.dumps(content))
-    assert counted("train", *train) == "1 steps of 4 images (2.5 epochs of 1 images)"
-    assert counted("train", *train, "--data.keep_empty", "true") == "10 steps of 4 images (2.5 epochs of 16 images)"
-    (tmp_path / "c.json").write_text("[")
-    assert counted("train", *train) == unknown
-
-
-@pytest.mark.parametrize("command", ["toy_data", "report", "evaluate_backbone"])
+@pytest.mark.parametrize("command", ["toy_data", "report", "convert_backbone", "export_backbone"])
 def test_commands_of_one_process_are_not_launched_as_several(command: str, write_pipeline: Any) -> None:
     message = error_of(write_pipeline({"a": {"command": command, "processes": 2}}))
     assert message == f"stage a: {command} runs as one process; leave out processes: 2"

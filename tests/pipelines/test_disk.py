@@ -1,0 +1,148 @@
+"""What a pipeline will cost, told before it starts: steps and disk."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+
+from pipelines.config import PipelineConfig
+from pipelines.disk import disk_bytes, disk_text, steps_text
+from pipelines.stages import KINDS, Stage, build_stages
+from shared.config import parse_config, validate
+from stage1_ssld.write_soft_labels import main as write_soft_labels
+
+
+def test_steps_and_disk(tmp_path: Path) -> None:
+    values = {
+        "output": str(tmp_path),
+        "stages": {
+            "t": {
+                "command": "distill",
+                "set": {
+                    "student": {"model": "random:test_resnet"},
+                    "objective": "labels",
+                    "data.train": ["x"],
+                    "steps": 10,
+                    "batch_size": 4,
+                    "save_every": 100,
+                    "optim": {"lr": 0.1, "reference_batch": 4},
+                },
+            },
+            "u": {"like": "t", "set": {"student.model": "hf-hub:someone/something"}},
+            "v": {"like": "t", "set": {"student.model": "${t}/student.safetensors", "ema.decay": 0.9}},
+        },
+    }
+    pipeline = validate(PipelineConfig, values, source="p")
+    stages = build_stages(pipeline, Path("p"), output=tmp_path)
+    assert steps_text(stages[0]) == "10 steps of 4 images"
+    disk = disk_bytes(stages)
+    weights = 4 * sum(p.numel() for p in timm.create_model("test_resnet", num_classes=0).parameters())
+    assert disk["t"] == 4 * weights  # last and best model, one checkpoint with its momentum
+    assert disk["u"] is None
+    assert disk["v"] == 5 * weights  # and the average
+    assert disk_text(None).startswith("disk unknown")
+    assert disk_text(2_500_000_000) == "about 2.5 GB of disk"
+
+
+def counted(command: str, *flags: str) -> str:
+    kind = KINDS[command]  # type: ignore[index]
+    common = "--output o --train_epochs 2.5 --batch_size 4 --optim.lr 0.1 --optim.reference_batch 4"
+    config = parse_config(kind.config_type, [*common.split(), *flags], program="p")
+    return steps_text(Stage("a", kind, config, (), 1, frozenset()))
+
+
+def test_passes_become_steps_where_the_images_are(tiny: Any, tmp_path: Path) -> None:
+    distill = ["--student.model", "random:x", "--teacher.model", "random:x"]
+    both = ["--data.train", f"{tiny.train},{tiny.unlabelled},{tiny.parquet}"]  # 30, 14 without labels, 30
+    assert counted("distill", *distill, *both) == "46 steps of 4 images (2.5 epochs of 74 images)"
+    assert (
+        counted("distill", *distill, *both, "--objective", "labels") == "38 steps of 4 images (2.5 epochs of 60 images)"
+    )
+    assert counted("teach", "--model.model", "x", *both) == "38 steps of 4 images (2.5 epochs of 60 images)"
+    unknown = "2.5 epochs of 4 images a step"
+    assert counted("distill", *distill, "--data.train", f"{tiny.train},{tmp_path}/later") == unknown
+    joined = json.dumps([{"path": str(tiny.parquet), "labels": "truth.parquet"}])
+    assert counted("distill", *distill, "--data.train", joined) == unknown
+    train = ["--backbone", "random:x", "--data.train_images", "i", "--data.train_annotations", str(tmp_path / "c.json")]
+    assert counted("train", *train) == unknown
+    boxes = [{"image_id": 1, "bbox": [0, 0, 5, 5]}, {"image_id": 2, "bbox": [0, 0, 5, 5], "iscrowd": 1}]
+    content = {"images": [{"id": number} for number in range(16)], "annotations": boxes}
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    assert counted("train", *train) == "1 steps of 4 images (2.5 epochs of 1 images)"
+    assert counted("train", *train, "--data.keep_empty", "true") == "10 steps of 4 images (2.5 epochs of 16 images)"
+    (tmp_path / "c.json").write_text("[")
+    assert counted("train", *train) == unknown
+
+
+def counted_source(path: Path, *flags: str) -> str:
+    network = ["--student.model", "random:x", "--teacher.model", "random:x"]
+    return counted("distill", *network, "--data.train", str(path), *flags)
+
+
+def test_what_can_be_counted_without_opening_a_source(tiny: Any, tmp_path: Path) -> None:
+    unknown = "2.5 epochs of 4 images a step"
+    (tmp_path / "list.txt").write_text("a.png 0\n\nb.png 1\nc.png 2\n")
+    assert counted_source(tmp_path / "list.txt") == "2 steps of 4 images (2.5 epochs of 3 images)"
+    labels = ["--objective", "labels"]
+    assert counted_source(tmp_path / "list.txt", *labels) == "2 steps of 4 images (2.5 epochs of 3 images)"
+    (tmp_path / "list.txt").write_text("a.png\nb.png\nc.png\n")
+    assert counted_source(tmp_path / "list.txt", *labels) == unknown  # no labelled image: the stage says so
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "0.tar").write_bytes(b"")
+    for path in (tmp_path / "tars", tmp_path / "tars" / "0.tar", tiny.train / "*" / "*.png", Path("hub:a/b")):
+        assert counted_source(path) == unknown
+    assert counted_source(Path(f"{tiny.train},{tmp_path}/tars")) == unknown
+
+
+def size_of(tmp_path: Path, command: str, **settings: Any) -> int | None:
+    values = {"output": str(tmp_path / "runs"), "stages": {"a": {"command": command, "set": settings}}}
+    pipeline = validate(PipelineConfig, values, source="p")
+    return disk_bytes(build_stages(pipeline, Path("p"), output=tmp_path / "runs"))["a"]
+
+
+@pytest.mark.parametrize(("top", "precision"), [(3, "fp16"), (2, "fp32")])
+def test_size_of_a_store_is_that_of_its_files(
+    tiny: Any, teacher_file: Path, tmp_path: Path, call: Any, arguments: Any, top: int, precision: str
+) -> None:
+    settings = {
+        "data": {"train": [str(tiny.train), str(tiny.unlabelled)], "image_size": 32},
+        "teacher": {"model": str(teacher_file), "check_images": 0},
+        **{"views": 3, "top": top, "store_precision": precision, "threads": 1, "workers": 0, "device": "cpu"},
+    }
+    told = size_of(tmp_path, "soft_labels", **settings)
+    assert call(write_soft_labels, arguments(settings)) == 0
+    assert told == sum(file.stat().st_size for file in (tmp_path / "run" / "store").glob("*.bin"))
+    settings["data"] = {"train": ["later"], "image_size": 32}
+    assert size_of(tmp_path, "soft_labels", **settings) is None
+
+
+def test_sizes_of_the_other_commands(tiny: Any, teacher_file: Path, tmp_path: Path) -> None:
+    pool = {"pool": [str(tiny.train), str(tiny.parquet)], "teacher.model": "random:test_resnet", "keep": 2}
+    assert size_of(tmp_path, "curate", **pool) == 60 * 100
+    copies = tiny.parquet.stat().st_size + sum(file.stat().st_size for file in tiny.train.rglob("*.png"))
+    assert size_of(tmp_path, "curate", **pool, materialise=True) == 60 * 100 + copies
+    assert size_of(tmp_path, "curate", **(pool | {"pool": ["later"]})) is None
+    assert size_of(tmp_path, "export_backbone", model=str(teacher_file)) == 2 * teacher_file.stat().st_size
+    assert size_of(tmp_path, "convert_backbone", weights=str(teacher_file)) == teacher_file.stat().st_size
+    assert size_of(tmp_path, "convert_backbone", weights="later.pdparams") is None
+
+
+def test_an_export_is_as_large_as_the_network_of_an_earlier_stage(tmp_path: Path) -> None:
+    stages = {
+        "t": {
+            "command": "teach",
+            "set": {
+                "model.model": "random:test_resnet",
+                "data.train": ["x"],
+                "steps": 1,
+                "batch_size": 4,
+                "optim": {"lr": 0.1, "reference_batch": 4},
+            },
+        },
+        "e": {"command": "export_backbone", "set": {"model": "${t}/teacher.safetensors"}},
+    }
+    pipeline = validate(PipelineConfig, {"output": str(tmp_path), "stages": stages}, source="p")
+    values = sum(p.numel() for p in timm.create_model("test_resnet", num_classes=0).parameters())
+    assert disk_bytes(build_stages(pipeline, Path("p"), output=tmp_path))["e"] == 2 * 4 * values
