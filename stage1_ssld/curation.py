@@ -11,6 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,13 +70,17 @@ def curate(config: CurateConfig) -> None:
     """Select images as `config` says and write the manifest, pictures and result.json."""
     on_gpu = uses_gpu(config.device)
     accelerator = Accelerator(cpu=not on_gpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
-    run = RunDir(config, "curate", main=rank() == 0)
-    if from_main_rank(run.status) == "finished":
-        run.log(f"{run.path}: this run is finished; nothing to do")
-        accelerator.end_training()
-        return
+    with closing(RunDir(config, "curate", main=rank() == 0)) as run:
+        if from_main_rank(run.status) == "finished":
+            run.log(f"{run.path}: this run is finished; nothing to do")
+        else:
+            _curate(config, run, accelerator.device)
+    accelerator.end_training()
+
+
+def _curate(config: CurateConfig, run: RunDir, device: torch.device) -> None:
     pool, protected, val_shards = _open(config)
-    teacher = _Teacher(config, accelerator.device)
+    teacher = _Teacher(config, device)
     _compare_pool(run, pool, protected)
 
     # ---- scores of the pool, hashes of what is protected: shared among the ranks
@@ -115,7 +120,6 @@ def curate(config: CurateConfig) -> None:
         log_numbers(run, metrics, selection)
         facts = {"teacher": teacher.facts(), "class_names": teacher.names, "numbers": metrics}
         run.finish(metrics, write_selection(run, config, selection, facts))
-    accelerator.end_training()
 
 
 def _open(config: CurateConfig) -> tuple[Shards, Shards, int]:
