@@ -105,7 +105,7 @@ def steps(arguments: argparse.Namespace, device: torch.device) -> None:
 
     opponent = timm.create_model(arguments.student)
     task = LogitDistillationTask(opponent, timm.create_model(arguments.teacher), loss_type="kl")
-    task = task.to(device, memory_format=torch.channels_last).train()
+    task = task.to(device).to(memory_format=torch.channels_last).train()
     task_optimizer = torch.optim.SGD(opponent.parameters(), lr=1e-4, momentum=0.9)
     mean, std = student.mean_3, student.std_3
 

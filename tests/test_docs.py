@@ -1,4 +1,4 @@
-"""The pages of docs/: every command parses with the command's own settings, every link leads somewhere, every YAML block is valid settings."""
+"""The pages of docs/ and the headers of the pipelines: every command parses with the command's own settings, links lead somewhere, YAML is valid."""
 
 import re
 import shlex
@@ -7,43 +7,75 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.stages import KINDS
+from pipelines.stages import KINDS, build_stages, read_pipeline
 from shared.config import parse_config
 from stage1_ssld.data_config import DataConfig, LossConfig, TeacherConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+RESULTS = sorted((ROOT / "docs" / "benchmarks").glob("*.md"))
+PIPELINES = sorted((ROOT / "pipelines").rglob("*.yaml"))
 TYPES = {kind.script: kind.config_type for kind in KINDS.values()}
 
 
 def commands(page: Path) -> list[str]:
-    """The indented command lines of a page, continuation lines joined."""
+    """The indented command lines of a page and those of its bash blocks, continuation lines joined."""
     text = page.read_text(encoding="utf-8")
-    found = []
-    for block in re.findall(
-        r"(?:^ {4}\S.*\n?)(?:^ {4,}\S.*\n?)*", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE
-    ):
-        found += [line.strip() for line in re.sub(r"\\\n\s+", "", block).splitlines()]
-    return found
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    blocks += re.findall(r"(?:^ {4}\S.*\n?)(?:^ {4,}\S.*\n?)*", text, flags=re.MULTILINE)
+    lines = [line.strip() for block in blocks for line in re.sub(r"\\\n\s+", "", block).splitlines()]
+    if page.parent.name == "benchmarks":  # what a script printed is indented too
+        lines = [line for line in lines if line.startswith("python ")]
+    return [line for line in lines if not line.startswith("#")]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def check(line: str) -> None:
+    """Parse a command line with what the command itself parses it with."""
+    words = shlex.split(line)
+    if words[:3] == ["srun", "bash", "-c"]:
+        words = shlex.split(words[3])
+    script = next((word for word in words if word in TYPES), None)
+    if script:
+        arguments = words[words.index(script) + 1 :]
+        output = [] if "--output" in arguments else ["--output", "runs/x"]
+        parse_config(TYPES[script], [*arguments, *output], program=script)
+    elif words[:2] == ["python", "pipelines/run.py"]:
+        file = ROOT / words[2]
+        flags = dict(zip(words[3::2], words[4::2], strict=True))
+        variables = {flag.removeprefix("--variables."): value for flag, value in flags.items()}
+        pipeline = read_pipeline(file)
+        assert set(variables) <= set(pipeline.variables), line
+        build_stages(pipeline, file, output=pipeline.output, variables=variables)
+    else:
+        assert words[0] in ("pip", "python"), line
+        assert all((ROOT / word).exists() for word in words if word.endswith(".py")), line
+
+
+@pytest.mark.parametrize("page", [*PAGES, *RESULTS], ids=lambda page: page.name)
 def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for line in commands(page):
-        words = shlex.split(line)
-        script = next((word for word in words if word in TYPES), None)
-        if script is None:
-            assert words[0] in ("pip", "python"), line  # installs, and the runner, whose recipes are tested elsewhere
-            assert all((ROOT / word).exists() for word in words if word.endswith((".py", ".yaml"))), line
-            continue
-        arguments = words[words.index(script) + 1 :]
-        parse_config(
-            TYPES[script], [*arguments, *([] if "--output" in arguments else ["--output", "runs/x"])], program=script
-        )
+        check(line)
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("name", ["scaling.md", "distillation.md"])
+def test_the_pages_have_commands(name: str) -> None:
+    lines = commands(ROOT / "docs" / name)
+    assert len(lines) >= 3
+    assert name != "scaling.md" or any(line.startswith("srun ") for line in lines)
+
+
+@pytest.mark.parametrize("file", PIPELINES, ids=lambda file: file.name)
+def test_the_command_in_the_header_of_a_pipeline_starts_it(file: Path) -> None:
+    header = file.read_text(encoding="utf-8").partition("output:")[0]
+    lines = re.findall(r"^# {5}(python .*)$", header, flags=re.MULTILINE)
+    assert lines[0].startswith(f"python pipelines/run.py {file.relative_to(ROOT)}")
+    for line in lines:
+        check(line)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *RESULTS, ROOT / "README.md"], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):

@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import yaml
 
 from pipelines.stages import Stage, build_stages, read_pipeline
@@ -122,6 +124,25 @@ def test_headers_say_what_is_published_and_what_it_costs(name: str) -> None:
     header = text[: text.index("output:")]
     for word in ("# Published: ", "# Cost: ", "no number of ours stands behind this file"):
         assert word in header
+
+
+@pytest.mark.parametrize("name", PHASES)
+def test_weights_to_start_from_exist_under_the_licence_that_is_named(name: str) -> None:
+    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if re.match(r"  \w+: timm:", line)]
+    assert lines
+    for line in lines:
+        reference, _, comment = line.partition("timm:")[2].partition(" #")
+        settings = timm.get_pretrained_cfg(reference, allow_unregistered=False)
+        assert settings is not None, reference
+        assert settings.has_weights
+        assert settings.license == "apache-2.0"
+        if line.startswith("  teacher: "):
+            assert comment.startswith(" Apache-2.0")
+    if "CC-BY-NC-4.0" in text:
+        published = timm.get_pretrained_cfg("resnext101_32x16d.fb_wsl_ig1b_ft_in1k")
+        assert published
+        assert published.license == "cc-by-nc-4.0"
 
 
 @pytest.mark.parametrize("name", PHASES)
