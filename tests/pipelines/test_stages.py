@@ -89,7 +89,7 @@ def test_rungs_of_the_ladder_differ_in_what_they_are_named_after(smoke: bool) ->
         ("all_unlabelled", "curated"): {"data.train"},
         ("all_unlabelled", "longer"): set() if smoke else {"steps"},
         ("all_unlabelled", "batch_teacher"): {"teacher.batchnorm"},
-        ("all_unlabelled", "stored"): set() if smoke else {"store"},
+        ("all_unlabelled", "stored"): {"store"},
     }
     for (one, other), keys in differences.items():
         pair = settings[one], settings[other]
