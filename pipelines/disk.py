@@ -26,7 +26,8 @@ from stage1_ssld.config import (
     TeachConfig,
 )
 from stage1_ssld.data_config import SourceConfig
-from stage2_detect.config import DetectionDataConfig, DetectorConfig, TrainConfig
+from stage2_detect.config import DetectionDataConfig, TrainConfig
+from stage2_detect.model_config import DetectorConfig
 
 _ASK_TIMM = """
 import json, sys, timm, torch

@@ -27,6 +27,15 @@ class OptimConfig(Config):
     """largest norm of the gradient over all parameters; null does not clip"""
 
 
+class EmaConfig(Config):
+    """Exponential moving average of the trained network's weights; it is what gets evaluated and exported."""
+
+    decay: float = Field(0.9999, gt=0, lt=1)
+    """share of the old average kept at a step"""
+    warmup: bool = True
+    """let the decay grow from small values over the first steps"""
+
+
 class TrainingConfig(CommandConfig):
     """Settings of a training run in either stage."""
 

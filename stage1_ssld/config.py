@@ -5,9 +5,9 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from shared.config import CommandConfig, Config
+from shared.config import CommandConfig
 from shared.errors import UserError
-from shared.training_config import OptimConfig, TrainingConfig
+from shared.training_config import EmaConfig, OptimConfig, TrainingConfig
 from stage1_ssld.data_config import (
     DataConfig,
     LossConfig,
@@ -38,15 +38,6 @@ class Stage1OptimConfig(OptimConfig):
         if self.warmup_epochs and images is None:
             raise UserError("optim.warmup_epochs: nobody knows how many images the stream holds; give warmup_steps")
         return self.warmup_steps or round((self.warmup_epochs or 0) * (images or 0) / batch_size)
-
-
-class EmaConfig(Config):
-    """Exponential moving average of the trained network's weights; it is what gets evaluated and exported."""
-
-    decay: float = Field(0.9999, gt=0, lt=1)
-    """share of the old average kept at a step"""
-    warmup: bool = True
-    """let the decay grow from small values over the first steps"""
 
 
 class Stage1Config(TrainingConfig):

@@ -3,15 +3,12 @@ micro-batches.
 
 The global batch is the knob. It is drawn once for all ranks from (seed, epoch) and cut contiguously, first over ranks,
 then over accumulation, so that any split sees the same images under the same augmentation; a run may stop anywhere and
-start again at `start_step`. A batch holds either images that are wider than high or the others, to limit padding; what
-is left over of both groups fills the last batches. Evaluation batches are fixed by index, and ranks share them out
-whole. Deliberately absent: repeat-factor sampling, and any state to save.
+start again at `start_step` (`batch_order.py`). Deliberately absent: any state to save.
 
 Legend: B images of a micro-batch, C channels, H height, W width, G objects (padded to the batch's most).
 """
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +20,7 @@ from shared.errors import UserError
 from shared.images import UnreadableImage, decode_image, stable_seed
 from shared.workers import start_worker
 from stage2_detect.augment import View, draw_view, fit_view, view_boxes, view_image
+from stage2_detect.batch_order import BatchOrder, eval_batches
 from stage2_detect.coco import MIN_SIDE, CocoData, CocoImage
 from stage2_detect.models.batch import ImageBatch, Targets
 
@@ -37,51 +35,6 @@ class TrainBatch(NamedTuple):
     records: list[CocoImage]
     unreadable: list[UnreadableImage]
     """files that could not be decoded and were replaced by the next image; the training loop counts and lists them"""
-
-
-class BatchOrder:
-    """Which images form which global batch.
-
-    Raises `UserError` when `batch_size` exceeds the number of images or does not divide over `ranks * accumulate`
-    micro-batches.
-    """
-
-    def __init__(
-        self, wide: Sequence[bool], *, batch_size: int, seed: int, ranks: int = 1, accumulate: int = 1
-    ) -> None:
-        if batch_size < 1 or batch_size > len(wide):
-            raise UserError(f"batch_size {batch_size} does not fit the data set of {len(wide)} training images")
-        if batch_size % (ranks * accumulate):
-            raise UserError(
-                f"batch_size {batch_size} does not divide over {ranks} processes x {accumulate} accumulation steps"
-            )
-        self.wide = np.asarray(wide, dtype=bool)
-        self.batch_size, self.seed, self.ranks, self.accumulate = batch_size, seed, ranks, accumulate
-        self.steps_per_epoch = len(wide) // batch_size
-        """constant: the remainder of an epoch is dropped, however the two groups divide"""
-        self._epoch_batches = lru_cache(maxsize=2)(self._draw_epoch)
-
-    def step(self, step: int) -> list[int]:
-        """Image indices of the global batch of a step (from 0)."""
-        epoch, number = divmod(step, self.steps_per_epoch)
-        return self._epoch_batches(epoch)[number].tolist()
-
-    def micro_batch(self, step: int, rank: int, part: int) -> list[int]:
-        """Image indices of one rank's accumulation part of a step."""
-        size = self.batch_size // (self.ranks * self.accumulate)
-        start = (rank * self.accumulate + part) * size
-        return self.step(step)[start : start + size]
-
-    def _draw_epoch(self, epoch: int) -> np.ndarray:
-        """[steps_per_epoch, batch_size] image indices."""
-        draw = np.random.default_rng([self.seed, epoch])
-        order = draw.permutation(len(self.wide))
-        groups = [order[self.wide[order]], order[~self.wide[order]]]
-        full = [len(group) // self.batch_size * self.batch_size for group in groups]
-        rest = np.concatenate([group[cut:] for group, cut in zip(groups, full, strict=True)])
-        kept = [group[:cut] for group, cut in zip(groups, full, strict=True)]
-        kept.append(draw.permutation(rest)[: len(rest) // self.batch_size * self.batch_size])
-        return draw.permutation(np.concatenate(kept).reshape(-1, self.batch_size), axis=0)
 
 
 class TrainLoader:
@@ -160,13 +113,6 @@ class EvalLoader:
         for batch in self._loader:
             _raise_error(batch)
             yield _image_batch(batch), [self._records[i] for i in batch["indices"]]
-
-
-def eval_batches(records: Sequence[CocoImage], batch_size: int) -> list[list[int]]:
-    """Image indices of each evaluation batch: sorted by aspect ratio, then by index, so that a batch needs little
-    padding."""
-    order = sorted(range(len(records)), key=lambda i: (records[i].width / records[i].height, i))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def load_record(record: CocoImage) -> Tensor:

@@ -6,12 +6,10 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from shared.config import CommandConfig, Config
-from shared.training_config import OptimConfig, TrainingConfig
+from shared.training_config import EmaConfig, OptimConfig, TrainingConfig
+from stage2_detect.model_config import DetectorConfig, Fraction, Positive
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-IoU = Annotated[float, Field(gt=0, le=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=32)]
 
 
 class DetectionDataConfig(Config):
@@ -22,8 +20,10 @@ class DetectionDataConfig(Config):
     val_annotations: Path | None = None
     """annotations to evaluate on; null does not evaluate"""
     val_images: Path | None = None
-    keep_empty: bool = False
+    keep_empty: bool = True
     """whether images without any object are trained on"""
+    repeat_threshold: Fraction | None = None
+    """classes that fewer than this share of the images show are shown more often (repeat factors, arXiv 1908.03195)"""
 
     @model_validator(mode="after")
     def _val_together(self) -> Self:
@@ -35,7 +35,7 @@ class DetectionDataConfig(Config):
 class ResizeConfig(Config):
     """Image sizes and flips."""
 
-    train_short_sides: list[Annotated[int, Field(ge=32)]] = Field([640, 672, 704, 736, 768, 800], min_length=1)
+    train_short_sides: list[Side] = Field([640, 672, 704, 736, 768, 800], min_length=1)
     """the short side is drawn from these"""
     train_long_side: int = Field(1333, ge=32)
     """largest long side in training"""
@@ -44,61 +44,58 @@ class ResizeConfig(Config):
     flip: float = Field(0.5, ge=0, le=1)
     """probability of a horizontal flip"""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    kernel: Literal["reference", "fast"] = "reference"
+    """reference: float arithmetic, equal to OpenCV's to one grey level; fast: on uint8, a few levels off"""
 
 
-class RPNConfig(Config):
-    """Region proposals: anchors, assignment, sampling, counts."""
+class AugmentConfig(Config):
+    """Augmentation of training images beyond size and flip."""
 
-    anchor_sizes: list[Positive] = Field([32, 64, 128, 256, 512], min_length=5, max_length=5)
-    """one a level P2..P6, in pixels"""
-    anchor_ratios: list[Positive] = Field([0.5, 1.0, 2.0], min_length=1)
-    """height / width"""
-    positive_iou: IoU = 0.7
-    negative_iou: IoU = 0.3
-    samples: int = Field(256, ge=1)
-    """anchors an image in the loss"""
-    positive_fraction: Fraction = 0.5
-    nms_iou: IoU = 0.7
-    train_pre_nms: Count = 2000
-    """proposals a level before NMS"""
-    train_post_nms: Count = 1000
-    """proposals an image after NMS"""
-    val_pre_nms: Count = 1000
-    val_post_nms: Count = 1000
+    auto_augment: bool = False
+    """AutoAugment for detection, policy v1 (arXiv 1906.11172), on the picture as it is stored"""
+    large_scale_jitter: tuple[Positive, Positive] | None = None
+    """least and largest scale of the picture inside a square of train_long_side, cropped or padded to it (arXiv
+    2012.07177); replaces train_short_sides"""
 
     @model_validator(mode="after")
-    def _ious_in_order(self) -> Self:
-        if self.negative_iou > self.positive_iou:
-            raise ValueError(f"negative_iou {self.negative_iou:g} is above positive_iou {self.positive_iou:g}")
+    def _scales_in_order(self) -> Self:
+        if self.large_scale_jitter and self.large_scale_jitter[0] > self.large_scale_jitter[1]:
+            raise ValueError("large_scale_jitter: the least scale comes first")
         return self
 
 
-class RoIConfig(Config):
-    """Box head: assignment, sampling, post-processing."""
+class DistillConfig(Config):
+    """What a teacher detector adds to the losses, on labelled and on unlabelled images."""
 
-    foreground_iou: IoU = 0.5
-    samples: int = Field(512, ge=1)
-    """RoIs an image in the loss"""
-    foreground_fraction: Fraction = 0.25
-    hidden: Count = 1024
-    """width of the two fully connected layers"""
-    score_threshold: float = Field(0.05, ge=0, lt=1)
-    nms_iou: IoU = 0.5
-    detections: Count = 100
-    """kept an image"""
+    teacher: Path
+    """detector file"""
+    pkd_weight: float = Field(6.0, ge=0)
+    """Pearson correlation of the feature pyramids (PKD, arXiv 2207.02039)"""
+    roi_weight: float = Field(1.0, ge=0)
+    """the teacher's soft labels for the student's RoIs"""
+    temperature: Positive = 1.0
+    """of the soft labels"""
+    check_images: int = Field(100, ge=0)
+    """evaluation images that the teacher is scored on before training; 0 does not check"""
+    check_ap: Fraction = 0.01
+    """AP below which the run stops before it begins"""
+
+    @model_validator(mode="after")
+    def _some_term(self) -> Self:
+        if not self.pkd_weight and not self.roi_weight:
+            raise ValueError("pkd_weight and roi_weight are both 0: the teacher would teach nothing")
+        return self
 
 
-class DetectorConfig(Config):
-    """The detector's architecture; stored in its file."""
+class ExpectedConfig(Config):
+    """Scores that a recipe should reach; compared after its last evaluation."""
 
-    kind: Literal["faster_rcnn"] = "faster_rcnn"
-    fpn_channels: int = Field(256, ge=8)
-    freeze_stages: int = Field(0, ge=0, le=5)
-    """stages of the backbone that do not train: 1 is the stem, 2 the stem and the stride-4 stage, ..."""
-    freeze_norm: bool = True
-    """BatchNorm as a constant: running statistics and affine parameters fixed"""
-    rpn: RPNConfig = RPNConfig()
-    roi: RoIConfig = RoIConfig()
+    AP: float | None = Field(None, ge=0, le=100)
+    """of boxes, in percent"""
+    AP_segm: float | None = Field(None, ge=0, le=100)
+    """of masks, in percent"""
+    tolerance: float = Field(0.3, ge=0)
+    """allowed below, in percent points"""
 
 
 class Stage2OptimConfig(OptimConfig):
@@ -107,6 +104,7 @@ class Stage2OptimConfig(OptimConfig):
     backbone_lr_factors: list[Annotated[float, Field(ge=0)]] = Field([1.0] * 5, min_length=5, max_length=5)
     """factors on the learning rate of the backbone's stem and stages of stride 4, 8, 16, 32"""
     warmup_steps: int = Field(1000, ge=0)
+    """at most; no more than a tenth of the run is warm-up"""
     warmup_start: float = Field(0.1, ge=0, le=1)
     """factor on the learning rate at the first step"""
     milestones_epochs: list[float] | None = None
@@ -136,13 +134,37 @@ class TrainConfig(TrainingConfig):
     arch: str | None = None
     """timm name, for a file that does not say it"""
     data: DetectionDataConfig
+    init: Path | None = None
+    """detector file to go on from, on the same or other classes; rows of its heads are kept by class name"""
+    unlabeled: Path | None = None
+    """folder of pictures without annotations, for distillation"""
+    labeled_ratio: float = Field(0.5, gt=0, lt=1)
+    """share of labelled images in a batch where there are unlabelled ones"""
+    distill: DistillConfig | None = None
     resize: ResizeConfig = ResizeConfig()
+    augment: AugmentConfig = AugmentConfig()
     model: DetectorConfig = DetectorConfig()
     optim: Stage2OptimConfig
     val_batch_size: int = Field(4, ge=1)
     """images a forward pass in evaluation"""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """stochastic depth of the backbone, where the arch has it"""
+    ema: EmaConfig | None = None
+    val_loss: bool = False
+    """also report the losses on the evaluation images"""
+    patience: int | None = Field(None, ge=1)
+    """stop after this many evaluations in a row without a better AP; needs evaluate_every"""
+    expected: ExpectedConfig | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.patience is not None and (self.evaluate_every is None or self.data.val_annotations is None):
+            raise ValueError("patience counts evaluations: give evaluate_every and data.val_annotations too")
+        if self.unlabeled is not None and self.distill is None:
+            raise ValueError("unlabeled: pictures without annotations teach by distillation only; give distill.teacher")
+        if self.augment.auto_augment and self.model.has_masks:
+            raise ValueError("augment.auto_augment moves pixels inside boxes: it cannot go with masks")
+        return self
 
     def inputs(self) -> dict[str, Path]:
         data = self.data
@@ -151,7 +173,21 @@ class TrainConfig(TrainingConfig):
             files |= {"data.val_annotations": data.val_annotations, "data.val_images": data.val_images}
         if self.backbone.endswith(".safetensors") or Path(self.backbone).is_dir():
             files["backbone"] = Path(self.backbone)
-        return files
+        others = {
+            "init": self.init,
+            "unlabeled": self.unlabeled,
+            "distill.teacher": self.distill and self.distill.teacher,
+        }
+        return files | {key: path for key, path in others.items() if path is not None}
+
+
+class TTAConfig(Config):
+    """Test-time augmentation: detections of several views of an image, merged by NMS."""
+
+    short_sides: list[Side] = []
+    """of the views; empty: the one of the recipe"""
+    flip: bool = True
+    """each view mirrored too"""
 
 
 class EvaluateConfig(CommandConfig):
@@ -168,8 +204,14 @@ class EvaluateConfig(CommandConfig):
     short_side: int | None = Field(None, ge=32)
     """null: as the detector's recipe says"""
     long_side: int | None = Field(None, ge=32)
+    tta: TTAConfig | None = None
+    """null evaluates one view an image"""
+    score_threshold: float = Field(0.5, ge=0, lt=1)
+    """of the counts: precision, recall and F1 of each class, and the confusion matrix"""
     batch_size: int = Field(4, ge=1)
     """images a forward pass"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """of the forward pass; boxes stay fp32"""
     workers: int = Field(2, ge=0)
     """processes that decode images"""
     device: Literal["auto", "cpu"] = "auto"

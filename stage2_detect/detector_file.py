@@ -11,7 +11,8 @@ from shared.checkpoint import load_module
 from shared.errors import UserError
 from shared.model_file import read_metadata, read_tensors, save_model_file
 from stage2_detect.coco import CocoData
-from stage2_detect.config import DetectorConfig, ResizeConfig
+from stage2_detect.config import ResizeConfig
+from stage2_detect.model_config import DetectorConfig
 from stage2_detect.models.build import build_detector
 from stage2_detect.models.rcnn import RCNN
 

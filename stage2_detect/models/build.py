@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from shared.backbones import InputSettings
-from stage2_detect.config import DetectorConfig
+from stage2_detect.model_config import DetectorConfig
 from stage2_detect.models.pyramid import TimmPyramid
 from stage2_detect.models.rcnn import RCNN
 from stage2_detect.models.roi_heads import BoxStage, RoIHeads
@@ -41,6 +41,8 @@ def build_detector(
         freeze_norm=config.freeze_norm,
     )
     match config.kind:
+        case "mask_rcnn" | "cascade_rcnn" | "cascade_mask_rcnn":
+            raise NotImplementedError(config.kind)
         case "faster_rcnn":
             rpn = RPN(
                 channels=config.fpn_channels,
@@ -51,6 +53,7 @@ def build_detector(
                 negative_iou=config.rpn.negative_iou,
                 samples_per_image=config.rpn.samples,
                 positive_fraction=config.rpn.positive_fraction,
+                random_sampling=config.rpn.random,
                 nms_iou=config.rpn.nms_iou,
                 train_pre_nms=config.rpn.train_pre_nms,
                 train_post_nms=config.rpn.train_post_nms,
@@ -65,7 +68,7 @@ def build_detector(
                 positive_fraction=config.roi.foreground_fraction,
                 stages=(BoxStage(iou=config.roi.foreground_iou, weights=(10.0, 10.0, 5.0, 5.0)),),
                 score_threshold=config.roi.score_threshold,
-                nms_iou=config.roi.nms_iou,
+                nms_iou=config.roi.nms.iou,
                 detections_per_image=config.roi.detections,
                 total=total,
                 world_size=world_size,

@@ -205,7 +205,7 @@ def test_nonsense_is_refused_by_its_key(stage: int, key: str, value: str) -> Non
 
 
 def test_ious_of_the_proposals_are_in_order() -> None:
-    from stage2_detect.config import DetectorConfig
+    from stage2_detect.model_config import DetectorConfig
 
     with pytest.raises(UserError, match=r"rpn: negative_iou 0.8 is above positive_iou 0.7"):
         validate(DetectorConfig, {"rpn": {"negative_iou": 0.8}}, source="c")

@@ -1,0 +1,159 @@
+"""The detector's architecture as settings; they are stored in its file. Does not import torch."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from shared.config import Config
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+IoU = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Four = tuple[Positive, Positive, Positive, Positive]
+
+
+class RPNConfig(Config):
+    """Region proposals: anchors, assignment, sampling, counts."""
+
+    anchor_sizes: list[Positive] = Field([32, 64, 128, 256, 512], min_length=5, max_length=5)
+    """one a level P2..P6, in pixels"""
+    anchor_ratios: list[Positive] = Field([0.5, 1.0, 2.0], min_length=1)
+    """height / width"""
+    positive_iou: IoU = 0.7
+    negative_iou: IoU = 0.3
+    samples: int = Field(256, ge=1)
+    """anchors an image in the loss"""
+    positive_fraction: Fraction = 0.5
+    random: bool = True
+    """false takes the first anchors in index order (for comparisons with other implementations)"""
+    nms_iou: IoU = 0.7
+    train_pre_nms: Count = 2000
+    """proposals a level before NMS"""
+    train_post_nms: Count = 1000
+    """proposals an image after NMS"""
+    val_pre_nms: Count = 1000
+    val_post_nms: Count = 1000
+
+    @model_validator(mode="after")
+    def _ious_in_order(self) -> Self:
+        if self.negative_iou > self.positive_iou:
+            raise ValueError(f"negative_iou {self.negative_iou:g} is above positive_iou {self.positive_iou:g}")
+        return self
+
+
+class BoxLossConfig(Config):
+    """Regression loss of the box heads."""
+
+    name: Literal["l1", "smooth_l1", "balanced_l1", "giou", "ciou"] = "l1"
+    weight: Positive = 1.0
+    beta: Positive = 1.0
+    """of smooth_l1 and balanced_l1: the distance at which the square part ends"""
+    alpha: Positive = 0.5
+    """of balanced_l1 (arXiv 1904.02701 equation 5)"""
+    gamma: Positive = 1.5
+    """of balanced_l1"""
+    normalization: Literal["rois", "reference"] = "rois"
+    """rois: sum over positives / sampled RoIs; reference: mean over positives x classes / sampled RoIs, as
+    PaddleDetection's CIoU and GIoU (it grows with the number of classes)"""
+
+    @model_validator(mode="after")
+    def _reference_is_for_ious(self) -> Self:
+        if self.normalization == "reference" and self.name not in ("giou", "ciou"):
+            raise ValueError(f"normalization: reference is for giou and ciou, not for {self.name}")
+        return self
+
+
+class NMSConfig(Config):
+    """Suppression of a class's overlapping detections."""
+
+    kind: Literal["hard", "soft_linear", "soft_gaussian"] = "hard"
+    iou: IoU = 0.5
+    """overlap that suppresses; of soft_linear, that lowers scores"""
+    sigma: Positive = 0.5
+    """of soft_gaussian (arXiv 1704.04503): scores fall by exp(-IoU^2 / sigma)"""
+
+
+class RoIConfig(Config):
+    """Box heads: assignment, sampling, pooling, loss, post-processing."""
+
+    foreground_iou: IoU = 0.5
+    """of the only stage; a cascade has its own"""
+    samples: int = Field(512, ge=1)
+    """RoIs an image in the loss"""
+    foreground_fraction: Fraction = 0.25
+    sampling: Literal["random", "first", "libra"] = "random"
+    """libra draws negatives evenly from bins of IoU (arXiv 1904.02701 section 3.1); first takes RoIs in index order
+    (for comparisons with other implementations)"""
+    libra_bins: Count = 3
+    class_agnostic: bool = False
+    """one box a RoI instead of one a class; a cascade always has it"""
+    hidden: Count = 1024
+    """width of the two fully connected layers"""
+    sampling_ratio: int = Field(0, ge=0)
+    """samples along a side of a pooled bin; 0 takes as many as the bin has pixels"""
+    aligned: bool = True
+    """half-pixel-aligned pooling"""
+    box_loss: BoxLossConfig = BoxLossConfig()
+    score_threshold: float = Field(0.05, ge=0, lt=1)
+    nms: NMSConfig = NMSConfig()
+    detections: Count = 100
+    """kept an image"""
+
+
+class CascadeConfig(Config):
+    """Stages of a cascade (arXiv 1712.00726); used by the cascade kinds only."""
+
+    ious: list[IoU] = Field([0.5, 0.6, 0.7], min_length=2)
+    delta_weights: list[Four] = Field(
+        [(10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0)], min_length=2
+    )
+    loss_weights: list[Positive] = Field([1 / 3, 1 / 3, 1 / 3], min_length=2)
+    add_gt_each_stage: bool = False
+    """append the objects to the RoIs of later stages too"""
+    score_rois: Literal["own", "last"] = "own"
+    """which RoIs each stage scores in evaluation: its own, or the last stage's"""
+
+    @model_validator(mode="after")
+    def _as_many_of_each(self) -> Self:
+        if not len(self.ious) == len(self.delta_weights) == len(self.loss_weights):
+            raise ValueError("ious, delta_weights and loss_weights need one entry a stage each")
+        return self
+
+
+class MaskConfig(Config):
+    """Mask head (arXiv 1703.06870); used by the mask kinds only."""
+
+    channels: Count = 256
+    convolutions: Count = 4
+    pool_size: Count = 14
+    """side of the pooled features; masks have twice that"""
+    threshold: float = Field(0.5, gt=0, lt=1)
+    """probability from which a pixel belongs to the object"""
+
+
+class DetectorConfig(Config):
+    """The detector's architecture; stored in its file."""
+
+    kind: Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"] = "faster_rcnn"
+    fpn_channels: int = Field(256, ge=8)
+    freeze_stages: int = Field(0, ge=0, le=5)
+    """stages of the backbone that do not train: 1 is the stem, 2 the stem and the stride-4 stage, ..."""
+    freeze_norm: bool = True
+    """BatchNorm as a constant: running statistics and affine parameters fixed"""
+    dcn_strides: list[Literal[4, 8, 16, 32]] = []
+    """stages of the backbone, by stride, whose dense 3x3 convolutions become modulated deformable ones (DCNv2)"""
+    rpn: RPNConfig = RPNConfig()
+    roi: RoIConfig = RoIConfig()
+    cascade: CascadeConfig = CascadeConfig()
+    mask: MaskConfig = MaskConfig()
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the detector predicts masks and trains on them."""
+        return self.kind in ("mask_rcnn", "cascade_mask_rcnn")
+
+    @property
+    def is_cascade(self) -> bool:
+        """Whether the detector has several box stages."""
+        return self.kind in ("cascade_rcnn", "cascade_mask_rcnn")
