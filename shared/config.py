@@ -114,6 +114,32 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_recipe(path: Path, alternatives: Sequence[str] = (), deeper: int = 2) -> dict[str, Any]:
+    """The settings of a YAML file laid on those of the file that its key `base` names, relative to it.
+
+    A base may have a base itself, and there the chain ends. Of the keys `alternatives`, the file's replaces the base's. Raises UserError as
+    `read_yaml` does, and for a longer chain.
+    """
+    values = read_yaml(path)
+    if "base" not in values:
+        return values
+    base = values.pop("base")
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base: expected the name of a YAML file (given: {json.dumps(base, default=str)})")
+    if not deeper:
+        raise UserError(
+            f"{path}: base: {base}: a chain of more than two bases; write the settings into one of the files"
+        )
+    below = read_recipe(path.parent / base, alternatives, deeper - 1)
+    return merge(_less(below, alternatives, values), values)
+
+
+def _less(below: dict[str, Any], alternatives: Sequence[str], over: Any) -> dict[str, Any]:
+    """`below` without the alternatives among which `over` chooses another."""
+    chosen = any(key in over for key in alternatives)
+    return {key: value for key, value in below.items() if not (chosen and key in alternatives)}
+
+
 class Parser(ArgumentParser):
     """An argument parser whose mistakes are UserErrors of one line; an unknown flag names the nearest known one."""
 
@@ -129,7 +155,7 @@ class Parser(ArgumentParser):
 def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: str) -> ConfigT:
     """The configuration that a command line asks for.
 
-    `--config FILE` is read first, flags go on top; `--print-config` prints the result as YAML and exits. Raises UserError with one line per
+    `--config FILE` and its bases come first, flags on top; `--print-config` prints the result as YAML and exits. Raises UserError with one line per
     wrong key.
     """
     argv = [_underscored(word) for word in argv]
@@ -147,9 +173,8 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
             f"--{name}: is a group or list of settings: give --{name}.KEY VALUE, or the whole as JSON"
         ) from None
     known, _ = parser.parse_known_args(list(argv))
-    values = read_yaml(known.config) if known.config else {}
-    if any(key in flags for key in config_type.alternatives):
-        values = {key: value for key, value in values.items() if key not in config_type.alternatives}
+    values = read_recipe(known.config, config_type.alternatives) if known.config else {}
+    values = _less(values, config_type.alternatives, flags)
     config = validate(config_type, merge(values, flags), source=str(known.config or "command line"), flags=flags)
     if known.print_config:
         print(dump_yaml(config), end="")

@@ -90,6 +90,8 @@ class DistillConfig(Config):
 class ExpectedConfig(Config):
     """Scores that a recipe should reach; compared after its last evaluation."""
 
+    images: int | None = Field(None, ge=1)
+    """evaluation images of the set that the scores are for; another set is not compared"""
     AP: float | None = Field(None, ge=0, le=100)
     """of boxes, in percent"""
     AP_segm: float | None = Field(None, ge=0, le=100)
@@ -176,7 +178,7 @@ class TrainConfig(TrainingConfig):
         others = {
             "init": self.init,
             "unlabeled": self.unlabeled,
-            "distill.teacher": self.distill and self.distill.teacher,
+            "distill.teacher": self.distill.teacher if self.distill else None,
         }
         return files | {key: path for key, path in others.items() if path is not None}
 

@@ -175,7 +175,7 @@ def test_config_modules_do_not_import_torch() -> None:
         (2, "model.roi.foreground_fraction", "-0.1"),
         (2, "model.roi.hidden", "0"),
         (2, "model.roi.score_threshold", "1"),
-        (2, "model.roi.nms_iou", "2"),
+        (2, "model.roi.nms.iou", "2"),
         (2, "model.roi.detections", "0"),
         (2, "resize.train_short_sides.1", "48,31"),
         (2, "optim.backbone_lr_factors.0", "-1,1,1,1,1"),
@@ -202,6 +202,35 @@ def test_nonsense_is_refused_by_its_key(stage: int, key: str, value: str) -> Non
     with pytest.raises(UserError, match=rf"command line: {re.escape(key)}: ") as caught:
         parse_config(config_type, [*argv, f"--{flag}={value}"], program="test.py")
     assert "\n" not in str(caught.value)
+
+
+class _Recipe(CommandConfig):
+    alternatives = ("steps", "epochs")
+    steps: int | None = None
+    epochs: int | None = None
+    model: dict[str, int] = {}
+    sides: list[int] = []
+
+
+def test_a_recipe_lies_on_its_bases(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.yaml").write_text("output: o\nepochs: 12\nmodel: {depth: 1, width: 2}\nsides: [1, 2]\n")
+    (tmp_path / "sub" / "b.yaml").write_text("base: ../a.yaml\nmodel: {width: 3}\n")
+    (tmp_path / "sub" / "c.yaml").write_text("base: b.yaml\nsteps: 5\nsides: [3]\n")
+    config = parse_config(_Recipe, ["--config", str(tmp_path / "sub" / "c.yaml")], program="test.py")
+    assert config == _Recipe(output=Path("o"), steps=5, model={"depth": 1, "width": 3}, sides=[3])
+    flags = ["--config", str(tmp_path / "sub" / "b.yaml"), "--steps", "7"]
+    assert parse_config(_Recipe, flags, program="test.py").epochs is None
+
+    (tmp_path / "sub" / "d.yaml").write_text("base: c.yaml\n")
+    with pytest.raises(UserError, match=r"b.yaml: base: ../a.yaml: a chain of more than two bases"):
+        parse_config(_Recipe, ["--config", str(tmp_path / "sub" / "d.yaml")], program="test.py")
+    (tmp_path / "e.yaml").write_text("base: f.yaml\n")
+    with pytest.raises(UserError, match=r"f.yaml: No such file"):
+        parse_config(_Recipe, ["--config", str(tmp_path / "e.yaml")], program="test.py")
+    (tmp_path / "g.yaml").write_text("base: [a.yaml]\n")
+    with pytest.raises(UserError, match=r"g.yaml: base: expected the name of a YAML file"):
+        parse_config(_Recipe, ["--config", str(tmp_path / "g.yaml")], program="test.py")
 
 
 def test_ious_of_the_proposals_are_in_order() -> None:

@@ -1,0 +1,165 @@
+"""The recipes resolve to the references' values, and each builds, trains two steps and is evaluated at tiny size."""
+
+from pathlib import Path
+
+import pytest
+
+from shared.config import parse_config
+from shared.optim import multistep_factor, scale_lr
+from stage2_detect.config import TrainConfig
+
+CONFIGS = Path(__file__).parents[2] / "stage2_detect" / "configs"
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("toy_"))
+COCO_IMAGES = 117_266  # of train2017 with a box that is no crowd
+
+SSLD_FACTORS = [0.05, 0.05, 0.05, 0.1, 0.15]
+SIDES_800 = [640, 672, 704, 736, 768, 800]
+SIDES_640 = list(range(384, 673, 32))
+IOUS, WEIGHTS = [0.5, 0.6, 0.7], [10.0, 20.0, 30.0]
+
+# PaddleDetection@666f597f: epochs, milestones in epochs, factor at the first step, proposals kept in training, AP
+SSLD: dict[str, tuple[int, list[int], float, int, tuple[float, ...]]] = {
+    "faster_rcnn_r50vd_ssld_1x": (12, [8, 11], 0.1, 1000, (41.4,)),
+    "faster_rcnn_r50vd_ssld_2x": (24, [12, 22], 0.1, 1000, (42.3,)),
+    "mask_rcnn_r50vd_ssld_1x": (12, [8, 11], 0.1, 1000, (42.0, 38.2)),
+    "mask_rcnn_r50vd_ssld_2x": (24, [12, 22], 0.1, 1000, (42.7, 38.9)),
+    "cascade_rcnn_r50vd_ssld_1x": (12, [8, 11], 0.001, 2000, (44.4,)),
+    "cascade_rcnn_r50vd_ssld_2x": (24, [12, 22], 0.1, 2000, (45.0,)),
+    "cascade_mask_rcnn_r50vd_ssld_1x": (12, [8, 11], 0.001, 2000, (44.9, 39.1)),
+    "cascade_mask_rcnn_r50vd_ssld_2x": (24, [12, 22], 0.1, 2000, (45.7, 39.7)),
+}
+PLAIN = {
+    "faster_rcnn_r50vd_1x": (39.5,),
+    "mask_rcnn_r50vd_1x": (40.3, 36.4),
+    "cascade_rcnn_r50vd_1x": (),
+    "cascade_mask_rcnn_r50vd_1x": (),
+}
+# test sizes, training sides, longest side, published AP to compare with
+PSS: dict[str, tuple[tuple[int, int], list[int], int, tuple[float, ...]]] = {
+    "pss_faster_dcn_r50vd": ((640, 640), SIDES_640, 1000, (41.5,)),
+    "pss_cascade_dcn_r50vd": ((1000, 1500), list(range(640, 1025, 32)), 1500, ()),
+    "pss_cascade_dcn_r101vd": ((800, 1333), list(range(640, 1025, 32)), 1500, ()),
+}
+OTHERS = {"faster_rcnn", "faster_rcnn_mobilenetv3_ssld_1x", "faster_rcnn_convnext_tiny_1x"}
+
+
+def resolved(name: str, *flags: str) -> TrainConfig:
+    return parse_config(TrainConfig, ["--config", str(CONFIGS / f"{name}.yaml"), *flags], program="train.py")
+
+
+def rate(config: TrainConfig, step: int) -> float:
+    """Learning rate at a step (from 0) of a run over COCO."""
+    per_epoch = COCO_IMAGES // config.batch_size
+    optim = config.optim
+    factor = multistep_factor(
+        step,
+        milestones=optim.milestones(per_epoch),
+        gamma=optim.gamma,
+        warmup_steps=optim.warmup_steps,
+        warmup_start=optim.warmup_start,
+    )
+    return factor * scale_lr(optim.lr, optim.reference_batch, config.batch_size, optim.name)
+
+
+def expected_scores(config: TrainConfig) -> tuple[float, ...]:
+    if config.expected is None:
+        return ()
+    assert config.expected.images == 5000
+    return tuple(score for score in (config.expected.AP, config.expected.AP_segm) if score is not None)
+
+
+def test_every_recipe_is_in_a_table() -> None:
+    assert set(RECIPES) == {*SSLD, *PLAIN, *PSS, *OTHERS}
+
+
+@pytest.mark.parametrize("name", [*SSLD, *PLAIN])
+def test_ssld_and_plain_recipes(name: str) -> None:
+    config = resolved(name)
+    like = SSLD[name.replace("vd_1x", "vd_ssld_1x")]
+    epochs, milestones, start, proposals, _ = like
+    assert config.model.kind == name.partition("_r50vd")[0]
+    assert config.train_epochs == epochs
+    assert config.optim.milestones(14_658) == [14_658 * epoch for epoch in milestones]
+    assert config.total_steps(14_658 * 8) == 14_658 * epochs
+    assert rate(config, 0) == pytest.approx(0.01 * start)
+    assert rate(config, 500) == pytest.approx(0.01 * (start + (1 - start) / 2))
+    assert rate(config, 1000) == pytest.approx(0.01)
+    assert rate(config, 14_658 * milestones[1]) == pytest.approx(1e-4)
+    assert (config.batch_size, config.optim.name, config.optim.momentum) == (8, "sgd", 0.9)
+    assert (config.optim.weight_decay, config.optim.decay_norm_and_bias) == (1e-4, True)
+    assert config.optim.clip_grad_norm is None
+    assert config.ema is None
+    plain = "ssld" not in name
+    assert config.optim.backbone_lr_factors == ([1.0] * 5 if plain else SSLD_FACTORS)
+    assert config.backbone == ("timm:resnet50d.gluon_in1k" if plain else "runs/ssld_resnet50d/student.safetensors")
+    assert expected_scores(config) == (PLAIN[name] if plain else like[-1])
+
+    resize = config.resize
+    assert (resize.train_short_sides, resize.train_long_side) == (SIDES_800, 1333)
+    assert (resize.val_short_side, resize.val_long_side) == (800, 1333)
+    assert (resize.interpolation, resize.kernel, resize.flip) == ("bicubic", "reference", 0.5)
+    assert not config.data.keep_empty
+    assert not config.augment.auto_augment
+
+    model = config.model
+    assert (model.freeze_stages, model.freeze_norm, model.fpn_channels, model.dcn_strides) == (2, True, 256, [])
+    rpn, roi = model.rpn, model.roi
+    assert rpn.anchor_sizes == [32, 64, 128, 256, 512]
+    assert rpn.anchor_ratios == [0.5, 1, 2]
+    assert (rpn.positive_iou, rpn.negative_iou, rpn.samples, rpn.positive_fraction) == (0.7, 0.3, 256, 0.5)
+    assert (rpn.train_pre_nms, rpn.train_post_nms, rpn.val_pre_nms, rpn.val_post_nms) == (2000, proposals, 1000, 1000)
+    assert (rpn.nms_iou, roi.samples, roi.foreground_fraction, roi.foreground_iou) == (0.7, 512, 0.25, 0.5)
+    assert (roi.sampling, roi.hidden, roi.sampling_ratio, roi.aligned) == ("random", 1024, 0, True)
+    assert (roi.box_loss.name, roi.box_loss.weight) == ("l1", 1)
+    assert (roi.score_threshold, roi.nms.kind, roi.nms.iou, roi.detections) == (0.05, "hard", 0.5, 100)
+    cascade = model.cascade
+    assert cascade.ious == IOUS
+    assert [weights[0] for weights in cascade.delta_weights] == WEIGHTS
+    assert [weights[2] for weights in cascade.delta_weights] == [weight / 2 for weight in WEIGHTS]
+    assert cascade.loss_weights == [pytest.approx(1 / 3)] * 3
+    assert (cascade.add_gt_each_stage, cascade.score_rois) == (False, "own")
+    assert (model.mask.channels, model.mask.convolutions, model.mask.pool_size, model.mask.threshold) == (
+        256, 4, 14, 0.5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PSS)
+def test_pss_recipes(name: str) -> None:
+    config = resolved(name)
+    test_sizes, sides, longest, published = PSS[name]
+    assert expected_scores(config) == published
+    assert (config.batch_size, config.optim.lr, config.optim.reference_batch) == (16, 0.02, 16)
+    assert config.optim.backbone_lr_factors == SSLD_FACTORS
+    assert (config.resize.val_short_side, config.resize.val_long_side) == test_sizes
+    assert (config.resize.train_short_sides, config.resize.train_long_side) == (sides, longest)
+    assert config.augment.auto_augment
+    model = config.model
+    assert (model.fpn_channels, model.dcn_strides, model.freeze_stages, model.freeze_norm) == (64, [8, 16, 32], 2, True)
+    rpn, loss = model.rpn, model.roi.box_loss
+    assert (rpn.train_pre_nms, rpn.train_post_nms, rpn.val_pre_nms, rpn.val_post_nms) == (2000, 2000, 500, 300)
+    if name == "pss_faster_dcn_r50vd":
+        assert config.total_steps(7329 * 16) == 36 * 7329
+        assert config.optim.milestones(7329) == [24 * 7329, 33 * 7329]
+        assert rate(config, 0) == 0
+        assert (model.kind, model.roi.sampling, model.roi.libra_bins) == ("faster_rcnn", "libra", 3)
+        assert (loss.name, loss.weight, loss.normalization) == ("ciou", 10, "rois")
+    else:
+        assert config.total_steps(None) == 270_000
+        assert config.optim.milestones(7329) == [180_000, 240_000]
+        assert rate(config, 0) == pytest.approx(0.002)
+        assert (model.kind, model.roi.sampling) == ("cascade_rcnn", "random")
+        assert (loss.name, loss.alpha, loss.gamma, loss.beta, loss.weight) == ("balanced_l1", 0.5, 1.5, 1, 1)
+        assert model.cascade.ious == IOUS
+        assert model.cascade.loss_weights == [1, 0.5, 0.25]
+        assert model.cascade.add_gt_each_stage
+        assert model.cascade.score_rois == "last"
+        assert ("resnet101d" in config.backbone) == ("r101" in name)
+
+
+def test_a_recipe_says_where_it_comes_from() -> None:
+    for name in RECIPES:
+        head = (CONFIGS / f"{name}.yaml").read_text().partition("\n\n")[0]
+        comments = " ".join(line[1:].strip() for line in head.splitlines() if line.startswith("#"))
+        assert "ource" in comments or "Ours" in comments, name
+        for score in expected_scores(resolved(name)):
+            assert str(score) in comments, f"{name}: {score} is expected, and its header does not say who published it"
