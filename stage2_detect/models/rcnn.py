@@ -51,10 +51,19 @@ class RCNN(nn.Module):
         """Losses `loss_rpn_cls`, `loss_rpn_box`, `loss_cls`, `loss_box` (float32 scalars, already normalised), or
         detections.
         """
-        features = self.pyramid(normalise(images, self.mean_C11, self.std_C11))
+        features = self.features(images)
         if self.training:
             assert targets is not None, "training needs targets"
-            proposals, losses = self.rpn(features, images.sizes_B2, targets)
-            return losses | self.roi_heads.losses(features, proposals, images.sizes_B2, targets)
+            return self.losses(features, images.sizes_B2, targets)
         proposals, _ = self.rpn(features, images.sizes_B2)
         return self.roi_heads.detect(features, proposals, images)
+
+    def features(self, images: ImageBatch) -> list[Tensor]:
+        """The feature maps of the pyramid, P2..P6."""
+        maps: list[Tensor] = self.pyramid(normalise(images, self.mean_C11, self.std_C11))
+        return maps
+
+    def losses(self, features: Sequence[Tensor], sizes_B2: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """The losses of `forward` from feature maps."""
+        proposals, losses = self.rpn(features, sizes_B2, targets)
+        return losses | self.roi_heads.losses(features, proposals, sizes_B2, targets)
