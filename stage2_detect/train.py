@@ -49,7 +49,7 @@ def train(config: TrainConfig) -> None:
     from stage2_detect.coco import read_coco
     from stage2_detect.detector_file import save_detector
     from stage2_detect.models.build import build_detector
-    from stage2_detect.models.freezing import stage_of_parameter
+    from stage2_detect.models.freezing import lr_factor_of_parameter
     from stage2_detect.scoring import describe, score
 
     # ---- data and backbone, checked before any process group exists
@@ -88,13 +88,12 @@ def train(config: TrainConfig) -> None:
         world_size=ranks,
     )
     place(detector, device, channels_last=config.channels_last)
-    stages = {f"pyramid.body.{name}": stage for name, stage in stage_of_parameter(body).items()}
-    factors = config.optim.backbone_lr_factors
+    factors = lr_factor_of_parameter(body, config.optim.backbone_lr_factors)
     groups = parameter_groups(
         detector,
         weight_decay=config.optim.weight_decay,
         decay_norm_and_bias=config.optim.decay_norm_and_bias,
-        lr_factor=lambda name: factors[stages[name]] if name in stages else 1.0,
+        lr_factor=lambda name: factors.get(name.removeprefix("pyramid.body."), 1.0),
     )
     optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
     base_lr = scale_lr(config.optim.lr, config.optim.reference_batch, config.batch_size, config.optim.name)

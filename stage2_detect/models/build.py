@@ -39,6 +39,7 @@ def build_detector(
         channels=config.fpn_channels,
         freeze_stages=config.freeze_stages,
         freeze_norm=config.freeze_norm,
+        dcn_strides=config.dcn_strides,
     )
     match config.kind:
         case "mask_rcnn" | "cascade_rcnn" | "cascade_mask_rcnn":

@@ -15,6 +15,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from stage2_detect.models.deform import is_offset
+
 STRIDES = (4, 8, 16, 32)
 
 
@@ -49,9 +51,18 @@ def stage_of_module(body: nn.Module) -> dict[str, int]:
 
 
 def stage_of_parameter(body: nn.Module) -> dict[str, int]:
-    """Stage 0 (stem) .. 4 (stride 32) of every parameter of the body, by name: for learning-rate factors."""
+    """Stage 0 (stem) .. 4 (stride 32) of every parameter of the body, by name."""
     stages = stage_of_module(body)
     return {name: stages[name.rpartition(".")[0]] for name, _ in body.named_parameters()}
+
+
+def lr_factor_of_parameter(body: nn.Module, factors: Sequence[float]) -> dict[str, float]:
+    """Learning-rate factor of every parameter of the body, by name: one of `factors` by stage, stem first.
+
+    The offsets of deformable convolutions are new and learn at 1, as in PaddleDetection@666f597f ppdet/modeling/layers.py.
+    """
+    stages = stage_of_parameter(body)
+    return {name: 1.0 if is_offset(body, name) else factors[stage] for name, stage in stages.items()}
 
 
 def freeze(body: nn.Module, *, stages: int, norm: bool) -> list[nn.Module]:

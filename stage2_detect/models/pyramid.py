@@ -7,6 +7,8 @@ torchvision's, without norm, with nearest-neighbour upsampling; P6 is every seco
 Shapes: B images, C channels, H height, W width.
 """
 
+from collections.abc import Collection
+
 import torch
 from timm.layers import Format
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 from shared.errors import UserError
 from stage2_detect.models import freezing
+from stage2_detect.models.deform import replace_convolutions
 
 _PROBE_SIZE = (64, 96)
 
@@ -29,15 +32,25 @@ class TimmPyramid(nn.Module):
         freeze_stages: 0 nothing, 1 the stem, 2 stem and stride 4, ..., 5 all of the body.
         freeze_norm: holds running statistics, weight and bias of every BatchNorm of the body; nothing to do for
             LayerNorm.
+        dcn_strides: stages, by stride, whose dense 3x3 convolutions become deformable ones. Weights have to be in the
+            body already.
 
     Raises:
-        UserError: the body lacks a stride, or its maps do not have the size that their stride promises.
+        UserError: the body lacks a stride, has nothing to make deformable there, or its maps do not have the size that
+            their stride promises.
     """
 
     strides = (*freezing.STRIDES, 2 * freezing.STRIDES[-1])
 
     def __init__(
-        self, body: nn.Module, *, name: str, channels: int = 256, freeze_stages: int = 0, freeze_norm: bool = False
+        self,
+        body: nn.Module,
+        *,
+        name: str,
+        channels: int = 256,
+        freeze_stages: int = 0,
+        freeze_norm: bool = False,
+        dcn_strides: Collection[int] = (),
     ) -> None:
         super().__init__()
         if not 0 <= freeze_stages <= 5:
@@ -46,6 +59,9 @@ class TimmPyramid(nn.Module):
         self.channels = channels
         self.level_indices = _level_indices(body, name)
         self.is_nhwc = getattr(body, "output_fmt", Format.NCHW) == Format.NHWC
+        if dcn_strides:
+            stages = {1 + freezing.STRIDES.index(stride) for stride in dcn_strides}
+            replace_convolutions(body, freezing.stage_of_module(body), stages, name)
         widths = freezing.feature_info(body).channels()
         widths = [widths[i] for i in self.level_indices]
         self._probe(widths, name)
