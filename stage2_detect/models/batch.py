@@ -7,7 +7,7 @@ Shapes: B images, G objects (padded to the most of the batch, may be 0), C chann
     classes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,18 +47,31 @@ class Targets:
     """int64 in 0..K-1; -1 where there is no object."""
     seeds_B: Tensor
     """int64: decides the sampling of this image at this step; a hash of (seed, step, image id)."""
+    labelled_B: Tensor | None = None
+    """bool, on the CPU: False is an image without annotations, for distillation alone; None: all have them."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
         """A copy on `device`."""
-        return Targets(
-            self.boxes_BG4.to(device, non_blocking=non_blocking),
-            self.labels_BG.to(device, non_blocking=non_blocking),
-            self.seeds_B.to(device, non_blocking=non_blocking),
+        return replace(
+            self,
+            boxes_BG4=self.boxes_BG4.to(device, non_blocking=non_blocking),
+            labels_BG=self.labels_BG.to(device, non_blocking=non_blocking),
+            seeds_B=self.seeds_B.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> "Targets":
         """A copy in page-locked memory; a data loader with `pin_memory=True` calls it."""
-        return Targets(self.boxes_BG4.pin_memory(), self.labels_BG.pin_memory(), self.seeds_B.pin_memory())
+        return replace(
+            self,
+            boxes_BG4=self.boxes_BG4.pin_memory(),
+            labels_BG=self.labels_BG.pin_memory(),
+            seeds_B=self.seeds_B.pin_memory(),
+        )
+
+    def first(self, count: int) -> "Targets":
+        """Those of the first `count` images."""
+        parts = {name: value[:count] for name, value in vars(self).items() if value is not None}
+        return Targets(**parts)
 
 
 @dataclass(frozen=True)
