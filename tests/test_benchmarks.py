@@ -1,14 +1,19 @@
 """The scripts of benchmarks/: what their tables say of given numbers, and that every measurement runs. Nothing here is timed."""
 
 import importlib.util
+import io
 import json
 import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -78,3 +83,64 @@ def test_every_ratio_is_printed(tiny: Any, capsys: pytest.CaptureFixture[str]) -
         assert 0 < low <= middle <= high
     (share,) = values["(e)"]
     assert 0 <= share <= 1
+
+
+def test_table_of_the_detector_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = {
+        "random": (0.1, 0.2),
+        "supervised": (0.2, 0.3),
+        "supervised-small": (0.1, 0.1),
+        "ssld": (0.25, 0.35),
+        "ssld-small": (0.4, 0.5),
+    }
+    for row, aps in scores.items():
+        for seed, ap in enumerate(aps):
+            finish(tmp_path / f"faster_rcnn-{row}-{seed}", AP=ap, AP50=2 * ap)
+            finish(tmp_path / f"cascade_rcnn-dcn-{row}-{seed}", AP=ap if row != "ssld-small" else 0.0, AP50=ap)
+    finish(tmp_path / "faster_rcnn-dcn-random-0", AP=0.5, AP50=0.5)  # a seed is missing: no row
+    arguments = ["data", "--supervised", "a", "b", "--ssld", "c", "d", "--output", str(tmp_path), "--table-only"]
+    assert script("detector_grid").main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:5] == [
+        "| faster_rcnn | no | random | 1 | 15.0 (10.0 to 20.0) | 30.0 (20.0 to 40.0) |",
+        "| faster_rcnn | no | supervised | 1 | 25.0 (20.0 to 30.0) | 50.0 (40.0 to 60.0) |",
+        "| faster_rcnn | no | supervised | small | 10.0 (10.0 to 10.0) | 20.0 (20.0 to 20.0) |",
+    ]
+    assert len([line for line in lines if line.startswith("| ")]) == 2 + 10
+    assert lines[-2:] == [
+        "- faster_rcnn: +20.0 AP",
+        "- cascade_rcnn with DCNv2: +5.0 AP, inside the spread of the seeds",
+    ]
+
+
+def test_mosaics_carry_the_boxes_along(tmp_path: Path) -> None:
+    """Each picture is white where its object is, and black elsewhere: the canvases have to be white inside the boxes."""
+    box = (16, 8, 47, 39)  # first and last pixel
+    picture = np.zeros((64, 64, 3), dtype=np.uint8)
+    picture[box[1] : box[3] + 1, box[0] : box[2] + 1] = 255
+    encoded = io.BytesIO()
+    Image.fromarray(picture).save(encoded, "PNG")
+    rows = [{"image": {"bytes": encoded.getvalue(), "path": None}, "label": k % 3, "bbox": list(box)} for k in range(6)]
+    for name in ("labeled", "val"):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+    entries = [{"label": k, "name": f"class {k}"} for k in range(3)]
+    (tmp_path / "classes.json").write_text(json.dumps(entries))
+    sizes = ["--classes", "2", "--side", "128", "--train-images", "5", "--val-images", "2"]
+    for output in ("a", "b"):
+        assert script("mosaics").main([str(tmp_path), "--output", str(tmp_path / output), *sizes]) == 0
+    content = json.loads((tmp_path / "a" / "train.json").read_text())
+    assert [entry["name"] for entry in content["categories"]] == ["class 0", "class 1"]
+    assert {entry["category_id"] for entry in content["annotations"]} <= {1, 2}
+    assert (tmp_path / "b" / "train.json").read_bytes() == (tmp_path / "a" / "train.json").read_bytes()
+    for image in content["images"]:
+        canvas = np.asarray(Image.open(tmp_path / "a" / "train" / image["file_name"]))
+        inside = np.zeros(canvas.shape[:2], dtype=bool)
+        for entry in content["annotations"]:
+            if entry["image_id"] == image["id"]:
+                x, y, width, height = entry["bbox"]
+                assert width == height
+                inner = (slice(int(y) + 2, int(y + height) - 2), slice(int(x) + 2, int(x + width) - 2))
+                inside[inner] = True
+        assert inside.any()
+        assert (canvas[inside] >= 250).all()
+        assert len(list((tmp_path / "a" / "val").iterdir())) == 2
