@@ -23,6 +23,7 @@ from stage2_detect.augment import View, draw_view, fit_view, view_boxes, view_im
 from stage2_detect.batch_order import BatchOrder, eval_batches
 from stage2_detect.coco import MIN_SIDE, CocoData, CocoImage
 from stage2_detect.models.batch import ImageBatch, Targets
+from stage2_detect.unlabelled import MixedOrder, training_order
 
 PAD_MULTIPLE = 32
 
@@ -41,7 +42,7 @@ class TrainLoader:
     """Iterates over this rank's micro-batches from `start_step` to `stop_step`: `accumulate` of them a step, in order.
 
     `short_sides`, `max_long`, `flip` and `interpolation` are the whole augmentation (see `augment.draw_view`); an
-    image's view number is the epoch. `workers=0` decodes in the calling process. An image that cannot be decoded is
+    image's view number is the epoch. With `unlabelled` pictures the batches are those of `MixedOrder`. `workers=0` decodes in the calling process. An image that cannot be decoded is
     replaced by the next of the file and reported with the batch; a picture whose size differs from the file's raises
     `UserError`.
     """
@@ -62,12 +63,16 @@ class TrainLoader:
         ranks: int = 1,
         accumulate: int = 1,
         workers: int = 0,
+        unlabelled: Sequence[CocoImage] = (),
+        labeled_ratio: float = 0.5,
     ) -> None:
-        wide = [record.width > record.height for record in data.images]
-        self.order = BatchOrder(wide, batch_size=batch_size, seed=seed, ranks=ranks, accumulate=accumulate)
+        wide, more = ([record.width > record.height for record in records] for records in (data.images, unlabelled))
+        self.order = training_order(
+            wide, more, labeled_ratio, batch_size=batch_size, seed=seed, ranks=ranks, accumulate=accumulate
+        )
         self.steps_per_epoch = self.order.steps_per_epoch
-        self._records = data.images
-        samples = _TrainSamples(data.images, seed, tuple(short_sides), max_long, flip, interpolation)
+        self._records, self._labelled = [*data.images, *unlabelled], len(data.images)
+        samples = _TrainSamples(self._records, self._labelled, seed, tuple(short_sides), max_long, flip, interpolation)
         steps = range(start_step, max(stop_step, start_step))
         self._loader = _data_loader(samples, _TrainSampler(self.order, rank, steps), _collate_training, workers)
 
@@ -77,7 +82,9 @@ class TrainLoader:
     def __iter__(self) -> Iterator[TrainBatch]:
         for batch in self._loader:
             _raise_error(batch)
-            targets = Targets(boxes_BG4=batch["boxes"], labels_BG=batch["labels"], seeds_B=batch["seeds"])
+            flags = torch.tensor([index < self._labelled for index in batch["indices"]])
+            labelled_B = flags if self._labelled < len(self._records) else None
+            targets = Targets(batch["boxes"], batch["labels"], batch["seeds"], labelled_B=labelled_B)
             unreadable = [UnreadableImage(*parts) for parts in batch["unreadable"]]
             yield TrainBatch(_image_batch(batch), targets, [self._records[i] for i in batch["indices"]], unreadable)
 
@@ -153,7 +160,7 @@ class _Sample(NamedTuple):
 
 
 class _TrainSampler(Sampler[list[_Request]]):
-    def __init__(self, order: BatchOrder, rank: int, steps: range) -> None:
+    def __init__(self, order: BatchOrder | MixedOrder, rank: int, steps: range) -> None:
         self.order, self.rank, self.steps = order, rank, steps
 
     def __len__(self) -> int:
@@ -170,19 +177,22 @@ class _TrainSamples(Dataset[_Sample]):
     def __init__(
         self,
         records: list[CocoImage],
+        labelled: int,
         seed: int,
         short_sides: tuple[int, ...],
         max_long: int,
         flip: float,
         interpolation: str,
     ) -> None:
-        self.records, self.seed, self.interpolation = records, seed, interpolation
+        self.records, self.labelled, self.seed, self.interpolation = records, labelled, seed, interpolation
         self.short_sides, self.max_long, self.flip = short_sides, max_long, flip
 
     def __getitem__(self, request: _Request) -> _Sample:
         unreadable: list[tuple[str, str]] = []
-        for offset in range(len(self.records)):
-            index = (request.position + offset) % len(self.records)
+        # The next image of the same part, labelled or not.
+        part = range(self.labelled) if request.position < self.labelled else range(self.labelled, len(self.records))
+        for offset in range(len(part)):
+            index = part[(request.position - part[0] + offset) % len(part)]
             record = self.records[index]
             try:
                 image = load_record(record)
@@ -204,7 +214,7 @@ class _TrainSamples(Dataset[_Sample]):
             return _Sample(index, pixels, view, boxes[sound], record.labels_N[sound], seed, tuple(unreadable))
         return _Sample(
             request.position,
-            error=f"none of the {len(self.records)} training images can be read; the first: {': '.join(unreadable[0])}",
+            error=f"none of the {len(part)} training images can be read; the first: {': '.join(unreadable[0])}",
         )
 
 

@@ -1,0 +1,139 @@
+"""Pictures without annotations, for distillation: a folder as records, and batches that hold labelled and unlabelled images.
+
+Which images a batch holds is a function of (seed, step), so nothing is saved and a run may go on anywhere.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from shared.errors import UserError
+from shared.files import require_images
+from stage2_detect.batch_order import BatchOrder
+from stage2_detect.coco import CocoImage
+
+_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF: the tag, and the values that swap width and height
+_TOO_MANY = 0.01
+_STREAM = 0x756E6C  # keeps these draws apart from other draws from (seed, number)
+
+
+def list_pictures(folder: Path) -> tuple[list[CocoImage], list[str]]:
+    """(a record without objects for each picture in the folder and below it, by sorted relative path; names of those that cannot be read).
+
+    Only headers are read. Raises UserError for a folder that is missing or holds no images, and when more than one and more than 1 %
+    cannot be read.
+    """
+    names = require_images(folder)
+    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
+        sizes = list(pool.map(_upright_size, [os.path.join(folder, name) for name in names], chunksize=64))
+    unreadable = [name for name, size in zip(names, sizes, strict=True) if size is None]
+    if len(unreadable) > max(1, _TOO_MANY * len(names)):
+        raise UserError(
+            f"unlabeled: {len(unreadable)} of the {len(names)} pictures in {folder} cannot be read (first: {unreadable[0]}); mend or remove them"
+        )
+    nothing = (
+        np.zeros((0, 4), np.float32),
+        np.zeros(0, np.int64),
+        np.zeros(0, bool),
+        np.zeros(0),
+        np.zeros((0, 4)),
+    )
+    records = [
+        CocoImage(f"unlabeled/{name}", os.path.join(folder, name), *size, *nothing, (), ())
+        for name, size in zip(names, sizes, strict=True)
+        if size is not None
+    ]
+    if not records:
+        raise UserError(f"unlabeled: {folder}: its only picture, {names[0]}, cannot be read")
+    return records, unreadable
+
+
+class MixedOrder:
+    """Global batches of labelled images, as `BatchOrder` draws them, followed by unlabelled ones.
+
+    A batch of `batch_size` holds `round(batch_size * labeled_ratio)` labelled images. The others are drawn anew for every step, without
+    repetition, among the pictures of the labelled ones' orientation as far as there are enough, to limit padding. Each micro-batch has its
+    share of both, labelled first. Indices from `len(wide)` on are of unlabelled images.
+
+    Raises:
+        UserError: one of the two parts is empty, or does not divide over `ranks * accumulate` micro-batches; more unlabelled images a
+            batch than there are; or what `BatchOrder` says.
+    """
+
+    def __init__(
+        self,
+        wide: Sequence[bool],
+        unlabelled_wide: Sequence[bool],
+        *,
+        batch_size: int,
+        labeled_ratio: float,
+        seed: int,
+        ranks: int = 1,
+        accumulate: int = 1,
+    ) -> None:
+        labelled = round(batch_size * labeled_ratio)
+        self.labelled, self.unlabelled = labelled, batch_size - labelled
+        micro = ranks * accumulate
+        split = f"{labelled} labelled and {self.unlabelled} unlabelled images of a batch of {batch_size}"
+        if not labelled or not self.unlabelled or labelled % micro or self.unlabelled % micro:
+            raise UserError(
+                f"labeled_ratio {labeled_ratio:g}: {split} do not divide over {ranks} processes x {accumulate} accumulation steps; "
+                "change batch_size or labeled_ratio"
+            )
+        if self.unlabelled > len(unlabelled_wide):
+            raise UserError(f"unlabeled: {split}, but the folder holds {len(unlabelled_wide)} pictures")
+        self._order = BatchOrder(wide, batch_size=labelled, seed=seed, ranks=ranks, accumulate=accumulate)
+        self._wide, self._seed = np.asarray(wide, dtype=bool), seed
+        positions = np.arange(len(wide), len(wide) + len(unlabelled_wide))
+        flags = np.asarray(unlabelled_wide, dtype=bool)
+        self._groups = {True: positions[flags], False: positions[~flags]}
+        self.batch_size, self.ranks, self.accumulate = batch_size, ranks, accumulate
+        self.steps_per_epoch = self._order.steps_per_epoch
+        """of the labelled images"""
+
+    def step(self, step: int) -> list[int]:
+        """Indices of the global batch of a step (from 0): the labelled images, then the unlabelled ones."""
+        labelled = self._order.step(step)
+        return labelled + self._draw(step, labelled)
+
+    def micro_batch(self, step: int, rank: int, part: int) -> list[int]:
+        """Indices of one rank's accumulation part of a step."""
+        both = self.step(step)
+        number, micro = rank * self.accumulate + part, self.ranks * self.accumulate
+        chosen: list[int] = []
+        for images in (both[: self.labelled], both[self.labelled :]):
+            size = len(images) // micro
+            chosen += images[number * size : (number + 1) * size]
+        return chosen
+
+    def _draw(self, step: int, labelled: list[int]) -> list[int]:
+        draw = np.random.default_rng([self._seed, step, _STREAM])
+        wide = bool(2 * self._wide[labelled].sum() > len(labelled))
+        liked, others = self._groups[wide], self._groups[not wide]
+        first = draw.choice(liked, min(self.unlabelled, len(liked)), replace=False)
+        rest = draw.choice(others, self.unlabelled - len(first), replace=False)
+        return [*first.tolist(), *rest.tolist()]
+
+
+def training_order(
+    wide: Sequence[bool], unlabelled_wide: Sequence[bool], labeled_ratio: float, **options: int
+) -> BatchOrder | MixedOrder:
+    """The order of a training run: `MixedOrder` where there are unlabelled images."""
+    if unlabelled_wide:
+        return MixedOrder(wide, unlabelled_wide, labeled_ratio=labeled_ratio, **options)
+    return BatchOrder(wide, **options)
+
+
+def _upright_size(path: str) -> tuple[int, int] | None:
+    """(width, height) of a picture as it is to be looked at, from its header; None where that cannot be read."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            sideways = image.getexif().get(_ORIENTATION) in _SIDEWAYS
+    except Exception:  # PIL raises many kinds for damaged files
+        return None
+    return (height, width) if sideways else (width, height)
