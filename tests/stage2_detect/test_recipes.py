@@ -1,12 +1,22 @@
 """The recipes resolve to the references' values, and each builds, trains two steps and is evaluated at tiny size."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
+from shared.backbones import input_settings
 from shared.config import parse_config
-from shared.optim import multistep_factor, scale_lr
+from shared.optim import multistep_factor, parameter_groups, scale_lr
+from shared.run_dir import read_result
+from shared.toy_data import ToySizes, write_toy_data
+from stage2_detect import evaluate, train
 from stage2_detect.config import TrainConfig
+from stage2_detect.detector_file import load_detector
+from stage2_detect.models.build import build_detector
+from stage2_detect.models.freezing import lr_factor_of_parameter
 
 CONFIGS = Path(__file__).parents[2] / "stage2_detect" / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("toy_"))
@@ -163,3 +173,97 @@ def test_a_recipe_says_where_it_comes_from() -> None:
         assert "ource" in comments or "Ours" in comments, name
         for score in expected_scores(resolved(name)):
             assert str(score) in comments, f"{name}: {score} is expected, and its header does not say who published it"
+
+
+def factors_of_parameters(name: str, arch: str) -> dict[str, float]:
+    """Learning-rate factor of every parameter that trains, as train.py sets it, on the recipe's own architecture."""
+    config = resolved(name)
+    body = timm.create_model(arch, features_only=True, pretrained=False)
+    inputs = input_settings(body, {})
+    detector = build_detector(config.model, classes=80, body=body, arch=arch, inputs=inputs)
+    factors = lr_factor_of_parameter(body, config.optim.backbone_lr_factors)
+    groups = parameter_groups(
+        detector,
+        weight_decay=config.optim.weight_decay,
+        decay_norm_and_bias=config.optim.decay_norm_and_bias,
+        lr_factor=lambda parameter: factors.get(parameter.removeprefix("pyramid.body."), 1.0),
+    )
+    return {parameter: group["lr_factor"] for group in groups for parameter in group["names"]}
+
+
+@pytest.mark.parametrize("name", ["cascade_mask_rcnn_r50vd_ssld_2x", "pss_faster_dcn_r50vd", "faster_rcnn_r50vd_1x"])
+def test_learning_rate_of_every_parameter(name: str) -> None:
+    found = factors_of_parameters(name, "resnet50d")
+    plain, deformable = "ssld" not in name and "pss" not in name, "dcn" in name
+    expected = {"layer2": 0.05, "layer3": 0.1, "layer4": 0.15}
+    for parameter, factor in found.items():
+        part = parameter.removeprefix("pyramid.body.").split(".")[0]
+        if not parameter.startswith("pyramid.body.") or ".offset." in parameter or plain:
+            assert factor == 1, parameter
+        else:
+            assert factor == expected[part], parameter  # stem and layer1 are frozen, and not here
+        assert ".bn" not in parameter
+        assert "downsample.2" not in parameter
+    body = [parameter for parameter in found if parameter.startswith("pyramid.body.")]
+    # 3x3 and 1x1 convolutions of 4, 6 and 3 bottlenecks, and a shortcut a stage; two tensors more for each 3x3's offsets
+    assert len(body) == 3 * (4 + 6 + 3) + 3 + (2 * (4 + 6 + 3) if deformable else 0)
+    heads = {parameter.split(".")[2] for parameter in found if parameter.startswith("roi_heads.heads.")}
+    assert len(heads) == (3 if "cascade" in name else 1)
+    assert any(parameter.startswith("mask_head.") for parameter in found) == ("mask" in name)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn scenes with boxes and masks."""
+    folder = tmp_path_factory.mktemp("toy")
+    write_toy_data(
+        folder, sizes=ToySizes(labeled=30, unlabeled=1, teacher_train=30, val=30, train_scenes=8, val_scenes=4)
+    )
+    return folder / "stage2"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_and_is_evaluated(name: str, toy: Path, tmp_path: Path, call: Callable[..., int]) -> None:
+    """Two steps and an evaluation at tiny size; only sizes, the body and the data differ from the recipe."""
+    body = "test_convnext" if "convnext" in name else "test_resnet"
+    run = tmp_path / "run"
+    flags = {
+        "backbone": f"random:{body}",
+        "data.train_annotations": toy / "train.json",
+        "data.train_images": toy / "train",
+        "data.val_annotations": toy / "val.json",
+        "data.val_images": toy / "val",
+        "resize.train_short_sides": "64,96",
+        "resize.train_long_side": 96,
+        "resize.val_short_side": 64,
+        "resize.val_long_side": 64,
+        "model.fpn_channels": 16,
+        "model.rpn.samples": 32,
+        "model.rpn.train_post_nms": 40,
+        "model.rpn.val_post_nms": 20,
+        "model.roi.samples": 24,
+        "model.roi.hidden": 32,
+        "model.mask.channels": 16,
+        "steps": 2,
+        "batch_size": 2,
+        "workers": 0,
+        "threads": 1,
+        "device": "cpu",
+        "output": run,
+    }
+    words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+    assert call(train.main, ["--config", str(CONFIGS / f"{name}.yaml"), *words]) == 0
+    result = read_result(run)
+    assert result
+    config = resolved(name)
+    assert ("AP_segm" in result["metrics"]) == config.model.has_masks
+    loaded = load_detector(run / "detector.safetensors")
+    assert loaded.metadata["model"]["kind"] == config.model.kind
+    masks = [f"--images={toy / 'val'}", f"--annotations={toy / 'val.json'}", "--workers=0", "--device=cpu"]
+    evaluation = tmp_path / "evaluation"
+    assert call(evaluate.main, [f"--model={run / 'detector.safetensors'}", *masks, f"--output={evaluation}"]) == 0
+    again = read_result(evaluation)
+    assert again
+    assert again["metrics"]["AP"] == result["metrics"]["AP"]
+    for tensor in loaded.model.state_dict().values():
+        assert torch.isfinite(tensor).all()
