@@ -1,7 +1,7 @@
 """Settings of the stage-2 commands. Does not import torch, so that the runner can check them at once."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -131,8 +131,8 @@ class Stage2OptimConfig(OptimConfig):
 class TrainConfig(TrainingConfig):
     """Fine-tune a detector from a backbone file on COCO annotations."""
 
-    backbone: str
-    """backbone file, timm:NAME or random:NAME"""
+    backbone: str | None = None
+    """backbone file, timm:NAME or random:NAME; not read where there is `init`"""
     arch: str | None = None
     """timm name, for a file that does not say it"""
     data: DetectionDataConfig
@@ -160,6 +160,14 @@ class TrainConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if self.backbone is None and self.init is None:
+            raise ValueError(
+                "backbone: missing; give a backbone file, timm:NAME or random:NAME, or a detector file as init"
+            )
+        if self.val_loss and self.data.val_annotations is None:
+            raise ValueError(
+                "val_loss is measured on evaluation images: give data.val_annotations and data.val_images too"
+            )
         if self.patience is not None and (self.evaluate_every is None or self.data.val_annotations is None):
             raise ValueError("patience counts evaluations: give evaluate_every and data.val_annotations too")
         if self.unlabeled is not None and self.distill is None:
@@ -173,7 +181,7 @@ class TrainConfig(TrainingConfig):
         files = {"data.train_annotations": data.train_annotations, "data.train_images": data.train_images}
         if data.val_annotations and data.val_images:
             files |= {"data.val_annotations": data.val_annotations, "data.val_images": data.val_images}
-        if self.backbone.endswith(".safetensors") or Path(self.backbone).is_dir():
+        if self.backbone and not self.init and (self.backbone.endswith(".safetensors") or Path(self.backbone).is_dir()):
             files["backbone"] = Path(self.backbone)
         others = {
             "init": self.init,
@@ -221,3 +229,23 @@ class EvaluateConfig(CommandConfig):
 
     def inputs(self) -> dict[str, Path]:
         return {"model": self.model, "annotations": self.annotations, "images": self.images}
+
+
+class ConvertPaddleConfig(CommandConfig):
+    """Turn an official PaddleDetection file of an R-CNN detector with FPN into a detector file; --config takes the recipe."""
+
+    weights: Path
+    """.pdparams file"""
+    annotations: Path | None = None
+    """COCO JSON with the classes of the file, in its order; null: the 80 of COCO"""
+    resize: ResizeConfig = ResizeConfig()
+    model: DetectorConfig = DetectorConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_how_to_train(cls, values: dict[str, Any]) -> dict[str, Any]:
+        training = TrainConfig.model_fields.keys() - cls.model_fields.keys()
+        return {key: value for key, value in values.items() if key not in training}
+
+    def inputs(self) -> dict[str, Path]:
+        return {"weights": self.weights} | ({"annotations": self.annotations} if self.annotations else {})

@@ -15,7 +15,6 @@ from shared.backbones import place
 from shared.errors import UserError
 from stage2_detect.class_rows import permute_classes
 from stage2_detect.coco import CocoData
-from stage2_detect.config import ResizeConfig
 from stage2_detect.detector_file import load_detector
 from stage2_detect.model_config import DetectorConfig
 from stage2_detect.models.batch import ImageBatch
@@ -96,29 +95,15 @@ def check_teacher(
     *,
     images: int,
     least: float,
-    resize: ResizeConfig,
-    batch_size: int,
-    workers: int,
-    device: torch.device,
-    dtype: torch.dtype,
+    **sizes: Any,
 ) -> str:
-    """A line on how well the teacher detects in `images` of an evaluation set, at the size that the student is evaluated at.
+    """A line on how well the teacher detects in `images` of an evaluation set; `sizes` are the options of `score`, as for the student.
 
     Raises UserError when its AP (0..1) is below `least`; on every rank alike.
     """
     chosen = spread(len(data.images), images)
     part = replace(data, images=[data.images[index] for index in chosen])
-    metrics, _ = score(
-        teacher.model,
-        part,
-        short_side=resize.val_short_side,
-        long_side=resize.val_long_side,
-        interpolation=resize.interpolation,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-        dtype=dtype,
-    )
+    metrics, _ = score(teacher.model, part, **sizes)
     ap = metrics["AP"] or 0.0
     where = f"on {len(chosen)} images of {data.file}"
     if ap < least:

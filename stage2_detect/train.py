@@ -1,9 +1,9 @@
-"""Fine-tune a detector from a backbone file on COCO annotations.
+"""Fine-tune a detector from a backbone file on COCO annotations, if wanted under a teacher detector.
 
     python stage2_detect/train.py --backbone runs/ssld/student.safetensors --config stage2_detect/configs/faster_rcnn.yaml
 
-Writes `detector.safetensors`. Initial weights come, in this order, from (1) the newest checkpoint of this run, (2) the backbone file, with
-random heads.
+Writes `detector.safetensors` (last step) and, with `evaluate_every`, `detector_best.safetensors`. Initial weights come, in this order, from (1)
+the newest checkpoint of this run, (2) `init`, a detector file, (3) the backbone, with random heads.
 """
 
 import sys
@@ -35,33 +35,27 @@ def train(config: TrainConfig) -> None:
 
     import torch
 
-    from shared.backbones import architecture, create_body, input_settings, licence, parse_reference, place
+    from shared.backbones import parse_reference
     from shared.errors import Stopped
     from shared.images import stable_seed
-    from shared.optim import make_optimizer, multistep_factor, parameter_groups, scale_lr, set_lr
+    from shared.optim import make_optimizer, multistep_factor, scale_lr, set_lr
     from shared.processes import DTYPES, optimizer_step, start_processes, start_trackers
     from shared.quarantine import Quarantine
-    from shared.ranks import from_main_rank, share_buffers, total_over_ranks, world_size
+    from shared.ranks import from_main_rank, share_buffers, world_size
     from shared.run_dir import RunDir
     from shared.stop import StopRequest
     from shared.training_state import TrainingState
-    from stage2_detect.batches import TrainLoader
-    from stage2_detect.coco import read_coco
-    from stage2_detect.detector_file import save_detector
-    from stage2_detect.models.build import build_detector
-    from stage2_detect.models.freezing import lr_factor_of_parameter
+    from stage2_detect import expected
     from stage2_detect.scoring import describe, score
+    from stage2_detect.student import Student
+    from stage2_detect.teacher_detector import check_teacher
+    from stage2_detect.training_data import images_to_try_a_teacher_on, read_training_data, training_loader
+    from stage2_detect.validation_loss import validation_losses
 
     # ---- data and backbone, checked before any process group exists
-    data = read_coco(
-        config.data.train_annotations, config.data.train_images, training=True, keep_empty=config.data.keep_empty
-    )
-    val_data = None
-    if config.data.val_annotations and config.data.val_images:
-        val_data = read_coco(
-            config.data.val_annotations, config.data.val_images, training=False, class_names=data.class_names
-        )
-    reference = parse_reference(config.backbone, config.arch)
+    data = read_training_data(config)
+    if not config.init:
+        parse_reference(str(config.backbone), config.arch)
 
     # ---- processes and run directory
     accelerator = start_processes(config)
@@ -72,104 +66,71 @@ def train(config: TrainConfig) -> None:
         return
     start_trackers(accelerator, config)
 
-    # ---- detector, optimizer, schedule
-    torch.manual_seed(config.seed)
-    options = {"drop_path_rate": config.drop_path} if config.drop_path else {}
-    body, loaded = create_body(reference, **options)
-    inputs = input_settings(body, reference.metadata)
-    arch = architecture(reference, body)
-    detector = build_detector(
-        config.model,
-        classes=len(data.class_names),
-        body=body,
-        arch=arch,
-        inputs=inputs,
-        total=total_over_ranks,
-        world_size=ranks,
-    )
-    place(detector, device, channels_last=config.channels_last)
-    factors = lr_factor_of_parameter(body, config.optim.backbone_lr_factors)
-    groups = parameter_groups(
-        detector,
-        weight_decay=config.optim.weight_decay,
-        decay_norm_and_bias=config.optim.decay_norm_and_bias,
-        lr_factor=lambda name: factors.get(name.removeprefix("pyramid.body."), 1.0),
-    )
-    optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
+    # ---- detector, teacher, optimizer, schedule
+    student = Student(config, data.train, device=device)
+    optimizer = make_optimizer(config.optim.name, student.parameter_groups(), momentum=config.optim.momentum)
     base_lr = scale_lr(config.optim.lr, config.optim.reference_batch, config.batch_size, config.optim.name)
-    steps_per_epoch = len(data.images) // config.batch_size
+    steps_per_epoch = data.steps_per_epoch(config)
     steps = config.total_steps(steps_per_epoch * config.batch_size)
     milestones = config.optim.milestones(steps_per_epoch)
+    warmup_steps = min(config.optim.warmup_steps, steps // 10)
 
     # ---- resume
-    quarantine = Quarantine(run, len(data.images))
+    quarantine = Quarantine(run, data.images)
     state = TrainingState(
-        run, accelerator, {"model": detector}, optimizer, quarantine, steps, config.batch_size, config.keep_checkpoints
+        run, accelerator, student.networks(), optimizer, quarantine, steps, config.batch_size, config.keep_checkpoints
     )
     start, resumed = state.restore()
-
-    # ---- data
-    loader = TrainLoader(
-        data,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        start_step=start,
-        stop_step=steps,
-        short_sides=config.resize.train_short_sides,
-        max_long=config.resize.train_long_side,
-        flip=config.resize.flip,
-        interpolation=config.resize.interpolation,
-        rank=accelerator.process_index,
-        ranks=ranks,
-        accumulate=config.accumulate,
-        workers=config.workers,
-    )
+    loader = training_loader(config, data, start=start, stop=steps, rank=accelerator.process_index, ranks=ranks)
+    sizes: dict[str, Any] = {
+        "short_side": config.resize.val_short_side,
+        "long_side": config.resize.val_long_side,
+        "interpolation": config.resize.interpolation,
+        "batch_size": config.val_batch_size,
+        "workers": config.workers,
+        "device": device,
+        "dtype": dtype,
+    }
 
     def evaluate_now() -> dict[str, Any]:
-        if val_data is None:
+        if data.val is None:
             return {}
-        share_buffers(detector)
-        metrics, _ = score(
-            detector,
-            val_data,
-            short_side=config.resize.val_short_side,
-            long_side=config.resize.val_long_side,
-            interpolation=config.resize.interpolation,
-            batch_size=config.val_batch_size,
-            workers=config.workers,
-            device=device,
-            dtype=dtype,
-        )
-        run.log(f"step {step}: {describe(metrics)}")
+        net = student.evaluated
+        share_buffers(net)
+        metrics, _ = score(net, data.val, **sizes)
+        losses = validation_losses(net, data.val_objects, **sizes) if data.val_objects else {}
+        shown = [describe(metrics), *(f"{name} {value:.4f}" for name, value in losses.items())]
+        run.log(f"step {step}: {', '.join(shown)}")
+        metrics |= losses
         run.metric(step, **{f"val_{name}": value for name, value in metrics.items() if name != "per_class"})
         return metrics
 
     def save_model(path: Path, metrics: dict[str, Any]) -> None:
         if accelerator.is_main_process:
-            facts = {
-                "step": step,
-                "metrics": metrics,
-                "backbone": {"reference": config.backbone, "content_sha256": reference.metadata.get("content_sha256")},
-                "licence": licence(reference, body) or "none: random weights",
-                "run": str(run.path),
-            }
-            save_detector(
-                path, detector, config=config.model, resize=config.resize, arch=arch, inputs=inputs, data=data, **facts
-            )
+            student.save(path, step=step, metrics=metrics, run=str(run.path))
+
+    def keep_best(metrics: dict[str, Any]) -> None:
+        if metrics and state.improved(metrics["AP"] or 0.0):
+            state.watch.check()
+            save_model(run.path / "detector_best.safetensors", metrics)
+
+    def enough() -> bool:
+        return config.patience is not None and state.stale >= config.patience
 
     # ---- what is about to happen
+    if config.distill and student.teacher and config.distill.check_images and start == 0:
+        tried = images_to_try_a_teacher_on(config, data)
+        least, few = config.distill.check_ap, config.distill.check_images
+        run.log(check_teacher(student.teacher, tried, images=few, least=least, **sizes))
     if config.compile:
-        detector.pyramid.compile()
-    model = accelerator.prepare_model(detector)
-    trainable = sum(parameter.numel() for group in groups for parameter in group["params"])
-    total = sum(parameter.numel() for parameter in detector.parameters())
-    run.log(data.describe())
-    run.log(loaded)
-    run.log(f"{config.model.kind} on {arch}: {trainable / 1e6:.2f} M of {total / 1e6:.2f} M parameters train")
+        student.detector.pyramid.compile()
+    model = accelerator.prepare_model(student.model)
+    for line in [*data.describe(), *student.preview()]:
+        run.log(line)
     run.log(
         f"{steps} steps of {config.batch_size} images ({ranks} processes x {config.accumulate} accumulated), "
         f"{steps / steps_per_epoch:.1f} passes, lr {base_lr:g} = {config.optim.lr:g} scaled from batch {config.optim.reference_batch} "
-        f"to {config.batch_size}, milestones {milestones}"
+        f"to {config.batch_size}, warm-up {warmup_steps} steps, milestones {milestones}"
     )
     run.log(f"{device}, {config.precision}, {torch.get_num_threads()} threads, {config.workers} workers")
     if resumed:
@@ -179,20 +140,21 @@ def train(config: TrainConfig) -> None:
     step = start
     with StopRequest() as stop:
         stream = iter(loader)
-        for step in range(start + 1, steps + 1):
+        while step < steps and not enough():
+            step += 1
             factor = multistep_factor(
                 step - 1,
                 milestones=milestones,
                 gamma=config.optim.gamma,
-                warmup_steps=config.optim.warmup_steps,
+                warmup_steps=warmup_steps,
                 warmup_start=config.optim.warmup_start,
             )
             set_lr(optimizer, base_lr * factor)
             model.train()
             for micro in range(config.accumulate):
-                asked = time.perf_counter()
+                asked_at = time.perf_counter()
                 batch = next(stream)
-                state.waited += time.perf_counter() - asked
+                state.waited += time.perf_counter() - asked_at
                 quarantine.add(str(image.name) for image in batch.unreadable)
                 images, targets = (
                     batch.images.to(device, non_blocking=True),
@@ -212,27 +174,34 @@ def train(config: TrainConfig) -> None:
                     [r.image_id for r in batch.records],
                 )
             optimizer_step(accelerator, optimizer, config.optim.clip_grad_norm)
+            if student.ema:
+                student.ema.update(student.detector, step=step)
 
             if step % config.log_every == 0 or step == steps:
                 state.log(step, base_lr * factor)
-            if config.evaluate_every and step % config.evaluate_every == 0 and step < steps and val_data:
-                metrics = evaluate_now()
-                if (metrics["AP"] or 0.0) > state.best:
-                    state.best = metrics["AP"] or 0.0
-                    state.watch.check()
-                    save_model(run.path / "detector_best.safetensors", metrics)
+            if config.evaluate_every and step % config.evaluate_every == 0 and step < steps:
+                keep_best(evaluate_now())
             stopping = stop.agreed() and step < steps
-            if step % config.save_every == 0 or step == steps or stopping:
+            if step % config.save_every == 0 or step == steps or stopping or enough():
                 state.save(step)
-            if stopping:
+            if stopping and not enough():
                 raise Stopped(f"checkpoint of step {step} written to {run.checkpoints}")
 
     # ---- finish
+    if enough():
+        run.log(f"step {step}: {state.stale} evaluations in a row without a better one: enough (patience)")
     metrics = evaluate_now()
+    if config.evaluate_every:
+        keep_best(metrics)
+    if config.expected:
+        metrics["expected_met"], line = expected.compare(
+            config.expected, metrics, len(data.val.images) if data.val else 0
+        )
+        run.log(line)
     file = run.path / "detector.safetensors"
     save_model(file, metrics)
     accelerator.end_training()
-    run.finish(metrics | {"steps": steps, "images_seen": steps * config.batch_size}, [file])
+    run.finish(metrics | {"steps": step, "images_seen": step * config.batch_size}, [file])
     run.log(f"wrote {file}")
 
 

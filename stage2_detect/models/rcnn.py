@@ -7,6 +7,7 @@ Shapes: B images, C channels, H height, W width.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ class RCNN(nn.Module):
         features = self.features(images)
         if self.training:
             assert targets is not None, "training needs targets"
-            return self.losses(features, images.sizes_B2, targets)
+            return self.losses(features, images.sizes_B2, targets)[0]
         proposals, _ = self.rpn(features, images.sizes_B2)
         return self.roi_heads.detect(features, proposals, images)
 
@@ -63,7 +64,9 @@ class RCNN(nn.Module):
         maps: list[Tensor] = self.pyramid(normalise(images, self.mean_C11, self.std_C11))
         return maps
 
-    def losses(self, features: Sequence[Tensor], sizes_B2: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """The losses of `forward` from feature maps."""
+    def losses(
+        self, features: Sequence[Tensor], sizes_B2: Tensor, targets: Targets
+    ) -> tuple[dict[str, Tensor], Any]:
+        """The losses of `forward` from feature maps, and the regions that the first box head was trained on."""
         proposals, losses = self.rpn(features, sizes_B2, targets)
-        return losses | self.roi_heads.losses(features, proposals, sizes_B2, targets)
+        return losses | self.roi_heads.losses(features, proposals, sizes_B2, targets), None

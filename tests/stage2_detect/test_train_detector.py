@@ -103,17 +103,22 @@ def test_learning_rates_freezing_and_updates(
     train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path, backbone_file: Path
 ) -> None:
     factors = [1.0, 1.0, 0.1, 0.2, 0.3]
-    settings = train_settings | {"backbone": str(backbone_file), "steps": 5, "batch_size": 8}
+    settings = train_settings | {"backbone": str(backbone_file), "steps": 20, "batch_size": 8}
     settings["model"] = train_settings["model"] | {"freeze_stages": 2, "freeze_norm": True}
     settings["optim"] = train_settings["optim"] | {
         "backbone_lr_factors": factors,
         "milestones_steps": [4],
         "warmup_start": 0.5,
+        "warmup_steps": 9,
     }
     assert call(train.main, arguments(settings)) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    # 0.01 at batch 4 is 0.02 at batch 8; warm-up 0.5, 0.75, 1; a tenth from the fifth step on
-    assert [line["lr"] for line in lines if "lr" in line] == pytest.approx([0.01, 0.015, 0.02, 0.02, 0.002])
+    # 0.01 at batch 4 is 0.02 at batch 8; warm-up is a tenth of the run: 0.5, 0.75, 1; a tenth from the fifth step on
+    rates = [line["lr"] for line in lines if "lr" in line]
+    assert rates == pytest.approx([0.01, 0.015, 0.02, 0.02, *[0.002] * 16])
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "warm-up 2 steps" in log
+    assert "learning-rate factors: x0.1 " in log
     before = load_file(backbone_file)
     after = load_file(tmp_path / "run" / "detector.safetensors")
     moved = {

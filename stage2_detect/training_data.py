@@ -1,0 +1,100 @@
+"""What a training run reads: labelled images, pictures without annotations, evaluation images."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from stage2_detect.batches import TrainLoader
+from stage2_detect.coco import CocoData, CocoImage, read_coco
+from stage2_detect.config import TrainConfig
+from stage2_detect.unlabelled import list_pictures
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The images of a run.
+
+    Attributes:
+        train: labelled images.
+        val: evaluation images as the scorer wants them, if there are any.
+        val_objects: the same as training wants them, for the loss on them, where that is asked for.
+        unlabelled: pictures without annotations.
+        unreadable: names of those among them that cannot be read.
+    """
+
+    train: CocoData
+    val: CocoData | None = None
+    val_objects: CocoData | None = None
+    unlabelled: list[CocoImage] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+
+    @property
+    def images(self) -> int:
+        """Distinct training images."""
+        return len(self.train.images) + len(self.unlabelled)
+
+    def steps_per_epoch(self, config: TrainConfig) -> int:
+        """Steps that show the labelled images once; what is left of them is dropped."""
+        ratio = config.labeled_ratio if self.unlabelled else 1.0
+        return len(self.train.images) // max(1, round(config.batch_size * ratio))
+
+    def describe(self) -> Iterator[str]:
+        """Lines for the log."""
+        yield self.train.describe()
+        if self.unlabelled:
+            bad = f"; {len(self.unreadable)} unreadable, first {self.unreadable[0]}" if self.unreadable else ""
+            yield f"{len(self.unlabelled)} pictures without annotations{bad}"
+
+
+def read_training_data(config: TrainConfig) -> TrainingData:
+    """Read what `config` names; raises UserError for any fault of the files."""
+    files, masks = config.data, config.model.has_masks
+    train = read_coco(
+        files.train_annotations, files.train_images, training=True, keep_empty=files.keep_empty, segmentations=masks
+    )
+    val = val_objects = None
+    if files.val_annotations and files.val_images:
+        val, val_objects = (
+            read_coco(
+                files.val_annotations,
+                files.val_images,
+                training=training,
+                class_names=train.class_names,
+                segmentations=masks,
+            )
+            if wanted
+            else None
+            for training, wanted in ((False, True), (True, config.val_loss))
+        )
+    unlabelled, unreadable = list_pictures(config.unlabeled) if config.unlabeled else ([], [])
+    return TrainingData(train, val, val_objects, unlabelled, unreadable)
+
+
+def images_to_try_a_teacher_on(config: TrainConfig, data: TrainingData) -> CocoData:
+    """The evaluation images, or the training images where there are none."""
+    files = config.data
+    return data.val or read_coco(
+        files.train_annotations, files.train_images, training=False, class_names=data.train.class_names
+    )
+
+
+def training_loader(
+    config: TrainConfig, data: TrainingData, *, start: int, stop: int, rank: int, ranks: int
+) -> TrainLoader:
+    """This rank's micro-batches from step `start` to `stop`. Raises UserError where the batch does not fit data or ranks."""
+    return TrainLoader(
+        data.train,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=start,
+        stop_step=stop,
+        short_sides=config.resize.train_short_sides,
+        max_long=config.resize.train_long_side,
+        flip=config.resize.flip,
+        interpolation=config.resize.interpolation,
+        rank=rank,
+        ranks=ranks,
+        accumulate=config.accumulate,
+        workers=config.workers,
+        unlabelled=data.unlabelled,
+        labeled_ratio=config.labeled_ratio,
+    )
