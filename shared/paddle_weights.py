@@ -19,7 +19,7 @@ from shared.errors import UserError
 
 _PARAMETER_NAMES, _SLICES = "StructuredToParameterName@@", "UnpackBigParamInfor@@"
 _NUMBERS = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
-_LEAVES = {"weight": "weight", "bias": "bias", "_mean": "running_mean", "_variance": "running_var"}
+LEAVES = {"weight": "weight", "bias": "bias", "_mean": "running_mean", "_variance": "running_var"}
 
 
 def read_paddle_weights(path: Path) -> dict[str, np.ndarray]:
@@ -67,14 +67,14 @@ def to_torch(arrays: Mapping[str, np.ndarray], modules: Mapping[str, str], sourc
     strange, found = [], set()
     for name, array in arrays.items():
         layer, _, leaf = name.rpartition(".")
-        if layer not in modules or leaf not in _LEAVES:
+        if layer not in modules or leaf not in LEAVES:
             strange.append(name)
             continue
         found.add(layer)
         if array.dtype.kind != "f" or not np.isfinite(array).all():
             raise UserError(f"{source}: {name} holds {_fault(array)}, no weights; the file is damaged")
         value = np.array(array.T if leaf == "weight" and array.ndim == 2 else array, np.float32, order="C")
-        tensors[f"{modules[layer]}.{_LEAVES[leaf]}"] = torch.from_numpy(value)
+        tensors[f"{modules[layer]}.{LEAVES[leaf]}"] = torch.from_numpy(value)
         if leaf == "_mean":  # torch's BatchNorm counts its batches, PaddlePaddle's does not
             tensors[f"{modules[layer]}.num_batches_tracked"] = torch.tensor(0)
     missing = [layer for layer in modules if layer not in found]

@@ -22,45 +22,9 @@ from stage2_detect.models.pyramid import TimmPyramid
 from stage2_detect.models.rcnn import RCNN
 from stage2_detect.models.roi_heads import RoIHeads
 from stage2_detect.models.rpn import RPN
+from stage2_detect.paddle_names import our_name
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-def _backbone_name(name: str) -> str:
-    """`res3.res3a.branch2b.conv.weight` -> `layer2.0.conv2.weight`, the same for the stem."""
-    part, block, *rest = name.split(".")
-    tail = rest[-1].replace("_mean", "running_mean").replace("_variance", "running_var")
-    if part == "conv1":
-        number, kind = int(block[-1]), rest[0]
-        place = {1: ("conv1.0", "conv1.1"), 2: ("conv1.3", "conv1.4"), 3: ("conv1.6", "bn1")}[number]
-        return f"{place[kind == 'norm']}.{tail}"
-    prefix = f"layer{int(part[-1]) - 1}.{ord(block[-1]) - ord('a')}"
-    kind = rest[-2]
-    if rest[0] == "short":
-        return f"{prefix}.downsample.{1 if kind == 'conv' else 2}.{tail}"
-    number = "abc".index(rest[0][-1]) + 1
-    return f"{prefix}.{'conv' if kind == 'conv' else 'bn'}{number}.{tail}"
-
-
-def our_name(name: str) -> str:
-    """PaddlePaddle's parameter name -> ours."""
-    part, rest = name.split(".", 1)
-    if part == "backbone":
-        return "pyramid.body." + _backbone_name(rest)
-    layer, leaf = rest.rsplit(".", 1)
-    if part == "neck":  # fpn_inner_res3_sum_lateral or fpn_inner_res5_sum, fpn_res3_sum
-        kind, level = ("inner", layer[13]) if layer.startswith("fpn_inner") else ("layer", layer[7])
-        return f"pyramid.fpn.{kind}_blocks.{int(level) - 2}.0.{leaf}"
-    names = {
-        "rpn_feat.rpn_conv": "rpn.head.conv",
-        "rpn_rois_score": "rpn.head.objectness",
-        "rpn_rois_delta": "rpn.head.deltas",
-        "head.fc6": "roi_heads.heads.0.fc1",
-        "head.fc7": "roi_heads.heads.0.fc2",
-        "bbox_score": "roi_heads.heads.0.logits",
-        "bbox_delta": "roi_heads.heads.0.deltas",
-    }
-    return f"{names[layer]}.{leaf}"
 
 
 def _load_weights(model: RCNN, about: dict) -> None:
