@@ -4,20 +4,23 @@ function of (seed, image id, view).
 Resize: PaddleDetection@666f597f `ppdet/data/transform/operators.py` `Resize(keep_ratio=True)`: one scale for both axes,
 new size int(scale * size + 0.5), OpenCV's interpolation without antialiasing. Large-scale jitter: arXiv 2012.07177,
 section 3. A view is drawn first and applied afterwards, so that boxes, and whatever else an image carries, follow by
-the same numbers. Deliberately absent: changes of the stored picture, which come before (`auto_augment.py`).
+the same numbers. Changes of the stored picture come before (`auto_augment.py`).
 
-Legend: C channels, H height, W width, N objects.
+Legend: C channels, H height, W width, N objects, M objects that are left.
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from shared.images import stable_seed
+from stage2_detect.auto_augment import auto_augment
+from stage2_detect.coco import MIN_SIDE
 
 _UPSAMPLE = {"bicubic": torch.ops.aten.upsample_bicubic2d, "bilinear": torch.ops.aten.upsample_bilinear2d}
 
@@ -37,6 +40,47 @@ class View:
     flip: bool = False
     top: int = 0
     left: int = 0
+
+
+class SeenImage(NamedTuple):
+    """What a training view shows of an image."""
+
+    pixels_CHW: Tensor
+    view: View
+    boxes_M4: np.ndarray
+    kept_M: np.ndarray
+    """int64: where the boxes stood before; picks labels, and masks"""
+
+
+@dataclass(frozen=True)
+class TrainingViews:
+    """The whole augmentation of a run; see `draw_view`, `view_image` and `auto_augment` for the fields."""
+
+    seed: int
+    short_sides: tuple[int, ...]
+    max_long: int
+    flip: float = 0.5
+    interpolation: str = "bicubic"
+    kernel: str = "reference"
+    auto_augment: bool = False
+    jitter: tuple[float, float] | None = None
+
+    def of(self, image_CHW: Tensor, boxes_N4: np.ndarray, *, image_id: int | str, number: int) -> SeenImage:
+        """View `number` of a decoded image and its boxes; boxes of which nothing is left are dropped."""
+        height, width = image_CHW.shape[1:]
+        view = draw_view(
+            height, width, seed=self.seed, image_id=image_id, view=number,
+            short_sides=self.short_sides, max_long=self.max_long, flip=self.flip, jitter=self.jitter,
+        )  # fmt: skip
+        kept = np.arange(len(boxes_N4))
+        if self.auto_augment:
+            image_CHW, boxes_N4, kept = auto_augment(
+                image_CHW, boxes_N4, seed=self.seed, image_id=image_id, view=number
+            )
+        boxes = view_boxes(boxes_N4, view)
+        # A sliver at the border can vanish by rounding of the size, and a window can leave out anything.
+        sound = ((boxes[:, 2:] - boxes[:, :2]) > MIN_SIDE).all(1)
+        return SeenImage(view_image(image_CHW, view, self.interpolation, self.kernel), view, boxes[sound], kept[sound])
 
 
 def fit_view(height: int, width: int, *, short_side: int, max_long: int) -> View:

@@ -9,6 +9,7 @@ Legend: B images of a micro-batch, C channels, H height, W width, G objects (pad
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from shared.errors import UserError
 from shared.images import UnreadableImage, decode_image, stable_seed
 from shared.workers import start_worker
-from stage2_detect.augment import View, draw_view, fit_view, view_boxes, view_image
+from stage2_detect.augment import TrainingViews, View, fit_view, view_image
 from stage2_detect.batch_order import BatchOrder, eval_batches
-from stage2_detect.coco import MIN_SIDE, CocoData, CocoImage
+from stage2_detect.coco import CocoData, CocoImage
 from stage2_detect.models.batch import ImageBatch, Targets
 from stage2_detect.unlabelled import MixedOrder, training_order
 
@@ -41,10 +42,11 @@ class TrainBatch(NamedTuple):
 class TrainLoader:
     """Iterates over this rank's micro-batches from `start_step` to `stop_step`: `accumulate` of them a step, in order.
 
-    `short_sides`, `max_long`, `flip` and `interpolation` are the whole augmentation (see `augment.draw_view`); an
-    image's view number is the epoch. With `unlabelled` pictures the batches are those of `MixedOrder`. `workers=0` decodes in the calling process. An image that cannot be decoded is
-    replaced by the next of the file and reported with the batch; a picture whose size differs from the file's raises
-    `UserError`.
+    `short_sides`, `max_long`, `flip`, `interpolation`, `kernel`, `auto_augment` and `jitter` are the whole augmentation
+    (see `augment.TrainingViews`); an image's view number is the epoch. With `jitter` every batch is padded to the square
+    of side `max_long`. With `unlabelled` pictures the batches are those of `MixedOrder`. `workers=0` decodes in the
+    calling process. An image that cannot be decoded is replaced by the next of the file and reported with the batch; a
+    picture whose size differs from the file's raises `UserError`.
     """
 
     def __init__(
@@ -59,6 +61,9 @@ class TrainLoader:
         max_long: int,
         flip: float = 0.5,
         interpolation: str = "bicubic",
+        kernel: str = "reference",
+        auto_augment: bool = False,
+        jitter: tuple[float, float] | None = None,
         rank: int = 0,
         ranks: int = 1,
         accumulate: int = 1,
@@ -72,9 +77,13 @@ class TrainLoader:
         )
         self.steps_per_epoch = self.order.steps_per_epoch
         self._records, self._labelled = [*data.images, *unlabelled], len(data.images)
-        samples = _TrainSamples(self._records, self._labelled, seed, tuple(short_sides), max_long, flip, interpolation)
+        views = TrainingViews(
+            seed, tuple(short_sides), max_long, flip, interpolation, kernel, auto_augment=auto_augment, jitter=jitter
+        )
+        samples = _TrainSamples(self._records, self._labelled, views)
         steps = range(start_step, max(stop_step, start_step))
-        self._loader = _data_loader(samples, _TrainSampler(self.order, rank, steps), _collate_training, workers)
+        collate = partial(_collate_training, least=max_long if jitter else 1)
+        self._loader = _data_loader(samples, _TrainSampler(self.order, rank, steps), collate, workers)
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -104,13 +113,14 @@ class EvalLoader:
         short_side: int,
         max_long: int,
         interpolation: str = "bicubic",
+        kernel: str = "reference",
         rank: int = 0,
         ranks: int = 1,
         workers: int = 0,
     ) -> None:
         self._records = data.images
         batches = eval_batches(data.images, batch_size)[rank::ranks]
-        samples = _EvalSamples(data.images, short_side, max_long, interpolation)
+        samples = _EvalSamples(data.images, short_side, max_long, interpolation, kernel)
         self._loader = _data_loader(samples, batches, _collate_images, workers)
 
     def __len__(self) -> int:
@@ -174,18 +184,8 @@ class _TrainSampler(Sampler[list[_Request]]):
 
 
 class _TrainSamples(Dataset[_Sample]):
-    def __init__(
-        self,
-        records: list[CocoImage],
-        labelled: int,
-        seed: int,
-        short_sides: tuple[int, ...],
-        max_long: int,
-        flip: float,
-        interpolation: str,
-    ) -> None:
-        self.records, self.labelled, self.seed, self.interpolation = records, labelled, seed, interpolation
-        self.short_sides, self.max_long, self.flip = short_sides, max_long, flip
+    def __init__(self, records: list[CocoImage], labelled: int, views: TrainingViews) -> None:
+        self.records, self.labelled, self.views = records, labelled, views
 
     def __getitem__(self, request: _Request) -> _Sample:
         unreadable: list[tuple[str, str]] = []
@@ -201,17 +201,10 @@ class _TrainSamples(Dataset[_Sample]):
                 continue
             except UserError as error:
                 return _Sample(index, error=str(error))
-            view = draw_view(
-                record.height, record.width, seed=self.seed, image_id=record.image_id, view=request.epoch,
-                short_sides=self.short_sides, max_long=self.max_long, flip=self.flip,
-            )  # fmt: skip
-            boxes = view_boxes(record.boxes_N4, view)
-            sound = ((boxes[:, 2:] - boxes[:, :2]) > MIN_SIDE).all(
-                1
-            )  # a sliver at the border can vanish by rounding of the size
-            seed = stable_seed(self.seed, request.step, record.image_id)
-            pixels = view_image(image, view, self.interpolation)
-            return _Sample(index, pixels, view, boxes[sound], record.labels_N[sound], seed, tuple(unreadable))
+            seen = self.views.of(image, record.boxes_N4, image_id=record.image_id, number=request.epoch)
+            labels = record.labels_N[seen.kept_M]
+            seed = stable_seed(self.views.seed, request.step, record.image_id)
+            return _Sample(index, seen.pixels_CHW, seen.view, seen.boxes_M4, labels, seed, tuple(unreadable))
         return _Sample(
             request.position,
             error=f"none of the {len(part)} training images can be read; the first: {': '.join(unreadable[0])}",
@@ -219,8 +212,11 @@ class _TrainSamples(Dataset[_Sample]):
 
 
 class _EvalSamples(Dataset[_Sample]):
-    def __init__(self, records: list[CocoImage], short_side: int, max_long: int, interpolation: str) -> None:
-        self.records, self.short_side, self.max_long, self.interpolation = records, short_side, max_long, interpolation
+    def __init__(
+        self, records: list[CocoImage], short_side: int, max_long: int, interpolation: str, kernel: str
+    ) -> None:
+        self.records, self.short_side, self.max_long = records, short_side, max_long
+        self.interpolation, self.kernel = interpolation, kernel
 
     def __getitem__(self, index: int) -> _Sample:
         record = self.records[index]
@@ -229,16 +225,18 @@ class _EvalSamples(Dataset[_Sample]):
         except (UnreadableImage, UserError) as error:
             return _Sample(index, error=str(error))
         view = fit_view(record.height, record.width, short_side=self.short_side, max_long=self.max_long)
-        return _Sample(index, view_image(image, view, self.interpolation), view)
+        return _Sample(index, view_image(image, view, self.interpolation, self.kernel), view)
 
 
-def _collate_images(samples: list[_Sample]) -> dict[str, Any]:
-    """Plain tensors and lists: what crosses the process border can be pinned and stays small."""
+def _collate_images(samples: list[_Sample], least: int = 1) -> dict[str, Any]:
+    """Plain tensors and lists: what crosses the process border can be pinned and stays small. Sides of the batch are
+    `least` at least."""
     for sample in samples:
         if sample.error:
             return {"error": sample.error}
     images = [sample.image_CHW for sample in samples if sample.image_CHW is not None]
-    height, width = (-(-max(image.shape[axis] for image in images) // PAD_MULTIPLE) * PAD_MULTIPLE for axis in (1, 2))
+    sides = (max(least, *(image.shape[axis] for image in images)) for axis in (1, 2))
+    height, width = (-(-side // PAD_MULTIPLE) * PAD_MULTIPLE for side in sides)
     pixels_BCHW = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
     for canvas, image in zip(pixels_BCHW, images, strict=True):
         canvas[:, : image.shape[1], : image.shape[2]] = image
@@ -252,8 +250,8 @@ def _collate_images(samples: list[_Sample]) -> dict[str, Any]:
     }
 
 
-def _collate_training(samples: list[_Sample]) -> dict[str, Any]:
-    batch = _collate_images(samples)
+def _collate_training(samples: list[_Sample], least: int) -> dict[str, Any]:
+    batch = _collate_images(samples, least)
     if "error" in batch:
         return batch
     objects = [

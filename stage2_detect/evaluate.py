@@ -48,6 +48,7 @@ def evaluate_detector(config: EvaluateConfig) -> None:
         short_side=config.short_side or loaded.resize.val_short_side,
         long_side=config.long_side or loaded.resize.val_long_side,
         interpolation=loaded.resize.interpolation,
+        kernel=loaded.resize.kernel,
         batch_size=config.batch_size,
         workers=config.workers,
         device=accelerator.device,

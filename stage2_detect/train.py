@@ -86,6 +86,7 @@ def train(config: TrainConfig) -> None:
         "short_side": config.resize.val_short_side,
         "long_side": config.resize.val_long_side,
         "interpolation": config.resize.interpolation,
+        "kernel": config.resize.kernel,
         "batch_size": config.val_batch_size,
         "workers": config.workers,
         "device": device,
