@@ -61,7 +61,7 @@ def test_a_model_in_another_class_order_answers_the_same() -> None:
             self.roi_heads.heads = torch.nn.ModuleList([head])
 
     model, inputs = Holder(), torch.randn(6, 5)
-    head: Any = model.roi_heads.heads[0]  # type: ignore[union-attr, index]
+    head: Any = model.roi_heads.heads[0]  # type: ignore[index]
     logits, deltas = head.logits(inputs), head.deltas(inputs).unflatten(1, (3, 4))
     permute_classes(model, old=["a", "b", "c"], new=["c", "a", "b"], class_agnostic=False)
     torch.testing.assert_close(head.logits(inputs), logits[:, [2, 0, 1, 3]])

@@ -1,0 +1,220 @@
+"""What training offers beyond a step: moving average, early stop, loss on evaluation images, expected scores."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from shared.images import stable_seed
+from shared.model_file import read_metadata
+from shared.ranks import total_over_ranks
+from stage2_detect import train
+from stage2_detect.coco import read_coco
+from stage2_detect.config import ExpectedConfig
+from stage2_detect.detector_file import load_detector
+from stage2_detect.expected import compare
+from stage2_detect.models.batch import ImageBatch, Targets
+from stage2_detect.validation_loss import validation_losses
+
+Settings = dict[str, Any]
+Arguments = Callable[..., list[str]]
+Call = Callable[..., int]
+
+
+def result(run: Path) -> dict[str, Any]:
+    metrics: dict[str, Any] = json.loads((run / "result.json").read_text())["metrics"]
+    return metrics
+
+
+# Moving average
+
+
+def test_the_average_is_what_is_exported(
+    train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path
+) -> None:
+    settings = train_settings | {"ema": {"decay": 0.6, "warmup": False}, "save_every": 1, "keep_checkpoints": 9}
+    settings["optim"] = train_settings["optim"] | {"lr": 0.05}
+    assert call(train.main, arguments(settings)) == 0
+    run = tmp_path / "run"
+    checkpoints = [load_file(path / "model.safetensors") for path in sorted(run.glob("checkpoints/step_*"))]
+    assert len(checkpoints) == 6
+    exported = load_file(run / "detector.safetensors")
+    moved = 0
+    for name, tensor in exported.items():
+        average = checkpoints[0][name].double()  # the first step is taken over whole
+        for weights in checkpoints[1:]:
+            average = 0.6 * average + 0.4 * weights[name].double()
+        np.testing.assert_allclose(tensor.double(), average, rtol=1e-5, atol=1e-7, err_msg=name)
+        moved += not torch.equal(tensor, checkpoints[-1][name])
+    assert moved > 10
+    assert read_metadata(run / "detector.safetensors")["weights"] == "ema"
+    assert load_file(run / "checkpoints/step_00000006/ema.safetensors").keys() == exported.keys()
+
+
+def test_a_resumed_average_is_the_same_to_the_bit(
+    train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path, metrics_of: Callable[[Path], Any]
+) -> None:
+    settings = train_settings | {"ema": {"decay": 0.9}, "evaluate_every": 2, "val_loss": True}
+    assert call(train.main, arguments(settings, "whole")) == 0
+    assert call(train.main, arguments(settings | {"steps": 3}, "parts")) == 0
+    assert call(train.main, arguments(settings, "parts")) == 0
+    assert "resumed from step_00000003" in (tmp_path / "parts" / "log.txt").read_text()
+    whole, parts = (load_file(tmp_path / name / "detector.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    lines = {line["step"]: line for line in metrics_of(tmp_path / "whole") if "loss" in line}
+    assert all(lines[line["step"]] == line for line in metrics_of(tmp_path / "parts") if "loss" in line)
+
+
+# Early stop and best file
+
+
+def test_patience_ends_a_run_that_does_not_get_better(
+    train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = train_settings | {"steps": 40, "evaluate_every": 2, "patience": 2}
+    settings["optim"] = train_settings["optim"] | {"lr": 1e-30, "warmup_steps": 0}
+    assert call(train.main, arguments(settings)) == 0
+    run = tmp_path / "run"
+    # The first evaluation is the best so far, the second and third are no better.
+    assert result(run)["steps"] == 6
+    assert "step 6: 2 evaluations in a row without a better one: enough (patience)" in (run / "log.txt").read_text()
+    assert read_metadata(run / "detector_best.safetensors")["step"] == 2
+    assert read_metadata(run / "detector.safetensors")["step"] == 6
+    assert (run / "checkpoints" / "step_00000006" / "COMPLETE").exists()
+    capsys.readouterr()
+    assert call(train.main, arguments(settings)) == 0
+    assert "finished; nothing to do" in capsys.readouterr().out
+
+
+def test_the_last_evaluation_can_be_the_best(
+    train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path
+) -> None:
+    optim = train_settings["optim"] | {"lr": 0.02, "clip_grad_norm": 2.0, "milestones_steps": [50]}
+    settings = train_settings | {"steps": 60, "log_every": 20, "save_every": 60, "evaluate_every": 40, "optim": optim}
+    settings["model"] = train_settings["model"] | {"freeze_norm": False}
+    assert call(train.main, arguments(settings)) == 0
+    best = read_metadata(tmp_path / "run" / "detector_best.safetensors")
+    evaluations = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    scores = {line["step"]: line["val_AP"] for line in evaluations if "val_AP" in line}
+    assert set(scores) == {40, 60}
+    assert best["step"] == max(scores, key=lambda step: scores[step])
+    assert best["metrics"]["AP"] == max(scores.values()) > 0
+
+
+# Loss on evaluation images
+
+
+@pytest.fixture
+def trained(train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path) -> Path:
+    settings = train_settings | {"steps": 5, "val_loss": True, "val_batch_size": 2}
+    assert call(train.main, arguments(settings, "trained")) == 0
+    return tmp_path / "trained"
+
+
+def losses_of_images(trained: Path, data: dict[str, str], numbers: list[int]) -> dict[str, float]:
+    """Losses of a batch of the drawn evaluation scenes, from the files, without our loaders."""
+    content = json.loads(Path(data["val_annotations"]).read_text())
+    pixels = np.stack([np.array(Image.open(Path(data["val_images"]) / f"{number}.png")) for number in numbers])
+    boxes, labels = torch.zeros(len(numbers), 2, 4), torch.full((len(numbers), 2), -1)
+    for row, number in enumerate(numbers):
+        objects = [one for one in content["annotations"] if one["image_id"] == f"val-{number}"]
+        for place, one in enumerate(objects):
+            x, y, width, height = one["bbox"]
+            boxes[row, place] = torch.tensor([x, y, min(64, x + width), min(64, y + height)])
+            labels[row, place] = {3: 0, 7: 1}[one["category_id"]]
+    count = len(numbers)
+    images = ImageBatch(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.full((count, 2), 64), torch.ones(count))
+    seeds = torch.tensor([stable_seed("validation", f"val-{number}") for number in numbers])
+    model = load_detector(trained / "detector.safetensors").model
+    with torch.no_grad():
+        losses, _ = model.losses(model.features(images), images.sizes_B2, Targets(boxes, labels, seeds))
+    return {name: loss.item() for name, loss in losses.items()}
+
+
+def test_validation_loss_is_the_mean_over_images(trained: Path, train_settings: Settings) -> None:
+    parts = [losses_of_images(trained, train_settings["data"], numbers) for numbers in ([0, 1], [2, 3], [4])]
+    expected = {name: (2 * parts[0][name] + 2 * parts[1][name] + parts[2][name]) / 5 for name in parts[0]}
+    metrics = result(trained)
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert metrics["loss"] == pytest.approx(sum(expected.values()), rel=1e-5)
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["val_loss"] == metrics["loss"]
+    assert lines[-1]["val_loss_rpn_box"] == metrics["loss_rpn_box"]
+
+
+def test_validation_loss_leaves_the_model_as_it_was(trained: Path, train_settings: Settings) -> None:
+    data = train_settings["data"]
+    model = load_detector(trained / "detector.safetensors").model
+    model.roi_heads.total, model.roi_heads.world_size = total_over_ranks, 7
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    options: dict[str, Any] = {"short_side": 64, "long_side": 64, "interpolation": "bicubic", "kernel": "reference"}
+    options |= {"batch_size": 2, "workers": 0, "device": torch.device("cpu"), "dtype": torch.float32}
+    objects = read_coco(data["val_annotations"], data["val_images"], training=True)
+    losses = validation_losses(model, objects, **options)
+    assert losses == validation_losses(model, objects, **options)
+    assert losses["loss_cls"] == pytest.approx(result(trained)["loss_cls"], rel=1e-6), "counts of this rank alone"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert (model.roi_heads.total, model.roi_heads.world_size) == (total_over_ranks, 7)
+    assert not model.training
+
+
+# Expected scores
+
+
+@pytest.mark.parametrize(
+    ("expected", "metrics", "met", "text"),
+    [
+        ({"AP": 41.4}, {"AP": 0.412}, True, "expected: met: AP 41.20 (expected 41.4), tolerance 0.3"),
+        ({"AP": 41.4}, {"AP": 0.41}, False, "expected: NOT met: AP 41.00 (expected 41.4), tolerance 0.3"),
+        ({"AP": 41.4, "tolerance": 0.5}, {"AP": 0.41}, True, "tolerance 0.5"),
+        ({"AP": 40, "AP_segm": 36}, {"AP": 0.45, "AP_segm": 0.3}, False, "AP_segm 30.00 (expected 36)"),
+        ({"AP": 40, "AP_segm": 36}, {"AP": 0.45}, None, "expected: not compared: AP_segm was not measured"),
+        ({"AP": 40}, {}, None, "AP was not measured"),
+        ({"AP": 40}, {"AP": None}, None, "AP was not measured"),
+        ({"AP": 40, "images": 5000}, {"AP": 0.4}, None, "it is for 5000 evaluation images, these are 5"),
+    ],
+)
+def test_expected(expected: Settings, metrics: Settings, met: bool | None, text: str) -> None:
+    outcome, line = compare(ExpectedConfig(**expected), metrics, 5)
+    assert outcome is met
+    assert text in line
+
+
+def test_expected_is_compared_after_the_last_evaluation(
+    train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path
+) -> None:
+    settings = train_settings | {"steps": 1, "expected": {"AP": 50, "images": 5}}
+    assert call(train.main, arguments(settings)) == 0
+    assert result(tmp_path / "run")["expected_met"] is False
+    assert "expected: NOT met: AP 0.00 (expected 50), tolerance 0.3" in (tmp_path / "run" / "log.txt").read_text()
+
+
+# What a body without BatchNorm says, and what cannot be
+
+
+def test_freezing_the_norm_of_a_body_without_one_is_said_and_does_nothing(
+    train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path
+) -> None:
+    assert call(train.main, arguments(train_settings | {"backbone": "random:test_convnext", "steps": 1})) == 0
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "model.freeze_norm: test_convnext has no BatchNorm, so there is nothing to freeze" in log
+
+
+def test_user_errors(
+    train_settings: Settings, arguments: Arguments, user_error: Callable[..., str], tmp_path: Path
+) -> None:
+    def message(**changes: Any) -> str:
+        return user_error(train.main, arguments(train_settings | changes, "bad"))
+
+    blind = {key: value for key, value in train_settings["data"].items() if "val" not in key}
+    assert "val_loss is measured on evaluation images" in message(val_loss=True, data=blind)
+    assert "patience counts evaluations: give evaluate_every" in message(patience=2)
+    assert "ema.decay" in message(ema={"decay": 1.0})
+    assert not (tmp_path / "bad").exists()
