@@ -23,6 +23,10 @@ COMMANDS = {
     "evaluate": ("", "evaluate a backbone or detector file, told apart by what it holds"),
     "export": ("stage1_ssld.export", "export a backbone file: ONNX, checked, and a folder for the hub"),
     "convert-paddle": ("stage1_ssld.convert_paddle", "turn a PaddleClas ResNet_vd file into a backbone file"),
+    "convert-paddle-detector": (
+        "stage2_detect.convert_paddle",
+        "turn a PaddleDetection R-CNN file into a detector file",
+    ),
     "inspect": ("", "print what a backbone or detector file is"),
     "report": ("pipelines.report", "write report.html from a pipeline's run directories"),
     "toy-data": ("shared.toy_data", "draw the embedded data set"),
@@ -50,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """What `ssld --help` prints."""
-    lines = [f"  {name:<14} {text}" for name, (_, text) in COMMANDS.items()]
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         ["usage: ssld COMMAND ...", "", *lines, "", "ssld COMMAND --help lists the settings of a command."]
     )

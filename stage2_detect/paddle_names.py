@@ -92,12 +92,12 @@ def recognise(names: Collection[str], source: str) -> str:
     if any(name.startswith("backbone.") for name in names):
         blocks = {match.group(1, 2, 3) for name in names if (match := _BLOCK.match(name))}
         depths = tuple(sum(stage == str(number) for stage, _, _ in blocks) for number in (2, 3, 4, 5))
-        arch = _DEPTHS.get(depths) if any(".branch2c." in name for name in names) else None
-        if arch:
+        bottlenecks = any(".branch2c." in name for name in names)
+        if bottlenecks and (arch := _DEPTHS.get(depths)):
             return arch + "d" * (_DEEP_STEM in names)
         why = (
             "timm's ResNets with basic blocks have no convolution on the first shortcut, PaddleDetection's have"
-            if any(".branch2b." in name for name in names)
+            if blocks and not bottlenecks
             else "detectors on a ResNet50, 101 or 152 (plain or vd) are converted"
         )
         raise UserError(f"{source}: its backbone cannot become one of timm's: {why}")
