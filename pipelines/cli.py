@@ -27,6 +27,7 @@ COMMANDS = {
         "stage2_detect.convert_paddle",
         "turn a PaddleDetection R-CNN file into a detector file",
     ),
+    "convert-data": ("stage2_detect.convert_data", "turn YOLO, Pascal VOC or Parquet detection data into COCO JSON"),
     "inspect": ("", "print what a backbone or detector file is"),
     "report": ("pipelines.report", "write report.html from a pipeline's run directories"),
     "toy-data": ("shared.toy_data", "draw the embedded data set"),

@@ -17,6 +17,7 @@ CommandName = Literal[
     "distill",
     "evaluate_backbone",
     "export_backbone",
+    "convert_detector",
     "train",
     "evaluate_detector",
     "report",

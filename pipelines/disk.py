@@ -26,6 +26,7 @@ from stage1_ssld.config import (
     TeachConfig,
 )
 from stage1_ssld.data_config import SourceConfig
+from stage2_detect.config import ConvertPaddleConfig as ConvertDetectorConfig
 from stage2_detect.config import DetectionDataConfig, TrainConfig
 from stage2_detect.model_config import DetectorConfig
 
@@ -78,7 +79,7 @@ def disk_bytes(stages: list[Stage]) -> dict[str, int | None]:
                 sizes[stage.name] = _store_bytes(config)
             case CurateConfig() as config:
                 sizes[stage.name] = _curation_bytes(config)
-            case ConvertPaddleConfig(weights=file):
+            case ConvertPaddleConfig(weights=file) | ConvertDetectorConfig(weights=file):
                 sizes[stage.name] = file.stat().st_size if file.is_file() else None
             case ExportConfig(model=file) if file.is_file():
                 sizes[stage.name] = 2 * file.stat().st_size  # ONNX, and the folder for the hub

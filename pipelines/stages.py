@@ -24,6 +24,7 @@ from stage1_ssld.config import (
     TeachConfig,
 )
 from stage1_ssld.config import EvaluateConfig as EvaluateBackboneConfig
+from stage2_detect.config import ConvertPaddleConfig as ConvertDetectorConfig
 from stage2_detect.config import EvaluateConfig as EvaluateDetectorConfig
 from stage2_detect.config import TrainConfig
 
@@ -57,6 +58,9 @@ KINDS: dict[CommandName, Kind] = {
     "distill": Kind("stage1_ssld/distill.py", DistillConfig, ("student.safetensors", "student_best.safetensors")),
     "evaluate_backbone": Kind("stage1_ssld/evaluate.py", EvaluateBackboneConfig),
     "export_backbone": Kind("stage1_ssld/export.py", ExportConfig, ("backbone.onnx", "hub"), one_process=True),
+    "convert_detector": Kind(
+        "stage2_detect/convert_paddle.py", ConvertDetectorConfig, ("detector.safetensors",), one_process=True
+    ),
     "train": Kind("stage2_detect/train.py", TrainConfig, ("detector.safetensors",)),
     "evaluate_detector": Kind("stage2_detect/evaluate.py", EvaluateDetectorConfig),
     "report": Kind("pipelines/report.py", ReportConfig, ("report.html",), remake=True, one_process=True),

@@ -70,8 +70,8 @@ def test_passes_become_steps_where_the_images_are(tiny: Any, tmp_path: Path) -> 
     boxes = [{"image_id": 1, "bbox": [0, 0, 5, 5]}, {"image_id": 2, "bbox": [0, 0, 5, 5], "iscrowd": 1}]
     content = {"images": [{"id": number} for number in range(16)], "annotations": boxes}
     (tmp_path / "c.json").write_text(json.dumps(content))
-    assert counted("train", *train) == "1 steps of 4 images (2.5 epochs of 1 images)"
-    assert counted("train", *train, "--data.keep_empty", "true") == "10 steps of 4 images (2.5 epochs of 16 images)"
+    assert counted("train", *train, "--data.keep_empty", "false") == "1 steps of 4 images (2.5 epochs of 1 images)"
+    assert counted("train", *train) == "10 steps of 4 images (2.5 epochs of 16 images)"
     (tmp_path / "c.json").write_text("[")
     assert counted("train", *train) == unknown
 
@@ -126,6 +126,7 @@ def test_sizes_of_the_other_commands(tiny: Any, teacher_file: Path, tmp_path: Pa
     assert size_of(tmp_path, "curate", **(pool | {"pool": ["later"]})) is None
     assert size_of(tmp_path, "export_backbone", model=str(teacher_file)) == 2 * teacher_file.stat().st_size
     assert size_of(tmp_path, "convert_backbone", weights=str(teacher_file)) == teacher_file.stat().st_size
+    assert size_of(tmp_path, "convert_detector", weights=str(teacher_file)) == teacher_file.stat().st_size
     assert size_of(tmp_path, "convert_backbone", weights="later.pdparams") is None
 
 
