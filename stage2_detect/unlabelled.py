@@ -27,7 +27,10 @@ def list_pictures(folder: Path) -> tuple[list[CocoImage], list[str]]:
     Only headers are read. Raises UserError for a folder that is missing or holds no images, and when more than one and more than 1 %
     cannot be read.
     """
-    names = require_images(folder)
+    try:
+        names = require_images(folder)
+    except UserError as error:
+        raise UserError(f"unlabeled: {error}") from None
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
         sizes = list(pool.map(_upright_size, [os.path.join(folder, name) for name in names], chunksize=64))
     unreadable = [name for name, size in zip(names, sizes, strict=True) if size is None]
