@@ -13,7 +13,6 @@ opponent of (c), on labelled images, because it takes no others.
 """
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from PIL import Image
 from timm.task import LogitDistillationTask
 from torchvision import transforms
 
+from benchmarks.side_by_side import rounds, show
 from shared.backbones import create_classifier, parse_reference, place
 from shared.files import require_images
 from shared.images import decode_image
@@ -43,29 +43,7 @@ from stage1_ssld.store import bucket_log_probs, soft_log_probs
 from stage1_ssld.teachers import make_teacher
 from stage1_ssld.views import training_view
 
-Work = Callable[[], None]
 KEPT = 10
-
-
-def rounds(works: dict[str, Work], count: int, device: torch.device) -> list[dict[str, float]]:
-    """Seconds of each work in every round; one round before them is not counted."""
-    found: list[dict[str, float]] = []
-    for number in range(count + 1):
-        seconds = {}
-        for name in works if number % 2 else reversed(works):
-            start = time.perf_counter()
-            works[name]()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name] = time.perf_counter() - start
-        found.append(seconds)
-    return found[1:]
-
-
-def show(label: str, ratios: list[float]) -> None:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    print(f"{label:<62} {middle:.3f}  ({low:.3f} to {high:.3f})")
 
 
 def steps(arguments: argparse.Namespace, device: torch.device) -> None:

@@ -1,21 +1,23 @@
-"""RoIAlign over a pyramid (arXiv 1612.03144 equation 1, 1703.06870), each RoI on the level of its size.
+"""Features of RoIs from a pyramid, each RoI on the level of its size (arXiv 1612.03144 equation 1).
 
-Aligned, with as many samples a bin as the bin has pixels, as PaddleDetection's releases 2.0-2.7. Strides are given;
-torchvision's MultiScaleRoIAlign derives them from un-padded sizes, wrongly for many, and always pools without
+By default aligned, with as many samples a bin as the bin has pixels, as PaddleDetection's releases 2.0-2.7. Strides are
+given; torchvision's MultiScaleRoIAlign derives them from un-padded sizes, wrongly for many, and always pools without
 alignment.
 
 Shapes: B images, R RoIs of an image, N = B * R, L levels, C channels, S side of the output.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torchvision.ops import roi_align
 
 from stage2_detect.models import boxes
+from stage2_detect.models.roi_align import roi_align
 
 _CANONICAL_SIDE, _CANONICAL_STRIDE = 224, 16  # a RoI of 224 px belongs to the level of stride 16
+_NOWHERE = -1e6  # so far outside that a RoI there reads no pixel and pools zeros
 
 
 def roi_levels(rois_BR4: Tensor, strides: Sequence[int]) -> Tensor:
@@ -26,20 +28,49 @@ def roi_levels(rois_BR4: Tensor, strides: Sequence[int]) -> Tensor:
 
 
 def pool_rois(
-    features: Sequence[Tensor], rois_BR4: Tensor, valid_BR: Tensor, *, strides: Sequence[int], size: int
+    features: Sequence[Tensor],
+    rois_BR4: Tensor,
+    valid_BR: Tensor,
+    *,
+    strides: Sequence[int],
+    size: int,
+    sampling_ratio: int = 0,
+    aligned: bool = True,
 ) -> Tensor:
-    """float32 features [N, C, size, size] of the RoIs, in their order; zeros for those that are not valid."""
+    """float32 features [N, C, size, size] of the RoIs, in their order; zeros for those that are not valid.
+
+    Args:
+        features: one map a stride; further ones are ignored.
+        sampling_ratio, aligned: see `roi_align`.
+    """
     B, R = valid_BR.shape
     image_BR = torch.arange(B, device=rois_BR4.device, dtype=rois_BR4.dtype)[:, None].expand(B, R)
     rois_N5 = torch.cat((image_BR[..., None], rois_BR4), dim=-1).flatten(0, 1)
-    L = len(strides)
-    level_N = torch.where(valid_BR, roi_levels(rois_BR4, strides), L).flatten()
-    # Sorted by level, so that one transfer of L + 1 counts to the host serves all levels.
+    level_N = torch.where(valid_BR, roi_levels(rois_BR4, strides), len(strides)).flatten()
+
+    def pool(level: int, rois: Tensor) -> Tensor:
+        feature, scale = features[level].float(), 1 / strides[level]
+        return roi_align(feature, rois, size, scale, sampling_ratio=sampling_ratio, aligned=aligned)
+
+    in_order = _pool_in_order if rois_N5.device.type == "cpu" else _pool_in_place
+    return in_order(pool, rois_N5, level_N, len(strides))
+
+
+def _pool_in_order(pool: Callable[[int, Tensor], Tensor], rois_N5: Tensor, level_N: Tensor, levels: int) -> Tensor:
+    """Each RoI on its level alone; the levels' counts have to be on the host."""
     order_N = level_N.argsort(stable=True)
-    *level_rois, rest = rois_N5[order_N].split(level_N.bincount(minlength=L + 1).tolist())
-    pooled = [
-        roi_align(feature.float(), rois, size, 1 / stride, sampling_ratio=0, aligned=True)
-        for feature, rois, stride in zip(features, level_rois, strides, strict=False)
-    ]
+    *level_rois, rest = rois_N5[order_N].split(level_N.bincount(minlength=levels + 1).tolist())
+    pooled = [pool(level, rois) for level, rois in enumerate(level_rois)]
     pooled.append(pooled[0].new_zeros((len(rest), *pooled[0].shape[1:])))
-    return torch.cat(pooled)[order_N.argsort()]
+    return torch.cat(pooled).index_select(0, order_N.argsort())
+
+
+def _pool_in_place(pool: Callable[[int, Tensor], Tensor], rois_N5: Tensor, level_N: Tensor, levels: int) -> Tensor:
+    """Every RoI on all levels, but outside of those that are not its own: no shape depends on a value, so the host
+    never waits for a GPU.
+    """
+    pooled = []
+    for level in range(levels):
+        own_N1 = (level_N == level)[:, None]
+        pooled.append(pool(level, torch.cat((rois_N5[:, :1], torch.where(own_N1, rois_N5[:, 1:], _NOWHERE)), dim=1)))
+    return functools.reduce(torch.add, pooled)

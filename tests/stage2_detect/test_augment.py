@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from stage2_detect.augment import View, draw_view, fit_view, view_boxes, view_image
+from stage2_detect.augment import TrainingViews, View, draw_view, fit_view, view_boxes, view_image
 
 SHORT_SIDES = [640, 672, 704, 736, 768, 800]
 
@@ -120,3 +120,119 @@ def test_draws_depend_on_seed_image_and_view_only() -> None:
     assert [draw(view=v) for v in range(20)] != [draw(image_id="5", view=v) for v in range(20)]
     assert not any(draw(view=v, flip=0).flip for v in range(20))
     assert all(draw(view=v, flip=1).flip for v in range(20))
+
+
+def test_draws_have_not_changed() -> None:
+    """A run that is resumed after an update sees the views it would have seen."""
+    draws = [
+        draw_view(480, 640, seed=3, image_id=i, view=1, short_sides=SHORT_SIDES, max_long=1333, flip=0.5)
+        for i in (7, 8, "a", "b", 9, 10)
+    ]
+    assert [(view.height, view.flip) for view in draws] == [
+        (672, True), (736, False), (800, True), (800, False), (736, True), (672, True),
+    ]  # fmt: skip
+
+
+def inverse(points_N2: np.ndarray, view: View) -> np.ndarray:
+    """As the docstring of `View` has it."""
+    x, y = points_N2.T
+    return np.stack([((view.width - x if view.flip else x) + view.left) / view.scale, (y + view.top) / view.scale], 1)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("kernel", ["reference", "fast"])
+def test_window_is_cut_from_the_resized_image_and_boxes_follow(flip: bool, kernel: str) -> None:
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 40, 60), dtype=np.uint8))
+    whole = view_image(image, View(2.5, 100, 150), kernel=kernel)
+    view = View(2.5, 30, 70, flip, top=20, left=35)
+    cut = whole[:, 20:50, 35:105]
+    assert torch.equal(view_image(image, view, kernel=kernel), cut.flip(2) if flip else cut)
+    inside = np.array([[15, 9, 40, 19], [20.5, 8.5, 33.25, 12]], dtype=np.float32)
+    boxes = view_boxes(inside, view)
+    x1, x2 = 15 * 2.5 - 35, 40 * 2.5 - 35
+    assert boxes[0].tolist() == [70 - x2 if flip else x1, 9 * 2.5 - 20, 70 - x1 if flip else x2, 19 * 2.5 - 20]
+    corners = inverse(boxes.reshape(-1, 2), view).reshape(-1, 4)
+    assert np.allclose(corners[:, [2, 1, 0, 3]] if flip else corners, inside, atol=1e-5)
+    outside = view_boxes(np.array([[0, 0, 60, 40], [0, 0, 13.9, 40], [50, 0, 60, 7]], dtype=np.float32), view)
+    assert outside[0].tolist() == [0, 0, 70, 30]
+    assert ((outside[1:, 2:] - outside[1:, :2]).min(1) == 0).all()
+
+
+def test_jitter_draws_scales_and_windows_uniformly() -> None:
+    def draw(image_id: int, flip: float = 0.5) -> View:
+        return draw_view(
+            300, 400, seed=0, image_id=image_id, view=2, short_sides=[], max_long=200, flip=flip, jitter=(0.1, 2.0)
+        )
+
+    assert draw(3) == draw(3)
+    views = [draw(i) for i in range(2000)]
+    factors = np.array([view.scale * 400 / 200 for view in views])
+    assert 0.1 <= factors.min() < 0.11
+    assert 1.99 < factors.max() <= 2.0
+    counts = np.histogram(factors, 10, (0.1, 2.0))[0]
+    assert ((counts - 200) ** 2 / 200).sum() < 27.9  # chi-square, 9 degrees of freedom, p = 0.001
+    for view, factor in zip(views, factors, strict=True):
+        full = [int(300 * view.scale + 0.5), int(400 * view.scale + 0.5)]
+        assert [view.height, view.width] == [min(side, 200) for side in full]
+        assert 0 <= view.top <= full[0] - view.height
+        assert 0 <= view.left <= full[1] - view.width
+        assert factor > 0.99 or (view.top, view.left) == (0, 0)
+    places = np.array([v.left / (int(400 * v.scale + 0.5) - 200) for v in views if v.scale > 0.6])
+    assert abs(places.mean() - 0.5) < 4 * 12**-0.5 / len(places) ** 0.5
+    assert {0.0, 1.0} < {round(place, 2) for place in places}
+    assert 900 < sum(view.flip for view in views) < 1100
+    assert not any(draw(i, flip=0).flip for i in range(50))
+
+
+def test_training_view_keeps_what_is_visible() -> None:
+    """Labels are picked by where a box stood before; the pixels under a box are those of its object."""
+    image = torch.zeros(3, 120, 160, dtype=torch.uint8)
+    boxes = np.array([[x, y, x + 16, y + 16] for x in range(4, 150, 30) for y in range(4, 110, 30)], dtype=np.float32)
+    for number, (x1, y1, x2, y2) in enumerate(boxes.astype(int)):
+        image[:, y1:y2, x1:x2] = 5 + 12 * number
+    views = TrainingViews(0, (), 100, interpolation="bilinear", kernel="fast", jitter=(1.0, 2.0))
+    cut_off = 0
+    for number in range(40):
+        seen = views.of(image, boxes, image_id=1, number=number)
+        assert max(seen.pixels_CHW.shape[1:]) <= 100
+        assert seen.boxes_M4.shape == (len(seen.kept_M), 4)
+        cut_off += len(boxes) - len(seen.kept_M)
+        for (x1, y1, x2, y2), before in zip(seen.boxes_M4, seen.kept_M, strict=True):
+            if min(x2 - x1, y2 - y1) > 4:
+                assert seen.pixels_CHW[0, int(y1 + y2) // 2, int(x1 + x2) // 2] == 5 + 12 * before
+    assert cut_off > 40
+
+
+def smooth_image() -> torch.Tensor:
+    """Like a photograph: shapes and gradients without single-pixel contrast at the ends of the range."""
+    y, x = np.mgrid[0:120, 0:160] / 20
+    waves = [128 + 50 * np.sin(x * a + y * b) + 45 * np.cos(x * b - 2 * y) for a, b in ((1, 2), (2, 0.5), (3, 1))]
+    return torch.from_numpy(np.stack(waves).round().astype(np.uint8))
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.83, 5 / 3, 2.6])
+def test_fast_kernel_is_close_to_the_reference(scale: float) -> None:
+    def errors(image: torch.Tensor, interpolation: str) -> torch.Tensor:
+        view = View(scale, int(scale * image.shape[1] + 0.5), int(scale * image.shape[2] + 0.5))
+        slow, fast = (view_image(image, view, interpolation, kernel) for kernel in ("reference", "fast"))
+        assert fast.dtype == torch.uint8
+        assert fast.shape == slow.shape
+        return (slow.int() - fast.int()).abs()
+
+    noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 120, 160), dtype=np.uint8))
+    extreme = torch.from_numpy(np.random.default_rng(1).integers(0, 2, (3, 120, 160), dtype=np.uint8) * 255)
+    for image in (smooth_image(), noise, extreme):
+        assert errors(image, "bilinear").max() <= 1
+    assert errors(smooth_image(), "bicubic").max() <= 1
+    assert errors(noise, "bicubic").float().mean() < 1
+    assert errors(noise, "bicubic").max() <= 67
+    assert errors(extreme, "bicubic").max() <= 67
+
+
+def test_fast_kernel_does_not_depend_on_the_layout() -> None:
+    """A decoded image lies as [H, W, C], one out of a batch as [C, H, W]."""
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).permute(2, 0, 1)
+    view = fit_view(50, 70, short_side=83, max_long=1000)
+    for interpolation in ("bicubic", "bilinear"):
+        decoded, planes = (view_image(i, view, interpolation, "fast") for i in (image, image.contiguous()))
+        assert torch.equal(decoded, planes)

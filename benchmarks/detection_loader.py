@@ -1,0 +1,123 @@
+"""Ratios of the detection loader against PIL with torchvision's v1 transforms, measured side by side on one thread:
+never an absolute time.
+
+    python benchmarks/detection_loader.py ANNOTATIONS.json FOLDER_OF_IMAGES [--pairs 30] [--batch 4]
+
+Both decode the same photos by PIL and give a padded batch of the same sizes, flips and boxes. Ours ends in uint8 pixels, which the network
+normalises on its device; the opponent's chain is Resize on the PIL image, ToTensor, Normalize, flip, pad. The rows: images/s of
+
+(a) our fast kernel / the opponent, both bicubic            wanted: at least 1.3
+(b) the same, our normalisation on the CPU counted too
+(c) our fast kernel / the opponent, both bilinear
+(d) our reference kernel / the opponent, bicubic
+(e) our fast kernel with AutoAugment / without it
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from benchmarks.side_by_side import rounds, show
+from stage2_detect.augment import View, draw_view
+from stage2_detect.batches import PAD_MULTIPLE, TrainLoader
+from stage2_detect.coco import CocoData, CocoImage, read_coco
+from stage2_detect.models.rcnn import normalise
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIZES = {"short_sides": (640, 672, 704, 736, 768, 800), "max_long": 1333, "flip": 0.5, "seed": 0}
+
+
+def opponent(records: list[CocoImage], views: list[View], interpolation: InterpolationMode) -> torch.Tensor:
+    """A normalised float batch, as a data set with torchvision's v1 transforms makes it; boxes are made and dropped."""
+    normalize = transforms.Normalize(MEAN, STD)
+    pixels = []
+    for record, view in zip(records, views, strict=True):
+        with Image.open(record.path) as image:
+            resized = transforms.Resize((view.height, view.width), interpolation)(image.convert("RGB"))
+        tensor = normalize(transforms.ToTensor()(resized))
+        boxes_N4 = torch.from_numpy(record.boxes_N4) * view.scale
+        if view.flip:
+            tensor = tensor.flip(2)
+            boxes_N4[:, [0, 2]] = view.width - boxes_N4[:, [2, 0]]
+        pixels.append(tensor)
+    height, width = (-(-max(one.shape[axis] for one in pixels) // PAD_MULTIPLE) * PAD_MULTIPLE for axis in (1, 2))
+    batch_BCHW = torch.zeros(len(pixels), 3, height, width)
+    for canvas, one in zip(batch_BCHW, pixels, strict=True):
+        canvas[:, : one.shape[1], : one.shape[2]].copy_(one)
+    return batch_BCHW
+
+
+class Batches:
+    """The same batches, one a call, from the loader or from the opponent."""
+
+    def __init__(self, data: CocoData, batch: int) -> None:
+        self.data, self.batch = data, batch
+        self.order = TrainLoader(data, batch_size=batch, start_step=0, stop_step=0, **SIZES).order
+
+    def ours(self, *, normalised: bool = False, **options: object) -> Callable[[], None]:
+        steps = self.order.steps_per_epoch
+        loader = TrainLoader(self.data, batch_size=self.batch, start_step=0, stop_step=100 * steps, **SIZES, **options)
+        stream = iter(loader)
+        mean, std = (255 * torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+
+        def work() -> None:
+            images = next(stream).images
+            if normalised:
+                normalise(images, mean, std)
+
+        return work
+
+    def theirs(self, interpolation: InterpolationMode) -> Callable[[], None]:
+        steps = iter(range(10**9))
+
+        def work() -> None:
+            step = next(steps)
+            records = [self.data.images[index] for index in self.order.micro_batch(step, 0, 0)]
+            epoch = step // self.order.steps_per_epoch
+            views = [draw_view(r.height, r.width, image_id=r.image_id, view=epoch, **SIZES) for r in records]
+            opponent(records, views, interpolation)
+
+        return work
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print all ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("annotations", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--batch", type=int, default=4)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    batches = Batches(read_coco(arguments.annotations, arguments.folder, training=True), arguments.batch)
+    works = {
+        "fast": batches.ours(kernel="fast"),
+        "bicubic": batches.theirs(InterpolationMode.BICUBIC),
+        "normalised": batches.ours(kernel="fast", normalised=True),
+        "reference": batches.ours(),
+        "fast bilinear": batches.ours(kernel="fast", interpolation="bilinear"),
+        "bilinear": batches.theirs(InterpolationMode.BILINEAR),
+        "augmented": batches.ours(kernel="fast", auto_augment=True),
+    }
+    found = rounds(works, arguments.pairs, torch.device("cpu"))
+    print(
+        f"torch {torch.__version__}, one CPU thread, {arguments.pairs} rounds of {arguments.batch} images: median (quartiles)"
+    )
+    show("(a) fast / torchvision v1, bicubic", [r["bicubic"] / r["fast"] for r in found])
+    show("(b) the same, normalisation counted", [r["bicubic"] / r["normalised"] for r in found])
+    show("(c) fast / torchvision v1, bilinear", [r["bilinear"] / r["fast bilinear"] for r in found])
+    show("(d) reference / torchvision v1, bicubic", [r["bicubic"] / r["reference"] for r in found])
+    show("(e) fast with AutoAugment / without", [r["fast"] / r["augmented"] for r in found])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Works measured in turn in one process: only their ratios mean anything."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+Work = Callable[[], None]
+
+
+def rounds(works: dict[str, Work], count: int, device: torch.device) -> list[dict[str, float]]:
+    """Seconds of each work in every round, in alternating order; one round before them is not counted."""
+    found: list[dict[str, float]] = []
+    for number in range(count + 1):
+        seconds = {}
+        for name in works if number % 2 else reversed(works):
+            start = time.perf_counter()
+            works[name]()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name] = time.perf_counter() - start
+        found.append(seconds)
+    return found[1:]
+
+
+def show(label: str, ratios: list[float]) -> None:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    print(f"{label:<62} {middle:.3f}  ({low:.3f} to {high:.3f})")
