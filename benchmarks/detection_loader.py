@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -33,7 +34,7 @@ from stage2_detect.coco import CocoData, CocoImage, read_coco
 from stage2_detect.models.rcnn import normalise
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SIZES = {"short_sides": (640, 672, 704, 736, 768, 800), "max_long": 1333, "flip": 0.5, "seed": 0}
+SIZES: dict[str, Any] = {"short_sides": (640, 672, 704, 736, 768, 800), "max_long": 1333, "flip": 0.5, "seed": 0}
 
 
 def opponent(records: list[CocoImage], views: list[View], interpolation: InterpolationMode) -> torch.Tensor:
@@ -63,7 +64,7 @@ class Batches:
         self.data, self.batch = data, batch
         self.order = TrainLoader(data, batch_size=batch, start_step=0, stop_step=0, **SIZES).order
 
-    def ours(self, *, normalised: bool = False, **options: object) -> Callable[[], None]:
+    def ours(self, *, normalised: bool = False, **options: Any) -> Callable[[], None]:
         steps = self.order.steps_per_epoch
         loader = TrainLoader(self.data, batch_size=self.batch, start_step=0, stop_step=100 * steps, **SIZES, **options)
         stream = iter(loader)
