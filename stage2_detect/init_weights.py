@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import timm
 from torch import Tensor, nn
 
-from shared.backbones import InputSettings
+from shared.backbones import InputSettings, create_body, parse_reference
 from shared.errors import UserError
 from shared.model_file import read_metadata, read_tensors
 from stage2_detect.class_rows import carry_rows, rows_per_class
@@ -37,9 +36,8 @@ class InitFile:
         self.backbone: dict[str, Any] = metadata.get("backbone", {})
 
     def create_body(self, **options: Any) -> nn.Module:
-        """Its features-only backbone with random weights, which `load` replaces."""
-        body: nn.Module = timm.create_model(self.arch, features_only=True, **options)
-        return body
+        """Its features-only backbone with random weights, which `load` replaces. Raises UserError as the shared `create_body`."""
+        return create_body(parse_reference(f"random:{self.arch}"), **options)[0]
 
     def load(self, detector: nn.Module, config: DetectorConfig, class_names: tuple[str, ...]) -> str:
         """Give `detector` the file's weights, rows of its heads by class name, and say which classes are new.
