@@ -1,5 +1,6 @@
 """Deformable convolution against its definition written out in float64 NumPy: values, gradients, layouts, types, and where a body takes it."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from shared.backbones import InputSettings
 from shared.errors import UserError
+from stage2_detect.coco import CocoData
+from stage2_detect.config import ResizeConfig
+from stage2_detect.detector_file import load_detector, save_detector
+from stage2_detect.model_config import DetectorConfig
+from stage2_detect.models.batch import ImageBatch
+from stage2_detect.models.build import build_detector
 from stage2_detect.models.deform import ModulatedDeformConv2d
 from stage2_detect.models.freezing import lr_factor_of_parameter, stage_of_parameter
 from stage2_detect.models.pyramid import TimmPyramid
@@ -30,7 +38,7 @@ def reference(
     bias: np.ndarray,
     offset_weight: np.ndarray,
     offset_bias: np.ndarray,
-    **options: int,
+    **options: Any,
 ) -> np.ndarray:
     """Equation 1 of arXiv 1811.11168, with offsets and masks from a convolution of the same geometry."""
     stride, padding, dilation = options["stride"], options["padding"], options["dilation"]
@@ -56,15 +64,16 @@ def reference(
     return out
 
 
-def make(inside: int, out: int, *, bias: bool = True, **options: int) -> ModulatedDeformConv2d:
+def make(inside: int, out: int, *, bias: bool = True, **options: Any) -> ModulatedDeformConv2d:
     """A layer with offsets of about a pixel."""
     layer = ModulatedDeformConv2d(nn.Conv2d(inside, out, 3, bias=bias, **options))
     nn.init.normal_(layer.offset.weight, std=0.2)
+    assert layer.offset.bias is not None
     nn.init.normal_(layer.offset.bias, std=0.7)
     return layer
 
 
-GEOMETRIES = [
+GEOMETRIES: list[dict[str, Any]] = [
     {"stride": 1, "padding": 1, "dilation": 1},
     {"stride": 2, "padding": 1, "dilation": 1},
     {"stride": 1, "padding": 2, "dilation": 2},
@@ -72,11 +81,13 @@ GEOMETRIES = [
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_values_and_gradients_are_those_of_the_definition(geometry: dict[str, int]) -> None:
+def test_values_and_gradients_are_those_of_the_definition(geometry: dict[str, Any]) -> None:
     torch.manual_seed(1)
     layer = make(3, 4, **geometry).double()
     x = torch.randn(2, 3, 7, 6, dtype=torch.float64, requires_grad=True)
     out = layer(x)
+    assert layer.bias is not None
+    assert layer.offset.bias is not None
     tensors = [x, layer.weight, layer.bias, layer.offset.weight, layer.offset.bias]
     arrays = [tensor.detach().numpy().copy() for tensor in tensors]
     expected = reference(*arrays, **geometry)
@@ -100,14 +111,14 @@ def test_values_and_gradients_are_those_of_the_definition(geometry: dict[str, in
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_a_new_layer_is_the_convolution_at_half_its_weight(bias: bool, geometry: dict[str, int]) -> None:
+def test_a_new_layer_is_the_convolution_at_half_its_weight(bias: bool, geometry: dict[str, Any]) -> None:
     torch.manual_seed(2)
     plain = nn.Conv2d(8, 6, 3, bias=bias, **geometry)
     layer = ModulatedDeformConv2d(plain)
     assert layer.weight is plain.weight
     assert set(layer.state_dict()) == {"weight", "offset.weight", "offset.bias"} | ({"bias"} if bias else set())
     x = torch.randn(2, 8, 20, 13)
-    expected = plain(x) * 0.5 + (0.5 * plain.bias[:, None, None] if bias else 0)
+    expected = plain(x) * 0.5 + (0 if plain.bias is None else 0.5 * plain.bias[:, None, None])
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -141,6 +152,23 @@ def test_under_autocast_it_computes_in_float32_and_answers_in_bf16() -> None:
     half = layer.bfloat16()(x)  # weights in bf16, no autocast
     assert half.dtype == torch.bfloat16
     assert (half.float() - out.float()).abs().max() < 0.05 * out.float().abs().max()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_gpu_gives_the_same(autocast: bool) -> None:
+    torch.manual_seed(6)
+    layer = make(8, 12, stride=2, padding=1)
+    x = torch.randn(2, 8, 32, 24)
+    expected = layer(x)
+    layer, x = layer.cuda().to(memory_format=torch.channels_last), x.cuda().to(memory_format=torch.channels_last)
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        out = layer(x)
+    assert out.dtype == (torch.bfloat16 if autocast else torch.float32)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(
+        out.float().cpu(), expected, rtol=1e-2 if autocast else 1e-4, atol=1e-2 if autocast else 1e-4
+    )
 
 
 # ---- in a body
@@ -197,6 +225,33 @@ def test_a_body_without_dense_convolutions_is_refused(name: str, strides: tuple[
 def test_standardised_convolutions_are_not_taken_for_plain_ones() -> None:
     with pytest.raises(UserError, match="has no dense 3x3 convolution"):
         TimmPyramid(body_of("resnetv2_50x1_bit"), name="resnetv2_50x1_bit", dcn_strides=(32,))
+
+
+def test_a_detector_file_holds_the_offsets(tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    config = DetectorConfig.model_validate(
+        {"dcn_strides": [8, 32], "fpn_channels": 16, "roi": {"hidden": 16, "score_threshold": 0.0}}
+    )
+    body = body_of("resnet18")
+    inputs = InputSettings((0.5,) * 3, (0.25,) * 3, (0, 0), "bilinear", False)
+    model = build_detector(config, classes=2, body=body, arch="resnet18", inputs=inputs).eval()
+    for name, parameter in body.named_parameters():
+        if name.endswith(".offset.weight"):
+            nn.init.normal_(parameter, std=0.05)
+    data = CocoData("drawn", False, ("wide", "tall"), (3, 7), images=[])
+    file = tmp_path / "detector.safetensors"
+    save_detector(file, model, config=config, resize=ResizeConfig(), arch="resnet18", inputs=inputs, data=data)
+    loaded = load_detector(file).model
+    assert (
+        deformable(loaded.pyramid.body) == deformable(body) == [f"layer{n}.{i}.conv2" for n in (2, 4) for i in (0, 1)]
+    )
+    pixels = torch.randint(0, 256, (1, 3, 96, 64), dtype=torch.uint8)
+    images = ImageBatch(pixels, torch.tensor([[96, 64]]), torch.ones(1))
+    with torch.inference_mode():
+        (ours,), (theirs,) = model(images), loaded(images)
+    assert len(ours.boxes_N4) > 0
+    assert torch.equal(ours.boxes_N4, theirs.boxes_N4)
+    assert torch.equal(ours.scores_N, theirs.scores_N)
 
 
 def test_offsets_learn_at_the_full_rate() -> None:
