@@ -11,6 +11,7 @@ from shared.config import CommandConfig, Config, did_you_mean
 CommandName = Literal[
     "toy_data",
     "convert_backbone",
+    "convert_data",
     "teach",
     "curate",
     "soft_labels",

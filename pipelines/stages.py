@@ -24,12 +24,17 @@ from stage1_ssld.config import (
     TeachConfig,
 )
 from stage1_ssld.config import EvaluateConfig as EvaluateBackboneConfig
+from stage2_detect.config import ConvertDataConfig, TrainConfig
 from stage2_detect.config import ConvertPaddleConfig as ConvertDetectorConfig
 from stage2_detect.config import EvaluateConfig as EvaluateDetectorConfig
-from stage2_detect.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = "logs"
+_SPLITS = tuple(
+    f"{name}{suffix}"
+    for name in ("train", "val", "valid", "validation", "test", "trainval")
+    for suffix in ("", ".json")
+)
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -52,6 +57,7 @@ KINDS: dict[CommandName, Kind] = {
     "convert_backbone": Kind(
         "stage1_ssld/convert_paddle.py", ConvertPaddleConfig, ("backbone.safetensors",), one_process=True
     ),
+    "convert_data": Kind("stage2_detect/convert_data.py", ConvertDataConfig, _SPLITS, one_process=True),
     "teach": Kind("stage1_ssld/teach.py", TeachConfig, ("teacher.safetensors", "teacher_best.safetensors")),
     "curate": Kind("stage1_ssld/curate.py", CurateConfig, ("selected.parquet", "selected")),
     "soft_labels": Kind("stage1_ssld/write_soft_labels.py", SoftLabelsConfig, ("store",)),

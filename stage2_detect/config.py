@@ -231,6 +231,28 @@ class EvaluateConfig(CommandConfig):
         return {"model": self.model, "annotations": self.annotations, "images": self.images}
 
 
+class ConvertDataConfig(CommandConfig):
+    """Turn detection data in YOLO, Pascal VOC or Hugging Face layout into COCO JSON."""
+
+    source: str
+    """data.yaml or folder (YOLO), folder with Annotations/ (Pascal VOC), Parquet file or folder of them, or
+    hub:ORG/NAME"""
+    splits: list[str] = []
+    """those to convert; empty: all there are"""
+    classes: Path | None = None
+    """text file with a class name a line, in order; null: as the data say"""
+    box_format: Literal["xywh", "xyxy", "xyxy_relative", "cxcywh_relative"] = "xywh"
+    """of Parquet files, whose data sets differ in it; the first two are in pixels"""
+    voc_inclusive: bool = True
+    """corners are the first and the last pixel, counted from 1, as in VOC; false: edges counted from 0"""
+    voc_difficult: Literal["ignore", "keep"] = "ignore"
+    """ignore makes objects marked difficult iscrowd: not trained on, neither found nor missed in evaluation"""
+
+    def inputs(self) -> dict[str, Path]:
+        places = {} if self.source.startswith("hub:") else {"source": Path(self.source)}
+        return places | ({"classes": self.classes} if self.classes else {})
+
+
 class ConvertPaddleConfig(CommandConfig):
     """Turn an official PaddleDetection file of an R-CNN detector with FPN into a detector file; --config takes the recipe."""
 

@@ -1,0 +1,140 @@
+"""Turn detection data in YOLO, Pascal VOC or Hugging Face layout into COCO JSON, checked.
+
+    python stage2_detect/convert_data.py --source datasets/pets/data.yaml --output data/pets
+
+Writes SPLIT.json for each split, and result.json with what went in and came out. Images of folders stay where they are;
+those inside Parquet files are written to SPLIT/. Nothing appears unless every split is sound.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from shared.command import run_command
+from shared.errors import UserError
+from stage2_detect.config import ConvertDataConfig
+
+if TYPE_CHECKING:
+    from stage2_detect.found_objects import Content, Found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_command(ConvertDataConfig, convert_data, argv, program="convert_data.py", torch_threads=False)
+
+
+def convert_data(config: ConvertDataConfig) -> None:
+    """Convert what `config` names and write result.json.
+
+    Raises:
+        UserError: any fault of the data, naming file and line.
+    """
+    from shared.run_dir import RunDir
+    from stage2_detect.found_objects import coco_content
+
+    run = RunDir(config, "convert_data")
+    if run.status == "finished":
+        run.log(f"{run.path}: this run is finished; nothing to do")
+        return
+    pending = run.path / ".pending"
+    shutil.rmtree(pending, ignore_errors=True)
+    pending.mkdir()
+    try:
+        found = _read(config, pending)
+        contents = {
+            split: coco_content(images, found.class_names, found.hint) for split, images in found.splits.items()
+        }
+        for split, content in contents.items():
+            file = pending / f"{split}.json"
+            file.write_text(json.dumps(content.data, allow_nan=False), encoding="utf-8")
+            _read_back(file, found, split, content)
+        run.log(f"{config.source}: {found.kind}, {len(found.class_names)} classes: {', '.join(found.class_names[:20])}")
+        for note in found.notes:
+            run.log(note)
+        metrics: dict[str, Any] = {"classes": found.class_names, "splits": {}}
+        for split, content in contents.items():
+            folder = _publish(run.path, pending, split, content.folder)
+            metrics["splits"][split] = {**content.counts, "image_folder": str(folder)}
+            run.log(_summary(run.path / f"{split}.json", folder, content))
+    finally:
+        shutil.rmtree(pending, ignore_errors=True)
+    run.finish(metrics, [run.path / f"{split}.json" for split in contents])
+
+
+def _read(config: ConvertDataConfig, pending: Path) -> "Found":
+    from stage2_detect.hub_data import is_hub, read_hub
+    from stage2_detect.voc_data import is_voc, read_voc
+    from stage2_detect.yolo_data import is_yolo, read_yolo
+
+    source, path = config.source, Path(config.source)
+    if not is_hub(source) and not path.exists():
+        raise UserError(f"source: {source}: no such file or folder")
+    if is_yolo(path):
+        return read_yolo(path, classes=config.classes, splits=config.splits)
+    if is_voc(path):
+        return read_voc(
+            path,
+            classes=config.classes,
+            splits=config.splits,
+            inclusive=config.voc_inclusive,
+            ignore_difficult=config.voc_difficult == "ignore",
+        )
+    if is_hub(source):
+        return read_hub(
+            source, pending=pending, classes=config.classes, splits=config.splits, box_format=config.box_format
+        )
+    raise UserError(
+        f"source: {source}: neither YOLO (data.yaml, or images/ and labels/) nor Pascal VOC (Annotations/) nor Parquet files"
+    )
+
+
+def _read_back(file: Path, found: "Found", split: str, content: "Content") -> None:
+    """Read a written file as training and evaluation do, and compare it with what was found."""
+    from stage2_detect.coco import read_coco
+
+    data = read_coco(file, content.folder, training=False, class_names=found.class_names)
+    images = found.splits[split]
+    objects = sum(len(image.objects) for image in images)
+    sizes = [(image.width, image.height) for image in images]
+    if (
+        len(data.images) != len(images)
+        or data.counts["boxes"] + content.counts["dropped"] != objects
+        or data.counts["outside"] + data.counts["degenerate"] + data.counts["clipped"]
+        or [(record.width, record.height) for record in data.images] != sizes
+    ):
+        raise AssertionError(f"{file.name}: {data.describe()}; expected {len(images)} images and {objects} objects")
+
+
+def _publish(run: Path, pending: Path, split: str, folder: Path) -> Path:
+    """Move a split to its place; returns the folder of its images."""
+    if pending.resolve() in folder.resolve().parents:
+        target = run / split
+        shutil.rmtree(target, ignore_errors=True)
+        folder.replace(target)
+        folder = target
+    (pending / f"{split}.json").replace(run / f"{split}.json")
+    return folder.resolve()
+
+
+def _summary(file: Path, folder: Path, content: "Content") -> str:
+    count = content.counts
+    parts = [f"{count['images']} images", f"{count['objects']} objects"]
+    for key, what in (
+        ("empty", "images without objects"),
+        ("crowd", "objects to be ignored (iscrowd)"),
+        ("clipped", "boxes clipped to their image"),
+        ("dropped", "boxes dropped, nothing of them is inside"),
+    ):
+        if count[key]:
+            parts.append(f"{count[key]} {what}{f' (first: {content.first_dropped})' if key == 'dropped' else ''}")
+    return f"{file}: {', '.join(parts)}; images: {folder}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
