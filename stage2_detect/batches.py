@@ -44,7 +44,8 @@ class TrainLoader:
 
     `short_sides`, `max_long`, `flip`, `interpolation`, `kernel`, `auto_augment` and `jitter` are the whole augmentation
     (see `augment.TrainingViews`); an image's view number is the epoch. With `jitter` every batch is padded to the square
-    of side `max_long`. With `unlabelled` pictures the batches are those of `MixedOrder`. `workers=0` decodes in the
+    of side `max_long`. With `repeats`, images are shown more or less often (`batch_order.BatchOrder`), and the view
+    number is the step. With `unlabelled` pictures the batches are those of `MixedOrder`. `workers=0` decodes in the
     calling process. An image that cannot be decoded is replaced by the next of the file and reported with the batch; a
     picture whose size differs from the file's raises `UserError`.
     """
@@ -70,11 +71,11 @@ class TrainLoader:
         workers: int = 0,
         unlabelled: Sequence[CocoImage] = (),
         labeled_ratio: float = 0.5,
+        repeats: np.ndarray | None = None,
     ) -> None:
         wide, more = ([record.width > record.height for record in records] for records in (data.images, unlabelled))
-        self.order = training_order(
-            wide, more, labeled_ratio, batch_size=batch_size, seed=seed, ranks=ranks, accumulate=accumulate
-        )
+        options = {"batch_size": batch_size, "seed": seed, "ranks": ranks, "accumulate": accumulate}
+        self.order = training_order(wide, more, labeled_ratio, repeats=repeats, **options)
         self.steps_per_epoch = self.order.steps_per_epoch
         self._records, self._labelled = [*data.images, *unlabelled], len(data.images)
         views = TrainingViews(
@@ -151,7 +152,7 @@ def load_record(record: CocoImage) -> Tensor:
 
 class _Request(NamedTuple):
     position: int
-    epoch: int
+    view: int
     step: int
 
 
@@ -178,9 +179,10 @@ class _TrainSampler(Sampler[list[_Request]]):
 
     def __iter__(self) -> Iterator[list[_Request]]:
         for step in self.steps:
-            epoch = step // self.order.steps_per_epoch
+            # With repeat factors an epoch holds an image several times: its number would show the same view again.
+            view = step // self.order.steps_per_epoch if self.order.repeats is None else step
             for part in range(self.order.accumulate):
-                yield [_Request(index, epoch, step) for index in self.order.micro_batch(step, self.rank, part)]
+                yield [_Request(index, view, step) for index in self.order.micro_batch(step, self.rank, part)]
 
 
 class _TrainSamples(Dataset[_Sample]):
@@ -201,7 +203,7 @@ class _TrainSamples(Dataset[_Sample]):
                 continue
             except UserError as error:
                 return _Sample(index, error=str(error))
-            seen = self.views.of(image, record.boxes_N4, image_id=record.image_id, number=request.epoch)
+            seen = self.views.of(image, record.boxes_N4, image_id=record.image_id, number=request.view)
             labels = record.labels_N[seen.kept_M]
             seed = stable_seed(self.views.seed, request.step, record.image_id)
             return _Sample(index, seen.pixels_CHW, seen.view, seen.boxes_M4, labels, seed, tuple(unreadable))

@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from stage2_detect.batch_order import repeat_factors
 from stage2_detect.batches import TrainLoader
 from stage2_detect.coco import CocoData, CocoImage, read_coco
 from stage2_detect.config import TrainConfig
@@ -19,6 +22,7 @@ class TrainingData:
         val_objects: the same as training wants them, for the loss on them, where that is asked for.
         unlabelled: pictures without annotations.
         unreadable: names of those among them that cannot be read.
+        repeats: how often each labelled image is shown, where that differs.
     """
 
     train: CocoData
@@ -26,6 +30,7 @@ class TrainingData:
     val_objects: CocoData | None = None
     unlabelled: list[CocoImage] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
+    repeats: np.ndarray | None = None
 
     @property
     def images(self) -> int:
@@ -40,6 +45,9 @@ class TrainingData:
     def describe(self) -> Iterator[str]:
         """Lines for the log."""
         yield self.train.describe()
+        if self.repeats is not None:
+            often = int((self.repeats > 1).sum())
+            yield f"repeat factors: {often} images are shown more often than the others, up to {self.repeats.max():.2f} times"
         if self.unlabelled:
             bad = f"; {len(self.unreadable)} unreadable, first {self.unreadable[0]}" if self.unreadable else ""
             yield f"{len(self.unlabelled)} pictures without annotations{bad}"
@@ -66,7 +74,9 @@ def read_training_data(config: TrainConfig) -> TrainingData:
             for training, wanted in ((False, True), (True, config.val_loss))
         )
     unlabelled, unreadable = list_pictures(config.unlabeled) if config.unlabeled else ([], [])
-    return TrainingData(train, val, val_objects, unlabelled, unreadable)
+    threshold = files.repeat_threshold
+    repeats = repeat_factors(train.images, len(train.class_names), threshold) if threshold is not None else None
+    return TrainingData(train, val, val_objects, unlabelled, unreadable, repeats)
 
 
 def images_to_try_a_teacher_on(config: TrainConfig, data: TrainingData) -> CocoData:
@@ -100,4 +110,5 @@ def training_loader(
         workers=config.workers,
         unlabelled=data.unlabelled,
         labeled_ratio=config.labeled_ratio,
+        repeats=data.repeats,
     )

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -77,6 +78,7 @@ class MixedOrder:
         seed: int,
         ranks: int = 1,
         accumulate: int = 1,
+        repeats: np.ndarray | None = None,
     ) -> None:
         labelled = round(batch_size * labeled_ratio)
         self.labelled, self.unlabelled = labelled, batch_size - labelled
@@ -89,7 +91,10 @@ class MixedOrder:
             )
         if self.unlabelled > len(unlabelled_wide):
             raise UserError(f"unlabeled: {split}, but the folder holds {len(unlabelled_wide)} pictures")
-        self._order = BatchOrder(wide, batch_size=labelled, seed=seed, ranks=ranks, accumulate=accumulate)
+        self._order = BatchOrder(
+            wide, batch_size=labelled, seed=seed, ranks=ranks, accumulate=accumulate, repeats=repeats
+        )
+        self.repeats = repeats
         self._wide, self._seed = np.asarray(wide, dtype=bool), seed
         positions = np.arange(len(wide), len(wide) + len(unlabelled_wide))
         flags = np.asarray(unlabelled_wide, dtype=bool)
@@ -123,7 +128,7 @@ class MixedOrder:
 
 
 def training_order(
-    wide: Sequence[bool], unlabelled_wide: Sequence[bool], labeled_ratio: float, **options: int
+    wide: Sequence[bool], unlabelled_wide: Sequence[bool], labeled_ratio: float, **options: Any
 ) -> BatchOrder | MixedOrder:
     """The order of a training run: `MixedOrder` where there are unlabelled images."""
     if unlabelled_wide:
