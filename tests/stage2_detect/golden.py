@@ -69,17 +69,19 @@ def build(name: str, **settings: object) -> RCNN:
     return model
 
 
-def _weights(name: str) -> dict[str, Tensor]:
+def by_rule(shapes: Mapping[str, list[int]], salt: int) -> dict[str, np.ndarray]:
+    """The reference's weights under its names."""
     spec = importlib.util.spec_from_file_location("reference_weights", FOLDER / "reference_weights.py")
     assert spec is not None
     assert spec.loader is not None
     rule: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rule)
+    return {parameter: rule.reference_weight(parameter, shape, salt) for parameter, shape in shapes.items()}
+
+
+def _weights(name: str) -> dict[str, Tensor]:
     _, about = read(name)
-    arrays = {
-        parameter: rule.reference_weight(parameter, shape, about["salt"])
-        for parameter, shape in about["parameters"].items()
-    }
+    arrays = by_rule(about["parameters"], about["salt"])
     modules = {layer: our_module(layer) for layer in (parameter.rpartition(".")[0] for parameter in arrays)}
     assert None not in modules.values()
     return to_torch(arrays, modules, name)  # type: ignore[arg-type]

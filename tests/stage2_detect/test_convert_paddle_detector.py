@@ -3,16 +3,18 @@
 The weights are made by rule under the reference's names (tests/golden/README.md), so the detections of the converted file are known.
 """
 
-import importlib.util
 import json
 import pickle
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from golden import FOLDER, RECIPE, RECIPES, by_rule, check_detections, read
+from golden import inputs as network_inputs
 
 from pipelines import cli
 from shared.backbones import InputSettings
@@ -23,35 +25,15 @@ from stage2_detect.config import ConvertPaddleConfig
 from stage2_detect.convert_paddle import main
 from stage2_detect.detector_file import load_detector
 from stage2_detect.model_config import DetectorConfig
-from stage2_detect.models.batch import ImageBatch
 from stage2_detect.models.build import build_detector
 from stage2_detect.paddle_names import our_name, recognise
 
-ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = ROOT / "tests" / "golden"
-RECIPES = ROOT / "stage2_detect" / "configs"
-DETECTORS = {
-    "faster": "faster_rcnn_r50vd_ssld_1x.yaml",
-    "mask": "mask_rcnn_r50vd_ssld_1x.yaml",
-    "cascade": "cascade_rcnn_r50vd_ssld_1x.yaml",
-    "cascade_mask": "cascade_mask_rcnn_r50vd_ssld_1x.yaml",
-    "pss_det": "pss_faster_dcn_r50vd.yaml",
-}
 Arrays = dict[str, np.ndarray]
 
 
 def about(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((GOLDEN / f"{name}.json").read_text())
+    content: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
     return content
-
-
-def by_rule(shapes: dict[str, list[int]], salt: int = 0) -> Arrays:
-    spec = importlib.util.spec_from_file_location("reference_weights", GOLDEN / "reference_weights.py")
-    assert spec is not None
-    assert spec.loader is not None
-    rule: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(rule)
-    return {name: rule.reference_weight(name, shape, salt) for name, shape in shapes.items()}
 
 
 def write(path: Path, arrays: Arrays) -> Path:
@@ -61,7 +43,7 @@ def write(path: Path, arrays: Arrays) -> Path:
 
 
 def recipe_of(name: str) -> DetectorConfig:
-    recipe = str(RECIPES / DETECTORS[name])
+    recipe = str(RECIPES / RECIPE[name])
     return parse_config(ConvertPaddleConfig, ["--config", recipe, "--weights", "x"], program="convert_paddle.py").model
 
 
@@ -77,10 +59,10 @@ def small(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
     return narrow
 
 
-SMALL = ["--config", str(RECIPES / DETECTORS["faster"]), "--model.fpn_channels", "16", "--model.roi.hidden", "8"]
+SMALL = ["--config", str(RECIPES / RECIPE["faster"]), "--model.fpn_channels", "16", "--model.roi.hidden", "8"]
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", RECIPE)
 def test_every_parameter_of_the_reference_has_its_place(name: str) -> None:
     """Names and shapes of the whole detector that the recipe describes: none is left over on either side."""
     import timm
@@ -153,7 +135,7 @@ def test_a_converted_faster_rcnn_detects_what_the_reference_does(call: Any, tmp_
     arrays = by_rule(facts["parameters"], facts["salt"])
     weights = write(tmp_path / "faster_rcnn_r50_vd_fpn_ssld_1x_coco.pdparams", arrays)
     output = tmp_path / "run"
-    recipe = str(RECIPES / DETECTORS["faster"])
+    recipe = str(RECIPES / RECIPE["faster"])
     argv = ["--weights", str(weights), "--config", recipe, "--output", str(output), "--threads", "1"]
     assert call(main, argv) == 0
     log = (output / "log.txt").read_text()
@@ -167,29 +149,17 @@ def test_a_converted_faster_rcnn_detects_what_the_reference_does(call: Any, tmp_
     assert (loaded.resize.val_short_side, loaded.resize.interpolation) == (800, "bicubic")
     assert loaded.metadata["source"]["file"] == weights.name
     assert loaded.metadata["licence"] == "apache-2.0"
-    with np.load(GOLDEN / "faster.npz") as file:
-        golden = dict(file)
-    pixels = torch.zeros(3, 3, *facts["padded"], dtype=torch.uint8)
-    for i, (height, width) in enumerate(facts["sizes"]):
-        pixels[i, :, :height, :width] = torch.from_numpy(golden[f"input.image{i}"])
+    golden, _ = read("faster")
+    images, _ = network_inputs(golden, facts)
     with torch.inference_mode():
-        found = loaded.model(ImageBatch(pixels, torch.tensor(facts["sizes"]), torch.tensor(facts["scale_factor"])))
-    ends = np.cumsum(golden["test.bbox_num"])
-    for ours, reference in zip(found, np.split(golden["test.bbox"], ends[:-1]), strict=True):
-        rows = torch.cat((ours.labels_N[:, None], ours.scores_N[:, None], ours.boxes_N4), dim=1).numpy()
-        assert rows.shape == reference.shape
-        # As sets: every row has its own counterpart, the label exactly, scores to 1e-4, sides to 0.01 px.
-        weight = np.array([1, 100, 1, 1, 1, 1])
-        difference = np.abs((rows * weight)[:, None] - (reference * weight)[None]).max(axis=2)
-        assert difference.min(axis=1).max() < 0.01
-        assert len(set(difference.argmin(axis=1))) == len(rows)
+        check_detections(SimpleNamespace(golden=golden, detections=loaded.model(images)))
 
 
 def test_other_classes_come_from_an_annotation_file(call: Any, tiny_coco: Any, capsys: Any, tmp_path: Path) -> None:
     shapes = small(about("faster")["parameters"])
     for name, size in (("score", 3), ("delta", 8)):
         shapes |= {f"bbox_head.bbox_{name}.weight": [8, size], f"bbox_head.bbox_{name}.bias": [size]}
-    weights = write(tmp_path / "two_classes.pdparams", by_rule(shapes))
+    weights = write(tmp_path / "two_classes.pdparams", by_rule(shapes, 0))
     argv = [
         "convert-paddle-detector",
         "--weights",
@@ -208,7 +178,7 @@ def test_other_classes_come_from_an_annotation_file(call: Any, tiny_coco: Any, c
     assert loaded.category_ids == (3, 7)
     state = loaded.model.state_dict()
     name = "bbox_head.bbox_delta.weight"
-    assert np.array_equal(state["roi_heads.heads.0.deltas.weight"].numpy(), by_rule(shapes)[name].T)
+    assert np.array_equal(state["roi_heads.heads.0.deltas.weight"].numpy(), by_rule(shapes, 0)[name].T)
 
 
 def refused(arrays: Arrays, tmp_path: Path, call: Any, capsys: Any, *flags: str) -> str:
@@ -234,7 +204,7 @@ def test_missing_extra_and_misshapen_parameters_are_named(
     change: dict[str, Any], message: str, tmp_path: Path, call: Any, capsys: Any
 ) -> None:
     shapes = small(about("faster")["parameters"]) | change
-    arrays = by_rule({name: shape for name, shape in shapes.items() if shape is not None})
+    arrays = by_rule({name: shape for name, shape in shapes.items() if shape is not None}, 0)
     assert re.search(message, refused(arrays, tmp_path, call, capsys))
 
 
@@ -285,8 +255,7 @@ def test_another_recipe_is_refused(name: str, recipe: str, message: str) -> None
 
 
 def test_a_detector_without_pyramid_is_refused(tmp_path: Path, call: Any, capsys: Any) -> None:
-    arrays = by_rule(
-        {name: shape for name, shape in about("faster")["parameters"].items() if name.startswith("backbone.res")}
-    )
+    shapes = about("faster")["parameters"]
+    arrays = by_rule({name: shape for name, shape in shapes.items() if name.startswith("backbone.res")}, 0)
     line = refused(arrays, tmp_path, call, capsys)
     assert line == "has no feature pyramid under two fully connected layers; detectors with FPN are converted"
