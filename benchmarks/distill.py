@@ -5,7 +5,8 @@
 (a) a step from a store / a supervised step                          wanted: at most 1.05
 (b) a step with a live teacher / (its forward pass + a supervised step)   at most 1.02
 (c) a step with a live teacher / timm's LogitDistillationTask, same networks and precision   at most 1.00 on a CPU, 0.75 on a GPU
-(d) images/s of our views / PIL with torchvision's v1 transforms up to a normalised float tensor   at least 1.6
+(d) images/s of our views in batches / PIL with torchvision's v1 transforms, normalised, in batches   at least 1.6
+    the same with data.decoder: torchcodec, where that is installed
 (e) share of a training loop's time spent waiting for images, one loader process
 
 The works of a round run one after the other, in alternating order; printed are the median and the quartiles over the rounds. Needs timm only as the
@@ -13,6 +14,7 @@ opponent of (c), on labelled images, because it takes no others.
 """
 
 import argparse
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,13 +29,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.task import LogitDistillationTask
+from torch.utils.data import default_collate
 from torchvision import transforms
 
 from benchmarks.side_by_side import rounds, show
 from shared.backbones import create_classifier, parse_reference, place
 from shared.files import require_images
-from shared.images import decode_image
-from stage1_ssld.batch import SoftLabels
+from shared.images import open_image
+from stage1_ssld.batch import SoftLabels, View, collate
 from stage1_ssld.config import DistillConfig
 from stage1_ssld.data import TrainingData
 from stage1_ssld.data_config import DataConfig, LossConfig, TeacherConfig
@@ -106,23 +109,31 @@ def steps(arguments: argparse.Namespace, device: torch.device) -> None:
 
 def loader(arguments: argparse.Namespace) -> None:
     """(d)."""
-    files = [arguments.folder / name for name in require_images(arguments.folder)][:20]
+    files = [arguments.folder / name for name in require_images(arguments.folder)]
+    files = files[:: max(1, len(files) // 20)][:20]
     data = DataConfig.model_validate({"train": [str(arguments.folder)], "image_size": 224})
     crop = transforms.RandomResizedCrop(224, data.crop_area, data.crop_ratio)
     normalise = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     chain = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise])
 
-    def ours() -> None:
-        for file in files:
-            training_view(decode_image(file), str(file), 0, data, 0)
+    def ours(decoder: str) -> None:
+        views = [training_view(open_image(file, decoder=decoder), str(file), 0, data, 0) for file in files]
+        collate([View(view, 0, "", []) for view in views])
 
     def theirs() -> None:
+        views = []
         for file in files:
             with Image.open(file) as image:
-                chain(image.convert("RGB"))
+                views.append((chain(image.convert("RGB")), 0))
+        default_collate(views)
 
-    found = rounds({"ours": ours, "theirs": theirs}, arguments.pairs, torch.device("cpu"))
-    show("(d) images/s of our views / torchvision's v1 transforms", [r["theirs"] / r["ours"] for r in found])
+    works: dict[str, Callable[[], None]] = {"pil": lambda: ours("pil"), "theirs": theirs}
+    if importlib.util.find_spec("torchcodec"):
+        works["torchcodec"] = lambda: ours("torchcodec")
+    found = rounds(works, arguments.pairs, torch.device("cpu"))
+    for decoder in sorted(set(works) - {"theirs"}):
+        label = f"(d) images/s of our views / torchvision's v1 transforms, {decoder}"
+        show(label, [r["theirs"] / r[decoder] for r in found])
 
 
 def waiting(arguments: argparse.Namespace, device: torch.device) -> None:
@@ -158,7 +169,7 @@ def waiting(arguments: argparse.Namespace, device: torch.device) -> None:
                 torch.cuda.synchronize()
             if number:  # the first batch waits for the loader to start
                 waited, worked = waited + came - asked, worked + time.perf_counter() - came
-    print(f"{'(e) share of the loop spent waiting, one loader process':<62} {waited / (waited + worked):.3f}")
+    print(f"{'(e) share of the loop spent waiting, one loader process':<66} {waited / (waited + worked):.3f}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -73,7 +73,7 @@ class View(NamedTuple):
 
 
 def collate(views: Sequence[View]) -> Batch:
-    """Stack views; those that could not be read are left out."""
+    """Stack views, planar; those that could not be read are left out."""
     readable = [view for view in views if view.pixels_CHW is not None]
     pixels = [view.pixels_CHW for view in readable if view.pixels_CHW is not None]
     answers = [view.answer for view in readable if view.answer is not None]
@@ -85,7 +85,7 @@ def collate(views: Sequence[View]) -> Batch:
             torch.tensor([answer.log_rest for answer in answers], dtype=torch.float32),
         )
     return Batch(
-        torch.stack(pixels) if pixels else torch.empty(0, 3, 1, 1, dtype=torch.uint8),
+        torch.stack(pixels).contiguous() if pixels else torch.empty(0, 3, 1, 1, dtype=torch.uint8),
         torch.tensor([view.label for view in readable], dtype=torch.int64),
         [view.key for view in readable],
         [location for view in views for location in view.unreadable],

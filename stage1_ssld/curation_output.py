@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shared.errors import Stopped
-from shared.images import UnreadableImage
+from shared.images import UnreadableImage, pixels_of
 from shared.ranks import rank, world_size
 from shared.run_dir import RunDir, write_atomically
 from shared.stop import StopRequest
@@ -238,7 +238,7 @@ def _read(images: Images, ids_N: np.ndarray) -> dict[int, np.ndarray]:
         with closing(picked(images.shards[number], rows)) as samples:  # type: ignore[type-var]
             for row, sample in zip(rows.tolist(), samples, strict=True):
                 try:
-                    image = decode(sample.encoded, sample.location)
+                    image = pixels_of(decode(sample.encoded, sample.location))
                     view = val_view(image, size=_SIDE, crop=1.0).permute(1, 2, 0).numpy()
                 except UnreadableImage:
                     view = np.full((_SIDE, _SIDE, 3), 128, np.uint8)

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from shared.errors import UserError
-from shared.images import UnreadableImage, stable_seed
+from shared.images import UnreadableImage, require_decoder, stable_seed
 from shared.workers import start_worker
 from stage1_ssld.batch import NO_LABEL, Batch, View, collate
 from stage1_ssld.config import DistillConfig, TeachConfig
@@ -67,7 +67,7 @@ class TrainViews(Dataset[View]):
         if self.store:
             view, seed = view % self.store.views, self.store.seed
             answer = self.store.answer(source.number, row, view)
-        pixels = training_view(source.read(row), key, view, self.config, seed)
+        pixels = training_view(source.open(row, self.config.decoder), key, view, self.config, seed)
         return View(pixels, label, key, unreadable, answer)
 
 
@@ -190,6 +190,7 @@ class TrainingData:
     ) -> None:
         self._config, self._sources = config, sources
         data = config.data
+        require_decoder(data.decoder, "data.decoder")
         self._plan = plan_streams(data, config.batch_size, config.seed) if data.streaming else None
         self._views = None if data.streaming else TrainViews(sources, labels, data, config.seed, store)
         if data.augment is not None:

@@ -67,6 +67,8 @@ class DataConfig(Config):
     """images for evaluation; without labels only agreement and KL are measured"""
     streaming: bool = False
     """read the training sources in order of their files, shuffled in blocks, without an index: for pools that are remote or larger than memory"""
+    decoder: Literal["pil", "torchcodec"] = "pil"
+    """what decodes training images; torchcodec is faster where they are JPEGs, and has to be installed"""
     image_size: int = Field(224, ge=8)
     """side of a view in pixels"""
     train_view: Literal["random", "center"] = "random"

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from shared.errors import Stopped, UserError
-from shared.images import UnreadableImage
+from shared.images import UnreadableImage, pixels_of
 from shared.stop import StopRequest
 from shared.workers import start_worker
 from stage1_ssld.perceptual_hash import perceptual_hash
@@ -88,7 +88,7 @@ class ShardViews(IterableDataset[Any]):
         piece.keys.append(sample.name)
         hashes = (0, 0)
         try:
-            image = decode(sample.encoded, sample.location)
+            image = pixels_of(decode(sample.encoded, sample.location))
             piece.readable.append(True)
             if self._reading.hashes:
                 hashes = perceptual_hash(image)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from shared.errors import UserError
-from shared.images import UnreadableImage, decode_image
+from shared.images import Picture, UnreadableImage, open_image, pixels_of
 from stage1_ssld.batch import NO_LABEL
 from stage1_ssld.data_config import SourceConfig
 from stage1_ssld.formats import Encoded, FileRows, Rows, TableRows, TarRows
@@ -61,11 +61,15 @@ class ImageSource:
 
     def read(self, row: int) -> Tensor:
         """The decoded image, uint8 [3,H,W]. Raises UnreadableImage."""
+        return pixels_of(self.open(row))
+
+    def open(self, row: int, decoder: str = "pil") -> Picture:
+        """The decoded image, of which parts are to become a tensor. Raises UnreadableImage."""
         try:
             encoded = self.rows.encoded(row)
         except OSError as error:
             raise UnreadableImage(self.location(row), str(error.strerror or error)) from None
-        return decode(encoded, self.location(row))
+        return decode(encoded, self.location(row), decoder)
 
     def _open(self, config: SourceConfig) -> Rows:
         if config.path.startswith("hub:"):
@@ -193,11 +197,11 @@ class ImageSource:
         return table.filter(pa.array([label != NO_LABEL for label in labels], pa.bool_()))
 
 
-def decode(encoded: Encoded, location: str) -> Tensor:
-    """The image, uint8 [3,H,W]. Raises UnreadableImage."""
+def decode(encoded: Encoded, location: str, decoder: str = "pil") -> Picture:
+    """The decoded image. Raises UnreadableImage."""
     if encoded is None:
         raise UnreadableImage(location, "empty")
-    return decode_image(encoded, name=None if isinstance(encoded, Path) else location)
+    return open_image(encoded, name=None if isinstance(encoded, Path) else location, decoder=decoder)
 
 
 def open_sources(configs: Sequence[SourceConfig], key: str) -> list[ImageSource]:

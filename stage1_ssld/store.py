@@ -133,7 +133,7 @@ def replayed_rows(sources: Sequence[ImageSource], views: int) -> list[tuple[int,
 def pixels_checksum(source: ImageSource, row: int, view: int, data: DataConfig, seed: int) -> str | None:
     """Checksum of one view; None where its image cannot be read."""
     try:
-        image = source.read(row)
+        image = source.open(row, data.decoder)
     except UnreadableImage:
         return None
     return content_hash({"": training_view(image, source.key(row), view, data, seed)})[:16]

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from shared.errors import Stopped, UserError
-from shared.images import UnreadableImage
+from shared.images import Picture, UnreadableImage, require_decoder
 from shared.processes import to_device, uses_gpu
 from shared.quarantine import Quarantine
 from shared.ranks import from_main_rank, gather_lists, rank, world_size
@@ -56,7 +55,7 @@ class AllViews(Dataset[View]):
     def __init__(self, sources: Sequence[ImageSource], config: SoftLabelsConfig) -> None:
         self._sources, self._config = sources, config
         self._ends = np.cumsum([len(source) for source in sources]).tolist()
-        self._last: tuple[int, Tensor | None] = (-1, None)
+        self._last: tuple[int, Picture | None] = (-1, None)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -72,7 +71,7 @@ class AllViews(Dataset[View]):
         source, row = self.find(index)
         if self._last[0] != index:
             try:
-                self._last = (index, source.read(row))
+                self._last = (index, source.open(row, self._config.data.decoder))
             except UnreadableImage:
                 self._last = (index, None)
         key, image, config = source.key(row), self._last[1], self._config
@@ -88,6 +87,7 @@ def write_store(config: SoftLabelsConfig) -> None:
         UserError: anything the user can mend: a teacher that does not know the images, a disk too small, too many unreadable images.
         Stopped: after SIGTERM or Ctrl-C; the files that are finished stay.
     """
+    require_decoder(config.data.decoder, "data.decoder")
     sources = open_sources(config.data.train, "data.train")
     accelerator = Accelerator(cpu=not uses_gpu(config.device))
     device, main = accelerator.device, accelerator.is_main_process

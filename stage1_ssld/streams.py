@@ -265,7 +265,7 @@ class StreamViews(IterableDataset[Any]):
         for offset in range(min(len(block), 100)):
             source, sample = block[(index + offset) % len(block)]
             try:
-                image = decode(sample.encoded, sample.location)
+                image = decode(sample.encoded, sample.location, self._data.decoder)
             except UnreadableImage:
                 unreadable.append(sample.location)
                 continue

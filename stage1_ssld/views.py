@@ -1,4 +1,7 @@
-"""Views of an image: what student and teacher both see. uint8 [3,H,W] in, uint8 [3,S,S] out, so that little travels to the device.
+"""Views of an image: what student and teacher both see. A decoded image in, uint8 [3,S,S] out, so that little travels to the device.
+
+Pixels stay in the layout [S,S,3] under the view [3,S,S], in which torch's resize takes half the time, from the decoder to the batch; of a picture of
+PIL's only the crop becomes a tensor.
 
 Augmentations are timm's. They work on PIL images and draw from the global generators, which `seeded_view` sets for one view and puts back.
 TrivialAugment (Müller and Hutter 2021, arXiv 2103.10158) is one operation of RandAugment's, always applied, at an even magnitude.
@@ -12,11 +15,12 @@ import torch
 from PIL import Image
 from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms import InterpolationMode, RandomErasing, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
 from shared.errors import UserError
-from shared.images import seeded_view
+from shared.images import Picture, crop_of, pixels_of, seeded_torch, seeded_view
 from stage1_ssld.data_config import DataConfig
 
 _MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
@@ -25,15 +29,17 @@ _TRIVIAL = "rand-n1-p1-m10-mstd101-inc1"  # a deviation above 100 means: evenly 
 _ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 3.3)  # Zhong et al. 2020, arXiv 1708.04896
 
 
-def training_view(image_CHW: Tensor, key: str, view: int, config: DataConfig, seed: int) -> Tensor:
+def training_view(image: Picture, key: str, view: int, config: DataConfig, seed: int) -> Tensor:
     """The view number `view` of the image `key`: a function of these, the settings and the seed alone.
 
     Raises UserError for an augmentation that timm does not know.
     """
     if config.train_view == "center":
-        return val_view(image_CHW, size=config.image_size, crop=config.val_crop, interpolation=config.interpolation)
-    with seeded_view(key, view, seed):
-        pixels = _crop_and_flip(image_CHW, config)
+        whole_CHW = pixels_of(image)
+        return val_view(whole_CHW, size=config.image_size, crop=config.val_crop, interpolation=config.interpolation)
+    seeded = seeded_torch if config.augment is None else seeded_view  # the other generators are timm's alone
+    with seeded(key, view, seed):
+        pixels = _crop_and_flip(image, config)
         if config.augment is not None and torch.rand(()) < config.augment_probability:
             picture = augmentation(config.augment, config.image_size, config.interpolation)(
                 Image.fromarray(pixels.permute(1, 2, 0).numpy())
@@ -84,11 +90,14 @@ def augmentation(policy: str, size: int, interpolation: str = "bilinear") -> Cal
     return transform
 
 
-def _crop_and_flip(image_CHW: Tensor, config: DataConfig) -> Tensor:
-    top, left, height, width = RandomResizedCrop.get_params(image_CHW, list(config.crop_area), list(config.crop_ratio))
+def _crop_and_flip(image: Picture, config: DataConfig) -> Tensor:
+    top, left, height, width = RandomResizedCrop.get_params(image, list(config.crop_area), list(config.crop_ratio))
+    crop_CHW = crop_of(image, top, left, height, width)
+    # torch tells the layout by the stride of the batch dimension too, which must be right although there is but one image
+    crop_1CHW = crop_CHW.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     size = [config.image_size, config.image_size]
-    view = F.resized_crop(image_CHW, top, left, height, width, size, _MODES[config.interpolation], antialias=True)
-    return F.horizontal_flip(view) if torch.rand(()) < config.flip else view
+    view = interpolate(crop_1CHW, size, mode=config.interpolation, align_corners=False, antialias=True)[0]
+    return view.flip(-1) if torch.rand(()) < config.flip else view
 
 
 def _erased(pixels_CHW: Tensor) -> Tensor:

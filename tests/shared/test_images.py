@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,17 @@ from PIL import Image
 
 from shared.errors import UserError
 from shared.files import files_digest, list_images, require_images
-from shared.images import UnreadableImage, decode_image, image_size, seeded_view, stable_seed
+from shared.images import (
+    UnreadableImage,
+    crop_of,
+    decode_image,
+    image_size,
+    open_image,
+    pixels_of,
+    require_decoder,
+    seeded_view,
+    stable_seed,
+)
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -29,6 +40,12 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 def gradient(height: int = 9, width: int = 13) -> Image.Image:
     rows, columns = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([rows * 20, columns * 15, rows * columns], 2).astype(np.uint8))
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
@@ -255,3 +272,66 @@ def test_files_module_needs_no_torch() -> None:
     code = "import sys, shared.files; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     root = Path(__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_a_crop_of_a_picture_is_a_slice_of_its_pixels() -> None:
+    data = encoded(gradient(), "PNG")
+    whole = decode_image(data)
+    for picture in (open_image(data), whole):
+        crop = crop_of(picture, 2, 3, 5, 7)
+        assert torch.equal(crop, whole[:, 2:7, 3:10])
+        assert crop.permute(1, 2, 0).is_contiguous()
+        crop.zero_()  # memory of its own
+    assert torch.equal(whole, decode_image(data))
+
+
+def test_the_crop_of_a_turned_picture_is_cut_from_the_upright_one() -> None:
+    data = encoded(gradient(), "JPEG", exif=turned())
+    assert torch.equal(crop_of(open_image(data), 1, 2, 4, 5), decode_image(data)[:, 1:5, 2:7])
+
+
+def test_a_decoder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_decoder("pil", "data.decoder")
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    with pytest.raises(UserError, match=r"^data\.decoder: torchcodec cannot be imported .* set it to pil$"):
+        require_decoder("torchcodec", "data.decoder")
+
+
+def test_torchcodec_reads_jpegs_and_leaves_the_rest_to_pil(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in that answers with a constant: which files reach it, and what happens when it stumbles."""
+    asked: list[bytes] = []
+
+    def decode_jpeg(source: bytes, *, mode: str) -> torch.Tensor:
+        asked.append(source)
+        if len(asked) > 2:
+            raise RuntimeError("no")
+        return torch.full((3, 9, 13), 7, dtype=torch.uint8)
+
+    monkeypatch.setitem(sys.modules, "torchcodec", ModuleType("torchcodec"))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", SimpleNamespace(decode_jpeg=decode_jpeg))
+    colour, grey = encoded(gradient(), "JPEG"), encoded(gradient().convert("L"), "JPEG")
+    for data in (colour, grey):
+        assert torch.equal(pixels_of(open_image(data, decoder="torchcodec")), torch.full((3, 9, 13), 7))
+    others = [
+        encoded(gradient(), "PNG"),
+        encoded(gradient().convert("CMYK"), "JPEG"),
+        encoded(gradient(), "JPEG", exif=turned()),
+    ]
+    for data in others:
+        assert torch.equal(pixels_of(open_image(data, decoder="torchcodec")), decode_image(data))
+    assert asked == [colour, grey]
+    assert torch.equal(pixels_of(open_image(colour, decoder="torchcodec")), decode_image(colour))  # it stumbled
+    with pytest.raises(UnreadableImage, match=r"truncated"):
+        open_image(colour[: len(colour) - 40], decoder="torchcodec")
+
+
+def test_torchcodec_and_pil_see_the_same_pixels() -> None:
+    pytest.importorskip("torchcodec", reason="torchcodec is not installed")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    for options in ({}, {"progressive": True}, {"subsampling": 0}, {"quality": 30}):
+        for mode in ("RGB", "L"):
+            data = encoded(image.convert(mode), "JPEG", **options)
+            read = open_image(data, decoder="torchcodec")
+            assert isinstance(read, torch.Tensor)
+            assert torch.equal(read, decode_image(data))

@@ -12,6 +12,7 @@ from torchvision.transforms.v2 import functional as F
 
 from shared.errors import UserError
 from shared.images import seeded_view
+from stage1_ssld.batch import View, collate
 from stage1_ssld.data_config import DataConfig
 from stage1_ssld.views import augmentation, training_view, val_view
 
@@ -66,6 +67,21 @@ def test_a_view_is_torchvisions_crop_and_flip(interpolation: str) -> None:
             expected = expected.flip(-1) if torch.rand(()) < 0.5 else expected
         ours = view("k", number, 3, crop_area=(0.2, 0.9), crop_ratio=(0.5, 1.5), interpolation=interpolation)
         assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("changes", [{}, {"augment": "rand-m9-mstd0.5-inc1"}, {"erase": 1}, {"train_view": "center"}])
+def test_a_view_of_a_picture_is_that_of_its_pixels(changes: dict[str, Any]) -> None:
+    picture = Image.fromarray(IMAGE.permute(1, 2, 0).contiguous().numpy())
+    for number in range(6):
+        ours = training_view(picture, "k", number, settings(**changes), 0)
+        assert torch.equal(ours, view("k", number, **changes))
+
+
+def test_a_batch_is_planar_whatever_the_layout_of_its_views() -> None:
+    views = [view(key, 0) for key in "abc"]
+    batch = collate([View(one, 0, "", []) for one in views]).pixels_BCHW
+    assert batch.is_contiguous()
+    assert all(torch.equal(pixels, one) for pixels, one in zip(batch, views, strict=True))
 
 
 def test_the_center_view_is_the_evaluation_view() -> None:
