@@ -17,6 +17,7 @@ from torchvision.ops import nms
 
 LOG_SIZE_LIMIT = math.log(1000 / 16)
 """A delta never enlarges a side by more than this factor's exponential; as in every R-CNN."""
+_MANY = 10_000  # boxes from which suppression goes class by class
 _SMALLEST_SIDE = 1e-6  # keeps the deltas of padding finite; data with real sides below it is dropped on loading
 
 
@@ -97,11 +98,19 @@ def class_nms(boxes_N4: Tensor, scores_N: Tensor, classes_N: Tensor, iou: float)
     """Indices, best score first, of what greedy suppression within each class keeps; coordinates must not be negative."""
     if boxes_N4.numel() == 0:
         return classes_N
-    # Classes are moved apart instead of looped over. In float64, since 80 classes of 1,333 px would cost float32 a
-    # hundredth of a pixel.
-    boxes_N4 = boxes_N4.double()
-    apart_N = classes_N * (boxes_N4.max() + 1)
-    return nms(boxes_N4 + apart_N[:, None], scores_N.double(), iou)
+    # In float64, since 80 classes of 1,333 px would cost float32 a hundredth of a pixel.
+    boxes_N4, scores_N = boxes_N4.double(), scores_N.double()
+    if len(classes_N) <= _MANY:
+        # Classes are moved apart instead of looped over.
+        apart_N = classes_N * (boxes_N4.max() + 1)
+        return nms(boxes_N4 + apart_N[:, None], scores_N, iou)
+    # Suppression looks at all pairs: of an untrained one-stage detector's boxes a class at a time is many times faster.
+    kept = []
+    for label in classes_N.unique():
+        index_M = (classes_N == label).nonzero()[:, 0]
+        kept.append(index_M[nms(boxes_N4[index_M], scores_N[index_M], iou)])
+    kept_M = torch.cat(kept).sort().values
+    return kept_M[scores_N[kept_M].argsort(descending=True, stable=True)]
 
 
 def _centres(boxes_4: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 Levels are found by their stride in timm's `feature_info`, since many architectures list stride 2 first. A probe on
 construction checks channels and sizes, so that an unfit backbone is refused before any data is read. The pyramid is
-torchvision's, without norm, with nearest-neighbour upsampling; P6 is every second pixel of P5.
+torchvision's, without norm, with nearest-neighbour upsampling. For R-CNN it begins at stride 4, and P6 is every second
+pixel of P5; for one-stage detectors (arXiv 1708.02002) it begins at stride 8, and P6 and P7 are convolutions.
 
 Shapes: B images, C channels, H height, W width.
 """
@@ -12,7 +13,8 @@ from collections.abc import Collection
 import torch
 from timm.layers import Format
 from torch import Tensor, nn
-from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+from torch.nn import functional as F
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork, LastLevelMaxPool
 
 from shared.errors import UserError
 from stage2_detect.models import freezing
@@ -21,9 +23,31 @@ from stage2_detect.models.deform import replace_convolutions
 _PROBE_SIZE = (64, 96)
 
 
+class P6P7(ExtraFPNBlock):
+    """Two coarser levels by 3x3 convolutions of stride 2.
+
+    Args:
+        width: channels of C5.
+        from_c5: P6 from C5 instead of P5.
+        relu_before_p7: as Detectron, PaddleDetection and torchvision have it; mmdetection's GFL does not.
+    """
+
+    def __init__(self, width: int, channels: int, *, from_c5: bool, relu_before_p7: bool) -> None:
+        super().__init__()
+        self.from_c5, self.relu_before_p7 = from_c5, relu_before_p7
+        self.p6 = nn.Conv2d(width if from_c5 else channels, channels, 3, stride=2, padding=1)
+        self.p7 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        """P3..P5 and C3..C5 -> P3..P7."""
+        p6 = self.p6(x[-1] if self.from_c5 else results[-1])
+        p7 = self.p7(F.relu(p6) if self.relu_before_p7 else p6)
+        return [*results, p6, p7], [*names, "p6", "p7"]
+
+
 class TimmPyramid(nn.Module):
-    """Images [B, 3, H, W] with sides that are multiples of 32 -> five maps of `channels` channels with strides 4, 8,
-    16, 32, 64.
+    """Images [B, 3, H, W] with sides that are multiples of 32 -> five maps of `channels` channels, P2..P6 with strides
+    4, 8, 16, 32, 64, or P3..P7 with the double.
 
     Args:
         body: a timm `features_only` module.
@@ -34,13 +58,13 @@ class TimmPyramid(nn.Module):
             LayerNorm.
         dcn_strides: stages, by stride, whose dense 3x3 convolutions become deformable ones. Weights have to be in the
             body already.
+        p3_p7: without the finest level, and with two convolved ones on top.
+        p6_from_c5, relu_before_p7: of P3..P7, see `P6P7`.
 
     Raises:
         UserError: the body lacks a stride, has nothing to make deformable there, or its maps do not have the size that
             their stride promises.
     """
-
-    strides = (*freezing.STRIDES, 2 * freezing.STRIDES[-1])
 
     def __init__(
         self,
@@ -51,12 +75,17 @@ class TimmPyramid(nn.Module):
         freeze_stages: int = 0,
         freeze_norm: bool = False,
         dcn_strides: Collection[int] = (),
+        p3_p7: bool = False,
+        p6_from_c5: bool = False,
+        relu_before_p7: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= freeze_stages <= 5:
             raise UserError(f"freeze_stages is {freeze_stages}: it has to be 0 (nothing) to 5 (the whole backbone)")
         self.body = body
         self.channels = channels
+        self.first_level = 1 if p3_p7 else 0
+        self.strides = tuple(4 * 2 ** (self.first_level + level) for level in range(5))
         self.level_indices = _level_indices(body, name)
         self.is_nhwc = getattr(body, "output_fmt", Format.NCHW) == Format.NHWC
         if dcn_strides:
@@ -65,7 +94,10 @@ class TimmPyramid(nn.Module):
         widths = freezing.feature_info(body).channels()
         widths = [widths[i] for i in self.level_indices]
         self._probe(widths, name)
-        self.fpn = FeaturePyramidNetwork(widths, channels, extra_blocks=LastLevelMaxPool())
+        extra: ExtraFPNBlock = LastLevelMaxPool()
+        if p3_p7:
+            extra = P6P7(widths[-1], channels, from_c5=p6_from_c5, relu_before_p7=relu_before_p7)
+        self.fpn = FeaturePyramidNetwork(widths[self.first_level :], channels, extra_blocks=extra)
         for module in self.fpn.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(
@@ -90,8 +122,8 @@ class TimmPyramid(nn.Module):
         return [m.permute(0, 3, 1, 2) for m in maps] if self.is_nhwc else maps
 
     def forward(self, pixels_BCHW: Tensor) -> list[Tensor]:
-        """P2..P6."""
-        named = {str(i): m for i, m in enumerate(self.features(pixels_BCHW))}
+        """P2..P6 or P3..P7."""
+        named = {str(i): m for i, m in enumerate(self.features(pixels_BCHW)[self.first_level :])}
         return list(self.fpn(named).values())
 
     @torch.no_grad()

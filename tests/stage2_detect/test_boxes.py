@@ -115,3 +115,15 @@ def test_suppression_by_class_equals_a_loop_over_classes() -> None:
     assert 80 < len(ours) < 600
     assert (scores[ours].diff() <= 0).all()
     assert len(boxes.class_nms(candidates[:0], scores[:0], classes[:0], 0.5)) == 0
+
+
+def test_suppression_class_by_class_is_suppression_of_all_classes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(3)
+    corners = 40 * torch.rand(300, 2, generator=draw)
+    found = torch.cat((corners, corners + 5 + 30 * torch.rand(300, 2, generator=draw)), dim=1)
+    scores, classes = torch.rand(300, generator=draw), torch.randint(0, 4, (300,), generator=draw)
+    together = boxes.class_nms(found, scores, classes, 0.5)
+    monkeypatch.setattr(boxes, "_MANY", 10)
+    one_by_one = boxes.class_nms(found, scores, classes, 0.5)
+    assert together.tolist() == one_by_one.tolist()
+    assert 20 < len(together) < 250

@@ -1,0 +1,45 @@
+"""Losses of one-stage detectors: pure functions of logits and targets, float32, per element; the caller sums and divides.
+
+Shapes: ... any leading dimensions, K classes, E bins of a distance (reg_max + 1).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def focal_loss(logits_K: Tensor, targets_K: Tensor, *, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """Focal loss [..., K] for targets 0 or 1 (arXiv 1708.02002 equation 5)."""
+    logits_K, targets_K = logits_K.float(), targets_K.float()
+    entropy_K = F.binary_cross_entropy_with_logits(logits_K, targets_K, reduction="none")
+    probability_K = logits_K.sigmoid()
+    missed_K = probability_K * (1 - targets_K) + (1 - probability_K) * targets_K
+    weight_K = alpha * targets_K + (1 - alpha) * (1 - targets_K)
+    return weight_K * missed_K**gamma * entropy_K
+
+
+def quality_focal_loss(logits_K: Tensor, quality_K: Tensor, *, beta: float = 2.0) -> Tensor:
+    """Quality focal loss [..., K] for targets in 0..1: the IoU at the object's class, 0 elsewhere (arXiv 2006.04388 equation 5)."""
+    logits_K, quality_K = logits_K.float(), quality_K.float()
+    entropy_K = F.binary_cross_entropy_with_logits(logits_K, quality_K, reduction="none")
+    return (quality_K - logits_K.sigmoid()).abs() ** beta * entropy_K
+
+
+def distribution_focal_loss(logits_E: Tensor, distances: Tensor) -> Tensor:
+    """Distribution focal loss [...]: cross-entropy with the two bins around a distance, by nearness (arXiv 2006.04388 equation 6).
+
+    Args:
+        distances: in bins, from 0 to below E - 1.
+    """
+    log_E = logits_E.float().log_softmax(dim=-1)
+    left = distances.floor().clamp(0, logits_E.shape[-1] - 2)
+    right_share = distances - left
+    index = left.long()[..., None]
+    left_log, right_log = log_E.gather(-1, index)[..., 0], log_E.gather(-1, index + 1)[..., 0]
+    return -((1 - right_share) * left_log + right_share * right_log)
+
+
+def expected_distance(logits_E: Tensor) -> Tensor:
+    """Mean [...] of the distribution over 0 .. E - 1 (arXiv 2006.04388 equation 3)."""
+    bins_E = torch.arange(logits_E.shape[-1], device=logits_E.device, dtype=torch.float32)
+    return (logits_E.float().softmax(dim=-1) * bins_E).sum(dim=-1)

@@ -1,0 +1,116 @@
+"""Which object each anchor belongs to, by the statistics of the object's own candidates: ATSS (arXiv 1912.02424, section 3).
+
+The candidates of an object are, on every level, the anchors whose centres are nearest to its own. An IoU threshold of its own follows from their
+IoUs, mean plus standard deviation, and the candidates at or above it with their centre inside the object are positive; one that several objects claim
+goes to the one it overlaps most. There is no ignore band. Behaviour as mmdetection's assigner in HikariTJU/LD@4287990c; PaddleDetection@666f597f
+differs in the standard deviation (biased), and lets anchors in the padding be negative instead of ignoring them.
+
+Shapes: B images, G objects (padded), A anchors of all levels, N candidates of an object.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stage2_detect.models import boxes
+from stage2_detect.models.assign import Assignment
+
+_INSIDE = 0.01  # pixels that a centre has to be away from the object's border
+_CHUNK_ELEMENTS = 2**24  # of a distance matrix at once, 64 MB
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What the candidates of each object say."""
+
+    positive_BG: Tensor
+    """float32 IoU from which a candidate is positive; infinite for padding."""
+    region_BG: Tensor
+    """the same with the unbiased standard deviation, which regions of distillation are defined by."""
+
+
+@torch.no_grad()
+def assign_atss(
+    anchors_A4: Tensor,
+    anchors_of_level: Sequence[int],
+    objects_BG4: Tensor,
+    present_BG: Tensor,
+    *,
+    candidates: int = 9,
+    unbiased_std: bool = True,
+    chunk_elements: int = _CHUNK_ELEMENTS,
+) -> tuple[Assignment, Thresholds]:
+    """Labels every anchor 1 or 0.
+
+    Args:
+        anchors_of_level: numbers that add up to A; anchors stand level by level.
+        candidates: of each level; all of them where a level has fewer.
+        unbiased_std: of the candidates' IoUs, in the assignment.
+        chunk_elements: bounds memory only; the result does not depend on it.
+    """
+    B, G = present_BG.shape
+    A = len(anchors_A4)
+    step = max(1, chunk_elements // max(1, G * max(anchors_of_level)))
+    parts = [
+        _assign(
+            anchors_A4, anchors_of_level, objects_BG4[i : i + step], present_BG[i : i + step], candidates, unbiased_std
+        )
+        for i in range(0, B, step)
+    ]
+    if G == 0:
+        nothing = torch.zeros((B, A), dtype=torch.int64, device=anchors_A4.device)
+        empty_BG = objects_BG4.new_zeros((B, 0))
+        return Assignment(nothing, nothing, objects_BG4.new_full((B, A), -1.0)), Thresholds(empty_BG, empty_BG)
+    labels, found, ious, positive, region = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Assignment(labels, found, ious), Thresholds(positive, region)
+
+
+def _assign(
+    anchors_A4: Tensor,
+    anchors_of_level: Sequence[int],
+    objects_BG4: Tensor,
+    present_BG: Tensor,
+    candidates: int,
+    unbiased_std: bool,
+) -> tuple[Tensor, ...]:
+    B, G = present_BG.shape
+    if G == 0:
+        return ()
+    centres_A2 = (anchors_A4[:, :2] + anchors_A4[:, 2:]) / 2
+    object_centres_BG2 = (objects_BG4[..., :2] + objects_BG4[..., 2:]) / 2
+    chosen, start = [], 0
+    for count in anchors_of_level:
+        away_BGL = torch.cdist(
+            object_centres_BG2,
+            centres_A2[start : start + count].expand(B, -1, -1),
+            compute_mode="donot_use_mm_for_euclid_dist",
+        )
+        chosen.append(away_BGL.topk(min(candidates, count), dim=-1, largest=False).indices + start)
+        start += count
+    index_BGN = torch.cat(chosen, dim=-1)
+    candidates_BGN4 = anchors_A4[index_BGN]
+    iou_BGN = boxes.pairwise_iou(objects_BG4[:, :, None], candidates_BGN4)[:, :, 0]
+    mean_BG = iou_BGN.mean(dim=-1)
+    biased_BG, unbiased_BG = iou_BGN.std(dim=-1, correction=0), iou_BGN.std(dim=-1)
+    positive_BG = mean_BG + (unbiased_BG if unbiased_std else biased_BG)
+    positive_BG = positive_BG.masked_fill(~present_BG, torch.inf)
+    region_BG = (mean_BG + unbiased_BG).masked_fill(~present_BG, torch.inf)
+
+    x_BGN, y_BGN = centres_A2[index_BGN].unbind(-1)
+    x1, y1, x2, y2 = objects_BG4[:, :, None].unbind(-1)
+    depth_BGN = torch.stack((x_BGN - x1, y_BGN - y1, x2 - x_BGN, y2 - y_BGN)).amin(dim=0)
+    wins_BGN = (iou_BGN >= positive_BG[..., None]) & (depth_BGN > _INSIDE)
+
+    # Of the objects that claim an anchor the one with the highest IoU; of equals the first, as argmax would have it.
+    A = len(anchors_A4)
+    claim_BGN = torch.where(wins_BGN, iou_BGN, -1.0)
+    ious_BA = iou_BGN.new_full((B, A), -1.0)
+    ious_BA.scatter_reduce_(1, index_BGN.flatten(1), claim_BGN.flatten(1), "amax")
+    best_BGN = wins_BGN & (claim_BGN == ious_BA.gather(1, index_BGN.flatten(1)).view_as(claim_BGN))
+    number_BGN = torch.arange(G, device=index_BGN.device).view(1, G, 1).expand_as(index_BGN)
+    objects_BA = index_BGN.new_full((B, A), G)
+    objects_BA.scatter_reduce_(1, index_BGN.flatten(1), torch.where(best_BGN, number_BGN, G).flatten(1), "amin")
+    labels_BA = (objects_BA < G).long()
+    return labels_BA, torch.where(labels_BA == 1, objects_BA, 0), ious_BA, positive_BG, region_BG

@@ -1,0 +1,113 @@
+"""One-stage detector: uint8 images -> pyramid P3..P7 -> a head over all of it -> selection and suppression.
+
+Shapes: B images, A anchors of all levels, N candidates of an image, K classes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from stage2_detect.models import boxes
+from stage2_detect.models.anchors import Grids
+from stage2_detect.models.batch import Detections, ImageBatch, Targets
+from stage2_detect.models.gfl import GFL
+from stage2_detect.models.pyramid import TimmPyramid
+from stage2_detect.models.rcnn import normalise
+from stage2_detect.models.retinanet import RetinaNet
+
+Outputs = tuple[Tensor, Tensor]
+"""Logits [B, A, K] and box values [B, A, ...] of a head."""
+
+
+def grids_of(features: Sequence[Tensor]) -> Grids:
+    """(rows, columns) of each map."""
+    return [(feature.shape[-2], feature.shape[-1]) for feature in features]
+
+
+class DenseDetector(nn.Module):
+    """The detector contract: in train mode `model(images, targets)` -> losses by name, in eval mode `model(images)` -> detections.
+
+    Args:
+        mean, std: of the backbone's input, for red, green, blue in units of 0..1.
+        candidates: anchors a level that are looked at, by their best class.
+        clip: boxes to the image.
+    """
+
+    mean_C11: Tensor
+    std_C11: Tensor
+
+    def __init__(
+        self,
+        *,
+        pyramid: TimmPyramid,
+        dense: GFL | RetinaNet,
+        mean: Sequence[float],
+        std: Sequence[float],
+        candidates: int | None = 1000,
+        score_threshold: float = 0.05,
+        nms_iou: float = 0.6,
+        detections_per_image: int = 100,
+        clip: bool = True,
+    ) -> None:
+        super().__init__()
+        self.pyramid, self.dense = pyramid, dense
+        self.candidates, self.score_threshold, self.nms_iou = candidates, score_threshold, nms_iou
+        self.detections_per_image, self.clip = detections_per_image, clip
+        # Not in the state dict: they belong to the backbone's description, which is stored beside the weights.
+        self.register_buffer("mean_C11", 255 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std_C11", 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
+        """Losses (float32 scalars, already normalised), or detections."""
+        features = self.features(images)
+        if self.training:
+            assert targets is not None, "training needs targets"
+            return self.losses(features, images.sizes_B2, targets)[0]
+        return self.detect(self.dense(features), grids_of(features), images)
+
+    def features(self, images: ImageBatch) -> list[Tensor]:
+        """The feature maps of the pyramid, P3..P7."""
+        maps: list[Tensor] = self.pyramid(normalise(images, self.mean_C11, self.std_C11))
+        return maps
+
+    def losses(
+        self, features: Sequence[Tensor], sizes_B2: Tensor, targets: Targets
+    ) -> tuple[dict[str, Tensor], Outputs]:
+        """The losses of `forward` from feature maps, and the head's outputs."""
+        outputs: Outputs = self.dense(features)
+        return self.dense.losses(outputs, grids_of(features), sizes_B2, targets), outputs
+
+    @torch.no_grad()
+    def detect(self, outputs: Outputs, grids: Grids, images: ImageBatch) -> list[Detections]:
+        """What each image shows, in original coordinates."""
+        logits_BAK, values = outputs
+        anchors_per_cell = logits_BAK.shape[1] // sum(rows * columns for rows, columns in grids)
+        best_BA = logits_BAK.amax(dim=-1)
+        chosen, start = [], 0
+        for rows, columns in grids:
+            count = rows * columns * anchors_per_cell
+            kept = count if self.candidates is None else min(count, self.candidates)
+            chosen.append(best_BA[:, start : start + count].topk(kept, dim=1).indices + start)
+            start += count
+        index_BN = torch.cat(chosen, dim=1)
+        row_B1 = torch.arange(len(index_BN), device=index_BN.device)[:, None]
+        boxes_BN4 = self.dense.decode(values[row_B1, index_BN], index_BN, grids)
+        scores_BNK = logits_BAK[row_B1, index_BN].sigmoid()
+        return [
+            self._select(boxes_N4, scores_NK, size_2, scale)
+            for boxes_N4, scores_NK, size_2, scale in zip(
+                boxes_BN4, scores_BNK, images.sizes_B2, images.scales_B, strict=True
+            )
+        ]
+
+    def _select(self, boxes_N4: Tensor, scores_NK: Tensor, size_2: Tensor, scale: Tensor) -> Detections:
+        anchor_D, class_D = (scores_NK > self.score_threshold).nonzero(as_tuple=True)
+        boxes_D4, scores_D = boxes_N4[anchor_D] / scale, scores_NK[anchor_D, class_D]
+        if self.clip:
+            original_2 = (size_2 / scale + 0.5).floor()
+            boxes_D4 = boxes.clip(boxes_D4[None], original_2[None])[0]
+        # Classes are moved apart for suppression, which needs coordinates from 0 on.
+        positive_D4 = boxes_D4 - boxes_D4.amin().clamp(max=0) if len(boxes_D4) else boxes_D4
+        best_D = boxes.class_nms(positive_D4, scores_D, class_D, self.nms_iou)[: self.detections_per_image]
+        return Detections(boxes_D4[best_D], scores_D[best_D], class_D[best_D])

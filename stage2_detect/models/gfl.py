@@ -1,0 +1,178 @@
+"""GFL: class scores that mean IoU, and box sides as distributions over distances (arXiv 2006.04388).
+
+Behaviour as HikariTJU/LD@4287990c (an mmdetection fork); options for what PaddleDetection@666f597f does otherwise. One square anchor a cell, of 8
+strides, whose centre is the cell's first pixel: it decides which object the cell belongs to (ATSS), and distances are measured from its centre.
+
+The counts that losses are divided by are of one micro-batch and summed over ranks by `total`; since data-parallel training averages gradients over
+ranks, each rank's loss is multiplied by their number.
+
+Shapes: B images, G objects (padded), A anchors of all levels, K classes, E = reg_max + 1 bins of a distance, 4 distances: left, top, right, bottom.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import generalized_box_iou_loss
+
+from stage2_detect import dense_losses
+from stage2_detect.models import boxes
+from stage2_detect.models.anchors import Grids, grid_anchors
+from stage2_detect.models.assign import Assignment
+from stage2_detect.models.atss import Thresholds, assign_atss
+from stage2_detect.models.batch import Targets
+from stage2_detect.models.dense_head import DenseHead
+
+_ANCHOR_STRIDES = 8  # sides of an anchor in strides
+_BELOW_LAST_BIN = 0.1  # how far a target distance stays below reg_max
+
+
+class GFL(nn.Module):
+    """Feature maps -> losses or scored boxes.
+
+    Args:
+        classes: K.
+        channels: of the feature maps.
+        strides: of the maps, finest first.
+        reg_max: largest distance, in strides.
+        tower_bias: of the head's towers; PaddleDetection has it.
+        unbiased_std: of ATSS; PaddleDetection's is biased.
+        ignore_padding: anchors that begin beyond the image are no negatives; in PaddleDetection they are.
+        weight_floor: smallest divisor of the box losses, the sum of the positives' scores.
+        qfl_weight, box_weight, dfl_weight: of the losses; dfl_weight 0 leaves that one out.
+        total: sums a scalar tensor over ranks.
+        world_size: number of ranks.
+    """
+
+    def __init__(
+        self,
+        *,
+        classes: int,
+        channels: int = 256,
+        strides: Sequence[int] = (8, 16, 32, 64, 128),
+        reg_max: int = 16,
+        convolutions: int = 4,
+        tower_bias: bool = False,
+        unbiased_std: bool = True,
+        ignore_padding: bool = True,
+        weight_floor: float = 1.0,
+        qfl_weight: float = 1.0,
+        box_weight: float = 2.0,
+        dfl_weight: float = 0.25,
+        total: Callable[[Tensor], Tensor] = lambda count: count,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__()
+        self.classes, self.strides, self.reg_max = classes, tuple(strides), reg_max
+        self.unbiased_std, self.ignore_padding, self.weight_floor = unbiased_std, ignore_padding, weight_floor
+        self.qfl_weight, self.box_weight, self.dfl_weight = qfl_weight, box_weight, dfl_weight
+        self.total, self.world_size = total, world_size
+        self.head = DenseHead(
+            classes=classes,
+            channels=channels,
+            anchors_per_cell=1,
+            box_values=4 * (reg_max + 1),
+            levels=len(strides),
+            convolutions=convolutions,
+            norm=True,
+            tower_bias=tower_bias,
+            level_scales=True,
+        )
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """float32 logits [B, A, K], and logits [B, A, 4, E] of the distances in strides."""
+        logits_BAK, bins_BAD = self.head(features)
+        return logits_BAK, bins_BAD.unflatten(-1, (4, self.reg_max + 1))
+
+    def anchors(self, grids: Grids, device: torch.device) -> Tensor:
+        """Anchors [A, 4] of levels with these grids."""
+        sizes = [_ANCHOR_STRIDES * stride for stride in self.strides]
+        return grid_anchors(grids, device, strides=self.strides, sizes=sizes, ratios=(1.0,))
+
+    def assign(self, grids: Grids, sizes_B2: Tensor, targets: Targets) -> tuple[Assignment, Thresholds]:
+        """Which object each anchor is to find; -1 among the labels are anchors that do not count."""
+        anchors_A4 = self.anchors(grids, sizes_B2.device)
+        present_BG = targets.labels_BG >= 0
+        counts = [rows * columns for rows, columns in grids]
+        assigned, thresholds = assign_atss(
+            anchors_A4, counts, targets.boxes_BG4, present_BG, unbiased_std=self.unbiased_std
+        )
+        if self.ignore_padding:
+            x_A, y_A = ((anchors_A4[:, :2] + anchors_A4[:, 2:]) / 2).unbind(-1)
+            inside_BA = (y_A < sizes_B2[:, :1]) & (x_A < sizes_B2[:, 1:])
+            labels_BA = torch.where(inside_BA | (assigned.labels_BA == 1), assigned.labels_BA, -1)
+            assigned = Assignment(labels_BA, assigned.objects_BA, assigned.ious_BA)
+        return assigned, thresholds
+
+    def losses(
+        self,
+        outputs: tuple[Tensor, Tensor],
+        grids: Grids,
+        sizes_B2: Tensor,
+        targets: Targets,
+        assigned: Assignment | None = None,
+    ) -> dict[str, Tensor]:
+        """`loss_cls` (quality focal), `loss_box` (GIoU) and `loss_dfl`, of the outputs of `forward`.
+
+        `assigned` spares the assignment where the caller has it already.
+        """
+        logits_BAK, bins_BA4E = outputs
+        if assigned is None:
+            assigned, _ = self.assign(grids, sizes_B2, targets)
+        positive_BA = assigned.labels_BA == 1
+        centres_A2, stride_A = self._cells(grids, logits_BAK.device)
+        objects_BA4 = boxes.take(targets.boxes_BG4, assigned.objects_BA)
+        # In strides from here on: IoU does not change, and the numbers stay small.
+        wanted_BA4 = (objects_BA4 - centres_A2.repeat(1, 2)) / stride_A[:, None]
+        wanted_BA4 = torch.where(positive_BA[..., None], wanted_BA4, wanted_BA4.new_tensor([-1.0, -1.0, 1.0, 1.0]))
+        distances_BA4 = dense_losses.expected_distance(bins_BA4E)
+        found_BA4 = torch.cat((-distances_BA4[..., :2], distances_BA4[..., 2:]), dim=-1)
+
+        iou_BA = paired_iou(found_BA4.detach(), wanted_BA4)
+        if targets.labels_BG.shape[1]:
+            class_BA = targets.labels_BG.gather(1, assigned.objects_BA).clamp(min=0)
+        else:
+            class_BA = torch.zeros_like(assigned.objects_BA)
+        quality_BA1 = torch.where(positive_BA, iou_BA, 0.0)[..., None]
+        quality_BAK = torch.zeros_like(logits_BAK).scatter_(-1, class_BA[..., None], quality_BA1)
+        qfl_BA = dense_losses.quality_focal_loss(logits_BAK, quality_BAK).sum(dim=-1)
+        positives = self.total(positive_BA.sum(dim=1).clamp(min=1).sum()).clamp(min=1)
+        loss_cls = torch.where(assigned.labels_BA >= 0, qfl_BA, 0.0).sum() * self.world_size / positives
+
+        weight_BA = torch.where(positive_BA, self.scores(logits_BAK), 0.0)
+        factor = self.world_size / self.total(weight_BA.sum()).clamp(min=self.weight_floor)
+        giou_BA = generalized_box_iou_loss(found_BA4, wanted_BA4, eps=1e-7)
+        losses = {
+            "loss_cls": self.qfl_weight * loss_cls,
+            "loss_box": self.box_weight * factor * torch.where(positive_BA, weight_BA * giou_BA, 0.0).sum(),
+        }
+        if self.dfl_weight:
+            limit = self.reg_max - _BELOW_LAST_BIN
+            sides_BA4 = torch.cat((-wanted_BA4[..., :2], wanted_BA4[..., 2:]), dim=-1).clamp(0, limit)
+            dfl_BA = dense_losses.distribution_focal_loss(bins_BA4E, sides_BA4).mean(dim=-1)
+            losses["loss_dfl"] = self.dfl_weight * factor * torch.where(positive_BA, weight_BA * dfl_BA, 0.0).sum()
+        return losses
+
+    @staticmethod
+    def scores(logits_BAK: Tensor) -> Tensor:
+        """The best class's score [B, A] of every anchor, without gradient: the weight of a positive in the box losses."""
+        return logits_BAK.detach().amax(dim=-1).sigmoid()
+
+    def decode(self, values_BN4E: Tensor, index_BN: Tensor, grids: Grids) -> Tensor:
+        """Boxes [B, N, 4] in pixels of the anchors `index_BN`, from their logits of distances."""
+        centres_A2, stride_A = self._cells(grids, index_BN.device)
+        distances_BN4 = dense_losses.expected_distance(values_BN4E) * stride_A[index_BN][..., None]
+        centres_BN2 = centres_A2[index_BN]
+        return torch.cat((centres_BN2 - distances_BN4[..., :2], centres_BN2 + distances_BN4[..., 2:]), dim=-1)
+
+    def _cells(self, grids: Grids, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Centres [A, 2] and strides [A] of the anchors."""
+        anchors_A4 = self.anchors(grids, device)
+        return (anchors_A4[:, :2] + anchors_A4[:, 2:]) / 2, (anchors_A4[:, 2] - anchors_A4[:, 0]) / _ANCHOR_STRIDES
+
+
+def paired_iou(first_4: Tensor, second_4: Tensor) -> Tensor:
+    """IoU [...] of boxes with the same place in two tensors [..., 4]."""
+    sides_2 = torch.minimum(first_4[..., 2:], second_4[..., 2:]) - torch.maximum(first_4[..., :2], second_4[..., :2])
+    shared = sides_2.clamp(min=0).prod(dim=-1)
+    return shared / (boxes.area(first_4) + boxes.area(second_4) - shared).clamp(min=1e-6)

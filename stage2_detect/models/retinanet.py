@@ -1,0 +1,143 @@
+"""RetinaNet: focal loss on every anchor and class, deltas to the positives (arXiv 1708.02002).
+
+Behaviour as PaddleDetection@666f597f (nine anchors a cell, plain L1, low-quality matches), options for what Detectron's configuration behind SAD
+does otherwise (smooth L1, low-quality matches only from an IoU on).
+
+Shapes: B images, G objects (padded), A anchors of all levels, K classes.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stage2_detect import dense_losses
+from stage2_detect.models import boxes
+from stage2_detect.models.anchors import Grids, grid_anchors
+from stage2_detect.models.assign import Assignment
+from stage2_detect.models.assign import assign as assign_max_iou
+from stage2_detect.models.batch import Targets
+from stage2_detect.models.dense_head import DenseHead
+
+_WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the deltas
+_OCTAVE = 4  # strides of an anchor's side, times 2^0, 2^(1/3), 2^(2/3)
+_SCALES = 3
+
+
+class RetinaNet(nn.Module):
+    """Feature maps -> losses or scored boxes.
+
+    Args:
+        classes: K; there is no background.
+        channels: of the feature maps.
+        strides: of the maps, finest first.
+        ratios: height / width of the anchors.
+        positive_iou, negative_iou: of the assignment; between the two an anchor is ignored.
+        low_quality_iou: an object's best anchor is positive from this IoU on, below `positive_iou` too.
+        alpha, gamma: of the focal loss.
+        smooth_l1_beta: distance at which the square part of the box loss ends; 0 is plain L1.
+        total: sums a scalar tensor over ranks.
+        world_size: number of ranks.
+    """
+
+    def __init__(
+        self,
+        *,
+        classes: int,
+        channels: int = 256,
+        strides: Sequence[int] = (8, 16, 32, 64, 128),
+        ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        convolutions: int = 4,
+        positive_iou: float = 0.5,
+        negative_iou: float = 0.4,
+        low_quality_iou: float = 0.0,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        smooth_l1_beta: float = 0.0,
+        total: Callable[[Tensor], Tensor] = lambda count: count,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__()
+        self.classes, self.strides, self.ratios = classes, tuple(strides), tuple(ratios)
+        self.positive_iou, self.negative_iou, self.low_quality_iou = positive_iou, negative_iou, low_quality_iou
+        self.alpha, self.gamma, self.smooth_l1_beta = alpha, gamma, smooth_l1_beta
+        self.total, self.world_size = total, world_size
+        self.head = DenseHead(
+            classes=classes,
+            channels=channels,
+            anchors_per_cell=_SCALES * len(ratios),
+            box_values=4,
+            levels=len(strides),
+            convolutions=convolutions,
+            norm=False,
+            tower_bias=True,
+            level_scales=False,
+        )
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """float32 logits [B, A, K] and deltas [B, A, 4]."""
+        logits_BAK, deltas_BA4 = self.head(features)
+        return logits_BAK, deltas_BA4
+
+    def anchors(self, grids: Grids, device: torch.device) -> Tensor:
+        """Anchors [A, 4] of levels with these grids; in a cell, the ratios of each scale stand together."""
+        scales = [
+            grid_anchors(
+                grids,
+                device,
+                strides=self.strides,
+                sizes=[_OCTAVE * stride * 2 ** (number / _SCALES) for stride in self.strides],
+                ratios=self.ratios,
+            )
+            for number in range(_SCALES)
+        ]
+        shapes = len(self.ratios)
+        return torch.stack([one.view(-1, shapes, 4) for one in scales], dim=1).view(-1, 4)
+
+    def assign(self, grids: Grids, sizes_B2: Tensor, targets: Targets) -> Assignment:
+        """Which object each anchor is to find; -1 among the labels are anchors that do not count."""
+        anchors_A4 = self.anchors(grids, sizes_B2.device)
+        return assign_max_iou(
+            anchors_A4.expand(len(sizes_B2), -1, -1),
+            targets.boxes_BG4,
+            targets.labels_BG >= 0,
+            positive_iou=self.positive_iou,
+            negative_iou=self.negative_iou,
+            low_quality=True,
+        )
+
+    def losses(
+        self,
+        outputs: tuple[Tensor, Tensor],
+        grids: Grids,
+        sizes_B2: Tensor,
+        targets: Targets,
+        assigned: Assignment | None = None,
+    ) -> dict[str, Tensor]:
+        """`loss_cls` and `loss_box`, each a sum divided by the positives of all images and ranks, of the outputs of `forward`.
+
+        `assigned` spares the assignment where the caller has it already.
+        """
+        logits_BAK, deltas_BA4 = outputs
+        if assigned is None:
+            assigned = self.assign(grids, sizes_B2, targets)
+        positive_BA = assigned.labels_BA == 1
+        if targets.labels_BG.shape[1]:
+            class_BA = targets.labels_BG.gather(1, assigned.objects_BA).clamp(min=0)
+        else:
+            class_BA = torch.zeros_like(assigned.objects_BA)
+        wanted_BAK = torch.zeros_like(logits_BAK).scatter_(-1, class_BA[..., None], positive_BA[..., None].float())
+        focal_BA = dense_losses.focal_loss(logits_BAK, wanted_BAK, alpha=self.alpha, gamma=self.gamma).sum(dim=-1)
+        references_BA4 = self.anchors(grids, logits_BAK.device).expand_as(deltas_BA4)
+        deltas = boxes.encode(boxes.take(targets.boxes_BG4, assigned.objects_BA), references_BA4, _WEIGHTS)
+        distance_BA = F.smooth_l1_loss(deltas_BA4, deltas, beta=self.smooth_l1_beta, reduction="none").sum(dim=-1)
+        factor = self.world_size / self.total(positive_BA.sum()).clamp(min=1)
+        return {
+            "loss_cls": torch.where(assigned.labels_BA >= 0, focal_BA, 0.0).sum() * factor,
+            "loss_box": torch.where(positive_BA, distance_BA, 0.0).sum() * factor,
+        }
+
+    def decode(self, values_BN4: Tensor, index_BN: Tensor, grids: Grids) -> Tensor:
+        """Boxes [B, N, 4] in pixels of the anchors `index_BN`, from their deltas."""
+        return boxes.decode(values_BN4, self.anchors(grids, index_BN.device)[index_BN], _WEIGHTS)

@@ -1,0 +1,136 @@
+"""ATSS and the regions of dense distillation against float64 loops over objects and anchors."""
+
+import numpy as np
+import pytest
+import torch
+
+from stage2_detect.models import regions
+from stage2_detect.models.anchors import grid_anchors
+from stage2_detect.models.assign import Assignment
+from stage2_detect.models.atss import Thresholds, assign_atss
+
+STRIDES = (8, 16, 32)
+GRIDS = [(12, 16), (6, 8), (3, 4)]
+COUNTS = [rows * columns for rows, columns in GRIDS]
+CANDIDATES = 9
+CPU = torch.device("cpu")
+
+
+def anchors() -> torch.Tensor:
+    return grid_anchors(GRIDS, CPU, strides=STRIDES, sizes=[8.0 * stride for stride in STRIDES], ratios=(1.0,))
+
+
+def scenes() -> tuple[torch.Tensor, torch.Tensor]:
+    """Three images with 6, 2 and no objects; the padding is not at zero, so that using it would show."""
+    draw = np.random.default_rng(5)
+    corners = draw.uniform(0, 70, (3, 6, 2))
+    sides = draw.uniform(12, 60, (3, 6, 2))
+    boxes = torch.from_numpy(np.concatenate([corners, corners + sides], axis=-1)).float()
+    boxes[0, 1] = boxes[0, 0] + 3  # two that claim the same anchors
+    present = torch.tensor([[True] * 6, [True] * 2 + [False] * 4, [False] * 6])
+    return boxes, present
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    shared = np.prod(np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None))
+    return float(shared / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - shared))
+
+
+def atss_by_hand(boxes: np.ndarray, ddof: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(label, object, threshold of each object, unbiased threshold) of one image, arXiv 1912.02424 algorithm 1."""
+    all_anchors = anchors().double().numpy()
+    centres = (all_anchors[:, :2] + all_anchors[:, 2:]) / 2
+    best, owner = np.full(len(all_anchors), -1.0), np.full(len(all_anchors), -1)
+    thresholds, unbiased = [], []
+    for number, box in enumerate(boxes):
+        near: list[int] = []
+        start = 0
+        for count in COUNTS:
+            away = np.hypot(*(centres[start : start + count] - (box[:2] + box[2:]) / 2).T)
+            near += list(start + np.argsort(away, kind="stable")[:CANDIDATES])
+            start += count
+        ious = np.array([iou(box, all_anchors[k]) for k in near])
+        thresholds.append(ious.mean() + ious.std(ddof=ddof))
+        unbiased.append(ious.mean() + ious.std(ddof=1))
+        for k, overlap in zip(near, ious, strict=True):
+            x, y = centres[k]
+            inside = min(x - box[0], y - box[1], box[2] - x, box[3] - y) > 0.01
+            if overlap >= thresholds[-1] and inside and overlap > best[k]:
+                best[k], owner[k] = overlap, number
+    return (owner >= 0).astype(int), np.maximum(owner, 0), np.array(thresholds), np.array(unbiased)
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("chunk", [2**24, 1])
+def test_atss(unbiased: bool, chunk: int) -> None:
+    boxes, present = scenes()
+    assigned, thresholds = assign_atss(
+        anchors(), COUNTS, boxes, present, candidates=CANDIDATES, unbiased_std=unbiased, chunk_elements=chunk
+    )
+    for image in range(3):
+        count = int(present[image].sum())
+        labels, objects, positive, region = atss_by_hand(boxes[image, :count].double().numpy(), int(unbiased))
+        np.testing.assert_array_equal(assigned.labels_BA[image].numpy(), labels)
+        np.testing.assert_array_equal(assigned.objects_BA[image].numpy(), objects)
+        np.testing.assert_allclose(thresholds.positive_BG[image, :count].numpy(), positive, rtol=1e-5)
+        np.testing.assert_allclose(thresholds.region_BG[image, :count].numpy(), region, rtol=1e-5)
+        assert torch.isinf(thresholds.positive_BG[image, count:]).all()
+    assert assigned.labels_BA.sum(dim=1).min() == 0
+    assert assigned.labels_BA[0].sum() > 6
+
+
+def test_atss_of_a_batch_without_any_object() -> None:
+    assigned, thresholds = assign_atss(
+        anchors(), COUNTS, torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.bool), candidates=CANDIDATES
+    )
+    assert isinstance(assigned, Assignment)
+    assert assigned.labels_BA.shape == (2, sum(COUNTS))
+    assert not assigned.labels_BA.any()
+    assert isinstance(thresholds, Thresholds)
+    assert thresholds.region_BG.shape == (2, 0)
+
+
+@pytest.mark.parametrize("overlap", ["anchor", "union"])
+@pytest.mark.parametrize("gamma", [0.25, 0.0])
+def test_valuable_region(overlap: regions.Overlap, gamma: float) -> None:
+    boxes, present = scenes()
+    _, thresholds = assign_atss(anchors(), COUNTS, boxes, present, candidates=CANDIDATES)
+    weight = regions.valuable_region(anchors(), boxes, thresholds.region_BG, gamma=gamma, overlap=overlap)
+    all_anchors = anchors().double().numpy()
+    wanted = np.zeros((3, len(all_anchors)))
+    for image in range(3):
+        for number in range(int(present[image].sum())):
+            box = boxes[image, number].double().numpy()
+            threshold = thresholds.region_BG[image, number].item()
+            for k, anchor in enumerate(all_anchors):
+                shared = np.prod(np.clip(np.minimum(box[2:], anchor[2:]) - np.maximum(box[:2], anchor[:2]), 0, None))
+                area = np.prod(anchor[2:] - anchor[:2])
+                share = shared / area if overlap == "anchor" else iou(box, anchor)
+                away = ((box[:2] + box[2:] - anchor[:2] - anchor[2:]) / 2) ** 2
+                around = (np.maximum(box[2:], anchor[2:]) - np.minimum(box[:2], anchor[:2])) ** 2
+                x = share - away.sum() / around.sum()
+                if gamma * threshold <= x < threshold:
+                    wanted[image, k] = max(wanted[image, k], iou(box, anchor))
+    np.testing.assert_allclose(weight.numpy(), wanted, atol=1e-6)
+    assert (weight[0] > 0).sum() > 10
+    assert not weight[2].any()
+
+
+def test_inside_and_fine_grained_regions() -> None:
+    boxes, present = scenes()
+    inside = regions.inside_objects(anchors(), boxes, present).numpy()
+    near = regions.fine_grained(anchors(), boxes, present).numpy()
+    all_anchors = anchors().double().numpy()
+    centres = (all_anchors[:, :2] + all_anchors[:, 2:]) / 2
+    for image in range(3):
+        objects = boxes[image, : int(present[image].sum())].double().numpy()
+        wanted_inside = np.zeros(len(all_anchors), dtype=bool)
+        wanted_near = np.zeros(len(all_anchors), dtype=bool)
+        for box in objects:
+            wanted_inside |= ((centres > box[:2]) & (centres < box[2:])).all(axis=1)
+            ious = np.array([iou(box, anchor) for anchor in all_anchors])
+            wanted_near |= ious > 0.5 * ious.max()
+        np.testing.assert_array_equal(inside[image], wanted_inside)
+        np.testing.assert_array_equal(near[image], wanted_near)
+    assert inside[0].any()
+    assert near[0].any()
