@@ -10,6 +10,7 @@ Shapes: ... any leading dimensions, B images, G objects, N boxes.
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -86,16 +87,39 @@ def nms_mask(boxes_BN4: Tensor, scores_BN: Tensor, valid_BN: Tensor, iou: float)
     """Which boxes [B, N] greedy suppression keeps, each row by itself; boxes that are not valid neither stay nor
     suppress.
     """
-    # Last in the order: they meet only what is already decided.
-    scores_BN = scores_BN.masked_fill(~valid_BN, -torch.inf)
-    kept_BN = torch.zeros_like(valid_BN)
-    for boxes_N4, scores_N, kept_N in zip(boxes_BN4, scores_BN, kept_BN, strict=True):
-        kept_N[nms(boxes_N4, scores_N, iou)] = True
-    return kept_BN & valid_BN
+    return nms_masks([boxes_BN4], [scores_BN], [valid_BN], iou)[0]
 
 
-def class_nms(boxes_N4: Tensor, scores_N: Tensor, classes_N: Tensor, iou: float) -> Tensor:
-    """Indices, best score first, of what greedy suppression within each class keeps; coordinates must not be negative."""
+def nms_masks(
+    boxes_BN4: Sequence[Tensor], scores_BN: Sequence[Tensor], valid_BN: Sequence[Tensor], iou: float
+) -> list[Tensor]:
+    """`nms_mask` of several batches of different N, on a CPU all rows side by side on torch's number of threads."""
+    # Those that are not valid are last in the order: they meet only what is already decided.
+    ranked_BN = [scores.masked_fill(~valid, -torch.inf) for scores, valid in zip(scores_BN, valid_BN, strict=True)]
+    rows = [pair for pairs in zip(boxes_BN4, ranked_BN, strict=True) for pair in zip(*pairs, strict=True)]
+    if boxes_BN4[0].device.type == "cpu" and torch.get_num_threads() > 1:
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # the kernel itself has one, and no lock
+            kept = list(threads.map(lambda row: nms(*row, iou), rows))
+    else:
+        kept = [nms(*row, iou) for row in rows]
+    masks = [torch.zeros_like(valid) for valid in valid_BN]
+    for mask_N, index in zip((mask_N for mask_BN in masks for mask_N in mask_BN), kept, strict=True):
+        mask_N[index] = True
+    return [mask & valid for mask, valid in zip(masks, valid_BN, strict=True)]
+
+
+def class_nms(boxes_N4: Tensor, scores_N: Tensor, classes_N: Tensor, iou: float, *, most: int | None = None) -> Tensor:
+    """Indices, best score first, of what greedy suppression within each class keeps, or of the best `most` of that;
+    coordinates must not be negative.
+    """
+    # Whether a box stays depends on better ones only, so the best of all boxes decide about the best that stay.
+    few = 4 * most if most is not None else len(scores_N)
+    while most is not None and few < len(scores_N):
+        best_F = scores_N.argsort(descending=True, stable=True)[:few]
+        first = class_nms(boxes_N4[best_F], scores_N[best_F], classes_N[best_F], iou)
+        if len(first) >= most:
+            return best_F[first[:most]]
+        few *= 4
     if boxes_N4.numel() == 0:
         return classes_N
     # In float64, since 80 classes of 1,333 px would cost float32 a hundredth of a pixel.
@@ -103,14 +127,14 @@ def class_nms(boxes_N4: Tensor, scores_N: Tensor, classes_N: Tensor, iou: float)
     if len(classes_N) <= _MANY:
         # Classes are moved apart instead of looped over.
         apart_N = classes_N * (boxes_N4.max() + 1)
-        return nms(boxes_N4 + apart_N[:, None], scores_N, iou)
+        return nms(boxes_N4 + apart_N[:, None], scores_N, iou)[:most]
     # Suppression looks at all pairs: of an untrained one-stage detector's boxes a class at a time is many times faster.
     kept = []
     for label in classes_N.unique():
         index_M = (classes_N == label).nonzero()[:, 0]
         kept.append(index_M[nms(boxes_N4[index_M], scores_N[index_M], iou)])
     kept_M = torch.cat(kept).sort().values
-    return kept_M[scores_N[kept_M].argsort(descending=True, stable=True)]
+    return kept_M[scores_N[kept_M].argsort(descending=True, stable=True)[:most]]
 
 
 def _centres(boxes_4: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

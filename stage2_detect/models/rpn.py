@@ -175,16 +175,17 @@ class RPN(nn.Module):
     def _propose(self, logits: list[Tensor], deltas: list[Tensor], anchors_A4: Tensor, sizes_B2: Tensor) -> Proposals:
         pre_nms, post_nms = self.train_nms if self.training else self.test_nms
         level_anchors = anchors_A4.split([level.shape[1] for level in logits])
-        candidates, scores = [], []
+        candidates, scores, valid = [], [], []
         for logits_BL, deltas_BL4, anchors_L4 in zip(logits, deltas, level_anchors, strict=True):
             scores_BN, index_BN = logits_BL.topk(min(pre_nms, logits_BL.shape[1]), dim=1)
             deltas_BN4 = boxes.take(deltas_BL4, index_BN)
             boxes_BN4 = boxes.clip(boxes.decode(deltas_BN4, anchors_L4[index_BN], _WEIGHTS), sizes_B2)
-            valid_BN = ((boxes_BN4[..., 2:] - boxes_BN4[..., :2]) >= self.min_size).all(dim=-1)
-            kept_BN = boxes.nms_mask(boxes_BN4, scores_BN, valid_BN, self.nms_iou)
             candidates.append(boxes_BN4)
-            scores.append(scores_BN.masked_fill(~kept_BN, -torch.inf))
-        scores_BN, boxes_BN4 = torch.cat(scores, dim=1), torch.cat(candidates, dim=1)
+            scores.append(scores_BN)
+            valid.append(((boxes_BN4[..., 2:] - boxes_BN4[..., :2]) >= self.min_size).all(dim=-1))
+        kept_BN = torch.cat(boxes.nms_masks(candidates, scores, valid, self.nms_iou), dim=1)
+        scores_BN = torch.cat(scores, dim=1).masked_fill(~kept_BN, -torch.inf)
+        boxes_BN4 = torch.cat(candidates, dim=1)
         scores_BR, index_BR = scores_BN.topk(min(post_nms, scores_BN.shape[1]), dim=1)
         return Proposals(boxes.take(boxes_BN4, index_BR), scores_BR > -torch.inf)
 

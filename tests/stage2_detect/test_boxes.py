@@ -127,3 +127,33 @@ def test_suppression_class_by_class_is_suppression_of_all_classes_at_once(monkey
     one_by_one = boxes.class_nms(found, scores, classes, 0.5)
     assert together.tolist() == one_by_one.tolist()
     assert 20 < len(together) < 250
+
+
+@pytest.mark.parametrize("most", [1, 7, 30, 1000])
+@pytest.mark.parametrize("overlap", [1.0, 40.0])
+def test_the_best_of_a_suppression_are_its_first(most: int, overlap: float) -> None:
+    """Also where hardly any box stays, so that the best few of all boxes leave too few, and where scores are equal."""
+    draw = torch.Generator().manual_seed(5)
+    corners = overlap * torch.rand(400, 2, generator=draw)
+    found = torch.cat((corners, corners + 20 + torch.rand(400, 2, generator=draw)), dim=1)
+    scores, classes = (10 * torch.rand(400, generator=draw)).round(), torch.randint(0, 9, (400,), generator=draw)
+    everything = boxes.class_nms(found, scores, classes, 0.5)
+    assert boxes.class_nms(found, scores, classes, 0.5, most=most).tolist() == everything[:most].tolist()
+    assert len(everything) < 400
+
+
+def test_suppression_side_by_side_is_that_of_each_batch() -> None:
+    batches = [random_boxes(2, count, seed=count) for count in (50, 1, 200)]
+    scores = [torch.rand(batch.shape[:2], generator=torch.Generator().manual_seed(1)) for batch in batches]
+    valid = [row > 0.2 for row in scores]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        together = boxes.nms_masks(batches, scores, valid, 0.5)
+    finally:
+        torch.set_num_threads(threads)
+    for found, batch, row, some in zip(together, batches, scores, valid, strict=True):
+        for i in range(2):
+            index = some[i].nonzero()[:, 0]
+            expected = index[ops.nms(batch[i, index], row[i, index], 0.5)]
+            assert found[i].nonzero()[:, 0].tolist() == sorted(expected.tolist())
