@@ -132,10 +132,61 @@ class MaskConfig(Config):
     """probability from which a pixel belongs to the object"""
 
 
+class DenseConfig(Config):
+    """One-stage detectors: pyramid, head, post-processing; used by the kinds retinanet and gfl only."""
+
+    p6_from: Literal["p5", "c5"] = "p5"
+    """what the sixth level is convolved from"""
+    relu_before_p7: bool = False
+    """between the convolutions of the two coarsest levels"""
+    convolutions: Count = 4
+    """of each tower"""
+    candidates: int | None = Field(1000, ge=1)
+    """anchors a level that are looked at, by their best class; null looks at all"""
+    score_threshold: float = Field(0.05, ge=0, lt=1)
+    nms_iou: IoU = 0.6
+    detections: Count = 100
+    """kept an image"""
+    clip_boxes: bool = True
+    """to the image"""
+
+
+class GFLConfig(Config):
+    """GFL's head and losses (arXiv 2006.04388)."""
+
+    reg_max: Count = 16
+    """largest distance from a cell to a side, in strides"""
+    tower_bias: bool = False
+    """convolutions of the towers have a bias, as PaddleDetection's"""
+    unbiased_std: bool = True
+    """of the candidates' IoUs in ATSS; PaddleDetection's is biased"""
+    ignore_padding: bool = True
+    """cells beyond the image are no negatives; in PaddleDetection they are"""
+    weight_floor: Positive = 1e-6
+    """smallest sum of scores that the box losses are divided by; PaddleDetection's is 1"""
+    box_weight: Positive = 2.0
+    """of the GIoU loss"""
+    dfl_weight: float = Field(0.25, ge=0)
+    """of the distribution focal loss; 0 leaves it out"""
+
+
+class RetinaNetConfig(Config):
+    """RetinaNet's assignment and losses (arXiv 1708.02002)."""
+
+    positive_iou: IoU = 0.5
+    negative_iou: IoU = 0.4
+    low_quality_iou: Fraction = 0.0
+    """an object's best anchor is positive from this IoU on, below positive_iou too; Detectron's 0.4"""
+    alpha: Fraction = 0.25
+    gamma: float = Field(2.0, ge=0)
+    smooth_l1_beta: float = Field(0.0, ge=0)
+    """distance at which the square part of the box loss ends; 0 is plain L1"""
+
+
 class DetectorConfig(Config):
     """The detector's architecture; stored in its file."""
 
-    kind: Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"] = "faster_rcnn"
+    kind: Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "retinanet", "gfl"] = "faster_rcnn"
     fpn_channels: int = Field(256, ge=8)
     freeze_stages: int = Field(0, ge=0, le=5)
     """stages of the backbone that do not train: 1 is the stem, 2 the stem and the stride-4 stage, ..."""
@@ -147,11 +198,19 @@ class DetectorConfig(Config):
     roi: RoIConfig = RoIConfig()
     cascade: CascadeConfig = CascadeConfig()
     mask: MaskConfig = MaskConfig()
+    dense: DenseConfig = DenseConfig()
+    gfl: GFLConfig = GFLConfig()
+    retinanet: RetinaNetConfig = RetinaNetConfig()
 
     @property
     def has_masks(self) -> bool:
         """Whether the detector predicts masks and trains on them."""
         return self.kind in ("mask_rcnn", "cascade_mask_rcnn")
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the detector has one stage and no RoIs."""
+        return self.kind in ("retinanet", "gfl")
 
     @property
     def is_cascade(self) -> bool:

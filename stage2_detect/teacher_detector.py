@@ -18,6 +18,7 @@ from stage2_detect.coco import CocoData
 from stage2_detect.detector_file import load_detector
 from stage2_detect.model_config import DetectorConfig
 from stage2_detect.models.batch import ImageBatch
+from stage2_detect.models.dense import DenseDetector, Outputs
 from stage2_detect.models.rcnn import RCNN
 from stage2_detect.scoring import score
 
@@ -35,7 +36,7 @@ class FrozenDetector:
         channels, strides: of its maps.
     """
 
-    def __init__(self, model: RCNN, facts: dict[str, Any] | None = None) -> None:
+    def __init__(self, model: RCNN | DenseDetector, facts: dict[str, Any] | None = None) -> None:
         self.model = model.requires_grad_(False).eval()
         self.facts = facts or {}
         self.channels, self.strides = model.pyramid.channels, model.pyramid.strides
@@ -48,8 +49,16 @@ class FrozenDetector:
     @torch.no_grad()
     def classify(self, features: Sequence[Tensor], rois_BR4: Tensor, valid_BR: Tensor) -> Tensor:
         """float32 logits [N, K + 1] of its first box head for regions in network coordinates, from its own maps."""
+        assert isinstance(self.model, RCNN)
         logits_NK: Tensor = self.model.roi_heads.classify(features, rois_BR4, valid_BR)
         return logits_NK
+
+    @torch.no_grad()
+    def outputs(self, features: Sequence[Tensor]) -> Outputs:
+        """Raw class logits and box values of a one-stage teacher's head, from its own maps."""
+        assert isinstance(self.model, DenseDetector)
+        outputs: Outputs = self.model.dense(features)
+        return outputs
 
 
 def open_teacher(

@@ -38,7 +38,7 @@ class GFL(nn.Module):
         tower_bias: of the head's towers; PaddleDetection has it.
         unbiased_std: of ATSS; PaddleDetection's is biased.
         ignore_padding: anchors that begin beyond the image are no negatives; in PaddleDetection they are.
-        weight_floor: smallest divisor of the box losses, the sum of the positives' scores.
+        weight_floor: smallest divisor of the box losses, the sum of the positives' scores; 1 in PaddleDetection.
         qfl_weight, box_weight, dfl_weight: of the losses; dfl_weight 0 leaves that one out.
         total: sums a scalar tensor over ranks.
         world_size: number of ranks.
@@ -55,7 +55,7 @@ class GFL(nn.Module):
         tower_bias: bool = False,
         unbiased_std: bool = True,
         ignore_padding: bool = True,
-        weight_floor: float = 1.0,
+        weight_floor: float = 1e-6,
         qfl_weight: float = 1.0,
         box_weight: float = 2.0,
         dfl_weight: float = 0.25,

@@ -7,6 +7,7 @@ Shapes: B images, G objects (padded), A anchors of all levels, K classes.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ class RetinaNet(nn.Module):
     def assign(self, grids: Grids, sizes_B2: Tensor, targets: Targets) -> Assignment:
         """Which object each anchor is to find; -1 among the labels are anchors that do not count."""
         anchors_A4 = self.anchors(grids, sizes_B2.device)
-        return assign_max_iou(
+        assigned = assign_max_iou(
             anchors_A4.expand(len(sizes_B2), -1, -1),
             targets.boxes_BG4,
             targets.labels_BG >= 0,
@@ -106,6 +107,8 @@ class RetinaNet(nn.Module):
             negative_iou=self.negative_iou,
             low_quality=True,
         )
+        weak_BA = (assigned.labels_BA == 1) & (assigned.ious_BA < self.low_quality_iou)
+        return replace(assigned, labels_BA=torch.where(weak_BA, 0, assigned.labels_BA))
 
     def losses(
         self,

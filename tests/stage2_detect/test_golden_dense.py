@@ -94,7 +94,7 @@ def run(request: pytest.FixtureRequest) -> SimpleNamespace:
     pyramid = TimmPyramid(body, name="resnet50", freeze_stages=2, freeze_norm=True, p3_p7=True, relu_before_p7=True)
     dense: GFL | RetinaNet
     if kind == "gfl":
-        dense = GFL(classes=80, tower_bias=True, unbiased_std=False, ignore_padding=False)
+        dense = GFL(classes=80, tower_bias=True, unbiased_std=False, ignore_padding=False, weight_floor=1.0)
         options: dict[str, Any] = {"candidates": None, "score_threshold": 0.025, "nms_iou": 0.6}
     else:
         dense = RetinaNet(classes=80)
@@ -205,7 +205,7 @@ def test_localization_distillation_on_given_logits() -> None:
 
     logits_BAK, bins_BA4E = flat("student", "cls", 80), flat("student", "reg", 68).unflatten(-1, (4, 17))
     teacher_BAK, teacher_BA4E = flat("teacher", "cls", 80), flat("teacher", "reg", 68).unflatten(-1, (4, 17))
-    gfl = GFL(classes=80, tower_bias=True, unbiased_std=False, ignore_padding=False)
+    gfl = GFL(classes=80, tower_bias=True, unbiased_std=False, ignore_padding=False, weight_floor=1.0)
     sizes_B2 = torch.tensor(about["sizes"])
     assigned, thresholds = gfl.assign(grids, sizes_B2, targets)
     positive_BA = assigned.labels_BA == 1

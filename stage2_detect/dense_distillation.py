@@ -1,0 +1,177 @@
+"""A one-stage teacher teaches a one-stage student with the same head: LD under a GFL teacher, adaptive distillation under a RetinaNet one.
+
+LD (arXiv 2102.12252; HikariTJU/LD@4287990c, ld_head.py) compares the heads' raw logits on the same batch: distributions of distances and classes on
+the student's positives (main) and on the cells around them (VLR). ADL (arXiv 1901.00366; Tangshitao/Semi-supervised-Adaptive-Distillation@3244dfa)
+compares classes on every anchor that counts. Imitation compares feature maps where objects are.
+
+LD's released sums are of a process, undivided, so that their strength follows its number of images; `reference` is that. `global` is twice the sum
+over the images of the global batch, which is the same at two images a process, on any number of ranks.
+
+Shapes: B images, A anchors of all levels, K classes, E bins of a distance, C channels.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from stage2_detect import distillation_losses
+from stage2_detect.models import regions
+from stage2_detect.models.anchors import Grids
+from stage2_detect.models.assign import Assignment
+from stage2_detect.models.batch import Detections, ImageBatch, Targets
+from stage2_detect.models.dense import DenseDetector, Outputs, grids_of
+from stage2_detect.models.gfl import GFL
+from stage2_detect.models.retinanet import RetinaNet
+from stage2_detect.teacher_detector import FrozenDetector
+
+_SIDES = 4
+_RELEASED_IMAGES = 2  # a process, at which `global` equals `reference`
+
+
+@dataclass(frozen=True)
+class LDTerms:
+    """Weights of LD's terms; 0 leaves one out. The defaults are those behind the published 42.1 (its imitation was off)."""
+
+    ld: float = 0.25
+    """distances, on positives"""
+    vlr_ld: float = 0.25
+    """distances, in the valuable region; divided by 4 as released"""
+    kd: float = 10.0
+    """classes, on positives"""
+    vlr_kd: float = 0.0
+    """classes, in the valuable region"""
+    imitation: float = 0.0
+    """squared error of the feature maps"""
+    ld_temperature: float = 10.0
+    kd_temperature: float = 2.0
+    gamma: float = 0.25
+    """share of an object's threshold at which its valuable region begins"""
+    overlap: regions.Overlap = "anchor"
+    region: Literal["inside", "fine_grained"] = "fine_grained"
+    """where maps are imitated"""
+    normalization: Literal["global", "reference"] = "global"
+
+
+@dataclass(frozen=True)
+class ADLTerm:
+    """The adaptive distillation loss; see `distillation_losses.adaptive_distillation`."""
+
+    weight: float = 1.0
+    beta: float = 1.0
+    gamma: float = 2.0
+    form: Literal["paper", "code", "focal"] = "paper"
+    normalization: Literal["global", "rank"] = "global"
+    """whether the teacher's probabilities are summed over ranks, or for each alone as released"""
+
+
+class DistilledDense(nn.Module):
+    """A student under a teacher, with the contract of a detector: in train mode `model(images, targets)` -> the student's losses and those of the
+    terms; in eval mode `model(images)` -> the student's detections.
+
+    Args:
+        student: its own losses stay as they are.
+        teacher: of the same classes and anchors; no part of this module's parameters, buffers or state.
+        terms: `LDTerms` for a GFL student, `ADLTerm` for a RetinaNet.
+    """
+
+    def __init__(self, student: DenseDetector, teacher: FrozenDetector, terms: LDTerms | ADLTerm) -> None:
+        super().__init__()
+        assert isinstance(student.dense, GFL if isinstance(terms, LDTerms) else RetinaNet)
+        self.student, self.teacher, self.terms = student, teacher, terms
+
+    def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
+        """See the class."""
+        if not self.training:
+            detections: list[Detections] = self.student(images)
+            return detections
+        assert targets is not None, "training needs targets"
+        features, guides = self.student.features(images), self.teacher.features(images)
+        outputs, wanted = self.student.dense(features), self.teacher.outputs(guides)
+        grids = grids_of(features)
+        if isinstance(self.terms, ADLTerm):
+            assigned = self.student.dense.assign(grids, images.sizes_B2, targets)
+            assert isinstance(assigned, Assignment)
+            losses = self.student.dense.losses(outputs, grids, images.sizes_B2, targets, assigned)
+            return losses | self._adl(self.terms, outputs, wanted, assigned)
+        assert isinstance(self.student.dense, GFL)
+        assigned, thresholds = self.student.dense.assign(grids, images.sizes_B2, targets)
+        losses = self.student.dense.losses(outputs, grids, images.sizes_B2, targets, assigned)
+        weight_BA = regions.valuable_region(
+            self.student.dense.anchors(grids, images.sizes_B2.device),
+            targets.boxes_BG4,
+            thresholds.region_BG,
+            gamma=self.terms.gamma,
+            overlap=self.terms.overlap,
+        )
+        losses |= self._ld(self.terms, self.student.dense, outputs, wanted, grids, assigned.labels_BA == 1, weight_BA)
+        if self.terms.imitation:
+            losses["loss_imitation"] = self.terms.imitation * self._imitation(self.terms, features, guides, targets)
+        return losses
+
+    def _ld(
+        self,
+        terms: LDTerms,
+        student: GFL,
+        outputs: Outputs,
+        wanted: Outputs,
+        grids: Grids,
+        positive_BA: Tensor,
+        region_BA: Tensor,
+    ) -> dict[str, Tensor]:
+        (logits_BAK, bins_BA4E), (teacher_BAK, teacher_BA4E) = outputs, wanted
+        factor = 1.0 if terms.normalization == "reference" else _RELEASED_IMAGES / len(logits_BAK)
+        losses: dict[str, Tensor] = {}
+        if terms.ld or terms.vlr_ld:
+            ld_BA = distillation_losses.localization_distillation(bins_BA4E, teacher_BA4E, terms.ld_temperature)
+            if terms.ld:
+                score_BA = torch.where(positive_BA, student.scores(logits_BAK), 0.0)
+                losses["loss_ld"] = terms.ld * factor * (score_BA * ld_BA).sum()
+            if terms.vlr_ld:
+                losses["loss_ld_vlr"] = terms.vlr_ld / _SIDES * factor * (region_BA * ld_BA).sum()
+        if terms.kd or terms.vlr_kd:
+            kd_BA = distillation_losses.soft_divergence(logits_BAK, teacher_BAK, terms.kd_temperature)
+            if terms.kd:
+                losses["loss_kd"] = terms.kd * self._level_means(kd_BA, positive_BA, grids, terms.normalization)
+            if terms.vlr_kd:
+                near_BA = region_BA > 0
+                losses["loss_kd_vlr"] = terms.vlr_kd * self._level_means(kd_BA, near_BA, grids, terms.normalization)
+        return losses
+
+    def _level_means(self, values_BA: Tensor, chosen_BA: Tensor, grids: Grids, normalization: str) -> Tensor:
+        """Sum over the levels of the mean of the chosen values; `global` counts those of all ranks."""
+        counts = [rows * columns for rows, columns in grids]
+        sums = torch.stack([part.sum() for part in torch.where(chosen_BA, values_BA, 0.0).split(counts, dim=1)])
+        chosen = torch.stack([part.sum() for part in chosen_BA.split(counts, dim=1)])
+        if normalization == "reference":
+            return (sums / chosen.clamp(min=1)).sum()
+        dense = self.student.dense
+        return (sums * dense.world_size / dense.total(chosen).clamp(min=1)).sum()
+
+    def _imitation(self, terms: LDTerms, features: list[Tensor], guides: list[Tensor], targets: Targets) -> Tensor:
+        """Sum over the levels of the mean squared error of the maps at the chosen cells; for maps of equal width."""
+        grids = grids_of(features)
+        anchors_A4 = self.student.dense.anchors(grids, targets.boxes_BG4.device)
+        region = regions.inside_objects if terms.region == "inside" else regions.fine_grained
+        chosen_BA = region(anchors_A4, targets.boxes_BG4, targets.labels_BG >= 0)
+        errors_BA = torch.cat(
+            [
+                (maps.float() - guide.float()).square().mean(dim=1).flatten(1)
+                for maps, guide in zip(features, guides, strict=True)
+            ],
+            dim=1,
+        )
+        return self._level_means(errors_BA, chosen_BA, grids, terms.normalization)
+
+    def _adl(self, term: ADLTerm, outputs: Outputs, wanted: Outputs, assigned: Assignment) -> dict[str, Tensor]:
+        loss_BAK = distillation_losses.adaptive_distillation(
+            outputs[0], wanted[0], beta=term.beta, gamma=term.gamma, form=term.form
+        )
+        # Anchors between the two IoUs are no part of the sum, and are one of the normaliser, as released.
+        total = torch.where(assigned.labels_BA >= 0, loss_BAK.sum(dim=-1), 0.0).sum()
+        mass = distillation_losses.adaptive_normalizer(wanted[0])
+        dense = self.student.dense
+        if term.normalization == "global":
+            return {"loss_adl": term.weight * total * dense.world_size / dense.total(mass).clamp(min=1)}
+        return {"loss_adl": term.weight * total / mass.clamp(min=1)}
