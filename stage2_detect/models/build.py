@@ -5,11 +5,15 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from shared.backbones import InputSettings
-from stage2_detect.model_config import DetectorConfig
+from stage2_detect.losses import BoxLoss
+from stage2_detect.model_config import BoxLossConfig, DetectorConfig, RPNConfig
+from stage2_detect.models.postprocess import Suppression
 from stage2_detect.models.pyramid import TimmPyramid
 from stage2_detect.models.rcnn import RCNN
 from stage2_detect.models.roi_heads import BoxStage, RoIHeads
 from stage2_detect.models.rpn import RPN
+
+_ONE_STAGE_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 
 def build_detector(
@@ -31,7 +35,7 @@ def build_detector(
         total: sum of a tensor over ranks (`shared.ranks.total_over_ranks`).
         world_size: number of ranks.
 
-    Raises UserError for a body without strides 4, 8, 16 and 32.
+    Raises UserError for a body without strides 4, 8, 16 and 32, and for one without convolutions to make deformable.
     """
     pyramid = TimmPyramid(
         body,
@@ -41,37 +45,74 @@ def build_detector(
         freeze_norm=config.freeze_norm,
         dcn_strides=config.dcn_strides,
     )
-    match config.kind:
-        case "mask_rcnn" | "cascade_rcnn" | "cascade_mask_rcnn":
-            raise NotImplementedError(config.kind)
-        case "faster_rcnn":
-            rpn = RPN(
-                channels=config.fpn_channels,
-                strides=pyramid.strides,
-                anchor_sizes=config.rpn.anchor_sizes,
-                anchor_ratios=config.rpn.anchor_ratios,
-                positive_iou=config.rpn.positive_iou,
-                negative_iou=config.rpn.negative_iou,
-                samples_per_image=config.rpn.samples,
-                positive_fraction=config.rpn.positive_fraction,
-                random_sampling=config.rpn.random,
-                nms_iou=config.rpn.nms_iou,
-                train_pre_nms=config.rpn.train_pre_nms,
-                train_post_nms=config.rpn.train_post_nms,
-                test_pre_nms=config.rpn.val_pre_nms,
-                test_post_nms=config.rpn.val_post_nms,
-            )
-            roi_heads = RoIHeads(
-                classes=classes,
-                channels=config.fpn_channels,
-                hidden=config.roi.hidden,
-                samples_per_image=config.roi.samples,
-                positive_fraction=config.roi.foreground_fraction,
-                stages=(BoxStage(iou=config.roi.foreground_iou, weights=(10.0, 10.0, 5.0, 5.0)),),
-                score_threshold=config.roi.score_threshold,
-                nms_iou=config.roi.nms.iou,
-                detections_per_image=config.roi.detections,
-                total=total,
-                world_size=world_size,
-            )
-            return RCNN(pyramid=pyramid, rpn=rpn, roi_heads=roi_heads, mean=inputs.mean, std=inputs.std)
+    if config.has_masks:
+        raise NotImplementedError(config.kind)
+    return RCNN(
+        pyramid=pyramid,
+        rpn=_rpn(config.rpn, pyramid),
+        roi_heads=_roi_heads(config, classes, total, world_size),
+        mean=inputs.mean,
+        std=inputs.std,
+    )
+
+
+def _rpn(config: RPNConfig, pyramid: TimmPyramid) -> RPN:
+    return RPN(
+        channels=pyramid.channels,
+        strides=pyramid.strides,
+        anchor_sizes=config.anchor_sizes,
+        anchor_ratios=config.anchor_ratios,
+        positive_iou=config.positive_iou,
+        negative_iou=config.negative_iou,
+        samples_per_image=config.samples,
+        positive_fraction=config.positive_fraction,
+        random_sampling=config.random,
+        nms_iou=config.nms_iou,
+        train_pre_nms=config.train_pre_nms,
+        train_post_nms=config.train_post_nms,
+        test_pre_nms=config.val_pre_nms,
+        test_post_nms=config.val_post_nms,
+    )
+
+
+def _roi_heads(config: DetectorConfig, classes: int, total: Callable[[Tensor], Tensor], world_size: int) -> RoIHeads:
+    roi, cascade = config.roi, config.cascade
+    return RoIHeads(
+        classes=classes,
+        channels=config.fpn_channels,
+        stages=_stages(config),
+        class_agnostic=config.is_cascade or roi.class_agnostic,
+        add_objects_each_stage=cascade.add_gt_each_stage,
+        score_rois=cascade.score_rois,
+        hidden=roi.hidden,
+        sampling_ratio=roi.sampling_ratio,
+        aligned=roi.aligned,
+        samples_per_image=roi.samples,
+        positive_fraction=roi.foreground_fraction,
+        sampling_kind=roi.sampling,
+        libra_bins=roi.libra_bins,
+        box_loss=_box_loss(roi.box_loss),
+        score_threshold=roi.score_threshold,
+        suppression=Suppression(kind=roi.nms.kind, iou=roi.nms.iou, sigma=roi.nms.sigma),
+        detections_per_image=roi.detections,
+        total=total,
+        world_size=world_size,
+    )
+
+
+def _stages(config: DetectorConfig) -> tuple[BoxStage, ...]:
+    if not config.is_cascade:
+        return (BoxStage(iou=config.roi.foreground_iou, weights=_ONE_STAGE_WEIGHTS),)
+    stages = zip(config.cascade.ious, config.cascade.delta_weights, config.cascade.loss_weights, strict=True)
+    return tuple(BoxStage(iou, weights, loss_weight) for iou, weights, loss_weight in stages)
+
+
+def _box_loss(config: BoxLossConfig) -> BoxLoss:
+    return BoxLoss(
+        name=config.name,
+        weight=config.weight,
+        beta=config.beta,
+        alpha=config.alpha,
+        gamma=config.gamma,
+        per_positive=config.normalization == "reference",
+    )

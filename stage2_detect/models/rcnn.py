@@ -7,14 +7,13 @@ Shapes: B images, C channels, H height, W width.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stage2_detect.models.batch import Detections, ImageBatch, Targets
 from stage2_detect.models.pyramid import TimmPyramid
-from stage2_detect.models.roi_heads import RoIHeads
+from stage2_detect.models.roi_heads import RoIHeads, SampledRoIs
 from stage2_detect.models.rpn import RPN
 
 
@@ -49,8 +48,8 @@ class RCNN(nn.Module):
         self.register_buffer("std_C11", 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
-        """Losses `loss_rpn_cls`, `loss_rpn_box`, `loss_cls`, `loss_box` (float32 scalars, already normalised), or
-        detections.
+        """Losses `loss_rpn_cls`, `loss_rpn_box`, `loss_cls`, `loss_box` (of a cascade `loss_cls_0`, ...; float32 scalars,
+        already normalised), or detections.
         """
         features = self.features(images)
         if self.training:
@@ -66,7 +65,8 @@ class RCNN(nn.Module):
 
     def losses(
         self, features: Sequence[Tensor], sizes_B2: Tensor, targets: Targets
-    ) -> tuple[dict[str, Tensor], Any]:
+    ) -> tuple[dict[str, Tensor], SampledRoIs]:
         """The losses of `forward` from feature maps, and the regions that the first box head was trained on."""
         proposals, losses = self.rpn(features, sizes_B2, targets)
-        return losses | self.roi_heads.losses(features, proposals, sizes_B2, targets), None
+        roi_losses, sampled = self.roi_heads.losses(features, proposals, sizes_B2, targets)
+        return losses | roi_losses, sampled

@@ -2,25 +2,26 @@
 Cascade R-CNN.
 
 Sources: arXiv 1506.01497, 1612.03144 (levels), 1703.06870 (aligned pooling), 1712.00726 (stages); numbers and
-normalisations as PaddleDetection@666f597f: background is the last logit, the box loss is L1 over positives divided by
-all sampled RoIs, positives and negatives together. Later stages relabel the RoIs of the first instead of sampling anew,
-and their objects are not appended again.
+normalisations as PaddleDetection@666f597f: background is the last logit, the box loss is a sum over positives divided by
+all sampled RoIs, positives and negatives together. Later stages relabel the RoIs of the first instead of sampling anew.
 
 Losses divide by counts that depend on predictions. Such a count is of one micro-batch and summed over ranks by `total`;
 since data-parallel training averages gradients over ranks, each rank's loss is multiplied by their number.
 
 Shapes: B images, G objects, R RoIs of an image (some not valid), N = B * R, K classes (K + 1 logits in `logits_NK`),
-D = K deltas a RoI or 1 if class-agnostic, later D detections of an image, C channels, F hidden features.
+D = K deltas a RoI or 1 if class-agnostic, C channels, F hidden features.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stage2_detect.models import assign, boxes, pooling, sampling
+from stage2_detect.losses import L1, BoxLoss
+from stage2_detect.models import assign, boxes, pooling, postprocess, sampling
 from stage2_detect.models.batch import Detections, ImageBatch, Targets
 from stage2_detect.models.rpn import Proposals
 
@@ -39,6 +40,22 @@ class BoxStage:
 
 
 FASTER = (BoxStage(iou=0.5, weights=(10.0, 10.0, 5.0, 5.0)),)
+
+
+@dataclass(frozen=True)
+class SampledRoIs:
+    """The RoIs that the first stage was trained on, for whatever else trains on them."""
+
+    rois_BR4: Tensor
+    """float32, in coordinates of the network's input; without gradient."""
+    valid_BR: Tensor
+    """bool: False is padding."""
+    positive_BR: Tensor
+    """bool; implies valid."""
+    objects_BR: Tensor
+    """int64 index of the RoI's object in the targets; of meaning for positives only."""
+    logits_NK: Tensor
+    """float32 of the first stage, with gradient."""
 
 
 class BoxHead(nn.Module):
@@ -75,9 +92,14 @@ class RoIHeads(nn.Module):
         channels: of the feature maps.
         strides: of the feature maps that RoIs are pooled from, finest first; maps beyond them are ignored.
         stages: more than one needs `class_agnostic`.
+        class_agnostic: one box a RoI instead of one a class.
+        add_objects_each_stage: append the objects to the RoIs of later stages as to those of the first.
+        score_rois: which RoIs each stage scores in evaluation, its own or the last stage's; the scores are averaged.
         hidden: width of the fully connected layers.
+        pool_size, sampling_ratio, aligned: of the pooling, see `pooling.pool_rois`.
         samples_per_image, positive_fraction: of the RoIs in the losses.
-        random_sampling: False takes the first RoIs in index order.
+        sampling_kind: random; first takes RoIs in index order; libra spreads negatives over `libra_bins` bins of IoU.
+        score_threshold, suppression, detections_per_image: of the detections, see `postprocess.select`.
         total: sums a scalar int64 count over ranks.
         world_size: number of ranks.
     """
@@ -90,13 +112,19 @@ class RoIHeads(nn.Module):
         strides: Sequence[int] = (4, 8, 16, 32),
         stages: Sequence[BoxStage] = FASTER,
         class_agnostic: bool = False,
+        add_objects_each_stage: bool = False,
+        score_rois: Literal["own", "last"] = "own",
         hidden: int = 1024,
         pool_size: int = 7,
+        sampling_ratio: int = 0,
+        aligned: bool = True,
         samples_per_image: int = 512,
         positive_fraction: float = 0.25,
-        random_sampling: bool = True,
+        sampling_kind: Literal["random", "first", "libra"] = "random",
+        libra_bins: int = 3,
+        box_loss: BoxLoss = L1,
         score_threshold: float = 0.05,
-        nms_iou: float = 0.5,
+        suppression: postprocess.Suppression = postprocess.HARD,
         detections_per_image: int = 100,
         total: Callable[[Tensor], Tensor] = _local,
         world_size: int = 1,
@@ -104,9 +132,13 @@ class RoIHeads(nn.Module):
         super().__init__()
         assert class_agnostic or len(stages) == 1, "a later stage starts from one box a RoI, not from one a class"
         self.classes, self.stages, self.strides, self.pool_size = classes, tuple(stages), tuple(strides), pool_size
+        self.add_objects_each_stage, self.score_rois = add_objects_each_stage, score_rois
+        self.sampling_ratio, self.aligned = sampling_ratio, aligned
         self.samples_per_image, self.positive_fraction = samples_per_image, positive_fraction
-        self.random_sampling = random_sampling
-        self.score_threshold, self.nms_iou, self.detections_per_image = score_threshold, nms_iou, detections_per_image
+        self.sampling_kind, self.libra_bins = sampling_kind, libra_bins
+        self.box_loss = box_loss
+        self.score_threshold, self.suppression = score_threshold, suppression
+        self.detections_per_image = detections_per_image
         self.total, self.world_size = total, world_size
         self.heads = nn.ModuleList(
             BoxHead(features=channels * pool_size**2, hidden=hidden, classes=classes, class_agnostic=class_agnostic)
@@ -115,23 +147,28 @@ class RoIHeads(nn.Module):
 
     def losses(
         self, features: Sequence[Tensor], proposals: Proposals, sizes_B2: Tensor, targets: Targets
-    ) -> dict[str, Tensor]:
-        """`loss_cls` and `loss_box`; with several stages each has its number behind it, as `loss_cls_0`."""
+    ) -> tuple[dict[str, Tensor], SampledRoIs]:
+        """`loss_cls` and `loss_box`, with several stages each with its number behind it, as `loss_cls_0`; and the RoIs of
+        the first stage.
+        """
         present_BG = targets.labels_BG >= 0
-        rois_BR4 = torch.cat((proposals.boxes_BR4, targets.boxes_BG4), dim=1)
-        valid_BR = torch.cat((proposals.valid_BR, present_BG), dim=1)
+        rois_BR4, valid_BR = proposals.boxes_BR4, proposals.valid_BR
         losses: dict[str, Tensor] = {}
         for number, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
+            if number == 0 or self.add_objects_each_stage:
+                rois_BR4 = torch.cat((rois_BR4, targets.boxes_BG4), dim=1)
+                valid_BR = torch.cat((valid_BR, present_BG), dim=1)
             assigned = assign.assign(
                 rois_BR4, targets.boxes_BG4, present_BG, positive_iou=stage.iou, negative_iou=stage.iou
             )
             positive_BR, objects_BR = valid_BR & (assigned.labels_BA == 1), assigned.objects_BA
             if number == 0:
-                chosen = self._sample(positive_BR, valid_BR, targets.seeds_B)
+                chosen = self._sample(positive_BR, valid_BR, assigned.ious_BA, targets.seeds_B)
                 rois_BR4, objects_BR = boxes.take(rois_BR4, chosen.index_BS), objects_BR.gather(1, chosen.index_BS)
                 valid_BR, positive_BR = chosen.valid_BS, chosen.positive_BS
-            pooled = pooling.pool_rois(features, rois_BR4, valid_BR, strides=self.strides, size=self.pool_size)
-            logits_NK, deltas_ND4 = head(pooled)
+            logits_NK, deltas_ND4 = head(self._pool(features, rois_BR4, valid_BR))
+            if number == 0:
+                sampled = SampledRoIs(rois_BR4, valid_BR, positive_BR, objects_BR, logits_NK)
             loss_cls, loss_box = self._stage_losses(
                 stage, logits_NK, deltas_ND4, rois_BR4, valid_BR, positive_BR, objects_BR, targets
             )
@@ -140,42 +177,80 @@ class RoIHeads(nn.Module):
             if number + 1 < len(self.stages):
                 rois_BR4 = self._refine(stage, deltas_ND4, rois_BR4, sizes_B2)
                 valid_BR = valid_BR & (boxes.area(rois_BR4) > 0)
-        return losses
+        return losses, sampled
 
-    @torch.no_grad()
+    def classify(self, features: Sequence[Tensor], rois_BR4: Tensor, valid_BR: Tensor) -> Tensor:
+        """float32 logits [N, K + 1] of the first stage for given RoIs, in coordinates of the network's input; for RoIs that
+        are not valid they mean nothing.
+        """
+        logits_NK: Tensor = self.heads[0](self._pool(features, rois_BR4, valid_BR))[0]
+        return logits_NK
+
     def detect(self, features: Sequence[Tensor], proposals: Proposals, images: ImageBatch) -> list[Detections]:
         """What each image shows, in original coordinates."""
+        found = self.detect_network(features, proposals, images.sizes_B2)
+        return [
+            postprocess.to_original(detections, size_2, scale)[0]
+            for detections, size_2, scale in zip(found, images.sizes_B2, images.scales_B, strict=True)
+        ]
+
+    @torch.no_grad()
+    def detect_network(self, features: Sequence[Tensor], proposals: Proposals, sizes_B2: Tensor) -> list[Detections]:
+        """What each image shows, in coordinates of the network's input."""
         # Valid proposals stand first: dropping the places that no image fills saves the heads' work.
         R = max(1, int(proposals.valid_BR.sum(dim=1).max()))
         rois_BR4, valid_BR = proposals.boxes_BR4[:, :R], proposals.valid_BR[:, :R]
         B = len(rois_BR4)
-        scores = []
+        logits = []
         for number, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True), start=1):
-            pooled = pooling.pool_rois(features, rois_BR4, valid_BR, strides=self.strides, size=self.pool_size)
-            logits_NK, deltas_ND4 = head(pooled)
-            scores.append(logits_NK.softmax(dim=-1))
+            pooled_NCHW = self._pool(features, rois_BR4, valid_BR)
+            logits_NK, deltas_ND4 = head(pooled_NCHW)
+            logits.append(logits_NK)
             if number < len(self.stages):
-                rois_BR4 = self._refine(stage, deltas_ND4, rois_BR4, images.sizes_B2)
-        # Each stage scored its own RoIs; the boxes are the last one's.
-        scores_BRK = torch.stack(scores).mean(dim=0)[:, :-1].unflatten(0, (B, R)) * valid_BR[..., None]
+                rois_BR4 = self._refine(stage, deltas_ND4, rois_BR4, sizes_B2)
+        if self.score_rois == "last":
+            logits[:-1] = [head(pooled_NCHW)[0] for head in self.heads[:-1]]
+        # Whichever RoIs were scored, the boxes are the last stage's.
+        scores_NK = torch.stack([logits_NK.softmax(dim=-1) for logits_NK in logits]).mean(dim=0)
+        scores_BRK = scores_NK[:, :-1].unflatten(0, (B, R)) * valid_BR[..., None]
         boxes_BRK4 = boxes.decode(deltas_ND4.unflatten(0, (B, R)), rois_BR4[:, :, None], stage.weights)
-        boxes_BRK4 = boxes.clip(boxes_BRK4, images.sizes_B2).expand(-1, -1, self.classes, -1)
+        boxes_BRK4 = boxes.clip(boxes_BRK4, sizes_B2).expand(-1, -1, self.classes, -1)
         return [
-            self._select(boxes_RK4, scores_RK, size_2, scale)
-            for boxes_RK4, scores_RK, size_2, scale in zip(
-                boxes_BRK4, scores_BRK, images.sizes_B2, images.scales_B, strict=True
+            postprocess.select(
+                boxes_RK4,
+                scores_RK,
+                threshold=self.score_threshold,
+                suppression=self.suppression,
+                most=self.detections_per_image,
             )
+            for boxes_RK4, scores_RK in zip(boxes_BRK4, scores_BRK, strict=True)
         ]
 
-    def _sample(self, positive_BR: Tensor, valid_BR: Tensor, seeds_B: Tensor) -> sampling.Sample:
+    def _pool(self, features: Sequence[Tensor], rois_BR4: Tensor, valid_BR: Tensor) -> Tensor:
+        return pooling.pool_rois(
+            features,
+            rois_BR4,
+            valid_BR,
+            strides=self.strides,
+            size=self.pool_size,
+            sampling_ratio=self.sampling_ratio,
+            aligned=self.aligned,
+        )
+
+    def _sample(self, positive_BR: Tensor, valid_BR: Tensor, ious_BR: Tensor, seeds_B: Tensor) -> sampling.Sample:
         R = valid_BR.shape[1]
+        count, fraction = self.samples_per_image, self.positive_fraction
         labels_BR = torch.where(valid_BR, positive_BR.long(), -1)
-        priority_BR = (
-            sampling.hash_priority(seeds_B, R, _STREAM) if self.random_sampling else sampling.index_priority(seeds_B, R)
-        )
-        return sampling.sample(
-            labels_BR, priority_BR, count=self.samples_per_image, positive_fraction=self.positive_fraction
-        )
+        if self.sampling_kind == "first":
+            return sampling.sample(
+                labels_BR, sampling.index_priority(seeds_B, R), count=count, positive_fraction=fraction
+            )
+        priority_BR = sampling.hash_priority(seeds_B, R, _STREAM)
+        if self.sampling_kind == "libra":
+            priority_BR = sampling.spread_priority(
+                labels_BR, ious_BR, priority_BR, count=count, positive_fraction=fraction, bins=self.libra_bins
+            )
+        return sampling.sample(labels_BR, priority_BR, count=count, positive_fraction=fraction)
 
     def _stage_losses(
         self,
@@ -195,23 +270,20 @@ class RoIHeads(nn.Module):
         class_N = torch.where(valid_BR, class_BR, -1).flatten()
         entropy = F.cross_entropy(logits_NK, class_N, ignore_index=-1, reduction="sum")
         wanted_BR4 = boxes.encode(boxes.take(targets.boxes_BG4, objects_BR), rois_BR4, stage.weights)
-        # The row of the object's class; where there is none any row does, its distance is not counted.
+        # The row of the object's class. Where there is no object any row does: it is replaced by a perfect prediction before
+        # the loss, so that no gradient there, which `where` alone would multiply by zero, can be infinite.
         row_N = class_N.clamp(0, deltas_ND4.shape[1] - 1)
         deltas_N4 = deltas_ND4[torch.arange(len(row_N), device=row_N.device), row_N]
-        distance_N = (deltas_N4 - wanted_BR4.flatten(0, 1)).abs().sum(dim=-1)
-        distance = torch.where(positive_BR.flatten(), distance_N, 0.0).sum()
+        positive_N = positive_BR.flatten()
+        deltas_N4 = torch.where(positive_N[:, None], deltas_N4, 0.0)
+        wanted_N4 = torch.where(positive_N[:, None], wanted_BR4.flatten(0, 1), 0.0)
+        distance = torch.where(positive_N, self.box_loss(deltas_N4, wanted_N4, stage.weights), 0.0).sum()
         factor = stage.loss_weight * self.world_size / self.total(valid_BR.sum()).clamp(min=1)
-        return entropy * factor, distance * factor
+        box_factor = factor
+        if self.box_loss.per_positive:
+            box_factor = factor * self.classes / self.total(positive_BR.sum()).clamp(min=1)
+        return entropy * factor, distance * box_factor
 
     def _refine(self, stage: BoxStage, deltas_N14: Tensor, rois_BR4: Tensor, sizes_B2: Tensor) -> Tensor:
         deltas_BR4 = deltas_N14.detach()[:, 0].view(rois_BR4.shape)
         return boxes.clip(boxes.decode(deltas_BR4, rois_BR4, stage.weights), sizes_B2)
-
-    def _select(self, boxes_RK4: Tensor, scores_RK: Tensor, size_2: Tensor, scale: Tensor) -> Detections:
-        roi_D, class_D = (scores_RK > self.score_threshold).nonzero(as_tuple=True)
-        boxes_D4, scores_D = boxes_RK4[roi_D, class_D], scores_RK[roi_D, class_D]
-        best_D = boxes.class_nms(boxes_D4, scores_D, class_D, self.nms_iou)[: self.detections_per_image]
-        original_2 = (size_2 / scale + 0.5).floor()
-        boxes_D4 = boxes.clip((boxes_D4[best_D] / scale)[None], original_2[None])[0]
-        some_D = boxes.area(boxes_D4) > 0
-        return Detections(boxes_D4[some_D], scores_D[best_D][some_D], class_D[best_D][some_D])

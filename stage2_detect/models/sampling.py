@@ -6,7 +6,7 @@ the device, nor on a generator's state, nor on the other images of the batch. Th
 (Steele, Lea, Flood, OOPSLA 2014) in wrapping int64 arithmetic. A shortage of positives goes to the negatives; a
 shortage of both leaves places that are not valid.
 
-Another way of choosing (say, spread over IoU bins) is another function that returns a `Sample`.
+Another way of choosing is another priority: `spread_priority` prefers negatives that are spread over bins of IoU.
 
 Shapes: B images, A boxes, S places of the sample.
 """
@@ -43,6 +43,42 @@ def hash_priority(seeds_B: Tensor, count: int, stream: int) -> Tensor:
 def index_priority(seeds_B: Tensor, count: int) -> Tensor:
     """Priorities [B, count] that choose the first boxes in index order: for comparisons, not for training."""
     return torch.arange(count, 0, -1, device=seeds_B.device).expand(len(seeds_B), count)
+
+
+@torch.no_grad()
+def spread_priority(
+    labels_BA: Tensor, ious_BA: Tensor, priority_BA: Tensor, *, count: int, positive_fraction: float, bins: int
+) -> Tensor:
+    """Priorities [B, A] with which `sample` draws an image's negatives evenly from bins of IoU (Libra R-CNN, arXiv 1904.02701
+    section 3.1): each bin gives the same number as far as it has them, and the rest comes from all of them alike.
+
+    The bins divide 0 to the image's highest IoU, that of positives included, as PaddleDetection@666f597f has it: where the
+    objects are among the boxes that is 1, and what lies above the threshold of a positive is a bin's share that others fill.
+    The share is of the negatives that `sample` will draw; PaddleDetection's is of those it draws with all positives there.
+
+    Args:
+        labels_BA: as for `sample`.
+        ious_BA: of each box with its object; at most 0 for all boxes is an image without objects, with one bin.
+        priority_BA: decides within a bin and among the rest; positives keep it.
+        count, positive_fraction: as for `sample`.
+    """
+    negative_BA = labels_BA == 0
+    drawn_B = (labels_BA == 1).sum(dim=1).clamp(max=int(count * positive_fraction))
+    share_B1 = ((count - drawn_B) // bins)[:, None]
+    highest_B1 = torch.where(labels_BA >= 0, ious_BA, 0.0).amax(dim=1, keepdim=True)
+    highest_B1 = torch.where(highest_B1 > 0, highest_B1, 1.0)
+    bin_BA = (ious_BA / highest_B1 * bins).floor().clamp(0, bins - 1).long()
+    bin_BA = torch.where(negative_BA, bin_BA, bins)
+    # The rank within the bin: sorted by priority, then stably by bin, less where the bin begins.
+    order_BA = priority_BA.argsort(dim=1, descending=True, stable=True)
+    order_BA = order_BA.gather(1, bin_BA.gather(1, order_BA).argsort(dim=1, stable=True))
+    sizes_BK = torch.zeros_like(bin_BA[:, :1]).expand(-1, bins + 1).scatter_add(1, bin_BA, torch.ones_like(bin_BA))
+    place_BA = torch.arange(bin_BA.shape[1], device=bin_BA.device).expand_as(bin_BA)
+    place_BA = torch.zeros_like(bin_BA).scatter(1, order_BA, place_BA)
+    rank_BA = place_BA - (sizes_BK.cumsum(dim=1) - sizes_BK).gather(1, bin_BA)
+    # Half of the range is for what a bin owes, half for the others.
+    chosen_BA = torch.where(rank_BA < share_B1, _ABOVE_ALL >> 1, 0) + (priority_BA >> 1)
+    return torch.where(negative_BA, chosen_BA, priority_BA)
 
 
 @torch.no_grad()

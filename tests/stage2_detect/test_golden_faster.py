@@ -25,7 +25,7 @@ def test_proposals_are_the_same_sets(run: SimpleNamespace, mode: str) -> None:
 
 
 def test_losses(run: SimpleNamespace) -> None:
-    golden.check_losses(run, {"loss_cls": "loss_bbox_cls", "loss_box": "loss_bbox_reg"})
+    golden.check_losses(run, golden.BOX_LOSSES)
 
 
 def test_gradient_norms(run: SimpleNamespace) -> None:

@@ -11,6 +11,7 @@ from torchvision import ops
 
 from stage2_detect.models import boxes, pooling
 from stage2_detect.models.batch import ImageBatch, Targets
+from stage2_detect.models.postprocess import Suppression
 from stage2_detect.models.roi_heads import BoxHead, BoxStage, RoIHeads
 from stage2_detect.models.rpn import Proposals
 
@@ -144,7 +145,7 @@ def _losses_by_numpy(heads: RoIHeads, rois: Tensor, labels: list[int], wanted: T
 def test_losses_equal_numpy() -> None:
     heads = make(samples_per_image=10_000, positive_fraction=1.0)
     found, truth = proposals(), targets()
-    losses = heads.losses(maps(), found, SIZES, truth)
+    losses, _ = heads.losses(maps(), found, SIZES, truth)
     rois, labels, wanted = [], [], []
     for i in range(2):
         present = truth.labels_BG[i] >= 0
@@ -163,7 +164,7 @@ def test_losses_equal_numpy() -> None:
 def test_ranks_add_up_to_the_whole_batch() -> None:
     """Counts summed over ranks, gradients averaged over ranks: the whole batch's loss is the mean of the ranks' losses."""
     found, truth = proposals(), targets()
-    whole = make(samples_per_image=20).losses(maps(), found, SIZES, truth)
+    whole, _ = make(samples_per_image=20).losses(maps(), found, SIZES, truth)
     counts: list[Tensor] = []
     halves = [
         (
@@ -183,7 +184,7 @@ def test_ranks_add_up_to_the_whole_batch() -> None:
         make(samples_per_image=20, total=note).losses(*half)
     assert len(counts) == 2
     heads = make(samples_per_image=20, total=lambda _: counts[0] + counts[1], world_size=2)
-    ranks = [heads.losses(*half) for half in halves]
+    ranks = [heads.losses(*half)[0] for half in halves]
     for name in whole:
         assert (ranks[0][name] + ranks[1][name]).item() / 2 == pytest.approx(whole[name].item(), rel=1e-5)
 
@@ -192,7 +193,7 @@ def test_ranks_add_up_to_the_whole_batch() -> None:
 def test_no_objects_train_background_alone(slots: int) -> None:
     heads = make()
     empty = Targets(torch.zeros(2, slots, 4), torch.full((2, slots), -1), torch.arange(2))
-    losses = heads.losses(maps(), proposals(), SIZES, empty)
+    losses, _ = heads.losses(maps(), proposals(), SIZES, empty)
     assert losses["loss_box"].item() == 0
     assert losses["loss_cls"].item() > 0
     torch.stack(list(losses.values())).sum().backward()
@@ -205,7 +206,7 @@ def test_no_roi_at_all_is_a_loss_of_zero() -> None:
     heads = make()
     nothing = Proposals(torch.zeros(2, 6, 4), torch.zeros(2, 6, dtype=torch.bool))
     empty = Targets(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64), torch.arange(2))
-    losses = heads.losses(maps(), nothing, SIZES, empty)
+    losses, _ = heads.losses(maps(), nothing, SIZES, empty)
     assert [loss.item() for loss in losses.values()] == [0, 0]
     torch.stack(list(losses.values())).sum().backward()
     assert all(p.grad is not None and (p.grad == 0).all() for p in heads.parameters())
@@ -241,7 +242,7 @@ def _detect_by_loop(heads: RoIHeads, found: Proposals, scales: list[float]) -> l
             decoded = ops.clip_boxes_to_image(boxes.decode(deltas[:, label], rois, WEIGHTS), (height, width))
             scores = logits.softmax(dim=1)[:, label]
             decoded, scores = decoded[scores > heads.score_threshold], scores[scores > heads.score_threshold]
-            for place in ops.nms(decoded, scores, heads.nms_iou).tolist():
+            for place in ops.nms(decoded, scores, heads.suppression.iou).tolist():
                 rows.append((scores[place].item(), label, *decoded[place].tolist()))
         rows = sorted(rows, reverse=True)[: heads.detections_per_image]
         original = (math.floor(width / scale + 0.5), math.floor(height / scale + 0.5))
@@ -257,7 +258,7 @@ def _detect_by_loop(heads: RoIHeads, found: Proposals, scales: list[float]) -> l
 
 @pytest.mark.parametrize("limit", [1000, 7])
 def test_detections_equal_the_loop(limit: int) -> None:
-    heads = make(score_threshold=0.2, nms_iou=0.3, detections_per_image=limit).eval()
+    heads = make(score_threshold=0.2, suppression=Suppression(iou=0.3), detections_per_image=limit).eval()
     found, scales = proposals(), [0.8, 1.3]
     images = ImageBatch(torch.zeros(2, 3, 128, 160, dtype=torch.uint8), SIZES, torch.tensor(scales))
     with torch.no_grad():
@@ -301,7 +302,7 @@ def test_later_stages_relabel_the_refined_rois_of_the_first() -> None:
     heads = make(stages=stages, class_agnostic=True, samples_per_image=1000, positive_fraction=1.0)
     predict_no_shift(heads)
     truth, found = targets(), proposals()
-    losses = heads.losses(maps(), found, SIZES, truth)
+    losses, _ = heads.losses(maps(), found, SIZES, truth)
     assert list(losses) == ["loss_cls_0", "loss_box_0", "loss_cls_1", "loss_box_1", "loss_cls_2", "loss_box_2"]
     for number, stage in enumerate(stages):
         total, count = 0.0, 0
@@ -317,7 +318,7 @@ def test_later_stages_relabel_the_refined_rois_of_the_first() -> None:
 
 def test_stages_average_their_scores_and_the_last_one_places_the_boxes() -> None:
     stages = [BoxStage(0.5, WEIGHTS), BoxStage(0.6, (20.0, 20.0, 10.0, 10.0))]
-    heads = make(stages=stages, class_agnostic=True, score_threshold=0.0, nms_iou=1.0).eval()
+    heads = make(stages=stages, class_agnostic=True, score_threshold=0.0, suppression=Suppression(iou=1.0)).eval()
     rois = torch.tensor([[[10.0, 10.0, 50.0, 60.0]]])
     valid = torch.ones(1, 1, dtype=torch.bool)
     features = [m[:1] for m in maps()]

@@ -1,0 +1,109 @@
+"""From scored boxes to detections: suppression within classes, the best of an image, and back to the original image.
+
+Hard suppression drops what overlaps a better box of its class; soft suppression (arXiv 1704.04503) lowers its score, and
+drops what falls to the threshold.
+
+Shapes: R RoIs of an image, K classes, D candidates, later detections; in `soft_nms` C candidates of the class that has most.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stage2_detect.models import boxes
+from stage2_detect.models.batch import Detections
+
+
+@dataclass(frozen=True)
+class Suppression:
+    """How overlapping detections of a class are thinned out.
+
+    Args:
+        iou: overlap above which hard suppression drops and soft_linear lowers the score; soft_gaussian has no use for it.
+        sigma: of soft_gaussian: scores are multiplied by exp(-IoU^2 / sigma).
+    """
+
+    kind: Literal["hard", "soft_linear", "soft_gaussian"] = "hard"
+    iou: float = 0.5
+    sigma: float = 0.5
+
+
+HARD = Suppression()
+
+
+def select(
+    boxes_RK4: Tensor, scores_RK: Tensor, *, threshold: float, suppression: Suppression, most: int
+) -> Detections:
+    """The best `most` boxes of one image with scores above `threshold`, best first, in the boxes' own coordinates.
+
+    Args:
+        boxes_RK4: float32, no coordinate negative.
+        scores_RK: in 0..1; a RoI with scores of 0 is never chosen if the threshold is not negative.
+    """
+    roi_D, class_D = (scores_RK > threshold).nonzero(as_tuple=True)
+    boxes_D4, scores_D = boxes_RK4[roi_D, class_D], scores_RK[roi_D, class_D]
+    best_D, scores_D = suppress(boxes_D4, scores_D, class_D, suppression, threshold=threshold, most=most)
+    return Detections(boxes_D4[best_D], scores_D, class_D[best_D])
+
+
+def suppress(
+    boxes_D4: Tensor, scores_D: Tensor, class_D: Tensor, suppression: Suppression, *, threshold: float, most: int
+) -> tuple[Tensor, Tensor]:
+    """Indices of the best `most` boxes that are left, best first, and their scores, which soft suppression has lowered."""
+    if suppression.kind == "hard":
+        best_D = boxes.class_nms(boxes_D4, scores_D, class_D, suppression.iou, most=most)
+        return best_D, scores_D[best_D]
+    scores_D = soft_nms(boxes_D4, scores_D, class_D, suppression, most=most)
+    scores_D, best_D = scores_D.sort(descending=True, stable=True)
+    some_D = scores_D[:most] > threshold
+    return best_D[:most][some_D], scores_D[:most][some_D]
+
+
+def soft_nms(boxes_D4: Tensor, scores_D: Tensor, class_D: Tensor, suppression: Suppression, *, most: int) -> Tensor:
+    """Scores [D] after soft suppression within each class; 0 for what is not among a class's best `most`.
+
+    Classes advance together: each step takes the best box that is left of every class and lowers the scores of the others
+    by their IoU with it (arXiv 1704.04503, figure 2). A class's scores come in falling order, so `most` steps serve whoever
+    keeps that many.
+    """
+    if len(scores_D) == 0:
+        return scores_D
+    # One row a class that occurs: the place of a candidate is its number among its class's.
+    _, row_D, count = class_D.unique(return_inverse=True, return_counts=True)
+    order_D = row_D.argsort(stable=True)
+    first = count.cumsum(0) - count
+    place_D = torch.empty_like(row_D)
+    place_D[order_D] = torch.arange(len(row_D), device=row_D.device) - first[row_D[order_D]]
+    C = int(count.max())
+    boxes_KC4 = boxes_D4.new_zeros((len(count), C, 4))
+    left_KC = scores_D.new_full((len(count), C), -1.0)  # -1: nothing there, or taken
+    boxes_KC4[row_D, place_D], left_KC[row_D, place_D] = boxes_D4, scores_D
+    final_KC = torch.zeros_like(left_KC)
+    for _ in range(min(C, most)):
+        score_K1, taken_K1 = left_KC.max(dim=1, keepdim=True)
+        final_KC.scatter_(1, taken_K1, score_K1.clamp(min=0).maximum(final_KC.gather(1, taken_K1)))
+        iou_KC = boxes.pairwise_iou(boxes.take(boxes_KC4, taken_K1), boxes_KC4)[:, 0]
+        if suppression.kind == "soft_linear":
+            factor_KC = torch.where(iou_KC >= suppression.iou, 1 - iou_KC, 1.0)
+        else:
+            factor_KC = torch.exp(-iou_KC.square() / suppression.sigma)
+        left_KC = torch.where(left_KC >= 0, left_KC * factor_KC, -1.0).scatter(1, taken_K1, -1.0)
+    return final_KC[row_D, place_D]
+
+
+def to_original(found: Detections, size_2: Tensor, scale: Tensor) -> tuple[Detections, Tensor]:
+    """Detections of one image in the coordinates of the original, and which of those given they are: bool [D].
+
+    What has no area there, having lain in the last half pixel, is left out.
+
+    Args:
+        found: in the coordinates of the network's input.
+        size_2: (height, width) of the network's input.
+        scale: network size / original size.
+    """
+    original_12 = (size_2 / scale + 0.5).floor()[None]
+    boxes_D4 = boxes.clip((found.boxes_N4 / scale)[None], original_12)[0]
+    some_D = boxes.area(boxes_D4) > 0
+    return Detections(boxes_D4[some_D], found.scores_N[some_D], found.labels_N[some_D]), some_D
