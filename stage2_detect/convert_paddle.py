@@ -49,7 +49,7 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
     arrays = read_paddle_weights(config.weights)
     arch = recognise(arrays, source)
     check_recipe(arrays, config.model, source)
-    data = _classes(config, class_count(arrays))
+    data = _classes(config, class_count(arrays, source))
     layers = {name.rpartition(".")[0] for name in arrays}
     modules = {layer: our_module(layer, deep_stem=arch.endswith("d")) for layer in layers}
     tensors = to_torch(arrays, {layer: module for layer, module in modules.items() if module}, source)

@@ -147,7 +147,9 @@ def check_recipe(arrays: Mapping[str, np.ndarray], model: DetectorConfig, source
         )
 
 
-def class_count(arrays: Mapping[str, np.ndarray]) -> int:
-    """Classes without background."""
-    name = "bbox_head.bbox_score.weight"
-    return int(arrays[name if name in arrays else "bbox_head.bbox_score_stage0.weight"].shape[-1]) - 1
+def class_count(arrays: Mapping[str, np.ndarray], source: str) -> int:
+    """Classes without background. Raises UserError where the classifier is missing."""
+    for name in ("bbox_head.bbox_score.weight", "bbox_head.bbox_score_stage0.weight"):
+        if name in arrays:
+            return int(arrays[name].shape[-1]) - 1
+    raise UserError(f"{source}: has no classifier (bbox_head.bbox_score); the file is damaged")
