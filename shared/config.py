@@ -28,7 +28,9 @@ from pydantic_settings import (
 from shared.errors import UserError
 
 # A run is the same run whatever these say: where it writes, how fast it goes, how much it tells.
-NOT_IDENTITY = frozenset({"output", "resume", "workers", "threads", "log_every", "trackers", "device"})
+NOT_IDENTITY = frozenset(
+    {"output", "resume", "workers", "threads", "log_every", "trackers", "device", "cache_annotations"}
+)
 # These may change between two starts of one run: the change is printed.
 MAY_CHANGE = frozenset({"steps", "train_epochs", "train_images", "save_every", "keep_checkpoints", "evaluate_every"})
 

@@ -10,8 +10,6 @@ captions, panoptic segments.
 Legend: N objects of one image.
 """
 
-import json
-import math
 import os
 import warnings
 from collections import Counter
@@ -24,10 +22,11 @@ import numpy as np
 from pycocotools import mask as mask_codec
 
 from shared.errors import UserError
+from stage2_detect.annotation_cache import PackedShapes, read_cached
+from stage2_detect.coco_table import CocoTable, read_table
+from stage2_detect.coco_table import Id as Id
 
-Id = int | str
 MIN_SIDE = 1e-5
-MAX_COORDINATE = 1e9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +48,7 @@ class CocoImage:
     file_boxes_N4: np.ndarray
     """float64 xywh"""
     annotation_ids: tuple[Id, ...]
-    segmentations: tuple[Any, ...] | None
+    segmentations: Sequence[Any] | None
     """raw polygons or RLE (None where an annotation has none), when asked for"""
 
 
@@ -99,35 +98,27 @@ def read_coco(
     keep_empty: bool = True,
     segmentations: bool = False,
     class_names: Sequence[str] | None = None,
+    cache: bool = False,
 ) -> CocoData:
     """Reads a COCO JSON file; every fault of the file is a `UserError` that names the file and the id.
 
     `training` drops crowds and unusable boxes, and with `keep_empty=False` the images that have no box then; evaluation
     keeps everything. `image_folder` is what `file_name` is relative to, and all files must be there; None skips that
     check. `segmentations` keeps the masks, which take most of the memory. `class_names` fixes the classes and their
-    order (those of a trained detector); the file must have the same names.
+    order (those of a trained detector); the file must have the same names. `cache` keeps the content of a large file for
+    the next time (`annotation_cache.py`).
     """
     file = str(annotation_file)
-    data = _load(file)
-    names, ids = _classes(file, data["categories"], class_names)
-    label_of = {category_id: label for label, category_id in enumerate(ids)}
-    rows, annotations = data["images"], data["annotations"]
-
-    image_ids = _ids(file, "image", rows, "id", unique=True)
-    widths, heights = (_sizes(file, rows, image_ids, key) for key in ("width", "height"))
-    paths = _paths(file, rows, image_folder)
-
-    annotation_ids = _ids(file, "annotation", annotations, "id", unique=True)
-    position = {image_id: index for index, image_id in enumerate(image_ids)}
-    owners = _look_up(file, annotations, annotation_ids, "image_id", position, "image")
-    labels = _look_up(file, annotations, annotation_ids, "category_id", label_of, "category")
-    file_boxes = _boxes(file, annotations, annotation_ids)
-    crowd = _crowd_flags(file, annotations, annotation_ids)
-    areas = _areas(file, annotations, annotation_ids, file_boxes)
+    table = read_cached(file, segmentations=segmentations) if cache else read_table(file, segmentations=segmentations)
+    names, ids, label_of = _classes(file, table, class_names)
+    image_ids, annotation_ids, owners = table.image_ids, table.annotation_ids, table.owners_N
+    paths = _paths(file, table.file_names, image_folder)
+    labels, file_boxes, crowd, areas = label_of[table.labels_N], table.boxes_N4, table.crowd_N, table.areas_N
+    masks = table.segmentations
 
     unrounded = np.concatenate([file_boxes[:, :2], file_boxes[:, :2] + file_boxes[:, 2:]], 1)
     corners = unrounded.round(3)
-    limits = np.array([widths, heights, widths, heights], dtype=np.float64).T[owners].reshape(-1, 4)
+    limits = np.stack([table.widths_I, table.heights_I] * 2, 1).astype(np.float64)[owners]
     clipped = corners.clip(0, limits)
     degenerate = ((corners[:, 2:] - corners[:, :2]) <= MIN_SIDE).any(1)
     outside = ~degenerate & ((clipped[:, 2:] - clipped[:, :2]) <= MIN_SIDE).any(1)
@@ -137,16 +128,17 @@ def read_coco(
 
     kept = np.flatnonzero(keep)
     kept = kept[np.argsort(owners[kept], kind="stable")]  # grouped by image, in file order inside
-    bounds = np.searchsorted(owners[kept], np.arange(len(rows) + 1))
+    bounds = np.searchsorted(owners[kept], np.arange(len(image_ids) + 1))
+    widths, heights = table.widths_I.tolist(), table.heights_I.tolist()
     images = []
     for index, image_id in enumerate(image_ids):
         mine = kept[bounds[index] : bounds[index + 1]]
         if training and not keep_empty and not len(mine):
             continue
-        masks = tuple(annotations[i].get("segmentation") for i in mine) if segmentations else None
+        shapes = None if masks is None else _pick(masks, mine)
         ids_here = tuple(annotation_ids[i] for i in mine)
         arrays = (boxes[mine], labels[mine], crowd[mine], areas[mine], file_boxes[mine])
-        images.append(CocoImage(image_id, paths[index], widths[index], heights[index], *arrays, ids_here, masks))
+        images.append(CocoImage(image_id, paths[index], widths[index], heights[index], *arrays, ids_here, shapes))
 
     counts = Counter(
         boxes=len(kept),
@@ -155,10 +147,10 @@ def read_coco(
         outside=int((outside & ~(crowd & training)).sum()),
         clipped=int(((clipped != corners).any(1) & keep & ~degenerate & ~outside).sum()),
         empty=int((np.diff(bounds) == 0).sum()),
-        empty_dropped=len(rows) - len(images),
+        empty_dropped=len(image_ids) - len(images),
     )
     if not images:
-        raise UserError(f"{file}: no image{' with a usable box' if rows else ''} in it")
+        raise UserError(f"{file}: no image{' with a usable box' if image_ids else ''} in it")
     return CocoData(file, training, names, ids, images, counts, tuple(annotation_ids[i] for i in odd[:3]))
 
 
@@ -190,40 +182,21 @@ def segmentation_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
         return mask_codec.decode(code).astype(bool)
 
 
-def _load(file: str) -> dict[str, list[dict]]:
-    try:
-        data = json.loads(Path(file).read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{file} is not a COCO data set: expected an object, found a {type(data).__name__}")
-    for key in ("images", "annotations", "categories"):
-        if key not in data:
-            raise UserError(
-                f"{file} is not a COCO data set: it has no key {key!r} (it has: {', '.join(map(repr, data)) or 'none'})"
-            )
-        if not isinstance(data[key], list) or not all(isinstance(row, dict) for row in data[key]):
-            raise UserError(f"{file} is not a COCO data set: {key!r} is not a list of objects")
-    return data
+def _pick(shapes: Sequence[Any], positions: np.ndarray) -> Sequence[Any]:
+    return shapes.pick(positions) if isinstance(shapes, PackedShapes) else tuple(shapes[i] for i in positions)
 
 
-def _classes(file: str, rows: list[dict], wanted: Sequence[str] | None) -> tuple[tuple[str, ...], tuple[Id, ...]]:
-    ids = _ids(file, "category", rows, "id", unique=True)
-    names: list[Any] = [row.get("name") for row in rows]
-    for name, category_id in zip(names, ids, strict=True):
-        if not isinstance(name, str):
-            raise UserError(f"{file}: category {category_id!r} has no name")
-    if not names:
-        raise UserError(f"{file}: 'categories' is empty")
-    twice = [name for name, times in Counter(names).items() if times > 1]
-    if twice:
-        raise UserError(f"{file}: two categories are called {twice[0]!r}")
+def _classes(
+    file: str, table: CocoTable, wanted: Sequence[str] | None
+) -> tuple[tuple[str, ...], tuple[Id, ...], np.ndarray]:
+    """(names, category ids, index of each class of the file) in the order that is wanted."""
+    names = table.class_names
     if wanted is None:
-        return tuple(names), tuple(ids)
+        return tuple(names), tuple(table.category_ids), np.arange(len(names))
     _compare_names(file, names, wanted)
-    return tuple(wanted), tuple(ids[names.index(name)] for name in wanted)
+    index = {name: label for label, name in enumerate(wanted)}
+    ids = dict(zip(names, table.category_ids, strict=True))
+    return tuple(wanted), tuple(ids[name] for name in wanted), np.array([index[name] for name in names])
 
 
 def _compare_names(file: str, names: Sequence[str], wanted: Sequence[str]) -> None:
@@ -239,55 +212,12 @@ def _compare_names(file: str, names: Sequence[str], wanted: Sequence[str]) -> No
         )
 
 
-def _ids(file: str, what: str, rows: list[dict], key: str, *, unique: bool) -> list[Any]:
-    values = [row.get(key) for row in rows]
-    for index, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, int | str):
-            owner = f"{what} {rows[index]['id']!r}" if key != "id" else f"{what} number {index + 1}"
-            raise UserError(
-                f"{file}: {owner} has no {key}"
-                if value is None
-                else f"{file}: {owner} has {key} {value!r}, not an integer or a string"
-            )
-    if unique and len(set(values)) < len(values):
-        raise UserError(f"{file}: {what} id {Counter(values).most_common(1)[0][0]!r} occurs more than once")
-    return values
-
-
-def _look_up(
-    file: str, rows: list[dict], annotation_ids: list[Id], key: str, known: dict[Id, int], what: str
-) -> np.ndarray:
-    values = _ids(file, "annotation", rows, key, unique=False)
-    found = [known.get(value, -1) for value in values]
-    if -1 in found:
-        index = found.index(-1)
-        value = values[index]
-        other: Id = str(value) if isinstance(value, int) else int(value) if value.isdecimal() else value
-        hint = f" (but {other!r} is: numbers and strings differ)" if other != value and other in known else ""
-        raise UserError(
-            f"{file}: annotation {annotation_ids[index]!r} has {key} {value!r}, which is no {what} of the file{hint}"
-        )
-    return np.array(found, dtype=np.int64)
-
-
-def _sizes(file: str, rows: list[dict], image_ids: list[Id], key: str) -> list[int]:
-    values = [row.get(key) for row in rows]
-    for value, image_id in zip(values, image_ids, strict=True):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or value != value // 1:
-            fault = f"no {key}" if value is None else f"{key} {value!r}, not a positive integer"
-            raise UserError(f"{file}: image {image_id!r} has {fault}")
-    return [int(value) for value in values]  # type: ignore[arg-type]
-
-
-def _paths(file: str, rows: list[dict], image_folder: str | Path | None) -> list[str]:
-    for row in rows:
-        if not isinstance(row.get("file_name"), str) or not row["file_name"]:
-            raise UserError(f"{file}: image {row['id']!r} has no file_name")
+def _paths(file: str, names: list[str], image_folder: str | Path | None) -> list[str]:
     if image_folder is None:
-        return [row["file_name"] for row in rows]
+        return names
     if not os.path.isdir(image_folder):
         raise UserError(f"image folder {image_folder} does not exist")
-    paths = [os.path.join(image_folder, row["file_name"]) for row in rows]
+    paths = [os.path.join(image_folder, name) for name in names]
     present: dict[str, set[str]] = {}  # one listing a folder instead of one system call an image
     missing = []
     for path in paths:
@@ -299,41 +229,3 @@ def _paths(file: str, rows: list[dict], image_folder: str | Path | None) -> list
     if missing:
         raise UserError(f"{len(missing)} of the {len(paths)} images of {file} are missing; the first is {missing[0]}")
     return paths
-
-
-def _boxes(file: str, rows: list[dict], annotation_ids: list[Id]) -> np.ndarray:
-    try:
-        boxes = np.asarray([row["bbox"] for row in rows]).reshape(len(rows), 4)
-        sound = boxes.dtype.kind in "iuf" or not len(rows)
-    except (KeyError, ValueError):
-        sound = False
-    if not sound or not (np.abs(boxes) < MAX_COORDINATE).all():
-        for row, annotation_id in zip(rows, annotation_ids, strict=True):
-            box: Any = row.get("bbox")
-            numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(value, int | float) for value in box)
-            if not numbers or not all(abs(value) < MAX_COORDINATE for value in box):  # NaN compares as False
-                raise UserError(
-                    f"{file}: annotation {annotation_id!r} has bbox {box!r}, "
-                    "expected four finite numbers [x, y, width, height]"
-                )
-    return boxes.astype(np.float64)
-
-
-def _crowd_flags(file: str, rows: list[dict], annotation_ids: list[Id]) -> np.ndarray:
-    flags = [row.get("iscrowd") or 0 for row in rows]
-    for flag, annotation_id in zip(flags, annotation_ids, strict=True):
-        if flag not in (0, 1):
-            raise UserError(f"{file}: annotation {annotation_id!r} has iscrowd {flag!r}, expected 0 or 1")
-    return np.array(flags, dtype=bool)
-
-
-def _areas(file: str, rows: list[dict], annotation_ids: list[Id], file_boxes: np.ndarray) -> np.ndarray:
-    areas = (file_boxes[:, 2] * file_boxes[:, 3]).tolist()
-    for index, row in enumerate(rows):
-        area = row.get("area")
-        if area is None:
-            continue
-        if isinstance(area, bool) or not isinstance(area, int | float) or not math.isfinite(area):
-            raise UserError(f"{file}: annotation {annotation_ids[index]!r} has area {area!r}, not a finite number")
-        areas[index] = area
-    return np.array(areas, dtype=np.float64)

@@ -143,6 +143,8 @@ class TrainConfig(TrainingConfig):
     labeled_ratio: float = Field(0.5, gt=0, lt=1)
     """share of labelled images in a batch where there are unlabelled ones"""
     distill: DistillConfig | None = None
+    cache_annotations: bool = True
+    """keep the content of large annotation files in ~/.cache/ssld (or $XDG_CACHE_HOME/ssld), for the next start"""
     resize: ResizeConfig = ResizeConfig()
     augment: AugmentConfig = AugmentConfig()
     model: DetectorConfig = DetectorConfig()
@@ -222,6 +224,8 @@ class EvaluateConfig(CommandConfig):
     """images a forward pass"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """of the forward pass; boxes stay fp32"""
+    cache_annotations: bool = True
+    """keep the content of large annotation files in ~/.cache/ssld (or $XDG_CACHE_HOME/ssld), for the next start"""
     workers: int = Field(2, ge=0)
     """processes that decode images"""
     device: Literal["auto", "cpu"] = "auto"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -55,9 +56,10 @@ class TrainingData:
 
 def read_training_data(config: TrainConfig) -> TrainingData:
     """Read what `config` names; raises UserError for any fault of the files."""
-    files, masks = config.data, config.model.has_masks
+    files = config.data
+    options: dict[str, Any] = {"segmentations": config.model.has_masks, "cache": config.cache_annotations}
     train = read_coco(
-        files.train_annotations, files.train_images, training=True, keep_empty=files.keep_empty, segmentations=masks
+        files.train_annotations, files.train_images, training=True, keep_empty=files.keep_empty, **options
     )
     val = val_objects = None
     if files.val_annotations and files.val_images:
@@ -67,7 +69,7 @@ def read_training_data(config: TrainConfig) -> TrainingData:
                 files.val_images,
                 training=training,
                 class_names=train.class_names,
-                segmentations=masks,
+                **options,
             )
             if wanted
             else None
@@ -83,7 +85,11 @@ def images_to_try_a_teacher_on(config: TrainConfig, data: TrainingData) -> CocoD
     """The evaluation images, or the training images where there are none."""
     files = config.data
     return data.val or read_coco(
-        files.train_annotations, files.train_images, training=False, class_names=data.train.class_names
+        files.train_annotations,
+        files.train_images,
+        training=False,
+        class_names=data.train.class_names,
+        cache=config.cache_annotations,
     )
 
 
