@@ -17,12 +17,18 @@ _DIFFERENCE = 1e-3  # largest that folding may make, as a part of the largest an
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self, opaque: tuple[type[nn.Module], ...]) -> None:
+        super().__init__()
+        self._leaves = (nn.Conv2d, nn.BatchNorm2d, *opaque)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.Conv2d | nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
 
 
-def fold_batchnorm(net: nn.Module, example: Tensor) -> tuple[nn.Module, int]:
-    """(a copy of `net` with its BatchNorm folded, how many were).
+def fold_batchnorm(
+    net: nn.Module, example: Tensor, *, opaque: tuple[type[nn.Module], ...] = ()
+) -> tuple[nn.Module, int]:
+    """(a copy of `net` with its BatchNorm folded, how many were); modules of the types `opaque` are not looked into.
 
     The network itself and 0 where tracing cannot follow it, where no BatchNorm follows a convolution, or where the answer to the input `example`
     changes by more than a thousandth of its largest value.
@@ -30,15 +36,15 @@ def fold_batchnorm(net: nn.Module, example: Tensor) -> tuple[nn.Module, int]:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing warns of what it skips
         try:
-            return _folded(net, example)
+            return _folded(net, example, opaque)
         except (
             Exception
         ):  # control flow that depends on values, or on the modules that went: the network stays as it is
             return net, 0
 
 
-def _folded(net: nn.Module, example: Tensor) -> tuple[nn.Module, int]:
-    pairs = _pairs(net)
+def _folded(net: nn.Module, example: Tensor, opaque: tuple[type[nn.Module], ...]) -> tuple[nn.Module, int]:
+    pairs = _pairs(net, opaque)
     if not pairs:
         return net, 0
     folded = copy.deepcopy(net)
@@ -57,10 +63,10 @@ def _folded(net: nn.Module, example: Tensor) -> tuple[nn.Module, int]:
     return folded, len(pairs)
 
 
-def _pairs(net: nn.Module) -> list[tuple[str, str]]:
+def _pairs(net: nn.Module, opaque: tuple[type[nn.Module], ...]) -> list[tuple[str, str]]:
     """(convolution, BatchNorm) by name: each called once, and nothing else reads the convolution."""
     modules = dict(net.named_modules())
-    calls = [node for node in _Tracer().trace(net).nodes if node.op == "call_module"]
+    calls = [node for node in _Tracer(opaque).trace(net).nodes if node.op == "call_module"]
     targets = [str(node.target) for node in calls]
     pairs = []
     for node in calls:

@@ -9,24 +9,26 @@ from stage2_detect.batches import EvalLoader
 from stage2_detect.coco import CocoData, Id
 from stage2_detect.coco_ap import coco_ap
 from stage2_detect.models.batch import Detections
-from stage2_detect.models.rcnn import RCNN
+from stage2_detect.models.build import Detector
+from stage2_detect.models.inference import for_inference
 
 
 @torch.no_grad()
-def detect(model: RCNN, loader: EvalLoader, *, device: torch.device, dtype: torch.dtype) -> dict[Id, Detections]:
+def detect(model: Detector, loader: EvalLoader, *, device: torch.device, dtype: torch.dtype) -> dict[Id, Detections]:
     """Detections of every image by its id, gathered over all ranks; `model` is left in evaluation mode."""
     model.eval()
+    fast = for_inference(model)
     found: list[tuple[Id, Detections]] = []
     for images, records in loader:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            detections = model(images.to(device, non_blocking=True))
+            detections = fast(images.to(device, non_blocking=True))
         for record, one in zip(records, detections, strict=True):
             found.append((record.image_id, Detections(one.boxes_N4.cpu(), one.scores_N.cpu(), one.labels_N.cpu())))
     return dict(gather_lists(found))
 
 
 def score(
-    model: RCNN,
+    model: Detector,
     data: CocoData,
     *,
     short_side: int,

@@ -1,0 +1,127 @@
+"""One network as our detector and as torchvision's FasterRCNN: same weights, anchors, counts and thresholds, so that only the code differs.
+
+The weights are those of tests/golden/reference_weights.py, under which both find something. torchvision's side keeps its own transform (without the
+resize), FrozenBatchNorm2d, RPN, samplers, RoI pooling (two samples a side, not aligned) and heads; its body is timm's resnet50d, because those
+weights are of one, and its anchors are ours, because it rounds them.
+"""
+
+import copy
+import importlib.util
+import json
+from collections import OrderedDict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import timm
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FasterRCNN
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from shared.backbones import InputSettings
+from stage2_detect.model_config import DetectorConfig
+from stage2_detect.models import anchors
+from stage2_detect.models.build import build_detector
+from stage2_detect.models.rcnn import RCNN
+from stage2_detect.paddle_names import our_name
+
+GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
+ARCH, CLASSES = "resnet50d", 80
+_INPUTS = InputSettings(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, (0, 0), "bilinear", False)
+
+
+def our_detector(*, torchvisions_pooling: bool) -> RCNN:
+    """Our Faster R-CNN under the golden weights, pooling RoIs as torchvision does or as the reference does."""
+    pooling = {"sampling_ratio": 2, "aligned": False} if torchvisions_pooling else {}
+    config = DetectorConfig.model_validate({"freeze_stages": 2, "freeze_norm": True, "roi": pooling})
+    body = timm.create_model(ARCH, features_only=True, pretrained=False)
+    model = build_detector(config, classes=CLASSES, body=body, arch=ARCH, inputs=_INPUTS)
+    about = json.loads((GOLDEN / "faster.json").read_text())
+    rule = _rule()
+    weights: dict[str, Tensor] = {}
+    for name, shape in about["parameters"].items():
+        weight = torch.from_numpy(rule.reference_weight(name, shape, about["salt"]))
+        weights[our_name(name) or name] = weight.T if weight.ndim == 2 else weight
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert all(name.endswith("num_batches_tracked") for name in missing)
+    return model
+
+
+def torchvisions_detector(ours: RCNN) -> FasterRCNN:
+    """The same network and settings in torchvision's classes; labels are ours + 1, since background comes first."""
+    rpn, roi = ours.rpn, ours.roi_heads
+    theirs = FasterRCNN(
+        _Backbone(ours),
+        num_classes=CLASSES + 1,
+        rpn_anchor_generator=_OurAnchors(ours),
+        rpn_pre_nms_top_n_train=rpn.train_nms[0],
+        rpn_post_nms_top_n_train=rpn.train_nms[1],
+        rpn_pre_nms_top_n_test=rpn.test_nms[0],
+        rpn_post_nms_top_n_test=rpn.test_nms[1],
+        _skip_resize=True,
+    )
+    theirs.rpn.min_size = rpn.min_size
+    head, box = theirs.rpn.head, theirs.roi_heads
+    _copy(ours.rpn.head.conv, head.conv[0][0])
+    _copy(ours.rpn.head.objectness, head.cls_logits)
+    _copy(ours.rpn.head.deltas, head.bbox_pred)
+    our_head: Any = roi.heads[0]
+    _copy(our_head.fc1, box.box_head.fc6)
+    _copy(our_head.fc2, box.box_head.fc7)
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            logits, deltas = getattr(our_head.logits, name), getattr(our_head.deltas, name)
+            getattr(box.box_predictor.cls_score, name).copy_(torch.cat((logits[-1:], logits[:-1])))
+            getattr(box.box_predictor.bbox_pred, name).copy_(torch.cat((torch.zeros_like(deltas[:4]), deltas)))
+    return theirs.train(ours.training)
+
+
+class _Backbone(nn.Module):
+    """torchvision's BackboneWithFPN around a timm body, with torchvision's frozen norm and the stem and first stage fixed."""
+
+    def __init__(self, ours: RCNN) -> None:
+        super().__init__()
+        self.body = copy.deepcopy(ours.pyramid.body)
+        self.fpn = copy.deepcopy(ours.pyramid.fpn)
+        self.indices = ours.pyramid.level_indices
+        self.out_channels = ours.pyramid.channels
+        norms = {name: module for name, module in self.body.named_modules() if isinstance(module, nn.BatchNorm2d)}
+        for name, norm in norms.items():
+            frozen = FrozenBatchNorm2d(norm.num_features, eps=norm.eps)
+            frozen.load_state_dict({key: value for key, value in norm.state_dict().items() if "num_" not in key})
+            self.body.set_submodule(name, frozen)
+
+    def forward(self, pixels_BCHW: Tensor) -> dict[str, Tensor]:
+        maps = self.body(pixels_BCHW)
+        return dict(self.fpn(OrderedDict((str(place), maps[i]) for place, i in enumerate(self.indices))))
+
+
+class _OurAnchors(AnchorGenerator):
+    def __init__(self, ours: RCNN) -> None:
+        super().__init__(tuple((int(size),) for size in ours.rpn.anchor_sizes), (ours.rpn.anchor_ratios,) * 5)
+        self.ours = (ours.rpn.strides, ours.rpn.anchor_sizes, ours.rpn.anchor_ratios)
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        strides, sizes, ratios = self.ours
+        grids = [(feature.shape[-2], feature.shape[-1]) for feature in feature_maps]
+        device = feature_maps[0].device
+        found = anchors.grid_anchors(grids, device, strides=strides, sizes=sizes, ratios=ratios)
+        return [found] * len(image_list.image_sizes)
+
+
+def _copy(source: nn.Module, target: nn.Module) -> None:
+    target.load_state_dict(source.state_dict())
+
+
+def _rule() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reference_weights", GOLDEN / "reference_weights.py")
+    assert spec is not None
+    assert spec.loader is not None
+    rule = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rule)
+    return rule
