@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stage2_detect.models.sampling import hash_priority, index_priority, sample
+from stage2_detect.models.sampling import Sample, hash_priority, index_priority, sample, spread_priority
 
 
 def _splitmix(x: int) -> int:
@@ -85,3 +85,97 @@ def test_every_box_is_drawn_equally_often() -> None:
     times = ours.index_BS.flatten().bincount(minlength=places).float()
     expected = draws * 5 / 20
     assert (times - expected).abs().max() < 5 * math.sqrt(expected * 0.75)
+
+
+# Negatives spread over bins of IoU
+
+
+def _spread(ious: Tensor, *, count: int, seeds: Tensor | None = None, fraction: float = 0.25, bins: int = 3) -> Sample:
+    """A sample of RoIs that are positive from an IoU of 0.5 on, and not valid where it is below -1."""
+    seeds = torch.arange(len(ious)) if seeds is None else seeds
+    labels = torch.where(ious < -1, -1, (ious >= 0.5).long())
+    priority = hash_priority(seeds, ious.shape[1], 1)
+    priority = spread_priority(labels, ious, priority, count=count, positive_fraction=fraction, bins=bins)
+    return sample(labels, priority, count=count, positive_fraction=fraction)
+
+
+def _ious(count: int, images: int = 1) -> Tensor:
+    """Mostly low, as of proposals; the object itself among them."""
+    ious = torch.rand(images, count, generator=torch.Generator().manual_seed(4)) ** 3
+    ious[:, 0] = 1.0
+    return ious
+
+
+@pytest.mark.parametrize(("count", "size"), [(64, 400), (64, 120), (200, 400), (512, 300)])
+def test_each_bin_gives_its_share_and_chance_the_rest(count: int, size: int) -> None:
+    """Against a loop over images and bins."""
+    ious = _ious(size, images=3)
+    ious[:, -7:] = -2.0  # no RoIs
+    seeds = torch.tensor([3, 4, 5])
+    ours = _spread(ious, count=count, seeds=seeds)
+    priority = hash_priority(seeds, size, 1)
+    for image in range(3):
+        row = ious[image].tolist()
+        by_priority = sorted(range(size), key=lambda i, image=image: -int(priority[image, i]))  # type: ignore[misc]
+        positives = [i for i in by_priority if row[i] >= 0.5][: count // 4]
+        wanted = count - len(positives)
+        negatives = [i for i in by_priority if 0 <= row[i] < 0.5]
+        chosen: list[int] = []
+        for low in (0, 1 / 3, 2 / 3):  # bins of 0..1, the object's IoU with itself; the last has no negative
+            chosen += [i for i in negatives if low <= row[i] < low + 1 / 3][: wanted // 3]
+        chosen += [i for i in negatives if i not in chosen][: wanted - len(chosen)]
+        assert sorted(ours.index_BS[image][ours.valid_BS[image]].tolist()) == sorted(positives + chosen)
+        assert sorted(ours.index_BS[image][ours.positive_BS[image]].tolist()) == sorted(positives)
+
+
+def test_hard_negatives_are_drawn_more_often_than_by_chance() -> None:
+    draws, size = 2000, 300
+    ious = _ious(size).expand(draws, size)
+    hard = (ious[0] >= 1 / 3) & (ious[0] < 0.5)
+    rare = int(hard.sum())
+    spread = _spread(ious, count=60, seeds=torch.arange(draws))
+    share = hard[spread.index_BS].float().sum(dim=1).mean().item()
+    assert share == min(rare, 15)  # 45 negatives, 15 of each bin; the third has none, and chance rarely finds more here
+    labels = (ious >= 0.5).long()
+    chance = sample(labels, hash_priority(torch.arange(draws), size, 1), count=60, positive_fraction=0.25)
+    assert hard[chance.index_BS].float().sum(dim=1).mean().item() < 0.6 * share
+
+
+def test_an_image_without_objects_draws_by_chance() -> None:
+    """IoU is -1 everywhere there."""
+    draws, size = 3000, 40
+    ours = _spread(torch.full((draws, size), -1.0), count=10, seeds=torch.arange(draws))
+    assert ours.valid_BS.all()
+    assert not ours.positive_BS.any()
+    times = ours.index_BS.flatten().bincount(minlength=size).float()
+    expected = draws * 10 / size
+    assert (times - expected).abs().max() < 5 * math.sqrt(expected * 0.75)
+
+
+def test_few_negatives_and_none() -> None:
+    few = torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.1, 0.4, -2.0], [0.9, 0.8, 0.7, 0.6, 0.6, 0.9, -2.0]])
+    ours = _spread(few, count=6, fraction=0.5)
+    assert ours.valid_BS.sum(dim=1).tolist() == [5, 3]
+    assert ours.positive_BS.sum(dim=1).tolist() == [3, 3]
+    assert sorted(ours.index_BS[0][3:5].tolist()) == [4, 5]
+    nothing = _spread(torch.full((2, 3), -2.0), count=6)
+    assert not nothing.valid_BS.any()
+
+
+def test_bins_reach_to_the_highest_iou_of_the_image() -> None:
+    """With a best IoU of 0.3 there are negatives in all three bins, of which 0..0.1 has most."""
+    ious = torch.cat((torch.linspace(0, 0.099, 90), torch.linspace(0.11, 0.19, 5), torch.linspace(0.21, 0.3, 5)))[None]
+    ours = _spread(ious, count=15)
+    assert (ours.index_BS >= 90).sum() == 10
+
+
+def test_a_spread_draw_does_not_depend_on_the_batch() -> None:
+    ious = _ious(200, images=3)
+    ious[2] = -1.0
+    seeds = torch.tensor([5, 6, 7])
+    together = _spread(ious, count=50, seeds=seeds)
+    for image in range(3):
+        alone = _spread(ious[image : image + 1], count=50, seeds=seeds[image : image + 1])
+        assert torch.equal(together.index_BS[image : image + 1], alone.index_BS)
+    other = _spread(ious[:1], count=50, seeds=seeds[:1] + 1)
+    assert not torch.equal(other.index_BS, together.index_BS[:1])
