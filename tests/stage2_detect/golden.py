@@ -70,6 +70,7 @@ def build(name: str, **settings: object) -> RCNN:
     inputs = InputSettings(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, (0, 0), "bilinear", False)
     body = timm.create_model("resnet50d", features_only=True, pretrained=False)
     model = build_detector(config, classes=80, body=body, arch="resnet50d", inputs=inputs)
+    assert isinstance(model, RCNN)
     model.load_state_dict(_weights(name))
     return model
 

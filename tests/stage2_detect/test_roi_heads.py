@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torchvision import ops
 
-from stage2_detect.models import boxes, pooling
+from stage2_detect.losses import BoxLoss
+from stage2_detect.models import assign, boxes, pooling, sampling
 from stage2_detect.models.batch import ImageBatch, Targets
 from stage2_detect.models.postprocess import Suppression
 from stage2_detect.models.roi_heads import BoxHead, BoxStage, RoIHeads
@@ -343,3 +344,251 @@ def test_head_starts_as_the_reference_has_it() -> None:
     assert head.deltas.weight.std().item() == pytest.approx(0.001, rel=0.1)
     assert head.fc1.weight.abs().max().item() == pytest.approx(math.sqrt(3 / 256), rel=0.01)
     assert all((layer.bias == 0).all() for layer in (head.fc1, head.fc2, head.logits, head.deltas))
+
+
+def cascade(**options: Any) -> Any:
+    stages = [BoxStage(0.5, WEIGHTS), BoxStage(0.6, (20.0, 20.0, 10.0, 10.0)), BoxStage(0.7, (30.0, 30.0, 15.0, 15.0))]
+    return make(
+        **({"stages": stages, "class_agnostic": True, "samples_per_image": 1000, "positive_fraction": 1.0} | options)
+    )
+
+
+def test_scores_of_the_last_stages_rois() -> None:
+    """Every classifier sees the RoIs that two refinements lead to, and none sees its own."""
+    heads = cascade(score_threshold=0.0, suppression=Suppression(iou=1.0), score_rois="last").eval()
+    rois = torch.tensor([[[10.0, 10.0, 50.0, 60.0]]])
+    valid = torch.ones(1, 1, dtype=torch.bool)
+    features = [m[:1] for m in maps()]
+    (found,) = heads.detect_network(features, Proposals(rois, valid), SIZES[:1])
+    for stage, head in list(zip(heads.stages, heads.heads, strict=True))[:2]:
+        _, deltas = head(pooling.pool_rois(features, rois, valid, strides=STRIDES, size=3))
+        rois = boxes.clip(boxes.decode(deltas[:, 0], rois[0], stage.weights)[None], SIZES[:1])
+    pooled = pooling.pool_rois(features, rois, valid, strides=STRIDES, size=3)
+    mean = torch.stack([head(pooled)[0].softmax(dim=1) for head in heads.heads]).mean(dim=0)[0, :K]
+    torch.testing.assert_close(found.scores_N, mean.sort(descending=True).values)
+    last = boxes.decode(heads.heads[2](pooled)[1][:, 0], rois[0], heads.stages[2].weights)
+    torch.testing.assert_close(found.boxes_N4, boxes.clip(last[None], SIZES[:1])[0].expand(K, 4))
+    own = cascade(score_threshold=0.0, suppression=Suppression(iou=1.0)).eval()
+    (other,) = own.detect_network(features, Proposals(rois, valid), SIZES[:1])
+    assert (other.scores_N - found.scores_N).abs().max() > 1e-3
+
+
+def test_objects_are_appended_again_at_each_stage() -> None:
+    """Stages then have more and more RoIs; a RoI on its object has no distance to go."""
+    counts: list[int] = []
+
+    def note(count: Tensor) -> Tensor:
+        counts.append(int(count))
+        return count
+
+    heads = cascade(add_objects_each_stage=True, total=note)
+    predict_no_shift(heads)
+    found, truth = proposals(), targets()
+    losses, sampled = heads.losses(maps(), found, SIZES, truth)
+    valid = int(found.valid_BR.sum())
+    assert counts == [valid + 5, valid + 10, valid + 15]
+    assert sampled.valid_BR.sum() == valid + 5
+    for number, stage in enumerate(heads.stages):
+        total = 0.0
+        for i in range(2):
+            objects = truth.boxes_BG4[i][truth.labels_BG[i] >= 0]
+            for roi in found.boxes_BR4[i][found.valid_BR[i]]:
+                iou = ops.box_iou(roi[None], objects)[0]
+                if iou.max() >= stage.iou:
+                    total += boxes.encode(objects[iou.argmax()], roi, stage.weights).abs().sum().item()
+        assert losses[f"loss_box_{number}"].item() == pytest.approx(total / counts[number], rel=1e-4)
+
+
+def test_refined_rois_without_area_drop_out() -> None:
+    counts: list[int] = []
+
+    def note(count: Tensor) -> Tensor:
+        counts.append(int(count))
+        return count
+
+    heads = cascade(total=note)
+    predict_no_shift(heads)
+    with torch.no_grad():
+        heads.heads[0].deltas.bias[0] = 10.0  # to the right by the RoI's own width
+    found, truth = proposals(), targets()
+    losses, sampled = heads.losses(maps(), found, SIZES, truth)
+    left = sampled.rois_BR4[..., 2] < SIZES[:, 1:]
+    assert counts[0] == sampled.valid_BR.sum()
+    assert counts[1] == counts[2] == (sampled.valid_BR & left).sum()
+    assert counts[1] < counts[0]
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+# What the first stage was trained on
+
+
+def test_the_sampled_rois_are_those_of_the_loss() -> None:
+    heads: Any = make(samples_per_image=16)
+    truth = targets()
+    losses, sampled = heads.losses(maps(), proposals(), SIZES, truth)
+    assert sampled.rois_BR4.shape == (2, 16, 4)
+    assert not sampled.rois_BR4.requires_grad
+    assert not (sampled.positive_BR & ~sampled.valid_BR).any()
+    assert sampled.positive_BR.sum(dim=1).tolist() == [4, 4]
+    for i in range(2):
+        for roi, index in zip(
+            sampled.rois_BR4[i][sampled.positive_BR[i]], sampled.objects_BR[i][sampled.positive_BR[i]], strict=True
+        ):
+            iou = ops.box_iou(roi[None], truth.boxes_BG4[i][truth.labels_BG[i] >= 0])[0]
+            assert iou.argmax() == index
+            assert iou.max() >= 0.5
+    torch.testing.assert_close(heads.classify(maps(), sampled.rois_BR4, sampled.valid_BR), sampled.logits_NK)
+    classes = torch.where(sampled.positive_BR, truth.labels_BG.gather(1, sampled.objects_BR), K)
+    expected = torch.nn.functional.cross_entropy(
+        sampled.logits_NK[sampled.valid_BR.flatten()], classes[sampled.valid_BR]
+    )
+    torch.testing.assert_close(losses["loss_cls"], expected)
+    sampled.logits_NK.sum().backward()
+    assert heads.heads[0].fc1.weight.grad is not None
+    assert heads.heads[0].fc1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["random", "first", "libra"])
+def test_kinds_of_sampling(kind: Any) -> None:
+    heads, found, truth = make(samples_per_image=12, sampling_kind=kind, libra_bins=4), proposals(), targets()
+    _, sampled = heads.losses(maps(), found, SIZES, truth)
+    rois = torch.cat((found.boxes_BR4, truth.boxes_BG4), dim=1)
+    valid = torch.cat((found.valid_BR, truth.labels_BG >= 0), dim=1)
+    assigned = assign.assign(rois, truth.boxes_BG4, truth.labels_BG >= 0, positive_iou=0.5, negative_iou=0.5)
+    labels = torch.where(valid, assigned.labels_BA, -1)
+    count = {"count": 12, "positive_fraction": 0.25}
+    priority = sampling.hash_priority(truth.seeds_B, rois.shape[1], 1)
+    if kind == "first":
+        priority = sampling.index_priority(truth.seeds_B, rois.shape[1])
+    if kind == "libra":
+        priority = sampling.spread_priority(labels, assigned.ious_BA, priority, bins=4, **count)  # type: ignore[arg-type]
+    expected = sampling.sample(labels, priority, **count)  # type: ignore[arg-type]
+    assert torch.equal(sampled.rois_BR4, boxes.take(rois, expected.index_BS))
+    assert torch.equal(sampled.positive_BR, expected.positive_BS)
+
+
+def test_pooling_is_as_told() -> None:
+    heads, found = make(sampling_ratio=2, aligned=False), proposals()
+    options: dict[str, Any] = {"strides": STRIDES, "size": 3, "sampling_ratio": 2, "aligned": False}
+    pooled = pooling.pool_rois(maps(), found.boxes_BR4, found.valid_BR, **options)
+    torch.testing.assert_close(heads.classify(maps(), found.boxes_BR4, found.valid_BR), heads.heads[0](pooled)[0])
+    other = make().classify(maps(), found.boxes_BR4, found.valid_BR)
+    assert (other - heads.heads[0](pooled)[0]).abs().max() > 0.01
+
+
+# Box losses
+
+
+LOSSES = [
+    BoxLoss("l1"),
+    BoxLoss("smooth_l1", beta=0.3),
+    BoxLoss("balanced_l1", weight=2.0),
+    BoxLoss("giou", weight=5.0),
+    BoxLoss("ciou", weight=10.0),
+    BoxLoss("ciou", weight=10.0, per_positive=True),
+]
+
+
+@pytest.mark.parametrize("class_agnostic", [False, True])
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_box_losses_are_of_positives_and_their_class(loss: BoxLoss, class_agnostic: bool) -> None:
+    heads, truth = make(samples_per_image=40, box_loss=loss, class_agnostic=class_agnostic), targets()
+    losses, sampled = heads.losses(maps(), proposals(), SIZES, truth)
+    pooled = pooling.pool_rois(maps(), sampled.rois_BR4, sampled.valid_BR, strides=STRIDES, size=3)
+    deltas = heads.heads[0](pooled)[1].unflatten(0, (2, -1))
+    total, positives = 0.0, 0
+    for i, r in sampled.positive_BR.nonzero().tolist():
+        index = sampled.objects_BR[i, r]
+        row = 0 if class_agnostic else truth.labels_BG[i, index]
+        wanted = boxes.encode(truth.boxes_BG4[i, index], sampled.rois_BR4[i, r], WEIGHTS)
+        total += loss(deltas[i, r, row][None], wanted[None], WEIGHTS).item()
+        positives += 1
+    assert positives > 5
+    expected = total / sampled.valid_BR.sum().item()
+    if loss.per_positive:
+        expected *= K / positives
+    assert losses["loss_box"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_ranks_agree_on_positives_too() -> None:
+    """Where the loss is divided by the positives, they are those of all ranks."""
+    found, truth = proposals(), targets()
+    options: dict[str, Any] = {"samples_per_image": 20, "box_loss": LOSSES[-1]}
+    whole, _ = make(**options).losses(maps(), found, SIZES, truth)
+    halves = [
+        (
+            [m[i : i + 1] for m in maps()],
+            Proposals(found.boxes_BR4[i : i + 1], found.valid_BR[i : i + 1]),
+            SIZES[i : i + 1],
+            Targets(truth.boxes_BG4[i : i + 1], truth.labels_BG[i : i + 1], truth.seeds_B[i : i + 1]),
+        )
+        for i in range(2)
+    ]
+    counts: list[Tensor] = []
+
+    def note(count: Tensor) -> Tensor:
+        counts.append(count)
+        return count
+
+    for half in halves:
+        make(total=note, **options).losses(*half)
+    assert len(counts) == 4  # RoIs and positives of either rank
+    sums = [counts[0] + counts[2], counts[1] + counts[3]]
+    ranks = []
+    for half in halves:
+        answers = iter(sums)
+        ranks.append(make(total=lambda _, answers=answers: next(answers), world_size=2, **options).losses(*half)[0])
+    for name in whole:
+        assert (ranks[0][name] + ranks[1][name]).item() / 2 == pytest.approx(whole[name].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+@pytest.mark.parametrize("rois", [0, 30])
+def test_no_object_gives_zeros_whatever_is_predicted(loss: BoxLoss, rois: int) -> None:
+    heads = cascade(box_loss=loss, add_objects_each_stage=True)
+    with torch.no_grad():
+        heads.heads[2].deltas.bias.fill_(1e30)  # whose loss is infinite, or whose box has no size
+    found = proposals()
+    found = Proposals(found.boxes_BR4, found.valid_BR & (torch.arange(30) < rois))
+    empty = Targets(torch.zeros(2, 1, 4), torch.full((2, 1), -1), torch.arange(2))
+    losses, _ = heads.losses(maps(), found, SIZES, empty)
+    assert all(losses[f"loss_box_{number}"].item() == 0 for number in range(3))
+    torch.stack(list(losses.values())).sum().backward()
+    for name, parameter in heads.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert not (".deltas." in name and parameter.grad.any()), name
+
+
+# Precision
+
+
+def test_bf16_keeps_geometry_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what the heads multiply is bf16: from their deltas on, RoIs are those of float32 arithmetic to the bit."""
+    heads = cascade(box_loss=LOSSES[-2])
+    features = [m.bfloat16().requires_grad_() for m in maps()]
+    pooled_from: list[Tensor] = []
+    deltas: list[Tensor] = []
+    pool = pooling.pool_rois
+
+    def note(features: Any, rois_BR4: Tensor, valid_BR: Tensor, **options: Any) -> Tensor:
+        pooled_from.append(rois_BR4)
+        return pool(features, rois_BR4, valid_BR, **options)
+
+    monkeypatch.setattr(pooling, "pool_rois", note)
+    for head in heads.heads:
+        head.register_forward_hook(lambda _module, _args, out: deltas.append(out[1].detach()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses, _ = heads.losses(features, proposals(), SIZES, targets())
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+    for number in range(2):
+        assert torch.equal(deltas[number], deltas[number].bfloat16().float()), "the head did compute in bf16"
+        start = pooled_from[number]
+        moved = boxes.decode(deltas[number][:, 0].view(start.shape), start, heads.stages[number].weights)
+        assert pooled_from[number + 1].dtype == torch.float32
+        assert torch.equal(pooled_from[number + 1], boxes.clip(moved, SIZES))
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in heads.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for found in heads.eval().detect_network([m.detach() for m in features], proposals(), SIZES):
+            assert found.boxes_N4.dtype == found.scores_N.dtype == torch.float32
