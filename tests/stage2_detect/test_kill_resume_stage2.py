@@ -125,4 +125,5 @@ def test_two_ranks_evaluate_as_one(
     for row, other in zip(rows, others, strict=True):
         assert other["category_id"] == row["category_id"]
         assert other["score"] == pytest.approx(row["score"], abs=1e-4)
-        assert other["bbox"] == pytest.approx(row["bbox"], abs=1e-4)
+        # Rounded to three decimals in the file: a difference in the last bit can show as one of the last decimal.
+        assert other["bbox"] == pytest.approx(row["bbox"], abs=1.1e-3)
