@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from stage2_detect.losses import L1, BoxLoss
 from stage2_detect.models import assign, boxes, pooling, postprocess, sampling
-from stage2_detect.models.batch import Detections, ImageBatch, Targets
+from stage2_detect.models.batch import Detections, Targets
 from stage2_detect.models.rpn import Proposals
 
 _STREAM = 1  # of the sampling hash; the RPN has 0
@@ -85,7 +85,7 @@ def _local(count: Tensor) -> Tensor:
 
 
 class RoIHeads(nn.Module):
-    """Proposals -> losses (`losses`) or detections (`detect`).
+    """Proposals -> losses (`losses`) or detections (`detect_network`).
 
     Args:
         classes: K, without background.
@@ -185,14 +185,6 @@ class RoIHeads(nn.Module):
         """
         logits_NK: Tensor = self.heads[0](self._pool(features, rois_BR4, valid_BR))[0]
         return logits_NK
-
-    def detect(self, features: Sequence[Tensor], proposals: Proposals, images: ImageBatch) -> list[Detections]:
-        """What each image shows, in original coordinates."""
-        found = self.detect_network(features, proposals, images.sizes_B2)
-        return [
-            postprocess.to_original(detections, size_2, scale)[0]
-            for detections, size_2, scale in zip(found, images.sizes_B2, images.scales_B, strict=True)
-        ]
 
     @torch.no_grad()
     def detect_network(self, features: Sequence[Tensor], proposals: Proposals, sizes_B2: Tensor) -> list[Detections]:

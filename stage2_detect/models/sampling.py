@@ -54,7 +54,7 @@ def spread_priority(
 
     The bins divide 0 to the image's highest IoU, that of positives included, as PaddleDetection@666f597f has it: where the
     objects are among the boxes that is 1, and what lies above the threshold of a positive is a bin's share that others fill.
-    The share is of the negatives that `sample` will draw; PaddleDetection's is of those it draws with all positives there.
+    The share is of the negatives that `sample` will draw; PaddleDetection's is of those it draws beside the most positives.
 
     Args:
         labels_BA: as for `sample`.

@@ -11,8 +11,8 @@ from torchvision import ops
 
 from stage2_detect.losses import BoxLoss
 from stage2_detect.models import assign, boxes, pooling, sampling
-from stage2_detect.models.batch import ImageBatch, Targets
-from stage2_detect.models.postprocess import Suppression
+from stage2_detect.models.batch import Detections, ImageBatch, Targets
+from stage2_detect.models.postprocess import Suppression, to_original
 from stage2_detect.models.roi_heads import BoxHead, BoxStage, RoIHeads
 from stage2_detect.models.rpn import Proposals
 
@@ -69,6 +69,13 @@ def predict_no_shift(heads: RoIHeads) -> None:
     for name, parameter in heads.named_parameters():
         if ".deltas." in name:
             torch.nn.init.zeros_(parameter)
+
+
+def detect(heads: RoIHeads, features: list[Tensor], found: Proposals, images: ImageBatch) -> list[Detections]:
+    """Detections in original coordinates."""
+    network = heads.detect_network(features, found, images.sizes_B2)
+    parts = zip(network, images.sizes_B2, images.scales_B, strict=True)
+    return [to_original(detections, size, scale)[0] for detections, size, scale in parts]
 
 
 # Pooling
@@ -264,7 +271,7 @@ def test_detections_equal_the_loop(limit: int) -> None:
     images = ImageBatch(torch.zeros(2, 3, 128, 160, dtype=torch.uint8), SIZES, torch.tensor(scales))
     with torch.no_grad():
         expected = _detect_by_loop(heads, found, scales)
-    ours = heads.detect(maps(), found, images)
+    ours = detect(heads, maps(), found, images)
     for detections, rows in zip(ours, expected, strict=True):
         assert len(rows) > 5
         table = np.array(rows)
@@ -279,7 +286,7 @@ def test_boxes_without_area_are_dropped() -> None:
     predict_no_shift(heads)
     rois = torch.tensor([[[10.0, 10.0, 30.0, 40.0], [160.0, 20.0, 170.0, 40.0]]])  # the second lies beside the image
     images = ImageBatch(torch.zeros(1, 3, 128, 160, dtype=torch.uint8), SIZES[:1], torch.ones(1))
-    (found,) = heads.detect([m[:1] for m in maps()], Proposals(rois, torch.ones(1, 2, dtype=torch.bool)), images)
+    (found,) = detect(heads, [m[:1] for m in maps()], Proposals(rois, torch.ones(1, 2, dtype=torch.bool)), images)
     assert len(found.scores_N) == K
     assert (found.boxes_N4 == rois[0, 0]).all()
 
@@ -287,7 +294,7 @@ def test_boxes_without_area_are_dropped() -> None:
 def test_nothing_found() -> None:
     images = ImageBatch(torch.zeros(2, 3, 128, 160, dtype=torch.uint8), SIZES, torch.ones(2))
     nothing = Proposals(torch.zeros(2, 6, 4), torch.zeros(2, 6, dtype=torch.bool))
-    for found in make().eval().detect(maps(), nothing, images):
+    for found in detect(make().eval(), maps(), nothing, images):
         assert found.boxes_N4.shape == (0, 4)
         assert found.scores_N.shape == found.labels_N.shape == (0,)
 
@@ -324,7 +331,7 @@ def test_stages_average_their_scores_and_the_last_one_places_the_boxes() -> None
     valid = torch.ones(1, 1, dtype=torch.bool)
     features = [m[:1] for m in maps()]
     images = ImageBatch(torch.zeros(1, 3, 128, 160, dtype=torch.uint8), SIZES[:1], torch.ones(1))
-    (found,) = heads.detect(features, Proposals(rois, valid), images)
+    (found,) = detect(heads, features, Proposals(rois, valid), images)
     scores, current = [], rois
     for stage, head in zip(stages, heads.heads, strict=True):
         logits, deltas = head(pooling.pool_rois(features, current, valid, strides=STRIDES, size=3))
