@@ -34,7 +34,7 @@ from stage2_detect.coco import CocoData, CocoImage, read_coco
 from stage2_detect.models.rcnn import normalise
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SIZES: dict[str, Any] = {"short_sides": (640, 672, 704, 736, 768, 800), "max_long": 1333, "flip": 0.5, "seed": 0}
+SHORT_SIDES = (640, 672, 704, 736, 768, 800)
 
 
 def opponent(records: list[CocoImage], views: list[View], interpolation: InterpolationMode) -> torch.Tensor:
@@ -60,13 +60,16 @@ def opponent(records: list[CocoImage], views: list[View], interpolation: Interpo
 class Batches:
     """The same batches, one a call, from the loader or from the opponent."""
 
-    def __init__(self, data: CocoData, batch: int) -> None:
+    def __init__(self, data: CocoData, batch: int, short_sides: Sequence[int]) -> None:
         self.data, self.batch = data, batch
-        self.order = TrainLoader(data, batch_size=batch, start_step=0, stop_step=0, **SIZES).order
+        self.sizes: dict[str, Any] = {"short_sides": short_sides, "max_long": 1333, "flip": 0.5, "seed": 0}
+        self.order = TrainLoader(data, batch_size=batch, start_step=0, stop_step=0, **self.sizes).order
 
     def ours(self, *, normalised: bool = False, **options: Any) -> Callable[[], None]:
         steps = self.order.steps_per_epoch
-        loader = TrainLoader(self.data, batch_size=self.batch, start_step=0, stop_step=100 * steps, **SIZES, **options)
+        loader = TrainLoader(
+            self.data, batch_size=self.batch, start_step=0, stop_step=100 * steps, **self.sizes, **options
+        )
         stream = iter(loader)
         mean, std = (255 * torch.tensor(values)[:, None, None] for values in (MEAN, STD))
 
@@ -84,7 +87,7 @@ class Batches:
             step = next(steps)
             records = [self.data.images[index] for index in self.order.micro_batch(step, 0, 0)]
             epoch = step // self.order.steps_per_epoch
-            views = [draw_view(r.height, r.width, image_id=r.image_id, view=epoch, **SIZES) for r in records]
+            views = [draw_view(r.height, r.width, image_id=r.image_id, view=epoch, **self.sizes) for r in records]
             opponent(records, views, interpolation)
 
         return work
@@ -97,9 +100,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--short-sides", type=int, nargs="+", default=SHORT_SIDES)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    batches = Batches(read_coco(arguments.annotations, arguments.folder, training=True), arguments.batch)
+    batches = Batches(
+        read_coco(arguments.annotations, arguments.folder, training=True), arguments.batch, arguments.short_sides
+    )
     works = {
         "fast": batches.ours(kernel="fast"),
         "bicubic": batches.theirs(InterpolationMode.BICUBIC),

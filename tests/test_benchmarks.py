@@ -63,7 +63,7 @@ def test_table_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_rounds_alternate_and_the_first_does_not_count() -> None:
     order: list[str] = []
     works = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    found = script("distill").rounds(works, 3, torch.device("cpu"))
+    found = script("side_by_side").rounds(works, 3, torch.device("cpu"))
     assert order == ["b", "a", "a", "b", "b", "a", "a", "b"]
     assert [set(seconds) for seconds in found] == [{"a", "b"}] * 3
     assert all(second > 0 for seconds in found for second in seconds.values())
@@ -83,6 +83,48 @@ def test_every_ratio_is_printed(tiny: Any, capsys: pytest.CaptureFixture[str]) -
         assert 0 < low <= middle <= high
     (share,) = values["(e)"]
     assert 0 <= share <= 1
+
+
+def test_every_ratio_of_the_detection_loader_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw: dict[str, list] = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+    for number, size in enumerate([(60, 40), (40, 60), (50, 50)]):
+        Image.new("RGB", size, (number, 90, 200)).save(tmp_path / f"{number}.jpg")
+        raw["images"].append({"id": number, "file_name": f"{number}.jpg", "width": size[0], "height": size[1]})
+        raw["annotations"].append({"id": number, "image_id": number, "category_id": 1, "bbox": [5, 6, 20, 30]})
+    (tmp_path / "data.json").write_text(json.dumps(raw))
+    threads = torch.get_num_threads()
+    try:
+        arguments = [str(tmp_path / "data.json"), str(tmp_path), "--pairs", "2", "--batch", "2", "--short-sides", "48"]
+        script("detection_loader").main(arguments)
+    finally:
+        torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.splitlines()
+    values = {line[:3]: [float(value) for value in re.findall(r"\d+\.\d{3}", line)] for line in lines[1:]}
+    assert list(values) == ["(a)", "(b)", "(c)", "(d)", "(e)"]
+    assert all(low <= middle <= high for middle, low, high in values.values())
+
+
+def test_the_detection_loaders_opponent_makes_the_same_batch(tmp_path: Path) -> None:
+    """Same sizes, flips and padding; on a smooth picture that grows, the same pixels to a few levels."""
+    benchmark = script("detection_loader")
+    y, x = np.mgrid[:60, :90]
+    smooth = np.stack([2 * x, 3 * y, 200 - x - y], axis=2).astype(np.uint8)
+    raw = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+    for number in range(4):
+        Image.fromarray(smooth).save(tmp_path / f"{number}.png")
+        raw["images"].append({"id": number, "file_name": f"{number}.png", "width": 90, "height": 60})
+    (tmp_path / "data.json").write_text(json.dumps(raw))
+    batches = benchmark.Batches(benchmark.read_coco(tmp_path / "data.json", tmp_path, training=True), 4, [120])
+    options = batches.sizes | {"batch_size": 4, "start_step": 0, "stop_step": 1, "kernel": "fast"}
+    (ours,) = benchmark.TrainLoader(batches.data, **options)
+    views = [benchmark.draw_view(60, 90, image_id=record.image_id, view=0, **batches.sizes) for record in ours.records]
+    assert {view.flip for view in views} == {False, True}
+    theirs = benchmark.opponent(ours.records, views, benchmark.InterpolationMode.BICUBIC)
+    mean, std = (255 * torch.tensor(values)[:, None, None] for values in (benchmark.MEAN, benchmark.STD))
+    difference = (benchmark.normalise(ours.images, mean, std) - theirs).abs()
+    assert theirs.shape == (4, 3, 128, 192)
+    assert difference.max() * std.max() < 6
+    assert difference.mean() * std.max() < 1
 
 
 def test_table_of_the_detector_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
