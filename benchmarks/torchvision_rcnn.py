@@ -40,6 +40,7 @@ def our_detector(*, torchvisions_pooling: bool) -> RCNN:
     config = DetectorConfig.model_validate({"freeze_stages": 2, "freeze_norm": True, "roi": pooling})
     body = timm.create_model(ARCH, features_only=True, pretrained=False)
     model = build_detector(config, classes=CLASSES, body=body, arch=ARCH, inputs=_INPUTS)
+    assert isinstance(model, RCNN)
     about = json.loads((GOLDEN / "faster.json").read_text())
     rule = _rule()
     weights: dict[str, Tensor] = {}
@@ -63,8 +64,11 @@ def torchvisions_detector(ours: RCNN) -> FasterRCNN:
         rpn_post_nms_top_n_train=rpn.train_nms[1],
         rpn_pre_nms_top_n_test=rpn.test_nms[0],
         rpn_post_nms_top_n_test=rpn.test_nms[1],
-        _skip_resize=True,
     )
+    theirs.transform.resize = lambda image, target: (
+        image,
+        target,
+    )  # images come at their size; it can skip this in training only
     theirs.rpn.min_size = rpn.min_size
     head, box = theirs.rpn.head, theirs.roi_heads
     _copy(ours.rpn.head.conv, head.conv[0][0])

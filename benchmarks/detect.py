@@ -1,0 +1,231 @@
+"""Ratios of our R-CNN to torchvision's, measured side by side in one run on whatever device there is: never an absolute time.
+
+    python benchmarks/detect.py [--pairs 30] [--sizes 480x640 800x1333] [--batch 2] [--modes training inference memory compile]
+
+training    a step, forward and backward and SGD            wanted: at most 0.85 of torchvision's on a CPU, 0.5 on a GPU (both bf16 there)
+inference   images in memory to detections                  at most 0.85; 0.5
+bf16        ours under bf16 autocast / torchvision float32, where the CPU has bf16 instructions    at most 0.55
+memory      greatest memory of a process that does one of the two, in processes of their own
+compile     a training step with a compiled pyramid / without
+
+Both sides have the same weights, body, frozen norm, anchors, counts and thresholds, and read images that are in memory at their final size; see
+benchmarks/torchvision_rcnn.py. Each side works in the memory format in which it was faster on its first rounds. Ours pools RoIs as torchvision does
+(two samples a side, not aligned) in the rows that the goals are about, and as PaddleDetection does in the other rows. In evaluation ours is the
+folded copy that evaluate.py runs. The works of a round run one after the other, in alternating order; printed are the median and the quartiles over
+the rounds.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.side_by_side import Work, rounds, show
+from benchmarks.torchvision_rcnn import CLASSES, our_detector, torchvisions_detector
+from stage2_detect.models.batch import Detections, ImageBatch, Targets
+from stage2_detect.models.inference import for_inference
+
+OURS, REFERENCE, THEIRS = "ours", "ours, reference pooling", "torchvision"
+FORMATS = {"channels last": torch.channels_last, "contiguous": torch.contiguous_format}
+OBJECTS, DETECTIONS = 8, 50
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The same images and objects for both sides."""
+
+    images: ImageBatch
+    targets: Targets
+    their_images: list[Tensor]
+    their_targets: list[dict[str, Tensor]]
+
+
+def make_inputs(height: int, width: int, batch: int, device: torch.device) -> Inputs:
+    """Smooth noise, on which the golden weights find a hundred things an image, and some objects."""
+    draw = torch.Generator().manual_seed(0)
+    small = torch.randint(0, 256, (batch, 3, -(-height // 8), -(-width // 8)), generator=draw).float()
+    pixels = F.interpolate(small, (height, width), mode="bilinear").round().to(torch.uint8)
+    padded = F.pad(pixels, (0, -width % 32, 0, -height % 32)).to(device)
+    sides = torch.tensor([width, height])
+    corners = torch.rand(batch, OBJECTS, 2, generator=draw) * sides * 0.7
+    boxes = torch.cat(
+        (corners, corners + sides * (0.05 + 0.25 * torch.rand(batch, OBJECTS, 2, generator=draw))), dim=-1
+    )
+    labels = torch.randint(0, CLASSES, (batch, OBJECTS), generator=draw)
+    return Inputs(
+        ImageBatch(padded, torch.tensor([[height, width]] * batch).to(device), torch.ones(batch, device=device)),
+        Targets(boxes, labels, torch.arange(batch)).to(device),
+        [image.float().to(device) / 255 for image in pixels],
+        [{"boxes": b.to(device), "labels": k.to(device) + 1} for b, k in zip(boxes, labels, strict=True)],
+    )
+
+
+def build(side: str, mode: str, memory_format: torch.memory_format, device: torch.device) -> nn.Module:
+    """One side's network, ready to train or to be evaluated."""
+    ours = our_detector(torchvisions_pooling=side != REFERENCE).train(mode == "training")
+    net: nn.Module = torchvisions_detector(ours) if side == THEIRS else ours
+    if side != THEIRS and mode == "inference":
+        net = for_inference(ours)
+    return net.to(device).to(memory_format=memory_format)
+
+
+def call(side: str, net: nn.Module, inputs: Inputs) -> Any:
+    """Losses in training, detections in evaluation."""
+    if side == THEIRS:
+        targets = [dict(target) for target in inputs.their_targets] if net.training else None
+        return net(list(inputs.their_images), targets)
+    return net(inputs.images, inputs.targets if net.training else None)
+
+
+def work(side: str, net: nn.Module, inputs: Inputs, dtype: torch.dtype = torch.float32) -> Work:
+    """A training step or an evaluation of the whole batch."""
+    device = inputs.images.pixels_BCHW.device.type
+    optimizer = torch.optim.SGD(
+        [p for p in net.parameters() if p.requires_grad] or [torch.zeros(1)], lr=1e-6, momentum=0.9
+    )
+
+    def run() -> None:
+        with torch.set_grad_enabled(net.training), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            found = call(side, net, inputs)
+        if net.training:
+            torch.stack(list(found.values())).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def fastest(side: str, mode: str, inputs: Inputs, dtype: torch.dtype) -> tuple[nn.Module, str]:
+    """The network in the memory format that suits it."""
+    device = inputs.images.pixels_BCHW.device
+    nets = {name: build(side, mode, memory_format, device) for name, memory_format in FORMATS.items()}
+    found = rounds({name: work(side, net, inputs, dtype) for name, net in nets.items()}, 3, device)
+    best = min(FORMATS, key=lambda name: min(seconds[name] for seconds in found))
+    return nets[best], best
+
+
+def check_detections(ours: list[Detections], theirs: list[dict[str, Tensor]]) -> float:
+    """Share of ours that torchvision found too (same class, within half a pixel and 0.01); both have to find enough."""
+    agreed = total = 0
+    for one, other in zip(ours, theirs, strict=True):
+        assert min(len(one.boxes_N4), len(other["boxes"])) >= DETECTIONS, "too few detections to say anything"
+        near = (one.boxes_N4[:, None] - other["boxes"][None]).abs().amax(dim=2) < 0.5
+        near &= one.labels_N[:, None] == other["labels"][None] - 1
+        near &= (one.scores_N[:, None] - other["scores"][None]).abs() < 0.01
+        agreed, total = agreed + int(near.any(dim=1).sum()), total + len(one.boxes_N4)
+    return agreed / total
+
+
+def compare(mode: str, inputs: Inputs, pairs: int, label: str, device: torch.device) -> None:
+    """The rows of one mode and size."""
+    gpu = device.type == "cuda"
+    common = torch.bfloat16 if gpu else torch.float32
+    nets, formats = {}, {}
+    for side in (OURS, REFERENCE, THEIRS):
+        nets[side], formats[side] = fastest(side, mode, inputs, common)
+    if mode == "inference":
+        with torch.no_grad():
+            share = check_detections(call(OURS, nets[OURS], inputs), call(THEIRS, nets[THEIRS], inputs))
+        assert share > 0.95, f"only {share:.0%} of our detections are torchvision's: the settings differ"
+        print(f"  {share:.0%} of our detections are torchvision's")
+    print(f"  memory formats: {', '.join(f'{side} {name}' for side, name in formats.items())}")
+    works = {side: work(side, net, inputs, common) for side, net in nets.items()}
+    rough = not gpu and has_bf16()
+    if rough:
+        works["ours in bf16"] = work(OURS, nets[OURS], inputs, torch.bfloat16)
+    found = rounds(works, pairs, device)
+    dtypes = "bf16" if gpu else "float32"
+    show(f"{label} {mode}, {dtypes}: ours / torchvision", [r[OURS] / r[THEIRS] for r in found])
+    show(f"{label} {mode}, {dtypes}: {REFERENCE} / torchvision", [r[REFERENCE] / r[THEIRS] for r in found])
+    if rough:
+        show(f"{label} {mode}: ours in bf16 / torchvision in float32", [r["ours in bf16"] / r[THEIRS] for r in found])
+
+
+def compiled(inputs: Inputs, pairs: int, label: str, device: torch.device) -> None:
+    """The row of `compile: true`."""
+    nets = {name: build(OURS, "training", torch.channels_last, device) for name in ("eager", "compiled")}
+    pyramid: Any = nets["compiled"].pyramid
+    pyramid.compile()
+    found = rounds({name: work(OURS, net, inputs) for name, net in nets.items()}, pairs, device)
+    show(f"{label} training: compiled pyramid / eager", [r["compiled"] / r["eager"] for r in found])
+
+
+def memory(size: str, batch: int, device: torch.device) -> None:
+    """The rows of the greatest memory; a process of its own for each side and mode."""
+    for mode in ("training", "inference"):
+        peak = {}
+        for side in (OURS, THEIRS):
+            line = [sys.executable, __file__, "--sizes", size, "--batch", str(batch), "--peak-of", side, mode]
+            peak[side] = int(subprocess.run(line, check=True, capture_output=True, text=True).stdout.split()[-1])
+        what = "GPU memory" if device.type == "cuda" else "greatest resident memory"
+        ratio = peak[OURS] / peak[THEIRS]
+        print(f"{f'{size} {mode}: {what}, ours / torchvision':<62} {ratio:.3f}  ({peak[OURS]} / {peak[THEIRS]} MB)")
+
+
+def print_peak(side: str, mode: str, inputs: Inputs, device: torch.device) -> None:
+    """Three steps, then the greatest memory in MB."""
+    step = work(side, build(side, mode, torch.channels_last, device), inputs)
+    for _ in range(3):
+        step()
+    if device.type == "cuda":
+        print(torch.cuda.max_memory_allocated() // 2**20)
+        return
+    # Not getrusage: its greatest is never less than what the process that started this one had.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    print(int(status.split("VmHWM:")[1].split()[0]) // 1024)
+
+
+def has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 itself; without that, bf16 is slower than float32."""
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print all ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--sizes", nargs="+", default=["480x640", "800x1333"], metavar="HEIGHTxWIDTH")
+    parser.add_argument("--batch", type=int, default=2)
+    modes = ["training", "inference", "memory", "compile"]
+    parser.add_argument("--modes", nargs="+", choices=modes, default=modes)
+    parser.add_argument("--peak-of", nargs=2, metavar=("SIDE", "MODE"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    if arguments.peak_of:
+        height, width = map(int, arguments.sizes[0].split("x"))
+        side, mode = arguments.peak_of
+        print_peak(side, mode, make_inputs(height, width, arguments.batch, device), device)
+        return
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+    print(f"{versions}, {name}, {torch.get_num_threads()} threads, batch {arguments.batch}")
+    print(f"{arguments.pairs} rounds: median (quartiles)")
+    if device.type == "cpu" and not has_bf16():
+        print("no bf16 rows: this CPU has no bf16 instructions")
+    for size in arguments.sizes:
+        height, width = map(int, size.split("x"))
+        inputs = make_inputs(height, width, arguments.batch, device)
+        for mode in arguments.modes:
+            if mode == "memory":
+                memory(size, arguments.batch, device)
+            elif mode == "compile":
+                compiled(inputs, arguments.pairs, size, device)
+            else:
+                compare(mode, inputs, arguments.pairs, size, device)
+
+
+if __name__ == "__main__":
+    main()
