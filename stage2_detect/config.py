@@ -200,6 +200,8 @@ class TTAConfig(Config):
     """of the views; empty: the one of the recipe"""
     flip: bool = True
     """each view mirrored too"""
+    nms_iou: Fraction = 0.5
+    """overlap with a better box of the class at which a box of any view goes"""
 
 
 class EvaluateConfig(CommandConfig):

@@ -2,9 +2,11 @@
 
     python stage2_detect/evaluate.py --model runs/det/detector.safetensors --annotations val.json --images val --output runs/det_ap
 
-Writes `detections.json` (COCO results with the original ids) beside result.json.
+Writes `detections.json` (COCO results with the original ids) and `analysis.json` (precision, recall and F1 of each class
+at `score_threshold`, confusion matrix, precision-recall curves) beside result.json.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,19 +25,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate_detector(config: EvaluateConfig) -> None:
     """Evaluate the file that `config` names and write result.json."""
-    import torch
     from accelerate import Accelerator
 
-    from shared.processes import uses_gpu
+    from shared.errors import UserError
+    from shared.processes import DTYPES, uses_gpu
     from shared.ranks import from_main_rank
-    from shared.run_dir import RunDir
+    from shared.run_dir import RunDir, write_atomically
+    from stage2_detect import analysis
     from stage2_detect.coco import read_coco
     from stage2_detect.coco_ap import detections_to_json
     from stage2_detect.detector_file import load_detector
     from stage2_detect.scoring import describe, score
 
     loaded = load_detector(config.model)
-    data = read_coco(config.annotations, config.images, training=False, class_names=loaded.class_names)
+    if config.tta and getattr(loaded.model, "mask_head", None) is not None:
+        raise UserError(
+            f"tta: views are merged by their boxes, but the detector {config.model} gives masks; leave tta out"
+        )
+    data = read_coco(
+        config.annotations,
+        config.images,
+        training=False,
+        class_names=loaded.class_names,
+        cache=config.cache_annotations,
+    )
     accelerator = Accelerator(cpu=not uses_gpu(config.device))
     run = RunDir(config, "evaluate_detector", main=accelerator.is_main_process)
     if from_main_rank(run.status) == "finished":
@@ -52,17 +65,23 @@ def evaluate_detector(config: EvaluateConfig) -> None:
         batch_size=config.batch_size,
         workers=config.workers,
         device=accelerator.device,
-        dtype=torch.float32,
+        dtype=DTYPES[config.precision],
         backend=config.backend,
+        tta=config.tta,
     )
-    file = run.path / "detections.json"
-    if accelerator.is_main_process:
-        detections_to_json(data, detections, file)
     run.log(describe(metrics))
-    for name, ap in metrics["per_class"].items():
-        run.log(f"  {name:<24}{'-' if ap is None else f'{100 * ap:6.2f}'}")
+    files = [run.path / "detections.json", run.path / "analysis.json"]
+    if accelerator.is_main_process:
+        detections_to_json(data, detections, files[0])
+        found = analysis.analyse(data, detections, threshold=config.score_threshold)
+        report = analysis.report(found, metrics["per_class"])
+        write_atomically(files[1], json.dumps(report) + "\n")
+        for line in analysis.describe(report):
+            run.log(line)
+        metrics["at_threshold"] = {key: report[key] for key in ("score_threshold", "iou")} | report["all_classes"]
+        metrics["per_class_f1"] = {row["class"]: row["f1"] for row in report["classes"]}
     accelerator.end_training()
-    run.finish(metrics, [file])
+    run.finish(metrics, files)
 
 
 if __name__ == "__main__":

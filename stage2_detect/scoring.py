@@ -1,5 +1,7 @@
 """Run a detector over an evaluation set and score it by COCO AP, on any number of ranks."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,16 +10,30 @@ from shared.ranks import from_main_rank, gather_lists, rank, world_size
 from stage2_detect.batches import EvalLoader
 from stage2_detect.coco import CocoData, Id
 from stage2_detect.coco_ap import coco_ap
+from stage2_detect.config import TTAConfig
 from stage2_detect.models.batch import Detections
 from stage2_detect.models.build import Detector
 from stage2_detect.models.inference import for_inference
+from stage2_detect.tta import SizesLoader, detect_views
 
 
 @torch.no_grad()
-def detect(model: Detector, loader: EvalLoader, *, device: torch.device, dtype: torch.dtype) -> dict[Id, Detections]:
-    """Detections of every image by its id, gathered over all ranks; `model` is left in evaluation mode."""
+def detect(
+    model: Detector,
+    loader: EvalLoader | SizesLoader,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    tta: TTAConfig | None = None,
+) -> dict[Id, Detections]:
+    """Detections of every image by its id, gathered over all ranks; `model` is left in evaluation mode.
+
+    With `tta` the loader is a `SizesLoader`.
+    """
     model.eval()
-    fast = for_inference(model)
+    fast: Callable[[Any], list[Detections]] = for_inference(model)
+    if tta:
+        fast = partial(detect_views, fast, flip=tta.flip, iou=tta.nms_iou)
     found: list[tuple[Id, Detections]] = []
     for images, records in loader:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -40,20 +56,29 @@ def score(
     device: torch.device,
     dtype: torch.dtype,
     backend: str = "auto",
+    tta: TTAConfig | None = None,
 ) -> tuple[dict[str, Any], dict[Id, Detections]]:
-    """(COCO metrics, detections) of a detector on `data`, the same on every rank."""
-    loader = EvalLoader(
-        data,
-        batch_size=batch_size,
-        short_side=short_side,
-        max_long=long_side,
-        interpolation=interpolation,
-        kernel=kernel,
-        rank=rank(),
-        ranks=world_size(),
-        workers=workers,
-    )
-    detections = detect(model, loader, device=device, dtype=dtype)
+    """(COCO metrics, detections) of a detector on `data`, the same on every rank.
+
+    With `tta`, of its sizes merged; the longest side allowed grows with the short one.
+    """
+    sides = (tta and tta.short_sides) or [short_side]
+    loaders = [
+        EvalLoader(
+            data,
+            batch_size=batch_size,
+            short_side=side,
+            max_long=round(long_side * side / short_side),
+            interpolation=interpolation,
+            kernel=kernel,
+            rank=rank(),
+            ranks=world_size(),
+            workers=-(-workers // len(sides)),
+        )
+        for side in sides
+    ]
+    loader = SizesLoader(loaders) if tta else loaders[0]
+    detections = detect(model, loader, device=device, dtype=dtype, tta=tta)
     metrics = coco_ap(data, detections, backend) if rank() == 0 else {}
     return from_main_rank(metrics), detections
 

@@ -113,7 +113,10 @@ def test_two_ranks_evaluate_as_one(
     one, two = (json.loads((run / "result.json").read_text())["metrics"] for run in runs)
     assert one["AP"] > 0
     assert one["AP50"] > 0.2
-    assert two.pop("per_class") == pytest.approx(one.pop("per_class"), abs=1e-6)
+    for key in ("per_class", "per_class_f1", "at_threshold"):
+        assert two.pop(key) == pytest.approx(one.pop(key), abs=1e-6)
+    confusions = [json.loads((run / "analysis.json").read_text())["confusions"] for run in runs]
+    assert confusions[0] == confusions[1]
     assert two == pytest.approx(one, abs=1e-6)
     # The ranks' images follow each other; within an image the order is that of the scores.
     rows, others = (

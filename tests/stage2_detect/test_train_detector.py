@@ -80,9 +80,13 @@ def test_writes_exactly_these_files_and_the_detector_evaluates(
         "log.txt",
         "result.json",
         "detections.json",
+        "analysis.json",
     }
     trained = json.loads((run / "result.json").read_text())["metrics"]
     evaluated = json.loads((tmp_path / "ap" / "result.json").read_text())["metrics"]
+    analysis = json.loads((tmp_path / "ap" / "analysis.json").read_text())
+    assert evaluated.pop("per_class_f1") == {row["class"]: row["f1"] for row in analysis["classes"]}
+    assert evaluated.pop("at_threshold") == {"score_threshold": 0.5, "iou": 0.5, **analysis["all_classes"]}
     assert {key: trained[key] for key in evaluated} == evaluated
     assert set(evaluated["per_class"]) == {"wide", "tall"}
     rows = json.loads((tmp_path / "ap" / "detections.json").read_text())
