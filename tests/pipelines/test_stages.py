@@ -75,6 +75,24 @@ def test_shipped_pipelines_are_valid() -> None:
     build(ROOT / "pipelines/real_small.yaml", variables={"data": "somewhere"}, smoke=True)
 
 
+def test_students_of_the_distillation_pipeline_differ_in_what_teaches_them() -> None:
+    by_name = {stage.name: stage for stage in build(ROOT / "pipelines/detector_distillation.yaml")}
+    students = ("alone", "distilled", "with_unlabelled")
+    names = [f"{student}{seed}" for student in students for seed in ("", "_1", "_2")]
+    settings = {name: dict(flatten(identity(by_name[name].config))) for name in names}
+
+    def changed(one: str, other: str) -> set[str]:
+        pair = settings[one], settings[other]
+        return {key for key in pair[0] | pair[1] if pair[0].get(key) != pair[1].get(key)}
+
+    assert {key.split(".")[0] for key in changed("alone", "distilled")} == {"distill"}
+    assert changed("distilled", "with_unlabelled") == {"unlabeled", "batch_size", "optim.reference_batch"}
+    for student in students:
+        for seed in (1, 2):
+            assert settings[f"{student}_{seed}"] == settings[student] | {"seed": seed}
+    assert by_name["with_unlabelled"].needs == {"all_scenes", "few_scenes", "teacher"}
+
+
 @pytest.mark.parametrize("smoke", [False, True])
 def test_rungs_of_the_ladder_differ_in_what_they_are_named_after(smoke: bool) -> None:
     stages = build(ROOT / "pipelines/ssld_ablation.yaml", variables={"data": "somewhere"}, smoke=smoke)
