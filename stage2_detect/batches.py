@@ -8,7 +8,8 @@ start again at `start_step` (`batch_order.py`). Deliberately absent: any state t
 Legend: B images of a micro-batch, C channels, H height, W width, G objects (padded to the batch's most).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from stage2_detect.augment import TrainingViews, View, fit_view, view_image
 from stage2_detect.batch_order import BatchOrder, eval_batches
 from stage2_detect.coco import CocoData, CocoImage
 from stage2_detect.models.batch import ImageBatch, Targets
+from stage2_detect.models.mask_targets import ImageMasks
 from stage2_detect.unlabelled import MixedOrder, training_order
 
 PAD_MULTIPLE = 32
@@ -94,9 +96,17 @@ class TrainLoader:
             _raise_error(batch)
             flags = torch.tensor([index < self._labelled for index in batch["indices"]])
             labelled_B = flags if self._labelled < len(self._records) else None
-            targets = Targets(batch["boxes"], batch["labels"], batch["seeds"], labelled_B=labelled_B)
+            masks = self._masks(batch)
+            targets = Targets(batch["boxes"], batch["labels"], batch["seeds"], labelled_B=labelled_B, masks=masks)
             unreadable = [UnreadableImage(*parts) for parts in batch["unreadable"]]
             yield TrainBatch(_image_batch(batch), targets, [self._records[i] for i in batch["indices"]], unreadable)
+
+    def _masks(self, batch: dict[str, Any]) -> tuple[ImageMasks, ...] | None:
+        """Shapes never cross the process border: they are looked up here, by what a worker kept."""
+        if all(record.segmentations is None for record in self._records[: self._labelled]):
+            return None
+        parts = zip(batch["indices"], batch["views"], batch["kept"], strict=True)
+        return tuple(masks_of(self._records[index], view, kept) for index, view, kept in parts)
 
 
 class EvalLoader:
@@ -130,7 +140,9 @@ class EvalLoader:
     def __iter__(self) -> Iterator[tuple[ImageBatch, list[CocoImage]]]:
         for batch in self._loader:
             _raise_error(batch)
-            yield _image_batch(batch), [self._records[i] for i in batch["indices"]]
+            records = [self._records[index] for index in batch["indices"]]
+            originals_B2 = torch.tensor([(record.height, record.width) for record in records])
+            yield replace(_image_batch(batch), originals_B2=originals_B2), records
 
 
 def load_record(record: CocoImage) -> Tensor:
@@ -150,6 +162,16 @@ def load_record(record: CocoImage) -> Tensor:
     )
 
 
+def masks_of(record: CocoImage, view: Mapping[str, Any], kept_N: np.ndarray | None = None) -> ImageMasks:
+    """Shapes of an image's objects where a view (the fields of `augment.View`) shows them; `kept_N` picks and orders them."""
+    shapes = record.segmentations or ()
+    picked = tuple(shapes[index] for index in (range(len(shapes)) if kept_N is None else kept_N))
+    mirror = view["width"] if view["flip"] else None
+    return ImageMasks(
+        picked, record.height, record.width, view["scale"], left=view["left"], top=view["top"], mirror=mirror
+    )
+
+
 class _Request(NamedTuple):
     position: int
     view: int
@@ -165,6 +187,7 @@ class _Sample(NamedTuple):
     view: View | None = None
     boxes_N4: np.ndarray | None = None
     labels_N: np.ndarray | None = None
+    kept_N: np.ndarray | None = None
     seed: int = 0
     unreadable: tuple[tuple[str, str], ...] = ()
     error: str = ""
@@ -206,7 +229,8 @@ class _TrainSamples(Dataset[_Sample]):
             seen = self.views.of(image, record.boxes_N4, image_id=record.image_id, number=request.view)
             labels = record.labels_N[seen.kept_M]
             seed = stable_seed(self.views.seed, request.step, record.image_id)
-            return _Sample(index, seen.pixels_CHW, seen.view, seen.boxes_M4, labels, seed, tuple(unreadable))
+            parts = (seen.pixels_CHW, seen.view, seen.boxes_M4, labels, seen.kept_M)
+            return _Sample(index, *parts, seed, tuple(unreadable))
         return _Sample(
             request.position,
             error=f"none of the {len(part)} training images can be read; the first: {': '.join(unreadable[0])}",
@@ -269,7 +293,9 @@ def _collate_training(samples: list[_Sample], least: int) -> dict[str, Any]:
         labels_BG[row, : len(labels)] = torch.from_numpy(labels)
     seeds_B = torch.tensor([sample.seed for sample in samples], dtype=torch.int64)
     unreadable = [list(parts) for sample in samples for parts in sample.unreadable]
-    return batch | {"boxes": boxes_BG4, "labels": labels_BG, "seeds": seeds_B, "unreadable": unreadable}
+    batch |= {"boxes": boxes_BG4, "labels": labels_BG, "seeds": seeds_B, "unreadable": unreadable}
+    views = [asdict(sample.view) for sample in samples if sample.view is not None]
+    return batch | {"views": views, "kept": [sample.kept_N for sample in samples]}
 
 
 def _image_batch(batch: dict[str, Any]) -> ImageBatch:

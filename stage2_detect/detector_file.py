@@ -13,15 +13,14 @@ from shared.model_file import read_metadata, read_tensors, save_model_file
 from stage2_detect.coco import CocoData
 from stage2_detect.config import ResizeConfig
 from stage2_detect.model_config import DetectorConfig
-from stage2_detect.models.build import build_detector
-from stage2_detect.models.rcnn import RCNN
+from stage2_detect.models.build import Detector, build_detector
 
 
 @dataclass(frozen=True)
 class LoadedDetector:
     """A detector in evaluation mode with the classes and image sizes that belong to it."""
 
-    model: RCNN
+    model: Detector
     class_names: tuple[str, ...]
     category_ids: tuple[int | str, ...]
     resize: ResizeConfig
@@ -30,7 +29,7 @@ class LoadedDetector:
 
 def save_detector(
     path: Path,
-    model: RCNN,
+    model: Detector,
     *,
     config: DetectorConfig,
     resize: ResizeConfig,

@@ -18,6 +18,7 @@ from stage2_detect.coco import CocoData
 from stage2_detect.detector_file import load_detector
 from stage2_detect.model_config import DetectorConfig
 from stage2_detect.models.batch import ImageBatch
+from stage2_detect.models.build import Detector
 from stage2_detect.models.dense import DenseDetector, Outputs
 from stage2_detect.models.rcnn import RCNN
 from stage2_detect.scoring import score
@@ -36,7 +37,7 @@ class FrozenDetector:
         channels, strides: of its maps.
     """
 
-    def __init__(self, model: RCNN | DenseDetector, facts: dict[str, Any] | None = None) -> None:
+    def __init__(self, model: Detector, facts: dict[str, Any] | None = None) -> None:
         self.model = model.requires_grad_(False).eval()
         self.facts = facts or {}
         self.channels, self.strides = model.pyramid.channels, model.pyramid.strides

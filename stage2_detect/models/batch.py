@@ -8,9 +8,12 @@ Shapes: B images, G objects (padded to the most of the batch, may be 0), C chann
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from stage2_detect.models.mask_targets import ImageMasks
 
 
 @dataclass(frozen=True)
@@ -23,18 +26,26 @@ class ImageBatch:
     """int64 true (height, width) of each image inside the padded one."""
     scales_B: Tensor
     """float32 network size / original size."""
+    originals_B2: Tensor | None = None
+    """int64 (height, width) of the originals, on the CPU, for masks of exactly their size; None: from the other two, to a pixel."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ImageBatch":
         """A copy on `device`."""
-        return ImageBatch(
-            self.pixels_BCHW.to(device, non_blocking=non_blocking),
-            self.sizes_B2.to(device, non_blocking=non_blocking),
-            self.scales_B.to(device, non_blocking=non_blocking),
+        return replace(
+            self,
+            pixels_BCHW=self.pixels_BCHW.to(device, non_blocking=non_blocking),
+            sizes_B2=self.sizes_B2.to(device, non_blocking=non_blocking),
+            scales_B=self.scales_B.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> "ImageBatch":
         """A copy in page-locked memory; a data loader with `pin_memory=True` calls it."""
-        return ImageBatch(self.pixels_BCHW.pin_memory(), self.sizes_B2.pin_memory(), self.scales_B.pin_memory())
+        return replace(
+            self,
+            pixels_BCHW=self.pixels_BCHW.pin_memory(),
+            sizes_B2=self.sizes_B2.pin_memory(),
+            scales_B=self.scales_B.pin_memory(),
+        )
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,8 @@ class Targets:
     """int64: decides the sampling of this image at this step; a hash of (seed, step, image id)."""
     labelled_B: Tensor | None = None
     """bool, on the CPU: False is an image without annotations, for distillation alone; None: all have them."""
+    masks: tuple[ImageMasks, ...] | None = None
+    """shapes of the objects of each image, for a mask head; always on the CPU"""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
         """A copy on `device`."""
@@ -84,3 +97,5 @@ class Detections:
     """float32 in 0..1."""
     labels_N: Tensor
     """int64 in 0..K-1."""
+    masks: list[Any] | None = None
+    """COCO RLE of each, of the original image's size; None from a detector without masks."""

@@ -7,12 +7,17 @@ from torch import Tensor, nn
 from shared.backbones import InputSettings
 from stage2_detect.losses import BoxLoss
 from stage2_detect.model_config import BoxLossConfig, DetectorConfig, RPNConfig
+from stage2_detect.models.dense import DenseDetector
+from stage2_detect.models.gfl import GFL
+from stage2_detect.models.mask_head import MaskHead
 from stage2_detect.models.postprocess import Suppression
 from stage2_detect.models.pyramid import TimmPyramid
 from stage2_detect.models.rcnn import RCNN
+from stage2_detect.models.retinanet import RetinaNet
 from stage2_detect.models.roi_heads import BoxStage, RoIHeads
 from stage2_detect.models.rpn import RPN
 
+Detector = RCNN | DenseDetector
 _ONE_STAGE_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 
@@ -25,7 +30,7 @@ def build_detector(
     inputs: InputSettings,
     total: Callable[[Tensor], Tensor] = lambda count: count,
     world_size: int = 1,
-) -> RCNN:
+) -> Detector:
     """The detector that `config` describes, on a features-only timm body.
 
     Args:
@@ -44,15 +49,64 @@ def build_detector(
         freeze_stages=config.freeze_stages,
         freeze_norm=config.freeze_norm,
         dcn_strides=config.dcn_strides,
+        p3_p7=config.is_dense,
+        p6_from_c5=config.dense.p6_from == "c5",
+        relu_before_p7=config.dense.relu_before_p7,
     )
-    if config.has_masks:
-        raise NotImplementedError(config.kind)
+    if config.is_dense:
+        return DenseDetector(
+            pyramid=pyramid,
+            dense=_dense(config, classes, pyramid, total, world_size),
+            mean=inputs.mean,
+            std=inputs.std,
+            candidates=config.dense.candidates,
+            score_threshold=config.dense.score_threshold,
+            nms_iou=config.dense.nms_iou,
+            detections_per_image=config.dense.detections,
+            clip=config.dense.clip_boxes,
+        )
     return RCNN(
         pyramid=pyramid,
         rpn=_rpn(config.rpn, pyramid),
         roi_heads=_roi_heads(config, classes, total, world_size),
+        mask_head=_mask_head(config, classes, total, world_size) if config.has_masks else None,
         mean=inputs.mean,
         std=inputs.std,
+    )
+
+
+def _dense(
+    config: DetectorConfig, classes: int, pyramid: TimmPyramid, total: Callable[[Tensor], Tensor], world_size: int
+) -> GFL | RetinaNet:
+    if config.kind == "gfl":
+        return GFL(
+            classes=classes,
+            channels=pyramid.channels,
+            strides=pyramid.strides,
+            reg_max=config.gfl.reg_max,
+            convolutions=config.dense.convolutions,
+            tower_bias=config.gfl.tower_bias,
+            unbiased_std=config.gfl.unbiased_std,
+            ignore_padding=config.gfl.ignore_padding,
+            weight_floor=config.gfl.weight_floor,
+            box_weight=config.gfl.box_weight,
+            dfl_weight=config.gfl.dfl_weight,
+            total=total,
+            world_size=world_size,
+        )
+    return RetinaNet(
+        classes=classes,
+        channels=pyramid.channels,
+        strides=pyramid.strides,
+        convolutions=config.dense.convolutions,
+        positive_iou=config.retinanet.positive_iou,
+        negative_iou=config.retinanet.negative_iou,
+        low_quality_iou=config.retinanet.low_quality_iou,
+        alpha=config.retinanet.alpha,
+        gamma=config.retinanet.gamma,
+        smooth_l1_beta=config.retinanet.smooth_l1_beta,
+        total=total,
+        world_size=world_size,
     )
 
 
@@ -95,6 +149,21 @@ def _roi_heads(config: DetectorConfig, classes: int, total: Callable[[Tensor], T
         score_threshold=roi.score_threshold,
         suppression=Suppression(kind=roi.nms.kind, iou=roi.nms.iou, sigma=roi.nms.sigma),
         detections_per_image=roi.detections,
+        total=total,
+        world_size=world_size,
+    )
+
+
+def _mask_head(config: DetectorConfig, classes: int, total: Callable[[Tensor], Tensor], world_size: int) -> MaskHead:
+    return MaskHead(
+        classes=classes,
+        channels=config.fpn_channels,
+        hidden=config.mask.channels,
+        convolutions=config.mask.convolutions,
+        pool_size=config.mask.pool_size,
+        sampling_ratio=config.roi.sampling_ratio,
+        aligned=config.roi.aligned,
+        threshold=config.mask.threshold,
         total=total,
         world_size=world_size,
     )

@@ -1,0 +1,168 @@
+"""Mask head: a small map of every RoI for each class, pasted into the picture (arXiv 1703.06870).
+
+Behaviour as PaddleDetection@666f597f: trained on the positives of the first box stage, also in a cascade; the loss is the mean over positives and
+places of the object's class; in evaluation the final boxes are pooled, and the map of their class is pasted at the picture's own size.
+
+Shapes: B images, R RoIs of an image, N = B * R, C channels, K classes, S side of a map, P positives, H height, W width.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as mask_codec
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stage2_detect.models import boxes, pooling
+from stage2_detect.models.batch import Detections, Targets
+from stage2_detect.models.mask_targets import ImageMasks, rasterise
+from stage2_detect.models.roi_heads import SampledRoIs
+
+_PASTED_PIXELS = 2**23  # of full-size masks at once, 8 MB
+
+
+class MaskHead(nn.Module):
+    """Features of the pyramid -> a loss, or masks of detections.
+
+    Args:
+        classes: K.
+        channels: of the feature maps.
+        strides: of the feature maps that RoIs are pooled from, finest first.
+        hidden: width of the convolutions.
+        convolutions: number of them.
+        pool_size: side of the pooled features; maps have twice that.
+        sampling_ratio, aligned: of pooling.
+        threshold: probability from which a pixel belongs to the object.
+        total: sums a scalar int64 count over ranks.
+        world_size: number of ranks.
+    """
+
+    def __init__(
+        self,
+        *,
+        classes: int,
+        channels: int = 256,
+        strides: Sequence[int] = (4, 8, 16, 32),
+        hidden: int = 256,
+        convolutions: int = 4,
+        pool_size: int = 14,
+        sampling_ratio: int = 0,
+        aligned: bool = True,
+        threshold: float = 0.5,
+        total: Callable[[Tensor], Tensor] = lambda count: count,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__()
+        self.strides, self.pool_size = tuple(strides), pool_size
+        self.sampling_ratio, self.aligned, self.threshold = sampling_ratio, aligned, threshold
+        self.total, self.world_size = total, world_size
+        self.convs = nn.ModuleList(
+            nn.Conv2d(channels if number == 0 else hidden, hidden, 3, padding=1) for number in range(convolutions)
+        )
+        self.upsample = nn.ConvTranspose2d(hidden if convolutions else channels, hidden, 2, stride=2)
+        self.logits = nn.Conv2d(hidden, classes, 1)
+        for layer in (*self.convs, self.upsample, self.logits):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, pooled_NCSS: Tensor) -> Tensor:
+        """float32 logits [N, K, 2 S, 2 S] of pooled features."""
+        maps = pooled_NCSS
+        for conv in self.convs:
+            maps = F.relu(conv(maps))
+        logits: Tensor = self.logits(F.relu(self.upsample(maps))).float()
+        return logits
+
+    def losses(self, features: Sequence[Tensor], sampled: SampledRoIs, targets: Targets) -> dict[str, Tensor]:
+        """`loss_mask`: binary cross-entropy, mean over the positives of all ranks and the places of their maps; 0 without any."""
+        assert targets.masks is not None, "a mask head learns from shapes"
+        # Positives first, as many places as the image with most of them needs. Shapes are filled in on the host, so it may know.
+        most = max(1, int(sampled.positive_BR.sum(dim=1).max()))
+        order_BR = (~sampled.positive_BR).long().argsort(dim=1, stable=True)[:, :most]
+        rois_BR4, positive_BR = boxes.take(sampled.rois_BR4, order_BR), sampled.positive_BR.gather(1, order_BR)
+        objects_BR = sampled.objects_BR.gather(1, order_BR)
+        positive_N = positive_BR.flatten()
+        logits_NKSS = self(self._pool(features, rois_BR4, positive_BR))
+        if targets.labels_BG.shape[1]:
+            class_N = targets.labels_BG.gather(1, objects_BR).clamp(min=0).flatten()
+        else:
+            class_N = torch.zeros_like(objects_BR).flatten()
+        logits_NSS = logits_NKSS[torch.arange(len(class_N), device=class_N.device), class_N]
+        wanted_NSS = self._wanted(targets.masks, rois_BR4, positive_BR, objects_BR, logits_NSS.shape[-1])
+        entropy_N = F.binary_cross_entropy_with_logits(logits_NSS, wanted_NSS, reduction="none").mean(dim=(1, 2))
+        count = self.total(positive_N.sum()).clamp(min=1)
+        return {"loss_mask": torch.where(positive_N, entropy_N, 0.0).sum() * self.world_size / count}
+
+    @torch.no_grad()
+    def predict(self, features: Sequence[Tensor], found: Sequence[Detections]) -> list[Tensor]:
+        """Probabilities [D, 2 S, 2 S] of the detected class for every image, from boxes in coordinates of the network's input."""
+        most = max(1, *(len(one.scores_N) for one in found))
+        device = features[0].device
+        rois_BR4 = torch.zeros((len(found), most, 4), device=device)
+        class_BR = torch.zeros((len(found), most), dtype=torch.int64, device=device)
+        valid_BR = torch.zeros((len(found), most), dtype=torch.bool, device=device)
+        for row, one in enumerate(found):
+            count = len(one.scores_N)
+            rois_BR4[row, :count], class_BR[row, :count], valid_BR[row, :count] = one.boxes_N4, one.labels_N, True
+        logits_NKSS = self(self._pool(features, rois_BR4, valid_BR))
+        class_N = class_BR.flatten()
+        chosen_NSS = logits_NKSS[torch.arange(len(class_N), device=device), class_N].sigmoid()
+        rows = chosen_NSS.unflatten(0, (len(found), most))
+        return [row[: len(one.scores_N)] for row, one in zip(rows, found, strict=True)]
+
+    def _pool(self, features: Sequence[Tensor], rois_BR4: Tensor, valid_BR: Tensor) -> Tensor:
+        return pooling.pool_rois(
+            features,
+            rois_BR4,
+            valid_BR,
+            strides=self.strides,
+            size=self.pool_size,
+            sampling_ratio=self.sampling_ratio,
+            aligned=self.aligned,
+        )
+
+    @staticmethod
+    def _wanted(
+        masks: Sequence[ImageMasks], rois_BR4: Tensor, positive_BR: Tensor, objects_BR: Tensor, size: int
+    ) -> Tensor:
+        """float32 [N, size, size]: shapes of the positives, zeros elsewhere."""
+        image_P, place_P = positive_BR.cpu().nonzero(as_tuple=True)
+        rois_P4, objects_P = rois_BR4.cpu()[image_P, place_P].numpy(), objects_BR.cpu()[image_P, place_P].numpy()
+        wanted_BRSS = torch.zeros((*positive_BR.shape, size, size))
+        grids = rasterise(masks, image_P.numpy(), objects_P, rois_P4, size)
+        wanted_BRSS[image_P, place_P] = torch.from_numpy(grids).float()
+        return wanted_BRSS.flatten(0, 1).to(rois_BR4.device)
+
+
+def paste(maps_DSS: Tensor, boxes_D4: Tensor, height: int, width: int, threshold: float) -> list[Any]:
+    """COCO RLE of every map at its box in a picture of height x width, where its probability reaches the threshold.
+
+    A map is interpolated bilinearly between the centres of its places, and falls to zero beyond the outermost ones. As that is separable, a mask
+    is the product of two thin matrices with the map; the pixels looked at are those of the box alone.
+    """
+    codes: list[Any] = []
+    maps, corners = maps_DSS.double().cpu().numpy(), boxes_D4.double().tolist()
+    step = max(1, _PASTED_PIXELS // (height * width))
+    for start in range(0, len(maps), step):
+        part = range(start, min(start + step, len(maps)))
+        full_HWD = np.zeros((height, width, len(part)), dtype=np.uint8, order="F")
+        for layer, index in enumerate(part):
+            x1, y1, x2, y2 = corners[index]
+            left, right = max(int(np.floor(x1)), 0), min(int(np.ceil(x2)), width)
+            top, bottom = max(int(np.floor(y1)), 0), min(int(np.ceil(y2)), height)
+            if left >= right or top >= bottom:
+                continue
+            map_SS = maps[index]
+            rows_HS = _weights(top, bottom, y1, y2, len(map_SS))
+            columns_WS = _weights(left, right, x1, x2, len(map_SS))
+            full_HWD[top:bottom, left:right, layer] = rows_HS @ map_SS @ columns_WS.T >= threshold
+        codes += mask_codec.encode(full_HWD)
+    return codes
+
+
+def _weights(first: int, last: int, start: float, end: float, size: int) -> np.ndarray:
+    """float64 [pixels, size]: the share of each place of a map in the pixels first .. last - 1, the map lying from `start` to `end`."""
+    centres = (np.arange(first, last) + 0.5 - start) / (end - start) * size - 0.5
+    return np.clip(1 - np.abs(centres[:, None] - np.arange(size)), 0, None)
