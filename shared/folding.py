@@ -72,7 +72,7 @@ def _pairs(net: nn.Module, opaque: tuple[type[nn.Module], ...]) -> list[tuple[st
     for node in calls:
         source = node.args[0]
         if (
-            type(modules[str(node.target)]) in (nn.BatchNorm2d, BatchNormAct2d)
+            isinstance(modules[str(node.target)], nn.BatchNorm2d)
             and isinstance(source, fx.Node)
             and source.op == "call_module"
             and type(modules[str(source.target)]) in (nn.Conv2d, Conv2dSame)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from shared.errors import UserError
-from stage2_detect.models.freezing import stage_of_parameter
+from stage2_detect.models.freezing import ConstantBatchNorm2d, stage_of_parameter
 from stage2_detect.models.pyramid import TimmPyramid
 
 SMALL_SWIN = {
@@ -169,3 +169,32 @@ def test_frozen_norms_keep_the_keys_of_the_state_dict() -> None:
     plain = TimmPyramid(body_of("test_resnet"), name="test_resnet")
     frozen = TimmPyramid(body_of("test_resnet"), name="test_resnet", freeze_norm=True, freeze_stages=2)
     assert list(plain.state_dict()) == list(frozen.state_dict())
+
+
+def test_a_frozen_norm_is_the_norm_and_keeps_nothing() -> None:
+    torch.manual_seed(0)
+    norm = torch.nn.BatchNorm2d(6)
+    for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        assert tensor is not None
+        torch.nn.init.uniform_(tensor, 0.5, 1.5)
+    norm = norm.eval().requires_grad_(False)
+    constant = ConstantBatchNorm2d.of(norm)
+    assert constant.state_dict().keys() == norm.state_dict().keys()
+    assert constant.weight is norm.weight
+    x = torch.randn(2, 6, 5, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ours = constant(x)
+    assert all(tensor.numel() <= 6 for tensor in kept)
+    expected = norm(x)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    weight = torch.randn_like(x)
+    slopes = [torch.autograd.grad((out * weight).sum(), x)[0] for out in (ours, expected)]
+    torch.testing.assert_close(*slopes, rtol=1e-6, atol=1e-6)
+    assert constant(x.bfloat16()).dtype == torch.bfloat16
