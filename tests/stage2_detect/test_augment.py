@@ -1,10 +1,18 @@
 """Views against closed forms: sizes of the formula, boxes that follow the pixels, draws that repeat."""
 
+import itertools
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from stage2_detect.augment import TrainingViews, View, draw_view, fit_view, view_boxes, view_image
+from stage2_detect.batches import EvalLoader
+from stage2_detect.config import TrainConfig
+from stage2_detect.training_data import read_training_data, training_loader
 
 SHORT_SIDES = [640, 672, 704, 736, 768, 800]
 
@@ -236,3 +244,43 @@ def test_fast_kernel_does_not_depend_on_the_layout() -> None:
     for interpolation in ("bicubic", "bilinear"):
         decoded, planes = (view_image(i, view, interpolation, "fast") for i in (image, image.contiguous()))
         assert torch.equal(decoded, planes)
+
+
+def test_settings_reach_the_loaders(tmp_path: Path) -> None:
+    """What `resize` and `augment` say is what the batches show, in training and in evaluation."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    raw = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 60, "height": 40}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 6, 30, 20]}],
+        "categories": [{"id": 1, "name": "a"}],
+    }
+    (tmp_path / "data.json").write_text(json.dumps(raw))
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    resize = {"train_short_sides": [64], "train_long_side": 96, "val_short_side": 48, "val_long_side": 96}
+    for kernel, auto, jitter in itertools.product(("reference", "fast"), (False, True), (None, (0.5, 1.5))):
+        settings = {
+            "backbone": "random:test_resnet",
+            "output": tmp_path / "run",
+            "steps": 9,
+            "batch_size": 1,
+            "data": {"train_annotations": tmp_path / "data.json", "train_images": tmp_path},
+            "resize": resize | {"kernel": kernel},
+            "augment": {"auto_augment": auto, "large_scale_jitter": jitter},
+            "optim": {"lr": 0.1, "reference_batch": 1},
+        }
+        config = TrainConfig.model_validate(settings)
+        data = read_training_data(config)
+        views = TrainingViews(config.seed, (64,), 96, 0.5, "bicubic", kernel, auto, jitter)
+        loader = training_loader(config, data, start=0, stop=9, rank=0, ranks=1)
+        for number, batch in enumerate(loader):
+            seen = views.of(image, data.train.images[0].boxes_N4, image_id=1, number=number)
+            height, width = seen.pixels_CHW.shape[1:]
+            assert batch.images.sizes_B2.tolist() == [[height, width]]
+            assert torch.equal(batch.images.pixels_BCHW[0, :, :height, :width], seen.pixels_CHW)
+            assert np.array_equal(batch.targets.boxes_BG4[0], seen.boxes_M4)
+        ((images, _),) = EvalLoader(data.train, batch_size=1, short_side=48, max_long=96, kernel=kernel)
+        expected = view_image(image, fit_view(40, 60, short_side=48, max_long=96), kernel=kernel)
+        assert torch.equal(images.pixels_BCHW[0, :, :48, :72], expected)
+    fast, reference = (view_image(image, View(1.2, 48, 72), kernel=kernel) for kernel in ("fast", "reference"))
+    assert not torch.equal(fast, reference)  # else nothing above would show which kernel ran
