@@ -62,11 +62,11 @@ def suppress(
 
 
 def soft_nms(boxes_D4: Tensor, scores_D: Tensor, class_D: Tensor, suppression: Suppression, *, most: int) -> Tensor:
-    """Scores [D] after soft suppression within each class; 0 for what is not among a class's best `most`.
+    """Scores [D] after soft suppression within each class; 0 for what cannot be among the best `most` of all classes.
 
     Classes advance together: each step takes the best box that is left of every class and lowers the scores of the others
-    by their IoU with it (arXiv 1704.04503, figure 2). A class's scores come in falling order, so `most` steps serve whoever
-    keeps that many.
+    by their IoU with it (arXiv 1704.04503, figure 2). Scores only fall, so the steps end where `most` taken boxes are as good
+    as the best that is left.
     """
     if len(scores_D) == 0:
         return scores_D
@@ -81,8 +81,12 @@ def soft_nms(boxes_D4: Tensor, scores_D: Tensor, class_D: Tensor, suppression: S
     left_KC = scores_D.new_full((len(count), C), -1.0)  # -1: nothing there, or taken
     boxes_KC4[row_D, place_D], left_KC[row_D, place_D] = boxes_D4, scores_D
     final_KC = torch.zeros_like(left_KC)
-    for _ in range(min(C, most)):
+    best_M = scores_D.new_zeros(most)
+    for _ in range(C):
         score_K1, taken_K1 = left_KC.max(dim=1, keepdim=True)
+        if score_K1.max() <= best_M[-1]:
+            break
+        best_M = torch.cat((best_M, score_K1[:, 0])).topk(most).values
         final_KC.scatter_(1, taken_K1, score_K1.clamp(min=0).maximum(final_KC.gather(1, taken_K1)))
         iou_KC = boxes.pairwise_iou(boxes.take(boxes_KC4, taken_K1), boxes_KC4)[:, 0]
         if suppression.kind == "soft_linear":
