@@ -1,0 +1,58 @@
+"""The benchmarks of evaluation and of the annotation cache run, and notice when the two sides differ."""
+
+import copy
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from stage2_detect.coco_ap import coco_ap
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark = script("evaluate_coco")
+    assert benchmark.main(["--images", "12", "--per-image", "20", "--classes", "3", "--rounds", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"12 images, \d+ objects, 240 detections, 3 classes", lines[0])
+    assert [line.split(" | ")[0] for line in lines[4:]] == ["| hotcoco", "| pycocotools", "| analysis"]
+    truth, found = benchmark.draw(12, 20, 3)
+    one = coco_ap(truth, found)
+    assert 0.05 < one["AP50"] < 0.9
+    other = copy.deepcopy(one)
+    benchmark.compare(one, other)
+    other["per_class"]["class 1"] += 1e-9
+    with pytest.raises(AssertionError, match="per_class"):
+        benchmark.compare(one, other)
+
+
+def test_the_cache(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = script("annotation_cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("stage2_detect.annotation_cache.LEAST_BYTES", 0)
+
+    def here(file: Path, way: str, shapes: bool, _folder: str) -> dict[str, Any]:
+        found: dict[str, Any] = benchmark.read(file, cache=way == "cache", shapes=shapes)
+        return found
+
+    monkeypatch.setattr(benchmark, "start", here)
+    assert benchmark.main(["--images", "20", "--rounds", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[4:]] == ["| boxes", "| boxes and masks"]
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1
+    monkeypatch.setattr(benchmark, "start", lambda *args: here(*args) | {"digest": args[1]})
+    with pytest.raises(AssertionError, match="the cache gives something else than the file"):
+        benchmark.main(["--images", "20", "--rounds", "1"])
