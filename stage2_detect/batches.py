@@ -103,7 +103,7 @@ class TrainLoader:
 
     def _masks(self, batch: dict[str, Any]) -> tuple[ImageMasks, ...] | None:
         """Shapes never cross the process border: they are looked up here, by what a worker kept."""
-        if all(record.segmentations is None for record in self._records[: self._labelled]):
+        if self._records[0].segmentations is None:
             return None
         parts = zip(batch["indices"], batch["views"], batch["kept"], strict=True)
         return tuple(masks_of(self._records[index], view, kept) for index, view, kept in parts)
@@ -164,8 +164,8 @@ def load_record(record: CocoImage) -> Tensor:
 
 def masks_of(record: CocoImage, view: Mapping[str, Any], kept_N: np.ndarray | None = None) -> ImageMasks:
     """Shapes of an image's objects where a view (the fields of `augment.View`) shows them; `kept_N` picks and orders them."""
-    shapes = record.segmentations or ()
-    picked = tuple(shapes[index] for index in (range(len(shapes)) if kept_N is None else kept_N))
+    shapes = () if record.segmentations is None else record.segmentations
+    picked = tuple(shapes[index] for index in (range(len(shapes)) if kept_N is None else kept_N)) if len(shapes) else ()
     mirror = view["width"] if view["flip"] else None
     return ImageMasks(
         picked, record.height, record.width, view["scale"], left=view["left"], top=view["top"], mirror=mirror

@@ -182,6 +182,36 @@ def segmentation_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
         return mask_codec.decode(code).astype(bool)
 
 
+def require_masks(data: CocoData) -> CocoData:
+    """`data`, read with `segmentations=True`, when every object has a shape that can be used; else a `UserError` with the first annotation ids."""
+    without: list[Id] = []
+    for record in data.images:
+        shapes = record.segmentations
+        for index, annotation_id in enumerate(record.annotation_ids):
+            if shapes is None or not _is_shape(shapes[index], record.height, record.width):
+                without.append(annotation_id)
+    if without:
+        total = sum(len(record.annotation_ids) for record in data.images)
+        first = ", ".join(repr(annotation_id) for annotation_id in without[:3])
+        raise UserError(
+            f"{data.file}: {len(without)} of {total} objects have no usable segmentation (first annotation ids: {first}), which a detector "
+            "with masks needs: polygons of at least three points, or RLE of the image's size; or take a kind without masks, as faster_rcnn"
+        )
+    return data
+
+
+def _is_shape(segmentation: Any, height: int, width: int) -> bool:
+    """Whether a segmentation has the form of polygons or of RLE for an image of this size."""
+    if isinstance(segmentation, list):
+        return bool(segmentation) and all(
+            isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation
+        )
+    if not isinstance(segmentation, dict) or list(segmentation.get("size", ())) != [height, width]:
+        return False
+    counts = segmentation.get("counts")
+    return sum(counts) == height * width if isinstance(counts, list) else bool(counts)
+
+
 def _pick(shapes: Sequence[Any], positions: np.ndarray) -> Sequence[Any]:
     return shapes.pick(positions) if isinstance(shapes, PackedShapes) else tuple(shapes[i] for i in positions)
 

@@ -1,10 +1,10 @@
-"""COCO average precision of boxes, by hotcoco or pycocotools, and detections as COCO results JSON.
+"""COCO average precision of boxes or masks, by hotcoco or pycocotools, and detections as COCO results JSON.
 
 Metric: https://cocodataset.org/#detection-eval, as pycocotools computes it; hotcoco gives the same bits about a hundred
 times faster. Both get arrays, never a file, and both of their precision tables are summarised by the same lines here.
 Known traps are kept from them: annotation ids are renumbered from 1 (an id of 0 halves pycocotools' AP), string ids
 become numbers, empty detections score 0 (pycocotools: IndexError) and NaN scores are refused (pycocotools: AP 1).
-Deliberately absent: masks, plots, confusion matrices.
+Deliberately absent: plots, confusion matrices (`analysis.py`).
 
 Legend: N objects of one image, D detections of all images, T IoU thresholds, R recall points, K classes, A area ranges,
 M detection limits.
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from pycocotools import mask as mask_codec
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -32,13 +33,16 @@ _AREAS = {"": 0, "s": 1, "m": 2, "l": 3}
 _LIMITS = {1: 0, 10: 1, 100: 2}
 
 
-def coco_ap(ground_truth: CocoData, detections: Mapping[Id, Detections], backend: str = "auto") -> dict[str, Any]:
+def coco_ap(
+    ground_truth: CocoData, detections: Mapping[Id, Detections], backend: str = "auto", *, masks: bool = False
+) -> dict[str, Any]:
     """COCO's twelve numbers and AP per class; a number that is undefined (no object of that class or size) is None.
 
     `ground_truth` was read with `training=False`. `detections` maps image ids to boxes in original-image pixels; an
     image without an entry has none. Keys: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl in 0..1, and
-    `per_class` {class name: AP}. Raises `ValueError` for an unknown image, a label out of range, or a number that is
-    not finite.
+    `per_class` {class name: AP} and `per_class_AR` {class name: AR100}. `masks` compares shapes instead of boxes; the
+    ground truth and the detections have them then (`coco.require_masks`). Raises `ValueError` for an unknown image, a
+    label out of range, or a number that is not finite.
     """
     if ground_truth.training:
         raise ValueError(
@@ -49,19 +53,22 @@ def coco_ap(ground_truth: CocoData, detections: Mapping[Id, Detections], backend
     number = {image_id: index for index, image_id in enumerate(order, 1)}
     found_D7 = _detection_table(ground_truth, detections, number)
     evaluate = _hotcoco_tables if choose_backend(backend) == "hotcoco" else _pycocotools_tables
-    precision_TRKAM, recall_TKAM = evaluate(_dataset(ground_truth, number), found_D7)
+    shapes_D = _shapes(detections, number) if masks else None
+    precision_TRKAM, recall_TKAM = evaluate(_dataset(ground_truth, number, masks=masks), found_D7, shapes_D)
 
     def ap(area: str = "", at: slice = slice(None), label: slice = slice(None)) -> float | None:
         return _mean(precision_TRKAM[at, :, label, _AREAS[area], _LIMITS[100]])
 
-    def ar(limit: int = 100, area: str = "") -> float | None:
-        return _mean(recall_TKAM[:, :, _AREAS[area], _LIMITS[limit]])
+    def ar(limit: int = 100, area: str = "", label: slice = slice(None)) -> float | None:
+        return _mean(recall_TKAM[:, label, _AREAS[area], _LIMITS[limit]])
 
     result: dict[str, Any] = {"AP": ap(), "AP50": ap(at=slice(0, 1)), "AP75": ap(at=slice(5, 6))}
     result |= {f"AP{area}": ap(area) for area in "sml"}
     result |= {f"AR{limit}": ar(limit) for limit in _LIMITS}
     result |= {f"AR{area}": ar(area=area) for area in "sml"}
-    result["per_class"] = {name: ap(label=slice(k, k + 1)) for k, name in enumerate(ground_truth.class_names)}
+    classes = {name: slice(label, label + 1) for label, name in enumerate(ground_truth.class_names)}
+    result["per_class"] = {name: ap(label=label) for name, label in classes.items()}
+    result["per_class_AR"] = {name: ar(label=label) for name, label in classes.items()}
     return result
 
 
@@ -81,9 +88,13 @@ def detections_to_json(data: CocoData, detections: Mapping[Id, Detections], path
     for image_id, found in detections.items():
         corners_N4 = found.boxes_N4.double().cpu().numpy()
         boxes = np.concatenate([corners_N4[:, :2], corners_N4[:, 2:] - corners_N4[:, :2]], 1).round(3).tolist()
-        for box, score, label in zip(boxes, found.scores_N.tolist(), found.labels_N.tolist(), strict=True):
+        columns = zip(boxes, found.scores_N.tolist(), found.labels_N.tolist(), strict=True)
+        for index, (box, score, label) in enumerate(columns):
             category_id = data.category_ids[label]
-            rows.append({"image_id": image_id, "category_id": category_id, "bbox": box, "score": float(f"{score:.9g}")})
+            row = {"image_id": image_id, "category_id": category_id, "bbox": box, "score": float(f"{score:.9g}")}
+            if found.masks is not None:
+                row["segmentation"] = _as_text(found.masks[index])
+            rows.append(row)
     part = Path(f"{path}.part")
     part.write_text(json.dumps(rows, allow_nan=False))
     os.replace(part, path)
@@ -111,7 +122,24 @@ def _detection_table(
     return table[np.argsort(table[:, 0], kind="stable")]
 
 
-def _dataset(ground_truth: CocoData, number: Mapping[Id, int]) -> dict[str, list[dict]]:
+def _shapes(detections: Mapping[Id, Detections], number: Mapping[Id, int]) -> list[dict[str, Any]]:
+    """RLE of every detection, in the order of `_detection_table`."""
+    shapes: list[dict[str, Any]] = []
+    for image_id in sorted(detections, key=lambda image_id: number[image_id]):
+        masks = detections[image_id].masks
+        if masks is None:
+            raise ValueError(f"the detections of image {image_id!r} have no masks")
+        shapes += masks
+    return shapes
+
+
+def _as_text(code: dict[str, Any]) -> dict[str, Any]:
+    """An RLE whose counts are text, as in JSON."""
+    counts = code["counts"]
+    return {"size": list(code["size"]), "counts": counts.decode() if isinstance(counts, bytes) else counts}
+
+
+def _dataset(ground_truth: CocoData, number: Mapping[Id, int], *, masks: bool) -> dict[str, list[dict]]:
     """The data set in COCO's own form with ids 1, 2, ... for images, annotations and categories (label + 1)."""
     images: list[dict] = []
     annotations: list[dict] = []
@@ -124,25 +152,39 @@ def _dataset(ground_truth: CocoData, number: Mapping[Id, int]) -> dict[str, list
             record.areas_N.tolist(),
             record.crowd_N.tolist(),
         )
-        for box, label, area, crowd in zip(*columns, strict=True):
+        for index, (box, label, area, crowd) in enumerate(zip(*columns, strict=True)):
             annotation = {"id": len(annotations) + 1, "image_id": image_number, "category_id": label + 1}
+            if masks and record.segmentations is not None:
+                annotation["segmentation"] = record.segmentations[index]
             annotations.append(annotation | {"bbox": box, "area": area, "iscrowd": int(crowd)})
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(ground_truth.class_names)]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def _hotcoco_tables(dataset: dict[str, list[dict]], found_D7: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _hotcoco_tables(
+    dataset: dict[str, list[dict]], found_D7: np.ndarray, shapes_D: list[dict[str, Any]] | None
+) -> tuple[np.ndarray, np.ndarray]:
     import hotcoco  # optional dependency
 
     truth = hotcoco.COCO(dataset)
-    evaluation = hotcoco.COCOeval(truth, truth.load_res(found_D7), "bbox")
+    found: Any = found_D7
+    if shapes_D is not None:
+        rows = zip(found_D7[:, [0, 6, 5]].tolist(), shapes_D, strict=True)
+        found = [
+            {"image_id": int(image), "category_id": int(category), "score": score, "segmentation": shape}
+            for (image, category, score), shape in rows
+        ]
+    kind = "bbox" if shapes_D is None else "segm"
+    evaluation = hotcoco.COCOeval(truth, truth.load_res(found), kind)
     evaluation.evaluate()
     evaluation.accumulate()
     tables = cast(dict[str, np.ndarray], evaluation.eval)
     return np.asarray(tables["precision"]), np.asarray(tables["recall"])
 
 
-def _pycocotools_tables(dataset: dict[str, list[dict]], found_D7: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _pycocotools_tables(
+    dataset: dict[str, list[dict]], found_D7: np.ndarray, shapes_D: list[dict[str, Any]] | None
+) -> tuple[np.ndarray, np.ndarray]:
     found: list[dict] = []
     for image, x, y, width, height, score, category in found_D7.tolist():
         row = {
@@ -151,7 +193,11 @@ def _pycocotools_tables(dataset: dict[str, list[dict]], found_D7: np.ndarray) ->
             "category_id": int(category),
             "bbox": [x, y, width, height],
         }
-        found.append(row | {"score": score, "area": width * height, "iscrowd": 0})
+        row |= {"score": score, "area": width * height, "iscrowd": 0}
+        if shapes_D is not None:
+            shape = shapes_D[len(found)]
+            row |= {"segmentation": shape, "area": float(mask_codec.area(shape))}
+        found.append(row)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         apis = []
         for annotations in (dataset["annotations"], found):  # not `loadRes`, which fails on an empty list
@@ -159,7 +205,7 @@ def _pycocotools_tables(dataset: dict[str, list[dict]], found_D7: np.ndarray) ->
             api.dataset = dataset | {"annotations": annotations}
             api.createIndex()
             apis.append(api)
-        evaluation = COCOeval(*apis, "bbox")
+        evaluation = COCOeval(*apis, "bbox" if shapes_D is None else "segm")
         evaluation.evaluate()
         evaluation.accumulate()
     tables = cast(dict[str, np.ndarray], evaluation.eval)

@@ -174,6 +174,8 @@ class TrainConfig(TrainingConfig):
             raise ValueError("patience counts evaluations: give evaluate_every and data.val_annotations too")
         if self.unlabeled is not None and self.distill is None:
             raise ValueError("unlabeled: pictures without annotations teach by distillation only; give distill.teacher")
+        if self.distill is not None and self.model.is_dense:
+            raise ValueError(f"distill: teaches R-CNN detectors; model.kind is {self.model.kind}")
         if self.augment.auto_augment and self.model.has_masks:
             raise ValueError("augment.auto_augment moves pixels inside boxes: it cannot go with masks")
         return self

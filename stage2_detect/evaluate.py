@@ -32,13 +32,14 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     from shared.ranks import from_main_rank
     from shared.run_dir import RunDir, write_atomically
     from stage2_detect import analysis
-    from stage2_detect.coco import read_coco
+    from stage2_detect.coco import read_coco, require_masks
     from stage2_detect.coco_ap import detections_to_json
     from stage2_detect.detector_file import load_detector
     from stage2_detect.scoring import describe, score
 
     loaded = load_detector(config.model)
-    if config.tta and getattr(loaded.model, "mask_head", None) is not None:
+    with_masks = getattr(loaded.model, "mask_head", None) is not None
+    if config.tta and with_masks:
         raise UserError(
             f"tta: views are merged by their boxes, but the detector {config.model} gives masks; leave tta out"
         )
@@ -46,9 +47,12 @@ def evaluate_detector(config: EvaluateConfig) -> None:
         config.annotations,
         config.images,
         training=False,
+        segmentations=with_masks,
         class_names=loaded.class_names,
         cache=config.cache_annotations,
     )
+    if with_masks:
+        require_masks(data)
     accelerator = Accelerator(cpu=not uses_gpu(config.device))
     run = RunDir(config, "evaluate_detector", main=accelerator.is_main_process)
     if from_main_rank(run.status) == "finished":

@@ -39,7 +39,8 @@ def detect(
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             detections = fast(images.to(device, non_blocking=True))
         for record, one in zip(records, detections, strict=True):
-            found.append((record.image_id, Detections(one.boxes_N4.cpu(), one.scores_N.cpu(), one.labels_N.cpu())))
+            parts = (one.boxes_N4.cpu(), one.scores_N.cpu(), one.labels_N.cpu(), one.masks)
+            found.append((record.image_id, Detections(*parts)))
     return dict(gather_lists(found))
 
 
@@ -58,7 +59,7 @@ def score(
     backend: str = "auto",
     tta: TTAConfig | None = None,
 ) -> tuple[dict[str, Any], dict[Id, Detections]]:
-    """(COCO metrics, detections) of a detector on `data`, the same on every rank.
+    """(COCO metrics, detections) of a detector on `data`, the same on every rank; those of masks end in `_segm`.
 
     With `tta`, of its sizes merged; the longest side allowed grows with the short one.
     """
@@ -79,14 +80,16 @@ def score(
     ]
     loader = SizesLoader(loaders) if tta else loaders[0]
     detections = detect(model, loader, device=device, dtype=dtype, tta=tta)
-    metrics = coco_ap(data, detections, backend) if rank() == 0 else {}
+    metrics: dict[str, Any] = {}
+    if rank() == 0:
+        metrics = coco_ap(data, detections, backend)
+        if any(found.masks is not None for found in detections.values()):
+            segm = coco_ap(data, detections, backend, masks=True)
+            metrics |= {f"{name}_segm": value for name, value in segm.items()}
     return from_main_rank(metrics), detections
 
 
 def describe(metrics: dict[str, Any]) -> str:
     """One line for the log."""
-    return ", ".join(
-        f"{name} {100 * metrics[name]:.2f}"
-        for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")
-        if metrics[name] is not None
-    )
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AP_segm", "AP50_segm", "AP75_segm")
+    return ", ".join(f"{name} {100 * metrics[name]:.2f}" for name in names if metrics.get(name) is not None)

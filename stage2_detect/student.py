@@ -17,7 +17,7 @@ from stage2_detect.config import TrainConfig
 from stage2_detect.detector_file import save_detector
 from stage2_detect.distillation import DistilledDetector
 from stage2_detect.init_weights import InitFile
-from stage2_detect.models.build import build_detector
+from stage2_detect.models.build import Detector, build_detector
 from stage2_detect.models.freezing import lr_factor_of_parameter
 from stage2_detect.models.rcnn import RCNN
 from stage2_detect.teacher_detector import FrozenDetector, open_teacher
@@ -53,7 +53,7 @@ class Student:
             self.arch, self._inputs = architecture(reference, body), input_settings(body, reference.metadata)
             weights_licence = licence(reference, body) or ""
             origin = {"reference": config.backbone, "content_sha256": reference.metadata.get("content_sha256")}
-        self.detector: RCNN = build_detector(
+        self.detector = build_detector(
             config.model,
             classes=len(data.class_names),
             body=body,
@@ -77,6 +77,7 @@ class Student:
                 device=device,
                 channels_last=config.channels_last,
             )
+            assert isinstance(self.detector, RCNN), "TrainConfig refuses the others"
             self.model = DistilledDetector(
                 self.detector,
                 self.teacher,
@@ -94,9 +95,9 @@ class Student:
         }
 
     @property
-    def evaluated(self) -> RCNN:
+    def evaluated(self) -> Detector:
         """What is evaluated and exported: the average where there is one."""
-        model: RCNN = self.ema.module if self.ema else self.detector
+        model: Detector = self.ema.module if self.ema else self.detector
         return model
 
     def networks(self) -> dict[str, nn.Module]:

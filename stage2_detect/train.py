@@ -103,7 +103,9 @@ def train(config: TrainConfig) -> None:
         shown = [describe(metrics), *(f"{name} {value:.4f}" for name, value in losses.items())]
         run.log(f"step {step}: {', '.join(shown)}")
         metrics |= losses
-        run.metric(step, **{f"val_{name}": value for name, value in metrics.items() if name != "per_class"})
+        run.metric(
+            step, **{f"val_{name}": value for name, value in metrics.items() if not name.startswith("per_class")}
+        )
         return metrics
 
     def save_model(path: Path, metrics: dict[str, Any]) -> None:

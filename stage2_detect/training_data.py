@@ -8,7 +8,7 @@ import numpy as np
 
 from stage2_detect.batch_order import repeat_factors
 from stage2_detect.batches import TrainLoader
-from stage2_detect.coco import CocoData, CocoImage, read_coco
+from stage2_detect.coco import CocoData, CocoImage, read_coco, require_masks
 from stage2_detect.config import TrainConfig
 from stage2_detect.unlabelled import list_pictures
 
@@ -75,6 +75,10 @@ def read_training_data(config: TrainConfig) -> TrainingData:
             else None
             for training, wanted in ((False, True), (True, config.val_loss))
         )
+    if config.model.has_masks:
+        for part in (train, val, val_objects):
+            if part:
+                require_masks(part)
     unlabelled, unreadable = list_pictures(config.unlabeled) if config.unlabeled else ([], [])
     threshold = files.repeat_threshold
     repeats = repeat_factors(train.images, len(train.class_names), threshold) if threshold is not None else None

@@ -5,23 +5,25 @@ Legend: B images of a batch, G objects (padded to the batch's most).
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from shared.images import stable_seed
 from shared.ranks import gather_lists, rank, world_size
 from stage2_detect.augment import fit_view, view_boxes
-from stage2_detect.batches import EvalLoader
+from stage2_detect.batches import EvalLoader, masks_of
 from stage2_detect.coco import MIN_SIDE, CocoData, CocoImage
 from stage2_detect.models.batch import Targets
-from stage2_detect.models.rcnn import RCNN
+from stage2_detect.models.build import Detector
 
 
 @torch.no_grad()
 def validation_losses(
-    model: RCNN,
+    model: Detector,
     data: CocoData,
     *,
     short_side: int,
@@ -69,12 +71,13 @@ def validation_losses(
 
 def targets_of(records: list[CocoImage], short_side: int, long_side: int) -> Targets:
     """The objects of evaluation images where `EvalLoader` puts them; the sampling's seeds depend on the image alone."""
-    objects = []
+    objects, masks = [], []
     for record in records:
         view = fit_view(record.height, record.width, short_side=short_side, max_long=long_side)
         boxes_N4 = view_boxes(record.boxes_N4, view)
         sound_N = ((boxes_N4[:, 2:] - boxes_N4[:, :2]) > MIN_SIDE).all(1)
         objects.append((boxes_N4[sound_N], record.labels_N[sound_N]))
+        masks.append(masks_of(record, asdict(view), np.flatnonzero(sound_N)))
     most = max(len(labels) for _, labels in objects)
     boxes_BG4 = torch.zeros(len(records), most, 4)
     labels_BG = torch.full((len(records), most), -1, dtype=torch.int64)
@@ -82,7 +85,8 @@ def targets_of(records: list[CocoImage], short_side: int, long_side: int) -> Tar
         boxes_BG4[row, : len(boxes)] = torch.from_numpy(boxes)
         labels_BG[row, : len(labels)] = torch.from_numpy(labels)
     seeds_B = torch.tensor([stable_seed("validation", record.image_id) for record in records], dtype=torch.int64)
-    return Targets(boxes_BG4, labels_BG, seeds_B)
+    with_masks = any(record.segmentations is not None for record in records)
+    return Targets(boxes_BG4, labels_BG, seeds_B, masks=tuple(masks) if with_masks else None)
 
 
 @contextmanager

@@ -29,7 +29,8 @@ class ModulatedDeformConv2d(nn.Module):
 
     def __init__(self, replaced: nn.Conv2d) -> None:
         super().__init__()
-        assert is_dense_3x3(replaced) and not isinstance(replaced.padding, str)
+        assert is_dense_3x3(replaced)
+        assert not isinstance(replaced.padding, str)
         self.stride, self.padding = _pair(replaced.stride), _pair(replaced.padding)
         self.dilation = _pair(replaced.dilation)
         self.weight, self.bias = replaced.weight, replaced.bias

@@ -28,8 +28,8 @@ def valuable_region(
 ) -> Tensor:
     """float32 weight [B, A] of every anchor in the valuable localisation region, 0 outside it.
 
-    An anchor belongs to the region of an object where gamma * threshold <= X < threshold, X being distance-IoU, and its weight is the highest IoU with
-    the objects whose regions it is in. Positives are not taken out.
+    An anchor belongs to the region of an object where gamma * threshold <= X < threshold, X being distance-IoU, and its weight is the highest IoU
+    with the objects whose regions it is in. Positives are not taken out.
 
     Args:
         thresholds_BG: of the assignment (`atss.Thresholds.region_BG`); infinite for padding, which has no region then.

@@ -90,7 +90,7 @@ def test_global_is_the_reference_at_two_images_and_does_not_grow_with_more() -> 
     found = {}
     for images in (2, 6):
         for normalization in ("global", "reference"):
-            terms = replace(LDTerms(), normalization=normalization)  # type: ignore[arg-type]
+            terms = replace(LDTerms(), normalization=normalization)
             losses = DistilledDense(student, FrozenDetector(teacher), terms).train()(*batch(images))
             assert isinstance(losses, dict)
             found[images, normalization] = {name: loss.item() for name, loss in losses.items()}

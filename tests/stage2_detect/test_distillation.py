@@ -47,6 +47,7 @@ def detector(seed: int, fpn_channels: int = 16) -> RCNN:
     body = timm.create_model("test_resnet", features_only=True)
     inputs = input_settings(body, {})
     model = build_detector(architecture(fpn_channels), classes=2, body=body, arch="test_resnet", inputs=inputs)
+    assert isinstance(model, RCNN)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith("roi_heads") and ".logits." in name:
@@ -96,6 +97,7 @@ def test_the_terms_are_those_of_the_definition(fpn_channels: int) -> None:
             correlation += np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(s, t, strict=True)])
         assert losses["loss_pkd"].item() == pytest.approx(2 * correlation, rel=1e-4)
 
+        assert isinstance(teacher.model, RCNN)
         own = [maps[:2] for maps in features]
         _, sampled = student.losses(own, images.sizes_B2[:2], targets.first(2))
         proposals, _ = student.rpn([maps[2:] for maps in features], images.sizes_B2[2:])
@@ -240,6 +242,7 @@ def write_teacher(path: Path, model: RCNN, data: Any) -> Path:
 
 def test_a_teacher_answers_in_the_students_class_order_and_with_its_own_mean(teacher_detector: Path) -> None:
     model = load_detector(teacher_detector).model
+    assert isinstance(model, RCNN)
     assert model.mean_C11.flatten().tolist() == pytest.approx([25.5, 51, 76.5])
     images, _ = batch()
     asked: Settings = {"device": torch.device("cpu"), "channels_last": False}

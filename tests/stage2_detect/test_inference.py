@@ -39,6 +39,7 @@ def detector(arch: str = "resnet18d", **options: object) -> RCNN:
     )
     inputs = InputSettings((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), (0, 0), "bilinear", False)
     model = build_detector(config, classes=5, body=body, arch=arch, inputs=inputs)
+    assert isinstance(model, RCNN)
     for module in (model.rpn.head, *model.roi_heads.heads):
         for parameter in module.parameters():
             nn.init.normal_(parameter, std=0.02)

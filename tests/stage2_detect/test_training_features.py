@@ -20,6 +20,7 @@ from stage2_detect.config import ExpectedConfig
 from stage2_detect.detector_file import load_detector
 from stage2_detect.expected import compare
 from stage2_detect.models.batch import ImageBatch, Targets
+from stage2_detect.models.rcnn import RCNN
 from stage2_detect.validation_loss import validation_losses
 
 Settings = dict[str, Any]
@@ -151,6 +152,7 @@ def test_validation_loss_is_the_mean_over_images(trained: Path, train_settings: 
 def test_validation_loss_leaves_the_model_as_it_was(trained: Path, train_settings: Settings) -> None:
     data = train_settings["data"]
     model = load_detector(trained / "detector.safetensors").model
+    assert isinstance(model, RCNN)
     model.roi_heads.total, model.roi_heads.world_size = total_over_ranks, 7
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     options: dict[str, Any] = {"short_side": 64, "long_side": 64, "interpolation": "bicubic", "kernel": "reference"}
