@@ -1,6 +1,7 @@
 """Ratios of our R-CNN to torchvision's, measured side by side in one run on whatever device there is: never an absolute time.
 
-    python benchmarks/detect.py [--pairs 30] [--sizes 480x640 800x1333] [--batch 2] [--modes training inference memory compile]
+    python benchmarks/detect.py [--pairs 30] [--sizes 480x640 800x1333] [--batch 2] [--detectors faster mask]
+                                [--modes training inference memory compile]
 
 training    a step, forward and backward and SGD            wanted: at most 0.85 of torchvision's on a CPU, 0.5 on a GPU (both bf16 there)
 inference   images in memory to detections                  at most 0.85; 0.5
@@ -11,11 +12,13 @@ compile     a training step with a compiled pyramid / without
 Both sides have the same weights, body, frozen norm, anchors, counts and thresholds, and read images that are in memory at their final size; see
 benchmarks/torchvision_rcnn.py. Each side works in the memory format in which it was faster on its first rounds. Ours pools RoIs as torchvision does
 (two samples a side, not aligned) in the rows that the goals are about, and as PaddleDetection does in the other rows. In evaluation ours is the
-folded copy that evaluate.py runs. The works of a round run one after the other, in alternating order; printed are the median and the quartiles over
-the rounds.
+folded copy that evaluate.py runs. Masks end as run-length codes on our side, as full-size maps on torchvision's. The works of a round run one
+after the other, in alternating order; printed are the median and the quartiles over the rounds.
 """
 
 import argparse
+import itertools
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,9 +29,11 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import numpy as np
 import timm
 import torch
 import torchvision
+from pycocotools import mask as mask_codec
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,10 +41,11 @@ from benchmarks.side_by_side import Work, rounds, show
 from benchmarks.torchvision_rcnn import CLASSES, our_detector, torchvisions_detector
 from stage2_detect.models.batch import Detections, ImageBatch, Targets
 from stage2_detect.models.inference import for_inference
+from stage2_detect.models.mask_targets import ImageMasks, decode
 
 OURS, REFERENCE, THEIRS = "ours", "ours, reference pooling", "torchvision"
 FORMATS = {"channels last": torch.channels_last, "contiguous": torch.contiguous_format}
-OBJECTS, DETECTIONS = 8, 50
+OBJECTS, DETECTIONS, CORNERS = 8, 50, 24
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Inputs:
 
 
 def make_inputs(height: int, width: int, batch: int, device: torch.device) -> Inputs:
-    """Smooth noise, on which the golden weights find a hundred things an image, and some objects."""
+    """Smooth noise, on which the golden weights find a hundred things an image, and some objects: ellipses, as polygons."""
     draw = torch.Generator().manual_seed(0)
     small = torch.randint(0, 256, (batch, 3, -(-height // 8), -(-width // 8)), generator=draw).float()
     pixels = F.interpolate(small, (height, width), mode="bilinear").round().to(torch.uint8)
@@ -64,17 +70,35 @@ def make_inputs(height: int, width: int, batch: int, device: torch.device) -> In
         (corners, corners + sides * (0.05 + 0.25 * torch.rand(batch, OBJECTS, 2, generator=draw))), dim=-1
     )
     labels = torch.randint(0, CLASSES, (batch, OBJECTS), generator=draw)
+    shapes = [[[ellipse(box)] for box in image] for image in boxes.tolist()]
+    bitmaps = [
+        decode([mask_codec.frPyObjects(s, height, width)[0] for s in image]).transpose(2, 0, 1) for image in shapes
+    ]
+    masks = tuple(ImageMasks(tuple(image), height, width) for image in shapes)
+    theirs = zip(boxes.to(device), labels.to(device), bitmaps, strict=True)
+    sizes = torch.tensor([[height, width]] * batch)
     return Inputs(
-        ImageBatch(padded, torch.tensor([[height, width]] * batch).to(device), torch.ones(batch, device=device)),
-        Targets(boxes, labels, torch.arange(batch)).to(device),
+        ImageBatch(padded, sizes.to(device), torch.ones(batch, device=device), sizes),
+        Targets(boxes, labels, torch.arange(batch), masks=masks).to(device),
         [image.float().to(device) / 255 for image in pixels],
-        [{"boxes": b.to(device), "labels": k.to(device) + 1} for b, k in zip(boxes, labels, strict=True)],
+        [
+            {"boxes": b, "labels": k + 1, "masks": torch.tensor(np.ascontiguousarray(m)).to(device)}
+            for b, k, m in theirs
+        ],
     )
 
 
-def build(side: str, mode: str, memory_format: torch.memory_format, device: torch.device) -> nn.Module:
+def ellipse(box: list[float]) -> list[float]:
+    """A polygon in a box."""
+    x1, y1, x2, y2 = box
+    turns = [2 * math.pi * corner / CORNERS for corner in range(CORNERS)]
+    points = [(x1 + x2 + (x2 - x1) * math.cos(t), y1 + y2 + (y2 - y1) * math.sin(t)) for t in turns]
+    return [value / 2 for point in points for value in point]
+
+
+def build(kind: str, side: str, mode: str, memory_format: torch.memory_format, device: torch.device) -> nn.Module:
     """One side's network, ready to train or to be evaluated."""
-    ours = our_detector(torchvisions_pooling=side != REFERENCE).train(mode == "training")
+    ours = our_detector(kind, torchvisions_pooling=side != REFERENCE).train(mode == "training")
     net: nn.Module = torchvisions_detector(ours) if side == THEIRS else ours
     if side != THEIRS and mode == "inference":
         net = for_inference(ours)
@@ -107,10 +131,12 @@ def work(side: str, net: nn.Module, inputs: Inputs, dtype: torch.dtype = torch.f
     return run
 
 
-def fastest(side: str, mode: str, inputs: Inputs, dtype: torch.dtype) -> tuple[nn.Module, str]:
+def fastest(kind: str, side: str, mode: str, inputs: Inputs, dtype: torch.dtype) -> tuple[nn.Module, str]:
     """The network in the memory format that suits it."""
     device = inputs.images.pixels_BCHW.device
-    nets = {name: build(side, mode, memory_format, device) for name, memory_format in FORMATS.items()}
+    nets = {name: build(kind, side, mode, memory_format, device) for name, memory_format in FORMATS.items()}
+    if len(nets) == 1:
+        return next((net, name) for name, net in nets.items())
     found = rounds({name: work(side, net, inputs, dtype) for name, net in nets.items()}, 3, device)
     best = min(FORMATS, key=lambda name: min(seconds[name] for seconds in found))
     return nets[best], best
@@ -124,17 +150,27 @@ def check_detections(ours: list[Detections], theirs: list[dict[str, Tensor]]) ->
         near = (one.boxes_N4[:, None] - other["boxes"][None]).abs().amax(dim=2) < 0.5
         near &= one.labels_N[:, None] == other["labels"][None] - 1
         near &= (one.scores_N[:, None] - other["scores"][None]).abs() < 0.01
+        if one.masks is not None:
+            check_masks(one.masks, other["masks"][near.long().argmax(dim=1), 0].cpu())
         agreed, total = agreed + int(near.any(dim=1).sum()), total + len(one.boxes_N4)
     return agreed / total
 
 
-def compare(mode: str, inputs: Inputs, pairs: int, label: str, device: torch.device) -> None:
+def check_masks(codes: list[Any], theirs_NHW: Tensor) -> None:
+    """Fails unless pixels of which torchvision is sure are of our masks too, or not; it moves boxes to whole pixels for its masks."""
+    ours_NHW = torch.from_numpy(decode(codes)).permute(2, 0, 1).bool()
+    sure_NHW = (theirs_NHW > 0) & ((theirs_NHW - 0.5).abs() > 0.05)
+    share = ((ours_NHW == (theirs_NHW > 0.5)) & sure_NHW).sum() / sure_NHW.sum()
+    assert share > 0.9, f"only {share:.0%} of the masks' pixels are torchvision's: the settings differ"
+
+
+def compare(kind: str, mode: str, inputs: Inputs, pairs: int, label: str, device: torch.device) -> None:
     """The rows of one mode and size."""
     gpu = device.type == "cuda"
     common = torch.bfloat16 if gpu else torch.float32
     nets, formats = {}, {}
     for side in (OURS, REFERENCE, THEIRS):
-        nets[side], formats[side] = fastest(side, mode, inputs, common)
+        nets[side], formats[side] = fastest(kind, side, mode, inputs, common)
     if mode == "inference":
         with torch.no_grad():
             share = check_detections(call(OURS, nets[OURS], inputs), call(THEIRS, nets[THEIRS], inputs))
@@ -153,30 +189,33 @@ def compare(mode: str, inputs: Inputs, pairs: int, label: str, device: torch.dev
         show(f"{label} {mode}: ours in bf16 / torchvision in float32", [r["ours in bf16"] / r[THEIRS] for r in found])
 
 
-def compiled(inputs: Inputs, pairs: int, label: str, device: torch.device) -> None:
+def compiled(kind: str, inputs: Inputs, pairs: int, label: str, device: torch.device) -> None:
     """The row of `compile: true`."""
-    nets = {name: build(OURS, "training", torch.channels_last, device) for name in ("eager", "compiled")}
+    nets = {name: build(kind, OURS, "training", torch.channels_last, device) for name in ("eager", "compiled")}
     pyramid: Any = nets["compiled"].pyramid
     pyramid.compile()
     found = rounds({name: work(OURS, net, inputs) for name, net in nets.items()}, pairs, device)
     show(f"{label} training: compiled pyramid / eager", [r["compiled"] / r["eager"] for r in found])
 
 
-def memory(size: str, batch: int, device: torch.device) -> None:
+def memory(kind: str, size: str, batch: int, device: torch.device) -> None:
     """The rows of the greatest memory; a process of its own for each side and mode."""
     for mode in ("training", "inference"):
         peak = {}
         for side in (OURS, THEIRS):
-            line = [sys.executable, __file__, "--sizes", size, "--batch", str(batch), "--peak-of", side, mode]
+            line = [sys.executable, __file__, "--detectors", kind, "--sizes", size, "--batch", str(batch)]
+            line += ["--peak-of", side, mode]
             peak[side] = int(subprocess.run(line, check=True, capture_output=True, text=True).stdout.split()[-1])
         what = "GPU memory" if device.type == "cuda" else "greatest resident memory"
         ratio = peak[OURS] / peak[THEIRS]
-        print(f"{f'{size} {mode}: {what}, ours / torchvision':<62} {ratio:.3f}  ({peak[OURS]} / {peak[THEIRS]} MB)")
+        print(
+            f"{f'{kind} {size} {mode}: {what}, ours / torchvision':<62} {ratio:.3f}  ({peak[OURS]} / {peak[THEIRS]} MB)"
+        )
 
 
-def print_peak(side: str, mode: str, inputs: Inputs, device: torch.device) -> None:
+def print_peak(kind: str, side: str, mode: str, inputs: Inputs, device: torch.device) -> None:
     """Three steps, then the greatest memory in MB."""
-    step = work(side, build(side, mode, torch.channels_last, device), inputs)
+    step = work(side, build(kind, side, mode, torch.channels_last, device), inputs)
     for _ in range(3):
         step()
     if device.type == "cuda":
@@ -200,6 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=2)
     modes = ["training", "inference", "memory", "compile"]
     parser.add_argument("--modes", nargs="+", choices=modes, default=modes)
+    parser.add_argument("--detectors", nargs="+", choices=["faster", "mask"], default=["faster", "mask"])
     parser.add_argument("--peak-of", nargs=2, metavar=("SIDE", "MODE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -207,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.peak_of:
         height, width = map(int, arguments.sizes[0].split("x"))
         side, mode = arguments.peak_of
-        print_peak(side, mode, make_inputs(height, width, arguments.batch, device), device)
+        print_peak(arguments.detectors[0], side, mode, make_inputs(height, width, arguments.batch, device), device)
         return
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}"
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
@@ -215,16 +255,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{arguments.pairs} rounds: median (quartiles)")
     if device.type == "cpu" and not has_bf16():
         print("no bf16 rows: this CPU has no bf16 instructions")
-    for size in arguments.sizes:
+    for kind, size in itertools.product(arguments.detectors, arguments.sizes):
         height, width = map(int, size.split("x"))
         inputs = make_inputs(height, width, arguments.batch, device)
         for mode in arguments.modes:
             if mode == "memory":
-                memory(size, arguments.batch, device)
+                memory(kind, size, arguments.batch, device)
             elif mode == "compile":
-                compiled(inputs, arguments.pairs, size, device)
+                compiled(kind, inputs, arguments.pairs, f"{kind} {size}", device)
             else:
-                compare(mode, inputs, arguments.pairs, size, device)
+                compare(kind, mode, inputs, arguments.pairs, f"{kind} {size}", device)
 
 
 if __name__ == "__main__":

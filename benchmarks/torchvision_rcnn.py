@@ -1,4 +1,4 @@
-"""One network as our detector and as torchvision's FasterRCNN: same weights, anchors, counts and thresholds, so that only the code differs.
+"""One network as our detector and as torchvision's Faster or Mask R-CNN: same weights, anchors, counts and thresholds; only the code differs.
 
 The weights are those of tests/golden/reference_weights.py, under which both find something. torchvision's side keeps its own transform (without the
 resize), FrozenBatchNorm2d, RPN, samplers, RoI pooling (two samples a side, not aligned) and heads; its body is timm's resnet50d, because those
@@ -6,11 +6,11 @@ weights are of one, and its anchors are ours, because it rounds them.
 """
 
 import copy
+import functools
 import importlib.util
 import json
 from collections import OrderedDict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import timm
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNN
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from shared.backbones import InputSettings
@@ -34,20 +35,15 @@ ARCH, CLASSES = "resnet50d", 80
 _INPUTS = InputSettings(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, (0, 0), "bilinear", False)
 
 
-def our_detector(*, torchvisions_pooling: bool) -> RCNN:
-    """Our Faster R-CNN under the golden weights, pooling RoIs as torchvision does or as the reference does."""
+def our_detector(kind: str, *, torchvisions_pooling: bool) -> RCNN:
+    """Our "faster" or "mask" R-CNN under the golden weights, pooling RoIs as torchvision does or as the reference does."""
     pooling = {"sampling_ratio": 2, "aligned": False} if torchvisions_pooling else {}
-    config = DetectorConfig.model_validate({"freeze_stages": 2, "freeze_norm": True, "roi": pooling})
+    settings = {"kind": f"{kind}_rcnn", "freeze_stages": 2, "freeze_norm": True, "roi": pooling}
+    config = DetectorConfig.model_validate(settings)
     body = timm.create_model(ARCH, features_only=True, pretrained=False)
     model = build_detector(config, classes=CLASSES, body=body, arch=ARCH, inputs=_INPUTS)
     assert isinstance(model, RCNN)
-    about = json.loads((GOLDEN / "faster.json").read_text())
-    rule = _rule()
-    weights: dict[str, Tensor] = {}
-    for name, shape in about["parameters"].items():
-        weight = torch.from_numpy(rule.reference_weight(name, shape, about["salt"]))
-        weights[our_name(name) or name] = weight.T if weight.ndim == 2 else weight
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    missing, unexpected = model.load_state_dict(_weights(kind), strict=False)
     assert not unexpected
     assert all(name.endswith("num_batches_tracked") for name in missing)
     return model
@@ -56,7 +52,8 @@ def our_detector(*, torchvisions_pooling: bool) -> RCNN:
 def torchvisions_detector(ours: RCNN) -> FasterRCNN:
     """The same network and settings in torchvision's classes; labels are ours + 1, since background comes first."""
     rpn, roi = ours.rpn, ours.roi_heads
-    theirs = FasterRCNN(
+    network = MaskRCNN if ours.mask_head else FasterRCNN
+    theirs = network(
         _Backbone(ours),
         num_classes=CLASSES + 1,
         rpn_anchor_generator=_OurAnchors(ours),
@@ -65,10 +62,8 @@ def torchvisions_detector(ours: RCNN) -> FasterRCNN:
         rpn_pre_nms_top_n_test=rpn.test_nms[0],
         rpn_post_nms_top_n_test=rpn.test_nms[1],
     )
-    theirs.transform.resize = lambda image, target: (
-        image,
-        target,
-    )  # images come at their size; it can skip this in training only
+    # Images come at their size; it can skip this in training only.
+    theirs.transform.resize = lambda image, target: (image, target)
     theirs.rpn.min_size = rpn.min_size
     head, box = theirs.rpn.head, theirs.roi_heads
     _copy(ours.rpn.head.conv, head.conv[0][0])
@@ -82,6 +77,16 @@ def torchvisions_detector(ours: RCNN) -> FasterRCNN:
             logits, deltas = getattr(our_head.logits, name), getattr(our_head.deltas, name)
             getattr(box.box_predictor.cls_score, name).copy_(torch.cat((logits[-1:], logits[:-1])))
             getattr(box.box_predictor.bbox_pred, name).copy_(torch.cat((torch.zeros_like(deltas[:4]), deltas)))
+    if ours.mask_head:
+        for number, conv in enumerate(ours.mask_head.convs):
+            _copy(conv, box.mask_head[number][0])
+        _copy(ours.mask_head.upsample, box.mask_predictor.conv5_mask)
+        predictor = box.mask_predictor.mask_fcn_logits
+        with torch.no_grad():  # the background's mask comes first, and is never looked at
+            for parameter, our_parameter in zip(
+                predictor.parameters(), ours.mask_head.logits.parameters(), strict=True
+            ):
+                parameter.copy_(torch.cat((torch.zeros_like(our_parameter[:1]), our_parameter)))
     return theirs.train(ours.training)
 
 
@@ -122,10 +127,16 @@ def _copy(source: nn.Module, target: nn.Module) -> None:
     target.load_state_dict(source.state_dict())
 
 
-def _rule() -> ModuleType:
+@functools.cache
+def _weights(kind: str) -> dict[str, Tensor]:
     spec = importlib.util.spec_from_file_location("reference_weights", GOLDEN / "reference_weights.py")
     assert spec is not None
     assert spec.loader is not None
     rule = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rule)
-    return rule
+    about = json.loads((GOLDEN / f"{kind}.json").read_text())
+    weights: dict[str, Tensor] = {}
+    for name, shape in about["parameters"].items():
+        weight = torch.from_numpy(rule.reference_weight(name, shape, about["salt"]))
+        weights[our_name(name) or name] = weight.T if weight.ndim == 2 else weight
+    return weights

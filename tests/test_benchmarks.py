@@ -127,6 +127,29 @@ def test_the_detection_loaders_opponent_makes_the_same_batch(tmp_path: Path) -> 
     assert difference.mean() * std.max() < 1
 
 
+@pytest.mark.parametrize(("kind", "mode"), [("faster", "training"), ("mask", "inference")])
+def test_every_ratio_of_the_detector_is_printed(kind: str, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The script itself asserts that both sides find enough, and nearly the same."""
+    detect = script("detect")
+    del detect.FORMATS["contiguous"]
+    common = ["--detectors", kind, "--batch", "1"]
+    detect.main([*common, "--pairs", "2", "--sizes", "96x160", "--modes", mode])
+    out = capsys.readouterr().out
+    for ours in ("ours", "ours, reference pooling"):
+        found = re.search(rf"{kind} 96x160 {mode}, float32: {ours} / torchvision +(\S+)  \((\S+) to (\S+)\)", out)
+        assert found, out
+        middle, low, high = map(float, found.groups())
+        assert 0 < low <= middle <= high
+
+
+def test_the_greatest_memory_of_a_detector_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a process that trains with masks; here the test's own."""
+    script("detect").main(
+        ["--detectors", "mask", "--batch", "1", "--sizes", "64x64", "--peak-of", "torchvision", "training"]
+    )
+    assert int(capsys.readouterr().out) > 100
+
+
 def test_table_of_the_detector_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = {
         "random": (0.1, 0.2),
