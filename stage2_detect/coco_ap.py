@@ -13,9 +13,10 @@ M detection limits.
 import contextlib
 import importlib.util
 import io
+import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ from stage2_detect.models.batch import Detections
 BACKENDS = ("auto", "hotcoco", "pycocotools")
 _AREAS = {"": 0, "s": 1, "m": 2, "l": 3}
 _LIMITS = {1: 0, 10: 1, 100: 2}
+_SHAPES_AT_ONCE = 50_000  # detections whose shapes a backend copies at once: bounds the memory, changes no number
 
 
 def coco_ap(
@@ -53,8 +55,13 @@ def coco_ap(
     number = {image_id: index for index, image_id in enumerate(order, 1)}
     found_D7 = _detection_table(ground_truth, detections, number)
     evaluate = _hotcoco_tables if choose_backend(backend) == "hotcoco" else _pycocotools_tables
-    shapes_D = _shapes(detections, number) if masks else None
-    precision_TRKAM, recall_TKAM = evaluate(_dataset(ground_truth, number, masks=masks), found_D7, shapes_D)
+    dataset = _dataset(ground_truth, number, masks=masks)
+    if masks:
+        shapes_D = _shapes(detections, number)
+        parts = [evaluate(*group) for group in _groups(dataset, found_D7, shapes_D)]
+        precision_TRKAM, recall_TKAM = (np.concatenate(tables, axis=-3) for tables in zip(*parts, strict=True))
+    else:
+        precision_TRKAM, recall_TKAM = evaluate(dataset, found_D7, None)
 
     def ap(area: str = "", at: slice = slice(None), label: slice = slice(None)) -> float | None:
         return _mean(precision_TRKAM[at, :, label, _AREAS[area], _LIMITS[100]])
@@ -84,20 +91,28 @@ def choose_backend(backend: str) -> str:
 
 def detections_to_json(data: CocoData, detections: Mapping[Id, Detections], path: str | Path) -> None:
     """Writes COCO's results format with the file's own image and category ids; the file appears whole or not at all."""
-    rows = []
-    for image_id, found in detections.items():
-        corners_N4 = found.boxes_N4.double().cpu().numpy()
-        boxes = np.concatenate([corners_N4[:, :2], corners_N4[:, 2:] - corners_N4[:, :2]], 1).round(3).tolist()
-        columns = zip(boxes, found.scores_N.tolist(), found.labels_N.tolist(), strict=True)
-        for index, (box, score, label) in enumerate(columns):
-            category_id = data.category_ids[label]
-            row = {"image_id": image_id, "category_id": category_id, "bbox": box, "score": float(f"{score:.9g}")}
-            if found.masks is not None:
-                row["segmentation"] = _as_text(found.masks[index])
-            rows.append(row)
     part = Path(f"{path}.part")
-    part.write_text(json.dumps(rows, allow_nan=False))
+    with part.open("w", encoding="utf-8") as file:
+        between = "["
+        for image_id, found in detections.items():
+            # By image: as one text, a hundred masks of each of 5,000 images take half a gigabyte.
+            for row in _result_rows(data, image_id, found):
+                file.write(between + json.dumps(row, allow_nan=False))
+                between = ", "
+        file.write("[]" if between == "[" else "]")
     os.replace(part, path)
+
+
+def _result_rows(data: CocoData, image_id: Id, found: Detections) -> Iterator[dict[str, Any]]:
+    corners_N4 = found.boxes_N4.double().cpu().numpy()
+    boxes = np.concatenate([corners_N4[:, :2], corners_N4[:, 2:] - corners_N4[:, :2]], 1).round(3).tolist()
+    columns = zip(boxes, found.scores_N.tolist(), found.labels_N.tolist(), strict=True)
+    for index, (box, score, label) in enumerate(columns):
+        category_id = data.category_ids[label]
+        row = {"image_id": image_id, "category_id": category_id, "bbox": box, "score": float(f"{score:.9g}")}
+        if found.masks is not None:
+            row["segmentation"] = _as_text(found.masks[index])
+        yield row
 
 
 def _detection_table(
@@ -131,6 +146,23 @@ def _shapes(detections: Mapping[Id, Detections], number: Mapping[Id, int]) -> li
             raise ValueError(f"the detections of image {image_id!r} have no masks")
         shapes += masks
     return shapes
+
+
+def _groups(
+    dataset: dict[str, list[dict]], found_D7: np.ndarray, shapes_D: list[dict[str, Any]]
+) -> Iterator[tuple[dict[str, list[dict]], np.ndarray, list[dict[str, Any]]]]:
+    """The arguments of a backend for some classes after the others: COCO scores each by itself."""
+    label_D = found_D7[:, 6].astype(np.int64) - 1
+    count_K = np.bincount(label_D, minlength=len(dataset["categories"]))
+    ends = [0]
+    for label, count in enumerate(count_K.tolist()):
+        if count_K[ends[-1] : label].sum() > 0 and count_K[ends[-1] : label].sum() + count > _SHAPES_AT_ONCE:
+            ends.append(label)
+    for first, end in itertools.pairwise([*ends, len(count_K)]):
+        annotations = [row for row in dataset["annotations"] if first < row["category_id"] <= end]
+        part = dataset | {"annotations": annotations, "categories": dataset["categories"][first:end]}
+        places = np.flatnonzero((label_D >= first) & (label_D < end))
+        yield part, found_D7[places], [shapes_D[place] for place in places]
 
 
 def _as_text(code: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The benchmarks of evaluation and of the annotation cache run, and notice when the two sides differ."""
+"""The benchmarks of evaluation and of the annotation cache run, and notice when the two sides differ; the one of masks stays small."""
 
 import copy
 import importlib.util
@@ -56,3 +56,15 @@ def test_the_cache(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypat
     monkeypatch.setattr(benchmark, "start", lambda *args: here(*args) | {"digest": args[1]})
     with pytest.raises(AssertionError, match="the cache gives something else than the file"):
         benchmark.main(["--images", "20", "--rounds", "1"])
+
+
+def test_memory_of_masks(capsys: pytest.CaptureFixture[str]) -> None:
+    """A few images of it, in the process that is measured."""
+    pytest.importorskip("hotcoco")
+    assert script("segm_memory").main(["--images", "6"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"6 images, \d+ objects, 600 masks of \d+ bytes, hotcoco", lines[0])
+    found = re.match(r"greatest memory (\d+) MB, (\d+) MB of it before the first image; ", lines[1])
+    assert found
+    peak, start = map(int, found.groups())
+    assert 100 < start < peak < 2000

@@ -173,9 +173,13 @@ def test_pasting_is_bilinear_sampling_at_pixel_centres() -> None:
         np.testing.assert_array_equal(decode([code])[:, :, 0].astype(bool), wanted.numpy())
 
 
+@pytest.mark.parametrize("at_once", [1, 50_000])
 @pytest.mark.parametrize("backend", ["pycocotools", "hotcoco"])
-def test_average_precision_of_masks(tmp_path: Path, backend: str) -> None:
-    """Against pycocotools called on files: polygons, RLE and a crowd, found with shifted shapes."""
+def test_average_precision_of_masks(
+    tmp_path: Path, backend: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against pycocotools called on files: polygons, RLE and a crowd, found with shifted shapes; class by class too."""
+    monkeypatch.setattr("stage2_detect.coco_ap._SHAPES_AT_ONCE", at_once)
     if backend == "hotcoco":
         pytest.importorskip("hotcoco")
     draw = np.random.default_rng(4)
