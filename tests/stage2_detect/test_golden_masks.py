@@ -72,5 +72,6 @@ def test_detections_and_their_masks_are_the_same_sets(run: SimpleNamespace) -> N
             mask = decode([found.masks[index]])[:, :, 0].astype(bool)
             height, width = mask.shape[0], min(mask.shape[1], run.about["padded"][1])
             different += int((mask[:, :width] != reference[start + row][:height, :width]).sum())
+            compared += height * width
         start += len(rows)
     assert different <= 1e-6 * compared
