@@ -43,11 +43,11 @@ class Row(NamedTuple):
         return "-".join([self.kind, *["dcn"] * self.dcn, self.backbone, *["small"] * self.small_factors])
 
 
-def rows(kinds: Sequence[str], dcn: Sequence[bool]) -> Iterator[Row]:
+def rows(kinds: Sequence[str], dcn: Sequence[bool], small_factors: Sequence[bool]) -> Iterator[Row]:
     """Every row, the rows that are compared with each other together."""
     for kind, deformable in itertools.product(kinds, dcn):
         yield Row(kind, deformable, "random", False)
-        for backbone, small in itertools.product(("supervised", "ssld"), (False, True)):
+        for backbone, small in itertools.product(("supervised", "ssld"), small_factors):
             yield Row(kind, deformable, backbone, small)
 
 
@@ -78,7 +78,7 @@ def spread(values: Sequence[float]) -> str:
 def table(output: Path, all_rows: Sequence[Row], seeds: int) -> str:
     """Markdown: a line a row with all its seeds, and what SSLD gains over the supervised weights, each at its better factors."""
     scores: dict[Row, list[float]] = {}
-    lines = ["| detector | DCNv2 | backbone | factors | AP | AP50 |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| detector | DCNv2 | backbone | factors | AP | AP50 | mask AP |", f"|{' --- |' * 7}"]
     for row in all_rows:
         results = [read_result(output / f"{row.name}-{seed}") for seed in range(seeds)]
         metrics = [result["metrics"] for result in results if result]
@@ -87,7 +87,9 @@ def table(output: Path, all_rows: Sequence[Row], seeds: int) -> str:
         scores[row] = [one["AP"] for one in metrics]
         factors = "small" if row.small_factors else "1"
         cells = [row.kind, "yes" if row.dcn else "no", row.backbone, factors, spread(scores[row])]
-        lines.append(f"| {' | '.join(cells)} | {spread([one['AP50'] for one in metrics])} |")
+        cells += [spread([one["AP50"] for one in metrics])]
+        cells += [spread([one["AP_segm"] for one in metrics]) if "AP_segm" in metrics[0] else "-"]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "SSLD against supervised weights, each at its better factors:", ""]
     for kind, dcn in dict.fromkeys((row.kind, row.dcn) for row in scores):
         best = {}
@@ -112,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--random", default="random:test_resnet", metavar="NAME")
     parser.add_argument("--kinds", nargs="+", default=["faster_rcnn", "cascade_rcnn"])
     parser.add_argument("--dcn", choices=["no", "yes", "both"], default="both")
+    parser.add_argument("--factors", choices=["1", "both"], default="both", help="of the backbone's learning rate")
     parser.add_argument("--seeds", type=int, help="default: as many as there are files")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--table-only", action="store_true", help="run nothing")
@@ -119,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds = arguments.seeds or min(len(arguments.supervised), len(arguments.ssld))
     files = {"supervised": arguments.supervised, "ssld": arguments.ssld, "random": [arguments.random] * seeds}
     dcn = {"no": [False], "yes": [True], "both": [False, True]}[arguments.dcn]
-    all_rows = list(rows(arguments.kinds, dcn))
+    all_rows = list(rows(arguments.kinds, dcn, [False, True] if arguments.factors == "both" else [False]))
     if not arguments.table_only:
         for seed, row in itertools.product(range(seeds), all_rows):
             line = command(row, seed, arguments.data, files[row.backbone][seed], arguments.output, extra)

@@ -167,15 +167,21 @@ def test_table_of_the_detector_grid(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert script("detector_grid").main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[2:5] == [
-        "| faster_rcnn | no | random | 1 | 15.0 (10.0 to 20.0) | 30.0 (20.0 to 40.0) |",
-        "| faster_rcnn | no | supervised | 1 | 25.0 (20.0 to 30.0) | 50.0 (40.0 to 60.0) |",
-        "| faster_rcnn | no | supervised | small | 10.0 (10.0 to 10.0) | 20.0 (20.0 to 20.0) |",
+        "| faster_rcnn | no | random | 1 | 15.0 (10.0 to 20.0) | 30.0 (20.0 to 40.0) | - |",
+        "| faster_rcnn | no | supervised | 1 | 25.0 (20.0 to 30.0) | 50.0 (40.0 to 60.0) | - |",
+        "| faster_rcnn | no | supervised | small | 10.0 (10.0 to 10.0) | 20.0 (20.0 to 20.0) | - |",
     ]
     assert len([line for line in lines if line.startswith("| ")]) == 2 + 10
     assert lines[-2:] == [
         "- faster_rcnn: +20.0 AP",
         "- cascade_rcnn with DCNv2: +5.0 AP, inside the spread of the seeds",
     ]
+    assert script("detector_grid").main([*arguments, "--factors", "1"]) == 0
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]) == 2 + 6
+    for seed in range(2):
+        finish(tmp_path / f"mask_rcnn-ssld-{seed}", AP=0.5, AP50=0.5, AP_segm=0.25)
+    script("detector_grid").main([*arguments, "--kinds", "mask_rcnn"])
+    assert capsys.readouterr().out.splitlines()[2].endswith("| 50.0 (50.0 to 50.0) | 25.0 (25.0 to 25.0) |")
 
 
 def test_mosaics_carry_the_boxes_along(tmp_path: Path) -> None:
