@@ -224,6 +224,8 @@ class CurateConfig(ForwardConfig):
     """the same for the training set"""
     hash_distance: int = Field(6, ge=0, le=16)
     """perceptual hashes of 64 bits that differ in at most so many are looked at more closely"""
+    mirrored: bool = True
+    """images of the pool are compared with each other's mirror images too; with those of val and train they always are"""
     cosine: float = Field(0.9, gt=0, le=1)
     """such a pair are duplicates when the cosine of the teacher's embeddings is at least this"""
     candidates: float = Field(1.5, ge=1)

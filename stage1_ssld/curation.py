@@ -1,13 +1,12 @@
 """The parts of a curation, in their order; each leaves files in the run directory that a run which was killed goes on from.
 
 scores/, protected/   one file a shard: what the teacher says about each image, perceptual hashes        (all ranks)
-candidates.parquet    the best of each class                                                            (main rank)
-look_alikes.parquet   pairs of them, and of them and protected images, with close hashes, and cosines    (main rank, embeddings by all)
-selected.parquet      the manifest; selected/ the images themselves, if asked for
+candidates.parquet    the best of each class                                                            (selecting.py)
+look_alikes.parquet   pairs of them, and of them and protected images, with close hashes                 (selecting.py), and cosines (all ranks)
+selected.parquet      the manifest (selecting.py); selected/ the images themselves, if asked for          (all ranks)
 """
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -21,33 +20,27 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from shared.errors import UserError
+from shared.errors import Stopped, UserError
 from shared.processes import to_device, uses_gpu
 from shared.quarantine import Quarantine
 from shared.ranks import from_main_rank, rank, world_size
 from shared.run_dir import RunDir, write_atomically
+from shared.stop import StopRequest
 from stage1_ssld.config import CurateConfig
-from stage1_ssld.curation_output import Images, Selection, describe, log_numbers, materialise, write_selection
+from stage1_ssld.curation_output import Images, draw, materialise
 from stage1_ssld.data_config import SourceConfig, is_remote
 from stage1_ssld.embedding_files import Embeddings, cosines, save_embeddings
 from stage1_ssld.score_files import PROTECTED, SCORED, UNREADABLE, ScoreFiles, shard_file, write_shard
-from stage1_ssld.selection import (
-    Candidates,
-    LookAlikes,
-    decide,
-    find_candidates,
-    find_look_alikes,
-    load_candidates,
-    load_look_alikes,
-    save_candidates,
-    save_look_alikes,
-)
+from stage1_ssld.selecting import NOT_FINISHED, Plan, outcome_of, run_part
+from stage1_ssld.selection import PairRows, add_cosines, pair_rows
 from stage1_ssld.shard_pass import Job, Piece, Reading, over_shards
 from stage1_ssld.shards import Shard, source_shards
 from stage1_ssld.teachers import make_teacher
 
 _PATIENCE = timedelta(days=7)  # the main rank selects while the others wait
 _TOLD_EVERY = 30.0
+SMALL = 1_000_000
+"""Images of a pool from which the selection runs in a process of its own."""
 
 
 class Shards(NamedTuple):
@@ -94,32 +87,58 @@ def _curate(config: CurateConfig, run: RunDir, device: torch.device) -> None:
     if config.keep > len(scored):
         raise _keeps_too_many(config, len(scored))
 
-    # ---- the best of each class, and which of them look alike: the main rank alone
+    # ---- the best of each class, and which of them look alike; cosines of these pairs, by embeddings shared among the ranks; what is left
     if run.main:
-        _find(run, config, scored, shielded, teacher.classes)
-    from_main_rank(None)
-    candidates = load_candidates(run.path / "candidates.parquet")
-    pairs, cosine = load_look_alikes(run.path / "look_alikes.parquet")
+        _plan(config, pool, protected, int(shielded.starts[val_shards]), teacher).save(run.path)
+    _select(run, "find", len(scored))
+    pairs = pair_rows(run.path / "look_alikes.parquet")
+    if pairs is not None:
+        _cosines(run, config, pool, protected, scored, shielded, pairs, teacher)
+    _select(run, "decide", len(scored))
 
-    # ---- cosines of these pairs: embeddings shared among the ranks
-    if cosine is None:
-        cosine = _cosines(run, config, pool, protected, scored, shielded, candidates, pairs, teacher)
-    decision = decide(
-        candidates, pairs, cosine, cosine=config.cosine, val_images=int(shielded.starts[val_shards]), keep=config.keep
-    )
-
-    # ---- what is left
     images = Images(scored, pool.shards, pool.source)
     if config.materialise:
-        materialise(run, images, candidates, decision)
+        materialise(run, images)
         from_main_rank(None)
     if run.main:
-        kept_from = Images(shielded, protected.shards, protected.source)
-        selection = Selection(images, kept_from, candidates, pairs, cosine, decision, teacher.names, teacher.classes)
-        metrics = describe(selection, config)
-        log_numbers(run, metrics, selection)
-        facts = {"teacher": teacher.facts(), "class_names": teacher.names, "numbers": metrics}
-        run.finish(metrics, write_selection(run, config, selection, facts))
+        outcome = outcome_of(run.path)
+        assert outcome is not None
+        for line in outcome["lines"]:
+            run.log(line)
+        written = [run.path / "selected.parquet", run.path / "classes.csv"]
+        pictures = draw(run.path, outcome, images, Images(shielded, protected.shards, protected.source), config)
+        run.finish(outcome["metrics"], [*written, *pictures])
+        (run.path / "kept.npy").unlink()
+
+
+def _plan(config: CurateConfig, pool: Shards, protected: Shards, val_images: int, teacher: "_Teacher") -> Plan:
+    return Plan(
+        classes=teacher.classes,
+        class_names=teacher.names,
+        keep=config.keep,
+        candidates=config.candidates,
+        min_score=config.min_score,
+        hash_distance=config.hash_distance,
+        mirrored=config.mirrored,
+        cosine=config.cosine,
+        examples=config.examples,
+        pool=[source.model_dump(mode="json") for source in config.pool],
+        shard_sources=[source.path for source in pool.source],
+        protected_shards=len(protected.shards),
+        val_images=val_images,
+        teacher=teacher.facts(),
+    )
+
+
+def _select(run: RunDir, part: str, images: int) -> None:
+    """One part of the selection: the main rank has it done, the others wait."""
+    if run.main:
+        with StopRequest() as stop:
+            for line in run_part(part, run.path, apart=images > SMALL, stop=lambda: stop.requested):
+                run.log(line)
+            if stop.requested:
+                raise Stopped(NOT_FINISHED)
+    from_main_rank(None)
 
 
 def _open(config: CurateConfig) -> tuple[Shards, Shards, int]:
@@ -253,12 +272,11 @@ def _nothing(piece: Piece) -> None:
     return None
 
 
-def _columns(pieces: list[Piece], *names: str) -> dict[str, Any]:
+def _columns(pieces: list[Piece]) -> dict[str, Any]:
     """`key` and hash columns of a shard."""
     columns: dict[str, Any] = {"key": [key for piece in pieces for key in piece.keys]}
     for name, attribute in (("hash", "hashes"), ("mirrored", "mirrored")):
-        if name in names:
-            columns[name] = np.array([bits for piece in pieces for bits in getattr(piece, attribute)], np.uint64)
+        columns[name] = np.array([bits for piece in pieces for bits in getattr(piece, attribute)], np.uint64)
     return columns
 
 
@@ -267,36 +285,14 @@ def _write_scored(path: Path, pieces: list[Piece], scores: list[tuple[np.ndarray
     class_N, score_N = np.full(len(readable), UNREADABLE, np.int32), np.zeros(len(readable), np.float32)
     class_N[readable] = np.concatenate([classes for classes, _ in scores])
     score_N[readable] = np.concatenate([score for _, score in scores])
-    columns = {**_columns(pieces, "hash"), "class": class_N, "score": score_N}
+    columns = {**_columns(pieces), "class": class_N, "score": score_N}
     write_shard(path, columns, SCORED, [location for piece in pieces for location in piece.unreadable])
 
 
 def _write_protected(path: Path, pieces: list[Piece], _: list[None]) -> None:
     readable = np.array([flag for piece in pieces for flag in piece.readable], bool)
-    columns = {**_columns(pieces, "hash", "mirrored"), "class": np.where(readable, 0, UNREADABLE).astype(np.int32)}
+    columns = {**_columns(pieces), "class": np.where(readable, 0, UNREADABLE).astype(np.int32)}
     write_shard(path, columns, PROTECTED, [location for piece in pieces for location in piece.unreadable])
-
-
-def _find(run: RunDir, config: CurateConfig, scored: ScoreFiles, shielded: ScoreFiles, classes: int) -> None:
-    """Write candidates and their look-alikes, unless an earlier start of this run has."""
-    file = run.path / "candidates.parquet"
-    if not file.exists():
-        keep = math.ceil(config.keep * config.candidates)
-        found = find_candidates(
-            scored, classes=classes, keep=keep, min_score=config.min_score, examples=config.examples
-        )
-        save_candidates(file, found)
-        run.log(f"{len(found.id_N)} candidates among {len(scored)} images of {classes} classes")
-    file = run.path / "look_alikes.parquet"
-    if not file.exists():
-        alike = find_look_alikes(
-            load_candidates(run.path / "candidates.parquet"), shielded, distance=config.hash_distance
-        )
-        save_look_alikes(file, alike)
-        run.log(
-            f"{len(alike.inside.left_P)} pairs of them, {len(alike.protected.left_P)} of them and one of {len(shielded)} protected images "
-            f"differ in at most {config.hash_distance} bits"
-        )
 
 
 def _cosines(
@@ -306,13 +302,12 @@ def _cosines(
     protected: Shards,
     scored: ScoreFiles,
     shielded: ScoreFiles,
-    candidates: Candidates,
-    pairs: LookAlikes,
+    pairs: PairRows,
     teacher: _Teacher,
-) -> np.ndarray:
-    """Cosines of inside and protected pairs, one after the other, by embeddings that are written for this alone."""
-    inside = candidates.id_N[pairs.inside.left_P], candidates.id_N[pairs.inside.right_P]
-    outside = candidates.id_N[pairs.protected.left_P], pairs.protected.right_P
+) -> None:
+    """Write the cosines of all pairs, by embeddings that are written for this alone."""
+    inside = pairs.left_P[~pairs.protected_P], pairs.right_P[~pairs.protected_P]
+    outside = pairs.left_P[pairs.protected_P], pairs.right_P[pairs.protected_P]
     ids = np.unique(np.concatenate([*inside, outside[0]])), np.unique(outside[1])
     reading = Reading(False, config.image_size, config.val_crop)
     names, embedded = ("embeddings_pool", "embeddings_protected"), []
@@ -324,15 +319,11 @@ def _cosines(
             embedded.append(Embeddings(wanted, paths, run.path / name / "joined"))
     if run.main:
         among, between = (cosines(*inside, embedded[0], embedded[0]), cosines(*outside, embedded[0], embedded[1]))
-        cosine = np.concatenate([among, between])
-        save_look_alikes(run.path / "look_alikes.parquet", pairs, cosine)
+        add_cosines(run.path / "look_alikes.parquet", np.concatenate([among, between]))
         embedded.clear()
         for name in names:
             shutil.rmtree(run.path / name, ignore_errors=True)
     from_main_rank(None)
-    _, known = load_look_alikes(run.path / "look_alikes.parquet")
-    assert known is not None
-    return known
 
 
 def _write_embeddings(path: Path, pieces: list[Piece], embeddings: list[np.ndarray]) -> None:

@@ -23,11 +23,11 @@ class Row(NamedTuple):
     pictures: list[Picture]
 
 
-def draw_numbers(path: Path, kept_K: np.ndarray, keep: int, histogram: np.ndarray, score_N: np.ndarray) -> None:
+def draw_numbers(path: Path, kept_K: np.ndarray, keep: int, histogram: np.ndarray, kept_histogram: np.ndarray) -> None:
     """Images kept of each of K classes, most first, against `keep`; and the scores of the pool and of what was kept.
 
     Args:
-        histogram: of the pool's scores, in equal bins from 0 to 1.
+        histogram: of the pool's scores, in equal bins from 0 to 1; `kept_histogram`: the same of what was kept.
     """
     figure = _figure(10, 3.6)
     left, right = figure.subplots(1, 2)
@@ -43,9 +43,8 @@ def draw_numbers(path: Path, kept_K: np.ndarray, keep: int, histogram: np.ndarra
         title=f"{full} of {len(ordered)} classes have {keep} images",
     )
     edges = np.linspace(0, 1, len(histogram) + 1)
-    kept = np.histogram(score_N, edges)[0]
     right.stairs(histogram, edges, fill=True, color=_POOL, label=f"pool ({histogram.sum():,})")
-    right.stairs(kept, edges, fill=True, color=_KEPT, label=f"kept ({len(score_N):,})")
+    right.stairs(kept_histogram, edges, fill=True, color=_KEPT, label=f"kept ({kept_histogram.sum():,})")
     right.set(xlabel="probability of the first class", ylabel="images", xlim=(0, 1), yscale="symlog")
     right.set_ylim(bottom=0)
     right.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)

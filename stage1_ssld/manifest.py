@@ -1,61 +1,19 @@
-"""The manifest of a curation: which images of which sources were selected, as a Parquet file that is a source itself.
+"""The manifest of a curation as a source: the images that were selected, where they are. Its file: manifest_file.py."""
 
-Columns: source (path as configured), key (name of the image in it), class (the teacher's first), score (its probability), hash (perceptual, 64 bits).
-The schema's metadata has, under "ssld", kind "manifest", the settings of the pool's sources, and facts about teacher and selection.
-"""
-
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shared.errors import UserError
 from stage1_ssld.data_config import SourceConfig, is_remote
-from stage1_ssld.formats import FileRows, ManifestRows, Rows, TableRows
+from stage1_ssld.formats import FileRows, ManifestRows, Rows
 from stage1_ssld.listing import Listing, filesystem_of, list_path, spread
-from stage1_ssld.row_groups import row_groups
+from stage1_ssld.manifest_file import facts_of
+from stage1_ssld.row_groups import parquet_rows, row_groups
 
-SCHEMA = pa.schema(
-    [
-        ("source", pa.string()),
-        ("key", pa.string()),
-        ("class", pa.int32()),
-        ("score", pa.float32()),
-        ("hash", pa.uint64()),
-    ]
-)
-_KEY = b"ssld"
 LOOKED_AT = 20_000
 """Files of a folder that are looked for when a manifest is opened; if one is gone, all are."""
-
-
-def is_manifest(schema: pa.Schema) -> bool:
-    """Whether a Parquet file with this schema is a manifest."""
-    return facts_of(schema).get("kind") == "manifest"
-
-
-def facts_of(schema: pa.Schema) -> dict[str, Any]:
-    """What a manifest says about itself; {} for another file."""
-    facts: dict[str, Any] = json.loads((schema.metadata or {}).get(_KEY, b"{}"))
-    return facts
-
-
-def write_manifest(path: Path, columns: dict[str, Any], pool: list[SourceConfig], facts: dict[str, Any]) -> None:
-    """Write a manifest atomically.
-
-    Args:
-        columns: as in SCHEMA, equally long.
-        pool: the sources that `source` names.
-        facts: JSON values on teacher and selection.
-    """
-    record = {"kind": "manifest", "pool": [source.model_dump(mode="json") for source in pool], **facts}
-    table = pa.table(columns, schema=SCHEMA.with_metadata({_KEY: json.dumps(record).encode()}))
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, temporary)
-    temporary.replace(path)
 
 
 def open_manifest(file: str, config: SourceConfig) -> Rows:
@@ -114,20 +72,15 @@ def _files(manifest: str, folder: str, names: list[str]) -> Rows:
 
 
 def _table_rows(manifest: str, source: SourceConfig, listing: Listing, names: list[str]) -> Rows:
-    """Rows of Parquet files, row group by row group: only those that are named stay in memory."""
+    """Rows of Parquet files: only those that are named."""
     wanted = np.array([int(name) for name in names])
     order = np.argsort(wanted, kind="stable")
-    shards = row_groups(listing, source)
-    tables, done = [], 0
-    for shard in shards:
-        count = int(np.searchsorted(wanted[order], shard.first + shard.length)) - done
-        if count:
-            tables.append(shard.table().take(wanted[order[done : done + count]] - shard.first))
-            done += count
-    if done < len(names):
-        raise _moved(manifest, source.path, [f"row {row}" for row in wanted[order[done:]]], len(names))
-    table = TableRows(source.path, pa.concat_tables(tables), source.image_column, Path(listing.folder), wanted[order])
-    return ManifestRows([table], [0] * len(names), np.argsort(order).tolist(), numbered=False)
+    groups = row_groups(listing, source)
+    gone = wanted[order[np.searchsorted(wanted[order], groups[-1].first + groups[-1].length) :]]
+    if len(gone):
+        raise _moved(manifest, source.path, [f"row {row}" for row in gone], len(names))
+    rows = parquet_rows(listing, source.path, groups, wanted[order], named=True)
+    return ManifestRows([rows], [0] * len(names), np.argsort(order).tolist(), numbered=False)
 
 
 def _moved(manifest: str, source: str, missing: list[str], count: int) -> UserError:

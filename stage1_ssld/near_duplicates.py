@@ -10,7 +10,7 @@ N, M hashes.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,9 @@ PROTECTED_PARTNERS = 512
 """The same of validation and training images, which are fewer: one that is missed is a leak."""
 _AGREEING = 3
 _BLOCK = 1 << 22
+_SORTED = 1 << 21
+"""Hashes that are sorted at a time, about: the rest of the memory is the hashes themselves."""
+_SCATTER = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Pairs(NamedTuple):
@@ -41,58 +44,106 @@ def close_hashes(hash_N: np.ndarray, distance: int, interesting_N: np.ndarray | 
     edges = np.linspace(0, 64, groups + 1).round().astype(int).tolist()
     masks = [np.uint64((1 << high) - (1 << low)) for low, high in itertools.pairwise(edges)]
     found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    parts = 1 + len(hash_N) // _SORTED
     for chosen in itertools.combinations(range(groups), _AGREEING):
-        key_N = hash_N & np.bitwise_or.reduce([masks[group] for group in chosen])
-        order_N = np.argsort(key_N, kind="stable")
-        key_N, sorted_N = key_N[order_N], hash_N[order_N]
+        mask = np.bitwise_or.reduce([masks[group] for group in chosen])
         # A pair turns up for every choice of three that it agrees in; it is taken at the first.
         earlier = [masks[group] for group in range(chosen[-1]) if group not in chosen]
-        step = 1
-        at = np.flatnonzero(key_N[1:] == key_N[:-1])
-        while len(at):
-            differ = sorted_N[at] ^ sorted_N[at + step]
-            bits = np.bitwise_count(differ)
-            near = np.flatnonzero(bits <= distance)
-            for mask in earlier:
-                near = near[(differ[near] & mask) != 0]
-            if len(near):
-                a, b = order_N[at[near]], order_N[at[near] + step]
-                left, right, bits = np.minimum(a, b), np.maximum(a, b), bits[near]
-                if interesting_N is not None:
-                    wanted = interesting_N[left] | interesting_N[right]
-                    left, right, bits = left[wanted], right[wanted], bits[wanted]
-                found.append((left, right, bits))
-            step += 1
-            at = at[at + step < len(key_N)]
-            at = at[key_N[at] == key_N[at + step]]
+        for rows in _parts_of_equal(hash_N, mask, parts):
+            _close_in(hash_N, rows, mask, earlier, distance, interesting_N, found)
     if not found:
         return Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint8))
     return _sorted(Pairs(*(np.concatenate(column) for column in zip(*found, strict=True))))
 
 
-def close_images(hash_N: np.ndarray, other_hash_M: np.ndarray, distance: int) -> tuple[Pairs, Pairs]:
+def _parts_of_equal(hash_N: np.ndarray, mask: np.uint64, parts: int) -> Iterator[np.ndarray]:
+    """Rows int32 in parts of about one size, so that hashes which agree under the mask lie in one part."""
+    if parts == 1:
+        yield np.arange(len(hash_N), dtype=np.int32)
+        return
+    part = np.empty(len(hash_N), np.uint16)
+    for first in range(0, len(hash_N), _BLOCK):
+        scattered = (hash_N[first : first + _BLOCK] & mask) * _SCATTER  # wraps around
+        part[first : first + _BLOCK] = (scattered >> np.uint64(40)) % np.uint64(parts)
+    for number in range(parts):
+        yield np.flatnonzero(part == number).astype(np.int32)
+
+
+def _close_in(
+    hash_N: np.ndarray,
+    rows: np.ndarray,
+    mask: np.uint64,
+    earlier: list[np.uint64],
+    distance: int,
+    interesting_N: np.ndarray | None,
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
+) -> None:
+    """Add the close pairs among some rows that agree under the mask, and under none of the `earlier` ones."""
+    key = hash_N[rows] & mask
+    order = np.argsort(key, kind="stable")
+    key, rows = key[order], rows[order]
+    del order
+    sorted_hashes = hash_N[rows]
+    step = 1
+    at = np.flatnonzero(key[1:] == key[:-1])
+    while len(at):
+        differ = sorted_hashes[at] ^ sorted_hashes[at + step]
+        bits = np.bitwise_count(differ)
+        near = np.flatnonzero(bits <= distance)
+        for other in earlier:
+            near = near[(differ[near] & other) != 0]
+        if len(near):
+            a, b = rows[at[near]].astype(np.int64), rows[at[near] + step].astype(np.int64)
+            left, right, bits = np.minimum(a, b), np.maximum(a, b), bits[near]
+            if interesting_N is not None:
+                wanted = interesting_N[left] | interesting_N[right]
+                left, right, bits = left[wanted], right[wanted], bits[wanted]
+            found.append((left, right, bits))
+        step += 1
+        at = at[at + step < len(key)]
+        at = at[key[at] == key[at + step]]
+
+
+def close_images(
+    hash_N: np.ndarray, other_hash_M: np.ndarray, distance: int, mirrored_N: np.ndarray | None = None
+) -> tuple[Pairs, Pairs]:
     """(pairs among the N images, pairs of one of them with one of M others) whose hashes differ in at most `distance` bits.
 
     Args:
         hash_N: of images in the order of their rank, the best first.
         other_hash_M: of other images; pairs among them are not looked for.
+        mirrored_N: hashes of the mirror images of the N: then an image and another's mirror image are a pair too.
 
     Returns:
         Pairs (worse, better) of the N, and pairs (one of the N, one of the M); see PARTNERS and PROTECTED_PARTNERS.
     """
-    unique, group_of = np.unique(np.concatenate([hash_N, other_hash_M]), return_inverse=True)
-    group_of = group_of.astype(np.int32)
+    hashes = (hash_N, np.empty(0, np.uint64) if mirrored_N is None else mirrored_N, other_hash_M)
+    unique = _unique(hashes)
+    groups = [np.searchsorted(unique, part).astype(np.int32) for part in hashes]
     interesting = np.zeros(len(unique), bool)
-    interesting[group_of[: len(hash_N)]] = True
+    interesting[groups[0]] = True
     near = close_hashes(unique, distance, interesting)
-    mine, theirs = _Members(group_of[: len(hash_N)], len(unique)), _Members(group_of[len(hash_N) :], len(unique))
-    same = np.flatnonzero(interesting & (np.diff(mine.starts) + np.diff(theirs.starts) > 1))  # equal hashes
+    del unique
+    images = sum(np.bincount(group, minlength=len(interesting)).astype(np.int32) for group in groups)
+    same = np.flatnonzero(interesting & (images > 1))  # equal hashes
+    del images, interesting
+    # From here on only the groups that are in a pair.
+    paired = np.unique(np.concatenate([near.left_P, near.right_P, same]))
+    near = Pairs(np.searchsorted(paired, near.left_P), np.searchsorted(paired, near.right_P), near.distance_P)
+    same = np.searchsorted(paired, same)
+    mine, flipped, theirs = (_Members(group, paired) for group in groups)
+    del groups
     left = np.concatenate([near.left_P, near.right_P, same])
     right = np.concatenate([near.right_P, near.left_P, same])
     bits = np.concatenate([near.distance_P, near.distance_P, np.zeros(len(same), np.uint8)])
     inside = [
         Pairs(a[a > b], b[a > b], bits[which][a > b])
         for a, b, which in _expanded(mine, left, mine, right, PARTNERS)
+        if len(a)
+    ]
+    inside += [
+        Pairs(np.maximum(a, b)[a != b], np.minimum(a, b)[a != b], bits[which][a != b])
+        for a, b, which in _expanded(mine, left, flipped, right, PARTNERS)
         if len(a)
     ]
     outside = [
@@ -118,11 +169,15 @@ def confirmed_losers(better_P: np.ndarray, worse_P: np.ndarray, lost_N: np.ndarr
 
 
 class _Members:
-    """Images by group of equal hashes, the best first: those of group g are image[starts[g]:starts[g + 1]]."""
+    """Images by group of equal hashes, the best first: those of group `paired[g]` are image[starts[g]:starts[g + 1]]."""
 
-    def __init__(self, group_of_N: np.ndarray, groups: int) -> None:
-        self.image = np.argsort(group_of_N, kind="stable")
-        self.starts = np.searchsorted(group_of_N[self.image], np.arange(groups + 1)).astype(np.int32)
+    def __init__(self, group_of_N: np.ndarray, paired: np.ndarray) -> None:
+        place = np.searchsorted(paired, group_of_N).clip(max=max(len(paired) - 1, 0))
+        image = np.flatnonzero(paired[place] == group_of_N) if len(paired) else np.empty(0, np.int64)
+        place = place[image]
+        order = np.argsort(place, kind="stable")
+        self.image = image[order]
+        self.starts = np.searchsorted(place[order], np.arange(len(paired) + 1))
 
 
 def _expanded(
@@ -143,12 +198,23 @@ def _expanded(
         yield image, right.image[right.starts[right_P[pair]] + place], pair
 
 
+def _unique(hashes: Sequence[np.ndarray]) -> np.ndarray:
+    """All different hashes, in order, in half of the memory of `np.unique`."""
+    joined = np.concatenate(hashes)
+    joined.sort()
+    return joined[np.r_[True, joined[1:] != joined[:-1]]] if len(joined) else joined
+
+
 def _joined(parts: list[Pairs]) -> Pairs:
+    """Each pair once, by its smallest distance: picture and mirror image may both be close."""
     if not parts:
         return Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint8))
-    return _sorted(Pairs(*(np.concatenate(column) for column in zip(*parts, strict=True))))
+    pairs = _sorted(Pairs(*(np.concatenate(column) for column in zip(*parts, strict=True))))
+    left, right, _ = pairs
+    first = np.r_[True, (left[1:] != left[:-1]) | (right[1:] != right[:-1])][: len(left)]
+    return Pairs(*(column[first] for column in pairs))
 
 
 def _sorted(pairs: Pairs) -> Pairs:
-    order = np.lexsort((pairs.right_P, pairs.left_P))
+    order = np.lexsort((pairs.distance_P, pairs.right_P, pairs.left_P))
     return Pairs(*(column[order] for column in pairs))

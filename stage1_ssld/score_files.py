@@ -14,11 +14,18 @@ import pyarrow.parquet as pq
 
 UNREADABLE = -1
 SCORED = pa.schema(
-    [("key", pa.string()), ("class", pa.int32()), ("score", pa.float32()), ("hash", pa.uint64())],
+    [
+        ("key", pa.string()),
+        ("class", pa.int32()),
+        ("score", pa.float32()),
+        ("hash", pa.uint64()),
+        ("mirrored", pa.uint64()),
+    ]
 )
-"""Of an image of the pool: its name in the source, the teacher's first class and its probability, the perceptual hash."""
+"""Of an image of the pool: its name in the source, the teacher's first class and its probability, the perceptual hashes of the image and its mirror
+image."""
 PROTECTED = pa.schema([("key", pa.string()), ("class", pa.int32()), ("hash", pa.uint64()), ("mirrored", pa.uint64())])
-"""Of an image that nothing selected may resemble: `mirrored` is the hash of its mirror image."""
+"""Of an image that nothing selected may resemble."""
 _UNREADABLE = b"unreadable"
 
 

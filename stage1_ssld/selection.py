@@ -26,10 +26,11 @@ KEPT, LIKE_VAL, LIKE_TRAIN, LIKE_BETTER, BEYOND = range(5)
 """What becomes of a candidate: kept, near-duplicate of a validation image, of a training image, of a better candidate, or one more than k."""
 REASONS = ("kept", "like_val", "like_train", "like_better", "beyond_keep")
 _FACTS = b"facts"
+_COLUMNS = ("class", "score", "id", "hash", "mirrored")
 
 
 class Candidates(NamedTuple):
-    """The candidates: class_N, score_N, id_N (row of the pool), hash_N, and `facts` on the pool they come from.
+    """The candidates: class_N, score_N, id_N (row of the pool), hash_N, mirrored_N (hash of the mirror image), and `facts` on the pool.
 
     facts: images; unreadable; below_min_score; class_images (of each class, how many have it first); histogram of all scores; low_ids (rows of
     a few images below min_score).
@@ -39,6 +40,7 @@ class Candidates(NamedTuple):
     score_N: np.ndarray
     id_N: np.ndarray
     hash_N: np.ndarray
+    mirrored_N: np.ndarray
     facts: dict[str, Any]
 
 
@@ -77,25 +79,28 @@ def find_candidates(pool: ScoreFiles, *, classes: int, keep: int, min_score: flo
         "histogram": histogram.tolist(),
         "low_ids": low_ids,
     }
-    return Candidates(ranked.class_N, ranked.score_N, ranked.id_N, pool.column("hash", ranked.id_N), facts)
+    hash_N, mirrored_N = (pool.column(name, ranked.id_N) for name in ("hash", "mirrored"))
+    return Candidates(ranked.class_N, ranked.score_N, ranked.id_N, hash_N, mirrored_N, facts)
 
 
 def save_candidates(path: Path, candidates: Candidates) -> None:
     """Write candidates for `load_candidates`."""
-    names = ("class", "score", "id", "hash")
-    table = pa.table(dict(zip(names, candidates[:4], strict=True)))
+    table = pa.table(dict(zip(_COLUMNS, candidates[:-1], strict=True)))
     write_table(path, table.replace_schema_metadata({_FACTS: json.dumps(candidates.facts)}))
 
 
 def load_candidates(path: Path) -> Candidates:
     """What `save_candidates` wrote."""
     table = pq.read_table(path)
-    class_N, score_N, id_N, hash_N = (table[name].to_numpy() for name in ("class", "score", "id", "hash"))
-    return Candidates(class_N, score_N, id_N, hash_N, json.loads(table.schema.metadata[_FACTS]))
+    class_N, score_N, id_N, hash_N, mirrored_N = (table[name].to_numpy() for name in _COLUMNS)
+    return Candidates(class_N, score_N, id_N, hash_N, mirrored_N, json.loads(table.schema.metadata[_FACTS]))
 
 
-def find_look_alikes(candidates: Candidates, protected: ScoreFiles, *, distance: int) -> LookAlikes:
-    """Pairs that differ in at most `distance` bits; of a protected image the mirror image counts too."""
+def find_look_alikes(
+    hash_N: np.ndarray, mirrored_N: np.ndarray | None, protected: ScoreFiles, *, distance: int
+) -> LookAlikes:
+    """Pairs that differ in at most `distance` bits; of a protected image the mirror image counts too, and among the candidates, of which the hashes
+    are, where `mirrored_N` has those of their mirror images."""
     parts = [
         (chunk.first + np.flatnonzero(chunk.columns["class"] != UNREADABLE), chunk.columns)
         for chunk in protected.chunks("class", "hash", "mirrored")
@@ -107,7 +112,7 @@ def find_look_alikes(candidates: Candidates, protected: ScoreFiles, *, distance:
         else np.empty(0, np.uint64)
         for name in ("hash", "mirrored")
     ]
-    inside, outside = close_images(candidates.hash_N, np.concatenate(hashes), distance)
+    inside, outside = close_images(hash_N, np.concatenate(hashes), distance, mirrored_N)
     # Picture and mirror image may both be close: one pair is enough.
     image = outside.right_P % max(len(ids), 1)
     order = np.lexsort((outside.distance_P, image, outside.left_P))
@@ -116,20 +121,45 @@ def find_look_alikes(candidates: Candidates, protected: ScoreFiles, *, distance:
     return LookAlikes(inside, Pairs(left[first], ids[image[first]], bits[first]))
 
 
-def save_look_alikes(path: Path, pairs: LookAlikes, cosine_P: np.ndarray | None = None) -> None:
-    """Write pairs for `load_look_alikes`; `cosine_P` are those of inside and protected pairs, one after the other."""
+def save_look_alikes(path: Path, pairs: LookAlikes, id_N: np.ndarray) -> None:
+    """Write pairs, and the rows of the images in pool and protected ones, which `id_N` of the candidates tells."""
+    candidate, other, distance = (np.concatenate(columns) for columns in zip(*pairs, strict=True))
+    protected = np.repeat([False, True], [len(part.left_P) for part in pairs])
+    rows = np.r_[id_N[pairs.inside.right_P], pairs.protected.right_P]
     columns = {
-        name: np.concatenate([part[number] for part in pairs])
-        for number, name in enumerate(("candidate", "other", "distance"))
+        "candidate": candidate,
+        "other": other,
+        "distance": distance,
+        "protected": protected,
+        "candidate_row": id_N[candidate],
+        "other_row": rows,
     }
-    columns["protected"] = np.repeat([False, True], [len(part.left_P) for part in pairs])
-    if cosine_P is not None:
-        columns["cosine"] = cosine_P.astype(np.float32)
     write_table(path, pa.table(columns))
 
 
+def add_cosines(path: Path, cosine_P: np.ndarray) -> None:
+    """Write the cosines of all pairs, in their order, beside them."""
+    write_table(path, pq.read_table(path).append_column("cosine", pa.array(cosine_P.astype(np.float32))))
+
+
+class PairRows(NamedTuple):
+    """Pairs by the rows of their images: those of two images of the pool come first, then, where protected_P, of one and a protected one."""
+
+    left_P: np.ndarray
+    right_P: np.ndarray
+    protected_P: np.ndarray
+
+
+def pair_rows(path: Path) -> PairRows | None:
+    """The pairs whose cosines are still missing; None where they are there."""
+    if "cosine" in pq.read_schema(path).names:
+        return None
+    table = pq.read_table(path, columns=["candidate_row", "other_row", "protected"])
+    return PairRows(*(table[name].to_numpy() for name in table.column_names))
+
+
 def load_look_alikes(path: Path) -> tuple[LookAlikes, np.ndarray | None]:
-    """What `save_look_alikes` wrote: pairs, and their cosines once they are known."""
+    """Pairs, and their cosines once they are known."""
     table = pq.read_table(path)
     protected = table["protected"].to_numpy()
     columns = [table[name].to_numpy() for name in ("candidate", "other", "distance")]

@@ -16,7 +16,7 @@ from shared.errors import UserError
 from stage1_ssld.data_config import SourceConfig
 from stage1_ssld.formats import FileRows, Rows, Sample, is_image, member_name, unreadable_tar
 from stage1_ssld.listing import Listing, filesystem_of, list_path, unreadable_parquet
-from stage1_ssld.manifest import is_manifest
+from stage1_ssld.manifest_file import is_manifest
 from stage1_ssld.row_groups import row_groups
 from stage1_ssld.sources import ImageSource, list_rows
 

@@ -1,9 +1,8 @@
 """Image sources: what `path` of a source means, its images by row, and its labels where it has any.
 
-A source is a Hugging Face `datasets` table in memory, without a copy in its cache. Folders are listed here (`load_dataset("imagefolder")` may drop
-files whose class name looks like a split) and their images read one by one; Parquet files are read into memory whole, encoded images and all, by
-every process of a run (`load_dataset` would write them to the disk a second time); local tar files are indexed and read in place. What is larger than
-memory is streamed: see shards.py. A label is never needed.
+Folders are listed here (`load_dataset("imagefolder")` may drop files whose class name looks like a split) and their images read one by one; Parquet
+files are read in place (`load_dataset` would write them to the disk a second time), into memory where they are small and by row group where not;
+local tar files are indexed and read in place. A label is never needed. To read in order, without an index: shards.py.
 """
 
 import json
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
@@ -22,7 +22,9 @@ from stage1_ssld.batch import NO_LABEL
 from stage1_ssld.data_config import SourceConfig
 from stage1_ssld.formats import Encoded, FileRows, Rows, TableRows, TarRows
 from stage1_ssld.listing import Listing, filesystem_of, list_path, read_text, spread, unreadable_parquet
-from stage1_ssld.manifest import is_manifest, open_manifest
+from stage1_ssld.manifest import open_manifest
+from stage1_ssld.manifest_file import is_manifest
+from stage1_ssld.row_groups import parquet_rows, row_groups
 
 LOOKED_AT = 20_000
 """Files of a list that are looked for when it is opened."""
@@ -152,33 +154,24 @@ class ImageSource:
             if is_manifest(schema):
                 return open_manifest(listing.files[0], config)
             # Files without labels among files with labels make an unlabelled source.
-            wanted = (config.image_column, config.label_column, config.id_column)
+            wanted = (config.label_column, config.id_column)
             columns = [name for name in wanted if all(name in other.names for other in (schema, *others))]
-            tables = [
-                pq.read_table(file, columns=columns, memory_map=True, filesystem=filesystem)
+            table = pa.concat_tables(
+                pq.read_table(file, columns=columns, filesystem=filesystem).replace_schema_metadata(None)
                 for filesystem, file in opened
-            ]
-            table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+            )
+            groups, rows = row_groups(listing, config), None
+            if config.labels == "auto" and config.label_column in columns:
+                self.labels = _class_numbers(table, config.label_column, self.path)
+                self.class_names = _class_names(schema, config.label_column)
+            elif config.labels not in ("auto", "none"):
+                rows = self._join_labels(table, Path(config.labels), config)
+            return parquet_rows(listing, self.path, groups, rows)
         except (OSError, pa.ArrowException) as error:
             raise unreadable_parquet(self.path, error) from None
-        if config.image_column not in columns:
-            file, has = next(
-                (file, other.names)
-                for file, other in zip(listing.files, (schema, *others), strict=True)
-                if config.image_column not in other.names
-            )
-            raise UserError(
-                f"{file}: has no column {config.image_column!r} (it has {', '.join(has)}); set image_column"
-            )
-        if config.labels == "auto" and config.label_column in columns:
-            self.labels = _class_numbers(table, config.label_column, self.path)
-            self.class_names = _class_names(schema, config.label_column)
-        elif config.labels not in ("auto", "none"):
-            table = self._join_labels(table, Path(config.labels), config)
-        return TableRows(self.path, table, config.image_column, Path(listing.folder))
 
-    def _join_labels(self, table: pa.Table, file: Path, config: SourceConfig) -> pa.Table:
-        """Keep the rows that the label file gives a class."""
+    def _join_labels(self, table: pa.Table, file: Path, config: SourceConfig) -> np.ndarray:
+        """The rows that the label file gives a class."""
         if config.id_column not in table.column_names:
             raise UserError(f"{self.path}: has no column {config.id_column!r} to join {file} by; set id_column")
         if not file.is_file():
@@ -193,8 +186,7 @@ class ImageSource:
         label_of = dict(zip(known[config.id_column].to_pylist(), numbers, strict=True))
         labels = [label_of.get(identifier, NO_LABEL) for identifier in table[config.id_column].to_pylist()]
         self.labels = [label for label in labels if label != NO_LABEL]
-        # Not `take`, which joins the chunks of a column into one: above 2 GB of images its offsets overflow.
-        return table.filter(pa.array([label != NO_LABEL for label in labels], pa.bool_()))
+        return np.flatnonzero(np.array(labels) != NO_LABEL)
 
 
 def decode(encoded: Encoded, location: str, decoder: str = "pil") -> Picture:

@@ -26,6 +26,7 @@ from stage1_ssld.sources import ImageSource
 from stage1_ssld.views import val_view
 
 FILES = {"selected.parquet", "classes.csv", "curation.png", "examples.png", "candidates.parquet", "look_alikes.parquet"}
+FILES |= {"selection.json", "outcome.json"}
 RECORDS = {"config.yaml", "environment.json", "log.txt", "pool.json", "result.json", ".lock"}
 
 
@@ -230,6 +231,22 @@ def test_hash_alone_does_not_condemn(
     assert {"v_1000.jpg", "v_1004.png"} <= kept
     assert metrics(tmp_path / "only_val")["pairs_compared"] > metrics(tmp_path / "only_val")["pairs_confirmed"] > 0
     assert metrics(tmp_path / "nothing")["kept"] == 55
+
+
+def test_mirror_images_in_the_pool(arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path) -> None:
+    """Of a scene and its mirror image one stays, unless that is switched off."""
+    pool = tmp_path / "flipped"
+    pool.mkdir()
+    for number in range(5):
+        scene(number).save(pool / f"{number}.png")
+        scene(number).resize((100, 75)).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(pool / f"m{number}.png")
+    change = {"pool": [str(pool)], "cosine": 0.01, "keep": 10}
+    assert call(curate, arguments(settings | change, "on")) == 0
+    assert call(curate, arguments(settings | change | {"mirrored": False}, "off")) == 0
+    kept = [row["key"].removeprefix("m") for row in selected(tmp_path / "on")]
+    assert sorted(kept) == [f"{number}.png" for number in range(5)]
+    assert metrics(tmp_path / "on")["like_better"] == 5
+    assert metrics(tmp_path / "off")["kept"] == 10
 
 
 @pytest.mark.parametrize("kind", ["parquet", "tar"])

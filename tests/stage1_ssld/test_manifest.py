@@ -15,7 +15,8 @@ import torch
 from shared.errors import UserError
 from stage1_ssld import manifest as manifests
 from stage1_ssld.data_config import SourceConfig
-from stage1_ssld.manifest import facts_of, is_manifest, open_manifest, write_manifest
+from stage1_ssld.manifest import open_manifest
+from stage1_ssld.manifest_file import facts_of, is_manifest, write_manifest
 from stage1_ssld.shards import source_shards
 from stage1_ssld.sources import ImageSource
 
@@ -33,7 +34,8 @@ def write(path: Path, chosen: list[tuple[str, str]], pool: list[Any]) -> Path:
         "score": [0.5] * len(chosen),
         "hash": [2**63 + n for n in range(len(chosen))],
     }
-    write_manifest(path, columns, [SourceConfig(path=str(item)) for item in pool], {"keep": 7})
+    settings = [SourceConfig(path=str(item)).model_dump(mode="json") for item in pool]
+    write_manifest(path, columns, settings, {"keep": 7})
     return path
 
 

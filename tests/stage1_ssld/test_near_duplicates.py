@@ -34,8 +34,10 @@ def as_dict(pairs: Pairs) -> dict[tuple[int, int], int]:
     return found
 
 
-@pytest.mark.parametrize("distance", [0, 1, 3, 6, 9])
-def test_finds_every_pair_once(distance: int) -> None:
+@pytest.mark.parametrize(("distance", "sorted_at_a_time"), [(0, 10**6), (1, 50), (3, 10**6), (6, 7), (9, 100)])
+def test_finds_every_pair_once(distance: int, sorted_at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one piece, and in so small ones that most hold a handful."""
+    monkeypatch.setattr(near_duplicates, "_SORTED", sorted_at_a_time)
     values = np.unique(hashes(400, distance))
     expected = {pair: bits for pair, bits in every_pair(values, values, distance).items() if pair[0] < pair[1]}
     assert as_dict(close_hashes(values, distance)) == expected
@@ -63,6 +65,27 @@ def test_images_among_each_other_and_with_others(distance: int) -> None:
     assert as_dict(inside) == expected
     assert as_dict(outside) == every_pair(mine, others, distance)
     assert len(expected) >= 20
+
+
+@pytest.mark.parametrize("distance", [0, 4])
+def test_images_and_mirror_images_of_each_other(distance: int) -> None:
+    """Either way round, each pair once and by the smaller distance; an image that looks like its own mirror image is no pair."""
+    values = hashes(300, distance)
+    mine, mirrored = values[:150].copy(), np.roll(values[150:], 3)
+    mirrored[:10] = mine[:10]  # symmetric pictures
+    mine[20], mirrored[20] = mine[21], mirrored[21]  # copies: close as they are and mirrored
+    mirrored[30] = mine[31]
+    mirrored[31] = mine[30]
+    inside, outside = close_images(mine, values[:20], distance, mirrored)
+    expected: dict[tuple[int, int], int] = {}
+    for table in (every_pair(mine, mine, distance), every_pair(mine, mirrored, distance)):
+        for (a, b), bits in table.items():
+            if a != b:
+                pair = max(a, b), min(a, b)
+                expected[pair] = min(bits, expected.get(pair, 64))
+    assert as_dict(inside) == expected
+    assert {(21, 20), (31, 30)} <= expected.keys()
+    assert as_dict(outside) == every_pair(mine, values[:20], distance)
 
 
 def test_no_images() -> None:

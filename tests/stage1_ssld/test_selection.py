@@ -13,6 +13,7 @@ from stage1_ssld.selection import (
     BINS,
     REASONS,
     Decision,
+    add_cosines,
     class_table,
     decide,
     find_candidates,
@@ -20,6 +21,7 @@ from stage1_ssld.selection import (
     load_candidates,
     load_look_alikes,
     numbers,
+    pair_rows,
     save_candidates,
     save_look_alikes,
 )
@@ -47,6 +49,7 @@ def pool(tmp_path: Path) -> dict[str, Any]:
         "class": classes,
         "score": np.where(classes == UNREADABLE, 0, generator.integers(0, 30, 300) / 30).astype(np.float32),
         "hash": hashes(300),
+        "mirrored": hashes(300),
     }
     protected = {
         "key": np.array([f"other {number}" for number in range(70)]),
@@ -71,10 +74,10 @@ def closeness(a: int, b: int) -> float:
     return ((a * 7919 + b * 104729) % 1000) / 1000
 
 
-def written_out(pool: dict[str, Any], candidates: int) -> dict[int, str]:
+def written_out(pool: dict[str, Any], candidates: int, flips: bool) -> dict[int, str]:
     """{row of a candidate: what becomes of it}, one image and one rule at a time."""
     scored, protected = pool["pool"], pool["protected"]
-    score, hashes = scored["score"].tolist(), scored["hash"].tolist()
+    score, hashes, mirrored = (scored[name].tolist() for name in ("score", "hash", "mirrored"))
     ranked: list[int] = []
     for number in range(CLASSES):
         rows = [row for row in range(300) if scored["class"][row] == number and score[row] >= np.float32(MIN_SCORE)]
@@ -89,7 +92,10 @@ def written_out(pool: dict[str, Any], candidates: int) -> dict[int, str]:
                 fate[row] = "like_val" if other < VAL or fate.get(row) == "like_val" else "like_train"
     for place, row in enumerate(ranked):
         for better in ranked[:place]:
-            near = (hashes[row] ^ hashes[better]).bit_count() <= DISTANCE
+            bits = [hashes[row] ^ hashes[better]]
+            if flips:
+                bits += [hashes[row] ^ mirrored[better], mirrored[row] ^ hashes[better]]
+            near = min(part.bit_count() for part in bits) <= DISTANCE
             if near and row not in fate and fate.get(better) == "kept" and closeness(row, better) >= COSINE:
                 fate[row] = "like_better"
         fate.setdefault(row, "kept")
@@ -99,25 +105,32 @@ def written_out(pool: dict[str, Any], candidates: int) -> dict[int, str]:
     return fate
 
 
-@pytest.mark.parametrize("candidates", [9, 12, 300])
-def test_equals_the_rules_written_out(pool: dict[str, Any], candidates: int) -> None:
+@pytest.mark.parametrize(("candidates", "flips"), [(9, True), (12, False), (300, True), (300, False)])
+def test_equals_the_rules_written_out(pool: dict[str, Any], candidates: int, flips: bool) -> None:
     scored, protected = ScoreFiles(pool["folder"] / "scores", 3), ScoreFiles(pool["folder"] / "protected", 2)
     found = find_candidates(scored, classes=CLASSES, keep=candidates, min_score=MIN_SCORE, examples=4)
     save_candidates(pool["folder"] / "candidates.parquet", found)
     found = load_candidates(pool["folder"] / "candidates.parquet")
-    alike = find_look_alikes(found, protected, distance=DISTANCE)
+    alike = find_look_alikes(found.hash_N, found.mirrored_N if flips else None, protected, distance=DISTANCE)
     ids = found.id_N.tolist()
     cosine = np.array(
         [closeness(ids[a], ids[b]) for a, b, _ in zip(*alike.inside, strict=True)]
         + [closeness(ids[a], b + 1000) for a, b, _ in zip(*alike.protected, strict=True)],
         np.float32,
     )
-    save_look_alikes(pool["folder"] / "look_alikes.parquet", alike, cosine)
+    save_look_alikes(pool["folder"] / "look_alikes.parquet", alike, found.id_N)
+    rows = pair_rows(pool["folder"] / "look_alikes.parquet")
+    assert rows is not None
+    expected_rows = [(ids[a], ids[b], False) for a, b, _ in zip(*alike.inside, strict=True)]
+    expected_rows += [(ids[a], b, True) for a, b, _ in zip(*alike.protected, strict=True)]
+    assert list(zip(*(column.tolist() for column in rows), strict=True)) == expected_rows
+    add_cosines(pool["folder"] / "look_alikes.parquet", cosine)
+    assert pair_rows(pool["folder"] / "look_alikes.parquet") is None
     alike, known = load_look_alikes(pool["folder"] / "look_alikes.parquet")
     assert known is not None
     decision = decide(found, alike, known, cosine=COSINE, val_images=VAL, keep=KEEP)
 
-    expected = written_out(pool, candidates)
+    expected = written_out(pool, candidates, flips)
     assert dict(zip(ids, (REASONS[reason] for reason in decision.reason_N), strict=True)) == expected
     if candidates == 300:
         assert set(expected.values()) == set(REASONS)
@@ -145,14 +158,14 @@ def test_equals_the_rules_written_out(pool: dict[str, Any], candidates: int) -> 
 def test_pairs_are_kept_without_cosines_until_these_are_known(pool: dict[str, Any]) -> None:
     scored, protected = ScoreFiles(pool["folder"] / "scores", 3), ScoreFiles(pool["folder"] / "protected", 2)
     found = find_candidates(scored, classes=CLASSES, keep=12, min_score=0)
-    alike = find_look_alikes(found, protected, distance=DISTANCE)
-    save_look_alikes(pool["folder"] / "pairs.parquet", alike)
+    alike = find_look_alikes(found.hash_N, found.mirrored_N, protected, distance=DISTANCE)
+    save_look_alikes(pool["folder"] / "pairs.parquet", alike, found.id_N)
     again, cosine = load_look_alikes(pool["folder"] / "pairs.parquet")
     assert cosine is None
     for mine, read in zip([*alike[0], *alike[1]], [*again[0], *again[1]], strict=True):
         np.testing.assert_array_equal(mine, read)
     nobody = ScoreFiles(pool["folder"] / "protected", 0)
-    assert len(find_look_alikes(found, nobody, distance=DISTANCE).protected.left_P) == 0
+    assert len(find_look_alikes(found.hash_N, None, nobody, distance=DISTANCE).protected.left_P) == 0
 
 
 def test_the_table_of_classes(pool: dict[str, Any]) -> None:
