@@ -16,6 +16,8 @@ from shared.errors import UserError
 from shared.folding import fold_batchnorm as fold
 from shared.model_file import content_hash
 
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
 
 class FrozenTeacher:
     """Answers pixels [B,3,H,W] in 0..255 with float32 logits [B,K], without gradients and always in evaluation mode: no dropout.
@@ -116,6 +118,10 @@ class FrozenTeacher:
             "content_sha256": self._content_sha256,
         }
 
+    def settings(self) -> dict[str, Any]:
+        """What its answers depend on beside weights and pixels: side that pixels are resized to (height, width; None: as they come), precision."""
+        return {"size": list(self.size) if self.size else None, "precision": PRECISIONS[self._dtype]}
+
     @contextmanager
     def _forward(self) -> Iterator[None]:
         mixed = self._dtype != torch.float32
@@ -143,6 +149,7 @@ class TeacherEnsemble:
     def __init__(self, members: Sequence[FrozenTeacher]) -> None:
         self._members = members
         self.reference, self.batchnorm = members[0].reference, members[0].batchnorm
+        self.device = members[0].device
         named = next((member for member in members if member.class_names), members[0])
         self.num_classes, self.class_names = named.num_classes, named.class_names
         for member in members:
@@ -173,7 +180,7 @@ class TeacherEnsemble:
     def match_classes(self, names: list[str] | None, count: int, owner: str) -> None:
         """See FrozenTeacher."""
         order = _class_order(self, names, count, owner)
-        self._order = None if order is None else torch.tensor(order, device=self._members[0].device)
+        self._order = None if order is None else torch.tensor(order, device=self.device)
 
     def facts(self) -> dict[str, Any]:
         """What a student's file says about its teacher."""
@@ -184,6 +191,11 @@ class TeacherEnsemble:
             "licence": " AND ".join(dict.fromkeys(facts["licence"] for facts in members)),
             "content_sha256": self.content_sha256(),
         }
+
+    def settings(self) -> dict[str, Any]:
+        """See FrozenTeacher; the sizes of all members."""
+        settings = [member.settings() for member in self._members]
+        return settings[0] | {"size": [one["size"] for one in settings]}
 
 
 Teacher = FrozenTeacher | TeacherEnsemble

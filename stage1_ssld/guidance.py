@@ -96,10 +96,14 @@ def open_guidance(
         UserError: classes that do not fit together, a store of other images, views or another teacher, labels asked for where there are none.
     """
     teacher = store = None
-    if isinstance(config, DistillConfig) and config.teacher:
-        teacher = make_teacher(
-            config.teacher, precision=config.precision, device=device, channels_last=config.channels_last
-        )
+    if isinstance(config, DistillConfig):
+        store = SoftLabelStore(config.store) if config.store and config.objective == "teacher" else None
+        if config.teacher:
+            # Beside a store it must answer as the one that wrote it did.
+            precision = store.teacher_precision if store else config.precision
+            teacher = make_teacher(
+                config.teacher, precision=precision, device=device, channels_last=config.channels_last
+            )
     if config.objective == "labels":
         left_out = sum(source.labels is None for source in sources)
         sources, classes, names = labelled_classes(sources)
@@ -111,8 +115,7 @@ def open_guidance(
         wanted = True
     else:
         assert isinstance(config, DistillConfig)
-        if config.store:
-            store = SoftLabelStore(config.store)
+        if store:
             store.match(sources, config.data)
             note = store.note()
             if note:

@@ -1,6 +1,7 @@
 """The soft-label store: a teacher's answers to V views of every image, read back instead of running the teacher.
 
-    store.json         what the answers are bound to: teacher, sources, view settings, classes, m, V, precision, versions; a checksum of every shard
+    store.json         what the answers are bound to: teacher with its input size and precision, sources, view settings, classes, m, V, versions; a
+                       checksum of every shard
     shard-00000.bin    answers of `shard_images` images after the other, V views each, as records of ANSWER
 
 An answer is the m likeliest classes with their log-probabilities and the log-probability of all others together: 44 bytes at m = 10 in fp16. Log-
@@ -32,7 +33,7 @@ from stage1_ssld.data_config import DataConfig, is_remote
 from stage1_ssld.sources import ImageSource
 from stage1_ssld.views import training_view
 
-FORMAT = 1
+FORMAT = 2
 HEADER = "store.json"
 REPLAYED = 8
 """Views that are made again when a store is opened."""
@@ -195,6 +196,11 @@ class SoftLabelStore:
             raise UnreadableImage(f"source {source}, row {row}", "was unreadable when the store was written")
         return StoredAnswer(answer["classes"], answer["log_probs"], float(answer["rest"]))
 
+    @property
+    def teacher_precision(self) -> str:
+        """Precision of the teacher's forward pass."""
+        return str(self.header["teacher_settings"]["precision"])
+
     def facts(self) -> dict[str, Any]:
         """What a student's file says about its teacher."""
         facts: dict[str, Any] = self.header["teacher"]
@@ -234,13 +240,20 @@ class SoftLabelStore:
         )
 
     def check_teacher(self, teacher: Teacher) -> None:
-        """Raises UserError when the store holds the answers of another teacher."""
+        """Raises UserError when the store holds the answers of another teacher, or of the same with another input size or precision."""
         theirs, ours = self.facts(), teacher.facts()
         if theirs["content_sha256"] != ours["content_sha256"]:
             raise UserError(
                 f"store {self.path}: holds the answers of {theirs['reference']}, not of {ours['reference']}: other weights; "
                 "give that teacher, or none"
             )
+        for key, value in teacher.settings().items():
+            stored = self.header["teacher_settings"][key]
+            if stored != value:
+                raise UserError(
+                    f"store {self.path}: its answers are those of a teacher with {key} {json.dumps(stored)}, here it is {json.dumps(value)}; "
+                    f"set teacher.{key} as it was, give no teacher, or write another store"
+                )
 
     def _number_of(self, source: ImageSource) -> int:
         ours, stored = source_record(source), self.header["sources"]

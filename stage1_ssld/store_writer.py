@@ -3,10 +3,12 @@
 Which views lie in one forward pass follows from the shard alone, so that any number of ranks, and any number of restarts, write the same bytes.
 """
 
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from shared.ranks import from_main_rank, gather_lists, rank, world_size
 from shared.run_dir import RunDir, file_sha256, write_atomically
 from shared.stop import StopRequest
 from shared.teacher import Teacher
-from stage1_ssld.batch import NO_LABEL, View
+from stage1_ssld.batch import NO_LABEL, Batch, View
 from stage1_ssld.config import SoftLabelsConfig
 from stage1_ssld.data import ValViews, make_loader, val_batches
 from stage1_ssld.labels import labels_in_classes
@@ -80,6 +82,23 @@ class AllViews(Dataset[View]):
         return View(training_view(image, key, view, config.data, config.seed), index * config.views + view, key, [])
 
 
+class ViewBatches:
+    """(row, view) of every view of some shards, in batches none of which reaches over the end of its shard."""
+
+    def __init__(self, shards: Sequence[range], views: int, batch_size: int) -> None:
+        self._shards, self._views, self._batch_size = shards, views, batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for rows in self._shards:
+            pairs = ((row, view) for row in rows for view in range(self._views))
+            while batch := list(itertools.islice(pairs, self._batch_size)):
+                yield batch
+
+    def of(self, rows: range) -> int:
+        """Number of batches of a shard."""
+        return -(-len(rows) * self._views // self._batch_size)
+
+
 def write_store(config: SoftLabelsConfig) -> None:
     """Write `<output>/store`.
 
@@ -120,20 +139,24 @@ def write_store(config: SoftLabelsConfig) -> None:
     # ---- the shards
     views = AllViews(sources, config)
     quarantine = Quarantine(run, images)
-    count = -(-images // config.shard_images)
-    with StopRequest() as stop:
+    shards_rows = [range(at, min(at + config.shard_images, images)) for at in range(0, images, config.shard_images)]
+    count = len(shards_rows)
+    files = [folder / shard_name(number) for number in range(count)]
+    sizes = [len(rows) * config.views * record.itemsize for rows in shards_rows]
+    mine = range(rank(), count, world_size())
+    missing = [n for n in mine if not files[n].exists() or files[n].stat().st_size != sizes[n]]
+    batches = ViewBatches([shards_rows[number] for number in missing], config.views, config.batch_size)
+    with StopRequest() as stop, closing(_loaded(views, batches, config, device)) as stream:
         for first in range(0, count, world_size()):  # all ranks take as many turns: they agree on a stop after each
             number = first + rank()
-            rows = range(number * config.shard_images, min((number + 1) * config.shard_images, images))
-            file = folder / shard_name(number)
-            if len(rows):
-                size = len(rows) * config.views * record.itemsize
-                if not file.exists() or file.stat().st_size != size:
-                    answers = _answers(views, rows, config, teacher, record, device, stop)
+            if number < count:
+                rows = shards_rows[number]
+                if number in missing:
+                    answers = _answers(itertools.islice(stream, batches.of(rows)), rows, config, teacher, record, stop)
                     if answers is not None:
-                        _write_shard(file, answers)
-                if file.exists():
-                    quarantine.add(_unreadable(file, views, rows, config.views, record))
+                        _write_shard(files[number], answers)
+                if files[number].exists():
+                    quarantine.add(_unreadable(files[number], views, rows, config.views, record))
             if stop.agreed():
                 quarantine.write()
                 raise Stopped(f"the files that are finished stay in {folder}")
@@ -149,6 +172,7 @@ def write_store(config: SoftLabelsConfig) -> None:
         header = {
             "format": FORMAT,
             "teacher": teacher.facts(),
+            "teacher_settings": teacher.settings(),
             "num_classes": teacher.num_classes,
             "class_names": teacher.class_names,
             "sources": [source_record(source) for source in sources],
@@ -197,24 +221,26 @@ def _try_teacher(
     return "teacher: not tried, there are no labelled images with its classes"
 
 
+def _loaded(views: AllViews, batches: ViewBatches, config: SoftLabelsConfig, device: torch.device) -> Generator[Batch]:
+    """One loader for all shards: its processes start once, and read ahead over the end of a shard."""
+    yield from make_loader(views, batches, workers=config.workers, pin_memory=device.type == "cuda")
+
+
 def _answers(
-    views: AllViews,
+    stream: Iterable[Batch],
     rows: range,
     config: SoftLabelsConfig,
     teacher: Teacher,
     record: np.dtype[Any],
-    device: torch.device,
     stop: StopRequest,
 ) -> np.ndarray | None:
     """Records of all views of some rows, one image after the other; None when this process was asked to stop."""
     answers = np.full(len(rows) * config.views, missing_answer(record), record)
-    pairs = [(row, view) for row in rows for view in range(config.views)]
-    batches = [pairs[at : at + config.batch_size] for at in range(0, len(pairs), config.batch_size)]
-    for batch in make_loader(views, batches, workers=config.workers, pin_memory=device.type == "cuda"):
+    for batch in stream:
         if stop.requested:
             return None
         if len(batch.keys):
-            found = encode_answers(teacher(to_device(batch.pixels_BCHW, device)), config.top, record)
+            found = encode_answers(teacher(to_device(batch.pixels_BCHW, teacher.device)), config.top, record)
             answers[batch.labels_B.numpy() - rows.start * config.views] = found
     return answers
 

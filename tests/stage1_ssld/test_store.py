@@ -287,6 +287,25 @@ def test_another_teacher(written: Path, teacher_file: Path, tmp_path: Path) -> N
     )
 
 
+@pytest.mark.parametrize(
+    ("change", "key", "here"),
+    [({"size": 48}, "size null", "[48, 48]"), ({"dtype": torch.bfloat16}, 'precision "fp32"', '"bf16"')],
+)
+def test_the_same_teacher_otherwise(
+    written: Path, teacher_file: Path, change: dict[str, Any], key: str, here: str
+) -> None:
+    """The same weights answer otherwise at another size or precision."""
+    store = SoftLabelStore(written)
+    assert store.header["teacher_settings"] == {"size": None, "precision": "fp32"}
+    assert store.teacher_precision == "fp32"
+    with pytest.raises(UserError) as error:
+        store.check_teacher(FrozenTeacher(str(teacher_file), **change))
+    assert str(error.value) == (
+        f"store {written}: its answers are those of a teacher with {key}, here it is {here}; "
+        f"set teacher.{next(iter(key.split()))} as it was, give no teacher, or write another store"
+    )
+
+
 # ---- damage
 
 
@@ -310,7 +329,7 @@ def test_a_header_that_is_not_json(copy: Path) -> None:
 @pytest.mark.parametrize("content", ["[]", '{"format": 7}', "3"])
 def test_a_header_of_another_format(copy: Path, content: str) -> None:
     (copy / "store.json").write_text(content)
-    with pytest.raises(UserError, match=r"/store: a store of format (7|None), this version reads 1; write it again$"):
+    with pytest.raises(UserError, match=r"/store: a store of format (7|None), this version reads 2; write it again$"):
         SoftLabelStore(copy)
 
 

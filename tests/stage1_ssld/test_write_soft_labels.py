@@ -196,6 +196,21 @@ def test_it_stops_on_request_and_goes_on(
 # ---- images that cannot be read
 
 
+def test_one_loader_reads_all_shards(
+    arguments: Any, settings: dict[str, Any], call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its processes start once, and none of its batches reaches over the end of a shard."""
+    make, found = store_writer.make_loader, []
+
+    def noted(dataset: Any, batches: Any, **options: Any) -> Any:
+        found.append([len(batch) for batch in batches])
+        return make(dataset, batches, **options)
+
+    monkeypatch.setattr(store_writer, "make_loader", noted)
+    assert call(main, arguments(settings | {"teacher": settings["teacher"] | {"check_images": 0}})) == 0
+    assert found == [[10, 10, 10, 2] * 2 + [10, 10, 4]]  # 44 images in shards of 16, two views each
+
+
 def test_unreadable_images_are_counted_listed_and_decoded_once(
     arguments: Any,
     settings: dict[str, Any],
@@ -208,15 +223,15 @@ def test_unreadable_images_are_counted_listed_and_decoded_once(
     shutil.copytree(tiny.train, folder)
     broken = folder / "disc" / "disc_004.png"
     broken.write_bytes(b"no image")
-    read, rows = store_writer.ImageSource.read, []
+    read, rows = store_writer.ImageSource.open, []
 
-    def noted(source: Any, row: int) -> Any:
+    def noted(source: Any, row: int, *decoder: str) -> Any:
         rows.append(row)
-        return read(source, row)
+        return read(source, row, *decoder)
 
     settings["data"]["train"] = [str(folder)]
     with monkeypatch.context() as patch:
-        patch.setattr(store_writer.ImageSource, "read", noted)
+        patch.setattr(store_writer.ImageSource, "open", noted)
         assert (
             call(main, arguments(settings | {"batch_size": 60, "teacher": settings["teacher"] | {"check_images": 0}}))
             == 0
