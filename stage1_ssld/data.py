@@ -18,7 +18,7 @@ from stage1_ssld.config import DistillConfig, TeachConfig
 from stage1_ssld.data_config import DataConfig
 from stage1_ssld.sources import ImageSource
 from stage1_ssld.store import SoftLabelStore
-from stage1_ssld.streams import StreamViews, plan_streams, shares, stream_batches
+from stage1_ssld.streams import StreamPlan, StreamViews, shares, stream_batches
 from stage1_ssld.views import augmentation, training_view, val_view
 
 Labels = Sequence[int] | None
@@ -175,7 +175,7 @@ def check_batch(batch_size: int, ranks: int, accumulate: int) -> None:
 
 
 class TrainingData:
-    """The training images of a run, by rows or streamed.
+    """The training images of a run, by rows or, with a plan, streamed.
 
     Attributes:
         images: in a pass; None where only reading a stream tells.
@@ -187,15 +187,15 @@ class TrainingData:
         sources: Sequence[ImageSource],
         labels: Sequence[Labels],
         store: SoftLabelStore | None = None,
+        plan: StreamPlan | None = None,
     ) -> None:
-        self._config, self._sources = config, sources
+        self._config, self._sources, self._plan = config, sources, plan
         data = config.data
         require_decoder(data.decoder, "data.decoder")
-        self._plan = plan_streams(data, config.batch_size, config.seed) if data.streaming else None
-        self._views = None if data.streaming else TrainViews(sources, labels, data, config.seed, store)
+        self._views = None if plan else TrainViews(sources, labels, data, config.seed, store)
         if data.augment is not None:
             augmentation(data.augment, data.image_size, data.interpolation)
-        self.images = len(self._views) if self._views is not None else self._plan.images if self._plan else None
+        self.images = len(self._views) if self._views is not None else plan.images if plan else None
 
     def batches(self, start_step: int, steps: int, *, rank: int, ranks: int, pin_memory: bool) -> Generator[Batch]:
         """The micro-batches of one rank from `start_step` on. Close it: loader processes and files go with it."""

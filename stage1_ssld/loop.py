@@ -33,6 +33,7 @@ from stage1_ssld.objective import Objective, implausible_start
 from stage1_ssld.preflight import check_teacher, rows_to_try
 from stage1_ssld.sources import ImageSource, open_sources
 from stage1_ssld.store import bucket_log_probs
+from stage1_ssld.streams import plan_streams
 from stage1_ssld.student import Student
 
 
@@ -47,6 +48,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> 
     data = config.data
     network = config.student if isinstance(config, DistillConfig) else config.model
     sources = [] if data.streaming else open_sources(data.train, "data.train")
+    plan = plan_streams(data, config.batch_size, config.seed) if data.streaming else None
     val_source = open_sources([data.val], "data.val")[0] if data.val else None
     parse_reference(network.model, network.arch)
 
@@ -66,7 +68,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> 
     if val_source and guidance.val_labels is None and teacher is None:
         run.log(f"{val_source.path}: no labels and no teacher: nothing to evaluate")
         val_source = None
-    training = TrainingData(config, guidance.sources, guidance.train_labels, guidance.store)
+    training = TrainingData(config, guidance.sources, guidance.train_labels, guidance.store, plan)
 
     # ---- student, optimizer, schedule
     student = Student(network, config, classes=guidance.classes, device=device)

@@ -167,4 +167,14 @@ def _of_split(listing: Listing, config: SourceConfig) -> Listing:
         raise UserError(
             f"{config.path}: none of its {len(listing.files)} files is of the split {config.split!r}; set split or subset"
         )
+    if config.subset is None:
+        # Files of a data set of one configuration lie in one folder, or in one for each split.
+        folders = {file.removeprefix(listing.folder).strip("/").rpartition("/")[0] for file in files}
+        names = {"/".join(part for part in folder.split("/") if part != config.split) for folder in folders}
+        if len(names) > 1:
+            found = ", ".join(repr(name) for name in sorted(names)[:5])
+            raise UserError(
+                f"{config.path}: has several configurations ({found}{', ...' if len(names) > 5 else ''}); set subset to one of them, "
+                f"or path to the files that you mean: {listing.folder}/FOLDER/*.{'tar' if listing.kind == 'tar' else 'parquet'}"
+            )
     return replace(listing, files=files)

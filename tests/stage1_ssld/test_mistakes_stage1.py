@@ -13,7 +13,7 @@ import torch
 from shared import training_state
 from shared.checkpoint import complete_checkpoints
 from shared.model_file import content_hash, read_tensors
-from stage1_ssld import losses
+from stage1_ssld import loop, losses
 from stage1_ssld.distill import main as distill
 from stage1_ssld.evaluate import main as evaluate
 
@@ -55,6 +55,21 @@ def test_mistakes_cost_one_line(
     assert message in user_error(distill, arguments(settings))
     # nothing half-written: mending the mistake and giving the same output works
     assert call(distill, arguments(distill_settings)) == 0
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_paths_are_checked_before_any_process_group(
+    streaming: bool, arguments: Arguments, distill_settings: Settings, user_error: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list whose files lie elsewhere is seen by opening it alone; a rank that ends on that must not leave others waiting."""
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a process group was opened")
+
+    monkeypatch.setattr(loop, "start_processes", never)
+    data = distill_settings["data"] | {"train": ["memory://nowhere/at/all"], "streaming": streaming}
+    message = user_error(distill, arguments(distill_settings | {"data": data}))
+    assert message.endswith("memory://nowhere/at/all: no such file or folder")
 
 
 def test_unknown_flag(arguments: Arguments, distill_settings: Settings, user_error: Any, tmp_path: Path) -> None:

@@ -316,7 +316,16 @@ def test_a_data_set_of_the_hub_is_streamed_from_its_files(tiny: Any, register: A
     (shard,) = source_shards(config, 0, streaming=True)
     assert shard.name == "hf://datasets/org/name/small/train-0.parquet#0"
     assert [sample.name for sample in shard.samples(27)] == ["27", "28", "29"]
-    assert len(source_shards(SourceConfig(path="hub:org/name"), 0, streaming=True)) == 2
+    with pytest.raises(UserError) as caught:
+        source_shards(SourceConfig(path="hub:org/name"), 0, streaming=True)
+    assert str(caught.value) == (
+        "hub:org/name: has several configurations ('large', 'small'); set subset to one of them, "
+        "or path to the files that you mean: hf://datasets/org/name/FOLDER/*.parquet"
+    )
+    assert len(source_shards(SourceConfig(path="hf://datasets/org/name/*/train*.parquet"), 0, streaming=True)) == 2
+    for name in ("train/0.parquet", "train/1.parquet", "test/0.parquet"):
+        filesystem.pipe(f"/datasets/org/other/{name}", tiny.parquet.read_bytes())
+    assert len(source_shards(SourceConfig(path="hub:org/other"), 0, streaming=True)) == 2
     with pytest.raises(
         UserError, match="hub:org/name: none of its 3 files is of the split 'test'; set split or subset"
     ):

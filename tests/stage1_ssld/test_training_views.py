@@ -14,7 +14,7 @@ from stage1_ssld.config import DistillConfig
 from stage1_ssld.data import StepSampler, TrainingData, TrainViews, ValViews, make_loader, val_batches
 from stage1_ssld.data_config import DataConfig, SourceConfig
 from stage1_ssld.sources import open_sources
-from stage1_ssld.streams import shares
+from stage1_ssld.streams import plan_streams, shares
 
 # ---- batches
 
@@ -245,7 +245,9 @@ def training(tiny: Any, folders: list[Any], **changes: Any) -> TrainingData:
             **changes,
         }
     )
-    sources = [] if config.data.streaming else open_sources(config.data.train, "data.train")
+    if config.data.streaming:
+        return TrainingData(config, [], [], plan=plan_streams(config.data, config.batch_size, config.seed))
+    sources = open_sources(config.data.train, "data.train")
     return TrainingData(config, sources, [None] * len(sources))
 
 
