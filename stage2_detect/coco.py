@@ -10,6 +10,7 @@ captions, panoptic segments.
 Legend: N objects of one image.
 """
 
+import math
 import os
 import warnings
 from collections import Counter
@@ -202,14 +203,19 @@ def require_masks(data: CocoData) -> CocoData:
 
 def _is_shape(segmentation: Any, height: int, width: int) -> bool:
     """Whether a segmentation has the form of polygons or of RLE for an image of this size."""
-    if isinstance(segmentation, list):
-        return bool(segmentation) and all(
-            isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation
-        )
-    if not isinstance(segmentation, dict) or list(segmentation.get("size", ())) != [height, width]:
+    try:
+        if isinstance(segmentation, list):
+            return bool(segmentation) and all(
+                len(polygon) >= 6 and len(polygon) % 2 == 0 and math.isfinite(sum(polygon)) for polygon in segmentation
+            )
+        counts = segmentation["counts"]
+        if list(segmentation["size"]) != [height, width]:
+            return False
+        if isinstance(counts, str):
+            return bool(counts)
+        return sum(counts) == height * width and min(counts) >= 0
+    except (TypeError, KeyError):  # not made of numbers, or of something else altogether
         return False
-    counts = segmentation.get("counts")
-    return sum(counts) == height * width if isinstance(counts, list) else bool(counts)
 
 
 def _pick(shapes: Sequence[Any], positions: np.ndarray) -> Sequence[Any]:

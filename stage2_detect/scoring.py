@@ -59,7 +59,8 @@ def score(
     backend: str = "auto",
     tta: TTAConfig | None = None,
 ) -> tuple[dict[str, Any], dict[Id, Detections]]:
-    """(COCO metrics, detections) of a detector on `data`, the same on every rank; those of masks end in `_segm`.
+    """(COCO metrics, detections) of a detector on `data`, the same on every rank; those of masks end in `_segm`, and are
+    there where detector and `data` have masks.
 
     With `tta`, of its sizes merged; the longest side allowed grows with the short one.
     """
@@ -83,7 +84,8 @@ def score(
     metrics: dict[str, Any] = {}
     if rank() == 0:
         metrics = coco_ap(data, detections, backend)
-        if any(found.masks is not None for found in detections.values()):
+        has_shapes = data.images[0].segmentations is not None
+        if has_shapes and any(found.masks is not None for found in detections.values()):
             segm = coco_ap(data, detections, backend, masks=True)
             metrics |= {f"{name}_segm": value for name, value in segm.items()}
     return from_main_rank(metrics), detections

@@ -140,7 +140,8 @@ def train(config: TrainConfig) -> None:
         run.log(resumed)
 
     # ---- the loop
-    step = start
+    step, scored = start, -1
+    metrics: dict[str, Any] = {}
     with StopRequest() as stop:
         stream = iter(loader)
         while step < steps and not enough():
@@ -183,7 +184,8 @@ def train(config: TrainConfig) -> None:
             if step % config.log_every == 0 or step == steps:
                 state.log(step, base_lr * factor)
             if config.evaluate_every and step % config.evaluate_every == 0 and step < steps:
-                keep_best(evaluate_now())
+                metrics, scored = evaluate_now(), step
+                keep_best(metrics)
             stopping = stop.agreed() and step < steps
             if step % config.save_every == 0 or step == steps or stopping or enough():
                 state.save(step)
@@ -193,9 +195,10 @@ def train(config: TrainConfig) -> None:
     # ---- finish
     if enough():
         run.log(f"step {step}: {state.stale} evaluations in a row without a better one: enough (patience)")
-    metrics = evaluate_now()
-    if config.evaluate_every:
-        keep_best(metrics)
+    if scored != step:
+        metrics = evaluate_now()
+        if config.evaluate_every:
+            keep_best(metrics)
     if config.expected:
         metrics["expected_met"], line = expected.compare(
             config.expected, metrics, len(data.val.images) if data.val else 0

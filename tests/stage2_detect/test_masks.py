@@ -1,6 +1,7 @@
 """Masks: what is asked of a RoI, the head's loss, pasting, average precision of shapes, and the commands on drawn scenes."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -23,10 +24,12 @@ from stage2_detect.augment import View
 from stage2_detect.batches import masks_of
 from stage2_detect.coco import read_coco, require_masks, segmentation_mask
 from stage2_detect.coco_ap import coco_ap
+from stage2_detect.detector_file import load_detector
 from stage2_detect.models.batch import Detections, Targets
 from stage2_detect.models.mask_head import MaskHead, paste
 from stage2_detect.models.mask_targets import ImageMasks, decode, rasterise
 from stage2_detect.models.roi_heads import SampledRoIs
+from stage2_detect.scoring import score
 
 TRIANGLE = [4.0, 4.0, 36.0, 8.0, 20.0, 30.0]
 SQUARE = [50.0, 10.0, 58.0, 10.0, 58.0, 18.0, 50.0, 18.0]
@@ -114,9 +117,9 @@ def sampled(positive: list[list[bool]], objects: list[list[int]]) -> SampledRoIs
     return SampledRoIs(boxes, torch.ones_like(flags), flags, torch.tensor(objects), torch.zeros(flags.numel(), 3))
 
 
-def head() -> MaskHead:
+def head(**options: Any) -> MaskHead:
     torch.manual_seed(0)
-    return MaskHead(classes=2, channels=4, hidden=6, convolutions=2, pool_size=7)
+    return MaskHead(classes=2, channels=4, hidden=6, convolutions=2, pool_size=7, **options)
 
 
 def test_loss_is_the_mean_over_positives_of_the_objects_class() -> None:
@@ -146,6 +149,26 @@ def test_loss_is_the_mean_over_positives_of_the_objects_class() -> None:
         count += 1
     assert count == 3
     assert loss.item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_ranks_add_up_to_the_whole_batch() -> None:
+    """Two positives on one rank, one on the other: the whole batch's loss is the mean of the ranks' losses."""
+    masks = (ImageMasks(([TRIANGLE], [SQUARE]), 40, 64), ImageMasks(([TRIANGLE],), 40, 64))
+    labels, boxes, seeds = torch.tensor([[1, 0], [0, -1]]), torch.zeros(2, 2, 4), torch.zeros(2).long()
+    features = [torch.randn(2, 4, 64 // stride, 64 // stride) for stride in (4, 8, 16, 32)]
+    positive, objects = [[True, True], [True, False]], [[0, 1], [0, 0]]
+    whole = head().losses(features, sampled(positive, objects), Targets(boxes, labels, seeds, masks=masks))
+    model = head(total=lambda count: 0 * count + 3, world_size=2)
+    ranks = [
+        model.losses(
+            [feature[rank : rank + 1] for feature in features],
+            sampled(positive[rank : rank + 1], objects[rank : rank + 1]),
+            Targets(boxes[:1], labels[rank : rank + 1], seeds[:1], masks=masks[rank : rank + 1]),
+        )["loss_mask"].item()
+        for rank in range(2)
+    ]
+    assert ranks[0] != pytest.approx(ranks[1], rel=0.1)
+    assert sum(ranks) / 2 == pytest.approx(whole["loss_mask"].item(), rel=1e-5)
 
 
 def test_loss_without_positives_is_zero_and_so_are_its_gradients() -> None:
@@ -279,6 +302,20 @@ def test_mask_rcnn_from_training_to_a_results_file(toy: Path, tmp_path: Path, ca
         assert row["segmentation"]["size"] == sizes[row["image_id"]]
         assert isinstance(row["segmentation"]["counts"], str)
 
+    # On data read without shapes, as a teacher of a detector of boxes is tried: boxes alone are scored.
+    sizes_80: dict[str, Any] = {"short_side": 80, "long_side": 80, "interpolation": "bicubic", "kernel": "reference"}
+    options: dict[str, Any] = {"batch_size": 4, "workers": 0, "device": torch.device("cpu"), "dtype": torch.float32}
+    metrics, found = score(
+        load_detector(run / "detector.safetensors").model,
+        read_coco(toy / "val.json", toy / "val", training=False),
+        backend="pycocotools",
+        **sizes_80,
+        **options,
+    )
+    assert any(one.masks for one in found.values())
+    assert metrics["AP"] == pytest.approx(result["metrics"]["AP"], abs=1e-9)
+    assert not any("segm" in name for name in metrics)
+
 
 def test_boxes_alone_are_refused_with_their_ids(
     toy: Path, tmp_path: Path, call: Callable[..., int], capsys: Any
@@ -305,6 +342,14 @@ def test_boxes_alone_are_refused_with_their_ids(
         [[1.0, 2, 3, 4, 5, 6, 7]],
         {"size": [40, 63], "counts": [2560]},
         {"size": [40, 64], "counts": ""},
+        {"size": None, "counts": [2560]},
+        {"size": [40, 64], "counts": [2570, -10]},
+        {"size": [40, 64], "counts": ["2560"]},
+        {"size": [40, 64]},
+        [[1.0, 2, 3, 4, 5, "6"]],
+        [[1.0, 2, 3, 4, 5, math.nan]],
+        [1.0, 2, 3, 4, 5, 6],
+        "polygon",
     ],
 )
 def test_shapes_that_cannot_be_used(tmp_path: Path, shape: Any) -> None:

@@ -88,6 +88,8 @@ def test_patience_ends_a_run_that_does_not_get_better(
     assert read_metadata(run / "detector_best.safetensors")["step"] == 2
     assert read_metadata(run / "detector.safetensors")["step"] == 6
     assert (run / "checkpoints" / "step_00000006" / "COMPLETE").exists()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "val_AP" in line] == [2, 4, 6], "nothing is evaluated twice"
     capsys.readouterr()
     assert call(train.main, arguments(settings)) == 0
     assert "finished; nothing to do" in capsys.readouterr().out
