@@ -12,6 +12,8 @@ def compare(expected: ExpectedConfig, metrics: Mapping[str, Any], images: int) -
     `metrics` are of `images` evaluation images, in 0..1; the expected scores are in percent.
     """
     wanted = {name: value for name in ("AP", "AP_segm") if (value := getattr(expected, name)) is not None}
+    if not images:
+        return None, "expected: not compared: there are no evaluation images"
     if expected.images is not None and images != expected.images:
         return None, f"expected: not compared: it is for {expected.images} evaluation images, these are {images}"
     missing = [name for name in wanted if metrics.get(name) is None]

@@ -104,7 +104,7 @@ def replace_convolutions(
     if without:
         strides = ", ".join(str(2 * 2**stage) for stage in without)
         raise UserError(
-            f"dcn_strides: backbone {name} has no dense 3x3 convolution in the blocks of stride {strides} to make deformable; "
+            f"model.dcn_strides: backbone {name} has no dense 3x3 convolution in the blocks of stride {strides} to make deformable; "
             "ResNets with basic blocks or ungrouped bottlenecks have them (resnet34d, resnet50d, resnet101d, seresnet50, darknet53, ...)"
         )
     for module_name in found:

@@ -215,9 +215,7 @@ def test_the_second_convolution_of_each_block_is_replaced(
     ],
 )
 def test_a_body_without_dense_convolutions_is_refused(name: str, strides: tuple[int, ...], named: str) -> None:
-    message = (
-        f"dcn_strides: backbone {name} has no dense 3x3 convolution in the blocks of stride {named} to make .*resnet50d"
-    )
+    message = f"model.dcn_strides: backbone {name} has no dense 3x3 convolution in the blocks of stride {named} to make .*resnet50d"
     with pytest.raises(UserError, match=message):
         TimmPyramid(body_of(name), name=name, dcn_strides=strides)
 

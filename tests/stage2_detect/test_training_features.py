@@ -205,6 +205,11 @@ def test_expected(expected: Settings, metrics: Settings, met: bool | None, text:
     assert text in line
 
 
+def test_expected_without_an_evaluation_set() -> None:
+    outcome = compare(ExpectedConfig(AP=40, images=5000), {}, 0)
+    assert outcome == (None, "expected: not compared: there are no evaluation images")
+
+
 def test_expected_is_compared_after_the_last_evaluation(
     train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path
 ) -> None:
