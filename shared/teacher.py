@@ -81,6 +81,15 @@ class FrozenTeacher:
         logits = logits.float()
         return logits if self._order is None else logits[:, self._order]
 
+    def each(self, pixels_BCHW: Tensor) -> list[Tensor]:
+        """Logits [B,K] of every network, here of one."""
+        return [self(pixels_BCHW)]
+
+    @property
+    def references(self) -> list[ModelReference]:
+        """Of every network."""
+        return [self.reference]
+
     def embed(self, pixels_BCHW: Tensor) -> Tensor:
         """What the classification layer sees, pooled: [B,D] float32."""
         with self._forward():
@@ -160,6 +169,16 @@ class TeacherEnsemble:
         log_probs = torch.stack([F.log_softmax(member(pixels_BCHW), dim=-1) for member in self._members])
         logits = log_probs.logsumexp(0) - math.log(len(self._members))
         return logits if self._order is None else logits[:, self._order]
+
+    def each(self, pixels_BCHW: Tensor) -> list[Tensor]:
+        """Logits [B,K] of every member, in the classes of the ensemble."""
+        logits = [member(pixels_BCHW) for member in self._members]
+        return logits if self._order is None else [one[:, self._order] for one in logits]
+
+    @property
+    def references(self) -> list[ModelReference]:
+        """Of every member."""
+        return [member.reference for member in self._members]
 
     def embed(self, pixels_BCHW: Tensor) -> Tensor:
         """Embeddings of the first member."""

@@ -288,8 +288,10 @@ class ConvertPaddleConfig(CommandConfig):
     """.pdparams file"""
     arch: Literal["resnet50d", "resnet101d", "resnet152d", "resnet18d", "resnet34d", "resnet200d"] | None = None
     """timm name; null: found from the file"""
-    input_size: int = Field(224, ge=8)
-    """side in pixels it was trained at (Fix files: 320)"""
+    input_size: int | None = Field(None, ge=8)
+    """side in pixels it is evaluated at; null: 320 where the file's name begins with Fix_, else 224"""
+    val_crop: float | None = Field(None, gt=0, le=1)
+    """part of the short side that the central evaluation crop keeps; null: 0.875 up to 224, all of it above (Fix: no more is cut off)"""
 
     def inputs(self) -> dict[str, Path]:
         return {"weights": self.weights}

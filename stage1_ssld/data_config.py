@@ -174,7 +174,7 @@ class TeacherConfig(TeacherMember):
     fold_batchnorm: bool = True
     """fold BatchNorm into the convolutions before it, where the network can be traced; not with batchnorm: batch"""
     check_images: int = Field(1024, ge=0)
-    """labelled images that the teacher is tried on before training; it stops near chance; 0 leaves it out"""
+    """labelled images that the teacher is tried on before training; it stops where one of its networks guesses; 0 leaves it out"""
 
     def inputs(self, key: str) -> dict[str, Path]:
         """The local files of its networks."""

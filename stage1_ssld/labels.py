@@ -14,6 +14,8 @@ def labelled_classes(sources: Sequence[ImageSource]) -> tuple[list[ImageSource],
     Sources may number the same names differently: `match_classes` brings them to the order returned here, that of the first named source.
     Raises UserError when there is no labelled source, or when two of them have other names.
     """
+    for source in sources:
+        _refuse_strays(source)
     labelled = [source for source in sources if source.labels is not None]
     if not labelled:
         raise UserError(f"{sources[0].path}: no labels; sort the images into class folders or add a label column")
@@ -52,6 +54,7 @@ def match_classes(source: ImageSource, names: list[str] | None, count: int, owne
 
     Raises UserError when the classes are not the model's: other names, or a number outside its count.
     """
+    _refuse_strays(source)
     if source.labels is None:
         return None
     if names and source.class_names:
@@ -70,6 +73,11 @@ def match_classes(source: ImageSource, names: list[str] | None, count: int, owne
             f"{source.path}: has {classes} classes, but {owner} has {count}; use images of its classes, or labels: none"
         )
     return source.labels
+
+
+def _refuse_strays(source: ImageSource) -> None:
+    if source.unlabelled_because:
+        raise UserError(f"{source.path}: {source.unlabelled_because}")
 
 
 def _first_difference(a: ImageSource, b: ImageSource) -> str:

@@ -128,24 +128,30 @@ def by_rule(names: dict[str, tuple[int, ...]], salt: int) -> dict[str, np.ndarra
     return arrays
 
 
-@pytest.mark.parametrize(("old", "size"), [(False, 65), (True, 64)])
-def test_a_converted_resnet50_answers_as_paddleclas_does(old: bool, size: int, call: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "size", "name", "side", "crop"),
+    [(False, 65, "Fix_ResNet50_vd_ssld_v2.pdparams", 320, 1.0), (True, 64, "ResNet50_vd_ssld.pdparams", 224, 0.875)],
+)
+def test_a_converted_resnet50_answers_as_paddleclas_does(
+    old: bool, size: int, name: str, side: int, crop: float, call: Any, tmp_path: Path
+) -> None:
     depths = DEPTHS["resnet50d"]
     arrays = by_rule(shapes(depths, classes=7, old=old), salt=5)
-    weights = tmp_path / "ResNet50_vd_ssld_pretrained.pdparams"
+    weights = tmp_path / name
     record = {"StructuredToParameterName@@": {name: f"parameter_{name}" for name in arrays}}
     weights.write_bytes(pickle.dumps(arrays | record, protocol=2))
     output = tmp_path / "run"
-    argv = ["--weights", str(weights), "--output", str(output), "--threads", "1", "--input_size", "320"]
+    argv = ["--weights", str(weights), "--output", str(output), "--threads", "1"]
     assert call(main, argv) == 0
     file = output / "backbone.safetensors"
     assert f"resnet50d, 7 classes, {len(arrays)} arrays, all in use" in (output / "log.txt").read_text()
 
     metadata = read_metadata(file, kind="backbone")
-    assert (metadata["arch"], metadata["licence"], metadata["input_size"]) == ("resnet50d", "apache-2.0", [320, 320])
+    assert (metadata["arch"], metadata["licence"], metadata["input_size"]) == ("resnet50d", "apache-2.0", [side, side])
+    assert metadata["crop_pct"] == crop
     assert metadata["source"]["file"] == weights.name
     net, inputs = create_classifier(parse_reference(str(file)))
-    assert (inputs.size, inputs.interpolation) == ((320, 320), "bilinear")
+    assert (inputs.size, inputs.interpolation) == ((side, side), "bilinear")
     pixels = torch.randint(0, 256, (2, 3, size, size), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
     mean, std = (torch.tensor(v).double()[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     expected = Reference(arrays, depths, old)((pixels.double() / 255 - mean) / std)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shared.backbones import input_settings, save_backbone
 from shared.errors import UserError
-from shared.teacher import FrozenTeacher
+from shared.teacher import FrozenTeacher, Teacher, TeacherEnsemble
 from stage1_ssld import preflight
 from stage1_ssld.batch import NO_LABEL, Batch
 from stage1_ssld.preflight import check_teacher, rows_to_try
@@ -47,11 +47,11 @@ def pictures(count: int) -> Tensor:
     return blocks.repeat_interleave(16, 2).repeat_interleave(16, 3)
 
 
-def check(teacher: FrozenTeacher, pixels: Tensor, labels: Tensor) -> str:
+def check(teacher: Teacher, pixels: Tensor, labels: Tensor) -> str:
     return check_teacher(teacher, batches(pixels, labels), device=CPU, where="images/val")
 
 
-def refused(teacher: FrozenTeacher, pixels: Tensor, labels: Tensor) -> str:
+def refused(teacher: Teacher, pixels: Tensor, labels: Tensor) -> str:
     with pytest.raises(UserError) as caught:
         check(teacher, pixels, labels)
     message = str(caught.value)
@@ -122,17 +122,56 @@ def test_few_images_prove_nothing(tmp_path: Path) -> None:
     assert check(teacher, pixels, none) == "teacher: not tried, images/val has no labelled images"
 
 
-def test_the_limit_is_chance_and_two_standard_deviations(tmp_path: Path) -> None:
-    teacher, pixels = teacher_of(tmp_path / "t.safetensors", 2), pictures(400)
+def pairs_of(counts: list[int], right: list[int]) -> list[tuple[int, int]]:
+    """(label, answer) of so many images a class, so many of them right; the other answers are a class nobody has."""
+    return [(label, label if n < right[label] else 999) for label, count in enumerate(counts) for n in range(count)]
+
+
+@pytest.mark.parametrize(("classes", "each"), [(2, 150), (10, 100), (128, 8)])
+def test_the_limit_is_three_deviations_above_one_answer_to_everything(classes: int, each: int) -> None:
+    limit = classes * each * (1 / classes + 3 * (1 / classes * (1 - 1 / classes) / (classes * each)) ** 0.5)
+    for number, told in ((int(limit), True), (int(limit) + 1, False)):
+        right = [number // classes + (label < number % classes) for label in range(classes)]
+        assert preflight.guesses(pairs_of([each] * classes, right), 1000) == told
+
+
+def test_one_answer_to_everything_is_a_guess_whatever_is_frequent() -> None:
+    """Of 1,000 classes 128 are tried: the same answer to all is right on 0.8 %, eight times chance."""
+    assert preflight.guesses(pairs_of([8] * 128, [8] + [0] * 127), 1000)
+    assert preflight.guesses(pairs_of([900, 50, 50], [900, 0, 0]), 3)
+    assert not preflight.guesses(pairs_of([900, 50, 50], [800, 30, 30]), 3)
+    assert not preflight.guesses(pairs_of([200], [60]), 10)  # images of one class alone: against chance
+    assert preflight.guesses(pairs_of([200], [25]), 10)
+
+
+def test_orders_that_agree_in_some_classes(tmp_path: Path) -> None:
+    """A third of the classes at their place lifts the accuracy far above guessing; the order is still wrong."""
+    teacher, pixels = teacher_of(tmp_path / "t.safetensors", 10), pictures(800)
     answers = teacher(pixels).argmax(-1)
-    limit = 400 * (0.5 + 2 * (0.25 / 400) ** 0.5)  # 220 of 400
-    for right, fine in ((int(limit), False), (int(limit) + 1, True)):
-        labels = 1 - answers
-        labels[:right] = answers[:right]
-        if fine:
-            assert f"{right / 4:.1f} % right" in check(teacher, pixels, labels)
-        else:
-            refused(teacher, pixels, labels)
+    counts = torch.bincount(answers, minlength=10).tolist()
+    moved = sorted(range(10), key=lambda label: counts[label])[3:]
+    order = torch.arange(10)
+    order[moved] = order[moved[1:] + moved[:1]]
+    message = refused(teacher, pixels, order[answers])
+    assert "less than half of what it could be: it knows the images, but its classes are in another order" in message
+    assert "renamed like that, it is right on 100 %" in message
+
+
+def test_every_network_of_an_ensemble_is_tried(tmp_path: Path) -> None:
+    good, pixels = teacher_of(tmp_path / "good.safetensors", 5), pictures(200)
+    bad = teacher_of(tmp_path / "bad.safetensors", 5, seed=3)
+    labels = good(pixels).argmax(-1)
+    ensemble = TeacherEnsemble([good, good])
+    place = f"({good.reference.text})"
+    assert check(ensemble, pixels, labels) == (
+        f"teacher: 100.0 % {place}, 100.0 % {place} right on 200 images of images/val (chance 20.0 %)"
+    )
+    with pytest.raises(UserError, match=rf"^{bad.reference.text}: \d+\.\d % right on 200 images of images/val"):
+        check(TeacherEnsemble([good, bad]), pixels, labels)
+    shifted = (torch.arange(5) + 1) % 5
+    ensemble = TeacherEnsemble([good, good])
+    with pytest.raises(UserError, match="classes are in another order"):
+        check(ensemble, pixels, shifted[labels])
 
 
 def test_random_weights_are_not_tried() -> None:

@@ -17,7 +17,7 @@ from shared.errors import UserError
 from stage1_ssld.batch import NO_LABEL
 from stage1_ssld.data_config import SourceConfig
 from stage1_ssld.formats import TableRows
-from stage1_ssld.labels import labelled_classes, match_classes
+from stage1_ssld.labels import labelled_classes, labels_in_classes, match_classes
 from stage1_ssld.sources import ImageSource, open_sources
 
 
@@ -77,8 +77,14 @@ def test_a_stray_image_does_not_silently_drop_the_labels(stray: str, tmp_path: P
     for name in ("cat/1.png", "dog/1.png", "dog/2.png", stray):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(png())
-    with pytest.raises(UserError, match=rf"but {stray} does not \(1 of 4\); move it into one, or set labels: none"):
-        source(tmp_path)
+    images = source(tmp_path)
+    assert (len(images), images.labels) == (4, None)  # enough where nobody reads labels
+    told = rf"but {stray} does not \(1 of 4\); move it into one, or set labels: none"
+    with pytest.raises(UserError, match=told):
+        labelled_classes([images])
+    with pytest.raises(UserError, match=told):
+        match_classes(images, ["cat", "dog"], 2, "the teacher")
+    assert labels_in_classes(images, ["cat", "dog"], 2) is None
     assert len(source(tmp_path, labels="none")) == 4
     (tmp_path / stray).unlink()
     assert source(tmp_path).labels == [0, 1, 1]
