@@ -19,6 +19,7 @@ from stage2_detect.coco import CocoData, Id
 from stage2_detect.models.batch import Detections
 
 WRONG, RIGHT, IGNORED = 0, 1, -1
+IOU = 0.5
 RECALLS_R = np.linspace(0, 1, 101)
 _CHUNK = 256  # images that are matched at once: bounds the memory
 
@@ -45,9 +46,7 @@ class Analysis:
     confusions: np.ndarray
 
 
-def analyse(
-    ground_truth: CocoData, detections: Mapping[Id, Detections], *, threshold: float, iou: float = 0.5
-) -> Analysis:
+def analyse(ground_truth: CocoData, detections: Mapping[Id, Detections], *, threshold: float) -> Analysis:
     """Match the detections of a set (boxes in original-image pixels) with its objects, read with `training=False`."""
     if ground_truth.training:
         raise ValueError("the ground truth must be read with training=False: crowd regions count here")
@@ -62,10 +61,10 @@ def analyse(
         truth_IG6 = _padded([_object_rows(r.file_boxes_N4, r.labels_N, r.crowd_N) for r in chunk])
         found_ID6 = _padded([_detection_rows(detections.get(record.image_id)) for record in chunk])
         overlaps_IDG = _overlaps(found_ID6[..., :4], truth_IG6[..., :4], truth_IG6[..., 5] == 1)
-        states_ID, taken_IG = _match(found_ID6, truth_IG6, overlaps_IDG, iou)
+        states_ID, taken_IG = _match(found_ID6, truth_IG6, overlaps_IDG, IOU)
         regular_IG = (truth_IG6[..., 4] >= 0) & (truth_IG6[..., 5] == 0)
         objects_K += np.bincount(truth_IG6[..., 4][regular_IG].astype(np.int64), minlength=classes)
-        confusions += _confusions(found_ID6, truth_IG6, overlaps_IDG, states_ID, taken_IG, classes, threshold, iou)
+        confusions += _confusions(found_ID6, truth_IG6, overlaps_IDG, states_ID, taken_IG, classes, threshold, IOU)
         real_ID = found_ID6[..., 4] >= 0
         columns = (found_ID6[..., 4].astype(np.int64), found_ID6[..., 5], states_ID)
         parts.append((columns[0][real_ID], columns[1][real_ID], columns[2][real_ID]))
@@ -148,7 +147,7 @@ def report(analysis: Analysis, ap: Mapping[str, float | None]) -> dict[str, Any]
             curves[name] = one.precision_R.round(6).tolist()
     return {
         "score_threshold": analysis.threshold,
-        "iou": 0.5,
+        "iou": IOU,
         "all_classes": {**rates(**totals), **totals},
         "classes": rows,
         "confusions": {

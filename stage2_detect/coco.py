@@ -12,7 +12,6 @@ Legend: N objects of one image.
 
 import math
 import os
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as mask_codec
 
 from shared.errors import UserError
 from stage2_detect.annotation_cache import PackedShapes, read_cached
@@ -155,34 +153,6 @@ def read_coco(
     return CocoData(file, training, names, ids, images, counts, tuple(annotation_ids[i] for i in odd[:3]))
 
 
-def segmentation_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Bool [height, width] of one object's polygons, uncompressed RLE or compressed RLE; raises `ValueError` for
-    anything else."""
-    if isinstance(segmentation, list):
-        polygons = [np.asarray(polygon, dtype=np.float64).ravel().tolist() for polygon in segmentation]
-        if not polygons or any(len(polygon) < 6 or len(polygon) % 2 for polygon in polygons):
-            raise ValueError("a polygon needs at least three x, y pairs")
-        code = mask_codec.merge(mask_codec.frPyObjects(polygons, height, width))
-    elif isinstance(segmentation, dict) and "counts" in segmentation and "size" in segmentation:
-        if list(segmentation["size"]) != [height, width]:
-            raise ValueError(f"RLE of size {segmentation['size']} for an image of height {height} and width {width}")
-        counts = segmentation["counts"]
-        if isinstance(counts, list):
-            if sum(counts) != height * width or min(counts, default=0) < 0:
-                raise ValueError(f"RLE counts sum to {sum(counts)}, not to {height} x {width}")
-            code = mask_codec.frPyObjects(segmentation, height, width)
-        elif counts:  # pycocotools returns uninitialised memory for an empty code
-            code = {"size": [height, width], "counts": counts}
-        else:
-            raise ValueError("RLE without counts")
-    else:
-        raise ValueError("a segmentation is a list of polygons or a dict with size and counts")
-    with warnings.catch_warnings():
-        # pycocotools 2.0.11 under NumPy 2: __array__ without `copy`
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return mask_codec.decode(code).astype(bool)
-
-
 def require_masks(data: CocoData) -> CocoData:
     """`data`, read with `segmentations=True`, when every object has a shape that can be used; else a `UserError` with the first annotation ids."""
     without: list[Id] = []
@@ -212,10 +182,32 @@ def _is_shape(segmentation: Any, height: int, width: int) -> bool:
         if list(segmentation["size"]) != [height, width]:
             return False
         if isinstance(counts, str):
-            return bool(counts)
+            counts = _run_lengths(counts)
         return sum(counts) == height * width and min(counts) >= 0
-    except (TypeError, KeyError):  # not made of numbers, or of something else altogether
+    except (TypeError, KeyError, IndexError):  # cut off, not made of numbers, or of something else altogether
         return False
+
+
+def _run_lengths(code: str) -> list[int]:
+    """Run lengths of a compressed RLE (pycocotools' `rleFrString`), which does not say when a code is damaged but reads on beyond it.
+
+    Six bits a character from "0" on: five of value, lowest first, and one that says whether more follow; from the fourth run on values are
+    differences to the last but one. Raises IndexError for a code that breaks off.
+    """
+    runs: list[int] = []
+    place = 0
+    while place < len(code):
+        value = shift = 0
+        more = True
+        while more:
+            bits = ord(code[place]) - 48
+            value |= (bits & 0x1F) << shift
+            more = bool(bits & 0x20)
+            place, shift = place + 1, shift + 5
+        if bits & 0x10:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+    return runs
 
 
 def _pick(shapes: Sequence[Any], positions: np.ndarray) -> Sequence[Any]:

@@ -230,6 +230,8 @@ class EvaluateConfig(CommandConfig):
     """of the forward pass; boxes stay fp32"""
     cache_annotations: bool = True
     """keep the content of large annotation files in ~/.cache/ssld (or $XDG_CACHE_HOME/ssld), for the next start"""
+    expected: ExpectedConfig | None = None
+    """scores to compare with, as a recipe has them"""
     workers: int = Field(2, ge=0)
     """processes that decode images"""
     device: Literal["auto", "cpu"] = "auto"

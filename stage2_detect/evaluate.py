@@ -31,7 +31,7 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     from shared.processes import DTYPES, uses_gpu
     from shared.ranks import from_main_rank
     from shared.run_dir import RunDir, write_atomically
-    from stage2_detect import analysis
+    from stage2_detect import analysis, expected
     from stage2_detect.coco import read_coco, require_masks
     from stage2_detect.coco_ap import detections_to_json
     from stage2_detect.detector_file import load_detector
@@ -74,6 +74,9 @@ def evaluate_detector(config: EvaluateConfig) -> None:
         tta=config.tta,
     )
     run.log(describe(metrics))
+    if config.expected:
+        metrics["expected_met"], line = expected.compare(config.expected, metrics, len(data.images))
+        run.log(line)
     files = [run.path / "detections.json", run.path / "analysis.json"]
     if accelerator.is_main_process:
         detections_to_json(data, detections, files[0])

@@ -237,15 +237,26 @@ def _read_object(
         raise UserError(f"{place}: bbox {box!r} has a negative side as {box_format}; give another --box_format")
     area = one.get(keys.area) if keys.area else None
     shapes = one.get(keys.polygons) if keys.polygons else None
-    polygons = [list(map(float, shape)) for shape in shapes or [] if isinstance(shape, list) and len(shape) >= 6]
     return FoundObject(
         label,
         corners,
         place,
         crowd=bool(keys.crowd and one.get(keys.crowd)),
-        polygons=polygons or None,
+        polygons=_polygons(shapes, place),
         area=None if area is None else finite_number(str(area), place, "area"),
     )
+
+
+def _polygons(shapes: Any, place: str) -> list[list[float]] | None:
+    """Those that enclose anything; None where there are none."""
+    if not shapes:
+        return None
+    if not isinstance(shapes, list) or not all(isinstance(shape, list) and len(shape) % 2 == 0 for shape in shapes):
+        raise UserError(
+            f"{place}: segmentation: only polygons are read, lists of x, y, x, y, ...; this is something else"
+        )
+    polygons = [[finite_number(str(value), place, "segmentation") for value in shape] for shape in shapes]
+    return [polygon for polygon in polygons if len(polygon) >= 6] or None
 
 
 def _corners(box: Corners, box_format: BoxFormat, size: tuple[int, int]) -> Corners:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from shared.ranks import from_main_rank, gather_lists, rank, world_size
+from shared.ranks import from_main_rank, gather_on_main_rank, rank, world_size
 from stage2_detect.batches import EvalLoader
 from stage2_detect.coco import CocoData, Id
 from stage2_detect.coco_ap import coco_ap
@@ -26,7 +26,7 @@ def detect(
     dtype: torch.dtype,
     tta: TTAConfig | None = None,
 ) -> dict[Id, Detections]:
-    """Detections of every image by its id, gathered over all ranks; `model` is left in evaluation mode.
+    """On the main rank the detections of every image by its id, of all ranks; on others nothing. `model` is left in evaluation mode.
 
     With `tta` the loader is a `SizesLoader`.
     """
@@ -41,7 +41,7 @@ def detect(
         for record, one in zip(records, detections, strict=True):
             parts = (one.boxes_N4.cpu(), one.scores_N.cpu(), one.labels_N.cpu(), one.masks)
             found.append((record.image_id, Detections(*parts)))
-    return dict(gather_lists(found))
+    return dict(gather_on_main_rank(found))
 
 
 def score(
@@ -59,7 +59,7 @@ def score(
     backend: str = "auto",
     tta: TTAConfig | None = None,
 ) -> tuple[dict[str, Any], dict[Id, Detections]]:
-    """(COCO metrics, detections) of a detector on `data`, the same on every rank; those of masks end in `_segm`, and are
+    """(COCO metrics, the same on every rank; detections, on the main rank) of a detector on `data`. The metrics of masks end in `_segm`, and are
     there where detector and `data` have masks.
 
     With `tta`, of its sizes merged; the longest side allowed grows with the short one.

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filled_shapes import filled
 from PIL import Image
-from pycocotools import mask as mask_codec
 
 from shared.errors import UserError
 from shared.images import decode_image
-from stage2_detect.coco import CocoData, read_coco, segmentation_mask
+from stage2_detect.coco import CocoData, read_coco
 
 
 def small() -> dict[str, Any]:
@@ -197,31 +197,6 @@ def test_classes_of_another_file(read: Callable) -> None:
         read(raw, class_names=train.class_names)
 
 
-def test_segmentation_forms_agree() -> None:
-    expected = np.zeros((6, 9), dtype=bool)
-    expected[1:4, 2:7] = True
-    compressed = mask_codec.encode(np.asfortranarray(expected.astype(np.uint8)))
-    flat = expected.T.ravel()
-    edges = np.flatnonzero(np.diff(flat.astype(int))) + 1
-    counts = np.diff([0, *edges, flat.size]).tolist()
-    text = {"size": [6, 9], "counts": compressed["counts"].decode()}
-    polygon = [[2, 1, 7, 1, 7, 4, 2, 4]]
-    two = [[2, 1, 4, 1, 4, 4, 2, 4], [4, 1, 7, 1, 7, 4, 4, 4]]
-    for form in (compressed, text, {"size": [6, 9], "counts": counts}, polygon, two):
-        mask = segmentation_mask(form, 6, 9)
-        assert mask.dtype == bool
-        assert np.array_equal(mask, expected)
-
-
-@pytest.mark.parametrize(
-    "broken", [None, [], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]], {"size": [9, 6], "counts": [54]}, {"counts": [1]}, {"size": [6, 9], "counts": ""},
-    {"size": [6, 9], "counts": [10]}, "text"]
-)  # fmt: skip
-def test_broken_segmentations(broken: Any) -> None:
-    with pytest.raises(ValueError):
-        segmentation_mask(broken, 6, 9)
-
-
 def test_segmentations_are_kept_when_asked_for(read: Callable) -> None:
     raw = small()
     raw["annotations"][0]["segmentation"] = [[0, 0, 1, 0, 1, 1]]
@@ -252,7 +227,7 @@ def test_real_coco(split: str, shared_data: Callable) -> None:
         for segmentation, box in zip(image.segmentations, image.boxes_N4, strict=True):
             seen[type(segmentation).__name__] += 1
             if type(segmentation) is dict or seen["list"] % 20 == 0:
-                rows, columns = np.nonzero(segmentation_mask(segmentation, image.height, image.width))
+                rows, columns = np.nonzero(filled(segmentation, image.height, image.width))
                 assert abs(columns.min() - box[0]) <= 4
                 assert abs(rows.max() + 1 - box[3]) <= 4
     assert min(seen.values()) > 0

@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filled_shapes import filled
 from PIL import Image
 
-from stage2_detect.coco import CocoData, read_coco, segmentation_mask
+from stage2_detect.coco import CocoData, read_coco
 from stage2_detect.convert_data import main
 
 NAMES = ("wide", "tall")
@@ -93,7 +94,7 @@ def test_yolo_by_hand(yolo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert first.segmentations[0] is None
     assert first.segmentations[1] == [[4.0, 2.0, 24.0, 2.0, 4.0, 18.0]]
     assert first.areas_N[0] == 100
-    assert first.areas_N[1] == segmentation_mask(first.segmentations[1], 20, 40).sum()
+    assert first.areas_N[1] == filled(first.segmentations[1], 20, 40).sum()
     out = capsys.readouterr().out
     assert "2 images, 2 objects, 1 images without objects" in out
     assert "1 images have no label file" in out
@@ -361,6 +362,15 @@ def test_hub_struct_of_lists(tmp_path: Path) -> None:
     assert [Path(record.path).suffix for record in data.images] == [".png", ".jpg", ".webp"]
     assert len(read(tmp_path / "out", "validation").images) == 1
     assert not (tmp_path / "out" / ".pending").exists()
+
+
+def test_hub_shapes_that_are_no_polygons_are_refused(tmp_path: Path, user_error: Callable[..., str]) -> None:
+    row = hub_row([[0.0, 0.0, 5.0, 5.0]], [0])
+    row["objects"]["segmentation"] = [{"size": [8, 8], "counts": "04P1"}]
+    parquet(tmp_path / "train.parquet", [row], ["ant"])
+    error = user_error(main, line(tmp_path / "train.parquet", tmp_path / "out"))
+    assert "train.parquet, row 0, object 0: segmentation: only polygons are read" in error
+    assert not (tmp_path / "out" / "train.json").exists()
 
 
 def test_hub_list_of_structs_with_names_and_polygons(tmp_path: Path) -> None:

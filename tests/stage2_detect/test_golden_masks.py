@@ -55,6 +55,7 @@ def test_losses(run: SimpleNamespace) -> None:
 
 def test_gradient_norms(run: SimpleNamespace) -> None:
     golden.check_gradient_norms(run, 50 if run.name == "mask" else 66)
+    golden.check_frozen(run)
 
 
 def test_detections_and_their_masks_are_the_same_sets(run: SimpleNamespace) -> None:

@@ -166,11 +166,29 @@ def test_pss_recipes(name: str) -> None:
         assert ("resnet101d" in str(config.backbone)) == ("r101" in name)
 
 
+def test_recipes_without_a_counterpart() -> None:
+    """Those for data of one's own keep images without objects."""
+    base, light, modern = (
+        resolved(name) for name in ("faster_rcnn", "faster_rcnn_mobilenetv3_ssld_1x", "faster_rcnn_convnext_tiny_1x")
+    )
+    assert all(config.data.keep_empty and config.train_epochs == 12 for config in (base, light, modern))
+    assert all(config.optim.milestones(10) == [80, 110] for config in (base, light, modern))
+    assert (base.optim.name, base.optim.lr, base.optim.backbone_lr_factors) == ("sgd", 0.01, SSLD_FACTORS)
+    assert (light.optim.lr, light.optim.backbone_lr_factors) == (0.01, SSLD_FACTORS)
+    assert (light.model.fpn_channels, light.model.freeze_stages, light.resize.val_short_side) == (128, 1, 640)
+    assert (light.model.rpn.val_pre_nms, light.model.rpn.val_post_nms) == (500, 300)
+    assert (modern.optim.name, modern.optim.lr, modern.optim.weight_decay) == ("adamw", 1e-4, 0.05)
+    assert (modern.drop_path, modern.model.freeze_stages, modern.batch_size) == (0.2, 0, 16)
+    assert modern.optim.backbone_lr_factors == [0.3, 0.4, 0.55, 0.75, 1.0]
+
+
 def test_a_recipe_says_where_it_comes_from() -> None:
     for name in RECIPES:
         head = (CONFIGS / f"{name}.yaml").read_text().partition("\n\n")[0]
         comments = " ".join(line[1:].strip() for line in head.splitlines() if line.startswith("#"))
         assert "ource" in comments or "Ours" in comments, name
+        assert "Cost" in comments or name == "faster_rcnn", f"{name}: its header does not say what it costs"
+        assert "FPS" in comments or "speed" in comments or name in OTHERS, f"{name}: its header does not say how fast"
         for score in expected_scores(resolved(name)):
             assert str(score) in comments, f"{name}: {score} is expected, and its header does not say who published it"
 
@@ -191,9 +209,17 @@ def factors_of_parameters(name: str, arch: str) -> dict[str, float]:
     return {parameter: group["lr_factor"] for group in groups for parameter in group["names"]}
 
 
-@pytest.mark.parametrize("name", ["cascade_mask_rcnn_r50vd_ssld_2x", "pss_faster_dcn_r50vd", "faster_rcnn_r50vd_1x"])
-def test_learning_rate_of_every_parameter(name: str) -> None:
-    found = factors_of_parameters(name, "resnet50d")
+@pytest.mark.parametrize(
+    ("name", "arch", "blocks"),
+    [
+        ("cascade_mask_rcnn_r50vd_ssld_2x", "resnet50d", 4 + 6 + 3),
+        ("pss_faster_dcn_r50vd", "resnet50d", 4 + 6 + 3),
+        ("pss_cascade_dcn_r101vd", "resnet101d", 4 + 23 + 3),
+        ("faster_rcnn_r50vd_1x", "resnet50d", 4 + 6 + 3),
+    ],
+)
+def test_learning_rate_of_every_parameter(name: str, arch: str, blocks: int) -> None:
+    found = factors_of_parameters(name, arch)
     plain, deformable = "ssld" not in name and "pss" not in name, "dcn" in name
     expected = {"layer2": 0.05, "layer3": 0.1, "layer4": 0.15}
     for parameter, factor in found.items():
@@ -205,8 +231,8 @@ def test_learning_rate_of_every_parameter(name: str) -> None:
         assert ".bn" not in parameter
         assert "downsample.2" not in parameter
     body = [parameter for parameter in found if parameter.startswith("pyramid.body.")]
-    # 3x3 and 1x1 convolutions of 4, 6 and 3 bottlenecks, and a shortcut a stage; two tensors more for each 3x3's offsets
-    assert len(body) == 3 * (4 + 6 + 3) + 3 + (2 * (4 + 6 + 3) if deformable else 0)
+    # 3x3 and 1x1 convolutions of the bottlenecks, and a shortcut a stage; two tensors more for each 3x3's offsets
+    assert len(body) == 3 * blocks + 3 + (2 * blocks if deformable else 0)
     heads = {parameter.split(".")[2] for parameter in found if parameter.startswith("roi_heads.heads.")}
     assert len(heads) == (3 if "cascade" in name else 1)
     assert any(parameter.startswith("mask_head.") for parameter in found) == ("mask" in name)

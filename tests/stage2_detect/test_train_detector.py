@@ -72,6 +72,7 @@ def test_writes_exactly_these_files_and_the_detector_evaluates(
         data["val_images"],
     ]
     flags += ["--output", str(tmp_path / "ap"), "--workers", "0", "--device", "cpu", "--threads", "1"]
+    flags += ["--expected.AP", "99.5", "--expected.images", "5"]
     assert call(evaluate.main, flags) == 0
     assert files_below(tmp_path / "ap") == {
         ".lock",
@@ -87,6 +88,8 @@ def test_writes_exactly_these_files_and_the_detector_evaluates(
     analysis = json.loads((tmp_path / "ap" / "analysis.json").read_text())
     assert evaluated.pop("per_class_f1") == {row["class"]: row["f1"] for row in analysis["classes"]}
     assert evaluated.pop("at_threshold") == {"score_threshold": 0.5, "iou": 0.5, **analysis["all_classes"]}
+    assert evaluated.pop("expected_met") is False
+    assert "(expected 99.5), tolerance 0.3" in (tmp_path / "ap" / "log.txt").read_text()
     assert {key: trained[key] for key in evaluated} == evaluated
     assert set(evaluated["per_class"]) == {"wide", "tall"}
     rows = json.loads((tmp_path / "ap" / "detections.json").read_text())
