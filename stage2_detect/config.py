@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from shared.config import CommandConfig, Config
 from shared.training_config import EmaConfig, OptimConfig, TrainingConfig
+from stage2_detect.distill_config import DistillConfig
 from stage2_detect.model_config import DetectorConfig, Fraction, Positive
 
 Side = Annotated[int, Field(ge=32)]
@@ -61,29 +62,6 @@ class AugmentConfig(Config):
     def _scales_in_order(self) -> Self:
         if self.large_scale_jitter and self.large_scale_jitter[0] > self.large_scale_jitter[1]:
             raise ValueError("large_scale_jitter: the least scale comes first")
-        return self
-
-
-class DistillConfig(Config):
-    """What a teacher detector adds to the losses, on labelled and on unlabelled images."""
-
-    teacher: Path
-    """detector file"""
-    pkd_weight: float = Field(6.0, ge=0)
-    """Pearson correlation of the feature pyramids (PKD, arXiv 2207.02039)"""
-    roi_weight: float = Field(1.0, ge=0)
-    """the teacher's soft labels for the student's RoIs"""
-    temperature: Positive = 1.0
-    """of the soft labels"""
-    check_images: int = Field(100, ge=0)
-    """evaluation images that the teacher is scored on before training; 0 does not check"""
-    check_ap: Fraction = 0.01
-    """AP below which the run stops before it begins"""
-
-    @model_validator(mode="after")
-    def _some_term(self) -> Self:
-        if not self.pkd_weight and not self.roi_weight:
-            raise ValueError("pkd_weight and roi_weight are both 0: the teacher would teach nothing")
         return self
 
 
@@ -174,8 +152,12 @@ class TrainConfig(TrainingConfig):
             raise ValueError("patience counts evaluations: give evaluate_every and data.val_annotations too")
         if self.unlabeled is not None and self.distill is None:
             raise ValueError("unlabeled: pictures without annotations teach by distillation only; give distill.teacher")
-        if self.distill is not None and self.model.is_dense:
-            raise ValueError(f"distill: teaches R-CNN detectors; model.kind is {self.model.kind}")
+        if self.distill is not None and (fault := self.distill.fault(self.model)):
+            raise ValueError(fault)
+        if self.unlabeled is not None and self.model.is_dense:
+            raise ValueError(
+                f"unlabeled: pictures without annotations teach R-CNN detectors; model.kind is {self.model.kind}"
+            )
         if self.augment.auto_augment and self.model.has_masks:
             raise ValueError("augment.auto_augment moves pixels inside boxes: it cannot go with masks")
         return self
