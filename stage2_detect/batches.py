@@ -113,7 +113,8 @@ class EvalLoader:
     """Iterates over this rank's (ImageBatch, records); every image of the data comes once over all ranks.
 
     Batches are the same whatever the number of ranks, since padding touches the features near a border; rank r takes
-    batches r, r + ranks, ... An image that cannot be decoded is a `UserError`.
+    batches r, r + ranks, ... An image that cannot be decoded is a `UserError`, or with `skip_unreadable` left out and
+    noted in `unreadable` when its batch has come.
     """
 
     def __init__(
@@ -128,10 +129,12 @@ class EvalLoader:
         rank: int = 0,
         ranks: int = 1,
         workers: int = 0,
+        skip_unreadable: bool = False,
     ) -> None:
         self._records = data.images
+        self.unreadable: list[UnreadableImage] = []
         batches = eval_batches(data.images, batch_size)[rank::ranks]
-        samples = _EvalSamples(data.images, short_side, max_long, interpolation, kernel)
+        samples = _EvalSamples(data.images, short_side, max_long, interpolation, kernel, skip_unreadable)
         self._loader = _data_loader(samples, batches, _collate_images, workers)
 
     def __len__(self) -> int:
@@ -140,6 +143,9 @@ class EvalLoader:
     def __iter__(self) -> Iterator[tuple[ImageBatch, list[CocoImage]]]:
         for batch in self._loader:
             _raise_error(batch)
+            self.unreadable += [UnreadableImage(*parts) for parts in batch["unreadable"]]
+            if not batch["indices"]:
+                continue
             records = [self._records[index] for index in batch["indices"]]
             originals_B2 = torch.tensor([(record.height, record.width) for record in records])
             yield replace(_image_batch(batch), originals_B2=originals_B2), records
@@ -239,16 +245,20 @@ class _TrainSamples(Dataset[_Sample]):
 
 class _EvalSamples(Dataset[_Sample]):
     def __init__(
-        self, records: list[CocoImage], short_side: int, max_long: int, interpolation: str, kernel: str
+        self, records: list[CocoImage], short_side: int, max_long: int, interpolation: str, kernel: str, skip: bool
     ) -> None:
         self.records, self.short_side, self.max_long = records, short_side, max_long
-        self.interpolation, self.kernel = interpolation, kernel
+        self.interpolation, self.kernel, self.skip = interpolation, kernel, skip
 
     def __getitem__(self, index: int) -> _Sample:
         record = self.records[index]
         try:
             image = load_record(record)
-        except (UnreadableImage, UserError) as error:
+        except UnreadableImage as error:
+            if self.skip:
+                return _Sample(index, unreadable=((error.name, error.reason),))
+            return _Sample(index, error=str(error))
+        except UserError as error:
             return _Sample(index, error=str(error))
         view = fit_view(record.height, record.width, short_side=self.short_side, max_long=self.max_long)
         return _Sample(index, view_image(image, view, self.interpolation, self.kernel), view)
@@ -256,12 +266,14 @@ class _EvalSamples(Dataset[_Sample]):
 
 def _collate_images(samples: list[_Sample], least: int = 1) -> dict[str, Any]:
     """Plain tensors and lists: what crosses the process border can be pinned and stays small. Sides of the batch are
-    `least` at least."""
+    `least` at least. Samples without an image are left out."""
     for sample in samples:
         if sample.error:
             return {"error": sample.error}
+    unreadable = [list(parts) for sample in samples for parts in sample.unreadable]
+    samples = [sample for sample in samples if sample.image_CHW is not None]
     images = [sample.image_CHW for sample in samples if sample.image_CHW is not None]
-    sides = (max(least, *(image.shape[axis] for image in images)) for axis in (1, 2))
+    sides = (max([least, *(image.shape[axis] for image in images)]) for axis in (1, 2))
     height, width = (-(-side // PAD_MULTIPLE) * PAD_MULTIPLE for side in sides)
     pixels_BCHW = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
     for canvas, image in zip(pixels_BCHW, images, strict=True):
@@ -273,6 +285,7 @@ def _collate_images(samples: list[_Sample], least: int = 1) -> dict[str, Any]:
             [sample.view.scale for sample in samples if sample.view is not None], dtype=torch.float32
         ),
         "indices": [sample.position for sample in samples],
+        "unreadable": unreadable,
     }
 
 
@@ -292,8 +305,7 @@ def _collate_training(samples: list[_Sample], least: int) -> dict[str, Any]:
         boxes_BG4[row, : len(boxes)] = torch.from_numpy(boxes)
         labels_BG[row, : len(labels)] = torch.from_numpy(labels)
     seeds_B = torch.tensor([sample.seed for sample in samples], dtype=torch.int64)
-    unreadable = [list(parts) for sample in samples for parts in sample.unreadable]
-    batch |= {"boxes": boxes_BG4, "labels": labels_BG, "seeds": seeds_B, "unreadable": unreadable}
+    batch |= {"boxes": boxes_BG4, "labels": labels_BG, "seeds": seeds_B}
     views = [asdict(sample.view) for sample in samples if sample.view is not None]
     return batch | {"views": views, "kept": [sample.kept_N for sample in samples]}
 

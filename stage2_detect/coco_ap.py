@@ -15,7 +15,7 @@ import importlib.util
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -84,20 +84,25 @@ def choose_backend(backend: str) -> str:
 
 def detections_to_json(data: CocoData, detections: Mapping[Id, Detections], path: str | Path) -> None:
     """Writes COCO's results format with the file's own image and category ids; the file appears whole or not at all."""
-    rows = []
-    for image_id, found in detections.items():
-        corners_N4 = found.boxes_N4.double().cpu().numpy()
-        boxes = np.concatenate([corners_N4[:, :2], corners_N4[:, 2:] - corners_N4[:, :2]], 1).round(3).tolist()
-        columns = zip(boxes, found.scores_N.tolist(), found.labels_N.tolist(), strict=True)
-        for index, (box, score, label) in enumerate(columns):
-            category_id = data.category_ids[label]
-            row = {"image_id": image_id, "category_id": category_id, "bbox": box, "score": float(f"{score:.9g}")}
-            if found.masks is not None:
-                row["segmentation"] = _as_text(found.masks[index])
-            rows.append(row)
+    rows = [row for image_id, found in detections.items() for row in result_rows(image_id, found, data.category_ids)]
     part = Path(f"{path}.part")
     part.write_text(json.dumps(rows, allow_nan=False))
     os.replace(part, path)
+
+
+def result_rows(image_id: Id, found: Detections, category_ids: Sequence[Id]) -> list[dict[str, Any]]:
+    """The detections of an image as COCO's results have them; boxes as x, y, width, height to a thousandth of a pixel."""
+    corners_N4 = found.boxes_N4.double().cpu().numpy()
+    boxes = np.concatenate([corners_N4[:, :2], corners_N4[:, 2:] - corners_N4[:, :2]], 1).round(3).tolist()
+    columns = zip(boxes, found.scores_N.tolist(), found.labels_N.tolist(), strict=True)
+    rows: list[dict[str, Any]] = []
+    for index, (box, score, label) in enumerate(columns):
+        category_id = category_ids[label]
+        row = {"image_id": image_id, "category_id": category_id, "bbox": box, "score": float(f"{score:.9g}")}
+        if found.masks is not None:
+            row["segmentation"] = _as_text(found.masks[index])
+        rows.append(row)
+    return rows
 
 
 def _detection_table(

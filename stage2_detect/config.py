@@ -188,34 +188,39 @@ class TTAConfig(Config):
     """overlap with a better box of the class at which a box of any view goes"""
 
 
-class EvaluateConfig(CommandConfig):
-    """Evaluate a detector file by COCO AP."""
+class RunDetectorConfig(CommandConfig):
+    """What every command has that runs a detector file over pictures."""
 
     model: Path
     """detector file"""
+    short_side: int | None = Field(None, ge=32)
+    """null: as the detector's recipe says"""
+    long_side: int | None = Field(None, ge=32)
+    tta: TTAConfig | None = None
+    """null looks at one view an image"""
+    batch_size: int = Field(4, ge=1)
+    """images a forward pass"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """of the forward pass; boxes stay fp32"""
+    workers: int = Field(2, ge=0)
+    """processes that decode images"""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes a CUDA GPU where there is one"""
+
+
+class EvaluateConfig(RunDetectorConfig):
+    """Evaluate a detector file by COCO AP."""
+
     annotations: Path
     """COCO JSON"""
     images: Path
     """folder that the JSON's file names are relative to"""
     backend: Literal["auto", "hotcoco", "pycocotools"] = "auto"
     """auto takes hotcoco where it is installed; both give the same numbers"""
-    short_side: int | None = Field(None, ge=32)
-    """null: as the detector's recipe says"""
-    long_side: int | None = Field(None, ge=32)
-    tta: TTAConfig | None = None
-    """null evaluates one view an image"""
     score_threshold: float = Field(0.5, ge=0, lt=1)
     """of the counts: precision, recall and F1 of each class, and the confusion matrix"""
-    batch_size: int = Field(4, ge=1)
-    """images a forward pass"""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """of the forward pass; boxes stay fp32"""
     cache_annotations: bool = True
     """keep the content of large annotation files in ~/.cache/ssld (or $XDG_CACHE_HOME/ssld), for the next start"""
-    workers: int = Field(2, ge=0)
-    """processes that decode images"""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes a CUDA GPU where there is one"""
 
     def inputs(self) -> dict[str, Path]:
         return {"model": self.model, "annotations": self.annotations, "images": self.images}
