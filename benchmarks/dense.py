@@ -11,13 +11,15 @@ torchvision's side is its RetinaNet class with the settings of retinanet_resnet5
 100 detections; it keeps its own transform (without the resize), head, matcher, losses and post-processing, and its losses are divided image by image.
 The heads' last layers are scaled so that a thousand anchors and classes an image pass the threshold. Each side works in the memory format in which it
 was faster on its first rounds; in evaluation ours is the folded copy that evaluate.py runs. Works of a round run one after the other, in alternating
-order; printed are the median and the quartiles over the rounds.
+order; printed are the median and the quartiles over the rounds. `--processor-time` counts the seconds that the process computed, for a CPU that
+others use too: give it one thread (OMP_NUM_THREADS=1), since waiting threads compute.
 """
 
 import argparse
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ from stage2_detect.models.gfl import GFL
 from stage2_detect.models.inference import for_inference
 from stage2_detect.teacher_detector import FrozenDetector
 
+Clock = Callable[[], float]
 OURS, THEIRS = "ours", "torchvision"
 _INPUTS = InputSettings(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, (0, 0), "bilinear", False)
 _PASSING = 1000  # pairs of anchor and class an image above the score threshold
@@ -135,7 +138,7 @@ def work(side: str, net: nn.Module, inputs: Inputs, dtype: torch.dtype) -> Work:
     return run
 
 
-def compare(mode: str, arch: str, inputs: Inputs, pairs: int, label: str) -> None:
+def compare(mode: str, arch: str, inputs: Inputs, pairs: int, label: str, clock: Clock) -> None:
     """The row of one mode and size."""
     device = inputs.images.pixels_BCHW.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -147,7 +150,7 @@ def compare(mode: str, arch: str, inputs: Inputs, pairs: int, label: str) -> Non
             net: nn.Module = torchvisions_detector(ours) if side == THEIRS else ours
             net = for_inference(ours) if side == OURS and mode == "inference" else net
             built[name] = net.train(mode == "training").to(device).to(memory_format=memory_format)
-        found = rounds({name: work(side, net, inputs, dtype) for name, net in built.items()}, 2, device)
+        found = rounds({name: work(side, net, inputs, dtype) for name, net in built.items()}, 2, device, clock)
         best = min(FORMATS, key=lambda name: min(seconds[name] for seconds in found))
         nets[side] = built[best]
         print(f"  {side}: {best}")
@@ -157,11 +160,11 @@ def compare(mode: str, arch: str, inputs: Inputs, pairs: int, label: str) -> Non
             share = check_detections(call(OURS, nets[OURS], inputs), theirs)
         assert share > 0.95, f"only {share:.0%} of our detections are torchvision's: the settings differ"
         print(f"  {share:.0%} of our detections are torchvision's")
-    found = rounds({side: work(side, net, inputs, dtype) for side, net in nets.items()}, pairs, device)
+    found = rounds({side: work(side, net, inputs, dtype) for side, net in nets.items()}, pairs, device, clock)
     show(f"{label} {mode}, {str(dtype)[6:]}: ours / torchvision", [r[OURS] / r[THEIRS] for r in found])
 
 
-def under_ld(arch: str, teacher_arch: str, inputs: Inputs, pairs: int, label: str) -> None:
+def under_ld(arch: str, teacher_arch: str, inputs: Inputs, pairs: int, label: str, clock: Clock) -> None:
     """The row of LD."""
     device = inputs.images.pixels_BCHW.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -178,7 +181,7 @@ def under_ld(arch: str, teacher_arch: str, inputs: Inputs, pairs: int, label: st
         "teacher": forward,
         "under LD": work(OURS, distilled, inputs, dtype),
     }
-    found = rounds(works, pairs, device)
+    found = rounds(works, pairs, device, clock)
     show(f"{label} LD step / (student step + teacher forward)", [r["under LD"] / (r["alone"] + r["teacher"]) for r in found])  # fmt: skip
 
 
@@ -219,12 +222,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--modes", nargs="+", choices=modes, default=modes)
     parser.add_argument("--arch", default="resnet50", help="of all students")
     parser.add_argument("--teacher-arch", default="resnet101")
+    parser.add_argument("--processor-time", action="store_true")
     parser.add_argument("--peak-of-assignment", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.peak_of_assignment:
         print_peak_of_assignment()
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clock = time.process_time if arguments.processor_time else time.perf_counter
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}"
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
     print(f"{versions}, {name}, {torch.get_num_threads()} threads, batch {arguments.batch}, {arguments.arch}")
@@ -234,9 +239,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         inputs = make_inputs(height, width, arguments.batch, device)
         for mode in arguments.modes:
             if mode == "ld":
-                under_ld(arguments.arch, arguments.teacher_arch, inputs, arguments.pairs, size)
+                under_ld(arguments.arch, arguments.teacher_arch, inputs, arguments.pairs, size, clock)
             elif mode != "atss":
-                compare(mode, arguments.arch, inputs, arguments.pairs, size)
+                compare(mode, arguments.arch, inputs, arguments.pairs, size, clock)
     if "atss" in arguments.modes:
         line = [sys.executable, __file__, "--peak-of-assignment"]
         before, peak = subprocess.run(line, check=True, capture_output=True, text=True).stdout.split()
