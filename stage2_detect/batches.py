@@ -47,9 +47,10 @@ class TrainLoader:
     `short_sides`, `max_long`, `flip`, `interpolation`, `kernel`, `auto_augment` and `jitter` are the whole augmentation
     (see `augment.TrainingViews`); an image's view number is the epoch. With `jitter` every batch is padded to the square
     of side `max_long`. With `repeats`, images are shown more or less often (`batch_order.BatchOrder`), and the view
-    number is the step. With `unlabelled` pictures the batches are those of `MixedOrder`. `workers=0` decodes in the
-    calling process. An image that cannot be decoded is replaced by the next of the file and reported with the batch; a
-    picture whose size differs from the file's raises `UserError`.
+    number is the step. With `unlabelled` pictures the batches are those of `MixedOrder`; they have no targets, unless
+    `pseudo`: then their boxes count as those of the others. `auto_augment_unlabelled` is for them, None as for the
+    others. `workers=0` decodes in the calling process. An image that cannot be decoded is replaced by the next of the
+    file and reported with the batch; a picture whose size differs from the file's raises `UserError`.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class TrainLoader:
         workers: int = 0,
         unlabelled: Sequence[CocoImage] = (),
         labeled_ratio: float = 0.5,
+        pseudo: bool = False,
+        auto_augment_unlabelled: bool | None = None,
         repeats: np.ndarray | None = None,
     ) -> None:
         wide, more = ([record.width > record.height for record in records] for records in (data.images, unlabelled))
@@ -80,10 +83,12 @@ class TrainLoader:
         self.order = training_order(wide, more, labeled_ratio, repeats=repeats, **options)
         self.steps_per_epoch = self.order.steps_per_epoch
         self._records, self._labelled = [*data.images, *unlabelled], len(data.images)
+        self._has_unlabelled = bool(unlabelled) and not pseudo
         views = TrainingViews(
             seed, tuple(short_sides), max_long, flip, interpolation, kernel, auto_augment=auto_augment, jitter=jitter
         )
-        samples = _TrainSamples(self._records, self._labelled, views)
+        strong = auto_augment if auto_augment_unlabelled is None else auto_augment_unlabelled
+        samples = _TrainSamples(self._records, self._labelled, views, replace(views, auto_augment=strong))
         steps = range(start_step, max(stop_step, start_step))
         collate = partial(_collate_training, least=max_long if jitter else 1)
         self._loader = _data_loader(samples, _TrainSampler(self.order, rank, steps), collate, workers)
@@ -95,7 +100,7 @@ class TrainLoader:
         for batch in self._loader:
             _raise_error(batch)
             flags = torch.tensor([index < self._labelled for index in batch["indices"]])
-            labelled_B = flags if self._labelled < len(self._records) else None
+            labelled_B = flags if self._has_unlabelled else None
             masks = self._masks(batch)
             targets = Targets(batch["boxes"], batch["labels"], batch["seeds"], labelled_B=labelled_B, masks=masks)
             unreadable = [UnreadableImage(*parts) for parts in batch["unreadable"]]
@@ -215,13 +220,17 @@ class _TrainSampler(Sampler[list[_Request]]):
 
 
 class _TrainSamples(Dataset[_Sample]):
-    def __init__(self, records: list[CocoImage], labelled: int, views: TrainingViews) -> None:
-        self.records, self.labelled, self.views = records, labelled, views
+    def __init__(
+        self, records: list[CocoImage], labelled: int, views: TrainingViews, unlabelled_views: TrainingViews
+    ) -> None:
+        self.records, self.labelled, self.views, self.unlabelled_views = records, labelled, views, unlabelled_views
 
     def __getitem__(self, request: _Request) -> _Sample:
         unreadable: list[tuple[str, str]] = []
         # The next image of the same part, labelled or not.
-        part = range(self.labelled) if request.position < self.labelled else range(self.labelled, len(self.records))
+        labelled = request.position < self.labelled
+        part = range(self.labelled) if labelled else range(self.labelled, len(self.records))
+        views = self.views if labelled else self.unlabelled_views
         for offset in range(len(part)):
             index = part[(request.position - part[0] + offset) % len(part)]
             record = self.records[index]
@@ -232,9 +241,9 @@ class _TrainSamples(Dataset[_Sample]):
                 continue
             except UserError as error:
                 return _Sample(index, error=str(error))
-            seen = self.views.of(image, record.boxes_N4, image_id=record.image_id, number=request.view)
+            seen = views.of(image, record.boxes_N4, image_id=record.image_id, number=request.view)
             labels = record.labels_N[seen.kept_M]
-            seed = stable_seed(self.views.seed, request.step, record.image_id)
+            seed = stable_seed(views.seed, request.step, record.image_id)
             parts = (seen.pixels_CHW, seen.view, seen.boxes_M4, labels, seen.kept_M)
             return _Sample(index, *parts, seed, tuple(unreadable))
         return _Sample(

@@ -54,6 +54,8 @@ class AugmentConfig(Config):
 
     auto_augment: bool = False
     """AutoAugment for detection, policy v1 (arXiv 1906.11172), on the picture as it is stored"""
+    auto_augment_unlabeled: bool | None = None
+    """the same for the pictures of unlabeled; null: as the labelled ones"""
     large_scale_jitter: tuple[Positive, Positive] | None = None
     """least and largest scale of the picture inside a square of train_long_side, cropped or padded to it (arXiv
     2012.07177); replaces train_short_sides"""
@@ -117,9 +119,11 @@ class TrainConfig(TrainingConfig):
     init: Path | None = None
     """detector file to go on from, on the same or other classes; rows of its heads are kept by class name"""
     unlabeled: Path | None = None
-    """folder of pictures without annotations, for distillation"""
-    labeled_ratio: float = Field(0.5, gt=0, lt=1)
-    """share of labelled images in a batch where there are unlabelled ones"""
+    """folder of pictures without annotations, for distillation or with pseudo"""
+    pseudo: Path | None = None
+    """boxes in them, from predict.py --pseudo_labels: trained on as if they were annotations; pictures without any are left out"""
+    labeled_ratio: float = Field(0.5, gt=0, le=1)
+    """share of labelled images in a batch where there are unlabelled ones; 1 leaves these out"""
     distill: DistillConfig | None = None
     cache_annotations: bool = True
     """keep the content of large annotation files in ~/.cache/ssld (or $XDG_CACHE_HOME/ssld), for the next start"""
@@ -150,15 +154,20 @@ class TrainConfig(TrainingConfig):
             )
         if self.patience is not None and (self.evaluate_every is None or self.data.val_annotations is None):
             raise ValueError("patience counts evaluations: give evaluate_every and data.val_annotations too")
-        if self.unlabeled is not None and self.distill is None:
-            raise ValueError("unlabeled: pictures without annotations teach by distillation only; give distill.teacher")
+        if self.pseudo is not None and self.unlabeled is None:
+            raise ValueError("pseudo: has the boxes of pictures without annotations; give their folder as unlabeled")
+        if self.unlabeled is not None and self.distill is None and self.pseudo is None:
+            raise ValueError(
+                "unlabeled: pictures without annotations teach by distillation or by pseudo-labels; give distill.teacher or pseudo"
+            )
         if self.distill is not None and (fault := self.distill.fault(self.model)):
             raise ValueError(fault)
-        if self.unlabeled is not None and self.model.is_dense:
+        if self.unlabeled is not None and self.pseudo is None and self.model.is_dense:
             raise ValueError(
-                f"unlabeled: pictures without annotations teach R-CNN detectors; model.kind is {self.model.kind}"
+                f"unlabeled: without boxes in them pictures teach R-CNN detectors only, and model.kind is {self.model.kind}; "
+                "give pseudo, which predict.py --pseudo_labels writes"
             )
-        if self.augment.auto_augment and self.model.has_masks:
+        if (self.augment.auto_augment or self.augment.auto_augment_unlabeled) and self.model.has_masks:
             raise ValueError("augment.auto_augment moves pixels inside boxes: it cannot go with masks")
         return self
 
@@ -172,6 +181,7 @@ class TrainConfig(TrainingConfig):
         others = {
             "init": self.init,
             "unlabeled": self.unlabeled,
+            "pseudo": self.pseudo,
             "distill.teacher": self.distill.teacher if self.distill else None,
         }
         return files | {key: path for key, path in others.items() if path is not None}
