@@ -268,7 +268,8 @@ def test_a_killed_run_goes_on(
 ) -> None:
     monkeypatch.setattr("stage2_detect.prediction_files._PART", 4)
     assert call(predict.main, line(output="whole")) == 0
-    write, written = Parts.write, []
+    write = Parts.write
+    written: list[int] = []
 
     def killed(self: Parts, number: int, *args: Any) -> None:
         if len(written) == 2:
