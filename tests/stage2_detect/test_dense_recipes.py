@@ -33,10 +33,12 @@ RETINANET: dict[str, tuple[str, tuple[int, int], int, float | None, str | None]]
     "retinanet_r50_600_1x": (TV.format("resnet50"), (600, 1000), 90_000, 34.3, None),
     "retinanet_r50_600_3x": (TV.format("resnet50"), (600, 1000), 270_000, None, None),
     "retinanet_r50_600_adl_3x": (TV.format("resnet50"), (600, 1000), 270_000, None, "retinanet_r101_600_1x"),
+    "retinanet_r50_600_sad_3x": (TV.format("resnet50"), (600, 1000), 270_000, 36.5, "retinanet_r101_600_1x"),
     "retinanet_r101_600_1x": (TV.format("resnet101"), (600, 1000), 90_000, 36.0, None),
     "retinanet_r101_500_1x": (TV.format("resnet101"), (500, 833), 90_000, 34.4, None),
     "retinanet_r101_500_3x": (TV.format("resnet101"), (500, 833), 270_000, None, None),
     "retinanet_r101_500_adl_3x": (TV.format("resnet101"), (500, 833), 270_000, None, "retinanet_x101_64x4d_500_1x"),
+    "retinanet_r101_500_sad_3x": (TV.format("resnet101"), (500, 833), 270_000, 36.8, "retinanet_x101_64x4d_500_1x"),
     "retinanet_x101_64x4d_500_1x": (GLUON.format("resnext101_64x4d"), (500, 833), 90_000, 36.6, None),
 }
 
@@ -64,8 +66,18 @@ def common(name: str) -> None:
         assert (teacher.model.kind, teacher.model.gfl.reg_max) == (model.kind, model.gfl.reg_max)
         header = (CONFIGS / f"{name}.yaml").read_text().replace("\n# ", " ")
         assert f"{teacher_name}.yaml has to be trained first" in header
-        base = resolved(name.replace("_ld_", "_").replace("_adl_", "_"))
+        base = resolved(name.replace("_ld_", "_").replace("_adl_", "_").replace("_sad_", "_"))
         same = {"distill": None, "output": None, "expected": None}
+        if "_sad_" in name:
+            assert config.distill == resolved(name.replace("_sad_", "_adl_")).distill
+            assert config.labeled_ratio == 0.75
+            assert (
+                str(config.pseudo) == f"{config.distill.teacher.parent}"[: -len("_1x")] + "_pseudo/pseudo_labels.json"
+            )
+            assert (
+                f"--output {config.pseudo.parent if config.pseudo else ''}\n" in (CONFIGS / f"{name}.yaml").read_text()
+            )
+            same |= {"unlabeled": None, "pseudo": None, "labeled_ratio": base.labeled_ratio}
         assert config.model_copy(update=same) == base.model_copy(update=same)
 
 
@@ -167,9 +179,11 @@ def test_a_recipe_trains_and_is_evaluated(
     name: str, toy: Path, tmp_path: Path, call: Callable[..., int], teachers: dict[str, Path]
 ) -> None:
     kind = name.replace("toy_", "").split("_")[0]
-    flags = []
-    if "_ld_" in name or "_adl_" in name:
-        flags = ["--distill.teacher", str(teachers[kind]), "--distill.check_ap", "0", "--distill.check_images", "1"]
+    flags: list[str] = []
+    if "_sad_" in name:  # the annotations serve as pseudo-labels
+        flags = ["--unlabeled", str(toy / "train"), "--pseudo", str(toy / "train.json"), "--batch_size", "4"]
+    if any(kind in name for kind in ("_ld_", "_adl_", "_sad_")):
+        flags += ["--distill.teacher", str(teachers[kind]), "--distill.check_ap", "0", "--distill.check_images", "1"]
     file = run(call, name, toy, tmp_path / "run", *flags)
     result = read_result(tmp_path / "run")
     assert result
