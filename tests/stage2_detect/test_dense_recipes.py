@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def common(name: str) -> None:
         header = (CONFIGS / f"{name}.yaml").read_text().replace("\n# ", " ")
         assert f"{teacher_name}.yaml has to be trained first" in header
         base = resolved(name.replace("_ld_", "_").replace("_adl_", "_").replace("_sad_", "_"))
-        same = {"distill": None, "output": None, "expected": None}
+        same: dict[str, Any] = {"distill": None, "output": None, "expected": None}
         if "_sad_" in name:
             assert config.distill == resolved(name.replace("_sad_", "_adl_")).distill
             assert config.labeled_ratio == 0.75
