@@ -10,6 +10,7 @@ import timm
 
 from shared.backbones import InputSettings
 from shared.checkpoint import load_module
+from shared.config import validate
 from shared.errors import UserError
 from shared.model_file import read_metadata, read_tensors, save_model_file
 from stage2_detect.coco import CocoData
@@ -86,7 +87,8 @@ def load_detector(path: str | Path) -> LoadedDetector:
         raise UserError(f"{path}: not a detector file: it has no metadata of this project")
     names = tuple(metadata["class_names"])
     inputs = InputSettings(tuple(metadata["mean"]), tuple(metadata["std"]), (0, 0), "bilinear", False)
-    config = DetectorConfig(**metadata["model"])
+    # A file of another version can have settings that this one does not know.
+    config = validate(DetectorConfig, metadata["model"], source=f"{path}, its metadata")
     body = timm.create_model(metadata["arch"], features_only=True)
     model = build_detector(config, classes=len(names), body=body, arch=metadata["arch"], inputs=inputs)
     load_module(model, read_tensors(path), path)

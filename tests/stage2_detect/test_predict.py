@@ -16,6 +16,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from shared.errors import UserError
+from shared.model_file import read_metadata, read_tensors, save_model_file
 from stage2_detect import evaluate, predict, prediction
 from stage2_detect.coco import read_coco
 from stage2_detect.detector_file import load_detector
@@ -238,6 +239,9 @@ def test_mistakes(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.bin").write_bytes(b"\xff\xfe\x00")
+    later = tmp_path / "later.safetensors"
+    metadata = read_metadata(mask_file, kind="detector")
+    save_model_file(later, read_tensors(mask_file), metadata | {"model": metadata["model"] | {"hedas": 2}})
     everything = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "x"}]}
     everything["images"] = [
         {"id": i, "file_name": n, "width": 1, "height": 1} for i, n in enumerate(os.listdir(folder))
@@ -251,6 +255,7 @@ def test_mistakes(
         (line(images=tmp_path / "notes.bin"), "neither a picture"),
         (line("--classes", "tal"), "does not know 'tal'; did you mean 'tall'?"),
         (line("--model", str(teacher_file)), "backbone"),
+        (line("--model", str(later)), f"{later}, its metadata: hedas: unknown key"),
         (line("--model", str(mask_file), "--tta.flip", "true"), "gives masks; leave tta out"),
         (line("--exclude", str(tmp_path / "all.json")), "names all pictures of"),
         (line(output="photos/seen"), "is inside images"),
