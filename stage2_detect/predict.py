@@ -56,7 +56,7 @@ def predict(config: PredictConfig) -> None:
     parts = Parts(run.path / "parts", work.records, config.batch_size)
     left = parts.left()
     accelerator.wait_for_everyone()  # before anybody writes a part
-    run.log(f"{len(work.names)} pictures, {sum(len(parts.records[number]) for number in left)} to look at")
+    run.log(f"{work.describe()}; {sum(len(parts.records[number]) for number in left)} to look at")
     mine = left[rank() :: world_size()]
     for done, number in enumerate(detect_parts(config, loaded, parts, mine, work, accelerator.device), 1):
         run.log(f"part {number + 1} of {len(parts.records)} done, {len(mine) - done} left")

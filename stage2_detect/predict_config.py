@@ -29,7 +29,7 @@ class PredictConfig(RunDetectorConfig):
     classes: list[str] = []
     """names of the classes to keep; empty: all"""
     exclude: Path | None = None
-    """COCO JSON; pictures whose path below `images` is a file name in it are left out, such as labelled ones"""
+    """COCO JSON; pictures whose path below the folder of `images` is a file name in it are left out, such as labelled ones"""
     draw: bool | None = None
     """draw the boxes into pictures/; null: yes, but not for pseudo-labels"""
     csv: bool = False

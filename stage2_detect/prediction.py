@@ -30,27 +30,43 @@ class Work:
     """The pictures of a run.
 
     Attributes:
-        records: of those whose header can be read; their ids are 1, 2, ... in the order of the names of all.
-        names: paths below the folder that was given, by id.
+        folder: the one that was given, or the deepest that holds them all.
+        names: their paths below it, by id.
+        records: of those whose header can be read; ids are 1, 2, ... in the order of the names.
         unreadable: names of the others.
+        excluded: how many pictures were left out.
     """
 
-    records: list[CocoImage]
+    folder: str
     names: dict[Id, str]
+    records: list[CocoImage]
     unreadable: list[str]
+    excluded: int = 0
+
+    def describe(self) -> str:
+        """A line for the log."""
+        left_out = f", {self.excluded} more are excluded" if self.excluded else ""
+        return f"{len(self.names)} pictures below {self.folder}{left_out}"
 
 
 def find_work(config: PredictConfig) -> Work:
-    """The pictures that `config` names. Raises UserError where there are none."""
-    pictures = find_pictures(config.images)
+    """The pictures that `config` names. Raises UserError where there are none, and where `exclude` names none of them."""
+    folder, names = find_pictures(config.images)
+    excluded = 0
     if config.exclude:
         known = set(read_table(str(config.exclude), segmentations=False).file_names)
-        pictures = Pictures(pictures.folder, [name for name in pictures.names if name not in known])
-        if not pictures.names:
+        excluded = sum(name in known for name in names)
+        if not excluded:
+            raise UserError(
+                f"exclude: no picture below {folder} has a file name of {config.exclude}, such as {min(known, default='')!r}; "
+                "both have to be relative to the same folder"
+            )
+        names = [name for name in names if name not in known]
+        if not names:
             raise UserError(f"exclude: {config.exclude} names all pictures of {config.images}; nothing is left")
-    names: dict[Id, str] = dict(enumerate(pictures.names, 1))
-    records, unreadable = records_of(pictures, list(names))
-    return Work(records, names, unreadable)
+    by_id: dict[Id, str] = dict(enumerate(names, 1))
+    records, unreadable = records_of(Pictures(folder, names), list(by_id))
+    return Work(folder, by_id, records, unreadable, excluded)
 
 
 def check_detector(config: PredictConfig, loaded: LoadedDetector) -> None:

@@ -166,6 +166,7 @@ def test_labelled_pictures_are_left_out(call: Call, line: Any, tmp_path: Path, f
     assert call(predict.main, line("--exclude", str(file), "--draw", "false")) == 0
     names = {image["file_name"] for image in content(tmp_path / "seen" / "predictions.json")["images"]}
     assert names == {f"{number}.png" for number in range(12)} - {"3.png", "7.png"}
+    assert f"10 pictures below {folder}, 2 more are excluded" in (tmp_path / "seen" / "log.txt").read_text()
 
 
 # ---- where to look
@@ -248,6 +249,7 @@ def test_mistakes(
     ]
     everything["images"] += [{"id": 99, "file_name": "deep/3.png", "width": 1, "height": 1}]
     (tmp_path / "all.json").write_text(json.dumps(everything))
+    (tmp_path / "none.json").write_text(json.dumps({**everything, "images": []}))
     for flags, message in (
         (line(images=tmp_path / "empty"), f"no images in {tmp_path / 'empty'}"),
         (line(images=tmp_path / "absent"), f"{tmp_path / 'absent'}: no such picture, folder or list"),
@@ -258,6 +260,7 @@ def test_mistakes(
         (line("--model", str(later)), f"{later}, its metadata: hedas: unknown key"),
         (line("--model", str(mask_file), "--tta.flip", "true"), "gives masks; leave tta out"),
         (line("--exclude", str(tmp_path / "all.json")), "names all pictures of"),
+        (line("--exclude", str(tmp_path / "none.json")), "has a file name of"),
         (line(output="photos/seen"), "is inside images"),
         (line("--threshold", "1.5"), "threshold"),
     ):
