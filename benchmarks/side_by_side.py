@@ -9,17 +9,19 @@ import torch
 Work = Callable[[], None]
 
 
-def rounds(works: dict[str, Work], count: int, device: torch.device) -> list[dict[str, float]]:
+def rounds(
+    works: dict[str, Work], count: int, device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> list[dict[str, float]]:
     """Seconds of each work in every round, in alternating order; one round before them is not counted."""
     found: list[dict[str, float]] = []
     for number in range(count + 1):
         seconds = {}
         for name in works if number % 2 else reversed(works):
-            start = time.perf_counter()
+            start = clock()
             works[name]()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds[name] = time.perf_counter() - start
+            seconds[name] = clock() - start
         found.append(seconds)
     return found[1:]
 

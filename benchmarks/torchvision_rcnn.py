@@ -27,6 +27,7 @@ from shared.backbones import InputSettings
 from stage2_detect.model_config import DetectorConfig
 from stage2_detect.models import anchors
 from stage2_detect.models.build import build_detector
+from stage2_detect.models.pyramid import TimmPyramid
 from stage2_detect.models.rcnn import RCNN
 from stage2_detect.paddle_names import our_name
 
@@ -54,7 +55,7 @@ def torchvisions_detector(ours: RCNN) -> FasterRCNN:
     rpn, roi = ours.rpn, ours.roi_heads
     network = MaskRCNN if ours.mask_head else FasterRCNN
     theirs = network(
-        _Backbone(ours),
+        FrozenBackbone(ours.pyramid),
         num_classes=CLASSES + 1,
         rpn_anchor_generator=_OurAnchors(ours),
         rpn_pre_nms_top_n_train=rpn.train_nms[0],
@@ -90,15 +91,15 @@ def torchvisions_detector(ours: RCNN) -> FasterRCNN:
     return theirs.train(ours.training)
 
 
-class _Backbone(nn.Module):
+class FrozenBackbone(nn.Module):
     """torchvision's BackboneWithFPN around a timm body, with torchvision's frozen norm and the stem and first stage fixed."""
 
-    def __init__(self, ours: RCNN) -> None:
+    def __init__(self, ours: TimmPyramid) -> None:
         super().__init__()
-        self.body = copy.deepcopy(ours.pyramid.body)
-        self.fpn = copy.deepcopy(ours.pyramid.fpn)
-        self.indices = ours.pyramid.level_indices
-        self.out_channels = ours.pyramid.channels
+        self.body = copy.deepcopy(ours.body)
+        self.fpn = copy.deepcopy(ours.fpn)
+        self.indices = ours.level_indices[ours.first_level :]
+        self.out_channels = ours.channels
         norms = {name: module for name, module in self.body.named_modules() if isinstance(module, nn.BatchNorm2d)}
         for name, norm in norms.items():
             frozen = FrozenBatchNorm2d(norm.num_features, eps=norm.eps)

@@ -21,6 +21,7 @@ COMMANDS = {
     "distill": ("stage1_ssld.distill", "train a student from a teacher's soft labels, without human labels"),
     "train": ("stage2_detect.train", "train a detector from a backbone file"),
     "evaluate": ("", "evaluate a backbone or detector file, told apart by what it holds"),
+    "predict": ("stage2_detect.predict", "find objects in pictures: drawn, as COCO JSON, or as pseudo-labels"),
     "export": ("stage1_ssld.export", "export a backbone file: ONNX, checked, and a folder for the hub"),
     "convert-paddle": ("stage1_ssld.convert_paddle", "turn a PaddleClas ResNet_vd file into a backbone file"),
     "convert-paddle-detector": (

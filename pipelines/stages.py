@@ -27,6 +27,7 @@ from stage1_ssld.config import EvaluateConfig as EvaluateBackboneConfig
 from stage2_detect.config import ConvertDataConfig, TrainConfig
 from stage2_detect.config import ConvertPaddleConfig as ConvertDetectorConfig
 from stage2_detect.config import EvaluateConfig as EvaluateDetectorConfig
+from stage2_detect.predict_config import PredictConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = "logs"
@@ -69,6 +70,7 @@ KINDS: dict[CommandName, Kind] = {
     ),
     "train": Kind("stage2_detect/train.py", TrainConfig, ("detector.safetensors",)),
     "evaluate_detector": Kind("stage2_detect/evaluate.py", EvaluateDetectorConfig),
+    "predict": Kind("stage2_detect/predict.py", PredictConfig, ("predictions.json", "pseudo_labels.json", "pictures")),
     "report": Kind("pipelines/report.py", ReportConfig, ("report.html",), remake=True, one_process=True),
 }
 

@@ -47,9 +47,10 @@ class TrainLoader:
     `short_sides`, `max_long`, `flip`, `interpolation`, `kernel`, `auto_augment` and `jitter` are the whole augmentation
     (see `augment.TrainingViews`); an image's view number is the epoch. With `jitter` every batch is padded to the square
     of side `max_long`. With `repeats`, images are shown more or less often (`batch_order.BatchOrder`), and the view
-    number is the step. With `unlabelled` pictures the batches are those of `MixedOrder`. `workers=0` decodes in the
-    calling process. An image that cannot be decoded is replaced by the next of the file and reported with the batch; a
-    picture whose size differs from the file's raises `UserError`.
+    number is the step. With `unlabelled` pictures the batches are those of `MixedOrder`; they have no targets, unless
+    `pseudo`: then their boxes count as those of the others. `auto_augment_unlabelled` is for them, None as for the
+    others. `workers=0` decodes in the calling process. An image that cannot be decoded is replaced by the next of the
+    file and reported with the batch; a picture whose size differs from the file's raises `UserError`.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class TrainLoader:
         workers: int = 0,
         unlabelled: Sequence[CocoImage] = (),
         labeled_ratio: float = 0.5,
+        pseudo: bool = False,
+        auto_augment_unlabelled: bool | None = None,
         repeats: np.ndarray | None = None,
     ) -> None:
         wide, more = ([record.width > record.height for record in records] for records in (data.images, unlabelled))
@@ -80,10 +83,12 @@ class TrainLoader:
         self.order = training_order(wide, more, labeled_ratio, repeats=repeats, **options)
         self.steps_per_epoch = self.order.steps_per_epoch
         self._records, self._labelled = [*data.images, *unlabelled], len(data.images)
+        self._has_unlabelled = bool(unlabelled) and not pseudo
         views = TrainingViews(
             seed, tuple(short_sides), max_long, flip, interpolation, kernel, auto_augment=auto_augment, jitter=jitter
         )
-        samples = _TrainSamples(self._records, self._labelled, views)
+        strong = auto_augment if auto_augment_unlabelled is None else auto_augment_unlabelled
+        samples = _TrainSamples(self._records, self._labelled, views, replace(views, auto_augment=strong))
         steps = range(start_step, max(stop_step, start_step))
         collate = partial(_collate_training, least=max_long if jitter else 1)
         self._loader = _data_loader(samples, _TrainSampler(self.order, rank, steps), collate, workers)
@@ -95,7 +100,7 @@ class TrainLoader:
         for batch in self._loader:
             _raise_error(batch)
             flags = torch.tensor([index < self._labelled for index in batch["indices"]])
-            labelled_B = flags if self._labelled < len(self._records) else None
+            labelled_B = flags if self._has_unlabelled else None
             masks = self._masks(batch)
             targets = Targets(batch["boxes"], batch["labels"], batch["seeds"], labelled_B=labelled_B, masks=masks)
             unreadable = [UnreadableImage(*parts) for parts in batch["unreadable"]]
@@ -113,7 +118,8 @@ class EvalLoader:
     """Iterates over this rank's (ImageBatch, records); every image of the data comes once over all ranks.
 
     Batches are the same whatever the number of ranks, since padding touches the features near a border; rank r takes
-    batches r, r + ranks, ... An image that cannot be decoded is a `UserError`.
+    batches r, r + ranks, ... An image that cannot be decoded is a `UserError`, or with `skip_unreadable` left out and
+    noted in `unreadable` when its batch has come.
     """
 
     def __init__(
@@ -128,10 +134,12 @@ class EvalLoader:
         rank: int = 0,
         ranks: int = 1,
         workers: int = 0,
+        skip_unreadable: bool = False,
     ) -> None:
         self._records = data.images
+        self.unreadable: list[UnreadableImage] = []
         batches = eval_batches(data.images, batch_size)[rank::ranks]
-        samples = _EvalSamples(data.images, short_side, max_long, interpolation, kernel)
+        samples = _EvalSamples(data.images, short_side, max_long, interpolation, kernel, skip_unreadable)
         self._loader = _data_loader(samples, batches, _collate_images, workers)
 
     def __len__(self) -> int:
@@ -140,6 +148,9 @@ class EvalLoader:
     def __iter__(self) -> Iterator[tuple[ImageBatch, list[CocoImage]]]:
         for batch in self._loader:
             _raise_error(batch)
+            self.unreadable += [UnreadableImage(*parts) for parts in batch["unreadable"]]
+            if not batch["indices"]:
+                continue
             records = [self._records[index] for index in batch["indices"]]
             originals_B2 = torch.tensor([(record.height, record.width) for record in records])
             yield replace(_image_batch(batch), originals_B2=originals_B2), records
@@ -209,13 +220,17 @@ class _TrainSampler(Sampler[list[_Request]]):
 
 
 class _TrainSamples(Dataset[_Sample]):
-    def __init__(self, records: list[CocoImage], labelled: int, views: TrainingViews) -> None:
-        self.records, self.labelled, self.views = records, labelled, views
+    def __init__(
+        self, records: list[CocoImage], labelled: int, views: TrainingViews, unlabelled_views: TrainingViews
+    ) -> None:
+        self.records, self.labelled, self.views, self.unlabelled_views = records, labelled, views, unlabelled_views
 
     def __getitem__(self, request: _Request) -> _Sample:
         unreadable: list[tuple[str, str]] = []
         # The next image of the same part, labelled or not.
-        part = range(self.labelled) if request.position < self.labelled else range(self.labelled, len(self.records))
+        labelled = request.position < self.labelled
+        part = range(self.labelled) if labelled else range(self.labelled, len(self.records))
+        views = self.views if labelled else self.unlabelled_views
         for offset in range(len(part)):
             index = part[(request.position - part[0] + offset) % len(part)]
             record = self.records[index]
@@ -226,9 +241,9 @@ class _TrainSamples(Dataset[_Sample]):
                 continue
             except UserError as error:
                 return _Sample(index, error=str(error))
-            seen = self.views.of(image, record.boxes_N4, image_id=record.image_id, number=request.view)
+            seen = views.of(image, record.boxes_N4, image_id=record.image_id, number=request.view)
             labels = record.labels_N[seen.kept_M]
-            seed = stable_seed(self.views.seed, request.step, record.image_id)
+            seed = stable_seed(views.seed, request.step, record.image_id)
             parts = (seen.pixels_CHW, seen.view, seen.boxes_M4, labels, seen.kept_M)
             return _Sample(index, *parts, seed, tuple(unreadable))
         return _Sample(
@@ -239,16 +254,20 @@ class _TrainSamples(Dataset[_Sample]):
 
 class _EvalSamples(Dataset[_Sample]):
     def __init__(
-        self, records: list[CocoImage], short_side: int, max_long: int, interpolation: str, kernel: str
+        self, records: list[CocoImage], short_side: int, max_long: int, interpolation: str, kernel: str, skip: bool
     ) -> None:
         self.records, self.short_side, self.max_long = records, short_side, max_long
-        self.interpolation, self.kernel = interpolation, kernel
+        self.interpolation, self.kernel, self.skip = interpolation, kernel, skip
 
     def __getitem__(self, index: int) -> _Sample:
         record = self.records[index]
         try:
             image = load_record(record)
-        except (UnreadableImage, UserError) as error:
+        except UnreadableImage as error:
+            if self.skip:
+                return _Sample(index, unreadable=((error.name, error.reason),))
+            return _Sample(index, error=str(error))
+        except UserError as error:
             return _Sample(index, error=str(error))
         view = fit_view(record.height, record.width, short_side=self.short_side, max_long=self.max_long)
         return _Sample(index, view_image(image, view, self.interpolation, self.kernel), view)
@@ -256,12 +275,14 @@ class _EvalSamples(Dataset[_Sample]):
 
 def _collate_images(samples: list[_Sample], least: int = 1) -> dict[str, Any]:
     """Plain tensors and lists: what crosses the process border can be pinned and stays small. Sides of the batch are
-    `least` at least."""
+    `least` at least. Samples without an image are left out."""
     for sample in samples:
         if sample.error:
             return {"error": sample.error}
+    unreadable = [list(parts) for sample in samples for parts in sample.unreadable]
+    samples = [sample for sample in samples if sample.image_CHW is not None]
     images = [sample.image_CHW for sample in samples if sample.image_CHW is not None]
-    sides = (max(least, *(image.shape[axis] for image in images)) for axis in (1, 2))
+    sides = (max([least, *(image.shape[axis] for image in images)]) for axis in (1, 2))
     height, width = (-(-side // PAD_MULTIPLE) * PAD_MULTIPLE for side in sides)
     pixels_BCHW = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
     for canvas, image in zip(pixels_BCHW, images, strict=True):
@@ -273,6 +294,7 @@ def _collate_images(samples: list[_Sample], least: int = 1) -> dict[str, Any]:
             [sample.view.scale for sample in samples if sample.view is not None], dtype=torch.float32
         ),
         "indices": [sample.position for sample in samples],
+        "unreadable": unreadable,
     }
 
 
@@ -292,8 +314,7 @@ def _collate_training(samples: list[_Sample], least: int) -> dict[str, Any]:
         boxes_BG4[row, : len(boxes)] = torch.from_numpy(boxes)
         labels_BG[row, : len(labels)] = torch.from_numpy(labels)
     seeds_B = torch.tensor([sample.seed for sample in samples], dtype=torch.int64)
-    unreadable = [list(parts) for sample in samples for parts in sample.unreadable]
-    batch |= {"boxes": boxes_BG4, "labels": labels_BG, "seeds": seeds_B, "unreadable": unreadable}
+    batch |= {"boxes": boxes_BG4, "labels": labels_BG, "seeds": seeds_B}
     views = [asdict(sample.view) for sample in samples if sample.view is not None]
     return batch | {"views": views, "kept": [sample.kept_N for sample in samples]}
 

@@ -16,7 +16,7 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -96,19 +96,20 @@ def detections_to_json(data: CocoData, detections: Mapping[Id, Detections], path
         between = "["
         for image_id, found in detections.items():
             # By image: as one text, a hundred masks of each of 5,000 images take half a gigabyte.
-            for row in _result_rows(data, image_id, found):
+            for row in result_rows(image_id, found, data.category_ids):
                 file.write(between + json.dumps(row, allow_nan=False))
                 between = ", "
         file.write("[]" if between == "[" else "]")
     os.replace(part, path)
 
 
-def _result_rows(data: CocoData, image_id: Id, found: Detections) -> Iterator[dict[str, Any]]:
+def result_rows(image_id: Id, found: Detections, category_ids: Sequence[Id]) -> Iterator[dict[str, Any]]:
+    """The detections of an image as COCO's results have them; boxes as x, y, width, height to a thousandth of a pixel."""
     corners_N4 = found.boxes_N4.double().cpu().numpy()
     boxes = np.concatenate([corners_N4[:, :2], corners_N4[:, 2:] - corners_N4[:, :2]], 1).round(3).tolist()
     columns = zip(boxes, found.scores_N.tolist(), found.labels_N.tolist(), strict=True)
     for index, (box, score, label) in enumerate(columns):
-        category_id = data.category_ids[label]
+        category_id = category_ids[label]
         row = {"image_id": image_id, "category_id": category_id, "bbox": box, "score": float(f"{score:.9g}")}
         if found.masks is not None:
             row["segmentation"] = _as_text(found.masks[index])

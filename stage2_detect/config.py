@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from shared.config import CommandConfig, Config
 from shared.training_config import EmaConfig, OptimConfig, TrainingConfig
+from stage2_detect.distill_config import DistillConfig
 from stage2_detect.model_config import DetectorConfig, Fraction, Positive
 
 Side = Annotated[int, Field(ge=32)]
@@ -53,6 +54,8 @@ class AugmentConfig(Config):
 
     auto_augment: bool = False
     """AutoAugment for detection, policy v1 (arXiv 1906.11172), on the picture as it is stored"""
+    auto_augment_unlabeled: bool | None = None
+    """the same for the pictures of unlabeled; null: as the labelled ones"""
     large_scale_jitter: tuple[Positive, Positive] | None = None
     """least and largest scale of the picture inside a square of train_long_side, cropped or padded to it (arXiv
     2012.07177); replaces train_short_sides"""
@@ -61,29 +64,6 @@ class AugmentConfig(Config):
     def _scales_in_order(self) -> Self:
         if self.large_scale_jitter and self.large_scale_jitter[0] > self.large_scale_jitter[1]:
             raise ValueError("large_scale_jitter: the least scale comes first")
-        return self
-
-
-class DistillConfig(Config):
-    """What a teacher detector adds to the losses, on labelled and on unlabelled images."""
-
-    teacher: Path
-    """detector file"""
-    pkd_weight: float = Field(6.0, ge=0)
-    """Pearson correlation of the feature pyramids (PKD, arXiv 2207.02039)"""
-    roi_weight: float = Field(1.0, ge=0)
-    """the teacher's soft labels for the student's RoIs"""
-    temperature: Positive = 1.0
-    """of the soft labels"""
-    check_images: int = Field(100, ge=0)
-    """evaluation images that the teacher is scored on before training; 0 does not check"""
-    check_ap: Fraction = 0.01
-    """AP below which the run stops before it begins"""
-
-    @model_validator(mode="after")
-    def _some_term(self) -> Self:
-        if not self.pkd_weight and not self.roi_weight:
-            raise ValueError("pkd_weight and roi_weight are both 0: the teacher would teach nothing")
         return self
 
 
@@ -139,9 +119,11 @@ class TrainConfig(TrainingConfig):
     init: Path | None = None
     """detector file to go on from, on the same or other classes; rows of its heads are kept by class name"""
     unlabeled: Path | None = None
-    """folder of pictures without annotations, for distillation"""
-    labeled_ratio: float = Field(0.5, gt=0, lt=1)
-    """share of labelled images in a batch where there are unlabelled ones"""
+    """folder of pictures without annotations, for distillation or with pseudo"""
+    pseudo: Path | None = None
+    """boxes in them, from predict.py --pseudo_labels: trained on as if they were annotations; pictures without any are left out"""
+    labeled_ratio: float = Field(0.5, gt=0, le=1)
+    """share of labelled images in a batch where there are unlabelled ones; 1 leaves these out"""
     distill: DistillConfig | None = None
     cache_annotations: bool = True
     """keep the content of large annotation files in ~/.cache/ssld (or $XDG_CACHE_HOME/ssld), for the next start"""
@@ -172,11 +154,20 @@ class TrainConfig(TrainingConfig):
             )
         if self.patience is not None and (self.evaluate_every is None or self.data.val_annotations is None):
             raise ValueError("patience counts evaluations: give evaluate_every and data.val_annotations too")
-        if self.unlabeled is not None and self.distill is None:
-            raise ValueError("unlabeled: pictures without annotations teach by distillation only; give distill.teacher")
-        if self.distill is not None and self.model.is_dense:
-            raise ValueError(f"distill: teaches R-CNN detectors; model.kind is {self.model.kind}")
-        if self.augment.auto_augment and self.model.has_masks:
+        if self.pseudo is not None and self.unlabeled is None:
+            raise ValueError("pseudo: has the boxes of pictures without annotations; give their folder as unlabeled")
+        if self.unlabeled is not None and self.distill is None and self.pseudo is None:
+            raise ValueError(
+                "unlabeled: pictures without annotations teach by distillation or by pseudo-labels; give distill.teacher or pseudo"
+            )
+        if self.distill is not None and (fault := self.distill.fault(self.model)):
+            raise ValueError(fault)
+        if self.unlabeled is not None and self.pseudo is None and self.model.is_dense:
+            raise ValueError(
+                f"unlabeled: without boxes in them pictures teach R-CNN detectors only, and model.kind is {self.model.kind}; "
+                "give pseudo, which predict.py --pseudo_labels writes"
+            )
+        if (self.augment.auto_augment or self.augment.auto_augment_unlabeled) and self.model.has_masks:
             raise ValueError("augment.auto_augment moves pixels inside boxes: it cannot go with masks")
         return self
 
@@ -190,6 +181,7 @@ class TrainConfig(TrainingConfig):
         others = {
             "init": self.init,
             "unlabeled": self.unlabeled,
+            "pseudo": self.pseudo,
             "distill.teacher": self.distill.teacher if self.distill else None,
         }
         return files | {key: path for key, path in others.items() if path is not None}
@@ -206,36 +198,41 @@ class TTAConfig(Config):
     """overlap with a better box of the class at which a box of any view goes"""
 
 
-class EvaluateConfig(CommandConfig):
-    """Evaluate a detector file by COCO AP."""
+class RunDetectorConfig(CommandConfig):
+    """What every command has that runs a detector file over pictures."""
 
     model: Path
     """detector file"""
+    short_side: int | None = Field(None, ge=32)
+    """null: as the detector's recipe says"""
+    long_side: int | None = Field(None, ge=32)
+    tta: TTAConfig | None = None
+    """null looks at one view an image"""
+    batch_size: int = Field(4, ge=1)
+    """images a forward pass"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """of the forward pass; boxes stay fp32"""
+    workers: int = Field(2, ge=0)
+    """processes that decode images"""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes a CUDA GPU where there is one"""
+
+
+class EvaluateConfig(RunDetectorConfig):
+    """Evaluate a detector file by COCO AP."""
+
     annotations: Path
     """COCO JSON"""
     images: Path
     """folder that the JSON's file names are relative to"""
     backend: Literal["auto", "hotcoco", "pycocotools"] = "auto"
     """auto takes hotcoco where it is installed; both give the same numbers"""
-    short_side: int | None = Field(None, ge=32)
-    """null: as the detector's recipe says"""
-    long_side: int | None = Field(None, ge=32)
-    tta: TTAConfig | None = None
-    """null evaluates one view an image"""
     score_threshold: float = Field(0.5, ge=0, lt=1)
     """of the counts: precision, recall and F1 of each class, and the confusion matrix"""
-    batch_size: int = Field(4, ge=1)
-    """images a forward pass"""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """of the forward pass; boxes stay fp32"""
     cache_annotations: bool = True
     """keep the content of large annotation files in ~/.cache/ssld (or $XDG_CACHE_HOME/ssld), for the next start"""
     expected: ExpectedConfig | None = None
     """scores to compare with, as a recipe has them"""
-    workers: int = Field(2, ge=0)
-    """processes that decode images"""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes a CUDA GPU where there is one"""
 
     def inputs(self) -> dict[str, Path]:
         return {"model": self.model, "annotations": self.annotations, "images": self.images}

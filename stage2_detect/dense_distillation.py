@@ -2,7 +2,7 @@
 
 LD (arXiv 2102.12252; HikariTJU/LD@4287990c, ld_head.py) compares the heads' raw logits on the same batch: distributions of distances and classes on
 the student's positives (main) and on the cells around them (VLR). ADL (arXiv 1901.00366; Tangshitao/Semi-supervised-Adaptive-Distillation@3244dfa)
-compares classes on every anchor that counts. Imitation compares feature maps where objects are.
+compares classes on every anchor that counts. Imitation compares feature maps where objects are; PKD (arXiv 2207.02039) all over, for either kind.
 
 LD's released sums are of a process, undivided, so that their strength follows its number of images; `reference` is that. `global` is twice the sum
 over the images of the global batch, which is the same at two images a process, on any number of ranks.
@@ -16,7 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from shared.errors import UserError
 from stage2_detect import distillation_losses
+from stage2_detect.distillation import adapters, pyramid_correlation
 from stage2_detect.models import regions
 from stage2_detect.models.anchors import Grids
 from stage2_detect.models.assign import Assignment
@@ -74,12 +76,30 @@ class DistilledDense(nn.Module):
         student: its own losses stay as they are.
         teacher: of the same classes and anchors; no part of this module's parameters, buffers or state.
         terms: `LDTerms` for a GFL student, `ADLTerm` for a RetinaNet.
+        pkd_weight: of `loss_pkd`, over P3..P7; 0 leaves it out.
+
+    Attributes:
+        adapters: one a level where the teacher's maps have another width and `loss_pkd` is on, else empty.
+
+    Raises:
+        UserError: the teacher's head is of another kind, or has other anchors or bins; or maps of another width are to be imitated.
     """
 
-    def __init__(self, student: DenseDetector, teacher: FrozenDetector, terms: LDTerms | ADLTerm) -> None:
+    def __init__(
+        self, student: DenseDetector, teacher: FrozenDetector, terms: LDTerms | ADLTerm, *, pkd_weight: float = 0.0
+    ) -> None:
         super().__init__()
         assert isinstance(student.dense, GFL if isinstance(terms, LDTerms) else RetinaNet)
-        self.student, self.teacher, self.terms = student, teacher, terms
+        _require_same_head(student, teacher)
+        if isinstance(terms, LDTerms) and terms.imitation and student.pyramid.channels != teacher.channels:
+            raise UserError(
+                f"distill.ld.imitation: the teacher's maps have {teacher.channels} channels, the student's {student.pyramid.channels}; "
+                "give both the same model.fpn_channels, or take distill.pkd_weight, which adapts them"
+            )
+        self.student, self.teacher, self.terms, self.pkd_weight = student, teacher, terms, pkd_weight
+        self.adapters = adapters(
+            student.pyramid.channels, teacher.channels, len(student.pyramid.strides) if pkd_weight else 0
+        )
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
         """See the class."""
@@ -90,25 +110,48 @@ class DistilledDense(nn.Module):
         features, guides = self.student.features(images), self.teacher.features(images)
         outputs, wanted = self.student.dense(features), self.teacher.outputs(guides)
         grids = grids_of(features)
+        shared: dict[str, Tensor] = {}
+        if self.pkd_weight:
+            correlation = pyramid_correlation(
+                features, guides, self.adapters, self.student.pyramid.strides, images.sizes_B2
+            )
+            shared["loss_pkd"] = self.pkd_weight * correlation
         if isinstance(self.terms, ADLTerm):
             assigned = self.student.dense.assign(grids, images.sizes_B2, targets)
             assert isinstance(assigned, Assignment)
             losses = self.student.dense.losses(outputs, grids, images.sizes_B2, targets, assigned)
-            return losses | self._adl(self.terms, outputs, wanted, assigned)
+            return losses | (self._adl(self.terms, outputs, wanted, assigned) if self.terms.weight else {}) | shared
         assert isinstance(self.student.dense, GFL)
         assigned, thresholds = self.student.dense.assign(grids, images.sizes_B2, targets)
         losses = self.student.dense.losses(outputs, grids, images.sizes_B2, targets, assigned)
-        weight_BA = regions.valuable_region(
-            self.student.dense.anchors(grids, images.sizes_B2.device),
-            targets.boxes_BG4,
-            thresholds.region_BG,
-            gamma=self.terms.gamma,
-            overlap=self.terms.overlap,
-        )
-        losses |= self._ld(self.terms, self.student.dense, outputs, wanted, grids, assigned.labels_BA == 1, weight_BA)
+        positive_BA = assigned.labels_BA == 1
+        weight_BA = torch.zeros_like(assigned.ious_BA)
+        if self.terms.vlr_ld or self.terms.vlr_kd:
+            weight_BA = regions.valuable_region(
+                self.student.dense.anchors(grids, images.sizes_B2.device),
+                targets.boxes_BG4,
+                thresholds.region_BG,
+                gamma=self.terms.gamma,
+                overlap=self.terms.overlap,
+            )
+        losses |= self._ld(self.terms, self.student.dense, outputs, wanted, grids, positive_BA, weight_BA)
         if self.terms.imitation:
             losses["loss_imitation"] = self.terms.imitation * self._imitation(self.terms, features, guides, targets)
-        return losses
+        return losses | shared
+
+    def weights(self) -> dict[str, float]:
+        """Of the terms, by the name of their losses."""
+        if isinstance(self.terms, ADLTerm):
+            return {"loss_adl": self.terms.weight, "loss_pkd": self.pkd_weight}
+        terms = self.terms
+        return {
+            "loss_ld": terms.ld,
+            "loss_ld_vlr": terms.vlr_ld,
+            "loss_kd": terms.kd,
+            "loss_kd_vlr": terms.vlr_kd,
+            "loss_imitation": terms.imitation,
+            "loss_pkd": self.pkd_weight,
+        }
 
     def _ld(
         self,
@@ -175,3 +218,31 @@ class DistilledDense(nn.Module):
         if term.normalization == "global":
             return {"loss_adl": term.weight * total * dense.world_size / dense.total(mass).clamp(min=1)}
         return {"loss_adl": term.weight * total / mass.clamp(min=1)}
+
+
+def _require_same_head(student: DenseDetector, teacher: FrozenDetector) -> None:
+    """See `DistilledDense`."""
+    start = f"distill.teacher: {teacher.facts.get('file')}:"
+    ours, model = student.dense, teacher.model
+    theirs = model.dense if isinstance(model, DenseDetector) else model
+    if type(theirs) is not type(ours):
+        name = teacher.facts.get("kind", type(theirs).__name__)
+        wanted = (
+            "LD needs a gfl teacher" if isinstance(ours, GFL) else "adaptive distillation needs a retinanet teacher"
+        )
+        instead = {
+            GFL: "; under this teacher train a gfl student, by LD",
+            RetinaNet: "; under this teacher train a retinanet student, by ADL",
+        }
+        raise UserError(f"{start} it is a {name} detector, and {wanted}{instead.get(type(theirs), '')}")
+    assert isinstance(theirs, GFL | RetinaNet)
+    if isinstance(ours, GFL) and isinstance(theirs, GFL) and ours.reg_max != theirs.reg_max:
+        raise UserError(
+            f"{start} its distances have reg_max {theirs.reg_max}, the student's {ours.reg_max}; set model.gfl.reg_max to {theirs.reg_max}"
+        )
+    grids = [(2, 2)] * len(ours.strides)
+    if theirs.strides != ours.strides:
+        raise UserError(f"{start} its strides are {list(theirs.strides)}, the student's {list(ours.strides)}")
+    here, there = (head.anchors(grids, torch.device("cpu")) for head in (ours, theirs))
+    if here.shape != there.shape or not torch.allclose(here, there):
+        raise UserError(f"{start} its anchors are not the student's; only equal ones can be compared")

@@ -1,19 +1,26 @@
 """The detector file: weights, architecture, sizes, class names and category ids, so that evaluation needs nothing else."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 
 from shared.backbones import InputSettings
 from shared.checkpoint import load_module
+from shared.config import validate
 from shared.errors import UserError
 from shared.model_file import read_metadata, read_tensors, save_model_file
 from stage2_detect.coco import CocoData
 from stage2_detect.config import ResizeConfig
 from stage2_detect.model_config import DetectorConfig
 from stage2_detect.models.build import Detector, build_detector
+from stage2_detect.models.inference import for_inference
+
+if TYPE_CHECKING:
+    from stage2_detect.predictor import FoundObjects, Picture
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,24 @@ class LoadedDetector:
     category_ids: tuple[int | str, ...]
     resize: ResizeConfig
     metadata: dict[str, Any]
+
+    @cached_property
+    def fast(self) -> Detector:
+        """The model for inference, made at the first use."""
+        return for_inference(self.model)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether it gives shapes beside boxes."""
+        return getattr(self.model, "mask_head", None) is not None
+
+    def predict(
+        self, images: "Sequence[Picture]", *, threshold: float = 0.5, batch_size: int = 4
+    ) -> "list[FoundObjects]":
+        """What each of some pictures shows; see `predictor.predict`."""
+        from stage2_detect.predictor import predict
+
+        return predict(self, images, threshold=threshold, batch_size=batch_size)
 
 
 def save_detector(
@@ -54,14 +79,16 @@ def save_detector(
     return save_model_file(path, model.state_dict(), metadata)
 
 
-def load_detector(path: Path) -> LoadedDetector:
+def load_detector(path: str | Path) -> LoadedDetector:
     """Read a detector file. Raises UserError for anything that is not one."""
+    path = Path(path)
     metadata = read_metadata(path, kind="detector")
     if metadata.get("kind") != "detector":
         raise UserError(f"{path}: not a detector file: it has no metadata of this project")
     names = tuple(metadata["class_names"])
     inputs = InputSettings(tuple(metadata["mean"]), tuple(metadata["std"]), (0, 0), "bilinear", False)
-    config = DetectorConfig(**metadata["model"])
+    # A file of another version can have settings that this one does not know.
+    config = validate(DetectorConfig, metadata["model"], source=f"{path}, its metadata")
     body = timm.create_model(metadata["arch"], features_only=True)
     model = build_detector(config, classes=len(names), body=body, arch=metadata["arch"], inputs=inputs)
     load_module(model, read_tensors(path), path)

@@ -58,6 +58,28 @@ def inside_maps(sizes_B2: Tensor, map_BCHW: Tensor, stride: int) -> Tensor:
     return rows_BH[:, :, None] & columns_BW[:, None, :]
 
 
+def adapters(channels: int, wanted: int, levels: int) -> nn.ModuleList:
+    """1x1 convolutions, one a level, from maps of `channels` to maps of `wanted` channels; none where these are equal."""
+    return nn.ModuleList(nn.Conv2d(channels, wanted, 1) for _ in range(levels if channels != wanted else 0))
+
+
+def pyramid_correlation(
+    features: Sequence[Tensor],
+    guides: Sequence[Tensor],
+    adapters: nn.ModuleList,
+    strides: Sequence[int],
+    sizes_B2: Tensor,
+) -> Tensor:
+    """Sum of `pkd` over the student's maps `features` and the teacher's; adapters may be empty."""
+    levels = zip(features, guides, strides, strict=False)
+    return torch.stack(
+        [
+            pkd(adapters[level](maps) if adapters else maps, guide, inside_maps(sizes_B2, maps, stride))
+            for level, (maps, guide, stride) in enumerate(levels)
+        ]
+    ).sum()
+
+
 class DistilledDetector(nn.Module):
     """A student under a teacher, with the contract of a detector: in train mode `model(images, targets)` -> the student's losses and
     `loss_pkd`, `loss_roi_kd`, times their weights; in eval mode `model(images)` -> the student's detections.
@@ -86,9 +108,7 @@ class DistilledDetector(nn.Module):
         super().__init__()
         self.student, self.teacher = student, teacher
         self.pkd_weight, self.roi_weight, self.temperature = pkd_weight, roi_weight, temperature
-        channels, wanted = student.pyramid.channels, teacher.channels
-        adapts = bool(pkd_weight) and channels != wanted
-        self.adapters = nn.ModuleList(nn.Conv2d(channels, wanted, 1) for _ in range(_LEVELS if adapts else 0))
+        self.adapters = adapters(student.pyramid.channels, teacher.channels, _LEVELS if pkd_weight else 0)
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
         """See the class."""
@@ -102,7 +122,9 @@ class DistilledDetector(nn.Module):
             [maps[:labelled] for maps in features], sizes_B2[:labelled], targets.first(labelled)
         )
         if self.pkd_weight:
-            losses["loss_pkd"] = self.pkd_weight * self._pkd(features, guides, sizes_B2)
+            losses["loss_pkd"] = self.pkd_weight * pyramid_correlation(
+                features[:_LEVELS], guides, self.adapters, self.student.pyramid.strides, sizes_B2
+            )
         if self.roi_weight:
             regions = [(sampled.rois_BR4, sampled.valid_BR, sampled.logits_NK)]
             if labelled < len(sizes_B2):
@@ -110,18 +132,9 @@ class DistilledDetector(nn.Module):
             losses["loss_roi_kd"] = self.roi_weight * self._roi_kd(guides, regions)
         return losses
 
-    def _pkd(self, features: Sequence[Tensor], guides: Sequence[Tensor], sizes_B2: Tensor) -> Tensor:
-        levels = zip(features[:_LEVELS], guides, self.student.pyramid.strides, strict=False)
-        return torch.stack(
-            [
-                pkd(
-                    self.adapters[level](maps) if self.adapters else maps,
-                    guide,
-                    inside_maps(sizes_B2, maps, stride),
-                )
-                for level, (maps, guide, stride) in enumerate(levels)
-            ]
-        ).sum()
+    def weights(self) -> dict[str, float]:
+        """Of the terms, by the name of their losses."""
+        return {"loss_pkd": self.pkd_weight, "loss_roi_kd": self.roi_weight}
 
     def _unlabelled_regions(self, features: Sequence[Tensor], sizes_B2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The student's best proposals, as many as it samples of a labelled image, and its logits for them."""

@@ -90,6 +90,10 @@ def _differences(file: DetectorConfig, run: DetectorConfig) -> list[str]:
         "cascade.ious": (len(file.cascade.ious), len(run.cascade.ious)),
         "mask.channels": (file.mask.channels, run.mask.channels),
         "mask.convolutions": (file.mask.convolutions, run.mask.convolutions),
+        "dense.convolutions": (file.dense.convolutions, run.dense.convolutions),
+        "dense.p6_from": (file.dense.p6_from, run.dense.p6_from),
+        "gfl.reg_max": (file.gfl.reg_max, run.gfl.reg_max),
+        "gfl.tower_bias": (file.gfl.tower_bias, run.gfl.tower_bias),
     }
     return [f"model.{key} (file: {a}, here: {b})" for key, (a, b) in pairs.items() if a != b]
 

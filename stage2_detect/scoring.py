@@ -1,6 +1,6 @@
 """Run a detector over an evaluation set and score it by COCO AP, on any number of ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 
 from shared.ranks import from_main_rank, gather_on_main_rank, rank, world_size
 from stage2_detect.batches import EvalLoader
-from stage2_detect.coco import CocoData, Id
+from stage2_detect.coco import CocoData, CocoImage, Id
 from stage2_detect.coco_ap import coco_ap
 from stage2_detect.config import TTAConfig
 from stage2_detect.models.batch import Detections
@@ -18,6 +18,29 @@ from stage2_detect.tta import SizesLoader, detect_views
 
 
 @torch.no_grad()
+def detections(
+    model: Detector,
+    loader: EvalLoader | SizesLoader,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    tta: TTAConfig | None = None,
+) -> Iterator[tuple[CocoImage, Detections]]:
+    """What each image of a loader shows, on the CPU, in the loader's order; `model` is left in evaluation mode.
+
+    With `tta` the loader is a `SizesLoader`.
+    """
+    model.eval()
+    fast: Callable[[Any], list[Detections]] = for_inference(model)
+    if tta:
+        fast = partial(detect_views, fast, flip=tta.flip, iou=tta.nms_iou)
+    for images, records in loader:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            found = fast(images.to(device, non_blocking=True))
+        for record, one in zip(records, found, strict=True):
+            yield record, Detections(one.boxes_N4.cpu(), one.scores_N.cpu(), one.labels_N.cpu(), one.masks)
+
+
 def detect(
     model: Detector,
     loader: EvalLoader | SizesLoader,
@@ -26,22 +49,43 @@ def detect(
     dtype: torch.dtype,
     tta: TTAConfig | None = None,
 ) -> dict[Id, Detections]:
-    """On the main rank the detections of every image by its id, of all ranks; on others nothing. `model` is left in evaluation mode.
+    """`detections` by image id: on the main rank those of all ranks, on the others nothing."""
+    found = detections(model, loader, device=device, dtype=dtype, tta=tta)
+    return dict(gather_on_main_rank([(record.image_id, one) for record, one in found]))
 
-    With `tta` the loader is a `SizesLoader`.
-    """
-    model.eval()
-    fast: Callable[[Any], list[Detections]] = for_inference(model)
-    if tta:
-        fast = partial(detect_views, fast, flip=tta.flip, iou=tta.nms_iou)
-    found: list[tuple[Id, Detections]] = []
-    for images, records in loader:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            detections = fast(images.to(device, non_blocking=True))
-        for record, one in zip(records, detections, strict=True):
-            parts = (one.boxes_N4.cpu(), one.scores_N.cpu(), one.labels_N.cpu(), one.masks)
-            found.append((record.image_id, Detections(*parts)))
-    return dict(gather_on_main_rank(found))
+
+def loader_of(
+    data: CocoData,
+    *,
+    short_side: int,
+    long_side: int,
+    interpolation: str,
+    kernel: str,
+    batch_size: int,
+    workers: int,
+    tta: TTAConfig | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+    skip_unreadable: bool = False,
+) -> EvalLoader | SizesLoader:
+    """What a detector is to see of `data`: with `tta` several sizes of each image, where the longest side allowed grows with the short one."""
+    sides = (tta and tta.short_sides) or [short_side]
+    loaders = [
+        EvalLoader(
+            data,
+            batch_size=batch_size,
+            short_side=side,
+            max_long=round(long_side * side / short_side),
+            interpolation=interpolation,
+            kernel=kernel,
+            rank=rank,
+            ranks=ranks,
+            workers=-(-workers // len(sides)),
+            skip_unreadable=skip_unreadable,
+        )
+        for side in sides
+    ]
+    return SizesLoader(loaders) if tta else loaders[0]
 
 
 def score(
@@ -62,33 +106,29 @@ def score(
     """(COCO metrics, the same on every rank; detections, on the main rank) of a detector on `data`. The metrics of masks end in `_segm`, and are
     there where detector and `data` have masks.
 
-    With `tta`, of its sizes merged; the longest side allowed grows with the short one.
+    With `tta`, of its sizes merged.
     """
-    sides = (tta and tta.short_sides) or [short_side]
-    loaders = [
-        EvalLoader(
-            data,
-            batch_size=batch_size,
-            short_side=side,
-            max_long=round(long_side * side / short_side),
-            interpolation=interpolation,
-            kernel=kernel,
-            rank=rank(),
-            ranks=world_size(),
-            workers=-(-workers // len(sides)),
-        )
-        for side in sides
-    ]
-    loader = SizesLoader(loaders) if tta else loaders[0]
-    detections = detect(model, loader, device=device, dtype=dtype, tta=tta)
+    loader = loader_of(
+        data,
+        short_side=short_side,
+        long_side=long_side,
+        interpolation=interpolation,
+        kernel=kernel,
+        batch_size=batch_size,
+        workers=workers,
+        tta=tta,
+        rank=rank(),
+        ranks=world_size(),
+    )
+    found = detect(model, loader, device=device, dtype=dtype, tta=tta)
     metrics: dict[str, Any] = {}
     if rank() == 0:
-        metrics = coco_ap(data, detections, backend)
+        metrics = coco_ap(data, found, backend)
         has_shapes = data.images[0].segmentations is not None
-        if has_shapes and any(found.masks is not None for found in detections.values()):
-            segm = coco_ap(data, detections, backend, masks=True)
+        if has_shapes and any(one.masks is not None for one in found.values()):
+            segm = coco_ap(data, found, backend, masks=True)
             metrics |= {f"{name}_segm": value for name, value in segm.items()}
-    return from_main_rank(metrics), detections
+    return from_main_rank(metrics), found
 
 
 def describe(metrics: dict[str, Any]) -> str:

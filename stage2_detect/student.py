@@ -14,7 +14,9 @@ from shared.optim import parameter_groups
 from shared.ranks import total_over_ranks, world_size
 from stage2_detect.coco import CocoData
 from stage2_detect.config import TrainConfig
+from stage2_detect.dense_distillation import ADLTerm, DistilledDense, LDTerms
 from stage2_detect.detector_file import save_detector
+from stage2_detect.distill_config import ADLConfig, DistillConfig, LDConfig
 from stage2_detect.distillation import DistilledDetector
 from stage2_detect.init_weights import InitFile
 from stage2_detect.models.build import Detector, build_detector
@@ -77,14 +79,7 @@ class Student:
                 device=device,
                 channels_last=config.channels_last,
             )
-            assert isinstance(self.detector, RCNN), "TrainConfig refuses the others"
-            self.model = DistilledDetector(
-                self.detector,
-                self.teacher,
-                pkd_weight=config.distill.pkd_weight,
-                roi_weight=config.distill.roi_weight,
-                temperature=config.distill.temperature,
-            ).to(device)
+            self.model = self._under(self.teacher, config.distill).to(device)
         licences = [weights_licence, self.teacher.facts["licence"] if self.teacher else ""]
         self._facts = {
             "weights": "ema" if self.ema else "last",
@@ -93,6 +88,21 @@ class Student:
             **({"init": str(config.init)} if config.init else {}),
             **({"teacher": self.teacher.facts} if self.teacher else {}),
         }
+
+    def _under(self, teacher: FrozenDetector, distill: DistillConfig) -> DistilledDetector | DistilledDense:
+        """The detector under its teacher."""
+        model = self._config.model
+        if isinstance(self.detector, RCNN):
+            return DistilledDetector(
+                self.detector,
+                teacher,
+                pkd_weight=distill.pkd(model),
+                roi_weight=distill.roi(model),
+                temperature=distill.temperature,
+            )
+        settings = (distill.ld or LDConfig()) if model.kind == "gfl" else (distill.adl or ADLConfig())
+        terms = (LDTerms if model.kind == "gfl" else ADLTerm)(**settings.model_dump())
+        return DistilledDense(self.detector, teacher, terms, pkd_weight=distill.pkd(model))
 
     @property
     def evaluated(self) -> Detector:
@@ -105,7 +115,7 @@ class Student:
         networks: dict[str, nn.Module] = {"model": self.detector}
         if self.ema:
             networks["ema"] = self.ema.module
-        if isinstance(self.model, DistilledDetector) and len(self.model.adapters):
+        if isinstance(self.model, DistilledDetector | DistilledDense) and len(self.model.adapters):
             networks["adapters"] = self.model.adapters
         return networks
 
@@ -120,7 +130,7 @@ class Student:
         groups = parameter_groups(
             self.detector, lr_factor=lambda name: factors.get(name.removeprefix("pyramid.body."), 1.0), **decay
         )
-        if isinstance(self.model, DistilledDetector):
+        if isinstance(self.model, DistilledDetector | DistilledDense):
             groups += parameter_groups(self.model.adapters, **decay)
         return groups
 
@@ -142,7 +152,8 @@ class Student:
             yield f"model.freeze_norm: {self.arch} has no BatchNorm, so there is nothing to freeze"
         if config.distill and self.teacher:
             facts = self.teacher.facts
-            terms = {"loss_pkd": config.distill.pkd_weight, "loss_roi_kd": config.distill.roi_weight}
+            assert isinstance(self.model, DistilledDetector | DistilledDense)
+            terms = self.model.weights()
             shown = ", ".join(f"{name} x{weight:g}" for name, weight in terms.items() if weight)
             yield f"teacher {facts['file']} ({facts['kind']} on {facts['arch']}): {shown}"
 

@@ -78,11 +78,12 @@ def open_teacher(
             f"distill.teacher: {path}: its {len(loaded.class_names)} classes are not the {len(class_names)} of the training annotations: "
             f"only {owner} has {strange[0]!r}; fine-tune it on these classes first (--init)"
         )
+    architecture = DetectorConfig(**loaded.metadata["model"])
     if tuple(loaded.model.pyramid.strides) != tuple(strides):
         raise UserError(
-            f"distill.teacher: {path}: its maps have strides {list(loaded.model.pyramid.strides)}, the student's {list(strides)}"
+            f"distill.teacher: {path}: its maps have strides {list(loaded.model.pyramid.strides)}, the student's {list(strides)}: "
+            f"it is a {architecture.kind} detector; one-stage detectors and R-CNNs do not teach each other"
         )
-    architecture = DetectorConfig(**loaded.metadata["model"])
     permute_classes(
         loaded.model,
         old=loaded.class_names,

@@ -1,6 +1,6 @@
 """What a training run reads: labelled images, pictures without annotations, evaluation images."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from stage2_detect.batch_order import repeat_factors
 from stage2_detect.batches import TrainLoader
 from stage2_detect.coco import CocoData, CocoImage, read_coco, require_masks
 from stage2_detect.config import TrainConfig
-from stage2_detect.unlabelled import list_pictures
+from stage2_detect.unlabelled import list_pictures, read_pseudo_labels
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,9 @@ class TrainingData:
         train: labelled images.
         val: evaluation images as the scorer wants them, if there are any.
         val_objects: the same as training wants them, for the loss on them, where that is asked for.
-        unlabelled: pictures without annotations.
+        unlabelled: pictures without annotations, or with pseudo-labels for such.
         unreadable: names of those among them that cannot be read.
+        pseudo: what is known of the pseudo-labels, for the log; None where there are none.
         repeats: how often each labelled image is shown, where that differs.
     """
 
@@ -31,6 +32,7 @@ class TrainingData:
     val_objects: CocoData | None = None
     unlabelled: list[CocoImage] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
+    pseudo: str | None = None
     repeats: np.ndarray | None = None
 
     @property
@@ -49,7 +51,9 @@ class TrainingData:
         if self.repeats is not None:
             often = int((self.repeats > 1).sum())
             yield f"repeat factors: {often} images are shown more often than the others, up to {self.repeats.max():.2f} times"
-        if self.unlabelled:
+        if self.pseudo:
+            yield self.pseudo
+        elif self.unlabelled:
             bad = f"; {len(self.unreadable)} unreadable, first {self.unreadable[0]}" if self.unreadable else ""
             yield f"{len(self.unlabelled)} pictures without annotations{bad}"
 
@@ -79,10 +83,24 @@ def read_training_data(config: TrainConfig) -> TrainingData:
         for part in (train, val, val_objects):
             if part:
                 require_masks(part)
-    unlabelled, unreadable = list_pictures(config.unlabeled) if config.unlabeled else ([], [])
+    unlabelled, unreadable, pseudo = _unlabelled(config, train.class_names)
     threshold = files.repeat_threshold
     repeats = repeat_factors(train.images, len(train.class_names), threshold) if threshold is not None else None
-    return TrainingData(train, val, val_objects, unlabelled, unreadable, repeats)
+    return TrainingData(train, val, val_objects, unlabelled, unreadable, pseudo, repeats)
+
+
+def _unlabelled(config: TrainConfig, class_names: Sequence[str]) -> tuple[list[CocoImage], list[str], str | None]:
+    """(records, names of what cannot be read, a line on the pseudo-labels if there are any)."""
+    folder, file = config.unlabeled, config.pseudo
+    if folder is None:
+        return [], [], None
+    if file is None:
+        return *list_pictures(folder), None
+    data, total = read_pseudo_labels(
+        file, folder, class_names, segmentations=config.model.has_masks, cache=config.cache_annotations
+    )
+    boxes, pictures = data.counts["boxes"], len(data.images)
+    return data.images, [], f"{file}: {boxes} pseudo-boxes in {pictures} of the {total} pictures in {folder}"
 
 
 def images_to_try_a_teacher_on(config: TrainConfig, data: TrainingData) -> CocoData:
@@ -120,5 +138,7 @@ def training_loader(
         workers=config.workers,
         unlabelled=data.unlabelled,
         labeled_ratio=config.labeled_ratio,
+        pseudo=data.pseudo is not None,
+        auto_augment_unlabelled=config.augment.auto_augment_unlabeled,
         repeats=data.repeats,
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from shared.images import UnreadableImage
 from stage2_detect.batches import EvalLoader
 from stage2_detect.coco import CocoImage
 from stage2_detect.models.batch import Detections, ImageBatch
@@ -41,6 +42,11 @@ class SizesLoader:
 
     def __len__(self) -> int:
         return len(self._loaders[0])
+
+    @property
+    def unreadable(self) -> list[UnreadableImage]:
+        """As of an `EvalLoader`."""
+        return self._loaders[0].unreadable
 
     def __iter__(self) -> Iterator[tuple[Sizes, list[CocoImage]]]:
         for parts in zip(*self._loaders, strict=True):

@@ -1,23 +1,22 @@
-"""Pictures without annotations, for distillation: a folder as records, and batches that hold labelled and unlabelled images.
+"""Pictures without annotations, or with pseudo-labels: a folder as records, and batches that hold labelled and unlabelled images.
 
 Which images a batch holds is a function of (seed, step), so nothing is saved and a run may go on anywhere.
 """
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from shared.errors import UserError
 from shared.files import require_images
 from stage2_detect.batch_order import BatchOrder
-from stage2_detect.coco import CocoImage
+from stage2_detect.coco import CocoData, CocoImage, read_coco, require_masks
+from stage2_detect.pictures import Pictures, records_of
 
-_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF: the tag, and the values that swap width and height
 _TOO_MANY = 0.01
 _STREAM = 0x756E6C  # keeps these draws apart from other draws from (seed, number)
 
@@ -32,28 +31,45 @@ def list_pictures(folder: Path) -> tuple[list[CocoImage], list[str]]:
         names = require_images(folder)
     except UserError as error:
         raise UserError(f"unlabeled: {error}") from None
-    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        sizes = list(pool.map(_upright_size, [os.path.join(folder, name) for name in names], chunksize=64))
-    unreadable = [name for name, size in zip(names, sizes, strict=True) if size is None]
+    records, unreadable = records_of(Pictures(str(folder), names), [f"unlabeled/{name}" for name in names])
     if len(unreadable) > max(1, _TOO_MANY * len(names)):
         raise UserError(
             f"unlabeled: {len(unreadable)} of the {len(names)} pictures in {folder} cannot be read (first: {unreadable[0]}); mend or remove them"
         )
-    nothing = (
-        np.zeros((0, 4), np.float32),
-        np.zeros(0, np.int64),
-        np.zeros(0, bool),
-        np.zeros(0),
-        np.zeros((0, 4)),
-    )
-    records = [
-        CocoImage(f"unlabeled/{name}", os.path.join(folder, name), *size, *nothing, (), ())
-        for name, size in zip(names, sizes, strict=True)
-        if size is not None
-    ]
     if not records:
         raise UserError(f"unlabeled: {folder}: its only picture, {names[0]}, cannot be read")
     return records, unreadable
+
+
+def read_pseudo_labels(
+    file: Path, folder: Path, class_names: Sequence[str], *, segmentations: bool, cache: bool
+) -> tuple[CocoData, int]:
+    """(the pictures of `folder` that have boxes in a COCO file, with them; how many pictures are in the folder).
+
+    Raises UserError for an empty folder, a file that names other pictures or classes or has no box, and whatever `read_coco` and, with
+    `segmentations`, `require_masks` find.
+    """
+    try:
+        total = len(require_images(folder))
+    except UserError as error:
+        raise UserError(f"unlabeled: {error}") from None
+    try:
+        data = read_coco(
+            file,
+            folder,
+            training=True,
+            keep_empty=False,
+            segmentations=segmentations,
+            class_names=class_names,
+            cache=cache,
+        )
+        if segmentations:
+            require_masks(data)
+    except UserError as error:
+        raise UserError(f"pseudo: {error}") from None
+    # Draws go by the image's id: the same with or without boxes, and never that of a labelled image.
+    images = [replace(one, image_id=f"unlabeled/{os.path.relpath(one.path, folder)}") for one in data.images]
+    return replace(data, images=images), total
 
 
 class MixedOrder:
@@ -130,18 +146,7 @@ class MixedOrder:
 def training_order(
     wide: Sequence[bool], unlabelled_wide: Sequence[bool], labeled_ratio: float, **options: Any
 ) -> BatchOrder | MixedOrder:
-    """The order of a training run: `MixedOrder` where there are unlabelled images."""
-    if unlabelled_wide:
+    """The order of a training run: `MixedOrder` where there are unlabelled images and a batch is to hold some."""
+    if unlabelled_wide and labeled_ratio < 1:
         return MixedOrder(wide, unlabelled_wide, labeled_ratio=labeled_ratio, **options)
     return BatchOrder(wide, **options)
-
-
-def _upright_size(path: str) -> tuple[int, int] | None:
-    """(width, height) of a picture as it is to be looked at, from its header; None where that cannot be read."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            sideways = image.getexif().get(_ORIENTATION) in _SIDEWAYS
-    except Exception:  # PIL raises many kinds for damaged files
-        return None
-    return (height, width) if sideways else (width, height)

@@ -23,6 +23,7 @@ TORCH_FREE = (
     "shared/errors.py",
     "stage1_ssld/config.py",
     "stage2_detect/config.py",
+    "stage2_detect/predict_config.py",
     "pipelines/run.py",
     "pipelines/report.py",
 )

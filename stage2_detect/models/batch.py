@@ -81,3 +81,12 @@ class Detections:
     """int64 in 0..K-1."""
     masks: list[Any] | None = None
     """COCO RLE of each, of the original image's size; None from a detector without masks."""
+
+    def where(self, keep_N: Tensor) -> "Detections":
+        """Those for which `keep_N` (bool) holds."""
+        masks = (
+            None
+            if self.masks is None
+            else [mask for mask, keep in zip(self.masks, keep_N.tolist(), strict=True) if keep]
+        )
+        return Detections(self.boxes_N4[keep_N], self.scores_N[keep_N], self.labels_N[keep_N], masks)

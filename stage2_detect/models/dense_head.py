@@ -68,11 +68,14 @@ class DenseHead(nn.Module):
 
 
 def _tower(channels: int, convolutions: int, *, norm: bool, bias: bool) -> nn.Sequential:
+    groups = math.gcd(_GROUPS, channels)
+    if groups == channels:
+        groups //= 2  # a channel alone is 0 on a map of one cell, and torch refuses it
     layers: list[nn.Module] = []
     for _ in range(convolutions):
         layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=bias))
         if norm:
-            layers.append(nn.GroupNorm(math.gcd(_GROUPS, channels), channels))
+            layers.append(nn.GroupNorm(groups, channels))
         layers.append(nn.ReLU())
     return nn.Sequential(*layers)
 

@@ -58,7 +58,7 @@ def test_a_store_and_what_it_says(
     assert call(main, arguments(settings)) == 0
     run, out = tmp_path / "run", capsys.readouterr().out
     # 4 bytes for the rest, 3 x 2 for the classes, 3 x 2 for their log-probabilities
-    assert f"44 images x 2 views x 16 bytes = 0.0 MB in {run / 'store'}" in out
+    assert f"44 images x 2 views x 16 bytes = 1.4 kB in {run / 'store'}" in out
     assert out.index("44 images") < out.index("% right on 30 images of ") < out.index("3 of 3 files")
     sizes = {name: len(content) for name, content in contents(run / "store").items() if name != "store.json"}
     assert sizes == {"shard-00000.bin": 512, "shard-00001.bin": 512, "shard-00002.bin": 12 * 2 * 16}

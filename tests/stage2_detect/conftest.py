@@ -1,12 +1,14 @@
 """Drawn scenes and settings of a small detector."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 pytest.register_assert_rewrite("golden")
@@ -58,6 +60,10 @@ def tiny_coco(tmp_path_factory: pytest.TempPathFactory) -> TinyCoco:
 @pytest.fixture
 def train_settings(tiny_coco: TinyCoco) -> dict[str, Any]:
     """Settings of a small detector without `output`: 6 steps of 4 images."""
+    return small_settings(tiny_coco)
+
+
+def small_settings(tiny_coco: TinyCoco) -> dict[str, Any]:
     return {
         "threads": 1,
         "workers": 0,
@@ -76,3 +82,49 @@ def train_settings(tiny_coco: TinyCoco) -> dict[str, Any]:
         },
         "optim": {"lr": 0.01, "reference_batch": 4, "warmup_steps": 2, "milestones_steps": [4]},
     }
+
+
+@pytest.fixture(scope="session")
+def detector_file(tmp_path_factory: pytest.TempPathFactory, tiny_coco: TinyCoco, call: Callable[..., int]) -> Path:
+    """A small RetinaNet that has seen the drawn training scenes for some seconds."""
+    from stage2_detect.train import main
+
+    folder = tmp_path_factory.mktemp("detector")
+    settings = small_settings(tiny_coco) | {
+        "steps": 120,
+        "save_every": 200,
+        "log_every": 60,
+        "model": {"kind": "retinanet", "fpn_channels": 16, "freeze_stages": 0, "dense": {"convolutions": 1}},
+        "optim": {"name": "adamw", "lr": 0.003, "reference_batch": 4, "warmup_steps": 10},
+        "output": str(folder / "run"),
+    }
+    (folder / "train.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    assert call(main, ["--config", str(folder / "train.yaml")]) == 0
+    return folder / "run" / "detector.safetensors"
+
+
+@pytest.fixture(scope="session")
+def mask_file(tmp_path_factory: pytest.TempPathFactory, tiny_coco: TinyCoco) -> Path:
+    """A Mask R-CNN with random weights, of the scenes' classes."""
+    import timm
+    import torch
+
+    from shared.backbones import InputSettings
+    from stage2_detect.coco import read_coco
+    from stage2_detect.config import ResizeConfig
+    from stage2_detect.detector_file import save_detector
+    from stage2_detect.model_config import DetectorConfig
+    from stage2_detect.models.build import build_detector
+
+    torch.manual_seed(0)
+    config = DetectorConfig(
+        kind="mask_rcnn", fpn_channels=16, roi={"hidden": 16}, mask={"channels": 8, "convolutions": 1}
+    )
+    body = timm.create_model("test_resnet", features_only=True)
+    inputs = InputSettings((0.5,) * 3, (0.5,) * 3, (0, 0), "bilinear", False)
+    model = build_detector(config, classes=2, body=body, arch="test_resnet", inputs=inputs)
+    path = tmp_path_factory.mktemp("mask_detector") / "detector.safetensors"
+    data = read_coco(tiny_coco.val_annotations, None, training=False)
+    sizes = ResizeConfig(train_short_sides=[64], train_long_side=64, val_short_side=64, val_long_side=64)
+    save_detector(path, model, config=config, resize=sizes, arch="test_resnet", inputs=inputs, data=data)
+    return path

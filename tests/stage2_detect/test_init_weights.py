@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from shared.model_file import read_metadata
 from stage2_detect import train
 from stage2_detect.class_rows import carry_rows, permute_classes
+from stage2_detect.models.gfl import GFL
+from stage2_detect.models.retinanet import RetinaNet
 
 Settings = dict[str, Any]
 Arguments = Callable[..., list[str]]
@@ -66,6 +68,27 @@ def test_a_model_in_another_class_order_answers_the_same() -> None:
     permute_classes(model, old=["a", "b", "c"], new=["c", "a", "b"], class_agnostic=False)
     torch.testing.assert_close(head.logits(inputs), logits[:, [2, 0, 1, 3]])
     torch.testing.assert_close(head.deltas(inputs).unflatten(1, (3, 4)), deltas[:, [2, 0, 1]])
+
+
+@pytest.mark.parametrize("kind", ["gfl", "retinanet"])
+def test_a_one_stage_head_has_a_row_for_each_anchor_and_class(kind: str) -> None:
+    torch.manual_seed(0)
+    dense: GFL | RetinaNet = GFL(classes=3, channels=8) if kind == "gfl" else RetinaNet(classes=3, channels=8)
+    holder, maps = torch.nn.Module(), [torch.randn(2, 8, 3, 4)]
+    holder.dense = dense
+    torch.nn.init.normal_(dense.head.logits.bias)  # type: ignore[arg-type]
+    logits, values = dense.head(maps)
+    permute_classes(holder, old=["a", "b", "c"], new=["c", "a", "b"], class_agnostic=False)
+    permuted, kept = dense.head(maps)
+    torch.testing.assert_close(permuted, logits[..., [2, 0, 1]])
+    assert torch.equal(kept, values)
+
+    shapes = 9 if kind == "retinanet" else 1
+    old, new = (offset + torch.arange(shapes * classes * 1.0) for offset, classes in ((100, 3), (900, 2)))
+    name = "dense.head.logits.bias"
+    carried = carry_rows({name: old}, {name: new}, old=["a", "b", "c"], new=["x", "b"], class_agnostic=False)
+    expected = [value for shape in range(shapes) for value in (900.0 + 2 * shape, 101.0 + 3 * shape)]
+    assert carried[name].tolist() == expected
 
 
 @pytest.fixture

@@ -1,0 +1,46 @@
+"""benchmarks/dense.py: both sides are one network with one set of settings, and every row is printed. Nothing here is timed."""
+
+import re
+
+import pytest
+import torch
+
+from benchmarks import dense
+from benchmarks.detect import make_inputs
+
+
+def test_torchvisions_losses_are_ours() -> None:
+    """For one image, since torchvision divides image by image."""
+    inputs = make_inputs(96, 128, 1, torch.device("cpu"))
+    ours = dense.our_detector("retinanet", "test_resnet", inputs).train()
+    theirs = dense.torchvisions_detector(ours).train()
+    found, wanted = dense.call(dense.OURS, ours, inputs), dense.call(dense.THEIRS, theirs, inputs)
+    assert found["loss_cls"].item() == pytest.approx(wanted["classification"].item(), rel=1e-4)
+    assert found["loss_box"].item() == pytest.approx(wanted["bbox_regression"].item(), rel=1e-4)
+    for losses in (found, wanted):
+        torch.stack(list(losses.values())).sum().backward()
+    mine = ours.dense.head.class_tower[0].weight.grad
+    torch.testing.assert_close(theirs.head.classification_head.conv[0][0].weight.grad, mine, rtol=1e-3, atol=1e-5)
+
+
+def test_every_ratio_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    line = (
+        "--pairs 2 --sizes 64x96 --batch 1 --arch test_resnet --teacher-arch test_resnet --modes training inference ld"
+    )
+    dense.main(line.split())
+    shown = capsys.readouterr().out
+    share = re.search(r"(\d+)% of our detections are torchvision's", shown)
+    assert share
+    assert int(share[1]) > 95
+    rows = ["64x96 training", "64x96 inference", "64x96 LD step / (student step + teacher forward)"]
+    for row in rows:
+        assert re.search(rf"^{re.escape(row)}.* \d\.\d{{3}}  \(", shown, re.MULTILINE), row
+
+
+def test_the_measured_assignment_finds_something(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dense, "_ATSS_IMAGES", 1)  # of 64: that is a minute where others use the processor too
+    dense.print_peak_of_assignment()
+    before, peak = map(int, capsys.readouterr().out.split())
+    assert 100 < before <= peak

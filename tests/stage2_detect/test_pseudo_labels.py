@@ -1,0 +1,310 @@
+"""Semi-supervised training: pseudo-labels from predict.py as targets of a student's own losses, under a teacher or not."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shared.errors import UserError
+from shared.model_file import read_metadata
+from stage2_detect import predict, train
+from stage2_detect.augment import draw_view, view_boxes
+from stage2_detect.batches import TrainLoader
+from stage2_detect.coco import read_coco
+from stage2_detect.unlabelled import read_pseudo_labels
+
+Settings = dict[str, Any]
+Arguments = Callable[..., list[str]]
+Call = Callable[..., int]
+NAMES = ("wide", "tall")
+
+
+@pytest.fixture(scope="module")
+def pictures(tiny_coco: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 12 training scenes, four of them deeper, and one that shows nothing."""
+    folder = tmp_path_factory.mktemp("unlabelled") / "more"
+    shutil.copytree(tiny_coco.train_images, folder)
+    (folder / "deep").mkdir()
+    for number in range(4):
+        (folder / f"{number}.png").rename(folder / "deep" / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pseudo_file(pictures: Path, detector_file: Path, call: Call, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What predict.py writes for the pictures."""
+    run = tmp_path_factory.mktemp("pseudo") / "run"
+    flags = ["--model", str(detector_file), "--images", str(pictures), "--output", str(run), "--threshold", "0.3"]
+    flags += ["--pseudo_labels", "true", "--threads", "1", "--workers", "0", "--device", "cpu"]
+    assert call(predict.main, flags) == 0
+    return run / "pseudo_labels.json"
+
+
+@pytest.fixture
+def settings(train_settings: Settings, pictures: Path, pseudo_file: Path, detector_file: Path) -> Settings:
+    """A RetinaNet under a RetinaNet, half of each batch with pseudo-labels."""
+    return train_settings | {
+        "unlabeled": str(pictures),
+        "pseudo": str(pseudo_file),
+        "labeled_ratio": 0.5,
+        "model": {"kind": "retinanet", "fpn_channels": 16, "dense": {"convolutions": 1}},
+        "distill": {"teacher": str(detector_file), "check_images": 3, "check_ap": 0.05, "adl": {}},
+    }
+
+
+def loader(tiny_coco: Any, pseudo_file: Path, folder: Path, **changes: Any) -> TrainLoader:
+    data = read_coco(tiny_coco.train_annotations, tiny_coco.train_images, training=True)
+    more, _ = read_pseudo_labels(pseudo_file, folder, NAMES, segmentations=False, cache=False)
+    options: dict[str, Any] = {"batch_size": 4, "seed": 3, "start_step": 0, "stop_step": 6, "short_sides": [64, 80]}
+    options |= {"max_long": 80, "unlabelled": more.images, "pseudo": True}
+    return TrainLoader(data, **(options | changes))
+
+
+# ---- the data
+
+
+def test_pseudo_boxes_are_targets_where_the_file_has_them(tiny_coco: Any, pseudo_file: Path, pictures: Path) -> None:
+    """Against the file's own numbers, moved by the view that seed, id and pass draw."""
+    content = json.loads(pseudo_file.read_text())
+    ids = {image["id"]: image["file_name"] for image in content["images"]}
+    boxes: dict[str, list[list[float]]] = {}
+    labels: dict[str, list[int]] = {}
+    for row in content["annotations"]:
+        x, y, width, height = row["bbox"]
+        boxes.setdefault(ids[row["image_id"]], []).append([x, y, x + width, y + height])
+        labels.setdefault(ids[row["image_id"]], []).append({3: 0, 7: 1}[row["category_id"]])
+    seen = set()
+    batches = loader(tiny_coco, pseudo_file, pictures)
+    for step, batch in enumerate(batches):
+        assert batch.targets.labelled_B is None  # all count
+        for row, record in enumerate(batch.records):
+            name = str(record.image_id).removeprefix("unlabeled/")
+            assert str(record.image_id).startswith("unlabeled/") == (row >= 2)
+            if row < 2:
+                continue
+            seen.add(name)
+            number = step // batches.steps_per_epoch
+            view = draw_view(
+                64, 64, seed=3, image_id=f"unlabeled/{name}", view=number, short_sides=[64, 80], max_long=80, flip=0.5
+            )
+            expected_N4 = view_boxes(np.array(boxes[name], dtype=np.float32).clip(0, 64), view)
+            count = len(expected_N4)
+            np.testing.assert_allclose(batch.targets.boxes_BG4[row, :count].numpy(), expected_N4, atol=1e-3)
+            assert batch.targets.labels_BG[row, :count].tolist() == labels[name]
+            assert (batch.targets.labels_BG[row, count:] == -1).all()
+    assert len(seen) > 2
+    assert seen <= set(boxes)  # never a picture without a box
+
+
+def test_two_ranks_see_the_union_once(tiny_coco: Any, pseudo_file: Path, pictures: Path) -> None:
+    def images(**changes: Any) -> list[list[str]]:
+        batches = loader(tiny_coco, pseudo_file, pictures, **changes)
+        return [[str(record.image_id) for record in batch.records] for batch in batches]
+
+    whole = images()
+    halves = zip(images(ranks=2, rank=0), images(ranks=2, rank=1), strict=True)
+    assert [sorted(one + two) for one, two in halves] == [sorted(step) for step in whole]
+    parts = images(accumulate=2)
+    assert [sorted(parts[2 * step] + parts[2 * step + 1]) for step in range(6)] == [sorted(step) for step in whole]
+
+
+def test_a_ratio_of_one_leaves_them_out(tiny_coco: Any, pseudo_file: Path, pictures: Path) -> None:
+    only = loader(tiny_coco, pseudo_file, pictures, labeled_ratio=1.0)
+    data = read_coco(tiny_coco.train_annotations, tiny_coco.train_images, training=True)
+    plain = TrainLoader(data, batch_size=4, seed=3, start_step=0, stop_step=6, short_sides=[64, 80], max_long=80)
+    assert only.steps_per_epoch == plain.steps_per_epoch == 3
+    for one, two in zip(only, plain, strict=True):
+        assert one.images.pixels_BCHW.equal(two.images.pixels_BCHW)
+        assert one.targets.boxes_BG4.equal(two.targets.boxes_BG4)
+
+
+@pytest.mark.parametrize("strong", [True, False])
+def test_augmentation_of_the_unlabelled_alone(tiny_coco: Any, pseudo_file: Path, pictures: Path, strong: bool) -> None:
+    plain = list(loader(tiny_coco, pseudo_file, pictures, auto_augment=not strong))
+    other = list(loader(tiny_coco, pseudo_file, pictures, auto_augment=not strong, auto_augment_unlabelled=strong))
+    differ = 0
+    for one, two in zip(plain, other, strict=True):
+        height, width = one.images.pixels_BCHW.shape[2:]
+        assert one.images.pixels_BCHW[:2].equal(two.images.pixels_BCHW[:2, :, :height, :width])
+        differ += int(not one.images.pixels_BCHW[2:].equal(two.images.pixels_BCHW[2:]))
+    assert differ >= 3
+
+
+def test_shapes_come_along_for_mask_heads(
+    mask_file: Path, pictures: Path, call: Call, tmp_path: Path, tiny_coco: Any
+) -> None:
+    flags = ["--model", str(mask_file), "--images", str(pictures), "--output", str(tmp_path / "run"), "--threshold"]
+    flags += ["0", "--pseudo_labels", "true", "--threads", "1", "--workers", "0", "--device", "cpu"]
+    assert call(predict.main, flags) == 0
+    file = tmp_path / "run" / "pseudo_labels.json"
+    data, total = read_pseudo_labels(file, pictures, NAMES, segmentations=True, cache=False)
+    assert total == 12
+    for record in data.images:
+        assert record.segmentations is not None
+        assert len(record.segmentations) == len(record.labels_N) > 0
+    content = json.loads(file.read_text())
+    for row in content["annotations"]:
+        del row["segmentation"]
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"pseudo: .*no usable segmentation"):
+        read_pseudo_labels(tmp_path / "boxes.json", pictures, NAMES, segmentations=True, cache=False)
+
+
+# ---- training
+
+
+def test_trains_under_a_teacher_on_both(
+    settings: Settings,
+    arguments: Arguments,
+    call: Call,
+    tmp_path: Path,
+    files_below: Callable[[Path], set[str]],
+    metrics_of: Callable[[Path], Any],
+    pseudo_file: Path,
+    pictures: Path,
+) -> None:
+    assert call(train.main, arguments(settings)) == 0
+    run = tmp_path / "run"
+    parts = ("model.safetensors", "optimizer.safetensors", "state.json", "COMPLETE")
+    assert files_below(run) == {
+        ".lock",
+        "config.yaml",
+        "environment.json",
+        "log.txt",
+        "metrics.jsonl",
+        "result.json",
+        "detector.safetensors",
+        *(f"checkpoints/step_{step:08d}/{name}" for step in (4, 6) for name in parts),
+    }
+    content = json.loads(pseudo_file.read_text())
+    boxes, images = len(content["annotations"]), len(content["images"])
+    log = (run / "log.txt").read_text()
+    assert f"{pseudo_file}: {boxes} pseudo-boxes in {images} of the 12 pictures in {pictures}" in log
+    lines = [line for line in metrics_of(run) if "loss_adl" in line]
+    assert len(lines) == 6
+    for line in lines:
+        assert line["loss"] == pytest.approx(sum(line[f"loss_{name}"] for name in ("cls", "box", "adl")), rel=1e-3)
+        assert line["loss_adl"] > 0
+    inputs = json.loads((run / "environment.json").read_text())["inputs"]
+    assert {"pseudo", "unlabeled", "distill.teacher"} <= inputs.keys()
+    assert read_metadata(run / "detector.safetensors", kind="detector")["teacher"]["kind"] == "retinanet"
+
+
+def test_goes_on_to_the_same_bits(
+    settings: Settings, arguments: Arguments, call: Call, tmp_path: Path, metrics_of: Callable[[Path], Any]
+) -> None:
+    assert call(train.main, arguments(settings, "whole")) == 0
+    assert call(train.main, arguments(settings | {"steps": 3}, "parts")) == 0
+    assert call(train.main, arguments(settings, "parts")) == 0
+    whole, parts = (load_file(tmp_path / name / "detector.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    lines = {line["step"]: line for line in metrics_of(tmp_path / "whole") if "loss_adl" in line}
+    assert all(lines[line["step"]] == line for line in metrics_of(tmp_path / "parts") if "loss_adl" in line)
+
+
+def test_two_ranks_train_as_one(
+    settings: Settings,
+    arguments: Arguments,
+    scripts: Any,
+    call: Call,
+    tmp_path: Path,
+    metrics_of: Callable[[Path], list[dict[str, Any]]],
+) -> None:
+    settings = settings | {"steps": 4}
+    assert call(train.main, arguments(settings, "one")) == 0
+    done = scripts.run("stage2_detect/train.py", *arguments(settings, "two"), ranks=2)
+    assert done.returncode == 0, done.stderr
+    one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
+    assert sum("loss_adl" in line for line in one) == 4
+    for a, b in zip(one, two, strict=True):
+        for name in ("loss", "loss_cls", "loss_box", "loss_adl"):
+            assert a.get(name) == (pytest.approx(b[name], rel=1e-4, abs=1e-5) if name in b else None), (name, a, b)
+
+
+@pytest.mark.parametrize("kind", ["gfl", "faster_rcnn"])
+def test_other_detectors_and_no_teacher(
+    settings: Settings, arguments: Arguments, call: Call, tmp_path: Path, kind: str, train_settings: Settings
+) -> None:
+    """Pseudo-labels alone, and the student's loss is another than on the labelled images alone."""
+    plain = {key: value for key, value in settings.items() if key != "distill"} | {"steps": 2}
+    small = {"kind": "gfl", "fpn_channels": 16, "dense": {"convolutions": 1}}
+    plain["model"] = small if kind == "gfl" else train_settings["model"]
+    assert call(train.main, arguments(plain, "with")) == 0
+    assert call(train.main, arguments(plain | {"labeled_ratio": 1.0}, "without")) == 0
+    one, two = (load_file(tmp_path / name / "detector.safetensors") for name in ("with", "without"))
+    assert any(not torch.equal(one[name], two[name]) for name in one)
+    assert all(tensor.isfinite().all() for tensor in one.values())
+
+
+def test_pseudo_labels_that_are_the_truth_train_as_the_truth_does(
+    settings: Settings, arguments: Arguments, call: Call, tmp_path: Path, tiny_coco: Any, metrics_of: Callable[..., Any]
+) -> None:
+    """Half of each batch labelled, the other half by pseudo-labels which are the true boxes: the losses of a batch of those images, all labelled.
+
+    Its images are known, so the losses are computed once more by hand from the initial weights.
+    """
+    from stage2_detect.config import TrainConfig
+    from stage2_detect.student import Student
+    from stage2_detect.training_data import read_training_data, training_loader
+
+    changes = {"pseudo": str(tiny_coco.train_annotations), "unlabeled": str(tiny_coco.train_images), "distill": None}
+    settings = settings | changes | {"steps": 1, "resize": settings["resize"] | {"flip": 0.0}}
+    assert call(train.main, arguments(settings)) == 0
+    config = TrainConfig(**settings, output=tmp_path / "x")
+    data = read_training_data(config)
+    (batch,) = training_loader(config, data, start=0, stop=1, rank=0, ranks=1)
+    truth = read_coco(tiny_coco.train_annotations, tiny_coco.train_images, training=True)
+    by_file = {Path(record.path).name: record for record in truth.images}
+    for row, record in enumerate(batch.records):
+        same = by_file[Path(record.path).name]
+        count = len(same.labels_N)
+        np.testing.assert_array_equal(batch.targets.boxes_BG4[row, :count].numpy(), same.boxes_N4)
+        assert batch.targets.labels_BG[row, :count].tolist() == same.labels_N.tolist()
+    student = Student(config, truth, device=torch.device("cpu"))
+    losses = student.model.train()(batch.images, batch.targets)
+    line = next(line for line in metrics_of(tmp_path / "run") if "loss_cls" in line)
+    for name, value in losses.items():
+        assert line[name] == pytest.approx(value.item(), rel=1e-4)
+
+
+# ---- users' mistakes
+
+
+def test_user_errors(
+    settings: Settings, arguments: Arguments, user_error: Callable[..., str], tmp_path: Path, pseudo_file: Path
+) -> None:
+    def message(**changes: Any) -> str:
+        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+        return user_error(train.main, arguments(settings | changes, "bad"))
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "1.png").write_bytes(b"")
+    content = json.loads(pseudo_file.read_text())
+    without = tmp_path / "without.json"
+    without.write_text(json.dumps(content | {"annotations": []}))
+    renamed = tmp_path / "renamed.json"
+    names = [{"id": 3, "name": "wide"}, {"id": 7, "name": "high"}]
+    renamed.write_text(json.dumps(content | {"categories": names}))
+    assert f"unlabeled: no images in {tmp_path / 'empty'}" in message(unlabeled=str(tmp_path / "empty"))
+    assert f"pseudo: {without}: no image with a usable box in it" in message(pseudo=str(without))
+    differ = "its 2 classes differ from the 2 that the detector is for; unknown: high; missing: tall"
+    assert f"pseudo: {renamed}: {differ}" in message(pseudo=str(renamed))
+    missing = message(unlabeled=str(tmp_path / "other"))
+    assert (
+        f"pseudo: {len(content['images'])} of the {len(content['images'])} images of {pseudo_file} are missing"
+        in missing
+    )
+    assert "pseudo: " in message(pseudo=str(tmp_path / "nowhere.json"))
+    assert "pseudo: has the boxes of pictures without annotations; give their folder" in message(unlabeled=None)
+    assert "give pseudo, which predict.py --pseudo_labels writes" in message(pseudo=None)
+    assert "give distill.teacher or pseudo" in message(pseudo=None, distill=None)
+    for ratio in (0, -0.5, 1.5):
+        assert "labeled_ratio" in message(labeled_ratio=ratio)
+    assert "0 labelled and 4 unlabelled images of a batch of 4" in message(labeled_ratio=0.05)
