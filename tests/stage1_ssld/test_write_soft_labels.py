@@ -278,7 +278,7 @@ def test_a_disk_too_small(
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(store_writer.shutil, "disk_usage", lambda _: usage(44 * 32 - 1))
     assert user_error(main, arguments(settings)) == (
-        f"{tmp_path / 'run' / 'store'}: the store takes 0.0 GB, 0.0 GB are free; fewer views, a smaller top, or another --output"
+        f"{tmp_path / 'run' / 'store'}: the store takes 1.4 kB, 1.4 kB are free; fewer views, a smaller top, or another --output"
     )
     assert not (tmp_path / "run" / "store").exists()
     store_writer._check_disk(tmp_path, 44 * 32 - 1)
