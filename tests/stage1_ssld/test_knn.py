@@ -191,5 +191,5 @@ def test_unlabelled_rows_of_a_named_source_stay_unlabelled() -> None:
 
     from stage1_ssld.labels import match_classes
 
-    source: Any = SimpleNamespace(labels=[1, -1, 0], class_names=["a", "b"], path="here")
+    source: Any = SimpleNamespace(labels=[1, -1, 0], class_names=["a", "b"], path="here", unlabelled_because=None)
     assert match_classes(source, ["b", "a"], 2, "model") == [0, -1, 1]
