@@ -48,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"ssld {name}: no such command{did_you_mean(name, list(COMMANDS))}")
         if name == "inspect":
             return _inspect(rest)
+        if name == "evaluate" and {"-h", "--help"} & set(rest) and _evaluated(rest) is None:
+            print(
+                f"usage: ssld evaluate --model FILE ...\n\nThe settings are those of {_evaluators()}: add --model FILE to see them."
+            )
+            return 0
         return _main_of(_evaluator(rest) if name == "evaluate" else COMMANDS[name][0], rest)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -81,17 +86,26 @@ def _evaluator(argv: list[str]) -> str:
     """The module that evaluates the file a command line names."""
     from shared.model_file import read_metadata
 
-    file = _value(argv, "--model")
-    config = _value(argv, "--config")
-    if file is None and config is not None:
-        file = read_yaml(Path(config)).get("model")
-    if not isinstance(file, str):
-        scripts = ", ".join(f"{name.replace('.', '/')}.py for a {kind}" for kind, name in _EVALUATORS.items())
-        raise UserError(f"ssld evaluate: needs --model FILE; the settings are those of {scripts}")
+    file = _evaluated(argv)
+    if file is None:
+        raise UserError(f"ssld evaluate: needs --model FILE; the settings are those of {_evaluators()}")
     kind = read_metadata(Path(file)).get("kind", "backbone")  # a file of plain timm has no kind
     if kind not in _EVALUATORS:
         raise UserError(f"{file}: a {kind} file cannot be evaluated")
     return _EVALUATORS[kind]
+
+
+def _evaluated(argv: list[str]) -> str | None:
+    """The file that a command line wants evaluated, said by a flag or in a file of settings."""
+    file: object = _value(argv, "--model")
+    config = _value(argv, "--config")
+    if file is None and config is not None:
+        file = read_yaml(Path(config)).get("model")
+    return file if isinstance(file, str) else None
+
+
+def _evaluators() -> str:
+    return ", ".join(f"{name.replace('.', '/')}.py for a {kind}" for kind, name in _EVALUATORS.items())
 
 
 def _value(argv: list[str], flag: str) -> str | None:

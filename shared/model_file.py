@@ -44,12 +44,19 @@ def save_model_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_tensors(tensors, temporary, {"format": "pt", _KEY: json.dumps(record)})
+        temporary.chmod(0o666 & ~_umask())  # safetensors makes it readable for its owner alone
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     return digest
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)  # there is no way to read it without setting it
+    os.umask(mask)
+    return mask
 
 
 def read_metadata(path: Path, kind: str | None = None) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def predict(config: PredictConfig) -> None:
     files = [run.path / ("pseudo_labels.json" if config.pseudo_labels else "predictions.json")]
     if accelerator.is_main_process:
         try:
-            content, unreadable = assemble(config, loaded, parts, work)
+            content, unreadable, best = assemble(config, loaded, parts, work)
         except UserError as error:
             problem = str(error)
             parts.delete()  # so that the folder can be used again
@@ -85,6 +85,7 @@ def predict(config: PredictConfig) -> None:
             run.log(
                 f"{metrics['boxes']} boxes with a score of {config.least:g} or more, in {metrics['images_with_boxes']} "
                 f"of {len(work.names)} pictures: {files[0]}"
+                + ("" if metrics["boxes"] else f"; the best of all boxes has {best:.2f}")
             )
     problem = from_main_rank(problem)
     if problem:

@@ -136,8 +136,8 @@ def detect_parts(
 
 def assemble(
     config: PredictConfig, loaded: LoadedDetector, parts: Parts, work: Work
-) -> tuple[dict[str, Any], list[str]]:
-    """(the COCO data set of all parts, the pictures that cannot be read).
+) -> tuple[dict[str, Any], list[str], float]:
+    """(the COCO data set of all parts, the pictures that cannot be read, the best score of any box, below the threshold too).
 
     Raises UserError when no picture can be read, and for pseudo-labels when no box is left.
     """
@@ -164,7 +164,8 @@ def assemble(
         "threshold": config.least,
     }
     categories = dict(zip(loaded.category_ids, loaded.class_names, strict=True))
-    return coco_json(shown, [work.names[record.image_id] for record in shown], rows, categories, info), sorted(bad)
+    names = [work.names[record.image_id] for record in shown]
+    return coco_json(shown, names, rows, categories, info), sorted(bad), best
 
 
 def picture_file(folder: Path, name: str) -> Path:

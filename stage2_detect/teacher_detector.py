@@ -70,7 +70,10 @@ def open_teacher(
     Raises:
         UserError: the file is no detector file, has other classes, or maps of other strides.
     """
-    loaded = load_detector(path)
+    try:
+        loaded = load_detector(path)
+    except UserError as error:
+        raise UserError(f"distill.teacher: {error}") from None
     strange = sorted(set(class_names) ^ set(loaded.class_names))
     if strange:
         owner = "the training annotations" if strange[0] in class_names else "the teacher"
@@ -119,7 +122,7 @@ def check_teacher(
     where = f"on {len(chosen)} images of {data.file}"
     if ap < least:
         raise UserError(
-            f"distill.teacher: {teacher.facts.get('file')}: AP {100 * ap:.2f} {where}, below distill.check_ap = {100 * least:.2f}: "
+            f"distill.teacher: {teacher.facts.get('file')}: AP {100 * ap:.2f} {where}, below distill.check_ap {least:g} (AP {100 * least:.2f}): "
             "it was trained on other images or at another size (resize), or hardly at all; a lower check_ap lets it pass"
         )
     return f"teacher {teacher.facts.get('file')}: AP {100 * ap:.2f} {where}"

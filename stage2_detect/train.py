@@ -97,6 +97,7 @@ def train(config: TrainConfig) -> None:
         if data.val is None:
             return {}
         net = student.evaluated
+        run.log(f"step {step}: evaluating {len(data.val.images)} images")
         share_buffers(net)
         metrics, _ = score(net, data.val, **sizes)
         losses = validation_losses(net, data.val_objects, **sizes) if data.val_objects else {}
@@ -135,6 +136,8 @@ def train(config: TrainConfig) -> None:
         f"{steps / steps_per_epoch:.1f} passes, lr {base_lr:g} = {config.optim.lr:g} scaled from batch {config.optim.reference_batch} "
         f"to {config.batch_size}, warm-up {warmup_steps} steps, milestones {milestones}"
     )
+    if milestones and min(milestones) >= steps:
+        run.log(f"milestones: all of them lie beyond the {steps} steps, so the learning rate never drops")
     run.log(f"{device}, {config.precision}, {torch.get_num_threads()} threads, {config.workers} workers")
     if resumed:
         run.log(resumed)

@@ -79,6 +79,12 @@ def test_mistakes_end_in_one_line(argv: list[str], message: str, capsys: pytest.
     assert err.count("\n") == 1
 
 
+def test_help_of_evaluate_needs_no_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "stage1_ssld/evaluate.py for a backbone, stage2_detect/evaluate.py for a detector" in out
+
+
 def test_unknown_kind_is_refused(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--model", str(files["odd"])]) == 2
     assert capsys.readouterr().err == f"error: {files['odd']}: a odd file cannot be evaluated\n"

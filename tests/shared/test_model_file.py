@@ -1,6 +1,7 @@
 """The model file: what it says about itself, and what is refused."""
 
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -32,6 +33,17 @@ def test_round_trip(tmp_path: Path) -> None:
     assert read_shapes(path) == {"a": (2, 3), "b": (), "c": (2,)}
     assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in read_tensors(path).items())
     assert [file.name for file in path.parent.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_who_may_read_it_follows_the_umask(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        save_model_file(tmp_path / "a.safetensors", {"w": torch.zeros(1)}, {"kind": "backbone"})
+        assert os.umask(mask) == mask, "the mask is as it was"
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 def test_hash_sees_names_shapes_types_and_values() -> None:

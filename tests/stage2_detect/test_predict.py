@@ -225,6 +225,11 @@ def test_none_can_be_read(user_error: Error, line: Any, folder: Path, tmp_path: 
     assert message == f"none of the 2 pictures of {tmp_path / 'bad'} can be read; the first is a.jpg"
 
 
+def test_where_nothing_is_found_the_best_score_is_said(call: Call, line: Any, tmp_path: Path) -> None:
+    assert call(predict.main, line("--threshold", "1.0")) == 0
+    assert "; the best of all boxes has 0." in (tmp_path / "seen" / "log.txt").read_text()
+
+
 def test_no_box_above_the_threshold(user_error: Error, call: Call, line: Any, folder: Path, tmp_path: Path) -> None:
     message = user_error(predict.main, line("--pseudo_labels", "true", "--threshold", "1.0"))
     assert message.startswith(f"{folder}: no box with a score of 1 or more in 12 pictures; the best has 0.")

@@ -56,6 +56,7 @@ def test_writes_exactly_these_files_and_the_detector_evaluates(
     }
     log = (run / "log.txt").read_text()
     tensors = len(load_file(backbone_file))
+    assert "step 6: evaluating 5 images" in log
     assert f"loaded {tensors - 2}/{tensors - 2} backbone tensors, 2 head tensors dropped" in log
     metadata = read_metadata(run / "detector.safetensors", kind="detector")
     assert metadata["class_names"] == ["wide", "tall"]
