@@ -117,3 +117,7 @@ def _value(argv: list[str], flag: str) -> str | None:
         elif word.startswith(f"{flag}="):
             found = word.removeprefix(f"{flag}=")
     return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
