@@ -5,6 +5,8 @@ first, each takes the free object with the highest IoU. One that overlaps a crow
 right nor wrong. The curves are those of COCO's precision table at this IoU. Confusions are looked for among what is left
 over above the threshold, across classes; so the matrix' diagonal, rows and columns add up to the counts of the table.
 
+Each image has one number too: the LRP error of what was found in it, which picks the pictures that a report shows.
+
 Legend: I images (in a chunk), D detections (of an image, or of all), G objects of an image, K classes, R 101 recall
 points. All images of a chunk are matched at once: the loop is over the rank of a detection in its image.
 """
@@ -35,6 +37,9 @@ class Analysis:
         labels_D, scores_D: of the detections.
         states_D: RIGHT, WRONG or IGNORED.
         confusions: int64 [K + 1, K + 1], rows truth, columns what was said; the last of both is background.
+        image_ids: of the I images, in COCO's order.
+        counts_I3: int64, right, wrong and missed of each image above the threshold.
+        lrp_I: LRP error of each image at the threshold, 0 (all found, boxes exact) to 1; NaN where there was nothing to find and nothing was said.
     """
 
     class_names: tuple[str, ...]
@@ -44,6 +49,9 @@ class Analysis:
     scores_D: np.ndarray
     states_D: np.ndarray
     confusions: np.ndarray
+    image_ids: tuple[Id, ...]
+    counts_I3: np.ndarray
+    lrp_I: np.ndarray
 
 
 def analyse(ground_truth: CocoData, detections: Mapping[Id, Detections], *, threshold: float) -> Analysis:
@@ -56,6 +64,7 @@ def analyse(ground_truth: CocoData, detections: Mapping[Id, Detections], *, thre
     confusions = np.zeros((classes + 1, classes + 1), dtype=np.int64)
     objects_K = np.zeros(classes, dtype=np.int64)
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    pictures: list[tuple[np.ndarray, np.ndarray]] = []
     for start in range(0, len(records), _CHUNK):
         chunk = records[start : start + _CHUNK]
         truth_IG6 = _padded([_object_rows(r.file_boxes_N4, r.labels_N, r.crowd_N) for r in chunk])
@@ -65,6 +74,7 @@ def analyse(ground_truth: CocoData, detections: Mapping[Id, Detections], *, thre
         regular_IG = (truth_IG6[..., 4] >= 0) & (truth_IG6[..., 5] == 0)
         objects_K += np.bincount(truth_IG6[..., 4][regular_IG].astype(np.int64), minlength=classes)
         confusions += _confusions(found_ID6, truth_IG6, overlaps_IDG, states_ID, taken_IG, classes, threshold, IOU)
+        pictures.append(_of_images(found_ID6, regular_IG, overlaps_IDG, states_ID, taken_IG, threshold, IOU))
         real_ID = found_ID6[..., 4] >= 0
         columns = (found_ID6[..., 4].astype(np.int64), found_ID6[..., 5], states_ID)
         parts.append((columns[0][real_ID], columns[1][real_ID], columns[2][real_ID]))
@@ -72,7 +82,20 @@ def analyse(ground_truth: CocoData, detections: Mapping[Id, Detections], *, thre
     # taken one that only they found.
     confusions[:classes, classes] = objects_K - confusions[:classes, :classes].sum(1)
     labels_D, scores_D, states_D = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Analysis(ground_truth.class_names, threshold, objects_K, labels_D, scores_D, states_D, confusions)
+    counts_I3, lrp_I = (np.concatenate(column) for column in zip(*pictures, strict=True))
+    image_ids = tuple(record.image_id for record in records)
+    return Analysis(
+        ground_truth.class_names,
+        threshold,
+        objects_K,
+        labels_D,
+        scores_D,
+        states_D,
+        confusions,
+        image_ids,
+        counts_I3,
+        lrp_I,
+    )
 
 
 def counts(analysis: Analysis) -> dict[str, np.ndarray]:
@@ -264,6 +287,31 @@ def _confusions(
         truth_I = np.where(mixed_I, truth_IG6[images, best_I, 4].astype(np.int64), classes)
         np.add.at(matrix, (truth_I[left_I], labels_ID[left_I, rank]), 1)
     return matrix
+
+
+def _of_images(
+    found_ID6: np.ndarray,
+    regular_IG: np.ndarray,
+    overlaps_IDG: np.ndarray,
+    states_ID: np.ndarray,
+    taken_IG: np.ndarray,
+    threshold: float,
+    iou: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(right, wrong, missed [I, 3]; LRP error [I]) of a chunk.
+
+    The error is that of "Localization Recall Precision" (arXiv:1807.01696), equation 4: each right detection adds (1 - IoU) / (1 - `iou`), each wrong
+    one and each missed object 1, and the sum is divided by their number.
+    """
+    seen_ID = (found_ID6[..., 4] >= 0) & (found_ID6[..., 5] >= threshold)
+    right_I, wrong_I = ((seen_ID & (states_ID == state)).sum(1) for state in (RIGHT, WRONG))
+    missed_I = regular_IG.sum(1) - right_I
+    overlap_IG = np.take_along_axis(overlaps_IDG, taken_IG.clip(0)[:, None], 1)[:, 0]
+    found_IG = (taken_IG >= 0) & (taken_IG < seen_ID.sum(1)[:, None])  # detections are sorted by score
+    apart_I = np.where(found_IG, (1 - overlap_IG) / (1 - iou), 0).sum(1)
+    number_I = right_I + wrong_I + missed_I
+    lrp_I = np.divide(apart_I + wrong_I + missed_I, number_I, out=np.full(len(number_I), np.nan), where=number_I > 0)
+    return np.stack([right_I, wrong_I, missed_I], 1), lrp_I
 
 
 def _last_argmax(values_IG: np.ndarray) -> np.ndarray:

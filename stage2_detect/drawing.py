@@ -5,6 +5,7 @@ Legend: N objects of a picture.
 
 import colorsys
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ Area = tuple[float, float, float, float]
 def draw_objects(picture: Image.Image, found: Detections, class_names: Sequence[str]) -> Image.Image:
     """An RGB picture with its objects, the best on top.
 
-    Boxes are in pixels of `picture`: their outer edges are drawn. A small picture is enlarged by a whole factor, its boxes with it.
+    Boxes are in pixels of `picture`: their outer edges are drawn. A small picture is enlarged by a whole factor, its boxes with it. A score of NaN,
+    which stands for an annotation, is not written.
     """
     zoom = max(1, -(-_LEAST_SIDE // max(picture.size)))
     boxes_N4 = (found.boxes_N4.double() * zoom).round().long().tolist()
@@ -43,7 +45,7 @@ def draw_objects(picture: Image.Image, found: Detections, class_names: Sequence[
     font = _font(max(12, round(min(drawn.size) / 38)))
     taken: list[Area] = []
     for i, box in enumerate(boxes_N4):  # the best chooses its place first
-        text = f"{class_names[labels[i]]} {scores[i]:.2f}"
+        text = class_names[labels[i]] + ("" if math.isnan(scores[i]) else f" {scores[i]:.2f}")
         area = _place(draw, text, font, box, drawn.size, taken)
         color = class_color(labels[i])
         draw.rectangle(area, fill=color)

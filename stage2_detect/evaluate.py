@@ -2,11 +2,11 @@
 
     python stage2_detect/evaluate.py --model runs/det/detector.safetensors --annotations val.json --images val --output runs/det_ap
 
-Writes `detections.json` (COCO results with the original ids) and `analysis.json` (precision, recall and F1 of each class
-at `score_threshold`, confusion matrix, precision-recall curves) beside result.json.
+Writes `detections.json` (COCO results with the original ids), `analysis.json` (precision, recall and F1 of each class
+at `score_threshold`, confusion matrix, precision-recall curves) and `pictures/` (the best and the worst images, ground
+truth beside what was found) beside result.json.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,11 +30,12 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     from shared.errors import UserError
     from shared.processes import DTYPES, uses_gpu
     from shared.ranks import from_main_rank
-    from shared.run_dir import RunDir, write_atomically
-    from stage2_detect import analysis, expected
+    from shared.run_dir import RunDir
+    from stage2_detect import expected
     from stage2_detect.coco import read_coco, require_masks
     from stage2_detect.coco_ap import detections_to_json
     from stage2_detect.detector_file import load_detector
+    from stage2_detect.evaluation_files import write_evaluation
     from stage2_detect.scoring import describe, score
 
     loaded = load_detector(config.model)
@@ -77,14 +78,11 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     if config.expected:
         metrics["expected_met"], line = expected.compare(config.expected, metrics, len(data.images))
         run.log(line)
-    files = [run.path / "detections.json", run.path / "analysis.json"]
+    files = [run.path / "detections.json"]
     if accelerator.is_main_process:
         detections_to_json(data, detections, files[0])
-        found = analysis.analyse(data, detections, threshold=config.score_threshold)
-        report = analysis.report(found, metrics["per_class"])
-        write_atomically(files[1], json.dumps(report) + "\n")
-        for line in analysis.describe(report):
-            run.log(line)
+        report, written = write_evaluation(run, data, detections, metrics, threshold=config.score_threshold)
+        files += written
         metrics["at_threshold"] = {key: report[key] for key in ("score_threshold", "iou")} | report["all_classes"]
         metrics["per_class_f1"] = {row["class"]: row["f1"] for row in report["classes"]}
     accelerator.end_training()

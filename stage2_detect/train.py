@@ -2,7 +2,8 @@
 
     python stage2_detect/train.py --backbone runs/ssld/student.safetensors --config stage2_detect/configs/faster_rcnn.yaml
 
-Writes `detector.safetensors` (last step) and, with `evaluate_every`, `detector_best.safetensors`. Initial weights come, in this order, from (1)
+Writes `detector.safetensors` (last step) and, with `evaluate_every`, `detector_best.safetensors`; with evaluation images
+`analysis.json` and `pictures/` of the last evaluation, as `evaluate.py` does. Initial weights come, in this order, from (1)
 the newest checkpoint of this run, (2) `init`, a detector file, (3) the backbone, with random heads.
 """
 
@@ -46,6 +47,7 @@ def train(config: TrainConfig) -> None:
     from shared.stop import StopRequest
     from shared.training_state import TrainingState
     from stage2_detect import expected
+    from stage2_detect.evaluation_files import write_evaluation
     from stage2_detect.scoring import describe, score
     from stage2_detect.student import Student
     from stage2_detect.teacher_detector import check_teacher
@@ -93,13 +95,16 @@ def train(config: TrainConfig) -> None:
         "dtype": dtype,
     }
 
+    detections: dict[Any, Any] = {}  # of the last evaluation, on the main rank
+
     def evaluate_now() -> dict[str, Any]:
+        nonlocal detections
         if data.val is None:
             return {}
         net = student.evaluated
         run.log(f"step {step}: evaluating {len(data.val.images)} images")
         share_buffers(net)
-        metrics, _ = score(net, data.val, **sizes)
+        metrics, detections = score(net, data.val, **sizes)
         losses = validation_losses(net, data.val_objects, **sizes) if data.val_objects else {}
         shown = [describe(metrics), *(f"{name} {value:.4f}" for name, value in losses.items())]
         run.log(f"step {step}: {', '.join(shown)}")
@@ -209,8 +214,11 @@ def train(config: TrainConfig) -> None:
         run.log(line)
     file = run.path / "detector.safetensors"
     save_model(file, metrics)
+    files = [file]
+    if data.val and accelerator.is_main_process:
+        files += write_evaluation(run, data.val, detections, metrics, threshold=0.5)[1]
     accelerator.end_training()
-    run.finish(metrics | {"steps": step, "images_seen": step * config.batch_size}, [file])
+    run.finish(metrics | {"steps": step, "images_seen": step * config.batch_size}, files)
     run.log(f"wrote {file}")
 
 

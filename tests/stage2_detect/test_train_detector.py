@@ -31,6 +31,13 @@ def backbone_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def pictures_of(run: Path) -> set[str]:
+    """The files that a run's list of pictures names, and the list."""
+    index = json.loads((run / "pictures/index.json").read_text())
+    assert index
+    return {"pictures/index.json", *(f"pictures/{entry[side]}" for entry in index for side in ("truth", "found"))}
+
+
 def test_writes_exactly_these_files_and_the_detector_evaluates(
     train_settings: Settings,
     arguments: Arguments,
@@ -52,6 +59,8 @@ def test_writes_exactly_these_files_and_the_detector_evaluates(
         "result.json",
         "detector.safetensors",
         "detector_best.safetensors",
+        "analysis.json",
+        *pictures_of(run),
         *(f"checkpoints/step_{step:08d}/{name}" for step in (4, 6) for name in checkpoint),
     }
     log = (run / "log.txt").read_text()
@@ -83,7 +92,10 @@ def test_writes_exactly_these_files_and_the_detector_evaluates(
         "result.json",
         "detections.json",
         "analysis.json",
+        *pictures_of(tmp_path / "ap"),
     }
+    for name in ("analysis.json", *pictures_of(run)):  # the same detector on the same images
+        assert (run / name).read_bytes() == (tmp_path / "ap" / name).read_bytes()
     trained = json.loads((run / "result.json").read_text())["metrics"]
     evaluated = json.loads((tmp_path / "ap" / "result.json").read_text())["metrics"]
     analysis = json.loads((tmp_path / "ap" / "analysis.json").read_text())
