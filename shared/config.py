@@ -160,7 +160,7 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
     `--config FILE` and its bases come first, flags on top; `--print-config` prints the result as YAML and exits. Raises UserError with one line per
     wrong key.
     """
-    argv = [_underscored(word) for word in argv]
+    argv = [underscored(word) for word in argv]
     parser = Parser(prog=program, description=config_type.__doc__, allow_abbrev=False)
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with these settings; flags override it")
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and exit")
@@ -184,7 +184,7 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
     return config
 
 
-def _underscored(word: str) -> str:
+def underscored(word: str) -> str:
     """A flag as its key is spelt: `--push-to-hub` is `--push_to_hub`."""
     name, equals, value = word.partition("=")
     known = not name.startswith("--") or name == "--print-config"

@@ -116,11 +116,9 @@ def read_coco(
     masks = table.segmentations
 
     unrounded = np.concatenate([file_boxes[:, :2], file_boxes[:, :2] + file_boxes[:, 2:]], 1)
-    corners = unrounded.round(3)
-    limits = np.stack([table.widths_I, table.heights_I] * 2, 1).astype(np.float64)[owners]
-    clipped = corners.clip(0, limits)
-    degenerate = ((corners[:, 2:] - corners[:, :2]) <= MIN_SIDE).any(1)
-    outside = ~degenerate & ((clipped[:, 2:] - clipped[:, :2]) <= MIN_SIDE).any(1)
+    limits = np.stack([table.widths_I, table.heights_I], 1).astype(np.float64)[owners]
+    judged = judge_boxes(file_boxes, limits)
+    corners, clipped, degenerate, outside = judged.corners_N4, judged.clipped_N4, judged.degenerate_N, judged.outside_N
     odd = np.flatnonzero((degenerate | outside) & ~(crowd & training))
     keep = ~(degenerate | outside | crowd) if training else np.ones(len(crowd), dtype=bool)
     boxes = (clipped if training else unrounded).astype(np.float32)
@@ -151,6 +149,29 @@ def read_coco(
     if not images:
         raise UserError(f"{file}: no image{' with a usable box' if image_ids else ''} in it")
     return CocoData(file, training, names, ids, images, counts, tuple(annotation_ids[i] for i in odd[:3]))
+
+
+@dataclass(frozen=True, eq=False)
+class JudgedBoxes:
+    """What training makes of the boxes of a file."""
+
+    corners_N4: np.ndarray
+    """float64 xyxy, rounded to 3 decimals"""
+    clipped_N4: np.ndarray
+    """the same, clipped to the image"""
+    degenerate_N: np.ndarray
+    """bool: a side <= 1e-5"""
+    outside_N: np.ndarray
+    """bool: nothing of the box is inside the image"""
+
+
+def judge_boxes(file_boxes_N4: np.ndarray, sizes_N2: np.ndarray) -> JudgedBoxes:
+    """Judges finite xywh boxes in images of `sizes_N2` (width, height)."""
+    corners_N4 = np.concatenate([file_boxes_N4[:, :2], file_boxes_N4[:, :2] + file_boxes_N4[:, 2:]], 1).round(3)
+    clipped_N4 = corners_N4.clip(0, np.concatenate([sizes_N2, sizes_N2], 1))
+    degenerate_N = ((corners_N4[:, 2:] - corners_N4[:, :2]) <= MIN_SIDE).any(1)
+    outside_N = ~degenerate_N & ((clipped_N4[:, 2:] - clipped_N4[:, :2]) <= MIN_SIDE).any(1)
+    return JudgedBoxes(corners_N4, clipped_N4, degenerate_N, outside_N)
 
 
 def require_masks(data: CocoData) -> CocoData:

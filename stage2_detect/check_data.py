@@ -1,0 +1,271 @@
+"""Look a COCO data set over before training: what would training refuse, drop or be misled by?
+
+    python stage2_detect/check_data.py --annotations train.json --images photos --val_annotations val.json --val_images photos --fix data/clean
+
+Prints what it finds and what --fix does about it: a cleaned copy of each JSON file in a folder of its own; neither the given files nor the pictures
+are ever changed. Exit code 0: training can begin, 1: something would end it or make its scores worthless, 2: a mistake in the command. `ssld doctor`
+is this and a look at the machine.
+"""
+
+import json
+import sys
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from shared.command import USER_ERROR
+from shared.config import Parser, underscored
+from shared.errors import UserError
+from stage2_detect.data_findings import LEVELS, Finding, count, some
+
+if TYPE_CHECKING:
+    from stage2_detect.data_pictures import Seen
+    from stage2_detect.data_rows import FileCheck
+
+_WIDTH, _CLASSES = 24, 12
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns 0 without faults, 1 with some, 2 for a user's mistake."""
+    try:
+        arguments = _parser().parse_args([underscored(word) for word in (sys.argv[1:] if argv is None else argv)])
+        return check_data(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+
+
+def check_data(arguments: Namespace) -> int:
+    """Check what the arguments name, print it, write the cleaned copies; returns the exit code."""
+    from stage2_detect.data_pictures import check_pictures, check_strays
+    from stage2_detect.data_rows import check_rows
+
+    places = _places(arguments)
+    checks = [check_rows(name, file, folder) for name, file, folder in places]
+    seen = [check_pictures(check, quick=arguments.quick) for check in checks]
+    check_strays(checks)
+    if len(checks) == 2:
+        _compare_classes(*checks)
+        _compare_pictures(checks[0], checks[1], seen[0], seen[1], alike=arguments.look_alikes)
+    print("\n".join([line for check in checks for line in _about(check)] + _histogram(checks)))
+    findings = [finding for check in checks for finding in check.findings]
+    for level in reversed(LEVELS):
+        for finding in findings:
+            if finding.level == level:
+                print(line_of(finding))
+    if arguments.fix:
+        for check in checks:
+            print(_write_copy(check, arguments.fix))
+    if arguments.report:
+        record = {
+            "files": {check.name: check.statistics for check in checks},
+            "findings": [asdict(one) for one in findings],
+        }
+        arguments.report.write_text(json.dumps(record), encoding="utf-8")
+    levels = Counter(finding.level for finding in findings)
+    if not arguments.report:  # a program that asks for it has its own last line
+        print(
+            f"{count(levels['fault'], 'fault')}, {count(levels['warning'], 'warning')}, {count(levels['note'], 'note')}"
+        )
+    return 1 if levels["fault"] else 0
+
+
+def line_of(finding: Finding) -> str:
+    """A finding as it is printed."""
+    fix = f" [--fix {finding.fix}]" if finding.fix else ""
+    return f"  {finding.level:<8}{finding.file}: {finding.text}{fix}"
+
+
+def _places(arguments: Namespace) -> list[tuple[str, Path, Path]]:
+    if (arguments.val_annotations is None) != (arguments.val_images is None):
+        raise UserError("give both --val_annotations and --val_images, or neither")
+    places = [("train", arguments.annotations, arguments.images)]
+    if arguments.val_annotations:
+        places.append(("val", arguments.val_annotations, arguments.val_images))
+    for _, _, folder in places:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder")
+    if arguments.fix:
+        if arguments.quick:
+            raise UserError("--fix needs to see the pictures; leave out --quick")
+        if len(places) == 2 and places[0][1].name == places[1][1].name:
+            raise UserError(f"--fix: both files are called {places[0][1].name}; check and clean them one by one")
+        for _, file, _ in places:
+            if (arguments.fix / file.name).exists():
+                raise UserError(f"{arguments.fix / file.name}: is there already; give another folder to --fix")
+    return places
+
+
+def _about(check: "FileCheck") -> list[str]:
+    facts = check.statistics
+    dropped = (
+        f", of {facts['boxes'] + facts['dropped']:,}: {facts['dropped']:,} {'dropped' if check.name == 'train' else 'crowd or unusable'}"
+        if facts["dropped"]
+        else ""
+    )
+    lines = [
+        f"{check.file}: {count(facts['images'], 'image')}, {count(len(facts['classes']), 'class')}, {count(facts['boxes'], 'box')}{dropped}"
+    ]
+    if facts["object_sizes"]:
+        low, _, middle, _, high = (100 * value for value in facts["object_sizes"])
+        lines.append(
+            f"  {facts['long_side']:g} x {facts['short_side']:g} pixels at the median; objects are {middle:.0f} % of the short side "
+            f"(5 to 95 of 100: {low:.0f} to {high:.0f} %), at most {facts['most_boxes']:,} in one image"
+        )
+    return lines
+
+
+def _histogram(checks: "list[FileCheck]") -> list[str]:
+    """Boxes of each class in all files, the most frequent in the first one on top."""
+    counts = [check.statistics["classes"] for check in checks]
+    names = sorted(
+        dict.fromkeys(name for classes in counts for name in classes), key=lambda name: -counts[0].get(name, 0)
+    )
+    most = max([1, *counts[0].values()])
+    rows = [(name, [classes.get(name, 0) for classes in counts]) for name in names]
+    if len(rows) > _CLASSES + 1:
+        rest = [sum(numbers) for numbers in zip(*(numbers for _, numbers in rows[_CLASSES:]), strict=True)]
+        rows = [*rows[:_CLASSES], (f"{len(rows) - _CLASSES} more", rest)]
+    head = f"  {'boxes of a class':<20} {' '.join(f'{check.name:>8}' for check in checks)}"
+    bars = ["#" * min(_WIDTH, -(-_WIDTH * numbers[0] // most)) if name in counts[0] else "" for name, numbers in rows]
+    return [head] + [
+        f"  {name[:20]:<20} {' '.join(f'{number:>8,}' for number in numbers)} {bar}".rstrip()
+        for (name, numbers), bar in zip(rows, bars, strict=True)
+    ]
+
+
+def _compare_classes(train: "FileCheck", val: "FileCheck") -> None:
+    """Training refuses an evaluation file with other class names."""
+    ours, theirs = (list(dict.fromkeys(check.class_of.values())) for check in (train, val))
+    missing, extra = [name for name in ours if name not in theirs], [name for name in theirs if name not in ours]
+    if not missing and not extra:
+        return
+    plain = {_plain(name): name for name in missing}
+    renamed = {name: plain[_plain(name)] for name in extra if _plain(name) in plain}
+    stuck = [name for name in extra if name not in renamed and val.boxes_of[name]]
+    words = [f"{name!r} is {ours!r} in {train.file.name}" for name, ours in list(renamed.items())[:3]]
+    for what, names in (
+        ("missing", [name for name in missing if name not in renamed.values()]),
+        ("unknown", [name for name in extra if name not in renamed]),
+    ):
+        words += [f"{what}: {some(names, 5)}"] if names else []
+    val.add(
+        "fault",
+        f"its classes are not those of {train.file.name} ({'; '.join(words)}): training stops",
+        None if stuck else "gives it the same classes",
+    )
+    if stuck:
+        return
+    ids = set(val.class_of)
+    for index, row in enumerate(val.content["categories"]):
+        if row.get("name") in renamed:
+            val.repair.category_values[index] = {"name": renamed[row["name"]]}
+        elif row.get("name") in extra:
+            val.repair.drop_categories.add(index)
+    for row in train.content["categories"]:
+        if row.get("name") in missing and row["name"] not in renamed.values():
+            new: Any = row["id"]
+            while new in ids:
+                new = new + 1 if isinstance(new, int) else f"{new}_"
+            ids.add(new)
+            val.repair.new_categories.append({**row, "id": new})
+
+
+def _plain(name: str) -> str:
+    """A name without case, spaces and dashes."""
+    return "".join(letter for letter in name.lower() if letter not in " -_")
+
+
+def _compare_pictures(
+    train: "FileCheck", val: "FileCheck", ours: dict[int, "Seen"], theirs: dict[int, "Seen"], *, alike: bool
+) -> None:
+    """Pictures of the evaluation set that are trained on make its scores worthless."""
+    from stage2_detect.data_pictures import look_alikes
+
+    names = [
+        {index: check.content["images"][index]["file_name"] for index in check.image_of.values()}
+        for check in (train, val)
+    ]
+    known = {look.digest: index for index, look in theirs.items()}
+    pairs = [(index, known[look.digest]) for index, look in ours.items() if look.digest in known]
+    if not theirs and train.folder.resolve() == val.folder.resolve():  # nothing was opened: the same file at least
+        known_names = {name: index for index, name in names[1].items()}
+        pairs = [(index, known_names[name]) for index, name in names[0].items() if name in known_names]
+    if pairs:
+        shown = some(
+            [names[0][a] if names[0][a] == names[1][b] else f"{names[0][a]} = {names[1][b]}" for a, b in pairs]
+        )
+        train.add(
+            "fault",
+            f"{count(len(pairs), 'picture')} also in {val.file.name} ({shown}): scores would be too good",
+            "leaves them out here",
+        )
+        train.repair.drop_images.update(index for index, _ in pairs)
+    if alike:
+        first, second = list(ours), list(theirs)
+        same = set(pairs)
+        near = [
+            (first[a], second[b])
+            for a, b in look_alikes([ours[index].look for index in first], [theirs[index].look for index in second])
+            if (first[a], second[b]) not in same
+        ]
+        if near:
+            shown = some([f"{names[0][a]} ~ {names[1][b]}" for a, b in near])
+            train.add(
+                "warning",
+                f"{count(len(near), 'pair')} of pictures alike here and in {val.file.name} ({shown}): look at them",
+            )
+
+
+def _write_copy(check: "FileCheck", folder: Path) -> str:
+    """Write the cleaned copy of a file and read it back as training does; returns a line on it."""
+    from stage2_detect.coco import read_coco
+
+    content = check.repair.apply(check.content)
+    folder.mkdir(parents=True, exist_ok=True)
+    file, pending = folder / check.file.name, folder / f".{check.file.name}"
+    pending.write_text(json.dumps(content), encoding="utf-8")
+    try:
+        data = read_coco(pending, check.folder, training=True)
+    except UserError as error:
+        why = str(error).replace(str(pending), str(check.file))
+        raise UserError(f"no cleaned copy: what is left cannot be trained on: {why}") from None
+    else:
+        pending.replace(file)
+    finally:
+        pending.unlink(missing_ok=True)
+    before = {key: len(check.content[key]) for key in ("images", "annotations")}
+    gone = [count(before[key] - len(content[key]), key[:-1]) for key in before if before[key] > len(content[key])]
+    left = f"; left out: {' and '.join(gone)}" if gone else ""
+    return f"wrote {file}: {count(len(data.images), 'image')}, {count(data.counts['boxes'], 'box')}{left}; the pictures stay in {check.folder}"
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="check_data.py", description="Look a COCO data set over before training.", allow_abbrev=False)
+    parser.add_argument("--annotations", type=Path, required=True, metavar="JSON", help="COCO JSON")
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of its pictures")
+    parser.add_argument("--val_annotations", type=Path, metavar="JSON", help="the same for evaluation")
+    parser.add_argument("--val_images", type=Path, metavar="DIR")
+    parser.add_argument(
+        "--fix", type=Path, metavar="DIR", help="write cleaned copies of the JSON files into this folder"
+    )
+    parser.add_argument(
+        "--look_alikes", action="store_true", help="also compare training with evaluation pictures by their looks"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="do not open the pictures, only see whether they are there"
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="also write what was found as JSON, for other programs"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

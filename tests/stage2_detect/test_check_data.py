@@ -1,0 +1,289 @@
+"""The data check against damage done by hand: every fault is found and named, what training drops is counted as training counts it, and a cleaned
+copy can be trained on while the given files stay as they were."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shared.errors import UserError
+from stage2_detect.check_data import main
+from stage2_detect.coco import read_coco
+from stage2_detect.data_pictures import difference_hash, look_alikes
+
+Content = dict[str, Any]
+
+
+class DataSet:
+    """A copy of the drawn scenes that a test may damage."""
+
+    def __init__(self, folder: Path, source: Any) -> None:
+        self.folder = folder
+        for part in ("train", "val"):
+            shutil.copytree(getattr(source, f"{part}_images"), folder / part)
+            shutil.copy(getattr(source, f"{part}_annotations"), folder / f"{part}.json")
+
+    def read(self, part: str = "train") -> Content:
+        content: Content = json.loads((self.folder / f"{part}.json").read_text())
+        return content
+
+    def write(self, content: Content, part: str = "train") -> None:
+        (self.folder / f"{part}.json").write_text(json.dumps(content))
+
+    def check(self, *flags: str, val: bool = False) -> tuple[int, list[Content], Content]:
+        """(exit code, findings, statistics of the files)."""
+        report = self.folder / "report.json"
+        places = ["--annotations", str(self.folder / "train.json"), "--images", str(self.folder / "train")]
+        if val:
+            places += ["--val_annotations", str(self.folder / "val.json"), "--val-images", str(self.folder / "val")]
+        code = main([*places, "--report", str(report), *flags])
+        record = json.loads(report.read_text())
+        return code, record["findings"], record["files"]
+
+
+@pytest.fixture
+def data(tmp_path: Path, tiny_coco: Any) -> DataSet:
+    return DataSet(tmp_path, tiny_coco)
+
+
+def texts(findings: list[Content], level: str) -> list[str]:
+    return [finding["text"] for finding in findings if finding["level"] == level]
+
+
+def test_sound_data_is_sound(data: DataSet, capsys: pytest.CaptureFixture[str]) -> None:
+    content = data.read()
+    code, findings, facts = data.check(val=True)
+    assert code == 0
+    assert {finding["level"] for finding in findings} <= {"note"}
+    assert any("1 image without objects (1.png)" in text for text in texts(findings, "note"))
+    counts = {
+        name: sum(row["category_id"] == key for row in content["annotations"])
+        for key, name in ((3, "wide"), (7, "tall"))
+    }
+    assert facts["train"]["classes"] == counts
+    sides = sorted((row["area"] ** 0.5) / 64 for row in content["annotations"])
+    middle = len(sides) // 2
+    median = sides[middle] if len(sides) % 2 else (sides[middle - 1] + sides[middle]) / 2
+    assert facts["train"]["object_sizes"][2] == pytest.approx(median, abs=1e-4)
+    assert facts["train"]["short_side"] == 64
+    assert "12 images, 2 classes, " in capsys.readouterr().out
+
+
+def test_counts_are_those_of_training(data: DataSet) -> None:
+    content = data.read()
+    rows = content["annotations"]
+    rows[0]["bbox"][2] = 0  # degenerate
+    rows[1]["bbox"] = [70, 0, 9, 9]  # outside
+    rows[2]["bbox"] = [-9, -9, 9, 20]
+    rows[3]["bbox"] = [50, 50, 30, 5]  # clipped
+    rows[4]["bbox"], rows[4]["iscrowd"] = [0, 0, 0, 0], 1  # a crowd is not judged
+    data.write(content)
+    code, findings, facts = data.check()
+    trained = read_coco(data.folder / "train.json", data.folder / "train", training=True)
+    assert (trained.counts["degenerate"], trained.counts["outside"], trained.counts["clipped"]) == (1, 2, 1)
+    assert facts["train"]["boxes"] == trained.counts["boxes"] == len(rows) - 4
+    assert facts["train"]["dropped"] == 4
+    assert code == 0
+    warnings = texts(findings, "warning")
+    assert any(text.startswith(f"1 box without width or height (id {rows[0]['id']})") for text in warnings)
+    assert any(text.startswith("2 boxes outside the image (first ids: ") for text in warnings)
+    assert any(text.startswith("1 box reaching over the border") for text in texts(findings, "note"))
+
+
+Damage = Callable[[Content], None]
+FAULTS: list[tuple[str, Damage, str]] = [
+    ("image gone from the list", lambda c: c["annotations"][0].update(image_id="nobody"), "of an image that is not in"),
+    ("unknown category", lambda c: c["annotations"][0].update(category_id=99), "of a category that is not in the file"),
+    ("text for a number", lambda c: c["annotations"][0].update(category_id=str(c["annotations"][0]["category_id"])), "differs in type"),
+    ("NaN", lambda c: c["annotations"][0].update(bbox=[float("nan"), 1, 2, 3]), "without a bbox of four finite numbers"),
+    ("no box", lambda c: c["annotations"][0].pop("bbox"), "without a bbox of four finite numbers"),
+    ("same id", lambda c: c["annotations"][1].update(id=c["annotations"][0]["id"]), "without an id of its own"),
+    ("crowd of 5", lambda c: c["annotations"][0].update(iscrowd=5), "an iscrowd that is neither 0 nor 1"),
+    ("area in words", lambda c: c["annotations"][0].update(area="large"), "an area that is not a finite number"),
+    ("no width", lambda c: c["images"][0].pop("width"), "1 image without a width and height (0.png)"),
+    ("image twice", lambda c: c["images"].append(c["images"][0]), "1 image id given again (train-0)"),
+    ("no name", lambda c: c["images"][0].pop("file_name"), "1 image without id or file_name"),
+    ("wrong size", lambda c: c["images"][2].update(width=32), "1 picture not of the size that the file says (2.png is 64 x 64, not 32 x 64)"),
+    ("file gone", lambda c: c["images"][2].update(file_name="gone.png"), "1 picture of 12 not in"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "message"), [case[1:] for case in FAULTS], ids=[case[0] for case in FAULTS])
+def test_faults_are_found_where_training_stops_and_mended(data: DataSet, damage: Damage, message: str) -> None:
+    content = data.read()
+    damage(content)
+    data.write(content)
+    before = (data.folder / "train.json").read_bytes()
+    try:
+        read_coco(data.folder / "train.json", data.folder / "train", training=True)
+        refused = "wrong size" if content["images"][2]["width"] == 32 else ""  # training only knows when it opens it
+    except UserError:
+        refused = "by reading"
+    assert refused
+    code, findings, _ = data.check("--fix", str(data.folder / "clean"))
+    assert code == 1
+    assert any(message in text for text in texts(findings, "fault")), findings
+    assert (data.folder / "train.json").read_bytes() == before
+    shutil.copy(data.folder / "clean" / "train.json", data.folder / "train.json")
+    assert data.check()[0] == 0
+    kept = read_coco(data.folder / "train.json", data.folder / "train", training=True)
+    assert len(kept.images) >= 11
+
+
+def test_cleaned_copy_keeps_what_is_sound(data: DataSet) -> None:
+    content = data.read()
+    rows, images = content["annotations"], content["images"]
+    rows[3]["bbox"], rows[3]["area"] = [50.5, 40, 30, 5], 150
+    rows.append({**rows[5], "id": 900})  # a duplicate
+    images.append({**images[4], "id": "again"})  # the same picture with a box of its own
+    rows.append({"id": 901, "image_id": "again", "category_id": 3, "bbox": [1, 2, 3, 4]})
+    content["licenses"] = [{"id": 1}]
+    data.write(content)
+    _, findings, _ = data.check("--fix", str(data.folder / "clean"))
+    assert any(
+        "1 picture listed more than once, under other ids (4.png)" in text for text in texts(findings, "warning")
+    )
+    assert any("1 box given twice (id 900)" in text for text in texts(findings, "warning"))
+    clean = json.loads((data.folder / "clean" / "train.json").read_text())
+    assert clean["licenses"] == [{"id": 1}]
+    assert clean["images"] == images[:-1]
+    by_id = {row["id"]: row for row in clean["annotations"]}
+    assert by_id[rows[3]["id"]]["bbox"] == [50.5, 40, 13.5, 5]
+    assert by_id[rows[3]["id"]]["area"] == 67.5
+    assert by_id[901]["image_id"] == images[4]["id"]
+    assert by_id.keys() == {row["id"] for row in rows} - {900}
+
+
+def test_unreadable_pictures_count_as_in_training(data: DataSet) -> None:
+    first = data.folder / "train" / "0.png"
+    first.write_bytes(first.read_bytes()[:100])
+    code, findings, _ = data.check()
+    assert code == 0  # one alone is left out by training
+    assert any(text.startswith("1 picture of 12 cannot be read (0.png;") for text in texts(findings, "warning"))
+    (data.folder / "train" / "3.png").write_text("not a picture")
+    code, findings, _ = data.check()
+    assert code == 1
+    assert any("2 pictures of 12 cannot be read" in text for text in texts(findings, "fault"))
+
+
+def test_leakage_and_strays(data: DataSet, tmp_path: Path) -> None:
+    shutil.copy(data.folder / "val" / "2.png", data.folder / "train" / "5.png")
+    shutil.copy(data.folder / "train" / "7.png", data.folder / "train" / "8.png")
+    shutil.copy(data.folder / "train" / "7.png", data.folder / "train" / "stray.png")
+    code, findings, facts = data.check("--fix", str(tmp_path / "clean"), val=True)
+    assert code == 1
+    assert any(
+        "1 picture also in val.json (5.png = 2.png): scores would be too good" in text
+        for text in texts(findings, "fault")
+    )
+    assert any(
+        "1 picture there more than once under other names (7.png = 8.png)" in text
+        for text in texts(findings, "warning")
+    )
+    assert any("1 picture in" in text and "without annotations (stray.png)" in text for text in texts(findings, "note"))
+    assert facts["train"]["copies"] == [["train-7", "train-8"]]
+    clean = json.loads((tmp_path / "clean" / "train.json").read_text())
+    assert [row["id"] for row in clean["images"]] == [f"train-{number}" for number in range(12) if number != 5]
+
+
+def test_classes_of_both_files(data: DataSet, tmp_path: Path) -> None:
+    content = data.read("val")
+    content["categories"] = [{"id": 7, "name": "Tall"}, {"id": 3, "name": "wide"}, {"id": 8, "name": "nobody"}]
+    data.write(content, "val")
+    code, findings, _ = data.check("--fix", str(tmp_path / "clean"), val=True)
+    assert code == 1
+    assert any("'Tall' is 'tall' in train.json; unknown: nobody" in text for text in texts(findings, "fault"))
+    clean = read_coco(
+        tmp_path / "clean" / "val.json", data.folder / "val", training=False, class_names=("wide", "tall")
+    )
+    assert clean.category_ids == (3, 7)
+
+
+def test_missing_class_is_added(data: DataSet, tmp_path: Path) -> None:
+    content = data.read("val")
+    content["annotations"] = [row for row in content["annotations"] if row["category_id"] == 3]
+    content["categories"] = [{"id": 3, "name": "wide"}]
+    data.write(content, "val")
+    assert data.check("--fix", str(tmp_path / "clean"), val=True)[0] == 1
+    clean = json.loads((tmp_path / "clean" / "val.json").read_text())
+    assert clean["categories"] == [{"id": 3, "name": "wide"}, {"id": 7, "name": "tall"}]
+
+
+def test_look_alikes() -> None:
+    draw = np.random.default_rng(5)
+    cells = draw.integers(0, 256, (2, 8, 9), dtype=np.uint8)
+    one, other = (Image.fromarray(cell).resize((90, 80), Image.Resampling.NEAREST).convert("RGB") for cell in cells)
+    buffer = io.BytesIO()
+    one.resize((180, 160)).save(buffer, "JPEG", quality=60)
+    hashes = [difference_hash(picture) for picture in (one, Image.open(buffer), other)]
+    expected = "".join("1" if row[x + 1] > row[x] else "0" for row in cells[0].tolist() for x in range(8))
+    assert hashes[0] == int(expected, 2)
+    assert look_alikes(hashes[:1], hashes[1:]) == [(0, 0)]
+    assert difference_hash(Image.new("RGB", (64, 48), (9, 9, 9))) == 0
+    assert look_alikes([0], [0, 1]) == []  # pictures of one colour say nothing
+    ramp = Image.fromarray(np.tile(np.arange(0, 180, 2, dtype=np.uint8), (80, 1)))  # dark to light, left to right
+    assert difference_hash(ramp) == 2**64 - 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--images", "nowhere"), "nowhere: no such folder"),
+        (("--val_annotations", "val.json"), "give both --val_annotations and --val_images"),
+        (("--fix", "x", "--quick"), "--fix needs to see the pictures"),
+        (("--annotation", "y"), "--annotation: unknown flag; did you mean '--annotations'?"),
+        (("--annotations", "broken.json"), "broken.json: not valid JSON"),
+        (("--annotations", "other.json"), "other.json: not a COCO data set: it has no list of objects 'images'"),
+        (("--annotations", "gone.json"), "gone.json: No such file or directory"),
+    ],
+)
+def test_mistakes(
+    data: DataSet,
+    flags: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(data.folder)
+    Path("broken.json").write_text("{")
+    Path("other.json").write_text("[]")
+    assert main(["--annotations", "train.json", "--images", "train", *flags]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+
+
+def test_a_fix_never_overwrites(data: DataSet, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (data.folder / "train.json").read_bytes()
+    assert (
+        main(
+            [
+                "--annotations",
+                str(data.folder / "train.json"),
+                "--images",
+                str(data.folder / "train"),
+                "--fix",
+                str(data.folder),
+            ]
+        )
+        == 2
+    )
+    assert "is there already; give another folder to --fix" in capsys.readouterr().err
+    assert (data.folder / "train.json").read_bytes() == before
+
+
+def test_quick_looks_at_names_only(data: DataSet) -> None:
+    (data.folder / "train" / "0.png").write_text("not a picture")
+    shutil.rmtree(data.folder / "val")
+    shutil.copytree(data.folder / "train", data.folder / "val")
+    assert data.check("--quick", val=True)[0] == 0  # two folders: only the pictures' content could tell
+    (data.folder / "val" / "2.png").unlink()
+    code, findings, _ = data.check("--quick", val=True)
+    assert code == 1
+    assert any("1 picture of 5 not in" in text for text in texts(findings, "fault"))
