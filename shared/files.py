@@ -15,10 +15,10 @@ from shared.errors import UserError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2")
 
 
-def list_images(folder: str | Path) -> list[str]:
+def list_images(folder: str | Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
     """Sorted posix paths, relative to `folder`, of all images in it and below; suffixes in any case, hidden names
     skipped, links followed."""
-    return sorted(name for name, _ in _walk(folder) if name.lower().endswith(IMAGE_SUFFIXES))
+    return sorted(name for name, _ in _walk(folder) if name.lower().endswith(suffixes))
 
 
 def require_images(folder: str | Path) -> list[str]:

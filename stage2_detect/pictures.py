@@ -1,4 +1,4 @@
-"""Pictures that come without annotations: which files a path means, and a record for each."""
+"""Pictures and videos that come without annotations: which files a path means, and a record for each."""
 
 import glob
 import os
@@ -11,10 +11,12 @@ import numpy as np
 from PIL import Image
 
 from shared.errors import UserError
-from shared.files import IMAGE_SUFFIXES, require_images
+from shared.files import IMAGE_SUFFIXES, list_images, require_images
 from stage2_detect.coco import CocoImage, Id
 from stage2_detect.predict_config import is_pattern
+from stage2_detect.video import VIDEO_SUFFIXES
 
+_SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
 _ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF: the tag, and the values that swap width and height
 
 
@@ -26,20 +28,20 @@ class Pictures(NamedTuple):
 
 
 def find_pictures(images: str) -> Pictures:
-    """The pictures that a path means: a folder with all below it, one picture, a pattern (`**` for any depth), or a text file of paths, one a
-    line, relative to that file. Raises UserError where there are none, or a listed one is missing."""
+    """The pictures and videos that a path means: a folder with all below it, one of them, a pattern (`**` for any depth), or a text file of paths,
+    one a line, relative to that file. Raises UserError where there are none, or a listed one is missing."""
     path = Path(images)
     if path.is_dir():
-        return Pictures(images, require_images(path))
+        return Pictures(images, list_images(path, _SUFFIXES) or require_images(path))
     if path.is_file():
-        return _together([images] if images.lower().endswith(IMAGE_SUFFIXES) else _listed(path))
+        return _together([images] if images.lower().endswith(_SUFFIXES) else _listed(path))
     if is_pattern(images):
         found = [one for one in glob.glob(images, recursive=True) if os.path.isfile(one)]
-        names = [one for one in found if one.lower().endswith(IMAGE_SUFFIXES)]
+        names = [one for one in found if one.lower().endswith(_SUFFIXES)]
         if not names:
-            raise UserError(f"no images match {images} (looked for {' '.join(IMAGE_SUFFIXES)})")
+            raise UserError(f"no images match {images} (looked for {' '.join(_SUFFIXES)})")
         return _together(names)
-    raise UserError(f"{images}: no such picture, folder or list")
+    raise UserError(f"{images}: no such picture, video, folder or list")
 
 
 def records_of(pictures: Pictures, ids: Sequence[Id]) -> tuple[list[CocoImage], list[str]]:
@@ -68,7 +70,7 @@ def _listed(file: Path) -> list[str]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
         raise UserError(
-            f"{file}: neither a picture ({' '.join(IMAGE_SUFFIXES)}) nor a text file with a path a line"
+            f"{file}: neither a picture or video ({' '.join(_SUFFIXES)}) nor a text file with a path a line"
         ) from None
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1)]
     paths = []

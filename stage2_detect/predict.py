@@ -1,10 +1,12 @@
-"""Find objects in pictures, to look at or to train on.
+"""Find objects in pictures and videos, to look at or to train on.
 
     python stage2_detect/predict.py --model runs/det/detector.safetensors --images photos --output runs/seen
+    python stage2_detect/predict.py --model runs/det/detector.safetensors --images clip.mp4 --write json,pictures,csv --output runs/clip
     python stage2_detect/predict.py --model runs/det/detector.safetensors --images more_photos --pseudo_labels true --output runs/pseudo
 
-Writes `predictions.json`, a COCO data set whose annotations have scores, and `pictures/`, the pictures with their boxes; with `pseudo_labels`
-`pseudo_labels.json` alone, for `train.py --pseudo`. A run that was killed goes on with the same command.
+Writes `predictions.json`, a COCO data set whose annotations have scores, and `pictures/`, the pictures with their boxes; `--write` chooses among
+these, CSV, YOLO labels and crops. With `pseudo_labels` it writes `pseudo_labels.json` alone, for `train.py --pseudo`. A run that was killed goes on
+with the same command.
 """
 
 import sys
@@ -38,8 +40,10 @@ def predict(config: PredictConfig) -> None:
     from shared.ranks import from_main_rank, rank, world_size
     from shared.run_dir import RunDir, write_atomically
     from stage2_detect.detector_file import load_detector
-    from stage2_detect.prediction import assemble, check_detector, detect_parts, find_work
-    from stage2_detect.prediction_files import Parts, counts, table_text
+    from stage2_detect.picture_files import PictureFiles
+    from stage2_detect.prediction import Finder, assemble, check_detector, detect_parts, find_work
+    from stage2_detect.prediction_files import Parts, counted, counts, table_text, write_yolo
+    from stage2_detect.video_prediction import FrameLoader, Segments, detect_videos, write_video
 
     # ---- detector and pictures, checked before any process group exists
     loaded = load_detector(config.model)
@@ -54,37 +58,57 @@ def predict(config: PredictConfig) -> None:
 
     # ---- detection, part by part; what a killed run has done stays
     parts = Parts(run.path / "parts", work.records, config.batch_size)
+    segments = Segments(run.path / "parts", work.folder, work.videos, loaded.category_ids)
     left = parts.left()
+    begun = {name: done for name in work.videos if (done := segments.begun(name)) is not None}
     accelerator.wait_for_everyone()  # before anybody writes a part
-    run.log(f"{work.describe()}; {sum(len(parts.records[number]) for number in left)} to look at")
+    to_do = sum(len(parts.records[number]) for number in left) + len(begun)
+    run.log(f"{work.describe()}; {to_do} to look at")
+    finder = Finder(config, loaded, accelerator.device)
     mine = left[rank() :: world_size()]
-    for done, number in enumerate(detect_parts(config, loaded, parts, mine, work, accelerator.device), 1):
+    for done, number in enumerate(detect_parts(finder, parts, mine, work), 1):
         run.log(f"part {number + 1} of {len(parts.records)} done, {len(mine) - done} left")
+    my_videos = {name: begun[name] for name in list(begun)[rank() :: world_size()]}
+    frames = FrameLoader(work.folder, my_videos, finder.sizing, config.batch_size, config.tile, config.overlap)
+    for name, count in detect_videos(finder.found, segments, frames, my_videos):
+        run.log(f"{name}: {counted(count, 'frame')} done")
+    for name, reason in frames.errors.items():
+        run.log(f"{name}: cannot be read to its end: {reason}")
+    accelerator.wait_for_everyone()
+    drawer = PictureFiles(config, loaded)
+    if drawer.drawing or drawer.cropping:
+        for name in work.videos[rank() :: world_size()]:
+            write_video(run.path, segments, name, loaded.class_names, loaded.category_ids, drawer)
     accelerator.wait_for_everyone()
 
     # ---- the files
-    problem, metrics = "", {}
-    files = [run.path / ("pseudo_labels.json" if config.pseudo_labels else "predictions.json")]
+    problem, metrics, files = "", {}, []
     if accelerator.is_main_process:
         try:
-            content, unreadable, best = assemble(config, loaded, parts, work)
+            content, unreadable, best = assemble(config, loaded, parts, segments, work)
         except UserError as error:
             problem = str(error)
             parts.delete()  # so that the folder can be used again
         else:
             if unreadable:
                 run.quarantine(unreadable)
-                run.log(
-                    f"cannot be read, and listed in {run.path / 'quarantine.txt'}: {len(unreadable)}, first {unreadable[0]}"
-                )
-            write_atomically(files[0], json.dumps(content, allow_nan=False))
-            if config.csv:
-                files.append(files[0].with_suffix(".csv"))
-                write_atomically(files[1], table_text(content))
+                listed = run.path / "quarantine.txt"
+                run.log(f"cannot be read, and listed in {listed}: {len(unreadable)}, first {unreadable[0]}")
+            if config.writes("json") or config.pseudo_labels:
+                files.append(run.path / ("pseudo_labels.json" if config.pseudo_labels else "predictions.json"))
+                write_atomically(files[-1], json.dumps(content, allow_nan=False))
+            if config.writes("csv"):
+                files.append(run.path / "predictions.csv")
+                write_atomically(files[-1], table_text(content))
+            if config.writes("yolo", "yolo_scores"):
+                files += write_yolo(run.path, content, scores=config.writes("yolo_scores"))
+            videos = content.get("videos", [])
+            looked_at = len(work.names) + sum(video["frames"] for video in videos)
             metrics = counts(content) | {"pictures": len(work.names), "unreadable": len(unreadable)}
+            metrics |= {"videos": len(work.videos)} if work.videos else {}
             run.log(
-                f"{metrics['boxes']} boxes with a score of {config.least:g} or more, in {metrics['images_with_boxes']} "
-                f"of {len(work.names)} pictures: {files[0]}"
+                f"{counted(metrics['boxes'], 'box')} with a score of {config.least:g} or more, in {metrics['images_with_boxes']} "
+                f"of {counted(looked_at, 'frame' if videos and not work.names else 'picture')}: {files[0] if files else run.path}"
                 + ("" if metrics["boxes"] else f"; the best of all boxes has {best:.2f}")
             )
     problem = from_main_rank(problem)

@@ -2,14 +2,15 @@
 
 import re
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from stage2_detect.config import RunDetectorConfig
 from stage2_detect.model_config import Fraction
 
 THRESHOLD, PSEUDO_THRESHOLD = 0.5, 0.4
+Written = Literal["json", "pictures", "csv", "yolo", "yolo_scores", "crops"]
 
 
 def is_pattern(images: str) -> bool:
@@ -18,22 +19,24 @@ def is_pattern(images: str) -> bool:
 
 
 class PredictConfig(RunDetectorConfig):
-    """Find objects in pictures: COCO JSON and drawn pictures, or boxes to train on."""
+    """Find objects in pictures and videos: COCO JSON, drawn pictures, CSV, YOLO, crops, or boxes to train on."""
 
     images: str
-    """picture, folder (nested as you like), quoted pattern ('photos/**/*.jpg'), or text file with a path a line"""
+    """picture, video, folder (nested as you like), quoted pattern ('photos/**/*.jpg'), or text file with a path a line"""
+    write: list[Written] | None = None
+    """any of json, pictures (drawn, a video as a video), csv, yolo (labels/), yolo_scores (with a sixth column), crops; null: json,pictures"""
     pseudo_labels: bool = False
-    """write pseudo_labels.json, for train.py --pseudo: pictures with at least one box, nothing drawn"""
+    """write pseudo_labels.json, for train.py --pseudo: pictures with at least one box; nothing else"""
     threshold: Fraction | None = None
     """score that a box needs; null: 0.5, and 0.4 for pseudo-labels, the only one that SAD's released settings name"""
     classes: list[str] = []
     """names of the classes to keep; empty: all"""
     exclude: Path | None = None
     """COCO JSON; pictures whose path below the folder of `images` is a file name in it are left out, such as labelled ones"""
-    draw: bool | None = None
-    """draw the boxes into pictures/; null: yes, but not for pseudo-labels"""
-    csv: bool = False
-    """also write predictions.csv, a box a line"""
+    tile: int | None = Field(None, ge=32)
+    """side, in pixels, of square tiles that are looked at beside the whole picture, for small objects in large pictures; null: no tiles"""
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """of neighbouring tiles, as a share of their side; best no smaller than the objects that only tiles show"""
 
     @model_validator(mode="after")
     def _writes_elsewhere(self) -> Self:
@@ -42,15 +45,28 @@ class PredictConfig(RunDetectorConfig):
             raise ValueError(f"output: {self.output} is inside images, where what is drawn would be read; give another")
         return self
 
+    @model_validator(mode="after")
+    def _something_written(self) -> Self:
+        if self.write is not None and self.pseudo_labels:
+            raise ValueError("write: pseudo_labels writes its own file and nothing else; leave one of the two out")
+        if self.write is not None and not self.write:
+            raise ValueError("write: is empty; name at least one of json, pictures, csv, yolo, yolo_scores, crops")
+        if self.write is not None and {"yolo", "yolo_scores"} <= set(self.write):
+            raise ValueError("write: yolo and yolo_scores would write the same files; choose one")
+        return self
+
     @property
     def least(self) -> float:
         """The threshold as it is for this run."""
         return (PSEUDO_THRESHOLD if self.pseudo_labels else THRESHOLD) if self.threshold is None else self.threshold
 
-    @property
-    def draws(self) -> bool:
-        """Whether pictures are drawn in this run."""
-        return not self.pseudo_labels if self.draw is None else self.draw
+    def writes(self, *kinds: Written) -> bool:
+        """Whether any of these files is written in this run."""
+        if self.pseudo_labels:
+            return False
+        return (
+            not {"json", "pictures"}.isdisjoint(kinds) if self.write is None else not set(self.write).isdisjoint(kinds)
+        )
 
     def inputs(self) -> dict[str, Path]:
         files = {"model": self.model}

@@ -1,39 +1,42 @@
-"""The parts of a prediction over many pictures: which pictures, what is found in them, what becomes of it."""
+"""The parts of a prediction over many pictures and videos: which ones, what is found in them, what becomes of it."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from shared.config import did_you_mean
 from shared.errors import UserError
 from shared.processes import DTYPES
-from stage2_detect.batches import load_record
-from stage2_detect.coco import CocoData, CocoImage, Id
+from stage2_detect.coco import CocoImage, Id
 from stage2_detect.coco_ap import result_rows
 from stage2_detect.coco_table import read_table
 from stage2_detect.detector_file import LoadedDetector
-from stage2_detect.drawing import draw_objects
 from stage2_detect.models.batch import Detections
+from stage2_detect.picture_batches import PictureLoader, Sizing, batches_of
+from stage2_detect.picture_files import PictureFiles, stem
 from stage2_detect.pictures import Pictures, find_pictures, records_of
 from stage2_detect.predict_config import PredictConfig
-from stage2_detect.prediction_files import Parts, coco_json
-from stage2_detect.scoring import detections, loader_of
+from stage2_detect.prediction_files import Parts, coco_json, counted, picture_entry
+from stage2_detect.scoring import detections
+from stage2_detect.tiles import merged_windows
+from stage2_detect.video import is_video, require_av
+from stage2_detect.video_prediction import FrameLoader, Segments
 
 
 @dataclass(frozen=True)
 class Work:
-    """The pictures of a run.
+    """The pictures and videos of a run.
 
     Attributes:
         folder: the one that was given, or the deepest that holds them all.
-        names: their paths below it, by id.
+        names: paths of the pictures below it, by id.
         records: of those whose header can be read; ids are 1, 2, ... in the order of the names.
         unreadable: names of the others.
+        videos: paths of the videos below the folder.
         excluded: how many pictures were left out.
     """
 
@@ -41,16 +44,25 @@ class Work:
     names: dict[Id, str]
     records: list[CocoImage]
     unreadable: list[str]
+    videos: list[str]
     excluded: int = 0
 
     def describe(self) -> str:
-        """A line for the log."""
-        left_out = f", {self.excluded} more are excluded" if self.excluded else ""
-        return f"{len(self.names)} pictures below {self.folder}{left_out}"
+        """What there is, for the log."""
+        left_out = f", {self.excluded} more excluded" if self.excluded else ""
+        return f"{self._amount()} below {self.folder}{left_out}"
+
+    def _amount(self) -> str:
+        pictures, videos = counted(len(self.names), "picture"), counted(len(self.videos), "video")
+        return videos if not self.names else pictures if not self.videos else f"{pictures} and {videos}"
 
 
 def find_work(config: PredictConfig) -> Work:
-    """The pictures that `config` names. Raises UserError where there are none, and where `exclude` names none of them."""
+    """The pictures and videos that `config` names.
+
+    Raises UserError where there are none, where `exclude` names none of them, where videos cannot be read here, and where files would be written over
+    each other.
+    """
     folder, names = find_pictures(config.images)
     excluded = 0
     if config.exclude:
@@ -64,9 +76,20 @@ def find_work(config: PredictConfig) -> Work:
         names = [name for name in names if name not in known]
         if not names:
             raise UserError(f"exclude: {config.exclude} names all pictures of {config.images}; nothing is left")
+    videos = [name for name in names if is_video(f"{folder}/{name}")]
+    if videos:
+        require_av(f"{folder}/{videos[0]}")
+        if config.pseudo_labels:
+            raise UserError(
+                f"{folder}/{videos[0]}: is a video, and training takes pictures: "
+                f"save its frames as pictures first (ffmpeg -i {videos[0]} frames/%06d.jpg)"
+            )
+        names = sorted(set(names).difference(videos))
+    if config.writes("yolo", "yolo_scores", "crops"):
+        _check_names(names)
     by_id: dict[Id, str] = dict(enumerate(names, 1))
     records, unreadable = records_of(Pictures(folder, names), list(by_id))
-    return Work(folder, by_id, records, unreadable, excluded)
+    return Work(folder, by_id, records, unreadable, videos, excluded)
 
 
 def check_detector(config: PredictConfig, loaded: LoadedDetector) -> None:
@@ -81,65 +104,83 @@ def check_detector(config: PredictConfig, loaded: LoadedDetector) -> None:
         )
 
 
-def detect_parts(
-    config: PredictConfig,
-    loaded: LoadedDetector,
-    parts: Parts,
-    numbers: Sequence[int],
-    work: Work,
-    device: torch.device,
-) -> Iterator[int]:
+class Finder:
+    """A detector that is asked as `config` says, on `device`."""
+
+    def __init__(self, config: PredictConfig, loaded: LoadedDetector, device: torch.device) -> None:
+        self.config, self.loaded, self.device = config, loaded, device
+        self.sizing = Sizing.of(
+            loaded.resize,
+            short_side=config.short_side,
+            long_side=config.long_side,
+            tta_sides=config.tta.short_sides if config.tta else None,
+        )
+        wanted = set(config.classes or loaded.class_names)
+        self._keep_K = torch.tensor([name in wanted for name in loaded.class_names])
+
+    def found(self, loader: PictureLoader | FrameLoader) -> Iterator[tuple[Any, Detections, float]]:
+        """(picture or frame, its objects of the wanted classes from the threshold on, best score of any of these classes), in the loader's order."""
+        config = self.config
+        model = self.loaded.model.to(self.device)
+        batches: Iterable[tuple[Any, Sequence[Any]]] = loader
+        seen = detections(model, batches, device=self.device, dtype=DTYPES[config.precision], tta=config.tta)
+        for _, views in itertools.groupby(seen, key=lambda pair: id(pair[0].record)):
+            parts, best = [], 0.0
+            for shown, found in views:
+                found = found.where(self._keep_K[found.labels_N])
+                best = max([best, *found.scores_N.tolist()])
+                parts.append((shown.window, found.where(found.scores_N >= config.least)))
+            record = shown.record
+            yield record, merged_windows(parts, record.width, record.height), best
+
+
+def detect_parts(finder: Finder, parts: Parts, numbers: Sequence[int], work: Work) -> Iterator[int]:
     """Detect in the parts with these numbers, in their order, and write each as soon as it is complete; its number is yielded then."""
-    records = [record for number in numbers for record in parts.records[number]]
+    config, loaded = finder.config, finder.loaded
     part_of = {record.image_id: number for number in numbers for record in parts.records[number]}
-    loader = loader_of(
-        CocoData(config.images, False, loaded.class_names, loaded.category_ids, records),
-        short_side=config.short_side or loaded.resize.val_short_side,
-        long_side=config.long_side or loaded.resize.val_long_side,
-        interpolation=loaded.resize.interpolation,
-        kernel=loaded.resize.kernel,
-        batch_size=config.batch_size,
-        workers=config.workers,
-        tta=config.tta,
-        skip_unreadable=True,
-    )
-    wanted = set(config.classes or loaded.class_names)
-    keep_K = torch.tensor([name in wanted for name in loaded.class_names])
-    id_of = {record.path: record.image_id for record in records}
+    batches = [
+        batch
+        for number in numbers  # no batch of two parts: they stay the same whatever parts are left to do
+        for batch in batches_of(parts.records[number], config.batch_size, config.tile, config.overlap)
+    ]
+    loader = PictureLoader(batches, finder.sizing, config.workers)
+    id_of = {record.path: record.image_id for record in work.records}
+    files = PictureFiles(config, loaded)
 
     def write(number: int, rows: dict[Id, list[dict[str, Any]]], best: float) -> int:
-        unreadable = [[work.names[id_of[one.name]], one.reason] for one in loader.unreadable]
-        here = {work.names[record.image_id] for record in parts.records[number]}
-        parts.write(number, rows, [line for line in unreadable if line[0] in here], best)
+        unreadable = {id_of[one.name]: one.reason for one in loader.unreadable}
+        here = [record.image_id for record in parts.records[number] if record.image_id in unreadable]
+        parts.write(number, rows, [[work.names[image_id], unreadable[image_id]] for image_id in here], best)
         return number
 
-    model = loaded.model.to(device)
-    seen = detections(model, loader, device=device, dtype=DTYPES[config.precision], tta=config.tta)
     written = set()
-    for number, part in itertools.groupby(seen, key=lambda pair: part_of[pair[0].image_id]):
-        rows: dict[Id, list[dict[str, Any]]] = {}
-        best = 0.0
-        for record, found in part:
-            found = found.where(keep_K[found.labels_N])
-            best = max([best, *found.scores_N.tolist()])
-            found = found.where(found.scores_N >= config.least)
-            if len(found.scores_N):
-                rows[record.image_id] = list(result_rows(record.image_id, found, loaded.category_ids))
-            if config.draws:
-                _draw(config.output / "pictures", work.names[record.image_id], record, found, loaded.class_names)
-        written.add(number)
-        yield write(number, rows, best)
+    with ThreadPoolExecutor(max(1, config.workers)) as pool:  # drawing and JPEG while the detector works
+        for number, part in itertools.groupby(finder.found(loader), key=lambda one: part_of[one[0].image_id]):
+            rows: dict[Id, list[dict[str, Any]]] = {}
+            drawings = []
+            best = 0.0
+            for record, found, highest in part:
+                best = max(best, highest)
+                if len(found.scores_N):
+                    rows[record.image_id] = list(result_rows(record.image_id, found, loaded.category_ids))
+                if files.drawing or files.cropping:
+                    drawings.append(pool.submit(files.write, work.names[record.image_id], record, found))
+            for drawing in drawings:
+                drawing.result()
+            written.add(number)
+            yield write(number, rows, best)
     for number in numbers:
         if number not in written:  # none of its pictures can be read
             yield write(number, {}, 0.0)
 
 
 def assemble(
-    config: PredictConfig, loaded: LoadedDetector, parts: Parts, work: Work
+    config: PredictConfig, loaded: LoadedDetector, parts: Parts, segments: Segments, work: Work
 ) -> tuple[dict[str, Any], list[str], float]:
-    """(the COCO data set of all parts, the pictures that cannot be read, the best score of any box, below the threshold too).
+    """(the COCO data set of all parts, what cannot be read, the best score of any box, below the threshold too).
 
-    Raises UserError when no picture can be read, and for pseudo-labels when no box is left.
+    Frames of videos follow the pictures, with the ids after theirs. Raises UserError when nothing can be read, and for
+    pseudo-labels when no box is left.
     """
     rows: dict[Id, list[dict[str, Any]]] = {}
     bad, best = set(work.unreadable), 0.0
@@ -147,16 +188,29 @@ def assemble(
         rows |= dict(part["found"])
         bad |= {name for name, _ in part["unreadable"]}
         best = max(best, part["best"])
-    if len(bad) == len(work.names):
-        raise UserError(f"none of the {len(bad)} pictures of {config.images} can be read; the first is {min(bad)}")
-    shown = [record for record in work.records if work.names[record.image_id] not in bad]
+    images = [picture_entry(one, work.names[one.image_id]) for one in work.records]
+    images = [one for one in images if one["file_name"] not in bad]
+    videos: list[dict[str, Any]] = []
+    for name in work.videos:
+        entry, frames, found, highest = segments.content(name, len(videos) + 1, len(work.names) + _frames(videos))
+        if not frames:
+            bad.add(name)
+            continue
+        videos.append(entry)
+        images += frames
+        rows |= found
+        best = max(best, highest)
+    if not images:
+        raise UserError(
+            f"none of the {counted(len(bad), 'file')} of {config.images} can be read; the first is {min(bad)}"
+        )
     if config.pseudo_labels:
-        shown = [record for record in shown if record.image_id in rows]
-        if not shown:
+        images = [one for one in images if one["id"] in rows]
+        if not images:
             of = f" of {', '.join(config.classes)}" if config.classes else ""
             raise UserError(
-                f"{config.images}: no box{of} with a score of {config.least:g} or more in {len(work.names)} pictures; the best has {best:.2f}: "
-                "give a lower --threshold, or a detector that fits these pictures"
+                f"{config.images}: no box{of} with a score of {config.least:g} or more in {counted(len(work.names), 'picture')}; "
+                f"the best has {best:.2f}: give a lower --threshold, or a detector that fits these pictures"
             )
     info = {
         "description": "found by a detector",
@@ -164,17 +218,20 @@ def assemble(
         "threshold": config.least,
     }
     categories = dict(zip(loaded.category_ids, loaded.class_names, strict=True))
-    names = [work.names[record.image_id] for record in shown]
-    return coco_json(shown, names, rows, categories, info), sorted(bad), best
+    return coco_json(images, rows, categories, info, videos), sorted(bad), best
 
 
-def picture_file(folder: Path, name: str) -> Path:
-    """Where the drawing of a picture lies: a JPEG below `folder`, at the picture's own path."""
-    return folder / (name if name.lower().endswith((".jpg", ".jpeg")) else f"{name}.jpg")
+def _frames(videos: Sequence[dict[str, Any]]) -> int:
+    return sum(video["frames"] for video in videos)
 
 
-def _draw(folder: Path, name: str, record: CocoImage, found: Detections, class_names: Sequence[str]) -> None:
-    file = picture_file(folder, name)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(load_record(record).permute(1, 2, 0).numpy())
-    draw_objects(picture, found, class_names).save(file, quality=92)
+def _check_names(names: Sequence[str]) -> None:
+    """Raises UserError where two pictures differ in their suffix alone."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(stem(name), name)
+        if other != name:
+            raise UserError(
+                f"write: labels and crops are named after their picture without its suffix, which {other} and {name} share: "
+                "predict them separately, by patterns, or leave yolo and crops out"
+            )

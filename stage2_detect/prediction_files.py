@@ -10,9 +10,10 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import yaml
 from pycocotools import mask as mask_codec
 
 from shared.errors import UserError
@@ -33,9 +34,7 @@ class Parts:
     def __init__(self, folder: Path, records: Sequence[CocoImage], batch_size: int) -> None:
         self._folder = folder
         order = [index for batch in eval_batches(records, batch_size) for index in batch]
-        size = (
-            max(1, _PART // batch_size) * batch_size
-        )  # whole batches: they stay the same whatever parts are left to do
+        size = max(1, _PART // batch_size) * batch_size  # whole batches, those of an evaluation
         self.records = [[records[index] for index in order[at : at + size]] for at in range(0, len(order), size)]
 
     def left(self) -> list[int]:
@@ -76,34 +75,77 @@ class Parts:
         return self._folder / f"{number:06d}.json"
 
 
+def picture_entry(record: CocoImage, name: str) -> dict[str, Any]:
+    """A picture in COCO's list of images."""
+    return {"id": record.image_id, "file_name": name, "width": record.width, "height": record.height}
+
+
 def coco_json(
-    records: Sequence[CocoImage],
-    names: Sequence[str],
+    images: Sequence[dict[str, Any]],
     rows: dict[Id, list[dict[str, Any]]],
     categories: dict[Id, str],
     info: dict[str, Any],
+    videos: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """COCO's data set of these images and what was found in them; each annotation has its `score`."""
-    images = [
-        {"id": record.image_id, "file_name": name, "width": record.width, "height": record.height}
-        for record, name in zip(records, names, strict=True)
-    ]
-    found = [row for record in records for row in rows.get(record.image_id, [])]
+    """COCO's data set of these images and what was found in them; each annotation has its `score`. `videos` is there if it is not empty."""
+    found = [row for image in images for row in rows.get(image["id"], [])]
     annotations = [{"id": number, **row, "area": _area(row), "iscrowd": 0} for number, row in enumerate(found, 1)]
     listed = [{"id": category_id, "name": name} for category_id, name in categories.items()]
-    return {"info": info, "images": images, "annotations": annotations, "categories": listed}
+    content = {"info": info, "images": list(images), "annotations": annotations, "categories": listed}
+    return content | ({"videos": list(videos)} if videos else {})
 
 
 def table_text(content: dict[str, Any]) -> str:
-    """A data set of `coco_json` as CSV, a box a line."""
-    file_names = {image["id"]: image["file_name"] for image in content["images"]}
+    """A data set of `coco_json` as CSV, a box a line; with videos, their frame numbers and times in two more columns."""
+    images = {image["id"]: image for image in content["images"]}
     classes = {category["id"]: category["name"] for category in content["categories"]}
+    more = ["frame", "seconds"] if "videos" in content else []
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["file_name", "class", "score", "x", "y", "width", "height"])
+    table.writerow(["file_name", "class", "score", "x", "y", "width", "height", *more])
     for row in content["annotations"]:
-        table.writerow([file_names[row["image_id"]], classes[row["category_id"]], row["score"], *row["bbox"]])
+        image = images[row["image_id"]]
+        place = [image.get(name, "") for name in more]
+        table.writerow([image["file_name"], classes[row["category_id"]], row["score"], *row["bbox"], *place])
     return text.getvalue()
+
+
+def write_yolo(folder: Path, content: dict[str, Any], *, scores: bool) -> list[Path]:
+    """A data set of `coco_json` in YOLO's layout: labels/NAME.txt for each picture, empty where nothing was found, classes.txt and data.yaml.
+
+    A line is `class cx cy w h`, the class as its place in classes.txt, the rest as a share of the picture's sides; with `scores` the score follows,
+    which training on such files does not take. Returns the two files beside labels/.
+    """
+    place = {category["id"]: number for number, category in enumerate(content["categories"])}
+    names = [category["name"] for category in content["categories"]]
+    lines: dict[Id, list[str]] = {image["id"]: [] for image in content["images"]}
+    sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    for row in content["annotations"]:
+        wide, high = sizes[row["image_id"]]
+        x, y, width, height = row["bbox"]
+        numbers = [(x + width / 2) / wide, (y + height / 2) / high, width / wide, height / high]
+        numbers += [row["score"]] if scores else []
+        lines[row["image_id"]].append(" ".join([str(place[row["category_id"]]), *(f"{one:.6f}" for one in numbers)]))
+    for image in content["images"]:
+        file = folder / "labels" / f"{stem(image['file_name'])}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(f"{line}\n" for line in lines[image["id"]]), encoding="utf-8")
+    files = [folder / "classes.txt", folder / "data.yaml"]
+    write_atomically(files[0], "".join(f"{name}\n" for name in names))
+    about = "# To train on these labels, put the pictures into images/ beside labels/, under the same names.\n"
+    described = {"train": "images", "val": "images", "names": dict(enumerate(names))}
+    write_atomically(files[1], about + yaml.safe_dump(described, sort_keys=False, allow_unicode=True))
+    return files
+
+
+def stem(name: str) -> str:
+    """A picture's path without its suffix."""
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 picture`, `2 pictures`, `1 box`, `2 boxes`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('x') else 's'}"
 
 
 def counts(content: dict[str, Any]) -> dict[str, Any]:

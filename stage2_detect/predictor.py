@@ -14,10 +14,10 @@ from PIL import Image
 
 from shared.errors import UserError
 from shared.images import UnreadableImage, decode_image
-from stage2_detect.augment import fit_view, view_image
-from stage2_detect.batches import PAD_MULTIPLE
 from stage2_detect.detector_file import LoadedDetector
-from stage2_detect.models.batch import ImageBatch
+from stage2_detect.models.batch import Detections, ImageBatch
+from stage2_detect.picture_batches import Sizing, ahead
+from stage2_detect.tiles import Window, merged_windows, windows_of
 
 Picture = str | Path | Image.Image | np.ndarray
 """A file, turned upright by its EXIF; a picture of PIL's; or uint8 [height, width, 3], RGB."""
@@ -46,46 +46,57 @@ class FoundObjects:
 
 @torch.no_grad()
 def predict(
-    loaded: LoadedDetector, images: Sequence[Picture], *, threshold: float = 0.5, batch_size: int = 4
+    loaded: LoadedDetector,
+    images: Sequence[Picture],
+    *,
+    threshold: float = 0.5,
+    batch_size: int = 4,
+    tile: int | None = None,
+    overlap: float = 0.2,
 ) -> list[FoundObjects]:
     """What each picture shows, with scores from `threshold` on, in the sizes that the detector's recipe evaluates at.
 
-    Runs where the detector's weights are: `loaded.model.to("cuda")` before the first call moves it. Raises UserError for a file that cannot be read.
+    With `tile`, squares of so many pixels, which overlap by so large a share, are looked at beside the whole picture (see `tiles.py`). Runs where the
+    detector's weights are: `loaded.model.to("cuda")` before the first call moves it. Raises UserError for a file that cannot be read.
     """
     if isinstance(images, str | Path | Image.Image):
         raise TypeError("predict takes a list of pictures")
     fast = loaded.fast
     device = next(fast.parameters()).device
-    results: list[FoundObjects] = []
-    for start in range(0, len(images), batch_size):
-        pixels = [_pixels(image) for image in images[start : start + batch_size]]
-        views = [
-            fit_view(*one.shape[1:], short_side=loaded.resize.val_short_side, max_long=loaded.resize.val_long_side)
-            for one in pixels
-        ]
-        high, wide = (
-            -(-max(sides) // PAD_MULTIPLE) * PAD_MULTIPLE
-            for sides in zip(*((v.height, v.width) for v in views), strict=True)
-        )
-        pixels_BCHW = torch.zeros(len(views), 3, high, wide, dtype=torch.uint8)
-        for canvas, one, view in zip(pixels_BCHW, pixels, views, strict=True):
-            canvas[:, : view.height, : view.width] = view_image(
-                one, view, loaded.resize.interpolation, loaded.resize.kernel
-            )
-        batch = ImageBatch(
-            pixels_BCHW,
-            torch.tensor([(view.height, view.width) for view in views]),
-            torch.tensor([view.scale for view in views], dtype=torch.float32),
-            torch.tensor([one.shape[1:] for one in pixels]),
-        )
-        for found in fast(batch.to(device)):
+    sizing = Sizing.of(loaded.resize)
+
+    def batches() -> Iterator[tuple[ImageBatch, list[tuple[int, Window]]]]:
+        waiting: list[tuple[torch.Tensor, int, Window]] = []
+        for number, image in enumerate(images):
+            pixels = _pixels(image)
+            height, width = pixels.shape[1:]
+            sizes.append((width, height))
+            for window in windows_of(width, height, tile, overlap):
+                waiting.append((window.of(pixels), number, window))
+                if len(waiting) == batch_size:
+                    yield together(waiting)
+                    waiting = []
+        if waiting:
+            yield together(waiting)
+
+    def together(shown: list[tuple[torch.Tensor, int, Window]]) -> tuple[ImageBatch, list[tuple[int, Window]]]:
+        batch = sizing.batch([pixels for pixels, _, _ in shown])
+        assert isinstance(batch, ImageBatch)
+        return batch, [(number, window) for _, number, window in shown]
+
+    sizes: list[tuple[int, int]] = []
+    parts: list[list[tuple[Window, Detections]]] = [[] for _ in images]
+    for batch, places in ahead(batches()):
+        for (number, window), found in zip(places, fast(batch.to(device)), strict=True):
             found = found.where(found.scores_N >= threshold)
-            boxes_N4, scores_N, labels_N = (
-                part.cpu().numpy() for part in (found.boxes_N4, found.scores_N, found.labels_N)
-            )
-            names = [loaded.class_names[label] for label in labels_N]
-            results.append(FoundObjects(boxes_N4, scores_N, labels_N, names, found.masks))
-    return results
+            on_cpu = Detections(found.boxes_N4.cpu(), found.scores_N.cpu(), found.labels_N.cpu(), found.masks)
+            parts[number].append((window, on_cpu))
+    return [_objects(loaded, merged_windows(seen, *size)) for seen, size in zip(parts, sizes, strict=True)]
+
+
+def _objects(loaded: LoadedDetector, found: Detections) -> FoundObjects:
+    names = [loaded.class_names[label] for label in found.labels_N]
+    return FoundObjects(found.boxes_N4.numpy(), found.scores_N.numpy(), found.labels_N.numpy(), names, found.masks)
 
 
 def _pixels(image: Picture) -> torch.Tensor:

@@ -1,14 +1,14 @@
 """Run a detector over an evaluation set and score it by COCO AP, on any number of ranks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from shared.ranks import from_main_rank, gather_on_main_rank, rank, world_size
 from stage2_detect.batches import EvalLoader
-from stage2_detect.coco import CocoData, CocoImage, Id
+from stage2_detect.coco import CocoData, Id
 from stage2_detect.coco_ap import coco_ap
 from stage2_detect.config import TTAConfig
 from stage2_detect.models.batch import Detections
@@ -16,19 +16,21 @@ from stage2_detect.models.build import Detector
 from stage2_detect.models.inference import for_inference
 from stage2_detect.tta import SizesLoader, detect_views
 
+Record = TypeVar("Record")
+
 
 @torch.no_grad()
 def detections(
     model: Detector,
-    loader: EvalLoader | SizesLoader,
+    loader: Iterable[tuple[Any, Sequence[Record]]],
     *,
     device: torch.device,
     dtype: torch.dtype,
     tta: TTAConfig | None = None,
-) -> Iterator[tuple[CocoImage, Detections]]:
+) -> Iterator[tuple[Record, Detections]]:
     """What each image of a loader shows, on the CPU, in the loader's order; `model` is left in evaluation mode.
 
-    With `tta` the loader is a `SizesLoader`.
+    The loader gives batches, an `ImageBatch` or with `tta` a `Sizes` each, and what names the images in them.
     """
     model.eval()
     fast: Callable[[Any], list[Detections]] = for_inference(model)

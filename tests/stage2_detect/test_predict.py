@@ -62,7 +62,7 @@ def content(file: Path) -> dict[str, Any]:
 
 
 def test_writes_exactly_these_files(call: Call, line: Any, folder: Path, tmp_path: Path, files_below: Files) -> None:
-    assert call(predict.main, line("--csv", "true")) == 0
+    assert call(predict.main, line("--write", "json,pictures,csv")) == 0
     run = tmp_path / "seen"
     drawn = {f"pictures/{name}.jpg" for name in files_below(folder)}
     assert files_below(run) == RECORDS | {"predictions.json", "predictions.csv"} | drawn
@@ -81,7 +81,7 @@ def test_writes_exactly_these_files(call: Call, line: Any, folder: Path, tmp_pat
     assert [float(row["width"]) for row in rows] == [row["bbox"][2] for row in found["annotations"]]
     # once more: nothing is computed
     before = (run / "predictions.json").stat().st_mtime_ns
-    assert call(predict.main, line("--csv", "true")) == 0
+    assert call(predict.main, line("--write", "json,pictures,csv")) == 0
     assert (run / "predictions.json").stat().st_mtime_ns == before
 
 
@@ -162,10 +162,10 @@ def test_labelled_pictures_are_left_out(call: Call, line: Any, tmp_path: Path, f
     labelled += [{"id": 2, "file_name": "7.png", "width": 64, "height": 64}]
     file = tmp_path / "labelled.json"
     file.write_text(json.dumps({"images": labelled, "annotations": [], "categories": [{"id": 1, "name": "x"}]}))
-    assert call(predict.main, line("--exclude", str(file), "--draw", "false")) == 0
+    assert call(predict.main, line("--exclude", str(file), "--write", "json")) == 0
     names = {image["file_name"] for image in content(tmp_path / "seen" / "predictions.json")["images"]}
     assert names == {f"{number}.png" for number in range(12)} - {"3.png", "7.png"}
-    assert f"10 pictures below {folder}, 2 more are excluded" in (tmp_path / "seen" / "log.txt").read_text()
+    assert f"10 pictures below {folder}, 2 more excluded" in (tmp_path / "seen" / "log.txt").read_text()
 
 
 # ---- where to look
@@ -222,7 +222,7 @@ def test_none_can_be_read(user_error: Error, line: Any, folder: Path, tmp_path: 
     for name in ("a.jpg", "b.png"):
         (tmp_path / "bad" / name).write_bytes(b"no picture")
     message = user_error(predict.main, line(images=tmp_path / "bad"))
-    assert message == f"none of the 2 pictures of {tmp_path / 'bad'} can be read; the first is a.jpg"
+    assert message == f"none of the 2 files of {tmp_path / 'bad'} can be read; the first is a.jpg"
 
 
 def test_where_nothing_is_found_the_best_score_is_said(call: Call, line: Any, tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_mistakes(
     (tmp_path / "none.json").write_text(json.dumps({**everything, "images": []}))
     for flags, message in (
         (line(images=tmp_path / "empty"), f"no images in {tmp_path / 'empty'}"),
-        (line(images=tmp_path / "absent"), f"{tmp_path / 'absent'}: no such picture, folder or list"),
+        (line(images=tmp_path / "absent"), f"{tmp_path / 'absent'}: no such picture, video, folder or list"),
         (line(images=tmp_path / "*.jpg"), f"no images match {tmp_path / '*.jpg'}"),
         (line(images=tmp_path / "notes.bin"), "neither a picture"),
         (line("--classes", "tal"), "does not know 'tal'; did you mean 'tall'?"),

@@ -1,0 +1,149 @@
+"""Large pictures in tiles: which windows are looked at, and one list of objects from what each of them shows.
+
+The whole picture is a window too, for objects that are larger than a tile. Slices beside the whole picture are SAHI's way (arXiv 2202.06934,
+section 3); merging is our own. Two windows see one object if their boxes agree in the region that both show. So an object that is seen whole twice is
+one box, as in usual suppression, and so are an object and the piece of it that a tile's border left, or several pieces; a small object in front
+of a larger one stays, unlike under SAHI's intersection over the smaller area. Boxes of one window never compete: the detector has compared them.
+
+Legend: N detections in all windows of a picture, W windows.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pycocotools import mask as mask_codec
+from torch import Tensor
+
+from stage2_detect.models.batch import Detections
+from stage2_detect.models.mask_targets import decode_rle
+
+SAME = 0.5
+"""IoU in the common region from which two boxes are one object"""
+_NEAR = 0.01  # of a tile's side: a box that ends so near an inner border was cut by it
+
+
+class Window(NamedTuple):
+    """A rectangle of a picture, in its pixels."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+    def of(self, image_CHW: Tensor) -> Tensor:
+        """The window's pixels, a view."""
+        return image_CHW[:, self.top : self.top + self.height, self.left : self.left + self.width]
+
+
+def windows_of(width: int, height: int, tile: int | None, overlap: float = 0.0) -> list[Window]:
+    """The whole picture, and unless it fits into one, square tiles of side `tile` that overlap by `overlap` (a share of it) or a little more."""
+    whole = Window(0, 0, width, height)
+    if tile is None or max(width, height) <= tile:
+        return [whole]
+    wide, high = min(tile, width), min(tile, height)
+    return [
+        whole,
+        *(
+            Window(left, top, wide, high)
+            for top in _starts(height, tile, overlap)
+            for left in _starts(width, tile, overlap)
+        ),
+    ]
+
+
+def merged_windows(parts: Sequence[tuple[Window, Detections]], width: int, height: int) -> Detections:
+    """What the windows of a picture of [height, width] show together, best first, in the picture's pixels.
+
+    Of boxes that are one object the best stays among those that no inner border cut. If all were cut, they become one box around them, with the
+    best score.
+    """
+    if len(parts) == 1 and parts[0][0] == (0, 0, width, height):
+        return parts[0][1]
+    shifts = [torch.tensor([window.left, window.top] * 2, dtype=torch.float32) for window, _ in parts]
+    boxes_N4 = torch.cat([found.boxes_N4 + shift for (_, found), shift in zip(parts, shifts, strict=True)])
+    scores_N = torch.cat([found.scores_N for _, found in parts])
+    labels_N = torch.cat([found.labels_N for _, found in parts])
+    counts_W = torch.tensor([len(found.scores_N) for _, found in parts])
+    window_N = torch.arange(len(parts)).repeat_interleave(counts_W)
+    windows_W4 = torch.tensor([(w.left, w.top, w.left + w.width, w.top + w.height) for w, _ in parts]).double()
+    cut_N = _cut(boxes_N4.double(), windows_W4[window_N], width, height)
+    groups = []
+    for label in labels_N.unique():
+        index_M = (labels_N == label).nonzero()[:, 0]
+        # Whole ones first, the best of them first; sorts are stable.
+        index_M = index_M[scores_N[index_M].argsort(descending=True, stable=True)]
+        index_M = index_M[cut_N[index_M].long().argsort(stable=True)]
+        same_MM = _same(boxes_N4[index_M].double(), window_N[index_M], windows_W4)
+        groups += [index_M[group].tolist() for group in _groups(same_MM, cut_N[index_M])]
+    groups.sort(key=lambda group: (-float(scores_N[group[0]]), group[0]))
+    corners = [torch.cat((boxes_N4[g, :2].amin(0), boxes_N4[g, 2:].amax(0))) for g in groups]
+    first = torch.tensor([group[0] for group in groups], dtype=torch.int64)
+    masks: list[Any] | None = None
+    if all(found.masks is not None for _, found in parts):
+        codes = [(window, code) for window, found in parts for code in found.masks or []]
+        masks = [_joined([codes[n] for n in group], width, height) for group in groups]
+    together_N4 = torch.stack(corners) if corners else boxes_N4[:0]
+    return Detections(together_N4, scores_N[first], labels_N[first], masks)
+
+
+def _starts(side: int, tile: int, overlap: float) -> list[int]:
+    """Where tiles begin along a side: evenly spread, the last one ending with the picture."""
+    if side <= tile:
+        return [0]
+    steps = -(-(side - tile) // max(1, int(tile * (1 - overlap))))
+    return [round(number * (side - tile) / steps) for number in range(steps + 1)]
+
+
+def _cut(boxes_N4: Tensor, windows_N4: Tensor, width: int, height: int) -> Tensor:
+    """bool [N]: whether a box ends at a border of its window that is not one of the picture."""
+    picture_4 = torch.tensor([0, 0, width, height], dtype=torch.float64)
+    inner_N4 = windows_N4 != picture_4
+    sides_N2 = windows_N4[:, 2:] - windows_N4[:, :2]
+    return (((boxes_N4 - windows_N4).abs() <= _NEAR * sides_N2.repeat(1, 2)) & inner_N4).any(1)
+
+
+def _same(boxes_N4: Tensor, window_N: Tensor, windows_W4: Tensor) -> Tensor:
+    """bool [N, N]: whether two boxes of different windows are one object.
+
+    A box ends where its window does, so the part of it that another window shows is its intersection with that window.
+    """
+    both_NN = _intersections(boxes_N4, boxes_N4)
+    shown_NN = _intersections(boxes_N4, windows_W4)[:, window_N]
+    overlap_NN = both_NN / (shown_NN + shown_NN.T - both_NN).clamp(min=1e-9)
+    return (overlap_NN > SAME) & (window_N[:, None] != window_N)
+
+
+def _intersections(one_N4: Tensor, other_M4: Tensor) -> Tensor:
+    """[N, M] areas."""
+    least_NM2 = torch.maximum(one_N4[:, None, :2], other_M4[:, :2])
+    most_NM2 = torch.minimum(one_N4[:, None, 2:], other_M4[:, 2:])
+    return (most_NM2 - least_NM2).clamp(min=0).prod(2)
+
+
+def _groups(same_NN: Tensor, cut_N: Tensor) -> Iterator[list[int]]:
+    """Positions of the boxes that become one, its best first. Boxes come in the order in which they may choose, cut ones last."""
+    same, cut = same_NN.numpy(), cut_N.numpy()
+    left = np.ones(len(cut), dtype=bool)
+    for number in range(len(cut)):
+        if not left[number]:
+            continue
+        taken = left & same[number]
+        taken[number] = True
+        while cut[number]:  # a long object lies in a row of tiles: pieces of pieces
+            more = left & same[taken].any(0) & ~taken
+            if not more.any():
+                break
+            taken |= more
+        left &= ~taken
+        yield [number, *(n for n in np.flatnonzero(taken).tolist() if n != number)] if cut[number] else [number]
+
+
+def _joined(pieces: Sequence[tuple[Window, Any]], width: int, height: int) -> Any:
+    """COCO RLE of the picture's size."""
+    shape_HW = np.zeros((height, width), dtype=np.uint8, order="F")
+    for window, code in pieces:
+        part_HW = shape_HW[window.top : window.top + window.height, window.left : window.left + window.width]
+        part_HW |= decode_rle(code).astype(np.uint8)
+    return mask_codec.encode(shape_HW)

@@ -1,0 +1,144 @@
+"""Videos: frames out of a file and into one, by PyAV (FFmpeg), an optional package.
+
+Frames come as they are to be looked at: upright where a phone's recording says by how much it is turned. Deliberately absent: sound, seeking.
+
+Legend: H height, W width, C 3 channels (RGB).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+
+from shared.errors import UserError
+from shared.images import UnreadableImage
+
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv")
+"""beside them .gif, where it moves"""
+_TICKS = 90_000  # of a second: MPEG's own clock, of which all usual frame rates are whole parts
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One picture of a video.
+
+    Attributes:
+        number: 0, 1, ... in the order in which they are shown.
+        seconds: since the first.
+        pixels_HWC: uint8 RGB.
+    """
+
+    number: int
+    seconds: float
+    pixels_HWC: np.ndarray
+
+    @property
+    def width(self) -> int:
+        return int(self.pixels_HWC.shape[1])
+
+    @property
+    def height(self) -> int:
+        return int(self.pixels_HWC.shape[0])
+
+
+def is_video(path: str) -> bool:
+    """Whether a file is one, by its name; a GIF by its content, since most are pictures."""
+    if not path.lower().endswith(".gif"):
+        return path.lower().endswith(VIDEO_SUFFIXES)
+    try:
+        with Image.open(path) as image:
+            return bool(getattr(image, "is_animated", False))
+    except Exception:  # PIL raises many kinds for damaged files
+        return False
+
+
+def require_av(path: str) -> None:
+    """Raises UserError where videos cannot be read here."""
+    try:
+        import av  # noqa: F401
+    except ImportError:
+        raise UserError(
+            f"{path}: is a video, and PyAV, which reads them, is not installed: pip install 'av>=14', "
+            "or leave videos out by a pattern ('photos/**/*.jpg')"
+        ) from None
+
+
+def read_frames(path: str, *, start: int = 0) -> Iterator[Frame]:
+    """The frames of a video from number `start` on; `seconds` counts from its very first.
+
+    Raises `UnreadableImage` where FFmpeg does: at once for a file that is no video, later for one that is damaged further on.
+    """
+    import av
+
+    try:
+        with av.open(path) as container:
+            if not container.streams.video:
+                raise UnreadableImage(path, "has no pictures in it")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            rate = float(stream.average_rate or 25)
+            first: float | None = None
+            for number, frame in enumerate(container.decode(stream)):
+                seconds = number / rate if frame.time is None else float(frame.time)
+                first = seconds if first is None else first
+                if number >= start:
+                    yield Frame(number, round(seconds - first, 6), _upright(frame))
+    except av.FFmpegError as error:
+        raise UnreadableImage(path, error.strerror or str(error)) from None
+
+
+class VideoFile:
+    """An MP4 file (H.264) that is written frame by frame; use it as a context, whose end completes it.
+
+    Args:
+        width, height: of the frames; an odd last column or row is repeated, since the format wants even numbers.
+        rate: frames a second that players are told; what counts is the time of each frame.
+
+    Attributes:
+        size: (width, height) of the frames.
+    """
+
+    def __init__(self, path: Path, width: int, height: int, rate: float) -> None:
+        import av
+
+        self._container = av.open(str(path), "w", format="mp4")
+        self._stream: Any = self._container.add_stream("libx264", rate=Fraction(rate).limit_denominator(1001))
+        self._stream.width, self._stream.height = width + width % 2, height + height % 2
+        self._stream.pix_fmt = "yuv420p"
+        self._stream.options = {"crf": "20", "preset": "veryfast"}
+        self._stream.codec_context.time_base = Fraction(1, _TICKS)
+        self.size, self._last = (width, height), -1
+
+    def add(self, pixels_HWC: np.ndarray, seconds: float) -> None:
+        """One more frame, uint8 RGB; frames come in the order of their times."""
+        import av
+
+        height, width = pixels_HWC.shape[:2]
+        assert (width, height) == self.size, "frames of one size"
+        if width % 2 or height % 2:
+            pixels_HWC = np.pad(pixels_HWC, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels_HWC), format="rgb24")
+        self._last = max(self._last + 1, round(seconds * _TICKS))
+        frame.pts, frame.time_base = self._last, Fraction(1, _TICKS)
+        self._container.mux(self._stream.encode(frame))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._container.mux(self._stream.encode())
+        self._container.close()
+
+
+def _upright(frame: Any) -> np.ndarray:
+    pixels_HWC: np.ndarray = frame.to_ndarray(format="rgb24")
+    # PyAV's angle is counter-clockwise, as is NumPy's turn.
+    return np.ascontiguousarray(np.rot90(pixels_HWC, round(frame.rotation / 90)))
