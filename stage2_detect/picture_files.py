@@ -37,7 +37,7 @@ class PictureFiles:
         if self.drawing:
             file = picture_file(self._folder / "pictures", name)
             file.parent.mkdir(parents=True, exist_ok=True)
-            draw_objects(picture, found, self._class_names).save(file, quality=_QUALITY)
+            draw_objects(picture, found, self._class_names, legend=True).save(file, quality=_QUALITY)
 
     def crops(self, name: str, picture: Image.Image, found: Detections) -> None:
         """crops/CLASS/NAME_i.jpg, i = 1, 2, ... as the objects come, the best first; at least a pixel each."""
