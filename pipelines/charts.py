@@ -1,7 +1,8 @@
-"""The report's curves, as inline SVG that takes its text colour from the page. Only the report imports this: matplotlib is slow to load."""
+"""The report's diagrams, as inline SVG that takes its colours from the page. Only the report imports this: matplotlib is slow to load."""
 
 import io
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,11 @@ matplotlib.use("svg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipelines.table import Row
-
-# Okabe and Ito's colours: told apart by most eyes, readable on white and on black
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-_INK = "#010203"  # stands for the page's text colour
+# The page's colours are not known here: it has a light and a dark set. These stand for its text colour and its series 0, 1, ...
+_INK = "#010203"
+_SERIES = tuple(f"#0102{10 + number}" for number in range(6))
+COLOURS = len(_SERIES)
+_SIZE = (3.5, 2.35)  # inches of one diagram
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Panel:
 
 
 PANELS = (
-    Panel("loss", {"loss": "loss"}),
+    Panel("loss", {"loss": "training", "val_loss": "evaluation"}),
     Panel(
         "accuracy in %",
         {
@@ -40,79 +41,88 @@ PANELS = (
         },
         100,
     ),
-    Panel("AP", {"val_AP": "AP", "val_AP50": "AP50"}, 100),
+    Panel("KL to the teacher, nats", {"val_kl": "KL"}),
+    Panel("AP in %", {"val_AP": "AP", "val_AP50": "AP50"}, 100),
     Panel("learning rate", {"lr": "learning rate"}),
 )
 
 
 @dataclass(frozen=True)
 class Chart:
-    """An SVG element and the words that stand for it."""
+    """An SVG element, its title, and the words that stand for it."""
 
+    title: str
     svg: str
     alt: str
 
 
-def curves(stage: str, metrics: list[dict[str, Any]]) -> Chart | None:
-    """The curves of one stage from its metrics.jsonl; None when it logged nothing that is drawn."""
-    panels = [(panel, found) for panel in PANELS if (found := _series(panel, metrics))]
-    if not panels:
-        return None
-    with matplotlib.rc_context(_style(stage)):
-        figure = Figure(figsize=(3.1 * len(panels), 2.4), layout="constrained")
-        words = []
-        for axes, (panel, found) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+def curves(stage: str, metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """The curves of one stage from its metrics.jsonl, a diagram for each panel that has any."""
+    charts = []
+    for panel in PANELS:
+        found = _series(panel, metrics)
+        if not found:
+            continue
+        with matplotlib.rc_context(_style(f"{stage} {panel.title}")):
+            figure, axes = _figure()
+            words = []
             for label, steps, values in found:
-                colour = COLOURS[list(panel.names.values()).index(label)]  # the same in every stage
+                colour = _SERIES[list(panel.names.values()).index(label)]  # the same in every stage
                 axes.plot(
-                    steps, values, color=colour, label=label, marker="o" if len(steps) < 4 else None, markersize=4
+                    steps, values, color=colour, label=label, marker="o" if len(steps) < 8 else None, markersize=3.5
                 )
                 words.append(f"{label} from {values[0]:.3g} at step {steps[0]} to {values[-1]:.3g} at step {steps[-1]}")
-            _dress(axes, panel.title, legend=len(found) > 1)
+            _dress(axes, legend=len(found) > 1)
             axes.set_xlabel("step")
-        return Chart(_svg(figure), f"Curves of stage {stage}: {'; '.join(words)}.")
+            alt = f"{panel.title}, stage {stage}: {'; '.join(words)}."
+            charts.append(Chart(panel.title, _svg(figure), alt))
+    return charts
 
 
-def bars(rows: list[Row]) -> Chart | None:
-    """Top-1 and AP of the table's rows side by side; None when there is no number yet."""
-    measures = [("top-1 in %", 0), ("detector AP", 2)]
-    drawn = [
-        (title, [(row.name, 100 * value) for row in rows if (value := row.values[column]) is not None])
-        for title, column in measures
-    ]
-    drawn = [(title, values) for title, values in drawn if values]
-    if not drawn:
-        return None
-    colours = {row.name: COLOURS[number % len(COLOURS)] for number, row in enumerate(rows)}
-    with matplotlib.rc_context(_style("table of results")):
-        figure = Figure(
-            figsize=(4.2 * len(drawn), 0.5 + 0.36 * max(len(values) for _, values in drawn)), layout="constrained"
-        )
-        words = []
-        for axes, (title, values) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
-            names = [name for name, _ in values]
-            container = axes.barh(
-                names, [value for _, value in values], color=[colours[name] for name in names], height=0.6
+def precision_recall(
+    name: str, recall: Sequence[float], lines: Mapping[str, Sequence[float]], mean: Sequence[float] | None
+) -> Chart:
+    """Precision over recall.
+
+    Args:
+        name: what the curves are of; makes the SVG's ids its own.
+        recall: of all curves.
+        lines: precision by name. Up to six get a colour and a place in the legend, more are drawn alike and pale.
+        mean: of the curves, drawn in the text's colour.
+    """
+    named = len(lines) <= COLOURS
+    with matplotlib.rc_context(_style(f"{name} precision and recall")):
+        figure, axes = _figure()
+        for number, (label, precision) in enumerate(lines.items()):
+            look: dict[str, Any] = (
+                {"color": _SERIES[number], "label": label} if named else {"color": _INK, "alpha": 0.18}
             )
-            axes.bar_label(container, fmt="%.1f", padding=3, color=_INK)
-            axes.invert_yaxis()
-            axes.margins(x=0.15)
-            _dress(axes, title, legend=False)
-            axes.grid(visible=False)
-            axes.xaxis.set_visible(False)
-            words.append(f"{title}: " + ", ".join(f"{name} {value:.1f}" for name, value in values))
-        return Chart(_svg(figure), f"Bars. {'; '.join(words)}.")
+            axes.plot(recall, precision, linewidth=1.4, **look)
+        if mean is not None:
+            axes.plot(recall, mean, color=_INK, linewidth=2.2, label="mean of the classes")
+        _dress(axes, legend=named or mean is not None)
+        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
+        shown = dict(lines) if named else {}
+        shown |= {"mean of the classes": mean} if mean is not None else {}
+        words = [f"{label} {100 * sum(values) / len(values):.1f}" for label, values in shown.items()]
+        alt = f"Precision over recall of {name}; mean precision in %: {', '.join(words)}."
+        return Chart("precision over recall", _svg(figure), alt)
 
 
-def _series(panel: Panel, metrics: list[dict[str, Any]]) -> list[tuple[str, list[int], list[float]]]:
+def _series(panel: Panel, metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[int], list[float]]]:
     found = []
     for name, label in panel.names.items():
         points = [
             (line["step"], panel.factor * line[name]) for line in metrics if isinstance(line.get(name), int | float)
         ]
-        if points:
+        if len(points) > 1:  # one point is a number, not a curve
             found.append((label, [step for step, _ in points], [value for _, value in points]))
     return found
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    return figure, figure.subplots()
 
 
 def _style(name: str) -> Any:
@@ -126,22 +136,25 @@ def _style(name: str) -> Any:
         "axes.labelcolor": _INK,
         "xtick.color": _INK,
         "ytick.color": _INK,
-        "axes.titlesize": 10,
+        "lines.linewidth": 1.6,
         "axes.spines.top": False,
         "axes.spines.right": False,
     }
 
 
-def _dress(axes: Axes, title: str, *, legend: bool) -> None:
-    axes.set_title(title, loc="left")
+def _dress(axes: Axes, *, legend: bool) -> None:
     axes.set_facecolor("none")
-    axes.grid(alpha=0.2, color=_INK, linewidth=0.6)
+    axes.grid(alpha=0.15, color=_INK, linewidth=0.6)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_alpha(0.4)
+    axes.locator_params(axis="x", nbins=5)
     if legend:
         axes.legend(frameon=False, fontsize=8)
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as an SVG element: no XML header, no outside address but the name spaces, ink in the page's colour."""
+    """The figure as an SVG element: no XML header, no outside address but the name spaces, colours by the page's names."""
     figure.patch.set_alpha(0)
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -149,4 +162,7 @@ def _svg(figure: Figure) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)  # of groups, the same in every figure
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)  # the page decides
+    for number, colour in enumerate(_SERIES):
+        svg = svg.replace(colour, f"var(--series-{number})")
     return svg.replace(_INK, "currentColor")

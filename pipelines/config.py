@@ -113,14 +113,23 @@ class PipelineConfig(Config):
 
 
 class ReportConfig(CommandConfig):
-    """Write report.html from a pipeline's run directories: the table, the curves, settings and machine."""
+    """Write report.html on a pipeline or a single run: gain, curves, tables, pictures, settings, machine and cost."""
 
-    pipeline: Path
-    """the pipeline's YAML file, for the order of the stages and the rows of the table"""
     runs: Path
-    """folder that holds the stages' run directories"""
+    """folder that holds the run directories of a pipeline, or one run directory; the page goes into `report` in it if `output` is not given"""
+    pipeline: Path | None = None
+    """the pipeline's YAML file, for the order of the stages and the rows of the table; null: as the pipeline recorded it in `runs`"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _beside_the_runs(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("output") is None and isinstance(values.get("runs"), str | Path):
+            return {**values, "output": Path(values["runs"]) / "report"}
+        return values
 
     def inputs(self) -> dict[str, Path]:
-        results = sorted(self.runs.glob("*/result.json"))
-        results = [file for file in results if file.parent != self.output]
-        return {"pipeline": self.pipeline} | {f"runs.{file.parent.name}": file for file in results}
+        results = sorted(file for file in self.runs.glob("*/result.json") if file.parent != self.output)
+        files = {f"runs.{file.parent.name}": file for file in results}
+        if (self.runs / "result.json").is_file():
+            files["runs"] = self.runs / "result.json"
+        return files | ({"pipeline": self.pipeline} if self.pipeline else {})

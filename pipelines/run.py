@@ -19,12 +19,11 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipelines.config import PipelineConfig
 from pipelines.disk import disk_bytes, disk_text, steps_text
 from pipelines.launch import Signals, command_line, run_stage
 from pipelines.plan import Planned, erase, make_plan, to_erase
 from pipelines.stages import LOGS, Stage, build_stages, located, read_pipeline
-from pipelines.table import table_text
+from pipelines.table import Record, table_text, write_record
 from shared.command import STOPPED, USER_ERROR
 from shared.config import Parser, did_you_mean
 from shared.errors import UserError
@@ -64,10 +63,12 @@ def _run(argv: list[str]) -> int:
     with _locked(output):
         for run in erase(stages, redo, output):
             print(f"deleted {run}")
-        return _run_stages(plan, pipeline, output)
+        record = Record(file.stem, arguments.smoke, pipeline)
+        write_record(output, record)
+        return _run_stages(plan, record, output)
 
 
-def _run_stages(plan: list[Planned], pipeline: PipelineConfig, output: Path) -> int:
+def _run_stages(plan: list[Planned], record: Record, output: Path) -> int:
     started = time.monotonic()
     with Signals() as signals:
         for number, planned in enumerate(plan, 1):
@@ -90,8 +91,8 @@ def _run_stages(plan: list[Planned], pipeline: PipelineConfig, output: Path) -> 
                     print(f"error: stage {stage.name}: {line}", file=sys.stderr)
                 return outcome.code
             print(f"{label}: {(time.monotonic() - begun) / 60:.1f} min", flush=True)
-    if pipeline.table:
-        print(f"\n{table_text(pipeline.table, output)}\n")
+    if record.pipeline.table:
+        print(f"\n{table_text(record.pipeline.table, output, smoke=record.smoke)}\n")
     print(_closing_line(plan, time.monotonic() - started))
     return 0
 

@@ -4,16 +4,30 @@ Numbers come from the stages' result.json, as fractions; they are shown in perce
 import torch.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import TableConfig
-from shared.run_dir import read_result
+from pipelines.config import PipelineConfig, TableConfig
+from shared.config import validate
+from shared.errors import UserError
+from shared.run_dir import read_result, write_atomically
 
 COLUMNS = ("backbone", "top-1", "agreement", "detector AP", "AP50")
 _CLASSIFIER, _DETECTOR = ("top1", "agreement"), ("AP", "AP50")
 NONE = "-"
+_RECORD = "pipeline.json"  # beside the run directories
+SMOKE = "smoke sizes: these numbers only say that everything runs"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a pipeline leaves beside its run directories, so that a report needs no more than their folder."""
+
+    name: str
+    smoke: bool
+    pipeline: PipelineConfig
 
 
 @dataclass(frozen=True)
@@ -55,8 +69,27 @@ def gain_cells(row: Row) -> tuple[str, ...]:
     return (row.name, *(NONE if value is None else f"{100 * value:+.1f}" for value in row.values))
 
 
-def table_text(table: TableConfig, output: Path) -> str:
-    """The whole table as aligned lines."""
+def write_record(output: Path, record: Record) -> None:
+    """Write it into the folder of the run directories."""
+    content = {"name": record.name, "smoke": record.smoke, "pipeline": record.pipeline.model_dump(mode="json")}
+    write_atomically(output / _RECORD, json.dumps(content, indent=1) + "\n")
+
+
+def read_record(output: Path) -> Record | None:
+    """The record in a folder; None where a pipeline has left none. Raises UserError for one that cannot be read."""
+    file = output / _RECORD
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        name, smoke, pipeline = (content[key] for key in ("name", "smoke", "pipeline"))
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{file}: not readable; delete it and give --pipeline") from None
+    return Record(str(name), bool(smoke), validate(PipelineConfig, pipeline, source=str(file)))
+
+
+def table_text(table: TableConfig, output: Path, *, smoke: bool = False) -> str:
+    """The whole table as aligned lines; after a trial at the smallest sizes with a line that says so."""
     rows = table_rows(table, output)
     difference = gain(table, rows)
     cells = [COLUMNS, *(row.cells() for row in rows), *([gain_cells(difference)] if difference else [])]
@@ -64,6 +97,8 @@ def table_text(table: TableConfig, output: Path) -> str:
     lines = [_line(line, widths) for line in cells]
     if difference:
         lines.insert(len(lines) - 1, "-" * len(lines[0]))
+    if smoke:
+        lines.append(SMOKE)
     return "\n".join(lines)
 
 

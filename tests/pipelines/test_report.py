@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from pipelines import charts
-from pipelines.report import main
-from pipelines.table import Row
+from pipelines.config import PipelineConfig, TableConfig
+from pipelines.report import gains, main
+from pipelines.table import Record, Row, table_text, write_record
 
 VOID = {"meta", "link", "br", "img", "path", "use"}
 
@@ -67,7 +68,7 @@ def pipeline(tmp_path: Path, chain: dict[str, Any], table: dict[str, Any], fake_
     file = tmp_path / "small.yaml"
     file.write_text(yaml.safe_dump({"output": "unused", "stages": stages, "table": table}, sort_keys=False))
     steps = [{"step": step, "loss": 3 - step / 50, "agreement": step / 200, "lr": 0.1} for step in (50, 100)]
-    student = {"top1": 0.691, "agreement": 0.712, "kl": 0.4321, "steps": 100}
+    student = {"top1": 0.691, "agreement": 0.712, "kl": 0.4321, "steps": 100, "images_seen": 12800}
     write_run(tmp_path / "runs/student", metrics=student, lines=[*steps, {"step": 100, "val_top1": 0.691}])
     write_run(tmp_path / "runs/baseline", metrics=None, lines=[{"step": 50, "loss": 2.5, "lr": 0.1}])
     ap = {"AP": 0.2574, "AP50": 0.481, "APs": None, "per_class": {"disc": 0.333, "ring": None}}
@@ -91,22 +92,24 @@ def test_numbers(html: str) -> None:
     text = " ".join(Page(html).text.split())
     assert "SSLD 69.1 71.2 25.7 48.1" in text
     assert "teacher - - - -" in text
-    assert "SSLD against baseline: - points of top-1" in text
-    assert "kl 0.4321" in text
+    assert "points of" not in text  # the baseline has no number yet: nothing is compared
+    assert "SSLD - baseline - - - -" in text
+    assert "KL, nats 0.4321" in text
     assert "steps 100" in text
     assert "AP 25.7" in text
     assert "APs -" in text
     assert "disc 33.3 ring -" in text
-    assert "2 of 5 stages finished, 3.0 minutes of work" in text
+    assert "2 of 5 stages finished, 3.0 min of work, 12,800 images seen in training" in text
     assert "2 unreadable images" in text
+    assert "together 12,800 3.0 min" in text
 
 
 def test_status_of_every_stage(html: str) -> None:
     text = " ".join(Page(html).text.split())
     for line in (
-        "data toy_data not run -",
-        "student distill finished 1.5",
-        "baseline distill unfinished, at step 50 -",
+        "data toy_data not run - -",
+        "student distill finished 12,800 1.5 min",
+        "baseline distill unfinished, at step 50 - -",
     ):
         assert line in text
     assert "report report" not in text  # itself
@@ -125,12 +128,12 @@ def test_every_picture_has_words_with_numbers(html: str) -> None:
     page = Page(html)
     assert page.open == []
     assert not [tag for tag, _ in page.tags if tag in ("img", "script")]
-    pictures = [attributes["aria-label"] or "" for _, attributes in page.tags if attributes.get("role") == "img"]
-    assert len(pictures) == sum(tag == "svg" for tag, _ in page.tags) == 3
-    assert pictures[0] == "Bars. top-1 in %: SSLD 69.1; detector AP: SSLD 25.7."
-    assert "loss from 2 at step 50 to 1 at step 100" in pictures[1]
-    assert "training agreement from 25 at step 50 to 50 at step 100" in pictures[1]
-    assert pictures[2].startswith("Curves of stage baseline: loss from 2.5 at step 50")
+    words = [attributes["aria-label"] or "" for _, attributes in page.tags if attributes.get("role") == "img"]
+    assert sum(tag == "svg" for tag, _ in page.tags) == 3
+    assert words[:2] == ["detector AP in %: SSLD 25.7", "top-1 in %: SSLD 69.1"]
+    assert words[2] == "loss, stage student: training from 2 at step 50 to 1 at step 100."
+    assert "training agreement from 25 at step 50 to 50 at step 100" in words[3]
+    assert len(words) == 5  # and the learning rate; single points are no curves
 
 
 def test_page_is_self_contained(html: str) -> None:
@@ -143,7 +146,8 @@ def test_page_is_self_contained(html: str) -> None:
     anchors = [attributes["id"] for _, attributes in page.tags if attributes.get("id")]
     assert len(anchors) == len(set(anchors))
     links = [attributes["href"] or "" for tag, attributes in page.tags if tag == "a"]
-    assert {link[1:] for link in links} == {"stage-student", "stage-baseline", "stage-ap"} <= set(anchors)
+    stages = {"stage-student", "stage-baseline", "stage-ap"}
+    assert {link[1:] for link in links} == stages | {"content", "result", "cost"} <= set(anchors)
     assert "prefers-color-scheme: dark" in html
     assert "currentColor" in html
 
@@ -163,7 +167,7 @@ def test_without_table_and_runs(tmp_path: Path, fake_kinds: None) -> None:
     assert main(arguments(file)) == 0
     html = (tmp_path / "runs/report/report.html").read_text()
     assert "Result" not in Page(html).text
-    assert "0 of 1 stages finished" in html
+    assert "0 of 1 stage finished, 0 s of work." in html
 
 
 @pytest.mark.parametrize(
@@ -187,14 +191,83 @@ def test_another_run_is_not_overwritten(pipeline: Path, capfd: Any) -> None:
 
 
 def test_charts_without_numbers() -> None:
-    assert charts.curves("a", []) is None
-    assert charts.curves("a", [{"step": 1, "seconds": 2.0, "loss": None}]) is None
-    assert charts.bars([Row("a", (None, None, None, None))]) is None
+    assert charts.curves("a", []) == []
+    assert charts.curves("a", [{"step": 1, "seconds": 2.0, "loss": None}]) == []
+    assert charts.curves("a", [{"step": 1, "loss": 2.0}]) == []
 
 
 def test_same_curves_give_the_same_bytes() -> None:
     metrics = [{"step": step, "loss": 1 / step} for step in range(1, 5)]
     first, second = charts.curves("a", metrics), charts.curves("a", metrics)
     assert first == second
-    assert first is not None
-    assert first.svg.startswith("<svg")
+    assert [chart.title for chart in first] == ["loss"]
+    assert first[0].svg.startswith("<svg")
+    assert "var(--series-0)" in first[0].svg  # the page's colour
+
+
+def test_gains() -> None:
+    rows = [
+        Row("SSLD", (0.5, None, 0.30, None)),
+        Row("baseline", (0.4, None, 0.275, None)),
+        Row("random", (None, None, 0.31, None)),
+    ]
+    table = TableConfig.model_validate({"rows": {row.name: {} for row in rows}, "gain": ["SSLD", "baseline"]})
+    ap, top1 = gains(table, rows)
+    assert (ap.measure, ap.text, ap.better, ap.base) == ("detector AP", "+2.5", "SSLD", "baseline")
+    assert ap.others == [("random", pytest.approx(-1.0))]
+    assert (top1.measure, top1.text, top1.others) == ("top-1", "+10.0", [])
+    worse = TableConfig.model_validate({"rows": table.rows, "gain": ["baseline", "SSLD"]})
+    assert gains(worse, rows)[0].text == "\N{MINUS SIGN}2.5"
+
+
+def record_of(pipeline: Path, *, smoke: bool) -> PipelineConfig:
+    content = PipelineConfig.model_validate(yaml.safe_load(pipeline.read_text()))
+    write_record(pipeline.parent / "runs", Record("small", smoke, content))
+    return content
+
+
+def test_a_folder_of_runs_says_which_pipeline_it_is_of(pipeline: Path, html: str) -> None:
+    record_of(pipeline, smoke=False)
+    runs = pipeline.parent / "runs"
+    assert main(["--runs", str(runs)]) == 0
+    again = (runs / "report/report.html").read_text()
+    assert Page(again).text.split("Written")[0] == Page(html).text.split("Written")[0]
+
+
+def test_a_smoke_run_is_called_one(pipeline: Path, html: str) -> None:
+    content = record_of(pipeline, smoke=True)
+    runs = pipeline.parent / "runs"
+    write_run(runs / "teacher", metrics={"top1": 0.9}, lines=[])
+    assert main(["--runs", str(runs)]) == 0
+    assert "Smoke run." in Page((runs / "report/report.html").read_text()).text
+    assert "Smoke run." not in Page(html).text
+    assert content.table
+    smoke, earnest = (table_text(content.table, runs, smoke=smoke).splitlines() for smoke in (True, False))
+    assert smoke[:-1] == earnest
+    assert smoke[-1] == "smoke sizes: these numbers only say that everything runs"
+
+
+def test_runs_without_a_pipeline_and_a_single_run(pipeline: Path, html: str) -> None:
+    runs = pipeline.parent / "runs"
+    assert main(["--runs", str(runs)]) == 0
+    text = " ".join(Page((runs / "report/report.html").read_text()).text.split())
+    assert "2 of 3 stages finished" in text
+    assert "Result" not in text
+    for name in ("ap", "baseline", "student"):
+        assert f"{name} {name}" in text  # the command as the run recorded it
+    assert main(["--runs", str(runs / "student")]) == 0
+    text = " ".join(Page((runs / "student/report/report.html").read_text()).text.split())
+    assert "1 of 1 stage finished, 90 s of work" not in text
+    assert "1 of 1 stage finished, 1.5 min of work" in text
+    assert "69.1" in text
+    assert "baseline" not in text
+
+
+def test_a_folder_without_runs(tmp_path: Path, capfd: Any) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main(["--runs", str(tmp_path / "empty")]) == 2
+    assert "neither a run directory nor a folder of them" in capfd.readouterr().err
+    assert not list((tmp_path / "empty").iterdir())
+    (tmp_path / "empty/pipeline.json").write_text("{}")
+    assert main(["--runs", str(tmp_path / "empty")]) == 2
+    assert "pipeline.json: not readable; delete it and give --pipeline" in capfd.readouterr().err
