@@ -44,12 +44,18 @@ class LoadedDetector:
         return getattr(self.model, "mask_head", None) is not None
 
     def predict(
-        self, images: "Sequence[Picture]", *, threshold: float = 0.5, batch_size: int = 4
+        self,
+        images: "Sequence[Picture]",
+        *,
+        threshold: float = 0.5,
+        batch_size: int = 4,
+        tile: int | None = None,
+        overlap: float = 0.2,
     ) -> "list[FoundObjects]":
         """What each of some pictures shows; see `predictor.predict`."""
         from stage2_detect.predictor import predict
 
-        return predict(self, images, threshold=threshold, batch_size=batch_size)
+        return predict(self, images, threshold=threshold, batch_size=batch_size, tile=tile, overlap=overlap)
 
 
 def save_detector(

@@ -51,7 +51,7 @@ class PictureFiles:
             right, bottom = max(edges_4[2], left + 1), max(edges_4[3], top + 1)
             file = self._folder / "crops" / self._class_folders[label] / f"{stem(name)}_{number}.jpg"
             file.parent.mkdir(parents=True, exist_ok=True)
-            picture.crop((left, top, right, bottom)).save(file, quality=_QUALITY)
+            picture.crop((left, top, right, bottom)).save(file, quality=95, subsampling=0)  # to be looked at closely
 
 
 def picture_file(folder: Path, name: str) -> Path:

@@ -202,7 +202,7 @@ def assemble(
         best = max(best, highest)
     if not images:
         raise UserError(
-            f"none of the {counted(len(bad), 'file')} of {config.images} can be read; the first is {min(bad)}"
+            f"nothing can be read in {counted(len(bad), 'file')} of {config.images}; the first is {min(bad)}"
         )
     if config.pseudo_labels:
         images = [one for one in images if one["id"] in rows]

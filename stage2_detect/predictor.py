@@ -15,6 +15,7 @@ from PIL import Image
 from shared.errors import UserError
 from shared.images import UnreadableImage, decode_image
 from stage2_detect.detector_file import LoadedDetector
+from stage2_detect.drawing import draw_objects
 from stage2_detect.models.batch import Detections, ImageBatch
 from stage2_detect.picture_batches import Sizing, ahead
 from stage2_detect.tiles import Window, merged_windows, windows_of
@@ -36,6 +37,16 @@ class FoundObjects:
     names: list[str]
     masks: list[Any] | None = None
     """COCO RLE of each, from a detector with masks"""
+
+    class_names: tuple[str, ...] = ()
+    """all that the detector knows"""
+
+    def draw(self, image: Picture) -> Image.Image:
+        """The picture with these objects, names and scores; `image` is what they were found in, or the same in another form."""
+        labels_N = torch.from_numpy(self.labels_N)
+        found = Detections(torch.from_numpy(self.boxes_N4), torch.from_numpy(self.scores_N), labels_N, self.masks)
+        picture = Image.fromarray(np.ascontiguousarray(_pixels(image).permute(1, 2, 0).numpy()))
+        return draw_objects(picture, found, self.class_names, legend=True)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -96,7 +107,8 @@ def predict(
 
 def _objects(loaded: LoadedDetector, found: Detections) -> FoundObjects:
     names = [loaded.class_names[label] for label in found.labels_N]
-    return FoundObjects(found.boxes_N4.numpy(), found.scores_N.numpy(), found.labels_N.numpy(), names, found.masks)
+    arrays = found.boxes_N4.numpy(), found.scores_N.numpy(), found.labels_N.numpy()
+    return FoundObjects(*arrays, names, found.masks, loaded.class_names)
 
 
 def _pixels(image: Picture) -> torch.Tensor:

@@ -18,10 +18,11 @@ from pycocotools.coco import COCO
 
 from shared.errors import UserError
 from shared.model_file import read_metadata, read_tensors, save_model_file
-from stage2_detect import evaluate, predict, prediction
+from stage2_detect import convert_data, evaluate, predict, prediction
 from stage2_detect.coco import read_coco
 from stage2_detect.detector_file import load_detector
 from stage2_detect.models.batch import Detections
+from stage2_detect.picture_files import folder_names
 from stage2_detect.pictures import find_pictures
 from stage2_detect.prediction_files import Parts
 
@@ -222,7 +223,7 @@ def test_none_can_be_read(user_error: Error, line: Any, folder: Path, tmp_path: 
     for name in ("a.jpg", "b.png"):
         (tmp_path / "bad" / name).write_bytes(b"no picture")
     message = user_error(predict.main, line(images=tmp_path / "bad"))
-    assert message == f"none of the 2 files of {tmp_path / 'bad'} can be read; the first is a.jpg"
+    assert message == f"nothing can be read in 2 files of {tmp_path / 'bad'}; the first is a.jpg"
 
 
 def test_where_nothing_is_found_the_best_score_is_said(call: Call, line: Any, tmp_path: Path) -> None:
@@ -381,6 +382,109 @@ def test_kinds_of_pictures_and_a_batch_of_unequal_ones(detector_file: Path, fold
     with pytest.raises(UserError, match="cannot read image"):
         detector.predict([folder / "absent.png"])
     assert detector.predict([]) == []
+
+
+def test_objects_are_drawn_as_the_command_draws_them(
+    call: Call, line: Any, detector_file: Path, folder: Path, tmp_path: Path
+) -> None:
+    assert call(predict.main, line(images=folder / "5.png")) == 0
+    (objects,) = load_detector(detector_file).predict([folder / "5.png"], threshold=0.3)
+    assert len(objects)
+    drawn = objects.draw(folder / "5.png")
+    drawn.save(tmp_path / "mine.jpg", quality=92)
+    assert (tmp_path / "mine.jpg").read_bytes() == (tmp_path / "seen" / "pictures" / "5.png.jpg").read_bytes()
+
+
+# ---- YOLO labels and crops
+
+
+def test_yolo_labels_are_read_back_as_the_boxes(call: Call, line: Any, folder: Path, tmp_path: Path) -> None:
+    """By the reader of YOLO data sets, which knows nothing of this writer."""
+    assert call(predict.main, line("--write", "json,yolo")) == 0
+    run = tmp_path / "seen"
+    shutil.copytree(folder, run / "images")
+    flags = ["--source", str(run / "data.yaml"), "--splits", "val", "--output", str(tmp_path / "back")]
+    assert call(convert_data.main, flags) == 0
+    found = content(run / "predictions.json")
+    (file,) = (path for path in (tmp_path / "back").glob("*.json") if path.name == "val.json")
+    back = content(file)
+    assert [category["name"] for category in back["categories"]] == ["wide", "tall"]
+    label_of = {category["id"]: number for number, category in enumerate(found["categories"])}
+    label_back = {category["id"]: number for number, category in enumerate(back["categories"])}
+
+    def boxes(data: dict[str, Any], labels: dict[int, int]) -> list[tuple[Any, ...]]:
+        names = {image["id"]: image["file_name"].removeprefix("images/") for image in data["images"]}
+        rows = [(names[row["image_id"]], labels[row["category_id"]], row["bbox"]) for row in data["annotations"]]
+        return sorted(rows, key=lambda row: (row[0], row[1], row[2]))
+
+    expected, read = boxes(found, label_of), boxes(back, label_back)
+    assert len(expected) == len(read) > 0
+    for one, other in zip(expected, read, strict=True):
+        assert one[:2] == other[:2]
+        np.testing.assert_allclose(other[2], one[2], atol=1e-3)
+    labels = {path.relative_to(run / "labels").as_posix() for path in (run / "labels").rglob("*.txt")}
+    assert labels == {f"{n}.txt" for n in range(12) if n != 3} | {"deep/3.txt"}  # empty ones too
+    assert (run / "classes.txt").read_text() == "wide\ntall\n"
+
+
+def test_yolo_labels_with_scores(call: Call, line: Any, tmp_path: Path) -> None:
+    assert call(predict.main, line("--write", "json,yolo_scores")) == 0
+    found = content(tmp_path / "seen" / "predictions.json")
+    names = {image["id"]: image["file_name"] for image in found["images"]}
+    for image_id, name in names.items():
+        scores = [row["score"] for row in found["annotations"] if row["image_id"] == image_id]
+        lines = (tmp_path / "seen" / "labels" / name.replace(".png", ".txt")).read_text().splitlines()
+        assert [len(one.split()) for one in lines] == [6] * len(scores)
+        np.testing.assert_allclose([float(one.split()[5]) for one in lines], scores, atol=1e-6)
+
+
+def test_crops_show_the_objects(call: Call, line: Any, folder: Path, tmp_path: Path, files_below: Files) -> None:
+    assert call(predict.main, line("--write", "json,crops")) == 0
+    run = tmp_path / "seen"
+    found = content(run / "predictions.json")
+    class_of = {category["id"]: category["name"] for category in found["categories"]}
+    expected = {}
+    for image in found["images"]:
+        rows = [row for row in found["annotations"] if row["image_id"] == image["id"]]
+        for number, row in enumerate(rows, 1):
+            name = f"{class_of[row['category_id']]}/{image['file_name'].removesuffix('.png')}_{number}.jpg"
+            expected[name] = (image["file_name"], row["bbox"])
+    assert set(files_below(run / "crops")) == set(expected)
+    assert expected
+    for name, (file, (x, y, width, height)) in expected.items():
+        crop = np.array(Image.open(run / "crops" / name), dtype=float)
+        left, top = int(np.floor(x)), int(np.floor(y))
+        right, bottom = int(np.ceil(x + width)), int(np.ceil(y + height))
+        whole = np.array(Image.open(folder / file).convert("RGB"), dtype=float)
+        assert crop.shape == (bottom - top, right - left, 3)
+        assert np.abs(crop - whole[top:bottom, left:right]).mean() < 4  # JPEG
+
+
+def test_class_folders_are_safe_and_differ() -> None:
+    assert folder_names(("cat", "a/b", "a:b", "..", "Cat", "red blood cell")) == [
+        "cat_0", "a_b_1", "a_b_2", "_", "Cat_4", "red blood cell",
+    ]  # fmt: skip
+
+
+def test_pictures_that_would_share_files_are_refused(user_error: Error, line: Any, folder: Path) -> None:
+    shutil.copy(folder / "5.png", folder / "5.bmp")
+    message = user_error(predict.main, line("--write", "crops"))
+    assert "which 5.bmp and 5.png share" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--write", "yolo,yolo_scores"], "choose one"),
+        (["--write", "jsn"], "write"),
+        (["--write", "csv", "--pseudo_labels", "true"], "leave one of the two out"),
+        (["--write", "[]"], "is empty"),
+        (["--tile", "8"], "tile"),
+        (["--overlap", "1"], "overlap"),
+    ],
+)
+def test_settings_that_do_not_fit(user_error: Error, line: Any, flags: list[str], message: str) -> None:
+    assert message in user_error(predict.main, line(*flags))
 
 
 def test_the_readmes_example(detector_file: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
