@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from shared.config import ConfigT, launched_ranks, parse_config
-from shared.errors import Stopped, UserError
+from shared.errors import Stopped, UserError, is_out_of_memory
 
 USER_ERROR, STOPPED = 2, 143
 _MAKE_ROOM = "nothing is lost: make room and run the same command again"
@@ -19,6 +19,10 @@ _HINTS = {
     errno.EROFS: "give another --output",
     errno.EACCES: "check its permissions, or give another --output",
 }
+_SMALLER = (
+    "Set --auto_batch true, which takes the same batch in as many passes as fit (or --accumulate 2, 4, ...), smaller images, "
+    "--precision bf16, or, in evaluation, a smaller batch"
+)
 
 
 def run_command(
@@ -49,6 +53,10 @@ def run_command(
         where = error.filename or output
         message = f"{where}: {os.strerror(error.errno)}; {_HINTS[error.errno]}"
         return _report(message, rank, processes, output)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _report(f"out of memory: {str(error).splitlines()[0]} {_SMALLER}", rank, processes, output)
     except Stopped as error:
         if rank == 0:
             print(f"stopped: {error}; the same command goes on from there", file=sys.stderr)

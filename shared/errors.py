@@ -11,3 +11,9 @@ class UserError(Exception):
 
 class Stopped(Exception):
     """The run was asked to stop by a signal, has written a checkpoint and can go on; the command exits with code 143."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a GPU's memory, or the machine's, is used up."""
+    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)  # torch's, without importing it
+    return named or isinstance(error, MemoryError) or "can't allocate memory" in str(error)

@@ -1,6 +1,8 @@
 """What the processes of one run tell each other. Everything works without a process group, as one rank."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -8,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
+_alone = False
 
 
 def world_size() -> int:
@@ -22,11 +25,22 @@ def rank() -> int:
 
 def total_over_ranks(value: Tensor) -> Tensor:
     """Sum of a tensor over all ranks, on its device and without a host sync; not differentiated through."""
-    if world_size() == 1:
+    if world_size() == 1 or _alone:
         return value.detach()
     total = value.detach().clone()
     dist.all_reduce(total)
     return total
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, `total_over_ranks` asks nobody: for what a rank tries for itself, and may break off."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
 
 
 def any_rank(flag: bool) -> bool:

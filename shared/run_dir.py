@@ -12,6 +12,7 @@ Only the main rank writes; the lock is an flock that dies with its process. Does
 """
 
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -19,7 +20,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -30,6 +31,8 @@ from shared.errors import UserError
 from shared.files import files_digest
 
 Status = Literal["new", "unfinished", "finished"]
+SPEED = ("seconds", "data_wait", "images_per_second", "memory_gb")
+"""what a line of metrics.jsonl says of the machine, not of the training"""
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "pycocotools", "safetensors", "numpy", "pillow")
 
 
@@ -43,6 +46,7 @@ class RunDir:
 
     Attributes:
         status: "new", "unfinished" (the same run was begun here) or "finished" (result.json is there).
+        write: prints a line.
 
     Raises:
         UserError: the folder is in use, holds something else, holds another run, or one of its inputs has changed since.
@@ -54,6 +58,7 @@ class RunDir:
         self.path = config.output
         self.main = main
         self.status: Status = "new"
+        self.write: Callable[[str], None] = functools.partial(print, flush=True)
         self._config, self._command = config, command
         self._started = time.time()
         self.inputs: dict[str, str] = {}
@@ -68,7 +73,7 @@ class RunDir:
     def log(self, text: str) -> None:
         """Print a line and keep it in log.txt."""
         if self.main:
-            print(text, flush=True)
+            self.write(text)
             with (self.path / "log.txt").open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 

@@ -53,6 +53,8 @@ class TrainingConfig(CommandConfig):
     """global batch: images an optimizer step, over all processes and accumulation"""
     accumulate: int = Field(1, ge=1)
     """forward and backward passes an optimizer step and process"""
+    auto_batch: bool = False
+    """find `accumulate` before the run: the fewest passes whose images, at their largest, fit into memory; `batch_size` stays"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """of the forward pass; losses and boxes stay fp32"""
     channels_last: bool = False
@@ -84,6 +86,18 @@ class TrainingConfig(CommandConfig):
                 f"give exactly one of steps, train_epochs, train_images (given: {', '.join(given) or 'none'})"
             )
         return self
+
+    @model_validator(mode="after")
+    def _one_accumulate(self) -> Self:
+        if self.auto_batch and self.accumulate != 1:
+            raise ValueError("accumulate: auto_batch finds it; give one of the two")
+        return self
+
+    def describe_keeping(self) -> str:
+        """When the run is evaluated and saved, for the log."""
+        kept = "the newest is kept" if self.keep_checkpoints == 1 else f"the newest {self.keep_checkpoints} are kept"
+        evaluated = f"every {self.evaluate_every} steps and at the end" if self.evaluate_every else "at the end"
+        return f"a checkpoint every {self.save_every} steps, {kept}; evaluation {evaluated}"
 
     def total_steps(self, images: int | None) -> int:
         """Optimizer steps of the run for a training set of `images` images; raises UserError where that number is needed and unknown."""

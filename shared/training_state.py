@@ -1,6 +1,5 @@
 """What a training run goes on from, in both stages: its networks, optimizer, loss averages and best score, to and from checkpoints."""
 
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +18,7 @@ from shared.checkpoint import (
 from shared.errors import UserError
 from shared.loss_watch import LossWatch
 from shared.processes import load_scaler_state, scaler_state
+from shared.progress import Progress
 from shared.quarantine import Quarantine
 from shared.ranks import from_main_rank
 from shared.run_dir import RunDir
@@ -32,7 +32,7 @@ class TrainingState:
         networks: file name in a checkpoint -> network; never the teacher.
         best: highest score of an evaluation so far.
         stale: evaluations since then.
-        waited: seconds spent waiting for data since the last log line.
+        progress: how far the run is; the loop begins it and counts its steps.
     """
 
     run: RunDir
@@ -46,8 +46,9 @@ class TrainingState:
     watch: LossWatch = field(default_factory=LossWatch)
     best: float = float("-inf")
     stale: int = 0
-    waited: float = 0.0
-    _logged: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self.progress = Progress(self.run, self.accelerator.device)
 
     def restore(self) -> tuple[int, str]:
         """(steps done, a line on where they come from): load the newest checkpoint, if there is one, on every rank.
@@ -101,10 +102,10 @@ class TrainingState:
         """Write the averages since the last line to the metrics, the trackers and the log."""
         means = self.watch.averages()
         self.quarantine.judge(step * self.batch_size)
-        seconds, self._logged = time.perf_counter() - self._logged, time.perf_counter()
-        share = round(min(1.0, self.waited / seconds), 3)
-        self.run.metric(step, lr=lr, **means, seconds=round(seconds, 3), data_wait=share)
-        self.accelerator.log({"lr": lr, **means}, step=step)
+        speed = self.progress.read(self.batch_size)
+        self.run.metric(step, lr=lr, **means, **speed)
+        self.accelerator.log({"lr": lr, **means, **speed}, step=step)
         shown = ", ".join(f"{key} {value:.4f}" for key, value in means.items())
-        self.run.log(f"step {step}/{self.steps}: {shown}, lr {lr:.4g}")
-        self.waited = 0.0
+        self.run.log(
+            f"step {step}/{self.steps}: {shown}, lr {lr:.4g}; {self.progress.describe(speed, means['loss'], lr)}"
+        )

@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from shared.run_dir import read_metrics
+from shared.run_dir import SPEED, read_metrics
 
 # Of a logged training step, what is not a part of the loss.
-_NOT_LOSS = ("step", "lr", "seconds", "data_wait", "agreement", "accuracy")
+_NOT_LOSS = ("step", "lr", *SPEED, "agreement", "accuracy")
 
 
 def write_curves(run: Path) -> None:

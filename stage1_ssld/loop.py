@@ -5,13 +5,13 @@ for fine-tuning a teacher and for the supervised baseline. Initial weights come,
 network's reference.
 """
 
-import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
 
+from shared.auto_batch import find_passes
 from shared.backbones import parse_reference
 from shared.errors import Stopped, UserError
 from shared.images import stable_seed
@@ -27,6 +27,7 @@ from stage1_ssld.config import DistillConfig, TeachConfig
 from stage1_ssld.curves import write_curves
 from stage1_ssld.data import TrainingData, ValViews, make_loader, val_batches
 from stage1_ssld.guidance import Guidance, open_guidance
+from stage1_ssld.largest_batch import EVALUATED, whole_step
 from stage1_ssld.metrics import describe, evaluate
 from stage1_ssld.mix import mix_batch
 from stage1_ssld.objective import Objective, implausible_start
@@ -68,9 +69,8 @@ def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> 
     if val_source and guidance.val_labels is None and teacher is None:
         run.log(f"{val_source.path}: no labels and no teacher: nothing to evaluate")
         val_source = None
-    training = TrainingData(config, guidance.sources, guidance.train_labels, guidance.store, plan)
 
-    # ---- student, optimizer, schedule
+    # ---- student, optimizer, batches, schedule
     student = Student(network, config, classes=guidance.classes, device=device)
     objective = Objective([], 1.0)
     if isinstance(config, DistillConfig) and guidance.learns_from_teacher:
@@ -79,6 +79,13 @@ def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> 
         student.model, weight_decay=config.optim.weight_decay, decay_norm_and_bias=config.optim.decay_norm_and_bias
     )
     optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
+    if config.auto_batch:
+        attempt = whole_step(config, student, guidance, objective, optimizer, device=device, dtype=dtype)
+        passes = find_passes(
+            run, config.batch_size, ranks, attempt, networks=student.networks(), optimizer=optimizer, device=device
+        )
+        config = config.model_copy(update={"accumulate": passes})
+    training = TrainingData(config, guidance.sources, guidance.train_labels, guidance.store, plan)
     steps = config.total_steps(training.images)
     warmup_steps = config.optim.total_warmup_steps(training.images, config.batch_size)
     base_lr = scale_lr(config.optim.lr, config.optim.reference_batch, config.batch_size, config.optim.name)
@@ -100,7 +107,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> 
             val_source, guidance.val_labels, size=data.image_size, crop=data.val_crop, interpolation=data.interpolation
         )
         # The same batches on any number of ranks: their size must not follow from it.
-        order = val_batches(range(len(views)), min(config.batch_size, 128), rank, ranks)
+        order = val_batches(range(len(views)), min(config.batch_size, EVALUATED), rank, ranks)
         with teacher.running_statistics() if teacher else nullcontext():
             metrics = evaluate(
                 net,
@@ -146,6 +153,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> 
     run.log(
         f"lr {base_lr:g} = {config.optim.lr:g} scaled from batch {config.optim.reference_batch} to {config.batch_size}, warm-up {warmup_steps} steps"
     )
+    run.log(config.describe_keeping())
     run.log(f"{device}, {config.precision}, {torch.get_num_threads()} threads, {config.workers} workers")
     if resumed:
         run.log(resumed)
@@ -154,6 +162,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> 
     step, enough = start, _enough(config, state)
     with (
         StopRequest() as stop,
+        state.progress.begin(start, steps) as progress,
         closing(training.batches(start, steps, rank=rank, ranks=ranks, pin_memory=pin_memory)) as stream,
     ):
         while step < steps and not enough:
@@ -161,9 +170,8 @@ def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> 
             set_lr(optimizer, base_lr * cosine_factor(step - 1, steps=steps, warmup_steps=warmup_steps))
             student.train_mode()
             for micro in range(config.accumulate):
-                asked = time.perf_counter()
-                batch = next(stream)
-                state.waited += time.perf_counter() - asked
+                with progress.waiting():
+                    batch = next(stream)
                 quarantine.add(batch.unreadable)
                 if len(batch.keys) * ranks * config.accumulate < config.batch_size:
                     raise UserError(
@@ -193,6 +201,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> 
             optimizer_step(accelerator, optimizer, config.optim.clip_grad_norm)
             if student.ema:
                 student.ema.update(student.model, step=step)
+            progress.step()
 
             if step % config.log_every == 0 or step == steps:
                 state.log(step, optimizer.param_groups[0]["lr"])
@@ -266,7 +275,7 @@ def _try_teacher(
     source, labels = chosen
     views = ValViews(source, labels, size=data.image_size, crop=data.val_crop, interpolation=data.interpolation)
     rows = rows_to_try(labels, config.teacher.check_images)
-    order = val_batches(rows, min(config.batch_size, 128), distributed_rank(), world_size())
+    order = val_batches(rows, min(config.batch_size, EVALUATED), distributed_rank(), world_size())
     loader = make_loader(views, order, workers=config.workers, pin_memory=device.type == "cuda")
     return check_teacher(teacher, loader, device=device, where=source.path)
 

@@ -31,11 +31,11 @@ def train(config: TrainConfig) -> None:
         UserError: anything the user can mend.
         Stopped: after SIGTERM or Ctrl-C, with a checkpoint written.
     """
-    import time
     from typing import Any
 
     import torch
 
+    from shared.auto_batch import find_passes
     from shared.backbones import parse_reference
     from shared.errors import Stopped
     from shared.images import stable_seed
@@ -48,6 +48,7 @@ def train(config: TrainConfig) -> None:
     from shared.training_state import TrainingState
     from stage2_detect import expected
     from stage2_detect.evaluation_files import write_evaluation
+    from stage2_detect.largest_batch import whole_step
     from stage2_detect.scoring import describe, score
     from stage2_detect.student import Student
     from stage2_detect.teacher_detector import check_teacher
@@ -71,6 +72,13 @@ def train(config: TrainConfig) -> None:
     # ---- detector, teacher, optimizer, schedule
     student = Student(config, data.train, device=device)
     optimizer = make_optimizer(config.optim.name, student.parameter_groups(), momentum=config.optim.momentum)
+    if config.auto_batch:
+        attempt = whole_step(config, student, data, optimizer, device=device, dtype=dtype)
+        networks = student.networks()
+        passes = find_passes(
+            run, config.batch_size, ranks, attempt, networks=networks, optimizer=optimizer, device=device
+        )
+        config = config.model_copy(update={"accumulate": passes})
     base_lr = scale_lr(config.optim.lr, config.optim.reference_batch, config.batch_size, config.optim.name)
     steps_per_epoch = data.steps_per_epoch(config)
     steps = config.total_steps(steps_per_epoch * config.batch_size)
@@ -143,6 +151,7 @@ def train(config: TrainConfig) -> None:
     )
     if milestones and min(milestones) >= steps:
         run.log(f"milestones: all of them lie beyond the {steps} steps, so the learning rate never drops")
+    run.log(config.describe_keeping())
     run.log(f"{device}, {config.precision}, {torch.get_num_threads()} threads, {config.workers} workers")
     if resumed:
         run.log(resumed)
@@ -150,7 +159,7 @@ def train(config: TrainConfig) -> None:
     # ---- the loop
     step, scored = start, -1
     metrics: dict[str, Any] = {}
-    with StopRequest() as stop:
+    with StopRequest() as stop, state.progress.begin(start, steps) as progress:
         stream = iter(loader)
         while step < steps and not enough():
             step += 1
@@ -164,9 +173,8 @@ def train(config: TrainConfig) -> None:
             set_lr(optimizer, base_lr * factor)
             model.train()
             for micro in range(config.accumulate):
-                asked_at = time.perf_counter()
-                batch = next(stream)
-                state.waited += time.perf_counter() - asked_at
+                with progress.waiting():
+                    batch = next(stream)
                 quarantine.add(str(image.name) for image in batch.unreadable)
                 images, targets = (
                     batch.images.to(device, non_blocking=True),
@@ -188,6 +196,7 @@ def train(config: TrainConfig) -> None:
             optimizer_step(accelerator, optimizer, config.optim.clip_grad_norm)
             if student.ema:
                 student.ema.update(student.detector, step=step)
+            progress.step()
 
             if step % config.log_every == 0 or step == steps:
                 state.log(step, base_lr * factor)

@@ -15,6 +15,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from shared.run_dir import SPEED
+
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("disc", "ring", "stripes")
 # One thread and no network, in this process and in those it starts.
@@ -223,7 +225,7 @@ def metrics_of() -> Callable[[Path], list[dict[str, Any]]]:
 
     def read(run: Path) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        return [{k: v for k, v in line.items() if k not in ("seconds", "data_wait")} for line in lines]
+        return [{k: v for k, v in line.items() if k not in SPEED} for line in lines]
 
     return read
 
@@ -238,3 +240,27 @@ def jpeg() -> Callable[..., bytes]:
         return buffer.getvalue()
 
     return encode
+
+
+@pytest.fixture
+def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, int], list[int]]:
+    """A device on which a network runs out of memory beyond some number of training images; gives the list of the sizes it is asked for."""
+    import torch
+
+    forwards: dict[Any, Any] = {}
+
+    def limit(network: Any, most: int) -> list[int]:
+        sizes: list[int] = []
+        forward = forwards.setdefault(network, network.forward)
+
+        def limited(self: Any, pixels_BCHW: Any) -> Any:
+            if self.training:
+                sizes.append(len(pixels_BCHW))
+                if len(pixels_BCHW) > most:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines")
+            return forward(self, pixels_BCHW)
+
+        monkeypatch.setattr(network, "forward", limited)
+        return sizes
+
+    return limit

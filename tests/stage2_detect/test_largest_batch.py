@@ -1,0 +1,49 @@
+"""`auto_batch` of a detector: its trial is no smaller than any batch of the run, and the run is the one that was told the passes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stage2_detect import train
+from stage2_detect.models.pyramid import TimmPyramid
+
+Settings = dict[str, Any]
+Arguments = Callable[..., list[str]]
+Call = Callable[..., int]
+
+
+def test_a_detector_takes_the_passes_that_fit(
+    train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path, small_memory: Any
+) -> None:
+    steps = {"steps": 2, "save_every": 2}
+    assert call(train.main, arguments(train_settings | steps | {"accumulate": 2}, "told")) == 0
+    most = train_settings["batch_size"] // 2
+    sizes = small_memory(TimmPyramid, most)
+    assert call(train.main, arguments(train_settings | steps | {"auto_batch": True})) == 0
+    assert sizes == [2 * most, *[most] * (1 + 2 * 2)]
+    told, found = (load_file(tmp_path / name / "detector.safetensors") for name in ("told", "run"))
+    assert all(torch.equal(told[name], found[name]) for name in told)
+
+
+def test_the_trial_is_as_large_as_the_largest_batch(
+    train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No training batch has more pixels, or more objects, than the batch that was tried first."""
+    seen: list[tuple[int, int]] = []
+    forward = TimmPyramid.forward
+
+    def watched(self: TimmPyramid, pixels_BCHW: Tensor) -> Any:
+        if self.training:
+            seen.append((pixels_BCHW.shape[2], pixels_BCHW.shape[3]))
+        return forward(self, pixels_BCHW)
+
+    monkeypatch.setattr(TimmPyramid, "forward", watched)
+    assert call(train.main, arguments(train_settings | {"auto_batch": True})) == 0
+    (high, wide), *others = seen
+    assert len(others) == 6
+    assert all(h <= high and w <= wide for h, w in others)
