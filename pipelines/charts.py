@@ -95,7 +95,7 @@ def precision_recall(
         figure, axes = _figure()
         for number, (label, precision) in enumerate(lines.items()):
             look: dict[str, Any] = (
-                {"color": _SERIES[number], "label": label} if named else {"color": _INK, "alpha": 0.18}
+                {"color": _SERIES[number], "label": _plain(label)} if named else {"color": _INK, "alpha": 0.18}
             )
             axes.plot(recall, precision, linewidth=1.4, **look)
         if mean is not None:
@@ -150,7 +150,13 @@ def _dress(axes: Axes, *, legend: bool) -> None:
         spine.set_alpha(0.4)
     axes.locator_params(axis="x", nbins=5)
     if legend:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8).set_in_layout(False)  # long names must not squeeze the diagram
+
+
+def _plain(label: str, most: int = 26) -> str:
+    """A name for the legend, which takes no long ones, reads what stands between dollars as mathematics, and leaves out what begins with _."""
+    short = label if len(label) <= most else f"{label[: most - 1]}…"
+    return f"{' ' if short.startswith('_') else ''}{short}".replace("$", r"\$")
 
 
 def _svg(figure: Figure) -> str:

@@ -300,8 +300,8 @@ def _of_images(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(right, wrong, missed [I, 3]; LRP error [I]) of a chunk.
 
-    The error is the compact form of "Localization Recall Precision" (arXiv:1807.01696) over all classes: each right detection adds (1 - IoU) / (1 - `iou`), each wrong
-    one and each missed object 1, and the sum is divided by their number.
+    The error is the compact form of "Localization Recall Precision" (arXiv:1807.01696) over all classes: each right
+    detection adds (1 - IoU) / (1 - `iou`), each wrong one and each missed object 1; the sum is divided by their number.
     """
     seen_ID = (found_ID6[..., 4] >= 0) & (found_ID6[..., 5] >= threshold)
     right_I, wrong_I = ((seen_ID & (states_ID == state)).sum(1) for state in (RIGHT, WRONG))

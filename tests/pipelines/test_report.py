@@ -205,6 +205,18 @@ def test_same_curves_give_the_same_bytes() -> None:
     assert "var(--series-0)" in first[0].svg  # the page's colour
 
 
+def test_class_names_of_any_kind_get_into_a_legend() -> None:
+    names = ["$a_b$ and $c", "_hidden", "n" * 80, "<b>&amp;"]
+    chart = charts.precision_recall("x", [0.0, 1.0], {name: [1.0, 0.5] for name in names}, [1.0, 0.5])
+    words = " ".join(re.findall(r">([^<>]+)</text>", chart.svg))
+    for shown in ("$a_b$ and $c", "_hidden", "n" * 25 + "…", "&lt;b&gt;&amp;amp;", "mean of the classes"):
+        assert shown in words
+    assert "$a_b$ and $c 75.0" in chart.alt
+    many = charts.precision_recall("x", [0.0, 1.0], {str(n): [1.0, 0.5] for n in range(40)}, [1.0, 0.5])
+    assert "mean of the classes" in many.svg
+    assert "39" not in many.alt
+
+
 def test_gains() -> None:
     rows = [
         Row("SSLD", (0.5, None, 0.30, None)),

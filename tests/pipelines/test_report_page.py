@@ -1,0 +1,256 @@
+"""The report in a browser: no error, nothing asked of the network, every picture shown, links that lead somewhere, readable in any size and light."""
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from pipelines.report import main
+from pipelines.report_stage import Room, count, duration
+from tests.pipelines.browser import Page, browser, find_chromium
+
+PHONE, DESK = 390, 1200
+LONG = "a class whose name is longer than any telephone is wide, without an end"
+# Of every text that is visible: its contrast with what lies behind it (WCAG 2.2, 1.4.3), if that is below the limit.
+CONTRASTS = """
+(() => {
+  const channels = colour => {
+    const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+    canvas.canvas.width = canvas.canvas.height = 1;
+    canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const luminance = rgb => {
+    const [r, g, b] = rgb.slice(0, 3).map(v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = element => {
+    for (let one = element; one; one = one.parentElement) {
+      const rgba = channels(getComputedStyle(one).backgroundColor);
+      if (rgba[3] > 250) return rgba;
+    }
+    return channels(getComputedStyle(document.documentElement).colorScheme.includes("dark") ? "black" : "white");
+  };
+  const bad = [];
+  let seen = 0;
+  for (const element of document.querySelectorAll("body *")) {
+    const text = [...element.childNodes].filter(n => n.nodeType === 3 && n.textContent.trim());
+    if (!text.length || !element.getClientRects().length) continue;
+    const ink = getComputedStyle(element)[element.closest("svg") ? "fill" : "color"];
+    const [a, b] = [luminance(channels(ink)), luminance(behind(element))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    seen += 1;
+    if (ratio < 4.5) bad.push([text[0].textContent.trim(), ratio]);
+  }
+  return [seen, bad];
+})()
+"""
+
+
+def analysis_of(names: list[str], seed: int) -> dict[str, Any]:
+    """An analysis.json with random numbers."""
+    draw = np.random.default_rng(seed)
+    classes = [
+        {"class": name, "AP": 0.5, "precision": 0.75, "recall": 0.5, "f1": 0.6, "objects": 4, "right": 2}
+        for name in names
+    ]
+    counts = draw.integers(0, 9, (len(names) + 1, len(names) + 1))
+    counts[0, 1:] = 0  # never mistaken: the deepest shade
+    recall = np.linspace(0, 1, 101).round(2).tolist()
+    precision = {name: np.sort(draw.uniform(0, 1, 101))[::-1].round(4).tolist() for name in names}
+    return {
+        "score_threshold": 0.5,
+        "iou": 0.5,
+        "classes": classes,
+        "confusions": {
+            "names": [*names, "background"],
+            "counts": counts.tolist(),
+        },
+        "precision_recall": {"recall": recall, "precision": precision},
+    }
+
+
+def write_evaluation(run: Path, names: list[str], ap: float) -> None:
+    """A run directory of an evaluation, with two pictures beside each other twice."""
+    (run / "pictures").mkdir(parents=True)
+    (run / "config.yaml").write_text("model: a\n")
+    (run / "environment.json").write_text(json.dumps({"command": "evaluate_detector", "arguments": ["--model", "a"]}))
+    metrics = {"AP": ap, "AP50": 2 * ap, "per_class": dict.fromkeys(names, ap)}
+    (run / "result.json").write_text(json.dumps({"metrics": metrics, "seconds": 61.0}))
+    (run / "analysis.json").write_text(json.dumps(analysis_of(names, len(names))))
+    index = []
+    for kind in ("best", "worst"):
+        files = {side: f"{kind}_1_{side}.jpg" for side in ("truth", "found")}
+        for number, file in enumerate(files.values()):
+            pixels = np.random.default_rng(number).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(run / "pictures" / file)
+        index.append({"kind": kind, **files, "image": '"><b>.jpg', "lrp": 0.25, "right": 3, "wrong": 1, "missed": 0})
+    (run / "pictures/index.json").write_text(json.dumps(index))
+
+
+@pytest.fixture(scope="module")
+def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page with everything on it: two detectors, a training, a curation, a stage that has not run."""
+    folder = tmp_path_factory.mktemp("page")
+    runs = folder / "runs"
+    names = ["cat", "<i>dog</i>", LONG]
+    write_evaluation(runs / "ap_ssld", names, 0.3)
+    write_evaluation(runs / "ap_baseline", names, 0.25)
+    write_evaluation(runs / "ap_many", [f"class {n}" for n in range(40)], 0.1)
+    training = runs / "training"
+    training.mkdir()
+    lines = [{"step": n, "loss": 1 / n, "agreement": 0.5, "lr": 0.1, "val_AP": n / 100} for n in range(1, 40)]
+    (training / "config.yaml").write_text("x: " + "very_long_value_" * 30 + "\n")
+    (training / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curation = runs / "curation"
+    curation.mkdir()
+    (curation / "config.yaml").write_text("keep: 3\n")
+    (curation / "result.json").write_text(json.dumps({"metrics": {"kept": 12}, "seconds": 3.0}))
+    Image.new("RGB", (1200, 430), "white").save(curation / "curation.png")
+    Image.new("RGB", (900, 2000), "white").save(curation / "examples.png")
+    stages: dict[str, Any] = {
+        "curation": {"command": "curate"},
+        "training": {"command": "train"},
+        **{name: {"command": "evaluate_detector"} for name in ("ap_ssld", "ap_baseline", "ap_many")},
+        "later": {"command": "train"},
+    }
+    table = {
+        "rows": {"SSLD": {"detector": "ap_ssld"}, "baseline": {"detector": "ap_baseline"}},
+        "gain": ["SSLD", "baseline"],
+    }
+    file = folder / "all.yaml"
+    file.write_text(yaml.safe_dump({"output": "unused", "stages": stages, "table": table}, sort_keys=False))
+    assert main(["--pipeline", str(file), "--runs", str(runs)]) == 0
+    return runs / "report/report.html"
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    if find_chromium() is None:
+        pytest.skip("no Chromium here; Debian has it as the package chromium")
+    with browser(tmp_path_factory.mktemp("chromium")) as page:
+        yield page
+
+
+def opened(tab: Page, file: Path, **how: Any) -> Page:
+    """The page with all its details open and no fault so far."""
+    tab.faults.clear()
+    tab.open(file, **how)
+    tab.value("document.querySelectorAll('details').forEach(one => one.open = true)")
+    return tab
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_fits_and_can_be_read(tab: Page, report_page: Path, width: int, scheme: str) -> None:
+    opened(tab, report_page, width=width, scheme=scheme)
+    assert tab.value("document.documentElement.scrollWidth") <= width
+    seen, faint = tab.value(CONTRASTS)
+    assert seen > 100
+    assert faint == []
+    paper = tab.value("getComputedStyle(document.body).backgroundColor")
+    red = int(re.findall(r"\d+", paper)[0])
+    assert red > 200 if scheme == "light" else red < 60
+    assert tab.faults == []
+
+
+def test_pictures_show(tab: Page, report_page: Path) -> None:
+    opened(tab, report_page, width=DESK)
+    sizes = tab.value("[...document.images].map(one => [one.naturalWidth, one.clientWidth, one.alt.length])")
+    assert len(sizes) == 2 + 3 * 4  # the curation's, and of three evaluations
+    assert all(natural > 0 and shown > 0 and words > 10 for natural, shown, words in sizes)
+    charts = tab.value("[...document.querySelectorAll('svg')].map(one => one.getBoundingClientRect().height)")
+    assert len(charts) == 8  # loss, agreement, AP and lr of the training; three evaluations; the comparison
+    assert min(charts) > 100
+    assert '"><b>.jpg' in tab.value("document.body.innerText")  # names are text
+    assert LONG in tab.value("document.body.innerText")
+
+
+def test_links_lead_somewhere_and_keys_are_enough(tab: Page, report_page: Path) -> None:
+    opened(tab, report_page, width=DESK)
+    dead = "[...document.querySelectorAll('a')].filter(a => !document.getElementById(a.hash.slice(1))).length"
+    assert tab.value(dead) == 0
+    assert tab.value("document.querySelectorAll('a').length") > 10
+    for key in ("keyDown", "keyUp"):
+        tab("Input.dispatchKeyEvent", type=key, key="Tab", code="Tab", windowsVirtualKeyCode=9)
+    assert tab.value("document.activeElement.className") == "skip"
+    assert tab.value("document.activeElement.getBoundingClientRect().left >= 0")  # seen when it is reached
+    tab.value("document.querySelector('a[href=\"#stage-ap_many\"]').click()")
+    assert tab.value("Math.abs(document.getElementById('stage-ap_many').getBoundingClientRect().top) < 5")
+    unreachable = "[...document.querySelectorAll('.wide, pre')].filter(one => one.tabIndex < 0).length"
+    assert tab.value(unreachable) == 0
+
+
+def test_structure_for_those_who_listen(tab: Page, report_page: Path) -> None:
+    opened(tab, report_page, width=DESK)
+    assert tab.value("document.documentElement.lang") == "en"
+    assert tab.value("['header', 'nav', 'main', 'footer'].map(n => document.querySelectorAll(n).length)") == [
+        1,
+        1,
+        1,
+        1,
+    ]
+    levels = tab.value("[...document.querySelectorAll('h1, h2, h3, h4')].map(one => +one.tagName[1])")
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
+    assert tab.value("[...document.querySelectorAll('th')].filter(one => !one.scope).length") == 0
+    assert tab.value("[...document.querySelectorAll('table')].filter(one => !one.querySelector('th')).length") == 0
+    tree = tab("Accessibility.getFullAXTree")["nodes"]
+    images = [node for node in tree if node.get("role", {}).get("value") in ("image", "img")]
+    assert len(images) >= 14 + 8 + 1
+    assert all(node["name"]["value"] for node in images)
+
+
+def test_prints(tab: Page, report_page: Path) -> None:
+    """On paper the light colours, no navigation, and details open that were closed."""
+    tab.open(report_page, width=DESK, scheme="dark", media="print")
+    assert tab.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert tab.value("getComputedStyle(document.querySelector('nav')).display") == "none"
+    closed = "document.querySelector('details:not([open]) .matrix')"
+    assert tab.value(f"{closed}.checkVisibility()")
+    assert not tab.value("document.querySelector('details:not([open]) pre').checkVisibility()")  # settings are long
+    tab.open(report_page, width=DESK)
+    assert not tab.value(f"{closed}.checkVisibility()")
+    pages = tab("Page.printToPDF")["data"]
+    assert pages.startswith("JVBERi")  # %PDF-
+
+
+def test_gain_is_first_and_large(tab: Page, report_page: Path) -> None:
+    opened(tab, report_page, width=PHONE)
+    assert tab.value("document.querySelector('.points').textContent") == "+5.0"
+    top, size = tab.value(
+        "[document.querySelector('.points').getBoundingClientRect().top, "
+        "parseFloat(getComputedStyle(document.querySelector('.points')).fontSize)]"
+    )
+    assert top < 600  # on a phone's first screen
+    assert size > 40
+
+
+def test_pictures_that_find_no_room_are_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "a.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)).save(file)
+    room = Room(100_000)
+    whole = room.embed(file, 640)
+    assert whole
+    assert room.left == 100_000 - len(whole.partition(",")[2])
+    small = Room(100_000).embed(file, 100)
+    assert small
+    assert len(small) < len(whole) / 4
+    assert Room(1000).embed(file, 640) is None
+    file.write_bytes(b"no picture")
+    assert Room().embed(file, 640) is None
+
+
+def test_words() -> None:
+    assert [count(n, "picture") for n in (0, 1, 2, 1234)] == ["0 pictures", "1 picture", "2 pictures", "1,234 pictures"]
+    times = {0: "0 s", 89: "89 s", 90: "1.5 min", 5400: "1.5 h", 86400 * 3: "3.0 d"}
+    assert {seconds: duration(seconds) for seconds in times} == times
+    assert duration(None) == "-"
