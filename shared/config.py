@@ -25,6 +25,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from shared.config_help import HelpAction
 from shared.errors import UserError
 
 # A run is the same run whatever these say: where it writes, how fast it goes, how much it tells.
@@ -145,6 +146,9 @@ def _less(below: dict[str, Any], alternatives: Sequence[str], over: Any) -> dict
 class Parser(ArgumentParser):
     """An argument parser whose mistakes are UserErrors of one line; an unknown flag names the nearest known one."""
 
+    config_type: "type[CommandConfig] | None" = None
+    """whose keys its flags are"""
+
     def error(self, message: str) -> typing.NoReturn:
         known = list(self._option_string_actions)
         unknown = next((word for word in message.split() if word.startswith("--")), None)
@@ -161,9 +165,7 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
     wrong key.
     """
     argv = [underscored(word) for word in argv]
-    parser = Parser(prog=program, description=config_type.__doc__, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with these settings; flags override it")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved settings and exit")
+    parser = _bare_parser(config_type, program)
     try:
         flags = CliSettingsSource[ArgumentParser](config_type, cli_parse_args=list(argv), root_parser=parser)()
     except SettingsError as error:
@@ -177,11 +179,27 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
     known, _ = parser.parse_known_args(list(argv))
     values = read_recipe(known.config, config_type.alternatives) if known.config else {}
     values = _less(values, config_type.alternatives, flags)
-    config = validate(config_type, merge(values, flags), source=str(known.config or "command line"), flags=flags)
+    config = validate(config_type, values, source=str(known.config or "command line"), flags=flags)
     if known.print_config:
         print(dump_yaml(config), end="")
         raise SystemExit(0)
     return config
+
+
+def settings_parser(config_type: type[CommandConfig], program: str) -> Parser:
+    """The parser of a command, with a flag for each of its settings; for those who want to know its flags."""
+    parser = _bare_parser(config_type, program)
+    CliSettingsSource[ArgumentParser](config_type, root_parser=parser)
+    return parser
+
+
+def _bare_parser(config_type: type[CommandConfig], program: str) -> Parser:
+    parser = Parser(prog=program, description=config_type.__doc__, allow_abbrev=False, add_help=False)
+    parser.config_type = config_type
+    parser.add_argument("-h", "--help", action=HelpAction)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with these settings; flags override it")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings and exit")
+    return parser
 
 
 def underscored(word: str) -> str:
@@ -194,27 +212,54 @@ def underscored(word: str) -> str:
 def validate(
     config_type: type[ModelT], values: dict[str, Any], *, source: str, flags: dict[str, Any] | None = None
 ) -> ModelT:
-    """Build a configuration; raises UserError with one line per wrong key.
+    """Build a configuration from `values` with `flags` on top; raises UserError with one line per wrong key.
 
-    A line begins with `source`, or with "command line" where the value came from `flags`. A misspelt key is named before the keys it leaves
-    missing.
+    A line begins with `source`, or with "command line" where it is `flags` that are wrong or that do not go with the values below them. A
+    misspelt key is named before the keys it leaves missing.
     """
+    flags = flags or {}
+    items = _faults(config_type, merge(values, flags))
+    if isinstance(items, config_type):
+        return items
+    without = _faults(config_type, values) if flags else []
+    if isinstance(without, list):  # what the values alone lack hides whether they go together: take it from the flags
+        for item in without:
+            given = _at(flags, item["loc"]) if item["type"] == "missing" else None
+            if given is not None:
+                values = merge(values, _nested(item["loc"], given))
+        without = _faults(config_type, values)
+    below = {(item["loc"], item["msg"]) for item in without} if isinstance(without, list) else set()
+    lines = []
+    for item in sorted(items, key=lambda item: bool(item["type"] == "missing")):
+        inside = not isinstance(_at(flags, item["loc"]), dict | None)  # a flag's own value
+        own = inside or (bool(flags) and item["type"] != "missing" and (item["loc"], item["msg"]) not in below)
+        lines.append(f"{'command line' if own else source}: {_explain(config_type, item)}")
+    raise UserError("\n".join(dict.fromkeys(lines)))
+
+
+def _faults(config_type: type[ModelT], values: dict[str, Any]) -> ModelT | list[Any]:
+    """The configuration, or what is wrong with the values."""
     try:
         return config_type(**values)
     except ValidationError as error:
-        items = sorted(error.errors(), key=lambda item: item["type"] == "missing")
-        lines = [f"{_source(item['loc'], source, flags or {})}: {_explain(config_type, item)}" for item in items]
-        raise UserError("\n".join(dict.fromkeys(lines))) from None
+        return list(error.errors())
 
 
-def _source(location: tuple[Any, ...], source: str, flags: Any) -> str:
+def _at(flags: Any, location: tuple[Any, ...]) -> Any:
+    """What the flags say at a location, or of something around it; None where they say nothing."""
     for part in location:
         if not isinstance(flags, dict):
-            break
+            return flags
         if part not in flags:
-            return source
+            return None
         flags = flags[part]
-    return "command line" if location else source
+    return flags
+
+
+def _nested(location: tuple[Any, ...], value: Any) -> dict[str, Any]:
+    for part in reversed(location):
+        value = {part: value}
+    return dict(value)
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

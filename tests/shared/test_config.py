@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from shared.config import (
     CommandConfig,
@@ -239,3 +239,41 @@ def test_ious_of_the_proposals_are_in_order() -> None:
     with pytest.raises(UserError, match=r"rpn: negative_iou 0.8 is above positive_iou 0.7"):
         validate(DetectorConfig, {"rpn": {"negative_iou": 0.8}}, source="c")
     assert validate(DetectorConfig, {"rpn": {"negative_iou": 0.7}}, source="c").rpn.negative_iou == 0.7
+
+
+class Paired(CommandConfig):
+    """Settings that have to go together."""
+
+    steps: int | None = None
+    epochs: float | None = None
+    group: Group = Group()
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Paired":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give one of steps and epochs")
+        return self
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ("output: o\nsteps: 3\n", ("--steps", "x"), "command line: steps: Input should be a valid integer"),
+        ("output: o\nsteps: 3\n", ("--epochs", "2"), "command line: give one of steps and epochs"),
+        ("output: o\nsteps: 3\nepochs: 2\n", (), "FILE: give one of steps and epochs"),
+        ("output: o\nsteps: 3\nepochs: 2\n", ("--group.rate", "2"), "FILE: give one of steps and epochs"),
+        ("steps: 3\nepochs: 2\n", ("--output", "o"), "FILE: give one of steps and epochs"),
+        ("output: o\nsteps: 3\n", ("--group.rate", "-1"), "command line: group.rate: Input should be greater than 0"),
+        ("output: o\nsteps: 3\ngroup: {rate: -1}\n", ("--group.names", "a"), "FILE: group.rate: Input should be"),
+        ("output: o\nsteps: 3\ngroup: {rate: -1}\n", ("--group.rate", "-1"), "command line: group.rate: Input should"),
+        ("steps: 3\n", ("--group.rate", "2"), "FILE: output: missing"),
+    ],
+)
+def test_who_is_to_blame(text: str, flags: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    """A fault is the command line's where the file alone is sound, and the file's where flags do not touch it."""
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        parse_config(Paired, ["--config", str(tmp_path / "c.yaml"), *flags], program="test.py")
+    line = str(caught.value).replace(str(tmp_path / "c.yaml"), "FILE")
+    assert line.startswith(message)
+    assert "\n" not in line

@@ -1,0 +1,161 @@
+"""ENTRY: what stands in the way? A look at the machine, at a file of settings or a pipeline, and at detection data.
+
+    python pipelines/doctor.py
+    python pipelines/doctor.py pipelines/quickstart.yaml
+    python pipelines/doctor.py --annotations train.json --images photos --val_annotations val.json --val_images photos
+
+Exit code 0: nothing in the way (there may be warnings), 1: something that would end a run or make its scores worthless, 2: a mistake in the command.
+The data are looked over by `stage2_detect/check_data.py`, in a process of its own as the runner starts its stages: a broken torchvision does not
+keep the doctor from saying so. Changes nothing; `--fix DIR` writes cleaned copies of the JSON files there. Does not import torch.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pipelines.machine import Line, ask_torch, machine_lines
+from pipelines.settings_check import DataSet, settings_lines
+from pipelines.stages import ROOT, located
+from shared.command import USER_ERROR
+from shared.config import Parser, underscored
+from shared.errors import UserError
+
+_DATA_FLAGS = ("annotations", "images", "val_annotations", "val_images")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns 0 where nothing is in the way, 1 where something is, 2 for a user's mistake."""
+    try:
+        return _doctor([underscored(word) for word in (sys.argv[1:] if argv is None else argv)])
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return USER_ERROR
+
+
+def _doctor(argv: list[str]) -> int:
+    arguments = parser().parse_args(argv)
+    data = _data_of(arguments)
+    lines: list[Line] = []
+
+    def tell(found: Iterator[Line]) -> None:
+        for line in found:
+            lines.append(line)
+            print(f"  {line.level:<8}{line.topic:<12}{line.text}", flush=True)
+
+    print("machine", flush=True)
+    probe = ask_torch()
+    tell(machine_lines(probe))
+    if arguments.settings:
+        print(f"\nsettings: {arguments.settings}")
+        found, sets = settings_lines(Path(located(str(arguments.settings))), probe, dict(arguments.variable))
+        tell(iter(found))
+        data = data or sets
+    codes = []
+    for one in data:
+        print("\ndata", flush=True)
+        code, findings = _check_data(one, arguments)
+        codes.append(code)
+        lines += findings
+    print("\n" + _verdict(lines))
+    if USER_ERROR in codes:
+        return USER_ERROR
+    return 1 if any(line.level == "fault" for line in lines) else 0
+
+
+def _verdict(lines: list[Line]) -> str:
+    """What matters of it, once more: every fault and warning by a few words."""
+    worst = [line for level in ("fault", "warning") for line in lines if line.level == level]
+    faults = sum(line.level == "fault" for line in lines)
+    warnings = len(worst) - faults
+    if not worst:
+        return "verdict: nothing in the way"
+    head = f"verdict: {faults or 'no'} fault{'' if faults == 1 else 's'}, {warnings or 'no'} warning{'' if warnings == 1 else 's'}"
+    rows = [
+        f"  {line.level:<8}{line.topic}: {line.text[:100]}{'...' if len(line.text) > 100 else ''}"
+        for line in worst[:16]
+    ]
+    more = [f"  and {len(worst) - 16} more, above"] if len(worst) > 16 else []
+    end = (
+        "  the faults have to be mended first" if faults else "  nothing in the way; see whether the warnings are meant"
+    )
+    return "\n".join([head, *rows, *more, end])
+
+
+def _check_data(data: DataSet, arguments: Namespace) -> tuple[int, list[Line]]:
+    """Run the data check as a user would; (its exit code, its findings)."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        words = [sys.executable, "-W", "ignore", str(ROOT / "stage2_detect" / "check_data.py"), "--report", str(report)]
+        for name, path in zip(_DATA_FLAGS, data, strict=True):
+            words += [f"--{name}", str(path)] if path else []
+        words += ["--fix", str(arguments.fix)] if arguments.fix else []
+        words += [flag for flag in ("--quick", "--look_alikes") if getattr(arguments, flag[2:])]
+        code = subprocess.run(words, check=False).returncode
+        if not report.is_file():
+            if code == USER_ERROR:
+                return code, [Line("fault", "data", f"{data[0]}: not checked, see above")]
+            return 1, [Line("fault", "data", f"{data[0]}: the check itself failed, see above")]
+        findings = json.loads(report.read_text(encoding="utf-8"))["findings"]
+    return code, [Line(one["level"], one["file"], one["text"]) for one in findings]
+
+
+def _data_of(arguments: Namespace) -> list[DataSet]:
+    given = tuple(getattr(arguments, name) for name in _DATA_FLAGS)
+    if not any(given):
+        if arguments.fix and not arguments.settings:
+            raise UserError("--fix: give the data too, by --annotations and --images")
+        return []
+    if not (given[0] and given[1]) or bool(given[2]) != bool(given[3]):
+        raise UserError("give --annotations and --images together, and --val_annotations and --val_images")
+    return [given]
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--variable {text}: expected NAME=VALUE")
+    return name, value
+
+
+def parser() -> Parser:
+    parser = Parser(
+        prog="ssld doctor",
+        description="Look at this machine, at a file of settings or a pipeline, and at detection data: what stands in the way?",
+        epilog="Exit code 0: nothing in the way, 1: a fault that would end a run or spoil its scores, 2: a mistake in the command.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "settings", type=Path, nargs="?", metavar="YAML", help="a pipeline, or the settings of one command"
+    )
+    parser.add_argument(
+        "--variable",
+        type=_variable,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a variable of the pipeline",
+    )
+    parser.add_argument("--annotations", type=Path, metavar="JSON", help="COCO JSON to look over")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of its pictures")
+    parser.add_argument("--val_annotations", type=Path, metavar="JSON", help="the same for evaluation")
+    parser.add_argument("--val_images", type=Path, metavar="DIR")
+    parser.add_argument(
+        "--fix", type=Path, metavar="DIR", help="write cleaned copies of the JSON files into this folder"
+    )
+    parser.add_argument(
+        "--look_alikes", action="store_true", help="also compare training and evaluation pictures by looks"
+    )
+    parser.add_argument("--quick", action="store_true", help="do not open the pictures")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

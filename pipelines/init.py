@@ -1,0 +1,165 @@
+"""ENTRY: a pipeline for one's own photos, written to be read and changed.
+
+    python pipelines/init.py --images photos --annotations annotations.json --output mine.yaml
+    python pipelines/run.py mine.yaml --dry-run
+
+The data are looked over first, as `ssld doctor` does. Sizes, anchors, length and warm-up follow from the number of pictures, the size of the objects
+and the machine. Where no evaluation file is given, a seeded fifth of the images becomes one: `mine_train.json` and `mine_val.json` beside the YAML
+file. With `--unlabeled DIR` the backbone is first distilled on those pictures, and a detector without that step shows what it is worth.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pipelines.machine import ask_torch, cores
+from pipelines.split import split_content
+from pipelines.stages import ROOT
+from pipelines.suggest import Facts, pipeline_text, suggest
+from shared.command import USER_ERROR
+from shared.config import Parser, underscored
+from shared.errors import UserError
+from shared.files import list_images
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns 0, or 2 for a user's mistake."""
+    try:
+        _init(parser().parse_args([underscored(word) for word in (sys.argv[1:] if argv is None else argv)]))
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+def _init(arguments: Namespace) -> None:
+    output: Path = arguments.output
+    _check_arguments(arguments)
+    statistics = _look_over(arguments)
+    train, val = arguments.annotations, arguments.val_annotations
+    val_images = arguments.val_images or arguments.images
+    written: dict[Path, str] = {}
+    content = json.loads(train.read_bytes())
+    images = len(content["images"])
+    if val is None:
+        parts = split_content(
+            content, share=arguments.val_share, seed=arguments.seed, copies=statistics["train"]["copies"]
+        )
+        train, val = (output.with_name(f"{output.stem}_{name}.json") for name in ("train", "val"))
+        written = {file: json.dumps(part) for file, part in zip((train, val), parts, strict=True)}
+        content, images = parts[0], len(parts[0]["images"])
+    listing = None
+    if arguments.unlabeled:
+        listing = output.with_name(f"{output.stem}_train.txt")
+        written[listing] = "".join(f"{row['file_name']}\n" for row in content["images"])
+    probe = ask_torch()
+    facts = Facts(
+        annotations=train,
+        images_folder=arguments.images,
+        val_annotations=val,
+        val_images=val_images,
+        split=arguments.val_annotations is None,
+        images=images,
+        statistics=statistics["train"],
+        unlabeled=arguments.unlabeled,
+        unlabeled_images=len(list_images(arguments.unlabeled)) if arguments.unlabeled else 0,
+        listing=listing,
+        gpu=tuple(probe["devices"][0]) if probe.get("devices") else None,
+        cores=cores(),
+        seed=arguments.seed,
+    )
+    written[output] = pipeline_text(output, facts, suggest(facts))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for file, text in written.items():  # the YAML file comes last: where it is, everything is
+        file.write_text(text, encoding="utf-8")
+        print(f"wrote {file}")
+    print(f"look at it, then: ssld run {shlex.quote(str(output))} --dry-run, --smoke, and without either")
+
+
+def _check_arguments(arguments: Namespace) -> None:
+    output: Path = arguments.output
+    if output.suffix not in (".yaml", ".yml"):
+        raise UserError(f"--output {output}: give the name of a YAML file, as mine.yaml")
+    names = (
+        [output]
+        if arguments.val_annotations
+        else [output, *(output.with_name(f"{output.stem}_{part}.json") for part in ("train", "val"))]
+    )
+    for file in names:
+        if file.exists():
+            raise UserError(f"{file}: is there already; give another --output, or delete it")
+    if arguments.val_images and not arguments.val_annotations:
+        raise UserError("--val_images: give --val_annotations too")
+    if not 0 < arguments.val_share < 1:
+        raise UserError(f"--val_share {arguments.val_share:g}: give a share between 0 and 1")
+    if arguments.unlabeled and not arguments.unlabeled.is_dir():
+        raise UserError(f"{arguments.unlabeled}: no such folder")
+    if arguments.unlabeled and not list_images(arguments.unlabeled):
+        raise UserError(f"{arguments.unlabeled}: no images in it")
+
+
+def _look_over(arguments: Namespace) -> dict[str, Any]:
+    """Statistics of the files, from the data check in a process of its own. Raises UserError where it finds a fault."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        data = ["--annotations", str(arguments.annotations), "--images", str(arguments.images)]
+        if arguments.val_annotations:
+            val_images = arguments.val_images or arguments.images
+            data += ["--val_annotations", str(arguments.val_annotations), "--val_images", str(val_images)]
+        script = str(ROOT / "stage2_detect" / "check_data.py")
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", script, *data, "--report", str(report)],
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        if done.returncode == USER_ERROR:
+            raise UserError(done.stderr.strip().removeprefix("error: "))
+        if done.returncode:
+            print(done.stderr, file=sys.stderr, end="")
+            raise UserError(
+                f"the data have faults, see above; ssld doctor {' '.join(data)} --fix DIR writes cleaned copies"
+            )
+        files: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))["files"]
+    return files
+
+
+def parser() -> Parser:
+    """The parser of this command."""
+    parser = Parser(
+        prog="ssld init",
+        description="Write a pipeline for your own photos, to be read and changed.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the annotated photos")
+    parser.add_argument("--annotations", type=Path, required=True, metavar="JSON", help="their COCO JSON")
+    parser.add_argument("--output", type=Path, required=True, metavar="YAML", help="the pipeline to write")
+    parser.add_argument(
+        "--unlabeled", type=Path, metavar="DIR", help="folder of photos without annotations: SSLD learns from them"
+    )
+    parser.add_argument(
+        "--val_annotations",
+        type=Path,
+        metavar="JSON",
+        help="annotations to evaluate on, instead of a part of the others",
+    )
+    parser.add_argument("--val_images", type=Path, metavar="DIR", help="folder of their photos, where it is another")
+    parser.add_argument(
+        "--val_share", type=float, default=0.2, metavar="SHARE", help="share of the images to evaluate on (0.2)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of that split and of the runs (0)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""What this machine is, for `ssld doctor`: versions, devices, process groups, shared memory, disk. Nothing here fails where a package is broken: that
+is what is looked for.
+
+torch, torchvision and timm are imported in a process of their own, so that a mismatch of compiled parts, or a crash in one, is an answer.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Level = Literal["ok", "note", "warning", "fault"]
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "accelerate",
+    "datasets",
+    "pyarrow",
+    "pydantic",
+    "numpy",
+    "pillow",
+    "safetensors",
+)
+OPTIONAL = {"hotcoco": "fast", "onnx": "export", "onnxruntime": "export", "onnxscript": "export"}
+_PROBE = """
+import json, os, sys
+found = {"broken": {}}
+for name in ("torch", "torchvision", "timm", "accelerate"):
+    try:
+        __import__(name)
+    except BaseException as error:
+        found["broken"][name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+if "torch" not in found["broken"]:
+    import torch
+    import torch.distributed as dist
+    found["cuda"], found["threads"] = torch.version.cuda, torch.get_num_threads()
+    found["devices"] = []
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(number)
+            device = torch.cuda.get_device_properties(number)
+            found["devices"].append([device.name, free, total, device.major, device.minor])
+    found["groups"] = [name for name in ("gloo", "nccl") if dist.is_available() and getattr(dist, f"is_{name}_available")()]
+    found["mps"] = torch.backends.mps.is_available()
+print("ANSWER" + json.dumps(found))
+"""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the doctor's answer."""
+
+    level: Level
+    topic: str
+    text: str
+
+
+def machine_lines(probe: dict[str, Any] | None = None) -> Iterator[Line]:
+    """What the machine is. `probe` is the answer of `ask_torch`, which is asked where it is None."""
+    yield Line(
+        "ok",
+        "system",
+        f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {cores()} CPU cores",
+    )
+    versions = {name: _version(name) for name in PACKAGES}
+    missing = [name for name, version in versions.items() if version is None]
+    shown = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    yield Line("ok", "packages", shown)
+    if missing:
+        yield Line("fault", "packages", f"not installed: {', '.join(missing)}; pip install {' '.join(missing)}")
+    answer = ask_torch() if probe is None else probe
+    yield from pair_lines(versions["torch"], versions["torchvision"], _torchvision_needs(), answer.get("broken", {}))
+    absent = sorted({extra for name, extra in OPTIONAL.items() if _version(name) is None})
+    if absent:
+        names = ", ".join(name for name in OPTIONAL if _version(name) is None)
+        yield Line(
+            "note", "packages", f"not there: {names}; pip install 'ssld[{','.join(absent)}]' where they are wanted"
+        )
+    yield from device_lines(answer)
+    yield from _memory_lines()
+
+
+def ask_torch() -> dict[str, Any]:
+    """What a fresh process finds when it imports torch and its companions: `broken` has the reason for each that fails."""
+    command = [sys.executable, "-W", "ignore", "-c", _PROBE]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    except subprocess.TimeoutExpired:
+        return {"broken": {"torch": "importing it takes more than five minutes"}}
+    line = next((line for line in done.stdout.splitlines() if line.startswith("ANSWER")), None)
+    if line is None:
+        last = (done.stderr.strip().splitlines() or [f"the process ended with code {done.returncode}"])[-1]
+        return {"broken": {"torch": last[:200]}}
+    answer: dict[str, Any] = json.loads(line.removeprefix("ANSWER"))
+    return answer
+
+
+def pair_lines(torch: str | None, torchvision: str | None, needs: str | None, broken: dict[str, str]) -> Iterator[Line]:
+    """Do torch and torchvision belong together, and can they be imported?
+
+    Args:
+        torch, torchvision: versions; None where not installed.
+        needs: what torchvision's own metadata ask of torch, as `==2.14.0` or `>=2.14.0`.
+        broken: packages whose import fails, and why.
+    """
+    level: Level = "fault" if "torchvision" in broken else "warning"
+    if torch and torchvision:
+        builds = [version.partition("+")[2] for version in (torch, torchvision)]
+        if not _meets(torch, needs):
+            advice = "install both anew, in one command: pip install --upgrade torch torchvision"
+            yield Line(level, "torchvision", f"{torchvision} needs torch {needs}, and torch is {torch}; {advice}")
+        elif builds[0] != builds[1]:
+            what = f"{torchvision} is another build than torch {torch}; install both from one index"
+            yield Line(level, "torchvision", what)
+        elif "torchvision" not in broken:
+            yield Line("ok", "torchvision", f"{torchvision} goes with torch {torch}")
+    for name, reason in broken.items():
+        yield Line("fault", name, f"import {name} fails: {reason}")
+
+
+def _meets(version: str, needs: str | None) -> bool:
+    """Whether a version meets `==X` or `>=X`; anything else is not judged."""
+    wanted = re.fullmatch(r"(==|>=)\s*(\d+(?:\.\d+)*)", needs or "")
+    if wanted is None:
+        return True
+    numbers, least = ([int(part) for part in re.findall(r"\d+", text)] for text in (version.split("+")[0], wanted[2]))
+    return numbers[: len(least)] == least if wanted[1] == "==" else numbers >= least
+
+
+def _torchvision_needs() -> str | None:
+    """What the installed torchvision asks of torch."""
+    try:
+        wanted = importlib.metadata.requires("torchvision") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = (re.fullmatch(r"torch\s*\(?([^();]+)\)?", line.strip()) for line in wanted)
+    return next((match[1].strip() for match in found if match), None)
+
+
+def device_lines(answer: dict[str, Any]) -> Iterator[Line]:
+    """GPUs and process groups."""
+    if "devices" not in answer:
+        return
+    for number, (name, free, total, major, minor) in enumerate(answer["devices"]):
+        precision = "bf16" if major >= 8 else "fp16"
+        text = f"cuda:{number} {name}, {total / 2**30:.0f} GB ({free / 2**30:.0f} GB free), capability {major}.{minor}: --precision {precision}"
+        yield Line("ok", "device", text)
+        if free < 0.5 * total:
+            yield Line(
+                "warning", "device", f"cuda:{number}: another program holds {(total - free) / 2**30:.0f} GB of it"
+            )
+    if not answer["devices"]:
+        if answer.get("cuda") is None:
+            reason = "torch is a build without CUDA"
+        else:
+            reason = f"torch is built for CUDA {answer['cuda']}, but finds no GPU or no driver"
+        level: Level = "warning" if answer.get("cuda") and shutil.which("nvidia-smi") else "note"
+        yield Line(level, "device", f"CPU with {answer['threads']} threads; {reason}")
+    groups = answer["groups"]
+    yield Line("ok" if groups else "warning", "processes", f"process groups: {', '.join(groups) or 'none'}")
+    if len(answer["devices"]) > 1 and "nccl" not in groups:
+        yield Line(
+            "fault",
+            "processes",
+            "several GPUs, but torch has no NCCL: training on more than one of them will not start",
+        )
+
+
+def _memory_lines() -> Iterator[Line]:
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        usage = shutil.disk_usage(shared)
+        enough = usage.free >= 2**30
+        text = f"{usage.free / 2**30:.1f} GB free in /dev/shm"
+        advice = (
+            "" if enough else ": too little for batches from worker processes; docker run --shm-size=8g, or --workers 0"
+        )
+        yield Line("ok" if enough else "warning", "memory", text + advice)
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        yield Line("ok", "memory", f"{memory:.0f} GB")
+    except (ValueError, OSError):
+        pass
+    usage = shutil.disk_usage(Path.cwd())
+    enough = usage.free >= 5 * 2**30
+    advice = "" if enough else ": a run of a large network can take more"
+    yield Line(
+        "ok" if enough else "warning", "disk", f"{usage.free / 2**30:.0f} GB free where you are ({Path.cwd()}){advice}"
+    )
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

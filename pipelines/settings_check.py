@@ -1,0 +1,120 @@
+"""What `ssld doctor` says about a pipeline or the settings of one command: do they hold together, is everything there, do they fit this machine?
+
+A file of settings is told by its keys: `stages` make a pipeline, `data.train_annotations` a detector, `student` a distillation, `model` a teacher.
+Does not import torch.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipelines.disk import disk_bytes
+from pipelines.machine import Level, Line, cores
+from pipelines.plan import make_plan
+from pipelines.stages import build_stages, read_pipeline
+from shared.config import CommandConfig, parse_config, read_recipe
+from shared.errors import UserError
+from shared.training_config import TrainingConfig
+from stage1_ssld.config import DistillConfig, TeachConfig
+from stage2_detect.config import TrainConfig
+
+DataSet = tuple[Path, Path, Path | None, Path | None]
+"""annotations and images for training, and for evaluation"""
+
+
+def settings_lines(file: Path, probe: dict[str, Any], variables: dict[str, str]) -> tuple[list[Line], list[DataSet]]:
+    """(what there is to say about a file, the detection data it names that are there). Raises UserError where the file cannot be read."""
+    try:
+        named = _commands(file, variables)
+    except UserError as error:
+        if not file.is_file():
+            raise
+        return [Line("fault", "settings", line) for line in str(error).splitlines()], []
+    lines = list(named[1])
+    sets: list[DataSet] = []
+    found: dict[tuple[Level, str], list[str]] = {}
+    for name, config in named[0]:
+        for line in _fits(config, probe):
+            found.setdefault((line.level, line.text), []).append(name)
+        data = _detection_data(config)
+        if data and data not in sets:
+            sets.append(data)
+    for (level, text), names in found.items():
+        who = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}: " if any(names) else ""
+        lines.append(Line(level, "settings", who + text))
+    if not lines:
+        lines = [Line("ok", "settings", "hold together, and fit this machine")]
+    return lines, sets
+
+
+def _commands(file: Path, variables: dict[str, str]) -> tuple[list[tuple[str, CommandConfig]], list[Line]]:
+    """The (name, settings) of every command that a file is about, and lines on what is missing."""
+    values = read_recipe(file, TrainingConfig.alternatives)
+    if "stages" in values:
+        pipeline = read_pipeline(file)
+        stages = build_stages(pipeline, file, output=pipeline.output, variables=variables)
+        lines = []
+        try:
+            make_plan(stages, set())
+            known = [size for size in disk_bytes(stages).values() if size]
+            lines.append(
+                Line(
+                    "ok",
+                    "settings",
+                    f"{len(stages)} stages; about {sum(known) / 2**30:.1f} GB of model files and checkpoints",
+                )
+            )
+        except UserError as error:
+            lines += [Line("fault", "settings", line) for line in str(error).splitlines()]
+        return [(stage.name, stage.config) for stage in stages], lines
+    kind: type[CommandConfig]
+    if "student" in values:
+        kind = DistillConfig
+    elif "model" in values and isinstance(values["model"], dict) and "model" in values["model"]:
+        kind = TeachConfig
+    else:
+        kind = TrainConfig
+    output = [] if "output" in values else ["--output", "runs/unnamed"]
+    config = parse_config(kind, ["--config", str(file), *output], program="doctor.py")
+    missing = [
+        Line("fault", "settings", f"{key}: {path}: no such file or folder")
+        for key, path in config.inputs().items()
+        if not path.exists()
+    ]
+    return [("", config)], missing
+
+
+def _detection_data(config: CommandConfig) -> DataSet | None:
+    """The detection data of a training run, as far as they are there."""
+    if not isinstance(config, TrainConfig):
+        return None
+    data = config.data
+    if not data.train_annotations.is_file() or not data.train_images.is_dir():
+        return None  # a stage before this one writes them, or they are missing, which is said elsewhere
+    if data.val_annotations and data.val_images and data.val_annotations.is_file() and data.val_images.is_dir():
+        return data.train_annotations, data.train_images, data.val_annotations, data.val_images
+    return data.train_annotations, data.train_images, None, None
+
+
+def _fits(config: CommandConfig, probe: dict[str, Any]) -> Iterator[Line]:
+    """Where settings do not fit the machine."""
+    devices = probe.get("devices") or []
+    precision, workers = getattr(config, "precision", "fp32"), getattr(config, "workers", 0)
+    if not devices and precision != "fp32":
+        yield Line("warning", "", f"precision: {precision} without a GPU is slow, if it runs at all; --precision fp32")
+    if devices and precision == "bf16" and min(device[3] for device in devices) < 8:
+        yield Line("warning", "", "precision: bf16, which this GPU only emulates; --precision fp16")
+    if workers > cores():
+        yield Line("warning", "", f"workers: {workers} processes decode on {cores()} cores; --workers {cores()}")
+    for tracker in getattr(config, "trackers", []):
+        if importlib.util.find_spec(tracker) is None:
+            yield Line("fault", "", f"trackers: {tracker} is not installed; pip install {tracker}, or leave it out")
+    if isinstance(config, TrainingConfig) and not devices and config.steps is None and config.train_images is None:
+        epochs = config.train_epochs or 0
+        if isinstance(config, DistillConfig) and epochs > 100:
+            yield Line(
+                "warning",
+                "",
+                f"train_epochs: {epochs:g} passes are meant for GPUs; --steps or --train_epochs sets fewer",
+            )

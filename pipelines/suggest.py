@@ -1,0 +1,145 @@
+"""Settings that suit some data and a machine, and the commented pipeline they make. Starting points, not optima: the optimizer is the one that
+docs/benchmarks measured on 205 photos of blood cells; sizes, anchors and length are scaled to the data by the rules in the comments. Does not import
+torch."""
+
+import json
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known when a pipeline is written."""
+
+    annotations: Path
+    images_folder: Path
+    val_annotations: Path
+    val_images: Path
+    split: bool
+    """whether the evaluation part was split off"""
+    images: int
+    """to train on"""
+    statistics: dict[str, Any]
+    """of the annotations, as the data check measures them"""
+    unlabeled: Path | None
+    unlabeled_images: int
+    listing: Path | None
+    """list file of the training photos, for the distillation"""
+    gpu: tuple[Any, ...] | None
+    """(name, free bytes, bytes, major, minor) of the first GPU"""
+    cores: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What follows from that."""
+
+    backbone: str
+    teacher: str
+    batch: int
+    steps: int
+    warmup: int
+    milestones: tuple[int, int]
+    evaluate_every: int
+    short_sides: tuple[int, ...]
+    short_side: int
+    long_side: int
+    anchors: tuple[int, ...]
+    channels: int
+    hidden: int
+    precision: str
+    workers: int
+    distill_batch: int
+    distill_steps: int
+    distill_size: int
+
+
+def suggest(facts: Facts) -> Settings:
+    """Settings for the facts."""
+    gpu, measured = facts.gpu is not None, facts.statistics
+    smallest, small, _, _, largest = measured["object_sizes"]
+    # Half of the small objects' side should be more than a cell of the finest level: 24 pixels at the lower quartile. No larger than the photos
+    # times 1.25, and no more than the machine is fit for.
+    wanted = 24 / max(small, 1e-3)
+    short = _multiple(min(max(wanted, 320), 1.25 * measured["short_side"], 800 if gpu else 384))
+    aspect = measured["long_side"] / measured["short_side"]
+    long = 32 * math.ceil(min(short * aspect * 1.05, 1.7 * short) / 32)
+    # Anchors of five levels, a factor of two apart: from three quarters of the smallest objects, up to half of the largest.
+    base = max(_power(0.75 * smallest * short), _power(largest * short / 32, up=True))
+    first = int(min(64, max(8, base)))
+    batch = 8 if gpu else 4
+    passes = min(
+        100, max(12, 60 * math.sqrt(200 / facts.images))
+    )  # 60 over 200 photos, 27 over 1,000, 12 over 5,000 and more
+    steps = max(50, round(passes * facts.images / batch))
+    steps = steps if gpu else min(steps, 1500)
+    seen = facts.unlabeled_images + facts.images
+    distill_batch = 256 if gpu else 32
+    distill_steps = (
+        round(min(100, max(10, 2e6 / max(seen, 1))) * seen / distill_batch)
+        if gpu
+        else min(500, 10 * seen // distill_batch)
+    )
+    precision = "bf16" if facts.gpu is not None and facts.gpu[3] >= 8 else "fp32"
+    return Settings(
+        backbone="resnet50d.ra2_in1k" if gpu else "resnet18d.ra2_in1k",
+        teacher="timm:hgnetv2_b6.ssld_stage2_ft_in1k" if gpu else "timm:resnet50d.ra2_in1k",
+        batch=batch,
+        steps=steps,
+        warmup=max(1, min(1000, steps // 10)),
+        milestones=(round(0.7 * steps), round(0.9 * steps)),
+        evaluate_every=max(1, steps // 5),
+        short_sides=tuple(sorted({_multiple(factor * short) for factor in (0.8, 0.9, 1.0)})),
+        short_side=short,
+        long_side=long,
+        anchors=tuple(first * 2**level for level in range(5)),
+        channels=256 if gpu else 128,
+        hidden=1024 if gpu else 512,
+        precision=precision,
+        workers=max(1, min(8, facts.cores)),
+        distill_batch=distill_batch,
+        distill_steps=max(20, distill_steps),
+        distill_size=224 if gpu else 128,
+    )
+
+
+def pipeline_text(output: Path, facts: Facts, chosen: Settings) -> str:
+    """The YAML file."""
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["quoted"] = _quoted
+    template = environment.from_string(Path(__file__).with_name("init.yaml.jinja").read_text(encoding="utf-8"))
+    return template.render(
+        output=output,
+        command=shlex.quote(str(output)),
+        facts=facts,
+        chosen=chosen,
+        measured=facts.statistics,
+        classes=list(facts.statistics["classes"]),
+        sizes=[round(100 * value) for value in facts.statistics["object_sizes"]],
+        machine=f"{facts.gpu[0]}, {facts.gpu[2] / 2**30:.0f} GB" if facts.gpu else f"no GPU, {facts.cores} CPU cores",
+    )
+
+
+def _multiple(side: float) -> int:
+    return max(64, 32 * round(side / 32))
+
+
+def _power(value: float, *, up: bool = False) -> int:
+    """The power of two below a value, or above it."""
+    exponent = math.log2(max(value, 1))
+    return int(2 ** (math.ceil(exponent) if up else math.floor(exponent)))
+
+
+def _quoted(value: object) -> str:
+    """A path as YAML: quoted where it needs to be."""
+    text = str(value)
+    plain = text.replace("/", "").replace("_", "").replace("-", "").replace(".", "")
+    return text if plain.isalnum() and not text.startswith("-") else json.dumps(text, ensure_ascii=False)

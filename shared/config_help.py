@@ -1,0 +1,154 @@
+"""`--help` of a command with many settings: what it needs first, then what most people set, then where the rest is. Does not import torch.
+
+--help          the settings that a run needs and those that are set most often, and a line on every group of the others
+--help GROUP    the settings of a group, as `--help optim` or `--help model.roi`
+--help all      all of them
+"""
+
+import argparse
+import copy
+import re
+import shutil
+import typing
+from collections.abc import Iterator, Sequence
+
+from pydantic import BaseModel
+
+from shared.errors import UserError
+
+# fmt: off
+COMMON = (
+    "config", "model", "model.model", "student.model", "teacher.model", "backbone", "init", "data", "data.path",
+    "source", "weights", "pool", "data.train", "data.val", "data.train_annotations", "data.train_images",
+    "data.val_annotations", "data.val_images", "annotations", "images", "unlabeled", "pseudo", "distill.teacher",
+    "store", "keep", "output", "steps", "train_epochs", "train_images", "batch_size", "data.image_size", "image_size",
+    "model.kind", "optim.name", "optim.lr", "optim.warmup_steps", "optim.warmup_epochs", "precision", "workers",
+    "evaluate_every", "patience", "score_threshold", "device", "print_config",
+)
+# fmt: on
+"""keys in the order of help; a command has some of them"""
+_NOISE = re.compile(r"\s*\((default: null|required|ifdef: required)\)$")
+
+
+class HelpAction(argparse.Action):
+    """`--help [GROUP]`."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **_: typing.Any) -> None:
+        text = "this; with the name of a group its settings, with `all` every one"
+        super().__init__(
+            option_strings, dest, nargs="?", const="", default=argparse.SUPPRESS, metavar="GROUP", help=text
+        )
+
+    def __call__(self, parser: argparse.ArgumentParser, *values: typing.Any) -> None:
+        print(settings_help(parser, getattr(parser, "config_type", None), values[1]), end="")
+        parser.exit()
+
+
+def settings_help(parser: argparse.ArgumentParser, config_type: type[BaseModel] | None, group: str = "") -> str:
+    """The help of a parser whose flags are the keys of `config_type`. Raises UserError for a group that it does not have."""
+    by_key = dict(flags_of(parser))
+    groups = _groups(config_type, by_key)
+    width = max(60, min(120, shutil.get_terminal_size((120, 24)).columns - 2))
+    formatter = argparse.HelpFormatter(parser.prog, max_help_position=36, width=width)
+    if group and group != "all":
+        keys = [key for key in by_key if key == group or key.startswith(f"{group}.")]
+        if not keys:
+            raise UserError(f"--help {group}: no such group of settings; groups: {', '.join(groups)}")
+        _section(formatter, f"{group}: {groups.get(group, ('', 0))[0]}".rstrip(": "), keys, by_key)
+        return formatter.format_help()
+    formatter.add_text(f"usage: {parser.prog} [--config FILE] [--KEY VALUE ...]")
+    formatter.add_text(parser.description)
+    if group == "all":
+        _section(formatter, "settings", [key for key in by_key if "." not in key], by_key)
+        for name in groups:
+            own = [key for key in by_key if key.rpartition(".")[0] == name]
+            _section(formatter, f"{name}: {groups[name][0]}".rstrip(": "), own, by_key)
+        return formatter.format_help()
+    needed = [
+        key for key, action in by_key.items() if "(required)" in (action.help or "") and _stands_alone(key, config_type)
+    ]
+    _section(formatter, "needed, in the YAML file or here", sorted(needed, key=_place), by_key)
+    often = [key for key in COMMON if key in by_key and key not in needed]
+    _section(formatter, "set most often", often, by_key)
+    rest = [key for key in by_key if "." not in key and key not in needed and key not in often and key not in groups]
+    _section(formatter, "more", rest, by_key)
+    text = formatter.format_help()
+    top = {name: value for name, value in groups.items() if "." not in name}
+    if top:
+        wide = max(map(len, top))
+        lines = [f"  {name:<{wide}}  {number:>3} settings  {about}" for name, (about, number) in top.items()]
+        text += "\n".join(["", "groups, shown by --help GROUP (--help all shows everything):", *lines, ""])
+    return text
+
+
+def flags_of(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Action]]:
+    """(key, action) of every flag that takes a value or switches something."""
+    for action in parser._actions:
+        flag = next((word for word in action.option_strings if word.startswith("--")), None)
+        if flag is not None:
+            yield flag[2:].replace("-", "_"), action
+
+
+def choices_of(action: argparse.Action) -> list[str]:
+    """The values that a flag takes, where they can be listed."""
+    if action.choices is not None:
+        return [str(choice) for choice in action.choices]
+    metavar = action.metavar if isinstance(action.metavar, str) else ""
+    if metavar == "bool":
+        return ["true", "false"]
+    listed = re.fullmatch(r"(?:list\[)?\{([^{}]*)\}\]?", metavar)
+    return listed[1].split(",") if listed else []
+
+
+def _section(
+    formatter: argparse.HelpFormatter, title: str, keys: Sequence[str], by_key: dict[str, argparse.Action]
+) -> None:
+    if not keys:
+        return
+    formatter.start_section(title)
+    for key in keys:
+        action = copy.copy(by_key[key])
+        action.help = _NOISE.sub("", action.help or "")
+        formatter.add_argument(action)
+    formatter.end_section()
+
+
+def _place(key: str) -> int:
+    return COMMON.index(key) if key in COMMON else len(COMMON)
+
+
+def _stands_alone(key: str, config_type: type[BaseModel] | None) -> bool:
+    """Whether a required key is needed by every run: none of the groups around it can be left out."""
+    models = [config_type] if config_type else []
+    for part in key.split(".")[:-1]:
+        fields = [model.model_fields[part] for model in models if model is not None and part in model.model_fields]
+        if any(not field.is_required() for field in fields):
+            return False
+        models = [inner for field in fields for inner in _models_in(field.annotation)]
+    return True
+
+
+def _groups(config_type: type[BaseModel] | None, by_key: dict[str, argparse.Action]) -> dict[str, tuple[str, int]]:
+    """{dotted name: (what it is, number of settings in it)} of the groups, in the order of their settings."""
+    names = [".".join(key.split(".")[:depth]) for key in by_key for depth in range(1, key.count(".") + 1)]
+    found = {}
+    for name in dict.fromkeys(names):
+        about = ""
+        models = [config_type] if config_type else []
+        for part in name.split("."):
+            models = [
+                inner
+                for model in models
+                if part in model.model_fields
+                for inner in _models_in(model.model_fields[part].annotation)
+            ]
+        if models:
+            about = (models[0].__doc__ or "").strip().splitlines()[0].rstrip(".")
+        found[name] = (about, sum(key.startswith(f"{name}.") for key in by_key))
+    return found
+
+
+def _models_in(annotation: typing.Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and not typing.get_args(annotation) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in typing.get_args(annotation) for model in _models_in(inner)]
