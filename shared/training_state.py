@@ -1,6 +1,8 @@
 """What a training run goes on from, in both stages: its networks, optimizer, loss averages and best score, to and from checkpoints."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from shared.checkpoint import (
 )
 from shared.errors import UserError
 from shared.loss_watch import LossWatch
+from shared.model_file import read_metadata
 from shared.processes import load_scaler_state, scaler_state
 from shared.progress import Progress
 from shared.quarantine import Quarantine
@@ -79,6 +82,17 @@ class TrainingState:
         better = score > self.best
         self.best, self.stale = (score, 0) if better else (self.best, self.stale + 1)
         return better
+
+    def finish(self, metrics: dict[str, Any], step: int, outputs: Sequence[Path], best: Path) -> None:
+        """Write result.json after the last step: what the last evaluation gave, and of the best one, whose file is `best` if there was one, its
+        step and numbers."""
+        metrics = metrics | {"steps": step, "images_seen": step * self.batch_size}
+        if best.exists() and self.run.main:
+            facts = read_metadata(best)
+            numbers = {name: value for name, value in facts["metrics"].items() if isinstance(value, int | float)}
+            metrics["best"] = {"file": best.name, "step": facts["step"], **numbers}
+            outputs = [*outputs, best]
+        self.run.finish(metrics, outputs)
 
     def save(self, step: int) -> None:
         """Write a checkpoint, all ranks together; raises UserError first if a loss since the last one was not finite."""

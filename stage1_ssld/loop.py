@@ -225,7 +225,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> 
     accelerator.end_training()
     if accelerator.is_main_process:
         write_curves(run.path)
-    run.finish(metrics | {"steps": step, "images_seen": step * config.batch_size}, [file])
+    state.finish(metrics, step, [file], run.path / f"{export}_best.safetensors")
     run.log(f"wrote {file}")
 
 

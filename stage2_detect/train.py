@@ -227,7 +227,7 @@ def train(config: TrainConfig) -> None:
     if data.val and accelerator.is_main_process:
         files += write_evaluation(run, data.val, detections, metrics, threshold=0.5)[1]
     accelerator.end_training()
-    run.finish(metrics | {"steps": step, "images_seen": step * config.batch_size}, files)
+    state.finish(metrics, step, files, run.path / "detector_best.safetensors")
     run.log(f"wrote {file}")
 
 

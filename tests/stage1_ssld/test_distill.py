@@ -81,6 +81,9 @@ def test_ema_and_evaluation_on_the_way_add_their_files(
     }
     assert best["metrics"]["top1"] == max(scores.values())
     assert best["step"] == min(step for step, score in scores.items() if score == max(scores.values()))
+    result = json.loads((run / "result.json").read_text())
+    assert set(result["outputs"]) == models
+    assert result["metrics"]["best"] == {"file": "student_best.safetensors", "step": best["step"], **best["metrics"]}
 
 
 def test_ema_is_the_average_of_the_student_alone(

@@ -104,6 +104,10 @@ def test_writes_exactly_these_files_and_the_detector_evaluates(
     assert evaluated.pop("expected_met") is False
     assert "(expected 99.5), tolerance 0.3" in (tmp_path / "ap" / "log.txt").read_text()
     assert {key: trained[key] for key in evaluated} == evaluated
+    best = read_metadata(run / "detector_best.safetensors")
+    assert trained["best"]["file"] == "detector_best.safetensors"
+    assert (trained["best"]["step"], trained["best"]["AP"]) == (best["step"], best["metrics"]["AP"])
+    assert "per_class" not in trained["best"]
     assert set(evaluated["per_class"]) == {"wide", "tall"}
     rows = json.loads((tmp_path / "ap" / "detections.json").read_text())
     assert {row["category_id"] for row in rows} <= {3, 7}
