@@ -70,7 +70,11 @@ KINDS: dict[CommandName, Kind] = {
     ),
     "train": Kind("stage2_detect/train.py", TrainConfig, ("detector.safetensors",)),
     "evaluate_detector": Kind("stage2_detect/evaluate.py", EvaluateDetectorConfig),
-    "predict": Kind("stage2_detect/predict.py", PredictConfig, ("predictions.json", "pseudo_labels.json", "pictures")),
+    "predict": Kind(
+        "stage2_detect/predict.py",
+        PredictConfig,
+        ("predictions.json", "pseudo_labels.json", "pictures", "predictions.csv", "labels", "crops"),
+    ),
     "report": Kind("pipelines/report.py", ReportConfig, ("report.html",), remake=True, one_process=True),
 }
 

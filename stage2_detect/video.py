@@ -20,7 +20,7 @@ from shared.images import UnreadableImage
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv")
 """beside them .gif, where it moves"""
-_TICKS = 90_000  # of a second: MPEG's own clock, of which all usual frame rates are whole parts
+_TICKS = 90_000  # a second: MPEG's own clock, a whole number of which is a frame at 24, 25, 30, 50 or 60 a second
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ def require_av(path: str) -> None:
         import av  # noqa: F401
     except ImportError:
         raise UserError(
-            f"{path}: is a video, and PyAV, which reads them, is not installed: pip install 'av>=14', "
+            f"{path}: is a video, and PyAV, which reads them, is not installed: pip install 'av>=18', "
             "or leave videos out by a pattern ('photos/**/*.jpg')"
         ) from None
 

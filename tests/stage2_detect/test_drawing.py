@@ -32,7 +32,7 @@ def is_color(pixels: np.ndarray, label: int) -> np.ndarray:
 def is_tag(pixels: np.ndarray, label: int) -> np.ndarray:
     """The background of a name: four fifths of the class's colour over the grey."""
     tag_3 = np.round(0.8 * np.array(class_color(label)) + 0.2 * np.array(GREY))
-    mask: np.ndarray = (np.abs(pixels - tag_3) <= 1).all(-1)
+    mask: np.ndarray = np.asarray((np.abs(pixels - tag_3) <= 1).all(-1))
     return mask
 
 
@@ -115,8 +115,8 @@ def test_names_of_a_crowd_are_small_and_apart() -> None:
     for x1, y1, x2, y2 in areas:
         covered_HW[y1:y2, x1:x2] += 1
     assert covered_HW.max() == 1
-    for x1, y1, x2, y2 in boxes:
-        assert covered_HW[int(y1) : int(y2), int(x1) : int(x2)].mean() < 0.7
+    for left, top, right, bottom in boxes:
+        assert covered_HW[int(top) : int(bottom), int(left) : int(right)].mean() < 0.7
 
 
 def test_names_do_not_hide_small_objects() -> None:

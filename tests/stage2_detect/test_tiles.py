@@ -113,7 +113,7 @@ def test_masks_are_placed_and_joined() -> None:
     def code(left: int, right: int) -> dict[str, Any]:
         shape_HW = np.zeros((100, 120), dtype=np.uint8)
         shape_HW[20:50, left:right] = 1
-        return mask_codec.encode(np.asfortranarray(shape_HW))  # type: ignore[no-any-return]
+        return mask_codec.encode(np.asfortranarray(shape_HW))
 
     parts = [
         (LEFT, seen(((60, 20, 120, 50), 0.5), masks=[code(60, 120)])),

@@ -264,7 +264,7 @@ def test_mistakes(
     assert message == f"nothing can be read in 1 file of {clip.parent / 'only'}; the first is bad.mp4"
     monkeypatch.setitem(sys.modules, "av", None)  # as if it were not installed
     message = user_error(predict.main, line(clip, "without"))
-    assert "clip.mp4: is a video, and PyAV, which reads them, is not installed: pip install 'av>=14'" in message
+    assert "clip.mp4: is a video, and PyAV, which reads them, is not installed: pip install 'av>=18'" in message
     assert not (tmp_path / "without").exists()
 
 
