@@ -34,7 +34,8 @@ def draw_objects(
 
     Boxes are in pixels of `picture`: their outer edges are drawn. A small picture is enlarged by a whole factor, its boxes with it. Lines and names
     get smaller with the objects, and a name is left out where it would hide another or a small object; the best objects choose first. With `legend` a
-    strip below the picture says then which colour is which class, so that the drawing may be higher than the picture.
+    strip below the picture says then which colour is which class, so that the drawing may be higher than the picture. A score of NaN, which stands for
+    an annotation, is not written.
     """
     zoom = max(1, -(-_LEAST_SIDE // max(picture.size)))
     corners_N4 = (found.boxes_N4.double() * zoom).round().long().numpy()
@@ -61,7 +62,7 @@ def draw_objects(
     left_out = [
         i
         for i in range(len(labels))
-        if not tags.add(i, f"{class_names[labels[i]]} {scores[i]:.2f}", class_color(labels[i]), height)
+        if not tags.add(i, _tag(class_names[labels[i]], scores[i]), class_color(labels[i]), height)
     ]
     if legend and left_out:
         counts = Counter(labels)
@@ -69,6 +70,10 @@ def draw_objects(
             drawn, [(f"{class_names[label]} {counts[label]}", class_color(label)) for label in sorted(counts)], usual
         )
     return drawn
+
+
+def _tag(name: str, score: float) -> str:
+    return name if math.isnan(score) else f"{name} {score:.2f}"
 
 
 class Tags:

@@ -86,9 +86,9 @@ def draw_best_and_worst(
             said = said.where(said.scores_N >= found.threshold)
             _save(
                 folder / names["truth"],
-                draw_objects(picture, truth_of(record, len(data.class_names)), names_with_crowds),
+                draw_objects(picture, truth_of(record, len(data.class_names)), names_with_crowds, legend=True),
             )
-            _save(folder / names["found"], draw_objects(picture, said, data.class_names))
+            _save(folder / names["found"], draw_objects(picture, said, data.class_names, legend=True))
             files += [folder / name for name in names.values()]
             right, wrong, missed = found.counts_I3[row].tolist()
             entry = {"kind": kind, **names, "image": Path(record.path).name, "lrp": round(float(found.lrp_I[row]), 4)}

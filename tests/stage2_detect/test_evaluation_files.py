@@ -11,7 +11,7 @@ from PIL import Image
 
 from stage2_detect.analysis import analyse
 from stage2_detect.coco import CocoData, Id, read_coco
-from stage2_detect.drawing import class_color
+from stage2_detect.drawing import class_color, draw_objects
 from stage2_detect.evaluation_files import best_and_worst, draw_best_and_worst, truth_of
 from stage2_detect.models.batch import Detections
 from stage2_detect.models.mask_targets import decode_rle
@@ -146,6 +146,18 @@ def test_pictures_and_their_index(data: CocoData, tmp_path: Path) -> None:
         border = np.array(truth.convert("RGB"))[top - 3 : top + 3, left : left + 2].reshape(-1, 3).mean(0)
         assert np.abs(border - class_color(0)).max() < 60  # the left edge of the cat's box
         assert np.ptp(np.array(found.convert("RGB")).astype(int)) < 40  # below the threshold: nothing is drawn
+
+
+def test_an_annotation_has_no_score_on_its_name(data: CocoData) -> None:
+    grey = Image.new("RGB", (640, 480), (120, 120, 120))
+    box_14 = torch.tensor([[100.0, 100.0, 400.0, 400.0]])
+    inked = [
+        (
+            np.array(draw_objects(grey, Detections(box_14, torch.tensor([score]), torch.tensor([0])), ["cat"])) != 120
+        ).sum()
+        for score in (0.5, float("nan"))
+    ]
+    assert inked[1] < inked[0]  # a shorter plate: "cat", not "cat 0.50"
 
 
 def test_truth_with_shapes_and_crowds(tmp_path: Path) -> None:
