@@ -34,8 +34,8 @@ def draw_objects(
 
     Boxes are in pixels of `picture`: their outer edges are drawn. A small picture is enlarged by a whole factor, its boxes with it. Lines and names
     get smaller with the objects, and a name is left out where it would hide another or a small object; the best objects choose first. With `legend` a
-    strip below the picture says then which colour is which class, so that the drawing may be higher than the picture. A score of NaN, which stands for
-    an annotation, is not written.
+    strip below the picture says then which colour is which class, so that the drawing may be higher than the picture. A score of NaN, which stands
+    for an annotation, is not written.
     """
     zoom = max(1, -(-_LEAST_SIDE // max(picture.size)))
     corners_N4 = (found.boxes_N4.double() * zoom).round().long().numpy()
