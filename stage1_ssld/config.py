@@ -259,19 +259,27 @@ class CurateConfig(ForwardConfig):
         return files
 
 
+EXPORTED = {"onnx": "backbone.onnx", "torch": "backbone.pt2"}
+"""What each format of an export is called."""
+
+
 class ExportConfig(ForwardConfig):
-    """Export a backbone file: ONNX, checked against torch, and a folder in the layout of the Hugging Face hub with a model card."""
+    """Export a backbone file: ONNX and torch.export, checked against torch, and a folder in the layout of the Hugging Face hub with a model card."""
 
     model: Path
     """backbone file"""
     data: SourceConfig | None = None
-    """images the ONNX model is checked on; null: noise"""
+    """images the files are checked on; null: noise"""
+    formats: list[Literal["onnx", "torch"]] = Field(["onnx", "torch"], min_length=1)
+    """onnx: backbone.onnx; torch: backbone.pt2, a torch.export program"""
     check_images: int = Field(64, ge=1)
     """images of the check"""
     tolerance: float = Field(1e-3, gt=0)
     """largest difference of a logit, as a part of the largest logit"""
     image_size: int | None = Field(None, ge=8)
     """side in pixels; null: the one the model was trained at"""
+    benchmark: bool = False
+    """also measure latency (batch 1) and throughput (batch_size) of torch and of the files written"""
     push_to_hub: str | None = None
     """ORG/NAME: also upload the folder"""
     private: bool = False

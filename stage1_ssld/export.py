@@ -1,8 +1,9 @@
-"""Export a backbone file: `backbone.onnx`, checked against torch, and `hub/`, a folder in the layout of the Hugging Face hub with a model card.
+"""Export a backbone file: `backbone.onnx` and `backbone.pt2`, checked against torch, and `hub/`, a folder in the layout of the Hugging Face hub with
+a model card.
 
     python stage1_ssld/export.py --model runs/ssld/student.safetensors --data.path images/val --output runs/ssld_export
 
-Runs on the CPU. `--push_to_hub ORG/NAME` uploads the folder.
+Runs on the CPU. `--benchmark true` measures what was written, `--push_to_hub ORG/NAME` uploads the folder.
 """
 
 import sys
@@ -15,6 +16,7 @@ if __name__ == "__main__":
 
 from shared.command import run_command
 from shared.errors import UserError
+from stage1_ssld.config import EXPORTED as FILES
 from stage1_ssld.config import ExportConfig
 
 if TYPE_CHECKING:
@@ -31,24 +33,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export_backbone(config: ExportConfig) -> None:
-    """Write `backbone.onnx` and `hub/`, and upload the folder if asked.
+    """Write `backbone.onnx`, `backbone.pt2` and `hub/`, and upload the folder if asked.
 
     Raises UserError for a file that is no backbone file, an image size that the network does not take, answers that differ by more than the
-    tolerance (the ONNX file is not left behind then), and an upload that fails.
+    tolerance (no exported file is left behind then), and an upload that fails.
     """
     import os
 
     import torch
 
     from shared.backbones import InputSettings, create_classifier, parse_reference
+    from shared.card_parts import read_recipe
+    from shared.graph_files import require_onnx
+    from shared.hub import check_name, public, push
     from shared.model_file import read_metadata
     from shared.run_dir import RunDir
-    from stage1_ssld.hub import check_name, public, push, write_folder
-    from stage1_ssld.model_card import model_card, read_recipe
-    from stage1_ssld.onnx_file import compare, require_onnx, write_onnx
+    from stage1_ssld import onnx_file
+    from stage1_ssld.hub import write_folder
+    from stage1_ssld.model_card import model_card
     from stage1_ssld.sources import ImageSource
 
-    require_onnx()
+    if "onnx" in config.formats:
+        require_onnx()
     if config.push_to_hub:
         check_name(config.push_to_hub)
     if "arch" not in read_metadata(config.model, kind="backbone"):
@@ -69,32 +75,40 @@ def export_backbone(config: ExportConfig) -> None:
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
 
-    # ---- ONNX
-    facts = ("arch", "num_classes", "class_names", "mean", "std", "input_size", "crop_pct", "interpolation", "licence")
-    temporary = run.path / f".backbone.{os.getpid()}"
-    write_onnx(
-        temporary,
-        classifier,
-        size,
-        {"input": "uint8 RGB [batch, 3, height, width] in 0..255, normalised inside"}
-        | {key: public(metadata[key]) for key in (*facts, "content_sha256") if metadata.get(key) is not None},
-    )
-    parity = compare(
-        temporary, classifier, _images(config, source, inputs, metadata, run), threads=torch.get_num_threads()
-    )
-    run.log(
-        f"ONNX against torch on {parity['images']} images{'' if source else ' of noise'}: logits differ by at most "
-        f"{parity['largest_difference']:.2e}, {parity['relative_difference']:.1e} of the largest; "
-        f"same first class in {100 * parity['top1_agreement']:.2f} %"
-    )
-    if not parity["relative_difference"] <= config.tolerance:
-        temporary.unlink()
-        raise UserError(
-            f"{config.model}: ONNX and torch differ by {parity['relative_difference']:.1e} of the largest logit, tolerance is "
-            f"{config.tolerance:g}; raise it if that is good enough"
-        )
-    onnx_file = run.path / "backbone.onnx"
-    temporary.replace(onnx_file)
+    # ---- the files, under temporary names until all of them are found right
+    keys = ("arch", "num_classes", "class_names", "mean", "std", "input_size", "crop_pct", "interpolation", "licence")
+    facts = {"input": "uint8 RGB [batch, 3, height, width] in 0..255, normalised inside"} | {
+        key: public(metadata[key]) for key in (*keys, "content_sha256") if metadata.get(key) is not None
+    }
+    images = list(_images(config, source, inputs, metadata, run))
+    temporary: dict[str, Path] = {name: run.path / f".{os.getpid()}.{FILES[name]}" for name in config.formats}
+    checks: dict[str, dict[str, float]] = {}
+    runs: dict[str, onnx_file.Run] = {}
+    try:
+        for name, path in temporary.items():
+            if name == "onnx":
+                onnx_file.write_onnx(path, classifier, size, facts)
+                runs[name] = onnx_file.onnx_runner(path, threads=torch.get_num_threads())
+            else:
+                onnx_file.write_program(path, classifier, size, facts)
+                runs[name] = onnx_file.program_runner(path)
+            checks[name] = found = onnx_file.compare(runs[name], classifier, images)
+            run.log(
+                f"{'ONNX' if name == 'onnx' else 'torch.export'} against torch on {found['images']} images{'' if source else ' of noise'}: "
+                f"logits differ by at most {found['largest_difference']:.2e}, {found['relative_difference']:.1e} of the largest; "
+                f"same first class in {100 * found['top1_agreement']:.2f} %"
+            )
+            if not found["relative_difference"] <= config.tolerance:
+                raise UserError(
+                    f"{config.model}: {FILES[name]} and torch differ by {found['relative_difference']:.1e} of the largest logit, tolerance is "
+                    f"{config.tolerance:g}; raise it if that is good enough"
+                )
+        if config.benchmark:
+            onnx_file.measure({FILES[name]: call for name, call in runs.items()}, classifier, images[0], run.log)
+        written = [path.replace(run.path / FILES[name]) for name, path in temporary.items()]
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
 
     # ---- the hub's folder
     card = model_card(
@@ -102,15 +116,15 @@ def export_backbone(config: ExportConfig) -> None:
         read_recipe(config.model),
         repository=config.push_to_hub,
         parameters=sum(parameter.numel() for parameter in classifier.parameters()),
-        parity=parity,
+        checks=checks,
     )
     folder = run.path / "hub"
     write_folder(folder, config.model, classifier.net, inputs, metadata, card)
     if config.push_to_hub:
         run.log(f"uploaded to {push(folder, config.push_to_hub, private=config.private)}")
-    files = [onnx_file, *sorted(folder.iterdir())]
-    run.finish(dict(parity), files)
-    run.log(f"wrote {onnx_file} and {folder}")
+    first = next(iter(checks.values()))
+    run.finish(first | {"checks": checks}, [*written, *sorted(folder.iterdir())])
+    run.log(f"wrote {', '.join(map(str, written))} and {folder}")
 
 
 def _images(

@@ -4,26 +4,12 @@ What the card says comes from the backbone file's metadata and, where the file l
 Nothing is estimated: what is not recorded is said to be so.
 """
 
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from shared.config import NOT_IDENTITY
-from stage1_ssld.hub import public
+from shared.card_parts import folder_name, front_matter, hub_licence, numbers, recipe_lines, table
+from shared.hub import public
 
 _ACCURACY = ("top1", "top5", "knn_top1", "agreement", "teacher_top1")
-
-
-def read_recipe(model: Path) -> dict[str, Any] | None:
-    """Settings of the run that made a backbone file; None where it does not lie in a run directory of a training."""
-    try:
-        settings = yaml.safe_load((model.parent / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    if not isinstance(settings, dict) or "optim" not in settings:
-        return None
-    return {key: value for key, value in settings.items() if key not in NOT_IDENTITY}
 
 
 def model_card(
@@ -32,7 +18,7 @@ def model_card(
     *,
     repository: str | None,
     parameters: int,
-    parity: dict[str, float] | None = None,
+    checks: dict[str, dict[str, float]] | None = None,
 ) -> str:
     """README.md of a model.
 
@@ -41,20 +27,17 @@ def model_card(
         recipe: settings of its training.
         repository: ORG/NAME on the hub; None for a folder that stays where it is.
         parameters: their number.
-        parity: what `onnx_file.compare` measured.
+        checks: by format, what `onnx_file.compare` measured.
     """
     licence = str(metadata.get("licence") or "unknown")
     front = {
         "library_name": "timm",
         "pipeline_tag": "image-classification",
-        "license": _hub_licence(licence),
+        "license": hub_licence(licence),
         "tags": ["timm", "image-classification", "knowledge-distillation", "ssld"],
     }
     lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False).rstrip(),
-        "---",
-        "",
+        *front_matter(front),
         f"# {(repository or metadata['arch']).rpartition('/')[2]}",
         "",
     ]
@@ -65,7 +48,7 @@ def model_card(
         "",
     ]
     lines += ["## Model", ""]
-    lines += _table(
+    lines += table(
         [
             ("architecture (timm)", metadata["arch"]),
             ("parameters", f"{parameters / 1e6:.2f} M"),
@@ -73,12 +56,12 @@ def model_card(
             ("image size", _size(metadata["input_size"])),
             ("central crop in evaluation", metadata.get("crop_pct", "not recorded")),
             ("interpolation", metadata.get("interpolation")),
-            ("mean, standard deviation", f"{_numbers(metadata['mean'])}; {_numbers(metadata['std'])}"),
+            ("mean, standard deviation", f"{numbers(metadata['mean'])}; {numbers(metadata['std'])}"),
             ("SHA-256 of its tensors", f"`{metadata.get('content_sha256', 'not recorded')}`"),
         ]
     )
-    lines += ["## Measured", "", *_measured(metadata, parity), ""]
-    lines += ["## Data", "", *_data(recipe), "", "## Recipe", "", *_recipe(recipe), ""]
+    lines += ["## Measured", "", *_measured(metadata, checks), ""]
+    lines += ["## Data", "", *_data(recipe), "", "## Recipe", "", *recipe_lines(recipe), ""]
     lines += ["## Licences", "", *_licences(metadata, licence)]
     return "\n".join(lines) + "\n"
 
@@ -106,7 +89,7 @@ def _classes(metadata: dict[str, Any]) -> str:
     return f"{count}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
 
 
-def _measured(metadata: dict[str, Any], parity: dict[str, float] | None) -> list[str]:
+def _measured(metadata: dict[str, Any], checks: dict[str, dict[str, float]] | None) -> list[str]:
     metrics = metadata.get("metrics") or {}
     rows: list[tuple[str, Any]] = [(key, f"{100 * metrics[key]:.2f} %") for key in _ACCURACY if key in metrics]
     if "kl" in metrics:
@@ -115,11 +98,12 @@ def _measured(metadata: dict[str, Any], parity: dict[str, float] | None) -> list
         rows.append(("validation images", metrics["images"]))
     if rows and metadata.get("trained_size"):
         rows.append(("at image size", _size(metadata["trained_size"])))
-    if parity:
+    for name, check in (checks or {}).items():
+        what = {"onnx": "ONNX", "torch": "torch.export"}[name]
         rows.append(
-            ("largest difference of ONNX and torch", f"{parity['relative_difference']:.1e} of the largest logit")
+            (f"largest difference of {what} and torch", f"{check['relative_difference']:.1e} of the largest logit")
         )
-    return _table(rows)[:-1] if rows else ["Nothing is recorded."]
+    return table(rows)[:-1] if rows else ["Nothing is recorded."]
 
 
 def _data(recipe: dict[str, Any] | None) -> list[str]:
@@ -128,20 +112,9 @@ def _data(recipe: dict[str, Any] | None) -> list[str]:
     lines = []
     for source in recipe["data"]["train"]:
         weight = f", weight {source['weight']:g}" if source.get("weight") else ""
-        lines.append(f"- training: {_folder_name(source['path'])}{weight}")
+        lines.append(f"- training: {folder_name(source['path'])}{weight}")
     validation = recipe["data"].get("val")
-    return [*lines, f"- validation: {_folder_name(validation['path']) if validation else 'none'}"]
-
-
-def _folder_name(path: str) -> str:
-    """The last two parts of a path: the last alone is often `train`."""
-    return path if "://" in path or path.startswith("hub:") else "/".join(Path(path).parts[-2:]).lstrip("/")
-
-
-def _recipe(recipe: dict[str, Any] | None) -> list[str]:
-    if recipe is None:
-        return ["Not recorded."]
-    return ["```yaml", yaml.safe_dump(public(recipe), sort_keys=False).rstrip(), "```"]
+    return [*lines, f"- validation: {folder_name(validation['path']) if validation else 'none'}"]
 
 
 def _licences(metadata: dict[str, Any], licence: str) -> list[str]:
@@ -161,20 +134,5 @@ def _licences(metadata: dict[str, Any], licence: str) -> list[str]:
     return [*lines, "", "Whoever publishes them answers for the training images' licences too; they are not recorded."]
 
 
-def _hub_licence(licence: str) -> str:
-    """The hub knows single licences by name; `other` stands for several, or for none."""
-    if licence == "unknown":
-        return "unknown"
-    return "other" if " " in licence or ":" in licence else licence.lower()
-
-
 def _size(sides: Any) -> str:
     return " x ".join(str(side) for side in sides)
-
-
-def _numbers(values: Any) -> str:
-    return ", ".join(f"{value:g}" for value in values)
-
-
-def _table(rows: list[tuple[str, Any]]) -> list[str]:
-    return ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows), ""]

@@ -1,34 +1,24 @@
-"""A classifier as an ONNX file, and its answers in ONNX Runtime against those in torch.
+"""A classifier as an ONNX file and a `torch.export` program, and their answers against those of the classifier.
 
 Pixels go in as they come out of a decoder, uint8 [batch, 3, height, width]: the normalisation is inside. Only the batch is dynamic: timm's networks
-resolve what depends on the image size while they are traced. Deliberately absent: quantisation, half precision.
+resolve what depends on the image size while they are traced.
 """
 
-import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from shared import graph_files
 from shared.backbones import Classifier
-from shared.errors import UserError
+from shared.timing import interleaved, speed_lines
 
 INPUT, OUTPUT = "pixels", "logits"
-_LARGEST = 2**31  # bytes of a protobuf message
-
-
-def require_onnx() -> None:
-    """Raises UserError where a package that the export needs is missing."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"export: needs onnx, onnxscript and onnxruntime ({error.name} is missing); pip install 'ssld[export]'"
-        ) from None
+Run = Callable[[Tensor], np.ndarray]
+"""What an exported file answers to uint8 [B,3,H,W]: logits."""
 
 
 def write_onnx(path: Path, classifier: Classifier, size: tuple[int, int], facts: dict[str, Any]) -> None:
@@ -36,49 +26,65 @@ def write_onnx(path: Path, classifier: Classifier, size: tuple[int, int], facts:
 
     Raises UserError for a network that cannot be traced, or too large for one file.
     """
-    import onnx
-
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in classifier.parameters())
-    if weights >= _LARGEST:
-        raise UserError(f"export: {weights / 1e9:.1f} GB of weights; one ONNX file holds 2 GB")
-    # A batch of one would be taken for a constant.
-    example = torch.zeros(2, 3, *size, dtype=torch.uint8)
-    try:
-        program = torch.onnx.export(
-            classifier,
-            (example,),
-            dynamo=True,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            external_data=False,
-            verbose=False,
-        )
-    except torch.onnx.errors.OnnxExporterError as error:
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"export: this network cannot be traced ({why})") from None
-    assert program is not None
-    model = program.model_proto
-    _forget_sources(model)
-    for key, value in facts.items():
-        model.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
-    onnx.checker.check_model(model)
-    path.write_bytes(model.SerializeToString())
+    graph_files.write_onnx(path, classifier, _example(size), _dynamic(), facts, inputs=[INPUT], outputs=[OUTPUT])
 
 
-def _forget_sources(model: Any) -> None:
-    """Drop what the exporter notes on every node: the files, lines and folders of the machine that it ran on."""
-    for graph in (model.graph, *model.functions):
-        for entry in (*graph.node, *getattr(graph, "input", ()), *getattr(graph, "output", ()), *graph.value_info):
-            if hasattr(entry, "metadata_props"):
-                del entry.metadata_props[:]
-    for tensor in model.graph.initializer:
-        del tensor.metadata_props[:]
+def write_program(path: Path, classifier: Classifier, size: tuple[int, int], facts: dict[str, Any]) -> None:
+    """The same as a `torch.export` program. Raises UserError for a network that cannot be traced."""
+    graph_files.write_program(path, classifier, _example(size), _dynamic(), facts)
+
+
+def onnx_runner(path: Path, *, threads: int) -> Run:
+    """What runs an ONNX file in ONNX Runtime on the CPU."""
+    session = graph_files.session(path, threads=threads)
+
+    def run(pixels_BCHW: Tensor) -> np.ndarray:
+        logits: np.ndarray = session.run([OUTPUT], {INPUT: pixels_BCHW.numpy()})[0]
+        return logits
+
+    return run
+
+
+def program_runner(path: Path) -> Run:
+    """What runs a `torch.export` program."""
+    program, _ = graph_files.read_program(path)
+
+    @torch.no_grad()
+    def run(pixels_BCHW: Tensor) -> np.ndarray:
+        logits: np.ndarray = program(pixels_BCHW).numpy()
+        return logits
+
+    return run
 
 
 @torch.no_grad()
-def compare(path: Path, classifier: Classifier, batches: Iterable[Tensor], *, threads: int) -> dict[str, float]:
-    """Answers of an ONNX file and of the classifier it was written from, on the CPU, to batches of uint8 [B,3,H,W].
+def measure(
+    runs: Mapping[str, Run], classifier: Classifier, pixels_BCHW: Tensor, log: Callable[[str], None]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of the classifier in torch and of its files: for the first image alone, and for the batch."""
+
+    def calls(some: Tensor) -> dict[str, Callable[[], object]]:
+        return {"torch": lambda: classifier(some)} | {name: lambda run=run: run(some) for name, run in runs.items()}
+
+    latency, throughput = interleaved(calls(pixels_BCHW[:1])), interleaved(calls(pixels_BCHW))
+    B, _, H, W = pixels_BCHW.shape
+    log(f"speed on this CPU, {torch.get_num_threads()} threads, {H} x {W} pixels:")
+    for line in speed_lines(latency, throughput, B):
+        log(line)
+    return latency, throughput
+
+
+def _example(size: tuple[int, int]) -> tuple[Tensor]:
+    return (torch.zeros(2, 3, *size, dtype=torch.uint8),)  # a batch of one would be taken for a constant
+
+
+def _dynamic() -> graph_files.Dynamic:
+    return ({0: torch.export.Dim("batch")},)
+
+
+@torch.no_grad()
+def compare(run: Run, classifier: Classifier, batches: Iterable[Tensor]) -> dict[str, float]:
+    """Answers of an exported file and of the classifier it was written from, on the CPU, to batches of uint8 [B,3,H,W].
 
     The first image of every batch is asked for alone once more, so that two batch sizes are tried.
 
@@ -86,17 +92,11 @@ def compare(path: Path, classifier: Classifier, batches: Iterable[Tensor], *, th
         `images`; `largest_difference` of two logits; `largest_logit` of torch's, without its sign; `relative_difference`, the one by the other;
         `top1_agreement`, the share of images with the same first class.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     images, same, difference, largest = 0, 0, 0.0, 0.0
     for pixels in batches:
         ours = classifier(pixels).double()
-        theirs = torch.from_numpy(session.run([OUTPUT], {INPUT: pixels.numpy()})[0]).double()
-        alone = torch.from_numpy(session.run([OUTPUT], {INPUT: pixels[:1].numpy()})[0]).double()
+        theirs = torch.from_numpy(run(pixels)).double()
+        alone = torch.from_numpy(run(pixels[:1])).double()
         images += len(pixels)
         same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         # A NaN would lose every comparison: count it as infinitely far.

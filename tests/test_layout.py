@@ -24,6 +24,7 @@ TORCH_FREE = (
     "stage1_ssld/config.py",
     "stage2_detect/config.py",
     "stage2_detect/predict_config.py",
+    "stage2_detect/export_config.py",
     "pipelines/run.py",
     "pipelines/report.py",
 )

@@ -25,6 +25,8 @@ def grid_anchors(
 
     The result is shared between calls: do not write into it.
     """
+    if torch.compiler.is_exporting():  # grids can be symbols then, and nothing may be kept
+        return _computed(grids, device, strides, sizes, ratios)
     return _cached(tuple(grids), device, tuple(strides), tuple(sizes), tuple(ratios))
 
 
@@ -37,11 +39,17 @@ def _cached(
     ratios: tuple[float, ...],
 ) -> Tensor:
     with torch.inference_mode(False):  # the next caller may be a training step
-        levels = []
-        for (rows, columns), stride, size in zip(grids, strides, sizes, strict=True):
-            root_R = torch.tensor(ratios, dtype=torch.float64).sqrt()
-            half_R2 = torch.stack((size / root_R, size * root_R), dim=-1) / 2
-            y, x = torch.meshgrid(torch.arange(rows) * stride, torch.arange(columns) * stride, indexing="ij")
-            centre_YX12 = torch.stack((x, y), dim=-1).unsqueeze(-2)
-            levels.append(torch.cat((centre_YX12 - half_R2, centre_YX12 + half_R2), dim=-1).reshape(-1, 4))
-        return torch.cat(levels).to(torch.float32).to(device)
+        return _computed(grids, device, strides, sizes, ratios)
+
+
+def _computed(
+    grids: Grids, device: torch.device, strides: Sequence[int], sizes: Sequence[float], ratios: Sequence[float]
+) -> Tensor:
+    levels = []
+    for (rows, columns), stride, size in zip(grids, strides, sizes, strict=True):
+        root_R = torch.tensor(ratios, dtype=torch.float64).sqrt()
+        half_R2 = torch.stack((size / root_R, size * root_R), dim=-1) / 2
+        y, x = torch.meshgrid(torch.arange(rows) * stride, torch.arange(columns) * stride, indexing="ij")
+        centre_YX12 = torch.stack((x, y), dim=-1).unsqueeze(-2)
+        levels.append(torch.cat((centre_YX12 - half_R2, centre_YX12 + half_R2), dim=-1).reshape(-1, 4))
+    return torch.cat(levels).to(torch.float32).to(device)

@@ -44,7 +44,7 @@ class DenseHead(nn.Module):
         level_scales: bool,
     ) -> None:
         super().__init__()
-        self.classes, self.box_values = classes, box_values
+        self.classes, self.box_values, self.anchors_per_cell = classes, box_values, anchors_per_cell
         self.class_tower = _tower(channels, convolutions, norm=norm, bias=tower_bias)
         self.box_tower = _tower(channels, convolutions, norm=norm, bias=tower_bias)
         self.logits = nn.Conv2d(channels, anchors_per_cell * classes, 3, padding=1)

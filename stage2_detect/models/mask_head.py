@@ -106,11 +106,15 @@ class MaskHead(nn.Module):
         for row, one in enumerate(found):
             count = len(one.scores_N)
             rois_BR4[row, :count], class_BR[row, :count], valid_BR[row, :count] = one.boxes_N4, one.labels_N, True
+        rows = self.maps(features, rois_BR4, class_BR, valid_BR)
+        return [row[: len(one.scores_N)] for row, one in zip(rows, found, strict=True)]
+
+    def maps(self, features: Sequence[Tensor], rois_BR4: Tensor, class_BR: Tensor, valid_BR: Tensor) -> Tensor:
+        """Probabilities [B, R, 2 S, 2 S] of one class a RoI; for RoIs that are not valid they mean nothing."""
         logits_NKSS = self(self._pool(features, rois_BR4, valid_BR))
         class_N = class_BR.flatten()
-        chosen_NSS = logits_NKSS[torch.arange(len(class_N), device=device), class_N].sigmoid()
-        rows = chosen_NSS.unflatten(0, (len(found), most))
-        return [row[: len(one.scores_N)] for row, one in zip(rows, found, strict=True)]
+        chosen_NSS = logits_NKSS[torch.arange(class_N.shape[0], device=class_N.device), class_N].sigmoid()
+        return chosen_NSS.view(*class_BR.shape, *chosen_NSS.shape[1:])
 
     def _pool(self, features: Sequence[Tensor], rois_BR4: Tensor, valid_BR: Tensor) -> Tensor:
         return pooling.pool_rois(

@@ -53,7 +53,8 @@ def pool_rois(
         feature, scale = features[level].float(), 1 / strides[level]
         return roi_align(feature, rois, size, scale, sampling_ratio=sampling_ratio, aligned=aligned)
 
-    in_order = _pool_in_order if rois_N5.device.type == "cpu" else _pool_in_place
+    on_host = rois_N5.device.type == "cpu" and not torch.compiler.is_exporting()
+    in_order = _pool_in_order if on_host else _pool_in_place
     return in_order(pool, rois_N5, level_N, len(strides))
 
 

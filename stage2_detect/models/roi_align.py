@@ -38,7 +38,7 @@ def roi_align(
         aligned: moves RoIs by half a pixel of the map, so that pixels are points at their centres; without it RoIs are
             at least one pixel wide too.
     """
-    if feature_BCHW.device.type != "cpu":
+    if feature_BCHW.device.type != "cpu" or torch.compiler.is_exporting():
         return torchvision_roi_align(feature_BCHW, rois_N5, size, scale, sampling_ratio, aligned)
     _, C, H, W = feature_BCHW.shape
     table_PC = feature_BCHW.permute(0, 2, 3, 1).reshape(-1, C)

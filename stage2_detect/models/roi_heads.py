@@ -191,8 +191,24 @@ class RoIHeads(nn.Module):
         """What each image shows, in coordinates of the network's input."""
         # Valid proposals stand first: dropping the places that no image fills saves the heads' work.
         R = max(1, int(proposals.valid_BR.sum(dim=1).max()))
-        rois_BR4, valid_BR = proposals.boxes_BR4[:, :R], proposals.valid_BR[:, :R]
-        B = len(rois_BR4)
+        proposals = Proposals(proposals.boxes_BR4[:, :R], proposals.valid_BR[:, :R])
+        boxes_BRD4, scores_BRK = self.score(features, proposals, sizes_B2)
+        return [
+            postprocess.select(
+                boxes_RK4,
+                scores_RK,
+                threshold=self.score_threshold,
+                suppression=self.suppression,
+                most=self.detections_per_image,
+            )
+            for boxes_RK4, scores_RK in zip(boxes_BRD4.expand(-1, -1, self.classes, -1), scores_BRK, strict=True)
+        ]
+
+    @torch.no_grad()
+    def score(self, features: Sequence[Tensor], proposals: Proposals, sizes_B2: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes [B, R, D, 4] inside the images and scores [B, R, K] of proposals, 0 for those that are not valid."""
+        rois_BR4, valid_BR = proposals.boxes_BR4, proposals.valid_BR
+        B, R = valid_BR.shape
         logits = []
         for number, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True), start=1):
             pooled_NCHW = self._pool(features, rois_BR4, valid_BR)
@@ -205,18 +221,8 @@ class RoIHeads(nn.Module):
         # Whichever RoIs were scored, the boxes are the last stage's.
         scores_NK = torch.stack([logits_NK.softmax(dim=-1) for logits_NK in logits]).mean(dim=0)
         scores_BRK = scores_NK[:, :-1].unflatten(0, (B, R)) * valid_BR[..., None]
-        boxes_BRK4 = boxes.decode(deltas_ND4.unflatten(0, (B, R)), rois_BR4[:, :, None], stage.weights)
-        boxes_BRK4 = boxes.clip(boxes_BRK4, sizes_B2).expand(-1, -1, self.classes, -1)
-        return [
-            postprocess.select(
-                boxes_RK4,
-                scores_RK,
-                threshold=self.score_threshold,
-                suppression=self.suppression,
-                most=self.detections_per_image,
-            )
-            for boxes_RK4, scores_RK in zip(boxes_BRK4, scores_BRK, strict=True)
-        ]
+        boxes_BRD4 = boxes.decode(deltas_ND4.unflatten(0, (B, R)), rois_BR4[:, :, None], stage.weights)
+        return boxes.clip(boxes_BRD4, sizes_B2), scores_BRK
 
     def _pool(self, features: Sequence[Tensor], rois_BR4: Tensor, valid_BR: Tensor) -> Tensor:
         return pooling.pool_rois(

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import yaml
 
 from shared.backbones import create_classifier, parse_reference
 from shared.errors import UserError
+from shared.graph_files import read_program
 from shared.model_file import read_metadata, save_model_file
 from stage1_ssld.export import main
-from stage1_ssld.onnx_file import compare
+from stage1_ssld.onnx_file import compare, onnx_runner, program_runner
 
 ROOT = Path(__file__).resolve().parents[2]
+CLASSES = ("disc", "ring", "stripes")
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,7 @@ def test_the_onnx_file_answers_as_torch_does(exported: Path, teacher_file: Path)
     session = onnxruntime.InferenceSession(str(exported / "backbone.onnx"), providers=["CPUExecutionProvider"])
     (pixels_in,) = session.get_inputs()
     assert (pixels_in.name, pixels_in.type, pixels_in.shape) == ("pixels", "tensor(uint8)", ["batch", 3, 32, 32])
+    program = program_runner(exported / "backbone.pt2")
     net, inputs = create_classifier(parse_reference(str(teacher_file)))
     mean, std = (np.array(values)[:, None, None] for values in (inputs.mean, inputs.std))
     for count in (1, 2, 5):
@@ -46,6 +50,7 @@ def test_the_onnx_file_answers_as_torch_does(exported: Path, teacher_file: Path)
         assert abs(expected).max() > 0.5
         (logits,) = session.run(["logits"], {"pixels": pixels})
         np.testing.assert_allclose(logits, expected, atol=1e-5 * abs(expected).max())
+        np.testing.assert_allclose(program(torch.from_numpy(pixels)), expected, atol=1e-5 * abs(expected).max())
 
 
 def test_what_the_onnx_file_says_about_itself(exported: Path, teacher_file: Path) -> None:
@@ -61,9 +66,13 @@ def test_what_the_onnx_file_says_about_itself(exported: Path, teacher_file: Path
     assert json.loads(facts["input_size"]) == [32, 32]
     assert facts["content_sha256"] == metadata["content_sha256"]
     assert (facts["arch"], facts["licence"]) == ("test_resnet", "apache-2.0")
-    content = (exported / "backbone.onnx").read_bytes()
-    for folder in (str(ROOT), str(Path(torch.__file__).parent), str(teacher_file.parent), "site-packages"):
-        assert folder.encode() not in content  # the exporter notes the file and line of every node
+    _, said = read_program(exported / "backbone.pt2")
+    assert (said["class_names"], said["input_size"], said["mean"]) == (list(CLASSES), [32, 32], metadata["mean"])
+    with zipfile.ZipFile(exported / "backbone.pt2") as archive:
+        program = b"".join(archive.read(name) for name in archive.namelist())
+    for content in ((exported / "backbone.onnx").read_bytes(), program):
+        for folder in (str(ROOT), str(Path(torch.__file__).parent), str(teacher_file.parent), "site-packages"):
+            assert folder.encode() not in content  # the exporters note the file and line of every node
 
 
 def test_the_differences_are_reported(exported: Path) -> None:
@@ -79,24 +88,24 @@ def test_the_differences_are_reported(exported: Path) -> None:
     assert "| image size | 32 x 32 |" in card
     assert "| at image size | 160 x 160 |" in card
     outputs = set(json.loads((exported / "result.json").read_text())["outputs"])
-    assert outputs == {"backbone.onnx", "hub/README.md", "hub/config.json", "hub/model.safetensors"}
+    assert outputs == {"backbone.onnx", "backbone.pt2", "hub/README.md", "hub/config.json", "hub/model.safetensors"}
 
 
 def test_a_wrong_file_is_found_out(exported: Path, teacher_file: Path) -> None:
     net, _ = create_classifier(parse_reference(str(teacher_file)))
     net.eval()
     pixels = [torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))]
-    file = exported / "backbone.onnx"
-    assert compare(file, net, pixels, threads=1)["relative_difference"] < 1e-5
+    run = onnx_runner(exported / "backbone.onnx", threads=1)
+    assert compare(run, net, pixels)["relative_difference"] < 1e-5
     head: Any = net.net
     head = head.get_classifier()
     with torch.no_grad():
         head.bias[0] += 0.25
-    found = compare(file, net, pixels, threads=1)
+    found = compare(run, net, pixels)
     assert found["largest_difference"] == pytest.approx(0.25, rel=1e-3)
     with torch.no_grad():
         head.bias[1] = float("nan")
-    assert compare(file, net, pixels, threads=1)["relative_difference"] == float("inf")
+    assert compare(run, net, pixels)["relative_difference"] == float("inf")
 
 
 def test_timm_loads_the_folder(exported: Path, teacher_file: Path) -> None:
@@ -134,9 +143,13 @@ def test_the_tolerance_and_unreadable_images(
     argv = ["--model", str(teacher_file), "--data.path", str(tmp_path / "images"), "--threads", "1", "--workers", "0"]
     argv += ["--image_size", "32", "--output", str(tmp_path / "run")]
     message = user_error(main, [*argv, "--tolerance", "1e-12"])
-    assert re.search(r"ONNX and torch differ by .* tolerance is 1e-12; raise it", message)
-    assert not list((tmp_path / "run").glob("*onnx*"))
-    assert not list((tmp_path / "run").glob(".backbone*"))
+    assert re.search(r"backbone.onnx and torch differ by .* tolerance is 1e-12; raise it", message)
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {
+        ".lock",
+        "config.yaml",
+        "environment.json",
+        "log.txt",
+    }
     assert not (tmp_path / "run" / "result.json").exists()
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "1.jpg: cannot be read, left out" in log

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
+from shared.card_parts import read_recipe
+from shared.hub import public
 from shared.model_file import read_metadata
-from stage1_ssld.hub import public
-from stage1_ssld.model_card import model_card, read_recipe
+from stage1_ssld.model_card import model_card
 
 METADATA: dict[str, Any] = {
     "kind": "backbone",
@@ -65,7 +66,7 @@ def test_a_distilled_backbone_with_its_run(
 
 def test_what_a_file_says(tmp_path: Path) -> None:
     card = model_card(
-        METADATA, None, repository="me/net", parameters=25_576_264, parity={"relative_difference": 2.5e-6}
+        METADATA, None, repository="me/net", parameters=25_576_264, checks={"onnx": {"relative_difference": 2.5e-6}}
     )
     assert front(card)["license"] == "cc-by-nc-4.0"
     assert front(card)["library_name"] == "timm"

@@ -1,0 +1,146 @@
+"""Networks as files that need none of this code: ONNX for ONNX Runtime, and `torch.export` programs (.pt2).
+
+Both are traced from a module with tensors in and tensors out, and carry facts about themselves: in the ONNX metadata, and in `metadata.json` inside a
+.pt2 file. Nothing in them names files or folders of the machine that wrote them. Deliberately absent: quantisation, half precision.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shared.errors import UserError
+
+Dynamic = tuple[dict[int, Any], ...]
+"""For each input, `torch.export.Dim` by axis."""
+_LARGEST = 2**31  # bytes of a protobuf message
+_METADATA = "metadata.json"
+_OPSET = 20  # 19 is the first with deformable convolution
+
+
+def require_onnx() -> None:
+    """Raises UserError where a package that the export needs is missing."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"export: needs onnx, onnxscript and onnxruntime ({error.name} is missing); pip install 'ssld[export]'"
+        ) from None
+
+
+def write_onnx(
+    path: Path,
+    net: nn.Module,
+    example: tuple[Tensor, ...],
+    dynamic: Dynamic,
+    facts: dict[str, Any],
+    *,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    translations: dict[Callable[..., Any], Callable[..., Any]] | None = None,
+) -> None:
+    """Write a network in evaluation mode as one ONNX file.
+
+    Args:
+        example: inputs; an axis of 1 would be taken for a constant.
+        facts: become metadata, JSON where they are not text.
+        translations: of operators of one's own, see `torch.onnx.export`.
+
+    Raises UserError for a network that cannot be traced, or too large for one file.
+    """
+    import onnx
+
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in net.parameters())
+    if weights >= _LARGEST:
+        raise UserError(f"export: {weights / 1e9:.1f} GB of weights; one ONNX file holds 2 GB")
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what the exporter itself still has to do
+            program = torch.onnx.export(
+                net,
+                example,
+                dynamo=True,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_shapes=dynamic,
+                custom_translation_table=translations,
+                opset_version=_OPSET,
+                external_data=False,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise UserError(f"export: this network cannot be traced ({_why(error)})") from None
+    assert program is not None
+    model = program.model_proto
+    _forget_sources(model)
+    for key, value in facts.items():
+        model.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
+    onnx.checker.check_model(model)
+    path.write_bytes(model.SerializeToString())
+
+
+def write_program(
+    path: Path, net: nn.Module, example: tuple[Tensor, ...], dynamic: Dynamic, facts: dict[str, Any]
+) -> None:
+    """Write a network in evaluation mode as a `torch.export` program; arguments as of `write_onnx`.
+
+    Raises UserError for a network that cannot be traced.
+    """
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(net, example, dynamic_shapes=dynamic, strict=False)
+            for module in program.graph_module.modules():
+                for node in getattr(getattr(module, "graph", None), "nodes", ()):
+                    for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn"):
+                        node.meta.pop(key, None)
+            with path.open("wb") as file:
+                torch.export.save(program, file, extra_files={_METADATA: json.dumps(facts)})
+    except Exception as error:  # of the tracer: of many kinds, all of them about the network
+        if isinstance(error, OSError):
+            raise
+        raise UserError(f"export: this network cannot be traced ({_why(error)})") from None
+
+
+def read_program(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """(a module that runs the program, its facts)."""
+    found = {_METADATA: ""}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module: nn.Module = torch.export.load(str(path), extra_files=found).module()
+    return module, json.loads(found[_METADATA])
+
+
+def session(path: Path, *, threads: int) -> Any:
+    """An `onnxruntime.InferenceSession` on the CPU. Raises UserError for a file that this ONNX Runtime cannot run."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has its own, without a common base that is public
+        raise UserError(
+            f"export: onnxruntime {onnxruntime.__version__} cannot run this network ({_why(error)}); a newer one may"
+        ) from None
+
+
+def _why(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _forget_sources(model: Any) -> None:
+    """Drop what the exporter notes on every node: the files, lines and folders of the machine that it ran on."""
+    for graph in (model.graph, *model.functions):
+        for entry in (*graph.node, *getattr(graph, "input", ()), *getattr(graph, "output", ()), *graph.value_info):
+            if hasattr(entry, "metadata_props"):
+                del entry.metadata_props[:]
+    for tensor in model.graph.initializer:
+        del tensor.metadata_props[:]

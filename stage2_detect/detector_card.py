@@ -1,0 +1,175 @@
+"""A detector's folder for the Hugging Face hub.
+
+    detector.safetensors   the detector file
+    detector.onnx, .pt2    what was exported
+    config.json            architecture, classes, sizes
+    README.md              the model card
+
+Local folders are left out of everything that is written here: the folder is meant to be published. Nothing on the card is estimated: what is not
+recorded is said to be so.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shared.card_parts import folder_name, front_matter, hub_licence, numbers, read_recipe, recipe_lines, table
+from shared.hub import public
+from shared.model_file import read_tensors, save_model_file
+from stage2_detect.detector_file import LoadedDetector
+from stage2_detect.export_config import FILES
+
+_KINDS = {
+    "faster_rcnn": "Faster R-CNN",
+    "mask_rcnn": "Mask R-CNN",
+    "cascade_rcnn": "Cascade R-CNN",
+    "cascade_mask_rcnn": "Cascade Mask R-CNN",
+    "retinanet": "RetinaNet",
+    "gfl": "GFL",
+}
+_AP = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
+
+
+def write_folder(
+    folder: Path,
+    model: Path,
+    loaded: LoadedDetector,
+    exported: Sequence[Path],
+    *,
+    repository: str | None,
+    checks: dict[str, Any],
+) -> None:
+    """Write the folder for a detector file.
+
+    Args:
+        exported: files to copy into it.
+        repository: ORG/NAME on the hub; None for a folder that stays where it is.
+        checks: by format, what `export_check.compare` measured.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = public({key: value for key, value in loaded.metadata.items() if key not in ("run", "format")})
+    save_model_file(folder / "detector.safetensors", read_tensors(model), metadata)
+    for file in exported:
+        shutil.copyfile(file, folder / file.name)
+    keys = ("kind", "arch", "class_names", "category_ids", "mean", "std", "resize", "model", "licence")
+    config = {key: metadata[key] for key in keys if key in metadata}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    card = detector_card(metadata, read_recipe(model), repository=repository, parameters=parameters, checks=checks)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def detector_card(
+    metadata: dict[str, Any],
+    recipe: dict[str, Any] | None,
+    *,
+    repository: str | None,
+    parameters: int,
+    checks: dict[str, Any],
+) -> str:
+    """README.md of a detector; arguments as of `write_folder`, `recipe` the settings of its training."""
+    licence = str(metadata.get("licence") or "unknown")
+    name = _KINDS[metadata["model"]["kind"]]
+    front = {
+        "library_name": "ssld",
+        "pipeline_tag": "object-detection",
+        "license": hub_licence(licence),
+        "tags": ["object-detection", metadata["model"]["kind"], "ssld"],
+    }
+    title = repository.rpartition("/")[2] if repository else f"{name} {metadata['arch']}"
+    lines = [*front_matter(front), f"# {title}", ""]
+    lines += [f"{name} on {metadata['arch']}, which finds {_classes(metadata['class_names'])}.", "", "## Use", ""]
+    lines += [*_use(repository, [FILES[key] for key in FILES if key in checks]), "", "## Model", ""]
+    lines += table(_facts(metadata, name, parameters))
+    lines += ["## Measured", "", *_measured(metadata, checks), "", "## Data", "", *_data(recipe), ""]
+    lines += ["## Recipe", "", *recipe_lines(recipe), "", "## Licences", "", *_licences(metadata, licence, recipe)]
+    return "\n".join(lines) + "\n"
+
+
+def _use(repository: str | None, exported: list[str]) -> list[str]:
+    path = '"detector.safetensors"'
+    lines = ["```python", "from stage2_detect.detector_file import load_detector", ""]
+    if repository:
+        lines.insert(1, "from huggingface_hub import hf_hub_download")
+        path = f'hf_hub_download("{repository}", "detector.safetensors")'
+    lines += [f"detector = load_detector({path})", 'found = detector.predict(["picture.jpg"])', "```"]
+    if exported:
+        lines += [
+            "",
+            f"Without this project: {' and '.join(f'`{name}`' for name in exported)}, whose metadata say what goes in and what comes out.",
+        ]
+    return lines
+
+
+def _facts(metadata: dict[str, Any], name: str, parameters: int) -> list[tuple[str, Any]]:
+    resize = metadata["resize"]
+    deformable = metadata["model"].get("dcn_strides")
+    return [
+        ("detector", name),
+        ("backbone (timm)", metadata["arch"]),
+        *([("deformable convolutions", f"strides {', '.join(map(str, deformable))}")] if deformable else []),
+        ("parameters", f"{parameters / 1e6:.2f} M"),
+        ("classes", _classes(metadata["class_names"])),
+        ("size in evaluation", f"short side {resize['val_short_side']}, long side at most {resize['val_long_side']}"),
+        ("interpolation", resize["interpolation"]),
+        ("mean, standard deviation", f"{numbers(metadata['mean'])}; {numbers(metadata['std'])}"),
+        ("SHA-256 of its tensors", f"`{metadata.get('content_sha256', 'not recorded')}`"),
+    ]
+
+
+def _classes(names: Sequence[str]) -> str:
+    return f"{len(names)} classes: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+
+
+def _measured(metadata: dict[str, Any], checks: dict[str, Any]) -> list[str]:
+    metrics = metadata.get("metrics") or {}
+    # Where there is no object of a size, COCO's protocol says -1.
+    rows: list[tuple[str, Any]] = [
+        (f"{prefix}{key}", f"{100 * metrics[prefix + key]:.1f}")
+        for prefix in ("", "mask_")
+        for key in _AP
+        if isinstance(metrics.get(prefix + key), float) and metrics[prefix + key] >= 0
+    ]
+    rows += [
+        (
+            f"{FILES[key]} against torch",
+            f"boxes within {check['box_difference']:.1e} px, scores within {check['score_difference']:.1e}, "
+            f"{100 * check['missing']:.2f} % of {check['found']} detections without counterpart",
+        )
+        for key, check in checks.items()
+        if key in FILES
+    ]
+    return table(rows)[:-1] if rows else ["Nothing is recorded."]
+
+
+def _data(recipe: dict[str, Any] | None) -> list[str]:
+    if recipe is None:
+        return ["Not recorded."]
+    data = recipe["data"]
+    lines = [f"- training: {folder_name(str(data['train_annotations']))}"]
+    if data.get("unlabeled"):
+        lines.append("- and pictures without annotations")
+    validation = data.get("val_annotations")
+    return [*lines, f"- evaluation: {folder_name(str(validation)) if validation else 'none'}"]
+
+
+def _licences(metadata: dict[str, Any], licence: str, recipe: dict[str, Any] | None) -> list[str]:
+    lines = [f"These weights: {licence}. They come from"]
+    backbone = metadata.get("backbone")
+    if backbone:
+        lines.append(f"- the backbone, {public(backbone['reference'])}")
+    if metadata.get("source"):
+        lines.append(f"- {metadata['source']['project']}: {licence}")
+    teacher = metadata.get("teacher") or ((recipe or {}).get("distill") or {}).get("teacher")
+    if teacher:
+        what = teacher.get("reference", teacher) if isinstance(teacher, dict) else teacher
+        lines.append(f"- the teacher, {public(str(what))}")
+    if len(lines) == 1:
+        lines.append("- weights that the file does not record")
+    return [
+        *lines,
+        "",
+        "Whoever publishes them answers for the training pictures' licences too; they are not recorded.",
+    ]

@@ -1,0 +1,79 @@
+"""Export a detector file: `detector.onnx` and `detector.pt2`, checked against torch, and `hub/`, a folder for the Hugging Face hub with a model card.
+
+    python stage2_detect/export.py --model runs/det/detector.safetensors --images photos --output runs/det_export
+
+Runs on the CPU. `--benchmark true` measures what was written, `--push_to_hub ORG/NAME` uploads the folder.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from shared.command import run_command
+from stage2_detect.export_config import FILES, ExportDetectorConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_command(ExportDetectorConfig, export_detector, argv, program="export.py")
+
+
+def export_detector(config: ExportDetectorConfig) -> None:
+    """Write the files and `hub/`, and upload the folder if asked.
+
+    Raises UserError for a file that is no detector file, a network that cannot be traced, answers that differ by more than the tolerances (none of
+    the files is left behind then), and an upload that fails.
+    """
+    import os
+
+    from shared.graph_files import require_onnx
+    from shared.hub import check_name, push
+    from shared.run_dir import RunDir
+    from stage2_detect.detector_card import write_folder
+    from stage2_detect.detector_file import load_detector
+    from stage2_detect.export_check import check, graph_of, measure, pictures
+    from stage2_detect.graph_writing import runner, write
+
+    if "onnx" in config.formats:
+        require_onnx()
+    if config.push_to_hub:
+        check_name(config.push_to_hub)
+    loaded = load_detector(config.model)
+    graph_of(loaded.fast)
+    run = RunDir(config, "export_detector")
+    if run.status == "finished":
+        run.log(f"{run.path}: this run is finished; nothing to do")
+        return
+
+    # ---- the files, under temporary names until all of them are found right
+    temporary: dict[str, Path] = {name: run.path / f".{os.getpid()}.{FILES[name]}" for name in config.formats}
+    metrics: dict[str, object] = {}
+    try:
+        canvas = config.canvas
+        for name, path in temporary.items():
+            canvas = write(name, path, loaded, canvas, run.log)
+        many = pictures(config, loaded.resize, canvas, run.log)
+        runs = {name: runner(name, path) for name, path in temporary.items()}
+        for name, call in runs.items():
+            metrics[name] = check(call, loaded.model, many, config, FILES[name], run.log)
+        if config.benchmark:
+            metrics["seconds"] = measure(runs, loaded, many, run.log)
+        written = [path.replace(run.path / FILES[name]) for name, path in temporary.items()]
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+    # ---- the hub's folder
+    folder = run.path / "hub"
+    write_folder(folder, config.model, loaded, written, repository=config.push_to_hub, checks=metrics)
+    if config.push_to_hub:
+        run.log(f"uploaded to {push(folder, config.push_to_hub, private=config.private)}")
+    run.finish(metrics, [*written, *sorted(folder.iterdir())])
+    run.log(f"wrote {', '.join(map(str, written))} and {folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
