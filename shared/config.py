@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -72,6 +72,13 @@ class CommandConfig(BaseSettings):
 
     alternatives: ClassVar[tuple[str, ...]] = ()
     """keys of which one is given: one on the command line replaces another of the file"""
+
+    _recipe: Path | None = PrivateAttr(None)
+
+    @property
+    def recipe(self) -> Path | None:
+        """The YAML file that the settings began with, if there was one; not a setting itself."""
+        return self._recipe
 
     def inputs(self) -> dict[str, Path]:
         """Files and folders this command reads, by the key that names them: their digests belong to the run's identity."""
@@ -180,6 +187,7 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
     values = read_recipe(known.config, config_type.alternatives) if known.config else {}
     values = _less(values, config_type.alternatives, flags)
     config = validate(config_type, values, source=str(known.config or "command line"), flags=flags)
+    config._recipe = known.config
     if known.print_config:
         print(dump_yaml(config), end="")
         raise SystemExit(0)

@@ -147,5 +147,6 @@ def test_a_run_logs_its_speed(
     assert set(SPEED) <= set(lines[0])
     log = (tmp_path / "run" / "log.txt").read_text()
     assert log in capsys.readouterr().out.replace("\r", "")
+    assert f"recipe {tmp_path / 'run.yaml'}; all settings are in {tmp_path / 'run' / 'config.yaml'}\n" in log
     assert "a checkpoint every 4 steps, the newest 2 are kept; evaluation at the end\n" in log
     assert " images/s, " in next(line for line in log.splitlines() if line.startswith("step 2/6"))
