@@ -155,7 +155,8 @@ def detect_parts(finder: Finder, parts: Parts, numbers: Sequence[int], work: Wor
 
     written = set()
     with ThreadPoolExecutor(max(1, config.workers)) as pool:  # drawing and JPEG while the detector works
-        for number, part in itertools.groupby(finder.found(loader), key=lambda one: part_of[one[0].image_id]):
+        seen = finder.found(loader) if batches else iter(())  # preparing the detector takes a second
+        for number, part in itertools.groupby(seen, key=lambda one: part_of[one[0].image_id]):
             rows: dict[Id, list[dict[str, Any]]] = {}
             drawings = []
             best = 0.0

@@ -188,7 +188,8 @@ def detect_videos(
 ) -> Iterator[tuple[str, int]]:
     """Write the segments of the videos `begun`; yields (name, frames done so far) after each."""
     complete = set()
-    for name, frames in itertools.groupby(found(loader), key=lambda one: one[0].name):
+    seen = found(loader) if begun else iter(())  # preparing the detector takes a second
+    for name, frames in itertools.groupby(seen, key=lambda one: one[0].name):
         done = begun[name]
         kept: list[tuple[FrameOf, Detections, float]] = []
         for one in frames:

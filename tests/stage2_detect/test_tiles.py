@@ -214,6 +214,15 @@ def test_tiles_find_what_scenes_show_alone(
     assert with_views != found
 
 
+def test_a_damaged_picture_is_named_once(boxes_of: Any, mosaic: Path, tmp_path: Path) -> None:
+    data = (mosaic / "mosaic.png").read_bytes()
+    (mosaic / "damaged.png").write_bytes(data[: len(data) // 2])  # its header is sound
+    Image.new("RGB", (40, 40)).save(mosaic / "small.png")
+    found = boxes_of(mosaic, "tiled", "--tile", "64", "--overlap", "0", "--batch_size", "3")
+    assert (tmp_path / "tiled" / "quarantine.txt").read_text() == "damaged.png\n"
+    assert {row["image_id"] for row in found} == {2} or {row["image_id"] for row in found} == {2, 3}
+
+
 def test_tiles_do_not_depend_on_batches_or_workers(boxes_of: Any, mosaic: Path) -> None:
     found = boxes_of(mosaic, "one", "--tile", "80")
     other = boxes_of(mosaic, "other", "--tile", "80", "--batch_size", "2", "--workers", "1")
