@@ -42,7 +42,11 @@ def check(line: str) -> None:
         parse_config(TYPES[script], [*arguments, *output], program=script)
     elif words[:2] == ["python", "pipelines/run.py"]:
         file = ROOT / words[2]
-        flags = dict(zip(words[3::2], words[4::2], strict=True))
+        switches = {"--dry-run", "--smoke"} & set(words)
+        given = [word for word in words[3:] if word not in switches]
+        flags = dict(zip(given[::2], given[1::2], strict=True))
+        assert flags.pop("--redo", next(iter(read_pipeline(file).stages))) in read_pipeline(file).stages, line
+        assert all(flag.startswith("--variables.") for flag in flags), line
         variables = {flag.removeprefix("--variables."): value for flag, value in flags.items()}
         pipeline = read_pipeline(file)
         assert set(variables) <= set(pipeline.variables), line
@@ -83,9 +87,16 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_settings_are_valid(page: Path) -> None:
+def test_settings_are_valid(page: Path, tmp_path: Path) -> None:
     for block in re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
         values = yaml.safe_load(block)
+        if "stages" in values:
+            (tmp_path / "pipeline.yaml").write_text(block)
+            pipeline = read_pipeline(tmp_path / "pipeline.yaml")
+            missing = {name: "x" for name, value in pipeline.variables.items() if value is None}
+            for smoke in (False, True):
+                build_stages(pipeline, tmp_path / "pipeline.yaml", output=tmp_path, variables=missing, smoke=smoke)
+            continue
         for key, value in values.items():
             if key == "data":
                 DataConfig.model_validate(value)
