@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from shared.run_dir import RunDir
 
-_TRIED = 10  # steps after which the run's time is estimated
+_TRIED = 8  # steps after which the run's time is estimated
 
 
 class Progress:

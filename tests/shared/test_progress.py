@@ -73,7 +73,7 @@ def test_a_long_silence_begins_with_an_estimate(clock: Clock, run: Any) -> None:
         for _ in range(30):
             state.step()
             clock.now += 2
-    assert run.lines == ["step 10: about 2 s a step, 33 min to go without evaluations"]
+    assert run.lines == ["step 8: about 2 s a step, 33 min to go without evaluations"]
 
 
 def test_a_short_run_has_its_estimate_before_its_end(clock: Clock, run: Any) -> None:
