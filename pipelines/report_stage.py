@@ -152,7 +152,7 @@ def view(name: str, command: CommandName | None, run: Path, room: Room) -> Stage
         name=name,
         command=command or _RECORDED.get(recorded) or recorded or "unknown",
         status=_status(run, result, lines),
-        seconds=result["seconds"] if result else None,
+        seconds=_seconds(result, lines),
         images_seen=values.get("images_seen"),
         headlines=[(label(key), number(key, scalars[key])) for key in _HEADLINES if scalars.get(key) is not None],
         metrics=[(label(key), number(key, value)) for key, value in scalars.items()],
@@ -231,6 +231,12 @@ def _status(run: Path, result: dict[str, Any] | None, lines: Sequence[Mapping[st
     if not (run / "config.yaml").is_file():
         return "not run"
     return f"unfinished, at step {lines[-1]['step']}" if lines else "unfinished"
+
+
+def _seconds(result: dict[str, Any] | None, lines: Sequence[Mapping[str, Any]]) -> float | None:
+    """What a run took. A result counts from the last start; the logged steps tell of those before too."""
+    logged = sum(line.get("seconds") or 0.0 for line in lines)
+    return max(float(result["seconds"]), logged) if result else logged or None
 
 
 def _precision_recall(name: str, analysis: Mapping[str, Any]) -> list[Chart]:

@@ -12,6 +12,7 @@ import yaml
 from pipelines import charts
 from pipelines.config import PipelineConfig, TableConfig
 from pipelines.report import gains, main
+from pipelines.report_stage import Room, view
 from pipelines.table import Record, Row, table_text, write_record
 
 VOID = {"meta", "link", "br", "img", "path", "use"}
@@ -273,6 +274,15 @@ def test_runs_without_a_pipeline_and_a_single_run(pipeline: Path, html: str) -> 
     assert "1 of 1 stage finished, 1.5 min of work" in text
     assert "69.1" in text
     assert "baseline" not in text
+
+
+def test_time_of_earlier_starts_counts(tmp_path: Path) -> None:
+    lines = [{"step": step, "loss": 1.0, "seconds": 100.0} for step in (1, 2)]
+    write_run(tmp_path / "a", metrics={}, lines=lines)  # whose last start took 90 s
+    write_run(tmp_path / "b", metrics=None, lines=lines[:1])
+    write_run(tmp_path / "c", metrics={}, lines=[])
+    write_run(tmp_path / "d", metrics=None, lines=[])
+    assert [view(name, None, tmp_path / name, Room()).seconds for name in "abcd"] == [200, 100, 90, None]
 
 
 def test_a_folder_without_runs(tmp_path: Path, capfd: Any) -> None:
