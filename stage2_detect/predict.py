@@ -41,7 +41,7 @@ def predict(config: PredictConfig) -> None:
     from shared.run_dir import RunDir, write_atomically
     from stage2_detect.detector_file import load_detector
     from stage2_detect.picture_files import PictureFiles
-    from stage2_detect.prediction import Finder, assemble, check_detector, detect_parts, find_work
+    from stage2_detect.prediction import Finder, PictureClock, assemble, check_detector, detect_parts, find_work
     from stage2_detect.prediction_files import Parts, counted, counts, table_text, write_yolo
     from stage2_detect.video_prediction import FrameLoader, Segments, detect_videos, write_video
 
@@ -64,14 +64,16 @@ def predict(config: PredictConfig) -> None:
     accelerator.wait_for_everyone()  # before anybody writes a part
     to_do = sum(len(parts.records[number]) for number in left) + len(begun)
     run.log(f"{work.describe()}; {to_do} to look at")
-    finder = Finder(config, loaded, accelerator.device)
     mine = left[rank() :: world_size()]
+    clock = PictureClock(run, sum(len(parts.records[number]) for number in mine))
+    finder = Finder(config, loaded, accelerator.device, clock.seen)
     for done, number in enumerate(detect_parts(finder, parts, mine, work), 1):
-        run.log(f"part {number + 1} of {len(parts.records)} done, {len(mine) - done} left")
+        run.log(f"part {number + 1} of {len(parts.records)} done, {len(mine) - done} left: {clock.describe()}")
     my_videos = {name: begun[name] for name in list(begun)[rank() :: world_size()]}
     frames = FrameLoader(work.folder, my_videos, finder.sizing, config.batch_size, config.tile, config.overlap)
     for name, count in detect_videos(finder.found, segments, frames, my_videos):
-        run.log(f"{name}: {counted(count, 'frame')} done")
+        run.log(f"{name}: {counted(count, 'frame')} done: {clock.describe()}")
+    clock.close()
     for name, reason in frames.errors.items():
         run.log(f"{name}: cannot be read to its end: {reason}")
     accelerator.wait_for_everyone()

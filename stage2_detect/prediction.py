@@ -1,16 +1,21 @@
 """The parts of a prediction over many pictures and videos: which ones, what is found in them, what becomes of it."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from shared.config import did_you_mean
 from shared.errors import UserError
 from shared.processes import DTYPES
+from shared.progress import duration
+from shared.run_dir import RunDir
 from stage2_detect.coco import CocoImage, Id
 from stage2_detect.coco_ap import result_rows
 from stage2_detect.coco_table import read_table
@@ -104,10 +109,45 @@ def check_detector(config: PredictConfig, loaded: LoadedDetector) -> None:
         )
 
 
-class Finder:
-    """A detector that is asked as `config` says, on `device`."""
+class PictureClock:
+    """How fast this process's pictures and frames are done, as text and, on a terminal of the main process, as a bar above which log lines stand.
 
-    def __init__(self, config: PredictConfig, loaded: LoadedDetector, device: torch.device) -> None:
+    `pictures` is how many there are, the frames of videos not counted, whose number nobody knows before.
+    """
+
+    def __init__(self, run: RunDir, pictures: int) -> None:
+        self._run, self._pictures, self._done, self._began = run, pictures, 0, time.perf_counter()
+        self._bar: tqdm | None = None
+        if run.main and sys.stderr.isatty():
+            self._print, run.write = run.write, tqdm.write
+            self._bar = tqdm(total=pictures or None, unit="picture", dynamic_ncols=True, file=sys.stderr)
+
+    def seen(self) -> None:
+        """One more."""
+        self._done += 1
+        if self._bar:
+            self._bar.update()
+
+    def describe(self) -> str:
+        """`3.2 a second, 4 min to go`."""
+        rate = self._done / max(time.perf_counter() - self._began, 1e-9)
+        left = self._pictures - self._done
+        return f"{rate:.3g} a second" + (f", {duration(left / rate)} to go" if left > 0 < rate else "")
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._bar:
+            self._bar.close()
+            self._bar, self._run.write = None, self._print
+
+
+class Finder:
+    """A detector that is asked as `config` says, on `device`; `each` is called after every picture or frame."""
+
+    def __init__(
+        self, config: PredictConfig, loaded: LoadedDetector, device: torch.device, each: Callable[[], None]
+    ) -> None:
+        self._each = each
         self.config, self.loaded, self.device = config, loaded, device
         self.sizing = Sizing.of(
             loaded.resize,
@@ -132,6 +172,7 @@ class Finder:
                 parts.append((shown.window, found.where(found.scores_N >= config.least)))
             record = shown.record
             yield record, merged_windows(parts, record.width, record.height), best
+            self._each()
 
 
 def detect_parts(finder: Finder, parts: Parts, numbers: Sequence[int], work: Work) -> Iterator[int]:

@@ -1,6 +1,7 @@
 """predict.py: the files it writes, what is in them, where a killed run goes on, users' mistakes; the same from Python."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from stage2_detect.models.batch import Detections
 from stage2_detect.picture_files import folder_names
 from stage2_detect.pictures import find_pictures
 from stage2_detect.prediction_files import Parts
+from stage2_detect.video import VideoFile
 
 ROOT = Path(__file__).resolve().parents[2]
 Call = Callable[..., int]
@@ -326,7 +328,10 @@ def test_a_run_begun_on_other_pictures_is_refused(
     assert "was begun on other pictures" in user_error(predict.main, line(images=pattern))
 
 
-def test_two_processes_write_the_same_file(scripts: Any, call: Call, line: Any, tmp_path: Path) -> None:
+def test_two_processes_write_the_same_file(scripts: Any, call: Call, line: Any, folder: Path, tmp_path: Path) -> None:
+    with VideoFile(folder / "clip.mp4", 64, 64, 10) as video:
+        for number in range(3):
+            video.add(np.array(Image.open(folder / f"{number}.png").convert("RGB")), number / 10)
     assert call(predict.main, line("--batch_size", "2")) == 0
     code = "import stage2_detect.prediction_files as files, stage2_detect.predict as predict, sys; files._PART = 4; "
     code += "sys.exit(predict.main(sys.argv[1:]))"
@@ -337,7 +342,38 @@ def test_two_processes_write_the_same_file(scripts: Any, call: Call, line: Any, 
     one, two = ((tmp_path / name / "predictions.json").read_bytes() for name in ("seen", "two"))
     assert one == two
     log = (tmp_path / "two" / "log.txt").read_text()
-    assert "part 1 of 3 done, 1 left" in log  # the main process had two of them
+    assert "part 1 of 3 done, 1 left: " in log  # the main process had two of them
+    assert "a second, " in log
+    assert content(tmp_path / "two" / "predictions.json")["videos"]
+    assert (tmp_path / "two" / "pictures" / "clip.mp4").exists()
+
+
+def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    class Run:
+        main, write = True, staticmethod(print)
+
+    run: Any = Run()
+    before = run.write
+    screen = Terminal()
+    monkeypatch.setattr("sys.stderr", screen)
+    clock = prediction.PictureClock(run, 3)
+    assert run.write is not before
+    times = iter([clock._began + 1.0] * 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction.time, "perf_counter", lambda: next(times))
+        clock._done = 2
+        assert clock.describe() == "2 a second, 0.5 s to go"
+        clock._done = 4
+        assert clock.describe() == "4 a second"
+    for _ in range(3):
+        clock.seen()
+    clock.close()
+    assert "3/3" in screen.getvalue()
+    assert run.write is before
 
 
 # ---- from Python
