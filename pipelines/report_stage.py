@@ -306,17 +306,15 @@ def _pairs(folder: Path, room: Room) -> tuple[list[Pair], int]:
 def _curation(run: Path, values: Mapping[str, Any], room: Room) -> list[Embedded]:
     """The two pictures of a curation."""
     numbers = ", ".join(f"{label(key)} {number(key, value)}" for key, value in values.items() if isinstance(value, int))
+    examples = [row for row in read_json(run / "outcome.json").get("examples", []) if row["pictures"]]
+    rows = "; ".join(f"{' '.join(row['title'].split())}: {count(len(row['pictures']), 'image')}" for row in examples)
     shown = (
         (
             "curation.png",
             "What was kept",
-            f"Images kept of each class, and the scores of the pool and of what was kept: {numbers}.",
+            f"Images kept of each class, and scores of the pool and of what was kept: {numbers}.",
         ),
-        (
-            "examples.png",
-            "Examples",
-            "Rows of images that were kept, and of images that were left out, with the reason.",
-        ),
+        ("examples.png", "Examples", f"Rows of images that were kept or left out. {rows}"),
     )
     pictures = []
     for file, title, alt in shown:

@@ -113,6 +113,8 @@ def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     curation.mkdir()
     (curation / "config.yaml").write_text("keep: 3\n")
     (curation / "result.json").write_text(json.dumps({"metrics": {"kept": 12}, "seconds": 3.0}))
+    rows = [{"title": "kept, the\nworst", "pictures": [["pool", 1, "cat"]]}, {"title": "like another", "pictures": []}]
+    (curation / "outcome.json").write_text(json.dumps({"examples": rows}))
     Image.new("RGB", (1200, 430), "white").save(curation / "curation.png")
     Image.new("RGB", (900, 2000), "white").save(curation / "examples.png")
     stages: dict[str, Any] = {
@@ -166,6 +168,9 @@ def test_pictures_show(tab: Page, report_page: Path) -> None:
     sizes = tab.value("[...document.images].map(one => [one.naturalWidth, one.clientWidth, one.alt.length])")
     assert len(sizes) == 2 + 3 * 4  # the curation's, and of three evaluations
     assert all(natural > 0 and shown > 0 and words > 10 for natural, shown, words in sizes)
+    words = tab.value("[...document.images].map(one => one.alt)")
+    assert words[0].endswith("what was kept: kept 12.")
+    assert words[1] == "Rows of images that were kept or left out. kept, the worst: 1 image"
     charts = tab.value("[...document.querySelectorAll('svg')].map(one => one.getBoundingClientRect().height)")
     assert len(charts) == 8  # loss, agreement, AP and lr of the training; three evaluations; the comparison
     assert min(charts) > 100
