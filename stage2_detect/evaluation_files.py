@@ -25,8 +25,8 @@ from stage2_detect.models.batch import Detections
 
 BEST, WORST = "best", "worst"
 PICTURES = "pictures"
-_OF_EACH = 3
-_LONGER_SIDE = 640  # pixels of a written picture: they go into a page
+_OF_EACH = 4
+_LONGER_SIDE = 560  # pixels of a written picture: they go into a page
 
 
 def write_evaluation(
@@ -128,4 +128,4 @@ def _nothing() -> Detections:
 
 def _save(file: Path, picture: Image.Image) -> None:
     picture.thumbnail((_LONGER_SIDE, _LONGER_SIDE), Image.Resampling.LANCZOS)
-    picture.save(file, quality=75, optimize=True)
+    picture.save(file, quality=72, optimize=True)

@@ -140,7 +140,7 @@ def test_pictures_and_their_index(data: CocoData, tmp_path: Path) -> None:
         "missed": 0,
     }
     with Image.open(folder / "worst_1_truth.jpg") as truth, Image.open(folder / "worst_1_found.jpg") as found:
-        assert max(truth.size) <= 640
+        assert max(truth.size) <= 560
         assert truth.size == found.size
         left, top = (round(v * truth.width / 100) for v in (10, 30))
         border = np.array(truth.convert("RGB"))[top - 3 : top + 3, left : left + 2].reshape(-1, 3).mean(0)
