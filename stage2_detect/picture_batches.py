@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -144,6 +145,7 @@ class _Loaded(NamedTuple):
 class _Batches(Dataset[_Loaded]):
     def __init__(self, batches: Sequence[Sequence[Shown]], sizing: Sizing) -> None:
         self.batches, self.sizing = batches, sizing
+        self._most_pixels = Image.MAX_IMAGE_PIXELS  # as the main process has it
         self._last: tuple[str, Tensor] | None = None  # the next windows are mostly of the same picture
 
     def __len__(self) -> int:
@@ -163,5 +165,6 @@ class _Batches(Dataset[_Loaded]):
 
     def _decoded(self, record: CocoImage) -> Tensor:
         if self._last is None or self._last[0] != record.path:
+            Image.MAX_IMAGE_PIXELS = self._most_pixels
             self._last = (record.path, load_record(record))
         return self._last[1]

@@ -2,8 +2,9 @@
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,18 @@ class Pictures(NamedTuple):
 
     folder: str
     names: list[str]
+
+
+@contextmanager
+def pictures_of_any_size(allowed: bool) -> Iterator[None]:
+    """Lift PIL's limit meanwhile, above which (179 million pixels) it takes a picture for an attack: what tiles are for is as large as that."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if allowed:
+        Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def find_pictures(images: str) -> Pictures:

@@ -31,6 +31,13 @@ def predict(config: PredictConfig) -> None:
     Raises:
         UserError: anything the user can mend; no picture can be read; for pseudo-labels, no box reaches the threshold.
     """
+    from stage2_detect.pictures import pictures_of_any_size
+
+    with pictures_of_any_size(config.tile is not None):
+        _predict(config)
+
+
+def _predict(config: PredictConfig) -> None:
     import json
 
     from accelerate import Accelerator

@@ -18,6 +18,7 @@ from stage2_detect.detector_file import LoadedDetector
 from stage2_detect.drawing import draw_objects
 from stage2_detect.models.batch import Detections, ImageBatch
 from stage2_detect.picture_batches import Sizing, ahead
+from stage2_detect.pictures import pictures_of_any_size
 from stage2_detect.tiles import Window, merged_windows, windows_of
 
 Picture = str | Path | Image.Image | np.ndarray
@@ -97,11 +98,12 @@ def predict(
 
     sizes: list[tuple[int, int]] = []
     parts: list[list[tuple[Window, Detections]]] = [[] for _ in images]
-    for batch, places in ahead(batches()):
-        for (number, window), found in zip(places, fast(batch.to(device)), strict=True):
-            found = found.where(found.scores_N >= threshold)
-            on_cpu = Detections(found.boxes_N4.cpu(), found.scores_N.cpu(), found.labels_N.cpu(), found.masks)
-            parts[number].append((window, on_cpu))
+    with pictures_of_any_size(tile is not None):
+        for batch, places in ahead(batches()):
+            for (number, window), found in zip(places, fast(batch.to(device)), strict=True):
+                found = found.where(found.scores_N >= threshold)
+                on_cpu = Detections(found.boxes_N4.cpu(), found.scores_N.cpu(), found.labels_N.cpu(), found.masks)
+                parts[number].append((window, on_cpu))
     return [_objects(loaded, merged_windows(seen, *size)) for seen, size in zip(parts, sizes, strict=True)]
 
 

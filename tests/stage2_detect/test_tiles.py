@@ -13,6 +13,7 @@ from filled_shapes import filled
 from PIL import Image
 from pycocotools import mask as mask_codec
 
+from shared.errors import UserError
 from stage2_detect import predict
 from stage2_detect.detector_file import load_detector
 from stage2_detect.models.batch import Detections
@@ -212,6 +213,22 @@ def test_tiles_find_what_scenes_show_alone(
     np.testing.assert_allclose(objects.boxes_N4, corners, atol=2e-3)
     with_views = boxes_of(mosaic, "tta", "--tile", "64", "--overlap", "0", "--tta.flip", "true")
     assert with_views != found
+
+
+def test_tiles_are_for_pictures_of_any_size(
+    boxes_of: Any, mosaic: Path, detector_file: Path, user_error: Callable[..., str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # PIL refuses twice as many
+    line = ["--model", str(detector_file), "--images", str(mosaic), "--output", str(tmp_path / "plain")]
+    message = user_error(predict.main, [*line, "--device", "cpu", "--threads", "1", "--workers", "0"])
+    assert "nothing can be read in 1 file" in message
+    assert boxes_of(mosaic, "tiled", "--tile", "64")
+    detector = load_detector(detector_file)
+    assert len(detector.predict([mosaic / "mosaic.png"], threshold=0.3, tile=64)[0])
+    assert Image.MAX_IMAGE_PIXELS == 1000
+    with pytest.raises(UserError, match="cannot read"):
+        detector.predict([mosaic / "mosaic.png"])
 
 
 def test_a_damaged_picture_is_named_once(boxes_of: Any, mosaic: Path, tmp_path: Path) -> None:
