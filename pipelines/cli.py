@@ -8,6 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from shared.command import USER_ERROR
 from shared.config import did_you_mean, read_yaml
 from shared.errors import UserError
@@ -21,19 +24,37 @@ COMMANDS = {
     "distill": ("stage1_ssld.distill", "train a student from a teacher's soft labels, without human labels"),
     "train": ("stage2_detect.train", "train a detector from a backbone file"),
     "evaluate": ("", "evaluate a backbone or detector file, told apart by what it holds"),
-    "predict": ("stage2_detect.predict", "find objects in pictures: drawn, as COCO JSON, or as pseudo-labels"),
-    "export": ("stage1_ssld.export", "export a backbone file: ONNX, checked, and a folder for the hub"),
+    "predict": (
+        "stage2_detect.predict",
+        "find objects in pictures and videos: drawn, as COCO JSON, CSV, YOLO labels, crops, or as pseudo-labels",
+    ),
+    "export": ("", "export a backbone or detector file: ONNX and torch.export, checked, and a folder for the hub"),
     "convert-paddle": ("stage1_ssld.convert_paddle", "turn a PaddleClas ResNet_vd file into a backbone file"),
     "convert-paddle-detector": (
         "stage2_detect.convert_paddle",
         "turn a PaddleDetection R-CNN file into a detector file",
     ),
     "convert-data": ("stage2_detect.convert_data", "turn YOLO, Pascal VOC or Parquet detection data into COCO JSON"),
-    "inspect": ("", "print what a backbone or detector file is"),
+    "inspect": ("", "print what a file, store, run directory or checkpoint of ours is"),
     "report": ("pipelines.report", "write report.html from a pipeline's run directories"),
     "toy-data": ("shared.toy_data", "draw the embedded data set"),
+    "init": ("pipelines.init", "write a pipeline for your own photos, with settings that suit them"),
+    "doctor": ("pipelines.doctor", "look at the machine, the settings and the data: what stands in the way?"),
+    "completion": ("", "print a script with which the tab key completes all of this: bash or zsh"),
 }
-_EVALUATORS = {"backbone": "stage1_ssld.evaluate", "detector": "stage2_detect.evaluate"}
+_GROUPS = {
+    "begin here": ("init", "doctor", "run", "report", "inspect"),
+    "backbones": ("curate", "teach", "soft-labels", "distill"),
+    "detectors": ("train", "predict"),
+    "both": ("evaluate", "export"),
+    "data and files of others": ("convert-data", "convert-paddle", "convert-paddle-detector", "toy-data"),
+    "this command": ("completion",),
+}
+# command -> what it can do to files, and the module for each kind of them
+_BY_KIND = {
+    "evaluate": ("evaluated", {"backbone": "stage1_ssld.evaluate", "detector": "stage2_detect.evaluate"}),
+    "export": ("exported", {"backbone": "stage1_ssld.export", "detector": "stage2_detect.export"}),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,17 +64,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if words else USER_ERROR
     name, rest = words[0], words[1:]
+    if name in ("-V", "--version"):
+        print(_version())
+        return 0
     try:
         if name not in COMMANDS:
             raise UserError(f"ssld {name}: no such command{did_you_mean(name, list(COMMANDS))}")
         if name == "inspect":
             return _inspect(rest)
-        if name == "evaluate" and {"-h", "--help"} & set(rest) and _evaluated(rest) is None:
+        if name == "completion":
+            return _completion(rest)
+        if name in _BY_KIND and {"-h", "--help"} & set(rest) and _model(rest) is None:
             print(
-                f"usage: ssld evaluate --model FILE ...\n\nThe settings are those of {_evaluators()}: add --model FILE to see them."
+                f"usage: ssld {name} --model FILE ...\n\nThe settings are those of {_scripts(name)}: add --model FILE to see them."
             )
             return 0
-        return _main_of(_evaluator(rest) if name == "evaluate" else COMMANDS[name][0], rest)
+        return _main_of(_script(name, rest) if name in _BY_KIND else COMMANDS[name][0], rest)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
@@ -62,10 +88,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 def usage() -> str:
     """What `ssld --help` prints."""
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}} {text}" for name, (_, text) in COMMANDS.items()]
+    lines = []
+    for title, names in _GROUPS.items():
+        lines += ["", f"{title}:", *(f"  {name:<{width}} {COMMANDS[name][1]}" for name in names)]
     return "\n".join(
-        ["usage: ssld COMMAND ...", "", *lines, "", "ssld COMMAND --help lists the settings of a command."]
+        [
+            "usage: ssld COMMAND ...",
+            "",
+            "From a teacher to a small backbone without labels, and from the backbone to a detector.",
+            *lines,
+            "",
+            "ssld COMMAND --help lists the settings of a command, ssld --version the version.",
+            "Exit codes: 0 done, 1 something broke (of doctor: found a fault), 2 your mistake in one line, 143 stopped with a checkpoint.",
+        ]
     )
+
+
+def _version() -> str:
+    """Version and what it runs on, without importing torch."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    words = []
+    for name in ("ssld", "torch", "torchvision", "timm"):
+        try:
+            words.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            words.append(f"{name} not installed")
+    return f"{', '.join(words)}, Python {platform.python_version()}"
+
+
+def _completion(argv: list[str]) -> int:
+    from pipelines.completion import SHELLS, completion_script
+
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise UserError(f"usage: ssld completion {'|'.join(SHELLS)}")
+    print(completion_script(argv[0], list(COMMANDS)), end="")
+    return 0
 
 
 def _main_of(module: str, argv: list[str]) -> int:
@@ -74,29 +133,30 @@ def _main_of(module: str, argv: list[str]) -> int:
 
 
 def _inspect(argv: list[str]) -> int:
-    from shared.model_file import inspect_text
+    from pipelines.inspect_file import inspect_text
 
     if len(argv) != 1 or argv[0].startswith("-"):
-        raise UserError("usage: ssld inspect FILE")
+        raise UserError("usage: ssld inspect FILE_OR_FOLDER")
     print(inspect_text(Path(argv[0])))
     return 0
 
 
-def _evaluator(argv: list[str]) -> str:
-    """The module that evaluates the file a command line names."""
+def _script(name: str, argv: list[str]) -> str:
+    """The module for the kind of file that a command line names."""
     from shared.model_file import read_metadata
 
-    file = _evaluated(argv)
+    file = _model(argv)
     if file is None:
-        raise UserError(f"ssld evaluate: needs --model FILE; the settings are those of {_evaluators()}")
+        raise UserError(f"ssld {name}: needs --model FILE; the settings are those of {_scripts(name)}")
     kind = read_metadata(Path(file)).get("kind", "backbone")  # a file of plain timm has no kind
-    if kind not in _EVALUATORS:
-        raise UserError(f"{file}: a {kind} file cannot be evaluated")
-    return _EVALUATORS[kind]
+    done, scripts = _BY_KIND[name]
+    if kind not in scripts:
+        raise UserError(f"{file}: a {kind} file cannot be {done}")
+    return scripts[kind]
 
 
-def _evaluated(argv: list[str]) -> str | None:
-    """The file that a command line wants evaluated, said by a flag or in a file of settings."""
+def _model(argv: list[str]) -> str | None:
+    """The file that a command line is about, said by a flag or in a file of settings."""
     file: object = _value(argv, "--model")
     config = _value(argv, "--config")
     if file is None and config is not None:
@@ -104,8 +164,8 @@ def _evaluated(argv: list[str]) -> str | None:
     return file if isinstance(file, str) else None
 
 
-def _evaluators() -> str:
-    return ", ".join(f"{name.replace('.', '/')}.py for a {kind}" for kind, name in _EVALUATORS.items())
+def _scripts(name: str) -> str:
+    return ", ".join(f"{module.replace('.', '/')}.py for a {kind}" for kind, module in _BY_KIND[name][1].items())
 
 
 def _value(argv: list[str], flag: str) -> str | None:

@@ -9,10 +9,7 @@ The data are looked over by `stage2_detect/check_data.py`, in a process of its o
 keep the doctor from saying so. Changes nothing; `--fix DIR` writes cleaned copies of the JSON files there. Does not import torch.
 """
 
-import json
-import subprocess
 import sys
-import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,14 +17,13 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from pipelines.data_process import FLAGS, check_data
 from pipelines.machine import Line, ask_torch, machine_lines
 from pipelines.settings_check import DataSet, settings_lines
-from pipelines.stages import ROOT, located
+from pipelines.stages import located
 from shared.command import USER_ERROR
 from shared.config import Parser, underscored
 from shared.errors import UserError
-
-_DATA_FLAGS = ("annotations", "images", "val_annotations", "val_images")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,25 +86,17 @@ def _verdict(lines: list[Line]) -> str:
 
 
 def _check_data(data: DataSet, arguments: Namespace) -> tuple[int, list[Line]]:
-    """Run the data check as a user would; (its exit code, its findings)."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.json"
-        words = [sys.executable, "-W", "ignore", str(ROOT / "stage2_detect" / "check_data.py"), "--report", str(report)]
-        for name, path in zip(_DATA_FLAGS, data, strict=True):
-            words += [f"--{name}", str(path)] if path else []
-        words += ["--fix", str(arguments.fix)] if arguments.fix else []
-        words += [flag for flag in ("--quick", "--look_alikes") if getattr(arguments, flag[2:])]
-        code = subprocess.run(words, check=False).returncode
-        if not report.is_file():
-            if code == USER_ERROR:
-                return code, [Line("fault", "data", f"{data[0]}: not checked, see above")]
-            return 1, [Line("fault", "data", f"{data[0]}: the check itself failed, see above")]
-        findings = json.loads(report.read_text(encoding="utf-8"))["findings"]
-    return code, [Line(one["level"], one["file"], one["text"]) for one in findings]
+    """(exit code of the data check, its findings)."""
+    more = ["--fix", str(arguments.fix)] if arguments.fix else []
+    more += [flag for flag in ("--quick", "--look_alikes") if getattr(arguments, flag[2:])]
+    code, report = check_data(data, *more)
+    if report is None:
+        return code, [Line("fault", "data", f"{data[0]}: not checked, see above")]
+    return code, [Line(one["level"], one["file"], one["text"]) for one in report["findings"]]
 
 
 def _data_of(arguments: Namespace) -> list[DataSet]:
-    given = tuple(getattr(arguments, name) for name in _DATA_FLAGS)
+    given = tuple(getattr(arguments, name) for name in FLAGS)
     if not any(given):
         if arguments.fix and not arguments.settings:
             raise UserError("--fix: give the data too, by --annotations and --images")

@@ -10,9 +10,7 @@ file. With `--unlabeled DIR` the backbone is first distilled on those pictures, 
 
 import json
 import shlex
-import subprocess
 import sys
-import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +19,9 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from pipelines.data_process import FLAGS, check_data
 from pipelines.machine import ask_torch, cores
 from pipelines.split import split_content
-from pipelines.stages import ROOT
 from pipelines.suggest import Facts, pipeline_text, suggest
 from shared.command import USER_ERROR
 from shared.config import Parser, underscored
@@ -109,28 +107,16 @@ def _check_arguments(arguments: Namespace) -> None:
 
 
 def _look_over(arguments: Namespace) -> dict[str, Any]:
-    """Statistics of the files, from the data check in a process of its own. Raises UserError where it finds a fault."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.json"
-        data = ["--annotations", str(arguments.annotations), "--images", str(arguments.images)]
-        if arguments.val_annotations:
-            val_images = arguments.val_images or arguments.images
-            data += ["--val_annotations", str(arguments.val_annotations), "--val_images", str(val_images)]
-        script = str(ROOT / "stage2_detect" / "check_data.py")
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", script, *data, "--report", str(report)],
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-        if done.returncode == USER_ERROR:
-            raise UserError(done.stderr.strip().removeprefix("error: "))
-        if done.returncode:
-            print(done.stderr, file=sys.stderr, end="")
-            raise UserError(
-                f"the data have faults, see above; ssld doctor {' '.join(data)} --fix DIR writes cleaned copies"
-            )
-        files: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))["files"]
+    """Statistics of the files, from the data check. Raises UserError where it finds a fault."""
+    val_images = (arguments.val_images or arguments.images) if arguments.val_annotations else None
+    places = (arguments.annotations, arguments.images, arguments.val_annotations, val_images)
+    code, report = check_data(places)
+    if report is None:
+        raise UserError(f"{arguments.annotations}: cannot be looked over, see above")
+    if code:
+        given = " ".join(f"--{name} {path}" for name, path in zip(FLAGS, places, strict=True) if path)
+        raise UserError(f"the data have faults, see above; ssld doctor {given} --fix DIR writes cleaned copies")
+    files: dict[str, Any] = report["files"]
     return files
 
 

@@ -99,32 +99,6 @@ def content_hash(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def inspect_text(path: Path) -> str:
-    """What a model file is, as readable lines."""
-    metadata = read_metadata(path)
-    shapes = read_shapes(path)
-    parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
-    lines = [f"{path}", f"  tensors           {len(shapes)} ({parameters / 1e6:.2f} M values)"]
-    if not metadata:
-        lines.append("  metadata          none: not written by this project")
-    for key, value in metadata.items():
-        lines += _inspect_lines(key, value)
-    return "\n".join(lines)
-
-
-def _inspect_lines(key: str, value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [f"  {key}"] + [
-            f"    {name:<16}{json.dumps(inner) if isinstance(inner, dict | list) else inner}"
-            for name, inner in value.items()
-        ]
-    if isinstance(value, list) and len(value) > 12:
-        value = f"{', '.join(map(str, value[:10]))} ... ({len(value)})"
-    elif isinstance(value, list):
-        value = ", ".join(map(str, value))
-    return [f"  {key:<18}{'-' if value is None else value}"]
-
-
 def _open(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such file")

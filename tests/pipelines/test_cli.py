@@ -1,13 +1,17 @@
 """`ssld`: dispatch to the entry scripts, nearest names, and files told apart by what they hold."""
 
 import importlib
+import importlib.metadata
+import subprocess
 import types
 from pathlib import Path
 
 import pytest
 import torch
 
+from pipelines import cli
 from pipelines.cli import COMMANDS, main
+from pipelines.completion import parsers
 from shared.model_file import save_model_file
 
 
@@ -49,16 +53,19 @@ def test_dispatch(called: list[tuple[str, list[str]]], name: str) -> None:
         ("backbone", "stage1_ssld.evaluate"),
         ("plain", "stage1_ssld.evaluate"),
         ("detector", "stage2_detect.evaluate"),
+        ("backbone", "stage1_ssld.export"),
+        ("detector", "stage2_detect.export"),
     ],
 )
-def test_evaluate_goes_by_the_file(
+def test_evaluate_and_export_go_by_the_file(
     called: list[tuple[str, list[str]]], files: dict[str, Path], tmp_path: Path, kind: str, module: str
 ) -> None:
+    command = module.rpartition(".")[2]
     config = tmp_path / "evaluate.yaml"
     config.write_text(f"model: {files[kind]}\n")
     lines = [["--model", str(files[kind])], [f"--model={files[kind]}"], ["--config", str(config)]]
     for line in lines:
-        assert main(["evaluate", *line]) == 7
+        assert main([command, *line]) == 7
     assert called == [(module, line) for line in lines]
 
 
@@ -67,8 +74,11 @@ def test_evaluate_goes_by_the_file(
     [
         (["destill"], "error: ssld destill: no such command; did you mean 'distill'?"),
         (["evaluate"], "error: ssld evaluate: needs --model FILE"),
+        (["export"], "error: ssld export: needs --model FILE"),
         (["evaluate", "--model", "nowhere.safetensors"], "error: nowhere.safetensors: no such file"),
-        (["inspect"], "error: usage: ssld inspect FILE"),
+        (["inspect"], "error: usage: ssld inspect FILE_OR_FOLDER"),
+        (["completion"], "error: usage: ssld completion bash|zsh"),
+        (["completion", "fish"], "error: ssld completion fish: expected bash or zsh"),
         (["inspect", "nowhere.safetensors"], "error: nowhere.safetensors: no such file"),
     ],
 )
@@ -103,6 +113,53 @@ def test_help_has_a_line_for_each_command(capsys: pytest.CaptureFixture[str]) ->
     for name, (_, text) in COMMANDS.items():
         assert any(line.startswith(f"  {name} ") and line.endswith(f" {text}") for line in lines), name
     assert main([]) == 2
+
+
+def test_every_command_is_in_one_group() -> None:
+    grouped = [name for names in cli._GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(COMMANDS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    out = capsys.readouterr().out
+    assert f"torch {importlib.metadata.version('torch')}, " in out
+    assert out.startswith("ssld ")
+
+
+COMPLETED = [
+    ("ssld do", {"doctor"}),
+    ("ssld train --optim.wa", {"--optim.warmup_steps", "--optim.warmup_start"}),
+    ("ssld train --precision ", {"fp32", "bf16", "fp16"}),
+    ("ssld train --model.kind ret", {"retinanet"}),
+    ("ssld run mine.yaml --dr", {"--dry-run"}),
+    ("ssld evaluate --score", {"--score_threshold"}),
+    ("ssld completion z", {"zsh"}),
+    ("ssld inspect some", set()),  # left to the shell: file names
+]
+
+
+def test_completion(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Bash itself is asked what it would complete; zsh runs the same function."""
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    ask = 'COMP_WORDS=($line); [ "${line% }" = "$line" ] || COMP_WORDS+=(""); COMP_CWORD=$((${#COMP_WORDS[@]}-1)); _ssld; echo "${COMPREPLY[*]}"'
+    lines = "\n".join(f"line={line!r}; {ask}" for line, _ in COMPLETED)
+    (tmp_path / "ask.sh").write_text(f"{script}\n{lines}\n")
+    done = subprocess.run(["bash", "--norc", str(tmp_path / "ask.sh")], capture_output=True, text=True, check=True)
+    found = [set(line.split()) for line in done.stdout.splitlines()]
+    for (line, expected), words in zip(COMPLETED, found, strict=True):
+        assert words == expected, line
+    assert main(["completion", "zsh"]) == 0
+    assert capsys.readouterr().out.endswith(script)
+
+
+def test_completion_knows_the_flags_that_commands_take() -> None:
+    """Every command that takes settings is there, with exactly the flags of its parser."""
+    known = {name for name, _ in parsers()}
+    assert known | {"inspect", "completion"} == set(COMMANDS)
+    train = next(parser for name, parser in parsers() if name == "train")
+    assert "--model.rpn.anchor_sizes" in train._option_string_actions
 
 
 @pytest.mark.parametrize("module", sorted({module for module, _ in COMMANDS.values() if module}))

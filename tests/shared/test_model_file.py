@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from shared.errors import UserError
 from shared.model_file import (
     content_hash,
-    inspect_text,
     looks_pickled,
     read_metadata,
     read_shapes,
@@ -69,7 +68,6 @@ def test_refusals(tmp_path: Path) -> None:
         read_metadata(path)
     save_file(TENSORS, path)
     assert read_metadata(path, kind="backbone") == {}  # by another program
-    assert "not written by this project" in inspect_text(path)
     path.write_bytes(b"\x01\x00")
     with pytest.raises(UserError, match="not a safetensors file"):
         read_metadata(path)
@@ -122,21 +120,3 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         save_model_file(path, TENSORS, {"kind": "new"})
     assert read_metadata(path)["kind"] == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
-
-
-def test_inspect(teacher_file: Path) -> None:
-    text = inspect_text(teacher_file)
-    metadata = read_metadata(teacher_file)
-    for shown in ("test_resnet", "apache-2.0", "disc, ring, stripes", metadata["content_sha256"], "timm_version"):
-        assert shown in text
-    assert "92 (0.38 M values)" in text  # parameters and running statistics
-
-
-def test_inspect_shows_the_teacher_and_shortens_lists(tmp_path: Path) -> None:
-    teacher = {"arch": "resnet101d", "licence": "cc-by-nc-4.0", "content_sha256": "f00d"}
-    facts = {"kind": "backbone", "class_names": [f"class{n}" for n in range(100)], "teacher": teacher, "best": None}
-    save_model_file(tmp_path / "m.safetensors", TENSORS, facts)
-    text = inspect_text(tmp_path / "m.safetensors")
-    for shown in ("resnet101d", "cc-by-nc-4.0", "f00d", "class9 ... (100)"):
-        assert shown in text
-    assert "class11" not in text

@@ -1,0 +1,200 @@
+"""`ssld doctor`: mismatches are told without importing what is broken, settings and data are looked over, the exit code is the verdict."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from pipelines import data_process, disk, doctor, machine
+from pipelines.machine import ask_torch, device_lines, machine_lines, pair_lines
+from stage2_detect import check_data
+
+SOUND: dict[str, Any] = {"broken": {}, "cuda": None, "threads": 2, "devices": [], "groups": ["gloo"], "mps": False}
+H200 = ["NVIDIA H200", 140 * 2**30, 141 * 2**30, 9, 0]
+
+
+@pytest.fixture
+def probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sound machine without GPU; processes that import torch would take seconds each."""
+    monkeypatch.setattr(doctor, "ask_torch", lambda: SOUND)
+    monkeypatch.setattr(data_process, "run_script", check_data.main)
+    monkeypatch.setattr(disk, "_ask_timm", lambda names: {})
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    """Two pictures with a box each."""
+    images = [{"id": number, "file_name": f"{number}.png", "width": 64, "height": 48} for number in (1, 2)]
+    boxes = [{"id": number, "image_id": number, "category_id": 1, "bbox": [4, 4, 30, 20]} for number in (1, 2)]
+    for number in (1, 2):
+        Image.new("RGB", (64, 48), (50 * number, 9, 9)).save(tmp_path / f"{number}.png")
+    content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "thing"}]}
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("torch", "torchvision", "needs", "broken", "level", "text"),
+    [
+        ("2.15.0+cu132", "0.30.0+cu132", "==2.15.0", {}, "ok", "0.30.0+cu132 goes with torch 2.15.0+cu132"),
+        ("2.15.0", "0.29.2", ">=2.14.0", {}, "ok", "0.29.2 goes with torch 2.15.0"),
+        ("2.11.0", "0.29.2", ">=2.14.0", {}, "warning", "0.29.2 needs torch >=2.14.0, and torch is 2.11.0"),
+        (
+            "2.9.1",
+            "0.25.0",
+            "==2.10.0",
+            {"torchvision": "x"},
+            "fault",
+            "0.25.0 needs torch ==2.10.0, and torch is 2.9.1",
+        ),
+        ("2.15.0+cpu", "0.30.0+cu132", "==2.15.0", {}, "warning", "another build than torch 2.15.0+cpu"),
+    ],
+)
+def test_torch_and_torchvision(
+    torch: str, torchvision: str, needs: str, broken: dict[str, str], level: str, text: str
+) -> None:
+    lines = list(pair_lines(torch, torchvision, needs, broken))
+    assert lines[0].level == level
+    assert text in lines[0].text
+    assert len(lines) == 1 + len(broken)
+
+
+def test_what_is_broken_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that dies, or one whose torchvision does not load, is an answer."""
+
+    def process(code: int, out: str, err: str) -> Callable[..., Any]:
+        return lambda *_, **__: subprocess.CompletedProcess([], code, out, err)
+
+    monkeypatch.setattr(machine.subprocess, "run", process(-11, "", "boom\nundefined symbol: x\n"))
+    died = ask_torch()
+    assert died == {"broken": {"torch": "undefined symbol: x"}}
+    assert any(
+        line.level == "fault" and "import torch fails: undefined symbol: x" in line.text for line in machine_lines(died)
+    )
+    answer = SOUND | {"broken": {"torchvision": "RuntimeError: operator torchvision::nms does not exist"}}
+    monkeypatch.setattr(machine.subprocess, "run", process(0, f"noise\nANSWER{json.dumps(answer)}\n", ""))
+    lines = list(machine_lines(ask_torch()))
+    assert any(line.level == "fault" and "operator torchvision::nms does not exist" in line.text for line in lines)
+
+
+def test_this_machine_is_asked_in_another_process() -> None:
+    answer = ask_torch()
+    assert answer["broken"] == {}
+    assert "gloo" in answer["groups"]
+
+
+def test_devices() -> None:
+    lines = list(device_lines(SOUND | {"devices": [H200, [*H200[:1], 10 * 2**30, *H200[2:]]], "cuda": "13.2"}))
+    texts = [line.text for line in lines]
+    assert texts[0] == "cuda:0 NVIDIA H200, 141 GB (140 GB free), capability 9.0: --precision bf16"
+    assert any("cuda:1: another program holds 131 GB" in text for text in texts)
+    assert any(line.level == "fault" and "no NCCL" in line.text for line in lines)
+    assert any("finds no GPU or no driver" in line.text for line in device_lines(SOUND | {"cuda": "13.2"}))
+
+
+@pytest.mark.usefixtures("probed")
+def test_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    code = doctor.main([])
+    out = capsys.readouterr().out
+    assert code == int("\n  fault" in out)
+    for topic in ("system", "packages", "device", "processes", "memory", "disk"):
+        assert f"  {topic} " in out
+    assert "verdict: " in out
+
+
+@pytest.mark.usefixtures("probed")
+def test_data_and_a_cleaned_copy(coco: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = ["--annotations", str(coco / "train.json"), "--images", str(coco)]
+    assert doctor.main(data) == 0
+    (coco / "2.png").unlink()
+    assert doctor.main([*data, "--fix", str(tmp_path / "clean")]) == 1
+    out = capfd.readouterr().out
+    assert "fault   train.json: 1 picture of 2 not in" in out
+    assert out.splitlines()[-1] == "  the faults have to be mended first"
+    assert doctor.main(["--annotations", str(tmp_path / "clean" / "train.json"), "--images", str(coco)]) == 0
+
+
+def test_the_data_check_is_a_process(coco: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, report = data_process.check_data((coco / "train.json", coco, None, None), "--quick")
+    assert code == 0
+    assert report is not None
+    assert report["files"]["train"]["boxes"] == 2
+    assert "2 images, 1 class, 2 boxes" in capfd.readouterr().out
+    assert data_process.check_data((coco / "gone.json", coco, None, None)) == (2, None)
+
+
+def settings(coco: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "output": str(coco / "run"),
+        "backbone": "random:test_resnet",
+        "data": {"train_annotations": str(coco / "train.json"), "train_images": str(coco)},
+        "steps": 2,
+        "batch_size": 2,
+        "workers": 1,
+        "optim": {"lr": 0.1, "reference_batch": 2},
+    } | changes
+
+
+@pytest.mark.usefixtures("probed")
+def test_settings_of_a_command(coco: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = coco / "train.yaml"
+    file.write_text(yaml.safe_dump(settings(coco)))
+    assert doctor.main([str(file)]) == 0
+    out = capfd.readouterr().out
+    assert "hold together, and fit this machine" in out
+    assert "2 images, 1 class, 2 boxes" in out  # its data are looked over too
+    file.write_text(
+        yaml.safe_dump(settings(coco, precision="bf16", workers=4000, trackers=["wandb"], backbone="gone.safetensors"))
+    )
+    assert doctor.main([str(file)]) == 1
+    out = capfd.readouterr().out
+    assert "precision: bf16 without a GPU is slow" in out
+    assert "workers: 4000 processes decode on" in out
+    assert "backbone: gone.safetensors: no such file or folder" in out
+    file.write_text(yaml.safe_dump(settings(coco, stepz=3)))
+    assert doctor.main([str(file)]) == 1
+    assert "stepz: unknown key; did you mean 'steps'?" in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("probed")
+def test_a_pipeline(coco: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    flat = settings(coco)
+    flat.pop("output")
+    stages = {
+        "one": {"command": "train", "set": flat},
+        "two": {"like": "one", "command": "train", "set": {"workers": "${many}"}},
+    }
+    file = coco / "pipeline.yaml"
+    file.write_text(yaml.safe_dump({"output": str(coco / "runs"), "variables": {"many": None}, "stages": stages}))
+    assert doctor.main([str(file)]) == 1
+    assert "variable many has no value" in capfd.readouterr().out
+    assert doctor.main([str(file), "--variable", "many=3000"]) == 0
+    out = capfd.readouterr().out
+    assert "2 stages; about" in out
+    assert "two: workers: 3000 processes decode on" in out
+    assert out.count("2 images, 1 class, 2 boxes") == 1  # the same data of both stages: once
+    shutil.rmtree(coco / "runs", ignore_errors=True)
+
+
+@pytest.mark.usefixtures("probed")
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--annotations", "a.json"], "give --annotations and --images together"),
+        (["--fix", "x"], "--fix: give the data too"),
+        (["nowhere.yaml"], "nowhere.yaml: No such file or directory"),
+        (["--anotations", "a.json"], "--anotations: unknown flag; did you mean '--annotations'?"),
+        (["x.yaml", "--variable", "three"], "--variable three: expected NAME=VALUE"),
+    ],
+)
+def test_mistakes(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1

@@ -1,0 +1,200 @@
+"""`ssld init`: the split, the rules behind the numbers, and a pipeline that the runner accepts as it is written."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from pipelines import data_process, disk, init, run
+from pipelines.split import split_content
+from pipelines.suggest import Facts, suggest
+from shared.errors import UserError
+from stage2_detect import check_data
+
+CPU: dict[str, Any] = {"devices": []}
+GPU: dict[str, Any] = {"devices": [["NVIDIA H200", 1, 141 * 2**30, 9, 0]]}
+
+
+def content(images: int = 40) -> dict[str, Any]:
+    """Images of which every one shows `common`, every tenth `rare`, and one alone `single`; the last shows nothing."""
+    rows = [{"id": f"i{number}", "file_name": f"{number}.png", "width": 64, "height": 48} for number in range(images)]
+    boxes = []
+    for number in range(images - 1):
+        shown = [1, *([2] if number % 10 == 3 else []), *([3] if number == 5 else [])]
+        boxes += [{"image_id": f"i{number}", "category_id": one, "bbox": [2, 3, 20, 20]} for one in shown]
+    for number, row in enumerate(boxes):
+        row["id"] = number
+    names = {1: "common", 2: "rare", 3: "single"}
+    return {
+        "images": rows,
+        "annotations": boxes,
+        "categories": [{"id": key, "name": name} for key, name in names.items()],
+    }
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The content as files; processes that import torch would take seconds each."""
+    monkeypatch.setattr(init, "ask_torch", lambda: CPU)
+    monkeypatch.setattr(data_process, "run_script", check_data.main)
+    monkeypatch.setattr(disk, "_ask_timm", lambda names: {})
+    monkeypatch.chdir(tmp_path)
+    draw = np.random.default_rng(0)
+    for folder, count in (("photos", 40), ("more photos", 3)):
+        Path(folder).mkdir()
+        for number in range(count):
+            Image.fromarray(draw.integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(f"{folder}/{number}.png")
+    Path("all.json").write_text(json.dumps(content()))
+    return tmp_path
+
+
+def ids(part: dict[str, Any]) -> set[str]:
+    return {row["id"] for row in part["images"]}
+
+
+def test_split() -> None:
+    whole = content()
+    train, val = split_content(whole, share=0.2, seed=1)
+    assert ids(train) | ids(val) == ids(whole)
+    assert not ids(train) & ids(val)
+    assert len(ids(val)) == 8
+    for part in (train, val):
+        assert all(row["image_id"] in ids(part) for row in part["annotations"])
+        assert part["categories"] == whole["categories"]
+    counts = [Counter(row["category_id"] for row in part["annotations"]) for part in (train, val)]
+    assert counts[0] + counts[1] == Counter(row["category_id"] for row in whole["annotations"])
+    assert counts[1][2] == 1  # a fifth of 4
+    assert counts[0][3] == 1  # what one image alone shows is trained on
+    assert counts[1][3] == 0
+
+
+def test_split_follows_seed_and_ids_alone() -> None:
+    whole = content()
+    other = whole | {"images": whole["images"][::-1], "annotations": whole["annotations"][::-1]}
+    one = ids(split_content(whole, share=0.2, seed=1)[1])
+    assert ids(split_content(other, share=0.2, seed=1)[1]) == one
+    assert ids(split_content(whole, share=0.2, seed=2)[1]) != one
+
+
+def test_split_keeps_copies_together() -> None:
+    whole = content()
+    copies = [["i1", "i2", "i8"], ["i20", "i39"]]
+    for seed in range(8):
+        val = ids(split_content(whole, share=0.5, seed=seed, copies=copies)[1])
+        assert all(len(val & set(group)) in (0, len(group)) for group in copies)
+
+
+def test_split_of_too_little() -> None:
+    with pytest.raises(UserError, match="1 images are too few to be split"):
+        split_content(content(2) | {"annotations": []} | {"images": content(2)["images"][:1]}, share=0.2, seed=0)
+
+
+def facts(images: int, sizes: list[float], gpu: tuple[Any, ...] | None = None) -> Facts:
+    measured = {"object_sizes": sizes, "short_side": 480, "long_side": 640, "classes": {"a": 1}}
+    place = Path("x")
+    return Facts(
+        annotations=place,
+        images_folder=place,
+        val_annotations=place,
+        val_images=place,
+        split=True,
+        images=images,
+        statistics=measured,
+        unlabeled=None,
+        unlabeled_images=0,
+        listing=None,
+        gpu=gpu,
+        cores=2,
+        seed=0,
+    )
+
+
+def test_numbers_follow_the_data() -> None:
+    gpu = tuple(GPU["devices"][0])
+    cells = suggest(facts(205, [0.09, 0.15, 0.21, 0.25, 0.34], gpu))  # large objects: the smallest pictures will do
+    assert (cells.short_side, cells.short_sides) == (320, (256, 288, 320))
+    assert cells.anchors == (16, 32, 64, 128, 256)
+    small = suggest(facts(205, [0.02, 0.04, 0.1, 0.2, 0.3], gpu))
+    assert small.short_side == 608  # 24 px of 4 % of it, but not above 1.25 x 480
+    assert small.anchors[0] == 8
+    assert cells.steps == round(60 * (200 / 205) ** 0.5 * 205 / 8)
+    assert cells.warmup == cells.steps // 10
+    assert suggest(facts(118_000, [0.1] * 5, gpu)).steps == 12 * 118_000 // 8
+    assert suggest(facts(118_000, [0.1] * 5, gpu)).warmup == 1000
+    assert cells.precision == "bf16"
+    cpu = suggest(facts(118_000, [0.02, 0.04, 0.1, 0.2, 0.3]))
+    assert (cpu.steps, cpu.short_side, cpu.precision, cpu.batch) == (1500, 384, "fp32", 4)
+
+
+@pytest.mark.parametrize("unlabeled", [False, True])
+def test_the_runner_takes_what_is_written(photos: Path, unlabeled: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    more = ["--unlabeled", "more photos"] if unlabeled else []
+    assert init.main(["--images", "photos", "--annotations", "all.json", "--output", "mine.yaml", *more]) == 0
+    written = {"mine.yaml", "mine_train.json", "mine_val.json"} | ({"mine_train.txt"} if unlabeled else set())
+    assert {path.name for path in photos.iterdir() if path.is_file()} == {"all.json"} | written
+    assert len(json.loads(Path("mine_val.json").read_text())["images"]) == 8
+    if unlabeled:
+        assert len(Path("mine_train.txt").read_text().split()) == 32
+    pipeline = yaml.safe_load(Path("mine.yaml").read_text())
+    assert len(pipeline["stages"]) == (6 if unlabeled else 3)
+    capfd.readouterr()
+    for flags in ([], ["--smoke"]):
+        assert run.main(["mine.yaml", "--dry-run", *flags]) == 0, capfd.readouterr().err
+    out = capfd.readouterr().out
+    assert "2 steps of 2 images" in out
+    assert "random:test_resnet" in out
+
+
+def test_given_evaluation_file_and_gpu(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(init, "ask_torch", lambda: GPU)
+    train, val = split_content(content(), share=0.2, seed=1)
+    Path("train.json").write_text(json.dumps(train))
+    Path("val.json").write_text(json.dumps(val))
+    line = [
+        "--images",
+        "photos",
+        "--annotations",
+        "train.json",
+        "--val-annotations",
+        "val.json",
+        "--output",
+        "a b.yaml",
+    ]
+    assert init.main(line) == 0
+    text = Path("a b.yaml").read_text()
+    assert "ssld run 'a b.yaml' --dry-run" in text
+    assert "NVIDIA H200, 141 GB" in text
+    assert yaml.safe_load(text)["stages"]["detector"]["set"]["precision"] == "bf16"
+    assert not list(photos.glob("a b_*"))
+
+
+def test_mistakes_leave_nothing(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    good = ["--images", "photos", "--annotations", "all.json", "--output", "mine.yaml"]
+    broken = content()
+    broken["annotations"][0]["image_id"] = "nobody"
+    Path("broken.json").write_text(json.dumps(broken))
+    cases = [
+        ([*good, "--output", "mine.txt"], "--output mine.txt: give the name of a YAML file"),
+        ([*good, "--images", "nowhere"], "nowhere: no such folder"),
+        (
+            [*good, "--annotations", "broken.json"],
+            "the data have faults, see above; ssld doctor --annotations broken.json",
+        ),
+        ([*good, "--unlabeled", "nowhere"], "nowhere: no such folder"),
+        ([*good, "--val_images", "photos"], "--val_images: give --val_annotations too"),
+        ([*good, "--val_share", "1.5"], "--val_share 1.5: give a share between 0 and 1"),
+        ([*good, "--sed", "1"], "--sed: unknown flag; did you mean '--seed'?"),
+    ]
+    for argv, message in cases:
+        assert init.main(argv) == 2
+        assert f"error: {message}" in capfd.readouterr().err
+        assert not list(photos.glob("mine*"))
+    Path("mine.yaml").write_text("# mine\n")
+    assert init.main(good) == 2
+    assert "error: mine.yaml: is there already" in capfd.readouterr().err
+    assert Path("mine.yaml").read_text() == "# mine\n"

@@ -1,0 +1,165 @@
+"""`ssld inspect` on everything this project writes: what it is, its teacher's licence, its numbers, and no settings that it does not use."""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from pipelines.inspect_file import _ALL_BLOCKS, _BLOCKS, inspect_text
+from shared.checkpoint import save_checkpoint
+from shared.errors import UserError
+from shared.model_file import read_metadata, save_model_file
+from stage1_ssld.manifest_file import SCHEMA, write_manifest
+from stage2_detect.model_config import DetectorConfig
+
+TENSORS = {"weight": torch.zeros(2, 3), "scalar": torch.tensor(1.0)}
+TEACHER = {"arch": "resnet101d", "licence": "cc-by-nc-4.0", "content_sha256": "f00d"}
+
+
+def test_backbone(teacher_file: Path) -> None:
+    text = inspect_text(teacher_file)
+    metadata = read_metadata(teacher_file)
+    for shown in (
+        "backbone file",
+        "test_resnet",
+        "apache-2.0",
+        "disc, ring, stripes",
+        metadata["content_sha256"],
+        "timm_version",
+    ):
+        assert shown in text
+    assert "92 (0.38 M values)" in text  # parameters and running statistics
+
+
+def test_teacher_and_long_lists(tmp_path: Path) -> None:
+    facts = {"kind": "backbone", "class_names": [f"class{n}" for n in range(100)], "teacher": TEACHER, "best": None}
+    per_class = {f"class{n}": 0.25 for n in range(80)}
+    save_model_file(
+        tmp_path / "m.safetensors", TENSORS, facts | {"metrics": {"top1": 0.123456, "per_class": per_class}}
+    )
+    text = inspect_text(tmp_path / "m.safetensors")
+    for shown in (
+        "resnet101d",
+        "cc-by-nc-4.0",
+        "f00d",
+        "class9 ... (100)",
+        "0.1235",
+        "class9 0.25 ... (80)",
+        "2 (0.00 M values)",
+    ):
+        assert shown in text
+    assert "class11" not in text
+
+
+@pytest.mark.parametrize("kind", _BLOCKS)
+def test_a_detector_shows_the_blocks_it_uses(kind: Any, tmp_path: Path) -> None:
+    model = DetectorConfig(kind=kind).model_dump(mode="json")
+    assert {
+        name for name, value in model.items() if isinstance(value, dict)
+    } == _ALL_BLOCKS  # a new block has to be put somewhere
+    save_model_file(tmp_path / "d.safetensors", TENSORS, {"kind": "detector", "arch": "resnet50d", "model": model})
+    text = inspect_text(tmp_path / "d.safetensors")
+    assert f": detector ({kind}) file" in text.splitlines()[0]
+    shown = {name for name in _ALL_BLOCKS if f"\n    {name}\n" in text}
+    assert shown == set(_BLOCKS[kind])
+    config = DetectorConfig(kind=kind)
+    assert ("mask" in shown, "cascade" in shown, "dense" in shown) == (
+        config.has_masks,
+        config.is_cascade,
+        config.is_dense,
+    )
+
+
+def test_of_another_program(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(TENSORS, tmp_path / "x.safetensors")
+    assert "not written by this project" in inspect_text(tmp_path / "x.safetensors")
+    pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "x.parquet")
+    assert "Parquet file of another program" in inspect_text(tmp_path / "x.parquet")
+
+
+def test_manifest(tmp_path: Path) -> None:
+    columns = {field.name: pa.array([], field.type) for field in SCHEMA}
+    facts = {"teacher": TEACHER, "numbers": {"kept": 7}}
+    write_manifest(tmp_path / "selected.parquet", columns, [{"path": "pool/here"}], facts)
+    text = inspect_text(tmp_path / "selected.parquet")
+    for shown in ("manifest of a curation", "pool/here", "cc-by-nc-4.0", "kept             7"):
+        assert shown in text
+
+
+def test_store(tmp_path: Path) -> None:
+    header = {
+        "teacher": TEACHER,
+        "num_classes": 10,
+        "sources": [{"path": "photos", "rows": 12}],
+        "shards": [{"file": "a", "images": 8}, {"file": "b", "images": 4}],
+        "replayed": [[0, 0, 0, "abc"]],
+    }
+    (tmp_path / "store.json").write_text(json.dumps(header))
+    for path in (tmp_path, tmp_path / "store.json"):
+        text = inspect_text(path)
+        for shown in ("store of soft labels", "photos (12 rows)", "2 (12 images)", "cc-by-nc-4.0"):
+            assert shown in text
+        assert "abc" not in text
+
+
+def test_run_directory_and_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({"steps": 9, "model": {"kind": "gfl"}, "backbone": "random:x"})
+    )
+    assert "run directory, not finished: the same command goes on" in inspect_text(tmp_path)
+    record = {"command": "train", "seconds": 90, "metrics": {"AP": 0.5}, "outputs": {"detector.safetensors": "aa"}}
+    (tmp_path / "result.json").write_text(json.dumps(record))
+    save_checkpoint(tmp_path / "checkpoints", 9, {"model": TENSORS}, {"step": 9}, keep=1)
+    text = inspect_text(tmp_path)
+    for shown in (
+        "run directory, finished",
+        "AP               0.5",
+        "minutes            1.5",
+        "detector.safetensors",
+        "gfl",
+        "step_00000009",
+    ):
+        assert shown in text
+    checkpoint = tmp_path / "checkpoints" / "step_00000009"
+    assert "checkpoint (complete)" in inspect_text(checkpoint)
+    (checkpoint / "COMPLETE").unlink()
+    assert "checkpoint (NOT complete: it is not used)" in inspect_text(checkpoint)
+
+
+def test_exported_networks(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    value = onnx.helper.make_tensor_value_info("pixels", onnx.TensorProto.FLOAT, [1])
+    node = onnx.helper.make_node("Identity", ["pixels"], ["scores"])
+    out = onnx.helper.make_tensor_value_info("scores", onnx.TensorProto.FLOAT, [1])
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [value], [out]))
+    onnx.helper.set_model_props(model, {"kind": "detector", "class_names": '["cat", "dog"]', "licence": "cc-by-nc-4.0"})
+    onnx.save(model, tmp_path / "d.onnx")
+    with zipfile.ZipFile(tmp_path / "d.pt2", "w") as archive:
+        archive.writestr(
+            "archive/extra/metadata.json", json.dumps({"class_names": '["cat", "dog"]', "licence": "cc-by-nc-4.0"})
+        )
+    for name in ("d.onnx", "d.pt2"):
+        text = inspect_text(tmp_path / name)
+        assert "exported network" in text
+        assert "cat, dog" in text
+        assert "cc-by-nc-4.0" in text
+
+
+@pytest.mark.parametrize("name", ["x.onnx", "x.pt2", "x.parquet", "x.safetensors", "folder", "gone.onnx"])
+def test_refusals(name: str, tmp_path: Path) -> None:
+    if name == "folder":
+        (tmp_path / name).mkdir()
+    elif name != "gone.onnx":
+        (tmp_path / name).write_bytes(b"something else\xff\xff")
+    with pytest.raises(UserError) as caught:
+        inspect_text(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
