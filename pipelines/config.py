@@ -116,14 +116,16 @@ class ReportConfig(CommandConfig):
     """Write report.html on a pipeline or a single run: gain, curves, tables, pictures, settings, machine and cost."""
 
     runs: Path
-    """folder that holds the run directories of a pipeline, or one run directory; the page goes into `report` in it if `output` is not given"""
+    """folder that holds the run directories of a pipeline, or one run directory"""
+    output: Path = Path("report")
+    """folder of the page; if it is not given, `report` inside `runs`"""
     pipeline: Path | None = None
     """the pipeline's YAML file, for the order of the stages and the rows of the table; null: as the pipeline recorded it in `runs`"""
 
     @model_validator(mode="before")
     @classmethod
     def _beside_the_runs(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("output") is None and isinstance(values.get("runs"), str | Path):
+        if isinstance(values, dict) and "output" not in values and isinstance(values.get("runs"), str | Path):
             return {**values, "output": Path(values["runs"]) / "report"}
         return values
 
