@@ -81,9 +81,10 @@ def _predict(config: PredictConfig) -> None:
     for name, count in detect_videos(finder.found, segments, frames, my_videos):
         run.log(f"{name}: {counted(count, 'frame')} done: {clock.describe()}")
     clock.close()
-    for name, reason in frames.errors.items():
-        run.log(f"{name}: cannot be read to its end: {reason}")
     accelerator.wait_for_everyone()
+    for name in work.videos:
+        if reason := segments.read(name)[-1]["error"]:
+            run.log(f"{name}: cannot be read to its end: {reason}")
     drawer = PictureFiles(config, loaded)
     if drawer.drawing or drawer.cropping:
         for name in work.videos[rank() :: world_size()]:

@@ -18,7 +18,7 @@ from stage2_detect.detector_file import load_detector
 from stage2_detect.drawing import draw_objects
 from stage2_detect.models.batch import Detections
 from stage2_detect.picture_batches import ahead
-from stage2_detect.video import VideoFile, is_video, read_frames
+from stage2_detect.video import Frame, VideoFile, is_video, read_frames
 from stage2_detect.video_prediction import Segments
 
 Line = Callable[..., list[str]]
@@ -206,6 +206,23 @@ def test_pictures_and_videos_in_a_folder(
     assert {path.name for path in (run / "pictures").iterdir()} == {"a.png.jpg", "clip.mp4"}
     metrics = content(run / "result.json")["metrics"]
     assert (metrics["pictures"], metrics["videos"], metrics["unreadable"]) == (1, 3, 2)
+
+
+def test_a_video_that_breaks_off_is_kept_as_far_as_it_goes(
+    call: Callable[..., int], line: Line, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: str, *, start: int = 0) -> Iterator[Frame]:
+        for frame in read_frames(path, start=start):
+            if frame.number == 7:
+                raise UnreadableImage(path, "no more")
+            yield frame
+
+    monkeypatch.setattr("stage2_detect.video_prediction.read_frames", broken)
+    assert call(predict.main, line(clip, "seen")) == 0
+    run = tmp_path / "seen"
+    assert "clip.mp4: cannot be read to its end: no more" in (run / "log.txt").read_text()
+    assert len(content(run / "predictions.json")["images"]) == 7
+    assert len(list(read_frames(str(run / "pictures" / "clip.mp4")))) == 7
 
 
 def test_a_killed_run_goes_on_in_the_middle_of_a_video(
