@@ -91,7 +91,7 @@ def test_the_quickstart_dry_run(
     assert not (tmp_path / "dry").exists() or not any((tmp_path / "dry").iterdir())
 
 
-def test_the_quickstart_runs(scripts: Any, tmp_path: Path) -> None:
+def test_the_quickstart_and_its_notebook_run(scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every stage at smoke size in real processes, from images to the table; a second start does nothing."""
     output = tmp_path / "quick"
     argv = [str(ROOT / QUICKSTART), "--smoke", "--output", str(output)]
@@ -108,6 +108,24 @@ def test_the_quickstart_runs(scripts: Any, tmp_path: Path) -> None:
     again = scripts.run("pipelines/run.py", *argv)
     assert again.returncode == 0
     assert "teach.py" not in again.stdout.replace("toy_teacher", ""), "a finished pipeline ran a stage again"
+    monkeypatch.chdir(ROOT)
+    scope = run_notebook(ROOT / "docs" / "quickstart.ipynb", output)
+    assert scope["sheet"].size == (4 * 320, 2 * 320)
+    assert len(set(scope["sheet"].resize((8, 4)).getdata())) > 8  # something is to be seen
+
+
+def run_notebook(file: Path, output: Path) -> dict[str, Any]:
+    """The names that a notebook's cells leave behind, run on the folder of a finished smoke run of the pipeline."""
+    cells = [cell for cell in json.loads(file.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] for cell in cells), "the notebook is kept without outputs"
+    code = "\n".join("".join(cell["source"]) for cell in cells)
+    replaced = code.replace('Path("runs/quickstart")', f"Path({str(output)!r})").replace(
+        "OPTIONS = []", 'OPTIONS = ["--smoke"]'
+    )
+    assert replaced.count(str(output)) == replaced.count('= ["--smoke"]') == 1
+    scope: dict[str, Any] = {}
+    exec(compile(replaced, str(file), "exec"), scope)
+    return scope
 
 
 def test_the_timm_snippet(teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
