@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipelines import doctor
 from pipelines.stages import KINDS, build_stages, read_pipeline
 from shared.config import parse_config
 from stage1_ssld.data_config import DataConfig, LossConfig, TeacherConfig
@@ -51,6 +52,9 @@ def check(line: str) -> None:
         pipeline = read_pipeline(file)
         assert set(variables) <= set(pipeline.variables), line
         build_stages(pipeline, file, output=pipeline.output, variables=variables)
+    elif words[:2] == ["python", "pipelines/doctor.py"]:
+        settings = doctor.parser().parse_args(words[2:]).settings
+        assert settings is None or (ROOT / settings).exists(), line
     else:
         assert words[0] in ("pip", "python"), line
         assert all((ROOT / word).exists() for word in words if word.endswith(".py")), line
