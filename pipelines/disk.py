@@ -82,7 +82,7 @@ def disk_bytes(stages: list[Stage]) -> dict[str, int | None]:
             case ConvertPaddleConfig(weights=file) | ConvertDetectorConfig(weights=file):
                 sizes[stage.name] = file.stat().st_size if file.is_file() else None
             case ExportConfig(model=file) if file.is_file():
-                sizes[stage.name] = 2 * file.stat().st_size  # ONNX, and the folder for the hub
+                sizes[stage.name] = 3 * file.stat().st_size  # ONNX, torch.export, and the folder for the hub
             case _ if stage.name in architectures:
                 network = known.get(architectures[stage.name] or "")
                 sizes[stage.name] = _network_bytes(stage, network) if network else None
@@ -175,7 +175,7 @@ def _network_bytes(stage: Stage, network: Network) -> int:
     """Models and checkpoints of a training stage, or the copies of an export."""
     config, values, ema = stage.config, network.values, False
     if not isinstance(config, TrainingConfig):
-        return 2 * 4 * values
+        return 3 * 4 * values
     optim = config.optim if isinstance(config, Stage1Config | TrainConfig) else None
     if isinstance(config, Stage1Config):
         ema = config.ema is not None

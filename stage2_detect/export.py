@@ -34,7 +34,7 @@ def export_detector(config: ExportDetectorConfig) -> None:
     from shared.run_dir import RunDir
     from stage2_detect.detector_card import write_folder
     from stage2_detect.detector_file import load_detector
-    from stage2_detect.export_check import check, graph_of, measure, pictures
+    from stage2_detect.export_check import batches_of, check, graph_of, images_of, measure
     from stage2_detect.graph_writing import runner, write
 
     if "onnx" in config.formats:
@@ -43,6 +43,7 @@ def export_detector(config: ExportDetectorConfig) -> None:
         check_name(config.push_to_hub)
     loaded = load_detector(config.model)
     graph_of(loaded.fast)
+    images = images_of(config, print)  # before minutes of tracing
     run = RunDir(config, "export_detector")
     if run.status == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")
@@ -55,7 +56,7 @@ def export_detector(config: ExportDetectorConfig) -> None:
         canvas = config.canvas
         for name, path in temporary.items():
             canvas = write(name, path, loaded, canvas, run.log)
-        many = pictures(config, loaded.resize, canvas, run.log)
+        many = batches_of(images, loaded.resize, canvas, config.batch_size)
         runs = {name: runner(name, path) for name, path in temporary.items()}
         for name, call in runs.items():
             metrics[name] = check(call, loaded.model, many, config, FILES[name], run.log)

@@ -34,25 +34,14 @@ Run = Callable[[Tensor, Tensor], Sequence[np.ndarray]]
 _FAR = 2.0  # pixels
 
 
-def pictures(
-    config: ExportDetectorConfig,
-    resize: ResizeConfig,
-    canvas: tuple[int, int] | None,
-    log: Callable[[str], None],
-) -> list[Batch]:
-    """The batches of a check: evenly chosen pictures in the recipe's size, no larger than the canvas, or noise.
-
-    Raises UserError where there are no pictures, or none can be read.
-    """
-    images = _noise(config.check_images) if config.images is None else _read(config.images, config.check_images, log)
-    seen = [_fitted(image_CHW, resize, canvas) for image_CHW in images]
-    return [_padded(seen[i : i + config.batch_size], canvas) for i in range(0, len(seen), config.batch_size)]
-
-
-def _read(images: str, most: int, log: Callable[[str], None]) -> list[Tensor]:
-    folder, names = find_pictures(images)
+def images_of(config: ExportDetectorConfig, log: Callable[[str], None]) -> list[Tensor]:
+    """uint8 [3, H, W] each: evenly chosen pictures, or noise. Raises UserError where there are none, or none can be read."""
+    if config.images is None:
+        return _noise(config.check_images)
+    folder, names = find_pictures(config.images)
     names = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
-    chosen = [names[number * len(names) // most] for number in range(most)] if len(names) > most else names
+    most = min(len(names), config.check_images)
+    chosen = [names[number * len(names) // most] for number in range(most)]
     found = []
     for name in chosen:
         try:
@@ -60,8 +49,16 @@ def _read(images: str, most: int, log: Callable[[str], None]) -> list[Tensor]:
         except UnreadableImage as error:
             log(f"{error}; left out")
     if not found:
-        raise UserError(f"{images}: none of the {len(chosen)} pictures looked at can be read")
+        raise UserError(f"{config.images}: none of the {len(chosen)} pictures looked at can be read")
     return found
+
+
+def batches_of(
+    images: Sequence[Tensor], resize: ResizeConfig, canvas: tuple[int, int] | None, batch_size: int
+) -> list[Batch]:
+    """Pictures in the recipe's size and no larger than the canvas, padded."""
+    seen = [_fitted(image_CHW, resize, canvas) for image_CHW in images]
+    return [_padded(seen[i : i + batch_size], canvas) for i in range(0, len(seen), batch_size)]
 
 
 def _noise(count: int) -> list[Tensor]:
