@@ -131,12 +131,15 @@ class DistilledDense(nn.Module):
                 self.student.dense.anchors(grids, images.sizes_B2.device),
                 targets.boxes_BG4,
                 thresholds.region_BG,
+                valid_BA=self.student.dense.valid(grids, images.sizes_B2),
                 gamma=self.terms.gamma,
                 overlap=self.terms.overlap,
             )
         losses |= self._ld(self.terms, self.student.dense, outputs, wanted, grids, positive_BA, weight_BA)
         if self.terms.imitation:
-            losses["loss_imitation"] = self.terms.imitation * self._imitation(self.terms, features, guides, targets)
+            losses["loss_imitation"] = self.terms.imitation * self._imitation(
+                self.terms, features, guides, targets, self.student.dense.valid(grids, images.sizes_B2)
+            )
         return losses | shared
 
     def weights(self) -> dict[str, float]:
@@ -192,12 +195,19 @@ class DistilledDense(nn.Module):
         dense = self.student.dense
         return (sums * dense.world_size / dense.total(chosen).clamp(min=1)).sum()
 
-    def _imitation(self, terms: LDTerms, features: list[Tensor], guides: list[Tensor], targets: Targets) -> Tensor:
+    def _imitation(
+        self,
+        terms: LDTerms,
+        features: list[Tensor],
+        guides: list[Tensor],
+        targets: Targets,
+        valid_BA: Tensor | None,
+    ) -> Tensor:
         """Sum over the levels of the mean squared error of the maps at the chosen cells; for maps of equal width."""
         grids = grids_of(features)
         anchors_A4 = self.student.dense.anchors(grids, targets.boxes_BG4.device)
         region = regions.inside_objects if terms.region == "inside" else regions.fine_grained
-        chosen_BA = region(anchors_A4, targets.boxes_BG4, targets.labels_BG >= 0)
+        chosen_BA = region(anchors_A4, targets.boxes_BG4, targets.labels_BG >= 0, valid_BA=valid_BA)
         errors_BA = torch.cat(
             [
                 (maps.float() - guide.float()).square().mean(dim=1).flatten(1)

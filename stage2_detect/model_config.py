@@ -161,7 +161,7 @@ class GFLConfig(Config):
     unbiased_std: bool = True
     """of the candidates' IoUs in ATSS; PaddleDetection's is biased"""
     ignore_padding: bool = True
-    """cells beyond the image are no negatives; in PaddleDetection they are"""
+    """cells beyond the image are none of its anchors; in PaddleDetection they are candidates and negatives"""
     weight_floor: Positive = 1e-6
     """smallest sum of scores that the box losses are divided by; PaddleDetection's is 1"""
     box_weight: Positive = 2.0

@@ -3,7 +3,7 @@
 The candidates of an object are, on every level, the anchors whose centres are nearest to its own. An IoU threshold of its own follows from their
 IoUs, mean plus standard deviation, and the candidates at or above it with their centre inside the object are positive; one that several objects claim
 goes to the one it overlaps most. There is no ignore band. Behaviour as mmdetection's assigner in HikariTJU/LD@4287990c; PaddleDetection@666f597f
-differs in the standard deviation (biased), and lets anchors in the padding be negative instead of ignoring them.
+differs in the standard deviation (biased), and does not leave out the anchors in the padding.
 
 Shapes: B images, G objects (padded), A anchors of all levels, N candidates of an object.
 """
@@ -38,6 +38,7 @@ def assign_atss(
     objects_BG4: Tensor,
     present_BG: Tensor,
     *,
+    valid_BA: Tensor | None = None,
     candidates: int = 9,
     unbiased_std: bool = True,
     chunk_elements: int = _CHUNK_ELEMENTS,
@@ -46,6 +47,7 @@ def assign_atss(
 
     Args:
         anchors_of_level: numbers that add up to A; anchors stand level by level.
+        valid_BA: anchors that exist for the image, one a level or more; the others are no candidates, so 0. None: all.
         candidates: of each level; all of them where a level has fewer.
         unbiased_std: of the candidates' IoUs, in the assignment.
         chunk_elements: bounds memory only; the result does not depend on it.
@@ -55,7 +57,13 @@ def assign_atss(
     step = max(1, chunk_elements // max(1, G * max(anchors_of_level)))
     parts = [
         _assign(
-            anchors_A4, anchors_of_level, objects_BG4[i : i + step], present_BG[i : i + step], candidates, unbiased_std
+            anchors_A4,
+            anchors_of_level,
+            objects_BG4[i : i + step],
+            present_BG[i : i + step],
+            None if valid_BA is None else valid_BA[i : i + step],
+            candidates,
+            unbiased_std,
         )
         for i in range(0, B, step)
     ]
@@ -72,6 +80,7 @@ def _assign(
     anchors_of_level: Sequence[int],
     objects_BG4: Tensor,
     present_BG: Tensor,
+    valid_BA: Tensor | None,
     candidates: int,
     unbiased_std: bool,
 ) -> tuple[Tensor, ...]:
@@ -87,13 +96,20 @@ def _assign(
             centres_A2[start : start + count].expand(B, -1, -1),
             compute_mode="donot_use_mm_for_euclid_dist",
         )
+        if valid_BA is not None:
+            away_BGL.masked_fill_(~valid_BA[:, None, start : start + count], torch.inf)
         chosen.append(away_BGL.topk(min(candidates, count), dim=-1, largest=False).indices + start)
         start += count
     index_BGN = torch.cat(chosen, dim=-1)
     candidates_BGN4 = anchors_A4[index_BGN]
     iou_BGN = boxes.pairwise_iou(objects_BG4[:, :, None], candidates_BGN4)[:, :, 0]
-    mean_BG = iou_BGN.mean(dim=-1)
-    biased_BG, unbiased_BG = iou_BGN.std(dim=-1, correction=0), iou_BGN.std(dim=-1)
+    valid_BGN = torch.ones_like(iou_BGN, dtype=torch.bool)
+    if valid_BA is not None:  # False where a level has fewer than `candidates`
+        valid_BGN = valid_BA.gather(1, index_BGN.flatten(1)).view_as(index_BGN)
+    count_BG = valid_BGN.sum(dim=-1)
+    mean_BG = torch.where(valid_BGN, iou_BGN, 0.0).sum(dim=-1) / count_BG
+    squares_BG = torch.where(valid_BGN, (iou_BGN - mean_BG[..., None]).square(), 0.0).sum(dim=-1)
+    biased_BG, unbiased_BG = (squares_BG / count_BG).sqrt(), (squares_BG / (count_BG - 1)).sqrt()
     positive_BG = mean_BG + (unbiased_BG if unbiased_std else biased_BG)
     positive_BG = positive_BG.masked_fill(~present_BG, torch.inf)
     region_BG = (mean_BG + unbiased_BG).masked_fill(~present_BG, torch.inf)
@@ -101,7 +117,7 @@ def _assign(
     x_BGN, y_BGN = centres_A2[index_BGN].unbind(-1)
     x1, y1, x2, y2 = objects_BG4[:, :, None].unbind(-1)
     depth_BGN = torch.stack((x_BGN - x1, y_BGN - y1, x2 - x_BGN, y2 - y_BGN)).amin(dim=0)
-    wins_BGN = (iou_BGN >= positive_BG[..., None]) & (depth_BGN > _INSIDE)
+    wins_BGN = valid_BGN & (iou_BGN >= positive_BG[..., None]) & (depth_BGN > _INSIDE)
 
     # Of the objects that claim an anchor the one with the highest IoU; of equals the first, as argmax would have it.
     A = len(anchors_A4)

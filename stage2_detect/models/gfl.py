@@ -10,6 +10,7 @@ Shapes: B images, G objects (padded), A anchors of all levels, K classes, E = re
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from stage2_detect.models.atss import Thresholds, assign_atss
 from stage2_detect.models.batch import Targets
 from stage2_detect.models.dense_head import DenseHead
 
+_FILLED = 32  # pixels of which the sides of a padded image are multiples
 _ANCHOR_STRIDES = 8  # sides of an anchor in strides
 _BELOW_LAST_BIN = 0.1  # how far a target distance stays below reg_max
 
@@ -37,7 +39,8 @@ class GFL(nn.Module):
         reg_max: largest distance, in strides.
         tower_bias: of the head's towers; PaddleDetection has it.
         unbiased_std: of ATSS; PaddleDetection's is biased.
-        ignore_padding: anchors that begin beyond the image are no negatives; in PaddleDetection they are.
+        ignore_padding: anchors beyond the image exist neither for its assignment nor for its losses, so that what a cell is to find does not
+            depend on the other images of the batch; in PaddleDetection they are candidates and negatives.
         weight_floor: smallest divisor of the box losses, the sum of the positives' scores; 1 in PaddleDetection.
         qfl_weight, box_weight, dfl_weight: of the losses; dfl_weight 0 leaves that one out.
         total: sums a scalar tensor over ranks.
@@ -89,19 +92,26 @@ class GFL(nn.Module):
         sizes = [_ANCHOR_STRIDES * stride for stride in self.strides]
         return grid_anchors(grids, device, strides=self.strides, sizes=sizes, ratios=(1.0,))
 
+    def valid(self, grids: Grids, sizes_B2: Tensor) -> Tensor | None:
+        """bool [B, A]: anchors whose centre lies in the image, padded by itself to multiples of 32 px as the reference's; None: all."""
+        if not self.ignore_padding:
+            return None
+        anchors_A4 = self.anchors(grids, sizes_B2.device)
+        x_A, y_A = ((anchors_A4[:, :2] + anchors_A4[:, 2:]) / 2).unbind(-1)
+        filled_B2 = (sizes_B2 + _FILLED - 1) // _FILLED * _FILLED
+        return (y_A < filled_B2[:, :1]) & (x_A < filled_B2[:, 1:])
+
     def assign(self, grids: Grids, sizes_B2: Tensor, targets: Targets) -> tuple[Assignment, Thresholds]:
         """Which object each anchor is to find; -1 among the labels are anchors that do not count."""
         anchors_A4 = self.anchors(grids, sizes_B2.device)
         present_BG = targets.labels_BG >= 0
         counts = [rows * columns for rows, columns in grids]
+        valid_BA = self.valid(grids, sizes_B2)
         assigned, thresholds = assign_atss(
-            anchors_A4, counts, targets.boxes_BG4, present_BG, unbiased_std=self.unbiased_std
+            anchors_A4, counts, targets.boxes_BG4, present_BG, valid_BA=valid_BA, unbiased_std=self.unbiased_std
         )
-        if self.ignore_padding:
-            x_A, y_A = ((anchors_A4[:, :2] + anchors_A4[:, 2:]) / 2).unbind(-1)
-            inside_BA = (y_A < sizes_B2[:, :1]) & (x_A < sizes_B2[:, 1:])
-            labels_BA = torch.where(inside_BA | (assigned.labels_BA == 1), assigned.labels_BA, -1)
-            assigned = Assignment(labels_BA, assigned.objects_BA, assigned.ious_BA)
+        if valid_BA is not None:
+            assigned = replace(assigned, labels_BA=assigned.labels_BA.masked_fill(~valid_BA, -1))
         return assigned, thresholds
 
     def losses(

@@ -23,6 +23,7 @@ def valuable_region(
     objects_BG4: Tensor,
     thresholds_BG: Tensor,
     *,
+    valid_BA: Tensor | None = None,
     gamma: float = 0.25,
     overlap: Overlap = "anchor",
 ) -> Tensor:
@@ -33,6 +34,7 @@ def valuable_region(
 
     Args:
         thresholds_BG: of the assignment (`atss.Thresholds.region_BG`); infinite for padding, which has no region then.
+        valid_BA: anchors that exist for the image; None is all.
         gamma: 0 begins at X = 0.
         overlap: `union` is the paper's distance-IoU; `anchor` has the anchor's area in place of the union, which is what was released and gave the
             published 42.1.
@@ -43,27 +45,38 @@ def valuable_region(
         iou_BA, x_BA = _distance_iou(objects_BG4[:, index, None], anchors_A4[None], overlap)
         inside_BA = (x_BA >= gamma * threshold_B1) & (x_BA < threshold_B1) & torch.isfinite(threshold_B1)
         weight_BA = torch.where(inside_BA, torch.maximum(weight_BA, iou_BA), weight_BA)
-    return weight_BA
+    return weight_BA if valid_BA is None else weight_BA * valid_BA
 
 
 @torch.no_grad()
-def inside_objects(anchors_A4: Tensor, objects_BG4: Tensor, present_BG: Tensor) -> Tensor:
-    """bool [B, A]: anchors whose centre lies inside any object."""
+def inside_objects(
+    anchors_A4: Tensor, objects_BG4: Tensor, present_BG: Tensor, *, valid_BA: Tensor | None = None
+) -> Tensor:
+    """bool [B, A]: anchors whose centre lies inside any object; only those of `valid_BA`, if given."""
     x_A, y_A = ((anchors_A4[:, :2] + anchors_A4[:, 2:]) / 2).unbind(-1)
     inside_BA = torch.zeros((len(present_BG), len(anchors_A4)), dtype=torch.bool, device=anchors_A4.device)
     for index in range(present_BG.shape[1]):
         x1, y1, x2, y2 = objects_BG4[:, index, None].unbind(-1)
         here_BA = (x_A > x1) & (x_A < x2) & (y_A > y1) & (y_A < y2)
         inside_BA |= here_BA & present_BG[:, index, None]
-    return inside_BA
+    return inside_BA if valid_BA is None else inside_BA & valid_BA
 
 
 @torch.no_grad()
-def fine_grained(anchors_A4: Tensor, objects_BG4: Tensor, present_BG: Tensor, *, share: float = 0.5) -> Tensor:
-    """bool [B, A]: anchors whose IoU with an object is above `share` of the best that any anchor has with it."""
+def fine_grained(
+    anchors_A4: Tensor,
+    objects_BG4: Tensor,
+    present_BG: Tensor,
+    *,
+    valid_BA: Tensor | None = None,
+    share: float = 0.5,
+) -> Tensor:
+    """bool [B, A]: anchors whose IoU with an object is above `share` of the best that any anchor has with it; only those of `valid_BA`, if given."""
     near_BA = torch.zeros((len(present_BG), len(anchors_A4)), dtype=torch.bool, device=anchors_A4.device)
     for index in range(present_BG.shape[1]):
         iou_BA = boxes.pairwise_iou(objects_BG4[:, index : index + 1], anchors_A4.expand(len(present_BG), -1, -1))[:, 0]
+        if valid_BA is not None:
+            iou_BA.masked_fill_(~valid_BA, 0)
         near_BA |= (iou_BA > share * iou_BA.amax(dim=1, keepdim=True)) & present_BG[:, index, None]
     return near_BA
 

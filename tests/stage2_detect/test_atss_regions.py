@@ -1,5 +1,7 @@
 """ATSS and the regions of dense distillation against float64 loops over objects and anchors."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,8 @@ from stage2_detect.models import regions
 from stage2_detect.models.anchors import grid_anchors
 from stage2_detect.models.assign import Assignment
 from stage2_detect.models.atss import Thresholds, assign_atss
+from stage2_detect.models.batch import Targets
+from stage2_detect.models.gfl import GFL
 
 STRIDES = (8, 16, 32)
 GRIDS = [(12, 16), (6, 8), (3, 4)]
@@ -134,3 +138,40 @@ def test_inside_and_fine_grained_regions() -> None:
         np.testing.assert_array_equal(near[image], wanted_near)
     assert inside[0].any()
     assert near[0].any()
+
+
+def test_what_a_cell_is_to_find_does_not_depend_on_the_padding() -> None:
+    """An image of 70 x 96 px by itself, padded to 96 x 96, and beside a larger one: the reference drops the anchors beyond the former."""
+    boxes = torch.tensor([[[3.0, 5, 45, 31], [50, 20, 95.5, 69], [5.3, 40.1, 21.7, 69.9]]])
+    labels = torch.zeros(1, 3, dtype=torch.int64)
+    sizes = torch.tensor([[70, 96]])
+    gfl = GFL(classes=2, channels=8)
+    targets = Targets(boxes, labels, torch.zeros(1).long())
+    found = {}
+    for side in (96, 256):
+        grids = [(math.ceil(side / stride), math.ceil(side / stride)) for stride in gfl.strides]
+        assigned, thresholds = gfl.assign(grids, sizes, targets)
+        valid = gfl.valid(grids, sizes)
+        assert valid is not None
+        all_anchors = gfl.anchors(grids, CPU)
+        present = labels >= 0
+        inside = regions.inside_objects(all_anchors, boxes, present, valid_BA=valid)
+        near = regions.fine_grained(all_anchors, boxes, present, valid_BA=valid)
+        region = regions.valuable_region(all_anchors, boxes, thresholds.region_BG, valid_BA=valid)
+        assert (assigned.labels_BA[~valid] == -1).all()
+        assert not any(chosen[~valid].any() for chosen in (inside, near, region))
+        found[side] = [
+            thresholds.positive_BG,
+            thresholds.region_BG,
+            *(
+                values[valid]
+                for values in (all_anchors[None], assigned.labels_BA, assigned.ious_BA, inside, near, region)
+            ),
+        ]
+    for alone, padded in zip(found[96], found[256], strict=True):
+        torch.testing.assert_close(alone, padded, rtol=1e-6, atol=1e-6)
+    assert found[96][3].sum() > 3
+    # Where the padding counts, as in PaddleDetection, an object's threshold comes from candidates that the image does not have.
+    grids = [(256 // stride, 256 // stride) for stride in gfl.strides]
+    thresholds = GFL(classes=2, channels=8, ignore_padding=False).assign(grids, sizes, targets)[1]
+    assert (thresholds.positive_BG - found[96][0]).abs().max() > 0.01
