@@ -17,12 +17,13 @@ if __name__ == "__main__":
 
 from pipelines.charts import COLOURS, Chart, precision_recall
 from pipelines.config import PipelineConfig, ReportConfig, TableConfig
-from pipelines.report_stage import Room, StageView, count, duration, mean_curve, percent, read_json, view
+from pipelines.report_stage import Room, StageView, mean_curve, percent, read_json, view
 from pipelines.stages import read_pipeline
 from pipelines.table import COLUMNS, Row, gain, gain_cells, read_record, table_rows
 from shared.command import run_command
 from shared.errors import UserError
 from shared.run_dir import RunDir, write_atomically
+from shared.wording import count, duration
 
 _TEMPLATE = "report.html.jinja"
 _OWN_FILES = ("report.html", "result.json", "config.yaml", "environment.json", "log.txt", "error.json")

@@ -16,6 +16,7 @@ from pipelines.charts import Chart, curves, precision_recall
 from pipelines.config import CommandName
 from pipelines.stages import KINDS
 from shared.run_dir import read_metrics, read_result
+from shared.wording import count
 
 PAGE_BYTES = 2_000_000  # of pictures in a page, encoded
 _MATRIX_CLASSES = 12  # more do not fit beside each other
@@ -185,21 +186,6 @@ def number(key: str, value: Any) -> str:
 def percent(value: float | None) -> str:
     """A fraction in percent, without the sign; None as a dash."""
     return "-" if value is None else f"{100 * value:.1f}"
-
-
-def count(value: int, what: str) -> str:
-    """A number with its noun: `1 stage`, `2 stages`."""
-    return f"{value:,} {what}" if value == 1 else f"{value:,} {what}s"
-
-
-def duration(seconds: float | None) -> str:
-    """A time for people, in its fitting unit."""
-    if seconds is None:
-        return "-"
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def label(key: str) -> str:

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from shared.run_dir import RunDir
+from shared.wording import duration
 
 _TRIED = 8  # steps after which the run's time is estimated
 
@@ -110,16 +111,6 @@ class Progress:
             self._bar.close()
             self._bar = None
             self._run.write = self._print
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 0.35 s, 12 s, 4 min, 3 h 20 min."""
-    if seconds < 9.5:
-        return f"{seconds:.2g} s"
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def greatest_memory(device: torch.device) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from shared.errors import UserError
 from shared.ranks import gather_lists
 from shared.run_dir import RunDir
+from shared.wording import count
 
 _JUDGED_AFTER, _TOO_MANY = 1000, 0.01
 
@@ -33,7 +34,7 @@ class Quarantine:
             self._known |= new
             self._run.quarantine(self._known)
             self._run.log(
-                f"{len(self._known)} unreadable image(s), see {self._run.path / 'quarantine.txt'}; last: {max(new)}"
+                f"{count(len(self._known), 'unreadable image')}, see {self._run.path / 'quarantine.txt'}; last: {max(new)}"
             )
 
     def judge(self, images_seen: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shared.errors import UserError
 from shared.teacher import Teacher
+from shared.wording import count
 from stage1_ssld.batch import SoftLabels
 from stage1_ssld.config import DistillConfig, TeachConfig
 from stage1_ssld.labels import labelled_classes, labels_in_classes, match_classes
@@ -109,7 +110,7 @@ def open_guidance(
         sources, classes, names = labelled_classes(sources)
         owner = "the training images"
         if left_out:
-            log(f"objective labels: {left_out} unlabelled source(s) left out")
+            log(f"objective labels: {count(left_out, 'unlabelled source')} left out")
         if teacher:
             teacher.match_classes(names, classes, owner)
         wanted = True

@@ -23,6 +23,7 @@ from shared.ranks import rank as distributed_rank
 from shared.run_dir import RunDir
 from shared.stop import StopRequest
 from shared.training_state import TrainingState
+from shared.wording import count
 from stage1_ssld.config import DistillConfig, TeachConfig
 from stage1_ssld.curves import write_curves
 from stage1_ssld.data import TrainingData, ValViews, make_loader, val_batches
@@ -257,7 +258,7 @@ def _preview(
     seen = steps * config.batch_size
     passes = f"{images} images, {seen / images:.1f} passes" if images else "a stream of unknown length"
     yield (
-        f"{len(config.data.train)} source(s), {passes}: {steps} steps of {config.batch_size} images "
+        f"{count(len(config.data.train), 'source')}, {passes}: {steps} steps of {config.batch_size} images "
         f"({ranks} processes x {config.accumulate} accumulated)"
     )
 

@@ -22,7 +22,8 @@ if __name__ == "__main__":
 from shared.command import USER_ERROR
 from shared.config import Parser, underscored
 from shared.errors import UserError
-from stage2_detect.data_findings import LEVELS, Finding, count, some
+from shared.wording import count
+from stage2_detect.data_findings import LEVELS, Finding, some
 
 if TYPE_CHECKING:
     from stage2_detect.data_pictures import Seen

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from shared.errors import UserError
+from shared.wording import count
 from stage2_detect.annotation_cache import PackedShapes, read_cached
 from stage2_detect.coco_table import CocoTable, read_table
 from stage2_detect.coco_table import Id as Id
@@ -69,21 +70,24 @@ class CocoData:
 
     def describe(self) -> str:
         """One line for the log."""
-        count = self.counts
+        found = self.counts
         dropped = "dropped" if self.training else "kept, for scoring as COCO does"
-        parts = [f"{len(self.images)} images", f"{count['boxes']} boxes", f"{len(self.class_names)} classes"]
-        if count["empty"]:
-            note = f" ({count['empty_dropped']} dropped)" if count["empty_dropped"] else ""
-            parts.append(f"{count['empty']} images without boxes{note}")
-        for kind, what in (
-            ("crowd", "crowd regions"),
-            ("degenerate", "empty boxes"),
-            ("outside", "boxes outside their image"),
+        parts = [count(len(self.images), "image"), count(found["boxes"], "box"), count(len(self.class_names), "class")]
+        if found["empty"]:
+            note = f" ({found['empty_dropped']} dropped)" if found["empty_dropped"] else ""
+            parts.append(f"{count(found['empty'], 'image')} without boxes{note}")
+        for kind, what, plural in (
+            ("crowd", "crowd region", "crowd regions"),
+            ("degenerate", "empty box", "empty boxes"),
+            ("outside", "box outside its image", "boxes outside their image"),
         ):
-            if count[kind]:
-                parts.append(f"{count[kind]} {what} {dropped}")
-        if count["clipped"]:
-            parts.append(f"{count['clipped']} boxes reach over the border{', clipped' if self.training else ''}")
+            if found[kind]:
+                parts.append(f"{count(found[kind], what, plural)} {dropped}")
+        if found["clipped"]:
+            over = "reaches" if found["clipped"] == 1 else "reach"
+            parts.append(
+                f"{count(found['clipped'], 'box')} {over} over the border{', clipped' if self.training else ''}"
+            )
         if self.odd_boxes:
             parts.append(f"first odd annotation ids: {', '.join(map(str, self.odd_boxes))}")
         return f"{self.file}: " + ", ".join(parts)

@@ -90,9 +90,3 @@ def some(values: Sequence[Any], most: int = 3) -> str:
 def first_ids(ids: Sequence[Any]) -> str:
     """The first ids of a list, for a message: `id 4`, or `first ids: 4, 7, 9, ...`."""
     return f"id {ids[0]}" if len(ids) == 1 else f"first ids: {some(ids)}"
-
-
-def count(number: int, what: str, plural: str | None = None) -> str:
-    """A number and its noun: `1 image`, `3 boxes`."""
-    plural = plural or (f"{what}es" if what.endswith(("x", "s")) else f"{what}s")
-    return f"{number:,} {what if number == 1 else plural}"

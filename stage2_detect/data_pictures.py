@@ -13,7 +13,8 @@ from PIL import Image
 
 from shared.files import IMAGE_SUFFIXES
 from shared.images import UnreadableImage, image_size, open_image
-from stage2_detect.data_findings import count, some
+from shared.wording import count
+from stage2_detect.data_findings import some
 from stage2_detect.data_rows import FileCheck
 
 LOOK_ALIKE_BITS = 3

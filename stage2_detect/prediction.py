@@ -14,8 +14,8 @@ from tqdm import tqdm
 from shared.config import did_you_mean
 from shared.errors import UserError
 from shared.processes import DTYPES
-from shared.progress import duration
 from shared.run_dir import RunDir
+from shared.wording import duration
 from stage2_detect.coco import CocoImage, Id
 from stage2_detect.coco_ap import result_rows
 from stage2_detect.coco_table import read_table

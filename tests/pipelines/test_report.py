@@ -100,7 +100,7 @@ def test_numbers(html: str) -> None:
     assert "AP 25.7" in text
     assert "APs -" in text
     assert "disc 33.3 ring -" in text
-    assert "2 of 5 stages finished, 3.0 min of work, 12,800 images seen in training" in text
+    assert "2 of 5 stages finished, 3 min of work, 12,800 images seen in training" in text
     assert "2 unreadable images" in text
     assert "together 12,800 3.0 min" in text
 
@@ -109,7 +109,7 @@ def test_status_of_every_stage(html: str) -> None:
     text = " ".join(Page(html).text.split())
     for line in (
         "data toy_data not run - -",
-        "student distill finished 12,800 1.5 min",
+        "student distill finished 12,800 90 s",
         "baseline distill unfinished, at step 50 - -",
     ):
         assert line in text
@@ -270,7 +270,7 @@ def test_runs_without_a_pipeline_and_a_single_run(pipeline: Path, html: str) -> 
         assert f"{name} {name}" in text  # the command as the run recorded it
     assert main(["--runs", str(runs / "student")]) == 0
     text = " ".join(Page((runs / "student/report/report.html").read_text()).text.split())
-    assert "1.5 min of work, 12,800 images seen in training" in text
+    assert "90 s of work, 12,800 images seen in training" in text
     assert "Stages and cost" not in text  # of one there is nothing to list
     assert "69.1" in text
     assert "baseline" not in text

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from pipelines.report import main
-from pipelines.report_stage import Room, count, duration
+from pipelines.report_stage import Room
 from tests.pipelines.browser import Page, browser, find_chromium
 
 PHONE, DESK = 390, 1200
@@ -252,10 +252,3 @@ def test_pictures_that_find_no_room_are_left_out(tmp_path: Path) -> None:
     assert Room(1000).embed(file, 640) is None
     file.write_bytes(b"no picture")
     assert Room().embed(file, 640) is None
-
-
-def test_words() -> None:
-    assert [count(n, "picture") for n in (0, 1, 2, 1234)] == ["0 pictures", "1 picture", "2 pictures", "1,234 pictures"]
-    times = {0: "0 s", 89: "89 s", 90: "1.5 min", 5400: "1.5 h", 86400 * 3: "3.0 d"}
-    assert {seconds: duration(seconds) for seconds in times} == times
-    assert duration(None) == "-"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shared import progress
-from shared.progress import Progress, duration
+from shared.progress import Progress
 from shared.run_dir import SPEED
 
 
@@ -127,14 +127,6 @@ def test_no_bar_in_a_pipe_or_on_another_rank(
     with Progress(run, torch.device("cpu")).begin(0, 2) as state:
         state.step()
     assert stream.getvalue() == ""
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.0123, "0.012 s"), (2, "2 s"), (45.4, "45 s"), (150, "2 min"), (5400, "90 min"), (12000, "3 h 20 min")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_a_run_logs_its_speed(

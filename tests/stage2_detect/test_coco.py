@@ -68,8 +68,8 @@ def test_training_drops_crowds_and_clips(read: Callable) -> None:
     for part in (
         "3 images",
         "3 boxes",
-        "1 crowd regions dropped",
-        "1 boxes reach over the border, clipped",
+        "1 crowd region dropped",
+        "1 box reaches over the border, clipped",
         "1 images without",
     ):
         assert part in text
@@ -86,7 +86,7 @@ def test_evaluation_keeps_everything_as_it_is(read: Callable) -> None:
     assert seven.boxes_N4.tolist()[2] == [-2, 10, 4, 20]
     assert data.images[0].file_boxes_N4[0, 0] == 2.00049
     assert data.images[2].file_boxes_N4.tolist() == [[1, 1, 0, 2]]
-    assert "1 empty boxes kept" in data.describe()
+    assert "1 empty box kept" in data.describe()
 
 
 def test_images_without_boxes_are_a_switch(read: Callable) -> None:

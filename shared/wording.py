@@ -1,0 +1,21 @@
+"""Numbers in sentences."""
+
+
+def count(number: int, what: str, plural: str | None = None) -> str:
+    """A number and its noun: `1 image`, `1,200 boxes`."""
+    plural = plural or (f"{what}es" if what.endswith(("x", "s")) else f"{what}s")
+    return f"{number:,} {what if number == 1 else plural}"
+
+
+def duration(seconds: float | None) -> str:
+    """A time for people: `0.35 s`, `12 s`, `4 min`, `3 h 20 min`, `2.5 days`; None is a dash."""
+    if seconds is None:
+        return "-"
+    if seconds < 9.95:
+        return f"{seconds:.2g} s"
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes < 2880 else f"{minutes / 1440:.1f} days"

@@ -1,0 +1,27 @@
+import pytest
+
+from shared.wording import count, duration
+
+
+def test_numbers_and_their_nouns() -> None:
+    assert [count(n, "picture") for n in (0, 1, 2, 1234)] == ["0 pictures", "1 picture", "2 pictures", "1,234 pictures"]
+    assert [count(2, noun) for noun in ("box", "class", "image")] == ["2 boxes", "2 classes", "2 images"]
+    assert count(2, "box outside its image", "boxes outside their image") == "2 boxes outside their image"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "-"),
+        (0.0123, "0.012 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (99.4, "99 s"),
+        (99.6, "2 min"),
+        (5940, "99 min"),
+        (12000, "3 h 20 min"),
+        (86400 * 2.5, "2.5 days"),
+    ],
+)
+def test_durations(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text
