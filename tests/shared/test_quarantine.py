@@ -22,7 +22,7 @@ def test_listed_once_and_sorted(run: RunDir) -> None:
     quarantine.add(["b.jpg", "c.jpg"])
     quarantine.judge(200)
     assert (run.path / "quarantine.txt").read_text() == "a.jpg\nb.jpg\nc.jpg\n"
-    assert "3 unreadable image(s), see" in (run.path / "log.txt").read_text()
+    assert "3 unreadable images, see" in (run.path / "log.txt").read_text()
 
 
 def test_none_writes_nothing(run: RunDir) -> None:

@@ -43,7 +43,7 @@ def test_one_truncated_image_is_skipped_and_listed(
     assert call(distill, arguments(distill_settings | {"data": data, "workers": workers})) == 0
     run = tmp_path / "run"
     assert (run / "quarantine.txt").read_text() == f"{tmp_path}/f/000.jpg\n"
-    assert "1 unreadable image(s), see" in (run / "log.txt").read_text()
+    assert "1 unreadable image, see" in (run / "log.txt").read_text()
 
 
 def test_too_many_truncated_images_end_the_run(
