@@ -164,8 +164,10 @@ def _licences(metadata: dict[str, Any], licence: str, recipe: dict[str, Any] | N
         lines.append(f"- {metadata['source']['project']}: {licence}")
     teacher = metadata.get("teacher") or ((recipe or {}).get("distill") or {}).get("teacher")
     if teacher:
-        what = teacher.get("reference", teacher) if isinstance(teacher, dict) else teacher
-        lines.append(f"- the teacher, {public(str(what))}")
+        facts = teacher if isinstance(teacher, dict) else {"reference": teacher}
+        lines.append(
+            f"- the teacher, {public(str(facts.get('reference')))}: {facts.get('licence') or 'licence not recorded'}"
+        )
     if len(lines) == 1:
         lines.append("- weights that the file does not record")
     return [

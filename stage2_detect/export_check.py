@@ -187,7 +187,7 @@ def check(
         f"{100 * found['missing']:.2f} % without counterpart; boxes differ by at most {found['box_difference']:.2e} px, "
         f"scores by {found['score_difference']:.1e}"
         + (f", masks by {found['mask_difference']:.1e}" if len(run(*many[0])) > 4 else "")
-        + "; labels are the same"
+        + "; counterparts have the same label, and the first picture of each batch counts twice: it was asked for alone too"
     )
     if not found["found"]:
         log("nothing was found in them, so that little is proven; give --images with objects that the detector knows")
