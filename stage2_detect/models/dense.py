@@ -31,7 +31,7 @@ class DenseDetector(nn.Module):
     Args:
         mean, std: of the backbone's input, for red, green, blue in units of 0..1.
         candidates: anchors a level that are looked at, by their best class.
-        clip: boxes to the image.
+        clip: boxes to the image; those without anything in it are left out.
     """
 
     mean_C11: Tensor
@@ -107,7 +107,9 @@ class DenseDetector(nn.Module):
         if self.clip:
             original_2 = (size_2 / scale + 0.5).floor()
             boxes_D4 = boxes.clip(boxes_D4[None], original_2[None])[0]
+            some_D = boxes.area(boxes_D4) > 0  # of what lay in the padding nothing is left
+            boxes_D4, scores_D, class_D = boxes_D4[some_D], scores_D[some_D], class_D[some_D]
         # Classes are moved apart for suppression, which needs coordinates from 0 on.
         positive_D4 = boxes_D4 - boxes_D4.amin().clamp(max=0) if len(boxes_D4) else boxes_D4
-        best_D = boxes.class_nms(positive_D4, scores_D, class_D, self.nms_iou)[: self.detections_per_image]
+        best_D = boxes.class_nms(positive_D4, scores_D, class_D, self.nms_iou, most=self.detections_per_image)
         return Detections(boxes_D4[best_D], scores_D[best_D], class_D[best_D])

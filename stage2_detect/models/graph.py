@@ -109,6 +109,7 @@ class DetectorGraph(nn.Module):
         boxes_BN4 = model.dense.decode(values[row_B1, index_BN], index_BN, grids)
         if model.clip:
             boxes_BN4 = boxes.clip(boxes_BN4, sizes_B2)
+            valid_BN = valid_BN & (boxes.area(boxes_BN4) > 0)
         scores_BNK = torch.where(valid_BN[..., None], logits_BAK[row_B1, index_BN].sigmoid(), NOTHING)
         scores_BKN = scores_BNK.transpose(1, 2)
         keep_BKN = self.suppress(boxes_BN4, scores_BKN, model.nms_iou, model.score_threshold, self.most)
