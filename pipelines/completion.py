@@ -45,6 +45,7 @@ def parsers() -> Iterator[tuple[str, ArgumentParser]]:
         "evaluate_backbone": "evaluate",
         "evaluate_detector": "evaluate",
         "export_backbone": "export",
+        "export_detector": "export",
         "convert_backbone": "convert-paddle",
         "convert_detector": "convert-paddle-detector",
     }

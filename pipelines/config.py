@@ -21,6 +21,7 @@ CommandName = Literal[
     "convert_detector",
     "train",
     "evaluate_detector",
+    "export_detector",
     "predict",
     "report",
 ]

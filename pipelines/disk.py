@@ -28,6 +28,7 @@ from stage1_ssld.config import (
 from stage1_ssld.data_config import SourceConfig
 from stage2_detect.config import ConvertPaddleConfig as ConvertDetectorConfig
 from stage2_detect.config import DetectionDataConfig, TrainConfig
+from stage2_detect.export_config import ExportDetectorConfig
 from stage2_detect.model_config import DetectorConfig
 
 _ASK_TIMM = """
@@ -81,7 +82,7 @@ def disk_bytes(stages: list[Stage]) -> dict[str, int | None]:
                 sizes[stage.name] = _curation_bytes(config)
             case ConvertPaddleConfig(weights=file) | ConvertDetectorConfig(weights=file):
                 sizes[stage.name] = file.stat().st_size if file.is_file() else None
-            case ExportConfig(model=file) if file.is_file():
+            case ExportConfig(model=file) | ExportDetectorConfig(model=file) if file.is_file():
                 sizes[stage.name] = 3 * file.stat().st_size  # ONNX, torch.export, and the folder for the hub
             case _ if stage.name in architectures:
                 network = known.get(architectures[stage.name] or "")

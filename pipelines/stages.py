@@ -27,6 +27,7 @@ from stage1_ssld.config import EvaluateConfig as EvaluateBackboneConfig
 from stage2_detect.config import ConvertDataConfig, TrainConfig
 from stage2_detect.config import ConvertPaddleConfig as ConvertDetectorConfig
 from stage2_detect.config import EvaluateConfig as EvaluateDetectorConfig
+from stage2_detect.export_config import ExportDetectorConfig
 from stage2_detect.predict_config import PredictConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,12 +65,17 @@ KINDS: dict[CommandName, Kind] = {
     "soft_labels": Kind("stage1_ssld/write_soft_labels.py", SoftLabelsConfig, ("store",)),
     "distill": Kind("stage1_ssld/distill.py", DistillConfig, ("student.safetensors", "student_best.safetensors")),
     "evaluate_backbone": Kind("stage1_ssld/evaluate.py", EvaluateBackboneConfig),
-    "export_backbone": Kind("stage1_ssld/export.py", ExportConfig, ("backbone.onnx", "hub"), one_process=True),
+    "export_backbone": Kind(
+        "stage1_ssld/export.py", ExportConfig, ("backbone.onnx", "backbone.pt2", "hub"), one_process=True
+    ),
     "convert_detector": Kind(
         "stage2_detect/convert_paddle.py", ConvertDetectorConfig, ("detector.safetensors",), one_process=True
     ),
     "train": Kind("stage2_detect/train.py", TrainConfig, ("detector.safetensors",)),
     "evaluate_detector": Kind("stage2_detect/evaluate.py", EvaluateDetectorConfig),
+    "export_detector": Kind(
+        "stage2_detect/export.py", ExportDetectorConfig, ("detector.onnx", "detector.pt2", "hub"), one_process=True
+    ),
     "predict": Kind(
         "stage2_detect/predict.py",
         PredictConfig,

@@ -265,7 +265,9 @@ def test_missing_inputs_are_told_before_anything_runs(fake_kinds: None, write_pi
 # ---- one process
 
 
-@pytest.mark.parametrize("command", ["toy_data", "report", "convert_backbone", "convert_detector", "export_backbone"])
+@pytest.mark.parametrize(
+    "command", ["toy_data", "report", "convert_backbone", "convert_detector", "export_backbone", "export_detector"]
+)
 def test_commands_of_one_process_are_not_launched_as_several(command: str, write_pipeline: Any) -> None:
     message = error_of(write_pipeline({"a": {"command": command, "processes": 2}}))
     assert message == f"stage a: {command} runs as one process; leave out processes: 2"
