@@ -8,21 +8,35 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def focal_loss(logits_K: Tensor, targets_K: Tensor, *, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Focal loss [..., K] for targets 0 or 1 (arXiv 1708.02002 equation 5)."""
-    logits_K, targets_K = logits_K.float(), targets_K.float()
-    entropy_K = F.binary_cross_entropy_with_logits(logits_K, targets_K, reduction="none")
-    probability_K = logits_K.sigmoid()
-    missed_K = probability_K * (1 - targets_K) + (1 - probability_K) * targets_K
-    weight_K = alpha * targets_K + (1 - alpha) * (1 - targets_K)
-    return weight_K * missed_K**gamma * entropy_K
+def focal_loss(logits_K: Tensor, labels: Tensor, *, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """Focal loss [..., K] (arXiv 1708.02002 equation 5).
+
+    From logits throughout, (1 - p_t)^gamma as exp(gamma * log(1 - p_t)): finite in value and slope for saturated ones and any gamma from 0 on.
+
+    Args:
+        labels: int64 [...], the class that is there; -1 for none.
+    """
+    logits_K = logits_K.float()
+    # Nearly all of it is negatives, so all is computed as they are, and the positives are exchanged.
+    loss_K = (1 - alpha) * _focal(logits_K, gamma)
+    positive_1, class_1 = labels[..., None] >= 0, labels[..., None].clamp(min=0)
+    chosen_1 = logits_K.gather(-1, class_1)
+    return loss_K.scatter_(
+        -1, class_1, torch.where(positive_1, alpha * _focal(-chosen_1, gamma), (1 - alpha) * _focal(chosen_1, gamma))
+    )
 
 
-def quality_focal_loss(logits_K: Tensor, quality_K: Tensor, *, beta: float = 2.0) -> Tensor:
-    """Quality focal loss [..., K] for targets in 0..1: the IoU at the object's class, 0 elsewhere (arXiv 2006.04388 equation 5)."""
+def _focal(wrong: Tensor, gamma: float) -> Tensor:
+    """p^gamma * -log(1 - p) from the logit of the probability p that should be 0."""
+    entropy = F.softplus(wrong)
+    return (gamma * (wrong - entropy)).exp() * entropy  # log p is the difference
+
+
+def quality_focal_loss(logits_K: Tensor, quality_K: Tensor) -> Tensor:
+    """Quality focal loss [..., K] for targets in 0..1: the IoU at the object's class, 0 elsewhere (arXiv 2006.04388 equation 5, beta = 2)."""
     logits_K, quality_K = logits_K.float(), quality_K.float()
     entropy_K = F.binary_cross_entropy_with_logits(logits_K, quality_K, reduction="none")
-    return (quality_K - logits_K.sigmoid()).abs() ** beta * entropy_K
+    return (quality_K - logits_K.sigmoid()).square() * entropy_K
 
 
 def distribution_focal_loss(logits_E: Tensor, distances: Tensor) -> Tensor:

@@ -126,12 +126,10 @@ class RetinaNet(nn.Module):
         if assigned is None:
             assigned = self.assign(grids, sizes_B2, targets)
         positive_BA = assigned.labels_BA == 1
+        label_BA = torch.full_like(assigned.objects_BA, -1)
         if targets.labels_BG.shape[1]:
-            class_BA = targets.labels_BG.gather(1, assigned.objects_BA).clamp(min=0)
-        else:
-            class_BA = torch.zeros_like(assigned.objects_BA)
-        wanted_BAK = torch.zeros_like(logits_BAK).scatter_(-1, class_BA[..., None], positive_BA[..., None].float())
-        focal_BA = dense_losses.focal_loss(logits_BAK, wanted_BAK, alpha=self.alpha, gamma=self.gamma).sum(dim=-1)
+            label_BA = torch.where(positive_BA, targets.labels_BG.gather(1, assigned.objects_BA), -1)
+        focal_BA = dense_losses.focal_loss(logits_BAK, label_BA, alpha=self.alpha, gamma=self.gamma).sum(dim=-1)
         references_BA4 = self.anchors(grids, logits_BAK.device).expand_as(deltas_BA4)
         deltas = boxes.encode(boxes.take(targets.boxes_BG4, assigned.objects_BA), references_BA4, _WEIGHTS)
         distance_BA = F.smooth_l1_loss(deltas_BA4, deltas, beta=self.smooth_l1_beta, reduction="none").sum(dim=-1)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss
 
 from stage2_detect import dense_losses, distillation_losses
 
@@ -48,15 +49,45 @@ def check(ours: Callable[[Tensor], Tensor], closed: Callable[[np.ndarray], np.nd
     torch.testing.assert_close(leaf.grad.double(), torch.from_numpy(slope), rtol=1e-3, atol=1e-5)
 
 
-def test_focal_loss() -> None:
-    y = (draw(N, K, seed=1) > 0).float()
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.5, 2.0])
+def test_focal_loss(gamma: float) -> None:
+    labels = torch.tensor([-1, 0, 4, -1, 2, -1, 1, -1, 3, -1, 0, -1])
+    there = labels.numpy()[:, None] == np.arange(K)
 
     def closed(x: np.ndarray) -> np.ndarray:
-        p, t = sigmoid(x), y.double().numpy()
-        right = np.where(t == 1, p, 1 - p)
-        return np.where(t == 1, 0.3, 0.7) * (1 - right) ** 1.5 * -np.log(right)
+        right = np.where(there, sigmoid(x), 1 - sigmoid(x))
+        return np.where(there, 0.3, 0.7) * (1 - right) ** gamma * -np.log(right)
 
-    check(lambda x: dense_losses.focal_loss(x, y, alpha=0.3, gamma=1.5), closed, draw(N, K))
+    check(lambda x: dense_losses.focal_loss(x, labels, alpha=0.3, gamma=gamma), closed, draw(N, K))
+
+
+def test_focal_loss_is_torchvisions() -> None:
+    labels = torch.randint(-1, K, (3, 50), generator=torch.Generator().manual_seed(6))
+    ours = draw(3, 50, K, scale=6.0).requires_grad_()
+    theirs = ours.detach().double().requires_grad_()
+    found = dense_losses.focal_loss(ours, labels)
+    wanted = sigmoid_focal_loss(theirs, (labels[..., None] == torch.arange(K)).double())
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=1e-7)
+    found.sum().backward()
+    wanted.sum().backward()
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+def test_losses_of_saturated_logits_are_finite(gamma: float) -> None:
+    extreme = torch.tensor([[-200.0, -40.0, 0.0, 40.0, 200.0]] * 6)
+    logits = extreme.clone().requires_grad_()
+    loss = dense_losses.focal_loss(logits, torch.arange(-1, 5), gamma=gamma)
+    quality = dense_losses.quality_focal_loss(logits, torch.eye(6, 5))
+    (loss + quality).sum().backward()
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+    # A sure mistake costs what its logit says, a sure hit nothing.
+    assert loss[0].tolist() == pytest.approx([0, 0, 0.75 * 0.5**gamma * math.log(2), 30, 150])
+    assert [loss[1, 0].item(), loss[5, 4].item()] == pytest.approx([50, 0])
+    assert [quality[0, 0].item(), quality[4, 4].item()] == pytest.approx([200, 0])
 
 
 def test_quality_focal_loss() -> None:
@@ -151,9 +182,10 @@ def test_adaptive_distillation_is_still_where_both_agree() -> None:
 
 
 def test_adaptive_distillation_becomes_the_focal_loss_for_a_sure_teacher() -> None:
-    student, y = draw(N, K), (draw(N, K, seed=1) > 0).float()
-    ours = distillation_losses.adaptive_distillation(student, 100 * (2 * y - 1), gamma=2.0)
-    focal = dense_losses.focal_loss(student, y, alpha=0.5, gamma=2.0) / 0.5
+    student, labels = draw(N, K), torch.arange(N) % (K + 1) - 1
+    sure = torch.where(labels[:, None] == torch.arange(K), 100.0, -100.0)
+    ours = distillation_losses.adaptive_distillation(student, sure, gamma=2.0)
+    focal = dense_losses.focal_loss(student, labels, alpha=0.5, gamma=2.0) / 0.5
     torch.testing.assert_close(ours, focal, rtol=1e-4, atol=1e-6)
 
 
