@@ -1,12 +1,14 @@
-"""Where a dense teacher teaches: regions of a head's cells as functions of anchors, objects and thresholds.
+"""Where a dense teacher teaches: regions of a head's cells as functions of anchors, objects and thresholds, or of what both sides answer.
 
-Sources: arXiv 2102.12252 section 3.3 (valuable localisation region), 1906.03609 (fine-grained), and HikariTJU/LD@4287990c for what was released.
+Sources: arXiv 2102.12252 section 3.3 (valuable localisation region), 1906.03609 (fine-grained), 2103.02340 (general instances), and
+HikariTJU/LD@4287990c for what was released.
 
-Each function goes over the objects one by one, so that no matrix of all objects and anchors is made.
+Objects are taken in chunks, so that no matrix of all of them and all anchors is made; the results do not depend on `chunk_elements`.
 
-Shapes: B images, G objects (padded), A anchors.
+Shapes: B images, G objects (padded), g of them in a chunk, A anchors of all levels, K classes.
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor
 from stage2_detect.models import boxes
 
 Overlap = Literal["anchor", "union"]
+_CHUNK_ELEMENTS = 2**22
+"""Of a matrix of objects and anchors at once, 16 MB; there are about a dozen of them."""
 
 
 @torch.no_grad()
@@ -26,6 +30,7 @@ def valuable_region(
     valid_BA: Tensor | None = None,
     gamma: float = 0.25,
     overlap: Overlap = "anchor",
+    chunk_elements: int = _CHUNK_ELEMENTS,
 ) -> Tensor:
     """float32 weight [B, A] of every anchor in the valuable localisation region, 0 outside it.
 
@@ -40,25 +45,30 @@ def valuable_region(
             published 42.1.
     """
     weight_BA = objects_BG4.new_zeros((len(thresholds_BG), len(anchors_A4)))
-    for index in range(thresholds_BG.shape[1]):
-        threshold_B1 = thresholds_BG[:, index, None]
-        iou_BA, x_BA = _distance_iou(objects_BG4[:, index, None], anchors_A4[None], overlap)
-        inside_BA = (x_BA >= gamma * threshold_B1) & (x_BA < threshold_B1) & torch.isfinite(threshold_B1)
-        weight_BA = torch.where(inside_BA, torch.maximum(weight_BA, iou_BA), weight_BA)
+    for part in _chunks(thresholds_BG.shape[1], weight_BA.numel(), chunk_elements):
+        threshold_Bg1 = thresholds_BG[:, part, None]
+        iou_BgA, x_BgA = _distance_iou(objects_BG4[:, part, None], anchors_A4, overlap)
+        inside_BgA = (x_BgA >= gamma * threshold_Bg1) & (x_BgA < threshold_Bg1) & torch.isfinite(threshold_Bg1)
+        weight_BA = torch.maximum(weight_BA, iou_BgA.masked_fill_(~inside_BgA, 0).amax(dim=1))
     return weight_BA if valid_BA is None else weight_BA * valid_BA
 
 
 @torch.no_grad()
 def inside_objects(
-    anchors_A4: Tensor, objects_BG4: Tensor, present_BG: Tensor, *, valid_BA: Tensor | None = None
+    anchors_A4: Tensor,
+    objects_BG4: Tensor,
+    present_BG: Tensor,
+    *,
+    valid_BA: Tensor | None = None,
+    chunk_elements: int = _CHUNK_ELEMENTS,
 ) -> Tensor:
     """bool [B, A]: anchors whose centre lies inside any object; only those of `valid_BA`, if given."""
     x_A, y_A = ((anchors_A4[:, :2] + anchors_A4[:, 2:]) / 2).unbind(-1)
     inside_BA = torch.zeros((len(present_BG), len(anchors_A4)), dtype=torch.bool, device=anchors_A4.device)
-    for index in range(present_BG.shape[1]):
-        x1, y1, x2, y2 = objects_BG4[:, index, None].unbind(-1)
-        here_BA = (x_A > x1) & (x_A < x2) & (y_A > y1) & (y_A < y2)
-        inside_BA |= here_BA & present_BG[:, index, None]
+    for part in _chunks(present_BG.shape[1], inside_BA.numel(), chunk_elements):
+        x1, y1, x2, y2 = objects_BG4[:, part, None].unbind(-1)
+        here_BgA = (x_A > x1) & (x_A < x2) & (y_A > y1) & (y_A < y2)
+        inside_BA |= (here_BgA & present_BG[:, part, None]).any(dim=1)
     return inside_BA if valid_BA is None else inside_BA & valid_BA
 
 
@@ -70,24 +80,39 @@ def fine_grained(
     *,
     valid_BA: Tensor | None = None,
     share: float = 0.5,
+    chunk_elements: int = _CHUNK_ELEMENTS,
 ) -> Tensor:
     """bool [B, A]: anchors whose IoU with an object is above `share` of the best that any anchor has with it; only those of `valid_BA`, if given."""
     near_BA = torch.zeros((len(present_BG), len(anchors_A4)), dtype=torch.bool, device=anchors_A4.device)
-    for index in range(present_BG.shape[1]):
-        iou_BA = boxes.pairwise_iou(objects_BG4[:, index : index + 1], anchors_A4.expand(len(present_BG), -1, -1))[:, 0]
+    for part in _chunks(present_BG.shape[1], near_BA.numel(), chunk_elements):
+        iou_BgA = boxes.pairwise_iou(objects_BG4[:, part], anchors_A4.expand(len(present_BG), -1, -1))
         if valid_BA is not None:
-            iou_BA.masked_fill_(~valid_BA, 0)
-        near_BA |= (iou_BA > share * iou_BA.amax(dim=1, keepdim=True)) & present_BG[:, index, None]
+            iou_BgA.masked_fill_(~valid_BA[:, None], 0)
+        near_BgA = (iou_BgA > share * iou_BgA.amax(dim=2, keepdim=True)) & present_BG[:, part, None]
+        near_BA |= near_BgA.any(dim=1)
     return near_BA
 
 
-def _distance_iou(first_4: Tensor, anchors_4: Tensor, overlap: Overlap) -> tuple[Tensor, Tensor]:
-    """IoU, and the overlap less the squared distance of the centres over the squared diagonal of the box around both."""
-    top_left_2 = torch.maximum(first_4[..., :2], anchors_4[..., :2])
-    shared = (torch.minimum(first_4[..., 2:], anchors_4[..., 2:]) - top_left_2).clamp(min=0).prod(dim=-1)
-    union = (boxes.area(first_4) + boxes.area(anchors_4) - shared).clamp(min=1e-6)
-    around_2 = torch.maximum(first_4[..., 2:], anchors_4[..., 2:]) - torch.minimum(first_4[..., :2], anchors_4[..., :2])
-    away_2 = (first_4[..., :2] + first_4[..., 2:] - anchors_4[..., :2] - anchors_4[..., 2:]) / 2
-    distance = away_2.square().sum(dim=-1) / around_2.square().sum(dim=-1).clamp(min=1e-6)
-    share = shared / (boxes.area(anchors_4).clamp(min=1e-6) if overlap == "anchor" else union)
-    return shared / union, share - distance
+def _chunks(objects: int, elements: int, most: int) -> Iterator[slice]:
+    """Ranges of objects, each of which makes at most `most` elements, or is one."""
+    step = max(1, most // max(1, elements))
+    return (slice(start, start + step) for start in range(0, objects, step))
+
+
+def _distance_iou(objects_Bg14: Tensor, anchors_A4: Tensor, overlap: Overlap) -> tuple[Tensor, Tensor]:
+    """IoU [B, g, A], and the overlap less the squared distance of the centres over the squared diagonal of the box around both."""
+    # One axis at a time: half the memory of pairs of coordinates.
+    wide, apart_x, around_x = _along(objects_Bg14[..., 0], objects_Bg14[..., 2], anchors_A4[:, 0], anchors_A4[:, 2])
+    high, apart_y, around_y = _along(objects_Bg14[..., 1], objects_Bg14[..., 3], anchors_A4[:, 1], anchors_A4[:, 3])
+    shared, distance, diagonal = wide * high, apart_x + apart_y, (around_x + around_y).clamp_(min=1e-6)
+    area_A = boxes.area(anchors_A4)
+    union = (boxes.area(objects_Bg14) + area_A - shared).clamp_(min=1e-6)
+    share = shared / (area_A.clamp(min=1e-6) if overlap == "anchor" else union)
+    return shared / union, share - distance / diagonal
+
+
+def _along(start: Tensor, end: Tensor, other_start: Tensor, other_end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of intervals: the length that both share, the squared distance of their middles, the squared length from the first start to the last end."""
+    shared = (torch.minimum(end, other_end) - torch.maximum(start, other_start)).clamp_(min=0)
+    around = (torch.maximum(end, other_end) - torch.minimum(start, other_start)).square_()
+    return shared, ((start + end - other_start - other_end) / 2).square_(), around

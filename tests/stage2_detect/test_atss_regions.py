@@ -95,11 +95,14 @@ def test_atss_of_a_batch_without_any_object() -> None:
 
 
 @pytest.mark.parametrize("overlap", ["anchor", "union"])
-@pytest.mark.parametrize("gamma", [0.25, 0.0])
-def test_valuable_region(overlap: regions.Overlap, gamma: float) -> None:
+@pytest.mark.parametrize(("gamma", "chunk"), [(0.25, 2**22), (0.0, 2**22), (0.25, 3 * 252 * 4), (0.25, 1)])
+def test_valuable_region(overlap: regions.Overlap, gamma: float, chunk: int) -> None:
     boxes, present = scenes()
     _, thresholds = assign_atss(anchors(), COUNTS, boxes, present, candidates=CANDIDATES)
-    weight = regions.valuable_region(anchors(), boxes, thresholds.region_BG, gamma=gamma, overlap=overlap)
+    assert len(anchors()) == 252  # so that a chunk of 3 * 252 * 4 has four of the six objects
+    weight = regions.valuable_region(
+        anchors(), boxes, thresholds.region_BG, gamma=gamma, overlap=overlap, chunk_elements=chunk
+    )
     all_anchors = anchors().double().numpy()
     wanted = np.zeros((3, len(all_anchors)))
     for image in range(3):
@@ -120,10 +123,11 @@ def test_valuable_region(overlap: regions.Overlap, gamma: float) -> None:
     assert not weight[2].any()
 
 
-def test_inside_and_fine_grained_regions() -> None:
+@pytest.mark.parametrize("chunk", [2**22, 3 * 252 * 4])
+def test_inside_and_fine_grained_regions(chunk: int) -> None:
     boxes, present = scenes()
-    inside = regions.inside_objects(anchors(), boxes, present).numpy()
-    near = regions.fine_grained(anchors(), boxes, present).numpy()
+    inside = regions.inside_objects(anchors(), boxes, present, chunk_elements=chunk).numpy()
+    near = regions.fine_grained(anchors(), boxes, present, chunk_elements=chunk).numpy()
     all_anchors = anchors().double().numpy()
     centres = (all_anchors[:, :2] + all_anchors[:, 2:]) / 2
     for image in range(3):
