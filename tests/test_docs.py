@@ -11,24 +11,12 @@ from pipelines import doctor
 from pipelines.stages import KINDS, build_stages, read_pipeline
 from shared.config import parse_config
 from stage1_ssld.data_config import DataConfig, LossConfig, TeacherConfig
+from tests.docs_sandbox import ROOT, commands
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 RESULTS = sorted((ROOT / "docs" / "benchmarks").glob("*.md"))
 PIPELINES = sorted((ROOT / "pipelines").rglob("*.yaml"))
 TYPES = {kind.script: kind.config_type for kind in KINDS.values()}
-
-
-def commands(page: Path) -> list[str]:
-    """The indented command lines of a page and those of its bash blocks, continuation lines joined."""
-    text = page.read_text(encoding="utf-8")
-    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
-    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    blocks += re.findall(r"(?:^ {4}\S.*\n?)(?:^ {4,}\S.*\n?)*", text, flags=re.MULTILINE)
-    lines = [line.strip() for block in blocks for line in re.sub(r"\\\n\s+", "", block).splitlines()]
-    if page.parent.name == "benchmarks":  # what a script printed is indented too
-        lines = [line for line in lines if line.startswith("python ")]
-    return [line for line in lines if not line.startswith("#")]
 
 
 def check(line: str) -> None:
