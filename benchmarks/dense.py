@@ -39,7 +39,8 @@ from benchmarks.detect import FORMATS, Inputs, check_detections, make_inputs
 from benchmarks.side_by_side import Work, rounds, show
 from benchmarks.torchvision_rcnn import CLASSES, FrozenBackbone
 from shared.backbones import InputSettings
-from stage2_detect.dense_distillation import DistilledDense, LDTerms
+from stage2_detect.dense_distillation import DistilledDense
+from stage2_detect.distill_config import LDConfig
 from stage2_detect.model_config import DetectorConfig
 from stage2_detect.models import atss, regions
 from stage2_detect.models.build import build_detector
@@ -170,7 +171,7 @@ def under_ld(arch: str, teacher_arch: str, inputs: Inputs, pairs: int, label: st
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     teacher = FrozenDetector(our_detector("gfl", teacher_arch, inputs, seed=1).to(memory_format=torch.channels_last))
     alone, student = (our_detector("gfl", arch, inputs).train().to(memory_format=torch.channels_last) for _ in range(2))
-    distilled = DistilledDense(student, teacher, LDTerms()).train()
+    distilled = DistilledDense(student, teacher, LDConfig()).train()
 
     def forward() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

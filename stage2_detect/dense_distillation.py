@@ -10,14 +10,12 @@ over the images of the global batch, which is the same at two images a process, 
 Shapes: B images, A anchors of all levels, K classes, E bins of a distance, C channels.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
 from shared.errors import UserError
 from stage2_detect import distillation_losses
+from stage2_detect.distill_config import ADLConfig, LDConfig
 from stage2_detect.distillation import adapters, pyramid_correlation
 from stage2_detect.models import regions
 from stage2_detect.models.anchors import Grids
@@ -32,42 +30,6 @@ _SIDES = 4
 _RELEASED_IMAGES = 2  # a process, at which `global` equals `reference`
 
 
-@dataclass(frozen=True)
-class LDTerms:
-    """Weights of LD's terms; 0 leaves one out. The defaults are those behind the published 42.1 (its imitation was off)."""
-
-    ld: float = 0.25
-    """distances, on positives"""
-    vlr_ld: float = 0.25
-    """distances, in the valuable region; divided by 4 as released"""
-    kd: float = 10.0
-    """classes, on positives"""
-    vlr_kd: float = 0.0
-    """classes, in the valuable region"""
-    imitation: float = 0.0
-    """squared error of the feature maps"""
-    ld_temperature: float = 10.0
-    kd_temperature: float = 2.0
-    gamma: float = 0.25
-    """share of an object's threshold at which its valuable region begins"""
-    overlap: regions.Overlap = "anchor"
-    region: Literal["inside", "fine_grained"] = "fine_grained"
-    """where maps are imitated"""
-    normalization: Literal["global", "reference"] = "global"
-
-
-@dataclass(frozen=True)
-class ADLTerm:
-    """The adaptive distillation loss; see `distillation_losses.adaptive_distillation`."""
-
-    weight: float = 1.0
-    beta: float = 1.0
-    gamma: float = 2.0
-    form: Literal["paper", "code", "focal"] = "paper"
-    normalization: Literal["global", "rank"] = "global"
-    """whether the teacher's probabilities are summed over ranks, or for each alone as released"""
-
-
 class DistilledDense(nn.Module):
     """A student under a teacher, with the contract of a detector: in train mode `model(images, targets)` -> the student's losses and those of the
     terms; in eval mode `model(images)` -> the student's detections.
@@ -75,7 +37,7 @@ class DistilledDense(nn.Module):
     Args:
         student: its own losses stay as they are.
         teacher: of the same classes and anchors; no part of this module's parameters, buffers or state.
-        terms: `LDTerms` for a GFL student, `ADLTerm` for a RetinaNet.
+        terms: `LDConfig` for a GFL student, `ADLConfig` for a RetinaNet.
         pkd_weight: of `loss_pkd`, over P3..P7; 0 leaves it out.
 
     Attributes:
@@ -86,12 +48,12 @@ class DistilledDense(nn.Module):
     """
 
     def __init__(
-        self, student: DenseDetector, teacher: FrozenDetector, terms: LDTerms | ADLTerm, *, pkd_weight: float = 0.0
+        self, student: DenseDetector, teacher: FrozenDetector, terms: LDConfig | ADLConfig, *, pkd_weight: float = 0.0
     ) -> None:
         super().__init__()
-        assert isinstance(student.dense, GFL if isinstance(terms, LDTerms) else RetinaNet)
+        assert isinstance(student.dense, GFL if isinstance(terms, LDConfig) else RetinaNet)
         _require_same_head(student, teacher)
-        if isinstance(terms, LDTerms) and terms.imitation and student.pyramid.channels != teacher.channels:
+        if isinstance(terms, LDConfig) and terms.imitation and student.pyramid.channels != teacher.channels:
             raise UserError(
                 f"distill.ld.imitation: the teacher's maps have {teacher.channels} channels, the student's {student.pyramid.channels}; "
                 "give both the same model.fpn_channels, or take distill.pkd_weight, which adapts them"
@@ -116,7 +78,7 @@ class DistilledDense(nn.Module):
                 features, guides, self.adapters, self.student.pyramid.strides, images.sizes_B2
             )
             shared["loss_pkd"] = self.pkd_weight * correlation
-        if isinstance(self.terms, ADLTerm):
+        if isinstance(self.terms, ADLConfig):
             assigned = self.student.dense.assign(grids, images.sizes_B2, targets)
             assert isinstance(assigned, Assignment)
             losses = self.student.dense.losses(outputs, grids, images.sizes_B2, targets, assigned)
@@ -144,7 +106,7 @@ class DistilledDense(nn.Module):
 
     def weights(self) -> dict[str, float]:
         """Of the terms, by the name of their losses."""
-        if isinstance(self.terms, ADLTerm):
+        if isinstance(self.terms, ADLConfig):
             return {"loss_adl": self.terms.weight, "loss_pkd": self.pkd_weight}
         terms = self.terms
         return {
@@ -158,7 +120,7 @@ class DistilledDense(nn.Module):
 
     def _ld(
         self,
-        terms: LDTerms,
+        terms: LDConfig,
         student: GFL,
         outputs: Outputs,
         wanted: Outputs,
@@ -197,7 +159,7 @@ class DistilledDense(nn.Module):
 
     def _imitation(
         self,
-        terms: LDTerms,
+        terms: LDConfig,
         features: list[Tensor],
         guides: list[Tensor],
         targets: Targets,
@@ -217,7 +179,7 @@ class DistilledDense(nn.Module):
         )
         return self._level_means(errors_BA, chosen_BA, grids, terms.normalization)
 
-    def _adl(self, term: ADLTerm, outputs: Outputs, wanted: Outputs, assigned: Assignment) -> dict[str, Tensor]:
+    def _adl(self, term: ADLConfig, outputs: Outputs, wanted: Outputs, assigned: Assignment) -> dict[str, Tensor]:
         loss_BAK = distillation_losses.adaptive_distillation(
             outputs[0], wanted[0], beta=term.beta, gamma=term.gamma, form=term.form
         )

@@ -14,7 +14,7 @@ from shared.optim import parameter_groups
 from shared.ranks import total_over_ranks, world_size
 from stage2_detect.coco import CocoData
 from stage2_detect.config import TrainConfig
-from stage2_detect.dense_distillation import ADLTerm, DistilledDense, LDTerms
+from stage2_detect.dense_distillation import DistilledDense
 from stage2_detect.detector_file import save_detector
 from stage2_detect.distill_config import ADLConfig, DistillConfig, LDConfig
 from stage2_detect.distillation import DistilledDetector
@@ -100,8 +100,7 @@ class Student:
                 roi_weight=distill.roi(model),
                 temperature=distill.temperature,
             )
-        settings = (distill.ld or LDConfig()) if model.kind == "gfl" else (distill.adl or ADLConfig())
-        terms = (LDTerms if model.kind == "gfl" else ADLTerm)(**settings.model_dump())
+        terms = (distill.ld or LDConfig()) if model.kind == "gfl" else (distill.adl or ADLConfig())
         return DistilledDense(self.detector, teacher, terms, pkd_weight=distill.pkd(model))
 
     @property

@@ -1,13 +1,12 @@
 """A dense student under a teacher: what its terms are made of, what they do not depend on, and what is never saved."""
 
-from dataclasses import replace
-
 import pytest
 import timm
 import torch
 
 from stage2_detect import distillation_losses
-from stage2_detect.dense_distillation import ADLTerm, DistilledDense, LDTerms
+from stage2_detect.dense_distillation import DistilledDense
+from stage2_detect.distill_config import ADLConfig, LDConfig
 from stage2_detect.models import regions
 from stage2_detect.models.batch import ImageBatch, Targets
 from stage2_detect.models.dense import DenseDetector, grids_of
@@ -43,7 +42,7 @@ def batch(images: int = 2) -> tuple[ImageBatch, Targets]:
 
 def test_terms_of_ld_are_their_formulas() -> None:
     student, teacher = detector("gfl", 0), detector("gfl", 1)
-    terms = LDTerms(vlr_kd=3.0, imitation=0.5, region="inside", normalization="reference")
+    terms = LDConfig(vlr_kd=3.0, imitation=0.5, region="inside", normalization="reference")
     model = DistilledDense(student, FrozenDetector(teacher), terms).train()
     images, targets = batch()
     losses = model(images, targets)
@@ -90,7 +89,7 @@ def test_global_is_the_reference_at_two_images_and_does_not_grow_with_more() -> 
     found = {}
     for images in (2, 6):
         for normalization in ("global", "reference"):
-            terms = replace(LDTerms(), normalization=normalization)
+            terms = LDConfig(normalization=normalization)
             losses = DistilledDense(student, FrozenDetector(teacher), terms).train()(*batch(images))
             assert isinstance(losses, dict)
             found[images, normalization] = {name: loss.item() for name, loss in losses.items()}
@@ -102,7 +101,7 @@ def test_global_is_the_reference_at_two_images_and_does_not_grow_with_more() -> 
 @pytest.mark.parametrize("form", ["paper", "code", "focal"])
 def test_adaptive_distillation_counts_all_but_ignored_anchors(form: str) -> None:
     student, teacher = detector("retinanet", 0), detector("retinanet", 1)
-    model = DistilledDense(student, FrozenDetector(teacher), ADLTerm(weight=2.0, form=form)).train()  # type: ignore[arg-type]
+    model = DistilledDense(student, FrozenDetector(teacher), ADLConfig(weight=2.0, form=form)).train()
     images, targets = batch()
     losses = model(images, targets)
     assert isinstance(losses, dict)
@@ -118,8 +117,8 @@ def test_adaptive_distillation_counts_all_but_ignored_anchors(form: str) -> None
     assert losses["loss_adl"].item() == pytest.approx(2 * loss.item() / mass.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "terms"), [("gfl", LDTerms(imitation=1.0)), ("retinanet", ADLTerm())])
-def test_a_student_equal_to_its_teacher_learns_nothing_from_it(kind: str, terms: LDTerms | ADLTerm) -> None:
+@pytest.mark.parametrize(("kind", "terms"), [("gfl", LDConfig(imitation=1.0)), ("retinanet", ADLConfig())])
+def test_a_student_equal_to_its_teacher_learns_nothing_from_it(kind: str, terms: LDConfig | ADLConfig) -> None:
     student, teacher = detector(kind, 0), detector(kind, 0)
     losses = DistilledDense(student, FrozenDetector(teacher), terms).train()(*batch())
     assert isinstance(losses, dict)
@@ -132,8 +131,8 @@ def test_a_student_equal_to_its_teacher_learns_nothing_from_it(kind: str, terms:
     assert max(gradient.abs().max().item() for gradient in gradients) < 1e-4
 
 
-@pytest.mark.parametrize(("kind", "terms"), [("gfl", LDTerms()), ("retinanet", ADLTerm())])
-def test_no_object_in_the_batch_is_finite_and_every_head_has_a_gradient(kind: str, terms: LDTerms | ADLTerm) -> None:
+@pytest.mark.parametrize(("kind", "terms"), [("gfl", LDConfig()), ("retinanet", ADLConfig())])
+def test_no_object_in_the_batch_is_finite_and_every_head_has_a_gradient(kind: str, terms: LDConfig | ADLConfig) -> None:
     student, teacher = detector(kind, 0), detector(kind, 1)
     images, targets = batch()
     nothing = Targets(torch.zeros(2, 0, 4), torch.zeros(2, 0).long(), targets.seeds_B)
@@ -149,7 +148,7 @@ def test_no_object_in_the_batch_is_finite_and_every_head_has_a_gradient(kind: st
 
 def test_the_teacher_is_no_part_of_the_module() -> None:
     student, teacher = detector("gfl", 0), detector("gfl", 1)
-    model = DistilledDense(student, FrozenDetector(teacher), LDTerms())
+    model = DistilledDense(student, FrozenDetector(teacher), LDConfig())
     assert {name.removeprefix("student.") for name in model.state_dict()} == set(student.state_dict())
     assert sum(1 for _ in model.parameters()) == sum(1 for _ in student.parameters())
     assert not teacher.training

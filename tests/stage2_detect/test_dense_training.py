@@ -15,9 +15,9 @@ from shared.model_file import read_metadata
 from shared.run_dir import read_result
 from stage2_detect import evaluate, train
 from stage2_detect.config import DetectionDataConfig, TrainConfig
-from stage2_detect.dense_distillation import ADLTerm, DistilledDense, LDTerms
+from stage2_detect.dense_distillation import DistilledDense
 from stage2_detect.detector_file import load_detector
-from stage2_detect.distill_config import ADLConfig, DistillConfig, LDConfig
+from stage2_detect.distill_config import ADLConfig, DistillConfig
 from stage2_detect.models.dense import DenseDetector
 from stage2_detect.models.retinanet import RetinaNet
 from stage2_detect.teacher_detector import FrozenDetector, open_teacher
@@ -201,12 +201,6 @@ def test_correlation_of_maps_of_another_width(
     }
 
 
-def test_terms_are_those_of_the_settings() -> None:
-    """One default for each, in two places: settings do not import torch."""
-    assert LDTerms(**LDConfig().model_dump()) == LDTerms()
-    assert ADLTerm(**ADLConfig().model_dump()) == ADLTerm()
-
-
 def test_settings_that_do_not_fit(train_settings: Settings, tmp_path: Path) -> None:
     def fault(kind: str, **distill: Any) -> str:
         settings = dense_settings(train_settings, kind) | {"output": str(tmp_path / "run")}
@@ -274,7 +268,7 @@ def test_teachers_that_do_not_fit(
     strange = load_detector(retinanet).model
     strange.dense.ratios = (0.5, 1.0, 3.0)  # type: ignore[union-attr]
     with pytest.raises(UserError, match="its anchors are not the student's"):
-        DistilledDense(model, FrozenDetector(strange), ADLTerm())
+        DistilledDense(model, FrozenDetector(strange), ADLConfig())
 
 
 def test_init_on_other_classes_keeps_rows(
