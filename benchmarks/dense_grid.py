@@ -2,7 +2,8 @@
 
     python benchmarks/dense_grid.py DATA --teacher-backbone T.safetensors --backbones B0.safetensors B1.safetensors B2.safetensors --output runs/dense
 
-DATA holds `train.json`, `val.json` and the folders `train/`, `val/`. Seed n of a row takes file n of the backbones, and the same steps, augmentation
+DATA holds `train.json`, `val.json` and the folders `train/`, `val/`, each with its own pictures alone: what lies in `train/` without annotations is
+learnt from. Seed n of a row takes file n of the backbones, and the same steps, augmentation
 and schedule as every other row, except where the row's name says otherwise. GFL students and their teacher learn from all annotations; RetinaNet
 students and their teacher from every fifth picture's, and the other pictures are unlabelled. There is one teacher of each kind, of seed 0. Runs that
 are finished are not run again; a row counts when all its seeds are. The table goes to standard output.
@@ -71,6 +72,11 @@ def train(kind: str, data: Path, annotations: Path, backbone: Path, output: Path
         *("--data.val_annotations", str(data / "val.json"), "--data.val_images", str(data / "val")),
         *("--output", str(output), *extra),
     ]
+
+
+def pictures_of(annotations: Path) -> set[str]:
+    """Names of the pictures of a COCO JSON, without folders."""
+    return {Path(image["file_name"]).name for image in json.loads(annotations.read_text(encoding="utf-8"))["images"]}
 
 
 def write_labelled(source: Path, target: Path) -> None:
@@ -143,6 +149,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             else retinanet_rows(files[kind], pseudo / "pseudo_labels.json", data / "train")
         )
     if not arguments.table_only:
+        strays = pictures_of(data / "val.json") & {file.name for file in (data / "train").rglob("*")}
+        if strays:
+            print(f"error: {data / 'train'}: holds evaluation pictures ({min(strays)}); move them", file=sys.stderr)
+            return 2
         write_labelled(data / "train.json", labelled)
         lines = []
         for kind in arguments.kinds:

@@ -210,7 +210,9 @@ def test_table_of_the_dense_grid(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ]
 
 
-def test_lines_of_the_dense_grid_are_valid_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_of_the_dense_grid_are_valid_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Each line is what train.py and predict.py take; the labelled part is every fifth picture, with its boxes."""
     grid = script("dense_grid")
     (tmp_path / "train").mkdir()
@@ -218,6 +220,7 @@ def test_lines_of_the_dense_grid_are_valid_runs(tmp_path: Path, monkeypatch: pyt
     boxes = [{"id": k, "image_id": k, "category_id": 1, "bbox": [0, 0, 4, 4]} for k in range(11)]
     content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cell"}]}
     (tmp_path / "train.json").write_text(json.dumps(content))
+    (tmp_path / "val.json").write_text(json.dumps(content | {"images": [images[0] | {"file_name": "val/20.jpg"}]}))
     lines: list[list[str]] = []
 
     def record(line: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -227,6 +230,10 @@ def test_lines_of_the_dense_grid_are_valid_runs(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(grid.subprocess, "run", record)
     output = tmp_path / "grid"
     arguments = [str(tmp_path), "--teacher-backbone", "random:resnet10t", "--backbones", "random:test_resnet"]
+    (tmp_path / "train" / "20.jpg").touch()
+    assert grid.main([*arguments, "--output", str(output)]) == 2  # it would be learnt from, without its label
+    assert "20.jpg" in capsys.readouterr().err
+    (tmp_path / "train" / "20.jpg").unlink()
     assert grid.main([*arguments, "--output", str(output), "--threads", "1"]) == 0
     labelled = json.loads((output / "labelled.json").read_text())
     assert [image["id"] for image in labelled["images"]] == [0, 5, 10]
