@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from pipelines import doctor
+from pipelines.cli import COMMANDS
 from pipelines.stages import KINDS, build_stages, read_pipeline
 from shared.config import parse_config
 from stage1_ssld.data_config import DataConfig, LossConfig, TeacherConfig
@@ -53,6 +54,18 @@ def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for line in commands(page):
         check(line)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+def test_commands_in_sentences_name_what_there_is(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for span in re.findall(r"`((?:ssld|python|accelerate launch|torchrun) [^`]+)`", text):
+        words = span.split()
+        if words[0] == "ssld":
+            assert words[1] in COMMANDS or words[1] == "--help", f"{page.name}: {span}"
+        for word in words:
+            if word.endswith(".py") and word != "script.py":
+                assert (ROOT / word).is_file(), f"{page.name}: {span}"
 
 
 @pytest.mark.parametrize("name", ["scaling.md", "distillation.md"])
