@@ -1,14 +1,17 @@
 """A one-stage teacher teaches a one-stage student with the same head: LD under a GFL teacher, adaptive distillation under a RetinaNet one.
 
 LD (arXiv 2102.12252; HikariTJU/LD@4287990c, ld_head.py) compares the heads' raw logits on the same batch: distributions of distances and classes on
-the student's positives (main) and on the cells around them (VLR). ADL (arXiv 1901.00366; Tangshitao/Semi-supervised-Adaptive-Distillation@3244dfa)
-compares classes on every anchor that counts. Imitation compares feature maps where objects are; PKD (arXiv 2207.02039) all over, for either kind.
+the student's positives (main) and on the cells around them or all negatives (VLR). ADL (arXiv 1901.00366;
+Tangshitao/Semi-supervised-Adaptive-Distillation@3244dfa) compares classes on every anchor that counts. Imitation compares feature maps at chosen
+cells, on levels without positives too, which the released code leaves out; PKD (arXiv 2207.02039) compares them all over, for either kind.
 
 LD's released sums are of a process, undivided, so that their strength follows its number of images; `reference` is that. `global` is twice the sum
 over the images of the global batch, which is the same at two images a process, on any number of ranks.
 
 Shapes: B images, A anchors of all levels, K classes, E bins of a distance, C channels.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +22,6 @@ from stage2_detect.distill_config import ADLConfig, LDConfig
 from stage2_detect.distillation import adapters, pyramid_correlation
 from stage2_detect.models import regions
 from stage2_detect.models.anchors import Grids
-from stage2_detect.models.assign import Assignment
 from stage2_detect.models.batch import Detections, ImageBatch, Targets
 from stage2_detect.models.dense import DenseDetector, Outputs, grids_of
 from stage2_detect.models.gfl import GFL
@@ -51,7 +53,9 @@ class DistilledDense(nn.Module):
         self, student: DenseDetector, teacher: FrozenDetector, terms: LDConfig | ADLConfig, *, pkd_weight: float = 0.0
     ) -> None:
         super().__init__()
-        assert isinstance(student.dense, GFL if isinstance(terms, LDConfig) else RetinaNet)
+        assert isinstance(student.dense, GFL if isinstance(terms, LDConfig) else RetinaNet), (
+            "LD is for GFL, ADL for RetinaNet"
+        )
         _require_same_head(student, teacher)
         if isinstance(terms, LDConfig) and terms.imitation and student.pyramid.channels != teacher.channels:
             raise UserError(
@@ -70,39 +74,22 @@ class DistilledDense(nn.Module):
             return detections
         assert targets is not None, "training needs targets"
         features, guides = self.student.features(images), self.teacher.features(images)
-        outputs, wanted = self.student.dense(features), self.teacher.outputs(guides)
-        grids = grids_of(features)
-        shared: dict[str, Tensor] = {}
+        head, terms = self.student.dense, self.terms
+        outputs, wanted = head(features), self.teacher.outputs(guides)
+        grids, sizes_B2 = grids_of(features), images.sizes_B2
+        losses: dict[str, Tensor] = {}
+        if isinstance(head, GFL) and isinstance(terms, LDConfig):
+            losses = losses_under_ld(terms, head, outputs, wanted, grids, sizes_B2, targets)
+            if terms.imitation:
+                cells_BA = imitated_cells(terms, head, outputs, wanted, grids, sizes_B2, targets)
+                error = _map_error(features, guides, cells_BA, head, terms)
+                losses["loss_imitation"] = terms.imitation * error
+        elif isinstance(head, RetinaNet) and isinstance(terms, ADLConfig):
+            losses = losses_under_adl(terms, head, outputs, wanted, grids, sizes_B2, targets)
         if self.pkd_weight:
-            correlation = pyramid_correlation(
-                features, guides, self.adapters, self.student.pyramid.strides, images.sizes_B2
-            )
-            shared["loss_pkd"] = self.pkd_weight * correlation
-        if isinstance(self.terms, ADLConfig):
-            assigned = self.student.dense.assign(grids, images.sizes_B2, targets)
-            assert isinstance(assigned, Assignment)
-            losses = self.student.dense.losses(outputs, grids, images.sizes_B2, targets, assigned)
-            return losses | (self._adl(self.terms, outputs, wanted, assigned) if self.terms.weight else {}) | shared
-        assert isinstance(self.student.dense, GFL)
-        assigned, thresholds = self.student.dense.assign(grids, images.sizes_B2, targets)
-        losses = self.student.dense.losses(outputs, grids, images.sizes_B2, targets, assigned)
-        positive_BA = assigned.labels_BA == 1
-        weight_BA = torch.zeros_like(assigned.ious_BA)
-        if self.terms.vlr_ld or self.terms.vlr_kd:
-            weight_BA = regions.valuable_region(
-                self.student.dense.anchors(grids, images.sizes_B2.device),
-                targets.boxes_BG4,
-                thresholds.region_BG,
-                valid_BA=self.student.dense.valid(grids, images.sizes_B2),
-                gamma=self.terms.gamma,
-                overlap=self.terms.overlap,
-            )
-        losses |= self._ld(self.terms, self.student.dense, outputs, wanted, grids, positive_BA, weight_BA)
-        if self.terms.imitation:
-            losses["loss_imitation"] = self.terms.imitation * self._imitation(
-                self.terms, features, guides, targets, self.student.dense.valid(grids, images.sizes_B2)
-            )
-        return losses | shared
+            correlation = pyramid_correlation(features, guides, self.adapters, self.student.pyramid.strides, sizes_B2)
+            losses["loss_pkd"] = self.pkd_weight * correlation
+        return losses
 
     def weights(self) -> dict[str, float]:
         """Of the terms, by the name of their losses."""
@@ -118,78 +105,118 @@ class DistilledDense(nn.Module):
             "loss_pkd": self.pkd_weight,
         }
 
-    def _ld(
-        self,
-        terms: LDConfig,
-        student: GFL,
-        outputs: Outputs,
-        wanted: Outputs,
-        grids: Grids,
-        positive_BA: Tensor,
-        region_BA: Tensor,
-    ) -> dict[str, Tensor]:
-        (logits_BAK, bins_BA4E), (teacher_BAK, teacher_BA4E) = outputs, wanted
-        factor = 1.0 if terms.normalization == "reference" else _RELEASED_IMAGES / len(logits_BAK)
-        losses: dict[str, Tensor] = {}
-        if terms.ld or terms.vlr_ld:
-            ld_BA = distillation_losses.localization_distillation(bins_BA4E, teacher_BA4E, terms.ld_temperature)
-            if terms.ld:
-                score_BA = torch.where(positive_BA, student.scores(logits_BAK), 0.0)
-                losses["loss_ld"] = terms.ld * factor * (score_BA * ld_BA).sum()
-            if terms.vlr_ld:
-                losses["loss_ld_vlr"] = terms.vlr_ld / _SIDES * factor * (region_BA * ld_BA).sum()
-        if terms.kd or terms.vlr_kd:
-            kd_BA = distillation_losses.soft_divergence(logits_BAK, teacher_BAK, terms.kd_temperature)
-            if terms.kd:
-                losses["loss_kd"] = terms.kd * self._level_means(kd_BA, positive_BA, grids, terms.normalization)
-            if terms.vlr_kd:
-                near_BA = region_BA > 0
-                losses["loss_kd_vlr"] = terms.vlr_kd * self._level_means(kd_BA, near_BA, grids, terms.normalization)
+
+def losses_under_ld(
+    terms: LDConfig,
+    head: GFL,
+    outputs: Outputs,
+    wanted: Outputs,
+    grids: Grids,
+    sizes_B2: Tensor,
+    targets: Targets,
+) -> dict[str, Tensor]:
+    """The head's own losses and the terms of LD, from the student's outputs and the teacher's; feature maps are not in it."""
+    assigned, thresholds = head.assign(grids, sizes_B2, targets)
+    losses = head.losses(outputs, grids, sizes_B2, targets, assigned)
+    (logits_BAK, bins_BA4E), (teacher_BAK, teacher_BA4E) = outputs, wanted
+    positive_BA = assigned.labels_BA == 1
+    region_BA = torch.zeros_like(assigned.ious_BA)
+    if (terms.vlr_ld or terms.vlr_kd) and terms.valuable == "negatives":
+        region_BA = regions.negatives(assigned.labels_BA, head.scores(logits_BAK))
+    elif terms.vlr_ld or terms.vlr_kd:
+        region_BA = regions.valuable_region(
+            head.anchors(grids, sizes_B2.device),
+            targets.boxes_BG4,
+            thresholds.region_BG,
+            valid_BA=head.valid(grids, sizes_B2),
+            gamma=terms.gamma,
+            overlap=terms.overlap,
+        )
+    factor = 1.0 if terms.normalization == "reference" else _RELEASED_IMAGES / len(logits_BAK)
+    if terms.ld or terms.vlr_ld:
+        ld_BA = distillation_losses.localization_distillation(bins_BA4E, teacher_BA4E, terms.ld_temperature)
+        if terms.ld:
+            score_BA = torch.where(positive_BA, head.scores(logits_BAK), 0.0)
+            losses["loss_ld"] = terms.ld * factor * (score_BA * ld_BA).sum()
+        if terms.vlr_ld:
+            losses["loss_ld_vlr"] = terms.vlr_ld / _SIDES * factor * (region_BA * ld_BA).sum()
+    if terms.kd or terms.vlr_kd:
+        kd_BA = distillation_losses.soft_divergence(logits_BAK, teacher_BAK, terms.kd_temperature)
+        if terms.kd:
+            losses["loss_kd"] = terms.kd * _level_means(kd_BA, positive_BA, grids, head, terms)
+        if terms.vlr_kd:
+            losses["loss_kd_vlr"] = terms.vlr_kd * _level_means(kd_BA, region_BA > 0, grids, head, terms)
+    return losses
+
+
+def losses_under_adl(
+    term: ADLConfig,
+    head: RetinaNet,
+    outputs: Outputs,
+    wanted: Outputs,
+    grids: Grids,
+    sizes_B2: Tensor,
+    targets: Targets,
+) -> dict[str, Tensor]:
+    """The head's own losses and `loss_adl`, from the student's outputs and the teacher's."""
+    assigned = head.assign(grids, sizes_B2, targets)
+    losses = head.losses(outputs, grids, sizes_B2, targets, assigned)
+    if not term.weight:
         return losses
+    loss_BAK = distillation_losses.adaptive_distillation(
+        outputs[0], wanted[0], beta=term.beta, gamma=term.gamma, form=term.form
+    )
+    # Anchors between the two IoUs are no part of the sum, and are one of the normaliser, as released.
+    total = torch.where(assigned.labels_BA >= 0, loss_BAK.sum(dim=-1), 0.0).sum()
+    mass = distillation_losses.adaptive_normalizer(wanted[0])
+    if term.normalization == "global":
+        total, mass = total * head.world_size, head.total(mass)
+    return losses | {"loss_adl": term.weight * total / mass.clamp(min=1)}
 
-    def _level_means(self, values_BA: Tensor, chosen_BA: Tensor, grids: Grids, normalization: str) -> Tensor:
-        """Sum over the levels of the mean of the chosen values; `global` counts those of all ranks."""
-        counts = [rows * columns for rows, columns in grids]
-        sums = torch.stack([part.sum() for part in torch.where(chosen_BA, values_BA, 0.0).split(counts, dim=1)])
-        chosen = torch.stack([part.sum() for part in chosen_BA.split(counts, dim=1)])
-        if normalization == "reference":
-            return (sums / chosen.clamp(min=1)).sum()
-        dense = self.student.dense
-        return (sums * dense.world_size / dense.total(chosen).clamp(min=1)).sum()
 
-    def _imitation(
-        self,
-        terms: LDConfig,
-        features: list[Tensor],
-        guides: list[Tensor],
-        targets: Targets,
-        valid_BA: Tensor | None,
-    ) -> Tensor:
-        """Sum over the levels of the mean squared error of the maps at the chosen cells; for maps of equal width."""
-        grids = grids_of(features)
-        anchors_A4 = self.student.dense.anchors(grids, targets.boxes_BG4.device)
-        region = regions.inside_objects if terms.region == "inside" else regions.fine_grained
-        chosen_BA = region(anchors_A4, targets.boxes_BG4, targets.labels_BG >= 0, valid_BA=valid_BA)
-        errors_BA = torch.cat(
-            [
-                (maps.float() - guide.float()).square().mean(dim=1).flatten(1)
-                for maps, guide in zip(features, guides, strict=True)
-            ],
-            dim=1,
+def imitated_cells(
+    terms: LDConfig,
+    head: GFL,
+    outputs: Outputs,
+    wanted: Outputs,
+    grids: Grids,
+    sizes_B2: Tensor,
+    targets: Targets,
+) -> Tensor:
+    """bool [B, A]: where the student's maps are to become the teacher's."""
+    valid_BA = head.valid(grids, sizes_B2)
+    if terms.region == "gi":
+        index_BA = torch.arange(outputs[0].shape[1], device=sizes_B2.device).expand(len(sizes_B2), -1)
+        return regions.general_instances(
+            outputs[0],
+            wanted[0],
+            head.decode(outputs[1], index_BA, grids),
+            head.decode(wanted[1], index_BA, grids),
+            [rows * columns for rows, columns in grids],
+            valid_BA=valid_BA,
         )
-        return self._level_means(errors_BA, chosen_BA, grids, terms.normalization)
+    region = regions.inside_objects if terms.region == "inside" else regions.fine_grained
+    anchors_A4 = head.anchors(grids, sizes_B2.device)
+    return region(anchors_A4, targets.boxes_BG4, targets.labels_BG >= 0, valid_BA=valid_BA)
 
-    def _adl(self, term: ADLConfig, outputs: Outputs, wanted: Outputs, assigned: Assignment) -> dict[str, Tensor]:
-        loss_BAK = distillation_losses.adaptive_distillation(
-            outputs[0], wanted[0], beta=term.beta, gamma=term.gamma, form=term.form
-        )
-        # Anchors between the two IoUs are no part of the sum, and are one of the normaliser, as released.
-        total = torch.where(assigned.labels_BA >= 0, loss_BAK.sum(dim=-1), 0.0).sum()
-        mass = distillation_losses.adaptive_normalizer(wanted[0])
-        dense = self.student.dense
-        if term.normalization == "global":
-            return {"loss_adl": term.weight * total * dense.world_size / dense.total(mass).clamp(min=1)}
-        return {"loss_adl": term.weight * total / mass.clamp(min=1)}
+
+def _map_error(
+    features: Sequence[Tensor], guides: Sequence[Tensor], cells_BA: Tensor, head: GFL, terms: LDConfig
+) -> Tensor:
+    """Sum over the levels of the mean squared error of maps of equal width at the chosen cells."""
+    errors = [(maps.float() - guide.float()).square().mean(dim=1) for maps, guide in zip(features, guides, strict=True)]
+    errors_BA = torch.cat([error.flatten(1) for error in errors], dim=1)
+    return _level_means(errors_BA, cells_BA, grids_of(features), head, terms)
+
+
+def _level_means(values_BA: Tensor, chosen_BA: Tensor, grids: Grids, head: GFL, terms: LDConfig) -> Tensor:
+    """Sum over the levels of the mean of the chosen values; `global` counts those of all ranks."""
+    counts = [rows * columns for rows, columns in grids]
+    sums = torch.stack([part.sum() for part in torch.where(chosen_BA, values_BA, 0.0).split(counts, dim=1)])
+    chosen = torch.stack([part.sum() for part in chosen_BA.split(counts, dim=1)])
+    if terms.normalization == "reference":
+        return (sums / chosen.clamp(min=1)).sum()
+    return (sums * head.world_size / head.total(chosen).clamp(min=1)).sum()
 
 
 def _require_same_head(student: DenseDetector, teacher: FrozenDetector) -> None:

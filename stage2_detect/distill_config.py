@@ -18,7 +18,7 @@ class LDConfig(Config):
     ld: Weight = 0.25
     """distances to the sides, on the student's positives"""
     vlr_ld: Weight = 0.25
-    """the same in the valuable region around them; divided by 4 as released"""
+    """the same in the valuable region; divided by 4 as released"""
     kd: Weight = 10.0
     """classes, on positives"""
     vlr_kd: Weight = 0.0
@@ -27,12 +27,15 @@ class LDConfig(Config):
     """squared error of the feature maps, near the objects"""
     ld_temperature: Positive = 10.0
     kd_temperature: Positive = 2.0
+    valuable: Literal["objects", "negatives"] = "objects"
+    """that region: cells around the objects, by their IoU; or all negatives by the student's score, the form for heads without anchors"""
     gamma: Fraction = 0.25
-    """share of an object's threshold at which its valuable region begins"""
+    """of objects: share of an object's threshold at which its region begins"""
     overlap: Literal["anchor", "union"] = "anchor"
-    """union is the paper's distance-IoU in that region; anchor has the anchor's area in the union's place, as released"""
-    region: Literal["inside", "fine_grained"] = "fine_grained"
-    """cells whose maps are imitated: with the centre inside an object, or whose IoU is near the object's best"""
+    """of objects: union is the paper's distance-IoU; anchor has the anchor's area in the union's place, as released"""
+    region: Literal["inside", "fine_grained", "gi"] = "fine_grained"
+    """cells whose maps are imitated: with the centre inside an object; whose IoU is near the object's best; or, general
+    instances, ten boxes a level and image on which student and teacher differ most"""
     normalization: Literal["global", "reference"] = "global"
     """reference sums over a process's images, as released, so that the strength grows with their number; global is equal
     to that at two images a process, on any number of processes"""

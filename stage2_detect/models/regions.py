@@ -8,7 +8,7 @@ Objects are taken in chunks, so that no matrix of all of them and all anchors is
 Shapes: B images, G objects (padded), g of them in a chunk, A anchors of all levels, K classes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -91,6 +91,59 @@ def fine_grained(
         near_BgA = (iou_BgA > share * iou_BgA.amax(dim=2, keepdim=True)) & present_BG[:, part, None]
         near_BA |= near_BgA.any(dim=1)
     return near_BA
+
+
+@torch.no_grad()
+def negatives(labels_BA: Tensor, scores_BA: Tensor) -> Tensor:
+    """float32 weight [B, A] of the valuable region without anchors (LD's ld_fcos_head.py): every negative, by the student's best score.
+
+    Args:
+        labels_BA: of the assignment; 0 is a negative.
+        scores_BA: probability of the best class.
+    """
+    return torch.where(labels_BA == 0, scores_BA.float(), 0.0)
+
+
+@torch.no_grad()
+def general_instances(
+    student_BAK: Tensor,
+    teacher_BAK: Tensor,
+    student_boxes_BA4: Tensor,
+    teacher_boxes_BA4: Tensor,
+    anchors_of_level: Sequence[int],
+    *,
+    valid_BA: Tensor | None = None,
+    iou: float = 0.3,
+    most: int = 10,
+) -> Tensor:
+    """bool [B, A]: cells of the boxes on which two detectors differ most, of which none overlap (arXiv 2103.02340 section 3.1, as LD uses it).
+
+    A cell's score is the greatest difference of the two probabilities of a class, its box that of the side with the greater one. Suppression leaves
+    the best `most` of each level of each image; the released code takes those of all images of a process together, so that they depend on each other.
+
+    Args:
+        student_BAK, teacher_BAK: logits.
+        student_boxes_BA4, teacher_boxes_BA4: of every cell, in pixels.
+        anchors_of_level: numbers that add up to A.
+        valid_BA: cells that exist for the image; None is all.
+    """
+    difference_BAK = teacher_BAK.float().sigmoid() - student_BAK.float().sigmoid()
+    score_BA, class_BA = difference_BAK.abs().max(dim=-1)
+    greater_BA1 = difference_BAK.gather(-1, class_BA[..., None]) > 0
+    boxes_BA4 = torch.where(greater_BA1, teacher_boxes_BA4.float(), student_boxes_BA4.float())
+    boxes_BA4 = boxes_BA4 - boxes_BA4.amin().clamp(max=0)  # suppression wants coordinates from 0 on
+    chosen_BA = torch.zeros_like(class_BA, dtype=torch.bool)
+    for image, chosen_A in enumerate(chosen_BA):
+        start = 0
+        for count in anchors_of_level:
+            index_L = torch.arange(start, start + count, device=class_BA.device)
+            if valid_BA is not None:
+                index_L = index_L[valid_BA[image, index_L]]
+            same_L = torch.zeros_like(index_L)
+            best = boxes.class_nms(boxes_BA4[image, index_L], score_BA[image, index_L], same_L, iou, most=most)
+            chosen_A[index_L[best]] = True
+            start += count
+    return chosen_BA
 
 
 def _chunks(objects: int, elements: int, most: int) -> Iterator[slice]:

@@ -179,3 +179,42 @@ def test_what_a_cell_is_to_find_does_not_depend_on_the_padding() -> None:
     grids = [(256 // stride, 256 // stride) for stride in gfl.strides]
     thresholds = GFL(classes=2, channels=8, ignore_padding=False).assign(grids, sizes, targets)[1]
     assert (thresholds.positive_BG - found[96][0]).abs().max() > 0.01
+
+
+def test_all_negatives_by_their_score() -> None:
+    weight = regions.negatives(torch.tensor([[1, 0, -1, 0]]), torch.tensor([[0.9, 0.5, 0.7, 0.25]]).double())
+    assert weight.dtype == torch.float32
+    assert weight.tolist() == [[0, 0.5, 0, 0.25]]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_general_instances(padded: bool) -> None:
+    """Two images, of the second only a part there is, against suppression in a loop."""
+    draw = np.random.default_rng(7)
+    A, most = sum(COUNTS), 4
+    student, teacher = draw.normal(-1, 2, (2, 2, A, 5))
+    corners, sides = draw.uniform(-20, 60, (2, 2, A, 2)), draw.uniform(5, 50, (2, 2, A, 2))
+    student_boxes, teacher_boxes = np.concatenate((corners, corners + sides), axis=-1)
+    valid = np.ones((2, A), dtype=bool)
+    valid[1] = ~padded | (draw.uniform(size=A) < 0.5)
+    valid[1, -1] = True
+    ours, theirs, our_boxes, their_boxes = (
+        torch.from_numpy(array).float() for array in (student, teacher, student_boxes, teacher_boxes)
+    )
+    there = torch.from_numpy(valid) if padded else None
+    found = regions.general_instances(ours, theirs, our_boxes, their_boxes, COUNTS, valid_BA=there, most=most).numpy()
+    for image in range(2):
+        wanted, start = [], 0
+        for count in COUNTS:
+            differences = 1 / (1 + np.exp(-teacher[image])) - 1 / (1 + np.exp(-student[image]))
+            scores = np.abs(differences).max(axis=1)
+            kept: list[tuple[int, np.ndarray]] = []
+            for cell in sorted(range(start, start + count), key=lambda cell: -scores[cell]):
+                larger = differences[cell, np.abs(differences[cell]).argmax()] > 0
+                box = (teacher_boxes if larger else student_boxes)[image, cell]
+                if valid[image, cell] and len(kept) < most and all(iou(box, other) <= 0.3 for _, other in kept):
+                    kept.append((cell, box))
+            wanted += [cell for cell, _ in kept]
+            start += count
+        assert np.flatnonzero(found[image]).tolist() == sorted(wanted)
+    assert found[0].sum() > 2 * most

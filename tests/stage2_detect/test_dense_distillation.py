@@ -98,6 +98,33 @@ def test_global_is_the_reference_at_two_images_and_does_not_grow_with_more() -> 
     assert found[6, "reference"]["loss_ld"] == pytest.approx(3 * found[2, "reference"]["loss_ld"], rel=1e-4)
 
 
+def test_terms_on_all_negatives_and_on_general_instances() -> None:
+    student, teacher = detector("gfl", 0), detector("gfl", 1)
+    terms = LDConfig(valuable="negatives", ld=0, kd=0, imitation=0.5, region="gi", normalization="reference")
+    images, targets = batch()
+    losses = DistilledDense(student, FrozenDetector(teacher), terms).train()(images, targets)
+    assert isinstance(losses, dict)
+    with torch.no_grad():
+        features, guides = student.features(images), teacher.features(images)
+        (logits, bins), (wanted_logits, wanted_bins) = student.dense(features), teacher.dense(guides)
+        grids = grids_of(features)
+        assert isinstance(student.dense, GFL)
+        labels = student.dense.assign(grids, images.sizes_B2, targets)[0].labels_BA
+        ld = distillation_losses.localization_distillation(bins, wanted_bins, 10.0)
+        assert losses["loss_ld_vlr"].item() == pytest.approx(
+            0.25 / 4 * (logits.sigmoid().amax(-1) * ld)[labels == 0].sum().item(), rel=1e-4
+        )
+        counts = [rows * columns for rows, columns in grids]
+        every = torch.arange(sum(counts)).expand(2, -1)
+        boxes = [student.dense.decode(values, every, grids) for values in (bins, wanted_bins)]
+        cells = regions.general_instances(logits, wanted_logits, boxes[0], boxes[1], counts)
+        error = torch.cat([(a - b).square().mean(1).flatten(1) for a, b in zip(features, guides, strict=True)], dim=1)
+        means = [
+            e[c].mean().item() for e, c in zip(error.split(counts, dim=1), cells.split(counts, dim=1), strict=True)
+        ]
+    assert losses["loss_imitation"].item() == pytest.approx(0.5 * sum(means), rel=1e-4)
+
+
 @pytest.mark.parametrize("form", ["paper", "code", "focal"])
 def test_adaptive_distillation_counts_all_but_ignored_anchors(form: str) -> None:
     student, teacher = detector("retinanet", 0), detector("retinanet", 1)
@@ -117,7 +144,10 @@ def test_adaptive_distillation_counts_all_but_ignored_anchors(form: str) -> None
     assert losses["loss_adl"].item() == pytest.approx(2 * loss.item() / mass.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "terms"), [("gfl", LDConfig(imitation=1.0)), ("retinanet", ADLConfig())])
+@pytest.mark.parametrize(
+    ("kind", "terms"),
+    [("gfl", LDConfig(imitation=1.0)), ("gfl", LDConfig(imitation=1.0, region="gi")), ("retinanet", ADLConfig())],
+)
 def test_a_student_equal_to_its_teacher_learns_nothing_from_it(kind: str, terms: LDConfig | ADLConfig) -> None:
     student, teacher = detector(kind, 0), detector(kind, 0)
     losses = DistilledDense(student, FrozenDetector(teacher), terms).train()(*batch())
