@@ -16,7 +16,8 @@ import timm
 import torch
 from torch import Tensor
 
-from stage2_detect import distillation_losses
+from stage2_detect.dense_distillation import losses_under_ld
+from stage2_detect.distill_config import LDConfig
 from stage2_detect.models import regions
 from stage2_detect.models.batch import ImageBatch, Targets
 from stage2_detect.models.dense import DenseDetector, grids_of
@@ -207,26 +208,17 @@ def test_localization_distillation_on_given_logits() -> None:
     teacher_BAK, teacher_BA4E = flat("teacher", "cls", 80), flat("teacher", "reg", 68).unflatten(-1, (4, 17))
     gfl = GFL(classes=80, tower_bias=True, unbiased_std=False, ignore_padding=False, weight_floor=1.0)
     sizes_B2 = torch.tensor(about["sizes"])
-    assigned, thresholds = gfl.assign(grids, sizes_B2, targets)
-    positive_BA = assigned.labels_BA == 1
-    losses = gfl.losses((logits_BAK, bins_BA4E), grids, sizes_B2, targets, assigned)
-
+    _, thresholds = gfl.assign(grids, sizes_B2, targets)
     anchors_A4 = gfl.anchors(grids, torch.device("cpu"))
     region_BA = regions.valuable_region(anchors_A4, targets.boxes_BG4, thresholds.region_BG)
     np.testing.assert_allclose(region_BA.numpy(), golden["target.vlr_regions"], atol=1e-6)
     paper_BA = regions.valuable_region(anchors_A4, targets.boxes_BG4, thresholds.region_BG, overlap="union")
     assert ((region_BA > 0).sum(dim=1).tolist(), (paper_BA > 0).sum(dim=1).tolist()) == ([332, 330], [296, 269])
 
-    ld_BA = distillation_losses.localization_distillation(bins_BA4E, teacher_BA4E, 10.0)
-    losses["loss_ld"] = 0.25 * torch.where(positive_BA, gfl.scores(logits_BAK) * ld_BA, 0.0).sum()
-    losses["loss_ld_vlr"] = 0.25 / 4 * (region_BA * ld_BA).sum()
-    kd_BA = torch.where(positive_BA, distillation_losses.soft_divergence(logits_BAK, teacher_BAK, 2.0), 0.0)
-    counts = [rows * columns for rows, columns in grids]
-    means = [
-        kd.sum() / positive.sum().clamp(min=1)
-        for kd, positive in zip(kd_BA.split(counts, dim=1), positive_BA.split(counts, dim=1), strict=True)
-    ]
-    losses["loss_kd"] = 10.0 * torch.stack(means).sum()
+    terms = LDConfig(normalization="reference")
+    student, teacher = (logits_BAK, bins_BA4E), (teacher_BAK, teacher_BA4E)
+    losses = losses_under_ld(terms, gfl, student, teacher, grids, sizes_B2, targets)
+    assert set(losses) == {"loss_cls", "loss_box", "loss_dfl", "loss_ld", "loss_ld_vlr", "loss_kd"}
     theirs = {"loss_cls": "loss_qfl", "loss_box": "loss_bbox"}
     for name, loss in losses.items():
         assert loss.item() == pytest.approx(golden[f"loss.{theirs.get(name, name)}"].item(), rel=1e-5), name
