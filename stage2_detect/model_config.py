@@ -171,8 +171,10 @@ class GFLConfig(Config):
 
 
 class RetinaNetConfig(Config):
-    """RetinaNet's assignment and losses (arXiv 1708.02002)."""
+    """RetinaNet's head, assignment and losses (arXiv 1708.02002)."""
 
+    tower_norm: bool = False
+    """GroupNorm in the towers, as in torchvision's second version"""
     positive_iou: IoU = 0.5
     negative_iou: IoU = 0.4
     low_quality_iou: Fraction = 0.0

@@ -99,6 +99,7 @@ def _dense(
         channels=pyramid.channels,
         strides=pyramid.strides,
         convolutions=config.dense.convolutions,
+        tower_norm=config.retinanet.tower_norm,
         positive_iou=config.retinanet.positive_iou,
         negative_iou=config.retinanet.negative_iou,
         low_quality_iou=config.retinanet.low_quality_iou,

@@ -34,6 +34,7 @@ class RetinaNet(nn.Module):
         channels: of the feature maps.
         strides: of the maps, finest first.
         ratios: height / width of the anchors.
+        tower_norm: GroupNorm in the head's towers, whose convolutions have no bias then, as in torchvision's second version.
         positive_iou, negative_iou: of the assignment; between the two an anchor is ignored.
         low_quality_iou: an object's best anchor is positive from this IoU on, below `positive_iou` too.
         alpha, gamma: of the focal loss.
@@ -50,6 +51,7 @@ class RetinaNet(nn.Module):
         strides: Sequence[int] = (8, 16, 32, 64, 128),
         ratios: Sequence[float] = (0.5, 1.0, 2.0),
         convolutions: int = 4,
+        tower_norm: bool = False,
         positive_iou: float = 0.5,
         negative_iou: float = 0.4,
         low_quality_iou: float = 0.0,
@@ -71,8 +73,8 @@ class RetinaNet(nn.Module):
             box_values=4,
             levels=len(strides),
             convolutions=convolutions,
-            norm=False,
-            tower_bias=True,
+            norm=tower_norm,
+            tower_bias=not tower_norm,
             level_scales=False,
         )
 
