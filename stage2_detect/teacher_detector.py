@@ -44,7 +44,7 @@ class FrozenDetector:
 
     @torch.no_grad()
     def features(self, images: ImageBatch) -> list[Tensor]:
-        """P2..P6 of the images."""
+        """The maps of its pyramid, P2..P6 or, of a one-stage detector, P3..P7."""
         return self.model.features(images)
 
     @torch.no_grad()

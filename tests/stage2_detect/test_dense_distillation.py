@@ -1,11 +1,13 @@
 """A dense student under a teacher: what its terms are made of, what they do not depend on, and what is never saved."""
 
+import math
+
 import pytest
 import timm
 import torch
 
 from stage2_detect import distillation_losses
-from stage2_detect.dense_distillation import DistilledDense
+from stage2_detect.dense_distillation import DistilledDense, losses_under_adl
 from stage2_detect.distill_config import ADLConfig, LDConfig
 from stage2_detect.models import regions
 from stage2_detect.models.batch import ImageBatch, Targets
@@ -185,3 +187,42 @@ def test_the_teacher_is_no_part_of_the_module() -> None:
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     model.eval()
     assert len(model(batch()[0])) == 2
+
+
+@pytest.mark.parametrize("normalization", ["global", "rank"])
+def test_the_adaptive_loss_on_two_ranks(normalization: str) -> None:
+    """Two processes whose teachers are sure of 3 and of 5 classes: divided by the mean of both, or each by its own."""
+    grids = [(2, 2), (1, 1), (1, 1), (1, 1), (1, 1)]
+    anchors = 9 * 8
+    head = RetinaNet(classes=K, channels=16, total=lambda mass: mass.new_tensor(8.0), world_size=2)
+    teacher = torch.full((1, anchors, K), -100.0)
+    teacher[0, :3, 0] = 100.0
+    student = torch.full((1, anchors, K), -100.0)
+    student[0, :3, 0] = 2.0
+    outputs, wanted = (student, torch.zeros(1, anchors, 4)), (teacher, torch.zeros(1, anchors, 4))
+    nothing = Targets(torch.zeros(1, 0, 4), torch.zeros(1, 0).long(), torch.zeros(1).long())
+    term = ADLConfig(weight=0.5, normalization=normalization)
+    losses = losses_under_adl(term, head, outputs, wanted, grids, torch.tensor([[16, 16]]), nothing)
+    # A sure teacher leaves the focal loss, (1 - p)^2 * -log p, p = sigmoid(2), for three classes.
+    p = 1 / (1 + math.exp(-2))
+    one = 3 * (1 - p) ** 2 * -math.log(p)
+    assert losses["loss_adl"].item() == pytest.approx(0.5 * (one * 2 / 8 if normalization == "global" else one / 3), rel=1e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "terms"), [("gfl", LDConfig(imitation=1.0, vlr_kd=1.0)), ("retinanet", ADLConfig())])
+def test_autocast_leaves_losses_in_float32(kind: str, terms: LDConfig | ADLConfig) -> None:
+    student, teacher = detector(kind, 0), detector(kind, 1)
+    model = DistilledDense(student, FrozenDetector(teacher), terms, pkd_weight=1.0).train()
+    plain = model(*batch())
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(*batch())
+    assert isinstance(losses, dict)
+    assert isinstance(plain, dict)
+    for name, loss in losses.items():
+        assert loss.dtype == torch.float32, name
+        assert loss.item() == pytest.approx(plain[name].item(), rel=0.1), name
+    torch.stack(list(losses.values())).sum().backward()
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad and not name.startswith("pyramid.body"):
+            assert parameter.grad is not None, name
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
