@@ -142,7 +142,7 @@ def train(config: TrainConfig) -> None:
     if config.compile:
         student.detector.pyramid.compile()
     model = accelerator.prepare_model(student.model)
-    for line in [*data.describe(), *student.preview()]:
+    for line in [*data.describe(config), *student.preview()]:
         run.log(line)
     run.log(
         f"{steps} steps of {config.batch_size} images ({ranks} processes x {config.accumulate} accumulated), "

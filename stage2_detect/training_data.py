@@ -10,7 +10,7 @@ from stage2_detect.batch_order import repeat_factors
 from stage2_detect.batches import TrainLoader
 from stage2_detect.coco import CocoData, CocoImage, read_coco, require_masks
 from stage2_detect.config import TrainConfig
-from stage2_detect.unlabelled import list_pictures, read_pseudo_labels
+from stage2_detect.unlabelled import labelled_images, list_pictures, read_pseudo_labels
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class TrainingData:
     def steps_per_epoch(self, config: TrainConfig) -> int:
         """Steps that show the labelled images once; what is left of them is dropped."""
         ratio = config.labeled_ratio if self.unlabelled else 1.0
-        return len(self.train.images) // max(1, round(config.batch_size * ratio))
+        return len(self.train.images) // max(1, labelled_images(config.batch_size, ratio))
 
-    def describe(self) -> Iterator[str]:
+    def describe(self, config: TrainConfig) -> Iterator[str]:
         """Lines for the log."""
         yield self.train.describe()
         if self.repeats is not None:
@@ -56,6 +56,15 @@ class TrainingData:
         elif self.unlabelled:
             bad = f"; {len(self.unreadable)} unreadable, first {self.unreadable[0]}" if self.unreadable else ""
             yield f"{len(self.unlabelled)} pictures without annotations{bad}"
+        if self.unlabelled and config.labeled_ratio < 1:
+            labelled = labelled_images(config.batch_size, config.labeled_ratio)
+            split = f"{labelled} labelled + {config.batch_size - labelled} unlabelled images a batch"
+            share = labelled / config.batch_size
+            yield (
+                split
+                if share == config.labeled_ratio
+                else f"{split}: labeled_ratio is {share:.3g}, not {config.labeled_ratio:g}"
+            )
 
 
 def read_training_data(config: TrainConfig) -> TrainingData:

@@ -72,10 +72,15 @@ def read_pseudo_labels(
     return replace(data, images=images), total
 
 
+def labelled_images(batch_size: int, labeled_ratio: float) -> int:
+    """Labelled images of a batch: the whole number nearest to the ratio."""
+    return round(batch_size * labeled_ratio)
+
+
 class MixedOrder:
     """Global batches of labelled images, as `BatchOrder` draws them, followed by unlabelled ones.
 
-    A batch of `batch_size` holds `round(batch_size * labeled_ratio)` labelled images. The others are drawn anew for every step, without
+    A batch of `batch_size` holds `labelled_images(batch_size, labeled_ratio)` labelled ones. The others are drawn anew for every step, without
     repetition, among the pictures of the labelled ones' orientation as far as there are enough, to limit padding. Each micro-batch has its
     share of both, labelled first. Indices from `len(wide)` on are of unlabelled images.
 
@@ -96,7 +101,7 @@ class MixedOrder:
         accumulate: int = 1,
         repeats: np.ndarray | None = None,
     ) -> None:
-        labelled = round(batch_size * labeled_ratio)
+        labelled = labelled_images(batch_size, labeled_ratio)
         self.labelled, self.unlabelled = labelled, batch_size - labelled
         micro = ranks * accumulate
         split = f"{labelled} labelled and {self.unlabelled} unlabelled images of a batch of {batch_size}"

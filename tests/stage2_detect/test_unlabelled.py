@@ -11,7 +11,9 @@ from PIL import Image
 from shared.errors import UserError
 from stage2_detect.batch_order import BatchOrder
 from stage2_detect.batches import TrainLoader, load_record
-from stage2_detect.coco import read_coco
+from stage2_detect.coco import CocoData, read_coco
+from stage2_detect.config import TrainConfig
+from stage2_detect.training_data import TrainingData
 from stage2_detect.unlabelled import MixedOrder, list_pictures, training_order
 
 WIDE = [number % 3 > 0 for number in range(20)]
@@ -183,3 +185,18 @@ def test_an_unreadable_picture_is_replaced_by_one_of_its_own_part(
         assert all("/train/" in record.path for record in batch.records[:2])
         unreadable |= {Path(image.name).name for image in batch.unreadable}
     assert unreadable == {"1.png", "2.jpg", "sideways.jpg"}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "line"),
+    [
+        (0.75, "6 labelled + 2 unlabelled images a batch"),
+        (0.7, "6 labelled + 2 unlabelled images a batch: labeled_ratio is 0.75, not 0.7"),
+        (1.0, "3 pictures without annotations"),
+    ],
+)
+def test_the_log_says_what_a_batch_holds(tmp_path: Path, ratio: float, line: str) -> None:
+    for number in range(3):
+        Image.new("RGB", (40, 30)).save(tmp_path / f"{number}.png")
+    data = TrainingData(CocoData("x.json", True, ("a",), (1,), []), unlabelled=list_pictures(tmp_path)[0])
+    assert list(data.describe(TrainConfig.model_construct(batch_size=8, labeled_ratio=ratio)))[-1] == line
