@@ -12,7 +12,7 @@ import json
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from shared.command import USER_ERROR
 from shared.config import Parser, underscored
 from shared.errors import UserError
 from shared.files import list_images
+from shared.run_dir import write_atomically
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _init(arguments: Namespace) -> None:
     output: Path = arguments.output
-    _check_arguments(arguments)
+    names = _names(arguments)
+    _check_arguments(arguments, names.values())
     statistics = _look_over(arguments)
     train, val = arguments.annotations, arguments.val_annotations
     val_images = arguments.val_images or arguments.images
@@ -53,12 +55,11 @@ def _init(arguments: Namespace) -> None:
         parts = split_content(
             content, share=arguments.val_share, seed=arguments.seed, copies=statistics["train"]["copies"]
         )
-        train, val = (output.with_name(f"{output.stem}_{name}.json") for name in ("train", "val"))
+        train, val = names["train"], names["val"]
         written = {file: json.dumps(part) for file, part in zip((train, val), parts, strict=True)}
         content, images = parts[0], len(parts[0]["images"])
-    listing = None
-    if arguments.unlabeled:
-        listing = output.with_name(f"{output.stem}_train.txt")
+    listing = names.get("listing")
+    if listing:
         written[listing] = "".join(f"{row['file_name']}\n" for row in content["images"])
     probe = ask_torch()
     facts = Facts(
@@ -79,20 +80,26 @@ def _init(arguments: Namespace) -> None:
     written[output] = pipeline_text(output, facts, suggest(facts))
     output.parent.mkdir(parents=True, exist_ok=True)
     for file, text in written.items():  # the YAML file comes last: where it is, everything is
-        file.write_text(text, encoding="utf-8")
+        write_atomically(file, text)
         print(f"wrote {file}")
     print(f"look at it, then: ssld run {shlex.quote(str(output))} --dry-run, --smoke, and without either")
 
 
-def _check_arguments(arguments: Namespace) -> None:
+def _names(arguments: Namespace) -> dict[str, Path]:
+    """Every file that is going to be written."""
+    output: Path = arguments.output
+    names = {"pipeline": output}
+    if not arguments.val_annotations:
+        names |= {part: output.with_name(f"{output.stem}_{part}.json") for part in ("train", "val")}
+    if arguments.unlabeled:
+        names["listing"] = output.with_name(f"{output.stem}_train.txt")
+    return names
+
+
+def _check_arguments(arguments: Namespace, names: Iterable[Path]) -> None:
     output: Path = arguments.output
     if output.suffix not in (".yaml", ".yml"):
         raise UserError(f"--output {output}: give the name of a YAML file, as mine.yaml")
-    names = (
-        [output]
-        if arguments.val_annotations
-        else [output, *(output.with_name(f"{output.stem}_{part}.json") for part in ("train", "val"))]
-    )
     for file in names:
         if file.exists():
             raise UserError(f"{file}: is there already; give another --output, or delete it")

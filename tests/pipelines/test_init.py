@@ -198,3 +198,18 @@ def test_mistakes_leave_nothing(photos: Path, capfd: pytest.CaptureFixture[str])
     assert init.main(good) == 2
     assert "error: mine.yaml: is there already" in capfd.readouterr().err
     assert Path("mine.yaml").read_text() == "# mine\n"
+
+
+def test_no_file_of_yours_is_overwritten(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = ["--images", "photos", "--annotations", "all.json", "--output", "mine.yaml", "--unlabeled", "more photos"]
+    names = ["mine.yaml", "mine_train.json", "mine_val.json", "mine_train.txt"]
+    for name in names:
+        Path(name).write_text("yours")
+        assert init.main(line) == 2
+        assert f"error: {name}: is there already" in capfd.readouterr().err
+        assert [path.name for path in photos.glob("mine*")] == [name]
+        assert Path(name).read_text() == "yours"
+        Path(name).unlink()
+    Path("mine_train.txt").write_text("yours")  # nothing is written there without --unlabeled
+    assert init.main(line[:-2]) == 0
+    assert Path("mine_train.txt").read_text() == "yours"
