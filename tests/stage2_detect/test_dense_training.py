@@ -260,6 +260,8 @@ def test_teachers_that_do_not_fit(
     assert "distill.ld.imitation: the teacher's maps have 16 channels, the student's 24" in message(wide)
     assert f"{teacher_file}: " in (line := message(under(train_settings, "gfl", teacher_file)))
     assert "backbone" in line
+    with pytest.raises(UserError, match="the 2 of the training annotations: only the training annotations has 'long'"):
+        open_teacher(gfl, ["wide", "long"], (8, 16, 32, 64, 128), device=torch.device("cpu"), channels_last=False)
     assert "AP 0.00 on 3 images" in message(under(train_settings, "gfl", gfl, check_ap=1.0))
 
     model = load_detector(retinanet).model
