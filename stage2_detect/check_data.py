@@ -23,7 +23,7 @@ from shared.command import USER_ERROR
 from shared.config import Parser, underscored
 from shared.errors import UserError
 from shared.wording import count
-from stage2_detect.data_findings import LEVELS, Finding, some
+from stage2_detect.data_findings import LEVELS, Finding, is_id, some
 
 if TYPE_CHECKING:
     from stage2_detect.data_pictures import Seen
@@ -61,6 +61,8 @@ def check_data(arguments: Namespace) -> int:
             if finding.level == level:
                 print(line_of(finding))
     if arguments.fix:
+        for check in checks:
+            _check_category_ids(check)
         for check in checks:
             print(_write_copy(check, arguments.fix))
     if arguments.report:
@@ -165,12 +167,14 @@ def _compare_classes(train: "FileCheck", val: "FileCheck") -> None:
         return
     ids = set(val.class_of)
     for index, row in enumerate(val.content["categories"]):
-        if row.get("name") in renamed:
+        if not isinstance(row.get("name"), str):
+            continue
+        if row["name"] in renamed:
             val.repair.category_values[index] = {"name": renamed[row["name"]]}
-        elif row.get("name") in extra:
+        elif row["name"] in extra:
             val.repair.drop_categories.add(index)
     for row in train.content["categories"]:
-        if row.get("name") in missing and row["name"] not in renamed.values():
+        if is_id(row.get("id")) and row.get("name") in missing and row["name"] not in renamed.values():
             new: Any = row["id"]
             while new in ids:
                 new = new + 1 if isinstance(new, int) else f"{new}_"
@@ -221,6 +225,15 @@ def _compare_pictures(
             train.add(
                 "warning",
                 f"{count(len(near), 'pair')} of pictures alike here and in {val.file.name} ({shown}): look at them",
+            )
+
+
+def _check_category_ids(check: "FileCheck") -> None:
+    """Which annotations are whose cannot be guessed."""
+    for index, row in enumerate(check.content["categories"]):
+        if index not in check.repair.drop_categories and not is_id(row.get("id")):
+            raise UserError(
+                f"no cleaned copy: {check.file}: number {index + 1} of the categories has no id that is a number or a text; give it one"
             )
 
 

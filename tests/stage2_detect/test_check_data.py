@@ -136,6 +136,34 @@ def test_faults_are_found_where_training_stops_and_mended(data: DataSet, damage:
     assert len(kept.images) >= 11
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda row: row.pop("id"), lambda row: row.update(id=[1]), lambda row: row.update(id=None)]
+)
+def test_no_cleaned_copy_without_ids_of_categories(
+    data: DataSet, damage: Callable[[Content], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = data.read()
+    damage(content["categories"][1])
+    data.write(content)
+    with pytest.raises(UserError):
+        read_coco(data.folder / "train.json", data.folder / "train", training=True)
+    places = ["--annotations", str(data.folder / "train.json"), "--images", str(data.folder / "train")]
+    assert main([*places, "--fix", str(data.folder / "clean")]) == 2
+    out, err = capsys.readouterr()
+    assert "without id or name: training stops" in out
+    assert err.startswith(f"error: no cleaned copy: {data.folder / 'train.json'}: number 2 of the categories has no id")
+    assert err.count("\n") == 1
+    assert not (data.folder / "clean").exists()
+    content["categories"][1]["id"] = 7
+    data.write(content)
+    data.write(data.read("val") | {"categories": [{"name": "wide"}, {"id": 7, "name": "tall"}]}, "val")
+    val = ["--val_annotations", str(data.folder / "val.json"), "--val_images", str(data.folder / "val")]
+    assert main([*places, *val, "--fix", str(data.folder / "clean")]) == 2
+    assert not (data.folder / "clean").exists()  # neither of the two
+    data.write(data.read("val") | {"categories": [{"id": 3, "name": ["wide"]}, {"id": 7, "name": "Tall"}]}, "val")
+    assert main([*places, *val]) == 1  # a list as a name is a fault, no accident
+
+
 def test_cleaned_copy_keeps_what_is_sound(data: DataSet) -> None:
     content = data.read()
     rows, images = content["annotations"], content["images"]
