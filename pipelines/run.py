@@ -28,6 +28,7 @@ from shared.command import STOPPED, USER_ERROR
 from shared.config import Parser, did_you_mean
 from shared.errors import UserError
 from shared.run_dir import read_result
+from shared.wording import count
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,7 +103,7 @@ def _closing_line(plan: list[Planned], seconds: float) -> str:
     recorded = sum((read_result(planned.stage.run) or {}).get("seconds", 0) for planned in plan)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     memory = f"; largest process {peak:.1f} GB" if peak else ""
-    return f"{len(plan)} stages: {recorded / 60:.1f} min of work, {seconds / 60:.1f} min in this run{memory}"
+    return f"{count(len(plan), 'stage')}: {recorded / 60:.1f} min of work, {seconds / 60:.1f} min in this run{memory}"
 
 
 def _print_plan(plan: list[Planned], doomed: list[Path], output: Path) -> None:
@@ -119,8 +120,8 @@ def _print_plan(plan: list[Planned], doomed: list[Path], output: Path) -> None:
             print(f"    changed since the last start: {note}")
         print(f"    {shlex.join(command_line(stage))}")
     known = [size for size in disk.values() if size is not None]
-    more = "" if len(known) == len(disk) else f", and {len(disk) - len(known)} stages of unknown size"
-    print(f"{len(plan)} stages in {output}: {disk_text(sum(known))}{more}; data sets not counted")
+    more = "" if len(known) == len(disk) else f", and {count(len(disk) - len(known), 'stage')} of unknown size"
+    print(f"{count(len(plan), 'stage')} in {output}: {disk_text(sum(known))}{more}; data sets not counted")
 
 
 def _without_variables(argv: list[str]) -> list[str]:

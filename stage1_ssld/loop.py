@@ -156,7 +156,9 @@ def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> 
     )
     run.log(f"recipe {config.recipe or 'of flags alone'}; all settings are in {run.path / 'config.yaml'}")
     run.log(config.describe_keeping())
-    run.log(f"{device}, {config.precision}, {torch.get_num_threads()} threads, {config.workers} workers")
+    run.log(
+        f"{device}, {config.precision}, {count(torch.get_num_threads(), 'thread')}, {count(config.workers, 'worker')}"
+    )
     if resumed:
         run.log(resumed)
 
@@ -259,7 +261,7 @@ def _preview(
     passes = f"{images} images, {seen / images:.1f} passes" if images else "a stream of unknown length"
     yield (
         f"{count(len(config.data.train), 'source')}, {passes}: {steps} steps of {config.batch_size} images "
-        f"({ranks} processes x {config.accumulate} accumulated)"
+        f"({count(ranks, 'process')} x {config.accumulate} accumulated)"
     )
 
 

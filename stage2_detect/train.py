@@ -46,6 +46,7 @@ def train(config: TrainConfig) -> None:
     from shared.run_dir import RunDir
     from shared.stop import StopRequest
     from shared.training_state import TrainingState
+    from shared.wording import count
     from stage2_detect import expected
     from stage2_detect.evaluation_files import write_evaluation
     from stage2_detect.largest_batch import whole_step
@@ -145,7 +146,7 @@ def train(config: TrainConfig) -> None:
     for line in [*data.describe(config), *student.preview()]:
         run.log(line)
     run.log(
-        f"{steps} steps of {config.batch_size} images ({ranks} processes x {config.accumulate} accumulated), "
+        f"{steps} steps of {config.batch_size} images ({count(ranks, 'process')} x {config.accumulate} accumulated), "
         f"{steps / steps_per_epoch:.1f} passes, lr {base_lr:g} = {config.optim.lr:g} scaled from batch {config.optim.reference_batch} "
         f"to {config.batch_size}, warm-up {warmup_steps} steps, milestones {milestones}"
     )
@@ -153,7 +154,9 @@ def train(config: TrainConfig) -> None:
         run.log(f"milestones: all of them lie beyond the {steps} steps, so the learning rate never drops")
     run.log(f"recipe {config.recipe or 'of flags alone'}; all settings are in {run.path / 'config.yaml'}")
     run.log(config.describe_keeping())
-    run.log(f"{device}, {config.precision}, {torch.get_num_threads()} threads, {config.workers} workers")
+    run.log(
+        f"{device}, {config.precision}, {count(torch.get_num_threads(), 'thread')}, {count(config.workers, 'worker')}"
+    )
     if resumed:
         run.log(resumed)
 
