@@ -61,6 +61,7 @@ class Segments:
     def __init__(self, kept: Path, folder: str, names: Sequence[str], category_ids: Sequence[Id]) -> None:
         self.folder, self.names = folder, list(names)
         self._kept, self._category_ids = kept, category_ids
+        self._there: dict[str, int] = {}  # segments of each video, so that writing looks at no earlier one again
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """Those of a video that are there. Raises UserError where one is of another video."""
@@ -86,7 +87,9 @@ class Segments:
 
     def write(self, name: str, frames: Sequence[tuple[FrameOf, Detections, float]], *, last: bool, error: str) -> None:
         """Write the next segment of a video; `error` is why it ends before its end, if it does."""
-        number = len(self.read(name))
+        number = self._there.get(name, 0)
+        while self._file(name, number).exists():
+            number += 1
         found = [
             [one.frame.number, list(result_rows(0, seen, self._category_ids))] for one, seen, _ in frames if len(seen.scores_N)
         ]  # fmt: skip
@@ -101,6 +104,7 @@ class Segments:
         }
         self._kept.mkdir(exist_ok=True)
         write_atomically(self._file(name, number), json.dumps(content, allow_nan=False))
+        self._there[name] = number + 1
 
     def content(
         self, name: str, video_id: int, ids_before: int

@@ -19,7 +19,7 @@ from stage2_detect.drawing import draw_objects
 from stage2_detect.models.batch import Detections
 from stage2_detect.picture_batches import ahead
 from stage2_detect.video import Frame, VideoFile, is_video, read_frames
-from stage2_detect.video_prediction import Segments
+from stage2_detect.video_prediction import FrameOf, Segments
 
 Line = Callable[..., list[str]]
 SECONDS = [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4]  # a frame is missing in the middle
@@ -259,6 +259,30 @@ def test_a_killed_run_goes_on_in_the_middle_of_a_video(
     one, two = ((tmp_path / name / "predictions.json").read_bytes() for name in ("seen", "whole"))
     assert one == two
     assert not (run / "parts").exists()
+
+
+def test_writing_a_segment_reads_no_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long video would take time that grows with the square of its length."""
+    empty = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    names = ["a.mp4", "b.mp4"]
+
+    def write(segments: Segments, name: str, first: int, count: int, *, last: bool) -> None:
+        pixels = np.zeros((2, 2, 3), dtype=np.uint8)
+        frames = [(FrameOf(name, Frame(n, n / 10, pixels), 2, 2), empty, 0.0) for n in range(first, first + count)]
+        segments.write(name, frames, last=last, error="")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", lambda *_, **__: pytest.fail("read"))
+        segments = Segments(tmp_path / "parts", "videos", names, [1])
+        for number in range(4):
+            write(segments, "a.mp4", 3 * number, 3, last=False)
+            write(segments, "b.mp4", number, 1, last=False)
+        write(Segments(tmp_path / "parts", "videos", names, [1]), "a.mp4", 12, 2, last=True)  # after a new start
+    assert len(list((tmp_path / "parts").iterdir())) == 9
+    assert segments.begun("a.mp4") is None
+    assert segments.begun("b.mp4") == 4
+    _, frames, _, _ = segments.content("a.mp4", 1, 0)
+    assert [frame["seconds"] for frame in frames] == [n / 10 for n in range(14)]
 
 
 def test_masks_on_a_video(call: Callable[..., int], line: Line, clip: Path, mask_file: Path, tmp_path: Path) -> None:
