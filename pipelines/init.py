@@ -136,7 +136,13 @@ def parser() -> Parser:
     )
     parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the annotated photos")
     parser.add_argument("--annotations", type=Path, required=True, metavar="JSON", help="their COCO JSON")
-    parser.add_argument("--output", type=Path, required=True, metavar="YAML", help="the pipeline to write")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("pipeline.yaml"),
+        metavar="YAML",
+        help="the pipeline to write (pipeline.yaml)",
+    )
     parser.add_argument(
         "--unlabeled", type=Path, metavar="DIR", help="folder of photos without annotations: SSLD learns from them"
     )

@@ -213,3 +213,10 @@ def test_no_file_of_yours_is_overwritten(photos: Path, capfd: pytest.CaptureFixt
     Path("mine_train.txt").write_text("yours")  # nothing is written there without --unlabeled
     assert init.main(line[:-2]) == 0
     assert Path("mine_train.txt").read_text() == "yours"
+
+
+def test_a_name_need_not_be_given(photos: Path) -> None:
+    assert init.main(["--images", "photos", "--annotations", "all.json"]) == 0
+    names = {path.name for path in photos.iterdir() if path.is_file()}
+    assert names == {"all.json", "pipeline.yaml", "pipeline_train.json", "pipeline_val.json"}
+    assert yaml.safe_load(Path("pipeline.yaml").read_text())["output"] == "runs/pipeline"
