@@ -1,12 +1,13 @@
 """How many images a pass fit into memory, tried before a run on the largest images it will see.
 
-The batch of a step stays what it was: what is found is in how many passes (`accumulate`) it is taken. The first process's finding is kept in the run
-directory, so that a run goes on with it.
+The batch of a step stays what it was: what is found is in how many passes (`accumulate`) it is taken. The finding is kept in the run directory, so
+that a run goes on with it; where it was too few after all, the next start looks for more.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from shared.errors import UserError, is_out_of_memory
 from shared.ranks import alone, any_rank, from_main_rank
 from shared.run_dir import RunDir, write_atomically
 
+FILE = "auto_batch.json"
 RESERVE = 0.08  # share of a GPU's memory that a trial leaves free: what fragments, and what another process takes
 
 
@@ -38,21 +40,37 @@ def find_passes(
     """
     if batch_size % ranks:
         raise UserError(f"batch_size {batch_size} is not a multiple of {ranks} processes")
-    file = run.path / "auto_batch.json"
-    found = from_main_rank(json.loads(file.read_text(encoding="utf-8")) if run.main and file.exists() else None)
-    if not found or found["processes"] != ranks:
+    found = from_main_rank(_read(run.path) if run.main else {})
+    if found.get("processes") != ranks or "accumulate" not in found:
+        too_few = found.get("too_few", 0) if found.get("processes") == ranks else 0
         with _put_back(networks, optimizer):
-            found = {"accumulate": _fewest_passes(batch_size // ranks, attempt, device), "processes": ranks}
+            passes = _fewest_passes(batch_size // ranks, attempt, device, too_few=too_few)
+        found = {"accumulate": passes, "processes": ranks}
         if run.main:
-            write_atomically(file, json.dumps(found) + "\n")
+            write_atomically(run.path / FILE, json.dumps(found) + "\n")
     passes = int(found["accumulate"])
     images = batch_size // ranks // passes
     run.log(f"auto_batch: {images} of {batch_size} images a process and pass fit, so accumulate is {passes}")
     return passes
 
 
-def _fewest_passes(images: int, attempt: Callable[[int], None], device: torch.device) -> int:
-    for passes in range(1, images + 1):
+def was_too_few(run: Path) -> bool:
+    """Note that a run with `auto_batch` ran out of memory all the same; whether it was one."""
+    found = _read(run)
+    if "accumulate" not in found:
+        return bool(found)
+    note = {"too_few": found["accumulate"], "processes": found["processes"]}
+    write_atomically(run / FILE, json.dumps(note) + "\n")
+    return True
+
+
+def _read(run: Path) -> dict[str, int]:
+    file = run / FILE
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+
+
+def _fewest_passes(images: int, attempt: Callable[[int], None], device: torch.device, *, too_few: int) -> int:
+    for passes in range(too_few + 1, images + 1):
         if images % passes == 0 and not any_rank(not _fits(attempt, images // passes, device)):
             return passes
     raise UserError(

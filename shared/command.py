@@ -19,10 +19,11 @@ _HINTS = {
     errno.EROFS: "give another --output",
     errno.EACCES: "check its permissions, or give another --output",
 }
-_SMALLER = (
-    "Set --auto_batch true, which takes the same batch in as many passes as fit (or --accumulate 2, 4, ...), smaller images, "
-    "--precision bf16, or, in evaluation, a smaller batch"
+_PASSES = (
+    "The run goes on with --auto_batch true, which takes the same batch in as many passes as fit, or with --accumulate 2, 4, ... "
+    "(in evaluation with a smaller --val_batch_size); smaller images or --precision bf16 are another run"
 )
+_MORE_PASSES = "auto_batch found too few passes: the same command tries more of them"
 
 
 def run_command(
@@ -56,12 +57,25 @@ def run_command(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return _report(f"out of memory: {str(error).splitlines()[0]} {_SMALLER}", rank, processes, output)
+        return _report(_out_of_memory(error, rank, output), rank, processes, output)
+    except KeyboardInterrupt:
+        if rank == 0:
+            print("stopped; the same command begins again, and goes on from what it has written", file=sys.stderr)
+        return STOPPED
     except Stopped as error:
         if rank == 0:
             print(f"stopped: {error}; the same command goes on from there", file=sys.stderr)
         return STOPPED
     return 0
+
+
+def _out_of_memory(error: BaseException, rank: int, output: Path | None) -> str:
+    from shared.auto_batch import was_too_few
+
+    found = rank == 0 and output is not None and was_too_few(output)
+    return (
+        f"out of memory: {(str(error).splitlines() or ['no more to be had'])[0]} {_MORE_PASSES if found else _PASSES}"
+    )
 
 
 def _report(message: str, rank: int, processes: int, output: Path | None) -> int:

@@ -8,7 +8,6 @@ import difflib
 import json
 import os
 import re
-import types
 import typing
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
@@ -25,15 +24,19 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from shared.config_help import HelpAction
+from shared.config_help import HelpAction, models_in
 from shared.errors import UserError
+from shared.flags import with_values
 
 # A run is the same run whatever these say: where it writes, how fast it goes, how much it tells.
 NOT_IDENTITY = frozenset(
     {"output", "resume", "workers", "threads", "log_every", "trackers", "device", "cache_annotations"}
 )
 # These may change between two starts of one run: the change is printed.
-MAY_CHANGE = frozenset({"steps", "train_epochs", "train_images", "save_every", "keep_checkpoints", "evaluate_every"})
+MAY_CHANGE = frozenset(
+    {"steps", "train_epochs", "train_images", "save_every", "keep_checkpoints", "evaluate_every"}
+    | {"accumulate", "auto_batch", "val_batch_size"}  # what a run that ran out of memory goes on with; its batch stays
+)
 
 
 class Config(BaseModel):
@@ -171,7 +174,7 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
     `--config FILE` and its bases come first, flags on top; `--print-config` prints the result as YAML and exits. Raises UserError with one line per
     wrong key.
     """
-    argv = [underscored(word) for word in argv]
+    argv = with_values(config_type, [underscored(word) for word in argv])
     parser = _bare_parser(config_type, program)
     try:
         flags = CliSettingsSource[ArgumentParser](config_type, cli_parse_args=list(argv), root_parser=parser)()
@@ -336,15 +339,5 @@ def _known_keys(model: Any, location: tuple[Any, ...]) -> list[str]:
     models = [model]
     for part in location:
         inner = [m.model_fields[part].annotation for m in models if part in m.model_fields] or list(models)
-        models = [m for annotation in inner for m in _models_in(annotation)]
+        models = [m for annotation in inner for m in models_in(annotation)]
     return [name for m in models for name in m.model_fields]
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if (
-        isinstance(annotation, type)
-        and not isinstance(annotation, types.GenericAlias)
-        and issubclass(annotation, BaseModel)
-    ):
-        return [annotation]
-    return [m for inner in typing.get_args(annotation) for m in _models_in(inner)]

@@ -124,7 +124,7 @@ def _stands_alone(key: str, config_type: type[BaseModel] | None) -> bool:
         fields = [model.model_fields[part] for model in models if model is not None and part in model.model_fields]
         if any(not field.is_required() for field in fields):
             return False
-        models = [inner for field in fields for inner in _models_in(field.annotation)]
+        models = [inner for field in fields for inner in models_in(field.annotation)]
     return True
 
 
@@ -140,7 +140,7 @@ def _groups(config_type: type[BaseModel] | None, by_key: dict[str, argparse.Acti
                 inner
                 for model in models
                 if part in model.model_fields
-                for inner in _models_in(model.model_fields[part].annotation)
+                for inner in models_in(model.model_fields[part].annotation)
             ]
         if models:
             about = (models[0].__doc__ or "").strip().splitlines()[0].rstrip(".")
@@ -148,7 +148,8 @@ def _groups(config_type: type[BaseModel] | None, by_key: dict[str, argparse.Acti
     return found
 
 
-def _models_in(annotation: typing.Any) -> list[type[BaseModel]]:
+def models_in(annotation: typing.Any) -> list[type[BaseModel]]:
+    """The models in an annotation, looking through Optional, unions and lists."""
     if isinstance(annotation, type) and not typing.get_args(annotation) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for inner in typing.get_args(annotation) for model in _models_in(inner)]
+    return [model for inner in typing.get_args(annotation) for model in models_in(inner)]

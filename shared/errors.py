@@ -13,7 +13,11 @@ class Stopped(Exception):
     """The run was asked to stop by a signal, has written a checkpoint and can go on; the command exits with code 143."""
 
 
+# What libraries say near the limit, in a plain RuntimeError.
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a GPU's memory, or the machine's, is used up."""
     named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)  # torch's, without importing it
-    return named or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    return named or isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)

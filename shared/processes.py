@@ -1,5 +1,6 @@
 """The processes of a run: accelerate's process group, device, precision and trackers, as both stages use them."""
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -22,11 +23,14 @@ def start_processes(config: TrainingConfig) -> Accelerator:
     """Join the process group (if launched with several processes) and set up device and precision.
 
     Only the student or detector is ever prepared by it: schedules, loaders, checkpoints and the teacher are ours.
-    Raises UserError for fp16 without an accelerator.
+    Raises UserError for fp16 without an accelerator, and for a tracker that is not installed.
     """
     cpu = not uses_gpu(config.device)
     if cpu and config.precision == "fp16":
         raise UserError("precision: fp16 needs a GPU; use bf16 or fp32")
+    for name in config.trackers:  # accelerate leaves out those it does not find
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"trackers: {name} is not installed; pip install {name}, or leave it out")
     trackers: list[Any] = list(config.trackers)
     return Accelerator(
         cpu=cpu,

@@ -26,7 +26,7 @@ class Progress:
     """
 
     def __init__(self, run: RunDir, device: torch.device) -> None:
-        self._waited = 0.0
+        self._waited = self._paused = 0.0
         self._run, self._device = run, device
         self._print = run.write
         self._start = self._read_step = self._step = self._steps = 0
@@ -50,6 +50,13 @@ class Progress:
         since = time.perf_counter()
         yield
         self._waited += time.perf_counter() - since
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Around what is no training: an evaluation, a checkpoint. Rates and shares are without it, `seconds` and the time left are not."""
+        since = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - since
 
     def step(self) -> None:
         """A step is done. After the first few a line says how long the run will take, where the log says nothing yet."""
@@ -80,13 +87,14 @@ class Progress:
         `memory_gb` is the device's (what tensors took) on a GPU, else the process's.
         """
         now = time.perf_counter()
-        seconds, self._read_time = max(now - self._read_time, 1e-9), now
+        seconds, self._read_time = now - self._read_time, now
+        training, self._paused = max(seconds - self._paused, 1e-9), 0.0
         steps, self._read_step = self._step - self._read_step, self._step
-        share, self._waited = min(1.0, self._waited / seconds), 0.0
+        share, self._waited = min(1.0, self._waited / training), 0.0
         return {
             "seconds": round(seconds, 3),
             "data_wait": round(share, 3),
-            "images_per_second": round(steps * images / seconds, 2),
+            "images_per_second": round(steps * images / training, 2),
             "memory_gb": round(greatest_memory(self._device) / 2**30, 2),
         }
 

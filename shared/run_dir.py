@@ -187,7 +187,7 @@ class RunDir:
 
     def _holds_work(self) -> bool:
         """Whether a run got further than its start here: one refused for a mistake may begin again with other settings."""
-        records = {"config.yaml", "environment.json", "log.txt", "error.json"}
+        records = {"config.yaml", "environment.json", "log.txt", "error.json", "auto_batch.json"}
         return any(not entry.name.startswith(".") and entry.name not in records for entry in self.path.iterdir())
 
     def _refuse_other_run(self) -> list[str]:

@@ -98,6 +98,10 @@ class TrainingState:
         """Write a checkpoint, all ranks together; raises UserError first if a loss since the last one was not finite."""
         self.watch.check()
         self.quarantine.write()
+        with self.progress.pausing():
+            self._write(step)
+
+    def _write(self, step: int) -> None:
         if self.accelerator.is_main_process:
             tensors, values = optimizer_part(self.optimizer)
             parts = {name: network.state_dict() for name, network in self.networks.items()}

@@ -41,9 +41,11 @@ def whole_step(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         net = student.evaluated.eval()
+        shape = (min(config.batch_size, EVALUATED), 3, size, size)
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            net(pixels[:EVALUATED])
+            net(pixels)
             if guidance.teacher:
-                guidance.teacher(pixels[:EVALUATED])
+                guidance.teacher(pixels)
 
     return attempt

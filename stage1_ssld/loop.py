@@ -163,7 +163,8 @@ def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> 
         run.log(resumed)
 
     # ---- the loop
-    step, enough = start, _enough(config, state)
+    step, scored, enough = start, -1, _enough(config, state)
+    metrics: dict[str, float] = {}
     with (
         StopRequest() as stop,
         state.progress.begin(start, steps) as progress,
@@ -210,7 +211,9 @@ def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> 
             if step % config.log_every == 0 or step == steps:
                 state.log(step, optimizer.param_groups[0]["lr"])
             if config.evaluate_every and step % config.evaluate_every == 0 and step < steps:
-                keep_best(evaluate_now())
+                with progress.pausing():
+                    metrics, scored = evaluate_now(), step
+                    keep_best(metrics)
                 enough = _enough(config, state)
             stopping = stop.agreed() and step < steps
             if step % config.save_every == 0 or step == steps or stopping or enough:
@@ -221,9 +224,10 @@ def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> 
     # ---- finish
     if enough:
         run.log(f"step {step}: {state.stale} evaluations in a row without a better one: enough (patience)")
-    metrics = evaluate_now()
-    if config.evaluate_every:
-        keep_best(metrics)
+    if scored != step:
+        metrics = evaluate_now()
+        if config.evaluate_every:
+            keep_best(metrics)
     file = run.path / f"{export}.safetensors"
     save_network(file, metrics)
     accelerator.end_training()

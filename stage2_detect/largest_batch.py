@@ -1,13 +1,14 @@
 """The step that needs the most memory: the largest images a run may see, each with the objects of the image that has the most. What `auto_batch`
 tries."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from stage2_detect.augment import fit_view
 from stage2_detect.batches import PAD_MULTIPLE, masks_of
+from stage2_detect.coco import CocoImage
 from stage2_detect.config import TrainConfig
 from stage2_detect.models.batch import ImageBatch, Targets
 from stage2_detect.models.inference import for_inference
@@ -26,14 +27,17 @@ def whole_step(
 ) -> Callable[[int], None]:
     """A function of a number of images: forward pass (under the teacher, if there is one), backward pass, optimizer step, evaluation of a batch."""
     resize = config.resize
-    high, wide = largest_canvas(data, max(resize.train_short_sides), resize.train_long_side)
+    high, wide = largest_canvas(
+        [*data.train.images, *data.unlabelled], max(resize.train_short_sides), resize.train_long_side
+    )
     if config.augment.large_scale_jitter:
         high = wide = resize.train_long_side
     crowd = max(data.train.images, key=lambda record: len(record.labels_N))
     view = fit_view(
         crowd.height, crowd.width, short_side=max(resize.train_short_sides), max_long=resize.train_long_side
     )
-    val_high, val_wide = largest_canvas(data, resize.val_short_side, resize.val_long_side)
+    shown = data.val.images if data.val else []
+    val_high, val_wide = largest_canvas(shown, resize.val_short_side, resize.val_long_side)
 
     def attempt(images: int) -> None:
         targets = Targets(
@@ -56,11 +60,11 @@ def whole_step(
     return attempt
 
 
-def largest_canvas(data: TrainingData, short_side: int, long_side: int) -> tuple[int, int]:
-    """(height, width) that hold every image of the run at this size: wide and high ones may meet in a batch."""
-    sizes = {(record.height, record.width) for record in [*data.train.images, *data.unlabelled]}
+def largest_canvas(records: Sequence[CocoImage], short_side: int, long_side: int) -> tuple[int, int]:
+    """(height, width) that hold each of these images at this size: wide and high ones may meet in a batch."""
+    sizes = {(record.height, record.width) for record in records}
     views = [fit_view(*size, short_side=short_side, max_long=long_side) for size in sizes]
-    return max(view.height for view in views), max(view.width for view in views)
+    return max((view.height for view in views), default=0), max((view.width for view in views), default=0)
 
 
 def _noise(images: int, high: int, wide: int, device: torch.device) -> ImageBatch:

@@ -205,8 +205,9 @@ def train(config: TrainConfig) -> None:
             if step % config.log_every == 0 or step == steps:
                 state.log(step, base_lr * factor)
             if config.evaluate_every and step % config.evaluate_every == 0 and step < steps:
-                metrics, scored = evaluate_now(), step
-                keep_best(metrics)
+                with progress.pausing():
+                    metrics, scored = evaluate_now(), step
+                    keep_best(metrics)
             stopping = stop.agreed() and step < steps
             if step % config.save_every == 0 or step == steps or stopping or enough():
                 state.save(step)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from shared.backbones import Classifier
+from shared.errors import is_out_of_memory
 from stage1_ssld.distill import main as distill
 
 Settings = dict[str, Any]
@@ -60,6 +61,79 @@ def test_not_even_one_image(
     assert not (tmp_path / "run" / "auto_batch.json").exists()
 
 
+def test_too_few_passes_after_all(
+    arguments: Arguments,
+    distill_settings: Settings,
+    call: Call,
+    tmp_path: Path,
+    small_memory: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A later step that does not fit although the trial did: the next start goes on with more passes."""
+    settings = distill_settings | {"auto_batch": True}
+    small_memory(Classifier, 8)
+    assert call(distill, arguments(settings | {"steps": 2})) == 0
+    small_memory(Classifier, 3)
+    assert call(distill, arguments(settings)) == 2
+    assert capsys.readouterr().err == (
+        "error: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. auto_batch found too few passes: the same command tries more of them\n"
+    )
+    sizes = small_memory(Classifier, 3)
+    assert call(distill, arguments(settings)) == 0
+    assert sizes == [4, 2, *[2] * 4 * 4]
+
+
+def test_a_run_without_memory_goes_on_in_more_passes(
+    arguments: Arguments,
+    distill_settings: Settings,
+    call: Call,
+    tmp_path: Path,
+    small_memory: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert call(distill, arguments(distill_settings | {"steps": 2})) == 0
+    small_memory(Classifier, 4)
+    assert call(distill, arguments(distill_settings)) == 2
+    capsys.readouterr()
+    sizes = small_memory(Classifier, 4)
+    assert call(distill, arguments(distill_settings, "run", "--accumulate", "2")) == 0
+    assert "changed since the last start: accumulate: 1 -> 2" in capsys.readouterr().out
+    assert sizes == [4] * 2 * 4
+
+
+def test_the_trial_evaluates_as_many_images_as_the_run(
+    arguments: Arguments, distill_settings: Settings, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+    forward = Classifier.forward
+
+    def watched(self: Classifier, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            shapes.append(tuple(pixels_BCHW.shape))
+        return forward(self, pixels_BCHW)
+
+    monkeypatch.setattr(Classifier, "forward", watched)
+    assert call(distill, arguments(distill_settings | {"auto_batch": True})) == 0
+    tried = next(shape for shape in shapes if shape[0] == distill_settings["batch_size"])
+    assert all(shape[0] <= tried[0] and shape[2] * shape[3] <= tried[2] * tried[3] for shape in shapes)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("x"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error: BaseException, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
 def test_out_of_memory_says_what_to_set(
     arguments: Arguments,
     distill_settings: Settings,
@@ -70,8 +144,9 @@ def test_out_of_memory_says_what_to_set(
     small_memory(Classifier, 4)
     assert call(distill, arguments(distill_settings)) == 2
     assert capsys.readouterr().err == (
-        "error: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. Set --auto_batch true, which takes the same batch in as many "
-        "passes as fit (or --accumulate 2, 4, ...), smaller images, --precision bf16, or, in evaluation, a smaller batch\n"
+        "error: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. The run goes on with --auto_batch true, which takes the "
+        "same batch in as many passes as fit, or with --accumulate 2, 4, ... (in evaluation with a smaller --val_batch_size); smaller images or "
+        "--precision bf16 are another run\n"
     )
 
 

@@ -83,3 +83,8 @@ def test_under_a_launcher_the_line_is_left_in_the_folder_and_the_main_ranks_wins
     assert run(UserError("worse")) == 2
     assert capsys.readouterr().err == "error: worse\n"
     assert json.loads((tmp_path / "o" / "error.json").read_text()) == {"error": "worse", "exit_code": 2}
+
+
+def test_ctrl_c_outside_training_is_no_traceback(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(KeyboardInterrupt()) == 143
+    assert capsys.readouterr().err == "stopped; the same command begins again, and goes on from what it has written\n"

@@ -4,7 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -279,3 +279,33 @@ def test_who_is_to_blame(text: str, flags: tuple[str, ...], message: str, tmp_pa
     line = str(caught.value).replace(str(tmp_path / "c.yaml"), "FILE")
     assert line.startswith(message)
     assert "\n" not in line
+
+
+class _Inner(Config):
+    on: bool = False
+
+
+class _Switches(CommandConfig):
+    loud: bool = False
+    maybe: bool | None = None
+    name: str = ""
+    inner: _Inner = _Inner()
+
+
+@pytest.mark.parametrize(
+    ("flags", "values"),
+    [
+        (["--loud"], {"loud": True}),
+        (["--loud", "--name", "x"], {"loud": True, "name": "x"}),
+        (["--loud", "false", "--maybe"], {"loud": False, "maybe": True}),
+        (["--loud=false", "--inner.on"], {"loud": False, "inner": {"on": True}}),
+    ],
+)
+def test_a_switch_may_stand_alone(flags: list[str], values: dict[str, Any]) -> None:
+    config = parse_config(_Switches, ["--output", "o", *flags], program="test.py")
+    assert {key: dump(config)[key] for key in values} == values
+
+
+def test_a_value_is_missing_elsewhere() -> None:
+    with pytest.raises(UserError, match="expected one argument"):
+        parse_config(_Switches, ["--output", "o", "--name", "--loud"], program="test.py")

@@ -66,6 +66,22 @@ def test_numbers_follow_from_the_clock(clock: Clock, run: Any) -> None:
     assert run.lines == []
 
 
+def test_evaluations_do_not_count_as_training(clock: Clock, run: Any) -> None:
+    state = Progress(run, torch.device("cpu"))
+    with state.begin(0, 10):
+        for _ in range(4):
+            with state.waiting():
+                clock.now += 1
+            clock.now += 1
+            state.step()
+        with state.pausing():
+            clock.now += 100
+        numbers = state.read(images=8)
+    assert numbers["seconds"] == 108
+    assert numbers["images_per_second"] == 4
+    assert numbers["data_wait"] == 0.5
+
+
 def test_a_long_silence_begins_with_an_estimate(clock: Clock, run: Any) -> None:
     state = Progress(run, torch.device("cpu"))
     with state.begin(0, 1000):

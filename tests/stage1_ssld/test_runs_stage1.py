@@ -1,5 +1,6 @@
 """One stage-1 run directory over several starts: finished, refused, extended, begun again."""
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -87,3 +88,16 @@ def test_tensorboard(arguments: Arguments, distill_settings: Settings, call: Cal
     for _ in range(2):
         assert call(distill, arguments(distill_settings | {"trackers": ["tensorboard"]})) == 0
     assert len(list((tmp_path / "run").rglob("events.out.tfevents*"))) >= 1
+
+
+def test_a_tracker_that_is_not_installed_is_no_silence(
+    arguments: Arguments,
+    distill_settings: Settings,
+    call: Call,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "wandb" else find(name, *more))
+    assert call(distill, arguments(distill_settings | {"trackers": ["wandb"]})) == 2
+    assert "error: trackers: wandb is not installed; pip install wandb, or leave it out" in capsys.readouterr().err

@@ -33,17 +33,17 @@ def test_a_detector_takes_the_passes_that_fit(
 def test_the_trial_is_as_large_as_the_largest_batch(
     train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No training batch has more pixels, or more objects, than the batch that was tried first."""
-    seen: list[tuple[int, int]] = []
+    """No batch of training or evaluation is higher or wider than the one that was tried first."""
+    seen: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
     forward = TimmPyramid.forward
 
     def watched(self: TimmPyramid, pixels_BCHW: Tensor) -> Any:
-        if self.training:
-            seen.append((pixels_BCHW.shape[2], pixels_BCHW.shape[3]))
+        seen[self.training].append((pixels_BCHW.shape[2], pixels_BCHW.shape[3]))
         return forward(self, pixels_BCHW)
 
     monkeypatch.setattr(TimmPyramid, "forward", watched)
     assert call(train.main, arguments(train_settings | {"auto_batch": True})) == 0
-    (high, wide), *others = seen
-    assert len(others) == 6
-    assert all(h <= high and w <= wide for h, w in others)
+    assert len(seen[True]) == 1 + 6
+    for (high, wide), *others in seen.values():
+        assert others
+        assert all(h <= high and w <= wide for h, w in others)
