@@ -1,7 +1,6 @@
 """What `ssld doctor` says about a pipeline or the settings of one command: do they hold together, is everything there, do they fit this machine?
 
-A file of settings is told by its keys: `stages` make a pipeline, `data.train_annotations` a detector, `student` a distillation, `model` a teacher.
-Does not import torch.
+A file of settings is told by its keys: `stages` make a pipeline, others belong to the command whose settings have them. Does not import torch.
 """
 
 import importlib.util
@@ -9,18 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipelines.config import CommandName
 from pipelines.disk import disk_bytes
 from pipelines.machine import Level, Line, cores
 from pipelines.plan import make_plan
-from pipelines.stages import build_stages, read_pipeline
-from shared.config import CommandConfig, parse_config, read_recipe
+from pipelines.stages import KINDS, build_stages, read_pipeline
+from shared.config import CommandConfig, parse_config, read_recipe, validate
 from shared.errors import UserError
 from shared.training_config import TrainingConfig
-from stage1_ssld.config import DistillConfig, TeachConfig
+from stage1_ssld.config import DistillConfig
 from stage2_detect.config import TrainConfig
 
 DataSet = tuple[Path, Path, Path | None, Path | None]
 """annotations and images for training, and for evaluation"""
+_NO_OUTPUT = "runs/unnamed"
+"""stands in for an output that is left to the command line"""
 
 
 def settings_lines(file: Path, probe: dict[str, Any], variables: dict[str, str]) -> tuple[list[Line], list[DataSet]]:
@@ -43,8 +45,8 @@ def settings_lines(file: Path, probe: dict[str, Any], variables: dict[str, str])
     for (level, text), names in found.items():
         who = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}: " if any(names) else ""
         lines.append(Line(level, "settings", who + text))
-    if not lines:
-        lines = [Line("ok", "settings", "hold together, and fit this machine")]
+    if named[0] and all(line.level == "ok" for line in lines):
+        lines += [Line("ok", "settings", "hold together, and fit this machine")]
     return lines, sets
 
 
@@ -68,21 +70,40 @@ def _commands(file: Path, variables: dict[str, str]) -> tuple[list[tuple[str, Co
         except UserError as error:
             lines += [Line("fault", "settings", line) for line in str(error).splitlines()]
         return [(stage.name, stage.config) for stage in stages], lines
-    kind: type[CommandConfig]
-    if "student" in values:
-        kind = DistillConfig
-    elif "model" in values and isinstance(values["model"], dict) and "model" in values["model"]:
-        kind = TeachConfig
-    else:
-        kind = TrainConfig
-    output = [] if "output" in values else ["--output", "runs/unnamed"]
-    config = parse_config(kind, ["--config", str(file), *output], program="doctor.py")
+    name = _command_of(values)
+    if name is None:
+        return [], [Line("fault", "settings", f"not settings of a known command; known are {', '.join(KINDS)}")]
+    output = [] if "output" in values else ["--output", _NO_OUTPUT]
+    config = parse_config(KINDS[name].config_type, ["--config", str(file), *output], program="doctor.py")
     missing = [
         Line("fault", "settings", f"{key}: {path}: no such file or folder")
         for key, path in config.inputs().items()
         if not path.exists()
     ]
-    return [("", config)], missing
+    return [("", config)], [Line("ok", "settings", f"of the command {name}"), *missing]
+
+
+def _command_of(values: dict[str, Any]) -> CommandName | None:
+    """The command whose keys a file has: the one with the fewest keys unknown to it, and of these the one that has least to object.
+
+    None where most keys of the file are unknown to every command; a misspelt key or two are for the command to explain.
+    """
+    if not values:
+        return None
+    unknown = {name: sum(key not in kind.config_type.model_fields for key in values) for name, kind in KINDS.items()}
+    fewest = min(unknown.values())
+    if 2 * fewest >= len(values):
+        return None
+    near = [name for name, number in unknown.items() if number == fewest]
+    return min(near, key=lambda name: _objections(KINDS[name].config_type, values))
+
+
+def _objections(kind: type[CommandConfig], values: dict[str, Any]) -> int:
+    try:
+        validate(kind, {"output": _NO_OUTPUT} | values, source="")
+    except UserError as error:
+        return len(str(error).splitlines())
+    return 0
 
 
 def _detection_data(config: CommandConfig) -> DataSet | None:

@@ -163,6 +163,38 @@ def test_settings_of_a_command(coco: Path, capfd: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.usefixtures("probed")
+@pytest.mark.parametrize(
+    ("command", "values"),
+    [
+        ("predict", {"model": "FILE", "images": "DIR", "threshold": 0.5}),
+        ("curate", {"pool": [{"path": "DIR"}], "teacher": {"model": "random:test_resnet"}, "keep": 3}),
+        ("evaluate_detector", {"model": "FILE", "annotations": "JSON", "images": "DIR", "workers": 1}),
+        ("evaluate_backbone", {"model": "FILE", "data": {"path": "DIR"}}),
+        ("export_detector", {"model": "FILE", "formats": ["onnx"], "score_tolerance": 0.1}),
+        ("convert_data", {"source": "DIR", "splits": ["train"]}),
+    ],
+)
+def test_settings_of_every_command(
+    command: str, values: dict[str, Any], coco: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (coco / "d.safetensors").write_bytes(b"x")
+    places = {"FILE": coco / "d.safetensors", "DIR": coco, "JSON": coco / "train.json"}
+    text = json.dumps(values)
+    for word, path in places.items():
+        text = text.replace(word, str(path))
+    file = coco / "x.yaml"
+    for content in (text, "base: below.yaml\n"):  # as it stands, and from another file
+        file.write_text(content)
+        code, out = doctor.main([str(file)]), capfd.readouterr().out
+        assert f"of the command {command}\n" in out
+        assert code == 0, out
+        (coco / "below.yaml").write_text(text)
+    (coco / "below.yaml").write_text("lr: 3\nepochs: 4\nnet: resnet\n")
+    assert doctor.main([str(file)]) == 1
+    assert "not settings of a known command; known are toy_data, " in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("probed")
 def test_a_pipeline(coco: Path, capfd: pytest.CaptureFixture[str]) -> None:
     flat = settings(coco)
     flat.pop("output")
