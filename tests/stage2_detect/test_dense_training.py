@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from shared.errors import UserError
 from shared.model_file import read_metadata
@@ -18,6 +19,7 @@ from stage2_detect.config import DetectionDataConfig, TrainConfig
 from stage2_detect.dense_distillation import DistilledDense
 from stage2_detect.detector_file import load_detector
 from stage2_detect.distill_config import ADLConfig, DistillConfig
+from stage2_detect.models.batch import ImageBatch
 from stage2_detect.models.dense import DenseDetector
 from stage2_detect.models.retinanet import RetinaNet
 from stage2_detect.teacher_detector import FrozenDetector, open_teacher
@@ -85,7 +87,8 @@ def test_a_teacher_a_student_and_its_resumption(
     parts = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "COMPLETE")
     plain = {".lock", "config.yaml", "environment.json", "log.txt", "metrics.jsonl", "result.json"}
     checkpoints = {f"checkpoints/step_{step:08d}/{name}" for step in (4, 6) for name in parts}
-    assert files_below(run) == plain | checkpoints | {"detector.safetensors"}
+    left = {name for name in files_below(run) if not name.startswith("pictures/")}
+    assert left == plain | checkpoints | {"detector.safetensors", "analysis.json"}
 
     log = (run / "log.txt").read_text()
     assert f"teacher {teacher}: AP " in log
@@ -138,6 +141,13 @@ def test_a_dense_teacher_answers_in_the_students_class_order(teachers: Callable[
         torch.testing.assert_close(permuted, logits[..., [1, 0]])
         assert not torch.allclose(permuted, logits)
         torch.testing.assert_close(kept, values)
+        # Its norm is folded, which does not change what it sees.
+        pixels = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
+        batch = ImageBatch(pixels, torch.tensor([[64, 96]]), torch.ones(1))
+        for ours, plain in zip(teacher.features(batch), own.model.eval().features(batch), strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+        norms = [sum(isinstance(m, _BatchNorm) for m in net.modules()) for net in (teacher.model, own.model)]
+        assert norms[0] < norms[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -248,7 +248,9 @@ def test_a_teacher_answers_in_the_students_class_order_and_with_its_own_mean(tea
     asked: Settings = {"device": torch.device("cpu"), "channels_last": False}
     teacher = open_teacher(teacher_detector, ["wide", "tall"], (4, 8, 16, 32, 64), **asked)
     features = teacher.features(images)
-    assert torch.equal(features[0], model.features(images)[0])
+    torch.testing.assert_close(
+        features[0], model.features(images)[0], rtol=1e-4, atol=1e-5
+    )  # the teacher's norm is folded
     rois = torch.tensor([[5.0, 5, 40, 40], [10, 3, 60, 30]]).repeat(4, 1, 1)
     valid = torch.ones(4, 2, dtype=torch.bool)
     mapped, own = teacher.classify(features, rois, valid), model.roi_heads.classify(features, rois, valid)
@@ -285,8 +287,9 @@ def test_the_command_writes_these_files(
     assert call(train.main, arguments(settings)) == 0
     run = tmp_path / "run"
     parts = ("model.safetensors", "ema.safetensors", "adapters.safetensors", "optimizer.safetensors", "state.json")
-    assert files_below(run) == {
+    assert {name for name in files_below(run) if not name.startswith("pictures/")} == {
         ".lock",
+        "analysis.json",
         "config.yaml",
         "environment.json",
         "log.txt",
