@@ -111,9 +111,9 @@ def write_program(
 def read_program(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """(a module that runs the program, its facts)."""
     found = {_METADATA: ""}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), path.open("rb") as file:  # open, as its name may end in something else
         warnings.simplefilter("ignore")
-        module: nn.Module = torch.export.load(str(path), extra_files=found).module()
+        module: nn.Module = torch.export.load(file, extra_files=found).module()
     return module, json.loads(found[_METADATA])
 
 

@@ -81,7 +81,7 @@ def export_backbone(config: ExportConfig) -> None:
         key: public(metadata[key]) for key in (*keys, "content_sha256") if metadata.get(key) is not None
     }
     images = list(_images(config, source, inputs, metadata, run))
-    temporary: dict[str, Path] = {name: run.path / f".{os.getpid()}.{FILES[name]}" for name in config.formats}
+    temporary: dict[str, Path] = {name: run.path / f".{FILES[name]}.{os.getpid()}" for name in config.formats}
     checks: dict[str, dict[str, float]] = {}
     runs: dict[str, onnx_file.Run] = {}
     try:

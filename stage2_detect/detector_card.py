@@ -149,8 +149,10 @@ def _data(recipe: dict[str, Any] | None) -> list[str]:
         return ["Not recorded."]
     data = recipe["data"]
     lines = [f"- training: {folder_name(str(data['train_annotations']))}"]
-    if data.get("unlabeled"):
-        lines.append("- and pictures without annotations")
+    if recipe.get("unlabeled"):
+        lines.append(f"- and pictures without annotations: {folder_name(str(recipe['unlabeled']))}")
+    if recipe.get("pseudo"):
+        lines.append(f"- and boxes that another detector drew: {folder_name(str(recipe['pseudo']))}")
     validation = data.get("val_annotations")
     return [*lines, f"- evaluation: {folder_name(str(validation)) if validation else 'none'}"]
 

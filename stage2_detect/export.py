@@ -50,7 +50,7 @@ def export_detector(config: ExportDetectorConfig) -> None:
         return
 
     # ---- the files, under temporary names until all of them are found right
-    temporary: dict[str, Path] = {name: run.path / f".{os.getpid()}.{FILES[name]}" for name in config.formats}
+    temporary: dict[str, Path] = {name: run.path / f".{FILES[name]}.{os.getpid()}" for name in config.formats}
     metrics: dict[str, object] = {}
     try:
         canvas = config.canvas

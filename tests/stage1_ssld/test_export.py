@@ -161,6 +161,25 @@ def test_the_tolerance_and_unreadable_images(
     assert f"{tmp_path / 'images'}: none of the images looked at can be read" in message
 
 
+def test_what_a_killed_export_leaves_goes(
+    user_error: Any, teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files_below: Any
+) -> None:
+    begun: list[Path] = []
+
+    def killed(path: Path, *_: Any) -> None:
+        begun.append(path)
+        raise UserError("stopped")
+
+    monkeypatch.setattr("stage1_ssld.onnx_file.write_onnx", killed)
+    argv = ["--model", str(teacher_file), "--output", str(tmp_path / "run"), "--threads", "1", "--image_size", "32"]
+    user_error(main, argv)
+    clean = files_below(tmp_path / "run")
+    begun[0].write_bytes(b"a part")  # a kill leaves no time to delete it
+    assert files_below(tmp_path / "run") != clean
+    user_error(main, argv)
+    assert files_below(tmp_path / "run") == clean
+
+
 def test_mistakes(user_error: Any, teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def line(model: Path, *flags: str) -> str:
         message: str = user_error(

@@ -1,0 +1,57 @@
+"""Files of a detector's export that other tests do not look at: what a kill leaves, and what the card says of the data."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.config import dump
+from shared.errors import UserError
+from shared.model_file import read_metadata
+from stage2_detect.config import TrainConfig
+from stage2_detect.detector_card import detector_card
+from stage2_detect.export import main
+
+
+def test_what_a_killed_export_leaves_goes(
+    user_error: Any, detector_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files_below: Any
+) -> None:
+    begun: list[Path] = []
+
+    def killed(_: str, path: Path, *__: Any) -> None:
+        begun.append(path)
+        raise UserError("stopped")
+
+    monkeypatch.setattr("stage2_detect.graph_writing.write", killed)
+    argv = ["--model", str(detector_file), "--output", str(tmp_path / "run"), "--threads", "1", "--check_images", "1"]
+    user_error(main, argv)
+    clean = files_below(tmp_path / "run")
+    begun[0].write_bytes(b"a part")  # a kill leaves no time to delete it
+    assert files_below(tmp_path / "run") != clean
+    user_error(main, argv)
+    assert files_below(tmp_path / "run") == clean
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"unlabeled": "/home/me/street", "distill": {"teacher": "t.safetensors"}},
+        {"unlabeled": "/home/me/street", "pseudo": "/home/me/seen/pseudo_labels.json"},
+    ],
+)
+def test_the_card_names_all_pictures(more: dict[str, Any], detector_file: Path) -> None:
+    settings = {
+        "output": "runs/x",
+        "backbone": "random:test_resnet",
+        "data": {"train_annotations": "/home/me/town/train.json", "train_images": "/home/me/town"},
+        "steps": 2,
+        "batch_size": 2,
+        "optim": {"lr": 0.1, "reference_batch": 2},
+    }
+    recipe = dump(TrainConfig.model_validate(settings | more))
+    card = detector_card(read_metadata(detector_file), recipe, repository=None, parameters=1, checks={})
+    data = card.split("## Data\n")[1].split("## ")[0].strip().splitlines()
+    unlabeled = ["- and pictures without annotations: me/street"] if "unlabeled" in more else []
+    pseudo = ["- and boxes that another detector drew: seen/pseudo_labels.json"] if "pseudo" in more else []
+    assert data == ["- training: town/train.json", *unlabeled, *pseudo, "- evaluation: none"]
