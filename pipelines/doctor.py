@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _doctor(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
-    data = _data_of(arguments)
+    data = dict.fromkeys(_data_of(arguments), False)
     lines: list[Line] = []
 
     def tell(found: Iterator[Line]) -> None:
@@ -55,9 +55,9 @@ def _doctor(argv: list[str]) -> int:
         tell(iter(found))
         data = data or sets
     codes = []
-    for one in data:
+    for one, masks in data.items():
         print("\ndata", flush=True)
-        code, findings = _check_data(one, arguments)
+        code, findings = _check_data(one, arguments, masks=masks)
         codes.append(code)
         lines += findings
     print("\n" + _verdict(lines))
@@ -85,10 +85,11 @@ def _verdict(lines: list[Line]) -> str:
     return "\n".join([head, *rows, *more, end])
 
 
-def _check_data(data: DataSet, arguments: Namespace) -> tuple[int, list[Line]]:
+def _check_data(data: DataSet, arguments: Namespace, *, masks: bool) -> tuple[int, list[Line]]:
     """(exit code of the data check, its findings)."""
     more = ["--fix", str(arguments.fix)] if arguments.fix else []
     more += [flag for flag in ("--quick", "--look_alikes") if getattr(arguments, flag[2:])]
+    more += ["--masks"] if masks else []
     code, report = check_data(data, *more)
     if report is None:
         return code, [Line("fault", "data", f"{data[0]}: not checked, see above")]

@@ -25,23 +25,28 @@ _NO_OUTPUT = "runs/unnamed"
 """stands in for an output that is left to the command line"""
 
 
-def settings_lines(file: Path, probe: dict[str, Any], variables: dict[str, str]) -> tuple[list[Line], list[DataSet]]:
-    """(what there is to say about a file, the detection data it names that are there). Raises UserError where the file cannot be read."""
+def settings_lines(
+    file: Path, probe: dict[str, Any], variables: dict[str, str]
+) -> tuple[list[Line], dict[DataSet, bool]]:
+    """(what there is to say about a file, the detection data it names that are there and whether they need masks).
+
+    Raises UserError where the file cannot be read.
+    """
     try:
         named = _commands(file, variables)
     except UserError as error:
         if not file.is_file():
             raise
-        return [Line("fault", "settings", line) for line in str(error).splitlines()], []
+        return [Line("fault", "settings", line) for line in str(error).splitlines()], {}
     lines = list(named[1])
-    sets: list[DataSet] = []
+    sets: dict[DataSet, bool] = {}
     found: dict[tuple[Level, str], list[str]] = {}
     for name, config in named[0]:
         for line in _fits(config, probe):
             found.setdefault((line.level, line.text), []).append(name)
         data = _detection_data(config)
-        if data and data not in sets:
-            sets.append(data)
+        if data and isinstance(config, TrainConfig):
+            sets[data] = sets.get(data, False) or config.model.has_masks
     for (level, text), names in found.items():
         who = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}: " if any(names) else ""
         lines.append(Line(level, "settings", who + text))

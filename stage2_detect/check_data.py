@@ -48,7 +48,7 @@ def check_data(arguments: Namespace) -> int:
     from stage2_detect.data_rows import check_rows
 
     places = _places(arguments)
-    checks = [check_rows(name, file, folder) for name, file, folder in places]
+    checks = [check_rows(name, file, folder, masks=arguments.masks) for name, file, folder in places]
     seen = [check_pictures(check, quick=arguments.quick) for check in checks]
     check_strays(checks)
     if len(checks) == 2:
@@ -275,6 +275,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--quick", action="store_true", help="do not open the pictures, only see whether they are there"
     )
+    parser.add_argument("--masks", action="store_true", help="the data are for a detector with masks")
     parser.add_argument(
         "--report", type=Path, metavar="FILE", help="also write what was found as JSON, for other programs"
     )

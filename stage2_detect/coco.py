@@ -184,7 +184,7 @@ def require_masks(data: CocoData) -> CocoData:
     for record in data.images:
         shapes = record.segmentations
         for index, annotation_id in enumerate(record.annotation_ids):
-            if shapes is None or not _is_shape(shapes[index], record.height, record.width):
+            if shapes is None or not is_shape(shapes[index], record.height, record.width):
                 without.append(annotation_id)
     if without:
         total = sum(len(record.annotation_ids) for record in data.images)
@@ -196,7 +196,7 @@ def require_masks(data: CocoData) -> CocoData:
     return data
 
 
-def _is_shape(segmentation: Any, height: int, width: int) -> bool:
+def is_shape(segmentation: Any, height: int, width: int) -> bool:
     """Whether a segmentation has the form of polygons or of RLE for an image of this size."""
     try:
         if isinstance(segmentation, list):

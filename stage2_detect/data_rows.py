@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from shared.wording import count
-from stage2_detect.coco import judge_boxes
+from stage2_detect.coco import is_shape, judge_boxes
 from stage2_detect.coco_table import MAX_COORDINATE
 from stage2_detect.data_findings import Finding, Level, Repair, first_ids, is_id, is_number, read_content, some
 
@@ -47,13 +47,16 @@ class FileCheck:
         self.findings.append(Finding(level, self.file.name, text, fix))
 
 
-def check_rows(name: str, file: Path, folder: Path) -> FileCheck:
-    """Everything about a file that can be said without looking at a picture. Raises UserError where it is no COCO file at all."""
+def check_rows(name: str, file: Path, folder: Path, *, masks: bool = False) -> FileCheck:
+    """Everything about a file that can be said without looking at a picture, for a detector with `masks` or without.
+
+    Raises UserError where it is no COCO file at all.
+    """
     check = FileCheck(name, file, folder, read_content(file))
     _check_images(check)
     _check_categories(check)
     rows = _check_annotations(check)
-    _check_boxes(check, rows)
+    _check_boxes(check, rows, masks=masks)
     return check
 
 
@@ -207,7 +210,7 @@ def _look_up(value: Any, known: dict[Any, Any]) -> Any:
     return other if other in known else None
 
 
-def _check_boxes(check: FileCheck, rows: list[int]) -> None:
+def _check_boxes(check: FileCheck, rows: list[int], *, masks: bool) -> None:
     """Judges boxes as training does, and counts and measures those that are left."""
     annotations, images = check.content["annotations"], check.content["images"]
     values = [{**annotations[index], **check.repair.annotation_values.get(index, {})} for index in rows]
@@ -238,6 +241,15 @@ def _check_boxes(check: FileCheck, rows: list[int]) -> None:
     tiny_N = usable_N & (sides_N2.min(1, initial=np.inf) < TINY_SIDE)
     report(tiny_N, "note", f"with a side below {TINY_SIDE:g} pixels", "hardly to be found at any size", None)
     report(crowd_N, "note", "marked iscrowd", "not trained on; neither found nor missed in scores", None)
+    shapes = [row.get("segmentation") for row in values]
+    if masks or any(shapes):  # files of boxes alone have none
+        bad = [
+            owner not in unsized and not is_shape(shape, images[owner]["height"], images[owner]["width"])
+            for owner, shape in zip(owners, shapes, strict=True)
+        ]
+        shapeless_N = usable_N & np.array(bad, dtype=bool)
+        then = "training a detector with masks stops" + ("" if masks else "; others do not look at it")
+        report(shapeless_N, "fault" if masks else "warning", "without a usable segmentation", then, None)
     for place in np.flatnonzero((unusable_N & ~crowd_N) | again_N):
         check.repair.drop_annotations.add(rows[place])
     for place in np.flatnonzero(clipped_N & ~again_N):

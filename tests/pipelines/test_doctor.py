@@ -195,6 +195,15 @@ def test_settings_of_every_command(
 
 
 @pytest.mark.usefixtures("probed")
+def test_a_detector_with_masks_needs_them(coco: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = coco / "train.yaml"
+    for kind in ("faster_rcnn", "mask_rcnn"):
+        file.write_text(yaml.safe_dump(settings(coco, model={"kind": kind})))
+        assert doctor.main([str(file)]) == int(kind == "mask_rcnn")
+        assert ("2 boxes without a usable segmentation" in capfd.readouterr().out) == (kind == "mask_rcnn")
+
+
+@pytest.mark.usefixtures("probed")
 def test_a_pipeline(coco: Path, capfd: pytest.CaptureFixture[str]) -> None:
     flat = settings(coco)
     flat.pop("output")

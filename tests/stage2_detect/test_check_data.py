@@ -14,7 +14,7 @@ from PIL import Image
 
 from shared.errors import UserError
 from stage2_detect.check_data import main
-from stage2_detect.coco import read_coco
+from stage2_detect.coco import read_coco, require_masks
 from stage2_detect.data_pictures import difference_hash, look_alikes
 
 Content = dict[str, Any]
@@ -162,6 +162,36 @@ def test_no_cleaned_copy_without_ids_of_categories(
     assert not (data.folder / "clean").exists()  # neither of the two
     data.write(data.read("val") | {"categories": [{"id": 3, "name": ["wide"]}, {"id": 7, "name": "Tall"}]}, "val")
     assert main([*places, *val]) == 1  # a list as a name is a fault, no accident
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [[[1, 2, float("nan"), 4, 5, 6]], "x", [], None, [[1, 2, 3]], {"size": [9, 9], "counts": [81]}, [["a"] * 6]],
+)
+def test_segmentations_are_judged_as_training_with_masks_does(data: DataSet, shape: Any) -> None:
+    content = data.read()
+    rows = content["annotations"]
+    assert data.check()[0] == 0  # boxes alone: nothing to say
+    for row in rows:
+        x, y, width, height = row["bbox"]
+        row["segmentation"] = [[x, y, x + width, y, x + width, y + height]]
+    data.write(content)
+    for flags in ([], ["--masks"]):
+        code, findings, _ = data.check(*flags)
+        assert code == 0
+        assert "segmentation" not in str(findings)
+    rows[2]["segmentation"] = shape
+    data.write(content)
+    trained = read_coco(data.folder / "train.json", data.folder / "train", training=True, segmentations=True)
+    with pytest.raises(UserError, match=f"1 of {len(rows)} objects have no usable segmentation"):
+        require_masks(trained)
+    said = f"1 box without a usable segmentation (id {rows[2]['id']}): training a detector with masks stops"
+    code, findings, _ = data.check()
+    assert code == 0
+    assert f"{said}; others do not look at it" in texts(findings, "warning")
+    code, findings, _ = data.check("--masks")
+    assert code == 1
+    assert said in texts(findings, "fault")
 
 
 def test_cleaned_copy_keeps_what_is_sound(data: DataSet) -> None:
