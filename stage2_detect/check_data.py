@@ -63,8 +63,9 @@ def check_data(arguments: Namespace) -> int:
     if arguments.fix:
         for check in checks:
             _check_category_ids(check)
+        copies = _copies(places, arguments.fix)
         for check in checks:
-            print(_write_copy(check, arguments.fix))
+            print(_write_copy(check, copies[check.name]))
     if arguments.report:
         record = {
             "files": {check.name: check.statistics for check in checks},
@@ -97,12 +98,16 @@ def _places(arguments: Namespace) -> list[tuple[str, Path, Path]]:
     if arguments.fix:
         if arguments.quick:
             raise UserError("--fix needs to see the pictures; leave out --quick")
-        if len(places) == 2 and places[0][1].name == places[1][1].name:
-            raise UserError(f"--fix: both files are called {places[0][1].name}; check and clean them one by one")
-        for _, file, _ in places:
-            if (arguments.fix / file.name).exists():
-                raise UserError(f"{arguments.fix / file.name}: is there already; give another folder to --fix")
+        for copy in _copies(places, arguments.fix).values():
+            if copy.exists():
+                raise UserError(f"{copy}: is there already; give another folder to --fix")
     return places
+
+
+def _copies(places: list[tuple[str, Path, Path]], folder: Path) -> dict[str, Path]:
+    """Where the cleaned copy of each file goes: some tools give the files of both parts one name."""
+    alike = len({file.name for _, file, _ in places}) < len(places)
+    return {name: folder / (f"{name}_{file.name}" if alike else file.name) for name, file, _ in places}
 
 
 def _about(check: "FileCheck") -> list[str]:
@@ -237,13 +242,13 @@ def _check_category_ids(check: "FileCheck") -> None:
             )
 
 
-def _write_copy(check: "FileCheck", folder: Path) -> str:
+def _write_copy(check: "FileCheck", file: Path) -> str:
     """Write the cleaned copy of a file and read it back as training does; returns a line on it."""
     from stage2_detect.coco import read_coco
 
     content = check.repair.apply(check.content)
-    folder.mkdir(parents=True, exist_ok=True)
-    file, pending = folder / check.file.name, folder / f".{check.file.name}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pending = file.with_name(f".{file.name}")
     pending.write_text(json.dumps(content), encoding="utf-8")
     try:
         data = read_coco(pending, check.folder, training=True)

@@ -177,9 +177,7 @@ def test_segmentations_are_judged_as_training_with_masks_does(data: DataSet, sha
         row["segmentation"] = [[x, y, x + width, y, x + width, y + height]]
     data.write(content)
     for flags in ([], ["--masks"]):
-        code, findings, _ = data.check(*flags)
-        assert code == 0
-        assert "segmentation" not in str(findings)
+        assert "segmentation" not in str(data.check(*flags)[1])
     rows[2]["segmentation"] = shape
     data.write(content)
     trained = read_coco(data.folder / "train.json", data.folder / "train", training=True, segmentations=True)
@@ -319,21 +317,26 @@ def test_mistakes(
 
 def test_a_fix_never_overwrites(data: DataSet, capsys: pytest.CaptureFixture[str]) -> None:
     before = (data.folder / "train.json").read_bytes()
-    assert (
-        main(
-            [
-                "--annotations",
-                str(data.folder / "train.json"),
-                "--images",
-                str(data.folder / "train"),
-                "--fix",
-                str(data.folder),
-            ]
-        )
-        == 2
-    )
+    places = ["--annotations", str(data.folder / "train.json"), "--images", str(data.folder / "train")]
+    assert main([*places, "--fix", str(data.folder)]) == 2
     assert "is there already; give another folder to --fix" in capsys.readouterr().err
     assert (data.folder / "train.json").read_bytes() == before
+
+
+def test_files_of_one_name_get_copies_of_two(data: DataSet, tmp_path: Path, files_below: Any) -> None:
+    """Roboflow's exports call every part's file alike, in the folder of its pictures."""
+    line = ["--fix", str(tmp_path / "clean")]
+    for part, flag in (("train", ""), ("val", "val_")):
+        content = data.read(part)
+        content["info"] = part
+        (data.folder / part / "_annotations.coco.json").write_text(json.dumps(content))
+        line += [f"--{flag}annotations", str(data.folder / part / "_annotations.coco.json")]
+        line += [f"--{flag}images", str(data.folder / part)]
+    assert main(line) == 0
+    assert files_below(tmp_path / "clean") == {f"{part}__annotations.coco.json" for part in ("train", "val")}
+    for part in ("train", "val"):
+        assert json.loads((tmp_path / "clean" / f"{part}__annotations.coco.json").read_text())["info"] == part
+    assert main(line) == 2
 
 
 def test_quick_looks_at_names_only(data: DataSet) -> None:
