@@ -1,7 +1,7 @@
 """`ssld inspect`: what a file or folder of ours is, where it came from, how good it is, and under which licence its teacher stands.
 
-Knows model files (.safetensors), exported networks (.onnx, .pt2), manifests of a curation (.parquet), stores of soft labels, run directories and
-checkpoints. Settings that a detector of its kind does not use are left out.
+Knows model files (.safetensors), exported networks (.onnx, .pt2), manifests of a curation (.parquet), stores of soft labels, run directories,
+checkpoints, outputs of pipelines, and the files of `inspect_records.py`. Settings that a detector of its kind does not use are left out.
 """
 
 import json
@@ -9,8 +9,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from pipelines.inspect_records import KNOWN, inspect_pipeline_output, inspect_record
+from shared.config import read_yaml
 from shared.errors import UserError
 
 # kind of detector -> the groups of its settings that it uses
@@ -44,6 +44,8 @@ def inspect_text(path: Path) -> str:
         title, facts = _parquet(path)
     elif path.name == "store.json":
         return inspect_text(path.parent)
+    elif path.suffix in (".json", ".jsonl", ".yaml", ".yml"):
+        title, facts = inspect_record(path)
     else:
         title, facts = _model(path)
     return "\n".join([f"{path}: {title}", *_lines(_ordered(_without_unused(facts)))])
@@ -52,7 +54,12 @@ def inspect_text(path: Path) -> str:
 def _model(path: Path) -> tuple[str, dict[str, Any]]:
     from shared.model_file import read_metadata, read_shapes
 
-    metadata, shapes = read_metadata(path), read_shapes(path)
+    try:
+        metadata, shapes = read_metadata(path), read_shapes(path)
+    except UserError:
+        if path.suffix == ".safetensors":
+            raise
+        raise UserError(f"{path}: nothing of ours; {KNOWN}") from None
     values = 0
     for shape in shapes.values():
         size = 1
@@ -135,11 +142,13 @@ def _folder(path: Path) -> tuple[str, dict[str, Any]]:
         }
     if (path / "config.yaml").is_file():
         return _run(path)
-    raise UserError(f"{path}: no store, checkpoint or run directory (it has no store.json, state.json or config.yaml)")
+    if (path / "pipeline.json").is_file():
+        return inspect_pipeline_output(path)
+    raise UserError(f"{path}: nothing of ours; {KNOWN}")
 
 
 def _run(path: Path) -> tuple[str, dict[str, Any]]:
-    settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    settings = read_yaml(path / "config.yaml")
     environment = _json(path / "environment.json") if (path / "environment.json").is_file() else {}
     checkpoints = sorted(folder.name for folder in path.glob("checkpoints/*") if (folder / "COMPLETE").exists())
     facts: dict[str, Any] = {}
@@ -179,7 +188,7 @@ def _run(path: Path) -> tuple[str, dict[str, Any]]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not readable ({error})") from None
 
 

@@ -75,7 +75,7 @@ def _commands(file: Path, variables: dict[str, str]) -> tuple[list[tuple[str, Co
         except UserError as error:
             lines += [Line("fault", "settings", line) for line in str(error).splitlines()]
         return [(stage.name, stage.config) for stage in stages], lines
-    name = _command_of(values)
+    name = command_of(values)
     if name is None:
         return [], [Line("fault", "settings", f"not settings of a known command; known are {', '.join(KINDS)}")]
     output = [] if "output" in values else ["--output", _NO_OUTPUT]
@@ -88,7 +88,7 @@ def _commands(file: Path, variables: dict[str, str]) -> tuple[list[tuple[str, Co
     return [("", config)], [Line("ok", "settings", f"of the command {name}"), *missing]
 
 
-def _command_of(values: dict[str, Any]) -> CommandName | None:
+def command_of(values: dict[str, Any]) -> CommandName | None:
     """The command whose keys a file has: the one with the fewest keys unknown to it, and of these the one that has least to object.
 
     None where most keys of the file are unknown to every command; a misspelt key or two are for the command to explain.

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from pipelines.inspect_file import _ALL_BLOCKS, _BLOCKS, inspect_text
+from pipelines.inspect_records import KNOWN
 from shared.checkpoint import save_checkpoint
 from shared.errors import UserError
 from shared.model_file import read_metadata, save_model_file
@@ -163,3 +164,80 @@ def test_refusals(name: str, tmp_path: Path) -> None:
         inspect_text(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+COCO = {
+    "images": [{"id": 1}, {"id": 2}],
+    "annotations": [{"id": 1, "image_id": 1, "category_id": 4}, {"id": 2, "image_id": 1, "category_id": 4}],
+    "categories": [{"id": 4, "name": "cat"}, {"id": 6, "name": "dog"}],
+}
+SCORED = COCO | {"annotations": [{"image_id": 1, "category_id": 4, "score": 0.5, "segmentation": [[1]]}]}
+TRAIN = {"backbone": "random:x", "data": {"train_annotations": "a"}, "steps": 9, "batch_size": 2, "optim": {"lr": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "shown"),
+    [
+        ("a.json", json.dumps(COCO), (": COCO data set\n", "images             2\n", "cat              2\n", "dog              0")),
+        ("a.json", json.dumps(SCORED), ("what a detector has found", "with segmentation  1\n")),
+        ("a.json", json.dumps(SCORED["annotations"]), ("detections as COCO's results", "detections         1\n")),
+        ("a.json", json.dumps({"command": "train", "metrics": {"AP": 0.25}, "outputs": {"d": "aa"}}), ("result of a run", "0.25")),
+        ("a.json", json.dumps({"command": "train", "versions": {"torch": "9.8"}}), ("run's start", "9.8")),
+        ("a.yaml", yaml.safe_dump(TRAIN), ("settings of the command train", "random:x")),
+        ("a.yaml", "stages: {one: {command: train}, two: {like: one}}", ("pipeline of 2 stages", "like one")),
+        ("a.jsonl", '{"step": 5, "loss": 2.5}\n{"step": 10, "AP": 0.5}\n', ("metrics of a run", "5 to 10", "2.5", "AP               0.5")),
+    ],
+)  # fmt: skip
+def test_records(name: str, text: str, shown: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    said = inspect_text(tmp_path / name)
+    for one in shown:
+        assert one in said, said
+
+
+def test_the_output_of_a_pipeline(tmp_path: Path) -> None:
+    stages = {name: {"command": "train"} for name in ("one", "two", "three")}
+    record = {"name": "quick", "smoke": True, "pipeline": {"stages": stages}}
+    (tmp_path / "pipeline.json").write_text(json.dumps(record))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "result.json").write_text("{}")
+    (tmp_path / "two").mkdir()
+    for path in (tmp_path, tmp_path / "pipeline.json"):
+        lines = inspect_text(path).splitlines()
+        assert lines[0] == f"{path}: output of a pipeline, 1 of 3 stages finished"
+        assert [line.split(maxsplit=1) for line in lines[-3:]] == [
+            ["one", "finished"],
+            ["two", "not finished"],
+            ["three", "not begun"],
+        ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", '{"colour": 3}'),
+        ("a.json", "[]"),
+        ("a.yaml", "lr: 3\nnet: resnet\n"),
+        ("a.jsonl", '{"loss": 3}\n'),
+        ("a.jsonl", "\n"),
+        ("a.txt", "three words here"),
+        ("pipeline.json", '{"name": 1, "pipeline": {}}'),
+    ],
+)
+def test_what_is_known_is_said(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as caught:
+        inspect_text(tmp_path / name)
+    assert str(caught.value).startswith(f"{tmp_path / name}: ")
+    assert str(caught.value).endswith(KNOWN)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["steps: [1", "a: 1\n\tb: 2", "- 1\n"])
+def test_a_damaged_file_of_settings_is_a_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    for path in (tmp_path, tmp_path / "config.yaml"):
+        with pytest.raises(UserError) as caught:
+            inspect_text(path)
+        assert str(tmp_path / "config.yaml") in str(caught.value)
+        assert "\n" not in str(caught.value)
