@@ -16,7 +16,8 @@ from tqdm import tqdm
 from shared.run_dir import RunDir
 from shared.wording import duration
 
-_TRIED = 8  # steps after which the run's time is estimated
+_TRIED = 8  # steps after which the run's time is estimated, or earlier:
+_SILENCE = 20.0  # seconds that nothing is heard for
 
 
 class Progress:
@@ -31,7 +32,8 @@ class Progress:
         self._print = run.write
         self._start = self._read_step = self._step = self._steps = 0
         self._began = self._read_time = time.perf_counter()
-        self._tried: float | None = None
+        self._first = self._began
+        self._told = False  # how long the run will take
         self._bar: tqdm | None = None
 
     def begin(self, start: int, steps: int) -> "Progress":
@@ -64,19 +66,18 @@ class Progress:
         if self._bar:
             self._bar.update()
         done = self._step - self._start
-        # The first step is left out: workers start and kernels are chosen in it.
-        if done == 1:
-            self._tried = time.perf_counter()
-        elif (
-            done == min(_TRIED, self._steps - self._start - 1)
-            and self._tried is not None
-            and self._read_step == self._start
-        ):
-            seconds = (time.perf_counter() - self._tried) / (done - 1)
-            left = seconds * (self._steps - self._step)
-            self._run.log(
-                f"step {self._step}: about {duration(seconds)} a step, {duration(left)} to go without evaluations"
-            )
+        now = time.perf_counter()
+        if done == 1:  # left out of the estimate: workers start and kernels are chosen in it
+            self._first = now
+        elif not self._told and self._read_step == self._start:
+            enough = done == min(_TRIED, self._steps - self._start - 1) or now - self._began > _SILENCE
+            if enough and self._step < self._steps:
+                self._told = True
+                seconds = (now - self._first) / (done - 1)
+                left = seconds * (self._steps - self._step)
+                self._run.log(
+                    f"step {self._step}: about {duration(seconds)} a step, {duration(left)} to go without evaluations"
+                )
 
     def read(self, images: int) -> dict[str, float]:
         """Since the last call: `seconds`, the share of them spent waiting for data, images a second and greatest memory.

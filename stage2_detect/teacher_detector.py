@@ -124,7 +124,7 @@ def check_teacher(
     where = f"on {len(chosen)} images of {data.file}"
     if ap < least:
         raise UserError(
-            f"distill.teacher: {teacher.facts.get('file')}: AP {100 * ap:.2f} {where}, below distill.check_ap {least:g} (AP {100 * least:.2f}): "
+            f"distill.teacher: {teacher.facts.get('file')}: AP {100 * ap:.2f} {where}, below {100 * least:g} (distill.check_ap {least:g}): "
             "it was trained on other images or at another size (resize), or hardly at all; a lower check_ap lets it pass"
         )
     return f"teacher {teacher.facts.get('file')}: AP {100 * ap:.2f} {where}"

@@ -153,7 +153,7 @@ def train(config: TrainConfig) -> None:
     if milestones and min(milestones) >= steps:
         run.log(f"milestones: all of them lie beyond the {steps} steps, so the learning rate never drops")
     run.log(f"recipe {config.recipe or 'of flags alone'}; all settings are in {run.path / 'config.yaml'}")
-    run.log(config.describe_keeping())
+    run.log(config.describe_keeping(steps))
     run.log(
         f"{device}, {config.precision}, {count(torch.get_num_threads(), 'thread')}, {count(config.workers, 'worker')}"
     )

@@ -85,7 +85,7 @@ def test_evaluations_do_not_count_as_training(clock: Clock, run: Any) -> None:
 def test_a_long_silence_begins_with_an_estimate(clock: Clock, run: Any) -> None:
     state = Progress(run, torch.device("cpu"))
     with state.begin(0, 1000):
-        clock.now += 60  # the first step is no measure of the others
+        clock.now += 5  # the first step is no measure of the others
         for _ in range(30):
             state.step()
             clock.now += 2
@@ -99,6 +99,15 @@ def test_a_short_run_has_its_estimate_before_its_end(clock: Clock, run: Any) -> 
             clock.now += 3
             state.step()
     assert run.lines == ["step 3: about 3 s a step, 3 s to go without evaluations"]
+
+
+def test_slow_steps_have_their_estimate_earlier(clock: Clock, run: Any) -> None:
+    state = Progress(run, torch.device("cpu"))
+    with state.begin(0, 100):
+        for _ in range(20):
+            clock.now += 9
+            state.step()
+    assert run.lines == ["step 3: about 9 s a step, 15 min to go without evaluations"]
 
 
 def test_no_estimate_where_the_log_has_spoken(clock: Clock, run: Any) -> None:
@@ -156,5 +165,5 @@ def test_a_run_logs_its_speed(
     log = (tmp_path / "run" / "log.txt").read_text()
     assert log in capsys.readouterr().out.replace("\r", "")
     assert f"recipe {tmp_path / 'run.yaml'}; all settings are in {tmp_path / 'run' / 'config.yaml'}\n" in log
-    assert "a checkpoint every 4 steps, the newest 2 are kept; evaluation at the end\n" in log
+    assert "a checkpoint every 4 steps and at the end, the newest 2 are kept; evaluation at the end\n" in log
     assert " images/s, " in next(line for line in log.splitlines() if line.startswith("step 2/6"))

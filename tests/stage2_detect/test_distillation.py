@@ -393,7 +393,7 @@ def test_user_errors(
     distill = distilled_settings["distill"]
     weak = message(distill=distill | {"check_ap": 0.2})
     assert f"distill.teacher: {teacher_detector}: AP 0.00 on 3 images" in weak
-    assert "below distill.check_ap 0.2 (AP 20.00): it was trained on other images or at another size" in weak
+    assert "below 20 (distill.check_ap 0.2): it was trained on other images or at another size" in weak
     assert not list((tmp_path / "bad").rglob("*.safetensors"))
 
     data = dict(distilled_settings["data"])
