@@ -74,6 +74,7 @@ def _init(arguments: Namespace) -> None:
         unlabeled_images=len(list_images(arguments.unlabeled)) if arguments.unlabeled else 0,
         listing=listing,
         gpu=tuple(probe["devices"][0]) if probe.get("devices") else None,
+        gpus=len(probe.get("devices") or []),
         cores=cores(),
         seed=arguments.seed,
     )

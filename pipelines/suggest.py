@@ -32,6 +32,7 @@ class Facts:
     """list file of the training photos, for the distillation"""
     gpu: tuple[Any, ...] | None
     """(name, free bytes, bytes, major, minor) of the first GPU"""
+    gpus: int
     cores: int
     seed: int
 
@@ -43,6 +44,8 @@ class Settings:
     backbone: str
     teacher: str
     batch: int
+    processes: int
+    """one a GPU"""
     steps: int
     warmup: int
     milestones: tuple[int, int]
@@ -56,6 +59,7 @@ class Settings:
     precision: str
     workers: int
     distill_batch: int
+    distill_processes: int
     distill_steps: int
     distill_size: int
 
@@ -73,14 +77,14 @@ def suggest(facts: Facts) -> Settings:
     # Anchors of five levels, a factor of two apart: from three quarters of the smallest objects, up to half of the largest.
     base = max(_power(0.75 * smallest * short), _power(largest * short / 32, up=True))
     first = int(min(64, max(8, base)))
-    batch = 8 if gpu else 4
+    batch, processes = _shared(min(8 if gpu else 4, facts.images), facts.gpus)  # more than there are is refused
     passes = min(
         100, max(12, 60 * math.sqrt(200 / facts.images))
     )  # 60 over 200 photos, 27 over 1,000, 12 over 5,000 and more
     steps = max(50, round(passes * facts.images / batch))
     steps = steps if gpu else min(steps, 1500)
     seen = facts.unlabeled_images + facts.images
-    distill_batch = 256 if gpu else 32
+    distill_batch, distill_processes = _shared(min(256 if gpu else 32, seen), facts.gpus)
     distill_steps = (
         round(min(100, max(10, 2e6 / max(seen, 1))) * seen / distill_batch)
         if gpu
@@ -91,6 +95,7 @@ def suggest(facts: Facts) -> Settings:
         backbone="resnet50d.ra2_in1k" if gpu else "resnet18d.ra2_in1k",
         teacher="timm:hgnetv2_b6.ssld_stage2_ft_in1k" if gpu else "timm:resnet50d.ra2_in1k",
         batch=batch,
+        processes=processes,
         steps=steps,
         warmup=max(1, min(1000, steps // 10)),
         milestones=(round(0.7 * steps), round(0.9 * steps)),
@@ -104,6 +109,7 @@ def suggest(facts: Facts) -> Settings:
         precision=precision,
         workers=max(1, min(8, facts.cores)),
         distill_batch=distill_batch,
+        distill_processes=distill_processes,
         distill_steps=max(20, distill_steps),
         distill_size=224 if gpu else 128,
     )
@@ -126,6 +132,12 @@ def pipeline_text(output: Path, facts: Facts, chosen: Settings) -> str:
         sizes=[round(100 * value) for value in facts.statistics["object_sizes"]],
         machine=f"{facts.gpu[0]}, {facts.gpu[2] / 2**30:.0f} GB" if facts.gpu else f"no GPU, {facts.cores} CPU cores",
     )
+
+
+def _shared(batch: int, gpus: int) -> tuple[int, int]:
+    """(batch, processes): as many images for each GPU, and no GPU without one."""
+    processes = max(1, min(gpus, batch))
+    return max(1, batch // processes * processes), processes
 
 
 def _multiple(side: float) -> int:

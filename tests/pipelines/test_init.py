@@ -109,6 +109,7 @@ def facts(images: int, sizes: list[float], gpu: tuple[Any, ...] | None = None) -
         unlabeled_images=0,
         listing=None,
         gpu=gpu,
+        gpus=int(gpu is not None),
         cores=2,
         seed=0,
     )
@@ -220,3 +221,30 @@ def test_a_name_need_not_be_given(photos: Path) -> None:
     names = {path.name for path in photos.iterdir() if path.is_file()}
     assert names == {"all.json", "pipeline.yaml", "pipeline_train.json", "pipeline_val.json"}
     assert yaml.safe_load(Path("pipeline.yaml").read_text())["output"] == "runs/pipeline"
+
+
+def test_no_batch_is_larger_than_the_data() -> None:
+    gpu = tuple(GPU["devices"][0])
+    for images in (1, 3, 4, 5, 9):
+        for device, most in ((None, 4), (gpu, 8)):
+            chosen = suggest(facts(images, [0.1] * 5, device))
+            assert chosen.batch == min(most, images)
+            assert chosen.distill_batch == images
+
+
+@pytest.mark.parametrize(("gpus", "batch", "distilling"), [(1, 8, 35), (2, 8, 34), (3, 6, 33), (4, 8, 32)])
+def test_every_gpu_gets_a_process(
+    gpus: int, batch: int, distilling: int, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(init, "ask_torch", lambda: {"devices": GPU["devices"] * gpus})
+    line = ["--images", "photos", "--annotations", "all.json", "--unlabeled", "more photos", "--output", "mine.yaml"]
+    assert init.main(line) == 0
+    content = yaml.safe_load(Path("mine.yaml").read_text())
+    # 32 training photos and 3 others: too few for 256 at once
+    for stage, images in (("detector_ssld", batch), ("ssld", distilling)):
+        assert content["stages"][stage]["set"]["batch_size"] == images
+        assert content["stages"][stage].get("processes", 1) == gpus
+        smoke = content["smoke"]["train" if stage == "detector_ssld" else "distill"]["batch_size"]
+        assert smoke % gpus == 0
+        assert smoke <= images
+    assert run.main(["mine.yaml", "--dry-run", "--smoke"]) == 0
