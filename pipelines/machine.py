@@ -31,7 +31,10 @@ PACKAGES = (
     "pillow",
     "safetensors",
 )
-OPTIONAL = {"hotcoco": "fast", "onnx": "export", "onnxruntime": "export", "onnxscript": "export"}
+OPTIONAL = {
+    **{"hotcoco": "fast", "torchcodec": "fast", "av": "video"},
+    **{"onnx": "export", "onnxruntime": "export", "onnxscript": "export"},
+}
 _PROBE = """
 import json, os, sys
 found = {"broken": {}}
@@ -78,6 +81,7 @@ def machine_lines(probe: dict[str, Any] | None = None) -> Iterator[Line]:
     yield Line("ok", "packages", shown)
     if missing:
         yield Line("fault", "packages", f"not installed: {', '.join(missing)}; pip install {' '.join(missing)}")
+    yield from requirement_lines(_requirements("ssld"))
     answer = ask_torch() if probe is None else probe
     yield from pair_lines(versions["torch"], versions["torchvision"], _torchvision_needs(), answer.get("broken", {}))
     absent = sorted({extra for name, extra in OPTIONAL.items() if _version(name) is None})
@@ -135,6 +139,27 @@ def _meets(version: str, needs: str | None) -> bool:
         return True
     numbers, least = ([int(part) for part in re.findall(r"\d+", text)] for text in (version.split("+")[0], wanted[2]))
     return numbers[: len(least)] == least if wanted[1] == "==" else numbers >= least
+
+
+def requirement_lines(wanted: list[str]) -> Iterator[Line]:
+    """Installed packages that are older than the project asks for, and those that it needs and are not there; `wanted` as in its metadata."""
+    for line in wanted:
+        match = re.match(r"([A-Za-z0-9._-]+)\s*(?:\[[^]]*\])?\s*\(?([^();]*)", line)
+        if match is None:
+            continue
+        name, needs, version = match[1], match[2].strip(), _version(match[1])
+        if version is None:
+            if ";" not in line and name not in PACKAGES:  # what follows is an extra's; of the others it is said already
+                yield Line("fault", "packages", f"not installed: {name}; pip install '{name}{needs}'")
+        elif not _meets(version, needs):
+            yield Line("warning", "packages", f"{name} {version} is not {needs}; pip install --upgrade '{name}{needs}'")
+
+
+def _requirements(package: str) -> list[str]:
+    try:
+        return list(dict.fromkeys(importlib.metadata.requires(package) or []))
+    except importlib.metadata.PackageNotFoundError:  # run from its folder
+        return []
 
 
 def _torchvision_needs() -> str | None:

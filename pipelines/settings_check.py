@@ -4,6 +4,7 @@ A file of settings is told by its keys: `stages` make a pipeline, others belong 
 """
 
 import importlib.util
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,13 +66,7 @@ def _commands(file: Path, variables: dict[str, str]) -> tuple[list[tuple[str, Co
         try:
             make_plan(stages, set())
             known = [size for size in disk_bytes(stages).values() if size]
-            lines.append(
-                Line(
-                    "ok",
-                    "settings",
-                    f"{len(stages)} stages; about {sum(known) / 2**30:.1f} GB of model files and checkpoints",
-                )
-            )
+            lines += _disk_lines(len(stages), sum(known), pipeline.output)
         except UserError as error:
             lines += [Line("fault", "settings", line) for line in str(error).splitlines()]
         return [(stage.name, stage.config) for stage in stages], lines
@@ -86,6 +81,16 @@ def _commands(file: Path, variables: dict[str, str]) -> tuple[list[tuple[str, Co
         if not path.exists()
     ]
     return [("", config)], [Line("ok", "settings", f"of the command {name}"), *missing]
+
+
+def _disk_lines(stages: int, size: int, output: Path) -> Iterator[Line]:
+    """What the stages will write, and whether the disk of `output` has room for it."""
+    yield Line("ok", "settings", f"{stages} stages; about {size / 2**30:.1f} GB of model files and checkpoints")
+    place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if size > free:
+        text = f"output: {free / 2**30:.1f} GB free on the disk of {place}, which is too little; give another output"
+        yield Line("warning", "settings", text)
 
 
 def command_of(values: dict[str, Any]) -> CommandName | None:

@@ -5,13 +5,14 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from PIL import Image
 
-from pipelines import data_process, disk, doctor, machine
+from pipelines import data_process, disk, doctor, machine, settings_check
 from pipelines.machine import ask_torch, device_lines, machine_lines, pair_lines
 from stage2_detect import check_data
 
@@ -87,6 +88,37 @@ def test_this_machine_is_asked_in_another_process() -> None:
     answer = ask_torch()
     assert answer["broken"] == {}
     assert "gloo" in answer["groups"]
+
+
+def test_requirements_of_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"torch": "2.10.1+cu128", "numpy": "2.0.0", "onnx": "1.9.0", "tqdm": "4.70"}
+    monkeypatch.setattr(machine, "_version", there.get)
+    wanted = ["torch>=2.11", "numpy>=2.0", "tqdm (>=4.66)", "jinja2>=3.1"]
+    wanted += ['onnx>=1.18; extra == "export"', 'av>=18; extra == "video"']
+    assert [(line.level, line.text) for line in machine.requirement_lines(wanted)] == [
+        ("warning", "torch 2.10.1+cu128 is not >=2.11; pip install --upgrade 'torch>=2.11'"),
+        ("fault", "not installed: jinja2; pip install 'jinja2>=3.1'"),
+        ("warning", "onnx 1.9.0 is not >=1.18; pip install --upgrade 'onnx>=1.18'"),
+    ]
+    assert {"av", "torchcodec"} <= machine.OPTIONAL.keys()
+
+
+@pytest.mark.parametrize(("free", "lines"), [(10 * 2**30, 1), (4 * 2**30, 2)])
+def test_room_for_what_is_written(free: int, lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+
+    def usage(path: Path) -> Any:
+        asked.append(path)
+        return SimpleNamespace(free=free)
+
+    monkeypatch.setattr(settings_check.shutil, "disk_usage", usage)
+    said = list(settings_check._disk_lines(3, 5 * 2**30, tmp_path / "runs" / "mine"))
+    assert asked == [tmp_path]
+    assert said[0].text == "3 stages; about 5.0 GB of model files and checkpoints"
+    assert len(said) == lines
+    if lines == 2:
+        assert said[1].level == "warning"
+        assert said[1].text.startswith(f"output: 4.0 GB free on the disk of {tmp_path}, which is too little")
 
 
 def test_devices() -> None:
