@@ -51,7 +51,9 @@ def _doctor(argv: list[str]) -> int:
     tell(machine_lines(probe))
     if arguments.settings:
         print(f"\nsettings: {arguments.settings}")
-        found, sets = settings_lines(Path(located(str(arguments.settings))), probe, dict(arguments.variable))
+        found, sets = settings_lines(
+            Path(located(str(arguments.settings))), probe, dict(arguments.variable), quick=arguments.quick
+        )
         tell(iter(found))
         data = data or sets
     codes = []

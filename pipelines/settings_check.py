@@ -11,6 +11,7 @@ from typing import Any
 
 from pipelines.config import CommandName
 from pipelines.disk import disk_bytes
+from pipelines.image_folders import folder_lines, folders_of
 from pipelines.machine import Level, Line, cores
 from pipelines.plan import make_plan
 from pipelines.stages import KINDS, build_stages, read_pipeline
@@ -27,11 +28,10 @@ _NO_OUTPUT = "runs/unnamed"
 
 
 def settings_lines(
-    file: Path, probe: dict[str, Any], variables: dict[str, str]
+    file: Path, probe: dict[str, Any], variables: dict[str, str], *, quick: bool = False
 ) -> tuple[list[Line], dict[DataSet, bool]]:
-    """(what there is to say about a file, the detection data it names that are there and whether they need masks).
-
-    Raises UserError where the file cannot be read.
+    """(what there is to say about a file, with a look at its pictures unless `quick`; the detection data it names that are there and whether they
+    need masks). Raises UserError where the file cannot be read.
     """
     try:
         named = _commands(file, variables)
@@ -53,6 +53,9 @@ def settings_lines(
         lines.append(Line(level, "settings", who + text))
     if named[0] and all(line.level == "ok" for line in lines):
         lines += [Line("ok", "settings", "hold together, and fit this machine")]
+    if not quick:
+        for folder in dict.fromkeys(folder for _, config in named[0] for folder in folders_of(config)):
+            lines += folder_lines(folder)
     return lines, sets
 
 

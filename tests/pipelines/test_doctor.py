@@ -220,6 +220,7 @@ def test_settings_of_every_command(
         code, out = doctor.main([str(file)]), capfd.readouterr().out
         assert f"of the command {command}\n" in out
         assert code == 0, out
+        assert ("2 pictures" in out) == (command == "curate")
         (coco / "below.yaml").write_text(text)
     (coco / "below.yaml").write_text("lr: 3\nepochs: 4\nnet: resnet\n")
     assert doctor.main([str(file)]) == 1

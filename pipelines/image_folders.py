@@ -1,0 +1,66 @@
+"""What `ssld doctor` says of folders of pictures without boxes: pictures to distil on, to curate, to classify, and a detector's unlabelled ones.
+
+Does not import torch.
+"""
+
+import hashlib
+import io
+import warnings
+from collections import Counter
+from pathlib import Path
+
+from PIL import Image
+
+from pipelines.machine import Line
+from shared.config import CommandConfig
+from shared.files import list_images
+from shared.wording import count
+from stage1_ssld.config import CurateConfig, SoftLabelsConfig, Stage1Config
+from stage1_ssld.data_config import SourceConfig
+from stage2_detect.config import TrainConfig
+
+MOST = 5000
+"""pictures of a folder that are opened, evenly chosen"""
+
+
+def folders_of(config: CommandConfig) -> list[Path]:
+    """The folders of pictures that a command reads and that are there."""
+    sources: list[SourceConfig] = []
+    paths: list[Path] = []
+    if isinstance(config, Stage1Config | SoftLabelsConfig):
+        sources = [*config.data.train, *([config.data.val] if config.data.val else [])]
+    elif isinstance(config, CurateConfig):
+        sources = [*config.pool, *config.train, *config.val]
+    elif isinstance(config, TrainConfig) and config.unlabeled:
+        paths = [config.unlabeled]
+    return list(dict.fromkeys(path for path in [*(Path(one.path) for one in sources), *paths] if path.is_dir()))
+
+
+def folder_lines(folder: Path, *, most: int = MOST) -> list[Line]:
+    """How many pictures a folder has, how many cannot be read, and how many are copies; nothing of a folder of other files."""
+    names = list_images(folder)
+    if not names:
+        return []
+    looked = [names[place * len(names) // most] for place in range(most)] if len(names) > most else names
+    broken: list[str] = []
+    digests: Counter[bytes] = Counter()
+    for name in looked:
+        try:
+            content = (folder / name).read_bytes()
+            with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as picture:
+                picture.load()
+        except Exception:  # Pillow's decoders fail with errors of many kinds
+            broken.append(name)
+        else:
+            digests[hashlib.sha256(content).digest()] += 1
+    text = f"{folder}: {count(len(names), 'picture')}"
+    lines = [Line("ok", "pictures", text + (f", of which {most:,} were looked at" if looked is not names else ""))]
+    if broken:
+        stops = len(broken) > 1 and len(broken) > 0.01 * len(looked)
+        then = "training stops: more than 1 %" if stops else "training leaves them out"
+        what = f"{count(len(broken), 'picture')} of {len(looked):,} cannot be read ({broken[0]})"
+        lines.append(Line("fault" if stops else "warning", "pictures", f"{folder}: {what}: {then}"))
+    copies = sum(digests.values()) - len(digests)
+    if copies:
+        lines.append(Line("note", "pictures", f"{folder}: {count(copies, 'picture')} there already under another name"))
+    return lines

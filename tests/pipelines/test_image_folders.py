@@ -1,0 +1,46 @@
+"""Folders of pictures without boxes, as the doctor looks at them."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pipelines.image_folders import folder_lines, folders_of
+from stage1_ssld.config import CurateConfig, TeachConfig
+
+OPTIM = {"lr": 0.1, "reference_batch": 2}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number in range(4):
+        Image.new("RGB", (8, 8), (number, 9, 9)).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+def test_what_a_folder_holds(folder: Path) -> None:
+    assert [(line.level, line.text) for line in folder_lines(folder)] == [("ok", f"{folder}: 4 pictures")]
+    shutil.copy(folder / "0.png", folder / "x.png")
+    (folder / "y.jpg").write_bytes(b"nothing")
+    said = [(line.level, line.text.removeprefix(f"{folder}: ")) for line in folder_lines(folder)]
+    assert said == [
+        ("ok", "6 pictures"),
+        ("warning", "1 picture of 6 cannot be read (y.jpg): training leaves them out"),
+        ("note", "1 picture there already under another name"),
+    ]
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:40])
+    assert folder_lines(folder)[1].level == "fault"
+    assert folder_lines(folder, most=2)[0].text.endswith("6 pictures, of which 2 were looked at")
+    (folder / "empty").mkdir()
+    assert folder_lines(folder / "empty") == []
+
+
+def test_which_folders(folder: Path) -> None:
+    common: dict[str, Any] = {"output": "runs/x"}
+    source = [{"path": str(folder)}, {"path": str(folder / "gone")}, {"path": str(folder / "0.png")}]
+    teach = {"model": {"model": "random:test_resnet"}, "data": {"train": source}, "optim": OPTIM}
+    assert folders_of(TeachConfig.model_validate(common | teach | {"steps": 2, "batch_size": 2})) == [folder]
+    curate = {"pool": source, "keep": 1, "teacher": {"model": "random:test_resnet"}}
+    assert folders_of(CurateConfig.model_validate(common | curate)) == [folder]
