@@ -65,7 +65,7 @@ def _commands(file: Path, variables: dict[str, str]) -> tuple[list[tuple[str, Co
     if "stages" in values:
         pipeline = read_pipeline(file)
         stages = build_stages(pipeline, file, output=pipeline.output, variables=variables)
-        lines = []
+        lines: list[Line] = []
         try:
             make_plan(stages, set())
             known = [size for size in disk_bytes(stages).values() if size]
