@@ -233,11 +233,11 @@ def test_foreign_folders_are_not_touched(tmp_path: Path) -> None:
 
 def test_interrupted_writing_leaves_nothing(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+        raise SystemExit
 
     with monkeypatch.context() as patch:
         patch.setattr(toy_data, "draw_scene", interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit):
             write_toy_data(tmp_path, seed=3, sizes=TINY)
     assert list(tmp_path.iterdir()) == []
 
@@ -250,13 +250,13 @@ def test_killed_writing_starts_over(toy: Path, tmp_path: Path, monkeypatch: pyte
 
     def die(path: Path, target: Path) -> Path:
         if len(moves) == moved:
-            raise KeyboardInterrupt
+            raise SystemExit
         moves.append(path)
         return rename(path, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", die)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit):
             write_toy_data(tmp_path, seed=3, sizes=TINY)
     assert not (tmp_path / "toy_data.json").exists()
     assert write_toy_data(tmp_path, seed=3, sizes=TINY)

@@ -288,12 +288,12 @@ def test_a_killed_run_goes_on(
 
     def killed(self: Parts, number: int, *args: Any) -> None:
         if len(written) == 2:
-            raise KeyboardInterrupt
+            raise SystemExit
         written.append(number)
         write(self, number, *args)
 
     monkeypatch.setattr(Parts, "write", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         call(predict.main, line())
     run = tmp_path / "seen"
     assert not (run / "predictions.json").exists()
@@ -318,11 +318,11 @@ def test_a_run_begun_on_other_pictures_is_refused(
     pattern = f"{folder}/*.png"
 
     def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
+        raise SystemExit
 
     with monkeypatch.context() as patch:
         patch.setattr(prediction, "assemble", killed)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit):
             call(predict.main, line(images=pattern))
     shutil.copy(folder / "5.png", folder / "55.png")
     assert "was begun on other pictures" in user_error(predict.main, line(images=pattern))
