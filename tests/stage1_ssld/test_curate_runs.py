@@ -95,11 +95,11 @@ def test_goes_on_where_it_was_killed(
     assert call(curate, arguments(settings, "whole")) == 0
 
     def fails(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+        raise SystemExit
 
     with monkeypatch.context() as patch:
         patch.setattr(module, name, fails)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit):
             call(curate, arguments(settings))
     run = tmp_path / "run"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("0*.parquet")}
@@ -244,11 +244,11 @@ def test_a_pool_that_changed_since_the_run_began(
     settings |= {"pool": [str(tmp_path / "pool" / "*" / "*.png")]}
 
     def fails(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+        raise SystemExit
 
     with monkeypatch.context() as patch:
         patch.setattr(selecting, "find_candidates", fails)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit):
             call(curate, arguments(settings))
     next((tmp_path / "pool").rglob("*.png")).unlink()
     message = user_error(curate, arguments(settings))
