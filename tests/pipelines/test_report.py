@@ -102,7 +102,7 @@ def test_numbers(html: str) -> None:
     assert "disc 33.3 ring -" in text
     assert "2 of 5 stages finished, 3 min of work, 12,800 images seen in training" in text
     assert "2 unreadable images" in text
-    assert "together 12,800 3.0 min" in text
+    assert "together 12,800 3 min" in text
 
 
 def test_status_of_every_stage(html: str) -> None:
