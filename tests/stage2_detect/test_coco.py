@@ -70,7 +70,7 @@ def test_training_drops_crowds_and_clips(read: Callable) -> None:
         "3 boxes",
         "1 crowd region dropped",
         "1 box reaches over the border, clipped",
-        "1 images without",
+        "1 image without",
     ):
         assert part in text
 
