@@ -21,13 +21,15 @@ from stage1_ssld.evaluate import main as evaluate
 def test_two_ranks_equal_one(
     arguments: Any, distill_settings: Any, call: Any, tmp_path: Path, scripts: Any, files_below: Any, metrics_of: Any
 ) -> None:
-    """LayerNorm student, no drop-path, equal sizes: only the order of summation differs."""
+    """LayerNorm student, no drop-path, equal sizes: only the order of summation differs. The trial of `auto_batch` is every rank's own."""
     settings = distill_settings | {"steps": 5, "log_every": 1, "optim": {"lr": 0.05, "reference_batch": 8}}
+    settings |= {"auto_batch": True}
     assert call(distill, arguments(settings, "one")) == 0
     process = scripts.run("stage1_ssld/distill.py", *arguments(settings, "two"), ranks=2)
     assert process.returncode == 0, process.stderr
     assert "(2 processes x 1 accumulated)" in process.stdout
     assert process.stdout.count("step 5/5") == 1  # one rank speaks
+    assert "auto_batch: 4 of 8 images a process and pass fit, so accumulate is 1\n" in process.stdout
     one, two = tmp_path / "one", tmp_path / "two"
     assert files_below(one) == files_below(two)
     for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
