@@ -46,14 +46,15 @@ def _doctor(argv: list[str]) -> int:
             lines.append(line)
             print(f"  {line.level:<8}{line.topic:<12}{line.text}", flush=True)
 
+    settings = Path(located(str(arguments.settings))) if arguments.settings else None
+    if settings and not settings.exists():
+        raise UserError(f"{settings}: no such file; settings are a YAML file")
     print("machine", flush=True)
     probe = ask_torch()
     tell(machine_lines(probe))
-    if arguments.settings:
+    if settings:
         print(f"\nsettings: {arguments.settings}")
-        found, sets = settings_lines(
-            Path(located(str(arguments.settings))), probe, dict(arguments.variable), quick=arguments.quick
-        )
+        found, sets = settings_lines(settings, probe, dict(arguments.variable), quick=arguments.quick)
         tell(iter(found))
         data = data or sets
     codes = []

@@ -55,12 +55,14 @@ def export_detector(config: ExportDetectorConfig) -> None:
     try:
         canvas = config.canvas
         for name, path in temporary.items():
+            run.log(f"{FILES[name]}: tracing and writing, which takes a minute or two")
             canvas = write(name, path, loaded, canvas, run.log)
         many = batches_of(images, loaded.resize, canvas, config.batch_size)
         runs = {name: runner(name, path) for name, path in temporary.items()}
         for name, call in runs.items():
             metrics[name] = check(call, loaded.model, many, config, FILES[name], run.log)
         if config.benchmark:
+            run.log("measuring speeds")
             metrics["seconds"] = measure(runs, loaded, many, run.log)
         written = [path.replace(run.path / FILES[name]) for name, path in temporary.items()]
     finally:

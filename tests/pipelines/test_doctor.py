@@ -262,7 +262,7 @@ def test_a_pipeline(coco: Path, capfd: pytest.CaptureFixture[str]) -> None:
     [
         (["--annotations", "a.json"], "give --annotations and --images together"),
         (["--fix", "x"], "--fix: give the data too"),
-        (["nowhere.yaml"], "nowhere.yaml: No such file or directory"),
+        (["nowhere.yaml"], "nowhere.yaml: no such file; settings are a YAML file"),
         (["--anotations", "a.json"], "--anotations: unknown flag; did you mean '--annotations'?"),
         (["x.yaml", "--variable", "three"], "--variable three: expected NAME=VALUE"),
     ],
