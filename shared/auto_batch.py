@@ -54,14 +54,12 @@ def find_passes(
     return passes
 
 
-def was_too_few(run: Path) -> bool:
-    """Note that a run with `auto_batch` ran out of memory all the same; whether it was one."""
+def note_too_few(run: Path) -> None:
+    """For the next start: a run with `auto_batch` ran out of memory with the passes that were found."""
     found = _read(run)
-    if "accumulate" not in found:
-        return bool(found)
-    note = {"too_few": found["accumulate"], "processes": found["processes"]}
-    write_atomically(run / FILE, json.dumps(note) + "\n")
-    return True
+    if "accumulate" in found:
+        note = {"too_few": found["accumulate"], "processes": found["processes"]}
+        write_atomically(run / FILE, json.dumps(note) + "\n")
 
 
 def _read(run: Path) -> dict[str, int]:

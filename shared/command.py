@@ -24,6 +24,7 @@ _PASSES = (
     "(in evaluation with a smaller --val_batch_size); smaller images or --precision bf16 are another run"
 )
 _MORE_PASSES = "auto_batch found too few passes: the same command tries more of them"
+_SMALLER = "Take a smaller --batch_size"
 
 
 def run_command(
@@ -40,9 +41,10 @@ def run_command(
     """
     rank, processes = launched_ranks()
     output: Path | None = None
+    auto_batch: bool | None = None  # of a training command
     try:
         config = parse_config(config_type, sys.argv[1:] if argv is None else argv, program=program)
-        output = config.output
+        output, auto_batch = config.output, getattr(config, "auto_batch", None)
         if torch_threads:
             _set_threads(config.threads)
         work(config)
@@ -57,7 +59,11 @@ def run_command(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return _report(_out_of_memory(error, rank, output), rank, processes, output)
+        advice = _SMALLER if auto_batch is None else _MORE_PASSES if auto_batch else _PASSES
+        if auto_batch and output and rank == 0:
+            _note_too_few_passes(output)
+        what = (str(error).splitlines() or ["no more to be had"])[0]
+        return _report(f"out of memory: {what} {advice}", rank, processes, output)
     except KeyboardInterrupt:
         if rank == 0:
             print("stopped; the same command begins again, and goes on from what it has written", file=sys.stderr)
@@ -69,13 +75,10 @@ def run_command(
     return 0
 
 
-def _out_of_memory(error: BaseException, rank: int, output: Path | None) -> str:
-    from shared.auto_batch import was_too_few
+def _note_too_few_passes(run: Path) -> None:
+    from shared.auto_batch import note_too_few  # imports torch
 
-    found = rank == 0 and output is not None and was_too_few(output)
-    return (
-        f"out of memory: {(str(error).splitlines() or ['no more to be had'])[0]} {_MORE_PASSES if found else _PASSES}"
-    )
+    note_too_few(run)
 
 
 def _report(message: str, rank: int, processes: int, output: Path | None) -> int:

@@ -46,10 +46,11 @@ def _predict(config: PredictConfig) -> None:
     from shared.processes import uses_gpu
     from shared.ranks import from_main_rank, rank, world_size
     from shared.run_dir import RunDir, write_atomically
+    from shared.wording import count
     from stage2_detect.detector_file import load_detector
     from stage2_detect.picture_files import PictureFiles
     from stage2_detect.prediction import Finder, PictureClock, assemble, check_detector, detect_parts, find_work
-    from stage2_detect.prediction_files import Parts, counted, counts, table_text, write_yolo
+    from stage2_detect.prediction_files import Parts, counts, table_text, write_yolo
     from stage2_detect.video_prediction import FrameLoader, Segments, detect_videos, write_video
 
     # ---- detector and pictures, checked before any process group exists
@@ -78,8 +79,8 @@ def _predict(config: PredictConfig) -> None:
         run.log(f"part {number + 1} of {len(parts.records)} done, {len(mine) - done} left: {clock.describe()}")
     my_videos = {name: begun[name] for name in list(begun)[rank() :: world_size()]}
     frames = FrameLoader(work.folder, my_videos, finder.sizing, config.batch_size, config.tile, config.overlap)
-    for name, count in detect_videos(finder.found, segments, frames, my_videos):
-        run.log(f"{name}: {counted(count, 'frame')} done: {clock.describe()}")
+    for name, number in detect_videos(finder.found, segments, frames, my_videos):
+        run.log(f"{name}: {count(number, 'frame')} done: {clock.describe()}")
     clock.close()
     accelerator.wait_for_everyone()
     for name in work.videos:
@@ -117,8 +118,8 @@ def _predict(config: PredictConfig) -> None:
             metrics = counts(content) | {"pictures": len(work.names), "unreadable": len(unreadable)}
             metrics |= {"videos": len(work.videos)} if work.videos else {}
             run.log(
-                f"{counted(metrics['boxes'], 'box')} with a score of {config.least:g} or more, in {metrics['images_with_boxes']} "
-                f"of {counted(looked_at, 'frame' if videos and not work.names else 'picture')}: {files[0] if files else run.path}"
+                f"{count(metrics['boxes'], 'box')} with a score of {config.least:g} or more, in {metrics['images_with_boxes']} "
+                f"of {count(looked_at, 'frame' if videos and not work.names else 'picture')}: {files[0] if files else run.path}"
                 + ("" if metrics["boxes"] else f"; the best of all boxes has {best:.2f}")
             )
     problem = from_main_rank(problem)

@@ -15,7 +15,7 @@ from shared.config import did_you_mean
 from shared.errors import UserError
 from shared.processes import DTYPES
 from shared.run_dir import RunDir
-from shared.wording import duration
+from shared.wording import count, duration
 from stage2_detect.coco import CocoImage, Id
 from stage2_detect.coco_ap import result_rows
 from stage2_detect.coco_table import read_table
@@ -25,7 +25,7 @@ from stage2_detect.picture_batches import PictureLoader, Sizing, batches_of
 from stage2_detect.picture_files import PictureFiles, stem
 from stage2_detect.pictures import Pictures, find_pictures, records_of
 from stage2_detect.predict_config import PredictConfig
-from stage2_detect.prediction_files import Parts, coco_json, counted, picture_entry
+from stage2_detect.prediction_files import Parts, coco_json, picture_entry
 from stage2_detect.scoring import detections
 from stage2_detect.tiles import merged_windows
 from stage2_detect.video import is_video, require_av
@@ -58,7 +58,7 @@ class Work:
         return f"{self._amount()} below {self.folder}{left_out}"
 
     def _amount(self) -> str:
-        pictures, videos = counted(len(self.names), "picture"), counted(len(self.videos), "video")
+        pictures, videos = count(len(self.names), "picture"), count(len(self.videos), "video")
         return videos if not self.names else pictures if not self.videos else f"{pictures} and {videos}"
 
 
@@ -243,15 +243,13 @@ def assemble(
         rows |= found
         best = max(best, highest)
     if not images:
-        raise UserError(
-            f"nothing can be read in {counted(len(bad), 'file')} of {config.images}; the first is {min(bad)}"
-        )
+        raise UserError(f"nothing can be read in {count(len(bad), 'file')} of {config.images}; the first is {min(bad)}")
     if config.pseudo_labels:
         images = [one for one in images if one["id"] in rows]
         if not images:
             of = f" of {', '.join(config.classes)}" if config.classes else ""
             raise UserError(
-                f"{config.images}: no box{of} with a score of {config.least:g} or more in {counted(len(work.names), 'picture')}; "
+                f"{config.images}: no box{of} with a score of {config.least:g} or more in {count(len(work.names), 'picture')}; "
                 f"the best has {best:.2f}: give a lower --threshold, or a detector that fits these pictures"
             )
     info = {

@@ -143,11 +143,6 @@ def stem(name: str) -> str:
     return str(PurePosixPath(name).with_suffix(""))
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 picture`, `2 pictures`, `1 box`, `2 boxes`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('x') else 's'}"
-
-
 def counts(content: dict[str, Any]) -> dict[str, Any]:
     """How many images, images with boxes and boxes a data set of `coco_json` has, in all and by class."""
     classes = {category["id"]: category["name"] for category in content["categories"]}

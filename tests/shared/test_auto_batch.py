@@ -78,6 +78,10 @@ def test_too_few_passes_after_all(
     assert capsys.readouterr().err == (
         "error: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. auto_batch found too few passes: the same command tries more of them\n"
     )
+    # Who switches it off is told of it, and what it found is left alone.
+    small_memory(Classifier, 0)
+    assert call(distill, arguments(settings, "run", "--auto_batch", "false", "--accumulate", "4")) == 2
+    assert "The run goes on with --auto_batch true" in capsys.readouterr().err
     sizes = small_memory(Classifier, 3)
     assert call(distill, arguments(settings)) == 0
     assert sizes == [4, 2, *[2] * 4 * 4]
