@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shared import ranks
 from shared.backbones import Classifier
 from shared.errors import is_out_of_memory
 from stage1_ssld.distill import main as distill
@@ -21,10 +22,14 @@ Call = Callable[..., int]
 def test_distillation_takes_the_passes_that_fit(
     arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, small_memory: Any
 ) -> None:
-    """Batches of 8 where 3 images fit: passes of 2, and weights bit for bit those of a run that was told so."""
-    assert call(distill, arguments(distill_settings | {"accumulate": 4}, "told")) == 0
+    """Batches of 8 where 3 images fit: passes of 2, and weights bit for bit those of a run that was told so.
+
+    The student has BatchNorm, whose running statistics the trial changes, and has to put back.
+    """
+    settings = distill_settings | {"student": {"model": "random:test_resnet"}}
+    assert call(distill, arguments(settings | {"accumulate": 4}, "told")) == 0
     sizes = small_memory(Classifier, 3)
-    assert call(distill, arguments(distill_settings | {"auto_batch": True})) == 0
+    assert call(distill, arguments(settings | {"auto_batch": True})) == 0
     assert sizes == [8, 4, 2, *[2] * 4 * 6]
     assert json.loads((tmp_path / "run" / "auto_batch.json").read_text()) == {"accumulate": 4, "processes": 1}
     log = (tmp_path / "run" / "log.txt").read_text()
@@ -152,6 +157,20 @@ def test_out_of_memory_says_what_to_set(
         "same batch in as many passes as fit, or with --accumulate 2, 4, ... (in evaluation with a smaller --val_batch_size); smaller images or "
         "--precision bf16 are another run\n"
     )
+
+
+def test_a_trial_asks_no_other_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that has run out of memory does not answer: the others would wait for ever."""
+
+    def asked(*_: Any) -> None:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(ranks.dist, "all_reduce", asked)
+    with ranks.alone():
+        assert ranks.total_over_ranks(torch.tensor(3.0)) == 3
+    with pytest.raises(AssertionError, match="asked"):
+        ranks.total_over_ranks(torch.tensor(3.0))
 
 
 def test_auto_batch_and_accumulate_exclude_each_other(

@@ -1,11 +1,14 @@
 """`auto_batch` of a detector: its trial is no smaller than any batch of the run, and the run is the one that was told the passes."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -33,7 +36,16 @@ def test_a_detector_takes_the_passes_that_fit(
 def test_the_trial_is_as_large_as_the_largest_batch(
     train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No batch of training or evaluation is higher or wider than the one that was tried first."""
+    """No batch of training or evaluation is higher or wider than the one that was tried first, also where evaluation has the tallest picture."""
+    files = train_settings["data"]
+    content = json.loads(Path(files["val_annotations"]).read_text())
+    content["images"].append({"id": "tall", "file_name": "tall.png", "width": 40, "height": 120})
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    shutil.copytree(files["val_images"], tmp_path / "val")
+    Image.new("RGB", (40, 120)).save(tmp_path / "val" / "tall.png")
+    val = {"val_annotations": str(tmp_path / "val.json"), "val_images": str(tmp_path / "val")}
+    settings = train_settings | {"data": files | val, "auto_batch": True}
+    settings["resize"] = train_settings["resize"] | {"val_long_side": 192}
     seen: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
     forward = TimmPyramid.forward
 
@@ -42,7 +54,7 @@ def test_the_trial_is_as_large_as_the_largest_batch(
         return forward(self, pixels_BCHW)
 
     monkeypatch.setattr(TimmPyramid, "forward", watched)
-    assert call(train.main, arguments(train_settings | {"auto_batch": True})) == 0
+    assert call(train.main, arguments(settings)) == 0
     assert len(seen[True]) == 1 + 6
     for (high, wide), *others in seen.values():
         assert others
