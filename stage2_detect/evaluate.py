@@ -27,7 +27,6 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     """Evaluate the file that `config` names and write result.json."""
     from accelerate import Accelerator
 
-    from shared.errors import UserError
     from shared.processes import DTYPES, uses_gpu
     from shared.ranks import from_main_rank
     from shared.run_dir import RunDir
@@ -40,10 +39,6 @@ def evaluate_detector(config: EvaluateConfig) -> None:
 
     loaded = load_detector(config.model)
     with_masks = getattr(loaded.model, "mask_head", None) is not None
-    if config.tta and with_masks:
-        raise UserError(
-            f"tta: views are merged by their boxes, but the detector {config.model} gives masks; leave tta out"
-        )
     data = read_coco(
         config.annotations,
         config.images,

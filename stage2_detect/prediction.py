@@ -98,15 +98,11 @@ def find_work(config: PredictConfig) -> Work:
 
 
 def check_detector(config: PredictConfig, loaded: LoadedDetector) -> None:
-    """Raises UserError for classes that the detector does not have, and for test-time augmentation of masks."""
+    """Raises UserError for classes that the detector does not have."""
     for name in config.classes:
         if name not in loaded.class_names:
             hint = did_you_mean(name, list(loaded.class_names))
             raise UserError(f"classes: {config.model} does not know {name!r}{hint}")
-    if config.tta and loaded.has_masks:
-        raise UserError(
-            f"tta: views are merged by their boxes, but the detector {config.model} gives masks; leave tta out"
-        )
 
 
 class PictureClock:

@@ -1,12 +1,14 @@
 """Test-time augmentation: detections of several sizes of an image, and of their mirror images, merged by suppression.
 
 Works on any detector that turns an `ImageBatch` into one `Detections` an image. Every view is detected as if it were
-alone; then the boxes of all views of an image compete within their class, and the best are kept. Boxes only: masks of
-different views cannot be chosen between by their boxes' overlap.
+alone; then the boxes of all views of an image compete within their class, and the best are kept. A detector of masks
+looks for the shapes in the boxes that are left, in every view, and the probabilities are averaged over the views
+(detectron2's `test_time_augmentation.py` does so too).
 
-Legend: B images, C channels, H height, W width, N detections of an image.
+Legend: B images, C channels, H height, W width, N detections of an image, S side of a mask head's map.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +20,7 @@ from stage2_detect.batches import EvalLoader
 from stage2_detect.coco import CocoImage
 from stage2_detect.models.batch import Detections, ImageBatch
 from stage2_detect.models.boxes import class_nms
+from stage2_detect.models.rcnn import RCNN
 
 MOST = 100
 """detections of an image that COCO's scores look at"""
@@ -57,14 +60,23 @@ def detect_views(
     detector: Callable[[ImageBatch], list[Detections]], sizes: Sizes, *, flip: bool, iou: float, most: int = MOST
 ) -> list[Detections]:
     """Merged detections of each image, best first: at most `most`, none with an overlap above `iou` in its class."""
-    views: list[list[Detections]] = []
-    for images in sizes.batches:
-        views.append(detector(images))
-        if flip:
-            widths_B = original_widths(images)
-            seen = detector(mirrored(images))
-            views.append([unmirrored(one, width) for one, width in zip(seen, widths_B.tolist(), strict=True)])
-    return [merged(parts, iou=iou, most=most) for parts in zip(*views, strict=True)]
+    rcnn = detector if isinstance(detector, RCNN) and detector.mask_head else None
+    views, found, features = [], [], []
+    for images, mirror in itertools.product(sizes.batches, (False, True) if flip else (False,)):
+        view = mirrored(images) if mirror else images
+        maps, seen = rcnn.find_boxes(view) if rcnn else ([], detector(view))
+        found.append(_mirror_back(seen, images) if mirror else seen)
+        views.append((view, mirror))
+        features.append(maps)
+    best = [merged(parts, iou=iou, most=most) for parts in zip(*found, strict=True)]
+    if rcnn is None:
+        return best
+    shapes: list[list[Tensor]] = []
+    for (view, mirror), maps in zip(views, features, strict=True):
+        ours = rcnn.mask_maps(maps, view, _mirror_back(best, view) if mirror else best)
+        shapes.append([map_NSS.flip(2) if mirror else map_NSS for map_NSS in ours])
+    means = [torch.stack(parts).mean(0) for parts in zip(*shapes, strict=True)]
+    return rcnn.with_masks(best, means, sizes.batches[0])
 
 
 def mirrored(images: ImageBatch) -> ImageBatch:
@@ -82,6 +94,12 @@ def original_widths(images: ImageBatch) -> Tensor:
     It is the width that the network saw, which rounding made up to half a pixel other than the image's.
     """
     return images.sizes_B2[:, 1].double().cpu() / images.scales_B.double().cpu()
+
+
+def _mirror_back(found: Sequence[Detections], images: ImageBatch) -> list[Detections]:
+    """Of every image: from the mirror image to the image, or the other way."""
+    widths_B = original_widths(images).tolist()
+    return [unmirrored(one, width) for one, width in zip(found, widths_B, strict=True)]
 
 
 def unmirrored(found: Detections, width: float) -> Detections:

@@ -68,13 +68,37 @@ class RCNN(nn.Module):
         if self.training:
             assert targets is not None, "training needs targets"
             return self.losses(features, images.sizes_B2, targets)[0]
-        proposals, _ = self.rpn(features, images.sizes_B2)
-        found = self.roi_heads.detect_network(features, proposals, images.sizes_B2)
-        maps = self.mask_head.predict(features, found) if self.mask_head else [None] * len(found)
-        originals = [None] * len(found) if images.originals_B2 is None else images.originals_B2.tolist()
+        found = self._find(features, images)
+        seen = self._to_originals(found, images)
+        if self.mask_head is None:
+            return [detections for detections, _ in seen]
+        maps = self.mask_head.predict(features, found)
+        kept = [maps_DSS[some_D] for maps_DSS, (_, some_D) in zip(maps, seen, strict=True)]
+        return self.with_masks([detections for detections, _ in seen], kept, images)
+
+    @torch.no_grad()
+    def find_boxes(self, images: ImageBatch) -> tuple[list[Tensor], list[Detections]]:
+        """(the pyramid's maps, what each image shows without masks, in pixels of the originals)."""
+        features = self.features(images)
+        return features, [detections for detections, _ in self._to_originals(self._find(features, images), images)]
+
+    @torch.no_grad()
+    def mask_maps(self, features: Sequence[Tensor], images: ImageBatch, found: Sequence[Detections]) -> list[Tensor]:
+        """Probabilities [N, 2 S, 2 S] of the class in each box of an image; boxes in pixels of the originals, of any view of them."""
+        assert self.mask_head is not None, "a detector of boxes has no masks"
+        scaled = [replace(o, boxes_N4=o.boxes_N4 * scale) for o, scale in zip(found, images.scales_B, strict=True)]
+        return self.mask_head.predict(features, scaled)
+
+    def with_masks(self, found: Sequence[Detections], maps: Sequence[Tensor], images: ImageBatch) -> list[Detections]:
+        """Detections in pixels of the originals with their maps of probabilities [N, 2 S, 2 S] as masks."""
+        assert self.mask_head is not None, "a detector of boxes has no masks"
+        sizes_B2 = images.originals_B2
+        if sizes_B2 is None:
+            sizes_B2 = (images.sizes_B2 / images.scales_B[:, None] + 0.5).floor().long()
+        threshold = self.mask_head.threshold
         return [
-            self._to_original(*parts)
-            for parts in zip(found, maps, images.sizes_B2, images.scales_B, originals, strict=True)
+            replace(one, masks=paste(maps_NSS, one.boxes_N4, height, width, threshold))
+            for one, maps_NSS, (height, width) in zip(found, maps, sizes_B2.tolist(), strict=True)
         ]
 
     def features(self, images: ImageBatch) -> list[Tensor]:
@@ -92,12 +116,12 @@ class RCNN(nn.Module):
             losses |= self.mask_head.losses(features, sampled, targets)
         return losses | roi_losses, sampled
 
-    def _to_original(
-        self, found: Detections, maps_DSS: Tensor | None, size_2: Tensor, scale: Tensor, original: list[int] | None
-    ) -> Detections:
-        detections, some_D = postprocess.to_original(found, size_2, scale)
-        if maps_DSS is None or self.mask_head is None:
-            return detections
-        height, width = original or (size_2 / scale + 0.5).floor().long().tolist()
-        masks = paste(maps_DSS[some_D], detections.boxes_N4, height, width, self.mask_head.threshold)
-        return replace(detections, masks=masks)
+    def _find(self, features: Sequence[Tensor], images: ImageBatch) -> list[Detections]:
+        """In coordinates of the network's input."""
+        proposals, _ = self.rpn(features, images.sizes_B2)
+        return self.roi_heads.detect_network(features, proposals, images.sizes_B2)
+
+    @staticmethod
+    def _to_originals(found: Sequence[Detections], images: ImageBatch) -> list[tuple[Detections, Tensor]]:
+        parts = zip(found, images.sizes_B2, images.scales_B, strict=True)
+        return [postprocess.to_original(one, size_2, scale) for one, size_2, scale in parts]

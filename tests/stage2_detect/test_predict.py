@@ -129,6 +129,13 @@ def test_masks_are_written_and_measured(call: Call, line: Any, mask_file: Path, 
     assert rows
     assert all(row["segmentation"]["size"] == [64, 64] for row in rows)
     assert [filled(row["segmentation"], 64, 64).sum() for row in rows] == [row["area"] for row in rows]
+    assert (
+        call(predict.main, [*line("--threshold", "0", "--model", str(mask_file), output="tta"), "--tta.flip", "true"])
+        == 0
+    )
+    several = content(tmp_path / "tta" / "predictions.json")["annotations"]
+    assert several != content(tmp_path / "seen" / "predictions.json")["annotations"]
+    assert [filled(row["segmentation"], 64, 64).sum() for row in several] == [row["area"] for row in several]
 
 
 # ---- pseudo-labels
@@ -265,7 +272,6 @@ def test_mistakes(
         (line("--classes", "tal"), "does not know 'tal'; did you mean 'tall'?"),
         (line("--model", str(teacher_file)), "backbone"),
         (line("--model", str(later)), f"{later}, its metadata: hedas: unknown key"),
-        (line("--model", str(mask_file), "--tta.flip", "true"), "gives masks; leave tta out"),
         (line("--exclude", str(tmp_path / "all.json")), "names all pictures of"),
         (line("--exclude", str(tmp_path / "none.json")), "has a file name of"),
         (line(output="photos/seen"), "is inside images"),

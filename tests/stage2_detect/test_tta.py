@@ -3,23 +3,23 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from shared.backbones import InputSettings
-from shared.model_file import read_metadata, save_model_file
 from stage2_detect import evaluate, train
 from stage2_detect.batches import EvalLoader
 from stage2_detect.coco import CocoData, read_coco
-from stage2_detect.model_config import DetectorConfig
+from stage2_detect.detector_file import load_detector
 from stage2_detect.models.batch import Detections, ImageBatch
-from stage2_detect.models.build import build_detector
+from stage2_detect.models.boxes import area
+from stage2_detect.models.mask_targets import decode
+from stage2_detect.models.rcnn import RCNN
 from stage2_detect.tta import Sizes, SizesLoader, detect_views, merged, mirrored, unmirrored
 
 
@@ -118,6 +118,79 @@ def test_views_are_merged_by_suppression_within_classes() -> None:
     assert len(merged(parts, iou=1.0, most=100).scores_N) == 100
 
 
+# ---- masks
+
+
+@pytest.fixture
+def mask_model(mask_file: Path) -> RCNN:
+    """With shapes that depend on the place: every pixel of a random head is otherwise about as likely as the next."""
+    model = load_detector(mask_file).model.eval()
+    assert isinstance(model, RCNN)
+    assert model.mask_head is not None
+    with torch.no_grad():
+        model.mask_head.logits.weight.mul_(1000)
+    return model
+
+
+def shapes(found: Detections) -> Any:
+    """[H, W, N] of one image's masks."""
+    return decode(found.masks or [])
+
+
+def test_one_view_of_masks_is_the_detector_itself(mask_model: RCNN) -> None:
+    for scale in (1.0, 1.5):
+        images = batch([(64, 96), (40, 33)], scale)
+        plain, seen = mask_model(images), detect_views(mask_model, Sizes((images,)), flip=False, iou=0.999)
+        for one, other in zip(plain, seen, strict=True):
+            assert len(one.scores_N) > 5
+            torch.testing.assert_close(other.boxes_N4, one.boxes_N4)
+            assert shapes(other).shape == shapes(one).shape
+            assert (shapes(other) != shapes(one)).mean() < 1e-4
+
+
+def test_views_of_the_mirror_image_are_those_of_the_image_mirrored(mask_model: RCNN) -> None:
+    """Whichever of the two comes first: boxes and masks, in images narrower than their canvas, of two sizes."""
+    sizes = [batch([(64, 96), (40, 33)]), batch([(32, 48), (20, 17)], 0.5)]
+    sizes[1] = replace(sizes[1], scales_B=sizes[1].sizes_B2[:, 1] / sizes[0].sizes_B2[:, 1])
+    sizes = [replace(images, originals_B2=sizes[0].sizes_B2) for images in sizes]
+    one = detect_views(mask_model, Sizes(tuple(sizes)), flip=True, iou=0.5)
+    other = detect_views(mask_model, Sizes(tuple(mirrored(images) for images in sizes)), flip=True, iou=0.5)
+    for seen, turned, (_, width) in zip(one, other, sizes[0].sizes_B2.tolist(), strict=True):
+        back = unmirrored(turned, width)
+        torch.testing.assert_close(back.boxes_N4, seen.boxes_N4, rtol=0, atol=1e-3)
+        assert torch.equal(back.labels_N, seen.labels_N)
+        assert 0.03 < shapes(seen).sum() / area(seen.boxes_N4).sum().item() < 0.9
+        assert (shapes(turned)[:, ::-1] != shapes(seen)).mean() < 1e-3
+
+
+def test_masks_are_averaged_over_views(mask_model: RCNN, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Image and mirror image see the same box, and say something else of the left and the right half of its shape."""
+    boxes = [[10.0, 10, 30, 40], [66.0, 10, 86, 40]]
+    halves = [(0.9, 0.2), (0.9, 0.05)]
+    views: list[Tensor] = []
+
+    def find_boxes(images: ImageBatch) -> Any:
+        views.append(images.pixels_BCHW)
+        box_14 = torch.tensor([boxes[len(views) - 1]])
+        return [images.pixels_BCHW], [Detections(box_14, torch.tensor([0.9]), torch.tensor([0]))]
+
+    def mask_maps(features: list[Tensor], images: ImageBatch, found: list[Detections]) -> list[Tensor]:
+        view = next(n for n, pixels in enumerate(views) if features[0] is pixels)
+        assert images.pixels_BCHW is views[view]
+        assert found[0].boxes_N4.tolist() == [boxes[view]]
+        left, right = halves[view]
+        return [torch.cat([torch.full((1, 8, 4), left), torch.full((1, 8, 4), right)], 2)]
+
+    monkeypatch.setattr(mask_model, "find_boxes", find_boxes)
+    monkeypatch.setattr(mask_model, "mask_maps", mask_maps)
+    seen = detect_views(mask_model, Sizes((batch([(64, 96)]),)), flip=True, iou=0.5)[0]
+    assert seen.boxes_N4.tolist() == boxes[:1]
+    full_HW = shapes(seen)[..., 0]
+    # left (0.9 + 0.05) / 2 = 0.475; right (0.2 + 0.9) / 2 = 0.55. At the rim a map falls to zero.
+    assert not full_HW[:, :19].any()
+    assert full_HW[15:35, 21:27].all()
+
+
 @pytest.fixture
 def data(tiny_coco: Any) -> CocoData:
     return read_coco(tiny_coco.val_annotations, tiny_coco.val_images, training=False)
@@ -170,19 +243,6 @@ def test_precision_of_the_forward_pass(flags: Callable[..., list[str]], call: An
     best = [max(row["score"] for row in some) for some in rows]
     assert best[0] != best[1]
     assert math.isclose(*best, rel_tol=0.05)
-
-
-def test_masks_have_no_views(flags: Callable[..., list[str]], user_error: Callable[..., str], tmp_path: Path) -> None:
-    line = flags("out", "--tta.flip", "true")
-    metadata = read_metadata(tmp_path / "run" / "detector.safetensors")
-    config = DetectorConfig(**metadata["model"] | {"kind": "mask_rcnn"})
-    body: Any = timm.create_model("test_resnet", features_only=True)
-    inputs = InputSettings(tuple(metadata["mean"]), tuple(metadata["std"]), (0, 0), "bilinear", False)
-    model = build_detector(config, classes=2, body=body, arch="test_resnet", inputs=inputs)
-    file = tmp_path / "mask.safetensors"
-    save_model_file(file, model.state_dict(), metadata | {"model": config.model_dump(mode="json")})
-    line[1] = str(file)
-    assert "tta: views are merged by their boxes, but the detector" in user_error(evaluate.main, line)
 
 
 def test_other_classes_are_refused(
