@@ -24,7 +24,7 @@ PAGES = [ROOT / "README.md", ROOT / "docs/distillation.md"]  # first: what other
 PAGES += [page for page in sorted((ROOT / "docs").glob("*.md")) if page not in PAGES and commands(page)]
 NOT_HERE = {  # pattern of a command -> why it is not executed
     r"^pip install ": "needs a network; a fresh environment is made by .ci/run",
-    r"^pytest$": "is what runs this",
+    r"^pytest -n logical$": "is what runs this",
     r"\.pdparams\b": "official weights are not at hand; the converters' own tests have files with their names and shapes",
     r"\bhub:ORG/NAME\b": "a name to fill in, of a data set that only the network has",
 }

@@ -31,7 +31,7 @@ def test_there_are_exactly_two_set_up_commands() -> None:
     installs = [line.strip() for line in commands() if "pip install" in line]
     assert installs == [
         f'pip install -e ".[test]" && python pipelines/run.py {QUICKSTART}',
-        'pip install -e ".[test]" && pytest',
+        'pip install -e ".[test]" && pytest -n logical',
     ]
 
 
@@ -41,7 +41,7 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert pattern
     expression = re.compile(pattern[1])
     found = [line for line in README.splitlines() if expression.match(line)]
-    assert found == ['    pip install -e ".[test]" && pytest']
+    assert found == ['    pip install -e ".[test]" && pytest -n logical']
     assert "pip install" not in script.replace(pattern[1], ""), "the command stands in the README and nowhere else"
 
 

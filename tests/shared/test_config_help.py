@@ -35,7 +35,8 @@ def test_help_all_has_every_key_once(config_type: type[CommandConfig]) -> None:
     assert len(shown) == len(set(shown))
 
 
-def test_what_a_run_needs_comes_first() -> None:
+def test_what_a_run_needs_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     text = settings_help(settings_parser(TrainConfig, "train.py"), TrainConfig)
     order = flags_in(text)
     needed = [
