@@ -12,8 +12,9 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from shared.command import USER_ERROR
-from shared.config import did_you_mean, read_yaml
+from shared.config import did_you_mean
 from shared.errors import UserError
+from shared.yaml_files import read_yaml
 
 # name -> (module with main(argv), one line of help)
 COMMANDS = {

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.inspect_records import KNOWN, inspect_pipeline_output, inspect_record
-from shared.config import read_yaml
 from shared.errors import UserError
+from shared.yaml_files import read_yaml
 
 # kind of detector -> the groups of its settings that it uses
 _BLOCKS = {

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.settings_check import command_of
-from shared.config import read_recipe, read_yaml
 from shared.errors import UserError
 from shared.run_dir import read_metrics
 from shared.training_config import TrainingConfig
+from shared.yaml_files import read_recipe, read_yaml
 
 KNOWN = (
     "known are model files (.safetensors), exported networks (.onnx, .pt2), manifests (.parquet), COCO data sets and records of runs (.json), "

@@ -15,9 +15,10 @@ from pipelines.image_folders import folder_lines, folders_of
 from pipelines.machine import Level, Line, cores
 from pipelines.plan import make_plan
 from pipelines.stages import KINDS, build_stages, read_pipeline
-from shared.config import CommandConfig, parse_config, read_recipe, validate
+from shared.config import CommandConfig, parse_config, validate
 from shared.errors import UserError
 from shared.training_config import TrainingConfig
+from shared.yaml_files import read_recipe
 from stage1_ssld.config import DistillConfig
 from stage2_detect.config import TrainConfig
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config import CommandName, PipelineConfig, ReportConfig, StageConfig, flatten
-from shared.config import CommandConfig, did_you_mean, parse_config, read_yaml, validate
+from shared.config import CommandConfig, did_you_mean, parse_config, validate
 from shared.errors import UserError
 from shared.toy_data import ToyDataConfig
+from shared.yaml_files import read_yaml
 from stage1_ssld.config import (
     ConvertPaddleConfig,
     CurateConfig,

@@ -40,6 +40,8 @@ def run_command(
     A command that does without torch says so by `torch_threads=False` and starts faster.
     """
     rank, processes = launched_ranks()
+    if Path(sys.argv[0]).name == "ssld":  # which calls this command by another name
+        program = f"ssld {sys.argv[1]}"
     output: Path | None = None
     auto_batch: bool | None = None  # of a training command
     try:

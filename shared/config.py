@@ -27,6 +27,7 @@ from pydantic_settings import (
 from shared.config_help import HelpAction, models_in
 from shared.errors import UserError
 from shared.flags import with_values
+from shared.yaml_files import Alternatives, merge, read_recipe, without_others
 
 # A run is the same run whatever these say: where it writes, how fast it goes, how much it tells.
 NOT_IDENTITY = frozenset(
@@ -73,8 +74,8 @@ class CommandConfig(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)
 
-    alternatives: ClassVar[tuple[str, ...]] = ()
-    """keys of which one is given: one on the command line replaces another of the file"""
+    alternatives: ClassVar[Alternatives] = ()
+    """one on the command line replaces another of the file"""
 
     _recipe: Path | None = PrivateAttr(None)
 
@@ -90,67 +91,6 @@ class CommandConfig(BaseSettings):
 
 ConfigT = TypeVar("ConfigT", bound=CommandConfig)
 ModelT = TypeVar("ModelT", bound=BaseModel)
-
-
-class _Loader(yaml.SafeLoader):
-    """A YAML loader that refuses a key given twice, which PyYAML lets the last one win."""
-
-
-def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            raise UserError(
-                f"{key_node.start_mark.name}, line {key_node.start_mark.line + 1}: key {key!r} is given twice"
-            )
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError for a missing file, bad YAML, a duplicate key or anything but a mapping."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            content = yaml.load(file, _Loader)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected keys and values at the top level, found {type(content).__name__}")
-    return content
-
-
-def read_recipe(path: Path, alternatives: Sequence[str] = (), deeper: int = 2) -> dict[str, Any]:
-    """The settings of a YAML file laid on those of the file that its key `base` names, relative to it.
-
-    A base may have a base itself, and there the chain ends. Of the keys `alternatives`, the file's replaces the base's. Raises UserError as
-    `read_yaml` does, and for a longer chain.
-    """
-    values = read_yaml(path)
-    if "base" not in values:
-        return values
-    base = values.pop("base")
-    if not isinstance(base, str):
-        raise UserError(f"{path}: base: expected the name of a YAML file (given: {json.dumps(base, default=str)})")
-    if not deeper:
-        raise UserError(
-            f"{path}: base: {base}: a chain of more than two bases; write the settings into one of the files"
-        )
-    below = read_recipe(path.parent / base, alternatives, deeper - 1)
-    return merge(_less(below, alternatives, values), values)
-
-
-def _less(below: dict[str, Any], alternatives: Sequence[str], over: Any) -> dict[str, Any]:
-    """`below` without the alternatives among which `over` chooses another."""
-    chosen = any(key in over for key in alternatives)
-    return {key: value for key, value in below.items() if not (chosen and key in alternatives)}
 
 
 class Parser(ArgumentParser):
@@ -188,7 +128,7 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
         ) from None
     known, _ = parser.parse_known_args(list(argv))
     values = read_recipe(known.config, config_type.alternatives) if known.config else {}
-    values = _less(values, config_type.alternatives, flags)
+    values = without_others(values, config_type.alternatives, flags)
     config = validate(config_type, values, source=str(known.config or "command line"), flags=flags)
     config._recipe = known.config
     if known.print_config:
@@ -273,15 +213,6 @@ def _nested(location: tuple[Any, ...], value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`, group by group; lists and values are replaced whole."""
-    merged = dict(base)
-    for key, value in over.items():
-        below = merged.get(key)
-        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
-
-
 def dump(config: BaseModel) -> dict[str, Any]:
     """The resolved settings as plain JSON values."""
     values: dict[str, Any] = config.model_dump(mode="json")
@@ -315,10 +246,29 @@ def launched_ranks() -> tuple[int, int]:
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """The end of an error line on an unknown word: the nearest known one, or what is known."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; known: {', '.join(sorted(known)[:12])}"
+
+
+_WORDS = {  # pydantic's kinds of mistakes in ours; its own words otherwise
+    "greater_than": "has to be above {gt:g}",
+    "greater_than_equal": "has to be at least {ge:g}",
+    "less_than": "has to be below {lt:g}",
+    "less_than_equal": "has to be at most {le:g}",
+    "int_parsing": "has to be a whole number",
+    "int_type": "has to be a whole number",
+    "int_from_float": "has to be a whole number",
+    "float_parsing": "has to be a number",
+    "float_type": "has to be a number",
+    "bool_parsing": "has to be true or false",
+    "bool_type": "has to be true or false",
+    "literal_error": "has to be {expected}",
+    "list_type": "has to be a list",
+    "too_short": "needs at least {min_length}",
+    "too_long": "takes at most {max_length}",
+}
 
 
 def _explain(config_type: type[BaseModel], item: Any) -> str:
@@ -328,7 +278,8 @@ def _explain(config_type: type[BaseModel], item: Any) -> str:
         return f"{key}: unknown key{did_you_mean(location[-1], _known_keys(config_type, item['loc'][:-1]))}"
     if item["type"] == "missing":
         return f"{key}: missing; give it in the YAML file or as --{key}"
-    message = item["msg"].removeprefix("Value error, ")
+    words = _WORDS.get(item["type"])
+    message = words.format(**item.get("ctx", {})) if words else item["msg"].removeprefix("Value error, ")
     given = json.dumps(item["input"], default=str)
     shown = f" (given: {given if len(given) <= 80 else given[:77] + '...'})" if item["type"] != "value_error" else ""
     return f"{key}: {message}{shown}" if key else message

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from shared.config import CommandConfig, Config
 from shared.errors import UserError
+from shared.yaml_files import Alternatives
 
 
 class OptimConfig(Config):
@@ -39,7 +40,11 @@ class EmaConfig(Config):
 class TrainingConfig(CommandConfig):
     """Settings of a training run in either stage."""
 
-    alternatives: ClassVar[tuple[str, ...]] = ("steps", "train_epochs", "train_images")
+    alternatives: ClassVar[Alternatives] = (
+        ("steps", "train_epochs", "train_images"),
+        ("optim.warmup_steps", "optim.warmup_epochs"),
+        ("optim.milestones_steps", "optim.milestones_epochs"),
+    )
 
     seed: int = Field(0, ge=0)
     """every random draw follows from it"""

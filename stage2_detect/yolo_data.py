@@ -10,9 +10,9 @@ confidences; oriented boxes are read as polygons of four points.
 from pathlib import Path
 from typing import Any
 
-from shared.config import read_yaml
 from shared.errors import UserError
 from shared.files import IMAGE_SUFFIXES, list_images
+from shared.yaml_files import read_yaml
 from stage2_detect.found_objects import (
     Found,
     FoundImage,

@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -93,6 +94,18 @@ def test_help_of_evaluate_needs_no_file(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["evaluate", "--help"]) == 0
     out = capsys.readouterr().out
     assert "stage1_ssld/evaluate.py for a backbone, stage2_detect/evaluate.py for a detector" in out
+
+
+@pytest.mark.parametrize(
+    ("program", "usage"), [("/usr/bin/ssld", "ssld train"), ("stage2_detect/train.py", "train.py")]
+)
+def test_help_goes_by_the_name_that_was_called(
+    program: str, usage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [program, "train", "--help"])
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: {usage} [--config FILE]")
 
 
 def test_unknown_kind_is_refused(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

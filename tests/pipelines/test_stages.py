@@ -164,7 +164,7 @@ MISTAKES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     ({"a": {"command": "teach"}}, {"table": {"rows": {"x": {"classifier": "aa"}}}}, ["table: aa: no such stage"]),
     ({"a": {"command": "teach"}}, {"table": {"rows": {"x": {}}, "gain": ["x", "y"]}}, ["table.gain: y: no such row"]),
     ({"a": {"command": "teach", "set": {"stps": 2}}}, {}, ["stage a: --stps: unknown flag; did you mean '--steps'?"]),
-    ({"a": {"command": "teach", "set": {"steps": 0}}}, {}, ["stage a: ", "steps: ", "greater than or equal to 1"]),
+    ({"a": {"command": "teach", "set": {"steps": 0}}}, {}, ["stage a: ", "steps: ", "at least 1"]),
     ({"a": {"command": "teach", "set": {"output": "x"}}}, {}, ["stage a: set.output: not here"]),
     ({"a": {"command": "teach", "config": "no.yaml"}}, {}, ["stage a: no.yaml: No such file"]),
     ({"../a": {"command": "teach"}}, {}, ["stage ../a: not a good name"]),

@@ -17,12 +17,11 @@ from shared.config import (
     dump,
     dump_yaml,
     identity,
-    merge,
     parse_config,
-    read_yaml,
     validate,
 )
 from shared.errors import UserError
+from shared.yaml_files import merge, read_yaml
 
 
 class Group(Config):
@@ -91,9 +90,9 @@ def test_environment_is_not_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("output: o\nitems: [{path: a, pth: b}]\n", (), "FILE: items.0.pth: unknown key; did you mean 'path'?"),
         ("output: o\nzebra: 3\n", (), "FILE: zebra: unknown key; known: group, items, kind, maybe, output, steps,"),
         ("steps: 3\n", (), "FILE: output: missing; give it in the YAML file or as --output"),
-        ("output: o\ngroup: {rate: 0}\n", (), "FILE: group.rate: Input should be greater than 0 (given: 0)"),
-        ("output: o\nsteps: many\n", (), "FILE: steps: Input should be a valid integer"),
-        ("output: o\nkind: fany\n", (), "FILE: kind: Input should be 'plain' or 'fancy' (given: \"fany\")"),
+        ("output: o\ngroup: {rate: 0}\n", (), "FILE: group.rate: has to be above 0 (given: 0)"),
+        ("output: o\nsteps: many\n", (), "FILE: steps: has to be a whole number"),
+        ("output: o\nkind: fany\n", (), "FILE: kind: has to be 'plain' or 'fancy' (given: \"fany\")"),
         ("output: o\nsteps: 1\nsteps: 2\n", (), "FILE, line 3: key 'steps' is given twice"),
         ("output: o\ngroup: {rate: 1, rate: 2}\n", (), "FILE, line 2: key 'rate' is given twice"),
         ("output: [\n", (), "FILE: not valid YAML:"),
@@ -101,7 +100,7 @@ def test_environment_is_not_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("output: o\n", ("--stepz", "3"), "--stepz: unknown flag; did you mean '--steps'?"),
         ("output: o\n", ("--group.rat=3",), "--group.rat: unknown flag; did you mean '--group.rate'?"),
         ("output: o\n", ("--steps",), "expected one argument"),
-        ("output: o\n", ("--steps", "x"), "steps: Input should be a valid integer"),
+        ("output: o\n", ("--steps", "x"), "steps: has to be a whole number"),
         (None, ("--config", "gone.yaml"), "gone.yaml: No such file or directory"),
     ],
 )
@@ -207,9 +206,10 @@ def test_nonsense_is_refused_by_its_key(stage: int, key: str, value: str) -> Non
 
 
 class _Recipe(CommandConfig):
-    alternatives = ("steps", "epochs")
+    alternatives = (("steps", "epochs"), ("group.names", "group.rate"))
     steps: int | None = None
     epochs: int | None = None
+    group: Group = Group()
     model: dict[str, int] = {}
     sides: list[int] = []
 
@@ -223,6 +223,15 @@ def test_a_recipe_lies_on_its_bases(tmp_path: Path) -> None:
     assert dump(config) == dump(_Recipe(output=Path("o"), steps=5, model={"depth": 1, "width": 3}, sides=[3]))
     flags = ["--config", str(tmp_path / "sub" / "b.yaml"), "--steps", "7"]
     assert parse_config(_Recipe, flags, program="test.py").epochs is None
+    assert parse_config(_Recipe, [*flags[:-1], "null"], program="test.py").epochs == 12  # nothing in its place
+
+    (tmp_path / "h.yaml").write_text("output: o\ngroup: {rate: 0.7}\n")
+    (tmp_path / "i.yaml").write_text("base: h.yaml\ngroup: {names: [a]}\n")
+    config = parse_config(_Recipe, ["--config", str(tmp_path / "i.yaml")], program="test.py")
+    assert config.group == Group(rate=0.1, names=["a"])
+    flags = ["--config", str(tmp_path / "h.yaml"), "--steps", "7"]
+    assert parse_config(_Recipe, flags, program="test.py").group.rate == 0.7
+    assert parse_config(_Recipe, [*flags, "--group.names", "b"], program="test.py").group == Group(names=["b"])
 
     (tmp_path / "sub" / "d.yaml").write_text("base: c.yaml\n")
     with pytest.raises(UserError, match=r"b.yaml: base: ../a.yaml: a chain of more than two bases"):
@@ -260,14 +269,18 @@ class Paired(CommandConfig):
 @pytest.mark.parametrize(
     ("text", "flags", "message"),
     [
-        ("output: o\nsteps: 3\n", ("--steps", "x"), "command line: steps: Input should be a valid integer"),
+        ("output: o\nsteps: 3\n", ("--steps", "x"), "command line: steps: has to be a whole number"),
         ("output: o\nsteps: 3\n", ("--epochs", "2"), "command line: give one of steps and epochs"),
         ("output: o\nsteps: 3\nepochs: 2\n", (), "FILE: give one of steps and epochs"),
         ("output: o\nsteps: 3\nepochs: 2\n", ("--group.rate", "2"), "FILE: give one of steps and epochs"),
         ("steps: 3\nepochs: 2\n", ("--output", "o"), "FILE: give one of steps and epochs"),
-        ("output: o\nsteps: 3\n", ("--group.rate", "-1"), "command line: group.rate: Input should be greater than 0"),
-        ("output: o\nsteps: 3\ngroup: {rate: -1}\n", ("--group.names", "a"), "FILE: group.rate: Input should be"),
-        ("output: o\nsteps: 3\ngroup: {rate: -1}\n", ("--group.rate", "-1"), "command line: group.rate: Input should"),
+        ("output: o\nsteps: 3\n", ("--group.rate", "-1"), "command line: group.rate: has to be above 0"),
+        ("output: o\nsteps: 3\ngroup: {rate: -1}\n", ("--group.names", "a"), "FILE: group.rate: has to be above"),
+        (
+            "output: o\nsteps: 3\ngroup: {rate: -1}\n",
+            ("--group.rate", "-1"),
+            "command line: group.rate: has to be above",
+        ),
         ("steps: 3\n", ("--group.rate", "2"), "FILE: output: missing"),
     ],
 )

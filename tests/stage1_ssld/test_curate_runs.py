@@ -195,9 +195,9 @@ def test_sigterm_leaves_whole_shards(
     [
         ({"keep": 75}, "keep: 75 images a class are more than the 74 of the whole pool; give a smaller keep"),
         ({"pool": ["no/such"]}, "pool.0: no/such: no such file or folder"),
-        ({"pool": []}, "pool: List should have at least 1 item"),
-        ({"keep": 0}, "keep: Input should be greater than or equal to 1"),
-        ({"cosine": 1.5}, "cosine: Input should be less than or equal to 1"),
+        ({"pool": []}, "pool: needs at least 1"),
+        ({"keep": 0}, "keep: has to be at least 1"),
+        ({"cosine": 1.5}, "cosine: has to be at most 1"),
         ({"streaming": True}, "materialise: streaming: single images of it cannot be read later; set materialise: true"),
         ({"pool": ["memory://nowhere/x"], "materialise": True}, "pool.0: memory://nowhere/x: no such file or folder"),
         ({"teacher": "gone.safetensors"}, "teacher.model: gone.safetensors: no such file"),
