@@ -210,6 +210,14 @@ class DetectorConfig(Config):
         return self.kind in ("mask_rcnn", "cascade_mask_rcnn")
 
     @property
+    def unread(self) -> list[str]:
+        """Groups of settings that were changed, though a detector of this kind does not read them."""
+        read = {"dense", self.kind} if self.is_dense else {"rpn", "roi"}
+        read |= {name for name, has in (("cascade", self.is_cascade), ("mask", self.has_masks)) if has}
+        groups = {name: value for name, value in self if isinstance(value, Config) and name not in read}
+        return [name for name, value in groups.items() if value != type(value)()]
+
+    @property
     def is_dense(self) -> bool:
         """Whether the detector has one stage and no RoIs."""
         return self.kind in ("retinanet", "gfl")

@@ -149,6 +149,8 @@ class Student:
         body = self.detector.pyramid.body
         if config.model.freeze_norm and not any(isinstance(module, _BatchNorm) for module in body.modules()):
             yield f"model.freeze_norm: {self.arch} has no BatchNorm, so there is nothing to freeze"
+        if unread := config.model.unread:
+            yield f"{', '.join(f'model.{name}' for name in unread)}: not read by kind: {config.model.kind}"
         if config.distill and self.teacher:
             facts = self.teacher.facts
             assert isinstance(self.model, DistilledDetector | DistilledDense)

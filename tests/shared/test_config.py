@@ -252,6 +252,25 @@ def test_ious_of_the_proposals_are_in_order() -> None:
     assert validate(DetectorConfig, {"rpn": {"negative_iou": 0.7}}, source="c").rpn.negative_iou == 0.7
 
 
+def test_settings_of_other_kinds_of_detectors_are_told() -> None:
+    from stage2_detect.model_config import DetectorConfig
+
+    groups = {
+        "rpn": {"samples": 9},
+        "cascade": {"score_rois": "last"},
+        "mask": {"channels": 8},
+        "dense": {"convolutions": 1},
+    }
+    groups |= {"gfl": {"reg_max": 8}, "retinanet": {"gamma": 1.0}, "roi": {}}
+    for kind, unread in (
+        ("faster_rcnn", ["cascade", "mask", "dense", "gfl", "retinanet"]),
+        ("cascade_mask_rcnn", ["dense", "gfl", "retinanet"]),
+        ("gfl", ["rpn", "cascade", "mask", "retinanet"]),
+    ):
+        assert DetectorConfig.model_validate(groups | {"kind": kind}).unread == unread
+        assert DetectorConfig.model_validate({"kind": kind}).unread == []
+
+
 class Paired(CommandConfig):
     """Settings that have to go together."""
 
