@@ -15,12 +15,14 @@ from typing import Any
 from pipelines.charts import Chart, curves, precision_recall
 from pipelines.config import CommandName
 from pipelines.stages import KINDS
+from shared.files import IMAGE_SUFFIXES
 from shared.run_dir import read_metrics, read_result
 from shared.wording import count
 
 PAGE_BYTES = 2_000_000  # of pictures in a page, encoded
 _MATRIX_CLASSES = 12  # more do not fit beside each other
 _CONFUSIONS = 15
+_PREDICTED = 6
 _FRACTIONS = ("top1", "top5", "agreement", "teacher_top1", "teacher_top5", "knn", "AP", "AR")
 _HEADLINES = ("AP", "AP50", "AP75", "AP_segm", "top1", "agreement", "kl", "kept")
 _LABELS = {"top1": "top-1", "top5": "top-5", "kl": "KL, nats", "AP_segm": "AP of masks", "images_seen": "images seen"}
@@ -90,6 +92,7 @@ class StageView:
     confusions: list[tuple[str, str, int]]
     pairs: list[Pair]
     pictures: list[Embedded]
+    predicted: list[Embedded]
     left_out: int
     line: str
     config: str
@@ -164,6 +167,7 @@ def view(name: str, command: CommandName | None, run: Path, room: Room) -> Stage
         confusions=_confusions(analysis),
         pairs=pairs,
         pictures=_curation(run, values, room),
+        predicted=_predicted(run / "pictures", room),
         left_out=left_out,
         line=_line(command, recorded, environment),
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
@@ -307,6 +311,17 @@ def _curation(run: Path, values: Mapping[str, Any], room: Room) -> list[Embedded
         if (run / file).is_file() and (source := room.embed(run / file, 1400)):
             pictures.append(Embedded(source, alt, title))
     return pictures
+
+
+def _predicted(folder: Path, room: Room) -> list[Embedded]:
+    """Some of the pictures that a prediction drew, spread over all of them."""
+    if (folder / "index.json").is_file():  # those of an evaluation
+        return []
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    files = files[:: max(1, -(-len(files) // _PREDICTED))]
+    names = [file.relative_to(folder).as_posix() for file in files]
+    sources = [room.embed(file, 480) for file in files]
+    return [Embedded(s, f"{name} with what was found", name) for name, s in zip(names, sources, strict=True) if s]
 
 
 def _line(command: CommandName | None, recorded: str, environment: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from pipelines import charts
 from pipelines.config import PipelineConfig, TableConfig
@@ -283,6 +284,22 @@ def test_time_of_earlier_starts_counts(tmp_path: Path) -> None:
     write_run(tmp_path / "c", metrics={}, lines=[])
     write_run(tmp_path / "d", metrics=None, lines=[])
     assert [view(name, None, tmp_path / name, Room()).seconds for name in "abcd"] == [200, 100, 90, None]
+
+
+def test_some_of_the_predicted_pictures_are_shown(tmp_path: Path) -> None:
+    pictures = tmp_path / "seen" / "pictures"
+    (pictures / "b").mkdir(parents=True)
+    for n in range(13):
+        Image.new("RGB", (60, 40), (n, 0, 0)).save(pictures / f"a{n:02d}.png")
+    Image.new("RGB", (60, 40)).save(pictures / "b" / "last.jpg")
+    (pictures / "a03.png").write_bytes(b"not a picture")
+    (pictures / "clip.mp4").write_bytes(b"a video")
+    shown = view("seen", "predict", tmp_path / "seen", Room()).predicted
+    assert [one.title for one in shown] == ["a00.png", "a06.png", "a09.png", "a12.png"]
+    assert shown[1].alt == "a06.png with what was found"
+    (pictures / "index.json").write_text("[]")  # then they are an evaluation's
+    assert view("seen", "predict", tmp_path / "seen", Room()).predicted == []
+    assert view("seen", "predict", tmp_path / "nowhere", Room()).predicted == []
 
 
 def test_a_folder_without_runs(tmp_path: Path, capfd: Any) -> None:

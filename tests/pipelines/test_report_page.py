@@ -117,8 +117,15 @@ def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (curation / "outcome.json").write_text(json.dumps({"examples": rows}))
     Image.new("RGB", (1200, 430), "white").save(curation / "curation.png")
     Image.new("RGB", (900, 2000), "white").save(curation / "examples.png")
+    predictions = runs / "predictions"
+    (predictions / "pictures/deep").mkdir(parents=True)
+    (predictions / "config.yaml").write_text("model: a\n")
+    (predictions / "result.json").write_text(json.dumps({"metrics": {"pictures": 10, "boxes": 31}, "seconds": 3.0}))
+    for n in range(10):
+        Image.new("RGB", (640, 300 + 50 * n), "grey").save(predictions / f"pictures/deep/photo_{n}_{LONG}.jpg")
     stages: dict[str, Any] = {
         "curation": {"command": "curate"},
+        "predictions": {"command": "predict"},
         "training": {"command": "train"},
         **{name: {"command": "evaluate_detector"} for name in ("ap_ssld", "ap_baseline", "ap_many")},
         "later": {"command": "train"},
@@ -166,7 +173,7 @@ def test_fits_and_can_be_read(tab: Page, report_page: Path, width: int, scheme: 
 def test_pictures_show(tab: Page, report_page: Path) -> None:
     opened(tab, report_page, width=DESK)
     sizes = tab.value("[...document.images].map(one => [one.naturalWidth, one.clientWidth, one.alt.length])")
-    assert len(sizes) == 2 + 3 * 4  # the curation's, and of three evaluations
+    assert len(sizes) == 2 + 5 + 3 * 4  # of the curation, every second of the prediction, of three evaluations
     assert all(natural > 0 and shown > 0 and words > 10 for natural, shown, words in sizes)
     words = tab.value("[...document.images].map(one => one.alt)")
     assert words[0].endswith("what was kept: kept 12.")
