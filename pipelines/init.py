@@ -123,7 +123,10 @@ def _look_over(arguments: Namespace) -> dict[str, Any]:
         raise UserError(f"{arguments.annotations}: cannot be looked over, see above")
     if code:
         given = " ".join(f"--{name} {path}" for name, path in zip(FLAGS, places, strict=True) if path)
-        raise UserError(f"the data have faults, see above; ssld doctor {given} --fix DIR writes cleaned copies")
+        advice = f"ssld doctor {given} --fix DIR writes cleaned copies"
+        if any(one["level"] == "fault" and not one["fix"] for one in report["findings"]):
+            advice = "mend them first"
+        raise UserError(f"the data have faults, see above; {advice}")
     files: dict[str, Any] = report["files"]
     return files
 

@@ -40,8 +40,12 @@ def check_pictures(check: FileCheck, *, quick: bool = False) -> dict[int, Seen]:
     missing = [index for index, path in places.items() if not path.is_file()]
     if missing:
         names = some([rows[index]["file_name"] for index in missing])
-        text = f"{count(len(missing), 'picture')} of {len(places):,} not in {check.folder} ({names}): training stops"
-        check.add("fault", text, "leaves them out" if len(missing) < len(places) else None)
+        if len(missing) < len(places):
+            text = f"{count(len(missing), 'picture')} of {len(places):,} not in {check.folder} ({names}): training stops"
+            check.add("fault", text, "leaves them out")
+        else:
+            text = f"none of its {count(len(places), 'picture')} is in {check.folder} ({names}): is that their folder?"
+            check.add("fault", text)
         check.repair.drop_images.update(missing)
     present = [index for index in places if index not in set(missing)]
     if quick:

@@ -191,6 +191,8 @@ def test_mistakes_leave_nothing(photos: Path, capfd: pytest.CaptureFixture[str])
         ([*good, "--val_share", "1.5"], "--val_share 1.5: give a share between 0 and 1"),
         ([*good, "--sed", "1"], "--sed: unknown flag; did you mean '--seed'?"),
     ]
+    Path("elsewhere").mkdir()
+    cases.append(([*good, "--images", "elsewhere"], "the data have faults, see above; mend them first"))
     for argv, message in cases:
         assert init.main(argv) == 2
         assert f"error: {message}" in capfd.readouterr().err
