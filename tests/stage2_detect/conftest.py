@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-pytest.register_assert_rewrite("golden")
+pytest.register_assert_rewrite("golden", "converted_data")
 
 
 @dataclass(frozen=True)
