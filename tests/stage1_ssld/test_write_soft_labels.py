@@ -19,7 +19,7 @@ import stage1_ssld.store_writer as store_writer
 from shared.backbones import input_settings, save_backbone
 from shared.run_dir import SPEED, read_metrics
 from stage1_ssld.distill import main as distill
-from stage1_ssld.store import answer_type, replayed_rows
+from stage1_ssld.store import answer_type
 from stage1_ssld.write_soft_labels import main
 
 
@@ -340,22 +340,3 @@ def test_a_teacher_whose_answers_are_not_finite(
     assert user_error(main, arguments(settings | {"teacher": {"model": model, "check_images": 0}})).startswith(
         "teacher: answers that are not finite"
     )
-
-
-# ---- which views are replayed
-
-
-@pytest.mark.parametrize(("sizes", "count"), [([100], 8), ([5, 100], 8), ([3, 4, 5], 9), ([1] * 12, 12), ([2], 8)])
-def test_replayed_views_are_of_every_source(sizes: list[int], count: int) -> None:
-    class Source:
-        def __init__(self, number: int, size: int) -> None:
-            self.number, self.size = number, size
-
-        def __len__(self) -> int:
-            return self.size
-
-    sources: Any = [Source(number, size) for number, size in enumerate(sizes)]
-    chosen = replayed_rows(sources, views=4)
-    assert len(set(chosen)) == len(chosen) == count
-    assert {number for number, _, _ in chosen} == set(range(len(sizes)))
-    assert all(row < sizes[number] and view < 4 for number, row, view in chosen)

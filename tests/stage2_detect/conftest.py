@@ -1,6 +1,7 @@
-"""Drawn scenes and settings of a small detector."""
+"""Drawn scenes, settings and files of small detectors, and the command line of a prediction."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-pytest.register_assert_rewrite("golden")
+pytest.register_assert_rewrite("golden", "converted_data")
 
 
 @dataclass(frozen=True)
@@ -128,3 +129,24 @@ def mask_file(tmp_path_factory: pytest.TempPathFactory, tiny_coco: TinyCoco) -> 
     sizes = ResizeConfig(train_short_sides=[64], train_long_side=64, val_short_side=64, val_long_side=64)
     save_detector(path, model, config=config, resize=sizes, arch="test_resnet", inputs=inputs, data=data)
     return path
+
+
+@pytest.fixture
+def photos(tiny_coco: TinyCoco, tmp_path: Path) -> Path:
+    """The 12 training scenes, one of them deeper."""
+    pictures = tmp_path / "photos"
+    shutil.copytree(tiny_coco.train_images, pictures)
+    (pictures / "deep").mkdir()
+    (pictures / "3.png").rename(pictures / "deep" / "3.png")
+    return pictures
+
+
+@pytest.fixture
+def predict_line(detector_file: Path, photos: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """The command line of a prediction; `images` and `output` may be others."""
+
+    def flags(*more: str, images: Path | str = photos, output: str = "seen") -> list[str]:
+        shown = ["--model", str(detector_file), "--images", str(images), "--output", str(tmp_path / output)]
+        return [*shown, "--threads", "1", "--workers", "0", "--device", "cpu", "--threshold", "0.3", *more]
+
+    return flags

@@ -113,7 +113,7 @@ def _roi_align_as_reference(feature: Tensor, rois: Tensor, size: int, scale: flo
 
     That kernel (paddle/phi/kernels/cpu/roi_align_grad_kernel.cc at 03c243c4) widens RoIs to one cell of the map in the backward pass, and not in the
     forward pass; RoIs below 4 px then give other gradients, by up to 1.3e-3 in the norms of the backbone. Ours are the true ones
-    (test_roi_heads.py), so they are compared with the reference's fault put in.
+    (test_roi_pooling.py), so they are compared with the reference's fault put in.
     """
     sides = (rois[:, 3:] - rois[:, 1:3]).clamp(min=1 / scale)
     widened = torch.cat((rois[:, :3], rois[:, 1:3] + sides), dim=1)

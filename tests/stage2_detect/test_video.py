@@ -1,6 +1,5 @@
 """Videos: frames and their times, turned recordings, prediction on them, and the drawn video."""
 
-import json
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from run_files import content
 
 from shared.images import UnreadableImage
 from stage2_detect import predict
@@ -43,11 +43,6 @@ def line(detector_file: Path, tmp_path: Path) -> Line:
         return [*shown, "--threads", "1", "--workers", "0", "--device", "cpu", "--threshold", "0.3", *more]
 
     return flags
-
-
-def content(file: Path) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads(file.read_text())
-    return read
 
 
 def ramp(number: int, width: int, height: int) -> np.ndarray:

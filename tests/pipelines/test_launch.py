@@ -1,0 +1,140 @@
+"""A stage as processes: its command line, its output, how it fails, and signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import launch
+from pipelines.launch import Outcome, Signals, command_line, run_stage
+from pipelines.run import main
+from pipelines.stages import ROOT, Stage, build_stages, read_pipeline
+
+FAKE = Path(__file__).with_name("fake_stage.py")
+
+
+def one_stage(file: Path, number: int = 0) -> Stage:
+    pipeline = read_pipeline(file)
+    return build_stages(pipeline, file, output=pipeline.output)[number]
+
+
+def test_command_lines_for_several_processes(
+    fake_kinds: None, write_pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = one_stage(write_pipeline({"a": {"command": "teach", "processes": 2}}))
+    monkeypatch.setattr(launch, "_has_cuda", lambda: True)
+    assert command_line(stage)[:6] == ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", str(FAKE)]
+    monkeypatch.setattr(launch, "_has_cuda", lambda: False)
+    expected = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(FAKE)]
+    assert command_line(stage)[:7] == expected
+
+
+def test_script_paths_from_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stage = one_stage(ROOT / "pipelines/quickstart.yaml", 1)
+    monkeypatch.chdir(ROOT)
+    assert command_line(stage)[:2] == ["python", "stage1_ssld/teach.py"]
+    monkeypatch.chdir(tmp_path)
+    assert command_line(stage)[:2] == ["python", str(ROOT / "stage1_ssld/teach.py")]
+
+
+def run_one(file: Path) -> tuple[Outcome, str]:
+    stage, console = one_stage(file), file.parent / "runs/logs/a.txt"
+    with Signals() as signals:
+        outcome = run_stage(stage, console, signals)
+    return outcome, console.read_text()
+
+
+def test_output_is_passed_through_and_kept(fake_kinds: None, write_pipeline: Any, capfd: Any) -> None:
+    outcome, console = run_one(write_pipeline({"a": {"command": "teach", "set": {"text": "x y"}}}))
+    assert outcome == Outcome(0)
+    assert console.startswith(f"$ python {FAKE} --text 'x y' --output ")
+    assert console.endswith("working in a\n")
+    assert "working in a\n" in capfd.readouterr().out
+
+
+def test_user_error_of_a_stage_is_one_line(fake_kinds: None, write_pipeline: Any) -> None:
+    outcome, _ = run_one(write_pipeline({"a": {"command": "teach", "set": {"ends": "user error"}}}))
+    assert outcome == Outcome(2, ("images: no such folder; give another",))
+
+
+def test_crash_of_a_stage_shows_its_last_lines(fake_kinds: None, write_pipeline: Any, capfd: Any) -> None:
+    file = write_pipeline({"a": {"command": "teach", "set": {"ends": "crash"}}, "b": {"command": "teach"}})
+    assert main([str(file)]) == 1
+    captured = capfd.readouterr()
+    lines = captured.err.splitlines()
+    assert lines[0] == "error: stage a: exit code 1; its last lines:"
+    assert lines[-1] == "error: stage a: RuntimeError: a bug"
+    assert len(lines) == 16
+    assert "[2/2]" not in captured.out
+
+
+def test_stage_without_a_result_has_failed(fake_kinds: None, write_pipeline: Any) -> None:
+    outcome, _ = run_one(write_pipeline({"a": {"command": "teach", "set": {"ends": "no result"}}}))
+    assert outcome == Outcome(1, ("ended without a result; its last lines:", "working in a"))
+
+
+@pytest.mark.parametrize(("error_json", "expected"), [(True, 2), (False, 1)])
+def test_user_error_behind_a_launcher(fake_kinds: None, write_pipeline: Any, error_json: bool, expected: int) -> None:
+    stage = one_stage(write_pipeline({"a": {"command": "teach", "processes": 2}}))
+    stage.run.mkdir(parents=True)
+    (stage.run / "error.json").write_text('{"error": "key: wrong", "exit_code": 2}')
+    begun = time.time() + (0 if error_json else 60)  # an old file says nothing about this start
+    outcome = launch._outcome(stage, 1, ["noise"], begun, stopped=False)
+    assert outcome.code == expected
+    assert outcome.lines[-1] == ("key: wrong" if error_json else "noise")
+
+
+RUNNER = """
+import sys
+sys.path[:0] = [{root!r}, {here!r}]
+import fake_stage
+from pipelines import run, stages
+stages.KINDS["teach"] = stages.Kind(fake_stage.__file__, fake_stage.FakeConfig, ("out.txt",))
+sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_reaches_the_stage_in_its_own_group(
+    fake_kinds: None, write_pipeline: Any, tmp_path: Path, number: signal.Signals
+) -> None:
+    file = write_pipeline({"a": {"command": "teach", "set": {"ends": "waiting"}}, "b": {"command": "teach"}})
+    code = RUNNER.format(root=str(ROOT), here=str(FAKE.parent))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    ready = tmp_path / "runs/a/ready"
+    deadline = time.monotonic() + 60
+    while not ready.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "group True" in out
+    assert f"stopped: signal {number.value}; the same command goes on from there" in out
+    assert "stage a: stopped; the same command goes on from there" in err
+    assert "[2/2]" not in out
+    assert not (tmp_path / "runs/a/result.json").exists()
+
+
+def test_signal_between_stages_stops(fake_kinds: None, write_pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_pipeline({"a": {"command": "teach"}, "b": {"command": "teach"}})
+
+    def finish_in_spite_of(stage: Stage, console: Path, signals: Signals) -> Outcome:
+        assert stage.name == "a"
+        os.kill(os.getpid(), signal.SIGTERM)
+        return Outcome(0)
+
+    monkeypatch.setattr("pipelines.run.run_stage", finish_in_spite_of)
+    assert main([str(file)]) == 143
+
+
+def test_runner_report_and_command_start_without_torch() -> None:
+    code = "import sys; from pipelines import cli, report, run; cli.main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,10 @@
+"""What runs have written, read back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def content(file: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads(file.read_text())
+    return read

@@ -1,0 +1,142 @@
+"""predict.py: where pictures are looked for, and users' mistakes."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_files import content
+
+from shared.errors import UserError
+from shared.model_file import read_metadata, read_tensors, save_model_file
+from stage2_detect import predict
+from stage2_detect.pictures import find_pictures
+
+Call = Callable[..., int]
+Error = Callable[..., str]
+Files = Callable[[Path], set[str]]
+
+
+# ---- where to look
+
+
+def test_a_picture_a_pattern_and_a_list(photos: Path, tmp_path: Path, files_below: Files) -> None:
+    assert find_pictures(str(photos)).names == sorted(files_below(photos))
+    assert find_pictures(str(photos / "5.png")) == (str(photos), ["5.png"])
+    assert find_pictures(str(photos / "**" / "*.png")) == (str(photos), sorted(files_below(photos)))
+    assert find_pictures(str(photos / "1*.png")).names == ["1.png", "10.png", "11.png"]
+    (tmp_path / "list.txt").write_text("# mine\nphotos/5.png\n\nphotos/deep/3.png\nphotos/5.png\n")
+    assert find_pictures(str(tmp_path / "list.txt")) == (str(photos), ["5.png", "deep/3.png"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("photos/5.png\nphotos/99.png\n", "list.txt, line 2: photos/99.png: no such file"),
+        ("# nothing\n", "list.txt: no path in it"),
+    ],
+)
+def test_bad_lists(photos: Path, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)):
+        find_pictures(str(tmp_path / "list.txt"))
+
+
+# ---- users' mistakes
+
+
+def test_pictures_that_cannot_be_read_are_named_and_left_out(
+    call: Call, predict_line: Any, photos: Path, tmp_path: Path
+) -> None:
+    assert call(predict.main, predict_line(output="whole")) == 0
+    (photos / "0.png").write_bytes(b"no picture at all")
+    damaged = (photos / "4.png").read_bytes()
+    (photos / "4.png").write_bytes(damaged[: len(damaged) // 2])  # its header is sound
+    # Batches of one picture, so that one holds nothing readable.
+    assert call(predict.main, predict_line("--batch_size", "1")) == 0
+    run = tmp_path / "seen"
+    assert (run / "quarantine.txt").read_text() == "0.png\n4.png\n"
+    assert "listed in" in (run / "log.txt").read_text()
+    found = content(run / "predictions.json")
+    names = {image["id"]: image["file_name"] for image in found["images"]}
+    assert set(names.values()) == {f"{n}.png" for n in (1, 2, 5, 6, 7, 8, 9, 10, 11)} | {"deep/3.png"}
+    assert content(run / "result.json")["metrics"]["unreadable"] == 2
+    whole = content(tmp_path / "whole" / "predictions.json")["annotations"]
+    kept = [(r["image_id"], r["category_id"]) for r in whole if names.get(r["image_id"])]
+    assert [(r["image_id"], r["category_id"]) for r in found["annotations"]] == kept  # ids are the listing's
+
+
+def test_none_can_be_read(user_error: Error, predict_line: Any, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    for name in ("a.jpg", "b.png"):
+        (tmp_path / "bad" / name).write_bytes(b"no picture")
+    message = user_error(predict.main, predict_line(images=tmp_path / "bad"))
+    assert message == f"nothing can be read in 2 files of {tmp_path / 'bad'}; the first is a.jpg"
+
+
+def test_no_box_above_the_threshold(
+    user_error: Error, call: Call, predict_line: Any, photos: Path, tmp_path: Path
+) -> None:
+    message = user_error(predict.main, predict_line("--pseudo_labels", "true", "--threshold", "1.0"))
+    assert message.startswith(f"{photos}: no box with a score of 1 or more in 12 pictures; the best has 0.")
+    assert message.endswith("give a lower --threshold, or a detector that fits these pictures")
+    assert not (tmp_path / "seen" / "pseudo_labels.json").exists()
+    # The folder can be used again.
+    assert call(predict.main, predict_line("--pseudo_labels", "true", "--threshold", "0.1")) == 0
+
+
+def test_mistakes(
+    user_error: Error, predict_line: Any, photos: Path, tmp_path: Path, teacher_file: Path, mask_file: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.bin").write_bytes(b"\xff\xfe\x00")
+    later = tmp_path / "later.safetensors"
+    metadata = read_metadata(mask_file, kind="detector")
+    save_model_file(later, read_tensors(mask_file), metadata | {"model": metadata["model"] | {"hedas": 2}})
+    everything = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "x"}]}
+    everything["images"] = [
+        {"id": i, "file_name": n, "width": 1, "height": 1} for i, n in enumerate(os.listdir(photos))
+    ]
+    everything["images"] += [{"id": 99, "file_name": "deep/3.png", "width": 1, "height": 1}]
+    (tmp_path / "all.json").write_text(json.dumps(everything))
+    (tmp_path / "none.json").write_text(json.dumps({**everything, "images": []}))
+    for flags, message in (
+        (predict_line(images=tmp_path / "empty"), f"no images in {tmp_path / 'empty'}"),
+        (predict_line(images=tmp_path / "absent"), f"{tmp_path / 'absent'}: no such picture, video, folder or list"),
+        (predict_line(images=tmp_path / "*.jpg"), f"no images match {tmp_path / '*.jpg'}"),
+        (predict_line(images=tmp_path / "notes.bin"), "neither a picture"),
+        (predict_line("--classes", "tal"), "does not know 'tal'; did you mean 'tall'?"),
+        (predict_line("--model", str(teacher_file)), "backbone"),
+        (predict_line("--model", str(later)), f"{later}, its metadata: hedas: unknown key"),
+        (predict_line("--exclude", str(tmp_path / "all.json")), "names all pictures of"),
+        (predict_line("--exclude", str(tmp_path / "none.json")), "has a file name of"),
+        (predict_line(output="photos/seen"), "is inside images"),
+        (predict_line("--threshold", "1.5"), "threshold"),
+    ):
+        shown = user_error(predict.main, flags)
+        assert message in shown, (message, shown)
+
+
+def test_pictures_that_would_share_files_are_refused(user_error: Error, predict_line: Any, photos: Path) -> None:
+    shutil.copy(photos / "5.png", photos / "5.bmp")
+    message = user_error(predict.main, predict_line("--write", "crops"))
+    assert "which 5.bmp and 5.png share" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--write", "yolo,yolo_scores"], "choose one"),
+        (["--write", "jsn"], "write"),
+        (["--write", "csv", "--pseudo_labels", "true"], "leave one of the two out"),
+        (["--write", "[]"], "is empty"),
+        (["--tile", "8"], "tile"),
+        (["--overlap", "1"], "overlap"),
+    ],
+)
+def test_settings_that_do_not_fit(user_error: Error, predict_line: Any, flags: list[str], message: str) -> None:
+    assert message in user_error(predict.main, predict_line(*flags))

@@ -1,0 +1,120 @@
+"""predict.py: where a killed run goes on, two processes, and what it shows meanwhile."""
+
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from run_files import content
+
+from stage2_detect import predict, prediction
+from stage2_detect.prediction_files import Parts
+from stage2_detect.video import VideoFile
+
+ROOT = Path(__file__).resolve().parents[2]
+Call = Callable[..., int]
+Error = Callable[..., str]
+
+
+def test_a_killed_run_goes_on(
+    call: Call, predict_line: Any, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stage2_detect.prediction_files._PART", 4)
+    assert call(predict.main, predict_line(output="whole")) == 0
+    write = Parts.write
+    written: list[int] = []
+
+    def killed(self: Parts, number: int, *args: Any) -> None:
+        if len(written) == 2:
+            raise SystemExit
+        written.append(number)
+        write(self, number, *args)
+
+    monkeypatch.setattr(Parts, "write", killed)
+    with pytest.raises(SystemExit):
+        call(predict.main, predict_line())
+    run = tmp_path / "seen"
+    assert not (run / "predictions.json").exists()
+    assert sorted(path.name for path in (run / "parts").iterdir()) == ["000000.json", "000001.json"]
+    seen: list[int] = []
+
+    def counted(self: Parts, number: int, *args: Any) -> None:
+        seen.append(number)
+        write(self, number, *args)
+
+    monkeypatch.setattr(Parts, "write", counted)
+    assert call(predict.main, predict_line()) == 0
+    assert seen == [2]
+    assert (run / "predictions.json").read_bytes() == (tmp_path / "whole" / "predictions.json").read_bytes()
+    assert not (run / "parts").exists()
+
+
+def test_a_run_begun_on_other_pictures_is_refused(
+    call: Call, user_error: Error, predict_line: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pattern is not watched for changes; its pictures are compared with those of the parts that are there."""
+    pattern = f"{photos}/*.png"
+
+    def killed(*_: Any) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction, "assemble", killed)
+        with pytest.raises(SystemExit):
+            call(predict.main, predict_line(images=pattern))
+    shutil.copy(photos / "5.png", photos / "55.png")
+    assert "was begun on other pictures" in user_error(predict.main, predict_line(images=pattern))
+
+
+def test_two_processes_write_the_same_file(
+    scripts: Any, call: Call, predict_line: Any, photos: Path, tmp_path: Path
+) -> None:
+    with VideoFile(photos / "clip.mp4", 64, 64, 10) as video:
+        for number in range(3):
+            video.add(np.array(Image.open(photos / f"{number}.png").convert("RGB")), number / 10)
+    assert call(predict.main, predict_line("--batch_size", "2")) == 0
+    code = "import stage2_detect.prediction_files as files, stage2_detect.predict as predict, sys; files._PART = 4; "
+    code += "sys.exit(predict.main(sys.argv[1:]))"
+    script = tmp_path / "small_parts.py"
+    script.write_text(f"import sys; sys.path[0] = {str(ROOT)!r}; {code}")
+    done = scripts.run(str(script), *predict_line("--batch_size", "2", output="two"), ranks=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = ((tmp_path / name / "predictions.json").read_bytes() for name in ("seen", "two"))
+    assert one == two
+    log = (tmp_path / "two" / "log.txt").read_text()
+    assert "part 1 of 3 done, 1 left: " in log  # the main process had two of them
+    assert "a second, " in log
+    assert content(tmp_path / "two" / "predictions.json")["videos"]
+    assert (tmp_path / "two" / "pictures" / "clip.mp4").exists()
+
+
+def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    class Run:
+        main, write = True, staticmethod(print)
+
+    run: Any = Run()
+    before = run.write
+    screen = Terminal()
+    monkeypatch.setattr("sys.stderr", screen)
+    clock = prediction.PictureClock(run, 3)
+    assert run.write is not before
+    times = iter([clock._began + 1.0] * 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction.time, "perf_counter", lambda: next(times))
+        clock._done = 2
+        assert clock.describe() == "2 a second, 0.5 s to go"
+        clock._done = 4
+        assert clock.describe() == "4 a second"
+    for _ in range(3):
+        clock.seen()
+    clock.close()
+    assert "3/3" in screen.getvalue()
+    assert run.write is before
