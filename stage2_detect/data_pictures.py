@@ -41,7 +41,9 @@ def check_pictures(check: FileCheck, *, quick: bool = False) -> dict[int, Seen]:
     if missing:
         names = some([rows[index]["file_name"] for index in missing])
         if len(missing) < len(places):
-            text = f"{count(len(missing), 'picture')} of {len(places):,} not in {check.folder} ({names}): training stops"
+            text = (
+                f"{count(len(missing), 'picture')} of {len(places):,} not in {check.folder} ({names}): training stops"
+            )
             check.add("fault", text, "leaves them out")
         else:
             text = f"none of its {count(len(places), 'picture')} is in {check.folder} ({names}): is that their folder?"
