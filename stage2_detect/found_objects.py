@@ -38,8 +38,8 @@ class FoundObject(NamedTuple):
     """where it stands, for messages"""
     crowd: bool = False
     """to be ignored: neither trained on nor counted as missed"""
-    polygons: list[list[float]] | None = None
-    """x, y, x, y, ... in pixels"""
+    shape: list[list[float]] | dict[str, Any] | None = None
+    """polygons, x, y, x, y, ... in pixels, or RLE of the image's size"""
     area: float | None = None
 
 
@@ -192,9 +192,10 @@ def _annotation(number: int, image_id: int, one: FoundObject, corners: Corners, 
     box = [x1, y1, round(x2 - x1, DIGITS), round(y2 - y1, DIGITS)]
     row: dict[str, Any] = {"id": number, "image_id": image_id, "category_id": one.label + 1, "bbox": box}
     area = one.area
-    if one.polygons:
-        row["segmentation"] = one.polygons
+    if one.shape:
+        row["segmentation"] = one.shape
         if area is None:
-            shapes = mask_codec.frPyObjects(one.polygons, image.height, image.width)
-            area = float(mask_codec.area(mask_codec.merge(shapes)))
+            compressed = isinstance(one.shape, dict) and isinstance(one.shape["counts"], str)
+            codes = one.shape if compressed else mask_codec.frPyObjects(one.shape, image.height, image.width)
+            area = float(mask_codec.area(codes if isinstance(codes, dict) else mask_codec.merge(codes)))
     return row | {"area": round(box[2] * box[3] if area is None else area, DIGITS), "iscrowd": int(one.crowd)}

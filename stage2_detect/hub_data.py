@@ -2,7 +2,7 @@
 
 Layout: https://huggingface.co/docs/datasets/object_detection. `image` is bytes, or a struct with them; `objects` is a
 struct of lists or a list of structs with `bbox` and `category` (numbers with the names in the file's metadata, or
-names), and perhaps `area`, `iscrowd` and `segmentation` (polygons). Splits are told by the files' names
+names), and perhaps `area`, `iscrowd` and `segmentation` (polygons, or RLE). Splits are told by the files' names
 (`train-00000-of-00002.parquet`), or by their folders where those are numbers (`train/0000.parquet`). The files are read
 in place, a few rows at a time, and images are written out as the very bytes that were in them.
 """
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from shared.errors import UserError
+from stage2_detect.coco import is_shape
 from stage2_detect.found_objects import (
     Corners,
     Found,
@@ -45,7 +46,7 @@ class _Keys(NamedTuple):
     category: str
     crowd: str | None
     area: str | None
-    polygons: str | None
+    shape: str | None
 
 
 def is_hub(source: str) -> bool:
@@ -236,26 +237,30 @@ def _read_object(
     if corners[2] < corners[0] or corners[3] < corners[1]:
         raise UserError(f"{place}: bbox {box!r} has a negative side as {box_format}; give another --box_format")
     area = one.get(keys.area) if keys.area else None
-    shapes = one.get(keys.polygons) if keys.polygons else None
     return FoundObject(
         label,
         corners,
         place,
         crowd=bool(keys.crowd and one.get(keys.crowd)),
-        polygons=_polygons(shapes, place),
+        shape=_shape(one.get(keys.shape) if keys.shape else None, place, size),
         area=None if area is None else finite_number(str(area), place, "area"),
     )
 
 
-def _polygons(shapes: Any, place: str) -> list[list[float]] | None:
-    """Those that enclose anything; None where there are none."""
-    if not shapes:
+def _shape(value: Any, place: str, size: tuple[int, int]) -> list[list[float]] | dict[str, Any] | None:
+    """RLE, or the polygons that enclose anything; None where there are none."""
+    if not value:
         return None
-    if not isinstance(shapes, list) or not all(isinstance(shape, list) and len(shape) % 2 == 0 for shape in shapes):
-        raise UserError(
-            f"{place}: segmentation: only polygons are read, lists of x, y, x, y, ...; this is something else"
-        )
-    polygons = [[finite_number(str(value), place, "segmentation") for value in shape] for shape in shapes]
+    if isinstance(value, dict) and {"size", "counts"} <= value.keys():
+        counts = value["counts"]
+        code = {"size": value["size"], "counts": counts.decode("latin-1") if isinstance(counts, bytes) else counts}
+        width, height = size
+        if not is_shape(code, height, width):
+            raise UserError(f"{place}: segmentation: this is no RLE of a picture {height} pixels high and {width} wide")
+        return code
+    if not isinstance(value, list) or not all(isinstance(one, list) and len(one) % 2 == 0 for one in value):
+        raise UserError(f"{place}: segmentation: neither polygons, lists of x, y, x, y, ..., nor RLE, size and counts")
+    polygons = [[finite_number(str(number), place, "segmentation") for number in one] for one in value]
     return [polygon for polygon in polygons if len(polygon) >= 6] or None
 
 

@@ -188,4 +188,4 @@ def _read_row(words: list[str], place: str, names: list[str], width: int, height
     xs = [min(max(value, 0.0), 1.0) * width for value in values[::2]]
     ys = [min(max(value, 0.0), 1.0) * height for value in values[1::2]]
     polygon = [round(value, 3) for point in zip(xs, ys, strict=True) for value in point]
-    return FoundObject(int(label), (min(xs), min(ys), max(xs), max(ys)), place, polygons=[polygon])
+    return FoundObject(int(label), (min(xs), min(ys), max(xs), max(ys)), place, shape=[polygon])

@@ -1,6 +1,7 @@
 """Hugging Face data sets, from Parquet files or the hub, become COCO files; every fault is one line with its place; real data come back."""
 
 import io
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from converted_data import line, read, write
 from PIL import Image
+from pycocotools import mask as mask_codec
 
-from stage2_detect.coco import read_coco
+from stage2_detect.coco import read_coco, require_masks
 from stage2_detect.convert_data import main
+from stage2_detect.models.mask_targets import decode_rle
 
 
 def encoded(size: tuple[int, int] = (40, 20), kind: str = "PNG", seed: int = 0) -> bytes:
@@ -63,12 +66,41 @@ def test_hub_struct_of_lists(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / ".pending").exists()
 
 
-def test_hub_shapes_that_are_no_polygons_are_refused(tmp_path: Path, user_error: Callable[..., str]) -> None:
+@pytest.mark.parametrize("form", ["text", "bytes", "runs"])
+def test_hub_run_lengths(tmp_path: Path, form: str) -> None:
+    shape_HW = np.zeros((20, 40), dtype=np.uint8, order="F")
+    shape_HW[3:9, 5:25] = 1
+    runs = [len(list(group)) for _, group in itertools.groupby(shape_HW.ravel(order="F").tolist())]
+    packed = mask_codec.encode(shape_HW)["counts"]
+    row = hub_row([[5.0, 3.0, 20.0, 6.0]], [0])
+    counts = {"text": packed.decode(), "bytes": packed, "runs": runs}[form]
+    row["objects"]["segmentation"] = [{"size": [20, 40], "counts": counts}]
+    parquet(tmp_path / "train.parquet", [row], ["ant"])
+    assert main(line(tmp_path / "train.parquet", tmp_path / "out")) == 0
+    data = read_coco(tmp_path / "out" / "train.json", tmp_path / "out" / "train", training=False, segmentations=True)
+    (record,) = require_masks(data).images
+    assert record.areas_N.tolist() == [120]
+    assert record.segmentations
+    np.testing.assert_array_equal(decode_rle(record.segmentations[0]), shape_HW)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"size": [8, 8], "counts": "04P1"}, "this is no RLE of a picture 20 pixels high and 40 wide"),
+        ({"size": [20, 40], "counts": "04P1"}, "this is no RLE of a picture 20 pixels high and 40 wide"),
+        ({"points": [[1.0, 2.0]]}, "neither polygons, lists of x, y, x, y, ..., nor RLE"),
+        ([[1.0, 2.0, 3.0]], "neither polygons, lists of x, y, x, y, ..., nor RLE"),
+    ],
+)
+def test_hub_shapes_of_another_kind_are_refused(
+    tmp_path: Path, user_error: Callable[..., str], shape: Any, message: str
+) -> None:
     row = hub_row([[0.0, 0.0, 5.0, 5.0]], [0])
-    row["objects"]["segmentation"] = [{"size": [8, 8], "counts": "04P1"}]
+    row["objects"]["segmentation"] = [shape]
     parquet(tmp_path / "train.parquet", [row], ["ant"])
     error = user_error(main, line(tmp_path / "train.parquet", tmp_path / "out"))
-    assert "train.parquet, row 0, object 0: segmentation: only polygons are read" in error
+    assert f"train.parquet, row 0, object 0: segmentation: {message}" in error
     assert not (tmp_path / "out" / "train.json").exists()
 
 
