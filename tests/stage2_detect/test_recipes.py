@@ -1,5 +1,6 @@
 """The recipes resolve to the references' values, and each builds, trains two steps and is evaluated at tiny size."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,6 +85,26 @@ def test_every_recipe_is_in_a_table() -> None:
     assert set(RECIPES) == {*SSLD, *PLAIN, *PSS, *OTHERS}
 
 
+def assert_common(config: TrainConfig) -> None:
+    """What the SSLD, the plain and the PSS-DET recipes have in common."""
+    optim, model, resize = config.optim, config.model, config.resize
+    assert (optim.name, optim.momentum, optim.weight_decay, optim.decay_norm_and_bias) == ("sgd", 0.9, 1e-4, True)
+    assert (optim.warmup_steps, optim.gamma, optim.clip_grad_norm, config.ema) == (1000, 0.1, None, None)
+    assert (resize.interpolation, resize.kernel, resize.flip) == ("bicubic", "reference", 0.5)
+    assert not config.data.keep_empty
+    assert (model.freeze_stages, model.freeze_norm) == (2, True)
+    rpn, roi, cascade = model.rpn, model.roi, model.cascade
+    assert rpn.anchor_sizes == [32, 64, 128, 256, 512]
+    assert rpn.anchor_ratios == [0.5, 1, 2]
+    assert (rpn.positive_iou, rpn.negative_iou, rpn.samples, rpn.positive_fraction) == (0.7, 0.3, 256, 0.5)
+    assert (rpn.nms_iou, roi.samples, roi.foreground_fraction, roi.foreground_iou) == (0.7, 512, 0.25, 0.5)
+    assert (roi.hidden, roi.sampling_ratio, roi.aligned) == (1024, 0, True)
+    assert (roi.score_threshold, roi.nms.kind, roi.nms.iou, roi.detections) == (0.05, "hard", 0.5, 100)
+    assert cascade.ious == IOUS
+    assert [weights[0] for weights in cascade.delta_weights] == WEIGHTS
+    assert [weights[2] for weights in cascade.delta_weights] == [weight / 2 for weight in WEIGHTS]
+
+
 @pytest.mark.parametrize("name", [*SSLD, *PLAIN])
 def test_ssld_and_plain_recipes(name: str) -> None:
     config = resolved(name)
@@ -97,10 +118,7 @@ def test_ssld_and_plain_recipes(name: str) -> None:
     assert rate(config, 500) == pytest.approx(0.01 * (start + (1 - start) / 2))
     assert rate(config, 1000) == pytest.approx(0.01)
     assert rate(config, 14_658 * milestones[1]) == pytest.approx(1e-4)
-    assert (config.batch_size, config.optim.name, config.optim.momentum) == (8, "sgd", 0.9)
-    assert (config.optim.weight_decay, config.optim.decay_norm_and_bias) == (1e-4, True)
-    assert config.optim.clip_grad_norm is None
-    assert config.ema is None
+    assert config.batch_size == 8
     plain = "ssld" not in name
     assert config.optim.backbone_lr_factors == ([1.0] * 5 if plain else SSLD_FACTORS)
     assert config.backbone == ("timm:resnet50d.gluon_in1k" if plain else "runs/ssld_resnet50d/student.safetensors")
@@ -109,25 +127,15 @@ def test_ssld_and_plain_recipes(name: str) -> None:
     resize = config.resize
     assert (resize.train_short_sides, resize.train_long_side) == (SIDES_800, 1333)
     assert (resize.val_short_side, resize.val_long_side) == (800, 1333)
-    assert (resize.interpolation, resize.kernel, resize.flip) == ("bicubic", "reference", 0.5)
-    assert not config.data.keep_empty
     assert not config.augment.auto_augment
 
     model = config.model
-    assert (model.freeze_stages, model.freeze_norm, model.fpn_channels, model.dcn_strides) == (2, True, 256, [])
-    rpn, roi = model.rpn, model.roi
-    assert rpn.anchor_sizes == [32, 64, 128, 256, 512]
-    assert rpn.anchor_ratios == [0.5, 1, 2]
-    assert (rpn.positive_iou, rpn.negative_iou, rpn.samples, rpn.positive_fraction) == (0.7, 0.3, 256, 0.5)
+    assert_common(config)
+    assert (model.fpn_channels, model.dcn_strides, model.roi.sampling) == (256, [], "random")
+    rpn = model.rpn
     assert (rpn.train_pre_nms, rpn.train_post_nms, rpn.val_pre_nms, rpn.val_post_nms) == (2000, proposals, 1000, 1000)
-    assert (rpn.nms_iou, roi.samples, roi.foreground_fraction, roi.foreground_iou) == (0.7, 512, 0.25, 0.5)
-    assert (roi.sampling, roi.hidden, roi.sampling_ratio, roi.aligned) == ("random", 1024, 0, True)
-    assert (roi.box_loss.name, roi.box_loss.weight) == ("l1", 1)
-    assert (roi.score_threshold, roi.nms.kind, roi.nms.iou, roi.detections) == (0.05, "hard", 0.5, 100)
+    assert (model.roi.box_loss.name, model.roi.box_loss.weight) == ("l1", 1)
     cascade = model.cascade
-    assert cascade.ious == IOUS
-    assert [weights[0] for weights in cascade.delta_weights] == WEIGHTS
-    assert [weights[2] for weights in cascade.delta_weights] == [weight / 2 for weight in WEIGHTS]
     assert cascade.loss_weights == [pytest.approx(1 / 3)] * 3
     assert (cascade.add_gt_each_stage, cascade.score_rois) == (False, "own")
     assert (model.mask.channels, model.mask.convolutions, model.mask.pool_size, model.mask.threshold) == (
@@ -145,23 +153,26 @@ def test_pss_recipes(name: str) -> None:
     assert (config.resize.val_short_side, config.resize.val_long_side) == test_sizes
     assert (config.resize.train_short_sides, config.resize.train_long_side) == (sides, longest)
     assert config.augment.auto_augment
+    assert_common(config)
+    assert rate(config, 1000) == pytest.approx(0.02)
     model = config.model
-    assert (model.fpn_channels, model.dcn_strides, model.freeze_stages, model.freeze_norm) == (64, [8, 16, 32], 2, True)
+    assert (model.fpn_channels, model.dcn_strides) == (64, [8, 16, 32])
     rpn, loss = model.rpn, model.roi.box_loss
     assert (rpn.train_pre_nms, rpn.train_post_nms, rpn.val_pre_nms, rpn.val_post_nms) == (2000, 2000, 500, 300)
     if name == "pss_faster_dcn_r50vd":
         assert config.total_steps(7329 * 16) == 36 * 7329
         assert config.optim.milestones(7329) == [24 * 7329, 33 * 7329]
         assert rate(config, 0) == 0
+        assert rate(config, 500) == pytest.approx(0.01)
         assert (model.kind, model.roi.sampling, model.roi.libra_bins) == ("faster_rcnn", "libra", 3)
         assert (loss.name, loss.weight, loss.normalization) == ("ciou", 10, "rois")
     else:
         assert config.total_steps(None) == 270_000
         assert config.optim.milestones(7329) == [180_000, 240_000]
         assert rate(config, 0) == pytest.approx(0.002)
+        assert rate(config, 500) == pytest.approx(0.011)
         assert (model.kind, model.roi.sampling) == ("cascade_rcnn", "random")
         assert (loss.name, loss.alpha, loss.gamma, loss.beta, loss.weight) == ("balanced_l1", 0.5, 1.5, 1, 1)
-        assert model.cascade.ious == IOUS
         assert model.cascade.loss_weights == [1, 0.5, 0.25]
         assert model.cascade.add_gt_each_stage
         assert model.cascade.score_rois == "last"
@@ -184,13 +195,29 @@ def test_recipes_without_a_counterpart() -> None:
     assert modern.optim.backbone_lr_factors == [0.3, 0.4, 0.55, 0.75, 1.0]
 
 
+def header(name: str) -> str:
+    head = (CONFIGS / f"{name}.yaml").read_text().partition("\n\n")[0]
+    return " ".join(line[1:].strip() for line in head.splitlines() if line.startswith("#"))
+
+
+@pytest.mark.parametrize("name", [*SSLD, *PSS])
+def test_the_hours_in_a_header_are_those_of_its_step_times(name: str) -> None:
+    """The times are for 16 images on 8 GPUs; parts of a step are named one by one."""
+    cost = header(name).partition("Cost: ")[2]
+    hours = re.search(r"about (\d+) V100 hours", cost)
+    seconds = sum(float(part) for part in re.findall(r"(0\.\d+) s\b", cost))
+    config = resolved(name)
+    steps = config.total_steps(COCO_IMAGES) * config.batch_size / 16
+    assert hours
+    assert int(hours[1]) == pytest.approx(steps * seconds * 8 / 3600, rel=0.01)
+
+
 def test_a_recipe_says_where_it_comes_from() -> None:
     for name in ALL:
-        head = (CONFIGS / f"{name}.yaml").read_text().partition("\n\n")[0]
-        comments = " ".join(line[1:].strip() for line in head.splitlines() if line.startswith("#"))
+        comments = header(name)
         assert "ource" in comments or "Ours" in comments, name
-        assert "Cost" in comments or name == "faster_rcnn", f"{name}: its header does not say what it costs"
-        if name in {*SSLD, *PSS}:
+        assert "Cost: " in comments, f"{name}: its header does not say what it costs"
+        if name in {*SSLD, *PLAIN, *PSS}:
             assert "FPS" in comments or "speed" in comments, f"{name}: its header does not say how fast"
         for score in expected_scores(resolved(name)):
             assert str(score) in comments, f"{name}: {score} is expected, and its header does not say who published it"
