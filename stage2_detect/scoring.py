@@ -35,7 +35,7 @@ def detections(
     model.eval()
     fast: Callable[[Any], list[Detections]] = for_inference(model)
     if tta:
-        fast = partial(detect_views, fast, flip=tta.flip, iou=tta.nms_iou)
+        fast = partial(detect_views, fast, flip=tta.flip, iou=tta.nms_iou, most=model.detections_per_image)
     for images, records in loader:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             found = fast(images.to(device, non_blocking=True))

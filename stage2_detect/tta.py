@@ -22,9 +22,6 @@ from stage2_detect.models.batch import Detections, ImageBatch
 from stage2_detect.models.boxes import class_nms
 from stage2_detect.models.rcnn import RCNN
 
-MOST = 100
-"""detections of an image that COCO's scores look at"""
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -57,9 +54,12 @@ class SizesLoader:
 
 
 def detect_views(
-    detector: Callable[[ImageBatch], list[Detections]], sizes: Sizes, *, flip: bool, iou: float, most: int = MOST
+    detector: Callable[[ImageBatch], list[Detections]], sizes: Sizes, *, flip: bool, iou: float, most: int
 ) -> list[Detections]:
-    """Merged detections of each image, best first: at most `most`, none with an overlap above `iou` in its class."""
+    """Merged detections of each image, best first: at most `most`, none with an overlap above `iou` in its class.
+
+    For masks the pyramids of all views of the batch are held meanwhile: some 90 MB an image and view at 800 x 1333 in float32.
+    """
     rcnn = detector if isinstance(detector, RCNN) and detector.mask_head else None
     views, found, features = [], [], []
     for images, mirror in itertools.product(sizes.batches, (False, True) if flip else (False,)):
@@ -70,6 +70,7 @@ def detect_views(
         features.append(maps)
     best = [merged(parts, iou=iou, most=most) for parts in zip(*found, strict=True)]
     if rcnn is None:
+        assert all(one.masks is None for one in seen), "masks of views are looked for anew, by an RCNN"
         return best
     shapes: list[list[Tensor]] = []
     for (view, mirror), maps in zip(views, features, strict=True):

@@ -60,6 +60,11 @@ class RCNN(nn.Module):
         self.register_buffer("mean_C11", 255 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std_C11", 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
 
+    @property
+    def detections_per_image(self) -> int:
+        """At most."""
+        return self.roi_heads.detections_per_image
+
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
         """Losses `loss_rpn_cls`, `loss_rpn_box`, `loss_cls`, `loss_box` (of a cascade `loss_cls_0`, ...), with masks
         `loss_mask` (float32 scalars, already normalised), or detections.

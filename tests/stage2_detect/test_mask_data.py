@@ -90,6 +90,31 @@ def test_mask_rcnn_from_training_to_a_results_file(toy: Path, tmp_path: Path, ca
     assert not any("segm" in name for name in metrics)
 
 
+def test_views_of_masks_are_evaluated_on_two_processes_as_on_one(
+    toy: Path, tmp_path: Path, call: Callable[..., int], scripts: Any
+) -> None:
+    run = tmp_path / "run"
+    assert call(train.main, arguments(toy, run, "--model.roi.score_threshold", "0")) == 0
+    words = ["--model", str(run / "detector.safetensors"), "--annotations", str(toy / "val.json"), "--threads", "1"]
+    words += ["--images", str(toy / "val"), "--workers", "0", "--device", "cpu", "--batch_size", "2"]
+    assert call(evaluate.main, [*words, "--output", str(tmp_path / "plain")]) == 0
+    words += ["--tta.short_sides", "[64, 80]"]
+    assert call(evaluate.main, [*words, "--output", str(tmp_path / "one")]) == 0
+    done = scripts.run("stage2_detect/evaluate.py", *words, "--output", str(tmp_path / "two"), ranks=2)
+    assert done.returncode == 0, done.stderr
+    results = [read_result(tmp_path / name) for name in ("one", "two")]
+    one, two = (result["metrics"] for result in results if result)
+    assert one["AP_segm"] is not None
+    assert two["AP_segm"] == pytest.approx(one["AP_segm"], abs=1e-6)
+    plain, rows, others = (
+        sorted(json.loads((tmp_path / name / "detections.json").read_text()), key=lambda row: row["image_id"])
+        for name in ("plain", "one", "two")
+    )
+    assert [row["segmentation"] for row in rows] == [row["segmentation"] for row in others]
+    assert {row["image_id"] for row in rows} == {row["image_id"] for row in plain}
+    assert [row["segmentation"] for row in rows] != [row["segmentation"] for row in plain]
+
+
 def test_boxes_alone_are_refused_with_their_ids(
     toy: Path, tmp_path: Path, call: Callable[..., int], capsys: Any
 ) -> None:

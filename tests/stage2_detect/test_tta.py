@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
+from shared.model_file import read_metadata, read_tensors, save_model_file
 from stage2_detect import evaluate, train
 from stage2_detect.batches import EvalLoader
 from stage2_detect.coco import CocoData, read_coco
@@ -76,7 +77,7 @@ def test_boxes_of_the_mirror_image_come_back(scale: float) -> None:
     detector = BrightBox()
     images = marked(scale)
     plain = detector(images)
-    for seen, wanted in zip(detect_views(detector, Sizes((images,)), flip=True, iou=0.5), plain, strict=True):
+    for seen, wanted in zip(detect_views(detector, Sizes((images,)), flip=True, iou=0.5, most=100), plain, strict=True):
         torch.testing.assert_close(seen.boxes_N4, wanted.boxes_N4)
         assert seen.scores_N.tolist() == [0.75]
         assert seen.labels_N.tolist() == [2]
@@ -88,7 +89,7 @@ def test_boxes_of_the_mirror_image_come_back(scale: float) -> None:
 def test_without_flip_the_detector_sees_each_size_once() -> None:
     detector = BrightBox()
     first, second = marked(1.0), marked(2.0)
-    found = detect_views(detector, Sizes((first, second)), flip=False, iou=0.5)
+    found = detect_views(detector, Sizes((first, second)), flip=False, iou=0.5, most=100)
     assert [len(one.scores_N) for one in found] == [2, 2]  # the boxes differ by a factor of 2
     assert [id(given) for given in detector.given] == [id(first.pixels_BCHW), id(second.pixels_BCHW)]
 
@@ -140,7 +141,7 @@ def shapes(found: Detections) -> Any:
 def test_one_view_of_masks_is_the_detector_itself(mask_model: RCNN) -> None:
     for scale in (1.0, 1.5):
         images = batch([(64, 96), (40, 33)], scale)
-        plain, seen = mask_model(images), detect_views(mask_model, Sizes((images,)), flip=False, iou=0.999)
+        plain, seen = mask_model(images), detect_views(mask_model, Sizes((images,)), flip=False, iou=0.999, most=100)
         for one, other in zip(plain, seen, strict=True):
             assert len(one.scores_N) > 5
             torch.testing.assert_close(other.boxes_N4, one.boxes_N4)
@@ -153,8 +154,8 @@ def test_views_of_the_mirror_image_are_those_of_the_image_mirrored(mask_model: R
     sizes = [batch([(64, 96), (40, 33)]), batch([(32, 48), (20, 17)], 0.5)]
     sizes[1] = replace(sizes[1], scales_B=sizes[1].sizes_B2[:, 1] / sizes[0].sizes_B2[:, 1])
     sizes = [replace(images, originals_B2=sizes[0].sizes_B2) for images in sizes]
-    one = detect_views(mask_model, Sizes(tuple(sizes)), flip=True, iou=0.5)
-    other = detect_views(mask_model, Sizes(tuple(mirrored(images) for images in sizes)), flip=True, iou=0.5)
+    one = detect_views(mask_model, Sizes(tuple(sizes)), flip=True, iou=0.5, most=100)
+    other = detect_views(mask_model, Sizes(tuple(mirrored(images) for images in sizes)), flip=True, iou=0.5, most=100)
     for seen, turned, (_, width) in zip(one, other, sizes[0].sizes_B2.tolist(), strict=True):
         back = unmirrored(turned, width)
         torch.testing.assert_close(back.boxes_N4, seen.boxes_N4, rtol=0, atol=1e-3)
@@ -183,7 +184,7 @@ def test_masks_are_averaged_over_views(mask_model: RCNN, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(mask_model, "find_boxes", find_boxes)
     monkeypatch.setattr(mask_model, "mask_maps", mask_maps)
-    seen = detect_views(mask_model, Sizes((batch([(64, 96)]),)), flip=True, iou=0.5)[0]
+    seen = detect_views(mask_model, Sizes((batch([(64, 96)]),)), flip=True, iou=0.5, most=100)[0]
     assert seen.boxes_N4.tolist() == boxes[:1]
     full_HW = shapes(seen)[..., 0]
     # left (0.9 + 0.05) / 2 = 0.475; right (0.2 + 0.9) / 2 = 0.55. At the rim a map falls to zero.
@@ -222,6 +223,20 @@ def flags(
     common = ["--model", str(tmp_path / "run" / "detector.safetensors"), "--annotations", data["val_annotations"]]
     common += ["--images", data["val_images"], "--workers", "0", "--device", "cpu", "--threads", "1"]
     return lambda output, *more: [*common, "--output", str(tmp_path / output), *more]
+
+
+def test_as_many_objects_as_without_views(flags: Callable[..., list[str]], call: Any, tmp_path: Path) -> None:
+    """What the detector keeps of an image, not a number of its own."""
+    file = tmp_path / "run" / "detector.safetensors"
+    for most in (7, 130):
+        line = flags(f"views_{most}", "--tta.short_sides", "[48, 64, 96]", "--tta.nms_iou", "0.999")
+        metadata = read_metadata(file)
+        metadata["model"]["roi"]["detections"] = most
+        line[1] = str(tmp_path / f"{most}.safetensors")
+        save_model_file(Path(line[1]), read_tensors(file), metadata)
+        assert call(evaluate.main, line) == 0
+        rows = json.loads((tmp_path / f"views_{most}" / "detections.json").read_text())
+        assert {sum(row["image_id"] == f"val-{n}" for row in rows) for n in range(5)} == {most}
 
 
 def test_evaluation_with_views(flags: Callable[..., list[str]], call: Any, tmp_path: Path) -> None:
