@@ -117,7 +117,8 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
     argv = with_values(config_type, [underscored(word) for word in argv])
     parser = _bare_parser(config_type, program)
     try:
-        flags = CliSettingsSource[ArgumentParser](config_type, cli_parse_args=list(argv), root_parser=parser)()
+        source = CliSettingsSource[ArgumentParser](config_type, cli_parse_args=list(argv), root_parser=parser)
+        flags = _nulls(source())
     except SettingsError as error:
         field = re.search(r'field "([^"]+)"', str(error))
         if field is None:
@@ -135,6 +136,13 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
         print(dump_yaml(config), end="")
         raise SystemExit(0)
     return config
+
+
+def _nulls(value: Any) -> Any:
+    """Flags in which `--list null` is null, and not a list of it."""
+    if isinstance(value, dict):
+        return {key: _nulls(one) for key, one in value.items()}
+    return None if value == [None] else value
 
 
 def settings_parser(config_type: type[CommandConfig], program: str) -> Parser:

@@ -126,6 +126,7 @@ class TeachConfig(Stage1Config):
 
     model: NetworkConfig
     objective: Literal["labels"] = "labels"
+    """what is learnt from; a student that learns from a teacher is `distill`"""
 
     @model_validator(mode="after")
     def _no_streams(self) -> Self:

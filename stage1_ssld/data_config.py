@@ -191,7 +191,9 @@ class LossConfig(Config):
     """One term of the distillation loss."""
 
     name: LossName
+    """how far the student's answers are from the teacher's"""
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """of the term in the sum"""
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     """of kl and decoupled_kd; the loss is multiplied by its square"""
     beta: float = Field(1.0, ge=0, allow_inf_nan=False)

@@ -60,18 +60,18 @@ def check_data(arguments: Namespace) -> int:
         for finding in findings:
             if finding.level == level:
                 print(line_of(finding))
-    if arguments.fix:
-        for check in checks:
-            _check_category_ids(check)
-        copies = _copies(places, arguments.fix)
-        for check in checks:
-            print(_write_copy(check, copies[check.name]))
     if arguments.report:
         record = {
             "files": {check.name: check.statistics for check in checks},
             "findings": [asdict(one) for one in findings],
         }
         arguments.report.write_text(json.dumps(record), encoding="utf-8")
+    if arguments.fix:
+        for check in checks:
+            _check_category_ids(check)
+        copies = _copies(places, arguments.fix)
+        for check in checks:
+            print(_write_copy(check, copies[check.name]))
     levels = Counter(finding.level for finding in findings)
     if not arguments.report:  # a program that asks for it has its own last line
         print(

@@ -17,10 +17,13 @@ class DetectionDataConfig(Config):
     """COCO JSON files and the folders their file names are relative to."""
 
     train_annotations: Path
+    """annotations to train on"""
     train_images: Path
+    """folder of their pictures"""
     val_annotations: Path | None = None
     """annotations to evaluate on; null does not evaluate"""
     val_images: Path | None = None
+    """folder of their pictures"""
     keep_empty: bool = True
     """whether images without any object are trained on"""
     repeat_threshold: Fraction | None = None
@@ -41,10 +44,13 @@ class ResizeConfig(Config):
     train_long_side: int = Field(1333, ge=32)
     """largest long side in training"""
     val_short_side: int = Field(800, ge=32)
+    """the short side otherwise"""
     val_long_side: int = Field(1333, ge=32)
+    """largest long side otherwise"""
     flip: float = Field(0.5, ge=0, le=1)
     """probability of a horizontal flip"""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """between pixels, without smoothing beforehand, as OpenCV does it"""
     kernel: Literal["reference", "fast"] = "reference"
     """reference: float arithmetic, equal to OpenCV's to one grey level; fast: on uint8, a few levels off"""
 
@@ -94,6 +100,7 @@ class Stage2OptimConfig(OptimConfig):
     milestones_steps: list[int] | None = None
     """the same in steps; give one of the two, or none for a constant rate"""
     gamma: float = Field(0.1, gt=0, le=1)
+    """factor on the learning rate at a milestone"""
 
     @model_validator(mode="after")
     def _one_kind_of_milestones(self) -> Self:
@@ -206,6 +213,7 @@ class RunDetectorConfig(CommandConfig):
     short_side: int | None = Field(None, ge=32)
     """null: as the detector's recipe says"""
     long_side: int | None = Field(None, ge=32)
+    """largest long side; null: as the detector's recipe says"""
     tta: TTAConfig | None = None
     """null looks at one view an image"""
     batch_size: int = Field(4, ge=1)

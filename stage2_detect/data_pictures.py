@@ -45,10 +45,10 @@ def check_pictures(check: FileCheck, *, quick: bool = False) -> dict[int, Seen]:
                 f"{count(len(missing), 'picture')} of {len(places):,} not in {check.folder} ({names}): training stops"
             )
             check.add("fault", text, "leaves them out")
+            check.repair.drop_images.update(missing)
         else:
             text = f"none of its {count(len(places), 'picture')} is in {check.folder} ({names}): is that their folder?"
             check.add("fault", text)
-        check.repair.drop_images.update(missing)
     present = [index for index in places if index not in set(missing)]
     if quick:
         return {}

@@ -26,7 +26,9 @@ class LDConfig(Config):
     imitation: Weight = 0.0
     """squared error of the feature maps, near the objects"""
     ld_temperature: Positive = 10.0
+    """that softens the distances"""
     kd_temperature: Positive = 2.0
+    """that softens the classes"""
     valuable: Literal["objects", "negatives"] = "objects"
     """that region: cells around the objects, by their IoU; or all negatives by the student's score, the form for heads without anchors"""
     gamma: Fraction = 0.25
@@ -45,9 +47,11 @@ class ADLConfig(Config):
     """Adaptive distillation of a RetinaNet student (arXiv 1901.00366)."""
 
     weight: Weight = 1.0
+    """of the term in the loss"""
     beta: Weight = 1.0
     """of the teacher's entropy in the weight of an anchor; the released LOSS_BETA is 1 - beta"""
     gamma: Weight = 2.0
+    """how much less anchors count on which student and teacher agree"""
     form: Literal["paper", "code", "focal"] = "paper"
     """what is weighted: paper, the divergence; code, half the soft cross-entropy, as released; focal, the ablation FDL"""
     normalization: Literal["global", "rank"] = "global"

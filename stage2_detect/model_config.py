@@ -21,19 +21,25 @@ class RPNConfig(Config):
     anchor_ratios: list[Positive] = Field([0.5, 1.0, 2.0], min_length=1)
     """height / width"""
     positive_iou: IoU = 0.7
+    """overlap with an object from which an anchor is positive"""
     negative_iou: IoU = 0.3
+    """overlap below which it is negative; in between it is in no loss"""
     samples: int = Field(256, ge=1)
     """anchors an image in the loss"""
     positive_fraction: Fraction = 0.5
+    """of the samples, at most"""
     random: bool = True
     """false takes the first anchors in index order (for comparisons with other implementations)"""
     nms_iou: IoU = 0.7
+    """overlap with a better proposal of its level at which one goes"""
     train_pre_nms: Count = 2000
-    """proposals a level before NMS"""
+    """proposals a level before NMS, in training"""
     train_post_nms: Count = 1000
-    """proposals an image after NMS"""
+    """proposals an image after NMS, in training"""
     val_pre_nms: Count = 1000
+    """proposals a level before NMS, otherwise"""
     val_post_nms: Count = 1000
+    """proposals an image after NMS, otherwise: fewer are faster"""
 
     @model_validator(mode="after")
     def _ious_in_order(self) -> Self:
@@ -46,7 +52,9 @@ class BoxLossConfig(Config):
     """Regression loss of the box heads."""
 
     name: Literal["l1", "smooth_l1", "balanced_l1", "giou", "ciou"] = "l1"
+    """of deltas, or of the overlap of boxes (giou, ciou)"""
     weight: Positive = 1.0
+    """of the term in the loss"""
     beta: Positive = 1.0
     """of smooth_l1 and balanced_l1: the distance at which the square part ends"""
     alpha: Positive = 0.5
@@ -68,6 +76,7 @@ class NMSConfig(Config):
     """Suppression of a class's overlapping detections."""
 
     kind: Literal["hard", "soft_linear", "soft_gaussian"] = "hard"
+    """hard drops the worse of two boxes, soft lowers its score"""
     iou: IoU = 0.5
     """overlap that suppresses; of soft_linear, that lowers scores"""
     sigma: Positive = 0.5
@@ -82,10 +91,12 @@ class RoIConfig(Config):
     samples: int = Field(512, ge=1)
     """RoIs an image in the loss"""
     foreground_fraction: Fraction = 0.25
+    """of the samples, at most, that are objects"""
     sampling: Literal["random", "first", "libra"] = "random"
     """libra draws negatives evenly from bins of IoU (arXiv 1904.02701 section 3.1); first takes RoIs in index order
     (for comparisons with other implementations)"""
     libra_bins: Count = 3
+    """of libra, between no overlap and the largest"""
     class_agnostic: bool = False
     """one box a RoI instead of one a class; a cascade always has it"""
     hidden: Count = 1024
@@ -96,6 +107,7 @@ class RoIConfig(Config):
     """half-pixel-aligned pooling"""
     box_loss: BoxLossConfig = BoxLossConfig()
     score_threshold: float = Field(0.05, ge=0, lt=1)
+    """score above which a detection is one"""
     nms: NMSConfig = NMSConfig()
     detections: Count = 100
     """kept an image"""
@@ -105,10 +117,13 @@ class CascadeConfig(Config):
     """Stages of a cascade (arXiv 1712.00726); used by the cascade kinds only."""
 
     ious: list[IoU] = Field([0.5, 0.6, 0.7], min_length=2)
+    """overlap with an object from which a RoI is one, a stage each"""
     delta_weights: list[Four] = Field(
         [(10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0)], min_length=2
     )
+    """of a box's x, y, width, height in the regression, a stage each"""
     loss_weights: list[Positive] = Field([1 / 3, 1 / 3, 1 / 3], min_length=2)
+    """of both losses, a stage each"""
     add_gt_each_stage: bool = False
     """append the objects to the RoIs of later stages too"""
     score_rois: Literal["own", "last"] = "own"
@@ -125,7 +140,9 @@ class MaskConfig(Config):
     """Mask head (arXiv 1703.06870); used by the mask kinds only."""
 
     channels: Count = 256
+    """of its convolutions"""
     convolutions: Count = 4
+    """before the map is doubled in size"""
     pool_size: Count = 14
     """side of the pooled features; masks have twice that"""
     threshold: float = Field(0.5, gt=0, lt=1)
@@ -144,7 +161,9 @@ class DenseConfig(Config):
     candidates: int | None = Field(1000, ge=1)
     """anchors a level that are looked at, by their best class; null looks at all"""
     score_threshold: float = Field(0.05, ge=0, lt=1)
+    """score above which a detection is one"""
     nms_iou: IoU = 0.6
+    """overlap with a better detection of its class at which one goes"""
     detections: Count = 100
     """kept an image"""
     clip_boxes: bool = True
@@ -176,11 +195,15 @@ class RetinaNetConfig(Config):
     tower_norm: bool = False
     """GroupNorm in the towers, as in torchvision's second version"""
     positive_iou: IoU = 0.5
+    """overlap with an object from which an anchor is positive"""
     negative_iou: IoU = 0.4
+    """overlap below which it is negative; in between it is in no loss"""
     low_quality_iou: Fraction = 0.0
     """an object's best anchor is positive from this IoU on, below positive_iou too; Detectron's 0.4"""
     alpha: Fraction = 0.25
+    """of the focal loss: weight of the positives; negatives have the rest"""
     gamma: float = Field(2.0, ge=0)
+    """of the focal loss: how much less what is right already counts"""
     smooth_l1_beta: float = Field(0.0, ge=0)
     """distance at which the square part of the box loss ends; 0 is plain L1"""
 
@@ -189,7 +212,9 @@ class DetectorConfig(Config):
     """The detector's architecture; stored in its file."""
 
     kind: Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "retinanet", "gfl"] = "faster_rcnn"
+    """two stages, those of a cascade in several, mask kinds with shapes too; or one stage (retinanet, gfl)"""
     fpn_channels: int = Field(256, ge=8)
+    """of every level of the pyramid"""
     freeze_stages: int = Field(0, ge=0, le=5)
     """stages of the backbone that do not train: 1 is the stem, 2 the stem and the stride-4 stage, ..."""
     freeze_norm: bool = True

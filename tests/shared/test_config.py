@@ -101,6 +101,7 @@ def test_environment_is_not_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("output: o\n", ("--group.rat=3",), "--group.rat: unknown flag; did you mean '--group.rate'?"),
         ("output: o\n", ("--steps",), "expected one argument"),
         ("output: o\n", ("--steps", "x"), "steps: has to be a whole number"),
+        ("output: o\n", ("--group.names", "null"), "group.names: has to be a list (given: null)"),
         (None, ("--config", "gone.yaml"), "gone.yaml: No such file or directory"),
     ],
 )
@@ -207,6 +208,7 @@ def test_nonsense_is_refused_by_its_key(stage: int, key: str, value: str) -> Non
 
 class _Recipe(CommandConfig):
     alternatives = (("steps", "epochs"), ("group.names", "group.rate"))
+    maybe: list[int] | None = None
     steps: int | None = None
     epochs: int | None = None
     group: Group = Group()
@@ -225,12 +227,15 @@ def test_a_recipe_lies_on_its_bases(tmp_path: Path) -> None:
     assert parse_config(_Recipe, flags, program="test.py").epochs is None
     assert parse_config(_Recipe, [*flags[:-1], "null"], program="test.py").epochs == 12  # nothing in its place
 
-    (tmp_path / "h.yaml").write_text("output: o\ngroup: {rate: 0.7}\n")
+    (tmp_path / "h.yaml").write_text("output: o\ngroup: {rate: 0.7}\nmaybe: [1]\n")
     (tmp_path / "i.yaml").write_text("base: h.yaml\ngroup: {names: [a]}\n")
     config = parse_config(_Recipe, ["--config", str(tmp_path / "i.yaml")], program="test.py")
     assert config.group == Group(rate=0.1, names=["a"])
     flags = ["--config", str(tmp_path / "h.yaml"), "--steps", "7"]
     assert parse_config(_Recipe, flags, program="test.py").group.rate == 0.7
+    assert parse_config(_Recipe, flags, program="test.py").maybe == [1]
+    assert parse_config(_Recipe, [*flags, "--maybe", "2,3"], program="test.py").maybe == [2, 3]
+    assert parse_config(_Recipe, [*flags, "--maybe", "null"], program="test.py").maybe is None
     assert parse_config(_Recipe, [*flags, "--group.names", "b"], program="test.py").group == Group(names=["b"])
 
     (tmp_path / "sub" / "d.yaml").write_text("base: c.yaml\n")

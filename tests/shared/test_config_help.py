@@ -1,11 +1,14 @@
 """`--help`: what a run needs comes first, everything is somewhere, nothing twice."""
 
 import re
+from collections.abc import Iterator
 
 import pytest
+from pydantic import BaseModel
 
+from pipelines.stages import KINDS
 from shared.config import CommandConfig, settings_parser
-from shared.config_help import choices_of, flags_of, settings_help
+from shared.config_help import choices_of, flags_of, models_in, settings_help
 from shared.errors import UserError
 from stage1_ssld.config import DistillConfig
 from stage2_detect.config import EvaluateConfig, TrainConfig
@@ -53,6 +56,23 @@ def test_what_a_run_needs_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.search(r"^  model +\d+ settings  The detector's architecture; stored in its file$", text, re.M)
     assert len(text.splitlines()) < 90
     assert "default: null" not in text
+
+
+def test_every_setting_says_what_it_is() -> None:
+    def nameless(model: type[BaseModel], seen: set[type[BaseModel]]) -> Iterator[str]:
+        if model in seen:
+            return
+        seen.add(model)
+        for name, field in model.model_fields.items():
+            groups = models_in(field.annotation)
+            if not groups and not field.description:
+                yield f"{model.__name__}.{name}"
+            for group in groups:
+                yield from nameless(group, seen)
+
+    seen: set[type[BaseModel]] = set()
+    assert [name for kind in KINDS.values() for name in nameless(kind.config_type, seen)] == []
+    assert len(seen) > 30
 
 
 def test_help_of_a_group(capsys: pytest.CaptureFixture[str]) -> None:

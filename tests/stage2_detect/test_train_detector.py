@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from shared.backbones import create_classifier, parse_reference, save_backbone
 from shared.checkpoint import load_checkpoint, newest_checkpoint
-from shared.model_file import read_metadata
+from shared.model_file import read_metadata, read_tensors
 from stage2_detect import evaluate, train
 from stage2_detect.detector_file import load_detector
+from stage2_detect.models.pyramid import TimmPyramid
 
 Settings = dict[str, Any]
 Arguments = Callable[..., list[str]]
@@ -198,12 +199,38 @@ def test_a_loss_that_is_not_finite_stops_with_the_ids_and_keeps_the_checkpoint(
     assert not (tmp_path / "run" / "result.json").exists()
 
 
-def test_bf16_trains_with_float32_boxes(
+def losses_of(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_bf16_trains_to_about_the_same_loss(
     train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path
 ) -> None:
-    assert call(train.main, arguments(train_settings | {"precision": "bf16", "steps": 2})) == 0
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert all(0 < line["loss"] < 100 for line in lines if "loss" in line)
+    for precision in ("fp32", "bf16"):
+        assert call(train.main, arguments(train_settings | {"precision": precision, "steps": 2}, precision)) == 0
+    full, half = losses_of(tmp_path / "fp32"), losses_of(tmp_path / "bf16")
+    assert full != half
+    assert half == pytest.approx(full, rel=0.05)
+
+
+def test_compiled_it_trains_the_same(
+    train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced, but run by torch itself: a C++ compiler need not be here."""
+    compiled: list[torch.nn.Module] = []
+
+    def compile_traced(net: torch.nn.Module) -> None:
+        compiled.append(net)
+        torch.nn.Module.compile(net, backend="eager")
+
+    monkeypatch.setattr(TimmPyramid, "compile", compile_traced)
+    for name in ("plain", "compiled"):
+        assert call(train.main, arguments(train_settings | {"compile": name == "compiled", "steps": 2}, name)) == 0
+    assert len(compiled) == 1
+    assert losses_of(tmp_path / "compiled") == pytest.approx(losses_of(tmp_path / "plain"), rel=1e-4)
+    plain, other = (read_tensors(tmp_path / name / "detector.safetensors") for name in ("plain", "compiled"))
+    assert plain.keys() == other.keys()
 
 
 def test_an_unreadable_training_image_is_skipped_and_listed(
