@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         length = sum(len(part.split('"', 1)[0]) for part in text.split('"counts": "')[1:]) / masks
         print(f"{arguments.images} images, {objects} objects, {masks} masks of {length:.0f} bytes, {arguments.backend}")
         print(
-            f"greatest memory {found['megabytes']:.0f} MB, {found['start']:.0f} MB of it before the first image; {found['seconds']:.0f} s"
+            f"greatest memory {found['megabytes']:.0f} MiB, {found['start']:.0f} MiB of it before the first image; {found['seconds']:.0f} s"
         )
     return 0
 

@@ -198,7 +198,7 @@ class Scripts:
         """Start and wait."""
         process = self.start(*command, ranks=ranks, **environment)
         try:
-            out, err = process.communicate(timeout=300)
+            out, err = process.communicate(timeout=600)
         finally:
             process.kill()
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)

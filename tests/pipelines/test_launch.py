@@ -113,7 +113,7 @@ def test_signal_reaches_the_stage_in_its_own_group(
     while not ready.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(process.pid, number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 143
     assert "group True" in out
     assert f"stopped: signal {number.value}; the same command goes on from there" in out

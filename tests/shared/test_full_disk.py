@@ -56,7 +56,7 @@ def test_a_full_disk_costs_one_line_and_nothing_else(writer: str, tmp_path: Path
         [sys.executable, "-W", "ignore", "-c", WRITERS, str(ROOT), writer, str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert process.returncode == 2, process.stderr

@@ -116,7 +116,7 @@ def test_killed_at_every_delicate_moment(
     assert call(main, arguments(settings, "whole")) == 0
     process = subprocess.run(
         [sys.executable, "-c", KILL_CHAIN, str(Path(__file__).parents[2]), *arguments(settings, "killed")],
-        capture_output=True, text=True, timeout=300, cwd=tmp_path, check=False,
+        capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stdout + process.stderr
     assert "NOT KILLED" not in process.stdout, process.stdout + process.stderr

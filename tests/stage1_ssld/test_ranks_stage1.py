@@ -61,7 +61,7 @@ def test_two_ranks_stop_go_on_and_evaluate_the_saved_model(
         assert time.monotonic() < deadline
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     stopped = re.search(r"stopped: checkpoint of step (\d+) written to .*; the same command goes on from there\n", err)
     assert stopped, err
     newest = newest_checkpoint(run / "checkpoints")

@@ -36,7 +36,7 @@ def test_the_selection_loads_no_torch_and_takes_little_memory() -> None:
     """The benchmark at a fortieth of its size: planted copies and mirror images are found, by processes that stay small."""
     line = [sys.executable, "-W", "error", str(ROOT / "benchmarks" / "curation_memory.py"), "--rows", "500000"]
     line += ["--classes", "100", "--keep", "200", "--protected", "5000"]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(line, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["candidates"] == 30_000

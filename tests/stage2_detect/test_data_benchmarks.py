@@ -64,7 +64,7 @@ def test_memory_of_masks(capsys: pytest.CaptureFixture[str]) -> None:
     assert script("segm_memory").main(["--images", "6"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"6 images, \d+ objects, 600 masks of \d+ bytes, hotcoco", lines[0])
-    found = re.match(r"greatest memory (\d+) MB, (\d+) MB of it before the first image; ", lines[1])
+    found = re.match(r"greatest memory (\d+) MiB, (\d+) MiB of it before the first image; ", lines[1])
     assert found
     peak, start = map(int, found.groups())
     assert 100 < start < peak < 2000

@@ -50,7 +50,7 @@ def test_killed_and_stopped_runs_resume_to_the_same_bits(
     process = scripts.start(TRAIN, *argv)  # a polite stop in the middle
     wait_for(lambda: (run / "checkpoints" / "step_00000020" / "COMPLETE").exists())
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 143, err
     assert "the same command goes on from there" in err
     assert not (run / "result.json").exists()
