@@ -290,6 +290,8 @@ def _explain(config_type: type[BaseModel], item: Any) -> str:
     message = words.format(**item.get("ctx", {})) if words else item["msg"].removeprefix("Value error, ")
     given = json.dumps(item["input"], default=str)
     shown = f" (given: {given if len(given) <= 80 else given[:77] + '...'})" if item["type"] != "value_error" else ""
+    if item["type"] == "list_type" and item["input"] is None:
+        message += "; [] is an empty one"
     return f"{key}: {message}{shown}" if key else message
 
 

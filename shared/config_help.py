@@ -7,6 +7,7 @@
 
 import argparse
 import copy
+import difflib
 import re
 import shutil
 import typing
@@ -53,7 +54,11 @@ def settings_help(parser: argparse.ArgumentParser, config_type: type[BaseModel] 
     if group and group != "all":
         keys = [key for key in by_key if key == group or key.startswith(f"{group}.")]
         if not keys:
-            raise UserError(f"--help {group}: no such group of settings; groups: {', '.join(groups)}")
+            near = [name for name in groups if name.endswith(f".{group}")] or difflib.get_close_matches(
+                group, groups, n=1
+            )
+            hint = f"did you mean {near[0]!r}?" if near else f"groups: {', '.join(groups)}"
+            raise UserError(f"--help {group}: no such group of settings; {hint}")
         _section(formatter, f"{group}: {groups.get(group, ('', 0))[0]}".rstrip(": "), keys, by_key)
         return formatter.format_help()
     formatter.add_text(f"usage: {parser.prog} [--config FILE] [--KEY VALUE ...]")

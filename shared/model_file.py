@@ -100,6 +100,9 @@ def content_hash(tensors: dict[str, Tensor]) -> str:
 
 
 def _open(path: Path) -> Any:
+    if path.is_dir():
+        files = sorted(file.name for file in path.glob("*.safetensors"))
+        raise UserError(f"{path}: is a folder; give a file{f' in it: {files[0]}' if files else ''}")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:

@@ -139,6 +139,7 @@ class EvalLoader:
         self._records = data.images
         self.unreadable: list[UnreadableImage] = []
         batches = eval_batches(data.images, batch_size)[rank::ranks]
+        self.images = sum(len(batch) for batch in batches)
         samples = _EvalSamples(data.images, short_side, max_long, interpolation, kernel, skip_unreadable)
         self._loader = _data_loader(samples, batches, _collate_images, workers)
 

@@ -106,6 +106,9 @@ class Stage2OptimConfig(OptimConfig):
     def _one_kind_of_milestones(self) -> Self:
         if self.milestones_epochs is not None and self.milestones_steps is not None:
             raise ValueError("give one of milestones_epochs and milestones_steps")
+        for name, given in (("epochs", self.milestones_epochs), ("steps", self.milestones_steps)):
+            if given and list(given) != sorted(given):
+                raise ValueError(f"milestones_{name}: one comes after the other, but {given} do not")
         return self
 
     def milestones(self, steps_per_epoch: int) -> list[int]:

@@ -68,6 +68,7 @@ def evaluate_detector(config: EvaluateConfig) -> None:
         dtype=DTYPES[config.precision],
         backend=config.backend,
         tta=config.tta,
+        say=run.log,
     )
     run.log(describe(metrics))
     if config.expected:

@@ -1,5 +1,6 @@
 """Run a detector over an evaluation set and score it by COCO AP, on any number of ranks."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -7,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from shared.ranks import from_main_rank, gather_on_main_rank, rank, world_size
+from shared.wording import duration
 from stage2_detect.batches import EvalLoader
 from stage2_detect.coco import CocoData, Id
 from stage2_detect.coco_ap import coco_ap
@@ -17,6 +19,7 @@ from stage2_detect.models.inference import for_inference
 from stage2_detect.tta import SizesLoader, detect_views
 
 Record = TypeVar("Record")
+_SILENCE = 30.0  # seconds that nothing is heard for
 
 
 @torch.no_grad()
@@ -50,10 +53,24 @@ def detect(
     device: torch.device,
     dtype: torch.dtype,
     tta: TTAConfig | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> dict[Id, Detections]:
-    """`detections` by image id: on the main rank those of all ranks, on the others nothing."""
+    """`detections` by image id: on the main rank those of all ranks, on the others nothing. `say` hears now and then how far it is."""
     found = detections(model, loader, device=device, dtype=dtype, tta=tta)
+    if say:
+        found = _told(found, loader.images, say)
     return dict(gather_on_main_rank([(record.image_id, one) for record, one in found]))
+
+
+def _told(found: Iterator[Record], images: int, say: Callable[[str], None]) -> Iterator[Record]:
+    """`found` as it is, and from time to time a line on how many of this process's images are done."""
+    began = told = time.perf_counter()
+    for number, one in enumerate(found, 1):
+        yield one
+        now = time.perf_counter()
+        if now - told >= _SILENCE and number < images:
+            told = now
+            say(f"{number} of {images} images seen, {duration((images - number) * (now - began) / number)} to go")
 
 
 def loader_of(
@@ -104,11 +121,12 @@ def score(
     dtype: torch.dtype,
     backend: str = "auto",
     tta: TTAConfig | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, Any], dict[Id, Detections]]:
     """(COCO metrics, the same on every rank; detections, on the main rank) of a detector on `data`. The metrics of masks end in `_segm`, and are
     there where detector and `data` have masks.
 
-    With `tta`, of its sizes merged.
+    With `tta`, of its sizes merged. `say` hears now and then how far it is.
     """
     loader = loader_of(
         data,
@@ -122,7 +140,7 @@ def score(
         rank=rank(),
         ranks=world_size(),
     )
-    found = detect(model, loader, device=device, dtype=dtype, tta=tta)
+    found = detect(model, loader, device=device, dtype=dtype, tta=tta, say=say)
     metrics: dict[str, Any] = {}
     if rank() == 0:
         metrics = coco_ap(data, found, backend)

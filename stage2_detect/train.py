@@ -113,7 +113,7 @@ def train(config: TrainConfig) -> None:
         net = student.evaluated
         run.log(f"step {step}: evaluating {len(data.val.images)} images")
         share_buffers(net)
-        metrics, detections = score(net, data.val, **sizes)
+        metrics, detections = score(net, data.val, say=run.log, **sizes)
         losses = validation_losses(net, data.val_objects, **sizes) if data.val_objects else {}
         shown = [describe(metrics), *(f"{name} {value:.4f}" for name, value in losses.items())]
         run.log(f"step {step}: {', '.join(shown)}")

@@ -44,6 +44,11 @@ class SizesLoader:
         return len(self._loaders[0])
 
     @property
+    def images(self) -> int:
+        """As of an `EvalLoader`."""
+        return self._loaders[0].images
+
+    @property
     def unreadable(self) -> list[UnreadableImage]:
         """As of an `EvalLoader`."""
         return self._loaders[0].unreadable

@@ -82,8 +82,12 @@ def test_help_of_a_group(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert all(flag.startswith("model.rpn.") for flag in flags_in(out))
     assert len(flags_in(out)) == 12
-    with pytest.raises(UserError, match="--help modle: no such group of settings; groups: data, distill"):
+    with pytest.raises(UserError, match="--help modle: no such group of settings; did you mean 'model'"):
         settings_help(settings_parser(TrainConfig, "x"), TrainConfig, "modle")
+    with pytest.raises(UserError, match=r"--help rpn: no such group of settings; did you mean 'model\.rpn'"):
+        settings_help(settings_parser(TrainConfig, "x"), TrainConfig, "rpn")
+    with pytest.raises(UserError, match="--help zebra: no such group of settings; groups: data, distill"):
+        settings_help(settings_parser(TrainConfig, "x"), TrainConfig, "zebra")
 
 
 def test_choices() -> None:

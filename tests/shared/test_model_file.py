@@ -58,6 +58,12 @@ def test_hash_sees_names_shapes_types_and_values() -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match=r"run: is a folder; give a file$"):
+        read_metadata(tmp_path / "run")
+    (tmp_path / "run" / "student.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"run: is a folder; give a file in it: student\.safetensors$"):
+        read_metadata(tmp_path / "run")
     with pytest.raises(UserError, match="no such file"):
         read_metadata(path)
     save_model_file(path, TENSORS, {"kind": "detector"})

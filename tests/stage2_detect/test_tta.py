@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from shared.model_file import read_metadata, read_tensors, save_model_file
-from stage2_detect import evaluate, train
+from stage2_detect import evaluate, scoring, train
 from stage2_detect.batches import EvalLoader
 from stage2_detect.coco import CocoData, read_coco
 from stage2_detect.detector_file import load_detector
@@ -249,6 +250,18 @@ def test_evaluation_with_views(flags: Callable[..., list[str]], call: Any, tmp_p
     scores = {name: sum(row["score"] for row in some) for name, some in rows.items()}
     assert scores["views"] > scores["plain"]
     assert max(sum(row["image_id"] == f"val-{n}" for row in rows["views"]) for n in range(5)) <= 100
+
+
+def test_a_long_evaluation_says_how_far_it_is(
+    flags: Callable[..., list[str]], call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call(evaluate.main, flags("quiet")) == 0
+    assert "images seen" not in (tmp_path / "quiet" / "log.txt").read_text()
+    monkeypatch.setattr(scoring, "_SILENCE", 0.0)
+    for name, more in (("told", ()), ("views", ("--tta.flip", "true"))):
+        assert call(evaluate.main, flags(name, *more)) == 0
+        log = (tmp_path / name / "log.txt").read_text()
+        assert re.findall(r"(\d) of 5 images seen, [\d.]+ s to go", log) == ["1", "2", "3", "4"]
 
 
 def test_precision_of_the_forward_pass(flags: Callable[..., list[str]], call: Any, tmp_path: Path) -> None:
