@@ -50,12 +50,9 @@ def test_losses_equal_numpy() -> None:
     assert losses["loss_box"].item() == pytest.approx(box_sum / len(rois), rel=1e-5)
 
 
-def test_ranks_add_up_to_the_whole_batch() -> None:
-    """Counts summed over ranks, gradients averaged over ranks: the whole batch's loss is the mean of the ranks' losses."""
-    found, truth = proposals(), targets()
-    whole, _ = make(samples_per_image=20).losses(maps(), found, SIZES, truth)
-    counts: list[Tensor] = []
-    halves = [
+def halves_of(found: Proposals, truth: Targets) -> list[tuple[list[Tensor], Proposals, Tensor, Targets]]:
+    """What each of two ranks has of the batch: one image."""
+    return [
         (
             [m[i : i + 1] for m in maps()],
             Proposals(found.boxes_BR4[i : i + 1], found.valid_BR[i : i + 1]),
@@ -64,6 +61,14 @@ def test_ranks_add_up_to_the_whole_batch() -> None:
         )
         for i in range(2)
     ]
+
+
+def test_ranks_add_up_to_the_whole_batch() -> None:
+    """Counts summed over ranks, gradients averaged over ranks: the whole batch's loss is the mean of the ranks' losses."""
+    found, truth = proposals(), targets()
+    whole, _ = make(samples_per_image=20).losses(maps(), found, SIZES, truth)
+    counts: list[Tensor] = []
+    halves = halves_of(found, truth)
 
     def note(count: Tensor) -> Tensor:
         counts.append(count)
@@ -140,15 +145,7 @@ def test_ranks_agree_on_positives_too() -> None:
     found, truth = proposals(), targets()
     options: dict[str, Any] = {"samples_per_image": 20, "box_loss": LOSSES[-1]}
     whole, _ = make(**options).losses(maps(), found, SIZES, truth)
-    halves = [
-        (
-            [m[i : i + 1] for m in maps()],
-            Proposals(found.boxes_BR4[i : i + 1], found.valid_BR[i : i + 1]),
-            SIZES[i : i + 1],
-            Targets(truth.boxes_BG4[i : i + 1], truth.labels_BG[i : i + 1], truth.seeds_B[i : i + 1]),
-        )
-        for i in range(2)
-    ]
+    halves = halves_of(found, truth)
     counts: list[Tensor] = []
 
     def note(count: Tensor) -> Tensor:
