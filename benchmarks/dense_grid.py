@@ -23,7 +23,7 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 from benchmarks.detector_grid import spread
-from shared.run_dir import read_result
+from ssld.shared.run_dir import read_result
 
 BATCH = 8
 # name of a term -> its weight in the released settings; vlr_kd is off in them, here it has kd's

@@ -39,9 +39,9 @@ from torch.nn import functional as F
 
 from benchmarks.side_by_side import Work, rounds, show
 from benchmarks.torchvision_rcnn import CLASSES, our_detector, torchvisions_detector
-from stage2_detect.models.batch import Detections, ImageBatch, Targets
-from stage2_detect.models.inference import for_inference
-from stage2_detect.models.mask_targets import ImageMasks, decode
+from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
+from ssld.stage2_detect.models.inference import for_inference
+from ssld.stage2_detect.models.mask_targets import ImageMasks, decode
 
 OURS, REFERENCE, THEIRS = "ours", "ours, reference pooling", "torchvision"
 FORMATS = {"channels last": torch.channels_last, "contiguous": torch.contiguous_format}

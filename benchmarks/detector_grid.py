@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
-from shared.run_dir import read_result
+from ssld.shared.run_dir import read_result
 
 TOY = ROOT / "stage2_detect" / "configs" / "toy_faster_rcnn.yaml"
 SMALL_FACTORS = "0.05,0.05,0.05,0.1,0.15"

@@ -33,18 +33,18 @@ from torch.utils.data import default_collate
 from torchvision import transforms
 
 from benchmarks.side_by_side import rounds, show
-from shared.backbones import create_classifier, parse_reference, place
-from shared.files import require_images
-from shared.images import open_image
-from stage1_ssld.batch import SoftLabels, View, collate
-from stage1_ssld.config import DistillConfig
-from stage1_ssld.data import TrainingData
-from stage1_ssld.data_config import DataConfig, LossConfig, TeacherConfig
-from stage1_ssld.objective import Objective
-from stage1_ssld.sources import open_sources
-from stage1_ssld.store import bucket_log_probs, soft_log_probs
-from stage1_ssld.teachers import make_teacher
-from stage1_ssld.views import training_view
+from ssld.shared.backbones import create_classifier, parse_reference, place
+from ssld.shared.files import require_images
+from ssld.shared.images import open_image
+from ssld.stage1_ssld.batch import SoftLabels, View, collate
+from ssld.stage1_ssld.config import DistillConfig
+from ssld.stage1_ssld.data import TrainingData
+from ssld.stage1_ssld.data_config import DataConfig, LossConfig, TeacherConfig
+from ssld.stage1_ssld.objective import Objective
+from ssld.stage1_ssld.sources import open_sources
+from ssld.stage1_ssld.store import bucket_log_probs, soft_log_probs
+from ssld.stage1_ssld.teachers import make_teacher
+from ssld.stage1_ssld.views import training_view
 
 KEPT = 10
 

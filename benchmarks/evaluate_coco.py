@@ -21,10 +21,10 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from stage2_detect import analysis
-from stage2_detect.coco import CocoData, CocoImage, Id
-from stage2_detect.coco_ap import coco_ap
-from stage2_detect.models.batch import Detections
+from ssld.stage2_detect import analysis
+from ssld.stage2_detect.coco import CocoData, CocoImage, Id
+from ssld.stage2_detect.coco_ap import coco_ap
+from ssld.stage2_detect.models.batch import Detections
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,13 +29,13 @@ import torch
 from PIL import Image
 
 from benchmarks.annotation_cache import peak_megabytes
-from shared.backbones import InputSettings
-from stage2_detect import evaluate
-from stage2_detect.coco import CocoData
-from stage2_detect.config import ResizeConfig
-from stage2_detect.detector_file import save_detector
-from stage2_detect.model_config import DetectorConfig
-from stage2_detect.models.build import build_detector
+from ssld.shared.backbones import InputSettings
+from ssld.stage2_detect import evaluate
+from ssld.stage2_detect.coco import CocoData
+from ssld.stage2_detect.config import ResizeConfig
+from ssld.stage2_detect.detector_file import save_detector
+from ssld.stage2_detect.model_config import DetectorConfig
+from ssld.stage2_detect.models.build import build_detector
 
 WIDTH, HEIGHT, CLASSES, PER_IMAGE, PICTURES = 640, 480, 80, 100, 16
 SEED = 4  # of the network: one whose detections are of many classes

@@ -6,41 +6,46 @@ A sub-command's module is imported when it is called, so that `ssld --help` need
 import importlib
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("ssld") is None:
+    print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
+    sys.exit(2)
 
-from shared.command import USER_ERROR
-from shared.config import did_you_mean
-from shared.errors import UserError
-from shared.yaml_files import read_yaml
+from ssld.shared.command import USER_ERROR
+from ssld.shared.config import did_you_mean
+from ssld.shared.errors import UserError
+from ssld.shared.yaml_files import read_yaml
 
 # name -> (module with main(argv), one line of help)
 COMMANDS = {
-    "run": ("pipelines.run", "run a pipeline, from images to the table and the report"),
-    "teach": ("stage1_ssld.teach", "fine-tune a teacher on labelled images"),
-    "curate": ("stage1_ssld.curate", "select unlabelled images: the best of each class, without near-duplicates"),
-    "soft-labels": ("stage1_ssld.write_soft_labels", "write a store of the teacher's answers"),
-    "distill": ("stage1_ssld.distill", "train a student from a teacher's soft labels, without human labels"),
-    "train": ("stage2_detect.train", "train a detector from a backbone file"),
+    "run": ("ssld.pipelines.run", "run a pipeline, from images to the table and the report"),
+    "teach": ("ssld.stage1_ssld.teach", "fine-tune a teacher on labelled images"),
+    "curate": ("ssld.stage1_ssld.curate", "select unlabelled images: the best of each class, without near-duplicates"),
+    "soft-labels": ("ssld.stage1_ssld.write_soft_labels", "write a store of the teacher's answers"),
+    "distill": ("ssld.stage1_ssld.distill", "train a student from a teacher's soft labels, without human labels"),
+    "train": ("ssld.stage2_detect.train", "train a detector from a backbone file"),
     "evaluate": ("", "evaluate a backbone or detector file, told apart by what it holds"),
     "predict": (
-        "stage2_detect.predict",
+        "ssld.stage2_detect.predict",
         "find objects in pictures and videos: drawn, as COCO JSON, CSV, YOLO labels, crops, or as pseudo-labels",
     ),
     "export": ("", "export a backbone or detector file: ONNX and torch.export, checked, and a folder for the hub"),
-    "convert-paddle": ("stage1_ssld.convert_paddle", "turn a PaddleClas ResNet_vd file into a backbone file"),
+    "convert-paddle": ("ssld.stage1_ssld.convert_paddle", "turn a PaddleClas ResNet_vd file into a backbone file"),
     "convert-paddle-detector": (
-        "stage2_detect.convert_paddle",
+        "ssld.stage2_detect.convert_paddle",
         "turn a PaddleDetection R-CNN file into a detector file",
     ),
-    "convert-data": ("stage2_detect.convert_data", "turn YOLO, Pascal VOC or Parquet detection data into COCO JSON"),
+    "convert-data": (
+        "ssld.stage2_detect.convert_data",
+        "turn YOLO, Pascal VOC or Parquet detection data into COCO JSON",
+    ),
     "inspect": ("", "print what a file, store, run directory or checkpoint of ours is"),
-    "report": ("pipelines.report", "write report.html from a pipeline's run directories"),
-    "toy-data": ("shared.toy_data", "draw the embedded data set"),
-    "init": ("pipelines.init", "write a pipeline for your own photos, with settings that suit them"),
-    "doctor": ("pipelines.doctor", "look at the machine, the settings and the data: what stands in the way?"),
+    "report": ("ssld.pipelines.report", "write report.html from a pipeline's run directories"),
+    "toy-data": ("ssld.shared.toy_data", "draw the embedded data set"),
+    "init": ("ssld.pipelines.init", "write a pipeline for your own photos, with settings that suit them"),
+    "doctor": ("ssld.pipelines.doctor", "look at the machine, the settings and the data: what stands in the way?"),
     "completion": ("", "print a script with which the tab key completes all of this: bash or zsh"),
 }
 _GROUPS = {
@@ -53,8 +58,8 @@ _GROUPS = {
 }
 # command -> what it can do to files, and the module for each kind of them
 _BY_KIND = {
-    "evaluate": ("evaluated", {"backbone": "stage1_ssld.evaluate", "detector": "stage2_detect.evaluate"}),
-    "export": ("exported", {"backbone": "stage1_ssld.export", "detector": "stage2_detect.export"}),
+    "evaluate": ("evaluated", {"backbone": "ssld.stage1_ssld.evaluate", "detector": "ssld.stage2_detect.evaluate"}),
+    "export": ("exported", {"backbone": "ssld.stage1_ssld.export", "detector": "ssld.stage2_detect.export"}),
 }
 
 
@@ -120,7 +125,7 @@ def _version() -> str:
 
 
 def _completion(argv: list[str]) -> int:
-    from pipelines.completion import SHELLS, completion_script
+    from ssld.pipelines.completion import SHELLS, completion_script
 
     if len(argv) != 1 or argv[0].startswith("-"):
         raise UserError(f"usage: ssld completion {'|'.join(SHELLS)}")
@@ -134,7 +139,7 @@ def _main_of(module: str, argv: list[str]) -> int:
 
 
 def _inspect(argv: list[str]) -> int:
-    from pipelines.inspect_file import inspect_text
+    from ssld.pipelines.inspect_file import inspect_text
 
     if len(argv) != 1 or argv[0].startswith("-"):
         raise UserError("usage: ssld inspect FILE_OR_FOLDER")
@@ -144,7 +149,7 @@ def _inspect(argv: list[str]) -> int:
 
 def _script(name: str, argv: list[str]) -> str:
     """The module for the kind of file that a command line names."""
-    from shared.model_file import read_metadata
+    from ssld.shared.model_file import read_metadata
 
     file = _model(argv)
     if file is None:

@@ -9,8 +9,8 @@ The words are taken from the very parsers of the commands and written into the s
 from argparse import ArgumentParser
 from collections.abc import Iterator
 
-from shared.config_help import choices_of, flags_of
-from shared.errors import UserError
+from ssld.shared.config_help import choices_of, flags_of
+from ssld.shared.errors import UserError
 
 SHELLS = ("bash", "zsh")
 
@@ -36,9 +36,9 @@ def completion_script(shell: str, commands: list[str]) -> str:
 
 def parsers() -> Iterator[tuple[str, ArgumentParser]]:
     """(command, parser) of every command that has flags; of those that dispatch by file, one for each kind."""
-    from pipelines import doctor, init, run
-    from pipelines.stages import KINDS
-    from shared.config import settings_parser
+    from ssld.pipelines import doctor, init, run
+    from ssld.pipelines.stages import KINDS
+    from ssld.shared.config import settings_parser
 
     yield from (("run", run._parser()), ("doctor", doctor.parser()), ("init", init.parser()))
     named = {

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
-from pipelines.stages import Stage
-from shared.errors import UserError
-from shared.files import list_images
-from shared.training_config import TrainingConfig
-from stage1_ssld.config import (
+from ssld.pipelines.stages import Stage
+from ssld.shared.errors import UserError
+from ssld.shared.files import list_images
+from ssld.shared.training_config import TrainingConfig
+from ssld.stage1_ssld.config import (
     ConvertPaddleConfig,
     CurateConfig,
     DistillConfig,
@@ -25,11 +25,11 @@ from stage1_ssld.config import (
     Stage1Config,
     TeachConfig,
 )
-from stage1_ssld.data_config import SourceConfig
-from stage2_detect.config import ConvertPaddleConfig as ConvertDetectorConfig
-from stage2_detect.config import DetectionDataConfig, TrainConfig
-from stage2_detect.export_config import ExportDetectorConfig
-from stage2_detect.model_config import DetectorConfig
+from ssld.stage1_ssld.data_config import SourceConfig
+from ssld.stage2_detect.config import ConvertPaddleConfig as ConvertDetectorConfig
+from ssld.stage2_detect.config import DetectionDataConfig, TrainConfig
+from ssld.stage2_detect.export_config import ExportDetectorConfig
+from ssld.stage2_detect.model_config import DetectorConfig
 
 _ASK_TIMM = """
 import json, sys, timm, torch

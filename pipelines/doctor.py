@@ -12,18 +12,20 @@ keep the doctor from saying so. Changes nothing; `--fix DIR` writes cleaned copi
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("ssld") is None:
+    print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
+    sys.exit(2)
 
-from pipelines.data_process import FLAGS, check_data
-from pipelines.machine import Line, ask_torch, machine_lines
-from pipelines.settings_check import DataSet, settings_lines
-from pipelines.stages import located
-from shared.command import USER_ERROR
-from shared.config import Parser, underscored
-from shared.errors import UserError
+from ssld.pipelines.data_process import FLAGS, check_data
+from ssld.pipelines.machine import Line, ask_torch, machine_lines
+from ssld.pipelines.settings_check import DataSet, settings_lines
+from ssld.pipelines.stages import located
+from ssld.shared.command import USER_ERROR
+from ssld.shared.config import Parser, underscored
+from ssld.shared.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

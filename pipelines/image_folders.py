@@ -11,13 +11,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from pipelines.machine import Line
-from shared.config import CommandConfig
-from shared.files import list_images
-from shared.wording import count
-from stage1_ssld.config import CurateConfig, SoftLabelsConfig, Stage1Config
-from stage1_ssld.data_config import SourceConfig
-from stage2_detect.config import TrainConfig
+from ssld.pipelines.machine import Line
+from ssld.shared.config import CommandConfig
+from ssld.shared.files import list_images
+from ssld.shared.wording import count
+from ssld.stage1_ssld.config import CurateConfig, SoftLabelsConfig, Stage1Config
+from ssld.stage1_ssld.data_config import SourceConfig
+from ssld.stage2_detect.config import TrainConfig
 
 MOST = 5000
 """pictures of a folder that are opened, evenly chosen"""

@@ -13,21 +13,23 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("ssld") is None:
+    print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
+    sys.exit(2)
 
-from pipelines.data_process import FLAGS, check_data
-from pipelines.machine import ask_torch, cores
-from pipelines.split import split_content
-from pipelines.suggest import Facts, pipeline_text, suggest
-from shared.command import USER_ERROR
-from shared.config import Parser, underscored
-from shared.errors import UserError
-from shared.files import list_images
-from shared.run_dir import write_atomically
+from ssld.pipelines.data_process import FLAGS, check_data
+from ssld.pipelines.machine import ask_torch, cores
+from ssld.pipelines.split import split_content
+from ssld.pipelines.suggest import Facts, pipeline_text, suggest
+from ssld.shared.command import USER_ERROR
+from ssld.shared.config import Parser, underscored
+from ssld.shared.errors import UserError
+from ssld.shared.files import list_images
+from ssld.shared.run_dir import write_atomically
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,11 +5,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from pipelines.settings_check import command_of
-from shared.errors import UserError
-from shared.run_dir import read_metrics
-from shared.training_config import TrainingConfig
-from shared.yaml_files import read_recipe, read_yaml
+from ssld.pipelines.settings_check import command_of
+from ssld.shared.errors import UserError
+from ssld.shared.run_dir import read_metrics
+from ssld.shared.training_config import TrainingConfig
+from ssld.shared.yaml_files import read_recipe, read_yaml
 
 KNOWN = (
     "known are model files (.safetensors), exported networks (.onnx, .pt2), manifests (.parquet), COCO data sets and records of runs (.json), "

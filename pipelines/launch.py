@@ -20,9 +20,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO
 
-from pipelines.stages import ROOT, Stage
-from shared.command import STOPPED, USER_ERROR
-from shared.run_dir import read_result
+from ssld.pipelines.stages import ROOT, Stage
+from ssld.shared.command import STOPPED, USER_ERROR
+from ssld.shared.run_dir import read_result
 
 TAIL_LINES = 15
 _GRACE_SECONDS = 600  # after a signal, for the step to end and the checkpoint to be written

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipelines.stages import Stage, followers
-from shared.errors import UserError
-from shared.run_dir import changes_since, input_digest, read_result
+from ssld.pipelines.stages import Stage, followers
+from ssld.shared.errors import UserError
+from ssld.shared.run_dir import changes_since, input_digest, read_result
 
 State = Literal["done", "new", "begun"]
 

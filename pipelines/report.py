@@ -10,20 +10,22 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("ssld") is None:
+    print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
+    sys.exit(2)
 
-from pipelines.charts import COLOURS, Chart, precision_recall
-from pipelines.config import PipelineConfig, ReportConfig, TableConfig
-from pipelines.report_stage import Room, StageView, mean_curve, percent, read_json, view
-from pipelines.stages import read_pipeline
-from pipelines.table import COLUMNS, Row, gain, gain_cells, read_record, table_rows
-from shared.command import run_command
-from shared.errors import UserError
-from shared.run_dir import RunDir, write_atomically
-from shared.wording import count, duration
+from ssld.pipelines.charts import COLOURS, Chart, precision_recall
+from ssld.pipelines.config import PipelineConfig, ReportConfig, TableConfig
+from ssld.pipelines.report_stage import Room, StageView, mean_curve, percent, read_json, view
+from ssld.pipelines.stages import read_pipeline
+from ssld.pipelines.table import COLUMNS, Row, gain, gain_cells, read_record, table_rows
+from ssld.shared.command import run_command
+from ssld.shared.errors import UserError
+from ssld.shared.run_dir import RunDir, write_atomically
+from ssld.shared.wording import count, duration
 
 _TEMPLATE = "report.html.jinja"
 _OWN_FILES = ("report.html", "result.json", "config.yaml", "environment.json", "log.txt", "error.json")

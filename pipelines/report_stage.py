@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.charts import Chart, curves, precision_recall
-from pipelines.config import CommandName
-from pipelines.stages import KINDS
-from shared.files import IMAGE_SUFFIXES
-from shared.run_dir import read_metrics, read_result
-from shared.wording import count
+from ssld.pipelines.charts import Chart, curves, precision_recall
+from ssld.pipelines.config import CommandName
+from ssld.pipelines.stages import KINDS
+from ssld.shared.files import IMAGE_SUFFIXES
+from ssld.shared.run_dir import read_metrics, read_result
+from ssld.shared.wording import count
 
 PAGE_BYTES = 2_000_000  # of pictures in a page, encoded
 _MATRIX_CLASSES = 12  # more do not fit beside each other

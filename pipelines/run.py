@@ -14,21 +14,23 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("ssld") is None:
+    print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
+    sys.exit(2)
 
-from pipelines.disk import disk_bytes, disk_text, steps_text
-from pipelines.launch import Signals, command_line, run_stage
-from pipelines.plan import Planned, erase, make_plan, to_erase
-from pipelines.stages import LOGS, Stage, build_stages, located, read_pipeline
-from pipelines.table import Record, table_text, write_record
-from shared.command import STOPPED, USER_ERROR
-from shared.config import Parser, did_you_mean
-from shared.errors import UserError
-from shared.run_dir import read_result
-from shared.wording import count
+from ssld.pipelines.disk import disk_bytes, disk_text, steps_text
+from ssld.pipelines.launch import Signals, command_line, run_stage
+from ssld.pipelines.plan import Planned, erase, make_plan, to_erase
+from ssld.pipelines.stages import LOGS, Stage, build_stages, located, read_pipeline
+from ssld.pipelines.table import Record, table_text, write_record
+from ssld.shared.command import STOPPED, USER_ERROR
+from ssld.shared.config import Parser, did_you_mean
+from ssld.shared.errors import UserError
+from ssld.shared.run_dir import read_result
+from ssld.shared.wording import count
 
 
 def main(argv: Sequence[str] | None = None) -> int:

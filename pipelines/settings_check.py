@@ -9,18 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import CommandName
-from pipelines.disk import disk_bytes
-from pipelines.image_folders import folder_lines, folders_of
-from pipelines.machine import Level, Line, cores
-from pipelines.plan import make_plan
-from pipelines.stages import KINDS, build_stages, read_pipeline
-from shared.config import CommandConfig, parse_config, validate
-from shared.errors import UserError
-from shared.training_config import TrainingConfig
-from shared.yaml_files import read_recipe
-from stage1_ssld.config import DistillConfig
-from stage2_detect.config import TrainConfig
+from ssld.pipelines.config import CommandName
+from ssld.pipelines.disk import disk_bytes
+from ssld.pipelines.image_folders import folder_lines, folders_of
+from ssld.pipelines.machine import Level, Line, cores
+from ssld.pipelines.plan import make_plan
+from ssld.pipelines.stages import KINDS, build_stages, read_pipeline
+from ssld.shared.config import CommandConfig, parse_config, validate
+from ssld.shared.errors import UserError
+from ssld.shared.training_config import TrainingConfig
+from ssld.shared.yaml_files import read_recipe
+from ssld.stage1_ssld.config import DistillConfig
+from ssld.stage2_detect.config import TrainConfig
 
 DataSet = tuple[Path, Path, Path | None, Path | None]
 """annotations and images for training, and for evaluation"""

@@ -4,7 +4,7 @@ import hashlib
 from collections import defaultdict
 from typing import Any
 
-from shared.errors import UserError
+from ssld.shared.errors import UserError
 
 
 def split_content(

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import CommandName, PipelineConfig, ReportConfig, StageConfig, flatten
-from shared.config import CommandConfig, did_you_mean, parse_config, validate
-from shared.errors import UserError
-from shared.toy_data import ToyDataConfig
-from shared.yaml_files import read_yaml
-from stage1_ssld.config import (
+from ssld.pipelines.config import CommandName, PipelineConfig, ReportConfig, StageConfig, flatten
+from ssld.shared.config import CommandConfig, did_you_mean, parse_config, validate
+from ssld.shared.errors import UserError
+from ssld.shared.toy_data import ToyDataConfig
+from ssld.shared.yaml_files import read_yaml
+from ssld.stage1_ssld.config import (
     ConvertPaddleConfig,
     CurateConfig,
     DistillConfig,
@@ -24,12 +24,12 @@ from stage1_ssld.config import (
     SoftLabelsConfig,
     TeachConfig,
 )
-from stage1_ssld.config import EvaluateConfig as EvaluateBackboneConfig
-from stage2_detect.config import ConvertDataConfig, TrainConfig
-from stage2_detect.config import ConvertPaddleConfig as ConvertDetectorConfig
-from stage2_detect.config import EvaluateConfig as EvaluateDetectorConfig
-from stage2_detect.export_config import ExportDetectorConfig
-from stage2_detect.predict_config import PredictConfig
+from ssld.stage1_ssld.config import EvaluateConfig as EvaluateBackboneConfig
+from ssld.stage2_detect.config import ConvertDataConfig, TrainConfig
+from ssld.stage2_detect.config import ConvertPaddleConfig as ConvertDetectorConfig
+from ssld.stage2_detect.config import EvaluateConfig as EvaluateDetectorConfig
+from ssld.stage2_detect.export_config import ExportDetectorConfig
+from ssld.stage2_detect.predict_config import PredictConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = "logs"

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import PipelineConfig, TableConfig
-from shared.config import validate
-from shared.errors import UserError
-from shared.run_dir import read_result, write_atomically
+from ssld.pipelines.config import PipelineConfig, TableConfig
+from ssld.shared.config import validate
+from ssld.shared.errors import UserError
+from ssld.shared.run_dir import read_result, write_atomically
 
 COLUMNS = ("backbone", "top-1", "agreement", "detector AP", "AP50")
 _CLASSIFIER, _DETECTOR = ("top1", "agreement"), ("AP", "AP50")

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from shared.errors import UserError, is_out_of_memory
-from shared.ranks import alone, any_rank, from_main_rank
-from shared.run_dir import RunDir, write_atomically
+from ssld.shared.errors import UserError, is_out_of_memory
+from ssld.shared.ranks import alone, any_rank, from_main_rank
+from ssld.shared.run_dir import RunDir, write_atomically
 
 FILE = "auto_batch.json"
 RESERVE = 0.08  # share of a GPU's memory that a trial leaves free: what fragments, and what another process takes

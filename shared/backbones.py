@@ -19,8 +19,8 @@ from timm.data import resolve_model_data_config
 from timm.models import load_state_dict as timm_load_state_dict
 from torch import Tensor, nn
 
-from shared.errors import UserError
-from shared.model_file import content_hash, read_metadata, read_shapes, read_tensors, save_model_file
+from ssld.shared.errors import UserError
+from ssld.shared.model_file import content_hash, read_metadata, read_shapes, read_tensors, save_model_file
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl")

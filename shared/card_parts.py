@@ -5,8 +5,8 @@ from typing import Any
 
 import yaml
 
-from shared.config import NOT_IDENTITY
-from shared.hub import public
+from ssld.shared.config import NOT_IDENTITY
+from ssld.shared.hub import public
 
 
 def read_recipe(model: Path) -> dict[str, Any] | None:

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from shared.errors import UserError
-from shared.model_file import save_tensors
+from ssld.shared.errors import UserError
+from ssld.shared.model_file import save_tensors
 
 _MARK = "COMPLETE"
 

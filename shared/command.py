@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from shared.config import ConfigT, launched_ranks, parse_config
-from shared.errors import Stopped, UserError, is_out_of_memory
+from ssld.shared.config import ConfigT, launched_ranks, parse_config
+from ssld.shared.errors import Stopped, UserError, is_out_of_memory
 
 USER_ERROR, STOPPED = 2, 143
 _MAKE_ROOM = "nothing is lost: make room and run the same command again"
@@ -78,7 +78,7 @@ def run_command(
 
 
 def _note_too_few_passes(run: Path) -> None:
-    from shared.auto_batch import note_too_few  # imports torch
+    from ssld.shared.auto_batch import note_too_few  # imports torch
 
     note_too_few(run)
 

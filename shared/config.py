@@ -24,10 +24,10 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from shared.config_help import HelpAction, models_in
-from shared.errors import UserError
-from shared.flags import with_values
-from shared.yaml_files import Alternatives, merge, read_recipe, without_others
+from ssld.shared.config_help import HelpAction, models_in
+from ssld.shared.errors import UserError
+from ssld.shared.flags import with_values
+from ssld.shared.yaml_files import Alternatives, merge, read_recipe, without_others
 
 # A run is the same run whatever these say: where it writes, how fast it goes, how much it tells.
 NOT_IDENTITY = frozenset(

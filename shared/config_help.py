@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 from pydantic import BaseModel
 
-from shared.errors import UserError
+from ssld.shared.errors import UserError
 
 # fmt: off
 COMMON = (

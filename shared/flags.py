@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel
 
-from shared.config_help import models_in
+from ssld.shared.config_help import models_in
 
 
 def with_values(config_type: type[BaseModel], argv: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shared.errors import UserError
+from ssld.shared.errors import UserError
 
 Dynamic = tuple[dict[int, Any], ...]
 """For each input, `torch.export.Dim` by axis."""

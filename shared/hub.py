@@ -3,7 +3,7 @@
 from pathlib import Path, PurePath
 from typing import Any
 
-from shared.errors import UserError
+from ssld.shared.errors import UserError
 
 
 def public(value: Any) -> Any:

@@ -23,7 +23,7 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from shared.errors import UserError
+from ssld.shared.errors import UserError
 
 Picture = Image.Image | Tensor
 """A decoded image: an RGB picture of PIL's, or uint8 [3, H, W]."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shared.errors import UserError
-from shared.ranks import gather_lists, total_over_ranks
+from ssld.shared.errors import UserError
+from ssld.shared.ranks import gather_lists, total_over_ranks
 
 
 class LossWatch:

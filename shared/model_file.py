@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shared.errors import UserError
+from ssld.shared.errors import UserError
 
 _KEY = "ssld"
 FORMAT = 1

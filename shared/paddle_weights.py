@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.errors import UserError
+from ssld.shared.errors import UserError
 
 _PARAMETER_NAMES, _SLICES = "StructuredToParameterName@@", "UnpackBigParamInfor@@"
 _NUMBERS = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}

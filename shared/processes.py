@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
-from shared.errors import UserError
-from shared.training_config import TrainingConfig
+from ssld.shared.errors import UserError
+from ssld.shared.training_config import TrainingConfig
 
 _MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -13,8 +13,8 @@ from types import TracebackType
 import torch
 from tqdm import tqdm
 
-from shared.run_dir import RunDir
-from shared.wording import duration
+from ssld.shared.run_dir import RunDir
+from ssld.shared.wording import duration
 
 _TRIED = 8  # steps after which the run's time is estimated, or earlier:
 _SILENCE = 20.0  # seconds that nothing is heard for

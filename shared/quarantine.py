@@ -3,10 +3,10 @@
 import sys
 from collections.abc import Iterable
 
-from shared.errors import UserError
-from shared.ranks import gather_lists
-from shared.run_dir import RunDir
-from shared.wording import count
+from ssld.shared.errors import UserError
+from ssld.shared.ranks import gather_lists
+from ssld.shared.run_dir import RunDir
+from ssld.shared.wording import count
 
 _JUDGED_AFTER, _TOO_MANY = 1000, 0.01
 

@@ -26,9 +26,9 @@ from typing import IO, Any, Literal
 
 import yaml
 
-from shared.config import MAY_CHANGE, NOT_IDENTITY, CommandConfig, differences, dump_yaml, identity
-from shared.errors import UserError
-from shared.files import files_digest
+from ssld.shared.config import MAY_CHANGE, NOT_IDENTITY, CommandConfig, differences, dump_yaml, identity
+from ssld.shared.errors import UserError
+from ssld.shared.files import files_digest
 
 Status = Literal["new", "unfinished", "finished"]
 SPEED = ("seconds", "data_wait", "images_per_second", "memory_gb")

@@ -4,7 +4,7 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
-from shared.ranks import any_rank
+from ssld.shared.ranks import any_rank
 
 
 class StopRequest:

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from shared.backbones import Classifier, ModelReference, create_classifier, licence, parse_reference, place
-from shared.errors import UserError
-from shared.folding import fold_batchnorm as fold
-from shared.model_file import content_hash
+from ssld.shared.backbones import Classifier, ModelReference, create_classifier, licence, parse_reference, place
+from ssld.shared.errors import UserError
+from ssld.shared.folding import fold_batchnorm as fold
+from ssld.shared.model_file import content_hash
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 

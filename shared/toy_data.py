@@ -19,21 +19,23 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("ssld") is None:
+    print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 from numpy.random import Generator
 from PIL import Image
 from pydantic import Field
 
-from shared.command import run_command
-from shared.config import CommandConfig, Config
-from shared.errors import UserError
-from shared.toy_drawing import CLASSES, SCENE_SIZE, Thing, draw_crop, draw_scene
+from ssld.shared.command import run_command
+from ssld.shared.config import CommandConfig, Config
+from ssld.shared.errors import UserError
+from ssld.shared.toy_drawing import CLASSES, SCENE_SIZE, Thing, draw_crop, draw_scene
 
 VERSION = 1  # of the drawing: raised when the same parameters give other pictures
 FOREIGN = 0.15  # part of the unlabelled crops
@@ -78,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def draw_toy_data(config: ToyDataConfig) -> None:
     """Draw the data set that `config` describes into its run directory."""
-    from shared.run_dir import RunDir
+    from ssld.shared.run_dir import RunDir
 
     run = RunDir(config, "toy_data")
     if run.status == "finished":

@@ -4,9 +4,9 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from shared.config import CommandConfig, Config
-from shared.errors import UserError
-from shared.yaml_files import Alternatives
+from ssld.shared.config import CommandConfig, Config
+from ssld.shared.errors import UserError
+from ssld.shared.yaml_files import Alternatives
 
 
 class OptimConfig(Config):

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from shared.checkpoint import (
+from ssld.shared.checkpoint import (
     load_checkpoint,
     load_module,
     load_optimizer,
@@ -17,14 +17,14 @@ from shared.checkpoint import (
     optimizer_part,
     save_checkpoint,
 )
-from shared.errors import UserError
-from shared.loss_watch import LossWatch
-from shared.model_file import read_metadata
-from shared.processes import load_scaler_state, scaler_state
-from shared.progress import Progress
-from shared.quarantine import Quarantine
-from shared.ranks import from_main_rank
-from shared.run_dir import RunDir
+from ssld.shared.errors import UserError
+from ssld.shared.loss_watch import LossWatch
+from ssld.shared.model_file import read_metadata
+from ssld.shared.processes import load_scaler_state, scaler_state
+from ssld.shared.progress import Progress
+from ssld.shared.quarantine import Quarantine
+from ssld.shared.ranks import from_main_rank
+from ssld.shared.run_dir import RunDir
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from shared.errors import UserError
+from ssld.shared.errors import UserError
 
 Alternatives = Sequence[Sequence[str]]
 """groups of dotted keys; of a group one is given"""

@@ -5,10 +5,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from shared.config import CommandConfig
-from shared.errors import UserError
-from shared.training_config import EmaConfig, OptimConfig, TrainingConfig
-from stage1_ssld.data_config import (
+from ssld.shared.config import CommandConfig
+from ssld.shared.errors import UserError
+from ssld.shared.training_config import EmaConfig, OptimConfig, TrainingConfig
+from ssld.stage1_ssld.data_config import (
     DataConfig,
     LossConfig,
     NetworkConfig,

@@ -7,13 +7,14 @@ Writes `backbone.safetensors`. PaddleClas normalises with the mean and deviation
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from importlib.util import find_spec
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("ssld") is None:
+    print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
+    sys.exit(2)
 
-from shared.command import run_command
-from stage1_ssld.config import ConvertPaddleConfig
+from ssld.shared.command import run_command
+from ssld.stage1_ssld.config import ConvertPaddleConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,10 +29,10 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
     """
     from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    from shared.backbones import InputSettings, ModelReference, check_fits, save_backbone
-    from shared.paddle_weights import read_paddle_weights, to_torch
-    from shared.run_dir import RunDir, file_sha256
-    from stage1_ssld.paddle_resnet import layer_names, recognise
+    from ssld.shared.backbones import InputSettings, ModelReference, check_fits, save_backbone
+    from ssld.shared.paddle_weights import read_paddle_weights, to_torch
+    from ssld.shared.run_dir import RunDir, file_sha256
+    from ssld.stage1_ssld.paddle_resnet import layer_names, recognise
 
     source = str(config.weights)
     arrays = read_paddle_weights(config.weights)

@@ -8,13 +8,14 @@ Writes `selected.parquet`, which `distill.py` takes as an unlabelled source, `cl
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from importlib.util import find_spec
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("ssld") is None:
+    print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
+    sys.exit(2)
 
-from shared.command import run_command
-from stage1_ssld.config import CurateConfig
+from ssld.shared.command import run_command
+from ssld.stage1_ssld.config import CurateConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def curate_pool(config: CurateConfig) -> None:
     """Curate as `config` says."""
-    from stage1_ssld.curation import curate
+    from ssld.stage1_ssld.curation import curate
 
     curate(config)
 

@@ -20,22 +20,22 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from shared.errors import Stopped, UserError
-from shared.processes import to_device, uses_gpu
-from shared.quarantine import Quarantine
-from shared.ranks import from_main_rank, rank, world_size
-from shared.run_dir import RunDir, write_atomically
-from shared.stop import StopRequest
-from stage1_ssld.config import CurateConfig
-from stage1_ssld.curation_output import Images, draw, materialise
-from stage1_ssld.data_config import SourceConfig, is_remote
-from stage1_ssld.embedding_files import Embeddings, cosines, save_embeddings
-from stage1_ssld.score_files import PROTECTED, SCORED, UNREADABLE, ScoreFiles, shard_file, write_shard
-from stage1_ssld.selecting import NOT_FINISHED, Plan, outcome_of, run_part
-from stage1_ssld.selection import PairRows, add_cosines, pair_rows
-from stage1_ssld.shard_pass import Job, Piece, Reading, over_shards
-from stage1_ssld.shards import Shard, source_shards
-from stage1_ssld.teachers import make_teacher
+from ssld.shared.errors import Stopped, UserError
+from ssld.shared.processes import to_device, uses_gpu
+from ssld.shared.quarantine import Quarantine
+from ssld.shared.ranks import from_main_rank, rank, world_size
+from ssld.shared.run_dir import RunDir, write_atomically
+from ssld.shared.stop import StopRequest
+from ssld.stage1_ssld.config import CurateConfig
+from ssld.stage1_ssld.curation_output import Images, draw, materialise
+from ssld.stage1_ssld.data_config import SourceConfig, is_remote
+from ssld.stage1_ssld.embedding_files import Embeddings, cosines, save_embeddings
+from ssld.stage1_ssld.score_files import PROTECTED, SCORED, UNREADABLE, ScoreFiles, shard_file, write_shard
+from ssld.stage1_ssld.selecting import NOT_FINISHED, Plan, outcome_of, run_part
+from ssld.stage1_ssld.selection import PairRows, add_cosines, pair_rows
+from ssld.stage1_ssld.shard_pass import Job, Piece, Reading, over_shards
+from ssld.stage1_ssld.shards import Shard, source_shards
+from ssld.stage1_ssld.teachers import make_teacher
 
 _PATIENCE = timedelta(days=7)  # the main rank selects while the others wait
 _TOLD_EVERY = 30.0

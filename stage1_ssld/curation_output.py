@@ -9,19 +9,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.errors import Stopped
-from shared.images import UnreadableImage, pixels_of
-from shared.ranks import rank, world_size
-from shared.run_dir import RunDir
-from shared.stop import StopRequest
-from stage1_ssld.config import CurateConfig
-from stage1_ssld.curation_pictures import Picture, Row, draw_examples, draw_numbers
-from stage1_ssld.data_config import SourceConfig
-from stage1_ssld.score_files import ScoreFiles
-from stage1_ssld.shard_pass import picked
-from stage1_ssld.shards import Shard
-from stage1_ssld.sources import decode
-from stage1_ssld.views import val_view
+from ssld.shared.errors import Stopped
+from ssld.shared.images import UnreadableImage, pixels_of
+from ssld.shared.ranks import rank, world_size
+from ssld.shared.run_dir import RunDir
+from ssld.shared.stop import StopRequest
+from ssld.stage1_ssld.config import CurateConfig
+from ssld.stage1_ssld.curation_pictures import Picture, Row, draw_examples, draw_numbers
+from ssld.stage1_ssld.data_config import SourceConfig
+from ssld.stage1_ssld.score_files import ScoreFiles
+from ssld.stage1_ssld.shard_pass import picked
+from ssld.stage1_ssld.shards import Shard
+from ssld.stage1_ssld.sources import decode
+from ssld.stage1_ssld.views import val_view
 
 _SIDE = 96  # pixels of an example
 _COPIED = 256  # images a row group of the copies

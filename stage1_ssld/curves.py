@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from shared.run_dir import SPEED, read_metrics
+from ssld.shared.run_dir import SPEED, read_metrics
 
 # Of a logged training step, what is not a part of the loss.
 _NOT_LOSS = ("step", "lr", *SPEED, "agreement", "accuracy")

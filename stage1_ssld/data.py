@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from shared.errors import UserError
-from shared.images import UnreadableImage, require_decoder, stable_seed
-from shared.workers import start_worker
-from stage1_ssld.batch import NO_LABEL, Batch, View, collate
-from stage1_ssld.config import DistillConfig, TeachConfig
-from stage1_ssld.data_config import DataConfig
-from stage1_ssld.sources import ImageSource
-from stage1_ssld.store import SoftLabelStore
-from stage1_ssld.streams import StreamPlan, StreamViews, shares, stream_batches
-from stage1_ssld.views import augmentation, training_view, val_view
+from ssld.shared.errors import UserError
+from ssld.shared.images import UnreadableImage, require_decoder, stable_seed
+from ssld.shared.workers import start_worker
+from ssld.stage1_ssld.batch import NO_LABEL, Batch, View, collate
+from ssld.stage1_ssld.config import DistillConfig, TeachConfig
+from ssld.stage1_ssld.data_config import DataConfig
+from ssld.stage1_ssld.sources import ImageSource
+from ssld.stage1_ssld.store import SoftLabelStore
+from ssld.stage1_ssld.streams import StreamPlan, StreamViews, shares, stream_batches
+from ssld.stage1_ssld.views import augmentation, training_view, val_view
 
 Labels = Sequence[int] | None
 

@@ -7,13 +7,14 @@ Writes `student.safetensors`. With `--objective labels` the same settings train 
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from importlib.util import find_spec
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("ssld") is None:
+    print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
+    sys.exit(2)
 
-from shared.command import run_command
-from stage1_ssld.config import DistillConfig
+from ssld.shared.command import run_command
+from ssld.stage1_ssld.config import DistillConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def distill(config: DistillConfig) -> None:
     """Train the student that `config` describes."""
-    from stage1_ssld.loop import train
+    from ssld.stage1_ssld.loop import train
 
     train(config, command="distill", export="student")
 

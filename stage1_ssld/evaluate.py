@@ -7,14 +7,15 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from importlib.util import find_spec
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("ssld") is None:
+    print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
+    sys.exit(2)
 
-from shared.command import run_command
-from shared.errors import UserError
-from stage1_ssld.config import EvaluateConfig
+from ssld.shared.command import run_command
+from ssld.shared.errors import UserError
+from ssld.stage1_ssld.config import EvaluateConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,19 +34,19 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     import torch
     from accelerate import Accelerator
 
-    from shared.backbones import create_classifier, parse_reference
-    from shared.processes import uses_gpu
-    from shared.quarantine import Quarantine
-    from shared.ranks import from_main_rank, rank, world_size
-    from shared.run_dir import RunDir
-    from shared.teacher import embed
-    from stage1_ssld.batch import Batch
-    from stage1_ssld.data import Labels, ValViews, make_loader, val_batches
-    from stage1_ssld.knn import knn_accuracy
-    from stage1_ssld.labels import match_classes, neighbour_labels
-    from stage1_ssld.metrics import describe, evaluate
-    from stage1_ssld.sources import ImageSource
-    from stage1_ssld.teachers import make_teacher
+    from ssld.shared.backbones import create_classifier, parse_reference
+    from ssld.shared.processes import uses_gpu
+    from ssld.shared.quarantine import Quarantine
+    from ssld.shared.ranks import from_main_rank, rank, world_size
+    from ssld.shared.run_dir import RunDir
+    from ssld.shared.teacher import embed
+    from ssld.stage1_ssld.batch import Batch
+    from ssld.stage1_ssld.data import Labels, ValViews, make_loader, val_batches
+    from ssld.stage1_ssld.knn import knn_accuracy
+    from ssld.stage1_ssld.labels import match_classes, neighbour_labels
+    from ssld.stage1_ssld.metrics import describe, evaluate
+    from ssld.stage1_ssld.sources import ImageSource
+    from ssld.stage1_ssld.teachers import make_teacher
 
     reference = parse_reference(str(config.model))
     source = ImageSource(config.data, 0)

@@ -8,23 +8,25 @@ Runs on the CPU. `--benchmark true` measures what was written, `--push_to_hub OR
 
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("ssld") is None:
+    print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
+    sys.exit(2)
 
-from shared.command import run_command
-from shared.errors import UserError
-from stage1_ssld.config import EXPORTED as FILES
-from stage1_ssld.config import ExportConfig
+from ssld.shared.command import run_command
+from ssld.shared.errors import UserError
+from ssld.stage1_ssld.config import EXPORTED as FILES
+from ssld.stage1_ssld.config import ExportConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from shared.backbones import InputSettings
-    from shared.run_dir import RunDir
-    from stage1_ssld.sources import ImageSource
+    from ssld.shared.backbones import InputSettings
+    from ssld.shared.run_dir import RunDir
+    from ssld.stage1_ssld.sources import ImageSource
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,16 +44,16 @@ def export_backbone(config: ExportConfig) -> None:
 
     import torch
 
-    from shared.backbones import InputSettings, create_classifier, parse_reference
-    from shared.card_parts import read_recipe
-    from shared.graph_files import require_onnx
-    from shared.hub import check_name, public, push
-    from shared.model_file import read_metadata
-    from shared.run_dir import RunDir
-    from stage1_ssld import onnx_file
-    from stage1_ssld.hub import write_folder
-    from stage1_ssld.model_card import model_card
-    from stage1_ssld.sources import ImageSource
+    from ssld.shared.backbones import InputSettings, create_classifier, parse_reference
+    from ssld.shared.card_parts import read_recipe
+    from ssld.shared.graph_files import require_onnx
+    from ssld.shared.hub import check_name, public, push
+    from ssld.shared.model_file import read_metadata
+    from ssld.shared.run_dir import RunDir
+    from ssld.stage1_ssld import onnx_file
+    from ssld.stage1_ssld.hub import write_folder
+    from ssld.stage1_ssld.model_card import model_card
+    from ssld.stage1_ssld.sources import ImageSource
 
     if "onnx" in config.formats:
         require_onnx()
@@ -137,8 +139,8 @@ def _images(
     """uint8 [B,3,H,W] batches for the check: evenly chosen images, or noise."""
     import torch
 
-    from stage1_ssld.data import ValViews, make_loader, val_batches
-    from stage1_ssld.listing import spread
+    from ssld.stage1_ssld.data import ValViews, make_loader, val_batches
+    from ssld.stage1_ssld.listing import spread
 
     if source is None:
         noise = torch.Generator().manual_seed(0)

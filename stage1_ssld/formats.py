@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 from datasets.table import InMemoryTable
 
-from shared.errors import UserError
-from shared.files import IMAGE_SUFFIXES
-from stage1_ssld.batch import NO_LABEL
+from ssld.shared.errors import UserError
+from ssld.shared.files import IMAGE_SUFFIXES
+from ssld.stage1_ssld.batch import NO_LABEL
 
 Encoded = bytes | Path | None
 """An image that is not decoded yet: its bytes, its file, or nothing where its row is empty."""

@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from shared.errors import UserError
-from shared.teacher import Teacher
-from shared.wording import count
-from stage1_ssld.batch import SoftLabels
-from stage1_ssld.config import DistillConfig, TeachConfig
-from stage1_ssld.labels import labelled_classes, labels_in_classes, match_classes
-from stage1_ssld.sources import ImageSource
-from stage1_ssld.store import SoftLabelStore, bucket_log_probs, soft_log_probs
-from stage1_ssld.teachers import make_teacher
+from ssld.shared.errors import UserError
+from ssld.shared.teacher import Teacher
+from ssld.shared.wording import count
+from ssld.stage1_ssld.batch import SoftLabels
+from ssld.stage1_ssld.config import DistillConfig, TeachConfig
+from ssld.stage1_ssld.labels import labelled_classes, labels_in_classes, match_classes
+from ssld.stage1_ssld.sources import ImageSource
+from ssld.stage1_ssld.store import SoftLabelStore, bucket_log_probs, soft_log_probs
+from ssld.stage1_ssld.teachers import make_teacher
 
 Labels = Sequence[int] | None
 

@@ -12,9 +12,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared.processes import to_device
-from shared.ranks import gather_lists, world_size
-from stage1_ssld.batch import NO_LABEL, Batch
+from ssld.shared.processes import to_device
+from ssld.shared.ranks import gather_lists, world_size
+from ssld.stage1_ssld.batch import NO_LABEL, Batch
 
 TEMPERATURE = 0.07
 _CHUNK = 4096  # queries compared at a time

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from shared.errors import UserError
-from stage1_ssld.batch import NO_LABEL
-from stage1_ssld.sources import ImageSource
+from ssld.shared.errors import UserError
+from ssld.stage1_ssld.batch import NO_LABEL
+from ssld.stage1_ssld.sources import ImageSource
 
 
 def labelled_classes(sources: Sequence[ImageSource]) -> tuple[list[ImageSource], int, list[str] | None]:

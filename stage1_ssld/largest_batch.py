@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import torch
 
-from stage1_ssld.config import DistillConfig, TeachConfig
-from stage1_ssld.guidance import Guidance
-from stage1_ssld.objective import Objective
-from stage1_ssld.student import Student
+from ssld.stage1_ssld.config import DistillConfig, TeachConfig
+from ssld.stage1_ssld.guidance import Guidance
+from ssld.stage1_ssld.objective import Objective
+from ssld.stage1_ssld.student import Student
 
 EVALUATED = 128
 """images of an evaluation batch, at most"""

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import fsspec
 
-from shared.errors import UserError
-from shared.files import require_images
-from stage1_ssld.formats import is_image
+from ssld.shared.errors import UserError
+from ssld.shared.files import require_images
+from ssld.stage1_ssld.formats import is_image
 
 Kind = Literal["images", "parquet", "tar", "list"]
 _SUFFIXES: dict[str, Kind] = {".parquet": "parquet", ".tar": "tar"}

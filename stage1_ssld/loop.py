@@ -11,32 +11,32 @@ from pathlib import Path
 
 import torch
 
-from shared.auto_batch import find_passes
-from shared.backbones import parse_reference
-from shared.errors import Stopped, UserError
-from shared.images import stable_seed
-from shared.optim import cosine_factor, make_optimizer, parameter_groups, scale_lr, set_lr
-from shared.processes import DTYPES, optimizer_step, start_processes, start_trackers, to_device
-from shared.quarantine import Quarantine
-from shared.ranks import from_main_rank, share_buffers, world_size
-from shared.ranks import rank as distributed_rank
-from shared.run_dir import RunDir
-from shared.stop import StopRequest
-from shared.training_state import TrainingState
-from shared.wording import count
-from stage1_ssld.config import DistillConfig, TeachConfig
-from stage1_ssld.curves import write_curves
-from stage1_ssld.data import TrainingData, ValViews, make_loader, val_batches
-from stage1_ssld.guidance import Guidance, open_guidance
-from stage1_ssld.largest_batch import EVALUATED, whole_step
-from stage1_ssld.metrics import describe, evaluate
-from stage1_ssld.mix import mix_batch
-from stage1_ssld.objective import Objective, implausible_start
-from stage1_ssld.preflight import check_teacher, rows_to_try
-from stage1_ssld.sources import ImageSource, open_sources
-from stage1_ssld.store import bucket_log_probs
-from stage1_ssld.streams import plan_streams
-from stage1_ssld.student import Student
+from ssld.shared.auto_batch import find_passes
+from ssld.shared.backbones import parse_reference
+from ssld.shared.errors import Stopped, UserError
+from ssld.shared.images import stable_seed
+from ssld.shared.optim import cosine_factor, make_optimizer, parameter_groups, scale_lr, set_lr
+from ssld.shared.processes import DTYPES, optimizer_step, start_processes, start_trackers, to_device
+from ssld.shared.quarantine import Quarantine
+from ssld.shared.ranks import from_main_rank, share_buffers, world_size
+from ssld.shared.ranks import rank as distributed_rank
+from ssld.shared.run_dir import RunDir
+from ssld.shared.stop import StopRequest
+from ssld.shared.training_state import TrainingState
+from ssld.shared.wording import count
+from ssld.stage1_ssld.config import DistillConfig, TeachConfig
+from ssld.stage1_ssld.curves import write_curves
+from ssld.stage1_ssld.data import TrainingData, ValViews, make_loader, val_batches
+from ssld.stage1_ssld.guidance import Guidance, open_guidance
+from ssld.stage1_ssld.largest_batch import EVALUATED, whole_step
+from ssld.stage1_ssld.metrics import describe, evaluate
+from ssld.stage1_ssld.mix import mix_batch
+from ssld.stage1_ssld.objective import Objective, implausible_start
+from ssld.stage1_ssld.preflight import check_teacher, rows_to_try
+from ssld.stage1_ssld.sources import ImageSource, open_sources
+from ssld.stage1_ssld.store import bucket_log_probs
+from ssld.stage1_ssld.streams import plan_streams
+from ssld.stage1_ssld.student import Student
 
 
 def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> None:

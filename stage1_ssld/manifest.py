@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from shared.errors import UserError
-from stage1_ssld.data_config import SourceConfig, is_remote
-from stage1_ssld.formats import FileRows, ManifestRows, Rows
-from stage1_ssld.listing import Listing, filesystem_of, list_path, spread
-from stage1_ssld.manifest_file import facts_of
-from stage1_ssld.row_groups import parquet_rows, row_groups
+from ssld.shared.errors import UserError
+from ssld.stage1_ssld.data_config import SourceConfig, is_remote
+from ssld.stage1_ssld.formats import FileRows, ManifestRows, Rows
+from ssld.stage1_ssld.listing import Listing, filesystem_of, list_path, spread
+from ssld.stage1_ssld.manifest_file import facts_of
+from ssld.stage1_ssld.row_groups import parquet_rows, row_groups
 
 LOOKED_AT = 20_000
 """Files of a folder that are looked for when a manifest is opened; if one is gone, all are."""
@@ -41,7 +41,7 @@ def open_manifest(file: str, config: SourceConfig) -> Rows:
 
 def _open_part(manifest: str, source: SourceConfig, names: list[str], root: str | None) -> Rows:
     """The images `names` of one source of the pool."""
-    from stage1_ssld.sources import ImageSource
+    from ssld.stage1_ssld.sources import ImageSource
 
     if not names:
         return FileRows("", [])

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from shared.processes import to_device
-from shared.ranks import total_over_ranks
-from stage1_ssld.batch import NO_LABEL, Batch
-from stage1_ssld.losses import kl
+from ssld.shared.processes import to_device
+from ssld.shared.ranks import total_over_ranks
+from ssld.stage1_ssld.batch import NO_LABEL, Batch
+from ssld.stage1_ssld.losses import kl
 
 _NAMES = ("labelled", "top1", "top5", "teacher_top1", "teacher_top5", "images", "agreement", "kl")
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stage1_ssld.data_config import DataConfig
+from ssld.stage1_ssld.data_config import DataConfig
 
 
 class Mixed(NamedTuple):

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stage1_ssld import losses
-from stage1_ssld.batch import NO_LABEL
-from stage1_ssld.data_config import LossConfig
-from stage1_ssld.mix import Mixed
+from ssld.stage1_ssld import losses
+from ssld.stage1_ssld.batch import NO_LABEL
+from ssld.stage1_ssld.data_config import LossConfig
+from ssld.stage1_ssld.mix import Mixed
 
 
 class Objective:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared import graph_files
-from shared.backbones import Classifier
-from shared.timing import interleaved, speed_lines
+from ssld.shared import graph_files
+from ssld.shared.backbones import Classifier
+from ssld.shared.timing import interleaved, speed_lines
 
 INPUT, OUTPUT = "pixels", "logits"
 Run = Callable[[Tensor], np.ndarray]

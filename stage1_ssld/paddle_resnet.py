@@ -8,7 +8,7 @@ networks; 18d, 34d and 200d are not and are refused. Names and shapes do not tel
 import re
 from collections.abc import Iterable
 
-from shared.errors import UserError
+from ssld.shared.errors import UserError
 
 DEPTHS = {"resnet50d": (3, 4, 6, 3), "resnet101d": (3, 4, 23, 3), "resnet152d": (3, 8, 36, 3)}
 _SHORTCUT = (

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from shared.errors import UserError
-from shared.processes import to_device
-from shared.ranks import gather_lists
-from shared.teacher import Teacher
-from stage1_ssld.batch import NO_LABEL, Batch
+from ssld.shared.errors import UserError
+from ssld.shared.processes import to_device
+from ssld.shared.ranks import gather_lists
+from ssld.shared.teacher import Teacher
+from ssld.stage1_ssld.batch import NO_LABEL, Batch
 
 ENOUGH = 100
 """Fewer images prove nothing."""

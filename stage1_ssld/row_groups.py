@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.errors import UserError
-from stage1_ssld.data_config import SourceConfig
-from stage1_ssld.formats import Encoded, Rows, Sample, TableRows, image_of_cell, parent_of
-from stage1_ssld.listing import Listing, filesystem_of, unreadable_parquet
+from ssld.shared.errors import UserError
+from ssld.stage1_ssld.data_config import SourceConfig
+from ssld.stage1_ssld.formats import Encoded, Rows, Sample, TableRows, image_of_cell, parent_of
+from ssld.stage1_ssld.listing import Listing, filesystem_of, unreadable_parquet
 
 _ROWS_AT_A_TIME = 64
 _BUFFER = 1 << 20

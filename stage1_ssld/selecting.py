@@ -16,20 +16,22 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("ssld") is None:
+    print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.errors import Stopped
-from stage1_ssld.manifest_file import write_manifest
-from stage1_ssld.score_files import ScoreFiles
-from stage1_ssld.selection import (
+from ssld.shared.errors import Stopped
+from ssld.stage1_ssld.manifest_file import write_manifest
+from ssld.stage1_ssld.score_files import ScoreFiles
+from ssld.stage1_ssld.selection import (
     BEYOND,
     BINS,
     LIKE_BETTER,

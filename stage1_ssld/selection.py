@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stage1_ssld.near_duplicates import Pairs, close_images, confirmed_losers
-from stage1_ssld.score_files import UNREADABLE, ScoreFiles, write_table
-from stage1_ssld.top_k import Ranked, TopK, cut_to
+from ssld.stage1_ssld.near_duplicates import Pairs, close_images, confirmed_losers
+from ssld.stage1_ssld.score_files import UNREADABLE, ScoreFiles, write_table
+from ssld.stage1_ssld.top_k import Ranked, TopK, cut_to
 
 BINS = 50
 """Of the histogram of scores, from 0 to 1."""

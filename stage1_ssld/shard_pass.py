@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from shared.errors import Stopped, UserError
-from shared.images import UnreadableImage, pixels_of
-from shared.stop import StopRequest
-from shared.workers import start_worker
-from stage1_ssld.perceptual_hash import perceptual_hash
-from stage1_ssld.shards import RowShard, Sample, Shard
-from stage1_ssld.sources import decode
-from stage1_ssld.views import val_view
+from ssld.shared.errors import Stopped, UserError
+from ssld.shared.images import UnreadableImage, pixels_of
+from ssld.shared.stop import StopRequest
+from ssld.shared.workers import start_worker
+from ssld.stage1_ssld.perceptual_hash import perceptual_hash
+from ssld.stage1_ssld.shards import RowShard, Sample, Shard
+from ssld.stage1_ssld.sources import decode
+from ssld.stage1_ssld.views import val_view
 
 _JUDGED_AFTER, _TOO_MANY = 1000, 0.01
 

@@ -12,13 +12,13 @@ from typing import Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.errors import UserError
-from stage1_ssld.data_config import SourceConfig
-from stage1_ssld.formats import FileRows, Rows, Sample, is_image, member_name, unreadable_tar
-from stage1_ssld.listing import Listing, filesystem_of, list_path, unreadable_parquet
-from stage1_ssld.manifest_file import is_manifest
-from stage1_ssld.row_groups import row_groups
-from stage1_ssld.sources import ImageSource, list_rows
+from ssld.shared.errors import UserError
+from ssld.stage1_ssld.data_config import SourceConfig
+from ssld.stage1_ssld.formats import FileRows, Rows, Sample, is_image, member_name, unreadable_tar
+from ssld.stage1_ssld.listing import Listing, filesystem_of, list_path, unreadable_parquet
+from ssld.stage1_ssld.manifest_file import is_manifest
+from ssld.stage1_ssld.row_groups import row_groups
+from ssld.stage1_ssld.sources import ImageSource, list_rows
 
 ROWS = 4096
 """Images of a shard, where its format does not say."""

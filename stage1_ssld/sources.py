@@ -16,15 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from shared.errors import UserError
-from shared.images import Picture, UnreadableImage, open_image, pixels_of
-from stage1_ssld.batch import NO_LABEL
-from stage1_ssld.data_config import SourceConfig
-from stage1_ssld.formats import Encoded, FileRows, Rows, TableRows, TarRows
-from stage1_ssld.listing import Listing, filesystem_of, list_path, read_text, spread, unreadable_parquet
-from stage1_ssld.manifest import open_manifest
-from stage1_ssld.manifest_file import is_manifest
-from stage1_ssld.row_groups import parquet_rows, row_groups
+from ssld.shared.errors import UserError
+from ssld.shared.images import Picture, UnreadableImage, open_image, pixels_of
+from ssld.stage1_ssld.batch import NO_LABEL
+from ssld.stage1_ssld.data_config import SourceConfig
+from ssld.stage1_ssld.formats import Encoded, FileRows, Rows, TableRows, TarRows
+from ssld.stage1_ssld.listing import Listing, filesystem_of, list_path, read_text, spread, unreadable_parquet
+from ssld.stage1_ssld.manifest import open_manifest
+from ssld.stage1_ssld.manifest_file import is_manifest
+from ssld.stage1_ssld.row_groups import parquet_rows, row_groups
 
 LOOKED_AT = 20_000
 """Files of a list that are looked for when it is opened."""

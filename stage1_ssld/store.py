@@ -22,16 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared.errors import UserError
-from shared.images import UnreadableImage
-from shared.model_file import content_hash
-from shared.ranks import gather_lists, rank, world_size
-from shared.run_dir import file_sha256, input_digest
-from shared.teacher import Teacher
-from stage1_ssld.batch import SoftLabels, StoredAnswer
-from stage1_ssld.data_config import DataConfig, is_remote
-from stage1_ssld.sources import ImageSource
-from stage1_ssld.views import training_view
+from ssld.shared.errors import UserError
+from ssld.shared.images import UnreadableImage
+from ssld.shared.model_file import content_hash
+from ssld.shared.ranks import gather_lists, rank, world_size
+from ssld.shared.run_dir import file_sha256, input_digest
+from ssld.shared.teacher import Teacher
+from ssld.stage1_ssld.batch import SoftLabels, StoredAnswer
+from ssld.stage1_ssld.data_config import DataConfig, is_remote
+from ssld.stage1_ssld.sources import ImageSource
+from ssld.stage1_ssld.views import training_view
 
 FORMAT = 2
 HEADER = "store.json"

@@ -17,21 +17,21 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import Dataset
 
-from shared.errors import Stopped, UserError
-from shared.images import Picture, UnreadableImage, require_decoder
-from shared.processes import to_device, uses_gpu
-from shared.quarantine import Quarantine
-from shared.ranks import from_main_rank, gather_lists, rank, world_size
-from shared.run_dir import RunDir, file_sha256, write_atomically
-from shared.stop import StopRequest
-from shared.teacher import Teacher
-from stage1_ssld.batch import NO_LABEL, Batch, View
-from stage1_ssld.config import SoftLabelsConfig
-from stage1_ssld.data import ValViews, make_loader, val_batches
-from stage1_ssld.labels import labels_in_classes
-from stage1_ssld.preflight import check_teacher, rows_to_try
-from stage1_ssld.sources import ImageSource, open_sources
-from stage1_ssld.store import (
+from ssld.shared.errors import Stopped, UserError
+from ssld.shared.images import Picture, UnreadableImage, require_decoder
+from ssld.shared.processes import to_device, uses_gpu
+from ssld.shared.quarantine import Quarantine
+from ssld.shared.ranks import from_main_rank, gather_lists, rank, world_size
+from ssld.shared.run_dir import RunDir, file_sha256, write_atomically
+from ssld.shared.stop import StopRequest
+from ssld.shared.teacher import Teacher
+from ssld.stage1_ssld.batch import NO_LABEL, Batch, View
+from ssld.stage1_ssld.config import SoftLabelsConfig
+from ssld.stage1_ssld.data import ValViews, make_loader, val_batches
+from ssld.stage1_ssld.labels import labels_in_classes
+from ssld.stage1_ssld.preflight import check_teacher, rows_to_try
+from ssld.stage1_ssld.sources import ImageSource, open_sources
+from ssld.stage1_ssld.store import (
     FORMAT,
     HEADER,
     answer_type,
@@ -44,8 +44,8 @@ from stage1_ssld.store import (
     source_record,
     view_settings,
 )
-from stage1_ssld.teachers import make_teacher
-from stage1_ssld.views import training_view
+from ssld.stage1_ssld.teachers import make_teacher
+from ssld.stage1_ssld.views import training_view
 
 
 class AllViews(Dataset[View]):

@@ -21,15 +21,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from shared.errors import UserError
-from shared.images import UnreadableImage, stable_seed
-from shared.workers import start_worker
-from stage1_ssld.batch import NO_LABEL, Batch, View, collate
-from stage1_ssld.data_config import DataConfig
-from stage1_ssld.formats import Sample
-from stage1_ssld.shards import RowShard, Shard, count_samples, source_shards
-from stage1_ssld.sources import decode
-from stage1_ssld.views import training_view
+from ssld.shared.errors import UserError
+from ssld.shared.images import UnreadableImage, stable_seed
+from ssld.shared.workers import start_worker
+from ssld.stage1_ssld.batch import NO_LABEL, Batch, View, collate
+from ssld.stage1_ssld.data_config import DataConfig
+from ssld.stage1_ssld.formats import Sample
+from ssld.stage1_ssld.shards import RowShard, Shard, count_samples, source_shards
+from ssld.stage1_ssld.sources import decode
+from ssld.stage1_ssld.views import training_view
 
 READERS = 64
 BUFFERED = 8192

@@ -7,7 +7,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from shared.backbones import (
+from ssld.shared.backbones import (
     Classifier,
     InputSettings,
     architecture,
@@ -17,9 +17,9 @@ from shared.backbones import (
     place,
     save_backbone,
 )
-from shared.errors import UserError
-from stage1_ssld.config import Stage1Config
-from stage1_ssld.data_config import NetworkConfig
+from ssld.shared.errors import UserError
+from ssld.stage1_ssld.config import Stage1Config
+from ssld.stage1_ssld.data_config import NetworkConfig
 
 
 class Student:

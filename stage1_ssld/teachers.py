@@ -2,9 +2,9 @@
 
 import torch
 
-from shared.processes import DTYPES
-from shared.teacher import FrozenTeacher, Teacher, TeacherEnsemble
-from stage1_ssld.data_config import TeacherConfig
+from ssld.shared.processes import DTYPES
+from ssld.shared.teacher import FrozenTeacher, Teacher, TeacherEnsemble
+from ssld.stage1_ssld.data_config import TeacherConfig
 
 
 def make_teacher(

@@ -19,9 +19,9 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import InterpolationMode, RandomErasing, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
-from shared.errors import UserError
-from shared.images import Picture, crop_of, pixels_of, seeded_torch, seeded_view
-from stage1_ssld.data_config import DataConfig
+from ssld.shared.errors import UserError
+from ssld.shared.images import Picture, crop_of, pixels_of, seeded_torch, seeded_view
+from ssld.stage1_ssld.data_config import DataConfig
 
 _MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 _PIL_MODES = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}

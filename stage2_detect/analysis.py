@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from stage2_detect.coco import CocoData, Id
-from stage2_detect.models.batch import Detections
+from ssld.stage2_detect.coco import CocoData, Id
+from ssld.stage2_detect.models.batch import Detections
 
 WRONG, RIGHT, IGNORED = 0, 1, -1
 IOU = 0.5

@@ -25,7 +25,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from stage2_detect.coco_table import CocoTable, read_table
+from ssld.stage2_detect.coco_table import CocoTable, read_table
 
 VERSION = 1
 """to be raised whenever `CocoTable`, or what `read_table` checks, changes"""

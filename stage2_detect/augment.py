@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.images import stable_seed
-from stage2_detect.auto_augment import auto_augment
-from stage2_detect.coco import MIN_SIDE
+from ssld.shared.images import stable_seed
+from ssld.stage2_detect.auto_augment import auto_augment
+from ssld.stage2_detect.coco import MIN_SIDE
 
 _UPSAMPLE = {"bicubic": torch.ops.aten.upsample_bicubic2d, "bilinear": torch.ops.aten.upsample_bilinear2d}
 

@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from shared.images import stable_seed
+from ssld.shared.images import stable_seed
 
 Operation = tuple[str, float, int]
 """name, probability, magnitude 0 to 10"""

@@ -10,8 +10,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from shared.errors import UserError
-from stage2_detect.coco import CocoImage
+from ssld.shared.errors import UserError
+from ssld.stage2_detect.coco import CocoImage
 
 _STREAM = 0x726570  # keeps these draws apart from other draws from (seed, epoch)
 

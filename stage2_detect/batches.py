@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from shared.errors import UserError
-from shared.images import UnreadableImage, decode_image, stable_seed
-from shared.workers import start_worker
-from stage2_detect.augment import TrainingViews, View, fit_view, view_image
-from stage2_detect.batch_order import BatchOrder, eval_batches
-from stage2_detect.coco import CocoData, CocoImage
-from stage2_detect.models.batch import ImageBatch, Targets
-from stage2_detect.models.mask_targets import ImageMasks
-from stage2_detect.unlabelled import MixedOrder, training_order
+from ssld.shared.errors import UserError
+from ssld.shared.images import UnreadableImage, decode_image, stable_seed
+from ssld.shared.workers import start_worker
+from ssld.stage2_detect.augment import TrainingViews, View, fit_view, view_image
+from ssld.stage2_detect.batch_order import BatchOrder, eval_batches
+from ssld.stage2_detect.coco import CocoData, CocoImage
+from ssld.stage2_detect.models.batch import ImageBatch, Targets
+from ssld.stage2_detect.models.mask_targets import ImageMasks
+from ssld.stage2_detect.unlabelled import MixedOrder, training_order
 
 PAD_MULTIPLE = 32
 

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from shared.errors import UserError
-from shared.wording import count
-from stage2_detect.annotation_cache import PackedShapes, read_cached
-from stage2_detect.coco_table import CocoTable, read_table
-from stage2_detect.coco_table import Id as Id
+from ssld.shared.errors import UserError
+from ssld.shared.wording import count
+from ssld.stage2_detect.annotation_cache import PackedShapes, read_cached
+from ssld.stage2_detect.coco_table import CocoTable, read_table
+from ssld.stage2_detect.coco_table import Id as Id
 
 MIN_SIDE = 1e-5
 

@@ -25,9 +25,9 @@ from pycocotools import mask as mask_codec
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from shared.errors import UserError
-from stage2_detect.coco import CocoData, Id
-from stage2_detect.models.batch import Detections
+from ssld.shared.errors import UserError
+from ssld.stage2_detect.coco import CocoData, Id
+from ssld.stage2_detect.models.batch import Detections
 
 BACKENDS = ("auto", "hotcoco", "pycocotools")
 _AREAS = {"": 0, "s": 1, "m": 2, "l": 3}

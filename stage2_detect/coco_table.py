@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from shared.errors import UserError
+from ssld.shared.errors import UserError
 
 Id = int | str
 MAX_COORDINATE = 1e9

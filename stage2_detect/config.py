@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from shared.config import CommandConfig, Config
-from shared.training_config import EmaConfig, OptimConfig, TrainingConfig
-from stage2_detect.distill_config import DistillConfig
-from stage2_detect.model_config import DetectorConfig, Fraction, Positive
+from ssld.shared.config import CommandConfig, Config
+from ssld.shared.training_config import EmaConfig, OptimConfig, TrainingConfig
+from ssld.stage2_detect.distill_config import DistillConfig
+from ssld.stage2_detect.model_config import DetectorConfig, Fraction, Positive
 
 Side = Annotated[int, Field(ge=32)]
 

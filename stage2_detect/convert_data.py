@@ -10,18 +10,20 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("ssld") is None:
+    print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
+    sys.exit(2)
 
-from shared.command import run_command
-from shared.errors import UserError
-from stage2_detect.config import ConvertDataConfig
+from ssld.shared.command import run_command
+from ssld.shared.errors import UserError
+from ssld.stage2_detect.config import ConvertDataConfig
 
 if TYPE_CHECKING:
-    from stage2_detect.found_objects import Content, Found
+    from ssld.stage2_detect.found_objects import Content, Found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,8 +37,8 @@ def convert_data(config: ConvertDataConfig) -> None:
     Raises:
         UserError: any fault of the data, naming file and line.
     """
-    from shared.run_dir import RunDir
-    from stage2_detect.found_objects import coco_content
+    from ssld.shared.run_dir import RunDir
+    from ssld.stage2_detect.found_objects import coco_content
 
     run = RunDir(config, "convert_data")
     if run.status == "finished":
@@ -68,9 +70,9 @@ def convert_data(config: ConvertDataConfig) -> None:
 
 
 def _read(config: ConvertDataConfig, pending: Path) -> "Found":
-    from stage2_detect.hub_data import is_hub, read_hub
-    from stage2_detect.voc_data import is_voc, read_voc
-    from stage2_detect.yolo_data import is_yolo, read_yolo
+    from ssld.stage2_detect.hub_data import is_hub, read_hub
+    from ssld.stage2_detect.voc_data import is_voc, read_voc
+    from ssld.stage2_detect.yolo_data import is_yolo, read_yolo
 
     source, path = config.source, Path(config.source)
     if not is_hub(source) and not path.exists():
@@ -96,7 +98,7 @@ def _read(config: ConvertDataConfig, pending: Path) -> "Found":
 
 def _read_back(file: Path, found: "Found", split: str, content: "Content") -> None:
     """Read a written file as training and evaluation do, and compare it with what was found."""
-    from stage2_detect.coco import read_coco
+    from ssld.stage2_detect.coco import read_coco
 
     data = read_coco(file, content.folder, training=False, class_names=found.class_names)
     images = found.splits[split]

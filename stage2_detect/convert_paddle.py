@@ -9,20 +9,21 @@ docs/detectors.md lists the files and their recipes. PaddleDetection's weights a
 
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("ssld") is None:
+    print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
+    sys.exit(2)
 
-from shared.command import run_command
-from shared.errors import UserError
-from stage2_detect.config import ConvertPaddleConfig
+from ssld.shared.command import run_command
+from ssld.shared.errors import UserError
+from ssld.stage2_detect.config import ConvertPaddleConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stage2_detect.coco import CocoData
+    from ssld.stage2_detect.coco import CocoData
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,12 +39,12 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
     import timm
     from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    from shared.backbones import InputSettings
-    from shared.paddle_weights import read_paddle_weights, to_torch
-    from shared.run_dir import RunDir, file_sha256
-    from stage2_detect.detector_file import save_detector
-    from stage2_detect.models.build import build_detector
-    from stage2_detect.paddle_names import check_recipe, class_count, our_module, recognise
+    from ssld.shared.backbones import InputSettings
+    from ssld.shared.paddle_weights import read_paddle_weights, to_torch
+    from ssld.shared.run_dir import RunDir, file_sha256
+    from ssld.stage2_detect.detector_file import save_detector
+    from ssld.stage2_detect.models.build import build_detector
+    from ssld.stage2_detect.paddle_names import check_recipe, class_count, our_module, recognise
 
     source = str(config.weights)
     arrays = read_paddle_weights(config.weights)
@@ -84,8 +85,8 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
 
 def _classes(config: ConvertPaddleConfig, count: int) -> "CocoData":
     """Names and category ids of the file's classes."""
-    from stage2_detect.coco import CocoData, read_coco
-    from stage2_detect.coco_classes import COCO_CLASSES
+    from ssld.stage2_detect.coco import CocoData, read_coco
+    from ssld.stage2_detect.coco_classes import COCO_CLASSES
 
     if config.annotations:
         data = read_coco(config.annotations, None, training=False)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from shared.errors import UserError
+from ssld.shared.errors import UserError
 
 Level = Literal["note", "warning", "fault"]
 LEVELS: tuple[Level, ...] = ("note", "warning", "fault")

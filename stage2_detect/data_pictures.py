@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shared.files import IMAGE_SUFFIXES
-from shared.images import UnreadableImage, image_size, open_image
-from shared.wording import count
-from stage2_detect.data_findings import some
-from stage2_detect.data_rows import FileCheck
+from ssld.shared.files import IMAGE_SUFFIXES
+from ssld.shared.images import UnreadableImage, image_size, open_image
+from ssld.shared.wording import count
+from ssld.stage2_detect.data_findings import some
+from ssld.stage2_detect.data_rows import FileCheck
 
 LOOK_ALIKE_BITS = 3
 """of 64: pictures whose hashes differ in no more are called look-alikes"""

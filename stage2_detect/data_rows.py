@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from shared.wording import count
-from stage2_detect.coco import is_shape, judge_boxes
-from stage2_detect.coco_table import MAX_COORDINATE
-from stage2_detect.data_findings import Finding, Level, Repair, first_ids, is_id, is_number, read_content, some
+from ssld.shared.wording import count
+from ssld.stage2_detect.coco import is_shape, judge_boxes
+from ssld.stage2_detect.coco_table import MAX_COORDINATE
+from ssld.stage2_detect.data_findings import Finding, Level, Repair, first_ids, is_id, is_number, read_content, some
 
 TINY_SIDE = 4.0
 """objects with a shorter side than this have too few pixels to be told from noise"""

@@ -16,17 +16,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from shared.errors import UserError
-from stage2_detect import distillation_losses
-from stage2_detect.distill_config import ADLConfig, LDConfig
-from stage2_detect.distillation import adapters, pyramid_correlation
-from stage2_detect.models import regions
-from stage2_detect.models.anchors import Grids
-from stage2_detect.models.batch import Detections, ImageBatch, Targets
-from stage2_detect.models.dense import DenseDetector, Outputs, grids_of
-from stage2_detect.models.gfl import GFL
-from stage2_detect.models.retinanet import RetinaNet
-from stage2_detect.teacher_detector import FrozenDetector
+from ssld.shared.errors import UserError
+from ssld.stage2_detect import distillation_losses
+from ssld.stage2_detect.distill_config import ADLConfig, LDConfig
+from ssld.stage2_detect.distillation import adapters, pyramid_correlation
+from ssld.stage2_detect.models import regions
+from ssld.stage2_detect.models.anchors import Grids
+from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
+from ssld.stage2_detect.models.dense import DenseDetector, Outputs, grids_of
+from ssld.stage2_detect.models.gfl import GFL
+from ssld.stage2_detect.models.retinanet import RetinaNet
+from ssld.stage2_detect.teacher_detector import FrozenDetector
 
 _SIDES = 4
 _RELEASED_IMAGES = 2  # a process, at which `global` equals `reference`

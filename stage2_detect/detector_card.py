@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.card_parts import folder_name, front_matter, hub_licence, numbers, read_recipe, recipe_lines, table
-from shared.hub import public
-from shared.model_file import read_tensors, save_model_file
-from stage2_detect.detector_file import LoadedDetector
-from stage2_detect.export_config import FILES
+from ssld.shared.card_parts import folder_name, front_matter, hub_licence, numbers, read_recipe, recipe_lines, table
+from ssld.shared.hub import public
+from ssld.shared.model_file import read_tensors, save_model_file
+from ssld.stage2_detect.detector_file import LoadedDetector
+from ssld.stage2_detect.export_config import FILES
 
 _KINDS = {
     "faster_rcnn": "Faster R-CNN",
@@ -90,7 +90,7 @@ def detector_card(
 
 def _use(repository: str | None, exported: list[str]) -> list[str]:
     path = '"detector.safetensors"'
-    lines = ["```python", "from stage2_detect.detector_file import load_detector", ""]
+    lines = ["```python", "from ssld.stage2_detect.detector_file import load_detector", ""]
     if repository:
         lines.insert(1, "from huggingface_hub import hf_hub_download")
         path = f'hf_hub_download("{repository}", "detector.safetensors")'

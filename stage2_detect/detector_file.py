@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import timm
 
-from shared.backbones import InputSettings
-from shared.checkpoint import load_module
-from shared.config import validate
-from shared.errors import UserError
-from shared.model_file import read_metadata, read_tensors, save_model_file
-from stage2_detect.coco import CocoData
-from stage2_detect.config import ResizeConfig
-from stage2_detect.model_config import DetectorConfig
-from stage2_detect.models.build import Detector, build_detector
-from stage2_detect.models.inference import for_inference
+from ssld.shared.backbones import InputSettings
+from ssld.shared.checkpoint import load_module
+from ssld.shared.config import validate
+from ssld.shared.errors import UserError
+from ssld.shared.model_file import read_metadata, read_tensors, save_model_file
+from ssld.stage2_detect.coco import CocoData
+from ssld.stage2_detect.config import ResizeConfig
+from ssld.stage2_detect.model_config import DetectorConfig
+from ssld.stage2_detect.models.build import Detector, build_detector
+from ssld.stage2_detect.models.inference import for_inference
 
 if TYPE_CHECKING:
-    from stage2_detect.predictor import FoundObjects, Picture
+    from ssld.stage2_detect.predictor import FoundObjects, Picture
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class LoadedDetector:
         overlap: float = 0.2,
     ) -> "list[FoundObjects]":
         """What each of some pictures shows; see `predictor.predict`."""
-        from stage2_detect.predictor import predict
+        from ssld.stage2_detect.predictor import predict
 
         return predict(self, images, threshold=threshold, batch_size=batch_size, tile=tile, overlap=overlap)
 

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from shared.config import Config
-from stage2_detect.model_config import DetectorConfig, Fraction, Positive
+from ssld.shared.config import Config
+from ssld.stage2_detect.model_config import DetectorConfig, Fraction, Positive
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PKD_WEIGHT, ROI_WEIGHT = 6.0, 1.0  # of an R-CNN student

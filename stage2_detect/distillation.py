@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stage2_detect.models.batch import Detections, ImageBatch, Targets
-from stage2_detect.models.rcnn import RCNN
-from stage2_detect.teacher_detector import FrozenDetector
+from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
+from ssld.stage2_detect.models.rcnn import RCNN
+from ssld.stage2_detect.teacher_detector import FrozenDetector
 
 _EPSILON = 1e-8  # added to a variance, so that a constant channel has a finite gradient
 _LEVELS = 4

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from stage2_detect.models.batch import Detections
-from stage2_detect.models.mask_targets import decode_rle
+from ssld.stage2_detect.models.batch import Detections
+from ssld.stage2_detect.models.mask_targets import decode_rle
 
 _LEAST_SIDE = 480  # of the longer side of a drawn picture, so that names can be read
 _LEAST_TEXT = 10  # height in pixels

@@ -9,13 +9,14 @@ truth beside what was found) beside result.json.
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from importlib.util import find_spec
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("ssld") is None:
+    print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
+    sys.exit(2)
 
-from shared.command import run_command
-from stage2_detect.config import EvaluateConfig
+from ssld.shared.command import run_command
+from ssld.stage2_detect.config import EvaluateConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,15 +28,15 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     """Evaluate the file that `config` names and write result.json."""
     from accelerate import Accelerator
 
-    from shared.processes import DTYPES, uses_gpu
-    from shared.ranks import from_main_rank
-    from shared.run_dir import RunDir
-    from stage2_detect import expected
-    from stage2_detect.coco import read_coco, require_masks
-    from stage2_detect.coco_ap import detections_to_json
-    from stage2_detect.detector_file import load_detector
-    from stage2_detect.evaluation_files import write_evaluation
-    from stage2_detect.scoring import describe, score
+    from ssld.shared.processes import DTYPES, uses_gpu
+    from ssld.shared.ranks import from_main_rank
+    from ssld.shared.run_dir import RunDir
+    from ssld.stage2_detect import expected
+    from ssld.stage2_detect.coco import read_coco, require_masks
+    from ssld.stage2_detect.coco_ap import detections_to_json
+    from ssld.stage2_detect.detector_file import load_detector
+    from ssld.stage2_detect.evaluation_files import write_evaluation
+    from ssld.stage2_detect.scoring import describe, score
 
     loaded = load_detector(config.model)
     with_masks = getattr(loaded.model, "mask_head", None) is not None

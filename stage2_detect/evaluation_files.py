@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from pycocotools import mask as mask_codec
 
-from shared.run_dir import RunDir, write_atomically
-from stage2_detect import analysis
-from stage2_detect.analysis import Analysis, analyse
-from stage2_detect.batches import load_record
-from stage2_detect.coco import CocoData, CocoImage, Id
-from stage2_detect.drawing import draw_objects
-from stage2_detect.models.batch import Detections
+from ssld.shared.run_dir import RunDir, write_atomically
+from ssld.stage2_detect import analysis
+from ssld.stage2_detect.analysis import Analysis, analyse
+from ssld.stage2_detect.batches import load_record
+from ssld.stage2_detect.coco import CocoData, CocoImage, Id
+from ssld.stage2_detect.drawing import draw_objects
+from ssld.stage2_detect.models.batch import Detections
 
 BEST, WORST = "best", "worst"
 PICTURES = "pictures"

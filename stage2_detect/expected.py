@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from stage2_detect.config import ExpectedConfig
+from ssld.stage2_detect.config import ExpectedConfig
 
 
 def compare(expected: ExpectedConfig, metrics: Mapping[str, Any], images: int) -> tuple[bool | None, str]:

@@ -7,13 +7,15 @@ Runs on the CPU. `--benchmark true` measures what was written, `--push_to_hub OR
 
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("ssld") is None:
+    print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
+    sys.exit(2)
 
-from shared.command import run_command
-from stage2_detect.export_config import FILES, ExportDetectorConfig
+from ssld.shared.command import run_command
+from ssld.stage2_detect.export_config import FILES, ExportDetectorConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,13 +31,13 @@ def export_detector(config: ExportDetectorConfig) -> None:
     """
     import os
 
-    from shared.graph_files import require_onnx
-    from shared.hub import check_name, push
-    from shared.run_dir import RunDir
-    from stage2_detect.detector_card import write_folder
-    from stage2_detect.detector_file import load_detector
-    from stage2_detect.export_check import batches_of, check, graph_of, images_of, measure
-    from stage2_detect.graph_writing import runner, write
+    from ssld.shared.graph_files import require_onnx
+    from ssld.shared.hub import check_name, push
+    from ssld.shared.run_dir import RunDir
+    from ssld.stage2_detect.detector_card import write_folder
+    from ssld.stage2_detect.detector_file import load_detector
+    from ssld.stage2_detect.export_check import batches_of, check, graph_of, images_of, measure
+    from ssld.stage2_detect.graph_writing import runner, write
 
     if "onnx" in config.formats:
         require_onnx()

@@ -12,20 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.errors import UserError
-from shared.files import IMAGE_SUFFIXES
-from shared.images import UnreadableImage, decode_image
-from shared.timing import interleaved, speed_lines
-from stage2_detect.augment import View, fit_view, view_image
-from stage2_detect.batches import PAD_MULTIPLE
-from stage2_detect.config import ResizeConfig
-from stage2_detect.detector_file import LoadedDetector
-from stage2_detect.export_config import FILES, ExportDetectorConfig
-from stage2_detect.graph_writing import LEAST
-from stage2_detect.models.batch import ImageBatch
-from stage2_detect.models.build import Detector
-from stage2_detect.models.graph import DetectorGraph
-from stage2_detect.pictures import find_pictures
+from ssld.shared.errors import UserError
+from ssld.shared.files import IMAGE_SUFFIXES
+from ssld.shared.images import UnreadableImage, decode_image
+from ssld.shared.timing import interleaved, speed_lines
+from ssld.stage2_detect.augment import View, fit_view, view_image
+from ssld.stage2_detect.batches import PAD_MULTIPLE
+from ssld.stage2_detect.config import ResizeConfig
+from ssld.stage2_detect.detector_file import LoadedDetector
+from ssld.stage2_detect.export_config import FILES, ExportDetectorConfig
+from ssld.stage2_detect.graph_writing import LEAST
+from ssld.stage2_detect.models.batch import ImageBatch
+from ssld.stage2_detect.models.build import Detector
+from ssld.stage2_detect.models.graph import DetectorGraph
+from ssld.stage2_detect.pictures import find_pictures
 
 Batch = tuple[Tensor, Tensor]
 """pixels uint8 [B, 3, H, W] and true sizes int64 [B, 2]"""

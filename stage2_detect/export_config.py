@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from shared.config import CommandConfig
-from stage2_detect.predict_config import is_pattern
+from ssld.shared.config import CommandConfig
+from ssld.stage2_detect.predict_config import is_pattern
 
 FILES = {"onnx": "detector.onnx", "torch": "detector.pt2"}
 """What each format is called."""

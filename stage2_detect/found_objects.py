@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from pycocotools import mask as mask_codec
 
-from shared.errors import UserError
-from shared.images import UnreadableImage, image_size
-from stage2_detect.coco import MIN_SIDE
+from ssld.shared.errors import UserError
+from ssld.shared.images import UnreadableImage, image_size
+from ssld.stage2_detect.coco import MIN_SIDE
 
 Corners = tuple[float, float, float, float]
 DIGITS = 3

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.errors import UserError
-from shared.graph_files import Dynamic, read_program, session, write_onnx, write_program
-from shared.hub import public
-from stage2_detect.batches import PAD_MULTIPLE
-from stage2_detect.detector_file import LoadedDetector
-from stage2_detect.models.graph import DetectorGraph
+from ssld.shared.errors import UserError
+from ssld.shared.graph_files import Dynamic, read_program, session, write_onnx, write_program
+from ssld.shared.hub import public
+from ssld.stage2_detect.batches import PAD_MULTIPLE
+from ssld.stage2_detect.detector_file import LoadedDetector
+from ssld.stage2_detect.models.graph import DetectorGraph
 
 INPUTS = ("pixels", "sizes")
 LEAST, _MOST = 5, 256
@@ -40,7 +40,7 @@ def write(
 
     A network that cannot be traced for every size gets the largest that its recipe evaluates at. Raises UserError where that fails too.
     """
-    from stage2_detect import onnx_suppression
+    from ssld.stage2_detect import onnx_suppression
 
     def one(canvas: tuple[int, int] | None) -> None:
         example = (torch.zeros(2, 3, *(canvas or _EXAMPLE), dtype=torch.uint8), torch.tensor([canvas or _EXAMPLE] * 2))

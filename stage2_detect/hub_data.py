@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from shared.errors import UserError
-from stage2_detect.coco import is_shape
-from stage2_detect.found_objects import (
+from ssld.shared.errors import UserError
+from ssld.stage2_detect.coco import is_shape
+from ssld.stage2_detect.found_objects import (
     Corners,
     Found,
     FoundImage,

@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shared.backbones import InputSettings, create_body, parse_reference
-from shared.errors import UserError
-from shared.model_file import read_metadata, read_tensors
-from stage2_detect.class_rows import carry_rows, rows_per_class
-from stage2_detect.model_config import DetectorConfig
+from ssld.shared.backbones import InputSettings, create_body, parse_reference
+from ssld.shared.errors import UserError
+from ssld.shared.model_file import read_metadata, read_tensors
+from ssld.stage2_detect.class_rows import carry_rows, rows_per_class
+from ssld.stage2_detect.model_config import DetectorConfig
 
 
 class InitFile:

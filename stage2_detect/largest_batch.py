@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from stage2_detect.augment import fit_view
-from stage2_detect.batches import PAD_MULTIPLE, masks_of
-from stage2_detect.coco import CocoImage
-from stage2_detect.config import TrainConfig
-from stage2_detect.models.batch import ImageBatch, Targets
-from stage2_detect.models.inference import for_inference
-from stage2_detect.student import Student
-from stage2_detect.training_data import TrainingData
+from ssld.stage2_detect.augment import fit_view
+from ssld.stage2_detect.batches import PAD_MULTIPLE, masks_of
+from ssld.stage2_detect.coco import CocoImage
+from ssld.stage2_detect.config import TrainConfig
+from ssld.stage2_detect.models.batch import ImageBatch, Targets
+from ssld.stage2_detect.models.inference import for_inference
+from ssld.stage2_detect.student import Student
+from ssld.stage2_detect.training_data import TrainingData
 
 
 def whole_step(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stage2_detect.models import boxes
+from ssld.stage2_detect.models import boxes
 
 _EPSILON = 1e-10
 

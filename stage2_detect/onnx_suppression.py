@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stage2_detect.models import graph
+from ssld.stage2_detect.models import graph
 
 
 @torch.library.custom_op("ssld::suppress", mutates_args=())

@@ -11,9 +11,9 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from shared.errors import UserError
-from shared.paddle_weights import LEAVES
-from stage2_detect.model_config import DetectorConfig
+from ssld.shared.errors import UserError
+from ssld.shared.paddle_weights import LEAVES
+from ssld.stage2_detect.model_config import DetectorConfig
 
 # Blocks a stage; a deep stem makes it timm's `d`.
 _DEPTHS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101", (3, 8, 36, 3): "resnet152"}

@@ -13,16 +13,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from shared.errors import UserError
-from shared.images import UnreadableImage
-from shared.workers import start_worker
-from stage2_detect.augment import fit_view, view_image
-from stage2_detect.batches import PAD_MULTIPLE, load_record
-from stage2_detect.coco import CocoImage
-from stage2_detect.config import ResizeConfig
-from stage2_detect.models.batch import ImageBatch
-from stage2_detect.tiles import Window, windows_of
-from stage2_detect.tta import Sizes
+from ssld.shared.errors import UserError
+from ssld.shared.images import UnreadableImage
+from ssld.shared.workers import start_worker
+from ssld.stage2_detect.augment import fit_view, view_image
+from ssld.stage2_detect.batches import PAD_MULTIPLE, load_record
+from ssld.stage2_detect.coco import CocoImage
+from ssld.stage2_detect.config import ResizeConfig
+from ssld.stage2_detect.models.batch import ImageBatch
+from ssld.stage2_detect.tiles import Window, windows_of
+from ssld.stage2_detect.tta import Sizes
 
 Item = TypeVar("Item")
 

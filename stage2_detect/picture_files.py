@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from stage2_detect.batches import load_record
-from stage2_detect.coco import CocoImage
-from stage2_detect.detector_file import LoadedDetector
-from stage2_detect.drawing import draw_objects
-from stage2_detect.models.batch import Detections
-from stage2_detect.predict_config import PredictConfig
-from stage2_detect.prediction_files import stem
+from ssld.stage2_detect.batches import load_record
+from ssld.stage2_detect.coco import CocoImage
+from ssld.stage2_detect.detector_file import LoadedDetector
+from ssld.stage2_detect.drawing import draw_objects
+from ssld.stage2_detect.models.batch import Detections
+from ssld.stage2_detect.predict_config import PredictConfig
+from ssld.stage2_detect.prediction_files import stem
 
 _QUALITY = 92  # of JPEGs
 

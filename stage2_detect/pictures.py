@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from shared.errors import UserError
-from shared.files import IMAGE_SUFFIXES, list_images, require_images
-from stage2_detect.coco import CocoImage, Id
-from stage2_detect.predict_config import is_pattern
-from stage2_detect.video import VIDEO_SUFFIXES
+from ssld.shared.errors import UserError
+from ssld.shared.files import IMAGE_SUFFIXES, list_images, require_images
+from ssld.stage2_detect.coco import CocoImage, Id
+from ssld.stage2_detect.predict_config import is_pattern
+from ssld.stage2_detect.video import VIDEO_SUFFIXES
 
 _SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
 _ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF: the tag, and the values that swap width and height

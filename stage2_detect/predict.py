@@ -11,13 +11,14 @@ with the same command.
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from importlib.util import find_spec
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("ssld") is None:
+    print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
+    sys.exit(2)
 
-from shared.command import run_command
-from stage2_detect.predict_config import PredictConfig
+from ssld.shared.command import run_command
+from ssld.stage2_detect.predict_config import PredictConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +32,7 @@ def predict(config: PredictConfig) -> None:
     Raises:
         UserError: anything the user can mend; no picture can be read; for pseudo-labels, no box reaches the threshold.
     """
-    from stage2_detect.pictures import pictures_of_any_size
+    from ssld.stage2_detect.pictures import pictures_of_any_size
 
     with pictures_of_any_size(config.tile is not None):
         _predict(config)
@@ -42,16 +43,16 @@ def _predict(config: PredictConfig) -> None:
 
     from accelerate import Accelerator
 
-    from shared.errors import UserError
-    from shared.processes import uses_gpu
-    from shared.ranks import from_main_rank, rank, world_size
-    from shared.run_dir import RunDir, write_atomically
-    from shared.wording import count
-    from stage2_detect.detector_file import load_detector
-    from stage2_detect.picture_files import PictureFiles
-    from stage2_detect.prediction import Finder, PictureClock, assemble, check_detector, detect_parts, find_work
-    from stage2_detect.prediction_files import Parts, counts, table_text, write_yolo
-    from stage2_detect.video_prediction import FrameLoader, Segments, detect_videos, write_video
+    from ssld.shared.errors import UserError
+    from ssld.shared.processes import uses_gpu
+    from ssld.shared.ranks import from_main_rank, rank, world_size
+    from ssld.shared.run_dir import RunDir, write_atomically
+    from ssld.shared.wording import count
+    from ssld.stage2_detect.detector_file import load_detector
+    from ssld.stage2_detect.picture_files import PictureFiles
+    from ssld.stage2_detect.prediction import Finder, PictureClock, assemble, check_detector, detect_parts, find_work
+    from ssld.stage2_detect.prediction_files import Parts, counts, table_text, write_yolo
+    from ssld.stage2_detect.video_prediction import FrameLoader, Segments, detect_videos, write_video
 
     # ---- detector and pictures, checked before any process group exists
     loaded = load_detector(config.model)

@@ -6,8 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stage2_detect.config import RunDetectorConfig
-from stage2_detect.model_config import Fraction
+from ssld.stage2_detect.config import RunDetectorConfig
+from ssld.stage2_detect.model_config import Fraction
 
 THRESHOLD, PSEUDO_THRESHOLD = 0.5, 0.4
 Written = Literal["json", "pictures", "csv", "yolo", "yolo_scores", "crops"]

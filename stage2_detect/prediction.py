@@ -11,25 +11,25 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from shared.config import did_you_mean
-from shared.errors import UserError
-from shared.processes import DTYPES
-from shared.run_dir import RunDir
-from shared.wording import count, duration
-from stage2_detect.coco import CocoImage, Id
-from stage2_detect.coco_ap import result_rows
-from stage2_detect.coco_table import read_table
-from stage2_detect.detector_file import LoadedDetector
-from stage2_detect.models.batch import Detections
-from stage2_detect.picture_batches import PictureLoader, Sizing, batches_of
-from stage2_detect.picture_files import PictureFiles, stem
-from stage2_detect.pictures import Pictures, find_pictures, records_of
-from stage2_detect.predict_config import PredictConfig
-from stage2_detect.prediction_files import Parts, coco_json, picture_entry
-from stage2_detect.scoring import detections
-from stage2_detect.tiles import merged_windows
-from stage2_detect.video import is_video, require_av
-from stage2_detect.video_prediction import FrameLoader, Segments
+from ssld.shared.config import did_you_mean
+from ssld.shared.errors import UserError
+from ssld.shared.processes import DTYPES
+from ssld.shared.run_dir import RunDir
+from ssld.shared.wording import count, duration
+from ssld.stage2_detect.coco import CocoImage, Id
+from ssld.stage2_detect.coco_ap import result_rows
+from ssld.stage2_detect.coco_table import read_table
+from ssld.stage2_detect.detector_file import LoadedDetector
+from ssld.stage2_detect.models.batch import Detections
+from ssld.stage2_detect.picture_batches import PictureLoader, Sizing, batches_of
+from ssld.stage2_detect.picture_files import PictureFiles, stem
+from ssld.stage2_detect.pictures import Pictures, find_pictures, records_of
+from ssld.stage2_detect.predict_config import PredictConfig
+from ssld.stage2_detect.prediction_files import Parts, coco_json, picture_entry
+from ssld.stage2_detect.scoring import detections
+from ssld.stage2_detect.tiles import merged_windows
+from ssld.stage2_detect.video import is_video, require_av
+from ssld.stage2_detect.video_prediction import FrameLoader, Segments
 
 
 @dataclass(frozen=True)

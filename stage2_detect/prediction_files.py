@@ -16,10 +16,10 @@ from typing import Any
 import yaml
 from pycocotools import mask as mask_codec
 
-from shared.errors import UserError
-from shared.run_dir import write_atomically
-from stage2_detect.batch_order import eval_batches
-from stage2_detect.coco import CocoImage, Id
+from ssld.shared.errors import UserError
+from ssld.shared.run_dir import write_atomically
+from ssld.stage2_detect.batch_order import eval_batches
+from ssld.stage2_detect.coco import CocoImage, Id
 
 _PART = 128  # pictures, about
 

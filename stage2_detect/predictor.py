@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from shared.errors import UserError
-from shared.images import UnreadableImage, decode_image
-from stage2_detect.detector_file import LoadedDetector
-from stage2_detect.drawing import draw_objects
-from stage2_detect.models.batch import Detections, ImageBatch
-from stage2_detect.picture_batches import Sizing, ahead
-from stage2_detect.pictures import pictures_of_any_size
-from stage2_detect.tiles import Window, merged_windows, windows_of
+from ssld.shared.errors import UserError
+from ssld.shared.images import UnreadableImage, decode_image
+from ssld.stage2_detect.detector_file import LoadedDetector
+from ssld.stage2_detect.drawing import draw_objects
+from ssld.stage2_detect.models.batch import Detections, ImageBatch
+from ssld.stage2_detect.picture_batches import Sizing, ahead
+from ssld.stage2_detect.pictures import pictures_of_any_size
+from ssld.stage2_detect.tiles import Window, merged_windows, windows_of
 
 Picture = str | Path | Image.Image | np.ndarray
 """A file, turned upright by its EXIF; a picture of PIL's; or uint8 [height, width, 3], RGB."""

@@ -7,16 +7,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from shared.ranks import from_main_rank, gather_on_main_rank, rank, world_size
-from shared.wording import duration
-from stage2_detect.batches import EvalLoader
-from stage2_detect.coco import CocoData, Id
-from stage2_detect.coco_ap import coco_ap
-from stage2_detect.config import TTAConfig
-from stage2_detect.models.batch import Detections
-from stage2_detect.models.build import Detector
-from stage2_detect.models.inference import for_inference
-from stage2_detect.tta import SizesLoader, detect_views
+from ssld.shared.ranks import from_main_rank, gather_on_main_rank, rank, world_size
+from ssld.shared.wording import duration
+from ssld.stage2_detect.batches import EvalLoader
+from ssld.stage2_detect.coco import CocoData, Id
+from ssld.stage2_detect.coco_ap import coco_ap
+from ssld.stage2_detect.config import TTAConfig
+from ssld.stage2_detect.models.batch import Detections
+from ssld.stage2_detect.models.build import Detector
+from ssld.stage2_detect.models.inference import for_inference
+from ssld.stage2_detect.tta import SizesLoader, detect_views
 
 Record = TypeVar("Record")
 _SILENCE = 30.0  # seconds that nothing is heard for

@@ -9,20 +9,20 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from shared.backbones import architecture, create_body, input_settings, licence, parse_reference, place
-from shared.optim import parameter_groups
-from shared.ranks import total_over_ranks, world_size
-from stage2_detect.coco import CocoData
-from stage2_detect.config import TrainConfig
-from stage2_detect.dense_distillation import DistilledDense
-from stage2_detect.detector_file import save_detector
-from stage2_detect.distill_config import ADLConfig, DistillConfig, LDConfig
-from stage2_detect.distillation import DistilledDetector
-from stage2_detect.init_weights import InitFile
-from stage2_detect.models.build import Detector, build_detector
-from stage2_detect.models.freezing import lr_factor_of_parameter
-from stage2_detect.models.rcnn import RCNN
-from stage2_detect.teacher_detector import FrozenDetector, open_teacher
+from ssld.shared.backbones import architecture, create_body, input_settings, licence, parse_reference, place
+from ssld.shared.optim import parameter_groups
+from ssld.shared.ranks import total_over_ranks, world_size
+from ssld.stage2_detect.coco import CocoData
+from ssld.stage2_detect.config import TrainConfig
+from ssld.stage2_detect.dense_distillation import DistilledDense
+from ssld.stage2_detect.detector_file import save_detector
+from ssld.stage2_detect.distill_config import ADLConfig, DistillConfig, LDConfig
+from ssld.stage2_detect.distillation import DistilledDetector
+from ssld.stage2_detect.init_weights import InitFile
+from ssld.stage2_detect.models.build import Detector, build_detector
+from ssld.stage2_detect.models.freezing import lr_factor_of_parameter
+from ssld.stage2_detect.models.rcnn import RCNN
+from ssld.stage2_detect.teacher_detector import FrozenDetector, open_teacher
 
 
 class Student:

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.backbones import place
-from shared.errors import UserError
-from stage2_detect.class_rows import permute_classes
-from stage2_detect.coco import CocoData
-from stage2_detect.detector_file import load_detector
-from stage2_detect.model_config import DetectorConfig
-from stage2_detect.models.batch import ImageBatch
-from stage2_detect.models.build import Detector
-from stage2_detect.models.dense import DenseDetector, Outputs
-from stage2_detect.models.inference import for_inference
-from stage2_detect.models.rcnn import RCNN
-from stage2_detect.scoring import score
+from ssld.shared.backbones import place
+from ssld.shared.errors import UserError
+from ssld.stage2_detect.class_rows import permute_classes
+from ssld.stage2_detect.coco import CocoData
+from ssld.stage2_detect.detector_file import load_detector
+from ssld.stage2_detect.model_config import DetectorConfig
+from ssld.stage2_detect.models.batch import ImageBatch
+from ssld.stage2_detect.models.build import Detector
+from ssld.stage2_detect.models.dense import DenseDetector, Outputs
+from ssld.stage2_detect.models.inference import for_inference
+from ssld.stage2_detect.models.rcnn import RCNN
+from ssld.stage2_detect.scoring import score
 
 
 class FrozenDetector:

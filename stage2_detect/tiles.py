@@ -16,8 +16,8 @@ import torch
 from pycocotools import mask as mask_codec
 from torch import Tensor
 
-from stage2_detect.models.batch import Detections
-from stage2_detect.models.mask_targets import decode_rle
+from ssld.stage2_detect.models.batch import Detections
+from ssld.stage2_detect.models.mask_targets import decode_rle
 
 SAME = 0.5
 """IoU in the common region from which two boxes are one object"""

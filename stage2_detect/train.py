@@ -10,13 +10,15 @@ the newest checkpoint of this run, (2) `init`, a detector file, (3) the backbone
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("ssld") is None:
+    print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
+    sys.exit(2)
 
-from shared.command import run_command
-from stage2_detect.config import TrainConfig
+from ssld.shared.command import run_command
+from ssld.stage2_detect.config import TrainConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,26 +37,26 @@ def train(config: TrainConfig) -> None:
 
     import torch
 
-    from shared.auto_batch import find_passes
-    from shared.backbones import parse_reference
-    from shared.errors import Stopped
-    from shared.images import stable_seed
-    from shared.optim import make_optimizer, multistep_factor, scale_lr, set_lr
-    from shared.processes import DTYPES, optimizer_step, start_processes, start_trackers
-    from shared.quarantine import Quarantine
-    from shared.ranks import from_main_rank, share_buffers, world_size
-    from shared.run_dir import RunDir
-    from shared.stop import StopRequest
-    from shared.training_state import TrainingState
-    from shared.wording import count
-    from stage2_detect import expected
-    from stage2_detect.evaluation_files import write_evaluation
-    from stage2_detect.largest_batch import whole_step
-    from stage2_detect.scoring import describe, score
-    from stage2_detect.student import Student
-    from stage2_detect.teacher_detector import check_teacher
-    from stage2_detect.training_data import images_to_try_a_teacher_on, read_training_data, training_loader
-    from stage2_detect.validation_loss import validation_losses
+    from ssld.shared.auto_batch import find_passes
+    from ssld.shared.backbones import parse_reference
+    from ssld.shared.errors import Stopped
+    from ssld.shared.images import stable_seed
+    from ssld.shared.optim import make_optimizer, multistep_factor, scale_lr, set_lr
+    from ssld.shared.processes import DTYPES, optimizer_step, start_processes, start_trackers
+    from ssld.shared.quarantine import Quarantine
+    from ssld.shared.ranks import from_main_rank, share_buffers, world_size
+    from ssld.shared.run_dir import RunDir
+    from ssld.shared.stop import StopRequest
+    from ssld.shared.training_state import TrainingState
+    from ssld.shared.wording import count
+    from ssld.stage2_detect import expected
+    from ssld.stage2_detect.evaluation_files import write_evaluation
+    from ssld.stage2_detect.largest_batch import whole_step
+    from ssld.stage2_detect.scoring import describe, score
+    from ssld.stage2_detect.student import Student
+    from ssld.stage2_detect.teacher_detector import check_teacher
+    from ssld.stage2_detect.training_data import images_to_try_a_teacher_on, read_training_data, training_loader
+    from ssld.stage2_detect.validation_loss import validation_losses
 
     # ---- data and backbone, checked before any process group exists
     data = read_training_data(config)

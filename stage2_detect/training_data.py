@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from stage2_detect.batch_order import repeat_factors
-from stage2_detect.batches import TrainLoader
-from stage2_detect.coco import CocoData, CocoImage, read_coco, require_masks
-from stage2_detect.config import TrainConfig
-from stage2_detect.unlabelled import labelled_images, list_pictures, read_pseudo_labels
+from ssld.stage2_detect.batch_order import repeat_factors
+from ssld.stage2_detect.batches import TrainLoader
+from ssld.stage2_detect.coco import CocoData, CocoImage, read_coco, require_masks
+from ssld.stage2_detect.config import TrainConfig
+from ssld.stage2_detect.unlabelled import labelled_images, list_pictures, read_pseudo_labels
 
 
 @dataclass(frozen=True)

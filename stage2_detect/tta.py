@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from shared.images import UnreadableImage
-from stage2_detect.batches import EvalLoader
-from stage2_detect.coco import CocoImage
-from stage2_detect.models.batch import Detections, ImageBatch
-from stage2_detect.models.boxes import class_nms
-from stage2_detect.models.rcnn import RCNN
+from ssld.shared.images import UnreadableImage
+from ssld.stage2_detect.batches import EvalLoader
+from ssld.stage2_detect.coco import CocoImage
+from ssld.stage2_detect.models.batch import Detections, ImageBatch
+from ssld.stage2_detect.models.boxes import class_nms
+from ssld.stage2_detect.models.rcnn import RCNN
 
 
 @dataclass(frozen=True)

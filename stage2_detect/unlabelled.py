@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from shared.errors import UserError
-from shared.files import require_images
-from stage2_detect.batch_order import BatchOrder
-from stage2_detect.coco import CocoData, CocoImage, read_coco, require_masks
-from stage2_detect.pictures import Pictures, records_of
+from ssld.shared.errors import UserError
+from ssld.shared.files import require_images
+from ssld.stage2_detect.batch_order import BatchOrder
+from ssld.stage2_detect.coco import CocoData, CocoImage, read_coco, require_masks
+from ssld.stage2_detect.pictures import Pictures, records_of
 
 _TOO_MANY = 0.01
 _STREAM = 0x756E6C  # keeps these draws apart from other draws from (seed, number)

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shared.images import stable_seed
-from shared.ranks import gather_lists, rank, world_size
-from stage2_detect.augment import fit_view, view_boxes
-from stage2_detect.batches import EvalLoader, masks_of
-from stage2_detect.coco import MIN_SIDE, CocoData, CocoImage
-from stage2_detect.models.batch import Targets
-from stage2_detect.models.build import Detector
+from ssld.shared.images import stable_seed
+from ssld.shared.ranks import gather_lists, rank, world_size
+from ssld.stage2_detect.augment import fit_view, view_boxes
+from ssld.stage2_detect.batches import EvalLoader, masks_of
+from ssld.stage2_detect.coco import MIN_SIDE, CocoData, CocoImage
+from ssld.stage2_detect.models.batch import Targets
+from ssld.stage2_detect.models.build import Detector
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from shared.errors import UserError
-from shared.images import UnreadableImage
+from ssld.shared.errors import UserError
+from ssld.shared.images import UnreadableImage
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv")
 """beside them .gif, where it moves"""

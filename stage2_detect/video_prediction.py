@@ -17,18 +17,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from shared.errors import UserError
-from shared.images import UnreadableImage
-from shared.run_dir import write_atomically
-from stage2_detect.coco import Id
-from stage2_detect.coco_ap import result_rows
-from stage2_detect.drawing import draw_objects
-from stage2_detect.models.batch import Detections, ImageBatch
-from stage2_detect.picture_batches import Sizing, ahead
-from stage2_detect.picture_files import PictureFiles
-from stage2_detect.tiles import Window, windows_of
-from stage2_detect.tta import Sizes
-from stage2_detect.video import Frame, VideoFile, read_frames
+from ssld.shared.errors import UserError
+from ssld.shared.images import UnreadableImage
+from ssld.shared.run_dir import write_atomically
+from ssld.stage2_detect.coco import Id
+from ssld.stage2_detect.coco_ap import result_rows
+from ssld.stage2_detect.drawing import draw_objects
+from ssld.stage2_detect.models.batch import Detections, ImageBatch
+from ssld.stage2_detect.picture_batches import Sizing, ahead
+from ssld.stage2_detect.picture_files import PictureFiles
+from ssld.stage2_detect.tiles import Window, windows_of
+from ssld.stage2_detect.tta import Sizes
+from ssld.stage2_detect.video import Frame, VideoFile, read_frames
 
 _SEGMENT = 128  # frames
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.parsers import expat
 
-from shared.errors import UserError
-from shared.files import list_images
-from stage2_detect.found_objects import (
+from ssld.shared.errors import UserError
+from ssld.shared.files import list_images
+from ssld.stage2_detect.found_objects import (
     Found,
     FoundImage,
     FoundObject,

@@ -10,10 +10,10 @@ confidences; oriented boxes are read as polygons of four points.
 from pathlib import Path
 from typing import Any
 
-from shared.errors import UserError
-from shared.files import IMAGE_SUFFIXES, list_images
-from shared.yaml_files import read_yaml
-from stage2_detect.found_objects import (
+from ssld.shared.errors import UserError
+from ssld.shared.files import IMAGE_SUFFIXES, list_images
+from ssld.shared.yaml_files import read_yaml
+from ssld.stage2_detect.found_objects import (
     Found,
     FoundImage,
     FoundObject,

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from shared.run_dir import SPEED
+from ssld.shared.run_dir import SPEED
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("disc", "ring", "stripes")
@@ -77,7 +77,7 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import timm
     import torch
 
-    from shared.backbones import input_settings, save_backbone
+    from ssld.shared.backbones import input_settings, save_backbone
 
     torch.manual_seed(7)
     net: Any = timm.create_model("test_resnet", num_classes=3)

@@ -163,8 +163,8 @@ def build(folder: Path, *, train: Path, val: Path, unlabelled: Path, teacher: Pa
 
 def tiny_pipeline(text: str) -> str:
     """A pipeline whose every stage has the sizes of `TINY`, and of the file's own `smoke:` where `TINY` says nothing."""
-    from pipelines.config import CommandName, flatten
-    from pipelines.stages import KINDS
+    from ssld.pipelines.config import CommandName, flatten
+    from ssld.pipelines.stages import KINDS
 
     content = yaml.safe_load(text)
     commands: dict[str, CommandName] = {}
@@ -184,12 +184,12 @@ def save_random_detector(path: Path, kind: str, annotations: Path) -> None:
     import timm
     import torch
 
-    from shared.backbones import InputSettings
-    from stage2_detect.coco import read_coco
-    from stage2_detect.config import ResizeConfig
-    from stage2_detect.detector_file import save_detector
-    from stage2_detect.model_config import DetectorConfig
-    from stage2_detect.models.build import build_detector
+    from ssld.shared.backbones import InputSettings
+    from ssld.stage2_detect.coco import read_coco
+    from ssld.stage2_detect.config import ResizeConfig
+    from ssld.stage2_detect.detector_file import save_detector
+    from ssld.stage2_detect.model_config import DetectorConfig
+    from ssld.stage2_detect.models.build import build_detector
 
     torch.manual_seed(0)
     parts: dict[str, Any] = {"dense": {"convolutions": 1, "score_threshold": 0.001}}
@@ -241,7 +241,7 @@ def write_coco(file: Path, folder: Path, seed: int) -> None:
 
 def write_clip(file: Path) -> None:
     """A video of three scenes."""
-    from stage2_detect.video import VideoFile
+    from ssld.stage2_detect.video import VideoFile
 
     with VideoFile(file, SIDE, SIDE, 10) as video:
         for number in range(3):

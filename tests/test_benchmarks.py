@@ -16,9 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from shared.config import parse_config
-from stage2_detect.config import TrainConfig
-from stage2_detect.predict_config import PredictConfig
+from ssld.shared.config import parse_config
+from ssld.stage2_detect.config import TrainConfig
+from ssld.stage2_detect.predict_config import PredictConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 

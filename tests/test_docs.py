@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines import doctor
-from pipelines.cli import COMMANDS
-from pipelines.stages import KINDS, build_stages, read_pipeline
-from shared.config import parse_config
-from stage1_ssld.data_config import DataConfig, LossConfig, TeacherConfig
+from ssld.pipelines import doctor
+from ssld.pipelines.cli import COMMANDS
+from ssld.pipelines.stages import KINDS, build_stages, read_pipeline
+from ssld.shared.config import parse_config
+from ssld.stage1_ssld.data_config import DataConfig, LossConfig, TeacherConfig
 from tests.docs_sandbox import ROOT, commands
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from pipelines import data_process, disk, doctor, init
-from pipelines.launch import Outcome, Signals
-from pipelines.stages import KINDS, Stage
-from stage2_detect import check_data
+from ssld.pipelines import data_process, disk, doctor, init
+from ssld.pipelines.launch import Outcome, Signals
+from ssld.pipelines.stages import KINDS, Stage
+from ssld.stage2_detect import check_data
 from tests.docs_sandbox import ROOT, TINY, Sandbox, build, commands, shrunk
 
 PAGES = [ROOT / "README.md", ROOT / "docs/distillation.md"]  # first: what others read is made there
@@ -46,7 +46,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, call: Callable[..., int], s
         return Outcome(call(main_of(stage.kind.script), list(stage.arguments)))
 
     monkeypatch.chdir(sandbox.folder)
-    monkeypatch.setattr("pipelines.run.run_stage", run_here)
+    monkeypatch.setattr("ssld.pipelines.run.run_stage", run_here)
     for module in (doctor, init):
         monkeypatch.setattr(module, "ask_torch", lambda: CPU)
     monkeypatch.setattr(data_process, "run_script", check_data.main)
@@ -128,7 +128,7 @@ def program(line: str) -> tuple[str, list[str]]:
     words = shlex.split(line)
     if words[:3] == ["srun", "bash", "-c"]:
         words = shlex.split(words[3])
-    if words[0] == "ssld" or words[:3] == ["python", "-m", "pipelines.cli"]:
+    if words[0] == "ssld" or words[:3] == ["python", "-m", "ssld.pipelines.cli"]:
         return "pipelines/cli.py", words[1 if words[0] == "ssld" else 3 :]
     place = next((number for number, word in enumerate(words) if word.endswith(".py")), None)
     known = words[0] in ("python", "accelerate", "torchrun") and place is not None

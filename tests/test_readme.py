@@ -11,10 +11,10 @@ import pytest
 import timm
 import torch
 
-from pipelines import run
-from pipelines.cli import COMMANDS
-from pipelines.stages import KINDS
-from shared.config import parse_config
+from ssld.pipelines import run
+from ssld.pipelines.cli import COMMANDS
+from ssld.pipelines.stages import KINDS
+from ssld.shared.config import parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

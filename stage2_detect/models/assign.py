@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stage2_detect.models import boxes
+from ssld.stage2_detect.models import boxes
 
 _CHUNK_ELEMENTS = 2**24
 """Of the IoU matrix at once: 64 MB a temporary. 300 objects and 268,000 anchors would need 320 MB an image."""

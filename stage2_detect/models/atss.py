@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stage2_detect.models import boxes
-from stage2_detect.models.assign import Assignment
+from ssld.stage2_detect.models import boxes
+from ssld.stage2_detect.models.assign import Assignment
 
 _INSIDE = 0.01  # pixels that a centre has to be away from the object's border
 _CHUNK_ELEMENTS = 2**24  # of a distance matrix at once, 64 MB

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stage2_detect.models.mask_targets import ImageMasks
+from ssld.stage2_detect.models.mask_targets import ImageMasks
 
 
 @dataclass(frozen=True)

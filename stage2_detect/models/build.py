@@ -4,18 +4,18 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from shared.backbones import InputSettings
-from stage2_detect.losses import BoxLoss
-from stage2_detect.model_config import BoxLossConfig, DetectorConfig, RPNConfig
-from stage2_detect.models.dense import DenseDetector
-from stage2_detect.models.gfl import GFL
-from stage2_detect.models.mask_head import MaskHead
-from stage2_detect.models.postprocess import Suppression
-from stage2_detect.models.pyramid import TimmPyramid
-from stage2_detect.models.rcnn import RCNN
-from stage2_detect.models.retinanet import RetinaNet
-from stage2_detect.models.roi_heads import BoxStage, RoIHeads
-from stage2_detect.models.rpn import RPN
+from ssld.shared.backbones import InputSettings
+from ssld.stage2_detect.losses import BoxLoss
+from ssld.stage2_detect.model_config import BoxLossConfig, DetectorConfig, RPNConfig
+from ssld.stage2_detect.models.dense import DenseDetector
+from ssld.stage2_detect.models.gfl import GFL
+from ssld.stage2_detect.models.mask_head import MaskHead
+from ssld.stage2_detect.models.postprocess import Suppression
+from ssld.stage2_detect.models.pyramid import TimmPyramid
+from ssld.stage2_detect.models.rcnn import RCNN
+from ssld.stage2_detect.models.retinanet import RetinaNet
+from ssld.stage2_detect.models.roi_heads import BoxStage, RoIHeads
+from ssld.stage2_detect.models.rpn import RPN
 
 Detector = RCNN | DenseDetector
 _ONE_STAGE_WEIGHTS = (10.0, 10.0, 5.0, 5.0)

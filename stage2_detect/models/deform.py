@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import deform_conv2d
 
-from shared.errors import UserError
+from ssld.shared.errors import UserError
 
 
 class ModulatedDeformConv2d(nn.Module):

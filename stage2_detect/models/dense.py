@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from stage2_detect.models import boxes
-from stage2_detect.models.anchors import Grids
-from stage2_detect.models.batch import Detections, ImageBatch, Targets
-from stage2_detect.models.gfl import GFL
-from stage2_detect.models.pyramid import TimmPyramid
-from stage2_detect.models.rcnn import normalise
-from stage2_detect.models.retinanet import RetinaNet
+from ssld.stage2_detect.models import boxes
+from ssld.stage2_detect.models.anchors import Grids
+from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
+from ssld.stage2_detect.models.gfl import GFL
+from ssld.stage2_detect.models.pyramid import TimmPyramid
+from ssld.stage2_detect.models.rcnn import normalise
+from ssld.stage2_detect.models.retinanet import RetinaNet
 
 Outputs = tuple[Tensor, Tensor]
 """Logits [B, A, K] and box values [B, A, ...] of a head."""

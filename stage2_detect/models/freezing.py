@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stage2_detect.models.deform import is_offset
+from ssld.stage2_detect.models.deform import is_offset
 
 STRIDES = (4, 8, 16, 32)
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
-from stage2_detect import dense_losses
-from stage2_detect.models import boxes
-from stage2_detect.models.anchors import Grids, grid_anchors
-from stage2_detect.models.assign import Assignment
-from stage2_detect.models.atss import Thresholds, assign_atss
-from stage2_detect.models.batch import Targets
-from stage2_detect.models.dense_head import DenseHead
+from ssld.stage2_detect import dense_losses
+from ssld.stage2_detect.models import boxes
+from ssld.stage2_detect.models.anchors import Grids, grid_anchors
+from ssld.stage2_detect.models.assign import Assignment
+from ssld.stage2_detect.models.atss import Thresholds, assign_atss
+from ssld.stage2_detect.models.batch import Targets
+from ssld.stage2_detect.models.dense_head import DenseHead
 
 _FILLED = 32  # pixels of which the sides of a padded image are multiples
 _ANCHOR_STRIDES = 8  # sides of an anchor in strides

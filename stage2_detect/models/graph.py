@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import nms
 
-from stage2_detect.models import anchors, boxes
-from stage2_detect.models.batch import ImageBatch
-from stage2_detect.models.dense import DenseDetector, grids_of
-from stage2_detect.models.rcnn import RCNN
-from stage2_detect.models.rpn import Proposals
+from ssld.stage2_detect.models import anchors, boxes
+from ssld.stage2_detect.models.batch import ImageBatch
+from ssld.stage2_detect.models.dense import DenseDetector, grids_of
+from ssld.stage2_detect.models.rcnn import RCNN
+from ssld.stage2_detect.models.rpn import Proposals
 
 Suppress = Callable[[Tensor, Tensor, float, float, int], Tensor]
 """`suppress`, or something that does the same."""

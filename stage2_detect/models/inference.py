@@ -10,9 +10,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from shared.folding import fold_batchnorm
-from stage2_detect.models.deform import ModulatedDeformConv2d
-from stage2_detect.models.pyramid import TimmPyramid
+from ssld.shared.folding import fold_batchnorm
+from ssld.stage2_detect.models.deform import ModulatedDeformConv2d
+from ssld.stage2_detect.models.pyramid import TimmPyramid
 
 _EXAMPLE = (1, 3, 64, 96)
 Detector = TypeVar("Detector", bound=nn.Module)

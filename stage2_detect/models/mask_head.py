@@ -15,10 +15,10 @@ from pycocotools import mask as mask_codec
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stage2_detect.models import boxes, pooling
-from stage2_detect.models.batch import Detections, Targets
-from stage2_detect.models.mask_targets import ImageMasks, rasterise
-from stage2_detect.models.roi_heads import SampledRoIs
+from ssld.stage2_detect.models import boxes, pooling
+from ssld.stage2_detect.models.batch import Detections, Targets
+from ssld.stage2_detect.models.mask_targets import ImageMasks, rasterise
+from ssld.stage2_detect.models.roi_heads import SampledRoIs
 
 _PASTED_PIXELS = 2**23  # of full-size masks at once, 8 MB
 

@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stage2_detect.models import boxes
-from stage2_detect.models.batch import Detections
+from ssld.stage2_detect.models import boxes
+from ssld.stage2_detect.models.batch import Detections
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork, LastLevelMaxPool
 
-from shared.errors import UserError
-from stage2_detect.models import freezing
-from stage2_detect.models.deform import replace_convolutions
+from ssld.shared.errors import UserError
+from ssld.stage2_detect.models import freezing
+from ssld.stage2_detect.models.deform import replace_convolutions
 
 _PROBE_SIZE = (64, 96)
 

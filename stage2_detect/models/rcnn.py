@@ -12,12 +12,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from stage2_detect.models import postprocess
-from stage2_detect.models.batch import Detections, ImageBatch, Targets
-from stage2_detect.models.mask_head import MaskHead, paste
-from stage2_detect.models.pyramid import TimmPyramid
-from stage2_detect.models.roi_heads import RoIHeads, SampledRoIs
-from stage2_detect.models.rpn import RPN
+from ssld.stage2_detect.models import postprocess
+from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
+from ssld.stage2_detect.models.mask_head import MaskHead, paste
+from ssld.stage2_detect.models.pyramid import TimmPyramid
+from ssld.stage2_detect.models.roi_heads import RoIHeads, SampledRoIs
+from ssld.stage2_detect.models.rpn import RPN
 
 
 def normalise(images: ImageBatch, mean_C11: Tensor, std_C11: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stage2_detect.models import boxes
+from ssld.stage2_detect.models import boxes
 
 Overlap = Literal["anchor", "union"]
 _CHUNK_ELEMENTS = 2**22

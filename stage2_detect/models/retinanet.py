@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stage2_detect import dense_losses
-from stage2_detect.models import boxes
-from stage2_detect.models.anchors import Grids, grid_anchors
-from stage2_detect.models.assign import Assignment
-from stage2_detect.models.assign import assign as assign_max_iou
-from stage2_detect.models.batch import Targets
-from stage2_detect.models.dense_head import DenseHead
+from ssld.stage2_detect import dense_losses
+from ssld.stage2_detect.models import boxes
+from ssld.stage2_detect.models.anchors import Grids, grid_anchors
+from ssld.stage2_detect.models.assign import Assignment
+from ssld.stage2_detect.models.assign import assign as assign_max_iou
+from ssld.stage2_detect.models.batch import Targets
+from ssld.stage2_detect.models.dense_head import DenseHead
 
 _WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the deltas
 _OCTAVE = 4  # strides of an anchor's side, times 2^0, 2^(1/3), 2^(2/3)

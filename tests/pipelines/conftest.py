@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines import stages as stages_module
-from pipelines.config import ReportConfig
-from pipelines.launch import Outcome, Signals
-from pipelines.stages import KINDS, Kind, Stage
+from ssld.pipelines import stages as stages_module
+from ssld.pipelines.config import ReportConfig
+from ssld.pipelines.launch import Outcome, Signals
+from ssld.pipelines.stages import KINDS, Kind, Stage
 
 FAKE = Path(__file__).with_name("fake_stage.py")
 
@@ -47,13 +47,13 @@ def started(monkeypatch: pytest.MonkeyPatch, fake_kinds: None, fake_stage: Modul
     names: list[str] = []
 
     def run_here(stage: Stage, console: Path, signals: Signals) -> Outcome:
-        from pipelines import report
+        from ssld.pipelines import report
 
         names.append(stage.name)
         work = report.main if stage.kind.remake else fake_stage.main
         return Outcome(work(list(stage.arguments)))
 
-    monkeypatch.setattr("pipelines.run.run_stage", run_here)
+    monkeypatch.setattr("ssld.pipelines.run.run_stage", run_here)
     return names
 
 

@@ -8,15 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
-
 from pydantic import Field
 
-from shared.command import run_command
-from shared.config import CommandConfig, Config, dump
-from shared.errors import Stopped, UserError
-from shared.run_dir import RunDir
+from ssld.shared.command import run_command
+from ssld.shared.config import CommandConfig, Config, dump
+from ssld.shared.errors import Stopped, UserError
+from ssld.shared.run_dir import RunDir
 
 
 class Metrics(Config):

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines import cli
-from pipelines.cli import COMMANDS, main
-from pipelines.completion import parsers
-from shared.model_file import save_model_file
+from ssld.pipelines import cli
+from ssld.pipelines.cli import COMMANDS, main
+from ssld.pipelines.completion import parsers
+from ssld.shared.model_file import save_model_file
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
 
         return types.SimpleNamespace(main=entry)
 
-    monkeypatch.setattr("pipelines.cli.importlib", types.SimpleNamespace(import_module=stand_in))
+    monkeypatch.setattr("ssld.pipelines.cli.importlib", types.SimpleNamespace(import_module=stand_in))
     return calls
 
 
@@ -51,11 +51,11 @@ def test_dispatch(called: list[tuple[str, list[str]]], name: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "module"),
     [
-        ("backbone", "stage1_ssld.evaluate"),
-        ("plain", "stage1_ssld.evaluate"),
-        ("detector", "stage2_detect.evaluate"),
-        ("backbone", "stage1_ssld.export"),
-        ("detector", "stage2_detect.export"),
+        ("backbone", "ssld.stage1_ssld.evaluate"),
+        ("plain", "ssld.stage1_ssld.evaluate"),
+        ("detector", "ssld.stage2_detect.evaluate"),
+        ("backbone", "ssld.stage1_ssld.export"),
+        ("detector", "ssld.stage2_detect.export"),
     ],
 )
 def test_evaluate_and_export_go_by_the_file(

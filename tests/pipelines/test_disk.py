@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import timm
 
-from pipelines.config import PipelineConfig
-from pipelines.disk import disk_bytes, disk_text, steps_text
-from pipelines.stages import KINDS, Stage, build_stages
-from shared.config import parse_config, validate
-from stage1_ssld.write_soft_labels import main as write_soft_labels
+from ssld.pipelines.config import PipelineConfig
+from ssld.pipelines.disk import disk_bytes, disk_text, steps_text
+from ssld.pipelines.stages import KINDS, Stage, build_stages
+from ssld.shared.config import parse_config, validate
+from ssld.stage1_ssld.write_soft_labels import main as write_soft_labels
 
 
 def test_steps_and_disk(tmp_path: Path) -> None:

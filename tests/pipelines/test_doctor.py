@@ -12,9 +12,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipelines import data_process, disk, doctor, machine, settings_check
-from pipelines.machine import ask_torch, device_lines, machine_lines, pair_lines
-from stage2_detect import check_data
+from ssld.pipelines import data_process, disk, doctor, machine, settings_check
+from ssld.pipelines.machine import ask_torch, device_lines, machine_lines, pair_lines
+from ssld.stage2_detect import check_data
 
 SOUND: dict[str, Any] = {"broken": {}, "cuda": None, "threads": 2, "devices": [], "groups": ["gloo"], "mps": False}
 H200 = ["NVIDIA H200", 140 * 2**30, 141 * 2**30, 9, 0]

@@ -10,11 +10,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipelines import data_process, disk, init, run
-from pipelines.split import split_content
-from pipelines.suggest import Facts, suggest
-from shared.errors import UserError
-from stage2_detect import check_data
+from ssld.pipelines import data_process, disk, init, run
+from ssld.pipelines.split import split_content
+from ssld.pipelines.suggest import Facts, suggest
+from ssld.shared.errors import UserError
+from ssld.stage2_detect import check_data
 
 CPU: dict[str, Any] = {"devices": []}
 GPU: dict[str, Any] = {"devices": [["NVIDIA H200", 1, 141 * 2**30, 9, 0]]}

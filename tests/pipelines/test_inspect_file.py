@@ -11,13 +11,13 @@ import pytest
 import torch
 import yaml
 
-from pipelines.inspect_file import _ALL_BLOCKS, _BLOCKS, inspect_text
-from pipelines.inspect_records import KNOWN
-from shared.checkpoint import save_checkpoint
-from shared.errors import UserError
-from shared.model_file import read_metadata, save_model_file
-from stage1_ssld.manifest_file import SCHEMA, write_manifest
-from stage2_detect.model_config import DetectorConfig
+from ssld.pipelines.inspect_file import _ALL_BLOCKS, _BLOCKS, inspect_text
+from ssld.pipelines.inspect_records import KNOWN
+from ssld.shared.checkpoint import save_checkpoint
+from ssld.shared.errors import UserError
+from ssld.shared.model_file import read_metadata, save_model_file
+from ssld.stage1_ssld.manifest_file import SCHEMA, write_manifest
+from ssld.stage2_detect.model_config import DetectorConfig
 
 TENSORS = {"weight": torch.zeros(2, 3), "scalar": torch.tensor(1.0)}
 TEACHER = {"arch": "resnet101d", "licence": "cc-by-nc-4.0", "content_sha256": "f00d"}

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from pipelines import launch
-from pipelines.launch import Outcome, Signals, command_line, run_stage
-from pipelines.run import main
-from pipelines.stages import ROOT, Stage, build_stages, read_pipeline
+from ssld.pipelines import launch
+from ssld.pipelines.launch import Outcome, Signals, command_line, run_stage
+from ssld.pipelines.run import main
+from ssld.pipelines.stages import ROOT, Stage, build_stages, read_pipeline
 
 FAKE = Path(__file__).with_name("fake_stage.py")
 
@@ -91,9 +91,9 @@ def test_user_error_behind_a_launcher(fake_kinds: None, write_pipeline: Any, err
 
 RUNNER = """
 import sys
-sys.path[:0] = [{root!r}, {here!r}]
+sys.path.insert(0, {here!r})
 import fake_stage
-from pipelines import run, stages
+from ssld.pipelines import run, stages
 stages.KINDS["teach"] = stages.Kind(fake_stage.__file__, fake_stage.FakeConfig, ("out.txt",))
 sys.exit(run.main(sys.argv[1:]))
 """
@@ -104,7 +104,7 @@ def test_signal_reaches_the_stage_in_its_own_group(
     fake_kinds: None, write_pipeline: Any, tmp_path: Path, number: signal.Signals
 ) -> None:
     file = write_pipeline({"a": {"command": "teach", "set": {"ends": "waiting"}}, "b": {"command": "teach"}})
-    code = RUNNER.format(root=str(ROOT), here=str(FAKE.parent))
+    code = RUNNER.format(here=str(FAKE.parent))
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -130,11 +130,11 @@ def test_signal_between_stages_stops(fake_kinds: None, write_pipeline: Any, monk
         os.kill(os.getpid(), signal.SIGTERM)
         return Outcome(0)
 
-    monkeypatch.setattr("pipelines.run.run_stage", finish_in_spite_of)
+    monkeypatch.setattr("ssld.pipelines.run.run_stage", finish_in_spite_of)
     assert main([str(file)]) == 143
 
 
 def test_runner_report_and_command_start_without_torch() -> None:
-    code = "import sys; from pipelines import cli, report, run; cli.main(['--help']); sys.exit('torch' in sys.modules)"
+    code = "import sys; from ssld.pipelines import cli, report, run; cli.main(['--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -11,12 +11,12 @@ import pytest
 import timm
 import yaml
 
-from pipelines.stages import Stage, build_stages, read_pipeline
-from shared.config import dump
-from shared.optim import scale_lr
-from stage1_ssld.config import DistillConfig, TeachConfig
-from stage1_ssld.distill import main as distill
-from stage1_ssld.teach import main as teach
+from ssld.pipelines.stages import Stage, build_stages, read_pipeline
+from ssld.shared.config import dump
+from ssld.shared.optim import scale_lr
+from ssld.stage1_ssld.config import DistillConfig, TeachConfig
+from ssld.stage1_ssld.distill import main as distill
+from ssld.stage1_ssld.teach import main as teach
 
 FOLDER = Path(__file__).resolve().parents[2] / "pipelines" / "recipes"
 IMAGENET, UNION = 1_281_167, 5_000_000

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipelines.report import main
-from pipelines.report_stage import Room
+from ssld.pipelines.report import main
+from ssld.pipelines.report_stage import Room
 from tests.pipelines.browser import Page, browser, find_chromium
 
 PHONE, DESK = 390, 1200

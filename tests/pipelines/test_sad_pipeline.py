@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import flatten
-from pipelines.stages import KINDS, ROOT, Stage, build_stages, read_pipeline
-from shared import toy_data
-from shared.config import identity
-from shared.run_dir import read_result
-from stage2_detect import predict, train
+from ssld.pipelines.config import flatten
+from ssld.pipelines.stages import KINDS, ROOT, Stage, build_stages, read_pipeline
+from ssld.shared import toy_data
+from ssld.shared.config import identity
+from ssld.shared.run_dir import read_result
+from ssld.stage2_detect import predict, train
 
 FILE = ROOT / "pipelines" / "sad_toy.yaml"
 STUDENTS = ("alone", "adl", "pseudo_labels", "sad")

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from pydantic import Field
 
-from pipelines.config import flatten
-from pipelines.plan import make_plan
-from pipelines.stages import KINDS, ROOT, Stage, build_stages, flags, followers, located, read_pipeline
-from shared.config import CommandConfig, Config, identity, parse_config
-from shared.errors import UserError
+from ssld.pipelines.config import flatten
+from ssld.pipelines.plan import make_plan
+from ssld.pipelines.stages import KINDS, ROOT, Stage, build_stages, flags, followers, located, read_pipeline
+from ssld.shared.config import CommandConfig, Config, identity, parse_config
+from ssld.shared.errors import UserError
 
 
 def build(file: Path, **options: Any) -> list[Stage]:

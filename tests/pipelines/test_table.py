@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from pipelines.config import TableConfig
-from pipelines.table import table_text
-from shared.errors import UserError
+from ssld.pipelines.config import TableConfig
+from ssld.pipelines.table import table_text
+from ssld.shared.errors import UserError
 
 
 def test_table_says_what_is_missing(tmp_path: Path, table: dict[str, Any]) -> None:

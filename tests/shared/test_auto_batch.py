@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shared import ranks
-from shared.backbones import Classifier
-from shared.errors import is_out_of_memory
-from stage1_ssld.distill import main as distill
+from ssld.shared import ranks
+from ssld.shared.backbones import Classifier
+from ssld.shared.errors import is_out_of_memory
+from ssld.stage1_ssld.distill import main as distill
 
 Settings = dict[str, Any]
 Arguments = Callable[..., list[str]]

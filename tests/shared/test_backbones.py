@@ -9,7 +9,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from shared.backbones import (
+from ssld.shared.backbones import (
     check_fits,
     create_body,
     create_classifier,
@@ -17,8 +17,8 @@ from shared.backbones import (
     parse_reference,
     save_backbone,
 )
-from shared.errors import UserError
-from shared.model_file import read_metadata, read_shapes
+from ssld.shared.errors import UserError
+from ssld.shared.model_file import read_metadata, read_shapes
 
 
 def write(path: Path, arch: str, classes: int = 5, **facts: Any) -> torch.nn.Module:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from shared.checkpoint import (
+from ssld.shared.checkpoint import (
     complete_checkpoints,
     load_checkpoint,
     load_module,
@@ -16,8 +16,8 @@ from shared.checkpoint import (
     optimizer_part,
     save_checkpoint,
 )
-from shared.errors import UserError
-from shared.optim import make_optimizer, parameter_groups, set_lr
+from ssld.shared.errors import UserError
+from ssld.shared.optim import make_optimizer, parameter_groups, set_lr
 
 
 def test_files_and_newest_n(tmp_path: Path) -> None:

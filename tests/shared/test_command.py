@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.command import run_command
-from shared.config import CommandConfig
-from shared.errors import Stopped, UserError
+from ssld.shared.command import run_command
+from ssld.shared.config import CommandConfig
+from ssld.shared.errors import Stopped, UserError
 
 Run = Callable[..., int]
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import Field, model_validator
 
-from shared.config import (
+from ssld.shared.config import (
     CommandConfig,
     Config,
     differences,
@@ -19,8 +19,8 @@ from shared.config import (
     identity,
     parse_config,
 )
-from shared.errors import UserError
-from shared.yaml_files import merge, read_yaml
+from ssld.shared.errors import UserError
+from ssld.shared.yaml_files import merge, read_yaml
 
 
 class Group(Config):
@@ -153,7 +153,7 @@ def test_empty_yaml_is_no_settings(tmp_path: Path) -> None:
 
 
 def test_config_modules_do_not_import_torch() -> None:
-    code = "import sys; import stage1_ssld.config, shared.run_dir, shared.command; sys.exit('torch' in sys.modules)"
+    code = "import sys; import ssld.stage1_ssld.config, ssld.shared.run_dir, ssld.shared.command; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
 
 
@@ -188,8 +188,8 @@ def test_config_modules_do_not_import_torch() -> None:
     ],
 )
 def test_nonsense_is_refused_by_its_key(stage: int, key: str, value: str) -> None:
-    from stage1_ssld.config import TeachConfig
-    from stage2_detect.config import TrainConfig
+    from ssld.stage1_ssld.config import TeachConfig
+    from ssld.stage2_detect.config import TrainConfig
 
     common = "--output o --steps 1 --batch_size 1 --optim.lr 1 --optim.reference_batch 1"
     stages: dict[int, tuple[type[CommandConfig], str]] = {

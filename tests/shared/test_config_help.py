@@ -6,13 +6,13 @@ from collections.abc import Iterator
 import pytest
 from pydantic import BaseModel
 
-from pipelines.stages import KINDS
-from shared.config import CommandConfig, settings_parser
-from shared.config_help import choices_of, flags_of, models_in, settings_help
-from shared.errors import UserError
-from stage1_ssld.config import DistillConfig
-from stage2_detect.config import EvaluateConfig, TrainConfig
-from stage2_detect.train import main
+from ssld.pipelines.stages import KINDS
+from ssld.shared.config import CommandConfig, settings_parser
+from ssld.shared.config_help import choices_of, flags_of, models_in, settings_help
+from ssld.shared.errors import UserError
+from ssld.stage1_ssld.config import DistillConfig
+from ssld.stage2_detect.config import EvaluateConfig, TrainConfig
+from ssld.stage2_detect.train import main
 
 
 def flags_in(text: str) -> list[str]:

@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from shared.folding import fold_batchnorm
+from ssld.shared.folding import fold_batchnorm
 
 
 def lived_in(net: Any) -> Any:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.checkpoint import complete_checkpoints, load_checkpoint
-from shared.model_file import read_tensors
+from ssld.shared.checkpoint import complete_checkpoints, load_checkpoint
+from ssld.shared.model_file import read_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,10 +23,10 @@ import os, resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
-from shared.checkpoint import save_checkpoint
-from shared.command import run_command
-from shared.config import CommandConfig
-from shared.model_file import save_model_file
+from ssld.shared.checkpoint import save_checkpoint
+from ssld.shared.command import run_command
+from ssld.shared.config import CommandConfig
+from ssld.shared.model_file import save_model_file
 
 class Config(CommandConfig):
     pass

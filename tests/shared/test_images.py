@@ -16,9 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from shared.errors import UserError
-from shared.files import files_digest, list_images, require_images
-from shared.images import (
+from ssld.shared.errors import UserError
+from ssld.shared.files import files_digest, list_images, require_images
+from ssld.shared.images import (
     UnreadableImage,
     crop_of,
     decode_image,
@@ -269,7 +269,7 @@ def test_files_digest(tmp_path: Path) -> None:
 
 
 def test_files_module_needs_no_torch() -> None:
-    code = "import sys, shared.files; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, ssld.shared.files; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     root = Path(__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 

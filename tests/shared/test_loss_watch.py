@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from shared.errors import UserError
-from shared.loss_watch import LossWatch
+from ssld.shared.errors import UserError
+from ssld.shared.loss_watch import LossWatch
 
 
 def part(value: float) -> dict[str, torch.Tensor]:

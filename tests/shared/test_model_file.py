@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shared.errors import UserError
-from shared.model_file import (
+from ssld.shared.errors import UserError
+from ssld.shared.model_file import (
     content_hash,
     looks_pickled,
     read_metadata,
@@ -112,7 +112,7 @@ def test_a_pickle_is_named_as_one_and_not_opened(tmp_path: Path, protocol: int) 
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shared import model_file
+    from ssld.shared import model_file
 
     path = tmp_path / "model.safetensors"
     save_model_file(path, TENSORS, {"kind": "old"})

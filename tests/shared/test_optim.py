@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from shared.optim import cosine_factor, make_optimizer, multistep_factor, parameter_groups, scale_lr, set_lr
+from ssld.shared.optim import cosine_factor, make_optimizer, multistep_factor, parameter_groups, scale_lr, set_lr
 
 
 def small_net() -> nn.Module:

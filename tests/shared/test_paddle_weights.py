@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shared.errors import UserError
-from shared.paddle_weights import read_paddle_weights, to_torch
+from ssld.shared.errors import UserError
+from ssld.shared.paddle_weights import read_paddle_weights, to_torch
 
 ARRAYS: dict[str, np.ndarray] = {
     "fc.weight": np.arange(6, dtype=np.float32).reshape(2, 3),

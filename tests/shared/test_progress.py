@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from shared import progress
-from shared.progress import Progress
-from shared.run_dir import SPEED
+from ssld.shared import progress
+from ssld.shared.progress import Progress
+from ssld.shared.run_dir import SPEED
 
 
 class Terminal(io.StringIO):
@@ -157,7 +157,7 @@ def test_no_bar_in_a_pipe_or_on_another_rank(
 def test_a_run_logs_its_speed(
     distill_settings: dict[str, Any], arguments: Any, call: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from stage1_ssld.distill import main
+    from ssld.stage1_ssld.distill import main
 
     assert call(main, arguments(distill_settings)) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

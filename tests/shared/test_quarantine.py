@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from shared.config import CommandConfig
-from shared.errors import UserError
-from shared.quarantine import Quarantine
-from shared.run_dir import RunDir
+from ssld.shared.config import CommandConfig
+from ssld.shared.errors import UserError
+from ssld.shared.quarantine import Quarantine
+from ssld.shared.run_dir import RunDir
 
 
 @pytest.fixture

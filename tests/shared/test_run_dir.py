@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from shared.config import CommandConfig
-from shared.errors import UserError
-from shared.run_dir import RunDir, file_sha256, read_metrics, read_result, write_atomically
+from ssld.shared.config import CommandConfig
+from ssld.shared.errors import UserError
+from ssld.shared.run_dir import RunDir, file_sha256, read_metrics, read_result, write_atomically
 
 
 class Settings(CommandConfig):

@@ -8,10 +8,10 @@ import pytest
 import timm
 import torch
 
-from shared.backbones import InputSettings, save_backbone
-from shared.errors import UserError
-from shared.model_file import content_hash
-from shared.teacher import FrozenTeacher
+from ssld.shared.backbones import InputSettings, save_backbone
+from ssld.shared.errors import UserError
+from ssld.shared.model_file import content_hash
+from ssld.shared.teacher import FrozenTeacher
 
 PIXELS = torch.randint(0, 256, (3, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 

@@ -8,10 +8,10 @@ import timm
 import torch
 from torch import nn
 
-from shared.backbones import create_classifier, parse_reference
-from shared.errors import UserError
-from shared.model_file import content_hash
-from shared.teacher import FrozenTeacher, TeacherEnsemble
+from ssld.shared.backbones import create_classifier, parse_reference
+from ssld.shared.errors import UserError
+from ssld.shared.model_file import content_hash
+from ssld.shared.teacher import FrozenTeacher, TeacherEnsemble
 
 PIXELS = torch.randint(0, 256, (6, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 

@@ -1,6 +1,6 @@
 import pytest
 
-from shared.wording import count, duration
+from ssld.shared.wording import count, duration
 
 
 def test_numbers_and_their_nouns() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from stage1_ssld.data_config import DataConfig
+from ssld.stage1_ssld.data_config import DataConfig
 
 VIEW = {"image_size": 32, "augment": "rand-m5-n1", "erase": 0.2}
 
@@ -25,7 +25,7 @@ def store_images(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def written_store(store_images: Path, teacher_file: Path, tmp_path_factory: pytest.TempPathFactory, call: Any) -> Path:
     """A store of 3 views of 45 images in files of 16."""
-    from stage1_ssld.write_soft_labels import main
+    from ssld.stage1_ssld.write_soft_labels import main
 
     folder = tmp_path_factory.mktemp("written")
     settings = {

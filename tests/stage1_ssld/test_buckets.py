@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.errors import UserError
-from stage1_ssld import losses
-from stage1_ssld.batch import SoftLabels, StoredAnswer, View, collate
-from stage1_ssld.config import STORE_LOSSES
-from stage1_ssld.data_config import LossName
-from stage1_ssld.store import answer_type, bucket_log_probs, encode_answers, missing_answer, soft_log_probs
+from ssld.shared.errors import UserError
+from ssld.stage1_ssld import losses
+from ssld.stage1_ssld.batch import SoftLabels, StoredAnswer, View, collate
+from ssld.stage1_ssld.config import STORE_LOSSES
+from ssld.stage1_ssld.data_config import LossName
+from ssld.stage1_ssld.store import answer_type, bucket_log_probs, encode_answers, missing_answer, soft_log_probs
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 LOSSES: dict[str, Loss] = {name: getattr(losses, name) for name in STORE_LOSSES}

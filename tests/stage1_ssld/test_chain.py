@@ -9,11 +9,11 @@ import pytest
 import timm
 import torch
 
-from shared.backbones import create_classifier, input_settings, parse_reference, save_backbone
-from shared.errors import UserError
-from shared.model_file import read_metadata
-from shared.teacher import FrozenTeacher
-from stage1_ssld import distill, teach
+from ssld.shared.backbones import create_classifier, input_settings, parse_reference, save_backbone
+from ssld.shared.errors import UserError
+from ssld.shared.model_file import read_metadata
+from ssld.shared.teacher import FrozenTeacher
+from ssld.stage1_ssld import distill, teach
 
 CLASSES = ["disc", "ring", "stripes"]
 

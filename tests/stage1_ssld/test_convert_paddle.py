@@ -15,11 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shared.backbones import create_classifier, parse_reference
-from shared.errors import UserError
-from shared.model_file import read_metadata
-from stage1_ssld.convert_paddle import main
-from stage1_ssld.paddle_resnet import DEPTHS, layer_names, recognise
+from ssld.shared.backbones import create_classifier, parse_reference
+from ssld.shared.errors import UserError
+from ssld.shared.model_file import read_metadata
+from ssld.stage1_ssld.convert_paddle import main
+from ssld.stage1_ssld.paddle_resnet import DEPTHS, layer_names, recognise
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "reference_weights.py"
 LEAVES = ("weight", "bias", "_mean", "_variance")

@@ -17,13 +17,13 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 from torchvision.transforms.v2 import functional as F
 
-from shared.backbones import input_settings, save_backbone
-from shared.images import decode_image
-from stage1_ssld.curate import main as curate
-from stage1_ssld.data_config import SourceConfig
-from stage1_ssld.distill import main as distill
-from stage1_ssld.sources import ImageSource
-from stage1_ssld.views import val_view
+from ssld.shared.backbones import input_settings, save_backbone
+from ssld.shared.images import decode_image
+from ssld.stage1_ssld.curate import main as curate
+from ssld.stage1_ssld.data_config import SourceConfig
+from ssld.stage1_ssld.distill import main as distill
+from ssld.stage1_ssld.sources import ImageSource
+from ssld.stage1_ssld.views import val_view
 
 FILES = {"selected.parquet", "classes.csv", "curation.png", "examples.png", "candidates.parquet", "look_alikes.parquet"}
 FILES |= {"selection.json", "outcome.json"}

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from stage1_ssld import curation, selecting, shard_pass
-from stage1_ssld.curate import main as curate
-from stage1_ssld.shard_pass import Job, Reading, over_shards
-from stage1_ssld.shards import RowShard
+from ssld.stage1_ssld import curation, selecting, shard_pass
+from ssld.stage1_ssld.curate import main as curate
+from ssld.stage1_ssld.shard_pass import Job, Reading, over_shards
+from ssld.stage1_ssld.shards import RowShard
 
 
 @pytest.fixture
@@ -307,7 +307,7 @@ def test_a_thousand_unreadable_images_end_a_pass_early(tmp_path: Path) -> None:
 def test_a_teacher_that_answers_nan(
     arguments: Any, settings: dict[str, Any], user_error: Any, tmp_path: Path, teacher_file: Path
 ) -> None:
-    from shared.model_file import read_metadata, read_tensors, save_model_file
+    from ssld.shared.model_file import read_metadata, read_tensors, save_model_file
 
     tensors = read_tensors(teacher_file)
     tensors = {name: tensor * float("nan") if name.endswith("fc.bias") else tensor for name, tensor in tensors.items()}

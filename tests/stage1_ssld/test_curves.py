@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from stage1_ssld.curves import write_curves
+from ssld.stage1_ssld.curves import write_curves
 
 LINES = [
     {
@@ -92,7 +92,7 @@ def test_without_numbers_there_is_no_panel_and_no_picture(drawn: Any, tmp_path: 
 def test_a_distillation_leaves_its_curves(
     drawn: Any, arguments: Any, distill_settings: Any, call: Any, tmp_path: Path
 ) -> None:
-    from stage1_ssld.distill import main
+    from ssld.stage1_ssld.distill import main
 
     assert call(main, arguments(distill_settings | {"evaluate_every": 2, "steps": 4})) == 0
     assert (tmp_path / "run" / "curves.png").exists()

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shared.model_file import read_metadata, read_tensors
-from stage1_ssld.distill import main as distill
-from stage1_ssld.teach import main as teach
-from stage1_ssld.write_soft_labels import main as write_soft_labels
+from ssld.shared.model_file import read_metadata, read_tensors
+from ssld.stage1_ssld.distill import main as distill
+from ssld.stage1_ssld.teach import main as teach
+from ssld.stage1_ssld.write_soft_labels import main as write_soft_labels
 
 Settings = dict[str, Any]
 Arguments = Callable[..., list[str]]
@@ -70,7 +70,7 @@ def test_a_hard_label_term_needs_labels(
 def test_mixing_reaches_student_and_teacher_alike(
     arguments: Arguments, distill_settings: Settings, call: Call, teacher_file: Path
 ) -> None:
-    from shared.backbones import Classifier
+    from ssld.shared.backbones import Classifier
 
     seen: list[torch.Tensor] = []
     handle = torch.nn.modules.module.register_module_forward_pre_hook(
@@ -226,8 +226,8 @@ def test_an_ensemble_of_one_teacher_twice_is_that_teacher(
 def test_streams_and_weights_train_and_resume_to_the_same_bits(
     arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, tiny: Any, monkeypatch: Any
 ) -> None:
-    from shared.errors import Stopped
-    from stage1_ssld import loop
+    from ssld.shared.errors import Stopped
+    from ssld.stage1_ssld import loop
 
     sources = [{"path": str(tiny.parquet), "weight": 3}, {"path": str(tiny.unlabelled), "weight": 1}]
     for streaming in (False, True):

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from shared.model_file import content_hash, read_metadata, read_tensors
-from shared.run_dir import read_metrics
+from ssld.shared.model_file import content_hash, read_metadata, read_tensors
+from ssld.shared.run_dir import read_metrics
 
 # Forks a process for each moment in turn, all on one run directory: it kills itself there. The last one is left in peace.
 KILL_CHAIN = """
@@ -22,11 +22,11 @@ import os, signal, sys, warnings
 from pathlib import Path
 warnings.simplefilter("ignore")
 sys.path.insert(0, sys.argv[1])
-import shared.checkpoint, shared.model_file, shared.run_dir
-from shared.loss_watch import LossWatch
-from shared.run_dir import RunDir
-import stage1_ssld.loop
-from stage1_ssld.distill import main
+import ssld.shared.checkpoint, ssld.shared.model_file, ssld.shared.run_dir
+from ssld.shared.loss_watch import LossWatch
+from ssld.shared.run_dir import RunDir
+import ssld.stage1_ssld.loop
+from ssld.stage1_ssld.distill import main
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -51,21 +51,21 @@ def half_a_line(run, step, *rest):
 
 moments = {
     "in the first steps": lambda: on_call(LossWatch, "add", 3),
-    "in the first checkpoint's second file": lambda: on_call(shared.checkpoint, "save_tensors", 2, half_a_file),
+    "in the first checkpoint's second file": lambda: on_call(ssld.shared.checkpoint, "save_tensors", 2, half_a_file),
     "before its renaming": lambda: on_call(Path, "rename", 1),
     "before its mark": lambda: on_call(Path, "touch", 1),
-    "after its mark": lambda: on_call(shared.checkpoint, "complete_checkpoints", 2),
+    "after its mark": lambda: on_call(ssld.shared.checkpoint, "complete_checkpoints", 2),
     "between checkpoints": lambda: on_call(LossWatch, "add", 3),
     "in a line of metrics": lambda: on_call(RunDir, "metric", 1, half_a_line),
     "while the old checkpoint is removed": lambda: on_call(
-        shared.checkpoint.shutil, "rmtree", 1, when=lambda path, *rest: Path(path).name == "step_00000005"
+        ssld.shared.checkpoint.shutil, "rmtree", 1, when=lambda path, *rest: Path(path).name == "step_00000005"
     ),
-    "before an evaluation": lambda: on_call(stage1_ssld.loop, "evaluate", 1),
+    "before an evaluation": lambda: on_call(ssld.stage1_ssld.loop, "evaluate", 1),
     "in the best model's file": lambda: on_call(
-        shared.model_file, "save_tensors", 1, half_a_file, when=lambda tensors, path, *rest: "student_best" in path.name
+        ssld.shared.model_file, "save_tensors", 1, half_a_file, when=lambda tensors, path, *rest: "student_best" in path.name
     ),
     "in the last model's file": lambda: on_call(
-        shared.model_file, "save_tensors", 1, half_a_file, when=lambda tensors, path, *rest: "student.safe" in path.name
+        ssld.shared.model_file, "save_tensors", 1, half_a_file, when=lambda tensors, path, *rest: "student.safe" in path.name
     ),
     "before result.json": lambda: on_call(RunDir, "finish", 1),
     "after result.json": lambda: on_call(RunDir, "log", 1, when=lambda run, text: text.startswith("wrote")),
@@ -106,7 +106,7 @@ def same_run(metrics_of: Callable[[Path], list[dict[str, Any]]]) -> Callable[[Pa
 def test_killed_at_every_delicate_moment(
     arguments: Any, distill_settings: Any, call: Any, tmp_path: Path, same_run: Callable[[Path, Path], None]
 ) -> None:
-    from stage1_ssld.distill import main
+    from ssld.stage1_ssld.distill import main
 
     settings = distill_settings | {
         "steps": 17, "save_every": 5, "keep_checkpoints": 1, "evaluate_every": 6, "log_every": 3,

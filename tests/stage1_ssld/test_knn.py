@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from stage1_ssld.batch import Batch
-from stage1_ssld.evaluate import main
-from stage1_ssld.knn import knn_accuracy, vote
+from ssld.stage1_ssld.batch import Batch
+from ssld.stage1_ssld.evaluate import main
+from ssld.stage1_ssld.knn import knn_accuracy, vote
 
 CPU = torch.device("cpu")
 
@@ -131,11 +131,11 @@ def test_evaluate_with_a_bank_on_one_and_two_processes(
     assert "knn_top1" in (tmp_path / "one" / "log.txt").read_text()
 
     # by hand, from the embeddings of the file
-    from shared.backbones import create_classifier, parse_reference
-    from shared.teacher import embed
-    from stage1_ssld.data import ValViews
-    from stage1_ssld.data_config import SourceConfig
-    from stage1_ssld.sources import ImageSource
+    from ssld.shared.backbones import create_classifier, parse_reference
+    from ssld.shared.teacher import embed
+    from ssld.stage1_ssld.data import ValViews
+    from ssld.stage1_ssld.data_config import SourceConfig
+    from ssld.stage1_ssld.sources import ImageSource
 
     net, inputs = create_classifier(parse_reference(str(teacher_file)))
     net.eval()
@@ -189,7 +189,7 @@ def test_mistakes_with_a_bank(tiny: Any, teacher_file: Path, user_error: Any, tm
 def test_unlabelled_rows_of_a_named_source_stay_unlabelled() -> None:
     from types import SimpleNamespace
 
-    from stage1_ssld.labels import match_classes
+    from ssld.stage1_ssld.labels import match_classes
 
     source: Any = SimpleNamespace(labels=[1, -1, 0], class_names=["a", "b"], path="here", unlabelled_because=None)
     assert match_classes(source, ["b", "a"], 2, "model") == [0, -1, 1]

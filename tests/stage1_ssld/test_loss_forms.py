@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stage1_ssld import losses
+from ssld.stage1_ssld import losses
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Form = Callable[[np.ndarray, np.ndarray], float]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stage1_ssld.losses import kl, soft_cross_entropy, symmetric_kl
+from ssld.stage1_ssld.losses import kl, soft_cross_entropy, symmetric_kl
 
 FOLDER = Path(__file__).parents[1] / "golden"
 GOLDEN, GOLDEN_5 = (np.load(FOLDER / f"ssld_loss_std{deviation}.npz") for deviation in (1, 5))

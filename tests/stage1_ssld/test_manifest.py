@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from shared.errors import UserError
-from stage1_ssld import manifest as manifests
-from stage1_ssld.data_config import SourceConfig
-from stage1_ssld.manifest import open_manifest
-from stage1_ssld.manifest_file import facts_of, is_manifest, write_manifest
-from stage1_ssld.shards import source_shards
-from stage1_ssld.sources import ImageSource
+from ssld.shared.errors import UserError
+from ssld.stage1_ssld import manifest as manifests
+from ssld.stage1_ssld.data_config import SourceConfig
+from ssld.stage1_ssld.manifest import open_manifest
+from ssld.stage1_ssld.manifest_file import facts_of, is_manifest, write_manifest
+from ssld.stage1_ssld.shards import source_shards
+from ssld.stage1_ssld.sources import ImageSource
 
 
 def source(path: Any, number: int = 0, **settings: Any) -> ImageSource:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from stage1_ssld.batch import Batch
-from stage1_ssld.metrics import describe, evaluate
+from ssld.stage1_ssld.batch import Batch
+from ssld.stage1_ssld.metrics import describe, evaluate
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 
@@ -80,7 +80,7 @@ def test_description() -> None:
 def test_unreadable_validation_images_are_said(
     arguments: Any, distill_settings: Any, call: Any, tmp_path: Path, jpeg: Any
 ) -> None:
-    from stage1_ssld.distill import main as distill
+    from ssld.stage1_ssld.distill import main as distill
 
     (tmp_path / "val").mkdir()
     for seed in range(5):
@@ -94,7 +94,7 @@ def test_unreadable_validation_images_are_said(
 def test_unreadable_images_of_an_evaluation_are_listed_and_judged(
     broken: int, call: Any, user_error: Any, tmp_path: Path, jpeg: Any, teacher_file: Path
 ) -> None:
-    from stage1_ssld.evaluate import main
+    from ssld.stage1_ssld.evaluate import main
 
     for number in range(6):
         folder = tmp_path / "val" / ("disc", "ring", "stripes")[number % 3]
@@ -114,8 +114,8 @@ def test_unreadable_images_of_an_evaluation_are_listed_and_judged(
 def test_the_teacher_of_an_evaluation_has_its_own_precision(
     call: Any, tmp_path: Path, tiny: Any, teacher_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stage1_ssld import teachers
-    from stage1_ssld.evaluate import main
+    from ssld.stage1_ssld import teachers
+    from ssld.stage1_ssld.evaluate import main
 
     made: list[Any] = []
 

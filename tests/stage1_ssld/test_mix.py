@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from stage1_ssld.data_config import DataConfig
-from stage1_ssld.mix import Mixed, mix_batch
+from ssld.stage1_ssld.data_config import DataConfig
+from ssld.stage1_ssld.mix import Mixed, mix_batch
 
 IMAGES, SIZE = 6, (20, 28)
 

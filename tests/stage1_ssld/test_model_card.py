@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
-from shared.card_parts import read_recipe
-from shared.hub import public
-from shared.model_file import read_metadata
-from stage1_ssld.model_card import model_card
+from ssld.shared.card_parts import read_recipe
+from ssld.shared.hub import public
+from ssld.shared.model_file import read_metadata
+from ssld.stage1_ssld.model_card import model_card
 
 METADATA: dict[str, Any] = {
     "kind": "backbone",
@@ -39,7 +39,7 @@ def front(card: str) -> dict[str, Any]:
 def test_a_distilled_backbone_with_its_run(
     arguments: Any, distill_settings: Any, call: Any, tmp_path: Path, tiny: Any, teacher_file: Path
 ) -> None:
-    from stage1_ssld.distill import main
+    from ssld.stage1_ssld.distill import main
 
     assert call(main, arguments(distill_settings)) == 0
     file = tmp_path / "run" / "student.safetensors"

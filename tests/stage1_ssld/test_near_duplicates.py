@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from stage1_ssld import near_duplicates
-from stage1_ssld.near_duplicates import Pairs, close_hashes, close_images, confirmed_losers
+from ssld.stage1_ssld import near_duplicates
+from ssld.stage1_ssld.near_duplicates import Pairs, close_hashes, close_images, confirmed_losers
 
 
 def hashes(count: int, distance: int, seed: int = 0) -> np.ndarray:

@@ -9,11 +9,11 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stage1_ssld import losses
-from stage1_ssld.batch import NO_LABEL
-from stage1_ssld.data_config import DataConfig, LossConfig
-from stage1_ssld.mix import Mixed, mix_batch
-from stage1_ssld.objective import Objective, cross_entropy, evaluate_term, implausible_start
+from ssld.stage1_ssld import losses
+from ssld.stage1_ssld.batch import NO_LABEL
+from ssld.stage1_ssld.data_config import DataConfig, LossConfig
+from ssld.stage1_ssld.mix import Mixed, mix_batch
+from ssld.stage1_ssld.objective import Objective, cross_entropy, evaluate_term, implausible_start
 
 ALL = ("symmetric_kl", "kl", "soft_cross_entropy", "jensen_shannon", "dist", "decoupled_kd", "bernoulli_kl")
 

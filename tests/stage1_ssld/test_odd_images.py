@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stage1_ssld.distill import main as distill
+from ssld.stage1_ssld.distill import main as distill
 
 
 def test_odd_images_go_through_a_training_run(arguments: Any, distill_settings: Any, call: Any, tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_the_list_survives_a_kill(
     arguments: Any, distill_settings: Any, call: Any, tmp_path: Path, jpeg: Any, monkeypatch: Any
 ) -> None:
     """Met before the checkpoint, not logged before the kill: the list of the resumed run still has it."""
-    from shared.loss_watch import LossWatch
+    from ssld.shared.loss_watch import LossWatch
 
     data = {"train": [broken_folder(tmp_path / "f", 9, 1, jpeg)], "image_size": 32}
     settings = distill_settings | {"data": data, "steps": 5, "log_every": 50, "save_every": 2}

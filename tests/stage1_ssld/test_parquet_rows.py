@@ -9,14 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from shared.images import UnreadableImage
-from stage1_ssld import row_groups
-from stage1_ssld.data import TrainViews, make_loader
-from stage1_ssld.data_config import DataConfig, SourceConfig
-from stage1_ssld.formats import Rows, TableRows
-from stage1_ssld.manifest_file import write_manifest
-from stage1_ssld.row_groups import GroupRows
-from stage1_ssld.sources import ImageSource
+from ssld.shared.images import UnreadableImage
+from ssld.stage1_ssld import row_groups
+from ssld.stage1_ssld.data import TrainViews, make_loader
+from ssld.stage1_ssld.data_config import DataConfig, SourceConfig
+from ssld.stage1_ssld.formats import Rows, TableRows
+from ssld.stage1_ssld.manifest_file import write_manifest
+from ssld.stage1_ssld.row_groups import GroupRows
+from ssld.stage1_ssld.sources import ImageSource
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from shared.images import decode_image
-from stage1_ssld.perceptual_hash import perceptual_hash
+from ssld.shared.images import decode_image
+from ssld.stage1_ssld.perceptual_hash import perceptual_hash
 
 CLASSES = ("disc", "ring", "stripes")
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from shared.checkpoint import newest_checkpoint
-from shared.model_file import read_tensors
-from shared.run_dir import read_metrics
-from stage1_ssld.distill import main as distill
-from stage1_ssld.evaluate import main as evaluate
+from ssld.shared.checkpoint import newest_checkpoint
+from ssld.shared.model_file import read_tensors
+from ssld.shared.run_dir import read_metrics
+from ssld.stage1_ssld.distill import main as distill
+from ssld.stage1_ssld.evaluate import main as evaluate
 
 
 def test_two_ranks_equal_one(

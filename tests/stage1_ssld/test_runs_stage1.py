@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from shared.run_dir import RunDir, file_sha256
-from stage1_ssld.distill import main as distill
+from ssld.shared.run_dir import RunDir, file_sha256
+from ssld.stage1_ssld.distill import main as distill
 
 Settings = dict[str, Any]
 Arguments = Callable[..., list[str]]

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stage1_ssld.embedding_files import Embeddings, cosines, save_embeddings
-from stage1_ssld.score_files import PROTECTED, SCORED, UNREADABLE, ScoreFiles, shard_file, write_shard
-from stage1_ssld.selection import (
+from ssld.stage1_ssld.embedding_files import Embeddings, cosines, save_embeddings
+from ssld.stage1_ssld.score_files import PROTECTED, SCORED, UNREADABLE, ScoreFiles, shard_file, write_shard
+from ssld.stage1_ssld.selection import (
     BINS,
     REASONS,
     Decision,

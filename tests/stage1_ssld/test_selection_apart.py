@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from shared.errors import Stopped
-from stage1_ssld import selecting
-from stage1_ssld.selecting import run_part
+from ssld.shared.errors import Stopped
+from ssld.stage1_ssld import selecting
+from ssld.stage1_ssld.selecting import run_part
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from shared.errors import UserError
-from shared.images import pixels_of
-from stage1_ssld import shards
-from stage1_ssld.data_config import SourceConfig
-from stage1_ssld.shards import RowShard, Shard, count_samples, source_shards
-from stage1_ssld.sources import ImageSource, decode
+from ssld.shared.errors import UserError
+from ssld.shared.images import pixels_of
+from ssld.stage1_ssld import shards
+from ssld.stage1_ssld.data_config import SourceConfig
+from ssld.stage1_ssld.shards import RowShard, Shard, count_samples, source_shards
+from ssld.stage1_ssld.sources import ImageSource, decode
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,13 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
-from shared.errors import UserError
-from stage1_ssld.batch import NO_LABEL
-from stage1_ssld.data import TrainViews, make_loader
-from stage1_ssld.data_config import DataConfig, SourceConfig
-from stage1_ssld.labels import match_classes
-from stage1_ssld.shards import source_shards
-from stage1_ssld.sources import ImageSource
+from ssld.shared.errors import UserError
+from ssld.stage1_ssld.batch import NO_LABEL
+from ssld.stage1_ssld.data import TrainViews, make_loader
+from ssld.stage1_ssld.data_config import DataConfig, SourceConfig
+from ssld.stage1_ssld.labels import match_classes
+from ssld.stage1_ssld.shards import source_shards
+from ssld.stage1_ssld.sources import ImageSource
 
 
 def source(path: Any, **settings: Any) -> ImageSource:

@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from shared.errors import UserError
-from stage1_ssld.batch import NO_LABEL
-from stage1_ssld.data_config import SourceConfig
-from stage1_ssld.formats import TableRows
-from stage1_ssld.labels import labelled_classes, labels_in_classes, match_classes
-from stage1_ssld.sources import ImageSource, open_sources
+from ssld.shared.errors import UserError
+from ssld.stage1_ssld.batch import NO_LABEL
+from ssld.stage1_ssld.data_config import SourceConfig
+from ssld.stage1_ssld.formats import TableRows
+from ssld.stage1_ssld.labels import labelled_classes, labels_in_classes, match_classes
+from ssld.stage1_ssld.sources import ImageSource, open_sources
 
 
 def source(path: Path, **settings: Any) -> ImageSource:

@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import stage1_ssld.store as store_module
-from shared.images import UnreadableImage
-from shared.teacher import FrozenTeacher
-from stage1_ssld.data import TrainViews, make_loader
-from stage1_ssld.data_config import DataConfig, SourceConfig
-from stage1_ssld.sources import ImageSource, open_sources
-from stage1_ssld.store import SoftLabelStore
-from stage1_ssld.views import training_view
+import ssld.stage1_ssld.store as store_module
+from ssld.shared.images import UnreadableImage
+from ssld.shared.teacher import FrozenTeacher
+from ssld.stage1_ssld.data import TrainViews, make_loader
+from ssld.stage1_ssld.data_config import DataConfig, SourceConfig
+from ssld.stage1_ssld.sources import ImageSource, open_sources
+from ssld.stage1_ssld.store import SoftLabelStore
+from ssld.stage1_ssld.views import training_view
 
 
 def test_answers_are_the_teachers_to_the_same_views(

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-import stage1_ssld.store as store_module
-from shared.errors import UserError
-from stage1_ssld.store import SoftLabelStore
+import ssld.stage1_ssld.store as store_module
+from ssld.shared.errors import UserError
+from ssld.stage1_ssld.store import SoftLabelStore
 
 
 def test_not_a_store(tmp_path: Path) -> None:

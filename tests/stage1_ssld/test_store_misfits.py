@@ -10,12 +10,12 @@ import pytest
 import timm
 import torch
 
-from shared.backbones import input_settings, save_backbone
-from shared.errors import UserError
-from shared.teacher import FrozenTeacher
-from stage1_ssld.data_config import DataConfig, SourceConfig
-from stage1_ssld.sources import ImageSource, open_sources
-from stage1_ssld.store import SoftLabelStore, header_checksum, replayed_rows, source_record, view_settings
+from ssld.shared.backbones import input_settings, save_backbone
+from ssld.shared.errors import UserError
+from ssld.shared.teacher import FrozenTeacher
+from ssld.stage1_ssld.data_config import DataConfig, SourceConfig
+from ssld.stage1_ssld.sources import ImageSource, open_sources
+from ssld.stage1_ssld.store import SoftLabelStore, header_checksum, replayed_rows, source_record, view_settings
 
 
 def edit_header(store: Path, change: Callable[[dict[str, Any]], None]) -> None:

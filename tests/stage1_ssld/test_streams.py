@@ -16,14 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from shared.errors import UserError
-from stage1_ssld import shards, streams
-from stage1_ssld.batch import NO_LABEL, Batch
-from stage1_ssld.data_config import DataConfig
-from stage1_ssld.shards import RowShard, TarShard
-from stage1_ssld.sources import ImageSource
-from stage1_ssld.streams import Part, StreamPlan, StreamViews, plan_streams, stream_batches
-from stage1_ssld.views import training_view
+from ssld.shared.errors import UserError
+from ssld.stage1_ssld import shards, streams
+from ssld.stage1_ssld.batch import NO_LABEL, Batch
+from ssld.stage1_ssld.data_config import DataConfig
+from ssld.stage1_ssld.shards import RowShard, TarShard
+from ssld.stage1_ssld.sources import ImageSource
+from ssld.stage1_ssld.streams import Part, StreamPlan, StreamViews, plan_streams, stream_batches
+from ssld.stage1_ssld.views import training_view
 
 Pools = dict[str, str]
 

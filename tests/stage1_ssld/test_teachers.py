@@ -8,11 +8,11 @@ import pytest
 import timm
 import torch
 
-from shared.backbones import input_settings, save_backbone
-from shared.errors import UserError
-from shared.teacher import FrozenTeacher, Teacher, TeacherEnsemble
-from stage1_ssld.data_config import TeacherConfig
-from stage1_ssld.teachers import make_teacher
+from ssld.shared.backbones import input_settings, save_backbone
+from ssld.shared.errors import UserError
+from ssld.shared.teacher import FrozenTeacher, Teacher, TeacherEnsemble
+from ssld.stage1_ssld.data_config import TeacherConfig
+from ssld.stage1_ssld.teachers import make_teacher
 
 PIXELS = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 CPU = torch.device("cpu")

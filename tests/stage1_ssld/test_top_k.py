@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from stage1_ssld.top_k import Ranked, TopK, cut_to
+from ssld.stage1_ssld.top_k import Ranked, TopK, cut_to
 
 
 def stream(rows: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from shared.errors import UserError
-from shared.images import UnreadableImage
-from stage1_ssld.batch import NO_LABEL, StoredAnswer, collate
-from stage1_ssld.config import DistillConfig
-from stage1_ssld.data import StepSampler, TrainingData, TrainViews, ValViews, make_loader, val_batches
-from stage1_ssld.data_config import DataConfig, SourceConfig
-from stage1_ssld.sources import open_sources
-from stage1_ssld.streams import plan_streams, shares
+from ssld.shared.errors import UserError
+from ssld.shared.images import UnreadableImage
+from ssld.stage1_ssld.batch import NO_LABEL, StoredAnswer, collate
+from ssld.stage1_ssld.config import DistillConfig
+from ssld.stage1_ssld.data import StepSampler, TrainingData, TrainViews, ValViews, make_loader, val_batches
+from ssld.stage1_ssld.data_config import DataConfig, SourceConfig
+from ssld.stage1_ssld.sources import open_sources
+from ssld.stage1_ssld.streams import plan_streams, shares
 
 # ---- batches
 

@@ -10,11 +10,11 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
-from shared.errors import UserError
-from shared.images import seeded_view
-from stage1_ssld.batch import View, collate
-from stage1_ssld.data_config import DataConfig
-from stage1_ssld.views import augmentation, training_view, val_view
+from ssld.shared.errors import UserError
+from ssld.shared.images import seeded_view
+from ssld.stage1_ssld.batch import View, collate
+from ssld.stage1_ssld.data_config import DataConfig
+from ssld.stage1_ssld.views import augmentation, training_view, val_view
 
 IMAGE = torch.randint(0, 256, (3, 30, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 POLICIES = ["rand-m9-mstd0.5-inc1", "original", "v0r", "3a", "augmix-m3-w2", "trivial"]

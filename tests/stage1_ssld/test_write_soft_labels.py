@@ -14,13 +14,13 @@ import pytest
 import timm
 import torch
 
-import stage1_ssld.preflight as preflight
-import stage1_ssld.store_writer as store_writer
-from shared.backbones import input_settings, save_backbone
-from shared.run_dir import SPEED, read_metrics
-from stage1_ssld.distill import main as distill
-from stage1_ssld.store import answer_type
-from stage1_ssld.write_soft_labels import main
+import ssld.stage1_ssld.preflight as preflight
+import ssld.stage1_ssld.store_writer as store_writer
+from ssld.shared.backbones import input_settings, save_backbone
+from ssld.shared.run_dir import SPEED, read_metrics
+from ssld.stage1_ssld.distill import main as distill
+from ssld.stage1_ssld.store import answer_type
+from ssld.stage1_ssld.write_soft_labels import main
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ def small_settings(tiny_coco: TinyCoco) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def detector_file(tmp_path_factory: pytest.TempPathFactory, tiny_coco: TinyCoco, call: Callable[..., int]) -> Path:
     """A small RetinaNet that has seen the drawn training scenes for some seconds."""
-    from stage2_detect.train import main
+    from ssld.stage2_detect.train import main
 
     folder = tmp_path_factory.mktemp("detector")
     settings = small_settings(tiny_coco) | {
@@ -110,12 +110,12 @@ def mask_file(tmp_path_factory: pytest.TempPathFactory, tiny_coco: TinyCoco) -> 
     import timm
     import torch
 
-    from shared.backbones import InputSettings
-    from stage2_detect.coco import read_coco
-    from stage2_detect.config import ResizeConfig
-    from stage2_detect.detector_file import save_detector
-    from stage2_detect.model_config import DetectorConfig
-    from stage2_detect.models.build import build_detector
+    from ssld.shared.backbones import InputSettings
+    from ssld.stage2_detect.coco import read_coco
+    from ssld.stage2_detect.config import ResizeConfig
+    from ssld.stage2_detect.detector_file import save_detector
+    from ssld.stage2_detect.model_config import DetectorConfig
+    from ssld.stage2_detect.models.build import build_detector
 
     torch.manual_seed(0)
     config = DetectorConfig(

@@ -20,15 +20,15 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from shared.backbones import InputSettings
-from shared.config import parse_config
-from shared.paddle_weights import to_torch
-from stage2_detect.config import ConvertPaddleConfig
-from stage2_detect.models import pooling
-from stage2_detect.models.batch import ImageBatch, Targets
-from stage2_detect.models.build import build_detector
-from stage2_detect.models.rcnn import RCNN
-from stage2_detect.paddle_names import our_module, our_name
+from ssld.shared.backbones import InputSettings
+from ssld.shared.config import parse_config
+from ssld.shared.paddle_weights import to_torch
+from ssld.stage2_detect.config import ConvertPaddleConfig
+from ssld.stage2_detect.models import pooling
+from ssld.stage2_detect.models.batch import ImageBatch, Targets
+from ssld.stage2_detect.models.build import build_detector
+from ssld.stage2_detect.models.rcnn import RCNN
+from ssld.stage2_detect.paddle_names import our_module, our_name
 
 FOLDER = Path(__file__).parents[1] / "golden"
 RECIPES = Path(__file__).parents[2] / "stage2_detect" / "configs"

@@ -10,11 +10,11 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from stage2_detect import analysis
-from stage2_detect.analysis import analyse, counts, curve, describe, report
-from stage2_detect.coco import CocoData, Id, read_coco
-from stage2_detect.coco_ap import coco_ap
-from stage2_detect.models.batch import Detections
+from ssld.stage2_detect import analysis
+from ssld.stage2_detect.analysis import analyse, counts, curve, describe, report
+from ssld.stage2_detect.coco import CocoData, Id, read_coco
+from ssld.stage2_detect.coco_ap import coco_ap
+from ssld.stage2_detect.models.batch import Detections
 
 
 def truth(tmp_path: Path, objects: list[tuple[Id, int, list[float], int]], images: list[Id], classes: int) -> CocoData:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stage2_detect.models.anchors import grid_anchors
+from ssld.stage2_detect.models.anchors import grid_anchors
 
 CPU = torch.device("cpu")
 

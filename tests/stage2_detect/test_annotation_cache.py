@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shared.errors import UserError
-from stage2_detect import annotation_cache
-from stage2_detect.annotation_cache import PackedShapes, cache_folder
-from stage2_detect.coco import CocoData, read_coco
-from stage2_detect.train import main
+from ssld.shared.errors import UserError
+from ssld.stage2_detect import annotation_cache
+from ssld.stage2_detect.annotation_cache import PackedShapes, cache_folder
+from ssld.stage2_detect.coco import CocoData, read_coco
+from ssld.stage2_detect.train import main
 
 CONTENT: dict[str, Any] = {
     "images": [

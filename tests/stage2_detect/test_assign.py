@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stage2_detect.models.assign import assign
+from ssld.stage2_detect.models.assign import assign
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> float:

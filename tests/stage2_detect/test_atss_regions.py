@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from stage2_detect.models import regions
-from stage2_detect.models.anchors import grid_anchors
-from stage2_detect.models.assign import Assignment
-from stage2_detect.models.atss import Thresholds, assign_atss
-from stage2_detect.models.batch import Targets
-from stage2_detect.models.gfl import GFL
+from ssld.stage2_detect.models import regions
+from ssld.stage2_detect.models.anchors import grid_anchors
+from ssld.stage2_detect.models.assign import Assignment
+from ssld.stage2_detect.models.atss import Thresholds, assign_atss
+from ssld.stage2_detect.models.batch import Targets
+from ssld.stage2_detect.models.gfl import GFL
 
 STRIDES = (8, 16, 32)
 GRIDS = [(12, 16), (6, 8), (3, 4)]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from stage2_detect.augment import TrainingViews, View, draw_view, fit_view, view_boxes, view_image
-from stage2_detect.batches import EvalLoader
-from stage2_detect.config import TrainConfig
-from stage2_detect.training_data import read_training_data, training_loader
+from ssld.stage2_detect.augment import TrainingViews, View, draw_view, fit_view, view_boxes, view_image
+from ssld.stage2_detect.batches import EvalLoader
+from ssld.stage2_detect.config import TrainConfig
+from ssld.stage2_detect.training_data import read_training_data, training_loader
 
 SHORT_SIDES = [640, 672, 704, 736, 768, 800]
 

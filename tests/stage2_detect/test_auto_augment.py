@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stage2_detect.auto_augment import (
+from ssld.stage2_detect.auto_augment import (
     FILL,
     POLICY_V1,
     Operation,
@@ -18,8 +18,8 @@ from stage2_detect.auto_augment import (
     auto_augment,
     draw_sub_policy,
 )
-from stage2_detect.batches import TrainBatch, TrainLoader
-from stage2_detect.coco import CocoData, CocoImage
+from ssld.stage2_detect.batches import TrainBatch, TrainLoader
+from ssld.stage2_detect.coco import CocoData, CocoImage
 
 WIDTH, HEIGHT = 640, 480
 NONE = np.zeros((0, 4), dtype=np.float32)

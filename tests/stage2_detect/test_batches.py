@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from shared.errors import UserError
-from shared.images import decode_image, stable_seed
-from stage2_detect.augment import draw_view, view_boxes, view_image
-from stage2_detect.batch_order import BatchOrder, eval_batches
-from stage2_detect.batches import EvalLoader, TrainBatch, TrainLoader, load_record
-from stage2_detect.coco import CocoData, read_coco
+from ssld.shared.errors import UserError
+from ssld.shared.images import decode_image, stable_seed
+from ssld.stage2_detect.augment import draw_view, view_boxes, view_image
+from ssld.stage2_detect.batch_order import BatchOrder, eval_batches
+from ssld.stage2_detect.batches import EvalLoader, TrainBatch, TrainLoader, load_record
+from ssld.stage2_detect.coco import CocoData, read_coco
 
 SIZES = [(40, 30), (30, 40), (48, 24), (24, 48), (32, 32), (50, 30), (40, 31), (20, 44), (33, 32), (32, 33), (36, 20)]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision import ops
 
-from stage2_detect.models import boxes
+from ssld.stage2_detect.models import boxes
 
 
 def random_boxes(*shape: int, seed: int = 0, extent: float = 100.0) -> Tensor:

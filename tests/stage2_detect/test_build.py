@@ -6,14 +6,14 @@ import pytest
 import timm
 import torch
 
-from shared.backbones import InputSettings
-from stage2_detect.losses import BoxLoss
-from stage2_detect.model_config import DetectorConfig
-from stage2_detect.models.batch import ImageBatch, Targets
-from stage2_detect.models.build import build_detector
-from stage2_detect.models.postprocess import Suppression
-from stage2_detect.models.rcnn import RCNN
-from stage2_detect.models.roi_heads import BoxStage
+from ssld.shared.backbones import InputSettings
+from ssld.stage2_detect.losses import BoxLoss
+from ssld.stage2_detect.model_config import DetectorConfig
+from ssld.stage2_detect.models.batch import ImageBatch, Targets
+from ssld.stage2_detect.models.build import build_detector
+from ssld.stage2_detect.models.postprocess import Suppression
+from ssld.stage2_detect.models.rcnn import RCNN
+from ssld.stage2_detect.models.roi_heads import BoxStage
 
 INPUTS = InputSettings((0.5,) * 3, (0.25,) * 3, (0, 0), "bilinear", False)
 SMALL: dict[str, Any] = {

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared.errors import UserError
-from stage2_detect.check_data import main
-from stage2_detect.coco import read_coco, require_masks
-from stage2_detect.data_pictures import difference_hash, look_alikes
+from ssld.shared.errors import UserError
+from ssld.stage2_detect.check_data import main
+from ssld.stage2_detect.coco import read_coco, require_masks
+from ssld.stage2_detect.data_pictures import difference_hash, look_alikes
 
 Content = dict[str, Any]
 

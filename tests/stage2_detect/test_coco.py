@@ -10,9 +10,9 @@ import pytest
 from filled_shapes import filled
 from PIL import Image
 
-from shared.errors import UserError
-from shared.images import decode_image
-from stage2_detect.coco import CocoData, read_coco
+from ssld.shared.errors import UserError
+from ssld.shared.images import decode_image
+from ssld.stage2_detect.coco import CocoData, read_coco
 
 
 def small() -> dict[str, Any]:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from shared.errors import UserError
-from stage2_detect.coco import CocoData, Id, read_coco
-from stage2_detect.coco_ap import choose_backend, coco_ap, detections_to_json
-from stage2_detect.models.batch import Detections
+from ssld.shared.errors import UserError
+from ssld.stage2_detect.coco import CocoData, Id, read_coco
+from ssld.stage2_detect.coco_ap import choose_backend, coco_ap, detections_to_json
+from ssld.stage2_detect.models.batch import Detections
 
 needs_hotcoco = pytest.mark.skipif(importlib.util.find_spec("hotcoco") is None, reason="hotcoco is not installed")
 BACKENDS = ["pycocotools", pytest.param("hotcoco", marks=needs_hotcoco)]

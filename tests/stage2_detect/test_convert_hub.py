@@ -15,9 +15,9 @@ from converted_data import line, read, write
 from PIL import Image
 from pycocotools import mask as mask_codec
 
-from stage2_detect.coco import read_coco, require_masks
-from stage2_detect.convert_data import main
-from stage2_detect.models.mask_targets import decode_rle
+from ssld.stage2_detect.coco import read_coco, require_masks
+from ssld.stage2_detect.convert_data import main
+from ssld.stage2_detect.models.mask_targets import decode_rle
 
 
 def encoded(size: tuple[int, int] = (40, 20), kind: str = "PNG", seed: int = 0) -> bytes:

@@ -16,17 +16,17 @@ import torch
 from golden import FOLDER, RECIPE, RECIPES, by_rule, check_detections, read
 from golden import inputs as network_inputs
 
-from pipelines import cli
-from shared.backbones import InputSettings
-from shared.config import parse_config
-from shared.errors import UserError
-from stage2_detect.coco_classes import COCO_CLASSES
-from stage2_detect.config import ConvertPaddleConfig
-from stage2_detect.convert_paddle import main
-from stage2_detect.detector_file import load_detector
-from stage2_detect.model_config import DetectorConfig
-from stage2_detect.models.build import build_detector
-from stage2_detect.paddle_names import our_name, recognise
+from ssld.pipelines import cli
+from ssld.shared.backbones import InputSettings
+from ssld.shared.config import parse_config
+from ssld.shared.errors import UserError
+from ssld.stage2_detect.coco_classes import COCO_CLASSES
+from ssld.stage2_detect.config import ConvertPaddleConfig
+from ssld.stage2_detect.convert_paddle import main
+from ssld.stage2_detect.detector_file import load_detector
+from ssld.stage2_detect.model_config import DetectorConfig
+from ssld.stage2_detect.models.build import build_detector
+from ssld.stage2_detect.paddle_names import our_name, recognise
 
 Arrays = dict[str, np.ndarray]
 
@@ -246,7 +246,7 @@ def test_other_files_are_refused_with_the_reason(
     ],
 )  # fmt: skip
 def test_another_recipe_is_refused(name: str, recipe: str, message: str) -> None:
-    from stage2_detect.paddle_names import check_recipe
+    from ssld.stage2_detect.paddle_names import check_recipe
 
     arrays = {key: np.broadcast_to(np.float32(0), shape) for key, shape in about(name)["parameters"].items()}
     check_recipe(arrays, recipe_of(name), "file")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from converted_data import by_name, equal_objects, line, numbered, read, save, write
 
-from stage2_detect.coco import read_coco
-from stage2_detect.convert_data import main
+from ssld.stage2_detect.coco import read_coco
+from ssld.stage2_detect.convert_data import main
 
 OBJECT = (
     "<object>\n<name>{name}</name><difficult>{difficult}</difficult>\n<bndbox><xmin>{box[0]}</xmin><ymin>{box[1]}</ymin>\

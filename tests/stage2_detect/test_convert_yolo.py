@@ -13,8 +13,8 @@ from converted_data import by_name, equal_objects, line, numbered, read, save, w
 from filled_shapes import filled
 from PIL import Image
 
-from stage2_detect.coco import read_coco
-from stage2_detect.convert_data import main
+from ssld.stage2_detect.coco import read_coco
+from ssld.stage2_detect.convert_data import main
 
 NAMES = ("wide", "tall")
 

@@ -9,17 +9,17 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from shared.backbones import InputSettings
-from shared.errors import UserError
-from stage2_detect.coco import CocoData
-from stage2_detect.config import ResizeConfig
-from stage2_detect.detector_file import load_detector, save_detector
-from stage2_detect.model_config import DetectorConfig
-from stage2_detect.models.batch import ImageBatch
-from stage2_detect.models.build import build_detector
-from stage2_detect.models.deform import ModulatedDeformConv2d
-from stage2_detect.models.freezing import lr_factor_of_parameter, stage_of_parameter
-from stage2_detect.models.pyramid import TimmPyramid
+from ssld.shared.backbones import InputSettings
+from ssld.shared.errors import UserError
+from ssld.stage2_detect.coco import CocoData
+from ssld.stage2_detect.config import ResizeConfig
+from ssld.stage2_detect.detector_file import load_detector, save_detector
+from ssld.stage2_detect.model_config import DetectorConfig
+from ssld.stage2_detect.models.batch import ImageBatch
+from ssld.stage2_detect.models.build import build_detector
+from ssld.stage2_detect.models.deform import ModulatedDeformConv2d
+from ssld.stage2_detect.models.freezing import lr_factor_of_parameter, stage_of_parameter
+from ssld.stage2_detect.models.pyramid import TimmPyramid
 
 
 def bilinear(image: np.ndarray, y: float, x: float) -> np.ndarray:

@@ -11,13 +11,13 @@ from torch.nn import functional as F
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import batched_nms
 
-from shared.backbones import InputSettings
-from stage2_detect.model_config import DetectorConfig
-from stage2_detect.models.assign import Assignment
-from stage2_detect.models.batch import Detections, ImageBatch, Targets
-from stage2_detect.models.build import build_detector
-from stage2_detect.models.dense import DenseDetector
-from stage2_detect.models.retinanet import RetinaNet
+from ssld.shared.backbones import InputSettings
+from ssld.stage2_detect.model_config import DetectorConfig
+from ssld.stage2_detect.models.assign import Assignment
+from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
+from ssld.stage2_detect.models.build import build_detector
+from ssld.stage2_detect.models.dense import DenseDetector
+from ssld.stage2_detect.models.retinanet import RetinaNet
 from tests.stage2_detect.test_dense_distillation import K, detector
 
 GRIDS = [(16, 16), (8, 8), (4, 4), (2, 2), (1, 1)]

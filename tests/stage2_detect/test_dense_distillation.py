@@ -6,16 +6,16 @@ import pytest
 import timm
 import torch
 
-from stage2_detect import distillation_losses
-from stage2_detect.dense_distillation import DistilledDense, losses_under_adl
-from stage2_detect.distill_config import ADLConfig, LDConfig
-from stage2_detect.models import regions
-from stage2_detect.models.batch import ImageBatch, Targets
-from stage2_detect.models.dense import DenseDetector, grids_of
-from stage2_detect.models.gfl import GFL
-from stage2_detect.models.pyramid import TimmPyramid
-from stage2_detect.models.retinanet import RetinaNet
-from stage2_detect.teacher_detector import FrozenDetector
+from ssld.stage2_detect import distillation_losses
+from ssld.stage2_detect.dense_distillation import DistilledDense, losses_under_adl
+from ssld.stage2_detect.distill_config import ADLConfig, LDConfig
+from ssld.stage2_detect.models import regions
+from ssld.stage2_detect.models.batch import ImageBatch, Targets
+from ssld.stage2_detect.models.dense import DenseDetector, grids_of
+from ssld.stage2_detect.models.gfl import GFL
+from ssld.stage2_detect.models.pyramid import TimmPyramid
+from ssld.stage2_detect.models.retinanet import RetinaNet
+from ssld.stage2_detect.teacher_detector import FrozenDetector
 
 K = 3
 

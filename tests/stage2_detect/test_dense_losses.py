@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from stage2_detect import dense_losses, distillation_losses
+from ssld.stage2_detect import dense_losses, distillation_losses
 
 K, N, E = 5, 12, 9
 

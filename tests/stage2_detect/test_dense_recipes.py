@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from shared.run_dir import read_result
-from shared.toy_data import ToySizes, write_toy_data
-from stage2_detect import train
-from stage2_detect.detector_file import load_detector
-from stage2_detect.distill_config import ADLConfig, LDConfig
+from ssld.shared.run_dir import read_result
+from ssld.shared.toy_data import ToySizes, write_toy_data
+from ssld.stage2_detect import train
+from ssld.stage2_detect.detector_file import load_detector
+from ssld.stage2_detect.distill_config import ADLConfig, LDConfig
 from tests.stage2_detect.test_recipes import CONFIGS, DENSE, expected_scores, rate, resolved
 
 SIDES_2X = list(range(480, 801, 32))

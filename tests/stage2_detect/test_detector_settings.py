@@ -2,10 +2,10 @@
 
 import pytest
 
-from shared.config import validate
-from shared.errors import UserError
-from stage2_detect.config import Stage2OptimConfig
-from stage2_detect.model_config import DetectorConfig
+from ssld.shared.config import validate
+from ssld.shared.errors import UserError
+from ssld.stage2_detect.config import Stage2OptimConfig
+from ssld.stage2_detect.model_config import DetectorConfig
 
 
 def test_ious_of_the_proposals_are_in_order() -> None:

@@ -6,10 +6,10 @@ import torch
 from tiny_distillation import batch, detector
 from torch import Tensor
 
-from stage2_detect.distillation import DistilledDetector, inside_maps
-from stage2_detect.models.batch import ImageBatch, Targets
-from stage2_detect.models.rcnn import RCNN
-from stage2_detect.teacher_detector import FrozenDetector
+from ssld.stage2_detect.distillation import DistilledDetector, inside_maps
+from ssld.stage2_detect.models.batch import ImageBatch, Targets
+from ssld.stage2_detect.models.rcnn import RCNN
+from ssld.stage2_detect.teacher_detector import FrozenDetector
 
 
 def first(images: ImageBatch, count: int) -> ImageBatch:

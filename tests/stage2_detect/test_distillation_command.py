@@ -14,15 +14,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_distillation import architecture, batch, detector
 
-from shared.backbones import input_settings
-from shared.errors import UserError
-from shared.model_file import read_metadata
-from stage2_detect import train
-from stage2_detect.coco import read_coco
-from stage2_detect.config import ResizeConfig
-from stage2_detect.detector_file import load_detector, save_detector
-from stage2_detect.models.rcnn import RCNN
-from stage2_detect.teacher_detector import open_teacher
+from ssld.shared.backbones import input_settings
+from ssld.shared.errors import UserError
+from ssld.shared.model_file import read_metadata
+from ssld.stage2_detect import train
+from ssld.stage2_detect.coco import read_coco
+from ssld.stage2_detect.config import ResizeConfig
+from ssld.stage2_detect.detector_file import load_detector, save_detector
+from ssld.stage2_detect.models.rcnn import RCNN
+from ssld.stage2_detect.teacher_detector import open_teacher
 
 Settings = dict[str, Any]
 Arguments = Callable[..., list[str]]

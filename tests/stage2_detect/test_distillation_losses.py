@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stage2_detect.distillation import inside_maps, pkd, roi_kd
+from ssld.stage2_detect.distillation import inside_maps, pkd, roi_kd
 
 SIZES = torch.tensor([[60, 96], [64, 33]])
 

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from pycocotools import mask as mask_codec
 
-from stage2_detect.drawing import Area, Tags, class_color, draw_objects
-from stage2_detect.models.batch import Detections
+from ssld.stage2_detect.drawing import Area, Tags, class_color, draw_objects
+from ssld.stage2_detect.models.batch import Detections
 
 GREY = (90, 90, 90)
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from stage2_detect.analysis import analyse
-from stage2_detect.coco import CocoData, Id, read_coco
-from stage2_detect.drawing import class_color, draw_objects
-from stage2_detect.evaluation_files import best_and_worst, draw_best_and_worst, truth_of
-from stage2_detect.models.batch import Detections
-from stage2_detect.models.mask_targets import decode_rle
+from ssld.stage2_detect.analysis import analyse
+from ssld.stage2_detect.coco import CocoData, Id, read_coco
+from ssld.stage2_detect.drawing import class_color, draw_objects
+from ssld.stage2_detect.evaluation_files import best_and_worst, draw_best_and_worst, truth_of
+from ssld.stage2_detect.models.batch import Detections
+from ssld.stage2_detect.models.mask_targets import decode_rle
 
 
 def scenes(folder: Path, objects: list[dict[str, Any]], count: int) -> CocoData:

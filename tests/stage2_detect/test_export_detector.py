@@ -14,19 +14,19 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from shared.backbones import InputSettings
-from shared.errors import UserError
-from shared.graph_files import read_program, session, write_onnx, write_program
-from shared.model_file import read_metadata
-from stage2_detect import onnx_suppression
-from stage2_detect.detector_card import detector_card
-from stage2_detect.detector_file import load_detector
-from stage2_detect.export import main
-from stage2_detect.export_check import compare, graph_of
-from stage2_detect.export_config import FILES
-from stage2_detect.model_config import DetectorConfig
-from stage2_detect.models import deform, graph, pooling
-from stage2_detect.models.build import Detector, build_detector
+from ssld.shared.backbones import InputSettings
+from ssld.shared.errors import UserError
+from ssld.shared.graph_files import read_program, session, write_onnx, write_program
+from ssld.shared.model_file import read_metadata
+from ssld.stage2_detect import onnx_suppression
+from ssld.stage2_detect.detector_card import detector_card
+from ssld.stage2_detect.detector_file import load_detector
+from ssld.stage2_detect.export import main
+from ssld.stage2_detect.export_check import compare, graph_of
+from ssld.stage2_detect.export_config import FILES
+from ssld.stage2_detect.model_config import DetectorConfig
+from ssld.stage2_detect.models import deform, graph, pooling
+from ssld.stage2_detect.models.build import Detector, build_detector
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL: dict[str, Any] = {

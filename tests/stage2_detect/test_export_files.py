@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from shared.config import dump
-from shared.errors import UserError
-from shared.model_file import read_metadata
-from stage2_detect.config import TrainConfig
-from stage2_detect.detector_card import detector_card
-from stage2_detect.export import main
+from ssld.shared.config import dump
+from ssld.shared.errors import UserError
+from ssld.shared.model_file import read_metadata
+from ssld.stage2_detect.config import TrainConfig
+from ssld.stage2_detect.detector_card import detector_card
+from ssld.stage2_detect.export import main
 
 
 def test_what_a_killed_export_leaves_goes(
@@ -22,7 +22,7 @@ def test_what_a_killed_export_leaves_goes(
         begun.append(path)
         raise UserError("stopped")
 
-    monkeypatch.setattr("stage2_detect.graph_writing.write", killed)
+    monkeypatch.setattr("ssld.stage2_detect.graph_writing.write", killed)
     argv = ["--model", str(detector_file), "--output", str(tmp_path / "run"), "--threads", "1", "--check_images", "1"]
     user_error(main, argv)
     clean = files_below(tmp_path / "run")

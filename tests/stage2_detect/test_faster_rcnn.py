@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from stage2_detect.models.batch import Detections, ImageBatch, Targets
-from stage2_detect.models.pyramid import TimmPyramid
-from stage2_detect.models.rcnn import RCNN, normalise
-from stage2_detect.models.roi_heads import RoIHeads
-from stage2_detect.models.rpn import RPN
+from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
+from ssld.stage2_detect.models.pyramid import TimmPyramid
+from ssld.stage2_detect.models.rcnn import RCNN, normalise
+from ssld.stage2_detect.models.roi_heads import RoIHeads
+from ssld.stage2_detect.models.rpn import RPN
 
 LOSSES = {"loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_box"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -16,15 +16,15 @@ import timm
 import torch
 from torch import Tensor
 
-from stage2_detect.dense_distillation import losses_under_ld
-from stage2_detect.distill_config import LDConfig
-from stage2_detect.models import regions
-from stage2_detect.models.batch import ImageBatch, Targets
-from stage2_detect.models.dense import DenseDetector, grids_of
-from stage2_detect.models.gfl import GFL
-from stage2_detect.models.pyramid import TimmPyramid
-from stage2_detect.models.retinanet import RetinaNet
-from stage2_detect.paddle_names import our_module
+from ssld.stage2_detect.dense_distillation import losses_under_ld
+from ssld.stage2_detect.distill_config import LDConfig
+from ssld.stage2_detect.models import regions
+from ssld.stage2_detect.models.batch import ImageBatch, Targets
+from ssld.stage2_detect.models.dense import DenseDetector, grids_of
+from ssld.stage2_detect.models.gfl import GFL
+from ssld.stage2_detect.models.pyramid import TimmPyramid
+from ssld.stage2_detect.models.retinanet import RetinaNet
+from ssld.stage2_detect.paddle_names import our_module
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 B = 3

@@ -8,7 +8,7 @@ import golden
 import numpy as np
 import pytest
 
-from stage2_detect.models.mask_targets import ImageMasks, decode
+from ssld.stage2_detect.models.mask_targets import ImageMasks, decode
 
 
 def masks_of(numbers: dict[str, np.ndarray], about: dict[str, Any]) -> tuple[ImageMasks, ...]:

@@ -7,12 +7,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from shared.backbones import InputSettings
-from stage2_detect.model_config import DetectorConfig
-from stage2_detect.models.batch import Detections, ImageBatch
-from stage2_detect.models.build import build_detector
-from stage2_detect.models.inference import for_inference
-from stage2_detect.models.rcnn import RCNN
+from ssld.shared.backbones import InputSettings
+from ssld.stage2_detect.model_config import DetectorConfig
+from ssld.stage2_detect.models.batch import Detections, ImageBatch
+from ssld.stage2_detect.models.build import build_detector
+from ssld.stage2_detect.models.inference import for_inference
+from ssld.stage2_detect.models.rcnn import RCNN
 
 SIZES = torch.tensor([[96, 128], [80, 100]])
 

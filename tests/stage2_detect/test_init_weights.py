@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shared.model_file import read_metadata
-from stage2_detect import train
-from stage2_detect.class_rows import carry_rows, permute_classes
-from stage2_detect.models.gfl import GFL
-from stage2_detect.models.retinanet import RetinaNet
+from ssld.shared.model_file import read_metadata
+from ssld.stage2_detect import train
+from ssld.stage2_detect.class_rows import carry_rows, permute_classes
+from ssld.stage2_detect.models.gfl import GFL
+from ssld.stage2_detect.models.retinanet import RetinaNet
 
 Settings = dict[str, Any]
 Arguments = Callable[..., list[str]]

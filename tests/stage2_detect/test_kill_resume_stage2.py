@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from shared.run_dir import file_sha256
-from stage2_detect import evaluate, train
+from ssld.shared.run_dir import file_sha256
+from ssld.stage2_detect import evaluate, train
 
 TRAIN = "stage2_detect/train.py"
 

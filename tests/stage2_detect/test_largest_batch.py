@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stage2_detect import train
-from stage2_detect.models.pyramid import TimmPyramid
+from ssld.stage2_detect import train
+from ssld.stage2_detect.models.pyramid import TimmPyramid
 
 Settings = dict[str, Any]
 Arguments = Callable[..., list[str]]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torchvision import ops
 
-from stage2_detect import losses
-from stage2_detect.losses import BoxLoss
+from ssld.stage2_detect import losses
+from ssld.stage2_detect.losses import BoxLoss
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 Reference = Callable[[np.ndarray, np.ndarray], np.ndarray]

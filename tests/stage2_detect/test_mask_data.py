@@ -11,15 +11,15 @@ import pytest
 import torch
 from pycocotools import mask as mask_codec
 
-from shared.errors import UserError
-from shared.model_file import read_metadata
-from shared.run_dir import read_result
-from shared.toy_data import ToySizes, write_toy_data
-from stage2_detect import evaluate, train
-from stage2_detect.coco import read_coco, require_masks
-from stage2_detect.detector_file import load_detector
-from stage2_detect.models.mask_targets import decode_rle
-from stage2_detect.scoring import score
+from ssld.shared.errors import UserError
+from ssld.shared.model_file import read_metadata
+from ssld.shared.run_dir import read_result
+from ssld.shared.toy_data import ToySizes, write_toy_data
+from ssld.stage2_detect import evaluate, train
+from ssld.stage2_detect.coco import read_coco, require_masks
+from ssld.stage2_detect.detector_file import load_detector
+from ssld.stage2_detect.models.mask_targets import decode_rle
+from ssld.stage2_detect.scoring import score
 
 TRIANGLE = [4.0, 4.0, 36.0, 8.0, 20.0, 30.0]
 DISC = np.hypot(*(np.indices((40, 64)) - np.array([20, 30]).reshape(2, 1, 1))) < 15

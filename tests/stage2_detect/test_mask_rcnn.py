@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from stage2_detect.detector_file import load_detector
-from stage2_detect.models.batch import Detections, ImageBatch
-from stage2_detect.models.mask_targets import decode
-from stage2_detect.models.rcnn import RCNN
-from stage2_detect.tta import Sizes, detect_views
+from ssld.stage2_detect.detector_file import load_detector
+from ssld.stage2_detect.models.batch import Detections, ImageBatch
+from ssld.stage2_detect.models.mask_targets import decode
+from ssld.stage2_detect.models.rcnn import RCNN
+from ssld.stage2_detect.tta import Sizes, detect_views
 
 
 @pytest.fixture

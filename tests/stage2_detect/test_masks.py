@@ -14,14 +14,14 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.nn import functional as F
 
-from stage2_detect.augment import View
-from stage2_detect.batches import masks_of
-from stage2_detect.coco import read_coco, require_masks
-from stage2_detect.coco_ap import coco_ap
-from stage2_detect.models.batch import Detections, Targets
-from stage2_detect.models.mask_head import MaskHead, paste
-from stage2_detect.models.mask_targets import ImageMasks, decode, rasterise
-from stage2_detect.models.roi_heads import SampledRoIs
+from ssld.stage2_detect.augment import View
+from ssld.stage2_detect.batches import masks_of
+from ssld.stage2_detect.coco import read_coco, require_masks
+from ssld.stage2_detect.coco_ap import coco_ap
+from ssld.stage2_detect.models.batch import Detections, Targets
+from ssld.stage2_detect.models.mask_head import MaskHead, paste
+from ssld.stage2_detect.models.mask_targets import ImageMasks, decode, rasterise
+from ssld.stage2_detect.models.roi_heads import SampledRoIs
 
 TRIANGLE = [4.0, 4.0, 36.0, 8.0, 20.0, 30.0]
 SQUARE = [50.0, 10.0, 58.0, 10.0, 58.0, 18.0, 50.0, 18.0]
@@ -95,7 +95,7 @@ def test_masks_follow_a_view_as_boxes_do(tmp_path: Path) -> None:
     }
     (tmp_path / "a.json").write_text(json.dumps(content))
     (record,) = read_coco(tmp_path / "a.json", None, training=True, segmentations=True).images
-    from stage2_detect.augment import view_boxes
+    from ssld.stage2_detect.augment import view_boxes
 
     for view in (View(1.0, 40, 64), View(2.5, 80, 150, flip=True), View(2.0, 60, 90, flip=True, top=5, left=11)):
         boxes = view_boxes(record.boxes_N4, view)
@@ -194,7 +194,7 @@ def test_average_precision_of_masks(
     tmp_path: Path, backend: str, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against pycocotools called on files: polygons, RLE and a crowd, found with shifted shapes; class by class too."""
-    monkeypatch.setattr("stage2_detect.coco_ap._SHAPES_AT_ONCE", at_once)
+    monkeypatch.setattr("ssld.stage2_detect.coco_ap._SHAPES_AT_ONCE", at_once)
     if backend == "hotcoco":
         pytest.importorskip("hotcoco")
     draw = np.random.default_rng(4)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torchvision import ops
 
-from stage2_detect.models import postprocess
-from stage2_detect.models.batch import Detections
-from stage2_detect.models.postprocess import Suppression
+from ssld.stage2_detect.models import postprocess
+from ssld.stage2_detect.models.batch import Detections
+from ssld.stage2_detect.models.postprocess import Suppression
 
 K = 3
 

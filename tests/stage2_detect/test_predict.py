@@ -10,8 +10,8 @@ from filled_shapes import filled
 from pycocotools.coco import COCO
 from run_files import content
 
-from stage2_detect import evaluate, predict
-from stage2_detect.coco import read_coco
+from ssld.stage2_detect import evaluate, predict
+from ssld.stage2_detect.coco import read_coco
 
 Call = Callable[..., int]
 Files = Callable[[Path], set[str]]
@@ -126,7 +126,7 @@ def test_pseudo_labels_are_annotations_of_pictures_with_boxes(
 
 
 def test_the_threshold_of_pseudo_labels_is_sads(predict_line: Any) -> None:
-    from stage2_detect.predict_config import PredictConfig
+    from ssld.stage2_detect.predict_config import PredictConfig
 
     settings: dict[str, Any] = {"model": "m", "images": "i", "output": "o"}
     assert PredictConfig(**settings).least == 0.5

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from run_files import content
 
-from shared.errors import UserError
-from stage2_detect import predict
-from stage2_detect.detector_file import load_detector
-from stage2_detect.models.batch import Detections
+from ssld.shared.errors import UserError
+from ssld.stage2_detect import predict
+from ssld.stage2_detect.detector_file import load_detector
+from ssld.stage2_detect.models.batch import Detections
 
 ROOT = Path(__file__).resolve().parents[2]
 Call = Callable[..., int]
@@ -74,7 +74,7 @@ def test_objects_are_drawn_as_the_command_draws_them(
 
 def test_the_readmes_example(detector_file: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    snippet = re.search(r"```python\n(from stage2_detect.*?)```", readme, flags=re.DOTALL)
+    snippet = re.search(r"```python\n(from ssld.stage2_detect.*?)```", readme, flags=re.DOTALL)
     assert snippet
     code = snippet[1].replace("runs/detector/detector.safetensors", str(detector_file))
     files = sorted(photos.glob("*.png"))

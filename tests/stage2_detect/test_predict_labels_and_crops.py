@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 from run_files import content
 
-from stage2_detect import convert_data, predict
-from stage2_detect.picture_files import folder_names
+from ssld.stage2_detect import convert_data, predict
+from ssld.stage2_detect.picture_files import folder_names
 
 Call = Callable[..., int]
 Files = Callable[[Path], set[str]]

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from run_files import content
 
-from shared.errors import UserError
-from shared.model_file import read_metadata, read_tensors, save_model_file
-from stage2_detect import predict
-from stage2_detect.pictures import find_pictures
+from ssld.shared.errors import UserError
+from ssld.shared.model_file import read_metadata, read_tensors, save_model_file
+from ssld.stage2_detect import predict
+from ssld.stage2_detect.pictures import find_pictures
 
 Call = Callable[..., int]
 Error = Callable[..., str]

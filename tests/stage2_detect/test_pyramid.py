@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from shared.errors import UserError
-from stage2_detect.models.freezing import ConstantBatchNorm2d, stage_of_parameter
-from stage2_detect.models.pyramid import TimmPyramid
+from ssld.shared.errors import UserError
+from ssld.stage2_detect.models.freezing import ConstantBatchNorm2d, stage_of_parameter
+from ssld.stage2_detect.models.pyramid import TimmPyramid
 
 SMALL_SWIN = {
     "embed_dim": 16,

@@ -8,16 +8,16 @@ import pytest
 import timm
 import torch
 
-from shared.backbones import input_settings
-from shared.config import parse_config
-from shared.optim import multistep_factor, parameter_groups, scale_lr
-from shared.run_dir import read_result
-from shared.toy_data import ToySizes, write_toy_data
-from stage2_detect import evaluate, train
-from stage2_detect.config import TrainConfig
-from stage2_detect.detector_file import load_detector
-from stage2_detect.models.build import build_detector
-from stage2_detect.models.freezing import lr_factor_of_parameter
+from ssld.shared.backbones import input_settings
+from ssld.shared.config import parse_config
+from ssld.shared.optim import multistep_factor, parameter_groups, scale_lr
+from ssld.shared.run_dir import read_result
+from ssld.shared.toy_data import ToySizes, write_toy_data
+from ssld.stage2_detect import evaluate, train
+from ssld.stage2_detect.config import TrainConfig
+from ssld.stage2_detect.detector_file import load_detector
+from ssld.stage2_detect.models.build import build_detector
+from ssld.stage2_detect.models.freezing import lr_factor_of_parameter
 
 CONFIGS = Path(__file__).parents[2] / "stage2_detect" / "configs"
 ALL = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("toy_"))

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stage2_detect.batch_order import BatchOrder, repeat_factors
-from stage2_detect.batches import TrainLoader
-from stage2_detect.coco import CocoImage, read_coco
-from stage2_detect.train import main
-from stage2_detect.unlabelled import MixedOrder
+from ssld.stage2_detect.batch_order import BatchOrder, repeat_factors
+from ssld.stage2_detect.batches import TrainLoader
+from ssld.stage2_detect.coco import CocoImage, read_coco
+from ssld.stage2_detect.train import main
+from ssld.stage2_detect.unlabelled import MixedOrder
 
 LABELS = [[0], [0, 0, 1], [0], [0, 2], [], [0], [0, 1], [0], [0], [0]]
 

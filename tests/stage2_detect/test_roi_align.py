@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
 
-from stage2_detect.models import pooling
-from stage2_detect.models import roi_align as module
-from stage2_detect.models.roi_align import roi_align
+from ssld.stage2_detect.models import pooling
+from ssld.stage2_detect.models import roi_align as module
+from ssld.stage2_detect.models.roi_align import roi_align
 
 
 def _map(channels: int = 5) -> Tensor:

@@ -18,11 +18,11 @@ from tiny_roi_heads import (
 )
 from torchvision import ops
 
-from stage2_detect.models import boxes, pooling
-from stage2_detect.models.batch import ImageBatch
-from stage2_detect.models.postprocess import Suppression
-from stage2_detect.models.roi_heads import RoIHeads
-from stage2_detect.models.rpn import Proposals
+from ssld.stage2_detect.models import boxes, pooling
+from ssld.stage2_detect.models.batch import ImageBatch
+from ssld.stage2_detect.models.postprocess import Suppression
+from ssld.stage2_detect.models.roi_heads import RoIHeads
+from ssld.stage2_detect.models.rpn import Proposals
 
 
 def _detect_by_loop(heads: RoIHeads, found: Proposals, scales: list[float]) -> list[list[tuple]]:

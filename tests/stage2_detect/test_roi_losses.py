@@ -9,11 +9,11 @@ from tiny_roi_heads import SIZES, STRIDES, WEIGHTS, K, cascade, make, maps, prop
 from torch import Tensor
 from torchvision import ops
 
-from stage2_detect.losses import BoxLoss
-from stage2_detect.models import boxes, pooling
-from stage2_detect.models.batch import Targets
-from stage2_detect.models.roi_heads import RoIHeads
-from stage2_detect.models.rpn import Proposals
+from ssld.stage2_detect.losses import BoxLoss
+from ssld.stage2_detect.models import boxes, pooling
+from ssld.stage2_detect.models.batch import Targets
+from ssld.stage2_detect.models.roi_heads import RoIHeads
+from ssld.stage2_detect.models.rpn import Proposals
 
 
 def _losses_by_numpy(heads: RoIHeads, rois: Tensor, labels: list[int], wanted: Tensor) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from tiny_roi_heads import CHANNELS, STRIDES, make, maps, proposals
 from torch import Tensor
 from torchvision import ops
 
-from stage2_detect.models import pooling
+from ssld.stage2_detect.models import pooling
 
 
 def test_levels_follow_the_area() -> None:

@@ -8,7 +8,7 @@ from tiny_roi_heads import SIZES, K, make, maps, proposals, targets
 from torch import Tensor
 from torchvision import ops
 
-from stage2_detect.models import assign, boxes, sampling
+from ssld.stage2_detect.models import assign, boxes, sampling
 
 
 def test_sampled_counts() -> None:

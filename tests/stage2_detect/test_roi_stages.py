@@ -21,12 +21,12 @@ from tiny_roi_heads import (
 from torch import Tensor
 from torchvision import ops
 
-from stage2_detect.losses import BoxLoss
-from stage2_detect.models import boxes, pooling
-from stage2_detect.models.batch import ImageBatch
-from stage2_detect.models.postprocess import Suppression
-from stage2_detect.models.roi_heads import BoxHead, BoxStage
-from stage2_detect.models.rpn import Proposals
+from ssld.stage2_detect.losses import BoxLoss
+from ssld.stage2_detect.models import boxes, pooling
+from ssld.stage2_detect.models.batch import ImageBatch
+from ssld.stage2_detect.models.postprocess import Suppression
+from ssld.stage2_detect.models.roi_heads import BoxHead, BoxStage
+from ssld.stage2_detect.models.rpn import Proposals
 
 
 def test_head_starts_as_the_reference_has_it() -> None:

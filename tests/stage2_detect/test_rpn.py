@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torchvision import ops
 
-from stage2_detect.models import anchors, assign, boxes, sampling
-from stage2_detect.models.batch import Targets
-from stage2_detect.models.rpn import RPN, RPNHead
+from ssld.stage2_detect.models import anchors, assign, boxes, sampling
+from ssld.stage2_detect.models.batch import Targets
+from ssld.stage2_detect.models.rpn import RPN, RPNHead
 
 STRIDES, SIZES = (8, 16), (16.0, 32.0)
 GRID = [(8, 12), (4, 6)]

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stage2_detect.models import sampled_conv
-from stage2_detect.models.batch import Targets
-from stage2_detect.models.rpn import RPN, cells_of
+from ssld.stage2_detect.models import sampled_conv
+from ssld.stage2_detect.models.batch import Targets
+from ssld.stage2_detect.models.rpn import RPN, cells_of
 
 GRIDS = [(8, 12), (4, 6), (2, 3)]
 STRIDES, SIZES = (8, 16, 32), (16.0, 32.0, 64.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stage2_detect.models.sampling import Sample, hash_priority, index_priority, sample, spread_priority
+from ssld.stage2_detect.models.sampling import Sample, hash_priority, index_priority, sample, spread_priority
 
 
 def _splitmix(x: int) -> int:

@@ -13,11 +13,11 @@ from filled_shapes import filled
 from PIL import Image
 from pycocotools import mask as mask_codec
 
-from shared.errors import UserError
-from stage2_detect import predict
-from stage2_detect.detector_file import load_detector
-from stage2_detect.models.batch import Detections
-from stage2_detect.tiles import Window, merged_windows, windows_of
+from ssld.shared.errors import UserError
+from ssld.stage2_detect import predict
+from ssld.stage2_detect.detector_file import load_detector
+from ssld.stage2_detect.models.batch import Detections
+from ssld.stage2_detect.tiles import Window, merged_windows, windows_of
 
 Box = tuple[float, float, float, float]
 WHOLE = Window(0, 0, 200, 100)

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from shared.backbones import create_classifier, parse_reference, save_backbone
-from shared.checkpoint import load_checkpoint, newest_checkpoint
-from shared.model_file import read_metadata, read_tensors
-from stage2_detect import evaluate, train
-from stage2_detect.detector_file import load_detector
-from stage2_detect.models.pyramid import TimmPyramid
+from ssld.shared.backbones import create_classifier, parse_reference, save_backbone
+from ssld.shared.checkpoint import load_checkpoint, newest_checkpoint
+from ssld.shared.model_file import read_metadata, read_tensors
+from ssld.stage2_detect import evaluate, train
+from ssld.stage2_detect.detector_file import load_detector
+from ssld.stage2_detect.models.pyramid import TimmPyramid
 
 Settings = dict[str, Any]
 Arguments = Callable[..., list[str]]

@@ -11,17 +11,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from shared.images import stable_seed
-from shared.model_file import read_metadata
-from shared.ranks import total_over_ranks
-from stage2_detect import train
-from stage2_detect.coco import read_coco
-from stage2_detect.config import ExpectedConfig
-from stage2_detect.detector_file import load_detector
-from stage2_detect.expected import compare
-from stage2_detect.models.batch import ImageBatch, Targets
-from stage2_detect.models.rcnn import RCNN
-from stage2_detect.validation_loss import validation_losses
+from ssld.shared.images import stable_seed
+from ssld.shared.model_file import read_metadata
+from ssld.shared.ranks import total_over_ranks
+from ssld.stage2_detect import train
+from ssld.stage2_detect.coco import read_coco
+from ssld.stage2_detect.config import ExpectedConfig
+from ssld.stage2_detect.detector_file import load_detector
+from ssld.stage2_detect.expected import compare
+from ssld.stage2_detect.models.batch import ImageBatch, Targets
+from ssld.stage2_detect.models.rcnn import RCNN
+from ssld.stage2_detect.validation_loss import validation_losses
 
 Settings = dict[str, Any]
 Arguments = Callable[..., list[str]]

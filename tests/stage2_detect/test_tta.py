@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from shared.model_file import read_metadata, read_tensors, save_model_file
-from stage2_detect import evaluate, scoring, train
-from stage2_detect.batches import EvalLoader
-from stage2_detect.coco import CocoData, read_coco
-from stage2_detect.detector_file import load_detector
-from stage2_detect.models.batch import Detections, ImageBatch
-from stage2_detect.models.boxes import area
-from stage2_detect.models.mask_targets import decode
-from stage2_detect.models.rcnn import RCNN
-from stage2_detect.tta import Sizes, SizesLoader, detect_views, merged, mirrored, unmirrored
+from ssld.shared.model_file import read_metadata, read_tensors, save_model_file
+from ssld.stage2_detect import evaluate, scoring, train
+from ssld.stage2_detect.batches import EvalLoader
+from ssld.stage2_detect.coco import CocoData, read_coco
+from ssld.stage2_detect.detector_file import load_detector
+from ssld.stage2_detect.models.batch import Detections, ImageBatch
+from ssld.stage2_detect.models.boxes import area
+from ssld.stage2_detect.models.mask_targets import decode
+from ssld.stage2_detect.models.rcnn import RCNN
+from ssld.stage2_detect.tta import Sizes, SizesLoader, detect_views, merged, mirrored, unmirrored
 
 
 def batch(sizes: list[tuple[int, int]], scale: float = 1.0) -> ImageBatch:

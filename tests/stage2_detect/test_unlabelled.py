@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared.errors import UserError
-from stage2_detect.batch_order import BatchOrder
-from stage2_detect.batches import TrainLoader, load_record
-from stage2_detect.coco import CocoData, read_coco
-from stage2_detect.config import TrainConfig
-from stage2_detect.training_data import TrainingData
-from stage2_detect.unlabelled import MixedOrder, list_pictures, training_order
+from ssld.shared.errors import UserError
+from ssld.stage2_detect.batch_order import BatchOrder
+from ssld.stage2_detect.batches import TrainLoader, load_record
+from ssld.stage2_detect.coco import CocoData, read_coco
+from ssld.stage2_detect.config import TrainConfig
+from ssld.stage2_detect.training_data import TrainingData
+from ssld.stage2_detect.unlabelled import MixedOrder, list_pictures, training_order
 
 WIDE = [number % 3 > 0 for number in range(20)]
 MORE = [number % 4 > 0 for number in range(30)]

@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from run_files import content
 
-from shared.images import UnreadableImage
-from stage2_detect import predict
-from stage2_detect.detector_file import load_detector
-from stage2_detect.drawing import draw_objects
-from stage2_detect.models.batch import Detections
-from stage2_detect.picture_batches import ahead
-from stage2_detect.video import Frame, VideoFile, is_video, read_frames
-from stage2_detect.video_prediction import FrameOf, Segments
+from ssld.shared.images import UnreadableImage
+from ssld.stage2_detect import predict
+from ssld.stage2_detect.detector_file import load_detector
+from ssld.stage2_detect.drawing import draw_objects
+from ssld.stage2_detect.models.batch import Detections
+from ssld.stage2_detect.picture_batches import ahead
+from ssld.stage2_detect.video import Frame, VideoFile, is_video, read_frames
+from ssld.stage2_detect.video_prediction import FrameOf, Segments
 
 Line = Callable[..., list[str]]
 SECONDS = [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4]  # a frame is missing in the middle
@@ -212,7 +212,7 @@ def test_a_video_that_breaks_off_is_kept_as_far_as_it_goes(
                 raise UnreadableImage(path, "no more")
             yield frame
 
-    monkeypatch.setattr("stage2_detect.video_prediction.read_frames", broken)
+    monkeypatch.setattr("ssld.stage2_detect.video_prediction.read_frames", broken)
     assert call(predict.main, line(clip, "seen")) == 0
     run = tmp_path / "seen"
     assert "clip.mp4: cannot be read to its end: no more" in (run / "log.txt").read_text()
@@ -223,7 +223,7 @@ def test_a_video_that_breaks_off_is_kept_as_far_as_it_goes(
 def test_a_killed_run_goes_on_in_the_middle_of_a_video(
     call: Callable[..., int], line: Line, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stage2_detect.video_prediction._SEGMENT", 5)
+    monkeypatch.setattr("ssld.stage2_detect.video_prediction._SEGMENT", 5)
     flags = ("--batch_size", "2")
     assert call(predict.main, line(clip, "whole", *flags)) == 0
     write = Segments.write

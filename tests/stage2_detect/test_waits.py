@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shared.backbones import InputSettings
-from stage2_detect.model_config import DetectorConfig
-from stage2_detect.models import boxes, pooling
-from stage2_detect.models.batch import ImageBatch, Targets
-from stage2_detect.models.build import build_detector
-from stage2_detect.models.mask_targets import ImageMasks
+from ssld.shared.backbones import InputSettings
+from ssld.stage2_detect.model_config import DetectorConfig
+from ssld.stage2_detect.models import boxes, pooling
+from ssld.stage2_detect.models.batch import ImageBatch, Targets
+from ssld.stage2_detect.models.build import build_detector
+from ssld.stage2_detect.models.mask_targets import ImageMasks
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = [[[5.0, 5.0, 30.0, 5.0, 30.0, 30.0, 5.0, 30.0]]]

@@ -3,11 +3,11 @@
 import timm
 import torch
 
-from shared.backbones import input_settings
-from stage2_detect.model_config import DetectorConfig
-from stage2_detect.models.batch import ImageBatch, Targets
-from stage2_detect.models.build import build_detector
-from stage2_detect.models.rcnn import RCNN
+from ssld.shared.backbones import input_settings
+from ssld.stage2_detect.model_config import DetectorConfig
+from ssld.stage2_detect.models.batch import ImageBatch, Targets
+from ssld.stage2_detect.models.build import build_detector
+from ssld.stage2_detect.models.rcnn import RCNN
 
 
 def architecture(fpn_channels: int) -> DetectorConfig:

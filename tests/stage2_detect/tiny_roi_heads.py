@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stage2_detect.models import boxes
-from stage2_detect.models.batch import Detections, ImageBatch, Targets
-from stage2_detect.models.postprocess import to_original
-from stage2_detect.models.roi_heads import BoxStage, RoIHeads
-from stage2_detect.models.rpn import Proposals
+from ssld.stage2_detect.models import boxes
+from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
+from ssld.stage2_detect.models.postprocess import to_original
+from ssld.stage2_detect.models.roi_heads import BoxStage, RoIHeads
+from ssld.stage2_detect.models.rpn import Proposals
 
 STRIDES = (4, 8, 16, 32)
 CHANNELS, K = 5, 3
