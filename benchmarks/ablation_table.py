@@ -16,10 +16,10 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ssld.shared.command import USER_ERROR
+from ssld.shared.config.command import USER_ERROR
+from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import UserError
 from ssld.shared.run_dir import read_result
-from ssld.shared.yaml_files import read_yaml
 
 PIPELINE = Path(__file__).resolve().parents[1] / "pipelines" / "ssld_ablation.yaml"
 _METRICS = ("top1", "agreement", "kl")

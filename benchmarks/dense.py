@@ -38,7 +38,7 @@ from torchvision.models.detection.retinanet import RetinaNet as TheirRetinaNet
 from benchmarks.detect import FORMATS, Inputs, check_detections, make_inputs
 from benchmarks.side_by_side import Work, rounds, show
 from benchmarks.torchvision_rcnn import CLASSES, FrozenBackbone
-from ssld.shared.backbones import InputSettings
+from ssld.shared.models.backbones import InputSettings
 from ssld.stage2_detect.dense_distillation import DistilledDense
 from ssld.stage2_detect.distill_config import LDConfig
 from ssld.stage2_detect.model_config import DetectorConfig

@@ -33,9 +33,9 @@ from torch.utils.data import default_collate
 from torchvision import transforms
 
 from benchmarks.side_by_side import rounds, show
-from ssld.shared.backbones import create_classifier, parse_reference, place
 from ssld.shared.files import require_images
 from ssld.shared.images import open_image
+from ssld.shared.models.backbones import create_classifier, parse_reference, place
 from ssld.stage1_ssld.batch import SoftLabels, View, collate
 from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage1_ssld.data import TrainingData

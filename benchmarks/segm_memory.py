@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 
 from benchmarks.annotation_cache import peak_megabytes
-from ssld.shared.backbones import InputSettings
+from ssld.shared.models.backbones import InputSettings
 from ssld.stage2_detect import evaluate
 from ssld.stage2_detect.coco import CocoData
 from ssld.stage2_detect.config import ResizeConfig

@@ -13,10 +13,10 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.shared.command import USER_ERROR
-from ssld.shared.config import did_you_mean
+from ssld.shared.config.command import USER_ERROR
+from ssld.shared.config.settings import did_you_mean
+from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import UserError
-from ssld.shared.yaml_files import read_yaml
 
 # name -> (module with main(argv), one line of help)
 COMMANDS = {
@@ -149,7 +149,7 @@ def _inspect(argv: list[str]) -> int:
 
 def _script(name: str, argv: list[str]) -> str:
     """The module for the kind of file that a command line names."""
-    from ssld.shared.model_file import read_metadata
+    from ssld.shared.models.model_file import read_metadata
 
     file = _model(argv)
     if file is None:

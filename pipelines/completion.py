@@ -9,7 +9,7 @@ The words are taken from the very parsers of the commands and written into the s
 from argparse import ArgumentParser
 from collections.abc import Iterator
 
-from ssld.shared.config_help import choices_of, flags_of
+from ssld.shared.config.help import choices_of, flags_of
 from ssld.shared.errors import UserError
 
 SHELLS = ("bash", "zsh")
@@ -38,7 +38,7 @@ def parsers() -> Iterator[tuple[str, ArgumentParser]]:
     """(command, parser) of every command that has flags; of those that dispatch by file, one for each kind."""
     from ssld.pipelines import doctor, init, run
     from ssld.pipelines.stages import KINDS
-    from ssld.shared.config import settings_parser
+    from ssld.shared.config.settings import settings_parser
 
     yield from (("run", run._parser()), ("doctor", doctor.parser()), ("init", init.parser()))
     named = {

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ssld.shared.config import CommandConfig, Config, did_you_mean
+from ssld.shared.config.settings import CommandConfig, Config, did_you_mean
 
 CommandName = Literal[
     "toy_data",

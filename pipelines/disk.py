@@ -13,9 +13,9 @@ from math import ceil
 from pathlib import Path
 
 from ssld.pipelines.stages import Stage
+from ssld.shared.config.training import TrainingConfig
 from ssld.shared.errors import UserError
 from ssld.shared.files import list_images
-from ssld.shared.training_config import TrainingConfig
 from ssld.stage1_ssld.config import (
     ConvertPaddleConfig,
     CurateConfig,

@@ -23,8 +23,8 @@ from ssld.pipelines.data_process import FLAGS, check_data
 from ssld.pipelines.machine import Line, ask_torch, machine_lines
 from ssld.pipelines.settings_check import DataSet, settings_lines
 from ssld.pipelines.stages import located
-from ssld.shared.command import USER_ERROR
-from ssld.shared.config import Parser, underscored
+from ssld.shared.config.command import USER_ERROR
+from ssld.shared.config.settings import Parser, underscored
 from ssld.shared.errors import UserError
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from ssld.pipelines.machine import Line
-from ssld.shared.config import CommandConfig
+from ssld.shared.config.settings import CommandConfig
 from ssld.shared.files import list_images
 from ssld.shared.wording import count
 from ssld.stage1_ssld.config import CurateConfig, SoftLabelsConfig, Stage1Config

@@ -25,8 +25,8 @@ from ssld.pipelines.data_process import FLAGS, check_data
 from ssld.pipelines.machine import ask_torch, cores
 from ssld.pipelines.split import split_content
 from ssld.pipelines.suggest import Facts, pipeline_text, suggest
-from ssld.shared.command import USER_ERROR
-from ssld.shared.config import Parser, underscored
+from ssld.shared.config.command import USER_ERROR
+from ssld.shared.config.settings import Parser, underscored
 from ssld.shared.errors import UserError
 from ssld.shared.files import list_images
 from ssld.shared.run_dir import write_atomically

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ssld.pipelines.inspect_records import KNOWN, inspect_pipeline_output, inspect_record
+from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import UserError
-from ssld.shared.yaml_files import read_yaml
 
 # kind of detector -> the groups of its settings that it uses
 _BLOCKS = {
@@ -52,7 +52,7 @@ def inspect_text(path: Path) -> str:
 
 
 def _model(path: Path) -> tuple[str, dict[str, Any]]:
-    from ssld.shared.model_file import read_metadata, read_shapes
+    from ssld.shared.models.model_file import read_metadata, read_shapes
 
     try:
         metadata, shapes = read_metadata(path), read_shapes(path)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ssld.pipelines.settings_check import command_of
+from ssld.shared.config.training import TrainingConfig
+from ssld.shared.config.yaml_files import read_recipe, read_yaml
 from ssld.shared.errors import UserError
 from ssld.shared.run_dir import read_metrics
-from ssld.shared.training_config import TrainingConfig
-from ssld.shared.yaml_files import read_recipe, read_yaml
 
 KNOWN = (
     "known are model files (.safetensors), exported networks (.onnx, .pt2), manifests (.parquet), COCO data sets and records of runs (.json), "

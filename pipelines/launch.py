@@ -21,7 +21,7 @@ from types import FrameType, TracebackType
 from typing import IO
 
 from ssld.pipelines.stages import ROOT, Stage
-from ssld.shared.command import STOPPED, USER_ERROR
+from ssld.shared.config.command import STOPPED, USER_ERROR
 from ssld.shared.run_dir import read_result
 
 TAIL_LINES = 15

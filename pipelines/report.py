@@ -22,7 +22,7 @@ from ssld.pipelines.config import PipelineConfig, ReportConfig, TableConfig
 from ssld.pipelines.report_stage import Room, StageView, mean_curve, percent, read_json, view
 from ssld.pipelines.stages import read_pipeline
 from ssld.pipelines.table import COLUMNS, Row, gain, gain_cells, read_record, table_rows
-from ssld.shared.command import run_command
+from ssld.shared.config.command import run_command
 from ssld.shared.errors import UserError
 from ssld.shared.run_dir import RunDir, write_atomically
 from ssld.shared.wording import count, duration

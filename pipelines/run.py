@@ -26,8 +26,8 @@ from ssld.pipelines.launch import Signals, command_line, run_stage
 from ssld.pipelines.plan import Planned, erase, make_plan, to_erase
 from ssld.pipelines.stages import LOGS, Stage, build_stages, located, read_pipeline
 from ssld.pipelines.table import Record, table_text, write_record
-from ssld.shared.command import STOPPED, USER_ERROR
-from ssld.shared.config import Parser, did_you_mean
+from ssld.shared.config.command import STOPPED, USER_ERROR
+from ssld.shared.config.settings import Parser, did_you_mean
 from ssld.shared.errors import UserError
 from ssld.shared.run_dir import read_result
 from ssld.shared.wording import count

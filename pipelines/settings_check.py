@@ -15,10 +15,10 @@ from ssld.pipelines.image_folders import folder_lines, folders_of
 from ssld.pipelines.machine import Level, Line, cores
 from ssld.pipelines.plan import make_plan
 from ssld.pipelines.stages import KINDS, build_stages, read_pipeline
-from ssld.shared.config import CommandConfig, parse_config, validate
+from ssld.shared.config.settings import CommandConfig, parse_config, validate
+from ssld.shared.config.training import TrainingConfig
+from ssld.shared.config.yaml_files import read_recipe
 from ssld.shared.errors import UserError
-from ssld.shared.training_config import TrainingConfig
-from ssld.shared.yaml_files import read_recipe
 from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage2_detect.config import TrainConfig
 

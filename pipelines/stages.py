@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ssld.pipelines.config import CommandName, PipelineConfig, ReportConfig, StageConfig, flatten
-from ssld.shared.config import CommandConfig, did_you_mean, parse_config, validate
+from ssld.shared.config.settings import CommandConfig, did_you_mean, parse_config, validate
+from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import UserError
 from ssld.shared.toy_data import ToyDataConfig
-from ssld.shared.yaml_files import read_yaml
 from ssld.stage1_ssld.config import (
     ConvertPaddleConfig,
     CurateConfig,

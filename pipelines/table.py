@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ssld.pipelines.config import PipelineConfig, TableConfig
-from ssld.shared.config import validate
+from ssld.shared.config.settings import validate
 from ssld.shared.errors import UserError
 from ssld.shared.run_dir import read_result, write_atomically
 

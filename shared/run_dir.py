@@ -5,7 +5,7 @@
     metrics.jsonl     one line a logged step
     log.txt           what the run printed
     quarantine.txt    unreadable images, if any
-    checkpoints/      see shared/checkpoint.py
+    checkpoints/      see shared/training/checkpoint.py
     result.json       written last: its presence means the run is finished
 
 Only the main rank writes; the lock is an flock that dies with its process. Does not import torch.
@@ -26,7 +26,7 @@ from typing import IO, Any, Literal
 
 import yaml
 
-from ssld.shared.config import MAY_CHANGE, NOT_IDENTITY, CommandConfig, differences, dump_yaml, identity
+from ssld.shared.config.settings import MAY_CHANGE, NOT_IDENTITY, CommandConfig, differences, dump_yaml, identity
 from ssld.shared.errors import UserError
 from ssld.shared.files import files_digest
 

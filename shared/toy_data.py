@@ -32,8 +32,8 @@ from numpy.random import Generator
 from PIL import Image
 from pydantic import Field
 
-from ssld.shared.command import run_command
-from ssld.shared.config import CommandConfig, Config
+from ssld.shared.config.command import run_command
+from ssld.shared.config.settings import CommandConfig, Config
 from ssld.shared.errors import UserError
 from ssld.shared.toy_drawing import CLASSES, SCENE_SIZE, Thing, draw_crop, draw_scene
 

@@ -5,9 +5,9 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from ssld.shared.config import CommandConfig
+from ssld.shared.config.settings import CommandConfig
+from ssld.shared.config.training import EmaConfig, OptimConfig, TrainingConfig
 from ssld.shared.errors import UserError
-from ssld.shared.training_config import EmaConfig, OptimConfig, TrainingConfig
 from ssld.stage1_ssld.data_config import (
     DataConfig,
     LossConfig,

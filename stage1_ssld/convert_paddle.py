@@ -13,7 +13,7 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.shared.command import run_command
+from ssld.shared.config.command import run_command
 from ssld.stage1_ssld.config import ConvertPaddleConfig
 
 
@@ -29,8 +29,8 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
     """
     from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    from ssld.shared.backbones import InputSettings, ModelReference, check_fits, save_backbone
-    from ssld.shared.paddle_weights import read_paddle_weights, to_torch
+    from ssld.shared.models.backbones import InputSettings, ModelReference, check_fits, save_backbone
+    from ssld.shared.models.paddle_weights import read_paddle_weights, to_torch
     from ssld.shared.run_dir import RunDir, file_sha256
     from ssld.stage1_ssld.paddle_resnet import layer_names, recognise
 

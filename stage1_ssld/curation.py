@@ -20,12 +20,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from ssld.shared.distributed.processes import to_device, uses_gpu
+from ssld.shared.distributed.ranks import from_main_rank, rank, world_size
+from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
-from ssld.shared.processes import to_device, uses_gpu
-from ssld.shared.quarantine import Quarantine
-from ssld.shared.ranks import from_main_rank, rank, world_size
 from ssld.shared.run_dir import RunDir, write_atomically
-from ssld.shared.stop import StopRequest
+from ssld.shared.training.quarantine import Quarantine
 from ssld.stage1_ssld.config import CurateConfig
 from ssld.stage1_ssld.curation_output import Images, draw, materialise
 from ssld.stage1_ssld.data_config import SourceConfig, is_remote

@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ssld.shared.distributed.ranks import rank, world_size
+from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped
 from ssld.shared.images import UnreadableImage, pixels_of
-from ssld.shared.ranks import rank, world_size
 from ssld.shared.run_dir import RunDir
-from ssld.shared.stop import StopRequest
 from ssld.stage1_ssld.config import CurateConfig
 from ssld.stage1_ssld.curation_pictures import Picture, Row, draw_examples, draw_numbers
 from ssld.stage1_ssld.data_config import SourceConfig

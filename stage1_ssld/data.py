@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ssld.shared.distributed.workers import start_worker
 from ssld.shared.errors import UserError
 from ssld.shared.images import UnreadableImage, require_decoder, stable_seed
-from ssld.shared.workers import start_worker
 from ssld.stage1_ssld.batch import NO_LABEL, Batch, View, collate
 from ssld.stage1_ssld.config import DistillConfig, TeachConfig
 from ssld.stage1_ssld.data_config import DataConfig

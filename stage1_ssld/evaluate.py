@@ -13,7 +13,7 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.shared.command import run_command
+from ssld.shared.config.command import run_command
 from ssld.shared.errors import UserError
 from ssld.stage1_ssld.config import EvaluateConfig
 
@@ -34,12 +34,12 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     import torch
     from accelerate import Accelerator
 
-    from ssld.shared.backbones import create_classifier, parse_reference
-    from ssld.shared.processes import uses_gpu
-    from ssld.shared.quarantine import Quarantine
-    from ssld.shared.ranks import from_main_rank, rank, world_size
+    from ssld.shared.distributed.processes import uses_gpu
+    from ssld.shared.distributed.ranks import from_main_rank, rank, world_size
+    from ssld.shared.models.backbones import create_classifier, parse_reference
+    from ssld.shared.models.teacher import embed
     from ssld.shared.run_dir import RunDir
-    from ssld.shared.teacher import embed
+    from ssld.shared.training.quarantine import Quarantine
     from ssld.stage1_ssld.batch import Batch
     from ssld.stage1_ssld.data import Labels, ValViews, make_loader, val_batches
     from ssld.stage1_ssld.knn import knn_accuracy

@@ -16,7 +16,7 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.shared.command import run_command
+from ssld.shared.config.command import run_command
 from ssld.shared.errors import UserError
 from ssld.stage1_ssld.config import EXPORTED as FILES
 from ssld.stage1_ssld.config import ExportConfig
@@ -24,7 +24,7 @@ from ssld.stage1_ssld.config import ExportConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ssld.shared.backbones import InputSettings
+    from ssld.shared.models.backbones import InputSettings
     from ssld.shared.run_dir import RunDir
     from ssld.stage1_ssld.sources import ImageSource
 
@@ -44,11 +44,11 @@ def export_backbone(config: ExportConfig) -> None:
 
     import torch
 
-    from ssld.shared.backbones import InputSettings, create_classifier, parse_reference
-    from ssld.shared.card_parts import read_recipe
-    from ssld.shared.graph_files import require_onnx
-    from ssld.shared.hub import check_name, public, push
-    from ssld.shared.model_file import read_metadata
+    from ssld.shared.deploy.card_parts import read_recipe
+    from ssld.shared.deploy.graph_files import require_onnx
+    from ssld.shared.deploy.hub import check_name, public, push
+    from ssld.shared.models.backbones import InputSettings, create_classifier, parse_reference
+    from ssld.shared.models.model_file import read_metadata
     from ssld.shared.run_dir import RunDir
     from ssld.stage1_ssld import onnx_file
     from ssld.stage1_ssld.hub import write_folder

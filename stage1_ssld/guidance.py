@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssld.shared.errors import UserError
-from ssld.shared.teacher import Teacher
+from ssld.shared.models.teacher import Teacher
 from ssld.shared.wording import count
 from ssld.stage1_ssld.batch import SoftLabels
 from ssld.stage1_ssld.config import DistillConfig, TeachConfig

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from ssld.shared.backbones import InputSettings
-from ssld.shared.hub import public
-from ssld.shared.model_file import read_tensors, save_model_file
+from ssld.shared.deploy.hub import public
+from ssld.shared.models.backbones import InputSettings
+from ssld.shared.models.model_file import read_tensors, save_model_file
 
 
 def write_folder(

@@ -12,8 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssld.shared.processes import to_device
-from ssld.shared.ranks import gather_lists, world_size
+from ssld.shared.distributed.processes import to_device
+from ssld.shared.distributed.ranks import gather_lists, world_size
 from ssld.stage1_ssld.batch import NO_LABEL, Batch
 
 TEMPERATURE = 0.07

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import torch
 
-from ssld.shared.auto_batch import find_passes
-from ssld.shared.backbones import parse_reference
+from ssld.shared.distributed.processes import DTYPES, optimizer_step, start_processes, start_trackers, to_device
+from ssld.shared.distributed.ranks import from_main_rank, share_buffers, world_size
+from ssld.shared.distributed.ranks import rank as distributed_rank
+from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.images import stable_seed
-from ssld.shared.optim import cosine_factor, make_optimizer, parameter_groups, scale_lr, set_lr
-from ssld.shared.processes import DTYPES, optimizer_step, start_processes, start_trackers, to_device
-from ssld.shared.quarantine import Quarantine
-from ssld.shared.ranks import from_main_rank, share_buffers, world_size
-from ssld.shared.ranks import rank as distributed_rank
+from ssld.shared.models.backbones import parse_reference
 from ssld.shared.run_dir import RunDir
-from ssld.shared.stop import StopRequest
-from ssld.shared.training_state import TrainingState
+from ssld.shared.training.auto_batch import find_passes
+from ssld.shared.training.optim import cosine_factor, make_optimizer, parameter_groups, scale_lr, set_lr
+from ssld.shared.training.quarantine import Quarantine
+from ssld.shared.training.training_state import TrainingState
 from ssld.shared.wording import count
 from ssld.stage1_ssld.config import DistillConfig, TeachConfig
 from ssld.stage1_ssld.curves import write_curves

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from ssld.shared.processes import to_device
-from ssld.shared.ranks import total_over_ranks
+from ssld.shared.distributed.processes import to_device
+from ssld.shared.distributed.ranks import total_over_ranks
 from ssld.stage1_ssld.batch import NO_LABEL, Batch
 from ssld.stage1_ssld.losses import kl
 

@@ -6,8 +6,8 @@ Nothing is estimated: what is not recorded is said to be so.
 
 from typing import Any
 
-from ssld.shared.card_parts import folder_name, front_matter, hub_licence, numbers, recipe_lines, table
-from ssld.shared.hub import public
+from ssld.shared.deploy.card_parts import folder_name, front_matter, hub_licence, numbers, recipe_lines, table
+from ssld.shared.deploy.hub import public
 
 _ACCURACY = ("top1", "top5", "knn_top1", "agreement", "teacher_top1")
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssld.shared import graph_files
-from ssld.shared.backbones import Classifier
-from ssld.shared.timing import interleaved, speed_lines
+from ssld.shared.deploy import graph_files
+from ssld.shared.deploy.timing import interleaved, speed_lines
+from ssld.shared.models.backbones import Classifier
 
 INPUT, OUTPUT = "pixels", "logits"
 Run = Callable[[Tensor], np.ndarray]

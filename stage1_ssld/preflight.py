@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from ssld.shared.distributed.processes import to_device
+from ssld.shared.distributed.ranks import gather_lists
 from ssld.shared.errors import UserError
-from ssld.shared.processes import to_device
-from ssld.shared.ranks import gather_lists
-from ssld.shared.teacher import Teacher
+from ssld.shared.models.teacher import Teacher
 from ssld.stage1_ssld.batch import NO_LABEL, Batch
 
 ENOUGH = 100

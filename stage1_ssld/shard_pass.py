@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ssld.shared.distributed.stop import StopRequest
+from ssld.shared.distributed.workers import start_worker
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.images import UnreadableImage, pixels_of
-from ssld.shared.stop import StopRequest
-from ssld.shared.workers import start_worker
 from ssld.stage1_ssld.perceptual_hash import perceptual_hash
 from ssld.stage1_ssld.shards import RowShard, Sample, Shard
 from ssld.stage1_ssld.sources import decode

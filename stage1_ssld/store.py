@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssld.shared.distributed.ranks import gather_lists, rank, world_size
 from ssld.shared.errors import UserError
 from ssld.shared.images import UnreadableImage
-from ssld.shared.model_file import content_hash
-from ssld.shared.ranks import gather_lists, rank, world_size
+from ssld.shared.models.model_file import content_hash
+from ssld.shared.models.teacher import Teacher
 from ssld.shared.run_dir import file_sha256, input_digest
-from ssld.shared.teacher import Teacher
 from ssld.stage1_ssld.batch import SoftLabels, StoredAnswer
 from ssld.stage1_ssld.data_config import DataConfig, is_remote
 from ssld.stage1_ssld.sources import ImageSource

@@ -17,14 +17,14 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import Dataset
 
+from ssld.shared.distributed.processes import to_device, uses_gpu
+from ssld.shared.distributed.ranks import from_main_rank, gather_lists, rank, world_size
+from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.images import Picture, UnreadableImage, require_decoder
-from ssld.shared.processes import to_device, uses_gpu
-from ssld.shared.quarantine import Quarantine
-from ssld.shared.ranks import from_main_rank, gather_lists, rank, world_size
+from ssld.shared.models.teacher import Teacher
 from ssld.shared.run_dir import RunDir, file_sha256, write_atomically
-from ssld.shared.stop import StopRequest
-from ssld.shared.teacher import Teacher
+from ssld.shared.training.quarantine import Quarantine
 from ssld.stage1_ssld.batch import NO_LABEL, Batch, View
 from ssld.stage1_ssld.config import SoftLabelsConfig
 from ssld.stage1_ssld.data import ValViews, make_loader, val_batches

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ssld.shared.distributed.workers import start_worker
 from ssld.shared.errors import UserError
 from ssld.shared.images import UnreadableImage, stable_seed
-from ssld.shared.workers import start_worker
 from ssld.stage1_ssld.batch import NO_LABEL, Batch, View, collate
 from ssld.stage1_ssld.data_config import DataConfig
 from ssld.stage1_ssld.formats import Sample

@@ -7,7 +7,8 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from ssld.shared.backbones import (
+from ssld.shared.errors import UserError
+from ssld.shared.models.backbones import (
     Classifier,
     InputSettings,
     architecture,
@@ -17,7 +18,6 @@ from ssld.shared.backbones import (
     place,
     save_backbone,
 )
-from ssld.shared.errors import UserError
 from ssld.stage1_ssld.config import Stage1Config
 from ssld.stage1_ssld.data_config import NetworkConfig
 

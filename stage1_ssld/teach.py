@@ -13,7 +13,7 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.shared.command import run_command
+from ssld.shared.config.command import run_command
 from ssld.stage1_ssld.config import TeachConfig
 
 

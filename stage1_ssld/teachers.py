@@ -2,8 +2,8 @@
 
 import torch
 
-from ssld.shared.processes import DTYPES
-from ssld.shared.teacher import FrozenTeacher, Teacher, TeacherEnsemble
+from ssld.shared.distributed.processes import DTYPES
+from ssld.shared.models.teacher import FrozenTeacher, Teacher, TeacherEnsemble
 from ssld.stage1_ssld.data_config import TeacherConfig
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ssld.shared.distributed.workers import start_worker
 from ssld.shared.errors import UserError
 from ssld.shared.images import UnreadableImage, decode_image, stable_seed
-from ssld.shared.workers import start_worker
 from ssld.stage2_detect.augment import TrainingViews, View, fit_view, view_image
 from ssld.stage2_detect.batch_order import BatchOrder, eval_batches
 from ssld.stage2_detect.coco import CocoData, CocoImage

@@ -21,8 +21,8 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.shared.command import USER_ERROR
-from ssld.shared.config import Parser, underscored
+from ssld.shared.config.command import USER_ERROR
+from ssld.shared.config.settings import Parser, underscored
 from ssld.shared.errors import UserError
 from ssld.shared.wording import count
 from ssld.stage2_detect.data_findings import LEVELS, Finding, is_id, some

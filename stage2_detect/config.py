@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ssld.shared.config import CommandConfig, Config
-from ssld.shared.training_config import EmaConfig, OptimConfig, TrainingConfig
+from ssld.shared.config.settings import CommandConfig, Config
+from ssld.shared.config.training import EmaConfig, OptimConfig, TrainingConfig
 from ssld.stage2_detect.distill_config import DistillConfig
 from ssld.stage2_detect.model_config import DetectorConfig, Fraction, Positive
 

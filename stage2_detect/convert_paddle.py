@@ -16,7 +16,7 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.shared.command import run_command
+from ssld.shared.config.command import run_command
 from ssld.shared.errors import UserError
 from ssld.stage2_detect.config import ConvertPaddleConfig
 
@@ -39,8 +39,8 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
     import timm
     from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    from ssld.shared.backbones import InputSettings
-    from ssld.shared.paddle_weights import read_paddle_weights, to_torch
+    from ssld.shared.models.backbones import InputSettings
+    from ssld.shared.models.paddle_weights import read_paddle_weights, to_torch
     from ssld.shared.run_dir import RunDir, file_sha256
     from ssld.stage2_detect.detector_file import save_detector
     from ssld.stage2_detect.models.build import build_detector

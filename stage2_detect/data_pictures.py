@@ -124,7 +124,7 @@ def _check_unreadable(check: FileCheck, reasons: dict[int, str], total: int) -> 
         return
     rows = check.content["images"]
     reason = next(iter(reasons.values()))
-    # shared/quarantine.py: more than one and more than 1 % end a training run; evaluation stands none.
+    # shared/training/quarantine.py: more than one and more than 1 % end a training run; evaluation stands none.
     ends = check.name == "val" or (len(reasons) > 1 and len(reasons) > 0.01 * total)
     then = ("evaluation" if check.name == "val" else "training") + " stops" if ends else "training leaves them out"
     check.add(

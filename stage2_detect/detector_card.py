@@ -15,9 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssld.shared.card_parts import folder_name, front_matter, hub_licence, numbers, read_recipe, recipe_lines, table
-from ssld.shared.hub import public
-from ssld.shared.model_file import read_tensors, save_model_file
+from ssld.shared.deploy.card_parts import (
+    folder_name,
+    front_matter,
+    hub_licence,
+    numbers,
+    read_recipe,
+    recipe_lines,
+    table,
+)
+from ssld.shared.deploy.hub import public
+from ssld.shared.models.model_file import read_tensors, save_model_file
 from ssld.stage2_detect.detector_file import LoadedDetector
 from ssld.stage2_detect.export_config import FILES
 

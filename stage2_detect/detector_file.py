@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import timm
 
-from ssld.shared.backbones import InputSettings
-from ssld.shared.checkpoint import load_module
-from ssld.shared.config import validate
+from ssld.shared.config.settings import validate
 from ssld.shared.errors import UserError
-from ssld.shared.model_file import read_metadata, read_tensors, save_model_file
+from ssld.shared.models.backbones import InputSettings
+from ssld.shared.models.model_file import read_metadata, read_tensors, save_model_file
+from ssld.shared.training.checkpoint import load_module
 from ssld.stage2_detect.coco import CocoData
 from ssld.stage2_detect.config import ResizeConfig
 from ssld.stage2_detect.model_config import DetectorConfig

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ssld.shared.config import Config
+from ssld.shared.config.settings import Config
 from ssld.stage2_detect.model_config import DetectorConfig, Fraction, Positive
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -15,7 +15,7 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.shared.command import run_command
+from ssld.shared.config.command import run_command
 from ssld.stage2_detect.config import EvaluateConfig
 
 
@@ -28,8 +28,8 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     """Evaluate the file that `config` names and write result.json."""
     from accelerate import Accelerator
 
-    from ssld.shared.processes import DTYPES, uses_gpu
-    from ssld.shared.ranks import from_main_rank
+    from ssld.shared.distributed.processes import DTYPES, uses_gpu
+    from ssld.shared.distributed.ranks import from_main_rank
     from ssld.shared.run_dir import RunDir
     from ssld.stage2_detect import expected
     from ssld.stage2_detect.coco import read_coco, require_masks

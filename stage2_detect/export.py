@@ -14,7 +14,7 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.shared.command import run_command
+from ssld.shared.config.command import run_command
 from ssld.stage2_detect.export_config import FILES, ExportDetectorConfig
 
 
@@ -31,8 +31,8 @@ def export_detector(config: ExportDetectorConfig) -> None:
     """
     import os
 
-    from ssld.shared.graph_files import require_onnx
-    from ssld.shared.hub import check_name, push
+    from ssld.shared.deploy.graph_files import require_onnx
+    from ssld.shared.deploy.hub import check_name, push
     from ssld.shared.run_dir import RunDir
     from ssld.stage2_detect.detector_card import write_folder
     from ssld.stage2_detect.detector_file import load_detector

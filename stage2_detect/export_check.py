@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssld.shared.deploy.timing import interleaved, speed_lines
 from ssld.shared.errors import UserError
 from ssld.shared.files import IMAGE_SUFFIXES
 from ssld.shared.images import UnreadableImage, decode_image
-from ssld.shared.timing import interleaved, speed_lines
 from ssld.stage2_detect.augment import View, fit_view, view_image
 from ssld.stage2_detect.batches import PAD_MULTIPLE
 from ssld.stage2_detect.config import ResizeConfig

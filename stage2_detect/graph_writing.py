@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssld.shared.deploy.graph_files import Dynamic, read_program, session, write_onnx, write_program
+from ssld.shared.deploy.hub import public
 from ssld.shared.errors import UserError
-from ssld.shared.graph_files import Dynamic, read_program, session, write_onnx, write_program
-from ssld.shared.hub import public
 from ssld.stage2_detect.batches import PAD_MULTIPLE
 from ssld.stage2_detect.detector_file import LoadedDetector
 from ssld.stage2_detect.models.graph import DetectorGraph

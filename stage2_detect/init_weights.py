@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ssld.shared.backbones import InputSettings, create_body, parse_reference
 from ssld.shared.errors import UserError
-from ssld.shared.model_file import read_metadata, read_tensors
+from ssld.shared.models.backbones import InputSettings, create_body, parse_reference
+from ssld.shared.models.model_file import read_metadata, read_tensors
 from ssld.stage2_detect.class_rows import carry_rows, rows_per_class
 from ssld.stage2_detect.model_config import DetectorConfig
 

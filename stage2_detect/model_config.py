@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ssld.shared.config import Config
+from ssld.shared.config.settings import Config
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 IoU = Annotated[float, Field(gt=0, le=1)]

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from ssld.shared.errors import UserError
-from ssld.shared.paddle_weights import LEAVES
+from ssld.shared.models.paddle_weights import LEAVES
 from ssld.stage2_detect.model_config import DetectorConfig
 
 # Blocks a stage; a deep stem makes it timm's `d`.

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ssld.shared.distributed.workers import start_worker
 from ssld.shared.errors import UserError
 from ssld.shared.images import UnreadableImage
-from ssld.shared.workers import start_worker
 from ssld.stage2_detect.augment import fit_view, view_image
 from ssld.stage2_detect.batches import PAD_MULTIPLE, load_record
 from ssld.stage2_detect.coco import CocoImage

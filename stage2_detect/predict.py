@@ -17,7 +17,7 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.shared.command import run_command
+from ssld.shared.config.command import run_command
 from ssld.stage2_detect.predict_config import PredictConfig
 
 
@@ -43,9 +43,9 @@ def _predict(config: PredictConfig) -> None:
 
     from accelerate import Accelerator
 
+    from ssld.shared.distributed.processes import uses_gpu
+    from ssld.shared.distributed.ranks import from_main_rank, rank, world_size
     from ssld.shared.errors import UserError
-    from ssld.shared.processes import uses_gpu
-    from ssld.shared.ranks import from_main_rank, rank, world_size
     from ssld.shared.run_dir import RunDir, write_atomically
     from ssld.shared.wording import count
     from ssld.stage2_detect.detector_file import load_detector

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ssld.shared.config import did_you_mean
+from ssld.shared.config.settings import did_you_mean
+from ssld.shared.distributed.processes import DTYPES
 from ssld.shared.errors import UserError
-from ssld.shared.processes import DTYPES
 from ssld.shared.run_dir import RunDir
 from ssld.shared.wording import count, duration
 from ssld.stage2_detect.coco import CocoImage, Id

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ssld.shared.ranks import from_main_rank, gather_on_main_rank, rank, world_size
+from ssld.shared.distributed.ranks import from_main_rank, gather_on_main_rank, rank, world_size
 from ssld.shared.wording import duration
 from ssld.stage2_detect.batches import EvalLoader
 from ssld.stage2_detect.coco import CocoData, Id

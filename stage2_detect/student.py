@@ -9,9 +9,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ssld.shared.backbones import architecture, create_body, input_settings, licence, parse_reference, place
-from ssld.shared.optim import parameter_groups
-from ssld.shared.ranks import total_over_ranks, world_size
+from ssld.shared.distributed.ranks import total_over_ranks, world_size
+from ssld.shared.models.backbones import architecture, create_body, input_settings, licence, parse_reference, place
+from ssld.shared.training.optim import parameter_groups
 from ssld.stage2_detect.coco import CocoData
 from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.dense_distillation import DistilledDense

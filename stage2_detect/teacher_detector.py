@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssld.shared.backbones import place
 from ssld.shared.errors import UserError
+from ssld.shared.models.backbones import place
 from ssld.stage2_detect.class_rows import permute_classes
 from ssld.stage2_detect.coco import CocoData
 from ssld.stage2_detect.detector_file import load_detector

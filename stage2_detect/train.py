@@ -17,7 +17,7 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.shared.command import run_command
+from ssld.shared.config.command import run_command
 from ssld.stage2_detect.config import TrainConfig
 
 
@@ -37,17 +37,17 @@ def train(config: TrainConfig) -> None:
 
     import torch
 
-    from ssld.shared.auto_batch import find_passes
-    from ssld.shared.backbones import parse_reference
+    from ssld.shared.distributed.processes import DTYPES, optimizer_step, start_processes, start_trackers
+    from ssld.shared.distributed.ranks import from_main_rank, share_buffers, world_size
+    from ssld.shared.distributed.stop import StopRequest
     from ssld.shared.errors import Stopped
     from ssld.shared.images import stable_seed
-    from ssld.shared.optim import make_optimizer, multistep_factor, scale_lr, set_lr
-    from ssld.shared.processes import DTYPES, optimizer_step, start_processes, start_trackers
-    from ssld.shared.quarantine import Quarantine
-    from ssld.shared.ranks import from_main_rank, share_buffers, world_size
+    from ssld.shared.models.backbones import parse_reference
     from ssld.shared.run_dir import RunDir
-    from ssld.shared.stop import StopRequest
-    from ssld.shared.training_state import TrainingState
+    from ssld.shared.training.auto_batch import find_passes
+    from ssld.shared.training.optim import make_optimizer, multistep_factor, scale_lr, set_lr
+    from ssld.shared.training.quarantine import Quarantine
+    from ssld.shared.training.training_state import TrainingState
     from ssld.shared.wording import count
     from ssld.stage2_detect import expected
     from ssld.stage2_detect.evaluation_files import write_evaluation

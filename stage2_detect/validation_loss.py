@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ssld.shared.distributed.ranks import gather_lists, rank, world_size
 from ssld.shared.images import stable_seed
-from ssld.shared.ranks import gather_lists, rank, world_size
 from ssld.stage2_detect.augment import fit_view, view_boxes
 from ssld.stage2_detect.batches import EvalLoader, masks_of
 from ssld.stage2_detect.coco import MIN_SIDE, CocoData, CocoImage

@@ -10,9 +10,9 @@ confidences; oriented boxes are read as polygons of four points.
 from pathlib import Path
 from typing import Any
 
+from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import UserError
 from ssld.shared.files import IMAGE_SUFFIXES, list_images
-from ssld.shared.yaml_files import read_yaml
 from ssld.stage2_detect.found_objects import (
     Found,
     FoundImage,

@@ -77,7 +77,7 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import timm
     import torch
 
-    from ssld.shared.backbones import input_settings, save_backbone
+    from ssld.shared.models.backbones import input_settings, save_backbone
 
     torch.manual_seed(7)
     net: Any = timm.create_model("test_resnet", num_classes=3)

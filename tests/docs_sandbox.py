@@ -184,7 +184,7 @@ def save_random_detector(path: Path, kind: str, annotations: Path) -> None:
     import timm
     import torch
 
-    from ssld.shared.backbones import InputSettings
+    from ssld.shared.models.backbones import InputSettings
     from ssld.stage2_detect.coco import read_coco
     from ssld.stage2_detect.config import ResizeConfig
     from ssld.stage2_detect.detector_file import save_detector

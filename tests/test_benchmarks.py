@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ssld.shared.config import parse_config
+from ssld.shared.config.settings import parse_config
 from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.predict_config import PredictConfig
 

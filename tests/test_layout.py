@@ -16,8 +16,8 @@ MAY_IMPORT = {
 }
 # Scripts and configurations that `--help`, the runner and the tab key wait for.
 TORCH_FREE = (
-    "shared/config.py",
-    "shared/training_config.py",
+    "shared/config/settings.py",
+    "shared/config/training.py",
     "shared/run_dir.py",
     "shared/files.py",
     "shared/errors.py",

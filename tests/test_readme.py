@@ -14,7 +14,7 @@ import torch
 from ssld.pipelines import run
 from ssld.pipelines.cli import COMMANDS
 from ssld.pipelines.stages import KINDS
-from ssld.shared.config import parse_config
+from ssld.shared.config.settings import parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

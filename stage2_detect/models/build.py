@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ssld.shared.backbones import InputSettings
+from ssld.shared.models.backbones import InputSettings
 from ssld.stage2_detect.losses import BoxLoss
 from ssld.stage2_detect.model_config import BoxLossConfig, DetectorConfig, RPNConfig
 from ssld.stage2_detect.models.dense import DenseDetector

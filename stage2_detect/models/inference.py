@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ssld.shared.folding import fold_batchnorm
+from ssld.shared.models.folding import fold_batchnorm
 from ssld.stage2_detect.models.deform import ModulatedDeformConv2d
 from ssld.stage2_detect.models.pyramid import TimmPyramid
 

@@ -10,8 +10,8 @@ from types import FrameType
 
 from pydantic import Field
 
-from ssld.shared.command import run_command
-from ssld.shared.config import CommandConfig, Config, dump
+from ssld.shared.config.command import run_command
+from ssld.shared.config.settings import CommandConfig, Config, dump
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.run_dir import RunDir
 

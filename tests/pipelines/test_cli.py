@@ -13,7 +13,7 @@ import torch
 from ssld.pipelines import cli
 from ssld.pipelines.cli import COMMANDS, main
 from ssld.pipelines.completion import parsers
-from ssld.shared.model_file import save_model_file
+from ssld.shared.models.model_file import save_model_file
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import timm
 from ssld.pipelines.config import PipelineConfig
 from ssld.pipelines.disk import disk_bytes, disk_text, steps_text
 from ssld.pipelines.stages import KINDS, Stage, build_stages
-from ssld.shared.config import parse_config, validate
+from ssld.shared.config.settings import parse_config, validate
 from ssld.stage1_ssld.write_soft_labels import main as write_soft_labels
 
 

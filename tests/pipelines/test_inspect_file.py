@@ -13,9 +13,9 @@ import yaml
 
 from ssld.pipelines.inspect_file import _ALL_BLOCKS, _BLOCKS, inspect_text
 from ssld.pipelines.inspect_records import KNOWN
-from ssld.shared.checkpoint import save_checkpoint
 from ssld.shared.errors import UserError
-from ssld.shared.model_file import read_metadata, save_model_file
+from ssld.shared.models.model_file import read_metadata, save_model_file
+from ssld.shared.training.checkpoint import save_checkpoint
 from ssld.stage1_ssld.manifest_file import SCHEMA, write_manifest
 from ssld.stage2_detect.model_config import DetectorConfig
 

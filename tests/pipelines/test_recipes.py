@@ -12,8 +12,8 @@ import timm
 import yaml
 
 from ssld.pipelines.stages import Stage, build_stages, read_pipeline
-from ssld.shared.config import dump
-from ssld.shared.optim import scale_lr
+from ssld.shared.config.settings import dump
+from ssld.shared.training.optim import scale_lr
 from ssld.stage1_ssld.config import DistillConfig, TeachConfig
 from ssld.stage1_ssld.distill import main as distill
 from ssld.stage1_ssld.teach import main as teach

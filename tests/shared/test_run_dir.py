@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ssld.shared.config import CommandConfig
+from ssld.shared.config.settings import CommandConfig
 from ssld.shared.errors import UserError
 from ssld.shared.run_dir import RunDir, file_sha256, read_metrics, read_result, write_atomically
 

@@ -9,10 +9,10 @@ import pytest
 import timm
 import torch
 
-from ssld.shared.backbones import create_classifier, input_settings, parse_reference, save_backbone
 from ssld.shared.errors import UserError
-from ssld.shared.model_file import read_metadata
-from ssld.shared.teacher import FrozenTeacher
+from ssld.shared.models.backbones import create_classifier, input_settings, parse_reference, save_backbone
+from ssld.shared.models.model_file import read_metadata
+from ssld.shared.models.teacher import FrozenTeacher
 from ssld.stage1_ssld import distill, teach
 
 CLASSES = ["disc", "ring", "stripes"]

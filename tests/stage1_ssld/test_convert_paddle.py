@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssld.shared.backbones import create_classifier, parse_reference
 from ssld.shared.errors import UserError
-from ssld.shared.model_file import read_metadata
+from ssld.shared.models.backbones import create_classifier, parse_reference
+from ssld.shared.models.model_file import read_metadata
 from ssld.stage1_ssld.convert_paddle import main
 from ssld.stage1_ssld.paddle_resnet import DEPTHS, layer_names, recognise
 

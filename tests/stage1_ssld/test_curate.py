@@ -17,8 +17,8 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 from torchvision.transforms.v2 import functional as F
 
-from ssld.shared.backbones import input_settings, save_backbone
 from ssld.shared.images import decode_image
+from ssld.shared.models.backbones import input_settings, save_backbone
 from ssld.stage1_ssld.curate import main as curate
 from ssld.stage1_ssld.data_config import SourceConfig
 from ssld.stage1_ssld.distill import main as distill

@@ -307,7 +307,7 @@ def test_a_thousand_unreadable_images_end_a_pass_early(tmp_path: Path) -> None:
 def test_a_teacher_that_answers_nan(
     arguments: Any, settings: dict[str, Any], user_error: Any, tmp_path: Path, teacher_file: Path
 ) -> None:
-    from ssld.shared.model_file import read_metadata, read_tensors, save_model_file
+    from ssld.shared.models.model_file import read_metadata, read_tensors, save_model_file
 
     tensors = read_tensors(teacher_file)
     tensors = {name: tensor * float("nan") if name.endswith("fc.bias") else tensor for name, tensor in tensors.items()}

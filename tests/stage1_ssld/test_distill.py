@@ -10,7 +10,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from ssld.shared.model_file import content_hash, read_metadata, read_tensors
+from ssld.shared.models.model_file import content_hash, read_metadata, read_tensors
 from ssld.shared.run_dir import file_sha256
 from ssld.stage1_ssld import guidance
 from ssld.stage1_ssld.distill import main as distill
@@ -180,7 +180,7 @@ def test_supervised_baseline_is_the_same_settings(
 def test_file_loads_with_plain_timm(
     arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path
 ) -> None:
-    from ssld.shared.backbones import create_classifier, parse_reference
+    from ssld.shared.models.backbones import create_classifier, parse_reference
 
     assert call(distill, arguments(distill_settings)) == 0
     file = str(tmp_path / "run" / "student.safetensors")
@@ -233,7 +233,7 @@ def test_student_and_teacher_see_the_same_pixels(
     arguments: Arguments, distill_settings: Settings, call: Call, teacher_file: Path
 ) -> None:
     """Both get the very same uint8 tensor, in every step."""
-    from ssld.shared.backbones import Classifier
+    from ssld.shared.models.backbones import Classifier
 
     seen: list[torch.Tensor] = []
     handle = torch.nn.modules.module.register_module_forward_pre_hook(
@@ -256,7 +256,7 @@ def test_a_student_that_starts_as_its_teacher_has_a_loss_of_zero(
     arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, metrics_of: Any
 ) -> None:
     """Same view, same normalisation, same function: of LayerNorm nets, which compute the same in training mode."""
-    from ssld.shared.backbones import input_settings, save_backbone
+    from ssld.shared.models.backbones import input_settings, save_backbone
 
     torch.manual_seed(5)
     net: Any = timm.create_model("test_convnext", num_classes=3)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ssld.shared.model_file import read_metadata, read_tensors
+from ssld.shared.models.model_file import read_metadata, read_tensors
 from ssld.stage1_ssld.distill import main as distill
 from ssld.stage1_ssld.teach import main as teach
 from ssld.stage1_ssld.write_soft_labels import main as write_soft_labels
@@ -70,7 +70,7 @@ def test_a_hard_label_term_needs_labels(
 def test_mixing_reaches_student_and_teacher_alike(
     arguments: Arguments, distill_settings: Settings, call: Call, teacher_file: Path
 ) -> None:
-    from ssld.shared.backbones import Classifier
+    from ssld.shared.models.backbones import Classifier
 
     seen: list[torch.Tensor] = []
     handle = torch.nn.modules.module.register_module_forward_pre_hook(

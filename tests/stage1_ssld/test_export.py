@@ -13,10 +13,10 @@ import timm
 import torch
 import yaml
 
-from ssld.shared.backbones import create_classifier, parse_reference
+from ssld.shared.deploy.graph_files import read_program
 from ssld.shared.errors import UserError
-from ssld.shared.graph_files import read_program
-from ssld.shared.model_file import read_metadata, save_model_file
+from ssld.shared.models.backbones import create_classifier, parse_reference
+from ssld.shared.models.model_file import read_metadata, save_model_file
 from ssld.stage1_ssld.export import main
 from ssld.stage1_ssld.onnx_file import compare, onnx_runner, program_runner
 
@@ -198,7 +198,7 @@ def test_mistakes(user_error: Any, teacher_file: Path, tmp_path: Path, monkeypat
     assert message.startswith("push_to_hub: me/what is this: ")
     assert message.endswith("; give ORG/NAME")
     net: Any = timm.create_model("test_vit", num_classes=3)
-    from ssld.shared.backbones import input_settings, save_backbone
+    from ssld.shared.models.backbones import input_settings, save_backbone
 
     save_backbone(tmp_path / "vit.safetensors", net, arch="test_vit", inputs=input_settings(net, {}), classes=3)
     assert "image_size: test_vit takes 160 pixels only" in line(tmp_path / "vit.safetensors", "--image_size", "32")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ssld.shared.model_file import content_hash, read_metadata, read_tensors
+from ssld.shared.models.model_file import content_hash, read_metadata, read_tensors
 from ssld.shared.run_dir import read_metrics
 
 # Forks a process for each moment in turn, all on one run directory: it kills itself there. The last one is left in peace.
@@ -22,8 +22,8 @@ import os, signal, sys, warnings
 from pathlib import Path
 warnings.simplefilter("ignore")
 sys.path.insert(0, sys.argv[1])
-import ssld.shared.checkpoint, ssld.shared.model_file, ssld.shared.run_dir
-from ssld.shared.loss_watch import LossWatch
+import ssld.shared.training.checkpoint, ssld.shared.models.model_file, ssld.shared.run_dir
+from ssld.shared.training.loss_watch import LossWatch
 from ssld.shared.run_dir import RunDir
 import ssld.stage1_ssld.loop
 from ssld.stage1_ssld.distill import main
@@ -51,21 +51,21 @@ def half_a_line(run, step, *rest):
 
 moments = {
     "in the first steps": lambda: on_call(LossWatch, "add", 3),
-    "in the first checkpoint's second file": lambda: on_call(ssld.shared.checkpoint, "save_tensors", 2, half_a_file),
+    "in the first checkpoint's second file": lambda: on_call(ssld.shared.training.checkpoint, "save_tensors", 2, half_a_file),
     "before its renaming": lambda: on_call(Path, "rename", 1),
     "before its mark": lambda: on_call(Path, "touch", 1),
-    "after its mark": lambda: on_call(ssld.shared.checkpoint, "complete_checkpoints", 2),
+    "after its mark": lambda: on_call(ssld.shared.training.checkpoint, "complete_checkpoints", 2),
     "between checkpoints": lambda: on_call(LossWatch, "add", 3),
     "in a line of metrics": lambda: on_call(RunDir, "metric", 1, half_a_line),
     "while the old checkpoint is removed": lambda: on_call(
-        ssld.shared.checkpoint.shutil, "rmtree", 1, when=lambda path, *rest: Path(path).name == "step_00000005"
+        ssld.shared.training.checkpoint.shutil, "rmtree", 1, when=lambda path, *rest: Path(path).name == "step_00000005"
     ),
     "before an evaluation": lambda: on_call(ssld.stage1_ssld.loop, "evaluate", 1),
     "in the best model's file": lambda: on_call(
-        ssld.shared.model_file, "save_tensors", 1, half_a_file, when=lambda tensors, path, *rest: "student_best" in path.name
+        ssld.shared.models.model_file, "save_tensors", 1, half_a_file, when=lambda tensors, path, *rest: "student_best" in path.name
     ),
     "in the last model's file": lambda: on_call(
-        ssld.shared.model_file, "save_tensors", 1, half_a_file, when=lambda tensors, path, *rest: "student.safe" in path.name
+        ssld.shared.models.model_file, "save_tensors", 1, half_a_file, when=lambda tensors, path, *rest: "student.safe" in path.name
     ),
     "before result.json": lambda: on_call(RunDir, "finish", 1),
     "after result.json": lambda: on_call(RunDir, "log", 1, when=lambda run, text: text.startswith("wrote")),

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from ssld.shared.card_parts import read_recipe
-from ssld.shared.hub import public
-from ssld.shared.model_file import read_metadata
+from ssld.shared.deploy.card_parts import read_recipe
+from ssld.shared.deploy.hub import public
+from ssld.shared.models.model_file import read_metadata
 from ssld.stage1_ssld.model_card import model_card
 
 METADATA: dict[str, Any] = {

@@ -70,7 +70,7 @@ def test_the_list_survives_a_kill(
     arguments: Any, distill_settings: Any, call: Any, tmp_path: Path, jpeg: Any, monkeypatch: Any
 ) -> None:
     """Met before the checkpoint, not logged before the kill: the list of the resumed run still has it."""
-    from ssld.shared.loss_watch import LossWatch
+    from ssld.shared.training.loss_watch import LossWatch
 
     data = {"train": [broken_folder(tmp_path / "f", 9, 1, jpeg)], "image_size": 32}
     settings = distill_settings | {"data": data, "steps": 5, "log_every": 50, "save_every": 2}

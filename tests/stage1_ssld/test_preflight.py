@@ -11,9 +11,9 @@ import timm
 import torch
 from torch import Tensor
 
-from ssld.shared.backbones import input_settings, save_backbone
 from ssld.shared.errors import UserError
-from ssld.shared.teacher import FrozenTeacher, Teacher, TeacherEnsemble
+from ssld.shared.models.backbones import input_settings, save_backbone
+from ssld.shared.models.teacher import FrozenTeacher, Teacher, TeacherEnsemble
 from ssld.stage1_ssld import preflight
 from ssld.stage1_ssld.batch import NO_LABEL, Batch
 from ssld.stage1_ssld.preflight import check_teacher, rows_to_try

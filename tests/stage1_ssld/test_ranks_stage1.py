@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from ssld.shared.checkpoint import newest_checkpoint
-from ssld.shared.model_file import read_tensors
+from ssld.shared.models.model_file import read_tensors
 from ssld.shared.run_dir import read_metrics
+from ssld.shared.training.checkpoint import newest_checkpoint
 from ssld.stage1_ssld.distill import main as distill
 from ssld.stage1_ssld.evaluate import main as evaluate
 

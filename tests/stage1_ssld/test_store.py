@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import ssld.stage1_ssld.store as store_module
 from ssld.shared.images import UnreadableImage
-from ssld.shared.teacher import FrozenTeacher
+from ssld.shared.models.teacher import FrozenTeacher
 from ssld.stage1_ssld.data import TrainViews, make_loader
 from ssld.stage1_ssld.data_config import DataConfig, SourceConfig
 from ssld.stage1_ssld.sources import ImageSource, open_sources

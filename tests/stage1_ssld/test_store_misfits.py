@@ -10,9 +10,9 @@ import pytest
 import timm
 import torch
 
-from ssld.shared.backbones import input_settings, save_backbone
 from ssld.shared.errors import UserError
-from ssld.shared.teacher import FrozenTeacher
+from ssld.shared.models.backbones import input_settings, save_backbone
+from ssld.shared.models.teacher import FrozenTeacher
 from ssld.stage1_ssld.data_config import DataConfig, SourceConfig
 from ssld.stage1_ssld.sources import ImageSource, open_sources
 from ssld.stage1_ssld.store import SoftLabelStore, header_checksum, replayed_rows, source_record, view_settings

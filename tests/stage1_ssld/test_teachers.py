@@ -8,9 +8,9 @@ import pytest
 import timm
 import torch
 
-from ssld.shared.backbones import input_settings, save_backbone
 from ssld.shared.errors import UserError
-from ssld.shared.teacher import FrozenTeacher, Teacher, TeacherEnsemble
+from ssld.shared.models.backbones import input_settings, save_backbone
+from ssld.shared.models.teacher import FrozenTeacher, Teacher, TeacherEnsemble
 from ssld.stage1_ssld.data_config import TeacherConfig
 from ssld.stage1_ssld.teachers import make_teacher
 

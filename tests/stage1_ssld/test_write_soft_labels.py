@@ -16,7 +16,7 @@ import torch
 
 import ssld.stage1_ssld.preflight as preflight
 import ssld.stage1_ssld.store_writer as store_writer
-from ssld.shared.backbones import input_settings, save_backbone
+from ssld.shared.models.backbones import input_settings, save_backbone
 from ssld.shared.run_dir import SPEED, read_metrics
 from ssld.stage1_ssld.distill import main as distill
 from ssld.stage1_ssld.store import answer_type

@@ -110,7 +110,7 @@ def mask_file(tmp_path_factory: pytest.TempPathFactory, tiny_coco: TinyCoco) -> 
     import timm
     import torch
 
-    from ssld.shared.backbones import InputSettings
+    from ssld.shared.models.backbones import InputSettings
     from ssld.stage2_detect.coco import read_coco
     from ssld.stage2_detect.config import ResizeConfig
     from ssld.stage2_detect.detector_file import save_detector

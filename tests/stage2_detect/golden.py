@@ -20,9 +20,9 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from ssld.shared.backbones import InputSettings
-from ssld.shared.config import parse_config
-from ssld.shared.paddle_weights import to_torch
+from ssld.shared.config.settings import parse_config
+from ssld.shared.models.backbones import InputSettings
+from ssld.shared.models.paddle_weights import to_torch
 from ssld.stage2_detect.config import ConvertPaddleConfig
 from ssld.stage2_detect.models import pooling
 from ssld.stage2_detect.models.batch import ImageBatch, Targets

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from ssld.shared.backbones import InputSettings
+from ssld.shared.models.backbones import InputSettings
 from ssld.stage2_detect.losses import BoxLoss
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models.batch import ImageBatch, Targets

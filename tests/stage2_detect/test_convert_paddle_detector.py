@@ -17,9 +17,9 @@ from golden import FOLDER, RECIPE, RECIPES, by_rule, check_detections, read
 from golden import inputs as network_inputs
 
 from ssld.pipelines import cli
-from ssld.shared.backbones import InputSettings
-from ssld.shared.config import parse_config
+from ssld.shared.config.settings import parse_config
 from ssld.shared.errors import UserError
+from ssld.shared.models.backbones import InputSettings
 from ssld.stage2_detect.coco_classes import COCO_CLASSES
 from ssld.stage2_detect.config import ConvertPaddleConfig
 from ssld.stage2_detect.convert_paddle import main

@@ -9,8 +9,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ssld.shared.backbones import InputSettings
 from ssld.shared.errors import UserError
+from ssld.shared.models.backbones import InputSettings
 from ssld.stage2_detect.coco import CocoData
 from ssld.stage2_detect.config import ResizeConfig
 from ssld.stage2_detect.detector_file import load_detector, save_detector

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import batched_nms
 
-from ssld.shared.backbones import InputSettings
+from ssld.shared.models.backbones import InputSettings
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models.assign import Assignment
 from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets

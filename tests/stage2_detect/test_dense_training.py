@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssld.shared.errors import UserError
-from ssld.shared.model_file import read_metadata
+from ssld.shared.models.model_file import read_metadata
 from ssld.shared.run_dir import read_result
 from ssld.stage2_detect import evaluate, train
 from ssld.stage2_detect.config import DetectionDataConfig, TrainConfig

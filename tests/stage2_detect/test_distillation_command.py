@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_distillation import architecture, batch, detector
 
-from ssld.shared.backbones import input_settings
 from ssld.shared.errors import UserError
-from ssld.shared.model_file import read_metadata
+from ssld.shared.models.backbones import input_settings
+from ssld.shared.models.model_file import read_metadata
 from ssld.stage2_detect import train
 from ssld.stage2_detect.coco import read_coco
 from ssld.stage2_detect.config import ResizeConfig

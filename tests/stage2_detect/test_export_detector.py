@@ -14,10 +14,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from ssld.shared.backbones import InputSettings
+from ssld.shared.deploy.graph_files import read_program, session, write_onnx, write_program
 from ssld.shared.errors import UserError
-from ssld.shared.graph_files import read_program, session, write_onnx, write_program
-from ssld.shared.model_file import read_metadata
+from ssld.shared.models.backbones import InputSettings
+from ssld.shared.models.model_file import read_metadata
 from ssld.stage2_detect import onnx_suppression
 from ssld.stage2_detect.detector_card import detector_card
 from ssld.stage2_detect.detector_file import load_detector

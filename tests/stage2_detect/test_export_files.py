@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from ssld.shared.config import dump
+from ssld.shared.config.settings import dump
 from ssld.shared.errors import UserError
-from ssld.shared.model_file import read_metadata
+from ssld.shared.models.model_file import read_metadata
 from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.detector_card import detector_card
 from ssld.stage2_detect.export import main

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ssld.shared.backbones import InputSettings
+from ssld.shared.models.backbones import InputSettings
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models.batch import Detections, ImageBatch
 from ssld.stage2_detect.models.build import build_detector

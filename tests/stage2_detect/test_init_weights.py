@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ssld.shared.model_file import read_metadata
+from ssld.shared.models.model_file import read_metadata
 from ssld.stage2_detect import train
 from ssld.stage2_detect.class_rows import carry_rows, permute_classes
 from ssld.stage2_detect.models.gfl import GFL

@@ -12,7 +12,7 @@ import torch
 from pycocotools import mask as mask_codec
 
 from ssld.shared.errors import UserError
-from ssld.shared.model_file import read_metadata
+from ssld.shared.models.model_file import read_metadata
 from ssld.shared.run_dir import read_result
 from ssld.shared.toy_data import ToySizes, write_toy_data
 from ssld.stage2_detect import evaluate, train

@@ -12,7 +12,7 @@ import pytest
 from run_files import content
 
 from ssld.shared.errors import UserError
-from ssld.shared.model_file import read_metadata, read_tensors, save_model_file
+from ssld.shared.models.model_file import read_metadata, read_tensors, save_model_file
 from ssld.stage2_detect import predict
 from ssld.stage2_detect.pictures import find_pictures
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from ssld.shared.errors import UserError
-from ssld.shared.model_file import read_metadata
+from ssld.shared.models.model_file import read_metadata
 from ssld.stage2_detect import predict, train
 from ssld.stage2_detect.augment import draw_view, view_boxes
 from ssld.stage2_detect.batches import TrainLoader

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from ssld.shared.distributed.ranks import total_over_ranks
 from ssld.shared.images import stable_seed
-from ssld.shared.model_file import read_metadata
-from ssld.shared.ranks import total_over_ranks
+from ssld.shared.models.model_file import read_metadata
 from ssld.stage2_detect import train
 from ssld.stage2_detect.coco import read_coco
 from ssld.stage2_detect.config import ExpectedConfig

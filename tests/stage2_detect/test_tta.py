@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from ssld.shared.model_file import read_metadata, read_tensors, save_model_file
+from ssld.shared.models.model_file import read_metadata, read_tensors, save_model_file
 from ssld.stage2_detect import evaluate, scoring, train
 from ssld.stage2_detect.batches import EvalLoader
 from ssld.stage2_detect.coco import CocoData, read_coco

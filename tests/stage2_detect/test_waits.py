@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssld.shared.backbones import InputSettings
+from ssld.shared.models.backbones import InputSettings
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models import boxes, pooling
 from ssld.stage2_detect.models.batch import ImageBatch, Targets

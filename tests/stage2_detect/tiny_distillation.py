@@ -3,7 +3,7 @@
 import timm
 import torch
 
-from ssld.shared.backbones import input_settings
+from ssld.shared.models.backbones import input_settings
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.build import build_detector

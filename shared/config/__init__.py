@@ -1,0 +1,1 @@
+"""Settings of a command: strict YAML files, flags on top, and `--help`."""

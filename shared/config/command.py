@@ -1,0 +1,108 @@
+"""What every entry script does around its work: parse, set threads, and turn a user's mistake into one line and exit code 2."""
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ssld.shared.config.settings import ConfigT, launched_ranks, parse_config
+from ssld.shared.errors import Stopped, UserError, is_out_of_memory
+
+USER_ERROR, STOPPED = 2, 143
+_MAKE_ROOM = "nothing is lost: make room and run the same command again"
+_HINTS = {
+    errno.ENOSPC: _MAKE_ROOM,
+    errno.EDQUOT: _MAKE_ROOM,
+    errno.EFBIG: _MAKE_ROOM,
+    errno.EROFS: "give another --output",
+    errno.EACCES: "check its permissions, or give another --output",
+}
+_PASSES = (
+    "The run goes on with --auto_batch true, which takes the same batch in as many passes as fit, or with --accumulate 2, 4, ... "
+    "(in evaluation with a smaller --val_batch_size); smaller images or --precision bf16 are another run"
+)
+_MORE_PASSES = "auto_batch found too few passes: the same command tries more of them"
+_SMALLER = "Take a smaller --batch_size"
+
+
+def run_command(
+    config_type: type[ConfigT],
+    work: Callable[[ConfigT], None],
+    argv: Sequence[str] | None,
+    *,
+    program: str,
+    torch_threads: bool = True,
+) -> int:
+    """Run `work(config)` and return the exit code: 0 done, 2 a user's mistake, 143 stopped by a signal with a checkpoint written.
+
+    A command that does without torch says so by `torch_threads=False` and starts faster.
+    """
+    rank, processes = launched_ranks()
+    if Path(sys.argv[0]).name == "ssld":  # which calls this command by another name
+        program = f"ssld {sys.argv[1]}"
+    output: Path | None = None
+    auto_batch: bool | None = None  # of a training command
+    try:
+        config = parse_config(config_type, sys.argv[1:] if argv is None else argv, program=program)
+        output, auto_batch = config.output, getattr(config, "auto_batch", None)
+        if torch_threads:
+            _set_threads(config.threads)
+        work(config)
+    except UserError as error:
+        return _report(str(error), rank, processes, output)
+    except OSError as error:
+        if error.errno not in _HINTS:
+            raise
+        where = error.filename or output
+        message = f"{where}: {os.strerror(error.errno)}; {_HINTS[error.errno]}"
+        return _report(message, rank, processes, output)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = _SMALLER if auto_batch is None else _MORE_PASSES if auto_batch else _PASSES
+        if auto_batch and output and rank == 0:
+            _note_too_few_passes(output)
+        what = (str(error).splitlines() or ["no more to be had"])[0]
+        return _report(f"out of memory: {what} {advice}", rank, processes, output)
+    except KeyboardInterrupt:
+        if rank == 0:
+            print("stopped; the same command begins again, and goes on from what it has written", file=sys.stderr)
+        return STOPPED
+    except Stopped as error:
+        if rank == 0:
+            print(f"stopped: {error}; the same command goes on from there", file=sys.stderr)
+        return STOPPED
+    return 0
+
+
+def _note_too_few_passes(run: Path) -> None:
+    from ssld.shared.training.auto_batch import note_too_few  # imports torch
+
+    note_too_few(run)
+
+
+def _report(message: str, rank: int, processes: int, output: Path | None) -> int:
+    told = rank == 0
+    # A launcher buries its children's output and changes their exit code: leave the line where the runner finds it. The main rank's line wins;
+    # another rank's is told only if it came first, since most mistakes are met by all ranks alike.
+    if processes > 1 and output is not None and output.is_dir():
+        record = json.dumps({"error": message, "exit_code": USER_ERROR}) + "\n"
+        try:
+            with (output / "error.json").open("w" if rank == 0 else "x", encoding="utf-8") as file:
+                file.write(record)
+            told = True
+        except OSError:
+            pass
+    for line in message.splitlines() if told else []:
+        print(f"{'' if rank == 0 else f'[rank {rank}] '}error: {line}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _set_threads(threads: int | None) -> None:
+    import torch
+
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads or max(1, cores // local))

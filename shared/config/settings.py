@@ -1,0 +1,304 @@
+"""Strict configuration: a YAML file first, typed flags on top, and nothing else.
+
+Flags are generated from the pydantic models by pydantic-settings; environment variables, dotenv files and secrets are deliberately not read. An
+unknown key or flag is an error that names the nearest known one. This module does not import torch, so that `--help` and the runner stay fast.
+"""
+
+import difflib
+import json
+import os
+import re
+import typing
+from argparse import ArgumentParser
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from ssld.shared.config.flags import with_values
+from ssld.shared.config.help import HelpAction, models_in
+from ssld.shared.config.yaml_files import Alternatives, merge, read_recipe, without_others
+from ssld.shared.errors import UserError
+
+# A run is the same run whatever these say: where it writes, how fast it goes, how much it tells.
+NOT_IDENTITY = frozenset(
+    {"output", "resume", "workers", "threads", "log_every", "trackers", "device", "cache_annotations"}
+)
+# These may change between two starts of one run: the change is printed.
+MAY_CHANGE = frozenset(
+    {"steps", "train_epochs", "train_images", "save_every", "keep_checkpoints", "evaluate_every"}
+    | {"accumulate", "auto_batch", "val_batch_size"}  # what a run that ran out of memory goes on with; its batch stays
+)
+
+
+class Config(BaseModel):
+    """A frozen group of settings that knows all its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class CommandConfig(BaseSettings):
+    """The settings of one command; every command writes into one run directory."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+        cli_parse_none_str="null",
+        cli_enforce_required=False,
+    )
+    output: Path
+    """run directory to create, or to go on with"""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of this process; default: cores / processes on this machine"""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+    alternatives: ClassVar[Alternatives] = ()
+    """one on the command line replaces another of the file"""
+
+    _recipe: Path | None = PrivateAttr(None)
+
+    @property
+    def recipe(self) -> Path | None:
+        """The YAML file that the settings began with, if there was one; not a setting itself."""
+        return self._recipe
+
+    def inputs(self) -> dict[str, Path]:
+        """Files and folders this command reads, by the key that names them: their digests belong to the run's identity."""
+        return {}
+
+
+ConfigT = TypeVar("ConfigT", bound=CommandConfig)
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+class Parser(ArgumentParser):
+    """An argument parser whose mistakes are UserErrors of one line; an unknown flag names the nearest known one."""
+
+    config_type: "type[CommandConfig] | None" = None
+    """whose keys its flags are"""
+
+    def error(self, message: str) -> typing.NoReturn:
+        known = list(self._option_string_actions)
+        unknown = next((word for word in message.split() if word.startswith("--")), None)
+        if message.startswith("unrecognized arguments") and unknown:
+            flag = unknown.split("=")[0]
+            raise UserError(f"{flag}: unknown flag{did_you_mean(flag, known)}")
+        raise UserError(message)
+
+
+def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: str) -> ConfigT:
+    """The configuration that a command line asks for.
+
+    `--config FILE` and its bases come first, flags on top; `--print-config` prints the result as YAML and exits. Raises UserError with one line per
+    wrong key.
+    """
+    argv = with_values(config_type, [underscored(word) for word in argv])
+    parser = _bare_parser(config_type, program)
+    try:
+        source = CliSettingsSource[ArgumentParser](config_type, cli_parse_args=list(argv), root_parser=parser)
+        flags = _nulls(source())
+    except SettingsError as error:
+        field = re.search(r'field "([^"]+)"', str(error))
+        if field is None:
+            raise UserError(f"command line: {' '.join(str(error).split())}") from None
+        name = field[1]
+        raise UserError(
+            f"--{name}: is a group or list of settings: give --{name}.KEY VALUE, or the whole as JSON"
+        ) from None
+    known, _ = parser.parse_known_args(list(argv))
+    values = read_recipe(known.config, config_type.alternatives) if known.config else {}
+    values = without_others(values, config_type.alternatives, flags)
+    config = validate(config_type, values, source=str(known.config or "command line"), flags=flags)
+    config._recipe = known.config
+    if known.print_config:
+        print(dump_yaml(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def _nulls(value: Any) -> Any:
+    """Flags in which `--list null` is null, and not a list of it."""
+    if isinstance(value, dict):
+        return {key: _nulls(one) for key, one in value.items()}
+    return None if value == [None] else value
+
+
+def settings_parser(config_type: type[CommandConfig], program: str) -> Parser:
+    """The parser of a command, with a flag for each of its settings; for those who want to know its flags."""
+    parser = _bare_parser(config_type, program)
+    CliSettingsSource[ArgumentParser](config_type, root_parser=parser)
+    return parser
+
+
+def _bare_parser(config_type: type[CommandConfig], program: str) -> Parser:
+    parser = Parser(prog=program, description=config_type.__doc__, allow_abbrev=False, add_help=False)
+    parser.config_type = config_type
+    parser.add_argument("-h", "--help", action=HelpAction)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with these settings; flags override it")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings and exit")
+    return parser
+
+
+def underscored(word: str) -> str:
+    """A flag as its key is spelt: `--push-to-hub` is `--push_to_hub`."""
+    name, equals, value = word.partition("=")
+    known = not name.startswith("--") or name == "--print-config"
+    return word if known else f"--{name[2:].replace('-', '_')}{equals}{value}"
+
+
+def validate(
+    config_type: type[ModelT], values: dict[str, Any], *, source: str, flags: dict[str, Any] | None = None
+) -> ModelT:
+    """Build a configuration from `values` with `flags` on top; raises UserError with one line per wrong key.
+
+    A line begins with `source`, or with "command line" where it is `flags` that are wrong or that do not go with the values below them. A
+    misspelt key is named before the keys it leaves missing.
+    """
+    flags = flags or {}
+    items = _faults(config_type, merge(values, flags))
+    if isinstance(items, config_type):
+        return items
+    without = _faults(config_type, values) if flags else []
+    if isinstance(without, list):  # what the values alone lack hides whether they go together: take it from the flags
+        for item in without:
+            given = _at(flags, item["loc"]) if item["type"] == "missing" else None
+            if given is not None:
+                values = merge(values, _nested(item["loc"], given))
+        without = _faults(config_type, values)
+    below = {(item["loc"], item["msg"]) for item in without} if isinstance(without, list) else set()
+    lines = []
+    for item in sorted(items, key=lambda item: bool(item["type"] == "missing")):
+        inside = not isinstance(_at(flags, item["loc"]), dict | None)  # a flag's own value
+        own = inside or (bool(flags) and item["type"] != "missing" and (item["loc"], item["msg"]) not in below)
+        lines.append(f"{'command line' if own else source}: {_explain(config_type, item)}")
+    raise UserError("\n".join(dict.fromkeys(lines)))
+
+
+def _faults(config_type: type[ModelT], values: dict[str, Any]) -> ModelT | list[Any]:
+    """The configuration, or what is wrong with the values."""
+    try:
+        return config_type(**values)
+    except ValidationError as error:
+        return list(error.errors())
+
+
+def _at(flags: Any, location: tuple[Any, ...]) -> Any:
+    """What the flags say at a location, or of something around it; None where they say nothing."""
+    for part in location:
+        if not isinstance(flags, dict):
+            return flags
+        if part not in flags:
+            return None
+        flags = flags[part]
+    return flags
+
+
+def _nested(location: tuple[Any, ...], value: Any) -> dict[str, Any]:
+    for part in reversed(location):
+        value = {part: value}
+    return dict(value)
+
+
+def dump(config: BaseModel) -> dict[str, Any]:
+    """The resolved settings as plain JSON values."""
+    values: dict[str, Any] = config.model_dump(mode="json")
+    return values
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """The resolved settings as YAML that reads back to the same configuration."""
+    return yaml.safe_dump(dump(config), sort_keys=False, allow_unicode=True)
+
+
+def identity(config: BaseModel) -> dict[str, Any]:
+    """What makes a run this run: the resolved settings without those that only say where and how fast."""
+    return {key: value for key, value in dump(config).items() if key not in NOT_IDENTITY}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, old, new) of everything that differs between two dumped configurations."""
+    for key in dict.fromkeys([*old, *new]):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key}", before, after
+
+
+def launched_ranks() -> tuple[int, int]:
+    """(rank, processes) as the launcher's environment says, before any process group exists."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """The end of an error line on an unknown word: the nearest known one, or what is known."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join(sorted(known)[:12])}"
+
+
+_WORDS = {  # pydantic's kinds of mistakes in ours; its own words otherwise
+    "greater_than": "has to be above {gt:g}",
+    "greater_than_equal": "has to be at least {ge:g}",
+    "less_than": "has to be below {lt:g}",
+    "less_than_equal": "has to be at most {le:g}",
+    "int_parsing": "has to be a whole number",
+    "int_type": "has to be a whole number",
+    "int_from_float": "has to be a whole number",
+    "float_parsing": "has to be a number",
+    "float_type": "has to be a number",
+    "bool_parsing": "has to be true or false",
+    "bool_type": "has to be true or false",
+    "literal_error": "has to be {expected}",
+    "list_type": "has to be a list",
+    "too_short": "needs at least {min_length}",
+    "too_long": "takes at most {max_length}",
+}
+
+
+def _explain(config_type: type[BaseModel], item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown key{did_you_mean(location[-1], _known_keys(config_type, item['loc'][:-1]))}"
+    if item["type"] == "missing":
+        return f"{key}: missing; give it in the YAML file or as --{key}"
+    words = _WORDS.get(item["type"])
+    message = words.format(**item.get("ctx", {})) if words else item["msg"].removeprefix("Value error, ")
+    given = json.dumps(item["input"], default=str)
+    shown = f" (given: {given if len(given) <= 80 else given[:77] + '...'})" if item["type"] != "value_error" else ""
+    if item["type"] == "list_type" and item["input"] is None:
+        message += "; [] is an empty one"
+    return f"{key}: {message}{shown}" if key else message
+
+
+def _known_keys(model: Any, location: tuple[Any, ...]) -> list[str]:
+    """Field names of the model at `location`, looking through Optional, unions and lists."""
+    models = [model]
+    for part in location:
+        inner = [m.model_fields[part].annotation for m in models if part in m.model_fields] or list(models)
+        models = [m for annotation in inner for m in models_in(annotation)]
+    return [name for m in models for name in m.model_fields]

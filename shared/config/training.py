@@ -1,0 +1,116 @@
+"""Settings that training has in both stages. Does not import torch."""
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ssld.shared.config.settings import CommandConfig, Config
+from ssld.shared.config.yaml_files import Alternatives
+from ssld.shared.errors import UserError
+
+
+class OptimConfig(Config):
+    """Optimizer settings that both stages have."""
+
+    name: Literal["sgd", "nesterov", "adamw"] = "sgd"
+    """sgd has plain momentum"""
+    lr: float = Field(gt=0)
+    """learning rate at `reference_batch` images a step"""
+    reference_batch: int = Field(ge=1)
+    """global batch that `lr` is meant for; another batch scales it, linearly for SGD and by the square root for adamw"""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """momentum of SGD, first beta of adamw"""
+    weight_decay: float = Field(1e-4, ge=0)
+    """coupled L2 for SGD, decoupled for adamw"""
+    decay_norm_and_bias: bool = True
+    """whether norm scales and biases are decayed too"""
+    clip_grad_norm: float | None = Field(None, gt=0)
+    """largest norm of the gradient over all parameters; null does not clip"""
+
+
+class EmaConfig(Config):
+    """Exponential moving average of the trained network's weights; it is what gets evaluated and exported."""
+
+    decay: float = Field(0.9999, gt=0, lt=1)
+    """share of the old average kept at a step"""
+    warmup: bool = True
+    """let the decay grow from small values over the first steps"""
+
+
+class TrainingConfig(CommandConfig):
+    """Settings of a training run in either stage."""
+
+    alternatives: ClassVar[Alternatives] = (
+        ("steps", "train_epochs", "train_images"),
+        ("optim.warmup_steps", "optim.warmup_epochs"),
+        ("optim.milestones_steps", "optim.milestones_epochs"),
+    )
+
+    seed: int = Field(0, ge=0)
+    """every random draw follows from it"""
+    steps: int | None = Field(None, ge=1)
+    """length in optimizer steps; give exactly one of steps, train_epochs, train_images"""
+    train_epochs: float | None = Field(None, gt=0)
+    """length in passes over the training images"""
+    train_images: int | None = Field(None, ge=1)
+    """length in training images seen"""
+    batch_size: int = Field(ge=1)
+    """global batch: images an optimizer step, over all processes and accumulation"""
+    accumulate: int = Field(1, ge=1)
+    """forward and backward passes an optimizer step and process"""
+    auto_batch: bool = False
+    """find `accumulate` before the run: the fewest passes whose images, at their largest, fit into memory; `batch_size` stays"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """of the forward pass; losses and boxes stay fp32"""
+    channels_last: bool = False
+    """memory layout of the networks"""
+    compile: bool = False
+    """torch.compile the network"""
+    workers: int = Field(2, ge=0)
+    """processes a rank that decode images; 0 decodes in the training process"""
+    log_every: int = Field(50, ge=1)
+    """steps between two lines of metrics"""
+    evaluate_every: int | None = Field(None, ge=1)
+    """steps between two evaluations; null evaluates at the end only"""
+    save_every: int = Field(1000, ge=1)
+    """steps between two checkpoints"""
+    keep_checkpoints: int = Field(2, ge=1)
+    """newest checkpoints kept"""
+    resume: Literal["auto", "never"] = "auto"
+    """auto goes on from the newest checkpoint; never refuses a folder that holds a run"""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = []
+    """also log to these, through accelerate"""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes a CUDA GPU where there is one"""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        given = [key for key in ("steps", "train_epochs", "train_images") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of steps, train_epochs, train_images (given: {', '.join(given) or 'none'})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_accumulate(self) -> Self:
+        if self.auto_batch and self.accumulate != 1:
+            raise ValueError("accumulate: auto_batch finds it; give one of the two")
+        return self
+
+    def describe_keeping(self, steps: int) -> str:
+        """When a run of so many steps is evaluated and saved, for the log."""
+        kept = "the newest is kept" if self.keep_checkpoints == 1 else f"the newest {self.keep_checkpoints} are kept"
+        often = self.evaluate_every and self.evaluate_every < steps
+        evaluated = f"every {self.evaluate_every} steps and at the end" if often else "at the end"
+        saved = f"every {self.save_every} steps and at the end, {kept}" if self.save_every < steps else "at the end"
+        return f"a checkpoint {saved}; evaluation {evaluated}"
+
+    def total_steps(self, images: int | None) -> int:
+        """Optimizer steps of the run for a training set of `images` images; raises UserError where that number is needed and unknown."""
+        if self.steps is not None:
+            return self.steps
+        if self.train_epochs is not None and images is None:
+            raise UserError("train_epochs: nobody knows how many images the stream holds; give steps or train_images")
+        wanted = self.train_images if self.train_images is not None else (self.train_epochs or 0) * (images or 0)
+        return max(1, round(wanted / self.batch_size))

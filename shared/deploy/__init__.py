@@ -1,0 +1,1 @@
+"""What the exports of both stages share: graph files and model cards."""

@@ -1,0 +1,1 @@
+"""Networks by reference, their files, teachers, folded BatchNorm."""

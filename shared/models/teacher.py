@@ -1,0 +1,241 @@
+"""The frozen teacher: a plain object, not a module, so that no optimizer, EMA, DDP wrapper or checkpoint can ever hold it."""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ssld.shared.errors import UserError
+from ssld.shared.models.backbones import Classifier, ModelReference, create_classifier, licence, parse_reference, place
+from ssld.shared.models.folding import fold_batchnorm as fold
+from ssld.shared.models.model_file import content_hash
+
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class FrozenTeacher:
+    """Answers pixels [B,3,H,W] in 0..255 with float32 logits [B,K], without gradients and always in evaluation mode: no dropout.
+
+    It normalises with its own mean and std, and resizes the pixels where it works at one size only.
+
+    Args:
+        reference: see `shared/models/backbones.py`; pickles are read with `weights_only=True`.
+        arch: timm name, for weights that do not say it.
+        device: where it runs.
+        dtype: of its forward pass, by autocast; float32 switches autocast off.
+        size: side in pixels to resize its input to; None takes the pixels as they come, or its own size where that is fixed.
+        batchnorm: "eval" uses running statistics; "batch" those of the batch, as SSLD's teachers did in training (PaddleClas@d178931f,
+            docs/en/models/.../distillation_en.md); the running ones stay as they are.
+        fold_batchnorm: fold BatchNorm into the convolutions before it where the network can be traced and answers the same afterwards.
+
+    Raises:
+        UserError: as `parse_reference` and `create_classifier`; `batchnorm="batch"` without any BatchNorm.
+    """
+
+    def __init__(
+        self,
+        reference: str,
+        *,
+        arch: str | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        size: int | None = None,
+        batchnorm: Literal["eval", "batch"] = "eval",
+        fold_batchnorm: bool = False,
+    ) -> None:
+        self.reference: ModelReference = parse_reference(reference, arch, allow_pickle=True)
+        classifier, inputs = create_classifier(self.reference)
+        classifier.requires_grad_(False).eval()
+        self.size = (size, size) if size else inputs.size if inputs.fixed_size else None
+        self.num_classes = int(getattr(classifier.net, "num_classes", 0))
+        self.class_names: list[str] | None = self.reference.metadata.get("class_names")
+        if self.num_classes < 2:
+            raise UserError(f"{reference}: has {self.num_classes} classes; a teacher needs a classification head")
+        self._content_sha256 = content_hash(classifier.net.state_dict())
+        self._licence = licence(self.reference, classifier.net) or "unknown"
+        self.folded = 0
+        if fold_batchnorm and batchnorm == "eval":
+            noise = torch.randn(2, 3, *(self.size or inputs.size), generator=torch.Generator().manual_seed(0))
+            classifier.net, self.folded = fold(classifier.net, noise)
+        self._classifier = place(classifier, device, channels_last=channels_last)
+        self.device, self._dtype = torch.device(device), dtype
+        self._order: Tensor | None = None
+        self._norms = [module for module in classifier.modules() if isinstance(module, _BatchNorm)]
+        self._statistics = [(norm.running_mean, norm.running_var) for norm in self._norms]
+        self.batchnorm = batchnorm
+        if batchnorm == "batch":
+            if not self._norms:
+                raise UserError(f"{reference}: has no BatchNorm; set teacher.batchnorm: eval")
+            self._forget_statistics()
+
+    def __call__(self, pixels_BCHW: Tensor) -> Tensor:
+        with self._forward():
+            logits: Tensor = self._classifier(self._resized(pixels_BCHW))
+        logits = logits.float()
+        return logits if self._order is None else logits[:, self._order]
+
+    def each(self, pixels_BCHW: Tensor) -> list[Tensor]:
+        """Logits [B,K] of every network, here of one."""
+        return [self(pixels_BCHW)]
+
+    @property
+    def references(self) -> list[ModelReference]:
+        """Of every network."""
+        return [self.reference]
+
+    def embed(self, pixels_BCHW: Tensor) -> Tensor:
+        """What the classification layer sees, pooled: [B,D] float32."""
+        with self._forward():
+            return embed(self._classifier, self._resized(pixels_BCHW))
+
+    @contextmanager
+    def running_statistics(self) -> Iterator[None]:
+        """Inside, BatchNorm uses running statistics whatever `batchnorm` says: a teacher is evaluated as it will be used."""
+        for norm, (mean, variance) in zip(self._norms, self._statistics, strict=True):
+            norm.running_mean, norm.running_var = mean, variance
+        try:
+            yield
+        finally:
+            if self.batchnorm == "batch":
+                self._forget_statistics()
+
+    def content_sha256(self) -> str:
+        """Hash of its weights, as in a model file."""
+        return self._content_sha256
+
+    def match_classes(self, names: list[str] | None, count: int, owner: str) -> None:
+        """Answer in the class order of `names` from now on.
+
+        Raises UserError when the teacher has other classes than `owner`, by name where both have names, by count otherwise.
+        """
+        order = _class_order(self, names, count, owner)
+        self._order = None if order is None else torch.tensor(order, device=self.device)
+
+    def facts(self) -> dict[str, Any]:
+        """What a student's file says about its teacher."""
+        return {
+            "reference": self.reference.text,
+            "arch": self.reference.arch,
+            "licence": self._licence,
+            "content_sha256": self._content_sha256,
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """What its answers depend on beside weights and pixels: side that pixels are resized to (height, width; None: as they come), precision."""
+        return {"size": list(self.size) if self.size else None, "precision": PRECISIONS[self._dtype]}
+
+    @contextmanager
+    def _forward(self) -> Iterator[None]:
+        mixed = self._dtype != torch.float32
+        with torch.no_grad(), torch.autocast(self.device.type, self._dtype, enabled=mixed):
+            yield
+
+    def _resized(self, pixels_BCHW: Tensor) -> Tensor:
+        if self.size is None or tuple(pixels_BCHW.shape[-2:]) == self.size:
+            return pixels_BCHW
+        return F.interpolate(pixels_BCHW.float(), self.size, mode="bilinear", antialias=True, align_corners=False)
+
+    def _forget_statistics(self) -> None:
+        # Without running buffers BatchNorm normalises by the batch, in evaluation mode too, and has nothing to update.
+        for norm in self._norms:
+            norm.running_mean = norm.running_var = None
+
+
+class TeacherEnsemble:
+    """Several frozen teachers that answer as one: the logits are the logarithm of the mean of their softmax.
+
+    Their classes are those of the first member that has names; members without names are taken to have the same order.
+    Raises UserError when a member has other classes.
+    """
+
+    def __init__(self, members: Sequence[FrozenTeacher]) -> None:
+        self._members = members
+        self.reference, self.batchnorm = members[0].reference, members[0].batchnorm
+        self.device = members[0].device
+        named = next((member for member in members if member.class_names), members[0])
+        self.num_classes, self.class_names = named.num_classes, named.class_names
+        for member in members:
+            member.match_classes(named.class_names, named.num_classes, named.reference.text)
+        self._order: Tensor | None = None
+
+    def __call__(self, pixels_BCHW: Tensor) -> Tensor:
+        log_probs = torch.stack([F.log_softmax(member(pixels_BCHW), dim=-1) for member in self._members])
+        logits = log_probs.logsumexp(0) - math.log(len(self._members))
+        return logits if self._order is None else logits[:, self._order]
+
+    def each(self, pixels_BCHW: Tensor) -> list[Tensor]:
+        """Logits [B,K] of every member, in the classes of the ensemble."""
+        logits = [member(pixels_BCHW) for member in self._members]
+        return logits if self._order is None else [one[:, self._order] for one in logits]
+
+    @property
+    def references(self) -> list[ModelReference]:
+        """Of every member."""
+        return [member.reference for member in self._members]
+
+    def embed(self, pixels_BCHW: Tensor) -> Tensor:
+        """Embeddings of the first member."""
+        return self._members[0].embed(pixels_BCHW)
+
+    @contextmanager
+    def running_statistics(self) -> Iterator[None]:
+        """See FrozenTeacher."""
+        with ExitStack() as stack:
+            for member in self._members:
+                stack.enter_context(member.running_statistics())
+            yield
+
+    def content_sha256(self) -> str:
+        """Hash of the members' hashes, in their order."""
+        return hashlib.sha256(" ".join(member.content_sha256() for member in self._members).encode()).hexdigest()
+
+    def match_classes(self, names: list[str] | None, count: int, owner: str) -> None:
+        """See FrozenTeacher."""
+        order = _class_order(self, names, count, owner)
+        self._order = None if order is None else torch.tensor(order, device=self.device)
+
+    def facts(self) -> dict[str, Any]:
+        """What a student's file says about its teacher."""
+        members = [member.facts() for member in self._members]
+        return {
+            "reference": ", ".join(facts["reference"] for facts in members),
+            "arch": ", ".join(facts["arch"] for facts in members),
+            "licence": " AND ".join(dict.fromkeys(facts["licence"] for facts in members)),
+            "content_sha256": self.content_sha256(),
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """See FrozenTeacher; the sizes of all members."""
+        settings = [member.settings() for member in self._members]
+        return settings[0] | {"size": [one["size"] for one in settings]}
+
+
+Teacher = FrozenTeacher | TeacherEnsemble
+
+
+def embed(classifier: Classifier, pixels_BCHW: Tensor) -> Tensor:
+    """The pooled features that the classification layer of a network sees: [B,D] float32."""
+    net: Any = classifier.net
+    features = net.forward_features(classifier.normalised(pixels_BCHW))
+    embedding: Tensor = net.forward_head(features, pre_logits=True)
+    return embedding.float()
+
+
+def _class_order(teacher: Teacher, names: list[str] | None, count: int, owner: str) -> list[int] | None:
+    """The teacher's class numbers in the order of `names`; None where a side has no names."""
+    text = teacher.reference.text
+    if names and teacher.class_names:
+        strange = sorted(set(names) ^ set(teacher.class_names))
+        if strange:
+            raise UserError(f"{text}: its classes are not those of {owner}: only one of them has {strange[0]!r}")
+        return [teacher.class_names.index(name) for name in names]
+    if count != teacher.num_classes:
+        raise UserError(f"{text}: has {teacher.num_classes} classes, {owner} have {count}")
+    return None

@@ -1,0 +1,1 @@
+"""What a training run of either stage needs around its loop."""

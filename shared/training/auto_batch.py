@@ -1,0 +1,113 @@
+"""How many images a pass fit into memory, tried before a run on the largest images it will see.
+
+The batch of a step stays what it was: what is found is in how many passes (`accumulate`) it is taken. The finding is kept in the run directory, so
+that a run goes on with it; where it was too few after all, the next start looks for more.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ssld.shared.distributed.ranks import alone, any_rank, from_main_rank
+from ssld.shared.errors import UserError, is_out_of_memory
+from ssld.shared.run_dir import RunDir, write_atomically
+
+FILE = "auto_batch.json"
+RESERVE = 0.08  # share of a GPU's memory that a trial leaves free: what fragments, and what another process takes
+
+
+def find_passes(
+    run: RunDir,
+    batch_size: int,
+    ranks: int,
+    attempt: Callable[[int], None],
+    *,
+    networks: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> int:
+    """`accumulate` of a run with `auto_batch`: all ranks together, the fewest passes whose images fit on every one of them.
+
+    Args:
+        attempt: a whole step with that many images and an evaluation; what it changes of `networks` and `optimizer` is put back.
+
+    Raises:
+        UserError: not even one image a pass fits, or `batch_size` does not divide over the ranks.
+    """
+    if batch_size % ranks:
+        raise UserError(f"batch_size {batch_size} is not a multiple of {ranks} processes")
+    found = from_main_rank(_read(run.path) if run.main else {})
+    if found.get("processes") != ranks or "accumulate" not in found:
+        too_few = found.get("too_few", 0) if found.get("processes") == ranks else 0
+        with _put_back(networks, optimizer):
+            passes = _fewest_passes(batch_size // ranks, attempt, device, too_few=too_few)
+        found = {"accumulate": passes, "processes": ranks}
+        if run.main:
+            write_atomically(run.path / FILE, json.dumps(found) + "\n")
+    passes = int(found["accumulate"])
+    images = batch_size // ranks // passes
+    run.log(f"auto_batch: {images} of {batch_size} images a process and pass fit, so accumulate is {passes}")
+    return passes
+
+
+def note_too_few(run: Path) -> None:
+    """For the next start: a run with `auto_batch` ran out of memory with the passes that were found."""
+    found = _read(run)
+    if "accumulate" in found:
+        note = {"too_few": found["accumulate"], "processes": found["processes"]}
+        write_atomically(run / FILE, json.dumps(note) + "\n")
+
+
+def _read(run: Path) -> dict[str, int]:
+    file = run / FILE
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+
+
+def _fewest_passes(images: int, attempt: Callable[[int], None], device: torch.device, *, too_few: int) -> int:
+    for passes in range(too_few + 1, images + 1):
+        if images % passes == 0 and not any_rank(not _fits(attempt, images // passes, device)):
+            return passes
+    raise UserError(
+        "auto_batch: not even one image a pass fits into memory; take smaller images, a smaller network, or --precision bf16"
+    )
+
+
+def _fits(attempt: Callable[[int], None], images: int, device: torch.device) -> bool:
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_per_process_memory_fraction(1 - RESERVE, device)
+    try:
+        with alone():  # a rank that runs out of memory must not leave the others waiting
+            attempt(images)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        if on_gpu:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+    return True
+
+
+@contextmanager
+def _put_back(networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Weights, buffers and modes as they were; the optimizer, which has not begun, without state."""
+    before = {
+        name: {key: value.to("cpu", copy=True) for key, value in network.state_dict().items()}
+        for name, network in networks.items()
+    }
+    training = {name: network.training for name, network in networks.items()}
+    try:
+        yield
+    finally:
+        for name, network in networks.items():
+            network.load_state_dict(before[name])
+            network.train(training[name])
+        optimizer.zero_grad(set_to_none=True)
+        optimizer.state.clear()

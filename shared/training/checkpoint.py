@@ -1,0 +1,120 @@
+"""Checkpoints that survive a kill at any moment.
+
+A checkpoint is a folder `step_00000100/` with one safetensors file for each part (model, optimizer, ema ...), `state.json` with the plain values,
+and an empty `COMPLETE`. It is written to a temporary folder, synced to disk, renamed, and marked complete last; only marked ones are ever read.
+Nothing is pickled. No random state is kept: every draw of a run is a function of (seed, step, rank) or of the image.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ssld.shared.errors import UserError
+from ssld.shared.models.model_file import save_tensors
+
+_MARK = "COMPLETE"
+
+
+def save_checkpoint(
+    folder: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any], *, keep: int
+) -> Path:
+    """Write `step_<step>` below `folder` and delete all but the newest `keep` complete ones.
+
+    Args:
+        parts: file name without suffix -> tensors by name.
+        state: JSON values; `step` is added.
+    """
+    final = folder / f"step_{step:08d}"
+    temporary = folder / f".writing_{step:08d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for name, tensors in parts.items():
+        contents = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+        save_tensors(contents, temporary / f"{name}.safetensors")
+    (temporary / "state.json").write_text(json.dumps({"step": step, **state}) + "\n", encoding="utf-8")
+    for file in temporary.iterdir():
+        _sync(file)
+    _remove(final)  # one without its mark, left by a kill between rename and mark
+    temporary.rename(final)
+    _sync(folder)
+    (final / _MARK).touch()
+    _sync(final)
+    for old in complete_checkpoints(folder)[:-keep]:
+        _remove(old)
+    unmarked = [path for path in folder.glob("step_*") if not (path / _MARK).exists()]
+    for leftover in [*unmarked, *folder.glob(".writing_*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    return final
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The usable checkpoints below a folder, oldest first."""
+    return sorted(mark.parent for mark in folder.glob(f"step_*/{_MARK}"))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest usable checkpoint below a folder."""
+    return next(reversed(complete_checkpoints(folder)), None)
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """(parts, state) as given to `save_checkpoint`, tensors on the CPU. Raises UserError for an unreadable checkpoint."""
+    try:
+        parts = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except Exception as error:
+        raise UserError(
+            f"{path}: checkpoint not readable ({error}); delete this folder to go on from the one before"
+        ) from None
+    return parts, state
+
+
+def load_module(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Load a part into a module, every tensor of both sides. Raises UserError when they do not fit."""
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(f"{path}: does not fit this model: {first}") from None
+
+
+def optimizer_part(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, plain values) of an optimizer's state, to be stored in a checkpoint."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for index, entries in optimizer.state_dict()["state"].items():
+        for name, value in entries.items():
+            key = f"{index}.{name}"
+            if isinstance(value, Tensor):
+                tensors[key] = value
+            else:
+                values[key] = value
+    return tensors, values
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    """Restore what `optimizer_part` gave; settings such as the learning rate stay those of `optimizer`."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in [*tensors.items(), *values.items()]:
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _remove(checkpoint: Path) -> None:
+    (checkpoint / _MARK).unlink(missing_ok=True)  # first, so that a kill in between leaves nothing that looks usable
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,70 @@
+"""Losses of the last steps, kept on the device so that no step waits for them, read and checked where something is logged or saved."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ssld.shared.distributed.ranks import gather_lists, total_over_ranks
+from ssld.shared.errors import UserError
+
+
+class LossWatch:
+    """Collects the loss parts of every micro-batch; averages them for the log, and stops the run at the first one that is not finite."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[int, Sequence[str | int], Tensor]] = []
+        self._names: list[str] = []
+        self._sums: dict[str, float] = {}
+        self._steps = 0
+
+    def add(self, step: int, parts: dict[str, Tensor], ids: Sequence[str | int]) -> None:
+        """Keep one micro-batch's parts: scalars whose sum over micro-batches and ranks is the step's value."""
+        self._names = list(parts)
+        self._pending.append((step, ids, torch.stack([part.detach().float() for part in parts.values()])))
+
+    def check(self) -> None:
+        """Read what is pending, on all ranks together.
+
+        Raises UserError naming step, loss parts and image ids when anything is not finite: call it before a checkpoint is written.
+        """
+        if not self._pending:
+            return
+        values_NP = torch.stack([values for _, _, values in self._pending])
+        total_P = total_over_ranks(values_NP.double().sum(0)).tolist()
+        if not all(math.isfinite(total) for total in total_P):
+            self._raise(values_NP.tolist())
+        for name, total in zip(self._names, total_P, strict=True):
+            self._sums[name] = self._sums.get(name, 0.0) + total
+        self._steps += len({step for step, _, _ in self._pending})
+        self._pending.clear()
+
+    def averages(self) -> dict[str, float]:
+        """Mean of every part over the steps since the last call."""
+        self.check()
+        means = {name: total / max(1, self._steps) for name, total in self._sums.items()}
+        self._sums, self._steps = {}, 0
+        return means
+
+    def state(self) -> dict[str, object]:
+        """JSON values for a checkpoint, so that a resumed run logs the same averages."""
+        return {"sums": self._sums, "steps": self._steps}
+
+    def load_state(self, state: dict[str, object]) -> None:
+        """Restore `state`."""
+        self._sums, self._steps = dict(state["sums"]), int(state["steps"])  # type: ignore[call-overload]
+
+    def _raise(self, values: list[list[float]]) -> None:
+        """The same error on every rank: that of the first rank whose own losses are not finite."""
+        found = []
+        for (step, ids, _), row in zip(self._pending, values, strict=True):
+            if not all(math.isfinite(value) for value in row):
+                parts = ", ".join(f"{name} {value:.4g}" for name, value in zip(self._names, row, strict=True))
+                found.append(f"at step {step + 1}: {parts}; images {', '.join(map(str, list(ids)[:16]))}")
+                break
+        what = next(iter(gather_lists(found)), "in the sum over ranks")
+        raise UserError(
+            f"loss is not finite {what}. The last checkpoint is intact: "
+            "lower optim.lr, lengthen the warm-up or set optim.clip_grad_norm, and start again"
+        )

@@ -1,0 +1,49 @@
+"""Images that cannot be read are skipped, counted, listed in quarantine.txt; too many of them end the run."""
+
+import sys
+from collections.abc import Iterable
+
+from ssld.shared.distributed.ranks import gather_lists
+from ssld.shared.errors import UserError
+from ssld.shared.run_dir import RunDir
+from ssld.shared.wording import count
+
+_JUDGED_AFTER, _TOO_MANY = 1000, 0.01
+
+
+class Quarantine:
+    """Unreadable images of a run over `images` distinct files; None where only reading a stream tells how many there are.
+
+    A run fails when more than one and more than 1 % of the distinct files it has read are unreadable, judged after 1,000 files or a whole pass.
+    """
+
+    def __init__(self, run: RunDir, images: int | None) -> None:
+        self._run, self._images = run, sys.maxsize if images is None else images
+        self._known = set(run.quarantined())
+        self._new: list[str] = []
+
+    def add(self, locations: Iterable[str]) -> None:
+        """Note what this rank could not read."""
+        self._new += locations
+
+    def write(self) -> None:
+        """Bring the list up to date, all ranks together; before a checkpoint, because a resumed run does not meet these images again."""
+        new = set(gather_lists(self._new)) - self._known
+        self._new = []
+        if new:
+            self._known |= new
+            self._run.quarantine(self._known)
+            self._run.log(
+                f"{count(len(self._known), 'unreadable image')}, see {self._run.path / 'quarantine.txt'}; last: {max(new)}"
+            )
+
+    def judge(self, images_seen: int) -> None:
+        """Write the list and fail if it is too long; all ranks together, after `images_seen` training images of the whole run."""
+        self.write()
+        read = min(images_seen, self._images)
+        enough = read >= min(_JUDGED_AFTER, self._images)
+        if enough and len(self._known) > 1 and len(self._known) > _TOO_MANY * read:
+            raise UserError(
+                f"{len(self._known)} of {read} images cannot be read, listed in {self._run.path / 'quarantine.txt'}; "
+                "mend or remove them (first: " + min(self._known) + ")"
+            )

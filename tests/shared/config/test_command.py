@@ -1,0 +1,95 @@
+"""Exit codes and lines of every entry script."""
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssld.shared.config.command import run_command
+from ssld.shared.config.settings import CommandConfig
+from ssld.shared.errors import Stopped, UserError
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    def start(error: BaseException | None = None, *flags: str) -> int:
+        def work(config: CommandConfig) -> None:
+            config.output.mkdir(exist_ok=True)
+            if error:
+                raise error
+
+        return run_command(CommandConfig, work, ["--output", str(tmp_path / "o"), *flags], program="x.py")
+
+    return start
+
+
+def test_exit_codes_and_lines(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 0
+    assert capsys.readouterr().err == ""
+    assert run(UserError("cats.json: not COCO")) == 2
+    assert capsys.readouterr().err == "error: cats.json: not COCO\n"
+    assert run(UserError("one\ntwo")) == 2
+    assert capsys.readouterr().err == "error: one\nerror: two\n"
+    assert run(Stopped("checkpoint of step 3 written")) == 143
+    assert capsys.readouterr().err == "stopped: checkpoint of step 3 written; the same command goes on from there\n"
+    assert run(None, "--outptu", "x") == 2
+    assert capsys.readouterr().err == "error: --outptu: unknown flag; did you mean '--output'?\n"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_disk_errors_are_the_users(run: Run, capsys: pytest.CaptureFixture[str], number: int) -> None:
+    assert run(OSError(number, "x", "/big/file")) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: /big/file: ")
+    assert line.count("\n") == 1
+
+
+def test_bugs_keep_their_traceback(run: Run) -> None:
+    with pytest.raises(ZeroDivisionError):
+        run(ZeroDivisionError())
+    with pytest.raises(OSError, match="odd"):
+        run(OSError(errno.EIO, "odd"))
+
+
+def test_threads(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        assert run(None, "--threads", "1") == 0
+        assert torch.get_num_threads() == 1
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(6)))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        assert run() == 0
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_under_a_launcher_the_line_is_left_in_the_folder_and_the_main_ranks_wins(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert run(UserError("bad")) == 2
+    assert capsys.readouterr().err == "[rank 1] error: bad\n"
+    assert json.loads((tmp_path / "o" / "error.json").read_text()) == {"error": "bad", "exit_code": 2}
+    assert run(UserError("the same, later")) == 2
+    assert capsys.readouterr().err == "", "only the first line of another rank is told"
+    monkeypatch.setenv("RANK", "0")
+    assert run(UserError("worse")) == 2
+    assert capsys.readouterr().err == "error: worse\n"
+    assert json.loads((tmp_path / "o" / "error.json").read_text()) == {"error": "worse", "exit_code": 2}
+
+
+def test_a_command_without_passes_is_told_to_take_fewer_images(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(torch.OutOfMemoryError("CUDA out of memory.")) == 2
+    assert capsys.readouterr().err == "error: out of memory: CUDA out of memory. Take a smaller --batch_size\n"
+
+
+def test_ctrl_c_outside_training_is_no_traceback(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(KeyboardInterrupt()) == 143
+    assert capsys.readouterr().err == "stopped; the same command begins again, and goes on from what it has written\n"

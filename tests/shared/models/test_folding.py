@@ -1,0 +1,129 @@
+"""Folded BatchNorm: the same answers from fewer modules, and the network as it was where that cannot be had."""
+
+import copy
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from ssld.shared.models.folding import fold_batchnorm
+
+
+def lived_in(net: Any) -> Any:
+    """The network with statistics and scales that a mistake in folding would show."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.running_mean is not None
+                assert module.running_var is not None
+                for tensor, low in ((module.running_mean, -1), (module.bias, -1), (module.running_var, 0.5), (module.weight, 0.5)):  # fmt: skip
+                    tensor.copy_(torch.rand(tensor.shape, generator=generator) + low)
+    return net.eval()
+
+
+def noise(size: int = 32) -> torch.Tensor:
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def norms(net: nn.Module) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+
+
+@pytest.mark.parametrize(
+    ("arch", "all_of_them"),
+    [
+        ("test_resnet", True),
+        ("test_efficientnet", True),  # BatchNorm and activation in one module
+        ("tf_mobilenetv3_small_minimal_100", True),  # padding by size before the convolution
+        ("hgnetv2_b0", True),
+        ("repvgg_a0", False),  # BatchNorm of the input itself
+    ],
+)
+@torch.no_grad()
+def test_same_answers_from_fewer_modules(arch: str, all_of_them: bool) -> None:
+    torch.manual_seed(0)
+    net = lived_in(timm.create_model(arch, num_classes=5))
+    before, pixels = copy.deepcopy(net.state_dict()), noise(64)
+    folded, count = fold_batchnorm(net, noise())
+    assert count > 0
+    assert norms(folded) == norms(net) - count
+    assert (norms(folded) == 0) == all_of_them
+    expected = net(pixels)
+    torch.testing.assert_close(folded(pixels), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    assert not any(parameter.requires_grad for parameter in folded.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())  # a copy was folded
+    # its parts can still be called one by one
+    part: Any = folded
+    torch.testing.assert_close(part.forward_head(part.forward_features(pixels)), part(pixels))
+
+
+class Shared(nn.Module):
+    """One convolution, read by its BatchNorm and by the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        result: torch.Tensor = self.norm(y) + y
+        return result
+
+
+class Twice(Shared):
+    """One BatchNorm after the same convolution, twice."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.norm(self.conv(x)) + self.norm(self.conv(2 * x))
+        return result
+
+
+class Undecided(Shared):
+    """What is called depends on the input's values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.norm(self.conv(x if x.sum() > 0 else -x))
+        return result
+
+
+class Whimsical(Shared):
+    """Answers otherwise where it was folded."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.norm(self.conv(x)) * len(list(self.norm.parameters()))
+        return result
+
+
+class Partly(nn.Module):
+    """One pair that can be folded, before one that cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)), Shared()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.second(self.first(x))
+        return result
+
+
+@torch.no_grad()
+def test_what_can_be_folded_is() -> None:
+    net = lived_in(Partly())
+    folded, count = fold_batchnorm(net, noise())
+    assert (count, norms(folded)) == (1, 1)
+    torch.testing.assert_close(folded(noise()), net(noise()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [Shared, Twice, Undecided, Whimsical, lambda: timm.create_model("test_vit")])
+def test_a_network_that_cannot_be_folded_is_itself(kind: Any) -> None:
+    net = lived_in(kind())
+    pixels = noise(160)
+    assert fold_batchnorm(net, pixels) == (net, 0)
+
+
+def test_no_warning_from_tracing(recwarn: pytest.WarningsRecorder) -> None:
+    fold_batchnorm(lived_in(timm.create_model("test_efficientnet")), noise())
+    assert not recwarn.list

@@ -1,0 +1,128 @@
+"""The model file: what it says about itself, and what is refused."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ssld.shared.errors import UserError
+from ssld.shared.models.model_file import (
+    content_hash,
+    looks_pickled,
+    read_metadata,
+    read_shapes,
+    read_tensors,
+    save_model_file,
+)
+
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(7), "c": torch.ones(2, dtype=torch.bfloat16)}
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "model.safetensors"
+    digest = save_model_file(path, TENSORS, {"kind": "backbone", "arch": "x", "mean": (0.5, 0.5)})
+    assert digest == content_hash(TENSORS)
+    assert read_metadata(path, kind="backbone") == {
+        "format": 1, "kind": "backbone", "arch": "x", "mean": [0.5, 0.5], "content_sha256": digest
+    }  # fmt: skip
+    assert read_shapes(path) == {"a": (2, 3), "b": (), "c": (2,)}
+    assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in read_tensors(path).items())
+    assert [file.name for file in path.parent.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_who_may_read_it_follows_the_umask(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        save_model_file(tmp_path / "a.safetensors", {"w": torch.zeros(1)}, {"kind": "backbone"})
+        assert os.umask(mask) == mask, "the mask is as it was"
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_hash_sees_names_shapes_types_and_values() -> None:
+    base = content_hash({"a": torch.zeros(2, 3)})
+    assert base == content_hash({"a": torch.zeros(3, 2).T})  # memory layout is not content
+    for other in ({"b": torch.zeros(2, 3)}, {"a": torch.zeros(3, 2)}, {"a": torch.zeros(2, 3, dtype=torch.float64)}):
+        assert content_hash(other) != base
+    assert content_hash({"a": torch.tensor([[0.0, 0, 0], [0, 0, -0.0]])}) != base
+    assert content_hash({"a": torch.zeros(1), "b": torch.ones(1)}) == content_hash(
+        {"b": torch.ones(1), "a": torch.zeros(1)}
+    )
+
+
+def test_refusals(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match=r"run: is a folder; give a file$"):
+        read_metadata(tmp_path / "run")
+    (tmp_path / "run" / "student.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"run: is a folder; give a file in it: student\.safetensors$"):
+        read_metadata(tmp_path / "run")
+    with pytest.raises(UserError, match="no such file"):
+        read_metadata(path)
+    save_model_file(path, TENSORS, {"kind": "detector"})
+    with pytest.raises(UserError, match="is a detector file, a backbone file is needed here"):
+        read_metadata(path, kind="backbone")
+    save_file(TENSORS, path, metadata={"ssld": json.dumps({"kind": "backbone", "format": 2})})
+    with pytest.raises(UserError, match=r"written by a newer version .format 2.; update"):
+        read_metadata(path)
+    save_file(TENSORS, path)
+    assert read_metadata(path, kind="backbone") == {}  # by another program
+    path.write_bytes(b"\x01\x00")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        read_metadata(path)
+
+
+def test_damage_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_model_file(path, TENSORS, {})
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    assert load_file(path)  # safetensors alone does not notice
+    with pytest.raises(UserError, match="do not match its content hash; the file was changed or damaged"):
+        read_tensors(path)
+    path.write_bytes(content[:-3])
+    with pytest.raises(UserError, match="not a safetensors file"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_a_pickle_is_named_as_one_and_not_opened(tmp_path: Path, protocol: int) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[Path]]:
+            return Path.touch, (tmp_path / "sprung",)
+
+    plain, zipped = tmp_path / "plain.safetensors", tmp_path / "zipped.safetensors"
+    plain.write_bytes(pickle.dumps(Trap(), protocol=protocol))
+    torch.save({"w": torch.zeros(1)}, zipped)
+    for path in (plain, zipped):
+        assert looks_pickled(path)
+        with pytest.raises(UserError, match="is a pickle, which can run code when opened"):
+            read_metadata(path)
+    assert not (tmp_path / "sprung").exists()
+    (tmp_path / "text").write_text("hello")
+    assert not looks_pickled(tmp_path / "text")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssld.shared.models import model_file
+
+    path = tmp_path / "model.safetensors"
+    save_model_file(path, TENSORS, {"kind": "old"})
+
+    def full(tensors: object, file: Path, metadata: object) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model_file, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        save_model_file(path, TENSORS, {"kind": "new"})
+    assert read_metadata(path)["kind"] == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]

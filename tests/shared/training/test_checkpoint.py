@@ -1,0 +1,93 @@
+"""Checkpoints: only complete ones count, the newest N stay, and what is read is bit for bit what was written."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ssld.shared.errors import UserError
+from ssld.shared.training.checkpoint import (
+    complete_checkpoints,
+    load_checkpoint,
+    load_module,
+    load_optimizer,
+    newest_checkpoint,
+    optimizer_part,
+    save_checkpoint,
+)
+from ssld.shared.training.optim import make_optimizer, parameter_groups, set_lr
+
+
+def test_files_and_newest_n(tmp_path: Path) -> None:
+    for step in (5, 10, 100, 15):
+        save_checkpoint(tmp_path, step, {"model": {"w": torch.full((2,), float(step))}}, {"best": 0.5}, keep=2)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000015", "step_00000100"]
+    assert newest_checkpoint(tmp_path) == tmp_path / "step_00000100"
+    files = {path.name for path in (tmp_path / "step_00000100").iterdir()}
+    assert files == {"model.safetensors", "state.json", "COMPLETE"}  # nothing pickled
+    parts, state = load_checkpoint(tmp_path / "step_00000100")
+    assert parts["model"]["w"].tolist() == [100, 100]
+    assert state == {"step": 100, "best": 0.5}
+    assert {path.name for path in tmp_path.iterdir()} == {"step_00000015", "step_00000100"}
+
+
+def test_incomplete_ones_are_ignored_and_swept_away(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path / "not yet") is None
+    save_checkpoint(tmp_path, 5, {"model": {"w": torch.zeros(1)}}, {}, keep=2)
+    (tmp_path / "step_00000009").mkdir()  # killed between renaming and mark
+    (tmp_path / "step_00000009" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".writing_00000007").mkdir()  # killed while writing
+    assert newest_checkpoint(tmp_path) == tmp_path / "step_00000005"
+    save_checkpoint(tmp_path, 9, {"model": {"w": torch.ones(1)}}, {}, keep=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"step_00000005", "step_00000009"}
+    assert load_checkpoint(tmp_path / "step_00000009")[0]["model"]["w"].item() == 1
+
+
+@pytest.mark.parametrize("name", ["sgd", "nesterov", "adamw"])
+def test_optimizer_round_trip_is_bit_exact(tmp_path: Path, name: str) -> None:
+    def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(7, 9), nn.LayerNorm(9), nn.Linear(9, 3))
+        groups = parameter_groups(net, weight_decay=0.05, decay_norm_and_bias=False)
+        return net, make_optimizer(name, groups, momentum=0.9)  # type: ignore[arg-type]
+
+    def step(net: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
+        set_lr(optimizer, 0.01 / number)
+        net(torch.randn(5, 7, generator=torch.Generator().manual_seed(number))).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    net, optimizer = fresh()
+    for number in range(1, 4):
+        step(net, optimizer, number)
+    tensors, values = optimizer_part(optimizer)
+    path = save_checkpoint(
+        tmp_path, 3, {"model": net.state_dict(), "optimizer": tensors}, {"optimizer": values}, keep=1
+    )
+    state = json.loads((path / "state.json").read_text())
+    again, restored = fresh()
+    parts, _ = load_checkpoint(path)
+    load_module(again, parts["model"], path)
+    load_optimizer(restored, parts["optimizer"], state["optimizer"])
+    for number in range(4, 8):
+        step(net, optimizer, number)
+        step(again, restored, number)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+    # and the state matters: without it the weights differ
+    bare, empty = fresh()
+    load_module(bare, parts["model"], path)
+    for number in range(4, 8):
+        step(bare, empty, number)
+    assert not all(torch.equal(a, b) for a, b in zip(net.parameters(), bare.parameters(), strict=True))
+
+
+def test_unreadable_and_unfitting(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, {"model": nn.Linear(2, 3).state_dict()}, {}, keep=1)
+    with pytest.raises(UserError, match=r"does not fit this model: .*") as caught:
+        load_module(nn.Linear(2, 4), load_checkpoint(path)[0]["model"], path)
+    assert "\n" not in str(caught.value)
+    (path / "model.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(UserError, match=r"checkpoint not readable .* delete this folder"):
+        load_checkpoint(path)

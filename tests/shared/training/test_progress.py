@@ -1,0 +1,169 @@
+"""What a run says of its speed: on a terminal a bar, elsewhere lines; and that what it says follows from the clock."""
+
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ssld.shared.run_dir import SPEED
+from ssld.shared.training import progress
+from ssld.shared.training.progress import Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def run() -> Any:
+    lines: list[str] = []
+    return SimpleNamespace(main=True, log=lines.append, write=print, lines=lines)
+
+
+def test_numbers_follow_from_the_clock(clock: Clock, run: Any) -> None:
+    state = Progress(run, torch.device("cpu"))
+    with state.begin(4, 20):
+        for _ in range(4):
+            with state.waiting():
+                clock.now += 0.5
+            clock.now += 1.5
+            state.step()
+        numbers = state.read(images=8)
+        assert tuple(numbers) == SPEED
+        assert numbers["seconds"] == 8
+        assert numbers["data_wait"] == 0.25
+        assert numbers["images_per_second"] == 4
+        assert 0.05 < numbers["memory_gb"] < 100
+        # Four of sixteen steps took 8 s: twelve more take 24 s.
+        memory = f"{numbers['memory_gb']:.1f} GB"
+        assert state.describe(numbers) == f"4 images/s, 25 % waiting for data, {memory}, 24 s to go"
+        clock.now += 10
+        state.step()
+        assert state.read(images=8)["data_wait"] == 0  # counts from the last reading
+    assert run.lines == []
+
+
+def test_evaluations_do_not_count_as_training(clock: Clock, run: Any) -> None:
+    state = Progress(run, torch.device("cpu"))
+    with state.begin(0, 10):
+        for _ in range(4):
+            with state.waiting():
+                clock.now += 1
+            clock.now += 1
+            state.step()
+        with state.pausing():
+            clock.now += 100
+        numbers = state.read(images=8)
+    assert numbers["seconds"] == 108
+    assert numbers["images_per_second"] == 4
+    assert numbers["data_wait"] == 0.5
+
+
+def test_a_long_silence_begins_with_an_estimate(clock: Clock, run: Any) -> None:
+    state = Progress(run, torch.device("cpu"))
+    with state.begin(0, 1000):
+        clock.now += 5  # the first step is no measure of the others
+        for _ in range(30):
+            state.step()
+            clock.now += 2
+    assert run.lines == ["step 8: about 2 s a step, 33 min to go without evaluations"]
+
+
+def test_a_short_run_has_its_estimate_before_its_end(clock: Clock, run: Any) -> None:
+    state = Progress(run, torch.device("cpu"))
+    with state.begin(0, 4):
+        for _ in range(4):
+            clock.now += 3
+            state.step()
+    assert run.lines == ["step 3: about 3 s a step, 3 s to go without evaluations"]
+
+
+def test_slow_steps_have_their_estimate_earlier(clock: Clock, run: Any) -> None:
+    state = Progress(run, torch.device("cpu"))
+    with state.begin(0, 100):
+        for _ in range(20):
+            clock.now += 9
+            state.step()
+    assert run.lines == ["step 3: about 9 s a step, 15 min to go without evaluations"]
+
+
+def test_no_estimate_where_the_log_has_spoken(clock: Clock, run: Any) -> None:
+    state = Progress(run, torch.device("cpu"))
+    with state.begin(0, 100):
+        for step in range(20):
+            clock.now += 1
+            state.step()
+            if step == 4:
+                state.read(images=1)
+    assert run.lines == []
+
+
+def test_a_terminal_has_a_bar_and_the_lines_stand_above_it(
+    clock: Clock, run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    state = Progress(run, torch.device("cpu"))
+    with state.begin(5, 8):
+        for _ in range(3):
+            clock.now += 1
+            state.step()
+            state.describe(state.read(images=2), loss=0.125, lr=0.5)
+        run.write("a line")
+    shown = terminal.getvalue()
+    assert "8/8" in shown
+    assert "5/8" in shown  # it goes on where the run does
+    assert "loss=0.125" in shown
+    assert "lr=0.5" in shown
+    assert capsys.readouterr().out == "a line\n"
+    assert run.write is print  # as before
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_no_bar_in_a_pipe_or_on_another_rank(
+    run: Any, main: bool, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    stream = io.StringIO() if main else Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    run.main = main
+    with Progress(run, torch.device("cpu")).begin(0, 2) as state:
+        state.step()
+    assert stream.getvalue() == ""
+
+
+def test_a_run_logs_its_speed(
+    distill_settings: dict[str, Any], arguments: Any, call: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ssld.stage1_ssld.distill import main
+
+    assert call(main, arguments(distill_settings)) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert set(SPEED) <= set(lines[0])
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log in capsys.readouterr().out.replace("\r", "")
+    assert f"recipe {tmp_path / 'run.yaml'}; all settings are in {tmp_path / 'run' / 'config.yaml'}\n" in log
+    assert "a checkpoint every 4 steps and at the end, the newest 2 are kept; evaluation at the end\n" in log
+    assert " images/s, " in next(line for line in log.splitlines() if line.startswith("step 2/6"))

@@ -1,0 +1,68 @@
+"""Unreadable images are listed; more than one and more than 1 % of what was read ends the run."""
+
+from pathlib import Path
+
+import pytest
+
+from ssld.shared.config.settings import CommandConfig
+from ssld.shared.errors import UserError
+from ssld.shared.run_dir import RunDir
+from ssld.shared.training.quarantine import Quarantine
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(CommandConfig(output=tmp_path / "run"), "test")
+
+
+def test_listed_once_and_sorted(run: RunDir) -> None:
+    quarantine = Quarantine(run, images=10_000)
+    quarantine.add(["b.jpg", "a.jpg"])
+    quarantine.judge(100)
+    quarantine.add(["b.jpg", "c.jpg"])
+    quarantine.judge(200)
+    assert (run.path / "quarantine.txt").read_text() == "a.jpg\nb.jpg\nc.jpg\n"
+    assert "3 unreadable images, see" in (run.path / "log.txt").read_text()
+
+
+def test_none_writes_nothing(run: RunDir) -> None:
+    Quarantine(run, images=10).judge(10)
+    assert not (run.path / "quarantine.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("bad", "images", "seen", "fails"),
+    [
+        (1, 10, 10, False),  # a single one never ends a run
+        (2, 10, 10, True),
+        (2, 10, 9, False),  # not before a whole pass
+        (2, 10, 1000, True),
+        (20, 2000, 2000, False),  # 1 % is allowed
+        (21, 2000, 2000, True),
+        (21, 2000, 90_000, True),  # distinct files: later passes do not thin them out
+        (10, 100_000, 1000, False),
+        (11, 100_000, 1000, True),
+        (900, 100_000, 999, False),  # not before 1,000 files
+    ],
+)
+def test_threshold(run: RunDir, bad: int, images: int, seen: int, fails: bool) -> None:
+    quarantine = Quarantine(run, images=images)
+    quarantine.add([f"{number:04d}.jpg" for number in range(bad)])
+    if not fails:
+        quarantine.judge(seen)
+        return
+    with pytest.raises(UserError, match=f"{bad} of {min(seen, images)} images cannot be read") as caught:
+        quarantine.judge(seen)
+    assert "(first: 0000.jpg)" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len((run.path / "quarantine.txt").read_text().splitlines()) == bad
+
+
+def test_a_resumed_run_remembers(run: RunDir) -> None:
+    first = Quarantine(run, images=100)
+    first.add(["a.jpg"])
+    first.judge(8)
+    second = Quarantine(run, images=100)
+    second.add(["b.jpg"])
+    with pytest.raises(UserError, match="2 of 100"):
+        second.judge(100)
