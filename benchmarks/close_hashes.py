@@ -17,7 +17,7 @@ from collections.abc import Callable
 import faiss
 import numpy as np
 
-from ssld.stage1_ssld.near_duplicates import close_hashes
+from ssld.stage1_ssld.curation.near_duplicates import close_hashes
 
 PLANTED = 5000
 

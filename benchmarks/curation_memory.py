@@ -20,9 +20,9 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from ssld.stage1_ssld.score_files import PROTECTED, SCORED, shard_file, write_shard
-from ssld.stage1_ssld.selecting import Plan, outcome_of, run_part
-from ssld.stage1_ssld.selection import add_cosines, pair_rows
+from ssld.stage1_ssld.curation.outcome import Plan, outcome_of, run_part
+from ssld.stage1_ssld.curation.score_files import PROTECTED, SCORED, shard_file, write_shard
+from ssld.stage1_ssld.curation.selection import add_cosines, pair_rows
 
 SHARD = 500_000
 COPIES = 1000

@@ -36,15 +36,15 @@ from benchmarks.side_by_side import rounds, show
 from ssld.shared.files import require_images
 from ssld.shared.images import open_image
 from ssld.shared.models.backbones import create_classifier, parse_reference, place
-from ssld.stage1_ssld.batch import SoftLabels, View, collate
 from ssld.stage1_ssld.config import DistillConfig
-from ssld.stage1_ssld.data import TrainingData
+from ssld.stage1_ssld.data.batch import SoftLabels, View, collate
+from ssld.stage1_ssld.data.loaders import TrainingData
+from ssld.stage1_ssld.data.sources import open_sources
+from ssld.stage1_ssld.data.views import training_view
 from ssld.stage1_ssld.data_config import DataConfig, LossConfig, TeacherConfig
-from ssld.stage1_ssld.objective import Objective
-from ssld.stage1_ssld.sources import open_sources
-from ssld.stage1_ssld.store import bucket_log_probs, soft_log_probs
-from ssld.stage1_ssld.teachers import make_teacher
-from ssld.stage1_ssld.views import training_view
+from ssld.stage1_ssld.distillation.objective import Objective
+from ssld.stage1_ssld.distillation.soft_label_store import bucket_log_probs, soft_log_probs
+from ssld.stage1_ssld.distillation.teachers import make_teacher
 
 KEPT = 10
 

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def curate_pool(config: CurateConfig) -> None:
     """Curate as `config` says."""
-    from ssld.stage1_ssld.curation import curate
+    from ssld.stage1_ssld.curation.steps import curate
 
     curate(config)
 

@@ -40,13 +40,13 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     from ssld.shared.models.teacher import embed
     from ssld.shared.run_dir import RunDir
     from ssld.shared.training.quarantine import Quarantine
-    from ssld.stage1_ssld.batch import Batch
-    from ssld.stage1_ssld.data import Labels, ValViews, make_loader, val_batches
-    from ssld.stage1_ssld.knn import knn_accuracy
-    from ssld.stage1_ssld.labels import match_classes, neighbour_labels
-    from ssld.stage1_ssld.metrics import describe, evaluate
-    from ssld.stage1_ssld.sources import ImageSource
-    from ssld.stage1_ssld.teachers import make_teacher
+    from ssld.stage1_ssld.data.batch import Batch
+    from ssld.stage1_ssld.data.labels import match_classes, neighbour_labels
+    from ssld.stage1_ssld.data.loaders import Labels, ValViews, make_loader, val_batches
+    from ssld.stage1_ssld.data.sources import ImageSource
+    from ssld.stage1_ssld.distillation.teachers import make_teacher
+    from ssld.stage1_ssld.evaluation.knn import knn_accuracy
+    from ssld.stage1_ssld.evaluation.metrics import describe, evaluate
 
     reference = parse_reference(str(config.model))
     source = ImageSource(config.data, 0)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ssld.shared.models.backbones import InputSettings
     from ssld.shared.run_dir import RunDir
-    from ssld.stage1_ssld.sources import ImageSource
+    from ssld.stage1_ssld.data.sources import ImageSource
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,10 +50,10 @@ def export_backbone(config: ExportConfig) -> None:
     from ssld.shared.models.backbones import InputSettings, create_classifier, parse_reference
     from ssld.shared.models.model_file import read_metadata
     from ssld.shared.run_dir import RunDir
-    from ssld.stage1_ssld import onnx_file
-    from ssld.stage1_ssld.hub import write_folder
-    from ssld.stage1_ssld.model_card import model_card
-    from ssld.stage1_ssld.sources import ImageSource
+    from ssld.stage1_ssld.data.sources import ImageSource
+    from ssld.stage1_ssld.deploy import onnx_file
+    from ssld.stage1_ssld.deploy.hub import write_folder
+    from ssld.stage1_ssld.deploy.model_card import model_card
 
     if "onnx" in config.formats:
         require_onnx()
@@ -139,8 +139,8 @@ def _images(
     """uint8 [B,3,H,W] batches for the check: evenly chosen images, or noise."""
     import torch
 
-    from ssld.stage1_ssld.data import ValViews, make_loader, val_batches
-    from ssld.stage1_ssld.listing import spread
+    from ssld.stage1_ssld.data.listing import spread
+    from ssld.stage1_ssld.data.loaders import ValViews, make_loader, val_batches
 
     if source is None:
         noise = torch.Generator().manual_seed(0)

@@ -25,18 +25,18 @@ from ssld.shared.training.quarantine import Quarantine
 from ssld.shared.training.training_state import TrainingState
 from ssld.shared.wording import count
 from ssld.stage1_ssld.config import DistillConfig, TeachConfig
-from ssld.stage1_ssld.curves import write_curves
-from ssld.stage1_ssld.data import TrainingData, ValViews, make_loader, val_batches
-from ssld.stage1_ssld.guidance import Guidance, open_guidance
-from ssld.stage1_ssld.largest_batch import EVALUATED, whole_step
-from ssld.stage1_ssld.metrics import describe, evaluate
-from ssld.stage1_ssld.mix import mix_batch
-from ssld.stage1_ssld.objective import Objective, implausible_start
-from ssld.stage1_ssld.preflight import check_teacher, rows_to_try
-from ssld.stage1_ssld.sources import ImageSource, open_sources
-from ssld.stage1_ssld.store import bucket_log_probs
-from ssld.stage1_ssld.streams import plan_streams
-from ssld.stage1_ssld.student import Student
+from ssld.stage1_ssld.data.loaders import TrainingData, ValViews, make_loader, val_batches
+from ssld.stage1_ssld.data.mixing import mix_batch
+from ssld.stage1_ssld.data.sources import ImageSource, open_sources
+from ssld.stage1_ssld.data.streams import plan_streams
+from ssld.stage1_ssld.distillation.memory_trial import EVALUATED, whole_step
+from ssld.stage1_ssld.distillation.objective import Objective, implausible_start
+from ssld.stage1_ssld.distillation.soft_label_store import bucket_log_probs
+from ssld.stage1_ssld.distillation.student import Student
+from ssld.stage1_ssld.distillation.targets import Guidance, open_guidance
+from ssld.stage1_ssld.distillation.teacher_check import check_teacher, rows_to_try
+from ssld.stage1_ssld.evaluation.curves import write_curves
+from ssld.stage1_ssld.evaluation.metrics import describe, evaluate
 
 
 def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> None:

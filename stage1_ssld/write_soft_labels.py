@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write_soft_labels(config: SoftLabelsConfig) -> None:
     """Write the store that `config` describes."""
-    from ssld.stage1_ssld.store_writer import write_store
+    from ssld.stage1_ssld.distillation.soft_label_writer import write_store
 
     write_store(config)
 

@@ -20,10 +20,10 @@ from torchvision.transforms.v2 import functional as F
 from ssld.shared.images import decode_image
 from ssld.shared.models.backbones import input_settings, save_backbone
 from ssld.stage1_ssld.curate import main as curate
+from ssld.stage1_ssld.data.sources import ImageSource
+from ssld.stage1_ssld.data.views import val_view
 from ssld.stage1_ssld.data_config import SourceConfig
 from ssld.stage1_ssld.distill import main as distill
-from ssld.stage1_ssld.sources import ImageSource
-from ssld.stage1_ssld.views import val_view
 
 FILES = {"selected.parquet", "classes.csv", "curation.png", "examples.png", "candidates.parquet", "look_alikes.parquet"}
 FILES |= {"selection.json", "outcome.json"}

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from ssld.shared.models.model_file import content_hash, read_metadata, read_tensors
 from ssld.shared.run_dir import file_sha256
-from ssld.stage1_ssld import guidance
 from ssld.stage1_ssld.distill import main as distill
+from ssld.stage1_ssld.distillation import targets as guidance
 from ssld.stage1_ssld.evaluate import main as evaluate
 from ssld.stage1_ssld.teach import main as teach
 

@@ -17,8 +17,8 @@ from ssld.shared.deploy.graph_files import read_program
 from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import create_classifier, parse_reference
 from ssld.shared.models.model_file import read_metadata, save_model_file
+from ssld.stage1_ssld.deploy.onnx_file import compare, onnx_runner, program_runner
 from ssld.stage1_ssld.export import main
-from ssld.stage1_ssld.onnx_file import compare, onnx_runner, program_runner
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ("disc", "ring", "stripes")
@@ -170,7 +170,7 @@ def test_what_a_killed_export_leaves_goes(
         begun.append(path)
         raise UserError("stopped")
 
-    monkeypatch.setattr("ssld.stage1_ssld.onnx_file.write_onnx", killed)
+    monkeypatch.setattr("ssld.stage1_ssld.deploy.onnx_file.write_onnx", killed)
     argv = ["--model", str(teacher_file), "--output", str(tmp_path / "run"), "--threads", "1", "--image_size", "32"]
     user_error(main, argv)
     clean = files_below(tmp_path / "run")
@@ -209,7 +209,7 @@ def test_mistakes(user_error: Any, teacher_file: Path, tmp_path: Path, monkeypat
 
 
 def test_a_network_that_cannot_be_traced_is_named(teacher_file: Path, tmp_path: Path) -> None:
-    from ssld.stage1_ssld.onnx_file import write_onnx
+    from ssld.stage1_ssld.deploy.onnx_file import write_onnx
 
     net, _ = create_classifier(parse_reference(str(teacher_file)))
 

@@ -13,8 +13,9 @@ import torch
 from ssld.shared.models.model_file import content_hash, read_tensors
 from ssld.shared.training import training_state
 from ssld.shared.training.checkpoint import complete_checkpoints
-from ssld.stage1_ssld import loop, losses
+from ssld.stage1_ssld import loop
 from ssld.stage1_ssld.distill import main as distill
+from ssld.stage1_ssld.distillation import losses
 from ssld.stage1_ssld.evaluate import main as evaluate
 
 Settings = dict[str, Any]

@@ -14,12 +14,12 @@ import pytest
 import timm
 import torch
 
-import ssld.stage1_ssld.preflight as preflight
-import ssld.stage1_ssld.store_writer as store_writer
+import ssld.stage1_ssld.distillation.soft_label_writer as store_writer
+import ssld.stage1_ssld.distillation.teacher_check as preflight
 from ssld.shared.models.backbones import input_settings, save_backbone
 from ssld.shared.run_dir import SPEED, read_metrics
 from ssld.stage1_ssld.distill import main as distill
-from ssld.stage1_ssld.store import answer_type
+from ssld.stage1_ssld.distillation.soft_label_store import answer_type
 from ssld.stage1_ssld.write_soft_labels import main
 
 

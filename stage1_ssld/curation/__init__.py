@@ -1,0 +1,1 @@
+"""Selection of unlabeled images: scores, near-duplicates, the best of each class."""

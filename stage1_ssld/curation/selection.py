@@ -1,0 +1,239 @@
+"""From scored images to selected ones: the best of each class, without near-duplicates. Torch-free, and its memory grows with classes x k.
+
+Yalniz et al. 2019 (arXiv 1905.00546) and SSLD (arXiv 2103.05959, section 3.3) keep the k best of each class; the order of the steps is: more than k a
+class -> pairs of them, and of them and protected images, that look alike -> of every confirmed pair the worse goes -> k a class. An image is a
+candidate for its first class only.
+
+N candidates in the order of their rank (score, then place in the pool), P pairs.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ssld.stage1_ssld.curation.near_duplicates import Pairs, close_images, confirmed_losers
+from ssld.stage1_ssld.curation.score_files import UNREADABLE, ScoreFiles, write_table
+from ssld.stage1_ssld.curation.top_k import Ranked, TopK, cut_to
+
+BINS = 50
+"""Of the histogram of scores, from 0 to 1."""
+KEPT, LIKE_VAL, LIKE_TRAIN, LIKE_BETTER, BEYOND = range(5)
+"""What becomes of a candidate: kept, near-duplicate of a validation image, of a training image, of a better candidate, or one more than k."""
+REASONS = ("kept", "like_val", "like_train", "like_better", "beyond_keep")
+_FACTS = b"facts"
+_COLUMNS = ("class", "score", "id", "hash", "mirrored")
+
+
+class Candidates(NamedTuple):
+    """The candidates: class_N, score_N, id_N (row of the pool), hash_N, mirrored_N (hash of the mirror image), and `facts` on the pool.
+
+    facts: images; unreadable; below_min_score; class_images (of each class, how many have it first); histogram of all scores; low_ids (rows of
+    a few images below min_score).
+    """
+
+    class_N: np.ndarray
+    score_N: np.ndarray
+    id_N: np.ndarray
+    hash_N: np.ndarray
+    mirrored_N: np.ndarray
+    facts: dict[str, Any]
+
+
+class LookAlikes(NamedTuple):
+    """Pairs whose hashes are close: of candidates (worse, better), and of a candidate and a protected image (candidate, row of the protected)."""
+
+    inside: Pairs
+    protected: Pairs
+
+
+def find_candidates(pool: ScoreFiles, *, classes: int, keep: int, min_score: float, examples: int = 8) -> Candidates:
+    """Stream the pool and keep the `keep` best of each class with at least `min_score`."""
+    best = TopK(classes, keep)
+    class_images = np.zeros(classes, np.int64)
+    histogram = np.zeros(BINS, np.int64)
+    unreadable = below = 0
+    low_ids: list[int] = []
+    for first, columns in pool.chunks("class", "score"):
+        class_N, score_N = columns["class"], columns["score"]
+        readable = class_N != UNREADABLE
+        unreadable += int((~readable).sum())
+        class_images += np.bincount(class_N[readable], minlength=classes)
+        histogram += np.histogram(score_N[readable], BINS, (0, 1))[0]
+        low = readable & (score_N < min_score)
+        below += int(low.sum())
+        low_ids += (first + np.flatnonzero(low)[: examples - len(low_ids)]).tolist()
+        rows = np.flatnonzero(readable & ~low)
+        best.add(class_N[rows], score_N[rows], first + rows)
+    ranked: Ranked = best.result()
+    del best
+    facts = {
+        "images": len(pool),
+        "unreadable": unreadable,
+        "below_min_score": below,
+        "class_images": class_images.tolist(),
+        "histogram": histogram.tolist(),
+        "low_ids": low_ids,
+    }
+    hash_N, mirrored_N = (pool.column(name, ranked.id_N) for name in ("hash", "mirrored"))
+    return Candidates(ranked.class_N, ranked.score_N, ranked.id_N, hash_N, mirrored_N, facts)
+
+
+def save_candidates(path: Path, candidates: Candidates) -> None:
+    """Write candidates for `load_candidates`."""
+    table = pa.table(dict(zip(_COLUMNS, candidates[:-1], strict=True)))
+    write_table(path, table.replace_schema_metadata({_FACTS: json.dumps(candidates.facts)}))
+
+
+def load_candidates(path: Path) -> Candidates:
+    """What `save_candidates` wrote."""
+    table = pq.read_table(path)
+    class_N, score_N, id_N, hash_N, mirrored_N = (table[name].to_numpy() for name in _COLUMNS)
+    return Candidates(class_N, score_N, id_N, hash_N, mirrored_N, json.loads(table.schema.metadata[_FACTS]))
+
+
+def find_look_alikes(
+    hash_N: np.ndarray, mirrored_N: np.ndarray | None, protected: ScoreFiles, *, distance: int
+) -> LookAlikes:
+    """Pairs that differ in at most `distance` bits; of a protected image the mirror image counts too, and among the candidates, of which the hashes
+    are, where `mirrored_N` has those of their mirror images."""
+    parts = [
+        (chunk.first + np.flatnonzero(chunk.columns["class"] != UNREADABLE), chunk.columns)
+        for chunk in protected.chunks("class", "hash", "mirrored")
+    ]
+    ids = np.concatenate([rows for rows, _ in parts]) if parts else np.empty(0, np.int64)
+    hashes = [
+        np.concatenate([columns[name][columns["class"] != UNREADABLE] for _, columns in parts])
+        if parts
+        else np.empty(0, np.uint64)
+        for name in ("hash", "mirrored")
+    ]
+    inside, outside = close_images(hash_N, np.concatenate(hashes), distance, mirrored_N)
+    # Picture and mirror image may both be close: one pair is enough.
+    image = outside.right_P % max(len(ids), 1)
+    order = np.lexsort((outside.distance_P, image, outside.left_P))
+    left, image, bits = outside.left_P[order], image[order], outside.distance_P[order]
+    first = np.r_[True, (left[1:] != left[:-1]) | (image[1:] != image[:-1])][: len(left)]
+    return LookAlikes(inside, Pairs(left[first], ids[image[first]], bits[first]))
+
+
+def save_look_alikes(path: Path, pairs: LookAlikes, id_N: np.ndarray) -> None:
+    """Write pairs, and the rows of the images in pool and protected ones, which `id_N` of the candidates tells."""
+    candidate, other, distance = (np.concatenate(columns) for columns in zip(*pairs, strict=True))
+    protected = np.repeat([False, True], [len(part.left_P) for part in pairs])
+    rows = np.r_[id_N[pairs.inside.right_P], pairs.protected.right_P]
+    columns = {
+        "candidate": candidate,
+        "other": other,
+        "distance": distance,
+        "protected": protected,
+        "candidate_row": id_N[candidate],
+        "other_row": rows,
+    }
+    write_table(path, pa.table(columns))
+
+
+def add_cosines(path: Path, cosine_P: np.ndarray) -> None:
+    """Write the cosines of all pairs, in their order, beside them."""
+    write_table(path, pq.read_table(path).append_column("cosine", pa.array(cosine_P.astype(np.float32))))
+
+
+class PairRows(NamedTuple):
+    """Pairs by the rows of their images: those of two images of the pool come first, then, where protected_P, of one and a protected one."""
+
+    left_P: np.ndarray
+    right_P: np.ndarray
+    protected_P: np.ndarray
+
+
+def pair_rows(path: Path) -> PairRows | None:
+    """The pairs whose cosines are still missing; None where they are there."""
+    if "cosine" in pq.read_schema(path).names:
+        return None
+    table = pq.read_table(path, columns=["candidate_row", "other_row", "protected"])
+    return PairRows(*(table[name].to_numpy() for name in table.column_names))
+
+
+def load_look_alikes(path: Path) -> tuple[LookAlikes, np.ndarray | None]:
+    """Pairs, and their cosines once they are known."""
+    table = pq.read_table(path)
+    protected = table["protected"].to_numpy()
+    columns = [table[name].to_numpy() for name in ("candidate", "other", "distance")]
+    parts = [Pairs(*(column[which] for column in columns)) for which in (~protected, protected)]
+    return LookAlikes(*parts), table["cosine"].to_numpy() if "cosine" in table.column_names else None
+
+
+class Decision(NamedTuple):
+    """reason_N uint8 (see REASONS); other_N int64: what a near-duplicate duplicates (candidate, or row of the protected), else -1."""
+
+    reason_N: np.ndarray
+    other_N: np.ndarray
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Numbers of the candidates that are kept, by rank."""
+        return np.flatnonzero(self.reason_N == KEPT)
+
+
+def decide(
+    candidates: Candidates, pairs: LookAlikes, cosine_P: np.ndarray, *, cosine: float, val_images: int, keep: int
+) -> Decision:
+    """Which candidates stay.
+
+    Args:
+        cosine_P: of inside and protected pairs, one after the other.
+        cosine: pairs at least so close are duplicates.
+        val_images: the first rows of the protected images are the validation set, the others the training set.
+    """
+    reason = np.full(len(candidates.id_N), KEPT, np.uint8)
+    other = np.full(len(candidates.id_N), -1, np.int64)
+    count = len(pairs.inside.left_P)
+    inside, outside = cosine_P[:count] >= cosine, cosine_P[count:] >= cosine
+    left, right = pairs.protected.left_P[outside], pairs.protected.right_P[outside]
+    of_val = right < val_images
+    for which, why in ((~of_val, LIKE_TRAIN), (of_val, LIKE_VAL)):  # validation images have the last word
+        reason[left[which]], other[left[which]] = why, right[which]
+    better = confirmed_losers(pairs.inside.right_P[inside], pairs.inside.left_P[inside], reason != KEPT)
+    reason[better >= 0] = LIKE_BETTER
+    other[better >= 0] = better[better >= 0]
+    left_over = np.flatnonzero(reason == KEPT)
+    reason[left_over[~cut_to(candidates.class_N[left_over], keep)]] = BEYOND
+    return Decision(reason, other)
+
+
+def numbers(candidates: Candidates, decision: Decision, *, classes: int, keep: int) -> dict[str, Any]:
+    """What became of every image of the pool: the counts of all reasons sum up to `images`."""
+    facts = candidates.facts
+    among = len(candidates.id_N)
+    outside = facts["images"] - facts["unreadable"] - facts["below_min_score"] - among
+    counts = np.bincount(decision.reason_N, minlength=len(REASONS)).tolist()
+    kept = np.bincount(candidates.class_N[decision.kept], minlength=classes)
+    return {
+        "images": facts["images"],
+        **dict(zip(REASONS, counts, strict=True)),
+        "not_candidates": outside,
+        "below_min_score": facts["below_min_score"],
+        "unreadable": facts["unreadable"],
+        "candidates": among,
+        "classes": classes,
+        "full_classes": int((kept >= keep).sum()),
+        "empty_classes": int((kept == 0).sum()),
+    }
+
+
+def class_table(candidates: Candidates, decision: Decision, names: list[str] | None, classes: int) -> str:
+    """CSV text: of each class its images in the pool, those kept and the lowest score among these."""
+    kept = decision.kept
+    counts = np.bincount(candidates.class_N[kept], minlength=classes)
+    lowest = np.full(classes, np.nan)
+    np.fmin.at(lowest, candidates.class_N[kept], candidates.score_N[kept])
+    lines = ["class,name,pool_images,kept,lowest_score"]
+    for number in range(classes):
+        name = '"' + names[number].replace('"', '""') + '"' if names else ""
+        score = "" if math.isnan(lowest[number]) else f"{lowest[number]:.4f}"
+        lines.append(f"{number},{name},{candidates.facts['class_images'][number]},{counts[number]},{score}")
+    return "\n".join(lines) + "\n"

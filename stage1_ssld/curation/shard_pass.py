@@ -1,0 +1,182 @@
+"""One pass over shards of images: the ranks share the shards, loader workers read them, and what becomes of a shard is written when it is whole.
+
+Batches are cut from one shard at a time, so that what a network answers does not depend on the number of ranks or workers. A killed pass loses the
+shards in hand.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from ssld.shared.distributed.stop import StopRequest
+from ssld.shared.distributed.workers import start_worker
+from ssld.shared.errors import Stopped, UserError
+from ssld.shared.images import UnreadableImage, pixels_of
+from ssld.stage1_ssld.curation.perceptual_hash import perceptual_hash
+from ssld.stage1_ssld.data.shards import RowShard, Sample, Shard
+from ssld.stage1_ssld.data.sources import decode
+from ssld.stage1_ssld.data.views import val_view
+
+_JUDGED_AFTER, _TOO_MANY = 1000, 0.01
+
+
+@dataclass(frozen=True)
+class Job:
+    """A shard to work on: its number, and the ascending rows that are wanted; None: all."""
+
+    number: int
+    shard: Shard
+    rows: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is made of an image: hashes or not, and a view of `size` pixels that keeps `crop` of the short side, or none for size 0."""
+
+    hashes: bool
+    size: int = 0
+    crop: float = 1.0
+
+
+@dataclass
+class Piece:
+    """Some images of a shard: names of all of them; hashes and mirrored ones (0 where unreadable), readable_N and the views of those."""
+
+    keys: list[str] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)
+    mirrored: list[int] = field(default_factory=list)
+    readable: list[bool] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    pixels_BCHW: Tensor | None = None
+    error: str | None = None
+
+
+class ShardViews(IterableDataset[Any]):
+    """(number of the shard, whether this is its last piece, piece), one shard of this worker after the other."""
+
+    def __init__(self, jobs: Sequence[Job], reading: Reading, batch_size: int) -> None:
+        self._jobs, self._reading, self._batch_size = jobs, reading, batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, bool, Piece]]:
+        worker = get_worker_info()
+        jobs = self._jobs[worker.id :: worker.num_workers] if worker else self._jobs
+        for job in jobs:
+            try:
+                yield from self._pieces(job)
+            except (UserError, OSError) as error:  # raised in a worker, it would arrive with the worker's traceback
+                what = str(error) if isinstance(error, UserError) else f"{job.shard.name}: cannot be read ({error})"
+                yield job.number, True, Piece(error=what)
+                return
+
+    def _pieces(self, job: Job) -> Iterator[tuple[int, bool, Piece]]:
+        piece, views = Piece(), list[Tensor]()
+        with closing(picked(job.shard, job.rows)) as samples:  # type: ignore[type-var]
+            for sample in samples:
+                if len(piece.keys) == self._batch_size:
+                    yield job.number, False, _filled(piece, views)
+                    piece, views = Piece(), []
+                self._take(sample, piece, views)
+        yield job.number, True, _filled(piece, views)
+
+    def _take(self, sample: Sample, piece: Piece, views: list[Tensor]) -> None:
+        piece.keys.append(sample.name)
+        hashes = (0, 0)
+        try:
+            image = pixels_of(decode(sample.encoded, sample.location))
+            piece.readable.append(True)
+            if self._reading.hashes:
+                hashes = perceptual_hash(image)
+            if self._reading.size:
+                views.append(val_view(image, size=self._reading.size, crop=self._reading.crop))
+        except UnreadableImage:
+            piece.readable.append(False)
+            piece.unreadable.append(sample.location)
+        piece.hashes.append(hashes[0])
+        piece.mirrored.append(hashes[1])
+
+
+def picked(shard: Shard, rows: np.ndarray | None) -> Iterator[Sample]:
+    """The samples of a shard, or those of some ascending rows."""
+    if rows is None:
+        yield from shard.samples()
+    elif isinstance(shard, RowShard):
+        for row in rows.tolist():
+            yield next(shard.samples(row))
+    elif len(rows):
+        wanted, last = set(rows.tolist()), int(rows[-1])
+        with closing(shard.samples(int(rows[0]))) as samples:
+            for row, sample in enumerate(samples, int(rows[0])):
+                if row in wanted:
+                    yield sample
+                if row == last:
+                    break
+
+
+def over_shards(
+    jobs: Sequence[Job],
+    reading: Reading,
+    use: Callable[[Piece], Any],
+    write: Callable[[int, list[Piece], list[Any]], None],
+    *,
+    batch_size: int,
+    workers: int,
+    told: Callable[[int, int], None],
+) -> None:
+    """Read shards, use every piece and write every shard.
+
+    Args:
+        use: a piece -> what is kept of it.
+        write: number of the shard, its pieces without pixels, and what was kept of them.
+        told: shards done and images read, after each shard.
+
+    Raises:
+        UserError: more than one and more than 1 % of at least 1,000 images cannot be read, or a shard cannot.
+        Stopped: asked to by a signal; whole shards are written.
+    """
+    if not jobs:
+        return
+    loader = DataLoader(
+        ShardViews(jobs, reading, batch_size),
+        batch_size=None,
+        num_workers=min(workers, len(jobs)),
+        collate_fn=_as_it_is,
+        worker_init_fn=start_worker,
+        generator=torch.Generator(),
+    )
+    open_shards: dict[int, tuple[list[Piece], list[Any]]] = {}
+    done, read, unreadable = 0, 0, list[str]()
+    with StopRequest() as stop:
+        for number, last, piece in loader:
+            if piece.error:
+                raise UserError(piece.error)
+            pieces, kept = open_shards.setdefault(number, ([], []))
+            kept.append(use(piece))
+            piece.pixels_BCHW = None
+            pieces.append(piece)
+            read += len(piece.keys)
+            unreadable += piece.unreadable
+            if last:
+                write(number, *open_shards.pop(number))
+                done += 1
+                told(done, read)
+            if read >= _JUDGED_AFTER and len(unreadable) > max(1, _TOO_MANY * read):
+                raise UserError(
+                    f"{len(unreadable)} of {read} images cannot be read; mend or remove them (first: {min(unreadable)})"
+                )
+            if stop.requested and done < len(jobs):
+                raise Stopped(f"{done} of {len(jobs)} shards of this process are done")
+
+
+def _filled(piece: Piece, views: list[Tensor]) -> Piece:
+    piece.pixels_BCHW = torch.stack(views) if views else None
+    return piece
+
+
+def _as_it_is(item: Any) -> Any:
+    return item

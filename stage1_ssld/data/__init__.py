@@ -1,0 +1,1 @@
+"""Images of stage 1: sources, shards, streams, views and batches."""

@@ -1,0 +1,116 @@
+"""The classes of labelled sources: what they agree on, and their labels in the class numbers of a model."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ssld.shared.errors import UserError
+from ssld.stage1_ssld.data.batch import NO_LABEL
+from ssld.stage1_ssld.data.sources import ImageSource
+
+
+def labelled_classes(sources: Sequence[ImageSource]) -> tuple[list[ImageSource], int, list[str] | None]:
+    """(the labelled sources, number of classes, class names where any source has them).
+
+    Sources may number the same names differently: `match_classes` brings them to the order returned here, that of the first named source.
+    Raises UserError when there is no labelled source, or when two of them have other names.
+    """
+    for source in sources:
+        _refuse_strays(source)
+    labelled = [source for source in sources if source.labels is not None]
+    if not labelled:
+        raise UserError(f"{sources[0].path}: no labels; sort the images into class folders or add a label column")
+    for source in labelled:
+        missing = (source.labels or []).count(NO_LABEL)
+        if missing:
+            raise UserError(f"{source.path}: {missing} of {len(source)} images have no label; leave them out")
+    named = [source for source in labelled if source.class_names]
+    for source in named[1:]:
+        if set(source.class_names or []) != set(named[0].class_names or []):
+            raise UserError(
+                f"{source.path}: its class names differ from those of {named[0].path}: {_first_difference(source, named[0])}"
+            )
+    names = named[0].class_names if named else None
+    highest = max(max(source.labels or [0]) for source in labelled)
+    if names and highest >= len(names):
+        raise UserError(f"label {highest} in {labelled[0].path} is outside the {len(names)} classes of {named[0].path}")
+    return labelled, len(names) if names else highest + 1, names
+
+
+def labels_in_classes(source: ImageSource, names: list[str] | None, count: int) -> list[int] | None:
+    """The source's labels in the classes of a teacher, where they surely are its classes: by name, or as many classes with names. None elsewhere.
+
+    Numbers without names may mean other classes, which is allowed in distillation, where nobody reads them.
+    """
+    if not source.class_names or not (names or len(source.class_names) == count):
+        return None
+    try:
+        return match_classes(source, names, count, "the teacher")
+    except UserError:  # other names
+        return None
+
+
+def match_classes(source: ImageSource, names: list[str] | None, count: int, owner: str) -> list[int] | None:
+    """The source's labels in the class numbers of a model, matched by name where both have names; None without labels.
+
+    Raises UserError when the classes are not the model's: other names, or a number outside its count.
+    """
+    _refuse_strays(source)
+    if source.labels is None:
+        return None
+    if names and source.class_names:
+        number = {name: index for index, name in enumerate(names)}
+        strange = [name for name in source.class_names if name not in number]
+        if strange:
+            raise UserError(
+                f"{source.path}: class {strange[0]!r} is not among the {count} classes of {owner} ({names[0]!r}, ...); "
+                "use images of its classes, or labels: none"
+            )
+        own = [number[name] for name in source.class_names]
+        return [label if label == NO_LABEL else own[label] for label in source.labels]
+    classes = len(source.class_names) if source.class_names else max(source.labels) + 1
+    if classes > count or (source.class_names and classes != count):
+        raise UserError(
+            f"{source.path}: has {classes} classes, but {owner} has {count}; use images of its classes, or labels: none"
+        )
+    return source.labels
+
+
+def _refuse_strays(source: ImageSource) -> None:
+    if source.unlabelled_because:
+        raise UserError(f"{source.path}: {source.unlabelled_because}")
+
+
+def _first_difference(a: ImageSource, b: ImageSource) -> str:
+    ours, theirs = set(a.class_names or []), set(b.class_names or [])
+    only = [
+        f"only the {which} has {min(names)!r}"
+        for which, names in (("first", ours - theirs), ("second", theirs - ours))
+        if names
+    ]
+    return ", ".join(only)
+
+
+class NeighbourLabels(NamedTuple):
+    """Labels of the images to classify and of the bank whose images vote, in one numbering of `classes` classes."""
+
+    queries: list[int]
+    bank: list[int]
+    classes: int
+
+
+def neighbour_labels(source: ImageSource, bank: ImageSource, neighbours: int) -> NeighbourLabels:
+    """The labels of two sources in the numbering of the bank: by name where both have names.
+
+    Raises UserError when either has no labels, when the bank lacks a class of `source`, or has fewer labelled images than are to vote.
+    """
+    if source.labels is None:
+        raise UserError(f"{source.path}: no labels; nearest neighbours are judged by them, leave out bank")
+    if bank.labels is None:
+        raise UserError(f"bank: {bank.path}: no labels; its images vote with them, take a labelled source")
+    known = len(bank.labels) - bank.labels.count(NO_LABEL)
+    if neighbours > known:
+        raise UserError(f"neighbours: {neighbours} are to vote, but {bank.path} has {known} labelled images")
+    classes = len(bank.class_names) if bank.class_names else max(bank.labels) + 1
+    labels = match_classes(source, bank.class_names, classes, bank.path)
+    assert labels is not None
+    return NeighbourLabels(labels, bank.labels, classes)

@@ -1,0 +1,89 @@
+"""The manifest of a curation as a source: the images that were selected, where they are. Its file: manifest_file.py."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from ssld.shared.errors import UserError
+from ssld.stage1_ssld.data.listing import Listing, filesystem_of, list_path, spread
+from ssld.stage1_ssld.data.manifest_file import facts_of
+from ssld.stage1_ssld.data.row_groups import parquet_rows, row_groups
+from ssld.stage1_ssld.data.rows import FileRows, ManifestRows, Rows
+from ssld.stage1_ssld.data_config import SourceConfig, is_remote
+
+LOOKED_AT = 20_000
+"""Files of a folder that are looked for when a manifest is opened; if one is gone, all are."""
+
+
+def open_manifest(file: str, config: SourceConfig) -> Rows:
+    """The images that a manifest names, in its order. `config.root` is the folder that the sources are in, where they have moved.
+
+    Raises:
+        UserError: a source it names is gone, or images of it are: how many, and the first.
+    """
+    filesystem, inner = filesystem_of(file)
+    table = pq.read_table(inner, filesystem=filesystem)
+    pool = [SourceConfig(**source) for source in facts_of(table.schema)["pool"]]
+    number = {source.path: index for index, source in enumerate(pool)}
+    keys: list[list[str]] = [[] for _ in pool]
+    part_of_row, row_in_part = [], []
+    for name, key in zip(table["source"].to_pylist(), table["key"].to_pylist(), strict=True):
+        if name not in number:
+            raise UserError(f"{file}: names the source {name}, which is not among those of its pool; curate again")
+        part = number[name]
+        part_of_row.append(part)
+        row_in_part.append(len(keys[part]))
+        keys[part].append(key)
+    parts = [_open_part(file, source, names, config.root) for source, names in zip(pool, keys, strict=True)]
+    return ManifestRows(parts, part_of_row, row_in_part)
+
+
+def _open_part(manifest: str, source: SourceConfig, names: list[str], root: str | None) -> Rows:
+    """The images `names` of one source of the pool."""
+    from ssld.stage1_ssld.data.sources import ImageSource
+
+    if not names:
+        return FileRows("", [])
+    path = source.path
+    if root is not None and not is_remote(path):
+        # A source with an absolute path is looked for by its last name.
+        path = str(Path(root) / (Path(path).name if Path(path).is_absolute() else path))
+    if not is_remote(path) and "*" not in path and not Path(path).exists():
+        raise UserError(f"{manifest}: its source {path} is not there; move it back, or set root to the folder it is in")
+    if Path(path).is_dir() and not any(Path(path).glob("*.parquet")) and not any(Path(path).glob("*.tar")):
+        return _files(manifest, path, names)  # no need to list a folder whose files are named
+    source = source.model_copy(update={"path": path, "labels": "none"})
+    if not path.startswith("hub:") and (listing := list_path(path)).kind == "parquet":
+        return _table_rows(manifest, source, listing, names)
+    rows = ImageSource(source, 0).rows
+    row_of = {rows.name(row): row for row in range(len(rows))}
+    missing = [name for name in names if name not in row_of]
+    if missing:
+        raise _moved(manifest, path, missing, len(names))
+    return ManifestRows([rows], [0] * len(names), [row_of[name] for name in names], numbered=False)
+
+
+def _files(manifest: str, folder: str, names: list[str]) -> Rows:
+    rows = FileRows(folder, names)
+    if not all(Path(rows.location(row)).is_file() for row in spread(len(names), LOOKED_AT)):
+        raise _moved(manifest, folder, [name for name in names if not (Path(folder) / name).is_file()], len(names))
+    return rows
+
+
+def _table_rows(manifest: str, source: SourceConfig, listing: Listing, names: list[str]) -> Rows:
+    """Rows of Parquet files: only those that are named."""
+    wanted = np.array([int(name) for name in names])
+    order = np.argsort(wanted, kind="stable")
+    groups = row_groups(listing, source)
+    gone = wanted[order[np.searchsorted(wanted[order], groups[-1].first + groups[-1].length) :]]
+    if len(gone):
+        raise _moved(manifest, source.path, [f"row {row}" for row in gone], len(names))
+    rows = parquet_rows(listing, source.path, groups, wanted[order], named=True)
+    return ManifestRows([rows], [0] * len(names), np.argsort(order).tolist(), numbered=False)
+
+
+def _moved(manifest: str, source: str, missing: list[str], count: int) -> UserError:
+    return UserError(
+        f"{manifest}: {len(missing)} of {count} images are no longer in {source}, first {missing[0]}; curate again, or put them back"
+    )

@@ -1,0 +1,180 @@
+"""Sources cut into shards, each read in order: for streams, which have no index, and for sharing a pool among processes.
+
+A shard gives the encoded images and their names, the same names as the source by rows gives. Iterators close their files when they are closed.
+"""
+
+import functools
+import tarfile
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ssld.shared.errors import UserError
+from ssld.stage1_ssld.data.listing import Listing, filesystem_of, list_path, unreadable_parquet
+from ssld.stage1_ssld.data.manifest_file import is_manifest
+from ssld.stage1_ssld.data.row_groups import row_groups
+from ssld.stage1_ssld.data.rows import FileRows, Rows, Sample, is_image, member_name, unreadable_tar
+from ssld.stage1_ssld.data.sources import ImageSource, list_rows
+from ssld.stage1_ssld.data_config import SourceConfig
+
+ROWS = 4096
+"""Images of a shard, where its format does not say."""
+
+
+class Shard(Protocol):
+    """A part of a source. `name` is the same at every start; `length` is None where only reading tells."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def length(self) -> int | None: ...
+
+    def samples(self, start: int = 0) -> Generator[Sample]:
+        """Its images in order, from number `start`. Raises OSError where it cannot be read."""
+        ...
+
+
+@dataclass(frozen=True)
+class RowShard:
+    """Rows `first` to `last` (exclusive) of a source that is open by rows."""
+
+    rows: Rows = field(repr=False)
+    path: str
+    first: int
+    last: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}[{self.first}:{self.last}]"
+
+    @property
+    def length(self) -> int:
+        return self.last - self.first
+
+    def samples(self, start: int = 0) -> Generator[Sample]:
+        for row in range(self.first + start, self.last):
+            try:
+                encoded = self.rows.encoded(row)
+            except OSError:
+                encoded = None
+            yield Sample(self.rows.name(row), self.rows.location(row), encoded)
+
+
+@dataclass(frozen=True)
+class TarShard:
+    """One tar file, read from its beginning to its end. `folder` is what names are relative to."""
+
+    folder: str
+    file: str
+    length: None = None
+
+    @property
+    def name(self) -> str:
+        return self.file
+
+    def samples(self, start: int = 0) -> Generator[Sample]:
+        for number, (member, archive) in enumerate(self.images()):
+            if number >= start:
+                content = archive.extractfile(member)
+                encoded = content.read() if content else None
+                name = member_name(self.folder, self.file, member.name)
+                yield Sample(name, f"{self.file}, {member.name}", encoded)
+
+    def images(self) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
+        """Members that are images. On this machine those between are skipped by seeking; elsewhere the file is read as it comes."""
+        filesystem, inner = filesystem_of(self.file)
+        try:
+            with (
+                open(inner, "rb") if filesystem is None else filesystem.open(inner, "rb") as raw,
+                tarfile.open(fileobj=raw, mode="r:" if filesystem is None else "r|") as archive,
+            ):
+                for member in archive:
+                    archive.members = []  # type: ignore[attr-defined]  # it would remember every member it has seen
+                    if member.isfile() and is_image(member.name):
+                        yield member, archive
+        except tarfile.TarError as error:
+            raise unreadable_tar(self.file, error) from None
+
+
+def count_samples(shard: Shard) -> int:
+    """Images in a shard; one that does not know its length is read through, once in this process."""
+    return _members(shard) if isinstance(shard, TarShard) else shard.length or 0
+
+
+@functools.cache
+def _members(shard: TarShard) -> int:
+    return sum(1 for _ in shard.images())
+
+
+def source_shards(config: SourceConfig, number: int, *, streaming: bool) -> list[Shard]:
+    """The shards of a source, in order.
+
+    Args:
+        number: of the source, for `ImageSource`.
+        streaming: read Parquet by row group and tar files from front to back, without loading or indexing anything whole.
+
+    Raises:
+        UserError: see `ImageSource`; a label file, which would leave images out that are read here.
+    """
+    if config.labels not in ("auto", "none"):
+        raise UserError(f"{config.path}: a label file is not read here; set labels: none")
+    config = config.model_copy(update={"labels": "none"})
+    if not streaming or _is_manifest(config.path):
+        return _runs(ImageSource(config, number).rows, config.path)
+    hub = config.path.startswith("hub:")
+    listing = list_path(f"hf://datasets/{config.path.removeprefix('hub:')}" if hub else config.path)
+    if hub:
+        listing = _of_split(listing, config)
+    if listing.kind == "parquet":
+        return list[Shard](row_groups(listing, config))
+    if listing.kind == "tar":
+        return [TarShard(listing.folder, file) for file in listing.files]
+    if listing.kind == "list":
+        return _runs(list_rows(listing, config)[0], config.path)
+    return _runs(FileRows(listing.folder, listing.files), config.path)
+
+
+def _is_manifest(path: str) -> bool:
+    """Whether a source is a manifest: rows of other sources, not a table with images of its own."""
+    if not path.endswith(".parquet") or "*" in path:
+        return False
+    filesystem, inner = filesystem_of(path)
+    try:
+        return is_manifest(pq.read_schema(inner, filesystem=filesystem))
+    except FileNotFoundError:
+        return False  # told by those who list it
+    except (OSError, pa.ArrowException) as error:
+        raise unreadable_parquet(path, error) from None
+
+
+def _runs(rows: Rows, path: str) -> list[Shard]:
+    if len(rows) == 0:
+        raise UserError(f"{path}: holds no images")
+    return [RowShard(rows, path, first, min(first + ROWS, len(rows))) for first in range(0, len(rows), ROWS)]
+
+
+def _of_split(listing: Listing, config: SourceConfig) -> Listing:
+    """Of a data set of the hub, the files of the configuration and split that are asked for."""
+    files = listing.files
+    if config.subset is not None:
+        files = [file for file in files if f"/{config.subset}/" in file]
+    files = [file for file in files if file.rpartition("/")[2].startswith(config.split) or f"/{config.split}/" in file]
+    if not files:
+        raise UserError(
+            f"{config.path}: none of its {len(listing.files)} files is of the split {config.split!r}; set split or subset"
+        )
+    if config.subset is None:
+        # Files of a data set of one configuration lie in one folder, or in one for each split.
+        folders = {file.removeprefix(listing.folder).strip("/").rpartition("/")[0] for file in files}
+        names = {"/".join(part for part in folder.split("/") if part != config.split) for folder in folders}
+        if len(names) > 1:
+            found = ", ".join(repr(name) for name in sorted(names)[:5])
+            raise UserError(
+                f"{config.path}: has several configurations ({found}{', ...' if len(names) > 5 else ''}); set subset to one of them, "
+                f"or path to the files that you mean: {listing.folder}/FOLDER/*.{'tar' if listing.kind == 'tar' else 'parquet'}"
+            )
+    return replace(listing, files=files)

@@ -1,0 +1,1 @@
+"""Exports of a backbone: ONNX, torch.export, a folder for the hub."""

@@ -1,0 +1,1 @@
+"""Soft labels, losses, the student, and the check of the teacher."""

@@ -1,0 +1,51 @@
+"""The step that needs the most memory, on noise: what `auto_batch` tries."""
+
+from collections.abc import Callable
+
+import torch
+
+from ssld.stage1_ssld.config import DistillConfig, TeachConfig
+from ssld.stage1_ssld.distillation.objective import Objective
+from ssld.stage1_ssld.distillation.student import Student
+from ssld.stage1_ssld.distillation.targets import Guidance
+
+EVALUATED = 128
+"""images of an evaluation batch, at most"""
+
+
+def whole_step(
+    config: DistillConfig | TeachConfig,
+    student: Student,
+    guidance: Guidance,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Callable[[int], None]:
+    """A function of a number of images: forward pass of student and live teacher, backward pass, optimizer step, evaluation.
+
+    With a store the student learns from noise's labels instead: what a store adds to a batch is small.
+    """
+    size = config.data.image_size
+    objective = Objective([], 1.0) if guidance.store else objective
+
+    def attempt(images: int) -> None:
+        pixels = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, device=device)
+        labels = torch.zeros(images, dtype=torch.int64, device=device)
+        student.train_mode()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = student.model(pixels)
+        answers = None if guidance.store else guidance.answers(logits, pixels, None)
+        (objective(logits, answers, labels)["loss"] / images).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        net = student.evaluated.eval()
+        shape = (min(config.batch_size, EVALUATED), 3, size, size)
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            net(pixels)
+            if guidance.teacher:
+                guidance.teacher(pixels)
+
+    return attempt

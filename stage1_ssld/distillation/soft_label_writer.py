@@ -1,0 +1,316 @@
+"""Writing a soft-label store: shards of fixed rows, each by one rank, each complete or absent; the header comes last and makes it a store.
+
+Which views lie in one forward pass follows from the shard alone, so that any number of ranks, and any number of restarts, write the same bytes.
+"""
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import Dataset
+
+from ssld.shared.distributed.processes import to_device, uses_gpu
+from ssld.shared.distributed.ranks import from_main_rank, gather_lists, rank, world_size
+from ssld.shared.distributed.stop import StopRequest
+from ssld.shared.errors import Stopped, UserError
+from ssld.shared.images import Picture, UnreadableImage, require_decoder
+from ssld.shared.models.teacher import Teacher
+from ssld.shared.run_dir import RunDir, file_sha256, write_atomically
+from ssld.shared.training.quarantine import Quarantine
+from ssld.stage1_ssld.config import SoftLabelsConfig
+from ssld.stage1_ssld.data.batch import NO_LABEL, Batch, View
+from ssld.stage1_ssld.data.labels import labels_in_classes
+from ssld.stage1_ssld.data.loaders import ValViews, make_loader, val_batches
+from ssld.stage1_ssld.data.sources import ImageSource, open_sources
+from ssld.stage1_ssld.data.views import training_view
+from ssld.stage1_ssld.distillation.soft_label_store import (
+    FORMAT,
+    HEADER,
+    answer_type,
+    encode_answers,
+    header_checksum,
+    library_versions,
+    missing_answer,
+    pixels_checksum,
+    replayed_rows,
+    source_record,
+    view_settings,
+)
+from ssld.stage1_ssld.distillation.teacher_check import check_teacher, rows_to_try
+from ssld.stage1_ssld.distillation.teachers import make_teacher
+
+
+class AllViews(Dataset[View]):
+    """(row over all sources, view number) -> View, whose label is the place of its answer among those of all rows.
+
+    The views of an image are asked for one after the other: it is decoded once.
+    """
+
+    def __init__(self, sources: Sequence[ImageSource], config: SoftLabelsConfig) -> None:
+        self._sources, self._config = sources, config
+        self._ends = np.cumsum([len(source) for source in sources]).tolist()
+        self._last: tuple[int, Picture | None] = (-1, None)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def find(self, index: int) -> tuple[ImageSource, int]:
+        """Source and row of a row over all sources."""
+        number = next(n for n, end in enumerate(self._ends) if index < end)
+        source = self._sources[number]
+        return source, index - (self._ends[number] - len(source))
+
+    def __getitem__(self, item: tuple[int, int]) -> View:
+        index, view = item
+        source, row = self.find(index)
+        if self._last[0] != index:
+            try:
+                self._last = (index, source.open(row, self._config.data.decoder))
+            except UnreadableImage:
+                self._last = (index, None)
+        key, image, config = source.key(row), self._last[1], self._config
+        if image is None:
+            return View(None, NO_LABEL, key, [source.location(row)])
+        return View(training_view(image, key, view, config.data, config.seed), index * config.views + view, key, [])
+
+
+class ViewBatches:
+    """(row, view) of every view of some shards, in batches none of which reaches over the end of its shard."""
+
+    def __init__(self, shards: Sequence[range], views: int, batch_size: int) -> None:
+        self._shards, self._views, self._batch_size = shards, views, batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for rows in self._shards:
+            pairs = ((row, view) for row in rows for view in range(self._views))
+            while batch := list(itertools.islice(pairs, self._batch_size)):
+                yield batch
+
+    def of(self, rows: range) -> int:
+        """Number of batches of a shard."""
+        return -(-len(rows) * self._views // self._batch_size)
+
+
+def write_store(config: SoftLabelsConfig) -> None:
+    """Write `<output>/store`.
+
+    Raises:
+        UserError: anything the user can mend: a teacher that does not know the images, a disk too small, too many unreadable images.
+        Stopped: after SIGTERM or Ctrl-C; the files that are finished stay.
+    """
+    require_decoder(config.data.decoder, "data.decoder")
+    sources = open_sources(config.data.train, "data.train")
+    accelerator = Accelerator(cpu=not uses_gpu(config.device))
+    device, main = accelerator.device, accelerator.is_main_process
+    run = RunDir(config, "write_soft_labels", main=main)
+    if from_main_rank(run.status) == "finished":
+        run.log(f"{run.path}: this run is finished; nothing to do")
+        return
+    teacher = make_teacher(config.teacher, precision="fp32", device=device, channels_last=config.channels_last)
+    if config.top > teacher.num_classes:
+        raise UserError(
+            f"top: {config.top} classes are to be kept, the teacher has {teacher.num_classes}; set top: {teacher.num_classes} to keep all"
+        )
+    record = answer_type(config.top, teacher.num_classes, config.store_precision)
+    images = sum(len(source) for source in sources)
+    folder = run.path / "store"
+    fresh = from_main_rank(not any(folder.glob("shard-*.bin")))
+    if main:
+        _check_disk(folder, images * config.views * record.itemsize)
+    run.log(
+        f"{images} images x {config.views} views x {record.itemsize} bytes = {_amount(images * config.views * record.itemsize)} in {folder}"
+    )
+    if fresh and config.teacher.check_images:
+        run.log(_try_teacher(teacher, sources, config, device))
+    if main:
+        folder.mkdir(exist_ok=True)
+        for leftover in folder.glob(".shard-*"):  # what a killed process was writing
+            leftover.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+
+    # ---- the shards
+    views = AllViews(sources, config)
+    quarantine = Quarantine(run, images)
+    shards_rows = [range(at, min(at + config.shard_images, images)) for at in range(0, images, config.shard_images)]
+    count = len(shards_rows)
+    files = [folder / shard_name(number) for number in range(count)]
+    sizes = [len(rows) * config.views * record.itemsize for rows in shards_rows]
+    mine = range(rank(), count, world_size())
+    missing = [n for n in mine if not files[n].exists() or files[n].stat().st_size != sizes[n]]
+    batches = ViewBatches([shards_rows[number] for number in missing], config.views, config.batch_size)
+    with StopRequest() as stop, closing(_loaded(views, batches, config, device)) as stream:
+        for first in range(0, count, world_size()):  # all ranks take as many turns: they agree on a stop after each
+            number = first + rank()
+            if number < count:
+                rows = shards_rows[number]
+                if number in missing:
+                    answers = _answers(itertools.islice(stream, batches.of(rows)), rows, config, teacher, record, stop)
+                    if answers is not None:
+                        _write_shard(files[number], answers)
+                if files[number].exists():
+                    quarantine.add(_unreadable(files[number], views, rows, config.views, record))
+            if stop.agreed():
+                quarantine.write()
+                raise Stopped(f"the files that are finished stay in {folder}")
+            quarantine.judge(min((first + world_size()) * config.shard_images, images))
+            run.log(f"{min(first + world_size(), count)} of {count} files")
+
+    # ---- the header
+    shards = gather_lists(
+        [_shard_record(folder, number, config, images, record) for number in range(rank(), count, world_size())]
+    )
+    shards = sorted(shards, key=lambda shard: shard["file"])
+    if main:
+        header = {
+            "format": FORMAT,
+            "teacher": teacher.facts(),
+            "teacher_settings": teacher.settings(),
+            "num_classes": teacher.num_classes,
+            "class_names": teacher.class_names,
+            "sources": [source_record(source) for source in sources],
+            "view": view_settings(config.data),
+            "views": config.views,
+            "seed": config.seed,
+            "top": config.top,
+            "precision": config.store_precision,
+            "shard_images": config.shard_images,
+            "versions": library_versions(),
+            "replayed": [
+                [number, row, view, pixels_checksum(sources[number], row, view, config.data, config.seed)]
+                for number, row, view in replayed_rows(sources, config.views)
+            ],
+            "shards": [{key: shard[key] for key in ("file", "images", "sha256")} for shard in shards],
+        }
+        header = header | {"sha256": header_checksum(header)}
+        write_atomically(folder / HEADER, json.dumps(header, indent=1) + "\n")
+    metrics = _summary(shards, images, config.views, record)
+    run.log(
+        f"store of {_amount(metrics['bytes'])}; {100 * metrics['first_probability']:.1f} % of the probability in the first class, "
+        f"{100 * metrics['kept_probability']:.1f} % in the {config.top} kept, entropy {metrics['entropy']:.3f} nats on average"
+    )
+    accelerator.end_training()
+    run.finish(metrics, [folder / HEADER])
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"shard-{number:05d}.bin"
+
+
+def _try_teacher(
+    teacher: Teacher, sources: Sequence[ImageSource], config: SoftLabelsConfig, device: torch.device
+) -> str:
+    """Try the teacher on the first source that has labels of its classes."""
+    for source in sources:
+        labels = labels_in_classes(source, teacher.class_names, teacher.num_classes)
+        if labels is not None:
+            data = config.data
+            views = ValViews(source, labels, size=data.image_size, crop=data.val_crop, interpolation=data.interpolation)
+            rows = rows_to_try(labels, config.teacher.check_images)
+            order = val_batches(rows, min(config.batch_size, 128), rank(), world_size())
+            loader = make_loader(views, order, workers=config.workers, pin_memory=device.type == "cuda")
+            return check_teacher(teacher, loader, device=device, where=source.path)
+    return "teacher: not tried, there are no labelled images with its classes"
+
+
+def _loaded(views: AllViews, batches: ViewBatches, config: SoftLabelsConfig, device: torch.device) -> Generator[Batch]:
+    """One loader for all shards: its processes start once, and read ahead over the end of a shard."""
+    yield from make_loader(views, batches, workers=config.workers, pin_memory=device.type == "cuda")
+
+
+def _answers(
+    stream: Iterable[Batch],
+    rows: range,
+    config: SoftLabelsConfig,
+    teacher: Teacher,
+    record: np.dtype[Any],
+    stop: StopRequest,
+) -> np.ndarray | None:
+    """Records of all views of some rows, one image after the other; None when this process was asked to stop."""
+    answers = np.full(len(rows) * config.views, missing_answer(record), record)
+    for batch in stream:
+        if stop.requested:
+            return None
+        if len(batch.keys):
+            found = encode_answers(teacher(to_device(batch.pixels_BCHW, teacher.device)), config.top, record)
+            answers[batch.labels_B.numpy() - rows.start * config.views] = found
+    return answers
+
+
+def _unreadable(file: Path, views: AllViews, rows: range, count: int, record: np.dtype[Any]) -> list[str]:
+    """Locations of the images that a shard has no answers for."""
+    missing = np.isnan(np.fromfile(file, record)["rest"]).reshape(-1, count).any(axis=1)
+    places = [views.find(rows[int(place)]) for place in np.flatnonzero(missing)]
+    return [source.location(row) for source, row in places]
+
+
+def _amount(size: float) -> str:
+    """Bytes as people say them."""
+    unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB") if size >= 1e6 else (1e3, "kB")
+    return f"{size / unit:.1f} {name}"
+
+
+def _check_disk(folder: Path, size: int) -> None:
+    """Raises UserError where what is still to be written does not fit on the disk."""
+    written = sum(file.stat().st_size for file in folder.glob("shard-*.bin"))
+    free = shutil.disk_usage(folder.parent).free
+    if size - written > free:
+        raise UserError(
+            f"{folder}: the store takes {_amount(size)}, {_amount(free)} are free; fewer views, a smaller top, or another --output"
+        )
+
+
+def _write_shard(file: Path, answers: np.ndarray) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as out:
+            out.write(answers.tobytes())
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _shard_record(
+    folder: Path, number: int, config: SoftLabelsConfig, images: int, record: np.dtype[Any]
+) -> dict[str, Any]:
+    """A shard's checksum, how many answers it has, and sums over them: entropy, probability of the first class and of all kept."""
+    file = folder / shard_name(number)
+    answers = np.fromfile(file, record)
+    answers = answers[~np.isnan(answers["rest"])]
+    rest = answers["rest"].astype(np.float64)
+    log_probs = np.concatenate([answers["log_probs"].astype(np.float64), np.maximum(rest, -1e9)[:, None]], axis=1)
+    probs = np.exp(log_probs)
+    return {
+        "file": file.name,
+        "images": min(config.shard_images, images - number * config.shard_images),
+        "sha256": file_sha256(file),
+        "answers": len(answers),
+        "entropy": float(-(probs * log_probs).sum()),
+        "first": float(probs[:, 0].sum()),
+        "kept": float(probs[:, :-1].sum()),
+    }
+
+
+def _summary(shards: Sequence[dict[str, Any]], images: int, views: int, record: np.dtype[Any]) -> dict[str, float]:
+    """What result.json says; the entropy is that of the classes kept and one bucket for the rest."""
+    total = {key: sum(shard[key] for shard in shards) for key in ("answers", "entropy", "first", "kept")}
+    answers = max(1, total["answers"])
+    return {
+        "images": images,
+        "unreadable": images - total["answers"] // views,
+        "views": views,
+        "bytes": images * views * record.itemsize,
+        "entropy": total["entropy"] / answers,
+        "first_probability": total["first"] / answers,
+        "kept_probability": total["kept"] / answers,
+    }

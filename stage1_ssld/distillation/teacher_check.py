@@ -1,0 +1,132 @@
+"""Is the teacher the right one? It is tried on labelled images before anything is trained: a wrong file or class order costs days otherwise."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from ssld.shared.distributed.processes import to_device
+from ssld.shared.distributed.ranks import gather_lists
+from ssld.shared.errors import UserError
+from ssld.shared.models.teacher import Teacher
+from ssld.stage1_ssld.data.batch import NO_LABEL, Batch
+
+ENOUGH = 100
+"""Fewer images prove nothing."""
+_PER_CLASS = 8  # images that tell whether a class goes by another number
+_GUESSING = "no better than guessing"
+
+
+def rows_to_try(labels: Sequence[int], count: int) -> list[int]:
+    """At most `count` labelled rows, of classes spread evenly over all: several of a class, because one says nothing about its order."""
+    rows: dict[int, list[int]] = {}
+    for row, label in enumerate(labels):
+        if label != NO_LABEL:
+            rows.setdefault(label, []).append(row)
+    chosen = _spread(sorted(rows), max(1, count // _PER_CLASS))
+    each = count // len(chosen) if chosen else 0
+    return [row for label in chosen for row in _spread(rows[label], max(1, each))][:count]
+
+
+@torch.no_grad()
+def check_teacher(teacher: Teacher, batches: Iterable[Batch], *, device: torch.device, where: str) -> str:
+    """A line on the teacher's accuracy over this rank's batches, of all ranks together; each network of an ensemble is tried, but none of random
+    weights.
+
+    Args:
+        batches: labelled images, in the teacher's class numbers.
+        where: names these images in messages.
+
+    Raises:
+        UserError: with at least 100 images, for a network that guesses, or whose classes are in another order; with the likely cause.
+    """
+    names = [reference.text for reference in teacher.references]
+    tried = [number for number, name in enumerate(names) if not name.startswith("random:")]
+    if not tried:
+        return "teacher: random weights, not tried"
+    found: list[tuple[int, ...]] = []  # label and every network's answer, image by image
+    with teacher.running_statistics():
+        for batch in batches:
+            if len(batch.keys):
+                answers = [logits.argmax(-1).tolist() for logits in teacher.each(to_device(batch.pixels_BCHW, device))]
+                rows = zip(batch.labels_B.tolist(), *answers, strict=True)
+                found += [row for row in rows if row[0] != NO_LABEL]
+    found = gather_lists(found)
+    if not found:
+        return f"teacher: not tried, {where} has no labelled images"
+    right = []
+    for number in tried:
+        pairs = [(row[0], row[1 + number]) for row in found]
+        accuracy = sum(label == answer for label, answer in pairs) / len(pairs)
+        right.append(f"{100 * accuracy:.1f} %" + (f" ({names[number]})" if len(names) > 1 else ""))
+        cause = _likely_cause(pairs, teacher.num_classes) if len(pairs) >= ENOUGH else None
+        if cause:
+            raise UserError(
+                f"{names[number]}: {100 * accuracy:.1f} % right on {_of(pairs, where, teacher.num_classes)}, {cause}; "
+                "teacher.check_images: 0 leaves this check out"
+            )
+    return f"teacher: {', '.join(right)} right on {_of(found, where, teacher.num_classes)}"
+
+
+def _of(found: Sequence[tuple[int, ...]], where: str, classes: int) -> str:
+    return f"{len(found)} images of {where} (chance {100 / classes:.1f} %)"
+
+
+def guesses(pairs: Sequence[tuple[int, int]], classes: int) -> bool:
+    """Whether (label, answer) pairs are no better than the best guess: always the same class, one of those that were tried.
+
+    Of 1,000 classes only some are tried, of each several images; one answer to everything is then right far more often than 1 in 1,000. What counts
+    is the accuracy averaged over the classes tried, so that frequent ones do not help. The bar is three standard deviations above that guess.
+    """
+    images: Counter[int] = Counter(label for label, _ in pairs)
+    hits: Counter[int] = Counter(label for label, answer in pairs if label == answer)
+    accuracy = sum(hits[label] / count for label, count in images.items()) / len(images)
+    guess = 1 / (len(images) if len(images) > 1 else classes)
+    deviation = math.sqrt(guess * (1 - guess) * sum(1 / count for count in images.values())) / len(images)
+    return accuracy <= guess + 3 * deviation
+
+
+def _likely_cause(pairs: Sequence[tuple[int, int]], classes: int) -> str | None:
+    """What is wrong with a network of these answers; None where nothing is.
+
+    If a renaming of its answers, learnt on one half, is right on the other, the weights are good and the class order is not. That holds above the
+    level of guessing too: two orders of the same classes agree in some.
+    """
+    chance = 1 / classes
+    halves: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+    seen: Counter[int] = Counter()
+    for label, answer in pairs:
+        halves[seen[label] % 2].append((label, answer))
+        seen[label] += 1
+    meanings: dict[int, Counter[int]] = {}
+    for label, answer in halves[0]:
+        meanings.setdefault(answer, Counter())[label] += 1
+    renaming = {answer: labels.most_common(1)[0] for answer, labels in meanings.items()}
+    hits = sum(answer in renaming and renaming[answer][0] == label for label, answer in halves[1])
+    renamed = hits / max(1, len(halves[1]))
+    as_it_is = sum(label == answer for label, answer in halves[1]) / max(1, len(halves[1]))
+    guessing = guesses(pairs, classes)
+    if not guessing and renamed < 2 * as_it_is:
+        return None
+    # Features of an untrained network tell some classes apart too, so this asks for much.
+    if renamed > max(0.15, min(3 * chance, (1 + chance) / 2)):
+        moved = [(count, answer, label) for answer, (label, count) in renaming.items() if answer != label]
+        _, answer, label = max(moved)
+        return (
+            f"{_GUESSING if guessing else 'less than half of what it could be'}: "
+            f"it knows the images, but its classes are in another order (its class {answer} is class {label} of these labels; "
+            f"renamed like that, it is right on {100 * renamed:.0f} %)"
+        )
+    if not guessing:
+        return None
+    weights = f"{_GUESSING}: its weights do not know these images: wrong file or arch, an untrained head, other classes, or another mean and std"
+    # From a few images of each class no renaming can be learnt.
+    return weights if len(pairs) >= _PER_CLASS * len(seen) // 2 else f"{weights}; or its classes are in another order"
+
+
+def _spread(items: list[int], count: int) -> list[int]:
+    """At most `count` of the items, at even distances."""
+    if len(items) <= count:
+        return items
+    return [items[index * len(items) // count] for index in range(count)]

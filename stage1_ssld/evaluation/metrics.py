@@ -1,0 +1,94 @@
+"""Evaluation of a classifier: top-1 and top-5 where there are labels, agreement and KL where there is a teacher."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from ssld.shared.distributed.processes import to_device
+from ssld.shared.distributed.ranks import total_over_ranks
+from ssld.stage1_ssld.data.batch import NO_LABEL, Batch
+from ssld.stage1_ssld.distillation.losses import kl
+
+_NAMES = ("labelled", "top1", "top5", "teacher_top1", "teacher_top5", "images", "agreement", "kl")
+
+
+@torch.no_grad()
+def evaluate(
+    student: Callable[[Tensor], Tensor],
+    teacher: Callable[[Tensor], Tensor] | None,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_unreadable: Callable[[list[str]], None] | None = None,
+) -> dict[str, float]:
+    """Evaluate a student, and the teacher with the same eyes, over this rank's batches; the result is of all ranks.
+
+    Args:
+        student: pixels [B,3,H,W] -> logits [B,K], in evaluation mode.
+        dtype: of the student's forward pass, by autocast.
+        on_unreadable: told the locations of the images of this rank that could not be read.
+
+    Returns:
+        `images`; `unreadable`, where some were left out; with labels `top1`, `top5` (fractions) and those of the teacher as `teacher_top1`,
+        `teacher_top5`; with a teacher `agreement` (share of images where both have the same top-1) and `kl`, the mean KL(teacher||student) in nats.
+    """
+    sums = torch.zeros(len(_NAMES), dtype=torch.float64, device=device)
+    unreadable = torch.zeros((), dtype=torch.int64, device=device)
+    for batch in batches:
+        unreadable += len(batch.unreadable)
+        if on_unreadable and batch.unreadable:
+            on_unreadable(batch.unreadable)
+        pixels, labels = to_device(batch.pixels_BCHW, device), to_device(batch.labels_B, device)
+        if len(batch.labels_B) == 0:
+            continue
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = student(pixels).float()
+        teacher_logits = teacher(pixels) if teacher else None
+        known = labels != NO_LABEL
+        row = [known.sum(), *_top(logits, labels, known)]
+        if teacher_logits is None:
+            row += (
+                [known.new_zeros(())] * 2
+                + [known.new_tensor(len(labels), dtype=torch.int64)]
+                + [known.new_zeros(())] * 2
+            )
+        else:
+            same = (logits.argmax(-1) == teacher_logits.argmax(-1)).sum()
+            row += [
+                *_top(teacher_logits, labels, known),
+                known.new_tensor(len(labels), dtype=torch.int64),
+                same,
+                kl(logits, teacher_logits),
+            ]
+        sums += torch.stack([value.double() for value in row])
+    total = dict(zip(_NAMES, total_over_ranks(sums).tolist(), strict=True))
+    result: dict[str, float] = {"images": int(total["images"])}
+    skipped = int(total_over_ranks(unreadable).item())
+    if skipped:
+        result["unreadable"] = skipped
+    if total["labelled"]:
+        names = ("top1", "top5", "teacher_top1", "teacher_top5") if teacher else ("top1", "top5")
+        result |= {name: total[name] / total["labelled"] for name in names}
+    if teacher and total["images"]:
+        result |= {name: total[name] / total["images"] for name in ("agreement", "kl")}
+    return result
+
+
+def _top(logits_BK: Tensor, labels_B: Tensor, known_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of labelled images whose class is the first, and among the first five."""
+    best = logits_BK.topk(min(5, logits_BK.shape[1]), dim=-1).indices == labels_B[:, None]
+    return (best[:, 0] & known_B).sum(), (best.any(-1) & known_B).sum()
+
+
+def describe(metrics: dict[str, float]) -> str:
+    """One line for the log."""
+    shown = []
+    for name in ("top1", "top5", "teacher_top1", "teacher_top5", "agreement", "knn_top1"):
+        if name in metrics:
+            shown.append(f"{name} {100 * metrics[name]:.2f} %")
+    if "kl" in metrics:
+        shown.append(f"kl {metrics['kl']:.4f}")
+    skipped = f" ({metrics['unreadable']} unreadable left out)" if "unreadable" in metrics else ""
+    return f"{', '.join(shown) or 'nothing measured'} on {metrics['images']} images{skipped}"
