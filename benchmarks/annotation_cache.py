@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from ssld.stage2_detect.coco import CocoData, read_coco
+from ssld.stage2_detect.data.coco import CocoData, read_coco
 
 
 def main(argv: Sequence[str] | None = None) -> int:

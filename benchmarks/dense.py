@@ -39,15 +39,16 @@ from benchmarks.detect import FORMATS, Inputs, check_detections, make_inputs
 from benchmarks.side_by_side import Work, rounds, show
 from benchmarks.torchvision_rcnn import CLASSES, FrozenBackbone
 from ssld.shared.models.backbones import InputSettings
-from ssld.stage2_detect.dense_distillation import DistilledDense
 from ssld.stage2_detect.distill_config import LDConfig
+from ssld.stage2_detect.distillation.dense import DistilledDense
+from ssld.stage2_detect.distillation.rcnn import regions
+from ssld.stage2_detect.distillation.teacher import FrozenDetector
 from ssld.stage2_detect.model_config import DetectorConfig
-from ssld.stage2_detect.models import atss, regions
+from ssld.stage2_detect.models import atss
 from ssld.stage2_detect.models.build import build_detector
 from ssld.stage2_detect.models.dense import DenseDetector, grids_of
 from ssld.stage2_detect.models.gfl import GFL
 from ssld.stage2_detect.models.inference import for_inference
-from ssld.stage2_detect.teacher_detector import FrozenDetector
 
 Clock = Callable[[], float]
 OURS, THEIRS = "ours", "torchvision"

@@ -30,9 +30,9 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from benchmarks.side_by_side import rounds, show
-from ssld.stage2_detect.augment import View, draw_view, view_image
-from ssld.stage2_detect.batches import PAD_MULTIPLE, TrainLoader
-from ssld.stage2_detect.coco import CocoData, CocoImage, read_coco
+from ssld.stage2_detect.data.coco import CocoData, CocoImage, read_coco
+from ssld.stage2_detect.data.loaders import PAD_MULTIPLE, TrainLoader
+from ssld.stage2_detect.data.views import View, draw_view, view_image
 from ssld.stage2_detect.models.rcnn import normalise
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

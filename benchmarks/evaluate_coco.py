@@ -21,9 +21,9 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from ssld.stage2_detect import analysis
-from ssld.stage2_detect.coco import CocoData, CocoImage, Id
-from ssld.stage2_detect.coco_ap import coco_ap
+from ssld.stage2_detect.data.coco import CocoData, CocoImage, Id
+from ssld.stage2_detect.evaluation import analysis
+from ssld.stage2_detect.evaluation.coco_ap import coco_ap
 from ssld.stage2_detect.models.batch import Detections
 
 

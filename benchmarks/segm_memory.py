@@ -31,8 +31,8 @@ from PIL import Image
 from benchmarks.annotation_cache import peak_megabytes
 from ssld.shared.models.backbones import InputSettings
 from ssld.stage2_detect import evaluate
-from ssld.stage2_detect.coco import CocoData
 from ssld.stage2_detect.config import ResizeConfig
+from ssld.stage2_detect.data.coco import CocoData
 from ssld.stage2_detect.detector_file import save_detector
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models.build import build_detector

@@ -25,11 +25,11 @@ from ssld.shared.config.command import USER_ERROR
 from ssld.shared.config.settings import Parser, underscored
 from ssld.shared.errors import UserError
 from ssld.shared.wording import count
-from ssld.stage2_detect.data_findings import LEVELS, Finding, is_id, some
+from ssld.stage2_detect.data.check.findings import LEVELS, Finding, is_id, some
 
 if TYPE_CHECKING:
-    from ssld.stage2_detect.data_pictures import Seen
-    from ssld.stage2_detect.data_rows import FileCheck
+    from ssld.stage2_detect.data.check.annotations import FileCheck
+    from ssld.stage2_detect.data.check.images import Seen
 
 _WIDTH, _CLASSES = 24, 12
 
@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_data(arguments: Namespace) -> int:
     """Check what the arguments name, print it, write the cleaned copies; returns the exit code."""
-    from ssld.stage2_detect.data_pictures import check_pictures, check_strays
-    from ssld.stage2_detect.data_rows import check_rows
+    from ssld.stage2_detect.data.check.annotations import check_rows
+    from ssld.stage2_detect.data.check.images import check_pictures, check_strays
 
     places = _places(arguments)
     checks = [check_rows(name, file, folder, masks=arguments.masks) for name, file, folder in places]
@@ -198,7 +198,7 @@ def _compare_pictures(
     train: "FileCheck", val: "FileCheck", ours: dict[int, "Seen"], theirs: dict[int, "Seen"], *, alike: bool
 ) -> None:
     """Pictures of the evaluation set that are trained on make its scores worthless."""
-    from ssld.stage2_detect.data_pictures import look_alikes
+    from ssld.stage2_detect.data.check.images import look_alikes
 
     names = [
         {index: check.content["images"][index]["file_name"] for index in check.image_of.values()}
@@ -246,7 +246,7 @@ def _check_category_ids(check: "FileCheck") -> None:
 
 def _write_copy(check: "FileCheck", file: Path) -> str:
     """Write the cleaned copy of a file and read it back as training does; returns a line on it."""
-    from ssld.stage2_detect.coco import read_coco
+    from ssld.stage2_detect.data.coco import read_coco
 
     content = check.repair.apply(check.content)
     file.parent.mkdir(parents=True, exist_ok=True)

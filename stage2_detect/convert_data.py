@@ -23,7 +23,7 @@ from ssld.shared.errors import UserError
 from ssld.stage2_detect.config import ConvertDataConfig
 
 if TYPE_CHECKING:
-    from ssld.stage2_detect.found_objects import Content, Found
+    from ssld.stage2_detect.data.convert.records import Content, Found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def convert_data(config: ConvertDataConfig) -> None:
         UserError: any fault of the data, naming file and line.
     """
     from ssld.shared.run_dir import RunDir
-    from ssld.stage2_detect.found_objects import coco_content
+    from ssld.stage2_detect.data.convert.records import coco_content
 
     run = RunDir(config, "convert_data")
     if run.status == "finished":
@@ -70,9 +70,9 @@ def convert_data(config: ConvertDataConfig) -> None:
 
 
 def _read(config: ConvertDataConfig, pending: Path) -> "Found":
-    from ssld.stage2_detect.hub_data import is_hub, read_hub
-    from ssld.stage2_detect.voc_data import is_voc, read_voc
-    from ssld.stage2_detect.yolo_data import is_yolo, read_yolo
+    from ssld.stage2_detect.data.convert.hub import is_hub, read_hub
+    from ssld.stage2_detect.data.convert.voc import is_voc, read_voc
+    from ssld.stage2_detect.data.convert.yolo import is_yolo, read_yolo
 
     source, path = config.source, Path(config.source)
     if not is_hub(source) and not path.exists():
@@ -98,7 +98,7 @@ def _read(config: ConvertDataConfig, pending: Path) -> "Found":
 
 def _read_back(file: Path, found: "Found", split: str, content: "Content") -> None:
     """Read a written file as training and evaluation do, and compare it with what was found."""
-    from ssld.stage2_detect.coco import read_coco
+    from ssld.stage2_detect.data.coco import read_coco
 
     data = read_coco(file, content.folder, training=False, class_names=found.class_names)
     images = found.splits[split]

@@ -23,7 +23,7 @@ from ssld.stage2_detect.config import ConvertPaddleConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ssld.stage2_detect.coco import CocoData
+    from ssld.stage2_detect.data.coco import CocoData
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,8 +85,8 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
 
 def _classes(config: ConvertPaddleConfig, count: int) -> "CocoData":
     """Names and category ids of the file's classes."""
-    from ssld.stage2_detect.coco import CocoData, read_coco
     from ssld.stage2_detect.coco_classes import COCO_CLASSES
+    from ssld.stage2_detect.data.coco import CocoData, read_coco
 
     if config.annotations:
         data = read_coco(config.annotations, None, training=False)

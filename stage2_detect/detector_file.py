@@ -13,14 +13,14 @@ from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import InputSettings
 from ssld.shared.models.model_file import read_metadata, read_tensors, save_model_file
 from ssld.shared.training.checkpoint import load_module
-from ssld.stage2_detect.coco import CocoData
 from ssld.stage2_detect.config import ResizeConfig
+from ssld.stage2_detect.data.coco import CocoData
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models.build import Detector, build_detector
 from ssld.stage2_detect.models.inference import for_inference
 
 if TYPE_CHECKING:
-    from ssld.stage2_detect.predictor import FoundObjects, Picture
+    from ssld.stage2_detect.prediction.predictor import FoundObjects, Picture
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class LoadedDetector:
         overlap: float = 0.2,
     ) -> "list[FoundObjects]":
         """What each of some pictures shows; see `predictor.predict`."""
-        from ssld.stage2_detect.predictor import predict
+        from ssld.stage2_detect.prediction.predictor import predict
 
         return predict(self, images, threshold=threshold, batch_size=batch_size, tile=tile, overlap=overlap)
 

@@ -31,12 +31,12 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     from ssld.shared.distributed.processes import DTYPES, uses_gpu
     from ssld.shared.distributed.ranks import from_main_rank
     from ssld.shared.run_dir import RunDir
-    from ssld.stage2_detect import expected
-    from ssld.stage2_detect.coco import read_coco, require_masks
-    from ssld.stage2_detect.coco_ap import detections_to_json
+    from ssld.stage2_detect.data.coco import read_coco, require_masks
     from ssld.stage2_detect.detector_file import load_detector
-    from ssld.stage2_detect.evaluation_files import write_evaluation
-    from ssld.stage2_detect.scoring import describe, score
+    from ssld.stage2_detect.evaluation import expected
+    from ssld.stage2_detect.evaluation.coco_ap import detections_to_json
+    from ssld.stage2_detect.evaluation.files import write_evaluation
+    from ssld.stage2_detect.evaluation.scoring import describe, score
 
     loaded = load_detector(config.model)
     with_masks = getattr(loaded.model, "mask_head", None) is not None

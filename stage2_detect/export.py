@@ -34,10 +34,10 @@ def export_detector(config: ExportDetectorConfig) -> None:
     from ssld.shared.deploy.graph_files import require_onnx
     from ssld.shared.deploy.hub import check_name, push
     from ssld.shared.run_dir import RunDir
-    from ssld.stage2_detect.detector_card import write_folder
+    from ssld.stage2_detect.deploy.card import write_folder
+    from ssld.stage2_detect.deploy.check import batches_of, check, graph_of, images_of, measure
+    from ssld.stage2_detect.deploy.writing import runner, write
     from ssld.stage2_detect.detector_file import load_detector
-    from ssld.stage2_detect.export_check import batches_of, check, graph_of, images_of, measure
-    from ssld.stage2_detect.graph_writing import runner, write
 
     if "onnx" in config.formats:
         require_onnx()

@@ -32,7 +32,7 @@ def predict(config: PredictConfig) -> None:
     Raises:
         UserError: anything the user can mend; no picture can be read; for pseudo-labels, no box reaches the threshold.
     """
-    from ssld.stage2_detect.pictures import pictures_of_any_size
+    from ssld.stage2_detect.data.image_files import pictures_of_any_size
 
     with pictures_of_any_size(config.tile is not None):
         _predict(config)
@@ -49,10 +49,17 @@ def _predict(config: PredictConfig) -> None:
     from ssld.shared.run_dir import RunDir, write_atomically
     from ssld.shared.wording import count
     from ssld.stage2_detect.detector_file import load_detector
-    from ssld.stage2_detect.picture_files import PictureFiles
-    from ssld.stage2_detect.prediction import Finder, PictureClock, assemble, check_detector, detect_parts, find_work
-    from ssld.stage2_detect.prediction_files import Parts, counts, table_text, write_yolo
-    from ssld.stage2_detect.video_prediction import FrameLoader, Segments, detect_videos, write_video
+    from ssld.stage2_detect.prediction.files import Parts, counts, table_text, write_yolo
+    from ssld.stage2_detect.prediction.picture_files import PictureFiles
+    from ssld.stage2_detect.prediction.steps import (
+        Finder,
+        PictureClock,
+        assemble,
+        check_detector,
+        detect_parts,
+        find_work,
+    )
+    from ssld.stage2_detect.prediction.video import FrameLoader, Segments, detect_videos, write_video
 
     # ---- detector and pictures, checked before any process group exists
     loaded = load_detector(config.model)

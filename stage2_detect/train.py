@@ -49,14 +49,14 @@ def train(config: TrainConfig) -> None:
     from ssld.shared.training.quarantine import Quarantine
     from ssld.shared.training.training_state import TrainingState
     from ssld.shared.wording import count
-    from ssld.stage2_detect import expected
-    from ssld.stage2_detect.evaluation_files import write_evaluation
-    from ssld.stage2_detect.largest_batch import whole_step
-    from ssld.stage2_detect.scoring import describe, score
-    from ssld.stage2_detect.student import Student
-    from ssld.stage2_detect.teacher_detector import check_teacher
-    from ssld.stage2_detect.training_data import images_to_try_a_teacher_on, read_training_data, training_loader
-    from ssld.stage2_detect.validation_loss import validation_losses
+    from ssld.stage2_detect.data.training_data import images_to_try_a_teacher_on, read_training_data, training_loader
+    from ssld.stage2_detect.distillation.teacher import check_teacher
+    from ssld.stage2_detect.evaluation import expected
+    from ssld.stage2_detect.evaluation.files import write_evaluation
+    from ssld.stage2_detect.evaluation.scoring import describe, score
+    from ssld.stage2_detect.training.memory_trial import whole_step
+    from ssld.stage2_detect.training.trained_detector import Student
+    from ssld.stage2_detect.training.validation_loss import validation_losses
 
     # ---- data and backbone, checked before any process group exists
     data = read_training_data(config)

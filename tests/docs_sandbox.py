@@ -185,8 +185,8 @@ def save_random_detector(path: Path, kind: str, annotations: Path) -> None:
     import torch
 
     from ssld.shared.models.backbones import InputSettings
-    from ssld.stage2_detect.coco import read_coco
     from ssld.stage2_detect.config import ResizeConfig
+    from ssld.stage2_detect.data.coco import read_coco
     from ssld.stage2_detect.detector_file import save_detector
     from ssld.stage2_detect.model_config import DetectorConfig
     from ssld.stage2_detect.models.build import build_detector
@@ -241,7 +241,7 @@ def write_coco(file: Path, folder: Path, seed: int) -> None:
 
 def write_clip(file: Path) -> None:
     """A video of three scenes."""
-    from ssld.stage2_detect.video import VideoFile
+    from ssld.stage2_detect.prediction.video_file import VideoFile
 
     with VideoFile(file, SIDE, SIDE, 10) as video:
         for number in range(3):

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ssld.shared.models.backbones import InputSettings
-from ssld.stage2_detect.losses import BoxLoss
 from ssld.stage2_detect.model_config import BoxLossConfig, DetectorConfig, RPNConfig
+from ssld.stage2_detect.models.box_losses import BoxLoss
 from ssld.stage2_detect.models.dense import DenseDetector
 from ssld.stage2_detect.models.gfl import GFL
 from ssld.stage2_detect.models.mask_head import MaskHead

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
-from ssld.stage2_detect import dense_losses
 from ssld.stage2_detect.models import boxes
+from ssld.stage2_detect.models import focal_losses as dense_losses
 from ssld.stage2_detect.models.anchors import Grids, grid_anchors
 from ssld.stage2_detect.models.assign import Assignment
 from ssld.stage2_detect.models.atss import Thresholds, assign_atss

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssld.stage2_detect.losses import L1, BoxLoss
 from ssld.stage2_detect.models import assign, boxes, pooling, postprocess, sampling
 from ssld.stage2_detect.models.batch import Detections, Targets
+from ssld.stage2_detect.models.box_losses import L1, BoxLoss
 from ssld.stage2_detect.models.rpn import Proposals
 
 _STREAM = 1  # of the sampling hash; the RPN has 0

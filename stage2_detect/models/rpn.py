@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssld.stage2_detect.models import anchors, assign, boxes, sampled_conv, sampling
+from ssld.stage2_detect.models import anchors, assign, boxes, sampling
 from ssld.stage2_detect.models.batch import Targets
+from ssld.stage2_detect.models.kernels import sampled_conv
 
 _STREAM = 0  # of the sampling hash; the RoI heads use others
 _WEIGHTS = (1.0, 1.0, 1.0, 1.0)

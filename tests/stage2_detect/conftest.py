@@ -111,8 +111,8 @@ def mask_file(tmp_path_factory: pytest.TempPathFactory, tiny_coco: TinyCoco) -> 
     import torch
 
     from ssld.shared.models.backbones import InputSettings
-    from ssld.stage2_detect.coco import read_coco
     from ssld.stage2_detect.config import ResizeConfig
+    from ssld.stage2_detect.data.coco import read_coco
     from ssld.stage2_detect.detector_file import save_detector
     from ssld.stage2_detect.model_config import DetectorConfig
     from ssld.stage2_detect.models.build import build_detector

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ssld.stage2_detect.coco import CocoData, read_coco
+from ssld.stage2_detect.data.coco import CocoData, read_coco
 
 
 def read(run: Path, split: str = "train") -> CocoData:

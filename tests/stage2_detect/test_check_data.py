@@ -14,8 +14,8 @@ from PIL import Image
 
 from ssld.shared.errors import UserError
 from ssld.stage2_detect.check_data import main
-from ssld.stage2_detect.coco import read_coco, require_masks
-from ssld.stage2_detect.data_pictures import difference_hash, look_alikes
+from ssld.stage2_detect.data.check.images import difference_hash, look_alikes
+from ssld.stage2_detect.data.coco import read_coco, require_masks
 
 Content = dict[str, Any]
 

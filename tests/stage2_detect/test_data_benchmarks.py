@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ssld.stage2_detect.coco_ap import coco_ap
+from ssld.stage2_detect.evaluation.coco_ap import coco_ap
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -42,7 +42,7 @@ def test_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_cache(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark = script("annotation_cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("ssld.stage2_detect.annotation_cache.LEAST_BYTES", 0)
+    monkeypatch.setattr("ssld.stage2_detect.data.annotation_cache.LEAST_BYTES", 0)
 
     def here(file: Path, way: str, shapes: bool, _folder: str) -> dict[str, Any]:
         found: dict[str, Any] = benchmark.read(file, cache=way == "cache", shapes=shapes)

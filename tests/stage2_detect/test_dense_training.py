@@ -16,13 +16,13 @@ from ssld.shared.models.model_file import read_metadata
 from ssld.shared.run_dir import read_result
 from ssld.stage2_detect import evaluate, train
 from ssld.stage2_detect.config import DetectionDataConfig, TrainConfig
-from ssld.stage2_detect.dense_distillation import DistilledDense
 from ssld.stage2_detect.detector_file import load_detector
 from ssld.stage2_detect.distill_config import ADLConfig, DistillConfig
+from ssld.stage2_detect.distillation.dense import DistilledDense
+from ssld.stage2_detect.distillation.teacher import FrozenDetector, open_teacher
 from ssld.stage2_detect.models.batch import ImageBatch
 from ssld.stage2_detect.models.dense import DenseDetector
 from ssld.stage2_detect.models.retinanet import RetinaNet
-from ssld.stage2_detect.teacher_detector import FrozenDetector, open_teacher
 
 Settings = dict[str, Any]
 Arguments = Callable[..., list[str]]

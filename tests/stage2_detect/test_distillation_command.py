@@ -18,11 +18,11 @@ from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import input_settings
 from ssld.shared.models.model_file import read_metadata
 from ssld.stage2_detect import train
-from ssld.stage2_detect.coco import read_coco
 from ssld.stage2_detect.config import ResizeConfig
+from ssld.stage2_detect.data.coco import read_coco
 from ssld.stage2_detect.detector_file import load_detector, save_detector
+from ssld.stage2_detect.distillation.teacher import open_teacher
 from ssld.stage2_detect.models.rcnn import RCNN
-from ssld.stage2_detect.teacher_detector import open_teacher
 
 Settings = dict[str, Any]
 Arguments = Callable[..., list[str]]

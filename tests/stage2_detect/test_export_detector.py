@@ -18,14 +18,14 @@ from ssld.shared.deploy.graph_files import read_program, session, write_onnx, wr
 from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import InputSettings
 from ssld.shared.models.model_file import read_metadata
-from ssld.stage2_detect import onnx_suppression
-from ssld.stage2_detect.detector_card import detector_card
+from ssld.stage2_detect.deploy import graph, onnx_suppression
+from ssld.stage2_detect.deploy.card import detector_card
+from ssld.stage2_detect.deploy.check import compare, graph_of
 from ssld.stage2_detect.detector_file import load_detector
 from ssld.stage2_detect.export import main
-from ssld.stage2_detect.export_check import compare, graph_of
 from ssld.stage2_detect.export_config import FILES
 from ssld.stage2_detect.model_config import DetectorConfig
-from ssld.stage2_detect.models import deform, graph, pooling
+from ssld.stage2_detect.models import deform, pooling
 from ssld.stage2_detect.models.build import Detector, build_detector
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,7 @@ from ssld.shared.config.settings import dump
 from ssld.shared.errors import UserError
 from ssld.shared.models.model_file import read_metadata
 from ssld.stage2_detect.config import TrainConfig
-from ssld.stage2_detect.detector_card import detector_card
+from ssld.stage2_detect.deploy.card import detector_card
 from ssld.stage2_detect.export import main
 
 
@@ -22,7 +22,7 @@ def test_what_a_killed_export_leaves_goes(
         begun.append(path)
         raise UserError("stopped")
 
-    monkeypatch.setattr("ssld.stage2_detect.graph_writing.write", killed)
+    monkeypatch.setattr("ssld.stage2_detect.deploy.writing.write", killed)
     argv = ["--model", str(detector_file), "--output", str(tmp_path / "run"), "--threads", "1", "--check_images", "1"]
     user_error(main, argv)
     clean = files_below(tmp_path / "run")

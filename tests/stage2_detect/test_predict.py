@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from run_files import content
 
 from ssld.stage2_detect import evaluate, predict
-from ssld.stage2_detect.coco import read_coco
+from ssld.stage2_detect.data.coco import read_coco
 
 Call = Callable[..., int]
 Files = Callable[[Path], set[str]]

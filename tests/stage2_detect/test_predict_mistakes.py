@@ -14,7 +14,7 @@ from run_files import content
 from ssld.shared.errors import UserError
 from ssld.shared.models.model_file import read_metadata, read_tensors, save_model_file
 from ssld.stage2_detect import predict
-from ssld.stage2_detect.pictures import find_pictures
+from ssld.stage2_detect.data.image_files import find_pictures
 
 Call = Callable[..., int]
 Error = Callable[..., str]

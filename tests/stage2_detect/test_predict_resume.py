@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 from run_files import content
 
-from ssld.stage2_detect import predict, prediction
-from ssld.stage2_detect.prediction_files import Parts
-from ssld.stage2_detect.video import VideoFile
+from ssld.stage2_detect import predict
+from ssld.stage2_detect.prediction.files import Parts
+from ssld.stage2_detect.prediction.steps import steps as prediction
+from ssld.stage2_detect.prediction.video_file import VideoFile
 
 ROOT = Path(__file__).resolve().parents[2]
 Call = Callable[..., int]
@@ -23,7 +24,7 @@ Error = Callable[..., str]
 def test_a_killed_run_goes_on(
     call: Call, predict_line: Any, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ssld.stage2_detect.prediction_files._PART", 4)
+    monkeypatch.setattr("ssld.stage2_detect.prediction.files._PART", 4)
     assert call(predict.main, predict_line(output="whole")) == 0
     write = Parts.write
     written: list[int] = []
@@ -77,7 +78,7 @@ def test_two_processes_write_the_same_file(
         for number in range(3):
             video.add(np.array(Image.open(photos / f"{number}.png").convert("RGB")), number / 10)
     assert call(predict.main, predict_line("--batch_size", "2")) == 0
-    code = "import ssld.stage2_detect.prediction_files as files, ssld.stage2_detect.predict as predict, sys; files._PART = 4; "
+    code = "import ssld.stage2_detect.prediction.files as files, ssld.stage2_detect.predict as predict, sys; files._PART = 4; "
     code += "sys.exit(predict.main(sys.argv[1:]))"
     script = tmp_path / "small_parts.py"
     script.write_text(f"import sys; {code}")

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from ssld.shared.errors import UserError
 from ssld.shared.models.model_file import read_metadata
 from ssld.stage2_detect import predict, train
-from ssld.stage2_detect.augment import draw_view, view_boxes
-from ssld.stage2_detect.batches import TrainLoader
-from ssld.stage2_detect.coco import read_coco
-from ssld.stage2_detect.unlabelled import read_pseudo_labels
+from ssld.stage2_detect.data.coco import read_coco
+from ssld.stage2_detect.data.loaders import TrainLoader
+from ssld.stage2_detect.data.unlabeled import read_pseudo_labels
+from ssld.stage2_detect.data.views import draw_view, view_boxes
 
 Settings = dict[str, Any]
 Arguments = Callable[..., list[str]]
@@ -251,8 +251,8 @@ def test_pseudo_labels_that_are_the_truth_train_as_the_truth_does(
     Its images are known, so the losses are computed once more by hand from the initial weights.
     """
     from ssld.stage2_detect.config import TrainConfig
-    from ssld.stage2_detect.student import Student
-    from ssld.stage2_detect.training_data import read_training_data, training_loader
+    from ssld.stage2_detect.data.training_data import read_training_data, training_loader
+    from ssld.stage2_detect.training.trained_detector import Student
 
     changes = {"pseudo": str(tiny_coco.train_annotations), "unlabeled": str(tiny_coco.train_images), "distill": None}
     settings = settings | changes | {"steps": 1, "resize": settings["resize"] | {"flip": 0.0}}

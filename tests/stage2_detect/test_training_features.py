@@ -15,13 +15,13 @@ from ssld.shared.distributed.ranks import total_over_ranks
 from ssld.shared.images import stable_seed
 from ssld.shared.models.model_file import read_metadata
 from ssld.stage2_detect import train
-from ssld.stage2_detect.coco import read_coco
 from ssld.stage2_detect.config import ExpectedConfig
+from ssld.stage2_detect.data.coco import read_coco
 from ssld.stage2_detect.detector_file import load_detector
-from ssld.stage2_detect.expected import compare
+from ssld.stage2_detect.evaluation.expected import compare
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.rcnn import RCNN
-from ssld.stage2_detect.validation_loss import validation_losses
+from ssld.stage2_detect.training.validation_loss import validation_losses
 
 Settings = dict[str, Any]
 Arguments = Callable[..., list[str]]

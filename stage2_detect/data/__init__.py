@@ -1,0 +1,1 @@
+"""Images and boxes of stage 2: COCO files, views and batches."""

@@ -1,0 +1,152 @@
+"""Large annotation files, read once: their checked content is kept in the user's cache folder.
+
+Parsing 450 MB of JSON takes longer than everything else before the first step. An entry is one safetensors file: numbers
+as arrays, names and ids as JSON text, shapes as JSON text each, which is decoded when an image is looked at. It is used
+only for a file of the same path, size and time stamp, if its checksums are right; anything odd about it, and the file is
+read anew. There is one entry a path, so that nothing piles up. Nothing in it is ever executed: no pickle. Writers make a
+file of their own and rename it, so any number of processes may do so at once. Small files are not kept, nor those
+changed a moment ago, since a second change could have the same time stamp.
+
+Legend: N annotations of the file.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ssld.stage2_detect.data.coco_json import CocoTable, read_table
+
+VERSION = 1
+"""to be raised whenever `CocoTable`, or what `read_table` checks, changes"""
+LEAST_BYTES = 8 << 20
+"""smaller files are parsed in less than a second"""
+_SETTLED_SECONDS = 2.0
+_TEXTS = ("class_names", "category_ids", "image_ids", "file_names", "annotation_ids")
+_ARRAYS = ("widths_I", "heights_I", "owners_N", "labels_N", "boxes_N4", "crowd_N", "areas_N")
+_SHAPES = ("shapes", "shape_bounds")
+
+
+class PackedShapes(Sequence[Any]):
+    """Polygons or RLE of some annotations as JSON text; each is decoded when it is asked for.
+
+    `text` uint8 is that of all annotations of the file, `bounds` [N + 1] where each begins; empty text stands for None.
+    """
+
+    def __init__(self, text: np.ndarray, bounds: np.ndarray, chosen: np.ndarray) -> None:
+        self._text, self._bounds, self._chosen = text, bounds, chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return self.pick(np.arange(len(self))[index])
+        which = self._chosen[index]
+        text = self._text[self._bounds[which] : self._bounds[which + 1]].tobytes()
+        return json.loads(text) if text else None
+
+    def pick(self, positions: np.ndarray) -> "PackedShapes":
+        """Those at some positions, still packed."""
+        return PackedShapes(self._text, self._bounds, self._chosen[positions])
+
+
+def cache_folder() -> Path:
+    """Where entries are: below XDG_CACHE_HOME, else below ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "ssld" / "annotations"
+
+
+def read_cached(file: str, *, segmentations: bool) -> CocoTable:
+    """What `read_table` gives, from the cache where it has it; raises as `read_table` does."""
+    key = _key(file)
+    if key is None:
+        return read_table(file, segmentations=segmentations)
+    entry = cache_folder() / f"{hashlib.sha256(os.fsencode(os.path.abspath(file))).hexdigest()[:32]}.safetensors"
+    table = _load(entry, key, segmentations)
+    if table is not None:
+        return table
+    table = read_table(file, segmentations=segmentations)
+    if table.segmentations is not None:
+        table = replace(table, segmentations=_pack(table.segmentations))
+    if _key(file) == key and _settled(file):
+        _store(entry, key, table)
+    return table
+
+
+def _key(file: str) -> str | None:
+    """What an entry must be of; None for a file that is small or not there."""
+    try:
+        stat = os.stat(file)
+    except OSError:
+        return None
+    if stat.st_size < LEAST_BYTES:
+        return None
+    return json.dumps([VERSION, os.path.abspath(file), stat.st_size, stat.st_mtime_ns])
+
+
+def _settled(file: str) -> bool:
+    return time.time() - os.stat(file).st_mtime >= _SETTLED_SECONDS
+
+
+def _pack(shapes: Sequence[Any]) -> PackedShapes:
+    texts = [b"" if shape is None else json.dumps(shape, separators=(",", ":")).encode() for shape in shapes]
+    bounds = np.cumsum([0, *map(len, texts)])
+    return PackedShapes(np.frombuffer(b"".join(texts), dtype=np.uint8), bounds, np.arange(len(texts)))
+
+
+def _load(entry: Path, key: str, segmentations: bool) -> CocoTable | None:
+    """The table of an entry; None where there is no sound one."""
+    try:
+        with safe_open(entry, framework="numpy") as opened:
+            metadata = opened.metadata() or {}
+            if metadata.get("key") != key or (segmentations and "shapes" not in opened.keys()):  # noqa: SIM118
+                return None
+            wanted = [*_ARRAYS, "text", *(_SHAPES if segmentations else ())]
+            arrays = {name: opened.get_tensor(name) for name in wanted}
+        if any(metadata[name] != _checksum(array) for name, array in arrays.items()):
+            return None
+        texts = json.loads(arrays.pop("text").tobytes())
+        shapes = None
+        if segmentations:
+            text, bounds = (arrays.pop(name) for name in _SHAPES)
+            shapes = PackedShapes(text, bounds, np.arange(len(bounds) - 1))
+        return CocoTable(**{name: texts[name] for name in _TEXTS}, **arrays, segmentations=shapes)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _store(entry: Path, key: str, table: CocoTable) -> None:
+    """Write an entry; a cache that cannot be written is none."""
+    text = json.dumps({name: getattr(table, name) for name in _TEXTS}).encode()
+    arrays: dict[str, np.ndarray] = {name: np.ascontiguousarray(getattr(table, name)) for name in _ARRAYS}
+    arrays["text"] = np.frombuffer(text, dtype=np.uint8)
+    if isinstance(table.segmentations, PackedShapes):
+        arrays |= dict(zip(_SHAPES, (table.segmentations._text, table.segmentations._bounds), strict=True))
+    metadata: Mapping[str, str] = {"key": key} | {name: _checksum(array) for name, array in arrays.items()}
+    part = entry.with_name(f".{entry.name}.{os.getpid()}")
+    try:
+        entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        save_file(arrays, part, metadata=dict(metadata))
+        os.replace(part, entry)
+    except (OSError, SafetensorError):
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def _checksum(array: np.ndarray) -> str:
+    return str(zlib.crc32(np.ascontiguousarray(array).data.cast("B") if array.size else b""))

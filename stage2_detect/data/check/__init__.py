@@ -1,0 +1,1 @@
+"""Checks of a COCO file and its images before training."""

@@ -1,0 +1,1 @@
+"""Readers of YOLO, Pascal VOC and Hugging Face data sets."""

@@ -1,0 +1,293 @@
+"""Reads detection data sets of the Hugging Face hub: Parquet files with a column of images and a column of objects.
+
+Layout: https://huggingface.co/docs/datasets/object_detection. `image` is bytes, or a struct with them; `objects` is a
+struct of lists or a list of structs with `bbox` and `category` (numbers with the names in the file's metadata, or
+names), and perhaps `area`, `iscrowd` and `segmentation` (polygons, or RLE). Splits are told by the files' names
+(`train-00000-of-00002.parquet`), or by their folders where those are numbers (`train/0000.parquet`). The files are read
+in place, a few rows at a time, and images are written out as the very bytes that were in them.
+"""
+
+import io
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from ssld.shared.errors import UserError
+from ssld.stage2_detect.data.coco import is_shape
+from ssld.stage2_detect.data.convert.records import (
+    Corners,
+    Found,
+    FoundImage,
+    FoundObject,
+    check_class_names,
+    finite_number,
+    read_class_list,
+    size_of_bytes,
+)
+
+BoxFormat = Literal["xywh", "xyxy", "xyxy_relative", "cxcywh_relative"]
+HUB = "hub:"
+_CATEGORIES = ("category", "categories", "category_id", "label", "labels")
+_CROWDS = ("iscrowd", "is_crowd", "crowd")
+_SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
+_ROWS_AT_A_TIME = 32
+
+
+class _Keys(NamedTuple):
+    """Which parts of `objects` hold what."""
+
+    category: str
+    crowd: str | None
+    area: str | None
+    shape: str | None
+
+
+def is_hub(source: str) -> bool:
+    """Whether a source is such data: `hub:ORG/NAME`, a .parquet file, or a folder with some."""
+    path = Path(source)
+    return source.startswith(HUB) or path.suffix == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet")))
+
+
+def read_hub(source: str, *, pending: Path, classes: Path | None, splits: list[str], box_format: BoxFormat) -> Found:
+    """The data set at a file, a folder or `hub:ORG/NAME`; images are written to `pending`/SPLIT.
+
+    Class names are those of `classes`, else of the files' metadata, else the names that occur, sorted. Raises
+    UserError, naming file and row, for whatever is wrong in it.
+    """
+    path = _download(source.removeprefix(HUB)) if source.startswith(HUB) else Path(source)
+    files = _files_by_split(path)
+    unknown = [split for split in splits if split not in files]
+    if unknown:
+        raise UserError(f"{source}: has no split {unknown[0]!r} (it has {', '.join(files)})")
+    chosen = {split: files[split] for split in splits or files}
+    every = [file for some in chosen.values() for file in some]
+    keys = {file: _keys_of(file) for file in every}
+    names = read_class_list(classes) if classes else _class_names(every, keys)
+    label_of: dict[Any, int] = {name: label for label, name in enumerate(names)}
+    found: dict[str, list[FoundImage]] = {}
+    for split, some in chosen.items():
+        folder = pending / split
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        found[split] = []
+        for file in some:
+            found[split] += _read_file(file, keys[file], folder, len(found[split]), label_of, box_format)
+        if not found[split]:
+            raise UserError(f"{source}: split {split} has no rows")
+        _drop_repeated_ids(found[split])
+    return Found("Hugging Face", names, found, hint="are its numbers another box_format?")
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=["*.parquet"]))
+    except Exception as error:  # of the hub's client, of the network below it
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{HUB}{name}: cannot be fetched: {why}") from None
+
+
+def _files_by_split(path: Path) -> dict[str, list[Path]]:
+    """Sorted files of each split. Raises UserError where several subsets lie side by side."""
+    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    if not files:
+        raise UserError(f"{path}: holds no .parquet file")
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        shard = _SHARD.fullmatch(file.stem)
+        split = shard["split"] if shard else file.parent.name if file.stem.isdigit() else file.stem
+        found.setdefault(split, []).append(file)
+    for split, some in found.items():
+        folders = sorted({str(file.parent) for file in some})
+        if len(folders) > 1:
+            raise UserError(f"{path}: several subsets have a split {split!r}; give one of {', '.join(folders[:4])}")
+    return found
+
+
+def _keys_of(file: Path) -> _Keys:
+    """Checks the columns of a file by its schema."""
+    try:
+        schema = pq.read_schema(file)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{file}: is not a Parquet file: {' '.join(str(error).split())[:120]}") from None
+    for column in ("image", "objects"):
+        if column not in schema.names:
+            raise UserError(f"{file}: has no column {column!r} (it has {', '.join(schema.names)})")
+    kind = schema.field("objects").type
+    if _is_list(kind):
+        kind = kind.value_type
+    if not pa.types.is_struct(kind):
+        raise UserError(f"{file}: objects: expected a struct of lists or a list of structs, found {kind}")
+    names = [field.name for field in kind]
+    category = next((name for name in _CATEGORIES if name in names), None)
+    if "bbox" not in names or category is None:
+        raise UserError(f"{file}: objects: needs bbox and one of {', '.join(_CATEGORIES)} (it has {', '.join(names)})")
+    crowd = next((name for name in _CROWDS if name in names), None)
+    return _Keys(category, crowd, *(name if name in names else None for name in ("area", "segmentation")))
+
+
+def _class_names(files: list[Path], keys: dict[Path, _Keys]) -> list[str]:
+    known = {tuple(names) for names in (_names_in_metadata(file, keys[file].category) for file in files) if names}
+    if len(known) > 1:
+        raise UserError(f"{files[0]}: the files of this data set name different classes")
+    if known:
+        names = list(known.pop())
+    else:
+        met: set[Any] = set()
+        for file in files:
+            for _, row in _rows(file, ["objects"]):
+                met |= {one[keys[file].category] for one in _separate(row["objects"])}
+        if not all(isinstance(name, str) for name in met):
+            raise UserError(
+                f"{files[0]}: objects.{keys[files[0]].category} is a number, and nothing says what it means; give --classes FILE"
+            )
+        names = sorted(met)
+    check_class_names(names, f"{files[0]}: objects.{keys[files[0]].category}")
+    return names
+
+
+def _names_in_metadata(file: Path, category: str) -> list[str]:
+    """Names of the ClassLabel that the file's Hugging Face metadata has for the categories."""
+    text = (pq.read_schema(file).metadata or {}).get(b"huggingface", b"{}")
+    features = json.loads(text).get("info", {}).get("features", {}).get("objects")
+
+    def below(value: Any, inside: bool) -> list[str]:
+        if isinstance(value, dict):
+            if inside and value.get("_type") == "ClassLabel":
+                return [str(name) for name in value.get("names", [])]
+            return next((names for key, one in value.items() if (names := below(one, inside or key == category))), [])
+        return next((names for one in value if (names := below(one, inside))), []) if isinstance(value, list) else []
+
+    return below(features, False)
+
+
+def _rows(file: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number from 0, row) of a file."""
+    number = 0
+    with pq.ParquetFile(file, pre_buffer=False) as opened:
+        for batch in opened.iter_batches(_ROWS_AT_A_TIME, columns=columns, use_threads=False):
+            for row in batch.to_pylist():
+                yield number, row
+                number += 1
+
+
+def _separate(objects: Any) -> list[dict[str, Any]]:
+    """Objects one by one, of a struct of lists or a list of structs. Raises ValueError for lists of unequal length."""
+    if objects is None:
+        return []
+    if isinstance(objects, list):
+        return objects
+    lists = {key: value for key, value in objects.items() if value is not None}
+    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+
+
+def _read_file(
+    file: Path, keys: _Keys, folder: Path, first: int, label_of: dict[Any, int], box_format: BoxFormat
+) -> Iterator[FoundImage]:
+    present = pq.read_schema(file).names
+    columns = [name for name in ("image", "objects", "image_id", "width", "height") if name in present]
+    for number, row in _rows(file, columns):
+        place = f"{file}, row {number}"
+        cell = row["image"]
+        encoded = cell if isinstance(cell, bytes) else (cell or {}).get("bytes")
+        if not encoded:
+            raise UserError(f"{place}: holds no image bytes")
+        sides = (row.get("width"), row.get("height"))
+        said = (int(sides[0]), int(sides[1])) if sides[0] and sides[1] else None
+        width, height = size_of_bytes(encoded, place, said, place)
+        try:
+            separate = _separate(row["objects"])
+        except ValueError:
+            raise UserError(f"{place}: objects: its lists are of unequal length") from None
+        objects = [
+            _read_object(one, keys, f"{place}, object {index}", label_of, box_format, (width, height))
+            for index, one in enumerate(separate)
+        ]
+        image = folder / f"{first + number:08d}{_suffix(encoded)}"
+        image.write_bytes(encoded)
+        image_id = row.get("image_id")
+        yield FoundImage(image, width, height, objects, image_id if isinstance(image_id, int) else None)
+
+
+def _read_object(
+    one: dict[str, Any],
+    keys: _Keys,
+    place: str,
+    label_of: dict[Any, int],
+    box_format: BoxFormat,
+    size: tuple[int, int],
+) -> FoundObject:
+    category = one.get(keys.category)
+    label = category if isinstance(category, int) and not isinstance(category, bool) else label_of.get(category, -1)
+    if not 0 <= label < len(label_of):
+        raise UserError(f"{place}: category {category!r}, but there are {len(label_of)} classes")
+    box = one.get("bbox")
+    if not isinstance(box, list) or len(box) != 4:
+        raise UserError(f"{place}: bbox {box!r}, expected four numbers")
+    a, b, c, d = (finite_number(str(value), place, "bbox") for value in box)
+    corners = _corners((a, b, c, d), box_format, size)
+    if corners[2] < corners[0] or corners[3] < corners[1]:
+        raise UserError(f"{place}: bbox {box!r} has a negative side as {box_format}; give another --box_format")
+    area = one.get(keys.area) if keys.area else None
+    return FoundObject(
+        label,
+        corners,
+        place,
+        crowd=bool(keys.crowd and one.get(keys.crowd)),
+        shape=_shape(one.get(keys.shape) if keys.shape else None, place, size),
+        area=None if area is None else finite_number(str(area), place, "area"),
+    )
+
+
+def _shape(value: Any, place: str, size: tuple[int, int]) -> list[list[float]] | dict[str, Any] | None:
+    """RLE, or the polygons that enclose anything; None where there are none."""
+    if not value:
+        return None
+    if isinstance(value, dict) and {"size", "counts"} <= value.keys():
+        counts = value["counts"]
+        code = {"size": value["size"], "counts": counts.decode("latin-1") if isinstance(counts, bytes) else counts}
+        width, height = size
+        if not is_shape(code, height, width):
+            raise UserError(f"{place}: segmentation: this is no RLE of a picture {height} pixels high and {width} wide")
+        return code
+    if not isinstance(value, list) or not all(isinstance(one, list) and len(one) % 2 == 0 for one in value):
+        raise UserError(f"{place}: segmentation: neither polygons, lists of x, y, x, y, ..., nor RLE, size and counts")
+    polygons = [[finite_number(str(number), place, "segmentation") for number in one] for one in value]
+    return [polygon for polygon in polygons if len(polygon) >= 6] or None
+
+
+def _corners(box: Corners, box_format: BoxFormat, size: tuple[int, int]) -> Corners:
+    a, b, c, d = box
+    if box_format == "xywh":
+        return a, b, a + c, b + d
+    if box_format == "xyxy":
+        return box
+    width, height = size
+    if box_format == "xyxy_relative":
+        return a * width, b * height, c * width, d * height
+    return (a - c / 2) * width, (b - d / 2) * height, (a + c / 2) * width, (b + d / 2) * height
+
+
+def _drop_repeated_ids(images: list[FoundImage]) -> None:
+    """Number the images anew unless every one has an id of its own."""
+    ids = {image.image_id for image in images}
+    if None in ids or len(ids) < len(images):
+        images[:] = [image._replace(image_id=None) for image in images]
+
+
+def _suffix(encoded: bytes) -> str:
+    with Image.open(io.BytesIO(encoded)) as image:
+        name = (image.format or "img").lower()
+    return {"jpeg": ".jpg", "mpo": ".jpg", "tiff": ".tif"}.get(name, f".{name}")
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return any(check(kind) for check in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))

@@ -1,0 +1,116 @@
+"""Pictures and videos that come without annotations: which files a path means, and a record for each."""
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ssld.shared.errors import UserError
+from ssld.shared.files import IMAGE_SUFFIXES, list_images, require_images
+from ssld.stage2_detect.data.coco import CocoImage, Id
+from ssld.stage2_detect.predict_config import is_pattern
+from ssld.stage2_detect.prediction.video_file import VIDEO_SUFFIXES
+
+_SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
+_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF: the tag, and the values that swap width and height
+
+
+class Pictures(NamedTuple):
+    """Files as a folder and sorted posix paths relative to it."""
+
+    folder: str
+    names: list[str]
+
+
+@contextmanager
+def pictures_of_any_size(allowed: bool) -> Iterator[None]:
+    """Lift PIL's limit meanwhile, above which (179 million pixels) it takes a picture for an attack: what tiles are for is as large as that."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if allowed:
+        Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def find_pictures(images: str) -> Pictures:
+    """The pictures and videos that a path means: a folder with all below it, one of them, a pattern (`**` for any depth), or a text file of paths,
+    one a line, relative to that file. Raises UserError where there are none, or a listed one is missing."""
+    path = Path(images)
+    if path.is_dir():
+        return Pictures(images, list_images(path, _SUFFIXES) or require_images(path))
+    if path.is_file():
+        return _together([images] if images.lower().endswith(_SUFFIXES) else _listed(path))
+    if is_pattern(images):
+        found = [one for one in glob.glob(images, recursive=True) if os.path.isfile(one)]
+        names = [one for one in found if one.lower().endswith(_SUFFIXES)]
+        if not names:
+            raise UserError(f"no images match {images} (looked for {' '.join(_SUFFIXES)})")
+        return _together(names)
+    raise UserError(f"{images}: no such picture, video, folder or list")
+
+
+def records_of(pictures: Pictures, ids: Sequence[Id]) -> tuple[list[CocoImage], list[str]]:
+    """(a record without objects for each picture, names of those that cannot be read). Only headers are read."""
+    paths = [os.path.join(pictures.folder, name) for name in pictures.names]
+    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
+        sizes = list(pool.map(_upright_size, paths, chunksize=64))
+    nothing = (
+        np.zeros((0, 4), np.float32),
+        np.zeros(0, np.int64),
+        np.zeros(0, bool),
+        np.zeros(0),
+        np.zeros((0, 4)),
+    )
+    records = [
+        CocoImage(image_id, path, *size, *nothing, (), ())
+        for image_id, path, size in zip(ids, paths, sizes, strict=True)
+        if size is not None
+    ]
+    return records, [name for name, size in zip(pictures.names, sizes, strict=True) if size is None]
+
+
+def _listed(file: Path) -> list[str]:
+    """The paths in a list file; empty lines and those that begin with # do not count."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{file}: neither a picture or video ({' '.join(_SUFFIXES)}) nor a text file with a path a line"
+        ) from None
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1)]
+    paths = []
+    for number, line in numbered:
+        if line and not line.startswith("#"):
+            path = os.path.join(file.parent, line)
+            if not os.path.isfile(path):
+                raise UserError(f"{file}, line {number}: {line}: no such file")
+            paths.append(path)
+    if not paths:
+        raise UserError(f"{file}: no path in it; it should list pictures, one a line")
+    return paths
+
+
+def _together(paths: Sequence[str]) -> Pictures:
+    """Files below the deepest folder that holds them all."""
+    whole = {os.path.normpath(os.path.abspath(path)) for path in paths}
+    folder = os.path.commonpath([os.path.dirname(path) for path in whole])
+    return Pictures(folder, sorted(Path(path).relative_to(folder).as_posix() for path in whole))
+
+
+def _upright_size(path: str) -> tuple[int, int] | None:
+    """(width, height) of a picture as it is to be looked at, from its header; None where that cannot be read."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            sideways = image.getexif().get(_ORIENTATION) in _SIDEWAYS
+    except Exception:  # PIL raises many kinds for damaged files
+        return None
+    return (height, width) if sideways else (width, height)

@@ -1,0 +1,1 @@
+"""Exports of a detector: ONNX, torch.export, a folder for the hub."""

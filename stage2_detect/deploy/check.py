@@ -1,0 +1,240 @@
+"""Whether a detector's exported files find what the detector itself finds, and how fast they are.
+
+Detections are compared within classes, each with the one whose box is nearest; what is more than `_FAR` pixels from everything has no counterpart.
+
+Shapes: B images of a batch, N and M detections of an image, H height, W width.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssld.shared.deploy.timing import interleaved, speed_lines
+from ssld.shared.errors import UserError
+from ssld.shared.files import IMAGE_SUFFIXES
+from ssld.shared.images import UnreadableImage, decode_image
+from ssld.stage2_detect.config import ResizeConfig
+from ssld.stage2_detect.data.image_files import find_pictures
+from ssld.stage2_detect.data.loaders import PAD_MULTIPLE
+from ssld.stage2_detect.data.views import View, fit_view, view_image
+from ssld.stage2_detect.deploy.graph import DetectorGraph
+from ssld.stage2_detect.deploy.writing import LEAST
+from ssld.stage2_detect.detector_file import LoadedDetector
+from ssld.stage2_detect.export_config import FILES, ExportDetectorConfig
+from ssld.stage2_detect.models.batch import ImageBatch
+from ssld.stage2_detect.models.build import Detector
+
+Batch = tuple[Tensor, Tensor]
+"""pixels uint8 [B, 3, H, W] and true sizes int64 [B, 2]"""
+Run = Callable[[Tensor, Tensor], Sequence[np.ndarray]]
+"""What an exported file answers: boxes, scores, labels, count and perhaps masks."""
+_FAR = 2.0  # pixels
+
+
+def images_of(config: ExportDetectorConfig, log: Callable[[str], None]) -> list[Tensor]:
+    """uint8 [3, H, W] each: evenly chosen pictures, or noise. Raises UserError where there are none, or none can be read."""
+    if config.images is None:
+        return _noise(config.check_images)
+    folder, names = find_pictures(config.images)
+    names = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    most = min(len(names), config.check_images)
+    chosen = [names[number * len(names) // most] for number in range(most)]
+    found = []
+    for name in chosen:
+        try:
+            found.append(decode_image(Path(folder) / name))
+        except UnreadableImage as error:
+            log(f"{error}; left out")
+    if not found:
+        raise UserError(f"{config.images}: none of the {len(chosen)} pictures looked at can be read")
+    return found
+
+
+def batches_of(
+    images: Sequence[Tensor], resize: ResizeConfig, canvas: tuple[int, int] | None, batch_size: int
+) -> list[Batch]:
+    """Pictures in the recipe's size and no larger than the canvas, padded."""
+    seen = [_fitted(image_CHW, resize, canvas) for image_CHW in images]
+    return [_padded(seen[i : i + batch_size], canvas) for i in range(0, len(seen), batch_size)]
+
+
+def _noise(count: int) -> list[Tensor]:
+    """Pictures of coloured rectangles, in which a detector finds more than in grains."""
+    draw = np.random.default_rng(0)
+    found = []
+    for _ in range(count):
+        pixels = np.full((240, 320, 3), draw.integers(0, 244, 3), np.uint8)
+        for _ in range(12):
+            y, x, height, width = draw.integers(0, (200, 280, 120, 160))
+            pixels[y : y + 8 + height, x : x + 8 + width] = draw.integers(0, 244, 3)
+        pixels += draw.integers(0, 12, pixels.shape, np.uint8)
+        found.append(torch.from_numpy(pixels).permute(2, 0, 1))
+    return found
+
+
+def _fitted(image_CHW: Tensor, resize: ResizeConfig, canvas: tuple[int, int] | None) -> Tensor:
+    height, width = image_CHW.shape[1:]
+    view = fit_view(height, width, short_side=resize.val_short_side, max_long=resize.val_long_side)
+    if canvas is not None and (view.height > canvas[0] or view.width > canvas[1]):
+        scale = min(canvas[0] / height, canvas[1] / width)
+        high, wide = (max(1, int(scale * side + 0.5)) for side in (height, width))
+        view = View(scale, high, wide)
+    return view_image(image_CHW, view, resize.interpolation, resize.kernel)
+
+
+def _padded(images: Sequence[Tensor], canvas: tuple[int, int] | None) -> Batch:
+    sizes_B2 = torch.tensor([image.shape[1:] for image in images])
+    H, W = canvas or (max(-(-int(side) // PAD_MULTIPLE), LEAST) * PAD_MULTIPLE for side in sizes_B2.amax(dim=0))
+    pixels_BCHW = torch.zeros(len(images), 3, H, W, dtype=torch.uint8)
+    for canvas_CHW, image in zip(pixels_BCHW, images, strict=True):
+        canvas_CHW[:, : image.shape[1], : image.shape[2]] = image
+    return pixels_BCHW, sizes_B2
+
+
+@torch.no_grad()
+def compare(run: Run, model: Detector, many: Sequence[Batch]) -> dict[str, float]:
+    """Answers of an exported file beside those of the detector it was written from.
+
+    The first image of every batch is asked for alone once more, so that two batch sizes are tried.
+
+    Returns:
+        `images`; `found` by torch and `found_by_file`; `missing`, the share of both without counterpart; and of those with one, the largest
+        difference of a coordinate `box_difference` (pixels of the input), of a score `score_difference` and of a mask's probability
+        `mask_difference` (0 without masks).
+    """
+    result = dict.fromkeys(("images", "found", "found_by_file", "alone"), 0)
+    largest = dict.fromkeys(("box_difference", "score_difference", "mask_difference"), 0.0)
+    for pixels_BCHW, sizes_B2 in many:
+        expected = reference(model, pixels_BCHW, sizes_B2)
+        answers = [run(pixels_BCHW, sizes_B2), run(pixels_BCHW[:1], sizes_B2[:1])]
+        for answer, wanted in ((answers[0], expected), (answers[1], expected[:1])):
+            for ours, theirs in zip(wanted, _images(answer), strict=True):
+                result["found"] += len(ours[1])
+                result["found_by_file"] += len(theirs[1])
+                result["alone"] += _differences(ours, theirs, largest)
+        result["images"] += len(sizes_B2)
+    both = result["found"] + result["found_by_file"]
+    return {
+        **{key: result[key] for key in ("images", "found", "found_by_file")},
+        "missing": result["alone"] / both if both else 0.0,
+        **largest,
+    }
+
+
+Found = tuple[np.ndarray, ...]
+"""boxes [N, 4], scores [N], labels [N] and perhaps masks of one image"""
+
+
+def reference(model: Detector, pixels_BCHW: Tensor, sizes_B2: Tensor) -> list[Found]:
+    """What the detector itself finds, by its own `forward`; masks by its mask head from the boxes found."""
+    found = model(ImageBatch(pixels_BCHW, sizes_B2, torch.ones(len(sizes_B2))))
+    rows = [(one.boxes_N4.numpy(), one.scores_N.numpy(), one.labels_N.numpy()) for one in found]
+    head = getattr(model, "mask_head", None)
+    if head is None:
+        return list(rows)
+    maps = head.predict(model.features(ImageBatch(pixels_BCHW, sizes_B2, torch.ones(len(sizes_B2)))), found)
+    return [(*row, one.numpy()) for row, one in zip(rows, maps, strict=True)]
+
+
+def _images(answer: Sequence[np.ndarray]) -> list[Found]:
+    counts = answer[3]
+    parts = [part for place, part in enumerate(answer) if place != 3]
+    return [tuple(part[row, :count] for part in parts) for row, count in enumerate(counts)]
+
+
+def _differences(ours: Found, theirs: Found, largest: dict[str, float]) -> int:
+    """Raises the largest differences to those of one image; returns how many detections have no counterpart."""
+    # A number that is none would lose every comparison: it counts as infinitely far.
+    clean = [np.nan_to_num(part.astype(np.float64), nan=np.inf) for part in theirs]
+    apart_NM = np.abs(ours[0][:, None].astype(np.float64) - clean[0][None]).max(axis=2, initial=0)
+    other_NM = ours[2][:, None] != theirs[2][None]
+    apart_NM[other_NM] = np.inf
+    free = np.ones(len(clean[0]), dtype=bool)
+    alone = 0
+    for n, row_M in enumerate(apart_NM):
+        # Among boxes as near as rounding, the one with the nearest score.
+        score_M = np.abs(clean[1] - ours[1][n])
+        near_M = free & (row_M < _FAR)
+        if not near_M.any():
+            alone += 1
+            continue
+        m = int(np.where(near_M, row_M / _FAR + score_M, np.inf).argmin())
+        free[m] = False
+        pairs = {"box_difference": row_M[m], "score_difference": score_M[m]}
+        if len(ours) > 3:
+            pairs["mask_difference"] = np.abs(ours[3][n] - clean[3][m]).max()
+        for key, value in pairs.items():
+            largest[key] = max(largest[key], float(value))
+    return alone + int(free.sum())
+
+
+def check(
+    run: Run,
+    model: Detector,
+    many: Sequence[Batch],
+    config: ExportDetectorConfig,
+    file: str,
+    log: Callable[[str], None],
+) -> dict[str, float]:
+    """`compare`, told in the log. Raises UserError for differences above the tolerances of `config`."""
+    found = compare(run, model, many)
+    what = f"{found['images']:g} {'pictures' if config.images else 'pictures of noise'}"
+    log(
+        f"{file} against torch on {what}: {found['found_by_file']:g} detections, {found['found']:g} by torch, "
+        f"{100 * found['missing']:.2f} % without counterpart; boxes differ by at most {found['box_difference']:.2e} px, "
+        f"scores by {found['score_difference']:.1e}"
+        + (f", masks by {found['mask_difference']:.1e}" if len(run(*many[0])) > 4 else "")
+        + "; counterparts have the same label, and the first picture of each batch counts twice: it was asked for alone too"
+    )
+    if not found["found"]:
+        log("nothing was found in them, so that little is proven; give --images with objects that the detector knows")
+    limits = {
+        "box_difference": config.box_tolerance,
+        "score_difference": config.score_tolerance,
+        "mask_difference": config.score_tolerance,
+        "missing": config.missing_tolerance,
+    }
+    for key, limit in limits.items():
+        if not found[key] <= limit:
+            setting = {"missing": "missing_tolerance", "box_difference": "box_tolerance"}.get(key, "score_tolerance")
+            raise UserError(
+                f"{config.model}: {file} and torch differ: {key.replace('_', ' ')} {found[key]:.2g}, {setting} is {limit:g}; "
+                "raise it if that is good enough"
+            )
+    return found
+
+
+@torch.no_grad()
+def measure(
+    runs: Mapping[str, Run], loaded: LoadedDetector, many: Sequence[Batch], log: Callable[[str], None]
+) -> dict[str, dict[str, float]]:
+    """Median seconds of the detector in torch and of its files, for one picture and for the first batch of the check."""
+    pixels_BCHW, sizes_B2 = many[0]
+    batch = len(sizes_B2)
+
+    def calls(count: int) -> dict[str, Callable[[], object]]:
+        some = pixels_BCHW[:count], sizes_B2[:count]
+        images = ImageBatch(*some, torch.ones(count))
+        return {"torch": lambda: loaded.fast(images)} | {
+            FILES[name]: lambda run=run: run(*some) for name, run in runs.items()
+        }
+
+    latency, throughput = interleaved(calls(1)), interleaved(calls(batch))
+    H, W = pixels_BCHW.shape[2:]
+    log(f"speed on this CPU, {torch.get_num_threads()} threads, {H} x {W} pixels:")
+    for line in speed_lines(latency, throughput, batch):
+        log(line)
+    return {"latency": latency, "throughput": throughput}
+
+
+def graph_of(model: Detector) -> DetectorGraph:
+    """The graph that is exported; raises UserError for a detector that has none."""
+    try:
+        return DetectorGraph(model).eval()
+    except ValueError:
+        raise UserError(
+            "export: model.roi.nms.kind lowers scores (soft suppression), for which ONNX has no operator; only hard can be exported"
+        ) from None

@@ -1,0 +1,116 @@
+"""A loaded detector as an ONNX file or a `torch.export` program, and what runs them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssld.shared.deploy.graph_files import Dynamic, read_program, session, write_onnx, write_program
+from ssld.shared.deploy.hub import public
+from ssld.shared.errors import UserError
+from ssld.stage2_detect.data.loaders import PAD_MULTIPLE
+from ssld.stage2_detect.deploy.graph import DetectorGraph
+from ssld.stage2_detect.detector_file import LoadedDetector
+
+INPUTS = ("pixels", "sizes")
+LEAST, _MOST = 5, 256
+"""Multiples of 32 along a side that a free canvas can have: programs of `torch.export` want no map of a single cell; the coarsest stride is 128."""
+_EXAMPLE = (192, 224)
+_KEPT = (
+    "arch",
+    "class_names",
+    "category_ids",
+    "mean",
+    "std",
+    "resize",
+    "model",
+    "licence",
+    "metrics",
+    "content_sha256",
+)
+
+
+def write(
+    name: str, path: Path, loaded: LoadedDetector, canvas: tuple[int, int] | None, log: Callable[[str], None]
+) -> tuple[int, int] | None:
+    """Write one file and return the canvas that it has: that given, or None where height and width are free.
+
+    A network that cannot be traced for every size gets the largest that its recipe evaluates at. Raises UserError where that fails too.
+    """
+    from ssld.stage2_detect.deploy import onnx_suppression
+
+    def one(canvas: tuple[int, int] | None) -> None:
+        example = (torch.zeros(2, 3, *(canvas or _EXAMPLE), dtype=torch.uint8), torch.tensor([canvas or _EXAMPLE] * 2))
+        if name == "onnx":
+            graph = DetectorGraph(loaded.fast, onnx_suppression.suppress).eval()
+            translations = onnx_suppression.translations()
+            names = graph.output_names
+            write_onnx(
+                path, graph, example, _dynamic(canvas), facts_of(loaded, canvas),
+                inputs=INPUTS, outputs=names, translations=translations,
+            )  # fmt: skip
+        else:
+            write_program(path, DetectorGraph(loaded.fast).eval(), example, _dynamic(canvas), facts_of(loaded, canvas))
+
+    try:
+        one(canvas)
+        return canvas
+    except UserError as error:
+        if canvas is not None:
+            raise
+        side = -(-loaded.resize.val_long_side // PAD_MULTIPLE) * PAD_MULTIPLE
+        log(f"{error}; once more with a canvas of {side} x {side} pixels")
+    one((side, side))
+    return side, side
+
+
+def facts_of(loaded: LoadedDetector, canvas: tuple[int, int] | None) -> dict[str, Any]:
+    """What a file says about itself."""
+    size = (
+        f"{canvas[0]}, {canvas[1]}"
+        if canvas
+        else f"height, width: multiples of {PAD_MULTIPLE} from {PAD_MULTIPLE * LEAST} on"
+    )
+    facts = {
+        "kind": "detector",
+        "pixels": f"uint8 RGB [batch, 3, {size}] in 0..255, padded at the bottom and the right; normalised inside",
+        "sizes": "int64 [batch, 2]: height and width of each picture inside the padding",
+        "boxes": "float32 [batch, most, 4]: x1, y1, x2, y2 in pixels of the input; divide by (network size / original size)",
+        "scores": "float32 [batch, most] in 0..1, falling",
+        "labels": "int64 [batch, most]: positions in class_names, -1 where there is nothing",
+        "count": "int64 [batch]: rows that hold something",
+    }
+    if loaded.has_masks:
+        facts["masks"] = "float32 [batch, most, side, side]: probability of the shape, stretched over the box"
+        facts["mask_threshold"] = loaded.metadata["model"]["mask"]["threshold"]
+    return facts | {key: public(loaded.metadata[key]) for key in _KEPT if loaded.metadata.get(key) is not None}
+
+
+def runner(name: str, path: Path) -> Callable[[Tensor, Tensor], Sequence[np.ndarray]]:
+    """A function that runs an exported file on the CPU, on torch's number of threads."""
+    if name == "onnx":
+        onnx = session(path, threads=torch.get_num_threads())
+
+        def by_onnx(pixels_BCHW: Tensor, sizes_B2: Tensor) -> list[np.ndarray]:
+            answer: list[np.ndarray] = onnx.run(None, {"pixels": pixels_BCHW.numpy(), "sizes": sizes_B2.numpy()})
+            return answer
+
+        return by_onnx
+    program, _ = read_program(path)
+
+    @torch.no_grad()
+    def by_torch(pixels_BCHW: Tensor, sizes_B2: Tensor) -> list[np.ndarray]:
+        return [part.numpy() for part in program(pixels_BCHW, sizes_B2)]
+
+    return by_torch
+
+
+def _dynamic(canvas: tuple[int, int] | None) -> Dynamic:
+    batch = torch.export.Dim("batch")
+    if canvas is not None:
+        return ({0: batch}, {0: batch})
+    rows, columns = (torch.export.Dim(side, min=LEAST, max=_MOST) for side in ("rows", "columns"))
+    return ({0: batch, 2: PAD_MULTIPLE * rows, 3: PAD_MULTIPLE * columns}, {0: batch})

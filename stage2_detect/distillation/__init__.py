@@ -1,0 +1,1 @@
+"""A teacher detector and its losses on a student."""

@@ -1,0 +1,244 @@
+"""A one-stage teacher teaches a one-stage student with the same head: LD under a GFL teacher, adaptive distillation under a RetinaNet one.
+
+LD (arXiv 2102.12252; HikariTJU/LD@4287990c, ld_head.py) compares the heads' raw logits on the same batch: distributions of distances and classes on
+the student's positives (main) and on the cells around them or all negatives (VLR). ADL (arXiv 1901.00366;
+Tangshitao/Semi-supervised-Adaptive-Distillation@3244dfa) compares classes on every anchor that counts. Imitation compares feature maps at chosen
+cells, on levels without positives too, which the released code leaves out; PKD (arXiv 2207.02039) compares them all over, for either kind.
+
+LD's released sums are of a process, undivided, so that their strength follows its number of images; `reference` is that. `global` is twice the sum
+over the images of the global batch, which is the same at two images a process, on any number of ranks.
+
+Shapes: B images, A anchors of all levels, K classes, E bins of a distance, C channels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ssld.shared.errors import UserError
+from ssld.stage2_detect.distill_config import ADLConfig, LDConfig
+from ssld.stage2_detect.distillation.rcnn import adapters, pyramid_correlation, regions
+from ssld.stage2_detect.distillation.rcnn import losses as distillation_losses
+from ssld.stage2_detect.distillation.teacher import FrozenDetector
+from ssld.stage2_detect.models.anchors import Grids
+from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
+from ssld.stage2_detect.models.dense import DenseDetector, Outputs, grids_of
+from ssld.stage2_detect.models.gfl import GFL
+from ssld.stage2_detect.models.retinanet import RetinaNet
+
+_SIDES = 4
+_RELEASED_IMAGES = 2  # a process, at which `global` equals `reference`
+
+
+class DistilledDense(nn.Module):
+    """A student under a teacher, with the contract of a detector: in train mode `model(images, targets)` -> the student's losses and those of the
+    terms; in eval mode `model(images)` -> the student's detections.
+
+    Args:
+        student: its own losses stay as they are.
+        teacher: of the same classes and anchors; no part of this module's parameters, buffers or state.
+        terms: `LDConfig` for a GFL student, `ADLConfig` for a RetinaNet.
+        pkd_weight: of `loss_pkd`, over P3..P7; 0 leaves it out.
+
+    Attributes:
+        adapters: one a level where the teacher's maps have another width and `loss_pkd` is on, else empty.
+
+    Raises:
+        UserError: the teacher's head is of another kind, or has other anchors or bins; or maps of another width are to be imitated.
+    """
+
+    def __init__(
+        self, student: DenseDetector, teacher: FrozenDetector, terms: LDConfig | ADLConfig, *, pkd_weight: float = 0.0
+    ) -> None:
+        super().__init__()
+        assert isinstance(student.dense, GFL if isinstance(terms, LDConfig) else RetinaNet), (
+            "LD is for GFL, ADL for RetinaNet"
+        )
+        _require_same_head(student, teacher)
+        if isinstance(terms, LDConfig) and terms.imitation and student.pyramid.channels != teacher.channels:
+            raise UserError(
+                f"distill.ld.imitation: the teacher's maps have {teacher.channels} channels, the student's {student.pyramid.channels}; "
+                "give both the same model.fpn_channels, or take distill.pkd_weight, which adapts them"
+            )
+        self.student, self.teacher, self.terms, self.pkd_weight = student, teacher, terms, pkd_weight
+        self.adapters = adapters(
+            student.pyramid.channels, teacher.channels, len(student.pyramid.strides) if pkd_weight else 0
+        )
+
+    def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
+        """See the class."""
+        if not self.training:
+            detections: list[Detections] = self.student(images)
+            return detections
+        assert targets is not None, "training needs targets"
+        features, guides = self.student.features(images), self.teacher.features(images)
+        head, terms = self.student.dense, self.terms
+        outputs, wanted = head(features), self.teacher.outputs(guides)
+        grids, sizes_B2 = grids_of(features), images.sizes_B2
+        losses: dict[str, Tensor] = {}
+        if isinstance(head, GFL) and isinstance(terms, LDConfig):
+            losses = losses_under_ld(terms, head, outputs, wanted, grids, sizes_B2, targets)
+            if terms.imitation:
+                cells_BA = imitated_cells(terms, head, outputs, wanted, grids, sizes_B2, targets)
+                error = _map_error(features, guides, cells_BA, head, terms)
+                losses["loss_imitation"] = terms.imitation * error
+        elif isinstance(head, RetinaNet) and isinstance(terms, ADLConfig):
+            losses = losses_under_adl(terms, head, outputs, wanted, grids, sizes_B2, targets)
+        if self.pkd_weight:
+            correlation = pyramid_correlation(features, guides, self.adapters, self.student.pyramid.strides, sizes_B2)
+            losses["loss_pkd"] = self.pkd_weight * correlation
+        return losses
+
+    def weights(self) -> dict[str, float]:
+        """Of the terms, by the name of their losses."""
+        if isinstance(self.terms, ADLConfig):
+            return {"loss_adl": self.terms.weight, "loss_pkd": self.pkd_weight}
+        terms = self.terms
+        return {
+            "loss_ld": terms.ld,
+            "loss_ld_vlr": terms.vlr_ld,
+            "loss_kd": terms.kd,
+            "loss_kd_vlr": terms.vlr_kd,
+            "loss_imitation": terms.imitation,
+            "loss_pkd": self.pkd_weight,
+        }
+
+
+def losses_under_ld(
+    terms: LDConfig,
+    head: GFL,
+    outputs: Outputs,
+    wanted: Outputs,
+    grids: Grids,
+    sizes_B2: Tensor,
+    targets: Targets,
+) -> dict[str, Tensor]:
+    """The head's own losses and the terms of LD, from the student's outputs and the teacher's; feature maps are not in it."""
+    assigned, thresholds = head.assign(grids, sizes_B2, targets)
+    losses = head.losses(outputs, grids, sizes_B2, targets, assigned)
+    (logits_BAK, bins_BA4E), (teacher_BAK, teacher_BA4E) = outputs, wanted
+    positive_BA = assigned.labels_BA == 1
+    region_BA = torch.zeros_like(assigned.ious_BA)
+    if (terms.vlr_ld or terms.vlr_kd) and terms.valuable == "negatives":
+        region_BA = regions.negatives(assigned.labels_BA, head.scores(logits_BAK))
+    elif terms.vlr_ld or terms.vlr_kd:
+        region_BA = regions.valuable_region(
+            head.anchors(grids, sizes_B2.device),
+            targets.boxes_BG4,
+            thresholds.region_BG,
+            valid_BA=head.valid(grids, sizes_B2),
+            gamma=terms.gamma,
+            overlap=terms.overlap,
+        )
+    factor = 1.0 if terms.normalization == "reference" else _RELEASED_IMAGES / len(logits_BAK)
+    if terms.ld or terms.vlr_ld:
+        ld_BA = distillation_losses.localization_distillation(bins_BA4E, teacher_BA4E, terms.ld_temperature)
+        if terms.ld:
+            score_BA = torch.where(positive_BA, head.scores(logits_BAK), 0.0)
+            losses["loss_ld"] = terms.ld * factor * (score_BA * ld_BA).sum()
+        if terms.vlr_ld:
+            losses["loss_ld_vlr"] = terms.vlr_ld / _SIDES * factor * (region_BA * ld_BA).sum()
+    if terms.kd or terms.vlr_kd:
+        kd_BA = distillation_losses.soft_divergence(logits_BAK, teacher_BAK, terms.kd_temperature)
+        if terms.kd:
+            losses["loss_kd"] = terms.kd * _level_means(kd_BA, positive_BA, grids, head, terms)
+        if terms.vlr_kd:
+            losses["loss_kd_vlr"] = terms.vlr_kd * _level_means(kd_BA, region_BA > 0, grids, head, terms)
+    return losses
+
+
+def losses_under_adl(
+    term: ADLConfig,
+    head: RetinaNet,
+    outputs: Outputs,
+    wanted: Outputs,
+    grids: Grids,
+    sizes_B2: Tensor,
+    targets: Targets,
+) -> dict[str, Tensor]:
+    """The head's own losses and `loss_adl`, from the student's outputs and the teacher's."""
+    assigned = head.assign(grids, sizes_B2, targets)
+    losses = head.losses(outputs, grids, sizes_B2, targets, assigned)
+    if not term.weight:
+        return losses
+    loss_BAK = distillation_losses.adaptive_distillation(
+        outputs[0], wanted[0], beta=term.beta, gamma=term.gamma, form=term.form
+    )
+    # Anchors between the two IoUs are no part of the sum, and are one of the normaliser, as released.
+    total = torch.where(assigned.labels_BA >= 0, loss_BAK.sum(dim=-1), 0.0).sum()
+    mass = distillation_losses.adaptive_normalizer(wanted[0])
+    if term.normalization == "global":
+        total, mass = total * head.world_size, head.total(mass)
+    return losses | {"loss_adl": term.weight * total / mass.clamp(min=1)}
+
+
+def imitated_cells(
+    terms: LDConfig,
+    head: GFL,
+    outputs: Outputs,
+    wanted: Outputs,
+    grids: Grids,
+    sizes_B2: Tensor,
+    targets: Targets,
+) -> Tensor:
+    """bool [B, A]: where the student's maps are to become the teacher's."""
+    valid_BA = head.valid(grids, sizes_B2)
+    if terms.region == "gi":
+        index_BA = torch.arange(outputs[0].shape[1], device=sizes_B2.device).expand(len(sizes_B2), -1)
+        return regions.general_instances(
+            outputs[0],
+            wanted[0],
+            head.decode(outputs[1], index_BA, grids),
+            head.decode(wanted[1], index_BA, grids),
+            [rows * columns for rows, columns in grids],
+            valid_BA=valid_BA,
+        )
+    region = regions.inside_objects if terms.region == "inside" else regions.fine_grained
+    anchors_A4 = head.anchors(grids, sizes_B2.device)
+    return region(anchors_A4, targets.boxes_BG4, targets.labels_BG >= 0, valid_BA=valid_BA)
+
+
+def _map_error(
+    features: Sequence[Tensor], guides: Sequence[Tensor], cells_BA: Tensor, head: GFL, terms: LDConfig
+) -> Tensor:
+    """Sum over the levels of the mean squared error of maps of equal width at the chosen cells."""
+    errors = [(maps.float() - guide.float()).square().mean(dim=1) for maps, guide in zip(features, guides, strict=True)]
+    errors_BA = torch.cat([error.flatten(1) for error in errors], dim=1)
+    return _level_means(errors_BA, cells_BA, grids_of(features), head, terms)
+
+
+def _level_means(values_BA: Tensor, chosen_BA: Tensor, grids: Grids, head: GFL, terms: LDConfig) -> Tensor:
+    """Sum over the levels of the mean of the chosen values; `global` counts those of all ranks."""
+    counts = [rows * columns for rows, columns in grids]
+    sums = torch.stack([part.sum() for part in torch.where(chosen_BA, values_BA, 0.0).split(counts, dim=1)])
+    chosen = torch.stack([part.sum() for part in chosen_BA.split(counts, dim=1)])
+    if terms.normalization == "reference":
+        return (sums / chosen.clamp(min=1)).sum()
+    return (sums * head.world_size / head.total(chosen).clamp(min=1)).sum()
+
+
+def _require_same_head(student: DenseDetector, teacher: FrozenDetector) -> None:
+    """See `DistilledDense`."""
+    start = f"distill.teacher: {teacher.facts.get('file')}:"
+    ours, model = student.dense, teacher.model
+    theirs = model.dense if isinstance(model, DenseDetector) else model
+    if type(theirs) is not type(ours):
+        name = teacher.facts.get("kind", type(theirs).__name__)
+        wanted = (
+            "LD needs a gfl teacher" if isinstance(ours, GFL) else "adaptive distillation needs a retinanet teacher"
+        )
+        instead = {
+            GFL: "; under this teacher train a gfl student, by LD",
+            RetinaNet: "; under this teacher train a retinanet student, by ADL",
+        }
+        raise UserError(f"{start} it is a {name} detector, and {wanted}{instead.get(type(theirs), '')}")
+    assert isinstance(theirs, GFL | RetinaNet)
+    if isinstance(ours, GFL) and isinstance(theirs, GFL) and ours.reg_max != theirs.reg_max:
+        raise UserError(
+            f"{start} its distances have reg_max {theirs.reg_max}, the student's {ours.reg_max}; set model.gfl.reg_max to {theirs.reg_max}"
+        )
+    grids = [(2, 2)] * len(ours.strides)
+    here, there = (head.anchors(grids, torch.device("cpu")) for head in (ours, theirs))
+    if here.shape != there.shape or not torch.allclose(here, there):
+        raise UserError(f"{start} its anchors are not the student's; only equal ones can be compared")

@@ -1,0 +1,179 @@
+"""A teacher detector teaches an R-CNN student through its feature maps and its classification of regions.
+
+Two terms, on labelled and on unlabelled images alike:
+
+`loss_pkd`, PKD (arXiv 2207.02039, equations 2 and 3): maps of equal stride, each channel brought to zero mean and unit
+variance over the pixels of the batch that show an image, then half the mean squared error, which is 1 - Pearson's
+correlation. Levels P2..P5 are summed; P6 is every second pixel of P5. Where the widths differ, a 1x1 convolution a level
+takes the student's maps to the teacher's width; it trains with the student and is dropped with the teacher.
+
+`loss_roi_kd`: the teacher's first box head classifies the regions of the student (those it sampled for its own loss; on
+unlabelled images its best proposals) from its own maps, and the student's first box head is to give the same
+probabilities: SSLD's half of the symmetric KL divergence (arXiv 2103.05959), averaged over the regions of all ranks.
+
+An image without labels has no part in the student's own losses, nor in the counts that they are divided by.
+
+Shapes: B images, C channels of the student, D of the teacher, H rows, W columns, R regions of an image, N = B * R, K
+classes, later K + 1 with background, last.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssld.stage2_detect.distillation.teacher import FrozenDetector
+from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
+from ssld.stage2_detect.models.rcnn import RCNN
+
+_EPSILON = 1e-8  # added to a variance, so that a constant channel has a finite gradient
+_LEVELS = 4
+
+
+def pkd(student_BDHW: Tensor, teacher_BDHW: Tensor, inside_BHW: Tensor) -> Tensor:
+    """Mean over the channels of 1 - r, r Pearson's correlation over the pixels of the batch for which `inside` holds.
+
+    float32 inside, in 0..2. A channel that is constant on one side counts 1/2, on both sides 0, as in half the squared error of
+    what is normalised.
+    """
+    student, teacher = (_normalised(maps_BDHW, inside_BHW) for maps_BDHW in (student_BDHW, teacher_BDHW))
+    pixels = inside_BHW.sum() * student.shape[1]
+    return 0.5 * (student - teacher).square().sum() / pixels
+
+
+def roi_kd(student_NK: Tensor, teacher_NK: Tensor, valid_N: Tensor, temperature: float = 1.0) -> Tensor:
+    """Sum over the valid regions of T^2 * (KL(t||s) + KL(s||t)) / 2 of the softmax at temperature T, in nats; from logits, float32
+    inside."""
+    log_s_NK, log_t_NK = (F.log_softmax(logits.float() / temperature, dim=-1) for logits in (student_NK, teacher_NK))
+    divergence_N = 0.5 * ((log_t_NK.exp() - log_s_NK.exp()) * (log_t_NK - log_s_NK)).sum(dim=-1)
+    return temperature**2 * torch.where(valid_N, divergence_N, 0.0).sum()
+
+
+def inside_maps(sizes_B2: Tensor, map_BCHW: Tensor, stride: int) -> Tensor:
+    """bool [B, H, W]: which cells of a map begin inside their image, which has (height, width) `sizes_B2`; the others see padding."""
+    H, W = map_BCHW.shape[-2:]
+    rows_BH = stride * torch.arange(H, device=sizes_B2.device) < sizes_B2[:, :1]
+    columns_BW = stride * torch.arange(W, device=sizes_B2.device) < sizes_B2[:, 1:]
+    return rows_BH[:, :, None] & columns_BW[:, None, :]
+
+
+def adapters(channels: int, wanted: int, levels: int) -> nn.ModuleList:
+    """1x1 convolutions, one a level, from maps of `channels` to maps of `wanted` channels; none where these are equal."""
+    return nn.ModuleList(nn.Conv2d(channels, wanted, 1) for _ in range(levels if channels != wanted else 0))
+
+
+def pyramid_correlation(
+    features: Sequence[Tensor],
+    guides: Sequence[Tensor],
+    adapters: nn.ModuleList,
+    strides: Sequence[int],
+    sizes_B2: Tensor,
+) -> Tensor:
+    """Sum of `pkd` over the student's maps `features` and the teacher's; adapters may be empty."""
+    levels = zip(features, guides, strides, strict=False)
+    return torch.stack(
+        [
+            pkd(adapters[level](maps) if adapters else maps, guide, inside_maps(sizes_B2, maps, stride))
+            for level, (maps, guide, stride) in enumerate(levels)
+        ]
+    ).sum()
+
+
+class DistilledDetector(nn.Module):
+    """A student under a teacher, with the contract of a detector: in train mode `model(images, targets)` -> the student's losses and
+    `loss_pkd`, `loss_roi_kd`, times their weights; in eval mode `model(images)` -> the student's detections.
+
+    Images without labels come last in a batch, and at least one has labels.
+
+    Args:
+        student: its own losses stay as they are.
+        teacher: of the same classes, in the student's order; no part of this module's parameters, buffers or state.
+        pkd_weight, roi_weight: 0 leaves a term out.
+        temperature: of `loss_roi_kd`.
+
+    Attributes:
+        adapters: one a level where the teacher's maps have another width and `loss_pkd` is on, else empty.
+    """
+
+    def __init__(
+        self,
+        student: RCNN,
+        teacher: FrozenDetector,
+        *,
+        pkd_weight: float = 6.0,
+        roi_weight: float = 1.0,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.student, self.teacher = student, teacher
+        self.pkd_weight, self.roi_weight, self.temperature = pkd_weight, roi_weight, temperature
+        self.adapters = adapters(student.pyramid.channels, teacher.channels, _LEVELS if pkd_weight else 0)
+
+    def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
+        """See the class."""
+        if not self.training:
+            detections: list[Detections] = self.student(images)
+            return detections
+        assert targets is not None, "training needs targets"
+        features, guides = self.student.features(images), self.teacher.features(images)
+        sizes_B2, labelled = images.sizes_B2, count_labelled(targets)
+        losses, sampled = self.student.losses(
+            [maps[:labelled] for maps in features], sizes_B2[:labelled], targets.first(labelled)
+        )
+        if self.pkd_weight:
+            losses["loss_pkd"] = self.pkd_weight * pyramid_correlation(
+                features[:_LEVELS], guides, self.adapters, self.student.pyramid.strides, sizes_B2
+            )
+        if self.roi_weight:
+            regions = [(sampled.rois_BR4, sampled.valid_BR, sampled.logits_NK)]
+            if labelled < len(sizes_B2):
+                regions.append(self._unlabelled_regions([maps[labelled:] for maps in features], sizes_B2[labelled:]))
+            losses["loss_roi_kd"] = self.roi_weight * self._roi_kd(guides, regions)
+        return losses
+
+    def weights(self) -> dict[str, float]:
+        """Of the terms, by the name of their losses."""
+        return {"loss_pkd": self.pkd_weight, "loss_roi_kd": self.roi_weight}
+
+    def _unlabelled_regions(self, features: Sequence[Tensor], sizes_B2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The student's best proposals, as many as it samples of a labelled image, and its logits for them."""
+        heads = self.student.roi_heads
+        proposals, _ = self.student.rpn(features, sizes_B2)
+        rois_BR4, valid_BR = (part[:, : heads.samples_per_image] for part in (proposals.boxes_BR4, proposals.valid_BR))
+        return rois_BR4, valid_BR, heads.classify(features, rois_BR4, valid_BR)
+
+    def _roi_kd(self, guides: Sequence[Tensor], regions: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        heads, start = self.student.roi_heads, 0
+        divergences, counts = [], []
+        for rois_BR4, valid_BR, logits_NK in regions:  # of consecutive images of the batch
+            end = start + len(rois_BR4)
+            wanted_NK = self.teacher.classify([maps[start:end] for maps in guides], rois_BR4, valid_BR)
+            divergences.append(roi_kd(logits_NK, wanted_NK, valid_BR.flatten(), self.temperature))
+            counts.append(valid_BR.sum())
+            start = end
+        # As the box heads' own losses: gradients are averaged over ranks, the count is of all of them.
+        total = heads.total(torch.stack(counts).sum()).clamp(min=1)
+        return torch.stack(divergences).sum() * (heads.world_size / total)
+
+
+def count_labelled(targets: Targets) -> int:
+    """How many images of the batch have labels: they come first, and there is at least one."""
+    if targets.labelled_B is None:
+        return len(targets.seeds_B)
+    flags = targets.labelled_B.tolist()
+    count = sum(flags)
+    assert flags == sorted(flags, reverse=True), "images without labels come last"
+    assert count, "a batch needs an image with labels"
+    return count
+
+
+def _normalised(maps_BCHW: Tensor, inside_BHW: Tensor) -> Tensor:
+    """float32 [B, C, H, W]: each channel with zero mean and unit variance over the pixels inside, and zero elsewhere."""
+    inside_B1HW = inside_BHW[:, None]
+    pixels = inside_BHW.sum()
+    maps_BCHW = maps_BCHW.float()
+    mean_C11 = torch.where(inside_B1HW, maps_BCHW, 0.0).sum(dim=(0, 2, 3), keepdim=True)[0] / pixels
+    centred_BCHW = torch.where(inside_B1HW, maps_BCHW - mean_C11, 0.0)
+    variance_C11 = centred_BCHW.square().sum(dim=(0, 2, 3), keepdim=True)[0] / pixels
+    return centred_BCHW * torch.rsqrt(variance_C11 + _EPSILON)

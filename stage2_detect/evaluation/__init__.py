@@ -1,0 +1,1 @@
+"""COCO AP, analysis, drawings and test-time augmentation."""

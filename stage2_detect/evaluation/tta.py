@@ -1,0 +1,124 @@
+"""Test-time augmentation: detections of several sizes of an image, and of their mirror images, merged by suppression.
+
+Works on any detector that turns an `ImageBatch` into one `Detections` an image. Every view is detected as if it were
+alone; then the boxes of all views of an image compete within their class, and the best are kept. A detector of masks
+looks for the shapes in the boxes that are left, in every view, and the probabilities are averaged over the views
+(detectron2's `test_time_augmentation.py` does so too).
+
+Legend: B images, C channels, H height, W width, N detections of an image, S side of a mask head's map.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ssld.shared.images import UnreadableImage
+from ssld.stage2_detect.data.coco import CocoImage
+from ssld.stage2_detect.data.loaders import EvalLoader
+from ssld.stage2_detect.models.batch import Detections, ImageBatch
+from ssld.stage2_detect.models.boxes import class_nms
+from ssld.stage2_detect.models.rcnn import RCNN
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The same images in several sizes."""
+
+    batches: tuple[ImageBatch, ...]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Sizes":
+        """A copy on `device`."""
+        return Sizes(tuple(batch.to(device, non_blocking=non_blocking) for batch in self.batches))
+
+
+class SizesLoader:
+    """Walks over loaders of the same data side by side; they differ in the images' size."""
+
+    def __init__(self, loaders: Sequence[EvalLoader]) -> None:
+        self._loaders = loaders
+
+    def __len__(self) -> int:
+        return len(self._loaders[0])
+
+    @property
+    def images(self) -> int:
+        """As of an `EvalLoader`."""
+        return self._loaders[0].images
+
+    @property
+    def unreadable(self) -> list[UnreadableImage]:
+        """As of an `EvalLoader`."""
+        return self._loaders[0].unreadable
+
+    def __iter__(self) -> Iterator[tuple[Sizes, list[CocoImage]]]:
+        for parts in zip(*self._loaders, strict=True):
+            yield Sizes(tuple(images for images, _ in parts)), parts[0][1]
+
+
+def detect_views(
+    detector: Callable[[ImageBatch], list[Detections]], sizes: Sizes, *, flip: bool, iou: float, most: int
+) -> list[Detections]:
+    """Merged detections of each image, best first: at most `most`, none with an overlap above `iou` in its class.
+
+    For masks the pyramids of all views of the batch are held meanwhile: some 90 MB an image and view at 800 x 1333 in float32.
+    """
+    rcnn = detector if isinstance(detector, RCNN) and detector.mask_head else None
+    views, found, features = [], [], []
+    for images, mirror in itertools.product(sizes.batches, (False, True) if flip else (False,)):
+        view = mirrored(images) if mirror else images
+        maps, seen = rcnn.find_boxes(view) if rcnn else ([], detector(view))
+        found.append(_mirror_back(seen, images) if mirror else seen)
+        views.append((view, mirror))
+        features.append(maps)
+    best = [merged(parts, iou=iou, most=most) for parts in zip(*found, strict=True)]
+    if rcnn is None:
+        assert all(one.masks is None for one in seen), "masks of views are looked for anew, by an RCNN"
+        return best
+    shapes: list[list[Tensor]] = []
+    for (view, mirror), maps in zip(views, features, strict=True):
+        ours = rcnn.mask_maps(maps, view, _mirror_back(best, view) if mirror else best)
+        shapes.append([map_NSS.flip(2) if mirror else map_NSS for map_NSS in ours])
+    means = [torch.stack(parts).mean(0) for parts in zip(*shapes, strict=True)]
+    return rcnn.with_masks(best, means, sizes.batches[0])
+
+
+def mirrored(images: ImageBatch) -> ImageBatch:
+    """The images mirrored inside their true size; the padding stays where it is."""
+    column_1W = torch.arange(images.pixels_BCHW.shape[3], device=images.pixels_BCHW.device)[None]
+    width_B1 = images.sizes_B2[:, 1:].to(column_1W.device)
+    source_BW = torch.where(column_1W < width_B1, width_B1 - 1 - column_1W, column_1W)
+    pixels_BCHW = images.pixels_BCHW.gather(3, source_BW[:, None, None].expand_as(images.pixels_BCHW))
+    return replace(images, pixels_BCHW=pixels_BCHW)
+
+
+def original_widths(images: ImageBatch) -> Tensor:
+    """float64 [B]: what a mirror image's boxes are mirrored in, in pixels of the original image.
+
+    It is the width that the network saw, which rounding made up to half a pixel other than the image's.
+    """
+    return images.sizes_B2[:, 1].double().cpu() / images.scales_B.double().cpu()
+
+
+def _mirror_back(found: Sequence[Detections], images: ImageBatch) -> list[Detections]:
+    """Of every image: from the mirror image to the image, or the other way."""
+    widths_B = original_widths(images).tolist()
+    return [unmirrored(one, width) for one, width in zip(found, widths_B, strict=True)]
+
+
+def unmirrored(found: Detections, width: float) -> Detections:
+    """Detections of a mirror image on the image itself."""
+    x1_N, y1_N, x2_N, y2_N = found.boxes_N4.unbind(1)
+    boxes_N4 = torch.stack([(width - x2_N).clamp(min=0), y1_N, (width - x1_N).clamp(min=0), y2_N], 1)
+    return Detections(boxes_N4, found.scores_N, found.labels_N)
+
+
+def merged(parts: Sequence[Detections], *, iou: float, most: int) -> Detections:
+    """Those of all parts that suppression within classes leaves."""
+    boxes_N4, scores_N, labels_N = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("boxes_N4", "scores_N", "labels_N")
+    )
+    best = class_nms(boxes_N4, scores_N, labels_N, iou, most=most)
+    return Detections(boxes_N4[best], scores_N[best], labels_N[best])

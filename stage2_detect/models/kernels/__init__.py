@@ -1,0 +1,1 @@
+"""Faster forms of plain operations, equal to them."""

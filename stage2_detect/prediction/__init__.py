@@ -1,0 +1,1 @@
+"""Detection on images and videos without annotations."""

@@ -1,0 +1,161 @@
+"""What a prediction leaves on disk: parts while it runs, so that it can go on after a kill, and at the end one COCO JSON.
+
+A part is a file of so many pictures, written whole by one process. Parts are cut by aspect ratio, so that a batch needs little padding, and do not
+depend on the number of processes.
+"""
+
+import csv
+import io
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+from pycocotools import mask as mask_codec
+
+from ssld.shared.errors import UserError
+from ssld.shared.run_dir import write_atomically
+from ssld.stage2_detect.data.batch_order import eval_batches
+from ssld.stage2_detect.data.coco import CocoImage, Id
+
+_PART = 128  # pictures, about
+
+
+class Parts:
+    """The parts of a prediction over `records`, in `folder`.
+
+    Attributes:
+        records: of each part, in the order in which they are detected.
+    """
+
+    def __init__(self, folder: Path, records: Sequence[CocoImage], batch_size: int) -> None:
+        self._folder = folder
+        order = [index for batch in eval_batches(records, batch_size) for index in batch]
+        size = max(1, _PART // batch_size) * batch_size  # whole batches, those of an evaluation
+        self.records = [[records[index] for index in order[at : at + size]] for at in range(0, len(order), size)]
+
+    def left(self) -> list[int]:
+        """Numbers of those that are not there. Raises UserError when one that is there is of other pictures."""
+        missing = []
+        for number, records in enumerate(self.records):
+            if not self._file(number).exists():
+                missing.append(number)
+            elif self.read(number)["images"] != [record.image_id for record in records]:
+                raise UserError(
+                    f"{self._folder.parent}: was begun on other pictures than there are now; give another --output or delete it"
+                )
+        return missing
+
+    def write(
+        self, number: int, rows: dict[Id, list[dict[str, Any]]], unreadable: list[list[str]], best: float
+    ) -> None:
+        """Write a part: COCO results of each image that has any, what could not be read and why, and the best score of all."""
+        self._folder.mkdir(exist_ok=True)
+        images = [record.image_id for record in self.records[number]]
+        content = {"images": images, "unreadable": unreadable, "best": best, "found": list(rows.items())}
+        write_atomically(self._file(number), json.dumps(content, allow_nan=False))
+
+    def read(self, number: int) -> dict[str, Any]:
+        """A part that is there."""
+        content: dict[str, Any] = json.loads(self._file(number).read_text(encoding="utf-8"))
+        return content
+
+    def read_all(self) -> Iterator[dict[str, Any]]:
+        """All parts."""
+        return (self.read(number) for number in range(len(self.records)))
+
+    def delete(self) -> None:
+        """Remove them."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _file(self, number: int) -> Path:
+        return self._folder / f"{number:06d}.json"
+
+
+def picture_entry(record: CocoImage, name: str) -> dict[str, Any]:
+    """A picture in COCO's list of images."""
+    return {"id": record.image_id, "file_name": name, "width": record.width, "height": record.height}
+
+
+def coco_json(
+    images: Sequence[dict[str, Any]],
+    rows: dict[Id, list[dict[str, Any]]],
+    categories: dict[Id, str],
+    info: dict[str, Any],
+    videos: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """COCO's data set of these images and what was found in them; each annotation has its `score`. `videos` is there if it is not empty."""
+    found = [row for image in images for row in rows.get(image["id"], [])]
+    annotations = [{"id": number, **row, "area": _area(row), "iscrowd": 0} for number, row in enumerate(found, 1)]
+    listed = [{"id": category_id, "name": name} for category_id, name in categories.items()]
+    content = {"info": info, "images": list(images), "annotations": annotations, "categories": listed}
+    return content | ({"videos": list(videos)} if videos else {})
+
+
+def table_text(content: dict[str, Any]) -> str:
+    """A data set of `coco_json` as CSV, a box a line; with videos, their frame numbers and times in two more columns."""
+    images = {image["id"]: image for image in content["images"]}
+    classes = {category["id"]: category["name"] for category in content["categories"]}
+    more = ["frame", "seconds"] if "videos" in content else []
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["file_name", "class", "score", "x", "y", "width", "height", *more])
+    for row in content["annotations"]:
+        image = images[row["image_id"]]
+        place = [image.get(name, "") for name in more]
+        table.writerow([image["file_name"], classes[row["category_id"]], row["score"], *row["bbox"], *place])
+    return text.getvalue()
+
+
+def write_yolo(folder: Path, content: dict[str, Any], *, scores: bool) -> list[Path]:
+    """A data set of `coco_json` in YOLO's layout: labels/NAME.txt for each picture, empty where nothing was found, classes.txt and data.yaml.
+
+    A line is `class cx cy w h`, the class as its place in classes.txt, the rest as a share of the picture's sides; with `scores` the score follows,
+    which training on such files does not take. Returns the two files beside labels/.
+    """
+    place = {category["id"]: number for number, category in enumerate(content["categories"])}
+    names = [category["name"] for category in content["categories"]]
+    lines: dict[Id, list[str]] = {image["id"]: [] for image in content["images"]}
+    sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    for row in content["annotations"]:
+        wide, high = sizes[row["image_id"]]
+        x, y, width, height = row["bbox"]
+        numbers = [(x + width / 2) / wide, (y + height / 2) / high, width / wide, height / high]
+        numbers += [row["score"]] if scores else []
+        lines[row["image_id"]].append(" ".join([str(place[row["category_id"]]), *(f"{one:.6f}" for one in numbers)]))
+    for image in content["images"]:
+        file = folder / "labels" / f"{stem(image['file_name'])}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(f"{line}\n" for line in lines[image["id"]]), encoding="utf-8")
+    files = [folder / "classes.txt", folder / "data.yaml"]
+    write_atomically(files[0], "".join(f"{name}\n" for name in names))
+    about = "# To train on these labels, put the pictures into images/ beside labels/, under the same names.\n"
+    described = {"train": "images", "val": "images", "names": dict(enumerate(names))}
+    write_atomically(files[1], about + yaml.safe_dump(described, sort_keys=False, allow_unicode=True))
+    return files
+
+
+def stem(name: str) -> str:
+    """A picture's path without its suffix."""
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def counts(content: dict[str, Any]) -> dict[str, Any]:
+    """How many images, images with boxes and boxes a data set of `coco_json` has, in all and by class."""
+    classes = {category["id"]: category["name"] for category in content["categories"]}
+    by_class = Counter(classes[row["category_id"]] for row in content["annotations"])
+    return {
+        "images": len(content["images"]),
+        "images_with_boxes": len({row["image_id"] for row in content["annotations"]}),
+        "boxes": len(content["annotations"]),
+        "boxes_of_class": {name: by_class[name] for name in classes.values()},
+    }
+
+
+def _area(row: dict[str, Any]) -> float:
+    if "segmentation" in row:
+        return float(mask_codec.area(row["segmentation"]))
+    return round(row["bbox"][2] * row["bbox"][3], 3)

@@ -1,0 +1,1 @@
+"""A detector in training: initial weights, memory trial, validation loss."""

@@ -1,0 +1,102 @@
+"""Begin a training run from a detector file: the same architecture, on the same or on other classes."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ssld.shared.errors import UserError
+from ssld.shared.models.backbones import InputSettings, create_body, parse_reference
+from ssld.shared.models.model_file import read_metadata, read_tensors
+from ssld.stage2_detect.model_config import DetectorConfig
+from ssld.stage2_detect.models.class_rows import carry_rows, rows_per_class
+
+
+class InitFile:
+    """A detector file as the start of a run.
+
+    Attributes:
+        arch, inputs: of its backbone.
+        licence: of its weights, as far as the file says.
+
+    Raises:
+        UserError: it is no detector file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        metadata = read_metadata(path, kind="detector")
+        if metadata.get("kind") != "detector":
+            raise UserError(f"init: {path}: not a detector file: it has no metadata of this project")
+        self._config = DetectorConfig(**metadata["model"])
+        self.class_names: tuple[str, ...] = tuple(metadata["class_names"])
+        self.arch: str = metadata["arch"]
+        self.inputs = InputSettings(tuple(metadata["mean"]), tuple(metadata["std"]), (0, 0), "bilinear", False)
+        self.licence: str = metadata.get("licence", "unknown")
+        self.backbone: dict[str, Any] = metadata.get("backbone", {})
+
+    def create_body(self, **options: Any) -> nn.Module:
+        """Its features-only backbone with random weights, which `load` replaces. Raises UserError as the shared `create_body`."""
+        return create_body(parse_reference(f"random:{self.arch}"), **options)[0]
+
+    def load(self, detector: nn.Module, config: DetectorConfig, class_names: tuple[str, ...]) -> str:
+        """Give `detector` the file's weights, rows of its heads by class name, and say which classes are new.
+
+        Raises UserError when the architectures differ in any tensor; nothing is loaded then.
+        """
+        fresh = detector.state_dict()
+        tensors = read_tensors(self.path)
+        self._check_fits(tensors, fresh, config, class_names)
+        agnostic = config.roi.class_agnostic or config.is_cascade
+        detector.load_state_dict(
+            carry_rows(tensors, fresh, old=self.class_names, new=class_names, class_agnostic=agnostic)
+        )
+        kept = [name for name in class_names if name in self.class_names]
+        new = [name for name in class_names if name not in self.class_names]
+        dropped = [name for name in self.class_names if name not in class_names]
+        parts = [f"rows of {len(kept)} classes kept{_some(kept)}"]
+        parts += [f"{len(new)} new, at random{_some(new)}"] if new else []
+        parts += [f"{len(dropped)} dropped{_some(dropped)}"] if dropped else []
+        return f"{self.path}: loaded {len(tensors)}/{len(fresh)} tensors; " + ", ".join(parts)
+
+    def _check_fits(
+        self, tensors: dict[str, Tensor], fresh: dict[str, Tensor], config: DetectorConfig, class_names: tuple[str, ...]
+    ) -> None:
+        faults = [f"{name} is missing" for name in fresh if name not in tensors]
+        faults += [f"{name} is unknown" for name in tensors if name not in fresh]
+        for name in fresh.keys() & tensors.keys():
+            here, there = tuple(fresh[name].shape), tuple(tensors[name].shape)
+            rows = rows_per_class(name, fresh[name], len(class_names))
+            by_class = rows is not None and rows == rows_per_class(name, tensors[name], len(self.class_names))
+            if here[1:] != there[1:] or (here != there and not by_class):
+                faults.append(f"{name} is {there} instead of {here}")
+        if faults:
+            settings = ", ".join(_differences(self._config, config)) or "none of the settings under model"
+            raise UserError(
+                f"init: {self.path}: another architecture than this run's model: {sorted(faults)[0]} "
+                f"({len(faults)} such tensors; settings that differ: {settings})"
+            )
+
+
+def _differences(file: DetectorConfig, run: DetectorConfig) -> list[str]:
+    """`model.KEY (file: x, here: y)` for settings that give tensors their shapes."""
+    pairs = {
+        "kind": (file.kind, run.kind),
+        "fpn_channels": (file.fpn_channels, run.fpn_channels),
+        "dcn_strides": (file.dcn_strides, run.dcn_strides),
+        "rpn.anchor_ratios": (len(file.rpn.anchor_ratios), len(run.rpn.anchor_ratios)),
+        "roi.hidden": (file.roi.hidden, run.roi.hidden),
+        "roi.class_agnostic": (file.roi.class_agnostic, run.roi.class_agnostic),
+        "cascade.ious": (len(file.cascade.ious), len(run.cascade.ious)),
+        "mask.channels": (file.mask.channels, run.mask.channels),
+        "mask.convolutions": (file.mask.convolutions, run.mask.convolutions),
+        "dense.convolutions": (file.dense.convolutions, run.dense.convolutions),
+        "dense.p6_from": (file.dense.p6_from, run.dense.p6_from),
+        "gfl.reg_max": (file.gfl.reg_max, run.gfl.reg_max),
+        "gfl.tower_bias": (file.gfl.tower_bias, run.gfl.tower_bias),
+    }
+    return [f"model.{key} (file: {a}, here: {b})" for key, (a, b) in pairs.items() if a != b]
+
+
+def _some(names: list[str]) -> str:
+    return f" ({', '.join(names[:8])}{' ...' if len(names) > 8 else ''})" if names else ""

@@ -1,0 +1,173 @@
+"""The detector in training: where its weights come from, its moving average, what the optimizer changes, and the file it becomes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ssld.shared.distributed.ranks import total_over_ranks, world_size
+from ssld.shared.models.backbones import architecture, create_body, input_settings, licence, parse_reference, place
+from ssld.shared.training.optim import parameter_groups
+from ssld.stage2_detect.config import TrainConfig
+from ssld.stage2_detect.data.coco import CocoData
+from ssld.stage2_detect.detector_file import save_detector
+from ssld.stage2_detect.distill_config import ADLConfig, DistillConfig, LDConfig
+from ssld.stage2_detect.distillation.dense import DistilledDense
+from ssld.stage2_detect.distillation.rcnn import DistilledDetector
+from ssld.stage2_detect.distillation.teacher import FrozenDetector, open_teacher
+from ssld.stage2_detect.models.build import Detector, build_detector
+from ssld.stage2_detect.models.freezing import lr_factor_of_parameter
+from ssld.stage2_detect.models.rcnn import RCNN
+from ssld.stage2_detect.training.init_weights import InitFile
+
+
+class Student:
+    """A detector in training.
+
+    Its weights are those of `config.init` where that is given, rows of its heads by class name; else the backbone's and random heads.
+
+    Attributes:
+        detector: what becomes the file.
+        model: what is trained: the detector, or the detector under its teacher.
+        ema: the detector's moving average, if there is one.
+        teacher: if there is one.
+
+    Raises:
+        UserError: see `parse_reference`, `create_body`, `InitFile`, `build_detector` and `open_teacher`.
+    """
+
+    def __init__(self, config: TrainConfig, data: CocoData, *, device: torch.device) -> None:
+        self._config, self._data = config, data
+        torch.manual_seed(config.seed)
+        options = {"drop_path_rate": config.drop_path} if config.drop_path else {}
+        start = InitFile(config.init) if config.init else None
+        if start:
+            body = start.create_body(**options)
+            self.arch, self._inputs, weights_licence = start.arch, start.inputs, start.licence
+            origin: dict[str, Any] = start.backbone
+        else:
+            reference = parse_reference(str(config.backbone), config.arch)
+            body, self.loaded = create_body(reference, **options)
+            self.arch, self._inputs = architecture(reference, body), input_settings(body, reference.metadata)
+            weights_licence = licence(reference, body) or ""
+            origin = {"reference": config.backbone, "content_sha256": reference.metadata.get("content_sha256")}
+        self.detector = build_detector(
+            config.model,
+            classes=len(data.class_names),
+            body=body,
+            arch=self.arch,
+            inputs=self._inputs,
+            total=total_over_ranks,
+            world_size=world_size(),
+        )
+        if start:
+            self.loaded = start.load(self.detector, config.model, data.class_names)
+        place(self.detector, device, channels_last=config.channels_last)
+        ema = config.ema
+        self.ema = ModelEmaV3(self.detector, decay=ema.decay, use_warmup=ema.warmup) if ema else None
+        self.teacher: FrozenDetector | None = None
+        self.model: nn.Module = self.detector
+        if config.distill:
+            self.teacher = open_teacher(
+                config.distill.teacher,
+                data.class_names,
+                self.detector.pyramid.strides,
+                device=device,
+                channels_last=config.channels_last,
+            )
+            self.model = self._under(self.teacher, config.distill).to(device)
+        licences = [weights_licence, self.teacher.facts["licence"] if self.teacher else ""]
+        self._facts = {
+            "weights": "ema" if self.ema else "last",
+            "backbone": origin,
+            "licence": " AND ".join(dict.fromkeys(name for name in licences if name)) or "none: random weights",
+            **({"init": str(config.init)} if config.init else {}),
+            **({"teacher": self.teacher.facts} if self.teacher else {}),
+        }
+
+    def _under(self, teacher: FrozenDetector, distill: DistillConfig) -> DistilledDetector | DistilledDense:
+        """The detector under its teacher."""
+        model = self._config.model
+        if isinstance(self.detector, RCNN):
+            return DistilledDetector(
+                self.detector,
+                teacher,
+                pkd_weight=distill.pkd(model),
+                roi_weight=distill.roi(model),
+                temperature=distill.temperature,
+            )
+        terms = (distill.ld or LDConfig()) if model.kind == "gfl" else (distill.adl or ADLConfig())
+        return DistilledDense(self.detector, teacher, terms, pkd_weight=distill.pkd(model))
+
+    @property
+    def evaluated(self) -> Detector:
+        """What is evaluated and exported: the average where there is one."""
+        model: Detector = self.ema.module if self.ema else self.detector
+        return model
+
+    def networks(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds: never the teacher."""
+        networks: dict[str, nn.Module] = {"model": self.detector}
+        if self.ema:
+            networks["ema"] = self.ema.module
+        if isinstance(self.model, DistilledDetector | DistilledDense) and len(self.model.adapters):
+            networks["adapters"] = self.model.adapters
+        return networks
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer changes, by learning-rate factor and weight decay; a teacher's adapters learn at factor 1."""
+        optim = self._config.optim
+        decay: dict[str, Any] = {
+            "weight_decay": optim.weight_decay,
+            "decay_norm_and_bias": optim.decay_norm_and_bias,
+        }
+        factors = lr_factor_of_parameter(self.detector.pyramid.body, optim.backbone_lr_factors)
+        groups = parameter_groups(
+            self.detector, lr_factor=lambda name: factors.get(name.removeprefix("pyramid.body."), 1.0), **decay
+        )
+        if isinstance(self.model, DistilledDetector | DistilledDense):
+            groups += parameter_groups(self.model.adapters, **decay)
+        return groups
+
+    def preview(self) -> Iterator[str]:
+        """What the student is, for the log."""
+        config = self._config
+        yield self.loaded
+        if config.init and config.backbone:
+            yield f"backbone: {config.backbone} is not read: init has a backbone"
+        total = sum(parameter.numel() for parameter in self.detector.parameters())
+        groups = [(group["lr_factor"], sum(p.numel() for p in group["params"])) for group in self.parameter_groups()]
+        trainable = sum(count for _, count in groups)
+        yield f"{config.model.kind} on {self.arch}: {trainable / 1e6:.2f} M of {total / 1e6:.2f} M parameters train"
+        if len(factors := sorted({factor for factor, _ in groups})) > 1:
+            sums = [f"x{f:g} {sum(n for g, n in groups if g == f) / 1e6:.2f} M" for f in factors]
+            yield f"learning-rate factors: {', '.join(sums)}"
+        body = self.detector.pyramid.body
+        if config.model.freeze_norm and not any(isinstance(module, _BatchNorm) for module in body.modules()):
+            yield f"model.freeze_norm: {self.arch} has no BatchNorm, so there is nothing to freeze"
+        if unread := config.model.unread:
+            yield f"{', '.join(f'model.{name}' for name in unread)}: not read by kind: {config.model.kind}"
+        if config.distill and self.teacher:
+            facts = self.teacher.facts
+            assert isinstance(self.model, DistilledDetector | DistilledDense)
+            terms = self.model.weights()
+            shown = ", ".join(f"{name} x{weight:g}" for name, weight in terms.items() if weight)
+            yield f"teacher {facts['file']} ({facts['kind']} on {facts['arch']}): {shown}"
+
+    def save(self, path: Path, **facts: Any) -> None:
+        """Write the detector file; `facts` go to its metadata."""
+        save_detector(
+            path,
+            self.evaluated,
+            config=self._config.model,
+            resize=self._config.resize,
+            arch=self.arch,
+            inputs=self._inputs,
+            data=self._data,
+            **self._facts,
+            **facts,
+        )

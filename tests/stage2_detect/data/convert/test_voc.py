@@ -1,0 +1,113 @@
+"""Pascal VOC data sets become the COCO file they came from; every fault is one line with its place."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hotcoco
+import numpy as np
+import pytest
+from converted_data import by_name, equal_objects, line, numbered, read, save, write
+
+from ssld.stage2_detect.convert_data import main
+from ssld.stage2_detect.data.coco import read_coco
+
+OBJECT = (
+    "<object>\n<name>{name}</name><difficult>{difficult}</difficult>\n<bndbox><xmin>{box[0]}</xmin><ymin>{box[1]}</ymin>\
+<xmax>{box[2]}</xmax><ymax>{box[3]}</ymax></bndbox></object>"
+)
+
+
+def voc_xml(*objects: tuple[str, int, tuple[Any, ...]], size: tuple[int, int] = (40, 20)) -> str:
+    texts = [OBJECT.format(name=name, difficult=difficult, box=box) for name, difficult, box in objects]
+    sides = f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
+    return f"<annotation>\n<filename>x.png</filename>\n{sides}\n" + "\n".join(texts) + "\n</annotation>"
+
+
+@pytest.fixture
+def voc(tmp_path: Path) -> Path:
+    """Two images of 40 x 20 pixels; one is of the training split."""
+    root = tmp_path / "voc"
+    for name in ("a", "b"):
+        save(root / "JPEGImages" / f"{name}.png")
+    whole, pixel = ("tall", 0, (1, 1, 40, 20)), ("wide", 1, (3, 4, 3, 4))
+    write(root / "Annotations/a.xml", voc_xml(whole, pixel))
+    write(root / "Annotations/b.xml", voc_xml())
+    for split, names in (("train", "a"), ("val", "b"), ("trainval", "a\nb"), ("tall_train", "a 1")):
+        write(root / f"ImageSets/Main/{split}.txt", names + "\n")
+    return root
+
+
+def test_voc_by_hand(voc: Path, tmp_path: Path) -> None:
+    """Pixels are counted from 1 and the last one belongs to the box: 1..40 is the whole width, 3..3 one pixel."""
+    assert main(line(voc, tmp_path / "out")) == 0
+    data = read(tmp_path / "out")
+    assert data.class_names == ("tall", "wide")
+    (record,) = data.images
+    np.testing.assert_array_equal(record.file_boxes_N4, [[0, 0, 40, 20], [2, 3, 1, 1]])
+    assert record.labels_N.tolist() == [0, 1]
+    assert record.crowd_N.tolist() == [False, True]
+    assert len(read(tmp_path / "out", "val").images) == 1
+    assert not (tmp_path / "out" / "trainval.json").exists()
+    flags = ("--voc_inclusive", "false", "--voc_difficult", "keep", "--splits", '["trainval"]')
+    assert main(line(voc, tmp_path / "edges", *flags)) == 0
+    record = by_name(read(tmp_path / "edges", "trainval"))["a"]
+    np.testing.assert_array_equal(record.file_boxes_N4, [[1, 1, 39, 19]])  # nothing is left of the other
+    assert not record.crowd_N.any()
+
+
+def test_voc_from_an_independent_writer(tiny_coco: Any, tmp_path: Path) -> None:
+    """hotcoco too counts pixels from 1, the last included, and writes crowds as difficult."""
+    content = numbered(tiny_coco.train_annotations)
+    content["annotations"][2]["iscrowd"] = 1
+    write(tmp_path / "coco.json", json.dumps(content))
+    root = tmp_path / "voc"
+    hotcoco.COCO(content).to_voc(str(root))
+    shutil.copytree(tiny_coco.train_images, root / "JPEGImages")
+    write(tmp_path / "names.txt", "wide\ntall")
+    assert main(line(root, tmp_path / "out", "--classes", str(tmp_path / "names.txt"))) == 0
+    wanted = read_coco(tmp_path / "coco.json", None, training=False)
+    equal_objects(read(tmp_path / "out"), wanted)
+    assert wanted.counts["crowd"] == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("Annotations/a.xml", "<annotation>\n<object></annotation>", "a.xml, line 2: is not well-formed XML"),
+        (
+            "Annotations/a.xml",
+            "<!DOCTYPE x [<!ENTITY e SYSTEM 'file:///etc/passwd'>]>\n<x>&e;</x>",
+            "has a document type",
+        ),
+        ("Annotations/a.xml", "<annotation><object/></annotation>", "line 1: the object has no name"),
+        ("Annotations/a.xml", voc_xml(("tall", 0, (0, 1, 5, 5))), "a.xml, line 4: a corner at 0, but VOC counts"),
+        ("Annotations/a.xml", voc_xml(("tall", 0, (5, 1, 4, 5))), "line 4: xmax or ymax lies before"),
+        ("Annotations/a.xml", voc_xml(("tall", 0, ("", 1, 4, 5))), "line 4: xmin is '', not a number"),
+        (
+            "Annotations/a.xml",
+            voc_xml(("tall", 0, (1, 1, 2, 2)), size=(41, 20)),
+            "a.xml, line 3: says 41x20, but the image",
+        ),
+        ("Annotations/a.xml", "<annotation><object><name>a</name></object></annotation>", "has no bndbox"),
+        ("ImageSets/Main/train.txt", "a\nz\n", "train.txt, line 2: there is no Annotations/z.xml"),
+        ("ImageSets/Main/train.txt", "a 1\n", "train.txt, line 1: has 2 columns"),
+        ("JPEGImages/a.png", "", "cannot read image"),
+    ],
+)
+def test_voc_faults(
+    voc: Path, tmp_path: Path, user_error: Callable[..., str], file: str, text: str, message: str
+) -> None:
+    write(voc / file, text)
+    assert message in user_error(main, line(voc, tmp_path / "out"))
+    assert not list((tmp_path / "out").glob("*rain.json"))
+
+
+def test_voc_class_that_is_not_listed(voc: Path, tmp_path: Path, user_error: Callable[..., str]) -> None:
+    write(tmp_path / "names.txt", "tall\nsmall\n")
+    message = user_error(main, line(voc, tmp_path / "out", "--classes", str(tmp_path / "names.txt")))
+    assert "a.xml, line 7: class 'wide' is not among the 2 given" in message
+    (voc / "JPEGImages/a.png").unlink()
+    assert "a.xml: its image is not in" in user_error(main, line(voc, tmp_path / "out2"))

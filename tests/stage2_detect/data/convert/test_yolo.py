@@ -1,0 +1,161 @@
+"""YOLO data sets become the COCO file they came from; every fault is one line with its place."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hotcoco
+import numpy as np
+import pytest
+from converted_data import by_name, equal_objects, line, numbered, read, save, write
+from filled_shapes import filled
+from PIL import Image
+
+from ssld.stage2_detect.convert_data import main
+from ssld.stage2_detect.data.coco import read_coco
+
+NAMES = ("wide", "tall")
+
+
+@pytest.fixture
+def yolo(tmp_path: Path) -> Path:
+    """Two images of 40 x 20 pixels, one with a box and a polygon."""
+    root = tmp_path / "yolo"
+    for name in ("a", "b"):
+        save(root / "images" / "train" / f"{name}.png")
+    write(root / "labels/train/a.txt", "1 0.5 0.5 0.25 0.5\n\n0 0.1 0.1 0.6 0.1 0.1 0.9\n")
+    write(root / "data.yaml", "train: images/train\nnames: [wide, tall]\n")
+    return root
+
+
+def test_yolo_by_hand(yolo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line(yolo, tmp_path / "out")) == 0
+    data = read_coco(tmp_path / "out" / "train.json", yolo / "images/train", training=False, segmentations=True)
+    first, second = data.images
+    np.testing.assert_allclose(first.file_boxes_N4, [[15, 5, 10, 10], [4, 2, 20, 16]])
+    assert first.labels_N.tolist() == [1, 0]
+    assert second.labels_N.size == 0
+    assert data.class_names == NAMES
+    assert first.segmentations is not None
+    assert first.segmentations[0] is None
+    assert first.segmentations[1] == [[4.0, 2.0, 24.0, 2.0, 4.0, 18.0]]
+    assert first.areas_N[0] == 100
+    assert first.areas_N[1] == filled(first.segmentations[1], 20, 40).sum()
+    out = capsys.readouterr().out
+    assert "2 images, 2 objects, 1 images without objects" in out
+    assert "1 images have no label file" in out
+
+
+def test_yolo_from_an_independent_writer(tiny_coco: Any, tmp_path: Path) -> None:
+    root = tmp_path / "yolo"
+    for split in ("train", "val"):
+        hotcoco.COCO(numbered(getattr(tiny_coco, f"{split}_annotations"))).to_yolo(str(root / "labels" / split))
+        shutil.copytree(getattr(tiny_coco, f"{split}_images"), root / "images" / split)
+        (root / "labels" / split / "data.yaml").unlink()
+    write(root / "data.yaml", "path: .\ntrain: images/train\nval: images/val\nnc: 2\nnames: {0: wide, 1: tall}\n")
+    assert main(line(root / "data.yaml", tmp_path / "out")) == 0
+    for split in ("train", "val"):
+        wanted = read_coco(getattr(tiny_coco, f"{split}_annotations"), None, training=False)
+        equal_objects(read(tmp_path / "out", split), wanted)
+    assert main(line(root / "data.yaml", tmp_path / "one", "--splits", '["val"]')) == 0
+    assert sorted(file.name for file in (tmp_path / "one").glob("*.json")) == [
+        "environment.json",
+        "result.json",
+        "val.json",
+    ]
+
+
+def test_yolo_layouts(yolo: Path, tmp_path: Path) -> None:
+    """Lists of images, Roboflow's ../ and a folder without data.yaml name the same images."""
+    write(yolo / "list.txt", "images/train/a.png\n./images/train/b.png\n")
+    robo = yolo / "train"
+    shutil.copytree(yolo / "images" / "train", robo / "images")
+    shutil.copytree(yolo / "labels" / "train", robo / "labels")
+    bare = tmp_path / "bare"
+    shutil.copytree(yolo / "images" / "train", bare / "images")
+    shutil.copytree(yolo / "labels" / "train", bare / "labels")
+    write(bare / "labels" / "classes.txt", "wide\ntall\n")
+    write(tmp_path / "names.txt", "wide\ntall\n")
+    shutil.copytree(yolo, tmp_path / "deep", ignore=shutil.ignore_patterns("data.yaml", "train.txt", "list.txt"))
+    shutil.rmtree(tmp_path / "deep" / "train")
+    assert main(line(yolo, tmp_path / "plain")) == 0
+    wanted = read(tmp_path / "plain")
+    for number, text in enumerate(("train: list.txt", "train: ../train/images", "train: [images/train]")):
+        write(yolo / "data.yaml", f"{text}\nnames: [wide, tall]\n")
+        assert main(line(yolo, tmp_path / f"out{number}")) == 0
+        equal_objects(read(tmp_path / f"out{number}"), wanted)
+    assert main(line(bare, tmp_path / "out_bare")) == 0
+    equal_objects(read(tmp_path / "out_bare"), wanted)
+    assert main(line(tmp_path / "deep", tmp_path / "out_deep", "--classes", str(tmp_path / "names.txt"))) == 0
+    equal_objects(read(tmp_path / "out_deep"), wanted)
+
+
+def test_boxes_over_the_border_are_clipped_and_empty_ones_dropped(
+    yolo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ["0 0.9 0.5 0.4 0.5", "1 0.5 0.5 0 0.5", "1 0.5 0.5 0.5 1.0000001"]
+    write(yolo / "labels/train/b.txt", "\n".join(rows))
+    assert main(line(yolo, tmp_path / "out")) == 0
+    record = by_name(read(tmp_path / "out"))["b"]
+    np.testing.assert_allclose(record.file_boxes_N4, [[28, 5, 12, 10], [10, 0, 20, 20]])
+    counts = json.loads((tmp_path / "out" / "result.json").read_text())["metrics"]["splits"]["train"]
+    assert (counts["objects"], counts["clipped"], counts["dropped"], counts["images"]) == (4, 1, 1, 2)
+    assert f"first: {yolo}/labels/train/b.txt, line 2" in capsys.readouterr().out
+
+
+def test_boxes_belong_to_the_upright_picture(yolo: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (yolo / "images/train/a.png").unlink()
+    save(yolo / "images/train/a.jpg", (20, 40), exif=exif)
+    assert main(line(yolo, tmp_path / "out")) == 0
+    record = by_name(read(tmp_path / "out"))["a"]
+    assert (record.width, record.height) == (40, 20)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        (
+            "labels/train/a.txt",
+            "1 .5 .5 .2 .2\n2 .5 .5 .2 .2",
+            "a.txt, line 2: class 2, but there are 2 classes, 0 to 1",
+        ),
+        ("labels/train/a.txt", "0 20 10 5 5", "a.txt, line 1: 20 is outside 0..1; coordinates are shares"),
+        ("labels/train/a.txt", "0 .5 .5 .2", "a.txt, line 1: has 4 values"),
+        ("labels/train/a.txt", "0 .5 .5 .2 .2 .97", "a.txt, line 1: has 6 values"),
+        ("labels/train/a.txt", "0 .5 nan .2 .2", "a.txt, line 1: value 3 is 'nan', not a number"),
+        ("labels/train/a.txt", "wide .5 .5 .2 .2", "a.txt, line 1: the class is 'wide', not a number"),
+        ("labels/train/c.txt", "0 .5 .5 .2 .2", "c.txt: no image in"),
+        ("images/train/c.png", "no picture", "cannot read image"),
+        ("data.yaml", "train: images/train\nnames: [a, a]", "two classes are called 'a'"),
+        ("data.yaml", "train: images/train\nnames: [a, b]\nnc: 3", "nc is 3, but names has 2"),
+        ("data.yaml", "train: images/train\nnames: {0: a, 2: b}", "the class numbers are not 0..1"),
+        ("data.yaml", "train: images/trian\nnames: [a, b]", "is neither a folder nor a .txt list"),
+        ("data.yaml", "names: [a, b]", "has none of the keys train, val, test"),
+        ("data.yaml", "train: images/train\nnames: [a, b]\nkpt_shape: [17, 3]", "pose data"),
+        ("data.yaml", "train: images/train", "no class names"),
+        ("data.yaml", "train: list.txt\nnames: [a, b]", "list.txt, line 1: no image"),
+    ],
+)
+def test_yolo_faults(
+    yolo: Path, tmp_path: Path, user_error: Callable[..., str], file: str, text: str, message: str
+) -> None:
+    write(yolo / "list.txt", "images/train/z.png\n")
+    write(yolo / file, text)
+    assert message in user_error(main, line(yolo, tmp_path / "out"))
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left <= {".lock", "config.yaml", "environment.json", "error.json"}
+
+
+def test_a_mended_fault_needs_no_other_output(yolo: Path, tmp_path: Path, user_error: Callable[..., str]) -> None:
+    sound = (yolo / "labels/train/a.txt").read_text()
+    write(yolo / "labels/train/a.txt", "9 .5 .5 .1 .1")
+    user_error(main, line(yolo, tmp_path / "out"))
+    write(yolo / "labels/train/a.txt", sound)
+    assert main(line(yolo, tmp_path / "out")) == 0
+    before = (tmp_path / "out" / "train.json").stat().st_mtime_ns
+    assert main(line(yolo, tmp_path / "out")) == 0
+    assert (tmp_path / "out" / "train.json").stat().st_mtime_ns == before

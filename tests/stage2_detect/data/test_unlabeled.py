@@ -1,0 +1,202 @@
+"""Pictures without annotations: the folder as records, and which of them a batch holds."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ssld.shared.errors import UserError
+from ssld.stage2_detect.config import TrainConfig
+from ssld.stage2_detect.data.batch_order import BatchOrder
+from ssld.stage2_detect.data.coco import CocoData, read_coco
+from ssld.stage2_detect.data.loaders import TrainLoader, load_record
+from ssld.stage2_detect.data.training_data import TrainingData
+from ssld.stage2_detect.data.unlabeled import MixedOrder, list_pictures, training_order
+
+WIDE = [number % 3 > 0 for number in range(20)]
+MORE = [number % 4 > 0 for number in range(30)]
+
+
+def order(**changes: float) -> MixedOrder:
+    options: dict[str, Any] = {"batch_size": 8, "labeled_ratio": 0.25, "seed": 4}
+    return MixedOrder(WIDE, MORE, **(options | changes))
+
+
+def test_batches_hold_the_labelled_images_of_batch_order_and_distinct_others() -> None:
+    mixed, plain = order(), BatchOrder(WIDE, batch_size=2, seed=4)
+    assert mixed.steps_per_epoch == 10
+    seen = set()
+    for step in range(40):
+        images = mixed.step(step)
+        assert images[:2] == plain.step(step)
+        others = images[2:]
+        assert len(set(others)) == 6
+        assert all(20 <= index < 50 for index in others)
+        seen |= set(others)
+        if all(WIDE[index] for index in images[:2]):
+            assert all(MORE[index - 20] for index in others)
+        elif not any(WIDE[index] for index in images[:2]):
+            assert sum(not MORE[index - 20] for index in others) == 6
+    assert seen == set(range(20, 50))
+
+
+def test_too_few_of_an_orientation_are_filled_up_with_the_other() -> None:
+    mixed = MixedOrder([True] * 8, [False] * 5 + [True], batch_size=6, labeled_ratio=1 / 3, seed=0)
+    others = mixed.step(0)[2:]
+    assert 13 in others  # the only wide one
+    assert len(set(others)) == 4
+
+
+def test_a_batch_is_a_function_of_seed_and_step() -> None:
+    steps = [7, 3, 12]
+    assert [order().step(step) for step in steps] == [order().step(step) for step in reversed(steps)][::-1]
+    assert order().step(3)[2:] != order(seed=5).step(3)[2:]
+    assert order().step(3)[2:] != order().step(13)[2:]
+
+
+@pytest.mark.parametrize(("ranks", "accumulate"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_micro_batches_share_both_parts_evenly(ranks: int, accumulate: int) -> None:
+    mixed = order(batch_size=16, ranks=ranks, accumulate=accumulate)
+    micro = ranks * accumulate
+    for step in range(5):
+        whole: list[int] = []
+        for rank in range(ranks):
+            for part in range(accumulate):
+                images = mixed.micro_batch(step, rank, part)
+                labelled = [index for index in images if index < 20]
+                assert len(labelled) == 4 // micro
+                assert images[: len(labelled)] == labelled, "labelled first"
+                whole += images
+        assert sorted(whole) == sorted(order(batch_size=16).step(step))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labeled_ratio": 0.01}, "0 labelled and 8 unlabelled images of a batch of 8 do not divide"),
+        ({"labeled_ratio": 0.99}, "8 labelled and 0 unlabelled images of a batch of 8 do not divide"),
+        ({"ranks": 2, "labeled_ratio": 0.4}, "3 labelled and 5 unlabelled images of a batch of 8 do not divide over 2"),
+        ({"batch_size": 60}, "but the folder holds 30 pictures"),
+        ({"batch_size": 44, "labeled_ratio": 0.5}, "batch_size 22 does not fit the data set of 20"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        order(**changes)
+    assert message in str(caught.value)
+
+
+def test_without_unlabelled_pictures_the_order_is_the_plain_one() -> None:
+    assert isinstance(training_order(WIDE, [], 0.5, batch_size=4, seed=1), BatchOrder)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Nested pictures: 20 x 30 (height, width), one stored sideways, one text file."""
+    draw = np.random.default_rng(0)
+    for name in ("b/1.png", "a.png", "b/c/2.jpg"):
+        (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(tmp_path / "pictures" / name)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(draw.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(
+        tmp_path / "pictures" / "sideways.jpg", exif=exif
+    )
+    (tmp_path / "pictures" / "notes.txt").write_text("no picture")
+    return tmp_path / "pictures"
+
+
+def test_a_folder_as_records(folder: Path) -> None:
+    records, unreadable = list_pictures(folder)
+    assert unreadable == []
+    assert [record.image_id for record in records] == [
+        "unlabeled/a.png",
+        "unlabeled/b/1.png",
+        "unlabeled/b/c/2.jpg",
+        "unlabeled/sideways.jpg",
+    ]
+    assert [(record.width, record.height) for record in records] == [(30, 20)] * 3 + [(20, 30)]
+    for record in records:
+        assert load_record(record).shape == (3, record.height, record.width)
+        assert record.boxes_N4.shape == (0, 4)
+        assert len(record.labels_N) == 0
+
+
+def test_unreadable_pictures(folder: Path) -> None:
+    (folder / "b" / "1.png").write_bytes(b"nothing")
+    records, unreadable = list_pictures(folder)
+    assert unreadable == ["b/1.png"]
+    assert len(records) == 3
+    (folder / "a.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"2 of the 4 pictures in .* cannot be read \(first: a.png\)"):
+        list_pictures(folder)
+    for name in ("a.png", "b/c/2.jpg", "sideways.jpg"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match=r"its only picture, b/1.png, cannot be read"):
+        list_pictures(folder)
+    with pytest.raises(UserError, match="does not exist"):
+        list_pictures(folder / "nowhere")
+
+
+def loader(tiny_coco: Any, folder: Path, **changes: int) -> TrainLoader:
+    data = read_coco(tiny_coco.train_annotations, tiny_coco.train_images, training=True)
+    options: dict[str, Any] = {
+        "batch_size": 4,
+        "seed": 0,
+        "start_step": 0,
+        "stop_step": 5,
+        "short_sides": [64],
+        "max_long": 64,
+    }
+    return TrainLoader(data, **(options | changes), unlabelled=list_pictures(folder)[0], labeled_ratio=0.5)
+
+
+def test_the_loader_flags_them_and_gives_them_no_objects(tiny_coco: Any, folder: Path) -> None:
+    for batch in loader(tiny_coco, folder):
+        assert batch.targets.labelled_B is not None
+        assert batch.targets.labelled_B.tolist() == [True, True, False, False]
+        assert [str(record.image_id).startswith("unlabeled/") for record in batch.records] == [False] * 2 + [True] * 2
+        assert (batch.targets.labels_BG[2:] == -1).all()
+        two = batch.targets.to("cpu").first(2)
+        assert two.labelled_B is not None
+        assert two.labelled_B.tolist() == [True, True]
+        assert len(two.boxes_BG4) == len(two.seeds_B) == 2
+
+
+def test_a_resumed_loader_goes_on_with_the_same_batches(tiny_coco: Any, folder: Path) -> None:
+    whole = [batch.images.pixels_BCHW for batch in loader(tiny_coco, folder)]
+    rest = [batch.images.pixels_BCHW for batch in loader(tiny_coco, folder, start_step=3)]
+    assert len(whole) == 5
+    assert all(a.equal(b) for a, b in zip(whole[3:], rest, strict=True))
+
+
+def test_an_unreadable_picture_is_replaced_by_one_of_its_own_part(
+    tiny_coco: Any, folder: Path, files_below: Callable[[Path], set[str]]
+) -> None:
+    batches = loader(tiny_coco, folder)
+    for name in files_below(folder) - {"a.png", "notes.txt"}:
+        (folder / name).write_bytes(b"damaged since it was listed")
+    unreadable = set()
+    for batch in batches:
+        assert [record.path.endswith("pictures/a.png") for record in batch.records[2:]] == [True, True]
+        assert all("/train/" in record.path for record in batch.records[:2])
+        unreadable |= {Path(image.name).name for image in batch.unreadable}
+    assert unreadable == {"1.png", "2.jpg", "sideways.jpg"}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "line"),
+    [
+        (0.75, "6 labelled + 2 unlabelled images a batch"),
+        (0.7, "6 labelled + 2 unlabelled images a batch: labeled_ratio is 0.75, not 0.7"),
+        (1.0, "3 pictures without annotations"),
+    ],
+)
+def test_the_log_says_what_a_batch_holds(tmp_path: Path, ratio: float, line: str) -> None:
+    for number in range(3):
+        Image.new("RGB", (40, 30)).save(tmp_path / f"{number}.png")
+    data = TrainingData(CocoData("x.json", True, ("a",), (1,), []), unlabelled=list_pictures(tmp_path)[0])
+    assert list(data.describe(TrainConfig.model_construct(batch_size=8, labeled_ratio=ratio)))[-1] == line

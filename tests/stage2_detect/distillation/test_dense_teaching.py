@@ -1,0 +1,228 @@
+"""A dense student under a teacher: what its terms are made of, what they do not depend on, and what is never saved."""
+
+import math
+
+import pytest
+import timm
+import torch
+
+from ssld.stage2_detect.distill_config import ADLConfig, LDConfig
+from ssld.stage2_detect.distillation.dense import DistilledDense, losses_under_adl
+from ssld.stage2_detect.distillation.rcnn import losses as distillation_losses
+from ssld.stage2_detect.distillation.rcnn import regions
+from ssld.stage2_detect.distillation.teacher import FrozenDetector
+from ssld.stage2_detect.models.batch import ImageBatch, Targets
+from ssld.stage2_detect.models.dense import DenseDetector, grids_of
+from ssld.stage2_detect.models.gfl import GFL
+from ssld.stage2_detect.models.pyramid import TimmPyramid
+from ssld.stage2_detect.models.retinanet import RetinaNet
+
+K = 3
+
+
+def detector(kind: str, seed: int) -> DenseDetector:
+    torch.manual_seed(seed)
+    body = timm.create_model("test_resnet", features_only=True, pretrained=False)
+    pyramid = TimmPyramid(body, name="test_resnet", channels=16, freeze_norm=True, p3_p7=True)
+    dense: GFL | RetinaNet = GFL(classes=K, channels=16) if kind == "gfl" else RetinaNet(classes=K, channels=16)
+    for parameter in dense.parameters():  # heads that say something: they start nearly silent
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return DenseDetector(pyramid=pyramid, dense=dense, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+
+
+def batch(images: int = 2) -> tuple[ImageBatch, Targets]:
+    """`images` images of two kinds, by turns: one with three objects, one with none."""
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8, generator=generator).repeat(images // 2, 1, 1, 1)
+    boxes = torch.tensor([[[8.0, 8, 60, 70], [50, 30, 120, 90], [20, 50, 44, 80]], [[0.0, 0, 0, 0]] * 3])
+    labels = torch.tensor([[0, 2, 1], [-1, -1, -1]])
+    sizes = torch.tensor([[96, 128]]).repeat(images, 1)
+    targets = Targets(boxes.repeat(images // 2, 1, 1), labels.repeat(images // 2, 1), torch.zeros(images).long())
+    return ImageBatch(pixels, sizes, torch.ones(images)), targets
+
+
+def test_terms_of_ld_are_their_formulas() -> None:
+    student, teacher = detector("gfl", 0), detector("gfl", 1)
+    terms = LDConfig(vlr_kd=3.0, imitation=0.5, region="inside", normalization="reference")
+    model = DistilledDense(student, FrozenDetector(teacher), terms).train()
+    images, targets = batch()
+    losses = model(images, targets)
+    assert isinstance(losses, dict)
+    with torch.no_grad():
+        features, guides = student.features(images), teacher.features(images)
+        (logits, bins), (wanted_logits, wanted_bins) = student.dense(features), teacher.dense(guides)
+        grids = grids_of(features)
+        assert isinstance(student.dense, GFL)
+        assigned, thresholds = student.dense.assign(grids, images.sizes_B2, targets)
+        anchors = student.dense.anchors(grids, torch.device("cpu"))
+        region = regions.valuable_region(anchors, targets.boxes_BG4, thresholds.region_BG)
+        positive = assigned.labels_BA == 1
+        ld = distillation_losses.localization_distillation(bins, wanted_bins, 10.0)
+        kd = distillation_losses.soft_divergence(logits, wanted_logits, 2.0)
+        inside = regions.inside_objects(anchors, targets.boxes_BG4, targets.labels_BG >= 0)
+        level = torch.cat([torch.full((rows * columns,), number) for number, (rows, columns) in enumerate(grids)])
+        error = torch.cat([(a - b).square().mean(1).flatten(1) for a, b in zip(features, guides, strict=True)], dim=1)
+
+        def means(values: torch.Tensor, chosen: torch.Tensor) -> float:
+            return sum(
+                values[chosen & (level == number)].mean().item()
+                for number in range(5)
+                if (chosen & (level == number)).any()
+            )
+
+        assert positive.any()
+        assert (region > 0).any()
+        wanted = {
+            "loss_ld": 0.25 * (student.dense.scores(logits) * ld)[positive].sum().item(),
+            "loss_ld_vlr": 0.25 / 4 * (region * ld).sum().item(),
+            "loss_kd": 10 * means(kd, positive),
+            "loss_kd_vlr": 3 * means(kd, region > 0),
+            "loss_imitation": 0.5 * means(error, inside),
+        }
+    assert {name: losses[name].item() for name in wanted} == {
+        name: pytest.approx(value, rel=1e-4) for name, value in wanted.items()
+    }
+    assert set(losses) == {*wanted, "loss_cls", "loss_box", "loss_dfl"}
+
+
+def test_global_is_the_reference_at_two_images_and_does_not_grow_with_more() -> None:
+    student, teacher = detector("gfl", 0), detector("gfl", 1)
+    found = {}
+    for images in (2, 6):
+        for normalization in ("global", "reference"):
+            terms = LDConfig(normalization=normalization)
+            losses = DistilledDense(student, FrozenDetector(teacher), terms).train()(*batch(images))
+            assert isinstance(losses, dict)
+            found[images, normalization] = {name: loss.item() for name, loss in losses.items()}
+    assert found[2, "global"] == pytest.approx(found[2, "reference"], rel=1e-5)
+    assert found[6, "global"] == pytest.approx(found[2, "global"], rel=1e-4)
+    assert found[6, "reference"]["loss_ld"] == pytest.approx(3 * found[2, "reference"]["loss_ld"], rel=1e-4)
+
+
+def test_terms_on_all_negatives_and_on_general_instances() -> None:
+    student, teacher = detector("gfl", 0), detector("gfl", 1)
+    terms = LDConfig(valuable="negatives", ld=0, kd=0, imitation=0.5, region="gi", normalization="reference")
+    images, targets = batch()
+    losses = DistilledDense(student, FrozenDetector(teacher), terms).train()(images, targets)
+    assert isinstance(losses, dict)
+    with torch.no_grad():
+        features, guides = student.features(images), teacher.features(images)
+        (logits, bins), (wanted_logits, wanted_bins) = student.dense(features), teacher.dense(guides)
+        grids = grids_of(features)
+        assert isinstance(student.dense, GFL)
+        labels = student.dense.assign(grids, images.sizes_B2, targets)[0].labels_BA
+        ld = distillation_losses.localization_distillation(bins, wanted_bins, 10.0)
+        assert losses["loss_ld_vlr"].item() == pytest.approx(
+            0.25 / 4 * (logits.sigmoid().amax(-1) * ld)[labels == 0].sum().item(), rel=1e-4
+        )
+        counts = [rows * columns for rows, columns in grids]
+        every = torch.arange(sum(counts)).expand(2, -1)
+        boxes = [student.dense.decode(values, every, grids) for values in (bins, wanted_bins)]
+        cells = regions.general_instances(logits, wanted_logits, boxes[0], boxes[1], counts)
+        error = torch.cat([(a - b).square().mean(1).flatten(1) for a, b in zip(features, guides, strict=True)], dim=1)
+        means = [
+            e[c].mean().item() for e, c in zip(error.split(counts, dim=1), cells.split(counts, dim=1), strict=True)
+        ]
+    assert losses["loss_imitation"].item() == pytest.approx(0.5 * sum(means), rel=1e-4)
+
+
+@pytest.mark.parametrize("form", ["paper", "code", "focal"])
+def test_adaptive_distillation_counts_all_but_ignored_anchors(form: str) -> None:
+    student, teacher = detector("retinanet", 0), detector("retinanet", 1)
+    model = DistilledDense(student, FrozenDetector(teacher), ADLConfig(weight=2.0, form=form)).train()
+    images, targets = batch()
+    losses = model(images, targets)
+    assert isinstance(losses, dict)
+    with torch.no_grad():
+        features = student.features(images)
+        logits, _ = student.dense(features)
+        wanted, _ = teacher.dense(teacher.features(images))
+        assigned = student.dense.assign(grids_of(features), images.sizes_B2, targets)
+        counts = assigned.labels_BA >= 0  # type: ignore[union-attr]
+        assert not counts.all()
+        loss = distillation_losses.adaptive_distillation(logits, wanted, form=form)[counts].sum()  # type: ignore[arg-type]
+        mass = (wanted.double().sigmoid() ** 1.8).sum()
+    assert losses["loss_adl"].item() == pytest.approx(2 * loss.item() / mass.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "terms"),
+    [("gfl", LDConfig(imitation=1.0)), ("gfl", LDConfig(imitation=1.0, region="gi")), ("retinanet", ADLConfig())],
+)
+def test_a_student_equal_to_its_teacher_learns_nothing_from_it(kind: str, terms: LDConfig | ADLConfig) -> None:
+    student, teacher = detector(kind, 0), detector(kind, 0)
+    losses = DistilledDense(student, FrozenDetector(teacher), terms).train()(*batch())
+    assert isinstance(losses, dict)
+    own = {"loss_cls", "loss_box", "loss_dfl"}
+    of_the_teacher = [loss for name, loss in losses.items() if name not in own]
+    assert len(of_the_teacher) == (4 if kind == "gfl" else 1)
+    torch.stack(of_the_teacher).sum().backward()
+    assert max(loss.item() for loss in of_the_teacher) < 1e-5
+    gradients = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
+    assert max(gradient.abs().max().item() for gradient in gradients) < 1e-4
+
+
+@pytest.mark.parametrize(("kind", "terms"), [("gfl", LDConfig()), ("retinanet", ADLConfig())])
+def test_no_object_in_the_batch_is_finite_and_every_head_has_a_gradient(kind: str, terms: LDConfig | ADLConfig) -> None:
+    student, teacher = detector(kind, 0), detector(kind, 1)
+    images, targets = batch()
+    nothing = Targets(torch.zeros(2, 0, 4), torch.zeros(2, 0).long(), targets.seeds_B)
+    losses = DistilledDense(student, FrozenDetector(teacher), terms).train()(images, nothing)
+    assert isinstance(losses, dict)
+    total = torch.stack(list(losses.values())).sum()
+    assert torch.isfinite(total)
+    total.backward()
+    for name, parameter in student.dense.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+
+
+def test_the_teacher_is_no_part_of_the_module() -> None:
+    student, teacher = detector("gfl", 0), detector("gfl", 1)
+    model = DistilledDense(student, FrozenDetector(teacher), LDConfig())
+    assert {name.removeprefix("student.") for name in model.state_dict()} == set(student.state_dict())
+    assert sum(1 for _ in model.parameters()) == sum(1 for _ in student.parameters())
+    assert not teacher.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    model.eval()
+    assert len(model(batch()[0])) == 2
+
+
+@pytest.mark.parametrize("normalization", ["global", "rank"])
+def test_the_adaptive_loss_on_two_ranks(normalization: str) -> None:
+    """Two processes whose teachers are sure of 3 and of 5 classes: divided by the mean of both, or each by its own."""
+    grids = [(2, 2), (1, 1), (1, 1), (1, 1), (1, 1)]
+    anchors = 9 * 8
+    head = RetinaNet(classes=K, channels=16, total=lambda mass: mass.new_tensor(8.0), world_size=2)
+    teacher = torch.full((1, anchors, K), -100.0)
+    teacher[0, :3, 0] = 100.0
+    student = torch.full((1, anchors, K), -100.0)
+    student[0, :3, 0] = 2.0
+    outputs, wanted = (student, torch.zeros(1, anchors, 4)), (teacher, torch.zeros(1, anchors, 4))
+    nothing = Targets(torch.zeros(1, 0, 4), torch.zeros(1, 0).long(), torch.zeros(1).long())
+    term = ADLConfig(weight=0.5, normalization=normalization)
+    losses = losses_under_adl(term, head, outputs, wanted, grids, torch.tensor([[16, 16]]), nothing)
+    # A sure teacher leaves the focal loss, (1 - p)^2 * -log p, p = sigmoid(2), for three classes.
+    p = 1 / (1 + math.exp(-2))
+    one = 3 * (1 - p) ** 2 * -math.log(p)
+    assert losses["loss_adl"].item() == pytest.approx(0.5 * (one * 2 / 8 if normalization == "global" else one / 3), rel=1e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "terms"), [("gfl", LDConfig(imitation=1.0, vlr_kd=1.0)), ("retinanet", ADLConfig())])
+def test_autocast_leaves_losses_in_float32(kind: str, terms: LDConfig | ADLConfig) -> None:
+    student, teacher = detector(kind, 0), detector(kind, 1)
+    model = DistilledDense(student, FrozenDetector(teacher), terms, pkd_weight=1.0).train()
+    plain = model(*batch())
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(*batch())
+    assert isinstance(losses, dict)
+    assert isinstance(plain, dict)
+    for name, loss in losses.items():
+        assert loss.dtype == torch.float32, name
+        assert loss.item() == pytest.approx(plain[name].item(), rel=0.1), name
+    torch.stack(list(losses.values())).sum().backward()
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad and not name.startswith("pyramid.body"):
+            assert parameter.grad is not None, name
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name

@@ -1,0 +1,299 @@
+"""Test-time augmentation: mirror images are mirror images, boxes come back to where they were, and views are merged."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms
+
+from ssld.shared.models.model_file import read_metadata, read_tensors, save_model_file
+from ssld.stage2_detect import evaluate, train
+from ssld.stage2_detect.data.coco import CocoData, read_coco
+from ssld.stage2_detect.data.loaders import EvalLoader
+from ssld.stage2_detect.detector_file import load_detector
+from ssld.stage2_detect.evaluation import scoring
+from ssld.stage2_detect.evaluation.tta import Sizes, SizesLoader, detect_views, merged, mirrored, unmirrored
+from ssld.stage2_detect.models.batch import Detections, ImageBatch
+from ssld.stage2_detect.models.boxes import area
+from ssld.stage2_detect.models.mask_targets import decode
+from ssld.stage2_detect.models.rcnn import RCNN
+
+
+def batch(sizes: list[tuple[int, int]], scale: float = 1.0) -> ImageBatch:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.zeros(len(sizes), 3, 64, 96, dtype=torch.uint8)
+    for canvas, (height, width) in zip(pixels, sizes, strict=True):
+        canvas[:, :height, :width] = torch.randint(1, 255, (3, height, width), generator=generator, dtype=torch.uint8)
+    return ImageBatch(pixels, torch.tensor(sizes), torch.full((len(sizes),), scale))
+
+
+def test_the_mirror_image_is_mirrored_inside_its_size() -> None:
+    images = batch([(64, 96), (40, 33), (1, 1)])
+    seen = mirrored(images)
+    for before, after, (height, width) in zip(
+        images.pixels_BCHW, seen.pixels_BCHW, images.sizes_B2.tolist(), strict=True
+    ):
+        assert torch.equal(after[:, :height, :width], before[:, :height, :width].flip(2))
+        assert not after[:, height:].any()
+        assert not after[:, :, width:].any()
+    assert torch.equal(mirrored(seen).pixels_BCHW, images.pixels_BCHW)
+    assert torch.equal(seen.sizes_B2, images.sizes_B2)
+
+
+class BrightBox:
+    """Finds the box around all pixels above 250, in pixels of the original; counts what it was given."""
+
+    def __init__(self) -> None:
+        self.given: list[Tensor] = []
+
+    def __call__(self, images: ImageBatch) -> list[Detections]:
+        self.given.append(images.pixels_BCHW)
+        found = []
+        for pixels, scale in zip(images.pixels_BCHW, images.scales_B.tolist(), strict=True):
+            rows, columns = (pixels.amax(0) > 250).nonzero().T
+            corners = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            boxes = torch.tensor([[float(v) / scale for v in corners]])
+            found.append(Detections(boxes, torch.tensor([0.75]), torch.tensor([2])))
+        return found
+
+
+def marked(scale: float = 1.0) -> ImageBatch:
+    """Two images of unequal width with one bright box each, at the left of the first and in the middle of the second."""
+    images = ImageBatch(
+        torch.zeros(2, 3, 64, 96, dtype=torch.uint8), torch.tensor([(64, 96), (50, 61)]), torch.full((2,), scale)
+    )
+    images.pixels_BCHW[0, :, 10:20, 3:30] = 255
+    images.pixels_BCHW[1, :, 5:50, 20:34] = 255
+    return images
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 2.0])
+def test_boxes_of_the_mirror_image_come_back(scale: float) -> None:
+    detector = BrightBox()
+    images = marked(scale)
+    plain = detector(images)
+    for seen, wanted in zip(detect_views(detector, Sizes((images,)), flip=True, iou=0.5, most=100), plain, strict=True):
+        torch.testing.assert_close(seen.boxes_N4, wanted.boxes_N4)
+        assert seen.scores_N.tolist() == [0.75]
+        assert seen.labels_N.tolist() == [2]
+    assert len(detector.given) == 3
+    assert torch.equal(detector.given[2], mirrored(images).pixels_BCHW)
+    assert not torch.equal(detector.given[2], images.pixels_BCHW)
+
+
+def test_without_flip_the_detector_sees_each_size_once() -> None:
+    detector = BrightBox()
+    first, second = marked(1.0), marked(2.0)
+    found = detect_views(detector, Sizes((first, second)), flip=False, iou=0.5, most=100)
+    assert [len(one.scores_N) for one in found] == [2, 2]  # the boxes differ by a factor of 2
+    assert [id(given) for given in detector.given] == [id(first.pixels_BCHW), id(second.pixels_BCHW)]
+
+
+def test_a_mirrored_box() -> None:
+    found = Detections(torch.tensor([[10.0, 5, 30, 9], [0, 0, 100, 9]]), torch.tensor([0.9, 0.8]), torch.tensor([1, 0]))
+    assert unmirrored(found, 100).boxes_N4.tolist() == [[70, 5, 90, 9], [0, 0, 100, 9]]
+    assert unmirrored(found, 99.5).boxes_N4.tolist() == [[69.5, 5, 89.5, 9], [0, 0, 99.5, 9]]
+
+
+def test_views_are_merged_by_suppression_within_classes() -> None:
+    generator = torch.Generator().manual_seed(1)
+    parts = []
+    for count in (70, 0, 90):
+        corners = torch.rand(count, 4, generator=generator) * 60
+        corners[:, 2:] += corners[:, :2] + 10
+        scores, labels = torch.rand(count, generator=generator), torch.randint(0, 3, (count,), generator=generator)
+        parts.append(Detections(corners, scores, labels))
+    boxes, scores, labels = (torch.cat([getattr(p, n) for p in parts]) for n in ("boxes_N4", "scores_N", "labels_N"))
+    for iou, most in ((0.5, 100), (0.5, 7), (0.9, 100)):
+        wanted = batched_nms(boxes, scores, labels, iou)[:most]
+        found = merged(parts, iou=iou, most=most)
+        assert torch.equal(found.boxes_N4, boxes[wanted])
+        assert torch.equal(found.scores_N, scores[wanted])
+        assert torch.equal(found.labels_N, labels[wanted])
+    assert 7 < len(merged(parts, iou=0.5, most=100).scores_N) < 160
+    assert len(merged(parts, iou=1.0, most=100).scores_N) == 100
+
+
+# ---- masks
+
+
+@pytest.fixture
+def mask_model(mask_file: Path) -> RCNN:
+    """With shapes that depend on the place: every pixel of a random head is otherwise about as likely as the next."""
+    model = load_detector(mask_file).model.eval()
+    assert isinstance(model, RCNN)
+    assert model.mask_head is not None
+    with torch.no_grad():
+        model.mask_head.logits.weight.mul_(1000)
+    return model
+
+
+def shapes(found: Detections) -> Any:
+    """[H, W, N] of one image's masks."""
+    return decode(found.masks or [])
+
+
+def test_one_view_of_masks_is_the_detector_itself(mask_model: RCNN) -> None:
+    for scale in (1.0, 1.5):
+        images = batch([(64, 96), (40, 33)], scale)
+        plain, seen = mask_model(images), detect_views(mask_model, Sizes((images,)), flip=False, iou=0.999, most=100)
+        for one, other in zip(plain, seen, strict=True):
+            assert len(one.scores_N) > 5
+            torch.testing.assert_close(other.boxes_N4, one.boxes_N4)
+            assert shapes(other).shape == shapes(one).shape
+            assert (shapes(other) != shapes(one)).mean() < 1e-4
+
+
+def test_views_of_the_mirror_image_are_those_of_the_image_mirrored(mask_model: RCNN) -> None:
+    """Whichever of the two comes first: boxes and masks, in images narrower than their canvas, of two sizes."""
+    sizes = [batch([(64, 96), (40, 33)]), batch([(32, 48), (20, 17)], 0.5)]
+    sizes[1] = replace(sizes[1], scales_B=sizes[1].sizes_B2[:, 1] / sizes[0].sizes_B2[:, 1])
+    sizes = [replace(images, originals_B2=sizes[0].sizes_B2) for images in sizes]
+    one = detect_views(mask_model, Sizes(tuple(sizes)), flip=True, iou=0.5, most=100)
+    other = detect_views(mask_model, Sizes(tuple(mirrored(images) for images in sizes)), flip=True, iou=0.5, most=100)
+    for seen, turned, (_, width) in zip(one, other, sizes[0].sizes_B2.tolist(), strict=True):
+        back = unmirrored(turned, width)
+        torch.testing.assert_close(back.boxes_N4, seen.boxes_N4, rtol=0, atol=1e-3)
+        assert torch.equal(back.labels_N, seen.labels_N)
+        assert 0.03 < shapes(seen).sum() / area(seen.boxes_N4).sum().item() < 0.9
+        assert (shapes(turned)[:, ::-1] != shapes(seen)).mean() < 1e-3
+
+
+def test_masks_are_averaged_over_views(mask_model: RCNN, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Image and mirror image see the same box, and say something else of the left and the right half of its shape."""
+    boxes = [[10.0, 10, 30, 40], [66.0, 10, 86, 40]]
+    halves = [(0.9, 0.2), (0.9, 0.05)]
+    views: list[Tensor] = []
+
+    def find_boxes(images: ImageBatch) -> Any:
+        views.append(images.pixels_BCHW)
+        box_14 = torch.tensor([boxes[len(views) - 1]])
+        return [images.pixels_BCHW], [Detections(box_14, torch.tensor([0.9]), torch.tensor([0]))]
+
+    def mask_maps(features: list[Tensor], images: ImageBatch, found: list[Detections]) -> list[Tensor]:
+        view = next(n for n, pixels in enumerate(views) if features[0] is pixels)
+        assert images.pixels_BCHW is views[view]
+        assert found[0].boxes_N4.tolist() == [boxes[view]]
+        left, right = halves[view]
+        return [torch.cat([torch.full((1, 8, 4), left), torch.full((1, 8, 4), right)], 2)]
+
+    monkeypatch.setattr(mask_model, "find_boxes", find_boxes)
+    monkeypatch.setattr(mask_model, "mask_maps", mask_maps)
+    seen = detect_views(mask_model, Sizes((batch([(64, 96)]),)), flip=True, iou=0.5, most=100)[0]
+    assert seen.boxes_N4.tolist() == boxes[:1]
+    full_HW = shapes(seen)[..., 0]
+    # left (0.9 + 0.05) / 2 = 0.475; right (0.2 + 0.9) / 2 = 0.55. At the rim a map falls to zero.
+    assert not full_HW[:, :19].any()
+    assert full_HW[15:35, 21:27].all()
+
+
+@pytest.fixture
+def data(tiny_coco: Any) -> CocoData:
+    return read_coco(tiny_coco.val_annotations, tiny_coco.val_images, training=False)
+
+
+def test_sizes_go_side_by_side(data: CocoData) -> None:
+    loaders = [EvalLoader(data, batch_size=2, short_side=side, max_long=4 * side) for side in (64, 96)]
+    loader = SizesLoader(loaders)
+    assert len(loader) == 3
+    seen = []
+    for sizes, records in loader:
+        seen += [record.image_id for record in records]
+        small, large = sizes.to("cpu").batches
+        assert small.scales_B.tolist() == [1.0] * len(records)
+        assert large.scales_B.tolist() == [1.5] * len(records)
+        assert large.sizes_B2.tolist() == [[96, 96]] * len(records)
+    assert sorted(seen) == [f"val-{number}" for number in range(5)]
+
+
+@pytest.fixture
+def flags(
+    train_settings: dict[str, Any], arguments: Callable[..., list[str]], call: Any, tmp_path: Path
+) -> Callable[..., list[str]]:
+    """The command line that evaluates a detector of which every box counts."""
+    settings = train_settings | {"steps": 1}
+    settings["model"] = train_settings["model"] | {"roi": train_settings["model"]["roi"] | {"score_threshold": 0.0}}
+    assert call(train.main, arguments(settings)) == 0
+    data = settings["data"]
+    common = ["--model", str(tmp_path / "run" / "detector.safetensors"), "--annotations", data["val_annotations"]]
+    common += ["--images", data["val_images"], "--workers", "0", "--device", "cpu", "--threads", "1"]
+    return lambda output, *more: [*common, "--output", str(tmp_path / output), *more]
+
+
+def test_as_many_objects_as_without_views(flags: Callable[..., list[str]], call: Any, tmp_path: Path) -> None:
+    """What the detector keeps of an image, not a number of its own."""
+    file = tmp_path / "run" / "detector.safetensors"
+    for most in (7, 130):
+        line = flags(f"views_{most}", "--tta.short_sides", "[48, 64, 96]", "--tta.nms_iou", "0.999")
+        metadata = read_metadata(file)
+        metadata["model"]["roi"]["detections"] = most
+        line[1] = str(tmp_path / f"{most}.safetensors")
+        save_model_file(Path(line[1]), read_tensors(file), metadata)
+        assert call(evaluate.main, line) == 0
+        rows = json.loads((tmp_path / f"views_{most}" / "detections.json").read_text())
+        assert {sum(row["image_id"] == f"val-{n}" for row in rows) for n in range(5)} == {most}
+
+
+def test_evaluation_with_views(flags: Callable[..., list[str]], call: Any, tmp_path: Path) -> None:
+    assert call(evaluate.main, flags("plain")) == 0
+    assert call(evaluate.main, flags("one", "--tta.flip", "false")) == 0
+    assert call(evaluate.main, flags("views", "--tta.short_sides", "[48, 64, 96]")) == 0
+    rows = {name: json.loads((tmp_path / name / "detections.json").read_text()) for name in ("plain", "one", "views")}
+    key = lambda row: (row["image_id"], -row["score"], row["bbox"])  # noqa: E731
+    assert sorted(rows["one"], key=key) == sorted(rows["plain"], key=key)  # one view, merged with nothing
+    scores = {name: sum(row["score"] for row in some) for name, some in rows.items()}
+    assert scores["views"] > scores["plain"]
+    assert max(sum(row["image_id"] == f"val-{n}" for row in rows["views"]) for n in range(5)) <= 100
+
+
+def test_a_long_evaluation_says_how_far_it_is(
+    flags: Callable[..., list[str]], call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call(evaluate.main, flags("quiet")) == 0
+    assert "images seen" not in (tmp_path / "quiet" / "log.txt").read_text()
+    monkeypatch.setattr(scoring, "_SILENCE", 0.0)
+    for name, more in (("told", ()), ("views", ("--tta.flip", "true"))):
+        assert call(evaluate.main, flags(name, *more)) == 0
+        log = (tmp_path / name / "log.txt").read_text()
+        assert re.findall(r"(\d) of 5 images seen, [\d.]+ s to go", log) == ["1", "2", "3", "4"]
+
+
+def test_precision_of_the_forward_pass(flags: Callable[..., list[str]], call: Any, tmp_path: Path) -> None:
+    for precision in ("fp32", "bf16"):
+        assert call(evaluate.main, flags(precision, "--precision", precision)) == 0
+    rows = [json.loads((tmp_path / name / "detections.json").read_text()) for name in ("fp32", "bf16")]
+    best = [max(row["score"] for row in some) for some in rows]
+    assert best[0] != best[1]
+    assert math.isclose(*best, rel_tol=0.05)
+
+
+def test_other_classes_are_refused(
+    flags: Callable[..., list[str]], user_error: Callable[..., str], tiny_coco: Any, call: Any, tmp_path: Path
+) -> None:
+    """Classes go by name and keep the file's ids: another order of `categories` is the same set, another name is not."""
+    content = json.loads(tiny_coco.val_annotations.read_text())
+    wide, tall = content["categories"]
+    renumbered = {3: 11, 7: 2}
+    turned = content | {"categories": [tall | {"id": 2}, wide | {"id": 11}]}
+    turned["annotations"] = [one | {"category_id": renumbered[one["category_id"]]} for one in content["annotations"]]
+    (tmp_path / "turned.json").write_text(json.dumps(turned))
+    assert call(evaluate.main, flags("plain")) == 0
+    assert call(evaluate.main, flags("turned", "--annotations", str(tmp_path / "turned.json"))) == 0
+    one, two = (json.loads((tmp_path / name / "result.json").read_text())["metrics"] for name in ("plain", "turned"))
+    assert one == two
+    rows = [json.loads((tmp_path / name / "detections.json").read_text()) for name in ("plain", "turned")]
+    assert [renumbered[row["category_id"]] for row in rows[0]] == [row["category_id"] for row in rows[1]]
+    other = content | {"categories": [wide, tall | {"name": "round"}]}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    message = user_error(evaluate.main, flags("other", "--annotations", str(tmp_path / "other.json")))
+    assert message == (
+        f"{tmp_path}/other.json: its 2 classes differ from the 2 that the detector is for; unknown: round; missing: tall"
+    )
+    assert not (tmp_path / "other").exists()

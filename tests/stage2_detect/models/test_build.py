@@ -1,0 +1,149 @@
+"""From settings to detectors: every setting arrives, and every kind trains and detects."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from ssld.shared.models.backbones import InputSettings
+from ssld.stage2_detect.model_config import DetectorConfig
+from ssld.stage2_detect.models.batch import ImageBatch, Targets
+from ssld.stage2_detect.models.box_losses import BoxLoss
+from ssld.stage2_detect.models.build import build_detector
+from ssld.stage2_detect.models.postprocess import Suppression
+from ssld.stage2_detect.models.rcnn import RCNN
+from ssld.stage2_detect.models.roi_heads import BoxStage
+
+INPUTS = InputSettings((0.5,) * 3, (0.25,) * 3, (0, 0), "bilinear", False)
+SMALL: dict[str, Any] = {
+    "fpn_channels": 16,
+    "rpn": {"train_post_nms": 60, "val_post_nms": 40, "anchor_sizes": [8, 16, 32, 64, 128]},
+}
+
+
+def build(**settings: Any) -> RCNN:
+    torch.manual_seed(0)
+    body = timm.create_model("test_resnet", features_only=True, pretrained=False)
+    config = DetectorConfig.model_validate(SMALL | settings)
+    model = build_detector(config, classes=4, body=body, arch="test_resnet", inputs=INPUTS, world_size=3)
+    assert isinstance(model, RCNN)
+    return model
+
+
+def test_settings_of_the_rpn_arrive() -> None:
+    rpn = {
+        "anchor_sizes": [9, 17, 33, 65, 129],
+        "anchor_ratios": [0.4, 1.0],
+        "positive_iou": 0.65,
+        "negative_iou": 0.25,
+        "samples": 77,
+        "positive_fraction": 0.4,
+        "random": False,
+        "nms_iou": 0.66,
+        "train_pre_nms": 101,
+        "train_post_nms": 102,
+        "val_pre_nms": 103,
+        "val_post_nms": 104,
+    }
+    model = build(rpn=rpn)
+    ours = model.rpn
+    assert (ours.anchor_sizes, ours.anchor_ratios) == ((9, 17, 33, 65, 129), (0.4, 1.0))
+    assert (ours.positive_iou, ours.negative_iou, ours.nms_iou) == (0.65, 0.25, 0.66)
+    assert (ours.samples_per_image, ours.positive_fraction, ours.random_sampling) == (77, 0.4, False)
+    assert (ours.train_nms, ours.test_nms) == ((101, 102), (103, 104))
+    assert ours.head.objectness.out_channels == 2
+
+
+ROI = {
+    "foreground_iou": 0.55,
+    "samples": 99,
+    "foreground_fraction": 0.3,
+    "sampling": "libra",
+    "libra_bins": 5,
+    "hidden": 24,
+    "sampling_ratio": 2,
+    "aligned": False,
+    "box_loss": {"name": "balanced_l1", "weight": 2, "beta": 0.9, "alpha": 0.4, "gamma": 1.4},
+    "score_threshold": 0.01,
+    "nms": {"kind": "soft_gaussian", "iou": 0.45, "sigma": 0.4},
+    "detections": 33,
+}
+CASCADE = {
+    "ious": [0.45, 0.65],
+    "delta_weights": [[10, 10, 5, 5], [21, 22, 11, 12]],
+    "loss_weights": [1, 0.4],
+    "add_gt_each_stage": True,
+    "score_rois": "last",
+}
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "cascade_rcnn"])
+def test_settings_of_the_heads_arrive(kind: str) -> None:
+    model = build(kind=kind, roi=ROI, cascade=CASCADE)
+    heads: Any = model.roi_heads
+    assert (heads.classes, heads.world_size) == (4, 3)
+    assert (heads.samples_per_image, heads.positive_fraction) == (99, 0.3)
+    assert (heads.sampling_kind, heads.libra_bins) == ("libra", 5)
+    assert (heads.sampling_ratio, heads.aligned) == (2, False)
+    assert heads.box_loss == BoxLoss("balanced_l1", weight=2, beta=0.9, alpha=0.4, gamma=1.4)
+    assert (heads.score_threshold, heads.detections_per_image) == (0.01, 33)
+    assert heads.suppression == Suppression("soft_gaussian", iou=0.45, sigma=0.4)
+    assert {head.fc1.out_features for head in heads.heads} == {24}
+    if kind == "faster_rcnn":
+        assert heads.stages == (BoxStage(0.55, (10, 10, 5, 5)),)
+        assert [head.deltas.out_features for head in heads.heads] == [16]
+    else:
+        assert heads.stages == (BoxStage(0.45, (10, 10, 5, 5), 1), BoxStage(0.65, (21, 22, 11, 12), 0.4))
+        assert (heads.add_objects_each_stage, heads.score_rois) == (True, "last")
+        assert [head.deltas.out_features for head in heads.heads] == [4, 4]
+
+
+def test_one_stage_may_be_class_agnostic_and_may_divide_by_positives() -> None:
+    heads: Any = build(
+        roi={"class_agnostic": True, "box_loss": {"name": "ciou", "normalization": "reference"}}
+    ).roi_heads
+    assert heads.heads[0].deltas.out_features == 4
+    assert heads.box_loss == BoxLoss("ciou", per_positive=True)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "faster": {"kind": "faster_rcnn"},
+    "cascade": {"kind": "cascade_rcnn"},
+    "PSS-DET": {
+        "dcn_strides": [8, 16, 32],
+        "roi": {"sampling": "libra", "box_loss": {"name": "ciou", "weight": 10}},
+    },
+    "PSS-DET cascade": {
+        "kind": "cascade_rcnn",
+        "roi": {"sampling": "libra", "box_loss": {"name": "balanced_l1"}, "nms": {"kind": "soft_linear"}},
+        "cascade": {"add_gt_each_stage": True, "score_rois": "last", "loss_weights": [1, 0.5, 0.25]},
+    },
+}
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["objects", "no objects"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_kind_trains_and_detects(name: str, empty: bool) -> None:
+    settings = {"roi": {}} | OPTIONS[name]
+    model = build(**settings | {"roi": settings["roi"] | {"hidden": 16, "samples": 32, "score_threshold": 0}})
+    pixels = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = ImageBatch(pixels, torch.tensor([[96, 128], [80, 100]]), torch.tensor([1.0, 0.8]))
+    objects = torch.tensor([[[10.0, 12.0, 60.0, 48.0]], [[40.0, 5.0, 90.0, 79.0]]])
+    labels = torch.tensor([[1], [3]])
+    if empty:
+        objects, labels = objects[:, :0], labels[:, :0]
+    losses = model(images, Targets(objects, labels, torch.tensor([5, 6])))
+    stages = ["_0", "_1", "_2"] if "cascade" in name else [""]
+    expected = {"loss_rpn_cls", "loss_rpn_box"} | {f"loss_{part}{stage}" for part in ("cls", "box") for stage in stages}
+    assert set(losses) == expected
+    sum(losses.values()).backward()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, parameter_name
+            assert parameter.grad.isfinite().all(), parameter_name
+            if empty and ".deltas." in parameter_name:
+                assert not parameter.grad.any(), parameter_name
+    for found in model.eval()(images):
+        assert 0 < len(found.scores_N) <= 100
+        assert (found.scores_N.diff() <= 0).all()

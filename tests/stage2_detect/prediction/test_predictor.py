@@ -1,0 +1,92 @@
+"""Predictions from Python: what the command finds and draws, kinds of pictures, the README's example."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from run_files import content
+
+from ssld.shared.errors import UserError
+from ssld.stage2_detect import predict
+from ssld.stage2_detect.detector_file import load_detector
+from ssld.stage2_detect.models.batch import Detections
+
+ROOT = Path(__file__).resolve().parents[3]
+Call = Callable[..., int]
+
+
+def test_three_lines_find_what_the_command_finds(
+    call: Call, predict_line: Any, detector_file: Path, photos: Path, tmp_path: Path
+) -> None:
+    assert call(predict.main, predict_line()) == 0
+    found = content(tmp_path / "seen" / "predictions.json")
+    detector = load_detector(str(detector_file))
+    files = [photos / image["file_name"] for image in found["images"]]
+    shown = detector.predict(files, threshold=0.3)
+    assert len(shown) == 12
+    for image, objects in zip(found["images"], shown, strict=True):
+        rows = [row for row in found["annotations"] if row["image_id"] == image["id"]]
+        assert len(rows) == len(objects) == len(list(objects))
+        for row, (name, score, box) in zip(rows, objects, strict=True):
+            assert name == {3: "wide", 7: "tall"}[row["category_id"]]
+            assert score == pytest.approx(row["score"], abs=1e-5)
+            x, y, width, height = row["bbox"]
+            np.testing.assert_allclose(box, [x, y, x + width, y + height], atol=2e-3)
+
+
+def test_kinds_of_pictures_and_a_batch_of_unequal_ones(detector_file: Path, photos: Path) -> None:
+    detector = load_detector(detector_file)
+    picture = Image.open(photos / "5.png")
+    (one,) = detector.predict([photos / "5.png"], threshold=0.2)
+    assert len(one)
+    for other in (str(photos / "5.png"), picture, np.array(picture)):
+        (same,) = detector.predict([other], threshold=0.2)
+        np.testing.assert_array_equal(same.boxes_N4, one.boxes_N4)
+    wide = Image.new("RGB", (90, 40), (30, 30, 30))
+    wide.paste(picture.crop((0, 0, 40, 40)), (10, 0))
+    pair = detector.predict([picture, wide], threshold=0.05)
+    assert pair[1].boxes_N4[:, 2].max() <= 90
+    assert pair[1].boxes_N4[:, 3].max() <= 40
+    with pytest.raises(TypeError, match="takes a list"):
+        detector.predict("photo.jpg")
+    with pytest.raises(TypeError, match="uint8"):
+        detector.predict([np.zeros((4, 4, 3))])
+    with pytest.raises(UserError, match="cannot read image"):
+        detector.predict([photos / "absent.png"])
+    assert detector.predict([]) == []
+
+
+def test_objects_are_drawn_as_the_command_draws_them(
+    call: Call, predict_line: Any, detector_file: Path, photos: Path, tmp_path: Path
+) -> None:
+    assert call(predict.main, predict_line(images=photos / "5.png")) == 0
+    (objects,) = load_detector(detector_file).predict([photos / "5.png"], threshold=0.3)
+    assert len(objects)
+    drawn = objects.draw(photos / "5.png")
+    drawn.save(tmp_path / "mine.jpg", quality=92)
+    assert (tmp_path / "mine.jpg").read_bytes() == (tmp_path / "seen" / "pictures" / "5.png.jpg").read_bytes()
+
+
+def test_the_readmes_example(detector_file: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    snippet = re.search(r"```python\n(from ssld.stage2_detect.*?)```", readme, flags=re.DOTALL)
+    assert snippet
+    code = snippet[1].replace("runs/detector/detector.safetensors", str(detector_file))
+    files = sorted(photos.glob("*.png"))
+    counts = [len(objects) for objects in load_detector(detector_file).predict(files)]
+    capsys.readouterr()
+    exec(code.replace('"photo.jpg"', repr(str(files[np.argmax(counts)]))), {})
+    assert len(capsys.readouterr().out.splitlines()) == max(counts) > 0
+
+
+def test_chosen_detections_keep_their_masks() -> None:
+    boxes_N4 = torch.arange(12.0).view(3, 4)
+    found = Detections(boxes_N4, torch.tensor([0.9, 0.5, 0.1]), torch.tensor([0, 1, 0]), ["a", "b", "c"])
+    kept = found.where(found.labels_N == 0)
+    assert kept.masks == ["a", "c"]
+    assert kept.boxes_N4.equal(boxes_N4[[0, 2]])
