@@ -43,7 +43,7 @@ COMMANDS = {
     ),
     "inspect": ("", "print what a file, store, run directory or checkpoint of ours is"),
     "report": ("ssld.pipelines.report", "write report.html from a pipeline's run directories"),
-    "toy-data": ("ssld.shared.toy_data", "draw the embedded data set"),
+    "toy-data": ("ssld.pipelines.toy_data", "draw the embedded data set"),
     "init": ("ssld.pipelines.init", "write a pipeline for your own photos, with settings that suit them"),
     "doctor": ("ssld.pipelines.doctor", "look at the machine, the settings and the data: what stands in the way?"),
     "completion": ("", "print a script with which the tab key completes all of this: bash or zsh"),
@@ -139,7 +139,7 @@ def _main_of(module: str, argv: list[str]) -> int:
 
 
 def _inspect(argv: list[str]) -> int:
-    from ssld.pipelines.inspect_file import inspect_text
+    from ssld.pipelines.inspecting import inspect_text
 
     if len(argv) != 1 or argv[0].startswith("-"):
         raise UserError("usage: ssld inspect FILE_OR_FOLDER")

@@ -37,7 +37,7 @@ def completion_script(shell: str, commands: list[str]) -> str:
 def parsers() -> Iterator[tuple[str, ArgumentParser]]:
     """(command, parser) of every command that has flags; of those that dispatch by file, one for each kind."""
     from ssld.pipelines import doctor, init, run
-    from ssld.pipelines.stages import KINDS
+    from ssld.pipelines.runner.stages import KINDS
     from ssld.shared.config.settings import settings_parser
 
     yield from (("run", run._parser()), ("doctor", doctor.parser()), ("init", init.parser()))

@@ -19,10 +19,10 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.pipelines.data_process import FLAGS, check_data
-from ssld.pipelines.machine import Line, ask_torch, machine_lines
-from ssld.pipelines.settings_check import DataSet, settings_lines
-from ssld.pipelines.stages import located
+from ssld.pipelines.checks.data_process import FLAGS, check_data
+from ssld.pipelines.checks.machine import Line, ask_torch, machine_lines
+from ssld.pipelines.checks.settings import DataSet, settings_lines
+from ssld.pipelines.runner.stages import located
 from ssld.shared.config.command import USER_ERROR
 from ssld.shared.config.settings import Parser, underscored
 from ssld.shared.errors import UserError

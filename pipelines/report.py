@@ -17,11 +17,11 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.pipelines.charts import COLOURS, Chart, precision_recall
 from ssld.pipelines.config import PipelineConfig, ReportConfig, TableConfig
-from ssld.pipelines.report_stage import Room, StageView, mean_curve, percent, read_json, view
-from ssld.pipelines.stages import read_pipeline
-from ssld.pipelines.table import COLUMNS, Row, gain, gain_cells, read_record, table_rows
+from ssld.pipelines.reports.charts import COLOURS, Chart, precision_recall
+from ssld.pipelines.reports.stage_view import Room, StageView, mean_curve, percent, read_json, view
+from ssld.pipelines.reports.table import COLUMNS, Row, gain, gain_cells, read_record, table_rows
+from ssld.pipelines.runner.stages import read_pipeline
 from ssld.shared.config.command import run_command
 from ssld.shared.errors import UserError
 from ssld.shared.run_dir import RunDir, write_atomically

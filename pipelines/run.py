@@ -21,11 +21,11 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.pipelines.disk import disk_bytes, disk_text, steps_text
-from ssld.pipelines.launch import Signals, command_line, run_stage
-from ssld.pipelines.plan import Planned, erase, make_plan, to_erase
-from ssld.pipelines.stages import LOGS, Stage, build_stages, located, read_pipeline
-from ssld.pipelines.table import Record, table_text, write_record
+from ssld.pipelines.reports.table import Record, table_text, write_record
+from ssld.pipelines.runner.cost import disk_bytes, disk_text, steps_text
+from ssld.pipelines.runner.launch import Signals, command_line, run_stage
+from ssld.pipelines.runner.plan import Planned, erase, make_plan, to_erase
+from ssld.pipelines.runner.stages import LOGS, Stage, build_stages, located, read_pipeline
 from ssld.shared.config.command import STOPPED, USER_ERROR
 from ssld.shared.config.settings import Parser, did_you_mean
 from ssld.shared.errors import UserError

@@ -164,7 +164,7 @@ def build(folder: Path, *, train: Path, val: Path, unlabelled: Path, teacher: Pa
 def tiny_pipeline(text: str) -> str:
     """A pipeline whose every stage has the sizes of `TINY`, and of the file's own `smoke:` where `TINY` says nothing."""
     from ssld.pipelines.config import CommandName, flatten
-    from ssld.pipelines.stages import KINDS
+    from ssld.pipelines.runner.stages import KINDS
 
     content = yaml.safe_load(text)
     commands: dict[str, CommandName] = {}

@@ -9,7 +9,7 @@ import yaml
 
 from ssld.pipelines import doctor
 from ssld.pipelines.cli import COMMANDS
-from ssld.pipelines.stages import KINDS, build_stages, read_pipeline
+from ssld.pipelines.runner.stages import KINDS, build_stages, read_pipeline
 from ssld.shared.config.settings import parse_config
 from ssld.stage1_ssld.data_config import DataConfig, LossConfig, TeacherConfig
 from tests.docs_sandbox import ROOT, commands

@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
-from ssld.pipelines import data_process, disk, doctor, init
-from ssld.pipelines.launch import Outcome, Signals
-from ssld.pipelines.stages import KINDS, Stage
+from ssld.pipelines import doctor, init
+from ssld.pipelines.checks import data_process
+from ssld.pipelines.runner import cost as disk
+from ssld.pipelines.runner.launch import Outcome, Signals
+from ssld.pipelines.runner.stages import KINDS, Stage
 from ssld.stage2_detect import check_data
 from tests.docs_sandbox import ROOT, TINY, Sandbox, build, commands, shrunk
 

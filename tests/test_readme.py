@@ -13,7 +13,7 @@ import torch
 
 from ssld.pipelines import run
 from ssld.pipelines.cli import COMMANDS
-from ssld.pipelines.stages import KINDS
+from ssld.pipelines.runner.stages import KINDS
 from ssld.shared.config.settings import parse_config
 
 ROOT = Path(__file__).resolve().parents[1]

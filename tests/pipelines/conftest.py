@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from ssld.pipelines import stages as stages_module
 from ssld.pipelines.config import ReportConfig
-from ssld.pipelines.launch import Outcome, Signals
-from ssld.pipelines.stages import KINDS, Kind, Stage
+from ssld.pipelines.runner import stages as stages_module
+from ssld.pipelines.runner.launch import Outcome, Signals
+from ssld.pipelines.runner.stages import KINDS, Kind, Stage
 
 FAKE = Path(__file__).with_name("fake_stage.py")
 

@@ -12,8 +12,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from ssld.pipelines import data_process, disk, doctor, machine, settings_check
-from ssld.pipelines.machine import ask_torch, device_lines, machine_lines, pair_lines
+from ssld.pipelines import doctor
+from ssld.pipelines.checks import data_process, machine
+from ssld.pipelines.checks import settings as settings_check
+from ssld.pipelines.checks.machine import ask_torch, device_lines, machine_lines, pair_lines
+from ssld.pipelines.runner import cost as disk
 from ssld.stage2_detect import check_data
 
 SOUND: dict[str, Any] = {"broken": {}, "cuda": None, "threads": 2, "devices": [], "groups": ["gloo"], "mps": False}

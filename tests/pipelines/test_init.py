@@ -10,9 +10,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from ssld.pipelines import data_process, disk, init, run
-from ssld.pipelines.split import split_content
-from ssld.pipelines.suggest import Facts, suggest
+from ssld.pipelines import init, run
+from ssld.pipelines.checks import data_process
+from ssld.pipelines.runner import cost as disk
+from ssld.pipelines.scaffold.split import split_content
+from ssld.pipelines.scaffold.suggest import Facts, suggest
 from ssld.shared.errors import UserError
 from ssld.stage2_detect import check_data
 

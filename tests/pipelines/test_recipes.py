@@ -11,7 +11,7 @@ import pytest
 import timm
 import yaml
 
-from ssld.pipelines.stages import Stage, build_stages, read_pipeline
+from ssld.pipelines.runner.stages import Stage, build_stages, read_pipeline
 from ssld.shared.config.settings import dump
 from ssld.shared.training.optim import scale_lr
 from ssld.stage1_ssld.config import DistillConfig, TeachConfig

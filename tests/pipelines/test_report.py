@@ -10,11 +10,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from ssld.pipelines import charts
 from ssld.pipelines.config import PipelineConfig, TableConfig
 from ssld.pipelines.report import gains, main
-from ssld.pipelines.report_stage import Room, view
-from ssld.pipelines.table import Record, Row, table_text, write_record
+from ssld.pipelines.reports import charts
+from ssld.pipelines.reports.stage_view import Room, view
+from ssld.pipelines.reports.table import Record, Row, table_text, write_record
 
 VOID = {"meta", "link", "br", "img", "path", "use"}
 

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from ssld.pipelines.report import main
-from ssld.pipelines.report_stage import Room
+from ssld.pipelines.reports.stage_view import Room
 from tests.pipelines.browser import Page, browser, find_chromium
 
 PHONE, DESK = 390, 1200

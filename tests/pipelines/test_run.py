@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from ssld.pipelines.plan import erase
 from ssld.pipelines.run import main
-from ssld.pipelines.stages import ROOT, build_stages, read_pipeline
+from ssld.pipelines.runner.plan import erase
+from ssld.pipelines.runner.stages import ROOT, build_stages, read_pipeline
 
 FAKE = Path(__file__).with_name("fake_stage.py")
 CHAIN = ["data", "teacher", "student", "baseline", "ap"]
@@ -174,7 +174,7 @@ def test_dry_run_of_a_new_pipeline_writes_nothing(write_pipeline: Any, chain: di
 
 def test_shipped_quickstart_prints_its_commands(capfd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("ssld.pipelines.disk._ask_timm", lambda names: {})
+    monkeypatch.setattr("ssld.pipelines.runner.cost._ask_timm", lambda names: {})
     assert main(["pipelines/quickstart.yaml", "--dry-run", "--output", str(tmp_path / "q")]) == 0
     out = capfd.readouterr().out
     assert "python stage1_ssld/distill.py --config stage1_ssld/configs/toy_student.yaml --teacher.model " in out

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from ssld.pipelines.toy_data import ToySizes, write_toy_data
 from ssld.shared.run_dir import read_result
-from ssld.shared.toy_data import ToySizes, write_toy_data
 from ssld.stage2_detect import train
 from ssld.stage2_detect.detector_file import load_detector
 from ssld.stage2_detect.distill_config import ADLConfig, LDConfig

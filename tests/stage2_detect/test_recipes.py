@@ -8,10 +8,10 @@ import pytest
 import timm
 import torch
 
+from ssld.pipelines.toy_data import ToySizes, write_toy_data
 from ssld.shared.config.settings import parse_config
 from ssld.shared.models.backbones import input_settings
 from ssld.shared.run_dir import read_result
-from ssld.shared.toy_data import ToySizes, write_toy_data
 from ssld.shared.training.optim import multistep_factor, parameter_groups, scale_lr
 from ssld.stage2_detect import evaluate, train
 from ssld.stage2_detect.config import TrainConfig

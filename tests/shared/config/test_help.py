@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from pydantic import BaseModel
 
-from ssld.pipelines.stages import KINDS
+from ssld.pipelines.runner.stages import KINDS
 from ssld.shared.config.help import choices_of, flags_of, models_in, settings_help
 from ssld.shared.config.settings import CommandConfig, settings_parser
 from ssld.shared.errors import UserError

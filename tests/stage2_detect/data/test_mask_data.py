@@ -11,10 +11,10 @@ import pytest
 import torch
 from pycocotools import mask as mask_codec
 
+from ssld.pipelines.toy_data import ToySizes, write_toy_data
 from ssld.shared.errors import UserError
 from ssld.shared.models.model_file import read_metadata
 from ssld.shared.run_dir import read_result
-from ssld.shared.toy_data import ToySizes, write_toy_data
 from ssld.stage2_detect import evaluate, train
 from ssld.stage2_detect.data.coco import read_coco, require_masks
 from ssld.stage2_detect.detector_file import load_detector

@@ -1,6 +1,6 @@
 """Draw the embedded data set: crops for stage 1, scenes with boxes and masks for stage 2. Nothing is downloaded.
 
-    python shared/toy_data.py --output runs/toy_data
+    python pipelines/toy_data.py --output runs/toy_data
 
     toy_data.json                   the parameters; written last
     stage1/labeled/CLASS/*.jpg      the small labelled part
@@ -11,7 +11,7 @@
 
 The parts never share a picture. Every picture is drawn from (seed, part, number): a larger part begins with the smaller
 one's pictures, and the same parameters give the same bytes with the same versions of NumPy, Pillow and pyarrow. What the
-pictures show is in `shared/toy_drawing.py`. Does not import torch.
+pictures show is in `pipelines/toy_drawing.py`. Does not import torch.
 """
 
 import io
@@ -32,10 +32,10 @@ from numpy.random import Generator
 from PIL import Image
 from pydantic import Field
 
+from ssld.pipelines.toy_drawing import CLASSES, SCENE_SIZE, Thing, draw_crop, draw_scene
 from ssld.shared.config.command import run_command
 from ssld.shared.config.settings import CommandConfig, Config
 from ssld.shared.errors import UserError
-from ssld.shared.toy_drawing import CLASSES, SCENE_SIZE, Thing, draw_crop, draw_scene
 
 VERSION = 1  # of the drawing: raised when the same parameters give other pictures
 FOREIGN = 0.15  # part of the unlabelled crops

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from ssld.pipelines.inspect_file import _ALL_BLOCKS, _BLOCKS, inspect_text
-from ssld.pipelines.inspect_records import KNOWN
+from ssld.pipelines.inspecting import _ALL_BLOCKS, _BLOCKS, inspect_text
+from ssld.pipelines.inspecting_records import KNOWN
 from ssld.shared.errors import UserError
 from ssld.shared.models.model_file import read_metadata, save_model_file
 from ssld.shared.training.checkpoint import save_checkpoint

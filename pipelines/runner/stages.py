@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ssld.pipelines.config import CommandName, PipelineConfig, ReportConfig, StageConfig, flatten
+from ssld.pipelines.toy_data import ToyDataConfig
 from ssld.shared.config.settings import CommandConfig, did_you_mean, parse_config, validate
 from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import UserError
-from ssld.shared.toy_data import ToyDataConfig
 from ssld.stage1_ssld.config import (
     ConvertPaddleConfig,
     CurateConfig,
@@ -56,7 +56,7 @@ class Kind:
 
 
 KINDS: dict[CommandName, Kind] = {
-    "toy_data": Kind("shared/toy_data.py", ToyDataConfig, ("stage1", "stage2"), one_process=True),
+    "toy_data": Kind("pipelines/toy_data.py", ToyDataConfig, ("stage1", "stage2"), one_process=True),
     "convert_backbone": Kind(
         "stage1_ssld/convert_paddle.py", ConvertPaddleConfig, ("backbone.safetensors",), one_process=True
     ),

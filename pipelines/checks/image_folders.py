@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ssld.pipelines.machine import Line
+from ssld.pipelines.checks.machine import Line
 from ssld.shared.config.settings import CommandConfig
 from ssld.shared.files import list_images
 from ssld.shared.wording import count

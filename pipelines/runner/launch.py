@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO
 
-from ssld.pipelines.stages import ROOT, Stage
+from ssld.pipelines.runner.stages import ROOT, Stage
 from ssld.shared.config.command import STOPPED, USER_ERROR
 from ssld.shared.run_dir import read_result
 

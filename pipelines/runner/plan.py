@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ssld.pipelines.stages import Stage, followers
+from ssld.pipelines.runner.stages import Stage, followers
 from ssld.shared.errors import UserError
 from ssld.shared.run_dir import changes_since, input_digest, read_result
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from ssld.pipelines import launch
-from ssld.pipelines.launch import Outcome, Signals, command_line, run_stage
 from ssld.pipelines.run import main
-from ssld.pipelines.stages import ROOT, Stage, build_stages, read_pipeline
+from ssld.pipelines.runner import launch
+from ssld.pipelines.runner.launch import Outcome, Signals, command_line, run_stage
+from ssld.pipelines.runner.stages import ROOT, Stage, build_stages, read_pipeline
 
 FAKE = Path(__file__).with_name("fake_stage.py")
 
@@ -93,7 +93,8 @@ RUNNER = """
 import sys
 sys.path.insert(0, {here!r})
 import fake_stage
-from ssld.pipelines import run, stages
+from ssld.pipelines import run
+from ssld.pipelines.runner import stages
 stages.KINDS["teach"] = stages.Kind(fake_stage.__file__, fake_stage.FakeConfig, ("out.txt",))
 sys.exit(run.main(sys.argv[1:]))
 """

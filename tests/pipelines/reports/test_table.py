@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ssld.pipelines.config import TableConfig
-from ssld.pipelines.table import table_text
+from ssld.pipelines.reports.table import table_text
 from ssld.shared.errors import UserError
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssld.shared import toy_data
+from ssld.pipelines import toy_data
+from ssld.pipelines.toy_data import ToyDataConfig, ToySizes, main, write_toy_data
+from ssld.pipelines.toy_drawing import CLASSES, CROP_SIZE, SCENE_SIZE, Thing, draw_crop, draw_scene
 from ssld.shared.errors import UserError
-from ssld.shared.toy_data import ToyDataConfig, ToySizes, main, write_toy_data
-from ssld.shared.toy_drawing import CLASSES, CROP_SIZE, SCENE_SIZE, Thing, draw_crop, draw_scene
 
 TINY = ToySizes(labeled=20, unlabeled=24, teacher_train=30, val=10, train_scenes=8, val_scenes=6)
 PARTS = ("train", "val")

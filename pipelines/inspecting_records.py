@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ssld.pipelines.settings_check import command_of
+from ssld.pipelines.checks.settings import command_of
 from ssld.shared.config.training import TrainingConfig
 from ssld.shared.config.yaml_files import read_recipe, read_yaml
 from ssld.shared.errors import UserError

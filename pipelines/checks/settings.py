@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ssld.pipelines.checks.image_folders import folder_lines, folders_of
+from ssld.pipelines.checks.machine import Level, Line, cores
 from ssld.pipelines.config import CommandName
-from ssld.pipelines.disk import disk_bytes
-from ssld.pipelines.image_folders import folder_lines, folders_of
-from ssld.pipelines.machine import Level, Line, cores
-from ssld.pipelines.plan import make_plan
-from ssld.pipelines.stages import KINDS, build_stages, read_pipeline
+from ssld.pipelines.runner.cost import disk_bytes
+from ssld.pipelines.runner.plan import make_plan
+from ssld.pipelines.runner.stages import KINDS, build_stages, read_pipeline
 from ssld.shared.config.settings import CommandConfig, parse_config, validate
 from ssld.shared.config.training import TrainingConfig
 from ssld.shared.config.yaml_files import read_recipe

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssld.pipelines.charts import Chart, curves, precision_recall
 from ssld.pipelines.config import CommandName
-from ssld.pipelines.stages import KINDS
+from ssld.pipelines.reports.charts import Chart, curves, precision_recall
+from ssld.pipelines.runner.stages import KINDS
 from ssld.shared.files import IMAGE_SUFFIXES
 from ssld.shared.run_dir import read_metrics, read_result
 from ssld.shared.wording import count

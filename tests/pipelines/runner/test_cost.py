@@ -8,8 +8,8 @@ import pytest
 import timm
 
 from ssld.pipelines.config import PipelineConfig
-from ssld.pipelines.disk import disk_bytes, disk_text, steps_text
-from ssld.pipelines.stages import KINDS, Stage, build_stages
+from ssld.pipelines.runner.cost import disk_bytes, disk_text, steps_text
+from ssld.pipelines.runner.stages import KINDS, Stage, build_stages
 from ssld.shared.config.settings import parse_config, validate
 from ssld.stage1_ssld.write_soft_labels import main as write_soft_labels
 

@@ -8,8 +8,8 @@ import pytest
 from pydantic import Field
 
 from ssld.pipelines.config import flatten
-from ssld.pipelines.plan import make_plan
-from ssld.pipelines.stages import KINDS, ROOT, Stage, build_stages, flags, followers, located, read_pipeline
+from ssld.pipelines.runner.plan import make_plan
+from ssld.pipelines.runner.stages import KINDS, ROOT, Stage, build_stages, flags, followers, located, read_pipeline
 from ssld.shared.config.settings import CommandConfig, Config, identity, parse_config
 from ssld.shared.errors import UserError
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
-from ssld.pipelines.stages import Stage
+from ssld.pipelines.runner.stages import Stage
 from ssld.shared.config.training import TrainingConfig
 from ssld.shared.errors import UserError
 from ssld.shared.files import list_images

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssld.pipelines.stages import ROOT
+from ssld.pipelines.runner.stages import ROOT
 
 FLAGS = ("annotations", "images", "val_annotations", "val_images")
 

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from ssld.pipelines.inspect_records import KNOWN, inspect_pipeline_output, inspect_record
+from ssld.pipelines.inspecting_records import KNOWN, inspect_pipeline_output, inspect_record
 from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import UserError
 

@@ -1,0 +1,1 @@
+"""A pipeline's stages: built, planned, costed and launched."""

@@ -1,0 +1,1 @@
+"""The pipeline that `ssld init` writes."""
