@@ -40,8 +40,8 @@ from benchmarks.side_by_side import Work, rounds, show
 from benchmarks.torchvision_rcnn import CLASSES, FrozenBackbone
 from ssld.shared.models.backbones import InputSettings
 from ssld.stage2_detect.distill_config import LDConfig
+from ssld.stage2_detect.distillation import regions
 from ssld.stage2_detect.distillation.dense import DistilledDense
-from ssld.stage2_detect.distillation.rcnn import regions
 from ssld.stage2_detect.distillation.teacher import FrozenDetector
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models import atss

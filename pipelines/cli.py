@@ -171,7 +171,10 @@ def _model(argv: list[str]) -> str | None:
 
 
 def _scripts(name: str) -> str:
-    return ", ".join(f"{module.replace('.', '/')}.py for a {kind}" for kind, module in _BY_KIND[name][1].items())
+    return ", ".join(
+        f"{module.removeprefix('ssld.').replace('.', '/')}.py for a {kind}"
+        for kind, module in _BY_KIND[name][1].items()
+    )
 
 
 def _value(argv: list[str], flag: str) -> str | None:

@@ -120,7 +120,7 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
     difference = gain(table, rows) if table else None
     filled = [0, *(n + 1 for n in range(len(COLUMNS) - 1) if any(row.values[n] is not None for row in rows))]
     environment = Environment(
-        loader=PackageLoader("pipelines", "."),
+        loader=PackageLoader("ssld.pipelines", "reports"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

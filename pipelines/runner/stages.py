@@ -31,7 +31,7 @@ from ssld.stage2_detect.config import EvaluateConfig as EvaluateDetectorConfig
 from ssld.stage2_detect.export_config import ExportDetectorConfig
 from ssld.stage2_detect.predict_config import PredictConfig
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LOGS = "logs"
 _SPLITS = tuple(
     f"{name}{suffix}"

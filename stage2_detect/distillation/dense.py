@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ssld.shared.errors import UserError
 from ssld.stage2_detect.distill_config import ADLConfig, LDConfig
-from ssld.stage2_detect.distillation.rcnn import adapters, pyramid_correlation, regions
-from ssld.stage2_detect.distillation.rcnn import losses as distillation_losses
+from ssld.stage2_detect.distillation import losses as distillation_losses
+from ssld.stage2_detect.distillation import regions
+from ssld.stage2_detect.distillation.rcnn import adapters, pyramid_correlation
 from ssld.stage2_detect.distillation.teacher import FrozenDetector
 from ssld.stage2_detect.models.anchors import Grids
 from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from ssld.stage1_ssld.curate import main as curate
+from ssld.stage1_ssld.curation import outcome as selecting
+from ssld.stage1_ssld.curation import shard_pass
+from ssld.stage1_ssld.curation import steps as curation
 from ssld.stage1_ssld.curation.shard_pass import Job, Reading, over_shards
-from ssld.stage1_ssld.curation.steps import outcome as selecting
-from ssld.stage1_ssld.curation.steps import shard_pass
-from ssld.stage1_ssld.curation.steps import steps as curation
 from ssld.stage1_ssld.data.shards import RowShard
 
 

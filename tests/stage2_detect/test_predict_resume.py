@@ -12,8 +12,8 @@ from PIL import Image
 from run_files import content
 
 from ssld.stage2_detect import predict
+from ssld.stage2_detect.prediction import steps as prediction
 from ssld.stage2_detect.prediction.files import Parts
-from ssld.stage2_detect.prediction.steps import steps as prediction
 from ssld.stage2_detect.prediction.video_file import VideoFile
 
 ROOT = Path(__file__).resolve().parents[2]

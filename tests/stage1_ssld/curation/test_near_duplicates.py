@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from ssld.stage1_ssld.curation import near_duplicates
 from ssld.stage1_ssld.curation.near_duplicates import Pairs, close_hashes, close_images, confirmed_losers
-from ssld.stage1_ssld.curation.steps import near_duplicates
 
 
 def hashes(count: int, distance: int, seed: int = 0) -> np.ndarray:

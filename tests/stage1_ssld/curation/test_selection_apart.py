@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ssld.shared.errors import Stopped
+from ssld.stage1_ssld.curation import outcome as selecting
 from ssld.stage1_ssld.curation.outcome import run_part
-from ssld.stage1_ssld.curation.steps import outcome as selecting
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ssld.shared.errors import UserError
-from ssld.stage1_ssld.data.loaders import manifest as manifests
+from ssld.stage1_ssld.data import manifest as manifests
 from ssld.stage1_ssld.data.manifest import open_manifest
 from ssld.stage1_ssld.data.manifest_file import facts_of, is_manifest, write_manifest
 from ssld.stage1_ssld.data.shards import source_shards

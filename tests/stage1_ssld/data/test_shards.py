@@ -16,7 +16,7 @@ import torch
 
 from ssld.shared.errors import UserError
 from ssld.shared.images import pixels_of
-from ssld.stage1_ssld.data.loaders import shards
+from ssld.stage1_ssld.data import shards
 from ssld.stage1_ssld.data.shards import RowShard, Shard, count_samples, source_shards
 from ssld.stage1_ssld.data.sources import ImageSource, decode
 from ssld.stage1_ssld.data_config import SourceConfig

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from ssld.shared.errors import UserError
+from ssld.stage1_ssld.data import shards, streams
 from ssld.stage1_ssld.data.batch import NO_LABEL, Batch
-from ssld.stage1_ssld.data.loaders import shards, streams
 from ssld.stage1_ssld.data.shards import RowShard, TarShard
 from ssld.stage1_ssld.data.sources import ImageSource
 from ssld.stage1_ssld.data.streams import Part, StreamPlan, StreamViews, plan_streams, stream_batches

@@ -7,9 +7,9 @@ import timm
 import torch
 
 from ssld.stage2_detect.distill_config import ADLConfig, LDConfig
+from ssld.stage2_detect.distillation import losses as distillation_losses
+from ssld.stage2_detect.distillation import regions
 from ssld.stage2_detect.distillation.dense import DistilledDense, losses_under_adl
-from ssld.stage2_detect.distillation.rcnn import losses as distillation_losses
-from ssld.stage2_detect.distillation.rcnn import regions
 from ssld.stage2_detect.distillation.teacher import FrozenDetector
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.dense import DenseDetector, grids_of

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssld.stage2_detect.distillation.rcnn import regions
+from ssld.stage2_detect.distillation import regions
 from ssld.stage2_detect.models.anchors import grid_anchors
 from ssld.stage2_detect.models.assign import Assignment
 from ssld.stage2_detect.models.atss import Thresholds, assign_atss

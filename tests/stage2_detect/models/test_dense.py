@@ -6,7 +6,6 @@ import math
 import pytest
 import timm
 import torch
-from tests.stage2_detect.test_dense_distillation import K, detector
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.detection.retinanet import RetinaNetHead
@@ -19,6 +18,7 @@ from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
 from ssld.stage2_detect.models.build import build_detector
 from ssld.stage2_detect.models.dense import DenseDetector
 from ssld.stage2_detect.models.retinanet import RetinaNet
+from tests.stage2_detect.distillation.test_dense_teaching import K, detector
 
 GRIDS = [(16, 16), (8, 8), (4, 4), (2, 2), (1, 1)]
 ANCHORS = sum(rows * columns for rows, columns in GRIDS)

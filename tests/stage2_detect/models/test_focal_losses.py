@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from ssld.stage2_detect.distillation.rcnn import losses as distillation_losses
+from ssld.stage2_detect.distillation import losses as distillation_losses
 from ssld.stage2_detect.models import focal_losses as dense_losses
 
 K, N, E = 5, 12, 9

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ssld.stage2_detect.distill_config import LDConfig
+from ssld.stage2_detect.distillation import regions
 from ssld.stage2_detect.distillation.dense import losses_under_ld
-from ssld.stage2_detect.distillation.rcnn import regions
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.dense import DenseDetector, grids_of
 from ssld.stage2_detect.models.gfl import GFL
