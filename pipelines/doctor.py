@@ -19,9 +19,9 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.pipelines.checks.data_process import FLAGS, check_data
+from ssld.pipelines.checks.data import FLAGS, DataSet, check_data
 from ssld.pipelines.checks.machine import Line, ask_torch, machine_lines
-from ssld.pipelines.checks.settings import DataSet, settings_lines
+from ssld.pipelines.checks.settings import settings_lines
 from ssld.pipelines.runner.stages import located
 from ssld.shared.config.command import USER_ERROR
 from ssld.shared.config.settings import Parser, underscored

@@ -21,10 +21,9 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.pipelines.checks.data_process import FLAGS, check_data
+from ssld.pipelines.checks.data import FLAGS, check_data
 from ssld.pipelines.checks.machine import ask_torch, cores
-from ssld.pipelines.scaffold.split import split_content
-from ssld.pipelines.scaffold.suggest import Facts, pipeline_text, suggest
+from ssld.pipelines.scaffold.suggest import Facts, pipeline_text, split_content, suggest
 from ssld.shared.config.command import USER_ERROR
 from ssld.shared.config.settings import Parser, underscored
 from ssld.shared.errors import UserError

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from ssld.pipelines import doctor, init
-from ssld.pipelines.checks import data_process
+from ssld.pipelines.checks import data as checked_data
 from ssld.pipelines.runner import cost as disk
 from ssld.pipelines.runner.launch import Outcome, Signals
 from ssld.pipelines.runner.stages import KINDS, Stage
@@ -51,7 +51,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, call: Callable[..., int], s
     monkeypatch.setattr("ssld.pipelines.run.run_stage", run_here)
     for module in (doctor, init):
         monkeypatch.setattr(module, "ask_torch", lambda: CPU)
-    monkeypatch.setattr(data_process, "run_script", check_data.main)
+    monkeypatch.setattr(checked_data, "run_script", check_data.main)
     monkeypatch.setattr(disk, "_ask_timm", lambda names: {})
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ssld.pipelines.checks.image_folders import folder_lines, folders_of
+from ssld.pipelines.checks.data import DataSet, folder_lines, folders_of
 from ssld.pipelines.checks.machine import Level, Line, cores
 from ssld.pipelines.config import CommandName
 from ssld.pipelines.runner.cost import disk_bytes
@@ -22,8 +22,6 @@ from ssld.shared.errors import UserError
 from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage2_detect.config import TrainConfig
 
-DataSet = tuple[Path, Path, Path | None, Path | None]
-"""annotations and images for training, and for evaluation"""
 _NO_OUTPUT = "runs/unnamed"
 """stands in for an output that is left to the command line"""
 

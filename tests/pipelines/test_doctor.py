@@ -13,7 +13,8 @@ import yaml
 from PIL import Image
 
 from ssld.pipelines import doctor
-from ssld.pipelines.checks import data_process, machine
+from ssld.pipelines.checks import data as checked_data
+from ssld.pipelines.checks import machine
 from ssld.pipelines.checks import settings as settings_check
 from ssld.pipelines.checks.machine import ask_torch, device_lines, machine_lines, pair_lines
 from ssld.pipelines.runner import cost as disk
@@ -27,7 +28,7 @@ H200 = ["NVIDIA H200", 140 * 2**30, 141 * 2**30, 9, 0]
 def probed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sound machine without GPU; processes that import torch would take seconds each."""
     monkeypatch.setattr(doctor, "ask_torch", lambda: SOUND)
-    monkeypatch.setattr(data_process, "run_script", check_data.main)
+    monkeypatch.setattr(checked_data, "run_script", check_data.main)
     monkeypatch.setattr(disk, "_ask_timm", lambda names: {})
 
 
@@ -169,12 +170,12 @@ def test_pictures_of_another_folder_cannot_be_left_out(
 
 
 def test_the_data_check_is_a_process(coco: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    code, report = data_process.check_data((coco / "train.json", coco, None, None), "--quick")
+    code, report = checked_data.check_data((coco / "train.json", coco, None, None), "--quick")
     assert code == 0
     assert report is not None
     assert report["files"]["train"]["boxes"] == 2
     assert "2 images, 1 class, 2 boxes" in capfd.readouterr().out
-    assert data_process.check_data((coco / "gone.json", coco, None, None)) == (2, None)
+    assert checked_data.check_data((coco / "gone.json", coco, None, None)) == (2, None)
 
 
 def settings(coco: Path, **changes: Any) -> dict[str, Any]:
