@@ -41,7 +41,7 @@ COMMANDS = {
         "ssld.stage2_detect.convert_data",
         "turn YOLO, Pascal VOC or Parquet detection data into COCO JSON",
     ),
-    "inspect": ("", "print what a file, store, run directory or checkpoint of ours is"),
+    "inspect": ("", "print what a model file, store, manifest, checkpoint or run directory of ours is"),
     "report": ("ssld.pipelines.report", "write report.html from a pipeline's run directories"),
     "toy-data": ("ssld.pipelines.toy_data", "draw the embedded data set"),
     "init": ("ssld.pipelines.init", "write a pipeline for your own photos, with settings that suit them"),
