@@ -1,7 +1,7 @@
 """`ssld inspect`: what a file or folder of ours is, where it came from, how good it is, and under which licence its teacher stands.
 
-Knows what no text editor shows: model files (.safetensors), what was exported from them (.onnx, .pt2), manifests of a curation (.parquet); and stores of
-soft labels, checkpoints and run directories. Settings that a detector of its kind does not use are left out.
+Knows what no text editor shows, model files (.safetensors), what was exported from them (.onnx, .pt2) and manifests of a curation (.parquet), and the
+folders of stores, checkpoints and runs. Settings that a detector of its kind does not use are left out.
 """
 
 import json
@@ -14,7 +14,10 @@ from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import UserError
 from ssld.shared.run_dir import read_result
 
-KNOWN = "known are model files (.safetensors), exported networks (.onnx, .pt2), manifests (.parquet), and folders of runs, checkpoints and soft labels"
+KNOWN = (
+    "known are model files (.safetensors), exported networks (.onnx, .pt2), manifests (.parquet), and folders of runs, "
+    "checkpoints and soft labels"
+)
 # kind of detector -> the groups of its settings that it uses
 _BLOCKS = {
     "faster_rcnn": ("rpn", "roi"),

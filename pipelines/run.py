@@ -22,7 +22,7 @@ if find_spec("ssld") is None:
     sys.exit(2)
 
 from ssld.pipelines.reports.table import Record, table_text, write_record
-from ssld.pipelines.runner.cost import disk_bytes, disk_text, steps_text
+from ssld.pipelines.runner.cost import disk_bytes, disk_text, steps_text, total_text
 from ssld.pipelines.runner.launch import Signals, command_line, run_stage
 from ssld.pipelines.runner.plan import Planned, erase, make_plan, to_erase
 from ssld.pipelines.runner.stages import LOGS, Stage, build_stages, located, read_pipeline
@@ -121,9 +121,7 @@ def _print_plan(plan: list[Planned], doomed: list[Path], output: Path) -> None:
         for note in planned.notes:
             print(f"    changed since the last start: {note}")
         print(f"    {shlex.join(command_line(stage))}")
-    known = [size for size in disk.values() if size is not None]
-    more = "" if len(known) == len(disk) else f", and {count(len(disk) - len(known), 'stage')} of unknown size"
-    print(f"{count(len(plan), 'stage')} in {output}: {disk_text(sum(known))}{more}; data sets not counted")
+    print(f"{count(len(plan), 'stage')} in {output}: {total_text(disk)}; data sets not counted")
 
 
 def _without_variables(argv: list[str]) -> list[str]:

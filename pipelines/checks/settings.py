@@ -12,13 +12,14 @@ from typing import Any
 from ssld.pipelines.checks.data import DataSet, folder_lines, folders_of
 from ssld.pipelines.checks.machine import Level, Line, cores
 from ssld.pipelines.config import CommandName
-from ssld.pipelines.runner.cost import disk_bytes
+from ssld.pipelines.runner.cost import disk_bytes, total_text
 from ssld.pipelines.runner.plan import make_plan
 from ssld.pipelines.runner.stages import KINDS, build_stages, read_pipeline
 from ssld.shared.config.settings import CommandConfig, parse_config, validate
 from ssld.shared.config.training import TrainingConfig
 from ssld.shared.config.yaml_files import read_recipe
 from ssld.shared.errors import UserError
+from ssld.shared.wording import count
 from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage2_detect.config import TrainConfig
 
@@ -67,8 +68,7 @@ def _commands(file: Path, variables: dict[str, str]) -> tuple[list[tuple[str, Co
         lines: list[Line] = []
         try:
             make_plan(stages, set())
-            known = [size for size in disk_bytes(stages).values() if size]
-            lines += _disk_lines(len(stages), sum(known), pipeline.output)
+            lines += _disk_lines(disk_bytes(stages), len(stages), pipeline.output)
         except UserError as error:
             lines += [Line("fault", "settings", line) for line in str(error).splitlines()]
         return [(stage.name, stage.config) for stage in stages], lines
@@ -85,13 +85,13 @@ def _commands(file: Path, variables: dict[str, str]) -> tuple[list[tuple[str, Co
     return [("", config)], [Line("ok", "settings", f"of the command {name}"), *missing]
 
 
-def _disk_lines(stages: int, size: int, output: Path) -> Iterator[Line]:
-    """What the stages will write, and whether the disk of `output` has room for it."""
-    yield Line("ok", "settings", f"{stages} stages; about {size / 2**30:.1f} GB of model files and checkpoints")
+def _disk_lines(disk: dict[str, int | None], stages: int, output: Path) -> Iterator[Line]:
+    """What the stages will write, and whether the disk of `output` has room for as much of it as is known."""
+    yield Line("ok", "settings", f"{count(stages, 'stage')}: {total_text(disk)}; data sets not counted")
     place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(place).free
-    if size > free:
-        text = f"output: {free / 2**30:.1f} GB free on the disk of {place}, which is too little; give another output"
+    if sum(size or 0 for size in disk.values()) > free:
+        text = f"output: {free / 1e9:.1f} GB free on the disk of {place}, which is too little; give another output"
         yield Line("warning", "settings", text)
 
 

@@ -17,7 +17,6 @@ from ssld.pipelines.checks import data as checked_data
 from ssld.pipelines.checks import machine
 from ssld.pipelines.checks import settings as settings_check
 from ssld.pipelines.checks.machine import ask_torch, device_lines, machine_lines, pair_lines
-from ssld.pipelines.runner import cost as disk
 from ssld.stage2_detect import check_data
 
 SOUND: dict[str, Any] = {"broken": {}, "cuda": None, "threads": 2, "devices": [], "groups": ["gloo"], "mps": False}
@@ -29,7 +28,6 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sound machine without GPU; processes that import torch would take seconds each."""
     monkeypatch.setattr(doctor, "ask_torch", lambda: SOUND)
     monkeypatch.setattr(checked_data, "run_script", check_data.main)
-    monkeypatch.setattr(disk, "_ask_timm", lambda names: {})
 
 
 @pytest.fixture
@@ -107,7 +105,7 @@ def test_requirements_of_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"av", "torchcodec"} <= machine.OPTIONAL.keys()
 
 
-@pytest.mark.parametrize(("free", "lines"), [(10 * 2**30, 1), (4 * 2**30, 2)])
+@pytest.mark.parametrize(("free", "lines"), [(10 * 10**9, 1), (4 * 10**9, 2)])
 def test_room_for_what_is_written(free: int, lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Path] = []
 
@@ -116,9 +114,9 @@ def test_room_for_what_is_written(free: int, lines: int, tmp_path: Path, monkeyp
         return SimpleNamespace(free=free)
 
     monkeypatch.setattr(settings_check.shutil, "disk_usage", usage)
-    said = list(settings_check._disk_lines(3, 5 * 2**30, tmp_path / "runs" / "mine"))
+    said = list(settings_check._disk_lines({"a": 5 * 10**9, "b": None}, 3, tmp_path / "runs" / "mine"))
     assert asked == [tmp_path]
-    assert said[0].text == "3 stages; about 5.0 GB of model files and checkpoints"
+    assert said[0].text == "3 stages: about 5.0 GB of disk, and 1 stage of unknown size; data sets not counted"
     assert len(said) == lines
     if lines == 2:
         assert said[1].level == "warning"
@@ -267,7 +265,7 @@ def test_a_pipeline(coco: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "variable many has no value" in capfd.readouterr().out
     assert doctor.main([str(file), "--variable", "many=3000"]) == 0
     out = capfd.readouterr().out
-    assert "2 stages; about" in out
+    assert "2 stages: 2 stages of unknown size; data sets not counted" in out
     assert "two: workers: 3000 processes decode on" in out
     assert out.count("2 images, 1 class, 2 boxes") == 1  # the same data of both stages: once
     shutil.rmtree(coco / "runs", ignore_errors=True)
