@@ -27,8 +27,7 @@ from ssld.pipelines.scaffold.suggest import Facts, pipeline_text, split_content,
 from ssld.shared.config.command import USER_ERROR
 from ssld.shared.config.settings import Parser, underscored
 from ssld.shared.errors import UserError
-from ssld.shared.files import list_images
-from ssld.shared.run_dir import write_atomically
+from ssld.shared.files import list_images, write_atomically
 
 
 def main(argv: Sequence[str] | None = None) -> int:

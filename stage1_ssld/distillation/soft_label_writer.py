@@ -5,7 +5,6 @@ Which views lie in one forward pass follows from the shard alone, so that any nu
 
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -21,9 +20,10 @@ from ssld.shared.distributed.processes import to_device, uses_gpu
 from ssld.shared.distributed.ranks import from_main_rank, gather_lists, rank, world_size
 from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
+from ssld.shared.files import file_sha256, write_atomically
 from ssld.shared.images import Picture, UnreadableImage, require_decoder
 from ssld.shared.models.teacher import Teacher
-from ssld.shared.run_dir import RunDir, file_sha256, write_atomically
+from ssld.shared.run_dir import RunDir
 from ssld.shared.training.quarantine import Quarantine
 from ssld.stage1_ssld.config import SoftLabelsConfig
 from ssld.stage1_ssld.data.batch import NO_LABEL, Batch, View
@@ -269,15 +269,7 @@ def _check_disk(folder: Path, size: int) -> None:
 
 
 def _write_shard(file: Path, answers: np.ndarray) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as out:
-            out.write(answers.tobytes())
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(file, answers.tobytes())
 
 
 def _shard_record(
