@@ -22,7 +22,7 @@ if find_spec("ssld") is None:
 from ssld.pipelines.checks.data import FLAGS, DataSet, check_data
 from ssld.pipelines.checks.machine import Line, ask_torch, machine_lines
 from ssld.pipelines.checks.settings import settings_lines
-from ssld.pipelines.runner.stages import located
+from ssld.pipelines.runner.stages import find_pipeline
 from ssld.shared.config.command import USER_ERROR
 from ssld.shared.config.settings import Parser, underscored
 from ssld.shared.errors import UserError
@@ -48,7 +48,7 @@ def _doctor(argv: list[str]) -> int:
             lines.append(line)
             print(f"  {line.level:<8}{line.topic:<12}{line.text}", flush=True)
 
-    settings = Path(located(str(arguments.settings))) if arguments.settings else None
+    settings = find_pipeline(arguments.settings) if arguments.settings else None
     if settings and not settings.exists():
         raise UserError(f"{settings}: no such file; settings are a YAML file")
     print("machine", flush=True)
@@ -127,7 +127,10 @@ def parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "settings", type=Path, nargs="?", metavar="YAML", help="a pipeline, or the settings of one command"
+        "settings",
+        nargs="?",
+        metavar="YAML",
+        help="a pipeline, also one of ours by name, or the settings of one command",
     )
     parser.add_argument(
         "--variable",

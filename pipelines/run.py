@@ -1,6 +1,7 @@
 """ENTRY: run a pipeline, one command after the other, each exactly as a user would type it.
 
     python pipelines/run.py pipelines/quickstart.yaml
+    ssld run quickstart                                   # the same from any folder
 
 All settings of all stages are checked before the first one starts. A stage whose run directory holds the finished run is skipped, one that was
 interrupted goes on, one that holds another configuration stops the pipeline with what differs. Does not import torch.
@@ -25,7 +26,7 @@ from ssld.pipelines.reports.table import Record, table_text, write_record
 from ssld.pipelines.runner.cost import disk_bytes, disk_text, steps_text, total_text
 from ssld.pipelines.runner.launch import Signals, command_line, run_stage
 from ssld.pipelines.runner.plan import Planned, erase, make_plan, to_erase
-from ssld.pipelines.runner.stages import LOGS, Stage, build_stages, located, read_pipeline
+from ssld.pipelines.runner.stages import LOGS, Stage, build_stages, find_pipeline, read_pipeline
 from ssld.shared.config.command import STOPPED, USER_ERROR
 from ssld.shared.config.settings import Parser, did_you_mean
 from ssld.shared.errors import UserError
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     parser = _parser()
-    file = Path(located(str(parser.parse_known_args(_without_variables(argv))[0].pipeline)))
+    file = find_pipeline(parser.parse_known_args(_without_variables(argv))[0].pipeline)
     pipeline = read_pipeline(file)
     for name in pipeline.variables:  # flags that only this file has
         parser.add_argument(
@@ -168,7 +169,9 @@ def _parser() -> Parser:
         epilog="--variables.NAME VALUE gives a variable of the file its value.",
         allow_abbrev=False,
     )
-    parser.add_argument("pipeline", type=Path, metavar="PIPELINE", help="YAML file")
+    parser.add_argument(
+        "pipeline", metavar="PIPELINE", help="YAML file, or the name of one that comes along: quickstart"
+    )
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder of the run directories, instead of the file's"
     )
