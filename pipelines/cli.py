@@ -129,7 +129,7 @@ def _completion(argv: list[str]) -> int:
 
     if len(argv) != 1 or argv[0].startswith("-"):
         raise UserError(f"usage: ssld completion {'|'.join(SHELLS)}")
-    print(completion_script(argv[0], list(COMMANDS)), end="")
+    print(completion_script(argv[0], {name: about for name, (_, about) in COMMANDS.items()}), end="")
     return 0
 
 
