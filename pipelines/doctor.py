@@ -23,19 +23,14 @@ from ssld.pipelines.checks.data import FLAGS, DataSet, check_data
 from ssld.pipelines.checks.machine import Line, ask_torch, machine_lines
 from ssld.pipelines.checks.settings import settings_lines
 from ssld.pipelines.runner.stages import find_pipeline
-from ssld.shared.config.command import USER_ERROR
+from ssld.shared.config.command import USER_ERROR, exit_code
 from ssld.shared.config.settings import Parser, underscored
 from ssld.shared.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns 0 where nothing is in the way, 1 where something is, 2 for a user's mistake."""
-    try:
-        return _doctor([underscored(word) for word in (sys.argv[1:] if argv is None else argv)])
-    except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return USER_ERROR
+    return exit_code(lambda: _doctor([underscored(word) for word in (sys.argv[1:] if argv is None else argv)]))
 
 
 def _doctor(argv: list[str]) -> int:

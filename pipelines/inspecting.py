@@ -13,6 +13,7 @@ from typing import Any
 from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import UserError
 from ssld.shared.run_dir import read_result
+from ssld.shared.wording import amount
 
 KNOWN = (
     "known are model files (.safetensors), exported networks (.onnx, .pt2), manifests (.parquet), and folders of runs, "
@@ -155,7 +156,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _size(folder: Path) -> str:
-    return f"{sum(file.stat().st_size for file in folder.rglob('*') if file.is_file()) / 2**20:,.1f} MB"
+    return amount(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
 
 
 def _parsed(value: Any) -> Any:

@@ -27,7 +27,7 @@ from ssld.pipelines.runner.cost import disk_bytes, disk_text, steps_text, total_
 from ssld.pipelines.runner.launch import Signals, command_line, run_stage
 from ssld.pipelines.runner.plan import Planned, erase, make_plan, to_erase
 from ssld.pipelines.runner.stages import LOGS, Stage, build_stages, find_pipeline, read_pipeline
-from ssld.shared.config.command import STOPPED, USER_ERROR
+from ssld.shared.config.command import STOPPED, exit_code
 from ssld.shared.config.settings import Parser, did_you_mean
 from ssld.shared.errors import UserError
 from ssld.shared.run_dir import read_result
@@ -36,12 +36,7 @@ from ssld.shared.wording import count
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a pipeline; returns 0 done, 2 a user's mistake, 1 a failed stage, 143 stopped."""
-    try:
-        return _run(sys.argv[1:] if argv is None else list(argv))
-    except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return USER_ERROR
+    return exit_code(lambda: _run(sys.argv[1:] if argv is None else list(argv)))
 
 
 def _run(argv: list[str]) -> int:

@@ -19,7 +19,7 @@ from ssld.shared.config.settings import CommandConfig, parse_config, validate
 from ssld.shared.config.training import TrainingConfig
 from ssld.shared.config.yaml_files import read_recipe
 from ssld.shared.errors import UserError
-from ssld.shared.wording import count
+from ssld.shared.wording import amount, count, some
 from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage2_detect.config import TrainConfig
 
@@ -49,7 +49,7 @@ def settings_lines(
         if data and isinstance(config, TrainConfig):
             sets[data] = sets.get(data, False) or config.model.has_masks
     for (level, text), names in found.items():
-        who = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}: " if any(names) else ""
+        who = f"{some(names)}: " if any(names) else ""
         lines.append(Line(level, "settings", who + text))
     if named[0] and all(line.level == "ok" for line in lines):
         lines += [Line("ok", "settings", "hold together, and fit this machine")]
@@ -91,7 +91,7 @@ def _disk_lines(disk: dict[str, int | None], stages: int, output: Path) -> Itera
     place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(place).free
     if sum(size or 0 for size in disk.values()) > free:
-        text = f"output: {free / 1e9:.1f} GB free on the disk of {place}, which is too little; give another output"
+        text = f"output: {amount(free)} free on the disk of {place}, which is too little; give another output"
         yield Line("warning", "settings", text)
 
 

@@ -12,7 +12,7 @@ from ssld.pipelines.runner.stages import Stage
 from ssld.shared.config.training import TrainingConfig
 from ssld.shared.errors import UserError
 from ssld.shared.files import list_images
-from ssld.shared.wording import count
+from ssld.shared.wording import amount, count
 from ssld.stage1_ssld.config import (
     ConvertPaddleConfig,
     CurateConfig,
@@ -66,9 +66,7 @@ def disk_bytes(stages: list[Stage]) -> dict[str, int | None]:
 
 def disk_text(size: int | None) -> str:
     """A number of bytes for people."""
-    if size is None:
-        return "disk unknown"
-    return f"about {size / 1e9:.1f} GB of disk" if size >= 1e9 else f"about {max(1, round(size / 1e6))} MB of disk"
+    return "disk unknown" if size is None else f"about {amount(size)} of disk"
 
 
 def total_text(disk: dict[str, int | None]) -> str:

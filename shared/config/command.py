@@ -79,6 +79,16 @@ def run_command(
     return 0
 
 
+def exit_code(work: Callable[[], int]) -> int:
+    """Exit code of `work`, for a command without a run directory: its own, or 2 after a user's mistake, told in one line or more."""
+    try:
+        return work()
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return USER_ERROR
+
+
 def _note_too_few_passes(run: Path) -> None:
     """For the next start, which looks for more: a run with `auto_batch` ran out of memory with the passes that were found."""
     file = run / PASSES_FILE

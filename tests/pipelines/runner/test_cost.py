@@ -41,9 +41,9 @@ def test_steps_and_disk(tmp_path: Path) -> None:
 def test_sizes_for_people() -> None:
     assert disk_text(None) == "disk unknown"
     assert disk_text(2_500_000_000) == "about 2.5 GB of disk"
-    assert total_text({}) == "about 1 MB of disk"
-    assert total_text({"a": 2_000_000, "b": 3_000_000}) == "about 5 MB of disk"
-    assert total_text({"a": 2_000_000, "b": None}) == "about 2 MB of disk, and 1 stage of unknown size"
+    assert total_text({}) == "about 0.0 kB of disk"
+    assert total_text({"a": 2_000_000, "b": 3_000_000}) == "about 5.0 MB of disk"
+    assert total_text({"a": 2_000_000, "b": None}) == "about 2.0 MB of disk, and 1 stage of unknown size"
     assert total_text({"a": None, "b": None}) == "2 stages of unknown size"
 
 
