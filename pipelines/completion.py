@@ -3,7 +3,8 @@
     eval "$(ssld completion bash)"        # in ~/.bashrc
     eval "$(ssld completion zsh)"         # in ~/.zshrc, after compinit
 
-shtab writes it from the very parsers of the commands, so that the tab key starts no Python. Does not import torch.
+shtab writes it from the very parsers of the commands, so that the tab key starts no Python. Beside cli.py, as every command's module is: this one
+needs the settings of all of them. Does not import torch.
 """
 
 from argparse import ArgumentParser

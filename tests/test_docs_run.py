@@ -141,5 +141,7 @@ def program(line: str) -> tuple[str, list[str]]:
 
 
 def main_of(script: str) -> Callable[[list[str]], int]:
-    main: Callable[[list[str]], int] = importlib.import_module(script.removesuffix(".py").replace("/", ".")).main
+    main: Callable[[list[str]], int] = importlib.import_module(
+        f"ssld.{script.removesuffix('.py').replace('/', '.')}"
+    ).main
     return main
