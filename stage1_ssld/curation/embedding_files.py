@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
+from ssld.shared.files import atomically
+
 _BLOCK = 4096
 
 
 def save_embeddings(path: Path, embedding_ND: np.ndarray) -> None:
     """Write the embeddings of one shard, whole or not at all."""
     length = np.linalg.norm(embedding_ND, axis=1, keepdims=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with atomically(path) as temporary, temporary.open("wb") as file:
         np.save(file, (embedding_ND / np.maximum(length, 1e-12)).astype(np.float16))
-    temporary.replace(path)
 
 
 class Embeddings:

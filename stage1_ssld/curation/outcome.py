@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ssld.shared.errors import Stopped
+from ssld.shared.files import atomically, write_atomically
 from ssld.stage1_ssld.curation.score_files import ScoreFiles
 from ssld.stage1_ssld.curation.selection import (
     BEYOND,
@@ -202,9 +203,8 @@ def _write_kept(run: Path, plan: Plan, candidates: Candidates, decision: Decisio
     kept = decision.kept[np.argsort(candidates.id_N[decision.kept])]  # in the order of the pool, as a reader wants them
     rows = np.empty(len(kept), KEPT_ROW)
     rows["id"], rows["class"], rows["score"] = (column[kept] for column in (candidates.id_N, *candidates[:2]))
-    with (run / ".kept.npy.tmp").open("wb") as file:
+    with atomically(run / "kept.npy") as temporary, temporary.open("wb") as file:
         np.save(file, rows)
-    (run / ".kept.npy.tmp").replace(run / "kept.npy")
     scored = _scored(run, plan)
     sources = pa.array(plan.shard_sources, pa.string())
     columns = {
@@ -216,10 +216,7 @@ def _write_kept(run: Path, plan: Plan, candidates: Candidates, decision: Decisio
     }
     facts = {"teacher": plan.teacher, "class_names": plan.class_names, "numbers": metrics}
     write_manifest(run / "selected.parquet", columns, plan.pool, facts)
-    table = class_table(candidates, decision, plan.class_names, plan.classes)
-    temporary = run / ".classes.csv.tmp"
-    temporary.write_text(table, encoding="utf-8")
-    temporary.replace(run / "classes.csv")
+    write_atomically(run / "classes.csv", class_table(candidates, decision, plan.class_names, plan.classes))
 
 
 def _lines(plan: Plan, metrics: dict[str, Any], kept_of_class: np.ndarray) -> Iterator[str]:
@@ -291,9 +288,7 @@ def _protected(run: Path, plan: Plan) -> ScoreFiles:
 
 
 def _write(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
 def peak_megabytes() -> float | None:

@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ssld.shared.files import atomically
+
 UNREADABLE = -1
 SCORED = pa.schema(
     [
@@ -36,9 +38,8 @@ def shard_file(folder: Path, number: int) -> Path:
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, temporary)
-    temporary.replace(path)
+    with atomically(path) as temporary:
+        pq.write_table(table, temporary)
 
 
 def write_shard(path: Path, columns: dict[str, Any], schema: pa.Schema, unreadable: Sequence[str]) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ssld.shared.files import atomically
+
 SCHEMA = pa.schema(
     [
         ("source", pa.string()),
@@ -44,6 +46,5 @@ def write_manifest(path: Path, columns: dict[str, Any], pool: list[dict[str, Any
     """
     record = {"kind": "manifest", "pool": pool, **facts}
     table = pa.table(columns, schema=SCHEMA.with_metadata({_KEY: json.dumps(record).encode()}))
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, temporary)
-    temporary.replace(path)
+    with atomically(path) as temporary:
+        pq.write_table(table, temporary)
