@@ -46,7 +46,7 @@ from ssld.stage1_ssld.curation.selection import PairRows, add_cosines, pair_rows
 from ssld.stage1_ssld.curation.shard_pass import Job, Piece, Reading, over_shards
 from ssld.stage1_ssld.data.shards import Shard, source_shards
 from ssld.stage1_ssld.data_config import SourceConfig, is_remote
-from ssld.stage1_ssld.distillation.teachers import make_teacher
+from ssld.stage1_ssld.distillation.teacher import make_teacher
 
 _PATIENCE = timedelta(days=7)  # the main rank selects while the others wait
 _TOLD_EVERY = 30.0
