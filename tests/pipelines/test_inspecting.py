@@ -15,7 +15,7 @@ from ssld.pipelines.inspecting import _ALL_BLOCKS, _BLOCKS, KNOWN, inspect_text
 from ssld.shared.errors import UserError
 from ssld.shared.models.model_file import read_metadata, save_model_file
 from ssld.shared.training.checkpoint import save_checkpoint
-from ssld.stage1_ssld.data.manifest_file import SCHEMA, write_manifest
+from ssld.stage1_ssld.data.manifest import SCHEMA, write_manifest
 from ssld.stage2_detect.model_config import DetectorConfig
 
 TENSORS = {"weight": torch.zeros(2, 3), "scalar": torch.tensor(1.0)}
