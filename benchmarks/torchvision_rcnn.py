@@ -58,10 +58,10 @@ def torchvisions_detector(ours: RCNN) -> FasterRCNN:
         FrozenBackbone(ours.pyramid),
         num_classes=CLASSES + 1,
         rpn_anchor_generator=_OurAnchors(ours),
-        rpn_pre_nms_top_n_train=rpn.train_nms[0],
-        rpn_post_nms_top_n_train=rpn.train_nms[1],
-        rpn_pre_nms_top_n_test=rpn.test_nms[0],
-        rpn_post_nms_top_n_test=rpn.test_nms[1],
+        rpn_pre_nms_top_n_train=rpn.pre_nms_top_n_train,
+        rpn_post_nms_top_n_train=rpn.post_nms_top_n_train,
+        rpn_pre_nms_top_n_test=rpn.pre_nms_top_n_test,
+        rpn_post_nms_top_n_test=rpn.post_nms_top_n_test,
     )
     # Images come at their size; it can skip this in training only.
     theirs.transform.resize = lambda image, target: (image, target)

@@ -119,7 +119,7 @@ class DistilledDetector(nn.Module):
         features, guides = self.student.features(images), self.teacher.features(images)
         sizes_B2, labelled = images.sizes_B2, count_labelled(targets)
         losses, sampled = self.student.losses(
-            [maps[:labelled] for maps in features], sizes_B2[:labelled], targets.first(labelled)
+            [maps[:labelled] for maps in features], sizes_B2[:labelled], targets.first(labelled), self.student.ranks
         )
         if self.pkd_weight:
             losses["loss_pkd"] = self.pkd_weight * pyramid_correlation(
@@ -144,7 +144,7 @@ class DistilledDetector(nn.Module):
         return rois_BR4, valid_BR, heads.classify(features, rois_BR4, valid_BR)
 
     def _roi_kd(self, guides: Sequence[Tensor], regions: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-        heads, start = self.student.roi_heads, 0
+        ranks, start = self.student.ranks, 0
         divergences, counts = [], []
         for rois_BR4, valid_BR, logits_NK in regions:  # of consecutive images of the batch
             end = start + len(rois_BR4)
@@ -153,8 +153,8 @@ class DistilledDetector(nn.Module):
             counts.append(valid_BR.sum())
             start = end
         # As the box heads' own losses: gradients are averaged over ranks, the count is of all of them.
-        total = heads.total(torch.stack(counts).sum()).clamp(min=1)
-        return torch.stack(divergences).sum() * (heads.world_size / total)
+        total = ranks.total(torch.stack(counts).sum()).clamp(min=1)
+        return torch.stack(divergences).sum() * (ranks.world_size / total)
 
 
 def count_labelled(targets: Targets) -> int:

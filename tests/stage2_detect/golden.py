@@ -41,10 +41,10 @@ RECIPE = {
 }
 # What "overrides" in the json files says: every anchor and every RoI is in the losses.
 OVERRIDES = {
-    "rpn.samples": 100_000,
-    "rpn.random": "false",
-    "roi.samples": 4096,
-    "roi.foreground_fraction": 1.0,
+    "rpn.samples_per_image": 100_000,
+    "rpn.sampling": "first",
+    "roi.samples_per_image": 4096,
+    "roi.positive_fraction": 1.0,
     "roi.sampling": "first",
 }
 # Ours -> the reference's.

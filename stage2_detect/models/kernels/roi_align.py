@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import roi_align as torchvision_roi_align
 
+from ssld.stage2_detect.models import kernels
+
 _Floats = NDArray[np.float32]
 _Ints = NDArray[np.int64]
 _CHUNK = 1024  # RoIs whose pairs are listed at once; bounds temporaries, changes no value
@@ -38,7 +40,7 @@ def roi_align(
         aligned: moves RoIs by half a pixel of the map, so that pixels are points at their centres; without it RoIs are
             at least one pixel wide too.
     """
-    if feature_BCHW.device.type != "cpu" or torch.compiler.is_exporting():
+    if not kernels.on_host(feature_BCHW):
         return torchvision_roi_align(feature_BCHW, rois_N5, size, scale, sampling_ratio, aligned)
     _, C, H, W = feature_BCHW.shape
     table_PC = feature_BCHW.permute(0, 2, 3, 1).reshape(-1, C)

@@ -101,7 +101,7 @@ def run(request: pytest.FixtureRequest) -> SimpleNamespace:
         dense = RetinaNet(classes=80)
         options = {"score_threshold": 0.05, "nms_iou": 0.5}
     model = DenseDetector(
-        pyramid=pyramid, dense=dense, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), clip=False, **options
+        pyramid=pyramid, dense=dense, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), clip_boxes=False, **options
     )
     layers = 3 if kind == "gfl" else 2
     load_weights(model, about, layers)
