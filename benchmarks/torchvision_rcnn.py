@@ -24,12 +24,12 @@ from torchvision.models.detection.mask_rcnn import MaskRCNN
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from ssld.shared.models.backbones import InputSettings
+from ssld.stage2_detect.convert_paddle import our_name
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models import anchors
 from ssld.stage2_detect.models.build import build_detector
 from ssld.stage2_detect.models.pyramid import TimmPyramid
 from ssld.stage2_detect.models.rcnn import RCNN
-from ssld.stage2_detect.paddle_names import our_name
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 ARCH, CLASSES = "resnet50d", 80

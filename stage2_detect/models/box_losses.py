@@ -108,8 +108,7 @@ def complete_iou(boxes_4: Tensor, target_4: Tensor) -> Tensor:
 
 def _overlap(boxes_4: Tensor, target_4: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """IoU, union, and the (width, height) of the smallest box around both."""
-    shared_2 = torch.minimum(boxes_4[..., 2:], target_4[..., 2:]) - torch.maximum(boxes_4[..., :2], target_4[..., :2])
-    shared = shared_2.clamp(min=0).prod(dim=-1)
+    shared = boxes.paired_intersection(boxes_4, target_4)
     union = boxes.area(boxes_4) + boxes.area(target_4) - shared + _EPSILON
     around_2 = torch.maximum(boxes_4[..., 2:], target_4[..., 2:]) - torch.minimum(boxes_4[..., :2], target_4[..., :2])
     return shared / union, union, around_2

@@ -27,23 +27,35 @@ def area(boxes_4: Tensor) -> Tensor:
     return (x2 - x1).clamp(min=0) * (y2 - y1).clamp(min=0)
 
 
-def pairwise_iou(first_BG4: Tensor, second_BN4: Tensor) -> Tensor:
-    """IoU [B, G, N] in 0..1 of every box of `first` with every box of `second` of the same image; 0 where both are
-    empty.
+def pairwise_intersection(first_BG4: Tensor, second_BN4: Tensor) -> Tensor:
+    """Area [B, G, N] that every box of `first` shares with every box of `second` of the same image; without gradient. B may
+    be missing.
     """
-    a_BG1, b_B1N = (first_BG4.unsqueeze(-2), second_BN4.unsqueeze(-3))
+    a_BG1, b_B1N = first_BG4.unsqueeze(-2), second_BN4.unsqueeze(-3)
     # One axis at a time: half the memory of working on pairs of coordinates.
     width_BGN = torch.minimum(a_BG1[..., 2], b_B1N[..., 2]) - torch.maximum(a_BG1[..., 0], b_B1N[..., 0])
     height_BGN = torch.minimum(a_BG1[..., 3], b_B1N[..., 3]) - torch.maximum(a_BG1[..., 1], b_B1N[..., 1])
-    shared_BGN = width_BGN.clamp_(min=0).mul_(height_BGN.clamp_(min=0))
-    union_BGN = area(a_BG1) + area(b_B1N) - shared_BGN
+    return width_BGN.clamp_(min=0).mul_(height_BGN.clamp_(min=0))
+
+
+def pairwise_iou(first_BG4: Tensor, second_BN4: Tensor) -> Tensor:
+    """IoU [B, G, N] in 0..1 of every box of `first` with every box of `second` of the same image; 0 where both are
+    empty. torchvision's `box_iou` of batches, which gives NaN there.
+    """
+    shared_BGN = pairwise_intersection(first_BG4, second_BN4)
+    union_BGN = area(first_BG4)[..., :, None] + area(second_BN4)[..., None, :] - shared_BGN
     return shared_BGN / union_BGN.clamp_(min=_SMALLEST_SIDE**2)
 
 
-def paired_iou(first_4: Tensor, second_4: Tensor) -> Tensor:
-    """IoU [...] of boxes with the same place in two tensors [..., 4]."""
+def paired_intersection(first_4: Tensor, second_4: Tensor) -> Tensor:
+    """Area [...] that boxes with the same place in two tensors [..., 4] share."""
     sides_2 = torch.minimum(first_4[..., 2:], second_4[..., 2:]) - torch.maximum(first_4[..., :2], second_4[..., :2])
-    shared = sides_2.clamp(min=0).prod(dim=-1)
+    return sides_2.clamp(min=0).prod(dim=-1)
+
+
+def paired_iou(first_4: Tensor, second_4: Tensor) -> Tensor:
+    """IoU [...] of boxes with the same place in two tensors [..., 4]; in strides or pixels."""
+    shared = paired_intersection(first_4, second_4)
     return shared / (area(first_4) + area(second_4) - shared).clamp(min=1e-6)
 
 

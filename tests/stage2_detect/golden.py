@@ -24,11 +24,11 @@ from ssld.shared.config.settings import parse_config
 from ssld.shared.models.backbones import InputSettings
 from ssld.shared.models.paddle_weights import to_torch
 from ssld.stage2_detect.config import ConvertPaddleConfig
+from ssld.stage2_detect.convert_paddle import our_module, our_name
 from ssld.stage2_detect.models import pooling
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.build import build_detector
 from ssld.stage2_detect.models.rcnn import RCNN
-from ssld.stage2_detect.paddle_names import our_module, our_name
 
 FOLDER = Path(__file__).parents[1] / "golden"
 RECIPES = Path(__file__).parents[2] / "stage2_detect" / "configs"

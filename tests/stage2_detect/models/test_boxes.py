@@ -31,6 +31,17 @@ def test_iou_equals_torchvision_and_is_zero_for_empty_boxes() -> None:
     assert boxes.pairwise_iou(first[:, :0], second).shape == (2, 0, 9)
 
 
+def test_areas_in_common_and_iou_of_pairs_are_the_diagonal_of_all_with_all() -> None:
+    first, second = torch.rand(2, 7, 4, generator=torch.Generator().manual_seed(0)).cumsum(-1).view(2, 7, 4)
+    first[0] = second[0]
+    torch.testing.assert_close(
+        boxes.paired_intersection(first, second), boxes.pairwise_intersection(first, second).diagonal()
+    )
+    assert boxes.pairwise_intersection(first, second).diagonal().max() > 0
+    torch.testing.assert_close(boxes.paired_iou(first, second), boxes.pairwise_iou(first, second).diagonal())
+    assert boxes.paired_iou(first, second)[0] == 1
+
+
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0), (30.0, 30.0, 15.0, 15.0)])
 def test_deltas_follow_the_definition_and_lead_back(weights: tuple[float, ...]) -> None:
     target, reference = random_boxes(50, seed=3), random_boxes(50, seed=4)
