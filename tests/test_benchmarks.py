@@ -158,6 +158,14 @@ def test_the_greatest_memory_of_a_detector_is_printed(capsys: pytest.CaptureFixt
     assert int(capsys.readouterr().out) > 100
 
 
+def test_plain_turns_the_fast_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    detect, seen = script("detect"), []
+    monkeypatch.setattr(detect, "print_peak", lambda *_: seen.append(detect.kernels.enabled()))
+    for more in ([], ["--plain"]):
+        detect.main(["--sizes", "64x64", "--batch", "1", "--peak-of", "ours", "training", *more])
+    assert seen == [True, False]
+
+
 def test_table_of_the_detector_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = {
         "random": (0.1, 0.2),

@@ -19,8 +19,13 @@ from torch import Tensor, nn
 from ssld.shared.distributed.ranks import ONE_RANK, Ranks
 from ssld.shared.errors import UserError
 from ssld.stage2_detect.distill_config import ADLConfig, LDConfig
-from ssld.stage2_detect.distillation import losses as distillation_losses
 from ssld.stage2_detect.distillation import regions
+from ssld.stage2_detect.distillation.losses import (
+    adaptive_distillation,
+    adaptive_normalizer,
+    localization_distillation,
+    soft_divergence,
+)
 from ssld.stage2_detect.distillation.rcnn import adapters, pyramid_correlation
 from ssld.stage2_detect.distillation.teacher import FrozenDetector
 from ssld.stage2_detect.models.anchors import Grids, grids_of
@@ -76,17 +81,21 @@ class DistilledDense(nn.Module):
         assert targets is not None, "training needs targets"
         features, guides = self.student.features(images), self.teacher.features(images)
         head, terms = self.student.dense, self.terms
-        outputs, wanted = head(features), self.teacher.outputs(guides)
+        outputs, teacher_outputs = head(features), self.teacher.outputs(guides)
         grids, sizes_B2 = grids_of(features), images.sizes_B2
         losses: dict[str, Tensor] = {}
         if isinstance(head, GFL) and isinstance(terms, LDConfig):
-            losses = losses_under_ld(terms, head, outputs, wanted, grids, sizes_B2, targets, self.student.ranks)
+            losses = losses_under_ld(
+                terms, head, outputs, teacher_outputs, grids, sizes_B2, targets, self.student.ranks
+            )
             if terms.imitation_weight:
-                cells_BA = imitated_cells(terms, head, outputs, wanted, grids, sizes_B2, targets)
+                cells_BA = imitated_cells(terms, head, outputs, teacher_outputs, grids, sizes_B2, targets)
                 error = _map_error(features, guides, cells_BA, terms, self.student.ranks)
                 losses["loss_imitation"] = terms.imitation_weight * error
         elif isinstance(head, RetinaNet) and isinstance(terms, ADLConfig):
-            losses = losses_under_adl(terms, head, outputs, wanted, grids, sizes_B2, targets, self.student.ranks)
+            losses = losses_under_adl(
+                terms, head, outputs, teacher_outputs, grids, sizes_B2, targets, self.student.ranks
+            )
         if self.pkd_weight:
             correlation = pyramid_correlation(features, guides, self.adapters, self.student.pyramid.strides, sizes_B2)
             losses["loss_pkd"] = self.pkd_weight * correlation
@@ -111,7 +120,7 @@ def losses_under_ld(
     terms: LDConfig,
     head: GFL,
     outputs: Outputs,
-    wanted: Outputs,
+    teacher_outputs: Outputs,
     grids: Grids,
     sizes_B2: Tensor,
     targets: Targets,
@@ -120,7 +129,7 @@ def losses_under_ld(
     """The head's own losses and the terms of LD, from the student's outputs and the teacher's; feature maps are not in it."""
     assigned, thresholds = head.assign(grids, sizes_B2, targets)
     losses = head.losses(outputs, grids, sizes_B2, targets, ranks, assigned)
-    (logits_BAK, bins_BA4E), (teacher_BAK, teacher_BA4E) = outputs, wanted
+    (logits_BAK, bins_BA4E), (teacher_BAK, teacher_BA4E) = outputs, teacher_outputs
     positive_BA = assigned.labels_BA == 1
     region_BA = torch.zeros_like(assigned.ious_BA)
     if (terms.ld_vlr_weight or terms.kd_vlr_weight) and terms.valuable_region == "negatives":
@@ -136,14 +145,14 @@ def losses_under_ld(
         )
     factor = 1.0 if terms.normalization == "reference" else _RELEASED_IMAGES / len(logits_BAK)
     if terms.ld_weight or terms.ld_vlr_weight:
-        ld_BA = distillation_losses.localization_distillation(bins_BA4E, teacher_BA4E, terms.ld_temperature)
+        ld_BA = localization_distillation(bins_BA4E, teacher_BA4E, terms.ld_temperature)
         if terms.ld_weight:
             score_BA = torch.where(positive_BA, head.scores(logits_BAK), 0.0)
             losses["loss_ld"] = terms.ld_weight * factor * (score_BA * ld_BA).sum()
         if terms.ld_vlr_weight:
             losses["loss_ld_vlr"] = terms.ld_vlr_weight / _SIDES * factor * (region_BA * ld_BA).sum()
     if terms.kd_weight or terms.kd_vlr_weight:
-        kd_BA = distillation_losses.soft_divergence(logits_BAK, teacher_BAK, terms.kd_temperature)
+        kd_BA = soft_divergence(logits_BAK, teacher_BAK, terms.kd_temperature)
         if terms.kd_weight:
             losses["loss_kd"] = terms.kd_weight * _level_means(kd_BA, positive_BA, grids, terms, ranks)
         if terms.kd_vlr_weight:
@@ -155,7 +164,7 @@ def losses_under_adl(
     term: ADLConfig,
     head: RetinaNet,
     outputs: Outputs,
-    wanted: Outputs,
+    teacher_outputs: Outputs,
     grids: Grids,
     sizes_B2: Tensor,
     targets: Targets,
@@ -166,12 +175,10 @@ def losses_under_adl(
     losses = head.losses(outputs, grids, sizes_B2, targets, ranks, assigned)
     if not term.weight:
         return losses
-    loss_BAK = distillation_losses.adaptive_distillation(
-        outputs[0], wanted[0], beta=term.beta, gamma=term.gamma, form=term.form
-    )
+    loss_BAK = adaptive_distillation(outputs[0], teacher_outputs[0], beta=term.beta, gamma=term.gamma, form=term.form)
     # Anchors between the two IoUs are no part of the sum, and are one of the normaliser, as released.
     total = torch.where(assigned.labels_BA >= 0, loss_BAK.sum(dim=-1), 0.0).sum()
-    mass = distillation_losses.adaptive_normalizer(wanted[0])
+    mass = adaptive_normalizer(teacher_outputs[0])
     if term.normalization == "global":
         total, mass = total * ranks.world_size, ranks.total(mass)
     return losses | {"loss_adl": term.weight * total / mass.clamp(min=1)}
@@ -181,7 +188,7 @@ def imitated_cells(
     terms: LDConfig,
     head: GFL,
     outputs: Outputs,
-    wanted: Outputs,
+    teacher_outputs: Outputs,
     grids: Grids,
     sizes_B2: Tensor,
     targets: Targets,
@@ -192,9 +199,9 @@ def imitated_cells(
         index_BA = torch.arange(outputs[0].shape[1], device=sizes_B2.device).expand(len(sizes_B2), -1)
         return regions.general_instances(
             outputs[0],
-            wanted[0],
+            teacher_outputs[0],
             head.decode(outputs[1], index_BA, grids),
-            head.decode(wanted[1], index_BA, grids),
+            head.decode(teacher_outputs[1], index_BA, grids),
             [rows * columns for rows, columns in grids],
             valid_BA=valid_BA,
         )
@@ -229,14 +236,14 @@ def _require_same_head(student: DenseDetector, teacher: FrozenDetector) -> None:
     theirs = model.dense if isinstance(model, DenseDetector) else model
     if type(theirs) is not type(ours):
         name = teacher.facts.get("kind", type(theirs).__name__)
-        wanted = (
+        needed = (
             "LD needs a gfl teacher" if isinstance(ours, GFL) else "adaptive distillation needs a retinanet teacher"
         )
         instead = {
             GFL: "; under this teacher train a gfl student, by LD",
             RetinaNet: "; under this teacher train a retinanet student, by ADL",
         }
-        raise UserError(f"{start} it is a {name} detector, and {wanted}{instead.get(type(theirs), '')}")
+        raise UserError(f"{start} it is a {name} detector, and {needed}{instead.get(type(theirs), '')}")
     assert isinstance(theirs, GFL | RetinaNet)
     if isinstance(ours, GFL) and isinstance(theirs, GFL) and ours.reg_max != theirs.reg_max:
         raise UserError(

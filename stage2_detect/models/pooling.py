@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ssld.stage2_detect.models import boxes, kernels
-from ssld.stage2_detect.models.kernels.by_level import pool_by_level
-from ssld.stage2_detect.models.kernels.roi_align import roi_align
+from ssld.stage2_detect.models.kernels.roi_align import pool_by_level, roi_align
 
 _CANONICAL_SIDE, _CANONICAL_STRIDE = 224, 16  # a RoI of 224 px belongs to the level of stride 16
 _NOWHERE = -1e6  # so far outside that a RoI there reads no pixel and pools zeros

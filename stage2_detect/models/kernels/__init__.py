@@ -1,7 +1,7 @@
 """Faster forms of plain operations, equal to them up to rounding, and the one switch between both ways.
 
-    roi_align.py    RoIAlign on the CPU; plain: torchvision's
-    by_level.py     RoIs pooled on their own level alone, on the CPU; plain: on all levels, outside of those that are not theirs
+    roi_align.py    RoIAlign on the CPU; plain: torchvision's. And each RoI on its own level alone; plain: on all levels, on
+                    those that are not its own outside of the map
     sparse_rpn.py   gradients of the RPN's head at the sampled anchors alone; plain: everywhere
 
 The fast way is on. `with plain():` turns all of it off, for tests and for measurements.

@@ -1,20 +1,30 @@
 """From settings to detectors: every setting arrives, and every kind trains and detects."""
 
+import inspect
 from typing import Any
 
 import pytest
 import timm
 import torch
 
-from ssld.shared.distributed.ranks import Ranks
+from ssld.shared.config.settings import Config
+from ssld.shared.distributed.ranks import ONE_RANK, Ranks
 from ssld.shared.models.backbones import InputSettings
+from ssld.stage2_detect import model_config
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.box_losses import BoxLoss
 from ssld.stage2_detect.models.build import build_detector
+from ssld.stage2_detect.models.dense import DenseDetector
+from ssld.stage2_detect.models.gfl import GFL
+from ssld.stage2_detect.models.mask_head import MaskHead
+from ssld.stage2_detect.models.mask_targets import ImageMasks
 from ssld.stage2_detect.models.postprocess import NMS
+from ssld.stage2_detect.models.pyramid import TimmPyramid
 from ssld.stage2_detect.models.rcnn import RCNN
-from ssld.stage2_detect.models.roi_heads import BoxStage
+from ssld.stage2_detect.models.retinanet import RetinaNet
+from ssld.stage2_detect.models.roi_heads import BoxStage, RoIHeads
+from ssld.stage2_detect.models.rpn import RPN
 
 INPUTS = InputSettings((0.5,) * 3, (0.25,) * 3, (0, 0), "bilinear", False)
 RANKS = Ranks(world_size=3)
@@ -31,6 +41,24 @@ def build(**settings: Any) -> RCNN:
     model = build_detector(config, classes=4, body=body, arch="test_resnet", inputs=INPUTS, ranks=RANKS)
     assert isinstance(model, RCNN)
     return model
+
+
+@pytest.mark.parametrize(
+    ("group", "takers"),
+    [
+        (model_config.RPNConfig, [RPN]),
+        (model_config.RoIConfig, [RoIHeads, BoxStage]),
+        (model_config.BoxLossConfig, [BoxLoss]),
+        (model_config.NMSConfig, [NMS]),
+        (model_config.MaskConfig, [MaskHead]),
+        (model_config.DenseConfig, [DenseDetector, TimmPyramid, GFL]),
+        (model_config.GFLConfig, [GFL]),
+        (model_config.RetinaNetConfig, [RetinaNet]),
+    ],
+)
+def test_a_setting_has_the_name_of_the_keyword_that_it_becomes(group: type[Config], takers: list[type]) -> None:
+    keywords = [name for taker in takers for name in inspect.signature(taker).parameters]
+    assert set(group.model_fields) <= set(keywords)
 
 
 def test_settings_of_the_rpn_arrive() -> None:
@@ -150,3 +178,21 @@ def test_every_kind_trains_and_detects(name: str, empty: bool) -> None:
     for found in model.eval()(images):
         assert 0 < len(found.scores_N) <= 100
         assert (found.scores_N.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "cascade_mask_rcnn", "gfl", "retinanet"])
+def test_forward_divides_by_the_counts_of_its_ranks(kind: str) -> None:
+    """Three ranks with counts of one: losses that divide by counts are three times those of one rank."""
+    small = SMALL | {"kind": kind, "roi": {"hidden": 16, "samples_per_image": 16}, "mask": {"hidden": 8}}
+    config = DetectorConfig.model_validate(small | {"dense": {"convolutions": 1}})
+    body = timm.create_model("test_resnet", features_only=True, pretrained=False)
+    model: Any = build_detector(config, classes=4, body=body, arch="test_resnet", inputs=INPUTS, ranks=RANKS).train()
+    images = ImageBatch(torch.full((1, 3, 64, 96), 9, dtype=torch.uint8), torch.tensor([[64, 96]]), torch.ones(1))
+    shape = (ImageMasks(([[10.0, 12.0, 60.0, 12.0, 60.0, 48.0]],), 64, 96),)
+    targets = Targets(torch.tensor([[[10.0, 12, 60, 48]]]), torch.tensor([[1]]), torch.tensor([5]), masks=shape)
+    alone, _ = model.losses(model.features(images), images.sizes_B2, targets, ONE_RANK)
+    losses = model(images, targets)
+    assert set(losses) == set(alone)
+    for name, loss in losses.items():
+        assert loss.item() == pytest.approx(alone[name].item() * (1 if "rpn" in name else 3), rel=1e-5), name
+        assert loss.item() > 0, name

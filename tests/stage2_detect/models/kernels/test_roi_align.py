@@ -10,8 +10,7 @@ from torchvision.ops import roi_align as torchvision_roi_align
 
 from ssld.stage2_detect.models import kernels, pooling
 from ssld.stage2_detect.models.kernels import roi_align as module
-from ssld.stage2_detect.models.kernels.by_level import pool_by_level
-from ssld.stage2_detect.models.kernels.roi_align import roi_align
+from ssld.stage2_detect.models.kernels.roi_align import pool_by_level, roi_align
 
 
 def _map(channels: int = 5) -> Tensor:
