@@ -236,5 +236,5 @@ def graph_of(model: Detector) -> DetectorGraph:
         return DetectorGraph(model).eval()
     except ValueError:
         raise UserError(
-            "export: model.roi.nms.kind lowers scores (soft suppression), for which ONNX has no operator; only hard can be exported"
+            "export: model.roi.nms.kind lowers scores (soft NMS), for which ONNX has no operator; only hard can be exported"
         ) from None

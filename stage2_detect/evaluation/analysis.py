@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from ssld.stage2_detect.data.coco import CocoData, Id
 from ssld.stage2_detect.models.batch import Detections
+from ssld.stage2_detect.models.boxes import pairwise_intersection
 
 WRONG, RIGHT, IGNORED = 0, 1, -1
 IOU = 0.5
@@ -231,8 +233,7 @@ def _padded(rows: list[np.ndarray]) -> np.ndarray:
 def _overlaps(found_ID4: np.ndarray, truth_IG4: np.ndarray, crowd_IG: np.ndarray) -> np.ndarray:
     """IoU [I, D, G]; with a crowd region the share of the detection that lies on it."""
     a, b = found_ID4[:, :, None], truth_IG4[:, None]
-    sides = (np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])).clip(0)
-    inner = sides[..., 0] * sides[..., 1]
+    inner = pairwise_intersection(torch.from_numpy(found_ID4), torch.from_numpy(truth_IG4)).numpy()
     area_ID1, area_I1G = ((box[..., 2] - box[..., 0]) * (box[..., 3] - box[..., 1]) for box in (a, b))
     union = np.where(crowd_IG[:, None], area_ID1, area_ID1 + area_I1G - inner)
     return np.divide(inner, union, out=np.zeros_like(inner), where=union > 0)

@@ -1,4 +1,4 @@
-"""Test-time augmentation: detections of several sizes of an image, and of their mirror images, merged by suppression.
+"""Test-time augmentation: detections of several sizes of an image, and of their mirror images, merged by NMS.
 
 Works on any detector that turns an `ImageBatch` into one `Detections` an image. Every view is detected as if it were
 alone; then the boxes of all views of an image compete within their class, and the best are kept. A detector of masks
@@ -116,7 +116,7 @@ def unmirrored(found: Detections, width: float) -> Detections:
 
 
 def merged(parts: Sequence[Detections], *, iou: float, most: int) -> Detections:
-    """Those of all parts that suppression within classes leaves."""
+    """Those of all parts that NMS within classes leaves."""
     boxes_N4, scores_N, labels_N = (
         torch.cat([getattr(part, name) for part in parts]) for name in ("boxes_N4", "scores_N", "labels_N")
     )

@@ -2,7 +2,7 @@
 
 The whole picture is a window too, for objects that are larger than a tile. Slices beside the whole picture are SAHI's way (arXiv 2202.06934,
 section 3); merging is our own. Two windows see one object if their boxes agree in the region that both show. So an object that is seen whole twice is
-one box, as in usual suppression, and so are an object and the piece of it that a tile's border left, or several pieces; a small object in front
+one box, as in usual NMS, and so are an object and the piece of it that a tile's border left, or several pieces; a small object in front
 of a larger one stays, unlike under SAHI's intersection over the smaller area. Boxes of one window never compete: the detector has compared them.
 
 Legend: N detections in all windows of a picture, W windows.
@@ -17,6 +17,7 @@ from pycocotools import mask as mask_codec
 from torch import Tensor
 
 from ssld.stage2_detect.models.batch import Detections
+from ssld.stage2_detect.models.boxes import pairwise_intersection
 from ssld.stage2_detect.models.mask_targets import decode_rle
 
 SAME = 0.5
@@ -109,17 +110,10 @@ def _same(boxes_N4: Tensor, window_N: Tensor, windows_W4: Tensor) -> Tensor:
 
     A box ends where its window does, so the part of it that another window shows is its intersection with that window.
     """
-    both_NN = _intersections(boxes_N4, boxes_N4)
-    shown_NN = _intersections(boxes_N4, windows_W4)[:, window_N]
+    both_NN = pairwise_intersection(boxes_N4, boxes_N4)
+    shown_NN = pairwise_intersection(boxes_N4, windows_W4)[:, window_N]
     overlap_NN = both_NN / (shown_NN + shown_NN.T - both_NN).clamp(min=1e-9)
     return (overlap_NN > SAME) & (window_N[:, None] != window_N)
-
-
-def _intersections(one_N4: Tensor, other_M4: Tensor) -> Tensor:
-    """[N, M] areas."""
-    least_NM2 = torch.maximum(one_N4[:, None, :2], other_M4[:, :2])
-    most_NM2 = torch.minimum(one_N4[:, None, 2:], other_M4[:, 2:])
-    return (most_NM2 - least_NM2).clamp(min=0).prod(2)
 
 
 def _groups(same_NN: Tensor, cut_N: Tensor) -> Iterator[list[int]]:

@@ -9,7 +9,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ssld.shared.distributed.ranks import total_over_ranks, world_size
+from ssld.shared.distributed.ranks import all_ranks
 from ssld.shared.models.backbones import architecture, create_body, input_settings, licence, parse_reference, place
 from ssld.shared.training.optim import parameter_groups
 from ssld.stage2_detect.config import TrainConfig
@@ -61,8 +61,7 @@ class Student:
             body=body,
             arch=self.arch,
             inputs=self._inputs,
-            total=total_over_ranks,
-            world_size=world_size(),
+            ranks=all_ranks(),
         )
         if start:
             self.loaded = start.load(self.detector, config.model, data.class_names)

@@ -3,16 +3,13 @@
 Legend: B images of a batch, G objects (padded to the batch's most).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ssld.shared.distributed.ranks import gather_lists, rank, world_size
+from ssld.shared.distributed.ranks import ONE_RANK, gather_lists, rank, world_size
 from ssld.shared.images import stable_seed
 from ssld.stage2_detect.data.coco import MIN_SIDE, CocoData, CocoImage
 from ssld.stage2_detect.data.loaders import EvalLoader, masks_of
@@ -53,16 +50,13 @@ def validation_losses(
     )
     model.eval()
     sums: dict[str, Tensor] = {}
-    with _counts_of_this_rank(model):
-        for images, records in loader:
-            on_device, targets = (
-                images.to(device, non_blocking=True),
-                targets_of(records, short_side, long_side).to(device),
-            )
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                losses, _ = model.losses(model.features(on_device), on_device.sizes_B2, targets)
-            for name, loss in losses.items():
-                sums[name] = sums.get(name, 0.0) + loss.double() * len(records)
+    for images, records in loader:
+        on_device, targets = images.to(device, non_blocking=True), targets_of(records, short_side, long_side).to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            # Divided by this rank's counts: the ranks do not have equally many batches.
+            losses, _ = model.losses(model.features(on_device), on_device.sizes_B2, targets, ONE_RANK)
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, 0.0) + loss.double() * len(records)
     parts = gather_lists([{name: value.item() for name, value in sums.items()}])
     names = list(dict.fromkeys(name for part in parts for name in part))
     means = {name: sum(part.get(name, 0.0) for part in parts) / len(data.images) for name in names}
@@ -87,17 +81,3 @@ def targets_of(records: list[CocoImage], short_side: int, long_side: int) -> Tar
     seeds_B = torch.tensor([stable_seed("validation", record.image_id) for record in records], dtype=torch.int64)
     with_masks = any(record.segmentations is not None for record in records)
     return Targets(boxes_BG4, labels_BG, seeds_B, masks=tuple(masks) if with_masks else None)
-
-
-@contextmanager
-def _counts_of_this_rank(model: nn.Module) -> Iterator[None]:
-    """Inside, losses are divided by this rank's counts: the ranks do not have equally many batches."""
-    heads: list[Any] = [module for module in model.modules() if hasattr(module, "total")]
-    before = [(head.total, head.world_size) for head in heads]
-    for head in heads:
-        head.total, head.world_size = (lambda count: count), 1
-    try:
-        yield
-    finally:
-        for head, (total, ranks) in zip(heads, before, strict=True):
-            head.total, head.world_size = total, ranks

@@ -78,8 +78,13 @@ def small_settings(tiny_coco: TinyCoco) -> dict[str, Any]:
         "resize": {"train_short_sides": [64], "train_long_side": 64, "val_short_side": 64, "val_long_side": 64},
         "model": {
             "fpn_channels": 16,
-            "rpn": {"anchor_sizes": [8, 16, 32, 64, 128], "samples": 32, "train_post_nms": 40, "val_post_nms": 30},
-            "roi": {"hidden": 32, "samples": 24},
+            "rpn": {
+                "anchor_sizes": [8, 16, 32, 64, 128],
+                "samples_per_image": 32,
+                "post_nms_top_n_train": 40,
+                "post_nms_top_n_test": 30,
+            },
+            "roi": {"hidden": 32, "samples_per_image": 24},
         },
         "optim": {"lr": 0.01, "reference_batch": 4, "warmup_steps": 2, "milestones_steps": [4]},
     }
@@ -119,7 +124,7 @@ def mask_file(tmp_path_factory: pytest.TempPathFactory, tiny_coco: TinyCoco) -> 
 
     torch.manual_seed(0)
     config = DetectorConfig(
-        kind="mask_rcnn", fpn_channels=16, roi={"hidden": 16}, mask={"channels": 8, "convolutions": 1}
+        kind="mask_rcnn", fpn_channels=16, roi={"hidden": 16}, mask={"hidden": 8, "convolutions": 1}
     )
     body = timm.create_model("test_resnet", features_only=True)
     inputs = InputSettings((0.5,) * 3, (0.5,) * 3, (0, 0), "bilinear", False)

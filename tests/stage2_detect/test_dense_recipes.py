@@ -58,7 +58,7 @@ def common(name: str) -> None:
     assert optim.backbone_lr_factors == [1] * 5
     assert (model.fpn_channels, model.freeze_stages, model.freeze_norm) == (256, 2, True)
     assert (resize.interpolation, resize.flip, config.data.keep_empty) == ("bilinear", 0.5, False)
-    assert (model.dense.candidates, model.dense.score_threshold, model.dense.detections) == (1000, 0.05, 100)
+    assert (model.dense.candidates, model.dense.score_threshold, model.dense.detections_per_image) == (1000, 0.05, 100)
     assert (model.dense.convolutions, model.dense.clip_boxes) == (4, True)
     if config.distill:
         teacher_name = config.distill.teacher.parent.name
@@ -105,7 +105,7 @@ def test_gfl_recipes(name: str) -> None:
     assert (config.distill.teacher.parent.name if config.distill else None) == teacher
     if config.distill:
         # Of the ResNet101 only main LD is published.
-        assert config.distill.ld == (LDConfig(vlr_ld=0, kd=0) if name == "gfl_r101_ld_2x" else LDConfig())
+        assert config.distill.ld == (LDConfig(ld_vlr_weight=0, kd_weight=0) if name == "gfl_r101_ld_2x" else LDConfig())
         assert config.distill.pkd(model) == 0
 
 

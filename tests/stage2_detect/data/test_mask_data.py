@@ -41,7 +41,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(toy: Path, run: Path, *more: str) -> list[str]:
     flags = {
         "backbone": "random:test_resnet", "model.kind": "mask_rcnn", "model.fpn_channels": 16, "model.roi.hidden": 32,
-        "model.roi.samples": 24, "model.mask.channels": 16, "model.rpn.train_post_nms": 40, "model.rpn.val_post_nms": 20,
+        "model.roi.samples_per_image": 24, "model.mask.hidden": 16, "model.rpn.post_nms_top_n_train": 40, "model.rpn.post_nms_top_n_test": 20,
         "model.rpn.anchor_sizes": "8,16,32,64,128", "resize.train_short_sides": "64,96", "resize.train_long_side": 96,
         "resize.val_short_side": 80, "resize.val_long_side": 80, "optim.lr": 0.01, "optim.reference_batch": 4,
         "steps": 3, "batch_size": 4, "workers": 0, "threads": 1, "device": "cpu", "val_loss": "true",

@@ -102,7 +102,7 @@ def test_a_mirrored_box() -> None:
     assert unmirrored(found, 99.5).boxes_N4.tolist() == [[69.5, 5, 89.5, 9], [0, 0, 99.5, 9]]
 
 
-def test_views_are_merged_by_suppression_within_classes() -> None:
+def test_views_are_merged_by_nms_within_classes() -> None:
     generator = torch.Generator().manual_seed(1)
     parts = []
     for count in (70, 0, 90):
@@ -233,7 +233,7 @@ def test_as_many_objects_as_without_views(flags: Callable[..., list[str]], call:
     for most in (7, 130):
         line = flags(f"views_{most}", "--tta.short_sides", "[48, 64, 96]", "--tta.nms_iou", "0.999")
         metadata = read_metadata(file)
-        metadata["model"]["roi"]["detections"] = most
+        metadata["model"]["roi"]["detections_per_image"] = most
         line[1] = str(tmp_path / f"{most}.safetensors")
         save_model_file(Path(line[1]), read_tensors(file), metadata)
         assert call(evaluate.main, line) == 0

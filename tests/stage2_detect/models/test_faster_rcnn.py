@@ -23,7 +23,7 @@ def make(name: str = "test_resnet", **pyramid: Any) -> RCNN:
     body = timm.create_model(name, features_only=True, pretrained=False)
     return RCNN(
         pyramid=TimmPyramid(body, name=name, channels=16, **pyramid),
-        rpn=RPN(channels=16, train_post_nms=100, test_post_nms=50),
+        rpn=RPN(channels=16, post_nms_top_n_train=100, post_nms_top_n_test=50),
         roi_heads=RoIHeads(classes=4, channels=16, hidden=32, samples_per_image=64),
         mean=MEAN,
         std=STD,
