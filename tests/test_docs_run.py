@@ -16,7 +16,7 @@ import pytest
 
 from ssld.pipelines import doctor, init
 from ssld.pipelines.checks import data_process
-from ssld.pipelines.runner import cost as disk
+from ssld.pipelines.runner import cost
 from ssld.pipelines.runner.launch import Outcome, Signals
 from ssld.pipelines.runner.stages import KINDS, Stage
 from ssld.stage2_detect import check_data
@@ -52,7 +52,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, call: Callable[..., int], s
     for module in (doctor, init):
         monkeypatch.setattr(module, "ask_torch", lambda: CPU)
     monkeypatch.setattr(data_process, "run_script", check_data.main)
-    monkeypatch.setattr(disk, "_ask_timm", lambda names: {})
+    monkeypatch.setattr(cost, "_ask_timm", lambda names: {})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

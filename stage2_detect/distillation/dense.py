@@ -18,8 +18,13 @@ from torch import Tensor, nn
 
 from ssld.shared.errors import UserError
 from ssld.stage2_detect.distill_config import ADLConfig, LDConfig
-from ssld.stage2_detect.distillation import losses as distillation_losses
 from ssld.stage2_detect.distillation import regions
+from ssld.stage2_detect.distillation.losses import (
+    adaptive_distillation,
+    adaptive_normalizer,
+    localization_distillation,
+    soft_divergence,
+)
 from ssld.stage2_detect.distillation.rcnn import adapters, pyramid_correlation
 from ssld.stage2_detect.distillation.teacher import FrozenDetector
 from ssld.stage2_detect.models.anchors import Grids
@@ -134,14 +139,14 @@ def losses_under_ld(
         )
     factor = 1.0 if terms.normalization == "reference" else _RELEASED_IMAGES / len(logits_BAK)
     if terms.ld or terms.vlr_ld:
-        ld_BA = distillation_losses.localization_distillation(bins_BA4E, teacher_BA4E, terms.ld_temperature)
+        ld_BA = localization_distillation(bins_BA4E, teacher_BA4E, terms.ld_temperature)
         if terms.ld:
             score_BA = torch.where(positive_BA, head.scores(logits_BAK), 0.0)
             losses["loss_ld"] = terms.ld * factor * (score_BA * ld_BA).sum()
         if terms.vlr_ld:
             losses["loss_ld_vlr"] = terms.vlr_ld / _SIDES * factor * (region_BA * ld_BA).sum()
     if terms.kd or terms.vlr_kd:
-        kd_BA = distillation_losses.soft_divergence(logits_BAK, teacher_BAK, terms.kd_temperature)
+        kd_BA = soft_divergence(logits_BAK, teacher_BAK, terms.kd_temperature)
         if terms.kd:
             losses["loss_kd"] = terms.kd * _level_means(kd_BA, positive_BA, grids, head, terms)
         if terms.vlr_kd:
@@ -163,12 +168,10 @@ def losses_under_adl(
     losses = head.losses(outputs, grids, sizes_B2, targets, assigned)
     if not term.weight:
         return losses
-    loss_BAK = distillation_losses.adaptive_distillation(
-        outputs[0], wanted[0], beta=term.beta, gamma=term.gamma, form=term.form
-    )
+    loss_BAK = adaptive_distillation(outputs[0], wanted[0], beta=term.beta, gamma=term.gamma, form=term.form)
     # Anchors between the two IoUs are no part of the sum, and are one of the normaliser, as released.
     total = torch.where(assigned.labels_BA >= 0, loss_BAK.sum(dim=-1), 0.0).sum()
-    mass = distillation_losses.adaptive_normalizer(wanted[0])
+    mass = adaptive_normalizer(wanted[0])
     if term.normalization == "global":
         total, mass = total * head.world_size, head.total(mass)
     return losses | {"loss_adl": term.weight * total / mass.clamp(min=1)}

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
-from ssld.stage2_detect.models import boxes
-from ssld.stage2_detect.models import focal_losses as dense_losses
+from ssld.stage2_detect.models import boxes, focal_losses
 from ssld.stage2_detect.models.anchors import Grids, grid_anchors
 from ssld.stage2_detect.models.assign import Assignment
 from ssld.stage2_detect.models.atss import Thresholds, assign_atss
@@ -135,7 +134,7 @@ class GFL(nn.Module):
         # In strides from here on: IoU does not change, and the numbers stay small.
         wanted_BA4 = (objects_BA4 - centres_A2.repeat(1, 2)) / stride_A[:, None]
         wanted_BA4 = torch.where(positive_BA[..., None], wanted_BA4, wanted_BA4.new_tensor([-1.0, -1.0, 1.0, 1.0]))
-        distances_BA4 = dense_losses.expected_distance(bins_BA4E)
+        distances_BA4 = focal_losses.expected_distance(bins_BA4E)
         found_BA4 = torch.cat((-distances_BA4[..., :2], distances_BA4[..., 2:]), dim=-1)
 
         iou_BA = paired_iou(found_BA4.detach(), wanted_BA4)
@@ -145,7 +144,7 @@ class GFL(nn.Module):
             class_BA = torch.zeros_like(assigned.objects_BA)
         quality_BA1 = torch.where(positive_BA, iou_BA, 0.0)[..., None]
         quality_BAK = torch.zeros_like(logits_BAK).scatter_(-1, class_BA[..., None], quality_BA1)
-        qfl_BA = dense_losses.quality_focal_loss(logits_BAK, quality_BAK).sum(dim=-1)
+        qfl_BA = focal_losses.quality_focal_loss(logits_BAK, quality_BAK).sum(dim=-1)
         positives = self.total(positive_BA.sum(dim=1).clamp(min=1).sum()).clamp(min=1)
         loss_cls = torch.where(assigned.labels_BA >= 0, qfl_BA, 0.0).sum() * self.world_size / positives
 
@@ -159,7 +158,7 @@ class GFL(nn.Module):
         if self.dfl_weight:
             limit = self.reg_max - _BELOW_LAST_BIN
             sides_BA4 = torch.cat((-wanted_BA4[..., :2], wanted_BA4[..., 2:]), dim=-1).clamp(0, limit)
-            dfl_BA = dense_losses.distribution_focal_loss(bins_BA4E, sides_BA4).mean(dim=-1)
+            dfl_BA = focal_losses.distribution_focal_loss(bins_BA4E, sides_BA4).mean(dim=-1)
             losses["loss_dfl"] = self.dfl_weight * factor * torch.where(positive_BA, weight_BA * dfl_BA, 0.0).sum()
         return losses
 
@@ -171,7 +170,7 @@ class GFL(nn.Module):
     def decode(self, values_BN4E: Tensor, index_BN: Tensor, grids: Grids) -> Tensor:
         """Boxes [B, N, 4] in pixels of the anchors `index_BN`, from their logits of distances."""
         centres_A2, stride_A = self._cells(grids, index_BN.device)
-        distances_BN4 = dense_losses.expected_distance(values_BN4E) * stride_A[index_BN][..., None]
+        distances_BN4 = focal_losses.expected_distance(values_BN4E) * stride_A[index_BN][..., None]
         centres_BN2 = centres_A2[index_BN]
         return torch.cat((centres_BN2 - distances_BN4[..., :2], centres_BN2 + distances_BN4[..., 2:]), dim=-1)
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssld.stage2_detect.models import boxes
-from ssld.stage2_detect.models import focal_losses as dense_losses
+from ssld.stage2_detect.models import boxes, focal_losses
 from ssld.stage2_detect.models.anchors import Grids, grid_anchors
 from ssld.stage2_detect.models.assign import Assignment
 from ssld.stage2_detect.models.assign import assign as assign_max_iou
@@ -131,7 +130,7 @@ class RetinaNet(nn.Module):
         label_BA = torch.full_like(assigned.objects_BA, -1)
         if targets.labels_BG.shape[1]:
             label_BA = torch.where(positive_BA, targets.labels_BG.gather(1, assigned.objects_BA), -1)
-        focal_BA = dense_losses.focal_loss(logits_BAK, label_BA, alpha=self.alpha, gamma=self.gamma).sum(dim=-1)
+        focal_BA = focal_losses.focal_loss(logits_BAK, label_BA, alpha=self.alpha, gamma=self.gamma).sum(dim=-1)
         references_BA4 = self.anchors(grids, logits_BAK.device).expand_as(deltas_BA4)
         deltas = boxes.encode(boxes.take(targets.boxes_BG4, assigned.objects_BA), references_BA4, _WEIGHTS)
         distance_BA = F.smooth_l1_loss(deltas_BA4, deltas, beta=self.smooth_l1_beta, reduction="none").sum(dim=-1)

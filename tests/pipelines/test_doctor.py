@@ -14,9 +14,9 @@ from PIL import Image
 
 from ssld.pipelines import doctor
 from ssld.pipelines.checks import data_process, machine
-from ssld.pipelines.checks import settings as settings_check
 from ssld.pipelines.checks.machine import ask_torch, device_lines, machine_lines, pair_lines
-from ssld.pipelines.runner import cost as disk
+from ssld.pipelines.checks.settings import _disk_lines
+from ssld.pipelines.runner import cost
 from ssld.stage2_detect import check_data
 
 SOUND: dict[str, Any] = {"broken": {}, "cuda": None, "threads": 2, "devices": [], "groups": ["gloo"], "mps": False}
@@ -28,7 +28,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sound machine without GPU; processes that import torch would take seconds each."""
     monkeypatch.setattr(doctor, "ask_torch", lambda: SOUND)
     monkeypatch.setattr(data_process, "run_script", check_data.main)
-    monkeypatch.setattr(disk, "_ask_timm", lambda names: {})
+    monkeypatch.setattr(cost, "_ask_timm", lambda names: {})
 
 
 @pytest.fixture
@@ -114,8 +114,8 @@ def test_room_for_what_is_written(free: int, lines: int, tmp_path: Path, monkeyp
         asked.append(path)
         return SimpleNamespace(free=free)
 
-    monkeypatch.setattr(settings_check.shutil, "disk_usage", usage)
-    said = list(settings_check._disk_lines(3, 5 * 2**30, tmp_path / "runs" / "mine"))
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    said = list(_disk_lines(3, 5 * 2**30, tmp_path / "runs" / "mine"))
     assert asked == [tmp_path]
     assert said[0].text == "3 stages; about 5.0 GB of model files and checkpoints"
     assert len(said) == lines

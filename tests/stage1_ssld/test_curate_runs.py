@@ -13,9 +13,7 @@ import pytest
 import torch
 
 from ssld.stage1_ssld.curate import main as curate
-from ssld.stage1_ssld.curation import outcome as selecting
-from ssld.stage1_ssld.curation import shard_pass
-from ssld.stage1_ssld.curation import steps as curation
+from ssld.stage1_ssld.curation import outcome, shard_pass, steps
 from ssld.stage1_ssld.curation.shard_pass import Job, Reading, over_shards
 from ssld.stage1_ssld.data.shards import RowShard
 
@@ -67,14 +65,14 @@ def test_two_processes_choose_as_one_does(
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        (selecting, "find_candidates"),
-        (selecting, "find_look_alikes"),
-        (curation, "save_embeddings"),
-        (curation, "cosines"),
-        (selecting, "decide"),
-        (selecting, "write_manifest"),
-        (curation, "materialise"),
-        (curation, "draw"),
+        (outcome, "find_candidates"),
+        (outcome, "find_look_alikes"),
+        (steps, "save_embeddings"),
+        (steps, "cosines"),
+        (outcome, "decide"),
+        (outcome, "write_manifest"),
+        (steps, "materialise"),
+        (steps, "draw"),
     ],
 )
 def test_goes_on_where_it_was_killed(
@@ -113,8 +111,8 @@ def test_a_large_pool_is_selected_by_a_process_without_torch(
     settings |= {"materialise": True}
     assert call(curate, arguments(settings, "here")) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(curation, "SMALL", 0)
-        patch.setattr(selecting, "_PARTS", {})  # nothing is done in this process
+        patch.setattr(steps, "SMALL", 0)
+        patch.setattr(outcome, "_PARTS", {})  # nothing is done in this process
         assert call(curate, arguments(settings, "apart")) == 0
     assert contents(tmp_path / "here") == contents(tmp_path / "apart")
     log = (tmp_path / "apart" / "log.txt").read_text()
@@ -128,14 +126,14 @@ def test_a_stop_while_selecting_is_not_forgotten(
     arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    find = selecting.find_candidates
+    find = outcome.find_candidates
 
     def signals(*given: Any, **also: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return find(*given, **also)
 
     with monkeypatch.context() as patch:
-        patch.setattr(selecting, "find_candidates", signals)
+        patch.setattr(outcome, "find_candidates", signals)
         assert call(curate, arguments(settings)) == 143
     assert "stopped: the selection is not finished; the same command goes on from there" in capsys.readouterr().err
     assert call(curate, arguments(settings)) == 0
@@ -226,7 +224,7 @@ def test_a_pool_that_changed_since_the_run_began(
         raise SystemExit
 
     with monkeypatch.context() as patch:
-        patch.setattr(selecting, "find_candidates", fails)
+        patch.setattr(outcome, "find_candidates", fails)
         with pytest.raises(SystemExit):
             call(curate, arguments(settings))
     next((tmp_path / "pool").rglob("*.png")).unlink()
@@ -262,14 +260,14 @@ def test_an_image_that_went_away_since_it_was_scored(
 ) -> None:
     pool = tmp_path / "pool"
     shutil.copytree(tiny.train, pool)
-    find = selecting.find_look_alikes
+    find = outcome.find_look_alikes
 
     def breaks(*given: Any, **also: Any) -> Any:
         for file in pool.rglob("*.png"):
             file.write_bytes(b"gone")
         return find(*given, **also)
 
-    monkeypatch.setattr(selecting, "find_look_alikes", breaks)
+    monkeypatch.setattr(outcome, "find_look_alikes", breaks)
     message = user_error(curate, arguments(settings | {"pool": [str(pool)], "hash_distance": 16}))
     assert message.endswith("cannot be read any more; it could when this run began")
     assert message.startswith(str(pool))

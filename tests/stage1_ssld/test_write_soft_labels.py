@@ -15,10 +15,10 @@ import timm
 import torch
 
 import ssld.stage1_ssld.distillation.soft_label_writer as store_writer
-import ssld.stage1_ssld.distillation.teacher_check as preflight
 from ssld.shared.models.backbones import input_settings, save_backbone
 from ssld.shared.run_dir import SPEED, read_metrics
 from ssld.stage1_ssld.distill import main as distill
+from ssld.stage1_ssld.distillation import teacher_check
 from ssld.stage1_ssld.distillation.soft_label_store import answer_type
 from ssld.stage1_ssld.write_soft_labels import main
 
@@ -324,7 +324,7 @@ def test_a_teacher_that_knows_nothing_is_refused_and_may_be_changed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Always the same answer is right for a third of the images. The same folder takes the right teacher afterwards."""
-    monkeypatch.setattr(preflight, "ENOUGH", 30)
+    monkeypatch.setattr(teacher_check, "ENOUGH", 30)
     settings["teacher"] = {"model": untrained(tmp_path / "bad.safetensors", lambda net: net.fc.weight.zero_())}
     line = user_error(main, arguments(settings))
     assert line.startswith(f"{tmp_path / 'bad.safetensors'}: 33.3 % right on 30 images of ")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ssld.shared.errors import Stopped
-from ssld.stage1_ssld.curation import outcome as selecting
+from ssld.stage1_ssld.curation import outcome
 from ssld.stage1_ssld.curation.outcome import run_part
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -23,7 +23,7 @@ def test_a_selection_apart_ends_when_it_should(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "selection.json")
     with pytest.raises(Stopped, match="the selection is not finished"):
         run_part("find", tmp_path, apart=True, stop=lambda: True)
-    line = [sys.executable, selecting.__file__, "find", str(tmp_path)]
+    line = [sys.executable, outcome.__file__, "find", str(tmp_path)]
     with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(1)
