@@ -1,15 +1,17 @@
-"""Memory and time of the selection of a curation, by the very processes that `curate.py` starts for it.
+"""Memory and time of the selection of a curation, by the functions that `curate.py` calls for it, in a process that has loaded torch as that one has.
 
     python benchmarks/curation_memory.py [--rows 20000000] [--classes 1000] [--keep 4000] [--protected 50000]
 
-Writes score files of that many made-up images to a temporary folder, a thousand of them copies of protected images, a thousand copies of each
-other, and a thousand mirror images of each other. Then come `find` (best 1.5 x keep a class, close hashes among these and with the protected) and
-`decide` (what goes, the cut to `keep`, the manifest) of selecting.py, with cosines of 1 in between. Prints counts, seconds and each process's peak of
-resident memory; fails if a copy was not found.
+Writes score files of that many made-up images to a temporary folder, in a process of its own: a thousand of them copies of protected images, a
+thousand copies of each other, and a thousand mirror images of each other. Then come candidates (best 1.5 x keep per class), their look-alikes (close
+hashes among these and with the protected) and the outcome (what goes, the cut to `keep`, the manifest), with cosines of 1 before the last. Prints
+counts, seconds, and the peak of resident memory so far at the start and after each part; fails if a copy was not found.
 """
 
 import argparse
 import json
+import multiprocessing
+import re
 import sys
 import tempfile
 import time
@@ -20,17 +22,17 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from ssld.stage1_ssld.curation.outcome import Plan, outcome_of, run_part
-from ssld.stage1_ssld.curation.score_files import PROTECTED, SCORED, shard_file, write_shard
+from ssld.stage1_ssld.config import CurateConfig
+from ssld.stage1_ssld.curation.outcome import Selection, outcome_of, write_candidates, write_look_alikes, write_outcome
+from ssld.stage1_ssld.curation.score_files import PROTECTED, SCORED, ScoreFiles, shard_file, write_shard
 from ssld.stage1_ssld.curation.selection import add_cosines, pair_rows
 
 SHARD = 500_000
 COPIES = 1000
-CANDIDATES = 1.5
 
 
 def main() -> None:
-    """Write score files, select in other processes and print what that took."""
+    """Write score files in another process, select in this one and print what that took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=20_000_000)
     parser.add_argument("--classes", type=int, default=1000)
@@ -38,7 +40,11 @@ def main() -> None:
     parser.add_argument("--protected", type=int, default=50_000)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder), arguments.rows, arguments.classes, arguments.protected)
+        given = (Path(folder), arguments.rows, arguments.classes, arguments.protected)
+        writer = multiprocessing.get_context("spawn").Process(target=write, args=given)
+        writer.start()
+        writer.join()
+        assert writer.exitcode == 0
         print(json.dumps(select(Path(folder), arguments.rows, arguments.classes, arguments.keep, arguments.protected)))
 
 
@@ -77,31 +83,28 @@ def write(folder: Path, rows: int, classes: int, protected: int) -> None:
 
 def select(folder: Path, rows: int, classes: int, keep: int, protected: int) -> dict[str, float]:
     """Select from these files; seconds, megabytes and counts."""
-    shards = len(range(0, rows, SHARD))
-    Plan(
+    settings = {"output": folder, "pool": ["pool"], "teacher": "random:test_resnet", "keep": keep}
+    selection = Selection(
+        CurateConfig.model_validate(settings),
         classes=classes,
         class_names=None,
-        keep=keep,
-        candidates=CANDIDATES,
-        min_score=0.0,
-        hash_distance=6,
-        mirrored=True,
-        cosine=0.9,
-        examples=8,
-        pool=[{"path": "pool"}],
-        shard_sources=["pool"] * shards,
-        protected_shards=1,
-        val_images=protected,
         teacher={},
-    ).save(folder)
-    found: dict[str, float] = {"rows": rows}
-    for part in ("find", "decide"):
+        scored=ScoreFiles(folder / "scores", len(range(0, rows, SHARD))),
+        shard_sources=["pool"] * len(range(0, rows, SHARD)),
+        protected=ScoreFiles(folder / "protected", 1),
+        val_images=protected,
+    )
+    found: dict[str, float] = {"rows": rows, "start_megabytes": peak_megabytes()}
+    for name, part in (
+        ("candidates", write_candidates),
+        ("look_alikes", write_look_alikes),
+        ("outcome", write_outcome),
+    ):
         begun = time.perf_counter()
-        lines = run_part(part, folder, apart=True, stop=lambda: False)
-        found[f"{part}_seconds"] = round(time.perf_counter() - begun, 1)
-        peak = [line.split() for line in lines if line.endswith(" MB of memory at the peak")]
-        found[f"{part}_megabytes"] = int(peak[0][2]) if peak else -1
-        if part == "find":
+        part(folder, selection)
+        found[f"{name}_seconds"] = round(time.perf_counter() - begun, 1)
+        found[f"{name}_megabytes"] = peak_megabytes()
+        if name == "look_alikes":
             pairs = pair_rows(folder / "look_alikes.parquet")
             assert pairs is not None
             add_cosines(folder / "look_alikes.parquet", np.ones(len(pairs.left_P), np.float32))
@@ -111,6 +114,15 @@ def select(folder: Path, rows: int, classes: int, keep: int, protected: int) -> 
     assert metrics["like_val"] >= COPIES, "a copy of a protected image was not found"
     assert metrics["like_better"] >= 2 * COPIES, "a copy or a mirror image was not found"
     return found | {name: metrics[name] for name in ("candidates", "kept", "like_val", "like_better")}
+
+
+def peak_megabytes() -> int:
+    """Most resident memory this process ever had; -1 where the system does not say (`ru_maxrss` would be inherited from the parent)."""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+    except OSError:
+        return -1
+    return int(found[1]) // 1024 if found else -1
 
 
 if __name__ == "__main__":

@@ -3,10 +3,15 @@
     python stage1_ssld/convert_paddle.py --weights ResNet50_vd_ssld_v2_pretrained.pdparams --output runs/ssld_v2
 
 Writes `backbone.safetensors`. PaddleClas normalises with the mean and deviation of ImageNet, as timm does; its weights are under Apache-2.0.
+
+Two namings are in use: that of PaddleClas@d178931f ppcls/arch/backbone/legendary_models/resnet.py, and the older one of
+PaddleClas@032230c6 ppcls/modeling/architectures/resnet_vd.py, in which the Fix files are published. timm's resnet50d, 101d and 152d are the same
+networks; 18d, 34d and 200d are not and are refused. Names and shapes do not tell a ResNet_vd from a ResNet_vc, which only pools elsewhere.
 """
 
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 
 if find_spec("ssld") is None:
@@ -14,7 +19,28 @@ if find_spec("ssld") is None:
     sys.exit(2)
 
 from ssld.shared.config.command import run_command
+from ssld.shared.errors import UserError
 from ssld.stage1_ssld.config import ConvertPaddleConfig
+
+DEPTHS = {"resnet50d": (3, 4, 6, 3), "resnet101d": (3, 4, 23, 3), "resnet152d": (3, 8, 36, 3)}
+_SHORTCUT = (
+    "PaddleClas puts a convolution and a BatchNorm on the shortcut of its first block, timm's {arch} has none there"
+)
+_REFUSED = {
+    "resnet18d": _SHORTCUT,
+    "resnet34d": _SHORTCUT,
+    "resnet200d": "PaddleClas' has 3, 12, 48, 3 blocks, timm's {arch} 3, 24, 36, 3",
+}
+# (blocks, whether they have a third convolution) -> timm name
+_BY_BLOCKS = {
+    (8, False): "resnet18d",
+    (16, False): "resnet34d",
+    (16, True): "resnet50d",
+    (33, True): "resnet101d",
+    (50, True): "resnet152d",
+    (66, True): "resnet200d",
+}
+_BLOCK = re.compile(r"(blocks\.\d+|bb_\d+_\d+)\.(\w+)\.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,10 +55,10 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
     """
     from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+    from ssld.shared.files import file_sha256
     from ssld.shared.models.backbones import InputSettings, ModelReference, check_fits, save_backbone
     from ssld.shared.models.paddle_weights import read_paddle_weights, to_torch
-    from ssld.shared.run_dir import RunDir, file_sha256
-    from ssld.stage1_ssld.paddle_resnet import layer_names, recognise
+    from ssld.shared.run_dir import RunDir
 
     source = str(config.weights)
     arrays = read_paddle_weights(config.weights)
@@ -68,6 +94,50 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
     run.log(
         f"wrote {file}: {arch}, {classes} classes, {len(arrays)} arrays, all in use; evaluated at {size} px, crop {crop:g}"
     )
+
+
+def recognise(names: Iterable[str], asked: str | None, source: str) -> str:
+    """timm's name of the ResNet_vd that has parameters of these names.
+
+    Raises UserError when it is none, when timm's network of that depth computes something else, and when it is not `asked`.
+    """
+    names = list(names)
+    parts = [match.groups() for name in names if (match := _BLOCK.match(name))]
+    arch = _BY_BLOCKS.get((len({block for block, _ in parts}), any(part == "conv2" for _, part in parts)))
+    deep_stem = any(name.startswith(("stem.2.", "conv1_3.")) for name in names)
+    if arch is None or not deep_stem:
+        raise UserError(
+            f"{source}: not a ResNet_vd of PaddleClas (first of its {len(names)} parameters: {names[0] if names else 'none'}); "
+            "ResNet50_vd, ResNet101_vd and ResNet152_vd are converted"
+        )
+    if asked is not None and asked != arch:
+        raise UserError(f"{source}: holds a {arch}, but arch says {asked}; leave arch out")
+    if arch in _REFUSED:
+        why = _REFUSED[arch].format(arch=arch)
+        raise UserError(f"{source}: cannot become timm's {arch} without changing what it computes: {why}")
+    return arch
+
+
+def layer_names(arch: str, *, old: bool) -> dict[str, str]:
+    """PaddleClas' layers of one of DEPTHS -> timm's modules; `old` is the older naming."""
+    convolution, norm = ("_conv", "_batch_norm") if old else ("conv", "bn")
+    layers: dict[str, str] = {"out" if old else "fc": "fc"}
+
+    def pair(layer: str, conv: str, bn: str) -> None:
+        layers[f"{layer}.{convolution}"], layers[f"{layer}.{norm}"] = conv, bn
+
+    for number, bn in enumerate(("conv1.1", "conv1.4", "bn1")):
+        pair(f"conv1_{number + 1}" if old else f"stem.{number}", f"conv1.{3 * number}", bn)
+    block = 0
+    for stage, depth in enumerate(DEPTHS[arch]):
+        for place in range(depth):
+            ours, theirs = f"layer{stage + 1}.{place}", f"bb_{stage}_{place}" if old else f"blocks.{block}"
+            for number in range(3):
+                pair(f"{theirs}.conv{number}", f"{ours}.conv{number + 1}", f"{ours}.bn{number + 1}")
+            if place == 0:
+                pair(f"{theirs}.short", f"{ours}.downsample.1", f"{ours}.downsample.2")
+            block += 1
+    return layers
 
 
 if __name__ == "__main__":

@@ -44,7 +44,6 @@ def export_backbone(config: ExportConfig) -> None:
 
     import torch
 
-    from ssld.shared.deploy.card_parts import read_recipe
     from ssld.shared.deploy.graph_files import require_onnx
     from ssld.shared.deploy.hub import check_name, public, push
     from ssld.shared.models.backbones import InputSettings, create_classifier, parse_reference
@@ -52,8 +51,7 @@ def export_backbone(config: ExportConfig) -> None:
     from ssld.shared.run_dir import RunDir
     from ssld.stage1_ssld.data.sources import ImageSource
     from ssld.stage1_ssld.deploy import onnx_file
-    from ssld.stage1_ssld.deploy.hub import write_folder
-    from ssld.stage1_ssld.deploy.model_card import model_card
+    from ssld.stage1_ssld.deploy.card import write_folder
 
     if "onnx" in config.formats:
         require_onnx()
@@ -113,15 +111,8 @@ def export_backbone(config: ExportConfig) -> None:
             path.unlink(missing_ok=True)
 
     # ---- the hub's folder
-    card = model_card(
-        metadata,
-        read_recipe(config.model),
-        repository=config.push_to_hub,
-        parameters=sum(parameter.numel() for parameter in classifier.parameters()),
-        checks=checks,
-    )
     folder = run.path / "hub"
-    write_folder(folder, config.model, classifier.net, inputs, metadata, card)
+    write_folder(folder, config.model, classifier.net, inputs, metadata, repository=config.push_to_hub, checks=checks)
     if config.push_to_hub:
         run.log(f"uploaded to {push(folder, config.push_to_hub, private=config.private)}")
     first = next(iter(checks.values()))

@@ -21,11 +21,11 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.shared.config.command import USER_ERROR
+from ssld.shared.config.command import exit_code
 from ssld.shared.config.settings import Parser, underscored
 from ssld.shared.errors import UserError
-from ssld.shared.wording import count
-from ssld.stage2_detect.data.check.findings import LEVELS, Finding, is_id, some
+from ssld.shared.wording import count, some
+from ssld.stage2_detect.data.check.findings import LEVELS, Finding, is_id
 
 if TYPE_CHECKING:
     from ssld.stage2_detect.data.check.annotations import FileCheck
@@ -36,12 +36,8 @@ _WIDTH, _CLASSES = 24, 12
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns 0 without faults, 1 with some, 2 for a user's mistake."""
-    try:
-        arguments = _parser().parse_args([underscored(word) for word in (sys.argv[1:] if argv is None else argv)])
-        return check_data(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+    words = [underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+    return exit_code(lambda: check_data(_parser().parse_args(words)))
 
 
 def check_data(arguments: Namespace) -> int:

@@ -39,9 +39,10 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
     import timm
     from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+    from ssld.shared.files import file_sha256
     from ssld.shared.models.backbones import InputSettings
     from ssld.shared.models.paddle_weights import read_paddle_weights, to_torch
-    from ssld.shared.run_dir import RunDir, file_sha256
+    from ssld.shared.run_dir import RunDir
     from ssld.stage2_detect.detector_file import save_detector
     from ssld.stage2_detect.models.build import build_detector
     from ssld.stage2_detect.paddle_names import check_recipe, class_count, our_module, recognise

@@ -46,7 +46,8 @@ def _predict(config: PredictConfig) -> None:
     from ssld.shared.distributed.processes import uses_gpu
     from ssld.shared.distributed.ranks import from_main_rank, rank, world_size
     from ssld.shared.errors import UserError
-    from ssld.shared.run_dir import RunDir, write_atomically
+    from ssld.shared.files import write_atomically
+    from ssld.shared.run_dir import RunDir
     from ssld.shared.wording import count
     from ssld.stage2_detect.detector_file import load_detector
     from ssld.stage2_detect.prediction.files import Parts, counts, table_text, write_yolo

@@ -1,6 +1,10 @@
-"""What scoring leaves of each shard of a pool or of protected images: one Parquet file, and how the selection reads many of them. Torch-free.
+"""The files that the passes of a curation leave of each shard of a pool or of protected images, and how the selection reads many of them.
 
-An image is known by its row number over all files of its folder, in their order. An image that could not be read keeps its row, with class -1.
+Scores and hashes: one Parquet file per shard. An image is known by its row number over all files of its folder, in their order; one that could not be
+read keeps its row, with class -1. Embeddings of the images in close pairs: one NumPy file per shard, float16 of unit length. Memory does not grow
+with the images.
+
+N images, D numbers per embedding, P pairs.
 """
 
 import json
@@ -11,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from ssld.shared.files import atomically
 
 UNREADABLE = -1
 SCORED = pa.schema(
@@ -27,6 +33,7 @@ image."""
 PROTECTED = pa.schema([("key", pa.string()), ("class", pa.int32()), ("hash", pa.uint64()), ("mirrored", pa.uint64())])
 """Of an image that nothing selected may resemble."""
 _UNREADABLE = b"unreadable"
+_BLOCK = 4096  # pairs whose cosines are computed at a time
 
 
 def shard_file(folder: Path, number: int) -> Path:
@@ -36,9 +43,8 @@ def shard_file(folder: Path, number: int) -> Path:
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, temporary)
-    temporary.replace(path)
+    with atomically(path) as temporary:
+        pq.write_table(table, temporary)
 
 
 def write_shard(path: Path, columns: dict[str, Any], schema: pa.Schema, unreadable: Sequence[str]) -> None:
@@ -118,3 +124,40 @@ class ScoreFiles:
     def shard_of(self, ids_N: np.ndarray) -> np.ndarray:
         """Shard that each row is in."""
         return np.searchsorted(self.starts, ids_N, side="right") - 1
+
+
+def save_embeddings(path: Path, embedding_ND: np.ndarray) -> None:
+    """Write the embeddings of one shard, whole or not at all."""
+    length = np.linalg.norm(embedding_ND, axis=1, keepdims=True)
+    with atomically(path) as temporary, temporary.open("wb") as file:
+        np.save(file, (embedding_ND / np.maximum(length, 1e-12)).astype(np.float16))
+
+
+class Embeddings:
+    """Embeddings of the images `ids` (ascending), joined from the files of their shards, in order, into one file beside them."""
+
+    def __init__(self, ids_N: np.ndarray, files: Sequence[Path], joined: Path) -> None:
+        self._ids = ids_N
+        parts = [np.load(file, mmap_mode="r") for file in files]
+        assert sum(len(part) for part in parts) == len(ids_N)
+        width = parts[0].shape[1] if parts else 0
+        self._rows = np.lib.format.open_memmap(joined, "w+", np.float16, (len(ids_N), width))
+        first = 0
+        for part in parts:
+            self._rows[first : first + len(part)] = part
+            first += len(part)
+
+    def rows(self, ids_P: np.ndarray) -> np.ndarray:
+        """Embeddings of images, float64 [P,D]."""
+        return self._rows[np.searchsorted(self._ids, ids_P)].astype(np.float64)
+
+
+def cosines(left_P: np.ndarray, right_P: np.ndarray, left: Embeddings, right: Embeddings) -> np.ndarray:
+    """Cosine of each pair, float32, right to six decimals (an image and its copy have exactly 1)."""
+    result = np.empty(len(left_P), np.float32)
+    for first in range(0, len(left_P), _BLOCK):
+        block = slice(first, first + _BLOCK)
+        a, b = left.rows(left_P[block]), right.rows(right_P[block])
+        scale = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        result[block] = (np.einsum("pd,pd->p", a, b) / np.maximum(scale, 1e-12)).round(6)
+    return result

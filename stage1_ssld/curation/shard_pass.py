@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ssld.shared.distributed.processes import start_worker
 from ssld.shared.distributed.stop import StopRequest
-from ssld.shared.distributed.workers import start_worker
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.images import UnreadableImage, pixels_of
 from ssld.stage1_ssld.curation.perceptual_hash import perceptual_hash

@@ -1,9 +1,11 @@
 """The parts of a curation, in their order; each leaves files in the run directory that a run which was killed goes on from.
 
 scores/, protected/   one file a shard: what the teacher says about each image, perceptual hashes        (all ranks)
-candidates.parquet    the best of each class                                                            (selecting.py)
-look_alikes.parquet   pairs of them, and of them and protected images, with close hashes                 (selecting.py), and cosines (all ranks)
-selected.parquet      the manifest (selecting.py); selected/ the images themselves, if asked for          (all ranks)
+candidates.parquet    the best of each class                                                            (main rank)
+look_alikes.parquet   pairs of them, and of them and protected images, with close hashes                 (main rank), and cosines (all ranks)
+selected.parquet      the manifest (main rank); selected/ the images themselves, if asked for             (all ranks)
+
+What the main rank does alone takes memory by classes x `keep`, not by the size of the pool: see outcome.py.
 """
 
 import json
@@ -24,23 +26,31 @@ from ssld.shared.distributed.processes import to_device, uses_gpu
 from ssld.shared.distributed.ranks import from_main_rank, rank, world_size
 from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
-from ssld.shared.run_dir import RunDir, write_atomically
+from ssld.shared.files import write_atomically
+from ssld.shared.run_dir import RunDir
 from ssld.shared.training.quarantine import Quarantine
 from ssld.stage1_ssld.config import CurateConfig
-from ssld.stage1_ssld.curation.embedding_files import Embeddings, cosines, save_embeddings
-from ssld.stage1_ssld.curation.outcome import NOT_FINISHED, Plan, outcome_of, run_part
+from ssld.stage1_ssld.curation.outcome import Selection, outcome_of, write_candidates, write_look_alikes, write_outcome
 from ssld.stage1_ssld.curation.output import Images, draw, materialise
-from ssld.stage1_ssld.curation.score_files import PROTECTED, SCORED, UNREADABLE, ScoreFiles, shard_file, write_shard
+from ssld.stage1_ssld.curation.score_files import (
+    PROTECTED,
+    SCORED,
+    UNREADABLE,
+    Embeddings,
+    ScoreFiles,
+    cosines,
+    save_embeddings,
+    shard_file,
+    write_shard,
+)
 from ssld.stage1_ssld.curation.selection import PairRows, add_cosines, pair_rows
 from ssld.stage1_ssld.curation.shard_pass import Job, Piece, Reading, over_shards
 from ssld.stage1_ssld.data.shards import Shard, source_shards
 from ssld.stage1_ssld.data_config import SourceConfig, is_remote
-from ssld.stage1_ssld.distillation.teachers import make_teacher
+from ssld.stage1_ssld.distillation.teacher import make_teacher
 
 _PATIENCE = timedelta(days=7)  # the main rank selects while the others wait
 _TOLD_EVERY = 30.0
-SMALL = 1_000_000
-"""Images of a pool from which the selection runs in a process of its own."""
 
 
 class Shards(NamedTuple):
@@ -88,13 +98,22 @@ def _curate(config: CurateConfig, run: RunDir, device: torch.device) -> None:
         raise _keeps_too_many(config, len(scored))
 
     # ---- the best of each class, and which of them look alike; cosines of these pairs, by embeddings shared among the ranks; what is left
-    if run.main:
-        _plan(config, pool, protected, int(shielded.starts[val_shards]), teacher).save(run.path)
-    _select(run, "find", len(scored))
+    selection = Selection(
+        config,
+        classes=teacher.classes,
+        class_names=teacher.names,
+        teacher=teacher.facts(),
+        scored=scored,
+        shard_sources=[source.path for source in pool.source],
+        protected=shielded,
+        val_images=int(shielded.starts[val_shards]),
+    )
+    _on_main_rank(run, write_candidates, selection)
+    _on_main_rank(run, write_look_alikes, selection)
     pairs = pair_rows(run.path / "look_alikes.parquet")
     if pairs is not None:
         _cosines(run, config, pool, protected, scored, shielded, pairs, teacher)
-    _select(run, "decide", len(scored))
+    _on_main_rank(run, write_outcome, selection)
 
     images = Images(scored, pool.shards, pool.source)
     if config.materialise:
@@ -111,33 +130,14 @@ def _curate(config: CurateConfig, run: RunDir, device: torch.device) -> None:
         (run.path / "kept.npy").unlink()
 
 
-def _plan(config: CurateConfig, pool: Shards, protected: Shards, val_images: int, teacher: "_Teacher") -> Plan:
-    return Plan(
-        classes=teacher.classes,
-        class_names=teacher.names,
-        keep=config.keep,
-        candidates=config.candidates,
-        min_score=config.min_score,
-        hash_distance=config.hash_distance,
-        mirrored=config.mirrored,
-        cosine=config.cosine,
-        examples=config.examples,
-        pool=[source.model_dump(mode="json") for source in config.pool],
-        shard_sources=[source.path for source in pool.source],
-        protected_shards=len(protected.shards),
-        val_images=val_images,
-        teacher=teacher.facts(),
-    )
-
-
-def _select(run: RunDir, part: str, images: int) -> None:
-    """One part of the selection: the main rank has it done, the others wait."""
+def _on_main_rank(run: RunDir, write: Callable[[Path, Selection], list[str]], selection: Selection) -> None:
+    """One part of the selection, while the other ranks wait. Raises Stopped after it when asked to by a signal."""
     if run.main:
         with StopRequest() as stop:
-            for line in run_part(part, run.path, apart=images > SMALL, stop=lambda: stop.requested):
+            for line in write(run.path, selection):
                 run.log(line)
             if stop.requested:
-                raise Stopped(NOT_FINISHED)
+                raise Stopped("the selection is not finished")
     from_main_rank(None)
 
 

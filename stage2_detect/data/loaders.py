@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ssld.shared.distributed.workers import start_worker
+from ssld.shared.distributed.processes import start_worker
 from ssld.shared.errors import UserError
 from ssld.shared.images import UnreadableImage, decode_image, stable_seed
 from ssld.stage2_detect.data.batch_order import BatchOrder, eval_batches

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssld.shared.deploy.timing import interleaved, speed_lines
+from ssld.shared.deploy.graph_files import interleaved, speed_lines
 from ssld.shared.errors import UserError
 from ssld.shared.files import IMAGE_SUFFIXES
 from ssld.shared.images import UnreadableImage, decode_image

@@ -15,7 +15,6 @@ import importlib.util
 import io
 import itertools
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +25,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ssld.shared.errors import UserError
+from ssld.shared.files import atomically
 from ssld.stage2_detect.data.coco import CocoData, Id
 from ssld.stage2_detect.models.batch import Detections
 
@@ -91,8 +91,7 @@ def choose_backend(backend: str) -> str:
 
 def detections_to_json(data: CocoData, detections: Mapping[Id, Detections], path: str | Path) -> None:
     """Writes COCO's results format with the file's own image and category ids; the file appears whole or not at all."""
-    part = Path(f"{path}.part")
-    with part.open("w", encoding="utf-8") as file:
+    with atomically(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as file:
         between = "["
         for image_id, found in detections.items():
             # By image: as one text, a hundred masks of each of 5,000 images take half a gigabyte.
@@ -100,7 +99,6 @@ def detections_to_json(data: CocoData, detections: Mapping[Id, Detections], path
                 file.write(between + json.dumps(row, allow_nan=False))
                 between = ", "
         file.write("[]" if between == "[" else "]")
-    os.replace(part, path)
 
 
 def result_rows(image_id: Id, found: Detections, category_ids: Sequence[Id]) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from pycocotools import mask as mask_codec
 
-from ssld.shared.run_dir import RunDir, write_atomically
+from ssld.shared.files import write_atomically
+from ssld.shared.run_dir import RunDir
 from ssld.stage2_detect.data.coco import CocoData, CocoImage, Id
 from ssld.stage2_detect.data.loaders import load_record
 from ssld.stage2_detect.evaluation import analysis

@@ -17,7 +17,7 @@ import yaml
 from pycocotools import mask as mask_codec
 
 from ssld.shared.errors import UserError
-from ssld.shared.run_dir import write_atomically
+from ssld.shared.files import write_atomically
 from ssld.stage2_detect.data.batch_order import eval_batches
 from ssld.stage2_detect.data.coco import CocoImage, Id
 

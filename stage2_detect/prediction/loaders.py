@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ssld.shared.distributed.workers import start_worker
+from ssld.shared.distributed.processes import start_worker
 from ssld.shared.errors import UserError
 from ssld.shared.images import UnreadableImage
 from ssld.stage2_detect.config import ResizeConfig

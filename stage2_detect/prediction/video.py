@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 from ssld.shared.errors import UserError
+from ssld.shared.files import atomically, write_atomically
 from ssld.shared.images import UnreadableImage
-from ssld.shared.run_dir import write_atomically
 from ssld.stage2_detect.data.coco import Id
 from ssld.stage2_detect.evaluation.coco_ap import result_rows
 from ssld.stage2_detect.evaluation.drawing import draw_objects
@@ -221,10 +221,10 @@ def write_video(
     if file.exists() and not files.cropping:
         return file
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.part")
     rate = _rate([frame["seconds"] for frame in frames])
     video: VideoFile | None = None
     with ExitStack() as stack:
+        temporary = stack.enter_context(atomically(file)) if files.drawing else file
         for frame in itertools.islice(read_frames(f"{segments.folder}/{name}"), len(frames)):
             found = _detections(rows.get(frame.number, []), category_ids)
             picture = Image.fromarray(frame.pixels_HWC)
@@ -234,8 +234,6 @@ def write_video(
                 drawn = draw_objects(picture, found, class_names)
                 video = video or stack.enter_context(VideoFile(temporary, *drawn.size, rate))
                 video.add(np.asarray(drawn.resize(video.size)), frame.seconds)  # some videos change their size
-    if files.drawing:
-        temporary.replace(file)
     return file
 
 

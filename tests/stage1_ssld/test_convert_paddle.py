@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import create_classifier, parse_reference
 from ssld.shared.models.model_file import read_metadata
-from ssld.stage1_ssld.convert_paddle import main
-from ssld.stage1_ssld.paddle_resnet import DEPTHS, layer_names, recognise
+from ssld.stage1_ssld.convert_paddle import DEPTHS, layer_names, main, recognise
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "reference_weights.py"
 LEAVES = ("weight", "bias", "_mean", "_variance")

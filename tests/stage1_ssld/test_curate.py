@@ -26,7 +26,7 @@ from ssld.stage1_ssld.data_config import SourceConfig
 from ssld.stage1_ssld.distill import main as distill
 
 FILES = {"selected.parquet", "classes.csv", "curation.png", "examples.png", "candidates.parquet", "look_alikes.parquet"}
-FILES |= {"selection.json", "outcome.json"}
+FILES |= {"outcome.json"}
 RECORDS = {"config.yaml", "environment.json", "log.txt", "pool.json", "result.json", ".lock"}
 
 

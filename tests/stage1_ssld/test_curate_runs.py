@@ -1,8 +1,7 @@
-"""A curation that is cut short, shared by two processes, or asked for something wrong; and the memory of its selection."""
+"""A curation that is cut short, shared by two processes, or asked for something wrong."""
 
 import json
 import os
-import re
 import shutil
 import signal
 from pathlib import Path
@@ -102,24 +101,6 @@ def test_goes_on_where_it_was_killed(
     assert call(curate, arguments(settings)) == 0
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("0*.parquet")}
     assert contents(run) == contents(tmp_path / "whole")
-
-
-def test_a_large_pool_is_selected_by_a_process_without_torch(
-    arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same files, and it says how much memory it took; it checks itself that it has not loaded torch."""
-    settings |= {"materialise": True}
-    assert call(curate, arguments(settings, "here")) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(steps, "SMALL", 0)
-        patch.setattr(outcome, "_PARTS", {})  # nothing is done in this process
-        assert call(curate, arguments(settings, "apart")) == 0
-    assert contents(tmp_path / "here") == contents(tmp_path / "apart")
-    log = (tmp_path / "apart" / "log.txt").read_text()
-    for part in ("find", "decide"):
-        peak = re.search(rf"selection, {part}: (\d+) MB of memory at the peak", log)
-        assert peak is not None
-        assert 20 < int(peak[1]) < 300
 
 
 def test_a_stop_while_selecting_is_not_forgotten(

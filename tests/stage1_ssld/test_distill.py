@@ -10,8 +10,8 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from ssld.shared.files import file_sha256
 from ssld.shared.models.model_file import content_hash, read_metadata, read_tensors
-from ssld.shared.run_dir import file_sha256
 from ssld.stage1_ssld.distill import main as distill
 from ssld.stage1_ssld.distillation import targets
 from ssld.stage1_ssld.evaluate import main as evaluate

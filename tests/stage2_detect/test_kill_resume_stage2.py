@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from ssld.shared.run_dir import file_sha256
+from ssld.shared.files import file_sha256
 from ssld.stage2_detect import evaluate, train
 
 TRAIN = "stage2_detect/train.py"

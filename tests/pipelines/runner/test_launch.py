@@ -15,7 +15,7 @@ from ssld.pipelines.runner import launch
 from ssld.pipelines.runner.launch import Outcome, Signals, command_line, run_stage
 from ssld.pipelines.runner.stages import ROOT, Stage, build_stages, read_pipeline
 
-FAKE = Path(__file__).with_name("fake_stage.py")
+FAKE = Path(__file__).parents[1] / "fake_stage.py"
 
 
 def one_stage(file: Path, number: int = 0) -> Stage:
