@@ -15,8 +15,8 @@ from PIL import Image
 from ssld.pipelines import doctor
 from ssld.pipelines.checks import data as checked_data
 from ssld.pipelines.checks import machine
-from ssld.pipelines.checks import settings as settings_check
 from ssld.pipelines.checks.machine import ask_torch, device_lines, machine_lines, pair_lines
+from ssld.pipelines.checks.settings import _disk_lines
 from ssld.stage2_detect import check_data
 
 SOUND: dict[str, Any] = {"broken": {}, "cuda": None, "threads": 2, "devices": [], "groups": ["gloo"], "mps": False}
@@ -113,8 +113,8 @@ def test_room_for_what_is_written(free: int, lines: int, tmp_path: Path, monkeyp
         asked.append(path)
         return SimpleNamespace(free=free)
 
-    monkeypatch.setattr(settings_check.shutil, "disk_usage", usage)
-    said = list(settings_check._disk_lines({"a": 5 * 10**9, "b": None}, 3, tmp_path / "runs" / "mine"))
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    said = list(_disk_lines({"a": 5 * 10**9, "b": None}, 3, tmp_path / "runs" / "mine"))
     assert asked == [tmp_path]
     assert said[0].text == "3 stages: about 5.0 GB of disk, and 1 stage of unknown size; data sets not counted"
     assert len(said) == lines

@@ -156,23 +156,12 @@ def test_two_ranks_distil_as_one(
     kind: str,
     train_settings: Settings,
     teachers: Callable[[str], Path],
-    arguments: Arguments,
-    scripts: Any,
-    call: Call,
-    tmp_path: Path,
-    metrics_of: Callable[[Path], list[dict[str, Any]]],
+    on_one_and_two: Callable[..., Any],
 ) -> None:
     settings = under(train_settings, kind, teachers(kind)) | {"steps": 4, "batch_size": 6, "auto_batch": True}
-    assert call(train.main, arguments(settings, "one")) == 0
-    done = scripts.run("stage2_detect/train.py", *arguments(settings, "two"), ranks=2)
-    assert done.returncode == 0, done.stderr
-    assert "auto_batch: 3 of 6 images a process and pass fit, so accumulate is 1\n" in done.stdout
-    one, two = ([line for line in metrics_of(tmp_path / name) if "loss_cls" in line] for name in ("one", "two"))
-    assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2, 3, 4]
-    for a, b in zip(one, two, strict=True):
-        for name in a:
-            if name.startswith("loss"):
-                assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), (name, a, b)
+    said, lines = on_one_and_two(train.main, "stage2_detect/train.py", settings)
+    assert "auto_batch: 3 of 6 images a process and pass fit, so accumulate is 1\n" in said
+    assert [line["step"] for line in lines if "loss_cls" in line] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("kind", KINDS)

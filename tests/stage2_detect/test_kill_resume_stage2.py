@@ -67,25 +67,11 @@ def test_killed_and_stopped_runs_resume_to_the_same_bits(
     assert file_sha256(tmp_path / "whole" / optimizer) == file_sha256(run / optimizer)
 
 
-def test_two_ranks_train_as_one(
-    train_settings: dict[str, Any],
-    arguments: Callable[..., list[str]],
-    scripts: Any,
-    call: Callable[..., int],
-    tmp_path: Path,
-    metrics_of: Callable[[Path], list[dict[str, Any]]],
-) -> None:
+def test_two_ranks_train_as_one(train_settings: dict[str, Any], on_one_and_two: Callable[..., Any]) -> None:
     settings = train_settings | {"steps": 5}
     assert settings["model"].get("freeze_norm", True)
-    assert call(train.main, arguments(settings, "one")) == 0
-    done = scripts.run(TRAIN, *arguments(settings, "two"), ranks=2)
-    assert done.returncode == 0, done.stderr
-    one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
-    assert [line["step"] for line in one] == [line["step"] for line in two]
-    for a, b in zip(one, two, strict=True):
-        assert a.get("lr") == b.get("lr")
-        for name in ("loss", "loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_box"):
-            assert a.get(name) == (pytest.approx(b[name], rel=1e-5, abs=1e-5) if name in b else None), (name, a, b)
+    _, lines = on_one_and_two(train.main, TRAIN, settings)
+    assert sum("loss_rpn_cls" in line for line in lines) == 5
 
 
 def test_two_ranks_evaluate_as_one(

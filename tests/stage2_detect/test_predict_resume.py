@@ -12,7 +12,7 @@ from PIL import Image
 from run_files import content
 
 from ssld.stage2_detect import predict
-from ssld.stage2_detect.prediction import steps as prediction
+from ssld.stage2_detect.prediction import steps
 from ssld.stage2_detect.prediction.files import Parts
 from ssld.stage2_detect.prediction.video_file import VideoFile
 
@@ -64,7 +64,7 @@ def test_a_run_begun_on_other_pictures_is_refused(
         raise SystemExit
 
     with monkeypatch.context() as patch:
-        patch.setattr(prediction, "assemble", killed)
+        patch.setattr(steps, "assemble", killed)
         with pytest.raises(SystemExit):
             call(predict.main, predict_line(images=pattern))
     shutil.copy(photos / "5.png", photos / "55.png")
@@ -105,11 +105,11 @@ def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     before = run.write
     screen = Terminal()
     monkeypatch.setattr("sys.stderr", screen)
-    clock = prediction.PictureClock(run, 3)
+    clock = steps.PictureClock(run, 3)
     assert run.write is not before
     times = iter([clock._began + 1.0] * 2)
     with monkeypatch.context() as patch:
-        patch.setattr(prediction.time, "perf_counter", lambda: next(times))
+        patch.setattr(steps.time, "perf_counter", lambda: next(times))
         clock._done = 2
         assert clock.describe() == "2 a second, 0.5 s to go"
         clock._done = 4

@@ -209,23 +209,9 @@ def test_goes_on_to_the_same_bits(
     assert all(lines[line["step"]] == line for line in metrics_of(tmp_path / "parts") if "loss_adl" in line)
 
 
-def test_two_ranks_train_as_one(
-    settings: Settings,
-    arguments: Arguments,
-    scripts: Any,
-    call: Call,
-    tmp_path: Path,
-    metrics_of: Callable[[Path], list[dict[str, Any]]],
-) -> None:
-    settings = settings | {"steps": 4}
-    assert call(train.main, arguments(settings, "one")) == 0
-    done = scripts.run("stage2_detect/train.py", *arguments(settings, "two"), ranks=2)
-    assert done.returncode == 0, done.stderr
-    one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
-    assert sum("loss_adl" in line for line in one) == 4
-    for a, b in zip(one, two, strict=True):
-        for name in ("loss", "loss_cls", "loss_box", "loss_adl"):
-            assert a.get(name) == (pytest.approx(b[name], rel=1e-4, abs=1e-5) if name in b else None), (name, a, b)
+def test_two_ranks_train_as_one(settings: Settings, on_one_and_two: Callable[..., Any]) -> None:
+    _, lines = on_one_and_two(train.main, "stage2_detect/train.py", settings | {"steps": 4})
+    assert sum("loss_adl" in line for line in lines) == 4
 
 
 @pytest.mark.parametrize("kind", ["gfl", "faster_rcnn"])

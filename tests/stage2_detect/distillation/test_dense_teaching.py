@@ -8,9 +8,13 @@ import torch
 
 from ssld.shared.distributed.ranks import Ranks
 from ssld.stage2_detect.distill_config import ADLConfig, LDConfig
-from ssld.stage2_detect.distillation import losses as distillation_losses
 from ssld.stage2_detect.distillation import regions
 from ssld.stage2_detect.distillation.dense import DistilledDense, losses_under_adl
+from ssld.stage2_detect.distillation.losses import (
+    adaptive_distillation,
+    localization_distillation,
+    soft_divergence,
+)
 from ssld.stage2_detect.distillation.teacher import FrozenDetector
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.dense import DenseDetector, grids_of
@@ -59,8 +63,8 @@ def test_terms_of_ld_are_their_formulas() -> None:
         anchors = student.dense.anchors(grids, torch.device("cpu"))
         region = regions.valuable_region(anchors, targets.boxes_BG4, thresholds.region_BG)
         positive = assigned.labels_BA == 1
-        ld = distillation_losses.localization_distillation(bins, wanted_bins, 10.0)
-        kd = distillation_losses.soft_divergence(logits, wanted_logits, 2.0)
+        ld = localization_distillation(bins, wanted_bins, 10.0)
+        kd = soft_divergence(logits, wanted_logits, 2.0)
         inside = regions.inside_objects(anchors, targets.boxes_BG4, targets.labels_BG >= 0)
         level = torch.cat([torch.full((rows * columns,), number) for number, (rows, columns) in enumerate(grids)])
         error = torch.cat([(a - b).square().mean(1).flatten(1) for a, b in zip(features, guides, strict=True)], dim=1)
@@ -120,7 +124,7 @@ def test_terms_on_all_negatives_and_on_general_instances() -> None:
         grids = grids_of(features)
         assert isinstance(student.dense, GFL)
         labels = student.dense.assign(grids, images.sizes_B2, targets)[0].labels_BA
-        ld = distillation_losses.localization_distillation(bins, wanted_bins, 10.0)
+        ld = localization_distillation(bins, wanted_bins, 10.0)
         assert losses["loss_ld_vlr"].item() == pytest.approx(
             0.25 / 4 * (logits.sigmoid().amax(-1) * ld)[labels == 0].sum().item(), rel=1e-4
         )
@@ -149,7 +153,7 @@ def test_adaptive_distillation_counts_all_but_ignored_anchors(form: str) -> None
         assigned = student.dense.assign(grids_of(features), images.sizes_B2, targets)
         counts = assigned.labels_BA >= 0  # type: ignore[union-attr]
         assert not counts.all()
-        loss = distillation_losses.adaptive_distillation(logits, wanted, form=form)[counts].sum()  # type: ignore[arg-type]
+        loss = adaptive_distillation(logits, wanted, form=form)[counts].sum()  # type: ignore[arg-type]
         mass = (wanted.double().sigmoid() ** 1.8).sum()
     assert losses["loss_adl"].item() == pytest.approx(2 * loss.item() / mass.item(), rel=1e-4)
 
