@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import timm
 
@@ -20,7 +20,10 @@ from ssld.stage2_detect.models.build import Detector, build_detector
 from ssld.stage2_detect.models.inference import for_inference
 
 if TYPE_CHECKING:
-    from ssld.stage2_detect.prediction.predictor import FoundObjects, Picture
+    from ssld.stage2_detect.prediction.predictor import GivenImage, ImageDetections
+
+
+Settings = TypeVar("Settings", DetectorConfig, ResizeConfig)
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,14 @@ class LoadedDetector:
 
     def predict(
         self,
-        images: "Sequence[Picture]",
+        images: "Sequence[GivenImage]",
         *,
         threshold: float = 0.5,
         batch_size: int = 4,
         tile: int | None = None,
         overlap: float = 0.2,
-    ) -> "list[FoundObjects]":
-        """What each of some pictures shows; see `predictor.predict`."""
+    ) -> "list[ImageDetections]":
+        """What each of some images shows; see `predictor.predict`."""
         from ssld.stage2_detect.prediction.predictor import predict
 
         return predict(self, images, threshold=threshold, batch_size=batch_size, tile=tile, overlap=overlap)
@@ -93,11 +96,20 @@ def load_detector(path: str | Path) -> LoadedDetector:
         raise UserError(f"{path}: not a detector file: it has no metadata of this project")
     names = tuple(metadata["class_names"])
     inputs = InputSettings(tuple(metadata["mean"]), tuple(metadata["std"]), (0, 0), "bilinear", False)
-    # A file of another version can have settings that this one does not know.
-    config = validate(DetectorConfig, metadata["model"], source=f"{path}, its metadata")
+    config = _settings(DetectorConfig, metadata["model"], path)
+    resize = _settings(ResizeConfig, metadata["resize"], path)
     body = timm.create_model(metadata["arch"], features_only=True)
     model = build_detector(config, classes=len(names), body=body, arch=metadata["arch"], inputs=inputs)
     load_module(model, read_tensors(path), path)
-    return LoadedDetector(
-        model.eval(), names, tuple(metadata["category_ids"]), ResizeConfig(**metadata["resize"]), metadata
-    )
+    return LoadedDetector(model.eval(), names, tuple(metadata["category_ids"]), resize, metadata)
+
+
+def _settings(kind: type[Settings], values: dict[str, Any], path: Path) -> Settings:
+    """Settings out of a file's metadata; those of another version can have other names."""
+    try:
+        return validate(kind, values, source=f"{path}, its metadata")
+    except UserError as error:
+        fault = str(error).splitlines()[0]
+        raise UserError(
+            f"{fault}: the file was written by another version; use that one, or train (or convert) again with this one"
+        ) from None
