@@ -8,7 +8,6 @@ selected.parquet      the manifest (selecting.py); selected/ the images themselv
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from datetime import timedelta
@@ -25,6 +24,7 @@ from ssld.shared.distributed.ranks import from_main_rank, rank, world_size
 from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.run_dir import RunDir, write_atomically
+from ssld.shared.training.progress import Clock
 from ssld.shared.training.quarantine import Quarantine
 from ssld.stage1_ssld.config import CurateConfig
 from ssld.stage1_ssld.curation.embedding_files import Embeddings, cosines, save_embeddings
@@ -38,7 +38,6 @@ from ssld.stage1_ssld.data_config import SourceConfig, is_remote
 from ssld.stage1_ssld.distillation.teachers import make_teacher
 
 _PATIENCE = timedelta(days=7)  # the main rank selects while the others wait
-_TOLD_EVERY = 30.0
 SMALL = 1_000_000
 """Images of a pool from which the selection runs in a process of its own."""
 
@@ -245,16 +244,12 @@ def _work(
         return
     jobs = [Job(n, shards.shards[n], None if rows is None else rows[n]) for n in missing[rank() :: world_size()]]
     run.log(f"{name}: {len(missing)} of {len(wanted)} shards to do")
-    begun = told_last = time.monotonic()
+    clock = Clock()
 
     def told(done: int, read: int) -> None:
-        nonlocal told_last
-        now = time.monotonic()
-        if done == len(jobs) or now - told_last > _TOLD_EVERY:
-            run.log(
-                f"{name}: {done} of {len(jobs)} shards of this process, {read / max(now - begun, 1e-9):.0f} images/s"
-            )
-            told_last = now
+        clock.done = read
+        if done == len(jobs) or clock.due():
+            run.log(f"{name}: {done} of {len(jobs)} shards of this process, {clock.rate:.0f} images/s")
 
     over_shards(
         jobs,

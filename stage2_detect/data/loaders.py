@@ -95,10 +95,6 @@ class ImageLoader(Generic[Item]):
         assert isinstance(self._batches, Sequence)
         return sum(len(batch) for batch in self._batches)
 
-    def __len__(self) -> int:
-        assert isinstance(self._batches, Sequence)
-        return len(self._batches)
-
     def __iter__(self) -> Iterator[tuple[ImageBatch | MultiScaleBatch, list[Item]]]:
         for made, items in self._made():
             self.unreadable += made.unreadable

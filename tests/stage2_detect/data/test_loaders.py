@@ -15,11 +15,11 @@ from PIL import Image
 
 from ssld.shared.errors import UserError
 from ssld.shared.images import decode_image, stable_seed
-from ssld.stage2_detect.config import AugmentConfig, ResizeConfig
+from ssld.stage2_detect.config import AugmentConfig, ResizeConfig, TTAConfig
 from ssld.stage2_detect.data.batch_order import BatchOrder, eval_batches
 from ssld.stage2_detect.data.coco import CocoData, read_coco
-from ssld.stage2_detect.data.loaders import TrainBatch, TrainLoader, eval_loader, load_record
-from ssld.stage2_detect.data.sizing import Sizing
+from ssld.stage2_detect.data.loaders import ImageLoader, TrainBatch, TrainLoader, eval_loader, load_record
+from ssld.stage2_detect.data.sizing import MultiScaleBatch, Sizing
 from ssld.stage2_detect.data.views import draw_view, view_boxes, view_image
 from ssld.stage2_detect.models.batch import ImageBatch
 
@@ -285,3 +285,42 @@ def test_shared_data_goes_through(shared_data: Callable) -> None:
     batches = list(loader(data, {"train_short_sides": [96], "train_long_side": 160}, batch_size=10, stop_step=10))
     assert sorted(str(r.image_id) for b in batches for r in b.records) == sorted(str(r.image_id) for r in data.images)
     assert not any(batch.unreadable for batch in batches)
+
+
+def test_all_that_a_loader_makes_is_pinned(data: CocoData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a `DataLoader` does it where there is a GPU; what is made comes out as it was."""
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
+        pinned.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    made = next(iter(loader(data)._loader))
+    assert pin_memory(made) == made
+    assert {id(tensor) for tensor in pinned} == {
+        id(tensor)
+        for part in (made.images, made.targets)
+        for tensor in vars(part).values()
+        if isinstance(tensor, torch.Tensor)
+    }
+    assert len(pinned) == 6
+    pinned.clear()
+    sizing = Sizing(32, 64, tta=TTAConfig(short_sides=[32, 48]))
+    views, _ = next(iter(eval_loader(data, sizing, batch_size=3)))
+    assert isinstance(pin_memory(views), MultiScaleBatch)
+    assert len(pinned) == 2 * 3
+
+
+def test_an_error_of_a_stream_and_unreadable_images_are_values(data: CocoData) -> None:
+    """What comes one after the other goes the way of indexed batches: left out and noted, or one line."""
+    Path(data.images[2].path).write_bytes(b"no image")
+    batches = [data.images[:2], data.images[2:3], data.images[3:6]]
+    for given in (batches, iter(batches)):
+        images = ImageLoader(given, load_record, Sizing(32, 64), skip_unreadable=True)
+        assert [[record.image_id for record in records] for _, records in images] == [[0, "i1"], ["i3", 4, "i5"]]
+        assert [Path(error.name).name for error in images.unreadable] == ["2.png"]
+    with pytest.raises(UserError, match=r"cannot read image .*2\.png: not an image"):
+        list(ImageLoader(iter(batches), load_record, Sizing(32, 64)))

@@ -210,7 +210,6 @@ def data(tiny_coco: Any) -> CocoData:
 
 def test_views_hold_the_same_images_in_several_sizes(data: CocoData) -> None:
     loader = eval_loader(data, Sizing(64, 256, tta=TTAConfig(short_sides=[64, 96])), batch_size=2)
-    assert len(loader) == 3
     assert loader.images == 5
     seen = []
     for views, records in loader:
