@@ -119,15 +119,14 @@ def eval_loader(
     rank: int = 0,
     ranks: int = 1,
     workers: int = 0,
-    skip_unreadable: bool = False,
 ) -> ImageLoader[CocoImage]:
     """This rank's batches of an evaluation; every image of the data comes once over all ranks.
 
     Batches are the same whatever the number of ranks, since padding touches the features near a border; rank r takes
-    batches r, r + ranks, ...
+    batches r, r + ranks, ... An image that cannot be decoded is a `UserError`.
     """
     batches = [[data.images[index] for index in batch] for batch in eval_batches(data.images, batch_size)[rank::ranks]]
-    return ImageLoader(batches, load_record, sizing, workers=workers, skip_unreadable=skip_unreadable)
+    return ImageLoader(batches, load_record, sizing, workers=workers)
 
 
 class TrainBatch(NamedTuple):

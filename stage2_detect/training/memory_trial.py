@@ -1,5 +1,5 @@
 """The step that needs the most memory: the largest images a run may see, each with the objects of the image that has the most. What `auto_batch`
-tries."""
+tries; a file of its own, as in stage 1, since the training loop need not show it."""
 
 from collections.abc import Callable, Sequence
 
