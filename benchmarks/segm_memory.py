@@ -140,7 +140,7 @@ def draw_detector(path: Path) -> None:
     model = build_detector(config, classes=CLASSES, body=body, arch="test_resnet", inputs=inputs)
     names, ids = tuple(f"class {label}" for label in range(CLASSES)), tuple(range(1, CLASSES + 1))
     data = CocoData("drawn", True, names, ids, [])
-    resize = ResizeConfig(val_short_side=96, val_long_side=128, kernel="fast")
+    resize = ResizeConfig(short_side=96, long_side=128, kernel="fast")
     save_detector(path, model, config=config, resize=resize, arch="test_resnet", inputs=inputs, data=data)
 
 

@@ -1,4 +1,4 @@
-"""Files and folders: list images, tell by a digest whether something changed, write whole or not at all. Torch-free, because config code imports it.
+"""Image and video files, and folders of them: names, lists, digests that tell of a change; writing whole or not at all. Torch-free, for config code.
 
 The digest of a folder covers names, sizes and modification times, not contents: a million files are digested in seconds, and a changed picture is
 noticed unless somebody resets its time stamp on purpose. Folders are walked with `os.scandir`; the only cache is the caller's.
@@ -6,6 +6,7 @@ noticed unless somebody resets its time stamp on purpose. Folders are walked wit
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,13 @@ from pathlib import Path
 from ssld.shared.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv")
+"""beside them .gif, where it moves"""
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path has wildcards."""
+    return re.search(r"[*?[]", path) is not None
 
 
 def list_images(folder: str | Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:

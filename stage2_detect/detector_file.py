@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import timm
 from pydantic import BaseModel, ValidationError
@@ -18,10 +18,7 @@ from ssld.stage2_detect.data.coco import CocoData
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models.build import Detector, build_detector
 from ssld.stage2_detect.models.inference import for_inference
-
-if TYPE_CHECKING:
-    from ssld.stage2_detect.prediction.predictor import FoundObjects, Picture
-
+from ssld.stage2_detect.prediction.predictor import GivenImage, ImageDetections, predict
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -48,16 +45,14 @@ class LoadedDetector:
 
     def predict(
         self,
-        images: "Sequence[Picture]",
+        images: Sequence[GivenImage],
         *,
         threshold: float = 0.5,
         batch_size: int = 4,
         tile: int | None = None,
         overlap: float = 0.2,
-    ) -> "list[FoundObjects]":
-        """What each of some pictures shows; see `predictor.predict`."""
-        from ssld.stage2_detect.prediction.predictor import predict
-
+    ) -> list[ImageDetections]:
+        """What each of some images shows; see `predictor.predict`."""
         return predict(self, images, threshold=threshold, batch_size=batch_size, tile=tile, overlap=overlap)
 
 

@@ -27,8 +27,8 @@ _STAGE1 = _TRAINING | {"data.image_size": "32"}
 _SIDES = {
     "resize.train_short_sides": "[64]",
     "resize.train_long_side": "64",
-    "resize.val_short_side": "64",
-    "resize.val_long_side": "64",
+    "resize.short_side": "64",
+    "resize.long_side": "64",
 }
 _RCNN = {
     "model.rpn.anchor_sizes": "[8, 16, 32, 64, 128]",
@@ -200,7 +200,7 @@ def save_random_detector(path: Path, kind: str, annotations: Path) -> None:
     body = timm.create_model("test_resnet", features_only=True)
     inputs = InputSettings((0.5,) * 3, (0.5,) * 3, (0, 0), "bilinear", False)
     model = build_detector(config, classes=len(NAMES), body=body, arch="test_resnet", inputs=inputs)
-    resize = ResizeConfig(train_short_sides=[SIDE], train_long_side=SIDE, val_short_side=SIDE, val_long_side=SIDE)
+    resize = ResizeConfig(train_short_sides=[SIDE], train_long_side=SIDE, short_side=SIDE, long_side=SIDE)
     data = read_coco(annotations, None, training=False)
     save_detector(path, model, config=config, resize=resize, arch="test_resnet", inputs=inputs, data=data)
 

@@ -123,9 +123,8 @@ def test_the_detection_loaders_opponent_makes_the_same_batch(tmp_path: Path) -> 
         raw["images"].append({"id": number, "file_name": f"{number}.png", "width": 90, "height": 60})
     (tmp_path / "data.json").write_text(json.dumps(raw))
     batches = benchmark.Batches(benchmark.read_coco(tmp_path / "data.json", tmp_path, training=True), 4, [120])
-    options = batches.sizes | {"batch_size": 4, "start_step": 0, "stop_step": 1, "kernel": "fast"}
-    (ours,) = benchmark.TrainLoader(batches.data, **options)
-    views = [benchmark.draw_view(60, 90, image_id=record.image_id, view=0, **batches.sizes) for record in ours.records]
+    (ours,) = batches.loader(1, kernel="fast")
+    views = [batches.view(record, 0) for record in ours.records]
     assert {view.flip for view in views} == {False, True}
     theirs = benchmark.opponent(ours.records, views, benchmark.InterpolationMode.BICUBIC)
     mean, std = (255 * torch.tensor(values)[:, None, None] for values in (benchmark.MEAN, benchmark.STD))

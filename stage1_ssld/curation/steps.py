@@ -10,7 +10,6 @@ What the main rank does alone takes memory by classes x `keep`, not by the size 
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from datetime import timedelta
@@ -28,6 +27,7 @@ from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.files import write_atomically
 from ssld.shared.run_dir import RunDir
+from ssld.shared.training.progress import Clock
 from ssld.shared.training.quarantine import Quarantine
 from ssld.stage1_ssld.config import CurateConfig
 from ssld.stage1_ssld.curation.outcome import Selection, outcome_of, write_candidates, write_look_alikes, write_outcome
@@ -50,7 +50,6 @@ from ssld.stage1_ssld.data_config import SourceConfig, is_remote
 from ssld.stage1_ssld.distillation.teacher import make_teacher
 
 _PATIENCE = timedelta(days=7)  # the main rank selects while the others wait
-_TOLD_EVERY = 30.0
 
 
 class Shards(NamedTuple):
@@ -245,16 +244,12 @@ def _work(
         return
     jobs = [Job(n, shards.shards[n], None if rows is None else rows[n]) for n in missing[rank() :: world_size()]]
     run.log(f"{name}: {len(missing)} of {len(wanted)} shards to do")
-    begun = told_last = time.monotonic()
+    clock = Clock()
 
     def told(done: int, read: int) -> None:
-        nonlocal told_last
-        now = time.monotonic()
-        if done == len(jobs) or now - told_last > _TOLD_EVERY:
-            run.log(
-                f"{name}: {done} of {len(jobs)} shards of this process, {read / max(now - begun, 1e-9):.0f} images/s"
-            )
-            told_last = now
+        clock.done = read
+        if done == len(jobs) or clock.due():
+            run.log(f"{name}: {done} of {len(jobs)} shards of this process, {clock.rate:.0f} images/s")
 
     over_shards(
         jobs,

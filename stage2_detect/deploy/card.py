@@ -121,7 +121,7 @@ def _facts(metadata: dict[str, Any], name: str, parameters: int) -> list[tuple[s
         *([("deformable convolutions", f"strides {', '.join(map(str, deformable))}")] if deformable else []),
         ("parameters", f"{parameters / 1e6:.2f} M"),
         ("classes", _classes(metadata["class_names"])),
-        ("size in evaluation", f"short side {resize['val_short_side']}, long side at most {resize['val_long_side']}"),
+        ("size in evaluation", f"short side {resize['short_side']}, long side at most {resize['long_side']}"),
         ("interpolation", resize["interpolation"]),
         ("mean, standard deviation", f"{numbers(metadata['mean'])}; {numbers(metadata['std'])}"),
         ("SHA-256 of its tensors", f"`{metadata.get('content_sha256', 'not recorded')}`"),

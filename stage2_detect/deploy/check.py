@@ -17,8 +17,8 @@ from ssld.shared.errors import UserError
 from ssld.shared.files import IMAGE_SUFFIXES
 from ssld.shared.images import UnreadableImage, decode_image
 from ssld.stage2_detect.config import ResizeConfig
-from ssld.stage2_detect.data.image_files import find_pictures
-from ssld.stage2_detect.data.loaders import PAD_MULTIPLE
+from ssld.stage2_detect.data.image_files import find_images
+from ssld.stage2_detect.data.padding import PAD_MULTIPLE
 from ssld.stage2_detect.data.views import View, fit_view, view_image
 from ssld.stage2_detect.deploy.graph import DetectorGraph
 from ssld.stage2_detect.deploy.writing import LEAST
@@ -38,7 +38,7 @@ def images_of(config: ExportDetectorConfig, log: Callable[[str], None]) -> list[
     """uint8 [3, H, W] each: evenly chosen pictures, or noise. Raises UserError where there are none, or none can be read."""
     if config.images is None:
         return _noise(config.check_images)
-    folder, names = find_pictures(config.images)
+    folder, names = find_images(config.images)
     names = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
     most = min(len(names), config.check_images)
     chosen = [names[number * len(names) // most] for number in range(most)]
@@ -77,7 +77,7 @@ def _noise(count: int) -> list[Tensor]:
 
 def _fitted(image_CHW: Tensor, resize: ResizeConfig, canvas: tuple[int, int] | None) -> Tensor:
     height, width = image_CHW.shape[1:]
-    view = fit_view(height, width, short_side=resize.val_short_side, max_long=resize.val_long_side)
+    view = fit_view(height, width, short_side=resize.short_side, long_side=resize.long_side)
     if canvas is not None and (view.height > canvas[0] or view.width > canvas[1]):
         scale = min(canvas[0] / height, canvas[1] / width)
         high, wide = (max(1, int(scale * side + 0.5)) for side in (height, width))

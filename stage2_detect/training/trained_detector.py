@@ -25,7 +25,7 @@ from ssld.stage2_detect.models.rcnn import RCNN
 from ssld.stage2_detect.training.init_weights import InitFile
 
 
-class Student:
+class TrainedDetector:
     """A detector in training.
 
     Its weights are those of `config.init` where that is given, rows of its heads by class name; else the backbone's and random heads.
@@ -133,7 +133,7 @@ class Student:
         return groups
 
     def preview(self) -> Iterator[str]:
-        """What the student is, for the log."""
+        """What is trained, for the log."""
         config = self._config
         yield self.loaded
         if config.init and config.backbone:

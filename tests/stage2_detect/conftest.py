@@ -75,7 +75,7 @@ def small_settings(tiny_coco: TinyCoco) -> dict[str, Any]:
         "log_every": 1,
         "backbone": "random:test_resnet",
         "data": {key: str(value) for key, value in vars(tiny_coco).items()} | {"keep_empty": True},
-        "resize": {"train_short_sides": [64], "train_long_side": 64, "val_short_side": 64, "val_long_side": 64},
+        "resize": {"train_short_sides": [64], "train_long_side": 64, "short_side": 64, "long_side": 64},
         "model": {
             "fpn_channels": 16,
             "rpn": {
@@ -131,7 +131,7 @@ def mask_file(tmp_path_factory: pytest.TempPathFactory, tiny_coco: TinyCoco) -> 
     model = build_detector(config, classes=2, body=body, arch="test_resnet", inputs=inputs)
     path = tmp_path_factory.mktemp("mask_detector") / "detector.safetensors"
     data = read_coco(tiny_coco.val_annotations, None, training=False)
-    sizes = ResizeConfig(train_short_sides=[64], train_long_side=64, val_short_side=64, val_long_side=64)
+    sizes = ResizeConfig(train_short_sides=[64], train_long_side=64, short_side=64, long_side=64)
     save_detector(path, model, config=config, resize=sizes, arch="test_resnet", inputs=inputs, data=data)
     return path
 

@@ -150,7 +150,7 @@ def test_a_converted_faster_rcnn_detects_what_the_reference_does(call: Any, tmp_
         "stop sign",
         "toothbrush",
     )
-    assert (loaded.resize.val_short_side, loaded.resize.interpolation) == (800, "bicubic")
+    assert (loaded.resize.short_side, loaded.resize.interpolation) == (800, "bicubic")
     assert loaded.metadata["source"]["file"] == weights.name
     assert loaded.metadata["licence"] == "apache-2.0"
     golden, _ = read("faster")

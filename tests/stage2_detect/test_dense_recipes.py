@@ -93,7 +93,7 @@ def test_gfl_recipes(name: str) -> None:
     assert (rate(config, 0), rate(config, 500)) == (pytest.approx(1e-5), pytest.approx(0.01))
     assert rate(config, 7329 * milestones[1]) == pytest.approx(1e-4)
     assert (config.resize.train_short_sides, config.resize.train_long_side) == (sides, 1333)
-    assert (config.resize.val_short_side, config.resize.val_long_side) == (800, 1333)
+    assert (config.resize.short_side, config.resize.long_side) == (800, 1333)
     model = config.model
     assert model.kind == "gfl"
     assert model.dcn_strides == ([8, 16, 32] if deformable else [])
@@ -122,7 +122,7 @@ def test_retinanet_recipes(name: str) -> None:
     assert rate(config, 500 if steps == 90_000 else 1000) == pytest.approx(0.01)
     resize = config.resize
     assert (resize.train_short_sides, resize.train_long_side) == ([short], long)
-    assert (resize.val_short_side, resize.val_long_side) == (short, long)
+    assert (resize.short_side, resize.long_side) == (short, long)
     model = config.model
     assert (model.kind, model.dcn_strides) == ("retinanet", [])
     assert (model.dense.p6_from, model.dense.relu_before_p7, model.dense.nms_iou) == ("c5", True, 0.5)
@@ -154,8 +154,8 @@ def run(call: Callable[..., int], name: str, toy: Path, output: Path, *flags: st
         "data.val_images": toy / "val",
         "resize.train_short_sides": "64,96",
         "resize.train_long_side": 96,
-        "resize.val_short_side": 64,
-        "resize.val_long_side": 64,
+        "resize.short_side": 64,
+        "resize.long_side": 64,
         "model.fpn_channels": 16,
         "steps": 2,
         "batch_size": 2,

@@ -253,7 +253,7 @@ def test_the_files_by_themselves(exported: Path, detector_file: Path, tiny_coco:
     assert json.loads(facts["class_names"]) == ["wide", "tall"]
     assert json.loads(facts["category_ids"]) == [3, 7]
     assert json.loads(facts["mean"]) == metadata["mean"]
-    assert json.loads(facts["resize"])["val_short_side"] == 64
+    assert json.loads(facts["resize"])["short_side"] == 64
     assert json.loads(facts["model"])["kind"] == "retinanet"
     assert facts["content_sha256"] == metadata["content_sha256"]
     assert not [tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.BFLOAT16]

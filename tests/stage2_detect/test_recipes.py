@@ -126,7 +126,7 @@ def test_ssld_and_plain_recipes(name: str) -> None:
 
     resize = config.resize
     assert (resize.train_short_sides, resize.train_long_side) == (SIDES_800, 1333)
-    assert (resize.val_short_side, resize.val_long_side) == (800, 1333)
+    assert (resize.short_side, resize.long_side) == (800, 1333)
     assert not config.augment.auto_augment
 
     model = config.model
@@ -155,7 +155,7 @@ def test_pss_recipes(name: str) -> None:
     assert expected_scores(config) == published
     assert (config.batch_size, config.optim.lr, config.optim.reference_batch) == (16, 0.02, 16)
     assert config.optim.backbone_lr_factors == SSLD_FACTORS
-    assert (config.resize.val_short_side, config.resize.val_long_side) == test_sizes
+    assert (config.resize.short_side, config.resize.long_side) == test_sizes
     assert (config.resize.train_short_sides, config.resize.train_long_side) == (sides, longest)
     assert config.augment.auto_augment
     assert_common(config)
@@ -198,7 +198,7 @@ def test_recipes_without_a_counterpart() -> None:
     assert all(config.optim.milestones(10) == [80, 110] for config in (base, light, modern))
     assert (base.optim.name, base.optim.lr, base.optim.backbone_lr_factors) == ("sgd", 0.01, SSLD_FACTORS)
     assert (light.optim.lr, light.optim.backbone_lr_factors) == (0.01, SSLD_FACTORS)
-    assert (light.model.fpn_channels, light.model.freeze_stages, light.resize.val_short_side) == (128, 1, 640)
+    assert (light.model.fpn_channels, light.model.freeze_stages, light.resize.short_side) == (128, 1, 640)
     assert (light.model.rpn.pre_nms_top_n_test, light.model.rpn.post_nms_top_n_test) == (500, 300)
     assert (modern.optim.name, modern.optim.lr, modern.optim.weight_decay) == ("adamw", 1e-4, 0.05)
     assert (modern.drop_path, modern.model.freeze_stages, modern.batch_size) == (0.2, 0, 16)
@@ -301,8 +301,8 @@ def test_a_recipe_trains_and_is_evaluated(name: str, toy: Path, tmp_path: Path, 
         "data.val_images": toy / "val",
         "resize.train_short_sides": "64,96",
         "resize.train_long_side": 96,
-        "resize.val_short_side": 64,
-        "resize.val_long_side": 64,
+        "resize.short_side": 64,
+        "resize.long_side": 64,
         "model.fpn_channels": 16,
         "model.rpn.samples_per_image": 32,
         "model.rpn.post_nms_top_n_train": 40,

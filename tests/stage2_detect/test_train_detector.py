@@ -314,7 +314,7 @@ def test_real_images_go_through(
         "train_images": str(folder / "images"),
         "keep_empty": True,
     }
-    resize = {"train_short_sides": [48, 64], "train_long_side": 96, "val_short_side": 64, "val_long_side": 96}
+    resize = {"train_short_sides": [48, 64], "train_long_side": 96, "short_side": 64, "long_side": 96}
     settings = train_settings | {
         "data": data,
         "resize": resize,

@@ -17,8 +17,9 @@ from ssld.shared.models.model_file import read_metadata
 from ssld.stage2_detect import train
 from ssld.stage2_detect.config import ExpectedConfig
 from ssld.stage2_detect.data.coco import read_coco
+from ssld.stage2_detect.data.sizing import Sizing
 from ssld.stage2_detect.detector_file import load_detector
-from ssld.stage2_detect.evaluation.expected import compare
+from ssld.stage2_detect.evaluation.scoring import compare_expected
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.rcnn import RCNN
 from ssld.stage2_detect.training.validation_loss import validation_losses
@@ -157,11 +158,10 @@ def test_validation_loss_leaves_the_model_as_it_was(trained: Path, train_setting
     assert isinstance(model, RCNN)
     model.ranks = Ranks(7, lambda count: 7 * count)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    options: dict[str, Any] = {"short_side": 64, "long_side": 64, "interpolation": "bicubic", "kernel": "reference"}
-    options |= {"batch_size": 2, "workers": 0, "device": torch.device("cpu"), "dtype": torch.float32}
+    options: dict[str, Any] = {"batch_size": 2, "workers": 0, "device": torch.device("cpu"), "dtype": torch.float32}
     objects = read_coco(data["val_annotations"], data["val_images"], training=True)
-    losses = validation_losses(model, objects, **options)
-    assert losses == validation_losses(model, objects, **options)
+    losses = validation_losses(model, objects, Sizing(64, 64), **options)
+    assert losses == validation_losses(model, objects, Sizing(64, 64), **options)
     assert losses["loss_cls"] == pytest.approx(result(trained)["loss_cls"], rel=1e-6), "counts of this rank alone"
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -197,13 +197,13 @@ def test_two_ranks_measure_it_as_one(
     ],
 )
 def test_expected(expected: Settings, metrics: Settings, met: bool | None, text: str) -> None:
-    outcome, line = compare(ExpectedConfig(**expected), metrics, 5)
+    outcome, line = compare_expected(ExpectedConfig(**expected), metrics, 5)
     assert outcome is met
     assert text in line
 
 
 def test_expected_without_an_evaluation_set() -> None:
-    outcome = compare(ExpectedConfig(AP=40, images=5000), {}, 0)
+    outcome = compare_expected(ExpectedConfig(AP=40, images=5000), {}, 0)
     assert outcome == (None, "expected: not compared: there are no evaluation images")
 
 

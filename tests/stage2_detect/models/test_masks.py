@@ -1,7 +1,6 @@
 """Masks: what is asked of a RoI, the head's loss, pasting, average precision of shapes, and the commands on drawn scenes."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +99,7 @@ def test_masks_follow_a_view_as_boxes_do(tmp_path: Path) -> None:
 
     for view in (View(1.0, 40, 64), View(2.5, 80, 150, flip=True), View(2.0, 60, 90, flip=True, top=5, left=11)):
         boxes = view_boxes(record.boxes_N4, view)
-        (grid,) = rasterise([masks_of(record, asdict(view))], np.zeros(1, int), np.zeros(1, int), boxes, 28)
+        (grid,) = rasterise([masks_of(record, view)], np.zeros(1, int), np.zeros(1, int), boxes, 28)
         assert grid.all(), view
 
 
