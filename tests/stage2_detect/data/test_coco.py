@@ -260,7 +260,7 @@ def test_the_collector_rests_only_while_a_file_is_read(tmp_path: Path, monkeypat
     seen: list[bool] = []
     real = coco_json._load
 
-    def watched(file: Path) -> Any:
+    def watched(file: str) -> Any:
         seen.append(gc.isenabled())
         return real(file)
 
