@@ -129,6 +129,17 @@ def test_a_module_is_in_a_room_and_imports_downward(file: Path) -> None:
             assert module.name.endswith("config.py"), f"{name_of(module)}: pipelines/ imports settings alone"
 
 
+@pytest.mark.parametrize("file", [file for file in FILES if "stage2_detect/models/" in name_of(file)], ids=name_of)
+def test_models_see_neither_files_nor_settings(file: Path) -> None:
+    """Detectors are modules for any program; `build.py` alone makes them from settings."""
+    allowed = (
+        "shared/",
+        "stage2_detect/models/",
+        *(["stage2_detect/model_config.py"] if file.name == "build.py" else []),
+    )
+    assert [name_of(module) for module in own_imports(file) if not name_of(module).startswith(allowed)] == []
+
+
 def test_no_circle() -> None:
     """Modules in an order in which each imports only earlier ones."""
     waiting = {file: set(own_imports(file)) for file in FILES}
