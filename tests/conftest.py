@@ -24,6 +24,13 @@ QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE
 os.environ.update(QUIET)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whoever asks for a fixture that starts processes is of the kind `process`; others are marked by hand."""
+    for item in items:
+        if {"scripts", "tab"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.process)
+
+
 def draw(kind: str, seed: int, size: tuple[int, int] = (40, 44)) -> Image.Image:
     """A noisy picture of one kind of thing in a random colour; `size` is (height, width)."""
     generator = np.random.default_rng([seed, CLASSES.index(kind) if kind in CLASSES else 9])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.process
 
 
 def started(script: Path, *words: str) -> "subprocess.CompletedProcess[str]":

@@ -153,6 +153,7 @@ COMPLETED = [
 ]
 
 
+@pytest.mark.process
 def test_completion(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Bash itself is asked what it would complete."""
     assert main(["completion", "bash"]) == 0

@@ -86,6 +86,7 @@ def test_what_is_broken_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(line.level == "fault" and "operator torchvision::nms does not exist" in line.text for line in lines)
 
 
+@pytest.mark.process
 def test_this_machine_is_asked_in_another_process() -> None:
     answer = ask_torch()
     assert answer["broken"] == {}

@@ -119,6 +119,7 @@ def test_a_start_that_failed_does_not_hold_the_folder(config: Settings) -> None:
     assert "rate: 0.2" in (run.path / "config.yaml").read_text()
 
 
+@pytest.mark.process
 def test_lock_is_released_by_closing_and_by_death(config: Settings) -> None:
     run = RunDir(config, "test")
     with pytest.raises(UserError, match="in use by another process"):

@@ -152,6 +152,7 @@ def test_empty_yaml_is_no_settings(tmp_path: Path) -> None:
     assert read_yaml(tmp_path / "e.yaml") == {}
 
 
+@pytest.mark.process
 def test_config_modules_do_not_import_torch() -> None:
     code = "import sys; import ssld.stage1_ssld.config, ssld.shared.run_dir, ssld.shared.config.command; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], check=False).returncode == 0
