@@ -64,6 +64,12 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def spread(count: int, most: int, *, repeat: bool = False) -> list[int]:
+    """Up to `most` numbers, evenly spread over 0 to `count` - 1; with `repeat` exactly `most`, some of them twice where there are fewer."""
+    places = most if repeat else min(count, most)
+    return [place * count // places for place in range(places)]
+
+
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
     """A name beside `path` to write a file under, which takes its place when the block ends: a reader sees the old content or the new, never a part.

@@ -166,7 +166,7 @@ class RunDir:
 
     def _compare_and_record(self) -> None:
         for leftover in self.path.rglob(".*.*"):  # files that a killed process was writing
-            if leftover.suffix[1:].isdigit():
+            if leftover.suffix[1:].isdigit() and leftover.is_file():
                 leftover.unlink(missing_ok=True)
         self.inputs = input_digests(self._config)
         environment = _environment(self._command, self.inputs)

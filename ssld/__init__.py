@@ -7,22 +7,27 @@ that no other name is taken where the package is installed.
 import sys
 from pathlib import Path
 
+_HERE = Path(__file__).resolve().parent
 
-def _refuse_script_of_another_tree() -> None:
-    """End in one line where an entry script was started by path out of another copy of the project: it would run the installed copy's modules."""
+
+def _fault() -> str | None:
+    """Why this package cannot serve the script that was started, if it cannot."""
+    if not (_HERE / "shared").is_dir():
+        return f"{_HERE}: its links were lost on the way here; clone with git, or unpack with tar or unzip, on Linux, macOS or WSL"
     started = getattr(sys.modules["__main__"], "__file__", None)
     if started is None:
-        return
-    script, here = Path(started).resolve(), Path(__file__).resolve().parent
-    ours = here / script.parent.name / script.name
-    if ours.is_file() and not ours.samefile(script):
-        folder = script.parents[1]
-        print(
-            f"error: {started}: belongs to {folder}, but the package ssld that is installed is that of {here.parent}; "
-            f"run pip install -e . in {folder}",
-            file=sys.stderr,
+        return None
+    script = Path(started).resolve()
+    own, copy = _HERE / script.parent.name / script.name, script.parent.parent
+    # An entry of another copy of the project would run this copy's modules. A script of the user's own, of whatever name, is welcome.
+    if own.is_file() and not own.samefile(script) and (copy / "ssld" / "__init__.py").is_file():
+        return (
+            f"{started}: belongs to {copy}, but the package ssld that is installed is that of {_HERE.parent}; "
+            f"run pip install -e . in {copy}"
         )
-        sys.exit(2)
+    return None
 
 
-_refuse_script_of_another_tree()
+if _message := _fault():
+    print(f"error: {_message}", file=sys.stderr)
+    sys.exit(2)

@@ -242,21 +242,18 @@ def _check_category_ids(check: "FileCheck") -> None:
 
 def _write_copy(check: "FileCheck", file: Path) -> str:
     """Write the cleaned copy of a file and read it back as training does; returns a line on it."""
+    from ssld.shared.files import atomically
     from ssld.stage2_detect.data.coco import read_coco
 
     content = check.repair.apply(check.content)
     file.parent.mkdir(parents=True, exist_ok=True)
-    pending = file.with_name(f".{file.name}")
-    pending.write_text(json.dumps(content), encoding="utf-8")
-    try:
-        data = read_coco(pending, check.folder, training=True)
-    except UserError as error:
-        why = str(error).replace(str(pending), str(check.file))
-        raise UserError(f"no cleaned copy: what is left cannot be trained on: {why}") from None
-    else:
-        pending.replace(file)
-    finally:
-        pending.unlink(missing_ok=True)
+    with atomically(file) as pending:
+        pending.write_text(json.dumps(content), encoding="utf-8")
+        try:
+            data = read_coco(pending, check.folder, training=True)
+        except UserError as error:
+            why = str(error).replace(str(pending), str(check.file))
+            raise UserError(f"no cleaned copy: what is left cannot be trained on: {why}") from None
     before = {key: len(check.content[key]) for key in ("images", "annotations")}
     gone = [count(before[key] - len(content[key]), key[:-1]) for key in before if before[key] > len(content[key])]
     left = f"; left out: {' and '.join(gone)}" if gone else ""

@@ -25,6 +25,8 @@ def test_a_script_of_another_copy_is_refused(name: str, tmp_path: Path) -> None:
     script = tmp_path / name
     script.parent.mkdir()
     shutil.copy(ROOT / name, script)
+    (tmp_path / "ssld").mkdir()
+    shutil.copy(ROOT / "ssld" / "__init__.py", tmp_path / "ssld")
     text = script.read_text(encoding="utf-8")
     script.write_text(text.replace("\nfrom ssld.shared", "\nfrom ssld.shared.gone import it\nfrom ssld.shared", 1))
     done = started(script, "--help")
@@ -39,7 +41,22 @@ def test_a_link_to_the_tree_and_scripts_of_others_are_not(tmp_path: Path) -> Non
     (tmp_path / "project").symlink_to(ROOT)
     done = started(tmp_path / "project" / "pipelines" / "run.py", "--help")
     assert done.returncode == 0, done.stderr
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "run.py").write_text("import ssld\nprint('well')\n")
-    done = started(tmp_path / "mine" / "run.py")
-    assert (done.returncode, done.stdout) == (0, "well\n"), done.stderr
+    for name in ("mine/run.py", "pipelines/run.py", "shared/files.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("import ssld.shared.errors\nprint('well')\n")
+        done = started(tmp_path / name)
+        assert (done.returncode, done.stdout) == (0, "well\n"), done.stderr
+
+
+def test_a_copy_without_its_links_says_so(tmp_path: Path) -> None:
+    """As some programs unpack an archive: a file with the link's target in place of a folder."""
+    (tmp_path / "ssld").mkdir()
+    shutil.copy(ROOT / "ssld" / "__init__.py", tmp_path / "ssld")
+    (tmp_path / "ssld" / "shared").write_text("../shared")
+    line = [sys.executable, "-c", "import ssld"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: {tmp_path / 'ssld'}: its links were lost on the way here; clone with git, or unpack with tar or unzip, "
+        "on Linux, macOS or WSL\n"
+    )

@@ -21,7 +21,7 @@ from PIL import Image
 from ssld.pipelines.checks.machine import Line
 from ssld.pipelines.runner.stages import ROOT
 from ssld.shared.config.settings import CommandConfig
-from ssld.shared.files import list_images
+from ssld.shared.files import list_images, spread
 from ssld.shared.wording import count
 from ssld.stage1_ssld.config import CurateConfig, SoftLabelsConfig, Stage1Config
 from ssld.stage1_ssld.data_config import SourceConfig
@@ -74,7 +74,7 @@ def folder_lines(folder: Path, *, most: int = MOST) -> list[Line]:
     names = list_images(folder)
     if not names:
         return []
-    looked = [names[place * len(names) // most] for place in range(most)] if len(names) > most else names
+    looked = [names[place] for place in spread(len(names), most)]
     broken: list[str] = []
     digests: Counter[bytes] = Counter()
     for name in looked:
@@ -87,7 +87,7 @@ def folder_lines(folder: Path, *, most: int = MOST) -> list[Line]:
         else:
             digests[hashlib.sha256(content).digest()] += 1
     text = f"{folder}: {count(len(names), 'picture')}"
-    lines = [Line("ok", "pictures", text + (f", of which {most:,} were looked at" if looked is not names else ""))]
+    lines = [Line("ok", "pictures", text + (f", of which {most:,} were looked at" if len(looked) < len(names) else ""))]
     if broken:
         stops = len(broken) > 1 and len(broken) > 0.01 * len(looked)
         then = "training stops: more than 1 %" if stops else "training leaves them out"

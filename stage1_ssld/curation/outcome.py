@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ssld.shared.files import atomically, write_atomically
+from ssld.shared.files import atomically, spread, write_atomically
 from ssld.stage1_ssld.config import CurateConfig
 from ssld.stage1_ssld.curation.score_files import ScoreFiles
 from ssld.stage1_ssld.curation.selection import (
@@ -40,7 +40,6 @@ from ssld.stage1_ssld.curation.selection import (
     save_candidates,
     save_look_alikes,
 )
-from ssld.stage1_ssld.data.listing import spread
 from ssld.stage1_ssld.data.manifest import write_manifest
 
 KEPT_ROW = np.dtype([("id", np.int64), ("class", np.int32), ("score", np.float32)])

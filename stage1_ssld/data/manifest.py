@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ssld.shared.errors import UserError
-from ssld.shared.files import atomically
-from ssld.stage1_ssld.data.listing import LOOKED_AT, Listing, filesystem_of, list_path, spread
+from ssld.shared.files import atomically, spread
+from ssld.stage1_ssld.data.listing import LOOKED_AT, Listing, filesystem_of, list_path
 from ssld.stage1_ssld.data.row_groups import parquet_rows, row_groups
 from ssld.stage1_ssld.data.rows import FileRows, ManifestRows, Rows
 from ssld.stage1_ssld.data_config import SourceConfig, is_remote

@@ -129,8 +129,6 @@ def write_store(config: SoftLabelsConfig) -> None:
         run.log(try_teacher(teacher, sources, config, device=device))
     if main:
         folder.mkdir(exist_ok=True)
-        for leftover in folder.glob(".shard-*"):  # what a killed process was writing
-            leftover.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
 
     # ---- the shards

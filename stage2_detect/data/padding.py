@@ -26,6 +26,7 @@ def pad_images(
     *,
     originals: Sequence[tuple[int, int]] | None = None,
     least_side: int = 1,
+    canvas: tuple[int, int] | None = None,
 ) -> ImageBatch:
     """uint8 [3, H, W] images, at least one, in one batch, padded with zeros at the bottom and the right.
 
@@ -33,12 +34,13 @@ def pad_images(
         scales: size of each image / its original size.
         originals: (height, width) of the originals, where they are known.
         least_side: the batch's sides hold at least so many pixels.
+        canvas: (height, width) of the batch, where a file was exported for one size.
     """
     sizes = [tuple(image.shape[1:]) for image in images]
-    height, width = (padded_side(max(least_side, *sides)) for sides in zip(*sizes, strict=True))
-    pixels_BCHW = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
-    for canvas, image in zip(pixels_BCHW, images, strict=True):
-        canvas[:, : image.shape[1], : image.shape[2]] = image
+    sides = canvas or [padded_side(max(least_side, *axis)) for axis in zip(*sizes, strict=True)]
+    pixels_BCHW = torch.zeros(len(images), 3, *sides, dtype=torch.uint8)
+    for place, image in zip(pixels_BCHW, images, strict=True):
+        place[:, : image.shape[1], : image.shape[2]] = image
     return ImageBatch(
         pixels_BCHW,
         torch.tensor(sizes),

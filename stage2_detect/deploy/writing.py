@@ -16,7 +16,7 @@ from torch import Tensor
 from ssld.shared.deploy.graph_files import Dynamic, read_program, session, write_onnx, write_program
 from ssld.shared.deploy.hub import public
 from ssld.shared.errors import UserError
-from ssld.stage2_detect.data.padding import PAD_MULTIPLE
+from ssld.stage2_detect.data.padding import PAD_MULTIPLE, padded_side
 from ssld.stage2_detect.deploy import graph
 from ssld.stage2_detect.detector_file import LoadedDetector
 
@@ -64,7 +64,7 @@ def write(
     except UserError as error:
         if canvas is not None:
             raise
-        side = -(-loaded.resize.long_side // PAD_MULTIPLE) * PAD_MULTIPLE
+        side = padded_side(loaded.resize.long_side)
         log(f"{error}; once more with a canvas of {side} x {side} pixels")
     one((side, side))
     return side, side

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ssld.shared.errors import UserError
+from ssld.shared.files import spread
 from ssld.shared.models.backbones import place
 from ssld.stage2_detect.data.coco import CocoData
 from ssld.stage2_detect.data.sizing import Sizing
@@ -130,8 +131,3 @@ def check_teacher(
             "it was trained on other images or at another size (resize), or hardly at all; a lower check_ap lets it pass"
         )
     return f"teacher {teacher.facts.get('file')}: AP {100 * ap:.2f} {where}"
-
-
-def spread(count: int, most: int) -> list[int]:
-    """Up to `most` numbers spread evenly over `count`."""
-    return list(range(count)) if count <= most else [number * count // most for number in range(most)]

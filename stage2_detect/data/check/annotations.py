@@ -1,4 +1,4 @@
-"""Checks of one COCO file by itself: ids, sizes, boxes, classes. What needs the pictures is in `data_pictures.py`.
+"""Checks of one COCO file by itself: ids, sizes, boxes, classes. What needs the pictures is in `images.py`.
 
 Legend: N annotations whose image, class and box can be read; I images, in file order.
 """
