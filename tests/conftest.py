@@ -20,7 +20,11 @@ from ssld.shared.run_dir import SPEED
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("disc", "ring", "stripes")
 # One thread and no network, in this process and in those it starts.
-QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+QUIET = {
+    "OMP_NUM_THREADS": os.environ.get("SSLD_TEST_THREADS", "1"),
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
 os.environ.update(QUIET)
 
 

@@ -75,20 +75,11 @@ def test_two_ranks_train_as_one(train_settings: dict[str, Any], on_one_and_two: 
 
 
 def test_two_ranks_evaluate_as_one(
-    train_settings: dict[str, Any],
-    arguments: Callable[..., list[str]],
-    scripts: Any,
-    call: Callable[..., int],
-    tmp_path: Path,
+    train_settings: dict[str, Any], detector_file: Path, scripts: Any, call: Callable[..., int], tmp_path: Path
 ) -> None:
     """A detector that finds something, so that a lost or doubled image, or the detections of another rank, would show."""
-    settings = train_settings | {"steps": 60, "log_every": 20, "save_every": 60}
-    settings["optim"] = train_settings["optim"] | {"lr": 0.02, "clip_grad_norm": 2.0, "milestones_steps": [50]}
-    roi = train_settings["model"]["roi"] | {"score_threshold": 0.0}  # every image has detections
-    settings["model"] = train_settings["model"] | {"freeze_norm": False, "roi": roi}
-    assert call(train.main, arguments(settings, "trained")) == 0
-    data = settings["data"]
-    flags = ["--model", str(tmp_path / "trained" / "detector.safetensors"), "--workers", "0", "--device", "cpu"]
+    data = train_settings["data"]
+    flags = ["--model", str(detector_file), "--workers", "0", "--device", "cpu"]
     flags += ["--annotations", data["val_annotations"], "--images", data["val_images"], "--threads", "1"]
     flags += ["--batch_size", "2"]  # 5 images: batches of 2, 2 and 1 for two ranks
     assert call(evaluate.main, [*flags, "--output", str(tmp_path / "one")]) == 0
@@ -98,7 +89,7 @@ def test_two_ranks_evaluate_as_one(
     runs = (tmp_path / "one", tmp_path / "two")
     one, two = (json.loads((run / "result.json").read_text())["metrics"] for run in runs)
     assert one["AP"] > 0
-    assert one["AP50"] > 0.2
+    assert one["AP50"] > 0.1
     for key in [key for key, value in one.items() if isinstance(value, dict)]:
         assert two.pop(key) == pytest.approx(one.pop(key), abs=1e-6)
     confusions = [json.loads((run / "analysis.json").read_text())["confusions"] for run in runs]

@@ -97,12 +97,9 @@ def test_patience_ends_a_run_that_does_not_get_better(
 
 
 def test_the_last_evaluation_can_be_the_best(
-    train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path
+    learning_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path
 ) -> None:
-    optim = train_settings["optim"] | {"lr": 0.02, "clip_grad_norm": 2.0, "milestones_steps": [50]}
-    settings = train_settings | {"steps": 60, "log_every": 20, "save_every": 60, "evaluate_every": 40, "optim": optim}
-    settings["model"] = train_settings["model"] | {"freeze_norm": False}
-    assert call(train.main, arguments(settings)) == 0
+    assert call(train.main, arguments(learning_settings | {"evaluate_every": 40})) == 0
     best = read_metadata(tmp_path / "run" / "detector_best.safetensors")
     evaluations = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     scores = {line["step"]: line["val_AP"] for line in evaluations if "val_AP" in line}
