@@ -145,7 +145,9 @@ def test_teach_then_evaluate(
     run = tmp_path / "teach"
     assert files_below(run) == RECORDS | checkpoint(60) | {"teacher.safetensors"}
     trained = json.loads((run / "result.json").read_text())["metrics"]
-    assert trained["top1"] > 0.6  # chance is a third: the labels reach the loss in the right order; other seeds reach 0.87 to 1
+    assert (
+        trained["top1"] > 0.75
+    )  # chance is a third: the labels reach the loss in the right order; other seeds reach 0.87 to 1
     assert read_metadata(run / "teacher.safetensors")["teacher"] is None
     # the command for evaluation, by flags alone, gives the numbers of the training run
     file = str(run / "teacher.safetensors")
@@ -160,7 +162,7 @@ def test_teach_then_evaluate(
     settings = distill_settings | {"teacher": {"model": file}, "steps": 60, "log_every": 10}
     assert call(distill, arguments(settings, "distill")) == 0
     distilled = json.loads((tmp_path / "distill" / "result.json").read_text())["metrics"]
-    assert min(distilled["agreement"], distilled["top1"]) > 0.6
+    assert min(distilled["agreement"], distilled["top1"]) > 0.75
 
 
 def test_supervised_baseline_is_the_same_settings(

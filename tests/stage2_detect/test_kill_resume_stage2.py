@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from ssld.shared.files import file_sha256
+from ssld.shared.models.model_file import read_metadata, read_tensors, save_model_file
 from ssld.stage2_detect import evaluate, train
 
 TRAIN = "stage2_detect/train.py"
@@ -77,9 +78,13 @@ def test_two_ranks_train_as_one(train_settings: dict[str, Any], on_one_and_two: 
 def test_two_ranks_evaluate_as_one(
     train_settings: dict[str, Any], detector_file: Path, scripts: Any, call: Callable[..., int], tmp_path: Path
 ) -> None:
-    """A detector that finds something, so that a lost or doubled image, or the detections of another rank, would show."""
+    """A detector that finds something in every image, so that a lost or doubled one, or the detections of another rank, would show."""
     data = train_settings["data"]
-    flags = ["--model", str(detector_file), "--workers", "0", "--device", "cpu"]
+    metadata = read_metadata(detector_file, kind="detector")
+    dense = metadata["model"]["dense"] | {"score_threshold": 0.0}
+    unsure = tmp_path / "unsure.safetensors"
+    save_model_file(unsure, read_tensors(detector_file), metadata | {"model": metadata["model"] | {"dense": dense}})
+    flags = ["--model", str(unsure), "--workers", "0", "--device", "cpu"]
     flags += ["--annotations", data["val_annotations"], "--images", data["val_images"], "--threads", "1"]
     flags += ["--batch_size", "2"]  # 5 images: batches of 2, 2 and 1 for two ranks
     assert call(evaluate.main, [*flags, "--output", str(tmp_path / "one")]) == 0

@@ -119,7 +119,7 @@ def test_learns_the_scenes(learning_settings: Settings, arguments: Arguments, ca
     """One colour a class: a detector that learns at all finds some of these rectangles. Other seeds reach 0.4 to 0.95."""
     assert call(train.main, arguments(learning_settings)) == 0
     ap50 = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]["AP50"]
-    assert ap50 > 0.15, ap50
+    assert ap50 > 0.25, ap50
 
 
 def test_learning_rates_freezing_and_updates(

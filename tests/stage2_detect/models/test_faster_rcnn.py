@@ -207,4 +207,6 @@ def test_it_learns_one_scene_by_heart() -> None:
         for box, label in zip(truth.boxes_BG4[i], truth.labels_BG[i], strict=True):
             if label >= 0:
                 same = (found.labels_N == label) & (found.scores_N > 0.5)
-                assert box_iou(box[None] / images.scales_B[i], found.boxes_N4[same]).max() > 0.4  # and 0.66 to 0.94
+                assert (
+                    box_iou(box[None] / images.scales_B[i], found.boxes_N4[same]).max() > 0.5
+                )  # 0.66 to 0.94 with other seeds
