@@ -165,7 +165,8 @@ def test_gradient_norms(run: SimpleNamespace) -> None:
             gradient = parameters[name].grad
             assert gradient is not None
             part = gradient if level is None else gradient[level]
-            assert part.double().norm().item() == pytest.approx(norm.item(), rel=1e-4), name
+            # 4e-9 off without vector instructions, 1e-4 with AVX-512: a ReLU near zero lets a gradient through or not.
+            assert part.double().norm().item() == pytest.approx(norm.item(), rel=1e-3), name
             compared += 1
     assert compared > 30
 
