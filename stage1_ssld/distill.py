@@ -130,7 +130,11 @@ def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> 
         net.eval()
         share_buffers(net)
         views = ValViews(
-            val_source, targets.val_labels, size=data.image_size, crop=data.val_crop, interpolation=data.interpolation
+            val_source,
+            targets.val_labels,
+            image_size=data.image_size,
+            val_crop=data.val_crop,
+            interpolation=data.interpolation,
         )
         # The size of a batch must not depend on the number of ranks: the results are then the same on any number.
         order = val_batches(range(len(views)), min(config.batch_size, EVALUATION_BATCH), rank, ranks)

@@ -135,10 +135,13 @@ def train(config: TrainConfig) -> None:
         return config.patience is not None and state.stale >= config.patience
 
     # ---- what is about to happen
-    if config.distill and trained.teacher and config.distill.check_images and start == 0:
+    distill = config.distill
+    if distill and trained.teacher and distill.check_images and start == 0:
         tried = images_to_try_a_teacher_on(config, data)
-        least, few = config.distill.check_ap, config.distill.check_images
-        run.log(check_teacher(trained.teacher, tried, sizing, images=few, least=least, **evaluation))
+        found = check_teacher(
+            trained.teacher, tried, sizing, check_images=distill.check_images, check_ap=distill.check_ap, **evaluation
+        )
+        run.log(found)
     if config.compile:
         trained.detector.pyramid.compile()
     model = accelerator.prepare_model(trained.model)

@@ -142,7 +142,9 @@ def test_evaluate_with_a_bank_on_one_and_two_processes(
     parts = []
     for path in (tiny.val, tiny.train):
         source = ImageSource(SourceConfig(path=str(path)), 0)
-        views = ValViews(source, source.labels, size=inputs.size[0], crop=0.875, interpolation=inputs.interpolation)
+        views = ValViews(
+            source, source.labels, image_size=inputs.size[0], val_crop=0.875, interpolation=inputs.interpolation
+        )
         images = torch.stack([pixels for row in range(len(views)) if (pixels := views[row].pixels_CHW) is not None])
         with torch.no_grad():
             parts += [embed(net, images).double().numpy(), np.array(source.labels)]
