@@ -131,9 +131,6 @@ def train(config: TrainConfig) -> None:
             state.watch.check()
             save_model(run.path / "detector_best.safetensors", step, metrics)
 
-    def enough() -> bool:
-        return config.patience is not None and state.stale >= config.patience
-
     # ---- what is about to happen
     distill = config.distill
     if distill and trained.teacher and distill.check_images and start == 0:
@@ -167,7 +164,7 @@ def train(config: TrainConfig) -> None:
     metrics: dict[str, Any] = {}
     with StopRequest() as stop, state.progress.begin(start, steps) as progress:
         stream = iter(loader)
-        while step < steps and not enough():
+        while step < steps and not state.exhausted(config.patience):
             step += 1
             factor = multistep_factor(
                 step - 1,
@@ -211,13 +208,13 @@ def train(config: TrainConfig) -> None:
                     metrics, scored = evaluate_now(step), step
                     keep_best(step, metrics)
             stopping = stop.agreed() and step < steps
-            if step % config.save_every == 0 or step == steps or stopping or enough():
+            if step % config.save_every == 0 or step == steps or stopping or state.exhausted(config.patience):
                 state.save(step)
-            if stopping and not enough():
+            if stopping and not state.exhausted(config.patience):
                 raise Stopped(f"checkpoint of step {step} written to {run.checkpoints}")
 
     # ---- finish
-    if enough():
+    if state.exhausted(config.patience):
         run.log(f"step {step}: {state.stale} evaluations in a row without a better one: enough (patience)")
     if scored != step:
         metrics = evaluate_now(step)

@@ -67,9 +67,9 @@ class DistilledRCNN(nn.Module):
             return detections
         assert targets is not None, "training needs targets"
         features, guides = self.student.features(images), self.teacher.features(images)
-        sizes_B2, labelled = images.sizes_B2, count_labelled(targets)
+        sizes_B2, labeled = images.sizes_B2, count_labeled(targets)
         losses, sampled = self.student.losses(
-            [maps[:labelled] for maps in features], sizes_B2[:labelled], targets.first(labelled), self.student.ranks
+            [maps[:labeled] for maps in features], sizes_B2[:labeled], targets.first(labeled), self.student.ranks
         )
         if self.pkd_weight:
             losses["loss_pkd"] = self.pkd_weight * pyramid_correlation(
@@ -77,8 +77,8 @@ class DistilledRCNN(nn.Module):
             )
         if self.roi_weight:
             regions = [(sampled.rois_BR4, sampled.valid_BR, sampled.logits_NK)]
-            if labelled < len(sizes_B2):
-                regions.append(self._unlabelled_regions([maps[labelled:] for maps in features], sizes_B2[labelled:]))
+            if labeled < len(sizes_B2):
+                regions.append(self._unlabeled_regions([maps[labeled:] for maps in features], sizes_B2[labeled:]))
             losses["loss_roi_kd"] = self.roi_weight * self._roi_kd(guides, regions)
         return losses
 
@@ -86,7 +86,7 @@ class DistilledRCNN(nn.Module):
         """Of the terms, by the name of their losses."""
         return {"loss_pkd": self.pkd_weight, "loss_roi_kd": self.roi_weight}
 
-    def _unlabelled_regions(self, features: Sequence[Tensor], sizes_B2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _unlabeled_regions(self, features: Sequence[Tensor], sizes_B2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The student's best proposals, as many as it samples of a labelled image, and its logits for them."""
         heads = self.student.roi_heads
         proposals, _ = self.student.rpn(features, sizes_B2)
@@ -107,11 +107,11 @@ class DistilledRCNN(nn.Module):
         return torch.stack(divergences).sum() * (ranks.world_size / total)
 
 
-def count_labelled(targets: Targets) -> int:
+def count_labeled(targets: Targets) -> int:
     """How many images of the batch have labels: they come first, and there is at least one."""
-    if targets.labelled_B is None:
+    if targets.labeled_B is None:
         return len(targets.seeds_B)
-    flags = targets.labelled_B.tolist()
+    flags = targets.labeled_B.tolist()
     count = sum(flags)
     assert flags == sorted(flags, reverse=True), "images without labels come last"
     assert count, "a batch needs an image with labels"

@@ -32,7 +32,7 @@ class Seen:
     """difference hash of 64 bits"""
 
 
-def check_pictures(check: FileCheck, *, quick: bool = False) -> dict[int, Seen]:
+def check_images(check: FileCheck, *, quick: bool = False) -> dict[int, Seen]:
     """Looks at all pictures of a file, or with `quick` only whether they are there; {position of the image: what was seen}."""
     rows = check.content["images"]
     places = {index: check.folder / rows[index]["file_name"] for index in check.image_of.values()}

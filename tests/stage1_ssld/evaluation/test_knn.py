@@ -193,5 +193,5 @@ def test_unlabelled_rows_of_a_named_source_stay_unlabelled() -> None:
 
     from ssld.stage1_ssld.data.labels import match_classes
 
-    source: Any = SimpleNamespace(labels=[1, -1, 0], class_names=["a", "b"], path="here", unlabelled_because=None)
+    source: Any = SimpleNamespace(labels=[1, -1, 0], class_names=["a", "b"], path="here", unlabeled_because=None)
     assert match_classes(source, ["b", "a"], 2, "model") == [0, -1, 1]

@@ -91,9 +91,7 @@ def test_unlabelled_images_add_nothing_to_the_students_own_losses() -> None:
 
 def test_their_annotations_are_not_looked_at() -> None:
     images, targets = batch()
-    blank = Targets(
-        targets.boxes_BG4.clone(), targets.labels_BG.clone(), targets.seeds_B, labelled_B=targets.labelled_B
-    )
+    blank = Targets(targets.boxes_BG4.clone(), targets.labels_BG.clone(), targets.seeds_B, labeled_B=targets.labeled_B)
     blank.boxes_BG4[2:], blank.labels_BG[2:] = 0.0, -1
     results = [
         DistilledRCNN(detector(1), FrozenDetector(detector(2))).train()(images, some) for some in (targets, blank)
@@ -122,7 +120,7 @@ def test_a_batch_without_labels_or_in_the_wrong_order_is_a_mistake_of_the_caller
     images, targets = batch()
     model = DistilledRCNN(detector(1), FrozenDetector(detector(2))).train()
     for flags in ([False, True, True, True], [False] * 4):
-        wrong = Targets(targets.boxes_BG4, targets.labels_BG, targets.seeds_B, labelled_B=torch.tensor(flags))
+        wrong = Targets(targets.boxes_BG4, targets.labels_BG, targets.seeds_B, labeled_B=torch.tensor(flags))
         with pytest.raises(AssertionError):
             model(images, wrong)
     whole = Targets(targets.boxes_BG4, targets.labels_BG, targets.seeds_B)
