@@ -23,9 +23,15 @@ if __name__ == "__main__":
 import numpy as np
 
 from ssld.stage1_ssld.config import CurateConfig
-from ssld.stage1_ssld.curation.outcome import Selection, outcome_of, write_candidates, write_look_alikes, write_outcome
 from ssld.stage1_ssld.curation.score_files import PROTECTED, SCORED, ScoreFiles, shard_file, write_shard
 from ssld.stage1_ssld.curation.selection import add_cosines, pair_rows
+from ssld.stage1_ssld.curation.selection_files import (
+    Selection,
+    outcome_of,
+    write_candidates,
+    write_look_alikes,
+    write_outcome,
+)
 
 SHARD = 500_000
 COPIES = 1000

@@ -35,7 +35,7 @@ from ssld.stage2_detect.data.coco import CocoData, CocoImage, read_coco
 from ssld.stage2_detect.data.loaders import TrainLoader
 from ssld.stage2_detect.data.padding import padded_side
 from ssld.stage2_detect.data.views import View, draw_view, view_image
-from ssld.stage2_detect.models.rcnn import normalise
+from ssld.stage2_detect.models.normalise import Normalise
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHORT_SIDES = (640, 672, 704, 736, 768, 800)
@@ -90,12 +90,12 @@ class Batches:
 
     def ours(self, *, normalised: bool = False, **options: Any) -> Callable[[], None]:
         stream = iter(self.loader(100 * self.order.steps_per_epoch, **options))
-        mean, std = (255 * torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+        normalise = Normalise(MEAN, STD)
 
         def work() -> None:
             images = next(stream).images
             if normalised:
-                normalise(images, mean, std)
+                normalise(images)
 
         return work
 

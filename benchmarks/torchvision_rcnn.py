@@ -24,7 +24,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNN
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from ssld.shared.models.backbones import InputSettings
-from ssld.stage2_detect.convert_paddle import our_name
+from ssld.shared.models.paddle_weights import to_torch
+from ssld.stage2_detect.convert_paddle import our_module
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models import anchors
 from ssld.stage2_detect.models.build import build_detector
@@ -44,9 +45,7 @@ def our_detector(kind: str, *, torchvisions_pooling: bool) -> RCNN:
     body = timm.create_model(ARCH, features_only=True, pretrained=False)
     model = build_detector(config, classes=CLASSES, body=body, arch=ARCH, inputs=_INPUTS)
     assert isinstance(model, RCNN)
-    missing, unexpected = model.load_state_dict(_weights(kind), strict=False)
-    assert not unexpected
-    assert all(name.endswith("num_batches_tracked") for name in missing)
+    model.load_state_dict(_weights(kind))
     return model
 
 
@@ -136,8 +135,7 @@ def _weights(kind: str) -> dict[str, Tensor]:
     rule = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rule)
     about = json.loads((GOLDEN / f"{kind}.json").read_text())
-    weights: dict[str, Tensor] = {}
-    for name, shape in about["parameters"].items():
-        weight = torch.from_numpy(rule.reference_weight(name, shape, about["salt"]))
-        weights[our_name(name) or name] = weight.T if weight.ndim == 2 else weight
-    return weights
+    parameters = about["parameters"]
+    arrays = {name: rule.reference_weight(name, shape, about["salt"]) for name, shape in parameters.items()}
+    modules = {layer: our_module(layer) or layer for layer in (name.rpartition(".")[0] for name in arrays)}
+    return to_torch(arrays, modules, kind)

@@ -4,6 +4,7 @@ A sub-command's module is imported when it is called, so that `ssld --help` need
 """
 
 import importlib
+import platform
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from ssld.shared.config.command import USER_ERROR, exit_code
 from ssld.shared.config.settings import did_you_mean
 from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import UserError
+from ssld.shared.machine import installed_version
 
 # name -> (module with main(argv), one line of help)
 COMMANDS = {
@@ -111,15 +113,8 @@ def usage() -> str:
 
 def _version() -> str:
     """Version and what it runs on, without importing torch."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    words = []
-    for name in ("ssld", "torch", "torchvision", "timm"):
-        try:
-            words.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            words.append(f"{name} not installed")
+    names = ("ssld", "torch", "torchvision", "timm")
+    words = [f"{name} {installed_version(name) or 'not installed'}" for name in names]
     return f"{', '.join(words)}, Python {platform.python_version()}"
 
 

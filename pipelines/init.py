@@ -22,12 +22,13 @@ if find_spec("ssld") is None:
     sys.exit(2)
 
 from ssld.pipelines.checks.data import FLAGS, check_data
-from ssld.pipelines.checks.machine import ask_torch, cores
+from ssld.pipelines.checks.machine import ask_torch
 from ssld.pipelines.scaffold.suggest import Facts, pipeline_text, split_content, suggest
 from ssld.shared.config.command import exit_code
 from ssld.shared.config.settings import Parser, underscored
 from ssld.shared.errors import UserError
 from ssld.shared.files import list_images, write_atomically
+from ssld.shared.machine import cores
 
 
 def main(argv: Sequence[str] | None = None) -> int:

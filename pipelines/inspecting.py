@@ -1,34 +1,25 @@
 """`ssld inspect`: what a file or folder of ours is, where it came from, how good it is, and under which licence its teacher stands.
 
 Knows what no text editor shows, model files (.safetensors), what was exported from them (.onnx, .pt2) and manifests of a curation (.parquet), and the
-folders of stores, checkpoints and runs. Settings that a detector of its kind does not use are left out.
+folders of stores, checkpoints and runs. Settings that a detector of its kind does not read are left out.
 """
 
 import json
 import math
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import UserError
 from ssld.shared.run_dir import read_result
 from ssld.shared.wording import amount
+from ssld.stage2_detect.model_config import DetectorConfig, Kind
 
 KNOWN = (
     "known are model files (.safetensors), exported networks (.onnx, .pt2), manifests (.parquet), and folders of runs, "
     "checkpoints and soft labels"
 )
-# kind of detector -> the groups of its settings that it uses
-_BLOCKS = {
-    "faster_rcnn": ("rpn", "roi"),
-    "mask_rcnn": ("rpn", "roi", "mask"),
-    "cascade_rcnn": ("rpn", "roi", "cascade"),
-    "cascade_mask_rcnn": ("rpn", "roi", "cascade", "mask"),
-    "retinanet": ("dense", "retinanet"),
-    "gfl": ("dense", "gfl"),
-}
-_ALL_BLOCKS = {name for names in _BLOCKS.values() for name in names}
 _FIRST = (
     *("kind", "arch", "num_classes", "class_names", "input_size", "teacher", "licence", "backbone", "step", "weights"),
     *("metrics", "model", "resize"),
@@ -49,7 +40,7 @@ def inspect_text(path: Path) -> str:
     if read is None:
         raise UserError(f"{path}: nothing of ours; {KNOWN}")
     title, facts = read(path)
-    facts = _without_unused(facts)
+    facts = _without_unread(facts)
     ordered = {key: facts[key] for key in (*_FIRST, *facts) if key in facts}
     return "\n".join([f"{path}: {title}", *_lines(ordered)])
 
@@ -167,13 +158,13 @@ def _parsed(value: Any) -> Any:
         return value
 
 
-def _without_unused(facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts without the groups of settings that a detector of its kind has no use for."""
+def _without_unread(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts without the groups of settings that a detector of its kind does not read."""
     model = facts.get("model")
-    used = _BLOCKS.get(str(model.get("kind"))) if isinstance(model, dict) else None
-    if used is None or not isinstance(model, dict):
+    if not isinstance(model, dict) or model.get("kind") not in get_args(Kind):
         return facts
-    return facts | {"model": {key: value for key, value in model.items() if key not in _ALL_BLOCKS or key in used}}
+    unread = DetectorConfig(kind=model["kind"]).unread_groups
+    return facts | {"model": {key: value for key, value in model.items() if key not in unread}}
 
 
 def _lines(facts: dict[str, Any], indent: str = "  ") -> list[str]:

@@ -13,7 +13,6 @@ Only the main rank writes; the lock is an flock that dies with its process. Does
 
 import fcntl
 import functools
-import importlib.metadata
 import json
 import os
 import platform
@@ -29,6 +28,7 @@ from ssld.shared.config.settings import MAY_CHANGE, NOT_IDENTITY, CommandConfig,
 from ssld.shared.config.training import PASSES_FILE
 from ssld.shared.errors import UserError
 from ssld.shared.files import file_sha256, files_digest, write_atomically
+from ssld.shared.machine import installed_version
 
 Status = Literal["new", "unfinished", "finished"]
 SPEED = ("seconds", "data_wait", "images_per_second", "memory_gb")
@@ -283,7 +283,7 @@ def _environment(command: str, inputs: dict[str, str]) -> dict[str, Any]:
     return {
         "command": command,
         "arguments": sys.argv[1:],
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: installed_version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "machine": platform.platform(),
         "cores": os.cpu_count(),
@@ -292,13 +292,6 @@ def _environment(command: str, inputs: dict[str, str]) -> dict[str, Any]:
         "inputs": inputs,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _threads() -> int | None:

@@ -72,7 +72,7 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
         return
     # PaddleClas evaluates at 224 of 256. Of the Fix files it says 320 and publishes no more: with nothing cut off, as in FixRes (arXiv 1906.06423).
     size = config.input_size or (320 if config.weights.name.startswith("Fix_") else 224)
-    crop = config.val_crop or (0.875 if size <= 224 else 1.0)
+    val_crop = config.val_crop or (0.875 if size <= 224 else 1.0)
     file = run.path / "backbone.safetensors"
     save_backbone(
         file,
@@ -86,13 +86,13 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
             fixed_size=False,
         ),
         classes=classes,
-        crop_pct=crop,
+        crop_pct=val_crop,
         licence="apache-2.0",
         source={"file": config.weights.name, "sha256": file_sha256(config.weights), "project": "PaddleClas"},
     )
     run.finish({"arrays": len(arrays), "tensors": len(tensors), "classes": classes}, [file])
     run.log(
-        f"wrote {file}: {arch}, {classes} classes, {len(arrays)} arrays, all in use; evaluated at {size} px, crop {crop:g}"
+        f"wrote {file}: {arch}, {classes} classes, {len(arrays)} arrays, all in use; evaluated at {size} px, crop {val_crop:g}"
     )
 
 

@@ -24,7 +24,6 @@ from ssld.shared.wording import count
 from ssld.stage1_ssld.config import EVALUATION_BATCH, DistillConfig, TeachConfig
 
 if TYPE_CHECKING:
-    from ssld.shared.training.training_state import TrainingState
     from ssld.stage1_ssld.distillation.student import Student
     from ssld.stage1_ssld.distillation.targets import Targets
 
@@ -36,11 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def distill(config: DistillConfig) -> None:
     """Train the student that `config` describes."""
-    train(config, command="distill", export="student")
+    train(config, command="distill", result="student")
 
 
-def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> None:
-    """Train a network and write `<export>.safetensors` (last step) and, with `evaluate_every`, `<export>_best.safetensors` to the run directory.
+def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> None:
+    """Train a network and write `<result>.safetensors` (last step) and, with `evaluate_every`, `<result>_best.safetensors` to the run directory.
 
     Raises:
         UserError: anything the user can mend.
@@ -130,7 +129,11 @@ def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> 
         net.eval()
         share_buffers(net)
         views = ValViews(
-            val_source, targets.val_labels, size=data.image_size, crop=data.val_crop, interpolation=data.interpolation
+            val_source,
+            targets.val_labels,
+            image_size=data.image_size,
+            val_crop=data.val_crop,
+            interpolation=data.interpolation,
         )
         # The size of a batch must not depend on the number of ranks: the results are then the same on any number.
         order = val_batches(range(len(views)), min(config.batch_size, EVALUATION_BATCH), rank, ranks)
@@ -166,7 +169,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> 
     def keep_best(step: int, metrics: dict[str, float]) -> None:
         if metrics and state.improved(_score(metrics, config.best_by)):
             state.watch.check()
-            save_network(step, run.path / f"{export}_best.safetensors", metrics)
+            save_network(step, run.path / f"{result}_best.safetensors", metrics)
 
     # ---- what is about to happen
     if isinstance(config, DistillConfig) and targets.learns_from_teacher and teacher and start == 0:
@@ -189,14 +192,14 @@ def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> 
         run.log(resumed)
 
     # ---- the loop
-    step, scored, enough = start, -1, _enough(config, state)
+    step, scored = start, -1
     metrics: dict[str, float] = {}
     with (
         StopRequest() as stop,
         state.progress.begin(start, steps) as progress,
         closing(training.batches(start, steps, rank=rank, ranks=ranks, pin_memory=pin_memory)) as stream,
     ):
-        while step < steps and not enough:
+        while step < steps and not state.exhausted(config.patience):
             step += 1
             set_lr(optimizer, base_lr * cosine_factor(step - 1, steps=steps, warmup_steps=warmup_steps))
             student.train_mode()
@@ -238,26 +241,25 @@ def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> 
                 with progress.pausing():
                     metrics, scored = evaluate_now(step), step
                     keep_best(step, metrics)
-                enough = _enough(config, state)
             stopping = stop.agreed() and step < steps
-            if step % config.save_every == 0 or step == steps or stopping or enough:
+            if step % config.save_every == 0 or step == steps or stopping or state.exhausted(config.patience):
                 state.save(step)
-            if stopping and not enough:
+            if stopping and not state.exhausted(config.patience):
                 raise Stopped(f"checkpoint of step {step} written to {run.checkpoints}")
 
     # ---- finish
-    if enough:
+    if state.exhausted(config.patience):
         run.log(f"step {step}: {state.stale} evaluations in a row without a better one: enough (patience)")
     if scored != step:
         metrics = evaluate_now(step)
         if config.evaluate_every:
             keep_best(step, metrics)
-    file = run.path / f"{export}.safetensors"
+    file = run.path / f"{result}.safetensors"
     save_network(step, file, metrics)
     accelerator.end_training()
     if accelerator.is_main_process:
         write_curves(run.path)
-    state.finish(metrics, step, [file], run.path / f"{export}_best.safetensors")
+    state.finish(metrics, step, [file], run.path / f"{result}_best.safetensors")
     run.log(f"wrote {file}")
 
 
@@ -291,10 +293,6 @@ def _preview(
         f"{count(len(config.data.train), 'source')}, {passes}: {steps} steps of {config.batch_size} images "
         f"({count(ranks, 'process')} x {config.accumulate} accumulated)"
     )
-
-
-def _enough(config: DistillConfig | TeachConfig, state: "TrainingState") -> bool:
-    return config.patience is not None and state.stale >= config.patience
 
 
 def _score(metrics: dict[str, float], best_by: str | None) -> float:

@@ -81,8 +81,8 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
         views = ValViews(
             images,
             labels,
-            size=config.image_size or inputs.size[0],
-            crop=config.val_crop or reference.metadata.get("crop_pct", 0.875),
+            image_size=config.image_size or inputs.size[0],
+            val_crop=config.val_crop or reference.metadata.get("crop_pct", 0.875),
             interpolation=inputs.interpolation if inputs.interpolation == "bicubic" else "bilinear",
         )
         order = val_batches(range(len(views)), config.batch_size, rank(), world_size())

@@ -110,7 +110,7 @@ def export_backbone(config: ExportConfig) -> None:
 
     # ---- the hub's folder
     folder = run.path / "hub"
-    write_folder(folder, config.model, classifier.net, inputs, metadata, repository=config.push_to_hub, checks=checks)
+    write_folder(folder, config.model, classifier.net, inputs, metadata, push_to_hub=config.push_to_hub, checks=checks)
     if config.push_to_hub:
         run.log(f"uploaded to {push(folder, config.push_to_hub, private=config.private)}")
     first = next(iter(checks.values()))
@@ -139,7 +139,7 @@ def _images(
         return
     crop = metadata.get("crop_pct") or 0.875
     assert isinstance(crop, float)
-    views = ValViews(source, None, size=inputs.size[0], crop=crop, interpolation=inputs.interpolation)
+    views = ValViews(source, None, image_size=inputs.size[0], val_crop=crop, interpolation=inputs.interpolation)
     order = val_batches(spread(len(source), config.check_images), config.batch_size, 0, 1)
     read = 0
     for batch in make_loader(views, order, workers=config.workers, pin_memory=False):

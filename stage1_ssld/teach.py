@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def teach(config: TeachConfig) -> None:
     """Train the teacher that `config` describes."""
-    train(config, command="teach", export="teacher")
+    train(config, command="teach", result="teacher")
 
 
 if __name__ == "__main__":

@@ -43,11 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check_data(arguments: Namespace) -> int:
     """Check what the arguments name, print it, write the cleaned copies; returns the exit code."""
     from ssld.stage2_detect.data.check.annotations import check_rows
-    from ssld.stage2_detect.data.check.images import check_pictures, check_strays
+    from ssld.stage2_detect.data.check.images import check_images, check_strays
 
     places = _places(arguments)
     checks = [check_rows(name, file, folder, masks=arguments.masks) for name, file, folder in places]
-    seen = [check_pictures(check, quick=arguments.quick) for check in checks]
+    seen = [check_images(check, quick=arguments.quick) for check in checks]
     check_strays(checks)
     if len(checks) == 2:
         _compare_classes(*checks)

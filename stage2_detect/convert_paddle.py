@@ -143,20 +143,11 @@ def _check_fits(tensors: Mapping[str, "Tensor"], expected: Mapping[str, "Tensor"
         raise UserError(f"{source}: does not fit the recipe's detector (by our names): {'; '.join(wrong[:3])}{more}")
 
 
-def our_name(name: str, *, deep_stem: bool = True) -> str | None:
-    """Our name of one of PaddleDetection's parameters, None for one that we do not know.
+def our_module(layer: str, *, deep_stem: bool = True) -> str | None:
+    """Our module for one of PaddleDetection's layers, None for one that we do not know.
 
     `deep_stem` says whether the backbone is a ResNet-vd, whose shortcuts pool before they convolve.
     """
-    from ssld.shared.models.paddle_weights import LEAVES
-
-    layer, _, leaf = name.rpartition(".")
-    module = our_module(layer, deep_stem=deep_stem)
-    return f"{module}.{LEAVES[leaf]}" if module and leaf in LEAVES else None
-
-
-def our_module(layer: str, *, deep_stem: bool = True) -> str | None:
-    """Our module for one of PaddleDetection's layers, None for one that we do not know."""
     if layer.startswith("backbone."):
         module = _backbone_module(layer, deep_stem)
         return module and f"pyramid.body.{module}"

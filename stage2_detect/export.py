@@ -71,7 +71,7 @@ def export_detector(config: ExportDetectorConfig) -> None:
 
     # ---- the hub's folder
     folder = run.path / "hub"
-    write_folder(folder, config.model, loaded, written, repository=config.push_to_hub, checks=metrics)
+    write_folder(folder, config.model, loaded, written, push_to_hub=config.push_to_hub, checks=metrics)
     if config.push_to_hub:
         run.log(f"uploaded to {push(folder, config.push_to_hub, private=config.private)}")
     run.finish(metrics, [*written, *sorted(folder.iterdir())])

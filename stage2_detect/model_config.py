@@ -208,10 +208,13 @@ class RetinaNetConfig(Config):
     """distance at which the square part of the box loss ends; 0 is plain L1"""
 
 
+Kind = Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "retinanet", "gfl"]
+
+
 class DetectorConfig(Config):
     """The detector's architecture; stored in its file."""
 
-    kind: Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "retinanet", "gfl"] = "faster_rcnn"
+    kind: Kind = "faster_rcnn"
     """two stages, those of a cascade in several, mask kinds with shapes too; or one stage (retinanet, gfl)"""
     fpn_channels: int = Field(256, ge=8)
     """channels of every level of the pyramid"""
@@ -235,12 +238,16 @@ class DetectorConfig(Config):
         return self.kind in ("mask_rcnn", "cascade_mask_rcnn")
 
     @property
-    def unread(self) -> list[str]:
-        """Groups of settings that were changed, though a detector of this kind does not read them."""
+    def unread_groups(self) -> dict[str, Config]:
+        """Groups of settings that a detector of this kind does not read."""
         read = {"dense", self.kind} if self.is_dense else {"rpn", "roi"}
         read |= {name for name, has in (("cascade", self.is_cascade), ("mask", self.has_masks)) if has}
-        groups = {name: value for name, value in self if isinstance(value, Config) and name not in read}
-        return [name for name, value in groups.items() if value != type(value)()]
+        return {name: value for name, value in self if isinstance(value, Config) and name not in read}
+
+    @property
+    def unread(self) -> list[str]:
+        """Those of them that were changed all the same."""
+        return [name for name, value in self.unread_groups.items() if value != type(value)()]
 
     @property
     def is_dense(self) -> bool:

@@ -131,14 +131,14 @@ def train(config: TrainConfig) -> None:
             state.watch.check()
             save_model(run.path / "detector_best.safetensors", step, metrics)
 
-    def enough() -> bool:
-        return config.patience is not None and state.stale >= config.patience
-
     # ---- what is about to happen
-    if config.distill and trained.teacher and config.distill.check_images and start == 0:
+    distill = config.distill
+    if distill and trained.teacher and distill.check_images and start == 0:
         tried = images_to_try_a_teacher_on(config, data)
-        least, few = config.distill.check_ap, config.distill.check_images
-        run.log(check_teacher(trained.teacher, tried, sizing, images=few, least=least, **evaluation))
+        found = check_teacher(
+            trained.teacher, tried, sizing, check_images=distill.check_images, check_ap=distill.check_ap, **evaluation
+        )
+        run.log(found)
     if config.compile:
         trained.detector.pyramid.compile()
     model = accelerator.prepare_model(trained.model)
@@ -164,7 +164,7 @@ def train(config: TrainConfig) -> None:
     metrics: dict[str, Any] = {}
     with StopRequest() as stop, state.progress.begin(start, steps) as progress:
         stream = iter(loader)
-        while step < steps and not enough():
+        while step < steps and not state.exhausted(config.patience):
             step += 1
             factor = multistep_factor(
                 step - 1,
@@ -208,13 +208,13 @@ def train(config: TrainConfig) -> None:
                     metrics, scored = evaluate_now(step), step
                     keep_best(step, metrics)
             stopping = stop.agreed() and step < steps
-            if step % config.save_every == 0 or step == steps or stopping or enough():
+            if step % config.save_every == 0 or step == steps or stopping or state.exhausted(config.patience):
                 state.save(step)
-            if stopping and not enough():
+            if stopping and not state.exhausted(config.patience):
                 raise Stopped(f"checkpoint of step {step} written to {run.checkpoints}")
 
     # ---- finish
-    if enough():
+    if state.exhausted(config.patience):
         run.log(f"step {step}: {state.stale} evaluations in a row without a better one: enough (patience)")
     if scored != step:
         metrics = evaluate_now(step)

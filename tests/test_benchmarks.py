@@ -127,11 +127,10 @@ def test_the_detection_loaders_opponent_makes_the_same_batch(tmp_path: Path) -> 
     views = [batches.view(record, 0) for record in ours.records]
     assert {view.flip for view in views} == {False, True}
     theirs = benchmark.opponent(ours.records, views, benchmark.InterpolationMode.BICUBIC)
-    mean, std = (255 * torch.tensor(values)[:, None, None] for values in (benchmark.MEAN, benchmark.STD))
-    difference = (benchmark.normalise(ours.images, mean, std) - theirs).abs()
+    difference = (benchmark.Normalise(benchmark.MEAN, benchmark.STD)(ours.images) - theirs).abs()
     assert theirs.shape == (4, 3, 128, 192)
-    assert difference.max() * std.max() < 6
-    assert difference.mean() * std.max() < 1
+    assert difference.max() * 255 * max(benchmark.STD) < 6
+    assert difference.mean() * 255 * max(benchmark.STD) < 1
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("faster", "training"), ("mask", "inference")])

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ssld.shared.machine import cores, installed_version
+
 Level = Literal["ok", "note", "warning", "fault"]
 
 PACKAGES = (
@@ -75,7 +77,7 @@ def machine_lines(probe: dict[str, Any] | None = None) -> Iterator[Line]:
         "system",
         f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {cores()} CPU cores",
     )
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = {name: installed_version(name) for name in PACKAGES}
     missing = [name for name, version in versions.items() if version is None]
     shown = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     yield Line("ok", "packages", shown)
@@ -84,9 +86,9 @@ def machine_lines(probe: dict[str, Any] | None = None) -> Iterator[Line]:
     yield from requirement_lines(_requirements("ssld"))
     answer = ask_torch() if probe is None else probe
     yield from pair_lines(versions["torch"], versions["torchvision"], _torchvision_needs(), answer.get("broken", {}))
-    absent = sorted({extra for name, extra in OPTIONAL.items() if _version(name) is None})
+    absent = sorted({extra for name, extra in OPTIONAL.items() if installed_version(name) is None})
     if absent:
-        names = ", ".join(name for name in OPTIONAL if _version(name) is None)
+        names = ", ".join(name for name in OPTIONAL if installed_version(name) is None)
         yield Line(
             "note", "packages", f"not there: {names}; pip install 'ssld[{','.join(absent)}]' where they are wanted"
         )
@@ -147,7 +149,7 @@ def requirement_lines(wanted: list[str]) -> Iterator[Line]:
         match = re.match(r"([A-Za-z0-9._-]+)\s*(?:\[[^]]*\])?\s*\(?([^();]*)", line)
         if match is None:
             continue
-        name, needs, version = match[1], match[2].strip(), _version(match[1])
+        name, needs, version = match[1], match[2].strip(), installed_version(match[1])
         if version is None:
             if ";" not in line and name not in PACKAGES:  # what follows is an extra's; of the others it is said already
                 yield Line("fault", "packages", f"not installed: {name}; pip install '{name}{needs}'")
@@ -222,15 +224,3 @@ def _memory_lines() -> Iterator[Line]:
     yield Line(
         "ok" if enough else "warning", "disk", f"{usage.free / 2**30:.0f} GB free where you are ({Path.cwd()}){advice}"
     )
-
-
-def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ssld.pipelines.checks.data import DataSet, folder_lines, folders_of
-from ssld.pipelines.checks.machine import Level, Line, cores
+from ssld.pipelines.checks.machine import Level, Line
 from ssld.pipelines.config import CommandName
 from ssld.pipelines.runner.cost import disk_bytes, total_text
 from ssld.pipelines.runner.plan import make_plan
@@ -19,6 +19,7 @@ from ssld.shared.config.settings import CommandConfig, parse_config, validate
 from ssld.shared.config.training import TrainingConfig
 from ssld.shared.config.yaml_files import read_recipe
 from ssld.shared.errors import UserError
+from ssld.shared.machine import cores
 from ssld.shared.wording import amount, count, some
 from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage2_detect.config import TrainConfig

@@ -112,16 +112,16 @@ def _source_images(source: SourceConfig, labels_needed: bool) -> int | None:
         return None
     if path.suffix == ".txt":
         lines = [words for line in path.read_text(encoding="utf-8").splitlines() if (words := line.split())]
-        count, labelled = len(lines), all(len(words) > 1 and words[-1].isdecimal() for words in lines)
+        count, labeled = len(lines), all(len(words) > 1 and words[-1].isdecimal() for words in lines)
     elif files := sorted(path.glob("*.parquet")) if path.is_dir() else [path]:
         count = sum(pq.read_metadata(file).num_rows for file in files)
-        labelled = source.label_column in pq.read_schema(files[0]).names
+        labeled = source.label_column in pq.read_schema(files[0]).names
     else:
         names = list_images(path)
-        count, labelled = len(names), all(name.count("/") == 1 for name in names)
+        count, labeled = len(names), all(name.count("/") == 1 for name in names)
         if not names or any(path.glob("*.tar")):
             return None
-    return count if not labels_needed or (labelled and source.labels == "auto") else 0
+    return count if not labels_needed or (labeled and source.labels == "auto") else 0
 
 
 def _coco_images(data: DetectionDataConfig) -> int:

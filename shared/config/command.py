@@ -11,6 +11,7 @@ from ssld.shared.config.settings import ConfigT, launched_ranks, parse_config
 from ssld.shared.config.training import PASSES_FILE
 from ssld.shared.errors import Stopped, UserError, is_out_of_memory
 from ssld.shared.files import write_atomically
+from ssld.shared.machine import cores
 
 USER_ERROR, STOPPED = 2, 143
 _MAKE_ROOM = "nothing is lost: make room and run the same command again"
@@ -118,5 +119,4 @@ def _set_threads(threads: int | None) -> None:
     import torch
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads or max(1, cores // local))
+    torch.set_num_threads(threads or max(1, cores() // local))

@@ -23,19 +23,19 @@ def public(value: Any) -> Any:
     return value
 
 
-def check_name(repository: str) -> None:
+def check_name(push_to_hub: str) -> None:
     """Raises UserError for what cannot be the name of a repository of the hub."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
-        validate_repo_id(repository)
+        validate_repo_id(push_to_hub)
     except HFValidationError as error:
-        raise UserError(f"push_to_hub: {repository}: {' '.join(str(error).split())}; give ORG/NAME") from None
-    if repository.count("/") != 1:
-        raise UserError(f"push_to_hub: {repository}: is no ORG/NAME")
+        raise UserError(f"push_to_hub: {push_to_hub}: {' '.join(str(error).split())}; give ORG/NAME") from None
+    if push_to_hub.count("/") != 1:
+        raise UserError(f"push_to_hub: {push_to_hub}: is no ORG/NAME")
 
 
-def push(folder: Path, repository: str, *, private: bool) -> str:
+def push(folder: Path, push_to_hub: str, *, private: bool) -> str:
     """Upload the folder, to a new repository if need be; returns where it is.
 
     Raises UserError for whatever goes wrong: not logged in, no right to write, no network.
@@ -44,12 +44,12 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
 
     try:
         api = HfApi()
-        api.create_repo(repository, private=private, exist_ok=True)
-        done = api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Upload by ssld")
+        api.create_repo(push_to_hub, private=private, exist_ok=True)
+        done = api.upload_folder(repo_id=push_to_hub, folder_path=str(folder), commit_message="Upload by ssld")
     except Exception as error:  # of the hub's client, of the network below it
         why = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"push_to_hub: {repository}: not uploaded ({why}); {folder} is complete: log in with `hf auth login`, "
+            f"push_to_hub: {push_to_hub}: not uploaded ({why}); {folder} is complete: log in with `hf auth login`, "
             "check the name and the network, and run the same command again"
         ) from None
     return str(done.commit_url)

@@ -83,6 +83,10 @@ class TrainingState:
         self.best, self.stale = (score, 0) if better else (self.best, self.stale + 1)
         return better
 
+    def exhausted(self, patience: int | None) -> bool:
+        """Whether so many evaluations in a row were no better than the best one; None: never."""
+        return patience is not None and self.stale >= patience
+
     def finish(self, metrics: dict[str, Any], step: int, outputs: Sequence[Path], best: Path) -> None:
         """Write result.json after the last step: what the last evaluation gave, and of the best one, whose file is `best` if there was one, its
         step and numbers."""

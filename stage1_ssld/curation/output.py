@@ -144,7 +144,7 @@ def _read(images: Images, ids_N: np.ndarray) -> dict[int, np.ndarray]:
             for row, sample in zip(rows.tolist(), samples, strict=True):
                 try:
                     image = pixels_of(decode(sample.encoded, sample.location))
-                    view = val_view(image, size=_SIDE, crop=1.0).permute(1, 2, 0).numpy()
+                    view = val_view(image, image_size=_SIDE, val_crop=1.0).permute(1, 2, 0).numpy()
                 except UnreadableImage:
                     view = np.full((_SIDE, _SIDE, 3), 128, np.uint8)
                 views[int(images.files.starts[number]) + row] = view

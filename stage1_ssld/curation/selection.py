@@ -156,10 +156,12 @@ def load_candidates(path: Path) -> Candidates:
 
 
 def find_look_alikes(
-    hash_N: np.ndarray, mirrored_N: np.ndarray | None, protected: ScoreFiles, *, distance: int
+    hash_N: np.ndarray, mirrored_N: np.ndarray | None, protected: ScoreFiles, *, hash_distance: int
 ) -> LookAlikes:
-    """Pairs that differ in at most `distance` bits; of a protected image the mirror image counts too, and among the candidates, of which the hashes
-    are, where `mirrored_N` has those of their mirror images."""
+    """Pairs whose hashes differ in at most `hash_distance` bits.
+
+    The mirror image of a protected image counts too, and a candidate's where `mirrored_N` has its hash; `hash_N` are the candidates' own.
+    """
     parts = [
         (chunk.first + np.flatnonzero(chunk.columns["class"] != UNREADABLE), chunk.columns)
         for chunk in protected.chunks("class", "hash", "mirrored")
@@ -171,7 +173,7 @@ def find_look_alikes(
         else np.empty(0, np.uint64)
         for name in ("hash", "mirrored")
     ]
-    inside, outside = close_images(hash_N, np.concatenate(hashes), distance, mirrored_N)
+    inside, outside = close_images(hash_N, np.concatenate(hashes), hash_distance, mirrored_N)
     # Picture and mirror image may both be close: one pair is enough.
     image = outside.right_P % max(len(ids), 1)
     order = np.lexsort((outside.distance_P, image, outside.left_P))

@@ -37,11 +37,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Reading:
-    """What is made of an image: hashes or not, and a view of `size` pixels that keeps `crop` of the short side, or none for size 0."""
+    """What is made of an image: hashes or not, and a view of `image_size` pixels that keeps `val_crop` of the short side, or none for 0."""
 
     hashes: bool
-    size: int = 0
-    crop: float = 1.0
+    image_size: int = 0
+    val_crop: float = 1.0
 
 
 @dataclass
@@ -92,8 +92,8 @@ class ShardViews(IterableDataset[Any]):
             piece.readable.append(True)
             if self._reading.hashes:
                 hashes = perceptual_hash(image)
-            if self._reading.size:
-                views.append(val_view(image, size=self._reading.size, crop=self._reading.crop))
+            if self._reading.image_size:
+                views.append(val_view(image, image_size=self._reading.image_size, val_crop=self._reading.val_crop))
         except UnreadableImage:
             piece.readable.append(False)
             piece.unreadable.append(sample.location)

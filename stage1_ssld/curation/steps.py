@@ -5,7 +5,7 @@ candidates.parquet    the best of each class                                    
 look_alikes.parquet   pairs of them, and of them and protected images, with close hashes                 (main rank), and cosines (all ranks)
 selected.parquet      the manifest (main rank); selected/ the images themselves, if asked for             (all ranks)
 
-What the main rank does alone takes memory by classes x `keep`, not by the size of the pool: see outcome.py.
+What the main rank does alone takes memory by classes x `keep`, not by the size of the pool: see selection_files.py.
 """
 
 import json
@@ -30,7 +30,6 @@ from ssld.shared.run_dir import RunDir
 from ssld.shared.training.progress import Clock
 from ssld.shared.training.quarantine import Quarantine
 from ssld.stage1_ssld.config import CurateConfig
-from ssld.stage1_ssld.curation.outcome import Selection, outcome_of, write_candidates, write_look_alikes, write_outcome
 from ssld.stage1_ssld.curation.output import Images, draw, materialise
 from ssld.stage1_ssld.curation.score_files import (
     PROTECTED,
@@ -44,6 +43,13 @@ from ssld.stage1_ssld.curation.score_files import (
     write_shard,
 )
 from ssld.stage1_ssld.curation.selection import PairRows, add_cosines, pair_rows
+from ssld.stage1_ssld.curation.selection_files import (
+    Selection,
+    outcome_of,
+    write_candidates,
+    write_look_alikes,
+    write_outcome,
+)
 from ssld.stage1_ssld.curation.shard_pass import Job, Piece, Reading, over_shards
 from ssld.stage1_ssld.data.shards import Shard, source_shards
 from ssld.stage1_ssld.data_config import SourceConfig, is_remote

@@ -8,7 +8,7 @@ from ssld.stage1_ssld.data.batch import NO_LABEL
 from ssld.stage1_ssld.data.sources import ImageSource
 
 
-def labelled_classes(sources: Sequence[ImageSource]) -> tuple[list[ImageSource], int, list[str] | None]:
+def labeled_classes(sources: Sequence[ImageSource]) -> tuple[list[ImageSource], int, list[str] | None]:
     """(the labelled sources, number of classes, class names where any source has them).
 
     Sources may number the same names differently: `match_classes` brings them to the order returned here, that of the first named source.
@@ -16,24 +16,24 @@ def labelled_classes(sources: Sequence[ImageSource]) -> tuple[list[ImageSource],
     """
     for source in sources:
         _refuse_strays(source)
-    labelled = [source for source in sources if source.labels is not None]
-    if not labelled:
+    labeled = [source for source in sources if source.labels is not None]
+    if not labeled:
         raise UserError(f"{sources[0].path}: no labels; sort the images into class folders or add a label column")
-    for source in labelled:
+    for source in labeled:
         missing = (source.labels or []).count(NO_LABEL)
         if missing:
             raise UserError(f"{source.path}: {missing} of {len(source)} images have no label; leave them out")
-    named = [source for source in labelled if source.class_names]
+    named = [source for source in labeled if source.class_names]
     for source in named[1:]:
         if set(source.class_names or []) != set(named[0].class_names or []):
             raise UserError(
                 f"{source.path}: its class names differ from those of {named[0].path}: {_first_difference(source, named[0])}"
             )
     names = named[0].class_names if named else None
-    highest = max(max(source.labels or [0]) for source in labelled)
+    highest = max(max(source.labels or [0]) for source in labeled)
     if names and highest >= len(names):
-        raise UserError(f"label {highest} in {labelled[0].path} is outside the {len(names)} classes of {named[0].path}")
-    return labelled, len(names) if names else highest + 1, names
+        raise UserError(f"label {highest} in {labeled[0].path} is outside the {len(names)} classes of {named[0].path}")
+    return labeled, len(names) if names else highest + 1, names
 
 
 def labels_in_classes(source: ImageSource, names: list[str] | None, count: int) -> list[int] | None:
@@ -76,8 +76,8 @@ def match_classes(source: ImageSource, names: list[str] | None, count: int, owne
 
 
 def _refuse_strays(source: ImageSource) -> None:
-    if source.unlabelled_because:
-        raise UserError(f"{source.path}: {source.unlabelled_because}")
+    if source.unlabeled_because:
+        raise UserError(f"{source.path}: {source.unlabeled_because}")
 
 
 def _first_difference(a: ImageSource, b: ImageSource) -> str:

@@ -75,9 +75,10 @@ class ValViews(Dataset[View]):
     """Row of a source -> View; without pixels for an unreadable image."""
 
     def __init__(
-        self, source: ImageSource, labels: Labels, *, size: int, crop: float, interpolation: str = "bilinear"
+        self, source: ImageSource, labels: Labels, *, image_size: int, val_crop: float, interpolation: str = "bilinear"
     ) -> None:
-        self.source, self.labels, self.size, self.crop, self.interpolation = source, labels, size, crop, interpolation
+        self.source, self.labels = source, labels
+        self.image_size, self.val_crop, self.interpolation = image_size, val_crop, interpolation
 
     def __len__(self) -> int:
         return len(self.source)
@@ -88,7 +89,7 @@ class ValViews(Dataset[View]):
             image = self.source.read(row)
         except UnreadableImage:
             return View(None, label, self.source.key(row), [self.source.location(row)])
-        pixels = val_view(image, size=self.size, crop=self.crop, interpolation=self.interpolation)
+        pixels = val_view(image, image_size=self.image_size, val_crop=self.val_crop, interpolation=self.interpolation)
         return View(pixels, label, self.source.key(row), [])
 
 

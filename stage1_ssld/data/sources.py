@@ -34,7 +34,7 @@ class ImageSource:
         path: as configured; number: of the source among those of a run.
         class_names: of its labels, None where it has none; `labels` may be known without them.
         labels: class number of every row, NO_LABEL where one has none; None for an unlabelled source.
-        unlabelled_because: what keeps a source from having labels that it seems to have; an error only where labels are read.
+        unlabeled_because: what keeps a source from having labels that it seems to have; an error only where labels are read.
 
     Raises:
         UserError: the path is not there, holds no images, or its columns or labels are not what the settings say.
@@ -44,7 +44,7 @@ class ImageSource:
         self.path, self.number, self.config = config.path, number, config
         self.class_names: list[str] | None = None
         self.labels: list[int] | None = None
-        self.unlabelled_because: str | None = None
+        self.unlabeled_because: str | None = None
         self.rows: Rows = self._open(config)
         if len(self) == 0:
             raise UserError(f"{self.path}: holds no images")
@@ -96,7 +96,7 @@ class ImageSource:
         if config.labels == "auto" and not listing.pattern:
             strays = [name for name in names if name.count("/") != 1]
             if strays and 2 * len(strays) <= len(names):
-                self.unlabelled_because = (
+                self.unlabeled_because = (
                     f"most images lie in class folders, but {strays[0]} does not ({len(strays)} of {len(names)}); "
                     "move it into one, or set labels: none"
                 )

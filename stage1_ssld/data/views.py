@@ -36,7 +36,9 @@ def training_view(image: Picture, key: str, view: int, config: DataConfig, seed:
     """
     if config.train_view == "center":
         whole_CHW = pixels_of(image)
-        return val_view(whole_CHW, size=config.image_size, crop=config.val_crop, interpolation=config.interpolation)
+        return val_view(
+            whole_CHW, image_size=config.image_size, val_crop=config.val_crop, interpolation=config.interpolation
+        )
     seeded = seeded_torch if config.augment is None else seeded_view  # the other generators are timm's alone
     with seeded(key, view, seed):
         pixels = _crop_and_flip(image, config)
@@ -48,10 +50,10 @@ def training_view(image: Picture, key: str, view: int, config: DataConfig, seed:
         return _erased(pixels) if config.erase and torch.rand(()) < config.erase else pixels
 
 
-def val_view(image_CHW: Tensor, *, size: int, crop: float, interpolation: str = "bilinear") -> Tensor:
-    """The short side resized to size / crop, then the central square of `size` pixels."""
+def val_view(image_CHW: Tensor, *, image_size: int, val_crop: float, interpolation: str = "bilinear") -> Tensor:
+    """The short side resized to image_size / val_crop, then the central square of `image_size` pixels."""
     height, width = image_CHW.shape[-2:]
-    short = max(size, round(size / crop))
+    short = max(image_size, round(image_size / val_crop))
     scale = short / min(height, width)
     resized = F.resize(
         image_CHW,
@@ -59,23 +61,24 @@ def val_view(image_CHW: Tensor, *, size: int, crop: float, interpolation: str = 
         _MODES[interpolation],
         antialias=True,
     )
-    return F.center_crop(resized, [size, size])
+    return F.center_crop(resized, [image_size, image_size])
 
 
 @functools.cache
-def augmentation(policy: str, size: int, interpolation: str = "bilinear") -> Callable[[Image.Image], Image.Image]:
-    """timm's augmentation of PIL images of `size` pixels. Raises UserError naming the key for a policy that it does not know."""
+def augmentation(
+    augment: str, image_size: int, interpolation: str = "bilinear"
+) -> Callable[[Image.Image], Image.Image]:
+    """timm's augmentation of PIL images of `image_size` pixels. Raises UserError naming the key for a policy that it does not know."""
     settings = {
-        "translate_const": int(size * 0.45),
+        "translate_const": int(image_size * 0.45),
         "img_mean": (124, 116, 104),
         "interpolation": _PIL_MODES[interpolation],
     }
     try:
-        for section in policy.split("-")[1:]:
+        for section in augment.split("-")[1:]:
             if not section.startswith("t") and not any(letter.isdigit() for letter in section):
                 raise ValueError(f"no number in {section!r}")  # timm would leave the section out without a word
-        if policy == "trivial":
-            policy = _TRIVIAL
+        policy = _TRIVIAL if augment == "trivial" else augment
         if policy.startswith("rand"):
             transform: Callable[[Image.Image], Image.Image] = rand_augment_transform(policy, settings)
         elif policy.startswith("augmix"):
@@ -84,7 +87,7 @@ def augmentation(policy: str, size: int, interpolation: str = "bilinear") -> Cal
             transform = auto_augment_transform(policy, settings)
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         raise UserError(
-            f"data.augment: {policy}: not one of timm's policies ({type(error).__name__} {error}); "
+            f"data.augment: {augment}: not one of timm's policies ({type(error).__name__} {error}); "
             "take rand-m9-mstd0.5-inc1, original, v0, augmix-m3-w3 or trivial"
         ) from None
     return transform

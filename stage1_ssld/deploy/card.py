@@ -50,7 +50,7 @@ def write_folder(
     inputs: InputSettings,
     metadata: dict[str, Any],
     *,
-    repository: str | None,
+    push_to_hub: str | None,
     checks: dict[str, dict[str, float]],
 ) -> None:
     """Write the folder for a backbone file.
@@ -59,7 +59,7 @@ def write_folder(
         net: the timm network of the file.
         inputs: how it wants its images.
         metadata: of the file; `trained_size` where it was measured at another size than `input_size`.
-        repository: ORG/NAME on the hub; None for a folder that stays where it is.
+        push_to_hub: ORG/NAME on the hub; None for a folder that stays where it is.
         checks: by format, what `onnx_file.compare` measured.
     """
     names = metadata.get("class_names")
@@ -83,7 +83,7 @@ def write_folder(
     kept = {key: value for key, value in metadata.items() if key not in ("run", "format")}
     save_model_file(folder / "model.safetensors", read_tensors(model), public(kept))  # timm's has no metadata
     parameters = sum(parameter.numel() for parameter in net.parameters())
-    card = backbone_card(metadata, read_recipe(model), repository=repository, parameters=parameters, checks=checks)
+    card = backbone_card(metadata, read_recipe(model), push_to_hub=push_to_hub, parameters=parameters, checks=checks)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -91,7 +91,7 @@ def backbone_card(
     metadata: dict[str, Any],
     recipe: dict[str, Any] | None,
     *,
-    repository: str | None,
+    push_to_hub: str | None,
     parameters: int,
     checks: dict[str, dict[str, float]] | None = None,
 ) -> str:
@@ -103,10 +103,10 @@ def backbone_card(
         license=hub_licence(licence),
         tags=["timm", "image-classification", "knowledge-distillation", "ssld"],
     )
-    lines += [f"# {(repository or metadata['arch']).rpartition('/')[2]}", ""]
+    lines += [f"# {(push_to_hub or metadata['arch']).rpartition('/')[2]}", ""]
     lines += [_summary(metadata), "", "## Use", "", "```python", "import timm", ""]
     lines += [
-        f'model = timm.create_model("{f"hf-hub:{repository}" if repository else "local-dir:hub"}", pretrained=True).eval()',
+        f'model = timm.create_model("{f"hf-hub:{push_to_hub}" if push_to_hub else "local-dir:hub"}", pretrained=True).eval()',
         "```",
         "",
     ]

@@ -11,7 +11,7 @@ from ssld.shared.errors import UserError
 from ssld.shared.models.teacher import Teacher
 from ssld.shared.wording import count
 from ssld.stage1_ssld.config import DistillConfig, TeachConfig
-from ssld.stage1_ssld.data.labels import labelled_classes, match_classes
+from ssld.stage1_ssld.data.labels import labeled_classes, match_classes
 from ssld.stage1_ssld.data.loaders import Labels
 from ssld.stage1_ssld.data.soft_labels import SoftLabels
 from ssld.stage1_ssld.data.sources import ImageSource
@@ -83,7 +83,7 @@ def open_targets(
             )
     if config.objective == "labels":
         left_out = sum(source.labels is None for source in sources)
-        sources, classes, names = labelled_classes(sources)
+        sources, classes, names = labeled_classes(sources)
         owner = "the training images"
         if left_out:
             log(f"objective labels: {count(left_out, 'unlabelled source')} left out")

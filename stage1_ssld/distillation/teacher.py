@@ -76,7 +76,9 @@ def try_teacher(
     for source, labels in itertools.chain([val] if val else [], known):
         if labels is not None:
             data = config.data
-            views = ValViews(source, labels, size=data.image_size, crop=data.val_crop, interpolation=data.interpolation)
+            views = ValViews(
+                source, labels, image_size=data.image_size, val_crop=data.val_crop, interpolation=data.interpolation
+            )
             rows = rows_to_try(labels, config.teacher.check_images)
             order = val_batches(rows, min(config.batch_size, EVALUATION_BATCH), rank(), world_size())
             loader = make_loader(views, order, workers=config.workers, pin_memory=device.type == "cuda")
@@ -84,16 +86,16 @@ def try_teacher(
     return "teacher: not tried, there are no labelled images with its classes"
 
 
-def rows_to_try(labels: Sequence[int], count: int) -> list[int]:
-    """At most `count` labelled rows, of classes spread evenly over all: several of a class, because one says nothing about its order."""
+def rows_to_try(labels: Sequence[int], check_images: int) -> list[int]:
+    """At most `check_images` labelled rows, of classes spread evenly over all: several of a class, because one says nothing about its order."""
     rows: dict[int, list[int]] = {}
     for row, label in enumerate(labels):
         if label != NO_LABEL:
             rows.setdefault(label, []).append(row)
     labels_found = sorted(rows)
-    chosen = [labels_found[place] for place in spread(len(labels_found), max(1, count // _PER_CLASS))]
-    each = max(1, count // len(chosen)) if chosen else 0
-    return [rows[label][place] for label in chosen for place in spread(len(rows[label]), each)][:count]
+    chosen = [labels_found[place] for place in spread(len(labels_found), max(1, check_images // _PER_CLASS))]
+    each = max(1, check_images // len(chosen)) if chosen else 0
+    return [rows[label][place] for label in chosen for place in spread(len(rows[label]), each)][:check_images]
 
 
 @torch.no_grad()

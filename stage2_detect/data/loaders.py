@@ -185,8 +185,8 @@ class TrainLoader:
     def __iter__(self) -> Iterator[TrainBatch]:
         for made in self._loader:
             flags = torch.tensor([index < self._labeled for index in made.indices])
-            labelled_B = flags if self._has_unlabeled else None
-            targets = replace(made.targets, labelled_B=labelled_B, masks=self._masks(made))
+            labeled_B = flags if self._has_unlabeled else None
+            targets = replace(made.targets, labeled_B=labeled_B, masks=self._masks(made))
             yield TrainBatch(made.images, targets, [self._records[i] for i in made.indices], made.unreadable)
 
     def _masks(self, made: "_TrainImages") -> tuple[ImageMasks, ...] | None:

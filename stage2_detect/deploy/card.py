@@ -47,14 +47,14 @@ def write_folder(
     loaded: LoadedDetector,
     exported: Sequence[Path],
     *,
-    repository: str | None,
+    push_to_hub: str | None,
     checks: dict[str, Any],
 ) -> None:
     """Write the folder for a detector file.
 
     Args:
         exported: files to copy into it.
-        repository: ORG/NAME on the hub; None for a folder that stays where it is.
+        push_to_hub: ORG/NAME on the hub; None for a folder that stays where it is.
         checks: by format, what `check` measured.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def write_folder(
     config = {key: metadata[key] for key in keys if key in metadata}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    card = detector_card(metadata, read_recipe(model), repository=repository, parameters=parameters, checks=checks)
+    card = detector_card(metadata, read_recipe(model), push_to_hub=push_to_hub, parameters=parameters, checks=checks)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -74,7 +74,7 @@ def detector_card(
     metadata: dict[str, Any],
     recipe: dict[str, Any] | None,
     *,
-    repository: str | None,
+    push_to_hub: str | None,
     parameters: int,
     checks: dict[str, Any],
 ) -> str:
@@ -87,22 +87,22 @@ def detector_card(
         license=hub_licence(licence),
         tags=["object-detection", metadata["model"]["kind"], "ssld"],
     )
-    title = repository.rpartition("/")[2] if repository else f"{name} {metadata['arch']}"
+    title = push_to_hub.rpartition("/")[2] if push_to_hub else f"{name} {metadata['arch']}"
     lines += [f"# {title}", ""]
     lines += [f"{name} on {metadata['arch']}, which finds {_classes(metadata['class_names'])}.", "", "## Use", ""]
-    lines += [*_use(repository, [FILES[key] for key in FILES if key in checks]), "", "## Model", ""]
+    lines += [*_use(push_to_hub, [FILES[key] for key in FILES if key in checks]), "", "## Model", ""]
     lines += table(_facts(metadata, name, parameters))
     lines += ["## Measured", "", *_measured(metadata, checks), "", "## Data", "", *_data(recipe), ""]
     lines += ["## Recipe", "", *recipe_lines(recipe), "", "## Licences", "", *_licences(metadata, licence, recipe)]
     return "\n".join(lines) + "\n"
 
 
-def _use(repository: str | None, exported: list[str]) -> list[str]:
+def _use(push_to_hub: str | None, exported: list[str]) -> list[str]:
     path = '"detector.safetensors"'
     lines = ["```python", "from ssld.stage2_detect.detector_file import load_detector", ""]
-    if repository:
+    if push_to_hub:
         lines.insert(1, "from huggingface_hub import hf_hub_download")
-        path = f'hf_hub_download("{repository}", "detector.safetensors")'
+        path = f'hf_hub_download("{push_to_hub}", "detector.safetensors")'
     lines += [f"detector = load_detector({path})", 'found = detector.predict(["picture.jpg"])', "```"]
     if exported:
         lines += [

@@ -21,12 +21,13 @@ from ssld.shared.errors import UserError
 from ssld.stage2_detect.distill_config import ADLConfig, LDConfig
 from ssld.stage2_detect.distillation import regions
 from ssld.stage2_detect.distillation.losses import (
+    adapters,
     adaptive_distillation,
     adaptive_normalizer,
     localization_distillation,
+    pyramid_correlation,
     soft_divergence,
 )
-from ssld.stage2_detect.distillation.rcnn import adapters, pyramid_correlation
 from ssld.stage2_detect.distillation.teacher import FrozenDetector
 from ssld.stage2_detect.models.anchors import Grids, grids_of
 from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets

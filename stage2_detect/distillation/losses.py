@@ -1,13 +1,21 @@
-"""What a dense teacher's answers cost a student that differs: pure functions of logits, float32, per element; the caller weighs, sums and divides.
+"""What a teacher's answers cost a student that differs: pure functions, float32 inside.
 
-Shapes: ... any leading dimensions, K classes, E bins of a distance, 4 distances of a box.
+Of the heads of one-stage detectors, per element (the caller weighs, sums and divides): `soft_divergence`, `localization_distillation`,
+`adaptive_distillation`. Of regions, a sum: `roi_kd`. Of feature maps, of either kind of detector, means: `pkd`, and its sum over a pyramid,
+`pyramid_correlation`.
+
+Shapes: ... any leading dimensions, B images, C channels of the student, D of the teacher, H rows, W columns, N regions, K classes, E bins of a
+distance, 4 distances of a box.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+_EPSILON = 1e-8  # added to a variance, so that a constant channel has a finite gradient
 
 
 def soft_divergence(student_K: Tensor, teacher_K: Tensor, temperature: float) -> Tensor:
@@ -56,3 +64,65 @@ def adaptive_distillation(
 def adaptive_normalizer(teacher_K: Tensor, power: float = 1.8) -> Tensor:
     """Sum of the teacher's probabilities to a power, over all anchors and classes: what the adaptive loss is divided by (at least 1)."""
     return (teacher_K.detach().float().sigmoid() ** power).sum()
+
+
+def pkd(student_BDHW: Tensor, teacher_BDHW: Tensor, inside_BHW: Tensor) -> Tensor:
+    """Mean over the channels of 1 - r, r Pearson's correlation over the pixels of the batch for which `inside` holds.
+
+    float32 inside, in 0..2. A channel that is constant on one side counts 1/2, on both sides 0, as in half the squared error of
+    what is normalised.
+    """
+    student, teacher = (_normalised(maps_BDHW, inside_BHW) for maps_BDHW in (student_BDHW, teacher_BDHW))
+    pixels = inside_BHW.sum() * student.shape[1]
+    return 0.5 * (student - teacher).square().sum() / pixels
+
+
+def roi_kd(student_NK: Tensor, teacher_NK: Tensor, valid_N: Tensor, temperature: float = 1.0) -> Tensor:
+    """Sum over the valid regions of T^2 * (KL(t||s) + KL(s||t)) / 2 of the softmax at temperature T, in nats; from logits, float32
+    inside."""
+    log_s_NK, log_t_NK = (F.log_softmax(logits.float() / temperature, dim=-1) for logits in (student_NK, teacher_NK))
+    divergence_N = 0.5 * ((log_t_NK.exp() - log_s_NK.exp()) * (log_t_NK - log_s_NK)).sum(dim=-1)
+    return temperature**2 * torch.where(valid_N, divergence_N, 0.0).sum()
+
+
+def inside_maps(sizes_B2: Tensor, map_BCHW: Tensor, stride: int) -> Tensor:
+    """bool [B, H, W]: which cells of a map begin inside their image, which has (height, width) `sizes_B2`; the others see padding."""
+    H, W = map_BCHW.shape[-2:]
+    rows_BH = stride * torch.arange(H, device=sizes_B2.device) < sizes_B2[:, :1]
+    columns_BW = stride * torch.arange(W, device=sizes_B2.device) < sizes_B2[:, 1:]
+    return rows_BH[:, :, None] & columns_BW[:, None, :]
+
+
+def adapters(channels: int, teacher_channels: int, levels: int) -> nn.ModuleList:
+    """1x1 convolutions, one a level, from maps of `channels` to maps of `teacher_channels`; none where these are equal."""
+    return nn.ModuleList(
+        nn.Conv2d(channels, teacher_channels, 1) for _ in range(levels if channels != teacher_channels else 0)
+    )
+
+
+def pyramid_correlation(
+    features: Sequence[Tensor],
+    guides: Sequence[Tensor],
+    adapters: nn.ModuleList,
+    strides: Sequence[int],
+    sizes_B2: Tensor,
+) -> Tensor:
+    """Sum of `pkd` over the student's maps `features` and the teacher's; adapters may be empty."""
+    levels = zip(features, guides, strides, strict=False)
+    return torch.stack(
+        [
+            pkd(adapters[level](maps) if adapters else maps, guide, inside_maps(sizes_B2, maps, stride))
+            for level, (maps, guide, stride) in enumerate(levels)
+        ]
+    ).sum()
+
+
+def _normalised(maps_BCHW: Tensor, inside_BHW: Tensor) -> Tensor:
+    """float32 [B, C, H, W]: each channel with zero mean and unit variance over the pixels inside, and zero elsewhere."""
+    inside_B1HW = inside_BHW[:, None]
+    pixels = inside_BHW.sum()
+    maps_BCHW = maps_BCHW.float()
+    mean_C11 = torch.where(inside_B1HW, maps_BCHW, 0.0).sum(dim=(0, 2, 3), keepdim=True)[0] / pixels
+    centred_BCHW = torch.where(inside_B1HW, maps_BCHW - mean_C11, 0.0)
+    variance_C11 = centred_BCHW.square().sum(dim=(0, 2, 3), keepdim=True)[0] / pixels
+    return centred_BCHW * torch.rsqrt(variance_C11 + _EPSILON)

@@ -21,68 +21,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ssld.stage2_detect.distillation.losses import adapters, pyramid_correlation, roi_kd
 from ssld.stage2_detect.distillation.teacher import FrozenDetector
 from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
 from ssld.stage2_detect.models.rcnn import RCNN
 
-_EPSILON = 1e-8  # added to a variance, so that a constant channel has a finite gradient
 _LEVELS = 4
 
 
-def pkd(student_BDHW: Tensor, teacher_BDHW: Tensor, inside_BHW: Tensor) -> Tensor:
-    """Mean over the channels of 1 - r, r Pearson's correlation over the pixels of the batch for which `inside` holds.
-
-    float32 inside, in 0..2. A channel that is constant on one side counts 1/2, on both sides 0, as in half the squared error of
-    what is normalised.
-    """
-    student, teacher = (_normalised(maps_BDHW, inside_BHW) for maps_BDHW in (student_BDHW, teacher_BDHW))
-    pixels = inside_BHW.sum() * student.shape[1]
-    return 0.5 * (student - teacher).square().sum() / pixels
-
-
-def roi_kd(student_NK: Tensor, teacher_NK: Tensor, valid_N: Tensor, temperature: float = 1.0) -> Tensor:
-    """Sum over the valid regions of T^2 * (KL(t||s) + KL(s||t)) / 2 of the softmax at temperature T, in nats; from logits, float32
-    inside."""
-    log_s_NK, log_t_NK = (F.log_softmax(logits.float() / temperature, dim=-1) for logits in (student_NK, teacher_NK))
-    divergence_N = 0.5 * ((log_t_NK.exp() - log_s_NK.exp()) * (log_t_NK - log_s_NK)).sum(dim=-1)
-    return temperature**2 * torch.where(valid_N, divergence_N, 0.0).sum()
-
-
-def inside_maps(sizes_B2: Tensor, map_BCHW: Tensor, stride: int) -> Tensor:
-    """bool [B, H, W]: which cells of a map begin inside their image, which has (height, width) `sizes_B2`; the others see padding."""
-    H, W = map_BCHW.shape[-2:]
-    rows_BH = stride * torch.arange(H, device=sizes_B2.device) < sizes_B2[:, :1]
-    columns_BW = stride * torch.arange(W, device=sizes_B2.device) < sizes_B2[:, 1:]
-    return rows_BH[:, :, None] & columns_BW[:, None, :]
-
-
-def adapters(channels: int, teacher_channels: int, levels: int) -> nn.ModuleList:
-    """1x1 convolutions, one a level, from maps of `channels` to maps of `teacher_channels`; none where these are equal."""
-    return nn.ModuleList(
-        nn.Conv2d(channels, teacher_channels, 1) for _ in range(levels if channels != teacher_channels else 0)
-    )
-
-
-def pyramid_correlation(
-    features: Sequence[Tensor],
-    guides: Sequence[Tensor],
-    adapters: nn.ModuleList,
-    strides: Sequence[int],
-    sizes_B2: Tensor,
-) -> Tensor:
-    """Sum of `pkd` over the student's maps `features` and the teacher's; adapters may be empty."""
-    levels = zip(features, guides, strides, strict=False)
-    return torch.stack(
-        [
-            pkd(adapters[level](maps) if adapters else maps, guide, inside_maps(sizes_B2, maps, stride))
-            for level, (maps, guide, stride) in enumerate(levels)
-        ]
-    ).sum()
-
-
-class DistilledDetector(nn.Module):
+class DistilledRCNN(nn.Module):
     """A student under a teacher, with the contract of a detector: in train mode `model(images, targets)` -> the student's losses and
     `loss_pkd`, `loss_roi_kd`, times their weights; in eval mode `model(images)` -> the student's detections.
 
@@ -119,9 +67,9 @@ class DistilledDetector(nn.Module):
             return detections
         assert targets is not None, "training needs targets"
         features, guides = self.student.features(images), self.teacher.features(images)
-        sizes_B2, labelled = images.sizes_B2, count_labelled(targets)
+        sizes_B2, labeled = images.sizes_B2, count_labeled(targets)
         losses, sampled = self.student.losses(
-            [maps[:labelled] for maps in features], sizes_B2[:labelled], targets.first(labelled), self.student.ranks
+            [maps[:labeled] for maps in features], sizes_B2[:labeled], targets.first(labeled), self.student.ranks
         )
         if self.pkd_weight:
             losses["loss_pkd"] = self.pkd_weight * pyramid_correlation(
@@ -129,8 +77,8 @@ class DistilledDetector(nn.Module):
             )
         if self.roi_weight:
             regions = [(sampled.rois_BR4, sampled.valid_BR, sampled.logits_NK)]
-            if labelled < len(sizes_B2):
-                regions.append(self._unlabelled_regions([maps[labelled:] for maps in features], sizes_B2[labelled:]))
+            if labeled < len(sizes_B2):
+                regions.append(self._unlabeled_regions([maps[labeled:] for maps in features], sizes_B2[labeled:]))
             losses["loss_roi_kd"] = self.roi_weight * self._roi_kd(guides, regions)
         return losses
 
@@ -138,7 +86,7 @@ class DistilledDetector(nn.Module):
         """Of the terms, by the name of their losses."""
         return {"loss_pkd": self.pkd_weight, "loss_roi_kd": self.roi_weight}
 
-    def _unlabelled_regions(self, features: Sequence[Tensor], sizes_B2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _unlabeled_regions(self, features: Sequence[Tensor], sizes_B2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The student's best proposals, as many as it samples of a labelled image, and its logits for them."""
         heads = self.student.roi_heads
         proposals, _ = self.student.rpn(features, sizes_B2)
@@ -159,23 +107,12 @@ class DistilledDetector(nn.Module):
         return torch.stack(divergences).sum() * (ranks.world_size / total)
 
 
-def count_labelled(targets: Targets) -> int:
+def count_labeled(targets: Targets) -> int:
     """How many images of the batch have labels: they come first, and there is at least one."""
-    if targets.labelled_B is None:
+    if targets.labeled_B is None:
         return len(targets.seeds_B)
-    flags = targets.labelled_B.tolist()
+    flags = targets.labeled_B.tolist()
     count = sum(flags)
     assert flags == sorted(flags, reverse=True), "images without labels come last"
     assert count, "a batch needs an image with labels"
     return count
-
-
-def _normalised(maps_BCHW: Tensor, inside_BHW: Tensor) -> Tensor:
-    """float32 [B, C, H, W]: each channel with zero mean and unit variance over the pixels inside, and zero elsewhere."""
-    inside_B1HW = inside_BHW[:, None]
-    pixels = inside_BHW.sum()
-    maps_BCHW = maps_BCHW.float()
-    mean_C11 = torch.where(inside_B1HW, maps_BCHW, 0.0).sum(dim=(0, 2, 3), keepdim=True)[0] / pixels
-    centred_BCHW = torch.where(inside_B1HW, maps_BCHW - mean_C11, 0.0)
-    variance_C11 = centred_BCHW.square().sum(dim=(0, 2, 3), keepdim=True)[0] / pixels
-    return centred_BCHW * torch.rsqrt(variance_C11 + _EPSILON)

@@ -112,22 +112,22 @@ def check_teacher(
     data: CocoData,
     sizing: Sizing,
     *,
-    images: int,
-    least: float,
+    check_images: int,
+    check_ap: float,
     **evaluation: Any,
 ) -> str:
-    """A line on how well the teacher detects in `images` of an evaluation set; sizes and options of `score` are as for the student.
+    """A line on how well the teacher detects in `check_images` images of an evaluation set; sizes and options of `score` are as for the student.
 
-    Raises UserError when its AP (0..1) is below `least`; on every rank alike.
+    Raises UserError when its AP (0..1) is below `check_ap`; on every rank alike.
     """
-    chosen = spread(len(data.images), images)
+    chosen = spread(len(data.images), check_images)
     part = replace(data, images=[data.images[index] for index in chosen])
     metrics, _ = score(teacher.model, part, sizing, **evaluation)
     ap = metrics["AP"] or 0.0
     where = f"on {len(chosen)} images of {data.file}"
-    if ap < least:
+    if ap < check_ap:
         raise UserError(
-            f"distill.teacher: {teacher.facts.get('file')}: AP {100 * ap:.2f} {where}, below {100 * least:g} (distill.check_ap {least:g}): "
+            f"distill.teacher: {teacher.facts.get('file')}: AP {100 * ap:.2f} {where}, below {100 * check_ap:g} (distill.check_ap {check_ap:g}): "
             "it was trained on other images or at another size (resize), or hardly at all; a lower check_ap lets it pass"
         )
     return f"teacher {teacher.facts.get('file')}: AP {100 * ap:.2f} {where}"

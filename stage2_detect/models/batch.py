@@ -58,7 +58,7 @@ class Targets:
     """int64 in 0..K-1; -1 where there is no object."""
     seeds_B: Tensor
     """int64: decides the sampling of this image at this step; a hash of (seed, step, image id)."""
-    labelled_B: Tensor | None = None
+    labeled_B: Tensor | None = None
     """bool, on the CPU: False is an image without annotations, for distillation alone; None: all have them."""
     masks: tuple[ImageMasks, ...] | None = None
     """shapes of the objects of each image, for a mask head; always on the CPU"""

@@ -101,17 +101,12 @@ def take(boxes_BN4: Tensor, index_BS: Tensor) -> Tensor:
     return boxes_BN4.gather(1, index_BS[..., None].expand(-1, -1, 4))
 
 
-def nms_mask(boxes_BN4: Tensor, scores_BN: Tensor, valid_BN: Tensor, iou: float) -> Tensor:
-    """Which boxes [B, N] greedy NMS keeps, each row by itself; boxes that are not valid neither stay nor
-    suppress.
-    """
-    return nms_masks([boxes_BN4], [scores_BN], [valid_BN], iou)[0]
-
-
 def nms_masks(
     boxes_BN4: Sequence[Tensor], scores_BN: Sequence[Tensor], valid_BN: Sequence[Tensor], iou: float
 ) -> list[Tensor]:
-    """`nms_mask` of several batches of different N, on a CPU all rows side by side on torch's number of threads."""
+    """Which boxes [B, N] of each of several batches, of different N, greedy NMS keeps, each row by itself; boxes that are not valid neither stay nor
+    suppress. On a CPU all rows go side by side on torch's number of threads.
+    """
     # Those that are not valid are last in the order: they meet only what is already decided.
     ranked_BN = [scores.masked_fill(~valid, -torch.inf) for scores, valid in zip(scores_BN, valid_BN, strict=True)]
     rows = [pair for pairs in zip(boxes_BN4, ranked_BN, strict=True) for pair in zip(*pairs, strict=True)]

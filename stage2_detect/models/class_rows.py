@@ -1,4 +1,4 @@
-"""Rows of a detector's heads belong to classes: carry them from one list of class names to another.
+"""Reorders the rows of a detector's heads from one list of classes to another: each row of a weight or bias belongs to a class.
 
 Shapes: K classes. A box head has K + 1 rows of logits (background last) and 4 K of deltas, or 4 where they are class-agnostic; a mask head has K
 rows. A one-stage head has K rows for each shape of anchor in a cell.

@@ -13,8 +13,8 @@ from ssld.stage2_detect.models import boxes
 from ssld.stage2_detect.models.anchors import Grids, grids_of
 from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
 from ssld.stage2_detect.models.gfl import GFL
+from ssld.stage2_detect.models.normalise import Normalise
 from ssld.stage2_detect.models.pyramid import TimmPyramid
-from ssld.stage2_detect.models.rcnn import normalise
 from ssld.stage2_detect.models.retinanet import RetinaNet
 
 Outputs = tuple[Tensor, Tensor]
@@ -31,9 +31,6 @@ class DenseDetector(nn.Module):
         clip_boxes: to the image; those without anything in it are left out.
     """
 
-    mean_C11: Tensor
-    std_C11: Tensor
-
     def __init__(
         self,
         *,
@@ -49,12 +46,9 @@ class DenseDetector(nn.Module):
         ranks: Ranks = ONE_RANK,
     ) -> None:
         super().__init__()
-        self.pyramid, self.dense = pyramid, dense
+        self.normalise, self.pyramid, self.dense = Normalise(mean, std), pyramid, dense
         self.candidates, self.score_threshold, self.nms_iou = candidates, score_threshold, nms_iou
         self.detections_per_image, self.clip_boxes, self.ranks = detections_per_image, clip_boxes, ranks
-        # Not in the state dict: they belong to the backbone's description, which is stored beside the weights.
-        self.register_buffer("mean_C11", 255 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std_C11", 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
         """Losses (float32 scalars, already normalised), or detections."""
@@ -66,7 +60,7 @@ class DenseDetector(nn.Module):
 
     def features(self, images: ImageBatch) -> list[Tensor]:
         """The feature maps of the pyramid, P3..P7."""
-        maps: list[Tensor] = self.pyramid(normalise(images, self.mean_C11, self.std_C11))
+        maps: list[Tensor] = self.pyramid(self.normalise(images))
         return maps
 
     def losses(

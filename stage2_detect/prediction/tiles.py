@@ -30,7 +30,7 @@ _NEAR = 0.01  # of a tile's side: a box that ends so near an inner border was cu
 
 
 class Window(NamedTuple):
-    """A rectangle of a image, in its pixels."""
+    """A rectangle of an image, in its pixels."""
 
     left: int
     top: int
@@ -100,7 +100,7 @@ def windows_of(width: int, height: int, tile: int | None, overlap: float = 0.0) 
 
 
 def merged_windows(parts: Sequence[tuple[Window, Detections]], width: int, height: int) -> Detections:
-    """What the windows of a image of [height, width] show together, best first, in the image's pixels.
+    """What the windows of an image of [height, width] show together, best first, in the image's pixels.
 
     Of boxes that are one object the best stays among those that no inner border cut. If all were cut, they become one box around them, with the
     best score.

@@ -17,7 +17,7 @@ from ssld.stage2_detect.data.coco import CocoData
 from ssld.stage2_detect.detector_file import save_detector
 from ssld.stage2_detect.distill_config import ADLConfig, DistillConfig, LDConfig
 from ssld.stage2_detect.distillation.dense import DistilledDense
-from ssld.stage2_detect.distillation.rcnn import DistilledDetector
+from ssld.stage2_detect.distillation.rcnn import DistilledRCNN
 from ssld.stage2_detect.distillation.teacher import FrozenDetector, open_teacher
 from ssld.stage2_detect.models.build import Detector, build_detector
 from ssld.stage2_detect.models.freezing import lr_factor_of_parameter
@@ -88,11 +88,11 @@ class TrainedDetector:
             **({"teacher": self.teacher.facts} if self.teacher else {}),
         }
 
-    def _under(self, teacher: FrozenDetector, distill: DistillConfig) -> DistilledDetector | DistilledDense:
+    def _under(self, teacher: FrozenDetector, distill: DistillConfig) -> DistilledRCNN | DistilledDense:
         """The detector under its teacher."""
         model = self._config.model
         if isinstance(self.detector, RCNN):
-            return DistilledDetector(
+            return DistilledRCNN(
                 self.detector,
                 teacher,
                 pkd_weight=distill.pkd(model),
@@ -113,7 +113,7 @@ class TrainedDetector:
         networks: dict[str, nn.Module] = {"model": self.detector}
         if self.ema:
             networks["ema"] = self.ema.module
-        if isinstance(self.model, DistilledDetector | DistilledDense) and len(self.model.adapters):
+        if isinstance(self.model, DistilledRCNN | DistilledDense) and len(self.model.adapters):
             networks["adapters"] = self.model.adapters
         return networks
 
@@ -128,7 +128,7 @@ class TrainedDetector:
         groups = parameter_groups(
             self.detector, lr_factor=lambda name: factors.get(name.removeprefix("pyramid.body."), 1.0), **decay
         )
-        if isinstance(self.model, DistilledDetector | DistilledDense):
+        if isinstance(self.model, DistilledRCNN | DistilledDense):
             groups += parameter_groups(self.model.adapters, **decay)
         return groups
 
@@ -152,7 +152,7 @@ class TrainedDetector:
             yield f"{', '.join(f'model.{name}' for name in unread)}: not read by kind: {config.model.kind}"
         if config.distill and self.teacher:
             facts = self.teacher.facts
-            assert isinstance(self.model, DistilledDetector | DistilledDense)
+            assert isinstance(self.model, DistilledRCNN | DistilledDense)
             terms = self.model.weights()
             shown = ", ".join(f"{name} x{weight:g}" for name, weight in terms.items() if weight)
             yield f"teacher {facts['file']} ({facts['kind']} on {facts['arch']}): {shown}"

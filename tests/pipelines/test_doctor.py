@@ -95,7 +95,7 @@ def test_this_machine_is_asked_in_another_process() -> None:
 
 def test_requirements_of_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"torch": "2.10.1+cu128", "numpy": "2.0.0", "onnx": "1.9.0", "tqdm": "4.70"}
-    monkeypatch.setattr(machine, "_version", there.get)
+    monkeypatch.setattr(machine, "installed_version", there.get)
     wanted = ["torch>=2.11", "numpy>=2.0", "tqdm (>=4.66)", "jinja2>=3.1"]
     wanted += ['onnx>=1.18; extra == "export"', 'av>=18; extra == "video"']
     assert [(line.level, line.text) for line in machine.requirement_lines(wanted)] == [

@@ -64,7 +64,10 @@ def scene_teacher(planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A random `test_resnet` that tells the scenes of the pool apart into three classes."""
     torch.manual_seed(3)
     net: Any = timm.create_model("test_resnet", num_classes=3)
-    views = [val_view(decode_image(file), size=32, crop=0.875) for file in sorted((planted / "pool").glob("0*.png"))]
+    views = [
+        val_view(decode_image(file), image_size=32, val_crop=0.875)
+        for file in sorted((planted / "pool").glob("0*.png"))
+    ]
     with torch.no_grad():
         pixels_BCHW = torch.stack(views) / 127.5 - 1
         embedding = net.eval().forward_head(net.forward_features(pixels_BCHW), pre_logits=True)
@@ -139,7 +142,7 @@ def test_keeps_the_best_of_each_class_and_no_copy(
 
     net = timm.create_model("test_resnet", num_classes=3)
     net.load_state_dict(load_file(scene_teacher))
-    views = [val_view(decode_image(planted / "pool" / row["key"]), size=32, crop=0.875) for row in scores]
+    views = [val_view(decode_image(planted / "pool" / row["key"]), image_size=32, val_crop=0.875) for row in scores]
     with torch.no_grad():
         probabilities = net.eval()(torch.stack(views) / 127.5 - 1).softmax(-1)
     score, first = (column.numpy() for column in probabilities.max(-1))

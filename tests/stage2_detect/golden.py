@@ -22,9 +22,9 @@ from torchvision.ops import roi_align
 
 from ssld.shared.config.settings import parse_config
 from ssld.shared.models.backbones import InputSettings
-from ssld.shared.models.paddle_weights import to_torch
+from ssld.shared.models.paddle_weights import LEAVES, to_torch
 from ssld.stage2_detect.config import ConvertPaddleConfig
-from ssld.stage2_detect.convert_paddle import our_module, our_name
+from ssld.stage2_detect.convert_paddle import our_module
 from ssld.stage2_detect.models import pooling
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.build import build_detector
@@ -73,6 +73,13 @@ def build(name: str, **settings: object) -> RCNN:
     assert isinstance(model, RCNN)
     model.load_state_dict(_weights(name))
     return model
+
+
+def our_name(name: str, *, deep_stem: bool = True) -> str | None:
+    """Our name of one of the reference's parameters, None for one that the converter does not know; `deep_stem` as of `our_module`."""
+    layer, _, leaf = name.rpartition(".")
+    module = our_module(layer, deep_stem=deep_stem)
+    return f"{module}.{LEAVES[leaf]}" if module and leaf in LEAVES else None
 
 
 def by_rule(shapes: Mapping[str, list[int]], salt: int) -> dict[str, np.ndarray]:

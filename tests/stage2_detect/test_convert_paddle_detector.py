@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden import FOLDER, RECIPE, RECIPES, by_rule, check_detections, read
+from golden import FOLDER, RECIPE, RECIPES, by_rule, check_detections, our_name, read
 from golden import inputs as network_inputs
 
 from ssld.pipelines import cli
@@ -21,7 +21,7 @@ from ssld.shared.config.settings import parse_config
 from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import InputSettings
 from ssld.stage2_detect.config import ConvertPaddleConfig
-from ssld.stage2_detect.convert_paddle import check_recipe, main, our_name, recognise
+from ssld.stage2_detect.convert_paddle import check_recipe, main, recognise
 from ssld.stage2_detect.detector_file import load_detector
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models.build import build_detector

@@ -293,7 +293,7 @@ def test_the_card(exported: Path, detector_file: Path) -> None:
     settings = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert (settings["steps"], settings["model"]["kind"]) == (120, "retinanet")
     assert str(detector_file.parent) not in card
-    public = detector_card(metadata, None, repository="me/tall", parameters=1_500_000, checks={})
+    public = detector_card(metadata, None, push_to_hub="me/tall", parameters=1_500_000, checks={})
     assert 'load_detector(hf_hub_download("me/tall", "detector.safetensors"))' in public
     assert "# tall\n" in public
     assert public.count("Not recorded.") == 2

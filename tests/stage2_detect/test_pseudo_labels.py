@@ -85,7 +85,7 @@ def test_pseudo_boxes_are_targets_where_the_file_has_them(tiny_coco: Any, pseudo
     seen = set()
     batches = loader(tiny_coco, pseudo_file, pictures)
     for step, batch in enumerate(batches):
-        assert batch.targets.labelled_B is None  # all count
+        assert batch.targets.labeled_B is None  # all count
         for row, record in enumerate(batch.records):
             name = str(record.image_id).removeprefix("unlabeled/")
             assert str(record.image_id).startswith("unlabeled/") == (row >= 2)

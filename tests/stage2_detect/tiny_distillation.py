@@ -49,6 +49,6 @@ def batch(labelled: int = 2, unlabelled: int = 2, seed: int = 0) -> tuple[ImageB
         torch.cat((corners, corners + sides), dim=-1),
         torch.randint(0, 2, (count, 3), generator=generator),
         torch.arange(count) + 17,
-        labelled_B=torch.arange(count) < labelled,
+        labeled_B=torch.arange(count) < labelled,
     )
     return ImageBatch(pixels, sizes, torch.ones(count)), targets

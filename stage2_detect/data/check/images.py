@@ -1,7 +1,6 @@
 """Checks that look at the pictures of a COCO file: can they be read, are they as large as the file says, are two of them the same."""
 
 import hashlib
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from PIL import Image
 
 from ssld.shared.files import IMAGE_SUFFIXES
 from ssld.shared.images import UnreadableImage, image_size, open_image
+from ssld.shared.machine import cores
 from ssld.shared.wording import count, some
 from ssld.stage2_detect.data.check.annotations import FileCheck
 
@@ -32,7 +32,7 @@ class Seen:
     """difference hash of 64 bits"""
 
 
-def check_pictures(check: FileCheck, *, quick: bool = False) -> dict[int, Seen]:
+def check_images(check: FileCheck, *, quick: bool = False) -> dict[int, Seen]:
     """Looks at all pictures of a file, or with `quick` only whether they are there; {position of the image: what was seen}."""
     rows = check.content["images"]
     places = {index: check.folder / rows[index]["file_name"] for index in check.image_of.values()}
@@ -51,9 +51,7 @@ def check_pictures(check: FileCheck, *, quick: bool = False) -> dict[int, Seen]:
     present = [index for index in places if index not in set(missing)]
     if quick:
         return {}
-    with ThreadPoolExecutor(
-        max_workers=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    ) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         looks = dict(zip(present, pool.map(look_at, (places[index] for index in present)), strict=True))
     seen = {index: look for index, look in looks.items() if isinstance(look, Seen)}
     _check_unreadable(check, {index: look for index, look in looks.items() if isinstance(look, str)}, len(present))

@@ -124,7 +124,7 @@ def test_equals_the_rules_written_out(pool: dict[str, Any], candidates: int, fli
     found = find_candidates(scored, classes=CLASSES, keep=candidates, min_score=MIN_SCORE, examples=4)
     save_candidates(pool["folder"] / "candidates.parquet", found)
     found = load_candidates(pool["folder"] / "candidates.parquet")
-    alike = find_look_alikes(found.hash_N, found.mirrored_N if flips else None, protected, distance=DISTANCE)
+    alike = find_look_alikes(found.hash_N, found.mirrored_N if flips else None, protected, hash_distance=DISTANCE)
     ids = found.id_N.tolist()
     cosine = np.array(
         [closeness(ids[a], ids[b]) for a, b, _ in zip(*alike.inside, strict=True)]
@@ -171,14 +171,14 @@ def test_equals_the_rules_written_out(pool: dict[str, Any], candidates: int, fli
 def test_pairs_are_kept_without_cosines_until_these_are_known(pool: dict[str, Any]) -> None:
     scored, protected = ScoreFiles(pool["folder"] / "scores", 3), ScoreFiles(pool["folder"] / "protected", 2)
     found = find_candidates(scored, classes=CLASSES, keep=12, min_score=0)
-    alike = find_look_alikes(found.hash_N, found.mirrored_N, protected, distance=DISTANCE)
+    alike = find_look_alikes(found.hash_N, found.mirrored_N, protected, hash_distance=DISTANCE)
     save_look_alikes(pool["folder"] / "pairs.parquet", alike, found.id_N)
     again, cosine = load_look_alikes(pool["folder"] / "pairs.parquet")
     assert cosine is None
     for mine, read in zip([*alike[0], *alike[1]], [*again[0], *again[1]], strict=True):
         np.testing.assert_array_equal(mine, read)
     nobody = ScoreFiles(pool["folder"] / "protected", 0)
-    assert len(find_look_alikes(found.hash_N, None, nobody, distance=DISTANCE).protected.left_P) == 0
+    assert len(find_look_alikes(found.hash_N, None, nobody, hash_distance=DISTANCE).protected.left_P) == 0
 
 
 def test_the_table_of_classes(pool: dict[str, Any]) -> None:

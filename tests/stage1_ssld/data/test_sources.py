@@ -15,7 +15,7 @@ from PIL import Image
 
 from ssld.shared.errors import UserError
 from ssld.stage1_ssld.data.batch import NO_LABEL
-from ssld.stage1_ssld.data.labels import labelled_classes, labels_in_classes, match_classes
+from ssld.stage1_ssld.data.labels import labeled_classes, labels_in_classes, match_classes
 from ssld.stage1_ssld.data.rows import TableRows
 from ssld.stage1_ssld.data.sources import ImageSource, open_sources
 from ssld.stage1_ssld.data_config import SourceConfig
@@ -81,7 +81,7 @@ def test_a_stray_image_does_not_silently_drop_the_labels(stray: str, tmp_path: P
     assert (len(images), images.labels) == (4, None)  # enough where nobody reads labels
     told = rf"but {stray} does not \(1 of 4\); move it into one, or set labels: none"
     with pytest.raises(UserError, match=told):
-        labelled_classes([images])
+        labeled_classes([images])
     with pytest.raises(UserError, match=told):
         match_classes(images, ["cat", "dog"], 2, "the teacher")
     assert labels_in_classes(images, ["cat", "dog"], 2) is None
@@ -203,7 +203,7 @@ def test_missing_labels_in_a_column_are_no_labels(tmp_path: Path) -> None:
     assert images.labels == [1, NO_LABEL, NO_LABEL, 0]
     assert match_classes(images, None, 2, "x") == [1, NO_LABEL, NO_LABEL, 0]
     with pytest.raises(UserError, match="2 of 4 images have no label; leave them out"):
-        labelled_classes([images])
+        labeled_classes([images])
 
 
 def test_a_file_without_labels_among_files_with_labels_makes_an_unlabelled_source(tiny: Any, tmp_path: Path) -> None:
@@ -236,11 +236,11 @@ def test_classes_are_matched_by_name(tmp_path: Path, tiny: Any) -> None:
 
 def test_labelled_sources_must_agree(tmp_path: Path, tiny: Any) -> None:
     train, nothing = source(tiny.train), source(tiny.unlabelled)
-    assert labelled_classes([train, nothing, source(tiny.parquet)])[1:] == (3, ["disc", "ring", "stripes"])
+    assert labeled_classes([train, nothing, source(tiny.parquet)])[1:] == (3, ["disc", "ring", "stripes"])
     for kind in ("disc", "rung", "stripes"):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / "a.png").write_bytes(png())
     with pytest.raises(UserError, match=r"class names differ from those of .*'rung'.*'ring'"):
-        labelled_classes([train, source(tmp_path)])
+        labeled_classes([train, source(tmp_path)])
     with pytest.raises(UserError, match="no labels; sort the images into class folders or add a label column"):
-        labelled_classes([nothing])
+        labeled_classes([nothing])

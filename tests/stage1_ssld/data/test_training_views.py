@@ -185,7 +185,7 @@ def test_an_unreadable_image_is_replaced_by_the_next(tmp_path: Path, jpeg: Any) 
     batch = collate([data[1, 0], data[0, 0], data[3, 0]])
     assert batch.keys == ["0:c.jpg", "0:a.jpg", "0:a.jpg"]
     assert batch.unreadable == [str(tmp_path / "b.jpg"), str(tmp_path / "d.jpg")]
-    evaluated = ValViews(data.sources[0], None, size=16, crop=1.0)
+    evaluated = ValViews(data.sources[0], None, image_size=16, val_crop=1.0)
     batch = collate([evaluated[row] for row in range(4)])
     assert batch.keys == ["0:a.jpg", "0:c.jpg"]
     assert batch.unreadable == [str(tmp_path / "b.jpg"), str(tmp_path / "d.jpg")]

@@ -1,6 +1,8 @@
 """Views: sizes and types, what the seed decides, augmentation and erasing, and the central crop by hand."""
 
+import inspect
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,13 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
+from ssld.shared.config.settings import Config
 from ssld.shared.errors import UserError
 from ssld.shared.images import seeded_view
+from ssld.stage1_ssld.config import CurateConfig
+from ssld.stage1_ssld.curation.shard_pass import Reading
 from ssld.stage1_ssld.data.batch import View, collate
+from ssld.stage1_ssld.data.loaders import ValViews
 from ssld.stage1_ssld.data.views import augmentation, training_view, val_view
 from ssld.stage1_ssld.data_config import DataConfig
 
@@ -26,6 +32,21 @@ def settings(**changes: Any) -> DataConfig:
 
 def view(key: str, number: int, seed: int = 0, image: torch.Tensor = IMAGE, **changes: Any) -> torch.Tensor:
     return training_view(image, key, number, settings(**changes), seed)
+
+
+@pytest.mark.parametrize(
+    ("group", "taker", "others"),
+    [
+        (DataConfig, val_view, {"image_CHW"}),
+        (DataConfig, ValViews, {"source", "labels"}),
+        (DataConfig, augmentation, set()),
+        (CurateConfig, Reading, {"hashes"}),
+    ],
+)
+def test_a_keyword_has_the_name_of_the_setting_that_it_comes_from(
+    group: type[Config], taker: Callable[..., Any], others: set[str]
+) -> None:
+    assert set(inspect.signature(taker).parameters) - others <= set(group.model_fields)
 
 
 def test_a_view_is_a_function_of_key_pass_and_seed() -> None:
@@ -87,7 +108,7 @@ def test_a_batch_is_planar_whatever_the_layout_of_its_views() -> None:
 def test_the_center_view_is_the_evaluation_view() -> None:
     for number in range(2):
         ours = view("k", number, train_view="center", val_crop=0.8, interpolation="bicubic", augment="trivial", erase=1)
-        assert torch.equal(ours, val_view(IMAGE, size=16, crop=0.8, interpolation="bicubic"))
+        assert torch.equal(ours, val_view(IMAGE, image_size=16, val_crop=0.8, interpolation="bicubic"))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -162,7 +183,7 @@ def test_erasing() -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (1, 700), (700, 1), (8, 9), (30, 50)])
 def test_any_shape_gives_a_view(shape: tuple[int, int]) -> None:
     image = torch.full((3, *shape), 9, dtype=torch.uint8)
-    for out in (view("k", 0, image=image), val_view(image, size=16, crop=0.875)):
+    for out in (view("k", 0, image=image), val_view(image, image_size=16, val_crop=0.875)):
         assert out.shape == (3, 16, 16)
         assert (out == 9).all()
 
@@ -170,5 +191,5 @@ def test_any_shape_gives_a_view(shape: tuple[int, int]) -> None:
 def test_central_crop() -> None:
     # already at the size that the short side is resized to: the crop is plain indexing
     image = torch.randint(0, 256, (3, 32, 44), dtype=torch.uint8)
-    assert torch.equal(val_view(image, size=28, crop=0.875), image[:, 2:30, 8:36])
-    assert torch.equal(val_view(image[:, :, :32], size=32, crop=1.0), image[:, :, :32])
+    assert torch.equal(val_view(image, image_size=28, val_crop=0.875), image[:, 2:30, 8:36])
+    assert torch.equal(val_view(image[:, :, :32], image_size=32, val_crop=1.0), image[:, :, :32])

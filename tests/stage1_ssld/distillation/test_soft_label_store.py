@@ -107,8 +107,8 @@ def test_only_so_many_files_are_open(written_store: Path, monkeypatch: pytest.Mo
         assert len(few._shards) == 1
 
 
-def test_what_a_source_is_known_by_stays_as_it_was(tiny: Any) -> None:
-    """Stores that were written by an earlier version know sources by 64 of their names, also where there are fewer images."""
+def test_what_a_source_is_known_by(tiny: Any) -> None:
+    """64 of its names, also where there are fewer images."""
     source = ImageSource(SourceConfig(path=str(tiny.unlabelled)), 0)
     names = [source.rows.name(len(source) * number // 64) for number in range(64)]
     assert store_module.source_record(source)["names"] == hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]

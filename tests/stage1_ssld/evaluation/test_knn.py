@@ -142,7 +142,9 @@ def test_evaluate_with_a_bank_on_one_and_two_processes(
     parts = []
     for path in (tiny.val, tiny.train):
         source = ImageSource(SourceConfig(path=str(path)), 0)
-        views = ValViews(source, source.labels, size=inputs.size[0], crop=0.875, interpolation=inputs.interpolation)
+        views = ValViews(
+            source, source.labels, image_size=inputs.size[0], val_crop=0.875, interpolation=inputs.interpolation
+        )
         images = torch.stack([pixels for row in range(len(views)) if (pixels := views[row].pixels_CHW) is not None])
         with torch.no_grad():
             parts += [embed(net, images).double().numpy(), np.array(source.labels)]
@@ -191,5 +193,5 @@ def test_unlabelled_rows_of_a_named_source_stay_unlabelled() -> None:
 
     from ssld.stage1_ssld.data.labels import match_classes
 
-    source: Any = SimpleNamespace(labels=[1, -1, 0], class_names=["a", "b"], path="here", unlabelled_because=None)
+    source: Any = SimpleNamespace(labels=[1, -1, 0], class_names=["a", "b"], path="here", unlabeled_because=None)
     assert match_classes(source, ["b", "a"], 2, "model") == [0, -1, 1]

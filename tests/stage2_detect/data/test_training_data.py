@@ -155,13 +155,13 @@ def loader(tiny_coco: Any, folder: Path, **changes: int) -> TrainLoader:
 
 def test_the_loader_flags_them_and_gives_them_no_objects(tiny_coco: Any, folder: Path) -> None:
     for batch in loader(tiny_coco, folder):
-        assert batch.targets.labelled_B is not None
-        assert batch.targets.labelled_B.tolist() == [True, True, False, False]
+        assert batch.targets.labeled_B is not None
+        assert batch.targets.labeled_B.tolist() == [True, True, False, False]
         assert [str(record.image_id).startswith("unlabeled/") for record in batch.records] == [False] * 2 + [True] * 2
         assert (batch.targets.labels_BG[2:] == -1).all()
         two = batch.targets.to("cpu").first(2)
-        assert two.labelled_B is not None
-        assert two.labelled_B.tolist() == [True, True]
+        assert two.labeled_B is not None
+        assert two.labeled_B.tolist() == [True, True]
         assert len(two.boxes_BG4) == len(two.seeds_B) == 2
 
 

@@ -1,11 +1,11 @@
-"""The two terms of detector distillation against float64 NumPy, values and gradients."""
+"""The terms of R-CNN distillation against float64 NumPy, values and gradients."""
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from ssld.stage2_detect.distillation.rcnn import inside_maps, pkd, roi_kd
+from ssld.stage2_detect.distillation.losses import inside_maps, pkd, roi_kd
 
 SIZES = torch.tensor([[60, 96], [64, 33]])
 

@@ -7,7 +7,8 @@ from tiny_distillation import batch, detector
 from torch import Tensor
 
 from ssld.shared.distributed.ranks import ONE_RANK
-from ssld.stage2_detect.distillation.rcnn import DistilledDetector, inside_maps
+from ssld.stage2_detect.distillation.losses import inside_maps
+from ssld.stage2_detect.distillation.rcnn import DistilledRCNN
 from ssld.stage2_detect.distillation.teacher import FrozenDetector
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.rcnn import RCNN
@@ -23,7 +24,7 @@ def first(images: ImageBatch, count: int) -> ImageBatch:
 @pytest.mark.parametrize("fpn_channels", [16, 24])
 def test_the_terms_are_those_of_the_definition(fpn_channels: int) -> None:
     student, teacher = detector(1), FrozenDetector(detector(2, fpn_channels))
-    model = DistilledDetector(student, teacher, pkd_weight=2.0, roi_weight=3.0, temperature=1.5).train()
+    model = DistilledRCNN(student, teacher, pkd_weight=2.0, roi_weight=3.0, temperature=1.5).train()
     assert len(model.adapters) == (4 if fpn_channels == 24 else 0)
     images, targets = batch()
     losses = model(images, targets)
@@ -60,7 +61,7 @@ def test_the_terms_are_those_of_the_definition(fpn_channels: int) -> None:
 def test_each_term_can_be_left_out() -> None:
     images, targets = batch()
     for pkd_weight, roi_weight, extra in ((1.0, 0.0, {"loss_pkd"}), (0.0, 1.0, {"loss_roi_kd"})):
-        model = DistilledDetector(
+        model = DistilledRCNN(
             detector(1), FrozenDetector(detector(2, 24)), pkd_weight=pkd_weight, roi_weight=roi_weight
         )
         assert len(model.adapters) == (4 if pkd_weight else 0)
@@ -75,7 +76,7 @@ def test_unlabelled_images_add_nothing_to_the_students_own_losses() -> None:
     torch.stack(list(alone.values())).sum().backward()
     expected = {name: parameter.grad for name, parameter in student.named_parameters()}
     student = detector(1)
-    both = DistilledDetector(student, FrozenDetector(detector(2))).train()(images, targets)
+    both = DistilledRCNN(student, FrozenDetector(detector(2))).train()(images, targets)
     torch.stack([both[name] for name in alone]).sum().backward()
     for name in alone:
         torch.testing.assert_close(both[name], alone[name], rtol=1e-6, atol=1e-7)
@@ -90,12 +91,10 @@ def test_unlabelled_images_add_nothing_to_the_students_own_losses() -> None:
 
 def test_their_annotations_are_not_looked_at() -> None:
     images, targets = batch()
-    blank = Targets(
-        targets.boxes_BG4.clone(), targets.labels_BG.clone(), targets.seeds_B, labelled_B=targets.labelled_B
-    )
+    blank = Targets(targets.boxes_BG4.clone(), targets.labels_BG.clone(), targets.seeds_B, labeled_B=targets.labeled_B)
     blank.boxes_BG4[2:], blank.labels_BG[2:] = 0.0, -1
     results = [
-        DistilledDetector(detector(1), FrozenDetector(detector(2))).train()(images, some) for some in (targets, blank)
+        DistilledRCNN(detector(1), FrozenDetector(detector(2))).train()(images, some) for some in (targets, blank)
     ]
     for name in results[0]:
         assert torch.equal(results[0][name], results[1][name]), name
@@ -107,7 +106,7 @@ def test_unlabelled_images_do_teach() -> None:
 
     def gradient(count: int) -> Tensor:
         student = detector(1)
-        model = DistilledDetector(student, teacher, pkd_weight=1.0, roi_weight=1.0).train()
+        model = DistilledRCNN(student, teacher, pkd_weight=1.0, roi_weight=1.0).train()
         losses = model(first(images, count), targets.first(count))
         (losses["loss_pkd"] + losses["loss_roi_kd"]).backward()
         grad = student.pyramid.fpn.layer_blocks[0][0].weight.grad
@@ -119,9 +118,9 @@ def test_unlabelled_images_do_teach() -> None:
 
 def test_a_batch_without_labels_or_in_the_wrong_order_is_a_mistake_of_the_caller() -> None:
     images, targets = batch()
-    model = DistilledDetector(detector(1), FrozenDetector(detector(2))).train()
+    model = DistilledRCNN(detector(1), FrozenDetector(detector(2))).train()
     for flags in ([False, True, True, True], [False] * 4):
-        wrong = Targets(targets.boxes_BG4, targets.labels_BG, targets.seeds_B, labelled_B=torch.tensor(flags))
+        wrong = Targets(targets.boxes_BG4, targets.labels_BG, targets.seeds_B, labeled_B=torch.tensor(flags))
         with pytest.raises(AssertionError):
             model(images, wrong)
     whole = Targets(targets.boxes_BG4, targets.labels_BG, targets.seeds_B)
@@ -130,7 +129,7 @@ def test_a_batch_without_labels_or_in_the_wrong_order_is_a_mistake_of_the_caller
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it() -> None:
     images, targets = batch()
-    losses = DistilledDetector(detector(3).eval(), FrozenDetector(detector(3)))
+    losses = DistilledRCNN(detector(3).eval(), FrozenDetector(detector(3)))
     losses.training = True  # the student stays in evaluation mode, with the statistics its teacher uses
     values = losses(images, targets)
     assert values["loss_pkd"].item() == pytest.approx(0, abs=1e-5)
@@ -143,7 +142,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it() -> None:
 def test_the_teacher_stays_frozen_and_outside() -> None:
     teacher_model = detector(2, 24)
     before = {name: tensor.clone() for name, tensor in teacher_model.state_dict().items()}
-    model = DistilledDetector(detector(1), FrozenDetector(teacher_model)).train()
+    model = DistilledRCNN(detector(1), FrozenDetector(teacher_model)).train()
     assert not teacher_model.training
     assert {name.split(".")[0] for name in model.state_dict()} == {"student", "adapters"}
     assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"student", "adapters"}
@@ -158,6 +157,6 @@ def test_in_evaluation_it_is_the_student() -> None:
     images, _ = batch()
     student = detector(1).eval()
     expected = student(images)
-    found = DistilledDetector(student, FrozenDetector(detector(2))).eval()(images)
+    found = DistilledRCNN(student, FrozenDetector(detector(2))).eval()(images)
     assert [len(one.scores_N) for one in found] == [len(one.scores_N) for one in expected]
     assert all(torch.equal(a.boxes_N4, b.boxes_N4) for a, b in zip(found, expected, strict=True))

@@ -102,7 +102,7 @@ def test_nms_by_rows_equals_torchvision_on_the_valid_boxes() -> None:
     scores = torch.rand(3, 200, generator=torch.Generator().manual_seed(8))
     valid = torch.rand(3, 200, generator=torch.Generator().manual_seed(9)) > 0.3
     valid[2] = False
-    kept = boxes.nms_mask(candidates, scores, valid, 0.5)
+    kept = boxes.nms_masks([candidates], [scores], [valid], 0.5)[0]
     for i in range(3):
         index = valid[i].nonzero()[:, 0]
         expected = index[ops.nms(candidates[i, index], scores[i, index], 0.5)]

@@ -10,7 +10,7 @@ from torchvision.ops import box_iou
 
 from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
 from ssld.stage2_detect.models.pyramid import TimmPyramid
-from ssld.stage2_detect.models.rcnn import RCNN, normalise
+from ssld.stage2_detect.models.rcnn import RCNN
 from ssld.stage2_detect.models.roi_heads import RoIHeads
 from ssld.stage2_detect.models.rpn import RPN
 
@@ -112,7 +112,7 @@ def test_normalisation_leaves_zeros_in_the_padding() -> None:
     model, images = make(), batch()
     dirty = ImageBatch(images.pixels_BCHW.clone(), images.sizes_B2, images.scales_B)
     dirty.pixels_BCHW[1, :, 80:] = 200
-    pixels = normalise(dirty, model.mean_C11, model.std_C11)
+    pixels = model.normalise(dirty)
     assert pixels.dtype == torch.float32
     assert (pixels[1, :, 80:] == 0).all()
     assert (pixels[1, :, :, 100:] == 0).all()

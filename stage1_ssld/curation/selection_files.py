@@ -97,7 +97,7 @@ def write_look_alikes(run: Path, selection: Selection) -> list[str]:
     names = ["hash", "mirrored"] if config.mirrored else ["hash"]
     hashes = [column.to_numpy() for column in pq.read_table(run / "candidates.parquet", columns=names)]
     alike = find_look_alikes(
-        hashes[0], hashes[1] if config.mirrored else None, protected, distance=config.hash_distance
+        hashes[0], hashes[1] if config.mirrored else None, protected, hash_distance=config.hash_distance
     )
     del hashes
     save_look_alikes(file, alike, pq.read_table(run / "candidates.parquet", columns=["id"])["id"].to_numpy())
