@@ -15,7 +15,7 @@ from ssld.pipelines.checks.machine import Line
 from ssld.shared.config.settings import CommandConfig
 from ssld.shared.files import list_images
 from ssld.shared.wording import count
-from ssld.stage1_ssld.config import CurateConfig, SoftLabelsConfig, Stage1Config
+from ssld.stage1_ssld.config import CurateConfig, PrototypesConfig, SoftLabelsConfig, Stage1Config
 from ssld.stage1_ssld.data_config import SourceConfig
 from ssld.stage2_detect.config import TrainConfig
 
@@ -31,6 +31,8 @@ def folders_of(config: CommandConfig) -> list[Path]:
         sources = [*config.data.train, *([config.data.val] if config.data.val else [])]
     elif isinstance(config, CurateConfig):
         sources = [*config.pool, *config.train, *config.val]
+    elif isinstance(config, PrototypesConfig):
+        sources = config.pool
     elif isinstance(config, TrainConfig) and config.unlabeled:
         paths = [config.unlabeled]
     return list(dict.fromkeys(path for path in [*(Path(one.path) for one in sources), *paths] if path.is_dir()))

@@ -57,7 +57,10 @@ class FrozenTeacher:
         self.num_classes = int(getattr(classifier.net, "num_classes", 0))
         self.class_names: list[str] | None = self.reference.metadata.get("class_names")
         if self.num_classes < 2:
-            raise UserError(f"{reference}: has {self.num_classes} classes; a teacher needs a classification head")
+            raise UserError(
+                f"{reference}: has {self.num_classes} classes, a teacher needs several; "
+                "run `ssld prototypes` first, which makes a teacher of an encoder without classes"
+            )
         self._content_sha256 = content_hash(classifier.net.state_dict())
         self._licence = licence(self.reference, classifier.net) or "unknown"
         self.folded = 0

@@ -52,6 +52,8 @@ def write_folder(
             "license": metadata.get("licence"),
         },
     }
+    if metadata.get("model_args"):
+        config["model_args"] = metadata["model_args"]
     if metadata.get("class_names"):
         config["label_names"] = metadata["class_names"]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
