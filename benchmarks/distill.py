@@ -37,14 +37,14 @@ from ssld.shared.files import require_images
 from ssld.shared.images import open_image
 from ssld.shared.models.backbones import create_classifier, parse_reference, place
 from ssld.stage1_ssld.config import DistillConfig
-from ssld.stage1_ssld.data.batch import SoftLabels, View, collate
+from ssld.stage1_ssld.data.batch import View, collate
 from ssld.stage1_ssld.data.loaders import TrainingData
+from ssld.stage1_ssld.data.soft_labels import SoftLabels
 from ssld.stage1_ssld.data.sources import open_sources
 from ssld.stage1_ssld.data.views import training_view
 from ssld.stage1_ssld.data_config import DataConfig, LossConfig, TeacherConfig
 from ssld.stage1_ssld.distillation.objective import Objective
-from ssld.stage1_ssld.distillation.soft_label_store import bucket_log_probs, soft_log_probs
-from ssld.stage1_ssld.distillation.teachers import make_teacher
+from ssld.stage1_ssld.distillation.teacher import make_teacher
 
 KEPT = 10
 
@@ -63,7 +63,7 @@ def steps(arguments: argparse.Namespace, device: torch.device) -> None:
     objective, supervised = Objective([LossConfig(name="symmetric_kl")], 0.0), Objective([], 1.0)
     best = F.log_softmax(teacher(pixels), dim=-1).topk(KEPT, dim=-1)
     rest = torch.log1p(-best.values.exp().sum(-1).clamp(max=1 - 1e-6))
-    soft = SoftLabels(best.indices, best.values, rest)
+    soft = SoftLabels(torch.cat([best.values, rest[:, None]], dim=-1), best.indices)
 
     def learn(loss_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -73,13 +73,13 @@ def steps(arguments: argparse.Namespace, device: torch.device) -> None:
         optimizer.zero_grad(set_to_none=True)
 
     def from_store() -> None:
-        learn(lambda z: objective(z, (bucket_log_probs(z, soft), soft_log_probs(soft, z.shape[-1])), labels)["loss"])
+        learn(lambda z: objective(z, soft, labels)["loss"])
 
     def from_labels() -> None:
         learn(lambda z: supervised(z, None, labels)["loss"])
 
     def live() -> None:
-        learn(lambda z: objective(z, (z, teacher(pixels)), labels)["loss"])
+        learn(lambda z: objective(z, SoftLabels(teacher(pixels)), labels)["loss"])
 
     def teacher_alone() -> None:
         teacher(pixels)
@@ -164,7 +164,7 @@ def waiting(arguments: argparse.Namespace, device: torch.device) -> None:
             came = time.perf_counter()
             pixels = batch.pixels_BCHW.to(device, non_blocking=True)
             logits = student(pixels)
-            objective(logits, (logits, teacher(pixels)), batch.labels_B.to(device))["loss"].backward()
+            objective(logits, SoftLabels(teacher(pixels)), batch.labels_B.to(device))["loss"].backward()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if number:  # the first batch waits for the loader to start

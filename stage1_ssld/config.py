@@ -64,6 +64,8 @@ class Stage1Config(TrainingConfig):
         return self.data.inputs("data")
 
 
+EVALUATION_BATCH = 128
+"""Most images per evaluation batch, of which the trial of memory runs one too."""
 # Losses that the classes of a store and one bucket for the rest are enough for.
 STORE_LOSSES = ("symmetric_kl", "kl", "soft_cross_entropy", "jensen_shannon")
 
@@ -101,7 +103,7 @@ class DistillConfig(Stage1Config):
             return self
         if self.data.mixes:
             raise ValueError(
-                "store: its answers are to unmixed views; set data.mixup and data.cutmix to 0, or leave out store for a live teacher"
+                "store: its soft labels are of unmixed views; set data.mixup and data.cutmix to 0, or leave out store for a live teacher"
             )
         if self.data.streaming:
             raise ValueError("store: needs the row of every image; set data.streaming: false, or leave out store")
@@ -174,7 +176,7 @@ class EvaluateConfig(ForwardConfig):
 
 
 class SoftLabelsConfig(ForwardConfig):
-    """Write a store of soft labels: the teacher's answers to V views of every image, once, for any number of students."""
+    """Write a store: the teacher's soft labels of V views of every image, once, for any number of students."""
 
     data: DataConfig
     """the settings of the distillation that will read the store; `val` is not read"""

@@ -2,19 +2,31 @@
 
     accelerate launch stage1_ssld/distill.py --config stage1_ssld/configs/resnet50d.yaml
 
-Writes `student.safetensors`. With `--objective labels` the same settings train the supervised baseline on the labelled sources.
+Writes `student.safetensors`. With `--objective labels` the same loop trains the supervised baseline on the labelled sources, by plain cross-entropy;
+`teach.py` is that with another name for the result. Initial weights come, in this order, from (1) the newest checkpoint of this run, (2) the
+network's reference.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext
 from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
 from ssld.shared.config.command import run_command
-from ssld.stage1_ssld.config import DistillConfig
+from ssld.shared.errors import Stopped, UserError
+from ssld.shared.wording import count
+from ssld.stage1_ssld.config import EVALUATION_BATCH, DistillConfig, TeachConfig
+
+if TYPE_CHECKING:
+    from ssld.shared.training.training_state import TrainingState
+    from ssld.stage1_ssld.distillation.student import Student
+    from ssld.stage1_ssld.distillation.targets import Targets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,9 +36,278 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def distill(config: DistillConfig) -> None:
     """Train the student that `config` describes."""
-    from ssld.stage1_ssld.loop import train
-
     train(config, command="distill", export="student")
+
+
+def train(config: DistillConfig | TeachConfig, *, command: str, export: str) -> None:
+    """Train a network and write `<export>.safetensors` (last step) and, with `evaluate_every`, `<export>_best.safetensors` to the run directory.
+
+    Raises:
+        UserError: anything the user can mend.
+        Stopped: after SIGTERM or Ctrl-C, with a checkpoint written.
+    """
+    import torch
+
+    from ssld.shared.distributed.processes import DTYPES, optimizer_step, start_processes, start_trackers, to_device
+    from ssld.shared.distributed.ranks import from_main_rank, share_buffers, world_size
+    from ssld.shared.distributed.stop import StopRequest
+    from ssld.shared.images import stable_seed
+    from ssld.shared.models.backbones import parse_reference
+    from ssld.shared.run_dir import RunDir
+    from ssld.shared.training.auto_batch import find_passes
+    from ssld.shared.training.optim import cosine_factor, make_optimizer, parameter_groups, scale_lr, set_lr
+    from ssld.shared.training.quarantine import Quarantine
+    from ssld.shared.training.training_state import TrainingState
+    from ssld.stage1_ssld.data.loaders import TrainingData, ValViews, make_loader, val_batches
+    from ssld.stage1_ssld.data.mixing import mix_batch
+    from ssld.stage1_ssld.data.sources import open_sources
+    from ssld.stage1_ssld.data.streams import plan_streams
+    from ssld.stage1_ssld.distillation.memory_trial import whole_step
+    from ssld.stage1_ssld.distillation.objective import Objective, implausible_start
+    from ssld.stage1_ssld.distillation.student import Student
+    from ssld.stage1_ssld.distillation.targets import open_targets
+    from ssld.stage1_ssld.distillation.teacher import try_teacher
+    from ssld.stage1_ssld.evaluation.curves import write_curves
+    from ssld.stage1_ssld.evaluation.metrics import describe, evaluate
+
+    # ---- sources and references, checked before any process group exists
+    data = config.data
+    network = config.student if isinstance(config, DistillConfig) else config.model
+    sources = [] if data.streaming else open_sources(data.train, "data.train")
+    plan = plan_streams(data, config.batch_size, config.seed) if data.streaming else None
+    val_source = open_sources([data.val], "data.val")[0] if data.val else None
+    parse_reference(network.model, network.arch)
+
+    # ---- processes and run directory
+    accelerator = start_processes(config)
+    device, dtype, rank, ranks = accelerator.device, DTYPES[config.precision], accelerator.process_index, world_size()
+    pin_memory = device.type == "cuda"
+    run = RunDir(config, command, main=accelerator.is_main_process)
+    if from_main_rank(run.status) == "finished":
+        run.log(f"{run.path}: this run is finished; nothing to do")
+        return
+    start_trackers(accelerator, config)
+
+    # ---- targets: a teacher, a store or labels; and the classes that follow from them
+    targets = open_targets(config, sources, val_source, device=device, log=run.log)
+    teacher = targets.teacher
+    if val_source and targets.val_labels is None and teacher is None:
+        run.log(f"{val_source.path}: no labels and no teacher: nothing to evaluate")
+        val_source = None
+
+    # ---- student, optimizer, batches, schedule
+    student = Student(network, config, classes=targets.classes, device=device)
+    objective = Objective([], 1.0)
+    if isinstance(config, DistillConfig) and targets.learns_from_teacher:
+        objective = Objective(config.losses, config.hard_label_weight)
+    groups = parameter_groups(
+        student.model, weight_decay=config.optim.weight_decay, decay_norm_and_bias=config.optim.decay_norm_and_bias
+    )
+    optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
+    if config.auto_batch:
+        attempt = whole_step(config, student, targets, objective, optimizer, device=device, dtype=dtype)
+        passes = find_passes(
+            run, config.batch_size, ranks, attempt, networks=student.networks(), optimizer=optimizer, device=device
+        )
+        config = config.model_copy(update={"accumulate": passes})
+    training = TrainingData(config, targets.sources, targets.train_labels, targets.store, plan)
+    steps = config.total_steps(training.images)
+    warmup_steps = config.optim.total_warmup_steps(training.images, config.batch_size)
+    base_lr = scale_lr(config.optim.lr, config.optim.reference_batch, config.batch_size, config.optim.name)
+
+    # ---- resume
+    quarantine = Quarantine(run, training.images)
+    state = TrainingState(
+        run, accelerator, student.networks(), optimizer, quarantine, steps, config.batch_size, config.keep_checkpoints
+    )
+    start, resumed = state.restore()
+
+    # ---- evaluation and the files of the network, for the loop and the finish
+    def evaluate_now(step: int) -> dict[str, float]:
+        if val_source is None:
+            return {}
+        net = student.evaluated
+        net.eval()
+        share_buffers(net)
+        views = ValViews(
+            val_source, targets.val_labels, size=data.image_size, crop=data.val_crop, interpolation=data.interpolation
+        )
+        # The size of a batch must not depend on the number of ranks: the results are then the same on any number.
+        order = val_batches(range(len(views)), min(config.batch_size, EVALUATION_BATCH), rank, ranks)
+        with teacher.running_statistics() if teacher else nullcontext():
+            metrics = evaluate(
+                net,
+                teacher,
+                make_loader(views, order, workers=config.workers, pin_memory=pin_memory),
+                device=device,
+                dtype=dtype,
+                on_unreadable=quarantine.add,
+            )
+        quarantine.write()
+        run.log(f"step {step}: {describe(metrics)}")
+        run.metric(step, **{f"val_{name}": value for name, value in metrics.items()})
+        return metrics
+
+    def save_network(step: int, path: Path, metrics: dict[str, float]) -> None:
+        if accelerator.is_main_process:
+            taught_by = targets.facts()
+            student.save(
+                path,
+                class_names=targets.class_names,
+                crop_pct=data.val_crop,
+                objective=config.objective,
+                step=step,
+                metrics=metrics,
+                teacher=taught_by,
+                licence=_licences(student.licence(), taught_by),
+                run=str(run.path),
+            )
+
+    def keep_best(step: int, metrics: dict[str, float]) -> None:
+        if metrics and state.improved(_score(metrics, config.best_by)):
+            state.watch.check()
+            save_network(step, run.path / f"{export}_best.safetensors", metrics)
+
+    # ---- what is about to happen
+    if isinstance(config, DistillConfig) and targets.learns_from_teacher and teacher and start == 0:
+        val = (val_source, targets.val_labels) if val_source else None
+        run.log(try_teacher(teacher, targets.sources, config, device=device, val=val))
+    if config.compile:
+        student.model.net.compile()
+    model = accelerator.prepare_model(student.model)
+    for line in _preview(config, student, targets, training.images, steps, ranks):
+        run.log(line)
+    run.log(
+        f"lr {base_lr:g} = {config.optim.lr:g} scaled from batch {config.optim.reference_batch} to {config.batch_size}, warm-up {warmup_steps} steps"
+    )
+    run.log(f"recipe {config.recipe or 'of flags alone'}; all settings are in {run.path / 'config.yaml'}")
+    run.log(config.describe_keeping(steps))
+    run.log(
+        f"{device}, {config.precision}, {count(torch.get_num_threads(), 'thread')}, {count(config.workers, 'worker')}"
+    )
+    if resumed:
+        run.log(resumed)
+
+    # ---- the loop
+    step, scored, enough = start, -1, _enough(config, state)
+    metrics: dict[str, float] = {}
+    with (
+        StopRequest() as stop,
+        state.progress.begin(start, steps) as progress,
+        closing(training.batches(start, steps, rank=rank, ranks=ranks, pin_memory=pin_memory)) as stream,
+    ):
+        while step < steps and not enough:
+            step += 1
+            set_lr(optimizer, base_lr * cosine_factor(step - 1, steps=steps, warmup_steps=warmup_steps))
+            student.train_mode()
+            for micro in range(config.accumulate):
+                with progress.waiting():
+                    batch = next(stream)
+                quarantine.add(batch.unreadable)
+                if len(batch.keys) * ranks * config.accumulate < config.batch_size:
+                    raise UserError(
+                        f"{batch.unreadable[0]} and the images after it are all unreadable; mend or remove them"
+                    )
+                pixels, labels = to_device(batch.pixels_BCHW, device), to_device(batch.labels_B, device)
+                stored = batch.soft.to(device) if batch.soft else None
+                seed = stable_seed(config.seed, step, micro, rank)
+                mixed = mix_batch(pixels, data, seed)
+                pixels = mixed.pixels_BCHW if mixed else pixels
+                torch.manual_seed(seed)  # drop-path
+                # DDP reduces gradients once a step, in the last backward pass.
+                with nullcontext() if micro == config.accumulate - 1 else accelerator.no_sync(model):
+                    logits = model(pixels)
+                    soft = targets.soft_labels(pixels, stored)
+                    parts = objective(logits, soft, labels, mixed)
+                    # DDP averages over ranks, so the sum over this rank's images counts `ranks` times.
+                    accelerator.backward(parts["loss"] * (ranks / config.batch_size))
+                name, expected = ("accuracy", labels) if soft is None else ("agreement", soft.first_B)
+                parts[name] = (logits.detach().argmax(-1) == expected).sum()
+                state.watch.add(step - 1, {key: part / config.batch_size for key, part in parts.items()}, batch.keys)
+                if step == 1 and micro == 0 and soft is not None:
+                    ignorant = objective(torch.zeros_like(logits), soft, labels, mixed)["loss"]
+                    run.log_if(implausible_start(parts["loss"], ignorant, len(batch.keys)))
+            optimizer_step(accelerator, optimizer, config.optim.clip_grad_norm)
+            if student.ema:
+                student.ema.update(student.model, step=step)
+            progress.step()
+
+            if step % config.log_every == 0 or step == steps:
+                state.log(step, optimizer.param_groups[0]["lr"])
+            if config.evaluate_every and step % config.evaluate_every == 0 and step < steps:
+                with progress.pausing():
+                    metrics, scored = evaluate_now(step), step
+                    keep_best(step, metrics)
+                enough = _enough(config, state)
+            stopping = stop.agreed() and step < steps
+            if step % config.save_every == 0 or step == steps or stopping or enough:
+                state.save(step)
+            if stopping and not enough:
+                raise Stopped(f"checkpoint of step {step} written to {run.checkpoints}")
+
+    # ---- finish
+    if enough:
+        run.log(f"step {step}: {state.stale} evaluations in a row without a better one: enough (patience)")
+    if scored != step:
+        metrics = evaluate_now(step)
+        if config.evaluate_every:
+            keep_best(step, metrics)
+    file = run.path / f"{export}.safetensors"
+    save_network(step, file, metrics)
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        write_curves(run.path)
+    state.finish(metrics, step, [file], run.path / f"{export}_best.safetensors")
+    run.log(f"wrote {file}")
+
+
+def _preview(
+    config: DistillConfig | TeachConfig,
+    student: "Student",
+    targets: "Targets",
+    images: int | None,
+    steps: int,
+    ranks: int,
+) -> Iterator[str]:
+    """What the run is about to do, for the log."""
+    learning = [parameter.numel() for parameter in student.model.parameters() if parameter.requires_grad]
+    frozen = "" if config.trainable == "all" else ", the classifier alone trains"
+    yield (
+        f"{student.name} ({sum(learning) / 1e6:.2f} M trained parameters, {student.classes} classes) at {config.data.image_size} px, "
+        f"objective {config.objective}{frozen}"
+    )
+    teacher = config.teacher if isinstance(config, DistillConfig) else None
+    if targets.store:
+        yield f"soft labels from {targets.store.path}: {targets.store.facts()['reference']}, {targets.store.views} views an image"
+    if teacher:
+        names = ", ".join([teacher.model, *(member.model for member in teacher.ensemble)])
+        only = "" if targets.learns_from_teacher and not targets.store else " (for evaluation only)"
+        yield f"teacher {names}, BatchNorm by {'the batch' if teacher.batchnorm == 'batch' else 'running statistics'}{only}"
+        if "random:" in names:
+            yield "warning: the teacher has random weights"
+    seen = steps * config.batch_size
+    passes = f"{images} images, {seen / images:.1f} passes" if images else "a stream of unknown length"
+    yield (
+        f"{count(len(config.data.train), 'source')}, {passes}: {steps} steps of {config.batch_size} images "
+        f"({count(ranks, 'process')} x {config.accumulate} accumulated)"
+    )
+
+
+def _enough(config: DistillConfig | TeachConfig, state: "TrainingState") -> bool:
+    return config.patience is not None and state.stale >= config.patience
+
+
+def _score(metrics: dict[str, float], best_by: str | None) -> float:
+    """What evaluations are compared by."""
+    if best_by is not None and best_by not in metrics:
+        raise UserError(f"best_by: {best_by} is not measured here (there is {', '.join(metrics)}); leave it out")
+    return metrics[best_by] if best_by else metrics.get("top1", metrics.get("agreement", float("-inf")))
+
+
+def _licences(start: str | None, taught_by: dict[str, str] | None) -> str:
+    """Licences of the weights that this network's weights come from: those it started from, and its teacher's."""
+    names = [start, taught_by["licence"] if taught_by else None]
+    return " AND ".join(dict.fromkeys(name for name in names if name)) or "none: random weights, no teacher"
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     from ssld.stage1_ssld.data.labels import match_classes, neighbour_labels
     from ssld.stage1_ssld.data.loaders import Labels, ValViews, make_loader, val_batches
     from ssld.stage1_ssld.data.sources import ImageSource
-    from ssld.stage1_ssld.distillation.teachers import make_teacher
+    from ssld.stage1_ssld.distillation.teacher import make_teacher
     from ssld.stage1_ssld.evaluation.knn import knn_accuracy
     from ssld.stage1_ssld.evaluation.metrics import describe, evaluate
 

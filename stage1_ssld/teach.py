@@ -15,6 +15,7 @@ if find_spec("ssld") is None:
 
 from ssld.shared.config.command import run_command
 from ssld.stage1_ssld.config import TeachConfig
+from ssld.stage1_ssld.distill import train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,8 +25,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def teach(config: TeachConfig) -> None:
     """Train the teacher that `config` describes."""
-    from ssld.stage1_ssld.loop import train
-
     train(config, command="teach", export="teacher")
 
 

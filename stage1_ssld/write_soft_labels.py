@@ -1,4 +1,4 @@
-"""Write a store of soft labels: the teacher's answers to V views of every image, for any number of students.
+"""Write a store: the teacher's soft labels of V views of every image, for any number of students.
 
     accelerate launch stage1_ssld/write_soft_labels.py --config soft_labels.yaml
 

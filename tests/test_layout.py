@@ -22,6 +22,8 @@ TORCH_FREE = (
     "shared/files.py",
     "shared/errors.py",
     "stage1_ssld/config.py",
+    "stage1_ssld/distill.py",
+    "stage1_ssld/teach.py",
     "stage2_detect/config.py",
     "stage2_detect/predict_config.py",
     "stage2_detect/export_config.py",

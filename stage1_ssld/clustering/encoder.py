@@ -27,6 +27,7 @@ from ssld.shared.models.backbones import (
 from ssld.shared.models.model_file import content_hash
 from ssld.shared.models.teacher import embed
 from ssld.stage1_ssld.config import PrototypesConfig
+from ssld.stage1_ssld.data.labels import prototype_names
 
 _TRIED = 2  # classes of the head on which a network is tried
 
@@ -93,7 +94,7 @@ class Encoder:
             arch=self.arch,
             inputs=self._inputs,
             classes=len(bias_K),
-            class_names=[f"prototype {number}" for number in range(len(bias_K))],
+            class_names=prototype_names(len(bias_K)),
             licence=self._licence,
             **facts,
         )
@@ -112,7 +113,9 @@ class Encoder:
                 raise UserError(
                     f"{self.arch}: its classes are not one linear layer on its pooled features, which prototypes need; take another arch"
                 )
-            own = {name: value for name, value in get_model_args(net).items() if name not in ("num_classes", "in_chans")}
+            own = {
+                name: value for name, value in get_model_args(net).items() if name not in ("num_classes", "in_chans")
+            }
             for args in ({}, own):
                 try:
                     again = timm.create_model(self.arch, num_classes=_TRIED, **args).eval()

@@ -41,7 +41,7 @@ from ssld.stage1_ssld.curation.selection import (
     save_look_alikes,
 )
 from ssld.stage1_ssld.data.listing import spread
-from ssld.stage1_ssld.data.manifest_file import write_manifest
+from ssld.stage1_ssld.data.manifest import write_manifest
 
 KEPT_ROW = np.dtype([("id", np.int64), ("class", np.int32), ("score", np.float32)])
 """A row of kept.npy, in the order of the pool; `id` is its row there."""

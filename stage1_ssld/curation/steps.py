@@ -50,7 +50,7 @@ from ssld.stage1_ssld.curation.shard_pass import (
     open_shards,
     over_missing_shards,
 )
-from ssld.stage1_ssld.distillation.teachers import make_teacher
+from ssld.stage1_ssld.distillation.teacher import make_teacher
 
 _PATIENCE = timedelta(days=7)  # the main rank selects while the others wait
 

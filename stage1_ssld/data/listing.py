@@ -1,6 +1,5 @@
 """What lies at a source's path: which files, of which kind, on this machine or behind an fsspec URL."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -14,6 +13,8 @@ from ssld.stage1_ssld.data.rows import is_image
 
 Kind = Literal["images", "parquet", "tar", "list"]
 _SUFFIXES: dict[str, Kind] = {".parquet": "parquet", ".tar": "tar"}
+LOOKED_AT = 20_000
+"""Most files looked for when a list or a manifest that names them is opened."""
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".zip")
 
 
@@ -136,9 +137,10 @@ def _url(folder: str, inner: str, file: str) -> str:
     return f"{folder.rstrip('/')}/{_below(inner, file)}"
 
 
-def spread(count: int, most: int) -> Sequence[int]:
-    """Up to `most` row numbers spread evenly over `count`."""
-    return range(count) if count <= most else [row * count // most for row in range(most)]
+def spread(count: int, most: int, *, repeat: bool = False) -> list[int]:
+    """Up to `most` numbers, evenly spread over 0 to `count` - 1; with `repeat` exactly `most`, some of them twice where there are fewer."""
+    places = most if repeat else min(count, most)
+    return [place * count // places for place in range(places)]
 
 
 def unreadable_parquet(path: str, error: Exception) -> UserError:

@@ -15,11 +15,11 @@ from ssld.shared.errors import UserError
 from ssld.shared.images import UnreadableImage, require_decoder, stable_seed
 from ssld.stage1_ssld.config import DistillConfig, TeachConfig
 from ssld.stage1_ssld.data.batch import NO_LABEL, Batch, View, collate
+from ssld.stage1_ssld.data.soft_labels import StoredSoftLabels
 from ssld.stage1_ssld.data.sources import ImageSource
 from ssld.stage1_ssld.data.streams import StreamPlan, StreamViews, shares, stream_batches
 from ssld.stage1_ssld.data.views import augmentation, training_view, val_view
 from ssld.stage1_ssld.data_config import DataConfig
-from ssld.stage1_ssld.distillation.soft_label_store import SoftLabelStore
 
 Labels = Sequence[int] | None
 
@@ -28,7 +28,7 @@ class TrainViews(Dataset[View]):
     """(index over all sources, pass) -> View.
 
     An unreadable image is replaced by the next one; the view has no pixels when the 100 next ones are unreadable too. With a store the view is
-    the one that its answer was written for.
+    the one that its soft label was written for.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class TrainViews(Dataset[View]):
         labels: Sequence[Labels],
         config: DataConfig,
         seed: int,
-        store: SoftLabelStore | None = None,
+        store: StoredSoftLabels | None = None,
     ) -> None:
         self.sources, self.labels, self.config, self.seed, self.store = sources, labels, config, seed, store
         self._ends = torch.tensor([len(source) for source in sources]).cumsum(0).tolist()
@@ -63,12 +63,12 @@ class TrainViews(Dataset[View]):
         )  # the loop says so: an error raised here would carry a worker's traceback
 
     def _view(self, source: ImageSource, row: int, view: int, labels: Labels, unreadable: list[str]) -> View:
-        key, label, seed, answer = source.key(row), NO_LABEL if labels is None else labels[row], self.seed, None
+        key, label, seed, soft = source.key(row), NO_LABEL if labels is None else labels[row], self.seed, None
         if self.store:
             view, seed = view % self.store.views, self.store.seed
-            answer = self.store.answer(source.number, row, view)
+            soft = self.store.record(source.number, row, view)
         pixels = training_view(source.open(row, self.config.decoder), key, view, self.config, seed)
-        return View(pixels, label, key, unreadable, answer)
+        return View(pixels, label, key, unreadable, soft)
 
 
 class ValViews(Dataset[View]):
@@ -186,7 +186,7 @@ class TrainingData:
         config: DistillConfig | TeachConfig,
         sources: Sequence[ImageSource],
         labels: Sequence[Labels],
-        store: SoftLabelStore | None = None,
+        store: StoredSoftLabels | None = None,
         plan: StreamPlan | None = None,
     ) -> None:
         self._config, self._sources, self._plan = config, sources, plan

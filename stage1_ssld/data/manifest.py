@@ -1,23 +1,69 @@
-"""The manifest of a curation as a source: the images that were selected, where they are. Its file: manifest_file.py."""
+"""The manifest of a curation: its file, and the images that it names as a source, where they are.
 
+Columns: source (path as configured), key (name of the image in it), class (the teacher's first), score (its probability), hash (perceptual, 64 bits).
+The schema's metadata has, under "ssld", kind "manifest", the settings of the pool's sources, and facts about teacher and selection.
+"""
+
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ssld.shared.errors import UserError
-from ssld.stage1_ssld.data.listing import Listing, filesystem_of, list_path, spread
-from ssld.stage1_ssld.data.manifest_file import facts_of
+from ssld.stage1_ssld.data.listing import LOOKED_AT, Listing, filesystem_of, list_path, spread
 from ssld.stage1_ssld.data.row_groups import parquet_rows, row_groups
 from ssld.stage1_ssld.data.rows import FileRows, ManifestRows, Rows
 from ssld.stage1_ssld.data_config import SourceConfig, is_remote
 
-LOOKED_AT = 20_000
-"""Files of a folder that are looked for when a manifest is opened; if one is gone, all are."""
+OpenRows = Callable[[SourceConfig], Rows]
+SCHEMA = pa.schema(
+    [
+        ("source", pa.string()),
+        ("key", pa.string()),
+        ("class", pa.int32()),
+        ("score", pa.float32()),
+        ("hash", pa.uint64()),
+    ]
+)
+_KEY = b"ssld"
 
 
-def open_manifest(file: str, config: SourceConfig) -> Rows:
-    """The images that a manifest names, in its order. `config.root` is the folder that the sources are in, where they have moved.
+def is_manifest(schema: pa.Schema) -> bool:
+    """Whether a Parquet file with this schema is a manifest."""
+    return facts_of(schema).get("kind") == "manifest"
+
+
+def facts_of(schema: pa.Schema) -> dict[str, Any]:
+    """What a manifest says about itself; {} for another file."""
+    facts: dict[str, Any] = json.loads((schema.metadata or {}).get(_KEY, b"{}"))
+    return facts
+
+
+def write_manifest(path: Path, columns: dict[str, Any], pool: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Write a manifest atomically.
+
+    Args:
+        columns: as in SCHEMA, equally long.
+        pool: settings of the sources that `source` names, as JSON values.
+        facts: JSON values on teacher and selection.
+    """
+    record = {"kind": "manifest", "pool": pool, **facts}
+    table = pa.table(columns, schema=SCHEMA.with_metadata({_KEY: json.dumps(record).encode()}))
+    temporary = path.with_name(f".{path.name}.tmp")
+    pq.write_table(table, temporary)
+    temporary.replace(path)
+
+
+def open_manifest(file: str, config: SourceConfig, open_rows: OpenRows) -> Rows:
+    """The images that a manifest names, in its order.
+
+    Args:
+        config: of the manifest; its `root` is the folder that the sources are in, where they have moved.
+        open_rows: opens a source that the manifest names.
 
     Raises:
         UserError: a source it names is gone, or images of it are: how many, and the first.
@@ -35,14 +81,12 @@ def open_manifest(file: str, config: SourceConfig) -> Rows:
         part_of_row.append(part)
         row_in_part.append(len(keys[part]))
         keys[part].append(key)
-    parts = [_open_part(file, source, names, config.root) for source, names in zip(pool, keys, strict=True)]
+    parts = [_open_part(file, source, names, config.root, open_rows) for source, names in zip(pool, keys, strict=True)]
     return ManifestRows(parts, part_of_row, row_in_part)
 
 
-def _open_part(manifest: str, source: SourceConfig, names: list[str], root: str | None) -> Rows:
+def _open_part(manifest: str, source: SourceConfig, names: list[str], root: str | None, open_rows: OpenRows) -> Rows:
     """The images `names` of one source of the pool."""
-    from ssld.stage1_ssld.data.sources import ImageSource
-
     if not names:
         return FileRows("", [])
     path = source.path
@@ -56,7 +100,7 @@ def _open_part(manifest: str, source: SourceConfig, names: list[str], root: str 
     source = source.model_copy(update={"path": path, "labels": "none"})
     if not path.startswith("hub:") and (listing := list_path(path)).kind == "parquet":
         return _table_rows(manifest, source, listing, names)
-    rows = ImageSource(source, 0).rows
+    rows = open_rows(source)
     row_of = {rows.name(row): row for row in range(len(rows))}
     missing = [name for name in names if name not in row_of]
     if missing:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from ssld.shared.errors import UserError
 from ssld.stage1_ssld.data.listing import Listing, filesystem_of, list_path, unreadable_parquet
-from ssld.stage1_ssld.data.manifest_file import is_manifest
+from ssld.stage1_ssld.data.manifest import is_manifest
 from ssld.stage1_ssld.data.row_groups import row_groups
 from ssld.stage1_ssld.data.rows import FileRows, Rows, Sample, is_image, member_name, unreadable_tar
 from ssld.stage1_ssld.data.sources import ImageSource, list_rows

@@ -19,15 +19,19 @@ from torch import Tensor
 from ssld.shared.errors import UserError
 from ssld.shared.images import Picture, UnreadableImage, open_image, pixels_of
 from ssld.stage1_ssld.data.batch import NO_LABEL
-from ssld.stage1_ssld.data.listing import Listing, filesystem_of, list_path, read_text, spread, unreadable_parquet
-from ssld.stage1_ssld.data.manifest import open_manifest
-from ssld.stage1_ssld.data.manifest_file import is_manifest
+from ssld.stage1_ssld.data.listing import (
+    LOOKED_AT,
+    Listing,
+    filesystem_of,
+    list_path,
+    read_text,
+    spread,
+    unreadable_parquet,
+)
+from ssld.stage1_ssld.data.manifest import is_manifest, open_manifest
 from ssld.stage1_ssld.data.row_groups import parquet_rows, row_groups
 from ssld.stage1_ssld.data.rows import Encoded, FileRows, Rows, TableRows, TarRows
 from ssld.stage1_ssld.data_config import SourceConfig
-
-LOOKED_AT = 20_000
-"""Files of a list that are looked for when it is opened."""
 
 
 class ImageSource:
@@ -154,7 +158,7 @@ class ImageSource:
             opened = [filesystem_of(file) for file in listing.files]
             schema, *others = [pq.read_schema(file, filesystem=filesystem) for filesystem, file in opened]
             if is_manifest(schema):
-                return open_manifest(listing.files[0], config)
+                return open_manifest(listing.files[0], config, lambda part: ImageSource(part, 0).rows)
             # Files without labels among files with labels make an unlabelled source.
             wanted = (config.label_column, config.id_column)
             columns = [name for name in wanted if all(name in other.names for other in (schema, *others))]

@@ -1,22 +1,22 @@
-"""The step that needs the most memory, on noise: what `auto_batch` tries."""
+"""The step that needs the most memory, on noise: what `auto_batch` tries.
+
+A file of its own beside the loop, as in stage 2: the loop shows what a run does, this what it could cost at most.
+"""
 
 from collections.abc import Callable
 
 import torch
 
-from ssld.stage1_ssld.config import DistillConfig, TeachConfig
+from ssld.stage1_ssld.config import EVALUATION_BATCH, DistillConfig, TeachConfig
 from ssld.stage1_ssld.distillation.objective import Objective
 from ssld.stage1_ssld.distillation.student import Student
-from ssld.stage1_ssld.distillation.targets import Guidance
-
-EVALUATED = 128
-"""images of an evaluation batch, at most"""
+from ssld.stage1_ssld.distillation.targets import Targets
 
 
 def whole_step(
     config: DistillConfig | TeachConfig,
     student: Student,
-    guidance: Guidance,
+    targets: Targets,
     objective: Objective,
     optimizer: torch.optim.Optimizer,
     *,
@@ -28,7 +28,7 @@ def whole_step(
     With a store the student learns from noise's labels instead: what a store adds to a batch is small.
     """
     size = config.data.image_size
-    objective = Objective([], 1.0) if guidance.store else objective
+    objective = Objective([], 1.0) if targets.store else objective
 
     def attempt(images: int) -> None:
         pixels = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, device=device)
@@ -36,16 +36,16 @@ def whole_step(
         student.train_mode()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = student.model(pixels)
-        answers = None if guidance.store else guidance.answers(logits, pixels, None)
-        (objective(logits, answers, labels)["loss"] / images).backward()
+        soft = None if targets.store else targets.soft_labels(pixels, None)
+        (objective(logits, soft, labels)["loss"] / images).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         net = student.evaluated.eval()
-        shape = (min(config.batch_size, EVALUATED), 3, size, size)
+        shape = (min(config.batch_size, EVALUATION_BATCH), 3, size, size)
         pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             net(pixels)
-            if guidance.teacher:
-                guidance.teacher(pixels)
+            if targets.teacher:
+                targets.teacher(pixels)
 
     return attempt

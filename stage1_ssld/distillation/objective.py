@@ -2,7 +2,7 @@
 
 Everything is a sum over the images of a batch; the loop divides by the global batch. Nothing here waits for the device but `implausible_start`.
 
-B images, K classes, M what an answer is over: the K classes, or those of a store and one bucket for the rest.
+B images, K classes, M logits that are compared: of the K classes, or of those in a store and one bucket for the rest.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ssld.stage1_ssld.data.batch import NO_LABEL
 from ssld.stage1_ssld.data.mixing import Mixed
+from ssld.stage1_ssld.data.soft_labels import SoftLabels
 from ssld.stage1_ssld.data_config import LossConfig
 from ssld.stage1_ssld.distillation import losses
 
@@ -30,21 +31,22 @@ class Objective:
         self._hard_label_weight = hard_label_weight
 
     def __call__(
-        self, logits_BK: Tensor, answers: tuple[Tensor, ...] | None, labels_B: Tensor, mixed: Mixed | None = None
+        self, logits_BK: Tensor, soft: SoftLabels | None, labels_B: Tensor, mixed: Mixed | None = None
     ) -> dict[str, Tensor]:
         """Sums over the batch: `loss`, the weighted total, and, where there are several terms, each unweighted by its name.
 
         Args:
             logits_BK: of the student.
-            answers: (student, teacher, ...) [B,M]: logits, or log-probabilities over a store's buckets; None without distillation terms.
+            soft: of the teacher, to the same views; None without distillation terms.
             labels_B: NO_LABEL where an image has none.
             mixed: how the images were mixed, if they were.
         """
         parts: dict[str, Tensor] = {}
         loss = logits_BK.new_zeros((), dtype=torch.float32)
-        if answers is not None:
+        if soft is not None:
+            student_BM = soft.comparable(logits_BK)
             for name, term in self._terms.items():
-                parts[name] = part = evaluate_term(term, answers[0], answers[1])
+                parts[name] = part = evaluate_term(term, student_BM, soft.logits_BM)
                 loss = loss + term.weight * part
         if self._hard_label_weight > 0:
             parts["cross_entropy"] = part = cross_entropy(logits_BK, labels_B, mixed)

@@ -1,14 +1,10 @@
-"""The soft-label store: a teacher's answers to V views of every image, read back instead of running the teacher.
+"""The soft-label store: soft labels of V views of every image, read back instead of running the teacher.
 
-    store.json         what the answers are bound to: teacher with its input size and precision, sources, view settings, classes, m, V, versions; a
-                       checksum of every shard
-    shard-00000.bin    answers of `shard_images` images after the other, V views each, as records of ANSWER
+    store.json         what the soft labels are bound to: teacher with its input size and precision, sources, view settings, classes, m, V, versions;
+                       a checksum of every shard
+    shard-00000.bin    soft labels of `shard_images` images after the other, V views each, as records
 
-An answer is the m likeliest classes with their log-probabilities and the log-probability of all others together: 44 bytes at m = 10 in fp16. Log-
-probabilities and not probabilities: in fp16 the latter lose up to 24 % of the loss. The rest is one bucket, so that the losses stay finite, and zero
-where student and teacher agree. FKD (arXiv 2112.01528) and TinyViT (arXiv 2207.10666) store truncated answers too, with the tail spread evenly.
-
-B images, K classes, m classes kept, M = m + 1 buckets (m where m = K).
+What a record holds: data/soft_labels.py. V views per image, K classes, m of them kept.
 """
 
 import hashlib
@@ -19,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from ssld.shared.distributed.ranks import gather_lists, rank, world_size
 from ssld.shared.errors import UserError
@@ -28,7 +22,8 @@ from ssld.shared.images import UnreadableImage
 from ssld.shared.models.model_file import content_hash
 from ssld.shared.models.teacher import Teacher
 from ssld.shared.run_dir import file_sha256, input_digest
-from ssld.stage1_ssld.data.batch import SoftLabels, StoredAnswer
+from ssld.stage1_ssld.data.listing import spread
+from ssld.stage1_ssld.data.soft_labels import record_layout
 from ssld.stage1_ssld.data.sources import ImageSource
 from ssld.stage1_ssld.data.views import training_view
 from ssld.stage1_ssld.data_config import DataConfig, is_remote
@@ -47,57 +42,6 @@ _OPEN_SHARDS = 256
 """Maps held open: each holds a file, and a process may have 1,024."""
 _NAMES = 64
 """Names of images, spread over a source, that it is known by."""
-_SMALLEST = -6e4
-"""Log-probability that fp16 still holds."""
-
-
-def answer_type(top: int, classes: int, precision: str) -> np.dtype[Any]:
-    """The record of one answer."""
-    number = np.uint16 if classes <= 1 << 16 else np.uint32
-    value = np.float16 if precision == "fp16" else np.float32
-    return np.dtype([("rest", np.float32), ("classes", number, (top,)), ("log_probs", value, (top,))])
-
-
-def encode_answers(logits_BK: Tensor, top: int, record: np.dtype[Any]) -> np.ndarray:
-    """Records [B] of a teacher's answers, the likeliest class first. The rest is -inf where all classes are kept.
-
-    Raises UserError for logits that are not finite.
-    """
-    log_probs_BK = F.log_softmax(logits_BK.float(), dim=-1)
-    if not torch.isfinite(log_probs_BK).all():
-        raise UserError("teacher: answers that are not finite; set teacher.precision: fp32, or mend its weights")
-    log_probs_BK = log_probs_BK.clamp(min=_SMALLEST)
-    best = log_probs_BK.topk(top, dim=-1)
-    answers = np.empty(len(logits_BK), record)
-    answers["classes"] = best.indices.cpu().numpy()
-    answers["log_probs"] = best.values.cpu().numpy()
-    others_BK = log_probs_BK.scatter(-1, best.indices, float("-inf"))
-    answers["rest"] = others_BK.logsumexp(-1).cpu().numpy()
-    return answers
-
-
-def missing_answer(record: np.dtype[Any]) -> np.ndarray:
-    """What stands for an image that could not be read: one record whose rest is not a number."""
-    answer = np.zeros((), record)
-    answer["rest"] = np.nan
-    return answer
-
-
-def bucket_log_probs(student_logits_BK: Tensor, soft: SoftLabels) -> Tensor:
-    """The student's log-probabilities over the buckets of stored answers: [B,M] float32."""
-    log_probs_BK = F.log_softmax(student_logits_BK.float(), dim=-1)
-    kept_Bm = log_probs_BK.gather(-1, soft.classes_Bm)
-    if soft.classes_Bm.shape[-1] == log_probs_BK.shape[-1]:
-        return kept_Bm
-    others_BK = log_probs_BK.scatter(-1, soft.classes_Bm, float("-inf"))
-    return torch.cat([kept_Bm, others_BK.logsumexp(-1, keepdim=True)], dim=-1)
-
-
-def soft_log_probs(soft: SoftLabels, classes: int) -> Tensor:
-    """The teacher's log-probabilities over the same buckets: [B,M] float32. `classes` is K."""
-    if soft.classes_Bm.shape[-1] == classes:
-        return soft.log_probs_Bm
-    return torch.cat([soft.log_probs_Bm, soft.log_rest_B[:, None]], dim=-1)
 
 
 def source_record(source: ImageSource) -> dict[str, Any]:
@@ -105,7 +49,7 @@ def source_record(source: ImageSource) -> dict[str, Any]:
     config = source.config
     local = not is_remote(config.path) and "*" not in config.path
     settings = config.model_dump(mode="json", exclude={"weight", "labels", "label_column"})
-    names = [source.rows.name(len(source) * number // _NAMES) for number in range(_NAMES)]
+    names = [source.rows.name(row) for row in spread(len(source), _NAMES, repeat=True)]
     labels = None if config.labels in ("auto", "none") else config.labels  # a label file leaves rows out
     return settings | {
         "labels": labels,
@@ -124,9 +68,9 @@ def replayed_rows(sources: Sequence[ImageSource], views: int) -> list[tuple[int,
     """(source, row, view) of the views whose pixels are checked: at least one a source, at least 8 where there are so many, spread over the rows."""
     each = -(-REPLAYED // len(sources))
     chosen = {
-        (source.number, len(source) * number // each, number % views): None
+        (source.number, row, number % views): None
         for source in sources
-        for number in range(each)
+        for number, row in enumerate(spread(len(source), each, repeat=True))
     }
     return list(chosen)
 
@@ -179,22 +123,22 @@ class SoftLabelStore:
         self.num_classes: int = header["num_classes"]
         self.class_names: list[str] | None = header["class_names"]
         self._first_row = np.cumsum([0, *(source["rows"] for source in header["sources"])]).tolist()
-        self._record = answer_type(self.top, self.num_classes, header["precision"])
+        self._layout = record_layout(self.top, self.num_classes, header["precision"])
         self._check_shards()
         self._shards: dict[int, np.ndarray] = {}
 
-    def answer(self, source: int, row: int, view: int) -> StoredAnswer:
-        """The teacher's answer to one view. Raises UnreadableImage for an image that could not be read when the store was written."""
+    def record(self, source: int, row: int, view: int) -> np.void:
+        """The soft label of one view. Raises UnreadableImage for an image that could not be read when the store was written."""
         number, place = divmod(self._first_row[source] + row, self.header["shard_images"])
         if number not in self._shards:
             while len(self._shards) >= _OPEN_SHARDS:
                 del self._shards[next(iter(self._shards))]
             file = self.path / self.header["shards"][number]["file"]
-            self._shards[number] = np.memmap(file, self._record, "r").reshape(-1, self.views)
-        answer = self._shards[number][place, view]
-        if np.isnan(answer["rest"]):
+            self._shards[number] = np.memmap(file, self._layout, "r").reshape(-1, self.views)
+        record: np.void = self._shards[number][place, view]
+        if np.isnan(record["rest"]):
             raise UnreadableImage(f"source {source}, row {row}", "was unreadable when the store was written")
-        return StoredAnswer(answer["classes"], answer["log_probs"], float(answer["rest"]))
+        return record
 
     @property
     def teacher_precision(self) -> str:
@@ -226,7 +170,7 @@ class SoftLabelStore:
         for number, row, view, checksum in self.header["replayed"]:
             if number in by_number and pixels_checksum(by_number[number], row, view, data, self.seed) != checksum:
                 raise UserError(
-                    f"store {self.path}: view {view} of {by_number[number].location(row)} is not the one its answer was written for; "
+                    f"store {self.path}: view {view} of {by_number[number].location(row)} is not the one its soft label was written for; "
                     f"libraries differ ({self._other_versions() or 'none that is recorded'}): write the store again here"
                 )
 
@@ -240,18 +184,18 @@ class SoftLabelStore:
         )
 
     def check_teacher(self, teacher: Teacher) -> None:
-        """Raises UserError when the store holds the answers of another teacher, or of the same with another input size or precision."""
+        """Raises UserError when the store holds the soft labels of another teacher, or of the same with another input size or precision."""
         theirs, ours = self.facts(), teacher.facts()
         if theirs["content_sha256"] != ours["content_sha256"]:
             raise UserError(
-                f"store {self.path}: holds the answers of {theirs['reference']}, not of {ours['reference']}: other weights; "
+                f"store {self.path}: holds the soft labels of {theirs['reference']}, not of {ours['reference']}: other weights; "
                 "give that teacher, or none"
             )
         for key, value in teacher.settings().items():
             stored = self.header["teacher_settings"][key]
             if stored != value:
                 raise UserError(
-                    f"store {self.path}: its answers are those of a teacher with {key} {json.dumps(stored)}, here it is {json.dumps(value)}; "
+                    f"store {self.path}: its soft labels are those of a teacher with {key} {json.dumps(stored)}, here it is {json.dumps(value)}; "
                     f"set teacher.{key} as it was, give no teacher, or write another store"
                 )
 
@@ -270,7 +214,7 @@ class SoftLabelStore:
                     f"store {self.path}: {source.path} is not what it was written for: {what}; write another store"
                 )
         known = ", ".join(theirs["path"] for theirs in stored)
-        raise UserError(f"store {self.path}: has no answers for {source.path}; it was written for {known}")
+        raise UserError(f"store {self.path}: has no soft labels for {source.path}; it was written for {known}")
 
     def _check_shards(self) -> None:
         """Every rank reads its share of the shards; all tell the same error."""
@@ -280,7 +224,7 @@ class SoftLabelStore:
             file = self.path / shard["file"]
             if not file.is_file():
                 found.append(f"{file}: is missing")
-            elif file.stat().st_size != shard["images"] * self.views * self._record.itemsize:
+            elif file.stat().st_size != shard["images"] * self.views * self._layout.itemsize:
                 found.append(f"{file}: has another size than it was written with")
             elif file_sha256(file) != shard["sha256"]:
                 found.append(f"{file}: does not match its checksum")

@@ -27,29 +27,25 @@ from ssld.shared.run_dir import RunDir, file_sha256, write_atomically
 from ssld.shared.training.quarantine import Quarantine
 from ssld.stage1_ssld.config import SoftLabelsConfig
 from ssld.stage1_ssld.data.batch import NO_LABEL, Batch, View
-from ssld.stage1_ssld.data.labels import labels_in_classes
-from ssld.stage1_ssld.data.loaders import ValViews, make_loader, val_batches
+from ssld.stage1_ssld.data.loaders import make_loader
+from ssld.stage1_ssld.data.soft_labels import encode, missing_record, record_layout
 from ssld.stage1_ssld.data.sources import ImageSource, open_sources
 from ssld.stage1_ssld.data.views import training_view
 from ssld.stage1_ssld.distillation.soft_label_store import (
     FORMAT,
     HEADER,
-    answer_type,
-    encode_answers,
     header_checksum,
     library_versions,
-    missing_answer,
     pixels_checksum,
     replayed_rows,
     source_record,
     view_settings,
 )
-from ssld.stage1_ssld.distillation.teacher_check import check_teacher, rows_to_try
-from ssld.stage1_ssld.distillation.teachers import make_teacher
+from ssld.stage1_ssld.distillation.teacher import make_teacher, try_teacher
 
 
 class AllViews(Dataset[View]):
-    """(row over all sources, view number) -> View, whose label is the place of its answer among those of all rows.
+    """(row over all sources, view number) -> View, whose label is the place of its soft label among those of all rows.
 
     The views of an image are asked for one after the other: it is decoded once.
     """
@@ -119,17 +115,17 @@ def write_store(config: SoftLabelsConfig) -> None:
         raise UserError(
             f"top: {config.top} classes are to be kept, the teacher has {teacher.num_classes}; set top: {teacher.num_classes} to keep all"
         )
-    record = answer_type(config.top, teacher.num_classes, config.store_precision)
+    layout = record_layout(config.top, teacher.num_classes, config.store_precision)
     images = sum(len(source) for source in sources)
     folder = run.path / "store"
     fresh = from_main_rank(not any(folder.glob("shard-*.bin")))
     if main:
-        _check_disk(folder, images * config.views * record.itemsize)
+        _check_disk(folder, images * config.views * layout.itemsize)
     run.log(
-        f"{images} images x {config.views} views x {record.itemsize} bytes = {_amount(images * config.views * record.itemsize)} in {folder}"
+        f"{images} images x {config.views} views x {layout.itemsize} bytes = {_amount(images * config.views * layout.itemsize)} in {folder}"
     )
-    if fresh and config.teacher.check_images:
-        run.log(_try_teacher(teacher, sources, config, device))
+    if fresh:
+        run.log(try_teacher(teacher, sources, config, device=device))
     if main:
         folder.mkdir(exist_ok=True)
         for leftover in folder.glob(".shard-*"):  # what a killed process was writing
@@ -142,7 +138,7 @@ def write_store(config: SoftLabelsConfig) -> None:
     shards_rows = [range(at, min(at + config.shard_images, images)) for at in range(0, images, config.shard_images)]
     count = len(shards_rows)
     files = [folder / shard_name(number) for number in range(count)]
-    sizes = [len(rows) * config.views * record.itemsize for rows in shards_rows]
+    sizes = [len(rows) * config.views * layout.itemsize for rows in shards_rows]
     mine = range(rank(), count, world_size())
     missing = [n for n in mine if not files[n].exists() or files[n].stat().st_size != sizes[n]]
     batches = ViewBatches([shards_rows[number] for number in missing], config.views, config.batch_size)
@@ -152,11 +148,11 @@ def write_store(config: SoftLabelsConfig) -> None:
             if number < count:
                 rows = shards_rows[number]
                 if number in missing:
-                    answers = _answers(itertools.islice(stream, batches.of(rows)), rows, config, teacher, record, stop)
-                    if answers is not None:
-                        _write_shard(files[number], answers)
+                    records = _records(itertools.islice(stream, batches.of(rows)), rows, config, teacher, layout, stop)
+                    if records is not None:
+                        _write_shard(files[number], records)
                 if files[number].exists():
-                    quarantine.add(_unreadable(files[number], views, rows, config.views, record))
+                    quarantine.add(_unreadable(files[number], views, rows, config.views, layout))
             if stop.agreed():
                 quarantine.write()
                 raise Stopped(f"the files that are finished stay in {folder}")
@@ -165,7 +161,7 @@ def write_store(config: SoftLabelsConfig) -> None:
 
     # ---- the header
     shards = gather_lists(
-        [_shard_record(folder, number, config, images, record) for number in range(rank(), count, world_size())]
+        [_shard_record(folder, number, config, images, layout) for number in range(rank(), count, world_size())]
     )
     shards = sorted(shards, key=lambda shard: shard["file"])
     if main:
@@ -191,7 +187,7 @@ def write_store(config: SoftLabelsConfig) -> None:
         }
         header = header | {"sha256": header_checksum(header)}
         write_atomically(folder / HEADER, json.dumps(header, indent=1) + "\n")
-    metrics = _summary(shards, images, config.views, record)
+    metrics = _summary(shards, images, config.views, layout)
     run.log(
         f"store of {_amount(metrics['bytes'])}; {100 * metrics['first_probability']:.1f} % of the probability in the first class, "
         f"{100 * metrics['kept_probability']:.1f} % in the {config.top} kept, entropy {metrics['entropy']:.3f} nats on average"
@@ -205,49 +201,33 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.bin"
 
 
-def _try_teacher(
-    teacher: Teacher, sources: Sequence[ImageSource], config: SoftLabelsConfig, device: torch.device
-) -> str:
-    """Try the teacher on the first source that has labels of its classes."""
-    for source in sources:
-        labels = labels_in_classes(source, teacher.class_names, teacher.num_classes)
-        if labels is not None:
-            data = config.data
-            views = ValViews(source, labels, size=data.image_size, crop=data.val_crop, interpolation=data.interpolation)
-            rows = rows_to_try(labels, config.teacher.check_images)
-            order = val_batches(rows, min(config.batch_size, 128), rank(), world_size())
-            loader = make_loader(views, order, workers=config.workers, pin_memory=device.type == "cuda")
-            return check_teacher(teacher, loader, device=device, where=source.path)
-    return "teacher: not tried, there are no labelled images with its classes"
-
-
 def _loaded(views: AllViews, batches: ViewBatches, config: SoftLabelsConfig, device: torch.device) -> Generator[Batch]:
     """One loader for all shards: its processes start once, and read ahead over the end of a shard."""
     yield from make_loader(views, batches, workers=config.workers, pin_memory=device.type == "cuda")
 
 
-def _answers(
+def _records(
     stream: Iterable[Batch],
     rows: range,
     config: SoftLabelsConfig,
     teacher: Teacher,
-    record: np.dtype[Any],
+    layout: np.dtype[Any],
     stop: StopRequest,
 ) -> np.ndarray | None:
     """Records of all views of some rows, one image after the other; None when this process was asked to stop."""
-    answers = np.full(len(rows) * config.views, missing_answer(record), record)
+    records = np.full(len(rows) * config.views, missing_record(layout), layout)
     for batch in stream:
         if stop.requested:
             return None
         if len(batch.keys):
-            found = encode_answers(teacher(to_device(batch.pixels_BCHW, teacher.device)), config.top, record)
-            answers[batch.labels_B.numpy() - rows.start * config.views] = found
-    return answers
+            logits_BK = teacher(to_device(batch.pixels_BCHW, teacher.device))
+            records[batch.labels_B.numpy() - rows.start * config.views] = encode(logits_BK, config.top, layout)
+    return records
 
 
-def _unreadable(file: Path, views: AllViews, rows: range, count: int, record: np.dtype[Any]) -> list[str]:
-    """Locations of the images that a shard has no answers for."""
-    missing = np.isnan(np.fromfile(file, record)["rest"]).reshape(-1, count).any(axis=1)
+def _unreadable(file: Path, views: AllViews, rows: range, count: int, layout: np.dtype[Any]) -> list[str]:
+    """Locations of the images that a shard has no soft labels for."""
+    missing = np.isnan(np.fromfile(file, layout)["rest"]).reshape(-1, count).any(axis=1)
     places = [views.find(rows[int(place)]) for place in np.flatnonzero(missing)]
     return [source.location(row) for source, row in places]
 
@@ -268,11 +248,11 @@ def _check_disk(folder: Path, size: int) -> None:
         )
 
 
-def _write_shard(file: Path, answers: np.ndarray) -> None:
+def _write_shard(file: Path, records: np.ndarray) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as out:
-            out.write(answers.tobytes())
+            out.write(records.tobytes())
             out.flush()
             os.fsync(out.fileno())
         temporary.replace(file)
@@ -281,36 +261,36 @@ def _write_shard(file: Path, answers: np.ndarray) -> None:
 
 
 def _shard_record(
-    folder: Path, number: int, config: SoftLabelsConfig, images: int, record: np.dtype[Any]
+    folder: Path, number: int, config: SoftLabelsConfig, images: int, layout: np.dtype[Any]
 ) -> dict[str, Any]:
-    """A shard's checksum, how many answers it has, and sums over them: entropy, probability of the first class and of all kept."""
+    """A shard's checksum, how many soft labels it has, and sums over them: entropy, probability of the first class and of all kept."""
     file = folder / shard_name(number)
-    answers = np.fromfile(file, record)
-    answers = answers[~np.isnan(answers["rest"])]
-    rest = answers["rest"].astype(np.float64)
-    log_probs = np.concatenate([answers["log_probs"].astype(np.float64), np.maximum(rest, -1e9)[:, None]], axis=1)
+    records = np.fromfile(file, layout)
+    records = records[~np.isnan(records["rest"])]
+    rest = records["rest"].astype(np.float64)
+    log_probs = np.concatenate([records["log_probs"].astype(np.float64), np.maximum(rest, -1e9)[:, None]], axis=1)
     probs = np.exp(log_probs)
     return {
         "file": file.name,
         "images": min(config.shard_images, images - number * config.shard_images),
         "sha256": file_sha256(file),
-        "answers": len(answers),
+        "soft_labels": len(records),
         "entropy": float(-(probs * log_probs).sum()),
         "first": float(probs[:, 0].sum()),
         "kept": float(probs[:, :-1].sum()),
     }
 
 
-def _summary(shards: Sequence[dict[str, Any]], images: int, views: int, record: np.dtype[Any]) -> dict[str, float]:
+def _summary(shards: Sequence[dict[str, Any]], images: int, views: int, layout: np.dtype[Any]) -> dict[str, float]:
     """What result.json says; the entropy is that of the classes kept and one bucket for the rest."""
-    total = {key: sum(shard[key] for shard in shards) for key in ("answers", "entropy", "first", "kept")}
-    answers = max(1, total["answers"])
+    total = {key: sum(shard[key] for shard in shards) for key in ("soft_labels", "entropy", "first", "kept")}
+    number = max(1, total["soft_labels"])
     return {
         "images": images,
-        "unreadable": images - total["answers"] // views,
+        "unreadable": images - total["soft_labels"] // views,
         "views": views,
-        "bytes": images * views * record.itemsize,
-        "entropy": total["entropy"] / answers,
-        "first_probability": total["first"] / answers,
-        "kept_probability": total["kept"] / answers,
+        "bytes": images * views * layout.itemsize,
+        "entropy": total["entropy"] / number,
+        "first_probability": total["first"] / number,
+        "kept_probability": total["kept"] / number,
     }

@@ -1,11 +1,8 @@
-"""What the network in training learns from: a live teacher, a store of its answers, or labels; and the classes that follow from it.
+"""Training targets: a live teacher, a store of soft labels, or human labels; and the classes of the network that follow from them."""
 
-B images, K classes, M what an answer is over: the K classes, or those of a store and one bucket for the rest.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,26 +11,16 @@ from ssld.shared.errors import UserError
 from ssld.shared.models.teacher import Teacher
 from ssld.shared.wording import count
 from ssld.stage1_ssld.config import DistillConfig, TeachConfig
-from ssld.stage1_ssld.data.batch import SoftLabels
-from ssld.stage1_ssld.data.labels import labelled_classes, labels_in_classes, match_classes
+from ssld.stage1_ssld.data.labels import are_prototypes, labelled_classes, match_classes
+from ssld.stage1_ssld.data.loaders import Labels
+from ssld.stage1_ssld.data.soft_labels import SoftLabels
 from ssld.stage1_ssld.data.sources import ImageSource
-from ssld.stage1_ssld.distillation.soft_label_store import SoftLabelStore, bucket_log_probs, soft_log_probs
-from ssld.stage1_ssld.distillation.teachers import make_teacher
-
-Labels = Sequence[int] | None
-
-
-class Answers(NamedTuple):
-    """What student and teacher say to the same views, comparable: student_BM, teacher_BM logits or log-probabilities; first_B, the teacher's first
-    class."""
-
-    student_BM: Tensor
-    teacher_BM: Tensor
-    first_B: Tensor
+from ssld.stage1_ssld.distillation.soft_label_store import SoftLabelStore
+from ssld.stage1_ssld.distillation.teacher import make_teacher
 
 
 @dataclass(frozen=True)
-class Guidance:
+class Targets:
     """Where the targets of a run come from.
 
     Attributes:
@@ -42,7 +29,7 @@ class Guidance:
         val_labels: the same for the validation images.
         teacher: a live one; with a store, or with labels as the objective, it only measures agreement.
         store: soft labels written before.
-        learns_from_teacher: whether the soft labels are the objective.
+        learns_from_teacher: whether soft labels are the objective.
     """
 
     classes: int
@@ -54,25 +41,14 @@ class Guidance:
     store: SoftLabelStore | None
     learns_from_teacher: bool
 
-    def answers(self, logits_BK: Tensor, pixels_BCHW: Tensor, soft: SoftLabels | None) -> Answers | None:
-        """The soft labels of a batch, beside what the student says; None where labels are the objective."""
+    def soft_labels(self, pixels_BCHW: Tensor, stored: SoftLabels | None) -> SoftLabels | None:
+        """The soft labels of a batch: those that came with it from a store, else the live teacher's; None where labels are the objective."""
         if not self.learns_from_teacher:
             return None
-        if soft is not None:
-            return Answers(bucket_log_probs(logits_BK, soft), soft_log_probs(soft, self.classes), soft.classes_Bm[:, 0])
+        if stored is not None:
+            return stored
         assert self.teacher is not None
-        teacher_BK = self.teacher(pixels_BCHW)
-        return Answers(logits_BK, teacher_BK, teacher_BK.argmax(-1))
-
-    def labelled_source(self, val_source: ImageSource | None) -> tuple[ImageSource, Sequence[int]] | None:
-        """Images whose labels are in the classes of the network: the validation set, else the first of the training sources; None without any."""
-        if val_source and self.val_labels is not None:
-            return val_source, self.val_labels
-        for source in self.sources:
-            labels = labels_in_classes(source, self.class_names, self.classes)
-            if labels is not None:
-                return source, labels
-        return None
+        return SoftLabels(self.teacher(pixels_BCHW))
 
     def facts(self) -> dict[str, Any] | None:
         """What a student's file says about its teacher."""
@@ -83,14 +59,14 @@ class Guidance:
         return source.facts()
 
 
-def open_guidance(
+def open_targets(
     config: DistillConfig | TeachConfig,
     sources: list[ImageSource],
     val_source: ImageSource | None,
     *,
     device: torch.device,
     log: Callable[[str], None],
-) -> Guidance:
+) -> Targets:
     """Load the teacher or the store and bring all labels to one order of classes.
 
     Raises:
@@ -123,13 +99,15 @@ def open_guidance(
                 log(note)
             if teacher:
                 store.check_teacher(teacher)
-        answers = store or teacher
-        assert answers is not None
-        classes, names, owner = answers.num_classes, answers.class_names, "the teacher"
+        source_of_targets = store or teacher
+        assert source_of_targets is not None
+        classes, names, owner = source_of_targets.num_classes, source_of_targets.class_names, "the teacher"
         wanted = config.hard_label_weight > 0
         if wanted and all(source.labels is None for source in sources):
             raise UserError("hard_label_weight: no training source has labels; leave it at 0")
-    return Guidance(
+        if wanted and are_prototypes(names):
+            raise UserError("hard_label_weight: no human label is one of the teacher's prototypes; leave it at 0")
+    return Targets(
         classes=classes,
         class_names=names,
         sources=sources,

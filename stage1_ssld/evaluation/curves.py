@@ -1,6 +1,6 @@
 """Curves of a stage-1 run as a picture, `curves.png`: loss and its terms, agreement and accuracy, KL of the validation images, learning rate.
 
-Drawn from metrics.jsonl alone, so that it can be drawn again at any time.
+Apart from the loop, because it is drawn from metrics.jsonl alone, and so can be drawn again at any time.
 """
 
 import os

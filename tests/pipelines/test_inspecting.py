@@ -16,7 +16,7 @@ from ssld.pipelines.inspecting_records import KNOWN
 from ssld.shared.errors import UserError
 from ssld.shared.models.model_file import read_metadata, save_model_file
 from ssld.shared.training.checkpoint import save_checkpoint
-from ssld.stage1_ssld.data.manifest_file import SCHEMA, write_manifest
+from ssld.stage1_ssld.data.manifest import SCHEMA, write_manifest
 from ssld.stage2_detect.model_config import DetectorConfig
 
 TENSORS = {"weight": torch.zeros(2, 3), "scalar": torch.tensor(1.0)}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from ssld.shared.models.model_file import content_hash, read_metadata, read_tensors
 from ssld.shared.run_dir import file_sha256
 from ssld.stage1_ssld.distill import main as distill
-from ssld.stage1_ssld.distillation import targets as guidance
+from ssld.stage1_ssld.distillation import targets
 from ssld.stage1_ssld.evaluate import main as evaluate
 from ssld.stage1_ssld.teach import main as teach
 
@@ -202,13 +202,13 @@ def test_teacher_is_untouched_and_in_no_checkpoint(
     arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, teacher_file: Path, monkeypatch: Any
 ) -> None:
     loaded: list[Any] = []
-    load = guidance.make_teacher
+    load = targets.make_teacher
 
     def remembered(*args: Any, **options: Any) -> Any:
         loaded.append(load(*args, **options))
         return loaded[-1]
 
-    monkeypatch.setattr(guidance, "make_teacher", remembered)
+    monkeypatch.setattr(targets, "make_teacher", remembered)
     before = file_sha256(teacher_file)
     settings = distill_settings | {"ema": {"decay": 0.5}, "optim": distill_settings["optim"] | {"momentum": 0.9}}
     settings |= {"teacher": {"model": str(teacher_file), "batchnorm": "batch"}}

@@ -129,7 +129,7 @@ def test_a_teacher_beside_a_store_measures_agreement(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": {"mixup": 0.5}}, "its answers are to unmixed views; set data.mixup and data.cutmix to 0"),
+        ({"data": {"mixup": 0.5}}, "its soft labels are of unmixed views; set data.mixup and data.cutmix to 0"),
         ({"data": {"streaming": True}}, "needs the row of every image; set data.streaming: false"),
         ({"teacher": {"batchnorm": "batch"}}, "was written with running statistics; set teacher.batchnorm: eval"),
         ({"losses": ["dist"]}, "dist needs every logit; take one of symmetric_kl"),
@@ -227,13 +227,13 @@ def test_streams_and_weights_train_and_resume_to_the_same_bits(
     arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, tiny: Any, monkeypatch: Any
 ) -> None:
     from ssld.shared.errors import Stopped
-    from ssld.stage1_ssld import loop
+    from ssld.shared.training.training_state import TrainingState
 
     sources = [{"path": str(tiny.parquet), "weight": 3}, {"path": str(tiny.unlabelled), "weight": 1}]
     for streaming in (False, True):
         settings = with_data(distill_settings, train=sources, streaming=streaming)
         assert call(distill, arguments(settings, f"whole{streaming}")) == 0
-        saved = loop.TrainingState.save
+        saved = TrainingState.save
 
         def stop_after(self: Any, step: int, saved: Any = saved) -> None:
             saved(self, step)
@@ -241,7 +241,7 @@ def test_streams_and_weights_train_and_resume_to_the_same_bits(
                 raise Stopped("for the test")
 
         with monkeypatch.context() as patch:
-            patch.setattr(loop.TrainingState, "save", stop_after)
+            patch.setattr(TrainingState, "save", stop_after)
             assert call(distill, arguments(settings, f"parts{streaming}")) == 143
         assert call(distill, arguments(settings, f"parts{streaming}")) == 0
         assert equal(weights(tmp_path / f"whole{streaming}"), weights(tmp_path / f"parts{streaming}"))

@@ -25,7 +25,7 @@ sys.path.insert(0, sys.argv[1])
 import ssld.shared.training.checkpoint, ssld.shared.models.model_file, ssld.shared.run_dir
 from ssld.shared.training.loss_watch import LossWatch
 from ssld.shared.run_dir import RunDir
-import ssld.stage1_ssld.loop
+import ssld.stage1_ssld.evaluation.metrics
 from ssld.stage1_ssld.distill import main
 
 def kill():
@@ -60,7 +60,7 @@ moments = {
     "while the old checkpoint is removed": lambda: on_call(
         ssld.shared.training.checkpoint.shutil, "rmtree", 1, when=lambda path, *rest: Path(path).name == "step_00000005"
     ),
-    "before an evaluation": lambda: on_call(ssld.stage1_ssld.loop, "evaluate", 1),
+    "before an evaluation": lambda: on_call(ssld.stage1_ssld.evaluation.metrics, "evaluate", 1),
     "in the best model's file": lambda: on_call(
         ssld.shared.models.model_file, "save_tensors", 1, half_a_file, when=lambda tensors, path, *rest: "student_best" in path.name
     ),

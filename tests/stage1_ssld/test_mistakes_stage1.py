@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from ssld.shared.distributed import processes
 from ssld.shared.models.model_file import content_hash, read_tensors
 from ssld.shared.training import training_state
 from ssld.shared.training.checkpoint import complete_checkpoints
-from ssld.stage1_ssld import loop
 from ssld.stage1_ssld.distill import main as distill
 from ssld.stage1_ssld.distillation import losses
 from ssld.stage1_ssld.evaluate import main as evaluate
@@ -67,7 +67,7 @@ def test_paths_are_checked_before_any_process_group(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a process group was opened")
 
-    monkeypatch.setattr(loop, "start_processes", never)
+    monkeypatch.setattr(processes, "start_processes", never)
     data = distill_settings["data"] | {"train": ["memory://nowhere/at/all"], "streaming": streaming}
     message = user_error(distill, arguments(distill_settings | {"data": data}))
     assert message.endswith("memory://nowhere/at/all: no such file or folder")

@@ -15,11 +15,11 @@ import timm
 import torch
 
 import ssld.stage1_ssld.distillation.soft_label_writer as store_writer
-import ssld.stage1_ssld.distillation.teacher_check as preflight
 from ssld.shared.models.backbones import input_settings, save_backbone
 from ssld.shared.run_dir import SPEED, read_metrics
+from ssld.stage1_ssld.data.soft_labels import record_layout
 from ssld.stage1_ssld.distill import main as distill
-from ssld.stage1_ssld.distillation.soft_label_store import answer_type
+from ssld.stage1_ssld.distillation import teacher as teacher_module
 from ssld.stage1_ssld.write_soft_labels import main
 
 
@@ -62,8 +62,8 @@ def test_a_store_and_what_it_says(
     assert out.index("44 images") < out.index("% right on 30 images of ") < out.index("3 of 3 files")
     sizes = {name: len(content) for name, content in contents(run / "store").items() if name != "store.json"}
     assert sizes == {"shard-00000.bin": 512, "shard-00001.bin": 512, "shard-00002.bin": 12 * 2 * 16}
-    answers = np.concatenate([np.fromfile(file, answer_type(3, 3, "fp16")) for file in (run / "store").glob("*.bin")])
-    probs = np.exp(answers["log_probs"].astype(np.float64))
+    records = np.concatenate([np.fromfile(file, record_layout(3, 3, "fp16")) for file in (run / "store").glob("*.bin")])
+    probs = np.exp(records["log_probs"].astype(np.float64))
     metrics = json.loads((run / "result.json").read_text())["metrics"]
     assert metrics == {
         "images": 44,
@@ -79,16 +79,16 @@ def test_a_store_and_what_it_says(
     assert capsys.readouterr().out == f"{run}: this run is finished; nothing to do\n"
 
 
-def test_answers_do_not_depend_on_files_batches_and_processes(
+def test_soft_labels_do_not_depend_on_files_batches_and_processes(
     arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path
 ) -> None:
     """Another shape of a batch may change the last bits."""
     other = settings | {"shard_images": 7, "batch_size": 3, "workers": 1, "store_precision": "fp32"}
     assert call(main, arguments(settings | {"store_precision": "fp32"}, "one")) == 0
     assert call(main, arguments(other, "two")) == 0
-    record = answer_type(3, 3, "fp32")
+    layout = record_layout(3, 3, "fp32")
     one, two = (
-        np.concatenate([np.fromfile(file, record) for file in sorted((tmp_path / name / "store").glob("*.bin"))])
+        np.concatenate([np.fromfile(file, layout) for file in sorted((tmp_path / name / "store").glob("*.bin"))])
         for name in ("one", "two")
     )
     np.testing.assert_array_equal(one["classes"], two["classes"])
@@ -133,11 +133,11 @@ def test_it_goes_on_with_the_files_that_are_missing(
     assert call(main, arguments(settings, "whole")) == 0
     write, store = store_writer._write_shard, tmp_path / "run" / "store"
 
-    def dies(file: Path, answers: np.ndarray) -> None:
+    def dies(file: Path, records: np.ndarray) -> None:
         if file.name == "shard-00001.bin":
             (store / ".shard-00001.bin.123").write_bytes(b"half")
             raise SystemExit
-        write(file, answers)
+        write(file, records)
 
     with monkeypatch.context() as patch:
         patch.setattr(store_writer, "_write_shard", dies)
@@ -146,13 +146,13 @@ def test_it_goes_on_with_the_files_that_are_missing(
     assert sorted(file.name for file in store.iterdir()) == [".shard-00001.bin.123", "shard-00000.bin"]
     asked: list[str] = []
 
-    def noted(file: Path, answers: np.ndarray) -> None:
+    def noted(file: Path, records: np.ndarray) -> None:
         asked.append(file.name)
-        write(file, answers)
+        write(file, records)
 
     with monkeypatch.context() as patch:
         patch.setattr(store_writer, "_write_shard", noted)
-        patch.setattr(store_writer, "_try_teacher", lambda *_: pytest.fail("it was tried before"))
+        patch.setattr(store_writer, "try_teacher", lambda *_, **__: pytest.fail("it was tried before"))
         assert call(main, arguments(settings)) == 0
     assert asked == ["shard-00001.bin", "shard-00002.bin"]
     assert contents(store) == contents(tmp_path / "whole" / "store")
@@ -172,7 +172,7 @@ def test_it_stops_on_request_and_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """SIGTERM in the second file: that one is given up at once."""
-    encode, calls = store_writer.encode_answers, []
+    encode, calls = store_writer.encode, []
 
     def asked_to_stop(*what: Any) -> np.ndarray:
         calls.append(1)
@@ -181,7 +181,7 @@ def test_it_stops_on_request_and_goes_on(
         return encode(*what)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_writer, "encode_answers", asked_to_stop)
+        patch.setattr(store_writer, "encode", asked_to_stop)
         assert call(main, arguments(settings)) == 143
     assert len(calls) == 6
     store = tmp_path / "run" / "store"
@@ -197,7 +197,7 @@ def test_it_stops_on_request_and_goes_on(
 
 
 def test_one_loader_reads_all_shards(
-    arguments: Any, settings: dict[str, Any], call: Any, monkeypatch: pytest.MonkeyPatch
+    arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its processes start once, and none of its batches reaches over the end of a shard."""
     make, found = store_writer.make_loader, []
@@ -209,6 +209,7 @@ def test_one_loader_reads_all_shards(
     monkeypatch.setattr(store_writer, "make_loader", noted)
     assert call(main, arguments(settings | {"teacher": settings["teacher"] | {"check_images": 0}})) == 0
     assert found == [[10, 10, 10, 2] * 2 + [10, 10, 4]]  # 44 images in shards of 16, two views each
+    assert "teacher: not tried, teacher.check_images is 0" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_unreadable_images_are_counted_listed_and_decoded_once(
@@ -241,9 +242,9 @@ def test_unreadable_images_are_counted_listed_and_decoded_once(
     run = tmp_path / "run"
     assert (run / "quarantine.txt").read_text() == f"{broken}\n"
     assert json.loads((run / "result.json").read_text())["metrics"]["unreadable"] == 1
-    answers = np.fromfile(run / "store" / "shard-00000.bin", answer_type(3, 3, "fp16")).reshape(16, 2)
-    assert np.flatnonzero(np.isnan(answers["rest"]).all(1)).tolist() == [4]
-    assert np.isnan(answers["rest"]).sum() == 2
+    records = np.fromfile(run / "store" / "shard-00000.bin", record_layout(3, 3, "fp16")).reshape(16, 2)
+    assert np.flatnonzero(np.isnan(records["rest"]).all(1)).tolist() == [4]
+    assert np.isnan(records["rest"]).sum() == 2
 
     (run / "result.json").unlink()
     (run / "quarantine.txt").unlink()
@@ -324,7 +325,7 @@ def test_a_teacher_that_knows_nothing_is_refused_and_may_be_changed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Always the same answer is right for a third of the images. The same folder takes the right teacher afterwards."""
-    monkeypatch.setattr(preflight, "ENOUGH", 30)
+    monkeypatch.setattr(teacher_module, "ENOUGH", 30)
     settings["teacher"] = {"model": untrained(tmp_path / "bad.safetensors", lambda net: net.fc.weight.zero_())}
     line = user_error(main, arguments(settings))
     assert line.startswith(f"{tmp_path / 'bad.safetensors'}: 33.3 % right on 30 images of ")
@@ -333,10 +334,10 @@ def test_a_teacher_that_knows_nothing_is_refused_and_may_be_changed(
     assert call(main, arguments(settings)) == 0
 
 
-def test_a_teacher_whose_answers_are_not_finite(
+def test_a_teacher_whose_logits_are_not_finite(
     arguments: Any, settings: dict[str, Any], user_error: Any, tmp_path: Path
 ) -> None:
     model = untrained(tmp_path / "bad.safetensors", lambda net: net.fc.bias.fill_(float("inf")))
     assert user_error(main, arguments(settings | {"teacher": {"model": model, "check_images": 0}})).startswith(
-        "teacher: answers that are not finite"
+        "teacher: logits that are not finite"
     )

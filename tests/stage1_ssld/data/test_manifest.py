@@ -14,8 +14,7 @@ import torch
 
 from ssld.shared.errors import UserError
 from ssld.stage1_ssld.data import manifest as manifests
-from ssld.stage1_ssld.data.manifest import open_manifest
-from ssld.stage1_ssld.data.manifest_file import facts_of, is_manifest, write_manifest
+from ssld.stage1_ssld.data.manifest import facts_of, is_manifest, open_manifest, write_manifest
 from ssld.stage1_ssld.data.shards import source_shards
 from ssld.stage1_ssld.data.sources import ImageSource
 from ssld.stage1_ssld.data_config import SourceConfig
@@ -118,7 +117,7 @@ def test_a_manifest_in_shards(streaming: bool, chosen: Any, pool: dict[str, str]
 
 def test_only_the_rows_that_are_named_stay_in_memory(chosen: Any, pool: dict[str, str], tmp_path: Path) -> None:
     file = write(tmp_path / "selected.parquet", chosen, list(pool.values()))
-    rows: Any = open_manifest(str(file), SourceConfig(path=str(file)))
+    rows: Any = open_manifest(str(file), SourceConfig(path=str(file)), lambda part: ImageSource(part, 0).rows)
     table = rows._parts[1]._parts[0]
     assert len(table) == 4
     assert [table.name(row) for row in range(4)] == ["5", "6", "19", "23"]

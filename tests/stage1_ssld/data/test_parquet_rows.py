@@ -12,7 +12,7 @@ import torch
 from ssld.shared.images import UnreadableImage
 from ssld.stage1_ssld.data import row_groups
 from ssld.stage1_ssld.data.loaders import TrainViews, make_loader
-from ssld.stage1_ssld.data.manifest_file import write_manifest
+from ssld.stage1_ssld.data.manifest import write_manifest
 from ssld.stage1_ssld.data.row_groups import GroupRows
 from ssld.stage1_ssld.data.rows import Rows, TableRows
 from ssld.stage1_ssld.data.sources import ImageSource

@@ -10,8 +10,9 @@ import torch
 from ssld.shared.errors import UserError
 from ssld.shared.images import UnreadableImage
 from ssld.stage1_ssld.config import DistillConfig
-from ssld.stage1_ssld.data.batch import NO_LABEL, StoredAnswer, collate
+from ssld.stage1_ssld.data.batch import NO_LABEL, collate
 from ssld.stage1_ssld.data.loaders import StepSampler, TrainingData, TrainViews, ValViews, make_loader, val_batches
+from ssld.stage1_ssld.data.soft_labels import record_layout
 from ssld.stage1_ssld.data.sources import open_sources
 from ssld.stage1_ssld.data.streams import plan_streams, shares
 from ssld.stage1_ssld.data_config import DataConfig, SourceConfig
@@ -199,32 +200,34 @@ class FakeStore:
 
     views, seed = 2, 9
 
-    def answer(self, source: int, row: int, view: int) -> StoredAnswer:
+    def record(self, source: int, row: int, view: int) -> np.void:
         if row == 1:
             raise UnreadableImage("row 1", "was unreadable")
-        return StoredAnswer(np.array([source, row], np.uint16), np.array([view, 0], np.float16), -0.5)
+        stored: np.void = np.array([(-0.5, [source, row], [view, 0])], record_layout(2, 5, "fp16"))[0]
+        return stored
 
 
-def test_views_of_a_store_are_those_its_answers_were_written_for(tiny: Any) -> None:
+def test_views_of_a_store_are_those_its_soft_labels_were_written_for(tiny: Any) -> None:
     live = views(tiny.train, tiny.unlabelled)
     live.seed = 9
-    stored = TrainViews(live.sources, live.labels, live.config, seed=1, store=FakeStore())  # type: ignore[arg-type]
+    stored = TrainViews(live.sources, live.labels, live.config, seed=1, store=FakeStore())
     for view in (0, 1, 2, 3):  # pass 2 sees view 0 again
         ours, theirs = stored[32, view], live[32, view % 2]
         assert ours.pixels_CHW is not None
         assert theirs.pixels_CHW is not None
         assert torch.equal(ours.pixels_CHW, theirs.pixels_CHW)
         assert ours.key == theirs.key
-        assert ours.answer is not None
-        assert ours.answer.classes_m.tolist() == [1, 2]  # row 2 of the second source
-        assert ours.answer.log_probs_m.tolist() == [view % 2, 0]
+        assert ours.soft is not None
+        assert ours.soft["classes"].tolist() == [1, 2]  # row 2 of the second source
+        assert ours.soft["log_probs"].tolist() == [view % 2, 0]
     replaced = stored[1, 0]
     assert replaced.key == stored[2, 0].key
     assert replaced.unreadable == [live.sources[0].location(1)]
     soft = collate([stored[0, 0], stored[1, 1]]).soft
     assert soft is not None
+    assert soft.classes_Bm is not None
     assert soft.classes_Bm.tolist() == [[0, 0], [0, 2]]
-    assert soft.log_rest_B.tolist() == [-0.5, -0.5]
+    assert soft.logits_BM.tolist() == [[0, 0, -0.5], [1, 0, -0.5]]
 
 
 # ---- what the loop is given

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssld.stage1_ssld.data.batch import NO_LABEL
 from ssld.stage1_ssld.data.mixing import Mixed, mix_batch
+from ssld.stage1_ssld.data.soft_labels import SoftLabels
 from ssld.stage1_ssld.data_config import DataConfig, LossConfig
 from ssld.stage1_ssld.distillation import losses
 from ssld.stage1_ssld.distillation.objective import Objective, cross_entropy, evaluate_term, implausible_start
@@ -34,7 +35,7 @@ def hard_loss(z: Tensor, labels: list[int]) -> np.ndarray:
 @pytest.mark.parametrize("name", ALL)
 def test_a_term_alone_is_the_loss_of_that_name(name: str) -> None:
     student, teacher = logits()
-    parts = Objective([LossConfig.model_validate(name)], 0.0)(student, (student, teacher), torch.zeros(5).long())
+    parts = Objective([LossConfig.model_validate(name)], 0.0)(student, SoftLabels(teacher), torch.zeros(5).long())
     assert list(parts) == ["loss"]
     torch.testing.assert_close(parts["loss"], getattr(losses, name)(student, teacher))
     assert parts["loss"].item() > 0
@@ -70,7 +71,7 @@ def test_several_terms_by_name_and_weight() -> None:
         LossConfig(name="kl", temperature=4.0, weight=2.0),
         LossConfig(name="kl"),
     ]
-    parts = Objective(terms, 0.25)(student, (student, teacher), labels)
+    parts = Objective(terms, 0.25)(student, SoftLabels(teacher), labels)
     assert list(parts) == ["loss", "symmetric_kl", "kl", "kl_2", "cross_entropy"]
     hard = hard_loss(student[[0, 1, 3]], [0, 3, 1]).sum()
     assert parts["cross_entropy"].item() == pytest.approx(hard, rel=1e-5)
@@ -92,8 +93,8 @@ def test_no_label_no_gradient() -> None:
     expected[[0, 2, 4]] = 0
     torch.testing.assert_close(student.grad.double(), expected, rtol=1e-5, atol=1e-6)
     # and by default a label is not even looked at: SSLD learns from the teacher alone
-    one = Objective([LossConfig(name="symmetric_kl")], 0.0)(student, (student, teacher), labels)["loss"]
-    other = Objective([LossConfig(name="symmetric_kl")], 0.0)(student, (student, teacher), labels * 0 + 99)["loss"]
+    one = Objective([LossConfig(name="symmetric_kl")], 0.0)(student, SoftLabels(teacher), labels)["loss"]
+    other = Objective([LossConfig(name="symmetric_kl")], 0.0)(student, SoftLabels(teacher), labels * 0 + 99)["loss"]
     assert one.item() == other.item()
 
 
@@ -111,9 +112,9 @@ def test_a_mixed_image_has_both_labels_by_their_shares() -> None:
 def test_half_precision_logits() -> None:
     student, teacher = (z.bfloat16() for z in logits())
     labels = torch.tensor([0, 3, NO_LABEL, 1, 2])
-    parts = Objective([LossConfig(name="kl")], 1.0)(student, (student, teacher), labels)
+    parts = Objective([LossConfig(name="kl")], 1.0)(student, SoftLabels(teacher), labels)
     assert {part.dtype for part in parts.values()} == {torch.float32}
-    exact = Objective([LossConfig(name="kl")], 1.0)(student.float(), (student.float(), teacher.float()), labels)
+    exact = Objective([LossConfig(name="kl")], 1.0)(student.float(), SoftLabels(teacher.float()), labels)
     torch.testing.assert_close(parts, exact)
 
 
@@ -141,7 +142,7 @@ def test_nothing_waits_for_the_device() -> None:
     objective = Objective([LossConfig.model_validate(name) for name in ALL], 1.0)
     with Waits() as waits:
         for seed in range(4):
-            objective(student, (student, teacher), labels, mix_batch(pixels, data, seed))["loss"].backward()
+            objective(student, SoftLabels(teacher), labels, mix_batch(pixels, data, seed))["loss"].backward()
     assert waits.found == set()
     with Waits() as waits:
         assert student[labels >= 0].sum().item() != 0
@@ -154,8 +155,8 @@ def test_an_untrained_student_is_plausible(name: str) -> None:
     student, teacher = (torch.randn(32, 100, generator=generator) * scale for scale in (0.3, 4.0))
     objective = Objective([LossConfig.model_validate(name)], 0.5)
     labels, nothing = torch.arange(32), torch.zeros(32, 100)
-    loss = objective(student, (student, teacher), labels)["loss"]
-    ignorant = objective(nothing, (nothing, teacher), labels)["loss"]
+    loss = objective(student, SoftLabels(teacher), labels)["loss"]
+    ignorant = objective(nothing, SoftLabels(teacher), labels)["loss"]
     assert implausible_start(loss, ignorant, 32) is None
 
 
@@ -164,8 +165,8 @@ def test_a_sure_student_in_another_order_is_not() -> None:
     teacher = torch.randn(32, 100, generator=generator) * 6
     student, nothing = teacher.flip(-1), torch.zeros(32, 100)
     objective, labels = Objective([LossConfig(name="symmetric_kl")], 0.0), torch.zeros(32).long()
-    loss = objective(student, (student, teacher), labels)["loss"]
-    ignorant = objective(nothing, (nothing, teacher), labels)["loss"]
+    loss = objective(student, SoftLabels(teacher), labels)["loss"]
+    ignorant = objective(nothing, SoftLabels(teacher), labels)["loss"]
     warning = implausible_start(loss, ignorant, 32)
     assert warning is not None
     assert "\n" not in warning

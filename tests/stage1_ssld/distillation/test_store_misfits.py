@@ -61,7 +61,7 @@ def test_views_are_bound_to_what_they_depend_on(written_store: Path, store_data:
 
 
 def test_a_source_that_is_not_in_the_store(written_store: Path, store_data: DataConfig, tiny: Any) -> None:
-    with pytest.raises(UserError, match=r": has no answers for .*/val; it was written for .*/labelled, .*/others$"):
+    with pytest.raises(UserError, match=r": has no soft labels for .*/val; it was written for .*/labelled, .*/others$"):
         SoftLabelStore(written_store).match([ImageSource(SourceConfig(path=str(tiny.val)), 0)], store_data)
 
 
@@ -112,7 +112,8 @@ def test_views_that_come_out_differently_here(store_copy: Path, store_data: Data
     edit_header(store_copy, change)
     store, sources = SoftLabelStore(store_copy), open_sources(store_data.train, "data.train")
     with pytest.raises(
-        UserError, match=r"store .*: view \d of .* is not the one its answer was written for; .*pillow 1\.0 then, 1\d"
+        UserError,
+        match=r"store .*: view \d of .* is not the one its soft label was written for; .*pillow 1\.0 then, 1\d",
     ):
         store.match(sources, store_data)
 
@@ -154,7 +155,7 @@ def test_another_teacher(written_store: Path, teacher_file: Path, tmp_path: Path
     with pytest.raises(UserError) as error:
         store.check_teacher(FrozenTeacher(str(other)))
     assert str(error.value) == (
-        f"store {written_store}: holds the answers of {teacher_file}, not of {other}: other weights; give that teacher, or none"
+        f"store {written_store}: holds the soft labels of {teacher_file}, not of {other}: other weights; give that teacher, or none"
     )
 
 
@@ -172,6 +173,6 @@ def test_the_same_teacher_otherwise(
     with pytest.raises(UserError) as error:
         store.check_teacher(FrozenTeacher(str(teacher_file), **change))
     assert str(error.value) == (
-        f"store {written_store}: its answers are those of a teacher with {key}, here it is {here}; "
+        f"store {written_store}: its soft labels are those of a teacher with {key}, here it is {here}; "
         f"set teacher.{next(iter(key.split()))} as it was, give no teacher, or write another store"
     )

@@ -114,17 +114,17 @@ def test_unreadable_images_of_an_evaluation_are_listed_and_judged(
 def test_the_teacher_of_an_evaluation_has_its_own_precision(
     call: Any, tmp_path: Path, tiny: Any, teacher_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ssld.stage1_ssld.distillation import teachers
+    from ssld.stage1_ssld.distillation import teacher as teacher_module
     from ssld.stage1_ssld.evaluate import main
 
     made: list[Any] = []
 
-    class Remembered(teachers.FrozenTeacher):
+    class Remembered(teacher_module.FrozenTeacher):
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             made.append(self._dtype)
 
-    monkeypatch.setattr(teachers, "FrozenTeacher", Remembered)
+    monkeypatch.setattr(teacher_module, "FrozenTeacher", Remembered)
     argv = ["--model", str(teacher_file), "--data.path", str(tiny.val), "--teacher.model", str(teacher_file)]
     argv += ["--threads", "1", "--workers", "0", "--device", "cpu"]
     assert call(main, [*argv, "--output", str(tmp_path / "plain")]) == 0

@@ -1,4 +1,4 @@
-"""Answers cut to m classes and one bucket for the rest, against float64 references and against the whole answer."""
+"""Soft labels cut to m classes and one bucket for the rest, against float64 references and against all logits."""
 
 import itertools
 from collections.abc import Callable
@@ -11,16 +11,10 @@ from torch import Tensor
 
 from ssld.shared.errors import UserError
 from ssld.stage1_ssld.config import STORE_LOSSES
-from ssld.stage1_ssld.data.batch import SoftLabels, StoredAnswer, View, collate
+from ssld.stage1_ssld.data.batch import View, collate
+from ssld.stage1_ssld.data.soft_labels import SoftLabels, encode, missing_record, record_layout
 from ssld.stage1_ssld.data_config import LossName
 from ssld.stage1_ssld.distillation import losses
-from ssld.stage1_ssld.distillation.soft_label_store import (
-    answer_type,
-    bucket_log_probs,
-    encode_answers,
-    missing_answer,
-    soft_log_probs,
-)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 LOSSES: dict[str, Loss] = {name: getattr(losses, name) for name in STORE_LOSSES}
@@ -31,21 +25,18 @@ def logits(seed: int, images: int, classes: int, scale: float = 3.0) -> Tensor:
 
 
 def stored(teacher_BK: Tensor, top: int, precision: str) -> SoftLabels:
-    """The answers as a loader hands them over after they went through a store's records."""
-    record = answer_type(top, teacher_BK.shape[1], precision)
-    answers = np.frombuffer(encode_answers(teacher_BK, top, record).tobytes(), record)
+    """The soft labels as a loader hands them over after they went through a store's records."""
+    layout = record_layout(top, teacher_BK.shape[1], precision)
+    records = np.frombuffer(encode(teacher_BK, top, layout).tobytes(), layout)
     pixels = torch.zeros(3, 1, 1, dtype=torch.uint8)
-    views = [
-        View(pixels, 0, "", [], StoredAnswer(one["classes"], one["log_probs"], float(one["rest"]))) for one in answers
-    ]
-    soft = collate(views).soft
+    soft = collate([View(pixels, 0, "", [], record) for record in records]).soft
     assert soft is not None
     return soft
 
 
 def loss_and_gradient(loss: Loss, student_BK: Tensor, soft: SoftLabels) -> tuple[float, Tensor]:
     student_BK = student_BK.clone().requires_grad_()
-    value = loss(bucket_log_probs(student_BK, soft), soft_log_probs(soft, student_BK.shape[1]))
+    value = loss(soft.comparable(student_BK), soft.logits_BM)
     value.backward()
     assert student_BK.grad is not None
     return value.item(), student_BK.grad
@@ -99,7 +90,9 @@ def test_loss_and_gradient_are_those_of_the_definition(name: LossName) -> None:
     value, gradient = loss_and_gradient(LOSSES[name], student, soft)
     s, t = student.double().numpy(), teacher.double().numpy()
     kept = [list(np.argsort(-row)[:3]) for row in t]
+    assert soft.classes_Bm is not None
     assert soft.classes_Bm.tolist() == kept
+    assert soft.first_B.tolist() == [classes[0] for classes in kept]
 
     def total(values: np.ndarray) -> float:
         return sum(reference(name, a, b, k) for a, b, k in zip(values, t, kept, strict=True))
@@ -136,7 +129,7 @@ def test_nothing_is_left_where_student_and_teacher_agree(name: LossName, precisi
 @pytest.mark.parametrize("name", STORE_LOSSES)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("top", [2, 5])
-def test_finite_where_answers_saturate(name: LossName, precision: str, top: int) -> None:
+def test_finite_where_probabilities_saturate(name: LossName, precision: str, top: int) -> None:
     student = torch.tensor([[1e4, -1e4, 0, 0, 0], [-1e4, 1e4, 1e4, 0, 0], [0.0] * 5])
     teacher = torch.tensor([[-1e4, 1e4, 0, 0, 0], [1e4, -1e4, 0, 0, 0], [1e4, 0, 0, 0, -1e4]])
     value, gradient = loss_and_gradient(LOSSES[name], student, stored(teacher, top, precision))
@@ -153,16 +146,16 @@ def test_ten_of_a_thousand_classes_give_nearly_the_live_gradient() -> None:
         value, gradient = loss_and_gradient(losses.symmetric_kl, student, stored(teacher, 10, "fp16"))
         expected, expected_gradient = live(losses.symmetric_kl, student, teacher)
         assert torch.cosine_similarity(gradient.flatten(), expected_gradient.flatten(), dim=0) > 0.998
-        assert 0.9 * expected < value < expected  # coarser answers are never further apart
+        assert 0.9 * expected < value < expected  # coarser distributions are never further apart
 
 
 def test_a_student_in_bf16_is_compared_in_float32() -> None:
     student, teacher = logits(9, 4, 20).bfloat16(), logits(10, 4, 20)
     soft = stored(teacher, 3, "fp32")
-    answer = bucket_log_probs(student, soft)
-    assert answer.dtype == torch.float32
-    torch.testing.assert_close(answer, bucket_log_probs(student.float(), soft))
-    torch.testing.assert_close(answer.exp().sum(-1), torch.ones(4))
+    compared = soft.comparable(student)
+    assert compared.dtype == torch.float32
+    torch.testing.assert_close(compared, soft.comparable(student.float()))
+    torch.testing.assert_close(compared.exp().sum(-1), torch.ones(4))
 
 
 # ---- records
@@ -172,55 +165,55 @@ def test_a_student_in_bf16_is_compared_in_float32() -> None:
     ("top", "classes", "precision", "size"),
     [(10, 1000, "fp16", 44), (10, 1000, "fp32", 64), (10, 65_536, "fp16", 44), (10, 65_537, "fp16", 64)],
 )
-def test_size_of_an_answer(top: int, classes: int, precision: str, size: int) -> None:
-    assert answer_type(top, classes, precision).itemsize == size
+def test_size_of_a_record(top: int, classes: int, precision: str, size: int) -> None:
+    assert record_layout(top, classes, precision).itemsize == size
 
 
 def test_records_hold_the_likeliest_classes_and_the_rest() -> None:
     teacher = logits(11, 5, 30)
-    answers = encode_answers(teacher, 4, answer_type(4, 30, "fp32"))
+    records = encode(teacher, 4, record_layout(4, 30, "fp32"))
     values = teacher.double().numpy()
     log_probs = values - np.log(np.exp(values).sum(-1, keepdims=True))
     order = np.argsort(-values, axis=-1)
-    np.testing.assert_array_equal(answers["classes"], order[:, :4])
-    np.testing.assert_allclose(answers["log_probs"], np.take_along_axis(log_probs, order, -1)[:, :4], rtol=1e-5)
+    np.testing.assert_array_equal(records["classes"], order[:, :4])
+    np.testing.assert_allclose(records["log_probs"], np.take_along_axis(log_probs, order, -1)[:, :4], rtol=1e-5)
     rest = np.log(np.exp(np.take_along_axis(log_probs, order, -1)[:, 4:]).sum(-1))
-    np.testing.assert_allclose(answers["rest"], rest, rtol=1e-5)
+    np.testing.assert_allclose(records["rest"], rest, rtol=1e-5)
 
 
 def test_the_rest_is_exact_where_the_first_class_has_nearly_everything() -> None:
     """1 - p would be 0 in float32."""
     teacher = torch.zeros(1, 1000)
     teacher[0, 7] = 60
-    answers = encode_answers(teacher, 1, answer_type(1, 1000, "fp16"))
-    assert answers["rest"][0] == pytest.approx(np.log(999) - 60, rel=1e-5)
+    records = encode(teacher, 1, record_layout(1, 1000, "fp16"))
+    assert records["rest"][0] == pytest.approx(np.log(999) - 60, rel=1e-5)
 
 
 def test_no_rest_where_every_class_is_kept() -> None:
-    assert np.isneginf(encode_answers(logits(12, 2, 6), 6, answer_type(6, 6, "fp16"))["rest"]).all()
+    assert np.isneginf(encode(logits(12, 2, 6), 6, record_layout(6, 6, "fp16"))["rest"]).all()
 
 
 def test_class_numbers_above_16_bits() -> None:
     teacher = torch.zeros(1, 70_000)
     teacher[0, 69_999] = 9
-    answers = encode_answers(teacher, 1, answer_type(1, 70_000, "fp16"))
-    assert answers["classes"].tolist() == [[69_999]]
+    records = encode(teacher, 1, record_layout(1, 70_000, "fp16"))
+    assert records["classes"].tolist() == [[69_999]]
 
 
 def test_log_probabilities_beyond_fp16_are_cut() -> None:
-    answers = encode_answers(torch.tensor([[1e5, -1e5]]), 2, answer_type(2, 2, "fp16"))
-    assert answers["log_probs"].tolist() == [[0, -60_000]]
+    records = encode(torch.tensor([[1e5, -1e5]]), 2, record_layout(2, 2, "fp16"))
+    assert records["log_probs"].tolist() == [[0, -60_000]]
 
 
-def test_missing_answers_are_told_from_any_other() -> None:
-    record = answer_type(2, 5, "fp16")
-    assert np.isnan(missing_answer(record)["rest"])
-    assert not np.isnan(encode_answers(logits(13, 4, 5), 2, record)["rest"]).any()
+def test_missing_soft_labels_are_told_from_any_other() -> None:
+    layout = record_layout(2, 5, "fp16")
+    assert np.isnan(missing_record(layout)["rest"])
+    assert not np.isnan(encode(logits(13, 4, 5), 2, layout)["rest"]).any()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_answers_that_are_not_finite(value: float) -> None:
+def test_logits_that_are_not_finite(value: float) -> None:
     teacher: Any = logits(14, 2, 5)
     teacher[1, 3] = value
-    with pytest.raises(UserError, match=r"^teacher: answers that are not finite; set teacher\.precision: fp32"):
-        encode_answers(teacher, 2, answer_type(2, 5, "fp16"))
+    with pytest.raises(UserError, match=r"^teacher: logits that are not finite; set teacher\.precision: fp32"):
+        encode(teacher, 2, record_layout(2, 5, "fp16"))

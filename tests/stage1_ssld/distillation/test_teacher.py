@@ -12,7 +12,7 @@ from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import input_settings, save_backbone
 from ssld.shared.models.teacher import FrozenTeacher, Teacher, TeacherEnsemble
 from ssld.stage1_ssld.data_config import TeacherConfig
-from ssld.stage1_ssld.distillation.teachers import make_teacher
+from ssld.stage1_ssld.distillation.teacher import make_teacher
 
 PIXELS = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import input_settings, save_backbone
 from ssld.shared.models.teacher import FrozenTeacher, Teacher, TeacherEnsemble
 from ssld.stage1_ssld.data.batch import NO_LABEL, Batch
-from ssld.stage1_ssld.distillation import teacher_check as preflight
-from ssld.stage1_ssld.distillation.teacher_check import check_teacher, rows_to_try
+from ssld.stage1_ssld.distillation import teacher as teacher_module
+from ssld.stage1_ssld.distillation.teacher import check_teacher, rows_to_try
 
 CPU = torch.device("cpu")
 
@@ -132,16 +132,16 @@ def test_the_limit_is_three_deviations_above_one_answer_to_everything(classes: i
     limit = classes * each * (1 / classes + 3 * (1 / classes * (1 - 1 / classes) / (classes * each)) ** 0.5)
     for number, told in ((int(limit), True), (int(limit) + 1, False)):
         right = [number // classes + (label < number % classes) for label in range(classes)]
-        assert preflight.guesses(pairs_of([each] * classes, right), 1000) == told
+        assert teacher_module.guesses(pairs_of([each] * classes, right), 1000) == told
 
 
 def test_one_answer_to_everything_is_a_guess_whatever_is_frequent() -> None:
     """Of 1,000 classes 128 are tried: the same answer to all is right on 0.8 %, eight times chance."""
-    assert preflight.guesses(pairs_of([8] * 128, [8] + [0] * 127), 1000)
-    assert preflight.guesses(pairs_of([900, 50, 50], [900, 0, 0]), 3)
-    assert not preflight.guesses(pairs_of([900, 50, 50], [800, 30, 30]), 3)
-    assert not preflight.guesses(pairs_of([200], [60]), 10)  # images of one class alone: against chance
-    assert preflight.guesses(pairs_of([200], [25]), 10)
+    assert teacher_module.guesses(pairs_of([8] * 128, [8] + [0] * 127), 1000)
+    assert teacher_module.guesses(pairs_of([900, 50, 50], [900, 0, 0]), 3)
+    assert not teacher_module.guesses(pairs_of([900, 50, 50], [800, 30, 30]), 3)
+    assert not teacher_module.guesses(pairs_of([200], [60]), 10)  # images of one class alone: against chance
+    assert teacher_module.guesses(pairs_of([200], [25]), 10)
 
 
 def test_orders_that_agree_in_some_classes(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_all_ranks_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     teacher, pixels = teacher_of(tmp_path / "t.safetensors", 3), pictures(60)
     labels = (teacher(pixels).argmax(-1) + 1) % 3
     assert "on 60 images" in check(teacher, pixels, labels)
-    monkeypatch.setattr(preflight, "gather_lists", lambda pairs: pairs + pairs)
+    monkeypatch.setattr(teacher_module, "gather_lists", lambda pairs: pairs + pairs)
     assert "on 120 images" in refused(teacher, pixels, labels)
 
 

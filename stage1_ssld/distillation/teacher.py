@@ -1,21 +1,87 @@
-"""Is the teacher the right one? It is tried on labelled images before anything is trained: a wrong file or class order costs days otherwise."""
+"""The teacher that a configuration describes, and its trial on labelled images before anything is trained: a wrong file or class order costs days
+otherwise."""
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
 
-from ssld.shared.distributed.processes import to_device
-from ssld.shared.distributed.ranks import gather_lists
+from ssld.shared.distributed.processes import DTYPES, to_device
+from ssld.shared.distributed.ranks import gather_lists, rank, world_size
 from ssld.shared.errors import UserError
-from ssld.shared.models.teacher import Teacher
+from ssld.shared.models.teacher import FrozenTeacher, Teacher, TeacherEnsemble
+from ssld.stage1_ssld.config import EVALUATION_BATCH, DistillConfig, SoftLabelsConfig
 from ssld.stage1_ssld.data.batch import NO_LABEL, Batch
+from ssld.stage1_ssld.data.labels import labels_in_classes
+from ssld.stage1_ssld.data.listing import spread
+from ssld.stage1_ssld.data.loaders import Labels, ValViews, make_loader, val_batches
+from ssld.stage1_ssld.data.sources import ImageSource
+from ssld.stage1_ssld.data_config import TeacherConfig
 
 ENOUGH = 100
 """Fewer images prove nothing."""
 _PER_CLASS = 8  # images that tell whether a class goes by another number
 _GUESSING = "no better than guessing"
+
+
+def make_teacher(
+    config: TeacherConfig,
+    *,
+    precision: str,
+    device: torch.device,
+    channels_last: bool,
+) -> Teacher:
+    """Load the teacher and its ensemble.
+
+    Args:
+        precision: of its forward pass where `config.precision` does not say it.
+
+    Raises:
+        UserError: see FrozenTeacher; members whose classes differ.
+    """
+    members = [
+        FrozenTeacher(
+            member.model,
+            arch=member.arch,
+            device=device,
+            dtype=DTYPES[config.precision or precision],
+            channels_last=channels_last,
+            size=member.size,
+            batchnorm=config.batchnorm,
+            fold_batchnorm=config.fold_batchnorm,
+        )
+        for member in (config, *config.ensemble)
+    ]
+    return TeacherEnsemble(members) if config.ensemble else members[0]
+
+
+def try_teacher(
+    teacher: Teacher,
+    sources: Sequence[ImageSource],
+    config: DistillConfig | SoftLabelsConfig,
+    *,
+    device: torch.device,
+    val: tuple[ImageSource, Labels] | None = None,
+) -> str:
+    """Try the teacher on `config.teacher.check_images` labelled images: of `val`, else of the first source that has labels of its classes.
+
+    Returns a line for the log. All ranks call it. Raises UserError as `check_teacher`.
+    """
+    assert config.teacher is not None
+    if config.teacher.check_images == 0:
+        return "teacher: not tried, teacher.check_images is 0"
+    known = ((source, labels_in_classes(source, teacher.class_names, teacher.num_classes)) for source in sources)
+    for source, labels in itertools.chain([val] if val else [], known):
+        if labels is not None:
+            data = config.data
+            views = ValViews(source, labels, size=data.image_size, crop=data.val_crop, interpolation=data.interpolation)
+            rows = rows_to_try(labels, config.teacher.check_images)
+            order = val_batches(rows, min(config.batch_size, EVALUATION_BATCH), rank(), world_size())
+            loader = make_loader(views, order, workers=config.workers, pin_memory=device.type == "cuda")
+            return check_teacher(teacher, loader, device=device, where=source.path)
+    return "teacher: not tried, there are no labelled images with its classes"
 
 
 def rows_to_try(labels: Sequence[int], count: int) -> list[int]:
@@ -24,9 +90,10 @@ def rows_to_try(labels: Sequence[int], count: int) -> list[int]:
     for row, label in enumerate(labels):
         if label != NO_LABEL:
             rows.setdefault(label, []).append(row)
-    chosen = _spread(sorted(rows), max(1, count // _PER_CLASS))
-    each = count // len(chosen) if chosen else 0
-    return [row for label in chosen for row in _spread(rows[label], max(1, each))][:count]
+    labels_found = sorted(rows)
+    chosen = [labels_found[place] for place in spread(len(labels_found), max(1, count // _PER_CLASS))]
+    each = max(1, count // len(chosen)) if chosen else 0
+    return [rows[label][place] for label in chosen for place in spread(len(rows[label]), each)][:count]
 
 
 @torch.no_grad()
@@ -45,12 +112,12 @@ def check_teacher(teacher: Teacher, batches: Iterable[Batch], *, device: torch.d
     tried = [number for number, name in enumerate(names) if not name.startswith("random:")]
     if not tried:
         return "teacher: random weights, not tried"
-    found: list[tuple[int, ...]] = []  # label and every network's answer, image by image
+    found: list[tuple[int, ...]] = []  # label and every network's first class, image by image
     with teacher.running_statistics():
         for batch in batches:
             if len(batch.keys):
-                answers = [logits.argmax(-1).tolist() for logits in teacher.each(to_device(batch.pixels_BCHW, device))]
-                rows = zip(batch.labels_B.tolist(), *answers, strict=True)
+                first = [logits.argmax(-1).tolist() for logits in teacher.each(to_device(batch.pixels_BCHW, device))]
+                rows = zip(batch.labels_B.tolist(), *first, strict=True)
                 found += [row for row in rows if row[0] != NO_LABEL]
     found = gather_lists(found)
     if not found:
@@ -123,10 +190,3 @@ def _likely_cause(pairs: Sequence[tuple[int, int]], classes: int) -> str | None:
     weights = f"{_GUESSING}: its weights do not know these images: wrong file or arch, an untrained head, other classes, or another mean and std"
     # From a few images of each class no renaming can be learnt.
     return weights if len(pairs) >= _PER_CLASS * len(seen) // 2 else f"{weights}; or its classes are in another order"
-
-
-def _spread(items: list[int], count: int) -> list[int]:
-    """At most `count` of the items, at even distances."""
-    if len(items) <= count:
-        return items
-    return [items[index * len(items) // count] for index in range(count)]
