@@ -30,6 +30,7 @@ from ssld.stage1_ssld.config import PrototypesConfig
 from ssld.stage1_ssld.data.labels import prototype_names
 
 _TRIED = 2  # classes of the head on which a network is tried
+_DAMAGED = "its weights are damaged, or of another arch"
 
 
 class Encoder:
@@ -74,9 +75,7 @@ class Encoder:
         mixed = self._dtype != torch.float32
         with torch.no_grad(), torch.autocast(self._device.type, self._dtype, enabled=mixed):
             embedding_BD = embed(self._classifier, pixels_BCHW)
-        if not bool(torch.isfinite(embedding_BD).all()):
-            advice = "; try precision: fp32" if mixed else ""
-            raise UserError(f"encoder.model: {self._reference.text}: answers some images with NaN{advice}")
+        self._refuse_nan(embedding_BD, "try precision: fp32" if mixed else _DAMAGED)
         return embedding_BD.cpu().numpy()
 
     def save(self, path: Path, weight_KD: np.ndarray, bias_K: np.ndarray, **facts: Any) -> str:
@@ -99,12 +98,17 @@ class Encoder:
             **facts,
         )
 
+    def _refuse_nan(self, embedding_BD: Tensor, advice: str) -> None:
+        if not bool(torch.isfinite(embedding_BD).all()):
+            raise UserError(f"encoder.model: {self._reference.text}: answers with NaN; {advice}")
+
     def _checked_args(self, classifier: Classifier) -> dict[str, Any]:
         """What timm needs beside the arch to build this very network again, tried on noise; {} where that is nothing."""
         net: Any = classifier.net
         noise_BCHW = torch.rand(2, 3, self.size, self.size, generator=torch.Generator().manual_seed(0)) * 255
         with torch.no_grad():
             embedding_BD, head = embed(classifier, noise_BCHW), net.get_classifier()
+            self._refuse_nan(embedding_BD, _DAMAGED)
             linear = isinstance(head, nn.Linear) and embedding_BD.shape == (len(noise_BCHW), head.in_features)
             if linear:
                 nn.init.normal_(head.weight)  # some arches begin with zeros, of which nothing could be told
