@@ -63,7 +63,7 @@ def test_import_direction_and_names(file: Path) -> None:
     assert file.stem not in sys.stdlib_module_names, (
         "a script's folder is first on the path: this name would hide a standard module"
     )
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= 350, "a file this long has two jobs"
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 500, "a file this long has two jobs"
 
 
 def imports_torch(file: Path, seen: set[Path]) -> bool:

@@ -21,6 +21,7 @@ from ssld.stage1_ssld.config import (
     CurateConfig,
     DistillConfig,
     ExportConfig,
+    PrototypesConfig,
     SoftLabelsConfig,
     Stage1Config,
     TeachConfig,
@@ -84,6 +85,8 @@ def disk_bytes(stages: list[Stage]) -> dict[str, int | None]:
                 sizes[stage.name] = file.stat().st_size if file.is_file() else None
             case ExportConfig(model=file) | ExportDetectorConfig(model=file) if file.is_file():
                 sizes[stage.name] = 3 * file.stat().st_size  # ONNX, torch.export, and the folder for the hub
+            case PrototypesConfig() as config:
+                sizes[stage.name] = _prototypes_bytes(config, known.get(architectures.get(stage.name) or ""))
             case _ if stage.name in architectures:
                 network = known.get(architectures[stage.name] or "")
                 sizes[stage.name] = _network_bytes(stage, network) if network else None
@@ -167,6 +170,12 @@ def _curation_bytes(config: CurateConfig) -> int | None:
     return images * _SCORED + copies
 
 
+def _prototypes_bytes(config: PrototypesConfig, network: Network | None) -> int | None:
+    """The teacher, and while it is made the embedding of every image, of as many numbers as the last feature map has channels."""
+    images = _images(config.pool)
+    return None if images is None or network is None else 4 * (network.values + images * network.channels[-1])
+
+
 def _folder_bytes(path: Path) -> int:
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
@@ -201,7 +210,7 @@ def _detector_values(model: DetectorConfig, channels: tuple[int, ...]) -> int:
 def _reference(stage: Stage) -> str | None:
     """The network a stage trains or exports, as its settings name it."""
     match stage.config:
-        case DistillConfig(student=network) | TeachConfig(model=network):
+        case DistillConfig(student=network) | TeachConfig(model=network) | PrototypesConfig(encoder=network):
             return network.arch or network.model
         case TrainConfig(backbone=backbone, arch=arch):
             return arch or backbone

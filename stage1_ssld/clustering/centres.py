@@ -80,7 +80,8 @@ def _by_mini_batches(embeddings: Embeddings, standard: Standard, count: int, see
     size = min(len(embeddings), max(_BATCH, 4 * count))
     steps = max(_STEPS, -(-_PASSES * len(embeddings) // size))
     batches = _random_batches(embeddings.readable_N, size, generator)
-    kmeans = MiniBatchKMeans(count, batch_size=size, n_init=1, random_state=seed)
+    # Without its random moves of small centres, which cost more than they find; empty ones are refilled afterwards.
+    kmeans = MiniBatchKMeans(count, batch_size=size, n_init=1, random_state=seed, reassignment_ratio=0.0)
     for step in range(1, steps + 1):
         kmeans.partial_fit(standard(embeddings.rows(next(batches))))
         if step % _STEPS == 0 or step == steps:
