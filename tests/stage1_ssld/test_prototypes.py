@@ -23,6 +23,7 @@ from ssld.stage1_ssld.clustering.embedding_files import Standard
 from ssld.stage1_ssld.clustering.steps import prototypes_for
 from ssld.stage1_ssld.curate import main as curate
 from ssld.stage1_ssld.data.views import val_view
+from ssld.stage1_ssld.deploy.hub import write_folder
 from ssld.stage1_ssld.distill import main as distill
 from ssld.stage1_ssld.distillation.losses import symmetric_kl
 from ssld.stage1_ssld.evaluate import main as evaluate
@@ -265,6 +266,17 @@ def test_a_student_that_starts_from_a_teacher_keeps_its_arguments(
     student = tmp_path / "student" / "student.safetensors"
     assert read_metadata(student)["model_args"] == read_metadata(Path(file))["model_args"]
     assert FrozenTeacher(str(student)).size == (64, 64)
+
+
+def test_a_folder_for_the_hub_builds_the_same_network(made: Any, tmp_path: Path) -> None:
+    """timm reads size and pooling from its configuration."""
+    file = made(encoder={"model": "random:test_vit", "global_pool": "avg"}) / "teacher.safetensors"
+    reference = parse_reference(str(file))
+    net, inputs = create_classifier(reference)
+    write_folder(tmp_path / "hub", file, net.net, inputs, reference.metadata, "")
+    folder = FrozenTeacher(str(tmp_path / "hub"))
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    torch.testing.assert_close(folder(pixels), FrozenTeacher(str(file))(pixels))
 
 
 def test_ensembles_need_the_same_prototypes(made: Any) -> None:

@@ -126,7 +126,7 @@ def test_sizes_of_the_other_commands(tiny: Any, teacher_file: Path, tmp_path: Pa
     assert size_of(tmp_path, "curate", **(pool | {"pool": ["later"]})) is None
     body = timm.create_model("test_resnet", num_classes=0)
     values, features = sum(p.numel() for p in body.parameters()), body.feature_info[-1]["num_chs"]
-    encoder = {"pool": pool["pool"], "encoder": "random:test_resnet"}
+    encoder = {"pool": pool["pool"], "encoder.model": "random:test_resnet"}
     assert size_of(tmp_path, "prototypes", **encoder) == 4 * (values + 60 * features)
     assert size_of(tmp_path, "export_backbone", model=str(teacher_file)) == 3 * teacher_file.stat().st_size
     assert size_of(tmp_path, "convert_backbone", weights=str(teacher_file)) == teacher_file.stat().st_size
