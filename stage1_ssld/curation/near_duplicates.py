@@ -1,4 +1,4 @@
-"""Near-duplicates: all pairs of perceptual hashes within a Hamming distance, and which images of confirmed pairs have to go. Torch-free.
+"""Near-duplicates: all pairs of perceptual hashes within a Hamming distance, and which images of confirmed pairs have to go.
 
 The search is exact. Of h + 3 groups of bits, two hashes at distance h at most agree in three whole groups: sorting by every choice of three brings
 them together (the block permutations of Manku, Jain and Das Sarma, "Detecting near-duplicates for web crawling", WWW 2007).
