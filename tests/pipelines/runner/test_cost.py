@@ -124,7 +124,7 @@ def test_sizes_of_the_other_commands(tiny: Any, teacher_file: Path, tmp_path: Pa
     copies = tiny.parquet.stat().st_size + sum(file.stat().st_size for file in tiny.train.rglob("*.png"))
     assert size_of(tmp_path, "curate", **pool, materialise=True) == 60 * 100 + copies
     assert size_of(tmp_path, "curate", **(pool | {"pool": ["later"]})) is None
-    body = timm.create_model("test_resnet", num_classes=0)
+    body: Any = timm.create_model("test_resnet", num_classes=0)
     values, features = sum(p.numel() for p in body.parameters()), body.feature_info[-1]["num_chs"]
     encoder = {"pool": pool["pool"], "encoder.model": "random:test_resnet"}
     assert size_of(tmp_path, "prototypes", **encoder) == 4 * (values + 60 * features)
