@@ -101,7 +101,7 @@ def start(file: Path, way: str, shapes: bool, folder: str) -> dict[str, Any]:
 def read(file: Path, *, cache: bool, shapes: bool) -> dict[str, Any]:
     """Seconds, peak megabytes, and a digest of what was read."""
     begun = time.perf_counter()
-    data = read_coco(file, None, training=True, segmentations=shapes, cache=cache)
+    data = read_coco(file, None, training=True, segmentations=shapes, cache_annotations=cache)
     seconds = time.perf_counter() - begun
     megabytes = peak_megabytes()
     return {"seconds": seconds, "megabytes": megabytes, "digest": digest(data)}

@@ -26,20 +26,22 @@ from benchmarks.detector_grid import spread
 from ssld.shared.run_dir import read_result
 
 BATCH = 8
-# name of a term -> its weight in the released settings; vlr_kd is off in them, here it has kd's
-LD_TERMS = {"ld": 0.25, "vlr_ld": 0.25, "kd": 10.0, "vlr_kd": 10.0, "imitation": 2.0}
-DEFAULT_TERMS = ("ld", "vlr_ld", "kd")
+# name of a term -> its weight in the released settings; kd_vlr is off in them, here it has kd's
+LD_TERMS = {"ld": 0.25, "ld_vlr": 0.25, "kd": 10.0, "kd_vlr": 10.0, "imitation": 2.0}
+DEFAULT_TERMS = ("ld", "ld_vlr", "kd")
 LONGER = "labelled fifth, twice the steps"
 LABELLED = 5  # every fifth picture keeps its annotations
 
 
 def gfl_rows(teacher: Path) -> dict[str, list[str]]:
     """Name of a row -> what it adds to the plain student's line."""
-    terms = {"alone": (), **{name: (name,) for name in LD_TERMS}, "ld+vlr_ld": ("ld", "vlr_ld")}
-    terms |= {"ld+vlr_ld+kd (the default)": DEFAULT_TERMS}
+    terms = {"alone": (), **{name: (name,) for name in LD_TERMS}, "ld+ld_vlr": ("ld", "ld_vlr")}
+    terms |= {"ld+ld_vlr+kd (the default)": DEFAULT_TERMS}
     lines: dict[str, list[str]] = {}
     for name, on in terms.items():
-        weights = [[f"--distill.ld.{term}", str(weight if term in on else 0)] for term, weight in LD_TERMS.items()]
+        weights = [
+            [f"--distill.ld.{term}_weight", str(weight if term in on else 0)] for term, weight in LD_TERMS.items()
+        ]
         lines[name] = ["--distill.teacher", str(teacher), *itertools.chain(*weights)] if on else []
     return lines
 

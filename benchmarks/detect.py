@@ -1,7 +1,7 @@
 """Ratios of our R-CNN to torchvision's, measured side by side in one run on whatever device there is: never an absolute time.
 
     python benchmarks/detect.py [--pairs 30] [--sizes 480x640 800x1333] [--batch 2] [--detectors faster mask]
-                                [--modes training inference memory compile]
+                                [--modes training inference memory compile] [--plain]
 
 training    a step, forward and backward and SGD            wanted: at most 0.85 of torchvision's on a CPU, 0.5 on a GPU (both bf16 there)
 inference   images in memory to detections                  at most 0.85; 0.5
@@ -13,10 +13,11 @@ Both sides have the same weights, body, frozen norm, anchors, counts and thresho
 benchmarks/torchvision_rcnn.py. Each side works in the memory format in which it was faster on its first rounds. Ours pools RoIs as torchvision does
 (two samples a side, not aligned) in the rows that the goals are about, and as PaddleDetection does in the other rows. In evaluation ours is the
 folded copy that evaluate.py runs. Masks end as run-length codes on our side, as full-size maps on torchvision's. The works of a round run one
-after the other, in alternating order; printed are the median and the quartiles over the rounds.
+after the other, in alternating order; printed are the median and the quartiles over the rounds. `--plain` turns our fast kernels off.
 """
 
 import argparse
+import contextlib
 import itertools
 import math
 import subprocess
@@ -39,6 +40,7 @@ from torch.nn import functional as F
 
 from benchmarks.side_by_side import Work, rounds, show
 from benchmarks.torchvision_rcnn import CLASSES, our_detector, torchvisions_detector
+from ssld.stage2_detect.models import kernels
 from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
 from ssld.stage2_detect.models.inference import for_inference
 from ssld.stage2_detect.models.mask_targets import ImageMasks, decode
@@ -204,7 +206,7 @@ def memory(kind: str, size: str, batch: int, device: torch.device) -> None:
         peak = {}
         for side in (OURS, THEIRS):
             line = [sys.executable, __file__, "--detectors", kind, "--sizes", size, "--batch", str(batch)]
-            line += ["--peak-of", side, mode]
+            line += ["--peak-of", side, mode, *([] if kernels.enabled() else ["--plain"])]
             peak[side] = int(subprocess.run(line, check=True, capture_output=True, text=True).stdout.split()[-1])
         what = "GPU memory" if device.type == "cuda" else "greatest resident memory"
         ratio = peak[OURS] / peak[THEIRS]
@@ -240,8 +242,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     modes = ["training", "inference", "memory", "compile"]
     parser.add_argument("--modes", nargs="+", choices=modes, default=modes)
     parser.add_argument("--detectors", nargs="+", choices=["faster", "mask"], default=["faster", "mask"])
+    parser.add_argument("--plain", action="store_true", help="without the fast kernels of stage2_detect/models/kernels")
     parser.add_argument("--peak-of", nargs=2, metavar=("SIDE", "MODE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    with kernels.plain() if arguments.plain else contextlib.nullcontext():
+        measure(arguments)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """What the flags ask for."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     if arguments.peak_of:

@@ -30,8 +30,10 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from benchmarks.side_by_side import rounds, show
+from ssld.stage2_detect.config import AugmentConfig, ResizeConfig
 from ssld.stage2_detect.data.coco import CocoData, CocoImage, read_coco
-from ssld.stage2_detect.data.loaders import PAD_MULTIPLE, TrainLoader
+from ssld.stage2_detect.data.loaders import TrainLoader
+from ssld.stage2_detect.data.padding import padded_side
 from ssld.stage2_detect.data.views import View, draw_view, view_image
 from ssld.stage2_detect.models.rcnn import normalise
 
@@ -52,7 +54,7 @@ def opponent(records: list[CocoImage], views: list[View], interpolation: Interpo
             tensor = tensor.flip(2)
             boxes_N4[:, [0, 2]] = view.width - boxes_N4[:, [2, 0]]
         pixels.append(tensor)
-    height, width = (-(-max(one.shape[axis] for one in pixels) // PAD_MULTIPLE) * PAD_MULTIPLE for axis in (1, 2))
+    height, width = (padded_side(max(one.shape[axis] for one in pixels)) for axis in (1, 2))
     batch_BCHW = torch.zeros(len(pixels), 3, height, width)
     for canvas, one in zip(batch_BCHW, pixels, strict=True):
         canvas[:, : one.shape[1], : one.shape[2]].copy_(one)
@@ -64,15 +66,30 @@ class Batches:
 
     def __init__(self, data: CocoData, batch: int, short_sides: Sequence[int]) -> None:
         self.data, self.batch = data, batch
-        self.sizes: dict[str, Any] = {"short_sides": short_sides, "max_long": 1333, "flip": 0.5, "seed": 0}
-        self.order = TrainLoader(data, batch_size=batch, start_step=0, stop_step=0, **self.sizes).order
+        self.short_sides = list(short_sides)
+        self.order = self.loader(0).order
+
+    def loader(self, steps: int, *, auto_augment: bool = False, **resize: Any) -> TrainLoader:
+        """The first batches; `resize` are settings of that section."""
+        sizes = ResizeConfig(train_short_sides=self.short_sides, **resize)
+        augment = AugmentConfig(auto_augment=auto_augment)
+        return TrainLoader(self.data, sizes, augment, batch_size=self.batch, seed=0, start_step=0, stop_step=steps)
+
+    def view(self, record: CocoImage, epoch: int) -> View:
+        """What a batch shows of an image."""
+        return draw_view(
+            record.height,
+            record.width,
+            seed=0,
+            image_id=record.image_id,
+            view=epoch,
+            train_short_sides=self.short_sides,
+            train_long_side=1333,
+            flip=0.5,
+        )
 
     def ours(self, *, normalised: bool = False, **options: Any) -> Callable[[], None]:
-        steps = self.order.steps_per_epoch
-        loader = TrainLoader(
-            self.data, batch_size=self.batch, start_step=0, stop_step=100 * steps, **self.sizes, **options
-        )
-        stream = iter(loader)
+        stream = iter(self.loader(100 * self.order.steps_per_epoch, **options))
         mean, std = (255 * torch.tensor(values)[:, None, None] for values in (MEAN, STD))
 
         def work() -> None:
@@ -89,7 +106,7 @@ class Batches:
             step = next(steps)
             records = [self.data.images[index] for index in self.order.micro_batch(step, 0, 0)]
             epoch = step // self.order.steps_per_epoch
-            views = [draw_view(r.height, r.width, image_id=r.image_id, view=epoch, **self.sizes) for r in records]
+            views = [self.view(record, epoch) for record in records]
             opponent(records, views, interpolation)
 
         return work
@@ -98,9 +115,8 @@ class Batches:
 def kernel_difference(batches: Batches, interpolation: str) -> tuple[float, int]:
     """(mean, largest) absolute difference, in grey levels, of the two kernels' batches over one pass; their padding counts as equal."""
     total = largest = pixels = 0
-    options: dict[str, Any] = {"batch_size": batches.batch, "start_step": 0, "stop_step": batches.order.steps_per_epoch}
     loaders = [
-        TrainLoader(batches.data, kernel=kernel, interpolation=interpolation, **options, **batches.sizes)
+        batches.loader(batches.order.steps_per_epoch, kernel=kernel, interpolation=interpolation)
         for kernel in ("fast", "reference")
     ]
     for fast, reference in zip(*loaders, strict=True):

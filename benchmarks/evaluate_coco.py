@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     works: dict[str, Callable[[], Any]] = {
         "hotcoco": lambda: coco_ap(truth, found, "hotcoco"),
         "pycocotools": lambda: coco_ap(truth, found, "pycocotools"),
-        "analysis": lambda: analysis.report(analysis.analyse(truth, found, threshold=0.5), {}),
+        "analysis": lambda: analysis.report(analysis.analyse(truth, found, score_threshold=0.5), {}),
     }
     rounds = [{name: timed(work) for name, work in works.items()} for _ in range(arguments.rounds)]
     compare(rounds[0]["hotcoco"][1], rounds[0]["pycocotools"][1])

@@ -129,9 +129,9 @@ def draw_detector(path: Path) -> None:
     settings = {
         "kind": "mask_rcnn",
         "fpn_channels": 16,
-        "rpn": {"anchor_sizes": [8, 16, 32, 64, 128], "val_post_nms": 200},
-        "roi": {"hidden": 32, "score_threshold": 0.0, "detections": PER_IMAGE, "nms": {"iou": 0.05}},
-        "mask": {"channels": 16},
+        "rpn": {"anchor_sizes": [8, 16, 32, 64, 128], "post_nms_top_n_test": 200},
+        "roi": {"hidden": 32, "score_threshold": 0.0, "detections_per_image": PER_IMAGE, "nms": {"iou": 0.05}},
+        "mask": {"hidden": 16},
     }
     config = DetectorConfig.model_validate(settings)
     inputs = InputSettings((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), (0, 0), "bilinear", False)
@@ -140,7 +140,7 @@ def draw_detector(path: Path) -> None:
     model = build_detector(config, classes=CLASSES, body=body, arch="test_resnet", inputs=inputs)
     names, ids = tuple(f"class {label}" for label in range(CLASSES)), tuple(range(1, CLASSES + 1))
     data = CocoData("drawn", True, names, ids, [])
-    resize = ResizeConfig(val_short_side=96, val_long_side=128, kernel="fast")
+    resize = ResizeConfig(short_side=96, long_side=128, kernel="fast")
     save_detector(path, model, config=config, resize=resize, arch="test_resnet", inputs=inputs, data=data)
 
 

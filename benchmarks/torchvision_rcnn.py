@@ -24,12 +24,12 @@ from torchvision.models.detection.mask_rcnn import MaskRCNN
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from ssld.shared.models.backbones import InputSettings
+from ssld.stage2_detect.convert_paddle import our_name
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models import anchors
 from ssld.stage2_detect.models.build import build_detector
 from ssld.stage2_detect.models.pyramid import TimmPyramid
 from ssld.stage2_detect.models.rcnn import RCNN
-from ssld.stage2_detect.paddle_names import our_name
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 ARCH, CLASSES = "resnet50d", 80
@@ -58,10 +58,10 @@ def torchvisions_detector(ours: RCNN) -> FasterRCNN:
         FrozenBackbone(ours.pyramid),
         num_classes=CLASSES + 1,
         rpn_anchor_generator=_OurAnchors(ours),
-        rpn_pre_nms_top_n_train=rpn.train_nms[0],
-        rpn_post_nms_top_n_train=rpn.train_nms[1],
-        rpn_pre_nms_top_n_test=rpn.test_nms[0],
-        rpn_post_nms_top_n_test=rpn.test_nms[1],
+        rpn_pre_nms_top_n_train=rpn.pre_nms_top_n_train,
+        rpn_post_nms_top_n_train=rpn.post_nms_top_n_train,
+        rpn_pre_nms_top_n_test=rpn.pre_nms_top_n_test,
+        rpn_post_nms_top_n_test=rpn.post_nms_top_n_test,
     )
     # Images come at their size; it can skip this in training only.
     theirs.transform.resize = lambda image, target: (image, target)

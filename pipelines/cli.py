@@ -13,7 +13,7 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.shared.config.command import USER_ERROR
+from ssld.shared.config.command import USER_ERROR, exit_code
 from ssld.shared.config.settings import did_you_mean
 from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import UserError
@@ -42,7 +42,7 @@ COMMANDS = {
         "ssld.stage2_detect.convert_data",
         "turn YOLO, Pascal VOC or Parquet detection data into COCO JSON",
     ),
-    "inspect": ("", "print what a file, store, run directory or checkpoint of ours is"),
+    "inspect": ("", "print what a model file, store, manifest, checkpoint or run directory of ours is"),
     "report": ("ssld.pipelines.report", "write report.html from a pipeline's run directories"),
     "toy-data": ("ssld.pipelines.toy_data", "draw the embedded data set"),
     "init": ("ssld.pipelines.init", "write a pipeline for your own photos, with settings that suit them"),
@@ -70,26 +70,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if words else USER_ERROR
-    name, rest = words[0], words[1:]
+    return exit_code(lambda: _call(words[0], words[1:]))
+
+
+def _call(name: str, rest: list[str]) -> int:
     if name in ("-V", "--version"):
         print(_version())
         return 0
-    try:
-        if name not in COMMANDS:
-            raise UserError(f"ssld {name}: no such command{did_you_mean(name, list(COMMANDS))}")
-        if name == "inspect":
-            return _inspect(rest)
-        if name == "completion":
-            return _completion(rest)
-        if name in _BY_KIND and {"-h", "--help"} & set(rest) and _model(rest) is None:
-            print(
-                f"usage: ssld {name} --model FILE ...\n\nThe settings are those of {_scripts(name)}: add --model FILE to see them."
-            )
-            return 0
-        return _main_of(_script(name, rest) if name in _BY_KIND else COMMANDS[name][0], rest)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+    if name not in COMMANDS:
+        raise UserError(f"ssld {name}: no such command{did_you_mean(name, list(COMMANDS))}")
+    if name == "inspect":
+        return _inspect(rest)
+    if name == "completion":
+        return _completion(rest)
+    if name in _BY_KIND and {"-h", "--help"} & set(rest) and _model(rest) is None:
+        print(
+            f"usage: ssld {name} --model FILE ...\n\nThe settings are those of {_scripts(name)}: add --model FILE to see them."
+        )
+        return 0
+    return _main_of(_script(name, rest) if name in _BY_KIND else COMMANDS[name][0], rest)
 
 
 def usage() -> str:
@@ -130,7 +129,7 @@ def _completion(argv: list[str]) -> int:
 
     if len(argv) != 1 or argv[0].startswith("-"):
         raise UserError(f"usage: ssld completion {'|'.join(SHELLS)}")
-    print(completion_script(argv[0], list(COMMANDS)), end="")
+    print(completion_script(argv[0], {name: about for name, (_, about) in COMMANDS.items()}), end="")
     return 0
 
 

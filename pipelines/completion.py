@@ -3,35 +3,44 @@
     eval "$(ssld completion bash)"        # in ~/.bashrc
     eval "$(ssld completion zsh)"         # in ~/.zshrc, after compinit
 
-The words are taken from the very parsers of the commands and written into the script, so that the tab key starts no Python. Does not import torch.
+shtab writes it from the very parsers of the commands, so that the tab key starts no Python. Beside cli.py, as every command's module is: this one
+needs the settings of all of them. Does not import torch.
 """
 
 from argparse import ArgumentParser
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 
-from ssld.shared.config.help import choices_of, flags_of
+import shtab
+
+from ssld.shared.config.help import choices_of
 from ssld.shared.errors import UserError
 
 SHELLS = ("bash", "zsh")
 
 
-def completion_script(shell: str, commands: list[str]) -> str:
-    """The script for one shell. Raises UserError for a shell that is not known."""
+def completion_script(shell: str, commands: Mapping[str, str]) -> str:
+    """The script for one shell; `commands` is {name: what it does}. Raises UserError for a shell that is not known."""
     if shell not in SHELLS:
         raise UserError(f"ssld completion {shell}: expected {' or '.join(SHELLS)}")
-    flags: dict[str, dict[str, list[str]]] = {name: {} for name in commands}
+    flags: dict[str, list[ArgumentParser]] = defaultdict(list)
     for name, parser in parsers():
-        flags[name].update(
-            {
-                flag: choices_of(action)
-                for _, action in flags_of(parser)
-                for flag in action.option_strings
-                if flag.startswith("--")
-            }
-        )
-    flags["completion"] = {shell: [] for shell in SHELLS}
-    text = _script(flags)
-    return text if shell == "bash" else f"autoload -Uz bashcompinit && bashcompinit\n{text}"
+        flags[name].append(parser)
+    whole = ArgumentParser(prog="ssld")
+    branches = whole.add_subparsers()
+    for name, about in commands.items():
+        branch = branches.add_parser(
+            name, help=about, parents=flags[name], add_help=False, conflict_handler="resolve"
+        )  # of commands that dispatch by file, the flags of all kinds
+        if name == "completion":
+            branch.add_argument("shell", choices=SHELLS)
+        if name == "inspect":
+            branch.add_argument("path")
+        for action in branch._actions:
+            action.choices = choices_of(action) or None
+            if action.choices is None and action.nargs != 0:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+    return shtab.complete(whole, shell)
 
 
 def parsers() -> Iterator[tuple[str, ArgumentParser]]:
@@ -51,42 +60,3 @@ def parsers() -> Iterator[tuple[str, ArgumentParser]]:
     }
     for kind, what in KINDS.items():
         yield named.get(kind, kind.replace("_", "-")), settings_parser(what.config_type, kind)
-
-
-def _script(flags: dict[str, dict[str, list[str]]]) -> str:
-    """A bash function; zsh runs it through bashcompinit. Where it has no words, file names are completed."""
-    cases: list[str] = []
-    values: dict[tuple[str, str], list[str]] = {}
-    for name, words in flags.items():
-        cases.append(f"    {name}) words='{' '.join(words)}';;")
-        for flag, choices in words.items():
-            if choices:
-                values.setdefault((flag, " ".join(choices)), []).append(name)
-    value_cases = [
-        f"    {'|'.join(f'{name}:{flag}' for name in names)}) words='{choices}';;"
-        for (flag, choices), names in values.items()
-    ]
-    return "\n".join(
-        [
-            "_ssld() {",
-            '  local current="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}" words=""',
-            "  COMPREPLY=()",
-            '  if [ "$COMP_CWORD" -eq 1 ]; then',
-            f"    COMPREPLY=($(compgen -W '{' '.join(flags)}' -- \"$current\"))",
-            "    return",
-            "  fi",
-            '  case "${COMP_WORDS[1]}:$before" in',
-            *value_cases,
-            "  esac",
-            '  if [ -z "$words" ] && [ "${current#-}" = "$current" ] && [ "${COMP_WORDS[1]}" != completion ]; then',
-            "    return",
-            "  fi",
-            '  [ -n "$words" ] || case "${COMP_WORDS[1]}" in',
-            *cases,
-            "  esac",
-            '  COMPREPLY=($(compgen -W "$words" -- "$current"))',
-            "}",
-            "complete -o bashdefault -o default -F _ssld ssld",
-            "",
-        ]
-    )

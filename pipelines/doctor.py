@@ -19,23 +19,18 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.pipelines.checks.data_process import FLAGS, check_data
+from ssld.pipelines.checks.data import FLAGS, DataSet, check_data
 from ssld.pipelines.checks.machine import Line, ask_torch, machine_lines
-from ssld.pipelines.checks.settings import DataSet, settings_lines
-from ssld.pipelines.runner.stages import located
-from ssld.shared.config.command import USER_ERROR
+from ssld.pipelines.checks.settings import settings_lines
+from ssld.pipelines.runner.stages import find_pipeline
+from ssld.shared.config.command import USER_ERROR, exit_code
 from ssld.shared.config.settings import Parser, underscored
 from ssld.shared.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns 0 where nothing is in the way, 1 where something is, 2 for a user's mistake."""
-    try:
-        return _doctor([underscored(word) for word in (sys.argv[1:] if argv is None else argv)])
-    except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return USER_ERROR
+    return exit_code(lambda: _doctor([underscored(word) for word in (sys.argv[1:] if argv is None else argv)]))
 
 
 def _doctor(argv: list[str]) -> int:
@@ -48,7 +43,7 @@ def _doctor(argv: list[str]) -> int:
             lines.append(line)
             print(f"  {line.level:<8}{line.topic:<12}{line.text}", flush=True)
 
-    settings = Path(located(str(arguments.settings))) if arguments.settings else None
+    settings = find_pipeline(arguments.settings) if arguments.settings else None
     if settings and not settings.exists():
         raise UserError(f"{settings}: no such file; settings are a YAML file")
     print("machine", flush=True)
@@ -127,7 +122,10 @@ def parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "settings", type=Path, nargs="?", metavar="YAML", help="a pipeline, or the settings of one command"
+        "settings",
+        nargs="?",
+        metavar="YAML",
+        help="a pipeline, also one of ours by name, or the settings of one command",
     )
     parser.add_argument(
         "--variable",

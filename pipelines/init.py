@@ -21,29 +21,22 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.pipelines.checks.data_process import FLAGS, check_data
+from ssld.pipelines.checks.data import FLAGS, check_data
 from ssld.pipelines.checks.machine import ask_torch, cores
-from ssld.pipelines.scaffold.split import split_content
-from ssld.pipelines.scaffold.suggest import Facts, pipeline_text, suggest
-from ssld.shared.config.command import USER_ERROR
+from ssld.pipelines.scaffold.suggest import Facts, pipeline_text, split_content, suggest
+from ssld.shared.config.command import exit_code
 from ssld.shared.config.settings import Parser, underscored
 from ssld.shared.errors import UserError
-from ssld.shared.files import list_images
-from ssld.shared.run_dir import write_atomically
+from ssld.shared.files import list_images, write_atomically
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns 0, or 2 for a user's mistake."""
-    try:
-        _init(parser().parse_args([underscored(word) for word in (sys.argv[1:] if argv is None else argv)]))
-    except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return USER_ERROR
-    return 0
+    words = [underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+    return exit_code(lambda: _init(parser().parse_args(words)))
 
 
-def _init(arguments: Namespace) -> None:
+def _init(arguments: Namespace) -> int:
     output: Path = arguments.output
     names = _names(arguments)
     _check_arguments(arguments, names.values())
@@ -86,6 +79,7 @@ def _init(arguments: Namespace) -> None:
         write_atomically(file, text)
         print(f"wrote {file}")
     print(f"look at it, then: ssld run {shlex.quote(str(output))} --dry-run, --smoke, and without either")
+    return 0
 
 
 def _names(arguments: Namespace) -> dict[str, Path]:

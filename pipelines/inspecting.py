@@ -1,18 +1,24 @@
 """`ssld inspect`: what a file or folder of ours is, where it came from, how good it is, and under which licence its teacher stands.
 
-Knows model files (.safetensors), exported networks (.onnx, .pt2), manifests of a curation (.parquet), stores of soft labels, run directories,
-checkpoints, outputs of pipelines, and the files of `inspect_records.py`. Settings that a detector of its kind does not use are left out.
+Knows what no text editor shows, model files (.safetensors), what was exported from them (.onnx, .pt2) and manifests of a curation (.parquet), and the
+folders of stores, checkpoints and runs. Settings that a detector of its kind does not use are left out.
 """
 
 import json
+import math
 import zipfile
 from pathlib import Path
 from typing import Any
 
-from ssld.pipelines.inspecting_records import KNOWN, inspect_pipeline_output, inspect_record
 from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import UserError
+from ssld.shared.run_dir import read_result
+from ssld.shared.wording import amount
 
+KNOWN = (
+    "known are model files (.safetensors), exported networks (.onnx, .pt2), manifests (.parquet), and folders of runs, "
+    "checkpoints and soft labels"
+)
 # kind of detector -> the groups of its settings that it uses
 _BLOCKS = {
     "faster_rcnn": ("rpn", "roi"),
@@ -27,58 +33,42 @@ _FIRST = (
     *("kind", "arch", "num_classes", "class_names", "input_size", "teacher", "licence", "backbone", "step", "weights"),
     *("metrics", "model", "resize"),
 )
+_OF_A_RUN = (
+    *("backbone", "student", "teacher", "model", "data", "init", "steps", "train_epochs", "batch_size", "precision"),
+    "seed",
+)
 _MOST = 10
 
 
 def inspect_text(path: Path) -> str:
     """What is at a path, as readable lines. Raises UserError where it is nothing of ours."""
-    if path.is_dir():
-        title, facts = _folder(path)
-    elif not path.exists():
+    if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    elif path.suffix == ".onnx":
-        title, facts = "exported network (ONNX)", _onnx(path)
-    elif path.suffix == ".pt2":
-        title, facts = "exported network (torch.export)", _program(path)
-    elif path.suffix == ".parquet":
-        title, facts = _parquet(path)
-    elif path.name == "store.json":
-        return inspect_text(path.parent)
-    elif path.suffix in (".json", ".jsonl", ".yaml", ".yml"):
-        title, facts = inspect_record(path)
-    else:
-        title, facts = _model(path)
-    return "\n".join([f"{path}: {title}", *_lines(_ordered(_without_unused(facts)))])
+    kinds = {".safetensors": _model, ".onnx": _onnx, ".pt2": _program, ".parquet": _parquet}
+    read = _folder if path.is_dir() else kinds.get(path.suffix)
+    if read is None:
+        raise UserError(f"{path}: nothing of ours; {KNOWN}")
+    title, facts = read(path)
+    facts = _without_unused(facts)
+    ordered = {key: facts[key] for key in (*_FIRST, *facts) if key in facts}
+    return "\n".join([f"{path}: {title}", *_lines(ordered)])
 
 
 def _model(path: Path) -> tuple[str, dict[str, Any]]:
-    from ssld.shared.models.model_file import read_metadata, read_shapes
+    from ssld.shared.models.model_file import read_metadata, read_shapes  # imports torch
 
-    try:
-        metadata, shapes = read_metadata(path), read_shapes(path)
-    except UserError:
-        if path.suffix == ".safetensors":
-            raise
-        raise UserError(f"{path}: nothing of ours; {KNOWN}") from None
-    values = 0
-    for shape in shapes.values():
-        size = 1
-        for side in shape:
-            size *= side
-        values += size
+    metadata, shapes = read_metadata(path), read_shapes(path)
+    values = sum(math.prod(shape) for shape in shapes.values())
     facts = {"tensors": f"{len(shapes)} ({values / 1e6:.2f} M values)", **metadata}
     if not metadata:
         return "safetensors file of another program", facts | {"metadata": "none: not written by this project"}
-    kind = metadata.get("kind", "backbone")
-    what = (
-        f"detector ({metadata['model']['kind']})"
-        if isinstance(metadata.get("model"), dict) and "kind" in metadata["model"]
-        else kind
-    )
-    return f"{what} file", facts
+    model = metadata.get("model")
+    if isinstance(model, dict) and "kind" in model:
+        return f"detector ({model['kind']}) file", facts
+    return f"{metadata.get('kind', 'backbone')} file", facts
 
 
-def _onnx(path: Path) -> dict[str, Any]:
+def _onnx(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         import onnx
     except ImportError:
@@ -92,17 +82,17 @@ def _onnx(path: Path) -> dict[str, Any]:
         "inputs": ", ".join(one.name for one in model.graph.input),
         "outputs": ", ".join(one.name for one in model.graph.output),
     }
-    return facts | {entry.key: _parsed(entry.value) for entry in model.metadata_props}
+    return "exported network (ONNX)", facts | {entry.key: _parsed(entry.value) for entry in model.metadata_props}
 
 
-def _program(path: Path) -> dict[str, Any]:
+def _program(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         with zipfile.ZipFile(path) as archive:
             name = next((name for name in archive.namelist() if name.endswith("metadata.json")), None)
             facts = json.loads(archive.read(name)) if name else {"metadata": "none: not written by this project"}
     except (zipfile.BadZipFile, ValueError):
         raise UserError(f"{path}: not a torch.export program") from None
-    return {key: _parsed(value) for key, value in facts.items()}
+    return "exported network (torch.export)", {key: _parsed(value) for key, value in facts.items()}
 
 
 def _parquet(path: Path) -> tuple[str, dict[str, Any]]:
@@ -125,63 +115,36 @@ def _folder(path: Path) -> tuple[str, dict[str, Any]]:
     if (path / "store.json").is_file():
         facts = _json(path / "store.json")
         shards = facts.get("shards", [])
-        facts["sources"] = [
-            f"{source.get('path')} ({source.get('rows', 0):,} rows)" for source in facts.get("sources", [])
-        ]
+        facts["sources"] = [f"{one.get('path')} ({one.get('rows', 0):,} rows)" for one in facts.get("sources", [])]
         facts["shards"] = f"{len(shards)} ({sum(shard.get('images', 0) for shard in shards):,} images)"
         facts.pop("replayed", None)  # checksums of views, for the machine
         return "store of soft labels", facts | {"size": _size(path)}
     if (path / "state.json").is_file():
-        facts = _json(path / "state.json")
-        whole = (path / "COMPLETE").exists()
+        whole = "complete" if (path / "COMPLETE").exists() else "NOT complete: it is not used"
+        plain = {key: value for key, value in _json(path / "state.json").items() if not isinstance(value, dict)}
         parts = sorted(file.name for file in path.glob("*.safetensors"))
-        plain = {key: value for key, value in facts.items() if not isinstance(value, dict)}
-        return f"checkpoint ({'complete' if whole else 'NOT complete: it is not used'})", plain | {
-            "parts": parts,
-            "size": _size(path),
-        }
+        return f"checkpoint ({whole})", plain | {"parts": parts, "size": _size(path)}
     if (path / "config.yaml").is_file():
         return _run(path)
-    if (path / "pipeline.json").is_file():
-        return inspect_pipeline_output(path)
     raise UserError(f"{path}: nothing of ours; {KNOWN}")
 
 
 def _run(path: Path) -> tuple[str, dict[str, Any]]:
     settings = read_yaml(path / "config.yaml")
     environment = _json(path / "environment.json") if (path / "environment.json").is_file() else {}
-    checkpoints = sorted(folder.name for folder in path.glob("checkpoints/*") if (folder / "COMPLETE").exists())
     facts: dict[str, Any] = {}
-    state = "not finished: the same command goes on"
-    if (path / "result.json").is_file():
-        result = _json(path / "result.json")
-        state = "finished"
-        facts = {
-            "command": result.get("command"),
-            "finished": result.get("finished"),
-            "minutes": round(result.get("seconds", 0) / 60, 1),
-        }
-        facts |= {"metrics": result.get("metrics", {}), "outputs": sorted(result.get("outputs", {}))}
-    facts["checkpoints"] = checkpoints
-    wanted = ("started", "machine", "versions", "device", "devices")
-    facts |= {key: environment[key] for key in wanted if key in environment}
-    given = (
-        "backbone",
-        "student",
-        "teacher",
-        "model",
-        "data",
-        "init",
-        "steps",
-        "train_epochs",
-        "batch_size",
-        "precision",
-        "seed",
+    if result := read_result(path):
+        facts = {key: result.get(key) for key in ("command", "finished")}
+        facts |= {"minutes": round(result.get("seconds", 0) / 60, 1), "metrics": result.get("metrics", {})}
+        facts["outputs"] = sorted(result.get("outputs", {}))
+    facts["checkpoints"] = sorted(
+        folder.name for folder in path.glob("checkpoints/*") if (folder / "COMPLETE").exists()
     )
-    model = settings.get("model") if isinstance(settings, dict) else None
-    shown = {key: settings[key] for key in given if isinstance(settings, dict) and settings.get(key) is not None}
-    if isinstance(model, dict) and "kind" in model:
-        shown["model"] = model["kind"]
+    facts |= {key: environment[key] for key in ("started", "machine", "versions") if key in environment}
+    shown = {key: settings[key] for key in _OF_A_RUN if settings.get(key) is not None}
+    if isinstance(shown.get("model"), dict) and "kind" in shown["model"]:
+        shown["model"] = shown["model"]["kind"]
+    state = "finished" if result else "not finished: the same command goes on"
     return f"run directory, {state}", facts | {"settings": shown}
 
 
@@ -193,7 +156,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _size(folder: Path) -> str:
-    return f"{sum(file.stat().st_size for file in folder.rglob('*') if file.is_file()) / 2**20:,.1f} MB"
+    return amount(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
 
 
 def _parsed(value: Any) -> Any:
@@ -213,22 +176,12 @@ def _without_unused(facts: dict[str, Any]) -> dict[str, Any]:
     return facts | {"model": {key: value for key, value in model.items() if key not in _ALL_BLOCKS or key in used}}
 
 
-def _ordered(facts: dict[str, Any]) -> dict[str, Any]:
-    first = [key for key in _FIRST if key in facts]
-    return {key: facts[key] for key in [*first, *(key for key in facts if key not in first)]}
-
-
 def _lines(facts: dict[str, Any], indent: str = "  ") -> list[str]:
     lines = []
     for key, value in facts.items():
-        if (
-            isinstance(value, dict)
-            and len(value) > 2 * _MOST
-            and not any(isinstance(one, dict) for one in value.values())
-        ):
-            some = [f"{name} {_said(one)}" for name, one in list(value.items())[:_MOST]]
-            lines.append(f"{indent}{key:<{max(1, 20 - len(indent))}} {', '.join(some)} ... ({len(value)})")
-        elif isinstance(value, dict) and value:
+        group = isinstance(value, dict) and bool(value)
+        long = group and len(value) > 2 * _MOST and not any(isinstance(one, dict) for one in value.values())
+        if group and not long:
             lines += [f"{indent}{key}", *_lines(value, indent + "  ")]
         else:
             lines.append(f"{indent}{key:<{max(1, 20 - len(indent))}} {_said(value)}")
@@ -242,6 +195,8 @@ def _said(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, dict):
+        value = [f"{key} {_said(one)}" for key, one in value.items()]
     if isinstance(value, list):
         plain = [_said(one) if not isinstance(one, dict) else json.dumps(one) for one in value]
         return f"{', '.join(plain[:_MOST])} ... ({len(plain)})" if len(plain) > _MOST else ", ".join(plain)

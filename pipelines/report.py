@@ -24,7 +24,8 @@ from ssld.pipelines.reports.table import COLUMNS, Row, gain, gain_cells, read_re
 from ssld.pipelines.runner.stages import read_pipeline
 from ssld.shared.config.command import run_command
 from ssld.shared.errors import UserError
-from ssld.shared.run_dir import RunDir, write_atomically
+from ssld.shared.files import write_atomically
+from ssld.shared.run_dir import RunDir
 from ssld.shared.wording import count, duration
 
 _TEMPLATE = "report.html.jinja"

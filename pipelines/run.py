@@ -1,6 +1,7 @@
 """ENTRY: run a pipeline, one command after the other, each exactly as a user would type it.
 
     python pipelines/run.py pipelines/quickstart.yaml
+    ssld run quickstart                                   # the same from any folder
 
 All settings of all stages are checked before the first one starts. A stage whose run directory holds the finished run is skipped, one that was
 interrupted goes on, one that holds another configuration stops the pipeline with what differs. Does not import torch.
@@ -22,11 +23,11 @@ if find_spec("ssld") is None:
     sys.exit(2)
 
 from ssld.pipelines.reports.table import Record, table_text, write_record
-from ssld.pipelines.runner.cost import disk_bytes, disk_text, steps_text
+from ssld.pipelines.runner.cost import disk_bytes, disk_text, steps_text, total_text
 from ssld.pipelines.runner.launch import Signals, command_line, run_stage
 from ssld.pipelines.runner.plan import Planned, erase, make_plan, to_erase
-from ssld.pipelines.runner.stages import LOGS, Stage, build_stages, located, read_pipeline
-from ssld.shared.config.command import STOPPED, USER_ERROR
+from ssld.pipelines.runner.stages import LOGS, Stage, build_stages, find_pipeline, read_pipeline
+from ssld.shared.config.command import STOPPED, exit_code
 from ssld.shared.config.settings import Parser, did_you_mean
 from ssld.shared.errors import UserError
 from ssld.shared.run_dir import read_result
@@ -35,17 +36,12 @@ from ssld.shared.wording import count
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a pipeline; returns 0 done, 2 a user's mistake, 1 a failed stage, 143 stopped."""
-    try:
-        return _run(sys.argv[1:] if argv is None else list(argv))
-    except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return USER_ERROR
+    return exit_code(lambda: _run(sys.argv[1:] if argv is None else list(argv)))
 
 
 def _run(argv: list[str]) -> int:
     parser = _parser()
-    file = Path(located(str(parser.parse_known_args(_without_variables(argv))[0].pipeline)))
+    file = find_pipeline(parser.parse_known_args(_without_variables(argv))[0].pipeline)
     pipeline = read_pipeline(file)
     for name in pipeline.variables:  # flags that only this file has
         parser.add_argument(
@@ -121,9 +117,7 @@ def _print_plan(plan: list[Planned], doomed: list[Path], output: Path) -> None:
         for note in planned.notes:
             print(f"    changed since the last start: {note}")
         print(f"    {shlex.join(command_line(stage))}")
-    known = [size for size in disk.values() if size is not None]
-    more = "" if len(known) == len(disk) else f", and {count(len(disk) - len(known), 'stage')} of unknown size"
-    print(f"{count(len(plan), 'stage')} in {output}: {disk_text(sum(known))}{more}; data sets not counted")
+    print(f"{count(len(plan), 'stage')} in {output}: {total_text(disk)}; data sets not counted")
 
 
 def _without_variables(argv: list[str]) -> list[str]:
@@ -170,7 +164,9 @@ def _parser() -> Parser:
         epilog="--variables.NAME VALUE gives a variable of the file its value.",
         allow_abbrev=False,
     )
-    parser.add_argument("pipeline", type=Path, metavar="PIPELINE", help="YAML file")
+    parser.add_argument(
+        "pipeline", metavar="PIPELINE", help="YAML file, or the name of one that comes along: quickstart"
+    )
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder of the run directories, instead of the file's"
     )

@@ -1,18 +1,26 @@
-"""Image folders: list them, and tell by a digest whether they changed. Torch-free, because config code imports it.
+"""Image and video files, and folders of them: names, lists, digests that tell of a change; writing whole or not at all. Torch-free, for config code.
 
-The digest covers names, sizes and modification times, not contents: a million files are digested in seconds, and a
-changed picture is noticed unless somebody resets its time stamp on purpose. Folders are walked with `os.scandir`; the
-only cache is the caller's.
+The digest of a folder covers names, sizes and modification times, not contents: a million files are digested in seconds, and a changed picture is
+noticed unless somebody resets its time stamp on purpose. Folders are walked with `os.scandir`; the only cache is the caller's.
 """
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ssld.shared.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv")
+"""beside them .gif, where it moves"""
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path has wildcards."""
+    return re.search(r"[*?[]", path) is not None
 
 
 def list_images(folder: str | Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
@@ -48,6 +56,40 @@ def files_digest(path: str | Path) -> str:
     for name, stat in entries:
         digest.update(os.fsencode(name) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def spread(count: int, most: int, *, repeat: bool = False) -> list[int]:
+    """Up to `most` numbers, evenly spread over 0 to `count` - 1; with `repeat` exactly `most`, some of them twice where there are fewer."""
+    places = most if repeat else min(count, most)
+    return [place * count // places for place in range(places)]
+
+
+@contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file under, which takes its place when the block ends: a reader sees the old content or the new, never a part.
+
+    A block that fails leaves nothing behind; a killed process may leave `.NAME.NUMBER`, with its own number, which `RunDir` clears away.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # the content first, then the name
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a small file whole or not at all; text as UTF-8."""
+    with atomically(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def _walk(folder: str | Path) -> Iterator[tuple[str, os.stat_result]]:

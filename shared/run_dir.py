@@ -13,7 +13,6 @@ Only the main rank writes; the lock is an flock that dies with its process. Does
 
 import fcntl
 import functools
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -27,8 +26,9 @@ from typing import IO, Any, Literal
 import yaml
 
 from ssld.shared.config.settings import MAY_CHANGE, NOT_IDENTITY, CommandConfig, differences, dump_yaml, identity
+from ssld.shared.config.training import PASSES_FILE
 from ssld.shared.errors import UserError
-from ssld.shared.files import files_digest
+from ssld.shared.files import file_sha256, files_digest, write_atomically
 
 Status = Literal["new", "unfinished", "finished"]
 SPEED = ("seconds", "data_wait", "images_per_second", "memory_gb")
@@ -165,8 +165,8 @@ class RunDir:
         self._lock = (self.path / ".lock").open("w")
 
     def _compare_and_record(self) -> None:
-        for leftover in self.path.glob(".*.*"):  # files that a killed process was writing
-            if leftover.suffix[1:].isdigit():
+        for leftover in self.path.rglob(".*.*"):  # files that a killed process was writing
+            if leftover.suffix[1:].isdigit() and leftover.is_file():
                 leftover.unlink(missing_ok=True)
         self.inputs = input_digests(self._config)
         environment = _environment(self._command, self.inputs)
@@ -187,7 +187,7 @@ class RunDir:
 
     def _holds_work(self) -> bool:
         """Whether a run got further than its start here: one refused for a mistake may begin again with other settings."""
-        records = {"config.yaml", "environment.json", "log.txt", "error.json", "auto_batch.json"}
+        records = {"config.yaml", "environment.json", "log.txt", "error.json", PASSES_FILE}
         return any(not entry.name.startswith(".") and entry.name not in records for entry in self.path.iterdir())
 
     def _refuse_other_run(self) -> list[str]:
@@ -212,16 +212,6 @@ class RunDir:
         for key in ("versions", "processes", "threads"):
             if before.get(key) != environment[key]:
                 self.log(f"{key} differ from the last start: results may differ in the last bits")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -287,12 +277,6 @@ def input_digests(config: CommandConfig) -> dict[str, str]:
 def input_digest(path: Path) -> str:
     """Digest of one input: of a model file's bytes, of the names, sizes and times of anything else."""
     return file_sha256(path) if path.suffix == ".safetensors" else files_digest(path)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _environment(command: str, inputs: dict[str, str]) -> dict[str, Any]:

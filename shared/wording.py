@@ -1,10 +1,24 @@
-"""Numbers in sentences."""
+"""Numbers and lists in sentences."""
+
+from collections.abc import Sequence
+from typing import Any
 
 
 def count(number: int, what: str, plural: str | None = None) -> str:
     """A number and its noun: `1 image`, `1,200 boxes`."""
     plural = plural or (f"{what}es" if what.endswith(("x", "s")) else f"{what}s")
     return f"{number:,} {what if number == 1 else plural}"
+
+
+def some(values: Sequence[Any], most: int = 3) -> str:
+    """The first of a list: `4, 7, 9, ...`."""
+    return ", ".join(map(str, values[:most])) + (", ..." if len(values) > most else "")
+
+
+def amount(size: float) -> str:
+    """Bytes for people: `1.2 GB`, `3.4 MB`, `0.5 kB`."""
+    unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB") if size >= 1e6 else (1e3, "kB")
+    return f"{size / unit:.1f} {name}"
 
 
 def duration(seconds: float | None) -> str:

@@ -55,9 +55,10 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
     """
     from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+    from ssld.shared.files import file_sha256
     from ssld.shared.models.backbones import InputSettings, ModelReference, check_fits, save_backbone
     from ssld.shared.models.paddle_weights import read_paddle_weights, to_torch
-    from ssld.shared.run_dir import RunDir, file_sha256
+    from ssld.shared.run_dir import RunDir
 
     source = str(config.weights)
     arrays = read_paddle_weights(config.weights)

@@ -9,7 +9,6 @@ Runs on the CPU. `--benchmark true` measures what was written, `--push_to_hub OR
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if find_spec("ssld") is None:
@@ -40,20 +39,19 @@ def export_backbone(config: ExportConfig) -> None:
     Raises UserError for a file that is no backbone file, an image size that the network does not take, answers that differ by more than the
     tolerance (no exported file is left behind then), and an upload that fails.
     """
-    import os
+    from contextlib import ExitStack
 
     import torch
 
-    from ssld.shared.deploy.card_parts import read_recipe
     from ssld.shared.deploy.graph_files import require_onnx
     from ssld.shared.deploy.hub import check_name, public, push
+    from ssld.shared.files import atomically
     from ssld.shared.models.backbones import InputSettings, create_classifier, parse_reference
     from ssld.shared.models.model_file import read_metadata
     from ssld.shared.run_dir import RunDir
     from ssld.stage1_ssld.data.sources import ImageSource
     from ssld.stage1_ssld.deploy import onnx_file
-    from ssld.stage1_ssld.deploy.hub import write_folder
-    from ssld.stage1_ssld.deploy.model_card import model_card
+    from ssld.stage1_ssld.deploy.card import write_folder
 
     if "onnx" in config.formats:
         require_onnx()
@@ -83,10 +81,11 @@ def export_backbone(config: ExportConfig) -> None:
         key: public(metadata[key]) for key in (*keys, "content_sha256") if metadata.get(key) is not None
     }
     images = list(_images(config, source, inputs, metadata, run))
-    temporary: dict[str, Path] = {name: run.path / f".{FILES[name]}.{os.getpid()}" for name in config.formats}
+    files = {name: run.path / FILES[name] for name in config.formats}
     checks: dict[str, dict[str, float]] = {}
     runs: dict[str, onnx_file.Run] = {}
-    try:
+    with ExitStack() as stack:
+        temporary = {name: stack.enter_context(atomically(file)) for name, file in files.items()}
         for name, path in temporary.items():
             if name == "onnx":
                 onnx_file.write_onnx(path, classifier, size, facts)
@@ -107,21 +106,11 @@ def export_backbone(config: ExportConfig) -> None:
                 )
         if config.benchmark:
             onnx_file.measure({FILES[name]: call for name, call in runs.items()}, classifier, images[0], run.log)
-        written = [path.replace(run.path / FILES[name]) for name, path in temporary.items()]
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+    written = list(files.values())
 
     # ---- the hub's folder
-    card = model_card(
-        metadata,
-        read_recipe(config.model),
-        repository=config.push_to_hub,
-        parameters=sum(parameter.numel() for parameter in classifier.parameters()),
-        checks=checks,
-    )
     folder = run.path / "hub"
-    write_folder(folder, config.model, classifier.net, inputs, metadata, card)
+    write_folder(folder, config.model, classifier.net, inputs, metadata, repository=config.push_to_hub, checks=checks)
     if config.push_to_hub:
         run.log(f"uploaded to {push(folder, config.push_to_hub, private=config.private)}")
     first = next(iter(checks.values()))
@@ -139,7 +128,7 @@ def _images(
     """uint8 [B,3,H,W] batches for the check: evenly chosen images, or noise."""
     import torch
 
-    from ssld.stage1_ssld.data.listing import spread
+    from ssld.shared.files import spread
     from ssld.stage1_ssld.data.loaders import ValViews, make_loader, val_batches
 
     if source is None:

@@ -21,11 +21,11 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.shared.config.command import USER_ERROR
+from ssld.shared.config.command import exit_code
 from ssld.shared.config.settings import Parser, underscored
 from ssld.shared.errors import UserError
-from ssld.shared.wording import count
-from ssld.stage2_detect.data.check.findings import LEVELS, Finding, is_id, some
+from ssld.shared.wording import count, some
+from ssld.stage2_detect.data.check.findings import LEVELS, Finding, is_id
 
 if TYPE_CHECKING:
     from ssld.stage2_detect.data.check.annotations import FileCheck
@@ -36,12 +36,8 @@ _WIDTH, _CLASSES = 24, 12
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns 0 without faults, 1 with some, 2 for a user's mistake."""
-    try:
-        arguments = _parser().parse_args([underscored(word) for word in (sys.argv[1:] if argv is None else argv)])
-        return check_data(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+    words = [underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+    return exit_code(lambda: check_data(_parser().parse_args(words)))
 
 
 def check_data(arguments: Namespace) -> int:
@@ -246,21 +242,18 @@ def _check_category_ids(check: "FileCheck") -> None:
 
 def _write_copy(check: "FileCheck", file: Path) -> str:
     """Write the cleaned copy of a file and read it back as training does; returns a line on it."""
+    from ssld.shared.files import atomically
     from ssld.stage2_detect.data.coco import read_coco
 
     content = check.repair.apply(check.content)
     file.parent.mkdir(parents=True, exist_ok=True)
-    pending = file.with_name(f".{file.name}")
-    pending.write_text(json.dumps(content), encoding="utf-8")
-    try:
-        data = read_coco(pending, check.folder, training=True)
-    except UserError as error:
-        why = str(error).replace(str(pending), str(check.file))
-        raise UserError(f"no cleaned copy: what is left cannot be trained on: {why}") from None
-    else:
-        pending.replace(file)
-    finally:
-        pending.unlink(missing_ok=True)
+    with atomically(file) as pending:
+        pending.write_text(json.dumps(content), encoding="utf-8")
+        try:
+            data = read_coco(pending, check.folder, training=True)
+        except UserError as error:
+            why = str(error).replace(str(pending), str(check.file))
+            raise UserError(f"no cleaned copy: what is left cannot be trained on: {why}") from None
     before = {key: len(check.content[key]) for key in ("images", "annotations")}
     gone = [count(before[key] - len(content[key]), key[:-1]) for key in before if before[key] > len(content[key])]
     left = f"; left out: {' and '.join(gone)}" if gone else ""

@@ -19,11 +19,11 @@ class DetectionDataConfig(Config):
     train_annotations: Path
     """annotations to train on"""
     train_images: Path
-    """folder of their pictures"""
+    """folder of their images"""
     val_annotations: Path | None = None
     """annotations to evaluate on; null does not evaluate"""
     val_images: Path | None = None
-    """folder of their pictures"""
+    """folder of their images"""
     keep_empty: bool = True
     """whether images without any object are trained on"""
     repeat_threshold: Fraction | None = None
@@ -40,13 +40,13 @@ class ResizeConfig(Config):
     """Image sizes and flips."""
 
     train_short_sides: list[Side] = Field([640, 672, 704, 736, 768, 800], min_length=1)
-    """the short side is drawn from these"""
+    """in training the short side is drawn from these"""
     train_long_side: int = Field(1333, ge=32)
     """largest long side in training"""
-    val_short_side: int = Field(800, ge=32)
-    """the short side otherwise"""
-    val_long_side: int = Field(1333, ge=32)
-    """largest long side otherwise"""
+    short_side: int = Field(800, ge=32)
+    """the short side in evaluation and prediction"""
+    long_side: int = Field(1333, ge=32)
+    """largest long side in evaluation and prediction"""
     flip: float = Field(0.5, ge=0, le=1)
     """probability of a horizontal flip"""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
@@ -59,11 +59,11 @@ class AugmentConfig(Config):
     """Augmentation of training images beyond size and flip."""
 
     auto_augment: bool = False
-    """AutoAugment for detection, policy v1 (arXiv 1906.11172), on the picture as it is stored"""
+    """AutoAugment for detection, policy v1 (arXiv 1906.11172), on the image as it is stored"""
     auto_augment_unlabeled: bool | None = None
-    """the same for the pictures of unlabeled; null: as the labelled ones"""
+    """the same for the images of unlabeled; null: as the labeled ones"""
     large_scale_jitter: tuple[Positive, Positive] | None = None
-    """least and largest scale of the picture inside a square of train_long_side, cropped or padded to it (arXiv
+    """least and largest scale of the image inside a square of train_long_side, cropped or padded to it (arXiv
     2012.07177); replaces train_short_sides"""
 
     @model_validator(mode="after")
@@ -129,11 +129,11 @@ class TrainConfig(TrainingConfig):
     init: Path | None = None
     """detector file to go on from, on the same or other classes; rows of its heads are kept by class name"""
     unlabeled: Path | None = None
-    """folder of pictures without annotations, for distillation or with pseudo"""
+    """folder of images without annotations, for distillation or with pseudo"""
     pseudo: Path | None = None
-    """boxes in them, from predict.py --pseudo_labels: trained on as if they were annotations; pictures without any are left out"""
+    """boxes in them, from predict.py --pseudo_labels: trained on as if they were annotations; images without any are left out"""
     labeled_ratio: float = Field(0.5, gt=0, le=1)
-    """share of labelled images in a batch where there are unlabelled ones; 1 leaves these out"""
+    """share of labeled images in a batch where there are unlabeled ones; 1 leaves these out"""
     distill: DistillConfig | None = None
     cache_annotations: bool = True
     """keep the content of large annotation files in ~/.cache/ssld (or $XDG_CACHE_HOME/ssld), for the next start"""
@@ -165,16 +165,16 @@ class TrainConfig(TrainingConfig):
         if self.patience is not None and (self.evaluate_every is None or self.data.val_annotations is None):
             raise ValueError("patience counts evaluations: give evaluate_every and data.val_annotations too")
         if self.pseudo is not None and self.unlabeled is None:
-            raise ValueError("pseudo: has the boxes of pictures without annotations; give their folder as unlabeled")
+            raise ValueError("pseudo: has the boxes of images without annotations; give their folder as unlabeled")
         if self.unlabeled is not None and self.distill is None and self.pseudo is None:
             raise ValueError(
-                "unlabeled: pictures without annotations teach by distillation or by pseudo-labels; give distill.teacher or pseudo"
+                "unlabeled: images without annotations teach by distillation or by pseudo-labels; give distill.teacher or pseudo"
             )
         if self.distill is not None and (fault := self.distill.fault(self.model)):
             raise ValueError(fault)
         if self.unlabeled is not None and self.pseudo is None and self.model.is_dense:
             raise ValueError(
-                f"unlabeled: without boxes in them pictures teach R-CNN detectors only, and model.kind is {self.model.kind}; "
+                f"unlabeled: without boxes in them images teach R-CNN detectors only, and model.kind is {self.model.kind}; "
                 "give pseudo, which predict.py --pseudo_labels writes"
             )
         if (self.augment.auto_augment or self.augment.auto_augment_unlabeled) and self.model.has_masks:
@@ -209,7 +209,7 @@ class TTAConfig(Config):
 
 
 class RunDetectorConfig(CommandConfig):
-    """What every command has that runs a detector file over pictures."""
+    """What every command has that runs a detector file over images."""
 
     model: Path
     """detector file"""

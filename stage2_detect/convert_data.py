@@ -84,8 +84,8 @@ def _read(config: ConvertDataConfig, pending: Path) -> "Found":
             path,
             classes=config.classes,
             splits=config.splits,
-            inclusive=config.voc_inclusive,
-            ignore_difficult=config.voc_difficult == "ignore",
+            voc_inclusive=config.voc_inclusive,
+            voc_difficult=config.voc_difficult,
         )
     if is_hub(source):
         return read_hub(

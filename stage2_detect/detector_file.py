@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import timm
+from pydantic import BaseModel, ValidationError
 
-from ssld.shared.config.settings import validate
 from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import InputSettings
 from ssld.shared.models.model_file import read_metadata, read_tensors, save_model_file
@@ -18,9 +18,9 @@ from ssld.stage2_detect.data.coco import CocoData
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models.build import Detector, build_detector
 from ssld.stage2_detect.models.inference import for_inference
+from ssld.stage2_detect.prediction.predictor import GivenImage, ImageDetections, predict
 
-if TYPE_CHECKING:
-    from ssld.stage2_detect.prediction.predictor import FoundObjects, Picture
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,14 @@ class LoadedDetector:
 
     def predict(
         self,
-        images: "Sequence[Picture]",
+        images: Sequence[GivenImage],
         *,
         threshold: float = 0.5,
         batch_size: int = 4,
         tile: int | None = None,
         overlap: float = 0.2,
-    ) -> "list[FoundObjects]":
-        """What each of some pictures shows; see `predictor.predict`."""
-        from ssld.stage2_detect.prediction.predictor import predict
-
+    ) -> list[ImageDetections]:
+        """What each of some images shows; see `predictor.predict`."""
         return predict(self, images, threshold=threshold, batch_size=batch_size, tile=tile, overlap=overlap)
 
 
@@ -85,6 +83,18 @@ def save_detector(
     return save_model_file(path, model.state_dict(), metadata)
 
 
+def settings_of(metadata: dict[str, Any], key: str, kind: type[Settings], path: Path) -> Settings:
+    """A group of settings in a detector file's metadata. Raises UserError where this version does not know them."""
+    try:
+        return kind(**metadata[key])
+    except ValidationError as error:
+        setting = ".".join([key, *map(str, error.errors()[0]["loc"])])
+        raise UserError(
+            f"{path}: was written by an earlier version of this project (its {setting} is no setting of this one): "
+            "go on with that version, or train or convert the detector again with this one"
+        ) from None
+
+
 def load_detector(path: str | Path) -> LoadedDetector:
     """Read a detector file. Raises UserError for anything that is not one."""
     path = Path(path)
@@ -93,11 +103,9 @@ def load_detector(path: str | Path) -> LoadedDetector:
         raise UserError(f"{path}: not a detector file: it has no metadata of this project")
     names = tuple(metadata["class_names"])
     inputs = InputSettings(tuple(metadata["mean"]), tuple(metadata["std"]), (0, 0), "bilinear", False)
-    # A file of another version can have settings that this one does not know.
-    config = validate(DetectorConfig, metadata["model"], source=f"{path}, its metadata")
+    config = settings_of(metadata, "model", DetectorConfig, path)
     body = timm.create_model(metadata["arch"], features_only=True)
     model = build_detector(config, classes=len(names), body=body, arch=metadata["arch"], inputs=inputs)
     load_module(model, read_tensors(path), path)
-    return LoadedDetector(
-        model.eval(), names, tuple(metadata["category_ids"]), ResizeConfig(**metadata["resize"]), metadata
-    )
+    resize = settings_of(metadata, "resize", ResizeConfig, path)
+    return LoadedDetector(model.eval(), names, tuple(metadata["category_ids"]), resize, metadata)

@@ -15,43 +15,44 @@ PKD_WEIGHT, ROI_WEIGHT = 6.0, 1.0  # of an R-CNN student
 class LDConfig(Config):
     """Localisation distillation of a GFL student (arXiv 2102.12252); the defaults are those behind its published 42.1."""
 
-    ld: Weight = 0.25
-    """distances to the sides, on the student's positives"""
-    vlr_ld: Weight = 0.25
-    """the same in the valuable region; divided by 4 as released"""
-    kd: Weight = 10.0
-    """classes, on positives"""
-    vlr_kd: Weight = 0.0
-    """classes, in the valuable region"""
-    imitation: Weight = 0.0
-    """squared error of the feature maps, near the objects"""
+    ld_weight: Weight = 0.25
+    """factor of loss_ld: distances to the sides, on the student's positives"""
+    ld_vlr_weight: Weight = 0.25
+    """factor of loss_ld_vlr: distances in the valuable region; divided by 4 as released"""
+    kd_weight: Weight = 10.0
+    """factor of loss_kd: classes, on positives"""
+    kd_vlr_weight: Weight = 0.0
+    """factor of loss_kd_vlr: classes, in the valuable region"""
+    imitation_weight: Weight = 0.0
+    """factor of loss_imitation: squared error of the feature maps, at imitated_cells"""
     ld_temperature: Positive = 10.0
-    """that softens the distances"""
+    """temperature that softens the distances"""
     kd_temperature: Positive = 2.0
-    """that softens the classes"""
-    valuable: Literal["objects", "negatives"] = "objects"
-    """that region: cells around the objects, by their IoU; or all negatives by the student's score, the form for heads without anchors"""
+    """temperature that softens the classes"""
+    valuable_region: Literal["objects", "negatives"] = "objects"
+    """cells around the objects, by their IoU; or all negatives by the student's score, the form for heads without anchors"""
     gamma: Fraction = 0.25
-    """of objects: share of an object's threshold at which its region begins"""
+    """share of an object's threshold, 0 to 1, at which its valuable region begins (objects)"""
     overlap: Literal["anchor", "union"] = "anchor"
-    """of objects: union is the paper's distance-IoU; anchor has the anchor's area in the union's place, as released"""
-    region: Literal["inside", "fine_grained", "gi"] = "fine_grained"
+    """overlap that decides about the region (objects): union is the paper's distance-IoU; anchor has the anchor's area in
+    the union's place, as released"""
+    imitated_cells: Literal["inside", "fine_grained", "gi"] = "fine_grained"
     """cells whose maps are imitated: with the centre inside an object; whose IoU is near the object's best; or, general
-    instances, ten boxes a level and image on which student and teacher differ most"""
+    instances, ten boxes per level and image on which student and teacher differ most"""
     normalization: Literal["global", "reference"] = "global"
     """reference sums over a process's images, as released, so that the strength grows with their number; global is equal
-    to that at two images a process, on any number of processes"""
+    to that at two images per process, on any number of processes"""
 
 
 class ADLConfig(Config):
     """Adaptive distillation of a RetinaNet student (arXiv 1901.00366)."""
 
     weight: Weight = 1.0
-    """of the term in the loss"""
+    """factor of loss_adl"""
     beta: Weight = 1.0
-    """of the teacher's entropy in the weight of an anchor; the released LOSS_BETA is 1 - beta"""
+    """factor of the teacher's entropy in the weight of an anchor; the released LOSS_BETA is 1 - beta"""
     gamma: Weight = 2.0
-    """how much less anchors count on which student and teacher agree"""
+    """exponent: how much less anchors count on which student and teacher agree"""
     form: Literal["paper", "code", "focal"] = "paper"
     """what is weighted: paper, the divergence; code, half the soft cross-entropy, as released; focal, the ablation FDL"""
     normalization: Literal["global", "rank"] = "global"
@@ -64,15 +65,15 @@ class DistillConfig(Config):
     teacher: Path
     """detector file"""
     pkd_weight: Weight | None = None
-    """Pearson correlation of the feature pyramids (PKD, arXiv 2207.02039); null: 6 for R-CNN, 0 for one-stage students"""
+    """factor of loss_pkd: Pearson correlation of the feature pyramids (arXiv 2207.02039); null: 6 for R-CNN, 0 for one-stage students"""
     roi_weight: Weight | None = None
-    """the teacher's soft labels for the student's RoIs; null: 1 for R-CNN, the only ones that have RoIs"""
+    """factor of loss_roi_kd: the teacher's soft labels for the student's RoIs; null: 1 for R-CNN, the only ones that have RoIs"""
     temperature: Positive = 1.0
-    """of the soft labels for RoIs"""
+    """temperature of the soft labels for RoIs"""
     ld: LDConfig | None = None
-    """of a GFL student under a GFL teacher; null takes the defaults"""
+    """terms of a GFL student under a GFL teacher; null takes the defaults"""
     adl: ADLConfig | None = None
-    """of a RetinaNet student under a RetinaNet teacher; null takes the defaults"""
+    """terms of a RetinaNet student under a RetinaNet teacher; null takes the defaults"""
     check_images: int = Field(100, ge=0)
     """evaluation images that the teacher is scored on before training; 0 does not check"""
     check_ap: Fraction = 0.01
@@ -100,7 +101,7 @@ class DistillConfig(Config):
         weights = [self.pkd(model), self.roi(model)]
         if model.kind == "gfl":
             ld = self.ld or LDConfig()
-            weights += [ld.ld, ld.vlr_ld, ld.kd, ld.vlr_kd, ld.imitation]
+            weights += [ld.ld_weight, ld.ld_vlr_weight, ld.kd_weight, ld.kd_vlr_weight, ld.imitation_weight]
         if model.kind == "retinanet":
             weights.append((self.adl or ADLConfig()).weight)
         if not any(weights):

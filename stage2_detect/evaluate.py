@@ -32,21 +32,21 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     from ssld.shared.distributed.ranks import from_main_rank
     from ssld.shared.run_dir import RunDir
     from ssld.stage2_detect.data.coco import read_coco, require_masks
+    from ssld.stage2_detect.data.coco_json import write_results
+    from ssld.stage2_detect.data.sizing import Sizing
     from ssld.stage2_detect.detector_file import load_detector
-    from ssld.stage2_detect.evaluation import expected
-    from ssld.stage2_detect.evaluation.coco_ap import detections_to_json
     from ssld.stage2_detect.evaluation.files import write_evaluation
-    from ssld.stage2_detect.evaluation.scoring import describe, score
+    from ssld.stage2_detect.evaluation.scoring import compare_expected, describe, score
 
     loaded = load_detector(config.model)
-    with_masks = getattr(loaded.model, "mask_head", None) is not None
+    with_masks = loaded.has_masks
     data = read_coco(
         config.annotations,
         config.images,
         training=False,
         segmentations=with_masks,
         class_names=loaded.class_names,
-        cache=config.cache_annotations,
+        cache_annotations=config.cache_annotations,
     )
     if with_masks:
         require_masks(data)
@@ -59,26 +59,22 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     metrics, detections = score(
         loaded.model.to(accelerator.device),
         data,
-        short_side=config.short_side or loaded.resize.val_short_side,
-        long_side=config.long_side or loaded.resize.val_long_side,
-        interpolation=loaded.resize.interpolation,
-        kernel=loaded.resize.kernel,
+        Sizing.of(loaded.resize, short_side=config.short_side, long_side=config.long_side, tta=config.tta),
         batch_size=config.batch_size,
         workers=config.workers,
         device=accelerator.device,
         dtype=DTYPES[config.precision],
         backend=config.backend,
-        tta=config.tta,
         say=run.log,
     )
     run.log(describe(metrics))
     if config.expected:
-        metrics["expected_met"], line = expected.compare(config.expected, metrics, len(data.images))
+        metrics["expected_met"], line = compare_expected(config.expected, metrics, len(data.images))
         run.log(line)
     files = [run.path / "detections.json"]
     if accelerator.is_main_process:
-        detections_to_json(data, detections, files[0])
-        report, written = write_evaluation(run, data, detections, metrics, threshold=config.score_threshold)
+        write_results(detections, data.category_ids, files[0])
+        report, written = write_evaluation(run, data, detections, metrics, score_threshold=config.score_threshold)
         files += written
         metrics["at_threshold"] = {key: report[key] for key in ("score_threshold", "iou")} | report["all_classes"]
         metrics["per_class_f1"] = {row["class"]: row["f1"] for row in report["classes"]}

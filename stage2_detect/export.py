@@ -8,7 +8,6 @@ Runs on the CPU. `--benchmark true` measures what was written, `--push_to_hub OR
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 
 if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
@@ -29,10 +28,11 @@ def export_detector(config: ExportDetectorConfig) -> None:
     Raises UserError for a file that is no detector file, a network that cannot be traced, answers that differ by more than the tolerances (none of
     the files is left behind then), and an upload that fails.
     """
-    import os
+    from contextlib import ExitStack
 
     from ssld.shared.deploy.graph_files import require_onnx
     from ssld.shared.deploy.hub import check_name, push
+    from ssld.shared.files import atomically
     from ssld.shared.run_dir import RunDir
     from ssld.stage2_detect.deploy.card import write_folder
     from ssld.stage2_detect.deploy.check import batches_of, check, graph_of, images_of, measure
@@ -52,9 +52,10 @@ def export_detector(config: ExportDetectorConfig) -> None:
         return
 
     # ---- the files, under temporary names until all of them are found right
-    temporary: dict[str, Path] = {name: run.path / f".{FILES[name]}.{os.getpid()}" for name in config.formats}
+    files = {str(name): run.path / FILES[name] for name in config.formats}
     metrics: dict[str, object] = {}
-    try:
+    with ExitStack() as stack:
+        temporary = {name: stack.enter_context(atomically(file)) for name, file in files.items()}
         canvas = config.canvas
         for name, path in temporary.items():
             run.log(f"{FILES[name]}: tracing and writing, which takes a minute or two")
@@ -66,10 +67,7 @@ def export_detector(config: ExportDetectorConfig) -> None:
         if config.benchmark:
             run.log("measuring speeds")
             metrics["seconds"] = measure(runs, loaded, many, run.log)
-        written = [path.replace(run.path / FILES[name]) for name, path in temporary.items()]
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+    written = list(files.values())
 
     # ---- the hub's folder
     folder = run.path / "hub"

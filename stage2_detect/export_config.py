@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ssld.shared.config.settings import CommandConfig
-from ssld.stage2_detect.predict_config import is_pattern
+from ssld.shared.files import is_pattern
 
 FILES = {"onnx": "detector.onnx", "torch": "detector.pt2"}
 """What each format is called."""

@@ -17,29 +17,29 @@ class RPNConfig(Config):
     """Region proposals: anchors, assignment, sampling, counts."""
 
     anchor_sizes: list[Positive] = Field([32, 64, 128, 256, 512], min_length=5, max_length=5)
-    """one a level P2..P6, in pixels"""
+    """side of the square anchor of each level P2..P6, in pixels"""
     anchor_ratios: list[Positive] = Field([0.5, 1.0, 2.0], min_length=1)
     """height / width"""
     positive_iou: IoU = 0.7
-    """overlap with an object from which an anchor is positive"""
+    """IoU with an object from which an anchor is positive"""
     negative_iou: IoU = 0.3
-    """overlap below which it is negative; in between it is in no loss"""
-    samples: int = Field(256, ge=1)
-    """anchors an image in the loss"""
+    """IoU below which it is negative; in between it is in no loss"""
+    samples_per_image: int = Field(256, ge=1)
+    """anchors per image in the loss"""
     positive_fraction: Fraction = 0.5
-    """of the samples, at most"""
-    random: bool = True
-    """false takes the first anchors in index order (for comparisons with other implementations)"""
+    """largest share of positives among the samples, 0 to 1"""
+    sampling: Literal["random", "first"] = "random"
+    """first takes anchors in index order (for comparisons with other implementations)"""
     nms_iou: IoU = 0.7
-    """overlap with a better proposal of its level at which one goes"""
-    train_pre_nms: Count = 2000
-    """proposals a level before NMS, in training"""
-    train_post_nms: Count = 1000
-    """proposals an image after NMS, in training"""
-    val_pre_nms: Count = 1000
-    """proposals a level before NMS, otherwise"""
-    val_post_nms: Count = 1000
-    """proposals an image after NMS, otherwise: fewer are faster"""
+    """IoU with a better proposal of its level above which one is dropped"""
+    pre_nms_top_n_train: Count = 2000
+    """proposals per level before NMS, in training"""
+    post_nms_top_n_train: Count = 1000
+    """proposals per image after NMS, in training"""
+    pre_nms_top_n_test: Count = 1000
+    """proposals per level before NMS, in evaluation and prediction"""
+    post_nms_top_n_test: Count = 1000
+    """proposals per image after NMS, in evaluation and prediction: fewer are faster"""
 
     @model_validator(mode="after")
     def _ious_in_order(self) -> Self:
@@ -52,53 +52,53 @@ class BoxLossConfig(Config):
     """Regression loss of the box heads."""
 
     name: Literal["l1", "smooth_l1", "balanced_l1", "giou", "ciou"] = "l1"
-    """of deltas, or of the overlap of boxes (giou, ciou)"""
+    """distance between deltas, or 1 - IoU of boxes (giou, ciou)"""
     weight: Positive = 1.0
-    """of the term in the loss"""
+    """factor of the term in the loss"""
     beta: Positive = 1.0
-    """of smooth_l1 and balanced_l1: the distance at which the square part ends"""
+    """distance at which the square part of smooth_l1 and balanced_l1 ends"""
     alpha: Positive = 0.5
-    """of balanced_l1 (arXiv 1904.02701 equation 5)"""
+    """slope of balanced_l1 near zero (arXiv 1904.02701 equation 5)"""
     gamma: Positive = 1.5
-    """of balanced_l1"""
-    normalization: Literal["rois", "reference"] = "rois"
-    """rois: sum over positives / sampled RoIs; reference: mean over positives x classes / sampled RoIs, as
+    """largest slope of balanced_l1"""
+    normalization: Literal["rois", "positives"] = "rois"
+    """rois: sum over positives / sampled RoIs; positives: mean over positives x classes / sampled RoIs, as
     PaddleDetection's CIoU and GIoU (it grows with the number of classes)"""
 
     @model_validator(mode="after")
-    def _reference_is_for_ious(self) -> Self:
-        if self.normalization == "reference" and self.name not in ("giou", "ciou"):
-            raise ValueError(f"normalization: reference is for giou and ciou, not for {self.name}")
+    def _positives_are_for_ious(self) -> Self:
+        if self.normalization == "positives" and self.name not in ("giou", "ciou"):
+            raise ValueError(f"normalization: positives is for giou and ciou, not for {self.name}")
         return self
 
 
 class NMSConfig(Config):
-    """Suppression of a class's overlapping detections."""
+    """NMS: what becomes of a class's overlapping detections."""
 
     kind: Literal["hard", "soft_linear", "soft_gaussian"] = "hard"
     """hard drops the worse of two boxes, soft lowers its score"""
     iou: IoU = 0.5
-    """overlap that suppresses; of soft_linear, that lowers scores"""
+    """IoU above which hard drops and soft_linear lowers scores"""
     sigma: Positive = 0.5
-    """of soft_gaussian (arXiv 1704.04503): scores fall by exp(-IoU^2 / sigma)"""
+    """width of soft_gaussian (arXiv 1704.04503): scores fall by exp(-IoU^2 / sigma)"""
 
 
 class RoIConfig(Config):
     """Box heads: assignment, sampling, pooling, loss, post-processing."""
 
-    foreground_iou: IoU = 0.5
-    """of the only stage; a cascade has its own"""
-    samples: int = Field(512, ge=1)
-    """RoIs an image in the loss"""
-    foreground_fraction: Fraction = 0.25
-    """of the samples, at most, that are objects"""
+    positive_iou: IoU = 0.5
+    """IoU with an object from which a RoI is positive, else negative; a cascade has its own"""
+    samples_per_image: int = Field(512, ge=1)
+    """RoIs per image in the loss"""
+    positive_fraction: Fraction = 0.25
+    """largest share of positives among the samples, 0 to 1"""
     sampling: Literal["random", "first", "libra"] = "random"
     """libra draws negatives evenly from bins of IoU (arXiv 1904.02701 section 3.1); first takes RoIs in index order
     (for comparisons with other implementations)"""
     libra_bins: Count = 3
-    """of libra, between no overlap and the largest"""
+    """bins of libra, between no overlap and the largest"""
     class_agnostic: bool = False
-    """one box a RoI instead of one a class; a cascade always has it"""
+    """one box per RoI instead of one per class; a cascade always has it"""
     hidden: Count = 1024
     """width of the two fully connected layers"""
     sampling_ratio: int = Field(0, ge=0)
@@ -109,21 +109,21 @@ class RoIConfig(Config):
     score_threshold: float = Field(0.05, ge=0, lt=1)
     """score above which a detection is one"""
     nms: NMSConfig = NMSConfig()
-    detections: Count = 100
-    """kept an image"""
+    detections_per_image: Count = 100
+    """most detections per image"""
 
 
 class CascadeConfig(Config):
     """Stages of a cascade (arXiv 1712.00726); used by the cascade kinds only."""
 
-    ious: list[IoU] = Field([0.5, 0.6, 0.7], min_length=2)
-    """overlap with an object from which a RoI is one, a stage each"""
+    positive_ious: list[IoU] = Field([0.5, 0.6, 0.7], min_length=2)
+    """IoU with an object from which a RoI is positive, one per stage"""
     delta_weights: list[Four] = Field(
         [(10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0)], min_length=2
     )
-    """of a box's x, y, width, height in the regression, a stage each"""
+    """factors on a box's x, y, width, height in the regression, four per stage"""
     loss_weights: list[Positive] = Field([1 / 3, 1 / 3, 1 / 3], min_length=2)
-    """of both losses, a stage each"""
+    """factor on both losses, one per stage"""
     add_gt_each_stage: bool = False
     """append the objects to the RoIs of later stages too"""
     score_rois: Literal["own", "last"] = "own"
@@ -131,18 +131,18 @@ class CascadeConfig(Config):
 
     @model_validator(mode="after")
     def _as_many_of_each(self) -> Self:
-        if not len(self.ious) == len(self.delta_weights) == len(self.loss_weights):
-            raise ValueError("ious, delta_weights and loss_weights need one entry a stage each")
+        if not len(self.positive_ious) == len(self.delta_weights) == len(self.loss_weights):
+            raise ValueError("positive_ious, delta_weights and loss_weights need one entry per stage each")
         return self
 
 
 class MaskConfig(Config):
     """Mask head (arXiv 1703.06870); used by the mask kinds only."""
 
-    channels: Count = 256
-    """of its convolutions"""
+    hidden: Count = 256
+    """channels of its convolutions"""
     convolutions: Count = 4
-    """before the map is doubled in size"""
+    """convolutions before the map is doubled in size"""
     pool_size: Count = 14
     """side of the pooled features; masks have twice that"""
     threshold: float = Field(0.5, gt=0, lt=1)
@@ -155,19 +155,19 @@ class DenseConfig(Config):
     p6_from: Literal["p5", "c5"] = "p5"
     """what the sixth level is convolved from"""
     relu_before_p7: bool = False
-    """between the convolutions of the two coarsest levels"""
+    """ReLU between the convolutions of the two coarsest levels"""
     convolutions: Count = 4
-    """of each tower"""
+    """convolutions per tower"""
     candidates: int | None = Field(1000, ge=1)
-    """anchors a level that are looked at, by their best class; null looks at all"""
+    """anchors per level that are looked at, by their best class; null looks at all"""
     score_threshold: float = Field(0.05, ge=0, lt=1)
     """score above which a detection is one"""
     nms_iou: IoU = 0.6
-    """overlap with a better detection of its class at which one goes"""
-    detections: Count = 100
-    """kept an image"""
+    """IoU with a better detection of its class above which one is dropped"""
+    detections_per_image: Count = 100
+    """most detections per image"""
     clip_boxes: bool = True
-    """to the image"""
+    """clip boxes to the image"""
 
 
 class GFLConfig(Config):
@@ -178,15 +178,15 @@ class GFLConfig(Config):
     tower_bias: bool = False
     """convolutions of the towers have a bias, as PaddleDetection's"""
     unbiased_std: bool = True
-    """of the candidates' IoUs in ATSS; PaddleDetection's is biased"""
+    """unbiased standard deviation of the candidates' IoUs in ATSS; PaddleDetection's is biased"""
     ignore_padding: bool = True
     """cells beyond the image are none of its anchors; in PaddleDetection they are candidates and negatives"""
     weight_floor: Positive = 1e-6
     """smallest sum of scores that the box losses are divided by; PaddleDetection's is 1"""
     box_weight: Positive = 2.0
-    """of the GIoU loss"""
+    """factor of the GIoU loss"""
     dfl_weight: float = Field(0.25, ge=0)
-    """of the distribution focal loss; 0 leaves it out"""
+    """factor of the distribution focal loss; 0 leaves it out"""
 
 
 class RetinaNetConfig(Config):
@@ -195,15 +195,15 @@ class RetinaNetConfig(Config):
     tower_norm: bool = False
     """GroupNorm in the towers, as in torchvision's second version"""
     positive_iou: IoU = 0.5
-    """overlap with an object from which an anchor is positive"""
+    """IoU with an object from which an anchor is positive"""
     negative_iou: IoU = 0.4
-    """overlap below which it is negative; in between it is in no loss"""
+    """IoU below which it is negative; in between it is in no loss"""
     low_quality_iou: Fraction = 0.0
-    """an object's best anchor is positive from this IoU on, below positive_iou too; Detectron's 0.4"""
+    """IoU from which an object's best anchor is positive, below positive_iou too; Detectron's 0.4"""
     alpha: Fraction = 0.25
-    """of the focal loss: weight of the positives; negatives have the rest"""
+    """weight of the positives in the focal loss, 0 to 1; negatives have the rest"""
     gamma: float = Field(2.0, ge=0)
-    """of the focal loss: how much less what is right already counts"""
+    """exponent of the focal loss: how much less what is right already counts"""
     smooth_l1_beta: float = Field(0.0, ge=0)
     """distance at which the square part of the box loss ends; 0 is plain L1"""
 
@@ -214,7 +214,7 @@ class DetectorConfig(Config):
     kind: Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "retinanet", "gfl"] = "faster_rcnn"
     """two stages, those of a cascade in several, mask kinds with shapes too; or one stage (retinanet, gfl)"""
     fpn_channels: int = Field(256, ge=8)
-    """of every level of the pyramid"""
+    """channels of every level of the pyramid"""
     freeze_stages: int = Field(0, ge=0, le=5)
     """stages of the backbone that do not train: 1 is the stem, 2 the stem and the stride-4 stage, ..."""
     freeze_norm: bool = True

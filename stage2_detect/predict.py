@@ -1,10 +1,10 @@
-"""Find objects in pictures and videos, to look at or to train on.
+"""Find objects in images and videos, to look at or to train on.
 
     python stage2_detect/predict.py --model runs/det/detector.safetensors --images photos --output runs/seen
     python stage2_detect/predict.py --model runs/det/detector.safetensors --images clip.mp4 --write json,pictures,csv --output runs/clip
     python stage2_detect/predict.py --model runs/det/detector.safetensors --images more_photos --pseudo_labels true --output runs/pseudo
 
-Writes `predictions.json`, a COCO data set whose annotations have scores, and `pictures/`, the pictures with their boxes; `--write` chooses among
+Writes `predictions.json`, a COCO data set whose annotations have scores, and `pictures/`, the images with their boxes; `--write` chooses among
 these, CSV, YOLO labels and crops. With `pseudo_labels` it writes `pseudo_labels.json` alone, for `train.py --pseudo`. A run that was killed goes on
 with the same command.
 """
@@ -27,14 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def predict(config: PredictConfig) -> None:
-    """Detect in the pictures that `config` names and write what was found.
+    """Detect in the images that `config` names and write what was found.
 
     Raises:
-        UserError: anything the user can mend; no picture can be read; for pseudo-labels, no box reaches the threshold.
+        UserError: anything the user can mend; no image can be read; for pseudo-labels, no box reaches the threshold.
     """
-    from ssld.stage2_detect.data.image_files import pictures_of_any_size
+    from ssld.stage2_detect.data.image_files import images_of_any_size
 
-    with pictures_of_any_size(config.tile is not None):
+    with images_of_any_size(config.tile is not None):
         _predict(config)
 
 
@@ -46,22 +46,23 @@ def _predict(config: PredictConfig) -> None:
     from ssld.shared.distributed.processes import uses_gpu
     from ssld.shared.distributed.ranks import from_main_rank, rank, world_size
     from ssld.shared.errors import UserError
-    from ssld.shared.run_dir import RunDir, write_atomically
+    from ssld.shared.files import write_atomically
+    from ssld.shared.run_dir import RunDir
+    from ssld.shared.training.progress import Bar, Clock
     from ssld.shared.wording import count
     from ssld.stage2_detect.detector_file import load_detector
-    from ssld.stage2_detect.prediction.files import Parts, counts, table_text, write_yolo
-    from ssld.stage2_detect.prediction.picture_files import PictureFiles
+    from ssld.stage2_detect.prediction.files import DrawingsAndCrops, Parts, counts, table_text, write_yolo
     from ssld.stage2_detect.prediction.steps import (
         Finder,
-        PictureClock,
         assemble,
         check_detector,
         detect_parts,
+        detect_video,
         find_work,
     )
-    from ssld.stage2_detect.prediction.video import FrameLoader, Segments, detect_videos, write_video
+    from ssld.stage2_detect.prediction.video import VideoParts, write_video
 
-    # ---- detector and pictures, checked before any process group exists
+    # ---- detector and images, checked before any process group exists
     loaded = load_detector(config.model)
     check_detector(config, loaded)
     work = find_work(config)
@@ -74,37 +75,44 @@ def _predict(config: PredictConfig) -> None:
 
     # ---- detection, part by part; what a killed run has done stays
     parts = Parts(run.path / "parts", work.records, config.batch_size)
-    segments = Segments(run.path / "parts", work.folder, work.videos, loaded.category_ids)
-    left = parts.left()
-    begun = {name: done for name in work.videos if (done := segments.begun(name)) is not None}
+    videos = VideoParts(run.path / "parts", work.folder, work.videos)
+    left, videos_left = parts.left(), videos.left()
     accelerator.wait_for_everyone()  # before anybody writes a part
-    to_do = sum(len(parts.records[number]) for number in left) + len(begun)
+    to_do = sum(len(parts.records[number]) for number in left) + len(videos_left)
     run.log(f"{work.describe()}; {to_do} to look at")
     mine = left[rank() :: world_size()]
-    clock = PictureClock(run, sum(len(parts.records[number]) for number in mine))
-    finder = Finder(config, loaded, accelerator.device, clock.seen)
+    images = sum(len(parts.records[number]) for number in mine)  # nobody knows yet how many frames there are
+    clock, bar = Clock(images), Bar(run, images, "image")
+
+    def seen() -> None:
+        clock.add()
+        bar.add()
+
+    finder = Finder(config, loaded, accelerator.device, seen)
     for done, number in enumerate(detect_parts(finder, parts, mine, work), 1):
         run.log(f"part {number + 1} of {len(parts.records)} done, {len(mine) - done} left: {clock.describe()}")
-    my_videos = {name: begun[name] for name in list(begun)[rank() :: world_size()]}
-    frames = FrameLoader(work.folder, my_videos, finder.sizing, config.batch_size, config.tile, config.overlap)
-    for name, number in detect_videos(finder.found, segments, frames, my_videos):
-        run.log(f"{name}: {count(number, 'frame')} done: {clock.describe()}")
-    clock.close()
+    for name in videos_left[rank() :: world_size()]:
+        frames = 0
+        for frames in detect_video(finder, videos, name):
+            if clock.due():
+                run.log(f"{name}: {count(frames, 'frame')} done: {clock.describe()}")
+        run.log(f"{name}: {count(frames, 'frame')} done: {clock.describe()}")
+    bar.close()
     accelerator.wait_for_everyone()
     for name in work.videos:
-        if reason := segments.read(name)[-1]["error"]:
+        if reason := videos.read(name)["error"]:
             run.log(f"{name}: cannot be read to its end: {reason}")
-    drawer = PictureFiles(config, loaded)
+    drawer = DrawingsAndCrops(config, loaded.class_names)
     if drawer.drawing or drawer.cropping:
         for name in work.videos[rank() :: world_size()]:
-            write_video(run.path, segments, name, loaded.class_names, loaded.category_ids, drawer)
+            write_video(run.path, videos, name, loaded.class_names, loaded.category_ids, drawer)
     accelerator.wait_for_everyone()
 
     # ---- the files
     problem, metrics, files = "", {}, []
     if accelerator.is_main_process:
         try:
-            content, unreadable, best = assemble(config, loaded, parts, segments, work)
+            content, unreadable, best = assemble(config, loaded, parts, videos, work)
         except UserError as error:
             problem = str(error)
             parts.delete()  # so that the folder can be used again
@@ -121,13 +129,12 @@ def _predict(config: PredictConfig) -> None:
                 write_atomically(files[-1], table_text(content))
             if config.writes("yolo", "yolo_scores"):
                 files += write_yolo(run.path, content, scores=config.writes("yolo_scores"))
-            videos = content.get("videos", [])
-            looked_at = len(work.names) + sum(video["frames"] for video in videos)
+            looked_at = len(work.names) + sum(video["frames"] for video in content.get("videos", []))
             metrics = counts(content) | {"pictures": len(work.names), "unreadable": len(unreadable)}
             metrics |= {"videos": len(work.videos)} if work.videos else {}
             run.log(
                 f"{count(metrics['boxes'], 'box')} with a score of {config.least:g} or more, in {metrics['images_with_boxes']} "
-                f"of {count(looked_at, 'frame' if videos and not work.names else 'picture')}: {files[0] if files else run.path}"
+                f"of {count(looked_at, 'frame' if work.videos and not work.names else 'image')}: {files[0] if files else run.path}"
                 + ("" if metrics["boxes"] else f"; the best of all boxes has {best:.2f}")
             )
     problem = from_main_rank(problem)

@@ -1,11 +1,11 @@
 """Settings of `predict.py`. Does not import torch."""
 
-import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ssld.shared.files import is_pattern
 from ssld.stage2_detect.config import RunDetectorConfig
 from ssld.stage2_detect.model_config import Fraction
 
@@ -13,28 +13,23 @@ THRESHOLD, PSEUDO_THRESHOLD = 0.5, 0.4
 Written = Literal["json", "pictures", "csv", "yolo", "yolo_scores", "crops"]
 
 
-def is_pattern(images: str) -> bool:
-    """Whether a path has wildcards."""
-    return re.search(r"[*?[]", images) is not None
-
-
 class PredictConfig(RunDetectorConfig):
-    """Find objects in pictures and videos: COCO JSON, drawn pictures, CSV, YOLO, crops, or boxes to train on."""
+    """Find objects in images and videos: COCO JSON, drawn images, CSV, YOLO, crops, or boxes to train on."""
 
     images: str
-    """picture, video, folder (nested as you like), quoted pattern ('photos/**/*.jpg'), or text file with a path a line"""
+    """image, video, folder (nested as you like), quoted pattern ('photos/**/*.jpg'), or text file with a path a line"""
     write: list[Written] | None = None
     """any of json, pictures (drawn, a video as a video), csv, yolo (labels/), yolo_scores (with a sixth column), crops; null: json,pictures"""
     pseudo_labels: bool = False
-    """write pseudo_labels.json, for train.py --pseudo: pictures with at least one box; nothing else"""
+    """write pseudo_labels.json, for train.py --pseudo: images with at least one box; nothing else"""
     threshold: Fraction | None = None
     """score that a box needs; null: 0.5, and 0.4 for pseudo-labels, the only one that SAD's released settings name"""
     classes: list[str] = []
     """names of the classes to keep; empty: all"""
     exclude: Path | None = None
-    """COCO JSON; pictures whose path below the folder of `images` is a file name in it are left out, such as labelled ones"""
+    """COCO JSON; images whose path below the folder of `images` is a file name in it are left out, such as labeled ones"""
     tile: int | None = Field(None, ge=32)
-    """side, in pixels, of square tiles that are looked at beside the whole picture, for small objects in large pictures; null: no tiles"""
+    """side, in pixels, of square tiles that are looked at beside the whole image, for small objects in large images; null: no tiles"""
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """of neighbouring tiles, as a share of their side; best no smaller than the objects that only tiles show"""
 

@@ -49,13 +49,13 @@ def train(config: TrainConfig) -> None:
     from ssld.shared.training.quarantine import Quarantine
     from ssld.shared.training.training_state import TrainingState
     from ssld.shared.wording import count
+    from ssld.stage2_detect.data.sizing import Sizing
     from ssld.stage2_detect.data.training_data import images_to_try_a_teacher_on, read_training_data, training_loader
     from ssld.stage2_detect.distillation.teacher import check_teacher
-    from ssld.stage2_detect.evaluation import expected
     from ssld.stage2_detect.evaluation.files import write_evaluation
-    from ssld.stage2_detect.evaluation.scoring import describe, score
+    from ssld.stage2_detect.evaluation.scoring import compare_expected, describe, score
     from ssld.stage2_detect.training.memory_trial import whole_step
-    from ssld.stage2_detect.training.trained_detector import Student
+    from ssld.stage2_detect.training.trained_detector import TrainedDetector
     from ssld.stage2_detect.training.validation_loss import validation_losses
 
     # ---- data and backbone, checked before any process group exists
@@ -73,11 +73,11 @@ def train(config: TrainConfig) -> None:
     start_trackers(accelerator, config)
 
     # ---- detector, teacher, optimizer, schedule
-    student = Student(config, data.train, device=device)
-    optimizer = make_optimizer(config.optim.name, student.parameter_groups(), momentum=config.optim.momentum)
+    trained = TrainedDetector(config, data.train, device=device)
+    optimizer = make_optimizer(config.optim.name, trained.parameter_groups(), momentum=config.optim.momentum)
     if config.auto_batch:
-        attempt = whole_step(config, student, data, optimizer, device=device, dtype=dtype)
-        networks = student.networks()
+        attempt = whole_step(config, trained, data, optimizer, device=device, dtype=dtype)
+        networks = trained.networks()
         passes = find_passes(
             run, config.batch_size, ranks, attempt, networks=networks, optimizer=optimizer, device=device
         )
@@ -91,15 +91,12 @@ def train(config: TrainConfig) -> None:
     # ---- resume
     quarantine = Quarantine(run, data.images)
     state = TrainingState(
-        run, accelerator, student.networks(), optimizer, quarantine, steps, config.batch_size, config.keep_checkpoints
+        run, accelerator, trained.networks(), optimizer, quarantine, steps, config.batch_size, config.keep_checkpoints
     )
     start, resumed = state.restore()
     loader = training_loader(config, data, start=start, stop=steps, rank=accelerator.process_index, ranks=ranks)
-    sizes: dict[str, Any] = {
-        "short_side": config.resize.val_short_side,
-        "long_side": config.resize.val_long_side,
-        "interpolation": config.resize.interpolation,
-        "kernel": config.resize.kernel,
+    sizing = Sizing.of(config.resize)
+    evaluation: dict[str, Any] = {
         "batch_size": config.val_batch_size,
         "workers": config.workers,
         "device": device,
@@ -108,15 +105,15 @@ def train(config: TrainConfig) -> None:
 
     detections: dict[Any, Any] = {}  # of the last evaluation, on the main rank
 
-    def evaluate_now() -> dict[str, Any]:
+    def evaluate_now(step: int) -> dict[str, Any]:
         nonlocal detections
         if data.val is None:
             return {}
-        net = student.evaluated
+        net = trained.evaluated
         run.log(f"step {step}: evaluating {len(data.val.images)} images")
         share_buffers(net)
-        metrics, detections = score(net, data.val, say=run.log, **sizes)
-        losses = validation_losses(net, data.val_objects, **sizes) if data.val_objects else {}
+        metrics, detections = score(net, data.val, sizing, say=run.log, **evaluation)
+        losses = validation_losses(net, data.val_objects, sizing, **evaluation) if data.val_objects else {}
         shown = [describe(metrics), *(f"{name} {value:.4f}" for name, value in losses.items())]
         run.log(f"step {step}: {', '.join(shown)}")
         metrics |= losses
@@ -125,27 +122,27 @@ def train(config: TrainConfig) -> None:
         )
         return metrics
 
-    def save_model(path: Path, metrics: dict[str, Any]) -> None:
+    def save_model(path: Path, step: int, metrics: dict[str, Any]) -> None:
         if accelerator.is_main_process:
-            student.save(path, step=step, metrics=metrics, run=str(run.path))
+            trained.save(path, step=step, metrics=metrics, run=str(run.path))
 
-    def keep_best(metrics: dict[str, Any]) -> None:
+    def keep_best(step: int, metrics: dict[str, Any]) -> None:
         if metrics and state.improved(metrics["AP"] or 0.0):
             state.watch.check()
-            save_model(run.path / "detector_best.safetensors", metrics)
+            save_model(run.path / "detector_best.safetensors", step, metrics)
 
     def enough() -> bool:
         return config.patience is not None and state.stale >= config.patience
 
     # ---- what is about to happen
-    if config.distill and student.teacher and config.distill.check_images and start == 0:
+    if config.distill and trained.teacher and config.distill.check_images and start == 0:
         tried = images_to_try_a_teacher_on(config, data)
         least, few = config.distill.check_ap, config.distill.check_images
-        run.log(check_teacher(student.teacher, tried, images=few, least=least, **sizes))
+        run.log(check_teacher(trained.teacher, tried, sizing, images=few, least=least, **evaluation))
     if config.compile:
-        student.detector.pyramid.compile()
-    model = accelerator.prepare_model(student.model)
-    for line in [*data.describe(config), *student.preview()]:
+        trained.detector.pyramid.compile()
+    model = accelerator.prepare_model(trained.model)
+    for line in [*data.describe(config), *trained.preview()]:
         run.log(line)
     run.log(
         f"{steps} steps of {config.batch_size} images ({count(ranks, 'process')} x {config.accumulate} accumulated), "
@@ -200,16 +197,16 @@ def train(config: TrainConfig) -> None:
                     [r.image_id for r in batch.records],
                 )
             optimizer_step(accelerator, optimizer, config.optim.clip_grad_norm)
-            if student.ema:
-                student.ema.update(student.detector, step=step)
+            if trained.ema:
+                trained.ema.update(trained.detector, step=step)
             progress.step()
 
             if step % config.log_every == 0 or step == steps:
                 state.log(step, base_lr * factor)
             if config.evaluate_every and step % config.evaluate_every == 0 and step < steps:
                 with progress.pausing():
-                    metrics, scored = evaluate_now(), step
-                    keep_best(metrics)
+                    metrics, scored = evaluate_now(step), step
+                    keep_best(step, metrics)
             stopping = stop.agreed() and step < steps
             if step % config.save_every == 0 or step == steps or stopping or enough():
                 state.save(step)
@@ -220,19 +217,18 @@ def train(config: TrainConfig) -> None:
     if enough():
         run.log(f"step {step}: {state.stale} evaluations in a row without a better one: enough (patience)")
     if scored != step:
-        metrics = evaluate_now()
+        metrics = evaluate_now(step)
         if config.evaluate_every:
-            keep_best(metrics)
+            keep_best(step, metrics)
     if config.expected:
-        metrics["expected_met"], line = expected.compare(
-            config.expected, metrics, len(data.val.images) if data.val else 0
-        )
+        measured = len(data.val.images) if data.val else 0
+        metrics["expected_met"], line = compare_expected(config.expected, metrics, measured)
         run.log(line)
     file = run.path / "detector.safetensors"
-    save_model(file, metrics)
+    save_model(file, step, metrics)
     files = [file]
     if data.val and accelerator.is_main_process:
-        files += write_evaluation(run, data.val, detections, metrics, threshold=0.5)[1]
+        files += write_evaluation(run, data.val, detections, metrics, score_threshold=0.5)[1]
     accelerator.end_training()
     state.finish(metrics, step, files, run.path / "detector_best.safetensors")
     run.log(f"wrote {file}")

@@ -20,8 +20,19 @@ from ssld.shared.run_dir import SPEED
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("disc", "ring", "stripes")
 # One thread and no network, in this process and in those it starts.
-QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+QUIET = {
+    "OMP_NUM_THREADS": os.environ.get("SSLD_TEST_THREADS", "1"),
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
 os.environ.update(QUIET)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whoever asks for a fixture that starts processes is of the kind `process`; others are marked by hand."""
+    for item in items:
+        if {"scripts", "tab"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.process)
 
 
 def draw(kind: str, seed: int, size: tuple[int, int] = (40, 44)) -> Image.Image:
@@ -228,6 +239,35 @@ def metrics_of() -> Callable[[Path], list[dict[str, Any]]]:
         return [{k: v for k, v in line.items() if k not in SPEED} for line in lines]
 
     return read
+
+
+@pytest.fixture
+def on_one_and_two(
+    call: Callable[[Main, list[str]], int],
+    scripts: Scripts,
+    arguments: Callable[..., list[str]],
+    metrics_of: Callable[[Path], list[dict[str, Any]]],
+    tmp_path: Path,
+) -> Callable[[Main, str, dict[str, Any]], tuple[str, list[dict[str, Any]]]]:
+    """Runs an entry in float64 by its `main` here (output `one`) and by its script on two ranks (`two`), whose metrics must be the same.
+
+    Gives what the two ranks print, and the metrics.
+    """
+    from tests.float64 import in_float64
+
+    def run(main: Main, script: str, settings: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+        with in_float64():
+            assert call(main, arguments(settings, "one")) == 0
+        process = scripts.run("tests/float64.py", script, *arguments(settings, "two"), ranks=2)
+        assert process.returncode == 0, process.stderr
+        one, two = (metrics_of(tmp_path / name) for name in ("one", "two"))
+        assert [line.keys() for line in one] == [line.keys() for line in two]
+        for a, b in zip(one, two, strict=True):
+            for name, value in a.items():
+                assert b[name] == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value), (name, a, b)
+        return process.stdout, one
+
+    return run
 
 
 @pytest.fixture(scope="session")

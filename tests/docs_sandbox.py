@@ -27,15 +27,15 @@ _STAGE1 = _TRAINING | {"data.image_size": "32"}
 _SIDES = {
     "resize.train_short_sides": "[64]",
     "resize.train_long_side": "64",
-    "resize.val_short_side": "64",
-    "resize.val_long_side": "64",
+    "resize.short_side": "64",
+    "resize.long_side": "64",
 }
 _RCNN = {
     "model.rpn.anchor_sizes": "[8, 16, 32, 64, 128]",
-    "model.rpn.train_post_nms": "40",
-    "model.rpn.val_post_nms": "30",
+    "model.rpn.post_nms_top_n_train": "40",
+    "model.rpn.post_nms_top_n_test": "30",
     "model.roi.hidden": "32",
-    "model.roi.samples": "24",
+    "model.roi.samples_per_image": "24",
 }
 TINY: dict[str, dict[str, str]] = {
     "stage1_ssld/distill.py": _STAGE1,
@@ -195,13 +195,13 @@ def save_random_detector(path: Path, kind: str, annotations: Path) -> None:
     torch.manual_seed(0)
     parts: dict[str, Any] = {"dense": {"convolutions": 1, "score_threshold": 0.001}}
     if kind == "faster_rcnn":
-        rpn = {"anchor_sizes": [8, 16, 32, 64, 128], "train_post_nms": 40, "val_post_nms": 30}
-        parts = {"roi": {"hidden": 32, "samples": 24}, "rpn": rpn}
+        rpn = {"anchor_sizes": [8, 16, 32, 64, 128], "post_nms_top_n_train": 40, "post_nms_top_n_test": 30}
+        parts = {"roi": {"hidden": 32, "samples_per_image": 24}, "rpn": rpn}
     config = DetectorConfig(kind=kind, fpn_channels=16, **parts)
     body = timm.create_model("test_resnet", features_only=True)
     inputs = InputSettings((0.5,) * 3, (0.5,) * 3, (0, 0), "bilinear", False)
     model = build_detector(config, classes=len(NAMES), body=body, arch="test_resnet", inputs=inputs)
-    resize = ResizeConfig(train_short_sides=[SIDE], train_long_side=SIDE, val_short_side=SIDE, val_long_side=SIDE)
+    resize = ResizeConfig(train_short_sides=[SIDE], train_long_side=SIDE, short_side=SIDE, long_side=SIDE)
     data = read_coco(annotations, None, training=False)
     save_detector(path, model, config=config, resize=resize, arch="test_resnet", inputs=inputs, data=data)
 

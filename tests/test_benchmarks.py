@@ -123,9 +123,8 @@ def test_the_detection_loaders_opponent_makes_the_same_batch(tmp_path: Path) -> 
         raw["images"].append({"id": number, "file_name": f"{number}.png", "width": 90, "height": 60})
     (tmp_path / "data.json").write_text(json.dumps(raw))
     batches = benchmark.Batches(benchmark.read_coco(tmp_path / "data.json", tmp_path, training=True), 4, [120])
-    options = batches.sizes | {"batch_size": 4, "start_step": 0, "stop_step": 1, "kernel": "fast"}
-    (ours,) = benchmark.TrainLoader(batches.data, **options)
-    views = [benchmark.draw_view(60, 90, image_id=record.image_id, view=0, **batches.sizes) for record in ours.records]
+    (ours,) = batches.loader(1, kernel="fast")
+    views = [batches.view(record, 0) for record in ours.records]
     assert {view.flip for view in views} == {False, True}
     theirs = benchmark.opponent(ours.records, views, benchmark.InterpolationMode.BICUBIC)
     mean, std = (255 * torch.tensor(values)[:, None, None] for values in (benchmark.MEAN, benchmark.STD))
@@ -156,6 +155,14 @@ def test_the_greatest_memory_of_a_detector_is_printed(capsys: pytest.CaptureFixt
         ["--detectors", "mask", "--batch", "1", "--sizes", "64x64", "--peak-of", "torchvision", "training"]
     )
     assert int(capsys.readouterr().out) > 100
+
+
+def test_plain_turns_the_fast_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    detect, seen = script("detect"), []
+    monkeypatch.setattr(detect, "print_peak", lambda *_: seen.append(detect.kernels.enabled()))
+    for more in ([], ["--plain"]):
+        detect.main(["--sizes", "64x64", "--batch", "1", "--peak-of", "ours", "training", *more])
+    assert seen == [True, False]
 
 
 def test_table_of_the_detector_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,7 +203,7 @@ def test_table_of_the_dense_grid(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for name, aps in {"alone": (0.1, 0.2), "ld": (0.25, 0.35), "kd": (0.1, 0.1)}.items():
         for seed, ap in enumerate(aps):
             finish(tmp_path / f"gfl-{name}-{seed}", AP=ap, AP50=2 * ap)
-    finish(tmp_path / "gfl-vlr_ld-0", AP=0.5, AP50=0.5)  # a seed is missing: no row
+    finish(tmp_path / "gfl-ld_vlr-0", AP=0.5, AP50=0.5)  # a seed is missing: no row
     finish(tmp_path / "gfl-teacher", AP=0.5, AP50=0.75)
     finish(tmp_path / "retinanet-with_both__SAD_-0", AP=0.5, AP50=0.75)
     arguments = ["data", "--teacher-backbone", "t", "--backbones", "a", "b", "--output", str(tmp_path), "--table-only"]
@@ -247,10 +254,10 @@ def test_lines_of_the_dense_grid_are_valid_runs(
         config = parse_config(kind, line[2:], program=line[1])
         parsed[config.output.name] = config
     assert len(parsed) == len(lines) == 2 + 1 + 8 + 5
-    assert parsed["gfl-ld_vlr_ld-0"].distill.ld.model_dump(include=set(grid.LD_TERMS)) == {
-        **dict.fromkeys(grid.LD_TERMS, 0),
-        "ld": 0.25,
-        "vlr_ld": 0.25,
+    assert parsed["gfl-ld_ld_vlr-0"].distill.ld.model_dump(include={f"{term}_weight" for term in grid.LD_TERMS}) == {
+        **dict.fromkeys((f"{term}_weight" for term in grid.LD_TERMS), 0),
+        "ld_weight": 0.25,
+        "ld_vlr_weight": 0.25,
     }
     longer, both = parsed["retinanet-labelled_fifth__twice_the_steps-0"], parsed["retinanet-with_both__SAD_-0"]
     assert (longer.steps, longer.optim.milestones_steps) == (600, [420, 540])

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 from ssld.pipelines import doctor, init
-from ssld.pipelines.checks import data_process
-from ssld.pipelines.runner import cost as disk
+from ssld.pipelines.checks import data as checked_data
 from ssld.pipelines.runner.launch import Outcome, Signals
 from ssld.pipelines.runner.stages import KINDS, Stage
 from ssld.stage2_detect import check_data
@@ -51,8 +50,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, call: Callable[..., int], s
     monkeypatch.setattr("ssld.pipelines.run.run_stage", run_here)
     for module in (doctor, init):
         monkeypatch.setattr(module, "ask_torch", lambda: CPU)
-    monkeypatch.setattr(data_process, "run_script", check_data.main)
-    monkeypatch.setattr(disk, "_ask_timm", lambda names: {})
+    monkeypatch.setattr(checked_data, "run_script", check_data.main)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -143,5 +141,7 @@ def program(line: str) -> tuple[str, list[str]]:
 
 
 def main_of(script: str) -> Callable[[list[str]], int]:
-    main: Callable[[list[str]], int] = importlib.import_module(script.removesuffix(".py").replace("/", ".")).main
+    main: Callable[[list[str]], int] = importlib.import_module(
+        f"ssld.{script.removesuffix('.py').replace('/', '.')}"
+    ).main
     return main

@@ -1,20 +1,23 @@
-"""The rules of the house, read from the syntax trees: who may import whom, and names that running scripts by path forbids."""
+"""What docs/architecture.md says about rooms and imports, held against the code's syntax trees."""
 
 import ast
+import re
 import sys
+from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 PACKAGES = ("shared", "stage1_ssld", "stage2_detect", "pipelines")
-MAY_IMPORT = {
-    "shared": {"shared"},
-    "stage1_ssld": {"shared", "stage1_ssld"},
-    "stage2_detect": {"shared", "stage2_detect"},
-    "pipelines": {"shared", "pipelines"},
-}
-# Scripts and configurations that `--help`, the runner and the tab key wait for.
+FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
+LONGEST = 500
+# package -> most things (files and folders) that its folder may list, and most arrows between them
+GOALS = {"stage1_ssld": (16, 40), "stage2_detect": (21, 70)}
+# Scripts and settings that `--help`, the runner and the tab key wait for.
 TORCH_FREE = (
     "shared/config/settings.py",
     "shared/config/training.py",
@@ -27,55 +30,175 @@ TORCH_FREE = (
     "stage2_detect/config.py",
     "stage2_detect/predict_config.py",
     "stage2_detect/export_config.py",
+    "stage2_detect/train.py",
     "pipelines/run.py",
     "pipelines/report.py",
 )
-FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 
 
-def names_of(file: Path) -> list[tuple[str, bool]]:
-    """(dotted module, whether imported at module level) of every import of a file."""
+def name_of(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+@cache
+def imports_of(file: Path) -> tuple[tuple[str, bool], ...]:
+    """(dotted name, whether it is imported at module level) of every import of a file that runs; those for the type checker alone are left out."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     top = {id(node) for node in tree.body}
+    unread = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
     found = []
     for node in ast.walk(tree):
+        if id(node) in unread:
+            continue
         if isinstance(node, ast.Import):
             found += [(alias.name, id(node) in top) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: relative import; scripts run by path need absolute ones"
-            found.append((node.module or "", id(node) in top))
-    return [(module.removeprefix("ssld."), top) for module, top in found]
+            assert node.level == 0, f"{file}: a relative import; scripts that are run by path need absolute ones"
+            found += [(f"{node.module}.{alias.name}", id(node) in top) for alias in node.names]
+    return tuple(found)
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_import_direction_and_names(file: Path) -> None:
+def own_module(name: str) -> Path | None:
+    """The file of a dotted name below `ssld`: a module, or something in it; None for a name of another library."""
+    parts = name.split(".")
+    if parts[0] != "ssld":
+        return None
+    for length in (len(parts), len(parts) - 1):
+        file = ROOT.joinpath(*parts[1:length]).with_suffix(".py") if length > 1 else ROOT / "ssld/__init__.py"
+        if file.is_file():
+            return file
+    package = ROOT.joinpath(*parts[1:], "__init__.py")
+    return package if package.is_file() else None
+
+
+def own_imports(file: Path) -> Iterator[Path]:
+    yield from {module for name, _ in imports_of(file) if (module := own_module(name)) and module != file}
+
+
+def rooms(package: str) -> list[list[str]]:
+    """The rooms of a package in the order of the page's table, each as the paths that its first column names."""
+    section = re.search(rf"^### `{package}/`\n(.*?)(?=^##|\Z)", PAGE, flags=re.MULTILINE | re.DOTALL)
+    assert section, f"docs/architecture.md has no section ### `{package}/`"
+    rows = re.findall(r"^\| (`.*?) \|", section[1], flags=re.MULTILINE)
+    return [[f"{package}/{path}" for path in re.findall(r"`([^`]+)`", row)] for row in rows]
+
+
+@cache
+def room_of(file: Path) -> int:
+    """Place of a file's room in its package's table: the longest path that fits."""
+    name = name_of(file)
+    fitting = [
+        (len(path), number)
+        for number, paths in enumerate(rooms(name.split("/")[0]))
+        for path in paths
+        if name == path or (path.endswith("/") and name.startswith(path))
+    ]
+    assert fitting, f"{name}: no room in docs/architecture.md names it"
+    return max(fitting)[1]
+
+
+def test_every_room_of_the_page_is_there() -> None:
+    for package in PACKAGES:
+        paths = [path for row in rooms(package) for path in row]
+        assert len(set(paths)) == len(paths)
+        assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_a_module_is_in_a_room_and_imports_downward(file: Path) -> None:
     package = file.relative_to(ROOT).parts[0]
-    for module, _ in names_of(file):
-        parts = module.split(".")
-        if parts[0] in PACKAGES and parts[0] not in MAY_IMPORT[package]:
-            # The runner sees each stage's settings, and the command line dispatches to the entries, inside functions.
-            dispatch = package == "pipelines" and (parts[-1].endswith("config") or file.name == "cli.py")
-            assert dispatch, f"{file.name} imports {module}"
-        if "models" in file.parts and file.name != "build.py":
-            assert not module.startswith(("stage2_detect.config", "stage2_detect.coco", "stage2_detect.batches")), (
-                module
-            )
-    assert file.stem not in sys.stdlib_module_names, (
-        "a script's folder is first on the path: this name would hide a standard module"
+    if file.name == "__init__.py":
+        return
+    room = room_of(file)
+    for name, _ in imports_of(file):
+        assert name.split(".")[0] not in PACKAGES, f"{name}: imports begin with ssld."
+    for module in own_imports(file):
+        other = module.relative_to(ROOT).parts[0]
+        if module.name == "__init__.py":
+            continue
+        if other == package:
+            assert room_of(module) <= room, f"{name_of(module)} stands above {name_of(file)} in docs/architecture.md"
+        elif other != "shared":
+            # The runner reads each stage's settings; the command line starts the entries by name.
+            assert package == "pipelines", f"{name_of(module)} is of another package"
+            assert module.name.endswith("config.py"), f"{name_of(module)}: pipelines/ imports settings alone"
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if "stage2_detect/models/" in name_of(file)], ids=name_of)
+def test_models_see_neither_files_nor_settings(file: Path) -> None:
+    """Detectors are modules for any program; `build.py` alone makes them from settings."""
+    allowed = (
+        "shared/",
+        "stage2_detect/models/",
+        *(["stage2_detect/model_config.py"] if file.name == "build.py" else []),
     )
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= 500, "a file this long has two jobs"
+    assert [name_of(module) for module in own_imports(file) if not name_of(module).startswith(allowed)] == []
+
+
+def test_no_circle() -> None:
+    """Modules in an order in which each imports only earlier ones."""
+    waiting = {file: set(own_imports(file)) for file in FILES}
+    while ready := {file for file, needs in waiting.items() if not needs & waiting.keys()}:
+        waiting = {file: needs for file, needs in waiting.items() if file not in ready}
+    assert [name_of(file) for file in waiting] == [], "these modules import each other in a circle, or one that does"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_circle_between_what_a_folder_lists(package: str) -> None:
+    arrows = set()
+    things = set()
+    for file in FILES:
+        parts = file.relative_to(ROOT).parts
+        if parts[0] != package or file.name == "__init__.py":
+            continue
+        things.add(parts[1])
+        targets = (module.relative_to(ROOT).parts for module in own_imports(file) if module.name != "__init__.py")
+        arrows |= {(parts[1], target[1]) for target in targets if target[0] == package and target[1] != parts[1]}
+    waiting = {thing: {end for begin, end in arrows if begin == thing} for thing in things}
+    while ready := {thing for thing, needs in waiting.items() if not needs & waiting.keys()}:
+        waiting = {thing: needs for thing, needs in waiting.items() if thing not in ready}
+    assert sorted(waiting) == []
+    if package in GOALS:
+        assert len(things) <= GOALS[package][0]
+        assert len(arrows) <= GOALS[package][1]
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_a_module_says_what_it_is_and_ends_in_time(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    first = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0]
+    assert first.rstrip().endswith((".", ":", "?")), "a module begins with a sentence that says what it is"
+    assert len(text.splitlines()) <= LONGEST
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_names_beside_a_script_hide_no_library(package: str) -> None:
+    """Run by path, a script's own folder is first on the path: its files and folders must not be named like something that libraries import."""
+    taken = set(sys.stdlib_module_names) | (set(packages_distributions()) - {"ssld"})
+    assert {path.stem for path in (ROOT / package).iterdir()} & taken == set()
+
+
+def test_one_import_name() -> None:
+    """The package is a folder of links: what is installed takes no other name."""
+    links = {path.name: path.readlink().as_posix() for path in (ROOT / "ssld").iterdir() if path.is_symlink()}
+    assert links == {package: f"../{package}" for package in PACKAGES}
 
 
 def imports_torch(file: Path, seen: set[Path]) -> bool:
     """Whether importing a file imports torch, through our own modules too."""
     seen.add(file)
-    for module, top in names_of(file):
+    for name, top in imports_of(file):
         if not top:
             continue
-        if module.split(".")[0] in ("torch", "torchvision", "timm", "accelerate"):
+        if name.split(".")[0] in ("torch", "torchvision", "timm", "accelerate"):
             return True
-        inner = ROOT / (module.replace(".", "/") + ".py")
-        if inner.exists() and inner not in seen and imports_torch(inner, seen):
+        inner = own_module(name)
+        if inner and inner not in seen and imports_torch(inner, seen):
             return True
     return False
 
@@ -88,7 +211,7 @@ def test_stays_free_of_torch(name: str) -> None:
 def test_entry_scripts_say_that_the_package_is_missing() -> None:
     """Run by path without the package installed, a script ends in one line instead of a traceback."""
     entries = [file for file in FILES if 'if __name__ == "__main__":' in file.read_text(encoding="utf-8")]
-    assert len(entries) >= 7
+    assert len(entries) >= 15
     for file in entries:
         text = file.read_text(encoding="utf-8")
         assert text.index('if find_spec("ssld") is None:') < text.index("\nfrom ssld."), file

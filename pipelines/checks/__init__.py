@@ -1,1 +1,1 @@
-"""What `ssld doctor` looks at: machine, settings, image folders."""
+"""What `ssld doctor` looks at: machine, settings, data."""

@@ -9,21 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ssld.pipelines.checks.image_folders import folder_lines, folders_of
+from ssld.pipelines.checks.data import DataSet, folder_lines, folders_of
 from ssld.pipelines.checks.machine import Level, Line, cores
 from ssld.pipelines.config import CommandName
-from ssld.pipelines.runner.cost import disk_bytes
+from ssld.pipelines.runner.cost import disk_bytes, total_text
 from ssld.pipelines.runner.plan import make_plan
 from ssld.pipelines.runner.stages import KINDS, build_stages, read_pipeline
 from ssld.shared.config.settings import CommandConfig, parse_config, validate
 from ssld.shared.config.training import TrainingConfig
 from ssld.shared.config.yaml_files import read_recipe
 from ssld.shared.errors import UserError
+from ssld.shared.wording import amount, count, some
 from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage2_detect.config import TrainConfig
 
-DataSet = tuple[Path, Path, Path | None, Path | None]
-"""annotations and images for training, and for evaluation"""
 _NO_OUTPUT = "runs/unnamed"
 """stands in for an output that is left to the command line"""
 
@@ -50,7 +49,7 @@ def settings_lines(
         if data and isinstance(config, TrainConfig):
             sets[data] = sets.get(data, False) or config.model.has_masks
     for (level, text), names in found.items():
-        who = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}: " if any(names) else ""
+        who = f"{some(names)}: " if any(names) else ""
         lines.append(Line(level, "settings", who + text))
     if named[0] and all(line.level == "ok" for line in lines):
         lines += [Line("ok", "settings", "hold together, and fit this machine")]
@@ -69,8 +68,7 @@ def _commands(file: Path, variables: dict[str, str]) -> tuple[list[tuple[str, Co
         lines: list[Line] = []
         try:
             make_plan(stages, set())
-            known = [size for size in disk_bytes(stages).values() if size]
-            lines += _disk_lines(len(stages), sum(known), pipeline.output)
+            lines += _disk_lines(disk_bytes(stages), len(stages), pipeline.output)
         except UserError as error:
             lines += [Line("fault", "settings", line) for line in str(error).splitlines()]
         return [(stage.name, stage.config) for stage in stages], lines
@@ -87,13 +85,13 @@ def _commands(file: Path, variables: dict[str, str]) -> tuple[list[tuple[str, Co
     return [("", config)], [Line("ok", "settings", f"of the command {name}"), *missing]
 
 
-def _disk_lines(stages: int, size: int, output: Path) -> Iterator[Line]:
-    """What the stages will write, and whether the disk of `output` has room for it."""
-    yield Line("ok", "settings", f"{stages} stages; about {size / 2**30:.1f} GB of model files and checkpoints")
+def _disk_lines(disk: dict[str, int | None], stages: int, output: Path) -> Iterator[Line]:
+    """What the stages will write, and whether the disk of `output` has room for as much of it as is known."""
+    yield Line("ok", "settings", f"{count(stages, 'stage')}: {total_text(disk)}; data sets not counted")
     place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(place).free
-    if size > free:
-        text = f"output: {free / 2**30:.1f} GB free on the disk of {place}, which is too little; give another output"
+    if sum(size or 0 for size in disk.values()) > free:
+        text = f"output: {amount(free)} free on the disk of {place}, which is too little; give another output"
         yield Line("warning", "settings", text)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from ssld.pipelines.config import CommandName
 from ssld.pipelines.reports.charts import Chart, curves, precision_recall
 from ssld.pipelines.runner.stages import KINDS
-from ssld.shared.files import IMAGE_SUFFIXES
+from ssld.shared.files import IMAGE_SUFFIXES, spread
 from ssld.shared.run_dir import read_metrics, read_result
 from ssld.shared.wording import count
 
@@ -318,7 +318,7 @@ def _predicted(folder: Path, room: Room) -> list[Embedded]:
     if (folder / "index.json").is_file():  # those of an evaluation
         return []
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-    files = files[:: max(1, -(-len(files) // _PREDICTED))]
+    files = [files[place] for place in spread(len(files), _PREDICTED)]
     names = [file.relative_to(folder).as_posix() for file in files]
     sources = [room.embed(file, 480) for file in files]
     return [Embedded(s, f"{name} with what was found", name) for name, s in zip(names, sources, strict=True) if s]

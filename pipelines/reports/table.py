@@ -12,7 +12,8 @@ from typing import Any
 from ssld.pipelines.config import PipelineConfig, TableConfig
 from ssld.shared.config.settings import validate
 from ssld.shared.errors import UserError
-from ssld.shared.run_dir import read_result, write_atomically
+from ssld.shared.files import write_atomically
+from ssld.shared.run_dir import read_result
 
 COLUMNS = ("backbone", "top-1", "agreement", "detector AP", "AP50")
 _CLASSIFIER, _DETECTOR = ("top1", "agreement"), ("AP", "AP50")

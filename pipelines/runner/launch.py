@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO
 
-from ssld.pipelines.runner.stages import ROOT, Stage
+from ssld.pipelines.runner.stages import Stage, own_file
 from ssld.shared.config.command import STOPPED, USER_ERROR
 from ssld.shared.run_dir import read_result
 
@@ -68,7 +68,7 @@ class Signals:
 
 def command_line(stage: Stage) -> list[str]:
     """The line a user would type for this stage. Several processes: accelerate on GPUs; it starts only one on CPU, where torch's launcher serves."""
-    script = stage.kind.script if Path(stage.kind.script).exists() else str(ROOT / stage.kind.script)
+    script = own_file(stage.kind.script)
     count = str(stage.processes)
     if stage.processes == 1:
         launcher = ["python"]

@@ -168,6 +168,25 @@ def located(path: str) -> str:
     return path if Path(path).exists() or not (ROOT / path).exists() else str(ROOT / path)
 
 
+def own_file(path: str) -> str:
+    """A file of this project, given below its root, as one would type it from here; what only has the same name here is not taken for it."""
+    near, own = Path(path), ROOT / path
+    return path if near.exists() and near.samefile(own) else str(own)
+
+
+def find_pipeline(text: str) -> Path:
+    """The file of a pipeline: a path as `located` has it, or one of this project's by its bare name, as `quickstart`.
+
+    Raises UserError for a bare name that is neither a file here nor one of ours.
+    """
+    if "/" in text or Path(text).suffix or Path(text).is_file():
+        return Path(located(text))
+    ours = {file.stem: file.relative_to(ROOT) for file in sorted((ROOT / "pipelines").rglob("*.yaml"))}
+    if text not in ours:
+        raise UserError(f"{text}: no such file here, and no pipeline of this name{did_you_mean(text, list(ours))}")
+    return Path(own_file(str(ours[text])))
+
+
 def flags(values: dict[str, Any]) -> list[str]:
     """Settings by dotted key as command-line flags that parse back to them."""
     words: list[str] = []

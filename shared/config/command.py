@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ssld.shared.config.settings import ConfigT, launched_ranks, parse_config
+from ssld.shared.config.training import PASSES_FILE
 from ssld.shared.errors import Stopped, UserError, is_out_of_memory
+from ssld.shared.files import write_atomically
 
 USER_ERROR, STOPPED = 2, 143
 _MAKE_ROOM = "nothing is lost: make room and run the same command again"
@@ -77,10 +79,22 @@ def run_command(
     return 0
 
 
-def _note_too_few_passes(run: Path) -> None:
-    from ssld.shared.training.auto_batch import note_too_few  # imports torch
+def exit_code(work: Callable[[], int]) -> int:
+    """Exit code of `work`, for a command without a run directory: its own, or 2 after a user's mistake, told in one line or more."""
+    try:
+        return work()
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return USER_ERROR
 
-    note_too_few(run)
+
+def _note_too_few_passes(run: Path) -> None:
+    """For the next start, which looks for more: a run with `auto_batch` ran out of memory with the passes that were found."""
+    file = run / PASSES_FILE
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if "accumulate" in found:
+        write_atomically(file, json.dumps({"too_few": found["accumulate"], "processes": found["processes"]}) + "\n")
 
 
 def _report(message: str, rank: int, processes: int, output: Path | None) -> int:

@@ -24,7 +24,6 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from ssld.shared.config.flags import with_values
 from ssld.shared.config.help import HelpAction, models_in
 from ssld.shared.config.yaml_files import Alternatives, merge, read_recipe, without_others
 from ssld.shared.errors import UserError
@@ -114,7 +113,7 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
     `--config FILE` and its bases come first, flags on top; `--print-config` prints the result as YAML and exits. Raises UserError with one line per
     wrong key.
     """
-    argv = with_values(config_type, [underscored(word) for word in argv])
+    argv = _with_values(config_type, [underscored(word) for word in argv])
     parser = _bare_parser(config_type, program)
     try:
         source = CliSettingsSource[ArgumentParser](config_type, cli_parse_args=list(argv), root_parser=parser)
@@ -166,6 +165,26 @@ def underscored(word: str) -> str:
     name, equals, value = word.partition("=")
     known = not name.startswith("--") or name == "--print-config"
     return word if known else f"--{name[2:].replace('-', '_')}{equals}{value}"
+
+
+def _with_values(config_type: type[BaseModel], argv: Sequence[str]) -> list[str]:
+    """A switch may stand alone: `--benchmark` is `--benchmark true`."""
+    words: list[str] = []
+    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+        words.append(word)
+        alone = word.startswith("--") and "=" not in word and following.startswith("--")
+        if alone and _is_switch(config_type, word.removeprefix("--").split(".")):
+            words.append("true")
+    return words
+
+
+def _is_switch(model: type[BaseModel], path: Sequence[str]) -> bool:
+    field = model.model_fields.get(path[0])
+    if field is None:
+        return False
+    if len(path) == 1:
+        return field.annotation in (bool, bool | None)
+    return any(_is_switch(inner, path[1:]) for inner in models_in(field.annotation))
 
 
 def validate(

@@ -8,6 +8,9 @@ from ssld.shared.config.settings import CommandConfig, Config
 from ssld.shared.config.yaml_files import Alternatives
 from ssld.shared.errors import UserError
 
+PASSES_FILE = "auto_batch.json"
+"""in a run directory: what `auto_batch` has found"""
+
 
 class OptimConfig(Config):
     """Optimizer settings that both stages have."""

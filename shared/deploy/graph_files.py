@@ -1,12 +1,14 @@
-"""Networks as files that need none of this code: ONNX for ONNX Runtime, and `torch.export` programs (.pt2).
+"""Networks as files that need none of this code: ONNX for ONNX Runtime, and `torch.export` programs (.pt2); and how fast they answer.
 
 Both are traced from a module with tensors in and tensors out, and carry facts about themselves: in the ONNX metadata, and in `metadata.json` inside a
 .pt2 file. Nothing in them names files or folders of the machine that wrote them. Deliberately absent: quantisation, half precision.
 """
 
 import json
+import statistics
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,27 @@ def session(path: Path, *, threads: int) -> Any:
         raise UserError(
             f"export: onnxruntime {onnxruntime.__version__} cannot run this network ({_why(error)}); a newer one may"
         ) from None
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], *, rounds: int = 10) -> dict[str, float]:
+    """Median seconds of each call. They take turns, so that whatever else the machine does meets all of them; a first round does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 1):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def speed_lines(latency: Mapping[str, float], throughput: Mapping[str, float], batch: int) -> list[str]:
+    """A table: milliseconds of one image alone and images a second in batches of `batch`, from medians in seconds."""
+    width = max(map(len, latency))
+    return [f"{'':<{width}}  latency, batch 1  throughput, batch {batch}"] + [
+        f"{name:<{width}}  {1000 * latency[name]:>13.1f} ms  {batch / throughput[name]:>13.1f} images/s"
+        for name in latency
+    ]
 
 
 def _why(error: Exception) -> str:

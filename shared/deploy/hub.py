@@ -1,8 +1,14 @@
-"""Publishing on the Hugging Face hub: names, uploads, and text without this machine's folders."""
+"""Publishing on the Hugging Face hub: names, uploads, text without this machine's folders, and the parts that model cards share.
+
+Deliberately absent from the cards: the hub's `model-index`, which wants the id of a data set on the hub for each number; ours are folders.
+"""
 
 from pathlib import Path, PurePath
 from typing import Any
 
+import yaml
+
+from ssld.shared.config.settings import NOT_IDENTITY
 from ssld.shared.errors import UserError
 
 
@@ -47,6 +53,53 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
             "check the name and the network, and run the same command again"
         ) from None
     return str(done.commit_url)
+
+
+def read_recipe(model: Path) -> dict[str, Any] | None:
+    """Settings of the run that made a model file; None where it does not lie in a run directory of a training."""
+    try:
+        settings = yaml.safe_load((model.parent / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    if not isinstance(settings, dict) or "optim" not in settings:
+        return None
+    return {key: value for key, value in settings.items() if key not in NOT_IDENTITY}
+
+
+def front_matter(**facts: Any) -> list[str]:
+    """The lines that the hub reads; `facts` as of `huggingface_hub.ModelCardData`."""
+    from huggingface_hub import ModelCardData
+
+    return ["---", ModelCardData(**facts).to_yaml(), "---", ""]
+
+
+def folder_name(path: str) -> str:
+    """The last two parts of a path: the last alone is often `train`."""
+    return path if "://" in path or path.startswith("hub:") else "/".join(Path(path).parts[-2:]).lstrip("/")
+
+
+def recipe_lines(recipe: dict[str, Any] | None) -> list[str]:
+    """A run's settings as YAML."""
+    if recipe is None:
+        return ["Not recorded."]
+    return ["```yaml", yaml.safe_dump(public(recipe), sort_keys=False).rstrip(), "```"]
+
+
+def hub_licence(licence: str) -> str:
+    """The hub knows single licences by name; `other` stands for several, or for none."""
+    if licence == "unknown":
+        return "unknown"
+    return "other" if " " in licence or ":" in licence else licence.lower()
+
+
+def numbers(values: Any) -> str:
+    """Numbers, separated by commas."""
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def table(rows: list[tuple[str, Any]]) -> list[str]:
+    """Two columns without headings, and an empty line."""
+    return ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows), ""]
 
 
 def _last_part(text: str) -> str:

@@ -1,6 +1,8 @@
-"""The processes of a run: accelerate's process group, device, precision and trackers, as both stages use them."""
+"""The processes of a run: accelerate's process group, device, precision and trackers, and the data loaders' workers."""
 
 import importlib.util
+import os
+import signal
 from typing import Any
 
 import torch
@@ -80,3 +82,10 @@ def load_scaler_state(accelerator: Accelerator, state: dict[str, Any]) -> None:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy without waiting where the loader pinned the memory."""
     return tensor.to(device, non_blocking=True)
+
+
+def start_worker(_: int) -> None:
+    """How a data loader's worker begins: with one thread, and deaf to signals sent to the main process's group, whose decision stopping is."""
+    torch.set_num_threads(1)
+    os.setpgrp()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # inherited from the main process, it would only set a flag there

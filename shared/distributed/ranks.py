@@ -1,8 +1,9 @@
 """What the processes of one run tell each other. Everything works without a process group, as one rank."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +31,31 @@ def total_over_ranks(value: Tensor) -> Tensor:
     total = value.detach().clone()
     dist.all_reduce(total)
     return total
+
+
+def _own(value: Tensor) -> Tensor:
+    return value
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes whose losses are divided by common counts; by default one.
+
+    Data-parallel training averages gradients over ranks: what is divided by a count of all of them is multiplied by their
+    number.
+    """
+
+    world_size: int = 1
+    total: Callable[[Tensor], Tensor] = _own
+    """sum of a tensor over the ranks, without gradient"""
+
+
+ONE_RANK = Ranks()
+
+
+def all_ranks() -> Ranks:
+    """All processes of this run."""
+    return Ranks(world_size(), total_over_ranks)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ssld.shared.errors import UserError
+from ssld.shared.files import atomically
 
 _KEY = "ssld"
 FORMAT = 1
@@ -41,15 +42,9 @@ def save_model_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
     digest = content_hash(tensors)
     record = {"format": FORMAT, **metadata, "content_sha256": digest}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with atomically(path) as temporary:
         save_tensors(tensors, temporary, {"format": "pt", _KEY: json.dumps(record)})
         temporary.chmod(0o666 & ~_umask())  # safetensors makes it readable for its owner alone
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return digest
 
 

@@ -1,7 +1,7 @@
 """How many images a pass fit into memory, tried before a run on the largest images it will see.
 
 The batch of a step stays what it was: what is found is in how many passes (`accumulate`) it is taken. The finding is kept in the run directory, so
-that a run goes on with it; where it was too few after all, the next start looks for more.
+that a run goes on with it; where it was too few after all, `run_command` notes that there, and the next start looks for more.
 """
 
 import json
@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ssld.shared.config.training import PASSES_FILE
 from ssld.shared.distributed.ranks import alone, any_rank, from_main_rank
 from ssld.shared.errors import UserError, is_out_of_memory
-from ssld.shared.run_dir import RunDir, write_atomically
+from ssld.shared.files import write_atomically
+from ssld.shared.run_dir import RunDir
 
-FILE = "auto_batch.json"
 RESERVE = 0.08  # share of a GPU's memory that a trial leaves free: what fragments, and what another process takes
 
 
@@ -47,23 +48,15 @@ def find_passes(
             passes = _fewest_passes(batch_size // ranks, attempt, device, too_few=too_few)
         found = {"accumulate": passes, "processes": ranks}
         if run.main:
-            write_atomically(run.path / FILE, json.dumps(found) + "\n")
+            write_atomically(run.path / PASSES_FILE, json.dumps(found) + "\n")
     passes = int(found["accumulate"])
     images = batch_size // ranks // passes
     run.log(f"auto_batch: {images} of {batch_size} images a process and pass fit, so accumulate is {passes}")
     return passes
 
 
-def note_too_few(run: Path) -> None:
-    """For the next start: a run with `auto_batch` ran out of memory with the passes that were found."""
-    found = _read(run)
-    if "accumulate" in found:
-        note = {"too_few": found["accumulate"], "processes": found["processes"]}
-        write_atomically(run / FILE, json.dumps(note) + "\n")
-
-
 def _read(run: Path) -> dict[str, int]:
-    file = run / FILE
+    file = run / PASSES_FILE
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
 
 

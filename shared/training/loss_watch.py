@@ -1,4 +1,7 @@
-"""Losses of the last steps, kept on the device so that no step waits for them, read and checked where something is logged or saved."""
+"""Losses of the last steps, kept on the device so that no step waits for them, read and checked where something is logged or saved.
+
+A file of its own beside training_state.py, which holds one: its arithmetic over steps and ranks is tested without a training run.
+"""
 
 import math
 from collections.abc import Sequence

@@ -50,10 +50,10 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_factor"]
 
 
-def scale_lr(lr: float, reference_batch: int, batch: int, optimizer: OptimizerName) -> float:
+def scale_lr(lr: float, reference_batch: int, batch_size: int, name: OptimizerName) -> float:
     """A recipe's learning rate for another global batch: linear for SGD, square root for Adam-type optimizers."""
-    ratio = batch / reference_batch
-    return lr * (math.sqrt(ratio) if optimizer == "adamw" else ratio)
+    ratio = batch_size / reference_batch
+    return lr * (math.sqrt(ratio) if name == "adamw" else ratio)
 
 
 def cosine_factor(step: int, *, steps: int, warmup_steps: int) -> float:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ssld.stage1_ssld.data.listing import spread
+from ssld.shared.files import atomically, spread
 
 _NUMBERS = 1 << 23  # of a block and what is computed of it
 _BLOCK = 8192  # rows, at most
@@ -18,10 +18,8 @@ _DEAD = 1e-6  # a feature that varies by less than this part of the most varied 
 
 def save_embeddings(path: Path, embedding_ND: np.ndarray) -> None:
     """Write the embeddings of one shard, float32, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with atomically(path) as temporary, temporary.open("wb") as file:
         np.save(file, embedding_ND.astype(np.float32))
-    temporary.replace(path)
 
 
 class Embeddings:

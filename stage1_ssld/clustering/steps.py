@@ -23,6 +23,7 @@ from ssld.shared.distributed.processes import to_device, uses_gpu
 from ssld.shared.distributed.ranks import from_main_rank, rank
 from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
+from ssld.shared.files import atomically, spread
 from ssld.shared.run_dir import RunDir
 from ssld.shared.training.quarantine import Quarantine
 from ssld.stage1_ssld.clustering.centres import Clusters, find_clusters, require_scikit_learn
@@ -33,7 +34,6 @@ from ssld.stage1_ssld.config import PrototypesConfig
 from ssld.stage1_ssld.curation.output import Images, Picture, Row, draw_examples, small_views
 from ssld.stage1_ssld.curation.score_files import EMBEDDED, UNREADABLE, ScoreFiles, write_shard
 from ssld.stage1_ssld.curation.shard_pass import Piece, Reading, compare_shards, open_pool, over_missing_shards
-from ssld.stage1_ssld.data.listing import spread
 
 _PATIENCE = timedelta(days=7)  # the main rank clusters while the others wait
 _IMAGES_OF_EACH, _FEWEST, _MOST = 40, 16, 4096  # prototypes, where the settings do not say how many
@@ -167,10 +167,8 @@ def _clusters(config: PrototypesConfig, run: RunDir, embeddings: Embeddings, cou
                 threads=torch.get_num_threads(),
                 tell=tell,
             )
-        temporary = file.with_name(f".{file.name}.tmp")
-        with temporary.open("wb") as opened:
+        with atomically(file) as temporary, temporary.open("wb") as opened:
             np.savez(opened, **standard._asdict(), **clusters._asdict())
-        temporary.replace(file)
     with np.load(file) as found:
         return (
             Standard(found["mean_D"], found["scale_D"]),

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ssld.shared.run_dir import write_atomically
+from ssld.shared.files import atomically, spread, write_atomically
 from ssld.stage1_ssld.config import CurateConfig
 from ssld.stage1_ssld.curation.score_files import ScoreFiles
 from ssld.stage1_ssld.curation.selection import (
@@ -40,7 +40,6 @@ from ssld.stage1_ssld.curation.selection import (
     save_candidates,
     save_look_alikes,
 )
-from ssld.stage1_ssld.data.listing import spread
 from ssld.stage1_ssld.data.manifest import write_manifest
 
 KEPT_ROW = np.dtype([("id", np.int64), ("class", np.int32), ("score", np.float32)])
@@ -157,9 +156,8 @@ def _write_kept(
     kept = decision.kept[np.argsort(candidates.id_N[decision.kept])]  # in the order of the pool, as a reader wants them
     rows = np.empty(len(kept), KEPT_ROW)
     rows["id"], rows["class"], rows["score"] = (column[kept] for column in (candidates.id_N, *candidates[:2]))
-    with (run / ".kept.npy.tmp").open("wb") as file:
+    with atomically(run / "kept.npy") as temporary, temporary.open("wb") as file:
         np.save(file, rows)
-    (run / ".kept.npy.tmp").replace(run / "kept.npy")
     sources = pa.array(selection.shard_sources, pa.string())
     columns = {
         "source": sources.take(pa.array(selection.scored.shard_of(rows["id"]))),

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from ssld.shared.distributed.ranks import rank, world_size
 from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped
+from ssld.shared.files import atomically
 from ssld.shared.images import UnreadableImage, pixels_of
 from ssld.shared.run_dir import RunDir
 from ssld.stage1_ssld.config import CurateConfig
@@ -162,11 +163,9 @@ def materialise(run: RunDir, pool: Images) -> None:
             file = folder / f"part-{number:06d}.parquet"
             if not file.exists():
                 rows = np.array(kept[edges[number] : edges[number + 1]])
-                temporary = file.with_name(f".{file.name}.tmp")
-                with pq.ParquetWriter(temporary, COPIES) as writer:
+                with atomically(file) as temporary, pq.ParquetWriter(temporary, COPIES) as writer:
                     for group in _copies(pool, number, rows):
                         writer.write_table(pa.Table.from_pylist(group, COPIES))
-                temporary.replace(file)
             if stop.requested:
                 raise Stopped(f"{number + 1} of {len(pool.shards)} shards are copied")
 

@@ -16,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ssld.shared.files import atomically
+
 UNREADABLE = -1
 SCORED = pa.schema(
     [
@@ -43,9 +45,8 @@ def shard_file(folder: Path, number: int) -> Path:
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, temporary)
-    temporary.replace(path)
+    with atomically(path) as temporary:
+        pq.write_table(table, temporary)
 
 
 def write_shard(path: Path, columns: dict[str, Any], schema: pa.Schema, unreadable: Sequence[str]) -> None:
@@ -130,10 +131,8 @@ class ScoreFiles:
 def save_embeddings(path: Path, embedding_ND: np.ndarray) -> None:
     """Write the embeddings of one shard, whole or not at all."""
     length = np.linalg.norm(embedding_ND, axis=1, keepdims=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with atomically(path) as temporary, temporary.open("wb") as file:
         np.save(file, (embedding_ND / np.maximum(length, 1e-12)).astype(np.float16))
-    temporary.replace(path)
 
 
 class Embeddings:

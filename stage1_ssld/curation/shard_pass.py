@@ -5,7 +5,6 @@ shards in hand; the next start does those whose files are missing.
 """
 
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -17,12 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ssld.shared.distributed.processes import start_worker
 from ssld.shared.distributed.ranks import from_main_rank, rank, world_size
 from ssld.shared.distributed.stop import StopRequest
-from ssld.shared.distributed.workers import start_worker
 from ssld.shared.errors import Stopped, UserError
+from ssld.shared.files import write_atomically
 from ssld.shared.images import UnreadableImage, pixels_of
-from ssld.shared.run_dir import RunDir, write_atomically
+from ssld.shared.run_dir import RunDir
+from ssld.shared.training.progress import Clock
 from ssld.stage1_ssld.config import ForwardConfig
 from ssld.stage1_ssld.curation.perceptual_hash import perceptual_hash
 from ssld.stage1_ssld.curation.score_files import shard_file
@@ -32,7 +33,6 @@ from ssld.stage1_ssld.data.views import val_view
 from ssld.stage1_ssld.data_config import SourceConfig, is_remote
 
 _JUDGED_AFTER, _TOO_MANY = 1000, 0.01
-_TOLD_EVERY = 30.0  # seconds
 
 
 class Shards(NamedTuple):
@@ -210,16 +210,12 @@ def over_missing_shards(
         return
     jobs = [Job(n, shards.shards[n], None if rows is None else rows[n]) for n in missing[rank() :: world_size()]]
     run.log(f"{name}: {len(missing)} of {len(wanted)} shards to do")
-    begun = told_last = time.monotonic()
+    clock = Clock()
 
     def told(done: int, read: int) -> None:
-        nonlocal told_last
-        now = time.monotonic()
-        if done == len(jobs) or now - told_last > _TOLD_EVERY:
-            run.log(
-                f"{name}: {done} of {len(jobs)} shards of this process, {read / max(now - begun, 1e-9):.0f} images/s"
-            )
-            told_last = now
+        clock.done = read
+        if done == len(jobs) or clock.due():
+            run.log(f"{name}: {done} of {len(jobs)} shards of this process, {clock.rate:.0f} images/s")
 
     over_shards(
         jobs,

@@ -137,12 +137,6 @@ def _url(folder: str, inner: str, file: str) -> str:
     return f"{folder.rstrip('/')}/{_below(inner, file)}"
 
 
-def spread(count: int, most: int, *, repeat: bool = False) -> list[int]:
-    """Up to `most` numbers, evenly spread over 0 to `count` - 1; with `repeat` exactly `most`, some of them twice where there are fewer."""
-    places = most if repeat else min(count, most)
-    return [place * count // places for place in range(places)]
-
-
 def unreadable_parquet(path: str, error: Exception) -> UserError:
     """What to tell when Arrow cannot read a file."""
     return UserError(f"{path}: not readable as Parquet ({' '.join(str(error).split())[:160]})")

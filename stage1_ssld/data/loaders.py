@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ssld.shared.distributed.workers import start_worker
+from ssld.shared.distributed.processes import start_worker
 from ssld.shared.errors import UserError
 from ssld.shared.images import UnreadableImage, require_decoder, stable_seed
 from ssld.stage1_ssld.config import DistillConfig, TeachConfig

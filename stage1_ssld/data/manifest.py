@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ssld.shared.errors import UserError
-from ssld.stage1_ssld.data.listing import LOOKED_AT, Listing, filesystem_of, list_path, spread
+from ssld.shared.files import atomically, spread
+from ssld.stage1_ssld.data.listing import LOOKED_AT, Listing, filesystem_of, list_path
 from ssld.stage1_ssld.data.row_groups import parquet_rows, row_groups
 from ssld.stage1_ssld.data.rows import FileRows, ManifestRows, Rows
 from ssld.stage1_ssld.data_config import SourceConfig, is_remote
@@ -53,9 +54,8 @@ def write_manifest(path: Path, columns: dict[str, Any], pool: list[dict[str, Any
     """
     record = {"kind": "manifest", "pool": pool, **facts}
     table = pa.table(columns, schema=SCHEMA.with_metadata({_KEY: json.dumps(record).encode()}))
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, temporary)
-    temporary.replace(path)
+    with atomically(path) as temporary:
+        pq.write_table(table, temporary)
 
 
 def open_manifest(file: str, config: SourceConfig, open_rows: OpenRows) -> Rows:

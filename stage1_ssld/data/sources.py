@@ -17,17 +17,10 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from ssld.shared.errors import UserError
+from ssld.shared.files import spread
 from ssld.shared.images import Picture, UnreadableImage, open_image, pixels_of
 from ssld.stage1_ssld.data.batch import NO_LABEL
-from ssld.stage1_ssld.data.listing import (
-    LOOKED_AT,
-    Listing,
-    filesystem_of,
-    list_path,
-    read_text,
-    spread,
-    unreadable_parquet,
-)
+from ssld.stage1_ssld.data.listing import LOOKED_AT, Listing, filesystem_of, list_path, read_text, unreadable_parquet
 from ssld.stage1_ssld.data.manifest import is_manifest, open_manifest
 from ssld.stage1_ssld.data.row_groups import parquet_rows, row_groups
 from ssld.stage1_ssld.data.rows import Encoded, FileRows, Rows, TableRows, TarRows

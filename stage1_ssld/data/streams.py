@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ssld.shared.distributed.workers import start_worker
+from ssld.shared.distributed.processes import start_worker
 from ssld.shared.errors import UserError
 from ssld.shared.images import UnreadableImage, stable_seed
 from ssld.stage1_ssld.data.batch import NO_LABEL, Batch, View, collate

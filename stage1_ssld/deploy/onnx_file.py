@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ssld.shared.deploy import graph_files
-from ssld.shared.deploy.timing import interleaved, speed_lines
 from ssld.shared.models.backbones import Classifier
 
 INPUT, OUTPUT = "pixels", "logits"
@@ -66,10 +65,10 @@ def measure(
     def calls(some: Tensor) -> dict[str, Callable[[], object]]:
         return {"torch": lambda: classifier(some)} | {name: lambda run=run: run(some) for name, run in runs.items()}
 
-    latency, throughput = interleaved(calls(pixels_BCHW[:1])), interleaved(calls(pixels_BCHW))
+    latency, throughput = graph_files.interleaved(calls(pixels_BCHW[:1])), graph_files.interleaved(calls(pixels_BCHW))
     B, _, H, W = pixels_BCHW.shape
     log(f"speed on this CPU, {torch.get_num_threads()} threads, {H} x {W} pixels:")
-    for line in speed_lines(latency, throughput, B):
+    for line in graph_files.speed_lines(latency, throughput, B):
         log(line)
     return latency, throughput
 

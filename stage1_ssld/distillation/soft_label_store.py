@@ -18,11 +18,11 @@ import torch
 
 from ssld.shared.distributed.ranks import gather_lists, rank, world_size
 from ssld.shared.errors import UserError
+from ssld.shared.files import file_sha256, spread
 from ssld.shared.images import UnreadableImage
 from ssld.shared.models.model_file import content_hash
 from ssld.shared.models.teacher import Teacher
-from ssld.shared.run_dir import file_sha256, input_digest
-from ssld.stage1_ssld.data.listing import spread
+from ssld.shared.run_dir import input_digest
 from ssld.stage1_ssld.data.soft_labels import record_layout
 from ssld.stage1_ssld.data.sources import ImageSource
 from ssld.stage1_ssld.data.views import training_view

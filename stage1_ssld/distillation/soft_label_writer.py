@@ -5,7 +5,6 @@ Which views lie in one forward pass follows from the shard alone, so that any nu
 
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -21,10 +20,12 @@ from ssld.shared.distributed.processes import to_device, uses_gpu
 from ssld.shared.distributed.ranks import from_main_rank, gather_lists, rank, world_size
 from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
+from ssld.shared.files import file_sha256, write_atomically
 from ssld.shared.images import Picture, UnreadableImage, require_decoder
 from ssld.shared.models.teacher import Teacher
-from ssld.shared.run_dir import RunDir, file_sha256, write_atomically
+from ssld.shared.run_dir import RunDir
 from ssld.shared.training.quarantine import Quarantine
+from ssld.shared.wording import amount
 from ssld.stage1_ssld.config import SoftLabelsConfig
 from ssld.stage1_ssld.data.batch import NO_LABEL, Batch, View
 from ssld.stage1_ssld.data.loaders import make_loader
@@ -122,14 +123,12 @@ def write_store(config: SoftLabelsConfig) -> None:
     if main:
         _check_disk(folder, images * config.views * layout.itemsize)
     run.log(
-        f"{images} images x {config.views} views x {layout.itemsize} bytes = {_amount(images * config.views * layout.itemsize)} in {folder}"
+        f"{images} images x {config.views} views x {layout.itemsize} bytes = {amount(images * config.views * layout.itemsize)} in {folder}"
     )
     if fresh:
         run.log(try_teacher(teacher, sources, config, device=device))
     if main:
         folder.mkdir(exist_ok=True)
-        for leftover in folder.glob(".shard-*"):  # what a killed process was writing
-            leftover.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
 
     # ---- the shards
@@ -189,7 +188,7 @@ def write_store(config: SoftLabelsConfig) -> None:
         write_atomically(folder / HEADER, json.dumps(header, indent=1) + "\n")
     metrics = _summary(shards, images, config.views, layout)
     run.log(
-        f"store of {_amount(metrics['bytes'])}; {100 * metrics['first_probability']:.1f} % of the probability in the first class, "
+        f"store of {amount(metrics['bytes'])}; {100 * metrics['first_probability']:.1f} % of the probability in the first class, "
         f"{100 * metrics['kept_probability']:.1f} % in the {config.top} kept, entropy {metrics['entropy']:.3f} nats on average"
     )
     accelerator.end_training()
@@ -232,32 +231,18 @@ def _unreadable(file: Path, views: AllViews, rows: range, count: int, layout: np
     return [source.location(row) for source, row in places]
 
 
-def _amount(size: float) -> str:
-    """Bytes as people say them."""
-    unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB") if size >= 1e6 else (1e3, "kB")
-    return f"{size / unit:.1f} {name}"
-
-
 def _check_disk(folder: Path, size: int) -> None:
     """Raises UserError where what is still to be written does not fit on the disk."""
     written = sum(file.stat().st_size for file in folder.glob("shard-*.bin"))
     free = shutil.disk_usage(folder.parent).free
     if size - written > free:
         raise UserError(
-            f"{folder}: the store takes {_amount(size)}, {_amount(free)} are free; fewer views, a smaller top, or another --output"
+            f"{folder}: the store takes {amount(size)}, {amount(free)} are free; fewer views, a smaller top, or another --output"
         )
 
 
 def _write_shard(file: Path, records: np.ndarray) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as out:
-            out.write(records.tobytes())
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(file, records.tobytes())
 
 
 def _shard_record(

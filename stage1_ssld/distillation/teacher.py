@@ -11,11 +11,11 @@ import torch
 from ssld.shared.distributed.processes import DTYPES, to_device
 from ssld.shared.distributed.ranks import gather_lists, rank, world_size
 from ssld.shared.errors import UserError
+from ssld.shared.files import spread
 from ssld.shared.models.teacher import FrozenTeacher, Teacher, TeacherEnsemble
 from ssld.stage1_ssld.config import EVALUATION_BATCH, DistillConfig, SoftLabelsConfig
 from ssld.stage1_ssld.data.batch import NO_LABEL, Batch
 from ssld.stage1_ssld.data.labels import labels_in_classes
-from ssld.stage1_ssld.data.listing import spread
 from ssld.stage1_ssld.data.loaders import Labels, ValViews, make_loader, val_batches
 from ssld.stage1_ssld.data.sources import ImageSource
 from ssld.stage1_ssld.data_config import TeacherConfig

@@ -3,10 +3,10 @@
 Apart from the loop, because it is drawn from metrics.jsonl alone, and so can be drawn again at any time.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
+from ssld.shared.files import atomically
 from ssld.shared.run_dir import SPEED, read_metrics
 
 # Of a logged training step, what is not a part of the loss.
@@ -33,9 +33,8 @@ def write_curves(run: Path) -> None:
         axis.grid(alpha=0.3)
         if len(curves) > 1 or next(iter(curves)).startswith("val_"):
             axis.legend()
-    temporary = run / f".curves.{os.getpid()}"
-    figure.savefig(temporary, dpi=110, format="png")
-    temporary.replace(run / "curves.png")
+    with atomically(run / "curves.png") as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
 
 
 def _panels(lines: list[dict[str, Any]]) -> list[tuple[str, dict[str, list[tuple[int, float]]]]]:

@@ -25,6 +25,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ssld.shared.files import atomically
 from ssld.stage2_detect.data.coco_json import CocoTable, read_table
 
 VERSION = 1
@@ -138,14 +139,10 @@ def _store(entry: Path, key: str, table: CocoTable) -> None:
     if isinstance(table.segmentations, PackedShapes):
         arrays |= dict(zip(_SHAPES, (table.segmentations._text, table.segmentations._bounds), strict=True))
     metadata: Mapping[str, str] = {"key": key} | {name: _checksum(array) for name, array in arrays.items()}
-    part = entry.with_name(f".{entry.name}.{os.getpid()}")
-    try:
+    with contextlib.suppress(OSError, SafetensorError):
         entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        save_file(arrays, part, metadata=dict(metadata))
-        os.replace(part, entry)
-    except (OSError, SafetensorError):
-        with contextlib.suppress(OSError):
-            part.unlink()
+        with atomically(entry) as temporary:
+            save_file(arrays, temporary, metadata=dict(metadata))
 
 
 def _checksum(array: np.ndarray) -> str:

@@ -79,7 +79,7 @@ def auto_augment(
 
 def draw_sub_policy(*, seed: int, image_id: int | str, view: int) -> tuple[int, random.Random]:
     """(position in `POLICY_V1`, generator of all further draws); the same in every process, and independent of those of
-    `augment.draw_view`."""
+    `views.draw_view`."""
     draw = random.Random(stable_seed(seed, image_id, view, "auto_augment"))
     return draw.randrange(len(POLICY_V1)), draw
 

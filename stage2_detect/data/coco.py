@@ -101,18 +101,22 @@ def read_coco(
     keep_empty: bool = True,
     segmentations: bool = False,
     class_names: Sequence[str] | None = None,
-    cache: bool = False,
+    cache_annotations: bool = False,
 ) -> CocoData:
     """Reads a COCO JSON file; every fault of the file is a `UserError` that names the file and the id.
 
     `training` drops crowds and unusable boxes, and with `keep_empty=False` the images that have no box then; evaluation
     keeps everything. `image_folder` is what `file_name` is relative to, and all files must be there; None skips that
     check. `segmentations` keeps the masks, which take most of the memory. `class_names` fixes the classes and their
-    order (those of a trained detector); the file must have the same names. `cache` keeps the content of a large file for
+    order (those of a trained detector); the file must have the same names. `cache_annotations` keeps the content of a large file for
     the next time (`annotation_cache.py`).
     """
     file = str(annotation_file)
-    table = read_cached(file, segmentations=segmentations) if cache else read_table(file, segmentations=segmentations)
+    table = (
+        read_cached(file, segmentations=segmentations)
+        if cache_annotations
+        else read_table(file, segmentations=segmentations)
+    )
     names, ids, label_of = _classes(file, table, class_names)
     image_ids, annotation_ids, owners = table.image_ids, table.annotation_ids, table.owners_N
     paths = _paths(file, table.file_names, image_folder)

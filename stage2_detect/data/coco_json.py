@@ -1,21 +1,27 @@
-"""The content of a COCO JSON file, checked, as a few arrays and lists: what every reading of the file begins with.
+"""COCO JSON: the content of an annotation file, checked, as a few arrays and lists; and detections as COCO's results.
 
-Format: https://cocodataset.org/#format-data. Every fault of the file is a `UserError` that names the file and the id.
+Formats: https://cocodataset.org/#format-data and #format-results. Every fault of a file is a `UserError` that names the file and the id.
 
-Legend: I images, N annotations of the file.
+Legend: I images, N annotations of the file, or detections of an image.
 """
 
+import gc
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ssld.shared.errors import UserError
+from ssld.shared.files import atomically
+
+if TYPE_CHECKING:  # data are checked and converted without torch
+    from ssld.stage2_detect.models.batch import Detections
 
 Id = int | str
 MAX_COORDINATE = 1e9
@@ -48,6 +54,19 @@ class CocoTable:
     """raw polygons or RLE (None where an annotation has none), when asked for"""
 
 
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Inside, Python's garbage collector rests: it would go through millions of new objects, which hold no cycles, again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@without_collector()
 def read_table(file: str, *, segmentations: bool) -> CocoTable:
     """Reads and checks a file. Raises UserError for any fault."""
     data = _load(file)
@@ -79,6 +98,37 @@ def read_table(file: str, *, segmentations: bool) -> CocoTable:
         areas_N=areas,
         segmentations=masks,
     )
+
+
+def write_results(detections: "Mapping[Id, Detections]", category_ids: Sequence[Id], path: Path) -> None:
+    """Writes COCO's results format with the file's own image and category ids; the file appears whole or not at all."""
+    with atomically(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        between = "["
+        for image_id, found in detections.items():
+            # By image: as one text, a hundred masks of each of 5,000 images take half a gigabyte.
+            for row in result_rows(image_id, found, category_ids):
+                file.write(between + json.dumps(row, allow_nan=False))
+                between = ", "
+        file.write("[]" if between == "[" else "]")
+
+
+def result_rows(image_id: Id, found: "Detections", category_ids: Sequence[Id]) -> Iterator[dict[str, Any]]:
+    """The detections of an image as COCO's results have them; boxes as x, y, width, height to a thousandth of a pixel."""
+    corners_N4 = found.boxes_N4.double().cpu().numpy()
+    boxes = np.concatenate([corners_N4[:, :2], corners_N4[:, 2:] - corners_N4[:, :2]], 1).round(3).tolist()
+    columns = zip(boxes, found.scores_N.tolist(), found.labels_N.tolist(), strict=True)
+    for index, (box, score, label) in enumerate(columns):
+        category_id = category_ids[label]
+        row = {"image_id": image_id, "category_id": category_id, "bbox": box, "score": float(f"{score:.9g}")}
+        if found.masks is not None:
+            row["segmentation"] = _as_text(found.masks[index])
+        yield row
+
+
+def _as_text(code: dict[str, Any]) -> dict[str, Any]:
+    """An RLE whose counts are text, as in JSON."""
+    counts = code["counts"]
+    return {"size": list(code["size"]), "counts": counts.decode() if isinstance(counts, bytes) else counts}
 
 
 def _load(file: str) -> dict[str, list[dict]]:

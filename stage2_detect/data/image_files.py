@@ -1,4 +1,4 @@
-"""Pictures and videos that come without annotations: which files a path means, and a record for each."""
+"""Images and videos that come without annotations: which files a path means, and a record for each."""
 
 import glob
 import os
@@ -12,16 +12,14 @@ import numpy as np
 from PIL import Image
 
 from ssld.shared.errors import UserError
-from ssld.shared.files import IMAGE_SUFFIXES, list_images, require_images
+from ssld.shared.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_pattern, list_images, require_images
 from ssld.stage2_detect.data.coco import CocoImage, Id
-from ssld.stage2_detect.predict_config import is_pattern
-from ssld.stage2_detect.prediction.video_file import VIDEO_SUFFIXES
 
 _SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
 _ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF: the tag, and the values that swap width and height
 
 
-class Pictures(NamedTuple):
+class ImageFiles(NamedTuple):
     """Files as a folder and sorted posix paths relative to it."""
 
     folder: str
@@ -29,8 +27,8 @@ class Pictures(NamedTuple):
 
 
 @contextmanager
-def pictures_of_any_size(allowed: bool) -> Iterator[None]:
-    """Lift PIL's limit meanwhile, above which (179 million pixels) it takes a picture for an attack: what tiles are for is as large as that."""
+def images_of_any_size(allowed: bool) -> Iterator[None]:
+    """Lift PIL's limit meanwhile, above which (179 million pixels) it takes an image for an attack: what tiles are for is as large as that."""
     limit = Image.MAX_IMAGE_PIXELS
     if allowed:
         Image.MAX_IMAGE_PIXELS = None
@@ -40,12 +38,12 @@ def pictures_of_any_size(allowed: bool) -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def find_pictures(images: str) -> Pictures:
-    """The pictures and videos that a path means: a folder with all below it, one of them, a pattern (`**` for any depth), or a text file of paths,
+def find_images(images: str) -> ImageFiles:
+    """The images and videos that a path means: a folder with all below it, one of them, a pattern (`**` for any depth), or a text file of paths,
     one a line, relative to that file. Raises UserError where there are none, or a listed one is missing."""
     path = Path(images)
     if path.is_dir():
-        return Pictures(images, list_images(path, _SUFFIXES) or require_images(path))
+        return ImageFiles(images, list_images(path, _SUFFIXES) or require_images(path))
     if path.is_file():
         return _together([images] if images.lower().endswith(_SUFFIXES) else _listed(path))
     if is_pattern(images):
@@ -54,12 +52,12 @@ def find_pictures(images: str) -> Pictures:
         if not names:
             raise UserError(f"no images match {images} (looked for {' '.join(_SUFFIXES)})")
         return _together(names)
-    raise UserError(f"{images}: no such picture, video, folder or list")
+    raise UserError(f"{images}: no such image, video, folder or list")
 
 
-def records_of(pictures: Pictures, ids: Sequence[Id]) -> tuple[list[CocoImage], list[str]]:
-    """(a record without objects for each picture, names of those that cannot be read). Only headers are read."""
-    paths = [os.path.join(pictures.folder, name) for name in pictures.names]
+def records_of(files: ImageFiles, ids: Sequence[Id]) -> tuple[list[CocoImage], list[str]]:
+    """(a record without objects for each image, names of those that cannot be read). Only headers are read."""
+    paths = [os.path.join(files.folder, name) for name in files.names]
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
         sizes = list(pool.map(_upright_size, paths, chunksize=64))
     nothing = (
@@ -74,7 +72,7 @@ def records_of(pictures: Pictures, ids: Sequence[Id]) -> tuple[list[CocoImage], 
         for image_id, path, size in zip(ids, paths, sizes, strict=True)
         if size is not None
     ]
-    return records, [name for name, size in zip(pictures.names, sizes, strict=True) if size is None]
+    return records, [name for name, size in zip(files.names, sizes, strict=True) if size is None]
 
 
 def _listed(file: Path) -> list[str]:
@@ -83,7 +81,7 @@ def _listed(file: Path) -> list[str]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
         raise UserError(
-            f"{file}: neither a picture or video ({' '.join(_SUFFIXES)}) nor a text file with a path a line"
+            f"{file}: neither an image or video ({' '.join(_SUFFIXES)}) nor a text file with a path a line"
         ) from None
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1)]
     paths = []
@@ -94,19 +92,19 @@ def _listed(file: Path) -> list[str]:
                 raise UserError(f"{file}, line {number}: {line}: no such file")
             paths.append(path)
     if not paths:
-        raise UserError(f"{file}: no path in it; it should list pictures, one a line")
+        raise UserError(f"{file}: no path in it; it should list images, one a line")
     return paths
 
 
-def _together(paths: Sequence[str]) -> Pictures:
+def _together(paths: Sequence[str]) -> ImageFiles:
     """Files below the deepest folder that holds them all."""
     whole = {os.path.normpath(os.path.abspath(path)) for path in paths}
     folder = os.path.commonpath([os.path.dirname(path) for path in whole])
-    return Pictures(folder, sorted(Path(path).relative_to(folder).as_posix() for path in whole))
+    return ImageFiles(folder, sorted(Path(path).relative_to(folder).as_posix() for path in whole))
 
 
 def _upright_size(path: str) -> tuple[int, int] | None:
-    """(width, height) of a picture as it is to be looked at, from its header; None where that cannot be read."""
+    """(width, height) of an image as it is to be looked at, from its header; None where that cannot be read."""
     try:
         with Image.open(path) as image:
             width, height = image.size

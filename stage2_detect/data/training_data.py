@@ -1,16 +1,22 @@
-"""What a training run reads: labelled images, pictures without annotations, evaluation images."""
+"""What a training run reads: labeled images, images without annotations or with pseudo-labels, evaluation images."""
 
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ssld.shared.errors import UserError
+from ssld.shared.files import require_images
 from ssld.stage2_detect.config import TrainConfig
-from ssld.stage2_detect.data.batch_order import repeat_factors
+from ssld.stage2_detect.data.batch_order import labeled_images, repeat_factors
 from ssld.stage2_detect.data.coco import CocoData, CocoImage, read_coco, require_masks
+from ssld.stage2_detect.data.image_files import ImageFiles, records_of
 from ssld.stage2_detect.data.loaders import TrainLoader
-from ssld.stage2_detect.data.unlabeled import labelled_images, list_pictures, read_pseudo_labels
+
+_TOO_MANY = 0.01
 
 
 @dataclass(frozen=True)
@@ -18,19 +24,19 @@ class TrainingData:
     """The images of a run.
 
     Attributes:
-        train: labelled images.
+        train: labeled images.
         val: evaluation images as the scorer wants them, if there are any.
         val_objects: the same as training wants them, for the loss on them, where that is asked for.
-        unlabelled: pictures without annotations, or with pseudo-labels for such.
+        unlabeled: images without annotations, or with pseudo-labels for such.
         unreadable: names of those among them that cannot be read.
         pseudo: what is known of the pseudo-labels, for the log; None where there are none.
-        repeats: how often each labelled image is shown, where that differs.
+        repeats: how often each labeled image is shown, where that differs.
     """
 
     train: CocoData
     val: CocoData | None = None
     val_objects: CocoData | None = None
-    unlabelled: list[CocoImage] = field(default_factory=list)
+    unlabeled: list[CocoImage] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     pseudo: str | None = None
     repeats: np.ndarray | None = None
@@ -38,12 +44,12 @@ class TrainingData:
     @property
     def images(self) -> int:
         """Distinct training images."""
-        return len(self.train.images) + len(self.unlabelled)
+        return len(self.train.images) + len(self.unlabeled)
 
     def steps_per_epoch(self, config: TrainConfig) -> int:
-        """Steps that show the labelled images once; what is left of them is dropped."""
-        ratio = config.labeled_ratio if self.unlabelled else 1.0
-        return len(self.train.images) // max(1, labelled_images(config.batch_size, ratio))
+        """Steps that show the labeled images once; what is left of them is dropped."""
+        ratio = config.labeled_ratio if self.unlabeled else 1.0
+        return len(self.train.images) // max(1, labeled_images(config.batch_size, ratio))
 
     def describe(self, config: TrainConfig) -> Iterator[str]:
         """Lines for the log."""
@@ -53,13 +59,13 @@ class TrainingData:
             yield f"repeat factors: {often} images are shown more often than the others, up to {self.repeats.max():.2f} times"
         if self.pseudo:
             yield self.pseudo
-        elif self.unlabelled:
+        elif self.unlabeled:
             bad = f"; {len(self.unreadable)} unreadable, first {self.unreadable[0]}" if self.unreadable else ""
-            yield f"{len(self.unlabelled)} pictures without annotations{bad}"
-        if self.unlabelled and config.labeled_ratio < 1:
-            labelled = labelled_images(config.batch_size, config.labeled_ratio)
-            split = f"{labelled} labelled + {config.batch_size - labelled} unlabelled images a batch"
-            share = labelled / config.batch_size
+            yield f"{len(self.unlabeled)} images without annotations{bad}"
+        if self.unlabeled and config.labeled_ratio < 1:
+            labeled = labeled_images(config.batch_size, config.labeled_ratio)
+            split = f"{labeled} labeled + {config.batch_size - labeled} unlabeled images a batch"
+            share = labeled / config.batch_size
             yield (
                 split
                 if share == config.labeled_ratio
@@ -70,7 +76,7 @@ class TrainingData:
 def read_training_data(config: TrainConfig) -> TrainingData:
     """Read what `config` names; raises UserError for any fault of the files."""
     files = config.data
-    options: dict[str, Any] = {"segmentations": config.model.has_masks, "cache": config.cache_annotations}
+    options: dict[str, Any] = {"segmentations": config.model.has_masks, "cache_annotations": config.cache_annotations}
     train = read_coco(
         files.train_annotations, files.train_images, training=True, keep_empty=files.keep_empty, **options
     )
@@ -92,24 +98,75 @@ def read_training_data(config: TrainConfig) -> TrainingData:
         for part in (train, val, val_objects):
             if part:
                 require_masks(part)
-    unlabelled, unreadable, pseudo = _unlabelled(config, train.class_names)
+    unlabeled, unreadable, pseudo = _unlabeled(config, train.class_names)
     threshold = files.repeat_threshold
     repeats = repeat_factors(train.images, len(train.class_names), threshold) if threshold is not None else None
-    return TrainingData(train, val, val_objects, unlabelled, unreadable, pseudo, repeats)
+    return TrainingData(train, val, val_objects, unlabeled, unreadable, pseudo, repeats)
 
 
-def _unlabelled(config: TrainConfig, class_names: Sequence[str]) -> tuple[list[CocoImage], list[str], str | None]:
+def _unlabeled(config: TrainConfig, class_names: Sequence[str]) -> tuple[list[CocoImage], list[str], str | None]:
     """(records, names of what cannot be read, a line on the pseudo-labels if there are any)."""
     folder, file = config.unlabeled, config.pseudo
     if folder is None:
         return [], [], None
     if file is None:
-        return *list_pictures(folder), None
+        return *list_unlabeled(folder), None
     data, total = read_pseudo_labels(
-        file, folder, class_names, segmentations=config.model.has_masks, cache=config.cache_annotations
+        file, folder, class_names, segmentations=config.model.has_masks, cache_annotations=config.cache_annotations
     )
-    boxes, pictures = data.counts["boxes"], len(data.images)
-    return data.images, [], f"{file}: {boxes} pseudo-boxes in {pictures} of the {total} pictures in {folder}"
+    boxes, images = data.counts["boxes"], len(data.images)
+    return data.images, [], f"{file}: {boxes} pseudo-boxes in {images} of the {total} images in {folder}"
+
+
+def list_unlabeled(folder: Path) -> tuple[list[CocoImage], list[str]]:
+    """(a record without objects for each image in the folder and below it, by sorted relative path; names of those that cannot be read).
+
+    Only headers are read. Raises UserError for a folder that is missing or holds no images, and when more than one and more than 1 %
+    cannot be read.
+    """
+    try:
+        names = require_images(folder)
+    except UserError as error:
+        raise UserError(f"unlabeled: {error}") from None
+    records, unreadable = records_of(ImageFiles(str(folder), names), [f"unlabeled/{name}" for name in names])
+    if len(unreadable) > max(1, _TOO_MANY * len(names)):
+        raise UserError(
+            f"unlabeled: {len(unreadable)} of the {len(names)} images in {folder} cannot be read (first: {unreadable[0]}); mend or remove them"
+        )
+    if not records:
+        raise UserError(f"unlabeled: {folder}: its only image, {names[0]}, cannot be read")
+    return records, unreadable
+
+
+def read_pseudo_labels(
+    file: Path, folder: Path, class_names: Sequence[str], *, segmentations: bool, cache_annotations: bool
+) -> tuple[CocoData, int]:
+    """(the images of `folder` that have boxes in a COCO file, with them; how many images are in the folder).
+
+    Raises UserError for an empty folder, a file that names other images or classes or has no box, and whatever `read_coco` and, with
+    `segmentations`, `require_masks` find.
+    """
+    try:
+        total = len(require_images(folder))
+    except UserError as error:
+        raise UserError(f"unlabeled: {error}") from None
+    try:
+        data = read_coco(
+            file,
+            folder,
+            training=True,
+            keep_empty=False,
+            segmentations=segmentations,
+            class_names=class_names,
+            cache_annotations=cache_annotations,
+        )
+        if segmentations:
+            require_masks(data)
+    except UserError as error:
+        raise UserError(f"pseudo: {error}") from None
+    # Draws go by the image's id: the same with or without boxes, and never that of a labeled image.
+    images = [replace(one, image_id=f"unlabeled/{os.path.relpath(one.path, folder)}") for one in data.images]
+    return replace(data, images=images), total
 
 
 def images_to_try_a_teacher_on(config: TrainConfig, data: TrainingData) -> CocoData:
@@ -120,7 +177,7 @@ def images_to_try_a_teacher_on(config: TrainConfig, data: TrainingData) -> CocoD
         files.train_images,
         training=False,
         class_names=data.train.class_names,
-        cache=config.cache_annotations,
+        cache_annotations=config.cache_annotations,
     )
 
 
@@ -130,24 +187,18 @@ def training_loader(
     """This rank's micro-batches from step `start` to `stop`. Raises UserError where the batch does not fit data or ranks."""
     return TrainLoader(
         data.train,
+        config.resize,
+        config.augment,
         batch_size=config.batch_size,
         seed=config.seed,
         start_step=start,
         stop_step=stop,
-        short_sides=config.resize.train_short_sides,
-        max_long=config.resize.train_long_side,
-        flip=config.resize.flip,
-        interpolation=config.resize.interpolation,
-        kernel=config.resize.kernel,
-        auto_augment=config.augment.auto_augment,
-        jitter=config.augment.large_scale_jitter,
         rank=rank,
         ranks=ranks,
         accumulate=config.accumulate,
         workers=config.workers,
-        unlabelled=data.unlabelled,
+        unlabeled=data.unlabeled,
         labeled_ratio=config.labeled_ratio,
         pseudo=data.pseudo is not None,
-        auto_augment_unlabelled=config.augment.auto_augment_unlabeled,
         repeats=data.repeats,
     )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ssld.shared.images import stable_seed
+from ssld.stage2_detect.config import AugmentConfig, ResizeConfig
 from ssld.stage2_detect.data.auto_augment import auto_augment
 from ssld.stage2_detect.data.coco import MIN_SIDE
 
@@ -54,39 +55,43 @@ class SeenImage(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingViews:
-    """The whole augmentation of a run; see `draw_view`, `view_image` and `auto_augment` for the fields."""
+    """The whole augmentation of a run; see `draw_view`, `view_image` and `auto_augment` for the settings."""
 
     seed: int
-    short_sides: tuple[int, ...]
-    max_long: int
-    flip: float = 0.5
-    interpolation: str = "bicubic"
-    kernel: str = "reference"
-    auto_augment: bool = False
-    jitter: tuple[float, float] | None = None
+    resize: ResizeConfig
+    augment: AugmentConfig
 
     def of(self, image_CHW: Tensor, boxes_N4: np.ndarray, *, image_id: int | str, number: int) -> SeenImage:
         """View `number` of a decoded image and its boxes; boxes of which nothing is left are dropped."""
         height, width = image_CHW.shape[1:]
+        resize, augment = self.resize, self.augment
         view = draw_view(
-            height, width, seed=self.seed, image_id=image_id, view=number,
-            short_sides=self.short_sides, max_long=self.max_long, flip=self.flip, jitter=self.jitter,
-        )  # fmt: skip
+            height,
+            width,
+            seed=self.seed,
+            image_id=image_id,
+            view=number,
+            train_short_sides=resize.train_short_sides,
+            train_long_side=resize.train_long_side,
+            flip=resize.flip,
+            large_scale_jitter=augment.large_scale_jitter,
+        )
         kept = np.arange(len(boxes_N4))
-        if self.auto_augment:
+        if augment.auto_augment:
             image_CHW, boxes_N4, kept = auto_augment(
                 image_CHW, boxes_N4, seed=self.seed, image_id=image_id, view=number
             )
         boxes = view_boxes(boxes_N4, view)
         # A sliver at the border can vanish by rounding of the size, and a window can leave out anything.
         sound = ((boxes[:, 2:] - boxes[:, :2]) > MIN_SIDE).all(1)
-        return SeenImage(view_image(image_CHW, view, self.interpolation, self.kernel), view, boxes[sound], kept[sound])
+        pixels_CHW = view_image(image_CHW, view, resize.interpolation, resize.kernel)
+        return SeenImage(pixels_CHW, view, boxes[sound], kept[sound])
 
 
-def fit_view(height: int, width: int, *, short_side: int, max_long: int) -> View:
+def fit_view(height: int, width: int, *, short_side: int, long_side: int) -> View:
     """The view of an image of [height, width] whose short side is `short_side`, or less where the long side would
-    exceed `max_long`."""
-    scale = min(short_side / min(height, width), max_long / max(height, width))
+    exceed `long_side`."""
+    scale = min(short_side / min(height, width), long_side / max(height, width))
     return View(scale, *_scaled(height, width, scale))
 
 
@@ -97,27 +102,27 @@ def draw_view(
     seed: int,
     image_id: int | str,
     view: int,
-    short_sides: Sequence[int],
-    max_long: int,
+    train_short_sides: Sequence[int],
+    train_long_side: int,
     flip: float,
-    jitter: tuple[float, float] | None = None,
+    large_scale_jitter: tuple[float, float] | None = None,
 ) -> View:
-    """A training view: short side drawn uniformly from `short_sides`, mirrored with probability `flip`.
+    """A training view: short side drawn uniformly from `train_short_sides`, mirrored with probability `flip`.
 
-    With `jitter` (large-scale jitter) the scale is drawn uniformly between its two numbers instead, 1 being the one
-    that fits the image into the square of side `max_long`; what does not fit is cut off at random places.
+    With `large_scale_jitter` the scale is drawn uniformly between its two numbers instead, 1 being the one
+    that fits the image into the square of side `train_long_side`; what does not fit is cut off at random places.
     The same (seed, image id, view) gives the same draws in every process; the view number is the pass over the data.
     """
     draw = random.Random(stable_seed(seed, image_id, view))
-    if jitter is None:
-        short_side = short_sides[draw.randrange(len(short_sides))]
+    if large_scale_jitter is None:
+        short_side = train_short_sides[draw.randrange(len(train_short_sides))]
         mirrored = draw.random() < flip
-        return replace(fit_view(height, width, short_side=short_side, max_long=max_long), flip=mirrored)
-    scale = draw.uniform(*jitter) * max_long / max(height, width)
+        return replace(fit_view(height, width, short_side=short_side, long_side=train_long_side), flip=mirrored)
+    scale = draw.uniform(*large_scale_jitter) * train_long_side / max(height, width)
     mirrored = draw.random() < flip
     sides = _scaled(height, width, scale)
-    top, left = (draw.randint(0, max(side - max_long, 0)) for side in sides)
-    return View(scale, min(sides[0], max_long), min(sides[1], max_long), mirrored, top, left)
+    top, left = (draw.randint(0, max(side - train_long_side, 0)) for side in sides)
+    return View(scale, min(sides[0], train_long_side), min(sides[1], train_long_side), mirrored, top, left)
 
 
 def view_image(image_CHW: Tensor, view: View, interpolation: str = "bicubic", kernel: str = "reference") -> Tensor:

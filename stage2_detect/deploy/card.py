@@ -15,17 +15,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssld.shared.deploy.card_parts import (
+from ssld.shared.deploy.hub import (
     folder_name,
     front_matter,
     hub_licence,
     numbers,
+    public,
     read_recipe,
     recipe_lines,
     table,
 )
-from ssld.shared.deploy.hub import public
 from ssld.shared.models.model_file import read_tensors, save_model_file
+from ssld.shared.wording import some
 from ssld.stage2_detect.detector_file import LoadedDetector
 from ssld.stage2_detect.export_config import FILES
 
@@ -54,7 +55,7 @@ def write_folder(
     Args:
         exported: files to copy into it.
         repository: ORG/NAME on the hub; None for a folder that stays where it is.
-        checks: by format, what `export_check.compare` measured.
+        checks: by format, what `check` measured.
     """
     folder.mkdir(parents=True, exist_ok=True)
     metadata = public({key: value for key, value in loaded.metadata.items() if key not in ("run", "format")})
@@ -80,14 +81,14 @@ def detector_card(
     """README.md of a detector; arguments as of `write_folder`, `recipe` the settings of its training."""
     licence = str(metadata.get("licence") or "unknown")
     name = _KINDS[metadata["model"]["kind"]]
-    front = {
-        "library_name": "ssld",
-        "pipeline_tag": "object-detection",
-        "license": hub_licence(licence),
-        "tags": ["object-detection", metadata["model"]["kind"], "ssld"],
-    }
+    lines = front_matter(
+        library_name="ssld",
+        pipeline_tag="object-detection",
+        license=hub_licence(licence),
+        tags=["object-detection", metadata["model"]["kind"], "ssld"],
+    )
     title = repository.rpartition("/")[2] if repository else f"{name} {metadata['arch']}"
-    lines = [*front_matter(front), f"# {title}", ""]
+    lines += [f"# {title}", ""]
     lines += [f"{name} on {metadata['arch']}, which finds {_classes(metadata['class_names'])}.", "", "## Use", ""]
     lines += [*_use(repository, [FILES[key] for key in FILES if key in checks]), "", "## Model", ""]
     lines += table(_facts(metadata, name, parameters))
@@ -120,7 +121,7 @@ def _facts(metadata: dict[str, Any], name: str, parameters: int) -> list[tuple[s
         *([("deformable convolutions", f"strides {', '.join(map(str, deformable))}")] if deformable else []),
         ("parameters", f"{parameters / 1e6:.2f} M"),
         ("classes", _classes(metadata["class_names"])),
-        ("size in evaluation", f"short side {resize['val_short_side']}, long side at most {resize['val_long_side']}"),
+        ("size in evaluation", f"short side {resize['short_side']}, long side at most {resize['long_side']}"),
         ("interpolation", resize["interpolation"]),
         ("mean, standard deviation", f"{numbers(metadata['mean'])}; {numbers(metadata['std'])}"),
         ("SHA-256 of its tensors", f"`{metadata.get('content_sha256', 'not recorded')}`"),
@@ -128,7 +129,7 @@ def _facts(metadata: dict[str, Any], name: str, parameters: int) -> list[tuple[s
 
 
 def _classes(names: Sequence[str]) -> str:
-    return f"{len(names)} classes: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+    return f"{len(names)} classes: {some(names, 5)}"
 
 
 def _measured(metadata: dict[str, Any], checks: dict[str, Any]) -> list[str]:

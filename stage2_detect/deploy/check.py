@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssld.shared.deploy.timing import interleaved, speed_lines
+from ssld.shared.deploy.graph_files import interleaved, speed_lines
 from ssld.shared.errors import UserError
-from ssld.shared.files import IMAGE_SUFFIXES
+from ssld.shared.files import IMAGE_SUFFIXES, spread
 from ssld.shared.images import UnreadableImage, decode_image
 from ssld.stage2_detect.config import ResizeConfig
-from ssld.stage2_detect.data.image_files import find_pictures
-from ssld.stage2_detect.data.loaders import PAD_MULTIPLE
+from ssld.stage2_detect.data.image_files import find_images
+from ssld.stage2_detect.data.padding import PAD_MULTIPLE, pad_images
 from ssld.stage2_detect.data.views import View, fit_view, view_image
 from ssld.stage2_detect.deploy.graph import DetectorGraph
 from ssld.stage2_detect.deploy.writing import LEAST
@@ -38,10 +38,9 @@ def images_of(config: ExportDetectorConfig, log: Callable[[str], None]) -> list[
     """uint8 [3, H, W] each: evenly chosen pictures, or noise. Raises UserError where there are none, or none can be read."""
     if config.images is None:
         return _noise(config.check_images)
-    folder, names = find_pictures(config.images)
+    folder, names = find_images(config.images)
     names = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
-    most = min(len(names), config.check_images)
-    chosen = [names[number * len(names) // most] for number in range(most)]
+    chosen = [names[place] for place in spread(len(names), config.check_images)]
     found = []
     for name in chosen:
         try:
@@ -77,7 +76,7 @@ def _noise(count: int) -> list[Tensor]:
 
 def _fitted(image_CHW: Tensor, resize: ResizeConfig, canvas: tuple[int, int] | None) -> Tensor:
     height, width = image_CHW.shape[1:]
-    view = fit_view(height, width, short_side=resize.val_short_side, max_long=resize.val_long_side)
+    view = fit_view(height, width, short_side=resize.short_side, long_side=resize.long_side)
     if canvas is not None and (view.height > canvas[0] or view.width > canvas[1]):
         scale = min(canvas[0] / height, canvas[1] / width)
         high, wide = (max(1, int(scale * side + 0.5)) for side in (height, width))
@@ -86,12 +85,8 @@ def _fitted(image_CHW: Tensor, resize: ResizeConfig, canvas: tuple[int, int] | N
 
 
 def _padded(images: Sequence[Tensor], canvas: tuple[int, int] | None) -> Batch:
-    sizes_B2 = torch.tensor([image.shape[1:] for image in images])
-    H, W = canvas or (max(-(-int(side) // PAD_MULTIPLE), LEAST) * PAD_MULTIPLE for side in sizes_B2.amax(dim=0))
-    pixels_BCHW = torch.zeros(len(images), 3, H, W, dtype=torch.uint8)
-    for canvas_CHW, image in zip(pixels_BCHW, images, strict=True):
-        canvas_CHW[:, : image.shape[1], : image.shape[2]] = image
-    return pixels_BCHW, sizes_B2
+    batch = pad_images(images, [1.0] * len(images), least_side=LEAST * PAD_MULTIPLE, canvas=canvas)
+    return batch.pixels_BCHW, batch.sizes_B2
 
 
 @torch.no_grad()
@@ -236,5 +231,5 @@ def graph_of(model: Detector) -> DetectorGraph:
         return DetectorGraph(model).eval()
     except ValueError:
         raise UserError(
-            "export: model.roi.nms.kind lowers scores (soft suppression), for which ONNX has no operator; only hard can be exported"
+            "export: model.roi.nms.kind lowers scores (soft NMS), for which ONNX has no operator; only hard can be exported"
         ) from None

@@ -6,7 +6,7 @@ with anchors of a score below all others. Values are the detector's own, by its 
 dropped before the best are counted, not after; and coordinates are those of the input, what `forward` gives for images of scale 1.
 
 Shapes: B images, N candidates of an image, R proposals, K classes, M rows of the output, L anchors of a level, P problems and Q classes of
-suppression.
+NMS.
 """
 
 from collections.abc import Callable
@@ -18,17 +18,17 @@ from torchvision.ops import nms
 
 from ssld.stage2_detect.models import anchors, boxes
 from ssld.stage2_detect.models.batch import ImageBatch
-from ssld.stage2_detect.models.dense import DenseDetector, grids_of
+from ssld.stage2_detect.models.dense import DenseDetector
 from ssld.stage2_detect.models.rcnn import RCNN
 from ssld.stage2_detect.models.rpn import Proposals
 
-Suppress = Callable[[Tensor, Tensor, float, float, int], Tensor]
-"""`suppress`, or something that does the same."""
+KeepByNMS = Callable[[Tensor, Tensor, float, float, int], Tensor]
+"""`keep_by_nms`, or something that does the same."""
 NOTHING = -1e30  # scores of what must not be chosen: below every logit, and finite, which ONNX files can say
 
 
-def suppress(boxes_PN4: Tensor, scores_PQN: Tensor, iou: float, threshold: float, most: int) -> Tensor:
-    """Which boxes greedy suppression keeps, for every problem and class by itself: bool [P, Q, N].
+def keep_by_nms(boxes_PN4: Tensor, scores_PQN: Tensor, iou: float, threshold: float, most: int) -> Tensor:
+    """Which boxes greedy NMS keeps, for every problem and class by itself: bool [P, Q, N].
 
     Args:
         boxes_PN4: float32; the classes of a problem share its boxes.
@@ -63,17 +63,17 @@ class DetectorGraph(nn.Module):
 
     Args:
         model: in evaluation mode; its modules are used, not copied.
-        suppress: what thins out overlapping boxes.
+        nms: what thins out overlapping boxes.
 
-    Raises ValueError for a detector with soft suppression, which changes scores.
+    Raises ValueError for a detector with soft NMS, which changes scores.
     """
 
-    def __init__(self, model: RCNN | DenseDetector, suppress: Suppress = suppress) -> None:
+    def __init__(self, model: RCNN | DenseDetector, nms: KeepByNMS = keep_by_nms) -> None:
         super().__init__()
-        self.model, self.suppress = model, suppress
+        self.model, self.nms = model, nms
         if isinstance(model, RCNN):
-            if model.roi_heads.suppression.kind != "hard":
-                raise ValueError("soft suppression")
+            if model.roi_heads.nms.kind != "hard":
+                raise ValueError("soft NMS")
             self.most = model.roi_heads.detections_per_image
         else:
             self.most = model.detections_per_image
@@ -94,7 +94,7 @@ class DetectorGraph(nn.Module):
 
     def _one_stage(self, model: DenseDetector, features: list[Tensor], sizes_B2: Tensor) -> tuple[Tensor, ...]:
         logits_BAK, values = model.dense(features)
-        grids = grids_of(features)
+        grids = anchors.grids_of(features)
         best_BA = logits_BAK.amax(dim=-1)
         per_cell = model.dense.head.anchors_per_cell
         chosen, valid, start = [], [], 0
@@ -107,12 +107,12 @@ class DetectorGraph(nn.Module):
         index_BN, valid_BN = torch.cat(chosen, dim=1), torch.cat(valid, dim=1)
         row_B1 = torch.arange(index_BN.shape[0], device=index_BN.device)[:, None]
         boxes_BN4 = model.dense.decode(values[row_B1, index_BN], index_BN, grids)
-        if model.clip:
+        if model.clip_boxes:
             boxes_BN4 = boxes.clip(boxes_BN4, sizes_B2)
             valid_BN = valid_BN & (boxes.area(boxes_BN4) > 0)
         scores_BNK = torch.where(valid_BN[..., None], logits_BAK[row_B1, index_BN].sigmoid(), NOTHING)
         scores_BKN = scores_BNK.transpose(1, 2)
-        keep_BKN = self.suppress(boxes_BN4, scores_BKN, model.nms_iou, model.score_threshold, self.most)
+        keep_BKN = self.nms(boxes_BN4, scores_BKN, model.nms_iou, model.score_threshold, self.most)
         scores_BKN = torch.where(keep_BKN, scores_BKN, NOTHING)
         scores_BM, labels_BM, place_BM, valid_BM = self._take(scores_BKN)
         return self._rows(boxes.take(boxes_BN4, place_BM), scores_BM, labels_BM, valid_BM)
@@ -124,12 +124,12 @@ class DetectorGraph(nn.Module):
         boxes_BKR4, scores_BKR = boxes_BRK4.transpose(1, 2), scores_BRK.transpose(1, 2)
         B, K, R = scores_BKR.shape
         if boxes_BKR4.shape[1] == 1:  # one box a proposal for all classes
-            keep_BKR = self._thin(boxes_BKR4[:, 0], scores_BKR, heads.suppression.iou, heads.score_threshold)
+            keep_BKR = self._thin(boxes_BKR4[:, 0], scores_BKR, heads.nms.iou, heads.score_threshold)
             scores_BM, labels_BM, place_BM, valid_BM = self._take(torch.where(keep_BKR, scores_BKR, NOTHING))
             boxes_BM4 = boxes.take(boxes_BKR4[:, 0], place_BM)
         else:
             each = boxes_BKR4.flatten(0, 1), scores_BKR.flatten(0, 1)[:, None]
-            keep_BKR = self._thin(*each, heads.suppression.iou, heads.score_threshold).view(B, K, R)
+            keep_BKR = self._thin(*each, heads.nms.iou, heads.score_threshold).view(B, K, R)
             scores_BM, labels_BM, place_BM, valid_BM = self._take(torch.where(keep_BKR, scores_BKR, NOTHING))
             boxes_BM4 = boxes.take(boxes_BKR4.flatten(1, 2), labels_BM * R + place_BM)
         rows = self._rows(boxes_BM4, scores_BM, labels_BM, valid_BM)
@@ -140,8 +140,8 @@ class DetectorGraph(nn.Module):
 
     def _propose(self, model: RCNN, features: list[Tensor], sizes_B2: Tensor) -> Proposals:
         rpn = model.rpn
-        pre_nms, post_nms = rpn.test_nms
-        grids = grids_of(features)
+        post_nms = rpn.post_nms_top_n_test
+        grids = anchors.grids_of(features)
         anchors_A4 = anchors.grid_anchors(
             grids, sizes_B2.device, strides=rpn.strides, sizes=rpn.anchor_sizes, ratios=rpn.anchor_ratios
         )
@@ -150,7 +150,7 @@ class DetectorGraph(nn.Module):
             logits, deltas = rpn.head(feature)
             logits_BL = logits.permute(0, 2, 3, 1).flatten(1).float()
             deltas_BL4 = deltas.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3).float()
-            index_BN, scores_BN, valid_BN = _best(logits_BL, pre_nms)
+            index_BN, scores_BN, valid_BN = _best(logits_BL, rpn.pre_nms_top_n_test)
             deltas_BN4, anchors_BN4 = boxes.take(deltas_BL4, index_BN), anchors_A4[index_BN + start]
             boxes_BN4 = boxes.clip(boxes.decode(deltas_BN4, anchors_BN4, (1.0, 1.0, 1.0, 1.0)), sizes_B2)
             large_BN = ((boxes_BN4[..., 2:] - boxes_BN4[..., :2]) >= rpn.min_size).all(dim=-1)
@@ -158,7 +158,7 @@ class DetectorGraph(nn.Module):
             scores.append(torch.where(valid_BN & large_BN, scores_BN, NOTHING))
             start += rows * columns * len(rpn.anchor_ratios)
         boxes_BLN4, scores_BLN = torch.stack(candidates, dim=1), torch.stack(scores, dim=1)
-        keep_BLN = self.suppress(
+        keep_BLN = self.nms(
             boxes_BLN4.flatten(0, 1), scores_BLN.flatten(0, 1)[:, None], rpn.nms_iou, NOTHING, post_nms
         ).view(scores_BLN.shape)
         scores_BN = torch.where(keep_BLN, scores_BLN, NOTHING).flatten(1)
@@ -166,7 +166,7 @@ class DetectorGraph(nn.Module):
         return Proposals(boxes.take(boxes_BLN4.flatten(1, 2), index_BR), scores_BR > NOTHING)
 
     def _thin(self, boxes_PN4: Tensor, scores_PQN: Tensor, iou: float, threshold: float) -> Tensor:
-        return self.suppress(boxes_PN4, scores_PQN, iou, threshold, self.most)
+        return self.nms(boxes_PN4, scores_PQN, iou, threshold, self.most)
 
     def _take(self, scores_BKN: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The best rows of every image: scores, classes, candidates, and whether there is one, [B, M] each."""

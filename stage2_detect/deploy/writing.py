@@ -1,4 +1,9 @@
-"""A loaded detector as an ONNX file or a `torch.export` program, and what runs them."""
+"""A loaded detector as an ONNX file or a `torch.export` program, and what runs them.
+
+NMS is one operator of its own for the ONNX file, which says it as NonMaxSuppression (ai.onnx 11).
+
+Shapes: P problems, Q classes, N boxes; see `deploy/graph.py`.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,8 +16,8 @@ from torch import Tensor
 from ssld.shared.deploy.graph_files import Dynamic, read_program, session, write_onnx, write_program
 from ssld.shared.deploy.hub import public
 from ssld.shared.errors import UserError
-from ssld.stage2_detect.data.loaders import PAD_MULTIPLE
-from ssld.stage2_detect.deploy.graph import DetectorGraph
+from ssld.stage2_detect.data.padding import PAD_MULTIPLE, padded_side
+from ssld.stage2_detect.deploy import graph
 from ssld.stage2_detect.detector_file import LoadedDetector
 
 INPUTS = ("pixels", "sizes")
@@ -40,20 +45,18 @@ def write(
 
     A network that cannot be traced for every size gets the largest that its recipe evaluates at. Raises UserError where that fails too.
     """
-    from ssld.stage2_detect.deploy import onnx_suppression
 
     def one(canvas: tuple[int, int] | None) -> None:
         example = (torch.zeros(2, 3, *(canvas or _EXAMPLE), dtype=torch.uint8), torch.tensor([canvas or _EXAMPLE] * 2))
         if name == "onnx":
-            graph = DetectorGraph(loaded.fast, onnx_suppression.suppress).eval()
-            translations = onnx_suppression.translations()
-            names = graph.output_names
+            net = graph.DetectorGraph(loaded.fast, onnx_nms).eval()
             write_onnx(
-                path, graph, example, _dynamic(canvas), facts_of(loaded, canvas),
-                inputs=INPUTS, outputs=names, translations=translations,
+                path, net, example, _dynamic(canvas), facts_of(loaded, canvas),
+                inputs=INPUTS, outputs=net.output_names, translations=onnx_translations(),
             )  # fmt: skip
         else:
-            write_program(path, DetectorGraph(loaded.fast).eval(), example, _dynamic(canvas), facts_of(loaded, canvas))
+            net = graph.DetectorGraph(loaded.fast).eval()
+            write_program(path, net, example, _dynamic(canvas), facts_of(loaded, canvas))
 
     try:
         one(canvas)
@@ -61,10 +64,43 @@ def write(
     except UserError as error:
         if canvas is not None:
             raise
-        side = -(-loaded.resize.val_long_side // PAD_MULTIPLE) * PAD_MULTIPLE
+        side = padded_side(loaded.resize.long_side)
         log(f"{error}; once more with a canvas of {side} x {side} pixels")
     one((side, side))
     return side, side
+
+
+@torch.library.custom_op("ssld::nms", mutates_args=())
+def onnx_nms(boxes_PN4: Tensor, scores_PQN: Tensor, iou: float, threshold: float, most: int) -> Tensor:
+    """`graph.keep_by_nms`, which tracing does not look into."""
+    return graph.keep_by_nms(boxes_PN4, scores_PQN, iou, threshold, most)
+
+
+@onnx_nms.register_fake
+def _(boxes_PN4: Tensor, scores_PQN: Tensor, iou: float, threshold: float, most: int) -> Tensor:
+    return torch.empty_like(scores_PQN, dtype=torch.bool)
+
+
+def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """For `write_onnx`: what `onnx_nms` is in ONNX."""
+    from onnxscript import opset18
+
+    op: Any = opset18  # its annotations leave plain numbers out
+
+    def non_max_suppression(boxes: Any, scores: Any, iou: float, threshold: float, most: int) -> Any:
+        # Corners in either order will do, so it does not matter that ONNX has y first.
+        chosen_S3 = op.NonMaxSuppression(
+            boxes,
+            scores,
+            op.Constant(value_ints=[most]),
+            op.Constant(value_floats=[iou]),
+            op.Constant(value_floats=[threshold]),
+        )
+        nothing = op.Expand(op.Constant(value_ints=[0]), op.Shape(scores))
+        ones = op.Expand(op.Constant(value_ints=[1]), op.Slice(op.Shape(chosen_S3), [0], [1]))
+        return op.Cast(op.ScatterND(nothing, chosen_S3, ones), to=9)  # 9: bool
+
+    return {torch.ops.ssld.nms.default: non_max_suppression}
 
 
 def facts_of(loaded: LoadedDetector, canvas: tuple[int, int] | None) -> dict[str, Any]:

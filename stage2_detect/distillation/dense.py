@@ -16,15 +16,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ssld.shared.distributed.ranks import ONE_RANK, Ranks
 from ssld.shared.errors import UserError
 from ssld.stage2_detect.distill_config import ADLConfig, LDConfig
-from ssld.stage2_detect.distillation import losses as distillation_losses
 from ssld.stage2_detect.distillation import regions
+from ssld.stage2_detect.distillation.losses import (
+    adaptive_distillation,
+    adaptive_normalizer,
+    localization_distillation,
+    soft_divergence,
+)
 from ssld.stage2_detect.distillation.rcnn import adapters, pyramid_correlation
 from ssld.stage2_detect.distillation.teacher import FrozenDetector
-from ssld.stage2_detect.models.anchors import Grids
+from ssld.stage2_detect.models.anchors import Grids, grids_of
 from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
-from ssld.stage2_detect.models.dense import DenseDetector, Outputs, grids_of
+from ssld.stage2_detect.models.dense import DenseDetector, Outputs
 from ssld.stage2_detect.models.gfl import GFL
 from ssld.stage2_detect.models.retinanet import RetinaNet
 
@@ -57,9 +63,9 @@ class DistilledDense(nn.Module):
             "LD is for GFL, ADL for RetinaNet"
         )
         _require_same_head(student, teacher)
-        if isinstance(terms, LDConfig) and terms.imitation and student.pyramid.channels != teacher.channels:
+        if isinstance(terms, LDConfig) and terms.imitation_weight and student.pyramid.channels != teacher.channels:
             raise UserError(
-                f"distill.ld.imitation: the teacher's maps have {teacher.channels} channels, the student's {student.pyramid.channels}; "
+                f"distill.ld.imitation_weight: the teacher's maps have {teacher.channels} channels, the student's {student.pyramid.channels}; "
                 "give both the same model.fpn_channels, or take distill.pkd_weight, which adapts them"
             )
         self.student, self.teacher, self.terms, self.pkd_weight = student, teacher, terms, pkd_weight
@@ -75,17 +81,21 @@ class DistilledDense(nn.Module):
         assert targets is not None, "training needs targets"
         features, guides = self.student.features(images), self.teacher.features(images)
         head, terms = self.student.dense, self.terms
-        outputs, wanted = head(features), self.teacher.outputs(guides)
+        outputs, teacher_outputs = head(features), self.teacher.outputs(guides)
         grids, sizes_B2 = grids_of(features), images.sizes_B2
         losses: dict[str, Tensor] = {}
         if isinstance(head, GFL) and isinstance(terms, LDConfig):
-            losses = losses_under_ld(terms, head, outputs, wanted, grids, sizes_B2, targets)
-            if terms.imitation:
-                cells_BA = imitated_cells(terms, head, outputs, wanted, grids, sizes_B2, targets)
-                error = _map_error(features, guides, cells_BA, head, terms)
-                losses["loss_imitation"] = terms.imitation * error
+            losses = losses_under_ld(
+                terms, head, outputs, teacher_outputs, grids, sizes_B2, targets, self.student.ranks
+            )
+            if terms.imitation_weight:
+                cells_BA = imitated_cells(terms, head, outputs, teacher_outputs, grids, sizes_B2, targets)
+                error = _map_error(features, guides, cells_BA, terms, self.student.ranks)
+                losses["loss_imitation"] = terms.imitation_weight * error
         elif isinstance(head, RetinaNet) and isinstance(terms, ADLConfig):
-            losses = losses_under_adl(terms, head, outputs, wanted, grids, sizes_B2, targets)
+            losses = losses_under_adl(
+                terms, head, outputs, teacher_outputs, grids, sizes_B2, targets, self.student.ranks
+            )
         if self.pkd_weight:
             correlation = pyramid_correlation(features, guides, self.adapters, self.student.pyramid.strides, sizes_B2)
             losses["loss_pkd"] = self.pkd_weight * correlation
@@ -97,11 +107,11 @@ class DistilledDense(nn.Module):
             return {"loss_adl": self.terms.weight, "loss_pkd": self.pkd_weight}
         terms = self.terms
         return {
-            "loss_ld": terms.ld,
-            "loss_ld_vlr": terms.vlr_ld,
-            "loss_kd": terms.kd,
-            "loss_kd_vlr": terms.vlr_kd,
-            "loss_imitation": terms.imitation,
+            "loss_ld": terms.ld_weight,
+            "loss_ld_vlr": terms.ld_vlr_weight,
+            "loss_kd": terms.kd_weight,
+            "loss_kd_vlr": terms.kd_vlr_weight,
+            "loss_imitation": terms.imitation_weight,
             "loss_pkd": self.pkd_weight,
         }
 
@@ -110,20 +120,21 @@ def losses_under_ld(
     terms: LDConfig,
     head: GFL,
     outputs: Outputs,
-    wanted: Outputs,
+    teacher_outputs: Outputs,
     grids: Grids,
     sizes_B2: Tensor,
     targets: Targets,
+    ranks: Ranks = ONE_RANK,
 ) -> dict[str, Tensor]:
     """The head's own losses and the terms of LD, from the student's outputs and the teacher's; feature maps are not in it."""
     assigned, thresholds = head.assign(grids, sizes_B2, targets)
-    losses = head.losses(outputs, grids, sizes_B2, targets, assigned)
-    (logits_BAK, bins_BA4E), (teacher_BAK, teacher_BA4E) = outputs, wanted
+    losses = head.losses(outputs, grids, sizes_B2, targets, ranks, assigned)
+    (logits_BAK, bins_BA4E), (teacher_BAK, teacher_BA4E) = outputs, teacher_outputs
     positive_BA = assigned.labels_BA == 1
     region_BA = torch.zeros_like(assigned.ious_BA)
-    if (terms.vlr_ld or terms.vlr_kd) and terms.valuable == "negatives":
+    if (terms.ld_vlr_weight or terms.kd_vlr_weight) and terms.valuable_region == "negatives":
         region_BA = regions.negatives(assigned.labels_BA, head.scores(logits_BAK))
-    elif terms.vlr_ld or terms.vlr_kd:
+    elif terms.ld_vlr_weight or terms.kd_vlr_weight:
         region_BA = regions.valuable_region(
             head.anchors(grids, sizes_B2.device),
             targets.boxes_BG4,
@@ -133,19 +144,19 @@ def losses_under_ld(
             overlap=terms.overlap,
         )
     factor = 1.0 if terms.normalization == "reference" else _RELEASED_IMAGES / len(logits_BAK)
-    if terms.ld or terms.vlr_ld:
-        ld_BA = distillation_losses.localization_distillation(bins_BA4E, teacher_BA4E, terms.ld_temperature)
-        if terms.ld:
+    if terms.ld_weight or terms.ld_vlr_weight:
+        ld_BA = localization_distillation(bins_BA4E, teacher_BA4E, terms.ld_temperature)
+        if terms.ld_weight:
             score_BA = torch.where(positive_BA, head.scores(logits_BAK), 0.0)
-            losses["loss_ld"] = terms.ld * factor * (score_BA * ld_BA).sum()
-        if terms.vlr_ld:
-            losses["loss_ld_vlr"] = terms.vlr_ld / _SIDES * factor * (region_BA * ld_BA).sum()
-    if terms.kd or terms.vlr_kd:
-        kd_BA = distillation_losses.soft_divergence(logits_BAK, teacher_BAK, terms.kd_temperature)
-        if terms.kd:
-            losses["loss_kd"] = terms.kd * _level_means(kd_BA, positive_BA, grids, head, terms)
-        if terms.vlr_kd:
-            losses["loss_kd_vlr"] = terms.vlr_kd * _level_means(kd_BA, region_BA > 0, grids, head, terms)
+            losses["loss_ld"] = terms.ld_weight * factor * (score_BA * ld_BA).sum()
+        if terms.ld_vlr_weight:
+            losses["loss_ld_vlr"] = terms.ld_vlr_weight / _SIDES * factor * (region_BA * ld_BA).sum()
+    if terms.kd_weight or terms.kd_vlr_weight:
+        kd_BA = soft_divergence(logits_BAK, teacher_BAK, terms.kd_temperature)
+        if terms.kd_weight:
+            losses["loss_kd"] = terms.kd_weight * _level_means(kd_BA, positive_BA, grids, terms, ranks)
+        if terms.kd_vlr_weight:
+            losses["loss_kd_vlr"] = terms.kd_vlr_weight * _level_means(kd_BA, region_BA > 0, grids, terms, ranks)
     return losses
 
 
@@ -153,24 +164,23 @@ def losses_under_adl(
     term: ADLConfig,
     head: RetinaNet,
     outputs: Outputs,
-    wanted: Outputs,
+    teacher_outputs: Outputs,
     grids: Grids,
     sizes_B2: Tensor,
     targets: Targets,
+    ranks: Ranks = ONE_RANK,
 ) -> dict[str, Tensor]:
     """The head's own losses and `loss_adl`, from the student's outputs and the teacher's."""
     assigned = head.assign(grids, sizes_B2, targets)
-    losses = head.losses(outputs, grids, sizes_B2, targets, assigned)
+    losses = head.losses(outputs, grids, sizes_B2, targets, ranks, assigned)
     if not term.weight:
         return losses
-    loss_BAK = distillation_losses.adaptive_distillation(
-        outputs[0], wanted[0], beta=term.beta, gamma=term.gamma, form=term.form
-    )
+    loss_BAK = adaptive_distillation(outputs[0], teacher_outputs[0], beta=term.beta, gamma=term.gamma, form=term.form)
     # Anchors between the two IoUs are no part of the sum, and are one of the normaliser, as released.
     total = torch.where(assigned.labels_BA >= 0, loss_BAK.sum(dim=-1), 0.0).sum()
-    mass = distillation_losses.adaptive_normalizer(wanted[0])
+    mass = adaptive_normalizer(teacher_outputs[0])
     if term.normalization == "global":
-        total, mass = total * head.world_size, head.total(mass)
+        total, mass = total * ranks.world_size, ranks.total(mass)
     return losses | {"loss_adl": term.weight * total / mass.clamp(min=1)}
 
 
@@ -178,45 +188,45 @@ def imitated_cells(
     terms: LDConfig,
     head: GFL,
     outputs: Outputs,
-    wanted: Outputs,
+    teacher_outputs: Outputs,
     grids: Grids,
     sizes_B2: Tensor,
     targets: Targets,
 ) -> Tensor:
     """bool [B, A]: where the student's maps are to become the teacher's."""
     valid_BA = head.valid(grids, sizes_B2)
-    if terms.region == "gi":
+    if terms.imitated_cells == "gi":
         index_BA = torch.arange(outputs[0].shape[1], device=sizes_B2.device).expand(len(sizes_B2), -1)
         return regions.general_instances(
             outputs[0],
-            wanted[0],
+            teacher_outputs[0],
             head.decode(outputs[1], index_BA, grids),
-            head.decode(wanted[1], index_BA, grids),
+            head.decode(teacher_outputs[1], index_BA, grids),
             [rows * columns for rows, columns in grids],
             valid_BA=valid_BA,
         )
-    region = regions.inside_objects if terms.region == "inside" else regions.fine_grained
+    region = regions.inside_objects if terms.imitated_cells == "inside" else regions.fine_grained
     anchors_A4 = head.anchors(grids, sizes_B2.device)
     return region(anchors_A4, targets.boxes_BG4, targets.labels_BG >= 0, valid_BA=valid_BA)
 
 
 def _map_error(
-    features: Sequence[Tensor], guides: Sequence[Tensor], cells_BA: Tensor, head: GFL, terms: LDConfig
+    features: Sequence[Tensor], guides: Sequence[Tensor], cells_BA: Tensor, terms: LDConfig, ranks: Ranks
 ) -> Tensor:
     """Sum over the levels of the mean squared error of maps of equal width at the chosen cells."""
     errors = [(maps.float() - guide.float()).square().mean(dim=1) for maps, guide in zip(features, guides, strict=True)]
     errors_BA = torch.cat([error.flatten(1) for error in errors], dim=1)
-    return _level_means(errors_BA, cells_BA, grids_of(features), head, terms)
+    return _level_means(errors_BA, cells_BA, grids_of(features), terms, ranks)
 
 
-def _level_means(values_BA: Tensor, chosen_BA: Tensor, grids: Grids, head: GFL, terms: LDConfig) -> Tensor:
+def _level_means(values_BA: Tensor, chosen_BA: Tensor, grids: Grids, terms: LDConfig, ranks: Ranks) -> Tensor:
     """Sum over the levels of the mean of the chosen values; `global` counts those of all ranks."""
     counts = [rows * columns for rows, columns in grids]
     sums = torch.stack([part.sum() for part in torch.where(chosen_BA, values_BA, 0.0).split(counts, dim=1)])
     chosen = torch.stack([part.sum() for part in chosen_BA.split(counts, dim=1)])
     if terms.normalization == "reference":
         return (sums / chosen.clamp(min=1)).sum()
-    return (sums * head.world_size / head.total(chosen).clamp(min=1)).sum()
+    return (sums * ranks.world_size / ranks.total(chosen).clamp(min=1)).sum()
 
 
 def _require_same_head(student: DenseDetector, teacher: FrozenDetector) -> None:
@@ -226,14 +236,14 @@ def _require_same_head(student: DenseDetector, teacher: FrozenDetector) -> None:
     theirs = model.dense if isinstance(model, DenseDetector) else model
     if type(theirs) is not type(ours):
         name = teacher.facts.get("kind", type(theirs).__name__)
-        wanted = (
+        needed = (
             "LD needs a gfl teacher" if isinstance(ours, GFL) else "adaptive distillation needs a retinanet teacher"
         )
         instead = {
             GFL: "; under this teacher train a gfl student, by LD",
             RetinaNet: "; under this teacher train a retinanet student, by ADL",
         }
-        raise UserError(f"{start} it is a {name} detector, and {wanted}{instead.get(type(theirs), '')}")
+        raise UserError(f"{start} it is a {name} detector, and {needed}{instead.get(type(theirs), '')}")
     assert isinstance(theirs, GFL | RetinaNet)
     if isinstance(ours, GFL) and isinstance(theirs, GFL) and ours.reg_max != theirs.reg_max:
         raise UserError(

@@ -58,9 +58,11 @@ def inside_maps(sizes_B2: Tensor, map_BCHW: Tensor, stride: int) -> Tensor:
     return rows_BH[:, :, None] & columns_BW[:, None, :]
 
 
-def adapters(channels: int, wanted: int, levels: int) -> nn.ModuleList:
-    """1x1 convolutions, one a level, from maps of `channels` to maps of `wanted` channels; none where these are equal."""
-    return nn.ModuleList(nn.Conv2d(channels, wanted, 1) for _ in range(levels if channels != wanted else 0))
+def adapters(channels: int, teacher_channels: int, levels: int) -> nn.ModuleList:
+    """1x1 convolutions, one a level, from maps of `channels` to maps of `teacher_channels`; none where these are equal."""
+    return nn.ModuleList(
+        nn.Conv2d(channels, teacher_channels, 1) for _ in range(levels if channels != teacher_channels else 0)
+    )
 
 
 def pyramid_correlation(
@@ -119,7 +121,7 @@ class DistilledDetector(nn.Module):
         features, guides = self.student.features(images), self.teacher.features(images)
         sizes_B2, labelled = images.sizes_B2, count_labelled(targets)
         losses, sampled = self.student.losses(
-            [maps[:labelled] for maps in features], sizes_B2[:labelled], targets.first(labelled)
+            [maps[:labelled] for maps in features], sizes_B2[:labelled], targets.first(labelled), self.student.ranks
         )
         if self.pkd_weight:
             losses["loss_pkd"] = self.pkd_weight * pyramid_correlation(
@@ -144,17 +146,17 @@ class DistilledDetector(nn.Module):
         return rois_BR4, valid_BR, heads.classify(features, rois_BR4, valid_BR)
 
     def _roi_kd(self, guides: Sequence[Tensor], regions: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-        heads, start = self.student.roi_heads, 0
+        ranks, start = self.student.ranks, 0
         divergences, counts = [], []
         for rois_BR4, valid_BR, logits_NK in regions:  # of consecutive images of the batch
             end = start + len(rois_BR4)
-            wanted_NK = self.teacher.classify([maps[start:end] for maps in guides], rois_BR4, valid_BR)
-            divergences.append(roi_kd(logits_NK, wanted_NK, valid_BR.flatten(), self.temperature))
+            teacher_NK = self.teacher.classify([maps[start:end] for maps in guides], rois_BR4, valid_BR)
+            divergences.append(roi_kd(logits_NK, teacher_NK, valid_BR.flatten(), self.temperature))
             counts.append(valid_BR.sum())
             start = end
         # As the box heads' own losses: gradients are averaged over ranks, the count is of all of them.
-        total = heads.total(torch.stack(counts).sum()).clamp(min=1)
-        return torch.stack(divergences).sum() * (heads.world_size / total)
+        total = ranks.total(torch.stack(counts).sum()).clamp(min=1)
+        return torch.stack(divergences).sum() * (ranks.world_size / total)
 
 
 def count_labelled(targets: Targets) -> int:

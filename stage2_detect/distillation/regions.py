@@ -47,7 +47,7 @@ def valuable_region(
     weight_BA = objects_BG4.new_zeros((len(thresholds_BG), len(anchors_A4)))
     for part in _chunks(thresholds_BG.shape[1], weight_BA.numel(), chunk_elements):
         threshold_Bg1 = thresholds_BG[:, part, None]
-        iou_BgA, x_BgA = _distance_iou(objects_BG4[:, part, None], anchors_A4, overlap)
+        iou_BgA, x_BgA = _distance_iou(objects_BG4[:, part], anchors_A4, overlap)
         inside_BgA = (x_BgA >= gamma * threshold_Bg1) & (x_BgA < threshold_Bg1) & torch.isfinite(threshold_Bg1)
         weight_BA = torch.maximum(weight_BA, iou_BgA.masked_fill_(~inside_BgA, 0).amax(dim=1))
     return weight_BA if valid_BA is None else weight_BA * valid_BA
@@ -118,7 +118,7 @@ def general_instances(
 ) -> Tensor:
     """bool [B, A]: cells of the boxes on which two detectors differ most, of which none overlap (arXiv 2103.02340 section 3.1, as LD uses it).
 
-    A cell's score is the greatest difference of the two probabilities of a class, its box that of the side with the greater one. Suppression leaves
+    A cell's score is the greatest difference of the two probabilities of a class, its box that of the side with the greater one. NMS leaves
     the best `most` of each level of each image; the released code takes those of all images of a process together, so that they depend on each other.
 
     Args:
@@ -131,7 +131,7 @@ def general_instances(
     score_BA, class_BA = difference_BAK.abs().max(dim=-1)
     greater_BA1 = difference_BAK.gather(-1, class_BA[..., None]) > 0
     boxes_BA4 = torch.where(greater_BA1, teacher_boxes_BA4.float(), student_boxes_BA4.float())
-    boxes_BA4 = boxes_BA4 - boxes_BA4.amin().clamp(max=0)  # suppression wants coordinates from 0 on
+    boxes_BA4 = boxes_BA4 - boxes_BA4.amin().clamp(max=0)  # NMS wants coordinates from 0 on
     chosen_BA = torch.zeros_like(class_BA, dtype=torch.bool)
     for image, chosen_A in enumerate(chosen_BA):
         start = 0
@@ -152,20 +152,21 @@ def _chunks(objects: int, elements: int, most: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, objects, step))
 
 
-def _distance_iou(objects_Bg14: Tensor, anchors_A4: Tensor, overlap: Overlap) -> tuple[Tensor, Tensor]:
+def _distance_iou(objects_Bg4: Tensor, anchors_A4: Tensor, overlap: Overlap) -> tuple[Tensor, Tensor]:
     """IoU [B, g, A], and the overlap less the squared distance of the centres over the squared diagonal of the box around both."""
+    shared = boxes.pairwise_intersection(objects_Bg4, anchors_A4[None])
+    objects_Bg14 = objects_Bg4[:, :, None]
     # One axis at a time: half the memory of pairs of coordinates.
-    wide, apart_x, around_x = _along(objects_Bg14[..., 0], objects_Bg14[..., 2], anchors_A4[:, 0], anchors_A4[:, 2])
-    high, apart_y, around_y = _along(objects_Bg14[..., 1], objects_Bg14[..., 3], anchors_A4[:, 1], anchors_A4[:, 3])
-    shared, distance, diagonal = wide * high, apart_x + apart_y, (around_x + around_y).clamp_(min=1e-6)
+    apart_x, around_x = _along(objects_Bg14[..., 0], objects_Bg14[..., 2], anchors_A4[:, 0], anchors_A4[:, 2])
+    apart_y, around_y = _along(objects_Bg14[..., 1], objects_Bg14[..., 3], anchors_A4[:, 1], anchors_A4[:, 3])
+    distance, diagonal = apart_x + apart_y, (around_x + around_y).clamp_(min=1e-6)
     area_A = boxes.area(anchors_A4)
     union = (boxes.area(objects_Bg14) + area_A - shared).clamp_(min=1e-6)
     share = shared / (area_A.clamp(min=1e-6) if overlap == "anchor" else union)
     return shared / union, share - distance / diagonal
 
 
-def _along(start: Tensor, end: Tensor, other_start: Tensor, other_end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of intervals: the length that both share, the squared distance of their middles, the squared length from the first start to the last end."""
-    shared = (torch.minimum(end, other_end) - torch.maximum(start, other_start)).clamp_(min=0)
+def _along(start: Tensor, end: Tensor, other_start: Tensor, other_end: Tensor) -> tuple[Tensor, Tensor]:
+    """Of intervals: the squared distance of their middles, the squared length from the first start to the last end."""
     around = (torch.maximum(end, other_end) - torch.minimum(start, other_start)).square_()
-    return shared, ((start + end - other_start - other_end) / 2).square_(), around
+    return ((start + end - other_start - other_end) / 2).square_(), around

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ssld.shared.errors import UserError
+from ssld.shared.files import spread
 from ssld.shared.models.backbones import place
 from ssld.stage2_detect.data.coco import CocoData
+from ssld.stage2_detect.data.sizing import Sizing
 from ssld.stage2_detect.detector_file import load_detector
 from ssld.stage2_detect.evaluation.scoring import score
 from ssld.stage2_detect.model_config import DetectorConfig
@@ -108,18 +110,19 @@ def open_teacher(
 def check_teacher(
     teacher: FrozenDetector,
     data: CocoData,
+    sizing: Sizing,
     *,
     images: int,
     least: float,
-    **sizes: Any,
+    **evaluation: Any,
 ) -> str:
-    """A line on how well the teacher detects in `images` of an evaluation set; `sizes` are the options of `score`, as for the student.
+    """A line on how well the teacher detects in `images` of an evaluation set; sizes and options of `score` are as for the student.
 
     Raises UserError when its AP (0..1) is below `least`; on every rank alike.
     """
     chosen = spread(len(data.images), images)
     part = replace(data, images=[data.images[index] for index in chosen])
-    metrics, _ = score(teacher.model, part, **sizes)
+    metrics, _ = score(teacher.model, part, sizing, **evaluation)
     ap = metrics["AP"] or 0.0
     where = f"on {len(chosen)} images of {data.file}"
     if ap < least:
@@ -128,8 +131,3 @@ def check_teacher(
             "it was trained on other images or at another size (resize), or hardly at all; a lower check_ap lets it pass"
         )
     return f"teacher {teacher.facts.get('file')}: AP {100 * ap:.2f} {where}"
-
-
-def spread(count: int, most: int) -> list[int]:
-    """Up to `most` numbers spread evenly over `count`."""
-    return list(range(count)) if count <= most else [number * count // most for number in range(most)]

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from ssld.stage2_detect.data.coco import CocoData, Id
 from ssld.stage2_detect.models.batch import Detections
+from ssld.stage2_detect.models.boxes import pairwise_intersection
 
 WRONG, RIGHT, IGNORED = 0, 1, -1
 IOU = 0.5
@@ -32,7 +34,7 @@ class Analysis:
 
     Attributes:
         class_names: of the K classes.
-        threshold: lowest score of what `counts` and `confusions` look at.
+        score_threshold: lowest score of what `counts` and `confusions` look at.
         objects_K: objects that are no crowd regions.
         labels_D, scores_D: of the detections.
         states_D: RIGHT, WRONG or IGNORED.
@@ -43,7 +45,7 @@ class Analysis:
     """
 
     class_names: tuple[str, ...]
-    threshold: float
+    score_threshold: float
     objects_K: np.ndarray
     labels_D: np.ndarray
     scores_D: np.ndarray
@@ -54,7 +56,7 @@ class Analysis:
     lrp_I: np.ndarray
 
 
-def analyse(ground_truth: CocoData, detections: Mapping[Id, Detections], *, threshold: float) -> Analysis:
+def analyse(ground_truth: CocoData, detections: Mapping[Id, Detections], *, score_threshold: float) -> Analysis:
     """Match the detections of a set (boxes in original-image pixels) with its objects, read with `training=False`."""
     if ground_truth.training:
         raise ValueError("the ground truth must be read with training=False: crowd regions count here")
@@ -73,8 +75,10 @@ def analyse(ground_truth: CocoData, detections: Mapping[Id, Detections], *, thre
         states_ID, taken_IG = _match(found_ID6, truth_IG6, overlaps_IDG, IOU)
         regular_IG = (truth_IG6[..., 4] >= 0) & (truth_IG6[..., 5] == 0)
         objects_K += np.bincount(truth_IG6[..., 4][regular_IG].astype(np.int64), minlength=classes)
-        confusions += _confusions(found_ID6, truth_IG6, overlaps_IDG, states_ID, taken_IG, classes, threshold, IOU)
-        pictures.append(_of_images(found_ID6, regular_IG, overlaps_IDG, states_ID, taken_IG, threshold, IOU))
+        confusions += _confusions(
+            found_ID6, truth_IG6, overlaps_IDG, states_ID, taken_IG, classes, score_threshold, IOU
+        )
+        pictures.append(_of_images(found_ID6, regular_IG, overlaps_IDG, states_ID, taken_IG, score_threshold, IOU))
         real_ID = found_ID6[..., 4] >= 0
         columns = (found_ID6[..., 4].astype(np.int64), found_ID6[..., 5], states_ID)
         parts.append((columns[0][real_ID], columns[1][real_ID], columns[2][real_ID]))
@@ -86,7 +90,7 @@ def analyse(ground_truth: CocoData, detections: Mapping[Id, Detections], *, thre
     image_ids = tuple(record.image_id for record in records)
     return Analysis(
         ground_truth.class_names,
-        threshold,
+        score_threshold,
         objects_K,
         labels_D,
         scores_D,
@@ -100,7 +104,7 @@ def analyse(ground_truth: CocoData, detections: Mapping[Id, Detections], *, thre
 
 def counts(analysis: Analysis) -> dict[str, np.ndarray]:
     """int64 [K] each: `right` and `wrong` detections with at least the threshold's score, and `missed` objects."""
-    seen_D = analysis.scores_D >= analysis.threshold
+    seen_D = analysis.scores_D >= analysis.score_threshold
     right, wrong = (
         np.bincount(analysis.labels_D[seen_D & (analysis.states_D == state)], minlength=len(analysis.objects_K))
         for state in (RIGHT, WRONG)
@@ -169,7 +173,7 @@ def report(analysis: Analysis, ap: Mapping[str, float | None]) -> dict[str, Any]
         if one:
             curves[name] = one.precision_R.round(6).tolist()
     return {
-        "score_threshold": analysis.threshold,
+        "score_threshold": analysis.score_threshold,
         "iou": IOU,
         "all_classes": {**rates(**totals), **totals},
         "classes": rows,
@@ -231,8 +235,7 @@ def _padded(rows: list[np.ndarray]) -> np.ndarray:
 def _overlaps(found_ID4: np.ndarray, truth_IG4: np.ndarray, crowd_IG: np.ndarray) -> np.ndarray:
     """IoU [I, D, G]; with a crowd region the share of the detection that lies on it."""
     a, b = found_ID4[:, :, None], truth_IG4[:, None]
-    sides = (np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])).clip(0)
-    inner = sides[..., 0] * sides[..., 1]
+    inner = pairwise_intersection(torch.from_numpy(found_ID4), torch.from_numpy(truth_IG4)).numpy()
     area_ID1, area_I1G = ((box[..., 2] - box[..., 0]) * (box[..., 3] - box[..., 1]) for box in (a, b))
     union = np.where(crowd_IG[:, None], area_ID1, area_ID1 + area_I1G - inner)
     return np.divide(inner, union, out=np.zeros_like(inner), where=union > 0)
@@ -265,14 +268,14 @@ def _confusions(
     states_ID: np.ndarray,
     taken_IG: np.ndarray,
     classes: int,
-    threshold: float,
+    score_threshold: float,
     iou: float,
 ) -> np.ndarray:
     """[K + 1, K + 1] of a chunk, but for the column of missed objects."""
     matrix = np.zeros((classes + 1, classes + 1), dtype=np.int64)
     images = np.arange(len(found_ID6))
     labels_ID, scores_ID = found_ID6[..., 4].astype(np.int64), found_ID6[..., 5]
-    seen_ID = (labels_ID >= 0) & (scores_ID >= threshold)
+    seen_ID = (labels_ID >= 0) & (scores_ID >= score_threshold)
     right_ID = seen_ID & (states_ID == RIGHT)
     np.add.at(matrix, (labels_ID[right_ID], labels_ID[right_ID]), 1)
     # An object that only a detection below the threshold took is free for the others.
@@ -295,7 +298,7 @@ def _of_images(
     overlaps_IDG: np.ndarray,
     states_ID: np.ndarray,
     taken_IG: np.ndarray,
-    threshold: float,
+    score_threshold: float,
     iou: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(right, wrong, missed [I, 3]; LRP error [I]) of a chunk.
@@ -303,7 +306,7 @@ def _of_images(
     The error is the compact form of "Localization Recall Precision" (arXiv:1807.01696) over all classes: each right
     detection adds (1 - IoU) / (1 - `iou`), each wrong one and each missed object 1; the sum is divided by their number.
     """
-    seen_ID = (found_ID6[..., 4] >= 0) & (found_ID6[..., 5] >= threshold)
+    seen_ID = (found_ID6[..., 4] >= 0) & (found_ID6[..., 5] >= score_threshold)
     right_I, wrong_I = ((seen_ID & (states_ID == state)).sum(1) for state in (RIGHT, WRONG))
     missed_I = regular_IG.sum(1) - right_I
     overlap_IG = np.take_along_axis(overlaps_IDG, taken_IG.clip(0)[:, None], 1)[:, 0]

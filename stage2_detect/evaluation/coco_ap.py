@@ -14,10 +14,7 @@ import contextlib
 import importlib.util
 import io
 import itertools
-import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -89,33 +86,6 @@ def choose_backend(backend: str) -> str:
     return "hotcoco" if present and backend != "pycocotools" else "pycocotools"
 
 
-def detections_to_json(data: CocoData, detections: Mapping[Id, Detections], path: str | Path) -> None:
-    """Writes COCO's results format with the file's own image and category ids; the file appears whole or not at all."""
-    part = Path(f"{path}.part")
-    with part.open("w", encoding="utf-8") as file:
-        between = "["
-        for image_id, found in detections.items():
-            # By image: as one text, a hundred masks of each of 5,000 images take half a gigabyte.
-            for row in result_rows(image_id, found, data.category_ids):
-                file.write(between + json.dumps(row, allow_nan=False))
-                between = ", "
-        file.write("[]" if between == "[" else "]")
-    os.replace(part, path)
-
-
-def result_rows(image_id: Id, found: Detections, category_ids: Sequence[Id]) -> Iterator[dict[str, Any]]:
-    """The detections of an image as COCO's results have them; boxes as x, y, width, height to a thousandth of a pixel."""
-    corners_N4 = found.boxes_N4.double().cpu().numpy()
-    boxes = np.concatenate([corners_N4[:, :2], corners_N4[:, 2:] - corners_N4[:, :2]], 1).round(3).tolist()
-    columns = zip(boxes, found.scores_N.tolist(), found.labels_N.tolist(), strict=True)
-    for index, (box, score, label) in enumerate(columns):
-        category_id = category_ids[label]
-        row = {"image_id": image_id, "category_id": category_id, "bbox": box, "score": float(f"{score:.9g}")}
-        if found.masks is not None:
-            row["segmentation"] = _as_text(found.masks[index])
-        yield row
-
-
 def _detection_table(
     ground_truth: CocoData, detections: Mapping[Id, Detections], number: Mapping[Id, int]
 ) -> np.ndarray:
@@ -164,12 +134,6 @@ def _groups(
         part = dataset | {"annotations": annotations, "categories": dataset["categories"][first:end]}
         places = np.flatnonzero((label_D >= first) & (label_D < end))
         yield part, found_D7[places], [shapes_D[place] for place in places]
-
-
-def _as_text(code: dict[str, Any]) -> dict[str, Any]:
-    """An RLE whose counts are text, as in JSON."""
-    counts = code["counts"]
-    return {"size": list(code["size"]), "counts": counts.decode() if isinstance(counts, bytes) else counts}
 
 
 def _dataset(ground_truth: CocoData, number: Mapping[Id, int], *, masks: bool) -> dict[str, list[dict]]:

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from pycocotools import mask as mask_codec
 
-from ssld.shared.run_dir import RunDir, write_atomically
+from ssld.shared.files import write_atomically
+from ssld.shared.run_dir import RunDir
 from ssld.stage2_detect.data.coco import CocoData, CocoImage, Id
 from ssld.stage2_detect.data.loaders import load_record
 from ssld.stage2_detect.evaluation import analysis
@@ -30,7 +31,7 @@ _LONGER_SIDE = 560  # pixels of a written picture: they go into a page
 
 
 def write_evaluation(
-    run: RunDir, data: CocoData, detections: Mapping[Id, Detections], metrics: dict[str, Any], *, threshold: float
+    run: RunDir, data: CocoData, detections: Mapping[Id, Detections], metrics: dict[str, Any], *, score_threshold: float
 ) -> tuple[dict[str, Any], list[Path]]:
     """Analyse the detections of an evaluation and write what came out, on the main rank.
 
@@ -39,12 +40,12 @@ def write_evaluation(
         data: read with `training=False`.
         detections: by image id, boxes in original-image pixels.
         metrics: of `coco_ap`: `per_class` goes into the analysis.
-        threshold: lowest score that counts, in numbers and pictures.
+        score_threshold: lowest score that counts, in numbers and pictures.
 
     Returns:
         (`analysis.report`, the files written).
     """
-    found = analyse(data, detections, threshold=threshold)
+    found = analyse(data, detections, score_threshold=score_threshold)
     report = analysis.report(found, metrics["per_class"])
     write_atomically(run.path / "analysis.json", json.dumps(report) + "\n")
     for line in analysis.describe(report):
@@ -83,7 +84,7 @@ def draw_best_and_worst(
             names = {side: f"{kind}_{number}_{side}.jpg" for side in ("truth", "found")}
             picture = Image.fromarray(load_record(record).permute(1, 2, 0).numpy())
             said = detections[image_id] if image_id in detections else _nothing()
-            said = said.where(said.scores_N >= found.threshold)
+            said = said.where(said.scores_N >= found.score_threshold)
             _save(
                 folder / names["truth"],
                 draw_objects(picture, truth_of(record, len(data.class_names)), names_with_crowds, legend=True),

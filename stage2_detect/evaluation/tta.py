@@ -1,4 +1,4 @@
-"""Test-time augmentation: detections of several sizes of an image, and of their mirror images, merged by suppression.
+"""Test-time augmentation: detections of several sizes of an image, and of their mirror images, merged by NMS.
 
 Works on any detector that turns an `ImageBatch` into one `Detections` an image. Every view is detected as if it were
 alone; then the boxes of all views of an image compete within their class, and the best are kept. A detector of masks
@@ -9,59 +9,22 @@ Legend: B images, C channels, H height, W width, N detections of an image, S sid
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ssld.shared.images import UnreadableImage
-from ssld.stage2_detect.data.coco import CocoImage
-from ssld.stage2_detect.data.loaders import EvalLoader
+from ssld.stage2_detect.data.sizing import MultiScaleBatch
 from ssld.stage2_detect.models.batch import Detections, ImageBatch
 from ssld.stage2_detect.models.boxes import class_nms
 from ssld.stage2_detect.models.rcnn import RCNN
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """The same images in several sizes."""
-
-    batches: tuple[ImageBatch, ...]
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Sizes":
-        """A copy on `device`."""
-        return Sizes(tuple(batch.to(device, non_blocking=non_blocking) for batch in self.batches))
-
-
-class SizesLoader:
-    """Walks over loaders of the same data side by side; they differ in the images' size."""
-
-    def __init__(self, loaders: Sequence[EvalLoader]) -> None:
-        self._loaders = loaders
-
-    def __len__(self) -> int:
-        return len(self._loaders[0])
-
-    @property
-    def images(self) -> int:
-        """As of an `EvalLoader`."""
-        return self._loaders[0].images
-
-    @property
-    def unreadable(self) -> list[UnreadableImage]:
-        """As of an `EvalLoader`."""
-        return self._loaders[0].unreadable
-
-    def __iter__(self) -> Iterator[tuple[Sizes, list[CocoImage]]]:
-        for parts in zip(*self._loaders, strict=True):
-            yield Sizes(tuple(images for images, _ in parts)), parts[0][1]
-
-
 def detect_views(
-    detector: Callable[[ImageBatch], list[Detections]], sizes: Sizes, *, flip: bool, iou: float, most: int
+    detector: Callable[[ImageBatch], list[Detections]], sizes: MultiScaleBatch, *, flip: bool, nms_iou: float, most: int
 ) -> list[Detections]:
-    """Merged detections of each image, best first: at most `most`, none with an overlap above `iou` in its class.
+    """Merged detections of each image, best first: at most `most`, none with an overlap above `nms_iou` in its class.
 
     For masks the pyramids of all views of the batch are held meanwhile: some 90 MB an image and view at 800 x 1333 in float32.
     """
@@ -73,7 +36,7 @@ def detect_views(
         found.append(_mirror_back(seen, images) if mirror else seen)
         views.append((view, mirror))
         features.append(maps)
-    best = [merged(parts, iou=iou, most=most) for parts in zip(*found, strict=True)]
+    best = [merged(parts, nms_iou=nms_iou, most=most) for parts in zip(*found, strict=True)]
     if rcnn is None:
         assert all(one.masks is None for one in seen), "masks of views are looked for anew, by an RCNN"
         return best
@@ -115,10 +78,10 @@ def unmirrored(found: Detections, width: float) -> Detections:
     return Detections(boxes_N4, found.scores_N, found.labels_N)
 
 
-def merged(parts: Sequence[Detections], *, iou: float, most: int) -> Detections:
-    """Those of all parts that suppression within classes leaves."""
+def merged(parts: Sequence[Detections], *, nms_iou: float, most: int) -> Detections:
+    """Those of all parts that NMS within classes leaves."""
     boxes_N4, scores_N, labels_N = (
         torch.cat([getattr(part, name) for part in parts]) for name in ("boxes_N4", "scores_N", "labels_N")
     )
-    best = class_nms(boxes_N4, scores_N, labels_N, iou, most=most)
+    best = class_nms(boxes_N4, scores_N, labels_N, nms_iou, most=most)
     return Detections(boxes_N4[best], scores_N[best], labels_N[best])

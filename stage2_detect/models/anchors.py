@@ -17,6 +17,11 @@ Grids = Sequence[tuple[int, int]]
 """(rows, columns) of each level's feature map."""
 
 
+def grids_of(features: Sequence[Tensor]) -> Grids:
+    """(rows, columns) of each map."""
+    return [(feature.shape[-2], feature.shape[-1]) for feature in features]
+
+
 def grid_anchors(
     grids: Grids, device: torch.device, *, strides: Sequence[int], sizes: Sequence[float], ratios: Sequence[float]
 ) -> Tensor:

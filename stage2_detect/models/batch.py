@@ -38,6 +38,15 @@ class ImageBatch:
             scales_B=self.scales_B.to(device, non_blocking=non_blocking),
         )
 
+    def pin_memory(self) -> "ImageBatch":
+        """A copy in pinned memory; a `DataLoader` calls it."""
+        return replace(
+            self,
+            pixels_BCHW=self.pixels_BCHW.pin_memory(),
+            sizes_B2=self.sizes_B2.pin_memory(),
+            scales_B=self.scales_B.pin_memory(),
+        )
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -61,6 +70,15 @@ class Targets:
             boxes_BG4=self.boxes_BG4.to(device, non_blocking=non_blocking),
             labels_BG=self.labels_BG.to(device, non_blocking=non_blocking),
             seeds_B=self.seeds_B.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> "Targets":
+        """A copy in pinned memory; a `DataLoader` calls it."""
+        return replace(
+            self,
+            boxes_BG4=self.boxes_BG4.pin_memory(),
+            labels_BG=self.labels_BG.pin_memory(),
+            seeds_B=self.seeds_B.pin_memory(),
         )
 
     def first(self, count: int) -> "Targets":

@@ -1,4 +1,4 @@
-"""Box losses of the RoI heads: pure functions of predicted and wanted deltas or boxes, float32, one number a box.
+"""Box losses of the RoI heads: pure functions of predicted and target deltas or boxes, float32, one number a box.
 
 L1 kinds compare deltas. IoU kinds compare boxes "in delta space on a unit prior", as PaddleDetection@666f597f
 (ppdet/modeling/heads/bbox_head.py): both sets of deltas, divided by their weights, are applied to a box of side 1. Since a
@@ -27,8 +27,8 @@ class BoxLoss:
     Args:
         beta: of smooth_l1 and balanced_l1.
         alpha, gamma: of balanced_l1.
-        per_positive: divide by the positives too and multiply by the classes, as PaddleDetection does with IoU losses; it
-            grows with the number of classes.
+        normalization: rois divides by the sampled RoIs; positives by the positives too, and multiplies by the classes, as
+            PaddleDetection does with IoU losses; it grows with the number of classes.
     """
 
     name: Literal["l1", "smooth_l1", "balanced_l1", "giou", "ciou"] = "l1"
@@ -36,22 +36,22 @@ class BoxLoss:
     beta: float = 1.0
     alpha: float = 0.5
     gamma: float = 1.5
-    per_positive: bool = False
+    normalization: Literal["rois", "positives"] = "rois"
 
-    def __call__(self, deltas_4: Tensor, wanted_4: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
+    def __call__(self, deltas_4: Tensor, target_4: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
         """Loss [...] of deltas [..., 4] that have these weights, times the loss's own weight."""
-        deltas_4, wanted_4 = deltas_4.float(), wanted_4.float()
+        deltas_4, target_4 = deltas_4.float(), target_4.float()
         match self.name:
             case "l1":
-                loss = l1(deltas_4, wanted_4)
+                loss = l1(deltas_4, target_4)
             case "smooth_l1":
-                loss = smooth_l1(deltas_4, wanted_4, beta=self.beta)
+                loss = smooth_l1(deltas_4, target_4, beta=self.beta)
             case "balanced_l1":
-                loss = balanced_l1(deltas_4, wanted_4, alpha=self.alpha, gamma=self.gamma, beta=self.beta)
+                loss = balanced_l1(deltas_4, target_4, alpha=self.alpha, gamma=self.gamma, beta=self.beta)
             case "giou":
-                loss = generalized_iou(unit_boxes(deltas_4, weights), unit_boxes(wanted_4, weights))
+                loss = generalized_iou(unit_boxes(deltas_4, weights), unit_boxes(target_4, weights))
             case "ciou":
-                loss = complete_iou(unit_boxes(deltas_4, weights), unit_boxes(wanted_4, weights))
+                loss = complete_iou(unit_boxes(deltas_4, weights), unit_boxes(target_4, weights))
         return self.weight * loss
 
 
@@ -64,54 +64,53 @@ def unit_boxes(deltas_4: Tensor, weights: tuple[float, float, float, float]) -> 
     return boxes.decode(deltas_4, torch.cat((-corner_2, corner_2), dim=-1), weights)
 
 
-def l1(deltas_4: Tensor, wanted_4: Tensor) -> Tensor:
+def l1(deltas_4: Tensor, target_4: Tensor) -> Tensor:
     """Sum [...] of the four distances."""
-    return (deltas_4 - wanted_4).abs().sum(dim=-1)
+    return (deltas_4 - target_4).abs().sum(dim=-1)
 
 
-def smooth_l1(deltas_4: Tensor, wanted_4: Tensor, *, beta: float) -> Tensor:
+def smooth_l1(deltas_4: Tensor, target_4: Tensor, *, beta: float) -> Tensor:
     """Sum [...] of d^2 / (2 beta) below `beta` and d - beta / 2 above it (arXiv 1504.08083 equation 3)."""
-    return F.smooth_l1_loss(deltas_4, wanted_4, reduction="none", beta=beta).sum(dim=-1)
+    return F.smooth_l1_loss(deltas_4, target_4, reduction="none", beta=beta).sum(dim=-1)
 
 
-def balanced_l1(deltas_4: Tensor, wanted_4: Tensor, *, alpha: float, gamma: float, beta: float) -> Tensor:
+def balanced_l1(deltas_4: Tensor, target_4: Tensor, *, alpha: float, gamma: float, beta: float) -> Tensor:
     """Sum [...] of the balanced L1 loss (arXiv 1904.02701 equations 5 to 7), whose gradient is
     alpha * ln(b * d / beta + 1) below `beta` and `gamma` above it, with b such that the two meet.
     """
     b = math.expm1(gamma / alpha)
-    distance_4 = (deltas_4 - wanted_4).abs()
+    distance_4 = (deltas_4 - target_4).abs()
     # Beyond beta the logarithm is not used; clamped, it cannot overflow there either.
     near_4 = distance_4.clamp(max=beta)
     inner_4 = alpha / b * (b * near_4 + beta) * torch.log1p(b * near_4 / beta) - alpha * near_4
     return (inner_4 + gamma * (distance_4 - near_4)).sum(dim=-1)
 
 
-def generalized_iou(boxes_4: Tensor, wanted_4: Tensor) -> Tensor:
+def generalized_iou(boxes_4: Tensor, target_4: Tensor) -> Tensor:
     """1 - GIoU [...] in 0..2 (arXiv 1902.09630)."""
-    iou, union, around_2 = _overlap(boxes_4, wanted_4)
+    iou, union, around_2 = _overlap(boxes_4, target_4)
     hull = around_2.prod(dim=-1) + _EPSILON
     return 1 - iou + (hull - union) / hull
 
 
-def complete_iou(boxes_4: Tensor, wanted_4: Tensor) -> Tensor:
+def complete_iou(boxes_4: Tensor, target_4: Tensor) -> Tensor:
     """1 - CIoU [...] (arXiv 1911.08287 section 4): IoU, squared distance of the centres over the squared diagonal of the box
     around both, and difference in aspect ratio; the weight of the last is a constant to the gradient.
     """
-    iou, _, around_2 = _overlap(boxes_4, wanted_4)
-    away_2 = (boxes_4[..., :2] + boxes_4[..., 2:] - wanted_4[..., :2] - wanted_4[..., 2:]) / 2
+    iou, _, around_2 = _overlap(boxes_4, target_4)
+    away_2 = (boxes_4[..., :2] + boxes_4[..., 2:] - target_4[..., :2] - target_4[..., 2:]) / 2
     distance = (away_2.square().sum(dim=-1) + _EPSILON) / (around_2.square().sum(dim=-1) + _EPSILON)
-    aspect = 4 / math.pi**2 * (_angle(boxes_4) - _angle(wanted_4)).square()
+    aspect = 4 / math.pi**2 * (_angle(boxes_4) - _angle(target_4)).square()
     with torch.no_grad():
         alpha = aspect / (1 - iou + aspect + _EPSILON)
     return 1 - iou + distance + alpha * aspect
 
 
-def _overlap(boxes_4: Tensor, wanted_4: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _overlap(boxes_4: Tensor, target_4: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """IoU, union, and the (width, height) of the smallest box around both."""
-    shared_2 = torch.minimum(boxes_4[..., 2:], wanted_4[..., 2:]) - torch.maximum(boxes_4[..., :2], wanted_4[..., :2])
-    shared = shared_2.clamp(min=0).prod(dim=-1)
-    union = boxes.area(boxes_4) + boxes.area(wanted_4) - shared + _EPSILON
-    around_2 = torch.maximum(boxes_4[..., 2:], wanted_4[..., 2:]) - torch.minimum(boxes_4[..., :2], wanted_4[..., :2])
+    shared = boxes.paired_intersection(boxes_4, target_4)
+    union = boxes.area(boxes_4) + boxes.area(target_4) - shared + _EPSILON
+    around_2 = torch.maximum(boxes_4[..., 2:], target_4[..., 2:]) - torch.minimum(boxes_4[..., :2], target_4[..., :2])
     return shared / union, union, around_2
 
 

@@ -1,9 +1,8 @@
-"""Geometry of boxes: areas, IoU, clipping, deltas, suppression. All of it float32, whatever autocast says.
+"""Geometry of boxes: areas, IoU, clipping, deltas, NMS. All of it float32, whatever autocast says.
 
 Deltas are those of R-CNN (arXiv 1311.2524, appendix C): shift of the centre in units of the reference's size, logarithm
 of the size's ratio, each times a weight. Boxes are (x1, y1, x2, y2) in absolute pixels without any +1. Differences from
-torchvision.ops: batches with padding, several deltas for one reference, and suppression that returns a mask of fixed
-size.
+torchvision.ops: batches with padding, several deltas for one reference, and NMS that returns a mask of fixed size.
 
 Shapes: ... any leading dimensions, B images, G objects, N boxes.
 """
@@ -18,7 +17,7 @@ from torchvision.ops import nms
 
 LOG_SIZE_LIMIT = math.log(1000 / 16)
 """A delta never enlarges a side by more than this factor's exponential; as in every R-CNN."""
-_MANY = 10_000  # boxes from which suppression goes class by class
+_MANY = 10_000  # boxes from which NMS goes class by class
 _SMALLEST_SIDE = 1e-6  # keeps the deltas of padding finite; data with real sides below it is dropped on loading
 
 
@@ -28,17 +27,36 @@ def area(boxes_4: Tensor) -> Tensor:
     return (x2 - x1).clamp(min=0) * (y2 - y1).clamp(min=0)
 
 
-def pairwise_iou(first_BG4: Tensor, second_BN4: Tensor) -> Tensor:
-    """IoU [B, G, N] in 0..1 of every box of `first` with every box of `second` of the same image; 0 where both are
-    empty.
+def pairwise_intersection(first_BG4: Tensor, second_BN4: Tensor) -> Tensor:
+    """Area [B, G, N] that every box of `first` shares with every box of `second` of the same image; without gradient. B may
+    be missing.
     """
-    a_BG1, b_B1N = (first_BG4.unsqueeze(-2), second_BN4.unsqueeze(-3))
+    a_BG1, b_B1N = first_BG4.unsqueeze(-2), second_BN4.unsqueeze(-3)
     # One axis at a time: half the memory of working on pairs of coordinates.
     width_BGN = torch.minimum(a_BG1[..., 2], b_B1N[..., 2]) - torch.maximum(a_BG1[..., 0], b_B1N[..., 0])
     height_BGN = torch.minimum(a_BG1[..., 3], b_B1N[..., 3]) - torch.maximum(a_BG1[..., 1], b_B1N[..., 1])
-    shared_BGN = width_BGN.clamp_(min=0).mul_(height_BGN.clamp_(min=0))
-    union_BGN = area(a_BG1) + area(b_B1N) - shared_BGN
+    return width_BGN.clamp_(min=0).mul_(height_BGN.clamp_(min=0))
+
+
+def pairwise_iou(first_BG4: Tensor, second_BN4: Tensor) -> Tensor:
+    """IoU [B, G, N] in 0..1 of every box of `first` with every box of `second` of the same image; 0 where both are
+    empty. torchvision's `box_iou` of batches, which gives NaN there.
+    """
+    shared_BGN = pairwise_intersection(first_BG4, second_BN4)
+    union_BGN = area(first_BG4)[..., :, None] + area(second_BN4)[..., None, :] - shared_BGN
     return shared_BGN / union_BGN.clamp_(min=_SMALLEST_SIDE**2)
+
+
+def paired_intersection(first_4: Tensor, second_4: Tensor) -> Tensor:
+    """Area [...] that boxes with the same place in two tensors [..., 4] share."""
+    sides_2 = torch.minimum(first_4[..., 2:], second_4[..., 2:]) - torch.maximum(first_4[..., :2], second_4[..., :2])
+    return sides_2.clamp(min=0).prod(dim=-1)
+
+
+def paired_iou(first_4: Tensor, second_4: Tensor) -> Tensor:
+    """IoU [...] of boxes with the same place in two tensors [..., 4]; in strides or pixels."""
+    shared = paired_intersection(first_4, second_4)
+    return shared / (area(first_4) + area(second_4) - shared).clamp(min=1e-6)
 
 
 def clip(boxes_BN4: Tensor, sizes_B2: Tensor) -> Tensor:
@@ -84,7 +102,7 @@ def take(boxes_BN4: Tensor, index_BS: Tensor) -> Tensor:
 
 
 def nms_mask(boxes_BN4: Tensor, scores_BN: Tensor, valid_BN: Tensor, iou: float) -> Tensor:
-    """Which boxes [B, N] greedy suppression keeps, each row by itself; boxes that are not valid neither stay nor
+    """Which boxes [B, N] greedy NMS keeps, each row by itself; boxes that are not valid neither stay nor
     suppress.
     """
     return nms_masks([boxes_BN4], [scores_BN], [valid_BN], iou)[0]
@@ -109,7 +127,7 @@ def nms_masks(
 
 
 def class_nms(boxes_N4: Tensor, scores_N: Tensor, classes_N: Tensor, iou: float, *, most: int | None = None) -> Tensor:
-    """Indices, best score first, of what greedy suppression within each class keeps, or of the best `most` of that;
+    """Indices, best score first, of what greedy NMS within each class keeps, or of the best `most` of that;
     coordinates must not be negative.
     """
     # Whether a box stays depends on better ones only, so the best of all boxes decide about the best that stay.
@@ -128,7 +146,7 @@ def class_nms(boxes_N4: Tensor, scores_N: Tensor, classes_N: Tensor, iou: float,
         # Classes are moved apart instead of looped over.
         apart_N = classes_N * (boxes_N4.max() + 1)
         return nms(boxes_N4 + apart_N[:, None], scores_N, iou)[:most]
-    # Suppression looks at all pairs: of an untrained one-stage detector's boxes a class at a time is many times faster.
+    # NMS looks at all pairs: of an untrained one-stage detector's boxes a class at a time is many times faster.
     kept = []
     for label in classes_N.unique():
         index_M = (classes_N == label).nonzero()[:, 0]

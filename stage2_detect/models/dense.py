@@ -1,4 +1,4 @@
-"""One-stage detector: uint8 images -> pyramid P3..P7 -> a head over all of it -> selection and suppression.
+"""One-stage detector: uint8 images -> pyramid P3..P7 -> a head over all of it -> selection and NMS.
 
 Shapes: B images, A anchors of all levels, N candidates of an image, K classes.
 """
@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ssld.shared.distributed.ranks import ONE_RANK, Ranks
 from ssld.stage2_detect.models import boxes
-from ssld.stage2_detect.models.anchors import Grids
+from ssld.stage2_detect.models.anchors import Grids, grids_of
 from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
 from ssld.stage2_detect.models.gfl import GFL
 from ssld.stage2_detect.models.pyramid import TimmPyramid
@@ -20,18 +21,14 @@ Outputs = tuple[Tensor, Tensor]
 """Logits [B, A, K] and box values [B, A, ...] of a head."""
 
 
-def grids_of(features: Sequence[Tensor]) -> Grids:
-    """(rows, columns) of each map."""
-    return [(feature.shape[-2], feature.shape[-1]) for feature in features]
-
-
 class DenseDetector(nn.Module):
     """The detector contract: in train mode `model(images, targets)` -> losses by name, in eval mode `model(images)` -> detections.
 
     Args:
         mean, std: of the backbone's input, for red, green, blue in units of 0..1.
-        candidates: anchors a level that are looked at, by their best class.
-        clip: boxes to the image; those without anything in it are left out.
+        candidates: anchors per level that are looked at, by their best class.
+        ranks: what the losses of `forward` are divided over.
+        clip_boxes: to the image; those without anything in it are left out.
     """
 
     mean_C11: Tensor
@@ -48,12 +45,13 @@ class DenseDetector(nn.Module):
         score_threshold: float = 0.05,
         nms_iou: float = 0.6,
         detections_per_image: int = 100,
-        clip: bool = True,
+        clip_boxes: bool = True,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
         super().__init__()
         self.pyramid, self.dense = pyramid, dense
         self.candidates, self.score_threshold, self.nms_iou = candidates, score_threshold, nms_iou
-        self.detections_per_image, self.clip = detections_per_image, clip
+        self.detections_per_image, self.clip_boxes, self.ranks = detections_per_image, clip_boxes, ranks
         # Not in the state dict: they belong to the backbone's description, which is stored beside the weights.
         self.register_buffer("mean_C11", 255 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std_C11", 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
@@ -63,7 +61,7 @@ class DenseDetector(nn.Module):
         features = self.features(images)
         if self.training:
             assert targets is not None, "training needs targets"
-            return self.losses(features, images.sizes_B2, targets)[0]
+            return self.losses(features, images.sizes_B2, targets, self.ranks)[0]
         return self.detect(self.dense(features), grids_of(features), images)
 
     def features(self, images: ImageBatch) -> list[Tensor]:
@@ -72,11 +70,11 @@ class DenseDetector(nn.Module):
         return maps
 
     def losses(
-        self, features: Sequence[Tensor], sizes_B2: Tensor, targets: Targets
+        self, features: Sequence[Tensor], sizes_B2: Tensor, targets: Targets, ranks: Ranks
     ) -> tuple[dict[str, Tensor], Outputs]:
         """The losses of `forward` from feature maps, and the head's outputs."""
         outputs: Outputs = self.dense(features)
-        return self.dense.losses(outputs, grids_of(features), sizes_B2, targets), outputs
+        return self.dense.losses(outputs, grids_of(features), sizes_B2, targets, ranks), outputs
 
     @torch.no_grad()
     def detect(self, outputs: Outputs, grids: Grids, images: ImageBatch) -> list[Detections]:
@@ -104,12 +102,12 @@ class DenseDetector(nn.Module):
     def _select(self, boxes_N4: Tensor, scores_NK: Tensor, size_2: Tensor, scale: Tensor) -> Detections:
         anchor_D, class_D = (scores_NK > self.score_threshold).nonzero(as_tuple=True)
         boxes_D4, scores_D = boxes_N4[anchor_D] / scale, scores_NK[anchor_D, class_D]
-        if self.clip:
+        if self.clip_boxes:
             original_2 = (size_2 / scale + 0.5).floor()
             boxes_D4 = boxes.clip(boxes_D4[None], original_2[None])[0]
             some_D = boxes.area(boxes_D4) > 0  # of what lay in the padding nothing is left
             boxes_D4, scores_D, class_D = boxes_D4[some_D], scores_D[some_D], class_D[some_D]
-        # Classes are moved apart for suppression, which needs coordinates from 0 on.
+        # Classes are moved apart for NMS, which needs coordinates from 0 on.
         positive_D4 = boxes_D4 - boxes_D4.amin().clamp(max=0) if len(boxes_D4) else boxes_D4
         best_D = boxes.class_nms(positive_D4, scores_D, class_D, self.nms_iou, most=self.detections_per_image)
         return Detections(boxes_D4[best_D], scores_D[best_D], class_D[best_D])

@@ -80,13 +80,13 @@ def stage_of_parameter(body: nn.Module) -> dict[str, int]:
     return {name: stages[name.rpartition(".")[0]] for name, _ in body.named_parameters()}
 
 
-def lr_factor_of_parameter(body: nn.Module, factors: Sequence[float]) -> dict[str, float]:
-    """Learning-rate factor of every parameter of the body, by name: one of `factors` by stage, stem first.
+def lr_factor_of_parameter(body: nn.Module, backbone_lr_factors: Sequence[float]) -> dict[str, float]:
+    """Learning-rate factor of every parameter of the body, by name: one of `backbone_lr_factors` by stage, stem first.
 
     The offsets of deformable convolutions are new and learn at 1, as in PaddleDetection@666f597f ppdet/modeling/layers.py.
     """
     stages = stage_of_parameter(body)
-    return {name: 1.0 if is_offset(body, name) else factors[stage] for name, stage in stages.items()}
+    return {name: 1.0 if is_offset(body, name) else backbone_lr_factors[stage] for name, stage in stages.items()}
 
 
 def freeze(body: nn.Module, *, stages: int, norm: bool) -> list[nn.Module]:

@@ -3,21 +3,20 @@
 Behaviour as HikariTJU/LD@4287990c (an mmdetection fork); options for what PaddleDetection@666f597f does otherwise. One square anchor a cell, of 8
 strides, whose centre is the cell's first pixel: it decides which object the cell belongs to (ATSS), and distances are measured from its centre.
 
-The counts that losses are divided by are of one micro-batch and summed over ranks by `total`; since data-parallel training averages gradients over
-ranks, each rank's loss is multiplied by their number.
+The counts that losses are divided by are of one micro-batch, summed over ranks.
 
 Shapes: B images, G objects (padded), A anchors of all levels, K classes, E = reg_max + 1 bins of a distance, 4 distances: left, top, right, bottom.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
-from ssld.stage2_detect.models import boxes
-from ssld.stage2_detect.models import focal_losses as dense_losses
+from ssld.shared.distributed.ranks import ONE_RANK, Ranks
+from ssld.stage2_detect.models import boxes, focal_losses
 from ssld.stage2_detect.models.anchors import Grids, grid_anchors
 from ssld.stage2_detect.models.assign import Assignment
 from ssld.stage2_detect.models.atss import Thresholds, assign_atss
@@ -43,8 +42,6 @@ class GFL(nn.Module):
             depend on the other images of the batch; in PaddleDetection they are candidates and negatives.
         weight_floor: smallest divisor of the box losses, the sum of the positives' scores; 1 in PaddleDetection.
         qfl_weight, box_weight, dfl_weight: of the losses; dfl_weight 0 leaves that one out.
-        total: sums a scalar tensor over ranks.
-        world_size: number of ranks.
     """
 
     def __init__(
@@ -62,14 +59,11 @@ class GFL(nn.Module):
         qfl_weight: float = 1.0,
         box_weight: float = 2.0,
         dfl_weight: float = 0.25,
-        total: Callable[[Tensor], Tensor] = lambda count: count,
-        world_size: int = 1,
     ) -> None:
         super().__init__()
         self.classes, self.strides, self.reg_max = classes, tuple(strides), reg_max
         self.unbiased_std, self.ignore_padding, self.weight_floor = unbiased_std, ignore_padding, weight_floor
         self.qfl_weight, self.box_weight, self.dfl_weight = qfl_weight, box_weight, dfl_weight
-        self.total, self.world_size = total, world_size
         self.head = DenseHead(
             classes=classes,
             channels=channels,
@@ -120,6 +114,7 @@ class GFL(nn.Module):
         grids: Grids,
         sizes_B2: Tensor,
         targets: Targets,
+        ranks: Ranks = ONE_RANK,
         assigned: Assignment | None = None,
     ) -> dict[str, Tensor]:
         """`loss_cls` (quality focal), `loss_box` (GIoU) and `loss_dfl`, of the outputs of `forward`.
@@ -133,33 +128,33 @@ class GFL(nn.Module):
         centres_A2, stride_A = self._cells(grids, logits_BAK.device)
         objects_BA4 = boxes.take(targets.boxes_BG4, assigned.objects_BA)
         # In strides from here on: IoU does not change, and the numbers stay small.
-        wanted_BA4 = (objects_BA4 - centres_A2.repeat(1, 2)) / stride_A[:, None]
-        wanted_BA4 = torch.where(positive_BA[..., None], wanted_BA4, wanted_BA4.new_tensor([-1.0, -1.0, 1.0, 1.0]))
-        distances_BA4 = dense_losses.expected_distance(bins_BA4E)
+        target_BA4 = (objects_BA4 - centres_A2.repeat(1, 2)) / stride_A[:, None]
+        target_BA4 = torch.where(positive_BA[..., None], target_BA4, target_BA4.new_tensor([-1.0, -1.0, 1.0, 1.0]))
+        distances_BA4 = focal_losses.expected_distance(bins_BA4E)
         found_BA4 = torch.cat((-distances_BA4[..., :2], distances_BA4[..., 2:]), dim=-1)
 
-        iou_BA = paired_iou(found_BA4.detach(), wanted_BA4)
+        iou_BA = boxes.paired_iou(found_BA4.detach(), target_BA4)
         if targets.labels_BG.shape[1]:
             class_BA = targets.labels_BG.gather(1, assigned.objects_BA).clamp(min=0)
         else:
             class_BA = torch.zeros_like(assigned.objects_BA)
         quality_BA1 = torch.where(positive_BA, iou_BA, 0.0)[..., None]
         quality_BAK = torch.zeros_like(logits_BAK).scatter_(-1, class_BA[..., None], quality_BA1)
-        qfl_BA = dense_losses.quality_focal_loss(logits_BAK, quality_BAK).sum(dim=-1)
-        positives = self.total(positive_BA.sum(dim=1).clamp(min=1).sum()).clamp(min=1)
-        loss_cls = torch.where(assigned.labels_BA >= 0, qfl_BA, 0.0).sum() * self.world_size / positives
+        qfl_BA = focal_losses.quality_focal_loss(logits_BAK, quality_BAK).sum(dim=-1)
+        positives = ranks.total(positive_BA.sum(dim=1).clamp(min=1).sum()).clamp(min=1)
+        loss_cls = torch.where(assigned.labels_BA >= 0, qfl_BA, 0.0).sum() * ranks.world_size / positives
 
         weight_BA = torch.where(positive_BA, self.scores(logits_BAK), 0.0)
-        factor = self.world_size / self.total(weight_BA.sum()).clamp(min=self.weight_floor)
-        giou_BA = generalized_box_iou_loss(found_BA4, wanted_BA4, eps=1e-7)
+        factor = ranks.world_size / ranks.total(weight_BA.sum()).clamp(min=self.weight_floor)
+        giou_BA = generalized_box_iou_loss(found_BA4, target_BA4, eps=1e-7)
         losses = {
             "loss_cls": self.qfl_weight * loss_cls,
             "loss_box": self.box_weight * factor * torch.where(positive_BA, weight_BA * giou_BA, 0.0).sum(),
         }
         if self.dfl_weight:
             limit = self.reg_max - _BELOW_LAST_BIN
-            sides_BA4 = torch.cat((-wanted_BA4[..., :2], wanted_BA4[..., 2:]), dim=-1).clamp(0, limit)
-            dfl_BA = dense_losses.distribution_focal_loss(bins_BA4E, sides_BA4).mean(dim=-1)
+            sides_BA4 = torch.cat((-target_BA4[..., :2], target_BA4[..., 2:]), dim=-1).clamp(0, limit)
+            dfl_BA = focal_losses.distribution_focal_loss(bins_BA4E, sides_BA4).mean(dim=-1)
             losses["loss_dfl"] = self.dfl_weight * factor * torch.where(positive_BA, weight_BA * dfl_BA, 0.0).sum()
         return losses
 
@@ -171,7 +166,7 @@ class GFL(nn.Module):
     def decode(self, values_BN4E: Tensor, index_BN: Tensor, grids: Grids) -> Tensor:
         """Boxes [B, N, 4] in pixels of the anchors `index_BN`, from their logits of distances."""
         centres_A2, stride_A = self._cells(grids, index_BN.device)
-        distances_BN4 = dense_losses.expected_distance(values_BN4E) * stride_A[index_BN][..., None]
+        distances_BN4 = focal_losses.expected_distance(values_BN4E) * stride_A[index_BN][..., None]
         centres_BN2 = centres_A2[index_BN]
         return torch.cat((centres_BN2 - distances_BN4[..., :2], centres_BN2 + distances_BN4[..., 2:]), dim=-1)
 
@@ -179,10 +174,3 @@ class GFL(nn.Module):
         """Centres [A, 2] and strides [A] of the anchors."""
         anchors_A4 = self.anchors(grids, device)
         return (anchors_A4[:, :2] + anchors_A4[:, 2:]) / 2, (anchors_A4[:, 2] - anchors_A4[:, 0]) / _ANCHOR_STRIDES
-
-
-def paired_iou(first_4: Tensor, second_4: Tensor) -> Tensor:
-    """IoU [...] of boxes with the same place in two tensors [..., 4]."""
-    sides_2 = torch.minimum(first_4[..., 2:], second_4[..., 2:]) - torch.maximum(first_4[..., :2], second_4[..., :2])
-    shared = sides_2.clamp(min=0).prod(dim=-1)
-    return shared / (boxes.area(first_4) + boxes.area(second_4) - shared).clamp(min=1e-6)

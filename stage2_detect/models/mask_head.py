@@ -6,7 +6,7 @@ places of the object's class; in evaluation the final boxes are pooled, and the 
 Shapes: B images, R RoIs of an image, N = B * R, C channels, K classes, S side of a map, P positives, H height, W width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from pycocotools import mask as mask_codec
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssld.shared.distributed.ranks import ONE_RANK, Ranks
 from ssld.stage2_detect.models import boxes, pooling
 from ssld.stage2_detect.models.batch import Detections, Targets
 from ssld.stage2_detect.models.mask_targets import ImageMasks, rasterise
@@ -35,8 +36,6 @@ class MaskHead(nn.Module):
         pool_size: side of the pooled features; maps have twice that.
         sampling_ratio, aligned: of pooling.
         threshold: probability from which a pixel belongs to the object.
-        total: sums a scalar int64 count over ranks.
-        world_size: number of ranks.
     """
 
     def __init__(
@@ -51,13 +50,10 @@ class MaskHead(nn.Module):
         sampling_ratio: int = 0,
         aligned: bool = True,
         threshold: float = 0.5,
-        total: Callable[[Tensor], Tensor] = lambda count: count,
-        world_size: int = 1,
     ) -> None:
         super().__init__()
         self.strides, self.pool_size = tuple(strides), pool_size
         self.sampling_ratio, self.aligned, self.threshold = sampling_ratio, aligned, threshold
-        self.total, self.world_size = total, world_size
         self.convs = nn.ModuleList(
             nn.Conv2d(channels if number == 0 else hidden, hidden, 3, padding=1) for number in range(convolutions)
         )
@@ -75,7 +71,9 @@ class MaskHead(nn.Module):
         logits: Tensor = self.logits(F.relu(self.upsample(maps))).float()
         return logits
 
-    def losses(self, features: Sequence[Tensor], sampled: SampledRoIs, targets: Targets) -> dict[str, Tensor]:
+    def losses(
+        self, features: Sequence[Tensor], sampled: SampledRoIs, targets: Targets, ranks: Ranks = ONE_RANK
+    ) -> dict[str, Tensor]:
         """`loss_mask`: binary cross-entropy, mean over the positives of all ranks and the places of their maps; 0 without any."""
         assert targets.masks is not None, "a mask head learns from shapes"
         # Positives first, as many places as the image with most of them needs. Shapes are filled in on the host, so it may know.
@@ -90,10 +88,10 @@ class MaskHead(nn.Module):
         else:
             class_N = torch.zeros_like(objects_BR).flatten()
         logits_NSS = logits_NKSS[torch.arange(len(class_N), device=class_N.device), class_N]
-        wanted_NSS = self._wanted(targets.masks, rois_BR4, positive_BR, objects_BR, logits_NSS.shape[-1])
-        entropy_N = F.binary_cross_entropy_with_logits(logits_NSS, wanted_NSS, reduction="none").mean(dim=(1, 2))
-        count = self.total(positive_N.sum()).clamp(min=1)
-        return {"loss_mask": torch.where(positive_N, entropy_N, 0.0).sum() * self.world_size / count}
+        target_NSS = self._targets(targets.masks, rois_BR4, positive_BR, objects_BR, logits_NSS.shape[-1])
+        entropy_N = F.binary_cross_entropy_with_logits(logits_NSS, target_NSS, reduction="none").mean(dim=(1, 2))
+        count = ranks.total(positive_N.sum()).clamp(min=1)
+        return {"loss_mask": torch.where(positive_N, entropy_N, 0.0).sum() * ranks.world_size / count}
 
     @torch.no_grad()
     def predict(self, features: Sequence[Tensor], found: Sequence[Detections]) -> list[Tensor]:
@@ -128,16 +126,16 @@ class MaskHead(nn.Module):
         )
 
     @staticmethod
-    def _wanted(
+    def _targets(
         masks: Sequence[ImageMasks], rois_BR4: Tensor, positive_BR: Tensor, objects_BR: Tensor, size: int
     ) -> Tensor:
         """float32 [N, size, size]: shapes of the positives, zeros elsewhere."""
         image_P, place_P = positive_BR.cpu().nonzero(as_tuple=True)
         rois_P4, objects_P = rois_BR4.cpu()[image_P, place_P].numpy(), objects_BR.cpu()[image_P, place_P].numpy()
-        wanted_BRSS = torch.zeros((*positive_BR.shape, size, size))
+        target_BRSS = torch.zeros((*positive_BR.shape, size, size))
         grids = rasterise(masks, image_P.numpy(), objects_P, rois_P4, size)
-        wanted_BRSS[image_P, place_P] = torch.from_numpy(grids).float()
-        return wanted_BRSS.flatten(0, 1).to(rois_BR4.device)
+        target_BRSS[image_P, place_P] = torch.from_numpy(grids).float()
+        return target_BRSS.flatten(0, 1).to(rois_BR4.device)
 
 
 def paste(maps_DSS: Tensor, boxes_D4: Tensor, height: int, width: int, threshold: float) -> list[Any]:

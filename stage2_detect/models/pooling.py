@@ -9,13 +9,12 @@ Shapes: B images, R RoIs of an image, N = B * R, L levels, C channels, S side of
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssld.stage2_detect.models import boxes
-from ssld.stage2_detect.models.kernels.roi_align import roi_align
+from ssld.stage2_detect.models import boxes, kernels
+from ssld.stage2_detect.models.kernels.roi_align import pool_by_level, roi_align
 
 _CANONICAL_SIDE, _CANONICAL_STRIDE = 224, 16  # a RoI of 224 px belongs to the level of stride 16
 _NOWHERE = -1e6  # so far outside that a RoI there reads no pixel and pools zeros
@@ -53,38 +52,11 @@ def pool_rois(
         feature, scale = features[level].float(), 1 / strides[level]
         return roi_align(feature, rois, size, scale, sampling_ratio=sampling_ratio, aligned=aligned)
 
-    on_host = rois_N5.device.type == "cpu" and not torch.compiler.is_exporting()
-    in_order = _pool_in_order if on_host else _pool_in_place
-    return in_order(pool, rois_N5, level_N, len(strides))
+    by_level = pool_by_level if kernels.on_host(rois_N5) else _pool_on_all_levels
+    return by_level(pool, rois_N5, level_N, len(strides))
 
 
-def _pool_in_order(pool: Callable[[int, Tensor], Tensor], rois_N5: Tensor, level_N: Tensor, levels: int) -> Tensor:
-    """Each RoI on its level alone; the levels' counts have to be on the host."""
-    order_N = level_N.argsort(stable=True)
-    *places, rest = order_N.split(level_N.bincount(minlength=levels + 1).tolist())
-    pooled = [pool(level, rois_N5[place]) for level, place in enumerate(places)]
-    placed: Tensor = _Placed.apply(rest, places, *pooled)
-    return placed
-
-
-class _Placed(torch.autograd.Function):
-    """Rows of several tensors put where they belong, zeros elsewhere: one copy instead of three, and one back."""
-
-    @staticmethod
-    def forward(ctx: Any, rest: Tensor, places: list[Tensor], *rows: Tensor) -> Tensor:
-        ctx.places = places
-        count = len(rest) + sum(map(len, places))
-        placed = rows[0].new_empty((count, *rows[0].shape[1:]))
-        for place, some in zip(places, rows, strict=True):
-            placed.index_copy_(0, place, some)
-        return placed.index_fill_(0, rest, 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(slopes[0].index_select(0, place) for place in ctx.places)
-
-
-def _pool_in_place(pool: Callable[[int, Tensor], Tensor], rois_N5: Tensor, level_N: Tensor, levels: int) -> Tensor:
+def _pool_on_all_levels(pool: Callable[[int, Tensor], Tensor], rois_N5: Tensor, level_N: Tensor, levels: int) -> Tensor:
     """Every RoI on all levels, but outside of those that are not its own: no shape depends on a value, so the host
     never waits for a GPU.
     """

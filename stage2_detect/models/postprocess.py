@@ -1,6 +1,6 @@
-"""From scored boxes to detections: suppression within classes, the best of an image, and back to the original image.
+"""From scored boxes to detections: NMS within classes, the best of an image, and back to the original image.
 
-Hard suppression drops what overlaps a better box of its class; soft suppression (arXiv 1704.04503) lowers its score, and
+Hard NMS drops what overlaps a better box of its class; soft NMS (arXiv 1704.04503) lowers its score, and
 drops what falls to the threshold.
 
 Shapes: R RoIs of an image, K classes, D candidates, later detections; in `soft_nms` C candidates of the class that has most.
@@ -17,11 +17,11 @@ from ssld.stage2_detect.models.batch import Detections
 
 
 @dataclass(frozen=True)
-class Suppression:
+class NMS:
     """How overlapping detections of a class are thinned out.
 
     Args:
-        iou: overlap above which hard suppression drops and soft_linear lowers the score; soft_gaussian has no use for it.
+        iou: overlap above which hard NMS drops and soft_linear lowers the score; soft_gaussian has no use for it.
         sigma: of soft_gaussian: scores are multiplied by exp(-IoU^2 / sigma).
     """
 
@@ -30,12 +30,10 @@ class Suppression:
     sigma: float = 0.5
 
 
-HARD = Suppression()
+HARD = NMS()
 
 
-def select(
-    boxes_RK4: Tensor, scores_RK: Tensor, *, threshold: float, suppression: Suppression, most: int
-) -> Detections:
+def select(boxes_RK4: Tensor, scores_RK: Tensor, *, threshold: float, nms: NMS, most: int) -> Detections:
     """The best `most` boxes of one image with scores above `threshold`, best first, in the boxes' own coordinates.
 
     Args:
@@ -44,25 +42,25 @@ def select(
     """
     roi_D, class_D = (scores_RK > threshold).nonzero(as_tuple=True)
     boxes_D4, scores_D = boxes_RK4[roi_D, class_D], scores_RK[roi_D, class_D]
-    best_D, scores_D = suppress(boxes_D4, scores_D, class_D, suppression, threshold=threshold, most=most)
+    best_D, scores_D = apply_nms(boxes_D4, scores_D, class_D, nms, threshold=threshold, most=most)
     return Detections(boxes_D4[best_D], scores_D, class_D[best_D])
 
 
-def suppress(
-    boxes_D4: Tensor, scores_D: Tensor, class_D: Tensor, suppression: Suppression, *, threshold: float, most: int
+def apply_nms(
+    boxes_D4: Tensor, scores_D: Tensor, class_D: Tensor, nms: NMS, *, threshold: float, most: int
 ) -> tuple[Tensor, Tensor]:
-    """Indices of the best `most` boxes that are left, best first, and their scores, which soft suppression has lowered."""
-    if suppression.kind == "hard":
-        best_D = boxes.class_nms(boxes_D4, scores_D, class_D, suppression.iou, most=most)
+    """Indices of the best `most` boxes that are left, best first, and their scores, which soft NMS has lowered."""
+    if nms.kind == "hard":
+        best_D = boxes.class_nms(boxes_D4, scores_D, class_D, nms.iou, most=most)
         return best_D, scores_D[best_D]
-    scores_D = soft_nms(boxes_D4, scores_D, class_D, suppression, most=most)
+    scores_D = soft_nms(boxes_D4, scores_D, class_D, nms, most=most)
     scores_D, best_D = scores_D.sort(descending=True, stable=True)
     some_D = scores_D[:most] > threshold
     return best_D[:most][some_D], scores_D[:most][some_D]
 
 
-def soft_nms(boxes_D4: Tensor, scores_D: Tensor, class_D: Tensor, suppression: Suppression, *, most: int) -> Tensor:
-    """Scores [D] after soft suppression within each class; 0 for what cannot be among the best `most` of all classes.
+def soft_nms(boxes_D4: Tensor, scores_D: Tensor, class_D: Tensor, nms: NMS, *, most: int) -> Tensor:
+    """Scores [D] after soft NMS within each class; 0 for what cannot be among the best `most` of all classes.
 
     Classes advance together: each step takes the best box that is left of every class and lowers the scores of the others
     by their IoU with it (arXiv 1704.04503, figure 2). Scores only fall, so the steps end where `most` taken boxes are as good
@@ -89,12 +87,15 @@ def soft_nms(boxes_D4: Tensor, scores_D: Tensor, class_D: Tensor, suppression: S
         best_M = torch.cat((best_M, score_K1[:, 0])).topk(most).values
         final_KC.scatter_(1, taken_K1, score_K1.clamp(min=0).maximum(final_KC.gather(1, taken_K1)))
         iou_KC = boxes.pairwise_iou(boxes.take(boxes_KC4, taken_K1), boxes_KC4)[:, 0]
-        if suppression.kind == "soft_linear":
-            factor_KC = torch.where(iou_KC >= suppression.iou, 1 - iou_KC, 1.0)
-        else:
-            factor_KC = torch.exp(-iou_KC.square() / suppression.sigma)
-        left_KC = torch.where(left_KC >= 0, left_KC * factor_KC, -1.0).scatter(1, taken_K1, -1.0)
+        left_KC = torch.where(left_KC >= 0, left_KC * _lowered(iou_KC, nms), -1.0).scatter(1, taken_K1, -1.0)
     return final_KC[row_D, place_D]
+
+
+def _lowered(iou: Tensor, nms: NMS) -> Tensor:
+    """The factor on the score of a box with this IoU with a better one."""
+    if nms.kind == "soft_linear":
+        return torch.where(iou >= nms.iou, 1 - iou, 1.0)
+    return torch.exp(-iou.square() / nms.sigma)
 
 
 def to_original(found: Detections, size_2: Tensor, scale: Tensor) -> tuple[Detections, Tensor]:

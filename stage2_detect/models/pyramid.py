@@ -9,6 +9,7 @@ Shapes: B images, C channels, H height, W width.
 """
 
 from collections.abc import Collection
+from typing import Literal
 
 import torch
 from timm.layers import Format
@@ -28,19 +29,19 @@ class P6P7(ExtraFPNBlock):
 
     Args:
         width: channels of C5.
-        from_c5: P6 from C5 instead of P5.
+        p6_from: what P6 is convolved from, P5 or C5.
         relu_before_p7: as Detectron, PaddleDetection and torchvision have it; mmdetection's GFL does not.
     """
 
-    def __init__(self, width: int, channels: int, *, from_c5: bool, relu_before_p7: bool) -> None:
+    def __init__(self, width: int, channels: int, *, p6_from: Literal["p5", "c5"], relu_before_p7: bool) -> None:
         super().__init__()
-        self.from_c5, self.relu_before_p7 = from_c5, relu_before_p7
-        self.p6 = nn.Conv2d(width if from_c5 else channels, channels, 3, stride=2, padding=1)
+        self.p6_from, self.relu_before_p7 = p6_from, relu_before_p7
+        self.p6 = nn.Conv2d(width if p6_from == "c5" else channels, channels, 3, stride=2, padding=1)
         self.p7 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         """P3..P5 and C3..C5 -> P3..P7."""
-        p6 = self.p6(x[-1] if self.from_c5 else results[-1])
+        p6 = self.p6(x[-1] if self.p6_from == "c5" else results[-1])
         p7 = self.p7(F.relu(p6) if self.relu_before_p7 else p6)
         return [*results, p6, p7], [*names, "p6", "p7"]
 
@@ -59,7 +60,7 @@ class TimmPyramid(nn.Module):
         dcn_strides: stages, by stride, whose dense 3x3 convolutions become deformable ones. Weights have to be in the
             body already.
         p3_p7: without the finest level, and with two convolved ones on top.
-        p6_from_c5, relu_before_p7: of P3..P7, see `P6P7`.
+        p6_from, relu_before_p7: of P3..P7, see `P6P7`.
 
     Raises:
         UserError: the body lacks a stride, has nothing to make deformable there, or its maps do not have the size that
@@ -76,7 +77,7 @@ class TimmPyramid(nn.Module):
         freeze_norm: bool = False,
         dcn_strides: Collection[int] = (),
         p3_p7: bool = False,
-        p6_from_c5: bool = False,
+        p6_from: Literal["p5", "c5"] = "p5",
         relu_before_p7: bool = False,
     ) -> None:
         super().__init__()
@@ -96,7 +97,7 @@ class TimmPyramid(nn.Module):
         self._probe(widths, name)
         extra: ExtraFPNBlock = LastLevelMaxPool()
         if p3_p7:
-            extra = P6P7(widths[-1], channels, from_c5=p6_from_c5, relu_before_p7=relu_before_p7)
+            extra = P6P7(widths[-1], channels, p6_from=p6_from, relu_before_p7=relu_before_p7)
         self.fpn = FeaturePyramidNetwork(widths[self.first_level :], channels, extra_blocks=extra)
         for module in self.fpn.modules():
             if isinstance(module, nn.Conv2d):

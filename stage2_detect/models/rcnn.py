@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ssld.shared.distributed.ranks import ONE_RANK, Ranks
 from ssld.stage2_detect.models import postprocess
 from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
 from ssld.stage2_detect.models.mask_head import MaskHead, paste
@@ -39,6 +40,7 @@ class RCNN(nn.Module):
     Args:
         mask_head: also finds the objects' shapes.
         mean, std: of the backbone's input, for red, green, blue in units of 0..1.
+        ranks: what the losses of `forward` are divided over.
     """
 
     mean_C11: Tensor
@@ -53,9 +55,11 @@ class RCNN(nn.Module):
         mask_head: MaskHead | None = None,
         mean: Sequence[float],
         std: Sequence[float],
+        ranks: Ranks = ONE_RANK,
     ) -> None:
         super().__init__()
         self.pyramid, self.rpn, self.roi_heads, self.mask_head = pyramid, rpn, roi_heads, mask_head
+        self.ranks = ranks
         # Not in the state dict: they belong to the backbone's description, which is stored beside the weights.
         self.register_buffer("mean_C11", 255 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std_C11", 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
@@ -72,7 +76,7 @@ class RCNN(nn.Module):
         features = self.features(images)
         if self.training:
             assert targets is not None, "training needs targets"
-            return self.losses(features, images.sizes_B2, targets)[0]
+            return self.losses(features, images.sizes_B2, targets, self.ranks)[0]
         found = self._find(features, images)
         seen = self._to_originals(found, images)
         if self.mask_head is None:
@@ -112,13 +116,13 @@ class RCNN(nn.Module):
         return maps
 
     def losses(
-        self, features: Sequence[Tensor], sizes_B2: Tensor, targets: Targets
+        self, features: Sequence[Tensor], sizes_B2: Tensor, targets: Targets, ranks: Ranks
     ) -> tuple[dict[str, Tensor], SampledRoIs]:
         """The losses of `forward` from feature maps, and the regions that the first box head was trained on."""
         proposals, losses = self.rpn(features, sizes_B2, targets)
-        roi_losses, sampled = self.roi_heads.losses(features, proposals, sizes_B2, targets)
+        roi_losses, sampled = self.roi_heads.losses(features, proposals, sizes_B2, targets, ranks)
         if self.mask_head:
-            losses |= self.mask_head.losses(features, sampled, targets)
+            losses |= self.mask_head.losses(features, sampled, targets, ranks)
         return losses | roi_losses, sampled
 
     def _find(self, features: Sequence[Tensor], images: ImageBatch) -> list[Detections]:

@@ -6,15 +6,15 @@ does otherwise (smooth L1, low-quality matches only from an IoU on).
 Shapes: B images, G objects (padded), A anchors of all levels, K classes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssld.stage2_detect.models import boxes
-from ssld.stage2_detect.models import focal_losses as dense_losses
+from ssld.shared.distributed.ranks import ONE_RANK, Ranks
+from ssld.stage2_detect.models import boxes, focal_losses
 from ssld.stage2_detect.models.anchors import Grids, grid_anchors
 from ssld.stage2_detect.models.assign import Assignment
 from ssld.stage2_detect.models.assign import assign as assign_max_iou
@@ -39,8 +39,6 @@ class RetinaNet(nn.Module):
         low_quality_iou: an object's best anchor is positive from this IoU on, below `positive_iou` too.
         alpha, gamma: of the focal loss.
         smooth_l1_beta: distance at which the square part of the box loss ends; 0 is plain L1.
-        total: sums a scalar tensor over ranks.
-        world_size: number of ranks.
     """
 
     def __init__(
@@ -58,14 +56,11 @@ class RetinaNet(nn.Module):
         alpha: float = 0.25,
         gamma: float = 2.0,
         smooth_l1_beta: float = 0.0,
-        total: Callable[[Tensor], Tensor] = lambda count: count,
-        world_size: int = 1,
     ) -> None:
         super().__init__()
         self.classes, self.strides, self.ratios = classes, tuple(strides), tuple(ratios)
         self.positive_iou, self.negative_iou, self.low_quality_iou = positive_iou, negative_iou, low_quality_iou
         self.alpha, self.gamma, self.smooth_l1_beta = alpha, gamma, smooth_l1_beta
-        self.total, self.world_size = total, world_size
         self.head = DenseHead(
             classes=classes,
             channels=channels,
@@ -118,6 +113,7 @@ class RetinaNet(nn.Module):
         grids: Grids,
         sizes_B2: Tensor,
         targets: Targets,
+        ranks: Ranks = ONE_RANK,
         assigned: Assignment | None = None,
     ) -> dict[str, Tensor]:
         """`loss_cls` and `loss_box`, each a sum divided by the positives of all images and ranks, of the outputs of `forward`.
@@ -131,11 +127,11 @@ class RetinaNet(nn.Module):
         label_BA = torch.full_like(assigned.objects_BA, -1)
         if targets.labels_BG.shape[1]:
             label_BA = torch.where(positive_BA, targets.labels_BG.gather(1, assigned.objects_BA), -1)
-        focal_BA = dense_losses.focal_loss(logits_BAK, label_BA, alpha=self.alpha, gamma=self.gamma).sum(dim=-1)
+        focal_BA = focal_losses.focal_loss(logits_BAK, label_BA, alpha=self.alpha, gamma=self.gamma).sum(dim=-1)
         references_BA4 = self.anchors(grids, logits_BAK.device).expand_as(deltas_BA4)
         deltas = boxes.encode(boxes.take(targets.boxes_BG4, assigned.objects_BA), references_BA4, _WEIGHTS)
         distance_BA = F.smooth_l1_loss(deltas_BA4, deltas, beta=self.smooth_l1_beta, reduction="none").sum(dim=-1)
-        factor = self.world_size / self.total(positive_BA.sum()).clamp(min=1)
+        factor = ranks.world_size / ranks.total(positive_BA.sum()).clamp(min=1)
         return {
             "loss_cls": torch.where(assigned.labels_BA >= 0, focal_BA, 0.0).sum() * factor,
             "loss_box": torch.where(positive_BA, distance_BA, 0.0).sum() * factor,

@@ -5,14 +5,13 @@ Sources: arXiv 1506.01497, 1612.03144 (levels), 1703.06870 (aligned pooling), 17
 normalisations as PaddleDetection@666f597f: background is the last logit, the box loss is a sum over positives divided by
 all sampled RoIs, positives and negatives together. Later stages relabel the RoIs of the first instead of sampling anew.
 
-Losses divide by counts that depend on predictions. Such a count is of one micro-batch and summed over ranks by `total`;
-since data-parallel training averages gradients over ranks, each rank's loss is multiplied by their number.
+Losses divide by counts that depend on predictions. Such a count is of one micro-batch, summed over ranks.
 
 Shapes: B images, G objects, R RoIs of an image (some not valid), N = B * R, K classes (K + 1 logits in `logits_NK`),
 D = K deltas a RoI or 1 if class-agnostic, C channels, F hidden features.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssld.shared.distributed.ranks import ONE_RANK, Ranks
 from ssld.stage2_detect.models import assign, boxes, pooling, postprocess, sampling
 from ssld.stage2_detect.models.batch import Detections, Targets
 from ssld.stage2_detect.models.box_losses import L1, BoxLoss
@@ -32,14 +32,14 @@ _STREAM = 1  # of the sampling hash; the RPN has 0
 class BoxStage:
     """What one stage regresses to."""
 
-    iou: float
+    positive_iou: float
     """RoIs at or above it are positive, all others negative."""
-    weights: tuple[float, float, float, float]
-    """Of the deltas."""
+    delta_weights: tuple[float, float, float, float]
+    """On the deltas of x, y, width, height."""
     loss_weight: float = 1.0
 
 
-FASTER = (BoxStage(iou=0.5, weights=(10.0, 10.0, 5.0, 5.0)),)
+FASTER = (BoxStage(positive_iou=0.5, delta_weights=(10.0, 10.0, 5.0, 5.0)),)
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,6 @@ class BoxHead(nn.Module):
         return self.logits(hidden_NF).float(), self.deltas(hidden_NF).float().unflatten(1, (-1, 4))
 
 
-def _local(count: Tensor) -> Tensor:
-    return count
-
-
 class RoIHeads(nn.Module):
     """Proposals -> losses (`losses`) or detections (`detect_network`).
 
@@ -92,16 +88,14 @@ class RoIHeads(nn.Module):
         channels: of the feature maps.
         strides: of the feature maps that RoIs are pooled from, finest first; maps beyond them are ignored.
         stages: more than one needs `class_agnostic`.
-        class_agnostic: one box a RoI instead of one a class.
-        add_objects_each_stage: append the objects to the RoIs of later stages as to those of the first.
+        class_agnostic: one box per RoI instead of one a class.
+        add_gt_each_stage: append the objects to the RoIs of later stages as to those of the first.
         score_rois: which RoIs each stage scores in evaluation, its own or the last stage's; the scores are averaged.
         hidden: width of the fully connected layers.
         pool_size, sampling_ratio, aligned: of the pooling, see `pooling.pool_rois`.
         samples_per_image, positive_fraction: of the RoIs in the losses.
-        sampling_kind: random; first takes RoIs in index order; libra spreads negatives over `libra_bins` bins of IoU.
-        score_threshold, suppression, detections_per_image: of the detections, see `postprocess.select`.
-        total: sums a scalar int64 count over ranks.
-        world_size: number of ranks.
+        sampling: random; first takes RoIs in index order; libra spreads negatives over `libra_bins` bins of IoU.
+        score_threshold, nms, detections_per_image: of the detections, see `postprocess.select`.
     """
 
     def __init__(
@@ -112,7 +106,7 @@ class RoIHeads(nn.Module):
         strides: Sequence[int] = (4, 8, 16, 32),
         stages: Sequence[BoxStage] = FASTER,
         class_agnostic: bool = False,
-        add_objects_each_stage: bool = False,
+        add_gt_each_stage: bool = False,
         score_rois: Literal["own", "last"] = "own",
         hidden: int = 1024,
         pool_size: int = 7,
@@ -120,33 +114,34 @@ class RoIHeads(nn.Module):
         aligned: bool = True,
         samples_per_image: int = 512,
         positive_fraction: float = 0.25,
-        sampling_kind: Literal["random", "first", "libra"] = "random",
+        sampling: Literal["random", "first", "libra"] = "random",
         libra_bins: int = 3,
         box_loss: BoxLoss = L1,
         score_threshold: float = 0.05,
-        suppression: postprocess.Suppression = postprocess.HARD,
+        nms: postprocess.NMS = postprocess.HARD,
         detections_per_image: int = 100,
-        total: Callable[[Tensor], Tensor] = _local,
-        world_size: int = 1,
     ) -> None:
         super().__init__()
         assert class_agnostic or len(stages) == 1, "a later stage starts from one box a RoI, not from one a class"
         self.classes, self.stages, self.strides, self.pool_size = classes, tuple(stages), tuple(strides), pool_size
-        self.add_objects_each_stage, self.score_rois = add_objects_each_stage, score_rois
+        self.add_gt_each_stage, self.score_rois = add_gt_each_stage, score_rois
         self.sampling_ratio, self.aligned = sampling_ratio, aligned
         self.samples_per_image, self.positive_fraction = samples_per_image, positive_fraction
-        self.sampling_kind, self.libra_bins = sampling_kind, libra_bins
+        self.sampling, self.libra_bins = sampling, libra_bins
         self.box_loss = box_loss
-        self.score_threshold, self.suppression = score_threshold, suppression
-        self.detections_per_image = detections_per_image
-        self.total, self.world_size = total, world_size
+        self.score_threshold, self.nms, self.detections_per_image = score_threshold, nms, detections_per_image
         self.heads = nn.ModuleList(
             BoxHead(features=channels * pool_size**2, hidden=hidden, classes=classes, class_agnostic=class_agnostic)
             for _ in stages
         )
 
     def losses(
-        self, features: Sequence[Tensor], proposals: Proposals, sizes_B2: Tensor, targets: Targets
+        self,
+        features: Sequence[Tensor],
+        proposals: Proposals,
+        sizes_B2: Tensor,
+        targets: Targets,
+        ranks: Ranks = ONE_RANK,
     ) -> tuple[dict[str, Tensor], SampledRoIs]:
         """`loss_cls` and `loss_box`, with several stages each with its number behind it, as `loss_cls_0`; and the RoIs of
         the first stage.
@@ -155,11 +150,15 @@ class RoIHeads(nn.Module):
         rois_BR4, valid_BR = proposals.boxes_BR4, proposals.valid_BR
         losses: dict[str, Tensor] = {}
         for number, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
-            if number == 0 or self.add_objects_each_stage:
+            if number == 0 or self.add_gt_each_stage:
                 rois_BR4 = torch.cat((rois_BR4, targets.boxes_BG4), dim=1)
                 valid_BR = torch.cat((valid_BR, present_BG), dim=1)
             assigned = assign.assign(
-                rois_BR4, targets.boxes_BG4, present_BG, positive_iou=stage.iou, negative_iou=stage.iou
+                rois_BR4,
+                targets.boxes_BG4,
+                present_BG,
+                positive_iou=stage.positive_iou,
+                negative_iou=stage.positive_iou,
             )
             positive_BR, objects_BR = valid_BR & (assigned.labels_BA == 1), assigned.objects_BA
             if number == 0:
@@ -170,7 +169,7 @@ class RoIHeads(nn.Module):
             if number == 0:
                 sampled = SampledRoIs(rois_BR4, valid_BR, positive_BR, objects_BR, logits_NK)
             loss_cls, loss_box = self._stage_losses(
-                stage, logits_NK, deltas_ND4, rois_BR4, valid_BR, positive_BR, objects_BR, targets
+                stage, logits_NK, deltas_ND4, rois_BR4, valid_BR, positive_BR, objects_BR, targets, ranks
             )
             suffix = f"_{number}" if len(self.stages) > 1 else ""
             losses[f"loss_cls{suffix}"], losses[f"loss_box{suffix}"] = loss_cls, loss_box
@@ -198,7 +197,7 @@ class RoIHeads(nn.Module):
                 boxes_RK4,
                 scores_RK,
                 threshold=self.score_threshold,
-                suppression=self.suppression,
+                nms=self.nms,
                 most=self.detections_per_image,
             )
             for boxes_RK4, scores_RK in zip(boxes_BRD4.expand(-1, -1, self.classes, -1), scores_BRK, strict=True)
@@ -221,7 +220,7 @@ class RoIHeads(nn.Module):
         # Whichever RoIs were scored, the boxes are the last stage's.
         scores_NK = torch.stack([logits_NK.softmax(dim=-1) for logits_NK in logits]).mean(dim=0)
         scores_BRK = scores_NK[:, :-1].unflatten(0, (B, R)) * valid_BR[..., None]
-        boxes_BRD4 = boxes.decode(deltas_ND4.unflatten(0, (B, R)), rois_BR4[:, :, None], stage.weights)
+        boxes_BRD4 = boxes.decode(deltas_ND4.unflatten(0, (B, R)), rois_BR4[:, :, None], stage.delta_weights)
         return boxes.clip(boxes_BRD4, sizes_B2), scores_BRK
 
     def _pool(self, features: Sequence[Tensor], rois_BR4: Tensor, valid_BR: Tensor) -> Tensor:
@@ -239,12 +238,12 @@ class RoIHeads(nn.Module):
         R = valid_BR.shape[1]
         count, fraction = self.samples_per_image, self.positive_fraction
         labels_BR = torch.where(valid_BR, positive_BR.long(), -1)
-        if self.sampling_kind == "first":
+        if self.sampling == "first":
             return sampling.sample(
                 labels_BR, sampling.index_priority(seeds_B, R), count=count, positive_fraction=fraction
             )
         priority_BR = sampling.hash_priority(seeds_B, R, _STREAM)
-        if self.sampling_kind == "libra":
+        if self.sampling == "libra":
             priority_BR = sampling.spread_priority(
                 labels_BR, ious_BR, priority_BR, count=count, positive_fraction=fraction, bins=self.libra_bins
             )
@@ -260,6 +259,7 @@ class RoIHeads(nn.Module):
         positive_BR: Tensor,
         objects_BR: Tensor,
         targets: Targets,
+        ranks: Ranks,
     ) -> tuple[Tensor, Tensor]:
         if targets.labels_BG.shape[1] > 0:
             class_BR = torch.where(positive_BR, targets.labels_BG.gather(1, objects_BR), self.classes)
@@ -267,21 +267,21 @@ class RoIHeads(nn.Module):
             class_BR = torch.full_like(objects_BR, self.classes)
         class_N = torch.where(valid_BR, class_BR, -1).flatten()
         entropy = F.cross_entropy(logits_NK, class_N, ignore_index=-1, reduction="sum")
-        wanted_BR4 = boxes.encode(boxes.take(targets.boxes_BG4, objects_BR), rois_BR4, stage.weights)
+        target_BR4 = boxes.encode(boxes.take(targets.boxes_BG4, objects_BR), rois_BR4, stage.delta_weights)
         # The row of the object's class. Where there is no object any row does: it is replaced by a perfect prediction before
         # the loss, so that no gradient there, which `where` alone would multiply by zero, can be infinite.
         row_N = class_N.clamp(0, deltas_ND4.shape[1] - 1)
         deltas_N4 = deltas_ND4[torch.arange(len(row_N), device=row_N.device), row_N]
         positive_N = positive_BR.flatten()
         deltas_N4 = torch.where(positive_N[:, None], deltas_N4, 0.0)
-        wanted_N4 = torch.where(positive_N[:, None], wanted_BR4.flatten(0, 1), 0.0)
-        distance = torch.where(positive_N, self.box_loss(deltas_N4, wanted_N4, stage.weights), 0.0).sum()
-        factor = stage.loss_weight * self.world_size / self.total(valid_BR.sum()).clamp(min=1)
+        target_N4 = torch.where(positive_N[:, None], target_BR4.flatten(0, 1), 0.0)
+        distance = torch.where(positive_N, self.box_loss(deltas_N4, target_N4, stage.delta_weights), 0.0).sum()
+        factor = stage.loss_weight * ranks.world_size / ranks.total(valid_BR.sum()).clamp(min=1)
         box_factor = factor
-        if self.box_loss.per_positive:
-            box_factor = factor * self.classes / self.total(positive_BR.sum()).clamp(min=1)
+        if self.box_loss.normalization == "positives":
+            box_factor = factor * self.classes / ranks.total(positive_BR.sum()).clamp(min=1)
         return entropy * factor, distance * box_factor
 
     def _refine(self, stage: BoxStage, deltas_N14: Tensor, rois_BR4: Tensor, sizes_B2: Tensor) -> Tensor:
         deltas_BR4 = deltas_N14.detach()[:, 0].view(rois_BR4.shape)
-        return boxes.clip(boxes.decode(deltas_BR4, rois_BR4, stage.weights), sizes_B2)
+        return boxes.clip(boxes.decode(deltas_BR4, rois_BR4, stage.delta_weights), sizes_B2)

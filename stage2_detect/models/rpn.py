@@ -2,7 +2,7 @@
 
 Behaves as PaddleDetection@666f597f: both losses are sums over the sampled anchors divided by `samples_per_image` times
 the images, whatever was in fact sampled; the box loss is plain L1; proposals smaller than a pixel are dropped before
-suppression. No anchor is excluded for reaching over the image's border or into the padding. Absent: several anchor
+NMS. No anchor is excluded for reaching over the image's border or into the padding. Absent: several anchor
 sizes on a level.
 
 Shapes: B images, G objects, A anchors of all levels in the order level, row, column, ratio, N candidates, R proposals,
@@ -11,6 +11,7 @@ S sampled anchors, C channels, H rows, W columns.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from ssld.stage2_detect.models import anchors, assign, boxes, sampling
 from ssld.stage2_detect.models.batch import Targets
-from ssld.stage2_detect.models.kernels import sampled_conv
+from ssld.stage2_detect.models.kernels import sparse_rpn
 
 _STREAM = 0  # of the sampling hash; the RoI heads use others
 _WEIGHTS = (1.0, 1.0, 1.0, 1.0)
@@ -51,54 +52,21 @@ class RPNHead(nn.Module):
         hidden_BCHW = F.relu(self.conv(feature_BCHW))
         return self.objectness(hidden_BCHW), self.deltas(hidden_BCHW)
 
-    def at(self, features: Sequence[Tensor], cells_BS: "Cells") -> tuple[Tensor, Tensor]:
-        """float32 logits [B, S] and deltas [B, S, 4] of single anchors, the values of `forward` there."""
-        B, S = cells_BS.level.shape
-        patches = sampled_conv.patches(features, cells_BS.level, cells_BS.row, cells_BS.column)
-        hidden = F.relu(F.linear(patches, sampled_conv.flat_weight(self.conv.weight), self.conv.bias))
-        logits = F.linear(hidden, self.objectness.weight.flatten(1), self.objectness.bias).view(B, S, -1)
-        deltas = F.linear(hidden, self.deltas.weight.flatten(1), self.deltas.bias).view(B, S, -1, 4)
-        ratio_BS1 = cells_BS.ratio[..., None]
-        deltas_BS4 = deltas.gather(2, ratio_BS1[..., None].expand(-1, -1, -1, 4)).squeeze(2)
-        return logits.gather(2, ratio_BS1).squeeze(2).float(), deltas_BS4.float()
-
-
-@dataclass(frozen=True)
-class Cells:
-    """Where single anchors sit, int64 [B, S] each."""
-
-    level: Tensor
-    row: Tensor
-    column: Tensor
-    ratio: Tensor
-
-
-def cells_of(index_BS: Tensor, grids: anchors.Grids, ratios: int) -> Cells:
-    """Takes anchor numbers apart; `grids` are the (rows, columns) of the levels."""
-    level_BS, begin_BS, width_BS = torch.zeros_like(index_BS), torch.zeros_like(index_BS), torch.ones_like(index_BS)
-    begin = 0
-    for level, (rows, columns) in enumerate(grids):
-        here_BS = index_BS >= begin
-        level_BS = torch.where(here_BS, level, level_BS)
-        begin_BS = torch.where(here_BS, begin, begin_BS)
-        width_BS = torch.where(here_BS, columns, width_BS)
-        begin += rows * columns * ratios
-    cell_BS = (index_BS - begin_BS) // ratios
-    return Cells(level_BS, cell_BS // width_BS, cell_BS % width_BS, (index_BS - begin_BS) % ratios)
-
 
 class RPN(nn.Module):
     """Features -> proposals and, with targets, the two losses.
 
     Args:
         channels: of every feature map.
-        strides, anchor_sizes: pixels, one a level.
+        strides, anchor_sizes: pixels, one per level.
         anchor_ratios: height / width.
         positive_iou, negative_iou: of the assignment; between the two an anchor is ignored.
         samples_per_image: anchors in the losses, and the losses' divisor.
-        random_sampling: False takes the first anchors in index order.
-        train_pre_nms, test_pre_nms: candidates a level before suppression.
-        train_post_nms, test_post_nms: proposals an image over all levels.
+        positive_fraction: largest share of positives among them.
+        sampling: first takes anchors in index order.
+        nms_iou: overlap with a better proposal of its level above which one is dropped.
+        pre_nms_top_n_train, pre_nms_top_n_test: candidates per level before NMS.
+        post_nms_top_n_train, post_nms_top_n_test: proposals per image over all levels.
         min_size: pixels; a proposal with a smaller side is dropped.
     """
 
@@ -113,12 +81,12 @@ class RPN(nn.Module):
         negative_iou: float = 0.3,
         samples_per_image: int = 256,
         positive_fraction: float = 0.5,
-        random_sampling: bool = True,
+        sampling: Literal["random", "first"] = "random",
         nms_iou: float = 0.7,
-        train_pre_nms: int = 2000,
-        train_post_nms: int = 1000,
-        test_pre_nms: int = 1000,
-        test_post_nms: int = 1000,
+        pre_nms_top_n_train: int = 2000,
+        post_nms_top_n_train: int = 1000,
+        pre_nms_top_n_test: int = 1000,
+        post_nms_top_n_test: int = 1000,
         min_size: float = 1.0,
     ) -> None:
         super().__init__()
@@ -126,9 +94,9 @@ class RPN(nn.Module):
         self.strides, self.anchor_sizes, self.anchor_ratios = tuple(strides), tuple(anchor_sizes), tuple(anchor_ratios)
         self.positive_iou, self.negative_iou = positive_iou, negative_iou
         self.samples_per_image, self.positive_fraction = samples_per_image, positive_fraction
-        self.random_sampling = random_sampling
-        self.nms_iou, self.min_size = nms_iou, min_size
-        self.train_nms, self.test_nms = (train_pre_nms, train_post_nms), (test_pre_nms, test_post_nms)
+        self.sampling, self.nms_iou, self.min_size = sampling, nms_iou, min_size
+        self.pre_nms_top_n_train, self.post_nms_top_n_train = pre_nms_top_n_train, post_nms_top_n_train
+        self.pre_nms_top_n_test, self.post_nms_top_n_test = pre_nms_top_n_test, post_nms_top_n_test
 
     def forward(
         self, features: Sequence[Tensor], sizes_B2: Tensor, targets: Targets | None = None
@@ -136,10 +104,9 @@ class RPN(nn.Module):
         """Proposals for images of (height, width) `sizes_B2`, and `loss_rpn_cls`, `loss_rpn_box` where there are
         targets.
         """
-        grids = [(feature.shape[-2], feature.shape[-1]) for feature in features]
-        # The losses look at few anchors. Where those are few beside the maps, the maps need no gradient: it comes from
-        # the head at these anchors alone, which saves two thirds of the head's time and its activations.
-        sparse = 9 * self.samples_per_image < sum(rows * columns for rows, columns in grids)
+        grids = anchors.grids_of(features)
+        # The losses look at few anchors. Where those are computed once more with gradients, the maps need none.
+        sparse = sparse_rpn.pays(self.samples_per_image, grids)
         with torch.set_grad_enabled(torch.is_grad_enabled() and targets is not None and not sparse):
             maps = [self.head(feature) for feature in features]
         # Geometry and losses in float32: bf16 moves a box by up to a hundredth of its coordinate.
@@ -157,13 +124,19 @@ class RPN(nn.Module):
             return proposals, {}
         chosen, objects_BS4 = self._sample(anchors_A4, targets)
         if sparse:
-            logits_BS, deltas_BS4 = self.head.at(features, cells_of(chosen.index_BS, grids, len(self.anchor_ratios)))
+            logits_BS, deltas_BS4 = sparse_rpn.head_at(
+                features,
+                chosen.index_BS,
+                conv=self.head.conv,
+                objectness=self.head.objectness,
+                deltas=self.head.deltas,
+            )
         else:
             logits_BS = torch.cat(logits, dim=1).gather(1, chosen.index_BS)
             deltas_BS4 = boxes.take(torch.cat(deltas, dim=1), chosen.index_BS)
-        wanted_BS4 = boxes.encode(objects_BS4, anchors_A4[chosen.index_BS], _WEIGHTS)
+        target_BS4 = boxes.encode(objects_BS4, anchors_A4[chosen.index_BS], _WEIGHTS)
         objectness_BS = F.binary_cross_entropy_with_logits(logits_BS, chosen.positive_BS.float(), reduction="none")
-        distance_BS = (deltas_BS4 - wanted_BS4).abs().sum(dim=-1)
+        distance_BS = (deltas_BS4 - target_BS4).abs().sum(dim=-1)
         # `where` over all places keeps every head in the graph, so that a batch without objects gives zero gradients
         # instead of none.
         divisor = self.samples_per_image * len(sizes_B2)
@@ -172,9 +145,15 @@ class RPN(nn.Module):
             "loss_rpn_box": torch.where(chosen.positive_BS, distance_BS, 0.0).sum() / divisor,
         }
 
+    def _counts(self) -> tuple[int, int]:
+        """Proposals per level before NMS, and per image after it."""
+        if self.training:
+            return self.pre_nms_top_n_train, self.post_nms_top_n_train
+        return self.pre_nms_top_n_test, self.post_nms_top_n_test
+
     @torch.no_grad()
     def _propose(self, logits: list[Tensor], deltas: list[Tensor], anchors_A4: Tensor, sizes_B2: Tensor) -> Proposals:
-        pre_nms, post_nms = self.train_nms if self.training else self.test_nms
+        pre_nms, post_nms = self._counts()
         level_anchors = anchors_A4.split([level.shape[1] for level in logits])
         candidates, scores, valid = [], [], []
         for logits_BL, deltas_BL4, anchors_L4 in zip(logits, deltas, level_anchors, strict=True):
@@ -204,7 +183,7 @@ class RPN(nn.Module):
         A = len(anchors_A4)
         priority_BA = (
             sampling.hash_priority(targets.seeds_B, A, _STREAM)
-            if self.random_sampling
+            if self.sampling == "random"
             else sampling.index_priority(targets.seeds_B, A)
         )
         chosen = sampling.sample(

@@ -1,27 +1,35 @@
-"""What a prediction leaves on disk: parts while it runs, so that it can go on after a kill, and at the end one COCO JSON.
+"""What a prediction leaves on disk: parts while it runs, so that it can go on after a kill; at the end one COCO JSON, tables, drawings and crops.
 
-A part is a file of so many pictures, written whole by one process. Parts are cut by aspect ratio, so that a batch needs little padding, and do not
+A part is a file of so many images, written whole by one process. Parts are cut by aspect ratio, so that a batch needs little padding, and do not
 depend on the number of processes.
 """
 
 import csv
 import io
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import yaml
+from PIL import Image
 from pycocotools import mask as mask_codec
 
 from ssld.shared.errors import UserError
-from ssld.shared.run_dir import write_atomically
+from ssld.shared.files import write_atomically
 from ssld.stage2_detect.data.batch_order import eval_batches
 from ssld.stage2_detect.data.coco import CocoImage, Id
+from ssld.stage2_detect.data.loaders import load_record
+from ssld.stage2_detect.evaluation.drawing import draw_objects
+from ssld.stage2_detect.models.batch import Detections
+from ssld.stage2_detect.predict_config import PredictConfig
 
-_PART = 128  # pictures, about
+_PART = 128  # images, about
+_QUALITY = 92  # of JPEGs
 
 
 class Parts:
@@ -38,14 +46,14 @@ class Parts:
         self.records = [[records[index] for index in order[at : at + size]] for at in range(0, len(order), size)]
 
     def left(self) -> list[int]:
-        """Numbers of those that are not there. Raises UserError when one that is there is of other pictures."""
+        """Numbers of those that are not there. Raises UserError when one that is there is of other images."""
         missing = []
         for number, records in enumerate(self.records):
             if not self._file(number).exists():
                 missing.append(number)
             elif self.read(number)["images"] != [record.image_id for record in records]:
                 raise UserError(
-                    f"{self._folder.parent}: was begun on other pictures than there are now; give another --output or delete it"
+                    f"{self._folder.parent}: was begun on other images than there are now; give another --output or delete it"
                 )
         return missing
 
@@ -75,8 +83,8 @@ class Parts:
         return self._folder / f"{number:06d}.json"
 
 
-def picture_entry(record: CocoImage, name: str) -> dict[str, Any]:
-    """A picture in COCO's list of images."""
+def image_entry(record: CocoImage, name: str) -> dict[str, Any]:
+    """An image in COCO's list of images."""
     return {"id": record.image_id, "file_name": name, "width": record.width, "height": record.height}
 
 
@@ -111,9 +119,9 @@ def table_text(content: dict[str, Any]) -> str:
 
 
 def write_yolo(folder: Path, content: dict[str, Any], *, scores: bool) -> list[Path]:
-    """A data set of `coco_json` in YOLO's layout: labels/NAME.txt for each picture, empty where nothing was found, classes.txt and data.yaml.
+    """A data set of `coco_json` in YOLO's layout: labels/NAME.txt for each image, empty where nothing was found, classes.txt and data.yaml.
 
-    A line is `class cx cy w h`, the class as its place in classes.txt, the rest as a share of the picture's sides; with `scores` the score follows,
+    A line is `class cx cy w h`, the class as its place in classes.txt, the rest as a share of the image's sides; with `scores` the score follows,
     which training on such files does not take. Returns the two files beside labels/.
     """
     place = {category["id"]: number for number, category in enumerate(content["categories"])}
@@ -132,14 +140,14 @@ def write_yolo(folder: Path, content: dict[str, Any], *, scores: bool) -> list[P
         file.write_text("".join(f"{line}\n" for line in lines[image["id"]]), encoding="utf-8")
     files = [folder / "classes.txt", folder / "data.yaml"]
     write_atomically(files[0], "".join(f"{name}\n" for name in names))
-    about = "# To train on these labels, put the pictures into images/ beside labels/, under the same names.\n"
+    about = "# To train on these labels, put the images into images/ beside labels/, under the same names.\n"
     described = {"train": "images", "val": "images", "names": dict(enumerate(names))}
     write_atomically(files[1], about + yaml.safe_dump(described, sort_keys=False, allow_unicode=True))
     return files
 
 
 def stem(name: str) -> str:
-    """A picture's path without its suffix."""
+    """An image's path without its suffix."""
     return str(PurePosixPath(name).with_suffix(""))
 
 
@@ -153,6 +161,55 @@ def counts(content: dict[str, Any]) -> dict[str, Any]:
         "boxes": len(content["annotations"]),
         "boxes_of_class": {name: by_class[name] for name in classes.values()},
     }
+
+
+class DrawingsAndCrops:
+    """Writes the drawing and the crops of images, as far as `config` asks for them; several threads may at once.
+
+    Attributes:
+        drawing, cropping: which of the two it asks for.
+    """
+
+    def __init__(self, config: PredictConfig, class_names: tuple[str, ...]) -> None:
+        self.drawing, self.cropping = config.writes("pictures"), config.writes("crops")
+        self._folder, self._class_names = config.output, class_names
+        self._class_folders = folder_names(class_names)
+
+    def write(self, name: str, record: CocoImage, found: Detections) -> None:
+        """pictures/NAME and crops of an image, which is decoded once more."""
+        image = Image.fromarray(load_record(record).permute(1, 2, 0).numpy())
+        if self.cropping:
+            self.crops(name, image, found)
+        if self.drawing:
+            file = drawing_file(self._folder / "pictures", name)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            draw_objects(image, found, self._class_names, legend=True).save(file, quality=_QUALITY)
+
+    def crops(self, name: str, image: Image.Image, found: Detections) -> None:
+        """crops/CLASS/NAME_i.jpg, i = 1, 2, ... as the objects come, the best first; at least a pixel each."""
+        limits_4 = np.array([*image.size, *image.size])
+        corners_N4 = found.boxes_N4.double().numpy()
+        edges_N4 = np.concatenate([np.floor(corners_N4[:, :2]), np.ceil(corners_N4[:, 2:])], 1).clip(0, limits_4)
+        for number, (edges_4, label) in enumerate(
+            zip(edges_N4.astype(int).tolist(), found.labels_N.tolist(), strict=True), 1
+        ):
+            left, top = (min(edge, limit - 1) for edge, limit in zip(edges_4[:2], image.size, strict=True))
+            right, bottom = max(edges_4[2], left + 1), max(edges_4[3], top + 1)
+            file = self._folder / "crops" / self._class_folders[label] / f"{stem(name)}_{number}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image.crop((left, top, right, bottom)).save(file, quality=95, subsampling=0)  # to be looked at closely
+
+
+def drawing_file(folder: Path, name: str) -> Path:
+    """Where the drawing of an image lies: a JPEG below `folder`, at the image's own path."""
+    return folder / (name if name.lower().endswith((".jpg", ".jpeg")) else f"{name}.jpg")
+
+
+def folder_names(class_names: tuple[str, ...]) -> list[str]:
+    """A folder name for each class: what file systems do not take becomes _, and equal names get the class's number."""
+    safe = [re.sub(r'[\x00-\x1f/\\:*?"<>|]', "_", name).strip(". ") or "_" for name in class_names]
+    lower = [name.lower() for name in safe]
+    return [name if lower.count(name.lower()) == 1 else f"{name}_{number}" for number, name in enumerate(safe)]
 
 
 def _area(row: dict[str, Any]) -> float:

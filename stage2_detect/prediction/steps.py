@@ -1,48 +1,45 @@
-"""The parts of a prediction over many pictures and videos: which ones, what is found in them, what becomes of it."""
+"""The parts of a prediction over many images and videos: which ones, what is found in them, what becomes of it."""
 
 import itertools
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
 from ssld.shared.config.settings import did_you_mean
 from ssld.shared.distributed.processes import DTYPES
 from ssld.shared.errors import UserError
-from ssld.shared.run_dir import RunDir
-from ssld.shared.wording import count, duration
+from ssld.shared.wording import count
 from ssld.stage2_detect.data.coco import CocoImage, Id
-from ssld.stage2_detect.data.coco_json import read_table
-from ssld.stage2_detect.data.image_files import Pictures, find_pictures, records_of
-from ssld.stage2_detect.detector_file import LoadedDetector
-from ssld.stage2_detect.evaluation.coco_ap import result_rows
-from ssld.stage2_detect.evaluation.scoring import detections
+from ssld.stage2_detect.data.coco_json import read_table, result_rows
+from ssld.stage2_detect.data.image_files import ImageFiles, find_images, records_of
+from ssld.stage2_detect.data.loaders import ImageLoader
+from ssld.stage2_detect.data.sizing import Sizing
 from ssld.stage2_detect.models.batch import Detections
 from ssld.stage2_detect.predict_config import PredictConfig
-from ssld.stage2_detect.prediction.files import Parts, coco_json, picture_entry
-from ssld.stage2_detect.prediction.loaders import PictureLoader, Sizing, batches_of
-from ssld.stage2_detect.prediction.picture_files import PictureFiles, stem
-from ssld.stage2_detect.prediction.tiles import merged_windows
-from ssld.stage2_detect.prediction.video import FrameLoader, Segments
+from ssld.stage2_detect.prediction.files import DrawingsAndCrops, Parts, coco_json, image_entry, stem
+from ssld.stage2_detect.prediction.predictor import found_in_images
+from ssld.stage2_detect.prediction.tiles import FileWindows, ImageWindow, pixels_of_window, window_batches
+from ssld.stage2_detect.prediction.video import FoundInVideo, FrameReader, VideoParts
 from ssld.stage2_detect.prediction.video_file import is_video, require_av
+
+if TYPE_CHECKING:
+    from ssld.stage2_detect.detector_file import LoadedDetector
 
 
 @dataclass(frozen=True)
 class Work:
-    """The pictures and videos of a run.
+    """The images and videos of a run.
 
     Attributes:
         folder: the one that was given, or the deepest that holds them all.
-        names: paths of the pictures below it, by id.
+        names: paths of the images below it, by id.
         records: of those whose header can be read; ids are 1, 2, ... in the order of the names.
         unreadable: names of the others.
         videos: paths of the videos below the folder.
-        excluded: how many pictures were left out.
+        excluded: how many images were left out.
     """
 
     folder: str
@@ -58,46 +55,46 @@ class Work:
         return f"{self._amount()} below {self.folder}{left_out}"
 
     def _amount(self) -> str:
-        pictures, videos = count(len(self.names), "picture"), count(len(self.videos), "video")
-        return videos if not self.names else pictures if not self.videos else f"{pictures} and {videos}"
+        images, videos = count(len(self.names), "image"), count(len(self.videos), "video")
+        return videos if not self.names else images if not self.videos else f"{images} and {videos}"
 
 
 def find_work(config: PredictConfig) -> Work:
-    """The pictures and videos that `config` names.
+    """The images and videos that `config` names.
 
     Raises UserError where there are none, where `exclude` names none of them, where videos cannot be read here, and where files would be written over
     each other.
     """
-    folder, names = find_pictures(config.images)
+    folder, names = find_images(config.images)
     excluded = 0
     if config.exclude:
         known = set(read_table(str(config.exclude), segmentations=False).file_names)
         excluded = sum(name in known for name in names)
         if not excluded:
             raise UserError(
-                f"exclude: no picture below {folder} has a file name of {config.exclude}, such as {min(known, default='')!r}; "
+                f"exclude: no image below {folder} has a file name of {config.exclude}, such as {min(known, default='')!r}; "
                 "both have to be relative to the same folder"
             )
         names = [name for name in names if name not in known]
         if not names:
-            raise UserError(f"exclude: {config.exclude} names all pictures of {config.images}; nothing is left")
+            raise UserError(f"exclude: {config.exclude} names all images of {config.images}; nothing is left")
     videos = [name for name in names if is_video(f"{folder}/{name}")]
     if videos:
         require_av(f"{folder}/{videos[0]}")
         if config.pseudo_labels:
             raise UserError(
-                f"{folder}/{videos[0]}: is a video, and training takes pictures: "
-                f"save its frames as pictures first (ffmpeg -i {videos[0]} frames/%06d.jpg)"
+                f"{folder}/{videos[0]}: is a video, and training takes images: "
+                f"save its frames as images first (ffmpeg -i {videos[0]} frames/%06d.jpg)"
             )
         names = sorted(set(names).difference(videos))
     if config.writes("yolo", "yolo_scores", "crops"):
         _check_names(names)
     by_id: dict[Id, str] = dict(enumerate(names, 1))
-    records, unreadable = records_of(Pictures(folder, names), list(by_id))
+    records, unreadable = records_of(ImageFiles(folder, names), list(by_id))
     return Work(folder, by_id, records, unreadable, videos, excluded)
 
 
-def check_detector(config: PredictConfig, loaded: LoadedDetector) -> None:
+def check_detector(config: PredictConfig, loaded: "LoadedDetector") -> None:
     """Raises UserError for classes that the detector does not have."""
     for name in config.classes:
         if name not in loaded.class_names:
@@ -105,69 +102,31 @@ def check_detector(config: PredictConfig, loaded: LoadedDetector) -> None:
             raise UserError(f"classes: {config.model} does not know {name!r}{hint}")
 
 
-class PictureClock:
-    """How fast this process's pictures and frames are done, as text and, on a terminal of the main process, as a bar above which log lines stand.
-
-    `pictures` is how many there are, the frames of videos not counted, whose number nobody knows before.
-    """
-
-    def __init__(self, run: RunDir, pictures: int) -> None:
-        self._run, self._pictures, self._done, self._began = run, pictures, 0, time.perf_counter()
-        self._bar: tqdm | None = None
-        if run.main and sys.stderr.isatty():
-            self._print, run.write = run.write, tqdm.write
-            self._bar = tqdm(total=pictures or None, unit="picture", dynamic_ncols=True, file=sys.stderr)
-
-    def seen(self) -> None:
-        """One more."""
-        self._done += 1
-        if self._bar:
-            self._bar.update()
-
-    def describe(self) -> str:
-        """`3.2 a second, 4 min to go`."""
-        rate = self._done / max(time.perf_counter() - self._began, 1e-9)
-        left = self._pictures - self._done
-        return f"{rate:.3g} a second" + (f", {duration(left / rate)} to go" if left > 0 < rate else "")
-
-    def close(self) -> None:
-        """Remove the bar."""
-        if self._bar:
-            self._bar.close()
-            self._bar, self._run.write = None, self._print
-
-
 class Finder:
-    """A detector that is asked as `config` says, on `device`; `each` is called after every picture or frame."""
+    """A detector that is asked as `config` says, on `device`; `each` is called after every image or frame."""
 
     def __init__(
-        self, config: PredictConfig, loaded: LoadedDetector, device: torch.device, each: Callable[[], None]
+        self, config: PredictConfig, loaded: "LoadedDetector", device: torch.device, each: Callable[[], None]
     ) -> None:
         self._each = each
         self.config, self.loaded, self.device = config, loaded, device
-        self.sizing = Sizing.of(
-            loaded.resize,
-            short_side=config.short_side,
-            long_side=config.long_side,
-            tta_sides=config.tta.short_sides if config.tta else None,
-        )
+        self.sizing = Sizing.of(loaded.resize, short_side=config.short_side, long_side=config.long_side, tta=config.tta)
         wanted = set(config.classes or loaded.class_names)
         self._keep_K = torch.tensor([name in wanted for name in loaded.class_names])
 
-    def found(self, loader: PictureLoader | FrameLoader) -> Iterator[tuple[Any, Detections, float]]:
-        """(picture or frame, its objects of the wanted classes from the threshold on, best score of any of these classes), in the loader's order."""
-        config = self.config
-        model = self.loaded.model.to(self.device)
-        batches: Iterable[tuple[Any, Sequence[Any]]] = loader
-        seen = detections(model, batches, device=self.device, dtype=DTYPES[config.precision], tta=config.tta)
-        for _, views in itertools.groupby(seen, key=lambda pair: id(pair[0].record)):
-            parts, best = [], 0.0
-            for shown, found in views:
-                found = found.where(self._keep_K[found.labels_N])
-                best = max([best, *found.scores_N.tolist()])
-                parts.append((shown.window, found.where(found.scores_N >= config.least)))
-            record = shown.record
-            yield record, merged_windows(parts, record.width, record.height), best
+    def found(self, loader: ImageLoader[ImageWindow]) -> Iterator[tuple[Any, Detections, float]]:
+        """(image or frame, its objects of the wanted classes from the threshold on, best score of any of these classes), in the loader's order."""
+        self.loaded.model.to(self.device)
+        found = found_in_images(
+            self.loaded.fast,
+            loader,
+            device=self.device,
+            dtype=DTYPES[self.config.precision],
+            threshold=self.config.least,
+            keep_K=self._keep_K,
+        )
+        for one in found:
+            yield one
             self._each()
 
 
@@ -178,11 +137,11 @@ def detect_parts(finder: Finder, parts: Parts, numbers: Sequence[int], work: Wor
     batches = [
         batch
         for number in numbers  # no batch of two parts: they stay the same whatever parts are left to do
-        for batch in batches_of(parts.records[number], config.batch_size, config.tile, config.overlap)
+        for batch in window_batches(parts.records[number], config.batch_size, config.tile, config.overlap)
     ]
-    loader = PictureLoader(batches, finder.sizing, config.workers)
+    loader = ImageLoader(batches, FileWindows(), finder.sizing, workers=config.workers, skip_unreadable=True)
     id_of = {record.path: record.image_id for record in work.records}
-    files = PictureFiles(config, loaded)
+    files = DrawingsAndCrops(config, loaded.class_names)
 
     def write(number: int, rows: dict[Id, list[dict[str, Any]]], best: float) -> int:
         unreadable = {id_of[one.name]: one.reason for one in loader.unreadable}
@@ -208,16 +167,30 @@ def detect_parts(finder: Finder, parts: Parts, numbers: Sequence[int], work: Wor
             written.add(number)
             yield write(number, rows, best)
     for number in numbers:
-        if number not in written:  # none of its pictures can be read
+        if number not in written:  # none of its images can be read
             yield write(number, {}, 0.0)
 
 
+def detect_video(finder: Finder, videos: VideoParts, name: str) -> Iterator[int]:
+    """Detect in a video and write its file at the end; the number of frames so far is yielded after each."""
+    config = finder.config
+    frames = FrameReader(f"{videos.folder}/{name}")
+    loader = ImageLoader(
+        window_batches(frames, config.batch_size, config.tile, config.overlap), pixels_of_window, finder.sizing
+    )
+    content = FoundInVideo(finder.loaded.category_ids)
+    for one in finder.found(loader):
+        content.add(*one)
+        yield len(content.seconds)
+    videos.write(name, content, frames.error)
+
+
 def assemble(
-    config: PredictConfig, loaded: LoadedDetector, parts: Parts, segments: Segments, work: Work
+    config: PredictConfig, loaded: "LoadedDetector", parts: Parts, videos: VideoParts, work: Work
 ) -> tuple[dict[str, Any], list[str], float]:
     """(the COCO data set of all parts, what cannot be read, the best score of any box, below the threshold too).
 
-    Frames of videos follow the pictures, with the ids after theirs. Raises UserError when nothing can be read, and for
+    Frames of videos follow the images, with the ids after theirs. Raises UserError when nothing can be read, and for
     pseudo-labels when no box is left.
     """
     rows: dict[Id, list[dict[str, Any]]] = {}
@@ -226,15 +199,16 @@ def assemble(
         rows |= dict(part["found"])
         bad |= {name for name, _ in part["unreadable"]}
         best = max(best, part["best"])
-    images = [picture_entry(one, work.names[one.image_id]) for one in work.records]
+    images = [image_entry(one, work.names[one.image_id]) for one in work.records]
     images = [one for one in images if one["file_name"] not in bad]
-    videos: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     for name in work.videos:
-        entry, frames, found, highest = segments.content(name, len(videos) + 1, len(work.names) + _frames(videos))
+        ids_before = len(work.names) + sum(entry["frames"] for entry in entries)
+        entry, frames, found, highest = videos.entries(name, len(entries) + 1, ids_before)
         if not frames:
             bad.add(name)
             continue
-        videos.append(entry)
+        entries.append(entry)
         images += frames
         rows |= found
         best = max(best, highest)
@@ -245,8 +219,8 @@ def assemble(
         if not images:
             of = f" of {', '.join(config.classes)}" if config.classes else ""
             raise UserError(
-                f"{config.images}: no box{of} with a score of {config.least:g} or more in {count(len(work.names), 'picture')}; "
-                f"the best has {best:.2f}: give a lower --threshold, or a detector that fits these pictures"
+                f"{config.images}: no box{of} with a score of {config.least:g} or more in {count(len(work.names), 'image')}; "
+                f"the best has {best:.2f}: give a lower --threshold, or a detector that fits these images"
             )
     info = {
         "description": "found by a detector",
@@ -254,20 +228,16 @@ def assemble(
         "threshold": config.least,
     }
     categories = dict(zip(loaded.category_ids, loaded.class_names, strict=True))
-    return coco_json(images, rows, categories, info, videos), sorted(bad), best
-
-
-def _frames(videos: Sequence[dict[str, Any]]) -> int:
-    return sum(video["frames"] for video in videos)
+    return coco_json(images, rows, categories, info, entries), sorted(bad), best
 
 
 def _check_names(names: Sequence[str]) -> None:
-    """Raises UserError where two pictures differ in their suffix alone."""
+    """Raises UserError where two images differ in their suffix alone."""
     seen: dict[str, str] = {}
     for name in names:
         other = seen.setdefault(stem(name), name)
         if other != name:
             raise UserError(
-                f"write: labels and crops are named after their picture without its suffix, which {other} and {name} share: "
+                f"write: labels and crops are named after their image without its suffix, which {other} and {name} share: "
                 "predict them separately, by patterns, or leave yolo and crops out"
             )

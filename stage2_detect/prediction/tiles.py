@@ -1,22 +1,27 @@
-"""Large pictures in tiles: which windows are looked at, and one list of objects from what each of them shows.
+"""Large images in tiles: which windows are looked at, and one list of objects from what each of them shows.
 
-The whole picture is a window too, for objects that are larger than a tile. Slices beside the whole picture are SAHI's way (arXiv 2202.06934,
+The whole image is a window too, for objects that are larger than a tile. Slices beside the whole image are SAHI's way (arXiv 2202.06934,
 section 3); merging is our own. Two windows see one object if their boxes agree in the region that both show. So an object that is seen whole twice is
-one box, as in usual suppression, and so are an object and the piece of it that a tile's border left, or several pieces; a small object in front
+one box, as in usual NMS, and so are an object and the piece of it that a tile's border left, or several pieces; a small object in front
 of a larger one stays, unlike under SAHI's intersection over the smaller area. Boxes of one window never compete: the detector has compared them.
 
-Legend: N detections in all windows of a picture, W windows.
+Legend: N detections in all windows of an image, W windows.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from pycocotools import mask as mask_codec
 from torch import Tensor
 
+from ssld.stage2_detect.data.coco import CocoImage
+from ssld.stage2_detect.data.loaders import load_record
 from ssld.stage2_detect.models.batch import Detections
+from ssld.stage2_detect.models.boxes import pairwise_intersection
 from ssld.stage2_detect.models.mask_targets import decode_rle
 
 SAME = 0.5
@@ -25,7 +30,7 @@ _NEAR = 0.01  # of a tile's side: a box that ends so near an inner border was cu
 
 
 class Window(NamedTuple):
-    """A rectangle of a picture, in its pixels."""
+    """A rectangle of a image, in its pixels."""
 
     left: int
     top: int
@@ -37,8 +42,49 @@ class Window(NamedTuple):
         return image_CHW[:, self.top : self.top + self.height, self.left : self.left + self.width]
 
 
+class ImageWindow(NamedTuple):
+    """A window of an image; `record` says of which: a `CocoImage`, a frame of a video, what a caller gave."""
+
+    record: Any
+    window: Window
+
+
+def window_batches(
+    records: Iterable[Any], batch_size: int, tile: int | None, overlap: float
+) -> Iterator[list[ImageWindow]]:
+    """All windows of some images, in their order, so many a batch. The records have `width` and `height`."""
+    shown = (
+        ImageWindow(record, window)
+        for record in records
+        for window in windows_of(record.width, record.height, tile, overlap)
+    )
+    while batch := list(itertools.islice(shown, batch_size)):
+        yield batch
+
+
+def pixels_of_window(shown: ImageWindow) -> Tensor:
+    """uint8 [3, H, W] of a window whose record has `pixels_CHW`."""
+    return shown.window.of(shown.record.pixels_CHW)
+
+
+class FileWindows:
+    """Decodes windows of files: as a function of an `ImageWindow`, its pixels. Raises `UnreadableImage` or `UserError`."""
+
+    def __init__(self) -> None:
+        self._most_pixels = Image.MAX_IMAGE_PIXELS  # as the main process has it
+        self._last: tuple[str, Tensor] | None = None  # the next windows are mostly of the same image
+
+    def __call__(self, shown: ImageWindow) -> Tensor:
+        """uint8 [3, H, W]."""
+        record: CocoImage = shown.record
+        if self._last is None or self._last[0] != record.path:
+            Image.MAX_IMAGE_PIXELS = self._most_pixels
+            self._last = (record.path, load_record(record))
+        return shown.window.of(self._last[1])
+
+
 def windows_of(width: int, height: int, tile: int | None, overlap: float = 0.0) -> list[Window]:
-    """The whole picture, and unless it fits into one, square tiles of side `tile` that overlap by `overlap` (a share of it) or a little more."""
+    """The whole image, and unless it fits into one, square tiles of side `tile` that overlap by `overlap` (a share of it) or a little more."""
     whole = Window(0, 0, width, height)
     if tile is None or max(width, height) <= tile:
         return [whole]
@@ -54,7 +100,7 @@ def windows_of(width: int, height: int, tile: int | None, overlap: float = 0.0) 
 
 
 def merged_windows(parts: Sequence[tuple[Window, Detections]], width: int, height: int) -> Detections:
-    """What the windows of a picture of [height, width] show together, best first, in the picture's pixels.
+    """What the windows of a image of [height, width] show together, best first, in the image's pixels.
 
     Of boxes that are one object the best stays among those that no inner border cut. If all were cut, they become one box around them, with the
     best score.
@@ -89,7 +135,7 @@ def merged_windows(parts: Sequence[tuple[Window, Detections]], width: int, heigh
 
 
 def _starts(side: int, tile: int, overlap: float) -> list[int]:
-    """Where tiles begin along a side: evenly spread, the last one ending with the picture."""
+    """Where tiles begin along a side: evenly spread, the last one ending with the image."""
     if side <= tile:
         return [0]
     steps = -(-(side - tile) // max(1, int(tile * (1 - overlap))))
@@ -97,9 +143,9 @@ def _starts(side: int, tile: int, overlap: float) -> list[int]:
 
 
 def _cut(boxes_N4: Tensor, windows_N4: Tensor, width: int, height: int) -> Tensor:
-    """bool [N]: whether a box ends at a border of its window that is not one of the picture."""
-    picture_4 = torch.tensor([0, 0, width, height], dtype=torch.float64)
-    inner_N4 = windows_N4 != picture_4
+    """bool [N]: whether a box ends at a border of its window that is not one of the image."""
+    image_4 = torch.tensor([0, 0, width, height], dtype=torch.float64)
+    inner_N4 = windows_N4 != image_4
     sides_N2 = windows_N4[:, 2:] - windows_N4[:, :2]
     return (((boxes_N4 - windows_N4).abs() <= _NEAR * sides_N2.repeat(1, 2)) & inner_N4).any(1)
 
@@ -109,17 +155,10 @@ def _same(boxes_N4: Tensor, window_N: Tensor, windows_W4: Tensor) -> Tensor:
 
     A box ends where its window does, so the part of it that another window shows is its intersection with that window.
     """
-    both_NN = _intersections(boxes_N4, boxes_N4)
-    shown_NN = _intersections(boxes_N4, windows_W4)[:, window_N]
+    both_NN = pairwise_intersection(boxes_N4, boxes_N4)
+    shown_NN = pairwise_intersection(boxes_N4, windows_W4)[:, window_N]
     overlap_NN = both_NN / (shown_NN + shown_NN.T - both_NN).clamp(min=1e-9)
     return (overlap_NN > SAME) & (window_N[:, None] != window_N)
-
-
-def _intersections(one_N4: Tensor, other_M4: Tensor) -> Tensor:
-    """[N, M] areas."""
-    least_NM2 = torch.maximum(one_N4[:, None, :2], other_M4[:, :2])
-    most_NM2 = torch.minimum(one_N4[:, None, 2:], other_M4[:, 2:])
-    return (most_NM2 - least_NM2).clamp(min=0).prod(2)
 
 
 def _groups(same_NN: Tensor, cut_N: Tensor) -> Iterator[list[int]]:
@@ -141,7 +180,7 @@ def _groups(same_NN: Tensor, cut_N: Tensor) -> Iterator[list[int]]:
 
 
 def _joined(pieces: Sequence[tuple[Window, Any]], width: int, height: int) -> Any:
-    """COCO RLE of the picture's size."""
+    """COCO RLE of the image's size."""
     shape_HW = np.zeros((height, width), dtype=np.uint8, order="F")
     for window, code in pieces:
         part_HW = shape_HW[window.top : window.top + window.height, window.left : window.left + window.width]

@@ -13,19 +13,20 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from ssld.shared.errors import UserError
+from ssld.shared.files import VIDEO_SUFFIXES
 from ssld.shared.images import UnreadableImage
 
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv")
-"""beside them .gif, where it moves"""
 _TICKS = 90_000  # a second: MPEG's own clock, a whole number of which is a frame at 24, 25, 30, 50 or 60 a second
 
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One picture of a video.
+    """One image of a video.
 
     Attributes:
         number: 0, 1, ... in the order in which they are shown.
@@ -36,6 +37,11 @@ class Frame:
     number: int
     seconds: float
     pixels_HWC: np.ndarray
+
+    @property
+    def pixels_CHW(self) -> Tensor:
+        """uint8, a view."""
+        return torch.from_numpy(self.pixels_HWC).permute(2, 0, 1)
 
     @property
     def width(self) -> int:
@@ -68,8 +74,8 @@ def require_av(path: str) -> None:
         ) from None
 
 
-def read_frames(path: str, *, start: int = 0) -> Iterator[Frame]:
-    """The frames of a video from number `start` on; `seconds` counts from its very first.
+def read_frames(path: str) -> Iterator[Frame]:
+    """The frames of a video.
 
     Raises `UnreadableImage` where FFmpeg does: at once for a file that is no video, later for one that is damaged further on.
     """
@@ -86,8 +92,7 @@ def read_frames(path: str, *, start: int = 0) -> Iterator[Frame]:
             for number, frame in enumerate(container.decode(stream)):
                 seconds = number / rate if frame.time is None else float(frame.time)
                 first = seconds if first is None else first
-                if number >= start:
-                    yield Frame(number, round(seconds - first, 6), _upright(frame))
+                yield Frame(number, round(seconds - first, 6), _upright(frame))
     except av.FFmpegError as error:
         raise UnreadableImage(path, error.strerror or str(error)) from None
 

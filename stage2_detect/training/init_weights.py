@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import InputSettings, create_body, parse_reference
 from ssld.shared.models.model_file import read_metadata, read_tensors
+from ssld.stage2_detect.detector_file import settings_of
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models.class_rows import carry_rows, rows_per_class
 
@@ -20,7 +21,7 @@ class InitFile:
         licence: of its weights, as far as the file says.
 
     Raises:
-        UserError: it is no detector file.
+        UserError: it is no detector file, or one of an earlier version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,7 +29,7 @@ class InitFile:
         metadata = read_metadata(path, kind="detector")
         if metadata.get("kind") != "detector":
             raise UserError(f"init: {path}: not a detector file: it has no metadata of this project")
-        self._config = DetectorConfig(**metadata["model"])
+        self._config = settings_of(metadata, "model", DetectorConfig, path)
         self.class_names: tuple[str, ...] = tuple(metadata["class_names"])
         self.arch: str = metadata["arch"]
         self.inputs = InputSettings(tuple(metadata["mean"]), tuple(metadata["std"]), (0, 0), "bilinear", False)
@@ -87,8 +88,8 @@ def _differences(file: DetectorConfig, run: DetectorConfig) -> list[str]:
         "rpn.anchor_ratios": (len(file.rpn.anchor_ratios), len(run.rpn.anchor_ratios)),
         "roi.hidden": (file.roi.hidden, run.roi.hidden),
         "roi.class_agnostic": (file.roi.class_agnostic, run.roi.class_agnostic),
-        "cascade.ious": (len(file.cascade.ious), len(run.cascade.ious)),
-        "mask.channels": (file.mask.channels, run.mask.channels),
+        "cascade.positive_ious": (len(file.cascade.positive_ious), len(run.cascade.positive_ious)),
+        "mask.hidden": (file.mask.hidden, run.mask.hidden),
         "mask.convolutions": (file.mask.convolutions, run.mask.convolutions),
         "dense.convolutions": (file.dense.convolutions, run.dense.convolutions),
         "dense.p6_from": (file.dense.p6_from, run.dense.p6_from),

@@ -1,5 +1,5 @@
 """The step that needs the most memory: the largest images a run may see, each with the objects of the image that has the most. What `auto_batch`
-tries."""
+tries; a file of its own, as in stage 1, since the training loop need not show it."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,17 +8,18 @@ import torch
 
 from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.data.coco import CocoImage
-from ssld.stage2_detect.data.loaders import PAD_MULTIPLE, masks_of
+from ssld.stage2_detect.data.loaders import masks_of
+from ssld.stage2_detect.data.padding import padded_side
+from ssld.stage2_detect.data.sizing import Sizing
 from ssld.stage2_detect.data.training_data import TrainingData
-from ssld.stage2_detect.data.views import fit_view
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.inference import for_inference
-from ssld.stage2_detect.training.trained_detector import Student
+from ssld.stage2_detect.training.trained_detector import TrainedDetector
 
 
 def whole_step(
     config: TrainConfig,
-    student: Student,
+    trained: TrainedDetector,
     data: TrainingData,
     optimizer: torch.optim.Optimizer,
     *,
@@ -27,50 +28,45 @@ def whole_step(
 ) -> Callable[[int], None]:
     """A function of a number of images: forward pass (under the teacher, if there is one), backward pass, optimizer step, evaluation of a batch."""
     resize = config.resize
-    high, wide = largest_canvas(
-        [*data.train.images, *data.unlabelled], max(resize.train_short_sides), resize.train_long_side
-    )
+    largest = Sizing(max(resize.train_short_sides), resize.train_long_side)
+    high, wide = largest_canvas([*data.train.images, *data.unlabeled], largest)
     if config.augment.large_scale_jitter:
         high = wide = resize.train_long_side
     crowd = max(data.train.images, key=lambda record: len(record.labels_N))
-    view = fit_view(
-        crowd.height, crowd.width, short_side=max(resize.train_short_sides), max_long=resize.train_long_side
-    )
-    shown = data.val.images if data.val else []
-    val_high, val_wide = largest_canvas(shown, resize.val_short_side, resize.val_long_side)
+    view = largest.view(crowd.height, crowd.width)
+    val_high, val_wide = largest_canvas(data.val.images if data.val else [], Sizing.of(resize))
 
     def attempt(images: int) -> None:
         targets = Targets(
             torch.from_numpy(crowd.boxes_N4.astype(np.float32) * view.scale).expand(images, -1, -1),
             torch.from_numpy(crowd.labels_N).expand(images, -1),
             torch.arange(images),
-            masks=(masks_of(crowd, vars(view)),) * images if config.model.has_masks else None,
+            masks=(masks_of(crowd, view),) * images if config.model.has_masks else None,
         ).to(device)
-        student.model.train()
+        trained.model.train()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            losses = student.model(_noise(images, high, wide, device), targets)
+            losses = trained.model(_noise(images, high, wide, device), targets)
         torch.stack(list(losses.values())).sum().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if data.val:
-            student.evaluated.eval()
+            trained.evaluated.eval()
             with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                for_inference(student.evaluated)(_noise(config.val_batch_size, val_high, val_wide, device))
+                for_inference(trained.evaluated)(_noise(config.val_batch_size, val_high, val_wide, device))
 
     return attempt
 
 
-def largest_canvas(records: Sequence[CocoImage], short_side: int, long_side: int) -> tuple[int, int]:
+def largest_canvas(records: Sequence[CocoImage], sizing: Sizing) -> tuple[int, int]:
     """(height, width) that hold each of these images at this size: wide and high ones may meet in a batch."""
     sizes = {(record.height, record.width) for record in records}
-    views = [fit_view(*size, short_side=short_side, max_long=long_side) for size in sizes]
+    views = [sizing.view(*size) for size in sizes]
     return max((view.height for view in views), default=0), max((view.width for view in views), default=0)
 
 
 def _noise(images: int, high: int, wide: int, device: torch.device) -> ImageBatch:
-    padded = [-(-side // PAD_MULTIPLE) * PAD_MULTIPLE for side in (high, wide)]
     return ImageBatch(
-        torch.randint(0, 256, (images, 3, *padded), dtype=torch.uint8),
+        torch.randint(0, 256, (images, 3, padded_side(high), padded_side(wide)), dtype=torch.uint8),
         torch.tensor([[high, wide]] * images),
         torch.ones(images),
     ).to(device)

@@ -9,7 +9,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ssld.shared.distributed.ranks import total_over_ranks, world_size
+from ssld.shared.distributed.ranks import all_ranks
 from ssld.shared.models.backbones import architecture, create_body, input_settings, licence, parse_reference, place
 from ssld.shared.training.optim import parameter_groups
 from ssld.stage2_detect.config import TrainConfig
@@ -25,7 +25,7 @@ from ssld.stage2_detect.models.rcnn import RCNN
 from ssld.stage2_detect.training.init_weights import InitFile
 
 
-class Student:
+class TrainedDetector:
     """A detector in training.
 
     Its weights are those of `config.init` where that is given, rows of its heads by class name; else the backbone's and random heads.
@@ -61,8 +61,7 @@ class Student:
             body=body,
             arch=self.arch,
             inputs=self._inputs,
-            total=total_over_ranks,
-            world_size=world_size(),
+            ranks=all_ranks(),
         )
         if start:
             self.loaded = start.load(self.detector, config.model, data.class_names)
@@ -134,7 +133,7 @@ class Student:
         return groups
 
     def preview(self) -> Iterator[str]:
-        """What the student is, for the log."""
+        """What is trained, for the log."""
         config = self._config
         yield self.loaded
         if config.init and config.backbone:

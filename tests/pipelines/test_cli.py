@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import re
 import subprocess
 import sys
 import types
@@ -152,11 +153,13 @@ COMPLETED = [
 ]
 
 
+@pytest.mark.process
 def test_completion(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Bash itself is asked what it would complete; zsh runs the same function."""
+    """Bash itself is asked what it would complete."""
     assert main(["completion", "bash"]) == 0
     script = capsys.readouterr().out
-    ask = 'COMP_WORDS=($line); [ "${line% }" = "$line" ] || COMP_WORDS+=(""); COMP_CWORD=$((${#COMP_WORDS[@]}-1)); _ssld; echo "${COMPREPLY[*]}"'
+    ask = 'COMP_WORDS=($line); [ "${line% }" = "$line" ] || COMP_WORDS+=(""); COMP_CWORD=$((${#COMP_WORDS[@]}-1)); '
+    ask += '_shtab_ssld; echo "${COMPREPLY[*]}"'
     lines = "\n".join(f"line={line!r}; {ask}" for line, _ in COMPLETED)
     (tmp_path / "ask.sh").write_text(f"{script}\n{lines}\n")
     done = subprocess.run(["bash", "--norc", str(tmp_path / "ask.sh")], capture_output=True, text=True, check=True)
@@ -164,7 +167,9 @@ def test_completion(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for (line, expected), words in zip(COMPLETED, found, strict=True):
         assert words == expected, line
     assert main(["completion", "zsh"]) == 0
-    assert capsys.readouterr().out.endswith(script)
+    for_zsh = capsys.readouterr().out
+    assert for_zsh.startswith("#compdef ssld\n")
+    assert re.search(r'"--precision\[.*\]:.*:\(fp32 bf16 fp16\)"', for_zsh)
 
 
 def test_completion_knows_the_flags_that_commands_take() -> None:

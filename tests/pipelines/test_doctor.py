@@ -13,10 +13,10 @@ import yaml
 from PIL import Image
 
 from ssld.pipelines import doctor
-from ssld.pipelines.checks import data_process, machine
-from ssld.pipelines.checks import settings as settings_check
+from ssld.pipelines.checks import data as checked_data
+from ssld.pipelines.checks import machine
 from ssld.pipelines.checks.machine import ask_torch, device_lines, machine_lines, pair_lines
-from ssld.pipelines.runner import cost as disk
+from ssld.pipelines.checks.settings import _disk_lines
 from ssld.stage2_detect import check_data
 
 SOUND: dict[str, Any] = {"broken": {}, "cuda": None, "threads": 2, "devices": [], "groups": ["gloo"], "mps": False}
@@ -27,8 +27,7 @@ H200 = ["NVIDIA H200", 140 * 2**30, 141 * 2**30, 9, 0]
 def probed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sound machine without GPU; processes that import torch would take seconds each."""
     monkeypatch.setattr(doctor, "ask_torch", lambda: SOUND)
-    monkeypatch.setattr(data_process, "run_script", check_data.main)
-    monkeypatch.setattr(disk, "_ask_timm", lambda names: {})
+    monkeypatch.setattr(checked_data, "run_script", check_data.main)
 
 
 @pytest.fixture
@@ -87,6 +86,7 @@ def test_what_is_broken_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(line.level == "fault" and "operator torchvision::nms does not exist" in line.text for line in lines)
 
 
+@pytest.mark.process
 def test_this_machine_is_asked_in_another_process() -> None:
     answer = ask_torch()
     assert answer["broken"] == {}
@@ -106,7 +106,7 @@ def test_requirements_of_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"av", "torchcodec"} <= machine.OPTIONAL.keys()
 
 
-@pytest.mark.parametrize(("free", "lines"), [(10 * 2**30, 1), (4 * 2**30, 2)])
+@pytest.mark.parametrize(("free", "lines"), [(10 * 10**9, 1), (4 * 10**9, 2)])
 def test_room_for_what_is_written(free: int, lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Path] = []
 
@@ -114,10 +114,10 @@ def test_room_for_what_is_written(free: int, lines: int, tmp_path: Path, monkeyp
         asked.append(path)
         return SimpleNamespace(free=free)
 
-    monkeypatch.setattr(settings_check.shutil, "disk_usage", usage)
-    said = list(settings_check._disk_lines(3, 5 * 2**30, tmp_path / "runs" / "mine"))
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    said = list(_disk_lines({"a": 5 * 10**9, "b": None}, 3, tmp_path / "runs" / "mine"))
     assert asked == [tmp_path]
-    assert said[0].text == "3 stages; about 5.0 GB of model files and checkpoints"
+    assert said[0].text == "3 stages: about 5.0 GB of disk, and 1 stage of unknown size; data sets not counted"
     assert len(said) == lines
     if lines == 2:
         assert said[1].level == "warning"
@@ -169,12 +169,12 @@ def test_pictures_of_another_folder_cannot_be_left_out(
 
 
 def test_the_data_check_is_a_process(coco: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    code, report = data_process.check_data((coco / "train.json", coco, None, None), "--quick")
+    code, report = checked_data.check_data((coco / "train.json", coco, None, None), "--quick")
     assert code == 0
     assert report is not None
     assert report["files"]["train"]["boxes"] == 2
     assert "2 images, 1 class, 2 boxes" in capfd.readouterr().out
-    assert data_process.check_data((coco / "gone.json", coco, None, None)) == (2, None)
+    assert checked_data.check_data((coco / "gone.json", coco, None, None)) == (2, None)
 
 
 def settings(coco: Path, **changes: Any) -> dict[str, Any]:
@@ -266,7 +266,7 @@ def test_a_pipeline(coco: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "variable many has no value" in capfd.readouterr().out
     assert doctor.main([str(file), "--variable", "many=3000"]) == 0
     out = capfd.readouterr().out
-    assert "2 stages; about" in out
+    assert "2 stages: 2 stages of unknown size; data sets not counted" in out
     assert "two: workers: 3000 processes decode on" in out
     assert out.count("2 images, 1 class, 2 boxes") == 1  # the same data of both stages: once
     shutil.rmtree(coco / "runs", ignore_errors=True)

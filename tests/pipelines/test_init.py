@@ -11,10 +11,8 @@ import yaml
 from PIL import Image
 
 from ssld.pipelines import init, run
-from ssld.pipelines.checks import data_process
-from ssld.pipelines.runner import cost as disk
-from ssld.pipelines.scaffold.split import split_content
-from ssld.pipelines.scaffold.suggest import Facts, suggest
+from ssld.pipelines.checks import data as checked_data
+from ssld.pipelines.scaffold.suggest import Facts, split_content, suggest
 from ssld.shared.errors import UserError
 from ssld.stage2_detect import check_data
 
@@ -43,8 +41,7 @@ def content(images: int = 40) -> dict[str, Any]:
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The content as files; processes that import torch would take seconds each."""
     monkeypatch.setattr(init, "ask_torch", lambda: CPU)
-    monkeypatch.setattr(data_process, "run_script", check_data.main)
-    monkeypatch.setattr(disk, "_ask_timm", lambda names: {})
+    monkeypatch.setattr(checked_data, "run_script", check_data.main)
     monkeypatch.chdir(tmp_path)
     draw = np.random.default_rng(0)
     for folder, count in (("photos", 40), ("more photos", 3)):

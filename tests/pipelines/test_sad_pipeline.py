@@ -54,5 +54,5 @@ def test_every_stage_runs(tmp_path: Path, call: Callable[..., int], monkeypatch:
     assert 0 < len(names[0]) <= 16
     assert not names[0] & names[1], "a labelled scene has pseudo-labels"
     log = (tmp_path / "sad" / "log.txt").read_text()
-    assert f"pseudo-boxes in {len(names[0])} of the 24 pictures" in log
+    assert f"pseudo-boxes in {len(names[0])} of the 24 images" in log
     assert "loss_adl" in log

@@ -268,6 +268,7 @@ def test_files_digest(tmp_path: Path) -> None:
         files_digest(folder / "absent")
 
 
+@pytest.mark.process
 def test_files_module_needs_no_torch() -> None:
     code = "import sys, ssld.shared.files; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     root = Path(__file__).resolve().parents[2]

@@ -9,7 +9,8 @@ import pytest
 
 from ssld.shared.config.settings import CommandConfig
 from ssld.shared.errors import UserError
-from ssld.shared.run_dir import RunDir, file_sha256, read_metrics, read_result, write_atomically
+from ssld.shared.files import file_sha256, write_atomically
+from ssld.shared.run_dir import RunDir, read_metrics, read_result
 
 
 class Settings(CommandConfig):
@@ -118,6 +119,7 @@ def test_a_start_that_failed_does_not_hold_the_folder(config: Settings) -> None:
     assert "rate: 0.2" in (run.path / "config.yaml").read_text()
 
 
+@pytest.mark.process
 def test_lock_is_released_by_closing_and_by_death(config: Settings) -> None:
     run = RunDir(config, "test")
     with pytest.raises(UserError, match="in use by another process"):
@@ -190,5 +192,18 @@ def test_atomic_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        write_atomically(tmp_path / "f", "new")
+        write_atomically(tmp_path / "f", b"new")
     assert (tmp_path / "f").read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["f"]
+
+
+def test_what_a_killed_process_was_writing_is_cleared_away(config: Settings) -> None:
+    run = RunDir(config, "test")
+    (run.path / "store").mkdir()
+    for name in (".model.safetensors.123", "store/.shard-00001.bin.4567", ".kept", "store/a.bin"):
+        (run.path / name).write_bytes(b"half")
+    run.close()
+    RunDir(config, "test").close()
+    left = {file.relative_to(run.path).as_posix() for file in run.path.rglob("*") if file.is_file()}
+    assert {".kept", "store/a.bin"} <= left
+    assert not {".model.safetensors.123", "store/.shard-00001.bin.4567"} & left

@@ -1,12 +1,18 @@
 import pytest
 
-from ssld.shared.wording import count, duration
+from ssld.shared.wording import amount, count, duration, some
 
 
 def test_numbers_and_their_nouns() -> None:
     assert [count(n, "picture") for n in (0, 1, 2, 1234)] == ["0 pictures", "1 picture", "2 pictures", "1,234 pictures"]
     assert [count(2, noun) for noun in ("box", "class", "image")] == ["2 boxes", "2 classes", "2 images"]
     assert count(2, "box outside its image", "boxes outside their image") == "2 boxes outside their image"
+
+
+def test_lists_and_bytes() -> None:
+    assert some([4, "a", 9]) == "4, a, 9"
+    assert some("abcd") == "a, b, c, ..."
+    assert [amount(size) for size in (0, 2_340, 1_000_000, 5_210_000_000)] == ["0.0 kB", "2.3 kB", "1.0 MB", "5.2 GB"]
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from ssld.stage1_ssld.curate import main as curate
-from ssld.stage1_ssld.curation import outcome, shard_pass
-from ssld.stage1_ssld.curation import steps as curation
+from ssld.stage1_ssld.curation import outcome, shard_pass, steps
 from ssld.stage1_ssld.curation.shard_pass import Job, Reading, over_shards
 from ssld.stage1_ssld.data.shards import RowShard
 
@@ -67,12 +66,12 @@ def test_two_processes_choose_as_one_does(
     [
         (outcome, "find_candidates"),
         (outcome, "find_look_alikes"),
-        (curation, "save_embeddings"),
-        (curation, "cosines"),
+        (steps, "save_embeddings"),
+        (steps, "cosines"),
         (outcome, "decide"),
         (outcome, "write_manifest"),
-        (curation, "materialise"),
-        (curation, "draw"),
+        (steps, "materialise"),
+        (steps, "draw"),
     ],
 )
 def test_goes_on_where_it_was_killed(

@@ -118,6 +118,13 @@ def test_timm_loads_the_folder(exported: Path, teacher_file: Path) -> None:
     assert (*data["mean"], *data["std"], *data["input_size"]) == (*inputs.mean, *inputs.std, 3, 32, 32)
     assert (data["crop_pct"], data["interpolation"]) == (0.875, inputs.interpolation)
     assert model.pretrained_cfg["label_names"] == ["disc", "ring", "stripes"]
+    said = json.loads((folder / "config.json").read_text())
+    assert (said["architecture"], said["global_pool"], said["pretrained_cfg"]["license"]) == (
+        "test_resnet",
+        "avg",
+        "apache-2.0",
+    )
+    assert said["pretrained_cfg"]["tag"] is None  # timm's own weights of this architecture have one
     assert timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=5).num_classes == 5
     # and so does this project, as a folder and as a backbone file
     assert parse_reference(str(folder)).arch == f"local-dir:{folder}"

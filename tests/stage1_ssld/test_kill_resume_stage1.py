@@ -103,6 +103,7 @@ def same_run(metrics_of: Callable[[Path], list[dict[str, Any]]]) -> Callable[[Pa
     return compare
 
 
+@pytest.mark.process
 def test_killed_at_every_delicate_moment(
     arguments: Any, distill_settings: Any, call: Any, tmp_path: Path, same_run: Callable[[Path, Path], None]
 ) -> None:

@@ -23,7 +23,7 @@ from ssld.stage1_ssld.clustering.embedding_files import Standard
 from ssld.stage1_ssld.clustering.steps import prototypes_for
 from ssld.stage1_ssld.curate import main as curate
 from ssld.stage1_ssld.data.views import val_view
-from ssld.stage1_ssld.deploy.hub import write_folder
+from ssld.stage1_ssld.deploy.card import write_folder
 from ssld.stage1_ssld.distill import main as distill
 from ssld.stage1_ssld.distillation.losses import symmetric_kl
 from ssld.stage1_ssld.evaluate import main as evaluate
@@ -273,7 +273,7 @@ def test_a_folder_for_the_hub_builds_the_same_network(made: Any, tmp_path: Path)
     file = made(encoder={"model": "random:test_vit", "global_pool": "avg"}) / "teacher.safetensors"
     reference = parse_reference(str(file))
     net, inputs = create_classifier(reference)
-    write_folder(tmp_path / "hub", file, net.net, inputs, reference.metadata, "")
+    write_folder(tmp_path / "hub", file, net.net, inputs, reference.metadata, repository=None, checks={})
     folder = FrozenTeacher(str(tmp_path / "hub"))
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     torch.testing.assert_close(folder(pixels), FrozenTeacher(str(file))(pixels))

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from ssld.shared.run_dir import RunDir, file_sha256
+from ssld.shared.files import file_sha256
+from ssld.shared.run_dir import RunDir
 from ssld.stage1_ssld.distill import main as distill
 
 Settings = dict[str, Any]

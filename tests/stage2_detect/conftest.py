@@ -75,14 +75,27 @@ def small_settings(tiny_coco: TinyCoco) -> dict[str, Any]:
         "log_every": 1,
         "backbone": "random:test_resnet",
         "data": {key: str(value) for key, value in vars(tiny_coco).items()} | {"keep_empty": True},
-        "resize": {"train_short_sides": [64], "train_long_side": 64, "val_short_side": 64, "val_long_side": 64},
+        "resize": {"train_short_sides": [64], "train_long_side": 64, "short_side": 64, "long_side": 64},
         "model": {
             "fpn_channels": 16,
-            "rpn": {"anchor_sizes": [8, 16, 32, 64, 128], "samples": 32, "train_post_nms": 40, "val_post_nms": 30},
-            "roi": {"hidden": 32, "samples": 24},
+            "rpn": {
+                "anchor_sizes": [8, 16, 32, 64, 128],
+                "samples_per_image": 32,
+                "post_nms_top_n_train": 40,
+                "post_nms_top_n_test": 30,
+            },
+            "roi": {"hidden": 32, "samples_per_image": 24},
         },
         "optim": {"lr": 0.01, "reference_batch": 4, "warmup_steps": 2, "milestones_steps": [4]},
     }
+
+
+@pytest.fixture
+def learning_settings(train_settings: dict[str, Any]) -> dict[str, Any]:
+    """As `train_settings`, with which it finds most of the drawn objects after 60 steps."""
+    optim = {"name": "adamw", "lr": 0.003, "reference_batch": 4, "warmup_steps": 5, "milestones_steps": [50]}
+    model = train_settings["model"] | {"freeze_norm": False}
+    return train_settings | {"steps": 60, "log_every": 20, "save_every": 60, "optim": optim, "model": model}
 
 
 @pytest.fixture(scope="session")
@@ -119,14 +132,14 @@ def mask_file(tmp_path_factory: pytest.TempPathFactory, tiny_coco: TinyCoco) -> 
 
     torch.manual_seed(0)
     config = DetectorConfig(
-        kind="mask_rcnn", fpn_channels=16, roi={"hidden": 16}, mask={"channels": 8, "convolutions": 1}
+        kind="mask_rcnn", fpn_channels=16, roi={"hidden": 16}, mask={"hidden": 8, "convolutions": 1}
     )
     body = timm.create_model("test_resnet", features_only=True)
     inputs = InputSettings((0.5,) * 3, (0.5,) * 3, (0, 0), "bilinear", False)
     model = build_detector(config, classes=2, body=body, arch="test_resnet", inputs=inputs)
     path = tmp_path_factory.mktemp("mask_detector") / "detector.safetensors"
     data = read_coco(tiny_coco.val_annotations, None, training=False)
-    sizes = ResizeConfig(train_short_sides=[64], train_long_side=64, val_short_side=64, val_long_side=64)
+    sizes = ResizeConfig(train_short_sides=[64], train_long_side=64, short_side=64, long_side=64)
     save_detector(path, model, config=config, resize=sizes, arch="test_resnet", inputs=inputs, data=data)
     return path
 

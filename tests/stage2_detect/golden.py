@@ -24,11 +24,11 @@ from ssld.shared.config.settings import parse_config
 from ssld.shared.models.backbones import InputSettings
 from ssld.shared.models.paddle_weights import to_torch
 from ssld.stage2_detect.config import ConvertPaddleConfig
+from ssld.stage2_detect.convert_paddle import our_module, our_name
 from ssld.stage2_detect.models import pooling
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.build import build_detector
 from ssld.stage2_detect.models.rcnn import RCNN
-from ssld.stage2_detect.paddle_names import our_module, our_name
 
 FOLDER = Path(__file__).parents[1] / "golden"
 RECIPES = Path(__file__).parents[2] / "stage2_detect" / "configs"
@@ -41,10 +41,10 @@ RECIPE = {
 }
 # What "overrides" in the json files says: every anchor and every RoI is in the losses.
 OVERRIDES = {
-    "rpn.samples": 100_000,
-    "rpn.random": "false",
-    "roi.samples": 4096,
-    "roi.foreground_fraction": 1.0,
+    "rpn.samples_per_image": 100_000,
+    "rpn.sampling": "first",
+    "roi.samples_per_image": 4096,
+    "roi.positive_fraction": 1.0,
     "roi.sampling": "first",
 }
 # Ours -> the reference's.

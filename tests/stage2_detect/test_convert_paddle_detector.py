@@ -20,13 +20,11 @@ from ssld.pipelines import cli
 from ssld.shared.config.settings import parse_config
 from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import InputSettings
-from ssld.stage2_detect.coco_classes import COCO_CLASSES
 from ssld.stage2_detect.config import ConvertPaddleConfig
-from ssld.stage2_detect.convert_paddle import main
+from ssld.stage2_detect.convert_paddle import check_recipe, main, our_name, recognise
 from ssld.stage2_detect.detector_file import load_detector
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models.build import build_detector
-from ssld.stage2_detect.paddle_names import our_name, recognise
 
 Arrays = dict[str, np.ndarray]
 
@@ -144,9 +142,15 @@ def test_a_converted_faster_rcnn_detects_what_the_reference_does(call: Any, tmp_
     assert (output / "log.txt").read_text().endswith("this run is finished; nothing to do\n")
 
     loaded = load_detector(output / "detector.safetensors")
-    assert loaded.class_names == tuple(COCO_CLASSES.values())
-    assert loaded.category_ids == tuple(COCO_CLASSES)
-    assert (loaded.resize.val_short_side, loaded.resize.interpolation) == (800, "bicubic")
+    coco = dict(zip(loaded.category_ids, loaded.class_names, strict=True))
+    assert (len(coco), coco[1], coco[11], coco[13], coco[90]) == (
+        80,
+        "person",
+        "fire hydrant",
+        "stop sign",
+        "toothbrush",
+    )
+    assert (loaded.resize.short_side, loaded.resize.interpolation) == (800, "bicubic")
     assert loaded.metadata["source"]["file"] == weights.name
     assert loaded.metadata["licence"] == "apache-2.0"
     golden, _ = read("faster")
@@ -246,8 +250,6 @@ def test_other_files_are_refused_with_the_reason(
     ],
 )  # fmt: skip
 def test_another_recipe_is_refused(name: str, recipe: str, message: str) -> None:
-    from ssld.stage2_detect.paddle_names import check_recipe
-
     arrays = {key: np.broadcast_to(np.float32(0), shape) for key, shape in about(name)["parameters"].items()}
     check_recipe(arrays, recipe_of(name), "file")
     with pytest.raises(UserError) as error:

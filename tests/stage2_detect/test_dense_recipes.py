@@ -58,7 +58,7 @@ def common(name: str) -> None:
     assert optim.backbone_lr_factors == [1] * 5
     assert (model.fpn_channels, model.freeze_stages, model.freeze_norm) == (256, 2, True)
     assert (resize.interpolation, resize.flip, config.data.keep_empty) == ("bilinear", 0.5, False)
-    assert (model.dense.candidates, model.dense.score_threshold, model.dense.detections) == (1000, 0.05, 100)
+    assert (model.dense.candidates, model.dense.score_threshold, model.dense.detections_per_image) == (1000, 0.05, 100)
     assert (model.dense.convolutions, model.dense.clip_boxes) == (4, True)
     if config.distill:
         teacher_name = config.distill.teacher.parent.name
@@ -93,7 +93,7 @@ def test_gfl_recipes(name: str) -> None:
     assert (rate(config, 0), rate(config, 500)) == (pytest.approx(1e-5), pytest.approx(0.01))
     assert rate(config, 7329 * milestones[1]) == pytest.approx(1e-4)
     assert (config.resize.train_short_sides, config.resize.train_long_side) == (sides, 1333)
-    assert (config.resize.val_short_side, config.resize.val_long_side) == (800, 1333)
+    assert (config.resize.short_side, config.resize.long_side) == (800, 1333)
     model = config.model
     assert model.kind == "gfl"
     assert model.dcn_strides == ([8, 16, 32] if deformable else [])
@@ -105,7 +105,7 @@ def test_gfl_recipes(name: str) -> None:
     assert (config.distill.teacher.parent.name if config.distill else None) == teacher
     if config.distill:
         # Of the ResNet101 only main LD is published.
-        assert config.distill.ld == (LDConfig(vlr_ld=0, kd=0) if name == "gfl_r101_ld_2x" else LDConfig())
+        assert config.distill.ld == (LDConfig(ld_vlr_weight=0, kd_weight=0) if name == "gfl_r101_ld_2x" else LDConfig())
         assert config.distill.pkd(model) == 0
 
 
@@ -122,7 +122,7 @@ def test_retinanet_recipes(name: str) -> None:
     assert rate(config, 500 if steps == 90_000 else 1000) == pytest.approx(0.01)
     resize = config.resize
     assert (resize.train_short_sides, resize.train_long_side) == ([short], long)
-    assert (resize.val_short_side, resize.val_long_side) == (short, long)
+    assert (resize.short_side, resize.long_side) == (short, long)
     model = config.model
     assert (model.kind, model.dcn_strides) == ("retinanet", [])
     assert (model.dense.p6_from, model.dense.relu_before_p7, model.dense.nms_iou) == ("c5", True, 0.5)
@@ -154,8 +154,8 @@ def run(call: Callable[..., int], name: str, toy: Path, output: Path, *flags: st
         "data.val_images": toy / "val",
         "resize.train_short_sides": "64,96",
         "resize.train_long_side": 96,
-        "resize.val_short_side": 64,
-        "resize.val_long_side": 64,
+        "resize.short_side": 64,
+        "resize.long_side": 64,
         "model.fpn_channels": 16,
         "steps": 2,
         "batch_size": 2,

@@ -40,7 +40,7 @@ def teacher_detector(tiny_coco: Any, tmp_path: Path) -> Path:
 def write_teacher(path: Path, model: RCNN, data: Any) -> Path:
     body = timm.create_model("test_resnet", features_only=True)
     inputs = input_settings(body, {"mean": [0.1, 0.2, 0.3], "std": [0.3, 0.3, 0.4], "input_size": [3, 64, 64]})
-    config, resize = architecture(24), ResizeConfig(val_short_side=64, val_long_side=64)
+    config, resize = architecture(24), ResizeConfig(short_side=64, long_side=64)
     save_detector(
         path, model, config=config, resize=resize, arch="test_resnet", inputs=inputs, data=data, licence="mit"
     )
@@ -108,7 +108,7 @@ def test_the_command_writes_these_files(
     log = (run / "log.txt").read_text()
     assert f"teacher {teacher_detector}: AP 0.00 on 3 images of {settings['data']['val_annotations']}" in log
     assert f"teacher {teacher_detector} (faster_rcnn on test_resnet): loss_pkd x6, loss_roi_kd x1" in log
-    assert "7 pictures without annotations" in log
+    assert "7 images without annotations" in log
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss_pkd" in line]
     assert len(steps) == 6
@@ -166,24 +166,13 @@ def test_the_teacher_does_not_change_where_the_student_starts(
 
 def test_two_ranks_distil_as_one(
     distilled_settings: Settings,
-    arguments: Arguments,
-    scripts: Any,
-    call: Call,
-    tmp_path: Path,
-    metrics_of: Callable[[Path], list[dict[str, Any]]],
+    on_one_and_two: Callable[..., Any],
 ) -> None:
     """Without PKD, whose statistics are those of a process's images."""
     settings = distilled_settings | {"steps": 4, "batch_size": 8}
     settings["distill"] = settings["distill"] | {"pkd_weight": 0, "roi_weight": 2.0}
-    assert call(train.main, arguments(settings, "one")) == 0
-    done = scripts.run("stage2_detect/train.py", *arguments(settings, "two"), ranks=2)
-    assert done.returncode == 0, done.stderr
-    one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
-    assert [line["step"] for line in one] == [line["step"] for line in two]
-    assert sum("loss_roi_kd" in line for line in one) == 4
-    for a, b in zip(one, two, strict=True):
-        for name in ("loss", "loss_cls", "loss_box", "loss_roi_kd"):
-            assert a.get(name) == (pytest.approx(b[name], rel=1e-4, abs=1e-5) if name in b else None), (name, a, b)
+    _, lines = on_one_and_two(train.main, "stage2_detect/train.py", settings)
+    assert sum("loss_roi_kd" in line for line in lines) == 4
 
 
 def test_user_errors(
@@ -221,8 +210,8 @@ def test_user_errors(
     )
     (tmp_path / "empty").mkdir()
     assert f"no images in {tmp_path / 'empty'}" in message(unlabeled=str(tmp_path / "empty"))
-    assert "0 labelled and 4 unlabelled images of a batch of 4" in message(labeled_ratio=0.05)
-    assert "the folder holds 7 pictures" in message(batch_size=20)
+    assert "0 labeled and 4 unlabeled images of a batch of 4" in message(labeled_ratio=0.05)
+    assert "the folder holds 7 images" in message(batch_size=20)
 
 
 def test_without_evaluation_images_the_teacher_is_tried_on_training_images(

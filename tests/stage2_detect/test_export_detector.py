@@ -18,7 +18,7 @@ from ssld.shared.deploy.graph_files import read_program, session, write_onnx, wr
 from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import InputSettings
 from ssld.shared.models.model_file import read_metadata
-from ssld.stage2_detect.deploy import graph, onnx_suppression
+from ssld.stage2_detect.deploy import graph, writing
 from ssld.stage2_detect.deploy.card import detector_card
 from ssld.stage2_detect.deploy.check import compare, graph_of
 from ssld.stage2_detect.detector_file import load_detector
@@ -31,9 +31,9 @@ from ssld.stage2_detect.models.build import Detector, build_detector
 ROOT = Path(__file__).resolve().parents[2]
 SMALL: dict[str, Any] = {
     "fpn_channels": 16,
-    "rpn": {"anchor_sizes": [8, 16, 32, 64, 128], "val_pre_nms": 60, "val_post_nms": 40},
+    "rpn": {"anchor_sizes": [8, 16, 32, 64, 128], "pre_nms_top_n_test": 60, "post_nms_top_n_test": 40},
     "roi": {"hidden": 16},
-    "mask": {"channels": 8, "convolutions": 1},
+    "mask": {"hidden": 8, "convolutions": 1},
     "dense": {"convolutions": 1, "candidates": 50},
 }
 BATCH = ({0: torch.export.Dim("batch")},) * 2
@@ -69,7 +69,7 @@ def scene(count: int, height: int, width: int) -> tuple[Tensor, Tensor]:
     ("kind", "settings"),
     [
         ("faster_rcnn", {}),
-        ("faster_rcnn", {"roi": {"hidden": 16, "class_agnostic": True, "detections": 7}}),
+        ("faster_rcnn", {"roi": {"hidden": 16, "class_agnostic": True, "detections_per_image": 7}}),
         ("mask_rcnn", {}),
         ("cascade_rcnn", {"cascade": {"score_rois": "last"}}),
         ("cascade_mask_rcnn", {"dcn_strides": [8, 16]}),
@@ -105,7 +105,7 @@ def test_rows_behind_the_detections_are_empty() -> None:
         assert scores[row, : count[row]].min() > 0.27
 
 
-def test_suppression_against_a_double_loop_and_in_onnx(tmp_path: Path) -> None:
+def test_nms_against_a_double_loop_and_in_onnx(tmp_path: Path) -> None:
     draw = np.random.default_rng(1)
     corners = draw.uniform(-20, 60, (2, 30, 2))
     boxes = np.concatenate([corners, corners + draw.uniform(1, 40, (2, 30, 2))], axis=2).astype(np.float32)
@@ -124,16 +124,16 @@ def test_suppression_against_a_double_loop_and_in_onnx(tmp_path: Path) -> None:
         expected[p, q, kept] = True
     assert 10 < expected.sum() < (scores > 0.3).sum()
     both = torch.from_numpy(boxes), torch.from_numpy(scores)
-    np.testing.assert_array_equal(graph.suppress(*both, 0.4, 0.3, 30), expected)
-    assert not graph.suppress(*both, 0.4, 2.0, 30).any()
+    np.testing.assert_array_equal(graph.keep_by_nms(*both, 0.4, 0.3, 30), expected)
+    assert not graph.keep_by_nms(*both, 0.4, 2.0, 30).any()
 
     class Alone(nn.Module):
         def forward(self, boxes_PN4: Tensor, scores_PQN: Tensor) -> Tensor:
-            return onnx_suppression.suppress(boxes_PN4, scores_PQN, 0.4, 0.3, 30)
+            return writing.onnx_nms(boxes_PN4, scores_PQN, 0.4, 0.3, 30)
 
     write_onnx(
         tmp_path / "a.onnx", Alone(), both, BATCH, {},
-        inputs=["boxes", "scores"], outputs=["keep"], translations=onnx_suppression.translations(),
+        inputs=["boxes", "scores"], outputs=["keep"], translations=writing.onnx_translations(),
     )  # fmt: skip
     (keep,) = session(tmp_path / "a.onnx", threads=1).run(None, {"boxes": boxes, "scores": scores})
     np.testing.assert_array_equal(keep, expected)
@@ -253,7 +253,7 @@ def test_the_files_by_themselves(exported: Path, detector_file: Path, tiny_coco:
     assert json.loads(facts["class_names"]) == ["wide", "tall"]
     assert json.loads(facts["category_ids"]) == [3, 7]
     assert json.loads(facts["mean"]) == metadata["mean"]
-    assert json.loads(facts["resize"])["val_short_side"] == 64
+    assert json.loads(facts["resize"])["short_side"] == 64
     assert json.loads(facts["model"])["kind"] == "retinanet"
     assert facts["content_sha256"] == metadata["content_sha256"]
     assert not [tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.BFLOAT16]
@@ -313,7 +313,7 @@ def test_mistakes(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert "onnxruntime is missing); pip install 'ssld[export]'" in line(detector_file)
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match="soft suppression"):
+    with pytest.raises(UserError, match="soft NMS"):
         graph_of(detector("faster_rcnn", roi={"nms": {"kind": "soft_linear"}}))
 
 

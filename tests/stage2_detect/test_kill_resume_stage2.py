@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from ssld.shared.run_dir import file_sha256
+from ssld.shared.files import file_sha256
+from ssld.shared.models.model_file import read_metadata, read_tensors, save_model_file
 from ssld.stage2_detect import evaluate, train
 
 TRAIN = "stage2_detect/train.py"
@@ -67,42 +68,23 @@ def test_killed_and_stopped_runs_resume_to_the_same_bits(
     assert file_sha256(tmp_path / "whole" / optimizer) == file_sha256(run / optimizer)
 
 
-def test_two_ranks_train_as_one(
-    train_settings: dict[str, Any],
-    arguments: Callable[..., list[str]],
-    scripts: Any,
-    call: Callable[..., int],
-    tmp_path: Path,
-    metrics_of: Callable[[Path], list[dict[str, Any]]],
-) -> None:
+def test_two_ranks_train_as_one(train_settings: dict[str, Any], on_one_and_two: Callable[..., Any]) -> None:
     settings = train_settings | {"steps": 5}
     assert settings["model"].get("freeze_norm", True)
-    assert call(train.main, arguments(settings, "one")) == 0
-    done = scripts.run(TRAIN, *arguments(settings, "two"), ranks=2)
-    assert done.returncode == 0, done.stderr
-    one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
-    assert [line["step"] for line in one] == [line["step"] for line in two]
-    for a, b in zip(one, two, strict=True):
-        assert a.get("lr") == b.get("lr")
-        for name in ("loss", "loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_box"):
-            assert a.get(name) == (pytest.approx(b[name], rel=1e-5, abs=1e-5) if name in b else None), (name, a, b)
+    _, lines = on_one_and_two(train.main, TRAIN, settings)
+    assert sum("loss_rpn_cls" in line for line in lines) == 5
 
 
 def test_two_ranks_evaluate_as_one(
-    train_settings: dict[str, Any],
-    arguments: Callable[..., list[str]],
-    scripts: Any,
-    call: Callable[..., int],
-    tmp_path: Path,
+    train_settings: dict[str, Any], detector_file: Path, scripts: Any, call: Callable[..., int], tmp_path: Path
 ) -> None:
-    """A detector that finds something, so that a lost or doubled image, or the detections of another rank, would show."""
-    settings = train_settings | {"steps": 60, "log_every": 20, "save_every": 60}
-    settings["optim"] = train_settings["optim"] | {"lr": 0.02, "clip_grad_norm": 2.0, "milestones_steps": [50]}
-    roi = train_settings["model"]["roi"] | {"score_threshold": 0.0}  # every image has detections
-    settings["model"] = train_settings["model"] | {"freeze_norm": False, "roi": roi}
-    assert call(train.main, arguments(settings, "trained")) == 0
-    data = settings["data"]
-    flags = ["--model", str(tmp_path / "trained" / "detector.safetensors"), "--workers", "0", "--device", "cpu"]
+    """A detector that finds something in every image, so that a lost or doubled one, or the detections of another rank, would show."""
+    data = train_settings["data"]
+    metadata = read_metadata(detector_file, kind="detector")
+    dense = metadata["model"]["dense"] | {"score_threshold": 0.0}
+    unsure = tmp_path / "unsure.safetensors"
+    save_model_file(unsure, read_tensors(detector_file), metadata | {"model": metadata["model"] | {"dense": dense}})
+    flags = ["--model", str(unsure), "--workers", "0", "--device", "cpu"]
     flags += ["--annotations", data["val_annotations"], "--images", data["val_images"], "--threads", "1"]
     flags += ["--batch_size", "2"]  # 5 images: batches of 2, 2 and 1 for two ranks
     assert call(evaluate.main, [*flags, "--output", str(tmp_path / "one")]) == 0
@@ -112,7 +94,7 @@ def test_two_ranks_evaluate_as_one(
     runs = (tmp_path / "one", tmp_path / "two")
     one, two = (json.loads((run / "result.json").read_text())["metrics"] for run in runs)
     assert one["AP"] > 0
-    assert one["AP50"] > 0.2
+    assert one["AP50"] > 0.1
     for key in [key for key, value in one.items() if isinstance(value, dict)]:
         assert two.pop(key) == pytest.approx(one.pop(key), abs=1e-6)
     confusions = [json.loads((run / "analysis.json").read_text())["confusions"] for run in runs]

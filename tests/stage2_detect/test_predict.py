@@ -142,4 +142,4 @@ def test_labelled_pictures_are_left_out(call: Call, predict_line: Any, tmp_path:
     assert call(predict.main, predict_line("--exclude", str(file), "--write", "json")) == 0
     names = {image["file_name"] for image in content(tmp_path / "seen" / "predictions.json")["images"]}
     assert names == {f"{number}.png" for number in range(12)} - {"3.png", "7.png"}
-    assert f"10 pictures below {photos}, 2 more excluded" in (tmp_path / "seen" / "log.txt").read_text()
+    assert f"10 images below {photos}, 2 more excluded" in (tmp_path / "seen" / "log.txt").read_text()

@@ -10,7 +10,7 @@ from PIL import Image
 from run_files import content
 
 from ssld.stage2_detect import convert_data, predict
-from ssld.stage2_detect.prediction.picture_files import folder_names
+from ssld.stage2_detect.prediction.files import folder_names
 
 Call = Callable[..., int]
 Files = Callable[[Path], set[str]]

@@ -14,7 +14,7 @@ from run_files import content
 from ssld.shared.errors import UserError
 from ssld.shared.models.model_file import read_metadata, read_tensors, save_model_file
 from ssld.stage2_detect import predict
-from ssld.stage2_detect.data.image_files import find_pictures
+from ssld.stage2_detect.data.image_files import find_images
 
 Call = Callable[..., int]
 Error = Callable[..., str]
@@ -25,12 +25,12 @@ Files = Callable[[Path], set[str]]
 
 
 def test_a_picture_a_pattern_and_a_list(photos: Path, tmp_path: Path, files_below: Files) -> None:
-    assert find_pictures(str(photos)).names == sorted(files_below(photos))
-    assert find_pictures(str(photos / "5.png")) == (str(photos), ["5.png"])
-    assert find_pictures(str(photos / "**" / "*.png")) == (str(photos), sorted(files_below(photos)))
-    assert find_pictures(str(photos / "1*.png")).names == ["1.png", "10.png", "11.png"]
+    assert find_images(str(photos)).names == sorted(files_below(photos))
+    assert find_images(str(photos / "5.png")) == (str(photos), ["5.png"])
+    assert find_images(str(photos / "**" / "*.png")) == (str(photos), sorted(files_below(photos)))
+    assert find_images(str(photos / "1*.png")).names == ["1.png", "10.png", "11.png"]
     (tmp_path / "list.txt").write_text("# mine\nphotos/5.png\n\nphotos/deep/3.png\nphotos/5.png\n")
-    assert find_pictures(str(tmp_path / "list.txt")) == (str(photos), ["5.png", "deep/3.png"])
+    assert find_images(str(tmp_path / "list.txt")) == (str(photos), ["5.png", "deep/3.png"])
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_a_picture_a_pattern_and_a_list(photos: Path, tmp_path: Path, files_belo
 def test_bad_lists(photos: Path, tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "list.txt").write_text(text)
     with pytest.raises(UserError, match=re.escape(message)):
-        find_pictures(str(tmp_path / "list.txt"))
+        find_images(str(tmp_path / "list.txt"))
 
 
 # ---- users' mistakes
@@ -82,8 +82,8 @@ def test_no_box_above_the_threshold(
     user_error: Error, call: Call, predict_line: Any, photos: Path, tmp_path: Path
 ) -> None:
     message = user_error(predict.main, predict_line("--pseudo_labels", "true", "--threshold", "1.0"))
-    assert message.startswith(f"{photos}: no box with a score of 1 or more in 12 pictures; the best has 0.")
-    assert message.endswith("give a lower --threshold, or a detector that fits these pictures")
+    assert message.startswith(f"{photos}: no box with a score of 1 or more in 12 images; the best has 0.")
+    assert message.endswith("give a lower --threshold, or a detector that fits these images")
     assert not (tmp_path / "seen" / "pseudo_labels.json").exists()
     # The folder can be used again.
     assert call(predict.main, predict_line("--pseudo_labels", "true", "--threshold", "0.1")) == 0
@@ -94,9 +94,11 @@ def test_mistakes(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.bin").write_bytes(b"\xff\xfe\x00")
-    later = tmp_path / "later.safetensors"
+    earlier = tmp_path / "earlier.safetensors"
     metadata = read_metadata(mask_file, kind="detector")
-    save_model_file(later, read_tensors(mask_file), metadata | {"model": metadata["model"] | {"hedas": 2}})
+    save_model_file(earlier, read_tensors(mask_file), metadata | {"model": metadata["model"] | {"rpn": {"samples": 9}}})
+    resized = tmp_path / "resized.safetensors"
+    save_model_file(resized, read_tensors(mask_file), metadata | {"resize": {"val_short_side": 800}})
     everything = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "x"}]}
     everything["images"] = [
         {"id": i, "file_name": n, "width": 1, "height": 1} for i, n in enumerate(os.listdir(photos))
@@ -106,13 +108,17 @@ def test_mistakes(
     (tmp_path / "none.json").write_text(json.dumps({**everything, "images": []}))
     for flags, message in (
         (predict_line(images=tmp_path / "empty"), f"no images in {tmp_path / 'empty'}"),
-        (predict_line(images=tmp_path / "absent"), f"{tmp_path / 'absent'}: no such picture, video, folder or list"),
+        (predict_line(images=tmp_path / "absent"), f"{tmp_path / 'absent'}: no such image, video, folder or list"),
         (predict_line(images=tmp_path / "*.jpg"), f"no images match {tmp_path / '*.jpg'}"),
-        (predict_line(images=tmp_path / "notes.bin"), "neither a picture"),
+        (predict_line(images=tmp_path / "notes.bin"), "neither an image"),
         (predict_line("--classes", "tal"), "does not know 'tal'; did you mean 'tall'?"),
         (predict_line("--model", str(teacher_file)), "backbone"),
-        (predict_line("--model", str(later)), f"{later}, its metadata: hedas: unknown key"),
-        (predict_line("--exclude", str(tmp_path / "all.json")), "names all pictures of"),
+        (
+            predict_line("--model", str(earlier)),
+            f"{earlier}: was written by an earlier version of this project (its model.rpn.samples is no setting of this one)",
+        ),
+        (predict_line("--model", str(resized)), "its resize.val_short_side is no setting of this one"),
+        (predict_line("--exclude", str(tmp_path / "all.json")), "names all images of"),
         (predict_line("--exclude", str(tmp_path / "none.json")), "has a file name of"),
         (predict_line(output="photos/seen"), "is inside images"),
         (predict_line("--threshold", "1.5"), "threshold"),

@@ -1,6 +1,5 @@
 """predict.py: where a killed run goes on, two processes, and what it shows meanwhile."""
 
-import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from PIL import Image
 from run_files import content
 
 from ssld.stage2_detect import predict
-from ssld.stage2_detect.prediction import steps as prediction
+from ssld.stage2_detect.prediction import steps
 from ssld.stage2_detect.prediction.files import Parts
 from ssld.stage2_detect.prediction.video_file import VideoFile
 
@@ -64,11 +63,11 @@ def test_a_run_begun_on_other_pictures_is_refused(
         raise SystemExit
 
     with monkeypatch.context() as patch:
-        patch.setattr(prediction, "assemble", killed)
+        patch.setattr(steps, "assemble", killed)
         with pytest.raises(SystemExit):
             call(predict.main, predict_line(images=pattern))
     shutil.copy(photos / "5.png", photos / "55.png")
-    assert "was begun on other pictures" in user_error(predict.main, predict_line(images=pattern))
+    assert "was begun on other images" in user_error(predict.main, predict_line(images=pattern))
 
 
 def test_two_processes_write_the_same_file(
@@ -91,31 +90,3 @@ def test_two_processes_write_the_same_file(
     assert "a second, " in log
     assert content(tmp_path / "two" / "predictions.json")["videos"]
     assert (tmp_path / "two" / "pictures" / "clip.mp4").exists()
-
-
-def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    class Run:
-        main, write = True, staticmethod(print)
-
-    run: Any = Run()
-    before = run.write
-    screen = Terminal()
-    monkeypatch.setattr("sys.stderr", screen)
-    clock = prediction.PictureClock(run, 3)
-    assert run.write is not before
-    times = iter([clock._began + 1.0] * 2)
-    with monkeypatch.context() as patch:
-        patch.setattr(prediction.time, "perf_counter", lambda: next(times))
-        clock._done = 2
-        assert clock.describe() == "2 a second, 0.5 s to go"
-        clock._done = 4
-        assert clock.describe() == "4 a second"
-    for _ in range(3):
-        clock.seen()
-    clock.close()
-    assert "3/3" in screen.getvalue()
-    assert run.write is before

@@ -96,11 +96,11 @@ def assert_common(config: TrainConfig) -> None:
     rpn, roi, cascade = model.rpn, model.roi, model.cascade
     assert rpn.anchor_sizes == [32, 64, 128, 256, 512]
     assert rpn.anchor_ratios == [0.5, 1, 2]
-    assert (rpn.positive_iou, rpn.negative_iou, rpn.samples, rpn.positive_fraction) == (0.7, 0.3, 256, 0.5)
-    assert (rpn.nms_iou, roi.samples, roi.foreground_fraction, roi.foreground_iou) == (0.7, 512, 0.25, 0.5)
+    assert (rpn.positive_iou, rpn.negative_iou, rpn.samples_per_image, rpn.positive_fraction) == (0.7, 0.3, 256, 0.5)
+    assert (rpn.nms_iou, roi.samples_per_image, roi.positive_fraction, roi.positive_iou) == (0.7, 512, 0.25, 0.5)
     assert (roi.hidden, roi.sampling_ratio, roi.aligned) == (1024, 0, True)
-    assert (roi.score_threshold, roi.nms.kind, roi.nms.iou, roi.detections) == (0.05, "hard", 0.5, 100)
-    assert cascade.ious == IOUS
+    assert (roi.score_threshold, roi.nms.kind, roi.nms.iou, roi.detections_per_image) == (0.05, "hard", 0.5, 100)
+    assert cascade.positive_ious == IOUS
     assert [weights[0] for weights in cascade.delta_weights] == WEIGHTS
     assert [weights[2] for weights in cascade.delta_weights] == [weight / 2 for weight in WEIGHTS]
 
@@ -126,19 +126,24 @@ def test_ssld_and_plain_recipes(name: str) -> None:
 
     resize = config.resize
     assert (resize.train_short_sides, resize.train_long_side) == (SIDES_800, 1333)
-    assert (resize.val_short_side, resize.val_long_side) == (800, 1333)
+    assert (resize.short_side, resize.long_side) == (800, 1333)
     assert not config.augment.auto_augment
 
     model = config.model
     assert_common(config)
     assert (model.fpn_channels, model.dcn_strides, model.roi.sampling) == (256, [], "random")
     rpn = model.rpn
-    assert (rpn.train_pre_nms, rpn.train_post_nms, rpn.val_pre_nms, rpn.val_post_nms) == (2000, proposals, 1000, 1000)
+    assert (rpn.pre_nms_top_n_train, rpn.post_nms_top_n_train, rpn.pre_nms_top_n_test, rpn.post_nms_top_n_test) == (
+        2000,
+        proposals,
+        1000,
+        1000,
+    )
     assert (model.roi.box_loss.name, model.roi.box_loss.weight) == ("l1", 1)
     cascade = model.cascade
     assert cascade.loss_weights == [pytest.approx(1 / 3)] * 3
     assert (cascade.add_gt_each_stage, cascade.score_rois) == (False, "own")
-    assert (model.mask.channels, model.mask.convolutions, model.mask.pool_size, model.mask.threshold) == (
+    assert (model.mask.hidden, model.mask.convolutions, model.mask.pool_size, model.mask.threshold) == (
         256, 4, 14, 0.5,
     )  # fmt: skip
 
@@ -150,7 +155,7 @@ def test_pss_recipes(name: str) -> None:
     assert expected_scores(config) == published
     assert (config.batch_size, config.optim.lr, config.optim.reference_batch) == (16, 0.02, 16)
     assert config.optim.backbone_lr_factors == SSLD_FACTORS
-    assert (config.resize.val_short_side, config.resize.val_long_side) == test_sizes
+    assert (config.resize.short_side, config.resize.long_side) == test_sizes
     assert (config.resize.train_short_sides, config.resize.train_long_side) == (sides, longest)
     assert config.augment.auto_augment
     assert_common(config)
@@ -158,7 +163,12 @@ def test_pss_recipes(name: str) -> None:
     model = config.model
     assert (model.fpn_channels, model.dcn_strides) == (64, [8, 16, 32])
     rpn, loss = model.rpn, model.roi.box_loss
-    assert (rpn.train_pre_nms, rpn.train_post_nms, rpn.val_pre_nms, rpn.val_post_nms) == (2000, 2000, 500, 300)
+    assert (rpn.pre_nms_top_n_train, rpn.post_nms_top_n_train, rpn.pre_nms_top_n_test, rpn.post_nms_top_n_test) == (
+        2000,
+        2000,
+        500,
+        300,
+    )
     if name == "pss_faster_dcn_r50vd":
         assert config.total_steps(7329 * 16) == 36 * 7329
         assert config.optim.milestones(7329) == [24 * 7329, 33 * 7329]
@@ -188,8 +198,8 @@ def test_recipes_without_a_counterpart() -> None:
     assert all(config.optim.milestones(10) == [80, 110] for config in (base, light, modern))
     assert (base.optim.name, base.optim.lr, base.optim.backbone_lr_factors) == ("sgd", 0.01, SSLD_FACTORS)
     assert (light.optim.lr, light.optim.backbone_lr_factors) == (0.01, SSLD_FACTORS)
-    assert (light.model.fpn_channels, light.model.freeze_stages, light.resize.val_short_side) == (128, 1, 640)
-    assert (light.model.rpn.val_pre_nms, light.model.rpn.val_post_nms) == (500, 300)
+    assert (light.model.fpn_channels, light.model.freeze_stages, light.resize.short_side) == (128, 1, 640)
+    assert (light.model.rpn.pre_nms_top_n_test, light.model.rpn.post_nms_top_n_test) == (500, 300)
     assert (modern.optim.name, modern.optim.lr, modern.optim.weight_decay) == ("adamw", 1e-4, 0.05)
     assert (modern.drop_path, modern.model.freeze_stages, modern.batch_size) == (0.2, 0, 16)
     assert modern.optim.backbone_lr_factors == [0.3, 0.4, 0.55, 0.75, 1.0]
@@ -291,15 +301,15 @@ def test_a_recipe_trains_and_is_evaluated(name: str, toy: Path, tmp_path: Path, 
         "data.val_images": toy / "val",
         "resize.train_short_sides": "64,96",
         "resize.train_long_side": 96,
-        "resize.val_short_side": 64,
-        "resize.val_long_side": 64,
+        "resize.short_side": 64,
+        "resize.long_side": 64,
         "model.fpn_channels": 16,
-        "model.rpn.samples": 32,
-        "model.rpn.train_post_nms": 40,
-        "model.rpn.val_post_nms": 20,
-        "model.roi.samples": 24,
+        "model.rpn.samples_per_image": 32,
+        "model.rpn.post_nms_top_n_train": 40,
+        "model.rpn.post_nms_top_n_test": 20,
+        "model.roi.samples_per_image": 24,
         "model.roi.hidden": 32,
-        "model.mask.channels": 16,
+        "model.mask.hidden": 16,
         "steps": 2,
         "batch_size": 2,
         "workers": 0,

@@ -115,13 +115,11 @@ def test_writes_exactly_these_files_and_the_detector_evaluates(
     assert {row["image_id"] for row in rows} <= {f"val-{number}" for number in range(5)}
 
 
-def test_learns_the_scenes(train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path) -> None:
-    optim = train_settings["optim"] | {"lr": 0.02, "clip_grad_norm": 2.0, "milestones_steps": [50]}
-    settings = train_settings | {"steps": 60, "log_every": 20, "save_every": 60, "optim": optim}
-    settings["model"] = train_settings["model"] | {"freeze_norm": False}
-    assert call(train.main, arguments(settings)) == 0
+def test_learns_the_scenes(learning_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path) -> None:
+    """One colour a class: a detector that learns at all finds some of these rectangles. Other seeds reach 0.4 to 0.95."""
+    assert call(train.main, arguments(learning_settings)) == 0
     ap50 = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]["AP50"]
-    assert ap50 > 0.25, ap50  # one colour a class: a detector that learns at all finds some of these rectangles
+    assert ap50 > 0.25, ap50
 
 
 def test_learning_rates_freezing_and_updates(
@@ -314,7 +312,7 @@ def test_real_images_go_through(
         "train_images": str(folder / "images"),
         "keep_empty": True,
     }
-    resize = {"train_short_sides": [48, 64], "train_long_side": 96, "val_short_side": 64, "val_long_side": 96}
+    resize = {"train_short_sides": [48, 64], "train_long_side": 96, "short_side": 64, "long_side": 96}
     settings = train_settings | {
         "data": data,
         "resize": resize,

@@ -11,14 +11,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ssld.shared.distributed.ranks import total_over_ranks
+from ssld.shared.distributed.ranks import ONE_RANK, Ranks
 from ssld.shared.images import stable_seed
 from ssld.shared.models.model_file import read_metadata
 from ssld.stage2_detect import train
 from ssld.stage2_detect.config import ExpectedConfig
 from ssld.stage2_detect.data.coco import read_coco
+from ssld.stage2_detect.data.sizing import Sizing
 from ssld.stage2_detect.detector_file import load_detector
-from ssld.stage2_detect.evaluation.expected import compare
+from ssld.stage2_detect.evaluation.scoring import compare_expected
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.rcnn import RCNN
 from ssld.stage2_detect.training.validation_loss import validation_losses
@@ -96,12 +97,9 @@ def test_patience_ends_a_run_that_does_not_get_better(
 
 
 def test_the_last_evaluation_can_be_the_best(
-    train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path
+    learning_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path
 ) -> None:
-    optim = train_settings["optim"] | {"lr": 0.02, "clip_grad_norm": 2.0, "milestones_steps": [50]}
-    settings = train_settings | {"steps": 60, "log_every": 20, "save_every": 60, "evaluate_every": 40, "optim": optim}
-    settings["model"] = train_settings["model"] | {"freeze_norm": False}
-    assert call(train.main, arguments(settings)) == 0
+    assert call(train.main, arguments(learning_settings | {"evaluate_every": 40})) == 0
     best = read_metadata(tmp_path / "run" / "detector_best.safetensors")
     evaluations = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     scores = {line["step"]: line["val_AP"] for line in evaluations if "val_AP" in line}
@@ -136,7 +134,7 @@ def losses_of_images(trained: Path, data: dict[str, str], numbers: list[int]) ->
     seeds = torch.tensor([stable_seed("validation", f"val-{number}") for number in numbers])
     model = load_detector(trained / "detector.safetensors").model
     with torch.no_grad():
-        losses, _ = model.losses(model.features(images), images.sizes_B2, Targets(boxes, labels, seeds))
+        losses, _ = model.losses(model.features(images), images.sizes_B2, Targets(boxes, labels, seeds), ONE_RANK)
     return {name: loss.item() for name, loss in losses.items()}
 
 
@@ -155,32 +153,28 @@ def test_validation_loss_leaves_the_model_as_it_was(trained: Path, train_setting
     data = train_settings["data"]
     model = load_detector(trained / "detector.safetensors").model
     assert isinstance(model, RCNN)
-    model.roi_heads.total, model.roi_heads.world_size = total_over_ranks, 7
+    model.ranks = Ranks(7, lambda count: 7 * count)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    options: dict[str, Any] = {"short_side": 64, "long_side": 64, "interpolation": "bicubic", "kernel": "reference"}
-    options |= {"batch_size": 2, "workers": 0, "device": torch.device("cpu"), "dtype": torch.float32}
+    options: dict[str, Any] = {"batch_size": 2, "workers": 0, "device": torch.device("cpu"), "dtype": torch.float32}
     objects = read_coco(data["val_annotations"], data["val_images"], training=True)
-    losses = validation_losses(model, objects, **options)
-    assert losses == validation_losses(model, objects, **options)
+    losses = validation_losses(model, objects, Sizing(64, 64), **options)
+    assert losses == validation_losses(model, objects, Sizing(64, 64), **options)
     assert losses["loss_cls"] == pytest.approx(result(trained)["loss_cls"], rel=1e-6), "counts of this rank alone"
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert (model.roi_heads.total, model.roi_heads.world_size) == (total_over_ranks, 7)
     assert not model.training
 
 
 def test_two_ranks_measure_it_as_one(
-    train_settings: Settings, arguments: Arguments, call: Call, scripts: Any, tmp_path: Path
+    train_settings: Settings, on_one_and_two: Callable[..., Any], tmp_path: Path
 ) -> None:
     """Three batches for two ranks: the counts that losses are divided by must not wait for a batch that never comes."""
     settings = train_settings | {"steps": 1, "val_loss": True, "val_batch_size": 2, "ema": {"decay": 0.5}}
-    assert call(train.main, arguments(settings, "one")) == 0
-    done = scripts.run("stage2_detect/train.py", *arguments(settings, "two"), ranks=2)
-    assert done.returncode == 0, done.stderr
+    on_one_and_two(train.main, "stage2_detect/train.py", settings)
     one, two = (result(tmp_path / name) for name in ("one", "two"))
     names = [name for name in one if name.startswith("loss")]
     assert len(names) == 5
-    assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-4)
+    assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-9)
 
 
 # Expected scores
@@ -200,13 +194,13 @@ def test_two_ranks_measure_it_as_one(
     ],
 )
 def test_expected(expected: Settings, metrics: Settings, met: bool | None, text: str) -> None:
-    outcome, line = compare(ExpectedConfig(**expected), metrics, 5)
+    outcome, line = compare_expected(ExpectedConfig(**expected), metrics, 5)
     assert outcome is met
     assert text in line
 
 
 def test_expected_without_an_evaluation_set() -> None:
-    outcome = compare(ExpectedConfig(AP=40, images=5000), {}, 0)
+    outcome = compare_expected(ExpectedConfig(AP=40, images=5000), {}, 0)
     assert outcome == (None, "expected: not compared: there are no evaluation images")
 
 

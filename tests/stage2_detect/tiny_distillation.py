@@ -13,8 +13,13 @@ from ssld.stage2_detect.models.rcnn import RCNN
 def architecture(fpn_channels: int) -> DetectorConfig:
     return DetectorConfig(
         fpn_channels=fpn_channels,
-        rpn={"anchor_sizes": [8, 16, 32, 64, 128], "samples": 32, "train_post_nms": 40, "val_post_nms": 30},
-        roi={"hidden": 32, "samples": 24},
+        rpn={
+            "anchor_sizes": [8, 16, 32, 64, 128],
+            "samples_per_image": 32,
+            "post_nms_top_n_train": 40,
+            "post_nms_top_n_test": 30,
+        },
+        roi={"hidden": 32, "samples_per_image": 24},
     )
 
 

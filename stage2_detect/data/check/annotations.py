@@ -1,4 +1,4 @@
-"""Checks of one COCO file by itself: ids, sizes, boxes, classes. What needs the pictures is in `data_pictures.py`.
+"""Checks of one COCO file by itself: ids, sizes, boxes, classes. What needs the pictures is in `images.py`.
 
 Legend: N annotations whose image, class and box can be read; I images, in file order.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ssld.shared.wording import count
+from ssld.shared.wording import count, some
 from ssld.stage2_detect.data.check.findings import (
     Finding,
     Level,
@@ -20,7 +20,6 @@ from ssld.stage2_detect.data.check.findings import (
     is_id,
     is_number,
     read_content,
-    some,
 )
 from ssld.stage2_detect.data.coco import is_shape, judge_boxes
 from ssld.stage2_detect.data.coco_json import MAX_COORDINATE

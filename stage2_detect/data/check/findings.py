@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ssld.shared.errors import UserError
+from ssld.shared.wording import some
 
 Level = Literal["note", "warning", "fault"]
 LEVELS: tuple[Level, ...] = ("note", "warning", "fault")
@@ -80,11 +81,6 @@ def is_id(value: Any) -> bool:
 def is_number(value: Any, largest: float = math.inf) -> bool:
     """Whether a value is a finite number, not above `largest` in size."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < largest
-
-
-def some(values: Sequence[Any], most: int = 3) -> str:
-    """The first of a list, for a message."""
-    return ", ".join(map(str, values[:most])) + (", ..." if len(values) > most else "")
 
 
 def first_ids(ids: Sequence[Any]) -> str:

@@ -13,9 +13,8 @@ from PIL import Image
 
 from ssld.shared.files import IMAGE_SUFFIXES
 from ssld.shared.images import UnreadableImage, image_size, open_image
-from ssld.shared.wording import count
+from ssld.shared.wording import count, some
 from ssld.stage2_detect.data.check.annotations import FileCheck
-from ssld.stage2_detect.data.check.findings import some
 
 LOOK_ALIKE_BITS = 3
 """of 64: pictures whose hashes differ in no more are called look-alikes"""

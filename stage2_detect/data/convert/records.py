@@ -1,6 +1,6 @@
 """What a data set in another format holds, on its way to COCO JSON, and the checks that all formats share.
 
-A reader (`yolo_data.py`, `voc_data.py`, `hub_data.py`) fills `Found`; `coco_content` turns a split into the content of a
+A reader (`yolo.py`, `voc.py`, `hub.py`) fills `Found`; `coco_content` turns a split into the content of a
 COCO file. Boxes reach over the border of their image by rounding in most data sets: they are clipped and counted. Boxes
 of which nothing is left are dropped, counted, and the first is named. Numbers that are no numbers, and classes that are
 not listed, are errors of the readers.

@@ -2,7 +2,7 @@
 
 Layout: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/devkit_doc.pdf (`Annotations/*.xml`, `JPEGImages/`,
 `ImageSets/Main/SPLIT.txt`). Corners are the first and the last pixel of an object, counted from 1: [xmin - 1, ymin - 1,
-xmax, ymax] as edges. Tools that write edges counted from 0 in the same XML need `inclusive=False`; a corner of 0 tells
+xmax, ymax] as edges. Tools that write edges counted from 0 in the same XML need `voc_inclusive=False`; a corner of 0 tells
 them apart. XML is parsed by expat without document types, so that no entity is expanded and nothing outside is read.
 Deliberately absent: parts, poses, segmentation images.
 """
@@ -58,12 +58,12 @@ def is_voc(path: Path) -> bool:
 
 
 def read_voc(
-    path: Path, *, classes: Path | None, splits: list[str], inclusive: bool = True, ignore_difficult: bool = True
+    path: Path, *, classes: Path | None, splits: list[str], voc_inclusive: bool = True, voc_difficult: str = "ignore"
 ) -> Found:
     """The data set at a folder. Raises UserError, naming file and line, for whatever is wrong in it.
 
     Classes are those of `classes`, else the names that occur, sorted. Objects marked difficult become crowd regions with
-    `ignore_difficult`: VOC's own evaluation counts them neither as found nor as missed, and its detectors do not train
+    `voc_difficult="ignore"`: VOC's own evaluation counts them neither as found nor as missed, and its detectors do not train
     on them.
     """
     folder = path.resolve()
@@ -77,7 +77,7 @@ def read_voc(
     _check_names(trees, folder, names)
     pictures = _Pictures(folder)
     found = {
-        split: [_read_image(folder, stem, trees[stem], pictures, names, inclusive, ignore_difficult) for stem in every]
+        split: [_read_image(folder, stem, trees[stem], pictures, names, voc_inclusive, voc_difficult) for stem in every]
         for split, every in stems.items()
     }
     notes = []
@@ -197,8 +197,8 @@ def _read_image(
     root: Element,
     pictures: _Pictures,
     names: list[str],
-    inclusive: bool,
-    ignore_difficult: bool,
+    voc_inclusive: bool,
+    voc_difficult: str,
 ) -> FoundImage:
     file = folder / "Annotations" / f"{stem}.xml"
     image = pictures.find(stem, root.text_of("filename"), str(file))
@@ -218,14 +218,14 @@ def _read_image(
         x1, y1, x2, y2 = (finite_number(box.text_of(key), place, key) for key in _CORNERS)
         if x2 < x1 or y2 < y1:
             raise UserError(f"{place}: xmax or ymax lies before xmin or ymin")
-        if inclusive and min(x1, y1) < 1:
+        if voc_inclusive and min(x1, y1) < 1:
             raise UserError(
                 f"{place}: a corner at {min(x1, y1):g}, but VOC counts pixels from 1; give --voc_inclusive false for edges "
                 "counted from 0"
             )
-        corners = (x1 - 1, y1 - 1, x2, y2) if inclusive else (x1, y1, x2, y2)
+        corners = (x1 - 1, y1 - 1, x2, y2) if voc_inclusive else (x1, y1, x2, y2)
         difficult = one.text_of("difficult") not in ("", "0")
         objects.append(
-            FoundObject(names.index(one.text_of("name")), corners, place, crowd=difficult and ignore_difficult)
+            FoundObject(names.index(one.text_of("name")), corners, place, crowd=difficult and voc_difficult == "ignore")
         )
     return FoundImage(image, width, height, objects)

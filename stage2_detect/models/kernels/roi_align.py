@@ -1,4 +1,4 @@
-"""RoIAlign (arXiv 1703.06870, section 3) on the CPU as weighted sums of whole pixels.
+"""RoIAlign (arXiv 1703.06870, section 3) on the CPU as weighted sums of whole pixels, and each RoI on its own level alone.
 
 torchvision's kernel reads four values for every sample and every channel, on one thread. Here the samples of a bin are
 first merged into one weight a pixel - a bin's samples form a grid, so its weights are the product of a column and a row
@@ -11,6 +11,7 @@ Shapes: B images, C channels, H rows, W columns, N RoIs, S side of the output, M
 E pairs of a bin and a pixel with a weight, K pixels of a bin along one axis.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import roi_align as torchvision_roi_align
+
+from ssld.stage2_detect.models import kernels
 
 _Floats = NDArray[np.float32]
 _Ints = NDArray[np.int64]
@@ -38,7 +41,7 @@ def roi_align(
         aligned: moves RoIs by half a pixel of the map, so that pixels are points at their centres; without it RoIs are
             at least one pixel wide too.
     """
-    if feature_BCHW.device.type != "cpu" or torch.compiler.is_exporting():
+    if not kernels.on_host(feature_BCHW):
         return torchvision_roi_align(feature_BCHW, rois_N5, size, scale, sampling_ratio, aligned)
     _, C, H, W = feature_BCHW.shape
     table_PC = feature_BCHW.permute(0, 2, 3, 1).reshape(-1, C)
@@ -50,6 +53,32 @@ def roi_align(
     pixel_E, weight_E, count_M = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True))
     sums_MC: Tensor = _WeightedSums.apply(table_PC, pixel_E, weight_E.to(table_PC.dtype), count_M)
     return sums_MC.view(-1, size, size, C).permute(0, 3, 1, 2)
+
+
+def pool_by_level(pool: Callable[[int, Tensor], Tensor], rois_N5: Tensor, level_N: Tensor, levels: int) -> Tensor:
+    """Features [N, C, S, S], `pool(level, some of the RoIs)` of each; zeros for RoIs whose level is `levels`."""
+    order_N = level_N.argsort(stable=True)
+    *places, rest = order_N.split(level_N.bincount(minlength=levels + 1).tolist())
+    pooled = [pool(level, rois_N5[place]) for level, place in enumerate(places)]
+    placed: Tensor = _Placed.apply(rest, places, *pooled)
+    return placed
+
+
+class _Placed(torch.autograd.Function):
+    """Rows of several tensors put where they belong, zeros elsewhere: one copy instead of three, and one back."""
+
+    @staticmethod
+    def forward(ctx: Any, rest: Tensor, places: list[Tensor], *rows: Tensor) -> Tensor:
+        ctx.places = places
+        count = len(rest) + sum(map(len, places))
+        placed = rows[0].new_empty((count, *rows[0].shape[1:]))
+        for place, some in zip(places, rows, strict=True):
+            placed.index_copy_(0, place, some)
+        return placed.index_fill_(0, rest, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(slopes[0].index_select(0, place) for place in ctx.places)
 
 
 class _WeightedSums(torch.autograd.Function):

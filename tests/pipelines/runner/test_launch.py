@@ -15,7 +15,7 @@ from ssld.pipelines.runner import launch
 from ssld.pipelines.runner.launch import Outcome, Signals, command_line, run_stage
 from ssld.pipelines.runner.stages import ROOT, Stage, build_stages, read_pipeline
 
-FAKE = Path(__file__).with_name("fake_stage.py")
+FAKE = Path(__file__).parents[1] / "fake_stage.py"
 
 
 def one_stage(file: Path, number: int = 0) -> Stage:
@@ -49,6 +49,7 @@ def run_one(file: Path) -> tuple[Outcome, str]:
     return outcome, console.read_text()
 
 
+@pytest.mark.process
 def test_output_is_passed_through_and_kept(fake_kinds: None, write_pipeline: Any, capfd: Any) -> None:
     outcome, console = run_one(write_pipeline({"a": {"command": "teach", "set": {"text": "x y"}}}))
     assert outcome == Outcome(0)
@@ -57,11 +58,13 @@ def test_output_is_passed_through_and_kept(fake_kinds: None, write_pipeline: Any
     assert "working in a\n" in capfd.readouterr().out
 
 
+@pytest.mark.process
 def test_user_error_of_a_stage_is_one_line(fake_kinds: None, write_pipeline: Any) -> None:
     outcome, _ = run_one(write_pipeline({"a": {"command": "teach", "set": {"ends": "user error"}}}))
     assert outcome == Outcome(2, ("images: no such folder; give another",))
 
 
+@pytest.mark.process
 def test_crash_of_a_stage_shows_its_last_lines(fake_kinds: None, write_pipeline: Any, capfd: Any) -> None:
     file = write_pipeline({"a": {"command": "teach", "set": {"ends": "crash"}}, "b": {"command": "teach"}})
     assert main([str(file)]) == 1
@@ -73,11 +76,13 @@ def test_crash_of_a_stage_shows_its_last_lines(fake_kinds: None, write_pipeline:
     assert "[2/2]" not in captured.out
 
 
+@pytest.mark.process
 def test_stage_without_a_result_has_failed(fake_kinds: None, write_pipeline: Any) -> None:
     outcome, _ = run_one(write_pipeline({"a": {"command": "teach", "set": {"ends": "no result"}}}))
     assert outcome == Outcome(1, ("ended without a result; its last lines:", "working in a"))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("error_json", "expected"), [(True, 2), (False, 1)])
 def test_user_error_behind_a_launcher(fake_kinds: None, write_pipeline: Any, error_json: bool, expected: int) -> None:
     stage = one_stage(write_pipeline({"a": {"command": "teach", "processes": 2}}))
@@ -100,6 +105,7 @@ sys.exit(run.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_reaches_the_stage_in_its_own_group(
     fake_kinds: None, write_pipeline: Any, tmp_path: Path, number: signal.Signals
@@ -135,6 +141,7 @@ def test_signal_between_stages_stops(fake_kinds: None, write_pipeline: Any, monk
     assert main([str(file)]) == 143
 
 
+@pytest.mark.process
 def test_runner_report_and_command_start_without_torch() -> None:
     code = "import sys; from ssld.pipelines import cli, report, run; cli.main(['--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)

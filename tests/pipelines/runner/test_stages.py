@@ -9,7 +9,18 @@ from pydantic import Field
 
 from ssld.pipelines.config import flatten
 from ssld.pipelines.runner.plan import make_plan
-from ssld.pipelines.runner.stages import KINDS, ROOT, Stage, build_stages, flags, followers, located, read_pipeline
+from ssld.pipelines.runner.stages import (
+    KINDS,
+    ROOT,
+    Stage,
+    build_stages,
+    find_pipeline,
+    flags,
+    followers,
+    located,
+    own_file,
+    read_pipeline,
+)
 from ssld.shared.config.settings import CommandConfig, Config, identity, parse_config
 from ssld.shared.errors import UserError
 
@@ -271,3 +282,34 @@ def test_missing_inputs_are_told_before_anything_runs(fake_kinds: None, write_pi
 def test_commands_of_one_process_are_not_launched_as_several(command: str, write_pipeline: Any) -> None:
     message = error_of(write_pipeline({"a": {"command": command, "processes": 2}}))
     assert message == f"stage a: {command} runs as one process; leave out processes: 2"
+
+
+# ---- files of the project
+
+
+def test_a_pipeline_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_pipeline("quickstart") == ROOT / "pipelines/quickstart.yaml"
+    assert find_pipeline("ssld_lcnet_100") == ROOT / "pipelines/recipes/ssld_lcnet_100.yaml"
+    assert find_pipeline("pipelines/quickstart.yaml") == ROOT / "pipelines/quickstart.yaml"
+    assert find_pipeline("quickstart.yaml") == Path("quickstart.yaml")  # not there, which reading it tells
+    with pytest.raises(
+        UserError, match=r"^quickstat: no such file here, and no pipeline of this name; did you mean 'quickstart'\?$"
+    ):
+        find_pipeline("quickstat")
+    (tmp_path / "quickstart").mkdir()
+    assert find_pipeline("quickstart") == ROOT / "pipelines/quickstart.yaml"
+    (tmp_path / "quickstart").rmdir()
+    (tmp_path / "quickstart").write_text("output: x")
+    assert find_pipeline("quickstart") == Path("quickstart")
+    monkeypatch.chdir(ROOT)
+    assert find_pipeline("quickstart") == Path("pipelines/quickstart.yaml")
+
+
+def test_what_only_has_the_name_of_a_file_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pipelines").mkdir()
+    (tmp_path / "pipelines/run.py").write_text("another copy")
+    monkeypatch.chdir(tmp_path)
+    assert own_file("pipelines/run.py") == str(ROOT / "pipelines/run.py")
+    monkeypatch.chdir(ROOT)
+    assert own_file("pipelines/run.py") == "pipelines/run.py"

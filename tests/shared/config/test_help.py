@@ -52,7 +52,7 @@ def test_what_a_run_needs_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert order[:6] == needed  # distill.teacher is required only where there is distill
     assert order.index("backbone") < order.index("steps") < order.index("seed")
-    assert "model.roi.samples" not in order
+    assert "model.roi.samples_per_image" not in order
     assert re.search(r"^  model +\d+ settings  The detector's architecture; stored in its file$", text, re.M)
     assert len(text.splitlines()) < 90
     assert "default: null" not in text
@@ -92,7 +92,7 @@ def test_help_of_a_group(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_choices() -> None:
     actions = dict(flags_of(settings_parser(TrainConfig, "x")))
-    assert choices_of(actions["model.rpn.random"]) == ["true", "false"]
+    assert choices_of(actions["model.rpn.sampling"]) == ["random", "first"]
     assert choices_of(actions["precision"]) == ["fp32", "bf16", "fp16"]
     assert choices_of(actions["trackers"]) == ["tensorboard", "wandb", "mlflow"]
     assert choices_of(actions["steps"]) == []

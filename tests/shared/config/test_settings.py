@@ -152,6 +152,7 @@ def test_empty_yaml_is_no_settings(tmp_path: Path) -> None:
     assert read_yaml(tmp_path / "e.yaml") == {}
 
 
+@pytest.mark.process
 def test_config_modules_do_not_import_torch() -> None:
     code = "import sys; import ssld.stage1_ssld.config, ssld.shared.run_dir, ssld.shared.config.command; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], check=False).returncode == 0
@@ -168,16 +169,16 @@ def test_config_modules_do_not_import_torch() -> None:
         (2, "model.rpn.negative_iou", "0"),
         (2, "model.rpn.positive_fraction", "1.5"),
         (2, "model.rpn.nms_iou", "0"),
-        (2, "model.rpn.train_pre_nms", "0"),
-        (2, "model.rpn.train_post_nms", "0"),
-        (2, "model.rpn.val_pre_nms", "-1"),
-        (2, "model.rpn.val_post_nms", "0"),
-        (2, "model.roi.foreground_iou", "0"),
-        (2, "model.roi.foreground_fraction", "-0.1"),
+        (2, "model.rpn.pre_nms_top_n_train", "0"),
+        (2, "model.rpn.post_nms_top_n_train", "0"),
+        (2, "model.rpn.pre_nms_top_n_test", "-1"),
+        (2, "model.rpn.post_nms_top_n_test", "0"),
+        (2, "model.roi.positive_iou", "0"),
+        (2, "model.roi.positive_fraction", "-0.1"),
         (2, "model.roi.hidden", "0"),
         (2, "model.roi.score_threshold", "1"),
         (2, "model.roi.nms.iou", "2"),
-        (2, "model.roi.detections", "0"),
+        (2, "model.roi.detections_per_image", "0"),
         (2, "resize.train_short_sides.1", "48,31"),
         (2, "optim.backbone_lr_factors.0", "-1,1,1,1,1"),
         (1, "data.crop_area", "0.5,0.2"),

@@ -50,6 +50,7 @@ sys.exit(run_command(Config, work, ["--output", sys.argv[3], "--threads", "1"], 
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("writer", ["checkpoint", "model_file"])
 def test_a_full_disk_costs_one_line_and_nothing_else(writer: str, tmp_path: Path) -> None:
     process = subprocess.run(

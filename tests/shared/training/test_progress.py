@@ -12,7 +12,8 @@ import torch
 
 from ssld.shared.run_dir import SPEED
 from ssld.shared.training import progress
-from ssld.shared.training.progress import Progress
+from ssld.shared.training.progress import Bar, Progress
+from ssld.shared.training.progress import Clock as Pace
 
 
 class Terminal(io.StringIO):
@@ -140,6 +141,38 @@ def test_a_terminal_has_a_bar_and_the_lines_stand_above_it(
     assert "lr=0.5" in shown
     assert capsys.readouterr().out == "a line\n"
     assert run.write is print  # as before
+
+
+def test_a_clock_tells_rate_and_time_left(clock: Clock) -> None:
+    pace = Pace(3)
+    assert (pace.left, pace.due()) == (0.0, False)
+    clock.now += 1
+    pace.add(2)
+    assert pace.describe() == "2 a second, 0.5 s to go"
+    assert not pace.due()
+    clock.now += progress.SILENCE
+    assert pace.due()
+    assert not pace.due()  # it has just been heard
+    pace.add()
+    clock.now += progress.SILENCE
+    assert not pace.due()  # nothing is left
+    assert pace.describe() == f"{3 / 41:.3g} a second"
+    unknown = Pace()
+    unknown.add(5)
+    clock.now += 1
+    assert unknown.describe() == "5 a second"
+
+
+def test_a_bar_of_its_own(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    bar = Bar(run, 3, "image")
+    assert run.write is not print
+    for _ in range(3):
+        bar.add()
+    bar.close()
+    assert "3/3" in terminal.getvalue()
+    assert run.write is print
 
 
 @pytest.mark.parametrize("main", [True, False])

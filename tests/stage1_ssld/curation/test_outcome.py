@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.process
 def test_planted_copies_are_found_in_little_memory() -> None:
     """The benchmark at a fortieth of its size."""
     line = [sys.executable, "-W", "error", str(ROOT / "benchmarks" / "curation_memory.py"), "--rows", "500000"]

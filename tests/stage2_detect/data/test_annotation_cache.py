@@ -92,16 +92,16 @@ def test_the_cache_gives_what_the_file_gives(
     options: dict[str, Any] = {"training": training, "segmentations": segmentations, "class_names": class_names}
     wanted = content_of(read_coco(file, None, **options))
     for _ in range(3):
-        assert content_of(read_coco(file, None, **options, cache=True)) == wanted
+        assert content_of(read_coco(file, None, **options, cache_annotations=True)) == wanted
     assert len(parsed) == 1
 
 
 def test_one_entry_serves_all_settings(file: Path, folder: Path, parsed: list[str]) -> None:
-    read_coco(file, None, training=True, cache=True)
-    read_coco(file, None, training=True, segmentations=True, cache=True)  # the entry has no shapes yet
+    read_coco(file, None, training=True, cache_annotations=True)
+    read_coco(file, None, training=True, segmentations=True, cache_annotations=True)  # the entry has no shapes yet
     for training in (True, False):
         for segmentations in (True, False):
-            read_coco(file, None, training=training, segmentations=segmentations, cache=True)
+            read_coco(file, None, training=training, segmentations=segmentations, cache_annotations=True)
     assert len(parsed) == 2
     (entry,) = entries(folder)
     assert entry.suffix == ".safetensors"
@@ -110,29 +110,29 @@ def test_one_entry_serves_all_settings(file: Path, folder: Path, parsed: list[st
 
 
 def test_a_changed_file_is_read_anew(file: Path, folder: Path, parsed: list[str]) -> None:
-    read_coco(file, None, training=False, cache=True)
+    read_coco(file, None, training=False, cache_annotations=True)
     content = json.loads(json.dumps(CONTENT))
     content["annotations"][0]["bbox"][0] = 3  # as many bytes as before
     before = file.stat()
     write(file, content, age=50)
     assert file.stat().st_size == before.st_size
-    found = read_coco(file, None, training=False, cache=True)
+    found = read_coco(file, None, training=False, cache_annotations=True)
     assert found.images[1].boxes_N4[0, 0] == 3
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    read_coco(file, None, training=False, cache=True)
+    read_coco(file, None, training=False, cache_annotations=True)
     assert len(parsed) == 3
     assert len(entries(folder)) == 1
 
 
 def test_a_file_changed_a_moment_ago_is_not_kept(file: Path, folder: Path) -> None:
     write(file, CONTENT, age=0.5)
-    read_coco(file, None, training=False, cache=True)
+    read_coco(file, None, training=False, cache_annotations=True)
     assert entries(folder) == []
 
 
 def test_a_small_file_is_not_kept(file: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(annotation_cache, "LEAST_BYTES", file.stat().st_size + 1)
-    read_coco(file, None, training=False, cache=True)
+    read_coco(file, None, training=False, cache_annotations=True)
     assert entries(folder) == []
 
 
@@ -142,10 +142,10 @@ def test_without_the_cache_nothing_is_kept(file: Path, folder: Path) -> None:
 
 
 def test_another_version_is_not_read(file: Path, parsed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    read_coco(file, None, training=False, cache=True)
+    read_coco(file, None, training=False, cache_annotations=True)
     monkeypatch.setattr(annotation_cache, "VERSION", 99)
     for _ in range(2):
-        read_coco(file, None, training=False, cache=True)
+        read_coco(file, None, training=False, cache_annotations=True)
     assert len(parsed) == 2
 
 
@@ -166,21 +166,21 @@ def damage(name: str, entry: Path) -> None:
 
 @pytest.mark.parametrize("how", ["cut", "empty", "text", "one bit", "pickle"])
 def test_a_damaged_entry_is_replaced(file: Path, folder: Path, parsed: list[str], how: str) -> None:
-    wanted = content_of(read_coco(file, None, training=False, segmentations=True, cache=True))
+    wanted = content_of(read_coco(file, None, training=False, segmentations=True, cache_annotations=True))
     (entry,) = entries(folder)
     whole = entry.read_bytes()
     damage(how, entry)
     assert entry.read_bytes() != whole
-    assert content_of(read_coco(file, None, training=False, segmentations=True, cache=True)) == wanted
+    assert content_of(read_coco(file, None, training=False, segmentations=True, cache_annotations=True)) == wanted
     assert len(parsed) == 2
     assert entry.stat().st_size == len(whole)
-    read_coco(file, None, training=False, segmentations=True, cache=True)
+    read_coco(file, None, training=False, segmentations=True, cache_annotations=True)
     assert len(parsed) == 2
 
 
 def test_every_byte_of_the_numbers_is_checked(file: Path, folder: Path, parsed: list[str]) -> None:
     """A flipped bit anywhere behind the header is noticed."""
-    read_coco(file, None, training=False, segmentations=True, cache=True)
+    read_coco(file, None, training=False, segmentations=True, cache_annotations=True)
     (entry,) = entries(folder)
     whole = entry.read_bytes()
     begin = 8 + int.from_bytes(whole[:8], "little")
@@ -188,7 +188,7 @@ def test_every_byte_of_the_numbers_is_checked(file: Path, folder: Path, parsed: 
         content = bytearray(whole)
         content[place] ^= 1
         entry.write_bytes(content)
-        read_coco(file, None, training=False, segmentations=True, cache=True)
+        read_coco(file, None, training=False, segmentations=True, cache_annotations=True)
         assert len(parsed) == number
 
 
@@ -196,29 +196,29 @@ def test_a_folder_that_cannot_be_written_is_no_fault(file: Path, folder: Path) -
     folder.parent.parent.mkdir()
     folder.parent.write_text("a file where the folder should be")
     for _ in range(2):
-        assert len(read_coco(file, None, training=False, cache=True).images) == 3
+        assert len(read_coco(file, None, training=False, cache_annotations=True).images) == 3
 
 
 def test_a_file_that_is_not_there_or_wrong_is_told_as_ever(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read .*none\.json: No such file"):
-        read_coco(tmp_path / "none.json", None, training=False, cache=True)
+        read_coco(tmp_path / "none.json", None, training=False, cache_annotations=True)
     wrong = write(tmp_path / "data" / "wrong.json", CONTENT | {"annotations": [{"id": 1, "image_id": 9}]})
     for _ in range(2):
         with pytest.raises(UserError, match="annotation 1 has image_id 9"):
-            read_coco(wrong, None, training=False, cache=True)
+            read_coco(wrong, None, training=False, cache_annotations=True)
     assert entries(folder) == []
 
 
 def test_images_are_looked_for_with_the_cache_too(file: Path, tmp_path: Path) -> None:
-    read_coco(file, None, training=False, cache=True)
+    read_coco(file, None, training=False, cache_annotations=True)
     (tmp_path / "images").mkdir()
     with pytest.raises(UserError, match=r"3 of the 3 images .* are missing"):
-        read_coco(file, tmp_path / "images", training=False, cache=True)
+        read_coco(file, tmp_path / "images", training=False, cache_annotations=True)
 
 
 def _read(file: Path) -> Any:
     annotation_cache.LEAST_BYTES = 0
-    return content_of(read_coco(file, None, training=True, segmentations=True, cache=True))
+    return content_of(read_coco(file, None, training=True, segmentations=True, cache_annotations=True))
 
 
 def test_processes_that_read_at_once(file: Path, folder: Path) -> None:

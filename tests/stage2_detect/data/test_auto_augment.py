@@ -3,13 +3,14 @@
 import random
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from ssld.stage2_detect.config import AugmentConfig, ResizeConfig
 from ssld.stage2_detect.data.auto_augment import (
     FILL,
     POLICY_V1,
@@ -298,9 +299,10 @@ def test_loader_distorts_before_it_resizes_and_labels_follow(tmp_path: Path) -> 
     )  # fmt: skip
     data = CocoData("x.json", True, ("a", "b", "c"), (1, 2, 3), [record])
 
-    def batches(**options: Any) -> list[TrainBatch]:
-        sizes: dict[str, Any] = {"short_sides": [80], "max_long": 200}
-        return list(TrainLoader(data, batch_size=1, seed=5, start_step=0, stop_step=30, **sizes, **options))
+    def batches(kernel: Literal["reference", "fast"] = "reference", **augment: Any) -> list[TrainBatch]:
+        resize = ResizeConfig(train_short_sides=[80], train_long_side=200, kernel=kernel)
+        options: dict[str, Any] = {"batch_size": 1, "seed": 5, "start_step": 0, "stop_step": 30}
+        return list(TrainLoader(data, resize, AugmentConfig(**augment), **options))
 
     dropped = 0
     for step, (batch, plain) in enumerate(zip(batches(auto_augment=True), batches(), strict=True)):
@@ -318,7 +320,7 @@ def test_loader_distorts_before_it_resizes_and_labels_follow(tmp_path: Path) -> 
         assert np.allclose(batch.targets.boxes_BG4[0].numpy(), expected)
         dropped += 3 - len(kept)
     assert dropped > 0
-    for batch in batches(jitter=(0.3, 2.5), auto_augment=True, kernel="fast"):
+    for batch in batches("fast", large_scale_jitter=(0.3, 2.5), auto_augment=True):
         assert batch.images.pixels_BCHW.shape == (1, 3, 224, 224)
         assert batch.images.sizes_B2.max() <= 200
         assert batch.images.scales_B.item() <= 5

@@ -1,5 +1,6 @@
 """Reading COCO JSON: what is kept, dropped and clipped in both modes, and one clear line for every fault of a file."""
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 
 from ssld.shared.errors import UserError
 from ssld.shared.images import decode_image
+from ssld.stage2_detect.data import coco_json
 from ssld.stage2_detect.data.coco import CocoData, read_coco
 
 
@@ -251,3 +253,19 @@ def test_real_blood_cells(split: str, shared_data: Callable) -> None:
     data = read_coco(root / "annotations" / f"instances_{split}.json", root / "images", training=True, keep_empty=False)
     assert data.class_names == ("RBC", "WBC", "Platelets")
     assert data.counts["boxes"] > 900
+
+
+def test_the_collector_rests_only_while_a_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bad.json").write_text("{")
+    seen: list[bool] = []
+    real = coco_json._load
+
+    def watched(file: str) -> Any:
+        seen.append(gc.isenabled())
+        return real(file)
+
+    monkeypatch.setattr(coco_json, "_load", watched)
+    with pytest.raises(UserError, match="is not JSON"):
+        read_coco(tmp_path / "bad.json", None, training=True)
+    assert seen == [False]
+    assert gc.isenabled()

@@ -15,10 +15,13 @@ from PIL import Image
 
 from ssld.shared.errors import UserError
 from ssld.shared.images import decode_image, stable_seed
+from ssld.stage2_detect.config import AugmentConfig, ResizeConfig, TTAConfig
 from ssld.stage2_detect.data.batch_order import BatchOrder, eval_batches
 from ssld.stage2_detect.data.coco import CocoData, read_coco
-from ssld.stage2_detect.data.loaders import EvalLoader, TrainBatch, TrainLoader, load_record
+from ssld.stage2_detect.data.loaders import ImageLoader, TrainBatch, TrainLoader, eval_loader, load_record
+from ssld.stage2_detect.data.sizing import MultiScaleBatch, Sizing
 from ssld.stage2_detect.data.views import draw_view, view_boxes, view_image
+from ssld.stage2_detect.models.batch import ImageBatch
 
 SIZES = [(40, 30), (30, 40), (48, 24), (24, 48), (32, 32), (50, 30), (40, 31), (20, 44), (33, 32), (32, 33), (36, 20)]
 
@@ -43,16 +46,10 @@ def data(tmp_path: Path) -> CocoData:
     return read_coco(tmp_path / "data.json", tmp_path, training=True)
 
 
-def loader(data: CocoData, **options: Any) -> TrainLoader:
-    settings: dict[str, Any] = {
-        "batch_size": 4,
-        "seed": 3,
-        "start_step": 0,
-        "stop_step": 6,
-        "short_sides": [32, 48],
-        "max_long": 80,
-    }
-    return TrainLoader(data, **settings | options)
+def loader(data: CocoData, resize: dict[str, Any] | None = None, **options: Any) -> TrainLoader:
+    settings: dict[str, Any] = {"batch_size": 4, "seed": 3, "start_step": 0, "stop_step": 6}
+    sizes: dict[str, Any] = {"train_short_sides": [32, 48], "train_long_side": 80} | (resize or {})
+    return TrainLoader(data, ResizeConfig(**sizes), AugmentConfig(), **settings | options)
 
 
 def same(a: TrainBatch, b: TrainBatch) -> bool:
@@ -138,7 +135,7 @@ def test_batches_hold_what_they_say(data: CocoData) -> None:
         for i, record in enumerate(records):
             view = draw_view(
                 record.height, record.width, seed=3, image_id=record.image_id, view=step // 2,
-                short_sides=[32, 48], max_long=80, flip=0.5,
+                train_short_sides=[32, 48], train_long_side=80, flip=0.5,
             )  # fmt: skip
             assert images.sizes_B2[i].tolist() == [view.height, view.width]
             assert images.scales_B[i] == np.float32(view.scale)
@@ -199,11 +196,11 @@ def test_sliver_that_rounding_removes_is_no_target(data: CocoData) -> None:
     record = replace(record, boxes_N4=sliver, labels_N=np.array([1, 0]))
     bare = CocoData(data.file, True, data.class_names, data.category_ids, [record])
     # 30 x 40 at short side 37: the width becomes 37 exactly and keeps its sliver; the height 49.33 is cut to 49
-    batch = next(iter(loader(bare, batch_size=1, stop_step=1, short_sides=[37], flip=0.0)))
+    batch = next(iter(loader(bare, {"train_short_sides": [37], "flip": 0.0}, batch_size=1, stop_step=1)))
     assert batch.targets.labels_BG[0].tolist() == [1, 0]
     tall = np.array([[0, record.height - 0.002, 9, record.height], [1, 1, 9, 9]], dtype=np.float32)
     bare = CocoData(data.file, True, data.class_names, data.category_ids, [replace(record, boxes_N4=tall)])
-    batch = next(iter(loader(bare, batch_size=1, stop_step=1, short_sides=[37], flip=0.0)))
+    batch = next(iter(loader(bare, {"train_short_sides": [37], "flip": 0.0}, batch_size=1, stop_step=1)))
     assert batch.targets.labels_BG[0].tolist() == [0]
 
 
@@ -236,7 +233,7 @@ def test_errors_are_one_line_from_workers_too(data: CocoData, workers: int) -> N
     with pytest.raises(UserError, match="none of the 11 training images can be read") as caught:
         list(loader(data, workers=workers))
     with pytest.raises(UserError, match=r"cannot read image .*png: not an image") as caught:
-        list(EvalLoader(data, batch_size=2, short_side=32, max_long=64, workers=workers))
+        list(eval_loader(data, Sizing(32, 64), batch_size=2, workers=workers))
     assert "\n" not in str(caught.value)
 
 
@@ -256,25 +253,26 @@ def test_evaluation_batches_are_fixed_and_shared_out(data: CocoData) -> None:
     assert sorted(order) == list(range(11))
     ratios = [data.images[i].width / data.images[i].height for i in order]
     assert ratios == sorted(ratios)
-    whole = list(EvalLoader(data, batch_size=3, short_side=32, max_long=64))
+    whole = list(eval_loader(data, Sizing(32, 64), batch_size=3))
     assert [[record.image_id for record in records] for _, records in whole] == [
         [data.images[i].image_id for i in batch] for batch in batches
     ]
     for world in (2, 3, 5):
-        parts = [
-            list(EvalLoader(data, batch_size=3, short_side=32, max_long=64, rank=r, ranks=world)) for r in range(world)
-        ]
+        parts = [list(eval_loader(data, Sizing(32, 64), batch_size=3, rank=r, ranks=world)) for r in range(world)]
         for number, (images, records) in enumerate(whole):
             other, other_records = parts[number % world][number // world]
             assert other_records == records
+            assert isinstance(images, ImageBatch)
+            assert isinstance(other, ImageBatch)
             assert torch.equal(other.pixels_BCHW, images.pixels_BCHW)
         assert sum(len(part) for part in parts) == len(whole)
 
 
 def test_evaluation_view_is_the_plain_fit(data: CocoData) -> None:
-    loader = EvalLoader(data, batch_size=1, short_side=64, max_long=90, workers=1)
-    for _ in range(2):  # persistent workers serve every pass
+    loader = eval_loader(data, Sizing(64, 90), batch_size=1, workers=1)
+    for _ in range(2):
         for images, (record,) in loader:
+            assert isinstance(images, ImageBatch)
             scale = min(64 / min(record.width, record.height), 90 / max(record.width, record.height))
             assert images.scales_B.item() == np.float32(scale)
             expected = [int(scale * record.height + 0.5), int(scale * record.width + 0.5)]
@@ -284,6 +282,45 @@ def test_evaluation_view_is_the_plain_fit(data: CocoData) -> None:
 def test_shared_data_goes_through(shared_data: Callable) -> None:
     root = shared_data("coco-mini")
     data = read_coco(root / "annotations" / "instances_val.json", root / "images", training=True)
-    batches = list(loader(data, batch_size=10, stop_step=10, short_sides=[96], max_long=160))
+    batches = list(loader(data, {"train_short_sides": [96], "train_long_side": 160}, batch_size=10, stop_step=10))
     assert sorted(str(r.image_id) for b in batches for r in b.records) == sorted(str(r.image_id) for r in data.images)
     assert not any(batch.unreadable for batch in batches)
+
+
+def test_all_that_a_loader_makes_is_pinned(data: CocoData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a `DataLoader` does it where there is a GPU; what is made comes out as it was."""
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
+        pinned.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    made = next(iter(loader(data)._loader))
+    assert pin_memory(made) == made
+    assert {id(tensor) for tensor in pinned} == {
+        id(tensor)
+        for part in (made.images, made.targets)
+        for tensor in vars(part).values()
+        if isinstance(tensor, torch.Tensor)
+    }
+    assert len(pinned) == 6
+    pinned.clear()
+    sizing = Sizing(32, 64, tta=TTAConfig(short_sides=[32, 48]))
+    views, _ = next(iter(eval_loader(data, sizing, batch_size=3)))
+    assert isinstance(pin_memory(views), MultiScaleBatch)
+    assert len(pinned) == 2 * 3
+
+
+def test_an_error_of_a_stream_and_unreadable_images_are_values(data: CocoData) -> None:
+    """What comes one after the other goes the way of indexed batches: left out and noted, or one line."""
+    Path(data.images[2].path).write_bytes(b"no image")
+    batches = [data.images[:2], data.images[2:3], data.images[3:6]]
+    for given in (batches, iter(batches)):
+        images = ImageLoader(given, load_record, Sizing(32, 64), skip_unreadable=True)
+        assert [[record.image_id for record in records] for _, records in images] == [[0, "i1"], ["i3", 4, "i5"]]
+        assert [Path(error.name).name for error in images.unreadable] == ["2.png"]
+    with pytest.raises(UserError, match=r"cannot read image .*2\.png: not an image"):
+        list(ImageLoader(iter(batches), load_record, Sizing(32, 64)))

@@ -17,6 +17,7 @@ from ssld.shared.models.model_file import read_metadata
 from ssld.shared.run_dir import read_result
 from ssld.stage2_detect import evaluate, train
 from ssld.stage2_detect.data.coco import read_coco, require_masks
+from ssld.stage2_detect.data.sizing import Sizing
 from ssld.stage2_detect.detector_file import load_detector
 from ssld.stage2_detect.evaluation.scoring import score
 from ssld.stage2_detect.models.mask_targets import decode_rle
@@ -41,9 +42,9 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(toy: Path, run: Path, *more: str) -> list[str]:
     flags = {
         "backbone": "random:test_resnet", "model.kind": "mask_rcnn", "model.fpn_channels": 16, "model.roi.hidden": 32,
-        "model.roi.samples": 24, "model.mask.channels": 16, "model.rpn.train_post_nms": 40, "model.rpn.val_post_nms": 20,
+        "model.roi.samples_per_image": 24, "model.mask.hidden": 16, "model.rpn.post_nms_top_n_train": 40, "model.rpn.post_nms_top_n_test": 20,
         "model.rpn.anchor_sizes": "8,16,32,64,128", "resize.train_short_sides": "64,96", "resize.train_long_side": 96,
-        "resize.val_short_side": 80, "resize.val_long_side": 80, "optim.lr": 0.01, "optim.reference_batch": 4,
+        "resize.short_side": 80, "resize.long_side": 80, "optim.lr": 0.01, "optim.reference_batch": 4,
         "steps": 3, "batch_size": 4, "workers": 0, "threads": 1, "device": "cpu", "val_loss": "true",
         "data.train_annotations": toy / "train.json", "data.train_images": toy / "train",
         "data.val_annotations": toy / "val.json", "data.val_images": toy / "val", "output": run,
@@ -76,13 +77,12 @@ def test_mask_rcnn_from_training_to_a_results_file(toy: Path, tmp_path: Path, ca
         assert isinstance(row["segmentation"]["counts"], str)
 
     # On data read without shapes, as a teacher of a detector of boxes is tried: boxes alone are scored.
-    sizes_80: dict[str, Any] = {"short_side": 80, "long_side": 80, "interpolation": "bicubic", "kernel": "reference"}
     options: dict[str, Any] = {"batch_size": 4, "workers": 0, "device": torch.device("cpu"), "dtype": torch.float32}
     metrics, found = score(
         load_detector(run / "detector.safetensors").model,
         read_coco(toy / "val.json", toy / "val", training=False),
+        Sizing(80, 80),
         backend="pycocotools",
-        **sizes_80,
         **options,
     )
     assert any(one.masks for one in found.values())

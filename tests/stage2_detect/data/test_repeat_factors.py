@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ssld.stage2_detect.data.batch_order import BatchOrder, repeat_factors
+from ssld.stage2_detect.config import AugmentConfig, ResizeConfig
+from ssld.stage2_detect.data.batch_order import BatchOrder, MixedOrder, repeat_factors
 from ssld.stage2_detect.data.coco import CocoImage, read_coco
 from ssld.stage2_detect.data.loaders import TrainLoader
-from ssld.stage2_detect.data.unlabeled import MixedOrder
 from ssld.stage2_detect.train import main
 
 LABELS = [[0], [0, 0, 1], [0], [0, 2], [], [0], [0, 1], [0], [0], [0]]
@@ -100,8 +100,9 @@ def test_an_image_shown_twice_in_an_epoch_has_two_views(tiny_coco: Any) -> None:
     data = read_coco(tiny_coco.train_annotations, tiny_coco.train_images, training=True)
     repeats = np.ones(12)
     repeats[5] = 30
-    options: dict[str, Any] = {"batch_size": 1, "seed": 1, "start_step": 0, "stop_step": 12, "max_long": 4096}
-    loader = TrainLoader(data, **options, short_sides=range(32, 96), repeats=repeats)
+    options: dict[str, Any] = {"batch_size": 1, "seed": 1, "start_step": 0, "stop_step": 12, "repeats": repeats}
+    resize = ResizeConfig(train_short_sides=list(range(32, 96)), train_long_side=4096)
+    loader = TrainLoader(data, resize, AugmentConfig(), **options)
     sizes = [tuple(batch.images.sizes_B2[0].tolist()) for batch in loader if batch.records[0] is data.images[5]]
     assert len(sizes) >= 6
     assert len(set(sizes)) > len(sizes) // 2

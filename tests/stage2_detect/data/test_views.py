@@ -9,16 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
-from ssld.stage2_detect.config import TrainConfig
-from ssld.stage2_detect.data.loaders import EvalLoader
+from ssld.stage2_detect.config import AugmentConfig, ResizeConfig, TrainConfig
+from ssld.stage2_detect.data.loaders import eval_loader
+from ssld.stage2_detect.data.sizing import Sizing
 from ssld.stage2_detect.data.training_data import read_training_data, training_loader
 from ssld.stage2_detect.data.views import TrainingViews, View, draw_view, fit_view, view_boxes, view_image
+from ssld.stage2_detect.models.batch import ImageBatch
 
 SHORT_SIDES = [640, 672, 704, 736, 768, 800]
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "short_side", "max_long", "new_height", "new_width"),
+    ("height", "width", "short_side", "long_side", "new_height", "new_width"),
     [
         (480, 640, 800, 1333, 800, 1067),  # 640 * 800/480 = 1066.67
         (480, 640, 640, 1333, 640, 853),  # 853.33
@@ -31,16 +33,18 @@ SHORT_SIDES = [640, 672, 704, 736, 768, 800]
         (1, 5000, 64, 100, 1, 100),  # never less than one pixel
     ],
 )
-def test_size_formula(height: int, width: int, short_side: int, max_long: int, new_height: int, new_width: int) -> None:
-    view = fit_view(height, width, short_side=short_side, max_long=max_long)
+def test_size_formula(
+    height: int, width: int, short_side: int, long_side: int, new_height: int, new_width: int
+) -> None:
+    view = fit_view(height, width, short_side=short_side, long_side=long_side)
     assert (view.height, view.width) == (new_height, new_width)
-    assert view.scale == min(short_side / min(height, width), max_long / max(height, width))
+    assert view.scale == min(short_side / min(height, width), long_side / max(height, width))
     assert not view.flip
 
 
 def test_unchanged_size_keeps_the_pixels() -> None:
     image = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8)
-    assert torch.equal(view_image(image, fit_view(20, 30, short_side=20, max_long=99)), image)
+    assert torch.equal(view_image(image, fit_view(20, 30, short_side=20, long_side=99)), image)
     flipped = View(1.0, 20, 30, flip=True)
     assert torch.equal(view_image(view_image(image, flipped), flipped), image)
     assert torch.equal(view_image(image, flipped), image.flip(-1))
@@ -69,7 +73,7 @@ def test_area_grows_with_the_square_of_the_scale() -> None:
 
 
 def test_boxes_stay_inside_after_rounding_of_the_size() -> None:
-    view = fit_view(427, 613, short_side=640, max_long=1333)
+    view = fit_view(427, 613, short_side=640, long_side=1333)
     boxes = view_boxes(np.array([[0, 0, 613, 427]], dtype=np.float32), view)
     assert (boxes <= [view.width, view.height] * 2).all()
     assert abs(boxes[0, 2] - view.width) <= 0.5
@@ -103,7 +107,7 @@ def test_bicubic_is_opencvs_closed_form() -> None:
     """Half-pixel centres by the exact scale, four taps, border replicated, no antialiasing; rounded and clamped."""
     row = np.random.default_rng(0).integers(0, 256, 23)
     for short_side in (9, 17, 31):
-        view = fit_view(5, 23, short_side=short_side, max_long=10**6)
+        view = fit_view(5, 23, short_side=short_side, long_side=10**6)
         image = torch.from_numpy(row.astype(np.uint8)).expand(3, 5, 23)
         out = view_image(image, view, "bicubic")[0, view.height // 2].numpy()
         for column in range(view.width):
@@ -116,7 +120,14 @@ def test_bicubic_is_opencvs_closed_form() -> None:
 def test_draws_depend_on_seed_image_and_view_only() -> None:
     def draw(seed: int = 0, image_id: int | str = 5, view: int = 0, flip: float = 0.5) -> View:
         return draw_view(
-            480, 640, seed=seed, image_id=image_id, view=view, short_sides=SHORT_SIDES, max_long=1333, flip=flip
+            480,
+            640,
+            seed=seed,
+            image_id=image_id,
+            view=view,
+            train_short_sides=SHORT_SIDES,
+            train_long_side=1333,
+            flip=flip,
         )
 
     assert draw() == draw()
@@ -133,7 +144,7 @@ def test_draws_depend_on_seed_image_and_view_only() -> None:
 def test_draws_have_not_changed() -> None:
     """A run that is resumed after an update sees the views it would have seen."""
     draws = [
-        draw_view(480, 640, seed=3, image_id=i, view=1, short_sides=SHORT_SIDES, max_long=1333, flip=0.5)
+        draw_view(480, 640, seed=3, image_id=i, view=1, train_short_sides=SHORT_SIDES, train_long_side=1333, flip=0.5)
         for i in (7, 8, "a", "b", 9, 10)
     ]
     assert [(view.height, view.flip) for view in draws] == [
@@ -169,7 +180,15 @@ def test_window_is_cut_from_the_resized_image_and_boxes_follow(flip: bool, kerne
 def test_jitter_draws_scales_and_windows_uniformly() -> None:
     def draw(image_id: int, flip: float = 0.5) -> View:
         return draw_view(
-            300, 400, seed=0, image_id=image_id, view=2, short_sides=[], max_long=200, flip=flip, jitter=(0.1, 2.0)
+            300,
+            400,
+            seed=0,
+            image_id=image_id,
+            view=2,
+            train_short_sides=[],
+            train_long_side=200,
+            flip=flip,
+            large_scale_jitter=(0.1, 2.0),
         )
 
     assert draw(3) == draw(3)
@@ -198,7 +217,11 @@ def test_training_view_keeps_what_is_visible() -> None:
     boxes = np.array([[x, y, x + 16, y + 16] for x in range(4, 150, 30) for y in range(4, 110, 30)], dtype=np.float32)
     for number, (x1, y1, x2, y2) in enumerate(boxes.astype(int)):
         image[:, y1:y2, x1:x2] = 5 + 12 * number
-    views = TrainingViews(0, (), 100, interpolation="bilinear", kernel="fast", jitter=(1.0, 2.0))
+    views = TrainingViews(
+        0,
+        ResizeConfig(train_long_side=100, interpolation="bilinear", kernel="fast"),
+        AugmentConfig(large_scale_jitter=(1.0, 2.0)),
+    )
     cut_off = 0
     for number in range(40):
         seen = views.of(image, boxes, image_id=1, number=number)
@@ -240,7 +263,7 @@ def test_fast_kernel_is_close_to_the_reference(scale: float) -> None:
 def test_fast_kernel_does_not_depend_on_the_layout() -> None:
     """A decoded image lies as [H, W, C], one out of a batch as [C, H, W]."""
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).permute(2, 0, 1)
-    view = fit_view(50, 70, short_side=83, max_long=1000)
+    view = fit_view(50, 70, short_side=83, long_side=1000)
     for interpolation in ("bicubic", "bilinear"):
         decoded, planes = (view_image(i, view, interpolation, "fast") for i in (image, image.contiguous()))
         assert torch.equal(decoded, planes)
@@ -257,7 +280,7 @@ def test_settings_reach_the_loaders(tmp_path: Path) -> None:
     }
     (tmp_path / "data.json").write_text(json.dumps(raw))
     image = torch.from_numpy(pixels).permute(2, 0, 1)
-    resize = {"train_short_sides": [64], "train_long_side": 96, "val_short_side": 48, "val_long_side": 96}
+    resize = {"train_short_sides": [64], "train_long_side": 96, "short_side": 48, "long_side": 96}
     for kernel, auto, jitter in itertools.product(("reference", "fast"), (False, True), (None, (0.5, 1.5))):
         settings = {
             "backbone": "random:test_resnet",
@@ -271,7 +294,7 @@ def test_settings_reach_the_loaders(tmp_path: Path) -> None:
         }
         config = TrainConfig.model_validate(settings)
         data = read_training_data(config)
-        views = TrainingViews(config.seed, (64,), 96, 0.5, "bicubic", kernel, auto, jitter)
+        views = TrainingViews(config.seed, config.resize, config.augment)
         loader = training_loader(config, data, start=0, stop=9, rank=0, ranks=1)
         for number, batch in enumerate(loader):
             seen = views.of(image, data.train.images[0].boxes_N4, image_id=1, number=number)
@@ -279,8 +302,9 @@ def test_settings_reach_the_loaders(tmp_path: Path) -> None:
             assert batch.images.sizes_B2.tolist() == [[height, width]]
             assert torch.equal(batch.images.pixels_BCHW[0, :, :height, :width], seen.pixels_CHW)
             assert np.array_equal(batch.targets.boxes_BG4[0], seen.boxes_M4)
-        ((images, _),) = EvalLoader(data.train, batch_size=1, short_side=48, max_long=96, kernel=kernel)
-        expected = view_image(image, fit_view(40, 60, short_side=48, max_long=96), kernel=kernel)
+        ((images, _),) = eval_loader(data.train, Sizing.of(config.resize), batch_size=1)
+        expected = view_image(image, fit_view(40, 60, short_side=48, long_side=96), kernel=kernel)
+        assert isinstance(images, ImageBatch)
         assert torch.equal(images.pixels_BCHW[0, :, :48, :72], expected)
     fast, reference = (view_image(image, View(1.2, 48, 72), kernel=kernel) for kernel in ("fast", "reference"))
     assert not torch.equal(fast, reference)  # else nothing above would show which kernel ran

@@ -6,10 +6,15 @@ import pytest
 import timm
 import torch
 
+from ssld.shared.distributed.ranks import Ranks
 from ssld.stage2_detect.distill_config import ADLConfig, LDConfig
-from ssld.stage2_detect.distillation import losses as distillation_losses
 from ssld.stage2_detect.distillation import regions
 from ssld.stage2_detect.distillation.dense import DistilledDense, losses_under_adl
+from ssld.stage2_detect.distillation.losses import (
+    adaptive_distillation,
+    localization_distillation,
+    soft_divergence,
+)
 from ssld.stage2_detect.distillation.teacher import FrozenDetector
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.dense import DenseDetector, grids_of
@@ -44,7 +49,7 @@ def batch(images: int = 2) -> tuple[ImageBatch, Targets]:
 
 def test_terms_of_ld_are_their_formulas() -> None:
     student, teacher = detector("gfl", 0), detector("gfl", 1)
-    terms = LDConfig(vlr_kd=3.0, imitation=0.5, region="inside", normalization="reference")
+    terms = LDConfig(kd_vlr_weight=3.0, imitation_weight=0.5, imitated_cells="inside", normalization="reference")
     model = DistilledDense(student, FrozenDetector(teacher), terms).train()
     images, targets = batch()
     losses = model(images, targets)
@@ -58,8 +63,8 @@ def test_terms_of_ld_are_their_formulas() -> None:
         anchors = student.dense.anchors(grids, torch.device("cpu"))
         region = regions.valuable_region(anchors, targets.boxes_BG4, thresholds.region_BG)
         positive = assigned.labels_BA == 1
-        ld = distillation_losses.localization_distillation(bins, wanted_bins, 10.0)
-        kd = distillation_losses.soft_divergence(logits, wanted_logits, 2.0)
+        ld = localization_distillation(bins, wanted_bins, 10.0)
+        kd = soft_divergence(logits, wanted_logits, 2.0)
         inside = regions.inside_objects(anchors, targets.boxes_BG4, targets.labels_BG >= 0)
         level = torch.cat([torch.full((rows * columns,), number) for number, (rows, columns) in enumerate(grids)])
         error = torch.cat([(a - b).square().mean(1).flatten(1) for a, b in zip(features, guides, strict=True)], dim=1)
@@ -102,7 +107,14 @@ def test_global_is_the_reference_at_two_images_and_does_not_grow_with_more() -> 
 
 def test_terms_on_all_negatives_and_on_general_instances() -> None:
     student, teacher = detector("gfl", 0), detector("gfl", 1)
-    terms = LDConfig(valuable="negatives", ld=0, kd=0, imitation=0.5, region="gi", normalization="reference")
+    terms = LDConfig(
+        valuable_region="negatives",
+        ld_weight=0,
+        kd_weight=0,
+        imitation_weight=0.5,
+        imitated_cells="gi",
+        normalization="reference",
+    )
     images, targets = batch()
     losses = DistilledDense(student, FrozenDetector(teacher), terms).train()(images, targets)
     assert isinstance(losses, dict)
@@ -112,7 +124,7 @@ def test_terms_on_all_negatives_and_on_general_instances() -> None:
         grids = grids_of(features)
         assert isinstance(student.dense, GFL)
         labels = student.dense.assign(grids, images.sizes_B2, targets)[0].labels_BA
-        ld = distillation_losses.localization_distillation(bins, wanted_bins, 10.0)
+        ld = localization_distillation(bins, wanted_bins, 10.0)
         assert losses["loss_ld_vlr"].item() == pytest.approx(
             0.25 / 4 * (logits.sigmoid().amax(-1) * ld)[labels == 0].sum().item(), rel=1e-4
         )
@@ -141,14 +153,18 @@ def test_adaptive_distillation_counts_all_but_ignored_anchors(form: str) -> None
         assigned = student.dense.assign(grids_of(features), images.sizes_B2, targets)
         counts = assigned.labels_BA >= 0  # type: ignore[union-attr]
         assert not counts.all()
-        loss = distillation_losses.adaptive_distillation(logits, wanted, form=form)[counts].sum()  # type: ignore[arg-type]
+        loss = adaptive_distillation(logits, wanted, form=form)[counts].sum()  # type: ignore[arg-type]
         mass = (wanted.double().sigmoid() ** 1.8).sum()
     assert losses["loss_adl"].item() == pytest.approx(2 * loss.item() / mass.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(
     ("kind", "terms"),
-    [("gfl", LDConfig(imitation=1.0)), ("gfl", LDConfig(imitation=1.0, region="gi")), ("retinanet", ADLConfig())],
+    [
+        ("gfl", LDConfig(imitation_weight=1.0)),
+        ("gfl", LDConfig(imitation_weight=1.0, imitated_cells="gi")),
+        ("retinanet", ADLConfig()),
+    ],
 )
 def test_a_student_equal_to_its_teacher_learns_nothing_from_it(kind: str, terms: LDConfig | ADLConfig) -> None:
     student, teacher = detector(kind, 0), detector(kind, 0)
@@ -194,7 +210,7 @@ def test_the_adaptive_loss_on_two_ranks(normalization: str) -> None:
     """Two processes whose teachers are sure of 3 and of 5 classes: divided by the mean of both, or each by its own."""
     grids = [(2, 2), (1, 1), (1, 1), (1, 1), (1, 1)]
     anchors = 9 * 8
-    head = RetinaNet(classes=K, channels=16, total=lambda mass: mass.new_tensor(8.0), world_size=2)
+    head, ranks = RetinaNet(classes=K, channels=16), Ranks(2, lambda mass: mass.new_tensor(8.0))
     teacher = torch.full((1, anchors, K), -100.0)
     teacher[0, :3, 0] = 100.0
     student = torch.full((1, anchors, K), -100.0)
@@ -202,14 +218,16 @@ def test_the_adaptive_loss_on_two_ranks(normalization: str) -> None:
     outputs, wanted = (student, torch.zeros(1, anchors, 4)), (teacher, torch.zeros(1, anchors, 4))
     nothing = Targets(torch.zeros(1, 0, 4), torch.zeros(1, 0).long(), torch.zeros(1).long())
     term = ADLConfig(weight=0.5, normalization=normalization)
-    losses = losses_under_adl(term, head, outputs, wanted, grids, torch.tensor([[16, 16]]), nothing)
+    losses = losses_under_adl(term, head, outputs, wanted, grids, torch.tensor([[16, 16]]), nothing, ranks)
     # A sure teacher leaves the focal loss, (1 - p)^2 * -log p, p = sigmoid(2), for three classes.
     p = 1 / (1 + math.exp(-2))
     one = 3 * (1 - p) ** 2 * -math.log(p)
     assert losses["loss_adl"].item() == pytest.approx(0.5 * (one * 2 / 8 if normalization == "global" else one / 3), rel=1e-5)  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "terms"), [("gfl", LDConfig(imitation=1.0, vlr_kd=1.0)), ("retinanet", ADLConfig())])
+@pytest.mark.parametrize(
+    ("kind", "terms"), [("gfl", LDConfig(imitation_weight=1.0, kd_vlr_weight=1.0)), ("retinanet", ADLConfig())]
+)
 def test_autocast_leaves_losses_in_float32(kind: str, terms: LDConfig | ADLConfig) -> None:
     student, teacher = detector(kind, 0), detector(kind, 1)
     model = DistilledDense(student, FrozenDetector(teacher), terms, pkd_weight=1.0).train()

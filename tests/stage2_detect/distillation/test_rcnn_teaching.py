@@ -6,6 +6,7 @@ import torch
 from tiny_distillation import batch, detector
 from torch import Tensor
 
+from ssld.shared.distributed.ranks import ONE_RANK
 from ssld.stage2_detect.distillation.rcnn import DistilledDetector, inside_maps
 from ssld.stage2_detect.distillation.teacher import FrozenDetector
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
@@ -39,7 +40,7 @@ def test_the_terms_are_those_of_the_definition(fpn_channels: int) -> None:
 
         assert isinstance(teacher.model, RCNN)
         own = [maps[:2] for maps in features]
-        _, sampled = student.losses(own, images.sizes_B2[:2], targets.first(2))
+        _, sampled = student.losses(own, images.sizes_B2[:2], targets.first(2), ONE_RANK)
         proposals, _ = student.rpn([maps[2:] for maps in features], images.sizes_B2[2:])
         best = proposals.boxes_BR4[:, :24], proposals.valid_BR[:, :24]
         total, count = 0.0, 0

@@ -66,7 +66,7 @@ def test_by_hand(tmp_path: Path) -> None:
         ),
         3: said([(1, [0, 0, 5, 5], 0.5)]),  # wrong, exactly at the threshold
     }
-    one = analyse(data, found, threshold=0.5)
+    one = analyse(data, found, score_threshold=0.5)
     assert {key: value.tolist() for key, value in counts(one).items()} == {
         "right": [1, 1],
         "wrong": [2, 3],
@@ -87,14 +87,14 @@ def test_by_hand(tmp_path: Path) -> None:
 
 def test_classes_without_objects_or_detections(tmp_path: Path) -> None:
     data = truth(tmp_path, [(1, 0, [0, 0, 10, 10], 0)], [1], 3)
-    one = analyse(data, {1: said([(1, [0, 0, 10, 10], 0.9)])}, threshold=0.5)
+    one = analyse(data, {1: said([(1, [0, 0, 10, 10], 0.9)])}, score_threshold=0.5)
     assert one.confusions.tolist() == [[0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
     rows = report(one, {})["classes"]
     assert [row["precision"] for row in rows] == [None, 0, None]
     assert [row["recall"] for row in rows] == [0, None, None]
     assert [row["f1"] for row in rows] == [0, 0, None]
     assert [row["best_f1"] for row in rows] == [0, None, None]
-    none = analyse(data, {}, threshold=0.5)
+    none = analyse(data, {}, score_threshold=0.5)
     assert counts(none)["missed"].tolist() == [1, 0, 0]
     only = curve(none, 0)
     assert only is not None
@@ -183,7 +183,7 @@ def by_loops(data: CocoData, found: dict[Id, Detections], threshold: float) -> t
 def test_against_plain_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, threshold: float) -> None:
     monkeypatch.setattr(analysis, "_CHUNK", 10)  # images of several chunks
     data, found = random_set(tmp_path, seed)
-    one = analyse(data, found, threshold=threshold)
+    one = analyse(data, found, score_threshold=threshold)
     table, matrix = by_loops(data, found, threshold)
     assert np.array_equal(np.stack(list(counts(one).values())), table)
     assert np.array_equal(one.confusions, matrix)
@@ -233,14 +233,14 @@ def pycocotools_tables(data: CocoData, found: dict[Id, Detections]) -> tuple[np.
 def test_curves_are_those_of_coco(tmp_path: Path, seed: int) -> None:
     data, found = random_set(tmp_path, seed)
     precision_TRKAM, recall_TKAM = pycocotools_tables(data, found)
-    one = analyse(data, found, threshold=0.5)
+    one = analyse(data, found, score_threshold=0.5)
     for label in range(5):
         mine, theirs = curve(one, label), precision_TRKAM[0, :, label, 0, 2]
         if mine is None:
             assert (theirs == -1).all()
             continue
         np.testing.assert_allclose(mine.precision_R, theirs, atol=1e-12)
-        assert counts(analyse(data, found, threshold=0))["right"][label] / one.objects_K[label] == pytest.approx(
+        assert counts(analyse(data, found, score_threshold=0))["right"][label] / one.objects_K[label] == pytest.approx(
             recall_TKAM[0, label, 0, 2]
         )
     means = [c.precision_R.mean() for c in (curve(one, label) for label in range(5)) if c is not None]
@@ -253,10 +253,10 @@ def test_best_f1_is_the_best_of_all_thresholds(tmp_path: Path) -> None:
         f1 = {}
         for threshold in np.arange(1, 21, dtype=np.float32) / np.float32(20):  # the scores there are
             right, wrong, missed = (
-                int(part[label]) for part in counts(analyse(data, found, threshold=float(threshold))).values()
+                int(part[label]) for part in counts(analyse(data, found, score_threshold=float(threshold))).values()
             )
             f1[float(threshold)] = 2 * right / (2 * right + wrong + missed)
-        one = curve(analyse(data, found, threshold=0.5), label)
+        one = curve(analyse(data, found, score_threshold=0.5), label)
         assert one is not None
         assert one.best_f1 == pytest.approx(max(f1.values()))
         assert one.best_score is not None
@@ -265,7 +265,7 @@ def test_best_f1_is_the_best_of_all_thresholds(tmp_path: Path) -> None:
 
 def test_report_is_json_and_prints(tmp_path: Path) -> None:
     data, found = random_set(tmp_path, 0)
-    one = report(analyse(data, found, threshold=0.5), coco_ap(data, found)["per_class"])
+    one = report(analyse(data, found, score_threshold=0.5), coco_ap(data, found)["per_class"])
     assert json.loads(json.dumps(one, allow_nan=False)) == one
     assert len(one["precision_recall"]["recall"]) == 101
     assert one["precision_recall"]["precision"].keys() == {"a", "b", "c", "d"}
@@ -279,4 +279,4 @@ def test_report_is_json_and_prints(tmp_path: Path) -> None:
 def test_training_data_are_refused(tiny_coco: Any) -> None:
     data = read_coco(tiny_coco.val_annotations, tiny_coco.val_images, training=True)
     with pytest.raises(ValueError, match="training=False"):
-        analyse(data, {}, threshold=0.5)
+        analyse(data, {}, score_threshold=0.5)

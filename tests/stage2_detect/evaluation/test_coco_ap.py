@@ -12,7 +12,8 @@ import torch
 
 from ssld.shared.errors import UserError
 from ssld.stage2_detect.data.coco import CocoData, Id, read_coco
-from ssld.stage2_detect.evaluation.coco_ap import choose_backend, coco_ap, detections_to_json
+from ssld.stage2_detect.data.coco_json import write_results
+from ssld.stage2_detect.evaluation.coco_ap import choose_backend, coco_ap
 from ssld.stage2_detect.models.batch import Detections
 
 needs_hotcoco = pytest.mark.skipif(importlib.util.find_spec("hotcoco") is None, reason="hotcoco is not installed")
@@ -202,7 +203,7 @@ def test_choose_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_json_round_trip(tmp_path: Path) -> None:
     data, detections = random_case(tmp_path, 0)
     path = tmp_path / "detections.json"
-    detections_to_json(data, detections, path)
+    write_results(detections, data.category_ids, path)
     rows = json.loads(path.read_text())
     assert {row["category_id"] for row in rows} == {77, 5, 1, 90}
     assert {row["image_id"] for row in rows} == {key for key, value in detections.items() if len(value.scores_N)}

@@ -55,12 +55,12 @@ FOUND: dict[Id, Detections] = {
 
 
 def test_errors_by_hand(data: CocoData) -> None:
-    one = analyse(data, FOUND, threshold=0.5)
+    one = analyse(data, FOUND, score_threshold=0.5)
     assert one.image_ids == (1, 2, 3, 4, 5, 6)
     assert one.counts_I3.tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 2], [0, 1, 0], [0, 0, 0], [0, 0, 0]]
     assert one.lrp_I[:4] == pytest.approx([0, (0.25 / 0.5 + 1) / 2, 1, 1])
     assert np.isnan(one.lrp_I[4:]).all()  # nothing to find but a crowd region, nothing wrong
-    below = analyse(data, FOUND, threshold=0.3)
+    below = analyse(data, FOUND, score_threshold=0.3)
     assert below.lrp_I[2] == pytest.approx(1 / 2)
 
 
@@ -75,7 +75,7 @@ def test_the_sums_are_those_of_the_whole_set(data: CocoData) -> None:
         boxes_N4 = torch.from_numpy(np.concatenate([boxes, near])).float()
         labels_N, scores_N = torch.from_numpy(draw.integers(0, 2, 36)), torch.from_numpy(draw.uniform(0, 1, 36)).float()
         found[record.image_id] = Detections(boxes_N4, scores_N, labels_N)
-    one = analyse(data, found, threshold=0.5)
+    one = analyse(data, found, score_threshold=0.5)
     for row, record in enumerate(data.images):
         mine, right, apart, taken = found[record.image_id], 0, 0.0, set()
         order = torch.argsort(-mine.scores_N)
@@ -113,10 +113,10 @@ def _on_a_crowd(box: np.ndarray, label: int, record: Any) -> bool:
 
 
 def test_which_are_shown(data: CocoData) -> None:
-    one = analyse(data, FOUND, threshold=0.5)
+    one = analyse(data, FOUND, score_threshold=0.5)
     assert best_and_worst(one) == {"best": [0, 1], "worst": [2, 3]}  # two mistakes before one; none in both
     assert best_and_worst(one, most=1) == {"best": [0], "worst": [2]}
-    nothing = analyse(data, {}, threshold=0.5)
+    nothing = analyse(data, {}, score_threshold=0.5)
     assert best_and_worst(nothing) == {"best": [], "worst": [2, 0, 1]}  # nothing right is nobody's best
 
 
@@ -124,7 +124,7 @@ def test_pictures_and_their_index(data: CocoData, tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
     (folder / "best_9_truth.jpg").touch()  # of an evaluation before
-    one = analyse(data, FOUND, threshold=0.5)
+    one = analyse(data, FOUND, score_threshold=0.5)
     files = draw_best_and_worst(folder, data, FOUND, one)
     assert sorted(files) == sorted(folder.iterdir())
     index = json.loads((folder / "index.json").read_text())

@@ -14,12 +14,14 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from ssld.shared.models.model_file import read_metadata, read_tensors, save_model_file
+from ssld.shared.training import progress
 from ssld.stage2_detect import evaluate, train
+from ssld.stage2_detect.config import TTAConfig
 from ssld.stage2_detect.data.coco import CocoData, read_coco
-from ssld.stage2_detect.data.loaders import EvalLoader
+from ssld.stage2_detect.data.loaders import eval_loader
+from ssld.stage2_detect.data.sizing import MultiScaleBatch, Sizing
 from ssld.stage2_detect.detector_file import load_detector
-from ssld.stage2_detect.evaluation import scoring
-from ssld.stage2_detect.evaluation.tta import Sizes, SizesLoader, detect_views, merged, mirrored, unmirrored
+from ssld.stage2_detect.evaluation.tta import detect_views, merged, mirrored, unmirrored
 from ssld.stage2_detect.models.batch import Detections, ImageBatch
 from ssld.stage2_detect.models.boxes import area
 from ssld.stage2_detect.models.mask_targets import decode
@@ -79,7 +81,9 @@ def test_boxes_of_the_mirror_image_come_back(scale: float) -> None:
     detector = BrightBox()
     images = marked(scale)
     plain = detector(images)
-    for seen, wanted in zip(detect_views(detector, Sizes((images,)), flip=True, iou=0.5, most=100), plain, strict=True):
+    for seen, wanted in zip(
+        detect_views(detector, MultiScaleBatch((images,)), flip=True, nms_iou=0.5, most=100), plain, strict=True
+    ):
         torch.testing.assert_close(seen.boxes_N4, wanted.boxes_N4)
         assert seen.scores_N.tolist() == [0.75]
         assert seen.labels_N.tolist() == [2]
@@ -91,7 +95,7 @@ def test_boxes_of_the_mirror_image_come_back(scale: float) -> None:
 def test_without_flip_the_detector_sees_each_size_once() -> None:
     detector = BrightBox()
     first, second = marked(1.0), marked(2.0)
-    found = detect_views(detector, Sizes((first, second)), flip=False, iou=0.5, most=100)
+    found = detect_views(detector, MultiScaleBatch((first, second)), flip=False, nms_iou=0.5, most=100)
     assert [len(one.scores_N) for one in found] == [2, 2]  # the boxes differ by a factor of 2
     assert [id(given) for given in detector.given] == [id(first.pixels_BCHW), id(second.pixels_BCHW)]
 
@@ -102,7 +106,7 @@ def test_a_mirrored_box() -> None:
     assert unmirrored(found, 99.5).boxes_N4.tolist() == [[69.5, 5, 89.5, 9], [0, 0, 99.5, 9]]
 
 
-def test_views_are_merged_by_suppression_within_classes() -> None:
+def test_views_are_merged_by_nms_within_classes() -> None:
     generator = torch.Generator().manual_seed(1)
     parts = []
     for count in (70, 0, 90):
@@ -113,12 +117,12 @@ def test_views_are_merged_by_suppression_within_classes() -> None:
     boxes, scores, labels = (torch.cat([getattr(p, n) for p in parts]) for n in ("boxes_N4", "scores_N", "labels_N"))
     for iou, most in ((0.5, 100), (0.5, 7), (0.9, 100)):
         wanted = batched_nms(boxes, scores, labels, iou)[:most]
-        found = merged(parts, iou=iou, most=most)
+        found = merged(parts, nms_iou=iou, most=most)
         assert torch.equal(found.boxes_N4, boxes[wanted])
         assert torch.equal(found.scores_N, scores[wanted])
         assert torch.equal(found.labels_N, labels[wanted])
-    assert 7 < len(merged(parts, iou=0.5, most=100).scores_N) < 160
-    assert len(merged(parts, iou=1.0, most=100).scores_N) == 100
+    assert 7 < len(merged(parts, nms_iou=0.5, most=100).scores_N) < 160
+    assert len(merged(parts, nms_iou=1.0, most=100).scores_N) == 100
 
 
 # ---- masks
@@ -143,7 +147,10 @@ def shapes(found: Detections) -> Any:
 def test_one_view_of_masks_is_the_detector_itself(mask_model: RCNN) -> None:
     for scale in (1.0, 1.5):
         images = batch([(64, 96), (40, 33)], scale)
-        plain, seen = mask_model(images), detect_views(mask_model, Sizes((images,)), flip=False, iou=0.999, most=100)
+        plain, seen = (
+            mask_model(images),
+            detect_views(mask_model, MultiScaleBatch((images,)), flip=False, nms_iou=0.999, most=100),
+        )
         for one, other in zip(plain, seen, strict=True):
             assert len(one.scores_N) > 5
             torch.testing.assert_close(other.boxes_N4, one.boxes_N4)
@@ -156,8 +163,10 @@ def test_views_of_the_mirror_image_are_those_of_the_image_mirrored(mask_model: R
     sizes = [batch([(64, 96), (40, 33)]), batch([(32, 48), (20, 17)], 0.5)]
     sizes[1] = replace(sizes[1], scales_B=sizes[1].sizes_B2[:, 1] / sizes[0].sizes_B2[:, 1])
     sizes = [replace(images, originals_B2=sizes[0].sizes_B2) for images in sizes]
-    one = detect_views(mask_model, Sizes(tuple(sizes)), flip=True, iou=0.5, most=100)
-    other = detect_views(mask_model, Sizes(tuple(mirrored(images) for images in sizes)), flip=True, iou=0.5, most=100)
+    one = detect_views(mask_model, MultiScaleBatch(tuple(sizes)), flip=True, nms_iou=0.5, most=100)
+    other = detect_views(
+        mask_model, MultiScaleBatch(tuple(mirrored(images) for images in sizes)), flip=True, nms_iou=0.5, most=100
+    )
     for seen, turned, (_, width) in zip(one, other, sizes[0].sizes_B2.tolist(), strict=True):
         back = unmirrored(turned, width)
         torch.testing.assert_close(back.boxes_N4, seen.boxes_N4, rtol=0, atol=1e-3)
@@ -186,7 +195,7 @@ def test_masks_are_averaged_over_views(mask_model: RCNN, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(mask_model, "find_boxes", find_boxes)
     monkeypatch.setattr(mask_model, "mask_maps", mask_maps)
-    seen = detect_views(mask_model, Sizes((batch([(64, 96)]),)), flip=True, iou=0.5, most=100)[0]
+    seen = detect_views(mask_model, MultiScaleBatch((batch([(64, 96)]),)), flip=True, nms_iou=0.5, most=100)[0]
     assert seen.boxes_N4.tolist() == boxes[:1]
     full_HW = shapes(seen)[..., 0]
     # left (0.9 + 0.05) / 2 = 0.475; right (0.2 + 0.9) / 2 = 0.55. At the rim a map falls to zero.
@@ -199,14 +208,14 @@ def data(tiny_coco: Any) -> CocoData:
     return read_coco(tiny_coco.val_annotations, tiny_coco.val_images, training=False)
 
 
-def test_sizes_go_side_by_side(data: CocoData) -> None:
-    loaders = [EvalLoader(data, batch_size=2, short_side=side, max_long=4 * side) for side in (64, 96)]
-    loader = SizesLoader(loaders)
-    assert len(loader) == 3
+def test_views_hold_the_same_images_in_several_sizes(data: CocoData) -> None:
+    loader = eval_loader(data, Sizing(64, 256, tta=TTAConfig(short_sides=[64, 96])), batch_size=2)
+    assert loader.images == 5
     seen = []
-    for sizes, records in loader:
+    for views, records in loader:
         seen += [record.image_id for record in records]
-        small, large = sizes.to("cpu").batches
+        assert isinstance(views, MultiScaleBatch)
+        small, large = views.to("cpu").batches
         assert small.scales_B.tolist() == [1.0] * len(records)
         assert large.scales_B.tolist() == [1.5] * len(records)
         assert large.sizes_B2.tolist() == [[96, 96]] * len(records)
@@ -233,7 +242,7 @@ def test_as_many_objects_as_without_views(flags: Callable[..., list[str]], call:
     for most in (7, 130):
         line = flags(f"views_{most}", "--tta.short_sides", "[48, 64, 96]", "--tta.nms_iou", "0.999")
         metadata = read_metadata(file)
-        metadata["model"]["roi"]["detections"] = most
+        metadata["model"]["roi"]["detections_per_image"] = most
         line[1] = str(tmp_path / f"{most}.safetensors")
         save_model_file(Path(line[1]), read_tensors(file), metadata)
         assert call(evaluate.main, line) == 0
@@ -258,7 +267,7 @@ def test_a_long_evaluation_says_how_far_it_is(
 ) -> None:
     assert call(evaluate.main, flags("quiet")) == 0
     assert "images seen" not in (tmp_path / "quiet" / "log.txt").read_text()
-    monkeypatch.setattr(scoring, "_SILENCE", 0.0)
+    monkeypatch.setattr(progress, "SILENCE", 0.0)
     for name, more in (("told", ()), ("views", ("--tta.flip", "true"))):
         assert call(evaluate.main, flags(name, *more)) == 0
         log = (tmp_path / name / "log.txt").read_text()

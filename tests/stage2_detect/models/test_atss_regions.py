@@ -189,7 +189,7 @@ def test_all_negatives_by_their_score() -> None:
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_general_instances(padded: bool) -> None:
-    """Two images, of the second only a part there is, against suppression in a loop."""
+    """Two images, of the second only a part there is, against NMS in a loop."""
     draw = np.random.default_rng(7)
     A, most = sum(COUNTS), 4
     student, teacher = draw.normal(-1, 2, (2, 2, A, 5))

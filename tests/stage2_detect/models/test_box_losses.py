@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision import ops
 
-from ssld.stage2_detect.models import box_losses as losses
+from ssld.stage2_detect.models import box_losses
 from ssld.stage2_detect.models.box_losses import BoxLoss
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
@@ -123,8 +123,8 @@ def test_iou_losses_equal_torchvision_on_pixels() -> None:
     corner = 100 * torch.rand(2, 50, 2, generator=generator)
     both = torch.cat((corner, corner + 1 + 60 * torch.rand(2, 50, 2, generator=generator)), dim=2)
     pairs = (
-        (losses.generalized_iou, ops.generalized_box_iou_loss),
-        (losses.complete_iou, ops.complete_box_iou_loss),
+        (box_losses.generalized_iou, ops.generalized_box_iou_loss),
+        (box_losses.complete_iou, ops.complete_box_iou_loss),
     )
     for ours, theirs in pairs:
         values, gradients = [], []
@@ -142,7 +142,7 @@ def test_balanced_l1_promotes_small_distances_and_limits_large_ones() -> None:
     """Gradients of the paper's figure 5: above smooth L1's near zero, gamma from beta on, no step between."""
     distance = torch.tensor([0.0, 0.1, 0.5, 1 - 1e-6, 1.0, 1 + 1e-6, 5.0, 1e6], requires_grad=True)
     zero = torch.zeros(8)
-    losses.balanced_l1(distance[:, None], zero[:, None], alpha=0.5, gamma=1.5, beta=1.0).sum().backward()
+    box_losses.balanced_l1(distance[:, None], zero[:, None], alpha=0.5, gamma=1.5, beta=1.0).sum().backward()
     b = math.exp(3) - 1
     expected = [0, 0.5 * math.log(0.1 * b + 1), 0.5 * math.log(0.5 * b + 1), 1.5, 1.5, 1.5, 1.5, 1.5]
     assert distance.grad is not None
@@ -172,7 +172,7 @@ def test_huge_and_tiny_predictions_stay_finite(name: str) -> None:
 def test_a_prediction_is_limited_as_its_box_is() -> None:
     """Beyond a size ratio of 1000 / 16 the prediction does not count as larger still."""
     limit = 5 * math.log(1000 / 16)
-    found = losses.unit_boxes(torch.tensor([[0.0, 0.0, limit, 3 * limit]]), WEIGHTS)
+    found = box_losses.unit_boxes(torch.tensor([[0.0, 0.0, limit, 3 * limit]]), WEIGHTS)
     torch.testing.assert_close(found, torch.tensor([[-31.25, -31.25, 31.25, 31.25]]))
 
 

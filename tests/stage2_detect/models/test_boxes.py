@@ -31,6 +31,17 @@ def test_iou_equals_torchvision_and_is_zero_for_empty_boxes() -> None:
     assert boxes.pairwise_iou(first[:, :0], second).shape == (2, 0, 9)
 
 
+def test_areas_in_common_and_iou_of_pairs_are_the_diagonal_of_all_with_all() -> None:
+    first, second = torch.rand(2, 7, 4, generator=torch.Generator().manual_seed(0)).cumsum(-1).view(2, 7, 4)
+    first[0] = second[0]
+    torch.testing.assert_close(
+        boxes.paired_intersection(first, second), boxes.pairwise_intersection(first, second).diagonal()
+    )
+    assert boxes.pairwise_intersection(first, second).diagonal().max() > 0
+    torch.testing.assert_close(boxes.paired_iou(first, second), boxes.pairwise_iou(first, second).diagonal())
+    assert boxes.paired_iou(first, second)[0] == 1
+
+
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0), (30.0, 30.0, 15.0, 15.0)])
 def test_deltas_follow_the_definition_and_lead_back(weights: tuple[float, ...]) -> None:
     target, reference = random_boxes(50, seed=3), random_boxes(50, seed=4)
@@ -86,7 +97,7 @@ def test_take() -> None:
     assert boxes.take(source[:, :0], index).shape == (2, 2, 4)
 
 
-def test_suppression_by_rows_equals_torchvision_on_the_valid_boxes() -> None:
+def test_nms_by_rows_equals_torchvision_on_the_valid_boxes() -> None:
     candidates = random_boxes(3, 200, seed=7)
     scores = torch.rand(3, 200, generator=torch.Generator().manual_seed(8))
     valid = torch.rand(3, 200, generator=torch.Generator().manual_seed(9)) > 0.3
@@ -98,7 +109,7 @@ def test_suppression_by_rows_equals_torchvision_on_the_valid_boxes() -> None:
         assert kept[i].nonzero()[:, 0].tolist() == sorted(expected.tolist())
 
 
-def test_suppression_by_class_equals_a_loop_over_classes() -> None:
+def test_nms_by_class_equals_a_loop_over_classes() -> None:
     # Image-sized coordinates and many classes: shifting classes apart in float32 would move boxes by hundredths of a
     # pixel.
     candidates, classes = random_boxes(600, seed=10, extent=1000.0), torch.arange(600) % 80
@@ -117,7 +128,7 @@ def test_suppression_by_class_equals_a_loop_over_classes() -> None:
     assert len(boxes.class_nms(candidates[:0], scores[:0], classes[:0], 0.5)) == 0
 
 
-def test_suppression_class_by_class_is_suppression_of_all_classes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nms_class_by_class_is_nms_of_all_classes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = torch.Generator().manual_seed(3)
     corners = 40 * torch.rand(300, 2, generator=draw)
     found = torch.cat((corners, corners + 5 + 30 * torch.rand(300, 2, generator=draw)), dim=1)
@@ -131,7 +142,7 @@ def test_suppression_class_by_class_is_suppression_of_all_classes_at_once(monkey
 
 @pytest.mark.parametrize("most", [1, 7, 30, 1000])
 @pytest.mark.parametrize("overlap", [1.0, 40.0])
-def test_the_best_of_a_suppression_are_its_first(most: int, overlap: float) -> None:
+def test_the_best_of_a_nms_are_its_first(most: int, overlap: float) -> None:
     """Also where hardly any box stays, so that the best few of all boxes leave too few, and where scores are equal."""
     draw = torch.Generator().manual_seed(5)
     corners = overlap * torch.rand(400, 2, generator=draw)
@@ -142,7 +153,7 @@ def test_the_best_of_a_suppression_are_its_first(most: int, overlap: float) -> N
     assert len(everything) < 400
 
 
-def test_suppression_side_by_side_is_that_of_each_batch() -> None:
+def test_nms_side_by_side_is_that_of_each_batch() -> None:
     batches = [random_boxes(2, count, seed=count) for count in (50, 1, 200)]
     scores = [torch.rand(batch.shape[:2], generator=torch.Generator().manual_seed(1)) for batch in batches]
     valid = [row > 0.2 for row in scores]

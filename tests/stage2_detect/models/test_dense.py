@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import batched_nms
 
+from ssld.shared.distributed.ranks import ONE_RANK
 from ssld.shared.models.backbones import InputSettings
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models.assign import Assignment
@@ -63,7 +64,7 @@ def test_boxes_are_clipped_to_the_image_and_those_outside_left_out() -> None:
     found = shown(model, given, logits, (60, 100), scale=2.0)
     assert found.boxes_N4.tolist() == [[0, 5, 20, 30], [25, 10, 35, 20]]
     torch.testing.assert_close(found.scores_N, torch.tensor([2.0, 1.0]).sigmoid())
-    model.clip = False
+    model.clip_boxes = False
     assert shown(model, given, logits, (60, 100), scale=2.0).boxes_N4.tolist() == (given[[1, 2, 0, 3]] / 2).tolist()
 
 
@@ -107,7 +108,7 @@ def test_the_box_loss_is_square_up_to_its_beta() -> None:
     labels_BA[0, centre] = 1
     assigned = Assignment(labels_BA, torch.zeros_like(labels_BA), torch.zeros(1, A))
     outputs = torch.full((1, A, 3), -20.0), torch.zeros(1, A, 4)
-    losses = net.losses(outputs, GRIDS, torch.tensor([[128, 128]]), one_object(5.0, 5, 27, 29), assigned)
+    losses = net.losses(outputs, GRIDS, torch.tensor([[128, 128]]), one_object(5.0, 5, 27, 29), ONE_RANK, assigned)
     # From the anchor (0, 0, 32, 32): dx = 0, dy = 1 / 32, dw = log(22 / 32), dh = log(24 / 32).
     wanted = 0.5 * (1 / 32) ** 2 / 0.11 + (math.log(32 / 22) - 0.055) + (math.log(32 / 24) - 0.055)
     assert losses["loss_box"].item() == pytest.approx(wanted, rel=1e-5)

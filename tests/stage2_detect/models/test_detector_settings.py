@@ -24,9 +24,9 @@ def test_milestones_come_one_after_the_other() -> None:
 
 def test_settings_of_other_kinds_of_detectors_are_told() -> None:
     groups = {
-        "rpn": {"samples": 9},
+        "rpn": {"samples_per_image": 9},
         "cascade": {"score_rois": "last"},
-        "mask": {"channels": 8},
+        "mask": {"hidden": 8},
         "dense": {"convolutions": 1},
     }
     groups |= {"gfl": {"reg_max": 8}, "retinanet": {"gamma": 1.0}, "roi": {}}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from ssld.stage2_detect.distillation import losses as distillation_losses
-from ssld.stage2_detect.models import focal_losses as dense_losses
+from ssld.stage2_detect.distillation import losses
+from ssld.stage2_detect.models import focal_losses
 
 K, N, E = 5, 12, 9
 
@@ -59,14 +59,14 @@ def test_focal_loss(gamma: float) -> None:
         right = np.where(there, sigmoid(x), 1 - sigmoid(x))
         return np.where(there, 0.3, 0.7) * (1 - right) ** gamma * -np.log(right)
 
-    check(lambda x: dense_losses.focal_loss(x, labels, alpha=0.3, gamma=gamma), closed, draw(N, K))
+    check(lambda x: focal_losses.focal_loss(x, labels, alpha=0.3, gamma=gamma), closed, draw(N, K))
 
 
 def test_focal_loss_is_torchvisions() -> None:
     labels = torch.randint(-1, K, (3, 50), generator=torch.Generator().manual_seed(6))
     ours = draw(3, 50, K, scale=6.0).requires_grad_()
     theirs = ours.detach().double().requires_grad_()
-    found = dense_losses.focal_loss(ours, labels)
+    found = focal_losses.focal_loss(ours, labels)
     wanted = sigmoid_focal_loss(theirs, (labels[..., None] == torch.arange(K)).double())
     torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=1e-7)
     found.sum().backward()
@@ -80,8 +80,8 @@ def test_focal_loss_is_torchvisions() -> None:
 def test_losses_of_saturated_logits_are_finite(gamma: float) -> None:
     extreme = torch.tensor([[-200.0, -40.0, 0.0, 40.0, 200.0]] * 6)
     logits = extreme.clone().requires_grad_()
-    loss = dense_losses.focal_loss(logits, torch.arange(-1, 5), gamma=gamma)
-    quality = dense_losses.quality_focal_loss(logits, torch.eye(6, 5))
+    loss = focal_losses.focal_loss(logits, torch.arange(-1, 5), gamma=gamma)
+    quality = focal_losses.quality_focal_loss(logits, torch.eye(6, 5))
     (loss + quality).sum().backward()
     assert logits.grad is not None
     assert torch.isfinite(logits.grad).all()
@@ -98,7 +98,7 @@ def test_quality_focal_loss() -> None:
         p, t = sigmoid(x), y.double().numpy()
         return np.abs(t - p) ** 2 * entropy(p, t)
 
-    check(lambda x: dense_losses.quality_focal_loss(x, y), closed, draw(N, K))
+    check(lambda x: focal_losses.quality_focal_loss(x, y), closed, draw(N, K))
 
 
 def test_distribution_focal_loss_and_expectation() -> None:
@@ -110,13 +110,13 @@ def test_distribution_focal_loss_and_expectation() -> None:
         share = distances.double().numpy() - left
         return -(1 - share) * np.log(p[rows, left]) - share * np.log(p[rows, left + 1])
 
-    check(lambda x: dense_losses.distribution_focal_loss(x, distances), closed, draw(6, E))
-    check(dense_losses.expected_distance, lambda x: (softmax(x) * np.arange(E)).sum(-1), draw(6, E))
+    check(lambda x: focal_losses.distribution_focal_loss(x, distances), closed, draw(6, E))
+    check(focal_losses.expected_distance, lambda x: (softmax(x) * np.arange(E)).sum(-1), draw(6, E))
     # The loss is lowest where the two bins share the mass by nearness.
     peak = torch.full((1, E), -40.0)
     peak[0, 2:4] = torch.tensor([0.7, 0.3]).log()
     entropy_of_it = -(0.7 * math.log(0.7) + 0.3 * math.log(0.3))
-    assert dense_losses.distribution_focal_loss(peak, torch.tensor([2.3])).item() == pytest.approx(
+    assert focal_losses.distribution_focal_loss(peak, torch.tensor([2.3])).item() == pytest.approx(
         entropy_of_it, rel=1e-5
     )
 
@@ -129,13 +129,13 @@ def test_soft_divergence_and_localization_distillation(temperature: float) -> No
         q, p = softmax(teacher.double().numpy() / temperature), softmax(x / temperature)
         return temperature**2 * (q * np.log(q / p)).mean(-1)
 
-    check(lambda x: distillation_losses.soft_divergence(x, teacher, temperature), divergence, draw(N, 4, E))
+    check(lambda x: losses.soft_divergence(x, teacher, temperature), divergence, draw(N, 4, E))
     check(
-        lambda x: distillation_losses.localization_distillation(x, teacher, temperature),
+        lambda x: losses.localization_distillation(x, teacher, temperature),
         lambda x: divergence(x).mean(-1),
         draw(N, 4, E),
     )
-    assert distillation_losses.localization_distillation(teacher, teacher, temperature).abs().max() < 1e-6
+    assert losses.localization_distillation(teacher, teacher, temperature).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("form", ["paper", "code", "focal"])
@@ -152,7 +152,7 @@ def test_adaptive_distillation(form: str, beta: float, gamma: float) -> None:
         return weight * (0.5 * entropy(p, q) if form == "code" else kl)
 
     def ours(x: Tensor) -> Tensor:
-        return distillation_losses.adaptive_distillation(x, teacher, beta=beta, gamma=gamma, form=form)  # type: ignore[arg-type]
+        return losses.adaptive_distillation(x, teacher, beta=beta, gamma=gamma, form=form)  # type: ignore[arg-type]
 
     check(ours, closed, draw(N, K))
 
@@ -163,7 +163,7 @@ def test_adaptive_distillation_of_saturated_logits_is_finite(form: str, gamma: f
     extreme = torch.tensor([-200.0, -40.0, 0.0, 40.0, 200.0])
     student, teacher = (grid.flatten() for grid in torch.meshgrid(extreme, extreme, indexing="ij"))
     student = student.clone().requires_grad_()
-    loss = distillation_losses.adaptive_distillation(student, teacher, gamma=gamma, form=form)  # type: ignore[arg-type]
+    loss = losses.adaptive_distillation(student, teacher, gamma=gamma, form=form)  # type: ignore[arg-type]
     loss.sum().backward()
     assert torch.isfinite(loss).all()
     assert student.grad is not None
@@ -174,23 +174,23 @@ def test_adaptive_distillation_is_still_where_both_agree() -> None:
     """The code's form is not 0 there, but has no slope (specified so; the paper's form is 0)."""
     teacher = draw(N, K, seed=5)
     student = teacher.clone().requires_grad_()
-    loss = distillation_losses.adaptive_distillation(student, teacher, form="code")
+    loss = losses.adaptive_distillation(student, teacher, form="code")
     loss.sum().backward()
     assert loss.min() > 0
     assert student.grad is not None
     assert student.grad.abs().max() < 1e-6
-    assert distillation_losses.adaptive_distillation(teacher, teacher, form="paper").abs().max() < 1e-6
+    assert losses.adaptive_distillation(teacher, teacher, form="paper").abs().max() < 1e-6
 
 
 def test_adaptive_distillation_becomes_the_focal_loss_for_a_sure_teacher() -> None:
     student, labels = draw(N, K), torch.arange(N) % (K + 1) - 1
     sure = torch.where(labels[:, None] == torch.arange(K), 100.0, -100.0)
-    ours = distillation_losses.adaptive_distillation(student, sure, gamma=2.0)
-    focal = dense_losses.focal_loss(student, labels, alpha=0.5, gamma=2.0) / 0.5
+    ours = losses.adaptive_distillation(student, sure, gamma=2.0)
+    focal = focal_losses.focal_loss(student, labels, alpha=0.5, gamma=2.0) / 0.5
     torch.testing.assert_close(ours, focal, rtol=1e-4, atol=1e-6)
 
 
 def test_adaptive_normalizer() -> None:
     logits = draw(N, K)
     wanted = (sigmoid(logits.double().numpy()) ** 1.8).sum()
-    assert distillation_losses.adaptive_normalizer(logits).item() == pytest.approx(wanted, rel=1e-5)
+    assert losses.adaptive_normalizer(logits).item() == pytest.approx(wanted, rel=1e-5)

@@ -35,7 +35,12 @@ def detector(arch: str = "resnet18d", **options: object) -> RCNN:
             nn.init.normal_(module.running_mean, std=0.2)
             nn.init.uniform_(module.running_var, 0.5, 2.0)
     config = DetectorConfig.model_validate(
-        {"fpn_channels": 16, "roi": {"hidden": 32, "score_threshold": 0.1}, "rpn": {"val_post_nms": 100}, **options}
+        {
+            "fpn_channels": 16,
+            "roi": {"hidden": 32, "score_threshold": 0.1},
+            "rpn": {"post_nms_top_n_test": 100},
+            **options,
+        }
     )
     inputs = InputSettings((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), (0, 0), "bilinear", False)
     model = build_detector(config, classes=5, body=body, arch=arch, inputs=inputs)

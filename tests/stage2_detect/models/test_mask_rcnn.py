@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from ssld.stage2_detect.data.sizing import MultiScaleBatch
 from ssld.stage2_detect.detector_file import load_detector
-from ssld.stage2_detect.evaluation.tta import Sizes, detect_views
+from ssld.stage2_detect.evaluation.tta import detect_views
 from ssld.stage2_detect.models.batch import Detections, ImageBatch
 from ssld.stage2_detect.models.mask_targets import decode
 from ssld.stage2_detect.models.rcnn import RCNN
@@ -28,7 +29,10 @@ def test_masks_are_as_large_as_the_picture(mask_model: RCNN) -> None:
     assert (sizes / scale[:, None] + 0.5).floor().long().tolist() != [[301, 833]]
     pixels = torch.randint(0, 256, (1, 3, 64, 128), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images = ImageBatch(pixels, sizes, scale, originals_B2=torch.tensor([[301, 833]]))
-    for found in (mask_model(images), detect_views(mask_model, Sizes((images,)), flip=True, iou=0.5, most=100)):
+    for found in (
+        mask_model(images),
+        detect_views(mask_model, MultiScaleBatch((images,)), flip=True, nms_iou=0.5, most=100),
+    ):
         assert found[0].masks
         assert all(mask["size"] == [301, 833] for mask in found[0].masks)
 

@@ -1,7 +1,6 @@
 """Masks: what is asked of a RoI, the head's loss, pasting, average precision of shapes, and the commands on drawn scenes."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.nn import functional as F
 
+from ssld.shared.distributed.ranks import Ranks
 from ssld.stage2_detect.data.coco import read_coco, require_masks
 from ssld.stage2_detect.data.loaders import masks_of
 from ssld.stage2_detect.data.views import View
@@ -99,7 +99,7 @@ def test_masks_follow_a_view_as_boxes_do(tmp_path: Path) -> None:
 
     for view in (View(1.0, 40, 64), View(2.5, 80, 150, flip=True), View(2.0, 60, 90, flip=True, top=5, left=11)):
         boxes = view_boxes(record.boxes_N4, view)
-        (grid,) = rasterise([masks_of(record, asdict(view))], np.zeros(1, int), np.zeros(1, int), boxes, 28)
+        (grid,) = rasterise([masks_of(record, view)], np.zeros(1, int), np.zeros(1, int), boxes, 28)
         assert grid.all(), view
 
 
@@ -150,13 +150,16 @@ def test_ranks_add_up_to_the_whole_batch() -> None:
     features = [torch.randn(2, 4, 64 // stride, 64 // stride) for stride in (4, 8, 16, 32)]
     positive, objects = [[True, True], [True, False]], [[0, 1], [0, 0]]
     whole = head().losses(features, sampled(positive, objects), Targets(boxes, labels, seeds, masks=masks))
-    model = head(total=lambda count: 0 * count + 3, world_size=2)
+    both = Ranks(2, lambda count: 0 * count + 3)
     ranks = [
-        model.losses(
+        head()
+        .losses(
             [feature[rank : rank + 1] for feature in features],
             sampled(positive[rank : rank + 1], objects[rank : rank + 1]),
             Targets(boxes[:1], labels[rank : rank + 1], seeds[:1], masks=masks[rank : rank + 1]),
-        )["loss_mask"].item()
+            both,
+        )["loss_mask"]
+        .item()
         for rank in range(2)
     ]
     assert ranks[0] != pytest.approx(ranks[1], rel=0.1)

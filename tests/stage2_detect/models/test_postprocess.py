@@ -1,4 +1,4 @@
-"""Suppression against float64 NumPy one box at a time and against torchvision; detections back in the original image."""
+"""NMS against float64 NumPy one box at a time and against torchvision; detections back in the original image."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from torchvision import ops
 
 from ssld.stage2_detect.models import postprocess
 from ssld.stage2_detect.models.batch import Detections
-from ssld.stage2_detect.models.postprocess import Suppression
+from ssld.stage2_detect.models.postprocess import NMS
 
 K = 3
 
@@ -25,7 +25,7 @@ def candidates(count: int = 120, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]
 
 
 def soft_nms_by_loop(boxes: np.ndarray, scores: np.ndarray, kind: str, iou: float, sigma: float) -> np.ndarray:
-    """Scores after soft suppression of one class (arXiv 1704.04503, figure 2), one pick after the other."""
+    """Scores after soft NMS of one class (arXiv 1704.04503, figure 2), one pick after the other."""
     scores, left = scores.copy(), list(range(len(scores)))
     while left:
         best = max(left, key=lambda i: scores[i])
@@ -43,7 +43,7 @@ def soft_nms_by_loop(boxes: np.ndarray, scores: np.ndarray, kind: str, iou: floa
     return scores
 
 
-def by_loop(found: Tensor, scores: Tensor, classes: Tensor, rule: Suppression) -> np.ndarray:
+def by_loop(found: Tensor, scores: Tensor, classes: Tensor, rule: NMS) -> np.ndarray:
     expected = np.zeros(len(scores))
     for label in range(K):
         here = (classes == label).numpy()
@@ -54,15 +54,15 @@ def by_loop(found: Tensor, scores: Tensor, classes: Tensor, rule: Suppression) -
 
 
 RULES = [
-    Suppression("soft_linear", iou=0.3),
-    Suppression("soft_linear", iou=0.6),
-    Suppression("soft_gaussian", sigma=0.5),
-    Suppression("soft_gaussian", sigma=0.1),
+    NMS("soft_linear", iou=0.3),
+    NMS("soft_linear", iou=0.6),
+    NMS("soft_gaussian", sigma=0.5),
+    NMS("soft_gaussian", sigma=0.1),
 ]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_soft_suppression_equals_the_loop(rule: Suppression) -> None:
+def test_soft_nms_equals_the_loop(rule: NMS) -> None:
     found, scores, classes = candidates()
     expected = by_loop(found, scores, classes, rule)
     assert (expected < scores.numpy() - 0.01).sum() > 50
@@ -72,29 +72,29 @@ def test_soft_suppression_equals_the_loop(rule: Suppression) -> None:
 
 @pytest.mark.parametrize("most", [1, 7, 40])
 @pytest.mark.parametrize("rule", RULES[::2], ids=str)
-def test_the_best_do_not_depend_on_how_many_are_wanted(rule: Suppression, most: int) -> None:
+def test_the_best_do_not_depend_on_how_many_are_wanted(rule: NMS, most: int) -> None:
     """So the steps may end there."""
     found, scores, classes = candidates()
     expected = by_loop(found, scores, classes, rule)
     order = np.argsort(-expected)[:most]
-    index, ours = postprocess.suppress(found, scores, classes, rule, threshold=0.0, most=most)
+    index, ours = postprocess.apply_nms(found, scores, classes, rule, threshold=0.0, most=most)
     assert index.tolist() == order.tolist()
     np.testing.assert_allclose(ours.numpy(), expected[order], rtol=1e-4)
 
 
-def test_soft_suppression_drops_what_falls_to_the_threshold() -> None:
+def test_soft_nms_drops_what_falls_to_the_threshold() -> None:
     found, scores, classes = candidates()
     rule = RULES[0]
     expected = by_loop(found, scores, classes, rule)
-    index, ours = postprocess.suppress(found, scores, classes, rule, threshold=0.2, most=1000)
+    index, ours = postprocess.apply_nms(found, scores, classes, rule, threshold=0.2, most=1000)
     assert sorted(index.tolist()) == np.flatnonzero(expected > 0.2).tolist()
     assert (ours > 0.2).all()
 
 
-def test_soft_suppression_of_one_and_of_none() -> None:
+def test_soft_nms_of_one_and_of_none() -> None:
     found, scores, classes = candidates(1)
     assert torch.equal(postprocess.soft_nms(found, scores, classes, RULES[0], most=100), scores)
-    index, ours = postprocess.suppress(found[:0], scores[:0], classes[:0], RULES[2], threshold=0.1, most=9)
+    index, ours = postprocess.apply_nms(found[:0], scores[:0], classes[:0], RULES[2], threshold=0.1, most=9)
     assert index.shape == ours.shape == (0,)
 
 
@@ -107,20 +107,20 @@ def test_twins_leave_one_under_soft_linear() -> None:
     torch.testing.assert_close(apart, torch.tensor([0.5, 0.9]))
 
 
-def test_hard_suppression_equals_torchvision() -> None:
+def test_hard_nms_equals_torchvision() -> None:
     found, scores, classes = candidates()
-    index, ours = postprocess.suppress(found, scores, classes, Suppression(iou=0.4), threshold=0.0, most=30)
+    index, ours = postprocess.apply_nms(found, scores, classes, NMS(iou=0.4), threshold=0.0, most=30)
     assert index.tolist() == ops.batched_nms(found, scores, classes, 0.4)[:30].tolist()
     assert torch.equal(ours, scores[index])
 
 
-@pytest.mark.parametrize("rule", [Suppression(iou=0.4), *RULES[::2]], ids=str)
-def test_selection_equals_one_class_at_a_time(rule: Suppression) -> None:
+@pytest.mark.parametrize("rule", [NMS(iou=0.4), *RULES[::2]], ids=str)
+def test_selection_equals_one_class_at_a_time(rule: NMS) -> None:
     """The boxes of one image, one a class and RoI."""
     generator = torch.Generator().manual_seed(5)
     boxes_RK4 = torch.stack([candidates(40, seed)[0] for seed in range(K)], dim=1)
     scores_RK = torch.rand(40, K, generator=generator)
-    ours = postprocess.select(boxes_RK4, scores_RK, threshold=0.3, suppression=rule, most=25)
+    ours = postprocess.select(boxes_RK4, scores_RK, threshold=0.3, nms=rule, most=25)
     rows = []
     for label in range(K):
         here = scores_RK[:, label] > 0.3

@@ -20,7 +20,7 @@ from torchvision import ops
 
 from ssld.stage2_detect.models import boxes, pooling
 from ssld.stage2_detect.models.batch import ImageBatch
-from ssld.stage2_detect.models.postprocess import Suppression
+from ssld.stage2_detect.models.postprocess import NMS
 from ssld.stage2_detect.models.roi_heads import RoIHeads
 from ssld.stage2_detect.models.rpn import Proposals
 
@@ -37,7 +37,7 @@ def _detect_by_loop(heads: RoIHeads, found: Proposals, scales: list[float]) -> l
             decoded = ops.clip_boxes_to_image(boxes.decode(deltas[:, label], rois, WEIGHTS), (height, width))
             scores = logits.softmax(dim=1)[:, label]
             decoded, scores = decoded[scores > heads.score_threshold], scores[scores > heads.score_threshold]
-            for place in ops.nms(decoded, scores, heads.suppression.iou).tolist():
+            for place in ops.nms(decoded, scores, heads.nms.iou).tolist():
                 rows.append((scores[place].item(), label, *decoded[place].tolist()))
         rows = sorted(rows, reverse=True)[: heads.detections_per_image]
         original = (math.floor(width / scale + 0.5), math.floor(height / scale + 0.5))
@@ -53,7 +53,7 @@ def _detect_by_loop(heads: RoIHeads, found: Proposals, scales: list[float]) -> l
 
 @pytest.mark.parametrize("limit", [1000, 7])
 def test_detections_equal_the_loop(limit: int) -> None:
-    heads = make(score_threshold=0.2, suppression=Suppression(iou=0.3), detections_per_image=limit).eval()
+    heads = make(score_threshold=0.2, nms=NMS(iou=0.3), detections_per_image=limit).eval()
     found, scales = proposals(), [0.8, 1.3]
     images = ImageBatch(torch.zeros(2, 3, 128, 160, dtype=torch.uint8), SIZES, torch.tensor(scales))
     with torch.no_grad():

@@ -9,6 +9,7 @@ from tiny_roi_heads import SIZES, STRIDES, WEIGHTS, K, cascade, make, maps, prop
 from torch import Tensor
 from torchvision import ops
 
+from ssld.shared.distributed.ranks import Ranks
 from ssld.stage2_detect.models import boxes, pooling
 from ssld.stage2_detect.models.batch import Targets
 from ssld.stage2_detect.models.box_losses import BoxLoss
@@ -75,10 +76,10 @@ def test_ranks_add_up_to_the_whole_batch() -> None:
         return count
 
     for half in halves:
-        make(samples_per_image=20, total=note).losses(*half)
+        make(samples_per_image=20).losses(*half, Ranks(total=note))
     assert len(counts) == 2
-    heads = make(samples_per_image=20, total=lambda _: counts[0] + counts[1], world_size=2)
-    ranks = [heads.losses(*half)[0] for half in halves]
+    both = Ranks(2, lambda _: counts[0] + counts[1])
+    ranks = [make(samples_per_image=20).losses(*half, both)[0] for half in halves]
     for name in whole:
         assert (ranks[0][name] + ranks[1][name]).item() / 2 == pytest.approx(whole[name].item(), rel=1e-5)
 
@@ -115,7 +116,7 @@ LOSSES = [
     BoxLoss("balanced_l1", weight=2.0),
     BoxLoss("giou", weight=5.0),
     BoxLoss("ciou", weight=10.0),
-    BoxLoss("ciou", weight=10.0, per_positive=True),
+    BoxLoss("ciou", weight=10.0, normalization="positives"),
 ]
 
 
@@ -135,7 +136,7 @@ def test_box_losses_are_of_positives_and_their_class(loss: BoxLoss, class_agnost
         positives += 1
     assert positives > 5
     expected = total / sampled.valid_BR.sum().item()
-    if loss.per_positive:
+    if loss.normalization == "positives":
         expected *= K / positives
     assert losses["loss_box"].item() == pytest.approx(expected, rel=1e-4)
 
@@ -153,13 +154,14 @@ def test_ranks_agree_on_positives_too() -> None:
         return count
 
     for half in halves:
-        make(total=note, **options).losses(*half)
+        make(**options).losses(*half, Ranks(total=note))
     assert len(counts) == 4  # RoIs and positives of either rank
     sums = [counts[0] + counts[2], counts[1] + counts[3]]
     ranks = []
     for half in halves:
         answers = iter(sums)
-        ranks.append(make(total=lambda _, answers=answers: next(answers), world_size=2, **options).losses(*half)[0])
+        both = Ranks(2, lambda _, answers=answers: next(answers))  # type: ignore[misc]
+        ranks.append(make(**options).losses(*half, both)[0])
     for name in whole:
         assert (ranks[0][name] + ranks[1][name]).item() / 2 == pytest.approx(whole[name].item(), rel=1e-5)
 
@@ -167,7 +169,7 @@ def test_ranks_agree_on_positives_too() -> None:
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
 @pytest.mark.parametrize("rois", [0, 30])
 def test_no_object_gives_zeros_whatever_is_predicted(loss: BoxLoss, rois: int) -> None:
-    heads = cascade(box_loss=loss, add_objects_each_stage=True)
+    heads = cascade(box_loss=loss, add_gt_each_stage=True)
     with torch.no_grad():
         heads.heads[2].deltas.bias.fill_(1e30)  # whose loss is infinite, or whose box has no size
     found = proposals()

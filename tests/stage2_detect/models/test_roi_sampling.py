@@ -8,6 +8,7 @@ from tiny_roi_heads import SIZES, K, make, maps, proposals, targets
 from torch import Tensor
 from torchvision import ops
 
+from ssld.shared.distributed.ranks import Ranks
 from ssld.stage2_detect.models import assign, boxes, sampling
 
 
@@ -18,10 +19,10 @@ def test_sampled_counts() -> None:
         counts.append(int(count))
         return count
 
-    make(samples_per_image=12, total=note).losses(maps(), proposals(), SIZES, targets())
+    make(samples_per_image=12).losses(maps(), proposals(), SIZES, targets(), Ranks(total=note))
     assert counts == [24]
     counts.clear()
-    make(samples_per_image=1000, total=note).losses(maps(), proposals(), SIZES, targets())
+    make(samples_per_image=1000).losses(maps(), proposals(), SIZES, targets(), Ranks(total=note))
     found = proposals()  # at most a quarter of 1,000 are positive, so everything is taken
     assert counts == [int(found.valid_BR.sum()) + 5]
 
@@ -54,7 +55,7 @@ def test_the_sampled_rois_are_those_of_the_loss() -> None:
 
 @pytest.mark.parametrize("kind", ["random", "first", "libra"])
 def test_kinds_of_sampling(kind: Any) -> None:
-    heads, found, truth = make(samples_per_image=12, sampling_kind=kind, libra_bins=4), proposals(), targets()
+    heads, found, truth = make(samples_per_image=12, sampling=kind, libra_bins=4), proposals(), targets()
     _, sampled = heads.losses(maps(), found, SIZES, truth)
     rois = torch.cat((found.boxes_BR4, truth.boxes_BG4), dim=1)
     valid = torch.cat((found.valid_BR, truth.labels_BG >= 0), dim=1)

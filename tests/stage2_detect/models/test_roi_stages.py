@@ -21,10 +21,11 @@ from tiny_roi_heads import (
 from torch import Tensor
 from torchvision import ops
 
+from ssld.shared.distributed.ranks import Ranks
 from ssld.stage2_detect.models import boxes, pooling
 from ssld.stage2_detect.models.batch import ImageBatch
 from ssld.stage2_detect.models.box_losses import BoxLoss
-from ssld.stage2_detect.models.postprocess import Suppression
+from ssld.stage2_detect.models.postprocess import NMS
 from ssld.stage2_detect.models.roi_heads import BoxHead, BoxStage
 from ssld.stage2_detect.models.rpn import Proposals
 
@@ -57,14 +58,14 @@ def test_later_stages_relabel_the_refined_rois_of_the_first() -> None:
             for roi in torch.cat((found.boxes_BR4[i][found.valid_BR[i]], objects)):
                 iou = ops.box_iou(roi[None], objects)[0]
                 count += 1
-                if iou.max() >= stage.iou:
-                    total += boxes.encode(objects[iou.argmax()], roi, stage.weights).abs().sum().item()
+                if iou.max() >= stage.positive_iou:
+                    total += boxes.encode(objects[iou.argmax()], roi, stage.delta_weights).abs().sum().item()
         assert losses[f"loss_box_{number}"].item() == pytest.approx(total / count / 3, rel=1e-4)
 
 
 def test_stages_average_their_scores_and_the_last_one_places_the_boxes() -> None:
     stages = [BoxStage(0.5, WEIGHTS), BoxStage(0.6, (20.0, 20.0, 10.0, 10.0))]
-    heads = make(stages=stages, class_agnostic=True, score_threshold=0.0, suppression=Suppression(iou=1.0)).eval()
+    heads = make(stages=stages, class_agnostic=True, score_threshold=0.0, nms=NMS(iou=1.0)).eval()
     rois = torch.tensor([[[10.0, 10.0, 50.0, 60.0]]])
     valid = torch.ones(1, 1, dtype=torch.bool)
     features = [m[:1] for m in maps()]
@@ -74,7 +75,7 @@ def test_stages_average_their_scores_and_the_last_one_places_the_boxes() -> None
     for stage, head in zip(stages, heads.heads, strict=True):
         logits, deltas = head(pooling.pool_rois(features, current, valid, strides=STRIDES, size=3))
         scores.append(logits.softmax(dim=1))
-        current = boxes.clip(boxes.decode(deltas[:, 0], current[0], stage.weights)[None], SIZES[:1])
+        current = boxes.clip(boxes.decode(deltas[:, 0], current[0], stage.delta_weights)[None], SIZES[:1])
     mean = ((scores[0] + scores[1]) / 2)[0, :K]
     torch.testing.assert_close(found.scores_N, mean.sort(descending=True).values)
     torch.testing.assert_close(found.boxes_N4, current[0].expand(K, 4))
@@ -82,20 +83,20 @@ def test_stages_average_their_scores_and_the_last_one_places_the_boxes() -> None
 
 def test_scores_of_the_last_stages_rois() -> None:
     """Every classifier sees the RoIs that two refinements lead to, and none sees its own."""
-    heads = cascade(score_threshold=0.0, suppression=Suppression(iou=1.0), score_rois="last").eval()
+    heads = cascade(score_threshold=0.0, nms=NMS(iou=1.0), score_rois="last").eval()
     rois = torch.tensor([[[10.0, 10.0, 50.0, 60.0]]])
     valid = torch.ones(1, 1, dtype=torch.bool)
     features = [m[:1] for m in maps()]
     (found,) = heads.detect_network(features, Proposals(rois, valid), SIZES[:1])
     for stage, head in list(zip(heads.stages, heads.heads, strict=True))[:2]:
         _, deltas = head(pooling.pool_rois(features, rois, valid, strides=STRIDES, size=3))
-        rois = boxes.clip(boxes.decode(deltas[:, 0], rois[0], stage.weights)[None], SIZES[:1])
+        rois = boxes.clip(boxes.decode(deltas[:, 0], rois[0], stage.delta_weights)[None], SIZES[:1])
     pooled = pooling.pool_rois(features, rois, valid, strides=STRIDES, size=3)
     mean = torch.stack([head(pooled)[0].softmax(dim=1) for head in heads.heads]).mean(dim=0)[0, :K]
     torch.testing.assert_close(found.scores_N, mean.sort(descending=True).values)
-    last = boxes.decode(heads.heads[2](pooled)[1][:, 0], rois[0], heads.stages[2].weights)
+    last = boxes.decode(heads.heads[2](pooled)[1][:, 0], rois[0], heads.stages[2].delta_weights)
     torch.testing.assert_close(found.boxes_N4, boxes.clip(last[None], SIZES[:1])[0].expand(K, 4))
-    own = cascade(score_threshold=0.0, suppression=Suppression(iou=1.0)).eval()
+    own = cascade(score_threshold=0.0, nms=NMS(iou=1.0)).eval()
     (other,) = own.detect_network(features, Proposals(rois, valid), SIZES[:1])
     assert (other.scores_N - found.scores_N).abs().max() > 1e-3
 
@@ -108,10 +109,10 @@ def test_objects_are_appended_again_at_each_stage() -> None:
         counts.append(int(count))
         return count
 
-    heads = cascade(add_objects_each_stage=True, total=note)
+    heads = cascade(add_gt_each_stage=True)
     predict_no_shift(heads)
     found, truth = proposals(), targets()
-    losses, sampled = heads.losses(maps(), found, SIZES, truth)
+    losses, sampled = heads.losses(maps(), found, SIZES, truth, Ranks(total=note))
     valid = int(found.valid_BR.sum())
     assert counts == [valid + 5, valid + 10, valid + 15]
     assert sampled.valid_BR.sum() == valid + 5
@@ -121,8 +122,8 @@ def test_objects_are_appended_again_at_each_stage() -> None:
             objects = truth.boxes_BG4[i][truth.labels_BG[i] >= 0]
             for roi in found.boxes_BR4[i][found.valid_BR[i]]:
                 iou = ops.box_iou(roi[None], objects)[0]
-                if iou.max() >= stage.iou:
-                    total += boxes.encode(objects[iou.argmax()], roi, stage.weights).abs().sum().item()
+                if iou.max() >= stage.positive_iou:
+                    total += boxes.encode(objects[iou.argmax()], roi, stage.delta_weights).abs().sum().item()
         assert losses[f"loss_box_{number}"].item() == pytest.approx(total / counts[number], rel=1e-4)
 
 
@@ -133,12 +134,12 @@ def test_refined_rois_without_area_drop_out() -> None:
         counts.append(int(count))
         return count
 
-    heads = cascade(total=note)
+    heads = cascade()
     predict_no_shift(heads)
     with torch.no_grad():
         heads.heads[0].deltas.bias[0] = 10.0  # to the right by the RoI's own width
     found, truth = proposals(), targets()
-    losses, sampled = heads.losses(maps(), found, SIZES, truth)
+    losses, sampled = heads.losses(maps(), found, SIZES, truth, Ranks(total=note))
     left = sampled.rois_BR4[..., 2] < SIZES[:, 1:]
     assert counts[0] == sampled.valid_BR.sum()
     assert counts[1] == counts[2] == (sampled.valid_BR & left).sum()
@@ -167,7 +168,7 @@ def test_bf16_keeps_geometry_in_float32(monkeypatch: pytest.MonkeyPatch) -> None
     for number in range(2):
         assert torch.equal(deltas[number], deltas[number].bfloat16().float()), "the head did compute in bf16"
         start = pooled_from[number]
-        moved = boxes.decode(deltas[number][:, 0].view(start.shape), start, heads.stages[number].weights)
+        moved = boxes.decode(deltas[number][:, 0].view(start.shape), start, heads.stages[number].delta_weights)
         assert pooled_from[number + 1].dtype == torch.float32
         assert torch.equal(pooled_from[number + 1], boxes.clip(moved, SIZES))
     torch.stack(list(losses.values())).sum().backward()

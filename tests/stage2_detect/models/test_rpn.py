@@ -116,9 +116,13 @@ def _propose_by_loop(rpn: RPN, maps: list[Tensor], pre: int, post: int) -> list[
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("min_size", [1.0, 12.0])
 def test_proposals_equal_the_loop(training: bool, min_size: float) -> None:
-    rpn = make(min_size=min_size, train_pre_nms=120, train_post_nms=70, test_pre_nms=60, test_post_nms=40).train(
-        training
-    )
+    rpn = make(
+        min_size=min_size,
+        pre_nms_top_n_train=120,
+        post_nms_top_n_train=70,
+        pre_nms_top_n_test=60,
+        post_nms_top_n_test=40,
+    ).train(training)
     maps = features()
     proposals, losses = rpn(maps, IMAGE_SIZES)
     assert losses == {}
@@ -159,7 +163,7 @@ def test_sampling_follows_the_seed_or_the_order() -> None:
     truth = targets()
     other = Targets(truth.boxes_BG4, truth.labels_BG, truth.seeds_B + 1)
     maps = features()
-    random, ordered = make(samples_per_image=32), make(samples_per_image=32, random_sampling=False)
+    random, ordered = make(samples_per_image=32), make(samples_per_image=32, sampling="first")
     first, again, third = (random(maps, IMAGE_SIZES, t)[1]["loss_rpn_cls"].item() for t in (truth, truth, other))
     assert first == again
     assert first != third

@@ -1,5 +1,6 @@
 """Videos: frames and their times, turned recordings, prediction on them, and the drawn video."""
 
+import shutil
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -12,13 +13,14 @@ import torch
 from PIL import Image
 from run_files import content
 
+from ssld.shared.errors import UserError
 from ssld.shared.images import UnreadableImage
 from ssld.stage2_detect import predict
+from ssld.stage2_detect.data.loaders import ahead
 from ssld.stage2_detect.detector_file import load_detector
 from ssld.stage2_detect.evaluation.drawing import draw_objects
 from ssld.stage2_detect.models.batch import Detections
-from ssld.stage2_detect.prediction.loaders import ahead
-from ssld.stage2_detect.prediction.video import FrameOf, Segments
+from ssld.stage2_detect.prediction.video import FoundInVideo, VideoParts
 from ssld.stage2_detect.prediction.video_file import Frame, VideoFile, is_video, read_frames
 
 Line = Callable[..., list[str]]
@@ -67,8 +69,6 @@ def test_frames_and_their_times_come_back(tmp_path: Path, width: int, height: in
         assert frame.pixels_HWC.shape == (height + height % 2, width + width % 2, 3)
         expected = ramp(frame.number, width, height).astype(float)
         assert np.abs(frame.pixels_HWC[:height, :width] - expected).mean() < 3
-    later = list(read_frames(str(file), start=9))
-    assert [(frame.number, frame.seconds) for frame in later] == [(f.number, f.seconds) for f in frames[9:]]
 
 
 def turned(file: Path, a: int, b: int, c: int, d: int) -> Path:
@@ -196,7 +196,7 @@ def test_pictures_and_videos_in_a_folder(
     assert [video["file_name"] for video in found["videos"]] == ["clip.mp4"]
     assert (run / "quarantine.txt").read_text() == "bad.mp4\nshort.mkv\n"
     log = (run / "log.txt").read_text()
-    assert "1 picture and 3 videos below" in log
+    assert "1 image and 3 videos below" in log
     assert "bad.mp4: cannot be read to its end: Invalid data" in log
     assert {path.name for path in (run / "pictures").iterdir()} == {"a.png.jpg", "clip.mp4"}
     metrics = content(run / "result.json")["metrics"]
@@ -206,8 +206,8 @@ def test_pictures_and_videos_in_a_folder(
 def test_a_video_that_breaks_off_is_kept_as_far_as_it_goes(
     call: Callable[..., int], line: Line, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(path: str, *, start: int = 0) -> Iterator[Frame]:
-        for frame in read_frames(path, start=start):
+    def broken(path: str) -> Iterator[Frame]:
+        for frame in read_frames(path):
             if frame.number == 7:
                 raise UnreadableImage(path, "no more")
             yield frame
@@ -220,64 +220,45 @@ def test_a_video_that_breaks_off_is_kept_as_far_as_it_goes(
     assert len(list(read_frames(str(run / "pictures" / "clip.mp4")))) == 7
 
 
-def test_a_killed_run_goes_on_in_the_middle_of_a_video(
+def test_a_killed_run_begins_a_video_again_and_keeps_the_finished_ones(
     call: Callable[..., int], line: Line, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ssld.stage2_detect.prediction.video._SEGMENT", 5)
-    flags = ("--batch_size", "2")
-    assert call(predict.main, line(clip, "whole", *flags)) == 0
-    write = Segments.write
-    written: list[int] = []
+    shutil.copy(clip, clip.with_name("other.mp4"))
+    assert call(predict.main, line(clip.parent, "whole")) == 0
+    write = VideoParts.write
+    read: list[str] = []
 
-    def killed(self: Segments, name: str, frames: Any, **rest: Any) -> None:
-        if len(written) == 1:
+    def killed(self: VideoParts, name: str, *rest: Any) -> None:
+        if name == "other.mp4":
             raise SystemExit
-        written.append(len(frames))
-        write(self, name, frames, **rest)
+        write(self, name, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Segments, "write", killed)
+        patch.setattr(VideoParts, "write", killed)
         with pytest.raises(SystemExit):
-            call(predict.main, line(clip, "seen", *flags))
+            call(predict.main, line(clip.parent, "seen"))
     run = tmp_path / "seen"
-    assert [path.name for path in (run / "parts").iterdir()] == ["video_000000_000000.json"]
-    seen = []
+    assert [path.name for path in (run / "parts").iterdir()] == ["video_000000.json"]
 
-    def counted(self: Segments, name: str, frames: Any, **rest: Any) -> None:
-        seen.append([one.frame.number for one, _, _ in frames])
-        write(self, name, frames, **rest)
+    def counted(path: str) -> Iterator[Frame]:
+        read.append(Path(path).name)
+        return read_frames(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Segments, "write", counted)
-        assert call(predict.main, line(clip, "seen", *flags)) == 0
-    assert seen == [[5, 6, 7, 8, 9], [10, 11]]
+        patch.setattr("ssld.stage2_detect.prediction.video.read_frames", counted)
+        assert call(predict.main, line(clip.parent, "seen")) == 0
+    assert read == ["other.mp4", "clip.mp4", "other.mp4"]  # detected in; both drawn
     one, two = ((tmp_path / name / "predictions.json").read_bytes() for name in ("seen", "whole"))
     assert one == two
     assert not (run / "parts").exists()
 
 
-def test_writing_a_segment_reads_no_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long video would take time that grows with the square of its length."""
-    empty = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-    names = ["a.mp4", "b.mp4"]
-
-    def write(segments: Segments, name: str, first: int, count: int, *, last: bool) -> None:
-        pixels = np.zeros((2, 2, 3), dtype=np.uint8)
-        frames = [(FrameOf(name, Frame(n, n / 10, pixels), 2, 2), empty, 0.0) for n in range(first, first + count)]
-        segments.write(name, frames, last=last, error="")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_text", lambda *_, **__: pytest.fail("read"))
-        segments = Segments(tmp_path / "parts", "videos", names, [1])
-        for number in range(4):
-            write(segments, "a.mp4", 3 * number, 3, last=False)
-            write(segments, "b.mp4", number, 1, last=False)
-        write(Segments(tmp_path / "parts", "videos", names, [1]), "a.mp4", 12, 2, last=True)  # after a new start
-    assert len(list((tmp_path / "parts").iterdir())) == 9
-    assert segments.begun("a.mp4") is None
-    assert segments.begun("b.mp4") == 4
-    _, frames, _, _ = segments.content("a.mp4", 1, 0)
-    assert [frame["seconds"] for frame in frames] == [n / 10 for n in range(14)]
+def test_a_part_of_another_video_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    VideoParts(tmp_path / "run" / "parts", "videos", ["a.mp4"]).write("a.mp4", FoundInVideo([1]), "")
+    assert VideoParts(tmp_path / "run" / "parts", "videos", ["a.mp4", "b.mp4"]).left() == ["b.mp4"]
+    with pytest.raises(UserError, match=r"run: was begun on other videos than there are now"):
+        VideoParts(tmp_path / "run" / "parts", "videos", ["b.mp4"]).left()
 
 
 def test_masks_on_a_video(call: Callable[..., int], line: Line, clip: Path, mask_file: Path, tmp_path: Path) -> None:
@@ -293,7 +274,7 @@ def test_mistakes(
     user_error: Callable[..., str], line: Line, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     message = user_error(predict.main, line(clip, "pseudo", "--pseudo_labels", "true"))
-    assert "clip.mp4: is a video, and training takes pictures" in message
+    assert "clip.mp4: is a video, and training takes images" in message
     (clip.parent / "only").mkdir()
     (clip.parent / "only" / "bad.mp4").write_bytes(b"no video at all")
     message = user_error(predict.main, line(clip.parent / "only", "none"))

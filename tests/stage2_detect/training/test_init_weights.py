@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ssld.shared.models.model_file import read_metadata
+from ssld.shared.models.model_file import read_metadata, save_model_file
 from ssld.stage2_detect import train
 from ssld.stage2_detect.models.class_rows import carry_rows, permute_classes
 from ssld.stage2_detect.models.gfl import GFL
@@ -164,6 +164,9 @@ def test_user_errors(
     assert "model.roi.hidden (file: 32, here: 16)" in message(model=model | {"roi": model["roi"] | {"hidden": 16}})
     assert "no such file" in message(init=str(tmp_path / "nowhere.safetensors"))
     assert "is a pickle" in message(init=_pickle(tmp_path))
+    earlier, metadata = tmp_path / "earlier.safetensors", read_metadata(trained, kind="detector")
+    save_model_file(earlier, load_file(trained), metadata | {"model": metadata["model"] | {"rpn": {"samples": 9}}})
+    assert "was written by an earlier version of this project (its model.rpn.samples" in message(init=str(earlier))
     without = {key: value for key, value in train_settings.items() if key != "backbone"}
     assert "backbone: missing; give a backbone file" in user_error(train.main, arguments(without, "bad"))
     assert not (tmp_path / "bad" / "result.json").exists()

@@ -45,7 +45,7 @@ def test_the_trial_is_as_large_as_the_largest_batch(
     Image.new("RGB", (40, 120)).save(tmp_path / "val" / "tall.png")
     val = {"val_annotations": str(tmp_path / "val.json"), "val_images": str(tmp_path / "val")}
     settings = train_settings | {"data": files | val, "auto_batch": True}
-    settings["resize"] = train_settings["resize"] | {"val_long_side": 192}
+    settings["resize"] = train_settings["resize"] | {"long_side": 192}
     seen: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
     forward = TimmPyramid.forward
 

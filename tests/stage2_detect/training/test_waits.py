@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssld.shared.models.backbones import InputSettings
 from ssld.stage2_detect.model_config import DetectorConfig
-from ssld.stage2_detect.models import boxes, pooling
+from ssld.stage2_detect.models import boxes, kernels
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.build import build_detector
 from ssld.stage2_detect.models.mask_targets import ImageMasks
@@ -45,7 +45,7 @@ class Waits(TorchDispatchMode):
         else:
             waits = bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
         if waits or name == "torchvision::nms":
-            files = [Path(frame.filename) for frame in traceback.extract_stack()]
+            files = [Path(frame.filename).resolve() for frame in traceback.extract_stack()]
             ours = [file.name for file in files if file.is_relative_to(ROOT / "stage2_detect")]
             if ours:  # else it is the backward pass of what is noted already
                 self.by_file.setdefault(ours[-1], set()).add(name)
@@ -57,9 +57,9 @@ def detector(kind: str) -> nn.Module:
     settings = {
         "kind": kind,
         "fpn_channels": 16,
-        "roi": {"hidden": 32, "samples": 24, "sampling": "libra"},
-        "rpn": {"train_post_nms": 40, "anchor_sizes": [8, 16, 32, 64, 128]},
-        "mask": {"channels": 8},
+        "roi": {"hidden": 32, "samples_per_image": 24, "sampling": "libra"},
+        "rpn": {"post_nms_top_n_train": 40, "anchor_sizes": [8, 16, 32, 64, 128]},
+        "mask": {"hidden": 8},
         "dense": {"convolutions": 1},
     }
     body = timm.create_model("test_resnet", features_only=True)
@@ -84,7 +84,7 @@ def step(model: nn.Module, images: ImageBatch, targets: Targets, optimizer: torc
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Suppression in this thread, which is the one that is watched."""
+    """NMS in this thread, which is the one that is watched."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -92,8 +92,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", WAITS)
-def test_a_step_waits_for_suppression_alone(kind: str, one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pooling, "_pool_in_order", pooling._pool_in_place)  # as on a GPU
+def test_a_step_waits_for_nms_alone(kind: str, one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "on_host", lambda tensor: False)  # as on a GPU
     model, (images, targets) = detector(kind), batch()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     step(model, images, targets, optimizer)  # anchors are made once
@@ -107,11 +107,11 @@ def test_a_step_waits_for_suppression_alone(kind: str, one_thread: None, monkeyp
 def test_cuda_sees_no_other_wait(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, (images, targets) = detector(kind).cuda(), batch()
     images, targets = images.to("cuda"), targets.to("cuda")
-    suppress = boxes.nms
+    torchvisions = boxes.nms
 
     def nms(*arguments: Any) -> torch.Tensor:
         torch.cuda.set_sync_debug_mode("default")
-        kept: torch.Tensor = suppress(*arguments)
+        kept: torch.Tensor = torchvisions(*arguments)
         torch.cuda.set_sync_debug_mode("error")
         return kept
 

@@ -1,4 +1,6 @@
-"""RoIAlign on the CPU against torchvision's kernel and float64, and pooling without counts on the host."""
+"""RoIAlign on the CPU against torchvision's kernel and float64, pooling in both ways, and the switch between them."""
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,9 +8,9 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
 
-from ssld.stage2_detect.models import pooling
+from ssld.stage2_detect.models import kernels, pooling
 from ssld.stage2_detect.models.kernels import roi_align as module
-from ssld.stage2_detect.models.kernels.roi_align import roi_align
+from ssld.stage2_detect.models.kernels.roi_align import pool_by_level, roi_align
 
 
 def _map(channels: int = 5) -> Tensor:
@@ -115,18 +117,51 @@ def test_no_rois() -> None:
     assert (slope == 0).all()
 
 
+@pytest.mark.parametrize("ratio", [0, 2])
 @pytest.mark.parametrize("aligned", [True, False])
-def test_pooling_without_counts_on_the_host_is_the_same(aligned: bool) -> None:
-    """What a GPU does, done here: no value may decide a shape, and RoIs that are not of a level add nothing to it."""
+def test_pooling_in_the_plain_way_is_the_same(aligned: bool, ratio: int) -> None:
+    """Values and gradients of RoIs on several levels, some of them not valid: as on a GPU, where no value may decide a shape."""
+    strides = (1, 2, 4)  # RoIs of 28 and of 56 px begin a level
+    generator = torch.Generator().manual_seed(3)
+    maps = [torch.randn(2, 5, 80 // stride, 120 // stride, generator=generator) for stride in strides]
+    boxes, valid = _rois()[:, 1:].view(2, 35, 4), torch.arange(70).view(2, 35) % 4 < 3
+    options: dict[str, Any] = {"strides": strides, "size": 3, "sampling_ratio": ratio, "aligned": aligned}
+
+    def pooled_and_slopes() -> tuple[Tensor, list[Tensor]]:
+        features = [one.clone().requires_grad_() for one in maps]
+        pooled = pooling.pool_rois(features, boxes, valid, **options)
+        return pooled, list(torch.autograd.grad(pooled.square().sum(), features))
+
+    fast = pooled_and_slopes()
+    with kernels.plain():
+        plain = pooled_and_slopes()
+    torch.testing.assert_close(fast[0], plain[0], rtol=1e-5, atol=2e-6)
+    for ours, expected in zip(fast[1], plain[1], strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-5)
+    for pooled in (fast[0], plain[0]):
+        assert (pooled[~valid.flatten()] == 0).all()
+
+
+def test_levels_are_put_in_place_to_the_bit() -> None:
     features = [_map(), _map()[..., ::2, ::2].contiguous(), _map()[..., ::4, ::4].contiguous()]
     rois, level = _rois(), torch.arange(70) % 4  # 3 is no level
 
     def pool(index: int, some: Tensor) -> Tensor:
-        return torchvision_roi_align(features[index], some, 3, 1 / (4 * 2**index), 0, aligned)
+        return torchvision_roi_align(features[index], some, 3, 1 / (4 * 2**index), 0, True)
 
-    in_place = pooling._pool_in_place(pool, rois, level, 3)
-    assert torch.equal(in_place, pooling._pool_in_order(pool, rois, level, 3))
-    assert (in_place[3::4] == 0).all()
+    assert torch.equal(pooling._pool_on_all_levels(pool, rois, level, 3), pool_by_level(pool, rois, level, 3))
+
+
+def test_the_switch_comes_back_after_an_error() -> None:
+    def fail() -> None:
+        with kernels.plain():
+            assert (kernels.enabled(), kernels.on_host(torch.zeros(1))) == (False, False)
+            raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        fail()
+    assert (kernels.enabled(), kernels.on_host(torch.zeros(1))) == (True, True)
 
 
 def test_options_reach_the_pooling() -> None:

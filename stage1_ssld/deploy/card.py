@@ -1,18 +1,94 @@
-"""The model card of a backbone: what it is, how to load it, what it was measured at, how it was made, and whose licences hold.
+"""A backbone's folder for the Hugging Face hub, as timm reads it.
 
-What the card says comes from the backbone file's metadata and, where the file lies in the run directory that made it, from the run's settings.
-Nothing is estimated: what is not recorded is said to be so.
+    model.safetensors   the weights, with the backbone file's metadata
+    config.json         architecture, classes and how images are prepared, as timm writes it
+    README.md           the model card
+
+`timm.create_model("local-dir:FOLDER", pretrained=True)` loads it, after an upload `hf-hub:ORG/NAME`. Local folders are left out of everything that is
+written here: the folder is meant to be published. What the card says comes from the backbone file's metadata and, where the file lies in the run
+directory that made it, from the run's settings. Nothing is estimated: what is not recorded is said to be so.
 """
 
+from pathlib import Path
 from typing import Any
 
-from ssld.shared.deploy.card_parts import folder_name, front_matter, hub_licence, numbers, recipe_lines, table
-from ssld.shared.deploy.hub import public
+from timm.models import save_for_hf
+from torch import nn
+
+from ssld.shared.deploy.hub import (
+    folder_name,
+    front_matter,
+    hub_licence,
+    numbers,
+    public,
+    read_recipe,
+    recipe_lines,
+    table,
+)
+from ssld.shared.models.backbones import InputSettings
+from ssld.shared.models.model_file import read_tensors, save_model_file
+from ssld.shared.wording import some
 
 _ACCURACY = ("top1", "top5", "knn_top1", "agreement", "teacher_top1")
+# what timm would say of the weights that it has for this architecture, which are not these
+_NOT_OURS = (
+    "tag",
+    "description",
+    "origin_url",
+    "paper_name",
+    "paper_ids",
+    "notes",
+    "label_names",
+    "label_descriptions",
+)
 
 
-def model_card(
+def write_folder(
+    folder: Path,
+    model: Path,
+    net: nn.Module,
+    inputs: InputSettings,
+    metadata: dict[str, Any],
+    *,
+    repository: str | None,
+    checks: dict[str, dict[str, float]],
+) -> None:
+    """Write the folder for a backbone file.
+
+    Args:
+        net: the timm network of the file.
+        inputs: how it wants its images.
+        metadata: of the file; `trained_size` where it was measured at another size than `input_size`.
+        repository: ORG/NAME on the hub; None for a folder that stays where it is.
+        checks: by format, what `onnx_file.compare` measured.
+    """
+    names = metadata.get("class_names")
+    save_for_hf(
+        net,
+        str(folder),
+        safe_serialization=True,
+        model_config={
+            "pretrained_cfg": dict.fromkeys(_NOT_OURS) | {"license": metadata.get("licence")},
+            **({"label_names": names} if names else {}),
+            **({"model_args": metadata["model_args"]} if metadata.get("model_args") else {}),
+        },
+        data_config={
+            "input_size": (3, *inputs.size),
+            "mean": inputs.mean,
+            "std": inputs.std,
+            "interpolation": inputs.interpolation,
+            "crop_pct": metadata.get("crop_pct", 0.875),
+            "crop_mode": "center",
+        },
+    )
+    kept = {key: value for key, value in metadata.items() if key not in ("run", "format")}
+    save_model_file(folder / "model.safetensors", read_tensors(model), public(kept))  # timm's has no metadata
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    card = backbone_card(metadata, read_recipe(model), repository=repository, parameters=parameters, checks=checks)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def backbone_card(
     metadata: dict[str, Any],
     recipe: dict[str, Any] | None,
     *,
@@ -20,27 +96,15 @@ def model_card(
     parameters: int,
     checks: dict[str, dict[str, float]] | None = None,
 ) -> str:
-    """README.md of a model.
-
-    Args:
-        metadata: of the backbone file; `trained_size` where it was measured at another size than `input_size`.
-        recipe: settings of its training.
-        repository: ORG/NAME on the hub; None for a folder that stays where it is.
-        parameters: their number.
-        checks: by format, what `onnx_file.compare` measured.
-    """
+    """README.md of a backbone; arguments as of `write_folder`, `recipe` the settings of its training, `parameters` their number."""
     licence = str(metadata.get("licence") or "unknown")
-    front = {
-        "library_name": "timm",
-        "pipeline_tag": "image-classification",
-        "license": hub_licence(licence),
-        "tags": ["timm", "image-classification", "knowledge-distillation", "ssld"],
-    }
-    lines = [
-        *front_matter(front),
-        f"# {(repository or metadata['arch']).rpartition('/')[2]}",
-        "",
-    ]
+    lines = front_matter(
+        library_name="timm",
+        pipeline_tag="image-classification",
+        license=hub_licence(licence),
+        tags=["timm", "image-classification", "knowledge-distillation", "ssld"],
+    )
+    lines += [f"# {(repository or metadata['arch']).rpartition('/')[2]}", ""]
     lines += [_summary(metadata), "", "## Use", "", "```python", "import timm", ""]
     lines += [
         f'model = timm.create_model("{f"hf-hub:{repository}" if repository else "local-dir:hub"}", pretrained=True).eval()',
@@ -86,7 +150,7 @@ def _classes(metadata: dict[str, Any]) -> str:
     count = str(metadata["num_classes"])
     if not names:
         return f"{count}, without names"
-    return f"{count}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+    return f"{count}: {some(names, 5)}"
 
 
 def _measured(metadata: dict[str, Any], checks: dict[str, dict[str, float]] | None) -> list[str]:

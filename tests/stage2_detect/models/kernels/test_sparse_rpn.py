@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssld.stage2_detect.models.batch import Targets
-from ssld.stage2_detect.models.kernels import sampled_conv
-from ssld.stage2_detect.models.rpn import RPN, cells_of
+from ssld.stage2_detect.models.kernels import plain, sparse_rpn
+from ssld.stage2_detect.models.rpn import RPN
 
 GRIDS = [(8, 12), (4, 6), (2, 3)]
 STRIDES, SIZES = (8, 16, 32), (16.0, 32.0, 64.0)
@@ -26,7 +26,7 @@ def targets() -> Targets:
 
 def test_cells_of_all_anchors() -> None:
     total = sum(rows * columns * 3 for rows, columns in GRIDS)
-    cells = cells_of(torch.arange(total)[None], GRIDS, 3)
+    cells = sparse_rpn.cells_of(torch.arange(total)[None], GRIDS, 3)
     found = torch.stack((cells.level, cells.row, cells.column, cells.ratio), dim=-1)[0].tolist()
     assert found == [
         [level, row, column, ratio]
@@ -42,15 +42,13 @@ def test_patches_are_those_of_unfold() -> None:
     for level, (feature, (rows, columns)) in enumerate(zip(maps, GRIDS, strict=True)):
         row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         where = [place.flatten().expand(2, -1) for place in (torch.full_like(row, level), row, column)]
-        found = sampled_conv.patches(maps, *where)
+        found = sparse_rpn.patches(maps, *where)
         unfolded = F.unfold(feature, 3, padding=1).view(2, 6, 9, -1)  # channel, place of the kernel, cell
         assert torch.equal(found.view(2, -1, 9, 6), unfolded.permute(0, 3, 2, 1))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_losses_and_gradients_are_those_of_the_whole_maps(
-    memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_losses_and_gradients_are_those_of_the_whole_maps(memory_format: torch.memory_format) -> None:
     torch.manual_seed(0)
     rpn = RPN(channels=6, strides=STRIDES, anchor_sizes=SIZES, samples_per_image=12, positive_iou=0.4)
     for parameter in rpn.parameters():
@@ -65,27 +63,24 @@ def test_losses_and_gradients_are_those_of_the_whole_maps(
         return losses, list(slopes)
 
     sparse = step()
+    assert calls
     assert not any(calls), "the maps have to be free of gradients"
-    # The whole maps, with the same sample: too many anchors for the short way.
-    sample = rpn._sample
-    rpn.samples_per_image = 10_000
-    monkeypatch.setattr(rpn, "_sample", lambda *args: _with(rpn, 12, sample, args))
-    dense = step()
+    with plain():
+        whole = step()
     assert calls[-1]
     for name in sparse[0]:
-        assert sparse[0][name].item() * 12 == pytest.approx(dense[0][name].item() * 10_000, rel=1e-5)
+        assert sparse[0][name].item() == pytest.approx(whole[0][name].item(), rel=1e-5)
         assert sparse[0][name].item() > 0
-    for ours, whole in zip(sparse[1], dense[1], strict=True):
-        assert whole.abs().max() > 0
-        torch.testing.assert_close(ours * 12, whole * 10_000, rtol=1e-4, atol=1e-5)
+    for ours, expected in zip(sparse[1], whole[1], strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
 
-def _with(rpn: RPN, samples: int, sample, args):  # type: ignore[no-untyped-def]
-    before, rpn.samples_per_image = rpn.samples_per_image, samples
-    try:
-        return sample(*args)
-    finally:
-        rpn.samples_per_image = before
+def test_many_samples_take_the_whole_maps() -> None:
+    assert sparse_rpn.pays(12, GRIDS)
+    assert not sparse_rpn.pays(14, GRIDS)  # 9 * 14 of 126 cells
+    with plain():
+        assert not sparse_rpn.pays(12, GRIDS)
 
 
 def test_under_autocast_the_values_stay_close() -> None:

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from ssld.shared.deploy.card_parts import read_recipe
-from ssld.shared.deploy.hub import public
+from ssld.shared.deploy.hub import public, read_recipe
 from ssld.shared.models.model_file import read_metadata
-from ssld.stage1_ssld.deploy.model_card import model_card
+from ssld.stage1_ssld.deploy.card import backbone_card
 
 METADATA: dict[str, Any] = {
     "kind": "backbone",
@@ -45,7 +44,7 @@ def test_a_distilled_backbone_with_its_run(
     file = tmp_path / "run" / "student.safetensors"
     metadata, recipe = read_metadata(file), read_recipe(file)
     assert recipe is not None
-    card = model_card(metadata, recipe, repository="me/small", parameters=1_234_567)
+    card = backbone_card(metadata, recipe, repository="me/small", parameters=1_234_567)
     assert "distilled from teacher.safetensors without human labels" in card
     assert f"| top1 | {100 * metadata['metrics']['top1']:.2f} % |" in card
     assert f"| KL to the teacher, nats | {metadata['metrics']['kl']:.4f} |" in card
@@ -65,7 +64,7 @@ def test_a_distilled_backbone_with_its_run(
 
 
 def test_what_a_file_says(tmp_path: Path) -> None:
-    card = model_card(
+    card = backbone_card(
         METADATA, None, repository="me/net", parameters=25_576_264, checks={"onnx": {"relative_difference": 2.5e-6}}
     )
     assert front(card)["license"] == "cc-by-nc-4.0"
@@ -91,30 +90,31 @@ def test_what_a_file_says(tmp_path: Path) -> None:
 )
 def test_the_licence_as_the_hub_knows_it(licence: str | None, expected: str) -> None:
     assert (
-        front(model_card(METADATA | {"licence": licence}, None, repository=None, parameters=1))["license"] == expected
+        front(backbone_card(METADATA | {"licence": licence}, None, repository=None, parameters=1))["license"]
+        == expected
     )
 
 
 def test_converted_labelled_and_bare_files() -> None:
     source = {"file": "ResNet50_vd_ssld.pdparams", "sha256": "abc", "project": "PaddleClas"}
     bare = {key: METADATA[key] for key in ("arch", "num_classes", "mean", "std", "input_size")}
-    card = model_card(bare | {"source": source, "licence": "apache-2.0"}, None, repository=None, parameters=1)
+    card = backbone_card(bare | {"source": source, "licence": "apache-2.0"}, None, repository=None, parameters=1)
     assert "converted from ResNet50_vd_ssld.pdparams of PaddleClas (SHA-256 `abc`)" in card
     assert "- PaddleClas: apache-2.0" in card
     assert "Nothing is recorded." in card
     assert "| classes | 7, without names |" in card
-    card = model_card(bare | {"objective": "labels"}, None, repository=None, parameters=1)
+    card = backbone_card(bare | {"objective": "labels"}, None, repository=None, parameters=1)
     assert "\n# resnet50d\n\nresnet50d, trained on labelled images.\n" in card
     assert 'timm.create_model("local-dir:hub", pretrained=True)' in card
-    card = model_card(bare, None, repository=None, parameters=1)
+    card = backbone_card(bare, None, repository=None, parameters=1)
     assert "resnet50d. How it was trained is not recorded." in card
     measured = bare | {"metrics": {"top1": 0.5}, "input_size": [320, 320], "trained_size": [224, 224]}
-    assert "| image size | 320 x 320 |" in model_card(measured, None, repository=None, parameters=1)
-    assert "| at image size | 224 x 224 |" in model_card(measured, None, repository=None, parameters=1)
+    assert "| image size | 320 x 320 |" in backbone_card(measured, None, repository=None, parameters=1)
+    assert "| at image size | 224 x 224 |" in backbone_card(measured, None, repository=None, parameters=1)
     assert "These weights: unknown." in card
     assert "- weights that the file does not record" in card
     weighted = {"path": "s3://bucket/pool", "weight": 0.5}
-    card = model_card(
+    card = backbone_card(
         bare, {"data": {"train": [weighted, {"path": "/a/b/c"}]}, "optim": {}}, repository=None, parameters=1
     )
     assert "- training: s3://bucket/pool, weight 0.5\n- training: b/c\n- validation: none" in card

@@ -1,26 +1,59 @@
-"""What `ssld doctor` says of folders of pictures without boxes: pictures to distil on, to curate, to classify, and a detector's unlabelled ones.
+"""What `ssld doctor` says of data: detection data by the data check of stage 2, pictures without boxes by opening them.
 
-Does not import torch.
+The data check runs in a process of its own, as the runner starts its stages: its answer, whatever state torch is in. Pictures without boxes are those
+to distil on, to curate, to classify, and a detector's unlabelled ones. Does not import torch.
 """
 
 import hashlib
 import io
+import json
+import subprocess
+import sys
+import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from ssld.pipelines.checks.machine import Line
+from ssld.pipelines.runner.stages import ROOT
 from ssld.shared.config.settings import CommandConfig
-from ssld.shared.files import list_images
+from ssld.shared.files import list_images, spread
 from ssld.shared.wording import count
 from ssld.stage1_ssld.config import CurateConfig, PrototypesConfig, SoftLabelsConfig, Stage1Config
 from ssld.stage1_ssld.data_config import SourceConfig
 from ssld.stage2_detect.config import TrainConfig
 
+DataSet = tuple[Path, Path, Path | None, Path | None]
+"""annotations and images for training, and for evaluation"""
+FLAGS = ("annotations", "images", "val_annotations", "val_images")
+"""what `check_data.py` calls them"""
 MOST = 5000
 """pictures of a folder that are opened, evenly chosen"""
+
+
+def check_data(places: Sequence[Path | None], *more: str) -> tuple[int, dict[str, Any] | None]:
+    """(exit code, report or None where it came to none) of `check_data.py`, which prints as it always does.
+
+    Args:
+        places: in the order of FLAGS.
+        more: further words of its command line.
+    """
+    given = [word for name, path in zip(FLAGS, places, strict=True) if path for word in (f"--{name}", str(path))]
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        code = run_script([*given, *more, "--report", str(report)])
+        return code, json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None
+
+
+def run_script(words: list[str]) -> int:
+    """Start the script and wait for it; returns its exit code."""
+    script = str(ROOT / "stage2_detect" / "check_data.py")
+    sys.stdout.flush()
+    return subprocess.run([sys.executable, "-W", "ignore", script, *words], check=False).returncode
 
 
 def folders_of(config: CommandConfig) -> list[Path]:
@@ -43,7 +76,7 @@ def folder_lines(folder: Path, *, most: int = MOST) -> list[Line]:
     names = list_images(folder)
     if not names:
         return []
-    looked = [names[place * len(names) // most] for place in range(most)] if len(names) > most else names
+    looked = [names[place] for place in spread(len(names), most)]
     broken: list[str] = []
     digests: Counter[bytes] = Counter()
     for name in looked:
@@ -56,7 +89,7 @@ def folder_lines(folder: Path, *, most: int = MOST) -> list[Line]:
         else:
             digests[hashlib.sha256(content).digest()] += 1
     text = f"{folder}: {count(len(names), 'picture')}"
-    lines = [Line("ok", "pictures", text + (f", of which {most:,} were looked at" if looked is not names else ""))]
+    lines = [Line("ok", "pictures", text + (f", of which {most:,} were looked at" if len(looked) < len(names) else ""))]
     if broken:
         stops = len(broken) > 1 and len(broken) > 0.01 * len(looked)
         then = "training stops: more than 1 %" if stops else "training leaves them out"

@@ -1,6 +1,6 @@
 """Even spreads of row numbers."""
 
-from ssld.stage1_ssld.data.listing import spread
+from ssld.shared.files import spread
 
 
 def test_numbers_are_evenly_spread() -> None:

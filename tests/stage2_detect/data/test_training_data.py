@@ -9,12 +9,11 @@ import pytest
 from PIL import Image
 
 from ssld.shared.errors import UserError
-from ssld.stage2_detect.config import TrainConfig
-from ssld.stage2_detect.data.batch_order import BatchOrder
+from ssld.stage2_detect.config import AugmentConfig, ResizeConfig, TrainConfig
+from ssld.stage2_detect.data.batch_order import BatchOrder, MixedOrder, training_order
 from ssld.stage2_detect.data.coco import CocoData, read_coco
 from ssld.stage2_detect.data.loaders import TrainLoader, load_record
-from ssld.stage2_detect.data.training_data import TrainingData
-from ssld.stage2_detect.data.unlabeled import MixedOrder, list_pictures, training_order
+from ssld.stage2_detect.data.training_data import TrainingData, list_unlabeled
 
 WIDE = [number % 3 > 0 for number in range(20)]
 MORE = [number % 4 > 0 for number in range(30)]
@@ -76,10 +75,10 @@ def test_micro_batches_share_both_parts_evenly(ranks: int, accumulate: int) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labeled_ratio": 0.01}, "0 labelled and 8 unlabelled images of a batch of 8 do not divide"),
-        ({"labeled_ratio": 0.99}, "8 labelled and 0 unlabelled images of a batch of 8 do not divide"),
-        ({"ranks": 2, "labeled_ratio": 0.4}, "3 labelled and 5 unlabelled images of a batch of 8 do not divide over 2"),
-        ({"batch_size": 60}, "but the folder holds 30 pictures"),
+        ({"labeled_ratio": 0.01}, "0 labeled and 8 unlabeled images of a batch of 8 do not divide"),
+        ({"labeled_ratio": 0.99}, "8 labeled and 0 unlabeled images of a batch of 8 do not divide"),
+        ({"ranks": 2, "labeled_ratio": 0.4}, "3 labeled and 5 unlabeled images of a batch of 8 do not divide over 2"),
+        ({"batch_size": 60}, "but the folder holds 30 images"),
         ({"batch_size": 44, "labeled_ratio": 0.5}, "batch_size 22 does not fit the data set of 20"),
     ],
 )
@@ -110,7 +109,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_as_records(folder: Path) -> None:
-    records, unreadable = list_pictures(folder)
+    records, unreadable = list_unlabeled(folder)
     assert unreadable == []
     assert [record.image_id for record in records] == [
         "unlabeled/a.png",
@@ -127,18 +126,18 @@ def test_a_folder_as_records(folder: Path) -> None:
 
 def test_unreadable_pictures(folder: Path) -> None:
     (folder / "b" / "1.png").write_bytes(b"nothing")
-    records, unreadable = list_pictures(folder)
+    records, unreadable = list_unlabeled(folder)
     assert unreadable == ["b/1.png"]
     assert len(records) == 3
     (folder / "a.png").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"2 of the 4 pictures in .* cannot be read \(first: a.png\)"):
-        list_pictures(folder)
+    with pytest.raises(UserError, match=r"2 of the 4 images in .* cannot be read \(first: a.png\)"):
+        list_unlabeled(folder)
     for name in ("a.png", "b/c/2.jpg", "sideways.jpg"):
         (folder / name).unlink()
-    with pytest.raises(UserError, match=r"its only picture, b/1.png, cannot be read"):
-        list_pictures(folder)
+    with pytest.raises(UserError, match=r"its only image, b/1.png, cannot be read"):
+        list_unlabeled(folder)
     with pytest.raises(UserError, match="does not exist"):
-        list_pictures(folder / "nowhere")
+        list_unlabeled(folder / "nowhere")
 
 
 def loader(tiny_coco: Any, folder: Path, **changes: int) -> TrainLoader:
@@ -148,10 +147,10 @@ def loader(tiny_coco: Any, folder: Path, **changes: int) -> TrainLoader:
         "seed": 0,
         "start_step": 0,
         "stop_step": 5,
-        "short_sides": [64],
-        "max_long": 64,
     }
-    return TrainLoader(data, **(options | changes), unlabelled=list_pictures(folder)[0], labeled_ratio=0.5)
+    resize = ResizeConfig(train_short_sides=[64], train_long_side=64)
+    more = list_unlabeled(folder)[0]
+    return TrainLoader(data, resize, AugmentConfig(), **(options | changes), unlabeled=more, labeled_ratio=0.5)
 
 
 def test_the_loader_flags_them_and_gives_them_no_objects(tiny_coco: Any, folder: Path) -> None:
@@ -190,13 +189,13 @@ def test_an_unreadable_picture_is_replaced_by_one_of_its_own_part(
 @pytest.mark.parametrize(
     ("ratio", "line"),
     [
-        (0.75, "6 labelled + 2 unlabelled images a batch"),
-        (0.7, "6 labelled + 2 unlabelled images a batch: labeled_ratio is 0.75, not 0.7"),
-        (1.0, "3 pictures without annotations"),
+        (0.75, "6 labeled + 2 unlabeled images a batch"),
+        (0.7, "6 labeled + 2 unlabeled images a batch: labeled_ratio is 0.75, not 0.7"),
+        (1.0, "3 images without annotations"),
     ],
 )
 def test_the_log_says_what_a_batch_holds(tmp_path: Path, ratio: float, line: str) -> None:
     for number in range(3):
         Image.new("RGB", (40, 30)).save(tmp_path / f"{number}.png")
-    data = TrainingData(CocoData("x.json", True, ("a",), (1,), []), unlabelled=list_pictures(tmp_path)[0])
+    data = TrainingData(CocoData("x.json", True, ("a",), (1,), []), unlabeled=list_unlabeled(tmp_path)[0])
     assert list(data.describe(TrainConfig.model_construct(batch_size=8, labeled_ratio=ratio)))[-1] == line

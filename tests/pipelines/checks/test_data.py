@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ssld.pipelines.checks.image_folders import folder_lines, folders_of
+from ssld.pipelines.checks.data import folder_lines, folders_of
 from ssld.stage1_ssld.config import CurateConfig, TeachConfig
 
 OPTIM = {"lr": 0.1, "reference_batch": 2}

@@ -1,0 +1,118 @@
+"""The wheel: nothing but `ssld`, complete, and a pipeline runs from it in an environment that has never seen the repository."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("pipelines", "shared", "stage1_ssld", "stage2_detect")
+FOREIGN = "raise ImportError('this package of another project is none of ours')\n"
+
+pytestmark = [pytest.mark.slow, pytest.mark.process]
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """Standard output of a command that has to succeed, in an environment without the settings of this one."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV", "PIP_"))}
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env=kept | {"PYTHONNOUSERSITE": "1"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.args}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def pip(*words: str | Path, cwd: Path) -> str:
+    return run(sys.executable, "-m", "pip", "--disable-pip-version-check", *words, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def tracked() -> list[str]:
+    """Paths of the project's files, as git has them."""
+    pytest.importorskip("pip")
+    pytest.importorskip("setuptools")
+    try:
+        return run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
+    except (OSError, AssertionError):
+        pytest.skip("not a git repository: which files belong to the project is not known")
+
+
+@pytest.fixture(scope="module")
+def source(tracked: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project's files, and no others: building leaves files behind."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in tracked:
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
+    return folder
+
+
+def wheel_of(source: Path, folder: Path) -> Path:
+    pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder, source, cwd=folder)
+    (file,) = folder.glob("*.whl")
+    return file
+
+
+def names_in(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return wheel_of(source, tmp_path_factory.mktemp("wheel"))
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path, tracked: list[str]) -> None:
+    ours = {name for name in tracked if name.split("/")[0] in PARTS and (ROOT / name).exists()}
+    assert names_in(wheel) == {"ssld/__init__.py"} | {f"ssld/{name}" for name in ours}
+    with zipfile.ZipFile(wheel) as archive:
+        linked = archive.read("ssld/pipelines/run.py")  # a link's text would be a few letters
+    assert linked == (ROOT / "pipelines" / "run.py").read_bytes()
+
+
+def test_the_source_archive_makes_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:
+    code = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
+    run(sys.executable, "-W", "ignore", "-c", code, cwd=source)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as content:
+        content.extractall(tmp_path, filter="data")
+    (unpacked,) = (folder for folder in tmp_path.iterdir() if folder.is_dir())
+    assert not (unpacked / "tests").exists()
+    (tmp_path / "again").mkdir()
+    assert names_in(wheel_of(unpacked, tmp_path / "again")) == names_in(wheel)
+
+
+def test_a_pipeline_runs_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
+    """Beside packages of others that have our folders' names, and from a folder that has them too."""
+    environment, here = tmp_path / "environment", tmp_path / "here"
+    run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
+    python = environment / "bin" / "python"
+    pip("--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    # The dependencies of this environment; as .pth files in there are not read, ssld itself is not among them.
+    (packages / "dependencies.pth").write_text("".join(f"{path}\n" for path in sys.path if "site-packages" in path))
+    for folder in (packages, here):
+        for name in PARTS:
+            (folder / name).mkdir(parents=True)
+            (folder / name / "__init__.py").write_text(FOREIGN)
+    (here / "pipelines" / "toy_data.py").write_text(FOREIGN)
+    assert Path(run(python, "-c", "import ssld; print(ssld.__file__)", cwd=here).strip()).is_relative_to(packages)
+
+    command = environment / "bin" / "ssld"
+    out = run(command, "run", "quickstart", "--smoke", "--output", "out", cwd=here, OMP_NUM_THREADS="1")
+    assert "[11/11] report: " in out
+    assert str(ROOT) not in out
+    assert (here / "out" / "report" / "report.html").is_file()
+    assert {path.name for path in here.iterdir()} == {*PARTS, "out"}
