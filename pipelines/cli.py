@@ -24,6 +24,7 @@ from ssld.shared.machine import installed_version
 COMMANDS = {
     "run": ("ssld.pipelines.run", "run a pipeline, from images to the table and the report"),
     "teach": ("ssld.stage1_ssld.teach", "fine-tune a teacher on labelled images"),
+    "prototypes": ("ssld.stage1_ssld.prototypes", "make a teacher of an encoder without classes, from your own images"),
     "curate": ("ssld.stage1_ssld.curate", "select unlabelled images: the best of each class, without near-duplicates"),
     "soft-labels": ("ssld.stage1_ssld.write_soft_labels", "write a store of the teacher's answers"),
     "distill": ("ssld.stage1_ssld.distill", "train a student from a teacher's soft labels, without human labels"),
@@ -52,7 +53,7 @@ COMMANDS = {
 }
 _GROUPS = {
     "begin here": ("init", "doctor", "run", "report", "inspect"),
-    "backbones": ("curate", "teach", "soft-labels", "distill"),
+    "backbones": ("prototypes", "curate", "teach", "soft-labels", "distill"),
     "detectors": ("train", "predict"),
     "both": ("evaluate", "export"),
     "data and files of others": ("convert-data", "convert-paddle", "convert-paddle-detector", "toy-data"),

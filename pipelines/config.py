@@ -13,6 +13,7 @@ CommandName = Literal[
     "convert_backbone",
     "convert_data",
     "teach",
+    "prototypes",
     "curate",
     "soft_labels",
     "distill",

@@ -1,11 +1,11 @@
 """Settings of the stage-1 commands, one model a command. Does not import torch, so that the runner can check them at once."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ssld.shared.config.settings import CommandConfig
+from ssld.shared.config.settings import CommandConfig, Config
 from ssld.shared.config.training import EmaConfig, OptimConfig, TrainingConfig
 from ssld.shared.errors import UserError
 from ssld.stage1_ssld.data_config import (
@@ -16,6 +16,7 @@ from ssld.stage1_ssld.data_config import (
     SourceConfig,
     TeacherConfig,
     is_remote,
+    reference_input,
 )
 
 
@@ -259,6 +260,64 @@ class CurateConfig(ForwardConfig):
         for key in ("pool", "val", "train"):
             for number, source in enumerate(getattr(self, key)):
                 files |= source.inputs(f"{key}.{number}")
+        return files
+
+
+class EncoderConfig(Config):
+    """An encoder that is to become a teacher; a classifier's own classes are left out."""
+
+    model: str
+    """timm NAME, hf-hub:ID, a folder, a .safetensors file, or a .pth state dict of plain tensors"""
+    arch: str | None = None
+    """timm name, for a file that does not say it"""
+    global_pool: str | None = None
+    """timm's pooling (avg, max, avgmax; token and map of a ViT); null: the encoder's own"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_reference(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+
+class PrototypesConfig(ForwardConfig):
+    """Make a teacher of an encoder without classes: its classes are K prototypes, k-means centres of its embeddings of your images."""
+
+    pool: list[SourceConfig] = Field(min_length=1)
+    """images whose embeddings are clustered: those that students will see; labels are not read"""
+    streaming: bool = False
+    """read the pool file by file, without an index: for pools that are remote or larger than memory"""
+    encoder: EncoderConfig
+    prototypes: int | None = Field(None, ge=2)
+    """classes of the teacher (K); null: the power of two next to a fortieth of the images, from 16 to 4,096"""
+    perplexity: float = Field(4.0, gt=1, allow_inf_nan=False)
+    """of the soft labels: over so many prototypes they spread; the temperature is found so that this is their median"""
+    balanced: bool = False
+    """prototypes of equal size: every one is the first class of about as many images of the pool"""
+    image_size: int | None = Field(None, ge=8)
+    """side of a view in pixels, for which a network of fixed size is rebuilt; null: the encoder's own"""
+    val_crop: float = Field(0.875, gt=0, le=1)
+    """part of the short side that the view keeps"""
+    precision: Precision = "fp32"
+    """of the encoder's forward pass"""
+    channels_last: bool = False
+    """memory layout of the encoder"""
+    seed: int = Field(0, ge=0)
+    """of the k-means"""
+    examples: int = Field(8, ge=1)
+    """pictures of each prototype shown"""
+
+    @model_validator(mode="after")
+    def _spread_over_some(self) -> Self:
+        if self.prototypes is not None and self.perplexity >= self.prototypes:
+            raise ValueError(
+                f"perplexity: {self.perplexity:g} has to be less than the number of prototypes, {self.prototypes}"
+            )
+        return self
+
+    def inputs(self) -> dict[str, Path]:
+        files = reference_input("encoder.model", self.encoder.model)
+        for number, source in enumerate(self.pool):
+            files |= source.inputs(f"pool.{number}")
         return files
 
 

@@ -143,7 +143,7 @@ class NetworkConfig(Config):
 
     def inputs(self, key: str) -> dict[str, Path]:
         """The local file of the reference, if it names one."""
-        return _reference_input(key, self.model)
+        return reference_input(key, self.model)
 
 
 class TeacherMember(Config):
@@ -178,9 +178,9 @@ class TeacherConfig(TeacherMember):
 
     def inputs(self, key: str) -> dict[str, Path]:
         """The local files of its networks."""
-        files = _reference_input(f"{key}.model", self.model)
+        files = reference_input(f"{key}.model", self.model)
         for number, member in enumerate(self.ensemble):
-            files |= _reference_input(f"{key}.ensemble.{number}.model", member.model)
+            files |= reference_input(f"{key}.ensemble.{number}.model", member.model)
         return files
 
 
@@ -215,7 +215,7 @@ class LossConfig(Config):
         return self
 
 
-def _reference_input(key: str, reference: str) -> dict[str, Path]:
+def reference_input(key: str, reference: str) -> dict[str, Path]:
     """The local file or folder of a model reference, by the key that names it."""
     local = reference.endswith((".safetensors", ".pth", ".pt")) or Path(reference).exists()
     return {key: Path(reference)} if local else {}

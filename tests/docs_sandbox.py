@@ -40,6 +40,7 @@ _RCNN = {
 TINY: dict[str, dict[str, str]] = {
     "stage1_ssld/distill.py": _STAGE1,
     "stage1_ssld/teach.py": _STAGE1,
+    "stage1_ssld/prototypes.py": _HERE | {"batch_size": "8", "prototypes": "6", "image_size": "32"},
     "stage1_ssld/curate.py": _HERE | {"batch_size": "8", "keep": "2"},
     "stage1_ssld/write_soft_labels.py": _HERE | {"batch_size": "8", "data.image_size": "32", "top": "2"},
     "stage1_ssld/evaluate.py": _HERE | {"batch_size": "8"},

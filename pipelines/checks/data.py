@@ -23,7 +23,7 @@ from ssld.pipelines.runner.stages import ROOT
 from ssld.shared.config.settings import CommandConfig
 from ssld.shared.files import list_images, spread
 from ssld.shared.wording import count
-from ssld.stage1_ssld.config import CurateConfig, SoftLabelsConfig, Stage1Config
+from ssld.stage1_ssld.config import CurateConfig, PrototypesConfig, SoftLabelsConfig, Stage1Config
 from ssld.stage1_ssld.data_config import SourceConfig
 from ssld.stage2_detect.config import TrainConfig
 
@@ -64,6 +64,8 @@ def folders_of(config: CommandConfig) -> list[Path]:
         sources = [*config.data.train, *([config.data.val] if config.data.val else [])]
     elif isinstance(config, CurateConfig):
         sources = [*config.pool, *config.train, *config.val]
+    elif isinstance(config, PrototypesConfig):
+        sources = config.pool
     elif isinstance(config, TrainConfig) and config.unlabeled:
         paths = [config.unlabeled]
     return list(dict.fromkeys(path for path in [*(Path(one.path) for one in sources), *paths] if path.is_dir()))

@@ -18,6 +18,7 @@ from ssld.stage1_ssld.config import (
     CurateConfig,
     DistillConfig,
     ExportConfig,
+    PrototypesConfig,
     SoftLabelsConfig,
     TeachConfig,
 )
@@ -59,7 +60,7 @@ def disk_bytes(stages: list[Stage]) -> dict[str, int | None]:
                 ExportConfig(model=file) | ExportDetectorConfig(model=file)
             ):  # ONNX, torch.export, and the hub's folder
                 sizes[stage.name] = 3 * file.stat().st_size if file.is_file() else None
-            case TrainingConfig():
+            case TrainingConfig() | PrototypesConfig():
                 sizes[stage.name] = None
     return sizes
 

@@ -21,6 +21,7 @@ from ssld.stage1_ssld.config import (
     CurateConfig,
     DistillConfig,
     ExportConfig,
+    PrototypesConfig,
     SoftLabelsConfig,
     TeachConfig,
 )
@@ -62,6 +63,7 @@ KINDS: dict[CommandName, Kind] = {
     ),
     "convert_data": Kind("stage2_detect/convert_data.py", ConvertDataConfig, _SPLITS, one_process=True),
     "teach": Kind("stage1_ssld/teach.py", TeachConfig, ("teacher.safetensors", "teacher_best.safetensors")),
+    "prototypes": Kind("stage1_ssld/prototypes.py", PrototypesConfig, ("teacher.safetensors",)),
     "curate": Kind("stage1_ssld/curate.py", CurateConfig, ("selected.parquet", "selected")),
     "soft_labels": Kind("stage1_ssld/write_soft_labels.py", SoftLabelsConfig, ("store",)),
     "distill": Kind("stage1_ssld/distill.py", DistillConfig, ("student.safetensors", "student_best.safetensors")),

@@ -36,6 +36,11 @@ class ModelReference:
     pretrained: bool = False
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """What `timm.create_model` needs beside arch and classes to rebuild the network of a file: its pooling, the input size of a ViT."""
+        return dict(self.metadata.get("model_args") or {})
+
 
 def parse_reference(text: str, arch: str | None = None, *, allow_pickle: bool = False) -> ModelReference:
     """Understand a model reference (see the module's docstring) without loading weights.
@@ -160,7 +165,7 @@ def create_classifier(
     else:
         tensors, shapes = {}, read_shapes(reference.file)
     file_classes = check_fits(reference, shapes)
-    net: Any = _create(reference.arch, num_classes=file_classes, **options)
+    net: Any = _create(reference.arch, num_classes=file_classes, **reference.model_args, **options)
     net.load_state_dict(tensors or read_tensors(reference.file))
     if num_classes not in (None, file_classes):
         net.reset_classifier(num_classes)
@@ -226,7 +231,9 @@ def check_fits(reference: ModelReference, shapes: dict[str, tuple[int, ...]]) ->
         classes = shapes.get(f"{head}.weight", (0,))[0]
         expected = {
             name: tuple(tensor.shape)
-            for name, tensor in timm.create_model(reference.arch, num_classes=classes).state_dict().items()
+            for name, tensor in timm.create_model(reference.arch, num_classes=classes, **reference.model_args)
+            .state_dict()
+            .items()
         }
     missing = [f"{name} missing" for name in expected if name not in shapes]
     extra = [f"{name} unknown" for name in shapes if name not in expected]
@@ -249,6 +256,8 @@ def create_body(reference: ModelReference, **options: Any) -> tuple[nn.Module, s
     classes = check_fits(reference, read_shapes(reference.file))
     tensors = read_tensors(reference.file)
     overlay = {"file": str(reference.file), "num_classes": classes}
+    if "img_size" in reference.model_args:  # the pooling belongs to the head
+        options["img_size"] = reference.model_args["img_size"]
     body = _create(reference.arch, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     # timm renames tensors in some feature networks and loads them non-strictly, so the check is by content.
     available = {content_hash({"": tensor}) for tensor in tensors.values()}
@@ -265,7 +274,7 @@ def create_body(reference: ModelReference, **options: Any) -> tuple[nn.Module, s
 def save_backbone(
     path: Path, net: nn.Module | dict[str, Tensor], *, arch: str, inputs: InputSettings, classes: int, **facts: Any
 ) -> str:
-    """Write a backbone file; `facts` (class_names, step, metrics, teacher, licence ...) go to its metadata. Returns the content hash."""
+    """Write a backbone file; `facts` (class_names, model_args, step, metrics, teacher, licence ...) go to its metadata. Returns the content hash."""
     tensors = net if isinstance(net, dict) else net.state_dict()
     metadata = {
         "kind": "backbone",

@@ -57,7 +57,10 @@ class FrozenTeacher:
         self.num_classes = int(getattr(classifier.net, "num_classes", 0))
         self.class_names: list[str] | None = self.reference.metadata.get("class_names")
         if self.num_classes < 2:
-            raise UserError(f"{reference}: has {self.num_classes} classes; a teacher needs a classification head")
+            raise UserError(
+                f"{reference}: has {self.num_classes} classes, a teacher needs several; "
+                "run `ssld prototypes` first, which makes a teacher of an encoder without classes"
+            )
         self._content_sha256 = content_hash(classifier.net.state_dict())
         self._licence = licence(self.reference, classifier.net) or "unknown"
         self.folded = 0
@@ -152,7 +155,7 @@ class TeacherEnsemble:
     """Several frozen teachers that answer as one: the logits are the logarithm of the mean of their softmax.
 
     Their classes are those of the first member that has names; members without names are taken to have the same order.
-    Raises UserError when a member has other classes.
+    Raises UserError when a member has other classes, or prototypes of its own.
     """
 
     def __init__(self, members: Sequence[FrozenTeacher]) -> None:
@@ -161,6 +164,10 @@ class TeacherEnsemble:
         self.device = members[0].device
         named = next((member for member in members if member.class_names), members[0])
         self.num_classes, self.class_names = named.num_classes, named.class_names
+        made = [member.reference for member in members if member.reference.metadata.get("prototypes")]
+        for other in made[1:]:  # whose names are alike
+            if other.metadata["prototypes"] != made[0].metadata["prototypes"]:
+                raise UserError(f"{other.text}: its prototypes are not those of {made[0].text}; take one of the two")
         for member in members:
             member.match_classes(named.class_names, named.num_classes, named.reference.text)
         self._order: Tensor | None = None

@@ -67,7 +67,7 @@ def draw(run: Path, outcome: dict[str, Any], pool: Images, protected: Images, co
     for row in outcome["examples"]:
         for whose, number, _ in row["pictures"]:
             wanted[whose].add(number)
-    views = {name: _read(images[name], np.array(sorted(rows), np.int64)) for name, rows in wanted.items()}
+    views = {name: small_views(images[name], np.array(sorted(rows), np.int64)) for name, rows in wanted.items()}
     rows = [
         Row(row["title"], [Picture(views[whose][number], caption) for whose, number, caption in row["pictures"]])
         for row in outcome["examples"]
@@ -136,7 +136,7 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _read(images: Images, ids_N: np.ndarray) -> dict[int, np.ndarray]:
+def small_views(images: Images, ids_N: np.ndarray) -> dict[int, np.ndarray]:
     """Small square views [S,S,3] of some ascending rows; grey where one cannot be read."""
     views = {}
     for number, rows in images.files.shard_rows(ids_N):

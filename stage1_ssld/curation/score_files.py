@@ -32,6 +32,8 @@ SCORED = pa.schema(
 image."""
 PROTECTED = pa.schema([("key", pa.string()), ("class", pa.int32()), ("hash", pa.uint64()), ("mirrored", pa.uint64())])
 """Of an image that nothing selected may resemble."""
+EMBEDDED = pa.schema([("key", pa.string()), ("class", pa.int32())])
+"""Of an image whose embedding stands in a NumPy file beside; see clustering/."""
 _UNREADABLE = b"unreadable"
 _BLOCK = 4096  # pairs whose cosines are computed at a time
 

@@ -1,13 +1,15 @@
 """One pass over shards of images: the ranks share the shards, loader workers read them, and what becomes of a shard is written when it is whole.
 
 Batches are cut from one shard at a time, so that what a network answers does not depend on the number of ranks or workers. A killed pass loses the
-shards in hand.
+shards in hand; the next start does those whose files are missing.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,15 +17,73 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ssld.shared.distributed.processes import start_worker
+from ssld.shared.distributed.ranks import from_main_rank, rank, world_size
 from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
+from ssld.shared.files import write_atomically
 from ssld.shared.images import UnreadableImage, pixels_of
+from ssld.shared.run_dir import RunDir
+from ssld.shared.training.progress import Clock
+from ssld.stage1_ssld.config import ForwardConfig
 from ssld.stage1_ssld.curation.perceptual_hash import perceptual_hash
-from ssld.stage1_ssld.data.shards import RowShard, Sample, Shard
+from ssld.stage1_ssld.curation.score_files import shard_file
+from ssld.stage1_ssld.data.shards import RowShard, Sample, Shard, source_shards
 from ssld.stage1_ssld.data.sources import decode
 from ssld.stage1_ssld.data.views import val_view
+from ssld.stage1_ssld.data_config import SourceConfig, is_remote
 
 _JUDGED_AFTER, _TOO_MANY = 1000, 0.01
+
+
+class Shards(NamedTuple):
+    """The shards of some sources, one after the other, and the source of each."""
+
+    shards: list[Shard]
+    source: list[SourceConfig]
+
+    def images(self) -> int | None:
+        """How many there are, None where only reading tells."""
+        lengths = [shard.length for shard in self.shards]
+        return None if None in lengths else sum(length or 0 for length in lengths)
+
+    def names(self) -> list[str]:
+        """What the shards are, for the record."""
+        return [f"{shard.name} ({'?' if shard.length is None else shard.length})" for shard in self.shards]
+
+
+def open_pool(configs: Sequence[SourceConfig], streaming: bool) -> Shards:
+    """The shards of the sources `pool`. Raises UserError for a source that is given twice, and as `open_shards`."""
+    paths = [source.path for source in configs]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UserError(f"pool: {path} is given twice; give every source once")
+    return open_shards(configs, "pool", streaming)
+
+
+def open_shards(configs: Sequence[SourceConfig], key: str, streaming: bool) -> Shards:
+    """The shards of some sources; `key` names their setting. Raises UserError where one cannot be read in shards."""
+    found = Shards([], [])
+    for number, config in enumerate(configs):
+        try:
+            shards = source_shards(config, number, streaming=streaming or is_remote(config.path))
+        except UserError as error:
+            raise UserError(f"{key}.{number}: {error}") from None
+        found.shards.extend(shards)
+        found.source.extend([config] * len(shards))
+    return found
+
+
+def compare_shards(run: RunDir, **shards: Shards) -> None:
+    """Refuse to go on where other shards are found than at the start of the run; all ranks together."""
+    if run.main:
+        file = run.path / "pool.json"
+        now = {name: found.names() for name, found in shards.items()}
+        if file.exists() and json.loads(file.read_text(encoding="utf-8")) != now:
+            raise UserError(
+                f"{run.path}: the files of the pool have changed since this run began; give another --output"
+            )
+        write_atomically(file, json.dumps(now, indent=1) + "\n")
+    from_main_rank(None)
 
 
 @dataclass(frozen=True)
@@ -116,6 +176,57 @@ def picked(shard: Shard, rows: np.ndarray | None) -> Iterator[Sample]:
                     yield sample
                 if row == last:
                     break
+
+
+def over_missing_shards(
+    run: RunDir,
+    name: str,
+    shards: Shards,
+    config: ForwardConfig,
+    reading: Reading,
+    use: Callable[[Piece], Any],
+    write: Callable[[Path, list[Piece], list[Any]], None],
+    *,
+    rows: dict[int, np.ndarray] | None = None,
+    suffix: str = ".parquet",
+) -> None:
+    """Make what is missing of the folder `name` of the run, one file a shard, all ranks together.
+
+    Args:
+        use: a piece -> what is kept of it.
+        write: path of a shard's file, its pieces without pixels, and what was kept of them.
+        rows: the shards and rows that are wanted; None: all.
+        suffix: of the file that says that a shard is done.
+
+    Raises:
+        UserError, Stopped: see `over_shards`.
+    """
+    folder = run.path / name
+    if run.main:
+        folder.mkdir(exist_ok=True)
+    wanted = range(len(shards.shards)) if rows is None else sorted(rows)
+    missing = from_main_rank([n for n in wanted if not shard_file(folder, n).with_suffix(suffix).exists()])
+    if not missing:
+        return
+    jobs = [Job(n, shards.shards[n], None if rows is None else rows[n]) for n in missing[rank() :: world_size()]]
+    run.log(f"{name}: {len(missing)} of {len(wanted)} shards to do")
+    clock = Clock()
+
+    def told(done: int, read: int) -> None:
+        clock.done = read
+        if done == len(jobs) or clock.due():
+            run.log(f"{name}: {done} of {len(jobs)} shards of this process, {clock.rate:.0f} images/s")
+
+    over_shards(
+        jobs,
+        reading,
+        use,
+        lambda number, pieces, kept: write(shard_file(folder, number).with_suffix(suffix), pieces, kept),
+        batch_size=config.batch_size,
+        workers=config.workers,
+        told=told,
+    )
+    from_main_rank(None)
 
 
 def over_shards(

@@ -8,13 +8,12 @@ selected.parquet      the manifest (main rank); selected/ the images themselves,
 What the main rank does alone takes memory by classes x `keep`, not by the size of the pool: see selection_files.py.
 """
 
-import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +21,10 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from ssld.shared.distributed.processes import to_device, uses_gpu
-from ssld.shared.distributed.ranks import from_main_rank, rank, world_size
+from ssld.shared.distributed.ranks import from_main_rank, rank
 from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
-from ssld.shared.files import write_atomically
 from ssld.shared.run_dir import RunDir
-from ssld.shared.training.progress import Clock
 from ssld.shared.training.quarantine import Quarantine
 from ssld.stage1_ssld.config import CurateConfig
 from ssld.stage1_ssld.curation.output import Images, draw, materialise
@@ -50,28 +47,18 @@ from ssld.stage1_ssld.curation.selection_files import (
     write_look_alikes,
     write_outcome,
 )
-from ssld.stage1_ssld.curation.shard_pass import Job, Piece, Reading, over_shards
-from ssld.stage1_ssld.data.shards import Shard, source_shards
-from ssld.stage1_ssld.data_config import SourceConfig, is_remote
+from ssld.stage1_ssld.curation.shard_pass import (
+    Piece,
+    Reading,
+    Shards,
+    compare_shards,
+    open_pool,
+    open_shards,
+    over_missing_shards,
+)
 from ssld.stage1_ssld.distillation.teacher import make_teacher
 
 _PATIENCE = timedelta(days=7)  # the main rank selects while the others wait
-
-
-class Shards(NamedTuple):
-    """The shards of some sources, one after the other, and the source of each."""
-
-    shards: list[Shard]
-    source: list[SourceConfig]
-
-    def images(self) -> int | None:
-        """How many there are, None where only reading tells."""
-        lengths = [shard.length for shard in self.shards]
-        return None if None in lengths else sum(length or 0 for length in lengths)
-
-    def names(self) -> list[str]:
-        """What the shards are, for the record."""
-        return [f"{shard.name} ({'?' if shard.length is None else shard.length})" for shard in self.shards]
 
 
 def curate(config: CurateConfig) -> None:
@@ -89,11 +76,12 @@ def curate(config: CurateConfig) -> None:
 def _curate(config: CurateConfig, run: RunDir, device: torch.device) -> None:
     pool, protected, val_shards = _open(config)
     teacher = _Teacher(config, device)
-    _compare_pool(run, pool, protected)
+    compare_shards(run, pool=pool, protected=protected)
 
     # ---- scores of the pool, hashes of what is protected: shared among the ranks
-    _work(run, "scores", pool, config, Reading(True, config.image_size, config.val_crop), teacher.scores, _write_scored)
-    _work(run, "protected", protected, config, Reading(True), _nothing, _write_protected)
+    view = Reading(True, config.image_size, config.val_crop)
+    over_missing_shards(run, "scores", pool, config, view, teacher.scores, _write_scored)
+    over_missing_shards(run, "protected", protected, config, Reading(True), _nothing, _write_protected)
     scored = ScoreFiles(run.path / "scores", len(pool.shards))
     shielded = ScoreFiles(run.path / "protected", len(protected.shards))
     quarantine = Quarantine(run, len(scored) + len(shielded))
@@ -148,48 +136,19 @@ def _on_main_rank(run: RunDir, write: Callable[[Path, Selection], list[str]], se
 
 def _open(config: CurateConfig) -> tuple[Shards, Shards, int]:
     """(the pool, the protected images, validation before training, and the number of validation shards)."""
-    paths = [source.path for source in config.pool]
-    for path in paths:
-        if paths.count(path) > 1:
-            raise UserError(f"pool: {path} is given twice; give every source once")
-    pool = _shards(config.pool, "pool", config.streaming)
-    val = _shards(config.val, "val", config.streaming)
-    train = _shards(config.train, "train", config.streaming)
+    pool = open_pool(config.pool, config.streaming)
+    val = open_shards(config.val, "val", config.streaming)
+    train = open_shards(config.train, "train", config.streaming)
     images = pool.images()
     if images is not None and config.keep > images:
         raise _keeps_too_many(config, images)
     return pool, Shards(val.shards + train.shards, val.source + train.source), len(val.shards)
 
 
-def _shards(configs: Sequence[SourceConfig], key: str, streaming: bool) -> Shards:
-    found = Shards([], [])
-    for number, config in enumerate(configs):
-        try:
-            shards = source_shards(config, number, streaming=streaming or is_remote(config.path))
-        except UserError as error:
-            raise UserError(f"{key}.{number}: {error}") from None
-        found.shards.extend(shards)
-        found.source.extend([config] * len(shards))
-    return found
-
-
 def _keeps_too_many(config: CurateConfig, images: int) -> UserError:
     return UserError(
         f"keep: {config.keep} images a class are more than the {images} of the whole pool; give a smaller keep"
     )
-
-
-def _compare_pool(run: RunDir, pool: Shards, protected: Shards) -> None:
-    """Refuse to go on where other shards are found than at the start of the run."""
-    if run.main:
-        file = run.path / "pool.json"
-        now = {"pool": pool.names(), "protected": protected.names()}
-        if file.exists() and json.loads(file.read_text(encoding="utf-8")) != now:
-            raise UserError(
-                f"{run.path}: the files of the pool have changed since this run began; give another --output"
-            )
-        write_atomically(file, json.dumps(now, indent=1) + "\n")
-    from_main_rank(None)
 
 
 class _Teacher:
@@ -227,46 +186,6 @@ class _Teacher:
         assert piece.pixels_BCHW is not None
         with self._teacher.running_statistics():
             return self._teacher.embed(to_device(piece.pixels_BCHW, self._device)).cpu().numpy()
-
-
-def _work(
-    run: RunDir,
-    name: str,
-    shards: Shards,
-    config: CurateConfig,
-    reading: Reading,
-    use: Callable[[Piece], Any],
-    write: Callable[[Path, list[Piece], list[Any]], None],
-    rows: dict[int, np.ndarray] | None = None,
-    suffix: str = ".parquet",
-) -> None:
-    """Do what is missing of one folder of shard files, all ranks together; only the shards in `rows`, where it is given."""
-    folder = run.path / name
-    if run.main:
-        folder.mkdir(exist_ok=True)
-    wanted = range(len(shards.shards)) if rows is None else sorted(rows)
-    missing = from_main_rank([n for n in wanted if not shard_file(folder, n).with_suffix(suffix).exists()])
-    if not missing:
-        return
-    jobs = [Job(n, shards.shards[n], None if rows is None else rows[n]) for n in missing[rank() :: world_size()]]
-    run.log(f"{name}: {len(missing)} of {len(wanted)} shards to do")
-    clock = Clock()
-
-    def told(done: int, read: int) -> None:
-        clock.done = read
-        if done == len(jobs) or clock.due():
-            run.log(f"{name}: {done} of {len(jobs)} shards of this process, {clock.rate:.0f} images/s")
-
-    over_shards(
-        jobs,
-        reading,
-        use,
-        lambda number, pieces, kept: write(shard_file(folder, number).with_suffix(suffix), pieces, kept),
-        batch_size=config.batch_size,
-        workers=config.workers,
-        told=told,
-    )
-    from_main_rank(None)
 
 
 def _nothing(piece: Piece) -> None:
@@ -314,7 +233,9 @@ def _cosines(
     names, embedded = ("embeddings_pool", "embeddings_protected"), []
     for name, shards, files, wanted in zip(names, (pool, protected), (scored, shielded), ids, strict=True):
         rows = dict(files.shard_rows(wanted))
-        _work(run, name, shards, config, reading, teacher.embeddings, _write_embeddings, rows, ".npy")
+        over_missing_shards(
+            run, name, shards, config, reading, teacher.embeddings, _write_embeddings, rows=rows, suffix=".npy"
+        )
         paths = [shard_file(run.path / name, number).with_suffix(".npy") for number in sorted(rows)]
         if run.main:
             embedded.append(Embeddings(wanted, paths, run.path / name / "joined"))

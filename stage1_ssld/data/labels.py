@@ -49,13 +49,24 @@ def labels_in_classes(source: ImageSource, names: list[str] | None, count: int) 
         return None
 
 
+def prototype_names(count: int) -> list[str]:
+    """The class names of a teacher whose classes are prototypes."""
+    return [f"prototype {number}" for number in range(count)]
+
+
+def are_prototypes(names: list[str] | None) -> bool:
+    """Whether classes are prototypes, which no human label is of."""
+    return bool(names) and names == prototype_names(len(names or []))
+
+
 def match_classes(source: ImageSource, names: list[str] | None, count: int, owner: str) -> list[int] | None:
-    """The source's labels in the class numbers of a model, matched by name where both have names; None without labels.
+    """The source's labels in the class numbers of a model, matched by name where both have names; None without labels, and where the model's classes
+    are prototypes.
 
     Raises UserError when the classes are not the model's: other names, or a number outside its count.
     """
     _refuse_strays(source)
-    if source.labels is None:
+    if source.labels is None or (are_prototypes(names) and not are_prototypes(source.class_names)):
         return None
     if names and source.class_names:
         number = {name: index for index, name in enumerate(names)}

@@ -70,6 +70,7 @@ def write_folder(
         model_config={
             "pretrained_cfg": dict.fromkeys(_NOT_OURS) | {"license": metadata.get("licence")},
             **({"label_names": names} if names else {}),
+            **({"model_args": metadata["model_args"]} if metadata.get("model_args") else {}),
         },
         data_config={
             "input_size": (3, *inputs.size),

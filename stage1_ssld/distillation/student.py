@@ -70,6 +70,8 @@ class Student:
         net = self.evaluated.net
         arch = architecture(self._reference, self.model.net)
         facts |= {"weights": "ema" if self.ema else "last", "start": self.name}
+        if self._reference.model_args:
+            facts["model_args"] = self._reference.model_args
         save_backbone(path, net, arch=arch, inputs=self.inputs, classes=self.classes, **facts)
 
     def _freeze_body(self) -> None:

@@ -11,7 +11,7 @@ from ssld.shared.errors import UserError
 from ssld.shared.models.teacher import Teacher
 from ssld.shared.wording import count
 from ssld.stage1_ssld.config import DistillConfig, TeachConfig
-from ssld.stage1_ssld.data.labels import labeled_classes, match_classes
+from ssld.stage1_ssld.data.labels import are_prototypes, labeled_classes, match_classes
 from ssld.stage1_ssld.data.loaders import Labels
 from ssld.stage1_ssld.data.soft_labels import SoftLabels
 from ssld.stage1_ssld.data.sources import ImageSource
@@ -105,6 +105,8 @@ def open_targets(
         wanted = config.hard_label_weight > 0
         if wanted and all(source.labels is None for source in sources):
             raise UserError("hard_label_weight: no training source has labels; leave it at 0")
+        if wanted and are_prototypes(names):
+            raise UserError("hard_label_weight: no human label is one of the teacher's prototypes; leave it at 0")
     return Targets(
         classes=classes,
         class_names=names,

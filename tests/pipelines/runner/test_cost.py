@@ -125,6 +125,7 @@ def test_sizes_of_the_other_commands(tiny: Any, teacher_file: Path, tmp_path: Pa
     copies = tiny.parquet.stat().st_size + sum(file.stat().st_size for file in tiny.train.rglob("*.png"))
     assert size_of(tmp_path, "curate", **pool, materialise=True) == 60 * 100 + copies
     assert size_of(tmp_path, "curate", **(pool | {"pool": ["later"]})) is None
+    assert size_of(tmp_path, "prototypes", **{"pool": pool["pool"], "encoder.model": "random:test_resnet"}) is None
     assert size_of(tmp_path, "export_backbone", model=str(teacher_file)) == 3 * teacher_file.stat().st_size
     assert size_of(tmp_path, "convert_backbone", weights=str(teacher_file)) == teacher_file.stat().st_size
     assert size_of(tmp_path, "convert_detector", weights=str(teacher_file)) == teacher_file.stat().st_size

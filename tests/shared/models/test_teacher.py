@@ -161,5 +161,5 @@ def test_a_network_without_a_head_gives_no_logits(tmp_path: Path) -> None:
     net: Any = timm.create_model("test_resnet", num_classes=0)
     inputs = InputSettings((0.5,) * 3, (0.5,) * 3, (40, 40), "bilinear", False)
     save_backbone(tmp_path / "body.safetensors", net, arch="test_resnet", inputs=inputs, classes=0)
-    with pytest.raises(UserError, match=r"body\.safetensors: has 0 classes; a teacher needs a classification head"):
+    with pytest.raises(UserError, match=r"body\.safetensors: has 0 classes, .*; run `ssld prototypes` first"):
         FrozenTeacher(str(tmp_path / "body.safetensors"))

@@ -1,0 +1,1 @@
+"""Prototypes: classes for an encoder that has none, by k-means of its embeddings."""

@@ -1,0 +1,242 @@
+"""K-means over embeddings that do not fit into memory, with centres that are never empty and, if asked for, of equal size.
+
+Mini-batches (scikit-learn's `MiniBatchKMeans`; Sculley, "Web-scale k-means clustering", WWW 2010) find the centres, a few passes over all images
+(Lloyd) settle them. An image belongs to the centre of the largest x.c - |c|^2 / 2 + w, which is the nearest one where every offset w is 0.
+
+Balanced: Sinkhorn's algorithm (Cuturi 2013, arXiv 1306.0895) between images and centres that all ask for N / K of them. What it leaves of that
+constraint is one offset w a centre, so that the assignment stays linear in x (a power diagram).
+
+Everything runs on one process, in the order of the files, and follows from the seed. B images of a block, N of all, D numbers each, K centres.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from ssld.shared.errors import UserError
+from ssld.stage1_ssld.clustering.embedding_files import Embeddings, Standard
+from ssld.stage1_ssld.clustering.prototype_layer import scores, softmax, temperature_for
+
+_BATCH = 1024  # images of a mini-batch, at least
+_STEPS, _PASSES = 60, 2  # mini-batches at least; and passes over all images that they make at least
+_LLOYD = 10  # passes that settle the centres, at most
+_SETTLED = 1e-3  # part of the distance that a pass has to gain to be followed by another
+_REFILLS = 20  # passes that may follow because a centre is empty
+# Balanced:
+_SAMPLE, _SAMPLE_OF_EACH = 8192, 16  # images that offsets are found on, at least: in all, and for each centre
+_PERPLEXITIES, _SHARPENINGS, _STEPS_OF_EACH = (
+    (4.0, 1.05),
+    6,
+    8,
+)  # of the soft assignment: first and last; how many between; Sinkhorn's steps at each
+_ROUNDS, _SAMPLE_LEVELLING, _LEVELLING = 5, 60, 15
+_LEVEL = 0.05  # a size may differ from N / K by this part of it
+
+
+class Clusters(NamedTuple):
+    """centre_KD and offset_K float64, of standardised embeddings; size_K images; refilled: empty centres that were moved on the way."""
+
+    centre_KD: np.ndarray
+    offset_K: np.ndarray
+    size_K: np.ndarray
+    refilled: int
+
+
+Tell = Callable[[str], None]
+
+
+def find_clusters(
+    embeddings: Embeddings, standard: Standard, count: int, *, seed: int, balanced: bool, threads: int, tell: Tell
+) -> Clusters:
+    """K-means.
+
+    Args:
+        threads: of NumPy's products and scikit-learn.
+        tell: is given a line for the log after each part, and may raise to end the work.
+
+    Raises:
+        UserError: scikit-learn is not installed; more centres than different embeddings.
+    """
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
+
+    with threadpool_limits(threads):
+        centre_KD = _by_mini_batches(embeddings, standard, count, seed, tell)
+        return (_balanced if balanced else _settled)(embeddings, standard, centre_KD, tell)
+
+
+def require_scikit_learn() -> None:
+    """Raises UserError where it is not installed: before hours of embedding, not after."""
+    from importlib.util import find_spec
+
+    if find_spec("sklearn") is None:
+        raise UserError("prototypes need scikit-learn; pip install 'ssld[prototypes]'")
+
+
+def _by_mini_batches(embeddings: Embeddings, standard: Standard, count: int, seed: int, tell: Tell) -> np.ndarray:
+    from sklearn.cluster import MiniBatchKMeans
+
+    generator = np.random.default_rng(seed)
+    size = min(len(embeddings), max(_BATCH, 4 * count))
+    steps = max(_STEPS, -(-_PASSES * len(embeddings) // size))
+    batches = _random_batches(embeddings.readable_N, size, generator)
+    # Without its random moves of small centres, which cost more than they find; empty ones are refilled afterwards.
+    kmeans = MiniBatchKMeans(count, batch_size=size, n_init=1, random_state=seed, reassignment_ratio=0.0)
+    for step in range(1, steps + 1):
+        kmeans.partial_fit(standard(embeddings.rows(next(batches))))
+        if step % _STEPS == 0 or step == steps:
+            tell(f"k-means: {step} of {steps} mini-batches of {size} images")
+    centre_KD: np.ndarray = kmeans.cluster_centers_.astype(np.float64)
+    return centre_KD
+
+
+def _random_batches(rows_N: np.ndarray, size: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
+    """Batches of rows without end: every pass has an order of its own, whose last incomplete batch is left out."""
+    while True:
+        order = generator.permutation(len(rows_N))
+        for first in range(0, len(order) - size + 1, size):
+            yield rows_N[order[first : first + size]]
+
+
+def _settled(embeddings: Embeddings, standard: Standard, centre_KD: np.ndarray, tell: Tell) -> Clusters:
+    """Lloyd's passes until little changes; the last one only counts, so that the sizes are those of the centres returned."""
+    count, refilled, before = len(centre_KD), 0, np.inf
+    offset_K = np.zeros(count)
+    for number in range(1, _LLOYD + _REFILLS + 1):
+        size_K, sum_KD = np.zeros(count), np.zeros_like(centre_KD)
+        distance, far = 0.0, _Farthest(count, embeddings.width)
+        for ids_B, z_BD in embeddings.blocks(count):
+            x_BD = standard(z_BD)
+            score_BK = scores(x_BD, centre_KD, offset_K)
+            label_B = score_BK.argmax(1)
+            # |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2)
+            distance_B = (x_BD.astype(np.float64) ** 2).sum(1) - 2 * score_BK[np.arange(len(label_B)), label_B]
+            _add_rows(sum_KD, label_B, x_BD)
+            size_K += np.bincount(label_B, minlength=count)
+            distance += float(distance_B.sum())
+            far.add(ids_B, distance_B)
+        empty = np.flatnonzero(size_K == 0)
+        tell(f"k-means: pass {number}, mean squared distance {distance / len(embeddings):.4g}, {len(empty)} empty")
+        if not len(empty) and (number >= _LLOYD or before - distance <= _SETTLED * distance):
+            return Clusters(centre_KD, offset_K, size_K.astype(np.int64), refilled)
+        before = distance
+        centre_KD = np.where(size_K[:, None] > 0, sum_KD / np.maximum(size_K, 1)[:, None], centre_KD)
+        if len(empty):
+            ids = far.ids(len(empty))
+            if len(ids) < len(empty):
+                break
+            centre_KD[empty] = standard(embeddings.rows(ids))
+            refilled += len(empty)
+            before = np.inf
+    raise _too_many(count)
+
+
+def _too_many(count: int) -> UserError:
+    return UserError(
+        f"prototypes: {count} are more than k-means finds among these images: too many of them have the same embedding; give fewer"
+    )
+
+
+class _Farthest:
+    """The images that lie farthest from their centres, at most `most` of them: what empty centres are moved to."""
+
+    def __init__(self, most: int, width: int) -> None:
+        self._most, self._rounding = most, 1e-5 * width  # a standardised embedding has a length of about sqrt(width)
+        self._ids, self._distances = np.empty(0, np.int64), np.empty(0)
+
+    def add(self, ids_B: np.ndarray, distance_B: np.ndarray) -> None:
+        ids, distances = np.concatenate([self._ids, ids_B]), np.concatenate([self._distances, distance_B])
+        order = np.argsort(-distances, kind="stable")[: self._most]
+        self._ids, self._distances = ids[order], distances[order]
+
+    def ids(self, count: int) -> np.ndarray:
+        """The `count` farthest; fewer where no more lie away from their centres."""
+        return self._ids[self._distances > self._rounding][:count]
+
+
+def _add_rows(sum_KD: np.ndarray, label_B: np.ndarray, x_BD: np.ndarray) -> None:
+    """Add every row to the sum of its label."""
+    order = np.argsort(label_B, kind="stable")
+    labels = label_B[order]
+    starts = np.flatnonzero(np.r_[True, labels[1:] != labels[:-1]])
+    sum_KD[labels[starts]] += np.add.reduceat(x_BD[order].astype(np.float64), starts, axis=0)
+
+
+def _balanced(embeddings: Embeddings, standard: Standard, centre_KD: np.ndarray, tell: Tell) -> Clusters:
+    """Centres and offsets by turns: offsets from a sample, then a pass over all images for the means of what is assigned with them.
+
+    The last passes level the offsets on all images while the centres stay. Returned are the most equal sizes found.
+    """
+    count, share = len(centre_KD), len(embeddings) / len(centre_KD)
+    sample_BD = standard(embeddings.sample(max(_SAMPLE, _SAMPLE_OF_EACH * count)))
+    offset_K, best, off_by = np.zeros(count), None, np.inf
+    for number in range(1, _ROUNDS + _LEVELLING + 1):
+        if number <= _ROUNDS:
+            score_BK = scores(sample_BD, centre_KD, np.zeros(count))
+            offset_K, entropy = _sinkhorn(score_BK, offset_K)
+            offset_K = _level(score_BK, offset_K, entropy)
+            leveller = _Leveller(count, entropy)
+        size_K, sum_KD = np.zeros(count), np.zeros_like(centre_KD)
+        for _, z_BD in embeddings.blocks(count):
+            x_BD = standard(z_BD)
+            label_B = scores(x_BD, centre_KD, offset_K).argmax(1)
+            _add_rows(sum_KD, label_B, x_BD)
+            size_K += np.bincount(label_B, minlength=count)
+        tell(f"k-means: balanced pass {number}, sizes from {size_K.min():.0f} to {size_K.max():.0f} images")
+        if number < _ROUNDS:
+            centre_KD = np.where(size_K[:, None] > 0, sum_KD / np.maximum(size_K, 1)[:, None], centre_KD)
+            continue
+        if (off := float(abs(size_K - share).max())) < off_by:
+            best, off_by = Clusters(centre_KD, offset_K.copy(), size_K.astype(np.int64), 0), off
+        if off <= max(_LEVEL * share, 1.0):
+            break
+        offset_K = offset_K + leveller.change(size_K, share)
+    assert best is not None
+    if best.size_K.min() == 0:
+        raise _too_many(count)
+    return best
+
+
+def _sinkhorn(score_BK: np.ndarray, offset_K: np.ndarray) -> tuple[np.ndarray, float]:
+    """(offsets at which every centre has the same mass of the softmax of (score + offset) / entropy, the last entropy).
+
+    Rows are scaled by the softmax itself, columns by their offsets; the entropy falls step by step, which converges far faster than a small one does.
+    """
+    count, some = score_BK.shape[1], slice(None, None, max(1, len(score_BK) // 1024))
+    widest, sharpest = (
+        temperature_for(score_BK[some] + offset_K, min(perplexity, (1 + count) / 2)) for perplexity in _PERPLEXITIES
+    )
+    entropies = np.geomspace(max(widest, sharpest), sharpest, _SHARPENINGS)
+    for entropy in np.repeat(entropies, _STEPS_OF_EACH):
+        mass_K = softmax((score_BK + offset_K) / entropy).mean(0)
+        offset_K = offset_K - entropy * np.log(np.maximum(mass_K * count, 1e-30))
+    return offset_K - offset_K.mean(), sharpest
+
+
+def _level(score_BK: np.ndarray, offset_K: np.ndarray, step: float) -> np.ndarray:
+    """Offsets of the most equal sizes of the assignment itself, from those of the soft one."""
+    count, share = score_BK.shape[1], len(score_BK) / score_BK.shape[1]
+    best, off_by, leveller = offset_K, np.inf, _Leveller(count, step)
+    for _ in range(_SAMPLE_LEVELLING):
+        size_K = np.bincount((score_BK + offset_K).argmax(1), minlength=count)
+        if (off := float(abs(size_K - share).max())) < off_by:
+            best, off_by = offset_K, off
+        offset_K = offset_K + leveller.change(size_K, share)
+    return best
+
+
+class _Leveller:
+    """Raises the offsets of centres that are too small and lowers the others, each by a step that grows while it goes on in one direction and is
+    halved when it overshoots (Rprop; Riedmiller and Braun 1993)."""
+
+    def __init__(self, count: int, step: float) -> None:
+        self._step_K, self._before_K = np.full(count, step), np.zeros(count)
+
+    def change(self, size_K: np.ndarray, share: float) -> np.ndarray:
+        """What to add to the offsets."""
+        wanted_K = np.where(abs(size_K - share) <= max(0.5 * _LEVEL * share, 0.5), 0.0, np.sign(share - size_K))
+        turn_K = wanted_K * self._before_K
+        self._step_K *= np.where(turn_K > 0, 1.3, np.where(turn_K < 0, 0.5, 1.0))
+        self._before_K = wanted_K
+        change_K: np.ndarray = wanted_K * self._step_K
+        return change_K

@@ -1,0 +1,155 @@
+"""The encoder whose embeddings are clustered, and the teacher file that it becomes: its weights and one linear layer on its pooled features.
+
+B images, D numbers per embedding, K prototypes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.models import get_model_args
+from torch import Tensor, nn
+
+from ssld.shared.distributed.processes import DTYPES
+from ssld.shared.errors import UserError
+from ssld.shared.models.backbones import (
+    Classifier,
+    InputSettings,
+    architecture,
+    create_classifier,
+    licence,
+    parse_reference,
+    place,
+    save_backbone,
+)
+from ssld.shared.models.model_file import content_hash
+from ssld.shared.models.teacher import embed
+from ssld.stage1_ssld.config import PrototypesConfig
+from ssld.stage1_ssld.data.labels import prototype_names
+
+_TRIED = 2  # classes of the head on which a network is tried
+_DAMAGED = "its weights are damaged, or of another arch"
+
+
+class Encoder:
+    """A frozen timm network that answers pixels [B,3,S,S] in 0..255 with its pooled features, at its own normalisation.
+
+    Attributes:
+        size: side S in pixels; width: D.
+        facts: what its name, weights and number of classes were.
+
+    Raises:
+        UserError: as `parse_reference` and `create_classifier`; an input size or pooling that the network does not have; a network whose classes
+            are not one linear layer on its pooled features, or that timm does not build again from its name and arguments.
+    """
+
+    def __init__(self, config: PrototypesConfig, device: torch.device) -> None:
+        self._reference = parse_reference(config.encoder.model, config.encoder.arch, allow_pickle=True)
+        torch.manual_seed(config.seed)  # of random weights: the same on all ranks
+        classifier, inputs = create_classifier(self._reference)
+        net: Any = classifier.net
+        self.facts = {
+            "reference": self._reference.text,
+            "content_sha256": content_hash(net.state_dict()),
+            "classes": int(getattr(net, "num_classes", 0)),
+        }
+        self._licence = licence(self._reference, net) or "none: random weights"
+        self.arch = architecture(self._reference, net)
+        self.size = config.image_size or inputs.size[0]
+        if inputs.fixed_size and inputs.size != (self.size, self.size):
+            _resize(net, self.size, f"image_size: {self.arch}")
+        _reset_head(net, config.encoder.global_pool, self.arch)
+        self._inputs = InputSettings(
+            inputs.mean, inputs.std, (self.size, self.size), inputs.interpolation, inputs.fixed_size
+        )
+        classifier.requires_grad_(False).eval()
+        self._model_args = self._checked_args(classifier)
+        self.width = int(net.get_classifier().in_features)
+        self._classifier = place(classifier, device, channels_last=config.channels_last)
+        self._device, self._dtype, self._precision = device, DTYPES[config.precision], config.precision
+
+    def embed(self, pixels_BCHW: Tensor) -> np.ndarray:
+        """Pooled features [B,D] float32. Raises UserError where one is NaN or infinite."""
+        mixed = self._dtype != torch.float32
+        with torch.no_grad(), torch.autocast(self._device.type, self._dtype, enabled=mixed):
+            embedding_BD = embed(self._classifier, pixels_BCHW)
+        self._refuse_nan(embedding_BD, "try precision: fp32" if mixed else _DAMAGED)
+        return embedding_BD.cpu().numpy()
+
+    def save(self, path: Path, weight_KD: np.ndarray, bias_K: np.ndarray, **facts: Any) -> str:
+        """Write the teacher: this network with a linear layer of K classes, `prototype 0` to `prototype K-1`. Returns its content hash."""
+        net: Any = self._classifier.net
+        tensors = net.state_dict()
+        layer = next(name for name, module in net.named_modules() if module is net.get_classifier())
+        tensors[f"{layer}.weight"] = torch.from_numpy(weight_KD.astype(np.float32))
+        tensors[f"{layer}.bias"] = torch.from_numpy(bias_K.astype(np.float32))
+        if self._model_args:
+            facts["model_args"] = self._model_args
+        return save_backbone(
+            path,
+            tensors,
+            arch=self.arch,
+            inputs=self._inputs,
+            classes=len(bias_K),
+            class_names=prototype_names(len(bias_K)),
+            licence=self._licence,
+            **facts,
+        )
+
+    def _refuse_nan(self, embedding_BD: Tensor, advice: str) -> None:
+        if not bool(torch.isfinite(embedding_BD).all()):
+            raise UserError(f"encoder.model: {self._reference.text}: answers with NaN; {advice}")
+
+    def _checked_args(self, classifier: Classifier) -> dict[str, Any]:
+        """What timm needs beside the arch to build this very network again, tried on noise; {} where that is nothing."""
+        net: Any = classifier.net
+        noise_BCHW = torch.rand(2, 3, self.size, self.size, generator=torch.Generator().manual_seed(0)) * 255
+        with torch.no_grad():
+            embedding_BD, head = embed(classifier, noise_BCHW), net.get_classifier()
+            self._refuse_nan(embedding_BD, _DAMAGED)
+            linear = isinstance(head, nn.Linear) and embedding_BD.shape == (len(noise_BCHW), head.in_features)
+            if linear:
+                nn.init.normal_(head.weight)  # some arches begin with zeros, of which nothing could be told
+            logits_BK = classifier(noise_BCHW)
+            if not linear or not torch.allclose(head(embedding_BD), logits_BK, rtol=1e-4, atol=1e-4):
+                raise UserError(
+                    f"{self.arch}: its classes are not one linear layer on its pooled features, which prototypes need; take another arch"
+                )
+            own = {
+                name: value for name, value in get_model_args(net).items() if name not in ("num_classes", "in_chans")
+            }
+            for args in ({}, own):
+                try:
+                    again = timm.create_model(self.arch, num_classes=_TRIED, **args).eval()
+                    again.load_state_dict(net.state_dict())
+                    if torch.equal(again(classifier.normalised(noise_BCHW)), logits_BK):
+                        return args
+                except Exception:  # whatever timm or torch raises for a network of another shape
+                    continue
+        raise UserError(
+            f"{self.arch}: timm does not build this network again from its name, size and pooling; leave image_size and encoder.global_pool out, "
+            "or take another arch"
+        )
+
+
+def _resize(net: Any, size: int, what: str) -> None:
+    """Make a network of fixed size one for another size, as timm does it: a ViT's position embedding is interpolated."""
+    if not hasattr(net, "set_input_size"):
+        raise UserError(f"{what}: works at its own size only; leave it out")
+    try:
+        net.set_input_size(img_size=(size, size))
+    except Exception as error:  # of many kinds: windows and patches that do not divide the size
+        raise UserError(f"{what}: cannot work at {size} pixels ({' '.join(str(error).split())[:120]})") from None
+
+
+def _reset_head(net: Any, pool: str | None, arch: str) -> None:
+    """A new head, of the pooling asked for, or of the network's own: timm takes another for some arches where none is named."""
+    try:
+        net.reset_classifier(_TRIED, pool or get_model_args(net).get("global_pool"))
+    except Exception as error:  # assertions, keys, types: every family has its own
+        if pool is None:
+            raise UserError(f"{arch}: cannot be given other classes by timm; take another arch") from None
+        why = " ".join(str(error).split())[:120]
+        raise UserError(f"encoder.global_pool: {arch}: has no pooling {pool!r} ({why})") from None

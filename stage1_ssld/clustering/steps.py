@@ -1,0 +1,226 @@
+"""The parts of making a teacher of an encoder, in their order; each leaves files in the run directory that a run which was killed goes on from.
+
+embeddings/           one file a shard: pooled features of each image                                   (all ranks)
+centres.npz           their mean and scale, and the centres that k-means found                           (main rank)
+teacher.safetensors   the encoder with one linear layer more; prototypes.png, the images nearest to some centres   (main rank)
+
+What the main rank does alone takes memory by prototypes x features, not by the size of the pool.
+"""
+
+import math
+import shutil
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from ssld.shared.distributed.processes import to_device, uses_gpu
+from ssld.shared.distributed.ranks import from_main_rank, rank
+from ssld.shared.distributed.stop import StopRequest
+from ssld.shared.errors import Stopped, UserError
+from ssld.shared.files import atomically, spread
+from ssld.shared.run_dir import RunDir
+from ssld.shared.training.quarantine import Quarantine
+from ssld.stage1_ssld.clustering.centres import Clusters, find_clusters, require_scikit_learn
+from ssld.stage1_ssld.clustering.embedding_files import Embeddings, Standard, save_embeddings, standard_of
+from ssld.stage1_ssld.clustering.encoder import Encoder
+from ssld.stage1_ssld.clustering.prototype_layer import linear_layer, perplexities, scores, softmax, temperature_for
+from ssld.stage1_ssld.config import PrototypesConfig
+from ssld.stage1_ssld.curation.output import Images, Picture, Row, draw_examples, small_views
+from ssld.stage1_ssld.curation.score_files import EMBEDDED, UNREADABLE, ScoreFiles, write_shard
+from ssld.stage1_ssld.curation.shard_pass import Piece, Reading, compare_shards, open_pool, over_missing_shards
+
+_PATIENCE = timedelta(days=7)  # the main rank clusters while the others wait
+_IMAGES_OF_EACH, _FEWEST, _MOST = 40, 16, 4096  # prototypes, where the settings do not say how many
+_SAMPLE = 1 << 23  # numbers (images x prototypes) that the temperature is found on
+_SHOWN = 20  # prototypes in the picture
+
+
+def make_prototypes(config: PrototypesConfig) -> None:
+    """Write the teacher, the picture and result.json as `config` says."""
+    require_scikit_learn()
+    accelerator = Accelerator(
+        cpu=not uses_gpu(config.device), kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)]
+    )
+    with closing(RunDir(config, "prototypes", main=rank() == 0)) as run:
+        if from_main_rank(run.status) == "finished":
+            run.log(f"{run.path}: this run is finished; nothing to do")
+        else:
+            _make(config, run, accelerator.device)
+    accelerator.end_training()
+
+
+def prototypes_for(images: int) -> int:
+    """Prototypes for a pool of so many images: the power of two next to a fortieth of them (by ratio), from 16 to 4,096.
+
+    Fewer images for each make centres of accidents, and more leave differences out that the encoder sees; above 4,096 the layer and a store of soft
+    labels grow while the classes say little that is new.
+    """
+    wanted = min(max(images / _IMAGES_OF_EACH, _FEWEST), _MOST)
+    return int(2 ** round(math.log2(wanted)))
+
+
+def _make(config: PrototypesConfig, run: RunDir, device: torch.device) -> None:
+    pool = open_pool(config.pool, config.streaming)
+    if (images := pool.images()) is not None:
+        _count(config, images)
+    encoder = Encoder(config, device)
+    compare_shards(run, pool=pool)
+    left_out = f"; its {encoder.facts['classes']} classes are left out" if encoder.facts["classes"] else ""
+    run.log(f"encoder {encoder.facts['reference']} at {encoder.size} px{left_out}")
+
+    # ---- embeddings of the pool, shared among the ranks
+    def embedded(piece: Piece) -> np.ndarray:
+        if piece.pixels_BCHW is None:
+            return np.empty((0, encoder.width), np.float32)
+        return encoder.embed(to_device(piece.pixels_BCHW, device))
+
+    reading = Reading(False, encoder.size, config.val_crop)
+    over_missing_shards(run, "embeddings", pool, config, reading, embedded, _write_embeddings, suffix=".npy")
+    files = ScoreFiles(run.path / "embeddings", len(pool.shards))
+    quarantine = Quarantine(run, len(files))
+    quarantine.add(files.unreadable if run.main else [])
+    quarantine.judge(len(files))
+
+    # ---- what the main rank does alone
+    if run.main:
+        embeddings = Embeddings([path.with_suffix(".npy") for path in files.paths])
+        count = _count(config, len(embeddings))
+        standard, clusters = _clusters(config, run, embeddings, count)
+        sample_BD = standard(embeddings.sample(max(1024, _SAMPLE // count))).astype(np.float64)
+        score_BK = scores(sample_BD, clusters.centre_KD, clusters.offset_K)
+        temperature = temperature_for(score_BK, config.perplexity)
+        perplexity = float(np.median(perplexities(score_BK / temperature)))
+        metrics = _metrics(clusters, temperature, perplexity, len(embeddings))
+        run.log(
+            f"{count} prototypes of {len(embeddings)} images: sizes from {metrics['smallest']} to {metrics['largest']}, median "
+            f"{metrics['median_size']:g}; {clusters.refilled} empty ones refilled"
+        )
+        run.log(f"soft labels: median perplexity {perplexity:.2f} at temperature {temperature:.4g}")
+        teacher, picture = run.path / "teacher.safetensors", run.path / "prototypes.png"
+        encoder.save(
+            teacher,
+            *linear_layer(standard, clusters.centre_KD, clusters.offset_K, temperature),
+            crop_pct=config.val_crop,
+            encoder=encoder.facts,
+            prototypes={**metrics, "balanced": config.balanced, "sources": [source.path for source in config.pool]},
+        )
+        rows = _nearest(embeddings, standard, clusters, temperature, config.examples)
+        _draw(picture, rows, clusters, Images(files, pool.shards, pool.source), config.examples)
+        run.finish(metrics, [teacher, picture])
+        run.log(f"wrote {teacher} and {picture}")
+        (run.path / "centres.npz").unlink()
+        shutil.rmtree(run.path / "embeddings", ignore_errors=True)
+    from_main_rank(None)
+
+
+def _count(config: PrototypesConfig, images: int) -> int:
+    """Number of prototypes. Raises UserError where the images or the perplexity do not allow it."""
+    count = config.prototypes or prototypes_for(images)
+    if count > images:
+        raise UserError(
+            f"prototypes: {count} are more than the {images} images of the pool; give fewer, or more images"
+        )
+    if config.perplexity >= count:
+        raise UserError(f"perplexity: {config.perplexity:g} has to be less than the number of prototypes, {count}")
+    return count
+
+
+def _write_embeddings(path: Path, pieces: list[Piece], embeddings: list[np.ndarray]) -> None:
+    """Names, then embeddings, which say that the shard is done; NaN for what could not be read."""
+    readable = np.array([flag for piece in pieces for flag in piece.readable], bool)
+    columns = {
+        "key": [key for piece in pieces for key in piece.keys],
+        "class": np.where(readable, 0, UNREADABLE).astype(np.int32),
+    }
+    unreadable = [location for piece in pieces for location in piece.unreadable]
+    write_shard(path.with_suffix(".parquet"), columns, EMBEDDED, unreadable)
+    found = np.concatenate(embeddings)
+    table = np.full((len(readable), found.shape[1]), np.nan, np.float32)
+    table[readable] = found
+    save_embeddings(path, table)
+
+
+def _clusters(config: PrototypesConfig, run: RunDir, embeddings: Embeddings, count: int) -> tuple[Standard, Clusters]:
+    """How embeddings are standardised, and the centres; as an earlier start of this run left them, if it did."""
+    file = run.path / "centres.npz"
+    if not file.exists():
+        with StopRequest() as stop:
+
+            def tell(line: str) -> None:
+                run.log(line)
+                if stop.requested:
+                    raise Stopped("the prototypes are not found yet; all embeddings are kept")
+
+            standard = standard_of(embeddings)
+            clusters = find_clusters(
+                embeddings,
+                standard,
+                count,
+                seed=config.seed,
+                balanced=config.balanced,
+                threads=torch.get_num_threads(),
+                tell=tell,
+            )
+        with atomically(file) as temporary, temporary.open("wb") as opened:
+            np.savez(opened, **standard._asdict(), **clusters._asdict())
+    with np.load(file) as found:
+        return (
+            Standard(found["mean_D"], found["scale_D"]),
+            Clusters(found["centre_KD"], found["offset_K"], found["size_K"], int(found["refilled"])),
+        )
+
+
+def _metrics(clusters: Clusters, temperature: float, perplexity: float, images: int) -> dict[str, Any]:
+    sizes = clusters.size_K
+    return {
+        "prototypes": len(sizes),
+        "images": images,
+        "smallest": int(sizes.min()),
+        "median_size": float(np.median(sizes)),
+        "largest": int(sizes.max()),
+        "refilled": clusters.refilled,
+        "perplexity": round(perplexity, 4),
+        "temperature": temperature,
+    }
+
+
+def _nearest(
+    embeddings: Embeddings, standard: Standard, clusters: Clusters, temperature: float, most: int
+) -> dict[int, list[tuple[int, float]]]:
+    """Of some prototypes, from the largest to the smallest: the nearest images, as their row and the prototype's probability there."""
+    by_size = np.argsort(-clusters.size_K, kind="stable")
+    shown = by_size[spread(len(by_size), _SHOWN)]
+    near = {int(k): (np.empty(0, np.int64), np.empty(0)) for k in shown}
+    for ids_B, z_BD in embeddings.blocks():
+        x_BD = standard(z_BD)
+        distance_BS = (x_BD.astype(np.float64) ** 2).sum(1)[:, None] - 2 * scores(
+            x_BD, clusters.centre_KD[shown], np.zeros(len(shown))
+        )
+        for column, k in enumerate(shown.tolist()):
+            ids, distances = np.r_[near[k][0], ids_B], np.r_[near[k][1], distance_BS[:, column]]
+            first = np.argsort(distances, kind="stable")[:most]
+            near[k] = ids[first], distances[first]
+    rows = {}
+    for k, (ids, _) in near.items():
+        score_BK = scores(standard(embeddings.rows(ids)), clusters.centre_KD, clusters.offset_K)
+        rows[k] = list(zip(ids.tolist(), softmax(score_BK / temperature)[:, k].tolist(), strict=True))
+    return rows
+
+
+def _draw(
+    path: Path, rows: dict[int, list[tuple[int, float]]], clusters: Clusters, images: Images, columns: int
+) -> None:
+    """The nearest images of some prototypes, with the prototype's probability."""
+    wanted = np.unique([row for found in rows.values() for row, _ in found])
+    views = small_views(images, wanted)
+    shown = [
+        Row(f"prototype {k}\n{clusters.size_K[k]} images", [Picture(views[row], f"{p:.2f}") for row, p in found])
+        for k, found in rows.items()
+    ]
+    draw_examples(path, shown, columns)

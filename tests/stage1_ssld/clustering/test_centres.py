@@ -1,0 +1,134 @@
+"""K-means over files: statistics, blobs that are found, empty centres, equal sizes."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ssld.shared.errors import UserError
+from ssld.stage1_ssld.clustering import centres, embedding_files
+from ssld.stage1_ssld.clustering.centres import Clusters, find_clusters, require_scikit_learn
+from ssld.stage1_ssld.clustering.embedding_files import Embeddings, save_embeddings, standard_of
+from ssld.stage1_ssld.clustering.prototype_layer import scores
+
+Files = Callable[[np.ndarray], Embeddings]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    """Writes a table in three unequal files."""
+
+    def write(z_ND: np.ndarray) -> Embeddings:
+        cuts = [0, len(z_ND) // 7, len(z_ND) // 2, len(z_ND)]
+        paths = [tmp_path / f"{number}.npy" for number in range(3)]
+        for number, path in enumerate(paths):
+            save_embeddings(path, z_ND[cuts[number] : cuts[number + 1]])
+        return Embeddings(paths)
+
+    return write
+
+
+def blobs(shares: list[float], count: int, width: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(points, number of the blob of each), ordered by blob as folders of classes are."""
+    draw = np.random.default_rng(seed)
+    labels = np.sort(draw.choice(len(shares), count, p=shares))
+    return 8 * draw.normal(size=(len(shares), width))[labels] + draw.normal(size=(count, width)), labels
+
+
+def clustered(embeddings: Embeddings, count: int, *, seed: int = 0, balanced: bool = False) -> Clusters:
+    return find_clusters(
+        embeddings,
+        standard_of(embeddings),
+        count,
+        seed=seed,
+        balanced=balanced,
+        threads=1,
+        tell=lambda line: None,
+    )
+
+
+def test_statistics_are_those_of_the_whole_table(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block by block, without rows that could not be read; a constant feature keeps its scale."""
+    monkeypatch.setattr(embedding_files, "rows_of", lambda columns: 7)
+    z = np.random.default_rng(1).normal(size=(90, 5)) * [1, 10, 0.1, 0, 3] + [1000, 0, -5, 7, 0]
+    unreadable = [0, 12, 13, 89]
+    z[unreadable] = np.nan
+    embeddings = files(z)
+    kept = np.delete(z, unreadable, 0).astype(np.float32).astype(np.float64)
+    assert len(embeddings) == 86
+    standard = standard_of(embeddings)
+    np.testing.assert_allclose(standard.mean_D, kept.mean(0), rtol=1e-12)
+    expected = kept.std(0)
+    expected[3] = 1
+    np.testing.assert_allclose(standard.scale_D, expected, rtol=1e-9)
+    np.testing.assert_array_equal(np.concatenate([block for _, block in embeddings.blocks()]), kept)
+    ids = np.array([40, 3, 88, 3])
+    np.testing.assert_array_equal(embeddings.rows(ids), z[ids].astype(np.float32))
+    assert len(embeddings.sample(10)) == 10
+    assert not np.isnan(embeddings.sample(10)).any()
+
+
+def test_finds_blobs_in_the_order_of_folders(files: Files) -> None:
+    z, labels = blobs([0.4, 0.2, 0.2, 0.1, 0.1], 300)
+    embeddings = files(z)
+    found = clustered(embeddings, 5)
+    assert sorted(found.size_K) == sorted(np.bincount(labels))
+    assert not found.offset_K.any()
+    label_N = scores(standard_of(embeddings)(z), found.centre_KD, found.offset_K).argmax(1)
+    assert len(set(zip(labels.tolist(), label_N.tolist(), strict=True))) == 5
+    for k in range(5):  # centres are the means of what is nearest to them
+        mean = standard_of(embeddings)(z)[label_N == k].mean(0)
+        np.testing.assert_allclose(found.centre_KD[k], mean, atol=1e-5)
+
+
+def test_follows_from_the_seed(files: Files) -> None:
+    embeddings = files(np.random.default_rng(0).normal(size=(200, 4)))
+    one, again, other = (clustered(embeddings, 16, seed=seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one.centre_KD, again.centre_KD)
+    assert not np.allclose(one.centre_KD, other.centre_KD)
+    assert one.size_K.sum() == 200
+    assert one.size_K.min() > 0
+
+
+def test_empty_centres_are_refilled(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of four centres begin where no image is; afterwards every one has images."""
+    z, _ = blobs([0.25] * 4, 80)
+    embeddings = files(z)
+    standard = standard_of(embeddings)
+    start = standard(z[[0, -1]])
+    away = np.concatenate([start, np.full((2, 6), 1e3)])
+    monkeypatch.setattr(centres, "_by_mini_batches", lambda *_: away.astype(np.float64))
+    found = clustered(embeddings, 4)
+    assert found.refilled >= 2
+    assert found.size_K.min() > 0
+    assert found.size_K.sum() == 80
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_more_centres_than_different_images(files: Files, balanced: bool) -> None:
+    z = np.repeat(np.random.default_rng(0).normal(size=(3, 4)), 10, axis=0)
+    with pytest.raises(UserError, match="prototypes: 5 are more than k-means finds among these images"):
+        clustered(files(z), 5, balanced=balanced)
+
+
+def test_balanced_sizes_are_equal(files: Files) -> None:
+    """One blob has 70 % of the images: without the option its centre has them all, with it every centre has about N / K."""
+    z, _ = blobs([0.7, 0.1, 0.1, 0.1], 240)
+    plain = clustered(files(z), 4)
+    assert plain.size_K.max() > 140
+    found = clustered(files(z), 4, balanced=True)
+    assert found.size_K.sum() == 240
+    assert abs(found.size_K - 60).max() <= 3
+    embeddings = files(z)
+    label_N = scores(standard_of(embeddings)(z), found.centre_KD, found.offset_K).argmax(1)
+    np.testing.assert_array_equal(np.bincount(label_N, minlength=4), found.size_K)
+
+
+def test_scikit_learn_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_scikit_learn()
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"prototypes need scikit-learn; pip install 'ssld\[prototypes\]'"):
+        require_scikit_learn()
