@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ssld.stage1_ssld.curate import main as curate
-from ssld.stage1_ssld.curation import outcome, shard_pass, steps
+from ssld.stage1_ssld.curation import selection_files, shard_pass, steps
 from ssld.stage1_ssld.curation.shard_pass import Job, Reading, over_shards
 from ssld.stage1_ssld.data.shards import RowShard
 
@@ -64,12 +64,12 @@ def test_two_processes_choose_as_one_does(
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        (outcome, "find_candidates"),
-        (outcome, "find_look_alikes"),
+        (selection_files, "find_candidates"),
+        (selection_files, "find_look_alikes"),
         (steps, "save_embeddings"),
         (steps, "cosines"),
-        (outcome, "decide"),
-        (outcome, "write_manifest"),
+        (selection_files, "decide"),
+        (selection_files, "write_manifest"),
         (steps, "materialise"),
         (steps, "draw"),
     ],
@@ -107,14 +107,14 @@ def test_a_stop_while_selecting_is_not_forgotten(
     arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    find = outcome.find_candidates
+    find = selection_files.find_candidates
 
     def signals(*given: Any, **also: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return find(*given, **also)
 
     with monkeypatch.context() as patch:
-        patch.setattr(outcome, "find_candidates", signals)
+        patch.setattr(selection_files, "find_candidates", signals)
         assert call(curate, arguments(settings)) == 143
     assert "stopped: the selection is not finished; the same command goes on from there" in capsys.readouterr().err
     assert call(curate, arguments(settings)) == 0
@@ -205,7 +205,7 @@ def test_a_pool_that_changed_since_the_run_began(
         raise SystemExit
 
     with monkeypatch.context() as patch:
-        patch.setattr(outcome, "find_candidates", fails)
+        patch.setattr(selection_files, "find_candidates", fails)
         with pytest.raises(SystemExit):
             call(curate, arguments(settings))
     next((tmp_path / "pool").rglob("*.png")).unlink()
@@ -241,14 +241,14 @@ def test_an_image_that_went_away_since_it_was_scored(
 ) -> None:
     pool = tmp_path / "pool"
     shutil.copytree(tiny.train, pool)
-    find = outcome.find_look_alikes
+    find = selection_files.find_look_alikes
 
     def breaks(*given: Any, **also: Any) -> Any:
         for file in pool.rglob("*.png"):
             file.write_bytes(b"gone")
         return find(*given, **also)
 
-    monkeypatch.setattr(outcome, "find_look_alikes", breaks)
+    monkeypatch.setattr(selection_files, "find_look_alikes", breaks)
     message = user_error(curate, arguments(settings | {"pool": [str(pool)], "hash_distance": 16}))
     assert message.endswith("cannot be read any more; it could when this run began")
     assert message.startswith(str(pool))
