@@ -133,6 +133,7 @@ def test_the_detection_loaders_opponent_makes_the_same_batch(tmp_path: Path) -> 
     assert difference.mean() * 255 * max(benchmark.STD) < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "mode"), [("faster", "training"), ("mask", "inference")])
 def test_every_ratio_of_the_detector_is_printed(kind: str, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The script itself asserts that both sides find enough, and nearly the same."""

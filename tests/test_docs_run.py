@@ -53,6 +53,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, call: Callable[..., int], s
     monkeypatch.setattr(checked_data, "run_script", check_data.main)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_runs(
     page: Path, sandbox: Sandbox, call: Callable[..., int], capsys: pytest.CaptureFixture[str]

@@ -78,6 +78,7 @@ def test_the_quickstart_dry_run(
     assert not (tmp_path / "dry").exists() or not any((tmp_path / "dry").iterdir())
 
 
+@pytest.mark.slow
 def test_the_quickstart_and_its_notebook_run(scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every stage at smoke size in real processes, from images to the table; a second start does nothing."""
     output = tmp_path / "quick"

@@ -86,6 +86,7 @@ def test_what_is_broken_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(line.level == "fault" and "operator torchvision::nms does not exist" in line.text for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_this_machine_is_asked_in_another_process() -> None:
     answer = ask_torch()
@@ -168,6 +169,7 @@ def test_pictures_of_another_folder_cannot_be_left_out(
     assert not list((tmp_path / "clean").glob("*.json"))
 
 
+@pytest.mark.slow
 def test_the_data_check_is_a_process(coco: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, report = checked_data.check_data((coco / "train.json", coco, None, None), "--quick")
     assert code == 0

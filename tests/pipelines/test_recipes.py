@@ -145,6 +145,7 @@ def test_weights_to_start_from_exist_under_the_licence_that_is_named(name: str) 
         assert published.license == "cc-by-nc-4.0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PHASES)
 def test_two_steps_of_every_stage(
     name: str, tmp_path: Path, tiny: Any, teacher_file: Path, call: Callable[..., int]

@@ -42,6 +42,7 @@ def contents(run: Path) -> dict[str, Any]:
     return {"metrics": result["metrics"], "files": files, "rows": pq.read_table(run / "selected.parquet").to_pylist()}
 
 
+@pytest.mark.slow
 def test_two_processes_choose_as_one_does(
     arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path, scripts: Any, files_below: Any
 ) -> None:

@@ -28,6 +28,8 @@ from ssld.shared.run_dir import RunDir
 import ssld.stage1_ssld.evaluation.metrics
 from ssld.stage1_ssld.distill import main
 
+pytestmark = pytest.mark.slow
+
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 

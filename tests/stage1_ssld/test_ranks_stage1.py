@@ -18,6 +18,8 @@ from ssld.stage1_ssld.distill import main as distill
 from ssld.stage1_ssld.evaluate import main as evaluate
 from tests.float64 import in_float64
 
+pytestmark = pytest.mark.slow
+
 
 def test_two_ranks_equal_one(distill_settings: Any, on_one_and_two: Any, tmp_path: Path, files_below: Any) -> None:
     """LayerNorm student, no drop-path, equal sizes: only the order of summation differs. The trial of `auto_batch` is every rank's own."""

@@ -95,6 +95,7 @@ def test_soft_labels_do_not_depend_on_files_batches_and_processes(
     np.testing.assert_allclose(one["log_probs"], two["log_probs"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_same_bytes(
     arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path, scripts: Any
 ) -> None:

@@ -128,6 +128,7 @@ def test_both_names_of_a_shortcut() -> None:
     assert our_name("neck.fpn_res2_sum.running_mean") is None
 
 
+@pytest.mark.slow
 def test_a_converted_faster_rcnn_detects_what_the_reference_does(call: Any, tmp_path: Path) -> None:
     facts = about("faster")
     arrays = by_rule(facts["parameters"], facts["salt"])
@@ -159,6 +160,7 @@ def test_a_converted_faster_rcnn_detects_what_the_reference_does(call: Any, tmp_
         check_detections(SimpleNamespace(golden=golden, detections=loaded.model(images)))
 
 
+@pytest.mark.slow
 def test_other_classes_come_from_an_annotation_file(call: Any, tiny_coco: Any, capsys: Any, tmp_path: Path) -> None:
     shapes = small(about("faster")["parameters"])
     for name, size in (("score", 3), ("delta", 8)):

@@ -151,6 +151,7 @@ def test_a_dense_teacher_answers_in_the_students_class_order(teachers: Callable[
         assert norms[0] < norms[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_distil_as_one(
     kind: str,

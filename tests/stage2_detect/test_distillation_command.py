@@ -164,6 +164,7 @@ def test_the_teacher_does_not_change_where_the_student_starts(
     assert all(torch.allclose(one[name], two[name], rtol=0, atol=1e-20) for name in one)
 
 
+@pytest.mark.slow
 def test_two_ranks_distil_as_one(
     distilled_settings: Settings,
     on_one_and_two: Callable[..., Any],

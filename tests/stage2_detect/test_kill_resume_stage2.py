@@ -14,6 +14,8 @@ from ssld.shared.files import file_sha256
 from ssld.shared.models.model_file import read_metadata, read_tensors, save_model_file
 from ssld.stage2_detect import evaluate, train
 
+pytestmark = pytest.mark.slow
+
 TRAIN = "stage2_detect/train.py"
 
 

@@ -70,6 +70,7 @@ def test_a_run_begun_on_other_pictures_is_refused(
     assert "was begun on other images" in user_error(predict.main, predict_line(images=pattern))
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_file(
     scripts: Any, call: Call, predict_line: Any, photos: Path, tmp_path: Path
 ) -> None:

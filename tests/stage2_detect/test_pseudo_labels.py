@@ -219,6 +219,7 @@ def test_goes_on_to_the_same_bits(
     assert all(lines[line["step"]] == line for line in metrics_of(tmp_path / "parts") if "loss_adl" in line)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one(settings: Settings, on_one_and_two: Callable[..., Any]) -> None:
     _, lines = on_one_and_two(train.main, "stage2_detect/train.py", settings | {"steps": 4})
     assert sum("loss_adl" in line for line in lines) == 4

@@ -288,6 +288,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "stage2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains_and_is_evaluated(name: str, toy: Path, tmp_path: Path, call: Callable[..., int]) -> None:
     """Two steps and an evaluation at tiny size; only sizes, the body and the data differ from the recipe."""

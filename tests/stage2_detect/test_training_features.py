@@ -165,6 +165,7 @@ def test_validation_loss_leaves_the_model_as_it_was(trained: Path, train_setting
     assert not model.training
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_it_as_one(
     train_settings: Settings, on_one_and_two: Callable[..., Any], tmp_path: Path
 ) -> None:

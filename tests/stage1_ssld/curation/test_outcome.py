@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_planted_copies_are_found_in_little_memory() -> None:
     """The benchmark at a fortieth of its size."""

@@ -119,6 +119,7 @@ def test_nothing_to_judge_and_nothing_to_vote() -> None:
     assert knn_accuracy(lookup(table), batches(np.array([-1, -1]), 2), some, **options) == {}
 
 
+@pytest.mark.slow
 def test_evaluate_with_a_bank_on_one_and_two_processes(
     tiny: Any, teacher_file: Path, call: Any, scripts: Any, tmp_path: Path
 ) -> None:

@@ -90,6 +90,7 @@ def test_mask_rcnn_from_training_to_a_results_file(toy: Path, tmp_path: Path, ca
     assert not any("segm" in name for name in metrics)
 
 
+@pytest.mark.slow
 def test_views_of_masks_are_evaluated_on_two_processes_as_on_one(
     toy: Path, tmp_path: Path, call: Callable[..., int], scripts: Any
 ) -> None:

@@ -14,6 +14,8 @@ from ssld.shared.distributed.ranks import Ranks
 from ssld.stage2_detect.models.mask_head import MaskHead
 from ssld.stage2_detect.models.mask_targets import ImageMasks, decode
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Kind:
