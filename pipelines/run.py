@@ -159,7 +159,7 @@ def _locked(output: Path) -> Iterator[None]:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="pipelines/run.py",
+        prog="ssld run",
         description="Run a pipeline of stages, resumable.",
         epilog="--variables.NAME VALUE gives a variable of the file its value.",
         allow_abbrev=False,

@@ -11,6 +11,7 @@ import re
 import typing
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -170,7 +171,7 @@ def underscored(word: str) -> str:
 def _with_values(config_type: type[BaseModel], argv: Sequence[str]) -> list[str]:
     """A switch may stand alone: `--benchmark` is `--benchmark true`."""
     words: list[str] = []
-    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+    for word, following in pairwise([*argv, "--"]):
         words.append(word)
         alone = word.startswith("--") and "=" not in word and following.startswith("--")
         if alone and _is_switch(config_type, word.removeprefix("--").split(".")):

@@ -183,3 +183,9 @@ def test_completion_knows_the_flags_that_commands_take() -> None:
 @pytest.mark.parametrize("module", sorted({module for module, _ in COMMANDS.values() if module}))
 def test_every_entry_has_a_main(module: str) -> None:
     assert callable(importlib.import_module(module).main)
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"doctor"}))  # which looks at the machine, then
+def test_a_bare_command_says_what_it_needs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name]) == 2
+    assert capsys.readouterr().err.strip()
