@@ -7,7 +7,7 @@ noticed unless somebody resets its time stamp on purpose. Folders are walked wit
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def spread(count: int, most: int, *, repeat: bool = False) -> list[int]:
 def atomically(path: Path) -> Iterator[Path]:
     """A name beside `path` to write a file under, which takes its place when the block ends: a reader sees the old content or the new, never a part.
 
-    A block that fails leaves nothing behind; a killed process may leave `.NAME.NUMBER`, with its own number, which `RunDir` clears away.
+    A block that fails leaves nothing behind; a killed process may leave `.NAME.NUMBER`, with its own number, which `clear_leftovers` removes.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -84,6 +84,13 @@ def atomically(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear_leftovers(files: Iterable[Path]) -> None:
+    """Delete those of `files` that a killed process was writing `atomically`."""
+    for file in files:
+        if file.name.startswith(".") and file.suffix[1:].isdigit() and file.is_file():
+            file.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

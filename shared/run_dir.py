@@ -27,7 +27,7 @@ import yaml
 from ssld.shared.config.settings import MAY_CHANGE, NOT_IDENTITY, CommandConfig, differences, dump_yaml, identity
 from ssld.shared.config.training import PASSES_FILE
 from ssld.shared.errors import UserError
-from ssld.shared.files import file_sha256, files_digest, write_atomically
+from ssld.shared.files import clear_leftovers, file_sha256, files_digest, write_atomically
 from ssld.shared.machine import installed_version
 
 Status = Literal["new", "unfinished", "finished"]
@@ -165,9 +165,7 @@ class RunDir:
         self._lock = (self.path / ".lock").open("w")
 
     def _compare_and_record(self) -> None:
-        for leftover in self.path.rglob(".*.*"):  # files that a killed process was writing
-            if leftover.suffix[1:].isdigit() and leftover.is_file():
-                leftover.unlink(missing_ok=True)
+        clear_leftovers(self.path.rglob(".*.*"))
         self.inputs = input_digests(self._config)
         environment = _environment(self._command, self.inputs)
         changes: list[str] = []

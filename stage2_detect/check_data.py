@@ -242,11 +242,12 @@ def _check_category_ids(check: "FileCheck") -> None:
 
 def _write_copy(check: "FileCheck", file: Path) -> str:
     """Write the cleaned copy of a file and read it back as training does; returns a line on it."""
-    from ssld.shared.files import atomically
+    from ssld.shared.files import atomically, clear_leftovers
     from ssld.stage2_detect.data.coco import read_coco
 
     content = check.repair.apply(check.content)
     file.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(list(file.parent.glob(f".{file.name}.*")))
     with atomically(file) as pending:
         pending.write_text(json.dumps(content), encoding="utf-8")
         try:

@@ -274,7 +274,10 @@ def launched_ranks() -> tuple[int, int]:
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """The end of an error line on an unknown word: the nearest known one, or what is known."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    longer = [
+        name for name in known if name.startswith(f"{word}_")
+    ]  # `samples` is nearer to `samples_per_image` than to `sampling`
+    near = longer[:1] or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; known: {', '.join(sorted(known)[:12])}"

@@ -98,10 +98,15 @@ def predict(
     """What each image shows, with scores from `threshold` on, in the sizes that the detector's recipe evaluates at.
 
     With `tile`, squares of so many pixels, which overlap by so large a share, are looked at beside the whole image (see `tiles.py`). Runs where the
-    detector's weights are: `loaded.model.to("cuda")` before the first call moves it. Raises UserError for a file that cannot be read.
+    detector's weights are: `loaded.model.to("cuda")` before the first call moves it. Raises UserError for a file that cannot be read,
+    ValueError for sizes that make no sense.
     """
     if isinstance(images, str | Path | Image.Image):
         raise TypeError("predict takes a list of images")
+    if batch_size < 1 or (tile is not None and tile < 1) or not 0 <= overlap < 1:
+        raise ValueError(
+            f"batch_size {batch_size}, tile {tile}, overlap {overlap}: at least 1, at least 1 pixel, and from 0 to below 1"
+        )
     device = next(loaded.fast.parameters()).device
     decoded = (_Decoded(_pixels(image)) for image in images)
     loader = ImageLoader(window_batches(decoded, batch_size, tile, overlap), pixels_of_window, Sizing.of(loaded.resize))
@@ -137,6 +142,6 @@ def _pixels(image: GivenImage) -> torch.Tensor:
         except UnreadableImage as error:
             raise UserError(str(error)) from None
     array = np.array(image.convert("RGB")) if isinstance(image, Image.Image) else image
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
         raise TypeError(f"an image as an array is uint8 [height, width, 3], not {array.dtype} {list(array.shape)}")
     return torch.from_numpy(np.array(array)).permute(2, 0, 1)

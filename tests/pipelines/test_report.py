@@ -292,11 +292,11 @@ def test_some_of_the_predicted_pictures_are_shown(tmp_path: Path) -> None:
     for n in range(13):
         Image.new("RGB", (60, 40), (n, 0, 0)).save(pictures / f"a{n:02d}.png")
     Image.new("RGB", (60, 40)).save(pictures / "b" / "last.jpg")
-    (pictures / "a03.png").write_bytes(b"not a picture")
+    (pictures / "a04.png").write_bytes(b"not a picture")
     (pictures / "clip.mp4").write_bytes(b"a video")
     shown = view("seen", "predict", tmp_path / "seen", Room()).predicted
-    assert [one.title for one in shown] == ["a00.png", "a06.png", "a09.png", "a12.png"]
-    assert shown[1].alt == "a06.png with what was found"
+    assert [one.title for one in shown] == ["a00.png", "a02.png", "a07.png", "a09.png", "a11.png"]
+    assert shown[1].alt == "a02.png with what was found"
     (pictures / "index.json").write_text("[]")  # then they are an evaluation's
     assert view("seen", "predict", tmp_path / "seen", Room()).predicted == []
     assert view("seen", "predict", tmp_path / "nowhere", Room()).predicted == []

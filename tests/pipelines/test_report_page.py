@@ -173,7 +173,7 @@ def test_fits_and_can_be_read(tab: Page, report_page: Path, width: int, scheme: 
 def test_pictures_show(tab: Page, report_page: Path) -> None:
     opened(tab, report_page, width=DESK)
     sizes = tab.value("[...document.images].map(one => [one.naturalWidth, one.clientWidth, one.alt.length])")
-    assert len(sizes) == 2 + 5 + 3 * 4  # of the curation, every second of the prediction, of three evaluations
+    assert len(sizes) == 2 + 6 + 3 * 4  # of the curation, six of the prediction, of three evaluations
     assert all(natural > 0 and shown > 0 and words > 10 for natural, shown, words in sizes)
     words = tab.value("[...document.images].map(one => one.alt)")
     assert words[0].endswith("what was kept: kept 12.")

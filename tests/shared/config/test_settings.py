@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from ssld.shared.config.settings import (
     CommandConfig,
     Config,
+    did_you_mean,
     differences,
     dump,
     dump_yaml,
@@ -319,3 +320,8 @@ def test_a_switch_may_stand_alone(flags: list[str], values: dict[str, Any]) -> N
 def test_a_value_is_missing_elsewhere() -> None:
     with pytest.raises(UserError, match="expected one argument"):
         parse_config(_Switches, ["--output", "o", "--name", "--loud"], program="test.py")
+
+
+def test_a_longer_name_that_begins_alike_is_nearest() -> None:
+    assert did_you_mean("samples", ["sampling", "samples_per_image"]) == "; did you mean 'samples_per_image'?"
+    assert did_you_mean("sampels", ["sampling", "samples"]) == "; did you mean 'samples'?"

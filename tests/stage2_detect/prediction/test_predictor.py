@@ -56,6 +56,11 @@ def test_kinds_of_pictures_and_a_batch_of_unequal_ones(detector_file: Path, phot
         detector.predict("photo.jpg")
     with pytest.raises(TypeError, match="uint8"):
         detector.predict([np.zeros((4, 4, 3))])
+    with pytest.raises(TypeError, match="uint8"):
+        detector.predict([np.zeros((0, 5, 3), np.uint8)])
+    for wrong in ({"batch_size": 0}, {"tile": 0}, {"overlap": 1.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} {next(iter(wrong.values()))}"):
+            detector.predict([], **wrong)
     with pytest.raises(UserError, match="cannot read image"):
         detector.predict([photos / "absent.png"])
     assert detector.predict([]) == []
