@@ -5,6 +5,7 @@ import io
 import json
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 from ssld.shared.config.settings import parse_config
+from ssld.shared.models.model_file import read_tensors
 from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.predict_config import PredictConfig
 
@@ -300,3 +302,60 @@ def test_mosaics_carry_the_boxes_along(tmp_path: Path) -> None:
         assert inside.any()
         assert (canvas[inside] >= 250).all()
         assert len(list((tmp_path / "a" / "val").iterdir())) == 2
+
+
+def test_neighbours_in_common_leave_the_photo_itself_out() -> None:
+    """Four photos on a circle; in the second the last one has gone to the other side, next to nobody's nearest."""
+    first, second = (
+        torch.stack([torch.tensor(angles).cos(), torch.tensor(angles).sin()], dim=1)
+        for angles in ([0.0, 0.1, 1.0, 1.1], [0.0, 0.1, 1.0, -0.05])
+    )
+    common = script("pretrained_student").neighbours_in_common
+    assert common(first, first, k=1) == 1
+    assert common(first, second, k=1) == 0.25  # photo 1 alone still has photo 0
+    assert common(first, second, k=10) == 1  # all the others, where there are no ten
+
+
+@pytest.mark.slow
+def test_a_pretrained_student_is_looked_at_and_detected_with(
+    tmp_path: Path, shared_data: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stage 1, the files made of it, looks, two detectors and both tables, at the smallest size."""
+    for name in ("coco-mini", "tinyimagenet100", "imagenet1k-sample"):
+        shared_data(name)
+    data, benchmark = shared_data("weights").parent, script("pretrained_student")
+    common = [str(data), "--output", str(tmp_path), "--tiny", "--rows"]
+    assert benchmark.main([*common, "start", "init", "--seeds", "0"]) == 0
+    scores = capsys.readouterr().out.splitlines()[-4:]
+    assert [line.count("|") for line in scores] == [6] * 4
+    assert re.fullmatch(r"\| start \| \d+\.\d \| \d+\.\d \| - \| - \|", scores[2])
+    assert re.fullmatch(r"\| init \| (\S+) \| \1 \| [+-]\d+\.\d \([+-]\S+ to [+-]\S+\) \| 0 \|", scores[3])
+    made = [f"init/{how}" for how in benchmark.MADE]
+    looked_at = ["start", "init", *made, "frozen", "lr5e-5", "own_size", "wide"]
+    assert benchmark.main([*common, *looked_at]) == 0
+    table = capsys.readouterr().out.splitlines()[-len(looked_at) :]
+    assert [line.split(" | ")[0] for line in table] == [f"| {row}" for row in looked_at]
+
+    start = read_tensors(data / "weights" / "efficientnet_lite0.safetensors")
+    students = {row: read_tensors(tmp_path / "students" / row / "student.safetensors") for row in ("init", "frozen")}
+    files = {row: read_tensors(tmp_path / "made" / f"{row.replace('/', '_')}.safetensors") for row in made}
+    for name in ("bn1.running_mean", "blocks.3.0.bn2.running_var"):
+        init = students["init"][name]
+        assert torch.equal(students["frozen"][name], start[name])
+        assert not torch.equal(init, start[name])
+        assert torch.equal(files["init/stats_back"][name], start[name])
+        assert torch.equal(files["init/weights_back"][name], init)
+        torch.testing.assert_close(files["init/half"][name], (start[name] + init) / 2)
+        assert not torch.equal(files["init/reestimated"][name], init)
+    for name in ("conv_stem.weight", "bn1.weight", "classifier.bias"):
+        init = students["init"][name]
+        assert not torch.equal(students["frozen"][name], start[name])
+        assert torch.equal(files["init/stats_back"][name], init)
+        assert torch.equal(files["init/weights_back"][name], start[name])
+        assert torch.equal(files["init/reestimated"][name], init)
+
+
+def test_a_row_of_a_pretrained_student_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        script("pretrained_student").main([str(tmp_path), "--output", str(tmp_path), "--rows", "init/other"])
+    assert capsys.readouterr().err.endswith("error: --rows: init/other: no such row\n")
