@@ -16,6 +16,8 @@ import pytest
 from ssld.shared.models.model_file import content_hash, read_metadata, read_tensors
 from ssld.shared.run_dir import read_metrics
 
+pytestmark = pytest.mark.slow
+
 # Forks a process for each moment in turn, all on one run directory: it kills itself there. The last one is left in peace.
 KILL_CHAIN = """
 import os, signal, sys, warnings
@@ -27,8 +29,6 @@ from ssld.shared.training.loss_watch import LossWatch
 from ssld.shared.run_dir import RunDir
 import ssld.stage1_ssld.evaluation.metrics
 from ssld.stage1_ssld.distill import main
-
-pytestmark = pytest.mark.slow
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
