@@ -55,6 +55,8 @@ def test_a_class_that_is_lost_stops_a_run_that_keeps_most_boxes() -> None:
     assert str(error.value) == (
         f"train.json: {expected}; correct the source, or set data.allow_loss: true to train on the rest"
     )
+    with pytest.raises(UserError, match="correct the source, or set allow_loss: true to convert the rest"):
+        tally.check("train.json", allow_loss=False, otherwise="set allow_loss: true to convert the rest")
     tally.check("train.json", allow_loss=True)
 
 
