@@ -4,6 +4,7 @@ The digest of a folder covers names, sizes and modification times, not contents:
 noticed unless somebody resets its time stamp on purpose. Folders are walked with `os.scandir`; the only cache is the caller's.
 """
 
+import codecs
 import hashlib
 import os
 import re
@@ -32,9 +33,14 @@ def is_pattern(path: str) -> bool:
     return re.search(r"[*?[]", path) is not None
 
 
-def list_images(folder: str | Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
-    """Sorted posix paths, relative to `folder`, of all images in it and below; suffixes in any case, hidden names
-    skipped, links followed."""
+def list_images(folder: str | Path) -> list[str]:
+    """Sorted posix paths, relative to `folder`, of all images in it and below."""
+    return list_files(folder, IMAGE_SUFFIXES)
+
+
+def list_files(folder: str | Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Sorted posix paths, relative to `folder`, of all files in it and below with one of these suffixes, in any case; "" is every suffix. Hidden
+    names are skipped, links followed."""
     return sorted(name for name, _ in _walk(folder) if name.lower().endswith(suffixes))
 
 
@@ -51,9 +57,9 @@ def require_images(folder: str | Path) -> list[str]:
     return names
 
 
-def files_digest(path: str | Path) -> str:
+def files_digest(path: str | Path, *, without: Path | None = None) -> str:
     """Hex SHA-256 over (relative path, bytes, mtime in ns) of every file in a folder that is not hidden, or of one
-    file.
+    file; `without` what lies in one folder of it, such as the output of a run that reads the rest.
 
     Moving the folder as a whole keeps the digest. Raises `UserError` for a missing path.
     """
@@ -61,10 +67,37 @@ def files_digest(path: str | Path) -> str:
     if not root.exists():
         raise UserError(f"{root} does not exist")
     entries = sorted(_walk(root)) if root.is_dir() else [(root.name, root.stat())]
+    if without is not None and without.resolve().is_relative_to(root.resolve()):
+        inside = without.resolve().relative_to(root.resolve()).as_posix() + "/"
+        entries = [entry for entry in entries if not entry[0].startswith(inside)]
     digest = hashlib.sha256()
     for name, stat in entries:
         digest.update(os.fsencode(name) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+def decode_text(content: bytes, encoding: str = "utf-8") -> str:
+    """Text from bytes: as their byte-order mark says, else in `encoding`. Raises UnicodeError, and LookupError for an encoding that is unknown."""
+    for mark, marked in (
+        (codecs.BOM_UTF8, "utf-8-sig"),
+        (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+        (codecs.BOM_UTF32_BE, "utf-32"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    ):
+        if content.startswith(mark):
+            return content.decode(marked)
+    return content.decode(encoding)
+
+
+def read_text(file: Path) -> str:
+    """A text file: UTF-8, or as its byte-order mark says. Raises UserError where it cannot be read or is neither."""
+    try:
+        return decode_text(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: is not a UTF-8 text file (byte {error.start})") from None
 
 
 def file_sha256(path: Path) -> str:

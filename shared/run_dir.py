@@ -268,13 +268,14 @@ def input_digests(config: CommandConfig) -> dict[str, str]:
     for key, path in config.inputs().items():
         if not path.exists():
             raise UserError(f"{key}: {path}: no such file or folder")
-        digests[key] = input_digest(path)
+        digests[key] = input_digest(path, config.output)
     return digests
 
 
-def input_digest(path: Path) -> str:
-    """Digest of one input: of a model file's bytes, of the names, sizes and times of anything else."""
-    return file_sha256(path) if path.suffix == ".safetensors" else files_digest(path)
+def input_digest(path: Path, output: Path | None = None) -> str:
+    """Digest of one input: of a model file's bytes, of the names, sizes and times of anything else; what a run writes into its own input does not
+    count."""
+    return file_sha256(path) if path.suffix == ".safetensors" else files_digest(path, without=output)
 
 
 def _environment(command: str, inputs: dict[str, str]) -> dict[str, Any]:

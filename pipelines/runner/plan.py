@@ -107,7 +107,7 @@ def _inputs(stage: Stage, by_name: dict[str, Stage], pending: set[str]) -> tuple
                 what = ", ".join(writer.kind.writes) or "nothing to read"
                 missing[path] = f"{key}: {path}: stage {writer.name} does not write this; it writes {what}"
         elif path.exists():
-            digests[key] = input_digest(path)
+            digests[key] = input_digest(path, stage.run)
         else:
             hint = f"; --redo {writer.name} makes it again" if writer else ""
             missing[path] = f"{key}: {path}: no such file or folder{hint}"

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ssld.shared.errors import UserError
-from ssld.shared.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_pattern, list_images, require_images
+from ssld.shared.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_pattern, list_files, require_images
 from ssld.stage2_detect.data.coco import CocoImage, Id
 
 _SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
@@ -43,7 +43,7 @@ def find_images(images: str) -> ImageFiles:
     one a line, relative to that file. Raises UserError where there are none, or a listed one is missing."""
     path = Path(images)
     if path.is_dir():
-        return ImageFiles(images, list_images(path, _SUFFIXES) or require_images(path))
+        return ImageFiles(images, list_files(path, _SUFFIXES) or require_images(path))
     if path.is_file():
         return _together([images] if images.lower().endswith(_SUFFIXES) else _listed(path))
     if is_pattern(images):

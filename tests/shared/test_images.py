@@ -17,7 +17,15 @@ import torch
 from PIL import Image
 
 from ssld.shared.errors import UserError
-from ssld.shared.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, files_digest, list_images, require_images
+from ssld.shared.files import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    files_digest,
+    list_files,
+    list_images,
+    read_text,
+    require_images,
+)
 from ssld.shared.images import (
     UnreadableImage,
     crop_of,
@@ -243,7 +251,7 @@ def test_suffixes_of_images_and_videos(tmp_path: Path) -> None:
     for name in (*images, *videos, "notes.txt", "raw.dng", "ats", "jpg"):
         (tmp_path / name).touch()
     assert list_images(tmp_path) == sorted(images)
-    assert list_images(tmp_path, VIDEO_SUFFIXES) == sorted(videos)
+    assert list_files(tmp_path, VIDEO_SUFFIXES) == sorted(videos)
     assert not set(IMAGE_SUFFIXES) & set(VIDEO_SUFFIXES)
     every = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
     assert all(suffix == suffix.lower() and suffix.startswith(".") for suffix in every)
@@ -280,6 +288,34 @@ def test_files_digest(tmp_path: Path) -> None:
     assert files_digest(folder / "c.jpg") != files_digest(folder / "sub" / "a.jpg")
     with pytest.raises(UserError, match="does not exist"):
         files_digest(folder / "absent")
+
+
+def test_digest_without_what_a_run_writes_into_its_input(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"a")
+    before = files_digest(tmp_path, without=tmp_path / "out")
+    for name in ("out", "outside"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "out" / "result.json").write_bytes(b"{}")
+    assert (
+        files_digest(tmp_path, without=tmp_path / "out") == before == files_digest(tmp_path, without=tmp_path / "out/")
+    )
+    assert files_digest(tmp_path, without=tmp_path.parent / "elsewhere") == files_digest(tmp_path) != before
+    (tmp_path / "outside" / "b.jpg").write_bytes(b"b")
+    assert files_digest(tmp_path, without=tmp_path / "out") != before
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_text_is_read_by_its_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "list.txt").write_bytes("größe.jpg\n".encode(encoding))
+    assert read_text(tmp_path / "list.txt") == "größe.jpg\n"
+
+
+def test_text_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes("größe.jpg".encode("latin-1"))
+    with pytest.raises(UserError, match=r"list\.txt: is not a UTF-8 text file \(byte 2\)"):
+        read_text(tmp_path / "list.txt")
+    with pytest.raises(UserError, match="No such file"):
+        read_text(tmp_path / "absent.txt")
 
 
 @pytest.mark.process
