@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from ssld.shared.errors import UserError
-from ssld.shared.files import files_digest, list_images, require_images
+from ssld.shared.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, files_digest, list_images, require_images
 from ssld.shared.images import (
     UnreadableImage,
     crop_of,
@@ -234,6 +234,20 @@ def test_list_images(tmp_path: Path) -> None:
         ["a.jpeg", "b/1.png", "b/2.JPG", "b/deep/er/3.tiff", "link/linked.png", "z.WebP"]
     )
     assert require_images(tmp_path / "in") == list_images(str(tmp_path / "in"))
+
+
+def test_suffixes_of_images_and_videos(tmp_path: Path) -> None:
+    """What phones, browsers and cameras write, in any case; a name is an image or a video, never both."""
+    images = ["a.jfif", "a.JPE", "b.avif", "c.HEIC", "c.heif", "d.mpo", "e.j2k", "f.tga", "g.pbm"]
+    videos = ["a.ts", "b.MTS", "c.3gp", "d.M2TS", "e.ogv", "f.qt"]
+    for name in (*images, *videos, "notes.txt", "raw.dng", "ats", "jpg"):
+        (tmp_path / name).touch()
+    assert list_images(tmp_path) == sorted(images)
+    assert list_images(tmp_path, VIDEO_SUFFIXES) == sorted(videos)
+    assert not set(IMAGE_SUFFIXES) & set(VIDEO_SUFFIXES)
+    every = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
+    assert all(suffix == suffix.lower() and suffix.startswith(".") for suffix in every)
+    assert len(set(every)) == len(every)
 
 
 def test_require_images_errors(tmp_path: Path) -> None:
