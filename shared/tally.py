@@ -139,9 +139,7 @@ class Tally:
         """Raises UserError naming `place` where something was lost in bulk, unless that is allowed by `setting`."""
         sentence = None if allow_loss else self.bulk_loss()
         if sentence:
-            raise UserError(
-                f"{place}: {sentence}; correct the source, or set {setting}: true to train on the rest"
-            )
+            raise UserError(f"{place}: {sentence}; correct the source, or set {setting}: true to train on the rest")
 
 
 def _add(table: dict[Any, tuple[int, str]], key: tuple[str, ...], number: int, name: object) -> None:
