@@ -135,11 +135,13 @@ class Tally:
                 return sentence
         return None
 
-    def check(self, place: object, *, allow_loss: bool, setting: str = "data.allow_loss") -> None:
-        """Raises UserError naming `place` where something was lost in bulk, unless that is allowed by `setting`."""
+    def check(
+        self, place: object, *, allow_loss: bool, otherwise: str = "set data.allow_loss: true to train on the rest"
+    ) -> None:
+        """Raises UserError naming `place` where something was lost in bulk, unless that is allowed; `otherwise` says how to allow it."""
         sentence = None if allow_loss else self.bulk_loss()
         if sentence:
-            raise UserError(f"{place}: {sentence}; correct the source, or set {setting}: true to train on the rest")
+            raise UserError(f"{place}: {sentence}; correct the source, or {otherwise}")
 
 
 def _add(table: dict[Any, tuple[int, str]], key: tuple[str, ...], number: int, name: object) -> None:

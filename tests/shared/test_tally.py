@@ -55,6 +55,8 @@ def test_a_class_that_is_lost_stops_a_run_that_keeps_most_boxes() -> None:
     assert str(error.value) == (
         f"train.json: {expected}; correct the source, or set data.allow_loss: true to train on the rest"
     )
+    with pytest.raises(UserError, match="correct the source, or set allow_loss: true to convert the rest"):
+        tally.check("train.json", allow_loss=False, otherwise="set allow_loss: true to convert the rest")
     tally.check("train.json", allow_loss=True)
 
 
@@ -83,10 +85,3 @@ def test_what_lies_beside_the_data_is_named_and_is_no_loss() -> None:
     skipped = {"of kind .txt": {"count": 5, "first": "notes.txt"}}
     assert tally.record()["file"] == {"kept": 0, "dropped": {}, "changed": {}, "skipped": skipped}
     assert "skipped" not in tally.record()["image"]
-
-
-def test_the_setting_that_allows_a_loss_is_named() -> None:
-    tally = Tally()
-    tally.drop("image", "no regular file", "a.jpg")
-    with pytest.raises(UserError, match="set allow_loss: true to train on the rest"):
-        tally.check("pool", allow_loss=False, setting="allow_loss")
