@@ -7,6 +7,7 @@ The digest of a folder covers names, sizes and contents, of large ones the conte
 do not matter: a copy is the same data. Folders are walked with `os.scandir`; the only cache is the caller's.
 """
 
+import codecs
 import hashlib
 import os
 import re
@@ -122,8 +123,9 @@ def list_folders(folder: str | Path) -> list[str]:
         )
 
 
-def files_below(folder: str | Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Sorted posix paths, relative to `folder`, of the files in it and below that end in one of `suffixes`; see `list_images`."""
+def list_files(folder: str | Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Sorted posix paths, relative to `folder`, of all files in it and below with one of these suffixes, in any case; "" is every suffix. What is left
+    out and followed is as with `list_images`."""
     return sorted(name for name, _ in _walk(folder, Tally()) if name.lower().endswith(suffixes))
 
 
@@ -153,6 +155,30 @@ def files_digest(path: str | Path) -> str:
         for part in _parts(file, size, whole=whole):
             digest.update(part)
     return digest.hexdigest()
+
+
+def decode_text(content: bytes, encoding: str = "utf-8") -> str:
+    """Text from bytes: as their byte-order mark says, else in `encoding`. Raises UnicodeError, and LookupError for an encoding that is unknown."""
+    for mark, marked in (
+        (codecs.BOM_UTF8, "utf-8-sig"),
+        (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+        (codecs.BOM_UTF32_BE, "utf-32"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    ):
+        if content.startswith(mark):
+            return content.decode(marked)
+    return content.decode(encoding)
+
+
+def read_text(file: Path) -> str:
+    """A text file: UTF-8, or as its byte-order mark says. Raises UserError where it cannot be read or is neither."""
+    try:
+        return decode_text(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: is not a UTF-8 text file (byte {error.start})") from None
 
 
 def file_sha256(path: Path) -> str:

@@ -15,7 +15,14 @@ import torch
 from PIL import Image
 
 from ssld.shared.errors import UserError
-from ssld.shared.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, list_images, require_images
+from ssld.shared.files import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    list_files,
+    list_images,
+    read_text,
+    require_images,
+)
 from ssld.shared.images import (
     UnreadableImage,
     crop_of,
@@ -241,7 +248,7 @@ def test_suffixes_of_images_and_videos(tmp_path: Path) -> None:
     for name in (*images, *videos, "notes.txt", "raw.dng", "ats", "jpg"):
         (tmp_path / name).touch()
     assert list_images(tmp_path) == sorted(images)
-    assert list_images(tmp_path, VIDEO_SUFFIXES) == sorted(videos)
+    assert list_files(tmp_path, VIDEO_SUFFIXES) == sorted(videos)
     assert not set(IMAGE_SUFFIXES) & set(VIDEO_SUFFIXES)
     every = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
     assert all(suffix == suffix.lower() and suffix.startswith(".") for suffix in every)
@@ -256,6 +263,20 @@ def test_require_images_errors(tmp_path: Path) -> None:
         require_images(tmp_path)
     with pytest.raises(UserError, match="is a file"):
         require_images(tmp_path / "note.txt")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_text_is_read_by_its_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "list.txt").write_bytes("größe.jpg\n".encode(encoding))
+    assert read_text(tmp_path / "list.txt") == "größe.jpg\n"
+
+
+def test_text_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes("größe.jpg".encode("latin-1"))
+    with pytest.raises(UserError, match=r"list\.txt: is not a UTF-8 text file \(byte 2\)"):
+        read_text(tmp_path / "list.txt")
+    with pytest.raises(UserError, match="No such file"):
+        read_text(tmp_path / "absent.txt")
 
 
 @pytest.mark.process

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from pycocotools import mask as mask_codec
 
 from ssld.shared.errors import UserError
+from ssld.shared.files import read_text
 from ssld.shared.images import UnreadableImage, image_size
 from ssld.stage2_detect.data.coco import MIN_SIDE
 
@@ -175,16 +176,6 @@ def check_class_names(names: list[str], place: str) -> None:
     twice = [name for name, times in Counter(names).items() if times > 1]
     if twice:
         raise UserError(f"{place}: two classes are called {twice[0]!r}")
-
-
-def read_text(file: Path) -> str:
-    """A text file. Raises UserError where it cannot be read or is not UTF-8."""
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: is not a UTF-8 text file (byte {error.start})") from None
 
 
 def _annotation(number: int, image_id: int, one: FoundObject, corners: Corners, image: FoundImage) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from xml.parsers import expat
 
 from ssld.shared.errors import UserError
-from ssld.shared.files import list_images
+from ssld.shared.files import list_images, read_text
 from ssld.stage2_detect.data.convert.records import (
     Found,
     FoundImage,
@@ -20,7 +20,6 @@ from ssld.stage2_detect.data.convert.records import (
     check_class_names,
     finite_number,
     read_class_list,
-    read_text,
     size_of,
 )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import UserError
-from ssld.shared.files import IMAGE_SUFFIXES, list_images
+from ssld.shared.files import IMAGE_SUFFIXES, list_images, read_text
 from ssld.stage2_detect.data.convert.records import (
     Found,
     FoundImage,
@@ -20,7 +20,6 @@ from ssld.stage2_detect.data.convert.records import (
     check_class_names,
     finite_number,
     read_class_list,
-    read_text,
     size_of,
 )
 
