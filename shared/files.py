@@ -1,18 +1,23 @@
 """Image and video files, and folders of them: names, lists, digests that tell of a change; writing whole or not at all. Torch-free, for config code.
 
-The digest of a folder covers names, sizes and modification times, not contents: a million files are digested in seconds, and a changed picture is
-noticed unless somebody resets its time stamp on purpose. Folders are walked with `os.scandir`; the only cache is the caller's.
+What is an image is said by a name that ends as those of images do, and by the content of a file whose name says nothing. Only regular files are read:
+a pipe would never end. What a run of ours has written is no data of another.
+
+The digest of a folder covers names, sizes and contents, of large ones the contents of a sample: a million files are digested in seconds. Time stamps
+do not matter: a copy is the same data. Folders are walked with `os.scandir`; the only cache is the caller's.
 """
 
 import codecs
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 from ssld.shared.errors import UserError
+from ssld.shared.tally import Tally
 
 # fmt: off
 IMAGE_SUFFIXES = (
@@ -33,46 +38,126 @@ def is_pattern(path: str) -> bool:
     return re.search(r"[*?[]", path) is not None
 
 
-def list_images(folder: str | Path) -> list[str]:
-    """Sorted posix paths, relative to `folder`, of all images in it and below."""
-    return list_files(folder, IMAGE_SUFFIXES)
+class ImageFolder(PosixPath):
+    """A path of which images and files of images alone matter: its digest does not cover what else lies there."""
 
 
-def list_files(folder: str | Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Sorted posix paths, relative to `folder`, of all files in it and below with one of these suffixes, in any case; "" is every suffix. Hidden
-    names are skipped, links followed."""
-    return sorted(name for name, _ in _walk(folder) if name.lower().endswith(suffixes))
+def is_hidden(path: str) -> bool:
+    """Whether a posix path has a part that file managers and operating systems hide or made for themselves."""
+    return any(
+        (part.startswith(".") and part not in (".", "..")) or part.lower() in _LITTER for part in path.split("/")
+    )
 
 
-def require_images(folder: str | Path) -> list[str]:
+def looks_like_image(head: bytes) -> bool:
+    """Whether the first 64 bytes of a file are those of an image, whether or not it can be decoded here."""
+    return (
+        head.startswith(_BEGINNINGS)
+        or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+        or (head[4:8] == b"ftyp" and head[8:12] in _BRANDS)
+        or (head[:2] == b"BM" and head[14:18] in _BMP_HEADERS)
+        or re.match(rb"P[1-6]\s+(#[^\n]*\n\s*)*\d+\s+\d+\s", head) is not None
+    )
+
+
+def says_nothing(name: str) -> bool:
+    """Whether only the content can say whether a file is an image: its name is neither that of an image nor of a known kind of other files."""
+    return not name.lower().endswith((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, *_OTHERS, *_RAW))
+
+
+def kind_of(name: str) -> str:
+    """What a file is called that is left out, as the end of "3 files skipped: 3 ...": `of kind .txt`, `without a suffix`."""
+    suffix = os.path.splitext(name)[1].lower()
+    return f"of kind {suffix}" if re.fullmatch(r"\.\w{1,12}", suffix) else "without a suffix"
+
+
+def list_images(
+    folder: str | Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES, tally: Tally | None = None
+) -> list[str]:
+    """Sorted posix paths, relative to `folder`, of all images in it and below.
+
+    Suffixes in any case; a file whose name says nothing is an image if its content is one. Links are followed. Hidden names, run directories, pipes
+    and other files that are none are left out.
+
+    Args:
+        tally: counts the images and what is left out, by the first folder below `folder`.
+    """
+    tally = Tally() if tally is None else tally
+    names = []
+    for name, entry in _walk(folder, tally):
+        lower = name.lower()
+        if lower.endswith(suffixes):
+            names.append(name)
+        elif lower.endswith(_RAW):
+            tally.drop("image", "of camera raw, to be converted", escaped(name), group=_first_folder(name))
+        elif says_nothing(name) and looks_like_image(_head(entry.path)):
+            names.append(name)
+        else:
+            tally.skip("file", kind_of(name), escaped(name))
+    for group, number in Counter(map(_first_folder, names)).items():
+        tally.keep("image", number, group=group)
+    return sorted(names)
+
+
+def require_images(folder: str | Path, tally: Tally | None = None) -> list[str]:
     """`list_images`, or a `UserError` when the path is missing, is not a folder, or holds no image."""
-    path = Path(folder)
+    path, tally = Path(folder), Tally() if tally is None else tally
     if not path.exists():
         raise UserError(f"image folder {path} does not exist")
     if not path.is_dir():
         raise UserError(f"{path} is a file, expected a folder of images")
-    names = list_images(path)
+    names = list_images(path, tally=tally)
     if not names:
-        raise UserError(f"no images in {path} (looked, in all sub-folders, for {' '.join(IMAGE_SUFFIXES)})")
+        seen = tally.describe() or f"looked, in all sub-folders, for {' '.join(IMAGE_SUFFIXES)}"
+        raise UserError(f"no images in {path} ({seen})")
     return names
 
 
-def files_digest(path: str | Path, *, without: Path | None = None) -> str:
-    """Hex SHA-256 over (relative path, bytes, mtime in ns) of every file in a folder that is not hidden, or of one
-    file; `without` what lies in one folder of it, such as the output of a run that reads the rest.
+def list_folders(folder: str | Path) -> list[str]:
+    """Names of the folders right below a folder, sorted; without hidden ones, run directories and those of programs."""
+    with os.scandir(folder) as entries:
+        return sorted(
+            entry.name
+            for entry in entries
+            if not is_hidden(entry.name) and entry.is_dir() and not _is_run(os.listdir(entry.path))
+        )
 
-    Moving the folder as a whole keeps the digest. Raises `UserError` for a missing path.
+
+def list_files(folder: str | Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Sorted posix paths, relative to `folder`, of all files in it and below with one of these suffixes, in any case; "" is every suffix. What is left
+    out and followed is as with `list_images`."""
+    return sorted(name for name, _ in _walk(folder, Tally()) if name.lower().endswith(suffixes))
+
+
+def files_digest(path: str | Path, *, without: Path | None = None) -> str:
+    """Hex SHA-256 over (relative path, bytes) of every file in a folder that is not hidden, or of one file, and over contents: all of them up to
+    `_DIGESTED` bytes, beyond that parts of files that are evenly spread.
+
+    Of an `ImageFolder` only images, Parquet and tar files count. Moving or copying the folder as a whole keeps the digest, and so do other time
+    stamps; `without` is a folder that does not count, such as the output of a run that reads the rest. Raises `UserError` for a missing path.
     """
     root = Path(path)
     if not root.exists():
         raise UserError(f"{root} does not exist")
-    entries = sorted(_walk(root)) if root.is_dir() else [(root.name, root.stat())]
+    left_out = None
     if without is not None and without.resolve().is_relative_to(root.resolve()):
-        inside = without.resolve().relative_to(root.resolve()).as_posix() + "/"
-        entries = [entry for entry in entries if not entry[0].startswith(inside)]
+        left_out = without.resolve().relative_to(root.resolve()).as_posix() + "/"
+    files = [(root.name, root.stat().st_size, str(root))]
+    if root.is_dir():
+        files = sorted(
+            (name, entry.stat().st_size, entry.path)
+            for name, entry in _walk(root, Tally())
+            if not (left_out and name.startswith(left_out))
+            and (not isinstance(path, ImageFolder) or _is_data(name, entry))
+        )
     digest = hashlib.sha256()
-    for name, stat in entries:
-        digest.update(os.fsencode(name) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    for name, size, _ in files:
+        digest.update(os.fsencode(name) + f"\0{size}\n".encode())
+    whole = sum(size for _, size, _ in files) <= _DIGESTED
+    for place in range(len(files)) if whole else spread(len(files), _SAMPLED):
+        _, size, file = files[place]
+        for part in _parts(file, size, whole=whole):
+            digest.update(part)
     return digest.hexdigest()
 
 
@@ -141,23 +226,137 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def _walk(folder: str | Path) -> Iterator[tuple[str, os.stat_result]]:
-    """(posix path relative to `folder`, stat) of every file; broken links and hidden names are skipped, a link to a
-    parent ends there."""
+def escaped(name: str) -> str:
+    """A file name as text that can be printed and written: bytes that are not UTF-8 as `\\udcXX`. `unescaped` takes it back."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def unescaped(text: str) -> str:
+    """The file name that `escaped` was made of."""
+    return re.sub(r"\\udc([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), text)
+
+
+_DIGESTED = 1 << 28
+"""bytes of a folder or file up to which all of them are digested"""
+_SAMPLED, _PART = 1000, 1 << 16
+_LITTER = frozenset(
+    {
+        "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "#recycle", "#snapshot", "__macosx", "$recycle.bin", "system volume information",
+        "lost+found", "__pycache__",
+    }
+)  # fmt: skip
+"""what operating systems, file servers and Python leave in folders"""
+_TOOLS = (
+    ".git", ".svn", ".hg", ".dvc", ".cache", ".huggingface", ".ipynb_checkpoints", ".trash", ".thumb", ".snapshot", ".venv", ".idea", ".vscode",
+    ".appledouble", ".fseventsd", ".spotlight", ".temp", ".tmp", ".picasaoriginals", ".@__thumb", ".pytest_cache", ".mypy_cache", ".ruff_cache",
+)  # fmt: skip
+"""how hidden folders begin that nobody means as a class"""
+_OTHERS = (
+    ".txt", ".json", ".jsonl", ".xml", ".csv", ".tsv", ".lst", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".md", ".rst", ".html", ".htm", ".css",
+    ".js", ".pdf", ".log", ".py", ".ipynb", ".sh", ".m", ".db", ".sqlite", ".pkl", ".npy", ".npz", ".mat", ".h5", ".hdf5", ".pt", ".pth", ".ckpt",
+    ".onnx", ".safetensors", ".bin", ".parquet", ".arrow", ".feather", ".tar", ".tgz", ".gz", ".xz", ".bz2", ".zst", ".zip", ".7z", ".rar",
+    ".tfrecord", ".rec", ".idx", ".lmdb", ".mdb", ".cls", ".flo", ".wav", ".mp3", ".flac", ".ogg", ".svg", ".eps", ".lock", ".cache", ".url", ".lnk",
+)  # fmt: skip
+"""files that lie beside images; nobody has to look into them"""
+_RAW = (".cr2", ".cr3", ".nef", ".nrw", ".arw", ".dng", ".orf", ".rw2", ".raf", ".pef", ".srw", ".rwl", ".3fr", ".iiq")
+"""camera raw: decoders of TIFF find a thumbnail in them"""
+_BEGINNINGS = (
+    b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"\0\0\0\x0cjP  \r\n\x87\n",
+    b"\xff\x4f\xff\x51", b"\0\0\0\x0cJXL \r\n\x87\n", b"qoif",
+)  # fmt: skip
+_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+_BMP_HEADERS = tuple(size.to_bytes(4, "little") for size in (12, 40, 52, 56, 64, 108, 124))
+
+
+def _walk(folder: str | Path, tally: Tally) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
+    """(posix path relative to `folder`, entry) of every regular file; hidden names and run directories are skipped, a link to a parent ends there.
+
+    What may be missed is counted: images in hidden folders, broken links, and pipes and the like that are called images.
+    """
     root = Path(folder).stat()
     pending = [(os.fspath(folder), "", frozenset({(root.st_dev, root.st_ino)}))]
     while pending:
         place, prefix, parents = pending.pop()
         with os.scandir(place) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
+            found = list(entries)
+        if prefix and _is_run([entry.name for entry in found]):
+            tally.skip("folder", "written by a run", escaped(prefix.rstrip("/")))
+            continue
+        for entry in found:
+            name = prefix + entry.name
+            if is_hidden(entry.name):
+                _note_hidden(entry, name, tally)
+                continue
+            try:
+                if entry.is_file():
+                    yield name, entry
                     continue
-                try:
-                    stat = entry.stat()
-                    is_folder = entry.is_dir()
-                except OSError:  # a broken link, or a file that went away while we walked
+                if not entry.is_dir():
+                    if name.lower().endswith(IMAGE_SUFFIXES):
+                        cause = (
+                            "behind broken links"
+                            if entry.is_symlink() and not os.path.exists(entry.path)
+                            else "that are no files"
+                        )
+                        tally.drop("image", cause, escaped(name), group=_first_folder(name))
                     continue
-                if not is_folder:
-                    yield prefix + entry.name, stat
-                elif (stat.st_dev, stat.st_ino) not in parents:
-                    pending.append((entry.path, f"{prefix}{entry.name}/", parents | {(stat.st_dev, stat.st_ino)}))
+                stat = entry.stat()
+            except OSError:  # it went away while we walked
+                continue
+            if (stat.st_dev, stat.st_ino) not in parents:
+                pending.append((entry.path, f"{name}/", parents | {(stat.st_dev, stat.st_ino)}))
+
+
+def _note_hidden(entry: "os.DirEntry[str]", name: str, tally: Tally) -> None:
+    """Count the images of a hidden folder, which may be a class to somebody; and a hidden image, which is none to anybody."""
+    lower = entry.name.lower()
+    if not lower.startswith(".") or lower.startswith(("._", *_TOOLS)):
+        return
+    if entry.is_dir(follow_symlinks=False):
+        inside = [
+            f"{name}/{image}" for image, _ in _walk(entry.path, Tally()) if image.lower().endswith(IMAGE_SUFFIXES)
+        ]
+        if inside and "/" not in name:
+            tally.drop("image", "in a hidden folder", escaped(min(inside)), len(inside), group=escaped(name))
+        elif inside:
+            tally.skip("file", "in a hidden folder", escaped(min(inside)), len(inside))
+    elif lower.endswith(IMAGE_SUFFIXES):
+        tally.skip("file", "hidden", escaped(name))
+
+
+def _is_run(names: Iterable[str]) -> bool:
+    """Whether files of these names are those of a run directory of ours."""
+    return {"config.yaml", "environment.json"} <= set(names)
+
+
+def _is_data(name: str, entry: "os.DirEntry[str]") -> bool:
+    """Whether a file holds images."""
+    known = name.lower().endswith((*IMAGE_SUFFIXES, *_RAW, ".parquet", ".tar"))
+    return known or (says_nothing(name) and looks_like_image(_head(entry.path)))
+
+
+def _first_folder(name: str) -> str | None:
+    return escaped(name.partition("/")[0]) if "/" in name else None
+
+
+def _head(path: str) -> bytes:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read(64)
+    except OSError:
+        return b""
+
+
+def _parts(path: str, size: int, *, whole: bool) -> Iterator[bytes]:
+    """A file's bytes, or its beginning, middle and end; nothing of one that cannot be read, which is for its reader to say."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            if whole or size <= 3 * _PART:
+                while block := file.read(1 << 20):
+                    yield block
+            else:
+                for start in (0, (size - _PART) // 2, size - _PART):
+                    file.seek(start)
+                    yield file.read(_PART)
+    except OSError:
+        yield b"unreadable"

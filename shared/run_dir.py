@@ -254,12 +254,26 @@ def changes_since(run: Path, config: CommandConfig, inputs: dict[str, str]) -> t
     permitted: list[str] = []
     refused: list[str] = []
     for key, before, after in differences(old_config, identity(config)):
+        if _same_place(before, after):
+            continue
         line = f"{key}: {json.dumps(before)} -> {json.dumps(after)}"
         (permitted if key in MAY_CHANGE else refused).append(line)
     refused += [
         f"{key} has other content" for key, before, after in differences(old_inputs, inputs) if before and after
     ]
     return permitted, refused
+
+
+def _same_place(before: Any, after: Any) -> bool:
+    """Whether two values are spellings of the path of one file or folder: `data/`, `data`, an absolute and a relative one. Lists item by item."""
+    if isinstance(before, list) and isinstance(after, list):
+        return len(before) == len(after) and all(map(_same_place, before, after))
+    if isinstance(before, dict) and isinstance(after, dict):
+        return before.keys() == after.keys() and all(_same_place(before[key], after[key]) for key in before)
+    if before == after:
+        return True
+    texts = isinstance(before, str) and isinstance(after, str)
+    return texts and os.path.exists(after) and os.path.realpath(before) == os.path.realpath(after)
 
 
 def input_digests(config: CommandConfig) -> dict[str, str]:
@@ -273,7 +287,7 @@ def input_digests(config: CommandConfig) -> dict[str, str]:
 
 
 def input_digest(path: Path, output: Path | None = None) -> str:
-    """Digest of one input: of a model file's bytes, of the names, sizes and times of anything else; what a run writes into its own input does not
+    """Digest of one input: of a model file's bytes, of what `files_digest` says of anything else; what a run writes into its own input does not
     count."""
     return file_sha256(path) if path.suffix == ".safetensors" else files_digest(path, without=output)
 

@@ -27,6 +27,7 @@ class Tally:
         self._dropped: dict[tuple[str, str], tuple[int, str]] = {}
         self._dropped_in: dict[tuple[str, str, str], tuple[int, str]] = {}
         self._changed: dict[tuple[str, str], tuple[int, str]] = {}
+        self._skipped: dict[tuple[str, str], tuple[int, str]] = {}
 
     def keep(self, what: str, number: int = 1, *, group: str | None = None) -> None:
         """Count what was read as it is."""
@@ -46,13 +47,23 @@ class Tally:
         if number:
             _add(self._changed, (what, cause), number, name)
 
+    def skip(self, what: str, cause: str, name: object, number: int = 1) -> None:
+        """Count what lies beside the data and is none of them, or what the settings leave out: named, but never a loss."""
+        if number:
+            _add(self._skipped, (what, cause), number, name)
+
     def merge(self, other: "Tally") -> None:
         """Add what another tally counted."""
         for what, number in other._kept.items():
             self._kept[what] = self._kept.get(what, 0) + number
         for member, number in other._kept_in.items():
             self._kept_in[member] = self._kept_in.get(member, 0) + number
-        for mine, theirs in ((self._dropped, other._dropped), (self._changed, other._changed)):
+        tables = (
+            (self._dropped, other._dropped),
+            (self._changed, other._changed),
+            (self._skipped, other._skipped),
+        )
+        for mine, theirs in tables:
             for key, (number, first) in theirs.items():
                 _add(mine, key, number, first)
         for place, (number, first) in other._dropped_in.items():
@@ -74,13 +85,19 @@ class Tally:
             number for (kind, why), (number, _) in self._changed.items() if kind == what and cause in (None, why)
         )
 
+    def skipped(self, what: str, cause: str | None = None) -> int:
+        """How many lay beside the data."""
+        return sum(
+            number for (kind, why), (number, _) in self._skipped.items() if kind == what and cause in (None, why)
+        )
+
     def describe(self) -> str:
         """One line for the log, empty where nothing was left out or changed.
 
         `3 boxes dropped: 2 outside the image (first: annotation 7), 1 of no size (first: annotation 9); 1 box changed: ...`
         """
         parts = []
-        for table, verb in ((self._dropped, "dropped"), (self._changed, "changed")):
+        for table, verb in ((self._dropped, "dropped"), (self._changed, "changed"), (self._skipped, "skipped")):
             for what in dict.fromkeys(kind for kind, _ in table):
                 causes = {cause: entry for (kind, cause), entry in table.items() if kind == what}
                 total = sum(number for number, _ in causes.values())
@@ -88,14 +105,16 @@ class Tally:
         return "; ".join(parts)
 
     def record(self) -> dict[str, Any]:
-        """The same for `result.json`: `{"box": {"kept": 10, "dropped": {CAUSE: {"count": 2, "first": NAME}}, "changed": {...}}}`."""
-        kinds = dict.fromkeys([*self._kept, *(what for what, _ in (*self._dropped, *self._changed))])
+        """The same for `result.json`: `{"box": {"kept": 10, "dropped": {CAUSE: {"count": 2, "first": NAME}}, "changed": {...}}}`, and `skipped`
+        where there is any."""
+        kinds = dict.fromkeys([*self._kept, *(what for what, _ in (*self._dropped, *self._changed, *self._skipped))])
         return {
             what: {
                 "kept": self.kept(what),
                 "dropped": _entries(self._dropped, what),
                 "changed": _entries(self._changed, what),
             }
+            | ({"skipped": skipped} if (skipped := _entries(self._skipped, what)) else {})
             for what in kinds
         }
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from ssld.shared.config.settings import Config
+from ssld.shared.files import ImageFolder
 
 Part = Annotated[float, Field(gt=0, le=1)]
 Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -52,7 +53,7 @@ class SourceConfig(Config):
 
     def inputs(self, key: str) -> dict[str, Path]:
         """The local files this source reads."""
-        files = {} if is_remote(self.path) or "*" in self.path else {key: Path(self.path)}
+        files: dict[str, Path] = {} if is_remote(self.path) or "*" in self.path else {key: ImageFolder(self.path)}
         if self.labels not in ("auto", "none"):
             files[f"{key}.labels"] = Path(self.labels)
         return files

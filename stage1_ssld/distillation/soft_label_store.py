@@ -18,7 +18,7 @@ import torch
 
 from ssld.shared.distributed.ranks import gather_lists, rank, world_size
 from ssld.shared.errors import UserError
-from ssld.shared.files import file_sha256, spread
+from ssld.shared.files import ImageFolder, file_sha256, spread
 from ssld.shared.images import UnreadableImage
 from ssld.shared.models.model_file import content_hash
 from ssld.shared.models.teacher import Teacher
@@ -55,7 +55,7 @@ def source_record(source: ImageSource) -> dict[str, Any]:
         "labels": labels,
         "rows": len(source),
         "names": hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16],
-        "digest": input_digest(Path(config.path)) if local else None,
+        "digest": input_digest(ImageFolder(config.path)) if local else None,
     }
 
 

@@ -2,12 +2,10 @@
 
 import contextlib
 import io
-import os
 import pickle
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -266,28 +264,6 @@ def test_require_images_errors(tmp_path: Path) -> None:
         require_images(tmp_path)
     with pytest.raises(UserError, match="is a file"):
         require_images(tmp_path / "note.txt")
-
-
-def test_files_digest(tmp_path: Path) -> None:
-    folder = tmp_path / "one"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "sub" / "a.jpg").write_bytes(b"abc")
-    (folder / "b.jpg").write_bytes(b"abc")
-    digest = files_digest(folder)
-    assert digest == files_digest(str(folder))
-    assert len(digest) == 64
-    folder.rename(tmp_path / "two")
-    folder = tmp_path / "two"
-    assert files_digest(folder) == digest
-    now = time.time_ns()
-    os.utime(folder / "b.jpg", ns=(now + 10**9, now + 10**9))
-    touched = files_digest(folder)
-    assert touched != digest
-    (folder / "b.jpg").rename(folder / "c.jpg")
-    assert files_digest(folder) not in (digest, touched)
-    assert files_digest(folder / "c.jpg") != files_digest(folder / "sub" / "a.jpg")
-    with pytest.raises(UserError, match="does not exist"):
-        files_digest(folder / "absent")
 
 
 def test_digest_without_what_a_run_writes_into_its_input(tmp_path: Path) -> None:
