@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -26,6 +26,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from ssld.shared.config.bounds import Processes
 from ssld.shared.config.help import HelpAction, models_in, settings_help
 from ssld.shared.config.yaml_files import Alternatives, merge, read_recipe, without_others
 from ssld.shared.errors import UserError
@@ -62,7 +63,7 @@ class CommandConfig(BaseSettings):
     )
     output: Path
     """run directory to create, or to go on with"""
-    threads: int | None = Field(None, ge=1, le=1024)
+    threads: Processes | None = None
     """CPU threads of this process; default: cores / processes on this machine"""
 
     @classmethod
@@ -206,12 +207,11 @@ def validate(
     misspelt key is named before the keys it leaves missing.
     """
     flags = flags or {}
-    for key in _with_nul(merge(values, flags)):
-        raise UserError(
-            f"{'command line' if _at(flags, key) else source}: {'.'.join(map(str, key))}: holds a NUL character"
-        )
+    for place in _with_nul(merge(values, flags)):
+        whose = "command line" if _at(flags, place) else source
+        raise UserError(f"{whose}: {'.'.join(map(str, place))}: holds a NUL character")
     items = _faults(config_type, merge(values, flags))
-    if isinstance(items, config_type):
+    if not isinstance(items, list):
         return items
     below = _own_faults(config_type, values, flags) if flags else {(item["loc"], item["msg"]) for item in items}
     lines = []
@@ -237,7 +237,7 @@ def _own_faults(config_type: type[BaseModel], values: dict[str, Any], flags: dic
     """
     while True:
         items = _faults(config_type, values)
-        if isinstance(items, BaseModel):
+        if not isinstance(items, list):
             return set()
         whole = values
         for item in items:
@@ -364,8 +364,8 @@ def _explain(config_type: type[BaseModel], item: Any) -> str:
         flags = ", ".join(f"--{name}" for name in _needed(config_type, item["loc"]))
         return f"{key}: missing; give it in the YAML file or as {flags}"
     words = _WORDS.get(item["type"])
-    bounds = {name: _number(bound) for name, bound in item.get("ctx", {}).items()}
-    message = words.format(**bounds) if words else item["msg"].removeprefix("Value error, ")
+    limits = {name: _number(limit) for name, limit in item.get("ctx", {}).items()}
+    message = words.format(**limits) if words else item["msg"].removeprefix("Value error, ")
     given = json.dumps(item["input"], default=str)
     shown = f" (given: {given if len(given) <= 80 else given[:77] + '...'})" if item["type"] != "value_error" else ""
     if item["type"] == "list_type" and item["input"] is None:
@@ -373,12 +373,14 @@ def _explain(config_type: type[BaseModel], item: Any) -> str:
     return f"{key}: {message}{shown}" if key else message
 
 
-def _number(bound: Any) -> Any:
-    """A bound for people: 1,000,000, 0.5."""
-    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" if isinstance(bound, float) else bound
+def _number(limit: Any) -> Any:
+    """A limit for people: 1,000,000, 0.5."""
+    if not isinstance(limit, int | float):
+        return limit
+    return f"{int(limit):,}" if limit == int(limit) else f"{limit:g}"
 
 
-def _needed(model: Any, location: tuple[Any, ...], before: str = "") -> list[str]:
+def _needed(model: Any, location: Sequence[Any], before: str = "") -> list[str]:
     """Dotted names of what a setting that is missing has to be given as: itself, or what a group cannot be without."""
     first, *rest = location
     field = getattr(model, "model_fields", {}).get(first)
@@ -386,7 +388,7 @@ def _needed(model: Any, location: tuple[Any, ...], before: str = "") -> list[str
     inner = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
     name = f"{before}{first}"
     if rest:
-        return _needed(inner, tuple(rest), f"{name}.")
+        return _needed(inner, rest, f"{name}.")
     needed = [key for key, one in inner.model_fields.items() if one.is_required()] if inner else []
     return [leaf for key in needed for leaf in _needed(inner, (key,), f"{name}.")] or [name]
 
