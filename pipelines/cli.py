@@ -122,8 +122,8 @@ def _version() -> str:
 def _completion(argv: list[str]) -> int:
     from ssld.pipelines.completion import SHELLS, completion_script
 
-    if len(argv) != 1 or argv[0].startswith("-"):
-        raise UserError(f"usage: ssld completion {'|'.join(SHELLS)}")
+    if _asks_for_help("completion", "|".join(SHELLS), argv):
+        return 0
     print(completion_script(argv[0], {name: about for name, (_, about) in COMMANDS.items()}), end="")
     return 0
 
@@ -136,10 +136,21 @@ def _main_of(module: str, argv: list[str]) -> int:
 def _inspect(argv: list[str]) -> int:
     from ssld.pipelines.inspecting import inspect_text
 
-    if len(argv) != 1 or argv[0].startswith("-"):
-        raise UserError("usage: ssld inspect FILE_OR_FOLDER")
+    if _asks_for_help("inspect", "FILE_OR_FOLDER", argv):
+        return 0
     print(inspect_text(Path(argv[0])))
     return 0
+
+
+def _asks_for_help(name: str, argument: str, argv: list[str]) -> bool:
+    """Whether the line of a command with one argument asks for its help, which is then printed. Raises UserError for any line but these two."""
+    text = f"usage: ssld {name} {argument}"
+    if {"-h", "--help"} & set(argv):
+        print(f"{text}\n\n{COMMANDS[name][1]}")
+        return True
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise UserError(text)
+    return False
 
 
 def _script(name: str, argv: list[str]) -> str:
@@ -148,7 +159,7 @@ def _script(name: str, argv: list[str]) -> str:
 
     file = _model(argv)
     if file is None:
-        raise UserError(f"ssld {name}: needs --model FILE; the settings are those of {_scripts(name)}")
+        raise UserError(f"usage: ssld {name} --model FILE ...; the settings are those of {_scripts(name)}")
     kind = read_metadata(Path(file)).get("kind", "backbone")  # a file of plain timm has no kind
     done, scripts = _BY_KIND[name]
     if kind not in scripts:

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ssld.shared.config.bounds import Processes
 from ssld.shared.config.settings import CommandConfig, Config, did_you_mean
 
 CommandName = Literal[
@@ -47,7 +48,7 @@ class StageConfig(Config):
     """YAML file of the command"""
     set: dict[str, Any] = {}
     """settings laid on that file, by dotted key, as flags would"""
-    processes: int = Field(1, ge=1)
+    processes: Processes = 1
     """processes on this machine"""
 
 

@@ -101,6 +101,10 @@ def _check_arguments(arguments: Namespace, names: Iterable[Path]) -> None:
     for file in names:
         if file.exists():
             raise UserError(f"{file}: is there already; give another --output, or delete it")
+    given = {"output": output} | {name: getattr(arguments, name) for name in (*FLAGS, "unlabeled")}
+    for name, path in given.items():
+        if path and "${" in str(path):
+            raise UserError(f"--{name} {path}: ${{ stands for a variable in a pipeline; give a path without it")
     if arguments.val_images and not arguments.val_annotations:
         raise UserError("--val_images: give --val_annotations too")
     if not 0 < arguments.val_share < 1:

@@ -33,6 +33,7 @@ from PIL import Image
 from pydantic import Field
 
 from ssld.pipelines.toy_drawing import CLASSES, SCENE_SIZE, Thing, draw_crop, draw_scene
+from ssld.shared.config.bounds import Seed
 from ssld.shared.config.command import run_command
 from ssld.shared.config.settings import CommandConfig, Config
 from ssld.shared.errors import UserError
@@ -51,24 +52,24 @@ _PARTS = ("stage1", "stage2")
 class ToySizes(Config):
     """How many pictures; the defaults are those of `pipelines/quickstart.yaml`."""
 
-    labeled: int = Field(800, ge=len(CLASSES))
+    labeled: int = Field(800, ge=len(CLASSES), le=1_000_000)
     """labelled crops: few, so that the unlabelled ones matter"""
-    unlabeled: int = Field(3000, ge=1)
+    unlabeled: int = Field(3000, ge=1, le=1_000_000)
     """crops without labels"""
-    teacher_train: int = Field(5000, ge=len(CLASSES))
+    teacher_train: int = Field(5000, ge=len(CLASSES), le=1_000_000)
     """labelled crops that only a teacher is trained on"""
-    val: int = Field(1000, ge=len(CLASSES))
+    val: int = Field(1000, ge=len(CLASSES), le=1_000_000)
     """labelled crops to evaluate on"""
-    train_scenes: int = Field(300, ge=4)
+    train_scenes: int = Field(300, ge=4, le=1_000_000)
     """scenes to train a detector on"""
-    val_scenes: int = Field(200, ge=4)
+    val_scenes: int = Field(200, ge=4, le=1_000_000)
     """scenes to evaluate it on"""
 
 
 class ToyDataConfig(CommandConfig):
     """Draw the embedded data set."""
 
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """another seed draws other pictures of the same kind"""
     sizes: ToySizes = ToySizes()
 

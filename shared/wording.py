@@ -1,7 +1,11 @@
-"""Numbers and lists in sentences."""
+"""Numbers, lists and other people's text in sentences."""
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
+
+# Control characters, invisible ones that turn or join text, halves of characters, and what else ends a line.
+_UNPRINTED = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 def count(number: int, what: str, plural: str | None = None) -> str:
@@ -33,3 +37,16 @@ def duration(seconds: float | None) -> str:
     if minutes < 100:
         return f"{minutes} min"
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes < 2880 else f"{minutes / 1440:.1f} days"
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text that a terminal may be given: whatever would move its cursor, colour it, end a line or turn the direction of writing is escaped.
+
+    Class names, file names and metadata are other people's, and may hold anything. `keep` has the characters that stay, such as a line break.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        one.encode("unicode_escape").decode() if unicodedata.category(one) in _UNPRINTED and one not in keep else one
+        for one in text
+    )

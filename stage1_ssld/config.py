@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ssld.shared.config.bounds import BatchSize, Count, Images, Seed, Side, Weight, Workers
 from ssld.shared.config.settings import CommandConfig, Config
 from ssld.shared.config.training import EmaConfig, OptimConfig, TrainingConfig
 from ssld.shared.errors import UserError
@@ -23,9 +24,9 @@ from ssld.stage1_ssld.data_config import (
 class Stage1OptimConfig(OptimConfig):
     """Optimizer and its schedule: linear warm-up, then cosine to zero, by step."""
 
-    warmup_steps: int | None = Field(None, ge=0)
+    warmup_steps: int | None = Field(None, ge=0, le=1_000_000_000)
     """length of the warm-up in steps"""
-    warmup_epochs: float | None = Field(None, ge=0)
+    warmup_epochs: float | None = Field(None, ge=0, le=1_000_000)
     """length of the warm-up in passes over the training images"""
 
     @model_validator(mode="after")
@@ -51,7 +52,7 @@ class Stage1Config(TrainingConfig):
     """classifier: everything before it stays frozen, its BatchNorm too (the Fix phase)"""
     best_by: Literal["top1", "agreement"] | None = None
     """what the best checkpoint and `patience` go by; null: top1 where there are labels, agreement otherwise"""
-    patience: int | None = Field(None, ge=1)
+    patience: Count | None = None
     """stop after this many evaluations in a row without a better one; needs evaluate_every"""
 
     @model_validator(mode="after")
@@ -82,7 +83,7 @@ class DistillConfig(Stage1Config):
     """teacher: SSLD; labels: the supervised baseline, same settings on the labelled sources alone"""
     losses: list[LossConfig] = Field([LossConfig(name="symmetric_kl")], min_length=1)
     """terms of the distillation loss, by name and weight"""
-    hard_label_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
+    hard_label_weight: Weight = 0.0
     """weight of the cross-entropy with human labels, where an image has one; SSLD leaves it at 0"""
 
     @model_validator(mode="after")
@@ -144,9 +145,9 @@ class TeachConfig(Stage1Config):
 class ForwardConfig(CommandConfig):
     """Settings of commands that run a network over images without training it."""
 
-    batch_size: int = Field(256, ge=1)
+    batch_size: BatchSize = 256
     """images a forward pass and process"""
-    workers: int = Field(2, ge=0)
+    workers: Workers = 2
     """processes a rank that decode images; 0 decodes in the main process"""
     device: Literal["auto", "cpu"] = "auto"
     """auto takes a CUDA GPU where there is one"""
@@ -162,9 +163,9 @@ class EvaluateConfig(ForwardConfig):
     """images; without labels only agreement and KL are measured, and a teacher is needed"""
     bank: SourceConfig | None = None
     """labelled images: each image of `data` is also classified by the vote of its nearest neighbours among them"""
-    neighbours: int = Field(20, ge=1)
+    neighbours: Count = 20
     """neighbours that vote"""
-    image_size: int | None = Field(None, ge=8)
+    image_size: Side | None = None
     """side of a view in pixels; null: the one the model was trained at"""
     val_crop: float | None = Field(None, gt=0, le=1)
     """part of the short side that the central crop keeps; null: the one the model was evaluated with in training"""
@@ -181,17 +182,17 @@ class SoftLabelsConfig(ForwardConfig):
     data: DataConfig
     """the settings of the distillation that will read the store; `val` is not read"""
     teacher: TeacherConfig
-    views: int = Field(ge=1)
+    views: Count
     """views an image; pass number p of a distillation sees view p modulo V"""
-    top: int = Field(10, ge=1)
+    top: Count = 10
     """classes kept a view, with their log-probabilities; the rest is one number"""
     store_precision: Literal["fp16", "fp32"] = "fp16"
     """of the stored log-probabilities"""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """every view follows from it, the image's key and the view's number"""
     channels_last: bool = False
     """memory layout of the teacher"""
-    shard_images: int = Field(4096, ge=1)
+    shard_images: int = Field(4096, ge=1, le=10_000_000)
     """images a file of the store; a killed run loses at most one file a process"""
 
     @model_validator(mode="after")
@@ -218,7 +219,7 @@ class CurateConfig(ForwardConfig):
     streaming: bool = False
     """read the pool file by file, without an index: for pools that are remote or larger than memory"""
     teacher: TeacherConfig
-    keep: int = Field(ge=1)
+    keep: Images
     """most images kept a class (k)"""
     min_score: float = Field(0.0, ge=0, lt=1)
     """smallest probability of an image's first class"""
@@ -232,9 +233,9 @@ class CurateConfig(ForwardConfig):
     """images of the pool are compared with each other's mirror images too; with those of val and train they always are"""
     cosine: float = Field(0.9, gt=0, le=1)
     """such a pair are duplicates when the cosine of the teacher's embeddings is at least this"""
-    candidates: float = Field(1.5, ge=1)
+    candidates: float = Field(1.5, ge=1, le=1000)
     """images a class, as a multiple of `keep`, that are compared with each other"""
-    image_size: int = Field(224, ge=8)
+    image_size: Side = 224
     """side of the view that is scored, in pixels"""
     val_crop: float = Field(0.875, gt=0, le=1)
     """part of the short side that the view keeps"""
@@ -244,7 +245,7 @@ class CurateConfig(ForwardConfig):
     """memory layout of the teacher"""
     materialise: bool = False
     """also copy the selected images into Parquet files below `selected/`"""
-    examples: int = Field(8, ge=1)
+    examples: int = Field(8, ge=1, le=100)
     """pictures a row of the examples"""
 
     @model_validator(mode="after")
@@ -287,13 +288,13 @@ class PrototypesConfig(ForwardConfig):
     streaming: bool = False
     """read the pool file by file, without an index: for pools that are remote or larger than memory"""
     encoder: EncoderConfig
-    prototypes: int | None = Field(None, ge=2)
+    prototypes: int | None = Field(None, ge=2, le=1_000_000)
     """classes of the teacher (K); null: the power of two next to a fortieth of the images, from 16 to 4,096"""
-    perplexity: float = Field(4.0, gt=1, allow_inf_nan=False)
+    perplexity: float = Field(4.0, gt=1, le=1_000_000)
     """of the soft labels: over so many prototypes they spread; the temperature is found so that this is their median"""
     balanced: bool = False
     """prototypes of equal size: every one is the first class of about as many images of the pool"""
-    image_size: int | None = Field(None, ge=8)
+    image_size: Side | None = None
     """side of a view in pixels, for which a network of fixed size is rebuilt; null: the encoder's own"""
     val_crop: float = Field(0.875, gt=0, le=1)
     """part of the short side that the view keeps"""
@@ -301,9 +302,9 @@ class PrototypesConfig(ForwardConfig):
     """of the encoder's forward pass"""
     channels_last: bool = False
     """memory layout of the encoder"""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """of the k-means"""
-    examples: int = Field(8, ge=1)
+    examples: int = Field(8, ge=1, le=100)
     """pictures of each prototype shown"""
 
     @model_validator(mode="after")
@@ -334,11 +335,11 @@ class ExportConfig(ForwardConfig):
     """images the files are checked on; null: noise"""
     formats: list[Literal["onnx", "torch"]] = Field(["onnx", "torch"], min_length=1)
     """onnx: backbone.onnx; torch: backbone.pt2, a torch.export program"""
-    check_images: int = Field(64, ge=1)
+    check_images: Count = 64
     """images of the check"""
-    tolerance: float = Field(1e-3, gt=0)
+    tolerance: float = Field(1e-3, gt=0, le=1)
     """largest difference of a logit, as a part of the largest logit"""
-    image_size: int | None = Field(None, ge=8)
+    image_size: Side | None = None
     """side in pixels; null: the one the model was trained at"""
     benchmark: bool = False
     """also measure latency (batch 1) and throughput (batch_size) of torch and of the files written"""
@@ -358,7 +359,7 @@ class ConvertPaddleConfig(CommandConfig):
     """.pdparams file"""
     arch: Literal["resnet50d", "resnet101d", "resnet152d", "resnet18d", "resnet34d", "resnet200d"] | None = None
     """timm name; null: found from the file"""
-    input_size: int | None = Field(None, ge=8)
+    input_size: Side | None = None
     """side in pixels it is evaluated at; null: 320 where the file's name begins with Fix_, else 224"""
     val_crop: float | None = Field(None, gt=0, le=1)
     """part of the short side that the central evaluation crop keeps; null: 0.875 up to 224, all of it above (Fix: no more is cut off)"""

@@ -5,11 +5,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from ssld.shared.config.bounds import Positive, Side, Weight
 from ssld.shared.config.settings import Config
 from ssld.shared.files import ImageFolder
 
 Part = Annotated[float, Field(gt=0, le=1)]
-Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Ratio = Annotated[float, Field(gt=0, le=100)]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -25,7 +26,7 @@ class SourceConfig(Config):
     """folder (of class folders, or nested at will), Parquet file or folder of them, WebDataset .tar or folder of them, list file (.txt: a path, and a
     class number if there is one, a line), manifest that curate.py wrote, hub:ORG/NAME; all but the last two as a local path, with * in it, or as
     an fsspec URL"""
-    weight: float | None = Field(None, gt=0, allow_inf_nan=False)
+    weight: Positive | None = None
     """share of the training images that are drawn from this source, relative to the others' weights; null everywhere: the sources are concatenated"""
     labels: str = "auto"
     """auto: names of class folders, or the label column; none: unlabelled; FILE.parquet: labels joined by `id_column`, negative ones dropped"""
@@ -70,7 +71,7 @@ class DataConfig(Config):
     """read the training sources in order of their files, shuffled in blocks, without an index: for pools that are remote or larger than memory"""
     decoder: Literal["pil", "torchcodec"] = "pil"
     """what decodes training images; torchcodec is faster where they are JPEGs, and has to be installed"""
-    image_size: int = Field(224, ge=8)
+    image_size: Side = 224
     """side of a view in pixels"""
     train_view: Literal["random", "center"] = "random"
     """random: crop, flip and augmentation; center: the evaluation view, for the Fix phase"""
@@ -89,9 +90,9 @@ class DataConfig(Config):
     """share of the views that are augmented"""
     erase: float = Field(0.0, ge=0, le=1)
     """probability that a random rectangle of the view is replaced by noise"""
-    mixup: float = Field(0.0, ge=0)
+    mixup: float = Field(0.0, ge=0, le=1000)
     """alpha of mixup on the batch; the teacher sees the mixed image; 0 switches it off, 1 draws shares evenly"""
-    cutmix: float = Field(0.0, ge=0)
+    cutmix: float = Field(0.0, ge=0, le=1000)
     """alpha of cutmix on the batch; with both, every batch takes one of them"""
     mix_probability: float = Field(1.0, ge=0, le=1)
     """share of the batches that are mixed"""
@@ -154,7 +155,7 @@ class TeacherMember(Config):
     """timm NAME, hf-hub:ID, a folder, a .safetensors file, or a .pth state dict of plain tensors"""
     arch: str | None = None
     """timm name, for a file that does not say it"""
-    size: int | None = Field(None, ge=8)
+    size: Side | None = None
     """side in pixels that the same view is resized to for the teacher; null: as it comes, or the teacher's own size where that is fixed"""
 
     @model_validator(mode="before")
@@ -174,7 +175,7 @@ class TeacherConfig(TeacherMember):
     """eval: running statistics; batch: those of the batch on each process, as SSLD trained its students"""
     fold_batchnorm: bool = True
     """fold BatchNorm into the convolutions before it, where the network can be traced; not with batchnorm: batch"""
-    check_images: int = Field(1024, ge=0)
+    check_images: int = Field(1024, ge=0, le=1_000_000)
     """labelled images that the teacher is tried on before training; it stops where one of its networks guesses; 0 leaves it out"""
 
     def inputs(self, key: str) -> dict[str, Path]:
@@ -193,11 +194,11 @@ class LossConfig(Config):
 
     name: LossName
     """how far the student's answers are from the teacher's"""
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    weight: Positive = 1.0
     """of the term in the sum"""
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    temperature: Positive = 1.0
     """of kl and decoupled_kd; the loss is multiplied by its square"""
-    beta: float = Field(1.0, ge=0, allow_inf_nan=False)
+    beta: Weight = 1.0
     """of decoupled_kd: weight of what it says about the classes other than the teacher's first"""
     standardize: bool = False
     """subtract the mean of each image's logits and divide by their standard deviation first, for student and teacher"""

@@ -110,6 +110,10 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         )
         config = config.model_copy(update={"accumulate": passes})
     training = TrainingData(config, targets.sources, targets.train_labels, targets.store, plan)
+    if training.images is not None and config.batch_size > training.images:
+        raise UserError(
+            f"batch_size: {config.batch_size} is more than the {count(training.images, 'training image')}; give at most as many"
+        )
     steps = config.total_steps(training.images)
     warmup_steps = config.optim.total_warmup_steps(training.images, config.batch_size)
     base_lr = scale_lr(config.optim.lr, config.optim.reference_batch, config.batch_size, config.optim.name)

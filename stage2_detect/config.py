@@ -5,12 +5,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ssld.shared.config.bounds import BatchSize, Count, Images, Weight, Workers
 from ssld.shared.config.settings import CommandConfig, Config
 from ssld.shared.config.training import EmaConfig, OptimConfig, TrainingConfig
 from ssld.stage2_detect.distill_config import DistillConfig
-from ssld.stage2_detect.model_config import DetectorConfig, Fraction, Positive
+from ssld.stage2_detect.model_config import DetectorConfig, Fraction
 
-Side = Annotated[int, Field(ge=32)]
+Side = Annotated[int, Field(ge=32, le=16_384)]
+Scale = Annotated[float, Field(gt=0, le=100)]
 
 
 class DetectionDataConfig(Config):
@@ -41,11 +43,11 @@ class ResizeConfig(Config):
 
     train_short_sides: list[Side] = Field([640, 672, 704, 736, 768, 800], min_length=1)
     """in training the short side is drawn from these"""
-    train_long_side: int = Field(1333, ge=32)
+    train_long_side: Side = 1333
     """largest long side in training"""
-    short_side: int = Field(800, ge=32)
+    short_side: Side = 800
     """the short side in evaluation and prediction"""
-    long_side: int = Field(1333, ge=32)
+    long_side: Side = 1333
     """largest long side in evaluation and prediction"""
     flip: float = Field(0.5, ge=0, le=1)
     """probability of a horizontal flip"""
@@ -62,7 +64,7 @@ class AugmentConfig(Config):
     """AutoAugment for detection, policy v1 (arXiv 1906.11172), on the image as it is stored"""
     auto_augment_unlabeled: bool | None = None
     """the same for the images of unlabeled; null: as the labeled ones"""
-    large_scale_jitter: tuple[Positive, Positive] | None = None
+    large_scale_jitter: tuple[Scale, Scale] | None = None
     """least and largest scale of the image inside a square of train_long_side, cropped or padded to it (arXiv
     2012.07177); replaces train_short_sides"""
 
@@ -76,28 +78,28 @@ class AugmentConfig(Config):
 class ExpectedConfig(Config):
     """Scores that a recipe should reach; compared after its last evaluation."""
 
-    images: int | None = Field(None, ge=1)
+    images: Images | None = None
     """evaluation images of the set that the scores are for; another set is not compared"""
     AP: float | None = Field(None, ge=0, le=100)
     """of boxes, in percent"""
     AP_segm: float | None = Field(None, ge=0, le=100)
     """of masks, in percent"""
-    tolerance: float = Field(0.3, ge=0)
+    tolerance: float = Field(0.3, ge=0, le=100)
     """allowed below, in percent points"""
 
 
 class Stage2OptimConfig(OptimConfig):
     """Optimizer and its schedule: linear warm-up, then a factor at each milestone, by step."""
 
-    backbone_lr_factors: list[Annotated[float, Field(ge=0)]] = Field([1.0] * 5, min_length=5, max_length=5)
+    backbone_lr_factors: list[Weight] = Field([1.0] * 5, min_length=5, max_length=5)
     """factors on the learning rate of the backbone's stem and stages of stride 4, 8, 16, 32"""
-    warmup_steps: int = Field(1000, ge=0)
+    warmup_steps: int = Field(1000, ge=0, le=1_000_000_000)
     """at most; no more than a tenth of the run is warm-up"""
     warmup_start: float = Field(0.1, ge=0, le=1)
     """factor on the learning rate at the first step"""
-    milestones_epochs: list[float] | None = None
+    milestones_epochs: list[Annotated[float, Field(ge=0, le=1_000_000)]] | None = None
     """passes over the training images after which the learning rate is multiplied by gamma"""
-    milestones_steps: list[int] | None = None
+    milestones_steps: list[Annotated[int, Field(ge=0, le=1_000_000_000)]] | None = None
     """the same in steps; give one of the two, or none for a constant rate"""
     gamma: float = Field(0.1, gt=0, le=1)
     """factor on the learning rate at a milestone"""
@@ -141,14 +143,14 @@ class TrainConfig(TrainingConfig):
     augment: AugmentConfig = AugmentConfig()
     model: DetectorConfig = DetectorConfig()
     optim: Stage2OptimConfig
-    val_batch_size: int = Field(4, ge=1)
+    val_batch_size: BatchSize = 4
     """images a forward pass in evaluation"""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """stochastic depth of the backbone, where the arch has it"""
     ema: EmaConfig | None = None
     val_loss: bool = False
     """also report the losses on the evaluation images"""
-    patience: int | None = Field(None, ge=1)
+    patience: Count | None = None
     """stop after this many evaluations in a row without a better AP; needs evaluate_every"""
     expected: ExpectedConfig | None = None
 
@@ -213,17 +215,17 @@ class RunDetectorConfig(CommandConfig):
 
     model: Path
     """detector file"""
-    short_side: int | None = Field(None, ge=32)
+    short_side: Side | None = None
     """null: as the detector's recipe says"""
-    long_side: int | None = Field(None, ge=32)
+    long_side: Side | None = None
     """largest long side; null: as the detector's recipe says"""
     tta: TTAConfig | None = None
     """null looks at one view an image"""
-    batch_size: int = Field(4, ge=1)
+    batch_size: BatchSize = 4
     """images a forward pass"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """of the forward pass; boxes stay fp32"""
-    workers: int = Field(2, ge=0)
+    workers: Workers = 2
     """processes that decode images"""
     device: Literal["auto", "cpu"] = "auto"
     """auto takes a CUDA GPU where there is one"""

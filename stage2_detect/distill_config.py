@@ -1,14 +1,14 @@
 """What a teacher detector teaches, as settings. Does not import torch."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
+from ssld.shared.config.bounds import Positive, Weight
 from ssld.shared.config.settings import Config
-from ssld.stage2_detect.model_config import DetectorConfig, Fraction, Positive
+from ssld.stage2_detect.model_config import DetectorConfig, Fraction
 
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PKD_WEIGHT, ROI_WEIGHT = 6.0, 1.0  # of an R-CNN student
 
 
@@ -74,7 +74,7 @@ class DistillConfig(Config):
     """terms of a GFL student under a GFL teacher; null takes the defaults"""
     adl: ADLConfig | None = None
     """terms of a RetinaNet student under a RetinaNet teacher; null takes the defaults"""
-    check_images: int = Field(100, ge=0)
+    check_images: int = Field(100, ge=0, le=1_000_000)
     """evaluation images that the teacher is scored on before training; 0 does not check"""
     check_ap: Fraction = 0.01
     """AP below which the run stops before it begins"""

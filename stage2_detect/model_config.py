@@ -4,12 +4,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ssld.shared.config.bounds import Count, Positive, Weight
 from ssld.shared.config.settings import Config
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 IoU = Annotated[float, Field(gt=0, le=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Layers = Annotated[int, Field(ge=1, le=100)]
 Four = tuple[Positive, Positive, Positive, Positive]
 
 
@@ -24,7 +24,7 @@ class RPNConfig(Config):
     """IoU with an object from which an anchor is positive"""
     negative_iou: IoU = 0.3
     """IoU below which it is negative; in between it is in no loss"""
-    samples_per_image: int = Field(256, ge=1)
+    samples_per_image: Count = 256
     """anchors per image in the loss"""
     positive_fraction: Fraction = 0.5
     """largest share of positives among the samples, 0 to 1"""
@@ -88,7 +88,7 @@ class RoIConfig(Config):
 
     positive_iou: IoU = 0.5
     """IoU with an object from which a RoI is positive, else negative; a cascade has its own"""
-    samples_per_image: int = Field(512, ge=1)
+    samples_per_image: Count = 512
     """RoIs per image in the loss"""
     positive_fraction: Fraction = 0.25
     """largest share of positives among the samples, 0 to 1"""
@@ -99,9 +99,9 @@ class RoIConfig(Config):
     """bins of libra, between no overlap and the largest"""
     class_agnostic: bool = False
     """one box per RoI instead of one per class; a cascade always has it"""
-    hidden: Count = 1024
+    hidden: int = Field(1024, ge=1, le=65_536)
     """width of the two fully connected layers"""
-    sampling_ratio: int = Field(0, ge=0)
+    sampling_ratio: int = Field(0, ge=0, le=64)
     """samples along a side of a pooled bin; 0 takes as many as the bin has pixels"""
     aligned: bool = True
     """half-pixel-aligned pooling"""
@@ -139,11 +139,11 @@ class CascadeConfig(Config):
 class MaskConfig(Config):
     """Mask head (arXiv 1703.06870); used by the mask kinds only."""
 
-    hidden: Count = 256
+    hidden: int = Field(256, ge=1, le=8192)
     """channels of its convolutions"""
-    convolutions: Count = 4
+    convolutions: Layers = 4
     """convolutions before the map is doubled in size"""
-    pool_size: Count = 14
+    pool_size: int = Field(14, ge=1, le=128)
     """side of the pooled features; masks have twice that"""
     threshold: float = Field(0.5, gt=0, lt=1)
     """probability from which a pixel belongs to the object"""
@@ -156,9 +156,9 @@ class DenseConfig(Config):
     """what the sixth level is convolved from"""
     relu_before_p7: bool = False
     """ReLU between the convolutions of the two coarsest levels"""
-    convolutions: Count = 4
+    convolutions: Layers = 4
     """convolutions per tower"""
-    candidates: int | None = Field(1000, ge=1)
+    candidates: Count | None = 1000
     """anchors per level that are looked at, by their best class; null looks at all"""
     score_threshold: float = Field(0.05, ge=0, lt=1)
     """score above which a detection is one"""
@@ -173,7 +173,7 @@ class DenseConfig(Config):
 class GFLConfig(Config):
     """GFL's head and losses (arXiv 2006.04388)."""
 
-    reg_max: Count = 16
+    reg_max: int = Field(16, ge=1, le=256)
     """largest distance from a cell to a side, in strides"""
     tower_bias: bool = False
     """convolutions of the towers have a bias, as PaddleDetection's"""
@@ -185,7 +185,7 @@ class GFLConfig(Config):
     """smallest sum of scores that the box losses are divided by; PaddleDetection's is 1"""
     box_weight: Positive = 2.0
     """factor of the GIoU loss"""
-    dfl_weight: float = Field(0.25, ge=0)
+    dfl_weight: Weight = 0.25
     """factor of the distribution focal loss; 0 leaves it out"""
 
 
@@ -202,9 +202,9 @@ class RetinaNetConfig(Config):
     """IoU from which an object's best anchor is positive, below positive_iou too; Detectron's 0.4"""
     alpha: Fraction = 0.25
     """weight of the positives in the focal loss, 0 to 1; negatives have the rest"""
-    gamma: float = Field(2.0, ge=0)
+    gamma: float = Field(2.0, ge=0, le=100)
     """exponent of the focal loss: how much less what is right already counts"""
-    smooth_l1_beta: float = Field(0.0, ge=0)
+    smooth_l1_beta: Weight = 0.0
     """distance at which the square part of the box loss ends; 0 is plain L1"""
 
 
@@ -216,7 +216,7 @@ class DetectorConfig(Config):
 
     kind: Kind = "faster_rcnn"
     """two stages, those of a cascade in several, mask kinds with shapes too; or one stage (retinanet, gfl)"""
-    fpn_channels: int = Field(256, ge=8)
+    fpn_channels: int = Field(256, ge=8, le=8192)
     """channels of every level of the pyramid"""
     freeze_stages: int = Field(0, ge=0, le=5)
     """stages of the backbone that do not train: 1 is the stem, 2 the stem and the stride-4 stage, ..."""

@@ -1,12 +1,12 @@
 """Settings of `predict.py`. Does not import torch."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from ssld.shared.files import is_pattern
-from ssld.stage2_detect.config import RunDetectorConfig
+from ssld.stage2_detect.config import RunDetectorConfig, Side
 from ssld.stage2_detect.model_config import Fraction
 
 THRESHOLD, PSEUDO_THRESHOLD = 0.5, 0.4
@@ -28,9 +28,9 @@ class PredictConfig(RunDetectorConfig):
     """names of the classes to keep; empty: all"""
     exclude: Path | None = None
     """COCO JSON; images whose path below the folder of `images` is a file name in it are left out, such as labeled ones"""
-    tile: int | None = Field(None, ge=32)
+    tile: Side | None = None
     """side, in pixels, of square tiles that are looked at beside the whole image, for small objects in large images; null: no tiles"""
-    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    overlap: float = Field(0.2, ge=0, le=0.9)
     """of neighbouring tiles, as a share of their side; best no smaller than the objects that only tiles show"""
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from typing import Any
 from ssld.pipelines.config import CommandName, PipelineConfig, ReportConfig, StageConfig, flatten
 from ssld.pipelines.toy_data import ToyDataConfig
 from ssld.shared.config.settings import CommandConfig, did_you_mean, parse_config, validate
-from ssld.shared.config.yaml_files import read_yaml
+from ssld.shared.config.yaml_files import read_settings
 from ssld.shared.errors import UserError
 from ssld.stage1_ssld.config import (
     ConvertPaddleConfig,
@@ -116,7 +116,7 @@ class Stage:
 
 def read_pipeline(file: Path) -> PipelineConfig:
     """The pipeline in a YAML file; raises UserError with a line for each wrong key."""
-    return validate(PipelineConfig, read_yaml(file), source=str(file))
+    return validate(PipelineConfig, read_settings(file), source=str(file))
 
 
 def build_stages(

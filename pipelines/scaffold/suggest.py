@@ -5,7 +5,6 @@ length are scaled to the data by the rules in the comments. Does not import torc
 """
 
 import hashlib
-import json
 import math
 import shlex
 from collections import defaultdict
@@ -14,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 
 from ssld.shared.errors import UserError
+from ssld.shared.wording import printable
 
 
 @dataclass(frozen=True)
@@ -170,12 +171,20 @@ def split_content(
     )
 
 
+class _Comment(str):
+    """Text of a comment, which is written as it is."""
+
+
 def pipeline_text(output: Path, facts: Facts, chosen: Settings) -> str:
-    """The YAML file."""
+    """The YAML file. Whatever the template does not mark as a comment is written by a YAML dumper."""
     environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: value if isinstance(value, _Comment) else _dumped(value),
     )
-    environment.filters["quoted"] = _quoted
+    environment.filters["comment"] = lambda value: _Comment(printable(str(value)))
     template = environment.from_string(Path(__file__).with_name("init.yaml.jinja").read_text(encoding="utf-8"))
     return template.render(
         output=output,
@@ -187,6 +196,16 @@ def pipeline_text(output: Path, facts: Facts, chosen: Settings) -> str:
         sizes=[round(100 * value) for value in facts.statistics["object_sizes"]],
         machine=f"{facts.gpu[0]}, {facts.gpu[2] / 2**30:.0f} GB" if facts.gpu else f"no GPU, {facts.cores} CPU cores",
     )
+
+
+def _dumped(value: Any) -> str:
+    """A value as YAML on one line, which also fits between brackets."""
+    value = str(value) if isinstance(value, Path) else value
+    for style in (None, '"'):  # the dumper breaks long and odd text into lines unless it stands in double quotes
+        text = yaml.safe_dump([value], default_flow_style=True, default_style=style, allow_unicode=True, width=math.inf)
+        if text.count("\n") == 1:
+            break
+    return text.strip()[1:-1]
 
 
 def _shared(batch: int, gpus: int) -> tuple[int, int]:
@@ -203,10 +222,3 @@ def _power(value: float, *, up: bool = False) -> int:
     """The power of two below a value, or above it."""
     exponent = math.log2(max(value, 1))
     return int(2 ** (math.ceil(exponent) if up else math.floor(exponent)))
-
-
-def _quoted(value: object) -> str:
-    """A path as YAML: quoted where it needs to be."""
-    text = str(value)
-    plain = text.replace("/", "").replace("_", "").replace("-", "").replace(".", "")
-    return text if plain.isalnum() and not text.startswith("-") else json.dumps(text, ensure_ascii=False)

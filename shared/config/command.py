@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ssld.shared.config.settings import ConfigT, launched_ranks, parse_config
+from ssld.shared.config.settings import ConfigT, launched_number, launched_ranks, parse_config
 from ssld.shared.config.training import PASSES_FILE
 from ssld.shared.errors import Stopped, UserError, is_out_of_memory
 from ssld.shared.files import write_atomically
@@ -42,12 +42,14 @@ def run_command(
 
     A command that does without torch says so by `torch_threads=False` and starts faster.
     """
-    rank, processes = launched_ranks()
-    if Path(sys.argv[0]).name == "ssld":  # which calls this command by another name
+    rank, processes = 0, 1
+    called = Path(sys.argv[0])
+    if called.name == "ssld" or called.parts[-2:] == ("ssld", "__main__.py"):  # which calls this by another name
         program = f"ssld {sys.argv[1]}"
     output: Path | None = None
     auto_batch: bool | None = None  # of a training command
     try:
+        rank, processes = launched_ranks()
         config = parse_config(config_type, sys.argv[1:] if argv is None else argv, program=program)
         output, auto_batch = config.output, getattr(config, "auto_batch", None)
         if torch_threads:
@@ -118,5 +120,5 @@ def _report(message: str, rank: int, processes: int, output: Path | None) -> int
 def _set_threads(threads: int | None) -> None:
     import torch
 
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(threads or max(1, cores() // local))
+    local = launched_number("LOCAL_WORLD_SIZE", 1)
+    torch.set_num_threads(threads or max(1, cores() // max(1, local)))

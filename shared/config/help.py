@@ -45,8 +45,13 @@ class HelpAction(argparse.Action):
         parser.exit()
 
 
-def settings_help(parser: argparse.ArgumentParser, config_type: type[BaseModel] | None, group: str = "") -> str:
-    """The help of a parser whose flags are the keys of `config_type`. Raises UserError for a group that it does not have."""
+def settings_help(
+    parser: argparse.ArgumentParser, config_type: type[BaseModel] | None, group: str = "", *, needed_alone: bool = False
+) -> str:
+    """The help of a parser whose flags are the keys of `config_type`; `needed_alone` ends it with what a run needs.
+
+    Raises UserError for a group that it does not have.
+    """
     by_key = dict(flags_of(parser))
     groups = _groups(config_type, by_key)
     width = max(60, min(120, shutil.get_terminal_size((120, 24)).columns - 2))
@@ -73,6 +78,9 @@ def settings_help(parser: argparse.ArgumentParser, config_type: type[BaseModel] 
         key for key, action in by_key.items() if "(required)" in (action.help or "") and _stands_alone(key, config_type)
     ]
     _section(formatter, "needed, in the YAML file or here", sorted(needed, key=_place), by_key)
+    if needed_alone:
+        formatter.add_text(f"{parser.prog} --help shows what can be set beside that")
+        return formatter.format_help()
     often = [key for key in COMMON if key in by_key and key not in needed]
     _section(formatter, "set most often", often, by_key)
     rest = [key for key in by_key if "." not in key and key not in needed and key not in often and key not in groups]

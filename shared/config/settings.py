@@ -8,6 +8,7 @@ import difflib
 import json
 import os
 import re
+import sys
 import typing
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -25,7 +26,8 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from ssld.shared.config.help import HelpAction, models_in
+from ssld.shared.config.bounds import Processes
+from ssld.shared.config.help import HelpAction, models_in, settings_help
 from ssld.shared.config.yaml_files import Alternatives, merge, read_recipe, without_others
 from ssld.shared.errors import UserError
 
@@ -43,7 +45,7 @@ MAY_CHANGE = frozenset(
 class Config(BaseModel):
     """A frozen group of settings that knows all its keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class CommandConfig(BaseSettings):
@@ -53,6 +55,7 @@ class CommandConfig(BaseSettings):
         extra="forbid",
         frozen=True,
         use_attribute_docstrings=True,
+        allow_inf_nan=False,
         cli_avoid_json=True,
         cli_hide_none_type=True,
         cli_parse_none_str="null",
@@ -60,7 +63,7 @@ class CommandConfig(BaseSettings):
     )
     output: Path
     """run directory to create, or to go on with"""
-    threads: int | None = Field(None, ge=1)
+    threads: Processes | None = None
     """CPU threads of this process; default: cores / processes on this machine"""
 
     @classmethod
@@ -105,6 +108,8 @@ class Parser(ArgumentParser):
         if message.startswith("unrecognized arguments") and unknown:
             flag = unknown.split("=")[0]
             raise UserError(f"{flag}: unknown flag{did_you_mean(flag, known)}")
+        if message.startswith("the following arguments are required"):
+            self.print_usage(sys.stderr)
         raise UserError(message)
 
 
@@ -114,11 +119,14 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
     `--config FILE` and its bases come first, flags on top; `--print-config` prints the result as YAML and exits. Raises UserError with one line per
     wrong key.
     """
+    bare = not argv
     argv = _with_values(config_type, [underscored(word) for word in argv])
     parser = _bare_parser(config_type, program)
     try:
         source = CliSettingsSource[ArgumentParser](config_type, cli_parse_args=list(argv), root_parser=parser)
         flags = _nulls(source())
+    except RecursionError:
+        raise UserError("command line: a value is nested too deeply") from None
     except SettingsError as error:
         field = re.search(r'field "([^"]+)"', str(error))
         if field is None:
@@ -130,6 +138,8 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
     known, _ = parser.parse_known_args(list(argv))
     values = read_recipe(known.config, config_type.alternatives) if known.config else {}
     values = without_others(values, config_type.alternatives, flags)
+    if bare and any(field.is_required() for field in config_type.model_fields.values()):
+        print(settings_help(parser, config_type, needed_alone=True), file=sys.stderr)
     config = validate(config_type, values, source=str(known.config or "command line"), flags=flags)
     config._recipe = known.config
     if known.print_config:
@@ -197,21 +207,17 @@ def validate(
     misspelt key is named before the keys it leaves missing.
     """
     flags = flags or {}
+    for place in _with_nul(merge(values, flags)):
+        whose = "command line" if _at(flags, place) else source
+        raise UserError(f"{whose}: {'.'.join(map(str, place))}: holds a NUL character")
     items = _faults(config_type, merge(values, flags))
-    if isinstance(items, config_type):
+    if not isinstance(items, list):
         return items
-    without = _faults(config_type, values) if flags else []
-    if isinstance(without, list):  # what the values alone lack hides whether they go together: take it from the flags
-        for item in without:
-            given = _at(flags, item["loc"]) if item["type"] == "missing" else None
-            if given is not None:
-                values = merge(values, _nested(item["loc"], given))
-        without = _faults(config_type, values)
-    below = {(item["loc"], item["msg"]) for item in without} if isinstance(without, list) else set()
+    below = _own_faults(config_type, values, flags) if flags else {(item["loc"], item["msg"]) for item in items}
     lines = []
     for item in sorted(items, key=lambda item: bool(item["type"] == "missing")):
         inside = not isinstance(_at(flags, item["loc"]), dict | None)  # a flag's own value
-        own = inside or (bool(flags) and item["type"] != "missing" and (item["loc"], item["msg"]) not in below)
+        own = inside or (item["type"] != "missing" and (item["loc"], item["msg"]) not in below)
         lines.append(f"{'command line' if own else source}: {_explain(config_type, item)}")
     raise UserError("\n".join(dict.fromkeys(lines)))
 
@@ -222,6 +228,32 @@ def _faults(config_type: type[ModelT], values: dict[str, Any]) -> ModelT | list[
         return config_type(**values)
     except ValidationError as error:
         return list(error.errors())
+
+
+def _own_faults(config_type: type[BaseModel], values: dict[str, Any], flags: dict[str, Any]) -> set[tuple[Any, str]]:
+    """(location, message) of what is wrong with the values alone.
+
+    What they lack hides whether the rest of them goes together, and is taken from the flags.
+    """
+    while True:
+        items = _faults(config_type, values)
+        if not isinstance(items, list):
+            return set()
+        whole = values
+        for item in items:
+            given = _at(flags, item["loc"]) if item["type"] == "missing" else None
+            if given is not None:  # of a group nothing yet: the next round says what it needs
+                values = merge(values, _nested(item["loc"], {} if isinstance(given, dict) else given))
+        if values == whole:
+            return {(item["loc"], item["msg"]) for item in items}
+
+
+def _with_nul(value: Any, location: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Locations of text with a NUL, which no file name can hold."""
+    if isinstance(value, str) and "\0" in value:
+        yield location
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from _with_nul(inner, (*location, key))
 
 
 def _at(flags: Any, location: tuple[Any, ...]) -> Any:
@@ -269,7 +301,24 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> I
 
 def launched_ranks() -> tuple[int, int]:
     """(rank, processes) as the launcher's environment says, before any process group exists."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, processes = launched_number("RANK", 0), launched_number("WORLD_SIZE", 1)
+    if not 0 <= rank < processes:
+        raise UserError(f"RANK={rank} WORLD_SIZE={processes}: {_LAUNCHER}")
+    return rank, processes
+
+
+_LAUNCHER = "the launcher's environment is broken; unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, or start with accelerate launch"
+
+
+def launched_number(name: str, default: int) -> int:
+    """A number in the launcher's environment. Raises UserError where it is none."""
+    text = os.environ.get(name, str(default))
+    if not text.isascii() or not text.isdecimal() or len(text) > 9:
+        raise UserError(f"{name}={text}: {_LAUNCHER}")
+    return int(text)
+
+
+_MOST_KNOWN = 24
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
@@ -277,17 +326,21 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     longer = [
         name for name in known if name.startswith(f"{word}_")
     ]  # `samples` is nearer to `samples_per_image` than to `sampling`
-    near = longer[:1] or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    inner = [name for name in known if name.endswith(f".{word.lstrip('-')}")]  # `--lr` is `--optim.lr`
+    near = longer[:1] or inner[:1] or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]!r}?"
-    return f"; known: {', '.join(sorted(known)[:12])}"
+    more = f" and {len(known) - _MOST_KNOWN} more" if len(known) > _MOST_KNOWN else ""
+    return f"; known: {', '.join(sorted(known)[:_MOST_KNOWN])}{more}"
 
 
 _WORDS = {  # pydantic's kinds of mistakes in ours; its own words otherwise
-    "greater_than": "has to be above {gt:g}",
-    "greater_than_equal": "has to be at least {ge:g}",
-    "less_than": "has to be below {lt:g}",
-    "less_than_equal": "has to be at most {le:g}",
+    "greater_than": "has to be above {gt}",
+    "greater_than_equal": "has to be at least {ge}",
+    "less_than": "has to be below {lt}",
+    "less_than_equal": "has to be at most {le}",
+    "finite_number": "has to be a finite number",
+    "int_parsing_size": "is too large a number",
     "int_parsing": "has to be a whole number",
     "int_type": "has to be a whole number",
     "int_from_float": "has to be a whole number",
@@ -308,14 +361,36 @@ def _explain(config_type: type[BaseModel], item: Any) -> str:
     if item["type"] == "extra_forbidden":
         return f"{key}: unknown key{did_you_mean(location[-1], _known_keys(config_type, item['loc'][:-1]))}"
     if item["type"] == "missing":
-        return f"{key}: missing; give it in the YAML file or as --{key}"
+        flags = ", ".join(f"--{name}" for name in _needed(config_type, item["loc"]))
+        return f"{key}: missing; give it in the YAML file or as {flags}"
     words = _WORDS.get(item["type"])
-    message = words.format(**item.get("ctx", {})) if words else item["msg"].removeprefix("Value error, ")
+    limits = {name: _number(limit) for name, limit in item.get("ctx", {}).items()}
+    message = words.format(**limits) if words else item["msg"].removeprefix("Value error, ")
     given = json.dumps(item["input"], default=str)
     shown = f" (given: {given if len(given) <= 80 else given[:77] + '...'})" if item["type"] != "value_error" else ""
     if item["type"] == "list_type" and item["input"] is None:
         message += "; [] is an empty one"
     return f"{key}: {message}{shown}" if key else message
+
+
+def _number(limit: Any) -> Any:
+    """A limit for people: 1,000,000, 0.5."""
+    if not isinstance(limit, int | float):
+        return limit
+    return f"{int(limit):,}" if limit == int(limit) else f"{limit:g}"
+
+
+def _needed(model: Any, location: Sequence[Any], before: str = "") -> list[str]:
+    """Dotted names of what a setting that is missing has to be given as: itself, or what a group cannot be without."""
+    first, *rest = location
+    field = getattr(model, "model_fields", {}).get(first)
+    annotation = field.annotation if field else None
+    inner = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    name = f"{before}{first}"
+    if rest:
+        return _needed(inner, rest, f"{name}.")
+    needed = [key for key, one in inner.model_fields.items() if one.is_required()] if inner else []
+    return [leaf for key in needed for leaf in _needed(inner, (key,), f"{name}.")] or [name]
 
 
 def _known_keys(model: Any, location: tuple[Any, ...]) -> list[str]:

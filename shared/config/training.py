@@ -4,6 +4,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ssld.shared.config.bounds import BatchSize, Count, Images, Passes, Positive, Seed, Steps, Workers
 from ssld.shared.config.settings import CommandConfig, Config
 from ssld.shared.config.yaml_files import Alternatives
 from ssld.shared.errors import UserError
@@ -17,17 +18,17 @@ class OptimConfig(Config):
 
     name: Literal["sgd", "nesterov", "adamw"] = "sgd"
     """sgd has plain momentum"""
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, le=1000)
     """learning rate at `reference_batch` images a step"""
-    reference_batch: int = Field(ge=1)
+    reference_batch: BatchSize
     """global batch that `lr` is meant for; another batch scales it, linearly for SGD and by the square root for adamw"""
     momentum: float = Field(0.9, ge=0, lt=1)
     """momentum of SGD, first beta of adamw"""
-    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay: float = Field(1e-4, ge=0, le=100)
     """coupled L2 for SGD, decoupled for adamw"""
     decay_norm_and_bias: bool = True
     """whether norm scales and biases are decayed too"""
-    clip_grad_norm: float | None = Field(None, gt=0)
+    clip_grad_norm: Positive | None = None
     """largest norm of the gradient over all parameters; null does not clip"""
 
 
@@ -49,17 +50,17 @@ class TrainingConfig(CommandConfig):
         ("optim.milestones_steps", "optim.milestones_epochs"),
     )
 
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """every random draw follows from it"""
-    steps: int | None = Field(None, ge=1)
+    steps: Steps | None = None
     """length in optimizer steps; give exactly one of steps, train_epochs, train_images"""
-    train_epochs: float | None = Field(None, gt=0)
+    train_epochs: Passes | None = None
     """length in passes over the training images"""
-    train_images: int | None = Field(None, ge=1)
+    train_images: Images | None = None
     """length in training images seen"""
-    batch_size: int = Field(ge=1)
+    batch_size: BatchSize
     """global batch: images an optimizer step, over all processes and accumulation"""
-    accumulate: int = Field(1, ge=1)
+    accumulate: BatchSize = 1
     """forward and backward passes an optimizer step and process"""
     auto_batch: bool = False
     """find `accumulate` before the run: the fewest passes whose images, at their largest, fit into memory; `batch_size` stays"""
@@ -69,15 +70,15 @@ class TrainingConfig(CommandConfig):
     """memory layout of the networks"""
     compile: bool = False
     """torch.compile the network"""
-    workers: int = Field(2, ge=0)
+    workers: Workers = 2
     """processes a rank that decode images; 0 decodes in the training process"""
-    log_every: int = Field(50, ge=1)
+    log_every: Steps = 50
     """steps between two lines of metrics"""
-    evaluate_every: int | None = Field(None, ge=1)
+    evaluate_every: Steps | None = None
     """steps between two evaluations; null evaluates at the end only"""
-    save_every: int = Field(1000, ge=1)
+    save_every: Steps = 1000
     """steps between two checkpoints"""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: Count = 2
     """newest checkpoints kept"""
     resume: Literal["auto", "never"] = "auto"
     """auto goes on from the newest checkpoint; never refuses a folder that holds a run"""

@@ -1,7 +1,7 @@
 """Settings in YAML files: read strictly, laid on their bases."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,66 @@ Alternatives = Sequence[Sequence[str]]
 """groups of dotted keys; of a group one is given"""
 
 
+MOST_NODES, DEEPEST = 200_000, 50
+"""what a file may hold: values, each alias counted as what it stands for, and levels"""
+
+
 class _Loader(yaml.SafeLoader):
-    """A YAML loader that refuses a key given twice, which PyYAML lets the last one win."""
+    """A YAML loader that refuses what no settings have: a key given twice, which PyYAML lets the last one win, keys that are lists or maps, and
+    files that grow out of all proportion by nesting or by aliases of aliases."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """PyYAML's, not deeper than `DEEPEST`."""
+        self.depth += 1
+        if self.depth > DEEPEST:
+            mark = self.peek_event().start_mark
+            raise UserError(f"{mark.name}, line {mark.line + 1}: nested more than {DEEPEST} levels deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def get_single_node(self) -> yaml.Node | None:
+        """PyYAML's, not larger than `MOST_NODES`."""
+        node = super().get_single_node()
+        if node is not None and _size(node, {}) > MOST_NODES:
+            raise UserError(
+                f"{node.start_mark.name}: holds more than {MOST_NODES:,} values, through its aliases (*NAME)"
+            )
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """PyYAML's, which raises Python's own errors for a value that its tag or its form promises and that is none, as 2020-13-45 or !!int x."""
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            given = f"{node.value[:40]!r}" if isinstance(node.value, str) else "a list or map"
+            what = f"{given} is no {node.tag.rpartition(':')[2]}; put it in quotes where it is text"
+            raise UserError(f"{node.start_mark.name}, line {node.start_mark.line + 1}: {what}") from None
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values below a node, those of an alias counted wherever it stands; one that holds itself is endless."""
+    if id(node) not in known:
+        known[id(node)] = MOST_NODES + 1  # what it counts for inside itself
+        inner = node.value if isinstance(node.value, list) else []
+        parts = [part for one in inner for part in (one if isinstance(one, tuple) else (one,))]
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
+        place = f"{key_node.start_mark.name}, line {key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise UserError(f"{place}: a key has to be one word, not a list or a map of them")
         key = loader.construct_object(key_node, deep=True)
         if key in seen:
-            raise UserError(
-                f"{key_node.start_mark.name}, line {key_node.start_mark.line + 1}: key {key!r} is given twice"
-            )
+            raise UserError(f"{place}: key {key!r} is given twice")
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
@@ -33,28 +81,58 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError for a missing file, bad YAML, a duplicate key or anything but a mapping."""
+    """The mapping in a YAML file; its keys are text but for those of groups, which may be numbers, as of class names.
+
+    Raises UserError for a missing file, bad YAML, a duplicate key, nesting and aliases out of proportion, or anything but a mapping.
+    """
     try:
         with path.open(encoding="utf-8") as file:
             content = yaml.load(file, _Loader)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys and values at the top level, found {type(content).__name__}")
+    if odd := [key for key in content if not isinstance(key, str)]:
+        raise UserError(f"{path}: {_spelt(odd[0])}: a key has to be text; put it in quotes")
     return content
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file of settings, all of whose keys are text. Raises UserError as `read_yaml` does, and for another key."""
+    content = read_yaml(path)
+    for key in _odd_keys(content):
+        raise UserError(f"{path}: {key}: a key has to be text; put it in quotes")
+    return content
+
+
+def _odd_keys(value: Any, before: str = "") -> Iterator[str]:
+    """Dotted names of the keys that are no text."""
+    if isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _odd_keys(inner, f"{before}{number}.")
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                yield f"{before}{_spelt(key)}"
+            yield from _odd_keys(inner, f"{before}{key}.")
+
+
+def _spelt(key: Any) -> str:
+    """A key as YAML spells it: null, true, 3."""
+    return json.dumps(key, default=str)
 
 
 def read_recipe(path: Path, alternatives: Alternatives = (), deeper: int = 2) -> dict[str, Any]:
     """The settings of a YAML file laid on those of the file that its key `base` names, relative to it.
 
     A base may have a base itself, and there the chain ends. Of keys that are `alternatives`, the file's replaces the base's. Raises UserError as
-    `read_yaml` does, and for a longer chain.
+    `read_settings` does, and for a longer chain.
     """
-    values = read_yaml(path)
+    values = read_settings(path)
     if "base" not in values:
         return values
     base = values.pop("base")

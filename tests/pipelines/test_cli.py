@@ -75,8 +75,8 @@ def test_evaluate_and_export_go_by_the_file(
     ("argv", "message"),
     [
         (["destill"], "error: ssld destill: no such command; did you mean 'distill'?"),
-        (["evaluate"], "error: ssld evaluate: needs --model FILE"),
-        (["export"], "error: ssld export: needs --model FILE"),
+        (["evaluate"], "error: usage: ssld evaluate --model FILE ...; the settings are those of stage1"),
+        (["export"], "error: usage: ssld export --model FILE ...; the settings are those of stage1"),
         (["evaluate", "--model", "nowhere.safetensors"], "error: nowhere.safetensors: no such file"),
         (["inspect"], "error: usage: ssld inspect FILE_OR_FOLDER"),
         (["completion"], "error: usage: ssld completion bash|zsh"),
@@ -188,4 +188,25 @@ def test_every_entry_has_a_main(module: str) -> None:
 @pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"doctor"}))  # which looks at the machine, then
 def test_a_bare_command_says_what_it_needs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name]) == 2
-    assert capsys.readouterr().err.strip()
+    err = capsys.readouterr().err
+    assert "usage: " in err.splitlines()[0]
+    assert err.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("name", "shown"), [("inspect", "FILE_OR_FOLDER"), ("completion", "bash|zsh")])
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_of_commands_with_one_argument(
+    name: str, shown: str, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([name, flag]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: ssld {name} {shown}\n")
+
+
+@pytest.mark.process
+def test_the_command_is_a_module_too() -> None:
+    line = [sys.executable, "-m", "ssld", "toy-data"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: ssld toy-data ")
+    assert "error: command line: output: missing" in done.stderr

@@ -1,5 +1,6 @@
 """`ssld init`: the split, the rules behind the numbers, and a pipeline that the runner accepts as it is written."""
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 
 from ssld.pipelines import init, run
 from ssld.pipelines.checks import data as checked_data
-from ssld.pipelines.scaffold.suggest import Facts, split_content, suggest
+from ssld.pipelines.scaffold.suggest import Facts, pipeline_text, split_content, suggest
 from ssld.shared.errors import UserError
 from ssld.stage2_detect import check_data
 
@@ -249,3 +250,57 @@ def test_every_gpu_gets_a_process(
         assert smoke % gpus == 0
         assert smoke <= images
     assert run.main(["mine.yaml", "--dry-run", "--smoke"]) == 0
+
+
+ODD = [
+    "plain",
+    "x #1",
+    "a: b",
+    "- a",
+    "null",
+    "1e3",
+    "yes",
+    "[a]",
+    "*a",
+    "#",
+    "'",
+    '"',
+    "é",
+    "two\nlines: true",
+    "tab\t",
+    "\x1b[2J",
+    "{{ 1 }}",
+]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_names_reach_the_pipeline_as_they_are(name: str) -> None:
+    """Paths and class names are anybody's: what is written reads back to them, and adds neither keys nor lines."""
+    measured = facts(9, [0.1] * 5)
+    plain = pipeline_text(Path("a.yaml"), measured, suggest(measured))
+    odd = dataclasses.replace(
+        measured,
+        annotations=Path(f"{name}.json"),
+        val_annotations=Path(f"{name}.json"),
+        images_folder=Path(name),
+        val_images=Path(name),
+        unlabeled=Path(name),
+        unlabeled_images=3,
+        listing=Path(f"{name}.txt"),
+        statistics=measured.statistics | {"classes": {name: 3, f"{name}\noutput: elsewhere": 4}},
+        gpu=(name, 2**30, 2**34, 9, 0),
+    )
+    text = pipeline_text(Path(f"{name}.yaml"), odd, suggest(odd))
+    content = yaml.safe_load(text)
+    assert content["output"] == f"runs/{name}"
+    assert list(content) == list(yaml.safe_load(plain))
+    assert content["stages"]["ssld"]["set"]["data"]["train"][0] == {"path": name}
+    assert content["stages"]["ssld"]["set"]["data"]["train"][1] == {"path": f"{name}.txt", "root": name}
+    data = content["stages"]["detector_ssld"]["set"]["data"]
+    assert (data["train_annotations"], data["val_images"]) == (f"{name}.json", name)
+    assert "\x1b" not in text
+
+
+def test_a_path_that_reads_as_a_variable_is_refused(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert init.main(["--images", "photos", "--annotations", "all.json", "--output", "${x}.yaml"]) == 2
+    assert "error: --output ${x}.yaml: ${ stands for a variable in a pipeline" in capfd.readouterr().err

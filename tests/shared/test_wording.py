@@ -1,6 +1,6 @@
 import pytest
 
-from ssld.shared.wording import amount, count, duration, some
+from ssld.shared.wording import amount, count, duration, printable, some
 
 
 def test_numbers_and_their_nouns() -> None:
@@ -31,3 +31,20 @@ def test_lists_and_bytes() -> None:
 )
 def test_durations(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("cell é 細胞 – x", "cell é 細胞 – x"),
+        ("\x1b[2Jgone", "\\x1b[2Jgone"),
+        ("a\nb\tc\r", "a\\nb\\tc\\r"),
+        ("\x9b1m\x7f\x00", "\\x9b1m\\x7f\\x00"),
+        ("\u202egpj.exe\u2066\u200b", "\\u202egpj.exe\\u2066\\u200b"),
+        ("\udcff\u2028", "\\udcff\\u2028"),
+    ],
+)
+def test_what_a_terminal_obeys_is_escaped(text: str, shown: str) -> None:
+    assert printable(text) == shown
+    shown.encode()
+    assert printable(text, keep=text) == text

@@ -93,3 +93,17 @@ def test_a_command_without_passes_is_told_to_take_fewer_images(run: Run, capsys:
 def test_ctrl_c_outside_training_is_no_traceback(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(KeyboardInterrupt()) == 143
     assert capsys.readouterr().err == "stopped; the same command begins again, and goes on from what it has written\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("RANK", "x"), ("RANK", "1"), ("RANK", "-1"), ("WORLD_SIZE", ""), ("LOCAL_WORLD_SIZE", "two")]
+)
+def test_a_broken_launcher_is_named(
+    name: str, value: str, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert run() == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: {name}={value}")
+    assert "the launcher's environment is broken; unset RANK, WORLD_SIZE" in line
+    assert line.count("\n") == 1

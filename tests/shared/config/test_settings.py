@@ -96,6 +96,25 @@ def test_environment_is_not_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("output: o\nsteps: 1\nsteps: 2\n", (), "FILE, line 3: key 'steps' is given twice"),
         ("output: o\ngroup: {rate: 1, rate: 2}\n", (), "FILE, line 2: key 'rate' is given twice"),
         ("output: [\n", (), "FILE: not valid YAML:"),
+        ("output: o\n? [a]\n: 1\n", (), "FILE, line 2: a key has to be one word, not a list or a map of them"),
+        ("output: o\n? {a: 1}\n: 1\n", (), "FILE, line 2: a key has to be one word"),
+        ("output: o\n1: 2\n", (), "FILE: 1: a key has to be text; put it in quotes"),
+        ("output: o\nnull: 2\n", (), "FILE: null: a key has to be text; put it in quotes"),
+        ("output: o\ngroup: {yes: 2}\n", (), "FILE: group.true: a key has to be text; put it in quotes"),
+        ("output: o\nitems: [{1.5: 2}]\n", (), "FILE: items.0.1.5: a key has to be text; put it in quotes"),
+        (f"output: {'[' * 20000}\n", (), "FILE, line 1: nested more than 50 levels deep"),
+        ("output: &a [*a]\n", (), "FILE: holds more than 200,000 values, through its aliases (*NAME)"),
+        ("output: 2020-13-45\n", (), "FILE, line 1: '2020-13-45' is no timestamp; put it in quotes where it is text"),
+        ("output: o\nsteps: !!int x\n", (), "FILE, line 2: 'x' is no int; put it in quotes where it is text"),
+        ("output: !!map [1]\n", (), "FILE, line 1: a list or map is no map"),
+        ("output: o\nsteps: !!python/object:os.system x\n", (), "FILE: not valid YAML: could not determine"),
+        ('output: o\nkind: "a\\0b"\n', (), "FILE: kind: holds a NUL character"),
+        ('output: o\nitems: [{path: "a\\0b"}]\n', (), "FILE: items.0.path: holds a NUL character"),
+        ("output: o\ngroup: {rate: .inf}\n", (), "FILE: group.rate: has to be a finite number (given: Infinity)"),
+        ("output: o\ngroup: {rate: .nan}\n", (), "FILE: group.rate: has to be"),
+        ("output: o\n", ("--group.rate", "inf"), "command line: group.rate: has to be a finite number"),
+        ("output: o\n", ("--steps", "9" * 5000), "command line: steps: is too large a number"),
+        ("output: o\n", ("--rate", "1"), "--rate: unknown flag; did you mean '--group.rate'?"),
         ("- output\n", (), "FILE: expected keys and values at the top level, found list"),
         ("output: o\n", ("--stepz", "3"), "--stepz: unknown flag; did you mean '--steps'?"),
         ("output: o\n", ("--group.rat=3",), "--group.rat: unknown flag; did you mean '--group.rate'?"),
@@ -109,6 +128,41 @@ def test_mistakes(text: str | None, flags: tuple[str, ...], message: str, tmp_pa
     line = refused(tmp_path, text, *flags)
     assert message in line
     assert "\n" not in line
+
+
+def test_a_file_of_aliases_does_not_grow_out_of_proportion(tmp_path: Path) -> None:
+    """Nine aliases of nine aliases ..., a billion values in a few lines."""
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    for one, before in zip("bcdefghi", "abcdefgh", strict=True):
+        lines.append(f"{one}: &{one} [{', '.join([f'*{before}'] * 9)}]")
+    message = refused(tmp_path, "\n".join([*lines, "items: *i", ""]))
+    assert message == "FILE: holds more than 200,000 values, through its aliases (*NAME)"
+
+
+def test_merge_keys_are_yaml(tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_text("a: &a {x: 1, y: 2}\nb:\n  <<: *a\n  y: 3\nc: [*a, *a]\n")
+    assert read_yaml(tmp_path / "m.yaml")["b"] == {"x": 1, "y": 3}
+    (tmp_path / "m.yaml").write_text("b:\n  <<: 3\n")
+    with pytest.raises(UserError, match="expected a mapping or list of mappings for merging"):
+        read_yaml(tmp_path / "m.yaml")
+
+
+def test_what_a_group_needs_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bare command prints its usage, and a group that is missing is told by the settings that it needs."""
+    from ssld.stage2_detect.config import TrainConfig
+
+    with pytest.raises(UserError) as caught:
+        parse_config(TrainConfig, [], program="ssld train")
+    lines = str(caught.value).splitlines()
+    assert (
+        "command line: data: missing; give it in the YAML file or as --data.train_annotations, --data.train_images"
+        in lines
+    )
+    assert "command line: output: missing; give it in the YAML file or as --output" in lines
+    usage = capsys.readouterr().err
+    assert usage.startswith("usage: ssld train [--config FILE] [--KEY VALUE ...]\n")
+    assert "--optim.lr float" in usage
+    assert "--workers" not in usage
 
 
 def test_every_mistake_has_its_line(tmp_path: Path) -> None:
@@ -250,8 +304,24 @@ def test_a_recipe_lies_on_its_bases(tmp_path: Path) -> None:
         parse_config(_Recipe, ["--config", str(tmp_path / "g.yaml")], program="test.py")
 
 
+class Both(Config):
+    """A group of two settings that go together, and one that it needs."""
+
+    needed: str
+    one: int | None = None
+    two: int | None = None
+
+    @model_validator(mode="after")
+    def _both(self) -> "Both":
+        if (self.one is None) != (self.two is None):
+            raise ValueError("give one and two, or neither")
+        return self
+
+
 class Paired(CommandConfig):
     """Settings that have to go together."""
+
+    pair: Both | None = None
 
     steps: int | None = None
     epochs: float | None = None
@@ -280,6 +350,10 @@ class Paired(CommandConfig):
             "command line: group.rate: has to be above",
         ),
         ("steps: 3\n", ("--group.rate", "2"), "FILE: output: missing"),
+        # what flags bring into a group that the file lacks altogether, or has in part
+        ("output: o\nsteps: 3\n", ("--pair.needed", "n", "--pair.one", "1"), "command line: pair: give one and two"),
+        ("output: o\nsteps: 3\npair: {one: 1}\n", ("--pair.needed", "n"), "FILE: pair: give one and two"),
+        ("output: o\nsteps: 3\npair: {needed: n}\n", ("--pair.one", "1"), "command line: pair: give one and two"),
     ],
 )
 def test_who_is_to_blame(text: str, flags: tuple[str, ...], message: str, tmp_path: Path) -> None:
@@ -320,6 +394,13 @@ def test_a_switch_may_stand_alone(flags: list[str], values: dict[str, Any]) -> N
 def test_a_value_is_missing_elsewhere() -> None:
     with pytest.raises(UserError, match="expected one argument"):
         parse_config(_Switches, ["--output", "o", "--name", "--loud"], program="test.py")
+
+
+def test_known_names_are_not_cut_short() -> None:
+    names = [f"name{number:02d}" for number in range(24)]
+    assert did_you_mean("zebra", names) == f"; known: {', '.join(names)}"
+    assert did_you_mean("zebra", [*names, "other"]).endswith(", name23 and 1 more")
+    assert did_you_mean("--lr", ["--help", "--optim.lr"]) == "; did you mean '--optim.lr'?"
 
 
 def test_a_longer_name_that_begins_alike_is_nearest() -> None:
