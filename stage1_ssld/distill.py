@@ -51,7 +51,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     from ssld.shared.distributed.ranks import from_main_rank, share_buffers, world_size
     from ssld.shared.distributed.stop import StopRequest
     from ssld.shared.images import stable_seed
-    from ssld.shared.models.backbones import parse_reference
+    from ssld.shared.models.references import parse_reference
     from ssld.shared.run_dir import RunDir
     from ssld.shared.training.auto_batch import find_passes
     from ssld.shared.training.optim import cosine_factor, make_optimizer, parameter_groups, scale_lr, set_lr

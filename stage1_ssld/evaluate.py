@@ -36,7 +36,8 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
 
     from ssld.shared.distributed.processes import uses_gpu
     from ssld.shared.distributed.ranks import from_main_rank, rank, world_size
-    from ssld.shared.models.backbones import create_classifier, parse_reference
+    from ssld.shared.models.backbones import create_classifier
+    from ssld.shared.models.references import parse_reference
     from ssld.shared.models.teacher import embed
     from ssld.shared.run_dir import RunDir
     from ssld.shared.training.quarantine import Quarantine

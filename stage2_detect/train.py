@@ -42,7 +42,7 @@ def train(config: TrainConfig) -> None:
     from ssld.shared.distributed.stop import StopRequest
     from ssld.shared.errors import Stopped
     from ssld.shared.images import stable_seed
-    from ssld.shared.models.backbones import parse_reference
+    from ssld.shared.models.references import parse_reference
     from ssld.shared.run_dir import RunDir
     from ssld.shared.training.auto_batch import find_passes
     from ssld.shared.training.optim import make_optimizer, multistep_factor, scale_lr, set_lr
