@@ -15,9 +15,11 @@ from timm.data import resolve_model_data_config
 from timm.models import get_model_input_config, get_pretrained_cfg
 from torch import Tensor, nn
 
+from ssld.shared.config.settings import Network, launched_ranks
 from ssld.shared.errors import UserError
+from ssld.shared.models.downloads import require_downloads
 from ssld.shared.models.model_file import content_hash, save_model_file
-from ssld.shared.models.references import ModelReference
+from ssld.shared.models.references import ModelReference, parse_reference
 from ssld.shared.models.state_dicts import Fitted, create, fit, read_state_dict
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -140,6 +142,23 @@ def network_args(reference: ModelReference, image_size: int | None) -> dict[str,
         args["img_size"] = [image_size, image_size]
         _try_size(reference, args, image_size)
     return args
+
+
+def check_networks(networks: Mapping[str, Network], hub_data: Mapping[str, str] | None = None) -> None:
+    """Look at the networks of some settings before data are read and a run begins: are they there, known, and fit for their image size?
+
+    Says what is about to be downloaded. Raises UserError for the first that is not, and for weights or data that cannot be downloaded.
+    """
+    wanted = {key: network.model for key, network in networks.items()} | dict(hub_data or {})
+    for line in require_downloads(wanted):
+        if launched_ranks()[0] == 0:
+            print(line, flush=True)
+    for key, network in networks.items():
+        try:
+            reference = parse_reference(network.model, network.arch, allow_pickle=network.allow_pickle)
+            network_args(reference, network.image_size)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
 
 
 def _takes_any_size(reference: ModelReference, args: Mapping[str, Any]) -> bool:

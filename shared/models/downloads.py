@@ -5,6 +5,7 @@ minutes. `HF_HUB_OFFLINE` is honoured. Does not import torch, nor timm at import
 """
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -68,12 +69,18 @@ class Remote:
 
         repo, revision = self._parts()
         if self.dataset:
-            from datasets.config import HF_DATASETS_CACHE
-
-            name = repo.replace("/", "___")
-            places = [Path(HF_DATASETS_CACHE) / name, Path(HF_DATASETS_CACHE) / name.lower()]
-            places.append(Path(constants.HF_HUB_CACHE) / f"datasets--{repo.replace('/', '--')}" / "snapshots")
-            return next((place for place in places if place.is_dir()), None)
+            known = [
+                folder
+                for folder in (
+                    Path(constants.HF_HUB_CACHE),
+                    Path(os.environ.get("HF_DATASETS_CACHE") or f"{constants.HF_HOME}/datasets"),
+                )
+                for folder in (folder.iterdir() if folder.is_dir() else ())
+            ]
+            # datasets--ORG--NAME in one cache, ORG___NAME in the other, in other letters
+            return next(
+                (folder for folder in known if _letters(folder.name).removeprefix("datasets") == _letters(repo)), None
+            )
         for name in self.names:
             found = try_to_load_from_cache(repo, name, revision=revision)
             if isinstance(found, str):
@@ -171,7 +178,7 @@ def remotes_of(text: str) -> list[Remote]:
     Imports timm for a timm name.
     """
     if text.startswith("hub:"):
-        return [Remote(text.removeprefix("hub:"), dataset=True)]
+        return [] if Path(text.removeprefix("hub:")).exists() else [Remote(text.removeprefix("hub:"), dataset=True)]
     kind = kind_of(text)
     if kind == "hub":
         repo = text.removeprefix("hf-hub:")
@@ -275,6 +282,10 @@ def _within_seconds(ask: Callable[[], tuple[int | None, str | None]]) -> tuple[i
     thread.start()
     thread.join(_SECONDS + 0.5)
     return answers[0] if answers else (None, f"no network (no answer within {_SECONDS:g} seconds)")
+
+
+def _letters(text: str) -> str:
+    return "".join(letter for letter in text.lower() if letter.isalnum())
 
 
 def _number(headers: Any) -> int | None:

@@ -185,7 +185,7 @@ def folder_facts(config: Any, source: object) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{source}: pretrained_cfg is not a JSON object")
     size = data.get("input_size")
-    facts = {
+    facts: dict[str, Any] = {
         "arch": arch,
         "num_classes": config.get("num_classes", data.get("num_classes")),
         "mean": data.get("mean"),
