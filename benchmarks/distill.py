@@ -35,7 +35,8 @@ from torchvision import transforms
 from benchmarks.side_by_side import rounds, show
 from ssld.shared.files import require_images
 from ssld.shared.images import open_image
-from ssld.shared.models.backbones import create_classifier, parse_reference, place
+from ssld.shared.models.backbones import create_classifier, place
+from ssld.shared.models.references import parse_reference
 from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage1_ssld.data.batch import View, collate
 from ssld.stage1_ssld.data.loaders import TrainingData

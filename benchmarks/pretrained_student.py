@@ -37,8 +37,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from benchmarks.mosaics import read_pictures, write_split
 from ssld.shared.images import decode_image
-from ssld.shared.models.backbones import Classifier, create_classifier, parse_reference, save_backbone
+from ssld.shared.models.backbones import Classifier, create_classifier, save_backbone
 from ssld.shared.models.model_file import read_tensors
+from ssld.shared.models.references import parse_reference
 from ssld.shared.models.teacher import embed
 from ssld.shared.run_dir import read_result
 from ssld.stage1_ssld import distill

@@ -124,8 +124,8 @@ def list_folders(folder: str | Path) -> list[str]:
 
 
 def list_files(folder: str | Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Sorted posix paths, relative to `folder`, of all files in it and below with one of these suffixes, in any case; "" is every suffix. What is left
-    out and followed is as with `list_images`."""
+    """Sorted posix paths, relative to `folder`, of all files in it and below with one of these suffixes, in any case; "" is every suffix. What is
+    left out and followed is as with `list_images`."""
     return sorted(name for name, _ in _walk(folder, Tally()) if name.lower().endswith(suffixes))
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ssld.shared.config.bounds import BatchSize, Count, Images, Seed, Side, Weight, Workers
-from ssld.shared.config.settings import CommandConfig, Config
+from ssld.shared.config.settings import CommandConfig, Config, ModelText, Network
 from ssld.shared.config.training import EmaConfig, OptimConfig, TrainingConfig
 from ssld.shared.errors import UserError
 from ssld.stage1_ssld.data_config import (
@@ -16,6 +16,7 @@ from ssld.stage1_ssld.data_config import (
     Precision,
     SourceConfig,
     TeacherConfig,
+    hub_sources,
     is_remote,
     reference_input,
 )
@@ -63,6 +64,9 @@ class Stage1Config(TrainingConfig):
 
     def inputs(self) -> dict[str, Path]:
         return self.data.inputs("data")
+
+    def hub_data(self) -> dict[str, str]:
+        return self.data.hub_data("data")
 
 
 EVALUATION_BATCH = 128
@@ -124,6 +128,10 @@ class DistillConfig(Stage1Config):
         store = {"store": self.store / "store.json"} if self.store else {}
         return super().inputs() | self.student.inputs("student.model") | teacher | store
 
+    def networks(self) -> dict[str, Network]:
+        teacher = self.teacher.networks("teacher") if self.teacher else {}
+        return self.student.networks("student.model", self.data.image_size) | teacher
+
 
 class TeachConfig(Stage1Config):
     """Fine-tune a teacher on labelled images."""
@@ -141,6 +149,9 @@ class TeachConfig(Stage1Config):
     def inputs(self) -> dict[str, Path]:
         return super().inputs() | self.model.inputs("model.model")
 
+    def networks(self) -> dict[str, Network]:
+        return self.model.networks("model.model", self.data.image_size)
+
 
 class ForwardConfig(CommandConfig):
     """Settings of commands that run a network over images without training it."""
@@ -154,10 +165,12 @@ class ForwardConfig(CommandConfig):
 
 
 class EvaluateConfig(ForwardConfig):
-    """Evaluate a backbone file: top-1, top-5, agreement with a teacher, and accuracy of its nearest neighbours."""
+    """Evaluate a classifier: top-1, top-5, agreement with a teacher, and accuracy of its nearest neighbours."""
 
-    model: Path
-    """backbone file"""
+    model: ModelText
+    """backbone file, timm:NAME, hf-hub:ID, a folder, or a .pth state dict of plain tensors"""
+    arch: str | None = None
+    """timm name, for a file that does not say it"""
     teacher: TeacherConfig | None = None
     data: SourceConfig
     """images; without labels only agreement and KL are measured, and a teacher is needed"""
@@ -166,14 +179,21 @@ class EvaluateConfig(ForwardConfig):
     neighbours: Count = 20
     """neighbours that vote"""
     image_size: Side | None = None
-    """side of a view in pixels; null: the one the model was trained at"""
+    """side of a view in pixels, for which a network of fixed size is rebuilt; null: the one the model was trained at"""
     val_crop: float | None = Field(None, gt=0, le=1)
     """part of the short side that the central crop keeps; null: the one the model was evaluated with in training"""
 
     def inputs(self) -> dict[str, Path]:
         teacher = self.teacher.inputs("teacher") if self.teacher else {}
         bank = self.bank.inputs("bank") if self.bank else {}
-        return self.data.inputs("data") | bank | {"model": self.model} | teacher
+        return self.data.inputs("data") | bank | reference_input("model", self.model) | teacher
+
+    def networks(self) -> dict[str, Network]:
+        teacher = self.teacher.networks("teacher") if self.teacher else {}
+        return {"model": Network(self.model, self.arch, self.image_size, allow_pickle=True)} | teacher
+
+    def hub_data(self) -> dict[str, str]:
+        return hub_sources([("data", self.data), ("bank", self.bank)])
 
 
 class SoftLabelsConfig(ForwardConfig):
@@ -209,6 +229,12 @@ class SoftLabelsConfig(ForwardConfig):
 
     def inputs(self) -> dict[str, Path]:
         return self.data.inputs("data") | self.teacher.inputs("teacher")
+
+    def networks(self) -> dict[str, Network]:
+        return self.teacher.networks("teacher")
+
+    def hub_data(self) -> dict[str, str]:
+        return self.data.hub_data("data")
 
 
 class CurateConfig(ForwardConfig):
@@ -263,11 +289,18 @@ class CurateConfig(ForwardConfig):
                 files |= source.inputs(f"{key}.{number}")
         return files
 
+    def networks(self) -> dict[str, Network]:
+        return self.teacher.networks("teacher")
+
+    def hub_data(self) -> dict[str, str]:
+        keys = ("pool", "val", "train")
+        return hub_sources((f"{key}.{number}", one) for key in keys for number, one in enumerate(getattr(self, key)))
+
 
 class EncoderConfig(Config):
     """An encoder that is to become a teacher; a classifier's own classes are left out."""
 
-    model: str
+    model: ModelText
     """timm NAME, hf-hub:ID, a folder, a .safetensors file, or a .pth state dict of plain tensors"""
     arch: str | None = None
     """timm name, for a file that does not say it"""
@@ -320,6 +353,13 @@ class PrototypesConfig(ForwardConfig):
         for number, source in enumerate(self.pool):
             files |= source.inputs(f"pool.{number}")
         return files
+
+    def networks(self) -> dict[str, Network]:
+        encoder = self.encoder
+        return {"encoder.model": Network(encoder.model, encoder.arch, self.image_size, allow_pickle=True)}
+
+    def hub_data(self) -> dict[str, str]:
+        return hub_sources((f"pool.{number}", source) for number, source in enumerate(self.pool))
 
 
 EXPORTED = {"onnx": "backbone.onnx", "torch": "backbone.pt2"}

@@ -56,16 +56,16 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
     from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     from ssld.shared.files import file_sha256
-    from ssld.shared.models.backbones import InputSettings, ModelReference, check_fits, save_backbone
+    from ssld.shared.models.backbones import InputSettings, save_backbone
     from ssld.shared.models.paddle_weights import read_paddle_weights, to_torch
+    from ssld.shared.models.state_dicts import fit
     from ssld.shared.run_dir import RunDir
 
     source = str(config.weights)
     arrays = read_paddle_weights(config.weights)
     arch = recognise(arrays, config.arch, source)
     tensors = to_torch(arrays, layer_names(arch, old="out.weight" in arrays), source)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    classes = check_fits(ModelReference(source, arch), shapes)
+    classes = fit(tensors, arch, {}, source).classes
     run = RunDir(config, "convert_paddle")
     if run.status == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")

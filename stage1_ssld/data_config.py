@@ -1,12 +1,13 @@
 """Settings that the stage-1 commands share: images, views, networks, teachers, losses. Does not import torch."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from ssld.shared.config.bounds import Positive, Side, Weight
-from ssld.shared.config.settings import Config
+from ssld.shared.config.settings import Config, ModelText, Network
 from ssld.shared.files import ImageFolder
 
 Part = Annotated[float, Field(gt=0, le=1)]
@@ -127,11 +128,16 @@ class DataConfig(Config):
             files |= self.val.inputs(f"{key}.val")
         return files
 
+    def hub_data(self, key: str) -> dict[str, str]:
+        """The data sets of the hub among the sources."""
+        train = [(f"{key}.train.{number}", source) for number, source in enumerate(self.train)]
+        return hub_sources([*train, (f"{key}.val", self.val)])
+
 
 class NetworkConfig(Config):
     """A network to train."""
 
-    model: str
+    model: ModelText
     """random:NAME, timm:NAME, hf-hub:ID, a folder or a .safetensors file to start from"""
     arch: str | None = None
     """timm name, for a file that does not say it"""
@@ -147,16 +153,21 @@ class NetworkConfig(Config):
         """The local file of the reference, if it names one."""
         return reference_input(key, self.model)
 
+    def networks(self, key: str, image_size: int | None = None) -> dict[str, Network]:
+        """The network, which has to work at `image_size`."""
+        return {key: Network(self.model, self.arch, image_size)}
+
 
 class TeacherMember(Config):
     """One frozen network of a teacher."""
 
-    model: str
+    model: ModelText
     """timm NAME, hf-hub:ID, a folder, a .safetensors file, or a .pth state dict of plain tensors"""
     arch: str | None = None
     """timm name, for a file that does not say it"""
     size: Side | None = None
-    """side in pixels that the same view is resized to for the teacher; null: as it comes, or the teacher's own size where that is fixed"""
+    """side in pixels, that the same view is resized to for the teacher, and that a network of fixed size is built for; null: as the view
+    comes, or the network's own size where that is fixed"""
 
     @model_validator(mode="before")
     @classmethod
@@ -184,6 +195,14 @@ class TeacherConfig(TeacherMember):
         for number, member in enumerate(self.ensemble):
             files |= reference_input(f"{key}.ensemble.{number}.model", member.model)
         return files
+
+    def networks(self, key: str) -> dict[str, Network]:
+        """All of its networks."""
+        members = {f"{key}.ensemble.{number}": member for number, member in enumerate(self.ensemble)}
+        return {
+            f"{name}.model": Network(one.model, one.arch, one.size, allow_pickle=True)
+            for name, one in ({key: self} | members).items()
+        }
 
 
 LossName = Literal["symmetric_kl", "kl", "soft_cross_entropy", "jensen_shannon", "dist", "decoupled_kd", "bernoulli_kl"]
@@ -215,6 +234,11 @@ class LossConfig(Config):
         if self.beta != 1 and self.name != "decoupled_kd":
             raise ValueError(f"{self.name} has no beta; leave it at 1, or take decoupled_kd")
         return self
+
+
+def hub_sources(sources: Iterable[tuple[str, SourceConfig | None]]) -> dict[str, str]:
+    """The sources that are data sets of the hub, by key."""
+    return {key: one.path for key, one in sources if one and one.path.startswith("hub:")}
 
 
 def reference_input(key: str, reference: str) -> dict[str, Path]:

@@ -51,7 +51,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     from ssld.shared.distributed.ranks import from_main_rank, share_buffers, world_size
     from ssld.shared.distributed.stop import StopRequest
     from ssld.shared.images import stable_seed
-    from ssld.shared.models.backbones import parse_reference
+    from ssld.shared.models.backbones import check_networks
     from ssld.shared.run_dir import RunDir
     from ssld.shared.training.auto_batch import find_passes
     from ssld.shared.training.optim import cosine_factor, make_optimizer, parameter_groups, scale_lr, set_lr
@@ -69,13 +69,13 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     from ssld.stage1_ssld.evaluation.curves import write_curves
     from ssld.stage1_ssld.evaluation.metrics import describe, evaluate
 
-    # ---- sources and references, checked before any process group exists
+    # ---- references and sources, checked before any process group exists
+    check_networks(config.networks(), config.hub_data())
     data = config.data
     network = config.student if isinstance(config, DistillConfig) else config.model
     sources = [] if data.streaming else open_sources(data.train, "data.train")
     plan = plan_streams(data, config.batch_size, config.seed) if data.streaming else None
     val_source = open_sources([data.val], "data.val")[0] if data.val else None
-    parse_reference(network.model, network.arch)
 
     # ---- processes and run directory
     accelerator = start_processes(config)
@@ -182,6 +182,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     if config.compile:
         student.model.net.compile()
     model = accelerator.prepare_model(student.model)
+    run.log(student.model.loaded)
     for line in _preview(config, student, targets, training.images, steps, ranks):
         run.log(line)
     run.log(

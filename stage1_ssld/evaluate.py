@@ -1,4 +1,5 @@
-"""Evaluate a backbone file: top-1 and top-5 of it and of a teacher, their agreement and KL, and accuracy of its nearest neighbours.
+"""Evaluate a classifier, by a backbone file or any other reference: top-1 and top-5 of it and of a teacher, their agreement and KL, and accuracy of
+its nearest neighbours.
 
     python stage1_ssld/evaluate.py --model runs/ssld/student.safetensors --data.path images/val --output runs/ssld_val
 
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate_backbone(config: EvaluateConfig) -> None:
-    """Evaluate the file that `config` names and write result.json; the processes of a launcher share the images.
+    """Evaluate the model that `config` names and write result.json; the processes of a launcher share the images.
 
     Raises UserError for what does not fit together, and when more than one and more than 1 % of the images cannot be read; those are listed in
     quarantine.txt.
@@ -36,7 +37,8 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
 
     from ssld.shared.distributed.processes import uses_gpu
     from ssld.shared.distributed.ranks import from_main_rank, rank, world_size
-    from ssld.shared.models.backbones import create_classifier, parse_reference
+    from ssld.shared.models.backbones import check_networks, create_classifier
+    from ssld.shared.models.references import parse_reference
     from ssld.shared.models.teacher import embed
     from ssld.shared.run_dir import RunDir
     from ssld.shared.training.quarantine import Quarantine
@@ -48,7 +50,8 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     from ssld.stage1_ssld.evaluation.knn import knn_accuracy
     from ssld.stage1_ssld.evaluation.metrics import describe, evaluate
 
-    reference = parse_reference(str(config.model))
+    check_networks(config.networks(), config.hub_data())
+    reference = parse_reference(config.model, config.arch, allow_pickle=True)
     source = ImageSource(config.data, 0)
     bank = ImageSource(config.bank, 1) if config.bank else None
     votes = neighbour_labels(source, bank, config.neighbours) if bank else None
@@ -60,15 +63,20 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
         return
 
     # ---- the networks and what they are judged by
-    student, inputs = create_classifier(reference)
+    student, inputs = create_classifier(reference, image_size=config.image_size)
+    run.log(student.loaded)
     student.to(device).eval()
     names, classes = reference.metadata.get("class_names"), int(getattr(student.net, "num_classes", 0))
+    if classes == 0 and bank is None:
+        raise UserError(
+            f"{config.model}: has no classes; give --bank.path, images whose neighbours classify, or another model"
+        )
     teacher = None
     if config.teacher:
         teacher = make_teacher(config.teacher, precision="fp32", device=device, channels_last=False)
-        teacher.match_classes(names, classes, str(config.model))
+        teacher.match_classes(names, classes, config.model)
     try:
-        labels = match_classes(source, names, classes, str(config.model))
+        labels = match_classes(source, names, classes, config.model)
     except UserError as error:
         if bank is None:
             raise
@@ -82,7 +90,7 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
             images,
             labels,
             image_size=config.image_size or inputs.size[0],
-            val_crop=config.val_crop or reference.metadata.get("crop_pct", 0.875),
+            val_crop=config.val_crop or min(1.0, reference.metadata.get("crop_pct", 0.875)),
             interpolation=inputs.interpolation if inputs.interpolation == "bicubic" else "bilinear",
         )
         order = val_batches(range(len(views)), config.batch_size, rank(), world_size())

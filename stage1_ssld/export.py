@@ -46,8 +46,9 @@ def export_backbone(config: ExportConfig) -> None:
     from ssld.shared.deploy.graph_files import require_onnx
     from ssld.shared.deploy.hub import check_name, public, push
     from ssld.shared.files import atomically
-    from ssld.shared.models.backbones import InputSettings, create_classifier, parse_reference
+    from ssld.shared.models.backbones import InputSettings, create_classifier
     from ssld.shared.models.model_file import read_metadata
+    from ssld.shared.models.references import parse_reference
     from ssld.shared.run_dir import RunDir
     from ssld.stage1_ssld.data.sources import ImageSource
     from ssld.stage1_ssld.deploy import onnx_file

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ssld.shared.config.bounds import BatchSize, Count, Images, Weight, Workers
-from ssld.shared.config.settings import CommandConfig, Config
+from ssld.shared.config.settings import CommandConfig, Config, ModelText, Network
 from ssld.shared.config.training import EmaConfig, OptimConfig, TrainingConfig
 from ssld.stage2_detect.distill_config import DistillConfig
 from ssld.stage2_detect.model_config import DetectorConfig, Fraction
@@ -123,7 +123,7 @@ class Stage2OptimConfig(OptimConfig):
 class TrainConfig(TrainingConfig):
     """Fine-tune a detector from a backbone file on COCO annotations."""
 
-    backbone: str | None = None
+    backbone: ModelText | None = None
     """backbone file, timm:NAME or random:NAME; not read where there is `init`"""
     arch: str | None = None
     """timm name, for a file that does not say it"""
@@ -197,6 +197,9 @@ class TrainConfig(TrainingConfig):
             "distill.teacher": self.distill.teacher if self.distill else None,
         }
         return files | {key: path for key, path in others.items() if path is not None}
+
+    def networks(self) -> dict[str, Network]:
+        return {"backbone": Network(self.backbone, self.arch)} if self.backbone and not self.init else {}
 
 
 class TTAConfig(Config):

@@ -10,8 +10,9 @@ import timm
 from pydantic import BaseModel, ValidationError
 
 from ssld.shared.errors import UserError
-from ssld.shared.models.backbones import InputSettings
+from ssld.shared.models.backbones import InputSettings, create_body
 from ssld.shared.models.model_file import read_metadata, read_tensors, save_model_file
+from ssld.shared.models.references import ModelReference, known_arch
 from ssld.shared.training.checkpoint import load_module
 from ssld.stage2_detect.config import ResizeConfig
 from ssld.stage2_detect.data.coco import CocoData
@@ -101,11 +102,11 @@ def load_detector(path: str | Path) -> LoadedDetector:
     metadata = read_metadata(path, kind="detector")
     if metadata.get("kind") != "detector":
         raise UserError(f"{path}: not a detector file: it has no metadata of this project")
-    names = tuple(metadata["class_names"])
+    names, arch = tuple(metadata["class_names"]), known_arch(metadata["arch"], path)
     inputs = InputSettings(tuple(metadata["mean"]), tuple(metadata["std"]), (0, 0), "bilinear", False)
     config = settings_of(metadata, "model", DetectorConfig, path)
-    body = timm.create_model(metadata["arch"], features_only=True)
-    model = build_detector(config, classes=len(names), body=body, arch=metadata["arch"], inputs=inputs)
+    body, _ = create_body(ModelReference(f"{path}", arch, metadata={"model_args": metadata.get("model_args")}))
+    model = build_detector(config, classes=len(names), body=body, arch=arch, inputs=inputs)
     load_module(model, read_tensors(path), path)
     resize = settings_of(metadata, "resize", ResizeConfig, path)
     return LoadedDetector(model.eval(), names, tuple(metadata["category_ids"]), resize, metadata)

@@ -42,7 +42,7 @@ def train(config: TrainConfig) -> None:
     from ssld.shared.distributed.stop import StopRequest
     from ssld.shared.errors import Stopped
     from ssld.shared.images import stable_seed
-    from ssld.shared.models.backbones import parse_reference
+    from ssld.shared.models.backbones import check_networks
     from ssld.shared.run_dir import RunDir
     from ssld.shared.training.auto_batch import find_passes
     from ssld.shared.training.optim import make_optimizer, multistep_factor, scale_lr, set_lr
@@ -58,10 +58,9 @@ def train(config: TrainConfig) -> None:
     from ssld.stage2_detect.training.trained_detector import TrainedDetector
     from ssld.stage2_detect.training.validation_loss import validation_losses
 
-    # ---- data and backbone, checked before any process group exists
+    # ---- backbone and data, checked before any process group exists
+    check_networks(config.networks())
     data = read_training_data(config)
-    if not config.init:
-        parse_reference(str(config.backbone), config.arch)
 
     # ---- processes and run directory
     accelerator = start_processes(config)

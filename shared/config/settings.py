@@ -14,10 +14,10 @@ from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, PrivateAttr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -40,6 +40,27 @@ MAY_CHANGE = frozenset(
     {"steps", "train_epochs", "train_images", "save_every", "keep_checkpoints", "evaluate_every"}
     | {"accumulate", "auto_batch", "val_batch_size"}  # what a run that ran out of memory goes on with; its batch stays
 )
+
+
+class Network(NamedTuple):
+    """A model reference in settings, and what is asked of it before data are read."""
+
+    model: str
+    arch: str | None = None
+    image_size: int | None = None
+    """side in pixels that it has to work at; None: its own"""
+    allow_pickle: bool = False
+    """whether a state dict in a pickle will do"""
+
+
+def _named(text: str) -> str:
+    if not text.strip():
+        raise ValueError("names no model; give timm:NAME, hf-hub:ORG/NAME, a folder or a file")
+    return text
+
+
+ModelText = Annotated[str, AfterValidator(_named)]
+"""a model reference"""
 
 
 class Config(BaseModel):
@@ -89,6 +110,14 @@ class CommandConfig(BaseSettings):
 
     def inputs(self) -> dict[str, Path]:
         """Files and folders this command reads, by the key that names them: their digests belong to the run's identity."""
+        return {}
+
+    def networks(self) -> dict[str, Network]:
+        """Networks this command reads, by the key that names them."""
+        return {}
+
+    def hub_data(self) -> dict[str, str]:
+        """Data sets of the Hugging Face hub this command reads, `hub:ORG/NAME` by the key that names them."""
         return {}
 
 

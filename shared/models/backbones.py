@@ -1,107 +1,54 @@
 """timm models by reference, as classifiers and as pyramid bodies, and the backbone file that links the two stages.
 
-A model reference is one of
-    FILE.safetensors   a backbone file, or any safetensors file together with `arch`
-    FILE.pth           a state dict, together with `arch`; read with `weights_only=True` (teachers only)
-    FOLDER             a folder in the Hugging Face layout (config.json + weights)
-    hf-hub:ORG/NAME    a model of the Hugging Face hub
-    timm:NAME or NAME  a timm model with its pretrained weights
-    random:NAME        a timm model with random weights
+Every reference (`references.py`) goes the same way: weights out of their file, brought to the network and compared with all of it
+(`state_dicts.py`). What a name, folder or file says of itself is kept: mean, std, class names, arguments of the network.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from timm.models import load_state_dict as timm_load_state_dict
+from timm.models import get_model_input_config, get_pretrained_cfg
 from torch import Tensor, nn
 
+from ssld.shared.config.settings import Network, launched_ranks
 from ssld.shared.errors import UserError
-from ssld.shared.models.model_file import content_hash, read_metadata, read_shapes, read_tensors, save_model_file
+from ssld.shared.models.downloads import require_downloads
+from ssld.shared.models.model_file import content_hash, save_model_file
+from ssld.shared.models.references import ModelReference, parse_reference
+from ssld.shared.models.state_dicts import Fitted, create, fit, read_state_dict
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl")
-
-
-@dataclass(frozen=True)
-class ModelReference:
-    """What a reference names: the timm arch, where its weights come from, and a backbone file's metadata."""
-
-    text: str
-    arch: str
-    file: Path | None = None
-    pretrained: bool = False
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def model_args(self) -> dict[str, Any]:
-        """What `timm.create_model` needs beside arch and classes to rebuild the network of a file: its pooling, the input size of a ViT."""
-        return dict(self.metadata.get("model_args") or {})
-
-
-def parse_reference(text: str, arch: str | None = None, *, allow_pickle: bool = False) -> ModelReference:
-    """Understand a model reference (see the module's docstring) without loading weights.
-
-    Raises UserError for an unknown timm name (with the nearest), a missing file, a file that needs `arch`, and a pickle where none is allowed.
-    """
-    if text.startswith("random:"):
-        return ModelReference(text, _known_arch(text.removeprefix("random:")))
-    if text.startswith("hf-hub:"):
-        return ModelReference(text, text, pretrained=True)
-    path = Path(text)
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            files = sorted(path.glob("*.safetensors"))
-            hint = f"; did you mean {files[0]}?" if files else ""
-            raise UserError(f"{text}: not a folder in the Hugging Face layout (no config.json){hint}")
-        return ModelReference(text, f"local-dir:{text}", pretrained=True)
-    if text.endswith((".safetensors", *PICKLE_SUFFIXES)) or path.is_file():
-        return _file_reference(text, path, arch, allow_pickle)
-    if "/" in text:
-        raise UserError(f"{text}: no such file or folder")
-    return ModelReference(text, _known_arch(text.removeprefix("timm:")), pretrained=True)
-
-
-def _file_reference(text: str, path: Path, arch: str | None, allow_pickle: bool) -> ModelReference:
-    if not path.is_file():
-        raise UserError(f"{text}: no such file")
-    pickled = path.suffix in PICKLE_SUFFIXES
-    if pickled and not allow_pickle:
-        raise UserError(f"{text}: is a pickle, which can run code when opened; a .safetensors file is needed")
-    metadata = {} if pickled else read_metadata(path, kind="backbone")
-    if arch and metadata and metadata["arch"] != arch:
-        raise UserError(f"{text}: holds a {metadata['arch']}, but arch says {arch}")
-    name = metadata.get("arch") or arch
-    if not name:
-        raise UserError(f"{text}: does not say which architecture it holds; give `arch` with its timm name")
-    return ModelReference(text, _known_arch(name), file=path, metadata=metadata)
-
-
-def _known_arch(name: str) -> str:
-    from difflib import get_close_matches
-
-    base = name.split(".")[0]
-    if not timm.is_model(base):
-        near = get_close_matches(base, timm.list_models(), n=1)
-        raise UserError(f"{name}: timm has no such model{f'; did you mean {near[0]!r}?' if near else ''}")
-    return name
 
 
 class Classifier(nn.Module):
     """A timm classifier that owns its input normalisation: pixels [B,3,H,W] in 0..255 (uint8 or float) -> logits [B,K].
 
     Its state dict is the timm model's own, so that what is saved loads anywhere.
+
+    Attributes:
+        args: what timm needs beside arch and classes to build it again.
+        loaded: a line on where its weights come from.
     """
 
     mean_3: Tensor
     std_3: Tensor
 
-    def __init__(self, net: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        args: Mapping[str, Any] | None = None,
+        loaded: str = "",
+    ) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.args, self.loaded = net, dict(args or {}), loaded
         self.register_buffer("mean_3", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std_3", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
 
@@ -132,9 +79,11 @@ class InputSettings:
 
 
 def input_settings(net: nn.Module, metadata: dict[str, Any]) -> InputSettings:
-    """A backbone file's own settings where it has them, timm's pretrained configuration otherwise."""
+    """What a reference says itself where it does, timm's pretrained configuration otherwise; the size of a network that works at one only."""
     data = resolve_model_data_config(net)
-    size = metadata.get("input_size") or data["input_size"][1:]
+    built: dict[str, Any] = get_model_input_config(net)
+    own = built["input_size"] if built["fixed_input_size"] else data["input_size"]
+    size = (None if built["fixed_input_size"] else metadata.get("input_size")) or own[1:]
     return InputSettings(
         mean=tuple(metadata.get("mean") or data["mean"]),
         std=tuple(metadata.get("std") or data["std"]),
@@ -145,120 +94,150 @@ def input_settings(net: nn.Module, metadata: dict[str, Any]) -> InputSettings:
 
 
 def create_classifier(
-    reference: ModelReference, *, num_classes: int | None = None, drop_path: float = 0.0
+    reference: ModelReference, *, num_classes: int | None = None, drop_path: float = 0.0, image_size: int | None = None
 ) -> tuple[Classifier, InputSettings]:
     """The classifier that a reference names, weights loaded and checked.
 
     Args:
         num_classes: a new head of this many classes where the source has another; None keeps the source's head.
         drop_path: stochastic depth; where the arch has none, anything but 0 is an error.
+        image_size: side in pixels that a network of fixed size is built for, its position embeddings resampled; other networks take any.
 
     Raises:
-        UserError: keys or shapes do not fit the arch (the first differences are named), or the weights cannot be had.
+        UserError: the weights do not fit the arch (the first differences are named) or its class names, or it cannot work at `image_size`.
     """
     options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
-    if reference.file is None:
-        return _classifier(_create_named(reference, num_classes, **options), reference)
-    if reference.file.suffix in PICKLE_SUFFIXES:
-        tensors = _read_pickle(reference.file)
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    else:
-        tensors, shapes = {}, read_shapes(reference.file)
-    file_classes = check_fits(reference, shapes)
-    net: Any = _create(reference.arch, num_classes=file_classes, **reference.model_args, **options)
-    net.load_state_dict(tensors or read_tensors(reference.file))
-    if num_classes not in (None, file_classes):
-        net.reset_classifier(num_classes)
-    return _classifier(net, reference)
-
-
-def _classifier(net: nn.Module, reference: ModelReference) -> tuple[Classifier, InputSettings]:
+    args = network_args(reference, image_size)
+    fitted = _weights(reference, args)
+    classes = num_classes if fitted is None else fitted.classes
+    net = create(
+        reference.arch, reference.text, **args, **options, **({} if classes is None else {"num_classes": classes})
+    )
+    if fitted:
+        names = reference.metadata.get("class_names")
+        if names and classes and len(names) != classes:
+            raise UserError(f"{reference.text}: names {len(names)} classes, but its weights have {classes}")
+        net.load_state_dict(fitted.tensors)
+        if num_classes not in (None, classes):
+            net.reset_classifier(num_classes)
     settings = input_settings(net, reference.metadata)
-    return Classifier(net, mean=settings.mean, std=settings.std), settings
+    notes = [*(fitted.notes if fitted else []), *reference.metadata.get("notes", [])]
+    return Classifier(
+        net, mean=settings.mean, std=settings.std, args=args, loaded=_loaded_line(reference, fitted, notes)
+    ), settings
 
 
-def _create(arch: str, **options: Any) -> Any:
-    try:
-        return timm.create_model(arch, **options)
-    except TypeError as error:
-        if "drop_path_rate" not in str(error):
-            raise
-        raise UserError(f"{arch}: has no stochastic depth; leave drop_path at 0") from None
+def network_args(reference: ModelReference, image_size: int | None) -> dict[str, Any]:
+    """Arguments of timm for a reference's network; with the size where that is fixed and another than the network's own is asked for.
 
-
-def _create_named(reference: ModelReference, num_classes: int | None, **options: Any) -> nn.Module:
-    if num_classes is not None:
-        options["num_classes"] = num_classes
-    try:
-        net: nn.Module = _create(reference.arch, pretrained=reference.pretrained, **options)
-    except UserError:
-        raise
-    except Exception as error:
-        if not reference.pretrained:
-            raise
-        why = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{reference.text}: its weights cannot be had ({why}); offline, give a file or a folder instead"
-        ) from None
-    return net
-
-
-def architecture(reference: ModelReference, net: nn.Module) -> str:
-    """The timm name to write into a file: what a hub id or a folder turned out to hold, not where it came from."""
-    if reference.arch.startswith(("hf-hub:", "local-dir:")):
-        cfg: Any = getattr(net, "pretrained_cfg", None) or {}
-        return str(cfg.get("architecture"))
-    return reference.arch
-
-
-def licence(reference: ModelReference, net: nn.Module) -> str | None:
-    """Licence of a reference's weights: None for random ones, "unknown" where nobody says it."""
-    if reference.file is None and not reference.pretrained:
-        return None
-    cfg: Any = getattr(net, "pretrained_cfg", None) or {}
-    return str(reference.metadata.get("licence") or (cfg.get("license") if reference.pretrained else None) or "unknown")
-
-
-def check_fits(reference: ModelReference, shapes: dict[str, tuple[int, ...]]) -> int:
-    """Compare a file's keys and shapes with its arch on the meta device; returns the file's number of classes.
-
-    Raises UserError naming the first differences. Needed because timm loads feature networks without a word about missing layers.
+    Raises UserError where the network cannot be built for `image_size`.
     """
+    args = reference.model_args
+    cfg: Any = get_pretrained_cfg(reference.arch)
+    if not cfg.fixed_input_size:
+        return args
+    own = args.get("img_size") or cfg.input_size[1:]
+    own = [own, own] if isinstance(own, int) else list(own)
+    if image_size and own != [image_size, image_size] and not _takes_any_size(reference, args):
+        args["img_size"] = [image_size, image_size]
+        _try_size(reference, args, image_size)
+    return args
+
+
+def check_networks(networks: Mapping[str, Network], hub_data: Mapping[str, str] | None = None) -> None:
+    """Look at the networks of some settings before data are read and a run begins: are they there, known, and fit for their image size?
+
+    Says what is about to be downloaded. Raises UserError for the first that is not, and for weights or data that cannot be downloaded.
+    """
+    wanted = {key: network.model for key, network in networks.items()} | dict(hub_data or {})
+    for line in require_downloads(wanted):
+        if launched_ranks()[0] == 0:
+            print(line, flush=True)
+    for key, network in networks.items():
+        try:
+            reference = parse_reference(network.model, network.arch, allow_pickle=network.allow_pickle)
+            network_args(reference, network.image_size)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+
+
+def _takes_any_size(reference: ModelReference, args: Mapping[str, Any]) -> bool:
+    """Whether a network resamples its position embeddings by itself, image by image."""
     with torch.device("meta"):
-        cfg: Any = timm.create_model(reference.arch).default_cfg
-        head = cfg.get("classifier")
-        head = head[0] if isinstance(head, tuple | list) else head
-        classes = shapes.get(f"{head}.weight", (0,))[0]
-        expected = {
-            name: tuple(tensor.shape)
-            for name, tensor in timm.create_model(reference.arch, num_classes=classes, **reference.model_args)
-            .state_dict()
-            .items()
-        }
-    missing = [f"{name} missing" for name in expected if name not in shapes]
-    extra = [f"{name} unknown" for name in shapes if name not in expected]
-    other = [f"{n} {shapes[n]} instead of {expected[n]}" for n in expected if n in shapes and shapes[n] != expected[n]]
-    if missing or extra or other:
-        first = "; ".join([*missing[:2], *other[:2], *extra[:2]])
-        counts = f"{len(missing)} missing, {len(extra)} unknown, {len(other)} of another shape"
-        raise UserError(f"{reference.text}: does not hold a {reference.arch} ({counts}: {first})")
-    return classes
+        return not get_model_input_config(create(reference.arch, reference.text, **args))["fixed_input_size"]
+
+
+def _try_size(reference: ModelReference, args: Mapping[str, Any], size: int) -> None:
+    """Raises UserError where a network of fixed size cannot be built for another one and run at it: windows and patches have to divide it."""
+    try:
+        with torch.device("meta"), torch.no_grad():
+            timm.create_model(reference.arch, **args).eval()(torch.empty(1, 3, *args["img_size"]))
+    except NotImplementedError:  # an operation without a form for shapes alone: nothing is known
+        return
+    except Exception as error:  # assertions, shapes, unknown arguments: every family has its own
+        why = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(
+            f"{reference.text}: {reference.arch} cannot work at {size} pixels ({why}); give another size"
+        ) from None
+
+
+def _weights(reference: ModelReference, args: Mapping[str, Any]) -> Fitted | None:
+    """The weights of a reference, brought to its network with `args`; None for random ones."""
+    if reference.file is None:
+        return None
+    tensors, where = read_state_dict(reference.file)
+    fitted = fit(
+        tensors,
+        reference.arch,
+        args,
+        reference.text,
+        trained_with=network_args(reference, None),
+        convert_first=reference.foreign,
+    )
+    return Fitted(fitted.tensors, fitted.classes, [*([f"read from {where!r}"] if where else []), *fitted.notes])
+
+
+def _loaded_line(reference: ModelReference, fitted: Fitted | None, notes: list[str]) -> str:
+    what = f"loaded {len(fitted.tensors)}/{len(fitted.tensors)} tensors" if fitted else "random weights"
+    return f"{reference.text}: {'; '.join([what, *notes])}"
+
+
+def licence(reference: ModelReference) -> str | None:
+    """Licence of a reference's weights: None for random ones, "unknown" where nobody says it."""
+    return str(reference.metadata.get("licence") or "unknown") if reference.pretrained else None
 
 
 def create_body(reference: ModelReference, **options: Any) -> tuple[nn.Module, str]:
     """The features-only network of a reference for a detector's pyramid, and a line saying what was loaded.
 
-    Raises UserError when the file does not fit its arch, or when any tensor of the network did not come from the file.
+    Raises UserError when the weights do not fit the arch, or when any tensor of the network did not come from them.
     """
-    if reference.file is None:
-        body = _create_named(reference, None, features_only=True, **options)
-        return body, f"{reference.text}: {'pretrained' if reference.pretrained else 'random'} weights"
-    classes = check_fits(reference, read_shapes(reference.file))
-    tensors = read_tensors(reference.file)
-    overlay = {"file": str(reference.file), "num_classes": classes}
-    if "img_size" in reference.model_args:  # the pooling belongs to the head
-        options["img_size"] = reference.model_args["img_size"]
-    body = _create(reference.arch, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    args = network_args(reference, None)
+    fitted = _weights(reference, args)
+    args = body_args(args)
+    if fitted is None:
+        return create(
+            reference.arch, reference.text, features_only=True, **args, **options
+        ), f"{reference.text}: random weights"
+    tensors = {
+        name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in fitted.tensors.items()
+    }
+    # By its head timm tells weights in its own names from foreign ones, so one that is not there gets a stand-in, which is dropped.
+    cfg: Any = get_pretrained_cfg(reference.arch)
+    head = cfg.classifier[0] if isinstance(cfg.classifier, tuple | list) else cfg.classifier
+    stand_in = {} if fitted.classes else {f"{head}.weight": torch.zeros(1, 1)}
+    overlay = {"state_dict": stand_in | tensors, "num_classes": max(1, fitted.classes), "label_offset": None}
+    body = create(
+        reference.arch,
+        reference.text,
+        features_only=True,
+        pretrained=True,
+        pretrained_cfg_overlay=overlay,
+        **args,
+        **options,
+    )
+    for module in body.modules():  # timm keeps the weights that it was given
+        getattr(module, "pretrained_cfg", {}).pop("state_dict", None)
     # timm renames tensors in some feature networks and loads them non-strictly, so the check is by content.
     available = {content_hash({"": tensor}) for tensor in tensors.values()}
     state = body.state_dict()
@@ -267,8 +246,14 @@ def create_body(reference: ModelReference, **options: Any) -> tuple[nn.Module, s
         raise UserError(
             f"{reference.text}: {len(strangers)} of {len(state)} backbone tensors were not loaded, first {strangers[0]}"
         )
-    dropped = len(tensors) - len(state)
-    return body, f"{reference.text}: loaded {len(state)}/{len(state)} backbone tensors, {dropped} head tensors dropped"
+    dropped = f"{len(tensors) - len(state)} head tensors dropped"
+    line = "; ".join([f"loaded {len(state)}/{len(state)} backbone tensors, {dropped}", *fitted.notes])
+    return body, f"{reference.text}: {line}"
+
+
+def body_args(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a network's arguments those of its features-only form: the pooling belongs to the head."""
+    return {name: value for name, value in args.items() if name not in ("global_pool", "num_classes")}
 
 
 def save_backbone(
@@ -288,12 +273,3 @@ def save_backbone(
         **facts,
     }
     return save_model_file(path, tensors, metadata)
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = timm_load_state_dict(str(path), use_ema=True, device="cpu", weights_only=True)
-    except Exception as error:
-        why = " ".join(str(error).split())[:160]
-        raise UserError(f"{path}: cannot be read as a plain state dict of tensors ({why})") from None
-    return tensors

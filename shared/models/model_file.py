@@ -1,7 +1,7 @@
 """The one model file of both stages: safetensors, with everything else about the model as JSON in its metadata.
 
 `kind` says what it is: "backbone" (a timm classifier, readable by plain timm too) or "detector". The content hash covers names, shapes, types and
-bytes of all tensors, so a file can be recognised whatever its name.
+bytes of all tensors, so a file can be recognised whatever its name; a second hash covers the metadata.
 """
 
 import hashlib
@@ -20,9 +20,12 @@ from torch import Tensor
 
 from ssld.shared.errors import UserError
 from ssld.shared.files import atomically
+from ssld.shared.models.metadata import NEEDED, parse_metadata
 
 _KEY = "ssld"
+_OWN_HASH = "metadata_sha256"
 FORMAT = 1
+_CHANGED = "its metadata do not match their hash; the file was changed or damaged"
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -40,7 +43,8 @@ def save_model_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
     """Write a model file atomically and return its content hash, which is added to the metadata as `content_sha256`."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     digest = content_hash(tensors)
-    record = {"format": FORMAT, **metadata, "content_sha256": digest}
+    record = json.loads(json.dumps({"format": FORMAT, **metadata, "content_sha256": digest}))
+    record[_OWN_HASH] = _metadata_hash(record)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomically(path) as temporary:
         save_tensors(tensors, temporary, {"format": "pt", _KEY: json.dumps(record)})
@@ -57,15 +61,27 @@ def _umask() -> int:
 def read_metadata(path: Path, kind: str | None = None) -> dict[str, Any]:
     """The metadata of a model file; {} for a safetensors file that another program wrote.
 
-    Raises UserError when the file is missing, is not safetensors (a pickle is named as such), or is not of `kind`.
+    Raises UserError when the file is missing, is not safetensors (a pickle is named as such), or is not of `kind`, and for metadata that are
+    damaged, changed, of a wrong type or out of range.
     """
     with _open(path) as file:
-        metadata = json.loads((file.metadata() or {}).get(_KEY, "{}"))
-    if kind and metadata.get("kind", kind) != kind:
-        raise UserError(f"{path}: is a {metadata['kind']} file, a {kind} file is needed here")
+        fields = file.metadata() or {}
+    if _KEY not in fields:
+        if any("content_sha256" in text for text in fields.values()):
+            raise UserError(f"{path}: {_CHANGED}")
+        return {}
+    metadata = parse_metadata(fields[_KEY], path)
     if metadata.get("format", FORMAT) > FORMAT:
         raise UserError(f"{path}: written by a newer version (format {metadata['format']}); update this package")
-    return dict(metadata)
+    expected = metadata.pop(_OWN_HASH, None)
+    if expected is not None and expected != _metadata_hash(metadata):
+        raise UserError(f"{path}: {_CHANGED}")
+    if kind and metadata.get("kind", kind) != kind:
+        raise UserError(f"{path}: is a {metadata['kind']} file, a {kind} file is needed here")
+    absent = [key for key in NEEDED.get(str(kind), ()) if metadata.get(key) is None] if "kind" in metadata else []
+    if absent:
+        raise UserError(f"{path}: its metadata cannot be used: {absent[0]} is missing")
+    return metadata
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -75,13 +91,21 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a model file, on the CPU. Raises UserError when the content hash does not match."""
+    """All tensors of a model file, on the CPU. Raises UserError when the content hash does not match, or for a type that torch does not have."""
     with _open(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: its tensors cannot be read ({' '.join(str(error).split())[:120]})") from None
     expected = read_metadata(path).get("content_sha256")
     if expected and content_hash(tensors) != expected:
         raise UserError(f"{path}: its tensors do not match its content hash; the file was changed or damaged")
     return tensors
+
+
+def _metadata_hash(metadata: dict[str, Any]) -> str:
+    """SHA-256 over metadata, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
 def content_hash(tensors: dict[str, Tensor]) -> str:
@@ -102,7 +126,7 @@ def _open(path: Path) -> Any:
         raise UserError(f"{path}: no such file")
     try:
         return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, UnicodeError) as error:
         if looks_pickled(path):
             raise UserError(
                 f"{path}: is a pickle, which can run code when opened; a .safetensors file is needed"

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssld.shared.errors import UserError
-from ssld.shared.models.backbones import Classifier, ModelReference, create_classifier, licence, parse_reference, place
+from ssld.shared.models.backbones import Classifier, create_classifier, licence, place
 from ssld.shared.models.folding import fold_batchnorm as fold
 from ssld.shared.models.model_file import content_hash
+from ssld.shared.models.references import ModelReference, parse_reference
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -29,7 +30,8 @@ class FrozenTeacher:
         arch: timm name, for weights that do not say it.
         device: where it runs.
         dtype: of its forward pass, by autocast; float32 switches autocast off.
-        size: side in pixels to resize its input to; None takes the pixels as they come, or its own size where that is fixed.
+        size: side in pixels to resize its input to, for which a network of fixed size is built; None takes the pixels as they come, or its own size
+            where that is fixed.
         batchnorm: "eval" uses running statistics; "batch" those of the batch, as SSLD's teachers did in training (PaddleClas@d178931f,
             docs/en/models/.../distillation_en.md); the running ones stay as they are.
         fold_batchnorm: fold BatchNorm into the convolutions before it where the network can be traced and answers the same afterwards.
@@ -51,7 +53,7 @@ class FrozenTeacher:
         fold_batchnorm: bool = False,
     ) -> None:
         self.reference: ModelReference = parse_reference(reference, arch, allow_pickle=True)
-        classifier, inputs = create_classifier(self.reference)
+        classifier, inputs = create_classifier(self.reference, image_size=size)
         classifier.requires_grad_(False).eval()
         self.size = (size, size) if size else inputs.size if inputs.fixed_size else None
         self.num_classes = int(getattr(classifier.net, "num_classes", 0))
@@ -62,7 +64,8 @@ class FrozenTeacher:
                 "run `ssld prototypes` first, which makes a teacher of an encoder without classes"
             )
         self._content_sha256 = content_hash(classifier.net.state_dict())
-        self._licence = licence(self.reference, classifier.net) or "unknown"
+        self._licence = licence(self.reference) or "unknown"
+        self.loaded = classifier.loaded
         self.folded = 0
         if fold_batchnorm and batchnorm == "eval":
             noise = torch.randn(2, 3, *(self.size or inputs.size), generator=torch.Generator().manual_seed(0))

@@ -24,6 +24,7 @@ from ssld.shared.distributed.ranks import from_main_rank, rank
 from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.files import atomically, spread
+from ssld.shared.models.backbones import check_networks
 from ssld.shared.run_dir import RunDir
 from ssld.shared.training.quarantine import Quarantine
 from ssld.stage1_ssld.clustering.centres import Clusters, find_clusters, require_scikit_learn
@@ -44,6 +45,7 @@ _SHOWN = 20  # prototypes in the picture
 def make_prototypes(config: PrototypesConfig) -> None:
     """Write the teacher, the picture and result.json as `config` says."""
     require_scikit_learn()
+    check_networks(config.networks(), config.hub_data())
     accelerator = Accelerator(
         cpu=not uses_gpu(config.device), kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)]
     )

@@ -24,6 +24,7 @@ from ssld.shared.distributed.processes import to_device, uses_gpu
 from ssld.shared.distributed.ranks import from_main_rank, rank
 from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
+from ssld.shared.models.backbones import check_networks
 from ssld.shared.run_dir import RunDir
 from ssld.shared.training.quarantine import Quarantine
 from ssld.stage1_ssld.config import CurateConfig
@@ -63,6 +64,7 @@ _PATIENCE = timedelta(days=7)  # the main rank selects while the others wait
 
 def curate(config: CurateConfig) -> None:
     """Select images as `config` says and write the manifest, pictures and result.json."""
+    check_networks(config.networks(), config.hub_data())
     on_gpu = uses_gpu(config.device)
     accelerator = Accelerator(cpu=not on_gpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
     with closing(RunDir(config, "curate", main=rank() == 0)) as run:

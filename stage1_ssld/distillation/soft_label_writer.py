@@ -22,6 +22,7 @@ from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.files import file_sha256, write_atomically
 from ssld.shared.images import Picture, UnreadableImage, require_decoder
+from ssld.shared.models.backbones import check_networks
 from ssld.shared.models.teacher import Teacher
 from ssld.shared.run_dir import RunDir
 from ssld.shared.training.quarantine import Quarantine
@@ -104,6 +105,7 @@ def write_store(config: SoftLabelsConfig) -> None:
         Stopped: after SIGTERM or Ctrl-C; the files that are finished stay.
     """
     require_decoder(config.data.decoder, "data.decoder")
+    check_networks(config.networks(), config.hub_data())
     sources = open_sources(config.data.train, "data.train")
     accelerator = Accelerator(cpu=not uses_gpu(config.device))
     device, main = accelerator.device, accelerator.is_main_process

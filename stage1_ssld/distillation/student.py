@@ -11,13 +11,12 @@ from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import (
     Classifier,
     InputSettings,
-    architecture,
     create_classifier,
     licence,
-    parse_reference,
     place,
     save_backbone,
 )
+from ssld.shared.models.references import parse_reference
 from ssld.stage1_ssld.config import Stage1Config
 from ssld.stage1_ssld.data_config import NetworkConfig
 
@@ -38,8 +37,10 @@ class Student:
         self._reference = parse_reference(network.model, network.arch)
         self.name, self.classes = network.model, classes
         torch.manual_seed(config.seed)
-        self.model, inputs = create_classifier(self._reference, num_classes=classes, drop_path=network.drop_path)
         size, data = config.data.image_size, config.data
+        self.model, inputs = create_classifier(
+            self._reference, num_classes=classes, drop_path=network.drop_path, image_size=size
+        )
         self.inputs = InputSettings(inputs.mean, inputs.std, (size, size), data.interpolation, inputs.fixed_size)
         self._classifier_only = config.trainable == "classifier"
         if self._classifier_only:
@@ -63,16 +64,15 @@ class Student:
 
     def licence(self) -> str | None:
         """Licence of the weights it started from; None for random ones."""
-        return licence(self._reference, self.model.net)
+        return licence(self._reference)
 
     def save(self, path: Path, **facts: Any) -> None:
         """Write the backbone file; `facts` go to its metadata."""
         net = self.evaluated.net
-        arch = architecture(self._reference, self.model.net)
         facts |= {"weights": "ema" if self.ema else "last", "start": self.name}
-        if self._reference.model_args:
-            facts["model_args"] = self._reference.model_args
-        save_backbone(path, net, arch=arch, inputs=self.inputs, classes=self.classes, **facts)
+        if self.model.args:
+            facts["model_args"] = self.model.args
+        save_backbone(path, net, arch=self._reference.arch, inputs=self.inputs, classes=self.classes, **facts)
 
     def _freeze_body(self) -> None:
         net: Any = self.model.net

@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ssld.shared.errors import UserError
-from ssld.shared.models.backbones import InputSettings, create_body, parse_reference
+from ssld.shared.models.backbones import InputSettings, create_body
 from ssld.shared.models.model_file import read_metadata, read_tensors
+from ssld.shared.models.references import ModelReference, known_arch
 from ssld.stage2_detect.detector_file import settings_of
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models.class_rows import carry_rows, rows_per_class
@@ -17,7 +18,7 @@ class InitFile:
     """A detector file as the start of a run.
 
     Attributes:
-        arch, inputs: of its backbone.
+        arch, model_args, inputs: of its backbone.
         licence: of its weights, as far as the file says.
 
     Raises:
@@ -31,14 +32,17 @@ class InitFile:
             raise UserError(f"init: {path}: not a detector file: it has no metadata of this project")
         self._config = settings_of(metadata, "model", DetectorConfig, path)
         self.class_names: tuple[str, ...] = tuple(metadata["class_names"])
-        self.arch: str = metadata["arch"]
+        self.arch = known_arch(metadata["arch"], path)
+        self.model_args: dict[str, Any] = metadata.get("model_args") or {}
         self.inputs = InputSettings(tuple(metadata["mean"]), tuple(metadata["std"]), (0, 0), "bilinear", False)
         self.licence: str = metadata.get("licence", "unknown")
         self.backbone: dict[str, Any] = metadata.get("backbone", {})
 
     def create_body(self, **options: Any) -> nn.Module:
         """Its features-only backbone with random weights, which `load` replaces. Raises UserError as the shared `create_body`."""
-        return create_body(parse_reference(f"random:{self.arch}"), **options)[0]
+        return create_body(
+            ModelReference(str(self.path), self.arch, metadata={"model_args": self.model_args}), **options
+        )[0]
 
     def load(self, detector: nn.Module, config: DetectorConfig, class_names: tuple[str, ...]) -> str:
         """Give `detector` the file's weights, rows of its heads by class name, and say which classes are new.

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssld.shared.distributed.ranks import all_ranks
-from ssld.shared.models.backbones import architecture, create_body, input_settings, licence, parse_reference, place
+from ssld.shared.models.backbones import body_args, create_body, input_settings, licence, network_args, place
+from ssld.shared.models.references import parse_reference
 from ssld.shared.training.optim import parameter_groups
 from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.data.coco import CocoData
@@ -48,12 +49,13 @@ class TrainedDetector:
         if start:
             body = start.create_body(**options)
             self.arch, self._inputs, weights_licence = start.arch, start.inputs, start.licence
+            model_args = start.model_args
             origin: dict[str, Any] = start.backbone
         else:
             reference = parse_reference(str(config.backbone), config.arch)
             body, self.loaded = create_body(reference, **options)
-            self.arch, self._inputs = architecture(reference, body), input_settings(body, reference.metadata)
-            weights_licence = licence(reference, body) or ""
+            self.arch, self._inputs = reference.arch, input_settings(body, reference.metadata)
+            weights_licence, model_args = licence(reference) or "", body_args(network_args(reference, None))
             origin = {"reference": config.backbone, "content_sha256": reference.metadata.get("content_sha256")}
         self.detector = build_detector(
             config.model,
@@ -83,6 +85,7 @@ class TrainedDetector:
         self._facts = {
             "weights": "ema" if self.ema else "last",
             "backbone": origin,
+            **({"model_args": model_args} if model_args else {}),
             "licence": " AND ".join(dict.fromkeys(name for name in licences if name)) or "none: random weights",
             **({"init": str(config.init)} if config.init else {}),
             **({"teacher": self.teacher.facts} if self.teacher else {}),

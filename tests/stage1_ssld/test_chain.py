@@ -10,8 +10,9 @@ import timm
 import torch
 
 from ssld.shared.errors import UserError
-from ssld.shared.models.backbones import create_classifier, input_settings, parse_reference, save_backbone
+from ssld.shared.models.backbones import create_classifier, input_settings, save_backbone
 from ssld.shared.models.model_file import read_metadata
+from ssld.shared.models.references import parse_reference
 from ssld.shared.models.teacher import FrozenTeacher
 from ssld.stage1_ssld import distill, teach
 

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from ssld.shared.errors import UserError
-from ssld.shared.models.backbones import create_classifier, parse_reference
+from ssld.shared.models.backbones import create_classifier
 from ssld.shared.models.model_file import read_metadata
+from ssld.shared.models.references import parse_reference
 from ssld.stage1_ssld.convert_paddle import DEPTHS, layer_names, main, recognise
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "reference_weights.py"

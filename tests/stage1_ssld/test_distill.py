@@ -183,7 +183,8 @@ def test_supervised_baseline_is_the_same_settings(
 def test_file_loads_with_plain_timm(
     arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path
 ) -> None:
-    from ssld.shared.models.backbones import create_classifier, parse_reference
+    from ssld.shared.models.backbones import create_classifier
+    from ssld.shared.models.references import parse_reference
 
     assert call(distill, arguments(distill_settings)) == 0
     file = str(tmp_path / "run" / "student.safetensors")

@@ -15,8 +15,9 @@ import yaml
 
 from ssld.shared.deploy.graph_files import read_program
 from ssld.shared.errors import UserError
-from ssld.shared.models.backbones import create_classifier, parse_reference
+from ssld.shared.models.backbones import create_classifier
 from ssld.shared.models.model_file import read_metadata, save_model_file
+from ssld.shared.models.references import parse_reference
 from ssld.stage1_ssld.deploy.onnx_file import compare, onnx_runner, program_runner
 from ssld.stage1_ssld.export import main
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from ssld.shared.errors import UserError
 from ssld.shared.images import decode_image
-from ssld.shared.models.backbones import create_classifier, input_settings, parse_reference, save_backbone
+from ssld.shared.models.backbones import create_classifier, input_settings, save_backbone
 from ssld.shared.models.model_file import read_metadata
+from ssld.shared.models.references import parse_reference
 from ssld.shared.models.teacher import FrozenTeacher, TeacherEnsemble
 from ssld.stage1_ssld.clustering import encoder, steps
 from ssld.stage1_ssld.clustering.embedding_files import Standard

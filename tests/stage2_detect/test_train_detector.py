@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ssld.shared.models.backbones import create_classifier, parse_reference, save_backbone
+from ssld.shared.models.backbones import create_classifier, save_backbone
 from ssld.shared.models.model_file import read_metadata, read_tensors
+from ssld.shared.models.references import parse_reference
 from ssld.shared.training.checkpoint import load_checkpoint, newest_checkpoint
 from ssld.stage2_detect import evaluate, train
 from ssld.stage2_detect.detector_file import load_detector

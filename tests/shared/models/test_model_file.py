@@ -24,10 +24,10 @@ TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(7), "c": torc
 
 def test_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "model.safetensors"
-    digest = save_model_file(path, TENSORS, {"kind": "backbone", "arch": "x", "mean": (0.5, 0.5)})
+    digest = save_model_file(path, TENSORS, {"kind": "backbone", "arch": "x", "mean": (0.5, 0.5, 0.5)})
     assert digest == content_hash(TENSORS)
     assert read_metadata(path, kind="backbone") == {
-        "format": 1, "kind": "backbone", "arch": "x", "mean": [0.5, 0.5], "content_sha256": digest
+        "format": 1, "kind": "backbone", "arch": "x", "mean": [0.5, 0.5, 0.5], "content_sha256": digest
     }  # fmt: skip
     assert read_shapes(path) == {"a": (2, 3), "b": (), "c": (2,)}
     assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in read_tensors(path).items())

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from ssld.shared.errors import UserError
-from ssld.shared.models.backbones import create_classifier, parse_reference
+from ssld.shared.models.backbones import create_classifier
 from ssld.shared.models.model_file import content_hash
+from ssld.shared.models.references import parse_reference
 from ssld.shared.models.teacher import FrozenTeacher, TeacherEnsemble
 
 PIXELS = torch.randint(0, 256, (6, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

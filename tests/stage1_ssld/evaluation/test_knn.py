@@ -132,7 +132,8 @@ def test_evaluate_with_a_bank_on_one_and_two_processes(
     assert "knn_top1" in (tmp_path / "one" / "log.txt").read_text()
 
     # by hand, from the embeddings of the file
-    from ssld.shared.models.backbones import create_classifier, parse_reference
+    from ssld.shared.models.backbones import create_classifier
+    from ssld.shared.models.references import parse_reference
     from ssld.shared.models.teacher import embed
     from ssld.stage1_ssld.data.loaders import ValViews
     from ssld.stage1_ssld.data.sources import ImageSource

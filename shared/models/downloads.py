@@ -1,0 +1,297 @@
+"""Weights and data of the Hugging Face hub, and weights behind URLs: which of them are on this machine, and whether the others can be had.
+
+What is in the cache is used as it is, without asking the network. What is not is asked for once, within seconds: the hub's own client tries for
+minutes. `HF_HUB_OFFLINE` is honoured. Does not import torch, nor timm at import.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ssld.shared.errors import UserError
+from ssld.shared.wording import amount
+
+Kind = Literal["random", "hub", "folder", "file", "path", "timm"]
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+"""what the weights of a folder are called, in the order in which they are looked for"""
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl")
+_SECONDS = 3.5  # for an answer of the network
+
+
+def kind_of(text: str) -> Kind:
+    """What a model reference names; `path` is a path where nothing lies."""
+    for prefix, kind in (("random:", "random"), ("hf-hub:", "hub"), ("timm:", "timm")):
+        if text.startswith(prefix):
+            return kind  # type: ignore[return-value]  # a literal above
+    try:
+        if Path(text).is_dir():
+            return "folder"
+        if Path(text).is_file():
+            return "file"
+    except (OSError, ValueError):  # a name too long, a null byte
+        return "path"
+    return "path" if "/" in text or text.endswith((".safetensors", *PICKLE_SUFFIXES)) else "timm"
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file elsewhere: the first of `names` that a repository of the hub has, or what a URL gives, kept in `folder` under `names[0]`.
+
+    `repo` is ORG/NAME, perhaps with @REVISION; a data set's has no names: any file of it counts.
+    """
+
+    repo: str | None = None
+    names: tuple[str, ...] = ()
+    url: str | None = None
+    folder: str = ""
+    dataset: bool = False
+
+    @property
+    def where(self) -> str:
+        """What it is, in words."""
+        if self.url:
+            return self.url
+        return f"data set {self.repo}" if self.dataset else f"{self.names[0]} of {self.repo}"
+
+    def cached(self) -> Path | None:
+        """The file, or the data set's folder, where it is on this machine."""
+        if self.url:
+            file = Path(self.folder) / self.names[0]
+            return file if file.is_file() else None
+        from huggingface_hub import constants, try_to_load_from_cache
+
+        repo, revision = self._parts()
+        if self.dataset:
+            known = [
+                folder
+                for folder in (
+                    Path(constants.HF_HUB_CACHE),
+                    Path(os.environ.get("HF_DATASETS_CACHE") or f"{constants.HF_HOME}/datasets"),
+                )
+                for folder in (folder.iterdir() if folder.is_dir() else ())
+            ]
+            # datasets--ORG--NAME in one cache, ORG___NAME in the other, in other letters
+            return next(
+                (folder for folder in known if _letters(folder.name).removeprefix("datasets") == _letters(repo)), None
+            )
+        for name in self.names:
+            found = try_to_load_from_cache(repo, name, revision=revision)
+            if isinstance(found, str):
+                return Path(found)
+        return None
+
+    def ask(self) -> tuple[int | None, str | None]:
+        """(bytes that would be downloaded as far as they are told, why they cannot be had or None), after a few seconds at most."""
+        from huggingface_hub import constants
+
+        if constants.HF_HUB_OFFLINE and not self.url:
+            return None, "HF_HUB_OFFLINE is set"
+        return _within_seconds(self._ask_url if self.url else self._ask_hub)
+
+    def fetch(self, text: str) -> Path:
+        """The file, downloaded where it is not here yet. Raises UserError naming the reference `text` where it cannot be had."""
+        found = self.cached()
+        if found:
+            return found
+        size, fault = self.ask()
+        if fault:
+            raise UserError(unavailable(text, self, size, fault))
+        try:
+            return self._download()
+        except Exception as error:  # of the hub's client, of the network below it
+            raise UserError(unavailable(text, self, size, _one_line(error))) from None
+
+    def _download(self) -> Path:
+        if self.url:
+            from torch.hub import download_url_to_file
+
+            file = Path(self.folder) / self.names[0]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            download_url_to_file(self.url, str(file), progress=False)
+            return file
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        repo, revision = self._parts()
+        for name in self.names[:-1]:
+            try:
+                return Path(hf_hub_download(repo, name, revision=revision))
+            except EntryNotFoundError:
+                continue
+        return Path(hf_hub_download(repo, self.names[-1], revision=revision))
+
+    def _parts(self) -> tuple[str, str | None]:
+        assert self.repo is not None
+        repo, _, revision = self.repo.partition("@")
+        return repo, revision or None
+
+    def _ask_url(self) -> tuple[int | None, str | None]:
+        assert self.url is not None
+        with urllib.request.urlopen(urllib.request.Request(self.url, method="HEAD"), timeout=_SECONDS) as answer:
+            return _number(answer.headers), None
+
+    def _ask_hub(self) -> tuple[int | None, str | None]:
+        from huggingface_hub import constants, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session
+
+        repo, revision = self._parts()
+        for name in self.names or ("",):
+            url = (
+                f"{constants.ENDPOINT}/api/datasets/{repo}"
+                if self.dataset
+                else hf_hub_url(repo, name, revision=revision)
+            )
+            answer = get_session().head(url, headers=build_hf_headers(), timeout=_SECONDS)
+            if answer.status_code < 400:
+                return (None if self.dataset else _number(answer.headers)), None
+            if answer.status_code != 404:
+                break
+        if answer.status_code in (401, 403):
+            return None, f"the hub has no such repository, or it needs `hf auth login` (status {answer.status_code})"
+        if answer.status_code == 404:
+            return None, "the hub does not have it (status 404)"
+        return None, f"the hub answers with status {answer.status_code}"
+
+
+def unavailable(text: str, remote: Remote, size: int | None, fault: str) -> str:
+    """The line for what is not on this machine and cannot be had."""
+    how = f"hf download {remote.repo.partition('@')[0]}" if remote.repo else f"download {remote.url}"
+    if remote.dataset:
+        how += " --repo-type dataset"
+    instead = "a folder of its images" if remote.dataset else "a file or a folder instead"
+    return (
+        f"{text}: not on this machine, and its download ({remote.where}{f', {amount(size)}' if size else ''}) is not possible: {fault}; "
+        f"`{how}` where there is a network, or give {instead}"
+    )
+
+
+def remotes_of(text: str) -> list[Remote]:
+    """The files elsewhere that a model reference, or a data set `hub:ORG/NAME`, stands for; none for what is local, or wrong in itself.
+
+    Imports timm for a timm name.
+    """
+    if text.startswith("hub:"):
+        return [] if Path(text.removeprefix("hub:")).exists() else [Remote(text.removeprefix("hub:"), dataset=True)]
+    kind = kind_of(text)
+    if kind == "hub":
+        repo = text.removeprefix("hf-hub:")
+        return [Remote(repo, ("config.json",)), Remote(repo, WEIGHT_FILES)] if "/" in repo else []
+    return [timm_weights(text.removeprefix("timm:"))] if kind == "timm" else []
+
+
+def timm_weights(name: str) -> Remote:
+    """Where timm has the weights of one of its models. Raises UserError where it has none."""
+    from timm.models import get_pretrained_cfg
+
+    cfg: Any = get_pretrained_cfg(name)
+    if cfg.hf_hub_id:
+        return Remote(cfg.hf_hub_id, (cfg.hf_hub_filename,) if cfg.hf_hub_filename else WEIGHT_FILES)
+    if not cfg.url:
+        raise UserError(f"timm:{name}: timm has no weights for it; random:{name} begins with random ones")
+    from torch.hub import get_dir
+
+    url, file = cfg.url if isinstance(cfg.url, tuple | list) else (cfg.url, cfg.url.rsplit("/", 1)[-1])
+    return Remote(url=url, names=(file,), folder=f"{get_dir()}/checkpoints")
+
+
+@dataclass(frozen=True)
+class Download:
+    """Something that is not on this machine: the line about it, and whether it can be had."""
+
+    text: str
+    possible: bool
+
+
+def find_downloads(references: Mapping[str, str]) -> list[Download]:
+    """What some settings, by key, would have to download. All of it is asked for at once, within seconds."""
+    wanted: list[tuple[str, str, Remote]] = []
+    found: dict[int, Download] = {}
+    for key, text in references.items():
+        try:
+            missing = next((remote for remote in reversed(remotes_of(text)) if remote.cached() is None), None)
+        except UserError as error:
+            found[-1 - len(found)] = Download(f"{key}: {error}", possible=False)
+            continue
+        except Exception:  # an unknown name, which the command itself explains
+            continue
+        if missing and (text, missing) not in [(one, remote) for _, one, remote in wanted]:
+            wanted.append((key, text, missing))
+
+    def look(number: int, key: str, text: str, remote: Remote) -> None:
+        size, fault = remote.ask()
+        line = (
+            unavailable(text, remote, size, fault)
+            if fault
+            else f"{text}: not on this machine; {remote.where}{f' ({amount(size)})' if size else ''} will be downloaded"
+        )
+        found[number] = Download(f"{key}: {line}", possible=fault is None)
+
+    threads = [threading.Thread(target=look, args=(number, *one)) for number, one in enumerate(wanted)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[number] for number in sorted(found)]
+
+
+def find_downloads_apart(references: Mapping[str, str]) -> list[Download]:
+    """The same from a process of its own, for programs that do without torch, which timm's names need; no process where nothing is remote."""
+    remote = {
+        key: text for key, text in references.items() if text.startswith("hub:") or kind_of(text) in ("hub", "timm")
+    }
+    if not any(kind_of(text) == "timm" for text in remote.values()):
+        return find_downloads(remote) if remote else []
+    script = (
+        "import json, sys; from ssld.shared.models.downloads import find_downloads; "
+        "print('ANSWER' + json.dumps([[one.text, one.possible] for one in find_downloads(json.loads(sys.argv[1]))]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, json.dumps(remote)], capture_output=True, text=True, check=False
+    )
+    answer = next((line for line in done.stdout.splitlines() if line.startswith("ANSWER")), None)
+    return [Download(*one) for one in json.loads(answer.removeprefix("ANSWER"))] if answer else []
+
+
+def require_downloads(references: Mapping[str, str]) -> list[str]:
+    """Lines on what will be downloaded, for the log. Raises UserError, a line each, for what is not here and cannot be had."""
+    found = find_downloads(references)
+    impossible = [one.text for one in found if not one.possible]
+    if impossible:
+        raise UserError("\n".join(impossible))
+    return [one.text for one in found]
+
+
+def _within_seconds(ask: Callable[[], tuple[int | None, str | None]]) -> tuple[int | None, str | None]:
+    """The answer of `ask`, or that there is none in time: resolving a name has no time limit of its own."""
+    answers: list[tuple[int | None, str | None]] = []
+
+    def run() -> None:
+        try:
+            answers.append(ask())
+        except Exception as error:  # of the hub's client, of the network below it
+            answers.append((None, f"no network ({_one_line(error)})"))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(_SECONDS + 0.5)
+    return answers[0] if answers else (None, f"no network (no answer within {_SECONDS:g} seconds)")
+
+
+def _letters(text: str) -> str:
+    return "".join(letter for letter in text.lower() if letter.isalnum())
+
+
+def _number(headers: Any) -> int | None:
+    text = headers.get("X-Linked-Size") or headers.get("Content-Length")
+    return int(text) if text and text.isdigit() else None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__

@@ -1,0 +1,164 @@
+"""Model references: what a name, file or folder stands for, and what it says of itself, known before weights are read.
+
+A model reference is one of
+    FILE.safetensors   a backbone file, or any safetensors file together with `arch`
+    FILE.pth           a state dict, together with `arch`; read with `weights_only=True` (not as the start of a training)
+    FOLDER             a folder in the Hugging Face layout (config.json + weights)
+    hf-hub:ORG/NAME    a model of the Hugging Face hub
+    timm:NAME or NAME  a timm model with its pretrained weights
+    random:NAME        a timm model with random weights
+"""
+
+import re
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import get_pretrained_cfg
+
+from ssld.shared.errors import UserError
+from ssld.shared.models.downloads import PICKLE_SUFFIXES, WEIGHT_FILES, Remote, kind_of, timm_weights
+from ssld.shared.models.metadata import folder_facts, read_config
+from ssld.shared.models.model_file import read_metadata
+
+_TIMM_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
+_OFF = "is a pickle, which can run code when opened; a .safetensors file is needed"
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """What a reference names.
+
+    Attributes:
+        arch: timm's name of the architecture.
+        file: the weights; None for random ones.
+        metadata: facts by the names that a model file has for them, also of a folder or a model of the hub.
+        foreign: whether the weights are timm's or the hub's, which timm's own conversion is made for.
+    """
+
+    text: str
+    arch: str
+    file: Path | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    foreign: bool = False
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether it has weights."""
+        return self.file is not None
+
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """What `timm.create_model` needs beside arch and classes to build the network of the weights: its activation, the input size of a ViT."""
+        args = dict(self.metadata.get("model_args") or {})
+        args.pop("num_classes", None)  # the weights say it
+        return args
+
+
+def parse_reference(text: str, arch: str | None = None, *, allow_pickle: bool = False) -> ModelReference:
+    """Understand a model reference (see the module's docstring) without loading weights; what is not on this machine yet is downloaded.
+
+    Raises UserError for an unknown timm name or tag (with the nearest), a missing file, a file that needs `arch`, a pickle where none is allowed,
+    metadata that cannot be used, and a download that is not possible.
+    """
+    if not text.strip():
+        raise UserError("no model is named; give timm:NAME, hf-hub:ORG/NAME, a folder or a file")
+    match kind_of(text):
+        case "random":
+            return ModelReference(text, known_arch(text.removeprefix("random:"), text))
+        case "hub":
+            return _hub_reference(text)
+        case "folder":
+            return _folder_reference(text, Path(text))
+        case "file":
+            return _file_reference(text, Path(text), arch, allow_pickle)
+        case "path":
+            raise UserError(f"{text}: no such file or folder")
+    name = known_arch(text.removeprefix("timm:"), text)
+    cfg: Any = get_pretrained_cfg(name)
+    facts = {"licence": cfg.license, "crop_pct": cfg.crop_pct}
+    metadata = {key: value for key, value in facts.items() if value is not None}
+    return ModelReference(text, name, file=timm_weights(name).fetch(text), metadata=metadata, foreign=True)
+
+
+def known_arch(name: str, source: object) -> str:
+    """A name that timm knows, perhaps with the tag of weights; raises UserError with the nearest one otherwise.
+
+    Nothing else that `timm.create_model` takes passes, as it may name a download or a folder: names also come from the metadata of files.
+    """
+    where = "" if str(source) in (name, f"timm:{name}") else f"{source}: "
+    base, _, tag = name.partition(".")
+    if not _TIMM_NAME.fullmatch(name) or not timm.is_model(base):
+        near = get_close_matches(base, timm.list_models(), n=1)
+        raise UserError(f"{where}{name[:200]}: timm has no such model{f'; did you mean {near[0]!r}?' if near else ''}")
+    if tag:
+        try:
+            get_pretrained_cfg(name)
+        except RuntimeError:
+            tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{base}.*")]
+            have = f"it has {', '.join(tags)}" if tags else "it has none"
+            raise UserError(
+                f"{where}{name[:200]}: timm has no weights called {tag[:80]!r} for {base}; {have}"
+            ) from None
+    return name
+
+
+def _file_reference(text: str, path: Path, arch: str | None, allow_pickle: bool) -> ModelReference:
+    pickled = path.suffix in PICKLE_SUFFIXES
+    if pickled and not allow_pickle:
+        raise UserError(f"{text}: {_OFF}")
+    metadata = {} if pickled else read_metadata(path, kind="backbone")
+    if arch and metadata and metadata["arch"] != arch:
+        raise UserError(f"{text}: holds a {metadata['arch']}, but arch says {arch}")
+    name = metadata.get("arch") or arch
+    if not name:
+        raise UserError(f"{text}: does not say which architecture it holds; give `arch` with its timm name")
+    return ModelReference(text, known_arch(name, text), file=path, metadata=metadata)
+
+
+def _folder_reference(text: str, path: Path) -> ModelReference:
+    config = path / "config.json"
+    found = sorted(path.glob("*.safetensors"))
+    if not config.exists():
+        hint = f"; did you mean {found[0]}?" if found else ""
+        raise UserError(f"{text}: not a folder in the Hugging Face layout (no config.json){hint}")
+    facts = folder_facts(read_config(config), config)
+    named = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
+    pickles = sorted(file for suffix in PICKLE_SUFFIXES for file in path.glob(f"*{suffix}"))
+    files = named or found or pickles
+    if not files:
+        raise UserError(f"{text}: has no weights beside its config.json; {WEIGHT_FILES[0]} is expected")
+    if not named and len(files) > 1:
+        raise UserError(
+            f"{text}: which of {', '.join(file.name for file in files[:4])} are its weights? Name one {WEIGHT_FILES[0]}, or give it with `arch`"
+        )
+    return _with_config(text, files[0], facts, config)
+
+
+def _with_config(
+    text: str, file: Path, facts: dict[str, Any], config: object, *, foreign: bool = False
+) -> ModelReference:
+    """What a config.json says of weights and, where these are of this project, their own metadata, which say more and must not contradict."""
+    own = {} if file.suffix in PICKLE_SUFFIXES else read_metadata(file, kind="backbone")
+    for key in ("arch", "class_names"):
+        if own.get(key) and facts.get(key) and own[key] != facts[key]:
+            raise UserError(f"{file}: its {key} is not that of {config}; give the file, or write the folder again")
+    metadata = facts | own
+    return ModelReference(text, known_arch(metadata["arch"], config), file=file, metadata=metadata, foreign=foreign)
+
+
+def _hub_reference(text: str) -> ModelReference:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    repo = text.removeprefix("hf-hub:")
+    try:
+        validate_repo_id(repo.partition("@")[0])
+        if repo.count("/") != 1:
+            raise HFValidationError("it has no owner")
+    except HFValidationError as error:
+        raise UserError(f"{text[:200]}: is no hf-hub:ORG/NAME ({' '.join(str(error).split())[:120]})") from None
+    config = Remote(repo, ("config.json",)).fetch(text)
+    weights = Remote(repo, WEIGHT_FILES).fetch(text)
+    return _with_config(text, weights, folder_facts(read_config(config), f"{text}, config.json"), config, foreign=True)
