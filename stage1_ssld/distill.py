@@ -10,9 +10,10 @@ network's reference.
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
@@ -50,6 +51,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     from ssld.shared.distributed.processes import DTYPES, optimizer_step, start_processes, start_trackers, to_device
     from ssld.shared.distributed.ranks import from_main_rank, share_buffers, world_size
     from ssld.shared.distributed.stop import StopRequest
+    from ssld.shared.files import spread
     from ssld.shared.images import stable_seed
     from ssld.shared.models.backbones import check_networks
     from ssld.shared.run_dir import RunDir
@@ -66,6 +68,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     from ssld.stage1_ssld.distillation.student import Student
     from ssld.stage1_ssld.distillation.targets import open_targets
     from ssld.stage1_ssld.distillation.teacher import try_teacher
+    from ssld.stage1_ssld.evaluation.better_weights import MOST_IMAGES, Choice, choose_weights, weights
     from ssld.stage1_ssld.evaluation.curves import write_curves
     from ssld.stage1_ssld.evaluation.metrics import describe, evaluate
 
@@ -126,19 +129,19 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     start, resumed = state.restore()
 
     # ---- evaluation and the files of the network, for the loop and the finish
+    sizes: dict[str, Any] = {
+        "image_size": data.image_size,
+        "val_crop": data.val_crop,
+        "interpolation": data.interpolation,
+    }
+
     def evaluate_now(step: int) -> dict[str, float]:
         if val_source is None:
             return {}
         net = student.evaluated
         net.eval()
         share_buffers(net)
-        views = ValViews(
-            val_source,
-            targets.val_labels,
-            image_size=data.image_size,
-            val_crop=data.val_crop,
-            interpolation=data.interpolation,
-        )
+        views = ValViews(val_source, targets.val_labels, **sizes)
         # The size of a batch must not depend on the number of ranks: the results are then the same on any number.
         order = val_batches(range(len(views)), min(config.batch_size, EVALUATION_BATCH), rank, ranks)
         with teacher.running_statistics() if teacher else nullcontext():
@@ -155,7 +158,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         run.metric(step, **{f"val_{name}": value for name, value in metrics.items()})
         return metrics
 
-    def save_network(step: int, path: Path, metrics: dict[str, float]) -> None:
+    def save_network(step: int, path: Path, metrics: dict[str, float], **facts: str) -> None:
         if accelerator.is_main_process:
             taught_by = targets.facts()
             student.save(
@@ -168,7 +171,27 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 teacher=taught_by,
                 licence=_licences(student.licence(), taught_by),
                 run=str(run.path),
+                **facts,
             )
+
+    def keep_better() -> Choice | None:
+        """Give the network the better of the weights that it has and those it began with."""
+        if val_source is None or teacher is None or not _compares_with_start(config, student, targets):
+            return None
+        net = student.evaluated.eval()
+        share_buffers(net)
+        start = student.start()
+        choice = None
+        if accelerator.is_main_process:
+            views = ValViews(val_source, None, **sizes)
+            order = val_batches(spread(len(views), MOST_IMAGES), min(config.batch_size, EVALUATION_BATCH), 0, 1)
+            batches = partial(make_loader, views, order, workers=config.workers, pin_memory=pin_memory)
+            choice = choose_weights(net, start, teacher, batches)
+            run.log(choice.describe() if choice else "data.val: too few images to compare the student with its start")
+        choice = from_main_rank(choice)
+        if choice:
+            net.net.load_state_dict(weights(choice.which, net.net.state_dict(), start))
+        return choice
 
     def keep_best(step: int, metrics: dict[str, float]) -> None:
         if metrics and state.improved(_score(metrics, config.best_by)):
@@ -260,7 +283,12 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         if config.evaluate_every:
             keep_best(step, metrics)
     file = run.path / f"{result}.safetensors"
-    save_network(step, file, metrics)
+    choice = keep_better()
+    if choice:
+        if choice.which != "last":
+            metrics = evaluate_now(step)
+        metrics |= {f"neighbours_{which}": share for which, share in choice.shares.items()}
+    save_network(step, file, metrics, **({"kept": choice.which} if choice else {}))
     accelerator.end_training()
     if accelerator.is_main_process:
         write_curves(run.path)
@@ -292,11 +320,25 @@ def _preview(
         yield f"teacher {names}, BatchNorm by {'the batch' if teacher.batchnorm == 'batch' else 'running statistics'}{only}"
         if "random:" in names:
             yield "warning: the teacher has random weights"
+    if _compares_with_start(config, student, targets) and not (config.data.val and targets.teacher):
+        missing = "data.val" if targets.teacher else "teacher"
+        yield f"{missing}: not given, so nothing tells whether the student gets better than the weights it begins with"
     seen = steps * config.batch_size
     passes = f"{images} images, {seen / images:.1f} passes" if images else "a stream of unknown length"
     yield (
         f"{count(len(config.data.train), 'source')}, {passes}: {steps} steps of {config.batch_size} images "
         f"({count(ranks, 'process')} x {config.accumulate} accumulated)"
+    )
+
+
+def _compares_with_start(config: DistillConfig | TeachConfig, student: "Student", targets: "Targets") -> bool:
+    """Whether the result is compared with the weights that the student began with, given images and a teacher."""
+    return (
+        isinstance(config, DistillConfig)
+        and config.keep_weights == "better"
+        and config.trainable == "all"
+        and targets.learns_from_teacher
+        and student.began_trained
     )
 
 

@@ -51,7 +51,7 @@ def train(config: TrainConfig) -> None:
     from ssld.shared.wording import count
     from ssld.stage2_detect.data.sizing import Sizing
     from ssld.stage2_detect.data.training_data import images_to_try_a_teacher_on, read_training_data, training_loader
-    from ssld.stage2_detect.distillation.teacher import check_teacher
+    from ssld.stage2_detect.distillation.teacher import TeacherCheck
     from ssld.stage2_detect.evaluation.files import write_evaluation
     from ssld.stage2_detect.evaluation.scoring import compare_expected, describe, score
     from ssld.stage2_detect.training.memory_trial import whole_step
@@ -115,6 +115,8 @@ def train(config: TrainConfig) -> None:
         losses = validation_losses(net, data.val_objects, sizing, **evaluation) if data.val_objects else {}
         shown = [describe(metrics), *(f"{name} {value:.4f}" for name, value in losses.items())]
         run.log(f"step {step}: {', '.join(shown)}")
+        if teacher_check and (warning := teacher_check.beside(detections)):
+            run.log(warning)
         metrics |= losses
         run.metric(
             step, **{f"val_{name}": value for name, value in metrics.items() if not name.startswith("per_class")}
@@ -132,12 +134,13 @@ def train(config: TrainConfig) -> None:
 
     # ---- what is about to happen
     distill = config.distill
-    if distill and trained.teacher and distill.check_images and start == 0:
-        tried = images_to_try_a_teacher_on(config, data)
-        found = check_teacher(
-            trained.teacher, tried, sizing, check_images=distill.check_images, check_ap=distill.check_ap, **evaluation
+    teacher_check = None
+    if distill and trained.teacher and distill.check_images:
+        teacher_check = TeacherCheck(
+            trained.teacher, images_to_try_a_teacher_on(config, data), sizing, distill, **evaluation
         )
-        run.log(found)
+        if start == 0:
+            run.log(teacher_check.before_training())
     if config.compile:
         trained.detector.pyramid.compile()
     model = accelerator.prepare_model(trained.model)

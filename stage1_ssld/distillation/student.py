@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import (
@@ -35,18 +35,29 @@ class Student:
 
     def __init__(self, network: NetworkConfig, config: Stage1Config, *, classes: int, device: torch.device) -> None:
         self._reference = parse_reference(network.model, network.arch)
-        self.name, self.classes = network.model, classes
-        torch.manual_seed(config.seed)
+        self.name, self.classes, self._seed = network.model, classes, config.seed
         size, data = config.data.image_size, config.data
-        self.model, inputs = create_classifier(
-            self._reference, num_classes=classes, drop_path=network.drop_path, image_size=size
-        )
+        self._options: dict[str, Any] = {"drop_path": network.drop_path, "image_size": size}
+        self.model, inputs = self._create()
         self.inputs = InputSettings(inputs.mean, inputs.std, (size, size), data.interpolation, inputs.fixed_size)
         self._classifier_only = config.trainable == "classifier"
         if self._classifier_only:
             self._freeze_body()
         place(self.model, device, channels_last=config.channels_last)
         self.ema = ModelEmaV3(self.model, decay=config.ema.decay, use_warmup=config.ema.warmup) if config.ema else None
+
+    def _create(self) -> tuple[Classifier, InputSettings]:
+        torch.manual_seed(self._seed)  # of a classifier with other classes than the file's, and of random weights
+        return create_classifier(self._reference, num_classes=self.classes, **self._options)
+
+    @property
+    def began_trained(self) -> bool:
+        """Whether it began with trained weights, as far as its reference tells."""
+        return self._reference.pretrained or self._reference.file is not None
+
+    def start(self) -> dict[str, Tensor]:
+        """The state dict of timm's model before training."""
+        return dict(self._create()[0].net.state_dict())
 
     @property
     def evaluated(self) -> Classifier:

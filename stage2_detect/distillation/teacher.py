@@ -3,7 +3,8 @@
 Shapes: B images, C channels, H height, W width, R regions of an image, N = B * R, K classes (K + 1 logits, background last).
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssld.shared.distributed.ranks import from_main_rank, rank
 from ssld.shared.errors import UserError
 from ssld.shared.files import spread
 from ssld.shared.models.backbones import place
-from ssld.stage2_detect.data.coco import CocoData
+from ssld.shared.wording import count
+from ssld.stage2_detect.data.coco import CocoData, Id
 from ssld.stage2_detect.data.sizing import Sizing
 from ssld.stage2_detect.detector_file import load_detector
+from ssld.stage2_detect.distill_config import DistillConfig
+from ssld.stage2_detect.evaluation.coco_ap import coco_ap
 from ssld.stage2_detect.evaluation.scoring import score
 from ssld.stage2_detect.model_config import DetectorConfig
-from ssld.stage2_detect.models.batch import ImageBatch
+from ssld.stage2_detect.models.batch import Detections, ImageBatch
 from ssld.stage2_detect.models.build import Detector
 from ssld.stage2_detect.models.class_rows import permute_classes
 from ssld.stage2_detect.models.dense import DenseDetector, Outputs
@@ -107,27 +112,59 @@ def open_teacher(
     return FrozenDetector(place(for_inference(loaded.model), device, channels_last=channels_last), facts)
 
 
-def check_teacher(
-    teacher: FrozenDetector,
-    data: CocoData,
-    sizing: Sizing,
-    *,
-    check_images: int,
-    check_ap: float,
-    **evaluation: Any,
-) -> str:
-    """A line on how well the teacher detects in `check_images` images of an evaluation set; sizes and options of `score` are as for the student.
+class TeacherCheck:
+    """How well the teacher detects in some images of the student's evaluation set: before training, and again beside the student.
 
-    Raises UserError when its AP (0..1) is below `check_ap`; on every rank alike.
+    Args:
+        data: evaluation images; `config.check_images` of them are used.
+        sizing, evaluation: sizes and options of `score`, as for the student.
     """
-    chosen = spread(len(data.images), check_images)
-    part = replace(data, images=[data.images[index] for index in chosen])
-    metrics, _ = score(teacher.model, part, sizing, **evaluation)
-    ap = metrics["AP"] or 0.0
-    where = f"on {len(chosen)} images of {data.file}"
-    if ap < check_ap:
-        raise UserError(
-            f"distill.teacher: {teacher.facts.get('file')}: AP {100 * ap:.2f} {where}, below {100 * check_ap:g} (distill.check_ap {check_ap:g}): "
-            "it was trained on other images or at another size (resize), or hardly at all; a lower check_ap lets it pass"
+
+    def __init__(
+        self, teacher: FrozenDetector, data: CocoData, sizing: Sizing, config: DistillConfig, **evaluation: Any
+    ) -> None:
+        chosen = spread(len(data.images), config.check_images)
+        self._part = replace(data, images=[data.images[index] for index in chosen])
+        self._teacher, self._sizing, self._evaluation = teacher, sizing, evaluation
+        self._least = config.check_ap
+        self._warned = False
+
+    @functools.cached_property
+    def _ap(self) -> float:
+        """The teacher's, 0..1; all ranks together."""
+        metrics, _ = score(self._teacher.model, self._part, self._sizing, **self._evaluation)
+        return metrics["AP"] or 0.0
+
+    @property
+    def _where(self) -> str:
+        return f"on {count(len(self._part.images), 'image')} of {self._part.file}"
+
+    def before_training(self) -> str:
+        """A line for the log. Raises UserError when the teacher's AP is below `check_ap`; on every rank alike."""
+        name, ap = self._teacher.facts.get("file"), f"AP {100 * self._ap:.2f} {self._where}"
+        if self._ap < self._least:
+            raise UserError(
+                f"distill.teacher: {name}: {ap}, below {100 * self._least:g} (distill.check_ap {self._least:g}): "
+                "it was trained on other images or at another size (resize), or hardly at all; a lower check_ap lets it pass"
+            )
+        return f"teacher {name}: {ap}"
+
+    def beside(self, student: Mapping[Id, Detections]) -> str | None:
+        """A warning where the student has reached its teacher, once; all ranks together.
+
+        `student` holds the detections of an evaluation of the same images, on the main rank.
+        """
+        if self._warned:
+            return None
+        teacher_ap, student_ap = self._ap, None
+        if rank() == 0:
+            ids = {image.image_id for image in self._part.images}
+            student_ap = coco_ap(self._part, {key: found for key, found in student.items() if key in ids})["AP"]
+        student_ap = from_main_rank(student_ap)
+        if student_ap is None or student_ap < teacher_ap:
+            return None
+        self._warned = True
+        return (
+            f"warning: the teacher is no better than its student: AP {100 * teacher_ap:.2f} against {100 * student_ap:.2f} {self._where}; "
+            "a student gains from a teacher that is clearly better, a wider detector that was trained longer"
         )
-    return f"teacher {teacher.facts.get('file')}: AP {100 * ap:.2f} {where}"

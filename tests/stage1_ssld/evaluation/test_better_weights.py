@@ -1,0 +1,154 @@
+"""Which weights a student keeps: the last ones, those of its start, or their mean."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ssld.shared.models.backbones import Classifier, input_settings, save_backbone
+from ssld.shared.models.model_file import read_metadata
+from ssld.shared.models.teacher import FrozenTeacher
+from ssld.shared.run_dir import read_result
+from ssld.stage1_ssld.data.batch import Batch
+from ssld.stage1_ssld.distill import main as distill
+from ssld.stage1_ssld.evaluation import better_weights
+from ssld.stage1_ssld.evaluation.better_weights import choose_weights, nearest_images, neighbours_in_common, weights
+
+IMAGES = 60
+
+
+@pytest.fixture
+def batches() -> Callable[[], list[Batch]]:
+    """Noise in blocks of 8 pixels, 60 images of 32 pixels, in batches of 25; one batch without an image."""
+    draw = np.random.default_rng(0)
+    blocks = torch.from_numpy(draw.integers(0, 256, (IMAGES, 3, 4, 4), dtype=np.uint8))
+    pixels = blocks.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    parts = [*pixels.split(25), pixels[:0]]
+    return lambda: [Batch(part, torch.zeros(len(part), dtype=torch.int64), [], []) for part in parts]
+
+
+def network(seed: int) -> Classifier:
+    torch.manual_seed(seed)
+    net = timm.create_model("test_resnet", num_classes=3)
+    return Classifier(net, mean=(0.5,) * 3, std=(0.5,) * 3).eval()
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> FrozenTeacher:
+    """Network 0."""
+    file = tmp_path / "network.safetensors"
+    net = network(0).net
+    save_backbone(file, net, arch="test_resnet", inputs=input_settings(net, {}), classes=3)
+    return FrozenTeacher(str(file))
+
+
+def copied(net: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+
+def test_neighbours_against_numpy() -> None:
+    draw = np.random.default_rng(1)
+    found = []
+    embeddings = [draw.normal(size=(40, size)) for size in (5, 9)]
+    for one in embeddings:
+        unit = one / np.linalg.norm(one, axis=1, keepdims=True)
+        cosines = unit @ unit.T
+        np.fill_diagonal(cosines, -np.inf)
+        found.append([set(row) for row in np.argsort(-cosines, axis=1)[:, : better_weights.NEIGHBOURS]])
+    expected = np.mean([len(a & b) / better_weights.NEIGHBOURS for a, b in zip(*found, strict=True)])
+    ours = [nearest_images(torch.from_numpy(one)) for one in embeddings]
+    assert [[set(row.tolist()) for row in one] for one in ours] == found
+    assert neighbours_in_common(*ours) == pytest.approx(expected, abs=1e-6)
+    assert 0 < expected < 1
+    assert neighbours_in_common(ours[0], ours[0]) == 1
+
+
+def test_the_three_sets_of_weights() -> None:
+    start, last = copied(network(0).net), copied(network(1).net)
+    counter = "bn1.num_batches_tracked"
+    last[counter], last["bn1.running_var"] = torch.tensor(7), 3 * last["bn1.running_var"]
+    assert weights("last", last, start) == last
+    assert weights("start", last, start) == start
+    mean = weights("mean", last, start)
+    assert mean[counter] == 7
+    for name in ("conv1.0.weight", "bn1.running_var"):
+        torch.testing.assert_close(mean[name].double(), (start[name].double() + last[name].double()) / 2)
+
+
+@pytest.mark.parametrize(("trained", "began", "which"), [(1, 0, "start"), (0, 1, "last"), (0, 0, "last")])
+def test_the_weights_nearest_to_the_teacher_are_chosen(
+    trained: int, began: int, which: str, batches: Callable[[], list[Batch]], teacher: FrozenTeacher
+) -> None:
+    """The teacher is network 0."""
+    net, start = network(trained), copied(network(began).net)
+    before = copied(net.net)
+    choice = choose_weights(net, start, teacher, batches)
+    assert choice
+    assert choice.which == which
+    assert choice.images == IMAGES
+    assert choice.shares[choice.which] == 1
+    if trained != began:
+        assert min(choice.shares.values()) < 0.9
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.net.state_dict().items())
+    assert f"on {IMAGES} held-out images: last " in choice.describe()
+
+
+def test_few_images_decide_nothing(batches: Callable[[], list[Batch]], teacher: FrozenTeacher) -> None:
+    few = [batches()[0]]
+    assert choose_weights(network(1), copied(network(0).net), teacher, lambda: few) is None
+
+
+def test_a_stage_that_spoils_its_student_leaves_the_start(
+    teacher_file: Path,
+    distill_settings: dict[str, Any],
+    arguments: Callable[..., list[str]],
+    call: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A student that begins as its teacher cannot get better; at this rate it gets worse."""
+    monkeypatch.setattr(better_weights, "LEAST_IMAGES", 15)
+    began = load_file(teacher_file)
+    settings = distill_settings | {"student": {"model": str(teacher_file)}}
+    settings["optim"] = {"lr": 0.5, "reference_batch": 8, "warmup_steps": 0}
+    for name, keep in (("better", {}), ("last", {"keep_weights": "last"})):
+        assert call(distill, arguments(settings | keep, name)) == 0
+    kept, last = (load_file(tmp_path / name / "student.safetensors") for name in ("better", "last"))
+    assert all(torch.equal(kept[name], tensor) for name, tensor in began.items())
+    assert not torch.equal(last["conv1.0.weight"], began["conv1.0.weight"])
+    results = [read_result(tmp_path / name) for name in ("better", "last")]
+    assert results[0]
+    assert results[1]
+    assert results[0]["metrics"]["agreement"] == results[0]["metrics"]["neighbours_start"] == 1
+    assert results[0]["metrics"]["neighbours_last"] < 1
+    assert results[1]["metrics"]["agreement"] < 1
+    assert "neighbours_start" not in results[1]["metrics"]
+    assert read_metadata(tmp_path / "better" / "student.safetensors")["kept"] == "start"
+    log = (tmp_path / "better" / "log.txt").read_text()
+    assert "start 100.0 %; the file holds the weights that keep most: those it began with" in log
+
+
+def test_what_is_missing_for_a_comparison_is_said(
+    teacher_file: Path,
+    distill_settings: dict[str, Any],
+    arguments: Callable[..., list[str]],
+    call: Callable[..., int],
+    tmp_path: Path,
+) -> None:
+    settings = distill_settings | {"student": {"model": str(teacher_file)}, "steps": 1}
+    assert call(distill, arguments(settings, "few")) == 0
+    assert (
+        "data.val: too few images to compare the student with its start" in (tmp_path / "few" / "log.txt").read_text()
+    )
+    data = {name: value for name, value in settings["data"].items() if name != "val"}
+    assert call(distill, arguments(settings | {"data": data}, "none")) == 0
+    line = "data.val: not given, so nothing tells whether the student gets better than the weights it begins with"
+    assert line in (tmp_path / "none" / "log.txt").read_text()
+    assert call(distill, arguments(settings | {"data": data, "student": {"model": "random:test_resnet"}}, "new")) == 0
+    assert "data.val:" not in (tmp_path / "new" / "log.txt").read_text()
