@@ -23,6 +23,7 @@ if find_spec("ssld") is None:
 
 from ssld.pipelines.checks.data import FLAGS, check_data
 from ssld.pipelines.checks.machine import ask_torch
+from ssld.pipelines.scaffold.pool import divide_pool
 from ssld.pipelines.scaffold.suggest import Facts, pipeline_text, split_content, suggest
 from ssld.shared.config.command import exit_code
 from ssld.shared.config.settings import Parser, underscored
@@ -46,17 +47,25 @@ def _init(arguments: Namespace) -> int:
     val_images = arguments.val_images or arguments.images
     written: dict[Path, str] = {}
     content = json.loads(train.read_bytes())
-    images = len(content["images"])
     if val is None:
         parts = split_content(
             content, share=arguments.val_share, seed=arguments.seed, copies=statistics["train"]["copies"]
         )
         train, val = names["train"], names["val"]
         written = {file: json.dumps(part) for file, part in zip((train, val), parts, strict=True)}
-        content, images = parts[0], len(parts[0]["images"])
-    listing = names.get("listing")
-    if listing:
-        written[listing] = "".join(f"{row['file_name']}\n" for row in content["images"])
+        content, evaluation = parts
+    else:
+        evaluation = json.loads(val.read_bytes())
+    pool = None
+    if arguments.unlabeled:
+        pool = divide_pool(arguments.unlabeled, _files(evaluation, val_images), arguments.seed)
+        if not pool.train:
+            raise UserError(f"{arguments.unlabeled}: {pool.tally.describe()}; nothing is left to learn from")
+        lists = {"listing": [row["file_name"] for row in content["images"]], "pool": pool.train}
+        lists |= {"held_out": pool.held_out} if pool.held_out else {}
+        written |= {names[name]: "".join(f"{line}\n" for line in lines) for name, lines in lists.items()}
+        if pool.tally.dropped("photo"):
+            print(f"{arguments.unlabeled}: {pool.tally.describe()}")
     probe = ask_torch()
     facts = Facts(
         annotations=train,
@@ -64,11 +73,13 @@ def _init(arguments: Namespace) -> int:
         val_annotations=val,
         val_images=val_images,
         split=arguments.val_annotations is None,
-        images=images,
+        images=len(content["images"]),
         statistics=statistics["train"],
         unlabeled=arguments.unlabeled,
-        unlabeled_images=len(list_images(arguments.unlabeled)) if arguments.unlabeled else 0,
-        listing=listing,
+        unlabeled_images=len(pool.train) if pool else 0,
+        pool=names.get("pool"),
+        held_out=names["held_out"] if pool and pool.held_out else None,
+        listing=names.get("listing"),
         gpu=tuple(probe["devices"][0]) if probe.get("devices") else None,
         gpus=len(probe.get("devices") or []),
         cores=cores(),
@@ -90,8 +101,15 @@ def _names(arguments: Namespace) -> dict[str, Path]:
     if not arguments.val_annotations:
         names |= {part: output.with_name(f"{output.stem}_{part}.json") for part in ("train", "val")}
     if arguments.unlabeled:
-        names["listing"] = output.with_name(f"{output.stem}_train.txt")
+        parts = {"listing": "train", "pool": "unlabeled", "held_out": "held_out"}
+        names |= {name: output.with_name(f"{output.stem}_{part}.txt") for name, part in parts.items()}
     return names
+
+
+def _files(content: dict[str, Any], folder: Path) -> list[Path]:
+    """The images of a COCO file that are there."""
+    files = [folder / row["file_name"] for row in content["images"]]
+    return [file for file in files if file.is_file()]
 
 
 def _check_arguments(arguments: Namespace, names: Iterable[Path]) -> None:

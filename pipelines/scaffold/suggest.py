@@ -35,6 +35,10 @@ class Facts:
     """of the annotations, as the data check measures them"""
     unlabeled: Path | None
     unlabeled_images: int
+    pool: Path | None
+    """list file of the unlabeled photos that stage 1 learns from"""
+    held_out: Path | None
+    """list file of those that it does not see, where there are enough"""
     listing: Path | None
     """list file of the training photos, for the distillation"""
     gpu: tuple[Any, ...] | None

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ssld.pipelines import init, run
 from ssld.pipelines.checks import data as checked_data
+from ssld.pipelines.scaffold import pool
 from ssld.pipelines.scaffold.suggest import Facts, pipeline_text, split_content, suggest
 from ssld.shared.errors import UserError
 from ssld.stage2_detect import check_data
@@ -107,6 +108,8 @@ def facts(images: int, sizes: list[float], gpu: tuple[Any, ...] | None = None) -
         statistics=measured,
         unlabeled=None,
         unlabeled_images=0,
+        pool=None,
+        held_out=None,
         listing=None,
         gpu=gpu,
         gpus=int(gpu is not None),
@@ -136,7 +139,9 @@ def test_numbers_follow_the_data() -> None:
 def test_the_runner_takes_what_is_written(photos: Path, unlabeled: bool, capfd: pytest.CaptureFixture[str]) -> None:
     more = ["--unlabeled", "more photos"] if unlabeled else []
     assert init.main(["--images", "photos", "--annotations", "all.json", "--output", "mine.yaml", *more]) == 0
-    written = {"mine.yaml", "mine_train.json", "mine_val.json"} | ({"mine_train.txt"} if unlabeled else set())
+    written = {"mine.yaml", "mine_train.json", "mine_val.json"} | (
+        {"mine_train.txt", "mine_unlabeled.txt"} if unlabeled else set()
+    )
     assert {path.name for path in photos.iterdir() if path.is_file()} == {"all.json"} | written
     assert len(json.loads(Path("mine_val.json").read_text())["images"]) == 8
     if unlabeled:
@@ -252,6 +257,41 @@ def test_every_gpu_gets_a_process(
     assert run.main(["mine.yaml", "--dry-run", "--smoke"]) == 0
 
 
+def test_unlabeled_photos_are_told_apart_from_evaluation_photos(
+    photos: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of unlabeled photos holds all annotated ones too, as it often does, under other names."""
+    monkeypatch.setattr(pool, "SMALLEST_POOL", 20)
+    monkeypatch.setattr(pool, "LEAST_HELD_OUT", 4)
+    for file in sorted((photos / "photos").rglob("*.png")):
+        (photos / "more photos" / f"copy of {file.name}").write_bytes(file.read_bytes())
+    line = ["--images", "photos", "--annotations", "all.json", "--unlabeled", "more photos", "--output", "mine.yaml"]
+    assert init.main(line) == 0
+    evaluated = [row["file_name"] for row in json.loads(Path("mine_val.json").read_text())["images"]]
+    lists = {part: Path(f"mine_{part}.txt").read_text().splitlines() for part in ("unlabeled", "held_out")}
+    assert len(lists["held_out"]) == 4
+    seen = set(lists["unlabeled"]) | set(lists["held_out"])
+    assert len(seen) == 3 + 40 - 8
+    assert not seen & {f"copy of {Path(name).name}" for name in evaluated}
+    assert "more photos: 8 photos dropped: 8 copies of evaluation photos (first: copy of " in capfd.readouterr().out
+    data = yaml.safe_load(Path("mine.yaml").read_text())["stages"]["ssld"]["set"]["data"]
+    assert data["val"] == {"path": "mine_held_out.txt", "root": "more photos"}
+    assert run.main(["mine.yaml", "--dry-run"]) == 0
+
+
+def test_a_folder_of_evaluation_photos_alone_is_refused(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = ["--images", "photos", "--annotations", "all.json", "--output"]
+    assert init.main([*line, "first.yaml"]) == 0
+    Path("only").mkdir()
+    for row in json.loads(Path("first_val.json").read_text())["images"][:2]:
+        (photos / "only" / row["file_name"]).write_bytes((photos / "photos" / row["file_name"]).read_bytes())
+    assert init.main([*line, "mine.yaml", "--unlabeled", "only"]) == 2
+    error = capfd.readouterr().err
+    assert "only: 2 photos dropped: 2 copies of evaluation photos (first: " in error
+    assert "nothing is left to learn from" in error
+    assert not Path("mine.yaml").exists()
+
+
 ODD = [
     "plain",
     "x #1",
@@ -286,6 +326,8 @@ def test_names_reach_the_pipeline_as_they_are(name: str) -> None:
         val_images=Path(name),
         unlabeled=Path(name),
         unlabeled_images=3,
+        pool=Path(f"{name}.pool"),
+        held_out=Path(f"{name}.held"),
         listing=Path(f"{name}.txt"),
         statistics=measured.statistics | {"classes": {name: 3, f"{name}\noutput: elsewhere": 4}},
         gpu=(name, 2**30, 2**34, 9, 0),
@@ -294,7 +336,8 @@ def test_names_reach_the_pipeline_as_they_are(name: str) -> None:
     content = yaml.safe_load(text)
     assert content["output"] == f"runs/{name}"
     assert list(content) == list(yaml.safe_load(plain))
-    assert content["stages"]["ssld"]["set"]["data"]["train"][0] == {"path": name}
+    assert content["stages"]["ssld"]["set"]["data"]["train"][0] == {"path": f"{name}.pool", "root": name}
+    assert content["stages"]["ssld"]["set"]["data"]["val"] == {"path": f"{name}.held", "root": name}
     assert content["stages"]["ssld"]["set"]["data"]["train"][1] == {"path": f"{name}.txt", "root": name}
     data = content["stages"]["detector_ssld"]["set"]["data"]
     assert (data["train_annotations"], data["val_images"]) == (f"{name}.json", name)
