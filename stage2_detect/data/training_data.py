@@ -46,6 +46,11 @@ class TrainingData:
         """Distinct training images."""
         return len(self.train.images) + len(self.unlabeled)
 
+    def orientations(self) -> dict[str, Any]:
+        """Which way up the images of each source are read, for result.json."""
+        parts = {"train": self.train, "val": self.val}
+        return {name: part.orientation.record() for name, part in parts.items() if part}
+
     def steps_per_epoch(self, config: TrainConfig) -> int:
         """Steps that show the labeled images once; what is left of them is dropped."""
         ratio = config.labeled_ratio if self.unlabeled else 1.0
