@@ -59,6 +59,8 @@ class TrainingData:
     def describe(self, config: TrainConfig) -> Iterator[str]:
         """Lines for the log."""
         yield self.train.describe()
+        if self.val and (text := self.val.orientation.describe()):
+            yield f"{self.val.file}: {text}"
         if self.repeats is not None:
             often = int((self.repeats > 1).sum())
             yield f"repeat factors: {often} images are shown more often than the others, up to {self.repeats.max():.2f} times"

@@ -80,7 +80,9 @@ def test_equal_ap(
 
     wanted = ap(1)
     assert wanted[1] > 0.05
-    for value in range(2, 9):
+    for value in (
+        range(2, 9) if form == "coco" else (3, 6)
+    ):  # the batches of all are compared in data/test_orientation.py
         assert ap(value) == wanted, value
     assert ap(3, image_orientation="stored") != wanted
 

@@ -28,12 +28,13 @@ from turned_images import (
 from ssld.shared.errors import UserError
 from ssld.shared.images import ImageHeader
 from ssld.stage2_detect import convert_data
-from ssld.stage2_detect.config import AugmentConfig, ResizeConfig
+from ssld.stage2_detect.config import AugmentConfig, ResizeConfig, TrainConfig
 from ssld.stage2_detect.data import annotation_cache, orientation
 from ssld.stage2_detect.data.coco import CocoData, read_coco
 from ssld.stage2_detect.data.loaders import TrainLoader, eval_loader, load_record
 from ssld.stage2_detect.data.orientation import Orientation, fit_of, is_upright, orientation_of
 from ssld.stage2_detect.data.sizing import Sizing
+from ssld.stage2_detect.data.training_data import TrainingData
 
 Read = Callable[..., tuple[CocoData, CocoData]]
 
@@ -191,6 +192,21 @@ def test_what_nothing_shows_is_upright_and_said(tmp_path: Path) -> None:
     plain = read_coco(tmp_path / "train.json", images, training=True)
     assert plain.orientation == Orientation()
     assert plain.describe().endswith("1 class")
+
+
+def test_the_log_and_the_record_of_a_training_say_it_of_each_source(tmp_path: Path) -> None:
+    for part, value in (("a", 6), ("b", 3)):
+        write("coco", tmp_path / part, scenes(["landscape"]), value)
+    train, val = (
+        read_coco(tmp_path / part / "train.json", tmp_path / part / "images", training=part == "a") for part in "ab"
+    )
+    data = TrainingData(train, val)
+    config = TrainConfig.model_construct(unlabeled=None)
+    first, second = data.describe(config)
+    assert first.endswith("1 sideways image turned upright by EXIF, as its size says")
+    assert second == f"{tmp_path / 'b' / 'train.json'}: {val.orientation.describe()}"
+    records = data.orientations()
+    assert (records["train"]["upright"], records["val"]["both"]) == (1, 1)
 
 
 def test_a_file_may_say_it_itself(tmp_path: Path) -> None:
