@@ -48,6 +48,7 @@ def _init(arguments: Namespace) -> int:
     written: dict[Path, str] = {}
     content = json.loads(train.read_bytes())
     if val is None:
+        content = _with_orientation(content, statistics["train"]["orientation"])
         parts = split_content(
             content, share=arguments.val_share, seed=arguments.seed, copies=statistics["train"]["copies"]
         )
@@ -148,6 +149,15 @@ def _look_over(arguments: Namespace) -> dict[str, Any]:
         raise UserError(f"the data have faults, see above; {advice}")
     files: dict[str, Any] = report["files"]
     return files
+
+
+def _with_orientation(content: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The content of a file that says which form of its images its boxes are for: a part of it may lack the images that show it
+    (`stage2_detect/data/orientation.py`)."""
+    if not (found["upright"] or found["stored"] or found["both"]):
+        return content
+    info = content.get("info")
+    return {**content, "info": {**(info if isinstance(info, dict) else {}), "image_orientation": found["convention"]}}
 
 
 def parser() -> Parser:

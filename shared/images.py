@@ -11,12 +11,14 @@ Legend: C 3 channels (RGB), H height, W width.
 import hashlib
 import importlib
 import io
+import os
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +40,28 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_BACK = _UPRIGHT | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+_SIDEWAYS = 5  # from here on width and height change places
+_TURNED_BY_PILLOW = "TIFF"  # alone among the formats: its size is the upright one from the start, its pixels are turned as they are loaded
+_PNG_TEXTS = (
+    b"Raw profile type exif",
+    b"XML:com.adobe.xmp",
+)  # keywords of text in which Pillow looks for an orientation
+
+
+class ImageHeader(NamedTuple):
+    """What an image's header says of it."""
+
+    height: int
+    """of the stored pixels"""
+    width: int
+    orientation: int
+    """of EXIF, 1 to 8: what turns or mirrors the stored pixels upright (EXIF 2.32, section 4.6.4); 1: nothing, also for values that mean nothing"""
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """(height, width) of the upright image."""
+        return (self.width, self.height) if self.orientation >= _SIDEWAYS else (self.height, self.width)
 
 
 class UnreadableImage(Exception):
@@ -66,12 +90,16 @@ def require_decoder(name: str, key: str) -> None:
 
 
 def open_image(
-    source: bytes | str | Path, *, exif: bool = True, name: str | None = None, decoder: str = "pil"
+    source: bytes | str | Path,
+    *,
+    exif: bool | Callable[[ImageHeader], bool] = True,
+    name: str | None = None,
+    decoder: str = "pil",
 ) -> Picture:
     """Decodes a file or its bytes to RGB; raises `UnreadableImage` whatever the decoder complains about.
 
     Args:
-        exif: apply the EXIF orientation.
+        exif: turn it upright by its EXIF orientation; or what decides that, whose `UserError` passes through.
         name: what errors call the image; a path speaks for itself.
         decoder: pil gives a picture of PIL's, of which a crop is cheaper than of a tensor; torchcodec reads colour and
             grey JPEGs faster, to uint8 [3, H, W], and leaves everything else, and what it stumbles over, to PIL. Both
@@ -81,14 +109,16 @@ def open_image(
         if decoder == "torchcodec":
             source = source if isinstance(source, bytes) else Path(source).read_bytes()
         with _open(source) as image:
-            upright = _UPRIGHT.get(_orientation(image)) if exif else None
-            if decoder == "torchcodec" and isinstance(source, bytes) and image.mode in ("RGB", "L") and upright is None:
+            header, itself = _header(image), image.format == _TURNED_BY_PILLOW
+            upright = exif(header) if callable(exif) else exif
+            turn = None if upright == itself else (_UPRIGHT if upright else _BACK).get(header.orientation)
+            if decoder == "torchcodec" and isinstance(source, bytes) and image.mode in ("RGB", "L") and turn is None:
                 pixels = _jpeg(source)
                 if pixels is not None:
                     return pixels
             picture = _rgb(image)
             picture.load()
-            return picture if upright is None else picture.transpose(upright)
+            return picture if turn is None else picture.transpose(turn)
 
 
 def pixels_of(picture: Picture) -> Tensor:
@@ -104,16 +134,34 @@ def crop_of(picture: Picture, top: int, left: int, height: int, width: int) -> T
     return pixels_of(picture.crop((left, top, left + width, top + height)))
 
 
-def decode_image(source: bytes | str | Path, *, exif: bool = True, name: str | None = None) -> Tensor:
+def decode_image(
+    source: bytes | str | Path, *, exif: bool | Callable[[ImageHeader], bool] = True, name: str | None = None
+) -> Tensor:
     """`pixels_of` the picture that `open_image` opens; raises `UnreadableImage`."""
     return pixels_of(open_image(source, exif=exif, name=name))
 
 
-def image_size(source: bytes | str | Path, *, exif: bool = True, name: str | None = None) -> tuple[int, int]:
-    """(height, width) from the header alone, as `decode_image` would return them; raises `UnreadableImage`."""
+def image_header(source: bytes | str | Path, *, name: str | None = None) -> ImageHeader:
+    """The header of an image, without decoding its pixels; raises `UnreadableImage`."""
     with _decoder_errors(source, name), _open(source) as image:
-        width, height = image.size
-        return (width, height) if exif and _orientation(image) >= 5 else (height, width)
+        return _header(image)
+
+
+def image_headers(paths: Sequence[str]) -> list[ImageHeader | None]:
+    """`image_header` of many files, None for those that cannot be read. Some thousand a second, since disks and networks answer several threads."""
+
+    def header(path: str) -> ImageHeader | None:
+        try:
+            with _open(path) as image:
+                return _header(image)
+        except MemoryError:
+            raise
+        except Exception:  # as in `_decoder_errors`, which would change the filter of warnings in every thread
+            return None
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
+        warnings.simplefilter("ignore")
+        return list(pool.map(header, paths))
 
 
 def stable_seed(*parts: int | str) -> int:
@@ -162,7 +210,7 @@ def _decoder_errors(source: bytes | str | Path, name: str | None) -> Iterator[No
         warnings.simplefilter("ignore")
         try:
             yield
-        except MemoryError:
+        except (MemoryError, UserError):
             raise
         except Exception as error:
             label = name or (f"<{len(source)} bytes>" if isinstance(source, bytes) else str(source))
@@ -188,11 +236,39 @@ def _open(source: bytes | str | Path) -> Image.Image:
     return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
 
 
+def _header(image: Image.Image) -> ImageHeader:
+    """The header of an image that is open and not loaded."""
+    orientation, (width, height) = _orientation(image), image.size
+    if orientation >= _SIDEWAYS and image.format == _TURNED_BY_PILLOW:
+        width, height = height, width
+    return ImageHeader(height, width, orientation)
+
+
 def _orientation(image: Image.Image) -> int:
+    if image.format == "PNG" and not _has_exif_in_png(image):
+        return 1
     try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        value = int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # broken EXIF in front of a sound picture: show it as stored
         return 1
+    return value if value in _UPRIGHT else 1
+
+
+def _has_exif_in_png(image: Any) -> bool:
+    """Whether a PNG has a chunk, before or after its pixels, in which Pillow looks for an orientation: to find that there is none Pillow would
+    decode the pixels. Chunks: https://www.w3.org/TR/png-3/#5Chunk-layout."""
+    file, place = image.fp, image.fp.tell()
+    file.seek(8)
+    try:
+        while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+            length, kind = int.from_bytes(head[:4]), head[4:]
+            start = file.read(min(length, 32)) if kind in (b"tEXt", b"zTXt", b"iTXt") else b""
+            if kind == b"eXIf" or start.startswith(_PNG_TEXTS):
+                return True
+            file.seek(length + 4 - len(start), os.SEEK_CUR)
+        return False
+    finally:
+        file.seek(place)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -138,7 +138,7 @@ class TrainConfig(TrainingConfig):
     """share of labeled images in a batch where there are unlabeled ones; 1 leaves these out"""
     distill: DistillConfig | None = None
     cache_annotations: bool = True
-    """keep the content of large annotation files in ~/.cache/ssld (or $XDG_CACHE_HOME/ssld), for the next start"""
+    """keep the content of large annotation files, and which way up images are, in ~/.cache/ssld (or $XDG_CACHE_HOME/ssld), for the next start"""
     resize: ResizeConfig = ResizeConfig()
     augment: AugmentConfig = AugmentConfig()
     model: DetectorConfig = DetectorConfig()
@@ -246,7 +246,7 @@ class EvaluateConfig(RunDetectorConfig):
     score_threshold: float = Field(0.5, ge=0, lt=1)
     """of the counts: precision, recall and F1 of each class, and the confusion matrix"""
     cache_annotations: bool = True
-    """keep the content of large annotation files in ~/.cache/ssld (or $XDG_CACHE_HOME/ssld), for the next start"""
+    """keep the content of large annotation files, and which way up images are, in ~/.cache/ssld (or $XDG_CACHE_HOME/ssld), for the next start"""
     expected: ExpectedConfig | None = None
     """scores to compare with, as a recipe has them"""
 

@@ -38,7 +38,8 @@ def convert_data(config: ConvertDataConfig) -> None:
         UserError: any fault of the data, naming file and line.
     """
     from ssld.shared.run_dir import RunDir
-    from ssld.stage2_detect.data.convert.records import coco_content
+    from ssld.stage2_detect.data.coco_json import with_orientation
+    from ssld.stage2_detect.data.convert.records import coco_content, settle_orientation
 
     run = RunDir(config, "convert_data")
     if run.status == "finished":
@@ -49,17 +50,19 @@ def convert_data(config: ConvertDataConfig) -> None:
     pending.mkdir()
     try:
         found = _read(config, pending)
+        orientation = settle_orientation(found)
         contents = {
             split: coco_content(images, found.class_names, found.hint) for split, images in found.splits.items()
         }
         for split, content in contents.items():
             file = pending / f"{split}.json"
-            file.write_text(json.dumps(content.data, allow_nan=False), encoding="utf-8")
+            data = with_orientation(content.data, orientation.convention)
+            file.write_text(json.dumps(data, allow_nan=False), encoding="utf-8")
             _read_back(file, found, split, content)
         run.log(f"{config.source}: {found.kind}, {len(found.class_names)} classes: {', '.join(found.class_names[:20])}")
-        for note in found.notes:
+        for note in [*found.notes, *([text] if (text := orientation.describe()) else [])]:
             run.log(note)
-        metrics: dict[str, Any] = {"classes": found.class_names, "splits": {}}
+        metrics: dict[str, Any] = {"classes": found.class_names, "orientation": orientation.record(), "splits": {}}
         for split, content in contents.items():
             folder = _publish(run.path, pending, split, content.folder)
             metrics["splits"][split] = {**content.counts, "image_folder": str(folder)}

@@ -78,6 +78,7 @@ def evaluate_detector(config: EvaluateConfig) -> None:
         files += written
         metrics["at_threshold"] = {key: report[key] for key in ("score_threshold", "iou")} | report["all_classes"]
         metrics["per_class_f1"] = {row["class"]: row["f1"] for row in report["classes"]}
+    metrics["orientation"] = {"val": data.orientation.record()}
     accelerator.end_training()
     run.finish(metrics, files)
 

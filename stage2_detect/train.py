@@ -232,7 +232,7 @@ def train(config: TrainConfig) -> None:
     if data.val and accelerator.is_main_process:
         files += write_evaluation(run, data.val, detections, metrics, score_threshold=0.5)[1]
     accelerator.end_training()
-    state.finish(metrics, step, files, run.path / "detector_best.safetensors")
+    state.finish(metrics | {"orientation": data.orientations()}, step, files, run.path / "detector_best.safetensors")
     run.log(f"wrote {file}")
 
 

@@ -28,12 +28,13 @@ from safetensors.numpy import save_file
 from ssld.shared.files import atomically
 from ssld.stage2_detect.data.coco_json import CocoTable, read_table
 
-VERSION = 1
+VERSION = 2
 """to be raised whenever `CocoTable`, or what `read_table` checks, changes"""
 LEAST_BYTES = 8 << 20
 """smaller files are parsed in less than a second"""
-_SETTLED_SECONDS = 2.0
-_TEXTS = ("class_names", "category_ids", "image_ids", "file_names", "annotation_ids")
+SETTLED_SECONDS = 2.0
+"""after so long a second change of a file has another time stamp"""
+_TEXTS = ("class_names", "category_ids", "image_ids", "file_names", "annotation_ids", "orientation")
 _ARRAYS = ("widths_I", "heights_I", "owners_N", "labels_N", "boxes_N4", "crowd_N", "areas_N")
 _SHAPES = ("shapes", "shape_bounds")
 
@@ -72,12 +73,17 @@ def cache_folder() -> Path:
     return Path(base) / "ssld" / "annotations"
 
 
+def entry_of(file: str, suffix: str) -> Path:
+    """The entry of an annotation file."""
+    return cache_folder() / f"{hashlib.sha256(os.fsencode(os.path.abspath(file))).hexdigest()[:32]}{suffix}"
+
+
 def read_cached(file: str, *, segmentations: bool) -> CocoTable:
     """What `read_table` gives, from the cache where it has it; raises as `read_table` does."""
     key = _key(file)
     if key is None:
         return read_table(file, segmentations=segmentations)
-    entry = cache_folder() / f"{hashlib.sha256(os.fsencode(os.path.abspath(file))).hexdigest()[:32]}.safetensors"
+    entry = entry_of(file, ".safetensors")
     table = _load(entry, key, segmentations)
     if table is not None:
         return table
@@ -101,7 +107,7 @@ def _key(file: str) -> str | None:
 
 
 def _settled(file: str) -> bool:
-    return time.time() - os.stat(file).st_mtime >= _SETTLED_SECONDS
+    return time.time() - os.stat(file).st_mtime >= SETTLED_SECONDS
 
 
 def _pack(shapes: Sequence[Any]) -> PackedShapes:

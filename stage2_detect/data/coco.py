@@ -23,8 +23,9 @@ import numpy as np
 from ssld.shared.errors import UserError
 from ssld.shared.wording import count
 from ssld.stage2_detect.data.annotation_cache import PackedShapes, read_cached
-from ssld.stage2_detect.data.coco_json import CocoTable, read_table
+from ssld.stage2_detect.data.coco_json import CocoTable, Convention, read_table
 from ssld.stage2_detect.data.coco_json import Id as Id
+from ssld.stage2_detect.data.orientation import Orientation, find_orientation
 
 MIN_SIDE = 1e-5
 
@@ -50,6 +51,8 @@ class CocoImage:
     annotation_ids: tuple[Id, ...]
     segmentations: Sequence[Any] | None
     """raw polygons or RLE (None where an annotation has none), when asked for"""
+    convention: Convention = "upright"
+    """how it is read if EXIF turns it without a change of size"""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class CocoData:
     box), `empty_dropped`"""
     odd_boxes: tuple[Id, ...] = ()
     """the first annotation ids behind `degenerate` and `outside`"""
+    orientation: Orientation = field(default_factory=Orientation)
+    """which way up its images are read"""
 
     def describe(self) -> str:
         """One line for the log."""
@@ -90,6 +95,7 @@ class CocoData:
             )
         if self.odd_boxes:
             parts.append(f"first odd annotation ids: {', '.join(map(str, self.odd_boxes))}")
+        parts += [orientation] if (orientation := self.orientation.describe()) else []
         return f"{self.file}: " + ", ".join(parts)
 
 
@@ -108,8 +114,8 @@ def read_coco(
     `training` drops crowds and unusable boxes, and with `keep_empty=False` the images that have no box then; evaluation
     keeps everything. `image_folder` is what `file_name` is relative to, and all files must be there; None skips that
     check. `segmentations` keeps the masks, which take most of the memory. `class_names` fixes the classes and their
-    order (those of a trained detector); the file must have the same names. `cache_annotations` keeps the content of a large file for
-    the next time (`annotation_cache.py`).
+    order (those of a trained detector); the file must have the same names. `cache_annotations` keeps the content of a large file, and which way up
+    its images are, for the next time (`annotation_cache.py`, `orientation.py`).
     """
     file = str(annotation_file)
     table = (
@@ -135,6 +141,10 @@ def read_coco(
     kept = kept[np.argsort(owners[kept], kind="stable")]  # grouped by image, in file order inside
     bounds = np.searchsorted(owners[kept], np.arange(len(image_ids) + 1))
     widths, heights = table.widths_I.tolist(), table.heights_I.tolist()
+    orientation = Orientation()
+    if image_folder is not None:
+        sizes = (table.widths_I, table.heights_I)
+        orientation = find_orientation(file, paths, *sizes, stated=table.orientation, cache=cache_annotations)
     images = []
     for index, image_id in enumerate(image_ids):
         mine = kept[bounds[index] : bounds[index + 1]]
@@ -143,7 +153,8 @@ def read_coco(
         shapes = None if masks is None else _pick(masks, mine)
         ids_here = tuple(annotation_ids[i] for i in mine)
         arrays = (boxes[mine], labels[mine], crowd[mine], areas[mine], file_boxes[mine])
-        images.append(CocoImage(image_id, paths[index], widths[index], heights[index], *arrays, ids_here, shapes))
+        whole = (image_id, paths[index], widths[index], heights[index])
+        images.append(CocoImage(*whole, *arrays, ids_here, shapes, orientation.convention))
 
     counts = Counter(
         boxes=len(kept),
@@ -156,7 +167,8 @@ def read_coco(
     )
     if not images:
         raise UserError(f"{file}: no image{' with a usable box' if image_ids else ''} in it")
-    return CocoData(file, training, names, ids, images, counts, tuple(annotation_ids[i] for i in odd[:3]))
+    odd_boxes = tuple(annotation_ids[i] for i in odd[:3])
+    return CocoData(file, training, names, ids, images, counts, odd_boxes, orientation)
 
 
 @dataclass(frozen=True, eq=False)

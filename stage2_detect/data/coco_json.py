@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:  # data are checked and converted without torch
     from ssld.stage2_detect.models.batch import Detections
 
 Id = int | str
+Convention = Literal["upright", "stored"]
+"""which form of an image that EXIF turns the boxes are for"""
+ORIENTATION_KEY = "image_orientation"
+"""of `info`: our own, beside COCO's keys"""
 MAX_COORDINATE = 1e9
 
 
@@ -52,6 +56,8 @@ class CocoTable:
     """float64; width x height where the file has none"""
     segmentations: Sequence[Any] | None
     """raw polygons or RLE (None where an annotation has none), when asked for"""
+    orientation: Convention | None = None
+    """what the file says of its images (`stated_orientation`)"""
 
 
 @contextmanager
@@ -97,7 +103,25 @@ def read_table(file: str, *, segmentations: bool) -> CocoTable:
         crowd_N=crowd,
         areas_N=areas,
         segmentations=masks,
+        orientation=stated_orientation(file, data),
     )
+
+
+def stated_orientation(file: str, content: Mapping[str, Any]) -> Convention | None:
+    """`info.image_orientation` of a file; None where it has none. Raises UserError for another value than upright and stored."""
+    info = content.get("info")
+    value: Any = info.get(ORIENTATION_KEY) if isinstance(info, dict) else None
+    if value is not None and value not in get_args(Convention):
+        raise UserError(
+            f"{file}: info.{ORIENTATION_KEY} is {value!r}, expected one of {', '.join(get_args(Convention))}"
+        )
+    return value
+
+
+def with_orientation(content: Mapping[str, Any], convention: Convention) -> dict[str, Any]:
+    """The content of a COCO file that says which form of its images its boxes are for."""
+    info = content.get("info")
+    return {**content, "info": {**(info if isinstance(info, dict) else {}), ORIENTATION_KEY: convention}}
 
 
 def write_results(detections: "Mapping[Id, Detections]", category_ids: Sequence[Id], path: Path) -> None:
@@ -131,7 +155,7 @@ def _as_text(code: dict[str, Any]) -> dict[str, Any]:
     return {"size": list(code["size"]), "counts": counts.decode() if isinstance(counts, bytes) else counts}
 
 
-def _load(file: str) -> dict[str, list[dict]]:
+def _load(file: str) -> dict[str, Any]:
     try:
         data = json.loads(Path(file).read_bytes())
     except OSError as error:

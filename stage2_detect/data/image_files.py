@@ -3,7 +3,6 @@
 import glob
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -13,10 +12,10 @@ from PIL import Image
 
 from ssld.shared.errors import UserError
 from ssld.shared.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_pattern, list_files, require_images
+from ssld.shared.images import image_headers
 from ssld.stage2_detect.data.coco import CocoImage, Id
 
 _SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
-_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF: the tag, and the values that swap width and height
 
 
 class ImageFiles(NamedTuple):
@@ -56,10 +55,9 @@ def find_images(images: str) -> ImageFiles:
 
 
 def records_of(files: ImageFiles, ids: Sequence[Id]) -> tuple[list[CocoImage], list[str]]:
-    """(a record without objects for each image, names of those that cannot be read). Only headers are read."""
+    """(a record without objects for each image, upright by its EXIF; names of those that cannot be read). Only headers are read."""
     paths = [os.path.join(files.folder, name) for name in files.names]
-    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        sizes = list(pool.map(_upright_size, paths, chunksize=64))
+    headers = image_headers(paths)
     nothing = (
         np.zeros((0, 4), np.float32),
         np.zeros(0, np.int64),
@@ -68,11 +66,11 @@ def records_of(files: ImageFiles, ids: Sequence[Id]) -> tuple[list[CocoImage], l
         np.zeros((0, 4)),
     )
     records = [
-        CocoImage(image_id, path, *size, *nothing, (), ())
-        for image_id, path, size in zip(ids, paths, sizes, strict=True)
-        if size is not None
+        CocoImage(image_id, path, *header.upright_size[::-1], *nothing, (), ())
+        for image_id, path, header in zip(ids, paths, headers, strict=True)
+        if header is not None
     ]
-    return records, [name for name, size in zip(files.names, sizes, strict=True) if size is None]
+    return records, [name for name, header in zip(files.names, headers, strict=True) if header is None]
 
 
 def _listed(file: Path) -> list[str]:
@@ -101,14 +99,3 @@ def _together(paths: Sequence[str]) -> ImageFiles:
     whole = {os.path.normpath(os.path.abspath(path)) for path in paths}
     folder = os.path.commonpath([os.path.dirname(path) for path in whole])
     return ImageFiles(folder, sorted(Path(path).relative_to(folder).as_posix() for path in whole))
-
-
-def _upright_size(path: str) -> tuple[int, int] | None:
-    """(width, height) of an image as it is to be looked at, from its header; None where that cannot be read."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            sideways = image.getexif().get(_ORIENTATION) in _SIDEWAYS
-    except Exception:  # PIL raises many kinds for damaged files
-        return None
-    return (height, width) if sideways else (width, height)

@@ -22,10 +22,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ssld.shared.distributed.processes import start_worker
 from ssld.shared.errors import UserError
-from ssld.shared.images import UnreadableImage, decode_image, stable_seed
+from ssld.shared.images import ImageHeader, UnreadableImage, decode_image, stable_seed
 from ssld.stage2_detect.config import AugmentConfig, ResizeConfig
 from ssld.stage2_detect.data.batch_order import BatchOrder, MixedOrder, eval_batches, training_order
 from ssld.stage2_detect.data.coco import CocoData, CocoImage
+from ssld.stage2_detect.data.orientation import fit_of, is_upright, misfit
 from ssld.stage2_detect.data.padding import pad_images, pad_targets
 from ssld.stage2_detect.data.sizing import MultiScaleBatch, Sizing
 from ssld.stage2_detect.data.views import SeenImage, TrainingViews, View
@@ -198,20 +199,19 @@ class TrainLoader:
 
 
 def load_record(record: CocoImage) -> Tensor:
-    """uint8 [3, height, width] in the size the JSON gives.
+    """uint8 [3, height, width] in the size of the record: upright or as stored, as `orientation.py` decides.
 
-    Boxes are drawn on the stored or on the upright image, depending on the tool: EXIF rotation is applied only if it
-    makes the size fit. Raises `UnreadableImage`, or `UserError` when neither fits.
+    Raises `UnreadableImage`, or `UserError` where neither has that size.
     """
-    expected = (record.height, record.width)
-    for exif in (False, True):
-        image = decode_image(record.path, exif=exif)
-        if image.shape[1:] == expected:
-            return image
-    raise UserError(
-        f"image {record.path} is {image.shape[2]}x{image.shape[1]}, "
-        f"but its JSON entry (id {record.image_id!r}) says {record.width}x{record.height}"
-    )
+
+    def upright(header: ImageHeader) -> bool:
+        fit = fit_of(header, record.width, record.height)
+        if fit == "neither":
+            said = misfit(record.path, header, record.width, record.height)
+            raise UserError(f"{said} (id {record.image_id!r})")
+        return is_upright(fit, record.convention)
+
+    return decode_image(record.path, exif=upright)
 
 
 def masks_of(record: CocoImage, view: View, kept_N: np.ndarray | None = None) -> ImageMasks:

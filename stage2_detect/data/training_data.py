@@ -46,6 +46,11 @@ class TrainingData:
         """Distinct training images."""
         return len(self.train.images) + len(self.unlabeled)
 
+    def orientations(self) -> dict[str, Any]:
+        """Which way up the images of each source are read, for result.json."""
+        parts = {"train": self.train, "val": self.val}
+        return {name: part.orientation.record() for name, part in parts.items() if part}
+
     def steps_per_epoch(self, config: TrainConfig) -> int:
         """Steps that show the labeled images once; what is left of them is dropped."""
         ratio = config.labeled_ratio if self.unlabeled else 1.0
@@ -54,6 +59,8 @@ class TrainingData:
     def describe(self, config: TrainConfig) -> Iterator[str]:
         """Lines for the log."""
         yield self.train.describe()
+        if self.val and (text := self.val.orientation.describe()):
+            yield f"{self.val.file}: {text}"
         if self.repeats is not None:
             often = int((self.repeats > 1).sum())
             yield f"repeat factors: {often} images are shown more often than the others, up to {self.repeats.max():.2f} times"

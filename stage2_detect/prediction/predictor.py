@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from ssld.stage2_detect.detector_file import LoadedDetector
 
 GivenImage = str | Path | Image.Image | np.ndarray
-"""A file, turned upright by its EXIF; an image of PIL's; or uint8 [height, width, 3], RGB."""
+"""A file, turned upright by its EXIF; an image of PIL's, whose pixels are taken as they are, whatever its EXIF says (`PIL.ImageOps.exif_transpose`
+turns it); or uint8 [height, width, 3], RGB."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class ImageDetections:
     """all that the detector knows"""
 
     def draw(self, image: GivenImage) -> Image.Image:
-        """The image with these objects, names and scores; `image` is what they were found in, or the same in another form."""
+        """The image with these objects, names and scores; `image` is what they were found in, or its pixels in another form."""
         labels_N = torch.from_numpy(self.labels_N)
         found = Detections(torch.from_numpy(self.boxes_N4), torch.from_numpy(self.scores_N), labels_N, self.masks)
         drawn_on = Image.fromarray(np.ascontiguousarray(_pixels(image).permute(1, 2, 0).numpy()))

@@ -13,7 +13,7 @@ from ssld.shared.distributed.processes import DTYPES
 from ssld.shared.errors import UserError
 from ssld.shared.wording import count
 from ssld.stage2_detect.data.coco import CocoImage, Id
-from ssld.stage2_detect.data.coco_json import read_table, result_rows
+from ssld.stage2_detect.data.coco_json import ORIENTATION_KEY, read_table, result_rows
 from ssld.stage2_detect.data.image_files import ImageFiles, find_images, records_of
 from ssld.stage2_detect.data.loaders import ImageLoader
 from ssld.stage2_detect.data.sizing import Sizing
@@ -226,6 +226,7 @@ def assemble(
         "description": "found by a detector",
         "detector": loaded.metadata.get("content_sha256"),
         "threshold": config.least,
+        ORIENTATION_KEY: "upright",
     }
     categories = dict(zip(loaded.category_ids, loaded.class_names, strict=True))
     return coco_json(images, rows, categories, info, entries), sorted(bad), best

@@ -156,6 +156,17 @@ def test_the_runner_takes_what_is_written(photos: Path, unlabeled: bool, capfd: 
     assert "random:test_resnet" in out
 
 
+def test_both_parts_keep_what_all_photos_together_show(photos: Path) -> None:
+    """The boxes are for the stored pixels, as one sideways photo shows, which is in one part alone."""
+    for name, value in (("3", 6), ("8", 3), ("20", 3)):
+        exif = Image.Exif()
+        exif[0x0112] = value
+        Image.open(f"photos/{name}.png").save(f"photos/{name}.png", exif=exif)
+    assert init.main(["--images", "photos", "--annotations", "all.json", "--output", "mine.yaml"]) == 0
+    for part in ("train", "val"):
+        assert json.loads(Path(f"mine_{part}.json").read_text())["info"] == {"image_orientation": "stored"}
+
+
 def test_given_evaluation_file_and_gpu(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(init, "ask_torch", lambda: GPU)
     train, val = split_content(content(), share=0.2, seed=1)

@@ -6,13 +6,14 @@ import pickle
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from ssld.shared.errors import UserError
 from ssld.shared.files import (
@@ -25,10 +26,12 @@ from ssld.shared.files import (
     require_images,
 )
 from ssld.shared.images import (
+    ImageHeader,
     UnreadableImage,
     crop_of,
     decode_image,
-    image_size,
+    image_header,
+    image_headers,
     open_image,
     pixels_of,
     require_decoder,
@@ -117,24 +120,74 @@ def test_one_pixel() -> None:
     assert decode_image(encoded(Image.new("RGB", (1, 1), (1, 2, 3)), "PNG")).flatten().tolist() == [1, 2, 3]
 
 
+UPRIGHT: list[Callable[[np.ndarray], np.ndarray]] = [
+    lambda a: a, lambda a: a[:, ::-1], lambda a: a[::-1, ::-1], lambda a: a[::-1],
+    lambda a: a.swapaxes(0, 1), lambda a: np.rot90(a, -1), lambda a: np.rot90(a, 2).swapaxes(0, 1), lambda a: np.rot90(a),
+]  # fmt: skip
+"""of EXIF orientation 1, 2, ... 8"""
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(orientation: int, tmp_path: Path) -> None:
+def test_exif_orientation(orientation: int, kind: str, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    upright = {
-        1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-        5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
-        8: lambda a: np.rot90(a),
-    }[orientation]  # fmt: skip
-    stored = np.array(gradient())
+    stored, upright = np.array(gradient()), UPRIGHT[orientation - 1](np.array(gradient()))
+    data = encoded(gradient(), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    path = tmp_path / "image"
+    path.write_bytes(data)
+    for source in (data, path):
+        assert np.array_equal(decode_image(source).permute(1, 2, 0).numpy(), upright)
+        assert np.array_equal(decode_image(source, exif=False).permute(1, 2, 0).numpy(), stored)
+        header = image_header(source)
+        assert header == (9, 13, orientation)
+        assert header.upright_size == upright.shape[:2]
+    assert image_headers([str(path), str(tmp_path / "none")]) == [(9, 13, orientation), None]
+    jpeg = encoded(gradient(), "JPEG", exif=exif)
+    assert image_header(jpeg).upright_size == tuple(decode_image(jpeg).shape[1:]) == upright.shape[:2]
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 77])
+def test_an_orientation_that_means_nothing_turns_nothing(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
     data = encoded(gradient(), "PNG", exif=exif)
-    assert np.array_equal(decode_image(data).permute(1, 2, 0).numpy(), upright(stored))
-    assert np.array_equal(decode_image(data, exif=False).permute(1, 2, 0).numpy(), stored)
-    assert image_size(data) == upright(stored).shape[:2]
-    assert image_size(data, exif=False) == (9, 13)
-    path = tmp_path / "image.jpg"
-    path.write_bytes(encoded(gradient(), "JPEG", exif=exif))
-    assert image_size(path) == tuple(decode_image(path).shape[1:])
+    assert image_header(data) == (9, 13, 1)
+    assert torch.equal(decode_image(data), decode_image(encoded(gradient(), "PNG")))
+
+
+def test_whether_an_image_is_turned_may_depend_on_its_header() -> None:
+    data = encoded(gradient(), "PNG", exif=turned())
+    assert torch.equal(decode_image(data, exif=lambda header: header.orientation == 6), decode_image(data))
+    assert torch.equal(decode_image(data, exif=lambda header: header.width < 13), decode_image(data, exif=False))
+
+    def refuse(header: ImageHeader) -> bool:
+        raise UserError(f"{header.width}x{header.height}")
+
+    with pytest.raises(UserError, match=r"^13x9$"):
+        decode_image(data, exif=refuse)
+
+
+def test_the_orientation_of_a_png_is_found_behind_its_pixels_and_without_decoding_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def chunks(data: bytes) -> list[bytes]:
+        found, place = [], 8
+        while place < len(data):
+            end = place + 12 + int.from_bytes(data[place : place + 4])
+            found.append(data[place:end])
+            place = end
+        return found
+
+    data = encoded(gradient(), "PNG", exif=turned())
+    parts = chunks(data)
+    assert [part[4:8] for part in parts] == [b"IHDR", b"eXIf", b"IDAT", b"IEND"]
+    behind = b"".join([data[:8], parts[0], parts[2], parts[1], parts[3]])
+    assert image_header(behind) == (9, 13, 6)
+    assert torch.equal(decode_image(behind), decode_image(data))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)  # decodes
+    assert image_header(encoded(gradient(), "PNG")) == (9, 13, 1)
+    assert image_header(data) == (9, 13, 6)
 
 
 def test_broken_exif_is_no_reason_to_drop_a_sound_picture() -> None:
@@ -158,7 +211,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(UnreadableImage, match="No such file"):
         decode_image(tmp_path / "absent.jpg")
     with pytest.raises(UnreadableImage, match=r"row 7 of a\.parquet: not an image"):
-        image_size(b"x", name="row 7 of a.parquet")
+        image_header(b"x", name="row 7 of a.parquet")
 
 
 def test_damaged_bytes_never_raise_anything_else() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from turned_images import coco_content, save_as, save_turned, scenes
 
 from ssld.shared.errors import UserError
 from ssld.stage2_detect.check_data import main
@@ -120,12 +121,8 @@ def test_faults_are_found_where_training_stops_and_mended(data: DataSet, damage:
     damage(content)
     data.write(content)
     before = (data.folder / "train.json").read_bytes()
-    try:
+    with pytest.raises(UserError):
         read_coco(data.folder / "train.json", data.folder / "train", training=True)
-        refused = "wrong size" if content["images"][2]["width"] == 32 else ""  # training only knows when it opens it
-    except UserError:
-        refused = "by reading"
-    assert refused
     code, findings, _ = data.check("--fix", str(data.folder / "clean"))
     assert code == 1
     assert any(message in text for text in texts(findings, "fault")), findings
@@ -348,3 +345,72 @@ def test_quick_looks_at_names_only(data: DataSet) -> None:
     code, findings, _ = data.check("--quick", val=True)
     assert code == 1
     assert any("1 picture of 5 not in" in text for text in texts(findings, "fault"))
+
+
+# ---- which way up the pictures are
+
+
+def _orientation_finding(
+    data: DataSet, values: list[int], sideways_stored: int, *flags: str
+) -> tuple[list[Content], Content]:
+    """What is said of squares that EXIF turns by `values` beside three sideways pictures, so many of them in the size of the stored pixels."""
+    some = scenes(["landscape"] * 3 + ["square"] * len(values))
+    shutil.rmtree(data.folder / "train")
+    for number, (one, value) in enumerate(zip(some, [6] * 3 + values, strict=True)):
+        (save_as if number < sideways_stored else save_turned)(data.folder / "train" / one.name, one.pixels, value)
+    data.write(coco_content(some))
+    code, findings, facts = data.check(*flags)
+    assert code == 0
+    return [one for one in findings if "sideways image" in one["text"]], facts["train"]["orientation"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "level", "text"),
+    [
+        (0, "note", "3 sideways images turned upright by EXIF, as their sizes say, 2 images that EXIF turns without a change of size read "
+         "upright, like these"),
+        (3, "note", "3 sideways images read as stored, as their sizes say, 2 images that EXIF turns without a change of size read as stored, like "
+         "these"),
+        (1, "warning", "2 sideways images turned upright by EXIF, as their sizes say, 1 sideways image read as stored, as its size says, 2 images "
+         "that EXIF turns without a change of size read upright, as most of these: look at some"),
+    ],
+)  # fmt: skip
+def test_which_way_up_pictures_are(data: DataSet, stored: int, level: str, text: str) -> None:
+    (finding,), facts = _orientation_finding(data, [3, 8, 1], stored, "--fix", str(data.folder / "clean"))
+    assert (finding["level"], finding["text"]) == (level, text)
+    convention = "stored" if stored == 3 else "upright"
+    assert facts == {"convention": convention, "stated": False, "upright": 3 - stored, "stored": stored, "both": 2}
+    # what says so may be left out of the copy: the copy says it itself
+    assert json.loads((data.folder / "clean" / "train.json").read_text())["info"] == {"image_orientation": convention}
+    trained = read_coco(data.folder / "train.json", data.folder / "train", training=True)
+    assert trained.orientation.record() == facts
+
+
+def test_pictures_that_nothing_decides_are_counted(data: DataSet) -> None:
+    some = scenes(["landscape", "square", "portrait"])
+    for one, value in zip(some, (3, 6, 1), strict=True):
+        save_turned(data.folder / "train" / one.name, one.pixels, value)
+    data.write(coco_content(some))
+    text = "2 images that EXIF turns without a change of size read upright, since nothing shows which form the boxes are for: look at some"
+    assert texts(data.check()[1], "warning") == [text]
+    data.write(coco_content(some) | {"info": {"image_orientation": "upright"}})
+    assert not texts(data.check()[1], "warning")
+    data.write(coco_content(some) | {"info": {"image_orientation": "up"}})
+    code, findings, _ = data.check("--fix", str(data.folder / "clean"))
+    assert code == 1
+    assert texts(findings, "fault") == [
+        "info.image_orientation is 'up', expected one of upright, stored: training stops"
+    ]
+    assert json.loads((data.folder / "clean" / "train.json").read_text())["info"] == {"image_orientation": "upright"}
+
+
+def test_a_size_that_is_missing_is_that_of_the_form_that_the_others_show(data: DataSet) -> None:
+    some = scenes(["landscape"] * 4)
+    for one in some:
+        save_as(data.folder / "train" / one.name, one.pixels, 6)
+    content = coco_content(some)
+    del content["images"][2]["width"]
+    data.write(content)
+    assert data.check("--fix", str(data.folder / "clean"))[0] == 1
+    images = json.loads((data.folder / "clean" / "train.json").read_text())["images"]
+    assert [(row["width"], row["height"]) for row in images] == [(48, 32)] * 4

@@ -105,6 +105,9 @@ def test_writes_exactly_these_files_and_the_detector_evaluates(
     assert evaluated.pop("at_threshold") == {"score_threshold": 0.5, "iou": 0.5, **analysis["all_classes"]}
     assert evaluated.pop("expected_met") is False
     assert "(expected 99.5), tolerance 0.3" in (tmp_path / "ap" / "log.txt").read_text()
+    orientations = trained.pop("orientation")
+    assert orientations.keys() == {"train", "val"}
+    assert evaluated.pop("orientation") == {"val": orientations["val"]}
     assert {key: trained[key] for key in evaluated} == evaluated
     best = read_metadata(run / "detector_best.safetensors")
     assert trained["best"]["file"] == "detector_best.safetensors"

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from ssld.shared.errors import UserError
 from ssld.shared.wording import some
+from ssld.stage2_detect.data.coco_json import Convention, with_orientation
 
 Level = Literal["note", "warning", "fault"]
 LEVELS: tuple[Level, ...] = ("note", "warning", "fault")
@@ -40,6 +41,7 @@ class Repair:
     annotation_values: dict[int, dict[str, Any]] = field(default_factory=dict)
     category_values: dict[int, dict[str, Any]] = field(default_factory=dict)
     new_categories: list[dict[str, Any]] = field(default_factory=list)
+    orientation: Convention | None = None
 
     def set_annotation(self, index: int, **values: Any) -> None:
         self.annotation_values.setdefault(index, {}).update(values)
@@ -51,6 +53,7 @@ class Repair:
         known, classes = ({row["id"] for row in rows} for rows in (images, categories))
         annotations = _rows(content["annotations"], self.annotation_values, self.drop_annotations)
         annotations = [row for row in annotations if row["image_id"] in known and row["category_id"] in classes]
+        content = with_orientation(content, self.orientation) if self.orientation else content
         return {**content, "images": images, "annotations": annotations, "categories": categories}
 
 

@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ssld.shared.errors import UserError
 from ssld.shared.files import IMAGE_SUFFIXES
-from ssld.shared.images import UnreadableImage, image_size, open_image
+from ssld.shared.images import ImageHeader, UnreadableImage, image_header, open_image
 from ssld.shared.machine import cores
 from ssld.shared.wording import count, some
 from ssld.stage2_detect.data.check.annotations import FileCheck
+from ssld.stage2_detect.data.coco_json import stated_orientation
+from ssld.stage2_detect.data.orientation import fit_of, is_upright, orientation_of
 
 LOOK_ALIKE_BITS = 3
 """of 64: pictures whose hashes differ in no more are called look-alikes"""
@@ -24,8 +27,7 @@ LOOK_ALIKE_BITS = 3
 class Seen:
     """What one look at a picture shows."""
 
-    sizes: tuple[tuple[int, int], ...]
-    """(width, height) upright by EXIF and as stored"""
+    header: ImageHeader
     digest: bytes
     """of the file's content"""
     look: int
@@ -65,15 +67,13 @@ def look_at(path: Path) -> Seen | str:
     try:
         encoded = path.read_bytes()
         picture = open_image(encoded, name=str(path))
-        stored = image_size(encoded, exif=False)
+        header = image_header(encoded, name=str(path))
     except UnreadableImage as error:
         return error.reason
     except OSError as error:
         return error.strerror or str(error)
     assert isinstance(picture, Image.Image)  # of the decoder pil
-    return Seen(
-        ((picture.width, picture.height), stored[::-1]), hashlib.sha256(encoded).digest(), difference_hash(picture)
-    )
+    return Seen(header, hashlib.sha256(encoded).digest(), difference_hash(picture))
 
 
 def difference_hash(picture: Image.Image) -> int:
@@ -133,22 +133,39 @@ def _check_unreadable(check: FileCheck, reasons: dict[int, str], total: int) -> 
 
 
 def _check_sizes(check: FileCheck, seen: dict[int, Seen]) -> None:
+    """Whether the images have the sizes that the file says, upright or as stored, and which of the two it means."""
     rows = check.content["images"]
-    wrong = []
-    for index, look in seen.items():
-        if index in check.repair.image_values:  # the file does not say
-            check.repair.image_values[index] = dict(zip(("width", "height"), look.sizes[0], strict=True))
-        elif (rows[index]["width"], rows[index]["height"]) not in look.sizes:
-            wrong.append(index)
+    try:
+        stated = stated_orientation(check.file.name, check.content)
+    except UserError as error:
+        check.add(
+            "fault", f"{str(error).removeprefix(f'{check.file.name}: ')}: training stops", "says what its images show"
+        )
+        stated = None
+    sized = {index: look for index, look in seen.items() if index not in check.repair.image_values}
+    fits = {index: fit_of(look.header, rows[index]["width"], rows[index]["height"]) for index, look in sized.items()}
+    orientation = orientation_of(fits.values(), stated)
+    for index in seen.keys() - sized.keys():  # the file does not say
+        header = seen[index].header
+        high, wide = (
+            header.upright_size if is_upright("both", orientation.convention) else (header.height, header.width)
+        )
+        check.repair.image_values[index] = {"width": wide, "height": high}
+    wrong = [index for index, fit in fits.items() if fit == "neither"]
     if wrong:
-        row, (size, _) = rows[wrong[0]], seen[wrong[0]].sizes
+        row, (high, wide) = rows[wrong[0]], seen[wrong[0]].header.upright_size
         check.add(
             "fault",
-            f"{count(len(wrong), 'picture')} not of the size that the file says ({row['file_name']} is {size[0]} x {size[1]}, not "
+            f"{count(len(wrong), 'picture')} not of the size that the file says ({row['file_name']} is {wide} x {high}, not "
             f"{row['width']} x {row['height']}): training stops",
             "leaves them out: nobody knows which size the boxes are for",
         )
         check.repair.drop_images.update(wrong)
+    check.statistics["orientation"] = orientation.record()
+    if text := orientation.describe():
+        doubtful = orientation.contradictory or orientation.guessed
+        check.add("warning" if doubtful else "note", f"{text}{': look at some' if doubtful else ''}")
+        check.repair.orientation = orientation.convention  # the images that show it may be left out
 
 
 def _check_copies(check: FileCheck, seen: dict[int, Seen]) -> None:

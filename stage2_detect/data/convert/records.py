@@ -17,8 +17,10 @@ from pycocotools import mask as mask_codec
 
 from ssld.shared.errors import UserError
 from ssld.shared.files import read_text
-from ssld.shared.images import UnreadableImage, image_size
+from ssld.shared.images import UnreadableImage, image_header, image_headers
 from ssld.stage2_detect.data.coco import MIN_SIDE
+from ssld.stage2_detect.data.coco_json import Convention
+from ssld.stage2_detect.data.orientation import Orientation, fit_of, is_upright, orientation_of
 
 Corners = tuple[float, float, float, float]
 DIGITS = 3
@@ -53,6 +55,8 @@ class FoundImage(NamedTuple):
     objects: list[FoundObject]
     image_id: int | None = None
     """None: numbered from 1"""
+    unsized: bool = False
+    """whether the source does not give its size, so that the upright one is taken"""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Found:
     notes: list[str] = field(default_factory=list)
     hint: str = ""
     """what to say where many boxes reach far out of their images; empty where their form is beyond doubt"""
+    orientation: Convention | None = None
+    """which form of an image the format means; None: what the sizes in it show"""
 
 
 class Content(NamedTuple):
@@ -125,7 +131,7 @@ def clip(corners: Corners, width: int, height: int) -> Corners:
 
 
 def size_of(path: Path, said: tuple[int, int] | None = None, place: str = "") -> tuple[int, int]:
-    """(width, height) from an image's header: upright by EXIF, or as stored where only that fits what is `said` of it.
+    """(width, height) of an image: what is `said` of it, where that is its size upright or as stored, else upright by its header.
 
     Raises UserError for an image that cannot be read, and where neither fits.
     """
@@ -137,16 +143,38 @@ def size_of_bytes(
 ) -> tuple[int, int]:
     """`size_of` for an image in memory; errors call it `name`."""
     try:
-        sizes = [image_size(source, exif=exif, name=name)[::-1] for exif in (True, False)]
+        header = image_header(source, name=name)
     except UnreadableImage as error:
         raise UserError(str(error)) from None
-    if said is None or said == sizes[0]:
-        return sizes[0]
-    if said == sizes[1]:
-        return sizes[1]
-    raise UserError(
-        f"{place or name}: says {said[0]}x{said[1]}, but the image {name} is {sizes[0][0]}x{sizes[0][1]} pixels"
+    height, width = header.upright_size
+    if said is None:
+        return width, height
+    if fit_of(header, *said) == "neither":
+        raise UserError(f"{place or name}: says {said[0]}x{said[1]}, but the image {name} is {width}x{height} pixels")
+    return said
+
+
+def settle_orientation(found: Found) -> Orientation:
+    """Which form of its images the boxes of a data set are for, shown by all its splits together.
+
+    Images whose size the source does not give get the one of that form.
+    """
+    every = [image for images in found.splits.values() for image in images]
+    headers = dict(
+        zip((image.path for image in every), image_headers([str(image.path) for image in every]), strict=True)
     )
+    fits = [
+        fit_of(header, image.width, image.height)
+        for image in every
+        if not image.unsized and (header := headers[image.path])
+    ]
+    orientation = orientation_of(fits, found.orientation)
+    if not is_upright("both", orientation.convention):
+        for images in found.splits.values():
+            for place, image in enumerate(images):
+                if image.unsized and (header := headers[image.path]):
+                    images[place] = image._replace(width=header.width, height=header.height)
+    return orientation
 
 
 def finite_number(text: str, place: str, what: str) -> float:

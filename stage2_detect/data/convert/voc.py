@@ -227,4 +227,4 @@ def _read_image(
         objects.append(
             FoundObject(names.index(one.text_of("name")), corners, place, crowd=difficult and voc_difficult == "ignore")
         )
-    return FoundImage(image, width, height, objects)
+    return FoundImage(image, width, height, objects, unsized=said is None)

@@ -58,7 +58,7 @@ def read_yolo(path: Path, *, classes: Path | None, splits: list[str]) -> Found:
         without = sum(not label.is_file() for label in labels.values())
         if without:
             notes.append(f"{split}: {without} images have no label file: images without objects")
-    return Found("YOLO", names, found, notes)
+    return Found("YOLO", names, found, notes, orientation="upright")
 
 
 def _described(file: Path) -> tuple[list[str], dict[str, list[str]], Path]:

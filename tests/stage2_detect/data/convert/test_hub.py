@@ -14,9 +14,11 @@ import pytest
 from converted_data import line, read, write
 from PIL import Image
 from pycocotools import mask as mask_codec
+from turned_images import save_as, save_turned, scenes
 
 from ssld.stage2_detect.convert_data import main
 from ssld.stage2_detect.data.coco import read_coco, require_masks
+from ssld.stage2_detect.data.loaders import load_record
 from ssld.stage2_detect.models.mask_targets import decode_rle
 
 
@@ -64,6 +66,25 @@ def test_hub_struct_of_lists(tmp_path: Path) -> None:
     assert [Path(record.path).suffix for record in data.images] == [".png", ".jpg", ".webp"]
     assert len(read(tmp_path / "out", "validation").images) == 1
     assert not (tmp_path / "out" / ".pending").exists()
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_hub_which_way_up(tmp_path: Path, stored: bool) -> None:
+    """Sizes in the rows tell which form of an image its boxes are for; images of the same size both ways follow, in the other split too."""
+    some = scenes(["landscape", "landscape", "square"])
+    rows = []
+    for one, value in zip(some, (6, 3, 8), strict=True):
+        (save_as if stored else save_turned)(tmp_path / one.name, one.pixels, value)
+        image = {"bytes": (tmp_path / one.name).read_bytes(), "path": one.name}
+        height, width = one.pixels.shape[:2]
+        boxes = {"bbox": [list(map(float, box)) for box in one.boxes], "category": [0] * len(one.boxes)}
+        rows.append({"image": image, "objects": boxes, "width": width, "height": height})
+    parquet(tmp_path / "hub" / "train.parquet", rows[:2], ["thing"])
+    parquet(tmp_path / "hub" / "test.parquet", rows[2:], ["thing"])
+    assert main(line(tmp_path / "hub", tmp_path / "out")) == 0
+    records = [*read(tmp_path / "out").images, *read(tmp_path / "out", "test").images]
+    for record, one in zip(records, some, strict=True):
+        assert np.array_equal(load_record(record).permute(1, 2, 0).numpy(), one.pixels)
 
 
 @pytest.mark.parametrize("form", ["text", "bytes", "runs"])
