@@ -60,7 +60,7 @@ def test_too_many_truncated_images_end_the_run(
 def test_nothing_but_truncated_images(
     workers: int, arguments: Any, distill_settings: Any, user_error: Any, tmp_path: Path, jpeg: Any
 ) -> None:
-    data = {"train": [broken_folder(tmp_path / "f", 5, 5, jpeg)], "image_size": 32}
+    data = {"train": [broken_folder(tmp_path / "f", 8, 8, jpeg)], "image_size": 32}
     line = user_error(distill, arguments(distill_settings | {"data": data, "workers": workers}))
     assert "f/" in line
     assert line.endswith("and the images after it are all unreadable; mend or remove them")
