@@ -14,7 +14,6 @@ says nothing of how another seed would end.
 """
 
 import argparse
-import contextlib
 import functools
 import json
 import sys
@@ -22,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -44,7 +42,7 @@ from ssld.shared.models.teacher import embed
 from ssld.shared.run_dir import read_result
 from ssld.stage1_ssld import distill
 from ssld.stage1_ssld.data.views import val_view
-from ssld.stage1_ssld.distillation.student import Student
+from ssld.stage1_ssld.evaluation.better_weights import nearest_images, neighbours_in_common
 from ssld.stage2_detect import evaluate, train
 
 STUDENT, TEACHER = "efficientnet_lite0", "efficientnet_lite2"
@@ -63,13 +61,19 @@ batch_size: 4
 optim: {name: adamw, lr: 1.0e-3, reference_batch: 8, weight_decay: 0.05, decay_norm_and_bias: false, clip_grad_norm: 10.0}
 channels_last: true
 """
-# Flags of distill.py; `frozen` is none of its settings: BatchNorm in evaluation mode while the weights train.
+# Flags of distill.py.
 STUDENTS: dict[str, list[str]] = {
     "init": [],
-    "frozen": [],
+    "frozen": ["--student.batchnorm", "eval"],
     "lr5e-5": ["--optim.lr", "5e-5"],
     "own_size": ["--teacher.size", "260"],
     "wide": ["--data.crop_area", "0.35,1.0"],
+    "size224": ["--data.image_size", "224", "--teacher.size", "260"],
+    "size224_frozen": ["--data.image_size", "224", "--teacher.size", "260", "--student.batchnorm", "eval"],
+    "gentle": [
+        *("--optim.lr", "1e-4", "--student.batchnorm", "eval", "--data.crop_area", "0.35,1.0"),
+        *("--teacher.size", "260", "--steps", "560"),
+    ],
 }
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 MADE = ("stats_back", "weights_back", "half", "reestimated")
@@ -85,7 +89,7 @@ class Scale:
     look: int = 224
     teacher_look: int = 260
     photos: int | None = None
-    canvases: tuple[int, int] = (124, 60)
+    canvases: tuple[int, int] = (124, 300)
     detector_steps: int = 155
     side: int = 224
     draws: int = 200
@@ -175,14 +179,6 @@ def command(main: Callable[[Sequence[str]], int], settings: dict[str, Any], outp
         sys.exit(f"{output}: failed")
 
 
-def _norms_in_evaluation_mode(student: Student) -> None:
-    """`Student.train_mode` of the row `frozen`."""
-    student.model.train()
-    for module in student.model.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
-
-
 def distilled(photos: Photos, row: str) -> Path:
     """The student file of a row of STUDENTS."""
     steps, output = photos.scale.steps, photos.output / "students" / row
@@ -199,9 +195,7 @@ def distilled(photos: Photos, row: str) -> Path:
         "batch_size": photos.scale.batch,
     }
     settings["optim"]["warmup_steps"] = steps // 20
-    trial = mock.patch.object(Student, "train_mode", _norms_in_evaluation_mode)
-    with trial if row == "frozen" else contextlib.nullcontext():
-        command(distill.main, settings, output, *STUDENTS[row])
+    command(distill.main, settings, output, *STUDENTS[row])
     return output / "student.safetensors"
 
 
@@ -290,7 +284,7 @@ def look(photos: Photos, row: str) -> dict[str, float]:
         ).item()
         found[f"{place}_entropy"] = _entropy(logits)
         found[f"{place}_teacher_entropy"] = _entropy(teacher_logits)
-        found[f"{place}_knn"] = neighbours_in_common(embeddings, teacher_embeddings)
+        found[f"{place}_knn"] = neighbours_in_common(nearest_images(embeddings), nearest_images(teacher_embeddings))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found))
     return found
@@ -300,13 +294,6 @@ def _entropy(logits_NK: Tensor) -> float:
     """Mean entropy of the answers in nats."""
     log_probs = logits_NK.log_softmax(1)
     return -(log_probs.exp() * log_probs).sum(1).mean().item()
-
-
-def neighbours_in_common(one_ND: Tensor, other_ND: Tensor, k: int = 10) -> float:
-    """Mean share of the k nearest others by cosine that two sets of embeddings of the same photos have in common."""
-    k = min(k, len(one_ND) - 1)
-    nearest = [(one @ one.T).fill_diagonal_(-2).topk(k, dim=1).indices for one in (one_ND, other_ND)]
-    return (nearest[0][:, :, None] == nearest[1][:, None, :]).any(-1).float().mean().item()
 
 
 # ---- detectors

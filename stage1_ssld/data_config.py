@@ -143,6 +143,17 @@ class NetworkConfig(Config):
     """timm name, for a file that does not say it"""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """stochastic depth, where the arch has it"""
+    batchnorm: Literal["batch", "eval"] = "batch"
+    """what BatchNorm normalises by in training: batch, the statistics of each batch, which also update the running ones; eval, the running statistics
+    that a pretrained network brings, which stay as they are"""
+
+    @model_validator(mode="after")
+    def _statistics_to_keep(self) -> Self:
+        if self.batchnorm == "eval" and self.model.startswith("random:"):
+            raise ValueError(
+                f"batchnorm: eval keeps the running statistics of {self.model}, which has measured none; set batch"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

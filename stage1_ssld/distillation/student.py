@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import (
@@ -41,6 +42,7 @@ class Student:
         self.model, inputs = self._create()
         self.inputs = InputSettings(inputs.mean, inputs.std, (size, size), data.interpolation, inputs.fixed_size)
         self._classifier_only = config.trainable == "classifier"
+        self._keeps_statistics = network.batchnorm == "eval"
         if self._classifier_only:
             self._freeze_body()
         place(self.model, device, channels_last=config.channels_last)
@@ -72,6 +74,10 @@ class Student:
     def train_mode(self) -> None:
         """Before a step. With a frozen body everything stays in evaluation mode: its BatchNorm keeps the statistics it was trained with."""
         self.model.train(not self._classifier_only)
+        if self._keeps_statistics:
+            for module in self.model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
 
     def licence(self) -> str | None:
         """Licence of the weights it started from; None for random ones."""

@@ -1,0 +1,47 @@
+"""The running statistics of a student's BatchNorm in training."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ssld.stage1_ssld.distill import main as distill
+
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@pytest.mark.parametrize("batchnorm", ["eval", "batch"])
+def test_statistics_stay_or_move(
+    batchnorm: str,
+    teacher_file: Path,
+    distill_settings: dict[str, Any],
+    arguments: Callable[..., list[str]],
+    call: Callable[..., int],
+    tmp_path: Path,
+) -> None:
+    student = {"model": str(teacher_file), "batchnorm": batchnorm}
+    settings = distill_settings | {"student": student, "steps": 2, "keep_weights": "last"}
+    # Another teacher than the start, so that there is something to learn; one process of each kind of layer is enough.
+    settings["teacher"] = {"model": "random:test_resnet"}
+    settings["data"] = {name: value for name, value in settings["data"].items() if name != "val"}
+    assert call(distill, arguments(settings)) == 0
+    before, after = load_file(teacher_file), load_file(tmp_path / "run" / "student.safetensors")
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    statistics = {name for name in after if name.endswith(RUNNING)}
+    assert statistics
+    assert moved & statistics == (statistics if batchnorm == "batch" else set())
+    assert "conv1.0.weight" in moved
+    assert "conv1.1.weight" in moved  # BatchNorm's own weights learn
+
+
+def test_random_weights_have_no_statistics_to_keep(
+    distill_settings: dict[str, Any], arguments: Callable[..., list[str]], user_error: Callable[..., str]
+) -> None:
+    settings = distill_settings | {"student": {"model": "random:test_resnet", "batchnorm": "eval"}}
+    assert (
+        "student: batchnorm: eval keeps the running statistics of random:test_resnet, which has measured none; set batch"
+        in user_error(distill, arguments(settings))
+    )
