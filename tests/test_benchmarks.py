@@ -304,18 +304,6 @@ def test_mosaics_carry_the_boxes_along(tmp_path: Path) -> None:
         assert len(list((tmp_path / "a" / "val").iterdir())) == 2
 
 
-def test_neighbours_in_common_leave_the_photo_itself_out() -> None:
-    """Four photos on a circle; in the second the last one has gone to the other side, next to nobody's nearest."""
-    first, second = (
-        torch.stack([torch.tensor(angles).cos(), torch.tensor(angles).sin()], dim=1)
-        for angles in ([0.0, 0.1, 1.0, 1.1], [0.0, 0.1, 1.0, -0.05])
-    )
-    common = script("pretrained_student").neighbours_in_common
-    assert common(first, first, k=1) == 1
-    assert common(first, second, k=1) == 0.25  # photo 1 alone still has photo 0
-    assert common(first, second, k=10) == 1  # all the others, where there are no ten
-
-
 @pytest.mark.slow
 def test_a_pretrained_student_is_looked_at_and_detected_with(
     tmp_path: Path, shared_data: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
