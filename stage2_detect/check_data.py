@@ -8,6 +8,7 @@ is this and a look at the machine.
 """
 
 import json
+import posixpath
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -206,8 +207,9 @@ def _compare_pictures(
     known = {look.digest: index for index, look in theirs.items()}
     pairs = [(index, known[look.digest]) for index, look in ours.items() if look.digest in known]
     if not theirs and train.folder.resolve() == val.folder.resolve():  # nothing was opened: the same file at least
-        known_names = {name: index for index, name in names[1].items()}
-        pairs = [(index, known_names[name]) for index, name in names[0].items() if name in known_names]
+        known_names = {posixpath.normpath(name): index for index, name in names[1].items()}
+        plain = {index: posixpath.normpath(name) for index, name in names[0].items()}
+        pairs = [(index, known_names[name]) for index, name in plain.items() if name in known_names]
     if pairs:
         shown = some(
             [names[0][a] if names[0][a] == names[1][b] else f"{names[0][a]} = {names[1][b]}" for a, b in pairs]

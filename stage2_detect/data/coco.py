@@ -339,6 +339,6 @@ def _paths(file: str, names: list[str], image_folder: str | Path | None) -> list
         first = names[missing[0]]
         raise UserError(
             f"{len(missing)} of the {len(names)} images of {file} are missing; the first is {os.path.join(image_folder, first)}"
-            f"{hint(image_folder, first)}"
+            f"{hint(image_folder, [names[index] for index in missing])}"
         )
     return [os.path.join(image_folder, name) for name in names]

@@ -48,6 +48,7 @@ WHOLE_SIZE = "with a size like 640.0 for 640"
 TEXT = "with numbers written as text"
 NESTED = "with a list inside the bbox"
 SHAPE_BOX = "with a segmentation, but without a bbox"
+EMPTY_CROWD = "with an iscrowd of NaN"
 ODD_AREA = "with an area that is no number above 0"
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -410,7 +411,9 @@ def _crowd_flags(notes: _Notes, rows: list[dict[str, Any]]) -> np.ndarray:
     if not set(map(type, flags)) <= {int, bool} or not set(flags) <= {0, 1}:
         for index, flag in enumerate(flags):
             number = _number(flag) if not isinstance(flag, bool) else int(flag)
-            if number not in (0, 1):
+            if flag != flag:  # what tables write into empty cells
+                notes.change("annotation", rows, index, EMPTY_CROWD, {"iscrowd": 0})
+            elif number not in (0, 1):
                 notes.fault("annotation", rows, index, ODD_CROWD, f"has iscrowd {_short(flag)}, expected 0 or 1")
             elif isinstance(flag, str):
                 notes.change("annotation", rows, index, TEXT, {"iscrowd": int(number)})

@@ -8,7 +8,7 @@ import posixpath
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -31,37 +31,29 @@ def missing_names(folder: str | Path, names: Iterable[str]) -> list[int]:
     return missing
 
 
-def fitting_name(folder: str | Path, name: str) -> str | None:
-    """The one file of the folder, or below it, whose name is this one in another form; None where there is none or several.
+def hint(folder: str | Path, missing: Sequence[str]) -> str:
+    """The end of a message on missing files: for the first of them that is there under another form of its name, that form; empty where none is.
 
     Other forms: slashes as backslashes, `%20` for a blank, letters composed otherwise (Unicode NFC and NFD) or in another case, another suffix of
-    images, and the path to another folder before the name. The nearest form counts.
+    images, and the path to another folder before the name. The nearest form counts, and has to be that of one file alone.
     """
     try:
         files = list_images(folder)
     except OSError:
-        return None
-    for form in (
-        _plain,
-        _folded,
-        _stem,
-        lambda text: posixpath.basename(_folded(text)),
-        lambda text: posixpath.basename(_stem(text)),
-    ):
-        found = [file for file in files if form(file) == form(name)]
-        if found:
-            return found[0] if len(found) == 1 else None
-    return None
-
-
-def hint(folder: str | Path, name: str) -> str:
-    """The end of a message on a missing file: what would fit, if there is something."""
-    found = fitting_name(folder, name)
-    if found is None:
         return ""
-    composed = unicodedata.normalize("NFC", found) == unicodedata.normalize("NFC", name)
-    look = " (its letters are composed otherwise, as Unicode NFC and NFD are)" if composed else ""
-    return f"; did you mean {found!r}{look}?"
+    indexes: list[dict[str, list[str]]] = []
+    for form in _FORMS:
+        indexes.append(defaultdict(list))
+        for file in files:
+            indexes[-1][form(file)].append(file)
+    for name in missing:
+        found = next((fit for form, index in zip(_FORMS, indexes, strict=True) if (fit := index.get(form(name)))), [])
+        if len(found) == 1:
+            composed = unicodedata.normalize("NFC", found[0]) == unicodedata.normalize("NFC", name)
+            look = " (its letters are composed otherwise, as Unicode NFC and NFD are)" if composed else ""
+            meant = "" if name == missing[0] else f" for {name!r}"
+            return f"; did you mean {found[0]!r}{look}{meant}?"
+    return ""
 
 
 def same_file(names: Sequence[str]) -> list[list[int]]:
@@ -107,3 +99,12 @@ def _folded(name: str) -> str:
 def _stem(name: str) -> str:
     stem, suffix = posixpath.splitext(_folded(name))
     return stem if suffix in IMAGE_SUFFIXES else _folded(name)
+
+
+_FORMS: tuple[Callable[[str], str], ...] = (
+    _plain,
+    _folded,
+    _stem,
+    lambda name: posixpath.basename(_folded(name)),
+    lambda name: posixpath.basename(_stem(name)),
+)

@@ -19,6 +19,7 @@ from ssld.stage2_detect.data.coco import CROWD, FLAT, OUTSIDE, doubts_of, judge_
 from ssld.stage2_detect.data.coco_json import Convention, load_content, stated_orientation
 from ssld.stage2_detect.data.coco_rows import (
     CATEGORY_TYPE,
+    EMPTY_CROWD,
     IMAGE_TYPE,
     NESTED,
     NO_BOX,
@@ -75,6 +76,7 @@ _READ_AS = {
     TEXT: "takes the numbers",
     NESTED: "takes its four numbers",
     SHAPE_BOX: "takes the box around it",
+    EMPTY_CROWD: "takes 0",
     ODD_AREA: "takes width x height",
 }
 """what training, evaluation and a cleaned copy make of each change"""

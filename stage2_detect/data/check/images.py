@@ -41,7 +41,7 @@ def check_images(check: FileCheck, *, quick: bool = False) -> dict[int, Seen]:
     missing = [listed[one] for one in missing_names(check.folder, (rows[index]["file_name"] for index in listed))]
     if missing:
         names = some([rows[index]["file_name"] for index in missing])
-        fitting = hint(check.folder, rows[missing[0]]["file_name"])
+        fitting = hint(check.folder, [rows[index]["file_name"] for index in missing])
         if len(missing) == len(places):
             text = f"none of its {count(len(places), 'picture')} is in {check.folder} ({names})"
             check.add("fault", f"{text}{fitting or ': is that their folder?'}")

@@ -92,6 +92,7 @@ ONE_ANSWER: list[tuple[str, Callable[[Content], Any], dict[str, dict[str, int]]]
     ("box as text", lambda d: d["annotations"][0].update(bbox="[4, 5, 30, 20]"), {"box": {"with numbers written as text": 1}}),
     ("numbers as text", lambda d: d["annotations"][0].update(bbox=["4", "5.0", "3e1", 20]), {"box": {"with numbers written as text": 1}}),
     ("crowd as text", lambda d: d["annotations"][0].update(iscrowd="0"), {"box": {"with numbers written as text": 1}}),
+    ("crowd NaN", lambda d: d["annotations"][0].update(iscrowd=NAN), {"box": {"with an iscrowd of NaN": 1}}),
     ("area below 0", lambda d: d["annotations"][0].update(area=-600), {"box": {"with an area that is no number above 0": 1}}),
     ("area 0", lambda d: d["annotations"][0].update(area=0), {"box": {"with an area that is no number above 0": 1}}),
     ("area in words", lambda d: d["annotations"][0].update(area="large"), {"box": {"with an area that is no number above 0": 1}}),
@@ -387,6 +388,20 @@ def test_the_hint_names_the_file_that_fits(
     (fault,) = [one for one in check.findings if one.level == "fault"]
     assert fault.text.endswith(f"({name}): training stops{hint}")
     assert fault.fix is None  # nothing is left out that has an answer
+    assert not check.repair.drop_images
+
+
+def test_the_hint_is_on_the_first_that_something_fits(read: Callable[..., CocoData], folder: Path) -> None:
+    """Nothing is left out of a cleaned copy then."""
+    (folder / "photo.JPG").touch()
+    whole = content()
+    whole["images"][1]["file_name"], whole["images"][3]["file_name"] = "gone.png", "photo.jpg"
+    with pytest.raises(
+        UserError, match=r"2 of the 6 images .*gone\.png; did you mean 'photo\.JPG' for 'photo\.jpg'\?$"
+    ):
+        read(whole)
+    check = check_rows("train", folder / "data.json", folder)
+    check_images(check, quick=True)
     assert not check.repair.drop_images
 
 
