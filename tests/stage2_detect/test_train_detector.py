@@ -330,5 +330,5 @@ def test_real_images_go_through(
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "300 images" in log
     assert "step 15/15" in log
-    assert "crowd regions dropped" in log
+    assert "marked iscrowd (first: annotation " in log
     assert not (tmp_path / "run" / "quarantine.txt").exists()
