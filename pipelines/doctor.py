@@ -19,7 +19,7 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.pipelines.checks.data import FLAGS, DataSet, check_data
+from ssld.pipelines.checks.data import FLAGS, DataSet, Wanted, check_data
 from ssld.pipelines.checks.machine import Line, ask_torch, machine_lines
 from ssld.pipelines.checks.settings import settings_lines
 from ssld.pipelines.runner.stages import find_pipeline
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _doctor(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
-    data = dict.fromkeys(_data_of(arguments), False)
+    data = dict.fromkeys(_data_of(arguments), Wanted(masks=False, allow_loss=False))
     lines: list[Line] = []
 
     def tell(found: Iterator[Line]) -> None:
@@ -55,9 +55,9 @@ def _doctor(argv: list[str]) -> int:
         tell(iter(found))
         data = data or sets
     codes = []
-    for one, masks in data.items():
+    for one, wanted in data.items():
         print("\ndata", flush=True)
-        code, findings = _check_data(one, arguments, masks=masks)
+        code, findings = _check_data(one, arguments, wanted)
         codes.append(code)
         lines += findings
     print("\n" + _verdict(lines))
@@ -85,15 +85,18 @@ def _verdict(lines: list[Line]) -> str:
     return "\n".join([head, *rows, *more, end])
 
 
-def _check_data(data: DataSet, arguments: Namespace, *, masks: bool) -> tuple[int, list[Line]]:
+def _check_data(data: DataSet, arguments: Namespace, wanted: Wanted) -> tuple[int, list[Line]]:
     """(exit code of the data check, its findings)."""
     more = ["--fix", str(arguments.fix)] if arguments.fix else []
     more += [flag for flag in ("--quick", "--look_alikes") if getattr(arguments, flag[2:])]
-    more += ["--masks"] if masks else []
+    more += [flag for flag in ("--masks", "--allow_loss") if getattr(wanted, flag[2:])]
     code, report = check_data(data, *more)
     if report is None:
         return code, [Line("fault", "data", f"{data[0]}: not checked, see above")]
-    return code, [Line(one["level"], one["file"], one["text"]) for one in report["findings"]]
+    lines = [Line(one["level"], one["file"], one["text"]) for one in report["findings"]]
+    if code and not any(line.level == "fault" for line in lines):  # it broke off behind its findings
+        lines.append(Line("fault", "data", f"{data[0]}: not finished, see above"))
+    return code, lines
 
 
 def _data_of(arguments: Namespace) -> list[DataSet]:

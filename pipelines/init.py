@@ -11,6 +11,7 @@ file. With `--unlabeled DIR` the backbone is first distilled on those pictures, 
 import json
 import shlex
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
@@ -42,15 +43,14 @@ def _init(arguments: Namespace) -> int:
     output: Path = arguments.output
     names = _names(arguments)
     _check_arguments(arguments, names.values())
-    statistics = _look_over(arguments)
+    statistics, content = _look_over(arguments)
     train, val = arguments.annotations, arguments.val_annotations
     val_images = arguments.val_images or arguments.images
     written: dict[Path, str] = {}
-    content = json.loads(train.read_bytes())
     if val is None:
         content = _with_orientation(content, statistics["train"]["orientation"])
         parts = split_content(
-            content, share=arguments.val_share, seed=arguments.seed, copies=statistics["train"]["copies"]
+            content, share=arguments.val_share, seed=arguments.seed, together=statistics["train"]["together"]
         )
         train, val = names["train"], names["val"]
         written = {file: json.dumps(part) for file, part in zip((train, val), parts, strict=True)}
@@ -134,11 +134,15 @@ def _check_arguments(arguments: Namespace, names: Iterable[Path]) -> None:
         raise UserError(f"{arguments.unlabeled}: no images in it")
 
 
-def _look_over(arguments: Namespace) -> dict[str, Any]:
-    """Statistics of the files, from the data check. Raises UserError where it finds a fault."""
+def _look_over(arguments: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(statistics of the files, content of the training annotations as training reads them), from the data check. Raises UserError where it finds a
+    fault."""
     val_images = (arguments.val_images or arguments.images) if arguments.val_annotations else None
     places = (arguments.annotations, arguments.images, arguments.val_annotations, val_images)
-    code, report = check_data(places)
+    with tempfile.TemporaryDirectory() as folder:
+        accepted = Path(folder) / "accepted.json"
+        code, report = check_data(places, "--accepted", str(accepted))
+        content = json.loads(accepted.read_bytes()) if accepted.is_file() else {}
     if report is None:
         raise UserError(f"{arguments.annotations}: cannot be looked over, see above")
     if code:
@@ -147,8 +151,7 @@ def _look_over(arguments: Namespace) -> dict[str, Any]:
         if any(one["level"] == "fault" and not one["fix"] for one in report["findings"]):
             advice = "mend them first"
         raise UserError(f"the data have faults, see above; {advice}")
-    files: dict[str, Any] = report["files"]
-    return files
+    return report["files"], content
 
 
 def _with_orientation(content: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:

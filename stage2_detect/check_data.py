@@ -8,10 +8,12 @@ is this and a look at the machine.
 """
 
 import json
+import posixpath
 import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +27,7 @@ from ssld.shared.config.command import exit_code
 from ssld.shared.config.settings import Parser, underscored
 from ssld.shared.errors import UserError
 from ssld.shared.wording import count, some
-from ssld.stage2_detect.data.check.findings import LEVELS, Finding, is_id
+from ssld.stage2_detect.data.check.findings import LEVELS, Finding
 
 if TYPE_CHECKING:
     from ssld.stage2_detect.data.check.annotations import FileCheck
@@ -46,7 +48,10 @@ def check_data(arguments: Namespace) -> int:
     from ssld.stage2_detect.data.check.images import check_images, check_strays
 
     places = _places(arguments)
-    checks = [check_rows(name, file, folder, masks=arguments.masks) for name, file, folder in places]
+    checks = [
+        check_rows(name, file, folder, masks=arguments.masks, allow_loss=arguments.allow_loss)
+        for name, file, folder in places
+    ]
     seen = [check_images(check, quick=arguments.quick) for check in checks]
     check_strays(checks)
     if len(checks) == 2:
@@ -60,16 +65,14 @@ def check_data(arguments: Namespace) -> int:
                 print(line_of(finding))
     if arguments.report:
         record = {
-            "files": {check.name: check.statistics for check in checks},
+            "files": {check.name: check.statistics | {"tally": check.tally.record()} for check in checks},
             "findings": [asdict(one) for one in findings],
         }
         arguments.report.write_text(json.dumps(record), encoding="utf-8")
+    if arguments.accepted:
+        _write_accepted(checks[0], arguments.accepted)
     if arguments.fix:
-        for check in checks:
-            _check_category_ids(check)
-        copies = _copies(places, arguments.fix)
-        for check in checks:
-            print(_write_copy(check, copies[check.name]))
+        _write_copies(checks, _copies(places, arguments.fix), allow_loss=arguments.allow_loss)
     levels = Counter(finding.level for finding in findings)
     if not arguments.report:  # a program that asks for it has its own last line
         print(
@@ -96,6 +99,8 @@ def _places(arguments: Namespace) -> list[tuple[str, Path, Path]]:
     if arguments.fix:
         if arguments.quick:
             raise UserError("--fix needs to see the pictures; leave out --quick")
+        if not arguments.fix.is_dir() and arguments.fix.exists():
+            raise UserError(f"--fix {arguments.fix}: is a file; give a folder for the cleaned copies")
         for copy in _copies(places, arguments.fix).values():
             if copy.exists():
                 raise UserError(f"{copy}: is there already; give another folder to --fix")
@@ -169,20 +174,19 @@ def _compare_classes(train: "FileCheck", val: "FileCheck") -> None:
     if stuck:
         return
     ids = set(val.class_of)
-    for index, row in enumerate(val.content["categories"]):
-        if not isinstance(row.get("name"), str):
-            continue
-        if row["name"] in renamed:
-            val.repair.category_values[index] = {"name": renamed[row["name"]]}
-        elif row["name"] in extra:
+    for index, name in enumerate(val.rows.class_names):
+        if name in renamed:
+            val.repair.category_values.setdefault(index, {})["name"] = renamed[name]
+        elif name in extra:
             val.repair.drop_categories.add(index)
-    for row in train.content["categories"]:
-        if is_id(row.get("id")) and row.get("name") in missing and row["name"] not in renamed.values():
-            new: Any = row["id"]
+    for index, row in enumerate(train.content["categories"]):
+        new: Any = train.rows.category_ids[index]
+        name = train.rows.class_names[index]
+        if new is not None and index not in train.rows.unused and name in missing and name not in renamed.values():
             while new in ids:
                 new = new + 1 if isinstance(new, int) else f"{new}_"
             ids.add(new)
-            val.repair.new_categories.append({**row, "id": new})
+            val.repair.new_categories.append({**row, "id": new, "name": name})
 
 
 def _plain(name: str) -> str:
@@ -203,8 +207,9 @@ def _compare_pictures(
     known = {look.digest: index for index, look in theirs.items()}
     pairs = [(index, known[look.digest]) for index, look in ours.items() if look.digest in known]
     if not theirs and train.folder.resolve() == val.folder.resolve():  # nothing was opened: the same file at least
-        known_names = {name: index for index, name in names[1].items()}
-        pairs = [(index, known_names[name]) for index, name in names[0].items() if name in known_names]
+        known_names = {posixpath.normpath(name): index for index, name in names[1].items()}
+        plain = {index: posixpath.normpath(name) for index, name in names[0].items()}
+        pairs = [(index, known_names[name]) for index, name in plain.items() if name in known_names]
     if pairs:
         shown = some(
             [names[0][a] if names[0][a] == names[1][b] else f"{names[0][a]} = {names[1][b]}" for a, b in pairs]
@@ -214,7 +219,8 @@ def _compare_pictures(
             f"{count(len(pairs), 'picture')} also in {val.file.name} ({shown}): scores would be too good",
             "leaves them out here",
         )
-        train.repair.drop_images.update(index for index, _ in pairs)
+        train.repair.drop_images |= {index: f"also in {val.file.name}" for index, _ in pairs}
+    _compare_photos(train, val, names[0], names[1])
     if alike:
         first, second = list(ours), list(theirs)
         same = set(pairs)
@@ -231,34 +237,74 @@ def _compare_pictures(
             )
 
 
+def _compare_photos(train: "FileCheck", val: "FileCheck", ours: dict[int, str], theirs: dict[int, str]) -> None:
+    """Augmented copies of one photo on both sides make scores too good."""
+    from ssld.stage2_detect.data.image_names import photo_of
+
+    known = {photo: name for name in theirs.values() if (photo := photo_of(name)) is not None}
+    pairs = [f"{name} ~ {known[photo]}" for name in ours.values() if (photo := photo_of(name)) in known]
+    if pairs:
+        train.add(
+            "warning",
+            f"{count(len(pairs), 'picture')} of which {val.file.name} has an augmented copy by its name ({some(pairs, 2)}): scores "
+            "would be too good; split the photos before they are augmented",
+        )
+
+
 def _check_category_ids(check: "FileCheck") -> None:
     """Which annotations are whose cannot be guessed."""
-    for index, row in enumerate(check.content["categories"]):
-        if index not in check.repair.drop_categories and not is_id(row.get("id")):
+    for index, category_id in enumerate(check.rows.category_ids):
+        if index not in check.repair.drop_categories and category_id is None:
             raise UserError(
-                f"no cleaned copy: {check.file}: number {index + 1} of the categories has no id that is a number or a text; give it one"
+                f"no cleaned copy: {check.file}: number {index + 1} of the categories has no id of its own that is a number or a text; give it one"
             )
 
 
-def _write_copy(check: "FileCheck", file: Path) -> str:
-    """Write the cleaned copy of a file and read it back as training does; returns a line on it."""
-    from ssld.shared.files import atomically, clear_leftovers
-    from ssld.stage2_detect.data.coco import read_coco
+def _write_accepted(check: "FileCheck", file: Path) -> None:
+    """Write a file in the form in which training reads it: nothing is left out."""
+    from ssld.stage2_detect.data.check.annotations import accept_changes
+    from ssld.stage2_detect.data.check.findings import Repair
 
-    content = check.repair.apply(check.content)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(list(file.parent.glob(f".{file.name}.*")))
-    with atomically(file) as pending:
-        pending.write_text(json.dumps(content), encoding="utf-8")
-        try:
-            data = read_coco(pending, check.folder, training=True)
-        except UserError as error:
-            why = str(error).replace(str(pending), str(check.file))
-            raise UserError(f"no cleaned copy: what is left cannot be trained on: {why}") from None
-    before = {key: len(check.content[key]) for key in ("images", "annotations")}
-    gone = [count(before[key] - len(content[key]), key[:-1]) for key in before if before[key] > len(content[key])]
-    left = f"; left out: {' and '.join(gone)}" if gone else ""
-    return f"wrote {file}: {count(len(data.images), 'image')}, {count(data.counts['boxes'], 'box')}{left}; the pictures stay in {check.folder}"
+    accepted = Repair()
+    accept_changes(accepted, check.rows)
+    if not any(finding.level == "fault" for finding in check.findings):
+        file.write_text(json.dumps(accepted.apply(check.content)), encoding="utf-8")
+
+
+def _write_copies(checks: "Sequence[FileCheck]", copies: dict[str, Path], *, allow_loss: bool) -> None:
+    """Write the cleaned copies, all of them or none, and read them back as training does; prints a line on each."""
+    from ssld.shared.files import atomically, clear_leftovers
+    from ssld.stage2_detect.data.coco import read_coco, require_boxes
+
+    for check in checks:
+        _check_category_ids(check)
+        lost = None if allow_loss else check.left_out().bulk_loss()
+        if lost:
+            raise UserError(f"no cleaned copy: {check.file}: {lost}; correct the file itself")
+    lines = []
+    with ExitStack() as pending:
+        for check in checks:
+            file, content = copies[check.name], check.repair.apply(check.content)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(list(file.parent.glob(f".{file.name}.*")))
+            written = pending.enter_context(atomically(file))
+            written.write_text(json.dumps(content), encoding="utf-8")
+            try:
+                data = read_coco(written, check.folder, training=True)
+                if check.name == "train":
+                    require_boxes(data, allow_loss=allow_loss)
+            except UserError as error:
+                why = str(error).replace(str(written), str(check.file))
+                raise UserError(f"no cleaned copy: what is left cannot be trained on: {why}") from None
+            before = {key: len(check.content[key]) for key in ("images", "annotations")}
+            gone = [
+                count(before[key] - len(content[key]), key[:-1]) for key in before if before[key] > len(content[key])
+            ]
+            left = f"; left out: {' and '.join(gone)}" if gone else ""
+            lines.append(
+                f"wrote {file}: {count(len(data.images), 'image')}, {count(data.counts['boxes'], 'box')}{left}; the pictures stay in {check.folder}"
+            )
+    print("\n".join(lines))
 
 
 def _parser() -> Parser:
@@ -277,6 +323,13 @@ def _parser() -> Parser:
         "--quick", action="store_true", help="do not open the pictures, only see whether they are there"
     )
     parser.add_argument("--masks", action="store_true", help="the data are for a detector with masks")
+    parser.add_argument("--allow_loss", action="store_true", help="training has data.allow_loss: true")
+    parser.add_argument(
+        "--accepted",
+        type=Path,
+        metavar="FILE",
+        help="also write the training annotations as training reads them, where there is no fault; for other programs",
+    )
     parser.add_argument(
         "--report", type=Path, metavar="FILE", help="also write what was found as JSON, for other programs"
     )

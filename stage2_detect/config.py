@@ -28,6 +28,8 @@ class DetectionDataConfig(Config):
     """folder of their images"""
     keep_empty: bool = True
     """whether images without any object are trained on"""
+    allow_loss: bool = False
+    """train on the rest where more than half of the boxes, or of those of one class, cannot be used; false stops with the cause"""
     repeat_threshold: Fraction | None = None
     """classes that fewer than this share of the images show are shown more often (repeat factors, arXiv 1908.03195)"""
 

@@ -56,6 +56,7 @@ def evaluate_detector(config: EvaluateConfig) -> None:
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
     run.log(data.describe())
+    run.tell("annotations", data.file, data.tally)
     metrics, detections = score(
         loaded.model.to(accelerator.device),
         data,

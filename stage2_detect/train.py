@@ -128,7 +128,8 @@ def train(config: TrainConfig) -> None:
             trained.save(path, step=step, metrics=metrics, run=str(run.path))
 
     def keep_best(step: int, metrics: dict[str, Any]) -> None:
-        if metrics and state.improved(metrics["AP"] or 0.0):
+        # Without an object to be found there is no score, and none to wait for.
+        if metrics.get("AP") is not None and state.improved(metrics["AP"]):
             state.watch.check()
             save_model(run.path / "detector_best.safetensors", step, metrics)
 
@@ -146,6 +147,8 @@ def train(config: TrainConfig) -> None:
     model = accelerator.prepare_model(trained.model)
     for line in [*data.describe(config), *trained.preview()]:
         run.log(line)
+    for place, part in data.tallies():
+        run.tell(place, part.file, part.tally)
     run.log(
         f"{steps} steps of {config.batch_size} images ({count(ranks, 'process')} x {config.accumulate} accumulated), "
         f"{steps / steps_per_epoch:.1f} passes, lr {base_lr:g} = {config.optim.lr:g} scaled from batch {config.optim.reference_batch} "

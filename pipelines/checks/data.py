@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -29,6 +29,15 @@ from ssld.stage2_detect.config import TrainConfig
 
 DataSet = tuple[Path, Path, Path | None, Path | None]
 """annotations and images for training, and for evaluation"""
+
+
+class Wanted(NamedTuple):
+    """What training wants of a data set."""
+
+    masks: bool
+    allow_loss: bool
+
+
 FLAGS = ("annotations", "images", "val_annotations", "val_images")
 """what `check_data.py` calls them"""
 MOST = 5000

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ssld.pipelines.checks.data import DataSet, folder_lines, folders_of
+from ssld.pipelines.checks.data import DataSet, Wanted, folder_lines, folders_of
 from ssld.pipelines.checks.machine import Level, Line
 from ssld.pipelines.config import CommandName
 from ssld.pipelines.runner.cost import disk_bytes, total_text
@@ -30,9 +30,9 @@ _NO_OUTPUT = "runs/unnamed"
 
 def settings_lines(
     file: Path, probe: dict[str, Any], variables: dict[str, str], *, quick: bool = False
-) -> tuple[list[Line], dict[DataSet, bool]]:
-    """(what there is to say about a file, with a look at its pictures unless `quick`; the detection data it names that are there and whether they
-    need masks). Raises UserError where the file cannot be read.
+) -> tuple[list[Line], dict[DataSet, Wanted]]:
+    """(what there is to say about a file, with a look at its pictures unless `quick`; the detection data it names that are there and what is wanted
+    of them). Raises UserError where the file cannot be read.
     """
     try:
         named = _commands(file, variables)
@@ -41,14 +41,17 @@ def settings_lines(
             raise
         return [Line("fault", "settings", line) for line in str(error).splitlines()], {}
     lines = list(named[1])
-    sets: dict[DataSet, bool] = {}
+    sets: dict[DataSet, Wanted] = {}
     found: dict[tuple[Level, str], list[str]] = {}
     for name, config in named[0]:
         for line in _fits(config, probe):
             found.setdefault((line.level, line.text), []).append(name)
         data = _detection_data(config)
         if data and isinstance(config, TrainConfig):
-            sets[data] = sets.get(data, False) or config.model.has_masks
+            before = sets.get(data, Wanted(masks=False, allow_loss=True))
+            sets[data] = Wanted(
+                masks=before.masks or config.model.has_masks, allow_loss=before.allow_loss and config.data.allow_loss
+            )
     for (level, text), names in found.items():
         who = f"{some(names)}: " if any(names) else ""
         lines.append(Line(level, "settings", who + text))

@@ -127,7 +127,7 @@ def suggest(facts: Facts) -> Settings:
 
 
 def split_content(
-    content: dict[str, Any], *, share: float, seed: int, copies: list[list[Any]] | None = None
+    content: dict[str, Any], *, share: float, seed: int, together: list[list[Any]] | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(training part, evaluation part) of a sound COCO file.
 
@@ -137,13 +137,13 @@ def split_content(
 
     Args:
         share: of the images that go to evaluation.
-        copies: groups of ids of images with the same content, which stay together.
+        together: groups of ids of images that show the same, which stay on one side; groups that share an image are one.
 
     Raises:
         UserError: fewer than two images with boxes.
     """
     rows = {row["id"]: row for row in content["images"]}
-    leader = {image_id: group[0] for group in copies or [] for image_id in group}
+    leader = _leaders(together or [])
     groups: dict[Any, list[Any]] = defaultdict(list)
     for image_id in rows:
         groups[leader.get(image_id, image_id)].append(image_id)
@@ -177,6 +177,17 @@ def split_content(
 
 class _Comment(str):
     """Text of a comment, which is written as it is."""
+
+
+def _leaders(together: list[list[Any]]) -> dict[Any, Any]:
+    """One image for all of its group, by image."""
+    leader: dict[Any, Any] = {}
+    for group in together:
+        met = {leader[image_id] for image_id in group if image_id in leader}
+        if met:
+            leader |= {image_id: group[0] for image_id, first in leader.items() if first in met}
+        leader |= dict.fromkeys(group, group[0])
+    return leader
 
 
 def pipeline_text(output: Path, facts: Facts, chosen: Settings) -> str:

@@ -388,7 +388,10 @@ def _explain(config_type: type[BaseModel], item: Any) -> str:
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
-        return f"{key}: unknown key{did_you_mean(location[-1], _known_keys(config_type, item['loc'][:-1]))}"
+        known = _known_keys(config_type, item["loc"][:-1])
+        if hint := _as_group(item, known):
+            return f"{key}: unknown key{hint}"
+        return f"{key}: unknown key{did_you_mean(location[-1], known)}"
     if item["type"] == "missing":
         flags = ", ".join(f"--{name}" for name in _needed(config_type, item["loc"]))
         return f"{key}: missing; give it in the YAML file or as {flags}"
@@ -420,6 +423,18 @@ def _needed(model: Any, location: Sequence[Any], before: str = "") -> list[str]:
         return _needed(inner, rest, f"{name}.")
     needed = [key for key, one in inner.model_fields.items() if one.is_required()] if inner else []
     return [leaf for key in needed for leaf in _needed(inner, (key,), f"{name}.")] or [name]
+
+
+def _as_group(item: Any, known: Sequence[str]) -> str:
+    """The hint on `roi.hidden: 8` in a file, where groups are nested; empty where the key is none of a group."""
+    *groups, last = str(item["loc"][-1]).split(".")
+    if not groups or groups[0] not in known:
+        return ""
+    given = json.dumps(item["input"], default=str)
+    text = f"{last}: {given if len(given) <= 80 else '...'}"
+    for group in reversed(groups):
+        text = f"{group}: {{{text}}}"
+    return f"; in a YAML file groups are nested: {text}"
 
 
 def _known_keys(model: Any, location: tuple[Any, ...]) -> list[str]:

@@ -34,7 +34,7 @@ LEAST_BYTES = 8 << 20
 """smaller files are parsed in less than a second"""
 SETTLED_SECONDS = 2.0
 """after so long a second change of a file has another time stamp"""
-_TEXTS = ("class_names", "category_ids", "image_ids", "file_names", "annotation_ids", "orientation")
+_TEXTS = ("class_names", "category_ids", "image_ids", "file_names", "annotation_ids", "changes", "orientation")
 _ARRAYS = ("widths_I", "heights_I", "owners_N", "labels_N", "boxes_N4", "crowd_N", "areas_N")
 _SHAPES = ("shapes", "shape_bounds")
 
@@ -132,6 +132,7 @@ def _load(entry: Path, key: str, segmentations: bool) -> CocoTable | None:
         if segmentations:
             text, bounds = (arrays.pop(name) for name in _SHAPES)
             shapes = PackedShapes(text, bounds, np.arange(len(bounds) - 1))
+        texts["changes"] = [tuple(change) for change in texts["changes"]]
         return CocoTable(**{name: texts[name] for name in _TEXTS}, **arrays, segmentations=shapes)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None

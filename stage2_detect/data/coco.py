@@ -4,13 +4,12 @@ Format: https://cocodataset.org/#format-data. Labels are positions in the file's
 order of the ids), and boxes follow PaddleDetection@666f597f `ppdet/data/source/coco.py`: rounded to 3 decimals, clipped
 to the image, sides above 1e-5. Unlike there, images may stay without objects, ids may be strings, run-length encoded
 masks are read, and an `area` of 0 does not remove a sound box. In evaluation nothing is dropped or clipped: the scorer
-sees the boxes as the file has them, so that AP equals pycocotools' on the same file. Deliberately absent: keypoints,
-captions, panoptic segments.
+sees the boxes as the file has them, so that AP equals pycocotools' on the same file. What training leaves out is counted in a
+`Tally`, by class and cause; `require_boxes` refuses a file that lost too much. Deliberately absent: keypoints, captions, panoptic segments.
 
 Legend: N objects of one image.
 """
 
-import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -21,13 +20,21 @@ from typing import Any
 import numpy as np
 
 from ssld.shared.errors import UserError
+from ssld.shared.tally import Tally
 from ssld.shared.wording import count
 from ssld.stage2_detect.data.annotation_cache import PackedShapes, read_cached
 from ssld.stage2_detect.data.coco_json import CocoTable, Convention, read_table
-from ssld.stage2_detect.data.coco_json import Id as Id
+from ssld.stage2_detect.data.coco_rows import Id as Id
+from ssld.stage2_detect.data.coco_rows import clean_name
+from ssld.stage2_detect.data.image_names import hint, missing_names, same_file
 from ssld.stage2_detect.data.orientation import Orientation, find_orientation
+from ssld.stage2_detect.data.segmentations import is_shape
 
 MIN_SIDE = 1e-5
+CROWD, FLAT, OUTSIDE, CLIPPED = "marked iscrowd", "without width or height", "outside the image", "clipped to the image"
+"""causes for which training drops or changes boxes"""
+_SUSPECT = 0.1
+"""share of the boxes beyond which their form is doubted"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,38 +72,46 @@ class CocoData:
     category_ids: tuple[Id, ...]
     """the file's id of each class index"""
     images: list[CocoImage]
+    tally: Tally = field(default_factory=Tally)
+    """what was kept, dropped and changed: boxes by class, images, classes"""
     counts: Counter[str] = field(default_factory=Counter)
-    """boxes: `boxes` kept, `crowd`, `degenerate` (a side <= 1e-5), `outside`, `clipped`; images: `empty` (without a
-    box), `empty_dropped`"""
-    odd_boxes: tuple[Id, ...] = ()
-    """the first annotation ids behind `degenerate` and `outside`"""
+    """of the file, whatever becomes of it: `boxes` kept, `crowd`, `degenerate` (a side <= 1e-5), `outside`, `clipped`; images: `empty` (without a
+    box), `empty_dropped`, `again` (files listed under a second id)"""
+    doubts: tuple[str, ...] = ()
+    """why the boxes may not be x, y, width, height in pixels"""
     orientation: Orientation = field(default_factory=Orientation)
     """which way up its images are read"""
 
+    @property
+    def objects(self) -> int:
+        """Boxes that are no crowd regions: what there is to learn, or to be found."""
+        return self.counts["boxes"] - (0 if self.training else self.counts["crowd"])
+
     def describe(self) -> str:
-        """One line for the log."""
+        """One line for the log, without what `tally` says."""
         found = self.counts
-        dropped = "dropped" if self.training else "kept, for scoring as COCO does"
         parts = [count(len(self.images), "image"), count(found["boxes"], "box"), count(len(self.class_names), "class")]
         if found["empty"]:
             note = f" ({found['empty_dropped']} dropped)" if found["empty_dropped"] else ""
             parts.append(f"{count(found['empty'], 'image')} without boxes{note}")
-        for kind, what, plural in (
-            ("crowd", "crowd region", "crowd regions"),
-            ("degenerate", "empty box", "empty boxes"),
-            ("outside", "box outside its image", "boxes outside their image"),
-        ):
-            if found[kind]:
-                parts.append(f"{count(found[kind], what, plural)} {dropped}")
-        if found["clipped"]:
-            over = "reaches" if found["clipped"] == 1 else "reach"
-            parts.append(
-                f"{count(found['clipped'], 'box')} {over} over the border{', clipped' if self.training else ''}"
-            )
-        if self.odd_boxes:
-            parts.append(f"first odd annotation ids: {', '.join(map(str, self.odd_boxes))}")
+        if found["again"]:
+            parts.append(f"{count(found['again'], 'image')} listed before under another id: each counts by itself")
+        if not self.training:
+            for kind, what, plural in (
+                ("crowd", "crowd region", "crowd regions"),
+                ("degenerate", "empty box", "empty boxes"),
+                ("outside", "box outside its image", "boxes outside their image"),
+            ):
+                if found[kind]:
+                    parts.append(f"{count(found[kind], what, plural)} kept, for scoring as COCO does")
+            if found["clipped"]:
+                parts.append(
+                    f"{count(found['clipped'], 'box')} {'reaches' if found['clipped'] == 1 else 'reach'} over the border"
+                )
+            if not self.objects:
+                parts.append("no object to be found, so there will be no score")
         parts += [orientation] if (orientation := self.orientation.describe()) else []
-        return f"{self.file}: " + ", ".join(parts)
+        return "; ".join([f"{self.file}: {', '.join(parts)}", *self.doubts])
 
 
 def read_coco(
@@ -133,7 +148,6 @@ def read_coco(
     limits = np.stack([table.widths_I, table.heights_I], 1).astype(np.float64)[owners]
     judged = judge_boxes(file_boxes, limits)
     corners, clipped, degenerate, outside = judged.corners_N4, judged.clipped_N4, judged.degenerate_N, judged.outside_N
-    odd = np.flatnonzero((degenerate | outside) & ~(crowd & training))
     keep = ~(degenerate | outside | crowd) if training else np.ones(len(crowd), dtype=bool)
     boxes = (clipped if training else unrounded).astype(np.float32)
 
@@ -164,11 +178,39 @@ def read_coco(
         clipped=int(((clipped != corners).any(1) & keep & ~degenerate & ~outside).sum()),
         empty=int((np.diff(bounds) == 0).sum()),
         empty_dropped=len(image_ids) - len(images),
+        again=sum(len(group) - 1 for group in same_file(table.file_names)),
     )
+    tally = Tally()
+    tally.keep("image", len(image_ids))
+    if training:
+        tally_boxes(tally, judged, crowd, labels, names, annotation_ids)
+    else:
+        tally.keep("box", len(kept))
+    for noun, cause, number, first in table.changes:
+        tally.change(noun, cause, first, number)
     if not images:
-        raise UserError(f"{file}: no image{' with a usable box' if image_ids else ''} in it")
-    odd_boxes = tuple(annotation_ids[i] for i in odd[:3])
-    return CocoData(file, training, names, ids, images, counts, odd_boxes, orientation)
+        lost = tally.bulk_loss()
+        raise UserError(
+            f"{file}: no image{' with a usable box' if image_ids else ''} in it{f': {lost}' if lost else ''}"
+        )
+    doubts = tuple(doubts_of(judged, crowd, limits))
+    return CocoData(file, training, names, ids, images, tally, counts, doubts, orientation)
+
+
+def require_boxes(data: CocoData, *, allow_loss: bool) -> CocoData:
+    """`data`, read to train on, where it has boxes and lost few; else a `UserError`. `allow_loss` allows any loss but that of every box."""
+    if not data.tally.kept("box"):
+        raise UserError(f"{data.file}: {loss_of(data.tally)}")
+    data.tally.check(data.file, allow_loss=allow_loss)
+    return data
+
+
+def loss_of(tally: Tally) -> str | None:
+    """Why training refuses a file of whose boxes this became; None where it does not."""
+    lost = tally.bulk_loss()
+    if tally.kept("box"):
+        return lost
+    return f"no box to train on{f': {lost}' if lost else ''}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +236,51 @@ def judge_boxes(file_boxes_N4: np.ndarray, sizes_N2: np.ndarray) -> JudgedBoxes:
     return JudgedBoxes(corners_N4, clipped_N4, degenerate_N, outside_N)
 
 
+def tally_boxes(
+    tally: Tally,
+    judged: JudgedBoxes,
+    crowd_N: np.ndarray,
+    labels_N: np.ndarray,
+    class_names: Sequence[str],
+    annotation_ids: Sequence[Any],
+) -> None:
+    """Count what training makes of boxes, by class and cause."""
+    flat_N, outside_N = judged.degenerate_N & ~crowd_N, judged.outside_N & ~crowd_N
+    kept_N = ~(judged.degenerate_N | judged.outside_N | crowd_N)
+    for label, number in enumerate(np.bincount(labels_N[kept_N], minlength=len(class_names)).tolist()):
+        tally.keep("box", number, group=class_names[label])
+    for cause, dropped_N in ((CROWD, crowd_N), (FLAT, flat_N), (OUTSIDE, outside_N)):
+        places = np.flatnonzero(dropped_N)
+        labels, first, numbers = np.unique(labels_N[places], return_index=True, return_counts=True)
+        for one in np.argsort(first):  # the first name is that of the first box of any class
+            name = f"annotation {annotation_ids[places[first[one]]]!r}"
+            tally.drop("box", cause, name, int(numbers[one]), group=class_names[labels[one]])
+    clipped = np.flatnonzero((judged.clipped_N4 != judged.corners_N4).any(1) & kept_N)
+    if len(clipped):
+        tally.change("box", CLIPPED, f"annotation {annotation_ids[clipped[0]]!r}", len(clipped))
+
+
+def doubts_of(judged: JudgedBoxes, crowd_N: np.ndarray, sizes_N2: np.ndarray) -> list[str]:
+    """Why boxes of a file may not be x, y, width, height in pixels of images of `sizes_N2`: each doubt is about more than a tenth of them."""
+    sound_N = ~(judged.degenerate_N | crowd_N)
+    over_N = sound_N & (np.abs(judged.corners_N4 - judged.clipped_N4) > 1).any(1)  # a pixel is rounding
+    first_N = (
+        sound_N & (judged.corners_N4 >= 0).all(1) & (judged.corners_N4[:, 2:] - judged.corners_N4[:, :2] <= 1).all(1)
+    )
+    first_N &= (judged.corners_N4[:, :2] <= 1).all(1) & (sizes_N2 > 2).all(1)
+    total, over, first = (int(which_N.sum()) for which_N in (sound_N, over_N, first_N))
+    doubts = []
+    if over > _SUSPECT * total:
+        doubts.append(
+            f"{over:,} of the {count(total, 'box')} reach over the border: corners (x1, y1, x2, y2) instead of x, y, width, height?"
+        )
+    if first > _SUSPECT * total:
+        doubts.append(
+            f"{first:,} of the {count(total, 'box')} have no number above 1: shares of the image instead of pixels?"
+        )
+    return doubts
+
+
 def require_masks(data: CocoData) -> CocoData:
     """`data`, read with `segmentations=True`, when every object has a shape that can be used; else a `UserError` with the first annotation ids."""
     without: list[Id] = []
@@ -212,45 +299,6 @@ def require_masks(data: CocoData) -> CocoData:
     return data
 
 
-def is_shape(segmentation: Any, height: int, width: int) -> bool:
-    """Whether a segmentation has the form of polygons or of RLE for an image of this size."""
-    try:
-        if isinstance(segmentation, list):
-            return bool(segmentation) and all(
-                len(polygon) >= 6 and len(polygon) % 2 == 0 and math.isfinite(sum(polygon)) for polygon in segmentation
-            )
-        counts = segmentation["counts"]
-        if list(segmentation["size"]) != [height, width]:
-            return False
-        if isinstance(counts, str):
-            counts = _run_lengths(counts)
-        return sum(counts) == height * width and min(counts) >= 0
-    except (TypeError, KeyError, IndexError):  # cut off, not made of numbers, or of something else altogether
-        return False
-
-
-def _run_lengths(code: str) -> list[int]:
-    """Run lengths of a compressed RLE (pycocotools' `rleFrString`), which does not say when a code is damaged but reads on beyond it.
-
-    Six bits a character from "0" on: five of value, lowest first, and one that says whether more follow; from the fourth run on values are
-    differences to the last but one. Raises IndexError for a code that breaks off.
-    """
-    runs: list[int] = []
-    place = 0
-    while place < len(code):
-        value = shift = 0
-        more = True
-        while more:
-            bits = ord(code[place]) - 48
-            value |= (bits & 0x1F) << shift
-            more = bool(bits & 0x20)
-            place, shift = place + 1, shift + 5
-        if bits & 0x10:
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-    return runs
-
-
 def _pick(shapes: Sequence[Any], positions: np.ndarray) -> Sequence[Any]:
     return shapes.pick(positions) if isinstance(shapes, PackedShapes) else tuple(shapes[i] for i in positions)
 
@@ -262,6 +310,7 @@ def _classes(
     names = table.class_names
     if wanted is None:
         return tuple(names), tuple(table.category_ids), np.arange(len(names))
+    wanted = [clean_name(name) for name in wanted]  # as those of the file were read
     _compare_names(file, names, wanted)
     index = {name: label for label, name in enumerate(wanted)}
     ids = dict(zip(names, table.category_ids, strict=True))
@@ -286,15 +335,10 @@ def _paths(file: str, names: list[str], image_folder: str | Path | None) -> list
         return names
     if not os.path.isdir(image_folder):
         raise UserError(f"image folder {image_folder} does not exist")
-    paths = [os.path.join(image_folder, name) for name in names]
-    present: dict[str, set[str]] = {}  # one listing a folder instead of one system call an image
-    missing = []
-    for path in paths:
-        parent, name = os.path.split(path)
-        if parent not in present:
-            present[parent] = set(os.listdir(parent)) if os.path.isdir(parent) else set()
-        if name not in present[parent]:
-            missing.append(path)
-    if missing:
-        raise UserError(f"{len(missing)} of the {len(paths)} images of {file} are missing; the first is {missing[0]}")
-    return paths
+    if missing := missing_names(image_folder, names):
+        first = names[missing[0]]
+        raise UserError(
+            f"{len(missing)} of the {len(names)} images of {file} are missing; the first is {os.path.join(image_folder, first)}"
+            f"{hint(image_folder, [names[index] for index in missing])}"
+        )
+    return [os.path.join(image_folder, name) for name in names]

@@ -12,7 +12,7 @@ from ssld.shared.errors import UserError
 from ssld.shared.files import require_images
 from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.data.batch_order import labeled_images, repeat_factors
-from ssld.stage2_detect.data.coco import CocoData, CocoImage, read_coco, require_masks
+from ssld.stage2_detect.data.coco import CocoData, CocoImage, read_coco, require_boxes, require_masks
 from ssld.stage2_detect.data.image_files import ImageFiles, records_of
 from ssld.stage2_detect.data.loaders import TrainLoader
 
@@ -56,11 +56,17 @@ class TrainingData:
         ratio = config.labeled_ratio if self.unlabeled else 1.0
         return len(self.train.images) // max(1, labeled_images(config.batch_size, ratio))
 
+    def tallies(self) -> Iterator[tuple[str, CocoData]]:
+        """The files with boxes, by the settings that name them."""
+        yield "data.train_annotations", self.train
+        if self.val:
+            yield "data.val_annotations", self.val
+
     def describe(self, config: TrainConfig) -> Iterator[str]:
         """Lines for the log."""
         yield self.train.describe()
-        if self.val and (text := self.val.orientation.describe()):
-            yield f"{self.val.file}: {text}"
+        if self.val:
+            yield self.val.describe()
         if self.repeats is not None:
             often = int((self.repeats > 1).sum())
             yield f"repeat factors: {often} images are shown more often than the others, up to {self.repeats.max():.2f} times"
@@ -87,6 +93,7 @@ def read_training_data(config: TrainConfig) -> TrainingData:
     train = read_coco(
         files.train_annotations, files.train_images, training=True, keep_empty=files.keep_empty, **options
     )
+    require_boxes(train, allow_loss=files.allow_loss)
     val = val_objects = None
     if files.val_annotations and files.val_images:
         val, val_objects = (
@@ -119,7 +126,12 @@ def _unlabeled(config: TrainConfig, class_names: Sequence[str]) -> tuple[list[Co
     if file is None:
         return *list_unlabeled(folder), None
     data, total = read_pseudo_labels(
-        file, folder, class_names, segmentations=config.model.has_masks, cache_annotations=config.cache_annotations
+        file,
+        folder,
+        class_names,
+        segmentations=config.model.has_masks,
+        cache_annotations=config.cache_annotations,
+        allow_loss=config.data.allow_loss,
     )
     boxes, images = data.counts["boxes"], len(data.images)
     return data.images, [], f"{file}: {boxes} pseudo-boxes in {images} of the {total} images in {folder}"
@@ -146,12 +158,18 @@ def list_unlabeled(folder: Path) -> tuple[list[CocoImage], list[str]]:
 
 
 def read_pseudo_labels(
-    file: Path, folder: Path, class_names: Sequence[str], *, segmentations: bool, cache_annotations: bool
+    file: Path,
+    folder: Path,
+    class_names: Sequence[str],
+    *,
+    segmentations: bool,
+    cache_annotations: bool,
+    allow_loss: bool = False,
 ) -> tuple[CocoData, int]:
     """(the images of `folder` that have boxes in a COCO file, with them; how many images are in the folder).
 
-    Raises UserError for an empty folder, a file that names other images or classes or has no box, and whatever `read_coco` and, with
-    `segmentations`, `require_masks` find.
+    Raises UserError for an empty folder, a file that names other images or classes or has no box, and whatever `read_coco`, `require_boxes` and,
+    with `segmentations`, `require_masks` find.
     """
     try:
         total = len(require_images(folder))
@@ -167,6 +185,7 @@ def read_pseudo_labels(
             class_names=class_names,
             cache_annotations=cache_annotations,
         )
+        require_boxes(data, allow_loss=allow_loss)
         if segmentations:
             require_masks(data)
     except UserError as error:

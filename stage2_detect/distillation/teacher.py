@@ -130,10 +130,11 @@ class TeacherCheck:
         self._warned = False
 
     @functools.cached_property
-    def _ap(self) -> float:
-        """The teacher's, 0..1; all ranks together."""
+    def _ap(self) -> float | None:
+        """The teacher's, 0..1; None where the images have no object to be found; all ranks together."""
         metrics, _ = score(self._teacher.model, self._part, self._sizing, **self._evaluation)
-        return metrics["AP"] or 0.0
+        ap: float | None = metrics["AP"]
+        return ap
 
     @property
     def _where(self) -> str:
@@ -141,7 +142,10 @@ class TeacherCheck:
 
     def before_training(self) -> str:
         """A line for the log. Raises UserError when the teacher's AP is below `check_ap`; on every rank alike."""
-        name, ap = self._teacher.facts.get("file"), f"AP {100 * self._ap:.2f} {self._where}"
+        name = self._teacher.facts.get("file")
+        if self._ap is None:
+            return f"teacher {name}: not checked: no object to be found {self._where}"
+        ap = f"AP {100 * self._ap:.2f} {self._where}"
         if self._ap < self._least:
             raise UserError(
                 f"distill.teacher: {name}: {ap}, below {100 * self._least:g} (distill.check_ap {self._least:g}): "
@@ -161,7 +165,7 @@ class TeacherCheck:
             ids = {image.image_id for image in self._part.images}
             student_ap = coco_ap(self._part, {key: found for key, found in student.items() if key in ids})["AP"]
         student_ap = from_main_rank(student_ap)
-        if student_ap is None or student_ap < teacher_ap:
+        if teacher_ap is None or student_ap is None or student_ap < teacher_ap:
             return None
         self._warned = True
         return (

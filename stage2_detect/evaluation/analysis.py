@@ -2,7 +2,8 @@
 
 Detections are matched as COCO does at one IoU (https://cocodataset.org/#detection-eval): within a class, best scores
 first, each takes the free object with the highest IoU. One that overlaps a crowd region of its class instead is neither
-right nor wrong. The curves are those of COCO's precision table at this IoU. Confusions are looked for among what is left
+right nor wrong. The curves are those of COCO's precision table at this IoU, which looks at the 100 best detections of a class in an image; the
+counts look at all of them. Confusions are looked for among what is left
 over above the threshold, across classes; so the matrix' diagonal, rows and columns add up to the counts of the table.
 
 Each image has one number too: the LRP error of what was found in it, which picks the pictures that a report shows.
@@ -25,6 +26,8 @@ from ssld.stage2_detect.models.boxes import pairwise_intersection
 WRONG, RIGHT, IGNORED = 0, 1, -1
 IOU = 0.5
 RECALLS_R = np.linspace(0, 1, 101)
+MOST = 100
+"""detections of a class in an image that COCO's curves look at, the best ones"""
 _CHUNK = 256  # images that are matched at once: bounds the memory
 
 
@@ -38,6 +41,7 @@ class Analysis:
         objects_K: objects that are no crowd regions.
         labels_D, scores_D: of the detections.
         states_D: RIGHT, WRONG or IGNORED.
+        ranks_D: how many detections of the same class in the same image are better.
         confusions: int64 [K + 1, K + 1], rows truth, columns what was said; the last of both is background.
         image_ids: of the I images, in COCO's order.
         counts_I3: int64, right, wrong and missed of each image above the threshold.
@@ -50,6 +54,7 @@ class Analysis:
     labels_D: np.ndarray
     scores_D: np.ndarray
     states_D: np.ndarray
+    ranks_D: np.ndarray
     confusions: np.ndarray
     image_ids: tuple[Id, ...]
     counts_I3: np.ndarray
@@ -65,7 +70,7 @@ def analyse(ground_truth: CocoData, detections: Mapping[Id, Detections], *, scor
     records = sorted(ground_truth.images, key=lambda record: (isinstance(record.image_id, str), record.image_id))
     confusions = np.zeros((classes + 1, classes + 1), dtype=np.int64)
     objects_K = np.zeros(classes, dtype=np.int64)
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    parts: list[tuple[np.ndarray, ...]] = []
     pictures: list[tuple[np.ndarray, np.ndarray]] = []
     for start in range(0, len(records), _CHUNK):
         chunk = records[start : start + _CHUNK]
@@ -80,12 +85,13 @@ def analyse(ground_truth: CocoData, detections: Mapping[Id, Detections], *, scor
         )
         pictures.append(_of_images(found_ID6, regular_IG, overlaps_IDG, states_ID, taken_IG, score_threshold, IOU))
         real_ID = found_ID6[..., 4] >= 0
-        columns = (found_ID6[..., 4].astype(np.int64), found_ID6[..., 5], states_ID)
-        parts.append((columns[0][real_ID], columns[1][real_ID], columns[2][real_ID]))
+        labels_ID = found_ID6[..., 4].astype(np.int64)
+        columns = (labels_ID, found_ID6[..., 5], states_ID, _ranks(labels_ID))
+        parts.append(tuple(column[real_ID] for column in columns))
     # The matching sees single detections: those below the threshold have taken no object from one above it, but may have
     # taken one that only they found.
     confusions[:classes, classes] = objects_K - confusions[:classes, :classes].sum(1)
-    labels_D, scores_D, states_D = (np.concatenate(column) for column in zip(*parts, strict=True))
+    labels_D, scores_D, states_D, ranks_D = (np.concatenate(column) for column in zip(*parts, strict=True))
     counts_I3, lrp_I = (np.concatenate(column) for column in zip(*pictures, strict=True))
     image_ids = tuple(record.image_id for record in records)
     return Analysis(
@@ -95,6 +101,7 @@ def analyse(ground_truth: CocoData, detections: Mapping[Id, Detections], *, scor
         labels_D,
         scores_D,
         states_D,
+        ranks_D,
         confusions,
         image_ids,
         counts_I3,
@@ -142,19 +149,25 @@ def curve(analysis: Analysis, label: int) -> Curve | None:
     if not objects:
         return None
     mine_D = (analysis.labels_D == label) & (analysis.states_D != IGNORED)
-    scores, right = analysis.scores_D[mine_D], analysis.states_D[mine_D] == RIGHT
-    order = np.argsort(-scores, kind="stable")
-    scores, found = scores[order], right[order].cumsum()
+    _, found = _found(analysis, mine_D & (analysis.ranks_D < MOST))
     recall, precision = found / objects, found / np.arange(1, len(found) + 1)
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
     place_R = np.searchsorted(recall, RECALLS_R, side="left")
     precision_R = np.append(envelope, 0.0)[place_R]
+    scores, found = _found(analysis, mine_D)
     f1 = 2 * found / (np.arange(1, len(found) + 1) + objects)
     last = (
         np.append(scores[1:] != scores[:-1], True) if len(scores) else np.zeros(0, bool)
     )  # equal scores come together
     best = int(np.where(last, f1, -1).argmax()) if found.size and found[-1] else None
     return Curve(precision_R, 0.0 if best is None else float(f1[best]), None if best is None else float(scores[best]))
+
+
+def _found(analysis: Analysis, which_D: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(falling scores of some detections, how many of them are right down to each)."""
+    scores, right = analysis.scores_D[which_D], analysis.states_D[which_D] == RIGHT
+    order = np.argsort(-scores, kind="stable")
+    return scores[order], right[order].cumsum()
 
 
 def report(analysis: Analysis, ap: Mapping[str, float | None]) -> dict[str, Any]:
@@ -221,6 +234,15 @@ def _detection_rows(found: Detections | None) -> np.ndarray:
     )
     rows = np.column_stack([boxes_D4, labels_D, scores_D])
     return rows[np.argsort(-scores_D, kind="stable")]
+
+
+def _ranks(labels_ID: np.ndarray) -> np.ndarray:
+    """How many of the detections before it, which are better, have the label of each."""
+    ranks_ID = np.zeros_like(labels_ID)
+    for label in np.unique(labels_ID):
+        mine_ID = labels_ID == label
+        ranks_ID[mine_ID] = (mine_ID.cumsum(1) - 1)[mine_ID]
+    return ranks_ID
 
 
 def _padded(rows: list[np.ndarray]) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ssld.stage2_detect.data.coco_rows import clean_name
 from ssld.stage2_detect.models.batch import Detections
 from ssld.stage2_detect.models.mask_targets import decode_rle
 
@@ -37,6 +38,9 @@ def draw_objects(
     strip below the picture says then which colour is which class, so that the drawing may be higher than the picture. A score of NaN, which stands
     for an annotation, is not written.
     """
+    class_names = [
+        clean_name(name) for name in class_names
+    ]  # those of an older file may have line breaks, which a font has not
     zoom = max(1, -(-_LEAST_SIDE // max(picture.size)))
     corners_N4 = (found.boxes_N4.double() * zoom).round().long().numpy()
     labels, scores = found.labels_N.tolist(), found.scores_N.tolist()

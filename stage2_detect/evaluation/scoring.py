@@ -91,7 +91,8 @@ def score(
 def describe(metrics: dict[str, Any]) -> str:
     """One line for the log."""
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AP_segm", "AP50_segm", "AP75_segm")
-    return ", ".join(f"{name} {100 * metrics[name]:.2f}" for name in names if metrics.get(name) is not None)
+    known = [f"{name} {100 * metrics[name]:.2f}" for name in names if metrics.get(name) is not None]
+    return ", ".join(known) or "no score: the evaluation images have no object to be found"
 
 
 def compare_expected(expected: ExpectedConfig, metrics: Mapping[str, Any], images: int) -> tuple[bool | None, str]:

@@ -169,6 +169,44 @@ def test_pictures_of_another_folder_cannot_be_left_out(
     assert not list((tmp_path / "clean").glob("*.json"))
 
 
+@pytest.mark.usefixtures("probed")
+def test_a_copy_over_another_is_a_mistake(coco: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = ["--annotations", str(coco / "train.json"), "--images", str(coco), "--fix", str(tmp_path / "clean")]
+    assert doctor.main(data) == 0
+    before = (tmp_path / "clean" / "train.json").read_bytes()
+    for folder, why in ((tmp_path / "clean", "is there already"), (tmp_path / "clean" / "train.json", "is a file")):
+        assert doctor.main([*data[:-1], str(folder)]) == 2
+        seen = capfd.readouterr()
+        assert why in seen.err
+        assert "verdict: 1 fault" in seen.out
+    assert (tmp_path / "clean" / "train.json").read_bytes() == before
+
+
+@pytest.mark.usefixtures("probed")
+def test_a_data_check_that_breaks_off_is_no_clean_verdict(
+    coco: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checked_data, "run_script", lambda words: check_data.main(words) or 1)
+    assert doctor.main(["--annotations", str(coco / "train.json"), "--images", str(coco)]) == 1
+    assert "fault   data: " in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("probed")
+def test_a_loss_that_the_settings_allow_is_no_fault(coco: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    content = json.loads((coco / "train.json").read_text())
+    content["categories"].append({"id": 2, "name": "other"})
+    content["annotations"].append({"id": 3, "image_id": 1, "category_id": 2, "bbox": [1, 1, 0, 9]})
+    (coco / "train.json").write_text(json.dumps(content))
+    file = coco / "train.yaml"
+    for allowed, then in ((False, "training stops"), (True, "training goes on with the rest")):
+        made = settings(coco)
+        made["data"]["allow_loss"] = allowed
+        file.write_text(yaml.safe_dump(made))
+        assert doctor.main([str(file)]) == int(not allowed)
+        said = "all boxes of class 'other' would be left out: 1 without width or height (first: annotation 3)"
+        assert f"{said}: {then}" in capfd.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_data_check_is_a_process(coco: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, report = checked_data.check_data((coco / "train.json", coco, None, None), "--quick")

@@ -84,10 +84,11 @@ def test_split_follows_seed_and_ids_alone() -> None:
 
 def test_split_keeps_copies_together() -> None:
     whole = content()
-    copies = [["i1", "i2", "i8"], ["i20", "i39"]]
+    together = [["i1", "i2", "i8"], ["i20", "i39"], ["i39", "i3"], ["i8", "i30"], ["i30", "i4"], ["i3", "i30"]]
+    one = {"i1", "i2", "i8", "i30", "i4", "i20", "i39", "i3"}
     for seed in range(8):
-        val = ids(split_content(whole, share=0.5, seed=seed, copies=copies)[1])
-        assert all(len(val & set(group)) in (0, len(group)) for group in copies)
+        val = ids(split_content(whole, share=0.5, seed=seed, together=together)[1])
+        assert len(val & one) in (0, len(one))
 
 
 def test_split_of_too_little() -> None:
@@ -165,6 +166,38 @@ def test_both_parts_keep_what_all_photos_together_show(photos: Path) -> None:
     assert init.main(["--images", "photos", "--annotations", "all.json", "--output", "mine.yaml"]) == 0
     for part in ("train", "val"):
         assert json.loads(Path(f"mine_{part}.json").read_text())["info"] == {"image_orientation": "stored"}
+
+
+def test_a_split_keeps_one_photo_on_one_side(photos: Path) -> None:
+    """Under two ids, as augmented copies by their names, and as copies by their content; and the parts are as training reads the file."""
+    whole = content()
+    for number in range(10):
+        whole["images"][number + 10]["file_name"] = f"./{number}.png"
+    for number in range(20, 30):
+        name = f"p{number % 5}_png.rf.{number:032x}.png"
+        Path("photos", f"{number}.png").rename(Path("photos", name))
+        whole["images"][number]["file_name"] = name
+    Path("photos", "31.png").write_bytes(Path("photos", "30.png").read_bytes())
+    for row in whole["annotations"]:
+        row["category_id"] = float(row["category_id"])
+    whole["categories"][0]["name"] = "common\n"
+    Path("all.json").write_text(json.dumps(whole))
+    line = ["--images", "photos", "--annotations", "all.json", "--output", "mine.yaml", "--val_share", "0.5"]
+    assert init.main([*line, "--seed", "3"]) == 0
+    parts = [json.loads(Path(f"mine_{part}.json").read_text()) for part in ("train", "val")]
+    sides = [ids(part) for part in parts]
+    groups = (
+        [{f"i{n}", f"i{n + 10}"} for n in range(10)]
+        + [{f"i{n}", f"i{n + 5}"} for n in range(20, 25)]
+        + [{"i30", "i31"}]
+    )
+    assert all(group <= sides[0] or group <= sides[1] for group in groups)
+    assert sides[0] | sides[1] == ids(whole)
+    for part in parts:
+        assert {type(row["category_id"]) for row in part["annotations"]} == {int}
+        assert part["categories"][0]["name"] == "common"
+    assert sum(len(part["annotations"]) for part in parts) == len(whole["annotations"])
+    assert yaml.safe_load(Path("mine.yaml").read_text())["output"] == "runs/mine"
 
 
 def test_given_evaluation_file_and_gpu(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

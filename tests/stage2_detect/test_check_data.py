@@ -101,15 +101,13 @@ Damage = Callable[[Content], None]
 FAULTS: list[tuple[str, Damage, str]] = [
     ("image gone from the list", lambda c: c["annotations"][0].update(image_id="nobody"), "of an image that is not in"),
     ("unknown category", lambda c: c["annotations"][0].update(category_id=99), "of a category that is not in the file"),
-    ("text for a number", lambda c: c["annotations"][0].update(category_id=str(c["annotations"][0]["category_id"])), "differs in type"),
     ("NaN", lambda c: c["annotations"][0].update(bbox=[float("nan"), 1, 2, 3]), "without a bbox of four finite numbers"),
     ("no box", lambda c: c["annotations"][0].pop("bbox"), "without a bbox of four finite numbers"),
-    ("same id", lambda c: c["annotations"][1].update(id=c["annotations"][0]["id"]), "without an id of its own"),
+    ("same id", lambda c: c["annotations"][1].update(id=c["annotations"][0]["id"]), "1 annotation with an id that is given before (id 1)"),
     ("crowd of 5", lambda c: c["annotations"][0].update(iscrowd=5), "an iscrowd that is neither 0 nor 1"),
-    ("area in words", lambda c: c["annotations"][0].update(area="large"), "an area that is not a finite number"),
     ("no width", lambda c: c["images"][0].pop("width"), "1 image without a width and height (0.png)"),
-    ("image twice", lambda c: c["images"].append(c["images"][0]), "1 image id given again (train-0)"),
-    ("no name", lambda c: c["images"][0].pop("file_name"), "1 image without id or file_name"),
+    ("image twice", lambda c: c["images"].append(c["images"][0]), "1 image with an id that is given before (0.png)"),
+    ("no name", lambda c: c["images"][0].pop("file_name"), "1 image without a file_name"),
     ("wrong size", lambda c: c["images"][2].update(width=32), "1 picture not of the size that the file says (2.png is 64 x 64, not 32 x 64)"),
     ("file gone", lambda c: c["images"][2].update(file_name="gone.png"), "1 picture of 12 not in"),
 ]  # fmt: skip
@@ -147,7 +145,7 @@ def test_no_cleaned_copy_without_ids_of_categories(
     places = ["--annotations", str(data.folder / "train.json"), "--images", str(data.folder / "train")]
     assert main([*places, "--fix", str(data.folder / "clean")]) == 2
     out, err = capsys.readouterr()
-    assert "without id or name: training stops" in out
+    assert "1 category without an id (number 2): training stops" in out
     assert err.startswith(f"error: no cleaned copy: {data.folder / 'train.json'}: number 2 of the categories has no id")
     assert err.count("\n") == 1
     assert not (data.folder / "clean").exists()
@@ -240,7 +238,7 @@ def test_leakage_and_strays(data: DataSet, tmp_path: Path) -> None:
         for text in texts(findings, "warning")
     )
     assert any("1 picture in" in text and "without annotations (stray.png)" in text for text in texts(findings, "note"))
-    assert facts["train"]["copies"] == [["train-7", "train-8"]]
+    assert facts["train"]["together"] == [["train-7", "train-8"]]
     clean = json.loads((tmp_path / "clean" / "train.json").read_text())
     assert [row["id"] for row in clean["images"]] == [f"train-{number}" for number in range(12) if number != 5]
 
@@ -291,9 +289,9 @@ def test_look_alikes() -> None:
         (("--val_annotations", "val.json"), "give both --val_annotations and --val_images"),
         (("--fix", "x", "--quick"), "--fix needs to see the pictures"),
         (("--annotation", "y"), "--annotation: unknown flag; did you mean '--annotations'?"),
-        (("--annotations", "broken.json"), "broken.json: not valid JSON"),
-        (("--annotations", "other.json"), "other.json: not a COCO data set: it has no list of objects 'images'"),
-        (("--annotations", "gone.json"), "gone.json: No such file or directory"),
+        (("--annotations", "broken.json"), "broken.json is not JSON"),
+        (("--annotations", "other.json"), "other.json is not a COCO data set: expected an object, found a list"),
+        (("--annotations", "gone.json"), "cannot read gone.json: No such file or directory"),
     ],
 )
 def test_mistakes(
@@ -317,6 +315,11 @@ def test_a_fix_never_overwrites(data: DataSet, capsys: pytest.CaptureFixture[str
     places = ["--annotations", str(data.folder / "train.json"), "--images", str(data.folder / "train")]
     assert main([*places, "--fix", str(data.folder)]) == 2
     assert "is there already; give another folder to --fix" in capsys.readouterr().err
+    assert main([*places, "--fix", str(data.folder / "val.json")]) == 2
+    assert (
+        capsys.readouterr().err
+        == f"error: --fix {data.folder / 'val.json'}: is a file; give a folder for the cleaned copies\n"
+    )
     assert (data.folder / "train.json").read_bytes() == before
 
 
@@ -334,6 +337,92 @@ def test_files_of_one_name_get_copies_of_two(data: DataSet, tmp_path: Path, file
     for part in ("train", "val"):
         assert json.loads((tmp_path / "clean" / f"{part}__annotations.coco.json").read_text())["info"] == part
     assert main(line) == 2
+
+
+def test_no_cleaned_copy_that_lost_its_boxes(data: DataSet, capsys: pytest.CaptureFixture[str]) -> None:
+    """None of the two files is written then, and a loss that training was allowed is allowed here."""
+    content = data.read()
+    for row in content["annotations"]:
+        if row["category_id"] == 7:
+            row["bbox"] = [1, 2, 3]
+    first = next(row["id"] for row in content["annotations"] if row["category_id"] == 7)
+    number = sum(row["category_id"] == 7 for row in content["annotations"])
+    data.write(content)
+    places = ["--annotations", str(data.folder / "train.json"), "--images", str(data.folder / "train")]
+    places += ["--val_annotations", str(data.folder / "val.json"), "--val_images", str(data.folder / "val")]
+    assert main([*places, "--fix", str(data.folder / "clean")]) == 2
+    assert capsys.readouterr().err == (
+        f"error: no cleaned copy: {data.folder / 'train.json'}: all boxes of class 'tall' would be left out: "
+        f"{number} without a bbox of four finite numbers (first: annotation {first}); correct the file itself\n"
+    )
+    assert not list(data.folder.glob("clean/*"))
+    assert main([*places, "--fix", str(data.folder / "clean"), "--allow_loss"]) == 1
+    assert "2 classes without any box" not in capsys.readouterr().out
+    assert {path.name for path in (data.folder / "clean").iterdir()} == {"train.json", "val.json"}
+
+
+def test_no_copy_is_left_where_the_second_cannot_be_written(data: DataSet, capsys: pytest.CaptureFixture[str]) -> None:
+    (data.folder / "val" / "2.png").rename(data.folder / "val" / "2.PNG")
+    places = ["--annotations", str(data.folder / "train.json"), "--images", str(data.folder / "train")]
+    places += ["--val_annotations", str(data.folder / "val.json"), "--val_images", str(data.folder / "val")]
+    assert main([*places, "--fix", str(data.folder / "clean")]) == 2
+    seen = capsys.readouterr()
+    assert "1 picture of 5 not in" in seen.out
+    assert "did you mean '2.PNG'?" in seen.err
+    assert not list(data.folder.glob("clean/*"))
+
+
+def test_boxes_of_which_the_form_is_doubted_are_left_as_they_are(data: DataSet, tmp_path: Path) -> None:
+    content = data.read()
+    for row in content["annotations"]:
+        x, y, width, height = row["bbox"]
+        row["bbox"] = [x, y, x + width, y + height]
+    data.write(content)
+    code, findings, _ = data.check("--fix", str(tmp_path / "clean"))
+    assert code == 0
+    assert any(
+        text.endswith("corners (x1, y1, x2, y2) instead of x, y, width, height?") for text in texts(findings, "warning")
+    )
+    assert json.loads((tmp_path / "clean" / "train.json").read_text()) == content
+
+
+def test_a_cleaned_copy_has_what_training_reads(data: DataSet, tmp_path: Path) -> None:
+    content = data.read()
+    for number, row in enumerate(content["annotations"]):
+        x, y, width, height = row.pop("bbox")
+        row["segmentation"] = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+        row["id"], row["area"] = float(row["id"]), -1 if number else row["area"]
+    content["categories"].insert(0, {"id": 0, "name": "wide\n"})
+    data.write(content)
+    given = read_coco(data.folder / "train.json", data.folder / "train", training=True)
+    code, findings, _ = data.check("--fix", str(tmp_path / "clean"))
+    assert (code, len(texts(findings, "warning"))) == (0, 5)
+    clean = read_coco(tmp_path / "clean" / "train.json", data.folder / "train", training=True)
+    assert not clean.tally.changed("box") + clean.tally.changed("class")
+    assert (
+        (clean.class_names, clean.category_ids) == (given.class_names, given.category_ids) == (("wide", "tall"), (3, 7))
+    )
+    for one, other in zip(clean.images, given.images, strict=True):
+        assert one.annotation_ids == other.annotation_ids
+        assert one.boxes_N4.tolist() == other.boxes_N4.tolist()
+        assert one.areas_N.tolist() == other.areas_N.tolist()
+
+
+def test_augmented_copies_on_both_sides(data: DataSet) -> None:
+    for part, number in (("train", 3), ("train", 5), ("val", 2)):
+        content = data.read(part)
+        name = f"cat_jpg.rf.{number:032x}.png"
+        (data.folder / part / f"{number}.png").rename(data.folder / part / name)
+        content["images"][number]["file_name"] = name
+        data.write(content, part)
+    code, findings, facts = data.check(val=True)
+    assert code == 0
+    assert any(
+        text.startswith("2 pictures of which val.json has an augmented copy by its name (cat_jpg.rf.0")
+        for text in texts(findings, "warning")
+    )
+    assert any(text.startswith("2 pictures that are augmented copies of 1 photo") for text in texts(findings, "note"))
+    assert facts["train"]["together"] == [["train-3", "train-5"]]
 
 
 def test_quick_looks_at_names_only(data: DataSet) -> None:

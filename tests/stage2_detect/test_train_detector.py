@@ -179,12 +179,13 @@ def test_a_batch_without_any_object_trains(
 ) -> None:
     data = train_settings["data"]
     content = json.loads(Path(data["train_annotations"]).read_text())
-    file = tmp_path / "empty.json"
-    file.write_text(json.dumps(content | {"annotations": []}))
-    settings = train_settings | {"steps": 2, "data": data | {"train_annotations": str(file)}}
-    assert call(train.main, arguments(settings)) == 0
+    one = [row for row in content["annotations"] if row["image_id"] == "train-0"]
+    file = tmp_path / "one.json"
+    file.write_text(json.dumps(content | {"annotations": one}))
+    settings = train_settings | {"steps": 6, "batch_size": 2, "data": data | {"train_annotations": str(file)}}
+    assert call(train.main, arguments(settings)) == 0  # a pass: one of the six batches has the image
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["loss_box"] for line in lines if "loss_box" in line] == [0.0, 0.0]
+    assert sum(line["loss_box"] == 0 for line in lines if "loss_box" in line) >= 5
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_ids_and_keeps_the_checkpoint(
@@ -329,5 +330,5 @@ def test_real_images_go_through(
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "300 images" in log
     assert "step 15/15" in log
-    assert "crowd regions dropped" in log
+    assert "marked iscrowd (first: annotation " in log
     assert not (tmp_path / "run" / "quarantine.txt").exists()

@@ -108,6 +108,60 @@ def test_the_last_evaluation_can_be_the_best(
     assert best["metrics"]["AP"] == max(scores.values()) > 0
 
 
+def test_an_evaluation_set_without_objects_gives_no_score_and_no_early_stop(
+    train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path
+) -> None:
+    content = json.loads(Path(train_settings["data"]["val_annotations"]).read_text())
+    (tmp_path / "empty.json").write_text(json.dumps(content | {"annotations": []}))
+    settings = train_settings | {"steps": 4, "evaluate_every": 1, "patience": 1}
+    settings["data"] = train_settings["data"] | {"val_annotations": str(tmp_path / "empty.json")}
+    assert call(train.main, arguments(settings)) == 0
+    run = tmp_path / "run"
+    log = (run / "log.txt").read_text()
+    assert "no object to be found, so there will be no score" in log
+    assert "step 2: no score: the evaluation images have no object to be found" in log
+    assert result(run)["steps"] == 4
+    assert result(run)["AP"] is None
+    assert not (run / "detector_best.safetensors").exists()
+
+
+# What of the data is used
+
+
+def test_a_bulk_loss_stops_training_unless_it_is_allowed(
+    train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path, user_error: Callable[..., str]
+) -> None:
+    content = json.loads(Path(train_settings["data"]["train_annotations"]).read_text())
+    tall = [row for row in content["annotations"] if row["category_id"] == 7]
+    for row in tall:
+        row["iscrowd"] = 1
+    content["annotations"][0]["area"] = -1
+    file = tmp_path / "crowds.json"
+    file.write_text(json.dumps(content))
+    settings = train_settings | {"steps": 1}
+    settings["data"] = train_settings["data"] | {"train_annotations": str(file)}
+    lost = f"{len(tall)} marked iscrowd (first: annotation {tall[0]['id']})"
+    assert user_error(train.main, arguments(settings)) == (
+        f"{file}: all boxes of class 'tall' would be left out: {lost}; correct the source, or set data.allow_loss: true to train on the rest"
+    )
+    assert not (tmp_path / "run").exists()
+    settings["data"]["allow_loss"] = True
+    assert call(train.main, arguments(settings)) == 0
+    first = content["annotations"][0]["id"]
+    changed = f"1 box changed: 1 with an area that is no number above 0 (first: annotation {first})"
+    said = f"{file}: {len(tall)} boxes dropped: {lost}; {changed}"
+    assert said in (tmp_path / "run" / "log.txt").read_text()
+    read = json.loads((tmp_path / "run" / "result.json").read_text())["read"]
+    boxes = read["data.train_annotations"]["box"]
+    assert boxes["dropped"] == {"marked iscrowd": {"count": len(tall), "first": f"annotation {tall[0]['id']}"}}
+    assert boxes["kept"] == len(content["annotations"]) - len(tall)
+    assert read["data.val_annotations"]["image"]["kept"] == 5
+    for row in content["annotations"]:
+        row["iscrowd"] = 1
+    file.write_text(json.dumps(content))
+    assert "no box to train on: all boxes would be left out" in user_error(train.main, arguments(settings, "other"))
+
+
 # Loss on evaluation images
 
 

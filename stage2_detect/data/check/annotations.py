@@ -1,33 +1,85 @@
 """Checks of one COCO file by itself: ids, sizes, boxes, classes. What needs the pictures is in `images.py`.
 
-Legend: N annotations whose image, class and box can be read; I images, in file order.
+Legend: N annotations, or those whose image, class and box can be read; I images, in file order.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ssld.shared.errors import UserError
+from ssld.shared.tally import Tally
 from ssld.shared.wording import count, some
-from ssld.stage2_detect.data.check.findings import (
-    Finding,
-    Level,
-    Repair,
-    first_ids,
-    is_id,
-    is_number,
-    read_content,
+from ssld.stage2_detect.data.check.findings import Finding, Level, Repair, first_ids
+from ssld.stage2_detect.data.coco import CROWD, FLAT, OUTSIDE, doubts_of, judge_boxes, loss_of, tally_boxes
+from ssld.stage2_detect.data.coco_json import Convention, load_content, stated_orientation
+from ssld.stage2_detect.data.coco_rows import (
+    CATEGORY_TYPE,
+    EMPTY_CROWD,
+    IMAGE_TYPE,
+    NESTED,
+    NO_BOX,
+    NO_CATEGORY,
+    NO_FILE,
+    NO_ID,
+    NO_IMAGE,
+    NO_SIZE,
+    ODD_AREA,
+    ODD_CROWD,
+    ODD_NAME,
+    SHAPE_BOX,
+    TEXT,
+    TWICE,
+    UNUSED,
+    WHOLE_ID,
+    WHOLE_SIZE,
+    JudgedRows,
+    Kind,
+    Oddity,
+    called,
+    changes_of,
+    judge_rows,
 )
-from ssld.stage2_detect.data.coco import is_shape, judge_boxes
-from ssld.stage2_detect.data.coco_json import MAX_COORDINATE
+from ssld.stage2_detect.data.image_names import same_file, same_photo
+from ssld.stage2_detect.data.segmentations import is_shape
 
 TINY_SIDE = 4.0
 """objects with a shorter side than this have too few pixels to be told from noise"""
 FEW = 10
 """classes with fewer boxes than this are hard to learn and to score"""
+MANY_CROWDS = 0.25
+"""share of a class beyond which its crowd regions are rather objects that a tool has marked"""
+
+_FIXES: dict[tuple[Kind, str], str] = {
+    ("image", NO_ID): "leaves them out",
+    ("image", TWICE): "keeps the first of each",
+    ("image", NO_FILE): "leaves them out",
+    ("image", NO_SIZE): "takes the pictures' sizes",
+    ("annotation", NO_ID): "gives new ids",
+    ("annotation", TWICE): "gives new ids",
+    ("annotation", NO_IMAGE): "leaves them out",
+    ("annotation", NO_CATEGORY): "leaves them out",
+    ("annotation", NO_BOX): "leaves them out",
+    ("annotation", ODD_CROWD): "takes 0",
+}
+_READ_AS = {
+    WHOLE_ID: "takes the whole number",
+    IMAGE_TYPE: "takes the type of the images",
+    CATEGORY_TYPE: "takes the type of the categories",
+    ODD_NAME: "takes them out",
+    UNUSED: "leaves it out",
+    WHOLE_SIZE: "takes the whole number",
+    TEXT: "takes the numbers",
+    NESTED: "takes its four numbers",
+    SHAPE_BOX: "takes the box around it",
+    EMPTY_CROWD: "takes 0",
+    ODD_AREA: "takes width x height",
+}
+"""what training, evaluation and a cleaned copy make of each change"""
 
 
 @dataclass
@@ -40,6 +92,7 @@ class FileCheck:
     folder: Path
     """of its pictures"""
     content: dict[str, Any]
+    rows: JudgedRows
     findings: list[Finding] = field(default_factory=list)
     repair: Repair = field(default_factory=Repair)
     image_of: dict[Any, int] = field(default_factory=dict)
@@ -48,189 +101,159 @@ class FileCheck:
     """name of the class of an id"""
     boxes_of: Counter[str] = field(default_factory=Counter)
     """boxes of each class that are trained on"""
+    tally: Tally = field(default_factory=Tally)
+    """what training makes of the file"""
+    stated: Convention | None = None
+    """which form of its images the file says that its boxes are for"""
     statistics: dict[str, Any] = field(default_factory=dict)
     """numbers for whoever chooses settings: see `_measure`"""
 
     def add(self, level: Level, text: str, fix: str | None = None) -> None:
         self.findings.append(Finding(level, self.file.name, text, fix))
 
+    def left_out(self) -> Tally:
+        """What a cleaned copy leaves out of the file."""
+        tally, repair, rows = Tally(), self.repair, self.rows
+        for index, row in enumerate(self.content["images"]):
+            cause = repair.drop_images.get(index)
+            if cause is None:
+                tally.keep("image")
+            elif cause:
+                tally.drop("image", cause, row.get("file_name") or called(self.content["images"], index))
+        for index in range(len(self.content["annotations"])):
+            label, owner = int(rows.labels_N[index]), int(rows.owners_N[index])
+            group = rows.class_names[label] if label >= 0 else None
+            cause = repair.drop_annotations.get(index)
+            if cause is None and repair.drop_images.get(owner):
+                cause = "of an image that is left out"
+            if cause is None:
+                tally.keep("box", group=group)
+            elif cause:
+                tally.drop("box", cause, f"annotation {called(self.content['annotations'], index)}", group=group)
+        return tally
 
-def check_rows(name: str, file: Path, folder: Path, *, masks: bool = False) -> FileCheck:
+
+def check_rows(name: str, file: Path, folder: Path, *, masks: bool = False, allow_loss: bool = False) -> FileCheck:
     """Everything about a file that can be said without looking at a picture, for a detector with `masks` or without.
 
     Raises UserError where it is no COCO file at all.
     """
-    check = FileCheck(name, file, folder, read_content(file))
-    _check_images(check)
-    _check_categories(check)
-    rows = _check_annotations(check)
-    _check_boxes(check, rows, masks=masks)
+    content = load_content(file)
+    rows = judge_rows(content)
+    check = FileCheck(name, file, folder, content, rows)
+    for index, (image_id, file_name) in enumerate(zip(rows.image_ids, rows.file_names, strict=True)):
+        if image_id is not None and file_name is not None:
+            check.image_of[image_id] = index
+    for index, (category_id, class_name) in enumerate(zip(rows.category_ids, rows.class_names, strict=True)):
+        if category_id is not None and class_name is not None and index not in rows.unused:
+            check.class_of[category_id] = class_name
+    if not rows.category_ids:
+        check.add("fault", "'categories' is empty: training stops")
+    for oddity in rows.faults:
+        check.add("fault", f"{_told(check, oddity)}: training stops", _FIXES.get((oddity.kind, oddity.cause)))
+        _repair_fault(check, oddity)
+    for oddity in rows.changes:
+        read_as = _READ_AS[oddity.cause]
+        reader = "training" if name == "train" else "evaluation"
+        check.add("warning", f"{_told(check, oddity)}: {reader} {read_as}", read_as)
+    try:
+        check.stated = stated_orientation(file.name, content)
+    except UserError as error:
+        text = str(error).removeprefix(f"{file.name}: ")
+        check.add("fault", f"{text}: training stops", "says what its images show")
+    accept_changes(check.repair, rows)
+    first_of = _check_names(check)
+    _check_boxes(check, first_of, masks=masks, allow_loss=allow_loss)
     return check
 
 
-def _check_images(check: FileCheck) -> None:
-    rows = check.content["images"]
-    nameless, twice, listed, unsized = [], [], [], []
-    seen: dict[str, Any] = {}
-    for index, row in enumerate(rows):
-        image_id, name = row.get("id"), row.get("file_name")
-        if not is_id(image_id) or not isinstance(name, str) or not name:
-            nameless.append(index)
-        elif image_id in check.image_of:
-            twice.append(index)
-        else:
-            check.image_of[image_id] = index
-            if name in seen:
-                listed.append((index, seen[name]))
-            seen.setdefault(name, image_id)
-            if not all(is_number(row.get(key)) and row[key] > 0 and row[key] == row[key] // 1 for key in _SIZE):
-                unsized.append(index)
-    check.repair.drop_images.update(nameless, twice)
-    if nameless:
-        text = f"{count(len(nameless), 'image')} without id or file_name (first: number {nameless[0] + 1} of the list): training stops"
-        check.add("fault", text, "leaves them out")
-    if twice:
-        ids = some([rows[index]["id"] for index in twice])
-        check.add(
-            "fault", f"{count(len(twice), 'image id')} given again ({ids}): training stops", "keeps the first of each"
-        )
-    if listed:
-        names = some([rows[index]["file_name"] for index, _ in listed])
+def accept_changes(repair: Repair, rows: JudgedRows) -> None:
+    """Let a copy of a file have the form in which training reads it."""
+    tables = {"image": repair.image_values, "annotation": repair.annotation_values, "category": repair.category_values}
+    for oddity in rows.changes:
+        for index, values in oddity.values.items():
+            tables[oddity.kind].setdefault(index, {}).update(values)
+    repair.drop_categories.update(rows.unused)
+
+
+def _told(check: FileCheck, oddity: Oddity) -> str:
+    """`3 annotations without ... (first ids: ...)`."""
+    if oddity.kind == "image":
+        rows = check.content["images"]
+        names = some([rows[index].get("file_name") or called(rows, index) for index in oddity.values])
+    else:
+        names = some(oddity.names) if oddity.cause == NO_ID else first_ids(oddity.names)
+    return f"{count(len(oddity.names), oddity.kind, 'categories' if oddity.kind == 'category' else None)} {oddity.cause} ({names})"
+
+
+def _repair_fault(check: FileCheck, oddity: Oddity) -> None:
+    match oddity.kind, oddity.cause:
+        case "image", cause if cause != NO_SIZE:
+            check.repair.drop_images |= dict.fromkeys(oddity.values, cause)
+        case "annotation", cause if cause in (NO_ID, TWICE):
+            free = max((one for one in check.rows.annotation_ids if isinstance(one, int)), default=0) + 1
+            taken = check.repair.annotation_values
+            free += sum("id" in values for values in taken.values())
+            for index in oddity.values:
+                check.repair.set_annotation(index, id=free)
+                free += 1
+        case "annotation", cause if cause == ODD_CROWD:
+            for index in oddity.values:
+                check.repair.set_annotation(index, iscrowd=0)
+        case "annotation", cause:
+            check.repair.drop_annotations |= dict.fromkeys(oddity.values, cause)
+
+
+def _check_names(check: FileCheck) -> dict[int, int]:
+    """Looks for images listed twice, and for copies of one photo; position of an image listed again -> of the first."""
+    places = list(check.image_of.values())
+    names = [str(check.rows.file_names[place]) for place in places]
+    ids = list(check.image_of)
+    again, copies = same_file(names), same_photo(names)
+    check.statistics["together"] = [[ids[one] for one in group] for group in (*again, *copies)]
+    first_of = {places[one]: places[group[0]] for group in again for one in group[1:]}
+    if again:
+        text = f"{count(len(again), 'picture')} listed more than once, under other ids ({some([names[group[0]] for group in again])})"
         check.add(
             "warning",
-            f"{count(len(listed), 'picture')} listed more than once, under other ids ({names}): each is trained on as "
-            "if the others' boxes were not there",
+            f"{text}: each is trained on as if the others' boxes were not there",
             "puts their boxes together under the first id",
         )
-        _merge_images(check, listed)
-    if unsized:
-        names = some([rows[index]["file_name"] for index in unsized])
+        check.repair.drop_images |= dict.fromkeys(first_of, "")
+        owners = check.rows.owners_N.tolist()
+        for index, owner in enumerate(owners):
+            if owner in first_of:
+                check.repair.set_annotation(index, image_id=check.rows.image_ids[first_of[owner]])
+    if copies:
+        shown = some([names[group[0]] for group in copies])
+        total = sum(map(len, copies))
         check.add(
-            "fault",
-            f"{count(len(unsized), 'image')} without a width and height ({names}): training stops",
-            "takes the pictures' sizes",
+            "note",
+            f"{count(total, 'picture')} that are augmented copies of {count(len(copies), 'photo')} by their names ({shown})",
         )
-        for index in unsized:
-            check.repair.image_values[index] = {}  # filled in from the picture
+    return first_of
 
 
-_SIZE = ("width", "height")
-
-
-def _merge_images(check: FileCheck, listed: list[tuple[int, Any]]) -> None:
-    first_of = {check.content["images"][index]["id"]: first for index, first in listed}
-    check.repair.drop_images.update(index for index, _ in listed)
-    for index, row in enumerate(check.content["annotations"]):
-        if is_id(row.get("image_id")) and row["image_id"] in first_of:
-            check.repair.set_annotation(index, image_id=first_of[row["image_id"]])
-
-
-def _check_categories(check: FileCheck) -> None:
-    rows = check.content["categories"]
-    names = [row.get("name") for row in rows]
-    ids = [row.get("id") for row in rows]
-    if not rows:
-        check.add("fault", "'categories' is empty: training stops")
-    for row in rows:
-        if not is_id(row.get("id")) or not isinstance(row.get("name"), str):
-            check.add("fault", f"category {row!r} without id or name: training stops")
-        else:
-            check.class_of.setdefault(row["id"], row["name"])
-    for what, values in (("id", ids), ("name", names)):
-        again = [value for value, times in Counter(map(repr, values)).items() if times > 1]
-        if again:
-            check.add("fault", f"{count(len(again), f'category {what}')} given twice ({some(again)}): training stops")
-
-
-def _check_annotations(check: FileCheck) -> list[int]:
-    """Positions of the annotations whose image, class and box can be read."""
-    rows = check.content["annotations"]
-    sound: list[int] = []
-    faults: dict[str, list[int]] = {kind: [] for kind in (*_WHAT, "id")}
-    seen: set[Any] = set()
-    numbers = [row["id"] for row in rows if isinstance(row.get("id"), int) and not isinstance(row["id"], bool)]
-    free = max(numbers, default=0) + 1
-    for index, row in enumerate(rows):
-        if not is_id(row.get("id")) or row["id"] in seen:
-            faults["id"].append(index)
-            check.repair.set_annotation(index, id=free)
-            free += 1
-        else:
-            seen.add(row["id"])
-        places = {key: _look_up(row.get(f"{key}_id"), known) for key, known in _known(check)}
-        for key, value in places.items():
-            if value is None:
-                faults[key].append(index)
-            elif value != row[f"{key}_id"]:
-                faults[f"{key} type"].append(index)
-                check.repair.set_annotation(index, **{f"{key}_id": value})
-        box = row.get("bbox")
-        readable = isinstance(box, list) and len(box) == 4 and all(is_number(value, MAX_COORDINATE) for value in box)
-        if not readable:
-            faults["box"].append(index)
-        elif None not in places.values():
-            sound.append(index)
-        if (row.get("iscrowd") or 0) not in (0, 1):
-            faults["crowd"].append(index)
-            check.repair.set_annotation(index, iscrowd=0)
-        if row.get("area") is not None and not is_number(row["area"]):
-            faults["area"].append(index)
-            check.repair.set_annotation(index, area=box[2] * box[3] if readable else None)
-    for kind, (what, fix) in _WHAT.items():
-        if faults[kind]:
-            ids = first_ids([rows[index].get("id") for index in faults[kind]])
-            check.add("fault", f"{count(len(faults[kind]), 'annotation')} {what} ({ids}): training stops", fix)
-    if faults["id"]:
-        ids = some([rows[index].get("id") for index in faults["id"]])
-        text = f"{count(len(faults['id']), 'annotation')} without an id of {'its' if len(faults['id']) == 1 else 'their'} own ({ids})"
-        check.add("fault", f"{text}: training stops", "gives new ids")
-    for kind in ("image", "category", "box"):
-        check.repair.drop_annotations.update(faults[kind])
-    return sound
-
-
-_WHAT = {
-    "image": ("of an image that is not in the file", "leaves them out"),
-    "category": ("of a category that is not in the file", "leaves them out"),
-    "image type": ("with an image_id that differs in type, number against text", "takes the type of the images"),
-    "category type": (
-        "with a category_id that differs in type, number against text",
-        "takes the type of the categories",
-    ),
-    "box": ("without a bbox of four finite numbers", "leaves them out"),
-    "crowd": ("with an iscrowd that is neither 0 nor 1", "takes 0"),
-    "area": ("with an area that is not a finite number", "takes width x height"),
-}
-
-
-def _known(check: FileCheck) -> Iterator[tuple[str, dict[Any, Any]]]:
-    yield "image", check.image_of
-    yield "category", check.class_of
-
-
-def _look_up(value: Any, known: dict[Any, Any]) -> Any:
-    """The id as the file has it, perhaps of the other type; None where it has none like it."""
-    if not is_id(value):
-        return None
-    if value in known:
-        return value
-    other: Any = str(value) if isinstance(value, int) else int(value) if value.isdecimal() else value
-    return other if other in known else None
-
-
-def _check_boxes(check: FileCheck, rows: list[int], *, masks: bool) -> None:
+def _check_boxes(check: FileCheck, first_of: dict[int, int], *, masks: bool, allow_loss: bool) -> None:
     """Judges boxes as training does, and counts and measures those that are left."""
-    annotations, images = check.content["annotations"], check.content["images"]
-    values = [{**annotations[index], **check.repair.annotation_values.get(index, {})} for index in rows]
-    owners = [check.image_of[row["image_id"]] for row in values]
-    unsized = set(check.repair.image_values)
-    boxes_N4 = np.array([row["bbox"] for row in values], dtype=np.float64).reshape(-1, 4)
-    sizes = [[np.inf, np.inf] if owner in unsized else [images[owner][key] for key in _SIZE] for owner in owners]
-    judged = judge_boxes(boxes_N4, np.array(sizes, dtype=np.float64).reshape(-1, 2))
-    crowd_N = np.array([bool(row.get("iscrowd")) for row in values], dtype=bool)
+    every, annotations = check.rows, check.content["annotations"]
+    named_I = np.array([name is not None for name in every.file_names], dtype=bool)
+    sound_N = (every.owners_N >= 0) & (every.labels_N >= 0) & ~np.isnan(every.boxes_N4).any(1)
+    sound_N[sound_N] &= named_I[every.owners_N[sound_N]]
+    rows = np.flatnonzero(sound_N)
+    owners_N, labels_N, crowd_N = every.owners_N[rows], every.labels_N[rows], every.crowd_N[rows]
+    sizes_N2 = every.sizes_I2[owners_N]
+    names = [
+        name or f"of category {called(check.content['categories'], i)}" for i, name in enumerate(every.class_names)
+    ]
+    judged = judge_boxes(every.boxes_N4[rows], sizes_N2)
+    ids = [annotations[row].get("id") for row in rows]
+    check.tally.keep("image", len(check.image_of))
+    tally_boxes(check.tally, judged, crowd_N, labels_N, names, [every.annotation_ids[row] for row in rows])
+    for noun, cause, number, first in changes_of(every):
+        check.tally.change(noun, cause, first, number)
     unusable_N = judged.degenerate_N | judged.outside_N
     clipped_N = (judged.clipped_N4 != judged.corners_N4).any(1) & ~unusable_N & ~crowd_N
-    ids = [row.get("id") for row in values]
 
     def report(mask_N: np.ndarray, level: Level, what: str, then: str, fix: str | None) -> None:
         places = np.flatnonzero(mask_N)
@@ -238,45 +261,80 @@ def _check_boxes(check: FileCheck, rows: list[int], *, masks: bool) -> None:
             ids_here = first_ids([ids[place] for place in places])
             check.add(level, f"{count(len(places), 'box')} {what} ({ids_here}): {then}", fix)
 
+    doubts = doubts_of(judged, crowd_N, sizes_N2)
+    for doubt in doubts:
+        check.add("warning", doubt)
     dropped = "training drops them" if check.name == "train" else "never found, so missed in every score"
-    report(judged.degenerate_N & ~crowd_N, "warning", "without width or height", dropped, "leaves them out")
-    report(judged.outside_N & ~crowd_N, "warning", "outside the image", dropped, "leaves them out")
-    report(clipped_N, "note", "reaching over the border", "training clips them", "clips them")
-    again_N = _duplicates(values, judged.corners_N4) & ~unusable_N & ~crowd_N
+    # Boxes of which it is not known what they are are left as they are.
+    leaves_out, clips = (None, None) if doubts else ("leaves them out", "clips them")
+    report(judged.degenerate_N & ~crowd_N, "warning", FLAT, dropped, leaves_out)
+    report(judged.outside_N & ~crowd_N, "warning", OUTSIDE, dropped, leaves_out)
+    report(clipped_N, "note", "reaching over the border", "training clips them", clips)
+    places_N = np.array([first_of.get(owner, owner) for owner in owners_N.tolist()], dtype=np.int64)
+    again_N = _duplicates(places_N, labels_N, crowd_N, judged.corners_N4) & ~unusable_N & ~crowd_N
     report(again_N, "warning", "given twice", "trained on twice, and one is missed in every score", "keeps one")
     usable_N = ~unusable_N & ~crowd_N
     sides_N2 = judged.clipped_N4[:, 2:] - judged.clipped_N4[:, :2]
     tiny_N = usable_N & (sides_N2.min(1, initial=np.inf) < TINY_SIDE)
     report(tiny_N, "note", f"with a side below {TINY_SIDE:g} pixels", "hardly to be found at any size", None)
-    report(crowd_N, "note", "marked iscrowd", "not trained on; neither found nor missed in scores", None)
-    shapes = [row.get("segmentation") for row in values]
+    crowded = _crowded(labels_N, crowd_N, names)
+    then = "not trained on; neither found nor missed in scores"
+    report(crowd_N, "warning" if crowded else "note", CROWD, f"{then}{crowded}", None)
+    shapes = [annotations[row].get("segmentation") for row in rows]
     if masks or any(shapes):  # files of boxes alone have none
         bad = [
-            owner not in unsized and not is_shape(shape, images[owner]["height"], images[owner]["width"])
-            for owner, shape in zip(owners, shapes, strict=True)
+            max(width, height) < np.inf and not is_shape(shape, int(height), int(width))
+            for (width, height), shape in zip(sizes_N2.tolist(), shapes, strict=True)
         ]
-        shapeless_N = usable_N & np.array(bad, dtype=bool)
+        # Every object of an evaluation set has its mask scored, crowds and odd boxes too.
+        looked_at_N = usable_N if check.name == "train" or not masks else np.ones(len(rows), dtype=bool)
+        shapeless_N = looked_at_N & np.array(bad, dtype=bool)
         then = "training a detector with masks stops" + ("" if masks else "; others do not look at it")
         report(shapeless_N, "fault" if masks else "warning", "without a usable segmentation", then, None)
-    for place in np.flatnonzero((unusable_N & ~crowd_N) | again_N):
-        check.repair.drop_annotations.add(rows[place])
-    for place in np.flatnonzero(clipped_N & ~again_N):
+    for mask_N, cause in ((judged.degenerate_N, FLAT), (judged.outside_N, OUTSIDE), (again_N, "")):
+        for place in np.flatnonzero(mask_N & ~crowd_N):
+            if not (doubts and cause):
+                check.repair.drop_annotations[int(rows[place])] = cause
+    for place in np.flatnonzero(clipped_N & ~again_N) if not doubts else ():
         left, top, right, bottom = (round(float(value), 3) for value in judged.clipped_N4[place])
         box = [left, top, round(right - left, 3), round(bottom - top, 3)]
         area = {} if annotations[rows[place]].get("segmentation") else {"area": box[2] * box[3]}
-        check.repair.set_annotation(rows[place], bbox=box, **area)
-    check.boxes_of.update(check.class_of[values[place]["category_id"]] for place in np.flatnonzero(usable_N))
+        check.repair.set_annotation(int(rows[place]), bbox=box, **area)
+    check.boxes_of.update(names[label] for label in labels_N[usable_N])
+    _tell_loss(check, allow_loss=allow_loss)
     unused = int((~usable_N).sum()) + len(annotations) - len(rows)
-    used_I = np.bincount(np.array(owners, dtype=np.int64)[usable_N], minlength=len(images))
-    _measure(check, used_I, sides_N2[usable_N], np.array(owners, dtype=np.int64)[usable_N], unused)
+    used_I = np.bincount(owners_N[usable_N], minlength=len(every.image_ids))
+    _measure(check, used_I, sides_N2[usable_N], owners_N[usable_N], unused)
 
 
-def _duplicates(rows: list[dict[str, Any]], corners_N4: np.ndarray) -> np.ndarray:
+def _tell_loss(check: FileCheck, *, allow_loss: bool) -> None:
+    """What training refuses a file for, whose rows it takes one by one."""
+    lost, objects = loss_of(check.tally), check.tally.kept("box")
+    if check.name == "train":
+        if lost:
+            allowed = allow_loss and objects
+            check.add(
+                "warning" if allowed else "fault", f"{lost}: training {'goes on with the rest' if allowed else 'stops'}"
+            )
+    elif not objects + check.tally.dropped("box", FLAT) + check.tally.dropped("box", OUTSIDE):
+        check.add("fault", "no object to be found: evaluation gives no score")
+
+
+def _crowded(labels_N: np.ndarray, crowd_N: np.ndarray, names: Sequence[str]) -> str:
+    """The end of a line on crowd regions: the classes of which they are a large share."""
+    total, crowds = Counter(labels_N.tolist()), Counter(labels_N[crowd_N].tolist())
+    shares = {names[label]: number / total[label] for label, number in crowds.items()}
+    many = [f"{100 * share:.0f} % of {name!r}" for name, share in shares.items() if share > MANY_CROWDS]
+    return f"; they are {some(many)}: meant as single objects?" if many else ""
+
+
+def _duplicates(owners_N: np.ndarray, labels_N: np.ndarray, crowd_N: np.ndarray, corners_N4: np.ndarray) -> np.ndarray:
     """Boxes of the same image and class at the same place, to a tenth of a pixel, but for the first of each."""
     seen: set[Any] = set()
-    again = np.zeros(len(rows), dtype=bool)
-    for index, (row, corners) in enumerate(zip(rows, corners_N4.round(1).tolist(), strict=True)):
-        key = (row["image_id"], row["category_id"], *corners, bool(row.get("iscrowd")))
+    again = np.zeros(len(owners_N), dtype=bool)
+    columns = (owners_N.tolist(), labels_N.tolist(), crowd_N.tolist(), corners_N4.round(1).tolist())
+    for index, (owner, label, crowd, corners) in enumerate(zip(*columns, strict=True)):
+        key = (owner, label, crowd, *corners)
         again[index] = key in seen
         seen.add(key)
     return again
@@ -284,15 +342,13 @@ def _duplicates(rows: list[dict[str, Any]], corners_N4: np.ndarray) -> np.ndarra
 
 def _measure(check: FileCheck, used_I: np.ndarray, sides_N2: np.ndarray, owners_N: np.ndarray, dropped: int) -> None:
     """The closing lines on a file, and the numbers that `FileCheck.statistics` hands on."""
-    rows = check.content["images"]
+    rows, sizes_I2 = check.content["images"], check.rows.sizes_I2
     empty = [index for index in check.image_of.values() if not used_I[index]]
     if empty:
         shown = some([str(rows[index]["file_name"]) for index in empty])
         text = f"{count(len(empty), 'image')} without objects ({shown})"
         then = ": trained on as such; data.keep_empty: false leaves them out" if check.name == "train" else ""
         check.add("note", f"{text}{then}")
-    if not check.boxes_of:
-        check.add("fault", "no box that can be trained on")
     names = list(dict.fromkeys(check.class_of.values()))
     none = [name for name in names if not check.boxes_of[name]]
     few = [f"{name} {check.boxes_of[name]}" for name in names if 0 < check.boxes_of[name] < FEW]
@@ -303,16 +359,14 @@ def _measure(check: FileCheck, used_I: np.ndarray, sides_N2: np.ndarray, owners_
         )
     if few:
         check.add("note", f"{count(len(few), 'class')} with fewer than {FEW} boxes ({some(few)})")
-    short = {
-        index: min(rows[index][key] for key in _SIZE) for index in check.image_of.values() if _is_sized(rows[index])
-    }
-    long = {index: max(rows[index][key] for key in _SIZE) for index in short}
+    sized = [index for index in check.image_of.values() if np.isfinite(sizes_I2[index]).all()]
+    short, long = ({index: float(pick(sizes_I2[index])) for index in sized} for pick in (np.min, np.max))
     relative = [
         float(side) / short[owner]
         for side, owner in zip(np.sqrt(sides_N2.prod(1)), owners_N.tolist(), strict=True)
         if owner in short
     ]
-    check.statistics = {
+    check.statistics |= {
         "images": len(check.image_of),
         "boxes": len(sides_N2),
         "dropped": dropped,
@@ -324,7 +378,3 @@ def _measure(check: FileCheck, used_I: np.ndarray, sides_N2: np.ndarray, owners_
         else None,
         "most_boxes": int(used_I.max(initial=0)),
     }
-
-
-def _is_sized(row: dict[str, Any]) -> bool:
-    return all(is_number(row.get(key)) and row[key] > 0 for key in _SIZE)

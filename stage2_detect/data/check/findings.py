@@ -1,18 +1,14 @@
 """What a check of a COCO file finds, and what a cleaned copy of it does about that.
 
-Training is stricter than most tools: it refuses a file whose ids do not fit, and drops boxes of which nothing can be learnt (`coco.py`). A check
-reads the same file leniently, so that one look shows every fault, not the first. Three levels: a note is a fact; a warning is something that
-training or evaluation handles, by leaving something out; a fault ends a run, or makes its scores worthless.
+Training stops at the first fault of a file (`coco_rows.py`), and drops boxes of which nothing can be learnt (`coco.py`). A check shows all that the
+same judgement finds. Three levels: a note is a fact; a warning is something that training or evaluation handles, by reading it in another form or
+leaving it out; a fault ends a run, or makes its scores worthless.
 """
 
-import json
-import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from ssld.shared.errors import UserError
 from ssld.shared.wording import some
 from ssld.stage2_detect.data.coco_json import Convention, with_orientation
 
@@ -32,10 +28,13 @@ class Finding:
 
 @dataclass
 class Repair:
-    """What a cleaned copy of a file changes; rows are told by their position in the file."""
+    """What a cleaned copy of a file changes; rows are told by their position in the file.
 
-    drop_images: set[int] = field(default_factory=set)
-    drop_annotations: set[int] = field(default_factory=set)
+    What goes has a cause, as a tally counts it; an empty one is no loss, since the same is there a second time.
+    """
+
+    drop_images: dict[int, str] = field(default_factory=dict)
+    drop_annotations: dict[int, str] = field(default_factory=dict)
     drop_categories: set[int] = field(default_factory=set)
     image_values: dict[int, dict[str, Any]] = field(default_factory=dict)
     annotation_values: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -57,33 +56,8 @@ class Repair:
         return {**content, "images": images, "annotations": annotations, "categories": categories}
 
 
-def _rows(rows: list[dict[str, Any]], values: dict[int, dict[str, Any]], drop: set[int]) -> list[dict[str, Any]]:
+def _rows(rows: list[dict[str, Any]], values: dict[int, dict[str, Any]], drop: Container[int]) -> list[dict[str, Any]]:
     return [{**row, **values.get(index, {})} for index, row in enumerate(rows) if index not in drop]
-
-
-def read_content(file: Path) -> dict[str, Any]:
-    """The three lists of a COCO file, whatever is in them. Raises UserError where it is no such file at all."""
-    try:
-        content = json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON: {error}") from None
-    for key in ("images", "annotations", "categories"):
-        rows = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise UserError(f"{file}: not a COCO data set: it has no list of objects {key!r}")
-    return dict(content)
-
-
-def is_id(value: Any) -> bool:
-    """Whether training takes a value as an id."""
-    return isinstance(value, int | str) and not isinstance(value, bool)
-
-
-def is_number(value: Any, largest: float = math.inf) -> bool:
-    """Whether a value is a finite number, not above `largest` in size."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < largest
 
 
 def first_ids(ids: Sequence[Any]) -> str:

@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ssld.shared.errors import UserError
 from ssld.shared.files import IMAGE_SUFFIXES
 from ssld.shared.images import ImageHeader, UnreadableImage, image_header, open_image
 from ssld.shared.machine import cores
 from ssld.shared.wording import count, some
 from ssld.stage2_detect.data.check.annotations import FileCheck
-from ssld.stage2_detect.data.coco_json import stated_orientation
+from ssld.stage2_detect.data.image_names import hint, missing_names
 from ssld.stage2_detect.data.orientation import fit_of, is_upright, orientation_of
 
 LOOK_ALIKE_BITS = 3
@@ -38,18 +37,21 @@ def check_images(check: FileCheck, *, quick: bool = False) -> dict[int, Seen]:
     """Looks at all pictures of a file, or with `quick` only whether they are there; {position of the image: what was seen}."""
     rows = check.content["images"]
     places = {index: check.folder / rows[index]["file_name"] for index in check.image_of.values()}
-    missing = [index for index, path in places.items() if not path.is_file()]
+    listed = list(places)
+    missing = [listed[one] for one in missing_names(check.folder, (rows[index]["file_name"] for index in listed))]
     if missing:
         names = some([rows[index]["file_name"] for index in missing])
-        if len(missing) < len(places):
+        fitting = hint(check.folder, [rows[index]["file_name"] for index in missing])
+        if len(missing) == len(places):
+            text = f"none of its {count(len(places), 'picture')} is in {check.folder} ({names})"
+            check.add("fault", f"{text}{fitting or ': is that their folder?'}")
+        else:
             text = (
                 f"{count(len(missing), 'picture')} of {len(places):,} not in {check.folder} ({names}): training stops"
             )
-            check.add("fault", text, "leaves them out")
-            check.repair.drop_images.update(missing)
-        else:
-            text = f"none of its {count(len(places), 'picture')} is in {check.folder} ({names}): is that their folder?"
-            check.add("fault", text)
+            check.add("fault", f"{text}{fitting}", None if fitting else "leaves them out")
+            if not fitting:
+                check.repair.drop_images |= dict.fromkeys(missing, "not in the folder")
     present = [index for index in places if index not in set(missing)]
     if quick:
         return {}
@@ -129,28 +131,22 @@ def _check_unreadable(check: FileCheck, reasons: dict[int, str], total: int) -> 
         f"{count(len(reasons), 'picture')} of {total:,} cannot be read ({some([rows[i]['file_name'] for i in reasons])}; {reason}): {then}",
         "leaves them out",
     )
-    check.repair.drop_images.update(reasons)
+    check.repair.drop_images |= dict.fromkeys(reasons, "not readable")
 
 
 def _check_sizes(check: FileCheck, seen: dict[int, Seen]) -> None:
     """Whether the images have the sizes that the file says, upright or as stored, and which of the two it means."""
     rows = check.content["images"]
-    try:
-        stated = stated_orientation(check.file.name, check.content)
-    except UserError as error:
-        check.add(
-            "fault", f"{str(error).removeprefix(f'{check.file.name}: ')}: training stops", "says what its images show"
-        )
-        stated = None
-    sized = {index: look for index, look in seen.items() if index not in check.repair.image_values}
-    fits = {index: fit_of(look.header, rows[index]["width"], rows[index]["height"]) for index, look in sized.items()}
-    orientation = orientation_of(fits.values(), stated)
+    sizes_I2 = check.rows.sizes_I2
+    sized = {index: look for index, look in seen.items() if np.isfinite(sizes_I2[index]).all()}
+    fits = {index: fit_of(look.header, *map(int, sizes_I2[index])) for index, look in sized.items()}
+    orientation = orientation_of(fits.values(), check.stated)
     for index in seen.keys() - sized.keys():  # the file does not say
         header = seen[index].header
         high, wide = (
             header.upright_size if is_upright("both", orientation.convention) else (header.height, header.width)
         )
-        check.repair.image_values[index] = {"width": wide, "height": high}
+        check.repair.image_values.setdefault(index, {}).update(width=wide, height=high)
     wrong = [index for index, fit in fits.items() if fit == "neither"]
     if wrong:
         row, (high, wide) = rows[wrong[0]], seen[wrong[0]].header.upright_size
@@ -160,7 +156,7 @@ def _check_sizes(check: FileCheck, seen: dict[int, Seen]) -> None:
             f"{row['width']} x {row['height']}): training stops",
             "leaves them out: nobody knows which size the boxes are for",
         )
-        check.repair.drop_images.update(wrong)
+        check.repair.drop_images |= dict.fromkeys(wrong, "not of the size that the file says")
     check.statistics["orientation"] = orientation.record()
     if text := orientation.describe():
         doubtful = orientation.contradictory or orientation.guessed
@@ -175,7 +171,7 @@ def _check_copies(check: FileCheck, seen: dict[int, Seen]) -> None:
         groups[look.digest].append(index)
     names = {index: rows[index]["file_name"] for index in seen}
     copies = [group for group in groups.values() if len({names[index] for index in group}) > 1]
-    check.statistics["copies"] = [[rows[index]["id"] for index in group] for group in copies]
+    check.statistics["together"] += [[check.rows.image_ids[index] for index in group] for group in copies]
     if copies:
         pairs = some([" = ".join(names[index] for index in group[:3]) for group in copies], 2)
         check.add(

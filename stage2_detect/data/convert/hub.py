@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ssld.shared.errors import UserError
-from ssld.stage2_detect.data.coco import is_shape
 from ssld.stage2_detect.data.convert.records import (
     Corners,
     Found,
@@ -31,6 +30,7 @@ from ssld.stage2_detect.data.convert.records import (
     read_class_list,
     size_of_bytes,
 )
+from ssld.stage2_detect.data.segmentations import is_shape
 
 BoxFormat = Literal["xywh", "xyxy", "xyxy_relative", "cxcywh_relative"]
 HUB = "hub:"

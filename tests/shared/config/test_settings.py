@@ -88,6 +88,12 @@ def test_environment_is_not_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("output: o\ngroup: {rte: 3}\n", (), "FILE: group.rte: unknown key; did you mean 'rate'?"),
         ("output: o\nmaybe: {rte: 3}\n", (), "FILE: maybe.rte: unknown key; did you mean 'rate'?"),
         ("output: o\nitems: [{path: a, pth: b}]\n", (), "FILE: items.0.pth: unknown key; did you mean 'path'?"),
+        (
+            "output: o\ngroup.rate: 3\n",
+            (),
+            "FILE: group.rate: unknown key; in a YAML file groups are nested: group: {rate: 3}",
+        ),
+        ("output: o\nzebra.rate: 3\n", (), "FILE: zebra.rate: unknown key; known: group, items, kind, maybe"),
         ("output: o\nzebra: 3\n", (), "FILE: zebra: unknown key; known: group, items, kind, maybe, output, steps,"),
         ("steps: 3\n", (), "FILE: output: missing; give it in the YAML file or as --output"),
         ("output: o\ngroup: {rate: 0}\n", (), "FILE: group.rate: has to be above 0 (given: 0)"),

@@ -23,7 +23,7 @@ CONTENT: dict[str, Any] = {
     "images": [
         {"id": "a", "file_name": "a.png", "width": 64, "height": 48},
         {"id": 2, "file_name": "ü.png", "width": 30, "height": 20},
-        {"id": 3, "file_name": "c.png", "width": 30, "height": 20},
+        {"id": 3.0, "file_name": "c.png", "width": 30, "height": 20},
     ],
     "annotations": [
         {"id": 9, "image_id": 2, "category_id": 5, "bbox": [1, 2, 3.25, 4], "segmentation": [[1, 2, 4, 2, 4, 6.5]]},
@@ -62,7 +62,7 @@ def content_of(data: CocoData) -> Any:
         facts = (record.image_id, record.path, record.width, record.height, record.annotation_ids)
         shapes = None if record.segmentations is None else list(record.segmentations)
         rows.append((*facts, [(array.dtype.str, array.tolist()) for array in arrays], shapes))
-    return data.class_names, data.category_ids, data.counts, data.odd_boxes, rows
+    return data.class_names, data.category_ids, data.counts, data.tally.record(), rows
 
 
 def entries(folder: Path) -> list[Path]:

@@ -29,10 +29,11 @@ def found(data: CocoData, *, right: bool) -> dict[Any, Detections]:
     }
 
 
-def check_of(data: CocoData, teacher_ap: float, images: int) -> TeacherCheck:
+def check_of(data: CocoData, teacher_ap: float | None, images: int) -> TeacherCheck:
     config = DistillConfig(teacher="teacher.safetensors", check_images=images)
     check = TeacherCheck(FrozenDetector.__new__(FrozenDetector), data, Sizing(64, 64), config)
     check.__dict__["_ap"] = teacher_ap
+    check._teacher.__dict__["facts"] = {"file": "t"}
     return check
 
 
@@ -52,3 +53,9 @@ def test_only_the_images_that_the_teacher_saw_count(data: CocoData) -> None:
     mixed = found(data, right=False) | {data.images[0].image_id: found(data, right=True)[data.images[0].image_id]}
     assert check_of(data, 0.999, 1).beside(mixed)
     assert check_of(data, 0.999, len(data.images)).beside(mixed) is None
+
+
+def test_images_without_objects_check_no_teacher(data: CocoData) -> None:
+    check = check_of(data, None, 2)
+    assert check.before_training() == f"teacher t: not checked: no object to be found on 2 images of {data.file}"
+    assert check.beside(found(data, right=True)) is None

@@ -247,6 +247,22 @@ def test_curves_are_those_of_coco(tmp_path: Path, seed: int) -> None:
     assert np.mean(means) == pytest.approx(coco_ap(data, found)["AP50"])
 
 
+def test_curves_look_at_a_hundred_detections_of_a_class_as_coco_does(tmp_path: Path) -> None:
+    """120 objects in an image, of which the detector finds every second one first, and another class that takes no place of them."""
+    places = [[20.0 * (n % 10), 16.0 * (n // 10), 9.0, 9.0] for n in range(120)]
+    objects: list[Any] = [*((1, 0, box, 0) for box in places), (1, 1, places[0], 0), (2, 0, places[3], 0)]
+    data = truth(tmp_path, objects, [1, 2], 2)
+    rows = [(0, places[n] if n % 2 else [190.0, 190.0, 3.0, 3.0], 1 - n / 1000) for n in range(120)]
+    found: dict[Id, Detections] = {1: said([*rows, (1, places[0], 0.99)]), 2: said([(0, places[3], 0.5)])}
+    precision_TRKAM, _ = pycocotools_tables(data, found)
+    one = analyse(data, found, score_threshold=0.5)
+    for label in range(2):
+        mine = curve(one, label)
+        assert mine is not None
+        np.testing.assert_allclose(mine.precision_R, precision_TRKAM[0, :, label, 0, 2], atol=1e-12)
+    assert counts(one)["right"].tolist() == [61, 1]  # the counts look at all of them
+
+
 def test_best_f1_is_the_best_of_all_thresholds(tmp_path: Path) -> None:
     data, found = random_set(tmp_path, 3)
     for label in range(4):

@@ -1,0 +1,449 @@
+"""The rows of a COCO file, judged: what can be used, in which form, and what cannot be. Training, evaluation and the data check share this judgement.
+
+A value that has one right reading is read so, and counted as changed: 1.0 for an id of 1, the box of a polygon for a missing bbox. A value that has
+none is a fault, with which training stops. Nothing is dropped here. Format: https://cocodataset.org/#format-data.
+
+Legend: I images, N annotations.
+"""
+
+import json
+import math
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Literal
+
+import numpy as np
+
+from ssld.stage2_detect.data.segmentations import shape_box
+
+Id = int | str
+Kind = Literal["image", "annotation", "category"]
+MAX_COORDINATE = 1e9
+MAX_AREA = MAX_COORDINATE**2
+NOUNS: Mapping[Kind, str] = {"image": "image", "annotation": "box", "category": "class"}
+"""what a tally calls the rows"""
+
+# Causes of faults; they complete "3 annotations ...".
+NO_ID = "without an id"
+TWICE = "with an id that is given before"
+NO_NAME = "without a name"
+SAME_NAME = "with the name of another one"
+NO_FILE = "without a file_name"
+NO_SIZE = "without a width and height"
+NO_IMAGE = "of an image that is not in the file"
+NO_CATEGORY = "of a category that is not in the file"
+NO_BOX = "without a bbox of four finite numbers"
+ODD_CROWD = "with an iscrowd that is neither 0 nor 1"
+# Causes of changes.
+WHOLE_ID = "with an id like 1.0 for 1"
+IMAGE_TYPE = "with an image_id that differs in type, number against text"
+CATEGORY_TYPE = "with a category_id that differs in type, number against text"
+ODD_NAME = "with control characters in the name"
+UNUSED = "with the name of another one, but not used"
+WHOLE_SIZE = "with a size like 640.0 for 640"
+TEXT = "with numbers written as text"
+NESTED = "with a list inside the bbox"
+SHAPE_BOX = "with a segmentation, but without a bbox"
+EMPTY_CROWD = "with an iscrowd of NaN"
+ODD_AREA = "with an area that is no number above 0"
+
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_CONTROL = frozenset({"Cc", "Cs", "Zl", "Zp"})
+_BYTE_ORDER_MARK = "\ufeff"
+
+
+@dataclass
+class Oddity:
+    """Rows of one kind that share a cause.
+
+    Attributes:
+        kind: of the rows.
+        cause: completes "3 annotations ...".
+        sentence: the whole of it about the first of them.
+        values: position of a row -> what is read in place of the file's values; empty where there is no one answer.
+        names: of the rows: their ids, or numbers in the list.
+    """
+
+    kind: Kind
+    cause: str
+    sentence: str
+    values: dict[int, dict[str, Any]] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class JudgedRows:
+    """What can be read of a file, in file order; what cannot is None, NaN or -1, and there is a fault about it.
+
+    Attributes:
+        faults, changes: in the order of the judgement.
+        category_ids, class_names, image_ids, file_names, annotation_ids: of each row; the second of two equal ids is None.
+        unused: positions of categories that are left out.
+        sizes_I2: float64, width and height; infinite where there are none.
+        owners_N, labels_N: int64, positions of image and category.
+        boxes_N4: float64 xywh.
+        crowd_N: bool.
+        areas_N: float64; width x height where the file has none that could be an area.
+    """
+
+    faults: list[Oddity]
+    changes: list[Oddity]
+    category_ids: list[Id | None]
+    class_names: list[str | None]
+    unused: set[int]
+    image_ids: list[Id | None]
+    file_names: list[str | None]
+    sizes_I2: np.ndarray
+    annotation_ids: list[Id | None]
+    owners_N: np.ndarray
+    labels_N: np.ndarray
+    boxes_N4: np.ndarray
+    crowd_N: np.ndarray
+    areas_N: np.ndarray
+
+
+def judge_rows(content: Mapping[str, list[dict[str, Any]]]) -> JudgedRows:
+    """Judges the three lists of a file, whatever is in them."""
+    images, annotations, categories = (content[key] for key in ("images", "annotations", "categories"))
+    notes = _Notes()
+    category_ids = _ids(notes, "category", categories)
+    class_names = _class_names(notes, categories)
+    image_ids = _ids(notes, "image", images)
+    sizes_I2 = _sizes(notes, images)
+    file_names = _file_names(notes, images)
+    annotation_ids = _ids(notes, "annotation", annotations)
+    owners_N = _look_up(notes, annotations, "image", image_ids, NO_IMAGE, IMAGE_TYPE)
+    labels_N = _look_up(notes, annotations, "category", category_ids, NO_CATEGORY, CATEGORY_TYPE)
+    unused = _unused(notes, categories, class_names, set(labels_N.tolist()))
+    boxes_N4 = _boxes(notes, annotations, owners_N, sizes_I2)
+    crowd_N = _crowd_flags(notes, annotations)
+    areas_N = _areas(notes, annotations, boxes_N4)
+    return JudgedRows(
+        faults=list(notes.faults.values()),
+        changes=list(notes.changes.values()),
+        category_ids=category_ids,
+        class_names=class_names,
+        unused=unused,
+        image_ids=image_ids,
+        file_names=file_names,
+        sizes_I2=sizes_I2,
+        annotation_ids=annotation_ids,
+        owners_N=owners_N,
+        labels_N=labels_N,
+        boxes_N4=boxes_N4,
+        crowd_N=crowd_N,
+        areas_N=areas_N,
+    )
+
+
+def changes_of(rows: JudgedRows) -> list[tuple[str, str, int, str]]:
+    """(noun, cause, how many, the first) of each change, as a tally counts them."""
+    return [(NOUNS[one.kind], one.cause, len(one.names), f"{one.kind} {one.names[0]}") for one in rows.changes]
+
+
+def clean_name(name: str) -> str:
+    """A name on one line: control characters, line breaks and halves of characters become single spaces, and go at both ends."""
+    if name.isprintable():
+        return name
+    odd = [letter == _BYTE_ORDER_MARK or unicodedata.category(letter) in _CONTROL for letter in name]
+    if not any(odd):
+        return name
+    return " ".join("".join(" " if bad else letter for letter, bad in zip(name, odd, strict=True)).split())
+
+
+def is_id(value: Any) -> bool:
+    """Whether a value is a number or a text that can be an id."""
+    return isinstance(value, int | str) and not isinstance(value, bool)
+
+
+class _Notes:
+    """Faults and changes by kind of row and cause."""
+
+    def __init__(self) -> None:
+        self.faults: dict[tuple[Kind, str], Oddity] = {}
+        self.changes: dict[tuple[Kind, str], Oddity] = {}
+
+    def fault(self, kind: Kind, rows: Sequence[dict[str, Any]], index: int, cause: str, what: str) -> None:
+        """`what` completes "annotation 7 ..."."""
+        self._add(self.faults, kind, rows, index, cause, what)
+
+    def change(
+        self, kind: Kind, rows: Sequence[dict[str, Any]], index: int, cause: str, values: dict[str, Any]
+    ) -> None:
+        self._add(self.changes, kind, rows, index, cause, cause).values.setdefault(index, {}).update(values)
+
+    def _add(
+        self, table: dict[Any, Oddity], kind: Kind, rows: Sequence[dict[str, Any]], index: int, cause: str, what: str
+    ) -> Oddity:
+        name = called(rows, index)
+        if (kind, cause) not in table:
+            table[kind, cause] = Oddity(kind, cause, f"{kind} {name} {what}")
+        oddity = table[kind, cause]
+        if index not in oddity.values:  # a row may have two odd values
+            oddity.values[index] = {}
+            oddity.names.append(name)
+        return oddity
+
+
+def called(rows: Sequence[dict[str, Any]], index: int) -> str:
+    """What a row is called in a message."""
+    row_id = rows[index].get("id")
+    return repr(row_id) if _id(row_id) is not None else f"number {index + 1}"
+
+
+def _id(value: Any) -> Id | None:
+    """The id that a value stands for."""
+    if is_id(value):
+        return value
+    return int(value) if isinstance(value, float) and value.is_integer() else None
+
+
+def _number(value: Any) -> float | None:
+    """The finite number that a value is, or that it is the text of."""
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if abs(value) < math.inf else None
+
+
+def _ids(notes: _Notes, kind: Kind, rows: list[dict[str, Any]]) -> list[Id | None]:
+    values = [row.get("id") for row in rows]
+    if not set(map(type, values)) <= {int, str}:
+        for index, value in enumerate(values):
+            values[index] = exact = _id(value)
+            if exact is None:
+                what = "has no id" if value is None else f"has id {value!r}, not an integer or a string"
+                notes.fault(kind, rows, index, NO_ID, what)
+            elif exact is not value:
+                notes.change(kind, rows, index, WHOLE_ID, {"id": exact})
+    if len(set(values)) < len(values):
+        seen: set[Id | None] = set()
+        for index, value in enumerate(values):
+            if value is not None and value in seen:
+                notes.fault(kind, rows, index, TWICE, "has an id that occurs more than once")
+                values[index] = None
+            seen.add(value)
+    return values
+
+
+def _class_names(notes: _Notes, rows: list[dict[str, Any]]) -> list[str | None]:
+    names: list[str | None] = []
+    for index, row in enumerate(rows):
+        given = row.get("name")
+        name = clean_name(given) if isinstance(given, str) else ""
+        names.append(name or None)
+        if not name:
+            notes.fault("category", rows, index, NO_NAME, "has no name")
+        elif name != given:
+            notes.change("category", rows, index, ODD_NAME, {"name": name})
+    return names
+
+
+def _unused(notes: _Notes, rows: list[dict[str, Any]], names: Sequence[str | None], used: set[int]) -> set[int]:
+    """Of categories of one name the one that annotations use is read; that none does, or several do, is told apart."""
+    places = defaultdict(list)
+    for index, name in enumerate(names):
+        if name is not None:
+            places[name].append(index)
+    unused: set[int] = set()
+    for name, here in places.items():
+        kept = [index for index in here if index in used] or here[:1]
+        for index in kept[1:]:
+            notes.fault(
+                "category", rows, index, SAME_NAME, f"has the name of another: two categories are called {name!r}"
+            )
+        for index in here:
+            if index not in kept:
+                notes.change("category", rows, index, UNUSED, {})
+                unused.add(index)
+    return unused
+
+
+def _sizes(notes: _Notes, rows: list[dict[str, Any]]) -> np.ndarray:
+    columns = []
+    for key in ("width", "height"):
+        values = [row.get(key) for row in rows]
+        if not set(map(type, values)) <= {int} or not all(0 < value < MAX_COORDINATE for value in values):  # type: ignore[operator]
+            values = [_size(notes, rows, index, key, value) for index, value in enumerate(values)]
+        columns.append(values)
+    return np.array(columns, dtype=np.float64).T.reshape(len(rows), 2)
+
+
+def _size(notes: _Notes, rows: list[dict[str, Any]], index: int, key: str, value: Any) -> float:
+    number = _number(value)
+    if number is None or not 0 < number < MAX_COORDINATE or number != number // 1:
+        what = f"has no {key}" if value is None else f"has {key} {value!r}, not a positive integer"
+        notes.fault("image", rows, index, NO_SIZE, what)
+        return math.inf
+    if type(value) is not int:
+        notes.change("image", rows, index, TEXT if isinstance(value, str) else WHOLE_SIZE, {key: int(number)})
+    return number
+
+
+def _file_names(notes: _Notes, rows: list[dict[str, Any]]) -> list[str | None]:
+    names: list[str | None] = []
+    for index, row in enumerate(rows):
+        name = row.get("file_name")
+        names.append(name if isinstance(name, str) and name else None)
+        if names[-1] is None:
+            notes.fault("image", rows, index, NO_FILE, "has no file_name")
+    return names
+
+
+def _look_up(
+    notes: _Notes,
+    rows: list[dict[str, Any]],
+    what: Literal["image", "category"],
+    ids: Sequence[Id | None],
+    missing: str,
+    other_type: str,
+) -> np.ndarray:
+    key = f"{what}_id"
+    known = {one: index for index, one in enumerate(ids) if one is not None}
+    values = [row.get(key) for row in rows]
+    if set(map(type, values)) <= {int, str}:
+        found = [known.get(value, -1) for value in values]  # type: ignore[arg-type]
+        if -1 not in found:
+            return np.array(found, dtype=np.int64)
+    found = [-1] * len(rows)
+    for index, value in enumerate(values):
+        exact = _id(value)
+        if exact is None:
+            told = f"has no {key}" if value is None else f"has {key} {value!r}, not an integer or a string"
+            notes.fault("annotation", rows, index, missing, told)
+        elif exact in known:
+            found[index] = known[exact]
+            if exact is not value:
+                notes.change("annotation", rows, index, WHOLE_ID, {key: exact})
+        elif (other := _other_type(exact)) in known:
+            found[index] = known[other]
+            notes.change("annotation", rows, index, other_type, {key: other})
+        else:
+            notes.fault("annotation", rows, index, missing, f"has {key} {value!r}, which is no {what} of the file")
+    return np.array(found, dtype=np.int64)
+
+
+def _other_type(value: Id) -> Id:
+    """A number as text, and the text of a number as the number: "7" and "7.0", but not "007", which may be a name."""
+    if isinstance(value, int):
+        return str(value)
+    whole = re.sub(r"\.0+$", "", value)
+    return int(whole) if re.fullmatch(r"0|-?[1-9]\d{0,18}", whole, re.ASCII) else value
+
+
+def _boxes(notes: _Notes, rows: list[dict[str, Any]], owners_N: np.ndarray, sizes_I2: np.ndarray) -> np.ndarray:
+    boxes: list[Any] = [row.get("bbox") for row in rows]
+    fours = all(type(box) is list and len(box) == 4 for box in boxes)
+    if fours and set(map(type, chain.from_iterable(boxes))) <= {int, float}:
+        table = np.array(boxes).reshape(len(rows), 4)
+        if table.dtype.kind in "iuf" and (np.abs(table) < MAX_COORDINATE).all():
+            return table.astype(np.float64)
+    table = np.full((len(rows), 4), np.nan)
+    for index, row in enumerate(rows):
+        owner = int(owners_N[index])
+        width, height = sizes_I2[owner] if owner >= 0 else (math.inf, math.inf)
+        box, cause = _box(row, width, height)
+        if box is None:
+            what = f"has bbox {_short(row.get('bbox'))}, expected four finite numbers [x, y, width, height]"
+            notes.fault("annotation", rows, index, NO_BOX, what)
+            continue
+        table[index] = box
+        if cause:
+            notes.change("annotation", rows, index, cause, {"bbox": box})
+    return table
+
+
+def _box(row: dict[str, Any], width: float, height: float) -> tuple[list[float] | None, str]:
+    """(x, y, width, height of an object, or None where they cannot be known; what is odd about the way they are given)."""
+    given = row.get("bbox")
+    if _is_missing(given):
+        rows_columns = (int(height), int(width)) if max(height, width) < math.inf else (-1, -1)
+        return _bounded(shape_box(row.get("segmentation"), *rows_columns)), SHAPE_BOX
+    cause = ""
+    if isinstance(given, str):
+        try:
+            given, cause = json.loads(given), TEXT
+        except (ValueError, RecursionError):
+            return None, ""
+    if isinstance(given, list) and len(given) == 1 and isinstance(given[0], list):
+        given, cause = given[0], NESTED
+    elif isinstance(given, list) and len(given) == 2 and all(isinstance(pair, list) for pair in given):
+        # Two pairs could as well be two corners, unless the area says which.
+        given, cause = [*given[0], *given[1]], NESTED
+        sides = [number for value in given[2:] if (number := _number(value)) is not None]
+        area = _number(row.get("area"))
+        if area is None or len(sides) != 2 or abs(math.prod(sides) - area) > 1:
+            return None, ""
+    if not isinstance(given, list) or len(given) != 4:
+        return None, ""
+    numbers = [_number(value) for value in given]
+    if any(isinstance(value, str) for value in given):
+        cause = TEXT
+    return _bounded(numbers), cause
+
+
+def _bounded(numbers: Sequence[float | None] | None) -> list[float] | None:
+    if numbers is None:
+        return None
+    known = [value for value in numbers if value is not None and abs(value) < MAX_COORDINATE]
+    return known if len(known) == 4 else None
+
+
+def _is_missing(box: Any) -> bool:
+    """Whether nothing is given as a bbox: nothing, an empty list, or what tables write into empty cells."""
+    if isinstance(box, list):
+        return all(value is None or value != value for value in box)
+    return box is None or box == "" or box != box
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _crowd_flags(notes: _Notes, rows: list[dict[str, Any]]) -> np.ndarray:
+    flags = [row.get("iscrowd") or 0 for row in rows]
+    if not set(map(type, flags)) <= {int, bool} or not set(flags) <= {0, 1}:
+        for index, flag in enumerate(flags):
+            number = _number(flag) if not isinstance(flag, bool) else int(flag)
+            if flag != flag:  # what tables write into empty cells
+                notes.change("annotation", rows, index, EMPTY_CROWD, {"iscrowd": 0})
+            elif number not in (0, 1):
+                notes.fault("annotation", rows, index, ODD_CROWD, f"has iscrowd {_short(flag)}, expected 0 or 1")
+            elif isinstance(flag, str):
+                notes.change("annotation", rows, index, TEXT, {"iscrowd": int(number)})
+            flags[index] = number == 1
+    return np.array(flags, dtype=bool)
+
+
+def _areas(notes: _Notes, rows: list[dict[str, Any]], boxes_N4: np.ndarray) -> np.ndarray:
+    filled_N = boxes_N4[:, 2] * boxes_N4[:, 3]
+    values = [row.get("area") for row in rows]
+    numbers: list[float | None] = list(values)
+    if not set(map(type, values)) <= {int, float, type(None)} or any(
+        type(value) is int and abs(value) > MAX_AREA for value in values
+    ):
+        numbers = [_number(value) for value in values]
+        numbers = [None if number is None or abs(number) > MAX_AREA else number for number in numbers]
+        for index, number in enumerate(numbers):
+            if number is not None and isinstance(values[index], str):
+                notes.change("annotation", rows, index, TEXT, {"area": number})
+    areas_N = np.array(numbers, dtype=np.float64)  # None becomes NaN
+    odd_N = ~((areas_N > 0) & np.isfinite(areas_N))
+    areas_N[~np.isfinite(areas_N)] = np.nan
+    for index in np.flatnonzero(odd_N).tolist():
+        # An object without width or height has no area either: nothing is odd about that.
+        if values[index] is not None and (filled_N[index] > 0 or np.isnan(areas_N[index])):
+            notes.change("annotation", rows, index, ODD_AREA, {"area": _plain(filled_N[index])})
+    return np.where(odd_N & ((filled_N > 0) | np.isnan(areas_N)), filled_N, areas_N)
+
+
+def _plain(value: float) -> float | None:
+    """A number as JSON has it; None for NaN, where the box is not known either."""
+    number = float(value)
+    return None if math.isnan(number) else int(number) if number.is_integer() else number
