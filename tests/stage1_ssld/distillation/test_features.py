@@ -205,7 +205,7 @@ def test_statistics_are_those_of_all_images(network: Network) -> None:
 def test_features_that_say_nothing(network: Network, value: float, message: str) -> None:
     teacher = teacher_of(network("test_resnet"))
     heads = heads_of(student_of(network("test_resnet")), teacher, "pooled")
-    answer = TeacherFeatures(None, torch.full((2, heads.pooled_mean_D.numel()), value), None)
+    answer = TeacherFeatures(None, torch.full((2, 96), value), None)
     teacher.features = lambda *_, **__: answer  # type: ignore[method-assign]
     batch = collate([View(view, 0, "", []) for view in pixels(2)])
     with pytest.raises(UserError, match=message):
