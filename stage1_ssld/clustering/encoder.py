@@ -129,5 +129,3 @@ class Encoder:
             f"{self.arch}: timm does not build this network again from its name, size and pooling; leave image_size and encoder.global_pool out, "
             "or take another arch"
         )
-
-

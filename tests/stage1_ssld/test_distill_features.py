@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from ssld.shared.errors import Stopped
-from ssld.shared.models.backbones import InputSettings, create_body, parse_reference, save_backbone
+from ssld.shared.models.backbones import InputSettings, create_body, save_backbone
 from ssld.shared.models.model_file import read_metadata, read_tensors
+from ssld.shared.models.references import parse_reference
 from ssld.shared.training.training_state import TrainingState
 from ssld.stage1_ssld.distill import main as distill
 from ssld.stage1_ssld.evaluate import main as evaluate
+from ssld.stage1_ssld.evaluation import better_weights
 from ssld.stage1_ssld.write_soft_labels import main as write_soft_labels
 from tests.float64 import in_float64
 
@@ -159,6 +161,25 @@ def test_a_teacher_without_classes_teaches_its_features(
     argv += ["--output", str(tmp_path / "near"), "--workers", "0", "--device", "cpu", "--threads", "1"]
     assert call(evaluate, argv) == 0
     assert "knn" in str(json.loads((tmp_path / "near" / "result.json").read_text())["metrics"])
+
+
+def test_the_better_weights_are_kept_without_classes(
+    arguments: Arguments,
+    settings: Settings,
+    call: Call,
+    tmp_path: Path,
+    vit_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nearest images need no classes: a student that is its own teacher cannot get better by a rate that harms."""
+    monkeypatch.setattr(better_weights, "LEAST_IMAGES", 10)
+    harm = {"lr": 5.0, "reference_batch": 8}
+    given = alone(settings, vit_file, student={"model": str(vit_file)}, losses=["pooled"], optim=harm)
+    assert call(distill, arguments(given)) == 0
+    metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
+    assert metrics["neighbours_start"] == 1
+    assert metrics["neighbours_last"] < 1
+    assert read_metadata(tmp_path / "run" / "student.safetensors")["kept"] == "start"
 
 
 def test_a_vit_learns_from_a_cnn(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ssld.shared.errors import UserError
-from ssld.shared.models.backbones import Classifier, InputSettings, create_classifier, parse_reference, save_backbone
+from ssld.shared.models.backbones import Classifier, InputSettings, create_classifier, save_backbone
+from ssld.shared.models.references import parse_reference
 from ssld.shared.models.teacher import FrozenTeacher, TeacherFeatures
 from ssld.stage1_ssld.data.batch import View, collate
 from ssld.stage1_ssld.data_config import LossConfig
