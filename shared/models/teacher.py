@@ -304,7 +304,8 @@ def feature_map(net: nn.Module, features: Any, name: str) -> Tensor:
         tokens_BNC = features[:, int(getattr(net, "num_prefix_tokens", 0)) :]
         side = math.isqrt(tokens_BNC.shape[1])
         map_BCHW = tokens_BNC.transpose(1, 2)[..., : side * side].unflatten(-1, (side, side))
-        width = width if tokens_BNC.shape[1] == side * side else 0
+        # One token alone is a class token: some networks give nothing else.
+        width = width if tokens_BNC.shape[1] == side * side > 1 else 0
     if len(shape) not in (3, 4) or map_BCHW.shape[1] != width:
         raise UserError(
             f"{name}: its last features {list(shape)} are no map; leave spatial out of losses, or take another arch"

@@ -116,8 +116,8 @@ class Student:
         save_backbone(path, net, arch=self._reference.arch, inputs=self.inputs, classes=self.classes, **facts)
 
     def _freeze_unreached(self) -> int:
-        """Take out of training what no term of the loss depends on, such as layers after the last map that is compared: weight decay would shrink
-        it, and data-parallel training waits for its gradients. Returns the number of these parameters.
+        """Take out of training what no term of the loss depends on, such as layers after the last map that is compared: data-parallel training would
+        wait for their gradients. Returns the number of these parameters.
         """
         self.learner.eval()
         noise_BCHW = torch.rand(2, 3, *self.inputs.size, device=self.model.mean_3.device) * 255

@@ -99,9 +99,9 @@ def test_pooling_of_features_can_be_set(tmp_path: Path) -> None:
     assert without.features(pixels, maps=False).logits_BK is None
 
 
-@pytest.mark.parametrize("shape", [(2, 50, 8), (2, 16, 9), (2, 8), (2, 4, 4, 8)])
+@pytest.mark.parametrize("shape", [(2, 50, 8), (2, 16, 9), (2, 8), (2, 4, 4, 8), (2, 1, 8)])
 def test_features_that_are_no_map(shape: tuple[int, ...]) -> None:
-    """Tokens that fill no square, another width, no grid, a layout that the network does not name."""
+    """Tokens that fill no square, another width, no grid, a layout that the network does not name, a class token alone."""
     net = torch.nn.Module()
     net.num_features = 8  # type: ignore[assignment]
     assert feature_map(net, torch.zeros(2, 16, 8), "this").shape == (2, 8, 4, 4)
