@@ -8,6 +8,7 @@
 (d) images/s of our views in batches / PIL with torchvision's v1 transforms, normalised, in batches   at least 1.6
     the same with data.decoder: torchcodec, where that is installed
 (e) share of a training loop's time spent waiting for images, one loader process
+(f) a step with a live teacher, pooled and spatial terms / the same without them   at most 1.05
 
 The works of a round run one after the other, in alternating order; printed are the median and the quartiles over the rounds. Needs timm only as the
 opponent of (c), on labelled images, because it takes no others.
@@ -44,6 +45,7 @@ from ssld.stage1_ssld.data.soft_labels import SoftLabels
 from ssld.stage1_ssld.data.sources import open_sources
 from ssld.stage1_ssld.data.views import training_view
 from ssld.stage1_ssld.data_config import DataConfig, LossConfig, TeacherConfig
+from ssld.stage1_ssld.distillation.features import FeatureHeads, Learner
 from ssld.stage1_ssld.distillation.objective import Objective
 from ssld.stage1_ssld.distillation.teacher import make_teacher
 
@@ -51,13 +53,14 @@ KEPT = 10
 
 
 def steps(arguments: argparse.Namespace, device: torch.device) -> None:
-    """(a), (b) and (c)."""
+    """(a), (b), (c) and (f)."""
     size, batch, dtype = arguments.size, arguments.batch, torch.bfloat16 if device.type == "cuda" else torch.float32
     pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
     labels = torch.randint(0, 1000, (batch,), device=device)
     reference = parse_reference(f"random:{arguments.student}")
     student = place(create_classifier(reference)[0].train(), device, channels_last=True)
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-4, momentum=0.9)
+    plain = Learner(student, None)
     teacher_config = TeacherConfig(model=f"random:{arguments.teacher}")
     precision = "bf16" if device.type == "cuda" else "fp32"
     teacher = make_teacher(teacher_config, precision=precision, device=device, channels_last=True)
@@ -66,9 +69,15 @@ def steps(arguments: argparse.Namespace, device: torch.device) -> None:
     rest = torch.log1p(-best.values.exp().sum(-1).clamp(max=1 - 1e-6))
     soft = SoftLabels(torch.cat([best.values, rest[:, None]], dim=-1), best.indices)
 
+    terms = [LossConfig.model_validate(name) for name in ("symmetric_kl", "pooled", "spatial")]
+    featured = place(create_classifier(reference)[0].train(), device, channels_last=True)
+    heads = FeatureHeads(terms[1:], featured, teacher, size=size, name=arguments.student)
+    learner, objective_of_all = Learner(featured.train(), heads), Objective(terms, 0.0)
+    featured_optimizer = torch.optim.SGD(learner.parameters(), lr=1e-4, momentum=0.9)
+
     def learn(loss_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = student(pixels)
+            logits, _ = plain(pixels)
         (loss_of(logits) / batch).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -81,6 +90,16 @@ def steps(arguments: argparse.Namespace, device: torch.device) -> None:
 
     def live() -> None:
         learn(lambda z: objective(z, SoftLabels(teacher(pixels)), labels)["loss"])
+
+    def with_features() -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits, said = learner(pixels)
+        taught = teacher.features(pixels, maps=True)
+        assert taught.logits_BK is not None
+        parts = objective_of_all(logits, SoftLabels(taught.logits_BK), labels, features=heads.pairs(said, taught))
+        (parts["loss"] / batch).backward()
+        featured_optimizer.step()
+        featured_optimizer.zero_grad(set_to_none=True)
 
     def teacher_alone() -> None:
         teacher(pixels)
@@ -100,12 +119,14 @@ def steps(arguments: argparse.Namespace, device: torch.device) -> None:
         loss.item()  # its training script reads the loss every step
 
     works = {"store": from_store, "labels": from_labels, "live": live, "teacher": teacher_alone, "timm": timms}
+    works["features"] = with_features
     found = rounds(works, arguments.pairs, device)
     show("(a) store step / supervised step", [r["store"] / r["labels"] for r in found])
     show(
         "(b) live step / (teacher forward + supervised step)", [r["live"] / (r["teacher"] + r["labels"]) for r in found]
     )
     show("(c) live step / timm's LogitDistillationTask", [r["live"] / r["timm"] for r in found])
+    show("(f) live step with feature terms / live step", [r["features"] / r["live"] for r in found])
 
 
 def loader(arguments: argparse.Namespace) -> None:

@@ -105,6 +105,42 @@ class DistillConfig(Stage1Config):
             raise ValueError("data.streaming: labels are not read from streams; set it to false, or do without labels")
         return self
 
+    @property
+    def learns_classes(self) -> bool:
+        """Whether anything trains a classifier; feature terms alone make a network without one."""
+        return (
+            self.objective == "labels"
+            or self.hard_label_weight > 0
+            or not all(loss.of_features for loss in self.losses)
+        )
+
+    @model_validator(mode="after")
+    def _what_feature_terms_need(self) -> Self:
+        features = [loss.name for loss in self.losses if loss.of_features]
+        if self.objective == "labels" or not features:
+            return self
+        twice = next((name for name in features if features.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"losses: {twice} is there twice; one is enough")
+        if self.store is not None:
+            raise ValueError(
+                f"store: holds soft labels, no features; take {features[0]} out of losses, or leave out store for a live teacher"
+            )
+        if self.teacher and self.teacher.ensemble and len(features) == len(self.losses):
+            raise ValueError(
+                "teacher.ensemble: features are those of the first network; leave it out, or add a term of soft labels to losses"
+            )
+        if self.trainable == "classifier":
+            raise ValueError(
+                f"losses: {features[0]} teaches nothing where all features stay frozen; set trainable: all"
+            )
+        for key in ("patience", "best_by"):
+            if getattr(self, key) is not None and not self.learns_classes:
+                raise ValueError(
+                    f"{key}: {' and '.join(features)} alone train no classes that could be evaluated; leave it out"
+                )
+        return self
+
     @model_validator(mode="after")
     def _what_a_store_holds(self) -> Self:
         if self.store is None or self.objective == "labels":

@@ -197,6 +197,8 @@ class TeacherConfig(TeacherMember):
     """eval: running statistics; batch: those of the batch on each process, as SSLD trained its students"""
     fold_batchnorm: bool = True
     """fold BatchNorm into the convolutions before it, where the network can be traced; not with batchnorm: batch"""
+    global_pool: str | None = None
+    """timm's pooling of its features (avg, max, avgmax; token and map of a ViT), where they alone are learned from; null: its own"""
     check_images: int = Field(1024, ge=0, le=1_000_000)
     """labelled images that the teacher is tried on before training; it stops where one of its networks guesses; 0 leaves it out"""
 
@@ -216,14 +218,19 @@ class TeacherConfig(TeacherMember):
         }
 
 
-LossName = Literal["symmetric_kl", "kl", "soft_cross_entropy", "jensen_shannon", "dist", "decoupled_kd", "bernoulli_kl"]
+LossName = Literal[
+    "symmetric_kl", "kl", "soft_cross_entropy", "jensen_shannon", "dist", "decoupled_kd", "bernoulli_kl", "pooled", "spatial"
+]  # fmt: skip
+FEATURE_LOSSES = ("pooled", "spatial")
+"""Losses that compare features; the others compare the answers in classes."""
+Level = Literal["c3", "c4", "c5"]
 
 
 class LossConfig(Config):
     """One term of the distillation loss."""
 
     name: LossName
-    """how far the student's answers are from the teacher's"""
+    """how far the student's answers are from the teacher's; pooled, spatial: how far its features are, behind a small head that is trained too"""
     weight: Positive = 1.0
     """of the term in the sum"""
     temperature: Positive = 1.0
@@ -232,6 +239,8 @@ class LossConfig(Config):
     """of decoupled_kd: weight of what it says about the classes other than the teacher's first"""
     standardize: bool = False
     """subtract the mean of each image's logits and divide by their standard deviation first, for student and teacher"""
+    levels: list[Level] | None = Field(None, min_length=1)
+    """of spatial: the student's maps that are compared, by their strides of 8, 16 and 32 pixels (c3, c4, c5); null: all that it has of these"""
 
     @model_validator(mode="before")
     @classmethod
@@ -244,7 +253,23 @@ class LossConfig(Config):
             raise ValueError(f"{self.name} has no temperature; leave it at 1, or take kl")
         if self.beta != 1 and self.name != "decoupled_kd":
             raise ValueError(f"{self.name} has no beta; leave it at 1, or take decoupled_kd")
+        if self.standardize and self.of_features:
+            raise ValueError(f"{self.name} compares no logits; leave standardize at false")
+        if self.levels is not None and self.name != "spatial":
+            raise ValueError(f"{self.name} has no levels; leave them out, or take spatial")
         return self
+
+    @field_validator("levels")
+    @classmethod
+    def _each_level_once(cls, levels: list[Level] | None) -> list[Level] | None:
+        if levels is not None and len(set(levels)) < len(levels):
+            raise ValueError(f"each level at most once (given: {', '.join(levels)})")
+        return levels
+
+    @property
+    def of_features(self) -> bool:
+        """Whether it compares features, not answers in classes."""
+        return self.name in FEATURE_LOSSES
 
 
 def hub_sources(sources: Iterable[tuple[str, SourceConfig | None]]) -> dict[str, str]:

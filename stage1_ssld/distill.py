@@ -63,6 +63,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     from ssld.stage1_ssld.data.mixing import mix_batch
     from ssld.stage1_ssld.data.sources import open_sources
     from ssld.stage1_ssld.data.streams import plan_streams
+    from ssld.stage1_ssld.distillation.features import STATISTICS_IMAGES
     from ssld.stage1_ssld.distillation.memory_trial import whole_step
     from ssld.stage1_ssld.distillation.objective import Objective, implausible_start
     from ssld.stage1_ssld.distillation.student import Student
@@ -93,17 +94,23 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     # ---- targets: a teacher, a store or labels; and the classes that follow from them
     targets = open_targets(config, sources, val_source, device=device, log=run.log)
     teacher = targets.teacher
+    if val_source and targets.classes == 0:
+        run.log(
+            f"{val_source.path}: features alone train no classes, so there is no top-1 and no agreement; `ssld evaluate --bank` takes the file"
+        )
     if val_source and targets.val_labels is None and teacher is None:
         run.log(f"{val_source.path}: no labels and no teacher: nothing to evaluate")
         val_source = None
 
     # ---- student, optimizer, batches, schedule
-    student = Student(network, config, classes=targets.classes, device=device)
+    student = Student(
+        network, config, classes=targets.classes, device=device, features=targets.features, teacher=teacher
+    )
     objective = Objective([], 1.0)
     if isinstance(config, DistillConfig) and targets.learns_from_teacher:
         objective = Objective(config.losses, config.hard_label_weight)
     groups = parameter_groups(
-        student.model, weight_decay=config.optim.weight_decay, decay_norm_and_bias=config.optim.decay_norm_and_bias
+        student.learner, weight_decay=config.optim.weight_decay, decay_norm_and_bias=config.optim.decay_norm_and_bias
     )
     optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
     if config.auto_batch:
@@ -136,7 +143,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     }
 
     def evaluate_now(step: int) -> dict[str, float]:
-        if val_source is None:
+        if val_source is None or targets.classes == 0:
             return {}
         net = student.evaluated
         net.eval()
@@ -202,9 +209,13 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     if isinstance(config, DistillConfig) and targets.learns_from_teacher and teacher and start == 0:
         val = (val_source, targets.val_labels) if val_source else None
         run.log(try_teacher(teacher, targets.sources, config, device=device, val=val))
+    if student.heads and teacher and start == 0:
+        first_steps = min(steps, -(-STATISTICS_IMAGES // config.batch_size))
+        with closing(training.batches(0, first_steps, rank=rank, ranks=ranks, pin_memory=pin_memory)) as stream:
+            run.log(student.heads.measure(teacher, stream))
     if config.compile:
-        student.model.net.compile()
-    model = accelerator.prepare_model(student.model)
+        (student.learner if student.heads else student.model.net).compile()
+    model = accelerator.prepare_model(student.learner)
     run.log(student.model.loaded)
     for line in _preview(config, student, targets, training.images, steps, ranks):
         run.log(line)
@@ -247,17 +258,20 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 torch.manual_seed(seed)  # drop-path
                 # DDP reduces gradients once a step, in the last backward pass.
                 with nullcontext() if micro == config.accumulate - 1 else accelerator.no_sync(model):
-                    logits = model(pixels)
-                    soft = targets.soft_labels(pixels, stored)
-                    parts = objective(logits, soft, labels, mixed)
+                    logits, said = model(pixels)
+                    soft, taught = targets.answers(pixels, stored)
+                    features = student.heads.pairs(said, taught) if student.heads and taught else None
+                    parts = objective(logits, soft, labels, mixed, features)
                     # DDP averages over ranks, so the sum over this rank's images counts `ranks` times.
                     accelerator.backward(parts["loss"] * (ranks / config.batch_size))
-                name, expected = ("accuracy", labels) if soft is None else ("agreement", soft.first_B)
-                parts[name] = (logits.detach().argmax(-1) == expected).sum()
+                if targets.classes:
+                    name, expected = ("accuracy", labels) if soft is None else ("agreement", soft.first_B)
+                    parts[name] = (logits.detach().argmax(-1) == expected).sum()
                 state.watch.add(step - 1, {key: part / config.batch_size for key, part in parts.items()}, batch.keys)
                 if step == 1 and micro == 0 and soft is not None:
+                    known = objective(logits.detach(), soft, labels, mixed) if features else parts
                     ignorant = objective(torch.zeros_like(logits), soft, labels, mixed)["loss"]
-                    run.log_if(implausible_start(parts["loss"], ignorant, len(batch.keys)))
+                    run.log_if(implausible_start(known["loss"], ignorant, len(batch.keys)))
             optimizer_step(accelerator, optimizer, config.optim.clip_grad_norm)
             if student.ema:
                 student.ema.update(student.model, step=step)
@@ -307,10 +321,15 @@ def _preview(
     """What the run is about to do, for the log."""
     learning = [parameter.numel() for parameter in student.model.parameters() if parameter.requires_grad]
     frozen = "" if config.trainable == "all" else ", the classifier alone trains"
+    classes = f"{student.classes} classes" if student.classes else "no classes: features alone are learned"
     yield (
-        f"{student.name} ({sum(learning) / 1e6:.2f} M trained parameters, {student.classes} classes) at {config.data.image_size} px, "
+        f"{student.name} ({sum(learning) / 1e6:.2f} M trained parameters, {classes}) at {config.data.image_size} px, "
         f"objective {config.objective}{frozen}"
     )
+    if student.heads:
+        yield student.heads.describe()
+    if student.unreached:
+        yield f"{student.unreached / 1e6:.2f} M parameters of {student.name} are reached by no term of the loss: they stay what they are"
     teacher = config.teacher if isinstance(config, DistillConfig) else None
     if targets.store:
         yield f"soft labels from {targets.store.path}: {targets.store.facts()['reference']}, {targets.store.views} views an image"

@@ -85,7 +85,7 @@ def test_every_ratio_is_printed(tiny: Any, capsys: pytest.CaptureFixture[str]) -
         torch.set_num_threads(threads)
     lines = capsys.readouterr().out.splitlines()
     values = {line[:3]: [float(value) for value in re.findall(r"\d+\.\d{3}", line)] for line in lines}
-    for letter in "abcd":
+    for letter in "abcdf":
         middle, low, high = values[f"({letter})"]
         assert 0 < low <= middle <= high
     (share,) = values["(e)"]

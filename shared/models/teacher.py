@@ -4,11 +4,13 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from timm.models import get_model_args
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssld.shared.errors import UserError
@@ -18,6 +20,21 @@ from ssld.shared.models.model_file import content_hash
 from ssld.shared.models.references import ModelReference, parse_reference
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class TeacherFeatures:
+    """What one forward pass of a teacher gives, float32.
+
+    Attributes:
+        logits_BK: None of a teacher without classes.
+        pooled_BD: what its classification layer sees.
+        map_BCHW: its last features before pooling, prefix tokens left out; None where it was not asked for.
+    """
+
+    logits_BK: Tensor | None
+    pooled_BD: Tensor
+    map_BCHW: Tensor | None
 
 
 class FrozenTeacher:
@@ -35,9 +52,12 @@ class FrozenTeacher:
         batchnorm: "eval" uses running statistics; "batch" those of the batch, as SSLD's teachers did in training (PaddleClas@d178931f,
             docs/en/models/.../distillation_en.md); the running ones stay as they are.
         fold_batchnorm: fold BatchNorm into the convolutions before it where the network can be traced and answers the same afterwards.
+        classes: whether its answers in classes are needed; False takes networks without any, for `features`.
+        global_pool: timm's pooling of its features; takes its classes from it, so only without `classes`. None: its own.
 
     Raises:
-        UserError: as `parse_reference` and `create_classifier`; `batchnorm="batch"` without any BatchNorm.
+        UserError: as `parse_reference` and `create_classifier`; `batchnorm="batch"` without any BatchNorm; no classes where they are needed; a
+            pooling that the network does not have, or that its classes were not trained on.
     """
 
     def __init__(
@@ -51,6 +71,8 @@ class FrozenTeacher:
         size: int | None = None,
         batchnorm: Literal["eval", "batch"] = "eval",
         fold_batchnorm: bool = False,
+        classes: bool = True,
+        global_pool: str | None = None,
     ) -> None:
         self.reference: ModelReference = parse_reference(reference, arch, allow_pickle=True)
         classifier, inputs = create_classifier(self.reference, image_size=size)
@@ -58,12 +80,20 @@ class FrozenTeacher:
         self.size = (size, size) if size else inputs.size if inputs.fixed_size else None
         self.num_classes = int(getattr(classifier.net, "num_classes", 0))
         self.class_names: list[str] | None = self.reference.metadata.get("class_names")
-        if self.num_classes < 2:
+        if self.num_classes < 2 and classes:
             raise UserError(
                 f"{reference}: has {self.num_classes} classes, a teacher needs several; "
                 "run `ssld prototypes` first, which makes a teacher of an encoder without classes"
             )
         self._content_sha256 = content_hash(classifier.net.state_dict())
+        if global_pool is not None:
+            if classes:
+                raise UserError(
+                    f"teacher.global_pool: the classes of {reference} were trained on its own pooling; leave it out, "
+                    "or learn from its features alone"
+                )
+            reset_head(classifier.net, 0, global_pool, key="teacher.global_pool", arch=self.reference.arch)
+            self.num_classes, self.class_names = 0, None
         self._licence = licence(self.reference) or "unknown"
         self.loaded = classifier.loaded
         self.folded = 0
@@ -90,6 +120,18 @@ class FrozenTeacher:
     def each(self, pixels_BCHW: Tensor) -> list[Tensor]:
         """Logits [B,K] of every network, here of one."""
         return [self(pixels_BCHW)]
+
+    def features(self, pixels_BCHW: Tensor, *, maps: bool) -> TeacherFeatures:
+        """Logits and features, in one forward pass. Raises UserError where `maps` asks for a map of features that are none."""
+        with self._forward():
+            net: Any = self._classifier.net
+            features = net.forward_features(self._classifier.normalised(self._resized(pixels_BCHW)))
+            pooled_BD = net.forward_head(features, pre_logits=True)
+            logits_BK = net.forward_head(features).float() if self.num_classes > 1 else None
+            map_BCHW = feature_map(net, features, self.reference.text).float() if maps else None
+        if logits_BK is not None and self._order is not None:
+            logits_BK = logits_BK[:, self._order]
+        return TeacherFeatures(logits_BK, pooled_BD.float(), map_BCHW)
 
     @property
     def references(self) -> list[ModelReference]:
@@ -176,14 +218,24 @@ class TeacherEnsemble:
         self._order: Tensor | None = None
 
     def __call__(self, pixels_BCHW: Tensor) -> Tensor:
-        log_probs = torch.stack([F.log_softmax(member(pixels_BCHW), dim=-1) for member in self._members])
-        logits = log_probs.logsumexp(0) - math.log(len(self._members))
-        return logits if self._order is None else logits[:, self._order]
+        return self._mean([member(pixels_BCHW) for member in self._members])
+
+    def features(self, pixels_BCHW: Tensor, *, maps: bool) -> TeacherFeatures:
+        """Logits of all members, features of the first."""
+        first = self._members[0].features(pixels_BCHW, maps=maps)
+        assert first.logits_BK is not None
+        logits_BK = self._mean([first.logits_BK, *(member(pixels_BCHW) for member in self._members[1:])])
+        return TeacherFeatures(logits_BK, first.pooled_BD, first.map_BCHW)
 
     def each(self, pixels_BCHW: Tensor) -> list[Tensor]:
         """Logits [B,K] of every member, in the classes of the ensemble."""
         logits = [member(pixels_BCHW) for member in self._members]
         return logits if self._order is None else [one[:, self._order] for one in logits]
+
+    def _mean(self, logits: list[Tensor]) -> Tensor:
+        log_probs = torch.stack([F.log_softmax(one, dim=-1) for one in logits])
+        mean = log_probs.logsumexp(0) - math.log(len(logits))
+        return mean if self._order is None else mean[:, self._order]
 
     @property
     def references(self) -> list[ModelReference]:
@@ -236,6 +288,43 @@ def embed(classifier: Classifier, pixels_BCHW: Tensor) -> Tensor:
     features = net.forward_features(classifier.normalised(pixels_BCHW))
     embedding: Tensor = net.forward_head(features, pre_logits=True)
     return embedding.float()
+
+
+def feature_map(net: nn.Module, features: Any, name: str) -> Tensor:
+    """[B,C,H,W] of what `forward_features` of a timm network gives: a map of either layout, or tokens, without those before the patches (class,
+    registers).
+
+    Raises UserError, with `name` in front, where it is neither.
+    """
+    width = int(getattr(net, "num_features", 0))
+    shape = tuple(features.shape) if isinstance(features, Tensor) else ()
+    if len(shape) == 4:
+        map_BCHW = features.permute(0, 3, 1, 2) if getattr(net, "output_fmt", None) == "NHWC" else features
+    elif len(shape) == 3:
+        tokens_BNC = features[:, int(getattr(net, "num_prefix_tokens", 0)) :]
+        side = math.isqrt(tokens_BNC.shape[1])
+        map_BCHW = tokens_BNC.transpose(1, 2)[..., : side * side].unflatten(-1, (side, side))
+        # One token alone is a class token: some networks give nothing else.
+        width = width if tokens_BNC.shape[1] == side * side > 1 else 0
+    if len(shape) not in (3, 4) or map_BCHW.shape[1] != width:
+        raise UserError(
+            f"{name}: its last features {list(shape)} are no map; leave spatial out of losses, or take another arch"
+        )
+    return map_BCHW
+
+
+def reset_head(net: Any, classes: int, pool: str | None, *, key: str, arch: str) -> None:
+    """A new head of so many classes, of the pooling asked for, or of the network's own: timm takes another for some arches where none is named.
+
+    Raises UserError where the network has no such pooling (`key` is the setting that names it), or cannot be given another head.
+    """
+    try:
+        net.reset_classifier(classes, pool or get_model_args(net).get("global_pool"))
+    except Exception as error:  # assertions, keys, types: every family has its own
+        if pool is None:
+            raise UserError(f"{arch}: cannot be given other classes by timm; take another arch") from None
+        why = " ".join(str(error).split())[:120]
+        raise UserError(f"{key}: {arch}: has no pooling {pool!r} ({why})") from None
 
 
 def _class_order(teacher: Teacher, names: list[str] | None, count: int, owner: str) -> list[int] | None:

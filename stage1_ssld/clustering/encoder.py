@@ -24,7 +24,7 @@ from ssld.shared.models.backbones import (
 )
 from ssld.shared.models.model_file import content_hash
 from ssld.shared.models.references import parse_reference
-from ssld.shared.models.teacher import embed
+from ssld.shared.models.teacher import embed, reset_head
 from ssld.stage1_ssld.config import PrototypesConfig
 from ssld.stage1_ssld.data.labels import prototype_names
 
@@ -57,7 +57,7 @@ class Encoder:
         self._licence = licence(self._reference) or "none: random weights"
         self.arch = self._reference.arch
         self.size = config.image_size or inputs.size[0]
-        _reset_head(net, config.encoder.global_pool, self.arch)
+        reset_head(net, _TRIED, config.encoder.global_pool, key="encoder.global_pool", arch=self.arch)
         self._inputs = InputSettings(
             inputs.mean, inputs.std, (self.size, self.size), inputs.interpolation, inputs.fixed_size
         )
@@ -129,14 +129,3 @@ class Encoder:
             f"{self.arch}: timm does not build this network again from its name, size and pooling; leave image_size and encoder.global_pool out, "
             "or take another arch"
         )
-
-
-def _reset_head(net: Any, pool: str | None, arch: str) -> None:
-    """A new head, of the pooling asked for, or of the network's own: timm takes another for some arches where none is named."""
-    try:
-        net.reset_classifier(_TRIED, pool or get_model_args(net).get("global_pool"))
-    except Exception as error:  # assertions, keys, types: every family has its own
-        if pool is None:
-            raise UserError(f"{arch}: cannot be given other classes by timm; take another arch") from None
-        why = " ".join(str(error).split())[:120]
-        raise UserError(f"encoder.global_pool: {arch}: has no pooling {pool!r} ({why})") from None

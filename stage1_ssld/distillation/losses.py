@@ -1,11 +1,13 @@
-"""Distillation losses as pure functions of logits: float32 inside, summed over the batch; the caller divides by the global batch.
+"""Distillation losses as pure functions of logits, two of them of features.
+
+float32 inside, summed over the batch; the caller divides by the global batch.
 
 SSLD: Cui et al. 2021, arXiv 2103.05959. Its "JS divergence" is half the symmetric KL (Jeffreys) divergence at temperature 1, not the bounded
 mixture form: PaddleClas@d178931f, ppcls/loss/dmlloss.py. There the logarithm has an epsilon of 1e-12; here it is a log-softmax, which needs none.
 Those that compare distributions only (symmetric_kl, kl at temperature 1, soft_cross_entropy, jensen_shannon) take log-probabilities over buckets of
 classes as well: the log-softmax of log-probabilities is the same again.
 
-B images, K classes.
+B images, K classes, N cells of a map, D dimensions of a feature.
 """
 
 import math
@@ -94,6 +96,20 @@ def bernoulli_kl(student_logits_BK: Tensor, teacher_logits_BK: Tensor) -> Tensor
     yes_BK = t_BK.sigmoid() * (F.logsigmoid(t_BK) - F.logsigmoid(s_BK))
     no_BK = (-t_BK).sigmoid() * (F.logsigmoid(-t_BK) - F.logsigmoid(-s_BK))
     return (yes_BK + no_BK).sum()
+
+
+def cosine_distance(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
+    """Sum over the batch of 1 - cos(s, t), in 0..2 an image: AM-RADIO's loss of pooled features (arXiv 2312.06709, section 3)."""
+    return (1 - F.cosine_similarity(student_BD.float(), teacher_BD.float(), dim=-1)).sum()
+
+
+def smooth_l1(student_BND: Tensor, teacher_BND: Tensor) -> Tensor:
+    """Sum over the batch of the mean over cells and channels of d^2 / 2 where |d| < 1, |d| - 1/2 elsewhere, d = s - t.
+
+    The second part of AM-RADIO's loss of spatial features (arXiv 2312.06709, section 3), on features that are standardised.
+    """
+    cells_and_channels = student_BND.shape[1] * student_BND.shape[2]
+    return F.smooth_l1_loss(student_BND.float(), teacher_BND.float(), reduction="sum") / cells_and_channels
 
 
 def _log_probs(logits_BK: Tensor, temperature: float = 1.0) -> Tensor:

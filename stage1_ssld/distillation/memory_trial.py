@@ -35,9 +35,10 @@ def whole_step(
         labels = torch.zeros(images, dtype=torch.int64, device=device)
         student.train_mode()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = student.model(pixels)
-        soft = None if targets.store else targets.soft_labels(pixels, None)
-        (objective(logits, soft, labels)["loss"] / images).backward()
+            logits, said = student.learner(pixels)
+        soft, taught = (None, None) if targets.store else targets.answers(pixels, None)
+        pairs = student.heads.pairs(said, taught) if student.heads and taught else None
+        (objective(logits, soft, labels, features=pairs)["loss"] / images).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         net = student.evaluated.eval()

@@ -16,6 +16,7 @@ from ssld.stage1_ssld.data.mixing import Mixed
 from ssld.stage1_ssld.data.soft_labels import SoftLabels
 from ssld.stage1_ssld.data_config import LossConfig
 from ssld.stage1_ssld.distillation import losses
+from ssld.stage1_ssld.distillation.features import FeaturePairs
 
 
 class Objective:
@@ -31,23 +32,35 @@ class Objective:
         self._hard_label_weight = hard_label_weight
 
     def __call__(
-        self, logits_BK: Tensor, soft: SoftLabels | None, labels_B: Tensor, mixed: Mixed | None = None
+        self,
+        logits_BK: Tensor,
+        soft: SoftLabels | None,
+        labels_B: Tensor,
+        mixed: Mixed | None = None,
+        features: FeaturePairs | None = None,
     ) -> dict[str, Tensor]:
         """Sums over the batch: `loss`, the weighted total, and, where there are several terms, each unweighted by its name.
 
         Args:
             logits_BK: of the student.
-            soft: of the teacher, to the same views; None without distillation terms.
+            soft: of the teacher, to the same views; None leaves out the terms that compare answers in classes.
             labels_B: NO_LABEL where an image has none.
             mixed: how the images were mixed, if they were.
+            features: of student and teacher; None leaves out the terms that compare them.
         """
         parts: dict[str, Tensor] = {}
         loss = logits_BK.new_zeros((), dtype=torch.float32)
-        if soft is not None:
-            student_BM = soft.comparable(logits_BK)
-            for name, term in self._terms.items():
-                parts[name] = part = evaluate_term(term, student_BM, soft.logits_BM)
-                loss = loss + term.weight * part
+        student_BM = None if soft is None else soft.comparable(logits_BK)
+        for name, term in self._terms.items():
+            if term.of_features and features is not None:
+                pairs = features[term.name]
+                part = torch.stack([evaluate_term(term, ours, theirs) for ours, theirs in pairs]).mean()
+            elif not term.of_features and soft is not None and student_BM is not None:
+                part = evaluate_term(term, student_BM, soft.logits_BM)
+            else:
+                continue
+            parts[name] = part
+            loss = loss + term.weight * part
         if self._hard_label_weight > 0:
             parts["cross_entropy"] = part = cross_entropy(logits_BK, labels_B, mixed)
             loss = loss + self._hard_label_weight * part
@@ -55,7 +68,7 @@ class Objective:
 
 
 def evaluate_term(term: LossConfig, student_BM: Tensor, teacher_BM: Tensor) -> Tensor:
-    """One term of the distillation loss, unweighted, summed over the batch."""
+    """One term of the distillation loss, unweighted, summed over the batch; pooled and spatial take features [B,D] and [B,N,D]."""
     if term.standardize:
         student_BM, teacher_BM = losses.standardize_logits(student_BM), losses.standardize_logits(teacher_BM)
     match term.name:
@@ -73,6 +86,10 @@ def evaluate_term(term: LossConfig, student_BM: Tensor, teacher_BM: Tensor) -> T
             return losses.decoupled_kd(student_BM, teacher_BM, beta=term.beta, temperature=term.temperature)
         case "bernoulli_kl":
             return losses.bernoulli_kl(student_BM, teacher_BM)
+        case "pooled":
+            return losses.cosine_distance(student_BM, teacher_BM)
+        case "spatial":
+            return losses.smooth_l1(student_BM, teacher_BM)
 
 
 def cross_entropy(logits_BK: Tensor, labels_B: Tensor, mixed: Mixed | None = None) -> Tensor:

@@ -1,5 +1,6 @@
 """The network in training: what of it learns, its moving average, and the backbone file it becomes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from ssld.shared.models.backbones import (
     save_backbone,
 )
 from ssld.shared.models.references import parse_reference
+from ssld.shared.models.teacher import Teacher
 from ssld.stage1_ssld.config import Stage1Config
-from ssld.stage1_ssld.data_config import NetworkConfig
+from ssld.stage1_ssld.data_config import LossConfig, NetworkConfig
+from ssld.stage1_ssld.distillation.features import FeatureHeads, Learner
 
 
 class Student:
@@ -27,14 +30,30 @@ class Student:
 
     Attributes:
         model: pixels [B,3,H,W] in 0..255 -> logits [B,K]; what the optimizer changes.
+        heads: on its features, where terms of the loss compare them with those of `teacher`.
+        learner: model and heads, whose forward pass is trained.
         ema: its moving average, if there is one.
         inputs: how it wants its images.
 
+    Args:
+        features: the terms of the loss that compare features.
+        teacher: the one whose features these are.
+
     Raises:
-        UserError: see `parse_reference` and `create_classifier`; or a network without a classifier of its own, where only that is to be trained.
+        UserError: see `parse_reference` and `create_classifier`; or a network without a classifier of its own, where only that is to be trained; or
+            see `FeatureHeads`.
     """
 
-    def __init__(self, network: NetworkConfig, config: Stage1Config, *, classes: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        network: NetworkConfig,
+        config: Stage1Config,
+        *,
+        classes: int,
+        device: torch.device,
+        features: Sequence[LossConfig] = (),
+        teacher: Teacher | None = None,
+    ) -> None:
         self._reference = parse_reference(network.model, network.arch)
         self.name, self.classes, self._seed = network.model, classes, config.seed
         size, data = config.data.image_size, config.data
@@ -46,6 +65,12 @@ class Student:
         if self._classifier_only:
             self._freeze_body()
         place(self.model, device, channels_last=config.channels_last)
+        self.heads = None
+        if features:
+            assert teacher is not None
+            self.heads = FeatureHeads(features, self.model, teacher, size=size, name=self.name)
+        self.learner = Learner(self.model, self.heads)
+        self.unreached = self._freeze_unreached() if self.heads else 0
         self.ema = ModelEmaV3(self.model, decay=config.ema.decay, use_warmup=config.ema.warmup) if config.ema else None
 
     def _create(self) -> tuple[Classifier, InputSettings]:
@@ -69,7 +94,12 @@ class Student:
 
     def networks(self) -> dict[str, nn.Module]:
         """What a checkpoint holds."""
-        return {"model": self.model.net} | ({"ema": self.ema.module.net} if self.ema else {})
+        networks: dict[str, nn.Module] = {"model": self.model.net}
+        if self.ema:
+            networks["ema"] = self.ema.module.net
+        if self.heads:
+            networks["heads"] = self.heads
+        return networks
 
     def train_mode(self) -> None:
         """Before a step. With a frozen body everything stays in evaluation mode: its BatchNorm keeps the statistics it was trained with."""
@@ -90,6 +120,24 @@ class Student:
         if self.model.args:
             facts["model_args"] = self.model.args
         save_backbone(path, net, arch=self._reference.arch, inputs=self.inputs, classes=self.classes, **facts)
+
+    def _freeze_unreached(self) -> int:
+        """Take out of training what no term of the loss depends on, such as layers after the last map that is compared: data-parallel training would
+        wait for their gradients. Returns the number of these parameters.
+        """
+        self.learner.eval()
+        noise_BCHW = torch.rand(2, 3, *self.inputs.size, device=self.model.mean_3.device) * 255
+        logits_BK, said = self.learner(noise_BCHW)
+        total = (
+            torch.stack([one.float().sum() for ones in said.values() for one in ones]).sum() + logits_BK.float().sum()
+        )
+        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        unreached = 0
+        for parameter, gradient in zip(learning, torch.autograd.grad(total, learning, allow_unused=True), strict=True):
+            if gradient is None:
+                parameter.requires_grad_(False)
+                unreached += parameter.numel()
+        return unreached
 
     def _freeze_body(self) -> None:
         net: Any = self.model.net

@@ -32,11 +32,13 @@ def make_teacher(
     precision: str,
     device: torch.device,
     channels_last: bool,
+    classes: bool = True,
 ) -> Teacher:
     """Load the teacher and its ensemble.
 
     Args:
         precision: of its forward pass where `config.precision` does not say it.
+        classes: whether its answers in classes are needed; False takes a network without any, which has no ensemble.
 
     Raises:
         UserError: see FrozenTeacher; members whose classes differ.
@@ -51,6 +53,8 @@ def make_teacher(
             size=member.size,
             batchnorm=config.batchnorm,
             fold_batchnorm=config.fold_batchnorm,
+            classes=classes,
+            global_pool=config.global_pool,
         )
         for member in (config, *config.ensemble)
     ]
@@ -70,6 +74,8 @@ def try_teacher(
     Returns a line for the log. All ranks call it. Raises UserError as `check_teacher`.
     """
     assert config.teacher is not None
+    if teacher.num_classes < 2:
+        return "teacher: not tried, it has no classes"
     if config.teacher.check_images == 0:
         return "teacher: not tried, teacher.check_images is 0"
     known = ((source, labels_in_classes(source, teacher.class_names, teacher.num_classes)) for source in sources)

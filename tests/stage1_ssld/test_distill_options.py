@@ -259,7 +259,7 @@ def test_labels_of_streams(arguments: Arguments, distill_settings: Settings, use
 # ---- speed
 
 
-@pytest.mark.parametrize("source", ["teacher", "store", "mixed"])
+@pytest.mark.parametrize("source", ["teacher", "store", "mixed", "features"])
 def test_no_step_waits_for_the_device(
     arguments: Arguments,
     distill_settings: Settings,
@@ -289,6 +289,8 @@ def test_no_step_waits_for_the_device(
             "save_every": 100,
             "store": str(stored) if source == "store" else None,
         }
+        if source == "features":
+            settings |= {"losses": ["symmetric_kl", "pooled", "spatial"]}
         with monkeypatch.context() as patch:
             for name in ("item", "cpu", "tolist", "__bool__", "__float__", "__int__"):
                 patch.setattr(torch.Tensor, name, counting(getattr(torch.Tensor, name)))

@@ -21,13 +21,28 @@ from tests.float64 import in_float64
 pytestmark = pytest.mark.slow
 
 
+def _same_parts(folder: Path, step: int, *parts: str) -> None:
+    for part in parts:
+        one, two = (
+            read_tensors(folder / run / "checkpoints" / f"step_{step:08d}" / f"{part}.safetensors")
+            for run in ("one", "two")
+        )
+        assert one.keys() == two.keys()
+        for name, tensor in one.items():
+            torch.testing.assert_close(two[name], tensor, rtol=1e-9, atol=1e-12)
+
+
 def test_two_ranks_equal_one(distill_settings: Any, on_one_and_two: Any, tmp_path: Path, files_below: Any) -> None:
-    """LayerNorm student, no drop-path, equal sizes: only the order of summation differs. The trial of `auto_batch` is every rank's own."""
+    """LayerNorm student, no drop-path, equal sizes: only the order of summation differs. The trial of `auto_batch` is every rank's own, the
+    statistics of the teacher's features are those of both.
+    """
     settings = distill_settings | {"steps": 5, "log_every": 1, "optim": {"lr": 0.05, "reference_batch": 8}}
-    settings |= {"auto_batch": True}
+    settings |= {"auto_batch": True, "losses": ["symmetric_kl", "pooled", "spatial"]}
     said, _ = on_one_and_two(distill, "stage1_ssld/distill.py", settings)
     assert "(2 processes x 1 accumulated)" in said
     assert said.count("step 5/5") == 1  # one rank speaks
+    assert "standardised by 40 views" in said
+    _same_parts(tmp_path, 5, "heads")
     assert "auto_batch: 4 of 8 images a process and pass fit, so accumulate is 1\n" in said
     one, two = tmp_path / "one", tmp_path / "two"
     assert files_below(one) == files_below(two)
@@ -38,6 +53,17 @@ def test_two_ranks_equal_one(distill_settings: Any, on_one_and_two: Any, tmp_pat
     assert max((start[name] - after[name]).abs().max().item() for name in after) > 1e-4
     for name, tensor in read_tensors(two / "student.safetensors").items():
         torch.testing.assert_close(tensor, after[name], rtol=1e-9, atol=1e-12)
+
+
+def test_two_ranks_of_one_term_of_features_equal_one(
+    distill_settings: Any, on_one_and_two: Any, tmp_path: Path
+) -> None:
+    """Nobody waits for gradients of layers that no term reaches."""
+    settings = distill_settings | {"steps": 4, "log_every": 1, "losses": [{"name": "spatial", "levels": ["c3", "c4"]}]}
+    settings |= {"optim": {"lr": 0.05, "reference_batch": 8}, "data": distill_settings["data"] | {"val": None}}
+    said, _ = on_one_and_two(distill, "stage1_ssld/distill.py", settings)
+    assert "are reached by no term of the loss" in said
+    _same_parts(tmp_path, 4, "model", "heads")
 
 
 def test_two_ranks_stop_go_on_and_evaluate_the_saved_model(

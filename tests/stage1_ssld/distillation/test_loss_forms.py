@@ -72,6 +72,20 @@ def bernoulli_form(s: np.ndarray, t: np.ndarray) -> float:
     return divergence(q, p) + divergence(1 - q, 1 - p)
 
 
+def cosine_form(s: np.ndarray, t: np.ndarray) -> float:
+    return float(sum(1 - a @ b / np.sqrt((a @ a) * (b @ b)) for a, b in zip(s, t, strict=True)))
+
+
+def smooth_l1_form(s: np.ndarray, t: np.ndarray) -> float:
+    away = np.abs(s - t)
+    return float(np.where(away < 1, away**2 / 2, away - 0.5).mean(1).sum())
+
+
+def cells(z: Tensor) -> Tensor:
+    """[B,N,D] of 3 cells and 3 dimensions."""
+    return z.unflatten(1, (3, 3))
+
+
 def standardized(form: Form) -> Form:
     def apply(z: np.ndarray) -> np.ndarray:
         result: np.ndarray = (z - z.mean(1, keepdims=True)) / (z.std(1, ddof=1, keepdims=True) + 1e-7)
@@ -90,6 +104,8 @@ CASES: dict[str, tuple[Loss, Form]] = {
     "decoupled_kd at 4": (lambda s, t: losses.decoupled_kd(s, t, 1.0, 8.0, 4.0), decoupled_form(1.0, 8.0, 4.0)),
     "decoupled_kd, alpha": (lambda s, t: losses.decoupled_kd(s, t, alpha=3.0, beta=0.0), decoupled_form(3.0, 0.0, 1.0)),
     "bernoulli_kl": (losses.bernoulli_kl, bernoulli_form),
+    "cosine_distance": (losses.cosine_distance, cosine_form),
+    "smooth_l1": (lambda s, t: losses.smooth_l1(cells(s), cells(t)), smooth_l1_form),
     "standardized kl": (
         lambda s, t: losses.kl(losses.standardize_logits(s), losses.standardize_logits(t), 2.0),
         standardized(kl_form(2.0)),
@@ -97,6 +113,7 @@ CASES: dict[str, tuple[Loss, Form]] = {
 }
 PLAIN: list[Loss] = [losses.symmetric_kl, losses.kl, losses.jensen_shannon, losses.dist, losses.decoupled_kd]
 PLAIN.append(losses.bernoulli_kl)
+FEATURES: list[Loss] = [losses.cosine_distance, lambda s, t: losses.smooth_l1(cells(s), cells(t))]
 
 
 def logits(scale: float = 2.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -138,7 +155,7 @@ def test_value_and_gradient(name: str, scale: float) -> None:
     np.testing.assert_allclose(gradient, expected, rtol=2e-4 * rough, atol=2e-6 * rough * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("loss", PLAIN, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("loss", [*PLAIN, *FEATURES], ids=lambda loss: loss.__name__)
 def test_zero_and_flat_at_equality(loss: Loss) -> None:
     _, t = logits(3.0, seed=5)
     value, gradient = value_and_gradient(loss, t, t)
