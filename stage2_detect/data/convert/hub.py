@@ -30,7 +30,6 @@ from ssld.stage2_detect.data.convert.records import (
     FoundImage,
     FoundObject,
     check_class_names,
-    check_split_name,
     finite_number,
     is_marked,
     read_class_list,
@@ -118,7 +117,6 @@ def _files_by_split(path: Path) -> dict[str, list[Path]]:
             raise UserError(
                 f"{file}: its split would be called {split!r}; rename the file, with letters, digits, '_', '-' and '.' before -00000-of-00001"
             )
-        check_split_name(split, str(file))
         found.setdefault(split, []).append(file)
     for split, some in found.items():
         folders = sorted({str(file.parent) for file in some})
