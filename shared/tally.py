@@ -52,11 +52,11 @@ class Tally:
         if number:
             _add(self._skipped, (what, cause), number, name)
 
-    def merge(self, other: "Tally") -> None:
-        """Add what another tally counted."""
-        for what, number in other._kept.items():
+    def merge(self, other: "Tally", *, kept: bool = True) -> None:
+        """Add what another tally counted, without what it `kept` where that is counted again."""
+        for what, number in other._kept.items() if kept else ():
             self._kept[what] = self._kept.get(what, 0) + number
-        for member, number in other._kept_in.items():
+        for member, number in other._kept_in.items() if kept else ():
             self._kept_in[member] = self._kept_in.get(member, 0) + number
         tables = (
             (self._dropped, other._dropped),

@@ -10,6 +10,7 @@ from ssld.shared.config.settings import CommandConfig, Config, ModelText, Networ
 from ssld.shared.config.training import EmaConfig, OptimConfig, TrainingConfig
 from ssld.stage2_detect.distill_config import DistillConfig
 from ssld.stage2_detect.model_config import DetectorConfig, Fraction
+from ssld.stage2_detect.yolo_layout import find_yolo, input_places
 
 Side = Annotated[int, Field(ge=32, le=16_384)]
 Scale = Annotated[float, Field(gt=0, le=100)]
@@ -273,8 +274,14 @@ class ConvertDataConfig(CommandConfig):
     voc_difficult: Literal["ignore", "keep"] = "ignore"
     """ignore makes objects marked difficult iscrowd: not trained on, neither found nor missed in evaluation"""
 
+    allow_loss: bool = False
+    """go on where more than half of the images or boxes of a split or a class, or all of a class, would be left out"""
+
     def inputs(self) -> dict[str, Path]:
         places = {} if self.source.startswith("hub:") else {"source": Path(self.source)}
+        layout = find_yolo(Path(self.source))
+        if layout and not layout.file.is_dir():  # a description names folders elsewhere
+            places |= {f"source: {name}": place for name, place in input_places(layout).items()}
         return places | ({"classes": self.classes} if self.classes else {})
 
 

@@ -3,7 +3,8 @@
     python stage2_detect/convert_data.py --source datasets/pets/data.yaml --output data/pets
 
 Writes SPLIT.json for each split, and result.json with what went in and came out. Images of folders stay where they are;
-those inside Parquet files are written to SPLIT/. Nothing appears unless every split is sound.
+those inside Parquet files are written to SPLIT/. Nothing appears unless every split is sound; what is left out is counted by cause, and what is left
+out in bulk stops the run.
 """
 
 import json
@@ -20,6 +21,8 @@ if find_spec("ssld") is None:
 
 from ssld.shared.config.command import run_command
 from ssld.shared.errors import UserError
+from ssld.shared.files import is_hidden
+from ssld.shared.wording import count, some
 from ssld.stage2_detect.config import ConvertDataConfig
 
 if TYPE_CHECKING:
@@ -39,7 +42,12 @@ def convert_data(config: ConvertDataConfig) -> None:
     """
     from ssld.shared.run_dir import RunDir
     from ssld.stage2_detect.data.coco_json import with_orientation
-    from ssld.stage2_detect.data.convert.records import coco_content, settle_orientation
+    from ssld.stage2_detect.data.convert.records import (
+        check_split_name,
+        coco_content,
+        note_shared_images,
+        settle_orientation,
+    )
 
     run = RunDir(config, "convert_data")
     if run.status == "finished":
@@ -50,9 +58,13 @@ def convert_data(config: ConvertDataConfig) -> None:
     pending.mkdir()
     try:
         found = _read(config, pending)
+        for split in found.splits:
+            check_split_name(split, config.source)
+        note_shared_images(found)
         orientation = settle_orientation(found)
         contents = {
-            split: coco_content(images, found.class_names, found.hint) for split, images in found.splits.items()
+            split: coco_content(found, split, source=config.source, allow_loss=config.allow_loss)
+            for split in found.splits
         }
         for split, content in contents.items():
             file = pending / f"{split}.json"
@@ -67,6 +79,7 @@ def convert_data(config: ConvertDataConfig) -> None:
             folder = _publish(run.path, pending, split, content.folder)
             metrics["splits"][split] = {**content.counts, "image_folder": str(folder)}
             run.log(_summary(run.path / f"{split}.json", folder, content))
+            run.tell(split, split, content.tally)
     finally:
         shutil.rmtree(pending, ignore_errors=True)
     run.finish(metrics, [run.path / f"{split}.json" for split in contents])
@@ -74,14 +87,16 @@ def convert_data(config: ConvertDataConfig) -> None:
 
 def _read(config: ConvertDataConfig, pending: Path) -> "Found":
     from ssld.stage2_detect.data.convert.hub import is_hub, read_hub
-    from ssld.stage2_detect.data.convert.voc import is_voc, read_voc
-    from ssld.stage2_detect.data.convert.yolo import is_yolo, read_yolo
+    from ssld.stage2_detect.data.convert.voc import read_voc
+    from ssld.stage2_detect.data.convert.voc_layout import is_voc
+    from ssld.stage2_detect.data.convert.yolo import read_yolo
+    from ssld.stage2_detect.yolo_layout import find_yolo
 
     source, path = config.source, Path(config.source)
     if not is_hub(source) and not path.exists():
         raise UserError(f"source: {source}: no such file or folder")
-    if is_yolo(path):
-        return read_yolo(path, classes=config.classes, splits=config.splits)
+    if layout := find_yolo(path):
+        return read_yolo(layout, classes=config.classes, splits=config.splits)
     if is_voc(path):
         return read_voc(
             path,
@@ -95,7 +110,15 @@ def _read(config: ConvertDataConfig, pending: Path) -> "Found":
             source, pending=pending, classes=config.classes, splits=config.splits, box_format=config.box_format
         )
     raise UserError(
-        f"source: {source}: neither YOLO (data.yaml, or images/ and labels/) nor Pascal VOC (Annotations/) nor Parquet files"
+        f"source: {source}: neither YOLO (data.yaml, or images/ and labels/) nor Pascal VOC (XML files in Annotations/ or beside the images) "
+        f"nor Parquet files; {_what_is_there(path)}"
+    )
+
+
+def _what_is_there(path: Path) -> str:
+    names = sorted(one.name for one in path.iterdir() if not is_hidden(one.name)) if path.is_dir() else []
+    return (
+        f"it holds {some(names, 6)}" if names else "it is an empty folder" if path.is_dir() else "it is a single file"
     )
 
 
@@ -105,11 +128,11 @@ def _read_back(file: Path, found: "Found", split: str, content: "Content") -> No
 
     data = read_coco(file, content.folder, training=False, class_names=found.class_names)
     images = found.splits[split]
-    objects = sum(len(image.objects) for image in images)
+    objects = content.counts["objects"]
     sizes = [(image.width, image.height) for image in images]
     if (
         len(data.images) != len(images)
-        or data.counts["boxes"] + content.counts["dropped"] != objects
+        or data.counts["boxes"] != objects
         or data.counts["outside"] + data.counts["degenerate"] + data.counts["clipped"]
         or [(record.width, record.height) for record in data.images] != sizes
     ):
@@ -128,16 +151,10 @@ def _publish(run: Path, pending: Path, split: str, folder: Path) -> Path:
 
 
 def _summary(file: Path, folder: Path, content: "Content") -> str:
-    count = content.counts
-    parts = [f"{count['images']} images", f"{count['objects']} objects"]
-    for key, what in (
-        ("empty", "images without objects"),
-        ("crowd", "objects to be ignored (iscrowd)"),
-        ("clipped", "boxes clipped to their image"),
-        ("dropped", "boxes dropped, nothing of them is inside"),
-    ):
-        if count[key]:
-            parts.append(f"{count[key]} {what}{f' (first: {content.first_dropped})' if key == 'dropped' else ''}")
+    counts = content.counts
+    parts = [count(counts["images"], "image"), count(counts["objects"], "object")]
+    if counts["empty"]:
+        parts.append(f"{count(counts['empty'], 'image')} without objects")
     return f"{file}: {', '.join(parts)}; images: {folder}"
 
 

@@ -117,10 +117,12 @@ def _predict(config: PredictConfig) -> None:
             problem = str(error)
             parts.delete()  # so that the folder can be used again
         else:
+            tally = work.tally(unreadable)
+            tally.merge(work.listed, kept=False)
+            run.tell("images", config.images, tally)
             if unreadable:
                 run.quarantine(unreadable)
-                listed = run.path / "quarantine.txt"
-                run.log(f"cannot be read, and listed in {listed}: {len(unreadable)}, first {unreadable[0]}")
+                run.log(f"what cannot be read is listed in {run.path / 'quarantine.txt'}")
             if config.writes("json") or config.pseudo_labels:
                 files.append(run.path / ("pseudo_labels.json" if config.pseudo_labels else "predictions.json"))
                 write_atomically(files[-1], json.dumps(content, allow_nan=False))

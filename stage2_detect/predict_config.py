@@ -65,6 +65,6 @@ class PredictConfig(RunDetectorConfig):
 
     def inputs(self) -> dict[str, Path]:
         files = {"model": self.model}
-        if not is_pattern(self.images):
+        if Path(self.images).exists() or not is_pattern(self.images):
             files["images"] = Path(self.images)
         return files | ({"exclude": self.exclude} if self.exclude else {})

@@ -80,19 +80,26 @@ def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; its keys are text but for those of groups, which may be numbers, as of class names.
+class _TextLoader(_Loader):
+    """The same, with every value as the text that stands there: `no` is no False, and `1.10` no 1.1."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+
+def read_yaml(path: Path, *, as_text: bool = False) -> dict[str, Any]:
+    """The mapping in a YAML file; its keys are text but for those of groups, which may be numbers, as of class names. With `as_text` every value is
+    as it is written.
 
     Raises UserError for a missing file, bad YAML, a duplicate key, nesting and aliases out of proportion, or anything but a mapping.
     """
     try:
         with path.open(encoding="utf-8") as file:
-            content = yaml.load(file, _Loader)
+            content = yaml.load(file, _TextLoader if as_text else _Loader)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
-    if content is None:
+    if content is None or content == "":
         return {}
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys and values at the top level, found {type(content).__name__}")

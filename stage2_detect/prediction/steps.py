@@ -3,7 +3,8 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from ssld.shared.config.settings import did_you_mean
 from ssld.shared.distributed.processes import DTYPES
 from ssld.shared.errors import UserError
+from ssld.shared.tally import Tally
 from ssld.shared.wording import count
 from ssld.stage2_detect.data.coco import CocoImage, Id
 from ssld.stage2_detect.data.coco_json import ORIENTATION_KEY, read_table, result_rows
@@ -40,6 +42,7 @@ class Work:
         unreadable: names of the others.
         videos: paths of the videos below the folder.
         excluded: how many images were left out.
+        listed: what else lies in the folder that was given.
     """
 
     folder: str
@@ -48,11 +51,23 @@ class Work:
     unreadable: list[str]
     videos: list[str]
     excluded: int = 0
+    listed: Tally = field(default_factory=Tally)
 
     def describe(self) -> str:
         """What there is, for the log."""
         left_out = f", {self.excluded} more excluded" if self.excluded else ""
         return f"{self._amount()} below {self.folder}{left_out}"
+
+    def tally(self, unreadable: Sequence[str]) -> Tally:
+        """What was read and what was not, by suffix."""
+        tally, videos = Tally(), set(self.videos)
+        for name in unreadable:
+            cause = f"that cannot be read ({Path(name).suffix.lower() or 'without a suffix'})"
+            tally.drop("video" if name in videos else "image", cause, name)
+        for what, names in (("image", set(self.names.values())), ("video", videos)):
+            if names:
+                tally.keep(what, len(names.difference(unreadable)))
+        return tally
 
     def _amount(self) -> str:
         images, videos = count(len(self.names), "image"), count(len(self.videos), "video")
@@ -65,7 +80,8 @@ def find_work(config: PredictConfig) -> Work:
     Raises UserError where there are none, where `exclude` names none of them, where videos cannot be read here, and where files would be written over
     each other.
     """
-    folder, names = find_images(config.images)
+    listed = Tally()
+    folder, names = find_images(config.images, listed)
     excluded = 0
     if config.exclude:
         known = set(read_table(str(config.exclude), segmentations=False).file_names)
@@ -91,7 +107,7 @@ def find_work(config: PredictConfig) -> Work:
         _check_names(names)
     by_id: dict[Id, str] = dict(enumerate(names, 1))
     records, unreadable = records_of(ImageFiles(folder, names), list(by_id))
-    return Work(folder, by_id, records, unreadable, videos, excluded)
+    return Work(folder, by_id, records, unreadable, videos, excluded, listed)
 
 
 def check_detector(config: PredictConfig, loaded: "LoadedDetector") -> None:

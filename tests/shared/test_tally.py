@@ -71,6 +71,8 @@ def test_merging_adds_up() -> None:
         whole.merge(tally)
     assert (whole.kept("box"), whole.kept("box", "cat"), whole.dropped("box"), whole.changed("box")) == (4, 4, 5, 2)
     assert whole.bulk_loss() == "5 of the 9 boxes would be left out: 5 outside the image (first: annotation 0)"
+    whole.merge(parts[0], kept=False)
+    assert (whole.kept("box"), whole.kept("box", "cat"), whole.dropped("box"), whole.changed("box")) == (4, 4, 7, 3)
 
 
 def test_what_lies_beside_the_data_is_named_and_is_no_loss() -> None:

@@ -9,11 +9,29 @@ from PIL import Image
 
 from ssld.stage2_detect.data.coco import CocoData, read_coco
 
+OBJECT = (
+    "<object>\n<name>{name}</name><difficult>{difficult}</difficult>\n<bndbox><xmin>{box[0]}</xmin><ymin>{box[1]}</ymin>\
+<xmax>{box[2]}</xmax><ymax>{box[3]}</ymax></bndbox></object>"
+)
+
+
+def voc_xml(*objects: tuple[str, object, tuple[Any, ...]], size: tuple[int, int] = (40, 20)) -> str:
+    """An XML file; the first object begins in line 4."""
+    texts = [OBJECT.format(name=name, difficult=difficult, box=box) for name, difficult, box in objects]
+    sides = f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
+    return f"<annotation>\n<filename>x.png</filename>\n{sides}\n" + "\n".join(texts) + "\n</annotation>"
+
 
 def read(run: Path, split: str = "train") -> CocoData:
     result = json.loads((run / "result.json").read_text())
     assert set(result["outputs"]) == {f"{name}.json" for name in result["metrics"]["splits"]}
     return read_coco(run / f"{split}.json", result["metrics"]["splits"][split]["image_folder"], training=False)
+
+
+def counted(run: Path, split: str = "train") -> dict[str, Any]:
+    """What the reader of a split left out or changed."""
+    found: dict[str, Any] = json.loads((run / "result.json").read_text())["read"][split]
+    return found
 
 
 def by_name(data: CocoData) -> dict[str, Any]:

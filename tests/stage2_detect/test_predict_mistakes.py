@@ -13,6 +13,7 @@ from run_files import content
 
 from ssld.shared.errors import UserError
 from ssld.shared.models.model_file import read_metadata, read_tensors, save_model_file
+from ssld.shared.tally import Tally
 from ssld.stage2_detect import predict
 from ssld.stage2_detect.data.image_files import find_images
 
@@ -38,12 +39,50 @@ def test_a_picture_a_pattern_and_a_list(photos: Path, tmp_path: Path, files_belo
     [
         ("photos/5.png\nphotos/99.png\n", "list.txt, line 2: photos/99.png: no such file"),
         ("# nothing\n", "list.txt: no path in it"),
+        (
+            '{"images": [{"id": 1}]}',
+            'list.txt: begins with \'{"images": [{"id": 1\'..., which is no path; give an image, a video',
+        ),
+        ('[{"id": 1}]', 'list.txt: begins with [{"id": 1}], which is no path'),
+        ("<html>", "list.txt: begins with <html>, which is no path"),
+        ("x" * 500, f"list.txt, line 1: '{'x' * 120}'...: no such file"),
+        ("a\x1b[2J.jpg", "list.txt, line 1: 'a\\x1b[2J.jpg'...: no such file"),
+        ("a\0b", "list.txt: neither an image or video"),
     ],
 )
 def test_bad_lists(photos: Path, tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "list.txt").write_text(text)
     with pytest.raises(UserError, match=re.escape(message)):
         find_images(str(tmp_path / "list.txt"))
+
+
+@pytest.mark.parametrize("form", ["photos/{}.png", "photos\\{}.png", '"photos/{}.png"', "./photos/{}.png"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_lists_of_other_systems(photos: Path, tmp_path: Path, form: str, encoding: str) -> None:
+    (tmp_path / "list.csv").write_bytes(f"{form.format(5)}\r\n# mine\r\n{form.format(6)}\r\n".encode(encoding))
+    assert find_images(str(tmp_path / "list.csv")) == (str(photos), ["5.png", "6.png"])
+
+
+def test_names_that_look_like_patterns(photos: Path, tmp_path: Path) -> None:
+    """Of a folder that is there, brackets are letters of its name."""
+    odd = tmp_path / "img [1] *"
+    (odd / "deep [2]").mkdir(parents=True)
+    for name in ("a [x].png", "b.PNG", "._c.png", "deep [2]/d.jfif", "e.MTS", "notes.txt"):
+        shutil.copy(photos / "5.png", odd / name)
+    every = ["a [x].png", "b.PNG", "deep [2]/d.jfif", "e.MTS"]
+    assert find_images(str(odd)) == (str(odd), every)
+    assert find_images(str(odd / "a [x].png")).names == ["a [x].png"]
+    assert find_images(str(odd / "*.*")).names == ["a [x].png", "b.PNG", "e.MTS"]
+    assert find_images(str(odd / "**" / "*.[jp]*")).names == ["a [x].png", "deep [2]/d.jfif"]
+    assert find_images(str(odd / "deep [2]" / "*.jfif")).names == ["d.jfif"]
+    tally = Tally()
+    find_images(str(odd), tally)
+    assert tally.skipped("file", "of kind .txt") == 1
+
+
+def test_an_image_by_its_content(photos: Path, tmp_path: Path) -> None:
+    shutil.copy(photos / "5.png", tmp_path / "5")
+    assert find_images(str(tmp_path / "5")).names == ["5"]
 
 
 # ---- users' mistakes
@@ -56,15 +95,26 @@ def test_pictures_that_cannot_be_read_are_named_and_left_out(
     (photos / "0.png").write_bytes(b"no picture at all")
     damaged = (photos / "4.png").read_bytes()
     (photos / "4.png").write_bytes(damaged[: len(damaged) // 2])  # its header is sound
+    (photos / "raw.dng").write_bytes(b"of a camera")
     # Batches of one picture, so that one holds nothing readable.
     assert call(predict.main, predict_line("--batch_size", "1")) == 0
     run = tmp_path / "seen"
     assert (run / "quarantine.txt").read_text() == "0.png\n4.png\n"
-    assert "listed in" in (run / "log.txt").read_text()
+    raw = "1 of camera raw, to be converted (first: raw.dng)"
+    counted = f"3 images dropped: 2 that cannot be read (.png) (first: 0.png), {raw}"
+    log = (run / "log.txt").read_text()
+    assert counted in log
+    assert f"what cannot be read is listed in {run / 'quarantine.txt'}" in log
     found = content(run / "predictions.json")
     names = {image["id"]: image["file_name"] for image in found["images"]}
     assert set(names.values()) == {f"{n}.png" for n in (1, 2, 5, 6, 7, 8, 9, 10, 11)} | {"deep/3.png"}
-    assert content(run / "result.json")["metrics"]["unreadable"] == 2
+    result = content(run / "result.json")
+    assert result["metrics"]["unreadable"] == 2
+    assert result["read"]["images"]["image"]["kept"] == 10
+    assert {cause: one["count"] for cause, one in result["read"]["images"]["image"]["dropped"].items()} == {
+        "that cannot be read (.png)": 2,
+        "of camera raw, to be converted": 1,
+    }
     whole = content(tmp_path / "whole" / "predictions.json")["annotations"]
     kept = [(r["image_id"], r["category_id"]) for r in whole if names.get(r["image_id"])]
     assert [(r["image_id"], r["category_id"]) for r in found["annotations"]] == kept  # ids are the listing's

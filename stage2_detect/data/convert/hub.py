@@ -20,6 +20,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ssld.shared.errors import UserError
+from ssld.shared.files import list_files
+from ssld.shared.tally import Tally
+from ssld.shared.wording import count
 from ssld.stage2_detect.data.convert.records import (
     Corners,
     Found,
@@ -27,16 +30,18 @@ from ssld.stage2_detect.data.convert.records import (
     FoundObject,
     check_class_names,
     finite_number,
+    is_marked,
     read_class_list,
     size_of_bytes,
 )
 from ssld.stage2_detect.data.segmentations import is_shape
 
 BoxFormat = Literal["xywh", "xyxy", "xyxy_relative", "cxcywh_relative"]
-HUB = "hub:"
+HUB, PARQUET = "hub:", ".parquet"
 _CATEGORIES = ("category", "categories", "category_id", "label", "labels")
 _CROWDS = ("iscrowd", "is_crowd", "crowd")
 _SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
+_SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # it becomes a folder, and the file names are somebody else's
 _ROWS_AT_A_TIME = 32
 
 
@@ -52,7 +57,9 @@ class _Keys(NamedTuple):
 def is_hub(source: str) -> bool:
     """Whether a source is such data: `hub:ORG/NAME`, a .parquet file, or a folder with some."""
     path = Path(source)
-    return source.startswith(HUB) or path.suffix == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet")))
+    if source.startswith(HUB) or path.suffix.lower() == PARQUET:
+        return True
+    return path.is_dir() and bool(list_files(path, (PARQUET,)))
 
 
 def read_hub(source: str, *, pending: Path, classes: Path | None, splits: list[str], box_format: BoxFormat) -> Found:
@@ -71,18 +78,20 @@ def read_hub(source: str, *, pending: Path, classes: Path | None, splits: list[s
     keys = {file: _keys_of(file) for file in every}
     names = read_class_list(classes) if classes else _class_names(every, keys)
     label_of: dict[Any, int] = {name: label for label, name in enumerate(names)}
-    found: dict[str, list[FoundImage]] = {}
+    found = Found("Hugging Face", names, hint="are its numbers another box_format?")
     for split, some in chosen.items():
         folder = pending / split
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        found[split] = []
+        images: list[FoundImage] = []
         for file in some:
-            found[split] += _read_file(file, keys[file], folder, len(found[split]), label_of, box_format)
-        if not found[split]:
+            images += _read_file(file, keys[file], folder, len(images), label_of, box_format)
+        if not images:
             raise UserError(f"{source}: split {split} has no rows")
-        _drop_repeated_ids(found[split])
-    return Found("Hugging Face", names, found, hint="are its numbers another box_format?")
+        _drop_repeated_ids(images)
+        found.splits[split], found.tallies[split] = images, Tally()
+        found.looked[split] = f"in {count(len(some), 'file')}, the first {some[0]}"
+    return found
 
 
 def _download(name: str) -> Path:
@@ -97,13 +106,17 @@ def _download(name: str) -> Path:
 
 def _files_by_split(path: Path) -> dict[str, list[Path]]:
     """Sorted files of each split. Raises UserError where several subsets lie side by side."""
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    files = [path] if path.is_file() else [path / name for name in list_files(path, (PARQUET,))]
     if not files:
         raise UserError(f"{path}: holds no .parquet file")
     found: dict[str, list[Path]] = {}
     for file in files:
         shard = _SHARD.fullmatch(file.stem)
-        split = shard["split"] if shard else file.parent.name if file.stem.isdigit() else file.stem
+        split = shard["split"] if shard else file.absolute().parent.name if file.stem.isdigit() else file.stem
+        if not _SPLIT.fullmatch(split):
+            raise UserError(
+                f"{file}: its split would be called {split!r}; rename the file, with letters, digits, '_', '-' and '.' before -00000-of-00001"
+            )
         found.setdefault(split, []).append(file)
     for split, some in found.items():
         folders = sorted({str(file.parent) for file in some})
@@ -226,6 +239,8 @@ def _read_object(
     size: tuple[int, int],
 ) -> FoundObject:
     category = one.get(keys.category)
+    if isinstance(category, float) and category.is_integer():  # of a column in which others are empty
+        category = int(category)
     label = category if isinstance(category, int) and not isinstance(category, bool) else label_of.get(category, -1)
     if not 0 <= label < len(label_of):
         raise UserError(f"{place}: category {category!r}, but there are {len(label_of)} classes")
@@ -241,7 +256,7 @@ def _read_object(
         label,
         corners,
         place,
-        crowd=bool(keys.crowd and one.get(keys.crowd)),
+        crowd=keys.crowd is not None and is_marked(one.get(keys.crowd), place, keys.crowd),
         shape=_shape(one.get(keys.shape) if keys.shape else None, place, size),
         area=None if area is None else finite_number(str(area), place, "area"),
     )

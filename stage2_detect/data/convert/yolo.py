@@ -1,173 +1,157 @@
-"""Reads detection data in YOLO's layout: an images folder, and a text file of normalised boxes or polygons for each image.
+"""Reads detection data in YOLO's format: a text file of normalized boxes or polygons for each image.
 
-Layout: https://docs.ultralytics.com/datasets/detect/ (`data.yaml` with `path`, `train`, `val`, `test`, `names`), or a
-folder with `images/`, `labels/` and `classes.txt`. The label file of an image lies where `images` is replaced by `labels`
-in its path, else beside it; an image without one has no objects. Rows: `class x_center y_center width height`, or `class
-x y x y ...` of a polygon (three points or more), all as shares of the upright image. Deliberately absent: keypoints,
-confidences; oriented boxes are read as polygons of four points.
+Layout: https://docs.ultralytics.com/datasets/detect/, and its variants (`stage2_detect/yolo_layout.py`). An image without a label file has no
+objects. Rows: `class x_center y_center width height`, or `class x y x y ...` of a polygon (three points or more), all as shares of the upright image.
+Deliberately absent: keypoints, confidences; oriented boxes are read as polygons of four points.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import UserError
-from ssld.shared.files import IMAGE_SUFFIXES, list_images, read_text
+from ssld.shared.files import list_files, list_images, read_text
+from ssld.shared.tally import Tally
+from ssld.shared.wording import count, some
+from ssld.stage2_detect.data.convert.file_index import FileIndex
 from ssld.stage2_detect.data.convert.records import (
+    LISTED_AGAIN,
     Found,
     FoundImage,
     FoundObject,
     check_class_names,
+    drop_image,
     finite_number,
     read_class_list,
     size_of,
+    unread_kind,
+)
+from ssld.stage2_detect.yolo_layout import (
+    CLASS_LISTS,
+    LabelFiles,
+    YoloLayout,
+    has_rows,
+    images_of_list,
+    located,
+    read_names,
 )
 
-SPLITS = ("train", "val", "test")
 _SLACK = 0.01
 """by how much a coordinate may leave 0..1 before it is taken for a mistake (pixels, for example)"""
 
 
-def is_yolo(path: Path) -> bool:
-    """Whether a path looks like such data: a YAML file, a folder with one, or one with images/ and labels/."""
-    if path.suffix in (".yaml", ".yml"):
-        return True
-    return (path / "data.yaml").is_file() or all((path / name).is_dir() for name in ("images", "labels"))
+class _Row(NamedTuple):
+    """A line of a label file, checked."""
+
+    label: int
+    values: list[float]
+    place: str
 
 
-def read_yolo(path: Path, *, classes: Path | None, splits: list[str]) -> Found:
-    """The data set at a folder or a data.yaml. Raises UserError, naming file and line, for whatever is wrong in it."""
-    file = path if path.is_file() else path / "data.yaml"
-    names, places, root = _described(file) if file.is_file() else _listed(path)
-    if classes:
-        names = read_class_list(classes)
+def read_yolo(layout: YoloLayout, *, classes: Path | None, splits: list[str]) -> Found:
+    """The data set of a layout. Raises UserError, naming file and line, for whatever is wrong in it."""
+    names = read_class_list(classes) if classes else layout.names
+    other = next((one for one in layout.class_lists if read_names(one) != names), None)
+    if other and not classes:
+        raise UserError(f"{other}: names other classes than {layout.class_lists[0]}; give --classes FILE")
     if not names:
-        raise UserError(f"{path}: no class names: neither data.yaml nor classes.txt is there; give --classes FILE")
-    unknown = [split for split in splits if split not in places]
+        raise UserError(
+            f"{layout.file}: no class names: neither data.yaml nor classes.txt has any; give --classes FILE"
+        )
+    check_class_names(names, str(classes or f"{layout.file}: names"))
+    unknown = [split for split in splits if split not in layout.places]
     if unknown:
-        raise UserError(f"{path}: has no split {unknown[0]!r} (it has {', '.join(places)})")
-    found: dict[str, list[FoundImage]] = {}
-    notes: list[str] = []
-    for split in splits or places:
-        images, folders = _image_files(places[split], root)
-        if not images:
-            raise UserError(f"{file if file.is_file() else path}: {split}: no images in {places[split]}")
-        labels = {image: _label_file(image) for image in images}
-        _refuse_orphans(folders, set(labels.values()))
-        found[split] = [_read_image(image, label, names) for image, label in labels.items()]
-        without = sum(not label.is_file() for label in labels.values())
-        if without:
-            notes.append(f"{split}: {without} images have no label file: images without objects")
-    return Found("YOLO", names, found, notes, orientation="upright")
+        raise UserError(f"{layout.file}: has no split {unknown[0]!r} (it has {', '.join(layout.places)})")
+    found = Found("YOLO", names, notes=list(layout.notes), orientation="upright")
+    for split in splits or layout.places:
+        tally = found.tallies[split] = Tally()
+        found.splits[split], found.looked[split] = _read_split(layout, split, names, tally)
+    return found
 
 
-def _described(file: Path) -> tuple[list[str], dict[str, list[str]], Path]:
-    """(class names, {split: folders or lists}, root) of a data.yaml."""
-    content = read_yaml(file)
-    if "kpt_shape" in content:
-        raise UserError(f"{file}: kpt_shape: is pose data; keypoints are not read")
-    names = content.get("names", [])
-    if isinstance(names, dict):
-        if sorted(names) != list(range(len(names))):
-            raise UserError(f"{file}: names: the class numbers are not 0..{len(names) - 1}")
-        names = [names[number] for number in range(len(names))]
-    if not isinstance(names, list):
-        raise UserError(f"{file}: names: expected a list, or numbers with names")
-    names = [str(name) for name in names]
-    if names:
-        check_class_names(names, f"{file}: names")
-    if "nc" in content and content["nc"] != len(names):
-        raise UserError(f"{file}: nc is {content['nc']}, but names has {len(names)}")
-    places = {split: _as_list(content[split], file, split) for split in SPLITS if content.get(split)}
-    if not places:
-        raise UserError(f"{file}: has none of the keys {', '.join(SPLITS)}")
-    root = (file.parent / str(content.get("path") or ".")).resolve()
-    if not root.is_dir():
-        raise UserError(f"{file}: path: {root} is not a folder")
-    return names, places, root
+def _read_split(layout: YoloLayout, split: str, names: list[str], tally: Tally) -> tuple[list[FoundImage], str]:
+    """(images, where their labels were looked for)."""
+    images, folders = _image_files(layout, split, tally)
+    label_files = LabelFiles()
+    labels = {image: label_files.of(image) for image in images}
+    _refuse_shared(labels)
+    _drop_unread(folders, label_files, labels, names, tally)
+    found = []
+    for image, label in labels.items():
+        rows = _rows(label, names) if label else []
+        if not label:
+            tally.change("image", "without a label file, taken for one without objects", image)
+        kind = unread_kind(image)
+        if kind:
+            drop_image(tally, image, kind, [names[row.label] for row in rows])
+        else:
+            width, height = size_of(image)
+            found.append(FoundImage(image, width, height, [_object(row, width, height) for row in rows]))
+    looked = dict.fromkeys(str(place) for image in images for place in label_files.folders(image.parent))
+    read = sum(label is not None for label in labels.values())
+    return found, f"{count(read, 'label file')}, looked for in {some(list(looked))}"
 
 
-def _listed(folder: Path) -> tuple[list[str], dict[str, list[str]], Path]:
-    """The same of a folder without data.yaml: its images, or those of each sub-folder, are a split."""
-    lists = [folder / "classes.txt", folder / "labels" / "classes.txt"]
-    names = next((read_class_list(file) for file in lists if file.is_file()), [])
-    images = folder.resolve() / "images"
-    deeper = sorted(entry.name for entry in images.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    flat = any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in images.iterdir())
-    places = {"train": ["images"]} if flat or not deeper else {name: [f"images/{name}"] for name in deeper}
-    return names, places, folder.resolve()
-
-
-def _as_list(value: Any, file: Path, key: str) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    if not all(isinstance(one, str) for one in values):
-        raise UserError(f"{file}: {key}: expected a folder, a list of folders, or a .txt list of images")
-    return values
-
-
-def _image_files(places: list[str], root: Path) -> tuple[list[Path], list[Path]]:
-    """(images in order, folders that were listed) of a split."""
-    images: list[Path] = []
+def _image_files(layout: YoloLayout, split: str, tally: Tally) -> tuple[list[Path], list[Path]]:
+    """(images in order, each once; folders that were listed) of a split."""
+    images: dict[Path, None] = {}
     folders: list[Path] = []
-    for place in places:
-        path = root / place
-        if not path.exists() and place.startswith("../"):  # Roboflow writes ../train/images beside train/
-            path = root / place[3:]
+    for place in layout.places[split]:
+        path = located(layout.root, place)
         if path.is_dir():
             folders.append(path)
-            images += [path / name for name in list_images(path)]
-        elif path.suffix == ".txt" and path.is_file():
-            images += _images_of_list(path, root)
+            listed = [(f"{path / name}", path / name) for name in list_images(path)]
+        elif path.suffix.lower() == ".txt" and path.is_file():
+            listed = [(f"{path}, line {number}", image) for number, image in images_of_list(path, layout.root)]
+            missing = next(((where, image) for where, image in listed if not image.is_file()), None)
+            if missing:
+                raise UserError(f"{missing[0]}: no image {missing[1]}")
         else:
-            raise UserError(f"{path}: is neither a folder nor a .txt list of images")
-    twice = len(images) - len(set(images))
-    if twice:
-        raise UserError(f"{', '.join(places)}: {twice} images are listed more than once")
-    return images, folders
+            raise UserError(
+                f"{path}: is neither a folder nor a .txt list of images; without split {split}, name the others by --splits"
+            )
+        for where, image in listed:
+            if image in images:
+                tally.change("image", LISTED_AGAIN, where)
+            images[image] = None
+    if not images:
+        raise UserError(f"{layout.file}: {split}: no images in {', '.join(layout.places[split])}")
+    return list(images), folders
 
 
-def _images_of_list(file: Path, root: Path) -> list[Path]:
-    images = []
-    for number, line in enumerate(read_text(file).splitlines(), 1):
-        if line.strip():
-            name = line.strip()
-            image = (file.parent / name[2:]) if name.startswith("./") else (root / name)  # "./": relative to the list
-            if not image.is_file():
-                raise UserError(f"{file}, line {number}: no image {image}")
-            images.append(image)
-    return images
+def _refuse_shared(labels: dict[Path, Path | None]) -> None:
+    """Raises UserError for a label file of two images, such as a.jpg and a.png: it may be right for one of them alone."""
+    owner: dict[Path, Path] = {}
+    for image, label in labels.items():
+        if label and owner.setdefault(label, image) != image:
+            raise UserError(f"{label}: belongs to {owner[label]} and to {image}; remove one of the images")
 
 
-def _label_file(image: Path) -> Path:
-    parts = list(image.parts)
-    for index in reversed(range(len(parts) - 1)):
-        if parts[index] == "images":
-            parts[index] = "labels"
-            break
-    return Path(*parts).with_suffix(".txt")
-
-
-def _refuse_orphans(folders: list[Path], labels: set[Path]) -> None:
-    """Raises UserError for label files of images that are not there."""
+def _drop_unread(
+    folders: list[Path], label_files: LabelFiles, labels: dict[Path, Path | None], names: list[str], tally: Tally
+) -> None:
+    """Count label files whose image is of a kind that is no image here. Raises UserError for those whose image is not there."""
+    used = set(labels.values())
     for folder in folders:
-        beside = _label_file(folder / "x").parent
-        files = sorted(beside.rglob("*.txt")) if beside.is_dir() and beside != folder else []
-        orphans = [file for file in files if file not in labels and file.name != "classes.txt"]
-        if orphans:
-            raise UserError(f"{orphans[0]}: no image in {folder} belongs to it, nor to {len(orphans) - 1} others")
+        others: FileIndex | None = None
+        for place in label_files.folders(folder):
+            for name in list_files(place, (".txt",)):
+                file = place / name
+                if file in used or file.name.lower() in CLASS_LISTS or (place == folder and not has_rows(file)):
+                    continue
+                others = others or FileIndex(folder, ("",))
+                found = [one for one in others.find(name) if not one.lower().endswith((".txt", ".xml", ".json"))]
+                if not found:
+                    raise UserError(f"{file}: no image in {folder} belongs to it")
+                kind = Path(found[0]).suffix.lower() or "no suffix"
+                drop_image(tally, folder / found[0], kind, [names[row.label] for row in _rows(file, names)])
 
 
-def _read_image(image: Path, label: Path, names: list[str]) -> FoundImage:
-    width, height = size_of(image)
-    objects = []
-    if label.is_file():
-        for number, line in enumerate(read_text(label).splitlines(), 1):
-            if line.strip():
-                objects.append(_read_row(line.split(), f"{label}, line {number}", names, width, height))
-    return FoundImage(image, width, height, objects)
+def _rows(label: Path, names: list[str]) -> list[_Row]:
+    lines = enumerate(read_text(label).splitlines(), 1)
+    return [_row(line.split(), f"{label}, line {number}", names) for number, line in lines if line.strip()]
 
 
-def _read_row(words: list[str], place: str, names: list[str], width: int, height: int) -> FoundObject:
+def _row(words: list[str], place: str, names: list[str]) -> _Row:
     if len(words) != 5 and (len(words) < 7 or len(words) % 2 == 0):
         raise UserError(
             f"{place}: has {len(words)} values; expected a class and a box (5), or a class and three points or more (7, 9, ...)"
@@ -181,10 +165,14 @@ def _read_row(words: list[str], place: str, names: list[str], width: int, height
         raise UserError(
             f"{place}: {wrong[0]:g} is outside 0..1; coordinates are shares of the image's width and height"
         )
-    if len(values) == 4:
-        x, y, w, h = (value * side for value, side in zip(values, (width, height) * 2, strict=True))
-        return FoundObject(int(label), (x - w / 2, y - h / 2, x + w / 2, y + h / 2), place)
-    xs = [min(max(value, 0.0), 1.0) * width for value in values[::2]]
-    ys = [min(max(value, 0.0), 1.0) * height for value in values[1::2]]
+    return _Row(int(label), values, place)
+
+
+def _object(row: _Row, width: int, height: int) -> FoundObject:
+    if len(row.values) == 4:
+        x, y, w, h = (value * side for value, side in zip(row.values, (width, height) * 2, strict=True))
+        return FoundObject(row.label, (x - w / 2, y - h / 2, x + w / 2, y + h / 2), row.place)
+    xs = [min(max(value, 0.0), 1.0) * width for value in row.values[::2]]
+    ys = [min(max(value, 0.0), 1.0) * height for value in row.values[1::2]]
     polygon = [round(value, 3) for point in zip(xs, ys, strict=True) for value in point]
-    return FoundObject(int(label), (min(xs), min(ys), max(xs), max(ys)), place, shape=[polygon])
+    return FoundObject(row.label, (min(xs), min(ys), max(xs), max(ys)), row.place, shape=[polygon])

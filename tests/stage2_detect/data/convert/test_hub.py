@@ -132,7 +132,7 @@ def test_hub_list_of_structs_with_names_and_polygons(tmp_path: Path) -> None:
     other = {"bbox": [0.0, 0.0, 5.0, 5.0], "categories": "ant", "area": 25.0, "is_crowd": 1, "segmentation": []}
     rows = [{"image": encoded(), "objects": [one, other]}]
     parquet(tmp_path / "hub" / "default" / "train" / "0000.parquet", rows)
-    assert main(line(tmp_path / "hub", tmp_path / "out")) == 0
+    assert main(line(tmp_path / "hub", tmp_path / "out", "--allow_loss", "true")) == 0  # all of the ants are crowds
     data = read_coco(tmp_path / "out" / "train.json", tmp_path / "out" / "train", training=False, segmentations=True)
     (record,) = data.images
     assert data.class_names == ("ant", "dog")
@@ -199,6 +199,71 @@ def test_hub_layout_faults(tmp_path: Path, user_error: Callable[..., str]) -> No
     flags = ("--splits", '["test"]')
     folder = tmp_path / "subsets" / "small"
     assert "has no split 'test' (it has train)" in user_error(main, line(folder, tmp_path / "o6", *flags))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("-x-00000-of-00001.parquet", "its split would be called '-x'; rename the file"),
+        ("tr ain-00000-of-00001.parquet", "its split would be called 'tr ain'"),
+        ("a\u2215b.parquet", "its split would be called 'a\u2215b'"),
+        ("\\..\\x.parquet", "its split would be called '\\\\..\\\\x'"),
+        ("result-00000-of-00001.parquet", "a split is called 'result', as is a file of a run"),
+        ("error.parquet", "a split is called 'error', as is a file of a run"),
+        ("config.yaml.parquet", "a split is called 'config.yaml', as is a file of a run"),
+        ("log.txt-00000-of-00001.parquet", "a split is called 'log.txt', as is a file of a run"),
+    ],
+)
+def test_names_that_reach_no_path(tmp_path: Path, user_error: Callable[..., str], name: str, message: str) -> None:
+    """Splits take their names from file names of somebody else, and become names of files and folders in the run."""
+    parquet(tmp_path / "hub" / name, [hub_row([[1, 1, 2, 2]], [0])], ["a"])
+    assert message in user_error(main, line(tmp_path / "hub", tmp_path / "out"))
+    assert {one.name for one in (tmp_path / "out").iterdir()} <= {".lock", "config.yaml", "environment.json"}
+
+
+def test_hidden_files_are_no_part_of_a_data_set(tmp_path: Path, user_error: Callable[..., str]) -> None:
+    for name in ("._train-00000-of-00001.parquet", "..-00000-of-00001.parquet", ".-00000-of-00001.parquet"):
+        write(tmp_path / "hub" / name, "no Parquet file")
+        error = user_error(main, line(tmp_path / "hub" / name, tmp_path / "out"))
+        assert "its split would be called '." in error
+    assert "neither YOLO" in user_error(main, line(tmp_path / "hub", tmp_path / "out"))
+    parquet(tmp_path / "hub" / "train-00000-of-00001.PARQUET", [hub_row([[1, 1, 2, 2]], [0])], ["a"])
+    assert main(line(tmp_path / "hub", tmp_path / "out")) == 0
+    assert len(read(tmp_path / "out").images) == 1
+
+
+def test_flags_and_numbers_as_tables_hold_them(tmp_path: Path, user_error: Callable[..., str]) -> None:
+    """Text for a flag; a number with a decimal point for a class."""
+    one = {"bbox": [1.0, 2.0, 10.0, 5.0], "category": 1.0, "iscrowd": "0"}
+    other = {"bbox": [0.0, 0.0, 5.0, 5.0], "category": 0.0, "iscrowd": "True"}
+    parquet(tmp_path / "train.parquet", [{"image": encoded(), "objects": [one, other]}])
+    write(tmp_path / "names.txt", "ant\ndog\n")
+    flags = ("--classes", str(tmp_path / "names.txt"), "--allow_loss", "true")
+    assert main(line(tmp_path / "train.parquet", tmp_path / "out", *flags)) == 0
+    (record,) = read(tmp_path / "out").images
+    assert record.labels_N.tolist() == [1, 0]
+    assert record.crowd_N.tolist() == [False, True]
+    for change, message in (
+        ({"category": 0.5}, "category 0.5, but there are 2"),
+        ({"iscrowd": "?"}, "iscrowd is '?', neither"),
+    ):
+        parquet(tmp_path / "train.parquet", [{"image": encoded(), "objects": [one | change, other]}])
+        assert f"row 0, object 0: {message}" in user_error(
+            main, line(tmp_path / "train.parquet", tmp_path / "o", *flags)
+        )
+
+
+def test_a_split_without_objects_and_bulk_loss(tmp_path: Path, user_error: Callable[..., str]) -> None:
+    parquet(tmp_path / "hub" / "train.parquet", [hub_row([[1, 1, 2, 2]], [0])], ["a"])
+    parquet(tmp_path / "hub" / "test.parquet", [hub_row([], []), hub_row([], [])], ["a"])
+    message = user_error(main, line(tmp_path / "hub", tmp_path / "out"))
+    assert f"split test: no object in 2 images (in 1 file, the first {tmp_path}/hub/test.parquet)" in message
+    parquet(tmp_path / "hub" / "test.parquet", [hub_row([[1, 1, 2, 2], [3, 3, 0, 4], [3, 3, 0, 0]], [0, 0, 0])], ["a"])
+    message = user_error(main, line(tmp_path / "hub", tmp_path / "out"))
+    assert "split test: 2 of the 3 boxes would be left out: 2 without width or height (first: " in message
+    assert "test.parquet, row 0, object 1)" in message
+    assert main(line(tmp_path / "hub", tmp_path / "out", "--allow_loss", "true")) == 0
+    assert len(read(tmp_path / "out", "test").images[0].labels_N) == 1
 
 
 def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user_error: Callable[..., str]) -> None:

@@ -9,21 +9,10 @@ from typing import Any
 import hotcoco
 import numpy as np
 import pytest
-from converted_data import by_name, equal_objects, line, numbered, read, save, write
+from converted_data import by_name, equal_objects, line, numbered, read, save, voc_xml, write
 
 from ssld.stage2_detect.convert_data import main
 from ssld.stage2_detect.data.coco import read_coco
-
-OBJECT = (
-    "<object>\n<name>{name}</name><difficult>{difficult}</difficult>\n<bndbox><xmin>{box[0]}</xmin><ymin>{box[1]}</ymin>\
-<xmax>{box[2]}</xmax><ymax>{box[3]}</ymax></bndbox></object>"
-)
-
-
-def voc_xml(*objects: tuple[str, int, tuple[Any, ...]], size: tuple[int, int] = (40, 20)) -> str:
-    texts = [OBJECT.format(name=name, difficult=difficult, box=box) for name, difficult, box in objects]
-    sides = f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
-    return f"<annotation>\n<filename>x.png</filename>\n{sides}\n" + "\n".join(texts) + "\n</annotation>"
 
 
 @pytest.fixture
@@ -33,8 +22,8 @@ def voc(tmp_path: Path) -> Path:
     for name in ("a", "b"):
         save(root / "JPEGImages" / f"{name}.png")
     whole, pixel = ("tall", 0, (1, 1, 40, 20)), ("wide", 1, (3, 4, 3, 4))
-    write(root / "Annotations/a.xml", voc_xml(whole, pixel))
-    write(root / "Annotations/b.xml", voc_xml())
+    write(root / "Annotations/a.xml", voc_xml(whole, pixel, ("wide", 0, (5, 5, 9, 9))))
+    write(root / "Annotations/b.xml", voc_xml(("tall", 0, (5, 5, 9, 9))))
     for split, names in (("train", "a"), ("val", "b"), ("trainval", "a\nb"), ("tall_train", "a 1")):
         write(root / f"ImageSets/Main/{split}.txt", names + "\n")
     return root
@@ -46,16 +35,18 @@ def test_voc_by_hand(voc: Path, tmp_path: Path) -> None:
     data = read(tmp_path / "out")
     assert data.class_names == ("tall", "wide")
     (record,) = data.images
-    np.testing.assert_array_equal(record.file_boxes_N4, [[0, 0, 40, 20], [2, 3, 1, 1]])
-    assert record.labels_N.tolist() == [0, 1]
-    assert record.crowd_N.tolist() == [False, True]
+    np.testing.assert_array_equal(record.file_boxes_N4, [[0, 0, 40, 20], [2, 3, 1, 1], [4, 4, 5, 5]])
+    assert record.labels_N.tolist() == [0, 1, 1]
+    assert record.crowd_N.tolist() == [False, True, False]
     assert len(read(tmp_path / "out", "val").images) == 1
     assert not (tmp_path / "out" / "trainval.json").exists()
     flags = ("--voc_inclusive", "false", "--voc_difficult", "keep", "--splits", '["trainval"]')
     assert main(line(voc, tmp_path / "edges", *flags)) == 0
     record = by_name(read(tmp_path / "edges", "trainval"))["a"]
-    np.testing.assert_array_equal(record.file_boxes_N4, [[1, 1, 39, 19]])  # nothing is left of the other
+    np.testing.assert_array_equal(record.file_boxes_N4, [[1, 1, 39, 19], [5, 5, 4, 4]])  # nothing is left of the other
     assert not record.crowd_N.any()
+    record = by_name(read(tmp_path / "edges", "trainval"))["b"]
+    np.testing.assert_array_equal(record.file_boxes_N4, [[5, 5, 4, 4]])
 
 
 def test_voc_from_an_independent_writer(tiny_coco: Any, tmp_path: Path) -> None:
@@ -108,6 +99,60 @@ def test_voc_faults(
 def test_voc_class_that_is_not_listed(voc: Path, tmp_path: Path, user_error: Callable[..., str]) -> None:
     write(tmp_path / "names.txt", "tall\nsmall\n")
     message = user_error(main, line(voc, tmp_path / "out", "--classes", str(tmp_path / "names.txt")))
-    assert "a.xml, line 7: class 'wide' is not among the 2 given" in message
+    assert f"a.xml, line 7: class 'wide' is not among the 2 of {tmp_path}/names.txt" in message
     (voc / "JPEGImages/a.png").unlink()
     assert "a.xml: its image is not in" in user_error(main, line(voc, tmp_path / "out2"))
+
+
+@pytest.mark.parametrize("word", ["1", "true", "True", "yes", "1.0", " y "])
+def test_words_for_difficult(voc: Path, tmp_path: Path, word: str) -> None:
+    write(voc / "Annotations/a.xml", voc_xml(("tall", 0, (1, 1, 40, 20)), ("tall", word, (3, 4, 8, 9))))
+    assert main(line(voc, tmp_path / "out")) == 0
+    assert by_name(read(tmp_path / "out"))["a"].crowd_N.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("word", ["", "0", "Unspecified", "False", "no", "None", "-1", "0.0", "unknown", "null", "NaN"])
+def test_words_for_not_difficult(voc: Path, tmp_path: Path, word: str) -> None:
+    write(voc / "Annotations/a.xml", voc_xml(("tall", word, (1, 1, 40, 20)), ("tall", word, (3, 4, 8, 9))))
+    assert main(line(voc, tmp_path / "out")) == 0
+    assert by_name(read(tmp_path / "out"))["a"].crowd_N.tolist() == [False, False]
+
+
+@pytest.mark.parametrize("word", ["2", "maybe", "0.5", "1;0"])
+def test_words_that_say_neither(voc: Path, tmp_path: Path, user_error: Callable[..., str], word: str) -> None:
+    write(voc / "Annotations/a.xml", voc_xml(("tall", 0, (1, 1, 40, 20)), ("tall", word, (3, 4, 8, 9))))
+    message = user_error(main, line(voc, tmp_path / "out"))
+    assert f"a.xml, line 7: difficult is {word!r}, neither yes (1, true, yes) nor no (0, false, no, Uns" in message
+
+
+def test_nothing_but_difficult_objects(voc: Path, tmp_path: Path, user_error: Callable[..., str]) -> None:
+    write(voc / "Annotations/a.xml", voc_xml(("tall", 1, (1, 1, 40, 20)), ("tall", "yes", (3, 4, 8, 9))))
+    message = user_error(main, line(voc, tmp_path / "out"))
+    assert "split train: all boxes would be left out: 2 marked iscrowd (first: " in message
+    assert "a.xml, line 4)" in message
+    message = user_error(main, line(voc, tmp_path / "out", "--allow_loss", "true"))
+    assert "of 2 objects none is left to train on: all marked difficult, which makes them iscrowd" in message
+    assert main(line(voc, tmp_path / "out", "--voc_difficult", "keep")) == 0
+    assert len(read(tmp_path / "out").images[0].labels_N) == 2
+
+
+def test_images_of_one_name(voc: Path, tmp_path: Path, user_error: Callable[..., str]) -> None:
+    """What the XML mentions decides; a path in it counts by its last part."""
+    save(voc / "JPEGImages/a.jpg", (20, 40))
+    assert "its image may be a.jpg or a.png" in user_error(main, line(voc, tmp_path / "out"))
+    text = voc_xml(("tall", 0, (1, 1, 20, 20)), size=(20, 40))
+    write(voc / "Annotations/a.xml", text.replace("x.png", "C:\\photos\\a.jpg"))
+    assert main(line(voc, tmp_path / "out")) == 0
+    assert read(tmp_path / "out").images[0].path == str(voc / "JPEGImages/a.jpg")
+    write(voc / "Annotations/c.xml", text.replace("x.png", "/home/me/a.jpg"))
+    write(voc / "ImageSets/Main/train.txt", "c\n")
+    assert main(line(voc, tmp_path / "other")) == 0
+    assert read(tmp_path / "other").images[0].path == str(voc / "JPEGImages/a.jpg")
+
+
+def test_sizes_that_are_not_said(voc: Path, tmp_path: Path) -> None:
+    for size in ("<size/>", "<size><width>0</width><height>0</height></size>", ""):
+        text = voc_xml(("tall", 0, (1, 1, 20, 20)))
+        write(voc / "Annotations/a.xml", text[: text.index("<size>")] + size + text[text.index("</size>") + 7 :])
+        assert main(line(voc, tmp_path / f"out{len(size)}")) == 0
+        assert read(tmp_path / f"out{len(size)}").images[0].width == 40

@@ -9,7 +9,7 @@ from typing import Any
 import hotcoco
 import numpy as np
 import pytest
-from converted_data import by_name, equal_objects, line, numbered, read, save, write
+from converted_data import by_name, counted, equal_objects, line, numbered, read, save, write
 from filled_shapes import filled
 from PIL import Image
 
@@ -44,8 +44,8 @@ def test_yolo_by_hand(yolo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert first.areas_N[0] == 100
     assert first.areas_N[1] == filled(first.segmentations[1], 20, 40).sum()
     out = capsys.readouterr().out
-    assert "2 images, 2 objects, 1 images without objects" in out
-    assert "1 images have no label file" in out
+    assert "2 images, 2 objects, 1 image without objects" in out
+    assert f"1 without a label file, taken for one without objects (first: {yolo}/images/train/b.png)" in out
 
 
 def test_yolo_from_an_independent_writer(tiny_coco: Any, tmp_path: Path) -> None:
@@ -101,8 +101,15 @@ def test_boxes_over_the_border_are_clipped_and_empty_ones_dropped(
     record = by_name(read(tmp_path / "out"))["b"]
     np.testing.assert_allclose(record.file_boxes_N4, [[28, 5, 12, 10], [10, 0, 20, 20]])
     counts = json.loads((tmp_path / "out" / "result.json").read_text())["metrics"]["splits"]["train"]
-    assert (counts["objects"], counts["clipped"], counts["dropped"], counts["images"]) == (4, 1, 1, 2)
-    assert f"first: {yolo}/labels/train/b.txt, line 2" in capsys.readouterr().out
+    assert (counts["objects"], counts["images"]) == (4, 2)
+    first = f"{yolo}/labels/train/b.txt, line"
+    assert counted(tmp_path / "out")["box"] == {
+        "kept": 4,
+        "dropped": {"without width or height": {"count": 1, "first": f"{first} 2"}},
+        "changed": {"clipped to the image": {"count": 1, "first": f"{first} 1"}},
+    }
+    out = capsys.readouterr().out
+    assert f"train: 1 box dropped: 1 without width or height (first: {first} 2); 1 box changed: 1 clipped" in out
 
 
 def test_boxes_belong_to_the_upright_picture(yolo: Path, tmp_path: Path) -> None:
@@ -134,7 +141,7 @@ def test_boxes_belong_to_the_upright_picture(yolo: Path, tmp_path: Path) -> None
         ("data.yaml", "train: images/train\nnames: [a, b]\nnc: 3", "nc is 3, but names has 2"),
         ("data.yaml", "train: images/train\nnames: {0: a, 2: b}", "the class numbers are not 0..1"),
         ("data.yaml", "train: images/trian\nnames: [a, b]", "is neither a folder nor a .txt list"),
-        ("data.yaml", "names: [a, b]", "has none of the keys train, val, test"),
+        ("data.yaml", "names: [a, b]", "has none of the keys train, val, valid, validation, test"),
         ("data.yaml", "train: images/train\nnames: [a, b]\nkpt_shape: [17, 3]", "pose data"),
         ("data.yaml", "train: images/train", "no class names"),
         ("data.yaml", "train: list.txt\nnames: [a, b]", "list.txt, line 1: no image"),

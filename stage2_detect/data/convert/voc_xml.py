@@ -1,0 +1,131 @@
+"""The XML of Pascal VOC, as its many writers spell it: elements with their lines, decoded by the file's own declaration.
+
+XML is parsed by expat without document types, so that no entity is expanded and nothing outside is read. Tags are compared in small letters. Boxes
+that stand elsewhere than in `annotation/object` are refused: another schema would otherwise read as an image without objects.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from xml.parsers import expat
+
+from ssld.shared.errors import UserError
+from ssld.shared.files import decode_text
+
+_DECLARATION = re.compile(r"\A\s*<\?xml\b[^>]*\?>")
+_ENCODING = re.compile(rb"\A\s*<\?xml\b[^>]*?\bencoding\s*=\s*[\"']\s*([\w.:-]+)\s*[\"']", re.ASCII)
+# What writers declare, and what their systems write under that name: a superset, in which the few characters more are no errors.
+_WIDER = {"gb2312": "gb18030", "gb_2312-80": "gb18030", "gbk": "gb18030", "cp936": "gb18030", "shift_jis": "cp932", "euc-kr": "cp949"}  # fmt: skip
+_BOXES = {"bndbox", "robndbox", "boundingbox", "bbox", "box", "xmin", "polygon", "points"}
+
+
+@dataclass
+class Element:
+    """An XML element, the line it begins in, and what is in it."""
+
+    name: str
+    """in small letters"""
+    line: int
+    text: str = ""
+    children: list["Element"] = field(default_factory=list)
+
+    def find(self, name: str) -> "Element | None":
+        """The first child of a name."""
+        return next((child for child in self.children if child.name == name), None)
+
+    def all(self, name: str) -> list["Element"]:
+        """All children of a name."""
+        return [child for child in self.children if child.name == name]
+
+    def text_of(self, name: str) -> str:
+        """The text of the first child of a name, "" where there is none."""
+        child = self.find(name)
+        return child.text.strip() if child else ""
+
+
+def read_annotation(file: Path) -> Element:
+    """The `annotation` of a VOC file. Raises UserError for another root element, and for objects or boxes where VOC has none."""
+    root = parse_xml(file)
+    if root.name != "annotation":
+        raise UserError(
+            f"{file}, line {root.line}: begins with <{root.name}>, and Pascal VOC with <annotation>: is it the XML of another format?"
+        )
+    for element, parents in _below(root, (root,)):
+        inside = [parent.name for parent in parents]
+        if element.name == "object" and len(parents) > 1:
+            raise UserError(
+                f"{file}, line {element.line}: an <object> inside <{inside[-1]}>; VOC's stand in <annotation>"
+            )
+        if element.name in _BOXES and inside[1:2] != ["object"]:
+            raise UserError(
+                f"{file}, line {element.line}: <{element.name}> inside <{inside[-1]}>; VOC's boxes stand in <object>"
+            )
+    for one in root.all("object"):
+        for name in ("name", "bndbox"):
+            if len(one.all(name)) > 1:
+                raise UserError(f"{file}, line {one.line}: the object has {len(one.all(name))} <{name}>, expected one")
+    return root
+
+
+def parse_xml(file: Path) -> Element:
+    """The root element of an XML file. Raises UserError for what is not well formed, and for any document type."""
+    top = Element("", 0)
+    open_elements = [top]
+    parser = expat.ParserCreate("utf-8")
+    parser.buffer_text = True
+
+    def start(name: str, _attributes: dict[str, str]) -> None:
+        element = Element(name.lower(), parser.CurrentLineNumber)
+        open_elements[-1].children.append(element)
+        open_elements.append(element)
+
+    def end(_name: str) -> None:
+        open_elements.pop()
+
+    def text(data: str) -> None:
+        open_elements[-1].text += data
+
+    def refuse(*_: object) -> None:
+        raise UserError(f"{file}, line {parser.CurrentLineNumber}: has a document type (<!DOCTYPE>); remove it")
+
+    parser.StartElementHandler, parser.EndElementHandler, parser.CharacterDataHandler = start, end, text
+    parser.StartDoctypeDeclHandler = refuse
+    try:
+        parser.Parse(_decoded(file).encode(), True)
+    except (expat.ExpatError, UnicodeEncodeError) as error:
+        raise UserError(f"{file}, line {parser.CurrentLineNumber}: is not well-formed XML: {error}") from None
+    return top.children[0]
+
+
+def _decoded(file: Path) -> str:
+    """The text of an XML file without its declaration, whose encoding it is decoded by."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from None
+    declared = _ENCODING.match(content)
+    name = declared[1].decode("ascii").lower() if declared else "utf-8"
+    if declared and name.startswith(("utf-16", "ucs-2", "utf-32", "unicode")):
+        name = "utf-8"  # what could be read one byte a letter is not that; .NET declares it for text that is saved otherwise
+    if content.startswith((b"<\0", b"\0<")):
+        name = "utf-16-le" if content.startswith(b"<") else "utf-16-be"
+    try:
+        text = decode_text(content, _WIDER.get(name, name))
+    except LookupError:
+        raise UserError(f"{file}: declares the encoding {name!r}, which is unknown") from None
+    except UnicodeError as error:
+        where = f"byte {error.start}" if isinstance(error, UnicodeDecodeError) else str(error)
+        says = f"declares the encoding {name!r}" if declared else "declares no encoding, which means UTF-8"
+        raise UserError(f"{file}: {says}, but is not written in it ({where})") from None
+    return _DECLARATION.sub(lambda match: "\n" * match[0].count("\n"), text)
+
+
+def _below(element: Element, path: tuple[Element, ...]) -> Iterator[tuple[Element, tuple[Element, ...]]]:
+    """(element, its parents from the root on) of everything in one."""
+    pending = [(element, path)]
+    while pending:
+        parent, parents = pending.pop()
+        for child in parent.children:
+            yield child, parents
+            pending.append((child, (*parents, child)))
