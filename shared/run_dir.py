@@ -29,6 +29,7 @@ from ssld.shared.config.training import PASSES_FILE
 from ssld.shared.errors import UserError
 from ssld.shared.files import clear_leftovers, file_sha256, files_digest, write_atomically
 from ssld.shared.machine import installed_version
+from ssld.shared.tally import Tally
 
 Status = Literal["new", "unfinished", "finished"]
 SPEED = ("seconds", "data_wait", "images_per_second", "memory_gb")
@@ -62,6 +63,7 @@ class RunDir:
         self._config, self._command = config, command
         self._started = time.time()
         self.inputs: dict[str, str] = {}
+        self._read: dict[str, Any] = {}
         if main:
             self._open()
 
@@ -76,6 +78,12 @@ class RunDir:
             self.write(text)
             with (self.path / "log.txt").open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
+
+    def tell(self, place: str, source: object, tally: Tally) -> None:
+        """Log what reading `source`, the setting `place`, has left out, if anything, and keep the counts for result.json."""
+        self._read[place] = tally.record()
+        line = tally.describe()
+        self.log_if(line and f"{source}: {line}")
 
     def log_if(self, text: str | None) -> None:
         """Log a line, if there is one."""
@@ -116,6 +124,7 @@ class RunDir:
             "outputs": {str(file.relative_to(self.path)): file_sha256(file) for file in outputs},
             "config": identity(self._config),
             "inputs": self.inputs,
+            "read": self._read,
             "seconds": round(time.time() - self._started, 1),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }

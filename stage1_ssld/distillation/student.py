@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import (
@@ -72,6 +73,10 @@ class Student:
     def train_mode(self) -> None:
         """Before a step. With a frozen body everything stays in evaluation mode: its BatchNorm keeps the statistics it was trained with."""
         self.model.train(not self._classifier_only)
+
+    def uses_batch_statistics(self) -> bool:
+        """Whether it trains on statistics of the batch, which one image does not have."""
+        return not self._classifier_only and any(isinstance(module, _BatchNorm) for module in self.model.modules())
 
     def licence(self) -> str | None:
         """Licence of the weights it started from; None for random ones."""
