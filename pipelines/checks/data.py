@@ -21,7 +21,7 @@ from PIL import Image
 from ssld.pipelines.checks.machine import Line
 from ssld.pipelines.runner.stages import ROOT
 from ssld.shared.config.settings import CommandConfig
-from ssld.shared.files import list_images, spread
+from ssld.shared.files import escaped, list_images, spread
 from ssld.shared.tally import Tally
 from ssld.shared.wording import count
 from ssld.stage1_ssld.config import CurateConfig, PrototypesConfig, SoftLabelsConfig, Stage1Config
@@ -99,7 +99,7 @@ def folder_lines(folder: Path, *, most: int = MOST) -> list[Line]:
     if broken:
         stops = len(broken) > 1 and len(broken) > 0.01 * len(looked)
         then = "training stops: more than 1 %" if stops else "training leaves them out"
-        what = f"{count(len(broken), 'picture')} of {len(looked):,} cannot be read ({broken[0]})"
+        what = f"{count(len(broken), 'picture')} of {len(looked):,} cannot be read ({escaped(broken[0])})"
         lines.append(Line("fault" if stops else "warning", "pictures", f"{folder}: {what}: {then}"))
     copies = sum(digests.values()) - len(digests)
     if copies:

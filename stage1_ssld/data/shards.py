@@ -160,7 +160,9 @@ def source_shards(config: SourceConfig, number: int, *, streaming: bool, tally: 
     listing = list_path(
         f"hf://datasets/{config.path.removeprefix('hub:')}" if hub else config.path, ALL_SPLITS if hub else config.split
     )
-    if hub:
+    if hub and listing.kind == "images":
+        listing = list_path(listing.folder, config.split)
+    elif hub:
         listing = _of_split(listing, config)
     tally.merge(listing.tally)
     if listing.kind == "parquet":

@@ -20,6 +20,7 @@ from ssld.shared.tally import Tally
 from ssld.stage1_ssld.data.batch import NO_LABEL
 from ssld.stage1_ssld.data.labels import doubt_on_order, labeled_classes, labels_in_classes
 from ssld.stage1_ssld.data.listing import of_split
+from ssld.stage1_ssld.data.manifest import write_manifest
 from ssld.stage1_ssld.data.shards import count_samples, source_shards
 from ssld.stage1_ssld.data.sources import ImageSource, open_sources
 from ssld.stage1_ssld.data_config import SourceConfig
@@ -459,6 +460,17 @@ def test_streams_tell_what_is_known_before_they_are_read(tmp_path: Path) -> None
     tally = Tally()
     source_shards(SourceConfig(path=str(tmp_path)), 0, streaming=True, tally=tally)
     assert (tally.kept("image"), tally.dropped("image", "behind broken links")) == (3, 1)
+
+
+def test_a_manifest_finds_names_that_are_not_utf8_and_splits(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    folder = write(tmp_path / "pool", f"train/{name}/1.png", f"val/{name}/2.png")
+    config = SourceConfig(path=str(folder), split="train")
+    images = ImageSource(config, 0)
+    for pool, keys in ((config, [images.rows.name(0)]), (SourceConfig(path=str(folder / "val")), ["caf\\udce9/2.png"])):
+        columns = {"source": [pool.path], "key": keys, "class": [0], "score": [1.0], "hash": [0]}
+        write_manifest(tmp_path / "selected.parquet", columns, [pool.model_dump(mode="json")], {})
+        assert source(tmp_path / "selected.parquet").read(0).shape == (3, 4, 4)
 
 
 # ---- depth

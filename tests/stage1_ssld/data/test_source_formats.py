@@ -336,6 +336,14 @@ def test_a_data_set_of_the_hub_is_streamed_from_its_files(tiny: Any, register: A
     for name in ("train/0.parquet", "train/1.parquet", "test/0.parquet"):
         filesystem.pipe(f"/datasets/org/other/{name}", tiny.parquet.read_bytes())
     assert len(source_shards(SourceConfig(path="hub:org/other"), 0, streaming=True)) == 2
+    filesystem.pipe("/datasets/org/other/trainval/0.parquet", tiny.parquet.read_bytes())
+    filesystem.pipe("/datasets/org/other/train_extra-00000-of-00001.parquet", tiny.parquet.read_bytes())
+    filesystem.pipe("/datasets/org/other/assets/logo.png", pictures(tiny.train)["disc/disc_000.png"])
+    assert len(source_shards(SourceConfig(path="hub:org/other"), 0, streaming=True)) == 2
+    for name, content in list(pictures(tiny.train).items())[::10]:
+        filesystem.pipe(f"/datasets/org/folder/{name}", content)
+    (shard,) = source_shards(SourceConfig(path="hub:org/folder"), 0, streaming=True)
+    assert [sample.name for sample in shard.samples()] == list(pictures(tiny.train))[::10]
     with pytest.raises(
         UserError, match="hub:org/name: none of its 3 files is of the split 'test'; set split or subset"
     ):
