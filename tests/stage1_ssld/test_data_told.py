@@ -35,7 +35,7 @@ def images(tmp_path: Path, jpeg: Any) -> Path:
 
 @pytest.fixture
 def settings(distill_settings: Settings, images: Path) -> Settings:
-    return distill_settings | {"steps": 2, "data": {"train": [str(images)], "image_size": 32}}
+    return distill_settings | {"steps": 2, "batch_size": 2, "data": {"train": [str(images)], "image_size": 32}}
 
 
 LINE = "2 images dropped: 1 that are no files (first: disc/pipe.jpg), 1 behind broken links (first: ring/gone.jpg)"
