@@ -278,7 +278,8 @@ def _walk(folder: str | Path, tally: Tally) -> Iterator[tuple[str, "os.DirEntry[
     while pending:
         place, prefix, parents = pending.pop()
         with os.scandir(place) as entries:
-            found = list(entries)
+            found = sorted(entries, key=lambda entry: entry.name)  # what is met first is the same everywhere
+        below = []
         if prefix and _is_run([entry.name for entry in found]):
             tally.skip("folder", "written by a run", escaped(prefix.rstrip("/")))
             continue
@@ -304,7 +305,8 @@ def _walk(folder: str | Path, tally: Tally) -> Iterator[tuple[str, "os.DirEntry[
             except OSError:  # it went away while we walked
                 continue
             if (stat.st_dev, stat.st_ino) not in parents:
-                pending.append((entry.path, f"{name}/", parents | {(stat.st_dev, stat.st_ino)}))
+                below.append((entry.path, f"{name}/", parents | {(stat.st_dev, stat.st_ino)}))
+        pending += reversed(below)
 
 
 def _note_hidden(entry: "os.DirEntry[str]", name: str, tally: Tally) -> None:

@@ -26,6 +26,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from ssld.shared.errors import UserError
+from ssld.shared.files import escaped
 
 Picture = Image.Image | Tensor
 """A decoded image: an RGB picture of PIL's, or uint8 [3, H, W]."""
@@ -109,6 +110,7 @@ def open_image(
         if decoder == "torchcodec":
             source = source if isinstance(source, bytes) else Path(source).read_bytes()
         with _open(source) as image:
+            deep = image.mode == "RGB" and ";16" in str(getattr(image, "tile", ""))  # gone once it is loaded
             header, itself = _header(image), image.format == _TURNED_BY_PILLOW
             upright = exif(header) if callable(exif) else exif
             turn = None if upright == itself else (_UPRIGHT if upright else _BACK).get(header.orientation)
@@ -118,6 +120,8 @@ def open_image(
                     return pixels
             picture = _rgb(image)
             picture.load()
+            if deep and 0 < np.asarray(picture).max() < 16:  # PIL keeps the upper 8 bits of each 16
+                raise UnreadableImage("", "16 bits a channel, of which 12 or fewer are used: write it with 8")
             return picture if turn is None else picture.transpose(turn)
 
 
@@ -212,12 +216,17 @@ def _decoder_errors(source: bytes | str | Path, name: str | None) -> Iterator[No
             yield
         except (MemoryError, UserError):
             raise
+        except UnreadableImage as error:
+            raise UnreadableImage(name or _label(source), error.reason) from None
         except Exception as error:
-            label = name or (f"<{len(source)} bytes>" if isinstance(source, bytes) else str(source))
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             if isinstance(error, Image.UnidentifiedImageError):
                 reason = "not an image, or of an unknown format"
-            raise UnreadableImage(label, " ".join(reason.split()) or type(error).__name__) from error
+            raise UnreadableImage(name or _label(source), " ".join(reason.split()) or type(error).__name__) from error
+
+
+def _label(source: bytes | str | Path) -> str:
+    return f"<{len(source)} bytes>" if isinstance(source, bytes) else escaped(str(source))
 
 
 def _jpeg(encoded: bytes) -> Tensor | None:
@@ -273,17 +282,21 @@ def _has_exif_in_png(image: Any) -> bool:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = Image.fromarray(_eight_bits(np.asarray(image), image.mode))
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _eight_bits(grey: np.ndarray, mode: str) -> np.ndarray:
-    """Grey values of more than 8 bits scaled to 0..255, where PIL's own conversion clips them at 255."""
-    values = np.nan_to_num(grey.astype(np.float64))
-    if mode.startswith("I;16"):
-        full = 65535.0
-    elif mode == "I":  # 32 bits hold 8, 16 or more in practice: the smallest range that fits
-        full = next((limit for limit in (255.0, 65535.0) if values.max() <= limit), values.max())
-    else:
-        full = 1.0 if values.max() <= 1 else 255.0
-    return np.round(values.clip(0, full) * (255.0 / full)).astype(np.uint8)
+def _eight_bits(grey: np.ndarray) -> np.ndarray:
+    """Grey values of more than 8 bits, or fractions, scaled to 0..255, where PIL's own conversion clips them at 255.
+
+    A file does not say how many of its bits a camera used: white is the largest value of the fewest bits that hold all values (8, 10, 12, 14 or 16),
+    1 for fractions, and else the largest value itself. Where values are negative, black is the smallest.
+    """
+    values = grey.astype(np.float64)
+    finite = values[np.isfinite(values)]
+    black, white = (min(finite.min(), 0.0), finite.max()) if finite.size else (0.0, 0.0)
+    values = np.nan_to_num(values, nan=black, posinf=white, neginf=black)
+    if black == 0:
+        ranges = ([1.0] if grey.dtype.kind == "f" else []) + [2.0**bits - 1 for bits in (8, 10, 12, 14, 16)]
+        white = next((limit for limit in ranges if white <= limit), white)
+    return np.round((values - black) * (255.0 / ((white - black) or 1.0))).astype(np.uint8)

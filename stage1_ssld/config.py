@@ -26,9 +26,9 @@ class Stage1OptimConfig(OptimConfig):
     """Optimizer and its schedule: linear warm-up, then cosine to zero, by step."""
 
     warmup_steps: int | None = Field(None, ge=0, le=1_000_000_000)
-    """length of the warm-up in steps"""
+    """length of the warm-up in steps; no more than a tenth of the run is warm-up"""
     warmup_epochs: float | None = Field(None, ge=0, le=1_000_000)
-    """length of the warm-up in passes over the training images"""
+    """length of the warm-up in passes over the training images; no more than a tenth of the run is warm-up"""
 
     @model_validator(mode="after")
     def _one_warmup(self) -> Self:
@@ -36,11 +36,13 @@ class Stage1OptimConfig(OptimConfig):
             raise ValueError("give one of warmup_steps and warmup_epochs")
         return self
 
-    def total_warmup_steps(self, images: int | None, batch_size: int) -> int:
-        """Steps of warm-up for a training set of `images` images; raises UserError where that number is needed and unknown."""
+    def total_warmup_steps(self, images: int | None, batch_size: int, steps: int) -> int:
+        """Steps of warm-up for a training set of `images` images and a run of `steps`, of which it is a tenth at most; raises UserError where the
+        number of images is needed and unknown."""
         if self.warmup_epochs and images is None:
             raise UserError("optim.warmup_epochs: nobody knows how many images the stream holds; give warmup_steps")
-        return self.warmup_steps or round((self.warmup_epochs or 0) * (images or 0) / batch_size)
+        wanted = self.warmup_steps or round((self.warmup_epochs or 0) * (images or 0) / batch_size)
+        return min(wanted, steps // 10)
 
 
 class Stage1Config(TrainingConfig):
@@ -215,6 +217,8 @@ class EvaluateConfig(ForwardConfig):
     """images; without labels only agreement and KL are measured, and a teacher is needed"""
     bank: SourceConfig | None = None
     """labelled images: each image of `data` is also classified by the vote of its nearest neighbours among them"""
+    allow_loss: bool = False
+    """go on where more than half of the images of a source or of a class, or all of a class, cannot be used; the log says why"""
     neighbours: Count = 20
     """neighbours that vote"""
     image_size: Side | None = None
@@ -281,6 +285,8 @@ class CurateConfig(ForwardConfig):
 
     pool: list[SourceConfig] = Field(min_length=1)
     """images to select from; labels are not read"""
+    allow_loss: bool = False
+    """go on where more than half of the images of a source or of one of its folders, or all of a folder, cannot be used; the log says why"""
     streaming: bool = False
     """read the pool file by file, without an index: for pools that are remote or larger than memory"""
     teacher: TeacherConfig
@@ -357,6 +363,8 @@ class PrototypesConfig(ForwardConfig):
 
     pool: list[SourceConfig] = Field(min_length=1)
     """images whose embeddings are clustered: those that students will see; labels are not read"""
+    allow_loss: bool = False
+    """go on where more than half of the images of a source or of one of its folders, or all of a folder, cannot be used; the log says why"""
     streaming: bool = False
     """read the pool file by file, without an index: for pools that are remote or larger than memory"""
     encoder: EncoderConfig

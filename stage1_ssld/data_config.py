@@ -1,6 +1,8 @@
 """Settings that the stage-1 commands share: images, views, networks, teachers, losses. Does not import torch."""
 
+import json
 from collections.abc import Iterable
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -32,26 +34,29 @@ class SourceConfig(Config):
     labels: str = "auto"
     """auto: names of class folders, or the label column; none: unlabelled; FILE.parquet: labels joined by `id_column`, negative ones dropped"""
     image_column: str = "image"
-    """Parquet column with the images"""
+    """Parquet column with the images; in tar files what the name of the image goes on with behind the first dot, where a sample has several"""
     label_column: str = "label"
     """Parquet column with the class numbers"""
     id_column: str = "id"
     """Parquet column that joins a label file"""
     root: str | None = None
     """folder that the paths of a list file are relative to; null: the folder of the file"""
-    split: str = "train"
-    """split of a data set of the hub"""
+    split: str | None = None
+    """split of a data set that holds several; null: train for one of the hub, none for a folder"""
     subset: str | None = None
     """configuration of a data set of the hub, where it has several"""
 
     @model_validator(mode="before")
     @classmethod
     def _from_path(cls, value: Any) -> Any:
-        if isinstance(value, str | Path):
-            return {"path": str(value)}
-        if isinstance(value, dict) and isinstance(value.get("path"), Path):
-            return {**value, "path": str(value["path"])}
-        return value
+        if not isinstance(value, dict):
+            value = {"path": value}
+        path = value.get("path")
+        if (path is None and "path" in value) or isinstance(path, bool | float | list | dict):
+            raise ValueError(
+                f"the path is {json.dumps(path)} to YAML; put a name like that in quotes, or write it as ./NAME"
+            )
+        return {**value, "path": str(path)} if isinstance(path, Path | int | date) else value
 
     def inputs(self, key: str) -> dict[str, Path]:
         """The local files this source reads."""
@@ -70,6 +75,8 @@ class DataConfig(Config):
     """images for evaluation; without labels only agreement and KL are measured"""
     streaming: bool = False
     """read the training sources in order of their files, shuffled in blocks, without an index: for pools that are remote or larger than memory"""
+    allow_loss: bool = False
+    """go on where more than half of the images of a source or of a class, or all of a class, cannot be used; the log says why"""
     decoder: Literal["pil", "torchcodec"] = "pil"
     """what decodes training images; torchcodec is faster where they are JPEGs, and has to be installed"""
     image_size: Side = 224

@@ -59,7 +59,8 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     from ssld.shared.training.optim import cosine_factor, make_optimizer, parameter_groups, scale_lr, set_lr
     from ssld.shared.training.quarantine import Quarantine
     from ssld.shared.training.training_state import TrainingState
-    from ssld.stage1_ssld.data.loaders import TrainingData, ValViews, make_loader, val_batches
+    from ssld.stage1_ssld.data.labels import doubt_on_order
+    from ssld.stage1_ssld.data.loaders import TrainingData, ValViews, described, make_loader, val_batches
     from ssld.stage1_ssld.data.mixing import mix_batch
     from ssld.stage1_ssld.data.sources import open_sources
     from ssld.stage1_ssld.data.streams import plan_streams
@@ -77,9 +78,9 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     check_networks(config.networks(), config.hub_data())
     data = config.data
     network = config.student if isinstance(config, DistillConfig) else config.model
-    sources = [] if data.streaming else open_sources(data.train, "data.train")
+    sources = [] if data.streaming else open_sources(data.train, "data.train", allow_loss=data.allow_loss)
     plan = plan_streams(data, config.batch_size, config.seed) if data.streaming else None
-    val_source = open_sources([data.val], "data.val")[0] if data.val else None
+    val_source = open_sources([data.val], "data.val", allow_loss=data.allow_loss)[0] if data.val else None
 
     # ---- processes and run directory
     accelerator = start_processes(config)
@@ -98,6 +99,11 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         run.log(
             f"{val_source.path}: features alone train no classes, so there is no top-1 and no agreement; `ssld evaluate --bank` takes the file"
         )
+    for place, path, tally in described(sources, plan, val_source):
+        run.tell(place, path, tally)
+    if targets.class_names is None:
+        for source in (*sources, *([val_source] if val_source else [])):
+            run.log_if(doubt_on_order(source))
     if val_source and targets.val_labels is None and teacher is None:
         run.log(f"{val_source.path}: no labels and no teacher: nothing to evaluate")
         val_source = None
@@ -125,7 +131,13 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
             f"batch_size: {config.batch_size} is more than the {count(training.images, 'training image')}; give at most as many"
         )
     steps = config.total_steps(training.images)
-    warmup_steps = config.optim.total_warmup_steps(training.images, config.batch_size)
+    warmup_steps = config.optim.total_warmup_steps(training.images, config.batch_size, steps)
+    of_teacher = teacher is not None and teacher.batchnorm == "batch"
+    if config.batch_size == ranks * config.accumulate and (of_teacher or student.uses_batch_statistics()):
+        raise UserError(
+            f"batch_size: {config.batch_size} is one image per process and pass, and BatchNorm of the {'teacher' if of_teacher else 'network'} needs "
+            "at least two; raise batch_size, or lower accumulate or the number of processes"
+        )
     base_lr = scale_lr(config.optim.lr, config.optim.reference_batch, config.batch_size, config.optim.name)
 
     # ---- resume

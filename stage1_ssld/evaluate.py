@@ -9,6 +9,7 @@ its nearest neighbours.
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import Any
 
 if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
@@ -43,17 +44,20 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     from ssld.shared.run_dir import RunDir
     from ssld.shared.training.quarantine import Quarantine
     from ssld.stage1_ssld.data.batch import Batch
-    from ssld.stage1_ssld.data.labels import match_classes, neighbour_labels
+    from ssld.stage1_ssld.data.labels import doubt_on_order, match_classes, neighbour_labels
     from ssld.stage1_ssld.data.loaders import Labels, ValViews, make_loader, val_batches
-    from ssld.stage1_ssld.data.sources import ImageSource
+    from ssld.stage1_ssld.data.sources import ImageSource, open_sources
     from ssld.stage1_ssld.distillation.teacher import make_teacher
     from ssld.stage1_ssld.evaluation.knn import knn_accuracy
     from ssld.stage1_ssld.evaluation.metrics import describe, evaluate
 
     check_networks(config.networks(), config.hub_data())
     reference = parse_reference(config.model, config.arch, allow_pickle=True)
-    source = ImageSource(config.data, 0)
-    bank = ImageSource(config.bank, 1) if config.bank else None
+    allowed: Any = {"allow_loss": config.allow_loss, "otherwise": "set allow_loss: true to go on with the rest"}
+    source = open_sources([config.data], "data", **allowed)[0]
+    bank = open_sources([config.bank], "bank", **allowed)[0] if config.bank else None
+    if bank:
+        bank.number = 1
     votes = neighbour_labels(source, bank, config.neighbours) if bank else None
     accelerator = Accelerator(cpu=not uses_gpu(config.device))
     device, on_gpu = accelerator.device, accelerator.device.type == "cuda"
@@ -61,6 +65,10 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     if from_main_rank(run.status) == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
+
+    run.tell("data", source.path, source.tally)
+    if bank:
+        run.tell("bank", bank.path, bank.tally)
 
     # ---- the networks and what they are judged by
     student, inputs = create_classifier(reference, image_size=config.image_size)
@@ -71,6 +79,8 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
         raise UserError(
             f"{config.model}: has no classes; give --bank.path, images whose neighbours classify, or another model"
         )
+    if names is None:
+        run.log_if(doubt_on_order(source))
     teacher = None
     if config.teacher:
         teacher = make_teacher(config.teacher, precision="fp32", device=device, channels_last=False)

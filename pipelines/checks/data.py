@@ -21,7 +21,8 @@ from PIL import Image
 from ssld.pipelines.checks.machine import Line
 from ssld.pipelines.runner.stages import ROOT
 from ssld.shared.config.settings import CommandConfig
-from ssld.shared.files import list_images, spread
+from ssld.shared.files import escaped, list_images, spread
+from ssld.shared.tally import Tally
 from ssld.shared.wording import count
 from ssld.stage1_ssld.config import CurateConfig, PrototypesConfig, SoftLabelsConfig, Stage1Config
 from ssld.stage1_ssld.data_config import SourceConfig
@@ -82,7 +83,8 @@ def folders_of(config: CommandConfig) -> list[Path]:
 
 def folder_lines(folder: Path, *, most: int = MOST) -> list[Line]:
     """How many pictures a folder has, how many cannot be read, and how many are copies; nothing of a folder of other files."""
-    names = list_images(folder)
+    tally = Tally()
+    names = list_images(folder, tally=tally)
     if not names:
         return []
     looked = [names[place] for place in spread(len(names), most)]
@@ -99,10 +101,14 @@ def folder_lines(folder: Path, *, most: int = MOST) -> list[Line]:
             digests[hashlib.sha256(content).digest()] += 1
     text = f"{folder}: {count(len(names), 'picture')}"
     lines = [Line("ok", "pictures", text + (f", of which {most:,} were looked at" if len(looked) < len(names) else ""))]
+    if loss := tally.bulk_loss():
+        lines.append(Line("fault", "pictures", f"{folder}: {loss}: training stops, if data.allow_loss is not true"))
+    elif dropped := tally.describe():
+        lines.append(Line("warning" if tally.dropped("image") else "note", "pictures", f"{folder}: {dropped}"))
     if broken:
         stops = len(broken) > 1 and len(broken) > 0.01 * len(looked)
         then = "training stops: more than 1 %" if stops else "training leaves them out"
-        what = f"{count(len(broken), 'picture')} of {len(looked):,} cannot be read ({broken[0]})"
+        what = f"{count(len(broken), 'picture')} of {len(looked):,} cannot be read ({escaped(broken[0])})"
         lines.append(Line("fault" if stops else "warning", "pictures", f"{folder}: {what}: {then}"))
     copies = sum(digests.values()) - len(digests)
     if copies:

@@ -149,7 +149,7 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
     wrong key.
     """
     bare = not argv
-    argv = _with_values(config_type, [underscored(word) for word in argv])
+    argv = _with_paths(config_type, _with_values(config_type, [underscored(word) for word in argv]))
     parser = _bare_parser(config_type, program)
     try:
         source = CliSettingsSource[ArgumentParser](config_type, cli_parse_args=list(argv), root_parser=parser)
@@ -216,6 +216,30 @@ def _with_values(config_type: type[BaseModel], argv: Sequence[str]) -> list[str]
         if alone and _is_switch(config_type, word.removeprefix("--").split(".")):
             words.append("true")
     return words
+
+
+def _with_paths(config_type: type[BaseModel], argv: Sequence[str]) -> list[str]:
+    """What is there as a file or folder is a path, whatever it looks like: `--pool [old]`, `--pool a,b`, `--data.path null`."""
+    words: list[str] = []
+    for word, before in zip(argv, ["", *argv], strict=False):
+        key = before.removeprefix("--").split(".")
+        there = before.startswith("--") and not word.startswith("-") and os.path.exists(word)
+        if there and key[-1] == "path" and word == "null":
+            words.append("./null")
+        else:
+            words.append(json.dumps([word]) if there and _lists_sources(config_type, key) else word)
+    return words
+
+
+def _lists_sources(model: type[BaseModel], path: Sequence[str]) -> bool:
+    """Whether a key is that of a list of groups of settings that each may be given as a path."""
+    field = model.model_fields.get(path[0])
+    if field is None:
+        return False
+    inner = models_in(field.annotation)
+    if len(path) == 1:
+        return typing.get_origin(field.annotation) is list and any("path" in one.model_fields for one in inner)
+    return any(_lists_sources(one, path[1:]) for one in inner)
 
 
 def _is_switch(model: type[BaseModel], path: Sequence[str]) -> bool:

@@ -68,7 +68,7 @@ def prototypes_for(images: int) -> int:
 
 
 def _make(config: PrototypesConfig, run: RunDir, device: torch.device) -> None:
-    pool = open_pool(config.pool, config.streaming)
+    pool = open_pool(config.pool, config.streaming, allow_loss=config.allow_loss)
     if (images := pool.images()) is not None:
         _count(config, images)
     encoder = Encoder(config, device)

@@ -4,6 +4,7 @@ Batches are cut from one shard at a time, so that what a network answers does no
 shards in hand; the next start does those whose files are missing.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -23,6 +24,7 @@ from ssld.shared.errors import Stopped, UserError
 from ssld.shared.files import write_atomically
 from ssld.shared.images import UnreadableImage, pixels_of
 from ssld.shared.run_dir import RunDir
+from ssld.shared.tally import Tally
 from ssld.shared.training.progress import Clock
 from ssld.stage1_ssld.config import ForwardConfig
 from ssld.stage1_ssld.curation.perceptual_hash import perceptual_hash
@@ -36,10 +38,11 @@ _JUDGED_AFTER, _TOO_MANY = 1000, 0.01
 
 
 class Shards(NamedTuple):
-    """The shards of some sources, one after the other, and the source of each."""
+    """The shards of some sources, one after the other, and the source of each; setting, path and tally of the sources."""
 
     shards: list[Shard]
     source: list[SourceConfig]
+    told: list[tuple[str, str, Tally]]
 
     def images(self) -> int | None:
         """How many there are, None where only reading tells."""
@@ -51,30 +54,36 @@ class Shards(NamedTuple):
         return [f"{shard.name} ({'?' if shard.length is None else shard.length})" for shard in self.shards]
 
 
-def open_pool(configs: Sequence[SourceConfig], streaming: bool) -> Shards:
+def open_pool(configs: Sequence[SourceConfig], streaming: bool, *, allow_loss: bool) -> Shards:
     """The shards of the sources `pool`. Raises UserError for a source that is given twice, and as `open_shards`."""
     paths = [source.path for source in configs]
     for path in paths:
         if paths.count(path) > 1:
             raise UserError(f"pool: {path} is given twice; give every source once")
-    return open_shards(configs, "pool", streaming)
+    return open_shards(configs, "pool", streaming, allow_loss=allow_loss)
 
 
-def open_shards(configs: Sequence[SourceConfig], key: str, streaming: bool) -> Shards:
-    """The shards of some sources; `key` names their setting. Raises UserError where one cannot be read in shards."""
-    found = Shards([], [])
+def open_shards(configs: Sequence[SourceConfig], key: str, streaming: bool, *, allow_loss: bool) -> Shards:
+    """The shards of some sources; `key` names their setting. Raises UserError where one cannot be read in shards, or where images are lost in bulk
+    and that is not allowed."""
+    found = Shards([], [], [])
     for number, config in enumerate(configs):
         try:
-            shards = source_shards(config, number, streaming=streaming or is_remote(config.path))
+            tally = Tally()
+            shards = source_shards(config, number, streaming=streaming or is_remote(config.path), tally=tally)
+            tally.check(config.path, allow_loss=allow_loss, otherwise="set allow_loss: true to go on with the rest")
         except UserError as error:
             raise UserError(f"{key}.{number}: {error}") from None
         found.shards.extend(shards)
         found.source.extend([config] * len(shards))
+        found.told.append((f"{key}.{number}", config.path, tally))
     return found
 
 
 def compare_shards(run: RunDir, **shards: Shards) -> None:
-    """Refuse to go on where other shards are found than at the start of the run; all ranks together."""
+    """Record what was read, and refuse to go on where other shards are found than at the start of the run; all ranks together."""
+    for place, path, tally in itertools.chain(*(found.told for found in shards.values())):
+        run.tell(place, path, tally)
     if run.main:
         file = run.path / "pool.json"
         now = {name: found.names() for name, found in shards.items()}

@@ -138,13 +138,13 @@ def _on_main_rank(run: RunDir, write: Callable[[Path, Selection], list[str]], se
 
 def _open(config: CurateConfig) -> tuple[Shards, Shards, int]:
     """(the pool, the protected images, validation before training, and the number of validation shards)."""
-    pool = open_pool(config.pool, config.streaming)
-    val = open_shards(config.val, "val", config.streaming)
-    train = open_shards(config.train, "train", config.streaming)
+    pool = open_pool(config.pool, config.streaming, allow_loss=config.allow_loss)
+    val = open_shards(config.val, "val", config.streaming, allow_loss=config.allow_loss)
+    train = open_shards(config.train, "train", config.streaming, allow_loss=config.allow_loss)
     images = pool.images()
     if images is not None and config.keep > images:
         raise _keeps_too_many(config, images)
-    return pool, Shards(val.shards + train.shards, val.source + train.source), len(val.shards)
+    return pool, Shards(val.shards + train.shards, val.source + train.source, val.told + train.told), len(val.shards)
 
 
 def _keeps_too_many(config: CurateConfig, images: int) -> UserError:

@@ -1,18 +1,24 @@
 """The classes of labelled sources: what they agree on, and their labels in the class numbers of a model."""
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from ssld.shared.errors import UserError
+from ssld.shared.tally import Tally
 from ssld.stage1_ssld.data.batch import NO_LABEL
-from ssld.stage1_ssld.data.sources import ImageSource
+from ssld.stage1_ssld.data.sources import LOSS_SETTING, ImageSource
 
 
-def labeled_classes(sources: Sequence[ImageSource]) -> tuple[list[ImageSource], int, list[str] | None]:
+def labeled_classes(
+    sources: Sequence[ImageSource], *, allow_loss: bool = False
+) -> tuple[list[ImageSource], int, list[str] | None]:
     """(the labelled sources, number of classes, class names where any source has them).
 
-    Sources may number the same names differently: `match_classes` brings them to the order returned here, that of the first named source.
-    Raises UserError when there is no labelled source, or when two of them have other names.
+    Sources may number the same names differently: `match_classes` brings them to the order returned here, that of the first named source. Classes
+    without an image are counted in the tally of the first source.
+    Raises UserError when there is no labelled source, when two of them have other names, when there is one class only, and when most class numbers
+    have no image, unless that is allowed.
     """
     for source in sources:
         _refuse_strays(source)
@@ -33,15 +39,55 @@ def labeled_classes(sources: Sequence[ImageSource]) -> tuple[list[ImageSource], 
     highest = max(max(source.labels or [0]) for source in labeled)
     if names and highest >= len(names):
         raise UserError(f"label {highest} in {labeled[0].path} is outside the {len(names)} classes of {named[0].path}")
-    return labeled, len(names) if names else highest + 1, names
+    count = len(names) if names else highest + 1
+    if count == 1:
+        raise UserError(
+            f"{labeled[0].path}: all images are of one class, {names[0] if names else 0!r}: there is nothing to learn from labels; give images of "
+            "others, or distil from a teacher, which needs no labels"
+        )
+    _count_empty(labeled, count, names, allow_loss=allow_loss)
+    return labeled, count, names
+
+
+def _count_empty(labeled: Sequence[ImageSource], count: int, names: list[str] | None, *, allow_loss: bool) -> None:
+    """Name the classes that no image is of. A class that only a number stands for, such as 9999 in a list of ten classes, is a loss."""
+    present = {label for source in labeled for label in match_classes(source, names, count, "the sources") or []}
+    empty = [number for number in range(count) if number not in present]
+    tally = Tally()
+    tally.keep("class", count - len(empty))
+    if empty and names:
+        tally.skip("class", "without an image", names[empty[0]], len(empty))
+    elif empty:
+        tally.drop("class", "without an image", f"class {empty[0]} of 0 to {count - 1}", len(empty))
+    tally.check(labeled[0].path, allow_loss=allow_loss, otherwise=LOSS_SETTING)
+    if empty:
+        labeled[0].tally.merge(tally)
+
+
+def doubt_on_order(source: ImageSource) -> str | None:
+    """A line on class folders that are numbers, whose order as text is another one than as numbers; None elsewhere."""
+    names = source.class_names or []
+    if not source.folders_are_classes or not all(re.fullmatch("[0-9]+", name) for name in names):
+        return None
+    by_number = sorted(names, key=int)
+    moved = next((at for at, name in enumerate(names) if by_number[at] != name), None)
+    if moved is None:
+        return None
+    return (
+        f"{source.path}: its class folders are numbers and sorted as text, as torchvision does: class {moved} is folder {names[moved]!r}; in a "
+        f"network that counts them in order it is {by_number[moved]!r}. Names with leading zeros leave no doubt"
+    )
 
 
 def labels_in_classes(source: ImageSource, names: list[str] | None, count: int) -> list[int] | None:
     """The source's labels in the classes of a teacher, where they surely are its classes: by name, or as many classes with names. None elsewhere.
 
-    Numbers without names may mean other classes, which is allowed in distillation, where nobody reads them.
+    Numbers without names may mean other classes, which is allowed in distillation, where nobody reads them; and so may folders called 00 to ff, into
+    which a pool was cut.
     """
     if not source.class_names or not (names or len(source.class_names) == count):
+        return None
+    if not names and source.folders_are_classes and _are_pieces(source.class_names):
         return None
     try:
         return match_classes(source, names, count, "the teacher")
@@ -84,6 +130,11 @@ def match_classes(source: ImageSource, names: list[str] | None, count: int, owne
             f"{source.path}: has {classes} classes, but {owner} has {count}; use images of its classes, or labels: none"
         )
     return source.labels
+
+
+def _are_pieces(folders: Sequence[str]) -> bool:
+    """Whether folders look like equal pieces of a pool: all names are as many hexadecimal digits."""
+    return len({len(name) for name in folders}) == 1 and all(re.fullmatch("[0-9a-f]+", name) for name in folders)
 
 
 def _refuse_strays(source: ImageSource) -> None:

@@ -1,21 +1,43 @@
 """What lies at a source's path: which files, of which kind, on this machine or behind an fsspec URL."""
 
-from dataclasses import dataclass
-from glob import glob
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from glob import escape, glob
 from pathlib import Path
 from typing import Any, Literal
 
 import fsspec
 
 from ssld.shared.errors import UserError
-from ssld.shared.files import require_images
-from ssld.stage1_ssld.data.rows import is_image
+from ssld.shared.files import (
+    IMAGE_SUFFIXES,
+    decode_text,
+    escaped,
+    is_hidden,
+    kind_of,
+    list_files,
+    list_images,
+    looks_like_image,
+    require_images,
+    says_nothing,
+)
+from ssld.shared.tally import Tally
+from ssld.shared.wording import count
 
 Kind = Literal["images", "parquet", "tar", "list"]
 _SUFFIXES: dict[str, Kind] = {".parquet": "parquet", ".tar": "tar"}
 LOOKED_AT = 20_000
 """Most files looked for when a list or a manifest that names them is opened."""
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".zip")
+ALL_SPLITS = "*"
+"""where a caller chooses among the splits itself"""
+_SPLIT = re.compile(
+    r"(train|training|trainval|val|valid|validation|dev|test|testing|eval|evaluation|holdout|unlabell?ed|extra)(\d{4})?",
+    re.IGNORECASE,
+)
+"""names of folders and files that say which part of a data set they are"""
 
 
 @dataclass(frozen=True)
@@ -26,12 +48,14 @@ class Listing:
         folder: path or URL of the folder that names begin at: the one given, or what stands before the first * of a pattern.
         files: sorted; paths or URLs, of kind "images" relative to the folder.
         pattern: whether they were found by a pattern, which says nothing about their classes.
+        tally: the images, of kind "images", and what was left out.
     """
 
     kind: Kind
     folder: str
     files: list[str]
     pattern: bool = False
+    tally: Tally = field(default_factory=Tally)
 
     @property
     def local(self) -> bool:
@@ -51,90 +75,230 @@ def filesystem_of(path: str) -> tuple[Any, str]:
 
 
 def read_text(file: str) -> str:
-    """The content of a text file. Raises UserError when it cannot be read."""
+    """The content of a text file, by its byte-order mark or as UTF-8; other bytes as `os.fsdecode` has them in file names. Raises UserError when it
+    cannot be read or is no text."""
     filesystem, inner = filesystem_of(file)
     try:
         content = Path(file).read_bytes() if filesystem is None else filesystem.cat_file(inner)
-        return str(content.decode("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        try:
+            text = decode_text(content)
+        except UnicodeDecodeError:
+            text = content.decode("utf-8", "surrogateescape")
+    except (OSError, UnicodeError) as error:
         raise UserError(f"{file}: not readable as text ({error})") from None
+    if "\0" in text:
+        raise UserError(f"{file}: not readable as text (it holds zero bytes); write it as UTF-8")
+    return text
 
 
-def list_path(path: str) -> Listing:
-    """What a source's path means. Raises UserError when nothing is there, or it is none of the formats."""
+def list_path(path: str, split: str | None = None) -> Listing:
+    """What a source's path means, of it the part `split` where it holds several.
+
+    Raises UserError when nothing is there, or it is none of the formats, a mixture of them, or several splits of which none is asked for.
+    """
     if "*" in path:
-        folder = path[: path.index("*")].rpartition("/")[0] or ("/" if path.startswith("/") else ".")
+        folder = _in_front_of(path, "[*]")
+        if "://" not in path and not Path(folder).is_dir():  # elsewhere brackets are part of its name
+            folder = _in_front_of(path, "[*?[]")
         return _of_pattern(path, folder)
     if "://" in path:
-        return _list_remote(path)
+        return _list_remote(path, split)
     place = Path(path)
     if not place.exists():
         raise UserError(f"{path}: no such file or folder")
     if not place.is_dir():
         return _of_file(path)
-    for suffix, kind in _SUFFIXES.items():
-        files = sorted(str(file) for file in place.glob(f"*{suffix}"))
-        if files:
-            return Listing(kind, path, files)
-    return Listing("images", path, require_images(path))
+    tally = Tally()
+    images = list_images(path, tally=tally)
+    names = [name for name in os.listdir(path) if not is_hidden(name) and (place / name).is_file()]
+    if not images and not _archives(names):
+        names = list_files(path, tuple(_SUFFIXES))
+    return _choose(path, images, _archives(names), tally, split, path) or Listing(
+        "images", path, require_images(path), tally=tally
+    )
 
 
-def _list_remote(path: str) -> Listing:
+def of_split(file: str, split: str) -> bool:
+    """Whether a file, by its path in a data set, is of exactly this split: it lies in a folder of that name, or its own name is that, with the name
+    of a data set and a dash before it and numbers behind: `train-00000-of-00002.parquet`, `imagenet-train-07.tar`, not `train_extra-0.parquet`."""
+    *folders, base = file.split("/")
+    stem = base.partition(".")[0] if split.find(".") < 0 else base.rpartition(".")[0]
+    numbers = r"([-_]\d+)?(-of-\d+)?(-[0-9a-f]{6,})?"
+    return split in folders or re.fullmatch(rf"([^/]*-)?{re.escape(split)}{numbers}", stem) is not None
+
+
+def _choose(
+    path: str, images: list[str], archives: dict[str, list[str]], tally: Tally, split: str | None, root: str
+) -> Listing | None:
+    """Of what a folder holds, the kind that is meant, and the split. `root` is what names of archives are relative to."""
+    suffixes = list(archives)
+    inside = [name for name in images if "/" in name]
+    if suffixes and (inside or len(suffixes) > 1):
+        held = [f"{count(len(archives[suffix]), f'{suffix} file')}" for suffix in suffixes]
+        held += [f"{count(len(inside), 'image')} in folders (first: {escaped(inside[0])})"] if inside else []
+        raise UserError(
+            f"{path}: holds {' and '.join(held)}; which is meant? Give path as {path.rstrip('/')}/*{suffixes[0]} for the "
+            f"{suffixes[0]} files, or move them elsewhere"
+        )
+    if suffixes:
+        suffix, files = suffixes[0], archives[suffixes[0]]
+        splits = sorted({found for file in files for found in _splits_of(file)})
+        if _asks(path, splits, split, suffix):
+            files = [file for file in files if split is None or of_split(file, split)]
+        beside = Tally()
+        beside.skip("file", f"images beside {suffix} files", escaped(images[0]) if images else "", len(images))
+        return Listing(_SUFFIXES[suffix], path, [f"{root.rstrip('/')}/{file}" for file in sorted(files)], tally=beside)
+    tops = sorted({name.partition("/")[0] for name in inside})
+    parts = tops if len(inside) == len(images) and all(_SPLIT.fullmatch(top) for top in tops) else []
+    if _asks(path, parts, split, ""):
+        return list_path(f"{path.rstrip('/')}/{split}")
+    return Listing("images", path, images, tally=tally) if images else None
+
+
+def _splits_of(file: str) -> list[str]:
+    """The names of splits in the path of a file."""
+    words = [*file.split("/")[:-1], *re.split(r"[-.]", file.rpartition("/")[2])]
+    return [word for word in words if _SPLIT.fullmatch(word) and of_split(file, word)]
+
+
+def _asks(path: str, splits: Sequence[str], split: str | None, suffix: str) -> bool:
+    """Whether a choice among splits is to be made. Raises UserError where it is and cannot be."""
+    if len(splits) < 2 or split == ALL_SPLITS:
+        return False
+    if split in splits:
+        return True
+    held = f"{path}: holds the splits {', '.join(splits)}"
+    if split is not None:
+        raise UserError(f"{held}, and no {split}; set split to one of them")
+    every = f"{path.rstrip('/')}/**/*{suffix}"
+    raise UserError(f"{held}: set split to the one to read, or path to {every} for all of them without labels")
+
+
+def _archives(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names of Parquet and of tar files by their suffix, where there are any."""
+    found = {suffix: [name for name in names if name.lower().endswith(suffix)] for suffix in _SUFFIXES}
+    return {suffix: files for suffix, files in found.items() if files}
+
+
+def _list_remote(path: str, split: str | None) -> Listing:
     filesystem, inner = filesystem_of(path)
     try:
         if not filesystem.exists(inner):
             raise UserError(f"{path}: no such file or folder")
         if filesystem.isfile(inner):
             return _of_file(path)
-        found = sorted(filesystem.find(inner))
+        found = sorted(_below(inner, file) for file in filesystem.find(inner))
     except OSError as error:
         raise UserError(f"{path}: cannot be listed ({' '.join(str(error).split())[:160]})") from None
-    for suffix, kind in _SUFFIXES.items():
-        files = [file for file in found if file.endswith(suffix)]
-        if files:
-            return Listing(kind, path, [_url(path, inner, file) for file in files])
-    images = [_below(inner, file) for file in found if is_image(file)]
-    if not images:
+    tally = Tally()
+    names = [name for name in found if not is_hidden(name)]
+    images = _remote_images(filesystem, inner, names, tally)
+    archives = _archives(names)
+    if path.startswith("hf://") and archives:  # images there are of its page
+        images = []
+    listing = _choose(path, images, archives, tally, split, path)
+    if listing is None:
         raise UserError(f"{path}: holds no images, Parquet or tar files")
-    return Listing("images", path, images)
+    return listing
+
+
+def _remote_images(filesystem: Any, inner: str, names: Sequence[str], tally: Tally) -> list[str]:
+    """The images among files elsewhere: by their names, or by their content where those say nothing."""
+    unknown = [name for name in names if says_nothing(name)]
+    heads: Sequence[Any] = []
+    if unknown:
+        places = [f"{inner.rstrip('/')}/{name}" for name in unknown]
+        heads = filesystem.cat_ranges(places, [0] * len(places), [64] * len(places), on_error="return")
+    known = {
+        name for name, head in zip(unknown, heads, strict=True) if isinstance(head, bytes) and looks_like_image(head)
+    }
+    images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) or name in known]
+    for name in set(names) - set(images):
+        if not name.lower().endswith(tuple(_SUFFIXES)):
+            tally.skip("file", kind_of(name), escaped(name))
+    for name in images:
+        tally.keep("image", group=name.partition("/")[0] if "/" in name else None)
+    return images
 
 
 def _of_file(path: str) -> Listing:
     folder = path.rpartition("/")[0] or "."
-    if path.endswith(".txt"):
+    lower = path.lower()
+    if lower.endswith(".txt"):
         return Listing("list", folder, [path])
-    if path.endswith(_COMPRESSED):
+    if lower.endswith(_COMPRESSED):
         raise UserError(
             f"{path}: compressed archives cannot be read in place; unpack it to a folder or to a plain .tar"
         )
-    return Listing("tar" if path.endswith(".tar") else "parquet", folder, [path])
+    if lower.endswith(".tar"):
+        return Listing("tar", folder, [path])
+    if "://" not in path and not Path(path).is_file():
+        raise UserError(f"{path}: is neither a file nor a folder")
+    if lower.endswith((".parquet", ".pq")) or _begins_as_parquet(path):
+        return Listing("parquet", folder, [path])
+    suffix = os.path.splitext(path)[1]
+    raise UserError(
+        f"{path}: a {suffix} file is no source of images; take a folder, Parquet, tar, or a list: a .txt file with a path a line, and a class number "
+        "behind it if there is one"
+    )
+
+
+def _begins_as_parquet(path: str) -> bool:
+    if "://" in path:
+        return "." not in path.rpartition("/")[2]
+    with open(path, "rb") as file:
+        return file.read(4) == b"PAR1"
+
+
+def _in_front_of(pattern: str, wildcards: str) -> str:
+    """The folder that a pattern's matches lie in, as far as no wildcard stands in it."""
+    folder = re.split(wildcards, pattern)[0].rpartition("/")[0]
+    return folder or ("/" if pattern.startswith("/") else ".")
 
 
 def _of_pattern(path: str, folder: str) -> Listing:
     filesystem, inner = filesystem_of(folder)
     try:
-        files = sorted(glob(path, recursive=True) if filesystem is None else filesystem.glob(filesystem_of(path)[1]))
+        if filesystem is None:
+            found = glob(escape(folder) + path[len(folder) :] if path.startswith(folder) else path, recursive=True)
+            files = sorted(file for file in found if os.path.isfile(file))
+        else:
+            files = sorted(filesystem.glob(filesystem_of(path)[1]))
     except OSError as error:
         raise UserError(f"{path}: cannot be listed ({' '.join(str(error).split())[:160]})") from None
-    for suffix, kind in _SUFFIXES.items():
-        chosen = [file for file in files if file.endswith(suffix)]
-        if chosen:
-            urls = chosen if filesystem is None else [_url(folder, inner, file) for file in chosen]
-            return Listing(kind, folder, urls, pattern=True)
-    images = [_below(inner, file) for file in files if is_image(file)]
+    names = [name for name in (_below(inner, file) for file in files) if not is_hidden(name)]
+    archives = _archives(names)
+    if archives:
+        suffix, chosen = next(iter(archives.items()))
+        if len(archives) > 1:
+            raise UserError(f"{path}: matches Parquet and tar files; end it in *{suffix}")
+        places = [_place(folder, name) if filesystem is None else f"{folder.rstrip('/')}/{name}" for name in chosen]
+        return Listing(_SUFFIXES[suffix], folder, places, pattern=True)
+    tally = Tally()
+    images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) or _is_image(filesystem, folder, name)]
+    for name in set(names) - set(images):
+        tally.skip("file", kind_of(name), escaped(name))
     if not images:
         raise UserError(f"{path}: no Parquet files, tar files or images match")
-    return Listing("images", folder, images, pattern=True)
+    tally.keep("image", len(images))
+    return Listing("images", folder, images, pattern=True, tally=tally)
+
+
+def _is_image(filesystem: Any, folder: str, name: str) -> bool:
+    """Whether a file on this machine whose name says nothing is an image."""
+    if filesystem is not None or not says_nothing(name):
+        return False
+    with open(_place(folder, name), "rb") as file:
+        return looks_like_image(file.read(64))
+
+
+def _place(folder: str, name: str) -> str:
+    return name if folder == "." else f"{folder.rstrip('/')}/{name}"
 
 
 def _below(folder: str, file: str) -> str:
     """The path of a file relative to its folder."""
     return file.removeprefix(folder.rstrip("/")).lstrip("/") if folder != "." else file
-
-
-def _url(folder: str, inner: str, file: str) -> str:
-    """The URL of a file that a filesystem lists, in the words of the folder's URL: it may name a chain of filesystems."""
-    return f"{folder.rstrip('/')}/{_below(inner, file)}"
 
 
 def unreadable_parquet(path: str, error: Exception) -> UserError:

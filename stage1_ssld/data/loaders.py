@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ssld.shared.distributed.processes import start_worker
 from ssld.shared.errors import UserError
 from ssld.shared.images import UnreadableImage, require_decoder, stable_seed
+from ssld.shared.tally import Tally
 from ssld.stage1_ssld.config import DistillConfig, TeachConfig
 from ssld.stage1_ssld.data.batch import NO_LABEL, Batch, View, collate
 from ssld.stage1_ssld.data.soft_labels import StoredSoftLabels
@@ -173,6 +174,18 @@ def check_batch(batch_size: int, ranks: int, accumulate: int) -> None:
     """Raises UserError where a global batch cannot be cut into equal pieces."""
     if batch_size % (ranks * accumulate):
         raise UserError(f"batch_size {batch_size} is not a multiple of {ranks} processes x accumulate {accumulate}")
+
+
+def described(
+    sources: Sequence[ImageSource], plan: StreamPlan | None, val: ImageSource | None
+) -> Iterator[tuple[str, str, Tally]]:
+    """(setting, path, tally) of the sources of a run, for its records."""
+    for number, source in enumerate(sources):
+        yield f"data.train.{number}", source.path, source.tally
+    for number, (path, tally) in enumerate(plan.tallies if plan else []):
+        yield f"data.train.{number}", path, tally
+    if val:
+        yield "data.val", val.path, val.tally
 
 
 class TrainingData:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ssld.shared.errors import UserError
-from ssld.shared.files import atomically, spread
+from ssld.shared.files import atomically, escaped, spread, unescaped
 from ssld.stage1_ssld.data.listing import LOOKED_AT, Listing, filesystem_of, list_path
 from ssld.stage1_ssld.data.row_groups import parquet_rows, row_groups
 from ssld.stage1_ssld.data.rows import FileRows, ManifestRows, Rows
@@ -95,10 +95,15 @@ def _open_part(manifest: str, source: SourceConfig, names: list[str], root: str 
         path = str(Path(root) / (Path(path).name if Path(path).is_absolute() else path))
     if not is_remote(path) and "*" not in path and not Path(path).exists():
         raise UserError(f"{manifest}: its source {path} is not there; move it back, or set root to the folder it is in")
-    if Path(path).is_dir() and not any(Path(path).glob("*.parquet")) and not any(Path(path).glob("*.tar")):
+    if (
+        source.split is None
+        and Path(path).is_dir()
+        and not any(Path(path).glob("*.parquet"))
+        and not any(Path(path).glob("*.tar"))
+    ):
         return _files(manifest, path, names)  # no need to list a folder whose files are named
     source = source.model_copy(update={"path": path, "labels": "none"})
-    if not path.startswith("hub:") and (listing := list_path(path)).kind == "parquet":
+    if not path.startswith("hub:") and (listing := list_path(path, source.split)).kind == "parquet":
         return _table_rows(manifest, source, listing, names)
     rows = open_rows(source)
     row_of = {rows.name(row): row for row in range(len(rows))}
@@ -109,9 +114,12 @@ def _open_part(manifest: str, source: SourceConfig, names: list[str], root: str 
 
 
 def _files(manifest: str, folder: str, names: list[str]) -> Rows:
+    names = [unescaped(name) for name in names]
     rows = FileRows(folder, names)
-    if not all(Path(rows.location(row)).is_file() for row in spread(len(names), LOOKED_AT)):
-        raise _moved(manifest, folder, [name for name in names if not (Path(folder) / name).is_file()], len(names))
+    if not all((Path(folder) / names[row]).is_file() for row in spread(len(names), LOOKED_AT)):
+        raise _moved(
+            manifest, folder, [escaped(name) for name in names if not (Path(folder) / name).is_file()], len(names)
+        )
     return rows
 
 

@@ -155,4 +155,10 @@ def parquet_rows(
     if not tables:
         tables.append(groups[0].table().slice(0, 0))
     # Not one `take` of everything, which joins the chunks of a column into one: above 2 GB of images its offsets overflow.
-    return TableRows(path, pa.concat_tables(tables), groups[0].column, Path(listing.folder), wanted if named else None)
+    return TableRows(
+        path,
+        pa.concat_tables(tables, promote_options="permissive"),
+        groups[0].column,
+        Path(listing.folder),
+        wanted if named else None,
+    )

@@ -4,10 +4,13 @@ Every class here answers the same questions about a row: its name (relative path
 its bytes or file. Lists live in Arrow memory, so that loader workers share them.
 """
 
+import itertools
+import os
+import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol, TypeVar
 
 import datasets
 import fsspec
@@ -16,7 +19,8 @@ import pyarrow as pa
 from datasets.table import InMemoryTable
 
 from ssld.shared.errors import UserError
-from ssld.shared.files import IMAGE_SUFFIXES
+from ssld.shared.files import IMAGE_SUFFIXES, escaped, is_hidden, looks_like_image, says_nothing
+from ssld.shared.tally import Tally
 from ssld.stage1_ssld.data.batch import NO_LABEL
 
 Encoded = bytes | Path | None
@@ -50,25 +54,33 @@ class Rows(Protocol):
 
 
 class FileRows:
-    """Image files, by path relative to a folder, which is a local path or a URL. Names may be whole paths or URLs too."""
+    """Image files, by path relative to a folder, which is a local path or a URL. Names may be whole paths or URLs too.
+
+    File names are bytes, and not always UTF-8: what is told of them is `escaped`.
+    """
 
     def __init__(self, folder: str, names: Sequence[str]) -> None:
         self._folder = folder.rstrip("/") or "/"
-        self._names = datasets.Dataset.from_dict({"name": list(names)}, features=_TEXT)
+        self._names = datasets.Dataset.from_dict({"name": [os.fsencode(name) for name in names]}, features=_BYTES)
 
     def __len__(self) -> int:
         return len(self._names)
 
     def name(self, row: int) -> str:
-        name: str = self._names[row]["name"]
-        return name
+        return escaped(self._name(row))
 
     def location(self, row: int) -> str:
-        name = self.name(row)
+        return escaped(self._location(row))
+
+    def _name(self, row: int) -> str:
+        return os.fsdecode(self._names[row]["name"])
+
+    def _location(self, row: int) -> str:
+        name = self._name(row)
         return name if name.startswith("/") or "://" in name else f"{self._folder.rstrip('/')}/{name}"
 
     def encoded(self, row: int) -> Encoded:
-        location = self.location(row)
+        location = self._location(row)
         if "://" not in location:
             return Path(location)
         # Asked for in every process anew: many filesystems do not survive a fork. fsspec keeps the instances of a process.
@@ -121,26 +133,47 @@ class TarRows:
     Args:
         folder: that the files' names are relative to.
         labels: whether to read the `.cls` members.
+        field: what the name of the image ends in behind the first dot, where a sample has several.
+
+    Attributes:
+        labels: class number of every row, NO_LABEL where one has none; None without any.
+        problem: why there are none, where there are members that look like them.
+        tally: the images, and what lies beside them.
     """
 
-    def __init__(self, folder: str, files: Sequence[str], *, labels: bool) -> None:
+    def __init__(self, folder: str, files: Sequence[str], *, labels: bool, field: str) -> None:
+        self.problem: str | None = None
+        self.tally = Tally()
         self._files, self._folder = [Path(file) for file in files], folder
         columns: dict[str, list[Any]] = {"file": [], "name": [], "offset": [], "size": []}
         found: list[int | None] = []
         for number, file in enumerate(self._files):
-            classes: dict[str, int] = {}
-            first = len(columns["name"])
-            for member, content in walk_tar(file, labels=labels):
-                if content is not None:
-                    classes[stem_of(member.name)] = class_number(content, f"{file}, {member.name}")
-                elif is_image(member.name):
-                    row = (number, member.name, member.offset_data, member.size)
-                    for column, value in zip(columns.values(), row, strict=True):
-                        column.append(value)
-            found += [classes.get(stem_of(name)) for name in columns["name"][first:]]
+            names: list[str] = []
+            classes: dict[str, int | None] = {}
+            members = self._images(file, classes if labels else None)
+            for name, (offset, size) in one_of_a_sample(members, str(file), field, self.tally):
+                for column, value in zip(columns.values(), (number, escaped(name), offset, size), strict=True):
+                    column.append(value)
+                names.append(name)
+            found += [classes.get(stem_of(name)) for name in names]
         self._rows = datasets.Dataset.from_dict(columns, features=_MEMBER)
-        given = any(label is not None for label in found)
+        self.tally.keep("image", len(found))
+        given = any(label is not None for label in found) and not self.problem
         self.labels = [NO_LABEL if label is None else max(label, NO_LABEL) for label in found] if given else None
+
+    def _images(self, file: Path, classes: dict[str, int | None] | None) -> Iterator[tuple[str, tuple[int, int]]]:
+        """(name, (offset, size)) of the images of a tar file; fills `classes` from its other members."""
+        for member, archive in walk_tar(file, self.tally):
+            if is_image(member.name, head_of(archive, member)):
+                yield member.name, (member.offset_data, member.size)
+            elif classes is not None and member.name.endswith(".cls"):
+                label = class_number(content_of(archive, member).read())
+                stem = stem_of(member.name)
+                if label is None:
+                    self.problem = f"{file}, {escaped(member.name)}: holds no class number; correct it"
+                elif classes.get(stem, label) != label:
+                    self.problem = f"{file}, {escaped(member.name)}: its sample has another class number too; keep one"
+                classes[stem] = label
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -189,7 +222,7 @@ class ManifestRows:
         return part.encoded(inner)
 
 
-_TEXT = datasets.Features(name=datasets.Value("string"))
+_BYTES = datasets.Features(name=datasets.Value("binary"))
 _MEMBER = datasets.Features(
     file=datasets.Value("int32"),
     name=datasets.Value("string"),
@@ -203,9 +236,11 @@ def parent_of(file: str) -> Path:
     return Path(file.rpartition("/")[0] or ".")
 
 
-def is_image(name: str) -> bool:
-    """Whether a file name is one of an image."""
-    return name.lower().endswith(IMAGE_SUFFIXES)
+def is_image(name: str, head: bytes) -> bool:
+    """Whether a member of a tar file is an image: by its name, or where that says nothing by its first bytes."""
+    if is_hidden(name):
+        return False
+    return name.lower().endswith(IMAGE_SUFFIXES) or (says_nothing(name) and looks_like_image(head))
 
 
 def stem_of(name: str) -> str:
@@ -214,25 +249,78 @@ def stem_of(name: str) -> str:
     return f"{folder}/{base.split('.')[0]}"
 
 
-def class_number(content: bytes, where: str) -> int:
-    """The number in a `.cls` member."""
-    try:
-        return int(content.decode().strip())
-    except ValueError:
-        raise UserError(f"{where}: holds no class number; set labels: none, or mend it") from None
+MemberT = TypeVar("MemberT")
 
 
-def walk_tar(file: Path, *, labels: bool) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
-    """(member, content of a .cls member or None) of a local tar file in order; the images are not read."""
+def one_of_a_sample(
+    members: Iterable[tuple[str, MemberT]], file: str, field: str, tally: Tally
+) -> Iterator[tuple[str, MemberT]]:
+    """Of each WebDataset sample the image that is meant, in order.
+
+    That is the only one; or the one whose name goes on, behind the first dot, with `field` or with nothing but a suffix. Others, such as masks, are
+    left out and counted.
+
+    Args:
+        members: (name, anything) of the images of a tar file, in its order.
+
+    Raises:
+        UserError: several could be meant, as where names differ behind their first dot alone, or a sample's members are not together.
+    """
+    seen: set[str] = set()
+    for stem, grouped in itertools.groupby(members, key=lambda member: stem_of(member[0])):
+        group = list(grouped)
+        ends = [name.rpartition("/")[2].partition(".")[2] for name, _ in group]
+        if stem in seen:
+            if any("." not in end for end in ends):
+                raise UserError(
+                    f"{file}: {escaped(group[0][0])} does not lie beside the other images of its sample; pack the file again, sample after sample"
+                )
+            tally.skip("file", "images beside that of their sample", f"{file}, {escaped(group[0][0])}", len(group))
+            continue
+        seen.add(stem)
+        chosen = [at for at, end in enumerate(ends) if end == field or end.startswith(f"{field}.")]
+        chosen = chosen if len(chosen) == 1 else [at for at, end in enumerate(ends) if "." not in end]
+        if len(group) > 1 and len(chosen) != 1:
+            raise UserError(
+                f"{file}: {escaped(group[0][0])} and {escaped(group[1][0])} are one sample, named up to the first dot; pack the file again with "
+                "names that have no dot but that of the suffix, or set image_column to what the names of the images go on with behind the first dot"
+            )
+        which = chosen[0] if len(group) > 1 else 0
+        others = [name for at, (name, _) in enumerate(group) if at != which]
+        if others:
+            tally.skip("file", "images beside that of their sample", f"{file}, {escaped(others[0])}", len(others))
+        yield group[which]
+
+
+def class_number(content: bytes) -> int | None:
+    """The number in a `.cls` member; None where it is none."""
+    text = content.decode("utf-8", "replace").strip()
+    return int(text) if re.fullmatch(r"[+-]?[0-9]{1,9}", text) else None
+
+
+def walk_tar(file: Path, tally: Tally) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
+    """The files in a local tar file, in order; their contents are not read. Links to images are counted: they have no content of their own."""
     try:
         with tarfile.open(file, "r:") as archive:
             for member in archive:
                 archive.members = []  # type: ignore[attr-defined]  # it would remember every member it has seen
                 if member.isfile():
-                    opened = archive.extractfile(member) if labels and member.name.endswith(".cls") else None
-                    yield member, opened.read() if opened else None
+                    yield member, archive
+                elif (member.islnk() or member.issym()) and member.name.lower().endswith(IMAGE_SUFFIXES):
+                    tally.drop("image", "that are links inside a tar file", f"{file}, {escaped(member.name)}")
     except tarfile.TarError as error:
         raise unreadable_tar(str(file), error) from None
+
+
+def head_of(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """The first bytes of a member whose name does not say whether it is an image."""
+    return content_of(archive, member).read(64) if says_nothing(member.name) else b""
+
+
+def content_of(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    content = archive.extractfile(member)
+    assert content is not None  # it is a file
+    return content
 
 
 def unreadable_tar(file: str, error: Exception) -> UserError:
@@ -242,4 +330,4 @@ def unreadable_tar(file: str, error: Exception) -> UserError:
 
 def member_name(folder: str, file: str, member: str) -> str:
     """What identifies a member of a tar file in its source: the file's path relative to the source's folder, and the member."""
-    return f"{file.removeprefix(folder.rstrip('/') + '/')}/{member}"
+    return f"{file.removeprefix(folder.rstrip('/') + '/')}/{escaped(member)}"

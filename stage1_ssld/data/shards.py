@@ -4,20 +4,32 @@ A shard gives the encoded images and their names, the same names as the source b
 """
 
 import functools
+import sys
 import tarfile
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import IO, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ssld.shared.errors import UserError
-from ssld.stage1_ssld.data.listing import Listing, filesystem_of, list_path, unreadable_parquet
+from ssld.shared.files import escaped, says_nothing
+from ssld.shared.tally import Tally
+from ssld.stage1_ssld.data.listing import ALL_SPLITS, Listing, filesystem_of, list_path, of_split, unreadable_parquet
 from ssld.stage1_ssld.data.manifest import is_manifest
 from ssld.stage1_ssld.data.row_groups import row_groups
-from ssld.stage1_ssld.data.rows import FileRows, Rows, Sample, is_image, member_name, unreadable_tar
-from ssld.stage1_ssld.data.sources import ImageSource, list_rows
+from ssld.stage1_ssld.data.rows import (
+    FileRows,
+    Rows,
+    Sample,
+    content_of,
+    is_image,
+    member_name,
+    one_of_a_sample,
+    unreadable_tar,
+)
+from ssld.stage1_ssld.data.sources import HUB_SPLIT, ImageSource, list_rows
 from ssld.stage1_ssld.data_config import SourceConfig
 
 ROWS = 4096
@@ -66,10 +78,11 @@ class RowShard:
 
 @dataclass(frozen=True)
 class TarShard:
-    """One tar file, read from its beginning to its end. `folder` is what names are relative to."""
+    """One tar file, read from its beginning to its end. `folder` is what names are relative to; `field` as in `TarRows`."""
 
     folder: str
     file: str
+    field: str = "image"
     length: None = None
 
     @property
@@ -77,15 +90,27 @@ class TarShard:
         return self.file
 
     def samples(self, start: int = 0) -> Generator[Sample]:
-        for number, (member, archive) in enumerate(self.images()):
+        for number, (member, encoded) in enumerate(self.chosen(start)):
             if number >= start:
-                content = archive.extractfile(member)
-                encoded = content.read() if content else None
-                name = member_name(self.folder, self.file, member.name)
-                yield Sample(name, f"{self.file}, {member.name}", encoded)
+                name = member_name(self.folder, self.file, member)
+                yield Sample(name, f"{self.file}, {escaped(member)}", encoded)
 
-    def images(self) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
-        """Members that are images. On this machine those between are skipped by seeking; elsewhere the file is read as it comes."""
+    def chosen(self, start: int = sys.maxsize) -> Iterator[tuple[str, bytes | None]]:
+        """(name, content from number `start` on) of the image of every sample."""
+        done = 0
+
+        def members() -> Iterator[tuple[str, bytes | None]]:
+            for name, head, opened in self._images():
+                # The first of a sample is asked for before the sample in front of it is given away.
+                yield name, head + opened.read() if done + 1 >= start else None
+
+        for member in one_of_a_sample(members(), self.file, self.field, Tally()):
+            yield member
+            done += 1
+
+    def _images(self) -> Iterator[tuple[str, bytes, IO[bytes]]]:
+        """(name, what had to be read to know that it is one, the rest) of the images. On this machine what lies between is skipped by seeking;
+        elsewhere the file is read as it comes."""
         filesystem, inner = filesystem_of(self.file)
         try:
             with (
@@ -94,8 +119,11 @@ class TarShard:
             ):
                 for member in archive:
                     archive.members = []  # type: ignore[attr-defined]  # it would remember every member it has seen
-                    if member.isfile() and is_image(member.name):
-                        yield member, archive
+                    if member.isfile():
+                        opened = content_of(archive, member)
+                        head = opened.read(64) if says_nothing(member.name) else b""
+                        if is_image(member.name, head):
+                            yield member.name, head, opened
         except tarfile.TarError as error:
             raise unreadable_tar(self.file, error) from None
 
@@ -107,34 +135,46 @@ def count_samples(shard: Shard) -> int:
 
 @functools.cache
 def _members(shard: TarShard) -> int:
-    return sum(1 for _ in shard.images())
+    return sum(1 for _ in shard.chosen())
 
 
-def source_shards(config: SourceConfig, number: int, *, streaming: bool) -> list[Shard]:
+def source_shards(config: SourceConfig, number: int, *, streaming: bool, tally: Tally | None = None) -> list[Shard]:
     """The shards of a source, in order.
 
     Args:
         number: of the source, for `ImageSource`.
         streaming: read Parquet by row group and tar files from front to back, without loading or indexing anything whole.
+        tally: counts what is known of the images before they are read.
 
     Raises:
         UserError: see `ImageSource`; a label file, which would leave images out that are read here.
     """
     if config.labels not in ("auto", "none"):
         raise UserError(f"{config.path}: a label file is not read here; set labels: none")
-    config = config.model_copy(update={"labels": "none"})
+    config, tally = config.model_copy(update={"labels": "none"}), Tally() if tally is None else tally
     if not streaming or _is_manifest(config.path):
-        return _runs(ImageSource(config, number).rows, config.path)
+        source = ImageSource(config, number)
+        tally.merge(source.tally)
+        return _runs(source.rows, config.path)
     hub = config.path.startswith("hub:")
-    listing = list_path(f"hf://datasets/{config.path.removeprefix('hub:')}" if hub else config.path)
-    if hub:
+    listing = list_path(
+        f"hf://datasets/{config.path.removeprefix('hub:')}" if hub else config.path, ALL_SPLITS if hub else config.split
+    )
+    if hub and listing.kind == "images":
+        listing = list_path(listing.folder, config.split)
+    elif hub:
         listing = _of_split(listing, config)
+    tally.merge(listing.tally)
     if listing.kind == "parquet":
-        return list[Shard](row_groups(listing, config))
+        groups = row_groups(listing, config)
+        tally.keep("image", sum(group.length for group in groups))
+        return list[Shard](groups)
     if listing.kind == "tar":
-        return [TarShard(listing.folder, file) for file in listing.files]
+        return [TarShard(listing.folder, file, config.image_column) for file in listing.files]
     if listing.kind == "list":
-        return _runs(list_rows(listing, config)[0], config.path)
+        found = list_rows(listing, config)
+        tally.merge(found.tally)
+        return _runs(found.rows, config.path)
     return _runs(FileRows(listing.folder, listing.files), config.path)
 
 
@@ -159,18 +199,19 @@ def _runs(rows: Rows, path: str) -> list[Shard]:
 
 def _of_split(listing: Listing, config: SourceConfig) -> Listing:
     """Of a data set of the hub, the files of the configuration and split that are asked for."""
-    files = listing.files
+    files, split = listing.files, config.split or HUB_SPLIT
+    place = {file: file.removeprefix(listing.folder).strip("/") for file in files}
     if config.subset is not None:
-        files = [file for file in files if f"/{config.subset}/" in file]
-    files = [file for file in files if file.rpartition("/")[2].startswith(config.split) or f"/{config.split}/" in file]
+        files = [file for file in files if config.subset in place[file].split("/")[:-1]]
+    files = [file for file in files if of_split(place[file], split)]
     if not files:
         raise UserError(
-            f"{config.path}: none of its {len(listing.files)} files is of the split {config.split!r}; set split or subset"
+            f"{config.path}: none of its {len(listing.files)} files is of the split {split!r}; set split or subset"
         )
     if config.subset is None:
         # Files of a data set of one configuration lie in one folder, or in one for each split.
-        folders = {file.removeprefix(listing.folder).strip("/").rpartition("/")[0] for file in files}
-        names = {"/".join(part for part in folder.split("/") if part != config.split) for folder in folders}
+        folders = {place[file].rpartition("/")[0] for file in files}
+        names = {"/".join(part for part in folder.split("/") if part != split) for folder in folders}
         if len(names) > 1:
             found = ", ".join(repr(name) for name in sorted(names)[:5])
             raise UserError(

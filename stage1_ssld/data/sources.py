@@ -6,25 +6,32 @@ local tar files are indexed and read in place. A label is never needed. To read 
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from ssld.shared.errors import UserError
-from ssld.shared.files import spread
+from ssld.shared.files import IMAGE_SUFFIXES, escaped, list_folders, spread
 from ssld.shared.images import Picture, UnreadableImage, open_image, pixels_of
+from ssld.shared.tally import Tally
 from ssld.stage1_ssld.data.batch import NO_LABEL
 from ssld.stage1_ssld.data.listing import LOOKED_AT, Listing, filesystem_of, list_path, read_text, unreadable_parquet
 from ssld.stage1_ssld.data.manifest import is_manifest, open_manifest
 from ssld.stage1_ssld.data.row_groups import parquet_rows, row_groups
 from ssld.stage1_ssld.data.rows import Encoded, FileRows, Rows, TableRows, TarRows
 from ssld.stage1_ssld.data_config import SourceConfig
+
+HUB_SPLIT = "train"
+"""Split of a data set of the hub, where the settings do not name one."""
+LOSS_SETTING = "set data.allow_loss: true to go on with the rest"
 
 
 class ImageSource:
@@ -35,9 +42,11 @@ class ImageSource:
         class_names: of its labels, None where it has none; `labels` may be known without them.
         labels: class number of every row, NO_LABEL where one has none; None for an unlabelled source.
         unlabeled_because: what keeps a source from having labels that it seems to have; an error only where labels are read.
+        folders_are_classes: whether the class names are those of folders.
+        tally: the images, by class where there are class folders, and what was left out.
 
     Raises:
-        UserError: the path is not there, holds no images, or its columns or labels are not what the settings say.
+        UserError: the path is not there, holds no images, or its columns are not what the settings say.
     """
 
     def __init__(self, config: SourceConfig, number: int) -> None:
@@ -45,6 +54,8 @@ class ImageSource:
         self.class_names: list[str] | None = None
         self.labels: list[int] | None = None
         self.unlabeled_because: str | None = None
+        self.folders_are_classes = False
+        self.tally = Tally()
         self.rows: Rows = self._open(config)
         if len(self) == 0:
             raise UserError(f"{self.path}: holds no images")
@@ -75,7 +86,8 @@ class ImageSource:
     def _open(self, config: SourceConfig) -> Rows:
         if config.path.startswith("hub:"):
             return self._open_hub(config)
-        listing = list_path(config.path)
+        listing = list_path(config.path, config.split)
+        self.tally.merge(listing.tally)
         if listing.kind == "parquet":
             return self._open_parquet(listing, config)
         if config.labels not in ("auto", "none"):
@@ -97,24 +109,31 @@ class ImageSource:
             strays = [name for name in names if name.count("/") != 1]
             if strays and 2 * len(strays) <= len(names):
                 self.unlabeled_because = (
-                    f"most images lie in class folders, but {strays[0]} does not ({len(strays)} of {len(names)}); "
+                    f"most images lie in class folders, but {escaped(strays[0])} does not ({len(strays)} of {len(names)}); "
                     "move it into one, or set labels: none"
                 )
             if not strays:
-                self.class_names = sorted({name.split("/")[0] for name in names})
+                folders = [escaped(name.split("/")[0]) for name in names]
+                self.class_names, self.folders_are_classes = sorted(set(folders)), True
                 number = {name: index for index, name in enumerate(self.class_names)}
-                self.labels = [number[name.split("/")[0]] for name in names]
+                self.labels = [number[name] for name in folders]
+                self.tally.keep("class", len(number))
+                for name in list_folders(listing.folder) if listing.local else []:
+                    if escaped(name) not in number:
+                        self.tally.drop("class", "without an image", escaped(name))
         return FileRows(listing.folder, names)
 
     def _open_list(self, listing: Listing, config: SourceConfig) -> Rows:
-        rows, labels = list_rows(listing, config)
+        found = list_rows(listing, config)
+        self.tally.merge(found.tally)
         if config.labels == "auto":
-            self.labels = labels
-        looked_at = [rows.location(row) for row in spread(len(rows), LOOKED_AT)]
-        missing = [place for place in looked_at if "://" not in place and not Path(place).is_file()]
+            self.labels, self.unlabeled_because = found.labels, found.problem
+        rows = found.rows
+        looked_at = [rows.encoded(row) for row in spread(len(rows), LOOKED_AT)] if found.local else []
+        missing = [place for place in looked_at if isinstance(place, Path) and not place.is_file()]
         if missing:
             raise UserError(
-                f"{self.path}: {len(missing)} of {len(looked_at)} files looked at are not there, first {missing[0]}; "
+                f"{self.path}: {len(missing)} of {len(looked_at)} files looked at are not there, first {escaped(str(missing[0]))}; "
                 "set root to the folder that the list is relative to"
             )
         return rows
@@ -122,16 +141,23 @@ class ImageSource:
     def _open_tars(self, listing: Listing, config: SourceConfig) -> Rows:
         if not listing.local:
             raise UserError(f"{self.path}: tar files elsewhere have no index; set data.streaming: true, or copy them")
-        rows = TarRows(listing.folder, listing.files, labels=config.labels == "auto")
-        self.labels = rows.labels
+        rows = TarRows(listing.folder, listing.files, labels=config.labels == "auto", field=config.image_column)
+        self.labels, self.unlabeled_because = rows.labels, rows.problem
+        self.tally.merge(rows.tally)
         return rows
 
     def _open_hub(self, config: SourceConfig) -> Rows:
         """A data set of the Hugging Face hub, in the cache of `datasets`: it has to be downloaded somewhere anyway."""
         if config.labels not in ("auto", "none"):
             raise UserError(f"{self.path}: a label file is for Parquet sources; set labels: auto or none")
+        name, split = self.path.removeprefix("hub:"), config.split or HUB_SPLIT
         try:
-            rows = datasets.load_dataset(self.path.removeprefix("hub:"), config.subset, split=config.split)
+            # `load_dataset` of an image folder leaves out files whose class is called like a split.
+            if datasets.load_dataset_builder(name, config.subset).name == "imagefolder":
+                return self._open_hub_folder(name, config)
+            rows = datasets.load_dataset(name, config.subset, split=split)
+        except UserError:
+            raise
         except Exception as error:  # of the hub, of the data set's builder, of the network
             why = " ".join(str(error).split())[:200]
             raise UserError(
@@ -141,33 +167,69 @@ class ImageSource:
             raise UserError(
                 f"{self.path}: has no column {config.image_column!r} (it has {', '.join(rows.column_names)}); set image_column"
             )
+        table = rows.data.table
         if config.labels == "auto" and config.label_column in rows.column_names:
-            self.labels = _class_numbers(rows.data.table, config.label_column, self.path)
-            self.class_names = getattr(rows.features[config.label_column], "names", None)
-        return TableRows(self.path, rows.data.table, config.image_column, Path("."))
+            self.labels, self.unlabeled_because = _class_numbers(table.column(config.label_column), config.label_column)
+            self.class_names = getattr(rows.features[config.label_column], "names", None) if self.labels else None
+        self.tally.keep("image", len(table))
+        return TableRows(self.path, table, config.image_column, Path("."))
+
+    def _open_hub_folder(self, name: str, config: SourceConfig) -> Rows:
+        """A data set that consists of image files: listed as any folder is."""
+        folder = name if Path(name).is_dir() else snapshot_download(name, repo_type="dataset")
+        listing = list_path(folder, config.split)
+        self.tally.merge(listing.tally)
+        return self._open_folder(listing, config)
 
     def _open_parquet(self, listing: Listing, config: SourceConfig) -> Rows:
         try:
             opened = [filesystem_of(file) for file in listing.files]
-            schema, *others = [pq.read_schema(file, filesystem=filesystem) for filesystem, file in opened]
-            if is_manifest(schema):
-                return open_manifest(listing.files[0], config, lambda part: ImageSource(part, 0).rows)
+            schemas = [pq.read_schema(file, filesystem=filesystem) for filesystem, file in opened]
+            if is_manifest(schemas[0]):
+                rows = open_manifest(listing.files[0], config, lambda part: ImageSource(part, 0).rows)
+                self.tally.keep("image", len(rows))
+                return rows
             # Files without labels among files with labels make an unlabelled source.
             wanted = (config.label_column, config.id_column)
-            columns = [name for name in wanted if all(name in other.names for other in (schema, *others))]
-            table = pa.concat_tables(
+            columns = [name for name in wanted if all(name in schema.names for schema in schemas)]
+            tables = [
                 pq.read_table(file, columns=columns, filesystem=filesystem).replace_schema_metadata(None)
                 for filesystem, file in opened
-            )
-            groups, rows = row_groups(listing, config), None
+            ]
+            groups, chosen = row_groups(listing, config), None
             if config.labels == "auto" and config.label_column in columns:
-                self.labels = _class_numbers(table, config.label_column, self.path)
-                self.class_names = _class_names(schema, config.label_column)
+                self._read_labels(listing.files, tables, schemas, config.label_column)
             elif config.labels not in ("auto", "none"):
-                rows = self._join_labels(table, Path(config.labels), config)
-            return parquet_rows(listing, self.path, groups, rows)
+                table = pa.concat_tables(tables, promote_options="permissive")
+                chosen = self._join_labels(table, Path(config.labels), config)
+            found = parquet_rows(listing, self.path, groups, chosen)
+            self.tally.keep("image", len(found))
+            return found
         except (OSError, pa.ArrowException) as error:
             raise unreadable_parquet(self.path, error) from None
+
+    def _read_labels(
+        self, files: Sequence[str], tables: Sequence[pa.Table], schemas: Sequence[pa.Schema], column: str
+    ) -> None:
+        """Labels of Parquet files, each of which may have class names of its own, in any order: then numbers are those of all names together."""
+        numbers: list[int] = []
+        names = [_class_names(schema, column) for schema in schemas]
+        together = list(dict.fromkeys(name for own in names for name in own or []))
+        for file, table, own in zip(files, tables, names, strict=True):
+            labels, problem = _class_numbers(table.column(column), column)
+            if labels is None or (together and not own):
+                self.unlabeled_because = problem or f"{file} has class numbers without names, others have names"
+                return
+            if own:
+                if max(labels, default=0) >= len(own):
+                    self.unlabeled_because = f"{file}: label {max(labels)} is outside its {len(own)} classes"
+                    return
+                labels = [label if label == NO_LABEL else together.index(own[label]) for label in labels]
+            numbers += labels
+        self.labels, self.class_names = numbers, together or None
+        others = [file for file, own in zip(files, names, strict=True) if own and own != together]
+        if others:
+            self.tally.change("file", "whose classes are matched by name, in another order", others[0], len(others))
 
     def _join_labels(self, table: pa.Table, file: Path, config: SourceConfig) -> np.ndarray:
         """The rows that the label file gives a class."""
@@ -181,9 +243,22 @@ class ImageSource:
             raise unreadable_parquet(str(file), error) from None
         if not {config.id_column, config.label_column} <= set(known.column_names):
             raise UserError(f"{file}: needs the columns {config.id_column!r} and {config.label_column!r}")
-        numbers = _class_numbers(known, config.label_column, str(file))
-        label_of = dict(zip(known[config.id_column].to_pylist(), numbers, strict=True))
-        labels = [label_of.get(identifier, NO_LABEL) for identifier in table[config.id_column].to_pylist()]
+        numbers, problem = _class_numbers(known.column(config.label_column), config.label_column)
+        if numbers is None:
+            raise UserError(f"{file}: {problem}")
+        label_of: dict[Any, int] = {}
+        for identifier, number in zip(known[config.id_column].to_pylist(), numbers, strict=True):
+            if label_of.setdefault(identifier, number) != number:
+                raise UserError(
+                    f"{file}: {config.id_column} {identifier!r} has the labels {label_of[identifier]} and {number}; keep one"
+                )
+        identifiers = table[config.id_column].to_pylist()
+        labels = [label_of.get(identifier, NO_LABEL) for identifier in identifiers]
+        for identifier, label in zip(identifiers, labels, strict=True):
+            if identifier not in label_of:
+                self.tally.drop("image", f"whose {config.id_column} is not in {file.name}", identifier)
+            elif label == NO_LABEL:
+                self.tally.skip("image", f"without a class in {file.name}", identifier)
         self.labels = [label for label in labels if label != NO_LABEL]
         return np.flatnonzero(np.array(labels) != NO_LABEL)
 
@@ -195,43 +270,98 @@ def decode(encoded: Encoded, location: str, decoder: str = "pil") -> Picture:
     return open_image(encoded, name=None if isinstance(encoded, Path) else location, decoder=decoder)
 
 
-def open_sources(configs: Sequence[SourceConfig], key: str) -> list[ImageSource]:
-    """Open several sources. Raises UserError naming the key and the path for anything that is not one."""
+def open_sources(
+    configs: Sequence[SourceConfig], key: str, *, allow_loss: bool = False, otherwise: str = LOSS_SETTING
+) -> list[ImageSource]:
+    """Open several sources. Raises UserError naming the key and the path for anything that is not one, and where images are lost in bulk, unless that
+    is allowed; `otherwise` says how."""
     sources = []
     for number, config in enumerate(configs):
         try:
-            sources.append(ImageSource(config, number))
+            source = ImageSource(config, number)
+            source.tally.check(source.path, allow_loss=allow_loss, otherwise=otherwise)
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
+        sources.append(source)
     return sources
 
 
-def list_rows(listing: Listing, config: SourceConfig) -> tuple[FileRows, list[int] | None]:
-    """(files, class numbers or None) of a list file: a path a line, and behind a space or tab a class number. Empty lines are skipped."""
+class ListedRows(NamedTuple):
+    """What a list file names: the files, their class numbers, why there are none where they seem to be there, and whether the files are here."""
+
+    rows: FileRows
+    labels: list[int] | None
+    problem: str | None
+    tally: Tally
+    local: bool
+
+
+_NUMBER = re.compile(r"[+-]?[0-9]{1,9}(\.0*)?")
+_NUMBERED = re.compile(rf"(.*?)[ \t,]+({_NUMBER.pattern})$")
+_SUFFIXED = re.compile(rf"(.*?(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))}))(?:[ \t]+|,[ \t]*)(.+)", re.IGNORECASE)
+
+
+def list_rows(listing: Listing, config: SourceConfig) -> ListedRows:
+    """What a list file names: a path a line, and behind a space, tab or comma a class number. Empty lines, and those that begin with #, are skipped.
+
+    A path may stand in quotes. Paths as Windows writes them are read where nothing lies at them as they stand.
+    """
+    file, folder = listing.files[0], config.root or listing.folder
     names: list[str] = []
     labels: list[int | None] = []
-    for line in read_text(listing.files[0]).splitlines():
-        if line.strip():
-            name, _, last = line.strip().replace("\t", " ").rpartition(" ")
-            numbered = bool(name) and last.removeprefix("-").isdigit()
-            names.append(name.strip() if numbered else line.strip())
-            labels.append(max(int(last), NO_LABEL) if numbered else None)
+    tally, problem = Tally(), None
+    label_of: dict[str, int | None] = {}
+    for number, line in enumerate(read_text(file).split("\n"), 1):
+        line = line.strip(" \t\r")
+        if not line or (line.startswith("#") and not _is_there(folder, line)):
+            continue
+        name, label, fault = _entry(line, folder)
+        problem = problem or (fault and f"line {number}: {fault}")
+        if name in label_of:
+            tally.change("image", "listed more than once", escaped(name))
+            if None not in (label, label_of[name]) and label != label_of[name]:
+                problem = problem or f"line {number}: {escaped(name)} has another class number before; keep one"
+        label_of[name] = label
+        names.append(name)
+        labels.append(label)
     given = [label for label in labels if label is not None]
     if given and len(given) != len(labels):
-        raise UserError(
-            f"{config.path}: image {labels.index(None) + 1} has no class number, others have; give one to all or none"
-        )
-    return FileRows(config.root or listing.folder, names), given or None
+        problem = problem or f"image {labels.index(None) + 1} has no class number, others have; give one to all or none"
+    tally.keep("image", len(names))
+    local = "://" not in folder and not any("://" in name for name in names)
+    return ListedRows(FileRows(folder, names), None if problem else given or None, problem, tally, local)
 
 
-def _class_numbers(table: pa.Table, column: str, path: str) -> list[int]:
-    """The labels of a table, NO_LABEL for null and negative ones."""
-    if not pa.types.is_integer(table.schema.field(column).type):
-        raise UserError(
-            f"{path}: column {column!r} holds {table.schema.field(column).type}, class numbers are needed; "
-            "set label_column, or labels: none"
+def _entry(line: str, folder: str) -> tuple[str, int | None, str | None]:
+    """(path, class number, what is wrong with that) of a line of a list."""
+    name, rest = line, ""
+    if line[0] in "\"'" and (end := line.find(line[0], 1)) > 0:
+        name, rest = line[1:end], line[end + 1 :].strip(" \t,")
+    elif found := _SUFFIXED.match(line):
+        if _NUMBER.fullmatch(found[2]) or not _is_there(folder, line):
+            name, rest = found[1], found[2]
+    elif (found := _NUMBERED.match(line)) and not _is_there(folder, line):
+        name, rest = found[1], found[2]
+    if "\\" in name and not _is_there(folder, name) and _is_there(folder, name.replace("\\", "/")):
+        name = name.replace("\\", "/")
+    if not rest:
+        return name, None, None
+    if not _NUMBER.fullmatch(rest):
+        return name, None, f"{escaped(rest)!r} is no class number; give one, or none to all images"
+    return name, max(int(float(rest)), NO_LABEL), None
+
+
+def _is_there(folder: str, name: str) -> bool:
+    return "://" not in folder and "://" not in name and (Path(folder) / name).is_file()
+
+
+def _class_numbers(column: pa.ChunkedArray, name: str) -> tuple[list[int] | None, str | None]:
+    """(labels of a column, NO_LABEL for null and negative ones; None) or (None, why it has none)."""
+    if not pa.types.is_integer(column.type):
+        return None, (
+            f"column {name!r} holds {column.type}, class numbers are needed; set label_column, or labels: none"
         )
-    return [NO_LABEL if label is None or label < 0 else label for label in table.column(column).to_pylist()]
+    return [NO_LABEL if label is None or label < 0 else label for label in column.to_pylist()], None
 
 
 def _class_names(schema: pa.Schema, column: str) -> list[str] | None:

@@ -24,10 +24,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ssld.shared.distributed.processes import start_worker
 from ssld.shared.errors import UserError
 from ssld.shared.images import UnreadableImage, stable_seed
+from ssld.shared.tally import Tally
 from ssld.stage1_ssld.data.batch import NO_LABEL, Batch, View, collate
 from ssld.stage1_ssld.data.rows import Sample
 from ssld.stage1_ssld.data.shards import RowShard, Shard, count_samples, source_shards
-from ssld.stage1_ssld.data.sources import decode
+from ssld.stage1_ssld.data.sources import LOSS_SETTING, decode
 from ssld.stage1_ssld.data.views import training_view
 from ssld.stage1_ssld.data_config import DataConfig
 
@@ -109,17 +110,26 @@ class StreamPlan:
         given: samples that each reader gives a step.
         slots: of each sample of a step, in order: (reader, which of the samples it gives).
         images: in all sources; None where only reading tells.
+        tallies: the path of each source and what is known of it before it is read.
     """
 
     readers: list[Reader]
     given: list[int]
     slots: list[tuple[int, int]]
     images: int | None
+    tallies: list[tuple[str, Tally]]
 
 
 def plan_streams(data: DataConfig, batch_size: int, seed: int) -> StreamPlan:
     """Deal the shards of the training sources to readers. Raises UserError as `source_shards`, and for a weight too small for the batch."""
-    shards = [source_shards(source, number, streaming=True) for number, source in enumerate(data.train)]
+    tallies = [Tally() for _ in data.train]
+    shards = [
+        source_shards(source, number, streaming=True, tally=tally)
+        for number, (source, tally) in enumerate(zip(data.train, tallies, strict=True))
+    ]
+    told = [(source.path, tally) for source, tally in zip(data.train, tallies, strict=True)]
+    for path, tally in told:
+        tally.check(f"data.train: {path}", allow_loss=data.allow_loss, otherwise=LOSS_SETTING)
     numbered = [[(number, shard) for shard in part] for number, part in enumerate(shards)]
     weighted = data.train[0].weight is not None
     groups = numbered if weighted else [[pair for part in numbered for pair in part]]
@@ -143,7 +153,7 @@ def plan_streams(data: DataConfig, batch_size: int, seed: int) -> StreamPlan:
             given.append(count)
     lengths = [shard.length for part in shards for shard in part]
     images = None if None in lengths else sum(length or 0 for length in lengths)
-    return StreamPlan(readers, given, [(reader, which) for _, reader, which in sorted(slots)], images)
+    return StreamPlan(readers, given, [(reader, which) for _, reader, which in sorted(slots)], images, told)
 
 
 def _most_readers(shards: Sequence[Shard]) -> int:

@@ -106,13 +106,15 @@ def write_store(config: SoftLabelsConfig) -> None:
     """
     require_decoder(config.data.decoder, "data.decoder")
     check_networks(config.networks(), config.hub_data())
-    sources = open_sources(config.data.train, "data.train")
+    sources = open_sources(config.data.train, "data.train", allow_loss=config.data.allow_loss)
     accelerator = Accelerator(cpu=not uses_gpu(config.device))
     device, main = accelerator.device, accelerator.is_main_process
     run = RunDir(config, "write_soft_labels", main=main)
     if from_main_rank(run.status) == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
+    for number, source in enumerate(sources):
+        run.tell(f"data.train.{number}", source.path, source.tally)
     teacher = make_teacher(config.teacher, precision="fp32", device=device, channels_last=config.channels_last)
     if config.top > teacher.num_classes:
         raise UserError(

@@ -103,7 +103,7 @@ def open_targets(
             )
     if config.objective == "labels":
         left_out = sum(source.labels is None for source in sources)
-        sources, classes, names = labeled_classes(sources)
+        sources, classes, names = labeled_classes(sources, allow_loss=config.data.allow_loss)
         owner = "the training images"
         if left_out:
             log(f"objective labels: {count(left_out, 'unlabelled source')} left out")

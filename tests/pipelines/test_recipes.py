@@ -105,7 +105,7 @@ def test_resolves_to_the_published_settings(name: str, tmp_path: Path) -> None:
         assert config.batch_size == batch
         assert scale_lr(config.optim.lr, config.optim.reference_batch, batch, config.optim.name) == pytest.approx(lr)
         assert config.total_steps(images) == round(passes * images / batch)
-        assert config.optim.total_warmup_steps(images, batch) == round(warmup * images / batch)
+        assert config.optim.total_warmup_steps(images, batch, 10**9) == round(warmup * images / batch)
         assert (config.optim.weight_decay, config.optim.decay_norm_and_bias) == (decay, decay_norm)
         if isinstance(config, DistillConfig):
             assert config.hard_label_weight == 0

@@ -4,8 +4,10 @@ import contextlib
 import io
 import pickle
 import random
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -114,6 +116,47 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
     assert decode_image(encoded(Image.fromarray(values.astype(np.int32)), "TIFF"))[0, 0].tolist() == [0, 1, 128, 255]
     floats = np.array([[0.0, 0.5, 1.0, np.nan]], dtype=np.float32)
     assert decode_image(encoded(Image.fromarray(floats), "TIFF"))[0, 0].tolist() == [0, 128, 255, 0]
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_white_is_that_of_the_bits_that_are_used(bits: int) -> None:
+    full = 2**bits - 1
+    for kind, values in (("PNG", np.uint16), ("TIFF", np.uint16), ("TIFF", np.int32), ("TIFF", np.float32)):
+        image = Image.fromarray(np.array([[0, full // 2, full]], values))
+        assert decode_image(encoded(image, kind))[0, 0].tolist() == [0, 127, 255], (kind, values)
+
+
+def test_fractions_negative_values_and_more_than_sixteen_bits() -> None:
+    for values, shown in (
+        ([-1.0, 0.0, 1.0], [0, 128, 255]),
+        ([0.0, 0.25, 0.5], [0, 64, 128]),
+        ([0.0, 1e6, 2e6], [0, 128, 255]),
+        ([np.nan, -np.inf, np.inf], [0, 0, 0]),
+        ([0.0, np.inf, 1.0], [0, 255, 255]),
+        ([0.0, 0.0, 0.0], [0, 0, 0]),
+    ):
+        image = Image.fromarray(np.array([values], np.float32))
+        assert decode_image(encoded(image, "TIFF"))[0, 0].tolist() == shown, values
+    signed = Image.fromarray(np.array([[-1000, 0, 1000]], np.int32))
+    assert decode_image(encoded(signed, "TIFF"))[0, 0].tolist() == [0, 128, 255]
+
+
+def test_colours_of_sixteen_bits_that_would_be_black_are_refused() -> None:
+    def deep(high: int) -> bytes:
+        """A PNG of one pixel with 16 bits a channel."""
+        row = zlib.compress(b"\0" + high.to_bytes(2, "big") * 3)
+        chunks = ((b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)), (b"IDAT", row), (b"IEND", b""))
+        return b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+            for kind, body in chunks
+        )
+
+    assert decode_image(deep(65535)).flatten().tolist() == [255] * 3
+    assert decode_image(deep(0)).flatten().tolist() == [0] * 3
+    with pytest.raises(
+        UnreadableImage, match=r"cannot read image a\.png: 16 bits a channel, of which 12 or fewer are used"
+    ):
+        decode_image(deep(4095), name="a.png")
 
 
 def test_one_pixel() -> None:

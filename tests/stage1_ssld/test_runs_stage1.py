@@ -62,7 +62,7 @@ def test_changed_input_is_refused(
     folder.mkdir()
     for seed in range(4):
         (folder / f"{seed}.jpg").write_bytes(jpeg(seed=seed))
-    settings = distill_settings | {"steps": 2, "data": {"train": [str(folder)], "image_size": 32}}
+    settings = distill_settings | {"steps": 2, "batch_size": 4, "data": {"train": [str(folder)], "image_size": 32}}
     assert call(distill, arguments(settings)) == 0
     (folder / "4.jpg").write_bytes(jpeg(seed=4))
     assert "data.train.0 has other content" in user_error(distill, arguments(settings))

@@ -25,6 +25,16 @@ Files = Callable[[Path], set[str]]
 # ---- where to look
 
 
+def test_pipes_are_no_pictures(photos: Path, tmp_path: Path) -> None:
+    """Reading one would never end."""
+    shutil.copytree(photos, tmp_path / "copy")
+    os.mkfifo(tmp_path / "copy" / "pipe.png")
+    assert "pipe.png" not in find_images(str(tmp_path / "copy")).names
+    assert "pipe.png" not in find_images(str(tmp_path / "copy" / "*.png")).names
+    with pytest.raises(UserError, match="no such image, video, folder or list"):
+        find_images(str(tmp_path / "copy" / "pipe.png"))
+
+
 def test_a_picture_a_pattern_and_a_list(photos: Path, tmp_path: Path, files_below: Files) -> None:
     assert find_images(str(photos)).names == sorted(files_below(photos))
     assert find_images(str(photos / "5.png")) == (str(photos), ["5.png"])

@@ -16,7 +16,7 @@ from fsspec.registry import _registry
 
 from ssld.shared.errors import UserError
 from ssld.stage1_ssld.data.batch import NO_LABEL
-from ssld.stage1_ssld.data.labels import match_classes
+from ssld.stage1_ssld.data.labels import labeled_classes, match_classes
 from ssld.stage1_ssld.data.loaders import TrainViews, make_loader
 from ssld.stage1_ssld.data.shards import source_shards
 from ssld.stage1_ssld.data.sources import ImageSource
@@ -31,6 +31,14 @@ def message(path: Any, **settings: Any) -> str:
     with pytest.raises(UserError) as caught:
         source(path, **settings)
     assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def unlabelled(images: ImageSource) -> str:
+    """Why labels cannot be read, which is an error only where they are."""
+    assert images.labels is None
+    with pytest.raises(UserError) as caught:
+        labeled_classes([images])
     return str(caught.value)
 
 
@@ -81,8 +89,10 @@ def test_class_members_are_labels(tmp_path: Path, jpeg: Any) -> None:
     assert match_classes(images, None, 5, "m") == images.labels
     assert source(tmp_path / "x.tar", labels="none").labels is None
     pack(tmp_path / "y.tar", {"1.jpg": jpeg(), "1.cls": b"cat"})
-    assert "y.tar, 1.cls: holds no class number; set labels: none" in message(tmp_path / "y.tar")
-    assert len(source(tmp_path / "y.tar", labels="none")) == 1
+    assert "y.tar, 1.cls: holds no class number" in unlabelled(source(tmp_path / "y.tar"))
+    pack(tmp_path / "y.tar", {"1.jpg": jpeg(), "1.cls": b"3", "1.b.cls": b"4"})
+    assert "y.tar, 1.b.cls: its sample has another class number too" in unlabelled(source(tmp_path / "y.tar"))
+    assert source(tmp_path / "y.tar", labels="none").unlabeled_because is None
 
 
 def test_tar_files_that_cannot_be_read(tmp_path: Path, jpeg: Any) -> None:
@@ -134,7 +144,7 @@ def test_lists_that_are_refused(tmp_path: Path, jpeg: Any) -> None:
     file.write_text("a.jpg\nb.jpg\nc.jpg\n")
     assert f"2 of 3 files looked at are not there, first {tmp_path}/b.jpg; set root to the folder" in message(file)
     file.write_text("a.jpg 1\na.jpg\n")
-    assert "image 2 has no class number, others have; give one to all or none" in message(file)
+    assert "image 2 has no class number, others have; give one to all or none" in unlabelled(source(file))
     file.write_text("\n")
     assert "holds no images" in message(file)
     file.write_bytes(b"\xff\xfe\x00")
@@ -326,6 +336,14 @@ def test_a_data_set_of_the_hub_is_streamed_from_its_files(tiny: Any, register: A
     for name in ("train/0.parquet", "train/1.parquet", "test/0.parquet"):
         filesystem.pipe(f"/datasets/org/other/{name}", tiny.parquet.read_bytes())
     assert len(source_shards(SourceConfig(path="hub:org/other"), 0, streaming=True)) == 2
+    filesystem.pipe("/datasets/org/other/trainval/0.parquet", tiny.parquet.read_bytes())
+    filesystem.pipe("/datasets/org/other/train_extra-00000-of-00001.parquet", tiny.parquet.read_bytes())
+    filesystem.pipe("/datasets/org/other/assets/logo.png", pictures(tiny.train)["disc/disc_000.png"])
+    assert len(source_shards(SourceConfig(path="hub:org/other"), 0, streaming=True)) == 2
+    for name, content in list(pictures(tiny.train).items())[::10]:
+        filesystem.pipe(f"/datasets/org/folder/{name}", content)
+    (shard,) = source_shards(SourceConfig(path="hub:org/folder"), 0, streaming=True)
+    assert [sample.name for sample in shard.samples()] == list(pictures(tiny.train))[::10]
     with pytest.raises(
         UserError, match="hub:org/name: none of its 3 files is of the split 'test'; set split or subset"
     ):

@@ -1,0 +1,486 @@
+"""What people bring by accident: mixtures, splits below one root, odd names, tars with dots in their names, lists of every spelling. Nothing is lost
+or exchanged without a word."""
+
+import io
+import os
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from ssld.shared.errors import UserError
+from ssld.shared.tally import Tally
+from ssld.stage1_ssld.data.batch import NO_LABEL
+from ssld.stage1_ssld.data.labels import doubt_on_order, labeled_classes, labels_in_classes
+from ssld.stage1_ssld.data.listing import of_split
+from ssld.stage1_ssld.data.manifest import write_manifest
+from ssld.stage1_ssld.data.shards import count_samples, source_shards
+from ssld.stage1_ssld.data.sources import ImageSource, open_sources
+from ssld.stage1_ssld.data_config import SourceConfig
+
+
+def png(value: int = 7) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (value, value, value)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write(folder: Path, *names: str) -> Path:
+    """Images of these names, each in its own grey."""
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(png(number))
+    return folder
+
+
+def pack(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def source(path: Any, **settings: Any) -> ImageSource:
+    return open_sources([SourceConfig(path=str(path), **settings)], "data.train")[0]
+
+
+def refusal(path: Any, **settings: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        source(path, **settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def unlabelled_because(images: ImageSource) -> str:
+    """Why labels cannot be read, which is an error only where they are."""
+    assert images.labels is None
+    with pytest.raises(UserError) as caught:
+        labeled_classes([images])
+    return str(caught.value)
+
+
+def streamed(path: Any, **settings: Any) -> list[str]:
+    """Names of the images as a stream gives them."""
+    shards = source_shards(SourceConfig(path=str(path), **settings), 0, streaming=True)
+    names = [sample.name for shard in shards for sample in shard.samples()]
+    assert sum(count_samples(shard) for shard in shards) == len(names)
+    return names
+
+
+# ---- folders
+
+
+def test_a_class_whose_images_are_out_of_reach_stops_the_run(tmp_path: Path) -> None:
+    write(tmp_path, "cat/1.png", "cat/2.png", ".net/1.png", "dog/1.png")
+    (tmp_path / "empty").mkdir()
+    assert refusal(tmp_path) == (
+        f"data.train: {tmp_path}: all images of class '.net' would be left out: 1 in a hidden folder (first: .net/1.png); correct the source, or set "
+        "data.allow_loss: true to go on with the rest"
+    )
+    config = SourceConfig(path=str(tmp_path))
+    (images,) = open_sources([config], "data.train", allow_loss=True)
+    assert images.class_names == ["cat", "dog"]
+    assert images.tally.describe() == (
+        "1 image dropped: 1 in a hidden folder (first: .net/1.png); 1 class dropped: 1 without an image (first: empty)"
+    )
+    assert images.tally.record()["image"]["kept"] == 3
+
+
+def test_class_folders_with_any_name(tmp_path: Path) -> None:
+    names = ["b anana", "chérry", "gra,pe", os.fsdecode(b"caf\xe9"), "[old]", "x.jpg", "a=b&c"]
+    for number, name in enumerate(names):
+        write(tmp_path, f"{name}/{number}")
+        write(tmp_path, f"{name}/{number}.jpg?w=300")
+    images = source(tmp_path)
+    assert len(images) == 14
+    assert set(images.class_names or []) == {*names[:3], "caf\\udce9", *names[4:]}
+    assert all(images.read(row).shape == (3, 4, 4) for row in range(14))
+    assert all((images.key(row) + images.location(row)).encode() for row in range(14))
+    assert len(source(f"{tmp_path}/[[]old]/*")) == len(source(f"{tmp_path}/b anana/*")) == 2
+    assert len(source(tmp_path / "[old]")) == 2
+    assert len(source(f"{tmp_path / '[old]'}/*.jpg*")) == 1
+
+
+def test_splits_below_one_root_are_not_mixed(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", "train/cat/1.png", "train/dog/1.png", "val/cat/1.png", "val/dog/1.png")
+    told = "holds the splits train, val: set split to the one to read, or path to"
+    assert told in refusal(folder)
+    assert told in refusal(f"file://{folder}")
+    assert "and no test; set split to one of them" in refusal(folder, split="test")
+    images = source(folder, split="val")
+    assert (images.labels, images.class_names) == ([0, 1], ["cat", "dog"])
+    assert images.location(0) == f"{folder}/val/cat/1.png"
+    assert len(source(f"{folder}/**/*.png")) == 4
+    flat = write(tmp_path / "b", "train2017/1.png", "val2017/1.png", "unlabeled2017/1.png")
+    assert "holds the splits train2017, unlabeled2017, val2017" in refusal(flat)
+    classes = write(tmp_path / "c", "train/1.png", "bus/1.png")
+    assert source(classes).class_names == ["bus", "train"]
+
+
+def test_splits_of_parquet_and_tar_files_are_not_mixed(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for number, split in enumerate(("train", "validation")):
+        table = pa.table({"image": [png(number)] * (number + 1), "label": [number] * (number + 1)})
+        pq.write_table(table, tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    for place in (tmp_path, tmp_path / "data"):
+        assert "holds the splits train, validation: set split" in refusal(place)
+        assert source(place, split="validation").labels == [1, 1]
+        assert streamed(place, split="train") == ["0"]
+    assert len(source(f"{tmp_path}/data/*.parquet")) == 3
+    for name in ("train-0", "train-1", "test-0"):
+        pack(tmp_path / f"{name}.tar", {f"{name}.png": png()})
+    shutil.rmtree(tmp_path / "data")
+    assert "holds the splits test, train" in refusal(tmp_path)
+    assert len(source(tmp_path, split="train")) == 2
+
+
+def test_the_name_of_a_split_is_taken_exactly() -> None:
+    of_train = [
+        "train/0.parquet", "train.parquet", "train-00000-of-00002.parquet", "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet", "train-0.parquet",
+        "train_07.tar", "imagenet1k-train-0012.tar", "plain/train/x.parquet",
+    ]  # fmt: skip
+    others = [
+        "train_extra-00000-of-00001.parquet", "trainval-00000-of-00001.parquet", "train-extra.parquet", "training.parquet", "train2-0.parquet",
+        "pretrain-0.parquet", "my_train-00000-of-00001.parquet", "train_extra/0.parquet",
+    ]  # fmt: skip
+    assert [name for name in (*of_train, *others) if of_split(name, "train")] == of_train
+    assert of_split("v1.train-00000-of-00001.parquet", "v1.train")
+
+
+def test_a_mixture_of_kinds_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "cat/1.png", "dog/1.png")
+    pack(tmp_path / "dog.tar", {"1.png": png()})
+    assert refusal(tmp_path) == (
+        f"data.train: {tmp_path}: holds 1 .tar file and 2 images in folders (first: cat/1.png); which is meant? Give path as {tmp_path}/*.tar for "
+        "the .tar files, or move them elsewhere"
+    )
+    assert "which is meant?" in refusal(f"file://{tmp_path}")
+    assert len(source(f"{tmp_path}/*.tar")) == 1
+    pq.write_table(pa.table({"image": [png()]}), tmp_path / "x.parquet")
+    shutil.rmtree(tmp_path / "cat")
+    shutil.rmtree(tmp_path / "dog")
+    assert "holds 1 .parquet file and 1 .tar file" in refusal(tmp_path)
+    (tmp_path / "x.parquet").unlink()
+    write(tmp_path, "preview.png")
+    images = source(tmp_path)
+    assert len(images) == 1
+    assert images.tally.describe() == "1 file skipped: 1 images beside .tar files (first: preview.png)"
+
+
+def test_hidden_files_are_skipped_elsewhere_too(tmp_path: Path) -> None:
+    filesystem = fsspec.filesystem("memory")
+    filesystem.store.clear()
+    for name in (
+        "cat/1.png",
+        "cat/._1.png",
+        "cat/.thumb/1.png",
+        "cat/@eaDir/1.png",
+        "dog/2",
+        "dog/notes",
+        "dog/notes.txt",
+    ):
+        filesystem.pipe(f"/pool/{name}", b"text" if "notes" in name else png())
+    images = source("memory://pool")
+    assert [images.key(row) for row in range(len(images))] == ["0:cat/1.png", "0:dog/2"]
+    assert len(source("memory://pool/*/*.png")) == 1
+    assert (images.tally.skipped("file", "without a suffix"), images.tally.skipped("file", "of kind .txt")) == (1, 1)
+    filesystem.store.clear()
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.lst", "images.arrow", "images.h5", "x.tar.gz"])
+def test_files_that_are_no_sources(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"path,label\n")
+    told = "unpack it" if name == "x.tar.gz" else f"{name}: a {Path(name).suffix} file is no source of images; take a"
+    assert told in refusal(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe.parquet")
+    assert "pipe.parquet: is neither a file nor a folder" in refusal(tmp_path / "pipe.parquet")
+
+
+def test_parquet_under_any_name(tmp_path: Path) -> None:
+    for name in ("x.pq", "y", "Z.PARQUET"):
+        pq.write_table(pa.table({"image": [png()]}), tmp_path / name)
+        assert len(source(tmp_path / name)) == 1
+
+
+def test_an_image_folder_of_the_hub_is_listed_like_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write(tmp_path / "set", *(f"{name}/{number}.jpg" for name in ("apple", "test", "validation") for number in (1, 2)))
+    images = source(f"hub:{tmp_path / 'set'}")
+    assert (images.labels, images.class_names) == ([0, 0, 1, 1, 2, 2], ["apple", "test", "validation"])
+
+
+# ---- tar files
+
+
+def test_names_with_dots_are_one_sample_and_refused(tmp_path: Path) -> None:
+    members = {f"shop.00{n}.{end}": content for n in range(3) for end, content in (("png", png(n)), ("cls", b"1"))}
+    file = pack(tmp_path / "a.tar", members)
+    told = "a.tar: shop.000.png and shop.001.png are one sample, named up to the first dot; pack the file again"
+    assert told in refusal(file)
+    with pytest.raises(UserError, match=r"shop\.000\.png and shop\.001\.png are one sample"):
+        streamed(file)
+    twice = tmp_path / "b.tar"
+    with tarfile.open(twice, "w") as archive:
+        for _ in range(2):
+            member = tarfile.TarInfo("1.png")
+            member.size = len(png())
+            archive.addfile(member, io.BytesIO(png()))
+    assert "1.png and 1.png are one sample" in refusal(twice)
+
+
+def test_one_image_of_a_sample_is_taken(tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    for n in range(3):
+        members |= {f"{n}.depth.png": png(), f"{n}.jpg": png(n), f"{n}.cls": str(n).encode(), f"{n}.mask.png": png(99)}
+    file = pack(tmp_path / "a.tar", members)
+    images = source(file)
+    assert [images.rows.name(row) for row in range(3)] == streamed(file) == [f"a.tar/{n}.jpg" for n in range(3)]
+    assert images.labels == [0, 1, 2]
+    assert [int(images.read(row)[0, 0, 0]) for row in range(3)] == [0, 1, 2]
+    assert (
+        images.tally.describe() == f"6 files skipped: 6 images beside that of their sample (first: {file}, 0.depth.png)"
+    )
+    (shard,) = source_shards(SourceConfig(path=str(file)), 0, streaming=True)
+    assert [(sample.name, sample.encoded) for sample in shard.samples(2)] == [("a.tar/2.jpg", png(2))]
+    masks = source(file, image_column="mask.png")
+    assert [masks.rows.name(row) for row in range(3)] == [f"a.tar/{n}.mask.png" for n in range(3)]
+
+
+def test_the_field_says_which_image_where_no_name_is_bare(tmp_path: Path) -> None:
+    members = {f"{n}.{end}.png": png(n) for n in range(2) for end in ("left", "right")}
+    file = pack(tmp_path / "a.tar", members)
+    assert "0.left.png and 0.right.png are one sample" in refusal(file)
+    assert streamed(file, image_column="right") == ["a.tar/0.right.png", "a.tar/1.right.png"]
+    assert len(source(file, image_column="left")) == 2
+    # "image" is what the setting says by itself
+    assert streamed(pack(tmp_path / "b.tar", {"1.mask.png": png(), "1.image.png": png()})) == ["b.tar/1.image.png"]
+
+
+def test_members_of_a_sample_that_lie_apart(tmp_path: Path) -> None:
+    first = {f"{n}.png": png(n) for n in range(2)}
+    masks = {f"{n}.mask.png": png(99) for n in range(2)}
+    assert streamed(pack(tmp_path / "a.tar", first | masks)) == ["a.tar/0.png", "a.tar/1.png"]
+    assert source(tmp_path / "a.tar").tally.skipped("file") == 2
+    file = pack(tmp_path / "b.tar", masks | first)
+    assert "0.png does not lie beside the other images of its sample; pack the file again" in refusal(file)
+    with pytest.raises(UserError, match="does not lie beside"):
+        streamed(file)
+
+
+def test_hidden_and_unnamed_members_and_links(tmp_path: Path) -> None:
+    members = {"./._0.png": b"\0\5\x16\7" + bytes(80), "./0.png": png(), "./0.cls": b"1", "__MACOSX/0.png": png()}
+    file = pack(tmp_path / "a.tar", members | {"./1.img": png(5), "./1.cls": b"0", "./1.json": b"{}", "2": b"text"})
+    with tarfile.open(file, "a") as archive:
+        link = tarfile.TarInfo("3.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "./0.png"
+        archive.addfile(link)
+    images = source(file)
+    assert [images.rows.name(row) for row in range(2)] == streamed(file) == ["a.tar/./0.png", "a.tar/./1.img"]
+    assert images.labels == [1, 0]
+    assert int(images.read(1)[0, 0, 0]) == 5
+    shard = source_shards(SourceConfig(path=str(file)), 0, streaming=True)[0]
+    assert [sample.encoded for sample in shard.samples()] == [png(), png(5)]
+    assert images.tally.dropped("image", "that are links inside a tar file") == 1
+
+
+# ---- Parquet
+
+
+def labelled_parquet(path: Path, names: list[str] | None, labels: list[int], kind: Any = None) -> None:
+    table = pa.table({"image": [png(n) for n in range(len(labels))], "label": pa.array(labels, kind or pa.int64())})
+    if names:
+        feature = f'{{"info": {{"features": {{"label": {{"names": {names}, "_type": "ClassLabel"}}}}}}}}'.replace(
+            "'", '"'
+        )
+        table = table.replace_schema_metadata({"huggingface": feature})
+    pq.write_table(table, path)
+
+
+def test_each_file_has_its_own_order_of_classes(tmp_path: Path) -> None:
+    labelled_parquet(tmp_path / "0.parquet", ["apple", "banana"], [0, 1])
+    labelled_parquet(tmp_path / "1.parquet", ["banana", "apple"], [0, -1, 1], pa.int32())
+    images = source(tmp_path)
+    assert (images.class_names, images.labels) == (["apple", "banana"], [0, 1, 1, NO_LABEL, 0])
+    assert "1 file changed: 1 whose classes are matched by name" in images.tally.describe()
+    labelled_parquet(tmp_path / "2.parquet", ["cherry", "apple"], [0, 1])
+    assert source(tmp_path).labels == [0, 1, 1, NO_LABEL, 0, 2, 0]
+    labelled_parquet(tmp_path / "3.parquet", ["cherry", "apple"], [2])
+    assert "3.parquet: label 2 is outside its 2 classes" in unlabelled_because(source(tmp_path))
+    labelled_parquet(tmp_path / "3.parquet", None, [0])
+    assert "has class numbers without names, others have names" in unlabelled_because(source(tmp_path))
+
+
+def test_columns_of_other_widths_are_read_together(tmp_path: Path) -> None:
+    for number, kind in enumerate((pa.int64(), pa.int32(), pa.uint8())):
+        labelled_parquet(tmp_path / f"{number}.parquet", None, [number, number], kind)
+    table = pq.read_table(tmp_path / "1.parquet")
+    pq.write_table(table.set_column(0, "image", table["image"].cast(pa.large_binary())), tmp_path / "1.parquet")
+    images = source(tmp_path)
+    assert images.labels == [0, 0, 1, 1, 2, 2]
+    assert all(images.read(row).shape == (3, 4, 4) for row in range(6))
+
+
+def test_a_label_file_that_contradicts_itself_or_misses_most(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [png()] * 4, "id": [1, 2, 3, 4]}), tmp_path / "x.parquet")
+
+    def labels(ids: list[int], classes: list[int]) -> str:
+        pq.write_table(pa.table({"id": ids, "label": classes}), tmp_path / "truth.parquet")
+        return str(tmp_path / "truth.parquet")
+
+    twice = labels([1, 2, 3, 4, 2], [0, 1, 0, 1, 0])
+    assert "truth.parquet: id 2 has the labels 1 and 0; keep one" in refusal(tmp_path / "x.parquet", labels=twice)
+    few = refusal(tmp_path / "x.parquet", labels=labels([1], [0]))
+    assert "3 of the 4 images would be left out: 3 whose id is not in truth.parquet (first: 2)" in few
+    chosen = source(tmp_path / "x.parquet", labels=labels([1, 2, 3, 4], [0, -1, -1, -1]))
+    assert chosen.tally.describe() == "3 images skipped: 3 without a class in truth.parquet (first: 2)"
+
+
+# ---- lists
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a b/1.png 0\nc.png 1\n",
+        "a b/1.png 0\r\nc.png 1\r\n",
+        "# mine\n\n a b/1.png\t0\nc.png\t1",
+        "a b/1.png,0\nc.png, 1\n",
+        "a b\\1.png 0\nc.png 1.0\n",
+        "\"a b/1.png\" 0\n'c.png' 1\n",
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_lists_of_every_spelling(tmp_path: Path, content: str, encoding: str) -> None:
+    write(tmp_path, "a b/1.png", "c.png")
+    (tmp_path / "list.txt").write_bytes(content.encode(encoding))
+    images = source(tmp_path / "list.txt")
+    assert [images.rows.name(row) for row in range(2)] == ["a b/1.png", "c.png"]
+    assert images.labels == [0, 1]
+    assert images.read(0).shape == (3, 4, 4)
+
+
+def test_names_that_look_like_something_else(tmp_path: Path) -> None:
+    names = ["my photo 7", "line\u2028sep.png", "1 2.png", os.fsdecode(b"caf\xe9.png")]
+    write(tmp_path, *names)
+    (tmp_path / "list.txt").write_bytes(b"\n".join(map(os.fsencode, names)))
+    images = source(tmp_path / "list.txt")
+    assert images.labels is None
+    assert [images.read(row).shape for row in range(4)] == [(3, 4, 4)] * 4
+    assert images.rows.name(3) == "caf\\udce9.png"
+    (tmp_path / "list.txt").write_text("my photo 7 1\n1 2.png 0\n", encoding="utf-8")
+    assert source(tmp_path / "list.txt").labels == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("a.png 0\nb.png\n", "image 2 has no class number, others have; give one to all or none"),
+        ("a.png 0\nb.png \N{SUPERSCRIPT TWO}\n", "line 2: '\N{SUPERSCRIPT TWO}' is no class number"),
+        ("a.png 0,1\nb.png 1,0\n", "line 1: '0,1' is no class number; give one, or none to all images"),
+        ("a.png 0 1\nb.png 1 0\n", "line 1: '0 1' is no class number"),
+        ("a.png cat\nb.png dog\n", "line 1: 'cat' is no class number"),
+        ("a.png 0.5\nb.png 1\n", "line 1: '0.5' is no class number"),
+        ("a.png 0\nb.png 0\na.png 1\n", "line 3: a.png has another class number before; keep one"),
+    ],
+)
+def test_labels_of_a_list_end_a_run_only_where_they_are_read(tmp_path: Path, content: str, told: str) -> None:
+    write(tmp_path, "a.png", "b.png")
+    (tmp_path / "list.txt").write_text(content, encoding="utf-8")
+    images = source(tmp_path / "list.txt")
+    assert [images.rows.name(row) for row in range(2)] == ["a.png", "b.png"]
+    assert told in unlabelled_because(images)
+    assert source(tmp_path / "list.txt", labels="none").unlabeled_because is None
+
+
+def test_numbers_without_an_image_are_named(tmp_path: Path) -> None:
+    write(tmp_path, "a.png", "b.png", "c.png", "d.png")
+
+    def listed(*labels: int) -> ImageSource:
+        lines = "".join(f"{name}.png {label}\n" for name, label in zip("abcd", labels, strict=True))
+        (tmp_path / "list.txt").write_text(lines)
+        return source(tmp_path / "list.txt")
+
+    from_one = listed(1, 2, 3, 4)
+    assert labeled_classes([from_one])[1] == 5
+    assert from_one.tally.describe() == "1 class dropped: 1 without an image (first: class 0 of 0 to 4)"
+    with pytest.raises(UserError, match=r"9,996 of the 10,000 classes would be left out: 9,996 without an image"):
+        labeled_classes([listed(0, 1, 2, 9999)])
+    assert labeled_classes([listed(0, 1, 2, 9999)], allow_loss=True)[1] == 10_000
+    with pytest.raises(UserError, match=r"list\.txt: all images are of one class, 0: there is nothing to learn"):
+        labeled_classes([listed(0, 0, 0, 0)])
+
+
+def test_repeated_lines_are_counted(tmp_path: Path) -> None:
+    write(tmp_path, "a.png")
+    (tmp_path / "list.txt").write_text("a.png\na.png\n")
+    assert source(tmp_path / "list.txt").tally.describe() == "1 image changed: 1 listed more than once (first: a.png)"
+
+
+# ---- classes
+
+
+def test_folders_that_cut_a_pool_are_no_classes_of_a_teacher_without_names(tmp_path: Path) -> None:
+    pieces = source(write(tmp_path / "a", *(f"{n:02x}/1.png" for n in (0, 10, 11))))
+    assert labels_in_classes(pieces, None, 3) is None
+    assert labels_in_classes(pieces, ["00", "0a", "0b"], 3) == [0, 1, 2]
+    classes = source(write(tmp_path / "b", "cat/1.png", "dog/1.png", "n01440764/1.png"))
+    assert labels_in_classes(classes, None, 3) == [0, 1, 2]
+
+
+def test_numbers_sorted_as_text_leave_a_doubt(tmp_path: Path) -> None:
+    images = source(write(tmp_path / "a", *(f"{n}/1.png" for n in (1, 2, 10, 11))))
+    line = doubt_on_order(images)
+    assert line is not None
+    assert "class 1 is folder '10'; in a network that counts them in order it is '2'" in line
+    assert doubt_on_order(source(write(tmp_path / "b", *(f"{n:02}/1.png" for n in (1, 2, 10, 11))))) is None
+    assert doubt_on_order(source(write(tmp_path / "c", "1/1.png", "cat/1.png"))) is None
+
+
+def test_named_classes_without_an_image_are_no_loss(tmp_path: Path) -> None:
+    labelled_parquet(tmp_path / "x.parquet", list("abcdef"), [0, 1])
+    images = source(tmp_path / "x.parquet")
+    assert labeled_classes([images])[1] == 6
+    assert images.tally.describe() == "4 classes skipped: 4 without an image (first: c)"
+
+
+def test_streams_tell_what_is_known_before_they_are_read(tmp_path: Path) -> None:
+    write(tmp_path, "cat/1.png", "cat/2.png", "dog/1.png")
+    (tmp_path / "cat" / "3.png").symlink_to(tmp_path / "gone.png")
+    tally = Tally()
+    source_shards(SourceConfig(path=str(tmp_path)), 0, streaming=True, tally=tally)
+    assert (tally.kept("image"), tally.dropped("image", "behind broken links")) == (3, 1)
+
+
+def test_a_manifest_finds_names_that_are_not_utf8_and_splits(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    folder = write(tmp_path / "pool", f"train/{name}/1.png", f"val/{name}/2.png")
+    config = SourceConfig(path=str(folder), split="train")
+    images = ImageSource(config, 0)
+    for pool, keys in ((config, [images.rows.name(0)]), (SourceConfig(path=str(folder / "val")), ["caf\\udce9/2.png"])):
+        columns = {"source": [pool.path], "key": keys, "class": [0], "score": [1.0], "hash": [0]}
+        write_manifest(tmp_path / "selected.parquet", columns, [pool.model_dump(mode="json")], {})
+        assert source(tmp_path / "selected.parquet").read(0).shape == (3, 4, 4)
+
+
+# ---- depth
+
+
+def test_bits_that_a_camera_leaves_empty(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    for bits in (8, 10, 12, 14, 16):
+        full = 2**bits - 1
+        Image.fromarray(np.array([[0, full // 2, full]], np.uint16)).save(tmp_path / "x" / f"{bits:02}.png")
+    images = source(tmp_path)
+    for row in range(5):
+        assert images.read(row)[0, 0].tolist() == [0, 127, 255]
