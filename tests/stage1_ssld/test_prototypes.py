@@ -417,22 +417,13 @@ def classifier_of(path: Path) -> Path:
         ({"encoder": {"model": "random:test_resnet", "global_pool": "mean"}}, "encoder.global_pool: test_resnet: has no pooling 'mean'"),
         ({"encoder": "random:deit_tiny_distilled_patch16_224", "image_size": None},
          "deit_tiny_distilled_patch16_224: its classes are not one linear layer on its pooled features"),
-        ({"encoder": "random:test_maxvit", "image_size": 50}, "image_size: test_maxvit: cannot work at 50 pixels"),
+        ({"encoder": "random:test_maxvit", "image_size": 50}, "encoder.model: random:test_maxvit: test_maxvit cannot work at 50 pixels"),
     ],
 )  # fmt: skip
 def test_mistakes_cost_one_line(
     change: dict[str, Any], message: str, arguments: Any, settings: Any, user_error: Any
 ) -> None:
     assert message in user_error(prototypes, arguments(settings | change))
-
-
-def test_a_fixed_size_without_a_setter(
-    arguments: Any, settings: Any, user_error: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr("timm.models.vision_transformer.VisionTransformer.set_input_size")
-    assert (
-        user_error(prototypes, arguments(settings)) == "image_size: test_vit: works at its own size only; leave it out"
-    )
 
 
 def test_an_encoder_that_answers_nan(arguments: Any, settings: Any, user_error: Any, tmp_path: Path) -> None:
