@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ssld.shared.errors import UserError
 from ssld.shared.files import atomically
+from ssld.shared.models.downloads import PICKLE_SUFFIXES
 from ssld.shared.models.metadata import NEEDED, parse_metadata
 
 _KEY = "ssld"
@@ -132,6 +133,11 @@ def _open(path: Path) -> Any:
                 f"{path}: is a pickle, which can run code when opened; a .safetensors file is needed"
             ) from None
         raise UserError(f"{path}: not a safetensors file ({error})") from None
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether weights are to be read as a pickle: by what their file is called, or, where that says nothing, by what is in it."""
+    return path.suffix in PICKLE_SUFFIXES or (path.suffix != ".safetensors" and looks_pickled(path))
 
 
 def looks_pickled(path: Path) -> bool:

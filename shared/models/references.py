@@ -18,7 +18,7 @@ from timm.models import get_pretrained_cfg
 from ssld.shared.errors import UserError
 from ssld.shared.models.downloads import PICKLE_SUFFIXES, WEIGHT_FILES, Remote, kind_of, timm_weights
 from ssld.shared.models.metadata import folder_facts, read_config
-from ssld.shared.models.model_file import read_metadata
+from ssld.shared.models.model_file import is_pickle, read_metadata
 from ssld.shared.models.timm_names import known_arch
 
 _OFF = "is a pickle, which can run code when opened; a .safetensors file is needed"
@@ -62,6 +62,13 @@ def parse_reference(text: str, arch: str | None = None, *, allow_pickle: bool = 
     """
     if not text.strip():
         raise UserError("no model is named; give timm:NAME, hf-hub:ORG/NAME, a folder or a file")
+    reference = _parsed(text, arch, allow_pickle)
+    if arch and arch not in (reference.arch, reference.arch.partition(".")[0]):
+        raise UserError(f"{text}: holds a {reference.arch}, but arch says {arch}")
+    return reference
+
+
+def _parsed(text: str, arch: str | None, allow_pickle: bool) -> ModelReference:
     match kind_of(text):
         case "random":
             return ModelReference(text, known_arch(text.removeprefix("random:"), text))
@@ -81,12 +88,10 @@ def parse_reference(text: str, arch: str | None = None, *, allow_pickle: bool = 
 
 
 def _file_reference(text: str, path: Path, arch: str | None, allow_pickle: bool) -> ModelReference:
-    pickled = path.suffix in PICKLE_SUFFIXES
+    pickled = is_pickle(path)
     if pickled and not allow_pickle:
         raise UserError(f"{text}: {_OFF}")
     metadata = {} if pickled else read_metadata(path, kind="backbone")
-    if arch and metadata and metadata["arch"] != arch:
-        raise UserError(f"{text}: holds a {metadata['arch']}, but arch says {arch}")
     name = metadata.get("arch") or arch
     if not name:
         raise UserError(f"{text}: does not say which architecture it holds; give `arch` with its timm name")
@@ -116,7 +121,7 @@ def _with_config(
     text: str, file: Path, facts: dict[str, Any], config: object, *, foreign: bool = False
 ) -> ModelReference:
     """What a config.json says of weights and, where these are of this project, their own metadata, which say more and must not contradict."""
-    own = {} if file.suffix in PICKLE_SUFFIXES else read_metadata(file, kind="backbone")
+    own = {} if is_pickle(file) else read_metadata(file, kind="backbone")
     for key in ("arch", "class_names"):
         if own.get(key) and facts.get(key) and own[key] != facts[key]:
             raise UserError(f"{file}: its {key} is not that of {config}; give the file, or write the folder again")

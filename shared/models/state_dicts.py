@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ssld.shared.errors import UserError
-from ssld.shared.models.downloads import PICKLE_SUFFIXES
-from ssld.shared.models.model_file import read_tensors
+from ssld.shared.models.model_file import is_pickle, read_tensors
 from ssld.shared.wording import count, some
 
 Tensors = dict[str, Tensor]
@@ -45,7 +44,7 @@ def read_state_dict(path: Path) -> tuple[Tensors, str]:
 
     Raises UserError for what is neither safetensors nor a pickle of plain tensors, for several networks in one file, and for none.
     """
-    if path.suffix not in PICKLE_SUFFIXES:
+    if not is_pickle(path):
         return read_tensors(path), ""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints keep their arguments in one

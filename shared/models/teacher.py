@@ -26,7 +26,7 @@ class FrozenTeacher:
     It normalises with its own mean and std, and resizes the pixels where it works at one size only.
 
     Args:
-        reference: see `shared/models/backbones.py`; pickles are read with `weights_only=True`.
+        reference: see `shared/models/references.py`; pickles are read with `weights_only=True`.
         arch: timm name, for weights that do not say it.
         device: where it runs.
         dtype: of its forward pass, by autocast; float32 switches autocast off.
@@ -35,6 +35,9 @@ class FrozenTeacher:
         batchnorm: "eval" uses running statistics; "batch" those of the batch, as SSLD's teachers did in training (PaddleClas@d178931f,
             docs/en/models/.../distillation_en.md); the running ones stay as they are.
         fold_batchnorm: fold BatchNorm into the convolutions before it where the network can be traced and answers the same afterwards.
+
+    Attributes:
+        loaded: a line on where its weights come from.
 
     Raises:
         UserError: as `parse_reference` and `create_classifier`; `batchnorm="batch"` without any BatchNorm.
@@ -65,7 +68,7 @@ class FrozenTeacher:
             )
         self._content_sha256 = content_hash(classifier.net.state_dict())
         self._licence = licence(self.reference) or "unknown"
-        self.loaded = classifier.loaded
+        self.loaded = [classifier.loaded]
         self.folded = 0
         if fold_batchnorm and batchnorm == "eval":
             noise = torch.randn(2, 3, *(self.size or inputs.size), generator=torch.Generator().manual_seed(0))
@@ -165,6 +168,7 @@ class TeacherEnsemble:
         self._members = members
         self.reference, self.batchnorm = members[0].reference, members[0].batchnorm
         self.device = members[0].device
+        self.loaded = [line for member in members for line in member.loaded]
         named = next((member for member in members if member.class_names), members[0])
         self.num_classes, self.class_names = named.num_classes, named.class_names
         made = [member.reference for member in members if member.reference.metadata.get("prototypes")]

@@ -157,6 +157,25 @@ def test_a_config_that_is_none(content: bytes, tmp_path: Path) -> None:
         parse_reference(str(tmp_path / "model"))
 
 
+def test_an_arch_that_is_not_the_weights(tmp_path: Path) -> None:
+    write_folder(tmp_path / "model")
+    assert parse_reference(str(tmp_path / "model"), "test_resnet").arch == "test_resnet"
+    for text in (str(tmp_path / "model"), "random:test_resnet"):
+        with pytest.raises(UserError, match="holds a test_resnet, but arch says resnet18"):
+            parse_reference(text, "resnet18")
+
+
+def test_a_pickle_is_told_by_its_content_too(tmp_path: Path) -> None:
+    net = write_folder(tmp_path / "model")
+    file = tmp_path / "checkpoint_3"
+    torch.save(net.state_dict(), file)
+    assert create_classifier(parse_reference(str(file), "test_resnet", allow_pickle=True))[0].net.num_classes == 3
+    with pytest.raises(UserError, match="checkpoint_3: is a pickle, which can run code when opened"):
+        parse_reference(str(file), "test_resnet")
+    (tmp_path / "model" / "model.safetensors").rename(file)
+    assert create_classifier(parse_reference(str(file), "test_resnet"))[0].net.num_classes == 3
+
+
 def test_which_file_of_a_folder(tmp_path: Path) -> None:
     write_folder(tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
