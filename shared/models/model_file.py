@@ -7,7 +7,7 @@ bytes of all tensors, so a file can be recognised whatever its name; a second ha
 import hashlib
 import json
 import os
-import pickletools
+import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -147,6 +147,7 @@ def looks_pickled(path: Path) -> bool:
             return any(name.endswith(".pkl") for name in archive.namelist())
     try:
         with path.open("rb") as file:
-            return next(pickletools.genops(file))[0].name == "PROTO"
-    except (ValueError, StopIteration, OSError):
+            start = file.read(2)
+    except OSError:
         return False
+    return len(start) == 2 and start[:1] == pickle.PROTO and start[1] <= pickle.HIGHEST_PROTOCOL

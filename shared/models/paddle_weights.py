@@ -48,6 +48,9 @@ def read_paddle_weights(path: Path) -> dict[str, np.ndarray]:
     unnamed = next((name for name in content if not isinstance(name, str)), None)
     if unnamed is not None:
         raise UserError(f"{path}: a key is a {type(unnamed).__name__}, the names of parameters are expected")
+    odd = next((name for name in content if not name.isprintable()), None)
+    if odd is not None:
+        raise UserError(f"{path}: a parameter is called {odd[:80]!r}, which cannot be printed; the file is damaged")
     content.pop(_PARAMETER_NAMES, None)
     slices = content.pop(_SLICES, {})
     arrays = {name: _array_of(value, name, path) for name, value in content.items()}
@@ -248,5 +251,5 @@ class _Unpickler(pickle.Unpickler):
         full = f"{module}.{name}"
         short = full.removeprefix("numpy.core.").removeprefix("numpy._core.")
         if short not in _ADMITTED or (short == full and short.startswith(("multiarray.", "numeric."))):
-            raise _Refused(full)
+            raise _Refused(full if full.isprintable() else repr(full))
         return _ADMITTED[short]

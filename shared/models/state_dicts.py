@@ -118,6 +118,9 @@ def fit(
         UserError: a tensor of the network is missing, has another shape or type or is not finite, or one of the file is unknown to it; `args` that
             the network does not have; weights that fit below several prefixes.
     """
+    odd = next((name for name in tensors if not name.isprintable()), None)
+    if odd is not None:
+        raise UserError(f"{source}: a tensor is called {odd[:80]!r}, which cannot be printed; the file is damaged")
     target = _Target(arch, dict(args), dict(trained_with or args), source)
     fits: list[tuple[str, Fitted]] = []
     worst: _Fault | None = None
