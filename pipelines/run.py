@@ -25,7 +25,7 @@ if find_spec("ssld") is None:
 from ssld.pipelines.reports.table import Record, table_text, write_record
 from ssld.pipelines.runner.cost import disk_bytes, disk_text, steps_text, total_text
 from ssld.pipelines.runner.launch import Signals, command_line, run_stage
-from ssld.pipelines.runner.plan import Planned, erase, make_plan, to_erase
+from ssld.pipelines.runner.plan import Planned, downloads, erase, make_plan, to_erase
 from ssld.pipelines.runner.stages import LOGS, Stage, build_stages, find_pipeline, read_pipeline
 from ssld.shared.config.command import STOPPED, exit_code
 from ssld.shared.config.settings import Parser, did_you_mean
@@ -56,6 +56,8 @@ def _run(argv: list[str]) -> int:
     stages = build_stages(pipeline, file, output=output, variables=variables, smoke=arguments.smoke)
     redo = _redo(arguments, stages)
     plan = make_plan(stages, redo)
+    for line in downloads(plan):
+        print(line, flush=True)
     if arguments.dry_run:
         _print_plan(plan, to_erase(stages, redo), output)
         return 0

@@ -29,6 +29,7 @@ from ssld.shared.config.training import PASSES_FILE
 from ssld.shared.errors import UserError
 from ssld.shared.files import clear_leftovers, file_sha256, files_digest, write_atomically
 from ssld.shared.machine import installed_version
+from ssld.shared.noise import keep_noise_in
 from ssld.shared.tally import Tally
 
 Status = Literal["new", "unfinished", "finished"]
@@ -66,6 +67,7 @@ class RunDir:
         self._read: dict[str, Any] = {}
         if main:
             self._open()
+            keep_noise_in(self.path / "log.txt")
 
     @property
     def checkpoints(self) -> Path:

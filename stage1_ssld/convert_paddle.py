@@ -61,7 +61,12 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
     from ssld.shared.models.state_dicts import fit
     from ssld.shared.run_dir import RunDir
 
-    source = str(config.weights)
+    source, variant = str(config.weights), variant_of(config.weights.name)
+    if variant not in (None, "vd"):
+        raise UserError(
+            f"{source}: is called a ResNet_{variant}, whose names and shapes can be those of a ResNet_vd although it computes something else; "
+            "ResNet50_vd, ResNet101_vd and ResNet152_vd are converted: rename the file if it is one of these"
+        )
     arrays = read_paddle_weights(config.weights)
     arch = recognise(arrays, config.arch, source)
     tensors = to_torch(arrays, layer_names(arch, old="out.weight" in arrays), source)
@@ -91,9 +96,19 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
         source={"file": config.weights.name, "sha256": file_sha256(config.weights), "project": "PaddleClas"},
     )
     run.finish({"arrays": len(arrays), "tensors": len(tensors), "classes": classes}, [file])
+    if variant is None:
+        run.log(
+            f"{source}: taken for a ResNet_vd: its name does not say it, and a ResNet_vc has the same names and shapes but pools elsewhere"
+        )
     run.log(
         f"wrote {file}: {arch}, {classes} classes, {len(arrays)} arrays, all in use; evaluated at {size} px, crop {val_crop:g}"
     )
+
+
+def variant_of(file_name: str) -> str | None:
+    """The variant of ResNet, va to vd, that a file's name speaks of; None where it does not, or of several."""
+    found = set(re.findall(r"v[a-d](?![a-z0-9])", file_name.lower()))
+    return found.pop() if len(found) == 1 else None
 
 
 def recognise(names: Iterable[str], asked: str | None, source: str) -> str:

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from ssld.shared.config.bounds import Positive, Side, Weight
 from ssld.shared.config.settings import Config, ModelText, Network
 from ssld.shared.files import ImageFolder
+from ssld.shared.models.downloads import kind_of
 
 Part = Annotated[float, Field(gt=0, le=1)]
 Ratio = Annotated[float, Field(gt=0, le=100)]
@@ -286,5 +287,4 @@ def hub_sources(sources: Iterable[tuple[str, SourceConfig | None]]) -> dict[str,
 
 def reference_input(key: str, reference: str) -> dict[str, Path]:
     """The local file or folder of a model reference, by the key that names it."""
-    local = reference.endswith((".safetensors", ".pth", ".pt")) or Path(reference).exists()
-    return {key: Path(reference)} if local else {}
+    return {key: Path(reference)} if kind_of(reference) in ("file", "folder", "path") else {}

@@ -228,7 +228,8 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     if config.compile:
         (student.learner if student.heads else student.model.net).compile()
     model = accelerator.prepare_model(student.learner)
-    run.log(student.model.loaded)
+    for line in [student.model.loaded, *(teacher.loaded if teacher else [])]:
+        run.log(line)
     for line in _preview(config, student, targets, training.images, steps, ranks):
         run.log(line)
     run.log(

@@ -84,6 +84,8 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     teacher = None
     if config.teacher:
         teacher = make_teacher(config.teacher, precision="fp32", device=device, channels_last=False)
+        for line in teacher.loaded:
+            run.log(line)
         teacher.match_classes(names, classes, config.model)
     try:
         labels = match_classes(source, names, classes, config.model)

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from ssld.shared.config.bounds import BatchSize, Count, Images, Weight, Workers
 from ssld.shared.config.settings import CommandConfig, Config, ModelText, Network
 from ssld.shared.config.training import EmaConfig, OptimConfig, TrainingConfig
+from ssld.shared.models.downloads import kind_of
 from ssld.stage2_detect.distill_config import DistillConfig
 from ssld.stage2_detect.model_config import DetectorConfig, Fraction
 from ssld.stage2_detect.yolo_layout import find_yolo, input_places
@@ -191,7 +192,7 @@ class TrainConfig(TrainingConfig):
         files = {"data.train_annotations": data.train_annotations, "data.train_images": data.train_images}
         if data.val_annotations and data.val_images:
             files |= {"data.val_annotations": data.val_annotations, "data.val_images": data.val_images}
-        if self.backbone and not self.init and (self.backbone.endswith(".safetensors") or Path(self.backbone).is_dir()):
+        if self.backbone and not self.init and kind_of(self.backbone) in ("file", "folder", "path"):
             files["backbone"] = Path(self.backbone)
         others = {
             "init": self.init,

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import InputSettings, create_body
 from ssld.shared.models.model_file import read_metadata, read_tensors, save_model_file
-from ssld.shared.models.references import ModelReference, known_arch
+from ssld.shared.models.references import ModelReference
+from ssld.shared.models.timm_names import known_arch
 from ssld.shared.training.checkpoint import load_module
 from ssld.stage2_detect.config import ResizeConfig
 from ssld.stage2_detect.data.coco import CocoData

@@ -20,6 +20,7 @@ from ssld.shared.config.training import TrainingConfig
 from ssld.shared.config.yaml_files import read_recipe
 from ssld.shared.errors import UserError
 from ssld.shared.machine import cores
+from ssld.shared.models.downloads import find_downloads_apart
 from ssld.shared.wording import amount, count, some
 from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage2_detect.config import TrainConfig
@@ -55,6 +56,7 @@ def settings_lines(
     for (level, text), names in found.items():
         who = f"{some(names)}: " if any(names) else ""
         lines.append(Line(level, "settings", who + text))
+    lines += _download_lines(named[0])
     if named[0] and all(line.level == "ok" for line in lines):
         lines += [Line("ok", "settings", "hold together, and fit this machine")]
     if not quick:
@@ -87,6 +89,16 @@ def _commands(file: Path, variables: dict[str, str]) -> tuple[list[tuple[str, Co
         if not path.exists()
     ]
     return [("", config)], [Line("ok", "settings", f"of the command {name}"), *missing]
+
+
+def _download_lines(named: list[tuple[str, CommandConfig]]) -> Iterator[Line]:
+    """What would be downloaded: models and data sets by name that are not on this machine."""
+    wanted: dict[str, str] = {}
+    for name, config in named:
+        texts = {key: network.model for key, network in config.networks().items()} | config.hub_data()
+        wanted |= {f"{name}: {key}" if name else key: text for key, text in texts.items()}
+    for one in find_downloads_apart(wanted):
+        yield Line("note" if one.possible else "fault", "settings", one.text)
 
 
 def _disk_lines(disk: dict[str, int | None], stages: int, output: Path) -> Iterator[Line]:

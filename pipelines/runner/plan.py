@@ -8,6 +8,7 @@ from typing import Literal
 
 from ssld.pipelines.runner.stages import Stage, followers
 from ssld.shared.errors import UserError
+from ssld.shared.models.downloads import find_downloads_apart
 from ssld.shared.run_dir import changes_since, input_digest, read_result
 
 State = Literal["done", "new", "begun"]
@@ -63,6 +64,24 @@ def make_plan(stages: list[Stage], redo: set[str]) -> list[Planned]:
     if errors:
         raise UserError("\n".join(errors))
     return plan
+
+
+def downloads(plan: list[Planned]) -> list[str]:
+    """A line on each model and data set that the stages still to run would download, asked for within seconds.
+
+    Raises UserError, one line each, for those that cannot be had.
+    """
+    texts: dict[str, str] = {}
+    for planned in plan:
+        if planned.state != "done":
+            config = planned.stage.config
+            wanted = {key: network.model for key, network in config.networks().items()} | config.hub_data()
+            texts |= {f"stage {planned.stage.name}: {key}": text for key, text in wanted.items()}
+    found = find_downloads_apart(texts)
+    impossible = [one.text for one in found if not one.possible]
+    if impossible:
+        raise UserError("\n".join(impossible))
+    return [one.text for one in found]
 
 
 def erase(stages: list[Stage], redo: set[str], output: Path) -> list[Path]:

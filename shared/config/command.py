@@ -12,6 +12,7 @@ from ssld.shared.config.training import PASSES_FILE
 from ssld.shared.errors import Stopped, UserError, is_out_of_memory
 from ssld.shared.files import write_atomically
 from ssld.shared.machine import cores
+from ssld.shared.noise import libraries_told_apart
 
 USER_ERROR, STOPPED = 2, 143
 _MAKE_ROOM = "nothing is lost: make room and run the same command again"
@@ -50,11 +51,12 @@ def run_command(
     auto_batch: bool | None = None  # of a training command
     try:
         rank, processes = launched_ranks()
-        config = parse_config(config_type, sys.argv[1:] if argv is None else argv, program=program)
+        config = parse_config(config_type, _worded(sys.argv[1:] if argv is None else argv), program=program)
         output, auto_batch = config.output, getattr(config, "auto_batch", None)
-        if torch_threads:
-            _set_threads(config.threads)
-        work(config)
+        with libraries_told_apart(verbose=config.verbose):
+            if torch_threads:
+                _set_threads(config.threads)
+            work(config)
     except UserError as error:
         return _report(str(error), rank, processes, output)
     except OSError as error:
@@ -80,6 +82,15 @@ def run_command(
             print(f"stopped: {error}; the same command goes on from there", file=sys.stderr)
         return STOPPED
     return 0
+
+
+def _worded(argv: Sequence[str]) -> list[str]:
+    """`--verbose` with its value, which everyone leaves out."""
+    following = [*argv[1:], "--"]
+    return [
+        "--verbose=true" if word == "--verbose" and after.startswith("--") else word
+        for word, after in zip(argv, following, strict=True)
+    ]
 
 
 def exit_code(work: Callable[[], int]) -> int:

@@ -33,7 +33,7 @@ from ssld.shared.errors import UserError
 
 # A run is the same run whatever these say: where it writes, how fast it goes, how much it tells.
 NOT_IDENTITY = frozenset(
-    {"output", "resume", "workers", "threads", "log_every", "trackers", "device", "cache_annotations"}
+    {"output", "resume", "workers", "threads", "log_every", "trackers", "device", "cache_annotations", "verbose"}
 )
 # These may change between two starts of one run: the change is printed.
 MAY_CHANGE = frozenset(
@@ -53,9 +53,16 @@ class Network(NamedTuple):
     """whether a state dict in a pickle will do"""
 
 
+_LONGEST_NAME = 1000
+
+
 def _named(text: str) -> str:
     if not text.strip():
         raise ValueError("names no model; give timm:NAME, hf-hub:ORG/NAME, a folder or a file")
+    if len(text) > _LONGEST_NAME or not text.isprintable():
+        raise ValueError(
+            f"is no name of a model: of more than {_LONGEST_NAME} characters, or with some that cannot be printed"
+        )
     return text
 
 
@@ -86,6 +93,8 @@ class CommandConfig(BaseSettings):
     """run directory to create, or to go on with"""
     threads: Processes | None = None
     """CPU threads of this process; default: cores / processes on this machine"""
+    verbose: bool = False
+    """also print what other libraries say, which otherwise goes to log.txt alone"""
 
     @classmethod
     def settings_customise_sources(

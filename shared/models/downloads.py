@@ -165,17 +165,17 @@ def unavailable(text: str, remote: Remote, size: int | None, fault: str) -> str:
     how = f"hf download {remote.repo.partition('@')[0]}" if remote.repo else f"download {remote.url}"
     if remote.dataset:
         how += " --repo-type dataset"
-    instead = "a folder of its images" if remote.dataset else "a file or a folder instead"
+    instead = "a folder of its images" if remote.dataset else "a file or a folder"
     return (
         f"{text}: not on this machine, and its download ({remote.where}{f', {amount(size)}' if size else ''}) is not possible: {fault}; "
-        f"`{how}` where there is a network, or give {instead}"
+        f"`{how}` where there is a network, or give {instead} instead"
     )
 
 
 def remotes_of(text: str) -> list[Remote]:
     """The files elsewhere that a model reference, or a data set `hub:ORG/NAME`, stands for; none for what is local, or wrong in itself.
 
-    Imports timm for a timm name.
+    Imports timm for a timm name. Raises UserError for one that timm does not have, or has no weights for.
     """
     if text.startswith("hub:"):
         return [] if Path(text.removeprefix("hub:")).exists() else [Remote(text.removeprefix("hub:"), dataset=True)]
@@ -183,7 +183,11 @@ def remotes_of(text: str) -> list[Remote]:
     if kind == "hub":
         repo = text.removeprefix("hf-hub:")
         return [Remote(repo, ("config.json",)), Remote(repo, WEIGHT_FILES)] if "/" in repo else []
-    return [timm_weights(text.removeprefix("timm:"))] if kind == "timm" else []
+    if kind == "timm":
+        from ssld.shared.models.timm_names import known_arch
+
+        return [timm_weights(known_arch(text.removeprefix("timm:"), text))]
+    return []
 
 
 def timm_weights(name: str) -> Remote:
@@ -219,7 +223,7 @@ def find_downloads(references: Mapping[str, str]) -> list[Download]:
         except UserError as error:
             found[-1 - len(found)] = Download(f"{key}: {error}", possible=False)
             continue
-        except Exception:  # an unknown name, which the command itself explains
+        except Exception:  # not even a name, which the command itself explains
             continue
         if missing and (text, missing) not in [(one, remote) for _, one, remote in wanted]:
             wanted.append((key, text, missing))

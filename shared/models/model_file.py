@@ -7,7 +7,7 @@ bytes of all tensors, so a file can be recognised whatever its name; a second ha
 import hashlib
 import json
 import os
-import pickletools
+import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ssld.shared.errors import UserError
 from ssld.shared.files import atomically
+from ssld.shared.models.downloads import PICKLE_SUFFIXES
 from ssld.shared.models.metadata import NEEDED, parse_metadata
 
 _KEY = "ssld"
@@ -134,6 +135,11 @@ def _open(path: Path) -> Any:
         raise UserError(f"{path}: not a safetensors file ({error})") from None
 
 
+def is_pickle(path: Path) -> bool:
+    """Whether weights are to be read as a pickle: by what their file is called, or, where that says nothing, by what is in it."""
+    return path.suffix in PICKLE_SUFFIXES or (path.suffix != ".safetensors" and looks_pickled(path))
+
+
 def looks_pickled(path: Path) -> bool:
     """Whether a file is a pickle or one of torch's zipped pickles."""
     if zipfile.is_zipfile(path):
@@ -141,6 +147,7 @@ def looks_pickled(path: Path) -> bool:
             return any(name.endswith(".pkl") for name in archive.namelist())
     try:
         with path.open("rb") as file:
-            return next(pickletools.genops(file))[0].name == "PROTO"
-    except (ValueError, StopIteration, OSError):
+            start = file.read(2)
+    except OSError:
         return False
+    return len(start) == 2 and start[:1] == pickle.PROTO and start[1] <= pickle.HIGHEST_PROTOCOL

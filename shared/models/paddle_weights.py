@@ -6,10 +6,12 @@ so none of what it names is looked up: the few names that arrays need get stand-
 absent: PaddlePaddle itself, optimizer files (.pdopt), programs of static graphs (.pdmodel, .pdiparams).
 """
 
+import mmap
 import pickle
+import pickletools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ def read_paddle_weights(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         with path.open("rb") as file:
+            _check_form(file)
             # latin1: files written by Python 2 hold their bytes as text.
             content = _Unpickler(file, encoding="latin1").load()
     except _Refused as error:
@@ -42,9 +45,15 @@ def read_paddle_weights(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: not a .pdparams file ({why})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not the parameters of a model by name")
+    unnamed = next((name for name in content if not isinstance(name, str)), None)
+    if unnamed is not None:
+        raise UserError(f"{path}: a key is a {type(unnamed).__name__}, the names of parameters are expected")
+    odd = next((name for name in content if not name.isprintable()), None)
+    if odd is not None:
+        raise UserError(f"{path}: a parameter is called {odd[:80]!r}, which cannot be printed; the file is damaged")
     content.pop(_PARAMETER_NAMES, None)
     slices = content.pop(_SLICES, {})
-    arrays = {str(name): _array_of(value, str(name), path) for name, value in content.items()}
+    arrays = {name: _array_of(value, name, path) for name, value in content.items()}
     try:
         for name, cut in slices.items():
             arrays[name] = np.concatenate([arrays.pop(part) for part in cut["slices"]]).reshape(cut["OriginShape"])
@@ -98,6 +107,56 @@ def _array_of(value: Any, name: str, path: Path) -> np.ndarray:
     if not isinstance(value, _Array) or value.array is None:
         raise UserError(f"{path}: {name!r} is a {type(value).__name__.lstrip('_').lower()}, an array is expected")
     return value.array
+
+
+_DEEPEST = 64  # values inside each other; an array takes about six
+_IN_PLACE = {"SETITEM", "SETITEMS", "APPEND", "APPENDS", "ADDITEMS", "BUILD"}
+_REMEMBER, _RECALL = {"PUT", "BINPUT", "LONG_BINPUT"}, {"GET", "BINGET", "LONG_BINGET"}
+
+
+def _check_form(file: IO[bytes]) -> None:
+    """Raise for a pickle that the unpickler would need memory or stack for beyond its size: memo numbers in leaps, and nesting without end.
+
+    The unpickler makes a table as long as the highest memo number; pickles count from 0 (CPython Lib/pickle.py, `memoize`). A key nested some
+    thousands deep ends the process. The file is looked through by its map into memory, so that lengths that it only claims cost nothing.
+    """
+    mark = -1
+    stack: list[int] = []  # how deep each value on the unpickler's stack is nested, or a mark
+    memo: dict[int, int] = {}
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        argument: Any  # a number where it counts
+        readable: Any = content
+        for number, (code, argument, _) in enumerate(pickletools.genops(readable)):
+            if code.name in _REMEMBER:
+                if argument > number:
+                    raise pickle.UnpicklingError(f"it remembers under number {argument} after {number} steps")
+                memo[argument] = stack[-1]
+            elif code.name == "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            elif code.name in _RECALL:
+                stack.append(memo[argument])
+            elif code.name == "MARK":
+                stack.append(mark)
+            else:
+                inside = _pop(stack, code, mark)
+                new = 1 + max(inside, default=-1)
+                if code.name in _IN_PLACE:
+                    new = max(inside[0], 1 + max(inside[1:], default=-1))
+                if new > _DEEPEST:
+                    raise pickle.UnpicklingError(f"more than {_DEEPEST} values inside each other")
+                stack += [new] * len(code.stack_after)
+
+
+def _pop(stack: list[int], code: pickletools.OpcodeInfo, mark: int) -> list[int]:
+    """What an operation takes off the stack, lowest first."""
+    taken: list[int] = []
+    wanted = len(code.stack_before)
+    if pickletools.markobject in code.stack_before:
+        while (top := stack.pop()) != mark:
+            taken.append(top)
+        wanted = code.stack_before.index(pickletools.markobject)
+    taken += [stack.pop() for _ in range(wanted)]
+    return taken[::-1]
 
 
 class _Refused(Exception):
@@ -192,5 +251,5 @@ class _Unpickler(pickle.Unpickler):
         full = f"{module}.{name}"
         short = full.removeprefix("numpy.core.").removeprefix("numpy._core.")
         if short not in _ADMITTED or (short == full and short.startswith(("multiarray.", "numeric."))):
-            raise _Refused(full)
+            raise _Refused(full if full.isprintable() else repr(full))
         return _ADMITTED[short]

@@ -9,21 +9,18 @@ A model reference is one of
     random:NAME        a timm model with random weights
 """
 
-import re
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import timm
 from timm.models import get_pretrained_cfg
 
 from ssld.shared.errors import UserError
 from ssld.shared.models.downloads import PICKLE_SUFFIXES, WEIGHT_FILES, Remote, kind_of, timm_weights
 from ssld.shared.models.metadata import folder_facts, read_config
-from ssld.shared.models.model_file import read_metadata
+from ssld.shared.models.model_file import is_pickle, read_metadata
+from ssld.shared.models.timm_names import known_arch
 
-_TIMM_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 _OFF = "is a pickle, which can run code when opened; a .safetensors file is needed"
 
 
@@ -65,6 +62,13 @@ def parse_reference(text: str, arch: str | None = None, *, allow_pickle: bool = 
     """
     if not text.strip():
         raise UserError("no model is named; give timm:NAME, hf-hub:ORG/NAME, a folder or a file")
+    reference = _parsed(text, arch, allow_pickle)
+    if arch and arch not in (reference.arch, reference.arch.partition(".")[0]):
+        raise UserError(f"{text}: holds a {reference.arch}, but arch says {arch}")
+    return reference
+
+
+def _parsed(text: str, arch: str | None, allow_pickle: bool) -> ModelReference:
     match kind_of(text):
         case "random":
             return ModelReference(text, known_arch(text.removeprefix("random:"), text))
@@ -83,35 +87,11 @@ def parse_reference(text: str, arch: str | None = None, *, allow_pickle: bool = 
     return ModelReference(text, name, file=timm_weights(name).fetch(text), metadata=metadata, foreign=True)
 
 
-def known_arch(name: str, source: object) -> str:
-    """A name that timm knows, perhaps with the tag of weights; raises UserError with the nearest one otherwise.
-
-    Nothing else that `timm.create_model` takes passes, as it may name a download or a folder: names also come from the metadata of files.
-    """
-    where = "" if str(source) in (name, f"timm:{name}") else f"{source}: "
-    base, _, tag = name.partition(".")
-    if not _TIMM_NAME.fullmatch(name) or not timm.is_model(base):
-        near = get_close_matches(base, timm.list_models(), n=1)
-        raise UserError(f"{where}{name[:200]}: timm has no such model{f'; did you mean {near[0]!r}?' if near else ''}")
-    if tag:
-        try:
-            get_pretrained_cfg(name)
-        except RuntimeError:
-            tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{base}.*")]
-            have = f"it has {', '.join(tags)}" if tags else "it has none"
-            raise UserError(
-                f"{where}{name[:200]}: timm has no weights called {tag[:80]!r} for {base}; {have}"
-            ) from None
-    return name
-
-
 def _file_reference(text: str, path: Path, arch: str | None, allow_pickle: bool) -> ModelReference:
-    pickled = path.suffix in PICKLE_SUFFIXES
+    pickled = is_pickle(path)
     if pickled and not allow_pickle:
         raise UserError(f"{text}: {_OFF}")
     metadata = {} if pickled else read_metadata(path, kind="backbone")
-    if arch and metadata and metadata["arch"] != arch:
-        raise UserError(f"{text}: holds a {metadata['arch']}, but arch says {arch}")
     name = metadata.get("arch") or arch
     if not name:
         raise UserError(f"{text}: does not say which architecture it holds; give `arch` with its timm name")
@@ -141,7 +121,7 @@ def _with_config(
     text: str, file: Path, facts: dict[str, Any], config: object, *, foreign: bool = False
 ) -> ModelReference:
     """What a config.json says of weights and, where these are of this project, their own metadata, which say more and must not contradict."""
-    own = {} if file.suffix in PICKLE_SUFFIXES else read_metadata(file, kind="backbone")
+    own = {} if is_pickle(file) else read_metadata(file, kind="backbone")
     for key in ("arch", "class_names"):
         if own.get(key) and facts.get(key) and own[key] != facts[key]:
             raise UserError(f"{file}: its {key} is not that of {config}; give the file, or write the folder again")

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ssld.shared.errors import UserError
-from ssld.shared.models.downloads import PICKLE_SUFFIXES
-from ssld.shared.models.model_file import read_tensors
+from ssld.shared.models.model_file import is_pickle, read_tensors
 from ssld.shared.wording import count, some
 
 Tensors = dict[str, Tensor]
@@ -45,7 +44,7 @@ def read_state_dict(path: Path) -> tuple[Tensors, str]:
 
     Raises UserError for what is neither safetensors nor a pickle of plain tensors, for several networks in one file, and for none.
     """
-    if path.suffix not in PICKLE_SUFFIXES:
+    if not is_pickle(path):
         return read_tensors(path), ""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints keep their arguments in one
@@ -119,6 +118,9 @@ def fit(
         UserError: a tensor of the network is missing, has another shape or type or is not finite, or one of the file is unknown to it; `args` that
             the network does not have; weights that fit below several prefixes.
     """
+    odd = next((name for name in tensors if not name.isprintable()), None)
+    if odd is not None:
+        raise UserError(f"{source}: a tensor is called {odd[:80]!r}, which cannot be printed; the file is damaged")
     target = _Target(arch, dict(args), dict(trained_with or args), source)
     fits: list[tuple[str, Fitted]] = []
     worst: _Fault | None = None

@@ -43,7 +43,7 @@ class FrozenTeacher:
     It normalises with its own mean and std, and resizes the pixels where it works at one size only.
 
     Args:
-        reference: see `shared/models/backbones.py`; pickles are read with `weights_only=True`.
+        reference: see `shared/models/references.py`; pickles are read with `weights_only=True`.
         arch: timm name, for weights that do not say it.
         device: where it runs.
         dtype: of its forward pass, by autocast; float32 switches autocast off.
@@ -54,6 +54,9 @@ class FrozenTeacher:
         fold_batchnorm: fold BatchNorm into the convolutions before it where the network can be traced and answers the same afterwards.
         classes: whether its answers in classes are needed; False takes networks without any, for `features`.
         global_pool: timm's pooling of its features; takes its classes from it, so only without `classes`. None: its own.
+
+    Attributes:
+        loaded: a line on where its weights come from.
 
     Raises:
         UserError: as `parse_reference` and `create_classifier`; `batchnorm="batch"` without any BatchNorm; no classes where they are needed; a
@@ -95,7 +98,7 @@ class FrozenTeacher:
             reset_head(classifier.net, 0, global_pool, key="teacher.global_pool", arch=self.reference.arch)
             self.num_classes, self.class_names = 0, None
         self._licence = licence(self.reference) or "unknown"
-        self.loaded = classifier.loaded
+        self.loaded = [classifier.loaded]
         self.folded = 0
         if fold_batchnorm and batchnorm == "eval":
             noise = torch.randn(2, 3, *(self.size or inputs.size), generator=torch.Generator().manual_seed(0))
@@ -207,6 +210,7 @@ class TeacherEnsemble:
         self._members = members
         self.reference, self.batchnorm = members[0].reference, members[0].batchnorm
         self.device = members[0].device
+        self.loaded = [line for member in members for line in member.loaded]
         named = next((member for member in members if member.class_names), members[0])
         self.num_classes, self.class_names = named.num_classes, named.class_names
         made = [member.reference for member in members if member.reference.metadata.get("prototypes")]

@@ -47,7 +47,7 @@ class Encoder:
     def __init__(self, config: PrototypesConfig, device: torch.device) -> None:
         self._reference = parse_reference(config.encoder.model, config.encoder.arch, allow_pickle=True)
         torch.manual_seed(config.seed)  # of random weights: the same on all ranks
-        classifier, inputs = create_classifier(self._reference, image_size=config.image_size)
+        classifier, inputs = create_classifier(self._reference)
         net: Any = classifier.net
         self.facts = {
             "reference": self._reference.text,
@@ -57,6 +57,8 @@ class Encoder:
         self._licence = licence(self._reference) or "none: random weights"
         self.arch = self._reference.arch
         self.size = config.image_size or inputs.size[0]
+        if inputs.fixed_size and inputs.size != (self.size, self.size):
+            _resize(net, self.size, f"image_size: {self.arch}")
         reset_head(net, _TRIED, config.encoder.global_pool, key="encoder.global_pool", arch=self.arch)
         self._inputs = InputSettings(
             inputs.mean, inputs.std, (self.size, self.size), inputs.interpolation, inputs.fixed_size
@@ -129,3 +131,13 @@ class Encoder:
             f"{self.arch}: timm does not build this network again from its name, size and pooling; leave image_size and encoder.global_pool out, "
             "or take another arch"
         )
+
+
+def _resize(net: Any, size: int, what: str) -> None:
+    """Make a network of fixed size one for another size, as timm does it: a ViT's position embedding is interpolated."""
+    if not hasattr(net, "set_input_size"):
+        raise UserError(f"{what}: works at its own size only; leave it out")
+    try:
+        net.set_input_size(img_size=(size, size))
+    except Exception as error:  # of many kinds: windows and patches that do not divide the size
+        raise UserError(f"{what}: cannot work at {size} pixels ({' '.join(str(error).split())[:120]})") from None

@@ -116,6 +116,8 @@ def write_store(config: SoftLabelsConfig) -> None:
     for number, source in enumerate(sources):
         run.tell(f"data.train.{number}", source.path, source.tally)
     teacher = make_teacher(config.teacher, precision="fp32", device=device, channels_last=config.channels_last)
+    for line in teacher.loaded:
+        run.log(line)
     if config.top > teacher.num_classes:
         raise UserError(
             f"top: {config.top} classes are to be kept, the teacher has {teacher.num_classes}; set top: {teacher.num_classes} to keep all"

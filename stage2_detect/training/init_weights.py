@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import InputSettings, create_body
 from ssld.shared.models.model_file import read_metadata, read_tensors
-from ssld.shared.models.references import ModelReference, known_arch
+from ssld.shared.models.references import ModelReference
+from ssld.shared.models.timm_names import known_arch
 from ssld.stage2_detect.detector_file import settings_of
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models.class_rows import carry_rows, rows_per_class

@@ -19,7 +19,7 @@ from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import create_classifier
 from ssld.shared.models.model_file import read_metadata
 from ssld.shared.models.references import parse_reference
-from ssld.stage1_ssld.convert_paddle import DEPTHS, layer_names, main, recognise
+from ssld.stage1_ssld.convert_paddle import DEPTHS, layer_names, main, recognise, variant_of
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "reference_weights.py"
 LEAVES = ("weight", "bias", "_mean", "_variance")
@@ -198,3 +198,22 @@ def test_mistakes(user_error: Any, tmp_path: Path) -> None:
     assert "not a ResNet_vd of PaddleClas (first of its" in line(shallow)
     assert "not a ResNet_vd of PaddleClas (first of its 1 parameters: conv.weight)" in line({"conv.weight": np.ones(1)})
     assert "no such file" in user_error(main, ["--weights", "gone.pdparams", "--output", str(tmp_path / "run")]).lower()
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("ResNet50_vc_pretrained.pdparams", "vc"),
+        ("resnet101-vb.pdparams", "vb"),
+        ("ResNet50_vd_ssld_v2_pretrained.pdparams", "vd"),
+        ("Fix_ResNet50_vd_ssld_v2.pdparams", "vd"),
+        ("weights_v2.pdparams", None),
+        ("vcpu.pdparams", None),
+    ],
+)
+def test_the_variant_in_a_name(name: str, variant: str | None, tmp_path: Path, user_error: Any) -> None:
+    """Of a ResNet50_vc no name and no shape tells that it is no ResNet50_vd."""
+    assert variant_of(name) == variant
+    if variant not in (None, "vd"):
+        line = user_error(main, ["--weights", str(tmp_path / name), "--output", str(tmp_path / "run")])
+        assert f"{name}: is called a ResNet_{variant}, whose names and shapes can be those of a ResNet_vd" in line

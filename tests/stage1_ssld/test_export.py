@@ -128,7 +128,7 @@ def test_timm_loads_the_folder(exported: Path, teacher_file: Path) -> None:
     assert said["pretrained_cfg"]["tag"] is None  # timm's own weights of this architecture have one
     assert timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=5).num_classes == 5
     # and so does this project, as a folder and as a backbone file
-    assert parse_reference(str(folder)).arch == f"local-dir:{folder}"
+    assert parse_reference(str(folder)).arch == "test_resnet"
     assert (
         read_metadata(folder / "model.safetensors")["content_sha256"] == read_metadata(teacher_file)["content_sha256"]
     )

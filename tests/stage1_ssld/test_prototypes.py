@@ -417,7 +417,7 @@ def classifier_of(path: Path) -> Path:
         ({"encoder": {"model": "random:test_resnet", "global_pool": "mean"}}, "encoder.global_pool: test_resnet: has no pooling 'mean'"),
         ({"encoder": "random:deit_tiny_distilled_patch16_224", "image_size": None},
          "deit_tiny_distilled_patch16_224: its classes are not one linear layer on its pooled features"),
-        ({"encoder": "random:test_maxvit", "image_size": 50}, "image_size: test_maxvit: cannot work at 50 pixels"),
+        ({"encoder": "random:test_maxvit", "image_size": 50}, "encoder.model: random:test_maxvit: test_maxvit cannot work at 50 pixels"),
     ],
 )  # fmt: skip
 def test_mistakes_cost_one_line(
@@ -441,10 +441,7 @@ def test_an_encoder_that_answers_nan(arguments: Any, settings: Any, user_error: 
     torch.save(tensors, tmp_path / "nan.pth")
     damaged = {"model": str(tmp_path / "nan.pth"), "arch": "test_vit"}
     message = user_error(prototypes, arguments(settings | {"encoder": damaged}))
-    assert (
-        message
-        == f"encoder.model: {tmp_path / 'nan.pth'}: answers with NaN; its weights are damaged, or of another arch"
-    )
+    assert message.startswith(f"{tmp_path / 'nan.pth'}: 1 tensor with values that are not finite, first norm.bias; ")
 
 
 def test_a_precision_that_is_too_small(

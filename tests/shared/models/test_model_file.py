@@ -74,6 +74,9 @@ def test_refusals(tmp_path: Path) -> None:
         read_metadata(path)
     save_file(TENSORS, path)
     assert read_metadata(path, kind="backbone") == {}  # by another program
+    path.write_bytes(b"\x8d" + b"\x7f" * 30)  # as a pickle it would claim a text of exabytes
+    with pytest.raises(UserError, match="not a safetensors file"):
+        read_metadata(path)
     path.write_bytes(b"\x01\x00")
     with pytest.raises(UserError, match="not a safetensors file"):
         read_metadata(path)
@@ -126,3 +129,82 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         save_model_file(path, TENSORS, {"kind": "new"})
     assert read_metadata(path)["kind"] == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+SOUND = {
+    "format": 1, "kind": "backbone", "arch": "test_resnet", "num_classes": 2, "class_names": ["a", "b"], "mean": [0.5] * 3, "std": [0.5] * 3,
+    "input_size": [64, 64], "interpolation": "bilinear", "crop_pct": 0.9, "model_args": {"act_layer": "silu"}, "licence": "mit",
+}  # fmt: skip
+DETECTOR = {"kind": "detector", "category_ids": [1, 2], "model": {}, "resize": {}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"std": [0, 0.5, 0.5]}, "std.0: "),
+        ({"std": [float("nan")] * 3}, "std.0: "),
+        ({"std": [1e-300] * 3}, "std.0: "),
+        ({"std": [-0.5] * 3}, "std.0: "),
+        ({"std": [float("inf")] * 3}, "std.0: "),
+        ({"std": ["0.5"] * 3}, "std.0: "),
+        ({"std": [True] * 3}, "std.0: "),
+        ({"mean": 0.5}, "mean: "),
+        ({"mean": [0.5] * 4}, "mean: "),
+        ({"mean": [10**400, 0, 0]}, "mean.0: "),
+        ({"kind": 5}, "kind: "),
+        ({"kind": ["backbone"]}, "kind: "),
+        ({"format": "1"}, "format: "),
+        ({"format": 0}, "format: "),
+        ({"arch": ["x"]}, "arch: "),
+        ({"arch": None}, "arch is missing"),
+        ({"input_size": [64]}, "input_size: "),
+        ({"input_size": [0, 64]}, "input_size.0: "),
+        ({"input_size": [64.5, 64]}, "input_size.0: "),
+        ({"input_size": [10**9, 10**9]}, "input_size.0: "),
+        ({"crop_pct": 0}, "crop_pct: "),
+        ({"crop_pct": "all"}, "crop_pct: "),
+        ({"class_names": "ab"}, "class_names: "),
+        ({"class_names": [1, 2]}, "class_names.0: "),
+        ({"class_names": ["a"]}, "class_names: 1 names, but num_classes is 2"),
+        ({"class_names": {"0": "a"}}, "class_names: "),
+        ({"num_classes": -1}, "num_classes: "),
+        ({"model_args": {"checkpoint_path": "x"}}, "'checkpoint_path' is no argument of a network"),
+        ({"model_args": []}, "model_args: "),
+        ({"interpolation": 3}, "interpolation: "),
+        ({"licence": {}}, "licence: "),
+        ({"metrics": [1]}, "metrics: "),
+        (DETECTOR | {"category_ids": [1]}, "category_ids: 1 ids, but 2 class_names"),
+        (DETECTOR | {"category_ids": [1.5, 2]}, "category_ids.0"),
+        (DETECTOR | {"model": []}, "model: "),
+        (DETECTOR | {"resize": None}, "resize is missing"),
+        (DETECTOR | {"class_names": None, "category_ids": []}, "class_names is missing"),
+    ],
+)
+def test_metadata_of_a_wrong_kind(change: dict[str, object], message: str, tmp_path: Path) -> None:
+    facts = SOUND | change
+    save_file(TENSORS, tmp_path / "m.safetensors", metadata={"ssld": json.dumps(facts)})
+    with pytest.raises(UserError) as caught:
+        read_metadata(tmp_path / "m.safetensors", kind="detector" if facts["kind"] == "detector" else "backbone")
+    assert str(caught.value).startswith(f"{tmp_path / 'm.safetensors'}: its metadata cannot be used: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "[]", "null", '"x"', "5", "[" * 100_000, '{"a":' * 100_000])
+def test_metadata_that_are_none(text: str, tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "m.safetensors", metadata={"ssld": text})
+    with pytest.raises(UserError, match=r"m.safetensors: its metadata are not (a )?JSON"):
+        read_metadata(tmp_path / "m.safetensors")
+
+
+def test_changed_metadata_are_noticed(tmp_path: Path) -> None:
+    """Whatever they say: a mean, a class, even under which name they are found."""
+    path = tmp_path / "m.safetensors"
+    save_model_file(path, TENSORS, SOUND)
+    assert read_metadata(path) == SOUND | {"content_sha256": content_hash(TENSORS)}
+    content = path.read_bytes()
+    for old, new in ((b"0.9", b"0.8"), (b'\\"a\\"', b'\\"c\\"'), (b'"ssld"', b'"sslc"'), (b"silu", b"gelu")):
+        assert old in content
+        path.write_bytes(content.replace(old, new, 1))
+        with pytest.raises(UserError, match="its metadata do not match their hash; the file was changed or damaged"):
+            read_metadata(path)

@@ -106,6 +106,15 @@ def test_a_malicious_pickle_is_refused_and_not_run(protocol: int, tmp_path: Path
         (b"c_codecs\nencode\n(S'x'\nS'rot13'\ntR.", "text encoded by 'rot13'"),
         (b"cnumpy.core.numeric\n_frombuffer\n(S'abc'\ncnumpy\ndtype\n(S'f4'\ntR(K\x01tS'C'\ntR.", "buffer size"),
         (b"cmultiarray\n_reconstruct\n.", "asks for multiarray._reconstruct"),
+        (b"\x80\x02]r\xff\xff\xff\xff.", "it remembers under number 4294967295 after 2 steps"),
+        (b"]p4294967294\n.", "it remembers under number 4294967294 after 1 steps"),
+        (b"\x80\x02})" + b"\x85" * 100_000 + b"K\x01s.", "more than 64 values inside each other"),  # a key
+        (b"\x80\x02}K\x05)" + b"\x85" * 100_000 + b"s.", "more than 64 values inside each other"),
+        (b"\x80\x02}" + b"]q\x00" + b"(h\x00lq\x00" * 100_000 + b"s.", "not a .pdparams file"),
+        (b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b"abc.", "not a .pdparams file"),
+        (b"\x80\x02}(K\x01K\x02u.", "a key is a int, the names of parameters are expected"),
+        (pickle.dumps({"a\nb": ARRAYS["half"]}), "a parameter is called 'a\\nb', which cannot be printed"),
+        (pickle.dumps(ARRAYS["half"]).replace(b"ndarray", b"ndarr\x07y"), "asks for"),
         (b"not a pickle", "not a .pdparams file"),
         (b"", "not a .pdparams file"),
         (pickle.dumps(ARRAYS)[:100], "not a .pdparams file"),
@@ -124,6 +133,13 @@ def test_anything_but_arrays_by_name_is_refused(content: bytes, message: str, tm
     assert message in str(caught.value)
     assert str(caught.value).startswith(f"{file}: ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_thousand_arrays_are_no_nesting(protocol: int, tmp_path: Path) -> None:
+    arrays = {f"layer_{number}.weight": np.full(3, number, np.float32) for number in range(1000)}
+    read = read_paddle_weights(write(tmp_path / "a.pdparams", arrays, protocol))
+    assert all(np.array_equal(read[name], array) for name, array in arrays.items())
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

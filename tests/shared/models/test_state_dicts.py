@@ -1,0 +1,181 @@
+"""Weights as people bring them: wrapped, prefixed, in other names and types. They load whole, or not at all."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ssld.shared.errors import UserError
+from ssld.shared.models.backbones import create_body, create_classifier
+from ssld.shared.models.references import parse_reference
+
+ARCH = "test_resnet"
+X = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+Tensors = dict[str, Tensor]
+
+
+def network(arch: str = ARCH, classes: int = 4, **options: Any) -> Any:
+    torch.manual_seed(5)
+    net: Any = timm.create_model(arch, num_classes=classes, **options)
+    for module in net.modules():  # nothing at its default, so that what is left out shows
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.8, 1.2)  # type: ignore[union-attr]
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+    return net.eval()
+
+
+def loads(path: Path, net: Any, arch: str = ARCH, *, head: bool = True) -> str:
+    """Load a file and compare classifier (unless it has no head) and body with `net`; returns what the classifier says of its weights."""
+    reference = parse_reference(str(path), arch, allow_pickle=True)
+    classifier, _ = create_classifier(reference)
+    body, _ = create_body(reference)
+    with torch.no_grad():
+        if head:
+            torch.testing.assert_close(classifier.eval()(X), net(classifier.normalised(X)), rtol=1e-5, atol=1e-6)
+        expected = net.forward_intermediates(classifier.normalised(X), intermediates_only=True)
+        torch.testing.assert_close(body.eval()(classifier.normalised(X))[-1], expected[-1], rtol=1e-5, atol=1e-5)
+    return classifier.loaded
+
+
+def prefixed(prefix: str, tensors: Tensors) -> Tensors:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("wrap", "said"),
+    [
+        (lambda t: t, ""),
+        (lambda t: {"model_state_dict": t, "epoch": 3}, "read from 'model_state_dict'"),
+        (lambda t: {"net": t, "acc": torch.tensor(0.5)}, "read from 'net'"),
+        (lambda t: {"state_dict": prefixed("module.", t)}, "read from 'state_dict'; read below 'module.'"),
+        (lambda t: {"checkpoint": {"weights": t}, "args": Namespace(lr=0.1)}, "read from 'checkpoint.weights'"),
+        (lambda t: {"model": {"module": t}, "optimizer": {"state": {"a": t}}}, "read from 'model.module'"),
+        (lambda t: {"state_dict": {k: v + 1 for k, v in t.items()}, "state_dict_ema": t}, "read from 'state_dict_ema'"),
+        (lambda t: prefixed("_orig_mod.module.", t), "read below '_orig_mod.module.'"),
+        (lambda t: prefixed("timm_model.", t), "read below 'timm_model.'"),
+        (lambda t: prefixed("student.backbone.", t), "read below 'student.backbone.'"),
+        (
+            lambda t: prefixed("backbone.", t) | {"neck.weight": torch.zeros(3)},
+            "read below 'backbone.'; 1 tensor outside of it left out (first: neck.weight)",
+        ),
+        (lambda t: {name: tensor for name, tensor in t.items() if "num_batches" not in name}, ""),
+        (lambda t: {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in t.items()}, ""),
+    ],
+)
+def test_wrappers_and_prefixes(wrap: Callable[[Tensors], Any], said: str, tmp_path: Path) -> None:
+    net = network()
+    torch.save(wrap(net.state_dict()), tmp_path / "w.pth")
+    line = loads(tmp_path / "w.pth", net)
+    assert line == f"{tmp_path / 'w.pth'}: loaded 90/90 tensors".replace("90", str(len(net.state_dict()))) + (
+        f"; {said}" if said else ""
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_a_backbone_too(dtype: torch.dtype, tmp_path: Path) -> None:
+    net = network()
+    halves = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in net.state_dict().items()
+    }
+    save_file(halves, tmp_path / "w.safetensors")
+    net.load_state_dict(halves)
+    loads(tmp_path / "w.safetensors", net)
+
+
+def test_a_head_of_another_kind_is_left_out(tmp_path: Path) -> None:
+    tensors = network().state_dict()
+    body = {name: tensor for name, tensor in tensors.items() if not name.startswith("fc.")}
+    torch.save(body | {"fc.0.weight": torch.zeros(8, 8), "fc.2.weight": torch.zeros(8, 8)}, tmp_path / "w.pth")
+    line = loads(tmp_path / "w.pth", network(), head=False)
+    assert line.endswith("2 tensors of another head left out (first: fc.0.weight)")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda t: {"student": t, "teacher": t}, "holds several networks (student, teacher); save the one that is meant by itself"),
+        (lambda t: prefixed("online.", t) | prefixed("target.", t), "holds a test_resnet several times, below online., target.; leave one"),
+        (lambda t: {"epoch": 3}, "holds no tensors by name; a state dict is needed"),
+        (lambda t: [1], "holds a list, not a state dict of tensors by name"),
+        (lambda t: prefixed("a.", t | {"extra": torch.zeros(1)}), "(0 missing, 1 unknown, 0 of another shape: extra unknown)"),
+        (lambda t: {k: v for k, v in t.items() if k != "bn1.weight"}, "(1 missing, 0 unknown, 0 of another shape: bn1.weight missing)"),
+        (lambda t: t | {"bn1.weight": t["bn1.weight"] > 0}, "1 of another type: bn1.weight of type torch.bool"),
+        (lambda t: t | {"bn1.weight": t["bn1.weight"] * float("nan")}, "1 tensor with values that are not finite, first bn1.weight"),
+        (lambda t: t | {"a\nb": torch.zeros(1)}, "a tensor is called 'a\\nb', which cannot be printed"),
+        (lambda t: network("test_convnext").state_dict(), "does not hold a test_resnet ("),
+    ],
+)  # fmt: skip
+def test_what_does_not_load_whole_is_refused(content: Callable[[Tensors], Any], message: str, tmp_path: Path) -> None:
+    torch.save(content(network().state_dict()), tmp_path / "w.pth")
+    reference = parse_reference(str(tmp_path / "w.pth"), ARCH, allow_pickle=True)
+    for use in (create_classifier, create_body):
+        with pytest.raises(UserError) as caught:
+            use(reference)
+        assert message in str(caught.value)
+        assert str(caught.value).startswith(f"{tmp_path / 'w.pth'}: ")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_larger_network_is_not_taken_for_a_smaller_one(tmp_path: Path) -> None:
+    """Every tensor of a resnet18 has its place in a resnet34, in its shape."""
+    torch.save(network("resnet34").state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"does not hold a resnet18 \(0 missing, 96 unknown"):
+        create_classifier(parse_reference(str(tmp_path / "w.pth"), "resnet18", allow_pickle=True))
+
+
+def test_weights_under_the_names_of_their_authors(tmp_path: Path) -> None:
+    """What timm converts: ConvNeXt as published, and Swin with the tables that older versions kept."""
+    net = network("convnext_atto")
+    published = {}
+    for name, tensor in net.state_dict().items():
+        name = name.replace("stem.", "downsample_layers.0.").replace("head.norm.", "norm.").replace("head.fc.", "head.")
+        for stage in range(4):
+            name = name.replace(f"stages.{stage}.downsample.", f"downsample_layers.{stage}.")
+            name = name.replace(f"stages.{stage}.blocks.", f"stages.{stage}.")
+        name = name.replace("conv_dw.", "dwconv.").replace("mlp.fc", "pwconv")
+        published[name] = tensor.flatten(1) if "pwconv" in name and tensor.ndim == 4 else tensor
+    torch.save({"model": published}, tmp_path / "convnext.pth")
+    loads(tmp_path / "convnext.pth", net, "convnext_atto")
+
+    swin: dict[str, Any] = {
+        "embed_dim": 8,
+        "depths": (1, 1, 1, 1),
+        "num_heads": (1, 1, 1, 1),
+        "img_size": 64,
+        "window_size": 2,
+    }
+    arch = "swin_tiny_patch4_window7_224"
+    net = network(arch, **swin)
+    tables = {name: buffer for name, buffer in net.named_buffers() if name.endswith("relative_position_index")}
+    assert tables
+    assert not tables.keys() & net.state_dict().keys()
+    (tmp_path / "swin").mkdir()
+    save_file(net.state_dict() | tables, tmp_path / "swin" / "model.safetensors")
+    timm.models._hub.save_config_for_hf(net, str(tmp_path / "swin" / "config.json"))
+    classifier, inputs = create_classifier(parse_reference(str(tmp_path / "swin")))
+    assert inputs.size == (64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(classifier.eval()(X), net(classifier.normalised(X)), rtol=1e-5, atol=1e-6)
+
+
+def test_position_embeddings_are_resampled(tmp_path: Path) -> None:
+    """As timm does it where it builds the network for another size itself."""
+    small: dict[str, Any] = {"img_size": 64, "depth": 1, "embed_dim": 12, "num_heads": 1, "dynamic_img_size": False}
+    net = network("test_vit", **small)
+    timm.models.save_for_hf(net, str(tmp_path / "vit"), safe_serialization=True)
+    reference = parse_reference(str(tmp_path / "vit"))
+    assert create_classifier(reference)[1].size == (64, 64)
+    classifier, inputs = create_classifier(reference, image_size=96)
+    assert inputs.size == (96, 96)
+    assert classifier.args["img_size"] == [96, 96]
+    net.set_input_size(img_size=(96, 96))
+    pixels = torch.nn.functional.interpolate(X.float(), (96, 96))
+    with torch.no_grad():
+        torch.testing.assert_close(classifier.eval()(pixels), net(classifier.normalised(pixels)), rtol=1e-5, atol=1e-5)
