@@ -30,6 +30,7 @@ from ssld.shared.config.settings import Parser, underscored
 from ssld.shared.errors import UserError
 from ssld.shared.files import list_images, write_atomically
 from ssld.shared.machine import cores
+from ssld.shared.terminal import say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,8 +91,8 @@ def _init(arguments: Namespace) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     for file, text in written.items():  # the YAML file comes last: where it is, everything is
         write_atomically(file, text)
-        print(f"wrote {file}")
-    print(f"look at it, then: ssld run {shlex.quote(str(output))} --dry-run, --smoke, and without either")
+        say(f"wrote {file}")
+    say(f"look at it, then: ssld run {shlex.quote(str(output))} --dry-run, --smoke, and without either")
     return 0
 
 

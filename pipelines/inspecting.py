@@ -13,7 +13,7 @@ from typing import Any, get_args
 from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import UserError
 from ssld.shared.run_dir import read_result
-from ssld.shared.wording import amount
+from ssld.shared.wording import amount, printable
 from ssld.stage2_detect.model_config import DetectorConfig, Kind
 
 KNOWN = (
@@ -42,7 +42,7 @@ def inspect_text(path: Path) -> str:
     title, facts = read(path)
     facts = _without_unread(facts)
     ordered = {key: facts[key] for key in (*_FIRST, *facts) if key in facts}
-    return "\n".join([f"{path}: {title}", *_lines(ordered)])
+    return "\n".join([printable(f"{path}: {title}"), *_lines(ordered)])
 
 
 def _model(path: Path) -> tuple[str, dict[str, Any]]:
@@ -173,9 +173,9 @@ def _lines(facts: dict[str, Any], indent: str = "  ") -> list[str]:
         group = isinstance(value, dict) and bool(value)
         long = group and len(value) > 2 * _MOST and not any(isinstance(one, dict) for one in value.values())
         if group and not long:
-            lines += [f"{indent}{key}", *_lines(value, indent + "  ")]
+            lines += [f"{indent}{printable(str(key))}", *_lines(value, indent + "  ")]
         else:
-            lines.append(f"{indent}{key:<{max(1, 20 - len(indent))}} {_said(value)}")
+            lines.append(f"{indent}{printable(str(key)):<{max(1, 20 - len(indent))}} {_said(value)}")
     return lines
 
 
@@ -187,8 +187,8 @@ def _said(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        value = [f"{key} {_said(one)}" for key, one in value.items()]
+        value = [f"{printable(str(key))} {_said(one)}" for key, one in value.items()]
     if isinstance(value, list):
         plain = [_said(one) if not isinstance(one, dict) else json.dumps(one) for one in value]
         return f"{', '.join(plain[:_MOST])} ... ({len(plain)})" if len(plain) > _MOST else ", ".join(plain)
-    return str(value)
+    return printable(str(value))

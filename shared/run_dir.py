@@ -12,7 +12,6 @@ Only the main rank writes; the lock is an flock that dies with its process. Does
 """
 
 import fcntl
-import functools
 import json
 import os
 import platform
@@ -29,6 +28,8 @@ from ssld.shared.config.training import PASSES_FILE
 from ssld.shared.errors import UserError
 from ssld.shared.files import clear_leftovers, file_sha256, files_digest, write_atomically
 from ssld.shared.machine import installed_version
+from ssld.shared.terminal import say
+from ssld.shared.wording import printable
 
 Status = Literal["new", "unfinished", "finished"]
 SPEED = ("seconds", "data_wait", "images_per_second", "memory_gb")
@@ -58,7 +59,7 @@ class RunDir:
         self.path = config.output
         self.main = main
         self.status: Status = "new"
-        self.write: Callable[[str], None] = functools.partial(print, flush=True)
+        self.write: Callable[[str], None] = say
         self._config, self._command = config, command
         self._started = time.time()
         self.inputs: dict[str, str] = {}
@@ -73,6 +74,7 @@ class RunDir:
     def log(self, text: str) -> None:
         """Print a line and keep it in log.txt."""
         if self.main:
+            text = printable(text, keep="\n\t")
             self.write(text)
             with (self.path / "log.txt").open("a", encoding="utf-8") as file:
                 file.write(text + "\n")

@@ -24,7 +24,8 @@ if find_spec("ssld") is None:
 from ssld.shared.config.command import exit_code
 from ssld.shared.config.settings import Parser, underscored
 from ssld.shared.errors import UserError
-from ssld.shared.wording import count, some
+from ssld.shared.terminal import say
+from ssld.shared.wording import count, printable, some
 from ssld.stage2_detect.data.check.findings import LEVELS, Finding, is_id
 
 if TYPE_CHECKING:
@@ -52,12 +53,13 @@ def check_data(arguments: Namespace) -> int:
     if len(checks) == 2:
         _compare_classes(*checks)
         _compare_pictures(checks[0], checks[1], seen[0], seen[1], alike=arguments.look_alikes)
-    print("\n".join([line for check in checks for line in _about(check)] + _histogram(checks)))
+    for line in [*(line for check in checks for line in _about(check)), *_histogram(checks)]:
+        say(printable(line))
     findings = [finding for check in checks for finding in check.findings]
     for level in reversed(LEVELS):
         for finding in findings:
             if finding.level == level:
-                print(line_of(finding))
+                say(line_of(finding))
     if arguments.report:
         record = {
             "files": {check.name: check.statistics for check in checks},
@@ -69,7 +71,7 @@ def check_data(arguments: Namespace) -> int:
             _check_category_ids(check)
         copies = _copies(places, arguments.fix)
         for check in checks:
-            print(_write_copy(check, copies[check.name]))
+            say(_write_copy(check, copies[check.name]))
     levels = Counter(finding.level for finding in findings)
     if not arguments.report:  # a program that asks for it has its own last line
         print(
@@ -81,7 +83,7 @@ def check_data(arguments: Namespace) -> int:
 def line_of(finding: Finding) -> str:
     """A finding as it is printed."""
     fix = f" [--fix {finding.fix}]" if finding.fix else ""
-    return f"  {finding.level:<8}{finding.file}: {finding.text}{fix}"
+    return f"  {finding.level:<8}{printable(f'{finding.file}: {finding.text}')}{fix}"
 
 
 def _places(arguments: Namespace) -> list[tuple[str, Path, Path]]:

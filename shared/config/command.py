@@ -12,6 +12,7 @@ from ssld.shared.config.training import PASSES_FILE
 from ssld.shared.errors import Stopped, UserError, is_out_of_memory
 from ssld.shared.files import write_atomically
 from ssld.shared.machine import cores
+from ssld.shared.terminal import say
 
 USER_ERROR, STOPPED = 2, 143
 _MAKE_ROOM = "nothing is lost: make room and run the same command again"
@@ -77,7 +78,7 @@ def run_command(
         return STOPPED
     except Stopped as error:
         if rank == 0:
-            print(f"stopped: {error}; the same command goes on from there", file=sys.stderr)
+            say(f"stopped: {error}; the same command goes on from there", sys.stderr)
         return STOPPED
     return 0
 
@@ -87,8 +88,8 @@ def exit_code(work: Callable[[], int]) -> int:
     try:
         return work()
     except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        for line in str(error).split("\n"):
+            say(f"error: {line}", sys.stderr)
         return USER_ERROR
 
 
@@ -112,8 +113,8 @@ def _report(message: str, rank: int, processes: int, output: Path | None) -> int
             told = True
         except OSError:
             pass
-    for line in message.splitlines() if told else []:
-        print(f"{'' if rank == 0 else f'[rank {rank}] '}error: {line}", file=sys.stderr)
+    for line in message.split("\n") if told else []:
+        say(f"{'' if rank == 0 else f'[rank {rank}] '}error: {line}", sys.stderr)
     return USER_ERROR
 
 
