@@ -7,7 +7,7 @@ bytes of all tensors, so a file can be recognised whatever its name; a second ha
 import hashlib
 import json
 import os
-import pickletools
+import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -23,6 +23,7 @@ from ssld.shared.files import atomically
 from ssld.shared.models.metadata import NEEDED, parse_metadata
 
 _KEY = "ssld"
+_PROTOCOL_MARK = pickle.PROTO[0]
 _OWN_HASH = "metadata_sha256"
 FORMAT = 1
 _CHANGED = "its metadata do not match their hash; the file was changed or damaged"
@@ -136,11 +137,12 @@ def _open(path: Path) -> Any:
 
 def looks_pickled(path: Path) -> bool:
     """Whether a file is a pickle or one of torch's zipped pickles."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith(".pkl") for name in archive.namelist())
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                return any(name.endswith(".pkl") for name in archive.namelist())
         with path.open("rb") as file:
-            return next(pickletools.genops(file))[0].name == "PROTO"
-    except (ValueError, StopIteration, OSError):
+            mark, *protocol = file.read(2)
+            return mark == _PROTOCOL_MARK and protocol[0] <= pickle.HIGHEST_PROTOCOL
+    except (ValueError, IndexError, OSError, zipfile.BadZipFile):
         return False

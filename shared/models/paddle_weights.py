@@ -6,10 +6,12 @@ so none of what it names is looked up: the few names that arrays need get stand-
 absent: PaddlePaddle itself, optimizer files (.pdopt), programs of static graphs (.pdmodel, .pdiparams).
 """
 
+import io
 import pickle
+import pickletools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -19,6 +21,9 @@ from ssld.shared.errors import UserError
 
 _PARAMETER_NAMES, _SLICES = "StructuredToParameterName@@", "UnpackBigParamInfor@@"
 _NUMBERS = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
+_REMEMBERS = ("PUT", "BINPUT", "LONG_BINPUT")
+_TUPLES, _BETWEEN = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"), (*_REMEMBERS, "MEMOIZE", "MARK", "NONE")
+_DEEPEST = 100
 LEAVES = {"weight": "weight", "bias": "bias", "_mean": "running_mean", "_variance": "running_var"}
 
 
@@ -29,6 +34,7 @@ def read_paddle_weights(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         with path.open("rb") as file:
+            _check_steps(file)
             # latin1: files written by Python 2 hold their bytes as text.
             content = _Unpickler(file, encoding="latin1").load()
     except _Refused as error:
@@ -98,6 +104,35 @@ def _array_of(value: Any, name: str, path: Path) -> np.ndarray:
     if not isinstance(value, _Array) or value.array is None:
         raise UserError(f"{path}: {name!r} is a {type(value).__name__.lstrip('_').lower()}, an array is expected")
     return value.array
+
+
+def _check_steps(file: BinaryIO) -> None:
+    """Go through a pickle without carrying it out; raises UnpicklingError for what would take memory or stack out of proportion to the file.
+
+    The table of what it remembers is as long as its largest index, whatever the file's size; and tuples in tuples that become a key are hashed
+    one inside the other, without a limit.
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    tuples = 0
+    steps: Any = pickletools.genops(cast(BinaryIO, _Sized(file, size)))
+    for step, argument, _ in steps:
+        if step.name in _REMEMBERS and int(argument) > size:  # a step of a byte or more for each
+            raise pickle.UnpicklingError(f"remembers something as number {argument}")
+        tuples = tuples + 1 if step.name in _TUPLES else tuples if step.name in _BETWEEN else 0
+        if tuples > _DEEPEST:
+            raise pickle.UnpicklingError(f"tuples in each other, more than {_DEEPEST} deep")
+    file.seek(0)
+
+
+class _Sized:
+    """A file of which nobody can ask for more than it has; pickletools allocates what a damaged length says."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._size, self.readline, self.tell = file, size, file.readline, file.tell
+
+    def read(self, count: int) -> bytes:
+        return self._file.read(min(count, self._size))
 
 
 class _Refused(Exception):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import fsspec
+import pyarrow as pa
 
 from ssld.shared.errors import UserError
 from ssld.shared.files import require_images
@@ -135,6 +136,10 @@ def _below(folder: str, file: str) -> str:
 def _url(folder: str, inner: str, file: str) -> str:
     """The URL of a file that a filesystem lists, in the words of the folder's URL: it may name a chain of filesystems."""
     return f"{folder.rstrip('/')}/{_below(inner, file)}"
+
+
+PARQUET_ERRORS = (OSError, pa.ArrowException, UnicodeDecodeError, MemoryError)
+"""what a damaged Parquet file ends in: Arrow's own, names that are no text, sizes that no machine has"""
 
 
 def unreadable_parquet(path: str, error: Exception) -> UserError:

@@ -217,21 +217,25 @@ def stem_of(name: str) -> str:
 def class_number(content: bytes, where: str) -> int:
     """The number in a `.cls` member."""
     try:
-        return int(content.decode().strip())
-    except ValueError:
+        return int(np.int32(int(content.decode().strip())))
+    except (ValueError, OverflowError):
         raise UserError(f"{where}: holds no class number; set labels: none, or mend it") from None
 
 
 def walk_tar(file: Path, *, labels: bool) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
     """(member, content of a .cls member or None) of a local tar file in order; the images are not read."""
     try:
+        size = file.stat().st_size
         with tarfile.open(file, "r:") as archive:
             for member in archive:
                 archive.members = []  # type: ignore[attr-defined]  # it would remember every member it has seen
+                member.name = member.name.encode(errors="backslashreplace").decode()  # of bytes that are no UTF-8
                 if member.isfile():
+                    if member.offset_data + member.size > size:
+                        raise tarfile.ReadError(f"{member.name} ends after the file")
                     opened = archive.extractfile(member) if labels and member.name.endswith(".cls") else None
-                    yield member, opened.read() if opened else None
-    except tarfile.TarError as error:
+                    yield member, opened.read(64) if opened else None
+    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:  # sizes that nothing has
         raise unreadable_tar(str(file), error) from None
 
 

@@ -20,7 +20,15 @@ from ssld.shared.errors import UserError
 from ssld.shared.files import spread
 from ssld.shared.images import Picture, UnreadableImage, open_image, pixels_of
 from ssld.stage1_ssld.data.batch import NO_LABEL
-from ssld.stage1_ssld.data.listing import LOOKED_AT, Listing, filesystem_of, list_path, read_text, unreadable_parquet
+from ssld.stage1_ssld.data.listing import (
+    LOOKED_AT,
+    PARQUET_ERRORS,
+    Listing,
+    filesystem_of,
+    list_path,
+    read_text,
+    unreadable_parquet,
+)
 from ssld.stage1_ssld.data.manifest import is_manifest, open_manifest
 from ssld.stage1_ssld.data.row_groups import parquet_rows, row_groups
 from ssld.stage1_ssld.data.rows import Encoded, FileRows, Rows, TableRows, TarRows
@@ -166,7 +174,7 @@ class ImageSource:
             elif config.labels not in ("auto", "none"):
                 rows = self._join_labels(table, Path(config.labels), config)
             return parquet_rows(listing, self.path, groups, rows)
-        except (OSError, pa.ArrowException) as error:
+        except PARQUET_ERRORS as error:
             raise unreadable_parquet(self.path, error) from None
 
     def _join_labels(self, table: pa.Table, file: Path, config: SourceConfig) -> np.ndarray:
@@ -177,7 +185,7 @@ class ImageSource:
             raise UserError(f"{file}: no such file")
         try:
             known = pq.read_table(file)
-        except (OSError, pa.ArrowException) as error:
+        except PARQUET_ERRORS as error:
             raise unreadable_parquet(str(file), error) from None
         if not {config.id_column, config.label_column} <= set(known.column_names):
             raise UserError(f"{file}: needs the columns {config.id_column!r} and {config.label_column!r}")
