@@ -11,7 +11,7 @@ from typing import Any
 
 from ssld.pipelines.config import PipelineConfig, TableConfig
 from ssld.shared.config.settings import validate
-from ssld.shared.errors import UserError
+from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.files import write_atomically
 from ssld.shared.run_dir import read_result
 
@@ -84,7 +84,8 @@ def read_record(output: Path) -> Record | None:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         name, smoke, pipeline = (content[key] for key in ("name", "smoke", "pipeline"))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pipeline.items()
+    except (OSError, *MALFORMED):
         raise UserError(f"{file}: not readable; delete it and give --pipeline") from None
     return Record(str(name), bool(smoke), validate(PipelineConfig, pipeline, source=str(file)))
 

@@ -21,6 +21,7 @@ _HINTS = {
     errno.EDQUOT: _MAKE_ROOM,
     errno.EFBIG: _MAKE_ROOM,
     errno.EROFS: "give another --output",
+    errno.ENAMETOOLONG: "give a shorter path",
     errno.EACCES: "check its permissions, or give another --output",
 }
 _PASSES = (
