@@ -205,8 +205,8 @@ def _checked(result: dict[str, Any] | None) -> dict[str, Any] | None:
 def _numbered(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines of metrics, whose steps and seconds are numbers. Raises one of MALFORMED where they are not."""
     for line in lines:
-        if not isinstance(line["step"], int):
-            raise TypeError(f"step {line['step']!r}")
+        if not isinstance(line["step"], int) or not isinstance(line.get("seconds", 0), int | float | None):
+            raise TypeError(f"step {line['step']!r}, seconds {line.get('seconds')!r}")
         round(float(line.get("seconds") or 0.0))  # refuses what is no finite number
     return lines
 
