@@ -19,6 +19,7 @@ from ssld.shared.config.settings import did_you_mean
 from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import UserError
 from ssld.shared.machine import installed_version
+from ssld.shared.terminal import say
 
 # name -> (module with main(argv), one line of help)
 COMMANDS = {
@@ -138,7 +139,7 @@ def _inspect(argv: list[str]) -> int:
 
     if _asks_for_help("inspect", "FILE_OR_FOLDER", argv):
         return 0
-    print(inspect_text(Path(argv[0])))
+    say(inspect_text(Path(argv[0])))
     return 0
 
 

@@ -26,6 +26,8 @@ from ssld.pipelines.runner.stages import find_pipeline
 from ssld.shared.config.command import USER_ERROR, exit_code
 from ssld.shared.config.settings import Parser, underscored
 from ssld.shared.errors import UserError
+from ssld.shared.terminal import say
+from ssld.shared.wording import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +43,7 @@ def _doctor(argv: list[str]) -> int:
     def tell(found: Iterator[Line]) -> None:
         for line in found:
             lines.append(line)
-            print(f"  {line.level:<8}{line.topic:<12}{line.text}", flush=True)
+            say(f"  {line.level:<8}{line.topic:<12}{printable(line.text)}")
 
     settings = find_pipeline(arguments.settings) if arguments.settings else None
     if settings and not settings.exists():
@@ -50,7 +52,7 @@ def _doctor(argv: list[str]) -> int:
     probe = ask_torch()
     tell(machine_lines(probe))
     if settings:
-        print(f"\nsettings: {arguments.settings}")
+        say(f"\nsettings: {arguments.settings}")
         found, sets = settings_lines(settings, probe, dict(arguments.variable), quick=arguments.quick)
         tell(iter(found))
         data = data or sets
@@ -60,7 +62,7 @@ def _doctor(argv: list[str]) -> int:
         code, findings = _check_data(one, arguments, wanted)
         codes.append(code)
         lines += findings
-    print("\n" + _verdict(lines))
+    say("\n" + _verdict(lines))
     if USER_ERROR in codes:
         return USER_ERROR
     return 1 if any(line.level == "fault" for line in lines) else 0
@@ -75,7 +77,7 @@ def _verdict(lines: list[Line]) -> str:
         return "verdict: nothing in the way"
     head = f"verdict: {faults or 'no'} fault{'' if faults == 1 else 's'}, {warnings or 'no'} warning{'' if warnings == 1 else 's'}"
     rows = [
-        f"  {line.level:<8}{line.topic}: {line.text[:100]}{'...' if len(line.text) > 100 else ''}"
+        f"  {line.level:<8}{line.topic}: {printable(line.text[:100])}{'...' if len(line.text) > 100 else ''}"
         for line in worst[:16]
     ]
     more = [f"  and {len(worst) - 16} more, above"] if len(worst) > 16 else []

@@ -31,6 +31,7 @@ from ssld.shared.config.settings import Parser, underscored
 from ssld.shared.errors import UserError
 from ssld.shared.files import list_images, write_atomically
 from ssld.shared.machine import cores
+from ssld.shared.terminal import say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +67,7 @@ def _init(arguments: Namespace) -> int:
         lists |= {"held_out": pool.held_out} if pool.held_out else {}
         written |= {names[name]: "".join(f"{line}\n" for line in lines) for name, lines in lists.items()}
         if pool.tally.dropped("photo"):
-            print(f"{arguments.unlabeled}: {pool.tally.describe()}")
+            say(f"{arguments.unlabeled}: {pool.tally.describe()}")
     probe = ask_torch()
     facts = Facts(
         annotations=train,
@@ -90,8 +91,8 @@ def _init(arguments: Namespace) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     for file, text in written.items():  # the YAML file comes last: where it is, everything is
         write_atomically(file, text)
-        print(f"wrote {file}")
-    print(f"look at it, then: ssld run {shlex.quote(str(output))} --dry-run, --smoke, and without either")
+        say(f"wrote {file}")
+    say(f"look at it, then: ssld run {shlex.quote(str(output))} --dry-run, --smoke, and without either")
     return 0
 
 

@@ -1,24 +1,26 @@
 """`ssld inspect`: what a file or folder of ours is, where it came from, how good it is, and under which licence its teacher stands.
 
 Knows what no text editor shows, model files (.safetensors), what was exported from them (.onnx, .pt2) and manifests of a curation (.parquet), and the
-folders of stores, checkpoints and runs. Settings that a detector of its kind does not read are left out.
+folders of pipelines, runs, checkpoints and stores. Settings that a detector of its kind does not read are left out.
 """
 
 import json
 import math
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, get_args
 
+from ssld.pipelines.reports.table import Record, read_record
 from ssld.shared.config.yaml_files import read_yaml
-from ssld.shared.errors import UserError
+from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.run_dir import read_result
-from ssld.shared.wording import amount
+from ssld.shared.wording import amount, printable
 from ssld.stage2_detect.model_config import DetectorConfig, Kind
 
 KNOWN = (
-    "known are model files (.safetensors), exported networks (.onnx, .pt2), manifests (.parquet), and folders of runs, "
-    "checkpoints and soft labels"
+    "known are model files (.safetensors), exported networks (.onnx, .pt2), manifests (.parquet), and folders of pipelines, "
+    "runs, checkpoints and soft labels"
 )
 _FIRST = (
     *("kind", "arch", "num_classes", "class_names", "input_size", "teacher", "licence", "backbone", "step", "weights"),
@@ -28,7 +30,7 @@ _OF_A_RUN = (
     *("backbone", "student", "teacher", "model", "data", "init", "steps", "train_epochs", "batch_size", "precision"),
     "seed",
 )
-_MOST = 10
+_MOST, _LARGEST = 10, 64_000_000
 
 
 def inspect_text(path: Path) -> str:
@@ -39,10 +41,16 @@ def inspect_text(path: Path) -> str:
     read = _folder if path.is_dir() else kinds.get(path.suffix)
     if read is None:
         raise UserError(f"{path}: nothing of ours; {KNOWN}")
-    title, facts = read(path)
-    facts = _without_unread(facts)
-    ordered = {key: facts[key] for key in (*_FIRST, *facts) if key in facts}
-    return "\n".join([f"{path}: {title}", *_lines(ordered)])
+    try:
+        title, facts = read(path)
+        facts = _without_unread(facts)
+        ordered = {key: facts[key] for key in (*_FIRST, *facts) if key in facts}
+        return "\n".join([printable(f"{path}: {title}"), *_lines(ordered)])
+    except MALFORMED as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+        raise UserError(
+            f"{path}: damaged, or of another program: its records have not the form of ours ({what})"
+        ) from None
 
 
 def _model(path: Path) -> tuple[str, dict[str, Any]]:
@@ -80,8 +88,17 @@ def _program(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         with zipfile.ZipFile(path) as archive:
             name = next((name for name in archive.namelist() if name.endswith("metadata.json")), None)
+            if name and archive.getinfo(name).file_size > _LARGEST:
+                raise UserError(f"{path}: {name} holds more than {amount(_LARGEST)}; not a file of ours")
             facts = json.loads(archive.read(name)) if name else {"metadata": "none: not written by this project"}
-    except (zipfile.BadZipFile, ValueError):
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        ValueError,
+    ):  # damaged, encrypted, of an odd method
         raise UserError(f"{path}: not a torch.export program") from None
     return "exported network (torch.export)", {key: _parsed(value) for key, value in facts.items()}
 
@@ -117,7 +134,26 @@ def _folder(path: Path) -> tuple[str, dict[str, Any]]:
         return f"checkpoint ({whole})", plain | {"parts": parts, "size": _size(path)}
     if (path / "config.yaml").is_file():
         return _run(path)
+    if record := read_record(path):
+        return _pipeline(path, record)
+    if runs := sorted(file.parent.name for file in path.glob("*/config.yaml")):
+        return "folder of run directories", {"runs": [f"{name} ({_state(path / name)})" for name in runs]}
     raise UserError(f"{path}: nothing of ours; {KNOWN}")
+
+
+def _pipeline(path: Path, record: Record) -> tuple[str, dict[str, Any]]:
+    stages = {name: f"{stage.command}, {_state(path / name)}" for name, stage in record.pipeline.stages.items()}
+    return f"folder of a pipeline{' at its smallest sizes' if record.smoke else ''}", {
+        "name": record.name,
+        "stages": stages,
+    }
+
+
+def _state(run: Path) -> str:
+    """How far the run of a folder is."""
+    if not (run / "config.yaml").is_file():
+        return "not run"
+    return "finished" if (run / "result.json").is_file() else "not finished"
 
 
 def _run(path: Path) -> tuple[str, dict[str, Any]]:
@@ -142,7 +178,7 @@ def _run(path: Path) -> tuple[str, dict[str, Any]]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not readable ({error})") from None
 
 
@@ -173,9 +209,9 @@ def _lines(facts: dict[str, Any], indent: str = "  ") -> list[str]:
         group = isinstance(value, dict) and bool(value)
         long = group and len(value) > 2 * _MOST and not any(isinstance(one, dict) for one in value.values())
         if group and not long:
-            lines += [f"{indent}{key}", *_lines(value, indent + "  ")]
+            lines += [f"{indent}{printable(str(key))}", *_lines(value, indent + "  ")]
         else:
-            lines.append(f"{indent}{key:<{max(1, 20 - len(indent))}} {_said(value)}")
+            lines.append(f"{indent}{printable(str(key)):<{max(1, 20 - len(indent))}} {_said(value)}")
     return lines
 
 
@@ -187,8 +223,8 @@ def _said(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        value = [f"{key} {_said(one)}" for key, one in value.items()]
+        value = [f"{printable(str(key))} {_said(one)}" for key, one in value.items()]
     if isinstance(value, list):
         plain = [_said(one) if not isinstance(one, dict) else json.dumps(one) for one in value]
         return f"{', '.join(plain[:_MOST])} ... ({len(plain)})" if len(plain) > _MOST else ", ".join(plain)
-    return str(value)
+    return printable(str(value))

@@ -23,7 +23,7 @@ from ssld.pipelines.reports.stage_view import Room, StageView, mean_curve, perce
 from ssld.pipelines.reports.table import COLUMNS, Row, gain, gain_cells, read_record, table_rows
 from ssld.pipelines.runner.stages import read_pipeline
 from ssld.shared.config.command import run_command
-from ssld.shared.errors import UserError
+from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.files import write_atomically
 from ssld.shared.run_dir import RunDir
 from ssld.shared.wording import count, duration
@@ -99,7 +99,7 @@ def report(config: ReportConfig) -> None:
     title = config.pipeline.stem if config.pipeline else record.name if record else config.runs.resolve().name
     page = render(pipeline, config.runs, title=title, smoke=bool(record and record.smoke))
     file = run.path / "report.html"
-    write_atomically(file, page)
+    write_atomically(file, page.encode(errors="replace").decode())  # names in JSON may hold halves of characters
     run.finish({}, [file])
     run.log(f"wrote {file}")
 
@@ -138,7 +138,7 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
         gain=[gain_cells(difference)[n] for n in filled] if difference else None,
         gains=gains(table, rows) if table else [],
         bars=[bars for title, column in _MEASURES if (bars := _bars(title, rows, column))],
-        comparison=_comparison(table, runs) if table else None,
+        comparison=_comparison_if_any(table, runs) if table else None,
         stages=stages,
         opened=_opened(table, stages),
         seconds=sum(stage.seconds or 0 for stage in stages),
@@ -175,6 +175,14 @@ def _bars(measure: str, rows: list[Row], column: int) -> Bars | None:
     longest = max(value for _, value, _ in values) or 1
     bars = [Bar(name, percent(value), 100 * value / longest, n % COLOURS) for name, value, n in values]
     return Bars(measure, bars, f"{measure} in %: " + ", ".join(f"{bar.name} {bar.text}" for bar in bars))
+
+
+def _comparison_if_any(table: TableConfig, runs: Path) -> Comparison | None:
+    """The detectors beside each other; None where there are not two, or their records are damaged, which their stages say."""
+    try:
+        return _comparison(table, runs)
+    except MALFORMED:
+        return None
 
 
 def _comparison(table: TableConfig, runs: Path) -> Comparison | None:

@@ -31,6 +31,7 @@ from ssld.shared.config.command import STOPPED, exit_code
 from ssld.shared.config.settings import Parser, did_you_mean
 from ssld.shared.errors import UserError
 from ssld.shared.run_dir import read_result
+from ssld.shared.terminal import say
 from ssld.shared.wording import count
 
 
@@ -63,7 +64,7 @@ def _run(argv: list[str]) -> int:
         return 0
     with _locked(output):
         for run in erase(stages, redo, output):
-            print(f"deleted {run}")
+            say(f"deleted {run}")
         record = Record(file.stem, arguments.smoke, pipeline)
         write_record(output, record)
         return _run_stages(plan, record, output)
@@ -75,26 +76,26 @@ def _run_stages(plan: list[Planned], record: Record, output: Path) -> int:
         for number, planned in enumerate(plan, 1):
             stage, label = planned.stage, f"[{number}/{len(plan)}] {planned.stage.name}"
             if planned.state == "done":
-                print(f"{label}: done before", flush=True)
+                say(f"{label}: done before")
                 continue
             for note in planned.notes:
-                print(f"{label}: changed since the last start: {note}")
+                say(f"{label}: changed since the last start: {note}")
             if signals.received:
                 return STOPPED
-            print(f"{label}: {shlex.join(command_line(stage))}", flush=True)
+            say(f"{label}: {shlex.join(command_line(stage))}")
             begun = time.monotonic()
             outcome = run_stage(stage, output / LOGS / f"{stage.name}.txt", signals)
             if outcome.code == STOPPED or (signals.received and number < len(plan)):
-                print(f"stage {stage.name}: stopped; the same command goes on from there", file=sys.stderr)
+                say(f"stage {stage.name}: stopped; the same command goes on from there", sys.stderr)
                 return STOPPED
             if outcome.code:
                 for line in outcome.lines:
-                    print(f"error: stage {stage.name}: {line}", file=sys.stderr)
+                    say(f"error: stage {stage.name}: {line}", sys.stderr)
                 return outcome.code
-            print(f"{label}: {(time.monotonic() - begun) / 60:.1f} min", flush=True)
+            say(f"{label}: {(time.monotonic() - begun) / 60:.1f} min")
     if record.pipeline.table:
-        print(f"\n{table_text(record.pipeline.table, output, smoke=record.smoke)}\n")
-    print(_closing_line(plan, time.monotonic() - started))
+        say(f"\n{table_text(record.pipeline.table, output, smoke=record.smoke)}\n")
+    say(_closing_line(plan, time.monotonic() - started))
     return 0
 
 
@@ -110,16 +111,16 @@ def _print_plan(plan: list[Planned], doomed: list[Path], output: Path) -> None:
     stages = [planned.stage for planned in plan]
     disk = disk_bytes(stages)
     for run in doomed:
-        print(f"would delete {run}")
+        say(f"would delete {run}")
     for number, planned in enumerate(plan, 1):
         stage = planned.stage
         words = {"done": "done, skipped", "begun": "goes on", "new": ""}[planned.state]
         costs = [words, steps_text(stage), disk_text(disk[stage.name]) if stage.name in disk else ""]
-        print(f"[{number}/{len(plan)}] {stage.name}: {'; '.join(text for text in costs if text) or 'new'}")
+        say(f"[{number}/{len(plan)}] {stage.name}: {'; '.join(text for text in costs if text) or 'new'}")
         for note in planned.notes:
-            print(f"    changed since the last start: {note}")
-        print(f"    {shlex.join(command_line(stage))}")
-    print(f"{count(len(plan), 'stage')} in {output}: {total_text(disk)}; data sets not counted")
+            say(f"    changed since the last start: {note}")
+        say(f"    {shlex.join(command_line(stage))}")
+    say(f"{count(len(plan), 'stage')} in {output}: {total_text(disk)}; data sets not counted")
 
 
 def _without_variables(argv: list[str]) -> list[str]:

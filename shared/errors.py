@@ -13,6 +13,9 @@ class Stopped(Exception):
     """The run was asked to stop by a signal, has written a checkpoint and can go on; the command exits with code 143."""
 
 
+# What looking at a record ends in whose values are of other kinds than its writer's: a list for a map, text for a number, lists without end.
+MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
+
 # What libraries say near the limit, in a plain RuntimeError.
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 

@@ -12,7 +12,6 @@ Only the main rank writes; the lock is an flock that dies with its process. Does
 """
 
 import fcntl
-import functools
 import json
 import os
 import platform
@@ -31,6 +30,8 @@ from ssld.shared.files import clear_leftovers, file_sha256, files_digest, write_
 from ssld.shared.machine import installed_version
 from ssld.shared.noise import keep_noise_in
 from ssld.shared.tally import Tally
+from ssld.shared.terminal import say
+from ssld.shared.wording import printable
 
 Status = Literal["new", "unfinished", "finished"]
 SPEED = ("seconds", "data_wait", "images_per_second", "memory_gb")
@@ -60,7 +61,7 @@ class RunDir:
         self.path = config.output
         self.main = main
         self.status: Status = "new"
-        self.write: Callable[[str], None] = functools.partial(print, flush=True)
+        self.write: Callable[[str], None] = say
         self._config, self._command = config, command
         self._started = time.time()
         self.inputs: dict[str, str] = {}
@@ -77,6 +78,7 @@ class RunDir:
     def log(self, text: str) -> None:
         """Print a line and keep it in log.txt."""
         if self.main:
+            text = printable(text, keep="\n\t")
             self.write(text)
             with (self.path / "log.txt").open("a", encoding="utf-8") as file:
                 file.write(text + "\n")

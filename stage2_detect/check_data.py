@@ -26,7 +26,8 @@ if find_spec("ssld") is None:
 from ssld.shared.config.command import exit_code
 from ssld.shared.config.settings import Parser, underscored
 from ssld.shared.errors import UserError
-from ssld.shared.wording import count, some
+from ssld.shared.terminal import say
+from ssld.shared.wording import count, printable, some
 from ssld.stage2_detect.data.check.findings import LEVELS, Finding
 
 if TYPE_CHECKING:
@@ -57,12 +58,13 @@ def check_data(arguments: Namespace) -> int:
     if len(checks) == 2:
         _compare_classes(*checks)
         _compare_pictures(checks[0], checks[1], seen[0], seen[1], alike=arguments.look_alikes)
-    print("\n".join([line for check in checks for line in _about(check)] + _histogram(checks)))
+    for line in [*(line for check in checks for line in _about(check)), *_histogram(checks)]:
+        say(printable(line))
     findings = [finding for check in checks for finding in check.findings]
     for level in reversed(LEVELS):
         for finding in findings:
             if finding.level == level:
-                print(line_of(finding))
+                say(line_of(finding))
     if arguments.report:
         record = {
             "files": {check.name: check.statistics | {"tally": check.tally.record()} for check in checks},
@@ -84,7 +86,7 @@ def check_data(arguments: Namespace) -> int:
 def line_of(finding: Finding) -> str:
     """A finding as it is printed."""
     fix = f" [--fix {finding.fix}]" if finding.fix else ""
-    return f"  {finding.level:<8}{finding.file}: {finding.text}{fix}"
+    return f"  {finding.level:<8}{printable(f'{finding.file}: {finding.text}')}{fix}"
 
 
 def _places(arguments: Namespace) -> list[tuple[str, Path, Path]]:

@@ -7,18 +7,20 @@ import base64
 import io
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ssld.pipelines.config import CommandName
 from ssld.pipelines.reports.charts import Chart, curves, precision_recall
 from ssld.pipelines.runner.stages import KINDS
+from ssld.shared.errors import MALFORMED
 from ssld.shared.files import IMAGE_SUFFIXES, spread
 from ssld.shared.run_dir import read_metrics, read_result
 from ssld.shared.wording import count
 
+T = TypeVar("T")
 PAGE_BYTES = 2_000_000  # of pictures in a page, encoded
 _MATRIX_CLASSES = 12  # more do not fit beside each other
 _CONFUSIONS = 15
@@ -98,6 +100,8 @@ class StageView:
     config: str
     environment: list[tuple[str, str]]
     unreadable: int
+    damaged: tuple[str, ...]
+    """files that are there and could not be shown"""
 
     @property
     def ran(self) -> bool:
@@ -143,37 +147,68 @@ def view(name: str, command: CommandName | None, run: Path, room: Room) -> Stage
         run: the directory; it need not be there.
         room: what is left for pictures.
     """
-    result = read_result(run) if run.is_dir() else None
-    lines = read_metrics(run)
+    damaged: list[str] = []
+
+    def part(file: str, look: Callable[[], T], otherwise: Any) -> T:
+        """What `look` makes of a file, or of a folder; `otherwise`, and the file noted, where its content has another form."""
+        try:
+            return look()
+        except MALFORMED:
+            damaged.append(file)
+            empty: T = otherwise
+            return empty
+
+    result = part("result.json", lambda: _checked(read_result(run)), None) if run.is_dir() else None
+    lines = part("metrics.jsonl", lambda: _numbered(read_metrics(run)), [])
     environment = read_json(run / "environment.json")
     recorded = str(environment.get("command", ""))
     config, quarantine = run / "config.yaml", run / "quarantine.txt"
     values: dict[str, Any] = result["metrics"] if result else {}
     scalars = {key: value for key, value in values.items() if not isinstance(value, dict | list)}
     analysis = read_json(run / "analysis.json")
-    pairs, left_out = _pairs(run / "pictures", room)
+    pairs, left_out = part("pictures/index.json", lambda: _pairs(run / "pictures", room), ([], 0))
+    seen, threshold = values.get("images_seen"), analysis.get("score_threshold")
     return StageView(
         name=name,
         command=command or _RECORDED.get(recorded) or recorded or "unknown",
         status=_status(run, result, lines),
         seconds=_seconds(result, lines),
-        images_seen=values.get("images_seen"),
+        images_seen=seen if isinstance(seen, int) else None,
         headlines=[(label(key), number(key, scalars[key])) for key in _HEADLINES if scalars.get(key) is not None],
         metrics=[(label(key), number(key, value)) for key, value in scalars.items()],
-        charts=[*curves(name, lines), *_precision_recall(name, analysis)],
-        threshold=analysis.get("score_threshold"),
-        classes=_classes(values, analysis),
-        matrix=_matrix(analysis),
-        confusions=_confusions(analysis),
+        charts=part("metrics.jsonl", lambda: curves(name, lines), [])
+        + part("analysis.json", lambda: _precision_recall(name, analysis), []),
+        threshold=threshold if isinstance(threshold, float) else None,
+        classes=part("analysis.json", lambda: _classes(values, analysis), []),
+        matrix=part("analysis.json", lambda: _matrix(analysis), None),
+        confusions=part("analysis.json", lambda: _confusions(analysis), []),
         pairs=pairs,
-        pictures=_curation(run, values, room),
+        pictures=part("outcome.json", lambda: _curation(run, values, room), []),
         predicted=_predicted(run / "pictures", room),
         left_out=left_out,
-        line=_line(command, recorded, environment),
-        config=config.read_text(encoding="utf-8") if config.is_file() else "",
-        environment=_environment(environment),
-        unreadable=len(quarantine.read_text(encoding="utf-8").splitlines()) if quarantine.is_file() else 0,
+        line=part("environment.json", lambda: _line(command, recorded, environment), ""),
+        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+        environment=part("environment.json", lambda: _environment(environment), []),
+        unreadable=len(quarantine.read_bytes().splitlines()) if quarantine.is_file() else 0,
+        damaged=tuple(dict.fromkeys(damaged)),
     )
+
+
+def _checked(result: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A result whose parts are what the page counts on. Raises one of MALFORMED for another."""
+    if result is not None:
+        result["metrics"].items()
+        round(float(result["seconds"]))  # refuses what is no finite number
+    return result
+
+
+def _numbered(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of metrics, whose steps and seconds are numbers. Raises one of MALFORMED where they are not."""
+    for line in lines:
+        if not isinstance(line["step"], int) or not isinstance(line.get("seconds", 0), int | float | None):
+            raise TypeError(f"step {line['step']!r}, seconds {line.get('seconds')!r}")
+        round(float(line.get("seconds") or 0.0))  # refuses what is no finite number
+    return lines
 
 
 def number(key: str, value: Any) -> str:
@@ -188,8 +223,8 @@ def number(key: str, value: Any) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A fraction in percent, without the sign; None as a dash."""
-    return "-" if value is None else f"{100 * value:.1f}"
+    """A fraction in percent, without the sign; a dash for None and what else is no number."""
+    return f"{100 * value:.1f}" if isinstance(value, int | float) else "-"
 
 
 def label(key: str) -> str:
@@ -201,7 +236,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; empty when there is none that can be read."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -240,11 +275,22 @@ def _precision_recall(name: str, analysis: Mapping[str, Any]) -> list[Chart]:
 def _classes(values: Mapping[str, Any], analysis: Mapping[str, Any]) -> list[ClassRow]:
     """The rows of an analysis; without one, the AP of each class that the result has."""
     rows = [
-        ClassRow(row["class"], row["AP"], row["precision"], row["recall"], row["f1"], row["objects"])
+        ClassRow(
+            str(row["class"]),
+            _number_of(row["AP"]),
+            _number_of(row["precision"]),
+            _number_of(row["recall"]),
+            _number_of(row["f1"]),
+            row["objects"],
+        )
         for row in analysis.get("classes") or []
     ]
     per_class = values.get("per_class") or {}
-    return rows or [ClassRow(name, ap, None, None, None, None) for name, ap in per_class.items()]
+    return rows or [ClassRow(name, _number_of(ap), None, None, None, None) for name, ap in per_class.items()]
+
+
+def _number_of(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _matrix(analysis: Mapping[str, Any]) -> Matrix | None:
@@ -279,18 +325,26 @@ def _pairs(folder: Path, room: Room) -> tuple[list[Pair], int]:
     """(the pictures that an evaluation wrote, how many found no room)."""
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return [], 0
     pairs = []
     for entry in index:
         before = room.left
-        truth, found = (room.embed(folder / entry[side], 640) for side in ("truth", "found"))
+        truth, found = (room.embed(_inside(folder, entry[side]), 640) for side in ("truth", "found"))
         if truth is None or found is None:
             room.left = before
             continue
         words = f"{entry['right']} right, {entry['wrong']} wrong, {entry['missed']} missed, error {entry['lrp']:.2f}"
         pairs.append(Pair(entry["kind"], entry["image"], truth, found, words))
     return pairs, len(index) - len(pairs)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file below a folder. Raises ValueError for a name that leads out of it, as a picture of somebody's that the page would show."""
+    file = folder / name
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{name} is not in {folder}")
+    return file
 
 
 def _curation(run: Path, values: Mapping[str, Any], room: Room) -> list[Embedded]:

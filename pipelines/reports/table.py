@@ -11,7 +11,7 @@ from typing import Any
 
 from ssld.pipelines.config import PipelineConfig, TableConfig
 from ssld.shared.config.settings import validate
-from ssld.shared.errors import UserError
+from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.files import write_atomically
 from ssld.shared.run_dir import read_result
 
@@ -84,7 +84,8 @@ def read_record(output: Path) -> Record | None:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         name, smoke, pipeline = (content[key] for key in ("name", "smoke", "pipeline"))
-    except (OSError, ValueError, KeyError, TypeError):
+        pipeline.items()
+    except (OSError, *MALFORMED):
         raise UserError(f"{file}: not readable; delete it and give --pipeline") from None
     return Record(str(name), bool(smoke), validate(PipelineConfig, pipeline, source=str(file)))
 
@@ -110,10 +111,10 @@ def _line(cells: tuple[str, ...], widths: list[int]) -> str:
 
 def _metrics(output: Path, stage: str | None) -> dict[str, Any]:
     result = read_result(output / stage) if stage else None
-    metrics: dict[str, Any] = result["metrics"] if result else {}
-    return metrics
+    metrics = result.get("metrics") if isinstance(result, dict) else {}
+    return metrics if isinstance(metrics, dict) else {}
 
 
 def _fraction(metrics: dict[str, Any], key: str) -> float | None:
     value = metrics.get(key)
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if isinstance(value, int | float) and not abs(value) > 1e9 else None

@@ -13,6 +13,7 @@ from ssld.shared.errors import Stopped, UserError, is_out_of_memory
 from ssld.shared.files import write_atomically
 from ssld.shared.machine import cores
 from ssld.shared.noise import libraries_told_apart
+from ssld.shared.terminal import say
 
 USER_ERROR, STOPPED = 2, 143
 _MAKE_ROOM = "nothing is lost: make room and run the same command again"
@@ -21,6 +22,7 @@ _HINTS = {
     errno.EDQUOT: _MAKE_ROOM,
     errno.EFBIG: _MAKE_ROOM,
     errno.EROFS: "give another --output",
+    errno.ENAMETOOLONG: "give a shorter path",
     errno.EACCES: "check its permissions, or give another --output",
 }
 _PASSES = (
@@ -79,7 +81,7 @@ def run_command(
         return STOPPED
     except Stopped as error:
         if rank == 0:
-            print(f"stopped: {error}; the same command goes on from there", file=sys.stderr)
+            say(f"stopped: {error}; the same command goes on from there", sys.stderr)
         return STOPPED
     return 0
 
@@ -98,8 +100,8 @@ def exit_code(work: Callable[[], int]) -> int:
     try:
         return work()
     except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        for line in str(error).split("\n"):
+            say(f"error: {line}", sys.stderr)
         return USER_ERROR
 
 
@@ -123,8 +125,8 @@ def _report(message: str, rank: int, processes: int, output: Path | None) -> int
             told = True
         except OSError:
             pass
-    for line in message.splitlines() if told else []:
-        print(f"{'' if rank == 0 else f'[rank {rank}] '}error: {line}", file=sys.stderr)
+    for line in message.split("\n") if told else []:
+        say(f"{'' if rank == 0 else f'[rank {rank}] '}error: {line}", sys.stderr)
     return USER_ERROR
 
 

@@ -269,9 +269,6 @@ def validate(
     misspelt key is named before the keys it leaves missing.
     """
     flags = flags or {}
-    for place in _with_nul(merge(values, flags)):
-        whose = "command line" if _at(flags, place) else source
-        raise UserError(f"{whose}: {'.'.join(map(str, place))}: holds a NUL character")
     items = _faults(config_type, merge(values, flags))
     if not isinstance(items, list):
         return items
@@ -308,14 +305,6 @@ def _own_faults(config_type: type[BaseModel], values: dict[str, Any], flags: dic
                 values = merge(values, _nested(item["loc"], {} if isinstance(given, dict) else given))
         if values == whole:
             return {(item["loc"], item["msg"]) for item in items}
-
-
-def _with_nul(value: Any, location: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Locations of text with a NUL, which no file name can hold."""
-    if isinstance(value, str) and "\0" in value:
-        yield location
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield from _with_nul(inner, (*location, key))
 
 
 def _at(flags: Any, location: tuple[Any, ...]) -> Any:

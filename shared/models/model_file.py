@@ -24,6 +24,7 @@ from ssld.shared.models.downloads import PICKLE_SUFFIXES
 from ssld.shared.models.metadata import NEEDED, parse_metadata
 
 _KEY = "ssld"
+_PROTOCOL_MARK = pickle.PROTO[0]
 _OWN_HASH = "metadata_sha256"
 FORMAT = 1
 _CHANGED = "its metadata do not match their hash; the file was changed or damaged"
@@ -142,12 +143,12 @@ def is_pickle(path: Path) -> bool:
 
 def looks_pickled(path: Path) -> bool:
     """Whether a file is a pickle or one of torch's zipped pickles."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith(".pkl") for name in archive.namelist())
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                return any(name.endswith(".pkl") for name in archive.namelist())
         with path.open("rb") as file:
             start = file.read(2)
-    except OSError:
+    except (OSError, ValueError, zipfile.BadZipFile):
         return False
     return len(start) == 2 and start[:1] == pickle.PROTO and start[1] <= pickle.HIGHEST_PROTOCOL

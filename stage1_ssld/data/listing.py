@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import fsspec
+import pyarrow as pa
 
 from ssld.shared.errors import UserError
 from ssld.shared.files import (
@@ -299,6 +300,10 @@ def _place(folder: str, name: str) -> str:
 def _below(folder: str, file: str) -> str:
     """The path of a file relative to its folder."""
     return file.removeprefix(folder.rstrip("/")).lstrip("/") if folder != "." else file
+
+
+PARQUET_ERRORS = (OSError, pa.ArrowException, UnicodeDecodeError, MemoryError)
+"""what a damaged Parquet file ends in: Arrow's own, names that are no text, sizes that no machine has"""
 
 
 def unreadable_parquet(path: str, error: Exception) -> UserError:

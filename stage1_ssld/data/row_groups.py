@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ssld.shared.errors import UserError
-from ssld.stage1_ssld.data.listing import Listing, filesystem_of, unreadable_parquet
+from ssld.stage1_ssld.data.listing import PARQUET_ERRORS, Listing, filesystem_of, unreadable_parquet
 from ssld.stage1_ssld.data.rows import Encoded, Rows, Sample, TableRows, image_of_cell, parent_of
 from ssld.stage1_ssld.data_config import SourceConfig
 
@@ -72,7 +72,7 @@ def row_groups(listing: Listing, config: SourceConfig) -> list[RowGroupShard]:
         try:
             with pq.ParquetFile(inner, filesystem=filesystem) as opened:
                 metadata, names = opened.metadata, opened.schema_arrow.names
-        except (OSError, pa.ArrowException) as error:
+        except PARQUET_ERRORS as error:
             raise unreadable_parquet(file, error) from None
         if config.image_column not in names:
             raise UserError(

@@ -301,14 +301,18 @@ def class_number(content: bytes) -> int | None:
 def walk_tar(file: Path, tally: Tally) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
     """The files in a local tar file, in order; their contents are not read. Links to images are counted: they have no content of their own."""
     try:
+        size = file.stat().st_size
         with tarfile.open(file, "r:") as archive:
             for member in archive:
                 archive.members = []  # type: ignore[attr-defined]  # it would remember every member it has seen
+                member.name = member.name.encode(errors="backslashreplace").decode()  # of bytes that are no UTF-8
                 if member.isfile():
+                    if member.offset_data + member.size > size:
+                        raise tarfile.ReadError(f"{member.name} ends after the file")
                     yield member, archive
                 elif (member.islnk() or member.issym()) and member.name.lower().endswith(IMAGE_SUFFIXES):
                     tally.drop("image", "that are links inside a tar file", f"{file}, {escaped(member.name)}")
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:  # sizes that nothing has
         raise unreadable_tar(str(file), error) from None
 
 

@@ -23,7 +23,15 @@ from ssld.shared.files import IMAGE_SUFFIXES, escaped, list_folders, spread
 from ssld.shared.images import Picture, UnreadableImage, open_image, pixels_of
 from ssld.shared.tally import Tally
 from ssld.stage1_ssld.data.batch import NO_LABEL
-from ssld.stage1_ssld.data.listing import LOOKED_AT, Listing, filesystem_of, list_path, read_text, unreadable_parquet
+from ssld.stage1_ssld.data.listing import (
+    LOOKED_AT,
+    PARQUET_ERRORS,
+    Listing,
+    filesystem_of,
+    list_path,
+    read_text,
+    unreadable_parquet,
+)
 from ssld.stage1_ssld.data.manifest import is_manifest, open_manifest
 from ssld.stage1_ssld.data.row_groups import parquet_rows, row_groups
 from ssld.stage1_ssld.data.rows import Encoded, FileRows, Rows, TableRows, TarRows
@@ -205,7 +213,7 @@ class ImageSource:
             found = parquet_rows(listing, self.path, groups, chosen)
             self.tally.keep("image", len(found))
             return found
-        except (OSError, pa.ArrowException) as error:
+        except PARQUET_ERRORS as error:
             raise unreadable_parquet(self.path, error) from None
 
     def _read_labels(
@@ -239,7 +247,7 @@ class ImageSource:
             raise UserError(f"{file}: no such file")
         try:
             known = pq.read_table(file)
-        except (OSError, pa.ArrowException) as error:
+        except PARQUET_ERRORS as error:
             raise unreadable_parquet(str(file), error) from None
         if not {config.id_column, config.label_column} <= set(known.column_names):
             raise UserError(f"{file}: needs the columns {config.id_column!r} and {config.label_column!r}")

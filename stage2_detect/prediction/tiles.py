@@ -18,6 +18,7 @@ from PIL import Image
 from pycocotools import mask as mask_codec
 from torch import Tensor
 
+from ssld.shared.errors import UserError
 from ssld.stage2_detect.data.coco import CocoImage
 from ssld.stage2_detect.data.loaders import load_record
 from ssld.stage2_detect.models.batch import Detections
@@ -26,7 +27,10 @@ from ssld.stage2_detect.models.mask_targets import decode_rle
 
 SAME = 0.5
 """IoU in the common region from which two boxes are one object"""
+MOST_WINDOWS = 100_000
+"""tiles of an image"""
 _NEAR = 0.01  # of a tile's side: a box that ends so near an inner border was cut by it
+_BLOCK = 400_000  # pairs of boxes that are compared at once
 
 
 class Window(NamedTuple):
@@ -84,11 +88,19 @@ class FileWindows:
 
 
 def windows_of(width: int, height: int, tile: int | None, overlap: float = 0.0) -> list[Window]:
-    """The whole image, and unless it fits into one, square tiles of side `tile` that overlap by `overlap` (a share of it) or a little more."""
+    """The whole image, and unless it fits into one, square tiles of side `tile` that overlap by `overlap` (a share of it) or a little more.
+
+    Raises UserError where that makes more than `MOST_WINDOWS` of them.
+    """
     whole = Window(0, 0, width, height)
     if tile is None or max(width, height) <= tile:
         return [whole]
     wide, high = min(tile, width), min(tile, height)
+    tiles = _steps(width, tile, overlap) * _steps(height, tile, overlap)
+    if tiles > MOST_WINDOWS:
+        raise UserError(
+            f"tile {tile}, overlap {overlap:g}: make {tiles:,} tiles of an image of {width} x {height} pixels; take larger tiles or a smaller overlap"
+        )
     return [
         whole,
         *(
@@ -121,8 +133,8 @@ def merged_windows(parts: Sequence[tuple[Window, Detections]], width: int, heigh
         # Whole ones first, the best of them first; sorts are stable.
         index_M = index_M[scores_N[index_M].argsort(descending=True, stable=True)]
         index_M = index_M[cut_N[index_M].long().argsort(stable=True)]
-        same_MM = _same(boxes_N4[index_M].double(), window_N[index_M], windows_W4)
-        groups += [index_M[group].tolist() for group in _groups(same_MM, cut_N[index_M])]
+        same = _same(boxes_N4[index_M].double(), window_N[index_M], windows_W4)
+        groups += [index_M[group].tolist() for group in _groups(same, cut_N[index_M])]
     groups.sort(key=lambda group: (-float(scores_N[group[0]]), group[0]))
     corners = [torch.cat((boxes_N4[g, :2].amin(0), boxes_N4[g, 2:].amax(0))) for g in groups]
     first = torch.tensor([group[0] for group in groups], dtype=torch.int64)
@@ -136,10 +148,13 @@ def merged_windows(parts: Sequence[tuple[Window, Detections]], width: int, heigh
 
 def _starts(side: int, tile: int, overlap: float) -> list[int]:
     """Where tiles begin along a side: evenly spread, the last one ending with the image."""
-    if side <= tile:
-        return [0]
-    steps = -(-(side - tile) // max(1, int(tile * (1 - overlap))))
-    return [round(number * (side - tile) / steps) for number in range(steps + 1)]
+    steps = _steps(side, tile, overlap) - 1
+    return [round(number * (side - tile) / steps) if steps else 0 for number in range(steps + 1)]
+
+
+def _steps(side: int, tile: int, overlap: float) -> int:
+    """How many tiles lie along a side."""
+    return 1 + max(0, -(-(side - tile) // max(1, int(tile * (1 - overlap)))))
 
 
 def _cut(boxes_N4: Tensor, windows_N4: Tensor, width: int, height: int) -> Tensor:
@@ -150,33 +165,62 @@ def _cut(boxes_N4: Tensor, windows_N4: Tensor, width: int, height: int) -> Tenso
     return (((boxes_N4 - windows_N4).abs() <= _NEAR * sides_N2.repeat(1, 2)) & inner_N4).any(1)
 
 
-def _same(boxes_N4: Tensor, window_N: Tensor, windows_W4: Tensor) -> Tensor:
-    """bool [N, N]: whether two boxes of different windows are one object.
+def _same(boxes_N4: Tensor, window_N: Tensor, windows_W4: Tensor) -> list[np.ndarray]:
+    """For each box the boxes of other windows that are one object with it.
 
-    A box ends where its window does, so the part of it that another window shows is its intersection with that window.
+    A box ends where its window does, so the part of it that another window shows is its intersection with that window. Boxes are compared in blocks,
+    those of tiles with those that share some of their width: memory grows with the blocks, not with the square of their number.
     """
-    both_NN = pairwise_intersection(boxes_N4, boxes_N4)
-    shown_NN = pairwise_intersection(boxes_N4, windows_W4)[:, window_N]
-    overlap_NN = both_NN / (shown_NN + shown_NN.T - both_NN).clamp(min=1e-9)
-    return (overlap_NN > SAME) & (window_N[:, None] != window_N)
+    same: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(boxes_N4)
+    widths_N = (windows_W4[:, 2] - windows_W4[:, 0])[window_N]
+    whole = (widths_N > widths_N.amin()).nonzero()[:, 0] if len(widths_N) else window_N  # boxes of the whole image
+    tiled = (widths_N == widths_N.amin()).nonzero()[:, 0] if len(widths_N) else window_N
+    tiled = tiled[boxes_N4[tiled, 0].argsort(stable=True)]
+    lefts, rights = boxes_N4[tiled, 0].contiguous(), boxes_N4[tiled, 2].contiguous()
+    reach = rights.cummax(0).values if len(tiled) else rights  # how far right the boxes up to one go
+
+    def compare(own_B: Tensor, near_M: Tensor) -> None:
+        windows_B4, windows_M4 = windows_W4[window_N[own_B]], windows_W4[window_N[near_M]]
+        both_BM = pairwise_intersection(boxes_N4[own_B], boxes_N4[near_M])
+        shown_BM = pairwise_intersection(boxes_N4[own_B], windows_M4)
+        shown_BM += pairwise_intersection(windows_B4, boxes_N4[near_M])
+        same_BM = both_BM / (shown_BM - both_BM).clamp(min=1e-9) > SAME
+        same_BM &= window_N[own_B][:, None] != window_N[near_M]
+        for box, row_M in zip(own_B.tolist(), same_BM, strict=True):
+            same[box] = near_M[row_M].numpy()
+
+    first = 0
+    while first < len(tiled):
+        begin = int(torch.searchsorted(reach, lefts[first]))
+        last = first
+        end = first
+        while last < len(tiled):
+            further = max(end, int(torch.searchsorted(lefts, rights[last])), last + 1)
+            if last > first and (last + 1 - first) * (further - begin + len(whole)) > _BLOCK:
+                break
+            last, end = last + 1, further
+        compare(tiled[first:last], torch.cat((tiled[begin:end], whole)))
+        first = last
+    everything = torch.arange(len(boxes_N4))
+    for part in whole.split(max(1, _BLOCK // max(1, len(everything)))):
+        compare(part, everything)
+    return same
 
 
-def _groups(same_NN: Tensor, cut_N: Tensor) -> Iterator[list[int]]:
+def _groups(same: Sequence[np.ndarray], cut_N: Tensor) -> Iterator[list[int]]:
     """Positions of the boxes that become one, its best first. Boxes come in the order in which they may choose, cut ones last."""
-    same, cut = same_NN.numpy(), cut_N.numpy()
+    cut = cut_N.numpy()
     left = np.ones(len(cut), dtype=bool)
     for number in range(len(cut)):
         if not left[number]:
             continue
-        taken = left & same[number]
-        taken[number] = True
-        while cut[number]:  # a long object lies in a row of tiles: pieces of pieces
-            more = left & same[taken].any(0) & ~taken
-            if not more.any():
-                break
-            taken |= more
-        left &= ~taken
-        yield [number, *(n for n in np.flatnonzero(taken).tolist() if n != number)] if cut[number] else [number]
+        taken = {number, *(n for n in same[number].tolist() if left[n])}
+        new = taken if cut[number] else set()  # a long object lies in a row of tiles: pieces of pieces
+        while new:
+            new = {n for one in new for n in same[one].tolist() if left[n]} - taken
+            taken |= new
+        left[list(taken)] = False
+        yield [number, *sorted(taken - {number})] if cut[number] else [number]
 
 
 def _joined(pieces: Sequence[tuple[Window, Any]], width: int, height: int) -> Any:

@@ -11,7 +11,9 @@ import pytest
 import torch
 import yaml
 
+from ssld.pipelines.config import PipelineConfig, StageConfig
 from ssld.pipelines.inspecting import KNOWN, inspect_text
+from ssld.pipelines.reports.table import Record, write_record
 from ssld.shared.errors import UserError
 from ssld.shared.models.model_file import read_metadata, save_model_file
 from ssld.shared.training.checkpoint import save_checkpoint
@@ -189,3 +191,66 @@ def test_a_damaged_file_of_settings_is_a_line(text: str, tmp_path: Path) -> None
         inspect_text(tmp_path)
     assert str(tmp_path / "config.yaml") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_folder_of_a_pipeline(tmp_path: Path) -> None:
+    """What its stages are and how far they came; a folder of runs that no pipeline made says as much."""
+    stages = {name: StageConfig(command=name) for name in ("distill", "train", "predict")}
+    pipeline = PipelineConfig(output=tmp_path, stages=stages)
+    for name in ("distill", "train"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("steps: 3\n")
+    (tmp_path / "distill" / "result.json").write_text('{"metrics": {}}')
+    text = inspect_text(tmp_path)
+    assert text.splitlines()[0] == f"{tmp_path}: folder of run directories"
+    assert "distill (finished), train (not finished)" in text
+    write_record(tmp_path, Record("mine", True, pipeline))
+    lines = inspect_text(tmp_path).splitlines()
+    assert lines[0] == f"{tmp_path}: folder of a pipeline at its smallest sizes"
+    assert [" ".join(line.split()) for line in lines[1:]] == [
+        "name mine",
+        "stages",
+        "distill distill, finished",
+        "train train, not finished",
+        "predict predict, not run",
+    ]
+
+
+ODD: list[Any] = [None, True, 3, 1.5, "text", [], [[]], {}, {"a": {"b": [None]}}, 10**400, float("nan")]
+
+
+@pytest.mark.parametrize(
+    "file", ["result.json", "environment.json", "state.json", "store.json", "pipeline.json", "config.yaml"]
+)
+def test_records_of_another_form_are_a_line_or_shown(file: str, tmp_path: Path) -> None:
+    records: dict[str, dict[str, Any]] = {
+        "result.json": {
+            "command": "train",
+            "seconds": 90,
+            "metrics": {"AP": 0.5},
+            "outputs": {"a": "b"},
+            "finished": "x",
+        },
+        "environment.json": {"started": "x", "machine": "m", "versions": {"a": "b"}},
+        "state.json": {"step": 3},
+        "store.json": {"sources": [{"path": "p", "rows": 3}], "shards": [{"images": 3}], "replayed": []},
+        "pipeline.json": {
+            "name": "n",
+            "smoke": False,
+            "pipeline": {"output": "o", "stages": {"a": {"command": "train"}}},
+        },
+        "config.yaml": {"steps": 3, "model": {"kind": "gfl"}, "data": {"train": ["x"]}},
+    }
+    sound = records[file]
+    if file in ("result.json", "environment.json"):
+        (tmp_path / "config.yaml").write_text("steps: 3\n")
+    changed = [*ODD, *({**sound, key: odd} for key in sound for odd in ODD)]
+    refused: list[str] = []
+    for content in changed:
+        (tmp_path / file).write_text(json.dumps(content))
+        try:
+            inspect_text(tmp_path)
+        except UserError as error:
+            refused += str(error).splitlines()
+    assert 0 < len(refused) < 2 * len(changed)
+    assert all(line.startswith(str(tmp_path)) for line in refused)

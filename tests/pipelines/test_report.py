@@ -310,3 +310,95 @@ def test_a_folder_without_runs(tmp_path: Path, capfd: Any) -> None:
     (tmp_path / "empty/pipeline.json").write_text("{}")
     assert main(["--runs", str(tmp_path / "empty")]) == 2
     assert "pipeline.json: not readable; delete it and give --pipeline" in capfd.readouterr().err
+
+
+ODD: list[Any] = [
+    None,
+    True,
+    -1,
+    1.5,
+    "text\ud800",
+    [],
+    [[1]],
+    {},
+    {"a": {"b": [None]}},
+    10**400,
+    float("nan"),
+    float("inf"),
+]
+
+
+@pytest.mark.parametrize(
+    "file", ["result.json", "metrics.jsonl", "analysis.json", "environment.json", "outcome.json", "pictures/index.json"]
+)
+def test_a_damaged_record_leaves_its_part_out(file: str, tmp_path: Path) -> None:
+    """Values of any other kind at any place: the page is written, or one line says what stops it."""
+    precision = {"recall": [0.0, 1.0], "precision": {"a": [1.0, 0.5], "b": [1.0, 0.2]}}
+    rows = [{"class": "a", "AP": 0.5, "precision": 1.0, "recall": 1.0, "f1": 1.0, "objects": 2}]
+    confusions = {"names": ["a", "b", "background"], "counts": [[1, 0, 0], [0, 1, 0], [0, 1, 0]]}
+    records: dict[str, dict[str, Any]] = {
+        "result.json": {"metrics": {"AP": 0.5, "per_class": {"a": 0.5}, "images_seen": 3}, "seconds": 3.0},
+        "metrics.jsonl": {"step": 3, "loss": 1.0, "seconds": 2.0},
+        "analysis.json": {
+            "score_threshold": 0.5,
+            "precision_recall": precision,
+            "classes": rows,
+            "confusions": confusions,
+        },
+        "environment.json": {"command": "train", "arguments": ["--steps", "3"], "versions": {"a": "1"}, "started": "x"},
+        "outcome.json": {"examples": [{"title": "t", "pictures": [1]}]},
+        "pictures/index.json": {
+            "kind": "best",
+            "image": "i",
+            "truth": "t.jpg",
+            "found": "f.jpg",
+            "right": 1,
+            "wrong": 1,
+            "missed": 1,
+            "lrp": 0.5,
+        },
+    }
+    sound = records[file]
+    for odd in ODD:
+        variants = [odd] if file != "metrics.jsonl" else []
+        variants += [sound | {key: odd} for key in sound]
+        for key, value in sound.items():
+            if isinstance(value, dict):
+                variants += [sound | {key: value | {inner: odd}} for inner in value]
+            if isinstance(value, list) and value and isinstance(value[0], dict):
+                variants += [sound | {key: [value[0] | {inner: odd}]} for inner in value[0]]
+        if file == "analysis.json":  # its curves take long to draw
+            variants = [
+                {key: value for key, value in one.items() if value is not precision} if isinstance(one, dict) else one
+                for one in variants
+            ]
+            variants += [{"precision_recall": precision | {inner: odd}} for inner in precision]
+        run = tmp_path / f"run{ODD.index(odd) if odd == odd else 'nan'}"
+        write_run(run, metrics={"AP": 0.5}, lines=[{"step": 1, "loss": 2.0}])
+        (run / "pictures").mkdir()
+        for number, content in enumerate(variants):
+            whole = [content] if file == "pictures/index.json" and isinstance(content, dict) else content
+            (run / file).write_text(json.dumps(whole) + "\n")
+            seen = view("x", None, run, Room())
+            assert seen.status in ("finished", "unfinished", "unfinished, at step 1", "unfinished, at step 3"), number
+        assert main(["--runs", str(run), "--output", str(tmp_path / f"page{run.name}")]) in (0, 2)
+
+
+def test_a_page_shows_no_picture_from_elsewhere(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "private.jpg")
+    run = tmp_path / "run"
+    write_run(run, metrics={"AP": 0.5}, lines=[])
+    (run / "pictures").mkdir()
+    entry = {
+        "kind": "best",
+        "image": "i",
+        "found": "../../private.jpg",
+        "right": 1,
+        "wrong": 0,
+        "missed": 0,
+        "lrp": 0.0,
+    }
+    for name in ("../../private.jpg", str(tmp_path / "private.jpg")):
+        (run / "pictures" / "index.json").write_text(json.dumps([{**entry, "truth": name}]))
+        seen = view("x", None, run, Room())
+        assert (seen.pairs, seen.damaged) == ([], ("pictures/index.json",))

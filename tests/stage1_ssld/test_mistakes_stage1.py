@@ -33,6 +33,7 @@ Call = Callable[..., int]
         (None, {"teacher": None}, "teacher.model is missing: distillation needs a teacher"),
         (None, {"batch_size": None}, "batch_size: has to be a whole number"),
         (None, {"precision": "fp16"}, "precision: fp16 needs a GPU"),
+        (None, {"batch_size": 100}, "batch_size: 100 is more than the 44 training images; give at most as many"),
         (None, {"accumulate": 3}, "batch_size 8 is not a multiple of 1 processes x accumulate 3"),
         ("student", {"model": "random:test_convnxt"}, "timm has no such model; did you mean 'test_convnext'?"),
         ("student", {"model": "gone.safetensors"}, "gone.safetensors: no such file"),

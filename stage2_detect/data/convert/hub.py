@@ -183,13 +183,17 @@ def _names_in_metadata(file: Path, category: str) -> list[str]:
 
 
 def _rows(file: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 0, row) of a file."""
+    """(number from 0, row) of a file. Raises UserError for a damaged one."""
     number = 0
-    with pq.ParquetFile(file, pre_buffer=False) as opened:
-        for batch in opened.iter_batches(_ROWS_AT_A_TIME, columns=columns, use_threads=False):
-            for row in batch.to_pylist():
-                yield number, row
-                number += 1
+    try:
+        with pq.ParquetFile(file, pre_buffer=False) as opened:
+            for batch in opened.iter_batches(_ROWS_AT_A_TIME, columns=columns, use_threads=False):
+                for row in batch.to_pylist():
+                    yield number, row
+                    number += 1
+    except (OSError, pa.ArrowException, UnicodeDecodeError, MemoryError) as error:
+        why = " ".join(str(error).split())[:120]
+        raise UserError(f"{file}: damaged after row {number - 1} ({why}); fetch it again") from None
 
 
 def _separate(objects: Any) -> list[dict[str, Any]]:

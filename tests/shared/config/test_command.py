@@ -41,7 +41,7 @@ def test_exit_codes_and_lines(run: Run, capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err == "error: --outptu: unknown flag; did you mean '--output'?\n"
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG])
 def test_disk_errors_are_the_users(run: Run, capsys: pytest.CaptureFixture[str], number: int) -> None:
     assert run(OSError(number, "x", "/big/file")) == 2
     line = capsys.readouterr().err

@@ -114,8 +114,6 @@ def test_environment_is_not_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("output: o\nsteps: !!int x\n", (), "FILE, line 2: 'x' is no int; put it in quotes where it is text"),
         ("output: !!map [1]\n", (), "FILE, line 1: a list or map is no map"),
         ("output: o\nsteps: !!python/object:os.system x\n", (), "FILE: not valid YAML: could not determine"),
-        ('output: o\nkind: "a\\0b"\n', (), "FILE: kind: holds a NUL character"),
-        ('output: o\nitems: [{path: "a\\0b"}]\n', (), "FILE: items.0.path: holds a NUL character"),
         ("output: o\ngroup: {rate: .inf}\n", (), "FILE: group.rate: has to be a finite number (given: Infinity)"),
         ("output: o\ngroup: {rate: .nan}\n", (), "FILE: group.rate: has to be"),
         ("output: o\n", ("--group.rate", "inf"), "command line: group.rate: has to be a finite number"),

@@ -187,3 +187,20 @@ def test_every_parameter_is_accounted_for() -> None:
     assert "0 unknown, 1 layers missing: conv missing" in error({k: v for k, v in arrays.items() if "conv" not in k})
     assert "fc.bias holds values that are not finite" in error(arrays | {"fc.bias": np.array([1, np.nan])})
     assert "fc.bias holds int64 values" in error(arrays | {"fc.bias": np.array([1, 2])})
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"\x80\x02}r\xff\xff\xff\x7f.", "remembers something as number 2147483647"),  # a table of 17 GB
+        (b"\x80\x02}" + b")" + b"\x85" * 100_000 + b"K\x01s.", "tuples in each other, more than 100 deep"),
+        (b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b"x.", "not a .pdparams file"),
+        (b"\x80\x02p99999999999999999999\n.", "remembers something as number 99999999999999999999"),
+    ],
+)
+def test_a_few_bytes_do_not_ask_for_gigabytes(content: bytes, why: str, tmp_path: Path) -> None:
+    file = tmp_path / "w.pdparams"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"not a \.pdparams file") as caught:
+        read_paddle_weights(file)
+    assert why in str(caught.value)

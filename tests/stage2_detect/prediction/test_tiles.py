@@ -17,7 +17,9 @@ from ssld.shared.errors import UserError
 from ssld.stage2_detect import predict
 from ssld.stage2_detect.detector_file import load_detector
 from ssld.stage2_detect.models.batch import Detections
-from ssld.stage2_detect.prediction.tiles import Window, merged_windows, windows_of
+from ssld.stage2_detect.models.boxes import pairwise_intersection
+from ssld.stage2_detect.prediction import tiles
+from ssld.stage2_detect.prediction.tiles import SAME, Window, merged_windows, windows_of
 
 Box = tuple[float, float, float, float]
 WHOLE = Window(0, 0, 200, 100)
@@ -151,6 +153,52 @@ def test_what_a_perfect_detector_sees_in_tiles_comes_back_exactly(seed: int, wit
     found = merged_windows(parts, width, height)
     assert sorted(found.boxes_N4.tolist()) == sorted(box.astype(float).tolist() for box in objects)
     assert (found.scores_N[:-1] >= found.scores_N[1:]).all()
+
+
+def test_boxes_are_compared_in_blocks_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the whole matrix of overlaps, whatever the block; and many boxes take no memory of their number's square."""
+    draw = np.random.default_rng(3)
+    windows = windows_of(900, 600, 250, 0.3)
+    windows_W4 = torch.tensor([(w.left, w.top, w.left + w.width, w.top + w.height) for w in windows]).double()
+    window_N = torch.from_numpy(np.sort(draw.integers(0, len(windows), 300)))
+    shares_N4 = torch.from_numpy(np.sort(draw.random((300, 2, 2)), axis=1).reshape(300, 4))
+    corner_N4, side_N4 = (
+        windows_W4[window_N][:, [0, 1, 0, 1]],
+        (windows_W4[:, 2:] - windows_W4[:, :2])[window_N].repeat(1, 2),
+    )
+    boxes_N4 = corner_N4 + shares_N4 * side_N4
+    both_NN = pairwise_intersection(boxes_N4, boxes_N4)
+    shown_NN = pairwise_intersection(boxes_N4, windows_W4)[:, window_N]
+    same_NN = (both_NN / (shown_NN + shown_NN.T - both_NN) > SAME) & (window_N[:, None] != window_N)
+    assert same_NN.sum() > 50
+    for block in (1, 1000, 10**6):
+        monkeypatch.setattr(tiles, "_BLOCK", block)
+        found = tiles._same(boxes_N4, window_N, windows_W4)
+        assert [sorted(row.tolist()) for row in found] == [row.nonzero()[:, 0].tolist() for row in same_NN]
+
+
+def test_a_long_image_of_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """60,000 pixels in a row: 10 boxes in each of a thousand tiles, whose matrix would have 139 million entries."""
+    largest = 0
+
+    def watched(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, len(first) * len(second))
+        return pairwise_intersection(first, second)
+
+    monkeypatch.setattr(tiles, "pairwise_intersection", watched)
+    boxes = [((2 * n, 0, 2 * n + 1, 1), 0.9 - n / 100) for n in range(10)]
+    parts = [(window, seen(*boxes)) for window in windows_of(60000, 1, 64, 0.2)]
+    assert len(parts) == 1178
+    assert len(merged_windows(parts, 60000, 1).scores_N) > 5000
+    assert largest < 1_000_000
+
+
+def test_more_tiles_than_anyone_waits_for_are_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"tile 32, overlap 0.9: make 1,752,976 tiles of an image of 4000 x 4000 pixels"
+    ):
+        windows_of(4000, 4000, 32, 0.9)
 
 
 # ---- prediction
