@@ -31,6 +31,7 @@ from ssld.shared.config.command import STOPPED, exit_code
 from ssld.shared.config.settings import Parser, did_you_mean
 from ssld.shared.errors import UserError
 from ssld.shared.run_dir import read_result
+from ssld.shared.terminal import say
 from ssld.shared.wording import count
 
 
@@ -61,38 +62,46 @@ def _run(argv: list[str]) -> int:
         return 0
     with _locked(output):
         for run in erase(stages, redo, output):
-            print(f"deleted {run}")
+            say(f"deleted {run}")
         record = Record(file.stem, arguments.smoke, pipeline)
         write_record(output, record)
+        if any(planned.state == "damaged" for planned in plan):
+            code = _run_stages([planned for planned in plan if planned.state == "damaged"], None, output)
+            if code:
+                return code
+            plan = make_plan(stages, set())  # now that all files are there again: are they what the rest was made from?
         return _run_stages(plan, record, output)
 
 
-def _run_stages(plan: list[Planned], record: Record, output: Path) -> int:
+def _run_stages(plan: list[Planned], record: Record | None, output: Path) -> int:
+    """Run the stages of a plan that are not done, then print the table; without a record nothing is printed at the end."""
     started = time.monotonic()
     with Signals() as signals:
         for number, planned in enumerate(plan, 1):
             stage, label = planned.stage, f"[{number}/{len(plan)}] {planned.stage.name}"
             if planned.state == "done":
-                print(f"{label}: done before", flush=True)
+                say(f"{label}: done before")
                 continue
             for note in planned.notes:
-                print(f"{label}: changed since the last start: {note}")
+                say(f"{label}: {note}")
             if signals.received:
                 return STOPPED
-            print(f"{label}: {shlex.join(command_line(stage))}", flush=True)
+            say(f"{label}: {shlex.join(command_line(stage))}")
             begun = time.monotonic()
             outcome = run_stage(stage, output / LOGS / f"{stage.name}.txt", signals)
             if outcome.code == STOPPED or (signals.received and number < len(plan)):
-                print(f"stage {stage.name}: stopped; the same command goes on from there", file=sys.stderr)
+                say(f"stage {stage.name}: stopped; the same command goes on from there", sys.stderr)
                 return STOPPED
             if outcome.code:
                 for line in outcome.lines:
-                    print(f"error: stage {stage.name}: {line}", file=sys.stderr)
+                    say(f"error: stage {stage.name}: {line}", sys.stderr)
                 return outcome.code
-            print(f"{label}: {(time.monotonic() - begun) / 60:.1f} min", flush=True)
+            say(f"{label}: {(time.monotonic() - begun) / 60:.1f} min")
+    if record is None:
+        return 0
     if record.pipeline.table:
-        print(f"\n{table_text(record.pipeline.table, output, smoke=record.smoke)}\n")
-    print(_closing_line(plan, time.monotonic() - started))
+        say(f"\n{table_text(record.pipeline.table, output, smoke=record.smoke)}\n")
+    say(_closing_line(plan, time.monotonic() - started))
     return 0
 
 
@@ -111,11 +120,13 @@ def _print_plan(plan: list[Planned], doomed: list[Path], output: Path) -> None:
         print(f"would delete {run}")
     for number, planned in enumerate(plan, 1):
         stage = planned.stage
-        words = {"done": "done, skipped", "begun": "goes on", "new": ""}[planned.state]
+        words = {"done": "done, skipped", "begun": "goes on", "damaged": "finished, but not all there", "new": ""}[
+            planned.state
+        ]
         costs = [words, steps_text(stage), disk_text(disk[stage.name]) if stage.name in disk else ""]
         print(f"[{number}/{len(plan)}] {stage.name}: {'; '.join(text for text in costs if text) or 'new'}")
         for note in planned.notes:
-            print(f"    changed since the last start: {note}")
+            print(f"    {note}")
         print(f"    {shlex.join(command_line(stage))}")
     print(f"{count(len(plan), 'stage')} in {output}: {total_text(disk)}; data sets not counted")
 

@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import re
 import signal
+from multiprocessing.queues import Queue
 from typing import Any
 
 import torch
@@ -88,4 +90,17 @@ def start_worker(_: int) -> None:
     """How a data loader's worker begins: with one thread, and deaf to signals sent to the main process's group, whose decision stopping is."""
     torch.set_num_threads(1)
     os.setpgrp()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # inherited from the main process, it would only set a flag there
+    for number in (signal.SIGTERM, signal.SIGHUP):  # inherited from the main process, it would only set a flag there
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    Queue._on_queue_feeder_error = staticmethod(_give_up)  # type: ignore[attr-defined]
+
+
+def _give_up(error: BaseException, _: Any) -> None:
+    """End a worker that cannot hand a batch over, with the number of the system's error, which `shared/config/command.py` explains.
+
+    Python would print a traceback and go on, and the main process wait for this batch for ever.
+    """
+    number = re.search(r"\((\d+)\)$", str(error))  # torch's RuntimeError on shared memory
+    code = getattr(error, "errno", None) or (int(number[1]) if number else 1)
+    os._exit(code if 0 < code < 128 else 1)

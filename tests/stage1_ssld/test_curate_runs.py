@@ -141,7 +141,7 @@ def test_sigterm_leaves_whole_shards(
         patch.setattr(shard_pass, "perceptual_hash", signals)
         assert call(curate, arguments(settings)) == 143
     assert "1 of 3 shards of this process are done; the same command goes on from there" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "run" / "scores").iterdir()] == ["000000.parquet"]
+    assert [path.name for path in (tmp_path / "run" / "scores").glob("*.parquet")] == ["000000.parquet"]
     assert call(curate, arguments(settings)) == 0
     assert "scores: 2 of 3 shards to do" in (tmp_path / "run" / "log.txt").read_text()
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")

@@ -39,7 +39,7 @@ def test_a_killed_run_goes_on(
         call(predict.main, predict_line())
     run = tmp_path / "seen"
     assert not (run / "predictions.json").exists()
-    assert sorted(path.name for path in (run / "parts").iterdir()) == ["000000.json", "000001.json"]
+    assert sorted(path.name for path in (run / "parts").glob("*.json")) == ["000000.json", "000001.json"]
     seen: list[int] = []
 
     def counted(self: Parts, number: int, *args: Any) -> None:
