@@ -30,6 +30,7 @@ from ssld.pipelines.runner.stages import LOGS, Stage, build_stages, find_pipelin
 from ssld.shared.config.command import STOPPED, exit_code
 from ssld.shared.config.settings import Parser, did_you_mean
 from ssld.shared.errors import UserError
+from ssld.shared.files import clear_leftovers
 from ssld.shared.run_dir import read_result
 from ssld.shared.terminal import say
 from ssld.shared.wording import count
@@ -165,6 +166,7 @@ def _locked(output: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{output}: in use by another pipeline; wait for it or give another --output") from None
+        clear_leftovers(output.glob(".*.*"))
         yield
 
 

@@ -122,9 +122,8 @@ class RunDir:
         """Write result.json, the record that this run is done, and delete its scratch; `outputs` are files inside the folder."""
         if not self.main:
             return
-        # An attempt that died between its last evaluation and this point has logged that evaluation already.
         if (self.path / "metrics.jsonl").exists():
-            self._rewrite_metrics({(line["step"], *line): line for line in read_metrics(self.path)}.values())
+            self._rewrite_metrics(read_metrics(self.path))
         record = {
             "command": self._command,
             "metrics": metrics,
@@ -276,7 +275,10 @@ def holds_no_run(folder: Path) -> bool:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a line torn by a kill, or damaged, is left out."""
+    """The lines of a run's metrics.jsonl; a line torn by a kill, or damaged, is left out.
+
+    An attempt that died after an evaluation has logged it, and so does the next: the last one counts.
+    """
     file = run / "metrics.jsonl"
     lines = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
@@ -286,7 +288,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             continue
         if isinstance(values, dict) and isinstance(values.get("step"), int):
             lines.append(values)
-    return lines
+    return list({(line["step"], *line): line for line in lines}.values())
 
 
 def read_result(run: Path) -> dict[str, Any] | None:
