@@ -76,7 +76,7 @@ def run_command(
         work(config)
     except UserError as error:
         return _report(str(error), rank, processes, output)
-    except (OSError, RuntimeError, MemoryError) as error:
+    except (OSError, EOFError, RuntimeError, MemoryError) as error:
         _leave_workers_alone()
         message = explained(error, output)
         if message:
@@ -125,14 +125,23 @@ def explained(error: Exception, output: Path | None) -> str | None:
         return f"{f'{where}: ' if where else ''}{os.strerror(error.errno)}; {_HINTS[error.errno]}"
     said = f"{error} {error.__cause__}"
     found = _LOADER.search(f"{error.__cause__}") or _LOADER.search(str(error))
-    if found is None:
+    cut_off = isinstance(error, ConnectionError | EOFError) and _came_from_a_loader(error)
+    if found is None and not cut_off:
         return f"{os.strerror(errno.EMFILE)}; {_HINTS[errno.EMFILE]}" if _TOO_MANY_FILES.search(said) else None
-    name, code = (found["signal"] or "").strip(), int(found["code"] or 0)
+    name, code = ((found["signal"] or "").strip(), int(found["code"] or 0)) if found else ("", 0)
     if name == "Bus error":
         code = errno.ENOSPC
     how = f" ({name})" if name else ""
-    often = "often because the machine had no memory left: take fewer --workers, or --workers 0"
+    often = "often because the machine had no memory left, or /dev/shm is full: take fewer --workers, or --workers 0"
     return f"a process that reads images has died{how}: {_LOADER_ADVICE.get(code, often)}; the same command goes on from what it has written"
+
+
+def _came_from_a_loader(error: BaseException) -> bool:
+    """Whether an error rose while a batch was fetched: from a worker that is gone, where torch has not noticed it yet."""
+    trace = error.__traceback__
+    while trace and trace.tb_frame.f_code.co_name != "_try_get_data":
+        trace = trace.tb_next
+    return trace is not None
 
 
 def _leave_workers_alone() -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import signal
+import time
 from multiprocessing.queues import Queue
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from ssld.shared.config.training import TrainingConfig
 from ssld.shared.errors import UserError
 
+_LAST_WORDS = 0.5  # seconds in which a worker that gives up still hands over what it has sent
 _MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -103,4 +105,5 @@ def _give_up(error: BaseException, _: Any) -> None:
     """
     number = re.search(r"\((\d+)\)$", str(error))  # torch's RuntimeError on shared memory
     code = getattr(error, "errno", None) or (int(number[1]) if number else 1)
+    time.sleep(_LAST_WORDS)
     os._exit(code if 0 < code < 128 else 1)
