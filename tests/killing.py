@@ -104,7 +104,7 @@ def run(case: dict[str, Any], calls: Calls | None = None) -> int:
     sys.argv = [case["name"], *case["argv"]]
     now = time.localtime(1_700_000_000)
     time.time, written = (lambda: 1_700_000_000.0), time.strftime
-    time.strftime = lambda form, *_: written(form, now)  # type: ignore[assignment]
+    time.strftime = lambda form, *_: written(form, now)
     to = os.open(f"{case['output']}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(to, 1)
     os.dup2(to, 2)

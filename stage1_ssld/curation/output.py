@@ -165,7 +165,7 @@ def materialise(run: RunDir, pool: Images) -> None:
                 rows = np.array(kept[edges[number] : edges[number + 1]])
                 with (
                     atomically(file) as temporary,
-                    pq.ParquetWriter(temporary, COPIES, write_page_checksum=True) as writer,
+                    pq.ParquetWriter(temporary, COPIES, write_page_checksum=True, use_dictionary=False) as writer,
                 ):
                     for group in _copies(pool, number, rows):
                         writer.write_table(pa.Table.from_pylist(group, COPIES))
@@ -174,7 +174,10 @@ def materialise(run: RunDir, pool: Images) -> None:
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether a file of copies is there, and the checksums of its pages are right. No file lies beside it: the folder is data for others too."""
+    """Whether a file of copies is there, and the checksums of its pages are right, which Arrow does not compare for dictionaries.
+
+    No file with a checksum lies beside it: the folder is data for others too.
+    """
     try:
         with pq.ParquetFile(file, page_checksum_verification=True) as copies:
             return sum(len(batch) for batch in copies.iter_batches(_COPIED)) == copies.metadata.num_rows

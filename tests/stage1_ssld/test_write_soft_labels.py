@@ -164,6 +164,33 @@ def test_it_goes_on_with_the_files_that_are_missing(
     assert contents(store) == contents(tmp_path / "whole" / "store")
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_file_that_was_damaged_is_made_again(
+    arguments: Any,
+    settings: dict[str, Any],
+    call: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    finished: bool,
+) -> None:
+    """One bit, in a file of the right size: it would be read as a soft label, and its checksum taken for the right one."""
+    assert call(main, arguments(settings)) == 0
+    store = tmp_path / "run" / "store"
+    whole = contents(store)
+    file = store / "shard-00001.bin"
+    damaged = bytearray(file.read_bytes())
+    damaged[8] ^= 1
+    file.write_bytes(damaged)
+    if not finished:
+        (tmp_path / "run" / "result.json").unlink()
+        (store / "store.json").unlink()
+    assert call(main, arguments(settings)) == 0
+    assert f"{file}: does not match its checksum; it is made again" in capsys.readouterr().out
+    assert contents(store) == whole
+    assert call(main, arguments(settings)) == 0
+    assert "this run is finished" in capsys.readouterr().out
+
+
 def test_it_stops_on_request_and_goes_on(
     arguments: Any,
     settings: dict[str, Any],
