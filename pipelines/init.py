@@ -9,6 +9,7 @@ file. With `--unlabeled DIR` the backbone is first distilled on those pictures, 
 """
 
 import json
+import os
 import shlex
 import sys
 import tempfile
@@ -125,6 +126,10 @@ def _check_arguments(arguments: Namespace, names: Iterable[Path]) -> None:
     for name, path in given.items():
         if path and "${" in str(path):
             raise UserError(f"--{name} {path}: ${{ stands for a variable in a pipeline; give a path without it")
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):  # before the data are looked over
+        why = "cannot be written to" if above.is_dir() else "is no folder"
+        raise UserError(f"--output {output}: {above} {why}; give another --output")
     if arguments.val_images and not arguments.val_annotations:
         raise UserError("--val_images: give --val_annotations too")
     if not 0 < arguments.val_share < 1:

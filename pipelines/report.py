@@ -29,7 +29,14 @@ from ssld.shared.run_dir import RunDir
 from ssld.shared.wording import count, duration
 
 _TEMPLATE = "report.html.jinja"
-_OWN_FILES = ("report.html", "result.json", "config.yaml", "environment.json", "log.txt", "error.json")
+_OWN_FILES = (
+    "report.html",
+    "result.json",
+    "log.txt",
+    "error.json",
+    "config.yaml",
+    "environment.json",
+)  # in this order deleted
 _MEASURES = (("detector AP", 2), ("top-1", 0))  # title, column of a row's values
 
 

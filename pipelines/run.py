@@ -30,6 +30,7 @@ from ssld.pipelines.runner.stages import LOGS, Stage, build_stages, find_pipelin
 from ssld.shared.config.command import STOPPED, exit_code
 from ssld.shared.config.settings import Parser, did_you_mean
 from ssld.shared.errors import UserError
+from ssld.shared.files import clear_leftovers
 from ssld.shared.run_dir import read_result
 from ssld.shared.terminal import say
 from ssld.shared.wording import count
@@ -67,10 +68,16 @@ def _run(argv: list[str]) -> int:
             say(f"deleted {run}")
         record = Record(file.stem, arguments.smoke, pipeline)
         write_record(output, record)
+        if any(planned.state == "damaged" for planned in plan):
+            code = _run_stages([planned for planned in plan if planned.state == "damaged"], None, output)
+            if code:
+                return code
+            plan = make_plan(stages, set())  # now that all files are there again: are they what the rest was made from?
         return _run_stages(plan, record, output)
 
 
-def _run_stages(plan: list[Planned], record: Record, output: Path) -> int:
+def _run_stages(plan: list[Planned], record: Record | None, output: Path) -> int:
+    """Run the stages of a plan that are not done, then print the table; without a record nothing is printed at the end."""
     started = time.monotonic()
     with Signals() as signals:
         for number, planned in enumerate(plan, 1):
@@ -79,7 +86,7 @@ def _run_stages(plan: list[Planned], record: Record, output: Path) -> int:
                 say(f"{label}: done before")
                 continue
             for note in planned.notes:
-                say(f"{label}: changed since the last start: {note}")
+                say(f"{label}: {note}")
             if signals.received:
                 return STOPPED
             say(f"{label}: {shlex.join(command_line(stage))}")
@@ -93,6 +100,8 @@ def _run_stages(plan: list[Planned], record: Record, output: Path) -> int:
                     say(f"error: stage {stage.name}: {line}", sys.stderr)
                 return outcome.code
             say(f"{label}: {(time.monotonic() - begun) / 60:.1f} min")
+    if record is None:
+        return 0
     if record.pipeline.table:
         say(f"\n{table_text(record.pipeline.table, output, smoke=record.smoke)}\n")
     say(_closing_line(plan, time.monotonic() - started))
@@ -114,11 +123,13 @@ def _print_plan(plan: list[Planned], doomed: list[Path], output: Path) -> None:
         say(f"would delete {run}")
     for number, planned in enumerate(plan, 1):
         stage = planned.stage
-        words = {"done": "done, skipped", "begun": "goes on", "new": ""}[planned.state]
+        words = {"done": "done, skipped", "begun": "goes on", "damaged": "finished, but not all there", "new": ""}[
+            planned.state
+        ]
         costs = [words, steps_text(stage), disk_text(disk[stage.name]) if stage.name in disk else ""]
         say(f"[{number}/{len(plan)}] {stage.name}: {'; '.join(text for text in costs if text) or 'new'}")
         for note in planned.notes:
-            say(f"    changed since the last start: {note}")
+            say(f"    {note}")
         say(f"    {shlex.join(command_line(stage))}")
     say(f"{count(len(plan), 'stage')} in {output}: {total_text(disk)}; data sets not counted")
 
@@ -157,6 +168,7 @@ def _locked(output: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{output}: in use by another pipeline; wait for it or give another --output") from None
+        clear_leftovers(output.glob(".*.*"))
         yield
 
 

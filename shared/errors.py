@@ -1,5 +1,7 @@
 """The one exception a user is meant to see."""
 
+import errno
+
 
 class UserError(Exception):
     """Something the user can mend: bad input, a bad key, a missing file.
@@ -22,5 +24,7 @@ _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a GPU's memory, or the machine's, is used up."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)  # torch's, without importing it
     return named or isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)

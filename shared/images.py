@@ -8,6 +8,7 @@ profiles.
 Legend: C 3 channels (RGB), H height, W width.
 """
 
+import errno
 import hashlib
 import importlib
 import io
@@ -63,6 +64,10 @@ class ImageHeader(NamedTuple):
     def upright_size(self) -> tuple[int, int]:
         """(height, width) of the upright image."""
         return (self.width, self.height) if self.orientation >= _SIDEWAYS else (self.height, self.width)
+
+
+_NOT_OF_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""errors on opening a sound image"""
 
 
 class UnreadableImage(Exception):
@@ -219,6 +224,8 @@ def _decoder_errors(source: bytes | str | Path, name: str | None) -> Iterator[No
         except UnreadableImage as error:
             raise UnreadableImage(name or _label(source), error.reason) from None
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in _NOT_OF_THE_FILE:
+                raise
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             if isinstance(error, Image.UnidentifiedImageError):
                 reason = "not an image, or of an unknown format"

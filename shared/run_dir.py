@@ -6,24 +6,27 @@
     log.txt           what the run printed
     quarantine.txt    unreadable images, if any
     checkpoints/      see shared/training/checkpoint.py
-    result.json       written last: its presence means the run is finished
+    result.json       written last: its presence, and that of the files whose checksums it holds, mean the run is finished
 
-Only the main rank writes; the lock is an flock that dies with its process. Does not import torch.
+Only the main rank writes; the lock is an flock that dies with its process: forked processes do not hold it. Does not import torch.
 """
 
 import fcntl
 import json
 import os
 import platform
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import yaml
 
-from ssld.shared.config.settings import MAY_CHANGE, NOT_IDENTITY, CommandConfig, differences, dump_yaml, identity
+from ssld.shared.checksums import remove_with_sum
+from ssld.shared.config.settings import NOT_IDENTITY, CommandConfig, differences, dump_yaml, identity
 from ssld.shared.config.training import PASSES_FILE
 from ssld.shared.errors import UserError
 from ssld.shared.files import clear_leftovers, file_sha256, files_digest, write_atomically
@@ -31,11 +34,12 @@ from ssld.shared.machine import installed_version
 from ssld.shared.noise import keep_noise_in
 from ssld.shared.tally import Tally
 from ssld.shared.terminal import say
-from ssld.shared.wording import printable
+from ssld.shared.wording import count, printable
 
 Status = Literal["new", "unfinished", "finished"]
 SPEED = ("seconds", "data_wait", "images_per_second", "memory_gb")
 """what a line of metrics.jsonl says of the machine, not of the training"""
+_BEFORE_A_RUN = frozenset({"environment.json", "error.json"})  # written before config.yaml
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "pycocotools", "safetensors", "numpy", "pillow")
 
 
@@ -46,9 +50,10 @@ class RunDir:
         config: the resolved settings; `config.output` is the folder.
         command: name of the entry script, for the records.
         main: whether this process writes (rank 0).
+        scratch: files and folders in it that the run goes on from after a kill; they are deleted when it is finished.
 
     Attributes:
-        status: "new", "unfinished" (the same run was begun here) or "finished" (result.json is there).
+        status: "new", "unfinished" (the same run was begun here, or files of the finished run are gone or changed) or "finished".
         write: prints a line.
 
     Raises:
@@ -57,12 +62,13 @@ class RunDir:
 
     _lock: IO[str] | None = None
 
-    def __init__(self, config: CommandConfig, command: str, *, main: bool = True) -> None:
+    def __init__(self, config: CommandConfig, command: str, *, main: bool = True, scratch: Sequence[str] = ()) -> None:
         self.path = config.output
         self.main = main
         self.status: Status = "new"
         self.write: Callable[[str], None] = say
-        self._config, self._command = config, command
+        self._config, self._command, self._scratch = config, command, scratch
+        self._changes: list[str] = []
         self._started = time.time()
         self.inputs: dict[str, str] = {}
         self._read: dict[str, Any] = {}
@@ -79,9 +85,9 @@ class RunDir:
         """Print a line and keep it in log.txt."""
         if self.main:
             text = printable(text, keep="\n\t")
-            self.write(text)
             with (self.path / "log.txt").open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
+            self.write(text)
 
     def tell(self, place: str, source: object, tally: Tally) -> None:
         """Log what reading `source`, the setting `place`, has left out, if anything, and keep the counts for result.json."""
@@ -102,26 +108,33 @@ class RunDir:
 
     def cut_metrics(self, step: int) -> None:
         """Drop what a killed run wrote after the checkpoint of `step`, and a torn last line."""
-        if self.main and (self.path / "metrics.jsonl").exists():
-            self._rewrite_metrics(line for line in read_metrics(self.path) if line["step"] <= step)
+        file = self.path / "metrics.jsonl"
+        if self.main and file.exists():
+            lines = read_metrics(self.path)
+            written = file.read_bytes().count(b"\n")  # a torn last line has no end
+            if written > len(lines):
+                self.log(
+                    f"{file}: {count(written - len(lines), 'line')} cannot be read and will be missing in curves and reports"
+                )
+            self._rewrite_metrics(line for line in lines if line["step"] <= step)
 
     def quarantine(self, keys: Iterable[str]) -> None:
         """Write the list of unreadable images."""
         if self.main:
-            write_atomically(self.path / "quarantine.txt", "".join(f"{key}\n" for key in sorted(set(keys))))
+            lines = "".join(f"{key}\n" for key in sorted(set(keys)))
+            write_atomically(self.path / "quarantine.txt", lines.encode("utf-8", "surrogateescape"))
 
     def quarantined(self) -> list[str]:
         """The unreadable images that this run has met so far."""
         file = self.path / "quarantine.txt"
-        return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        return file.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if file.is_file() else []
 
     def finish(self, metrics: dict[str, Any], outputs: Iterable[Path] = ()) -> None:
-        """Write result.json, the record that this run is done, and release the folder; `outputs` are files inside it."""
+        """Write result.json, the record that this run is done, delete its scratch and release the folder; `outputs` are files inside it."""
         if not self.main:
             return
-        # An attempt that died between its last evaluation and this point has logged that evaluation already.
         if (self.path / "metrics.jsonl").exists():
-            self._rewrite_metrics({(line["step"], *line): line for line in read_metrics(self.path)}.values())
+            self._rewrite_metrics(read_metrics(self.path))
         record = {
             "command": self._command,
             "metrics": metrics,
@@ -129,11 +142,31 @@ class RunDir:
             "config": identity(self._config),
             "inputs": self.inputs,
             "read": self._read,
+            "changes": self._changes,
             "seconds": round(time.time() - self._started, 1),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         write_atomically(self.path / "result.json", json.dumps(record, indent=2) + "\n")
+        self._delete_scratch()
         self.close()  # whoever looks next need not wait for this object to be collected
+
+    def reopen(self) -> None:
+        """Make a finished run an unfinished one, because what it has written is not all there."""
+        (self.path / "result.json").unlink(missing_ok=True)
+        self.status = "unfinished"
+
+    def _make_again(self, gone: Sequence[str], changed: Sequence[str]) -> None:
+        """Reopen a finished run whose files, by their paths inside it, are gone or have other content. These are kept under another name."""
+        if gone or changed:
+            self.reopen()
+        for name in gone:
+            self.log(f"{self.path / name}: is gone since this run finished; it is made again")
+        for name in changed:
+            kept = self.path / f"{name}.changed"
+            (self.path / name).replace(kept)
+            self.log(
+                f"{self.path / name}: has changed since this run finished; it is made again, and {kept.name} is what was there"
+            )
 
     def close(self) -> None:
         """Release the folder."""
@@ -171,12 +204,11 @@ class RunDir:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; give another --output")
         foreign = self.path.is_dir() and not (self.path / "config.yaml").exists()
-        if foreign and any(
-            not entry.name.startswith(".") and entry.name != "error.json" for entry in self.path.iterdir()
-        ):
+        if foreign and not holds_no_run(self.path):
             raise UserError(f"{self.path}: not empty and not a run directory; give another --output")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / ".lock").open("w")
+        _LOCKS.add(self._lock)
 
     def _compare_and_record(self) -> None:
         clear_leftovers(self.path.rglob(".*.*"))
@@ -185,22 +217,38 @@ class RunDir:
         changes: list[str] = []
         if (self.path / "config.yaml").exists() and self._holds_work():
             changes = self._refuse_other_run()
-            self._note_environment(environment)
-            finished = (self.path / "result.json").exists() and not changes
-            self.status = "finished" if finished else "unfinished"
-            if finished:
-                return
+            before = self._environment_before()
+            self._changes = list(dict.fromkeys([*_strings(before.get("changes")), *changes]))
+            for key in ("versions", "processes", "threads"):
+                if before and before.get(key) != environment[key]:
+                    self.log(f"{key} differ from the last start: results may differ in the last bits")
+            result = None if changes else read_result(self.path)
+            self.status = "unfinished" if result is None else "finished"
+            if result is not None:
+                self._delete_scratch()
+                self._make_again(*gone_or_changed(self.path, result))
+                if self.status == "finished":
+                    return
         (self.path / "error.json").unlink(missing_ok=True)
         (self.path / "result.json").unlink(missing_ok=True)
+        environment["changes"] = self._changes
         write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
         write_atomically(self.path / "config.yaml", dump_yaml(self._config))
         for change in changes:
-            self.log(change)
+            self.log(f"changed since the last start: {change}")
 
     def _holds_work(self) -> bool:
         """Whether a run got further than its start here: one refused for a mistake may begin again with other settings."""
-        records = {"config.yaml", "environment.json", "log.txt", "error.json", PASSES_FILE}
+        records = {"config.yaml", "log.txt", PASSES_FILE} | _BEFORE_A_RUN
         return any(not entry.name.startswith(".") and entry.name not in records for entry in self.path.iterdir())
+
+    def _delete_scratch(self) -> None:
+        for name in self._scratch:
+            path = self.path / name
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                remove_with_sum(path)
 
     def _refuse_other_run(self) -> list[str]:
         """Lines on permitted changes; UserError for any other difference between the run begun here and the one asked for."""
@@ -214,64 +262,115 @@ class RunDir:
             raise UserError(
                 f"{self.path}: holds this run already and --resume is never; give another --output or delete it"
             )
-        return [f"changed since the last start: {line}" for line in allowed]
+        return allowed
 
-    def _note_environment(self, environment: dict[str, Any]) -> None:
-        try:
-            before = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return
-        for key in ("versions", "processes", "threads"):
-            if before.get(key) != environment[key]:
-                self.log(f"{key} differ from the last start: results may differ in the last bits")
+    def _environment_before(self) -> dict[str, Any]:
+        """What the last start recorded; `recorded_identity` has refused a file that is damaged."""
+        before: dict[str, Any] = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
+        return before
+
+
+_LOCKS: "weakref.WeakSet[IO[str]]" = weakref.WeakSet()
+
+
+def _close_locks() -> None:
+    for lock in list(_LOCKS):
+        lock.close()
+
+
+# A worker of a data loader outlives a killed main process by seconds, and with it an flock that it has inherited.
+os.register_at_fork(after_in_child=_close_locks)
+
+
+def holds_no_run(folder: Path) -> bool:
+    """Whether a folder holds no more than a start leaves that never came to its first record."""
+    return all(entry.name.startswith(".") or entry.name in _BEFORE_A_RUN for entry in folder.iterdir())
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a line torn by a kill is left out."""
+    """The lines of a run's metrics.jsonl; a line torn by a kill, or damaged, is left out.
+
+    An attempt that died after an evaluation has logged it, and so does the next: the last one counts.
+    """
     file = run / "metrics.jsonl"
     lines = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
             continue
-    return lines
+        if isinstance(values, dict) and isinstance(values.get("step"), int):
+            lines.append(values)
+    return list({(line["step"], *line): line for line in lines}.values())
 
 
 def read_result(run: Path) -> dict[str, Any] | None:
-    """A run's result.json, or None while it is not finished."""
+    """A run's result.json, or None while it is not finished. Raises UserError for a damaged one."""
+    file = run / "result.json"
     try:
-        result: dict[str, Any] = json.loads((run / "result.json").read_text(encoding="utf-8"))
+        result: dict[str, Any] = _read_json(file)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run / 'result.json'}: not readable ({error}); delete it and run again") from None
-    return result
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not readable ({error}); delete it and run again") from None
+    for key in ("metrics", "outputs"):
+        if not isinstance(result.get(key, {}), dict):
+            raise UserError(f"{file}: not readable ({key} are no keys and values); delete it and run again")
+    return {"metrics": {}, "outputs": {}, **result}
+
+
+def gone_or_changed(run: Path, result: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Names of the files of a finished run that are not there any more, and of those with other content than result.json says."""
+    gone, changed = [], []
+    for name, digest in result["outputs"].items():
+        file = run / name
+        if not file.is_file():
+            gone.append(name)
+        elif file_sha256(file) != digest:
+            changed.append(name)
+    return gone, changed
 
 
 def recorded_identity(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """(settings, input digests) of the run begun in a folder."""
-    file = run / "config.yaml"
+    """(settings, input digests) of the run begun in a folder. Raises UserError where its records are damaged."""
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-        environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("config.yaml has no keys and values")
+        inputs = _read_json(run / "environment.json").get("inputs", {})
+        if not isinstance(inputs, dict):
+            raise ValueError("environment.json: inputs has no keys and values")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(
             f"{run}: its config.yaml or environment.json is not readable ({' '.join(str(error).split())}); delete the folder"
         ) from None
-    return {key: value for key, value in settings.items() if key not in NOT_IDENTITY}, environment.get("inputs", {})
+    return {key: value for key, value in settings.items() if key not in NOT_IDENTITY}, inputs
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{file.name} has no keys and values")
+    return content
+
+
+def _strings(value: Any) -> list[str]:
+    return [str(one) for one in value] if isinstance(value, list) else []
 
 
 def changes_since(run: Path, config: CommandConfig, inputs: dict[str, str]) -> tuple[list[str], list[str]]:
     """(permitted, refused) lines on what differs between the run begun in a folder and the one asked for now."""
     old_config, old_inputs = recorded_identity(run)
+    may_change = config.may_change
+    if not (run / "result.json").exists():  # there is training left that it has a part in
+        may_change |= config.may_change_before_the_end
     permitted: list[str] = []
     refused: list[str] = []
     for key, before, after in differences(old_config, identity(config)):
         if _same_place(before, after):
             continue
         line = f"{key}: {json.dumps(before)} -> {json.dumps(after)}"
-        (permitted if key in MAY_CHANGE else refused).append(line)
+        (permitted if key in may_change else refused).append(line)
     refused += [
         f"{key} has other content" for key, before, after in differences(old_inputs, inputs) if before and after
     ]

@@ -1,10 +1,38 @@
-"""Lines for the terminal: what names and files bring along cannot move its cursor, colour it or end a line."""
+"""Lines for the terminal: what names and files bring along cannot move its cursor, colour it or end a line; and nothing ends because nobody reads
+them any more, as behind a pipe that `head` has left. Torch-free."""
 
+import errno
+import os
+import sys
 from typing import TextIO
 
 from ssld.shared.wording import printable
 
+_GONE = (errno.EPIPE, errno.EIO)
+
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print text, on standard output unless `stream` says otherwise; its own line breaks and tabs stay, other control characters are escaped."""
-    print(printable(text, keep="\n\t"), file=stream, flush=True)
+    """Print text, on standard output unless `stream` says otherwise; its own line breaks and tabs stay, other control characters are escaped.
+
+    A stream whose reader is gone is sent to nowhere from then on.
+    """
+    stream, text = stream or sys.stdout, printable(text, keep="\n\t")
+    try:
+        print(text, file=stream, flush=True)
+    except UnicodeEncodeError:  # letters that the terminal's encoding does not have
+        print(text.encode("ascii", "backslashreplace").decode(), file=stream, flush=True)
+    except OSError as error:
+        if error.errno not in _GONE:
+            raise
+        silence(stream)
+
+
+def silence(stream: TextIO) -> None:
+    """Let what is still printed to a stream go nowhere: what it holds back would otherwise fail once more at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, stream.fileno())
+    except (OSError, ValueError):  # no file behind it
+        pass
+    finally:
+        os.close(nowhere)

@@ -143,7 +143,16 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     # ---- resume
     quarantine = Quarantine(run, training.images)
     state = TrainingState(
-        run, accelerator, student.networks(), optimizer, quarantine, steps, config.batch_size, config.keep_checkpoints
+        run,
+        accelerator,
+        student.networks(),
+        optimizer,
+        quarantine,
+        steps,
+        config.batch_size,
+        config.keep_checkpoints,
+        config.optim.lr,
+        config.precision,
     )
     start, resumed = state.restore()
 
@@ -173,6 +182,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 on_unreadable=quarantine.add,
             )
         quarantine.write()
+        state.check_metrics(step, metrics)
         run.log(f"step {step}: {describe(metrics)}")
         run.metric(step, **{f"val_{name}": value for name, value in metrics.items()})
         return metrics
@@ -214,7 +224,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
 
     def keep_best(step: int, metrics: dict[str, float]) -> None:
         if metrics and state.improved(_score(metrics, config.best_by)):
-            state.watch.check()
+            state.check(step)
             save_network(step, run.path / f"{result}_best.safetensors", metrics)
 
     # ---- what is about to happen
@@ -296,6 +306,8 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 with progress.pausing():
                     metrics, scored = evaluate_now(step), step
                     keep_best(step, metrics)
+            if step == steps or state.exhausted(config.patience):
+                state.check_last_update(step, lambda: objective(model(pixels), soft, labels, mixed))  # noqa: B023 - called here
             stopping = stop.agreed() and step < steps
             if step % config.save_every == 0 or step == steps or stopping or state.exhausted(config.patience):
                 state.save(step)

@@ -77,7 +77,7 @@ def check_data(arguments: Namespace) -> int:
         _write_copies(checks, _copies(places, arguments.fix), allow_loss=arguments.allow_loss)
     levels = Counter(finding.level for finding in findings)
     if not arguments.report:  # a program that asks for it has its own last line
-        print(
+        say(
             f"{count(levels['fault'], 'fault')}, {count(levels['warning'], 'warning')}, {count(levels['note'], 'note')}"
         )
     return 1 if levels["fault"] else 0
@@ -306,7 +306,7 @@ def _write_copies(checks: "Sequence[FileCheck]", copies: dict[str, Path], *, all
             lines.append(
                 f"wrote {file}: {count(len(data.images), 'image')}, {count(data.counts['boxes'], 'box')}{left}; the pictures stay in {check.folder}"
             )
-    print("\n".join(lines))
+    say("\n".join(lines))
 
 
 def _parser() -> Parser:

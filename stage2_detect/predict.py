@@ -68,7 +68,7 @@ def _predict(config: PredictConfig) -> None:
     work = find_work(config)
 
     accelerator = Accelerator(cpu=not uses_gpu(config.device))
-    run = RunDir(config, "predict", main=accelerator.is_main_process)
+    run = RunDir(config, "predict", main=accelerator.is_main_process, scratch=("parts",))
     if from_main_rank(run.status) == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
@@ -144,8 +144,6 @@ def _predict(config: PredictConfig) -> None:
         raise UserError(problem)
     accelerator.end_training()
     run.finish(metrics, files)
-    if accelerator.is_main_process:
-        parts.delete()
 
 
 if __name__ == "__main__":

@@ -90,7 +90,16 @@ def train(config: TrainConfig) -> None:
     # ---- resume
     quarantine = Quarantine(run, data.images)
     state = TrainingState(
-        run, accelerator, trained.networks(), optimizer, quarantine, steps, config.batch_size, config.keep_checkpoints
+        run,
+        accelerator,
+        trained.networks(),
+        optimizer,
+        quarantine,
+        steps,
+        config.batch_size,
+        config.keep_checkpoints,
+        config.optim.lr,
+        config.precision,
     )
     start, resumed = state.restore()
     loader = training_loader(config, data, start=start, stop=steps, rank=accelerator.process_index, ranks=ranks)
@@ -113,6 +122,7 @@ def train(config: TrainConfig) -> None:
         share_buffers(net)
         metrics, detections = score(net, data.val, sizing, say=run.log, **evaluation)
         losses = validation_losses(net, data.val_objects, sizing, **evaluation) if data.val_objects else {}
+        state.check_metrics(step, metrics | losses)
         shown = [describe(metrics), *(f"{name} {value:.4f}" for name, value in losses.items())]
         run.log(f"step {step}: {', '.join(shown)}")
         if teacher_check and (warning := teacher_check.beside(detections)):
@@ -130,7 +140,7 @@ def train(config: TrainConfig) -> None:
     def keep_best(step: int, metrics: dict[str, Any]) -> None:
         # Without an object to be found there is no score, and none to wait for.
         if metrics.get("AP") is not None and state.improved(metrics["AP"]):
-            state.watch.check()
+            state.check(step)
             save_model(run.path / "detector_best.safetensors", step, metrics)
 
     # ---- what is about to happen
@@ -212,6 +222,8 @@ def train(config: TrainConfig) -> None:
                 with progress.pausing():
                     metrics, scored = evaluate_now(step), step
                     keep_best(step, metrics)
+            if step == steps or state.exhausted(config.patience):
+                state.check_last_update(step, lambda: model(images, targets))  # noqa: B023 - called here
             stopping = stop.agreed() and step < steps
             if step % config.save_every == 0 or step == steps or stopping or state.exhausted(config.patience):
                 state.save(step)

@@ -222,10 +222,11 @@ def scripts() -> Scripts:
 
 @pytest.fixture(scope="session")
 def files_below() -> Callable[[Path], set[str]]:
-    """Relative paths of all files in a folder."""
+    """Relative paths of all files in a folder, without the checksums beside them."""
 
     def names(folder: Path) -> set[str]:
-        return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        return {name for name in found if name.removesuffix(".sha256") not in found - {name}}
 
     return names
 

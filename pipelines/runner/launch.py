@@ -38,7 +38,7 @@ class Outcome:
 
 
 class Signals:
-    """Context in which SIGINT and SIGTERM go to the running stage instead of ending this process.
+    """Context in which SIGINT, SIGTERM and SIGHUP go to the running stage instead of ending this process; what `nohup` ignores stays ignored.
 
     Attributes:
         received: the first signal that came, or None.
@@ -50,7 +50,10 @@ class Signals:
         self.group: int | None = None
 
     def __enter__(self) -> "Signals":
-        self._before = {number: signal.signal(number, self._forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = [
+            one for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN
+        ]
+        self._before = {number: signal.signal(number, self._forward) for number in heard}
         return self
 
     def __exit__(

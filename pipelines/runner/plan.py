@@ -2,6 +2,8 @@
 
 import fcntl
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,14 +11,19 @@ from typing import Literal
 from ssld.pipelines.runner.stages import Stage, followers
 from ssld.shared.errors import UserError
 from ssld.shared.models.downloads import find_downloads_apart
-from ssld.shared.run_dir import changes_since, input_digest, read_result
+from ssld.shared.run_dir import changes_since, gone_or_changed, holds_no_run, input_digest, read_result
 
-State = Literal["done", "new", "begun"]
+State = Literal["done", "new", "begun", "damaged"]
+_DOOMED = ".deleted_"
+"""how the name of a run directory begins while it is deleted"""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A stage and what will happen to it: done is skipped, new starts from nothing, begun goes on where it was."""
+    """A stage and what will happen to it: done is skipped, new starts from nothing, begun goes on where it was.
+
+    Of a damaged one files are gone or changed since it was finished: they are made again, and what follows stays if they are the same.
+    """
 
     stage: Stage
     state: State
@@ -32,12 +39,13 @@ def make_plan(stages: list[Stage], redo: set[str]) -> list[Planned]:
     by_name = {stage.name: stage for stage in stages}
     erased = followers(stages, redo)
     pending: set[str] = set()
+    damaged: set[str] = set()
     plan: list[Planned] = []
     errors: list[str] = []
     outdated: dict[str, list[str]] = {}
     told: set[Path] = set()
     for stage in stages:
-        digests, missing = _inputs(stage, by_name, pending)
+        digests, missing = _inputs(stage, by_name, pending, damaged)
         errors += [f"stage {stage.name}: {line}" for path, line in missing.items() if path not in told]
         told |= set(missing)
         planned, refused = _compare(stage, digests, erased)
@@ -52,7 +60,9 @@ def make_plan(stages: list[Stage], redo: set[str]) -> list[Planned]:
             outdated[stage.name] = waits_for
         if stage.kind.remake and waits_for:
             planned = Planned(stage, "new")
-        if planned.state != "done":
+        if planned.state == "damaged":
+            damaged.add(stage.name)
+        elif planned.state != "done":
             pending.add(stage.name)
         plan.append(planned)
     for name in outdated:
@@ -85,21 +95,40 @@ def downloads(plan: list[Planned]) -> list[str]:
 
 
 def erase(stages: list[Stage], redo: set[str], output: Path) -> list[Path]:
-    """Delete the run directories of `redo` and what follows; returns them. Nothing but a run directory inside `output` is ever deleted."""
+    """Delete the run directories of `redo` and what follows; returns them. Nothing but a run directory inside `output` is ever deleted.
+
+    Each takes another name first, those that follow from others before these: a kill leaves a stage whole or not at all.
+    """
+    clear_erased(output)
     doomed = to_erase(stages, redo)
-    for run in doomed:
-        if run.is_symlink() or not run.resolve().is_relative_to(output.resolve()):
-            raise UserError(f"{run}: not a folder inside {output}; delete it yourself")
-        if not (run / "config.yaml").is_file():
-            raise UserError(f"{run}: not a run directory; delete it yourself")
-        with (run / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(f"{run}: in use by another process; it cannot be computed again now") from None
-    for run in doomed:
-        shutil.rmtree(run)
+    with ExitStack() as locks:
+        for run in doomed:
+            if run.is_symlink() or not run.resolve().is_relative_to(output.resolve()):
+                raise UserError(f"{run}: not a folder inside {output}; delete it yourself")
+            if not (run / "config.yaml").is_file():
+                raise UserError(f"{run}: not a run directory; delete it yourself")
+            locks.enter_context(_locked(run))
+        for run in reversed(doomed):
+            run.rename(output / f"{_DOOMED}{run.name}")
+    clear_erased(output)
     return doomed
+
+
+def clear_erased(output: Path) -> None:
+    """Delete what `erase` has renamed, now or in a process that was killed."""
+    for folder in output.glob(f"{_DOOMED}*"):
+        if not folder.is_symlink():
+            shutil.rmtree(folder)
+
+
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    with (run / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{run}: in use by another process; it cannot be computed again now") from None
+        yield
 
 
 def to_erase(stages: list[Stage], redo: set[str]) -> list[Path]:
@@ -112,10 +141,12 @@ def _is_blank(run: Path) -> bool:
     """Whether a folder is absent or holds no more than a start that never came to anything leaves."""
     if not run.is_dir():
         return not run.exists()
-    return all(entry.name.startswith(".") or entry.name == "error.json" for entry in run.iterdir())
+    return holds_no_run(run)
 
 
-def _inputs(stage: Stage, by_name: dict[str, Stage], pending: set[str]) -> tuple[dict[str, str], dict[Path, str]]:
+def _inputs(
+    stage: Stage, by_name: dict[str, Stage], pending: set[str], damaged: set[str]
+) -> tuple[dict[str, str], dict[Path, str]]:
     """(digests of the inputs that are there, a line on each path that is not and will not be)."""
     digests: dict[str, str] = {}
     missing: dict[Path, str] = {}
@@ -125,6 +156,8 @@ def _inputs(stage: Stage, by_name: dict[str, Stage], pending: set[str]) -> tuple
             if not stage.kind.remake and not writer.writes(path):
                 what = ", ".join(writer.kind.writes) or "nothing to read"
                 missing[path] = f"{key}: {path}: stage {writer.name} does not write this; it writes {what}"
+        elif writer and writer.name in damaged:
+            continue  # compared once it has been made again
         elif path.exists():
             digests[key] = input_digest(path, stage.run)
         else:
@@ -138,8 +171,12 @@ def _compare(stage: Stage, digests: dict[str, str], erased: set[str]) -> tuple[P
     if stage.name in erased or not (stage.run / "config.yaml").exists():
         return Planned(stage, "new"), []
     permitted, refused = changes_since(stage.run, stage.config, digests)
+    result = read_result(stage.run)
+    changed = [] if result is None else [name for names in gone_or_changed(stage.run, result) for name in names]
     if stage.kind.remake:
-        known = (read_result(stage.run) or {}).get("inputs")
-        return Planned(stage, "done" if known == digests and not refused else "new"), []
-    finished = read_result(stage.run) is not None and not permitted
-    return Planned(stage, "done" if finished else "begun", tuple(permitted)), refused
+        same = result is not None and result.get("inputs") == digests and not changed
+        return Planned(stage, "done" if same and not refused else "new"), []
+    if result is None or permitted:
+        return Planned(stage, "begun", tuple(f"changed since the last start: {line}" for line in permitted)), refused
+    gone = tuple(f"{stage.run / name} is gone or has changed; it is made again" for name in changed)
+    return Planned(stage, "damaged" if gone else "done", gone), refused

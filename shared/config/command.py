@@ -1,8 +1,11 @@
 """What every entry script does around its work: parse, set threads, and turn a user's mistake into one line and exit code 2."""
 
+import contextlib
 import errno
 import json
 import os
+import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,9 +16,10 @@ from ssld.shared.errors import Stopped, UserError, is_out_of_memory
 from ssld.shared.files import write_atomically
 from ssld.shared.machine import cores
 from ssld.shared.noise import libraries_told_apart
-from ssld.shared.terminal import say
+from ssld.shared.terminal import say, silence
 
 USER_ERROR, STOPPED = 2, 143
+_NOBODY_READS = 128 + signal.SIGPIPE
 _MAKE_ROOM = "nothing is lost: make room and run the same command again"
 _HINTS = {
     errno.ENOSPC: _MAKE_ROOM,
@@ -24,6 +28,9 @@ _HINTS = {
     errno.EROFS: "give another --output",
     errno.ENAMETOOLONG: "give a shorter path",
     errno.EACCES: "check its permissions, or give another --output",
+    errno.EMFILE: "raise the limit of open files (ulimit -n 4096), or take fewer --workers",
+    errno.ENFILE: "the machine has no more; take fewer --workers",
+    errno.EIO: "the disk or network drive failed; check it, and run the same command again",
 }
 _PASSES = (
     "The run goes on with --auto_batch true, which takes the same batch in as many passes as fit, or with --accumulate 2, 4, ... "
@@ -31,6 +38,17 @@ _PASSES = (
 )
 _MORE_PASSES = "auto_batch found too few passes: the same command tries more of them"
 _SMALLER = "Take a smaller --batch_size"
+# What torch's loader says of a worker that is gone, wherever the main process is at that moment.
+_LOADER = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is killed by signal: (?P<signal>[^.]+)"
+    r"|exited unexpectedly(?: with exit code (?P<code>\d+))?)"
+)
+_TOO_MANY_FILES = re.compile(r"Too many open files|items of ancillary data")  # as multiprocessing tells it
+_LOADER_ADVICE = {
+    errno.ENOSPC: "/dev/shm is full, through which batches pass: enlarge it (docker run --shm-size 8g), take fewer --workers, or --workers 0",
+    errno.EMFILE: "it may open no more files: raise the limit (ulimit -n 4096), take fewer --workers, or --workers 0",
+    errno.ENOMEM: "out of memory: take fewer --workers, or --workers 0",
+}
 
 
 def run_command(
@@ -61,13 +79,11 @@ def run_command(
             work(config)
     except UserError as error:
         return _report(str(error), rank, processes, output)
-    except OSError as error:
-        if error.errno not in _HINTS:
-            raise
-        where = error.filename or output
-        message = f"{where}: {os.strerror(error.errno)}; {_HINTS[error.errno]}"
-        return _report(message, rank, processes, output)
-    except (RuntimeError, MemoryError) as error:
+    except (OSError, EOFError, RuntimeError, MemoryError) as error:
+        _leave_workers_alone()
+        message = explained(error, output)
+        if message:
+            return _report(message, rank, processes, output)
         if not is_out_of_memory(error):
             raise
         advice = _SMALLER if auto_batch is None else _MORE_PASSES if auto_batch else _PASSES
@@ -77,7 +93,7 @@ def run_command(
         return _report(f"out of memory: {what} {advice}", rank, processes, output)
     except KeyboardInterrupt:
         if rank == 0:
-            print("stopped; the same command begins again, and goes on from what it has written", file=sys.stderr)
+            say("stopped; the same command begins again, and goes on from what it has written", sys.stderr)
         return STOPPED
     except Stopped as error:
         if rank == 0:
@@ -100,17 +116,61 @@ def exit_code(work: Callable[[], int]) -> int:
     try:
         return work()
     except UserError as error:
-        for line in str(error).split("\n"):
-            say(f"error: {line}", sys.stderr)
-        return USER_ERROR
+        return _report(str(error), 0, 1, None)
+    except BrokenPipeError:  # as `ssld inspect FILE | head` ends: what there was to say was for that reader
+        silence(sys.stdout)
+        return _NOBODY_READS
+    except OSError as error:
+        message = explained(error, None)
+        if message is None:
+            raise
+        return _report(message, 0, 1, None)
+
+
+def explained(error: Exception, output: Path | None) -> str | None:
+    """The line on a disk that is full or fails, or on a loader process that is gone; None for any other error.
+
+    torch raises the latter from a signal handler, anywhere in the main process.
+    """
+    if isinstance(error, OSError) and error.errno in _HINTS:
+        where = error.filename or output
+        return f"{f'{where}: ' if where else ''}{os.strerror(error.errno)}; {_HINTS[error.errno]}"
+    said = f"{error} {error.__cause__}"
+    found = _LOADER.search(f"{error.__cause__}") or _LOADER.search(str(error))
+    cut_off = isinstance(error, ConnectionError | EOFError) and _came_from_a_loader(error)
+    if found is None and not cut_off:
+        return f"{os.strerror(errno.EMFILE)}; {_HINTS[errno.EMFILE]}" if _TOO_MANY_FILES.search(said) else None
+    name, code = ((found["signal"] or "").strip(), int(found["code"] or 0)) if found else ("", 0)
+    if name == "Bus error":
+        code = errno.ENOSPC
+    how = f" ({name})" if name else ""
+    often = "often because the machine had no memory left, or /dev/shm is full: take fewer --workers, or --workers 0"
+    return f"a process that reads images has died{how}: {_LOADER_ADVICE.get(code, often)}; the same command goes on from what it has written"
+
+
+def _came_from_a_loader(error: BaseException) -> bool:
+    """Whether an error rose while a batch was fetched: from a worker that is gone, where torch has not noticed it yet."""
+    trace = error.__traceback__
+    while trace and trace.tb_frame.f_code.co_name != "_try_get_data":
+        trace = trace.tb_next
+    return trace is not None
+
+
+def _leave_workers_alone() -> None:
+    """Once one of torch's loader processes is gone, its handler would raise the same for the next, in the middle of the report on the first."""
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _note_too_few_passes(run: Path) -> None:
     """For the next start, which looks for more: a run with `auto_batch` ran out of memory with the passes that were found."""
     file = run / PASSES_FILE
-    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    if "accumulate" in found:
-        write_atomically(file, json.dumps({"too_few": found["accumulate"], "processes": found["processes"]}) + "\n")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        record = {"too_few": int(found["accumulate"]), "processes": int(found["processes"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    write_atomically(file, json.dumps(record) + "\n")
 
 
 def _report(message: str, rank: int, processes: int, output: Path | None) -> int:

@@ -35,11 +35,6 @@ from ssld.shared.errors import UserError
 NOT_IDENTITY = frozenset(
     {"output", "resume", "workers", "threads", "log_every", "trackers", "device", "cache_annotations", "verbose"}
 )
-# These may change between two starts of one run: the change is printed.
-MAY_CHANGE = frozenset(
-    {"steps", "train_epochs", "train_images", "save_every", "keep_checkpoints", "evaluate_every"}
-    | {"accumulate", "auto_batch", "val_batch_size"}  # what a run that ran out of memory goes on with; its batch stays
-)
 
 
 class Network(NamedTuple):
@@ -109,6 +104,10 @@ class CommandConfig(BaseSettings):
 
     alternatives: ClassVar[Alternatives] = ()
     """one on the command line replaces another of the file"""
+    may_change: ClassVar[frozenset[str]] = frozenset()
+    """keys that may differ between two starts of one run: the change is printed and recorded"""
+    may_change_before_the_end: ClassVar[frozenset[str]] = frozenset()
+    """the same while the run is not finished"""
 
     _recipe: Path | None = PrivateAttr(None)
 

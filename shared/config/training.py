@@ -50,6 +50,16 @@ class TrainingConfig(CommandConfig):
         ("optim.milestones_steps", "optim.milestones_epochs"),
     )
 
+    may_change: ClassVar[frozenset[str]] = frozenset(
+        {"steps", "train_epochs", "train_images", "save_every", "keep_checkpoints", "evaluate_every"}
+        | {"accumulate", "auto_batch", "val_batch_size"}  # for a run that ran out of memory; its batch stays
+    )
+    # For a run whose loss was not finite.
+    may_change_before_the_end: ClassVar[frozenset[str]] = frozenset(
+        {"precision", "optim.lr", "optim.clip_grad_norm"}
+        | {"optim.warmup_steps", "optim.warmup_epochs", "optim.warmup_start"}
+    )
+
     seed: Seed = 0
     """every random draw follows from it"""
     steps: Steps | None = None

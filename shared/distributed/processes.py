@@ -2,7 +2,10 @@
 
 import importlib.util
 import os
+import re
 import signal
+import time
+from multiprocessing.queues import Queue
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor
 from ssld.shared.config.training import TrainingConfig
 from ssld.shared.errors import UserError
 
+_LAST_WORDS = 0.5  # seconds in which a worker that gives up still hands over what it has sent
 _MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -88,4 +92,18 @@ def start_worker(_: int) -> None:
     """How a data loader's worker begins: with one thread, and deaf to signals sent to the main process's group, whose decision stopping is."""
     torch.set_num_threads(1)
     os.setpgrp()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # inherited from the main process, it would only set a flag there
+    for number in (signal.SIGTERM, signal.SIGHUP):  # inherited from the main process, it would only set a flag there
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    Queue._on_queue_feeder_error = staticmethod(_give_up)  # type: ignore[attr-defined]
+
+
+def _give_up(error: BaseException, _: Any) -> None:
+    """End a worker that cannot hand a batch over, with the number of the system's error, which `shared/config/command.py` explains.
+
+    Python would print a traceback and go on, and the main process wait for this batch for ever.
+    """
+    number = re.search(r"\((\d+)\)$", str(error))  # torch's RuntimeError on shared memory
+    code = getattr(error, "errno", None) or (int(number[1]) if number else 1)
+    time.sleep(_LAST_WORDS)
+    os._exit(code if 0 < code < 128 else 1)

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run after the step in hand, with a checkpoint."""
+"""SIGTERM, SIGHUP (a connection that broke) and Ctrl-C end a run after the step in hand, with a checkpoint."""
 
 import signal
 import threading
@@ -6,9 +6,14 @@ from types import FrameType, TracebackType
 
 from ssld.shared.distributed.ranks import any_rank
 
+STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
 
 class StopRequest:
-    """Inside this context SIGTERM and the first SIGINT only set a flag; a second SIGINT interrupts at once."""
+    """Inside this context SIGTERM, SIGHUP and the first SIGINT only set a flag; a second SIGINT interrupts at once.
+
+    What `nohup` ignores stays ignored.
+    """
 
     def __init__(self) -> None:
         self._requested = False
@@ -16,8 +21,9 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._handle)
+            for number in STOPPING:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(

@@ -21,9 +21,6 @@ from ssld.shared.errors import UserError
 
 _PARAMETER_NAMES, _SLICES = "StructuredToParameterName@@", "UnpackBigParamInfor@@"
 _NUMBERS = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
-_REMEMBERS = ("PUT", "BINPUT", "LONG_BINPUT")
-_TUPLES, _BETWEEN = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"), (*_REMEMBERS, "MEMOIZE", "MARK", "NONE")
-_DEEPEST = 100
 LEAVES = {"weight": "weight", "bias": "bias", "_mean": "running_mean", "_variance": "running_var"}
 
 

@@ -56,8 +56,13 @@ def find_passes(
 
 
 def _read(run: Path) -> dict[str, int]:
-    file = run / PASSES_FILE
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+    """What was found or what was too few; {} where that cannot be read: it is then found once more."""
+    try:
+        content = json.loads((run / PASSES_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    whole = isinstance(content, dict) and all(type(value) is int and value > 0 for value in content.values())
+    return content if whole else {}
 
 
 def _fewest_passes(images: int, attempt: Callable[[int], None], device: torch.device, *, too_few: int) -> int:

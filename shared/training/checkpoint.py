@@ -1,12 +1,14 @@
 """Checkpoints that survive a kill at any moment.
 
 A checkpoint is a folder `step_00000100/` with one safetensors file for each part (model, optimizer, ema ...), `state.json` with the plain values,
-and an empty `COMPLETE`. It is written to a temporary folder, synced to disk, renamed, and marked complete last; only marked ones are ever read.
-Nothing is pickled. No random state is kept: every draw of a run is a function of (seed, step, rank) or of the image.
+`SHA256SUMS` of these, and an empty `COMPLETE`. It is written to a temporary folder, synced to disk, renamed, and marked complete last; only marked
+ones are ever read, and only if the checksums are right. Whether a checkpoint holds a bad update shows in the loss of the step after it, so older ones
+are deleted no earlier. Nothing is pickled. No random state is kept: every draw of a run is a function of (seed, step, rank) or of the image.
 """
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,16 +17,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ssld.shared.checksums import damage_in_folder, write_folder_sums
 from ssld.shared.errors import UserError
 from ssld.shared.models.model_file import save_tensors
 
 _MARK = "COMPLETE"
+_NAME = re.compile(r"step_\d+")
 
 
-def save_checkpoint(
-    folder: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any], *, keep: int
-) -> Path:
-    """Write `step_<step>` below `folder` and delete all but the newest `keep` complete ones.
+def save_checkpoint(folder: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
+    """Write `step_<step>` below `folder`.
 
     Args:
         parts: file name without suffix -> tensors by name.
@@ -38,6 +40,7 @@ def save_checkpoint(
         contents = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
         save_tensors(contents, temporary / f"{name}.safetensors")
     (temporary / "state.json").write_text(json.dumps({"step": step, **state}) + "\n", encoding="utf-8")
+    write_folder_sums(temporary)
     for file in temporary.iterdir():
         _sync(file)
     _remove(final)  # one without its mark, left by a kill between rename and mark
@@ -45,17 +48,30 @@ def save_checkpoint(
     _sync(folder)
     (final / _MARK).touch()
     _sync(final)
+    return final
+
+
+def keep_newest(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what kills have left of others."""
     for old in complete_checkpoints(folder)[:-keep]:
         _remove(old)
     unmarked = [path for path in folder.glob("step_*") if not (path / _MARK).exists()]
     for leftover in [*unmarked, *folder.glob(".writing_*")]:
         shutil.rmtree(leftover, ignore_errors=True)
-    return final
+
+
+def drop_from(folder: Path, step: int) -> None:
+    """Delete the checkpoints of this step and later ones, the newest first."""
+    for checkpoint in reversed(complete_checkpoints(folder)):
+        if step_of(checkpoint) >= step:
+            _remove(checkpoint)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The usable checkpoints below a folder, oldest first."""
-    return sorted(mark.parent for mark in folder.glob(f"step_*/{_MARK}"))
+    return sorted(
+        (mark.parent for mark in folder.glob(f"step_*/{_MARK}") if _NAME.fullmatch(mark.parent.name)), key=step_of
+    )
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -63,15 +79,22 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return next(reversed(complete_checkpoints(folder)), None)
 
 
+def step_of(checkpoint: Path) -> int:
+    """Updates that a checkpoint holds."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(parts, state) as given to `save_checkpoint`, tensors on the CPU. Raises UserError for an unreadable checkpoint."""
-    try:
-        parts = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except Exception as error:
+    """(parts, state) as given to `save_checkpoint`, tensors on the CPU. Raises UserError for a damaged checkpoint."""
+    damage = damage_in_folder(path)
+    if (
+        damage
+    ):  # and nothing else says so: what fails below, for want of memory or by Ctrl-C, fails on a sound checkpoint
         raise UserError(
-            f"{path}: checkpoint not readable ({error}); delete this folder to go on from the one before"
-        ) from None
+            f"{path}: checkpoint is damaged: {damage}; delete this folder to go on from the one before, if there is one"
+        )
+    parts = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     return parts, state
 
 

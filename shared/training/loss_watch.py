@@ -13,6 +13,14 @@ from ssld.shared.distributed.ranks import gather_lists, total_over_ranks
 from ssld.shared.errors import UserError
 
 
+class NotFinite(UserError):
+    """A loss is not finite; `step` is the first, from 1, whose loss that is, after `step` - 1 updates."""
+
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(f"loss is not finite {what}")
+        self.step = step
+
+
 class LossWatch:
     """Collects the loss parts of every micro-batch; averages them for the log, and stops the run at the first one that is not finite."""
 
@@ -30,7 +38,7 @@ class LossWatch:
     def check(self) -> None:
         """Read what is pending, on all ranks together.
 
-        Raises UserError naming step, loss parts and image ids when anything is not finite: call it before a checkpoint is written.
+        Raises NotFinite naming step, loss parts and image ids when anything is not finite: call it before a checkpoint is written.
         """
         if not self._pending:
             return
@@ -59,15 +67,13 @@ class LossWatch:
         self._sums, self._steps = dict(state["sums"]), int(state["steps"])  # type: ignore[call-overload]
 
     def _raise(self, values: list[list[float]]) -> None:
-        """The same error on every rank: that of the first rank whose own losses are not finite."""
-        found = []
+        """The same error on every rank: that of the first step, and of the first rank whose own losses are not finite there."""
+        found: list[tuple[int, str]] = []
         for (step, ids, _), row in zip(self._pending, values, strict=True):
             if not all(math.isfinite(value) for value in row):
                 parts = ", ".join(f"{name} {value:.4g}" for name, value in zip(self._names, row, strict=True))
-                found.append(f"at step {step + 1}: {parts}; images {', '.join(map(str, list(ids)[:16]))}")
+                images = f"; images {', '.join(map(str, list(ids)[:16]))}" if ids else ""
+                found.append((step + 1, f"at step {step + 1}: {parts}{images}"))
                 break
-        what = next(iter(gather_lists(found)), "in the sum over ranks")
-        raise UserError(
-            f"loss is not finite {what}. The last checkpoint is intact: "
-            "lower optim.lr, lengthen the warm-up or set optim.clip_grad_norm, and start again"
-        )
+        told = gather_lists(found) or [(self._pending[0][0] + 1, "in the sum over ranks")]
+        raise NotFinite(*min(told, key=lambda one: one[0]))

@@ -1,20 +1,23 @@
 """What a training run goes on from, in both stages: its networks, optimizer, loss averages and best score, to and from checkpoints."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from ssld.shared.distributed.processes import load_scaler_state, scaler_state
-from ssld.shared.distributed.ranks import from_main_rank
+from ssld.shared.distributed.ranks import from_main_rank, total_over_ranks
 from ssld.shared.errors import UserError
 from ssld.shared.models.model_file import read_metadata
 from ssld.shared.run_dir import RunDir
 from ssld.shared.training.checkpoint import (
+    drop_from,
+    keep_newest,
     load_checkpoint,
     load_module,
     load_optimizer,
@@ -22,7 +25,7 @@ from ssld.shared.training.checkpoint import (
     optimizer_part,
     save_checkpoint,
 )
-from ssld.shared.training.loss_watch import LossWatch
+from ssld.shared.training.loss_watch import LossWatch, NotFinite
 from ssld.shared.training.progress import Progress
 from ssld.shared.training.quarantine import Quarantine
 
@@ -31,8 +34,12 @@ from ssld.shared.training.quarantine import Quarantine
 class TrainingState:
     """The state of a run of `steps` steps; the loop itself stays in the entry.
 
+    A loss that is not finite ends the run, and so do weights that are not: the checkpoints from the bad update on are deleted, the one before it is
+    still there.
+
     Attributes:
         networks: file name in a checkpoint -> network; never the teacher.
+        lr, precision: settings of the run, for the advice after a bad update.
         best: highest score of an evaluation so far.
         stale: evaluations since then.
         progress: how far the run is; the loop begins it and counts its steps.
@@ -46,6 +53,8 @@ class TrainingState:
     steps: int
     batch_size: int
     keep_checkpoints: int
+    lr: float
+    precision: str
     watch: LossWatch = field(default_factory=LossWatch)
     best: float = float("-inf")
     stale: int = 0
@@ -96,17 +105,79 @@ class TrainingState:
             numbers = {name: value for name, value in facts["metrics"].items() if isinstance(value, int | float)}
             metrics["best"] = {"file": best.name, "step": facts["step"], **numbers}
             outputs = [*outputs, best]
+        if self.run.main:
+            keep_newest(self.run.checkpoints, self.keep_checkpoints)
         self.run.finish(metrics, outputs)
 
+    def check(self, step: int) -> None:
+        """All ranks together, after `step` updates: raises UserError if a loss so far was not finite, or the weights are not."""
+        self._check_losses()
+        if not from_main_rank(not self.run.main or self._all_finite()):
+            raise self._go_back(NotFinite(step + 1, f"after step {step}: weights or the optimizer's state are not"))
+
+    def check_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """All ranks together: raises UserError if the main rank's evaluation after `step` updates has given a number that is not finite."""
+        bad = [
+            f"{name} {value}"
+            for name, value in metrics.items()
+            if isinstance(value, float) and not math.isfinite(value)
+        ]
+        bad = from_main_rank(bad)
+        if bad:
+            raise self._go_back(NotFinite(step + 1, f"in the evaluation after step {step}: {', '.join(bad)}"))
+
+    def check_last_update(self, step: int, losses: Callable[[], Mapping[str, Tensor]]) -> None:
+        """All ranks together, after the last update: raises UserError if the losses that it leaves are not finite.
+
+        A step's loss is that of the weights before its update, so nobody else looks at those after the last one. What `losses` changes of running
+        statistics is put back.
+        """
+        before = [(buffer, buffer.clone()) for network in self.networks.values() for buffer in network.buffers()]
+        parts = {name: part.detach().float() for name, part in losses().items()}
+        for buffer, value in before:
+            buffer.copy_(value)
+        if not bool(torch.isfinite(total_over_ranks(torch.stack(list(parts.values())))).all()):
+            told = ", ".join(f"{name} {part:.4g}" for name, part in parts.items())
+            raise self._go_back(NotFinite(step + 1, f"after the last update, of step {step}: {told}"))
+
     def save(self, step: int) -> None:
-        """Write a checkpoint, all ranks together; raises UserError first if a loss since the last one was not finite."""
-        self.watch.check()
+        """Write a checkpoint, all ranks together; raises UserError first as `check` does."""
+        self.check(step)
         self.quarantine.write()
         with self.progress.pausing():
             self._write(step)
 
+    def _all_finite(self) -> bool:
+        tensors = [tensor for network in self.networks.values() for tensor in network.state_dict().values()]
+        tensors += optimizer_part(self.optimizer)[0].values()
+        flags = [
+            torch.isfinite(tensor).all().to(self.accelerator.device) for tensor in tensors if tensor.is_floating_point()
+        ]
+        return not flags or bool(torch.stack(flags).all())
+
+    def _check_losses(self) -> None:
+        try:
+            self.watch.check()
+        except NotFinite as error:
+            raise self._go_back(error) from None
+
+    def _go_back(self, error: NotFinite) -> UserError:
+        """Delete the checkpoints that hold the bad update, which is the last before `error.step`; the error with what to do."""
+        newest = None
+        if self.run.main:
+            drop_from(self.run.checkpoints, error.step - 1)
+            newest = newest_checkpoint(self.run.checkpoints)
+        newest = from_main_rank(newest)
+        fp32 = "" if self.precision == "fp32" else " or --precision fp32"
+        where = f"goes on from {newest.name}" if newest else "begins again, because no checkpoint is from before it"
+        return UserError(
+            f"{error}. The same command with --optim.lr {self.lr / 10:g} (now {self.lr:g}), --optim.clip_grad_norm 1{fp32} {where}"
+        )
+
     def _write(self, step: int) -> None:
         if self.accelerator.is_main_process:
+            # The losses have shown that the ones before are good: this one may be bad.
+            keep_newest(self.run.checkpoints, self.keep_checkpoints)
             tensors, values = optimizer_part(self.optimizer)
             parts = {name: network.state_dict() for name, network in self.networks.items()}
             state: dict[str, Any] = {
@@ -116,12 +187,11 @@ class TrainingState:
                 "best": self.best if self.best > float("-inf") else None,
                 "stale": self.stale,
             }
-            save_checkpoint(
-                self.run.checkpoints, step, parts | {"optimizer": tensors}, state, keep=self.keep_checkpoints
-            )
+            save_checkpoint(self.run.checkpoints, step, parts | {"optimizer": tensors}, state)
 
     def log(self, step: int, lr: float) -> None:
         """Write the averages since the last line to the metrics, the trackers and the log."""
+        self._check_losses()
         means = self.watch.averages()
         self.quarantine.judge(step * self.batch_size)
         speed = self.progress.read(self.batch_size)

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ssld.shared.files import atomically, spread
+from ssld.shared.checksums import atomically_with_sum
+from ssld.shared.files import spread
 
 _NUMBERS = 1 << 23  # of a block and what is computed of it
 _BLOCK = 8192  # rows, at most
@@ -17,8 +18,8 @@ _DEAD = 1e-6  # a feature that varies by less than this part of the most varied 
 
 
 def save_embeddings(path: Path, embedding_ND: np.ndarray) -> None:
-    """Write the embeddings of one shard, float32, whole or not at all."""
-    with atomically(path) as temporary, temporary.open("wb") as file:
+    """Write the embeddings of one shard, float32, whole or not at all, and their checksum."""
+    with atomically_with_sum(path) as temporary, temporary.open("wb") as file:
         np.save(file, embedding_ND.astype(np.float32))
 
 

@@ -8,7 +8,6 @@ What the main rank does alone takes memory by prototypes x features, not by the 
 """
 
 import math
-import shutil
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -19,11 +18,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from ssld.shared.checksums import atomically_with_sum, is_sound
 from ssld.shared.distributed.processes import to_device, uses_gpu
 from ssld.shared.distributed.ranks import from_main_rank, rank
 from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
-from ssld.shared.files import atomically, spread
+from ssld.shared.files import spread
 from ssld.shared.models.backbones import check_networks
 from ssld.shared.run_dir import RunDir
 from ssld.shared.training.quarantine import Quarantine
@@ -49,7 +49,7 @@ def make_prototypes(config: PrototypesConfig) -> None:
     accelerator = Accelerator(
         cpu=not uses_gpu(config.device), kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)]
     )
-    with closing(RunDir(config, "prototypes", main=rank() == 0)) as run:
+    with closing(RunDir(config, "prototypes", main=rank() == 0, scratch=("centres.npz", "embeddings"))) as run:
         if from_main_rank(run.status) == "finished":
             run.log(f"{run.path}: this run is finished; nothing to do")
         else:
@@ -83,7 +83,9 @@ def _make(config: PrototypesConfig, run: RunDir, device: torch.device) -> None:
         return encoder.embed(to_device(piece.pixels_BCHW, device))
 
     reading = Reading(False, encoder.size, config.val_crop)
-    over_missing_shards(run, "embeddings", pool, config, reading, embedded, _write_embeddings, suffix=".npy")
+    over_missing_shards(
+        run, "embeddings", pool, config, reading, embedded, _write_embeddings, suffixes=(".parquet", ".npy")
+    )
     files = ScoreFiles(run.path / "embeddings", len(pool.shards))
     quarantine = Quarantine(run, len(files))
     quarantine.add(files.unreadable if run.main else [])
@@ -116,8 +118,6 @@ def _make(config: PrototypesConfig, run: RunDir, device: torch.device) -> None:
         _draw(picture, rows, clusters, Images(files, pool.shards, pool.source), config.examples)
         run.finish(metrics, [teacher, picture])
         run.log(f"wrote {teacher} and {picture}")
-        (run.path / "centres.npz").unlink()
-        shutil.rmtree(run.path / "embeddings", ignore_errors=True)
     from_main_rank(None)
 
 
@@ -151,7 +151,7 @@ def _write_embeddings(path: Path, pieces: list[Piece], embeddings: list[np.ndarr
 def _clusters(config: PrototypesConfig, run: RunDir, embeddings: Embeddings, count: int) -> tuple[Standard, Clusters]:
     """How embeddings are standardised, and the centres; as an earlier start of this run left them, if it did."""
     file = run.path / "centres.npz"
-    if not file.exists():
+    if not is_sound(file):
         with StopRequest() as stop:
 
             def tell(line: str) -> None:
@@ -169,7 +169,7 @@ def _clusters(config: PrototypesConfig, run: RunDir, embeddings: Embeddings, cou
                 threads=torch.get_num_threads(),
                 tell=tell,
             )
-        with atomically(file) as temporary, temporary.open("wb") as opened:
+        with atomically_with_sum(file) as temporary, temporary.open("wb") as opened:
             np.savez(opened, **standard._asdict(), **clusters._asdict())
     with np.load(file) as found:
         return (

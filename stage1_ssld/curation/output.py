@@ -161,13 +161,28 @@ def materialise(run: RunDir, pool: Images) -> None:
     with StopRequest() as stop:
         for number in jobs[rank() :: world_size()]:
             file = folder / f"part-{number:06d}.parquet"
-            if not file.exists():
+            if not _is_whole(file):
                 rows = np.array(kept[edges[number] : edges[number + 1]])
-                with atomically(file) as temporary, pq.ParquetWriter(temporary, COPIES) as writer:
+                with (
+                    atomically(file) as temporary,
+                    pq.ParquetWriter(temporary, COPIES, write_page_checksum=True, use_dictionary=False) as writer,
+                ):
                     for group in _copies(pool, number, rows):
                         writer.write_table(pa.Table.from_pylist(group, COPIES))
             if stop.requested:
                 raise Stopped(f"{number + 1} of {len(pool.shards)} shards are copied")
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file of copies is there, and the checksums of its pages are right, which Arrow does not compare for dictionaries.
+
+    No file with a checksum lies beside it: the folder is data for others too.
+    """
+    try:
+        with pq.ParquetFile(file, page_checksum_verification=True) as copies:
+            return sum(len(batch) for batch in copies.iter_batches(_COPIED)) == copies.metadata.num_rows
+    except (OSError, pa.ArrowException):
+        return False
 
 
 def _copies(pool: Images, number: int, kept: np.ndarray) -> Iterator[list[dict[str, Any]]]:

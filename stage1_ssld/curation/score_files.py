@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ssld.shared.files import atomically
+from ssld.shared.checksums import atomically_with_sum
 
 UNREADABLE = -1
 SCORED = pa.schema(
@@ -44,8 +44,8 @@ def shard_file(folder: Path, number: int) -> Path:
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Write a Parquet file that is there whole or not at all."""
-    with atomically(path) as temporary:
+    """Write a Parquet file that is there whole or not at all, and its checksum."""
+    with atomically_with_sum(path) as temporary:
         pq.write_table(table, temporary)
 
 
@@ -129,9 +129,9 @@ class ScoreFiles:
 
 
 def save_embeddings(path: Path, embedding_ND: np.ndarray) -> None:
-    """Write the embeddings of one shard, whole or not at all."""
+    """Write the embeddings of one shard, whole or not at all, and their checksum."""
     length = np.linalg.norm(embedding_ND, axis=1, keepdims=True)
-    with atomically(path) as temporary, temporary.open("wb") as file:
+    with atomically_with_sum(path) as temporary, temporary.open("wb") as file:
         np.save(file, (embedding_ND / np.maximum(length, 1e-12)).astype(np.float16))
 
 

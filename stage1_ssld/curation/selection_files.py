@@ -4,7 +4,7 @@
     write_look_alikes    candidates and protected/    -> look_alikes.parquet
     write_outcome        these and the cosines        -> selected.parquet, classes.csv, kept.npy, outcome.json
 
-Each file is there whole or not at all, and one that is there is not written again; outcome.json, written last, says that the selection is finished.
+Each file is there whole or not at all, and one that is there and matches its checksum is not written again; outcome.json is written last.
 """
 
 import json
@@ -18,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ssld.shared.files import atomically, spread, write_atomically
+from ssld.shared.checksums import atomically_with_sum, is_sound, write_with_sum
+from ssld.shared.files import spread, write_atomically
 from ssld.stage1_ssld.config import CurateConfig
 from ssld.stage1_ssld.curation.score_files import ScoreFiles
 from ssld.stage1_ssld.curation.selection import (
@@ -68,15 +69,18 @@ class Selection:
 
 
 def outcome_of(run: Path) -> dict[str, Any] | None:
-    """Metrics, lines for the log and the examples to draw, as `write_outcome` left them; None before it has."""
-    file = run / _OUTCOME
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    """Metrics, lines for the log and the examples to draw, as `write_outcome` left them; None before it has, or when files of it are gone."""
+    there = all(is_sound(run / name) for name in ("kept.npy", _OUTCOME))
+    if not there or not all((run / name).is_file() for name in ("selected.parquet", "classes.csv")):
+        return None
+    outcome: dict[str, Any] = json.loads((run / _OUTCOME).read_text(encoding="utf-8"))
+    return outcome
 
 
 def write_candidates(run: Path, selection: Selection) -> list[str]:
     """The best of each class, more than are kept. Lines for the log."""
     file, config, pool = run / "candidates.parquet", selection.config, selection.scored
-    if file.exists():
+    if is_sound(file):
         return []
     found = find_candidates(
         pool,
@@ -92,7 +96,7 @@ def write_candidates(run: Path, selection: Selection) -> list[str]:
 def write_look_alikes(run: Path, selection: Selection) -> list[str]:
     """Pairs of candidates, and of them and protected images, whose hashes are close. Lines for the log."""
     file, config, protected = run / "look_alikes.parquet", selection.config, selection.protected
-    if file.exists():
+    if is_sound(file):
         return []
     names = ["hash", "mirrored"] if config.mirrored else ["hash"]
     hashes = [column.to_numpy() for column in pq.read_table(run / "candidates.parquet", columns=names)]
@@ -130,7 +134,7 @@ def write_outcome(run: Path, selection: Selection) -> list[str]:
         "kept_histogram": scores.tolist(),
         "examples": list(_examples(selection, candidates, pairs, cosine_P, decision)),
     }
-    write_atomically(run / _OUTCOME, json.dumps(outcome, indent=1) + "\n")
+    write_with_sum(run / _OUTCOME, json.dumps(outcome, indent=1) + "\n")
     return []
 
 
@@ -156,7 +160,7 @@ def _write_kept(
     kept = decision.kept[np.argsort(candidates.id_N[decision.kept])]  # in the order of the pool, as a reader wants them
     rows = np.empty(len(kept), KEPT_ROW)
     rows["id"], rows["class"], rows["score"] = (column[kept] for column in (candidates.id_N, *candidates[:2]))
-    with atomically(run / "kept.npy") as temporary, temporary.open("wb") as file:
+    with atomically_with_sum(run / "kept.npy") as temporary, temporary.open("wb") as file:
         np.save(file, rows)
     sources = pa.array(selection.shard_sources, pa.string())
     columns = {

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ssld.shared.checksums import damaged, is_sound, write_with_sum
 from ssld.shared.distributed.processes import start_worker
 from ssld.shared.distributed.ranks import from_main_rank, rank, world_size
 from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
-from ssld.shared.files import write_atomically
 from ssld.shared.images import UnreadableImage, pixels_of
 from ssld.shared.run_dir import RunDir
 from ssld.shared.tally import Tally
@@ -87,11 +87,16 @@ def compare_shards(run: RunDir, **shards: Shards) -> None:
     if run.main:
         file = run.path / "pool.json"
         now = {name: found.names() for name, found in shards.items()}
-        if file.exists() and json.loads(file.read_text(encoding="utf-8")) != now:
+        record = json.dumps(now, indent=1) + "\n"
+        if is_sound(file) and file.read_text(encoding="utf-8") != record:
             raise UserError(
                 f"{run.path}: the files of the pool have changed since this run began; give another --output"
             )
-        write_atomically(file, json.dumps(now, indent=1) + "\n")
+        if file.exists() and not is_sound(file):
+            raise UserError(
+                f"{file}: is damaged, so that nobody knows which files this run began with; give another --output or delete the folder"
+            )
+        write_with_sum(file, record)
     from_main_rank(None)
 
 
@@ -197,15 +202,15 @@ def over_missing_shards(
     write: Callable[[Path, list[Piece], list[Any]], None],
     *,
     rows: dict[int, np.ndarray] | None = None,
-    suffix: str = ".parquet",
+    suffixes: Sequence[str] = (".parquet",),
 ) -> None:
-    """Make what is missing of the folder `name` of the run, one file a shard, all ranks together.
+    """Make what is missing of the folder `name` of the run, or damaged, all ranks together.
 
     Args:
         use: a piece -> what is kept of it.
         write: path of a shard's file, its pieces without pixels, and what was kept of them.
         rows: the shards and rows that are wanted; None: all.
-        suffix: of the file that says that a shard is done.
+        suffixes: of a shard's files; `write` is given the path of the last, which it writes last.
 
     Raises:
         UserError, Stopped: see `over_shards`.
@@ -214,9 +219,12 @@ def over_missing_shards(
     if run.main:
         folder.mkdir(exist_ok=True)
     wanted = range(len(shards.shards)) if rows is None else sorted(rows)
-    missing = from_main_rank([n for n in wanted if not shard_file(folder, n).with_suffix(suffix).exists()])
+    files = {number: [shard_file(folder, number).with_suffix(suffix) for suffix in suffixes] for number in wanted}
+    missing = from_main_rank([n for n in wanted if not all(map(is_sound, files[n]))] if run.main else [])
     if not missing:
         return
+    for file in damaged([file for number in missing for file in files[number]]) if run.main else []:
+        run.log(f"{file}: does not match its checksum; it is made again")
     jobs = [Job(n, shards.shards[n], None if rows is None else rows[n]) for n in missing[rank() :: world_size()]]
     run.log(f"{name}: {len(missing)} of {len(wanted)} shards to do")
     clock = Clock()
@@ -230,7 +238,7 @@ def over_missing_shards(
         jobs,
         reading,
         use,
-        lambda number, pieces, kept: write(shard_file(folder, number).with_suffix(suffix), pieces, kept),
+        lambda number, pieces, kept: write(files[number][-1], pieces, kept),
         batch_size=config.batch_size,
         workers=config.workers,
         told=told,

@@ -59,6 +59,7 @@ from ssld.stage1_ssld.curation.shard_pass import (
 )
 from ssld.stage1_ssld.distillation.teacher import make_teacher
 
+_EMBEDDINGS = ("embeddings_pool", "embeddings_protected")  # folders, of which only cosines are kept
 _PATIENCE = timedelta(days=7)  # the main rank selects while the others wait
 
 
@@ -67,7 +68,8 @@ def curate(config: CurateConfig) -> None:
     check_networks(config.networks(), config.hub_data())
     on_gpu = uses_gpu(config.device)
     accelerator = Accelerator(cpu=not on_gpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
-    with closing(RunDir(config, "curate", main=rank() == 0)) as run:
+    scratch = ("kept.npy", *_EMBEDDINGS)
+    with closing(RunDir(config, "curate", main=rank() == 0, scratch=scratch)) as run:
         if from_main_rank(run.status) == "finished":
             run.log(f"{run.path}: this run is finished; nothing to do")
         else:
@@ -122,7 +124,6 @@ def _curate(config: CurateConfig, run: RunDir, device: torch.device) -> None:
         written = [run.path / "selected.parquet", run.path / "classes.csv"]
         pictures = draw(run.path, outcome, images, Images(shielded, protected.shards, protected.source), config)
         run.finish(outcome["metrics"], [*written, *pictures])
-        (run.path / "kept.npy").unlink()
 
 
 def _on_main_rank(run: RunDir, write: Callable[[Path, Selection], list[str]], selection: Selection) -> None:
@@ -232,11 +233,11 @@ def _cosines(
     outside = pairs.left_P[pairs.protected_P], pairs.right_P[pairs.protected_P]
     ids = np.unique(np.concatenate([*inside, outside[0]])), np.unique(outside[1])
     reading = Reading(False, config.image_size, config.val_crop)
-    names, embedded = ("embeddings_pool", "embeddings_protected"), []
-    for name, shards, files, wanted in zip(names, (pool, protected), (scored, shielded), ids, strict=True):
+    embedded = []
+    for name, shards, files, wanted in zip(_EMBEDDINGS, (pool, protected), (scored, shielded), ids, strict=True):
         rows = dict(files.shard_rows(wanted))
         over_missing_shards(
-            run, name, shards, config, reading, teacher.embeddings, _write_embeddings, rows=rows, suffix=".npy"
+            run, name, shards, config, reading, teacher.embeddings, _write_embeddings, rows=rows, suffixes=(".npy",)
         )
         paths = [shard_file(run.path / name, number).with_suffix(".npy") for number in sorted(rows)]
         if run.main:
@@ -245,7 +246,7 @@ def _cosines(
         among, between = (cosines(*inside, embedded[0], embedded[0]), cosines(*outside, embedded[0], embedded[1]))
         add_cosines(run.path / "look_alikes.parquet", np.concatenate([among, between]))
         embedded.clear()
-        for name in names:
+        for name in _EMBEDDINGS:
             shutil.rmtree(run.path / name, ignore_errors=True)
     from_main_rank(None)
 

@@ -231,7 +231,7 @@ class SoftLabelStore:
         found = gather_lists(found)
         if found:
             raise UserError(
-                f"store {self.path}: {found[0]}; delete that file and {self.path.parent / 'result.json'}, and run write_soft_labels.py again"
+                f"store {self.path}: {found[0]}; run write_soft_labels.py again with the settings of {self.path.parent}: it makes that file anew"
             )
 
     def _other_versions(self) -> str:

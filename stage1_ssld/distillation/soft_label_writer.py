@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import Dataset
 
+from ssld.shared.checksums import is_sound, write_with_sum
 from ssld.shared.distributed.processes import to_device, uses_gpu
 from ssld.shared.distributed.ranks import from_main_rank, gather_lists, rank, world_size
 from ssld.shared.distributed.stop import StopRequest
@@ -110,6 +111,8 @@ def write_store(config: SoftLabelsConfig) -> None:
     accelerator = Accelerator(cpu=not uses_gpu(config.device))
     device, main = accelerator.device, accelerator.is_main_process
     run = RunDir(config, "write_soft_labels", main=main)
+    if run.status == "finished" and not _is_whole(run.path / "store"):
+        run.reopen()
     if from_main_rank(run.status) == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
@@ -145,7 +148,10 @@ def write_store(config: SoftLabelsConfig) -> None:
     files = [folder / shard_name(number) for number in range(count)]
     sizes = [len(rows) * config.views * layout.itemsize for rows in shards_rows]
     mine = range(rank(), count, world_size())
-    missing = [n for n in mine if not files[n].exists() or files[n].stat().st_size != sizes[n]]
+    missing = [n for n in mine if not is_sound(files[n]) or files[n].stat().st_size != sizes[n]]
+    for number in missing if main else []:
+        if files[number].exists():
+            run.log(f"{files[number]}: does not match its checksum; it is made again")
     batches = ViewBatches([shards_rows[number] for number in missing], config.views, config.batch_size)
     with StopRequest() as stop, closing(_loaded(views, batches, config, device)) as stream:
         for first in range(0, count, world_size()):  # all ranks take as many turns: they agree on a stop after each
@@ -248,7 +254,13 @@ def _check_disk(folder: Path, size: int) -> None:
 
 
 def _write_shard(file: Path, records: np.ndarray) -> None:
-    write_atomically(file, records.tobytes())
+    write_with_sum(file, records.tobytes())
+
+
+def _is_whole(store: Path) -> bool:
+    """Whether the shards of a finished store, whose header has been compared before, are there and sound."""
+    shards = json.loads((store / HEADER).read_text(encoding="utf-8"))["shards"]
+    return all((file := store / shard["file"]).is_file() and file_sha256(file) == shard["sha256"] for shard in shards)
 
 
 def _shard_record(

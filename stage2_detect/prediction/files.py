@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 from pycocotools import mask as mask_codec
 
+from ssld.shared.checksums import is_sound, write_with_sum
 from ssld.shared.errors import UserError
 from ssld.shared.files import write_atomically
 from ssld.stage2_detect.data.batch_order import eval_batches
@@ -46,10 +47,10 @@ class Parts:
         self.records = [[records[index] for index in order[at : at + size]] for at in range(0, len(order), size)]
 
     def left(self) -> list[int]:
-        """Numbers of those that are not there. Raises UserError when one that is there is of other images."""
+        """Numbers of those that are not there, or are damaged. Raises UserError when one that is there is of other images."""
         missing = []
         for number, records in enumerate(self.records):
-            if not self._file(number).exists():
+            if not is_sound(self._file(number)):
                 missing.append(number)
             elif self.read(number)["images"] != [record.image_id for record in records]:
                 raise UserError(
@@ -64,7 +65,7 @@ class Parts:
         self._folder.mkdir(exist_ok=True)
         images = [record.image_id for record in self.records[number]]
         content = {"images": images, "unreadable": unreadable, "best": best, "found": list(rows.items())}
-        write_atomically(self._file(number), json.dumps(content, allow_nan=False))
+        write_with_sum(self._file(number), json.dumps(content, allow_nan=False))
 
     def read(self, number: int) -> dict[str, Any]:
         """A part that is there."""

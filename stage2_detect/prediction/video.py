@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ssld.shared.checksums import is_sound, write_with_sum
 from ssld.shared.errors import UserError
-from ssld.shared.files import atomically, write_atomically
+from ssld.shared.files import atomically
 from ssld.shared.images import UnreadableImage
 from ssld.stage2_detect.data.coco import Id
 from ssld.stage2_detect.data.coco_json import result_rows
@@ -71,14 +72,14 @@ class VideoParts:
         self.folder, self.names, self._kept = folder, list(names), kept
 
     def left(self) -> list[str]:
-        """The videos that have no file. Raises UserError where a file is of another video."""
-        return [name for name in self.names if not self._file(name).exists() or not self.read(name)]
+        """The videos that have no file, or a damaged one. Raises UserError where a file is of another video."""
+        return [name for name in self.names if not is_sound(self._file(name)) or not self.read(name)]
 
     def write(self, name: str, found: FoundInVideo, error: str) -> None:
         """Write the file of a video; `error` is why it ends before its end, if it does."""
         content = {"video": name, "seconds": found.seconds, "sizes": found.sizes, "found": found.found}
         self._kept.mkdir(exist_ok=True)
-        write_atomically(self._file(name), json.dumps(content | {"best": found.best, "error": error}, allow_nan=False))
+        write_with_sum(self._file(name), json.dumps(content | {"best": found.best, "error": error}, allow_nan=False))
 
     def read(self, name: str) -> dict[str, Any]:
         """The content of the file of a video. Raises UserError where it is of another."""

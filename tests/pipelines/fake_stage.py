@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -27,6 +28,8 @@ class Metrics(Config):
 
 class FakeConfig(CommandConfig):
     """Copies a file, or fails as it is told."""
+
+    may_change: ClassVar[frozenset[str]] = frozenset({"steps"})
 
     source: Path | None = None
     sources: list[Path] = []
@@ -60,7 +63,7 @@ def work(config: FakeConfig) -> None:
         wait_for_signal(run)
     text = config.source.read_text() if config.source else ""
     file = run.path / "out.txt"
-    file.write_text(text + config.text)
+    file.write_text(text + config.text + os.environ.get("FAKE_STAGE_CHANCE", ""))
     measured = {name: value for name, value in dump(config.metrics).items() if value is not None}
     run.finish({"steps": config.steps, **measured}, [file])
     run.close()

@@ -126,7 +126,7 @@ def test_run_directory_and_checkpoint(tmp_path: Path) -> None:
     assert "run directory, not finished: the same command goes on" in inspect_text(tmp_path)
     record = {"command": "train", "seconds": 90, "metrics": {"AP": 0.5}, "outputs": {"detector.safetensors": "aa"}}
     (tmp_path / "result.json").write_text(json.dumps(record))
-    save_checkpoint(tmp_path / "checkpoints", 9, {"model": TENSORS}, {"step": 9}, keep=1)
+    save_checkpoint(tmp_path / "checkpoints", 9, {"model": TENSORS}, {"step": 9})
     text = inspect_text(tmp_path)
     for shown in (
         "run directory, finished",

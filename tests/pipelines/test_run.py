@@ -3,6 +3,8 @@
 import fcntl
 import os
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +113,31 @@ def test_another_configuration_stops_before_anything_runs(
     assert started == ["student", "ap"]
 
 
-def test_changed_input_stops(finished: Path, started: list[str], capfd: Any) -> None:
-    (finished.parent / "runs/data/out.txt").write_text("changed")
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_text("by hand")])
+def test_what_is_gone_or_changed_is_made_again(
+    finished: Path, started: list[str], capfd: Any, damage: Callable[[Path], Any]
+) -> None:
+    file = finished.parent / "runs/ap/out.txt"
+    damage(file)
+    changed = file.exists()
+    assert main([str(finished), "--dry-run"]) == 0
+    assert "ap: finished, but not all there\n" in capfd.readouterr().out
+    assert main([str(finished)]) == 0
+    out = capfd.readouterr().out
+    assert started == ["ap"]
+    assert f"[1/1] ap: {file} is gone or has changed; it is made again" in out
+    assert "[5/5] ap: done before" in out
+    assert file.read_text() == "dts"
+    assert (finished.parent / "runs/ap/out.txt.changed").exists() == changed
+
+
+def test_what_is_made_again_and_differs_stops(
+    finished: Path, started: list[str], capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (finished.parent / "runs/data/out.txt").unlink()
+    monkeypatch.setenv("FAKE_STAGE_CHANCE", "another result")
     assert main([str(finished)]) == 2
-    assert started == []
+    assert started == ["data"]
     err = capfd.readouterr().err
     assert "stage teacher: " in err
     assert "source has other content" in err
@@ -239,6 +262,40 @@ def test_redo_of_a_start_that_came_to_nothing(finished: Path, started: list[str]
     started.clear()
     assert main([str(finished), "--redo", "ap"]) == 0
     assert started == ["ap"]
+
+
+@pytest.mark.parametrize("moment", ["between two stages", "in the deletion"])
+def test_a_kill_during_redo_leaves_stages_whole_or_gone(
+    finished: Path, started: list[str], monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The folders are deleted in the order of their entries: result.json may be the last, beside nothing that it speaks of."""
+    runs = finished.parent / "runs"
+    moves: list[str] = []
+    rename = Path.rename
+
+    def killed_before_the_second(path: Path, target: Path) -> Path:
+        if moves:
+            raise KeyboardInterrupt
+        moves.append(path.name)
+        return rename(path, target)
+
+    def killed_in_the_middle(folder: Path) -> None:
+        (Path(folder) / "out.txt").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if moment == "between two stages":
+            patch.setattr(Path, "rename", killed_before_the_second)
+        else:
+            patch.setattr(shutil, "rmtree", killed_in_the_middle)
+        with pytest.raises(KeyboardInterrupt):
+            main([str(finished), "--redo", "student"])
+    for name in CHAIN:
+        assert (runs / name / "out.txt").exists() == (runs / name / "result.json").exists(), name
+    assert not (runs / "ap").exists()  # what follows goes first: nothing is there that was made from what is gone
+    assert main([str(finished), "--redo", "student"]) == 0
+    assert started == ["student", "ap"]
+    assert not list(runs.glob(".deleted*"))
 
 
 def test_redo_of_a_stage_in_use_deletes_nothing(finished: Path, capfd: Any) -> None:

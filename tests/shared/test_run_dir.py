@@ -1,9 +1,11 @@
 """Run directories: new, unfinished, finished, refused; what they record; the lock."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -16,8 +18,12 @@ from ssld.shared.run_dir import RunDir, read_metrics, read_result
 class Settings(CommandConfig):
     """Settings of a test."""
 
+    may_change: ClassVar[frozenset[str]] = frozenset({"steps"})
+    may_change_before_the_end: ClassVar[frozenset[str]] = frozenset({"lr"})
+
     steps: int = 5
     rate: float = 0.1
+    lr: float = 1.0
     data: Path
     resume: str = "auto"
 
@@ -58,7 +64,7 @@ def test_life_of_a_run(config: Settings) -> None:
     assert result is not None
     assert result["metrics"] == {"top1": 0.5}
     assert result["outputs"] == {"model": file_sha256(run.path / "model")}
-    assert result["config"] == {"steps": 5, "rate": 0.1, "data": str(config.data)}
+    assert result["config"] == {"steps": 5, "rate": 0.1, "lr": 1.0, "data": str(config.data)}
     assert set(result["inputs"]) == {"data"}
     environment = json.loads((run.path / "environment.json").read_text())
     assert environment["inputs"] == result["inputs"]
@@ -75,6 +81,72 @@ def test_permitted_change_reopens(config: Settings, capsys: pytest.CaptureFixtur
     assert read_result(run.path) is None
     assert "changed since the last start: steps: 5 -> 9" in capsys.readouterr().out
     assert "steps: 9" in (run.path / "config.yaml").read_text()
+
+
+def test_what_may_change_until_the_end_is_recorded(config: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    begun(config)
+    begun(changed(config, lr=0.5))
+    run = RunDir(changed(config, lr=0.1), "test")
+    assert "changed since the last start: lr: 0.5 -> 0.1" in capsys.readouterr().out
+    run.finish({})
+    run.close()
+    result = read_result(run.path)
+    assert result is not None
+    assert result["changes"] == ["lr: 1.0 -> 0.5", "lr: 0.5 -> 0.1"]
+    assert result["config"]["lr"] == 0.1
+    with pytest.raises(UserError, match=r"another configuration .lr: 0.1 -> 0.2"):  # nothing would be trained with it
+        RunDir(changed(config, lr=0.2), "test")
+
+
+def test_files_of_a_finished_run_that_are_gone_or_changed(config: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDir(config, "test", scratch=("parts", "kept.npy"))
+    outputs = [run.path / name for name in ("model", "table", "deep/picture")]
+    (run.path / "deep").mkdir()
+    for file in outputs:
+        file.write_text("made")
+    run.finish({}, outputs)
+    run.close()
+    outputs[0].unlink()
+    outputs[1].write_text("made by hand")
+    capsys.readouterr()
+    run = RunDir(config, "test")
+    run.close()
+    assert run.status == "unfinished"
+    assert capsys.readouterr().out.splitlines() == [
+        f"{run.path}/model: is gone since this run finished; it is made again",
+        f"{run.path}/table: has changed since this run finished; it is made again, and table.changed is what was there",
+    ]
+    assert (run.path / "table.changed").read_text() == "made by hand"
+    assert not (run.path / "result.json").exists()
+    assert not outputs[1].exists()
+    assert outputs[2].exists()
+
+
+def test_scratch_goes_with_the_finish_and_after_a_kill(config: Settings) -> None:
+    names = ("parts", "kept.npy")
+    run = RunDir(config, "test", scratch=names)
+    for kill in (False, True):
+        (run.path / "parts").mkdir()
+        (run.path / "parts" / "0.json").write_text("{}")
+        (run.path / "kept.npy").write_text("")
+        if not kill:
+            run.finish({})
+            run.close()
+        else:  # it came between result.json and the deletion
+            run = RunDir(config, "test", scratch=names)
+            assert run.status == "finished"
+        assert not (run.path / "parts").exists()
+        assert not (run.path / "kept.npy").exists()
+
+
+@pytest.mark.parametrize("left", [(".lock",), (".lock", ".config.yaml.77", "environment.json"), ("error.json",)])
+def test_a_kill_in_the_first_moments_leaves_a_folder_that_can_be_used(config: Settings, left: tuple[str, ...]) -> None:
+    config.output.mkdir()
+    for name in left:
+        (config.output / name).write_text("{}" if name.endswith("json") else "")
+    run = RunDir(config, "test")
+    assert run.status == "new"
+    assert not list(run.path.glob(".config.yaml.*"))
 
 
 def test_refusals(config: Settings, tmp_path: Path) -> None:
@@ -137,6 +209,26 @@ def test_lock_is_released_by_closing_and_by_death(config: Settings) -> None:
     RunDir(config, "test").close()
 
 
+@pytest.mark.process
+def test_a_forked_process_does_not_hold_the_lock(config: Settings) -> None:
+    """A worker of a data loader lives on for seconds after its main process was killed."""
+    run = RunDir(config, "test")
+    (reading, writing), (hears, told) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(told, b"x")
+        os.read(reading, 1)
+        os._exit(0)
+    os.read(hears, 1)
+    assert run._lock is not None
+    run._lock.close()  # as the kernel does for a killed process; close() of the object would do the same
+    try:
+        RunDir(config, "test").close()
+    finally:
+        os.write(writing, b"x")
+        os.waitpid(child, 0)
+
+
 def test_metrics_are_cut_and_torn_lines_left_out(config: Settings) -> None:
     run = RunDir(config, "test")
     for step in (1, 2, 3):
@@ -177,9 +269,43 @@ def test_broken_records(config: Settings) -> None:
     ) as caught:
         RunDir(config, "test")
     assert "\n" not in str(caught.value)
-    (config.output / "result.json").write_text("{")
-    with pytest.raises(UserError, match=r"result.json: not readable"):
-        read_result(config.output)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", b""),
+        ("config.yaml", b"- rate\n"),
+        ("config.yaml", b"\xff\xfe"),
+        ("environment.json", b"[]"),
+        ("environment.json", b'{"inputs": 3}'),
+        ("environment.json", b"[" * 100_000),
+        ("result.json", b"{"),
+        ("result.json", b"[1]"),
+        ("result.json", b'{"metrics": 1}'),
+        ("result.json", b'{"outputs": [1]}'),
+    ],
+)
+def test_damaged_records_are_one_line(config: Settings, name: str, content: bytes) -> None:
+    begun(config)
+    (config.output / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}.* not readable .*; delete") as caught:
+        RunDir(config, "test")
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_lists_and_metrics(config: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDir(config, "test")
+    (run.path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe{\n7\n{"step": "2"}\n{"step": 3}\n{"step": 4, "lo')
+    assert read_metrics(run.path) == [{"step": 1}, {"step": 3}]
+    capsys.readouterr()
+    run.cut_metrics(9)
+    assert "metrics.jsonl: 3 lines cannot be read and will be missing in curves" in capsys.readouterr().out
+    run.quarantine(["b\udcff.jpg", "a.jpg"])  # a file name that is no UTF-8
+    assert run.quarantined() == ["a.jpg", "b\udcff.jpg"]
+    run.log("cannot read b\udcff.jpg")
+    assert "cannot read b\\udcff.jpg" in capsys.readouterr().out
+    assert "cannot read b\\udcff.jpg" in (run.path / "log.txt").read_text()
 
 
 def test_atomic_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

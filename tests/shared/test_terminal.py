@@ -3,6 +3,8 @@
 import ast
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +100,45 @@ def test_nothing_else_prints(package: str) -> None:
         printed = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
         printed = [call for call in printed if "is not installed; run pip install" not in ast.unparse(call)]
         assert not printed or file.relative_to(ROOT).as_posix() in OWN_TEXT, file
+
+
+CODE = """
+import signal, sys, time
+from ssld.shared.terminal import say
+say("first")
+sys.stdin.readline()  # the reader is gone now
+for number in range(3):
+    say("line " + "x" * 100_000)
+print("and what is held back at the end")
+print("done", file=sys.stderr)
+"""
+
+
+@pytest.mark.process
+def test_a_reader_that_has_gone_ends_nothing() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", CODE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == "first\n"
+    process.stdout.close()
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stderr.read() == "done\n"
+    assert process.wait() == 0
+    for pipe in (process.stdin, process.stderr):
+        pipe.close()
+
+
+def test_other_errors_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def write(self, text: str) -> None:
+            raise OSError(28, "No space left on device")
+
+        def flush(self) -> None:
+            pass
+
+    with pytest.raises(OSError, match="No space"):
+        say("text", Full())  # type: ignore[arg-type]

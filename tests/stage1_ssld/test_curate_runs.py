@@ -104,6 +104,36 @@ def test_goes_on_where_it_was_killed(
     assert contents(run) == contents(tmp_path / "whole")
 
 
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_damaged_and_missing_files_are_made_again(
+    arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings |= {"materialise": True}
+    run = tmp_path / "run"
+    assert call(curate, arguments(settings)) == 0
+    whole = contents(run)
+    copies = {path.name: path.read_bytes() for path in (run / "selected").iterdir()}
+    (run / "result.json").unlink()
+    for name in ("scores/000001.parquet", "candidates.parquet", "look_alikes.parquet", "outcome.json"):
+        flip(run / name)
+    flip(run / "selected" / min(copies))
+    capsys.readouterr()
+    assert call(curate, arguments(settings)) == 0
+    assert f"{run}/scores/000001.parquet: does not match its checksum; it is made again" in capsys.readouterr().out
+    assert contents(run) == whole
+    assert {path.name: path.read_bytes() for path in (run / "selected").iterdir()} == copies
+
+    (run / "classes.csv").unlink()
+    assert call(curate, arguments(settings)) == 0
+    assert f"{run}/classes.csv: is gone since this run finished; it is made again" in capsys.readouterr().out
+    assert contents(run) == whole
+
+
 def test_a_stop_while_selecting_is_not_forgotten(
     arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -141,7 +171,7 @@ def test_sigterm_leaves_whole_shards(
         patch.setattr(shard_pass, "perceptual_hash", signals)
         assert call(curate, arguments(settings)) == 143
     assert "1 of 3 shards of this process are done; the same command goes on from there" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "run" / "scores").iterdir()] == ["000000.parquet"]
+    assert [path.name for path in (tmp_path / "run" / "scores").glob("*.parquet")] == ["000000.parquet"]
     assert call(curate, arguments(settings)) == 0
     assert "scores: 2 of 3 shards to do" in (tmp_path / "run" / "log.txt").read_text()
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")

@@ -1,6 +1,7 @@
 """What a user can get wrong in stage 1: one line, exit code 2, nothing half-written."""
 
 import errno
+import json
 import os
 import resource
 from collections.abc import Callable
@@ -162,7 +163,7 @@ def test_full_disk(
 
 
 def test_loss_that_is_not_finite(
-    arguments: Arguments, distill_settings: Settings, user_error: Any, tmp_path: Path, monkeypatch: Any
+    arguments: Arguments, distill_settings: Settings, user_error: Any, call: Call, tmp_path: Path, monkeypatch: Any
 ) -> None:
     steps = iter(range(1, 100))
 
@@ -181,11 +182,68 @@ def test_loss_that_is_not_finite(
 
     newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert newest is not None
-    assert newest.name == "step_00000004"
+    assert newest.name == "step_00000002"  # the loss of step 5 is that of the weights of step 4
     parts, _ = load_checkpoint(newest)
     assert all(tensor.isfinite().all() for tensor in parts["model"].values())
     assert not (tmp_path / "run" / "student.safetensors").exists()
     assert not (tmp_path / "run" / "result.json").exists()
+    advice = "The same command with --optim.lr 0.002 (now 0.02), --optim.clip_grad_norm 1 goes on from step_00000002"
+    assert advice in line
+    assert call(distill, arguments(settings, "run", "--optim.lr", "0.002", "--optim.clip_grad_norm", "1")) == 0
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "changed since the last start: optim.lr: 0.02 -> 0.002" in log
+    assert "resumed from step_00000002" in log
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["changes"] == ["optim.lr: 0.02 -> 0.002", "optim.clip_grad_norm: null -> 1.0"]
+
+
+@pytest.mark.parametrize(("steps", "where"), [(1, "begins again"), (3, "goes on from step_00000002")])
+def test_weights_that_the_last_update_spoilt(
+    arguments: Arguments,
+    distill_settings: Settings,
+    user_error: Any,
+    tmp_path: Path,
+    monkeypatch: Any,
+    steps: int,
+    where: str,
+) -> None:
+    """They are finite, and were never asked: the loss of a step is that of the weights before its update."""
+    at = tmp_path / "run" / "checkpoints"
+    settings = distill_settings | {"steps": steps, "save_every": 1, "data": distill_settings["data"] | {"val": None}}
+    real = torch.optim.SGD.step
+
+    def spoils(optimizer: Any, *rest: Any) -> Any:
+        real(optimizer, *rest)
+        if steps == 1 or (at / "step_00000002").exists():
+            with torch.no_grad():
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        parameter.mul_(1e30)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spoils)
+    line = user_error(distill, arguments(settings))
+    assert f"loss is not finite after the last update, of step {steps}: loss nan" in line
+    assert where in line
+    assert not (tmp_path / "run" / "student.safetensors").exists()
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    arguments: Arguments, distill_settings: Settings, user_error: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    real, calls = torch.optim.SGD.step, iter(range(1, 100))
+
+    def spoils(optimizer: Any, *rest: Any) -> Any:
+        real(optimizer, *rest)
+        if next(calls) == 4:
+            with torch.no_grad():
+                optimizer.param_groups[0]["params"][0].view(-1)[0] = float("inf")
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spoils)
+    line = user_error(distill, arguments(distill_settings | {"save_every": 2}))
+    assert "loss is not finite after step 4: weights or the optimizer's state are not" in line
+    assert "goes on from step_00000002" in line
+    assert [path.name for path in complete_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000002"]
 
 
 def test_evaluate_mistakes(user_error: Any, tmp_path: Path, tiny: Any, teacher_file: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from ssld.shared import run_dir
 from ssld.shared.errors import UserError
 from ssld.shared.images import decode_image
 from ssld.shared.models.backbones import create_classifier, input_settings, save_backbone
@@ -333,7 +334,7 @@ def test_goes_on_where_it_was_killed(
     with monkeypatch.context() as patch:
         if name == "temperature_for":
             patch.setattr(steps, "find_clusters", lambda *_, **__: pytest.fail("was done"))
-        patch.setattr(steps.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(run_dir.shutil, "rmtree", lambda *_, **__: None)
         assert call(prototypes, arguments(settings)) == 0
     assert all(path.stat().st_mtime_ns == before for path, before in done.items())
     assert contents(whole) == contents(run)

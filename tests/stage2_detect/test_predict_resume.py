@@ -39,7 +39,7 @@ def test_a_killed_run_goes_on(
         call(predict.main, predict_line())
     run = tmp_path / "seen"
     assert not (run / "predictions.json").exists()
-    assert sorted(path.name for path in (run / "parts").iterdir()) == ["000000.json", "000001.json"]
+    assert sorted(path.name for path in (run / "parts").glob("*.json")) == ["000000.json", "000001.json"]
     seen: list[int] = []
 
     def counted(self: Parts, number: int, *args: Any) -> None:
@@ -68,6 +68,33 @@ def test_a_run_begun_on_other_pictures_is_refused(
             call(predict.main, predict_line(images=pattern))
     shutil.copy(photos / "5.png", photos / "55.png")
     assert "was begun on other images" in user_error(predict.main, predict_line(images=pattern))
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-9], lambda text: text.replace("1", "2", 3)])
+def test_a_damaged_part_is_made_again(
+    call: Call,
+    predict_line: Any,
+    tmp_path: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[str], str],
+) -> None:
+    """Cut short, or with other digits, which still are JSON."""
+    monkeypatch.setattr("ssld.stage2_detect.prediction.files._PART", 4)
+    assert call(predict.main, predict_line(output="whole")) == 0
+
+    def killed(*_: Any) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "assemble", killed)
+        with pytest.raises(SystemExit):
+            call(predict.main, predict_line())
+    part = tmp_path / "seen" / "parts" / "000001.json"
+    part.write_text(damage(part.read_text()))
+    assert call(predict.main, predict_line()) == 0
+    one, two = ((tmp_path / name / "predictions.json").read_bytes() for name in ("whole", "seen"))
+    assert one == two
 
 
 @pytest.mark.slow

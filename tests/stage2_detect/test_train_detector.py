@@ -191,7 +191,7 @@ def test_a_batch_without_any_object_trains(
 def test_a_loss_that_is_not_finite_stops_with_the_ids_and_keeps_the_checkpoint(
     train_settings: Settings, arguments: Arguments, user_error: Callable[..., str], tmp_path: Path
 ) -> None:
-    optim = train_settings["optim"] | {"lr": 1e12, "warmup_steps": 0, "milestones_steps": None}
+    optim = train_settings["optim"] | {"lr": 1000.0, "warmup_steps": 0, "milestones_steps": None}
     message = user_error(train.main, arguments(train_settings | {"save_every": 1, "steps": 30, "optim": optim}))
     assert "loss is not finite at step" in message
     assert "loss_rpn_cls" in message

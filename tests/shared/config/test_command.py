@@ -41,7 +41,10 @@ def test_exit_codes_and_lines(run: Run, capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err == "error: --outptu: unknown flag; did you mean '--output'?\n"
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG])
+@pytest.mark.parametrize(
+    "number",
+    [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG, errno.EMFILE, errno.EIO],
+)
 def test_disk_errors_are_the_users(run: Run, capsys: pytest.CaptureFixture[str], number: int) -> None:
     assert run(OSError(number, "x", "/big/file")) == 2
     line = capsys.readouterr().err
@@ -53,7 +56,7 @@ def test_bugs_keep_their_traceback(run: Run) -> None:
     with pytest.raises(ZeroDivisionError):
         run(ZeroDivisionError())
     with pytest.raises(OSError, match="odd"):
-        run(OSError(errno.EIO, "odd"))
+        run(OSError(errno.EBADF, "odd"))
 
 
 def test_threads(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ def test_distillation_takes_the_passes_that_fit(
     assert call(distill, arguments(settings | {"accumulate": 4}, "told")) == 0
     sizes = small_memory(Classifier, 3)
     assert call(distill, arguments(settings | {"auto_batch": True})) == 0
-    assert sizes == [8, 4, 2, *[2] * 4 * 6]
+    assert sizes == [8, 4, 2, *[2] * 4 * 6, 2]  # and once more after the last update
     assert json.loads((tmp_path / "run" / "auto_batch.json").read_text()) == {"accumulate": 4, "processes": 1}
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "auto_batch: 2 of 8 images a process and pass fit, so accumulate is 4\n" in log
@@ -47,7 +47,7 @@ def test_a_run_goes_on_with_what_it_found(
     assert call(distill, arguments(settings | {"steps": 2})) == 0
     sizes = small_memory(Classifier, 8)
     assert call(distill, arguments(settings)) == 0
-    assert sizes == [4] * 2 * 4
+    assert sizes == [4] * 2 * 4 + [4]
 
 
 def test_not_even_one_image(
@@ -89,7 +89,7 @@ def test_too_few_passes_after_all(
     assert "The run goes on with --auto_batch true" in capsys.readouterr().err
     sizes = small_memory(Classifier, 3)
     assert call(distill, arguments(settings)) == 0
-    assert sizes == [4, 2, *[2] * 4 * 4]
+    assert sizes == [4, 2, *[2] * 4 * 4, 2]
 
 
 def test_a_run_without_memory_goes_on_in_more_passes(
@@ -107,7 +107,7 @@ def test_a_run_without_memory_goes_on_in_more_passes(
     sizes = small_memory(Classifier, 4)
     assert call(distill, arguments(distill_settings, "run", "--accumulate", "2")) == 0
     assert "changed since the last start: accumulate: 1 -> 2" in capsys.readouterr().out
-    assert sizes == [4] * 2 * 4
+    assert sizes == [4] * 2 * 4 + [4]
 
 
 def test_the_trial_evaluates_as_many_images_as_the_run(

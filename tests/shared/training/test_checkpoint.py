@@ -1,6 +1,7 @@
 """Checkpoints: only complete ones count, the newest N stay, and what is read is bit for bit what was written."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from torch import nn
 from ssld.shared.errors import UserError
 from ssld.shared.training.checkpoint import (
     complete_checkpoints,
+    drop_from,
+    keep_newest,
     load_checkpoint,
     load_module,
     load_optimizer,
@@ -22,11 +25,12 @@ from ssld.shared.training.optim import make_optimizer, parameter_groups, set_lr
 
 def test_files_and_newest_n(tmp_path: Path) -> None:
     for step in (5, 10, 100, 15):
-        save_checkpoint(tmp_path, step, {"model": {"w": torch.full((2,), float(step))}}, {"best": 0.5}, keep=2)
+        save_checkpoint(tmp_path, step, {"model": {"w": torch.full((2,), float(step))}}, {"best": 0.5})
+    keep_newest(tmp_path, 2)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000015", "step_00000100"]
     assert newest_checkpoint(tmp_path) == tmp_path / "step_00000100"
     files = {path.name for path in (tmp_path / "step_00000100").iterdir()}
-    assert files == {"model.safetensors", "state.json", "COMPLETE"}  # nothing pickled
+    assert files == {"model.safetensors", "state.json", "SHA256SUMS", "COMPLETE"}  # nothing pickled
     parts, state = load_checkpoint(tmp_path / "step_00000100")
     assert parts["model"]["w"].tolist() == [100, 100]
     assert state == {"step": 100, "best": 0.5}
@@ -35,12 +39,13 @@ def test_files_and_newest_n(tmp_path: Path) -> None:
 
 def test_incomplete_ones_are_ignored_and_swept_away(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "not yet") is None
-    save_checkpoint(tmp_path, 5, {"model": {"w": torch.zeros(1)}}, {}, keep=2)
+    save_checkpoint(tmp_path, 5, {"model": {"w": torch.zeros(1)}}, {})
     (tmp_path / "step_00000009").mkdir()  # killed between renaming and mark
     (tmp_path / "step_00000009" / "model.safetensors").write_bytes(b"half")
     (tmp_path / ".writing_00000007").mkdir()  # killed while writing
     assert newest_checkpoint(tmp_path) == tmp_path / "step_00000005"
-    save_checkpoint(tmp_path, 9, {"model": {"w": torch.ones(1)}}, {}, keep=2)
+    save_checkpoint(tmp_path, 9, {"model": {"w": torch.ones(1)}}, {})
+    keep_newest(tmp_path, 2)
     assert {path.name for path in tmp_path.iterdir()} == {"step_00000005", "step_00000009"}
     assert load_checkpoint(tmp_path / "step_00000009")[0]["model"]["w"].item() == 1
 
@@ -63,9 +68,7 @@ def test_optimizer_round_trip_is_bit_exact(tmp_path: Path, name: str) -> None:
     for number in range(1, 4):
         step(net, optimizer, number)
     tensors, values = optimizer_part(optimizer)
-    path = save_checkpoint(
-        tmp_path, 3, {"model": net.state_dict(), "optimizer": tensors}, {"optimizer": values}, keep=1
-    )
+    path = save_checkpoint(tmp_path, 3, {"model": net.state_dict(), "optimizer": tensors}, {"optimizer": values})
     state = json.loads((path / "state.json").read_text())
     again, restored = fresh()
     parts, _ = load_checkpoint(path)
@@ -84,10 +87,45 @@ def test_optimizer_round_trip_is_bit_exact(tmp_path: Path, name: str) -> None:
 
 
 def test_unreadable_and_unfitting(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, 1, {"model": nn.Linear(2, 3).state_dict()}, {}, keep=1)
+    path = save_checkpoint(tmp_path, 1, {"model": nn.Linear(2, 3).state_dict()}, {})
     with pytest.raises(UserError, match=r"does not fit this model: .*") as caught:
         load_module(nn.Linear(2, 4), load_checkpoint(path)[0]["model"], path)
     assert "\n" not in str(caught.value)
-    (path / "model.safetensors").write_bytes(b"rubbish")
-    with pytest.raises(UserError, match=r"checkpoint not readable .* delete this folder"):
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "SHA256SUMS"])
+@pytest.mark.parametrize("damage", [flip, Path.unlink, lambda file: file.write_bytes(b"")])
+def test_damage(tmp_path: Path, name: str, damage: Callable[[Path], None]) -> None:
+    path = save_checkpoint(tmp_path, 1, {"model": nn.Linear(2, 3).state_dict()}, {"best": 0.5})
+    damage(path / name)
+    with pytest.raises(UserError, match=r"checkpoint is damaged: .*; delete this folder to go on") as caught:
         load_checkpoint(path)
+    assert name in str(caught.value) or name == "SHA256SUMS"
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, RuntimeError])
+def test_what_is_no_damage_is_not_called_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    path = save_checkpoint(tmp_path, 1, {"model": nn.Linear(2, 3).state_dict()}, {})
+
+    def fail(file: Path) -> None:
+        raise error("can't allocate memory")
+
+    monkeypatch.setattr("ssld.shared.training.checkpoint.load_file", fail)
+    with pytest.raises(error):
+        load_checkpoint(path)
+
+
+def test_those_from_a_step_on_are_dropped(tmp_path: Path) -> None:
+    for step in (5, 99_999_999, 100_000_000):
+        save_checkpoint(tmp_path, step, {"model": {"w": torch.zeros(1)}}, {})
+    assert newest_checkpoint(tmp_path) == tmp_path / "step_100000000"
+    drop_from(tmp_path, 99_999_999)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000005"]

@@ -33,7 +33,7 @@ class Config(CommandConfig):
 
 def checkpoint(path, value):
     tensors = {"w": torch.full((10_000,), float(value))}
-    save_checkpoint(path / "checkpoints", value, {"model": tensors, "optimizer": tensors}, {}, keep=2)
+    save_checkpoint(path / "checkpoints", value, {"model": tensors, "optimizer": tensors}, {})
 
 def model_file(path, value):
     save_model_file(path / "model.safetensors", {"w": torch.full((10_000,), float(value))}, {"kind": "backbone"})

@@ -56,7 +56,7 @@ def test_a_damaged_shard(store_copy: Path, damage: Callable[[Path], Any], what: 
     with pytest.raises(UserError) as error:
         SoftLabelStore(store_copy)
     assert str(error.value) == (
-        f"store {store_copy}: {file}: {what}; delete that file and {store_copy.parent / 'result.json'}, and run write_soft_labels.py again"
+        f"store {store_copy}: {file}: {what}; run write_soft_labels.py again with the settings of {store_copy.parent}: it makes that file anew"
     )
 
 
@@ -65,5 +65,5 @@ def test_ranks_share_the_reading_and_tell_the_same(store_copy: Path, monkeypatch
     monkeypatch.setattr(store_module, "world_size", lambda: 2)
     SoftLabelStore(store_copy)  # rank 0 reads the other two
     monkeypatch.setattr(store_module, "gather_lists", lambda found: [*found, "what rank 1 found"])
-    with pytest.raises(UserError, match=r"/store: what rank 1 found; delete that file"):
+    with pytest.raises(UserError, match=r"/store: what rank 1 found; run write_soft_labels"):
         SoftLabelStore(store_copy)

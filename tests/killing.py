@@ -1,0 +1,233 @@
+"""Kills commands at their calls to the file system, one after the other, and says where the same command does not end with the same files.
+
+    python tests/killing.py CASES.json
+
+Imports everything once and forks a process for every run. A place is a call of `os` or `open` together with the line of the project that led to it. A
+child kills itself before the n-th call at a place (after it, where a file was opened to be written); another runs the same command to its end; then
+the folder is compared, byte for byte, with that of a run left in peace. CASES.json: `cases`, each with `name`, `module`, `argv`, `output`, and
+`before`, the folder that the output is a copy of at the start; `imports`, modules; `every`: all calls, not those of `chosen`. Prints a JSON line for
+each case.
+"""
+
+import builtins
+import importlib
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+CALLS = ("fsync", "rename", "replace", "unlink", "remove", "mkdir", "rmdir", "open")
+HELPERS = ("shared/files.py", "shared/checksums.py", "shared/terminal.py")  # whose callers are the places of interest
+NOT_COMPARED = ("log.txt", ".lock", "metrics.jsonl", "logs")
+KILLED = 9
+
+
+class Calls:
+    """Counts the calls of this process at every place; kills it at the n-th of one."""
+
+    def __init__(self, place: str | None = None, number: int = 0) -> None:
+        self.seen: dict[str, int] = {}
+        self._place, self._number, self._pid, self._lock = place, number, os.getpid(), threading.Lock()
+
+    def install(self) -> None:
+        for name in CALLS:
+            self._wrap(os, name, (lambda *args, **_: bool(args[1] & os.O_CREAT)) if name == "open" else None)
+        writes = lambda *args, **options: set(options.get("mode", args[1] if len(args) > 1 else "r")) & set("wax+")  # noqa: E731
+        self._wrap(builtins, "open", writes, after=True)
+        io.open = builtins.open
+
+    def _wrap(self, owner: Any, name: str, when: Callable[..., Any] | None, *, after: bool = False) -> None:
+        original = getattr(owner, name)
+
+        def counted(*args: Any, **options: Any) -> Any:
+            place = None
+            if os.getpid() == self._pid and (when is None or when(*args, **options)):
+                place = place_of(sys._getframe(1), "write" if owner is builtins else name)
+            with self._lock:
+                mine = place is not None and self._meet(place)
+            if mine and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = original(*args, **options)
+            if mine:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(owner, name, counted)
+
+    def _meet(self, place: str) -> bool:
+        self.seen[place] = self.seen.get(place, 0) + 1
+        return place == self._place and self.seen[place] == self._number
+
+
+def place_of(frame: FrameType | None, call: str) -> str | None:
+    """`write_store soft_label_writer.py:160 fsync files.py:87`; None where nothing of the project led to the call."""
+    inner = ""
+    while frame:
+        file = frame.f_code.co_filename
+        for package in ("shared", "stage1_ssld", "stage2_detect", "pipelines"):
+            if f"/{package}/" in file and str(ROOT) in file:
+                line = f"{file.rpartition('/')[2]}:{frame.f_lineno}"
+                if not file.endswith(HELPERS):
+                    return f"{frame.f_code.co_name} {line} {call}{inner}"
+                inner = inner or f" {line}"
+        frame = frame.f_back
+    return None
+
+
+def in_child(work: Callable[[], int]) -> int:
+    """Exit code of `work` in a forked process, negative after a signal."""
+    child = os.fork()
+    if child == 0:
+        try:
+            code = work()
+        except BaseException:
+            traceback.print_exc()
+            code = 99
+        sys.stdout.flush()
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def run(case: dict[str, Any], calls: Calls | None = None) -> int:
+    """The command, at a clock that stands still, so that records are equal; what it prints goes to a file beside."""
+    sys.argv = [case["name"], *case["argv"]]
+    now = time.localtime(1_700_000_000)
+    time.time, written = (lambda: 1_700_000_000.0), time.strftime
+    time.strftime = lambda form, *_: written(form, now)
+    to = os.open(f"{case['output']}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(to, 1)
+    os.dup2(to, 2)
+    main = importlib.import_module(case["module"]).main
+    if case["module"] == "ssld.pipelines.run":
+        run_stages_here()
+    if calls:
+        calls.install()
+    code: int = main(case["argv"])
+    return code
+
+
+def run_stages_here() -> None:
+    """A pipeline's stages in forked processes, which spares their imports; they are never killed."""
+    from ssld.pipelines import run as runner
+    from ssld.pipelines.runner.launch import Outcome
+
+    def fork(stage: Any, console: Path, signals: Any) -> Outcome:
+        module = importlib.import_module(f"ssld.{stage.kind.script.removesuffix('.py').replace('/', '.')}")
+        return Outcome(in_child(lambda: int(module.main(list(stage.arguments)))))
+
+    runner.run_stage = fork
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """What has to be the same after a kill; metrics without what depends on the clock.
+
+    safetensors writes the metadata of a file in any order, so that is compared by what it says.
+    """
+    from ssld.shared.run_dir import SPEED
+
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.name == "metrics.jsonl":
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            found[name] = [{key: value for key, value in line.items() if key not in SPEED} for line in lines]
+        elif path.suffix == ".safetensors":
+            content = path.read_bytes()
+            body = 8 + int.from_bytes(content[:8], "little")
+            found[name] = json.loads(content[8:body]), content[body:]
+        elif path.name in ("result.json", "environment.json"):
+            record = json.loads(path.read_text())
+            record.pop("inputs")  # may go by time stamps
+            outputs = {key: sha for key, sha in record.get("outputs", {}).items() if not key.endswith(".safetensors")}
+            found[name] = record | {"outputs": outputs}
+        elif not set(Path(name).parts) & set(NOT_COMPARED):
+            found[name] = path.read_bytes() if path.is_file() else "a folder"
+    return found
+
+
+def differences(whole: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    names = sorted(whole.keys() | found.keys())
+    return [name for name in names if whole.get(name) != found.get(name)]
+
+
+def examine(case: dict[str, Any], known: set[str], every: bool) -> Iterator[str]:
+    """A line on each kill after which the command does not end as it should; `known` places are left out, and added to."""
+    output, before = Path(case["output"]), case.get("before")
+
+    def begin() -> None:
+        shutil.rmtree(output, ignore_errors=True)
+        if before:
+            shutil.copytree(before, output, symlinks=True)
+
+    def count() -> int:
+        calls = Calls()
+        try:
+            return run(case, calls)
+        finally:
+            Path(f"{output}.calls").write_text(json.dumps(calls.seen))
+
+    begin()
+    if code := in_child(count):
+        yield f"left in peace: exit code {code}"
+        return
+    whole = contents(output)
+    shutil.copytree(output, output.with_name(f"{case['name']}_whole"), symlinks=True)
+    seen: dict[str, int] = json.loads(Path(f"{output}.calls").read_text())
+    for place, times in seen.items():
+        for number in range(1, times + 1) if every else chosen(place, times, known):
+            case["kills"] += 1
+            begin()
+            code = in_child(lambda: run(case, Calls(place, number)))  # noqa: B023 - called at once
+            if code != -KILLED:
+                yield f"{place} ({number}): was not killed but ended with {code}"
+            elif code := in_child(lambda: run(case)):
+                yield f"{place} ({number}): the same command ends with {code}"
+            elif wrong := differences(whole, contents(output)):
+                yield f"{place} ({number}): other content: {', '.join(wrong)}"
+
+
+def chosen(place: str, times: int, known: set[str]) -> list[int]:
+    """Which calls at a place are looked at when not all are: those inside of helpers once for all, but of each of their callers the moment before its
+    last file takes its name; any other place once."""
+    words = place.split()
+    key = " ".join(words[2:]) if len(words) > 3 and words[2] != "replace" else place
+    if key in known:
+        return []
+    known.add(key)
+    return [times if len(words) > 3 else 1]
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    sys.path.insert(0, str(ROOT))
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    for case in spec["cases"]:
+        importlib.import_module(case["module"])
+    for module in spec["imports"]:
+        importlib.import_module(module)
+    known: set[str] = set()
+    for case in spec["cases"]:
+        case["kills"], begun = 0, time.monotonic()
+        wrong = list(examine(case, known, spec["every"]))
+        told = {
+            "name": case["name"],
+            "kills": case["kills"],
+            "seconds": round(time.monotonic() - begun, 1),
+            "wrong": wrong,
+        }
+        print(json.dumps(told), flush=True)
+
+
+if __name__ == "__main__":
+    main()
