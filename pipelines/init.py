@@ -67,7 +67,7 @@ def _init(arguments: Namespace) -> int:
         lists |= {"held_out": pool.held_out} if pool.held_out else {}
         written |= {names[name]: "".join(f"{line}\n" for line in lines) for name, lines in lists.items()}
         if pool.tally.dropped("photo"):
-            print(f"{arguments.unlabeled}: {pool.tally.describe()}")
+            say(f"{arguments.unlabeled}: {pool.tally.describe()}")
     probe = ask_torch()
     facts = Facts(
         annotations=train,

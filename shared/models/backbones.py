@@ -21,6 +21,7 @@ from ssld.shared.models.downloads import require_downloads
 from ssld.shared.models.model_file import content_hash, save_model_file
 from ssld.shared.models.references import ModelReference, parse_reference
 from ssld.shared.models.state_dicts import Fitted, create, fit, read_state_dict
+from ssld.shared.terminal import say
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -152,7 +153,7 @@ def check_networks(networks: Mapping[str, Network], hub_data: Mapping[str, str] 
     wanted = {key: network.model for key, network in networks.items()} | dict(hub_data or {})
     for line in require_downloads(wanted):
         if launched_ranks()[0] == 0:
-            print(line, flush=True)
+            say(line)
     for key, network in networks.items():
         try:
             reference = parse_reference(network.model, network.arch, allow_pickle=network.allow_pickle)
