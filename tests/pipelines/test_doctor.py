@@ -200,12 +200,12 @@ def test_settings_of_a_command(coco: Path, capfd: pytest.CaptureFixture[str]) ->
     assert "hold together, and fit this machine" in out
     assert "2 images, 1 class, 2 boxes" in out  # its data are looked over too
     file.write_text(
-        yaml.safe_dump(settings(coco, precision="bf16", workers=4000, trackers=["wandb"], backbone="gone.safetensors"))
+        yaml.safe_dump(settings(coco, precision="bf16", workers=1000, trackers=["wandb"], backbone="gone.safetensors"))
     )
     assert doctor.main([str(file)]) == 1
     out = capfd.readouterr().out
     assert "precision: bf16 without a GPU is slow" in out
-    assert "workers: 4000 processes decode on" in out
+    assert "workers: 1000 processes decode on" in out
     assert "backbone: gone.safetensors: no such file or folder" in out
     file.write_text(yaml.safe_dump(settings(coco, stepz=3)))
     assert doctor.main([str(file)]) == 1
@@ -266,10 +266,10 @@ def test_a_pipeline(coco: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file.write_text(yaml.safe_dump({"output": str(coco / "runs"), "variables": {"many": None}, "stages": stages}))
     assert doctor.main([str(file)]) == 1
     assert "variable many has no value" in capfd.readouterr().out
-    assert doctor.main([str(file), "--variable", "many=3000"]) == 0
+    assert doctor.main([str(file), "--variable", "many=1000"]) == 0
     out = capfd.readouterr().out
     assert "2 stages: 2 stages of unknown size; data sets not counted" in out
-    assert "two: workers: 3000 processes decode on" in out
+    assert "two: workers: 1000 processes decode on" in out
     assert out.count("2 images, 1 class, 2 boxes") == 1  # the same data of both stages: once
     shutil.rmtree(coco / "runs", ignore_errors=True)
 
