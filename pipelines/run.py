@@ -59,7 +59,7 @@ def _run(argv: list[str]) -> int:
     redo = _redo(arguments, stages)
     plan = make_plan(stages, redo)
     for line in downloads(plan):
-        print(line, flush=True)
+        say(line)
     if arguments.dry_run:
         _print_plan(plan, to_erase(stages, redo), output)
         return 0

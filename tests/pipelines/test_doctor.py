@@ -304,10 +304,10 @@ def test_a_pipeline(coco: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file.write_text(yaml.safe_dump({"output": str(coco / "runs"), "variables": {"many": None}, "stages": stages}))
     assert doctor.main([str(file)]) == 1
     assert "variable many has no value" in capfd.readouterr().out
-    assert doctor.main([str(file), "--variable", "many=900"]) == 0
+    assert doctor.main([str(file), "--variable", "many=1000"]) == 0
     out = capfd.readouterr().out
     assert "2 stages: 2 stages of unknown size; data sets not counted" in out
-    assert "two: workers: 900 processes decode on" in out
+    assert "two: workers: 1000 processes decode on" in out
     assert out.count("2 images, 1 class, 2 boxes") == 1  # the same data of both stages: once
     shutil.rmtree(coco / "runs", ignore_errors=True)
 

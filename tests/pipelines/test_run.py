@@ -226,8 +226,12 @@ def test_smoke_needs_its_section(write_pipeline: Any, fake_kinds: None, capfd: A
 
 @pytest.mark.parametrize("argv", [[], ["nowhere.yaml"], ["nowhere.yaml", "--dry-rum"]])
 def test_bad_command_lines_end_in_one_line(argv: list[str], capfd: Any) -> None:
+    """Behind the usage, where nothing was given."""
     assert main(argv) == 2
-    assert capfd.readouterr().err.count("\n") == 1
+    *usage, line = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert bool(usage) == (not argv)
+    assert "".join(usage[:1]).startswith("usage: " if usage else "")
 
 
 # ---- safety

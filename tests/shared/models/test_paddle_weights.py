@@ -192,10 +192,10 @@ def test_every_parameter_is_accounted_for() -> None:
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"\x80\x02}r\xff\xff\xff\x7f.", "remembers something as number 2147483647"),  # a table of 17 GB
-        (b"\x80\x02}" + b")" + b"\x85" * 100_000 + b"K\x01s.", "tuples in each other, more than 100 deep"),
+        (b"\x80\x02}r\xff\xff\xff\x7f.", "it remembers under number 2147483647 after 2 steps"),  # a table of 17 GB
+        (b"\x80\x02}" + b")" + b"\x85" * 100_000 + b"K\x01s.", "more than 64 values inside each other"),
         (b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b"x.", "not a .pdparams file"),
-        (b"\x80\x02p99999999999999999999\n.", "remembers something as number 99999999999999999999"),
+        (b"\x80\x02p99999999999999999999\n.", "it remembers under number 99999999999999999999 after 1 steps"),
     ],
 )
 def test_a_few_bytes_do_not_ask_for_gigabytes(content: bytes, why: str, tmp_path: Path) -> None:
