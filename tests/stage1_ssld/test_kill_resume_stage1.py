@@ -56,7 +56,7 @@ moments = {
     "in the first checkpoint's second file": lambda: on_call(ssld.shared.training.checkpoint, "save_tensors", 2, half_a_file),
     "before its renaming": lambda: on_call(Path, "rename", 1),
     "before its mark": lambda: on_call(Path, "touch", 1),
-    "after its mark": lambda: on_call(ssld.shared.training.checkpoint, "complete_checkpoints", 2),
+    "before old ones are looked for": lambda: on_call(ssld.shared.training.checkpoint, "complete_checkpoints", 2),
     "between checkpoints": lambda: on_call(LossWatch, "add", 3),
     "in a line of metrics": lambda: on_call(RunDir, "metric", 1, half_a_line),
     "while the old checkpoint is removed": lambda: on_call(
@@ -124,7 +124,7 @@ def test_killed_at_every_delicate_moment(
     assert process.returncode == 0, process.stdout + process.stderr
     assert "NOT KILLED" not in process.stdout, process.stdout + process.stderr
     assert process.stdout.count("KILLED") == 13
-    assert process.stdout.count("resumed from step_00000005") >= 3
+    assert process.stdout.count("resumed from step_00000005") >= 2
     assert "this run is finished; nothing to do" in process.stdout
     same_run(tmp_path / "killed", tmp_path / "whole")
 
