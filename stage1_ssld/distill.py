@@ -254,6 +254,14 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         run.log(resumed)
 
     # ---- the loop
+    def losses_of(
+        learnt: tuple[Any, Any], taught: Any, soft: Any, labels: torch.Tensor, mixed: Any
+    ) -> dict[str, torch.Tensor]:
+        """Of what the model made of a batch, beside what the teacher did."""
+        logits, said = learnt
+        features = student.heads.pairs(said, taught) if student.heads and taught else None
+        return objective(logits, soft, labels, mixed, features)
+
     step, scored = start, -1
     metrics: dict[str, float] = {}
     with (
@@ -281,10 +289,10 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 torch.manual_seed(seed)  # drop-path
                 # DDP reduces gradients once a step, in the last backward pass.
                 with nullcontext() if micro == config.accumulate - 1 else accelerator.no_sync(model):
-                    logits, said = model(pixels)
+                    learnt = model(pixels)
                     soft, taught = targets.answers(pixels, stored)
-                    features = student.heads.pairs(said, taught) if student.heads and taught else None
-                    parts = objective(logits, soft, labels, mixed, features)
+                    parts = losses_of(learnt, taught, soft, labels, mixed)
+                    logits = learnt[0]
                     # DDP averages over ranks, so the sum over this rank's images counts `ranks` times.
                     accelerator.backward(parts["loss"] * (ranks / config.batch_size))
                 if targets.classes:
@@ -292,7 +300,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                     parts[name] = (logits.detach().argmax(-1) == expected).sum()
                 state.watch.add(step - 1, {key: part / config.batch_size for key, part in parts.items()}, batch.keys)
                 if step == 1 and micro == 0 and soft is not None:
-                    known = objective(logits.detach(), soft, labels, mixed) if features else parts
+                    known = objective(logits.detach(), soft, labels, mixed) if student.heads else parts
                     ignorant = objective(torch.zeros_like(logits), soft, labels, mixed)["loss"]
                     run.log_if(implausible_start(known["loss"], ignorant, len(batch.keys)))
             optimizer_step(accelerator, optimizer, config.optim.clip_grad_norm)
@@ -307,7 +315,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                     metrics, scored = evaluate_now(step), step
                     keep_best(step, metrics)
             if step == steps or state.exhausted(config.patience):
-                state.check_last_update(step, lambda: objective(model(pixels), soft, labels, mixed))  # noqa: B023 - called here
+                state.check_last_update(step, lambda: losses_of(model(pixels), taught, soft, labels, mixed))  # noqa: B023 - called here
             stopping = stop.agreed() and step < steps
             if step % config.save_every == 0 or step == steps or stopping or state.exhausted(config.patience):
                 state.save(step)
