@@ -91,9 +91,9 @@ class DistillConfig(Stage1Config):
     """terms of the distillation loss, by name and weight"""
     hard_label_weight: Weight = 0.0
     """weight of the cross-entropy with human labels, where an image has one; SSLD leaves it at 0"""
-    keep_weights: Literal["better", "last"] = "better"
-    """weights that student.safetensors holds; better: for a student that began with trained weights, the last ones, those of the start or the mean of
-    both, whichever keep most of the teacher's nearest neighbours on the images of data.val (no label is read); last: those of the last step"""
+    keep_weights: Literal["last", "better"] = "last"
+    """weights that student.safetensors holds, for a student that began with trained weights; last: those of the last step; better: these, those of
+    the start or the mean of both, whichever keep most of the teacher's nearest neighbours on the images of data.val (no label is read)"""
 
     @model_validator(mode="after")
     def _teacher_needed(self) -> Self:

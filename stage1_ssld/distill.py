@@ -203,9 +203,9 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 **facts,
             )
 
-    def keep_better() -> Choice | None:
-        """Give the network the better of the weights that it has and those it began with."""
-        if val_source is None or teacher is None or not _compares_with_start(config, student, targets):
+    def compare_with_start() -> Choice | None:
+        """Compare the network's weights with those it began with, and give it the better ones where `keep_weights` asks for that."""
+        if val_source is None or teacher is None or not _has_a_start(config, student, targets):
             return None
         net = student.evaluated.eval()
         share_buffers(net)
@@ -215,10 +215,10 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
             views = ValViews(val_source, None, **sizes)
             order = val_batches(spread(len(views), MOST_IMAGES), min(config.batch_size, EVALUATION_BATCH), 0, 1)
             batches = partial(make_loader, views, order, workers=config.workers, pin_memory=pin_memory)
-            choice = choose_weights(net, start, teacher, batches)
+            choice = choose_weights(net, start, teacher, batches, better=_keeps_better(config))
             run.log(choice.describe() if choice else "data.val: too few images to compare the student with its start")
         choice = from_main_rank(choice)
-        if choice:
+        if choice and choice.which != "last":
             net.net.load_state_dict(weights(choice.which, net.net.state_dict(), start))
         return choice
 
@@ -330,7 +330,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         if config.evaluate_every:
             keep_best(step, metrics)
     file = run.path / f"{result}.safetensors"
-    choice = keep_better()
+    choice = compare_with_start()
     if choice:
         if choice.which != "last":
             metrics = evaluate_now(step)
@@ -372,7 +372,7 @@ def _preview(
         yield f"teacher {names}, BatchNorm by {'the batch' if teacher.batchnorm == 'batch' else 'running statistics'}{only}"
         if "random:" in names:
             yield "warning: the teacher has random weights"
-    if _compares_with_start(config, student, targets) and not (config.data.val and targets.teacher):
+    if _has_a_start(config, student, targets) and not (config.data.val and targets.teacher):
         missing = "data.val" if targets.teacher else "teacher"
         yield f"{missing}: not given, so nothing tells whether the student gets better than the weights it begins with"
     seen = steps * config.batch_size
@@ -383,15 +383,13 @@ def _preview(
     )
 
 
-def _compares_with_start(config: DistillConfig | TeachConfig, student: "Student", targets: "Targets") -> bool:
-    """Whether the result is compared with the weights that the student began with, given images and a teacher."""
-    return (
-        isinstance(config, DistillConfig)
-        and config.keep_weights == "better"
-        and config.trainable == "all"
-        and targets.learns_from_teacher
-        and student.began_trained
-    )
+def _has_a_start(config: DistillConfig | TeachConfig, student: "Student", targets: "Targets") -> bool:
+    """Whether the student learns from a teacher and began with trained weights, all of which change."""
+    return config.trainable == "all" and targets.learns_from_teacher and student.began_trained
+
+
+def _keeps_better(config: DistillConfig | TeachConfig) -> bool:
+    return isinstance(config, DistillConfig) and config.keep_weights == "better"
 
 
 def _score(metrics: dict[str, float], best_by: str | None) -> float:

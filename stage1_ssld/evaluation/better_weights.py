@@ -1,9 +1,9 @@
-"""Which weights a stage 1 leaves: those at its end, those it began with, or the mean of both, judged without a label.
+"""Whether a stage 1 has changed the features of a student that began with trained weights, and which weights it leaves; judged without a label.
 
-A student that begins with trained weights may end with worse features than it had (docs/benchmarks/pretrained_student_cpu_2026-11-29.md). What a
-detector takes from it are features, so these are compared: the share of the nearest images by the student's embeddings that are also the nearest
-by the teacher's. The mean of two sets of weights is WiSE-FT's (arXiv 2109.01903) at one half. A module of its own, because the loop and its
-evaluation know one set of weights, and this compares three.
+Compared are the weights at the end, those of the start, and the mean of both (WiSE-FT, arXiv 2109.01903, at one half): the share of the nearest
+images by the student's embeddings that are also the nearest by the teacher's. A detector whose norms train does not follow this order
+(docs/benchmarks/pretrained_student_cpu_2026-11-29.md), so by default the shares are told and the last weights stay. A module of its own, because
+the loop and its evaluation know one set of weights, and this compares three.
 
 Shapes: N images, D numbers of an embedding.
 """
@@ -27,31 +27,38 @@ MOST_IMAGES, LEAST_IMAGES = 500, 50
 
 Which = Literal["last", "mean", "start"]
 _WORDS: dict[Which, str] = {
-    "last": "those of the last step",
-    "mean": "the mean of the start and the last step",
-    "start": "those it began with",
+    "last": "the weights of the last step",
+    "mean": "the mean of the weights of start and last step",
+    "start": "the weights it began with",
 }
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The weights that were chosen, and the share of the teacher's neighbours that each kept."""
+    """The weights that are kept, and the share of the teacher's neighbours that each of the three has kept."""
 
     which: Which
     shares: dict[Which, float]
     images: int
+    better: bool
+    """whether the weights with the largest share were asked for"""
 
     def describe(self) -> str:
         """A line for the log."""
         shares = ", ".join(f"{which} {100 * share:.1f} %" for which, share in self.shares.items())
         return (
-            f"nearest images that are also the teacher's, on {self.images} held-out images: {shares}; the file holds the weights "
-            f"that keep most: {_WORDS[self.which]}"
+            f"nearest images that are also the teacher's, on {self.images} held-out images: {shares}; the file holds {_WORDS[self.which]} "
+            f"(keep_weights: {'better' if self.better else 'last'})"
         )
 
 
 def choose_weights(
-    net: Classifier, start: Mapping[str, Tensor], teacher: Teacher, batches: Callable[[], Iterable[Batch]]
+    net: Classifier,
+    start: Mapping[str, Tensor],
+    teacher: Teacher,
+    batches: Callable[[], Iterable[Batch]],
+    *,
+    better: bool,
 ) -> Choice | None:
     """Compare the weights of a network with those it began with, on one process; the network keeps its own.
 
@@ -61,6 +68,7 @@ def choose_weights(
         net: in evaluation mode.
         start: the state dict of `net.net` before training.
         batches: held-out images, the same at each call; labels are not read.
+        better: choose the weights with the largest share, not the last ones.
 
     Returns:
         None where fewer than `LEAST_IMAGES` of them could be read.
@@ -78,7 +86,8 @@ def choose_weights(
             shares[which] = neighbours_in_common(mine, nearest)
     finally:
         net.net.load_state_dict(last)
-    return Choice(max(shares, key=lambda which: shares[which]), shares, len(nearest))
+    most = max(shares, key=lambda which: shares[which])
+    return Choice(most if better else "last", shares, len(nearest), better)
 
 
 def weights(which: Which, last: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:

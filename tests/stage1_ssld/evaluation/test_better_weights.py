@@ -88,8 +88,11 @@ def test_the_weights_nearest_to_the_teacher_are_chosen(
     """The teacher is network 0."""
     net, start = network(trained), copied(network(began).net)
     before = copied(net.net)
-    choice = choose_weights(net, start, teacher, batches)
+    told = choose_weights(net, start, teacher, batches, better=False)
+    choice = choose_weights(net, start, teacher, batches, better=True)
     assert choice
+    assert told
+    assert (told.which, told.shares) == ("last", choice.shares)
     assert choice.which == which
     assert choice.images == IMAGES
     assert choice.shares[choice.which] == 1
@@ -101,7 +104,7 @@ def test_the_weights_nearest_to_the_teacher_are_chosen(
 
 def test_few_images_decide_nothing(batches: Callable[[], list[Batch]], teacher: FrozenTeacher) -> None:
     few = [batches()[0]]
-    assert choose_weights(network(1), copied(network(0).net), teacher, lambda: few) is None
+    assert choose_weights(network(1), copied(network(0).net), teacher, lambda: few, better=True) is None
 
 
 def test_a_stage_that_spoils_its_student_leaves_the_start(
@@ -117,8 +120,8 @@ def test_a_stage_that_spoils_its_student_leaves_the_start(
     began = load_file(teacher_file)
     settings = distill_settings | {"student": {"model": str(teacher_file)}}
     settings["optim"] = {"lr": 0.5, "reference_batch": 8, "warmup_steps": 0}
-    for name, keep in (("better", {}), ("last", {"keep_weights": "last"})):
-        assert call(distill, arguments(settings | keep, name)) == 0
+    for name in ("better", "last"):
+        assert call(distill, arguments(settings | {"keep_weights": name}, name)) == 0
     kept, last = (load_file(tmp_path / name / "student.safetensors") for name in ("better", "last"))
     assert all(torch.equal(kept[name], tensor) for name, tensor in began.items())
     assert not torch.equal(last["conv1.0.weight"], began["conv1.0.weight"])
@@ -128,10 +131,13 @@ def test_a_stage_that_spoils_its_student_leaves_the_start(
     assert results[0]["metrics"]["agreement"] == results[0]["metrics"]["neighbours_start"] == 1
     assert results[0]["metrics"]["neighbours_last"] < 1
     assert results[1]["metrics"]["agreement"] < 1
-    assert "neighbours_start" not in results[1]["metrics"]
+    for which in ("last", "mean", "start"):
+        assert results[1]["metrics"][f"neighbours_{which}"] == results[0]["metrics"][f"neighbours_{which}"]
     assert read_metadata(tmp_path / "better" / "student.safetensors")["kept"] == "start"
     log = (tmp_path / "better" / "log.txt").read_text()
-    assert "start 100.0 %; the file holds the weights that keep most: those it began with" in log
+    assert "start 100.0 %; the file holds the weights it began with (keep_weights: better)" in log
+    log = (tmp_path / "last" / "log.txt").read_text()
+    assert "start 100.0 %; the file holds the weights of the last step (keep_weights: last)" in log
 
 
 def test_what_is_missing_for_a_comparison_is_said(
