@@ -58,10 +58,11 @@ def _run(argv: list[str]) -> int:
     stages = build_stages(pipeline, file, output=output, variables=variables, smoke=arguments.smoke)
     redo = _redo(arguments, stages)
     plan = make_plan(stages, redo)
+    if arguments.dry_run:
+        _print_plan(plan, to_erase(stages, redo), output)
     for line in downloads(plan):
         say(line)
     if arguments.dry_run:
-        _print_plan(plan, to_erase(stages, redo), output)
         return 0
     with _locked(output):
         for run in erase(stages, redo, output):

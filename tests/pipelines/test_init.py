@@ -43,6 +43,7 @@ def content(images: int = 40) -> dict[str, Any]:
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The content as files; processes that import torch would take seconds each."""
     monkeypatch.setattr(init, "ask_torch", lambda: CPU)
+    monkeypatch.setattr(run, "downloads", lambda plan: [])  # of timm's names, which nothing here reads
     monkeypatch.setattr(checked_data, "run_script", check_data.main)
     monkeypatch.chdir(tmp_path)
     draw = np.random.default_rng(0)
