@@ -17,6 +17,7 @@ from ssld.pipelines.reports.charts import Chart, curves, precision_recall
 from ssld.pipelines.runner.stages import KINDS
 from ssld.shared.errors import MALFORMED
 from ssld.shared.files import IMAGE_SUFFIXES, spread
+from ssld.shared.errors import UserError
 from ssld.shared.run_dir import read_metrics, read_result
 from ssld.shared.wording import count
 
@@ -153,7 +154,7 @@ def view(name: str, command: CommandName | None, run: Path, room: Room) -> Stage
         """What `look` makes of a file, or of a folder; `otherwise`, and the file noted, where its content has another form."""
         try:
             return look()
-        except MALFORMED:
+        except (*MALFORMED, UserError):
             damaged.append(file)
             empty: T = otherwise
             return empty

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from ssld.shared.config.settings import ConfigT, launched_number, launched_ranks, parse_config
@@ -104,10 +105,9 @@ def run_command(
 
 def _worded(argv: Sequence[str]) -> list[str]:
     """`--verbose` with its value, which everyone leaves out."""
-    following = [*argv[1:], "--"]
     return [
         "--verbose=true" if word == "--verbose" and after.startswith("--") else word
-        for word, after in zip(argv, following, strict=True)
+        for word, after in pairwise([*argv, "--"])
     ]
 
 
