@@ -132,7 +132,8 @@ def test_tar_files_that_are_not_read_to_their_end(tmp_path: Path, jpeg: Any) -> 
             list(shards[0].samples())
     (tmp_path / "unmarked.tar").write_bytes(whole[:header])
     unmarked = source(tmp_path / "unmarked.tar")
-    assert len(unmarked) == 2 and unmarked.tally.changed("file", "without the mark of its end, so perhaps cut off") == 1
+    assert len(unmarked) == 2
+    assert unmarked.tally.changed("file", "without the mark of its end, so perhaps cut off") == 1
     assert not source(tmp_path / "whole.tar").tally.describe()
 
 
@@ -250,6 +251,8 @@ def test_urls_that_are_refused(memory: Any, tmp_path: Path, jpeg: Any, monkeypat
     assert "no Parquet files, tar files or images match" in message("memory://pool/*.png")
     assert "memory://pool/gone.txt: no such file" in message("memory://pool/gone.txt")
     assert "noproto://x: cannot be opened" in message("noproto://x")
+    (tmp_path / "urls.txt").write_text("noproto://x/1.jpg\n")
+    assert "noproto://x/1.jpg: cannot be opened" in message(tmp_path / "urls.txt")
     memory.pipe("/pool/x.parquet", b"no parquet")
     assert "not readable as Parquet" in message("memory://pool")
 
