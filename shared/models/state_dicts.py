@@ -37,6 +37,10 @@ _WRAPPERS = (
 )
 _DEEPEST = 4
 _COUNTER = "num_batches_tracked"  # of BatchNorm, which older files lack; nothing reads it
+_STATISTICS = (
+    "running_mean",
+    "running_var",
+)  # of BatchNorm, finite like what is learnt; other buffers, such as masks, need not be
 
 
 def read_state_dict(path: Path) -> tuple[Tensors, str]:
@@ -227,7 +231,7 @@ class _Target:
         kinds = [
             f"{name} of type {tensors[name].dtype}"
             for name in both
-            if expected[name].is_floating_point() != tensors[name].is_floating_point()
+            if expected[name].is_floating_point() != _is_float(tensors[name])
         ]
         if missing or extra or other or kinds:
             counts = f"{len(missing)} missing, {len(extra)} unknown, {len(other)} of another shape"
@@ -235,7 +239,11 @@ class _Target:
             first = "; ".join([*missing[:2], *other[:2], *extra[:2], *kinds[:2]])
             return _Fault(len(missing) + len(other), f"{counts}: {first}")
         learnt = {name for name, _ in net.named_parameters()}
-        broken = [name for name in both if name in learnt and not bool(torch.isfinite(tensors[name]).all())]
+        broken = [
+            name
+            for name in both
+            if (name in learnt or name.endswith(_STATISTICS)) and not bool(torch.isfinite(tensors[name]).all())
+        ]
         if broken:
             raise UserError(
                 f"{self._source}: {count(len(broken), 'tensor')} with values that are not finite, first {broken[0]}; "
@@ -269,6 +277,11 @@ class _Target:
             net.pretrained_model_args = self._trained_with
             self._nets[classes] = net
         return self._nets[classes]
+
+
+def _is_float(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers as they are; those of 8 bits mean nothing without the scales that quantization keeps elsewhere."""
+    return tensor.is_floating_point() and tensor.element_size() > 1
 
 
 def create(arch: str, source: object, **options: Any) -> Any:

@@ -1,5 +1,6 @@
 """The classes of labelled sources: what they agree on, and their labels in the class numbers of a model."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -52,13 +53,14 @@ def labeled_classes(
 def _count_empty(labeled: Sequence[ImageSource], count: int, names: list[str] | None, *, allow_loss: bool) -> None:
     """Name the classes that no image is of. A class that only a number stands for, such as 9999 in a list of ten classes, is a loss."""
     present = {label for source in labeled for label in match_classes(source, names, count, "the sources") or []}
-    empty = [number for number in range(count) if number not in present]
-    tally = Tally()
-    tally.keep("class", count - len(empty))
-    if empty and names:
-        tally.skip("class", "without an image", names[empty[0]], len(empty))
-    elif empty:
-        tally.drop("class", "without an image", f"class {empty[0]} of 0 to {count - 1}", len(empty))
+    empty, tally = count - len(present), Tally()  # never listed: one wrong number may stand for billions of classes
+    tally.keep("class", len(present))
+    if empty:
+        first = next(number for number in itertools.count() if number not in present)
+        if names:
+            tally.skip("class", "without an image", names[first], empty)
+        else:
+            tally.drop("class", "without an image", f"class {first} of 0 to {count - 1}", empty)
     tally.check(labeled[0].path, allow_loss=allow_loss, otherwise=LOSS_SETTING)
     if empty:
         labeled[0].tally.merge(tally)

@@ -35,7 +35,7 @@ _COMPRESSED = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".zip")
 ALL_SPLITS = "*"
 """where a caller chooses among the splits itself"""
 _SPLIT = re.compile(
-    r"(train|training|trainval|val|valid|validation|dev|test|testing|eval|evaluation|holdout|unlabell?ed|extra)(\d{4})?",
+    r"(train|training|trainval|val|valid|validation|dev|test|testing|eval|evaluation|holdout|unlabell?ed|extra)([-_]?(set|images))?(\d{4})?",
     re.IGNORECASE,
 )
 """names of folders and files that say which part of a data set they are"""
@@ -149,11 +149,36 @@ def _choose(
         beside = Tally()
         beside.skip("file", f"images beside {suffix} files", escaped(images[0]) if images else "", len(images))
         return Listing(_SUFFIXES[suffix], path, [f"{root.rstrip('/')}/{file}" for file in sorted(files)], tally=beside)
-    tops = sorted({name.partition("/")[0] for name in inside})
-    parts = tops if len(inside) == len(images) and all(_SPLIT.fullmatch(top) for top in tops) else []
-    if _asks(path, parts, split, ""):
-        return list_path(f"{path.rstrip('/')}/{split}")
+    parted = _folders_with_splits(images)
+    where, parts = next(iter(parted.items()), ("", []))
+    place = f"{path.rstrip('/')}/{where}".rstrip("/")
+    if len(parted) > 1 and split != ALL_SPLITS:
+        raise UserError(
+            f"{path}: holds the splits {', '.join(parts)} in each of {len(parted)} folders (first: {escaped(where)}); set path to "
+            f"{path.rstrip('/')}/**/{parts[0]}/**/* for one of them, or to {path.rstrip('/')}/**/* for all of them, without labels"
+        )
+    if _asks(place, parts, split, ""):
+        return list_path(f"{place}/{split}")
     return Listing("images", path, images, tally=tally) if images else None
+
+
+def _folders_with_splits(images: Sequence[str]) -> dict[str, list[str]]:
+    """The folders that hold images in several splits, and the names of these: all folders in one are called like splits, with nothing beside it, or
+    most of them are and one of them is for training, another is not."""
+    below: dict[str, set[str]] = {}
+    folders = {name.rpartition("/")[0] for name in images}
+    for folder in folders:
+        parts = folder.split("/") if folder else []
+        for depth, part in enumerate(parts):
+            below.setdefault("/".join(parts[:depth]), set()).add(part)
+    found = {}
+    for place in sorted(below):
+        named = sorted(name for name in below[place] if _SPLIT.fullmatch(name))
+        training = sum(name.lower().startswith("train") for name in named)
+        alone = len(named) == len(below[place]) and place == os.path.commonpath(folders)
+        if len(named) > 1 and (alone or (0 < training < len(named) and 2 * len(named) > len(below[place]))):
+            found[place] = named
+    return found
 
 
 def _splits_of(file: str) -> list[str]:

@@ -312,8 +312,27 @@ def walk_tar(file: Path, tally: Tally) -> Iterator[tuple[tarfile.TarInfo, tarfil
                     yield member, archive
                 elif (member.islnk() or member.issym()) and member.name.lower().endswith(IMAGE_SUFFIXES):
                     tally.drop("image", "that are links inside a tar file", f"{file}, {escaped(member.name)}")
+            if not check_end(archive):
+                tally.change("file", "without the mark of its end, so perhaps cut off", file)
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:  # sizes that nothing has
         raise unreadable_tar(str(file), error) from None
+
+
+def check_end(archive: tarfile.TarFile) -> bool:
+    """Whether a tar file that was read to its end has the mark of its end.
+
+    Raises tarfile.ReadError where something else stands there: `tarfile` takes a damaged header, and a file that is cut within one, for the end, and
+    does not read what was put behind it by `cat`.
+    """
+    content: Any = archive.fileobj
+    if hasattr(content, "seekable"):  # else it is read as it comes, and the mark is already behind it
+        content.seek(archive.offset)
+    length = 0
+    while block := content.read(1 << 20):
+        length += len(block)
+        if block.strip(b"\0") or length < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError(f"what stands at byte {archive.offset} is neither a file nor its end")
+    return length > 0
 
 
 def head_of(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -23,6 +23,7 @@ from ssld.stage1_ssld.data.rows import (
     FileRows,
     Rows,
     Sample,
+    check_end,
     content_of,
     is_image,
     member_name,
@@ -124,6 +125,7 @@ class TarShard:
                         head = opened.read(64) if says_nothing(member.name) else b""
                         if is_image(member.name, head):
                             yield member.name, head, opened
+                check_end(archive)
         except tarfile.TarError as error:
             raise unreadable_tar(self.file, error) from None
 

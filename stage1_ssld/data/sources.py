@@ -66,7 +66,8 @@ class ImageSource:
         self.tally = Tally()
         self.rows: Rows = self._open(config)
         if len(self) == 0:
-            raise UserError(f"{self.path}: holds no images")
+            left_out = self.tally.describe()
+            raise UserError(f"{self.path}: holds no images{f' ({left_out})' if left_out else ''}")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -221,7 +222,13 @@ class ImageSource:
     ) -> None:
         """Labels of Parquet files, each of which may have class names of its own, in any order: then numbers are those of all names together."""
         numbers: list[int] = []
-        names = [_class_names(schema, column) for schema in schemas]
+        names: list[list[str] | None] = []
+        for file, schema in zip(files, schemas, strict=True):
+            own, problem = _class_names(schema, column)
+            if problem:
+                self.unlabeled_because = f"{file}: {problem}; correct them, or set labels: none"
+                return
+            names.append(own)
         together = list(dict.fromkeys(name for own in names for name in own or []))
         for file, table, own in zip(files, tables, names, strict=True):
             labels, problem = _class_numbers(table.column(column), column)
@@ -254,6 +261,12 @@ class ImageSource:
         numbers, problem = _class_numbers(known.column(config.label_column), config.label_column)
         if numbers is None:
             raise UserError(f"{file}: {problem}")
+        for place, ids in ((self.path, table), (file, known)):
+            kind = ids.schema.field(config.id_column).type
+            if pa.types.is_nested(kind):
+                raise UserError(
+                    f"{place}: column {config.id_column!r} holds {kind}, numbers or text are needed; set id_column"
+                )
         label_of: dict[Any, int] = {}
         for identifier, number in zip(known[config.id_column].to_pylist(), numbers, strict=True):
             if label_of.setdefault(identifier, number) != number:
@@ -312,7 +325,8 @@ _SUFFIXED = re.compile(rf"(.*?(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))}))(?:
 def list_rows(listing: Listing, config: SourceConfig) -> ListedRows:
     """What a list file names: a path a line, and behind a space, tab or comma a class number. Empty lines, and those that begin with #, are skipped.
 
-    A path may stand in quotes. Paths as Windows writes them are read where nothing lies at them as they stand.
+    A path may stand in quotes. Paths as Windows writes them are read where nothing lies at them as they stand. Raises UserError for a file that is no
+    text, and for a URL that no installed package can open.
     """
     file, folder = listing.files[0], config.root or listing.folder
     names: list[str] = []
@@ -335,6 +349,8 @@ def list_rows(listing: Listing, config: SourceConfig) -> ListedRows:
     given = [label for label in labels if label is not None]
     if given and len(given) != len(labels):
         problem = problem or f"image {labels.index(None) + 1} has no class number, others have; give one to all or none"
+    for place in {name.partition("://")[0]: name for name in (folder, *names) if "://" in name}.values():
+        filesystem_of(place)
     tally.keep("image", len(names))
     local = "://" not in folder and not any("://" in name for name in names)
     return ListedRows(FileRows(folder, names), None if problem else given or None, problem, tally, local)
@@ -372,7 +388,17 @@ def _class_numbers(column: pa.ChunkedArray, name: str) -> tuple[list[int] | None
     return [NO_LABEL if label is None or label < 0 else label for label in column.to_pylist()], None
 
 
-def _class_names(schema: pa.Schema, column: str) -> list[str] | None:
-    metadata: dict[str, Any] = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    feature = metadata.get("info", {}).get("features", {}).get(column, {})
-    return feature.get("names") if isinstance(feature, dict) else None
+def _class_names(schema: pa.Schema, column: str) -> tuple[list[str] | None, str | None]:
+    """(class names of a column from the Hugging Face metadata, None without any; why those that are there cannot be used)."""
+    try:
+        found: Any = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    except (ValueError, RecursionError):
+        return None, "its Hugging Face metadata, which hold the class names, are not JSON"
+    for key in ("info", "features", column, "names"):
+        found = found.get(key) if isinstance(found, dict) else None
+    if not found:
+        return None, None
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        return None, f"its class names are no list of names ({str(found)[:80]})"
+    twice = next((name for number, name in enumerate(found) if name in found[:number]), None)
+    return (found, None) if twice is None else (None, f"two of its classes are called {twice!r}")

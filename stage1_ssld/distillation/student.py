@@ -111,7 +111,8 @@ class Student:
 
     def uses_batch_statistics(self) -> bool:
         """Whether it trains on statistics of the batch, which one image does not have."""
-        return not self._classifier_only and any(isinstance(module, _BatchNorm) for module in self.model.modules())
+        fixed = self._classifier_only or self._keeps_statistics
+        return not fixed and any(isinstance(module, _BatchNorm) for module in self.model.modules())
 
     def licence(self) -> str | None:
         """Licence of the weights it started from; None for random ones."""

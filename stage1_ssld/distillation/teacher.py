@@ -185,8 +185,8 @@ def _likely_cause(pairs: Sequence[tuple[int, int]], classes: int) -> str | None:
     if not guessing and renamed < 2 * as_it_is:
         return None
     # Features of an untrained network tell some classes apart too, so this asks for much.
-    if renamed > max(0.15, min(3 * chance, (1 + chance) / 2)):
-        moved = [(count, answer, label) for answer, (label, count) in renaming.items() if answer != label]
+    moved = [(count, answer, label) for answer, (label, count) in renaming.items() if answer != label]
+    if moved and renamed > max(0.15, min(3 * chance, (1 + chance) / 2)):
         _, answer, label = max(moved)
         return (
             f"{_GUESSING if guessing else 'less than half of what it could be'}: "

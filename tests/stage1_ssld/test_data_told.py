@@ -143,6 +143,13 @@ def test_batchnorm_of_one_image_is_refused_before_the_run(
         assert call(distill, arguments(settings | {"student": {"model": "random:test_convnext"}})) == 0
 
 
+def test_running_statistics_need_no_second_image(
+    arguments: Arguments, settings: Settings, teacher_file: Path, call: Call
+) -> None:
+    student = {"model": str(teacher_file), "batchnorm": "eval"}
+    assert call(distill, arguments(settings | {"batch_size": 1, "student": student})) == 0
+
+
 def test_one_class_teaches_nothing_by_labels(
     arguments: Arguments, settings: Settings, user_error: Any, images: Path
 ) -> None:
@@ -167,6 +174,8 @@ def test_paths_that_look_like_yaml(name: str, images: Path, monkeypatch: Any, tm
 
 def test_paths_that_yaml_takes_for_something_else(arguments: Arguments, settings: Settings, user_error: Any) -> None:
     assert SourceConfig.model_validate(2024).path == SourceConfig.model_validate({"path": 2024}).path == "2024"
+    settings["data"]["train"] = [" "]
+    assert "the path is empty; name a folder or a file" in user_error(distill, arguments(settings))
     for value, shown in ((None, "null"), (True, "true"), (["old"], '["old"]'), (1e3, "1000.0")):
         settings["data"]["train"] = [{"path": value}]
         assert f"the path is {shown} to YAML; put a name like that in quotes" in user_error(

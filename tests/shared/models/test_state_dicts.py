@@ -108,6 +108,8 @@ def test_a_head_of_another_kind_is_left_out(tmp_path: Path) -> None:
         (lambda t: {k: v for k, v in t.items() if k != "bn1.weight"}, "(1 missing, 0 unknown, 0 of another shape: bn1.weight missing)"),
         (lambda t: t | {"bn1.weight": t["bn1.weight"] > 0}, "1 of another type: bn1.weight of type torch.bool"),
         (lambda t: t | {"bn1.weight": t["bn1.weight"] * float("nan")}, "1 tensor with values that are not finite, first bn1.weight"),
+        (lambda t: t | {"bn1.running_mean": t["bn1.running_mean"] + float("inf")}, "values that are not finite, first bn1.running_mean"),
+        (lambda t: t | {"bn1.weight": t["bn1.weight"].to(torch.float8_e4m3fn)}, "1 of another type: bn1.weight of type torch.float8_e4m3fn"),
         (lambda t: t | {"a\nb": torch.zeros(1)}, "a tensor is called 'a\\nb', which cannot be printed"),
         (lambda t: network("test_convnext").state_dict(), "does not hold a test_resnet ("),
     ],

@@ -122,6 +122,20 @@ def test_splits_below_one_root_are_not_mixed(tmp_path: Path) -> None:
     assert len(source(f"{folder}/**/*.png")) == 4
     flat = write(tmp_path / "b", "train2017/1.png", "val2017/1.png", "unlabeled2017/1.png")
     assert "holds the splits train2017, unlabeled2017, val2017" in refusal(flat)
+    nested = write(
+        tmp_path / "d", "images/training_set/cat/1.png", "images/training_set/dog/1.png", "images/test_set/cat/1.png"
+    )
+    assert "d/images: holds the splits test_set, training_set: set split" in refusal(nested)
+    assert source(nested, split="training_set").labels == [0, 1]
+    beside = write(tmp_path / "e", "train/cat/1.png", "val/cat/1.png", "docs/1.png", "cover.png")
+    assert "holds the splits train, val: set split" in refusal(beside)
+    inside = write(
+        tmp_path / "f", *(f"{name}/{split}/1.png" for name in ("bolt", "nut") for split in ("test", "train"))
+    )
+    assert f"splits test, train in each of 2 folders (first: bolt); set path to {inside}/**/test/**/* for" in refusal(
+        inside
+    )
+    assert len(source(f"{inside}/**/test/**/*")) == 2
     classes = write(tmp_path / "c", "train/1.png", "bus/1.png")
     assert source(classes).class_names == ["bus", "train"]
 
@@ -321,6 +335,40 @@ def test_each_file_has_its_own_order_of_classes(tmp_path: Path) -> None:
     assert "has class numbers without names, others have names" in unlabelled_because(source(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("metadata", "told"),
+    [
+        ("{", "its Hugging Face metadata, which hold the class names, are not JSON; correct them, or set labels: none"),
+        ("[" * 100_000, "are not JSON"),
+        ("names: apple", "its class names are no list of names (apple); correct"),
+        (
+            'names: {"0": "apple", "1": "banana"}',
+            "its class names are no list of names ({'0': 'apple', '1': 'banana'})",
+        ),
+        ("names: [0, 1]", "its class names are no list of names ([0, 1])"),
+        ('names: ["apple", "pear", "apple"]', "two of its classes are called 'apple'"),
+        ("[]", None),
+        ('{"info": null}', None),
+        ('{"info": {"features": []}}', None),
+        ("names: []", None),
+    ],
+)
+def test_class_names_that_cannot_be_used(metadata: str, told: str | None, tmp_path: Path) -> None:
+    if metadata.startswith("names: "):
+        names = metadata.removeprefix("names: ").replace("apple", "apple" if '"' in metadata else '"apple"')
+        metadata = f'{{"info": {{"features": {{"label": {{"names": {names}}}}}}}}}'
+    labelled_parquet(tmp_path / "x.parquet", None, [0, 1])
+    table = pq.read_table(tmp_path / "x.parquet").replace_schema_metadata({"huggingface": metadata})
+    pq.write_table(table, tmp_path / "x.parquet")
+    images = source(tmp_path / "x.parquet")
+    assert images.class_names is None
+    if told:
+        assert told in unlabelled_because(images)
+        assert source(tmp_path / "x.parquet", labels="none").unlabeled_because is None
+    else:
+        assert images.labels == [0, 1]
+
+
 def test_columns_of_other_widths_are_read_together(tmp_path: Path) -> None:
     for number, kind in enumerate((pa.int64(), pa.int32(), pa.uint8())):
         labelled_parquet(tmp_path / f"{number}.parquet", None, [number, number], kind)
@@ -340,6 +388,12 @@ def test_a_label_file_that_contradicts_itself_or_misses_most(tmp_path: Path) -> 
 
     twice = labels([1, 2, 3, 4, 2], [0, 1, 0, 1, 0])
     assert "truth.parquet: id 2 has the labels 1 and 0; keep one" in refusal(tmp_path / "x.parquet", labels=twice)
+    words = labels(["1", "2"], [0, 1])  # type: ignore[list-item]
+    assert "x.parquet: holds no images (4 images dropped: 4 whose id is not in truth.parquet (first: 1))" in refusal(
+        tmp_path / "x.parquet", labels=words
+    )
+    pairs = labels([[1], [2]], [0, 1])  # type: ignore[list-item]
+    assert "truth.parquet: column 'id' holds list<" in refusal(tmp_path / "x.parquet", labels=pairs)
     few = refusal(tmp_path / "x.parquet", labels=labels([1], [0]))
     assert "3 of the 4 images would be left out: 3 whose id is not in truth.parquet (first: 2)" in few
     chosen = source(tmp_path / "x.parquet", labels=labels([1, 2, 3, 4], [0, -1, -1, -1]))
@@ -419,6 +473,8 @@ def test_numbers_without_an_image_are_named(tmp_path: Path) -> None:
     assert labeled_classes([listed(0, 1, 2, 9999)], allow_loss=True)[1] == 10_000
     with pytest.raises(UserError, match=r"list\.txt: all images are of one class, 0: there is nothing to learn"):
         labeled_classes([listed(0, 0, 0, 0)])
+    with pytest.raises(UserError, match=r"999,999,996 of the 1,000,000,000 classes would be left out"):
+        labeled_classes([listed(0, 1, 2, 999_999_999)])
 
 
 def test_repeated_lines_are_counted(tmp_path: Path) -> None:

@@ -111,6 +111,32 @@ def test_tar_files_that_cannot_be_read(tmp_path: Path, jpeg: Any) -> None:
 # ---- lists
 
 
+def test_tar_files_that_are_not_read_to_their_end(tmp_path: Path, jpeg: Any) -> None:
+    members = {f"{number}.jpg": jpeg(seed=number) for number in range(4)}
+    whole = pack(tmp_path / "whole.tar", members).read_bytes()
+    header = whole.index(b"2.jpg")
+    damaged = whole[:header] + b"3" + whole[header + 1 :]
+    faults = {"damaged": damaged, "cut": whole[: header + 100], "joined": whole + whole}
+    for name, content in faults.items():
+        file = tmp_path / f"{name}.tar"
+        file.write_bytes(content)
+        assert "neither a file nor its end" in message(file)
+        shards = source_shards(SourceConfig(path=str(file)), 0, streaming=True)
+        with pytest.raises(UserError, match="neither a file nor its end"):
+            list(shards[0].samples())
+    for name, content in {"damaged": damaged, "joined": whole + whole}.items():
+        with fsspec.open(f"memory://ends/{name}.tar", "wb") as opened:
+            opened.write(content)
+        shards = source_shards(SourceConfig(path=f"memory://ends/{name}.tar"), 0, streaming=True)
+        with pytest.raises(UserError, match="neither a file nor its end"):
+            list(shards[0].samples())
+    (tmp_path / "unmarked.tar").write_bytes(whole[:header])
+    unmarked = source(tmp_path / "unmarked.tar")
+    assert len(unmarked) == 2
+    assert unmarked.tally.changed("file", "without the mark of its end, so perhaps cut off") == 1
+    assert not source(tmp_path / "whole.tar").tally.describe()
+
+
 def test_a_list_of_files(tiny: Any, tmp_path: Path) -> None:
     names = sorted(pictures(tiny.train))
     (tmp_path / "all.txt").write_text("".join(f"{name}\n\n" for name in names))
@@ -225,6 +251,8 @@ def test_urls_that_are_refused(memory: Any, tmp_path: Path, jpeg: Any, monkeypat
     assert "no Parquet files, tar files or images match" in message("memory://pool/*.png")
     assert "memory://pool/gone.txt: no such file" in message("memory://pool/gone.txt")
     assert "noproto://x: cannot be opened" in message("noproto://x")
+    (tmp_path / "urls.txt").write_text("noproto://x/1.jpg\n")
+    assert "noproto://x/1.jpg: cannot be opened" in message(tmp_path / "urls.txt")
     memory.pipe("/pool/x.parquet", b"no parquet")
     assert "not readable as Parquet" in message("memory://pool")
 

@@ -71,6 +71,15 @@ def test_a_teacher_that_knows_the_images(tmp_path: Path) -> None:
     assert check(teacher, pixels, labels) == "teacher: 75.0 % right on 100 images of images/val (chance 20.0 %)"
 
 
+def test_the_same_answer_to_everything(tmp_path: Path) -> None:
+    net: Any = timm.create_model("test_resnet", num_classes=50).eval()
+    with torch.no_grad():
+        net.get_classifier().bias[3] = 1e6
+    file = tmp_path / "t.safetensors"
+    save_backbone(file, net, arch="test_resnet", inputs=input_settings(net, {}), classes=50)
+    assert "no better than guessing" in refused(FrozenTeacher(str(file)), pictures(200), torch.tensor([3, 4] * 100))
+
+
 def test_another_class_order(tmp_path: Path) -> None:
     teacher, pixels = teacher_of(tmp_path / "t.safetensors", 5), pictures(200)
     answers = teacher(pixels).argmax(-1)
