@@ -104,7 +104,7 @@ def run_command(
 
 def _worded(argv: Sequence[str]) -> list[str]:
     """`--verbose` with its value, which everyone leaves out."""
-    following = [*argv[1:], "--"]
+    following = [*argv, "--"][1:]
     return [
         "--verbose=true" if word == "--verbose" and after.startswith("--") else word
         for word, after in zip(argv, following, strict=True)
