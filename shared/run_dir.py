@@ -316,6 +316,9 @@ def read_result(run: Path) -> dict[str, Any] | None:
     for key in ("metrics", "outputs"):
         if not isinstance(result.get(key, {}), dict):
             raise UserError(f"{file}: not readable ({key} are no keys and values); delete it and run again")
+    for name in result.get("outputs", {}):  # a file that has changed is moved aside
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            raise UserError(f"{file}: not readable ({name} is no file of this run); delete it and run again")
     return {"metrics": {}, "outputs": {}, **result}
 
 

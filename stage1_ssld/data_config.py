@@ -57,6 +57,8 @@ class SourceConfig(Config):
             raise ValueError(
                 f"the path is {json.dumps(path)} to YAML; put a name like that in quotes, or write it as ./NAME"
             )
+        if path == "":
+            raise ValueError("the path is empty")
         return {**value, "path": str(path)} if isinstance(path, Path | int | date) else value
 
     def inputs(self, key: str) -> dict[str, Path]:
