@@ -398,6 +398,8 @@ def input_digests(config: CommandConfig) -> dict[str, str]:
     for key, path in config.inputs().items():
         if not path.exists():
             raise UserError(f"{key}: {path}: no such file or folder")
+        if not (path.is_file() or path.is_dir()):  # it is read more than once, and a pipe without a writer never ends
+            raise UserError(f"{key}: {path}: is neither a file nor a folder")
         digests[key] = input_digest(path, config.output)
     return digests
 

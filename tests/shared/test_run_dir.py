@@ -164,6 +164,9 @@ def test_refusals(config: Settings, tmp_path: Path) -> None:
         RunDir(config, "test")
     with pytest.raises(UserError, match=r"data: .*gone: no such file or folder"):
         RunDir(changed(config, data=tmp_path / "gone", output=tmp_path / "new"), "test")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"data: .*pipe: is neither a file nor a folder"):
+        RunDir(changed(config, data=tmp_path / "pipe", output=tmp_path / "new"), "test")
     assert not (tmp_path / "new" / "config.yaml").exists()
 
 
