@@ -316,6 +316,9 @@ def read_result(run: Path) -> dict[str, Any] | None:
     for key in ("metrics", "outputs"):
         if not isinstance(result.get(key, {}), dict):
             raise UserError(f"{file}: not readable ({key} are no keys and values); delete it and run again")
+    for name in result.get("outputs", {}):  # a file that has changed is moved aside
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            raise UserError(f"{file}: not readable ({name} is no file of this run); delete it and run again")
     return {"metrics": {}, "outputs": {}, **result}
 
 
@@ -395,6 +398,8 @@ def input_digests(config: CommandConfig) -> dict[str, str]:
     for key, path in config.inputs().items():
         if not path.exists():
             raise UserError(f"{key}: {path}: no such file or folder")
+        if not (path.is_file() or path.is_dir()):  # it is read more than once, and a pipe without a writer never ends
+            raise UserError(f"{key}: {path}: is neither a file nor a folder")
         digests[key] = input_digest(path, config.output)
     return digests
 

@@ -35,6 +35,8 @@ class PredictConfig(RunDetectorConfig):
 
     @model_validator(mode="after")
     def _writes_elsewhere(self) -> Self:
+        if not self.images:
+            raise ValueError("images: names no image, folder or list")
         folder = Path(self.images)
         if folder.is_dir() and self.output.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"output: {self.output} is inside images, where what is drawn would be read; give another")

@@ -28,6 +28,7 @@ from pydantic_settings import (
 
 from ssld.shared.config.bounds import Processes
 from ssld.shared.config.help import HelpAction, models_in, settings_help
+from ssld.shared.config.plain_values import PlainValues
 from ssld.shared.config.yaml_files import Alternatives, merge, read_recipe, without_others
 from ssld.shared.errors import UserError
 
@@ -65,13 +66,13 @@ ModelText = Annotated[str, AfterValidator(_named)]
 """a model reference"""
 
 
-class Config(BaseModel):
+class Config(PlainValues):
     """A frozen group of settings that knows all its keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-class CommandConfig(BaseSettings):
+class CommandConfig(PlainValues, BaseSettings):
     """The settings of one command; every command writes into one run directory."""
 
     model_config = SettingsConfigDict(
@@ -352,12 +353,18 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> I
 def launched_ranks() -> tuple[int, int]:
     """(rank, processes) as the launcher's environment says, before any process group exists."""
     rank, processes = launched_number("RANK", 0), launched_number("WORLD_SIZE", 1)
+    launched_number("LOCAL_RANK", 0)
+    if processes > 1:
+        launched_number("MASTER_PORT", 0)
     if not 0 <= rank < processes:
         raise UserError(f"RANK={rank} WORLD_SIZE={processes}: {_LAUNCHER}")
     return rank, processes
 
 
-_LAUNCHER = "the launcher's environment is broken; unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, or start with accelerate launch"
+_LAUNCHER = (
+    "the launcher's environment is broken; unset RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and MASTER_PORT, "
+    "or start with accelerate launch"
+)
 
 
 def launched_number(name: str, default: int) -> int:
@@ -400,6 +407,7 @@ _WORDS = {  # pydantic's kinds of mistakes in ours; its own words otherwise
     "bool_type": "has to be true or false",
     "literal_error": "has to be {expected}",
     "list_type": "has to be a list",
+    "path_type": "has to be a path; put a name like that in quotes",
     "too_short": "needs at least {min_length}",
     "too_long": "takes at most {max_length}",
 }

@@ -42,23 +42,34 @@ class RowGroupShard:
         return f"{self.file}#{self.group}"
 
     def samples(self, start: int = 0) -> Generator[Sample]:
-        """The images from row `start` of the group on; a few of them are in memory at a time."""
+        """The images from row `start` of the group on; a few of them are in memory at a time.
+
+        Raises OSError where the file is damaged or goes away.
+        """
         filesystem, inner = filesystem_of(self.file)
-        with pq.ParquetFile(inner, filesystem=filesystem, buffer_size=_BUFFER, pre_buffer=False) as opened:
-            row = 0
-            for batch in opened.iter_batches(
-                _ROWS_AT_A_TIME, row_groups=[self.group], columns=[self.column], use_threads=False
-            ):
-                for index in range(max(0, start - row), len(batch)):
-                    number = self.first + row + index
-                    encoded = image_of_cell(batch.column(0)[index].as_py(), parent_of(self.file))
-                    yield Sample(str(number), f"{self.path}, row {number}", encoded)
-                row += len(batch)
+        try:
+            with pq.ParquetFile(
+                inner, filesystem=filesystem, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True
+            ) as opened:
+                batches = opened.iter_batches(
+                    _ROWS_AT_A_TIME, row_groups=[self.group], columns=[self.column], use_threads=False
+                )
+                row = 0
+                for batch in batches:
+                    for index in range(max(0, start - row), len(batch)):
+                        number = self.first + row + index
+                        encoded = image_of_cell(batch.column(0)[index].as_py(), parent_of(self.file))
+                        yield Sample(str(number), f"{self.path}, row {number}", encoded)
+                    row += len(batch)
+        except (OSError, pa.ArrowException) as error:
+            raise OSError(f"{self.name}: {error}") from None
 
     def table(self) -> pa.Table:
         """The group's images, all at once."""
         filesystem, inner = filesystem_of(self.file)
-        with pq.ParquetFile(inner, filesystem=filesystem, memory_map=filesystem is None) as opened:
+        with pq.ParquetFile(
+            inner, filesystem=filesystem, memory_map=filesystem is None, page_checksum_verification=True
+        ) as opened:
             table = opened.read_row_group(self.group, columns=[self.column], use_threads=False)  # none survive a fork
             return table.replace_schema_metadata(None)
 
@@ -125,7 +136,7 @@ class GroupRows:
             self._held = None  # before the next one is read, not after
             try:
                 self._held = (os.getpid(), which, group.table().column(0))
-            except pa.ArrowException as error:
+            except (OSError, pa.ArrowException) as error:
                 raise OSError(f"{group.name}: {error}") from None
         return image_of_cell(self._held[2][number - group.first].as_py(), parent_of(group.file))
 

@@ -164,6 +164,9 @@ def test_refusals(config: Settings, tmp_path: Path) -> None:
         RunDir(config, "test")
     with pytest.raises(UserError, match=r"data: .*gone: no such file or folder"):
         RunDir(changed(config, data=tmp_path / "gone", output=tmp_path / "new"), "test")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"data: .*pipe: is neither a file nor a folder"):
+        RunDir(changed(config, data=tmp_path / "pipe", output=tmp_path / "new"), "test")
     assert not (tmp_path / "new" / "config.yaml").exists()
 
 
@@ -333,3 +336,12 @@ def test_what_a_killed_process_was_writing_is_cleared_away(config: Settings) -> 
     left = {file.relative_to(run.path).as_posix() for file in run.path.rglob("*") if file.is_file()}
     assert {".kept", "store/a.bin"} <= left
     assert not {".model.safetensors.123", "store/.shard-00001.bin.4567"} & left
+
+
+@pytest.mark.parametrize("name", ["../kept.txt", "/tmp/kept.txt", "a/../../kept.txt"])
+def test_no_file_outside_the_folder_is_moved_aside(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "result.json").write_text(json.dumps({"metrics": {}, "outputs": {name: "0" * 64}}))
+    with pytest.raises(UserError, match="is no file of this run"):
+        read_result(folder)

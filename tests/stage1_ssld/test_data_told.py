@@ -181,3 +181,5 @@ def test_paths_that_yaml_takes_for_something_else(arguments: Arguments, settings
         assert f"the path is {shown} to YAML; put a name like that in quotes" in user_error(
             distill, arguments(settings)
         )
+    settings["data"]["train"] = [""]
+    assert "data.train.0: the path is empty" in user_error(distill, arguments(settings))

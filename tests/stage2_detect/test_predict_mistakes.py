@@ -202,6 +202,7 @@ def test_pictures_that_would_share_files_are_refused(user_error: Error, predict_
         (["--write", "[]"], "is empty"),
         (["--tile", "8"], "tile"),
         (["--overlap", "1"], "overlap"),
+        (["--images", ""], "images: names no image, folder or list"),
     ],
 )
 def test_settings_that_do_not_fit(user_error: Error, predict_line: Any, flags: list[str], message: str) -> None:

@@ -99,11 +99,22 @@ def test_ctrl_c_outside_training_is_no_traceback(run: Run, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("RANK", "x"), ("RANK", "1"), ("RANK", "-1"), ("WORLD_SIZE", ""), ("LOCAL_WORLD_SIZE", "two")]
+    ("name", "value"),
+    [
+        ("RANK", "x"),
+        ("RANK", "1"),
+        ("RANK", "-1"),
+        ("WORLD_SIZE", ""),
+        ("LOCAL_RANK", ""),
+        ("LOCAL_WORLD_SIZE", "two"),
+        ("MASTER_PORT", "x"),
+    ],
 )
 def test_a_broken_launcher_is_named(
     name: str, value: str, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if name == "MASTER_PORT":  # which one process has no use for
+        monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv(name, value)
     assert run() == 2
     line = capsys.readouterr().err

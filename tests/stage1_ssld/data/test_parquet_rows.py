@@ -9,8 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from ssld.shared.errors import UserError
 from ssld.shared.images import UnreadableImage
 from ssld.stage1_ssld.data import row_groups
+from ssld.stage1_ssld.data.listing import list_path
 from ssld.stage1_ssld.data.loaders import TrainViews, make_loader
 from ssld.stage1_ssld.data.manifest import write_manifest
 from ssld.stage1_ssld.data.row_groups import GroupRows
@@ -122,3 +124,25 @@ def test_a_file_that_was_damaged_later(table: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(UnreadableImage, match=r"table, row 5: "):
         lazy.read(5)
     lazy.read(20)
+
+
+def test_a_page_that_does_not_match_its_checksum(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bit of an image; a copy of a curation has such checksums."""
+    file = tmp_path / "x.parquet"
+    rows = pq.read_table(tiny.parquet)
+    pq.write_table(rows, file, row_group_size=15, compression="none", use_dictionary=False, write_page_checksum=True)
+    content = bytearray(file.read_bytes())
+    image = rows["image"][20]["bytes"].as_py()
+    content[content.index(image) + len(image) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{file}: not readable as Parquet \(.*checksum"):
+        ImageSource(SourceConfig(path=str(file)), 0)
+    monkeypatch.setattr(row_groups, "IN_MEMORY", 0)
+    source = ImageSource(SourceConfig(path=str(file)), 0)
+    assert source.read(14).shape[0] == 3
+    with pytest.raises(UnreadableImage, match="checksum"):
+        source.read(20)
+    first, second = row_groups.row_groups(list_path(str(file), None), SourceConfig(path=str(file)))
+    assert len(list(first.samples())) == 15
+    with pytest.raises(OSError, match=rf"^{file}#1: .*checksum"):
+        list(second.samples())

@@ -1,0 +1,35 @@
+"""Values of settings that pydantic would take for something else without a word."""
+
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+
+class PlainValues(BaseModel):
+    """Settings in which `true` is no number, a path is not empty, and a path of digits is text."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+        for one in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(one, bool) and kinds & {int, float} and bool not in kinds:
+                raise PydanticCustomError("int_type" if int in kinds else "float_type", "has to be a number")
+            if isinstance(one, str) and "\0" in one:
+                raise PydanticCustomError("nul", "holds a NUL character")
+            if one == "" and Path in kinds:
+                raise PydanticCustomError("empty_path", "names no file or folder")
+        return str(value) if Path in kinds and type(value) is int else value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of: those of `int | None` are int and NoneType."""
+    inner = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Literal:
+        return set()
+    if typing.get_origin(annotation) is Annotated:
+        inner = inner[:1]
+    return set[Any]().union(*map(_kinds, inner)) if inner else {annotation}
