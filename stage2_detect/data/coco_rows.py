@@ -192,10 +192,10 @@ class _Notes:
 def called(rows: Sequence[dict[str, Any]], index: int) -> str:
     """What a row is called in a message."""
     row_id = rows[index].get("id")
-    return repr(row_id) if _id(row_id) is not None else f"number {index + 1}"
+    return repr(row_id) if id_of(row_id) is not None else f"number {index + 1}"
 
 
-def _id(value: Any) -> Id | None:
+def id_of(value: Any) -> Id | None:
     """The id that a value stands for."""
     if is_id(value):
         return value
@@ -215,7 +215,7 @@ def _ids(notes: _Notes, kind: Kind, rows: list[dict[str, Any]]) -> list[Id | Non
     values = [row.get("id") for row in rows]
     if not set(map(type, values)) <= {int, str}:
         for index, value in enumerate(values):
-            values[index] = exact = _id(value)
+            values[index] = exact = id_of(value)
             if exact is None:
                 what = "has no id" if value is None else f"has id {value!r}, not an integer or a string"
                 notes.fault(kind, rows, index, NO_ID, what)
@@ -312,7 +312,7 @@ def _look_up(
             return np.array(found, dtype=np.int64)
     found = [-1] * len(rows)
     for index, value in enumerate(values):
-        exact = _id(value)
+        exact = id_of(value)
         if exact is None:
             told = f"has no {key}" if value is None else f"has {key} {value!r}, not an integer or a string"
             notes.fault("annotation", rows, index, missing, told)

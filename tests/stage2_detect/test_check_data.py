@@ -339,6 +339,22 @@ def test_files_of_one_name_get_copies_of_two(data: DataSet, tmp_path: Path, file
     assert main(line) == 2
 
 
+def test_boxes_of_two_images_under_one_id_go_to_neither(data: DataSet) -> None:
+    content = data.read()
+    kept, gone = (content["images"][index]["id"] for index in (0, 2))
+    left = [row["id"] for row in content["annotations"] if row["image_id"] not in (kept, gone)]
+    content["images"][2]["id"] = kept
+    for row in content["annotations"]:
+        row["image_id"] = kept if row["image_id"] == gone else row["image_id"]
+    content["images"].append(content["images"][3])
+    data.write(content)
+    places = ["--annotations", str(data.folder / "train.json"), "--images", str(data.folder / "train")]
+    assert main([*places, "--fix", str(data.folder / "clean")]) == 1
+    copy = json.loads((data.folder / "clean" / "train.json").read_text())
+    assert [row["file_name"] for row in copy["images"]] == ["1.png", *(f"{number}.png" for number in range(3, 12))]
+    assert [row["id"] for row in copy["annotations"]] == left
+
+
 def test_no_cleaned_copy_that_lost_its_boxes(data: DataSet, capsys: pytest.CaptureFixture[str]) -> None:
     """None of the two files is written then, and a loss that training was allowed is allowed here."""
     content = data.read()
