@@ -8,7 +8,6 @@ lies where `images` is replaced by `labels` in its path, or beside it. Names of 
 import os
 import unicodedata
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,8 +107,13 @@ def label_folders(folder: Path) -> list[Path]:
     found = []
     if places:
         above, below = Path(*parts[: places[-1]]), parts[places[-1] + 1 :]
-        with suppress(PermissionError):  # a folder of somebody else, above the data set
+        try:
             found = [one for one in _entries(above) if one.name.lower() in _LABELS and one.is_dir()]
+        except (
+            PermissionError,
+            FileNotFoundError,
+        ):  # a folder of somebody else above the data set, or of another machine in a list
+            found = []
         for part in below:
             found = [one for start in found for one in _entries(start) if _same(one.name, part) and one.is_dir()]
     return [*found, folder]
