@@ -8,6 +8,7 @@ lies where `images` is replaced by `labels` in its path, or beside it. Names of 
 import os
 import unicodedata
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ def input_places(layout: YoloLayout) -> dict[str, Path]:
     for place in dict.fromkeys(place for places in layout.places.values() for place in places):
         path = located(layout.root, place)
         if path.is_file():
-            folders = list(dict.fromkeys(image.parent for _, image in images_of_list(path, layout.root)))
+            listed = dict.fromkeys(image.parent for _, image in images_of_list(path, layout.root))
+            folders = [one for one in listed if one.is_dir()]  # the reader tells what is missing, by its line
         elif path.is_dir():
             folders = [path]
         else:
@@ -107,13 +109,8 @@ def label_folders(folder: Path) -> list[Path]:
     found = []
     if places:
         above, below = Path(*parts[: places[-1]]), parts[places[-1] + 1 :]
-        try:
+        with suppress(PermissionError):  # a folder of somebody else, above the data set
             found = [one for one in _entries(above) if one.name.lower() in _LABELS and one.is_dir()]
-        except (
-            PermissionError,
-            FileNotFoundError,
-        ):  # a folder of somebody else above the data set, or of another machine in a list
-            found = []
         for part in below:
             found = [one for start in found for one in _entries(start) if _same(one.name, part) and one.is_dir()]
     return [*found, folder]

@@ -144,7 +144,7 @@ def _drop_unread(
                     raise UserError(f"{file}: no image in {folder} belongs to it")
                 if folder / found[0] in labels:
                     raise UserError(
-                        f"{file}: lies where the labels of {folder / found[0]} are not looked for; give both the same folders below images and labels"
+                        f"{file}: is not where the labels of {folder / found[0]} are looked for; put it into the same folder below labels"
                     )
                 kind = Path(found[0]).suffix.lower() or "no suffix"
                 drop_image(tally, folder / found[0], kind, [names[row.label] for row in _rows(file, names)])
