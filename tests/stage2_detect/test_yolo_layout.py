@@ -297,7 +297,7 @@ def test_a_list_of_another_machine(tmp_path: Path, user_error: Callable[..., str
     write(root / "data.yaml", "train: list.txt\nnames: [wide, tall]\n")
     write(root / "list.txt", "/content/not_here/images/train/a.jpg\n")
     message = user_error(main, line(root, tmp_path / "out"))
-    assert message.endswith("list.txt, line 1: no image /content/not_here/images/train/a.jpg\n")
+    assert message.endswith("list.txt, line 1: no image /content/not_here/images/train/a.jpg")
 
 
 def test_labels_in_another_folder_than_their_image(tmp_path: Path, user_error: Callable[..., str]) -> None:
