@@ -42,7 +42,7 @@ ODD_CROWD = "with an iscrowd that is neither 0 nor 1"
 WHOLE_ID = "with an id like 1.0 for 1"
 IMAGE_TYPE = "with an image_id that differs in type, number against text"
 CATEGORY_TYPE = "with a category_id that differs in type, number against text"
-ODD_NAME = "with control characters in the name"
+ODD_NAME = "with a name that has control characters, or blanks at its ends"
 UNUSED = "with the name of another one, but not used"
 WHOLE_SIZE = "with a size like 640.0 for 640"
 TEXT = "with numbers written as text"
@@ -146,7 +146,8 @@ def changes_of(rows: JudgedRows) -> list[tuple[str, str, int, str]]:
 
 
 def clean_name(name: str) -> str:
-    """A name on one line: control characters, line breaks and halves of characters become single spaces, and go at both ends."""
+    """A name on one line: control characters, line breaks and halves of characters become single spaces; at both ends these go, as blanks do."""
+    name = name.strip()
     if name.isprintable():
         return name
     odd = [letter == _BYTE_ORDER_MARK or unicodedata.category(letter) in _CONTROL for letter in name]

@@ -162,6 +162,7 @@ def check_rows(name: str, file: Path, folder: Path, *, masks: bool = False, allo
     except UserError as error:
         text = str(error).removeprefix(f"{file.name}: ")
         check.add("fault", f"{text}: training stops", "says what its images show")
+        check.repair.orientation = "upright"  # where none shows anything
     accept_changes(check.repair, rows)
     first_of = _check_names(check)
     _check_boxes(check, first_of, masks=masks, allow_loss=allow_loss)
