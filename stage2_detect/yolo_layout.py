@@ -70,7 +70,8 @@ def input_places(layout: YoloLayout) -> dict[str, Path]:
     for place in dict.fromkeys(place for places in layout.places.values() for place in places):
         path = located(layout.root, place)
         if path.is_file():
-            folders = list(dict.fromkeys(image.parent for _, image in images_of_list(path, layout.root)))
+            listed = dict.fromkeys(image.parent for _, image in images_of_list(path, layout.root))
+            folders = [one for one in listed if one.is_dir()]  # the reader tells what is missing, by its line
         elif path.is_dir():
             folders = [path]
         else:

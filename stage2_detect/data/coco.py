@@ -21,7 +21,7 @@ import numpy as np
 
 from ssld.shared.errors import UserError
 from ssld.shared.tally import Tally
-from ssld.shared.wording import count
+from ssld.shared.wording import count, printable
 from ssld.stage2_detect.data.annotation_cache import PackedShapes, read_cached
 from ssld.stage2_detect.data.coco_json import CocoTable, Convention, read_table
 from ssld.stage2_detect.data.coco_rows import Id as Id
@@ -338,7 +338,7 @@ def _paths(file: str, names: list[str], image_folder: str | Path | None) -> list
     if missing := missing_names(image_folder, names):
         first = names[missing[0]]
         raise UserError(
-            f"{len(missing)} of the {len(names)} images of {file} are missing; the first is {os.path.join(image_folder, first)}"
+            f"{len(missing)} of the {len(names)} images of {file} are missing; the first is {printable(os.path.join(image_folder, first))}"
             f"{hint(image_folder, [names[index] for index in missing])}"
         )
     return [os.path.join(image_folder, name) for name in names]

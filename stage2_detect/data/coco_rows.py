@@ -42,7 +42,7 @@ ODD_CROWD = "with an iscrowd that is neither 0 nor 1"
 WHOLE_ID = "with an id like 1.0 for 1"
 IMAGE_TYPE = "with an image_id that differs in type, number against text"
 CATEGORY_TYPE = "with a category_id that differs in type, number against text"
-ODD_NAME = "with control characters in the name"
+ODD_NAME = "with a name that has control characters, or blanks at its ends"
 UNUSED = "with the name of another one, but not used"
 WHOLE_SIZE = "with a size like 640.0 for 640"
 TEXT = "with numbers written as text"
@@ -146,7 +146,8 @@ def changes_of(rows: JudgedRows) -> list[tuple[str, str, int, str]]:
 
 
 def clean_name(name: str) -> str:
-    """A name on one line: control characters, line breaks and halves of characters become single spaces, and go at both ends."""
+    """A name on one line: control characters, line breaks and halves of characters become single spaces; at both ends these go, as blanks do."""
+    name = name.strip()
     if name.isprintable():
         return name
     odd = [letter == _BYTE_ORDER_MARK or unicodedata.category(letter) in _CONTROL for letter in name]
@@ -192,10 +193,10 @@ class _Notes:
 def called(rows: Sequence[dict[str, Any]], index: int) -> str:
     """What a row is called in a message."""
     row_id = rows[index].get("id")
-    return repr(row_id) if _id(row_id) is not None else f"number {index + 1}"
+    return repr(row_id) if id_of(row_id) is not None else f"number {index + 1}"
 
 
-def _id(value: Any) -> Id | None:
+def id_of(value: Any) -> Id | None:
     """The id that a value stands for."""
     if is_id(value):
         return value
@@ -215,7 +216,7 @@ def _ids(notes: _Notes, kind: Kind, rows: list[dict[str, Any]]) -> list[Id | Non
     values = [row.get("id") for row in rows]
     if not set(map(type, values)) <= {int, str}:
         for index, value in enumerate(values):
-            values[index] = exact = _id(value)
+            values[index] = exact = id_of(value)
             if exact is None:
                 what = "has no id" if value is None else f"has id {value!r}, not an integer or a string"
                 notes.fault(kind, rows, index, NO_ID, what)
@@ -312,7 +313,7 @@ def _look_up(
             return np.array(found, dtype=np.int64)
     found = [-1] * len(rows)
     for index, value in enumerate(values):
-        exact = _id(value)
+        exact = id_of(value)
         if exact is None:
             told = f"has no {key}" if value is None else f"has {key} {value!r}, not an integer or a string"
             notes.fault("annotation", rows, index, missing, told)

@@ -34,8 +34,9 @@ def missing_names(folder: str | Path, names: Iterable[str]) -> list[int]:
 def hint(folder: str | Path, missing: Sequence[str]) -> str:
     """The end of a message on missing files: for the first of them that is there under another form of its name, that form; empty where none is.
 
-    Other forms: slashes as backslashes, `%20` for a blank, letters composed otherwise (Unicode NFC and NFD) or in another case, another suffix of
-    images, and the path to another folder before the name. The nearest form counts, and has to be that of one file alone.
+    Other forms: blanks and line breaks at its ends, slashes as backslashes, `%20` for a blank, letters composed otherwise (Unicode NFC and NFD) or in
+    another case, another suffix of images, and the path to another folder before the name. The nearest form counts, and has to be that of one file
+    alone.
     """
     try:
         files = list_images(folder)
@@ -89,7 +90,7 @@ def _files_in(folder: str) -> set[str]:
 
 
 def _plain(name: str) -> str:
-    return posixpath.normpath(unicodedata.normalize("NFC", unquote(name).replace("\\", "/")))
+    return posixpath.normpath(unicodedata.normalize("NFC", unquote(name).strip().replace("\\", "/")))
 
 
 def _folded(name: str) -> str:

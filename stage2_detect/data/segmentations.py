@@ -4,6 +4,9 @@ import math
 from itertools import accumulate, pairwise
 from typing import Any
 
+_FARTHEST = 1e6
+"""pixels: pycocotools walks along the edges of polygons in memory of their length, and crashes where it gets none"""
+
 
 def is_shape(segmentation: Any, height: int, width: int) -> bool:
     """Whether a segmentation has the form of polygons or of RLE for an image of this size."""
@@ -14,6 +17,7 @@ def is_shape(segmentation: Any, height: int, width: int) -> bool:
                 and len(polygon) >= 6
                 and len(polygon) % 2 == 0
                 and math.isfinite(sum(polygon))
+                and max(map(abs, polygon)) <= _FARTHEST
                 for polygon in segmentation
             )
         counts = segmentation["counts"]
@@ -21,7 +25,8 @@ def is_shape(segmentation: Any, height: int, width: int) -> bool:
             return False
         if isinstance(counts, str):
             counts = _run_lengths(counts)
-        return sum(counts) == height * width and min(counts) >= 0
+        whole = all(type(number) is int for number in (*segmentation["size"], *counts))
+        return whole and sum(counts) == height * width and min(counts) >= 0
     except (
         TypeError,
         KeyError,
@@ -35,8 +40,10 @@ def _run_lengths(code: str) -> list[int]:
     """Run lengths of a compressed RLE (pycocotools' `rleFrString`), which does not say when a code is damaged but reads on beyond it.
 
     Six bits a character from "0" on: five of value, lowest first, and one that says whether more follow; from the fourth run on values are
-    differences to the last but one. Raises IndexError for a code that breaks off.
+    differences to the last but one. Raises IndexError for a code that breaks off, or has other characters.
     """
+    if not all("0" <= letter <= "o" for letter in code):
+        raise IndexError(code)
     runs: list[int] = []
     place = 0
     while place < len(code):

@@ -227,6 +227,7 @@ def test_leakage_and_strays(data: DataSet, tmp_path: Path) -> None:
     shutil.copy(data.folder / "val" / "2.png", data.folder / "train" / "5.png")
     shutil.copy(data.folder / "train" / "7.png", data.folder / "train" / "8.png")
     shutil.copy(data.folder / "train" / "7.png", data.folder / "train" / "stray.png")
+    shutil.copy(data.folder / "train" / "7.png", data.folder / "train" / "._7.png")
     code, findings, facts = data.check("--fix", str(tmp_path / "clean"), val=True)
     assert code == 1
     assert any(
@@ -337,6 +338,28 @@ def test_files_of_one_name_get_copies_of_two(data: DataSet, tmp_path: Path, file
     for part in ("train", "val"):
         assert json.loads((tmp_path / "clean" / f"{part}__annotations.coco.json").read_text())["info"] == part
     assert main(line) == 2
+
+
+def test_boxes_of_two_images_under_one_id_go_to_neither(data: DataSet) -> None:
+    content = data.read()
+    kept, gone = (content["images"][index]["id"] for index in (0, 2))
+    left = [row["id"] for row in content["annotations"] if row["image_id"] not in (kept, gone)]
+    content["images"][2]["id"] = kept
+    for row in content["annotations"]:
+        row["image_id"] = kept if row["image_id"] == gone else row["image_id"]
+    content["images"].append(content["images"][3])
+    data.write(content)
+    places = ["--annotations", str(data.folder / "train.json"), "--images", str(data.folder / "train")]
+    assert main([*places, "--fix", str(data.folder / "clean")]) == 1
+    copy = json.loads((data.folder / "clean" / "train.json").read_text())
+    assert [row["file_name"] for row in copy["images"]] == ["1.png", *(f"{number}.png" for number in range(3, 12))]
+    assert [row["id"] for row in copy["annotations"]] == left
+
+
+def test_a_word_for_the_orientation_that_is_none_is_replaced_where_no_picture_is_turned(data: DataSet) -> None:
+    data.write(data.read() | {"info": {"image_orientation": "up"}})
+    assert data.check("--fix", str(data.folder / "clean"))[0] == 1
+    assert json.loads((data.folder / "clean" / "train.json").read_text())["info"] == {"image_orientation": "upright"}
 
 
 def test_no_cleaned_copy_that_lost_its_boxes(data: DataSet, capsys: pytest.CaptureFixture[str]) -> None:

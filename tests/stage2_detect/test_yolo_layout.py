@@ -291,6 +291,27 @@ def test_faults(tmp_path: Path, user_error: Callable[..., str], file: str, text:
     assert message in user_error(main, line(root, tmp_path / "out"))
 
 
+def test_a_list_of_another_machine(tmp_path: Path, user_error: Callable[..., str]) -> None:
+    root = tmp_path / "set"
+    build(root, "images", "labels")
+    write(root / "data.yaml", "train: list.txt\nnames: [wide, tall]\n")
+    write(root / "list.txt", "/content/not_here/images/train/a.jpg\n")
+    message = user_error(main, line(root, tmp_path / "out"))
+    assert message.endswith("list.txt, line 1: no image /content/not_here/images/train/a.jpg")
+
+
+def test_labels_in_another_folder_than_their_image(tmp_path: Path, user_error: Callable[..., str]) -> None:
+    root = tmp_path / "set"
+    build(root, "images", "labels")
+    (root / "images" / "deeper").mkdir()
+    (root / "images" / "a.png").rename(root / "images" / "deeper" / "a.png")
+    write(root / "data.yaml", "train: images\nnames: [wide, tall]\n")
+    message = user_error(main, line(root, tmp_path / "out"))
+    assert "labels/a.txt: is not where the labels of images/deeper/a.png are looked for" in message.replace(
+        f"{root}/", ""
+    )
+
+
 def test_class_lists_have_to_agree(tmp_path: Path, user_error: Callable[..., str]) -> None:
     root = tmp_path / "set"
     build(root, "{}", "{}")

@@ -3,8 +3,8 @@
 Legend: N annotations, or those whose image, class and box can be read; I images, in file order.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from ssld.stage2_detect.data.coco_rows import (
     Oddity,
     called,
     changes_of,
+    id_of,
     judge_rows,
 )
 from ssld.stage2_detect.data.image_names import same_file, same_photo
@@ -56,7 +57,7 @@ MANY_CROWDS = 0.25
 
 _FIXES: dict[tuple[Kind, str], str] = {
     ("image", NO_ID): "leaves them out",
-    ("image", TWICE): "keeps the first of each",
+    ("image", TWICE): "keeps one of equal rows; leaves out different images of one id, and their boxes",
     ("image", NO_FILE): "leaves them out",
     ("image", NO_SIZE): "takes the pictures' sizes",
     ("annotation", NO_ID): "gives new ids",
@@ -161,6 +162,7 @@ def check_rows(name: str, file: Path, folder: Path, *, masks: bool = False, allo
     except UserError as error:
         text = str(error).removeprefix(f"{file.name}: ")
         check.add("fault", f"{text}: training stops", "says what its images show")
+        check.repair.orientation = "upright"  # where none shows anything
     accept_changes(check.repair, rows)
     first_of = _check_names(check)
     _check_boxes(check, first_of, masks=masks, allow_loss=allow_loss)
@@ -188,6 +190,8 @@ def _told(check: FileCheck, oddity: Oddity) -> str:
 
 def _repair_fault(check: FileCheck, oddity: Oddity) -> None:
     match oddity.kind, oddity.cause:
+        case "image", cause if cause == TWICE:
+            _repair_images_given_twice(check, oddity.values)
         case "image", cause if cause != NO_SIZE:
             check.repair.drop_images |= dict.fromkeys(oddity.values, cause)
         case "annotation", cause if cause in (NO_ID, TWICE):
@@ -202,6 +206,18 @@ def _repair_fault(check: FileCheck, oddity: Oddity) -> None:
                 check.repair.set_annotation(index, iscrowd=0)
         case "annotation", cause:
             check.repair.drop_annotations |= dict.fromkeys(oddity.values, cause)
+
+
+def _repair_images_given_twice(check: FileCheck, again: Iterable[int]) -> None:
+    """Equal rows are one image; of different images under one id nobody knows whose its boxes are, so none of them stays."""
+    rows = check.content["images"]
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        groups[id_of(row.get("id"))].append(index)
+    for one in dict.fromkeys(id_of(rows[index]["id"]) for index in again):
+        group = groups[one]
+        equal = len({repr([rows[index].get(key) for key in ("file_name", "width", "height")]) for index in group}) == 1
+        check.repair.drop_images |= dict.fromkeys(group[1:], "") if equal else dict.fromkeys(group, TWICE)
 
 
 def _check_names(check: FileCheck) -> dict[int, int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ssld.shared.files import IMAGE_SUFFIXES
+from ssld.shared.files import IMAGE_SUFFIXES, is_hidden
 from ssld.shared.images import ImageHeader, UnreadableImage, image_header, open_image
 from ssld.shared.machine import cores
 from ssld.shared.wording import count, some
@@ -110,7 +110,7 @@ def check_strays(checks: Sequence[FileCheck]) -> None:
             for parent in inside
             if parent.is_dir()
             for path in sorted(parent.iterdir())
-            if path.suffix.lower() in IMAGE_SUFFIXES and path not in listed
+            if path.suffix.lower() in IMAGE_SUFFIXES and path not in listed and not is_hidden(path.name)
         ]
         if strays:
             owner = next(check for check in checks if check.folder == folder)
@@ -158,6 +158,8 @@ def _check_sizes(check: FileCheck, seen: dict[int, Seen]) -> None:
         )
         check.repair.drop_images |= dict.fromkeys(wrong, "not of the size that the file says")
     check.statistics["orientation"] = orientation.record()
+    if check.repair.orientation:  # the file says it in a word that is none
+        check.repair.orientation = orientation.convention
     if text := orientation.describe():
         doubtful = orientation.contradictory or orientation.guessed
         check.add("warning" if doubtful else "note", f"{text}{': look at some' if doubtful else ''}")

@@ -156,8 +156,12 @@ def _class_names(files: list[Path], keys: dict[Path, _Keys]) -> list[str]:
     else:
         met: set[Any] = set()
         for file in files:
-            for _, row in _rows(file, ["objects"]):
-                met |= {one[keys[file].category] for one in _separate(row["objects"])}
+            for number, row in _rows(file, ["objects"]):
+                for one in _objects(row["objects"], f"{file}, row {number}"):
+                    category = one.get(keys[file].category)
+                    if isinstance(category, list | dict):
+                        raise UserError(f"{file}, row {number}: category {category!r}, expected a name or a number")
+                    met.add(category)
         if not all(isinstance(name, str) for name in met):
             raise UserError(
                 f"{files[0]}: objects.{keys[files[0]].category} is a number, and nothing says what it means; give --classes FILE"
@@ -169,13 +173,17 @@ def _class_names(files: list[Path], keys: dict[Path, _Keys]) -> list[str]:
 
 def _names_in_metadata(file: Path, category: str) -> list[str]:
     """Names of the ClassLabel that the file's Hugging Face metadata has for the categories."""
-    text = (pq.read_schema(file).metadata or {}).get(b"huggingface", b"{}")
-    features = json.loads(text).get("info", {}).get("features", {}).get("objects")
+    try:
+        features = json.loads((pq.read_schema(file).metadata or {}).get(b"huggingface", b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: its metadata 'huggingface' is not JSON: {error}") from None
+    for key in ("info", "features", "objects"):
+        features = features.get(key) if isinstance(features, dict) else None
 
     def below(value: Any, inside: bool) -> list[str]:
         if isinstance(value, dict):
             if inside and value.get("_type") == "ClassLabel":
-                return [str(name) for name in value.get("names", [])]
+                return [str(name) for name in value.get("names") or []]
             return next((names for key, one in value.items() if (names := below(one, inside or key == category))), [])
         return next((names for one in value if (names := below(one, inside))), []) if isinstance(value, list) else []
 
@@ -196,13 +204,17 @@ def _rows(file: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]
         raise UserError(f"{file}: damaged after row {number - 1} ({why}); fetch it again") from None
 
 
-def _separate(objects: Any) -> list[dict[str, Any]]:
-    """Objects one by one, of a struct of lists or a list of structs. Raises ValueError for lists of unequal length."""
+def _objects(objects: Any, place: str) -> list[dict[str, Any]]:
+    """Objects one by one, of a struct of lists or a list of structs. Raises UserError for lists of unequal length."""
     if objects is None:
         return []
     if isinstance(objects, list):
-        return objects
+        return [one or {} for one in objects]
     lists = {key: value for key, value in objects.items() if value is not None}
+    if not all(isinstance(value, list) for value in lists.values()):
+        raise UserError(f"{place}: objects: expected lists, one entry for each object")
+    if len({len(value) for value in lists.values()}) > 1:
+        raise UserError(f"{place}: objects: its lists are of unequal length")
     return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
 
 
@@ -214,24 +226,24 @@ def _read_file(
     for number, row in _rows(file, columns):
         place = f"{file}, row {number}"
         cell = row["image"]
-        encoded = cell if isinstance(cell, bytes) else (cell or {}).get("bytes")
-        if not encoded:
+        encoded = cell.get("bytes") if isinstance(cell, dict) else cell
+        if not isinstance(encoded, bytes) or not encoded:
             raise UserError(f"{place}: holds no image bytes")
-        sides = (row.get("width"), row.get("height"))
-        said = (int(sides[0]), int(sides[1])) if sides[0] and sides[1] else None
-        width, height = size_of_bytes(encoded, place, said, place)
-        try:
-            separate = _separate(row["objects"])
-        except ValueError:
-            raise UserError(f"{place}: objects: its lists are of unequal length") from None
+        wide, high = (_side(row.get(key), place, key) for key in ("width", "height"))
+        width, height = size_of_bytes(encoded, place, (wide, high) if wide and high else None, place)
         objects = [
             _read_object(one, keys, f"{place}, object {index}", label_of, box_format, (width, height))
-            for index, one in enumerate(separate)
+            for index, one in enumerate(_objects(row["objects"], place))
         ]
         image = folder / f"{first + number:08d}{_suffix(encoded)}"
         image.write_bytes(encoded)
         image_id = row.get("image_id")
         yield FoundImage(image, width, height, objects, image_id if isinstance(image_id, int) else None)
+
+
+def _side(value: Any, place: str, what: str) -> int:
+    """A width or height; 0 where none is given, as by the NaN of a table's empty cell."""
+    return 0 if value is None or value != value else int(finite_number(str(value), place, what))
 
 
 def _read_object(
@@ -245,7 +257,12 @@ def _read_object(
     category = one.get(keys.category)
     if isinstance(category, float) and category.is_integer():  # of a column in which others are empty
         category = int(category)
-    label = category if isinstance(category, int) and not isinstance(category, bool) else label_of.get(category, -1)
+    if isinstance(category, list | dict):
+        label = -1
+    elif isinstance(category, int) and not isinstance(category, bool):
+        label = category
+    else:
+        label = label_of.get(category, -1)
     if not 0 <= label < len(label_of):
         raise UserError(f"{place}: category {category!r}, but there are {len(label_of)} classes")
     box = one.get("bbox")
@@ -280,7 +297,10 @@ def _shape(value: Any, place: str, size: tuple[int, int]) -> list[list[float]] |
     if not isinstance(value, list) or not all(isinstance(one, list) and len(one) % 2 == 0 for one in value):
         raise UserError(f"{place}: segmentation: neither polygons, lists of x, y, x, y, ..., nor RLE, size and counts")
     polygons = [[finite_number(str(number), place, "segmentation") for number in one] for one in value]
-    return [polygon for polygon in polygons if len(polygon) >= 6] or None
+    polygons = [polygon for polygon in polygons if len(polygon) >= 6]
+    if polygons and not is_shape(polygons, size[1], size[0]):
+        raise UserError(f"{place}: segmentation: a polygon reaches too far out of the picture")
+    return polygons or None
 
 
 def _corners(box: Corners, box_format: BoxFormat, size: tuple[int, int]) -> Corners:

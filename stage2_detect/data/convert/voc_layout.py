@@ -71,6 +71,9 @@ def find_voc(folder: Path, splits: list[str]) -> VocLayout:
         return _of_folders(folder, splits)
     layout = VocLayout(class_list=_class_list(folder))
     lists = _lists(folder)
+    if not lists and (units := _units_by_split(unit)):
+        layout.listed = unit.images in {one.images for one in units.values()}  # images of all splits lie together
+        return _of_units(folder, units, layout, splits)
     if not lists:
         if splits and splits != ["train"]:
             raise UserError(
@@ -114,10 +117,14 @@ def _of_folders(folder: Path, splits: list[str]) -> VocLayout:
         raise UserError(f"{folder}: holds {some(sorted(units))}, with splits of their own; give one of them")
     if whole:
         return find_voc(whole[0], splits)
+    return _of_units(folder, units, VocLayout(class_list=_class_list(folder)), splits)
+
+
+def _of_units(folder: Path, units: dict[str, Unit], layout: VocLayout, splits: list[str]) -> VocLayout:
+    """`layout` with all XML files of the unit of each split."""
     unknown = [split for split in splits if split not in units]
     if unknown:
         raise UserError(f"{folder}: has no split {unknown[0]!r} (it has {', '.join(units)})")
-    layout = VocLayout(class_list=_class_list(folder))
     for split in splits or units:
         layout.units[split] = units[split]
         layout.splits[split] = [Entry(units[split].xml / name) for name in list_files(units[split].xml, (".xml",))]
@@ -135,6 +142,20 @@ def _unit(folder: Path) -> Unit | None:
     images = next((one for one in pictured if list_images(one)), folder)
     xml = named or [one for one in (folder, *pictured) if _has_xml(one)]
     return Unit(xml[0], images) if xml else None
+
+
+def _units_by_split(unit: Unit) -> dict[str, Unit]:
+    """Of a folder of XML files that has one for each split inside; nothing where none of those is called like a split."""
+    inside = dict.fromkeys(name.partition("/")[0] for name in list_files(unit.xml, (".xml",)))
+    folders = [name for name in inside if (unit.xml / name).is_dir()]
+    if not any(name.lower() in SPLITS for name in folders):
+        return {}
+    if len(folders) < len(inside):
+        raise UserError(
+            f"{unit.xml}: has XML files beside {some(folders)}, which look like splits; put them into one of these"
+        )
+    pictured = {one.name.lower(): one for one in subfolders(unit.images)}
+    return {name: Unit(unit.xml / name, pictured.get(name.lower(), unit.images)) for name in folders}
 
 
 def _units_below(folder: Path) -> dict[Path, Unit]:

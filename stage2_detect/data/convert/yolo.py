@@ -142,6 +142,10 @@ def _drop_unread(
                 found = [one for one in others.find(name) if not one.lower().endswith((".txt", ".xml", ".json"))]
                 if not found:
                     raise UserError(f"{file}: no image in {folder} belongs to it")
+                if folder / found[0] in labels:
+                    raise UserError(
+                        f"{file}: is not where the labels of {folder / found[0]} are looked for; put it into the same folder below labels"
+                    )
                 kind = Path(found[0]).suffix.lower() or "no suffix"
                 drop_image(tally, folder / found[0], kind, [names[row.label] for row in _rows(file, names)])
 

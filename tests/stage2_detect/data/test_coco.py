@@ -166,6 +166,7 @@ FAULTS: list[tuple[str, Callable[[dict], Any], str]] = [
     ("category twice", lambda d: d["categories"][1].update(id=90), "category 90 has an id that occurs more than once"),
     ("name twice", lambda d: d["categories"][1].update(name="cup"), "two categories are called 'cup'"),
     ("no name", lambda d: d["categories"][1].pop("name"), "category 3 has no name"),
+    ("blanks for a name", lambda d: d["categories"][1].update(name="  "), "category 3 has no name"),
     ("no width", lambda d: d["images"][1].pop("width"), "image 7 has no width"),
     ("zero height", lambda d: d["images"][1].update(height=0), "image 7 has height 0"),
     ("no file name", lambda d: d["images"][1].pop("file_name"), "image 7 has no file_name"),
@@ -197,6 +198,10 @@ def test_missing_files(read: Callable, tmp_path: Path) -> None:
         read(small(), image_folder=folder)
     (folder / "a.png").write_bytes(b"")
     (folder / "c.png").write_bytes(b"")
+    content = small()
+    content["images"][0]["file_name"] = "a.png\n"
+    with pytest.raises(UserError, match=r"the first is [^\n]*images/a\.png\\n; did you mean"):
+        read(content, image_folder=folder)
     assert read(small(), image_folder=folder).images[1].path == str(folder / "sub" / "b.png")
 
 

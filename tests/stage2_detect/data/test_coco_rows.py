@@ -16,7 +16,7 @@ from ssld.shared.errors import UserError
 from ssld.stage2_detect.data.check.annotations import check_rows
 from ssld.stage2_detect.data.check.images import check_images
 from ssld.stage2_detect.data.coco import CocoData, read_coco, require_boxes, require_masks
-from ssld.stage2_detect.data.coco_rows import clean_name
+from ssld.stage2_detect.data.coco_rows import ODD_NAME, clean_name
 from ssld.stage2_detect.data.segmentations import shape_box
 
 Content = dict[str, Any]
@@ -99,7 +99,8 @@ ONE_ANSWER: list[tuple[str, Callable[[Content], Any], dict[str, dict[str, int]]]
     ("area NaN", lambda d: d["annotations"][0].update(area=NAN), {"box": {"with an area that is no number above 0": 1}}),
     ("huge area", lambda d: d["annotations"][0].update(area=10**400), {"box": {"with an area that is no number above 0": 1}}),
     ("unused double", lambda d: d["categories"].insert(0, {"id": 0, "name": "wide"}), {"class": {"with the name of another one, but not used": 1}}),
-    ("line break in a name", lambda d: d["categories"][0].update(name="\ufeffwide\r\n"), {"class": {"with control characters in the name": 1}}),
+    ("line break in a name", lambda d: d["categories"][0].update(name="\ufeffwide\r\n"), {"class": {ODD_NAME: 1}}),
+    ("blanks around a name", lambda d: d["categories"][0].update(name=" wide\u3000"), {"class": {ODD_NAME: 1}}),
 ]  # fmt: skip
 
 

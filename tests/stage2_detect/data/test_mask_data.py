@@ -150,6 +150,13 @@ def test_boxes_alone_are_refused_with_their_ids(
         {"size": [40, 64]},
         [[1.0, 2, 3, 4, 5, "6"]],
         [[1.0, 2, 3, 4, 5, math.nan]],
+        [[1.0, 2, 3, 4, 5, 1e300]],
+        [[-1e9, 2, 3, 4, 5, 6]],
+        {"size": [40, 64], "counts": [1280.0, 1280.0]},
+        {
+            "size": [40, 64],
+            "counts": rle_of(DISC)["counts"].decode().translate({48 + low: 112 + low for low in range(16)}),
+        },
         [1.0, 2, 3, 4, 5, 6],
         "polygon",
     ],

@@ -170,6 +170,8 @@ def test_forms_of_boxes(tmp_path: Path, form: str, box: list[float]) -> None:
         (hub_row([[1, 1, 2, 2]], [0]) | {"image": {"bytes": b"x", "path": "p"}}, ["a"], "cannot read image"),
         (hub_row([[1, 1, 2, 2]], [0]) | {"image": {"bytes": None, "path": "p"}}, ["a"], "row 1: holds no image bytes"),
         (hub_row([[1, 1, 2, 2]], [0], width=41, height=20), ["a"], "row 1: says 41x20, but the image"),
+        (hub_row([[1, 1, 2, 2]], [0], width=float("inf"), height=20), ["a"], "row 1: width is 'inf', not a number"),
+        (hub_row([[1, 1, 2, 2]], [0, 0]), None, "row 1: objects: its lists are of unequal length"),
     ],
 )
 def test_hub_faults(
@@ -180,6 +182,56 @@ def test_hub_faults(
     assert message in user_error(main, line(tmp_path / "train.parquet", tmp_path / "out"))
     assert not list((tmp_path / "out").rglob("0*"))
     assert not (tmp_path / "out" / "train.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": "a.png"}, "row 0: holds no image bytes"),
+        ({"width": "40px"}, "row 0: width is '40px', not a number"),
+        ({"width": [40]}, "row 0: width is '[40]', not a number"),
+        ({"objects": {"bbox": [[1.0, 1.0, 2.0, 2.0]], "category": [["a"]]}}, "row 0: category ['a'], expected a name"),
+        (
+            {"objects": {"bbox": [[1.0, 1.0, 2.0, 2.0]], "category": [{"id": 1}]}},
+            "row 0: category {'id': 1}, expected a name",
+        ),
+        (
+            {"objects": {"bbox": [[1.0, 1.0, 2.0, 2.0]], "category": "a"}},
+            "row 0: objects: expected lists, one entry for each",
+        ),
+        (
+            {
+                "objects": {
+                    "bbox": [[1.0, 1.0, 2.0, 2.0]],
+                    "category": ["a"],
+                    "segmentation": [[[1.0, 1.0, 1e300, 2.0, 3.0, 3.0]]],
+                }
+            },
+            "row 0, object 0: segmentation: a polygon reaches too far out of the picture",
+        ),
+    ],
+)
+def test_columns_of_other_types(
+    tmp_path: Path, user_error: Callable[..., str], change: dict[str, Any], message: str
+) -> None:
+    parquet(tmp_path / "train.parquet", [hub_row([[1.0, 1.0, 2.0, 2.0]], ["a"], width=40, height=20) | change])
+    assert message in user_error(main, line(tmp_path / "train.parquet", tmp_path / "out"))
+
+
+@pytest.mark.parametrize("text", ["[]", '{"info": null}', '{"info": {"features": "x"}}'])
+def test_metadata_of_another_form_name_no_classes(tmp_path: Path, text: str) -> None:
+    rows = [hub_row([[1.0, 1.0, 2.0, 2.0]], ["a"], width=float("nan"), height=20.0)]
+    table = pa.Table.from_pylist(rows).replace_schema_metadata({"huggingface": text})
+    pq.write_table(table, tmp_path / "train.parquet")
+    assert main(line(tmp_path / "train.parquet", tmp_path / "out")) == 0
+    assert read(tmp_path / "out").class_names == ("a",)
+
+
+def test_metadata_that_are_not_json(tmp_path: Path, user_error: Callable[..., str]) -> None:
+    table = pa.Table.from_pylist([hub_row([[1.0, 1.0, 2.0, 2.0]], ["a"])]).replace_schema_metadata({"huggingface": "{"})
+    pq.write_table(table, tmp_path / "train.parquet")
+    message = user_error(main, line(tmp_path / "train.parquet", tmp_path / "out"))
+    assert "train.parquet: its metadata 'huggingface' is not JSON: " in message
 
 
 def test_hub_layout_faults(tmp_path: Path, user_error: Callable[..., str]) -> None:

@@ -65,6 +65,8 @@ def test_one_folder_of_xml(tmp_path: Path, xml: str, images: str) -> None:
         ("{}/Annotations", "{}/JPEGImages"),
         ("{}/annotations", "{}/images"),
         ("images/{}", "images/{}"),
+        ("annotations/{}", "images/{}"),
+        ("Annotations/{}", "JPEGImages"),
     ],
 )
 def test_a_folder_for_each_split(tmp_path: Path, user_error: Callable[..., str], xml: str, images: str) -> None:
@@ -77,6 +79,15 @@ def test_a_folder_for_each_split(tmp_path: Path, user_error: Callable[..., str],
     assert splits_of(tmp_path / "one") == ["valid"]
     message = user_error(main, line(tmp_path / "set", tmp_path / "none", "--splits", '["test"]'))
     assert "has no split 'test' (it has train, valid)" in message
+
+
+def test_xml_files_beside_those_of_splits(tmp_path: Path, user_error: Callable[..., str]) -> None:
+    build(tmp_path / "set", "annotations/{}", "images/{}")
+    write(tmp_path / "set" / "annotations" / "d.xml", voc_xml(("wide", 0, BOXES["a"])))
+    message = user_error(main, line(tmp_path / "set", tmp_path / "out"))
+    assert (
+        "annotations: has XML files beside train, valid, which look like splits; put them into one of these" in message
+    )
 
 
 @pytest.mark.parametrize(
