@@ -15,9 +15,8 @@ from typing import Any, TypeVar
 from ssld.pipelines.config import CommandName
 from ssld.pipelines.reports.charts import Chart, curves, precision_recall
 from ssld.pipelines.runner.stages import KINDS
-from ssld.shared.errors import MALFORMED
+from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.files import IMAGE_SUFFIXES, spread
-from ssld.shared.errors import UserError
 from ssld.shared.run_dir import read_metrics, read_result
 from ssld.shared.wording import count
 
