@@ -4,7 +4,7 @@
 before its file takes its name: a kill in between leaves a file that does not match, which counts as not there. Torch-free.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,9 +40,13 @@ def is_sound(path: Path) -> bool:
         return False
 
 
-def damaged(paths: list[Path]) -> list[Path]:
-    """Those of some files that are there and do not agree with their checksums."""
-    return [path for path in paths if path.exists() and not is_sound(path)]
+def made_again(paths: Iterable[Path]) -> list[str]:
+    """A line for each of some files that is there and does not agree with its checksum."""
+    return [
+        f"{path}: does not match its checksum; it is made again"
+        for path in paths
+        if path.exists() and not is_sound(path)
+    ]
 
 
 def remove_with_sum(path: Path) -> None:

@@ -43,6 +43,7 @@ def _predict(config: PredictConfig) -> None:
 
     from accelerate import Accelerator
 
+    from ssld.shared.checksums import made_again
     from ssld.shared.distributed.processes import uses_gpu
     from ssld.shared.distributed.ranks import from_main_rank, rank, world_size
     from ssld.shared.errors import UserError
@@ -76,6 +77,8 @@ def _predict(config: PredictConfig) -> None:
     # ---- detection, part by part; what a killed run has done stays
     parts = Parts(run.path / "parts", work.records, config.batch_size)
     videos = VideoParts(run.path / "parts", work.folder, work.videos)
+    for line in made_again([*parts.files(), *videos.files()]) if run.main else []:
+        run.log(line)
     left, videos_left = parts.left(), videos.left()
     accelerator.wait_for_everyone()  # before anybody writes a part
     to_do = sum(len(parts.records[number]) for number in left) + len(videos_left)

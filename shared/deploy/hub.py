@@ -99,7 +99,12 @@ def numbers(values: Any) -> str:
 
 def table(rows: list[tuple[str, Any]]) -> list[str]:
     """Two columns without headings, and an empty line."""
-    return ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows), ""]
+    return ["| | |", "| --- | --- |", *(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows), ""]
+
+
+def _cell(value: Any) -> str:
+    """Text in a Markdown table, which a bar or a line break in a name would break."""
+    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def _last_part(text: str) -> str:

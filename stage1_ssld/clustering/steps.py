@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from ssld.shared.checksums import atomically_with_sum, is_sound
+from ssld.shared.checksums import atomically_with_sum, is_sound, made_again
 from ssld.shared.distributed.processes import to_device, uses_gpu
 from ssld.shared.distributed.ranks import from_main_rank, rank
 from ssld.shared.distributed.stop import StopRequest
@@ -152,6 +152,8 @@ def _clusters(config: PrototypesConfig, run: RunDir, embeddings: Embeddings, cou
     """How embeddings are standardised, and the centres; as an earlier start of this run left them, if it did."""
     file = run.path / "centres.npz"
     if not is_sound(file):
+        for line in made_again([file]):
+            run.log(line)
         with StopRequest() as stop:
 
             def tell(line: str) -> None:

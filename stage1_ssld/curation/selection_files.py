@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ssld.shared.checksums import atomically_with_sum, is_sound, write_with_sum
+from ssld.shared.checksums import atomically_with_sum, is_sound, made_again, write_with_sum
 from ssld.shared.files import spread, write_atomically
 from ssld.stage1_ssld.config import CurateConfig
 from ssld.stage1_ssld.curation.score_files import ScoreFiles
@@ -82,6 +82,7 @@ def write_candidates(run: Path, selection: Selection) -> list[str]:
     file, config, pool = run / "candidates.parquet", selection.config, selection.scored
     if is_sound(file):
         return []
+    told = made_again([file])
     found = find_candidates(
         pool,
         classes=selection.classes,
@@ -90,7 +91,7 @@ def write_candidates(run: Path, selection: Selection) -> list[str]:
         examples=config.examples,
     )
     save_candidates(file, found)
-    return [f"{len(found.id_N)} candidates among {len(pool)} images of {selection.classes} classes"]
+    return [*told, f"{len(found.id_N)} candidates among {len(pool)} images of {selection.classes} classes"]
 
 
 def write_look_alikes(run: Path, selection: Selection) -> list[str]:
@@ -98,6 +99,7 @@ def write_look_alikes(run: Path, selection: Selection) -> list[str]:
     file, config, protected = run / "look_alikes.parquet", selection.config, selection.protected
     if is_sound(file):
         return []
+    told = made_again([file])
     names = ["hash", "mirrored"] if config.mirrored else ["hash"]
     hashes = [column.to_numpy() for column in pq.read_table(run / "candidates.parquet", columns=names)]
     alike = find_look_alikes(
@@ -106,8 +108,9 @@ def write_look_alikes(run: Path, selection: Selection) -> list[str]:
     del hashes
     save_look_alikes(file, alike, pq.read_table(run / "candidates.parquet", columns=["id"])["id"].to_numpy())
     return [
+        *told,
         f"{len(alike.inside.left_P)} pairs of them, {len(alike.protected.left_P)} of them and one of {len(protected)} protected images "
-        f"differ in at most {config.hash_distance} bits"
+        f"differ in at most {config.hash_distance} bits",
     ]
 
 

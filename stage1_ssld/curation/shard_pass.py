@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ssld.shared.checksums import damaged, is_sound, write_with_sum
+from ssld.shared.checksums import is_sound, made_again, write_with_sum
 from ssld.shared.distributed.processes import start_worker
 from ssld.shared.distributed.ranks import from_main_rank, rank, world_size
 from ssld.shared.distributed.stop import StopRequest
@@ -223,8 +223,8 @@ def over_missing_shards(
     missing = from_main_rank([n for n in wanted if not all(map(is_sound, files[n]))] if run.main else [])
     if not missing:
         return
-    for file in damaged([file for number in missing for file in files[number]]) if run.main else []:
-        run.log(f"{file}: does not match its checksum; it is made again")
+    for line in made_again(file for number in missing for file in files[number]) if run.main else []:
+        run.log(line)
     jobs = [Job(n, shards.shards[n], None if rows is None else rows[n]) for n in missing[rank() :: world_size()]]
     run.log(f"{name}: {len(missing)} of {len(wanted)} shards to do")
     clock = Clock()

@@ -55,7 +55,7 @@ def write_manifest(path: Path, columns: dict[str, Any], pool: list[dict[str, Any
     record = {"kind": "manifest", "pool": pool, **facts}
     table = pa.table(columns, schema=SCHEMA.with_metadata({_KEY: json.dumps(record).encode()}))
     with atomically(path) as temporary:
-        pq.write_table(table, temporary)
+        pq.write_table(table, temporary, write_page_checksum=True, use_dictionary=False)
 
 
 def open_manifest(file: str, config: SourceConfig, open_rows: OpenRows) -> Rows:
@@ -69,7 +69,7 @@ def open_manifest(file: str, config: SourceConfig, open_rows: OpenRows) -> Rows:
         UserError: a source it names is gone, or images of it are: how many, and the first.
     """
     filesystem, inner = filesystem_of(file)
-    table = pq.read_table(inner, filesystem=filesystem)
+    table = pq.read_table(inner, filesystem=filesystem, page_checksum_verification=True)
     pool = [SourceConfig(**source) for source in facts_of(table.schema)["pool"]]
     number = {source.path: index for index, source in enumerate(pool)}
     keys: list[list[str]] = [[] for _ in pool]

@@ -202,7 +202,9 @@ class ImageSource:
             wanted = (config.label_column, config.id_column)
             columns = [name for name in wanted if all(name in schema.names for schema in schemas)]
             tables = [
-                pq.read_table(file, columns=columns, filesystem=filesystem).replace_schema_metadata(None)
+                pq.read_table(
+                    file, columns=columns, filesystem=filesystem, page_checksum_verification=True
+                ).replace_schema_metadata(None)
                 for filesystem, file in opened
             ]
             groups, chosen = row_groups(listing, config), None
@@ -253,7 +255,7 @@ class ImageSource:
         if not file.is_file():
             raise UserError(f"{file}: no such file")
         try:
-            known = pq.read_table(file)
+            known = pq.read_table(file, page_checksum_verification=True)
         except PARQUET_ERRORS as error:
             raise unreadable_parquet(str(file), error) from None
         if not {config.id_column, config.label_column} <= set(known.column_names):

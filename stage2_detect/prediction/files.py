@@ -46,6 +46,10 @@ class Parts:
         size = max(1, _PART // batch_size) * batch_size  # whole batches, those of an evaluation
         self.records = [[records[index] for index in order[at : at + size]] for at in range(0, len(order), size)]
 
+    def files(self) -> list[Path]:
+        """Of the parts, whether they are there or not."""
+        return [self._file(number) for number in range(len(self.records))]
+
     def left(self) -> list[int]:
         """Numbers of those that are not there, or are damaged. Raises UserError when one that is there is of other images."""
         missing = []

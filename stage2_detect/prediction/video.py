@@ -71,6 +71,10 @@ class VideoParts:
     def __init__(self, kept: Path, folder: str, names: Sequence[str]) -> None:
         self.folder, self.names, self._kept = folder, list(names), kept
 
+    def files(self) -> list[Path]:
+        """Of the videos, whether they are there or not."""
+        return [self._file(name) for name in self.names]
+
     def left(self) -> list[str]:
         """The videos that have no file, or a damaged one. Raises UserError where a file is of another video."""
         return [name for name in self.names if not is_sound(self._file(name)) or not self.read(name)]

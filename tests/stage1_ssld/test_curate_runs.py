@@ -124,7 +124,10 @@ def test_damaged_and_missing_files_are_made_again(
     flip(run / "selected" / min(copies))
     capsys.readouterr()
     assert call(curate, arguments(settings)) == 0
-    assert f"{run}/scores/000001.parquet: does not match its checksum; it is made again" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    for name in ("scores/000001.parquet", "candidates.parquet", "look_alikes.parquet"):
+        assert f"{run}/{name}: does not match its checksum; it is made again" in told
+    assert f"{run}/selected/{min(copies)}: does not match its checksums; it is made again" in told
     assert contents(run) == whole
     assert {path.name: path.read_bytes() for path in (run / "selected").iterdir()} == copies
 

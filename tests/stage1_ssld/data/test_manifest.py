@@ -180,3 +180,13 @@ def test_manifests_that_are_refused(pool: dict[str, str], tmp_path: Path) -> Non
     strange = write(tmp_path / "strange.parquet", [("elsewhere", "a.png")], [pool["folder"]])
     assert "names the source elsewhere, which is not among those of its pool" in message(strange)
     assert "holds no images" in message(write(tmp_path / "empty.parquet", [], [pool["folder"]]))
+
+
+def test_a_damaged_manifest(tiny: Any, tmp_path: Path) -> None:
+    """One bit of a name, which would be another image."""
+    file = write(tmp_path / "m.parquet", [(str(tiny.train), f"disc/disc_{n:03d}.png") for n in range(9)], [tiny.train])
+    content = bytearray(file.read_bytes())
+    page = content.index(b"_000", content.index(b"c_000") + 20)  # behind the least name, which its header has
+    content[page + 3] ^= 1
+    file.write_bytes(content)
+    assert "m.parquet: not readable as Parquet (" in message(file)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ssld.shared.deploy.hub import public, read_recipe
+from ssld.shared.deploy.hub import public, read_recipe, table
 from ssld.shared.models.model_file import read_metadata
 from ssld.stage1_ssld.deploy.card import backbone_card
 
@@ -136,3 +136,7 @@ def test_absolute_paths_are_cut() -> None:
     assert public(value) == expected
     assert public(Path("/x/y")) == "y"
     assert json.loads(json.dumps(public({"size": (1, 2)}))) == {"size": [1, 2]}
+
+
+def test_names_that_would_break_a_table() -> None:
+    assert table([("classes", "a|b\nc")])[2] == r"| classes | a\|b c |"
