@@ -128,7 +128,7 @@ def create_classifier(
         if names and classes and len(names) != classes:
             raise UserError(f"{reference.text}: names {len(names)} classes, but its weights have {classes}")
         net.load_state_dict(fitted.tensors)
-        other_names = bool(names and class_names) and list(names) != list(class_names or [])
+        other_names = bool(names and class_names) and list(names or []) != list(class_names or [])
         new_head = num_classes is not None and (num_classes != classes or other_names)
         if new_head:
             net.reset_classifier(num_classes)

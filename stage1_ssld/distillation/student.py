@@ -88,9 +88,11 @@ class Student:
         return self._reference.pretrained or self._reference.file is not None
 
     def start(self) -> dict[str, Tensor]:
-        """The state dict of timm's model before training; a classification layer that was new then is the one of now, for that one had not learned yet."""
-        model: Any = self._create()[0]
-        heads, trained = model.net.get_classifier(), self.evaluated.net.get_classifier()
+        """The state dict of timm's model before training; of a classification layer that was new then, and had learned nothing, that of now."""
+        model, evaluated = self._create()[0], self.evaluated
+        net: Any = model.net
+        now_net: Any = evaluated.net
+        heads, trained = net.get_classifier(), now_net.get_classifier()
         for head, now in zip(*(one if isinstance(one, tuple) else (one,) for one in (heads, trained)), strict=True):
             if model.new_head and isinstance(head, nn.Module):
                 head.load_state_dict(now.state_dict())
