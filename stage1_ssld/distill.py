@@ -110,7 +110,13 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
 
     # ---- student, optimizer, batches, schedule
     student = Student(
-        network, config, classes=targets.classes, device=device, features=targets.features, teacher=teacher
+        network,
+        config,
+        classes=targets.classes,
+        class_names=targets.class_names,
+        device=device,
+        features=targets.features,
+        teacher=teacher,
     )
     objective = Objective([], 1.0)
     if isinstance(config, DistillConfig) and targets.learns_from_teacher:

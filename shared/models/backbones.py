@@ -4,7 +4,7 @@ Every reference (`references.py`) goes the same way: weights out of their file, 
 (`state_dicts.py`). What a name, folder or file says of itself is kept: mean, std, class names, arguments of the network.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ class Classifier(nn.Module):
     Attributes:
         args: what timm needs beside arch and classes to build it again.
         loaded: a line on where its weights come from.
+        new_head: whether its classification layer is a new one, although other weights were loaded.
     """
 
     mean_3: Tensor
@@ -47,9 +48,10 @@ class Classifier(nn.Module):
         std: tuple[float, ...],
         args: Mapping[str, Any] | None = None,
         loaded: str = "",
+        new_head: bool = False,
     ) -> None:
         super().__init__()
-        self.net, self.args, self.loaded = net, dict(args or {}), loaded
+        self.net, self.args, self.loaded, self.new_head = net, dict(args or {}), loaded, new_head
         self.register_buffer("mean_3", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std_3", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
 
@@ -95,12 +97,18 @@ def input_settings(net: nn.Module, metadata: dict[str, Any]) -> InputSettings:
 
 
 def create_classifier(
-    reference: ModelReference, *, num_classes: int | None = None, drop_path: float = 0.0, image_size: int | None = None
+    reference: ModelReference,
+    *,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    drop_path: float = 0.0,
+    image_size: int | None = None,
 ) -> tuple[Classifier, InputSettings]:
     """The classifier that a reference names, weights loaded and checked.
 
     Args:
         num_classes: a new head of this many classes where the source has another; None keeps the source's head.
+        class_names: of these classes, where known: a source that names other ones, or these in another order, gets a new head too.
         drop_path: stochastic depth; where the arch has none, anything but 0 is an error.
         image_size: side in pixels that a network of fixed size is built for, its position embeddings resampled; other networks take any.
 
@@ -114,18 +122,21 @@ def create_classifier(
     net = create(
         reference.arch, reference.text, **args, **options, **({} if classes is None else {"num_classes": classes})
     )
+    new_head, notes = False, [*(fitted.notes if fitted else []), *reference.metadata.get("notes", [])]
     if fitted:
         names = reference.metadata.get("class_names")
         if names and classes and len(names) != classes:
             raise UserError(f"{reference.text}: names {len(names)} classes, but its weights have {classes}")
         net.load_state_dict(fitted.tensors)
-        if num_classes not in (None, classes):
+        other_names = bool(names and class_names) and list(names or []) != list(class_names or [])
+        new_head = num_classes is not None and (num_classes != classes or other_names)
+        if new_head:
             net.reset_classifier(num_classes)
+            if classes and num_classes:
+                notes.append("its classification layer begins anew, because its classes are others or in another order")
     settings = input_settings(net, reference.metadata)
-    notes = [*(fitted.notes if fitted else []), *reference.metadata.get("notes", [])]
-    return Classifier(
-        net, mean=settings.mean, std=settings.std, args=args, loaded=_loaded_line(reference, fitted, notes)
-    ), settings
+    loaded = _loaded_line(reference, fitted, notes)
+    return Classifier(net, mean=settings.mean, std=settings.std, args=args, loaded=loaded, new_head=new_head), settings
 
 
 def network_args(reference: ModelReference, image_size: int | None) -> dict[str, Any]:

@@ -250,6 +250,8 @@ def _remote_images(filesystem: Any, inner: str, names: Sequence[str], tally: Tal
 def _of_file(path: str) -> Listing:
     folder = path.rpartition("/")[0] or "."
     lower = path.lower()
+    if "://" not in path and not Path(path).is_file():
+        raise UserError(f"{path}: is neither a file nor a folder")
     if lower.endswith(".txt"):
         return Listing("list", folder, [path])
     if lower.endswith(_COMPRESSED):
@@ -258,8 +260,6 @@ def _of_file(path: str) -> Listing:
         )
     if lower.endswith(".tar"):
         return Listing("tar", folder, [path])
-    if "://" not in path and not Path(path).is_file():
-        raise UserError(f"{path}: is neither a file nor a folder")
     if lower.endswith((".parquet", ".pq")) or _begins_as_parquet(path):
         return Listing("parquet", folder, [path])
     suffix = os.path.splitext(path)[1]

@@ -50,6 +50,7 @@ class Student:
         config: Stage1Config,
         *,
         classes: int,
+        class_names: Sequence[str] | None = None,
         device: torch.device,
         features: Sequence[LossConfig] = (),
         teacher: Teacher | None = None,
@@ -57,7 +58,11 @@ class Student:
         self._reference = parse_reference(network.model, network.arch)
         self.name, self.classes, self._seed = network.model, classes, config.seed
         size, data = config.data.image_size, config.data
-        self._options: dict[str, Any] = {"drop_path": network.drop_path, "image_size": size}
+        self._options: dict[str, Any] = {
+            "class_names": class_names,
+            "drop_path": network.drop_path,
+            "image_size": size,
+        }
         self.model, inputs = self._create()
         self.inputs = InputSettings(inputs.mean, inputs.std, (size, size), data.interpolation, inputs.fixed_size)
         self._classifier_only = config.trainable == "classifier"
@@ -83,8 +88,15 @@ class Student:
         return self._reference.pretrained or self._reference.file is not None
 
     def start(self) -> dict[str, Tensor]:
-        """The state dict of timm's model before training."""
-        return dict(self._create()[0].net.state_dict())
+        """The state dict of timm's model before training; of a classification layer that was new then, and had learned nothing, that of now."""
+        model, evaluated = self._create()[0], self.evaluated
+        net: Any = model.net
+        now_net: Any = evaluated.net
+        heads, trained = net.get_classifier(), now_net.get_classifier()
+        for head, now in zip(*(one if isinstance(one, tuple) else (one,) for one in (heads, trained)), strict=True):
+            if model.new_head and isinstance(head, nn.Module):
+                head.load_state_dict(now.state_dict())
+        return {name: tensor.clone() for name, tensor in model.net.state_dict().items()}
 
     @property
     def evaluated(self) -> Classifier:

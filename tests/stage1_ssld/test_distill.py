@@ -27,7 +27,7 @@ RECORDS = {".lock", "config.yaml", "curves.png", "environment.json", "log.txt", 
 
 
 def checkpoint(step: int, *extra: str) -> set[str]:
-    names = ("COMPLETE", "state.json", "model.safetensors", "optimizer.safetensors", *extra)
+    names = ("COMPLETE", "SHA256SUMS", "state.json", "model.safetensors", "optimizer.safetensors", *extra)
     return {f"checkpoints/step_{step:08d}/{name}" for name in names}
 
 

@@ -137,6 +137,12 @@ def test_tar_files_that_are_not_read_to_their_end(tmp_path: Path, jpeg: Any) -> 
     assert not source(tmp_path / "whole.tar").tally.describe()
 
 
+@pytest.mark.parametrize("name", ["pipe.txt", "pipe.tar", "pipe.parquet"])
+def test_a_pipe_is_no_source(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    assert f"{name}: is neither a file nor a folder" in message(tmp_path / name)
+
+
 def test_a_list_of_files(tiny: Any, tmp_path: Path) -> None:
     names = sorted(pictures(tiny.train))
     (tmp_path / "all.txt").write_text("".join(f"{name}\n\n" for name in names))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ssld.shared.models.backbones import Classifier, input_settings, save_backbone
+from ssld.shared.models.backbones import Classifier, InputSettings, input_settings, save_backbone
 from ssld.shared.models.model_file import read_metadata
 from ssld.shared.models.teacher import FrozenTeacher
 from ssld.shared.run_dir import read_result
@@ -138,6 +138,33 @@ def test_a_stage_that_spoils_its_student_leaves_the_start(
     assert "start 100.0 %; the file holds the weights it began with (keep_weights: better)" in log
     log = (tmp_path / "last" / "log.txt").read_text()
     assert "start 100.0 %; the file holds the weights of the last step (keep_weights: last)" in log
+
+
+def test_a_start_with_classes_in_another_order_has_no_classifier(
+    teacher_file: Path,
+    distill_settings: dict[str, Any],
+    arguments: Callable[..., list[str]],
+    call: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(better_weights, "LEAST_IMAGES", 15)
+    facts, tensors = read_metadata(teacher_file), load_file(teacher_file)
+    turned = {name: tensor.roll(1, 0) if name.startswith("fc.") else tensor for name, tensor in tensors.items()}
+    inputs = InputSettings(tuple(facts["mean"]), tuple(facts["std"]), (32, 32), facts["interpolation"], False)
+    names = [facts["class_names"][-1], *facts["class_names"][:-1]]
+    began = tmp_path / "began.safetensors"
+    save_backbone(began, turned, arch=facts["arch"], inputs=inputs, classes=len(names), class_names=names)
+    settings = distill_settings | {"student": {"model": str(began)}}
+    settings["optim"] = {"lr": 0.5, "reference_batch": 8, "warmup_steps": 0}
+    for name, keep in (("better", {}), ("last", {"keep_weights": "last"})):
+        assert call(distill, arguments(settings | keep, name)) == 0
+    kept, last = (load_file(tmp_path / name / "student.safetensors") for name in ("better", "last"))
+    assert read_metadata(tmp_path / "better" / "student.safetensors")["kept"] == "start"
+    assert torch.equal(kept["conv1.0.weight"], turned["conv1.0.weight"])
+    assert torch.equal(kept["fc.weight"], last["fc.weight"])
+    log = (tmp_path / "better" / "log.txt").read_text()
+    assert "its classification layer begins anew, because its classes are others or in another order" in log
 
 
 def test_what_is_missing_for_a_comparison_is_said(
