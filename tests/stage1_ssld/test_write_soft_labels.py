@@ -365,7 +365,7 @@ def test_a_teacher_that_knows_nothing_is_refused_and_may_be_changed(
 def test_a_teacher_whose_logits_are_not_finite(
     arguments: Any, settings: dict[str, Any], user_error: Any, tmp_path: Path
 ) -> None:
-    model = untrained(tmp_path / "bad.safetensors", lambda net: net.fc.bias.fill_(float("inf")))
+    model = untrained(tmp_path / "bad.safetensors", lambda net: net.fc.weight.fill_(3e38))
     assert user_error(main, arguments(settings | {"teacher": {"model": model, "check_images": 0}})).startswith(
         "teacher: logits that are not finite"
     )
