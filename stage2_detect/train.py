@@ -223,7 +223,7 @@ def train(config: TrainConfig) -> None:
                     metrics, scored = evaluate_now(step), step
                     keep_best(step, metrics)
             if step == steps or state.exhausted(config.patience):
-                state.check_last_update(step, lambda: model(images, targets))  # noqa: B023 - called here
+                state.check_last_update(step, lambda: model.train()(images, targets))  # noqa: B023 - called here
             stopping = stop.agreed() and step < steps
             if step % config.save_every == 0 or step == steps or stopping or state.exhausted(config.patience):
                 state.save(step)

@@ -139,7 +139,7 @@ def test_retinanet_recipes(name: str) -> None:
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Drawn scenes with boxes."""
     folder = tmp_path_factory.mktemp("toy")
-    sizes = ToySizes(labeled=30, unlabeled=1, teacher_train=30, val=30, train_scenes=4, val_scenes=4)
+    sizes = ToySizes(labeled=30, unlabeled=1, teacher_train=30, val=30, train_scenes=8, val_scenes=4)
     write_toy_data(folder, sizes=sizes)
     return folder / "stage2"
 

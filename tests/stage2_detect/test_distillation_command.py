@@ -103,7 +103,7 @@ def test_the_command_writes_these_files(
         "metrics.jsonl",
         "result.json",
         "detector.safetensors",
-        *(f"checkpoints/step_{step:08d}/{name}" for step in (4, 6) for name in (*parts, "COMPLETE")),
+        *(f"checkpoints/step_{step:08d}/{name}" for step in (4, 6) for name in (*parts, "SHA256SUMS", "COMPLETE")),
     }
     log = (run / "log.txt").read_text()
     assert f"teacher {teacher_detector}: AP 0.00 on 3 images of {settings['data']['val_annotations']}" in log

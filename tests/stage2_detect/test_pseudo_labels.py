@@ -181,7 +181,7 @@ def test_trains_under_a_teacher_on_both(
 ) -> None:
     assert call(train.main, arguments(settings)) == 0
     run = tmp_path / "run"
-    parts = ("model.safetensors", "optimizer.safetensors", "state.json", "COMPLETE")
+    parts = ("model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS", "COMPLETE")
     assert {name for name in files_below(run) if not name.startswith("pictures/")} == {
         ".lock",
         "config.yaml",

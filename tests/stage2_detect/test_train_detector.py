@@ -51,7 +51,7 @@ def test_writes_exactly_these_files_and_the_detector_evaluates(
     settings = train_settings | {"backbone": str(backbone_file), "evaluate_every": 3}
     assert call(train.main, arguments(settings)) == 0
     run = tmp_path / "run"
-    checkpoint = {"model.safetensors", "optimizer.safetensors", "state.json", "COMPLETE"}
+    checkpoint = {"model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS", "COMPLETE"}
     assert files_below(run) == {
         ".lock",
         "config.yaml",

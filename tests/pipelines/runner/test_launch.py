@@ -95,7 +95,9 @@ def test_user_error_behind_a_launcher(fake_kinds: None, write_pipeline: Any, err
 
 
 RUNNER = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job ignores
 sys.path.insert(0, {here!r})
 import fake_stage
 from ssld.pipelines import run
