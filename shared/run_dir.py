@@ -313,6 +313,8 @@ def read_result(run: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not readable ({error}); delete it and run again") from None
+    if not result:
+        raise UserError(f"{file}: not readable (there is nothing in it); delete it and run again")
     for key in ("metrics", "outputs"):
         if not isinstance(result.get(key, {}), dict):
             raise UserError(f"{file}: not readable ({key} are no keys and values); delete it and run again")

@@ -286,6 +286,7 @@ def test_broken_records(config: Settings) -> None:
         ("result.json", b"{"),
         ("result.json", b"[1]"),
         ("result.json", b'{"metrics": 1}'),
+        ("result.json", b"{}"),
         ("result.json", b'{"outputs": [1]}'),
     ],
 )

@@ -384,6 +384,20 @@ def test_no_cleaned_copy_that_lost_its_boxes(data: DataSet, capsys: pytest.Captu
     assert {path.name for path in (data.folder / "clean").iterdir()} == {"train.json", "val.json"}
 
 
+def test_no_cleaned_copy_where_ids_count_otherwise_than_categories(
+    data: DataSet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All boxes are under the id before theirs: leaving out those of the unknown id would leave the others under wrong names."""
+    content = data.read()
+    for row in content["annotations"]:
+        row["category_id"] = {3: 2, 7: 3}[row["category_id"]]
+    data.write(content)
+    places = ["--annotations", str(data.folder / "train.json"), "--images", str(data.folder / "train")]
+    assert main([*places, "--fix", str(data.folder / "clean")]) == 2
+    assert "of class 'category_id 2' would be left out" in capsys.readouterr().err
+    assert not list(data.folder.glob("clean/*"))
+
+
 def test_no_copy_is_left_where_the_second_cannot_be_written(data: DataSet, capsys: pytest.CaptureFixture[str]) -> None:
     (data.folder / "val" / "2.png").rename(data.folder / "val" / "2.PNG")
     places = ["--annotations", str(data.folder / "train.json"), "--images", str(data.folder / "train")]

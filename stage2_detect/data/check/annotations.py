@@ -121,9 +121,16 @@ class FileCheck:
                 tally.keep("image")
             elif cause:
                 tally.drop("image", cause, row.get("file_name") or called(self.content["images"], index))
-        for index in range(len(self.content["annotations"])):
+        # Several boxes of one unknown id are a class that the file names otherwise, as where ids count from 0 and categories from 1.
+        unknown = Counter(
+            str(row.get("category_id"))
+            for row, label in zip(self.content["annotations"], rows.labels_N.tolist(), strict=True)
+            if label < 0
+        )
+        for index, row in enumerate(self.content["annotations"]):
             label, owner = int(rows.labels_N[index]), int(rows.owners_N[index])
-            group = rows.class_names[label] if label >= 0 else None
+            odd = str(row.get("category_id"))
+            group = rows.class_names[label] if label >= 0 else f"category_id {odd}" if unknown[odd] > 1 else None
             cause = repair.drop_annotations.get(index)
             if cause is None and repair.drop_images.get(owner):
                 cause = "of an image that is left out"
