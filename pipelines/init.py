@@ -61,7 +61,12 @@ def _init(arguments: Namespace) -> int:
         evaluation = json.loads(val.read_bytes())
     pool = None
     if arguments.unlabeled:
-        pool = divide_pool(arguments.unlabeled, _files(evaluation, val_images), arguments.seed)
+        pool = divide_pool(
+            arguments.unlabeled,
+            _files(content, arguments.images),
+            _files(evaluation, val_images),
+            arguments.seed,
+        )
         if not pool.train:
             raise UserError(f"{arguments.unlabeled}: {pool.tally.describe()}; nothing is left to learn from")
         lists = {"listing": [row["file_name"] for row in content["images"]], "pool": pool.train}

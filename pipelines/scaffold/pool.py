@@ -1,7 +1,8 @@
 """The unlabeled photos of a new pipeline: which ones stage 1 learns from, and which are held out to judge the result.
 
-Photos of the evaluation part often lie in the folder of unlabeled photos too, and a backbone that has seen them makes the detector's score look
-better than it is. They are found by content, whatever they are called there.
+The annotated photos often lie in the folder of unlabeled photos too. Those of the evaluation part would make the detector's score look better than it
+is; those of the training part are listed for stage 1 anyway, and must not be among the photos that are held out. They are found by content, whatever
+they are called there.
 """
 
 import hashlib
@@ -27,13 +28,14 @@ class Pool:
     tally: Tally
 
 
-def divide_pool(folder: Path, evaluation: Iterable[Path], seed: int) -> Pool:
-    """The photos below a folder without copies of evaluation photos; a seeded twentieth (at least 50, at most 500) of 250 or more is held out."""
+def divide_pool(folder: Path, training: Iterable[Path], evaluation: Iterable[Path], seed: int) -> Pool:
+    """The photos below a folder without copies of annotated ones; a seeded twentieth (at least 50, at most 500) of 250 or more is held out."""
     tally, names = Tally(), []
-    copies = _copies(folder, evaluation)
+    copies = {"copies of training photos": _copies(folder, training)}
+    copies["copies of evaluation photos"] = _copies(folder, evaluation)
     for name in list_images(folder):
-        if name in copies:
-            tally.drop("photo", "copies of evaluation photos", name)
+        if cause := next((cause for cause, found in copies.items() if name in found), None):
+            tally.drop("photo", cause, name)
         else:
             names.append(name)
             tally.keep("photo")
@@ -43,10 +45,10 @@ def divide_pool(folder: Path, evaluation: Iterable[Path], seed: int) -> Pool:
     return Pool([name for name in names if name not in held_out], sorted(held_out), tally)
 
 
-def _copies(folder: Path, evaluation: Iterable[Path]) -> set[str]:
-    """Photos of the folder that have the content of an evaluation photo; only files of equal size are read."""
+def _copies(folder: Path, photos: Iterable[Path]) -> set[str]:
+    """Photos of the folder that have the content of one of `photos`; only files of equal size are read."""
     by_size = defaultdict(list)
-    for file in evaluation:
+    for file in photos:
         by_size[file.stat().st_size].append(file)
     digests: dict[int, set[str]] = {}
     found = set()

@@ -308,6 +308,10 @@ def test_unlabeled_photos_are_told_apart_from_evaluation_photos(
     """The folder of unlabeled photos holds all annotated ones too, as it often does, under other names."""
     monkeypatch.setattr(pool, "SMALLEST_POOL", 20)
     monkeypatch.setattr(pool, "LEAST_HELD_OUT", 4)
+    draw = np.random.default_rng(1)
+    for number in range(30):
+        pixels = draw.integers(0, 255, (48, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / "more photos" / f"new {number}.png")
     for file in sorted((photos / "photos").rglob("*.png")):
         (photos / "more photos" / f"copy of {file.name}").write_bytes(file.read_bytes())
     line = ["--images", "photos", "--annotations", "all.json", "--unlabeled", "more photos", "--output", "mine.yaml"]
@@ -315,10 +319,13 @@ def test_unlabeled_photos_are_told_apart_from_evaluation_photos(
     evaluated = [row["file_name"] for row in json.loads(Path("mine_val.json").read_text())["images"]]
     lists = {part: Path(f"mine_{part}.txt").read_text().splitlines() for part in ("unlabeled", "held_out")}
     assert len(lists["held_out"]) == 4
-    seen = set(lists["unlabeled"]) | set(lists["held_out"])
-    assert len(seen) == 3 + 40 - 8
-    assert not seen & {f"copy of {Path(name).name}" for name in evaluated}
-    assert "more photos: 8 photos dropped: 8 copies of evaluation photos (first: copy of " in capfd.readouterr().out
+    seen = lists["unlabeled"] + lists["held_out"]
+    assert len(set(seen)) == len(seen) == 3 + 30
+    assert not [name for name in seen if name.startswith("copy of ")]
+    assert len(evaluated) == 8
+    out = capfd.readouterr().out
+    assert "more photos: 40 photos dropped: 32 copies of training photos (first: copy of " in out
+    assert "8 copies of evaluation photos (first: copy of " in out
     data = yaml.safe_load(Path("mine.yaml").read_text())["stages"]["ssld"]["set"]["data"]
     assert data["val"] == {"path": "mine_held_out.txt", "root": "more photos"}
     assert run.main(["mine.yaml", "--dry-run"]) == 0

@@ -20,16 +20,19 @@ def test_copies_of_evaluation_photos_are_left_out_whatever_they_are_called(tmp_p
     other.mkdir()
     (other / "renamed.jpg").write_bytes((folder / "deep" / "007.jpg").read_bytes())
     (other / "same_size.jpg").write_bytes(b"photo 999")
-    pool = divide_pool(folder, [other / "renamed.jpg", other / "same_size.jpg", folder / "deep" / "003.jpg"], seed=0)
-    assert pool.train == [f"deep/{number:03d}.jpg" for number in range(12) if number not in (3, 7)]
+    evaluation = [other / "renamed.jpg", other / "same_size.jpg", folder / "deep" / "003.jpg"]
+    pool = divide_pool(folder, [folder / "deep" / "005.jpg"], evaluation, seed=0)
+    assert pool.train == [f"deep/{number:03d}.jpg" for number in range(12) if number not in (3, 5, 7)]
     assert pool.held_out == []
-    assert pool.tally.describe() == "2 photos dropped: 2 copies of evaluation photos (first: deep/003.jpg)"
+    assert pool.tally.describe() == (
+        "3 photos dropped: 2 copies of evaluation photos (first: deep/003.jpg), 1 copies of training photos (first: deep/005.jpg)"
+    )
 
 
 @pytest.mark.parametrize(("photos", "held_out"), [(249, 0), (250, 50), (1200, 60)])
 def test_a_seeded_part_of_a_large_pool_is_held_out(photos: int, held_out: int, tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "pool", photos)
-    one, again, other = (divide_pool(folder, [], seed) for seed in (0, 0, 1))
+    one, again, other = (divide_pool(folder, [], [], seed) for seed in (0, 0, 1))
     assert len(one.held_out) == held_out
     assert sorted(one.train + one.held_out) == sorted(f"deep/{number:03d}.jpg" for number in range(photos))
     assert one.held_out == again.held_out
@@ -37,4 +40,4 @@ def test_a_seeded_part_of_a_large_pool_is_held_out(photos: int, held_out: int, t
 
 
 def test_at_most_five_hundred(tmp_path: Path) -> None:
-    assert len(divide_pool(folder_of(tmp_path / "pool", 10_400), [], seed=0).held_out) == 500
+    assert len(divide_pool(folder_of(tmp_path / "pool", 10_400), [], [], seed=0).held_out) == 500
