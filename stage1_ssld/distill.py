@@ -252,7 +252,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         f"lr {base_lr:g} = {config.optim.lr:g} scaled from batch {config.optim.reference_batch} to {config.batch_size}, warm-up {warmup_steps} steps"
     )
     run.log(f"recipe {config.recipe or 'of flags alone'}; all settings are in {run.path / 'config.yaml'}")
-    run.log(config.describe_keeping(steps))
+    run.log(config.describe_keeping(steps, evaluates=val_source is not None))
     run.log(
         f"{device}, {config.precision}, {count(torch.get_num_threads(), 'thread')}, {count(config.workers, 'worker')}"
     )

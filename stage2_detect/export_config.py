@@ -20,7 +20,7 @@ class ExportDetectorConfig(CommandConfig):
     model: Path
     """detector file"""
     images: str | None = None
-    """pictures the files are checked on: picture, folder, quoted pattern, or text file with a path a line; null: noise"""
+    """pictures the files are checked on: picture, folder, quoted pattern, or text file with a path a line; null: drawn rectangles"""
     check_images: Count = 16
     """pictures of the check"""
     batch_size: BatchSize = 4

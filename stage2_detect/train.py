@@ -167,7 +167,7 @@ def train(config: TrainConfig) -> None:
     if milestones and min(milestones) >= steps:
         run.log(f"milestones: all of them lie beyond the {steps} steps, so the learning rate never drops")
     run.log(f"recipe {config.recipe or 'of flags alone'}; all settings are in {run.path / 'config.yaml'}")
-    run.log(config.describe_keeping(steps))
+    run.log(config.describe_keeping(steps, evaluates=data.val is not None))
     run.log(
         f"{device}, {config.precision}, {count(torch.get_num_threads(), 'thread')}, {count(config.workers, 'worker')}"
     )

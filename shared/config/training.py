@@ -112,13 +112,13 @@ class TrainingConfig(CommandConfig):
             raise ValueError("accumulate: auto_batch finds it; give one of the two")
         return self
 
-    def describe_keeping(self, steps: int) -> str:
-        """When a run of so many steps is evaluated and saved, for the log."""
+    def describe_keeping(self, steps: int, *, evaluates: bool) -> str:
+        """When a run of so many steps is evaluated, if there is anything to evaluate on, and saved, for the log."""
         kept = "the newest is kept" if self.keep_checkpoints == 1 else f"the newest {self.keep_checkpoints} are kept"
         often = self.evaluate_every and self.evaluate_every < steps
         evaluated = f"every {self.evaluate_every} steps and at the end" if often else "at the end"
         saved = f"every {self.save_every} steps and at the end, {kept}" if self.save_every < steps else "at the end"
-        return f"a checkpoint {saved}; evaluation {evaluated}"
+        return f"a checkpoint {saved}; {f'evaluation {evaluated}' if evaluates else 'no evaluation'}"
 
     def total_steps(self, images: int | None) -> int:
         """Optimizer steps of the run for a training set of `images` images; raises UserError where that number is needed and unknown."""
