@@ -111,6 +111,10 @@ def train(config: TrainConfig) -> None:
         "dtype": dtype,
     }
 
+    distill, teacher_check = config.distill, None
+    if distill and trained.teacher and distill.check_images:
+        tried = images_to_try_a_teacher_on(config, data)
+        teacher_check = TeacherCheck(trained.teacher, tried, sizing, distill, **evaluation)
     detections: dict[Any, Any] = {}  # of the last evaluation, on the main rank
 
     def evaluate_now(step: int) -> dict[str, Any]:
@@ -144,14 +148,8 @@ def train(config: TrainConfig) -> None:
             save_model(run.path / "detector_best.safetensors", step, metrics)
 
     # ---- what is about to happen
-    distill = config.distill
-    teacher_check = None
-    if distill and trained.teacher and distill.check_images:
-        teacher_check = TeacherCheck(
-            trained.teacher, images_to_try_a_teacher_on(config, data), sizing, distill, **evaluation
-        )
-        if start == 0:
-            run.log(teacher_check.before_training())
+    if teacher_check and start == 0:
+        run.log(teacher_check.before_training())
     if config.compile:
         trained.detector.pyramid.compile()
     model = accelerator.prepare_model(trained.model)
