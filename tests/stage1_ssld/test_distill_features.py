@@ -175,7 +175,7 @@ def test_the_better_weights_are_kept_without_classes(
     monkeypatch.setattr(better_weights, "LEAST_IMAGES", 10)
     harm = {"lr": 5.0, "reference_batch": 8}
     given = alone(settings, vit_file, student={"model": str(vit_file)}, losses=["pooled"], optim=harm)
-    assert call(distill, arguments(given)) == 0
+    assert call(distill, arguments(given | {"keep_weights": "better"})) == 0
     metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
     assert metrics["neighbours_start"] == 1
     assert metrics["neighbours_last"] < 1
