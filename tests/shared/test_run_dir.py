@@ -339,7 +339,7 @@ def test_what_a_killed_process_was_writing_is_cleared_away(config: Settings) -> 
     assert not {".model.safetensors.123", "store/.shard-00001.bin.4567"} & left
 
 
-@pytest.mark.parametrize("name", ["../kept.txt", "/tmp/kept.txt", "a/../../kept.txt"])
+@pytest.mark.parametrize("name", ["../kept.txt", "/kept.txt", "a/../../kept.txt"])
 def test_no_file_outside_the_folder_is_moved_aside(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
