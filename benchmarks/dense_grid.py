@@ -5,7 +5,7 @@
 DATA holds `train.json`, `val.json` and the folders `train/`, `val/`, each with its own pictures alone: what lies in `train/` without annotations is
 learnt from. Seed n of a row takes file n of the backbones, and the same steps, augmentation
 and schedule as every other row, except where the row's name says otherwise. GFL students and their teacher learn from all annotations; RetinaNet
-students and their teacher from every fifth picture's, and the other pictures are unlabelled. There is one teacher of each kind, of seed 0. Runs that
+students and their teacher from every fifth picture's, and the other pictures are unlabeled. There is one teacher of each kind, of seed 0. Runs that
 are finished are not run again; a row counts when all its seeds are. The table goes to standard output.
 """
 
@@ -29,7 +29,7 @@ BATCH = 8
 # name of a term -> its weight in the released settings; kd_vlr is off in them, here it has kd's
 LD_TERMS = {"ld": 0.25, "ld_vlr": 0.25, "kd": 10.0, "kd_vlr": 10.0, "imitation": 2.0}
 DEFAULT_TERMS = ("ld", "ld_vlr", "kd")
-LONGER = "labelled fifth, twice the steps"
+LONGER = "labeled fifth, twice the steps"
 LABELLED = 5  # every fifth picture keeps its annotations
 
 
@@ -46,13 +46,13 @@ def gfl_rows(teacher: Path) -> dict[str, list[str]]:
     return lines
 
 
-def retinanet_rows(teacher: Path, pseudo: Path, unlabelled: Path) -> dict[str, list[str]]:
+def retinanet_rows(teacher: Path, pseudo: Path, unlabeled: Path) -> dict[str, list[str]]:
     """As `gfl_rows`; half of a batch of twice the size has no annotations but the teacher's boxes."""
     distill = ["--distill.teacher", str(teacher)]
-    boxes = ["--unlabeled", str(unlabelled), "--pseudo", str(pseudo)]
+    boxes = ["--unlabeled", str(unlabeled), "--pseudo", str(pseudo)]
     boxes += ["--batch_size", str(2 * BATCH), "--optim.reference_batch", str(2 * BATCH)]
     return {
-        "labelled fifth": [],
+        "labeled fifth": [],
         LONGER: [],
         "with the teacher (ADL)": distill,
         "with pseudo-labels": boxes,
@@ -81,7 +81,7 @@ def pictures_of(annotations: Path) -> set[str]:
     return {Path(image["file_name"]).name for image in json.loads(annotations.read_text(encoding="utf-8"))["images"]}
 
 
-def write_labelled(source: Path, target: Path) -> None:
+def write_labeled(source: Path, target: Path) -> None:
     """A COCO JSON with every fifth picture of another, by file name."""
     content = json.loads(source.read_text(encoding="utf-8"))
     content["images"] = sorted(content["images"], key=lambda image: image["file_name"])[::LABELLED]
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, extra = parser.parse_known_args(argv)  # what is left goes to train.py
     data, output, seeds = arguments.data, arguments.output, len(arguments.backbones)
     files = {kind: output / f"{kind}-teacher" / "detector.safetensors" for kind in arguments.kinds}
-    labelled, pseudo = output / "labelled.json", output / "pseudo"
+    labeled, pseudo = output / "labeled.json", output / "pseudo"
     rows: dict[str, dict[str, list[str]]] = {}
     for kind in arguments.kinds:
         rows[kind] = (
@@ -155,18 +155,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if strays:
             print(f"error: {data / 'train'}: holds evaluation pictures ({min(strays)}); move them", file=sys.stderr)
             return 2
-        write_labelled(data / "train.json", labelled)
+        write_labeled(data / "train.json", labeled)
         lines = []
         for kind in arguments.kinds:
-            annotations = data / "train.json" if kind == "gfl" else labelled
+            annotations = data / "train.json" if kind == "gfl" else labeled
             more = [*schedule(arguments.teacher_steps), *extra]
             lines.append(train(kind, data, annotations, arguments.teacher_backbone, files[kind].parent, more))
             if kind == "retinanet":
                 predict = [sys.executable, str(ROOT / "stage2_detect" / "predict.py"), "--model", str(files[kind])]
-                predict += ["--images", str(data / "train"), "--exclude", str(labelled), "--pseudo_labels", "true"]
+                predict += ["--images", str(data / "train"), "--exclude", str(labeled), "--pseudo_labels", "true"]
                 lines.append([*predict, "--threshold", arguments.threshold, "--output", str(pseudo)])
         for seed, kind in itertools.product(range(seeds), arguments.kinds):
-            annotations = data / "train.json" if kind == "gfl" else labelled
+            annotations = data / "train.json" if kind == "gfl" else labeled
             for name, flags in rows[kind].items():
                 length = 2 * arguments.steps if name == LONGER else arguments.steps
                 more = ["--seed", str(seed), *schedule(length), *flags, *extra]

@@ -11,7 +11,7 @@
 (f) a step with a live teacher, pooled and spatial terms / the same without them   at most 1.05
 
 The works of a round run one after the other, in alternating order; printed are the median and the quartiles over the rounds. Needs timm only as the
-opponent of (c), on labelled images, because it takes no others.
+opponent of (c), on labeled images, because it takes no others.
 """
 
 import argparse

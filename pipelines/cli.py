@@ -24,9 +24,9 @@ from ssld.shared.terminal import say
 # name -> (module with main(argv), one line of help)
 COMMANDS = {
     "run": ("ssld.pipelines.run", "run a pipeline, from images to the table and the report"),
-    "teach": ("ssld.stage1_ssld.teach", "fine-tune a teacher on labelled images"),
+    "teach": ("ssld.stage1_ssld.teach", "fine-tune a teacher on labeled images"),
     "prototypes": ("ssld.stage1_ssld.prototypes", "make a teacher of an encoder without classes, from your own images"),
-    "curate": ("ssld.stage1_ssld.curate", "select unlabelled images: the best of each class, without near-duplicates"),
+    "curate": ("ssld.stage1_ssld.curate", "select unlabeled images: the best of each class, without near-duplicates"),
     "soft-labels": ("ssld.stage1_ssld.write_soft_labels", "write a store of the teacher's answers"),
     "distill": ("ssld.stage1_ssld.distill", "train a student from a teacher's soft labels, without human labels"),
     "train": ("ssld.stage2_detect.train", "train a detector from a backbone file"),

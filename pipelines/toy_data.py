@@ -3,9 +3,9 @@
     python pipelines/toy_data.py --output runs/toy_data
 
     toy_data.json                   the parameters; written last
-    stage1/labeled/CLASS/*.jpg      the small labelled part
+    stage1/labeled/CLASS/*.jpg      the small labeled part
     stage1/unlabeled/*.jpg          the larger part without labels, FOREIGN of it objects of no class
-    stage1/teacher_train.parquet    many labelled crops, standing in for what an off-the-shelf teacher was trained on
+    stage1/teacher_train.parquet    many labeled crops, standing in for what an off-the-shelf teacher was trained on
     stage1/val/CLASS/*.jpg
     stage2/{train,val}/*.jpg        scenes of 128 px, and stage2/{train,val}.json in COCO's format
 
@@ -39,7 +39,7 @@ from ssld.shared.config.settings import CommandConfig, Config
 from ssld.shared.errors import UserError
 
 VERSION = 1  # of the drawing: raised when the same parameters give other pictures
-FOREIGN = 0.15  # part of the unlabelled crops
+FOREIGN = 0.15  # part of the unlabeled crops
 MAX_OBJECTS = 5  # objects of the classes in a scene
 # Every so many scenes, the first of them early so that small data sets have one too.
 EMPTY_EVERY, CROWD_EVERY = 16, 24
@@ -53,13 +53,13 @@ class ToySizes(Config):
     """How many pictures; the defaults are those of `pipelines/quickstart.yaml`."""
 
     labeled: int = Field(800, ge=len(CLASSES), le=1_000_000)
-    """labelled crops: few, so that the unlabelled ones matter"""
+    """labeled crops: few, so that the unlabeled ones matter"""
     unlabeled: int = Field(3000, ge=1, le=1_000_000)
     """crops without labels"""
     teacher_train: int = Field(5000, ge=len(CLASSES), le=1_000_000)
-    """labelled crops that only a teacher is trained on"""
+    """labeled crops that only a teacher is trained on"""
     val: int = Field(1000, ge=len(CLASSES), le=1_000_000)
-    """labelled crops to evaluate on"""
+    """labeled crops to evaluate on"""
     train_scenes: int = Field(300, ge=4, le=1_000_000)
     """scenes to train a detector on"""
     val_scenes: int = Field(200, ge=4, le=1_000_000)

@@ -78,7 +78,7 @@ STORE_LOSSES = ("symmetric_kl", "kl", "soft_cross_entropy", "jensen_shannon")
 
 
 class DistillConfig(Stage1Config):
-    """Train a student from a teacher's soft labels on labelled and unlabelled images, without any human label in the loss."""
+    """Train a student from a teacher's soft labels on labeled and unlabeled images, without any human label in the loss."""
 
     student: NetworkConfig
     teacher: TeacherConfig | None = None
@@ -86,7 +86,7 @@ class DistillConfig(Stage1Config):
     """folder `store` in the output of write_soft_labels.py: the soft labels come from it, not from a live teacher; a teacher, if given,
     only measures agreement"""
     objective: Literal["teacher", "labels"] = "teacher"
-    """teacher: SSLD; labels: the supervised baseline, same settings on the labelled sources alone"""
+    """teacher: SSLD; labels: the supervised baseline, same settings on the labeled sources alone"""
     losses: list[LossConfig] = Field([LossConfig(name="symmetric_kl")], min_length=1)
     """terms of the distillation loss, by name and weight"""
     hard_label_weight: Weight = 0.0
@@ -175,7 +175,7 @@ class DistillConfig(Stage1Config):
 
 
 class TeachConfig(Stage1Config):
-    """Fine-tune a teacher on labelled images."""
+    """Fine-tune a teacher on labeled images."""
 
     model: NetworkConfig
     objective: Literal["labels"] = "labels"
@@ -216,7 +216,7 @@ class EvaluateConfig(ForwardConfig):
     data: SourceConfig
     """images; without labels only agreement and KL are measured, and a teacher is needed"""
     bank: SourceConfig | None = None
-    """labelled images: each image of `data` is also classified by the vote of its nearest neighbours among them"""
+    """labeled images: each image of `data` is also classified by the vote of its nearest neighbours among them"""
     allow_loss: bool = False
     """go on where more than half of the images of a source or of a class, or all of a class, cannot be used; the log says why"""
     neighbours: Count = 20
@@ -281,7 +281,7 @@ class SoftLabelsConfig(ForwardConfig):
 
 
 class CurateConfig(ForwardConfig):
-    """Select unlabelled images: the best k of each of the teacher's classes, no near-duplicates of validation or training images or each other."""
+    """Select unlabeled images: the best k of each of the teacher's classes, no near-duplicates of validation or training images or each other."""
 
     pool: list[SourceConfig] = Field(min_length=1)
     """images to select from; labels are not read"""

@@ -1,9 +1,9 @@
 """Select images of a pool: the best k of each of the teacher's classes, no near-duplicates of validation or training images or of each other.
 
-    accelerate launch stage1_ssld/curate.py --pool images/unlabelled --teacher.model teacher.safetensors --keep 4000 \\
+    accelerate launch stage1_ssld/curate.py --pool images/unlabeled --teacher.model teacher.safetensors --keep 4000 \\
         --val images/val --train images/train --output runs/curated
 
-Writes `selected.parquet`, which `distill.py` takes as an unlabelled source, `classes.csv`, and the pictures `curation.png` and `examples.png`.
+Writes `selected.parquet`, which `distill.py` takes as an unlabeled source, `classes.csv`, and the pictures `curation.png` and `examples.png`.
 """
 
 import sys

@@ -24,7 +24,7 @@ def is_remote(path: str) -> bool:
 
 
 class SourceConfig(Config):
-    """Images from one place, labelled or not."""
+    """Images from one place, labeled or not."""
 
     path: str
     """folder (of class folders, or nested at will), Parquet file or folder of them, WebDataset .tar or folder of them, list file (.txt: a path, and a
@@ -33,7 +33,7 @@ class SourceConfig(Config):
     weight: Positive | None = None
     """share of the training images that are drawn from this source, relative to the others' weights; null everywhere: the sources are concatenated"""
     labels: str = "auto"
-    """auto: names of class folders, or the label column; none: unlabelled; FILE.parquet: labels joined by `id_column`, negative ones dropped"""
+    """auto: names of class folders, or the label column; none: unlabeled; FILE.parquet: labels joined by `id_column`, negative ones dropped"""
     image_column: str = "image"
     """Parquet column with the images; in tar files what the name of the image goes on with behind the first dot, where a sample has several"""
     label_column: str = "label"
@@ -210,7 +210,7 @@ class TeacherConfig(TeacherMember):
     global_pool: str | None = None
     """timm's pooling of its features (avg, max, avgmax; token and map of a ViT), where they alone are learned from; null: its own"""
     check_images: int = Field(1024, ge=0, le=1_000_000)
-    """labelled images that the teacher is tried on before training; it stops where one of its networks guesses; 0 leaves it out"""
+    """labeled images that the teacher is tried on before training; it stops where one of its networks guesses; 0 leaves it out"""
 
     def inputs(self, key: str) -> dict[str, Path]:
         """The local files of its networks."""

@@ -1,8 +1,8 @@
-"""Train a student from a teacher's soft labels (SSLD, arXiv 2103.05959), on labelled and unlabelled images alike.
+"""Train a student from a teacher's soft labels (SSLD, arXiv 2103.05959), on labeled and unlabeled images alike.
 
     accelerate launch stage1_ssld/distill.py --config stage1_ssld/configs/resnet50d.yaml
 
-Writes `student.safetensors`. With `--objective labels` the same loop trains the supervised baseline on the labelled sources, by plain cross-entropy;
+Writes `student.safetensors`. With `--objective labels` the same loop trains the supervised baseline on the labeled sources, by plain cross-entropy;
 `teach.py` is that with another name for the result. Initial weights come, in this order, from (1) the newest checkpoint of this run, (2) the
 network's reference.
 """

@@ -1,6 +1,6 @@
 """Make a teacher of an encoder that has no classes: DINOv3, SigLIP, MAE and the like, or a classifier without its head.
 
-    accelerate launch stage1_ssld/prototypes.py --pool images/unlabelled --encoder.model timm:vit_small_patch16_dinov3 --output runs/prototypes
+    accelerate launch stage1_ssld/prototypes.py --pool images/unlabeled --encoder.model timm:vit_small_patch16_dinov3 --output runs/prototypes
 
 The encoder embeds your own images, k-means finds K prototypes among them, and the classes of the teacher are how near an image is to each. Writes
 `teacher.safetensors`, a timm classifier with K classes that every command takes as a teacher, and `prototypes.png`.

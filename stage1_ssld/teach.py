@@ -1,4 +1,4 @@
-"""Fine-tune a teacher on labelled images, where no off-the-shelf one has the right classes.
+"""Fine-tune a teacher on labeled images, where no off-the-shelf one has the right classes.
 
     accelerate launch stage1_ssld/teach.py --config stage1_ssld/configs/toy_teacher.yaml
 

@@ -60,7 +60,7 @@ class ADLConfig(Config):
 
 
 class DistillConfig(Config):
-    """What a teacher detector adds to the losses, on labelled and on unlabelled images."""
+    """What a teacher detector adds to the losses, on labeled and on unlabeled images."""
 
     teacher: Path
     """detector file"""

@@ -53,11 +53,11 @@ def save_images(folder: Path, kind: str, count: int, seed: int, suffix: str = "p
 
 @dataclass(frozen=True)
 class TinyData:
-    """Folders of drawn images: three classes of 10 (train) and 5 (val), 12 unlabelled nested ones; and Parquet of the 30 training images."""
+    """Folders of drawn images: three classes of 10 (train) and 5 (val), 12 unlabeled nested ones; and Parquet of the 30 training images."""
 
     train: Path
     val: Path
-    unlabelled: Path
+    unlabeled: Path
     parquet: Path
 
 
@@ -70,16 +70,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
     for label, kind in enumerate(CLASSES):
         save_images(folder / "train" / kind, kind, 10, seed=0)
         save_images(folder / "val" / kind, kind, 5, seed=1000)
-        save_images(folder / "unlabelled" / "deeper" / kind[:2], kind, 4, seed=2000)
+        save_images(folder / "unlabeled" / "deeper" / kind[:2], kind, 4, seed=2000)
         for number in range(10):
             rows.append({"image": draw(kind, number), "label": label, "id": 100 + len(rows)})
     features = datasets.Features(
         image=datasets.Image(), label=datasets.ClassLabel(names=list(CLASSES)), id=datasets.Value("int64")
     )
-    save_images(folder / "unlabelled", "other", 2, seed=3000)
+    save_images(folder / "unlabeled", "other", 2, seed=3000)
     columns = {key: [row[key] for row in rows] for key in ("image", "label", "id")}
     datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / "train.parquet")
-    return TinyData(folder / "train", folder / "val", folder / "unlabelled", folder / "train.parquet")
+    return TinyData(folder / "train", folder / "val", folder / "unlabeled", folder / "train.parquet")
 
 
 @pytest.fixture(scope="session")
@@ -132,7 +132,7 @@ def distill_settings(tiny: TinyData, teacher_file: Path) -> dict[str, Any]:
         "batch_size": 8,
         "save_every": 4,
         "log_every": 2,
-        "data": {"train": [str(tiny.train), str(tiny.unlabelled)], "val": str(tiny.val), "image_size": 32},
+        "data": {"train": [str(tiny.train), str(tiny.unlabeled)], "val": str(tiny.val), "image_size": 32},
         "student": {"model": "random:test_convnext"},
         "teacher": {"model": str(teacher_file)},
         "optim": {"lr": 0.02, "reference_batch": 8, "warmup_steps": 2},

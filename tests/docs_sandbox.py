@@ -124,19 +124,19 @@ class Sandbox:
             save_random_detector(path, kind, self.folder / "train.json")
 
 
-def build(folder: Path, *, train: Path, val: Path, unlabelled: Path, teacher: Path) -> Sandbox:
+def build(folder: Path, *, train: Path, val: Path, unlabeled: Path, teacher: Path) -> Sandbox:
     """Fill an empty folder.
 
     Args:
         train: folder of class folders; `val` another one.
-        unlabelled: folder of pictures.
+        unlabeled: folder of pictures.
         teacher: backbone file with the classes of `train`.
     """
     for images in ("images", "data/imagenet"):
         shutil.copytree(train, folder / images / "train")
         shutil.copytree(val, folder / images / "val")
-    for images in ("pool", "data/unlabelled"):
-        shutil.copytree(unlabelled, folder / images)
+    for images in ("pool", "data/unlabeled"):
+        shutil.copytree(unlabeled, folder / images)
     sandbox = Sandbox(folder, teacher)
     for file in (*ROOT.glob("*/configs/*.yaml"), *(ROOT / "pipelines").rglob("*.yaml")):
         text = sandbox.tiny_names(file.read_text(encoding="utf-8"))

@@ -225,7 +225,7 @@ def test_table_of_the_dense_grid(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_lines_of_the_dense_grid_are_valid_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each line is what train.py and predict.py take; the labelled part is every fifth picture, with its boxes."""
+    """Each line is what train.py and predict.py take; the labeled part is every fifth picture, with its boxes."""
     grid = script("dense_grid")
     (tmp_path / "train").mkdir()
     images = [{"id": k, "file_name": f"{k:02}.jpg", "width": 8, "height": 8} for k in range(11)]
@@ -247,9 +247,9 @@ def test_lines_of_the_dense_grid_are_valid_runs(
     assert "20.jpg" in capsys.readouterr().err
     (tmp_path / "train" / "20.jpg").unlink()
     assert grid.main([*arguments, "--output", str(output), "--threads", "1"]) == 0
-    labelled = json.loads((output / "labelled.json").read_text())
-    assert [image["id"] for image in labelled["images"]] == [0, 5, 10]
-    assert [one["image_id"] for one in labelled["annotations"]] == [0, 5, 10]
+    labeled = json.loads((output / "labeled.json").read_text())
+    assert [image["id"] for image in labeled["images"]] == [0, 5, 10]
+    assert [one["image_id"] for one in labeled["annotations"]] == [0, 5, 10]
     parsed: dict[str, Any] = {}
     for line in lines:
         kind: Any = TrainConfig if Path(line[1]).name == "train.py" else PredictConfig
@@ -261,7 +261,7 @@ def test_lines_of_the_dense_grid_are_valid_runs(
         "ld_weight": 0.25,
         "ld_vlr_weight": 0.25,
     }
-    longer, both = parsed["retinanet-labelled_fifth__twice_the_steps-0"], parsed["retinanet-with_both__SAD_-0"]
+    longer, both = parsed["retinanet-labeled_fifth__twice_the_steps-0"], parsed["retinanet-with_both__SAD_-0"]
     assert (longer.steps, longer.optim.milestones_steps) == (600, [420, 540])
     assert (both.batch_size, both.labeled_ratio, both.threads, both.pseudo) == (
         16,

@@ -36,7 +36,7 @@ LINES = {page: [part for line in commands(page) for part in re.split(r"\s+&&\s+"
 @pytest.fixture(scope="session")
 def sandbox(tiny: Any, teacher_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Sandbox:
     folder = tmp_path_factory.mktemp("reader")
-    return build(folder, train=tiny.train, val=tiny.val, unlabelled=tiny.unlabelled, teacher=teacher_file)
+    return build(folder, train=tiny.train, val=tiny.val, unlabeled=tiny.unlabeled, teacher=teacher_file)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """What `ssld doctor` says of data: detection data by the data check of stage 2, pictures without boxes by opening them.
 
 The data check runs in a process of its own, as the runner starts its stages: its answer, whatever state torch is in. Pictures without boxes are those
-to distil on, to curate, to classify, and a detector's unlabelled ones. Does not import torch.
+to distil on, to curate, to classify, and a detector's unlabeled ones. Does not import torch.
 """
 
 import hashlib

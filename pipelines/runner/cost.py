@@ -104,7 +104,7 @@ def _images(sources: list[SourceConfig], *, labels_needed: bool = False) -> int 
 
 
 def _source_images(source: SourceConfig, labels_needed: bool) -> int | None:
-    """Images of one source that take part: none of an unlabelled one where labels are needed. None when a label file decides, and for tars,
+    """Images of one source that take part: none of an unlabeled one where labels are needed. None when a label file decides, and for tars,
     patterns and what lies elsewhere."""
     import pyarrow.parquet as pq
 

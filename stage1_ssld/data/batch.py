@@ -18,7 +18,7 @@ NO_LABEL = -1
 
 @dataclass(frozen=True)
 class Batch:
-    """pixels_BCHW uint8 views, labels_B int64 (NO_LABEL where unlabelled), keys of the images, locations of images that could not be read, and,
+    """pixels_BCHW uint8 views, labels_B int64 (NO_LABEL where unlabeled), keys of the images, locations of images that could not be read, and,
     from a store, the teacher's soft labels."""
 
     pixels_BCHW: Tensor

@@ -1,4 +1,4 @@
-"""The classes of labelled sources: what they agree on, and their labels in the class numbers of a model."""
+"""The classes of labeled sources: what they agree on, and their labels in the class numbers of a model."""
 
 import itertools
 import re
@@ -14,11 +14,11 @@ from ssld.stage1_ssld.data.sources import LOSS_SETTING, ImageSource
 def labeled_classes(
     sources: Sequence[ImageSource], *, allow_loss: bool = False
 ) -> tuple[list[ImageSource], int, list[str] | None]:
-    """(the labelled sources, number of classes, class names where any source has them).
+    """(the labeled sources, number of classes, class names where any source has them).
 
     Sources may number the same names differently: `match_classes` brings them to the order returned here, that of the first named source. Classes
     without an image are counted in the tally of the first source.
-    Raises UserError when there is no labelled source, when two of them have other names, when there is one class only, and when most class numbers
+    Raises UserError when there is no labeled source, when two of them have other names, when there is one class only, and when most class numbers
     have no image, unless that is allowed.
     """
     for source in sources:
@@ -165,15 +165,15 @@ class NeighbourLabels(NamedTuple):
 def neighbour_labels(source: ImageSource, bank: ImageSource, neighbours: int) -> NeighbourLabels:
     """The labels of two sources in the numbering of the bank: by name where both have names.
 
-    Raises UserError when either has no labels, when the bank lacks a class of `source`, or has fewer labelled images than are to vote.
+    Raises UserError when either has no labels, when the bank lacks a class of `source`, or has fewer labeled images than are to vote.
     """
     if source.labels is None:
         raise UserError(f"{source.path}: no labels; nearest neighbours are judged by them, leave out bank")
     if bank.labels is None:
-        raise UserError(f"bank: {bank.path}: no labels; its images vote with them, take a labelled source")
+        raise UserError(f"bank: {bank.path}: no labels; its images vote with them, take a labeled source")
     known = len(bank.labels) - bank.labels.count(NO_LABEL)
     if neighbours > known:
-        raise UserError(f"neighbours: {neighbours} are to vote, but {bank.path} has {known} labelled images")
+        raise UserError(f"neighbours: {neighbours} are to vote, but {bank.path} has {known} labeled images")
     classes = len(bank.class_names) if bank.class_names else max(bank.labels) + 1
     labels = match_classes(source, bank.class_names, classes, bank.path)
     assert labels is not None

@@ -48,7 +48,7 @@ class ImageSource:
     Attributes:
         path: as configured; number: of the source among those of a run.
         class_names: of its labels, None where it has none; `labels` may be known without them.
-        labels: class number of every row, NO_LABEL where one has none; None for an unlabelled source.
+        labels: class number of every row, NO_LABEL where one has none; None for an unlabeled source.
         unlabeled_because: what keeps a source from having labels that it seems to have; an error only where labels are read.
         folders_are_classes: whether the class names are those of folders.
         tally: the images, by class where there are class folders, and what was left out.
@@ -198,7 +198,7 @@ class ImageSource:
                 rows = open_manifest(listing.files[0], config, lambda part: ImageSource(part, 0).rows)
                 self.tally.keep("image", len(rows))
                 return rows
-            # Files without labels among files with labels make an unlabelled source.
+            # Files without labels among files with labels make an unlabeled source.
             wanted = (config.label_column, config.id_column)
             columns = [name for name in wanted if all(name in schema.names for schema in schemas)]
             tables = [

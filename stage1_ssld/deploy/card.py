@@ -141,7 +141,7 @@ def _summary(metadata: dict[str, Any]) -> str:
             "simple semi-supervised label distillation (SSLD, arXiv 2103.05959)."
         )
     if metadata.get("objective") == "labels":
-        return f"{arch}, trained on labelled images."
+        return f"{arch}, trained on labeled images."
     return f"{arch}. How it was trained is not recorded."
 
 

@@ -93,7 +93,7 @@ def evaluate_term(term: LossConfig, student_BM: Tensor, teacher_BM: Tensor) -> T
 
 
 def cross_entropy(logits_BK: Tensor, labels_B: Tensor, mixed: Mixed | None = None) -> Tensor:
-    """Sum over the labelled images of the cross-entropy; a mixed image has both labels, by their shares."""
+    """Sum over the labeled images of the cross-entropy; a mixed image has both labels, by their shares."""
     of_own_B = F.cross_entropy(logits_BK.float(), labels_B, reduction="none", ignore_index=NO_LABEL)
     if mixed is None:
         return of_own_B.sum()

@@ -106,7 +106,7 @@ def open_targets(
         sources, classes, names = labeled_classes(sources, allow_loss=config.data.allow_loss)
         owner = "the training images"
         if left_out:
-            log(f"objective labels: {count(left_out, 'unlabelled source')} left out")
+            log(f"objective labels: {count(left_out, 'unlabeled source')} left out")
         if teacher:
             teacher.match_classes(names, classes, owner)
         wanted = True

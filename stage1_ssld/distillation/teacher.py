@@ -1,4 +1,4 @@
-"""The teacher that a configuration describes, and its trial on labelled images before anything is trained: a wrong file or class order costs days
+"""The teacher that a configuration describes, and its trial on labeled images before anything is trained: a wrong file or class order costs days
 otherwise."""
 
 import itertools
@@ -69,7 +69,7 @@ def try_teacher(
     device: torch.device,
     val: tuple[ImageSource, Labels] | None = None,
 ) -> str:
-    """Try the teacher on `config.teacher.check_images` labelled images: of `val`, else of the first source that has labels of its classes.
+    """Try the teacher on `config.teacher.check_images` labeled images: of `val`, else of the first source that has labels of its classes.
 
     Returns a line for the log. All ranks call it. Raises UserError as `check_teacher`.
     """
@@ -89,11 +89,11 @@ def try_teacher(
             order = val_batches(rows, min(config.batch_size, EVALUATION_BATCH), rank(), world_size())
             loader = make_loader(views, order, workers=config.workers, pin_memory=device.type == "cuda")
             return check_teacher(teacher, loader, device=device, where=source.path)
-    return "teacher: not tried, there are no labelled images with its classes"
+    return "teacher: not tried, there are no labeled images with its classes"
 
 
 def rows_to_try(labels: Sequence[int], check_images: int) -> list[int]:
-    """At most `check_images` labelled rows, of classes spread evenly over all: several of a class, because one says nothing about its order."""
+    """At most `check_images` labeled rows, of classes spread evenly over all: several of a class, because one says nothing about its order."""
     rows: dict[int, list[int]] = {}
     for row, label in enumerate(labels):
         if label != NO_LABEL:
@@ -110,7 +110,7 @@ def check_teacher(teacher: Teacher, batches: Iterable[Batch], *, device: torch.d
     weights.
 
     Args:
-        batches: labelled images, in the teacher's class numbers.
+        batches: labeled images, in the teacher's class numbers.
         where: names these images in messages.
 
     Raises:
@@ -129,7 +129,7 @@ def check_teacher(teacher: Teacher, batches: Iterable[Batch], *, device: torch.d
                 found += [row for row in rows if row[0] != NO_LABEL]
     found = gather_lists(found)
     if not found:
-        return f"teacher: not tried, {where} has no labelled images"
+        return f"teacher: not tried, {where} has no labeled images"
     right = []
     for number in tried:
         pairs = [(row[0], row[1 + number]) for row in found]

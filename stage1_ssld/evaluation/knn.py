@@ -1,6 +1,6 @@
 """Accuracy of nearest neighbours: what a network's embeddings are worth without its classification layer.
 
-Every image is given the class that its k nearest images of a labelled bank vote for, each with weight exp(cosine / temperature) (Wu et al. 2018,
+Every image is given the class that its k nearest images of a labeled bank vote for, each with weight exp(cosine / temperature) (Wu et al. 2018,
 arXiv 1805.01978). The search is exact. The bank is compared as it is read and never held: memory is queries x (embedding + k + one batch of the
 bank), whatever the bank's size. Q queries, B images of a batch of the bank, D numbers of an embedding.
 """
@@ -36,11 +36,11 @@ def knn_accuracy(
     step: int = 1,
     on_unreadable: Callable[[list[str]], None] | None = None,
 ) -> dict[str, float]:
-    """`knn_top1`: the share of the labelled queries whose class wins the vote; all ranks together, with the same result for any number of them.
+    """`knn_top1`: the share of the labeled queries whose class wins the vote; all ranks together, with the same result for any number of them.
 
     Args:
         embed: pixels [B,3,H,W] -> embeddings [B,D].
-        queries, bank: this rank's batches, labels in one numbering; unlabelled images are passed over.
+        queries, bank: this rank's batches, labels in one numbering; unlabeled images are passed over.
         neighbours: k; where less of the bank could be read, all of it votes, and where nothing could, the result is empty.
         classes: number of classes.
         first, step: of this rank's batches among those of all ranks, which decides ties: the earlier image of the bank wins.
@@ -117,14 +117,14 @@ def _embedded(
     step: int,
     on_unreadable: Callable[[list[str]], None] | None,
 ) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-    """(unit embeddings [B,D], labels [B], places [B]) of the labelled images of each batch."""
+    """(unit embeddings [B,D], labels [B], places [B]) of the labeled images of each batch."""
     for number, batch in enumerate(batches):
         if on_unreadable and batch.unreadable:
             on_unreadable(batch.unreadable)
         known = batch.labels_B != NO_LABEL
         if not known.any():
             continue
-        # The whole batch goes through the network: which images are labelled must not change anybody's embedding.
+        # The whole batch goes through the network: which images are labeled must not change anybody's embedding.
         vectors = F.normalize(embed(to_device(batch.pixels_BCHW, device)).float(), dim=1)
         places = (first + number * step) * _PLACES + torch.arange(len(known))
         yield (

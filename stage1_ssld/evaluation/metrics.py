@@ -10,7 +10,7 @@ from ssld.shared.distributed.ranks import total_over_ranks
 from ssld.stage1_ssld.data.batch import NO_LABEL, Batch
 from ssld.stage1_ssld.distillation.losses import kl
 
-_NAMES = ("labelled", "top1", "top5", "teacher_top1", "teacher_top5", "images", "agreement", "kl")
+_NAMES = ("labeled", "top1", "top5", "teacher_top1", "teacher_top5", "images", "agreement", "kl")
 
 
 @torch.no_grad()
@@ -68,16 +68,16 @@ def evaluate(
     skipped = int(total_over_ranks(unreadable).item())
     if skipped:
         result["unreadable"] = skipped
-    if total["labelled"]:
+    if total["labeled"]:
         names = ("top1", "top5", "teacher_top1", "teacher_top5") if teacher else ("top1", "top5")
-        result |= {name: total[name] / total["labelled"] for name in names}
+        result |= {name: total[name] / total["labeled"] for name in names}
     if teacher and total["images"]:
         result |= {name: total[name] / total["images"] for name in ("agreement", "kl")}
     return result
 
 
 def _top(logits_BK: Tensor, labels_B: Tensor, known_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of labelled images whose class is the first, and among the first five."""
+    """Number of labeled images whose class is the first, and among the first five."""
     best = logits_BK.topk(min(5, logits_BK.shape[1]), dim=-1).indices == labels_B[:, None]
     return (best[:, 0] & known_B).sum(), (best.any(-1) & known_B).sum()
 

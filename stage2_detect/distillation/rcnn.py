@@ -1,6 +1,6 @@
 """A teacher detector teaches an R-CNN student through its feature maps and its classification of regions.
 
-Two terms, on labelled and on unlabelled images alike:
+Two terms, on labeled and on unlabeled images alike:
 
 `loss_pkd`, PKD (arXiv 2207.02039, equations 2 and 3): maps of equal stride, each channel brought to zero mean and unit
 variance over the pixels of the batch that show an image, then half the mean squared error, which is 1 - Pearson's
@@ -8,7 +8,7 @@ correlation. Levels P2..P5 are summed; P6 is every second pixel of P5. Where the
 takes the student's maps to the teacher's width; it trains with the student and is dropped with the teacher.
 
 `loss_roi_kd`: the teacher's first box head classifies the regions of the student (those it sampled for its own loss; on
-unlabelled images its best proposals) from its own maps, and the student's first box head is to give the same
+unlabeled images its best proposals) from its own maps, and the student's first box head is to give the same
 probabilities: SSLD's half of the symmetric KL divergence (arXiv 2103.05959), averaged over the regions of all ranks.
 
 An image without labels has no part in the student's own losses, nor in the counts that they are divided by.
@@ -87,7 +87,7 @@ class DistilledRCNN(nn.Module):
         return {"loss_pkd": self.pkd_weight, "loss_roi_kd": self.roi_weight}
 
     def _unlabeled_regions(self, features: Sequence[Tensor], sizes_B2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The student's best proposals, as many as it samples of a labelled image, and its logits for them."""
+        """The student's best proposals, as many as it samples of a labeled image, and its logits for them."""
         heads = self.student.roi_heads
         proposals, _ = self.student.rpn(features, sizes_B2)
         rois_BR4, valid_BR = (part[:, : heads.samples_per_image] for part in (proposals.boxes_BR4, proposals.valid_BR))

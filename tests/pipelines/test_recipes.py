@@ -86,7 +86,7 @@ STUDENTS = {
 def stages_of(name: str, output: Path, **variables: str) -> list[Stage]:
     file = FOLDER / f"{name}.yaml"
     pipeline = read_pipeline(file)
-    defaults = dict.fromkeys(("imagenet", "images", "selected", "unlabelled"), "somewhere")
+    defaults = dict.fromkeys(("imagenet", "images", "selected", "unlabeled"), "somewhere")
     given = {key: value for key, value in (defaults | variables).items() if key in pipeline.variables}
     return build_stages(pipeline, file, output=output, variables=given)
 
@@ -157,8 +157,8 @@ def test_two_steps_of_every_stage(
     variables = {
         "imagenet": str(tmp_path / "images"),
         "images": str(tmp_path / "images"),
-        "selected": str(tiny.unlabelled),
-        "unlabelled": str(tiny.unlabelled),
+        "selected": str(tiny.unlabeled),
+        "unlabeled": str(tiny.unlabeled),
         "teacher": str(teacher_file),
         "teacher_start": "random:test_resnet",
         "student_start": student,

@@ -42,17 +42,17 @@ def test_students_differ_in_what_teaches_them(tmp_path: Path) -> None:
 def test_every_stage_runs(tmp_path: Path, call: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     mains = {KINDS["toy_data"]: toy_data.main, KINDS["train"]: train.main, KINDS["predict"]: predict.main}
-    by_name = stages(tmp_path, smoke=True, scenes="24", labelled="8")
+    by_name = stages(tmp_path, smoke=True, scenes="24", labeled="8")
     for stage in by_name.values():
         quick = ["--threads", "1"] if stage.kind is KINDS["toy_data"] else ["--threads", "1", "--workers", "0"]
         assert call(mains[stage.kind], [*stage.arguments, *quick]) == 0, stage.name
         assert read_result(stage.run) is not None
     written = json.loads((tmp_path / "pseudo" / "pseudo_labels.json").read_text())
-    labelled = json.loads((tmp_path / "few_scenes" / "stage2" / "train.json").read_text())
-    names = [{image["file_name"] for image in content["images"]} for content in (written, labelled)]
+    labeled = json.loads((tmp_path / "few_scenes" / "stage2" / "train.json").read_text())
+    names = [{image["file_name"] for image in content["images"]} for content in (written, labeled)]
     assert len(names[1]) == 8
     assert 0 < len(names[0]) <= 16
-    assert not names[0] & names[1], "a labelled scene has pseudo-labels"
+    assert not names[0] & names[1], "a labeled scene has pseudo-labels"
     log = (tmp_path / "sad" / "log.txt").read_text()
     assert f"pseudo-boxes in {len(names[0])} of the 24 images" in log
     assert "loss_adl" in log

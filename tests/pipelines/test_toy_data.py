@@ -274,7 +274,7 @@ def test_command(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert main([*output, "--seed", "3", *sizes]) == 0
     assert "is finished; nothing to do" in capsys.readouterr().out
     assert "holds a run with another configuration" in user_error(main, [*output, "--seed", "4", *sizes])
-    assert "did you mean '--sizes.labeled'" in user_error(main, [*output, "--sizes.labelled", "9"])
+    assert "did you mean '--sizes.labeled'" in user_error(main, [*output, "--sizes.labeled", "9"])
 
 
 def test_defaults_suit_the_pipeline() -> None:

@@ -14,10 +14,10 @@ VIEW = {"image_size": 32, "augment": "rand-m5-n1", "erase": 0.2}
 
 @pytest.fixture(scope="session")
 def store_images(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `labelled` (30) and `others` (15, one of them unreadable), apart from those of other tests."""
+    """Folders `labeled` (30) and `others` (15, one of them unreadable), apart from those of other tests."""
     folder = tmp_path_factory.mktemp("images")
-    shutil.copytree(tiny.train, folder / "labelled")
-    shutil.copytree(tiny.unlabelled, folder / "others")
+    shutil.copytree(tiny.train, folder / "labeled")
+    shutil.copytree(tiny.unlabeled, folder / "others")
     (folder / "others" / "broken.png").write_bytes(b"no image")
     return folder
 
@@ -30,7 +30,7 @@ def written_store(store_images: Path, teacher_file: Path, tmp_path_factory: pyte
     folder = tmp_path_factory.mktemp("written")
     settings = {
         "output": str(folder / "run"),
-        "data": {"train": [str(store_images / "labelled"), str(store_images / "others")], **VIEW},
+        "data": {"train": [str(store_images / "labeled"), str(store_images / "others")], **VIEW},
         "teacher": {"model": str(teacher_file)},
         **{"views": 3, "top": 2, "seed": 5, "shard_images": 16, "batch_size": 10},
         **{"threads": 1, "workers": 0, "device": "cpu"},
@@ -50,4 +50,4 @@ def store_copy(written_store: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def store_data(store_images: Path) -> DataConfig:
     """The settings it was written with, sources the other way round."""
-    return DataConfig(train=[str(store_images / "others"), str(store_images / "labelled")], **VIEW)
+    return DataConfig(train=[str(store_images / "others"), str(store_images / "labeled")], **VIEW)

@@ -25,7 +25,7 @@ def settings(tiny: Any, teacher_file: Path) -> dict[str, Any]:
         "workers": 0,
         "device": "cpu",
         "batch_size": 4,
-        "pool": [str(tiny.unlabelled), str(tiny.parquet), str(tiny.train)],
+        "pool": [str(tiny.unlabeled), str(tiny.parquet), str(tiny.train)],
         "val": [str(tiny.val)],
         "teacher": str(teacher_file),
         "keep": 9,
@@ -207,8 +207,8 @@ def test_a_source_given_twice_and_a_label_file(
 ) -> None:
     twice = settings | {"pool": [*settings["pool"], str(tiny.train)]}
     assert user_error(curate, arguments(twice)) == f"pool: {tiny.train} is given twice; give every source once"
-    labelled = settings | {"val": [{"path": str(tiny.parquet), "labels": str(tiny.parquet)}]}
-    assert user_error(curate, arguments(labelled, "labels")).startswith(
+    labeled = settings | {"val": [{"path": str(tiny.parquet), "labels": str(tiny.parquet)}]}
+    assert user_error(curate, arguments(labeled, "labels")).startswith(
         f"val.0: {tiny.parquet}: a label file is not read here"
     )
 

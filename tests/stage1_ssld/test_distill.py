@@ -105,16 +105,16 @@ def test_ema_is_the_average_of_the_student_alone(
 def test_distil_without_any_label_and_without_validation(
     arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, tiny: Any
 ) -> None:
-    data = {"train": [str(tiny.unlabelled)], "image_size": 32}
+    data = {"train": [str(tiny.unlabeled)], "image_size": 32}
     assert call(distill, arguments(distill_settings | {"data": data})) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert set(result["metrics"]) == {"steps", "images_seen"}
 
 
-def test_unlabelled_validation_gives_agreement_and_kl_only(
+def test_unlabeled_validation_gives_agreement_and_kl_only(
     arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, tiny: Any
 ) -> None:
-    for name, val in (("plain", str(tiny.unlabelled)), ("switched_off", {"path": str(tiny.val), "labels": "none"})):
+    for name, val in (("plain", str(tiny.unlabeled)), ("switched_off", {"path": str(tiny.val), "labels": "none"})):
         data = distill_settings["data"] | {"val": val}
         assert call(distill, arguments(distill_settings | {"data": data}, name)) == 0
         metrics = json.loads((tmp_path / name / "result.json").read_text())["metrics"]
@@ -171,7 +171,7 @@ def test_supervised_baseline_is_the_same_settings(
 ) -> None:
     assert call(distill, arguments(distill_settings | {"objective": "labels"})) == 0
     run = tmp_path / "run"
-    assert "1 unlabelled source left out" in (run / "log.txt").read_text()
+    assert "1 unlabeled source left out" in (run / "log.txt").read_text()
     assert {"loss", "accuracy", "lr"} <= set(metrics_of(run)[0])
     metadata = read_metadata(run / "student.safetensors")
     assert metadata["objective"] == "labels"

@@ -63,7 +63,7 @@ def test_a_single_term_is_the_loss(
 def test_a_hard_label_term_needs_labels(
     arguments: Arguments, distill_settings: Settings, tiny: Any, user_error: Any
 ) -> None:
-    settings = with_data(distill_settings, train=[str(tiny.unlabelled)]) | {"hard_label_weight": 0.1}
+    settings = with_data(distill_settings, train=[str(tiny.unlabeled)]) | {"hard_label_weight": 0.1}
     assert user_error(distill, arguments(settings)) == "hard_label_weight: no training source has labels; leave it at 0"
 
 
@@ -186,7 +186,7 @@ def test_patience_ends_a_run_early_and_for_good(
 def test_best_by_something_that_is_not_measured(
     arguments: Arguments, distill_settings: Settings, tiny: Any, user_error: Any
 ) -> None:
-    settings = with_data(distill_settings, val=str(tiny.unlabelled)) | {"evaluate_every": 2, "best_by": "top1"}
+    settings = with_data(distill_settings, val=str(tiny.unlabeled)) | {"evaluate_every": 2, "best_by": "top1"}
     assert user_error(distill, arguments(settings)).startswith("best_by: top1 is not measured here (there is images, ")
 
 
@@ -229,7 +229,7 @@ def test_streams_and_weights_train_and_resume_to_the_same_bits(
     from ssld.shared.errors import Stopped
     from ssld.shared.training.training_state import TrainingState
 
-    sources = [{"path": str(tiny.parquet), "weight": 3}, {"path": str(tiny.unlabelled), "weight": 1}]
+    sources = [{"path": str(tiny.parquet), "weight": 3}, {"path": str(tiny.unlabeled), "weight": 1}]
     for streaming in (False, True):
         settings = with_data(distill_settings, train=sources, streaming=streaming)
         assert call(distill, arguments(settings, f"whole{streaming}")) == 0

@@ -254,7 +254,7 @@ def test_evaluate_mistakes(user_error: Any, tmp_path: Path, tiny: Any, teacher_f
         assert isinstance(message, str)
         return message
 
-    assert "no labels; give --teacher.model" in line(**{"data.path": str(tiny.unlabelled)})
+    assert "no labels; give --teacher.model" in line(**{"data.path": str(tiny.unlabeled)})
     assert "no such file" in line(model="gone.safetensors")
     assert "gone: no such file or folder" in line(**{"data.path": "gone"})
     (tmp_path / "model.pth").write_bytes(b"\x80\x04N.")

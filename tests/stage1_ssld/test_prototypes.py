@@ -53,7 +53,7 @@ def settings(tiny: Any, encoder_file: Path) -> dict[str, Any]:
         "workers": 0,
         "device": "cpu",
         "batch_size": 16,
-        "pool": [str(tiny.unlabelled), str(tiny.parquet), str(tiny.train)],
+        "pool": [str(tiny.unlabeled), str(tiny.parquet), str(tiny.train)],
         "encoder": {"model": str(encoder_file), "arch": "test_vit"},
         "prototypes": 6,
         "perplexity": 3.0,
@@ -138,7 +138,7 @@ def test_a_headless_vit_becomes_a_teacher(
     assert metadata["licence"] == "unknown"
     assert metadata["encoder"]["reference"] == str(encoder_file)
     assert metadata["prototypes"] == {**found, "balanced": False, "sources": [
-        str(tiny.unlabelled), str(tiny.parquet), str(tiny.train),
+        str(tiny.unlabeled), str(tiny.parquet), str(tiny.train),
     ]}  # fmt: skip
     log = (run / "log.txt").read_text()
     assert "6 prototypes of 74 images: sizes from " in log
@@ -231,7 +231,7 @@ def test_other_commands_take_the_teacher(
     """Curation keeps the best of each prototype, the store holds its answers, a student learns them; labels of other classes are left alone."""
     file = str(made() / "teacher.safetensors")
     common = {key: settings[key] for key in ("threads", "workers", "device")}
-    chosen = {"pool": [str(tiny.unlabelled), str(tiny.parquet)], "teacher": file, "keep": 2, "image_size": 64}
+    chosen = {"pool": [str(tiny.unlabeled), str(tiny.parquet)], "teacher": file, "keep": 2, "image_size": 64}
     assert call(curate, arguments(common | chosen | {"examples": 2}, "curated")) == 0
     assert 0 < metrics(tmp_path / "curated")["kept"] <= 12
     assert "prototype 0" in (tmp_path / "curated" / "classes.csv").read_text()

@@ -123,7 +123,7 @@ def test_checkpoints_of_two_ranks_and_of_one_go_on_with_the_other(
     arguments: Any, distill_settings: Any, call: Any, tmp_path: Path, scripts: Any, tiny: Any
 ) -> None:
     """Weighted streams: four steps on two ranks and four on one, and the other way round, equal eight on one."""
-    sources = [{"path": str(tiny.parquet), "weight": 3}, {"path": str(tiny.unlabelled), "weight": 1}]
+    sources = [{"path": str(tiny.parquet), "weight": 3}, {"path": str(tiny.unlabeled), "weight": 1}]
     settings = distill_settings | {"data": {"train": sources, "streaming": True, "image_size": 32}, "save_every": 2}
     settings |= {"optim": {"lr": 0.05, "reference_batch": 8}, "keep_checkpoints": 9}
     with in_float64():

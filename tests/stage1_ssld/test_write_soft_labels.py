@@ -27,7 +27,7 @@ from ssld.stage1_ssld.write_soft_labels import main
 def settings(tiny: Any, teacher_file: Path) -> dict[str, Any]:
     """30 + 14 images, 2 views, every class kept, in files of 16 images."""
     return {
-        "data": {"train": [str(tiny.train), str(tiny.unlabelled)], "image_size": 32},
+        "data": {"train": [str(tiny.train), str(tiny.unlabeled)], "image_size": 32},
         "teacher": {"model": str(teacher_file)},
         **{"views": 2, "top": 3, "shard_images": 16, "batch_size": 10},
         **{"threads": 1, "workers": 0, "device": "cpu"},

@@ -134,11 +134,11 @@ def test_the_threshold_of_pseudo_labels_is_sads(predict_line: Any) -> None:
     assert PredictConfig(**settings, pseudo_labels=True, threshold=0.0).least == 0.0
 
 
-def test_labelled_pictures_are_left_out(call: Call, predict_line: Any, tmp_path: Path, photos: Path) -> None:
-    labelled = [{"id": 1, "file_name": "deep/3.png", "width": 64, "height": 64}]
-    labelled += [{"id": 2, "file_name": "7.png", "width": 64, "height": 64}]
-    file = tmp_path / "labelled.json"
-    file.write_text(json.dumps({"images": labelled, "annotations": [], "categories": [{"id": 1, "name": "x"}]}))
+def test_labeled_pictures_are_left_out(call: Call, predict_line: Any, tmp_path: Path, photos: Path) -> None:
+    labeled = [{"id": 1, "file_name": "deep/3.png", "width": 64, "height": 64}]
+    labeled += [{"id": 2, "file_name": "7.png", "width": 64, "height": 64}]
+    file = tmp_path / "labeled.json"
+    file.write_text(json.dumps({"images": labeled, "annotations": [], "categories": [{"id": 1, "name": "x"}]}))
     assert call(predict.main, predict_line("--exclude", str(file), "--write", "json")) == 0
     names = {image["file_name"] for image in content(tmp_path / "seen" / "predictions.json")["images"]}
     assert names == {f"{number}.png" for number in range(12)} - {"3.png", "7.png"}

@@ -30,7 +30,7 @@ NAMES = ("wide", "tall")
 @pytest.fixture(scope="module")
 def pictures(tiny_coco: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The 12 training scenes, four of them deeper, and one that shows nothing."""
-    folder = tmp_path_factory.mktemp("unlabelled") / "more"
+    folder = tmp_path_factory.mktemp("unlabeled") / "more"
     shutil.copytree(tiny_coco.train_images, folder)
     (folder / "deep").mkdir()
     for number in range(4):
@@ -135,7 +135,7 @@ def test_a_ratio_of_one_leaves_them_out(tiny_coco: Any, pseudo_file: Path, pictu
 
 
 @pytest.mark.parametrize("strong", [True, False])
-def test_augmentation_of_the_unlabelled_alone(tiny_coco: Any, pseudo_file: Path, pictures: Path, strong: bool) -> None:
+def test_augmentation_of_the_unlabeled_alone(tiny_coco: Any, pseudo_file: Path, pictures: Path, strong: bool) -> None:
     plain = list(loader(tiny_coco, pseudo_file, pictures, auto_augment=not strong))
     other = list(loader(tiny_coco, pseudo_file, pictures, auto_augment=not strong, auto_augment_unlabeled=strong))
     differ = 0
@@ -229,7 +229,7 @@ def test_two_ranks_train_as_one(settings: Settings, on_one_and_two: Callable[...
 def test_other_detectors_and_no_teacher(
     settings: Settings, arguments: Arguments, call: Call, tmp_path: Path, kind: str, train_settings: Settings
 ) -> None:
-    """Pseudo-labels alone, and the student's loss is another than on the labelled images alone."""
+    """Pseudo-labels alone, and the student's loss is another than on the labeled images alone."""
     plain = {key: value for key, value in settings.items() if key != "distill"} | {"steps": 2}
     small = {"kind": "gfl", "fpn_channels": 16, "dense": {"convolutions": 1}}
     plain["model"] = small if kind == "gfl" else train_settings["model"]
@@ -243,7 +243,7 @@ def test_other_detectors_and_no_teacher(
 def test_pseudo_labels_that_are_the_truth_train_as_the_truth_does(
     settings: Settings, arguments: Arguments, call: Call, tmp_path: Path, tiny_coco: Any, metrics_of: Callable[..., Any]
 ) -> None:
-    """Half of each batch labelled, the other half by pseudo-labels which are the true boxes: the losses of a batch of those images, all labelled.
+    """Half of each batch labeled, the other half by pseudo-labels which are the true boxes: the losses of a batch of those images, all labeled.
 
     Its images are known, so the losses are computed once more by hand from the initial weights.
     """

@@ -102,7 +102,7 @@ def test_labels_beside_images_in_one_folder(tmp_path: Path, user_error: Callable
     build(root, ".", ".")
     assert "no class names" in user_error(main, line(root, tmp_path / "out"))
     write(root / "classes.txt", NAMES)
-    write(root / "notes.txt", "labelled by me\n")
+    write(root / "notes.txt", "labeled by me\n")
     assert main(line(root, tmp_path / "out")) == 0
     check(tmp_path / "out", "train", "a", "b", "c")
     write(root / "d.txt", ROWS["a"])

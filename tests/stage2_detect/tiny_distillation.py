@@ -1,4 +1,4 @@
-"""Small detectors to distil and to distil from, and batches that are labelled in part."""
+"""Small detectors to distil and to distil from, and batches that are labeled in part."""
 
 import timm
 import torch
@@ -37,10 +37,10 @@ def detector(seed: int, fpn_channels: int = 16) -> RCNN:
     return model
 
 
-def batch(labelled: int = 2, unlabelled: int = 2, seed: int = 0) -> tuple[ImageBatch, Targets]:
-    """Pictures of unequal sizes; the unlabelled ones come with objects that nobody may look at."""
+def batch(labeled: int = 2, unlabeled: int = 2, seed: int = 0) -> tuple[ImageBatch, Targets]:
+    """Pictures of unequal sizes; the unlabeled ones come with objects that nobody may look at."""
     generator = torch.Generator().manual_seed(seed)
-    count = labelled + unlabelled
+    count = labeled + unlabeled
     pixels = torch.randint(0, 256, (count, 3, 64, 96), generator=generator, dtype=torch.uint8)
     sizes = torch.tensor([[64, 96], [50, 96], [64, 70], [40, 64]])[:count]
     corners = torch.rand(count, 3, 2, generator=generator) * 30
@@ -49,6 +49,6 @@ def batch(labelled: int = 2, unlabelled: int = 2, seed: int = 0) -> tuple[ImageB
         torch.cat((corners, corners + sides), dim=-1),
         torch.randint(0, 2, (count, 3), generator=generator),
         torch.arange(count) + 17,
-        labeled_B=torch.arange(count) < labelled,
+        labeled_B=torch.arange(count) < labeled,
     )
     return ImageBatch(pixels, sizes, torch.ones(count)), targets

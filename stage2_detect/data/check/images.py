@@ -115,7 +115,7 @@ def check_strays(checks: Sequence[FileCheck]) -> None:
         if strays:
             owner = next(check for check in checks if check.folder == folder)
             text = f"{count(len(strays), 'picture')} in {folder} without annotations ({some(strays)}): not read"
-            owner.add("note", f"{text}; they can serve as unlabelled ones, but for those you evaluate on")
+            owner.add("note", f"{text}; they can serve as unlabeled ones, but for those you evaluate on")
 
 
 def _check_unreadable(check: FileCheck, reasons: dict[int, str], total: int) -> None:

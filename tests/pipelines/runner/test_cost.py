@@ -56,7 +56,7 @@ def counted(command: str, *flags: str) -> str:
 
 def test_passes_become_steps_where_the_images_are(tiny: Any, tmp_path: Path) -> None:
     distill = ["--student.model", "random:x", "--teacher.model", "random:x"]
-    both = ["--data.train", f"{tiny.train},{tiny.unlabelled},{tiny.parquet}"]  # 30, 14 without labels, 30
+    both = ["--data.train", f"{tiny.train},{tiny.unlabeled},{tiny.parquet}"]  # 30, 14 without labels, 30
     assert counted("distill", *distill, *both) == "46 steps of 4 images (2.5 epochs of 74 images)"
     assert (
         counted("distill", *distill, *both, "--objective", "labels") == "38 steps of 4 images (2.5 epochs of 60 images)"
@@ -89,7 +89,7 @@ def test_what_can_be_counted_without_opening_a_source(tiny: Any, tmp_path: Path)
     labels = ["--objective", "labels"]
     assert counted_source(tmp_path / "list.txt", *labels) == "2 steps of 4 images (2.5 epochs of 3 images)"
     (tmp_path / "list.txt").write_text("a.png\nb.png\nc.png\n")
-    assert counted_source(tmp_path / "list.txt", *labels) == unknown  # no labelled image: the stage says so
+    assert counted_source(tmp_path / "list.txt", *labels) == unknown  # no labeled image: the stage says so
     (tmp_path / "tars").mkdir()
     (tmp_path / "tars" / "0.tar").write_bytes(b"")
     for path in (tmp_path / "tars", tmp_path / "tars" / "0.tar", tiny.train / "*" / "*.png", Path("hub:a/b")):
@@ -108,7 +108,7 @@ def test_size_of_a_store_is_that_of_its_files(
     tiny: Any, teacher_file: Path, tmp_path: Path, call: Any, arguments: Any, top: int, precision: str
 ) -> None:
     settings = {
-        "data": {"train": [str(tiny.train), str(tiny.unlabelled)], "image_size": 32},
+        "data": {"train": [str(tiny.train), str(tiny.unlabeled)], "image_size": 32},
         "teacher": {"model": str(teacher_file), "check_images": 0},
         **{"views": 3, "top": top, "store_precision": precision, "threads": 1, "workers": 0, "device": "cpu"},
     }

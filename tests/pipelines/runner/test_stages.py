@@ -88,7 +88,7 @@ def test_shipped_pipelines_are_valid() -> None:
 
 def test_students_of_the_distillation_pipeline_differ_in_what_teaches_them() -> None:
     by_name = {stage.name: stage for stage in build(ROOT / "pipelines/detector_distillation.yaml")}
-    students = ("alone", "distilled", "with_unlabelled")
+    students = ("alone", "distilled", "with_unlabeled")
     names = [f"{student}{seed}" for student in students for seed in ("", "_1", "_2")]
     settings = {name: dict(flatten(identity(by_name[name].config))) for name in names}
 
@@ -97,11 +97,11 @@ def test_students_of_the_distillation_pipeline_differ_in_what_teaches_them() -> 
         return {key for key in pair[0] | pair[1] if pair[0].get(key) != pair[1].get(key)}
 
     assert {key.split(".")[0] for key in changed("alone", "distilled")} == {"distill"}
-    assert changed("distilled", "with_unlabelled") == {"unlabeled", "batch_size", "optim.reference_batch"}
+    assert changed("distilled", "with_unlabeled") == {"unlabeled", "batch_size", "optim.reference_batch"}
     for student in students:
         for seed in (1, 2):
             assert settings[f"{student}_{seed}"] == settings[student] | {"seed": seed}
-    assert by_name["with_unlabelled"].needs == {"all_scenes", "few_scenes", "teacher"}
+    assert by_name["with_unlabeled"].needs == {"all_scenes", "few_scenes", "teacher"}
 
 
 @pytest.mark.parametrize("smoke", [False, True])
@@ -114,11 +114,11 @@ def test_rungs_of_the_ladder_differ_in_what_they_are_named_after(smoke: bool) ->
         ("kl", "symmetric_kl"): {"losses"},
         ("supervised", "symmetric_kl"): {"objective"},
         ("symmetric_kl", "in_class"): {"data.train"},
-        ("symmetric_kl", "all_unlabelled"): {"data.train"},
-        ("all_unlabelled", "curated"): {"data.train"},
-        ("all_unlabelled", "longer"): set() if smoke else {"steps"},
-        ("all_unlabelled", "batch_teacher"): {"teacher.batchnorm"},
-        ("all_unlabelled", "stored"): {"store"},
+        ("symmetric_kl", "all_unlabeled"): {"data.train"},
+        ("all_unlabeled", "curated"): {"data.train"},
+        ("all_unlabeled", "longer"): set() if smoke else {"steps"},
+        ("all_unlabeled", "batch_teacher"): {"teacher.batchnorm"},
+        ("all_unlabeled", "stored"): {"store"},
     }
     for (one, other), keys in differences.items():
         pair = settings[one], settings[other]

@@ -61,7 +61,7 @@ def pool(tiny: Any, tmp_path: Path) -> dict[str, Any]:
             archive.addfile(member, io.BytesIO(content))
     fsspec.filesystem("memory").pipe("/manifest/a.png", images[4])
     places = {"folder": tiny.train, "table": tmp_path / "table", "tar": tmp_path / "x.tar", "url": "memory://manifest"}
-    return {key: str(path) for key, path in (places | {"none": tiny.unlabelled}).items()}
+    return {key: str(path) for key, path in (places | {"none": tiny.unlabeled}).items()}
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def test_shards_begin_anywhere_and_close_their_files(kind: str, places: dict[str
     assert open_files() == before
 
 
-def test_rows_that_are_not_labelled_are_not_left_out(tiny: Any) -> None:
+def test_rows_that_are_not_labeled_are_not_left_out(tiny: Any) -> None:
     for streaming in (False, True):
         with pytest.raises(UserError, match=r"train\.parquet: a label file is not read here; set labels: none"):
             source_shards(SourceConfig(path=str(tiny.parquet), labels="truth.parquet"), 0, streaming=streaming)

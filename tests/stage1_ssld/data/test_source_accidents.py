@@ -60,7 +60,7 @@ def refusal(path: Any, **settings: Any) -> str:
     return str(caught.value)
 
 
-def unlabelled_because(images: ImageSource) -> str:
+def unlabeled_because(images: ImageSource) -> str:
     """Why labels cannot be read, which is an error only where they are."""
     assert images.labels is None
     with pytest.raises(UserError) as caught:
@@ -311,7 +311,7 @@ def test_hidden_and_unnamed_members_and_links(tmp_path: Path) -> None:
 # ---- Parquet
 
 
-def labelled_parquet(path: Path, names: list[str] | None, labels: list[int], kind: Any = None) -> None:
+def labeled_parquet(path: Path, names: list[str] | None, labels: list[int], kind: Any = None) -> None:
     table = pa.table({"image": [png(n) for n in range(len(labels))], "label": pa.array(labels, kind or pa.int64())})
     if names:
         feature = f'{{"info": {{"features": {{"label": {{"names": {names}, "_type": "ClassLabel"}}}}}}}}'.replace(
@@ -322,17 +322,17 @@ def labelled_parquet(path: Path, names: list[str] | None, labels: list[int], kin
 
 
 def test_each_file_has_its_own_order_of_classes(tmp_path: Path) -> None:
-    labelled_parquet(tmp_path / "0.parquet", ["apple", "banana"], [0, 1])
-    labelled_parquet(tmp_path / "1.parquet", ["banana", "apple"], [0, -1, 1], pa.int32())
+    labeled_parquet(tmp_path / "0.parquet", ["apple", "banana"], [0, 1])
+    labeled_parquet(tmp_path / "1.parquet", ["banana", "apple"], [0, -1, 1], pa.int32())
     images = source(tmp_path)
     assert (images.class_names, images.labels) == (["apple", "banana"], [0, 1, 1, NO_LABEL, 0])
     assert "1 file changed: 1 whose classes are matched by name" in images.tally.describe()
-    labelled_parquet(tmp_path / "2.parquet", ["cherry", "apple"], [0, 1])
+    labeled_parquet(tmp_path / "2.parquet", ["cherry", "apple"], [0, 1])
     assert source(tmp_path).labels == [0, 1, 1, NO_LABEL, 0, 2, 0]
-    labelled_parquet(tmp_path / "3.parquet", ["cherry", "apple"], [2])
-    assert "3.parquet: label 2 is outside its 2 classes" in unlabelled_because(source(tmp_path))
-    labelled_parquet(tmp_path / "3.parquet", None, [0])
-    assert "has class numbers without names, others have names" in unlabelled_because(source(tmp_path))
+    labeled_parquet(tmp_path / "3.parquet", ["cherry", "apple"], [2])
+    assert "3.parquet: label 2 is outside its 2 classes" in unlabeled_because(source(tmp_path))
+    labeled_parquet(tmp_path / "3.parquet", None, [0])
+    assert "has class numbers without names, others have names" in unlabeled_because(source(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -357,13 +357,13 @@ def test_class_names_that_cannot_be_used(metadata: str, told: str | None, tmp_pa
     if metadata.startswith("names: "):
         names = metadata.removeprefix("names: ").replace("apple", "apple" if '"' in metadata else '"apple"')
         metadata = f'{{"info": {{"features": {{"label": {{"names": {names}}}}}}}}}'
-    labelled_parquet(tmp_path / "x.parquet", None, [0, 1])
+    labeled_parquet(tmp_path / "x.parquet", None, [0, 1])
     table = pq.read_table(tmp_path / "x.parquet").replace_schema_metadata({"huggingface": metadata})
     pq.write_table(table, tmp_path / "x.parquet")
     images = source(tmp_path / "x.parquet")
     assert images.class_names is None
     if told:
-        assert told in unlabelled_because(images)
+        assert told in unlabeled_because(images)
         assert source(tmp_path / "x.parquet", labels="none").unlabeled_because is None
     else:
         assert images.labels == [0, 1]
@@ -371,7 +371,7 @@ def test_class_names_that_cannot_be_used(metadata: str, told: str | None, tmp_pa
 
 def test_columns_of_other_widths_are_read_together(tmp_path: Path) -> None:
     for number, kind in enumerate((pa.int64(), pa.int32(), pa.uint8())):
-        labelled_parquet(tmp_path / f"{number}.parquet", None, [number, number], kind)
+        labeled_parquet(tmp_path / f"{number}.parquet", None, [number, number], kind)
     table = pq.read_table(tmp_path / "1.parquet")
     pq.write_table(table.set_column(0, "image", table["image"].cast(pa.large_binary())), tmp_path / "1.parquet")
     images = source(tmp_path)
@@ -453,7 +453,7 @@ def test_labels_of_a_list_end_a_run_only_where_they_are_read(tmp_path: Path, con
     (tmp_path / "list.txt").write_text(content, encoding="utf-8")
     images = source(tmp_path / "list.txt")
     assert [images.rows.name(row) for row in range(2)] == ["a.png", "b.png"]
-    assert told in unlabelled_because(images)
+    assert told in unlabeled_because(images)
     assert source(tmp_path / "list.txt", labels="none").unlabeled_because is None
 
 
@@ -504,7 +504,7 @@ def test_numbers_sorted_as_text_leave_a_doubt(tmp_path: Path) -> None:
 
 
 def test_named_classes_without_an_image_are_no_loss(tmp_path: Path) -> None:
-    labelled_parquet(tmp_path / "x.parquet", list("abcdef"), [0, 1])
+    labeled_parquet(tmp_path / "x.parquet", list("abcdef"), [0, 1])
     images = source(tmp_path / "x.parquet")
     assert labeled_classes([images])[1] == 6
     assert images.tally.describe() == "4 classes skipped: 4 without an image (first: c)"

@@ -34,7 +34,7 @@ def message(path: Any, **settings: Any) -> str:
     return str(caught.value)
 
 
-def unlabelled(images: ImageSource) -> str:
+def unlabeled(images: ImageSource) -> str:
     """Why labels cannot be read, which is an error only where they are."""
     assert images.labels is None
     with pytest.raises(UserError) as caught:
@@ -89,9 +89,9 @@ def test_class_members_are_labels(tmp_path: Path, jpeg: Any) -> None:
     assert match_classes(images, None, 5, "m") == images.labels
     assert source(tmp_path / "x.tar", labels="none").labels is None
     pack(tmp_path / "y.tar", {"1.jpg": jpeg(), "1.cls": b"cat"})
-    assert "y.tar, 1.cls: holds no class number" in unlabelled(source(tmp_path / "y.tar"))
+    assert "y.tar, 1.cls: holds no class number" in unlabeled(source(tmp_path / "y.tar"))
     pack(tmp_path / "y.tar", {"1.jpg": jpeg(), "1.cls": b"3", "1.b.cls": b"4"})
-    assert "y.tar, 1.b.cls: its sample has another class number too" in unlabelled(source(tmp_path / "y.tar"))
+    assert "y.tar, 1.b.cls: its sample has another class number too" in unlabeled(source(tmp_path / "y.tar"))
     assert source(tmp_path / "y.tar", labels="none").unlabeled_because is None
 
 
@@ -151,10 +151,10 @@ def test_a_list_of_files(tiny: Any, tmp_path: Path) -> None:
     assert images.labels is None
     assert images.key(3) == f"0:{names[3]}"
     (tmp_path / "classes.txt").write_text("".join(f"{tiny.train}/{name}\t{n // 10}\n" for n, name in enumerate(names)))
-    labelled = source(tmp_path / "classes.txt")
-    assert labelled.labels == source(tiny.train).labels
-    assert same_images(labelled, images)
-    assert labelled.class_names is None
+    labeled = source(tmp_path / "classes.txt")
+    assert labeled.labels == source(tiny.train).labels
+    assert same_images(labeled, images)
+    assert labeled.class_names is None
     assert source(tmp_path / "classes.txt", labels="none").labels is None
 
 
@@ -176,7 +176,7 @@ def test_lists_that_are_refused(tmp_path: Path, jpeg: Any) -> None:
     file.write_text("a.jpg\nb.jpg\nc.jpg\n")
     assert f"2 of 3 files looked at are not there, first {tmp_path}/b.jpg; set root to the folder" in message(file)
     file.write_text("a.jpg 1\na.jpg\n")
-    assert "image 2 has no class number, others have; give one to all or none" in unlabelled(source(file))
+    assert "image 2 has no class number, others have; give one to all or none" in unlabeled(source(file))
     file.write_text("\n")
     assert "holds no images" in message(file)
     file.write_bytes(b"\xff\xfe\x00")

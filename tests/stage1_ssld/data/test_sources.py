@@ -58,7 +58,7 @@ def test_class_folders_named_like_splits_lose_nothing(tmp_path: Path) -> None:
     assert {images.key(row) for row in range(24)} == {f"0:{name}/train-{n}.png" for name in names for n in range(3)}
 
 
-def test_plain_and_nested_folders_are_unlabelled(tmp_path: Path) -> None:
+def test_plain_and_nested_folders_are_unlabeled(tmp_path: Path) -> None:
     for name in ("a.png", "deep/er/b.PNG", "deep/c.jpeg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(png())
@@ -164,9 +164,9 @@ def test_real_parquet(shared_data: Callable[[str], Path], no_cache: Path) -> Non
     assert len(joined) == sum(
         label >= 0 for label in pq.read_table(folder / "unlabeled_truth.parquet")["label"].to_pylist()
     )
-    labelled = source(folder / "labeled.parquet")
-    assert (len(labelled), len(labelled.class_names or [])) == (10_000, 100)
-    assert labelled.read(0).shape == (3, 64, 64)
+    labeled = source(folder / "labeled.parquet")
+    assert (len(labeled), len(labeled.class_names or [])) == (10_000, 100)
+    assert labeled.read(0).shape == (3, 64, 64)
     assert os.listdir(no_cache) == []
 
 
@@ -211,7 +211,7 @@ def test_missing_labels_in_a_column_are_no_labels(tmp_path: Path) -> None:
         labeled_classes([images])
 
 
-def test_a_file_without_labels_among_files_with_labels_makes_an_unlabelled_source(tiny: Any, tmp_path: Path) -> None:
+def test_a_file_without_labels_among_files_with_labels_makes_an_unlabeled_source(tiny: Any, tmp_path: Path) -> None:
     table = pq.read_table(tiny.parquet)
     pq.write_table(table.slice(0, 12), tmp_path / "a.parquet")
     pq.write_table(table.slice(12).drop_columns(["label"]), tmp_path / "b.parquet")
@@ -231,7 +231,7 @@ def test_classes_are_matched_by_name(tmp_path: Path, tiny: Any) -> None:
     images = source(tiny.train)
     assert match_classes(images, ["stripes", "x", "ring", "disc"], 4, "m") == [3] * 10 + [2] * 10 + [0] * 10
     assert match_classes(images, None, 3, "m") == images.labels
-    assert match_classes(source(tiny.unlabelled), ["a"], 1, "m") is None
+    assert match_classes(source(tiny.unlabeled), ["a"], 1, "m") is None
     with pytest.raises(UserError, match="class 'ring' is not among the 2 classes of m"):
         match_classes(images, ["disc", "stripes"], 2, "m")
     for count in (2, 4):
@@ -239,8 +239,8 @@ def test_classes_are_matched_by_name(tmp_path: Path, tiny: Any) -> None:
             match_classes(images, None, count, "m")
 
 
-def test_labelled_sources_must_agree(tmp_path: Path, tiny: Any) -> None:
-    train, nothing = source(tiny.train), source(tiny.unlabelled)
+def test_labeled_sources_must_agree(tmp_path: Path, tiny: Any) -> None:
+    train, nothing = source(tiny.train), source(tiny.unlabeled)
     assert labeled_classes([train, nothing, source(tiny.parquet)])[1:] == (3, ["disc", "ring", "stripes"])
     for kind in ("disc", "rung", "stripes"):
         (tmp_path / kind).mkdir()

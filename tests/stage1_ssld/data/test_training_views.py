@@ -150,7 +150,7 @@ def views(*folders: Path, **changes: Any) -> TrainViews:
 
 
 def test_views_do_not_depend_on_order_or_workers(tiny: Any) -> None:
-    data = views(tiny.train, tiny.unlabelled)
+    data = views(tiny.train, tiny.unlabeled)
     order = [[(3, 0), (40, 0), (12, 1)], [(3, 1), (31, 0), (12, 0)]]
     loaded: dict[Any, list[torch.Tensor]] = {}
     for workers in (0, 2):
@@ -208,7 +208,7 @@ class FakeStore:
 
 
 def test_views_of_a_store_are_those_its_soft_labels_were_written_for(tiny: Any) -> None:
-    live = views(tiny.train, tiny.unlabelled)
+    live = views(tiny.train, tiny.unlabeled)
     live.seed = 9
     stored = TrainViews(live.sources, live.labels, live.config, seed=1, store=FakeStore())
     for view in (0, 1, 2, 3):  # pass 2 sees view 0 again
@@ -255,7 +255,7 @@ def training(tiny: Any, folders: list[Any], **changes: Any) -> TrainingData:
 
 
 def test_training_batches_by_rows(tiny: Any) -> None:
-    data = training(tiny, [tiny.train, tiny.unlabelled])
+    data = training(tiny, [tiny.train, tiny.unlabeled])
     assert data.images == 44
     batches = list(data.batches(0, 4, rank=0, ranks=1, pin_memory=False))
     assert [batch.pixels_BCHW.shape for batch in batches] == [(6, 3, 16, 16)] * 4
@@ -267,7 +267,7 @@ def test_training_batches_by_rows(tiny: Any) -> None:
 
 def test_training_batches_by_weight(tiny: Any) -> None:
     data = training(
-        tiny, [{"path": tiny.train, "weight": 1}, {"path": tiny.unlabelled, "weight": 3}], steps=8, batch_size=11
+        tiny, [{"path": tiny.train, "weight": 1}, {"path": tiny.unlabeled, "weight": 3}], steps=8, batch_size=11
     )
     assert data.images == 44
     keys = [key for batch in data.batches(0, 4, rank=0, ranks=1, pin_memory=False) for key in batch.keys]

@@ -95,7 +95,7 @@ def test_the_licence_as_the_hub_knows_it(licence: str | None, expected: str) -> 
     )
 
 
-def test_converted_labelled_and_bare_files() -> None:
+def test_converted_labeled_and_bare_files() -> None:
     source = {"file": "ResNet50_vd_ssld.pdparams", "sha256": "abc", "project": "PaddleClas"}
     bare = {key: METADATA[key] for key in ("arch", "num_classes", "mean", "std", "input_size")}
     card = backbone_card(bare | {"source": source, "licence": "apache-2.0"}, None, push_to_hub=None, parameters=1)
@@ -104,7 +104,7 @@ def test_converted_labelled_and_bare_files() -> None:
     assert "Nothing is recorded." in card
     assert "| classes | 7, without names |" in card
     card = backbone_card(bare | {"objective": "labels"}, None, push_to_hub=None, parameters=1)
-    assert "\n# resnet50d\n\nresnet50d, trained on labelled images.\n" in card
+    assert "\n# resnet50d\n\nresnet50d, trained on labeled images.\n" in card
     assert 'timm.create_model("local-dir:hub", pretrained=True)' in card
     card = backbone_card(bare, None, push_to_hub=None, parameters=1)
     assert "resnet50d. How it was trained is not recorded." in card

@@ -109,7 +109,7 @@ def test_only_so_many_files_are_open(written_store: Path, monkeypatch: pytest.Mo
 
 def test_what_a_source_is_known_by(tiny: Any) -> None:
     """64 of its names, also where there are fewer images."""
-    source = ImageSource(SourceConfig(path=str(tiny.unlabelled)), 0)
+    source = ImageSource(SourceConfig(path=str(tiny.unlabeled)), 0)
     names = [source.rows.name(len(source) * number // 64) for number in range(64)]
     assert store_module.source_record(source)["names"] == hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
     rows = [(0, len(source) * number // 8, number % 3) for number in range(8)]

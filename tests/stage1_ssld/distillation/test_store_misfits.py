@@ -61,7 +61,7 @@ def test_views_are_bound_to_what_they_depend_on(written_store: Path, store_data:
 
 
 def test_a_source_that_is_not_in_the_store(written_store: Path, store_data: DataConfig, tiny: Any) -> None:
-    with pytest.raises(UserError, match=r": has no soft labels for .*/val; it was written for .*/labelled, .*/others$"):
+    with pytest.raises(UserError, match=r": has no soft labels for .*/val; it was written for .*/labeled, .*/others$"):
         SoftLabelStore(written_store).match([ImageSource(SourceConfig(path=str(tiny.val)), 0)], store_data)
 
 

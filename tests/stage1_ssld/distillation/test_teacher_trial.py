@@ -128,7 +128,7 @@ def test_few_images_prove_nothing(tmp_path: Path) -> None:
     assert check(teacher, pixels[:99], labels[:99]).startswith("teacher: 0.0 % right on 99 images")
     refused(teacher, pixels, labels)
     none = torch.full((100,), NO_LABEL)
-    assert check(teacher, pixels, none) == "teacher: not tried, images/val has no labelled images"
+    assert check(teacher, pixels, none) == "teacher: not tried, images/val has no labeled images"
 
 
 def pairs_of(counts: list[int], right: list[int]) -> list[tuple[int, int]]:

@@ -34,7 +34,7 @@ def lookup(table_ND: np.ndarray) -> Any:
 
 
 def by_hand(queries: np.ndarray, labels: np.ndarray, bank: np.ndarray, bank_labels: np.ndarray, k: int) -> float:
-    """Share of the labelled queries that the weighted vote gets right."""
+    """Share of the labeled queries that the weighted vote gets right."""
     bank, bank_labels = bank[bank_labels >= 0], bank_labels[bank_labels >= 0]
     queries, bank = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, bank))
     right = []
@@ -182,15 +182,15 @@ def test_mistakes_with_a_bank(tiny: Any, teacher_file: Path, user_error: Any, tm
         assert not (tmp_path / "run").exists()
         return message
 
-    assert f"{tiny.unlabelled}: no labels; nearest neighbours are judged by them" in line(tiny.unlabelled, tiny.train)
-    assert f"bank: {tiny.unlabelled}: no labels; its images vote" in line(tiny.val, tiny.unlabelled)
+    assert f"{tiny.unlabeled}: no labels; nearest neighbours are judged by them" in line(tiny.unlabeled, tiny.train)
+    assert f"bank: {tiny.unlabeled}: no labels; its images vote" in line(tiny.val, tiny.unlabeled)
     assert f"neighbours: 31 are to vote, but {tiny.train} has 30" in line(tiny.val, tiny.train, "--neighbours", "31")
     (tmp_path / "bank" / "disc").mkdir(parents=True)
     (tmp_path / "bank" / "disc" / "a.png").write_bytes((tiny.val / "disc" / "disc_000.png").read_bytes())
     assert "class 'ring' is not among the 1 classes of" in line(tiny.val, tmp_path / "bank", "--neighbours", "1")
 
 
-def test_unlabelled_rows_of_a_named_source_stay_unlabelled() -> None:
+def test_unlabeled_rows_of_a_named_source_stay_unlabeled() -> None:
     from types import SimpleNamespace
 
     from ssld.stage1_ssld.data.labels import match_classes

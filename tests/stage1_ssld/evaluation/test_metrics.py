@@ -52,7 +52,7 @@ def test_against_numpy() -> None:
     assert again == pytest.approx(result, rel=1e-6)
 
 
-def test_only_labelled_images_count_for_accuracy() -> None:
+def test_only_labeled_images_count_for_accuracy() -> None:
     table = torch.eye(4)
     result = evaluate(lookup(table), None, batches([0, -1, 1, -1], [2, 2]), device=CPU, dtype=FP32)
     assert result == {"images": 4, "top1": 0.5, "top5": 1.0}

@@ -88,7 +88,7 @@ def test_ranks_cut_the_same_batches() -> None:
         assert [index for part in parts for index in part] == whole.step(step)
 
 
-def test_the_labelled_part_of_a_mixed_batch_is_repeated_too() -> None:
+def test_the_labeled_part_of_a_mixed_batch_is_repeated_too() -> None:
     factors = np.linspace(1, 4, 30)
     options: dict[str, Any] = {"seed": 5, "repeats": factors}
     mixed = MixedOrder([True] * 30, [True] * 20, batch_size=8, labeled_ratio=0.5, **options)

@@ -24,7 +24,7 @@ def order(**changes: float) -> MixedOrder:
     return MixedOrder(WIDE, MORE, **(options | changes))
 
 
-def test_batches_hold_the_labelled_images_of_batch_order_and_distinct_others() -> None:
+def test_batches_hold_the_labeled_images_of_batch_order_and_distinct_others() -> None:
     mixed, plain = order(), BatchOrder(WIDE, batch_size=2, seed=4)
     assert mixed.steps_per_epoch == 10
     seen = set()
@@ -65,9 +65,9 @@ def test_micro_batches_share_both_parts_evenly(ranks: int, accumulate: int) -> N
         for rank in range(ranks):
             for part in range(accumulate):
                 images = mixed.micro_batch(step, rank, part)
-                labelled = [index for index in images if index < 20]
-                assert len(labelled) == 4 // micro
-                assert images[: len(labelled)] == labelled, "labelled first"
+                labeled = [index for index in images if index < 20]
+                assert len(labeled) == 4 // micro
+                assert images[: len(labeled)] == labeled, "labeled first"
                 whole += images
         assert sorted(whole) == sorted(order(batch_size=16).step(step))
 
@@ -88,7 +88,7 @@ def test_what_cannot_be_is_refused(changes: dict[str, float], message: str) -> N
     assert message in str(caught.value)
 
 
-def test_without_unlabelled_pictures_the_order_is_the_plain_one() -> None:
+def test_without_unlabeled_pictures_the_order_is_the_plain_one() -> None:
     assert isinstance(training_order(WIDE, [], 0.5, batch_size=4, seed=1), BatchOrder)
 
 

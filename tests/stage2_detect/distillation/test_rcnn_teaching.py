@@ -69,7 +69,7 @@ def test_each_term_can_be_left_out() -> None:
         assert losses.keys() == {"loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_box"} | extra
 
 
-def test_unlabelled_images_add_nothing_to_the_students_own_losses() -> None:
+def test_unlabeled_images_add_nothing_to_the_students_own_losses() -> None:
     images, targets = batch()
     student = detector(1).train()
     alone = student(first(images, 2), targets.first(2))
@@ -100,7 +100,7 @@ def test_their_annotations_are_not_looked_at() -> None:
         assert torch.equal(results[0][name], results[1][name]), name
 
 
-def test_unlabelled_images_do_teach() -> None:
+def test_unlabeled_images_do_teach() -> None:
     images, targets = batch()
     teacher = FrozenDetector(detector(2))
 
