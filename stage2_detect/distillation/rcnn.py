@@ -68,7 +68,7 @@ class DistilledRCNN(nn.Module):
         assert targets is not None, "training needs targets"
         features, guides = self.student.features(images), self.teacher.features(images)
         sizes_B2, labeled = images.sizes_B2, count_labeled(targets)
-        losses, sampled = self.student.losses(
+        losses, sampled, logits_NK = self.student.losses(
             [maps[:labeled] for maps in features], sizes_B2[:labeled], targets.first(labeled), self.student.ranks
         )
         if self.pkd_weight:
@@ -76,7 +76,7 @@ class DistilledRCNN(nn.Module):
                 features[:_LEVELS], guides, self.adapters, self.student.pyramid.strides, sizes_B2
             )
         if self.roi_weight:
-            regions = [(sampled.rois_BR4, sampled.valid_BR, sampled.logits_NK)]
+            regions = [(sampled.rois_BR4, sampled.valid_BR, logits_NK)]
             if labeled < len(sizes_B2):
                 regions.append(self._unlabeled_regions([maps[labeled:] for maps in features], sizes_B2[labeled:]))
             losses["loss_roi_kd"] = self.roi_weight * self._roi_kd(guides, regions)

@@ -19,6 +19,7 @@ from ssld.stage2_detect.models import boxes
 Overlap = Literal["anchor", "union"]
 _CHUNK_ELEMENTS = 2**22
 """Of a matrix of objects and anchors at once, 16 MB; there are about a dozen of them."""
+_TAKEN = -1.0  # score of a box that is taken, dropped, or not there
 
 
 @torch.no_grad()
@@ -131,19 +132,29 @@ def general_instances(
     score_BA, class_BA = difference_BAK.abs().max(dim=-1)
     greater_BA1 = difference_BAK.gather(-1, class_BA[..., None]) > 0
     boxes_BA4 = torch.where(greater_BA1, teacher_boxes_BA4.float(), student_boxes_BA4.float())
-    boxes_BA4 = boxes_BA4 - boxes_BA4.amin().clamp(max=0)  # NMS wants coordinates from 0 on
+    if valid_BA is not None:
+        score_BA = score_BA.masked_fill(~valid_BA, _TAKEN)
     chosen_BA = torch.zeros_like(class_BA, dtype=torch.bool)
-    for image, chosen_A in enumerate(chosen_BA):
-        start = 0
-        for count in anchors_of_level:
-            index_L = torch.arange(start, start + count, device=class_BA.device)
-            if valid_BA is not None:
-                index_L = index_L[valid_BA[image, index_L]]
-            same_L = torch.zeros_like(index_L)
-            best = boxes.class_nms(boxes_BA4[image, index_L], score_BA[image, index_L], same_L, iou, most=most)
-            chosen_A[index_L[best]] = True
-            start += count
+    start = 0
+    for count in anchors_of_level:
+        level = slice(start, start + count)
+        chosen_BA[:, level] = _best_apart(boxes_BA4[:, level], score_BA[:, level], iou, most)
+        start += count
     return chosen_BA
+
+
+def _best_apart(boxes_BL4: Tensor, scores_BL: Tensor, iou: float, most: int) -> Tensor:
+    """Mark the best `most` boxes of each image that greedy NMS keeps: bool [B, L]; scores of `_TAKEN` are none.
+
+    One box of all images at a time, so that no shape depends on a value and a GPU is not waited for.
+    """
+    kept_BL = torch.zeros_like(scores_BL, dtype=torch.bool)
+    for _ in range(min(most, scores_BL.shape[1])):
+        best_B1, index_B1 = scores_BL.max(dim=1, keepdim=True)
+        kept_BL = kept_BL.scatter(1, index_B1, kept_BL.gather(1, index_B1) | (best_B1 > _TAKEN))
+        overlaps_BL = boxes.pairwise_iou(boxes.take(boxes_BL4, index_B1), boxes_BL4)[:, 0] > iou
+        scores_BL = scores_BL.masked_fill(overlaps_BL, _TAKEN).scatter(1, index_B1, _TAKEN)
+    return kept_BL
 
 
 def _chunks(objects: int, elements: int, most: int) -> Iterator[slice]:

@@ -1,13 +1,14 @@
 """Anchors: boxes of fixed shapes around every cell of every pyramid level (arXiv 1506.01497, 1612.03144).
 
-As PaddleDetection@666f597f has them: cell (i, j) is centred at (j * stride, i * stride), i.e. offset 0, and sides are
-not rounded. torchvision differs in both: it rounds sides and derives strides from padded sizes. Anchors are float32
-whatever the features are.
+As in PaddleDetection@666f597f, cell (i, j) is centered at (j * stride, i * stride), i.e. offset 0, and sides are not
+rounded. torchvision differs in both: it rounds sides and derives strides from padded sizes. Anchors are float32
+whatever the features are: coordinates are computed in float64 and rounded once.
 
-Shapes: A anchors in the order level, row, column, ratio.
+Shapes: A anchors in the order level, row, column, scale, ratio; C cells along one axis; S shapes per cell.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,21 +19,32 @@ Grids = Sequence[tuple[int, int]]
 
 
 def grids_of(features: Sequence[Tensor]) -> Grids:
-    """(rows, columns) of each map."""
+    """Return (rows, columns) of each map."""
     return [(feature.shape[-2], feature.shape[-1]) for feature in features]
 
 
 def grid_anchors(
-    grids: Grids, device: torch.device, *, strides: Sequence[int], sizes: Sequence[float], ratios: Sequence[float]
+    grids: Grids,
+    device: torch.device,
+    *,
+    strides: Sequence[int],
+    sizes: Sequence[float],
+    ratios: Sequence[float],
+    scales: Sequence[float] = (1.0,),
 ) -> Tensor:
-    """Anchors [A, 4] of levels with these grids: `sizes[l]` pixels is the side of level l's square, `ratios` are height
-    / width.
+    """Make the anchors [A, 4] of levels with these grids, on `device`, without an upload or a wait of the host.
 
     The result is shared between calls: do not write into it.
+
+    Args:
+        strides: pixels per cell of each level.
+        sizes: side in pixels of each level's square anchor.
+        ratios: height / width.
+        scales: factors on `sizes`.
     """
     if torch.compiler.is_exporting():  # grids can be symbols then, and nothing may be kept
-        return _computed(grids, device, strides, sizes, ratios)
-    return _cached(tuple(grids), device, tuple(strides), tuple(sizes), tuple(ratios))
+        return _computed(grids, device, strides, sizes, ratios, scales)
+    return _cached(tuple(grids), device, tuple(strides), tuple(sizes), tuple(ratios), tuple(scales))
 
 
 @functools.lru_cache(maxsize=16)  # multi-scale training meets hundreds of grids of up to 4 MB
@@ -42,19 +54,40 @@ def _cached(
     strides: tuple[int, ...],
     sizes: tuple[float, ...],
     ratios: tuple[float, ...],
+    scales: tuple[float, ...],
 ) -> Tensor:
     with torch.inference_mode(False):  # the next caller may be a training step
-        return _computed(grids, device, strides, sizes, ratios)
+        return _computed(grids, device, strides, sizes, ratios, scales)
 
 
 def _computed(
-    grids: Grids, device: torch.device, strides: Sequence[int], sizes: Sequence[float], ratios: Sequence[float]
+    grids: Grids,
+    device: torch.device,
+    strides: Sequence[int],
+    sizes: Sequence[float],
+    ratios: Sequence[float],
+    scales: Sequence[float],
 ) -> Tensor:
     levels = []
     for (rows, columns), stride, size in zip(grids, strides, sizes, strict=True):
-        root_R = torch.tensor(ratios, dtype=torch.float64).sqrt()
-        half_R2 = torch.stack((size / root_R, size * root_R), dim=-1) / 2
-        y, x = torch.meshgrid(torch.arange(rows) * stride, torch.arange(columns) * stride, indexing="ij")
-        centre_YX12 = torch.stack((x, y), dim=-1).unsqueeze(-2)
-        levels.append(torch.cat((centre_YX12 - half_R2, centre_YX12 + half_R2), dim=-1).reshape(-1, 4))
-    return torch.cat(levels).to(torch.float32).to(device)
+        sides = [(size * scale, math.sqrt(ratio)) for scale in scales for ratio in ratios]
+        x1_CS, x2_CS = _axis(columns, stride, [side / root / 2 for side, root in sides], device)
+        y1_CS, y2_CS = _axis(rows, stride, [side * root / 2 for side, root in sides], device)
+        shape = (rows, columns, len(sides))
+        corners = (x1_CS[None], y1_CS[:, None], x2_CS[None], y2_CS[:, None])
+        levels.append(torch.stack([corner.expand(shape) for corner in corners], dim=-1).reshape(-1, 4))
+    return torch.cat(levels)
+
+
+def _axis(cells: int, stride: int, halves: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Compute where anchors with these half sides begin and end along one axis: float32 [C, S] each.
+
+    An anchor's x depends on its column and shape alone, its y on its row and shape, so the arithmetic is on C numbers, and
+    the half sides are scalars of the kernels, which need no upload.
+    """
+    # mps has no float64. What is copied there then are a few kilobytes per axis.
+    float64_device = torch.device("cpu") if device.type == "mps" else device
+    center_C = torch.arange(cells, dtype=torch.float64, device=float64_device) * stride
+    start_CS = torch.stack([center_C - half for half in halves], dim=-1)
+    end_CS = torch.stack([center_C + half for half in halves], dim=-1)
+    return start_CS.to(torch.float32).to(device), end_CS.to(torch.float32).to(device)

@@ -86,10 +86,17 @@ def balanced_l1(deltas_4: Tensor, target_4: Tensor, *, alpha: float, gamma: floa
     return (inner_4 + gamma * (distance_4 - near_4)).sum(dim=-1)
 
 
-def generalized_iou(boxes_4: Tensor, target_4: Tensor) -> Tensor:
-    """1 - GIoU [...] in 0..2 (arXiv 1902.09630)."""
-    iou, union, around_2 = _overlap(boxes_4, target_4)
-    hull = around_2.prod(dim=-1) + _EPSILON
+def generalized_iou(boxes_4: Tensor, target_4: Tensor, epsilon: float = _EPSILON) -> Tensor:
+    """Compute 1 - GIoU [...] in 0..2 (arXiv 1902.09630).
+
+    torchvision's `generalized_box_iou_loss` without its boolean indexing, for which a GPU has to be waited for.
+
+    Args:
+        epsilon: added to the areas that are divided by.
+    """
+    iou, union, around_2 = _overlap(boxes_4, target_4, epsilon)
+    width, height = around_2.unbind(-1)
+    hull = width * height + epsilon
     return 1 - iou + (hull - union) / hull
 
 
@@ -97,7 +104,7 @@ def complete_iou(boxes_4: Tensor, target_4: Tensor) -> Tensor:
     """1 - CIoU [...] (arXiv 1911.08287 section 4): IoU, squared distance of the centres over the squared diagonal of the box
     around both, and difference in aspect ratio; the weight of the last is a constant to the gradient.
     """
-    iou, _, around_2 = _overlap(boxes_4, target_4)
+    iou, _, around_2 = _overlap(boxes_4, target_4, _EPSILON)
     away_2 = (boxes_4[..., :2] + boxes_4[..., 2:] - target_4[..., :2] - target_4[..., 2:]) / 2
     distance = (away_2.square().sum(dim=-1) + _EPSILON) / (around_2.square().sum(dim=-1) + _EPSILON)
     aspect = 4 / math.pi**2 * (_angle(boxes_4) - _angle(target_4)).square()
@@ -106,10 +113,10 @@ def complete_iou(boxes_4: Tensor, target_4: Tensor) -> Tensor:
     return 1 - iou + distance + alpha * aspect
 
 
-def _overlap(boxes_4: Tensor, target_4: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """IoU, union, and the (width, height) of the smallest box around both."""
+def _overlap(boxes_4: Tensor, target_4: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute IoU, union plus `epsilon`, and (width, height) of the smallest box around both."""
     shared = boxes.paired_intersection(boxes_4, target_4)
-    union = boxes.area(boxes_4) + boxes.area(target_4) - shared + _EPSILON
+    union = boxes.area(boxes_4) + boxes.area(target_4) - shared + epsilon
     around_2 = torch.maximum(boxes_4[..., 2:], target_4[..., 2:]) - torch.minimum(boxes_4[..., :2], target_4[..., :2])
     return shared / union, union, around_2
 

@@ -9,7 +9,6 @@ Shapes: ... any leading dimensions, B images, G objects, N boxes.
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -50,7 +49,8 @@ def pairwise_iou(first_BG4: Tensor, second_BN4: Tensor) -> Tensor:
 def paired_intersection(first_4: Tensor, second_4: Tensor) -> Tensor:
     """Area [...] that boxes with the same place in two tensors [..., 4] share."""
     sides_2 = torch.minimum(first_4[..., 2:], second_4[..., 2:]) - torch.maximum(first_4[..., :2], second_4[..., :2])
-    return sides_2.clamp(min=0).prod(dim=-1)
+    width, height = sides_2.clamp(min=0).unbind(-1)
+    return width * height  # not `prod`, whose backward pass asks the device whether there is a zero
 
 
 def paired_iou(first_4: Tensor, second_4: Tensor) -> Tensor:
@@ -99,26 +99,6 @@ def take(boxes_BN4: Tensor, index_BS: Tensor) -> Tensor:
     if boxes_BN4.shape[1] == 0:
         return boxes_BN4.new_zeros((*index_BS.shape, 4))
     return boxes_BN4.gather(1, index_BS[..., None].expand(-1, -1, 4))
-
-
-def nms_masks(
-    boxes_BN4: Sequence[Tensor], scores_BN: Sequence[Tensor], valid_BN: Sequence[Tensor], iou: float
-) -> list[Tensor]:
-    """Which boxes [B, N] of each of several batches, of different N, greedy NMS keeps, each row by itself; boxes that are not valid neither stay nor
-    suppress. On a CPU all rows go side by side on torch's number of threads.
-    """
-    # Those that are not valid are last in the order: they meet only what is already decided.
-    ranked_BN = [scores.masked_fill(~valid, -torch.inf) for scores, valid in zip(scores_BN, valid_BN, strict=True)]
-    rows = [pair for pairs in zip(boxes_BN4, ranked_BN, strict=True) for pair in zip(*pairs, strict=True)]
-    if boxes_BN4[0].device.type == "cpu" and torch.get_num_threads() > 1:
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # the kernel itself has one, and no lock
-            kept = list(threads.map(lambda row: nms(*row, iou), rows))
-    else:
-        kept = [nms(*row, iou) for row in rows]
-    masks = [torch.zeros_like(valid) for valid in valid_BN]
-    for mask_N, index in zip((mask_N for mask_BN in masks for mask_N in mask_BN), kept, strict=True):
-        mask_N[index] = True
-    return [mask & valid for mask, valid in zip(masks, valid_BN, strict=True)]
 
 
 def class_nms(boxes_N4: Tensor, scores_N: Tensor, classes_N: Tensor, iou: float, *, most: int | None = None) -> Tensor:

@@ -13,10 +13,9 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import generalized_box_iou_loss
 
 from ssld.shared.distributed.ranks import ONE_RANK, Ranks
-from ssld.stage2_detect.models import boxes, focal_losses
+from ssld.stage2_detect.models import box_losses, boxes, focal_losses
 from ssld.stage2_detect.models.anchors import Grids, grid_anchors
 from ssld.stage2_detect.models.assign import Assignment
 from ssld.stage2_detect.models.atss import Thresholds, assign_atss
@@ -26,6 +25,7 @@ from ssld.stage2_detect.models.dense_head import DenseHead
 _FILLED = 32  # pixels of which the sides of a padded image are multiples
 _ANCHOR_STRIDES = 8  # sides of an anchor in strides
 _BELOW_LAST_BIN = 0.1  # how far a target distance stays below reg_max
+_GIOU_EPSILON = 1e-7  # of torchvision's and mmdetection's GIoU
 
 
 class GFL(nn.Module):
@@ -129,11 +129,14 @@ class GFL(nn.Module):
         objects_BA4 = boxes.take(targets.boxes_BG4, assigned.objects_BA)
         # In strides from here on: IoU does not change, and the numbers stay small.
         target_BA4 = (objects_BA4 - centres_A2.repeat(1, 2)) / stride_A[:, None]
-        target_BA4 = torch.where(positive_BA[..., None], target_BA4, target_BA4.new_tensor([-1.0, -1.0, 1.0, 1.0]))
-        distances_BA4 = focal_losses.expected_distance(bins_BA4E)
-        found_BA4 = torch.cat((-distances_BA4[..., :2], distances_BA4[..., 2:]), dim=-1)
+        sides_BA4 = torch.cat((-target_BA4[..., :2], target_BA4[..., 2:]), dim=-1)
+        # Any finite box will do where there is no object, since the weight there is 0; all places are computed, for to
+        # pick the positives a GPU would have to be waited for.
+        sides_BA4 = torch.where(positive_BA[..., None], sides_BA4, 1.0)
+        target_BA4 = _around_origin(sides_BA4)
+        predicted_BA4 = _around_origin(focal_losses.expected_distance(bins_BA4E))
 
-        iou_BA = boxes.paired_iou(found_BA4.detach(), target_BA4)
+        iou_BA = boxes.paired_iou(predicted_BA4.detach(), target_BA4)
         if targets.labels_BG.shape[1]:
             class_BA = targets.labels_BG.gather(1, assigned.objects_BA).clamp(min=0)
         else:
@@ -146,15 +149,14 @@ class GFL(nn.Module):
 
         weight_BA = torch.where(positive_BA, self.scores(logits_BAK), 0.0)
         factor = ranks.world_size / ranks.total(weight_BA.sum()).clamp(min=self.weight_floor)
-        giou_BA = generalized_box_iou_loss(found_BA4, target_BA4, eps=1e-7)
+        giou_BA = box_losses.generalized_iou(predicted_BA4, target_BA4, _GIOU_EPSILON)
         losses = {
             "loss_cls": self.qfl_weight * loss_cls,
             "loss_box": self.box_weight * factor * torch.where(positive_BA, weight_BA * giou_BA, 0.0).sum(),
         }
         if self.dfl_weight:
             limit = self.reg_max - _BELOW_LAST_BIN
-            sides_BA4 = torch.cat((-target_BA4[..., :2], target_BA4[..., 2:]), dim=-1).clamp(0, limit)
-            dfl_BA = focal_losses.distribution_focal_loss(bins_BA4E, sides_BA4).mean(dim=-1)
+            dfl_BA = focal_losses.distribution_focal_loss(bins_BA4E, sides_BA4.clamp(0, limit)).mean(dim=-1)
             losses["loss_dfl"] = self.dfl_weight * factor * torch.where(positive_BA, weight_BA * dfl_BA, 0.0).sum()
         return losses
 
@@ -174,3 +176,8 @@ class GFL(nn.Module):
         """Centres [A, 2] and strides [A] of the anchors."""
         anchors_A4 = self.anchors(grids, device)
         return (anchors_A4[:, :2] + anchors_A4[:, 2:]) / 2, (anchors_A4[:, 2] - anchors_A4[:, 0]) / _ANCHOR_STRIDES
+
+
+def _around_origin(distances_4: Tensor) -> Tensor:
+    """Boxes [..., 4] with sides at these distances (left, top, right, bottom) from the origin."""
+    return torch.cat((-distances_4[..., :2], distances_4[..., 2:]), dim=-1)

@@ -7,6 +7,7 @@ Shapes: B images, R RoIs of an image, N = B * R, C channels, K classes, S side o
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,41 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssld.shared.distributed.ranks import ONE_RANK, Ranks
-from ssld.stage2_detect.models import boxes, pooling
+from ssld.stage2_detect.models import pooling
 from ssld.stage2_detect.models.batch import Detections, Targets
 from ssld.stage2_detect.models.mask_targets import ImageMasks, rasterise
 from ssld.stage2_detect.models.roi_heads import SampledRoIs
 
 _PASTED_PIXELS = 2**23  # of full-size masks at once, 8 MB
+
+
+@dataclass(frozen=True)
+class Positives:
+    """The positives of a batch on the host, where their shapes are rasterised."""
+
+    images: int
+    """B."""
+    most: int
+    """Largest number per image, at least 1."""
+    image_P: np.ndarray
+    """int64."""
+    place_P: np.ndarray
+    """int64 place among the image's RoIs, below `most`."""
+    object_P: np.ndarray
+    """int64 index among the image's objects."""
+    rois_P4: np.ndarray
+    """float32, in coordinates of the network's input."""
+
+
+def positives_on_host(sampled: SampledRoIs) -> Positives:
+    """Copy the positives to the host, where they come first among each image's RoIs."""
+    # One tensor, so one copy that a GPU is waited for: masks are rasterised on the host. An index is exact in float32.
+    columns = (sampled.rois_BR4, sampled.objects_BR[..., None].float(), sampled.positive_BR[..., None].float())
+    rows_BR6 = torch.cat(columns, dim=-1).cpu().numpy()
+    image_P, place_P = rows_BR6[..., 5].nonzero()
+    rows_P6 = rows_BR6[image_P, place_P]
+    most = int(place_P.max(initial=0)) + 1
+    return Positives(len(rows_BR6), most, image_P, place_P, rows_P6[:, 4].astype(np.int64), rows_P6[:, :4])
 
 
 class MaskHead(nn.Module):
@@ -72,15 +102,23 @@ class MaskHead(nn.Module):
         return logits
 
     def losses(
-        self, features: Sequence[Tensor], sampled: SampledRoIs, targets: Targets, ranks: Ranks = ONE_RANK
+        self,
+        features: Sequence[Tensor],
+        sampled: SampledRoIs,
+        positives: Positives,
+        targets: Targets,
+        ranks: Ranks = ONE_RANK,
     ) -> dict[str, Tensor]:
-        """`loss_mask`: binary cross-entropy, mean over the positives of all ranks and the places of their maps; 0 without any."""
+        """Compute `loss_mask`: binary cross-entropy, mean over the positives of all ranks and the places of their maps; 0 without any.
+
+        Args:
+            positives: `positives_on_host(sampled)`.
+        """
         assert targets.masks is not None, "a mask head learns from shapes"
-        # Positives first, as many places as the image with most of them needs. Shapes are filled in on the host, so it may know.
-        most = max(1, int(sampled.positive_BR.sum(dim=1).max()))
-        order_BR = (~sampled.positive_BR).long().argsort(dim=1, stable=True)[:, :most]
-        rois_BR4, positive_BR = boxes.take(sampled.rois_BR4, order_BR), sampled.positive_BR.gather(1, order_BR)
-        objects_BR = sampled.objects_BR.gather(1, order_BR)
+        target_NSS = self._targets(targets.masks, positives, features[0].device)
+        # The positives come first; the largest number of them per image is known on the host.
+        rois_BR4, positive_BR = sampled.rois_BR4[:, : positives.most], sampled.positive_BR[:, : positives.most]
+        objects_BR = sampled.objects_BR[:, : positives.most]
         positive_N = positive_BR.flatten()
         logits_NKSS = self(self._pool(features, rois_BR4, positive_BR))
         if targets.labels_BG.shape[1]:
@@ -88,7 +126,6 @@ class MaskHead(nn.Module):
         else:
             class_N = torch.zeros_like(objects_BR).flatten()
         logits_NSS = logits_NKSS[torch.arange(len(class_N), device=class_N.device), class_N]
-        target_NSS = self._targets(targets.masks, rois_BR4, positive_BR, objects_BR, logits_NSS.shape[-1])
         entropy_N = F.binary_cross_entropy_with_logits(logits_NSS, target_NSS, reduction="none").mean(dim=(1, 2))
         count = ranks.total(positive_N.sum()).clamp(min=1)
         return {"loss_mask": torch.where(positive_N, entropy_N, 0.0).sum() * ranks.world_size / count}
@@ -125,17 +162,15 @@ class MaskHead(nn.Module):
             aligned=self.aligned,
         )
 
-    @staticmethod
-    def _targets(
-        masks: Sequence[ImageMasks], rois_BR4: Tensor, positive_BR: Tensor, objects_BR: Tensor, size: int
-    ) -> Tensor:
-        """float32 [N, size, size]: shapes of the positives, zeros elsewhere."""
-        image_P, place_P = positive_BR.cpu().nonzero(as_tuple=True)
-        rois_P4, objects_P = rois_BR4.cpu()[image_P, place_P].numpy(), objects_BR.cpu()[image_P, place_P].numpy()
-        target_BRSS = torch.zeros((*positive_BR.shape, size, size))
-        grids = rasterise(masks, image_P.numpy(), objects_P, rois_P4, size)
-        target_BRSS[image_P, place_P] = torch.from_numpy(grids).float()
-        return target_BRSS.flatten(0, 1).to(rois_BR4.device)
+    def _targets(self, masks: Sequence[ImageMasks], positives: Positives, device: torch.device) -> Tensor:
+        """float32 [N, 2 S, 2 S] on `device`: shapes of the positives, zeros elsewhere."""
+        size = 2 * self.pool_size
+        grids = rasterise(masks, positives.image_P, positives.object_P, positives.rois_P4, size)
+        target_BRSS = torch.zeros((positives.images, positives.most, size, size), dtype=torch.bool)
+        target_BRSS[positives.image_P, positives.place_P] = torch.from_numpy(grids)
+        if device.type == "cuda":  # from pageable memory the host would wait for the copy
+            target_BRSS = target_BRSS.pin_memory()
+        return target_BRSS.to(device, non_blocking=True).flatten(0, 1).float()
 
 
 def paste(maps_DSS: Tensor, boxes_D4: Tensor, height: int, width: int, threshold: float) -> list[Any]:

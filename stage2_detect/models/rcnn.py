@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ssld.shared.distributed.ranks import ONE_RANK, Ranks
 from ssld.stage2_detect.models import postprocess
 from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
-from ssld.stage2_detect.models.mask_head import MaskHead, paste
+from ssld.stage2_detect.models.mask_head import MaskHead, paste, positives_on_host
 from ssld.stage2_detect.models.normalise import Normalise
 from ssld.stage2_detect.models.pyramid import TimmPyramid
 from ssld.stage2_detect.models.roi_heads import RoIHeads, SampledRoIs
@@ -100,13 +100,20 @@ class RCNN(nn.Module):
 
     def losses(
         self, features: Sequence[Tensor], sizes_B2: Tensor, targets: Targets, ranks: Ranks
-    ) -> tuple[dict[str, Tensor], SampledRoIs]:
-        """The losses of `forward` from feature maps, and the regions that the first box head was trained on."""
+    ) -> tuple[dict[str, Tensor], SampledRoIs, Tensor]:
+        """Compute the losses of `forward` from feature maps.
+
+        Returns:
+            The losses, the RoIs that the first box head was trained on, and its logits [N, K + 1] of them.
+        """
         proposals, losses = self.rpn(features, sizes_B2, targets)
-        roi_losses, sampled = self.roi_heads.losses(features, proposals, sizes_B2, targets, ranks)
-        if self.mask_head:
-            losses |= self.mask_head.losses(features, sampled, targets, ranks)
-        return losses | roi_losses, sampled
+        sampled = self.roi_heads.sample(proposals, targets)
+        # On the host before the box heads are launched, which a GPU then works on while masks are rasterised here.
+        positives = positives_on_host(sampled) if self.mask_head else None
+        roi_losses, logits_NK = self.roi_heads.losses(features, sampled, sizes_B2, targets, ranks)
+        if self.mask_head and positives:
+            losses |= self.mask_head.losses(features, sampled, positives, targets, ranks)
+        return losses | roi_losses, sampled, logits_NK
 
     def _find(self, features: Sequence[Tensor], images: ImageBatch) -> list[Detections]:
         """In coordinates of the network's input."""

@@ -22,8 +22,8 @@ from ssld.stage2_detect.models.batch import Targets
 from ssld.stage2_detect.models.dense_head import DenseHead
 
 _WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the deltas
-_OCTAVE = 4  # strides of an anchor's side, times 2^0, 2^(1/3), 2^(2/3)
-_SCALES = 3
+_OCTAVE = 4  # side of a level's smallest square anchor, in strides
+_SCALES = tuple(2 ** (third / 3) for third in range(3))
 
 
 class RetinaNet(nn.Module):
@@ -64,7 +64,7 @@ class RetinaNet(nn.Module):
         self.head = DenseHead(
             classes=classes,
             channels=channels,
-            anchors_per_cell=_SCALES * len(ratios),
+            anchors_per_cell=len(_SCALES) * len(ratios),
             box_values=4,
             levels=len(strides),
             convolutions=convolutions,
@@ -79,19 +79,15 @@ class RetinaNet(nn.Module):
         return logits_BAK, deltas_BA4
 
     def anchors(self, grids: Grids, device: torch.device) -> Tensor:
-        """Anchors [A, 4] of levels with these grids; in a cell, the ratios of each scale stand together."""
-        scales = [
-            grid_anchors(
-                grids,
-                device,
-                strides=self.strides,
-                sizes=[_OCTAVE * stride * 2 ** (number / _SCALES) for stride in self.strides],
-                ratios=self.ratios,
-            )
-            for number in range(_SCALES)
-        ]
-        shapes = len(self.ratios)
-        return torch.stack([one.view(-1, shapes, 4) for one in scales], dim=1).view(-1, 4)
+        """Make the anchors [A, 4] of levels with these grids; in a cell, the ratios of each scale are adjacent."""
+        return grid_anchors(
+            grids,
+            device,
+            strides=self.strides,
+            sizes=[_OCTAVE * stride for stride in self.strides],
+            ratios=self.ratios,
+            scales=_SCALES,
+        )
 
     def assign(self, grids: Grids, sizes_B2: Tensor, targets: Targets) -> Assignment:
         """Which object each anchor is to find; -1 among the labels are anchors that do not count."""

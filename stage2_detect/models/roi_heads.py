@@ -53,9 +53,7 @@ class SampledRoIs:
     positive_BR: Tensor
     """bool; implies valid."""
     objects_BR: Tensor
-    """int64 index of the RoI's object in the targets; of meaning for positives only."""
-    logits_NK: Tensor
-    """float32 of the first stage, with gradient."""
+    """int64 index of the RoI's object in the targets; meaningful for positives only."""
 
 
 class BoxHead(nn.Module):
@@ -135,39 +133,46 @@ class RoIHeads(nn.Module):
             for _ in stages
         )
 
+    @torch.no_grad()
+    def sample(self, proposals: Proposals, targets: Targets) -> SampledRoIs:
+        """Sample the RoIs of the first stage's losses from the proposals and the objects; each image's positives come first."""
+        rois_BR4, valid_BR = _with_objects(proposals.boxes_BR4, proposals.valid_BR, targets)
+        assigned = self._assign(self.stages[0], rois_BR4, targets)
+        positive_BR = valid_BR & (assigned.labels_BA == 1)
+        chosen = self._choose(positive_BR, valid_BR, assigned.ious_BA, targets.seeds_B)
+        return SampledRoIs(
+            boxes.take(rois_BR4, chosen.index_BS),
+            chosen.valid_BS,
+            chosen.positive_BS,
+            assigned.objects_BA.gather(1, chosen.index_BS),
+        )
+
     def losses(
         self,
         features: Sequence[Tensor],
-        proposals: Proposals,
+        sampled: SampledRoIs,
         sizes_B2: Tensor,
         targets: Targets,
         ranks: Ranks = ONE_RANK,
-    ) -> tuple[dict[str, Tensor], SampledRoIs]:
-        """`loss_cls` and `loss_box`, with several stages each with its number behind it, as `loss_cls_0`; and the RoIs of
-        the first stage.
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Compute the losses of all stages.
+
+        Returns:
+            `loss_cls` and `loss_box`, with several stages each followed by its number, as `loss_cls_0`; and the first
+            stage's float32 logits [N, K + 1] of the sampled RoIs, with gradient.
         """
-        present_BG = targets.labels_BG >= 0
-        rois_BR4, valid_BR = proposals.boxes_BR4, proposals.valid_BR
+        rois_BR4, valid_BR = sampled.rois_BR4, sampled.valid_BR
+        positive_BR, objects_BR = sampled.positive_BR, sampled.objects_BR
         losses: dict[str, Tensor] = {}
+        logits: list[Tensor] = []
         for number, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
-            if number == 0 or self.add_gt_each_stage:
-                rois_BR4 = torch.cat((rois_BR4, targets.boxes_BG4), dim=1)
-                valid_BR = torch.cat((valid_BR, present_BG), dim=1)
-            assigned = assign.assign(
-                rois_BR4,
-                targets.boxes_BG4,
-                present_BG,
-                positive_iou=stage.positive_iou,
-                negative_iou=stage.positive_iou,
-            )
-            positive_BR, objects_BR = valid_BR & (assigned.labels_BA == 1), assigned.objects_BA
-            if number == 0:
-                chosen = self._sample(positive_BR, valid_BR, assigned.ious_BA, targets.seeds_B)
-                rois_BR4, objects_BR = boxes.take(rois_BR4, chosen.index_BS), objects_BR.gather(1, chosen.index_BS)
-                valid_BR, positive_BR = chosen.valid_BS, chosen.positive_BS
+            if number > 0:
+                if self.add_gt_each_stage:
+                    rois_BR4, valid_BR = _with_objects(rois_BR4, valid_BR, targets)
+                assigned = self._assign(stage, rois_BR4, targets)
+                positive_BR, objects_BR = valid_BR & (assigned.labels_BA == 1), assigned.objects_BA
             logits_NK, deltas_ND4 = head(self._pool(features, rois_BR4, valid_BR))
-            if number == 0:
-                sampled = SampledRoIs(rois_BR4, valid_BR, positive_BR, objects_BR, logits_NK)
+            logits.append(logits_NK)
             loss_cls, loss_box = self._stage_losses(
                 stage, logits_NK, deltas_ND4, rois_BR4, valid_BR, positive_BR, objects_BR, targets, ranks
             )
@@ -176,7 +181,7 @@ class RoIHeads(nn.Module):
             if number + 1 < len(self.stages):
                 rois_BR4 = self._refine(stage, deltas_ND4, rois_BR4, sizes_B2)
                 valid_BR = valid_BR & (boxes.area(rois_BR4) > 0)
-        return losses, sampled
+        return losses, logits[0]
 
     def classify(self, features: Sequence[Tensor], rois_BR4: Tensor, valid_BR: Tensor) -> Tensor:
         """float32 logits [N, K + 1] of the first stage for given RoIs, in coordinates of the network's input; for RoIs that
@@ -234,7 +239,16 @@ class RoIHeads(nn.Module):
             aligned=self.aligned,
         )
 
-    def _sample(self, positive_BR: Tensor, valid_BR: Tensor, ious_BR: Tensor, seeds_B: Tensor) -> sampling.Sample:
+    def _assign(self, stage: BoxStage, rois_BR4: Tensor, targets: Targets) -> assign.Assignment:
+        return assign.assign(
+            rois_BR4,
+            targets.boxes_BG4,
+            targets.labels_BG >= 0,
+            positive_iou=stage.positive_iou,
+            negative_iou=stage.positive_iou,
+        )
+
+    def _choose(self, positive_BR: Tensor, valid_BR: Tensor, ious_BR: Tensor, seeds_B: Tensor) -> sampling.Sample:
         R = valid_BR.shape[1]
         count, fraction = self.samples_per_image, self.positive_fraction
         labels_BR = torch.where(valid_BR, positive_BR.long(), -1)
@@ -285,3 +299,8 @@ class RoIHeads(nn.Module):
     def _refine(self, stage: BoxStage, deltas_N14: Tensor, rois_BR4: Tensor, sizes_B2: Tensor) -> Tensor:
         deltas_BR4 = deltas_N14.detach()[:, 0].view(rois_BR4.shape)
         return boxes.clip(boxes.decode(deltas_BR4, rois_BR4, stage.delta_weights), sizes_B2)
+
+
+def _with_objects(rois_BR4: Tensor, valid_BR: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+    """Append the objects to the RoIs."""
+    return torch.cat((rois_BR4, targets.boxes_BG4), dim=1), torch.cat((valid_BR, targets.labels_BG >= 0), dim=1)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ssld.stage2_detect.models import anchors, assign, boxes, sampling
 from ssld.stage2_detect.models.batch import Targets
 from ssld.stage2_detect.models.kernels import sparse_rpn
+from ssld.stage2_detect.models.kernels.nms import nms_masks
 
 _STREAM = 0  # of the sampling hash; the RoI heads use others
 _WEIGHTS = (1.0, 1.0, 1.0, 1.0)
@@ -163,7 +164,7 @@ class RPN(nn.Module):
             candidates.append(boxes_BN4)
             scores.append(scores_BN)
             valid.append(((boxes_BN4[..., 2:] - boxes_BN4[..., :2]) >= self.min_size).all(dim=-1))
-        kept_BN = torch.cat(boxes.nms_masks(candidates, scores, valid, self.nms_iou), dim=1)
+        kept_BN = torch.cat(nms_masks(candidates, scores, valid, self.nms_iou), dim=1)
         scores_BN = torch.cat(scores, dim=1).masked_fill(~kept_BN, -torch.inf)
         boxes_BN4 = torch.cat(candidates, dim=1)
         scores_BR, index_BR = scores_BN.topk(min(post_nms, scores_BN.shape[1]), dim=1)

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssld.shared.distributed.ranks import ONE_RANK, Ranks
 from ssld.stage2_detect.models import boxes
 from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
 from ssld.stage2_detect.models.postprocess import to_original
-from ssld.stage2_detect.models.roi_heads import BoxStage, RoIHeads
+from ssld.stage2_detect.models.roi_heads import BoxStage, RoIHeads, SampledRoIs
 from ssld.stage2_detect.models.rpn import Proposals
 
 STRIDES = (4, 8, 16, 32)
@@ -71,6 +72,15 @@ def predict_no_shift(heads: RoIHeads) -> None:
     for name, parameter in heads.named_parameters():
         if ".deltas." in name:
             torch.nn.init.zeros_(parameter)
+
+
+def losses_of(
+    heads: RoIHeads, features: list[Tensor], found: Proposals, sizes: Tensor, truth: Targets, ranks: Ranks = ONE_RANK
+) -> tuple[dict[str, Tensor], SampledRoIs, Tensor]:
+    """Losses, the RoIs that were sampled for them, and the first stage's logits of these."""
+    sampled = heads.sample(found, truth)
+    losses, logits_NK = heads.losses(features, sampled, sizes, truth, ranks)
+    return losses, sampled, logits_NK
 
 
 def detect(heads: RoIHeads, features: list[Tensor], found: Proposals, images: ImageBatch) -> list[Detections]:

@@ -97,18 +97,6 @@ def test_take() -> None:
     assert boxes.take(source[:, :0], index).shape == (2, 2, 4)
 
 
-def test_nms_by_rows_equals_torchvision_on_the_valid_boxes() -> None:
-    candidates = random_boxes(3, 200, seed=7)
-    scores = torch.rand(3, 200, generator=torch.Generator().manual_seed(8))
-    valid = torch.rand(3, 200, generator=torch.Generator().manual_seed(9)) > 0.3
-    valid[2] = False
-    kept = boxes.nms_masks([candidates], [scores], [valid], 0.5)[0]
-    for i in range(3):
-        index = valid[i].nonzero()[:, 0]
-        expected = index[ops.nms(candidates[i, index], scores[i, index], 0.5)]
-        assert kept[i].nonzero()[:, 0].tolist() == sorted(expected.tolist())
-
-
 def test_nms_by_class_equals_a_loop_over_classes() -> None:
     # Image-sized coordinates and many classes: shifting classes apart in float32 would move boxes by hundredths of a
     # pixel.
@@ -151,20 +139,3 @@ def test_the_best_of_a_nms_are_its_first(most: int, overlap: float) -> None:
     everything = boxes.class_nms(found, scores, classes, 0.5)
     assert boxes.class_nms(found, scores, classes, 0.5, most=most).tolist() == everything[:most].tolist()
     assert len(everything) < 400
-
-
-def test_nms_side_by_side_is_that_of_each_batch() -> None:
-    batches = [random_boxes(2, count, seed=count) for count in (50, 1, 200)]
-    scores = [torch.rand(batch.shape[:2], generator=torch.Generator().manual_seed(1)) for batch in batches]
-    valid = [row > 0.2 for row in scores]
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        together = boxes.nms_masks(batches, scores, valid, 0.5)
-    finally:
-        torch.set_num_threads(threads)
-    for found, batch, row, some in zip(together, batches, scores, valid, strict=True):
-        for i in range(2):
-            index = some[i].nonzero()[:, 0]
-            expected = index[ops.nms(batch[i, index], row[i, index], 0.5)]
-            assert found[i].nonzero()[:, 0].tolist() == sorted(expected.tolist())

@@ -54,7 +54,7 @@ def one_positive_more() -> Iterator[None]:
     losses = MaskHead.losses
     more = Ranks(total=lambda positives: positives + 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MaskHead, "losses", lambda head, features, sampled, targets, _: losses(head, features, sampled, targets, more))  # fmt: skip
+        patch.setattr(MaskHead, "losses", lambda *arguments: losses(*arguments[:-1], more))
         yield
 
 

@@ -13,13 +13,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.nn import functional as F
 
-from ssld.shared.distributed.ranks import Ranks
+from ssld.shared.distributed.ranks import ONE_RANK, Ranks
 from ssld.stage2_detect.data.coco import read_coco, require_masks
 from ssld.stage2_detect.data.loaders import masks_of
 from ssld.stage2_detect.data.views import View
 from ssld.stage2_detect.evaluation.coco_ap import coco_ap
 from ssld.stage2_detect.models.batch import Detections, Targets
-from ssld.stage2_detect.models.mask_head import MaskHead, paste
+from ssld.stage2_detect.models.mask_head import MaskHead, paste, positives_on_host
 from ssld.stage2_detect.models.mask_targets import ImageMasks, decode, rasterise
 from ssld.stage2_detect.models.roi_heads import SampledRoIs
 
@@ -106,12 +106,18 @@ def test_masks_follow_a_view_as_boxes_do(tmp_path: Path) -> None:
 def sampled(positive: list[list[bool]], objects: list[list[int]]) -> SampledRoIs:
     flags = torch.tensor(positive)
     boxes = torch.tensor([0.0, 0, 40, 32]).repeat(*flags.shape, 1) + 3.0 * torch.arange(flags.shape[1])[None, :, None]
-    return SampledRoIs(boxes, torch.ones_like(flags), flags, torch.tensor(objects), torch.zeros(flags.numel(), 3))
+    return SampledRoIs(boxes, torch.ones_like(flags), flags, torch.tensor(objects))
 
 
 def head(**options: Any) -> MaskHead:
     torch.manual_seed(0)
     return MaskHead(classes=2, channels=4, hidden=6, convolutions=2, pool_size=7, **options)
+
+
+def loss_of(
+    model: MaskHead, features: list[torch.Tensor], rois: SampledRoIs, truth: Targets, ranks: Ranks = ONE_RANK
+) -> torch.Tensor:
+    return model.losses(features, rois, positives_on_host(rois), truth, ranks)["loss_mask"]
 
 
 def test_loss_is_the_mean_over_positives_of_the_objects_class() -> None:
@@ -126,13 +132,13 @@ def test_loss_is_the_mean_over_positives_of_the_objects_class() -> None:
     features = [torch.randn(3, 4, 64 // stride, 64 // stride) for stride in (4, 8, 16, 32)]
     rois = sampled([[False, True, True], [True, False, False], [False] * 3], [[0, 1, 0], [0, 0, 0], [0, 0, 0]])
     model = head()
-    loss = model.losses(features, rois, targets)["loss_mask"]
+    loss = loss_of(model, features, rois, targets)
     total, count = 0.0, 0
     for image, place in rois.positive_BR.nonzero().tolist():
         number = int(rois.objects_BR[image, place])
         one = sampled([[True]], [[0]])
         box = rois.rois_BR4[image, place]
-        one = SampledRoIs(box[None, None], one.valid_BR, one.positive_BR, one.objects_BR, one.logits_NK)
+        one = SampledRoIs(box[None, None], one.valid_BR, one.positive_BR, one.objects_BR)
         logits = model(model._pool([f[image : image + 1] for f in features], one.rois_BR4, one.valid_BR))
         label = int(targets.labels_BG[image, number])
         wanted = rasterise(masks, np.array([image]), np.array([number]), box[None].numpy(), 14)
@@ -149,21 +155,20 @@ def test_ranks_add_up_to_the_whole_batch() -> None:
     labels, boxes, seeds = torch.tensor([[1, 0], [0, -1]]), torch.zeros(2, 2, 4), torch.zeros(2).long()
     features = [torch.randn(2, 4, 64 // stride, 64 // stride) for stride in (4, 8, 16, 32)]
     positive, objects = [[True, True], [True, False]], [[0, 1], [0, 0]]
-    whole = head().losses(features, sampled(positive, objects), Targets(boxes, labels, seeds, masks=masks))
+    whole = loss_of(head(), features, sampled(positive, objects), Targets(boxes, labels, seeds, masks=masks))
     both = Ranks(2, lambda count: 0 * count + 3)
     ranks = [
-        head()
-        .losses(
+        loss_of(
+            head(),
             [feature[rank : rank + 1] for feature in features],
             sampled(positive[rank : rank + 1], objects[rank : rank + 1]),
             Targets(boxes[:1], labels[rank : rank + 1], seeds[:1], masks=masks[rank : rank + 1]),
             both,
-        )["loss_mask"]
-        .item()
+        ).item()
         for rank in range(2)
     ]
     assert ranks[0] != pytest.approx(ranks[1], rel=0.1)
-    assert sum(ranks) / 2 == pytest.approx(whole["loss_mask"].item(), rel=1e-5)
+    assert sum(ranks) / 2 == pytest.approx(whole.item(), rel=1e-5)
 
 
 def test_loss_without_positives_is_zero_and_so_are_its_gradients() -> None:
@@ -171,7 +176,7 @@ def test_loss_without_positives_is_zero_and_so_are_its_gradients() -> None:
     model = head()
     for labels in (torch.tensor([[1]]), torch.zeros(1, 0).long()):
         targets = Targets(torch.zeros(*labels.shape, 4), labels, torch.zeros(1).long(), masks=(ImageMasks((), 40, 64),))
-        loss = model.losses(features, sampled([[False, False]], [[0, 0]]), targets)["loss_mask"]
+        loss = loss_of(model, features, sampled([[False, False]], [[0, 0]]), targets)
         loss.backward()
         assert loss.item() == 0
         assert all(p.grad is not None and not p.grad.any() for p in model.parameters())

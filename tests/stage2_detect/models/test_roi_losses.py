@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_roi_heads import SIZES, STRIDES, WEIGHTS, K, cascade, make, maps, proposals, targets
+from tiny_roi_heads import SIZES, STRIDES, WEIGHTS, K, cascade, losses_of, make, maps, proposals, targets
 from torch import Tensor
 from torchvision import ops
 
@@ -35,7 +35,7 @@ def _losses_by_numpy(heads: RoIHeads, rois: Tensor, labels: list[int], wanted: T
 def test_losses_equal_numpy() -> None:
     heads = make(samples_per_image=10_000, positive_fraction=1.0)
     found, truth = proposals(), targets()
-    losses, _ = heads.losses(maps(), found, SIZES, truth)
+    losses, *_ = losses_of(heads, maps(), found, SIZES, truth)
     rois, labels, wanted = [], [], []
     for i in range(2):
         present = truth.labels_BG[i] >= 0
@@ -67,7 +67,7 @@ def halves_of(found: Proposals, truth: Targets) -> list[tuple[list[Tensor], Prop
 def test_ranks_add_up_to_the_whole_batch() -> None:
     """Counts summed over ranks, gradients averaged over ranks: the whole batch's loss is the mean of the ranks' losses."""
     found, truth = proposals(), targets()
-    whole, _ = make(samples_per_image=20).losses(maps(), found, SIZES, truth)
+    whole, *_ = losses_of(make(samples_per_image=20), maps(), found, SIZES, truth)
     counts: list[Tensor] = []
     halves = halves_of(found, truth)
 
@@ -76,10 +76,10 @@ def test_ranks_add_up_to_the_whole_batch() -> None:
         return count
 
     for half in halves:
-        make(samples_per_image=20).losses(*half, Ranks(total=note))
+        losses_of(make(samples_per_image=20), *half, Ranks(total=note))
     assert len(counts) == 2
     both = Ranks(2, lambda _: counts[0] + counts[1])
-    ranks = [make(samples_per_image=20).losses(*half, both)[0] for half in halves]
+    ranks = [losses_of(make(samples_per_image=20), *half, both)[0] for half in halves]
     for name in whole:
         assert (ranks[0][name] + ranks[1][name]).item() / 2 == pytest.approx(whole[name].item(), rel=1e-5)
 
@@ -88,7 +88,7 @@ def test_ranks_add_up_to_the_whole_batch() -> None:
 def test_no_objects_train_background_alone(slots: int) -> None:
     heads = make()
     empty = Targets(torch.zeros(2, slots, 4), torch.full((2, slots), -1), torch.arange(2))
-    losses, _ = heads.losses(maps(), proposals(), SIZES, empty)
+    losses, *_ = losses_of(heads, maps(), proposals(), SIZES, empty)
     assert losses["loss_box"].item() == 0
     assert losses["loss_cls"].item() > 0
     torch.stack(list(losses.values())).sum().backward()
@@ -101,7 +101,7 @@ def test_no_roi_at_all_is_a_loss_of_zero() -> None:
     heads = make()
     nothing = Proposals(torch.zeros(2, 6, 4), torch.zeros(2, 6, dtype=torch.bool))
     empty = Targets(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64), torch.arange(2))
-    losses, _ = heads.losses(maps(), nothing, SIZES, empty)
+    losses, *_ = losses_of(heads, maps(), nothing, SIZES, empty)
     assert [loss.item() for loss in losses.values()] == [0, 0]
     torch.stack(list(losses.values())).sum().backward()
     assert all(p.grad is not None and (p.grad == 0).all() for p in heads.parameters())
@@ -124,7 +124,7 @@ LOSSES = [
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
 def test_box_losses_are_of_positives_and_their_class(loss: BoxLoss, class_agnostic: bool) -> None:
     heads, truth = make(samples_per_image=40, box_loss=loss, class_agnostic=class_agnostic), targets()
-    losses, sampled = heads.losses(maps(), proposals(), SIZES, truth)
+    losses, sampled, _ = losses_of(heads, maps(), proposals(), SIZES, truth)
     pooled = pooling.pool_rois(maps(), sampled.rois_BR4, sampled.valid_BR, strides=STRIDES, size=3)
     deltas = heads.heads[0](pooled)[1].unflatten(0, (2, -1))
     total, positives = 0.0, 0
@@ -145,7 +145,7 @@ def test_ranks_agree_on_positives_too() -> None:
     """Where the loss is divided by the positives, they are those of all ranks."""
     found, truth = proposals(), targets()
     options: dict[str, Any] = {"samples_per_image": 20, "box_loss": LOSSES[-1]}
-    whole, _ = make(**options).losses(maps(), found, SIZES, truth)
+    whole, *_ = losses_of(make(**options), maps(), found, SIZES, truth)
     halves = halves_of(found, truth)
     counts: list[Tensor] = []
 
@@ -154,14 +154,14 @@ def test_ranks_agree_on_positives_too() -> None:
         return count
 
     for half in halves:
-        make(**options).losses(*half, Ranks(total=note))
+        losses_of(make(**options), *half, Ranks(total=note))
     assert len(counts) == 4  # RoIs and positives of either rank
     sums = [counts[0] + counts[2], counts[1] + counts[3]]
     ranks = []
     for half in halves:
         answers = iter(sums)
         both = Ranks(2, lambda _, answers=answers: next(answers))  # type: ignore[misc]
-        ranks.append(make(**options).losses(*half, both)[0])
+        ranks.append(losses_of(make(**options), *half, both)[0])
     for name in whole:
         assert (ranks[0][name] + ranks[1][name]).item() / 2 == pytest.approx(whole[name].item(), rel=1e-5)
 
@@ -175,7 +175,7 @@ def test_no_object_gives_zeros_whatever_is_predicted(loss: BoxLoss, rois: int) -
     found = proposals()
     found = Proposals(found.boxes_BR4, found.valid_BR & (torch.arange(30) < rois))
     empty = Targets(torch.zeros(2, 1, 4), torch.full((2, 1), -1), torch.arange(2))
-    losses, _ = heads.losses(maps(), found, SIZES, empty)
+    losses, *_ = losses_of(heads, maps(), found, SIZES, empty)
     assert all(losses[f"loss_box_{number}"].item() == 0 for number in range(3))
     torch.stack(list(losses.values())).sum().backward()
     for name, parameter in heads.named_parameters():

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_roi_heads import SIZES, K, make, maps, proposals, targets
+from tiny_roi_heads import SIZES, K, losses_of, make, maps, proposals, targets
 from torch import Tensor
 from torchvision import ops
 
@@ -19,10 +19,10 @@ def test_sampled_counts() -> None:
         counts.append(int(count))
         return count
 
-    make(samples_per_image=12).losses(maps(), proposals(), SIZES, targets(), Ranks(total=note))
+    losses_of(make(samples_per_image=12), maps(), proposals(), SIZES, targets(), Ranks(total=note))
     assert counts == [24]
     counts.clear()
-    make(samples_per_image=1000).losses(maps(), proposals(), SIZES, targets(), Ranks(total=note))
+    losses_of(make(samples_per_image=1000), maps(), proposals(), SIZES, targets(), Ranks(total=note))
     found = proposals()  # at most a quarter of 1,000 are positive, so everything is taken
     assert counts == [int(found.valid_BR.sum()) + 5]
 
@@ -30,7 +30,7 @@ def test_sampled_counts() -> None:
 def test_the_sampled_rois_are_those_of_the_loss() -> None:
     heads: Any = make(samples_per_image=16)
     truth = targets()
-    losses, sampled = heads.losses(maps(), proposals(), SIZES, truth)
+    losses, sampled, logits_NK = losses_of(heads, maps(), proposals(), SIZES, truth)
     assert sampled.rois_BR4.shape == (2, 16, 4)
     assert not sampled.rois_BR4.requires_grad
     assert not (sampled.positive_BR & ~sampled.valid_BR).any()
@@ -42,13 +42,11 @@ def test_the_sampled_rois_are_those_of_the_loss() -> None:
             iou = ops.box_iou(roi[None], truth.boxes_BG4[i][truth.labels_BG[i] >= 0])[0]
             assert iou.argmax() == index
             assert iou.max() >= 0.5
-    torch.testing.assert_close(heads.classify(maps(), sampled.rois_BR4, sampled.valid_BR), sampled.logits_NK)
+    torch.testing.assert_close(heads.classify(maps(), sampled.rois_BR4, sampled.valid_BR), logits_NK)
     classes = torch.where(sampled.positive_BR, truth.labels_BG.gather(1, sampled.objects_BR), K)
-    expected = torch.nn.functional.cross_entropy(
-        sampled.logits_NK[sampled.valid_BR.flatten()], classes[sampled.valid_BR]
-    )
+    expected = torch.nn.functional.cross_entropy(logits_NK[sampled.valid_BR.flatten()], classes[sampled.valid_BR])
     torch.testing.assert_close(losses["loss_cls"], expected)
-    sampled.logits_NK.sum().backward()
+    logits_NK.sum().backward()
     assert heads.heads[0].fc1.weight.grad is not None
     assert heads.heads[0].fc1.weight.grad.abs().sum() > 0
 
@@ -56,7 +54,7 @@ def test_the_sampled_rois_are_those_of_the_loss() -> None:
 @pytest.mark.parametrize("kind", ["random", "first", "libra"])
 def test_kinds_of_sampling(kind: Any) -> None:
     heads, found, truth = make(samples_per_image=12, sampling=kind, libra_bins=4), proposals(), targets()
-    _, sampled = heads.losses(maps(), found, SIZES, truth)
+    _, sampled, _ = losses_of(heads, maps(), found, SIZES, truth)
     rois = torch.cat((found.boxes_BR4, truth.boxes_BG4), dim=1)
     valid = torch.cat((found.valid_BR, truth.labels_BG >= 0), dim=1)
     assigned = assign.assign(rois, truth.boxes_BG4, truth.labels_BG >= 0, positive_iou=0.5, negative_iou=0.5)

@@ -12,6 +12,7 @@ from tiny_roi_heads import (
     K,
     cascade,
     detect,
+    losses_of,
     make,
     maps,
     predict_no_shift,
@@ -49,7 +50,7 @@ def test_later_stages_relabel_the_refined_rois_of_the_first() -> None:
     heads = make(stages=stages, class_agnostic=True, samples_per_image=1000, positive_fraction=1.0)
     predict_no_shift(heads)
     truth, found = targets(), proposals()
-    losses, _ = heads.losses(maps(), found, SIZES, truth)
+    losses, *_ = losses_of(heads, maps(), found, SIZES, truth)
     assert list(losses) == ["loss_cls_0", "loss_box_0", "loss_cls_1", "loss_box_1", "loss_cls_2", "loss_box_2"]
     for number, stage in enumerate(stages):
         total, count = 0.0, 0
@@ -112,7 +113,7 @@ def test_objects_are_appended_again_at_each_stage() -> None:
     heads = cascade(add_gt_each_stage=True)
     predict_no_shift(heads)
     found, truth = proposals(), targets()
-    losses, sampled = heads.losses(maps(), found, SIZES, truth, Ranks(total=note))
+    losses, sampled, _ = losses_of(heads, maps(), found, SIZES, truth, Ranks(total=note))
     valid = int(found.valid_BR.sum())
     assert counts == [valid + 5, valid + 10, valid + 15]
     assert sampled.valid_BR.sum() == valid + 5
@@ -139,7 +140,7 @@ def test_refined_rois_without_area_drop_out() -> None:
     with torch.no_grad():
         heads.heads[0].deltas.bias[0] = 10.0  # to the right by the RoI's own width
     found, truth = proposals(), targets()
-    losses, sampled = heads.losses(maps(), found, SIZES, truth, Ranks(total=note))
+    losses, sampled, _ = losses_of(heads, maps(), found, SIZES, truth, Ranks(total=note))
     left = sampled.rois_BR4[..., 2] < SIZES[:, 1:]
     assert counts[0] == sampled.valid_BR.sum()
     assert counts[1] == counts[2] == (sampled.valid_BR & left).sum()
@@ -163,7 +164,7 @@ def test_bf16_keeps_geometry_in_float32(monkeypatch: pytest.MonkeyPatch) -> None
     for head in heads.heads:
         head.register_forward_hook(lambda _module, _args, out: deltas.append(out[1].detach()))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses, _ = heads.losses(features, proposals(), SIZES, targets())
+        losses, *_ = losses_of(heads, features, proposals(), SIZES, targets())
     assert all(loss.dtype == torch.float32 for loss in losses.values())
     for number in range(2):
         assert torch.equal(deltas[number], deltas[number].bfloat16().float()), "the head did compute in bf16"
