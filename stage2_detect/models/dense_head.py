@@ -76,7 +76,7 @@ def _tower(channels: int, convolutions: int, *, norm: bool, bias: bool) -> nn.Se
         layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=bias))
         if norm:
             layers.append(nn.GroupNorm(groups, channels))
-        layers.append(nn.ReLU())
+        layers.append(nn.ReLU(inplace=True))  # neither a convolution nor GroupNorm needs its own output to go back
     return nn.Sequential(*layers)
 
 

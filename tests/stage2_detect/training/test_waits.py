@@ -1,7 +1,7 @@
-"""Where a training step waits for a GPU: only where a shape depends on what the network said and cannot be padded."""
+"""Waits of the host for a GPU in a training step: only where what is done next depends on values, and each once for the whole batch."""
 
+import collections
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,55 +12,83 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssld.shared.models.backbones import InputSettings
+from ssld.stage2_detect.distill_config import ADLConfig, LDConfig
+from ssld.stage2_detect.distillation.dense import DistilledDense
+from ssld.stage2_detect.distillation.rcnn import DistilledRCNN
+from ssld.stage2_detect.distillation.teacher import FrozenDetector
 from ssld.stage2_detect.model_config import DetectorConfig
-from ssld.stage2_detect.models import boxes, kernels
+from ssld.stage2_detect.models import kernels, rpn
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.build import build_detector
 from ssld.stage2_detect.models.mask_targets import ImageMasks
 
 ROOT = Path(__file__).resolve().parents[3]
 SHAPE = [[[5.0, 5.0, 30.0, 5.0, 30.0, 30.0, 5.0, 30.0]]]
-# Two fill the shapes of masks in on the host. GFL's box losses are of its positives alone, a few of many thousand places.
+B = 4
+# NMS ends when a round changes nothing; masks are rasterised on the host.
+NMS_ALONE = {"nms.py": 1}
 WAITS = {
-    "faster_rcnn": {"boxes.py": {"torchvision::nms"}},
-    "cascade_rcnn": {"boxes.py": {"torchvision::nms"}},
-    "mask_rcnn": {"boxes.py": {"torchvision::nms"}, "mask_head.py": {"aten::_local_scalar_dense", "aten::nonzero"}},
+    "faster_rcnn": NMS_ALONE,
+    "pss_det": NMS_ALONE,
+    "cascade_rcnn": NMS_ALONE,
+    "mask_rcnn": {"nms.py": 1, "mask_head.py": 1},
     "retinanet": {},
-    "gfl": {"gfl.py": {"aten::index", "aten::index_put_"}},
+    "gfl": {},
+    "faster_rcnn under pkd": NMS_ALONE,
+    "gfl under ld": {},
+    "retinanet under adl": {},
 }
+PSS_DET = {"box_loss": {"name": "ciou", "weight": 10.0}, "sampling": "libra"}
 
 
 class Waits(TorchDispatchMode):
-    """Notes the operations whose result's size or value the host has to know, by the file of ours that asks for them."""
+    """Counts, by file of the project, the operations whose result's size or value the host has to know."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.by_file: dict[str, set[str]] = {}
+        self.by_file: collections.Counter[str] = collections.Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
-        if name.startswith("aten::index"):  # by positions it has the size of these, by truth values one that they tell
+        if name.startswith("aten::index"):  # the size of the result is known, unless the indices are truth values
             indices = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ()
             waits = any(isinstance(one, torch.Tensor) and one.dtype == torch.bool for one in indices)
         else:
             waits = bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
         if waits or name == "torchvision::nms":
-            files = [Path(frame.filename).resolve() for frame in traceback.extract_stack()]
-            ours = [file.name for file in files if file.is_relative_to(ROOT / "stage2_detect")]
-            if ours:  # else it is the backward pass of what is noted already
-                self.by_file.setdefault(ours[-1], set()).add(name)
+            self.note()
         return func(*args, **(kwargs or {}))
 
+    def note(self) -> None:
+        files = [Path(frame.filename).resolve() for frame in traceback.extract_stack()]
+        own = [file.name for file in files if file.is_relative_to(ROOT / "stage2_detect")]
+        if own:  # else it is the backward pass of an operation that is counted already
+            self.by_file[own[-1]] += 1
 
-def detector(kind: str) -> nn.Module:
+
+def detector(kind: str, device: str = "cpu") -> nn.Module:
+    """A detector of a kind, or such a student under a teacher of its own kind on `device`."""
+    own_kind, _, terms = kind.partition(" under ")
+    student = plain_detector(own_kind)
+    if not terms:
+        return student
+    teacher = FrozenDetector(plain_detector(own_kind).to(device))
+    if terms == "pkd":
+        return DistilledRCNN(student, teacher).train()
+    config = ADLConfig() if terms == "adl" else LDConfig(imitation_weight=1.0, imitated_cells="gi")
+    return DistilledDense(student, teacher, config, pkd_weight=1.0).train()
+
+
+def plain_detector(kind: str) -> Any:
     torch.manual_seed(0)
     settings = {
-        "kind": kind,
+        "kind": "faster_rcnn" if kind == "pss_det" else kind,
         "fpn_channels": 16,
-        "roi": {"hidden": 32, "samples_per_image": 24, "sampling": "libra"},
+        "roi": {"hidden": 32, "samples_per_image": 24, **(PSS_DET if kind == "pss_det" else {})},
         "rpn": {"post_nms_top_n_train": 40, "anchor_sizes": [8, 16, 32, 64, 128]},
         "mask": {"hidden": 8},
         "dense": {"convolutions": 1},
+        "dcn_strides": [16] if kind == "pss_det" else [],
     }
     body = timm.create_model("test_resnet", features_only=True)
     inputs = InputSettings((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), (0, 0), "bilinear", False)
@@ -69,11 +97,11 @@ def detector(kind: str) -> nn.Module:
 
 
 def batch() -> tuple[ImageBatch, Targets]:
-    pixels = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    images = ImageBatch(pixels, torch.tensor([[64, 64], [60, 50]]), torch.ones(2))
-    objects = torch.tensor([[[5.0, 5, 30, 30]], [[10, 10, 40, 40]]])
-    shapes = tuple(ImageMasks(tuple(SHAPE), 64, 64) for _ in range(2))
-    return images, Targets(objects, torch.tensor([[1], [2]]), torch.tensor([3, 4]), masks=shapes)
+    pixels = torch.randint(0, 256, (B, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = ImageBatch(pixels, torch.tensor([[64, 64], [60, 50]] * 2), torch.ones(B))
+    objects = torch.tensor([[[5.0, 5, 30, 30]], [[10, 10, 40, 40]]]).repeat(2, 1, 1)
+    shapes = tuple(ImageMasks(tuple(SHAPE), 64, 64) for _ in range(B))
+    return images, Targets(objects, torch.tensor([[1], [2]] * 2), torch.arange(B), masks=shapes)
 
 
 def step(model: nn.Module, images: ImageBatch, targets: Targets, optimizer: torch.optim.Optimizer) -> None:
@@ -82,40 +110,37 @@ def step(model: nn.Module, images: ImageBatch, targets: Targets, optimizer: torc
     optimizer.zero_grad()
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """NMS in this thread, which is the one that is watched."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("kind", WAITS)
-def test_a_step_waits_for_nms_alone(kind: str, one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waits_of_a_step(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "on_host", lambda tensor: False)  # as on a GPU
     model, (images, targets) = detector(kind), batch()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    step(model, images, targets, optimizer)  # anchors are made once
-    with Waits() as found:
+    with Waits() as waits, monkeypatch.context() as patch:
+        copy = torch.Tensor.cpu
+
+        def cpu(tensor: torch.Tensor) -> torch.Tensor:
+            waits.note()
+            return copy(tensor)
+
+        patch.setattr(torch.Tensor, "cpu", cpu)
         step(model, images, targets, optimizer)
-    assert found.by_file == WAITS[kind]
+    assert waits.by_file == WAITS[kind]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to wait for")
-@pytest.mark.parametrize("kind", ["faster_rcnn", "cascade_rcnn", "retinanet"])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", [kind for kind in WAITS if kind != "mask_rcnn"])
 def test_cuda_sees_no_other_wait(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, (images, targets) = detector(kind).cuda(), batch()
+    model, (images, targets) = detector(kind, "cuda").cuda(), batch()
     images, targets = images.to("cuda"), targets.to("cuda")
-    torchvisions = boxes.nms
+    nms_masks = rpn.nms_masks
 
-    def nms(*arguments: Any) -> torch.Tensor:
+    def watched(*arguments: Any) -> list[torch.Tensor]:
         torch.cuda.set_sync_debug_mode("default")
-        kept: torch.Tensor = torchvisions(*arguments)
+        kept = nms_masks(*arguments)
         torch.cuda.set_sync_debug_mode("error")
         return kept
 
-    monkeypatch.setattr(boxes, "nms", nms)
+    monkeypatch.setattr(rpn, "nms_masks", watched)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     step(model, images, targets, optimizer)
     torch.cuda.set_sync_debug_mode("error")
