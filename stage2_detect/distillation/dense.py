@@ -1,12 +1,13 @@
-"""A one-stage teacher teaches a one-stage student with the same head: LD under a GFL teacher, adaptive distillation under a RetinaNet one.
+"""Distillation of a one-stage student from a teacher with the same head: LD for GFL, adaptive distillation for RetinaNet.
 
-LD (arXiv 2102.12252; HikariTJU/LD@4287990c, ld_head.py) compares the heads' raw logits on the same batch: distributions of distances and classes on
-the student's positives (main) and on the cells around them or all negatives (VLR). ADL (arXiv 1901.00366;
-Tangshitao/Semi-supervised-Adaptive-Distillation@3244dfa) compares classes on every anchor that counts. Imitation compares feature maps at chosen
-cells, on levels without positives too, which the released code leaves out; PKD (arXiv 2207.02039) compares them all over, for either kind.
+LD (arXiv 2102.12252; HikariTJU/LD@4287990c, ld_head.py) compares the heads' logits on the same batch: distributions of distances and classes at the
+student's positives (main) and at the cells around them or all negatives (VLR). ADL (arXiv 1901.00366;
+Tangshitao/Semi-supervised-Adaptive-Distillation@3244dfa) compares classes at every anchor that is not ignored. Imitation compares feature maps at
+chosen cells, also on levels without positives, which the released code leaves out. PKD (arXiv 2207.02039) compares feature maps at all cells, for
+either kind.
 
-LD's released sums are of a process, undivided, so that their strength follows its number of images; `reference` is that. `global` is twice the sum
-over the images of the global batch, which is the same at two images a process, on any number of ranks.
+In the released code of LD, sums over the images of a process are not divided, so the strength of the terms depends on their number: `reference`.
+`global` is twice the mean over the images of the global batch: equal to `reference` at two images per process, on any number of ranks.
 
 Shapes: B images, A anchors of all levels, K classes, E bins of a distance, C channels.
 """
@@ -36,7 +37,7 @@ from ssld.stage2_detect.models.gfl import GFL
 from ssld.stage2_detect.models.retinanet import RetinaNet
 
 _SIDES = 4
-_RELEASED_IMAGES = 2  # a process, at which `global` equals `reference`
+_RELEASED_IMAGES = 2  # images per process at which `global` equals `reference`
 
 
 class DistilledDense(nn.Module):
@@ -44,16 +45,16 @@ class DistilledDense(nn.Module):
     terms; in eval mode `model(images)` -> the student's detections.
 
     Args:
-        student: its own losses stay as they are.
-        teacher: of the same classes and anchors; no part of this module's parameters, buffers or state.
+        student: detector to train; its own losses stay as they are.
+        teacher: detector of the same classes and anchors; not part of this module's parameters, buffers or state.
         terms: `LDConfig` for a GFL student, `ADLConfig` for a RetinaNet.
-        pkd_weight: of `loss_pkd`, over P3..P7; 0 leaves it out.
+        pkd_weight: factor on `loss_pkd`, over P3..P7; 0 leaves it out.
 
     Attributes:
-        adapters: one a level where the teacher's maps have another width and `loss_pkd` is on, else empty.
+        adapters: one per level if the teacher's maps have another width and `loss_pkd` is on, else empty.
 
     Raises:
-        UserError: the teacher's head is of another kind, or has other anchors or bins; or maps of another width are to be imitated.
+        UserError: the teacher's head is of another kind, or has other anchors or bins; or imitation is on and its maps have another width.
     """
 
     def __init__(
@@ -80,9 +81,9 @@ class DistilledDense(nn.Module):
             detections: list[Detections] = self.student(images)
             return detections
         assert targets is not None, "training needs targets"
-        features, guides = self.student.features(images), self.teacher.features(images)
+        features, teacher_features = self.student.features(images), self.teacher.features(images)
         head, terms = self.student.dense, self.terms
-        outputs, teacher_outputs = head(features), self.teacher.outputs(guides)
+        outputs, teacher_outputs = head(features), self.teacher.outputs(teacher_features)
         grids, sizes_B2 = grids_of(features), images.sizes_B2
         losses: dict[str, Tensor] = {}
         if isinstance(head, GFL) and isinstance(terms, LDConfig):
@@ -91,19 +92,21 @@ class DistilledDense(nn.Module):
             )
             if terms.imitation_weight:
                 cells_BA = imitated_cells(terms, head, outputs, teacher_outputs, grids, sizes_B2, targets)
-                error = _map_error(features, guides, cells_BA, terms, self.student.ranks)
+                error = _map_error(features, teacher_features, cells_BA, terms, self.student.ranks)
                 losses["loss_imitation"] = terms.imitation_weight * error
         elif isinstance(head, RetinaNet) and isinstance(terms, ADLConfig):
             losses = losses_under_adl(
                 terms, head, outputs, teacher_outputs, grids, sizes_B2, targets, self.student.ranks
             )
         if self.pkd_weight:
-            correlation = pyramid_correlation(features, guides, self.adapters, self.student.pyramid.strides, sizes_B2)
+            correlation = pyramid_correlation(
+                features, teacher_features, self.adapters, self.student.pyramid.strides, sizes_B2
+            )
             losses["loss_pkd"] = self.pkd_weight * correlation
         return losses
 
     def weights(self) -> dict[str, float]:
-        """Of the terms, by the name of their losses."""
+        """Return the factor of each term, by the name of its loss."""
         if isinstance(self.terms, ADLConfig):
             return {"loss_adl": self.terms.weight, "loss_pkd": self.pkd_weight}
         terms = self.terms
@@ -127,7 +130,7 @@ def losses_under_ld(
     targets: Targets,
     ranks: Ranks = ONE_RANK,
 ) -> dict[str, Tensor]:
-    """The head's own losses and the terms of LD, from the student's outputs and the teacher's; feature maps are not in it."""
+    """Compute the head's own losses and the terms of LD from the student's outputs and the teacher's, without those of feature maps."""
     assigned, thresholds = head.assign(grids, sizes_B2, targets)
     losses = head.losses(outputs, grids, sizes_B2, targets, ranks, assigned)
     (logits_BAK, bins_BA4E), (teacher_BAK, teacher_BA4E) = outputs, teacher_outputs
@@ -171,13 +174,13 @@ def losses_under_adl(
     targets: Targets,
     ranks: Ranks = ONE_RANK,
 ) -> dict[str, Tensor]:
-    """The head's own losses and `loss_adl`, from the student's outputs and the teacher's."""
+    """Compute the head's own losses and `loss_adl` from the student's outputs and the teacher's."""
     assigned = head.assign(grids, sizes_B2, targets)
     losses = head.losses(outputs, grids, sizes_B2, targets, ranks, assigned)
     if not term.weight:
         return losses
     loss_BAK = adaptive_distillation(outputs[0], teacher_outputs[0], beta=term.beta, gamma=term.gamma, form=term.form)
-    # Anchors between the two IoUs are no part of the sum, and are one of the normaliser, as released.
+    # As in the released code, ignored anchors are not in the sum, but they are in the divisor.
     total = torch.where(assigned.labels_BA >= 0, loss_BAK.sum(dim=-1), 0.0).sum()
     mass = adaptive_normalizer(teacher_outputs[0])
     if term.normalization == "global":
@@ -194,7 +197,7 @@ def imitated_cells(
     sizes_B2: Tensor,
     targets: Targets,
 ) -> Tensor:
-    """bool [B, A]: where the student's maps are to become the teacher's."""
+    """Mark the cells at which the student's maps imitate the teacher's: bool [B, A]."""
     valid_BA = head.valid(grids, sizes_B2)
     if terms.imitated_cells == "gi":
         index_BA = torch.arange(outputs[0].shape[1], device=sizes_B2.device).expand(len(sizes_B2), -1)
@@ -212,16 +215,19 @@ def imitated_cells(
 
 
 def _map_error(
-    features: Sequence[Tensor], guides: Sequence[Tensor], cells_BA: Tensor, terms: LDConfig, ranks: Ranks
+    features: Sequence[Tensor], teacher_features: Sequence[Tensor], cells_BA: Tensor, terms: LDConfig, ranks: Ranks
 ) -> Tensor:
-    """Sum over the levels of the mean squared error of maps of equal width at the chosen cells."""
-    errors = [(maps.float() - guide.float()).square().mean(dim=1) for maps, guide in zip(features, guides, strict=True)]
+    """Compute the sum over the levels of the mean squared error of maps of equal width at the chosen cells."""
+    errors = [
+        (maps.float() - teacher_maps.float()).square().mean(dim=1)
+        for maps, teacher_maps in zip(features, teacher_features, strict=True)
+    ]
     errors_BA = torch.cat([error.flatten(1) for error in errors], dim=1)
     return _level_means(errors_BA, cells_BA, grids_of(features), terms, ranks)
 
 
 def _level_means(values_BA: Tensor, chosen_BA: Tensor, grids: Grids, terms: LDConfig, ranks: Ranks) -> Tensor:
-    """Sum over the levels of the mean of the chosen values; `global` counts those of all ranks."""
+    """Compute the sum over the levels of the mean of the chosen values; `global` counts those of all ranks."""
     counts = [rows * columns for rows, columns in grids]
     sums = torch.stack([part.sum() for part in torch.where(chosen_BA, values_BA, 0.0).split(counts, dim=1)])
     chosen = torch.stack([part.sum() for part in chosen_BA.split(counts, dim=1)])
@@ -233,24 +239,29 @@ def _level_means(values_BA: Tensor, chosen_BA: Tensor, grids: Grids, terms: LDCo
 def _require_same_head(student: DenseDetector, teacher: FrozenDetector) -> None:
     """See `DistilledDense`."""
     start = f"distill.teacher: {teacher.facts.get('file')}:"
-    ours, model = student.dense, teacher.model
-    theirs = model.dense if isinstance(model, DenseDetector) else model
-    if type(theirs) is not type(ours):
-        name = teacher.facts.get("kind", type(theirs).__name__)
+    student_head, model = student.dense, teacher.model
+    teacher_head = model.dense if isinstance(model, DenseDetector) else model
+    if type(teacher_head) is not type(student_head):
+        name = teacher.facts.get("kind", type(teacher_head).__name__)
         needed = (
-            "LD needs a gfl teacher" if isinstance(ours, GFL) else "adaptive distillation needs a retinanet teacher"
+            "LD needs a gfl teacher"
+            if isinstance(student_head, GFL)
+            else "adaptive distillation needs a retinanet teacher"
         )
         instead = {
             GFL: "; under this teacher train a gfl student, by LD",
             RetinaNet: "; under this teacher train a retinanet student, by ADL",
         }
-        raise UserError(f"{start} it is a {name} detector, and {needed}{instead.get(type(theirs), '')}")
-    assert isinstance(theirs, GFL | RetinaNet)
-    if isinstance(ours, GFL) and isinstance(theirs, GFL) and ours.reg_max != theirs.reg_max:
+        raise UserError(f"{start} it is a {name} detector, and {needed}{instead.get(type(teacher_head), '')}")
+    assert isinstance(teacher_head, GFL | RetinaNet)
+    if isinstance(student_head, GFL) and isinstance(teacher_head, GFL) and student_head.reg_max != teacher_head.reg_max:
         raise UserError(
-            f"{start} its distances have reg_max {theirs.reg_max}, the student's {ours.reg_max}; set model.gfl.reg_max to {theirs.reg_max}"
+            f"{start} its distances have reg_max {teacher_head.reg_max}, the student's {student_head.reg_max}; "
+            f"set model.gfl.reg_max to {teacher_head.reg_max}"
         )
-    grids = [(2, 2)] * len(ours.strides)
-    here, there = (head.anchors(grids, torch.device("cpu")) for head in (ours, theirs))
-    if here.shape != there.shape or not torch.allclose(here, there):
+    grids = [(2, 2)] * len(student_head.strides)
+    student_anchors, teacher_anchors = (
+        head.anchors(grids, torch.device("cpu")) for head in (student_head, teacher_head)
+    )
+    if student_anchors.shape != teacher_anchors.shape or not torch.allclose(student_anchors, teacher_anchors):
         raise UserError(f"{start} its anchors are not the student's; only equal ones can be compared")

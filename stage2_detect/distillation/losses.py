@@ -1,10 +1,10 @@
-"""What a teacher's answers cost a student that differs: pure functions, float32 inside.
+"""Distillation losses of detectors: pure functions, float32 inside.
 
-Of the heads of one-stage detectors, per element (the caller weighs, sums and divides): `soft_divergence`, `localization_distillation`,
-`adaptive_distillation`. Of regions, a sum: `roi_kd`. Of feature maps, of either kind of detector, means: `pkd`, and its sum over a pyramid,
+For the heads of one-stage detectors, without reduction (the caller weighs, sums and divides): `soft_divergence`, `localization_distillation`,
+`adaptive_distillation`. For RoIs, a sum: `roi_kd`. For feature maps of either kind of detector, means: `pkd`, and its sum over a pyramid,
 `pyramid_correlation`.
 
-Shapes: ... any leading dimensions, B images, C channels of the student, D of the teacher, H rows, W columns, N regions, K classes, E bins of a
+Shapes: ... any leading dimensions, B images, C channels of the student, D of the teacher, H rows, W columns, N RoIs, K classes, E bins of a
 distance, 4 distances of a box.
 """
 
@@ -19,14 +19,14 @@ _EPSILON = 1e-8  # added to a variance, so that a constant channel has a finite 
 
 
 def soft_divergence(student_K: Tensor, teacher_K: Tensor, temperature: float) -> Tensor:
-    """T^2 / K * KL(softmax(teacher / T) || softmax(student / T)) [...]: the mean over K, as LD's code has it (kd_loss.py)."""
+    """Compute T^2 / K * KL(softmax(teacher / T) || softmax(student / T)) [...]: the mean over K, as in LD's code (kd_loss.py)."""
     log_student_K = F.log_softmax(student_K.float() / temperature, dim=-1)
     log_teacher_K = F.log_softmax(teacher_K.float() / temperature, dim=-1)
     return temperature**2 * (log_teacher_K.exp() * (log_teacher_K - log_student_K)).mean(dim=-1)
 
 
 def localization_distillation(student_4E: Tensor, teacher_4E: Tensor, temperature: float = 10.0) -> Tensor:
-    """Localisation distillation [...] (arXiv 2102.12252 equation 4): `soft_divergence` of the bins, mean over the four sides."""
+    """Compute the localization distillation loss [...] (arXiv 2102.12252 equation 4): `soft_divergence` of the bins, mean over the four sides."""
     return soft_divergence(student_4E, teacher_4E, temperature).mean(dim=-1)
 
 
@@ -38,14 +38,14 @@ def adaptive_distillation(
     gamma: float = 2.0,
     form: Literal["paper", "code", "focal"] = "paper",
 ) -> Tensor:
-    """Adaptive distillation loss [..., K] of sigmoid logits (arXiv 1901.00366 equations 3 to 6).
+    """Compute the adaptive distillation loss [..., K] of sigmoid logits (arXiv 1901.00366 equations 3 to 6).
 
     With q the teacher's and p the student's probability, KL their binary divergence and H the teacher's entropy, the weight is
     (1 - exp(-(KL + beta * H)))^gamma. It multiplies KL in the paper's form, and half the soft cross-entropy, KL + H, in the released code's
-    (Tangshitao/Semi-supervised-Adaptive-Distillation@3244dfa, whose own LOSS_BETA is 1 - beta: its default 0 is 1 here). `focal` is the paper's
-    ablation FDL: (1 - p_t)^gamma * KL, p_t being the student's probability of what the teacher holds for likelier.
+    (Tangshitao/Semi-supervised-Adaptive-Distillation@3244dfa, whose LOSS_BETA is 1 - beta: its default 0 is beta = 1). `focal` is the paper's
+    ablation FDL: (1 - p_t)^gamma * KL, p_t being the student's probability of the outcome that the teacher considers likelier.
 
-    From logits throughout: finite for saturated ones.
+    Computed from logits: finite for saturated ones.
     """
     student_K, teacher_K = student_K.float(), teacher_K.detach().float()
     q_K = teacher_K.sigmoid()
@@ -62,15 +62,15 @@ def adaptive_distillation(
 
 
 def adaptive_normalizer(teacher_K: Tensor, power: float = 1.8) -> Tensor:
-    """Sum of the teacher's probabilities to a power, over all anchors and classes: what the adaptive loss is divided by (at least 1)."""
+    """Compute the sum of the teacher's probabilities to a power, over all anchors and classes: the divisor of the adaptive loss (at least 1)."""
     return (teacher_K.detach().float().sigmoid() ** power).sum()
 
 
 def pkd(student_BDHW: Tensor, teacher_BDHW: Tensor, inside_BHW: Tensor) -> Tensor:
-    """Mean over the channels of 1 - r, r Pearson's correlation over the pixels of the batch for which `inside` holds.
+    """Compute the mean over the channels of 1 - r, r being Pearson's correlation over the pixels of the batch where
+    `inside_BHW` is True; in 0..2.
 
-    float32 inside, in 0..2. A channel that is constant on one side counts 1/2, on both sides 0, as in half the squared error of
-    what is normalised.
+    A channel that is constant on one side counts 1/2, on both sides 0, as in half the squared error of normalised maps.
     """
     student, teacher = (_normalised(maps_BDHW, inside_BHW) for maps_BDHW in (student_BDHW, teacher_BDHW))
     pixels = inside_BHW.sum() * student.shape[1]
@@ -78,7 +78,7 @@ def pkd(student_BDHW: Tensor, teacher_BDHW: Tensor, inside_BHW: Tensor) -> Tenso
 
 
 def roi_kd(student_NK: Tensor, teacher_NK: Tensor, valid_N: Tensor, temperature: float = 1.0) -> Tensor:
-    """Sum over the valid regions of T^2 * (KL(t||s) + KL(s||t)) / 2 of the softmax at temperature T, in nats; from logits, float32
+    """Compute the sum over the valid RoIs of T^2 * (KL(t||s) + KL(s||t)) / 2 of the softmax at temperature T, in nats; from logits, float32
     inside."""
     log_s_NK, log_t_NK = (F.log_softmax(logits.float() / temperature, dim=-1) for logits in (student_NK, teacher_NK))
     divergence_N = 0.5 * ((log_t_NK.exp() - log_s_NK.exp()) * (log_t_NK - log_s_NK)).sum(dim=-1)
@@ -86,7 +86,7 @@ def roi_kd(student_NK: Tensor, teacher_NK: Tensor, valid_N: Tensor, temperature:
 
 
 def inside_maps(sizes_B2: Tensor, map_BCHW: Tensor, stride: int) -> Tensor:
-    """bool [B, H, W]: which cells of a map begin inside their image, which has (height, width) `sizes_B2`; the others see padding."""
+    """Mark the cells of a map whose first pixel is inside their image of (height, width) `sizes_B2`; the others cover padding: bool [B, H, W]."""
     H, W = map_BCHW.shape[-2:]
     rows_BH = stride * torch.arange(H, device=sizes_B2.device) < sizes_B2[:, :1]
     columns_BW = stride * torch.arange(W, device=sizes_B2.device) < sizes_B2[:, 1:]
@@ -94,7 +94,7 @@ def inside_maps(sizes_B2: Tensor, map_BCHW: Tensor, stride: int) -> Tensor:
 
 
 def adapters(channels: int, teacher_channels: int, levels: int) -> nn.ModuleList:
-    """1x1 convolutions, one a level, from maps of `channels` to maps of `teacher_channels`; none where these are equal."""
+    """Make 1x1 convolutions, one per level, from maps of `channels` to maps of `teacher_channels`; none if these are equal."""
     return nn.ModuleList(
         nn.Conv2d(channels, teacher_channels, 1) for _ in range(levels if channels != teacher_channels else 0)
     )
@@ -102,27 +102,27 @@ def adapters(channels: int, teacher_channels: int, levels: int) -> nn.ModuleList
 
 def pyramid_correlation(
     features: Sequence[Tensor],
-    guides: Sequence[Tensor],
+    teacher_features: Sequence[Tensor],
     adapters: nn.ModuleList,
     strides: Sequence[int],
     sizes_B2: Tensor,
 ) -> Tensor:
-    """Sum of `pkd` over the student's maps `features` and the teacher's; adapters may be empty."""
-    levels = zip(features, guides, strides, strict=False)
+    """Compute the sum of `pkd` over the levels of the student's maps and the teacher's; adapters may be empty."""
+    levels = zip(features, teacher_features, strides, strict=False)
     return torch.stack(
         [
-            pkd(adapters[level](maps) if adapters else maps, guide, inside_maps(sizes_B2, maps, stride))
-            for level, (maps, guide, stride) in enumerate(levels)
+            pkd(adapters[level](maps) if adapters else maps, teacher_maps, inside_maps(sizes_B2, maps, stride))
+            for level, (maps, teacher_maps, stride) in enumerate(levels)
         ]
     ).sum()
 
 
 def _normalised(maps_BCHW: Tensor, inside_BHW: Tensor) -> Tensor:
-    """float32 [B, C, H, W]: each channel with zero mean and unit variance over the pixels inside, and zero elsewhere."""
+    """Normalise to float32 [B, C, H, W]: each channel with zero mean and unit variance over the pixels inside, and zero elsewhere."""
     inside_B1HW = inside_BHW[:, None]
     pixels = inside_BHW.sum()
     maps_BCHW = maps_BCHW.float()
     mean_C11 = torch.where(inside_B1HW, maps_BCHW, 0.0).sum(dim=(0, 2, 3), keepdim=True)[0] / pixels
-    centred_BCHW = torch.where(inside_B1HW, maps_BCHW - mean_C11, 0.0)
-    variance_C11 = centred_BCHW.square().sum(dim=(0, 2, 3), keepdim=True)[0] / pixels
-    return centred_BCHW * torch.rsqrt(variance_C11 + _EPSILON)
+    centered_BCHW = torch.where(inside_B1HW, maps_BCHW - mean_C11, 0.0)
+    variance_C11 = centered_BCHW.square().sum(dim=(0, 2, 3), keepdim=True)[0] / pixels
+    return centered_BCHW * torch.rsqrt(variance_C11 + _EPSILON)

@@ -1,11 +1,11 @@
-"""Where a dense teacher teaches: regions of a head's cells as functions of anchors, objects and thresholds, or of what both sides answer.
+"""Regions of a one-stage head in which it is distilled, as functions of anchors, objects and thresholds, or of both detectors' outputs.
 
-Sources: arXiv 2102.12252 section 3.3 (valuable localisation region), 1906.03609 (fine-grained), 2103.02340 (general instances), and
-HikariTJU/LD@4287990c for what was released.
+Sources: arXiv 2102.12252 section 3.3 (valuable localization region), 1906.03609 (fine-grained), 2103.02340 (general instances), and
+HikariTJU/LD@4287990c (the released code).
 
-Objects are taken in chunks, so that no matrix of all of them and all anchors is made; the results do not depend on `chunk_elements`.
+Objects are processed in chunks, which bounds the matrices of objects and anchors; the results do not depend on `chunk_elements`.
 
-Shapes: B images, G objects (padded), g of them in a chunk, A anchors of all levels, K classes.
+Shapes: B images, G objects (padded), g objects of a chunk, A anchors of all levels, K classes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,8 +18,8 @@ from ssld.stage2_detect.models import boxes
 
 Overlap = Literal["anchor", "union"]
 _CHUNK_ELEMENTS = 2**22
-"""Of a matrix of objects and anchors at once, 16 MB; there are about a dozen of them."""
-_TAKEN = -1.0  # score of a box that is taken, dropped, or not there
+"""Elements of a matrix of objects and anchors computed at once, 16 MB; there are about a dozen such matrices."""
+_TAKEN = -1.0  # score of a box that is already taken, dropped or not valid
 
 
 @torch.no_grad()
@@ -33,17 +33,17 @@ def valuable_region(
     overlap: Overlap = "anchor",
     chunk_elements: int = _CHUNK_ELEMENTS,
 ) -> Tensor:
-    """float32 weight [B, A] of every anchor in the valuable localisation region, 0 outside it.
+    """Compute the float32 weight [B, A] of every anchor in the valuable localization region, 0 outside it.
 
-    An anchor belongs to the region of an object where gamma * threshold <= X < threshold, X being distance-IoU, and its weight is the highest IoU
-    with the objects whose regions it is in. Positives are not taken out.
+    An anchor belongs to the region of an object if gamma * threshold <= X < threshold, X being the distance-IoU. Its weight is the highest IoU with
+    the objects to whose regions it belongs. Positives are not excluded.
 
     Args:
-        thresholds_BG: of the assignment (`atss.Thresholds.region_BG`); infinite for padding, which has no region then.
-        valid_BA: anchors that exist for the image; None is all.
-        gamma: 0 begins at X = 0.
-        overlap: `union` is the paper's distance-IoU; `anchor` has the anchor's area in place of the union, which is what was released and gave the
-            published 42.1.
+        thresholds_BG: thresholds of the assignment (`atss.Thresholds.region_BG`); infinite for padding, which has no region.
+        valid_BA: bool; anchors that exist for the image; None: all.
+        gamma: lower bound of the region, as a share of the threshold.
+        overlap: `union` is the paper's distance-IoU; `anchor` divides by the anchor's area in place of the union, as in the released code, which
+            gave the published AP of 42.1.
     """
     weight_BA = objects_BG4.new_zeros((len(thresholds_BG), len(anchors_A4)))
     for part in _chunks(thresholds_BG.shape[1], weight_BA.numel(), chunk_elements):
@@ -63,13 +63,13 @@ def inside_objects(
     valid_BA: Tensor | None = None,
     chunk_elements: int = _CHUNK_ELEMENTS,
 ) -> Tensor:
-    """bool [B, A]: anchors whose centre lies inside any object; only those of `valid_BA`, if given."""
+    """Mark the anchors whose center lies inside any object, only those of `valid_BA` if given: bool [B, A]."""
     x_A, y_A = ((anchors_A4[:, :2] + anchors_A4[:, 2:]) / 2).unbind(-1)
     inside_BA = torch.zeros((len(present_BG), len(anchors_A4)), dtype=torch.bool, device=anchors_A4.device)
     for part in _chunks(present_BG.shape[1], inside_BA.numel(), chunk_elements):
         x1, y1, x2, y2 = objects_BG4[:, part, None].unbind(-1)
-        here_BgA = (x_A > x1) & (x_A < x2) & (y_A > y1) & (y_A < y2)
-        inside_BA |= (here_BgA & present_BG[:, part, None]).any(dim=1)
+        covered_BgA = (x_A > x1) & (x_A < x2) & (y_A > y1) & (y_A < y2)
+        inside_BA |= (covered_BgA & present_BG[:, part, None]).any(dim=1)
     return inside_BA if valid_BA is None else inside_BA & valid_BA
 
 
@@ -83,7 +83,7 @@ def fine_grained(
     share: float = 0.5,
     chunk_elements: int = _CHUNK_ELEMENTS,
 ) -> Tensor:
-    """bool [B, A]: anchors whose IoU with an object is above `share` of the best that any anchor has with it; only those of `valid_BA`, if given."""
+    """Mark the anchors whose IoU with an object is above `share` of the object's highest IoU, only those of `valid_BA` if given: bool [B, A]."""
     near_BA = torch.zeros((len(present_BG), len(anchors_A4)), dtype=torch.bool, device=anchors_A4.device)
     for part in _chunks(present_BG.shape[1], near_BA.numel(), chunk_elements):
         iou_BgA = boxes.pairwise_iou(objects_BG4[:, part], anchors_A4.expand(len(present_BG), -1, -1))
@@ -96,10 +96,10 @@ def fine_grained(
 
 @torch.no_grad()
 def negatives(labels_BA: Tensor, scores_BA: Tensor) -> Tensor:
-    """float32 weight [B, A] of the valuable region without anchors (LD's ld_fcos_head.py): every negative, by the student's best score.
+    """Compute the float32 weight [B, A] of the valuable region of LD's anchor-free ld_fcos_head.py: the student's best score of each negative.
 
     Args:
-        labels_BA: of the assignment; 0 is a negative.
+        labels_BA: labels of the assignment; 0 is a negative.
         scores_BA: probability of the best class.
     """
     return torch.where(labels_BA == 0, scores_BA.float(), 0.0)
@@ -117,16 +117,18 @@ def general_instances(
     iou: float = 0.3,
     most: int = 10,
 ) -> Tensor:
-    """bool [B, A]: cells of the boxes on which two detectors differ most, of which none overlap (arXiv 2103.02340 section 3.1, as LD uses it).
+    """Mark the cells at which two detectors differ most, after NMS of their boxes (arXiv 2103.02340 section 3.1, as used by LD): bool [B, A].
 
-    A cell's score is the greatest difference of the two probabilities of a class, its box that of the side with the greater one. NMS leaves
-    the best `most` of each level of each image; the released code takes those of all images of a process together, so that they depend on each other.
+    A cell's score is the largest difference of the two detectors' probabilities of a class, its box that of the detector with the larger one. The
+    best `most` boxes of each level and image are kept; the released code keeps the best of all images of a process, which then depend on each other.
 
     Args:
         student_BAK, teacher_BAK: logits.
-        student_boxes_BA4, teacher_boxes_BA4: of every cell, in pixels.
-        anchors_of_level: numbers that add up to A.
-        valid_BA: cells that exist for the image; None is all.
+        student_boxes_BA4, teacher_boxes_BA4: box of every cell, in pixels.
+        anchors_of_level: number of cells of each level; the sum is A.
+        valid_BA: bool; cells that exist for the image; None: all.
+        iou: overlap above which the box of lower score is dropped.
+        most: number of cells per level and image.
     """
     difference_BAK = teacher_BAK.float().sigmoid() - student_BAK.float().sigmoid()
     score_BA, class_BA = difference_BAK.abs().max(dim=-1)
@@ -144,9 +146,9 @@ def general_instances(
 
 
 def _best_apart(boxes_BL4: Tensor, scores_BL: Tensor, iou: float, most: int) -> Tensor:
-    """Mark the best `most` boxes of each image that greedy NMS keeps: bool [B, L]; scores of `_TAKEN` are none.
+    """Mark the best `most` boxes of each image that greedy NMS keeps: bool [B, L]; boxes with a score of `_TAKEN` are ignored.
 
-    One box of all images at a time, so that no shape depends on a value and a GPU is not waited for.
+    Each step takes one box of every image, so no shape depends on values and the host does not wait for a GPU.
     """
     kept_BL = torch.zeros_like(scores_BL, dtype=torch.bool)
     for _ in range(min(most, scores_BL.shape[1])):
@@ -158,19 +160,19 @@ def _best_apart(boxes_BL4: Tensor, scores_BL: Tensor, iou: float, most: int) -> 
 
 
 def _chunks(objects: int, elements: int, most: int) -> Iterator[slice]:
-    """Ranges of objects, each of which makes at most `most` elements, or is one."""
+    """Yield ranges of objects, each of one object or of at most `most` elements."""
     step = max(1, most // max(1, elements))
     return (slice(start, start + step) for start in range(0, objects, step))
 
 
 def _distance_iou(objects_Bg4: Tensor, anchors_A4: Tensor, overlap: Overlap) -> tuple[Tensor, Tensor]:
-    """IoU [B, g, A], and the overlap less the squared distance of the centres over the squared diagonal of the box around both."""
+    """Compute IoU [B, g, A], and the overlap minus the squared distance of the centers over the squared diagonal of the box around both."""
     shared = boxes.pairwise_intersection(objects_Bg4, anchors_A4[None])
     objects_Bg14 = objects_Bg4[:, :, None]
     # One axis at a time: half the memory of pairs of coordinates.
-    apart_x, around_x = _along(objects_Bg14[..., 0], objects_Bg14[..., 2], anchors_A4[:, 0], anchors_A4[:, 2])
-    apart_y, around_y = _along(objects_Bg14[..., 1], objects_Bg14[..., 3], anchors_A4[:, 1], anchors_A4[:, 3])
-    distance, diagonal = apart_x + apart_y, (around_x + around_y).clamp_(min=1e-6)
+    distance_x, around_x = _along(objects_Bg14[..., 0], objects_Bg14[..., 2], anchors_A4[:, 0], anchors_A4[:, 2])
+    distance_y, around_y = _along(objects_Bg14[..., 1], objects_Bg14[..., 3], anchors_A4[:, 1], anchors_A4[:, 3])
+    distance, diagonal = distance_x + distance_y, (around_x + around_y).clamp_(min=1e-6)
     area_A = boxes.area(anchors_A4)
     union = (boxes.area(objects_Bg14) + area_A - shared).clamp_(min=1e-6)
     share = shared / (area_A.clamp(min=1e-6) if overlap == "anchor" else union)
@@ -178,6 +180,6 @@ def _distance_iou(objects_Bg4: Tensor, anchors_A4: Tensor, overlap: Overlap) -> 
 
 
 def _along(start: Tensor, end: Tensor, other_start: Tensor, other_end: Tensor) -> tuple[Tensor, Tensor]:
-    """Of intervals: the squared distance of their middles, the squared length from the first start to the last end."""
+    """Compute the squared distance of the middles of intervals, and the squared length from the first start to the last end."""
     around = (torch.maximum(end, other_end) - torch.minimum(start, other_start)).square_()
     return ((start + end - other_start - other_end) / 2).square_(), around

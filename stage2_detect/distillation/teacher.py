@@ -1,6 +1,6 @@
-"""The frozen teacher detector: a plain object, not a module, so that no optimizer, average, DDP wrapper or checkpoint can ever hold it.
+"""The frozen teacher detector: a plain object, not a module, so that it is never part of an optimizer, average, DDP wrapper or checkpoint.
 
-Shapes: B images, C channels, H height, W width, R regions of an image, N = B * R, K classes (K + 1 logits, background last).
+Shapes: B images, C channels, H height, W width, R RoIs of an image, N = B * R, K classes (K + 1 logits, background last).
 """
 
 import functools
@@ -39,7 +39,7 @@ class FrozenDetector:
 
     Args:
         model: the detector; it is frozen for good.
-        facts: what a student's file says about it.
+        facts: description for the metadata of a student's file.
 
     Attributes:
         channels, strides: of its maps.
@@ -52,19 +52,19 @@ class FrozenDetector:
 
     @torch.no_grad()
     def features(self, images: ImageBatch) -> list[Tensor]:
-        """The maps of its pyramid, P2..P6 or, of a one-stage detector, P3..P7."""
+        """Compute the maps of the pyramid, P2..P6 or, of a one-stage detector, P3..P7."""
         return self.model.features(images)
 
     @torch.no_grad()
     def classify(self, features: Sequence[Tensor], rois_BR4: Tensor, valid_BR: Tensor) -> Tensor:
-        """float32 logits [N, K + 1] of its first box head for regions in network coordinates, from its own maps."""
+        """Compute float32 logits [N, K + 1] of the first box head for RoIs in network coordinates, from the teacher's maps."""
         assert isinstance(self.model, RCNN)
         logits_NK: Tensor = self.model.roi_heads.classify(features, rois_BR4, valid_BR)
         return logits_NK
 
     @torch.no_grad()
     def outputs(self, features: Sequence[Tensor]) -> Outputs:
-        """Raw class logits and box values of a one-stage teacher's head, from its own maps."""
+        """Compute class logits and box values of a one-stage teacher's head, from its maps."""
         assert isinstance(self.model, DenseDetector)
         outputs: Outputs = self.model.dense(features)
         return outputs
@@ -73,7 +73,7 @@ class FrozenDetector:
 def open_teacher(
     path: Path, class_names: Sequence[str], strides: Sequence[int], *, device: torch.device, channels_last: bool
 ) -> FrozenDetector:
-    """The teacher in a detector file, for a student of the given classes, in their order, and strides.
+    """Open the teacher in a detector file, for a student with these classes, in their order, and strides.
 
     Raises:
         UserError: the file is no detector file, has other classes, or maps of other strides.
@@ -108,12 +108,12 @@ def open_teacher(
         "licence": loaded.metadata.get("licence", "unknown"),
         "content_sha256": loaded.metadata.get("content_sha256"),
     }
-    # Folded as for an evaluation: the same answers but for rounding, in less time.
+    # Folded as for an evaluation: the same outputs up to rounding, in less time.
     return FrozenDetector(place(for_inference(loaded.model), device, channels_last=channels_last), facts)
 
 
 class TeacherCheck:
-    """How well the teacher detects in some images of the student's evaluation set: before training, and again beside the student.
+    """Measures the teacher's AP on some images of the student's evaluation set: before training, and again to compare the student.
 
     Args:
         data: evaluation images; `config.check_images` of them are used.
@@ -131,7 +131,7 @@ class TeacherCheck:
 
     @functools.cached_property
     def _ap(self) -> float | None:
-        """The teacher's, 0..1; None where the images have no object to be found; all ranks together."""
+        """AP of the teacher in 0..1; None if the images have no objects; collective over all ranks."""
         metrics, _ = score(self._teacher.model, self._part, self._sizing, **self._evaluation)
         ap: float | None = metrics["AP"]
         return ap
@@ -141,7 +141,11 @@ class TeacherCheck:
         return f"on {count(len(self._part.images), 'image')} of {self._part.file}"
 
     def before_training(self) -> str:
-        """A line for the log. Raises UserError when the teacher's AP is below `check_ap`; on every rank alike."""
+        """Return a line for the log.
+
+        Raises:
+            UserError: the teacher's AP is below `check_ap`; on every rank.
+        """
         name = self._teacher.facts.get("file")
         if self._ap is None:
             return f"teacher {name}: not checked: no object to be found {self._where}"
@@ -154,16 +158,19 @@ class TeacherCheck:
         return f"teacher {name}: {ap}"
 
     def beside(self, student: Mapping[Id, Detections]) -> str | None:
-        """A warning where the student has reached its teacher, once; all ranks together.
+        """Return a warning, once, if the student has reached the teacher; collective over all ranks.
 
-        `student` holds the detections of an evaluation of the same images, on the main rank.
+        Args:
+            student: detections of an evaluation of the same images by image id, on the main rank.
         """
         if self._warned:
             return None
         teacher_ap, student_ap = self._ap, None
         if rank() == 0:
             ids = {image.image_id for image in self._part.images}
-            student_ap = coco_ap(self._part, {key: found for key, found in student.items() if key in ids})["AP"]
+            student_ap = coco_ap(self._part, {key: detections for key, detections in student.items() if key in ids})[
+                "AP"
+            ]
         student_ap = from_main_rank(student_ap)
         if teacher_ap is None or student_ap is None or student_ap < teacher_ap:
             return None

@@ -1,9 +1,9 @@
-"""Which object each box (anchor or RoI) belongs to: the max-IoU rule of Faster R-CNN (arXiv 1506.01497, section 3.1.2).
+"""Assignment of boxes (anchors or RoIs) to objects by the max-IoU rule of Faster R-CNN (arXiv 1506.01497, section 3.1.2).
 
-A box is positive where its best IoU reaches `positive_iou`, negative below `negative_iou`, ignored between. With
-`low_quality` the best box or boxes of each object are positive too, but only with an IoU above 0: torchvision's matcher
-lacks that guard, so there an object that touches no anchor makes every anchor positive. A positive's object is always
-its own best one, as in PaddleDetection@666f597f.
+A box is positive where its best IoU is at least `positive_iou`, negative where it is below `negative_iou`, ignored
+between. With `low_quality` the best box or boxes of each object are positive too, but only with an IoU above 0.
+torchvision's matcher has no such condition, so an object that touches no anchor makes every anchor positive in it. The
+object of a positive is always the one it overlaps most, as in PaddleDetection@666f597f.
 
 Shapes: B images, G objects (padded), A boxes.
 """
@@ -16,12 +16,12 @@ from torch import Tensor
 from ssld.stage2_detect.models import boxes
 
 _CHUNK_ELEMENTS = 2**24
-"""Of the IoU matrix at once: 64 MB a temporary. 300 objects and 268,000 anchors would need 320 MB an image."""
+"""Elements of the IoU matrix computed at once: 64 MB per temporary. 300 objects and 268,000 anchors need 320 MB per image."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """The outcome for every box."""
+    """Label, object and IoU of every box."""
 
     labels_BA: Tensor
     """int64: 1 positive, 0 negative, -1 ignored."""
@@ -42,14 +42,21 @@ def assign(
     low_quality: bool = False,
     chunk_elements: int = _CHUNK_ELEMENTS,
 ) -> Assignment:
-    """Labels every box. `present_BG` says which objects are no padding; without objects every box is negative.
+    """Label every box; without objects every box is negative.
 
-    `chunk_elements` bounds memory only; the result does not depend on it.
+    Args:
+        boxes_BA4: float32, in pixels.
+        objects_BG4: float32, in pixels.
+        present_BG: bool; False is padding.
+        positive_iou: IoU from which a box is positive.
+        negative_iou: IoU below which a box is negative.
+        low_quality: also mark the best boxes of each object as positive.
+        chunk_elements: bounds memory; the result does not depend on it.
     """
     B, A = boxes_BA4.shape[:2]
     best_BA = boxes_BA4.new_full((B, A), -1.0)
     object_BA = torch.zeros((B, A), dtype=torch.int64, device=boxes_BA4.device)
-    rescued_BA = torch.zeros((B, A), dtype=torch.bool, device=boxes_BA4.device)
+    low_quality_BA = torch.zeros((B, A), dtype=torch.bool, device=boxes_BA4.device)
     step = max(1, chunk_elements // max(1, B * A))
     for start in range(0, objects_BG4.shape[1], step):
         present_Bg = present_BG[:, start : start + step]
@@ -61,11 +68,10 @@ def assign(
         object_BA = torch.where(better_BA, chunk_object_BA + start, object_BA)
         if low_quality:
             highest_Bg1 = iou_BgA.amax(dim=2, keepdim=True)
-            highest_Bg1 = highest_Bg1.masked_fill(
-                highest_Bg1 <= 0, torch.inf
-            )  # an object that touches nothing claims nothing
-            rescued_BA |= (iou_BgA == highest_Bg1).any(dim=1)
-    positive_BA = (best_BA >= positive_iou) | rescued_BA
+            # An object that touches no box makes none positive.
+            highest_Bg1 = highest_Bg1.masked_fill(highest_Bg1 <= 0, torch.inf)
+            low_quality_BA |= (iou_BgA == highest_Bg1).any(dim=1)
+    positive_BA = (best_BA >= positive_iou) | low_quality_BA
     negative_BA = best_BA < negative_iou
     labels_BA = torch.where(positive_BA, 1, torch.where(negative_BA, 0, -1))
     return Assignment(labels_BA, object_BA, best_BA)

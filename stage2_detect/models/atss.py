@@ -1,11 +1,11 @@
-"""Which object each anchor belongs to, by the statistics of the object's own candidates: ATSS (arXiv 1912.02424, section 3).
+"""Assignment of anchors to objects by the statistics of each object's candidates: ATSS (arXiv 1912.02424, section 3).
 
-The candidates of an object are, on every level, the anchors whose centres are nearest to its own. An IoU threshold of its own follows from their
-IoUs, mean plus standard deviation, and the candidates at or above it with their centre inside the object are positive; one that several objects claim
-goes to the one it overlaps most. There is no ignore band. Behaviour as mmdetection's assigner in HikariTJU/LD@4287990c; PaddleDetection@666f597f
-differs in the standard deviation (biased), and does not leave out the anchors in the padding.
+The candidates of an object are, on every level, the anchors whose centers are nearest to the object's. The object's IoU threshold is the mean plus
+the standard deviation of the candidates' IoUs. Candidates at or above it with their center inside the object are positive; one that is positive for
+several objects is assigned to the one it overlaps most. There is no ignore band. Behavior as of mmdetection's assigner in HikariTJU/LD@4287990c;
+PaddleDetection@666f597f uses the biased standard deviation and does not exclude anchors in the padding.
 
-Shapes: B images, G objects (padded), A anchors of all levels, N candidates of an object.
+Shapes: B images, G objects (padded), A anchors of all levels, N candidates per object.
 """
 
 from collections.abc import Sequence
@@ -17,18 +17,18 @@ from torch import Tensor
 from ssld.stage2_detect.models import boxes
 from ssld.stage2_detect.models.assign import Assignment
 
-_INSIDE = 0.01  # pixels that a centre has to be away from the object's border
-_CHUNK_ELEMENTS = 2**24  # of a distance matrix at once, 64 MB
+_INSIDE = 0.01  # least distance of a center from the object's border, in pixels
+_CHUNK_ELEMENTS = 2**24  # elements of a distance matrix computed at once, 64 MB
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What the candidates of each object say."""
+    """IoU thresholds of each object, from its candidates."""
 
     positive_BG: Tensor
     """float32 IoU from which a candidate is positive; infinite for padding."""
     region_BG: Tensor
-    """the same with the unbiased standard deviation, which regions of distillation are defined by."""
+    """float32, with the unbiased standard deviation: the threshold that defines the regions of distillation."""
 
 
 @torch.no_grad()
@@ -43,14 +43,17 @@ def assign_atss(
     unbiased_std: bool = True,
     chunk_elements: int = _CHUNK_ELEMENTS,
 ) -> tuple[Assignment, Thresholds]:
-    """Labels every anchor 1 or 0.
+    """Label every anchor 1 (positive) or 0.
 
     Args:
-        anchors_of_level: numbers that add up to A; anchors stand level by level.
-        valid_BA: anchors that exist for the image, one a level or more; the others are no candidates, so 0. None: all.
-        candidates: of each level; all of them where a level has fewer.
-        unbiased_std: of the candidates' IoUs, in the assignment.
-        chunk_elements: bounds memory only; the result does not depend on it.
+        anchors_A4: float32, in pixels, level by level.
+        anchors_of_level: number of anchors of each level; the sum is A.
+        objects_BG4: float32, in pixels.
+        present_BG: bool; False is padding.
+        valid_BA: bool; anchors that exist for the image, at least one per level. Others are no candidates and get 0. None: all are valid.
+        candidates: number per level and object; all anchors where a level has fewer.
+        unbiased_std: use the unbiased standard deviation of the candidates' IoUs.
+        chunk_elements: bounds memory; the result does not depend on it.
     """
     B, G = present_BG.shape
     A = len(anchors_A4)
@@ -68,11 +71,11 @@ def assign_atss(
         for i in range(0, B, step)
     ]
     if G == 0:
-        nothing = torch.zeros((B, A), dtype=torch.int64, device=anchors_A4.device)
+        zeros_BA = torch.zeros((B, A), dtype=torch.int64, device=anchors_A4.device)
         empty_BG = objects_BG4.new_zeros((B, 0))
-        return Assignment(nothing, nothing, objects_BG4.new_full((B, A), -1.0)), Thresholds(empty_BG, empty_BG)
-    labels, found, ious, positive, region = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Assignment(labels, found, ious), Thresholds(positive, region)
+        return Assignment(zeros_BA, zeros_BA, objects_BG4.new_full((B, A), -1.0)), Thresholds(empty_BG, empty_BG)
+    labels, objects, ious, positive, region = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Assignment(labels, objects, ious), Thresholds(positive, region)
 
 
 def _assign(
@@ -87,18 +90,18 @@ def _assign(
     B, G = present_BG.shape
     if G == 0:
         return ()
-    centres_A2 = (anchors_A4[:, :2] + anchors_A4[:, 2:]) / 2
-    object_centres_BG2 = (objects_BG4[..., :2] + objects_BG4[..., 2:]) / 2
+    centers_A2 = (anchors_A4[:, :2] + anchors_A4[:, 2:]) / 2
+    object_centers_BG2 = (objects_BG4[..., :2] + objects_BG4[..., 2:]) / 2
     chosen, start = [], 0
     for count in anchors_of_level:
-        away_BGL = torch.cdist(
-            object_centres_BG2,
-            centres_A2[start : start + count].expand(B, -1, -1),
+        distance_BGL = torch.cdist(
+            object_centers_BG2,
+            centers_A2[start : start + count].expand(B, -1, -1),
             compute_mode="donot_use_mm_for_euclid_dist",
         )
         if valid_BA is not None:
-            away_BGL.masked_fill_(~valid_BA[:, None, start : start + count], torch.inf)
-        chosen.append(away_BGL.topk(min(candidates, count), dim=-1, largest=False).indices + start)
+            distance_BGL.masked_fill_(~valid_BA[:, None, start : start + count], torch.inf)
+        chosen.append(distance_BGL.topk(min(candidates, count), dim=-1, largest=False).indices + start)
         start += count
     index_BGN = torch.cat(chosen, dim=-1)
     candidates_BGN4 = anchors_A4[index_BGN]
@@ -114,19 +117,19 @@ def _assign(
     positive_BG = positive_BG.masked_fill(~present_BG, torch.inf)
     region_BG = (mean_BG + unbiased_BG).masked_fill(~present_BG, torch.inf)
 
-    x_BGN, y_BGN = centres_A2[index_BGN].unbind(-1)
+    x_BGN, y_BGN = centers_A2[index_BGN].unbind(-1)
     x1, y1, x2, y2 = objects_BG4[:, :, None].unbind(-1)
     depth_BGN = torch.stack((x_BGN - x1, y_BGN - y1, x2 - x_BGN, y2 - y_BGN)).amin(dim=0)
     wins_BGN = valid_BGN & (iou_BGN >= positive_BG[..., None]) & (depth_BGN > _INSIDE)
 
-    # Of the objects that claim an anchor the one with the highest IoU; of equals the first, as argmax would have it.
+    # An anchor that is positive for several objects is assigned to the one with the highest IoU; of equal ones to the first, as argmax would.
     A = len(anchors_A4)
     claim_BGN = torch.where(wins_BGN, iou_BGN, -1.0)
     ious_BA = iou_BGN.new_full((B, A), -1.0)
     ious_BA.scatter_reduce_(1, index_BGN.flatten(1), claim_BGN.flatten(1), "amax")
     best_BGN = wins_BGN & (claim_BGN == ious_BA.gather(1, index_BGN.flatten(1)).view_as(claim_BGN))
-    number_BGN = torch.arange(G, device=index_BGN.device).view(1, G, 1).expand_as(index_BGN)
+    object_BGN = torch.arange(G, device=index_BGN.device).view(1, G, 1).expand_as(index_BGN)
     objects_BA = index_BGN.new_full((B, A), G)
-    objects_BA.scatter_reduce_(1, index_BGN.flatten(1), torch.where(best_BGN, number_BGN, G).flatten(1), "amin")
+    objects_BA.scatter_reduce_(1, index_BGN.flatten(1), torch.where(best_BGN, object_BGN, G).flatten(1), "amin")
     labels_BA = (objects_BA < G).long()
     return labels_BA, torch.where(labels_BA == 1, objects_BA, 0), ious_BA, positive_BG, region_BG

@@ -1,7 +1,7 @@
-"""What goes into a detector and what comes out of it: images, targets, detections.
+"""Inputs and outputs of a detector: images, targets, detections.
 
-Absent on purpose: files, category ids and names. The data side makes `ImageBatch` and `Targets`; models see nothing
-    else of it.
+Files, category ids and names are absent on purpose: `data/` makes `ImageBatch` and `Targets`, and models see nothing else
+    of it.
 
 Shapes: B images, G objects (padded to the most of the batch, may be 0), C channels, H height, W width, N detections, K
     classes.
@@ -50,18 +50,18 @@ class ImageBatch:
 
 @dataclass(frozen=True)
 class Targets:
-    """The objects of each image, in the coordinates of the network's input."""
+    """Objects of each image, in coordinates of the network's input."""
 
     boxes_BG4: Tensor
     """float32 (x1, y1, x2, y2) in pixels; zeros where there is no object."""
     labels_BG: Tensor
     """int64 in 0..K-1; -1 where there is no object."""
     seeds_B: Tensor
-    """int64: decides the sampling of this image at this step; a hash of (seed, step, image id)."""
+    """int64 hash of (seed, step, image id), from which this image's samples at this step are drawn."""
     labeled_B: Tensor | None = None
-    """bool, on the CPU: False is an image without annotations, for distillation alone; None: all have them."""
+    """bool, on the CPU: False is an image without annotations, used for distillation only; None: all images have annotations."""
     masks: tuple[ImageMasks, ...] | None = None
-    """shapes of the objects of each image, for a mask head; always on the CPU"""
+    """Shapes of the objects of each image, for a mask head; always on the CPU."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
         """A copy on `device`."""
@@ -82,7 +82,7 @@ class Targets:
         )
 
     def first(self, count: int) -> "Targets":
-        """Those of the first `count` images."""
+        """Return the targets of the first `count` images."""
         parts = {name: value[:count] for name, value in vars(self).items() if value is not None}
         return Targets(**parts)
 

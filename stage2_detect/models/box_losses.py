@@ -1,10 +1,10 @@
-"""Box losses of the RoI heads: pure functions of predicted and target deltas or boxes, float32, one number a box.
+"""Box losses of the RoI heads: pure functions of predicted and target deltas or boxes, float32, one number per box.
 
 L1 kinds compare deltas. IoU kinds compare boxes "in delta space on a unit prior", as PaddleDetection@666f597f
 (ppdet/modeling/heads/bbox_head.py): both sets of deltas, divided by their weights, are applied to a box of side 1. Since a
-RoI's width and height scale the axes by different factors, distances and aspect ratios there are not those in pixels.
+RoI's width and height scale the axes by different factors, distances and aspect ratios in that space are not those in pixels.
 
-Shapes: ... any leading dimensions, all of it alike for both arguments.
+Shapes: ... any leading dimensions, the same for both arguments.
 """
 
 import math
@@ -22,13 +22,15 @@ _EPSILON = 1e-10
 
 @dataclass(frozen=True)
 class BoxLoss:
-    """Which loss, and what it is divided by.
+    """A box loss with its weight and divisor.
 
     Args:
-        beta: of smooth_l1 and balanced_l1.
-        alpha, gamma: of balanced_l1.
-        normalization: rois divides by the sampled RoIs; positives by the positives too, and multiplies by the classes, as
-            PaddleDetection does with IoU losses; it grows with the number of classes.
+        name: kind of loss.
+        weight: factor on the loss.
+        beta: distance at which the square part of smooth_l1 and balanced_l1 ends.
+        alpha, gamma: parameters of balanced_l1, see `balanced_l1`.
+        normalization: `rois` divides by the number of sampled RoIs; `positives` also divides by the number of positives and
+            multiplies by the number of classes, as PaddleDetection does with IoU losses.
     """
 
     name: Literal["l1", "smooth_l1", "balanced_l1", "giou", "ciou"] = "l1"
@@ -39,7 +41,7 @@ class BoxLoss:
     normalization: Literal["rois", "positives"] = "rois"
 
     def __call__(self, deltas_4: Tensor, target_4: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
-        """Loss [...] of deltas [..., 4] that have these weights, times the loss's own weight."""
+        """Compute the loss [...] of deltas [..., 4] with these delta weights, times the loss's own weight."""
         deltas_4, target_4 = deltas_4.float(), target_4.float()
         match self.name:
             case "l1":
@@ -59,28 +61,28 @@ L1 = BoxLoss()
 
 
 def unit_boxes(deltas_4: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
-    """Where deltas lead a box of side 1 around the origin; growth is limited as in `boxes.decode`."""
+    """Apply deltas [..., 4] to a box of side 1 around the origin; growth is limited as in `boxes.decode`."""
     corner_2 = torch.full_like(deltas_4[..., :2], 0.5)
     return boxes.decode(deltas_4, torch.cat((-corner_2, corner_2), dim=-1), weights)
 
 
 def l1(deltas_4: Tensor, target_4: Tensor) -> Tensor:
-    """Sum [...] of the four distances."""
+    """Compute the sum [...] of the four distances."""
     return (deltas_4 - target_4).abs().sum(dim=-1)
 
 
 def smooth_l1(deltas_4: Tensor, target_4: Tensor, *, beta: float) -> Tensor:
-    """Sum [...] of d^2 / (2 beta) below `beta` and d - beta / 2 above it (arXiv 1504.08083 equation 3)."""
+    """Compute the sum [...] of d^2 / (2 beta) below `beta` and d - beta / 2 above it (arXiv 1504.08083 equation 3)."""
     return F.smooth_l1_loss(deltas_4, target_4, reduction="none", beta=beta).sum(dim=-1)
 
 
 def balanced_l1(deltas_4: Tensor, target_4: Tensor, *, alpha: float, gamma: float, beta: float) -> Tensor:
-    """Sum [...] of the balanced L1 loss (arXiv 1904.02701 equations 5 to 7), whose gradient is
+    """Compute the sum [...] of the balanced L1 loss (arXiv 1904.02701 equations 5 to 7), whose gradient is
     alpha * ln(b * d / beta + 1) below `beta` and `gamma` above it, with b such that the two meet.
     """
     b = math.expm1(gamma / alpha)
     distance_4 = (deltas_4 - target_4).abs()
-    # Beyond beta the logarithm is not used; clamped, it cannot overflow there either.
+    # Beyond beta the logarithm is not used; the clamp keeps it from overflowing.
     near_4 = distance_4.clamp(max=beta)
     inner_4 = alpha / b * (b * near_4 + beta) * torch.log1p(b * near_4 / beta) - alpha * near_4
     return (inner_4 + gamma * (distance_4 - near_4)).sum(dim=-1)
@@ -101,12 +103,12 @@ def generalized_iou(boxes_4: Tensor, target_4: Tensor, epsilon: float = _EPSILON
 
 
 def complete_iou(boxes_4: Tensor, target_4: Tensor) -> Tensor:
-    """1 - CIoU [...] (arXiv 1911.08287 section 4): IoU, squared distance of the centres over the squared diagonal of the box
+    """Compute 1 - CIoU [...] (arXiv 1911.08287 section 4): IoU, squared distance of the centers over the squared diagonal of the box
     around both, and difference in aspect ratio; the weight of the last is a constant to the gradient.
     """
     iou, _, around_2 = _overlap(boxes_4, target_4, _EPSILON)
-    away_2 = (boxes_4[..., :2] + boxes_4[..., 2:] - target_4[..., :2] - target_4[..., 2:]) / 2
-    distance = (away_2.square().sum(dim=-1) + _EPSILON) / (around_2.square().sum(dim=-1) + _EPSILON)
+    offset_2 = (boxes_4[..., :2] + boxes_4[..., 2:] - target_4[..., :2] - target_4[..., 2:]) / 2
+    distance = (offset_2.square().sum(dim=-1) + _EPSILON) / (around_2.square().sum(dim=-1) + _EPSILON)
     aspect = 4 / math.pi**2 * (_angle(boxes_4) - _angle(target_4)).square()
     with torch.no_grad():
         alpha = aspect / (1 - iou + aspect + _EPSILON)

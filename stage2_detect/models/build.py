@@ -1,6 +1,6 @@
-"""From a configuration and a backbone to a detector: the only file that sees both settings and modules.
+"""Construction of a detector from a configuration and a backbone: the only file that sees both settings and modules.
 
-A setting has the name of the keyword that it becomes, so groups are handed on whole.
+A setting has the name of the keyword argument that it becomes, so groups of settings are passed whole.
 """
 
 from torch import nn
@@ -32,15 +32,16 @@ def build_detector(
     inputs: InputSettings,
     ranks: Ranks = ONE_RANK,
 ) -> Detector:
-    """The detector that `config` describes, on a features-only timm body.
+    """Build the detector that `config` describes on a features-only timm body.
 
     Args:
         classes: number of classes, without background.
         arch: the body's timm name, for error messages.
         inputs: the backbone's mean and std.
-        ranks: what its losses are divided over.
+        ranks: processes whose counts the losses are divided by.
 
-    Raises UserError for a body without strides 4, 8, 16 and 32, and for one without convolutions to make deformable.
+    Raises:
+        UserError: the body lacks one of the strides 4, 8, 16 and 32, or has no convolution to make deformable.
     """
     pyramid = TimmPyramid(
         body,
@@ -91,7 +92,7 @@ def _roi_heads(config: DetectorConfig, classes: int) -> RoIHeads:
         "box_loss": BoxLoss(**dict(roi.box_loss)),
         "nms": NMS(**dict(roi.nms)),
     }
-    del settings["positive_iou"]  # of the stage
+    del settings["positive_iou"]  # belongs to the stage
     return RoIHeads(
         classes=classes,
         channels=config.fpn_channels,

@@ -1,10 +1,10 @@
 """Modulated deformable convolution (DCNv2, arXiv 1811.11168) in place of a backbone's dense 3x3 convolutions.
 
-Which ones: the convolution that a residual block calls `conv2`, where it is 3x3 and every output channel sees every input channel. In a bottleneck it
-is the only 3x3 one; in a basic block it is the second of two. PaddleDetection replaces the same ones (its `branch2b`). Stems, shortcuts and grouped
-convolutions (ResNeXt, RegNet) stay as they are.
+Replaced is the convolution that a residual block calls `conv2`, where it is 3x3 and not grouped. In a bottleneck it is the only 3x3 convolution; in a
+basic block it is the second of two. PaddleDetection replaces the same ones (its `branch2b`). Stems, shortcuts and grouped convolutions (ResNeXt,
+RegNet) stay as they are.
 
-Shapes: B images, I and O channels in and out, H height, W width, K = 9 places of the kernel, row by row.
+Shapes: B images, I and O channels in and out, H height, W width, K = 9 positions of the kernel, row by row.
 """
 
 from collections.abc import Collection, Mapping
@@ -18,10 +18,10 @@ from ssld.shared.errors import UserError
 
 
 class ModulatedDeformConv2d(nn.Module):
-    """A 3x3 convolution that samples each of its 9 places at a learnt offset and weighs it by a learnt mask in 0..1.
+    """A 3x3 convolution that samples each of its 9 positions at a learned offset and weighs it by a learned mask in 0..1.
 
-    The 27 channels of `offset`, a convolution of the same stride, are (dy, dx) of each place in input pixels, then the 9
-    logits of the mask. They start at 0: no offset, and every place at half its weight, as in the paper (section 2.1).
+    The 27 channels of `offset`, a convolution of the same stride, are (dy, dx) of each position in input pixels, then the 9
+    logits of the mask. They start at 0: no offset, and every position at half its weight, as in the paper (section 2.1).
 
     Args:
         replaced: the convolution whose weight, bias, stride, padding and dilation are taken over. Its parameters are used, not copied.
@@ -41,10 +41,10 @@ class ModulatedDeformConv2d(nn.Module):
         nn.init.zeros_(self.offset.bias)  # type: ignore[arg-type]
 
     def forward(self, x_BIHW: Tensor) -> Tensor:
-        """[B, O, H / stride, W / stride] in the memory format of the input.
+        """Convolve to [B, O, H / stride, W / stride], in the memory format of the input.
 
         Float32 inside under any autocast: the kernel has no bf16, and offsets of several pixels would be off by
-        hundredths. The output has the type that an ordinary convolution would have there.
+        hundredths. The output has the dtype that an ordinary convolution would have.
         """
         device = x_BIHW.device.type
         out_type = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BIHW.dtype
@@ -72,7 +72,7 @@ class ModulatedDeformConv2d(nn.Module):
                 dilation=self.dilation,
                 mask=mask_B9HW,
             )
-        # The kernel computes channels first; what follows should not have to convert.
+        # The kernel computes channels first; the next layers expect the memory format of the input.
         if x_BIHW.is_contiguous(memory_format=torch.channels_last) and not x_BIHW.is_contiguous():
             out_BOHW = out_BOHW.contiguous(memory_format=torch.channels_last)
         return out_BOHW.to(out_type)
@@ -85,36 +85,36 @@ class ModulatedDeformConv2d(nn.Module):
 def replace_convolutions(
     body: nn.Module, stage_of_module: Mapping[str, int], stages: Collection[int], name: str
 ) -> None:
-    """Put deformable convolutions in place of the dense 3x3 ones of some stages; weights stay, so load them before.
+    """Replace the dense 3x3 convolutions of some stages by deformable ones, which keep the weights; load these before.
 
     Args:
         stage_of_module: `freezing.stage_of_module(body)`.
         stages: 1 (stride 4) .. 4 (stride 32).
-        name: of the backbone, for messages.
+        name: name of the backbone, for messages.
 
     Raises:
         UserError: one of the stages has no such convolution.
     """
-    found = [
+    names = [
         module_name
         for module_name, module in body.named_modules()
         if stage_of_module[module_name] in stages and _is_second(module_name) and is_dense_3x3(module)
     ]
-    without = sorted(set(stages) - {stage_of_module[module_name] for module_name in found})
+    without = sorted(set(stages) - {stage_of_module[module_name] for module_name in names})
     if without:
         strides = ", ".join(str(2 * 2**stage) for stage in without)
         raise UserError(
             f"model.dcn_strides: backbone {name} has no dense 3x3 convolution in the blocks of stride {strides} to make deformable; "
             "ResNets with basic blocks or ungrouped bottlenecks have them (resnet34d, resnet50d, resnet101d, seresnet50, darknet53, ...)"
         )
-    for module_name in found:
+    for module_name in names:
         convolution = body.get_submodule(module_name)
         assert isinstance(convolution, nn.Conv2d)
         body.set_submodule(module_name, ModulatedDeformConv2d(convolution))
 
 
 def is_dense_3x3(module: nn.Module) -> bool:
-    """Whether a module is a plain 3x3 convolution without groups; subclasses compute something else (standardised weights, other padding)."""
+    """Return whether a module is a plain 3x3 convolution without groups; subclasses compute something else (standardized weights, other padding)."""
     return (
         type(module) is nn.Conv2d
         and module.kernel_size == (3, 3)
@@ -125,7 +125,7 @@ def is_dense_3x3(module: nn.Module) -> bool:
 
 
 def is_offset(body: nn.Module, parameter_name: str) -> bool:
-    """Whether a parameter of the body belongs to the offsets of a deformable convolution."""
+    """Return whether a parameter of the body belongs to the offsets of a deformable convolution."""
     parent, _, leaf = parameter_name.rpartition(".")[0].rpartition(".")
     return leaf == "offset" and isinstance(body.get_submodule(parent), ModulatedDeformConv2d)
 

@@ -1,8 +1,8 @@
-"""The head that one-stage detectors share: two towers of convolutions over every pyramid level, and a map each for classes and boxes.
+"""The head that one-stage detectors share: two towers of convolutions over every pyramid level, one output map for classes and one for boxes.
 
-Sources: arXiv 1708.02002 section 4 (RetinaNet: no norm) and 2006.04388 (GFL: GroupNorm and a learnt factor a level).
+Sources: arXiv 1708.02002 section 4 (RetinaNet: no norm) and 2006.04388 (GFL: GroupNorm and a learned factor per level).
 
-Shapes: B images, C channels, H height, W width, A anchors of all levels in the order level, row, column, shape; K classes, D box values an anchor.
+Shapes: B images, C channels, H height, W width, A anchors of all levels in the order level, row, column, shape; K classes, D box values per anchor.
 """
 
 import math
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-_PRIOR = 0.01  # probability that every class starts with
+_PRIOR = 0.01  # initial probability of every class
 _GROUPS = 32
 
 
@@ -20,14 +20,14 @@ class DenseHead(nn.Module):
 
     Args:
         classes: K; there is no background.
-        channels: of the maps, and of the towers.
-        anchors_per_cell: shapes of anchors in every cell.
+        channels: width of the maps and of the towers.
+        anchors_per_cell: number of anchors per cell.
         box_values: D.
-        levels: number of maps; only counts with `level_scales`.
-        convolutions: of each tower.
-        norm: GroupNorm behind every convolution of the towers.
+        levels: number of maps; used with `level_scales` only.
+        convolutions: number per tower.
+        norm: whether GroupNorm follows every convolution of the towers.
         tower_bias: whether these convolutions have a bias.
-        level_scales: a learnt factor a level on the box values.
+        level_scales: whether box values are multiplied by a learned factor per level.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class DenseHead(nn.Module):
         self.scales = nn.Parameter(torch.ones(levels)) if level_scales else None
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """float32 logits [B, A, K] and box values [B, A, D]."""
+        """Compute float32 logits [B, A, K] and box values [B, A, D]."""
         logits, values = [], []
         for level, feature_BCHW in enumerate(features):
             logits.append(_flatten(self.logits(self.class_tower(feature_BCHW)), self.classes))
@@ -70,13 +70,15 @@ class DenseHead(nn.Module):
 def _tower(channels: int, convolutions: int, *, norm: bool, bias: bool) -> nn.Sequential:
     groups = math.gcd(_GROUPS, channels)
     if groups == channels:
-        groups //= 2  # a channel alone is 0 on a map of one cell, and torch refuses it
+        groups //= 2  # a group of one channel is 0 on a map of one cell, and torch refuses it
     layers: list[nn.Module] = []
     for _ in range(convolutions):
         layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=bias))
         if norm:
             layers.append(nn.GroupNorm(groups, channels))
-        layers.append(nn.ReLU(inplace=True))  # neither a convolution nor GroupNorm needs its own output to go back
+        layers.append(
+            nn.ReLU(inplace=True)
+        )  # the backward passes of convolution and GroupNorm do not need their outputs
     return nn.Sequential(*layers)
 
 

@@ -1,4 +1,4 @@
-"""Losses of one-stage detectors: pure functions of logits and targets, float32, per element; the caller sums and divides.
+"""Losses of one-stage detectors: pure functions of logits and targets, float32, without reduction; the caller sums and divides.
 
 Shapes: ... any leading dimensions, K classes, E bins of a distance (reg_max + 1).
 """
@@ -9,15 +9,15 @@ from torch.nn import functional as F
 
 
 def focal_loss(logits_K: Tensor, labels: Tensor, *, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Focal loss [..., K] (arXiv 1708.02002 equation 5).
+    """Compute the focal loss [..., K] (arXiv 1708.02002 equation 5).
 
-    From logits throughout, (1 - p_t)^gamma as exp(gamma * log(1 - p_t)): finite in value and slope for saturated ones and any gamma from 0 on.
+    Computed from logits, (1 - p_t)^gamma as exp(gamma * log(1 - p_t)): value and gradient are finite for saturated logits and any gamma >= 0.
 
     Args:
-        labels: int64 [...], the class that is there; -1 for none.
+        labels: int64 [...] class of the object; -1 for none.
     """
     logits_K = logits_K.float()
-    # Nearly all of it is negatives, so all is computed as they are, and the positives are exchanged.
+    # Nearly all elements are negatives, so all are computed as negatives, and the positives are replaced.
     loss_K = (1 - alpha) * _focal(logits_K, gamma)
     positive_1, class_1 = labels[..., None] >= 0, labels[..., None].clamp(min=0)
     chosen_1 = logits_K.gather(-1, class_1)
@@ -27,20 +27,24 @@ def focal_loss(logits_K: Tensor, labels: Tensor, *, alpha: float = 0.25, gamma: 
 
 
 def _focal(wrong: Tensor, gamma: float) -> Tensor:
-    """p^gamma * -log(1 - p) from the logit of the probability p that should be 0."""
+    """Compute p^gamma * -log(1 - p) from the logit of the probability p that should be 0."""
     entropy = F.softplus(wrong)
     return (gamma * (wrong - entropy)).exp() * entropy  # log p is the difference
 
 
 def quality_focal_loss(logits_K: Tensor, quality_K: Tensor) -> Tensor:
-    """Quality focal loss [..., K] for targets in 0..1: the IoU at the object's class, 0 elsewhere (arXiv 2006.04388 equation 5, beta = 2)."""
+    """Compute the quality focal loss [..., K] (arXiv 2006.04388 equation 5, beta = 2).
+
+    Args:
+        quality_K: targets in 0..1: the IoU at the object's class, 0 elsewhere.
+    """
     logits_K, quality_K = logits_K.float(), quality_K.float()
     entropy_K = F.binary_cross_entropy_with_logits(logits_K, quality_K, reduction="none")
     return (quality_K - logits_K.sigmoid()).square() * entropy_K
 
 
 def distribution_focal_loss(logits_E: Tensor, distances: Tensor) -> Tensor:
-    """Distribution focal loss [...]: cross-entropy with the two bins around a distance, by nearness (arXiv 2006.04388 equation 6).
+    """Compute the distribution focal loss [...]: cross-entropy with the two bins around a distance (arXiv 2006.04388 equation 6).
 
     Args:
         distances: in bins, from 0 to below E - 1.
@@ -54,6 +58,6 @@ def distribution_focal_loss(logits_E: Tensor, distances: Tensor) -> Tensor:
 
 
 def expected_distance(logits_E: Tensor) -> Tensor:
-    """Mean [...] of the distribution over 0 .. E - 1 (arXiv 2006.04388 equation 3)."""
+    """Compute the mean [...] of the distribution over 0 .. E - 1 (arXiv 2006.04388 equation 3)."""
     bins_E = torch.arange(logits_E.shape[-1], device=logits_E.device, dtype=torch.float32)
     return (logits_E.float().softmax(dim=-1) * bins_E).sum(dim=-1)

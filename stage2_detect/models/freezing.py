@@ -1,7 +1,7 @@
-"""Which stage of a backbone a parameter belongs to, and holding the first stages and the norms still.
+"""Stages of a backbone, and freezing its first stages and its norms.
 
 Stages follow timm's `feature_info`, not names of any one architecture: stage 0 (the stem) is what comes before the
-module that yields stride 4, stage k is what comes after the module of stage k - 1 up to and including the one that
+module that yields stride 4, stage k what comes after the module of stage k - 1 up to and including the one that
 yields stride 2 * 2**k (4, 8, 16, 32).
 
 A frozen BatchNorm stays a BatchNorm, in eval mode and without gradients: its keys in a state dict do not change, and
@@ -22,22 +22,22 @@ STRIDES = (4, 8, 16, 32)
 
 
 class ConstantBatchNorm2d(nn.BatchNorm2d):
-    """A BatchNorm2d that is never trained: in float32 one multiplication and addition, which keep nothing for the backward
-    pass. BatchNorm's own keeps its input, a quarter of a ResNet's activations, and takes half as long again to go back.
+    """A BatchNorm2d that is never trained: in float32 one multiplication and addition, which store nothing for the backward
+    pass. That of `nn.BatchNorm2d` stores its input, a quarter of a ResNet's activations, and takes half as long again.
     """
 
     @classmethod
     def of(cls, norm: nn.BatchNorm2d) -> "ConstantBatchNorm2d":
-        """The same norm: it shares the parameters and buffers."""
+        """Wrap a norm; parameters and buffers are shared."""
         constant = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         constant._parameters, constant._buffers = norm._parameters, norm._buffers
         return constant.eval()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """[B, C, H, W], normalised by the running statistics."""
+        """Normalise [B, C, H, W] by the running statistics."""
         mean, variance = self.running_mean, self.running_var
         if x_BCHW.dtype != torch.float32 or mean is None or variance is None or not self.affine:
-            normalised: Tensor = super().forward(x_BCHW)  # float32 inside whatever the type of x
+            normalised: Tensor = super().forward(x_BCHW)  # float32 inside for every dtype of x
             return normalised
         scale_C = self.weight * torch.rsqrt(variance + self.eps)
         shift_C = self.bias - mean * scale_C
@@ -45,24 +45,24 @@ class ConstantBatchNorm2d(nn.BatchNorm2d):
 
 
 def feature_info(body: nn.Module) -> Any:
-    """timm's description of a `features_only` body: channels, reductions and module names of its maps."""
+    """Return timm's description of a `features_only` body: channels, reductions and module names of its maps."""
     return body.feature_info
 
 
 def level_indices(reductions: Sequence[int]) -> list[int | None]:
-    """For each of `STRIDES` the last feature with that reduction, or None."""
+    """Return, for each of `STRIDES`, the index of the last feature with that reduction, or None."""
     return [max((i for i, r in enumerate(reductions) if r == stride), default=None) for stride in STRIDES]
 
 
 def stage_of_module(body: nn.Module) -> dict[str, int]:
-    """Stage 0..4 of every module of a timm `features_only` body with all of `STRIDES`, by the module's name."""
+    """Return stage 0..4 of every module of a timm `features_only` body with all of `STRIDES`, by the module's name."""
     infos = feature_info(body).get_dicts()
     indices = level_indices([info["reduction"] for info in infos])
     assert None not in indices, "a pyramid body has every stride"
     # timm flattens `stages.0` to the child `stages_0` in some bodies, so names are compared without the difference.
     levels = [_flat(infos[i]["module"]) for i in indices if i is not None]
     stages: dict[str, int] = {}
-    passed = 0  # levels whose module has been seen
+    passed = 0  # number of levels whose module came before
     for name, _ in body.named_modules():  # registration order, which is the order of execution in timm's bodies
         inside = [k for k, level in enumerate(levels, start=1) if _flat(name).startswith(level)]
         if inside:
@@ -75,25 +75,25 @@ def stage_of_module(body: nn.Module) -> dict[str, int]:
 
 
 def stage_of_parameter(body: nn.Module) -> dict[str, int]:
-    """Stage 0 (stem) .. 4 (stride 32) of every parameter of the body, by name."""
+    """Return stage 0 (stem) .. 4 (stride 32) of every parameter of the body, by name."""
     stages = stage_of_module(body)
     return {name: stages[name.rpartition(".")[0]] for name, _ in body.named_parameters()}
 
 
 def lr_factor_of_parameter(body: nn.Module, backbone_lr_factors: Sequence[float]) -> dict[str, float]:
-    """Learning-rate factor of every parameter of the body, by name: one of `backbone_lr_factors` by stage, stem first.
+    """Return the learning-rate factor of every parameter of the body, by name: that of its stage in `backbone_lr_factors`, stem first.
 
-    The offsets of deformable convolutions are new and learn at 1, as in PaddleDetection@666f597f ppdet/modeling/layers.py.
+    The offsets of deformable convolutions are new and have factor 1, as in PaddleDetection@666f597f ppdet/modeling/layers.py.
     """
     stages = stage_of_parameter(body)
     return {name: 1.0 if is_offset(body, name) else backbone_lr_factors[stage] for name, stage in stages.items()}
 
 
 def freeze(body: nn.Module, *, stages: int, norm: bool) -> list[nn.Module]:
-    """Takes the gradients from the first `stages` stages (1: the stem, 2: and stride 4, ...) and, with `norm`, from
-    every BatchNorm.
+    """Freeze the first `stages` stages (1: the stem, 2: also stride 4, ...) and, with `norm`, every BatchNorm.
 
-    Returns the modules whose own `training` flag has to stay False whenever the model is set to train.
+    Returns:
+        The modules whose own `training` flag has to stay False when the model is set to train.
     """
     stage = stage_of_module(body)
     for name, parameter in body.named_parameters():

@@ -1,9 +1,9 @@
-"""GFL: class scores that mean IoU, and box sides as distributions over distances (arXiv 2006.04388).
+"""GFL: class scores trained towards the IoU, and box sides as distributions over distances (arXiv 2006.04388).
 
-Behaviour as HikariTJU/LD@4287990c (an mmdetection fork); options for what PaddleDetection@666f597f does otherwise. One square anchor a cell, of 8
-strides, whose centre is the cell's first pixel: it decides which object the cell belongs to (ATSS), and distances are measured from its centre.
+Behavior as of HikariTJU/LD@4287990c (an mmdetection fork); options for what PaddleDetection@666f597f does differently. One square anchor per cell,
+of 8 strides, centered at the cell's first pixel: ATSS assigns it to an object, and distances are measured from its center.
 
-The counts that losses are divided by are of one micro-batch, summed over ranks.
+Losses are divided by counts of one micro-batch, summed over ranks.
 
 Shapes: B images, G objects (padded), A anchors of all levels, K classes, E = reg_max + 1 bins of a distance, 4 distances: left, top, right, bottom.
 """
@@ -22,10 +22,10 @@ from ssld.stage2_detect.models.atss import Thresholds, assign_atss
 from ssld.stage2_detect.models.batch import Targets
 from ssld.stage2_detect.models.dense_head import DenseHead
 
-_FILLED = 32  # pixels of which the sides of a padded image are multiples
-_ANCHOR_STRIDES = 8  # sides of an anchor in strides
-_BELOW_LAST_BIN = 0.1  # how far a target distance stays below reg_max
-_GIOU_EPSILON = 1e-7  # of torchvision's and mmdetection's GIoU
+_FILLED = 32  # in pixels; sides of a padded image are multiples of it
+_ANCHOR_STRIDES = 8  # side of an anchor, in strides
+_BELOW_LAST_BIN = 0.1  # target distances are at most reg_max minus this
+_GIOU_EPSILON = 1e-7  # as in torchvision's GIoU
 
 
 class GFL(nn.Module):
@@ -33,15 +33,16 @@ class GFL(nn.Module):
 
     Args:
         classes: K.
-        channels: of the feature maps.
-        strides: of the maps, finest first.
+        channels: width of the feature maps.
+        strides: pixels per cell of the maps, finest first.
         reg_max: largest distance, in strides.
-        tower_bias: of the head's towers; PaddleDetection has it.
-        unbiased_std: of ATSS; PaddleDetection's is biased.
-        ignore_padding: anchors beyond the image exist neither for its assignment nor for its losses, so that what a cell is to find does not
-            depend on the other images of the batch; in PaddleDetection they are candidates and negatives.
+        convolutions: number per tower of the head.
+        tower_bias: whether the convolutions of the head's towers have a bias, as in PaddleDetection.
+        unbiased_std: use the unbiased standard deviation in ATSS; PaddleDetection's is biased.
+        ignore_padding: exclude anchors beyond the image from its assignment and losses, so that the targets of a cell do not depend on the other
+            images of the batch; in PaddleDetection they are candidates and negatives.
         weight_floor: smallest divisor of the box losses, the sum of the positives' scores; 1 in PaddleDetection.
-        qfl_weight, box_weight, dfl_weight: of the losses; dfl_weight 0 leaves that one out.
+        qfl_weight, box_weight, dfl_weight: factors on the losses; dfl_weight 0 leaves `loss_dfl` out.
     """
 
     def __init__(
@@ -77,17 +78,17 @@ class GFL(nn.Module):
         )
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """float32 logits [B, A, K], and logits [B, A, 4, E] of the distances in strides."""
+        """Compute float32 logits [B, A, K], and logits [B, A, 4, E] of the distances in strides."""
         logits_BAK, bins_BAD = self.head(features)
         return logits_BAK, bins_BAD.unflatten(-1, (4, self.reg_max + 1))
 
     def anchors(self, grids: Grids, device: torch.device) -> Tensor:
-        """Anchors [A, 4] of levels with these grids."""
+        """Make the anchors [A, 4] of levels with these grids."""
         sizes = [_ANCHOR_STRIDES * stride for stride in self.strides]
         return grid_anchors(grids, device, strides=self.strides, sizes=sizes, ratios=(1.0,))
 
     def valid(self, grids: Grids, sizes_B2: Tensor) -> Tensor | None:
-        """bool [B, A]: anchors whose centre lies in the image, padded by itself to multiples of 32 px as the reference's; None: all."""
+        """Mark the anchors whose center lies in the image, which is padded to multiples of 32 px as in the reference: bool [B, A]; None: all."""
         if not self.ignore_padding:
             return None
         anchors_A4 = self.anchors(grids, sizes_B2.device)
@@ -96,7 +97,7 @@ class GFL(nn.Module):
         return (y_A < filled_B2[:, :1]) & (x_A < filled_B2[:, 1:])
 
     def assign(self, grids: Grids, sizes_B2: Tensor, targets: Targets) -> tuple[Assignment, Thresholds]:
-        """Which object each anchor is to find; -1 among the labels are anchors that do not count."""
+        """Assign an object to each anchor; label -1 marks anchors that are ignored."""
         anchors_A4 = self.anchors(grids, sizes_B2.device)
         present_BG = targets.labels_BG >= 0
         counts = [rows * columns for rows, columns in grids]
@@ -117,21 +118,22 @@ class GFL(nn.Module):
         ranks: Ranks = ONE_RANK,
         assigned: Assignment | None = None,
     ) -> dict[str, Tensor]:
-        """`loss_cls` (quality focal), `loss_box` (GIoU) and `loss_dfl`, of the outputs of `forward`.
+        """Compute `loss_cls` (quality focal), `loss_box` (GIoU) and `loss_dfl` from the outputs of `forward`.
 
-        `assigned` spares the assignment where the caller has it already.
+        Args:
+            assigned: result of `assign`, if the caller has it already.
         """
         logits_BAK, bins_BA4E = outputs
         if assigned is None:
             assigned, _ = self.assign(grids, sizes_B2, targets)
         positive_BA = assigned.labels_BA == 1
-        centres_A2, stride_A = self._cells(grids, logits_BAK.device)
+        centers_A2, stride_A = self._cells(grids, logits_BAK.device)
         objects_BA4 = boxes.take(targets.boxes_BG4, assigned.objects_BA)
         # In strides from here on: IoU does not change, and the numbers stay small.
-        target_BA4 = (objects_BA4 - centres_A2.repeat(1, 2)) / stride_A[:, None]
+        target_BA4 = (objects_BA4 - centers_A2.repeat(1, 2)) / stride_A[:, None]
         sides_BA4 = torch.cat((-target_BA4[..., :2], target_BA4[..., 2:]), dim=-1)
-        # Any finite box will do where there is no object, since the weight there is 0; all places are computed, for to
-        # pick the positives a GPU would have to be waited for.
+        # Where there is no object the weight is 0, and any finite box serves. Losses are computed at all anchors: selecting
+        # the positives would make the host wait for a GPU.
         sides_BA4 = torch.where(positive_BA[..., None], sides_BA4, 1.0)
         target_BA4 = _around_origin(sides_BA4)
         predicted_BA4 = _around_origin(focal_losses.expected_distance(bins_BA4E))
@@ -162,22 +164,22 @@ class GFL(nn.Module):
 
     @staticmethod
     def scores(logits_BAK: Tensor) -> Tensor:
-        """The best class's score [B, A] of every anchor, without gradient: the weight of a positive in the box losses."""
+        """Compute the best class's score [B, A] of every anchor, without gradient: the weight of a positive in the box losses."""
         return logits_BAK.detach().amax(dim=-1).sigmoid()
 
     def decode(self, values_BN4E: Tensor, index_BN: Tensor, grids: Grids) -> Tensor:
-        """Boxes [B, N, 4] in pixels of the anchors `index_BN`, from their logits of distances."""
-        centres_A2, stride_A = self._cells(grids, index_BN.device)
+        """Decode boxes [B, N, 4] in pixels of the anchors `index_BN` from the logits of their distances."""
+        centers_A2, stride_A = self._cells(grids, index_BN.device)
         distances_BN4 = focal_losses.expected_distance(values_BN4E) * stride_A[index_BN][..., None]
-        centres_BN2 = centres_A2[index_BN]
-        return torch.cat((centres_BN2 - distances_BN4[..., :2], centres_BN2 + distances_BN4[..., 2:]), dim=-1)
+        centers_BN2 = centers_A2[index_BN]
+        return torch.cat((centers_BN2 - distances_BN4[..., :2], centers_BN2 + distances_BN4[..., 2:]), dim=-1)
 
     def _cells(self, grids: Grids, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Centres [A, 2] and strides [A] of the anchors."""
+        """Compute centers [A, 2] and strides [A] of the anchors."""
         anchors_A4 = self.anchors(grids, device)
         return (anchors_A4[:, :2] + anchors_A4[:, 2:]) / 2, (anchors_A4[:, 2] - anchors_A4[:, 0]) / _ANCHOR_STRIDES
 
 
 def _around_origin(distances_4: Tensor) -> Tensor:
-    """Boxes [..., 4] with sides at these distances (left, top, right, bottom) from the origin."""
+    """Make boxes [..., 4] with sides at these distances (left, top, right, bottom) from the origin."""
     return torch.cat((-distances_4[..., :2], distances_4[..., 2:]), dim=-1)

@@ -1,7 +1,7 @@
-"""Mask head: a small map of every RoI for each class, pasted into the picture (arXiv 1703.06870).
+"""Mask head: a small map per RoI and class, pasted into the image (arXiv 1703.06870).
 
-Behaviour as PaddleDetection@666f597f: trained on the positives of the first box stage, also in a cascade; the loss is the mean over positives and
-places of the object's class; in evaluation the final boxes are pooled, and the map of their class is pasted at the picture's own size.
+Behavior as of PaddleDetection@666f597f: trained on the positives of the first box stage, also in a cascade; the loss is the mean over positives and
+positions of the map of the object's class; in evaluation the final boxes are pooled, and the map of their class is pasted at the original size.
 
 Shapes: B images, R RoIs of an image, N = B * R, C channels, K classes, S side of a map, P positives, H height, W width.
 """
@@ -27,16 +27,16 @@ _PASTED_PIXELS = 2**23  # of full-size masks at once, 8 MB
 
 @dataclass(frozen=True)
 class Positives:
-    """The positives of a batch on the host, where their shapes are rasterised."""
+    """The positive RoIs of a batch on the host, where their shapes are rasterised."""
 
     images: int
     """B."""
     most: int
     """Largest number per image, at least 1."""
     image_P: np.ndarray
-    """int64."""
+    """int64 index of the image."""
     place_P: np.ndarray
-    """int64 place among the image's RoIs, below `most`."""
+    """int64 index among the image's RoIs, below `most`."""
     object_P: np.ndarray
     """int64 index among the image's objects."""
     rois_P4: np.ndarray
@@ -55,16 +55,16 @@ def positives_on_host(sampled: SampledRoIs) -> Positives:
 
 
 class MaskHead(nn.Module):
-    """Features of the pyramid -> a loss, or masks of detections.
+    """Predicts a mask for each RoI and class from feature maps.
 
     Args:
         classes: K.
-        channels: of the feature maps.
-        strides: of the feature maps that RoIs are pooled from, finest first.
+        channels: width of the feature maps.
+        strides: pixels per cell of the feature maps that RoIs are pooled from, finest first.
         hidden: width of the convolutions.
-        convolutions: number of them.
+        convolutions: number of convolutions.
         pool_size: side of the pooled features; maps have twice that.
-        sampling_ratio, aligned: of pooling.
+        sampling_ratio, aligned: see `pooling.pool_rois`.
         threshold: probability from which a pixel belongs to the object.
     """
 
@@ -94,7 +94,7 @@ class MaskHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, pooled_NCSS: Tensor) -> Tensor:
-        """float32 logits [N, K, 2 S, 2 S] of pooled features."""
+        """Compute float32 logits [N, K, 2 S, 2 S] from pooled features."""
         maps = pooled_NCSS
         for conv in self.convs:
             maps = F.relu(conv(maps))
@@ -109,12 +109,13 @@ class MaskHead(nn.Module):
         targets: Targets,
         ranks: Ranks = ONE_RANK,
     ) -> dict[str, Tensor]:
-        """Compute `loss_mask`: binary cross-entropy, mean over the positives of all ranks and the places of their maps; 0 without any.
+        """Compute `loss_mask`: binary cross-entropy, mean over the positives of all ranks and the positions of their maps; 0 without
+        positives.
 
         Args:
             positives: `positives_on_host(sampled)`.
         """
-        assert targets.masks is not None, "a mask head learns from shapes"
+        assert targets.masks is not None, "training a mask head needs targets with masks"
         target_NSS = self._targets(targets.masks, positives, features[0].device)
         # The positives come first; the largest number of them per image is known on the host.
         rois_BR4, positive_BR = sampled.rois_BR4[:, : positives.most], sampled.positive_BR[:, : positives.most]
@@ -163,7 +164,7 @@ class MaskHead(nn.Module):
         )
 
     def _targets(self, masks: Sequence[ImageMasks], positives: Positives, device: torch.device) -> Tensor:
-        """float32 [N, 2 S, 2 S] on `device`: shapes of the positives, zeros elsewhere."""
+        """Rasterise the targets: float32 [N, 2 S, 2 S] on `device`, shapes of the positives, zeros elsewhere."""
         size = 2 * self.pool_size
         grids = rasterise(masks, positives.image_P, positives.object_P, positives.rois_P4, size)
         target_BRSS = torch.zeros((positives.images, positives.most, size, size), dtype=torch.bool)

@@ -1,11 +1,10 @@
-"""What a mask head is to predict for a RoI: the object's shape inside it, on a small grid.
+"""Targets of a mask head: the object's shape inside a RoI, on a small grid.
 
-As PaddleDetection@666f597f (ppdet/modeling/proposal_generator/target.py): the object's polygons, moved and stretched so that the RoI becomes the
-grid, filled in by pycocotools' rule. Unlike there, shapes that are run-length encoded count too: each place of the grid takes the pixel that lies
-under its centre.
+As in PaddleDetection@666f597f (ppdet/modeling/proposal_generator/target.py), the object's polygons are moved and scaled so that the RoI becomes the
+grid, and rasterised by pycocotools. In addition, run-length encoded shapes are supported: each cell of the grid takes the pixel under its center.
 
-Shapes stay on the CPU, in the picture's own coordinates, beside the map that leads to the network's input; so nothing is filled in that no RoI asks
-for, and every augmentation that moves boxes moves them.
+Shapes stay on the CPU in coordinates of the image, together with the transform to the network's input. So only shapes that a RoI needs are
+rasterised, and every augmentation that moves boxes moves them too.
 
 Shapes: P RoIs of a batch, S side of the grid, N objects of an image.
 """
@@ -18,30 +17,31 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_codec
 
-_SMALLEST_SIDE = 0.1  # of a RoI, in pixels, as in the reference
+_SMALLEST_SIDE = 0.1  # smallest side of a RoI in pixels, as in the reference
 
 
 @dataclass(frozen=True)
 class ImageMasks:
-    """Shapes of the objects of one image, and where the network sees them."""
+    """Shapes of the objects of one image, and their transform to the network's input."""
 
     segmentations: tuple[Any, ...]
-    """of N objects, in their order among the targets: lists of polygons, or RLE, as COCO has them; checked on loading"""
+    """Shapes of N objects in the order of the targets: lists of polygons, or RLE, as in COCO; checked on loading."""
     height: int
-    """of the picture, in pixels"""
+    """Height of the image, in pixels."""
     width: int
+    """Width of the image, in pixels."""
     scale: float = 1.0
-    """a point (x, y) is seen at (x * scale - left, y * scale - top)"""
+    """A point (x, y) of the image is at (x * scale - left, y * scale - top) of the network's input."""
     left: float = 0.0
     top: float = 0.0
     mirror: float | None = None
-    """width of the view if it is mirrored: x becomes mirror - x"""
+    """Width of the network's input if it is mirrored: x becomes mirror - x. None: not mirrored."""
 
 
 def rasterise(
     images: Sequence[ImageMasks], image_P: np.ndarray, object_P: np.ndarray, rois_P4: np.ndarray, size: int
 ) -> np.ndarray:
-    """bool [P, S, S]: the shape of object `object_P` of image `image_P` inside each RoI.
+    """Rasterise the shape of object `object_P` of image `image_P` inside each RoI: bool [P, S, S].
 
     Args:
         rois_P4: float xyxy in coordinates of the network's input.
@@ -57,19 +57,19 @@ def rasterise(
             grids[row] = _sample(decode_rle(segmentation), masks, roi_4, size)
             continue
         for polygon in segmentation:
-            points_V2 = _seen(np.asarray(polygon, dtype=np.float64).reshape(-1, 2), masks)
+            points_V2 = _to_network(np.asarray(polygon, dtype=np.float64).reshape(-1, 2), masks)
             sides_2 = np.maximum(roi_4[2:] - roi_4[:2], _SMALLEST_SIDE)
             polygons.append(((points_V2 - roi_4[:2]) * (size / sides_2)).ravel().tolist())
             owners.append(row)
     if polygons:
-        # One call for all of them; an object of several polygons is their union.
+        # One call for all polygons; an object of several polygons is their union.
         filled_SSN = decode(mask_codec.frPyObjects(polygons, size, size))
         np.logical_or.at(grids, np.array(owners), np.moveaxis(filled_SSN, 2, 0).astype(bool))
     return grids
 
 
 def decode_rle(segmentation: dict[str, Any]) -> np.ndarray:
-    """uint8 [height, width] of a compressed or uncompressed RLE."""
+    """Decode a compressed or uncompressed RLE to uint8 [height, width]."""
     height, width = segmentation["size"]
     counts = segmentation["counts"]
     code = mask_codec.frPyObjects(segmentation, height, width) if isinstance(counts, list) else segmentation
@@ -77,7 +77,7 @@ def decode_rle(segmentation: dict[str, Any]) -> np.ndarray:
 
 
 def decode(codes: Sequence[Any]) -> np.ndarray:
-    """uint8 [height, width, N] of N compressed RLEs of one size."""
+    """Decode N compressed RLEs of one size to uint8 [height, width, N]."""
     with warnings.catch_warnings():
         # pycocotools 2.0.11 under NumPy 2: __array__ without `copy`
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -85,14 +85,14 @@ def decode(codes: Sequence[Any]) -> np.ndarray:
     return decoded
 
 
-def _seen(points_V2: np.ndarray, masks: ImageMasks) -> np.ndarray:
-    """Points of the picture in coordinates of the network's input."""
+def _to_network(points_V2: np.ndarray, masks: ImageMasks) -> np.ndarray:
+    """Transform points of the image to the network's input."""
     x_V, y_V = points_V2[:, 0] * masks.scale - masks.left, points_V2[:, 1] * masks.scale - masks.top
     return np.stack((x_V if masks.mirror is None else masks.mirror - x_V, y_V), axis=1)
 
 
 def _sample(bitmap_HW: np.ndarray, masks: ImageMasks, roi_4: np.ndarray, size: int) -> np.ndarray:
-    """The pixels under the centres of the RoI's grid; nothing beyond the picture."""
+    """Sample the pixels under the centers of the RoI's grid; False beyond the image."""
     steps_S = (np.arange(size) + 0.5) / size
     x_S, y_S = (roi_4[axis] + steps_S * (roi_4[axis + 2] - roi_4[axis]) for axis in (0, 1))
     if masks.mirror is not None:

@@ -1,6 +1,6 @@
-"""From a uint8 batch, a quarter of the bytes to move, to what a network sees.
+"""Normalisation of a uint8 batch, on the device: uint8 is a quarter of the bytes to copy.
 
-The padding is zeroed *after* normalising, as the references do: the other order changes features by 14-22 %.
+The padding is zeroed *after* normalising, as in the references: the other order changes features by 14-22 %.
 
 Shapes: B images, C channels, H height, W width.
 """
@@ -14,10 +14,10 @@ from ssld.stage2_detect.models.batch import ImageBatch
 
 
 class Normalise(nn.Module):
-    """float32 pixels [B, C, H, W] of a batch, with zeros in the padding.
+    """Normalises the pixels of a batch to float32 [B, C, H, W], with zeros in the padding.
 
     Args:
-        mean, std: of the backbone's input, for red, green, blue in units of 0..1.
+        mean, std: mean and standard deviation of the backbone's input, for red, green, blue in units of 0..1.
     """
 
     mean_C11: Tensor
@@ -25,12 +25,12 @@ class Normalise(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        # Not in the state dict: they belong to the backbone's description, which is stored beside the weights.
+        # Not in the state dict: they are part of the backbone's description, which is stored beside the weights.
         self.register_buffer("mean_C11", 255 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std_C11", 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: ImageBatch) -> Tensor:
-        """The batch in the layout and on the device that it has."""
+        """Normalise a batch; memory format and device stay."""
         H, W = images.pixels_BCHW.shape[-2:]
         device = images.pixels_BCHW.device
         rows_BH = torch.arange(H, device=device) < images.sizes_B2[:, :1]

@@ -1,7 +1,7 @@
 """A timm backbone under a feature pyramid: images -> P2..P6 of equal width (arXiv 1612.03144).
 
 Levels are found by their stride in timm's `feature_info`, since many architectures list stride 2 first. A probe on
-construction checks channels and sizes, so that an unfit backbone is refused before any data is read. The pyramid is
+construction checks channels and sizes, so that an unsuitable backbone is refused before any data is read. The pyramid is
 torchvision's, without norm, with nearest-neighbour upsampling. For R-CNN it begins at stride 4, and P6 is every second
 pixel of P5; for one-stage detectors (arXiv 1708.02002) it begins at stride 8, and P6 and P7 are convolutions.
 
@@ -29,8 +29,9 @@ class P6P7(ExtraFPNBlock):
 
     Args:
         width: channels of C5.
-        p6_from: what P6 is convolved from, P5 or C5.
-        relu_before_p7: as Detectron, PaddleDetection and torchvision have it; mmdetection's GFL does not.
+        channels: channels of P3..P7.
+        p6_from: input of the convolution of P6, P5 or C5.
+        relu_before_p7: apply ReLU to P6 before the convolution of P7, as in Detectron, PaddleDetection and torchvision, unlike mmdetection's GFL.
     """
 
     def __init__(self, width: int, channels: int, *, p6_from: Literal["p5", "c5"], relu_before_p7: bool) -> None:
@@ -40,7 +41,7 @@ class P6P7(ExtraFPNBlock):
         self.p7 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
-        """P3..P5 and C3..C5 -> P3..P7."""
+        """Append P6 and P7 to P3..P5."""
         p6 = self.p6(x[-1] if self.p6_from == "c5" else results[-1])
         p7 = self.p7(F.relu(p6) if self.relu_before_p7 else p6)
         return [*results, p6, p7], [*names, "p6", "p7"]
@@ -52,15 +53,13 @@ class TimmPyramid(nn.Module):
 
     Args:
         body: a timm `features_only` module.
-        name: of the backbone, for messages.
+        name: name of the backbone, for messages.
         channels: width of every output map.
-        freeze_stages: 0 nothing, 1 the stem, 2 stem and stride 4, ..., 5 all of the body.
-        freeze_norm: holds running statistics, weight and bias of every BatchNorm of the body; nothing to do for
-            LayerNorm.
-        dcn_strides: stages, by stride, whose dense 3x3 convolutions become deformable ones. Weights have to be in the
-            body already.
-        p3_p7: without the finest level, and with two convolved ones on top.
-        p6_from, relu_before_p7: of P3..P7, see `P6P7`.
+        freeze_stages: number of frozen stages: 0 none, 1 the stem, 2 stem and stride 4, ..., 5 all of the body.
+        freeze_norm: freeze running statistics, weight and bias of every BatchNorm of the body; LayerNorm is not affected.
+        dcn_strides: strides of the stages whose dense 3x3 convolutions become deformable. Load weights into the body before.
+        p3_p7: leave out the finest level, and add two convolved ones on top.
+        p6_from, relu_before_p7: see `P6P7`; for P3..P7 only.
 
     Raises:
         UserError: the body lacks a stride, has nothing to make deformable there, or its maps do not have the size that
@@ -101,29 +100,28 @@ class TimmPyramid(nn.Module):
         self.fpn = FeaturePyramidNetwork(widths[self.first_level :], channels, extra_blocks=extra)
         for module in self.fpn.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_uniform_(
-                    module.weight, a=1
-                )  # = Xavier-uniform with the fan-in for both fans, as the reference
+                # = Xavier-uniform with the fan-in for both fans, as in the reference
+                nn.init.kaiming_uniform_(module.weight, a=1)
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
         # A plain tuple: the modules are registered under `body`, and must not be a second time.
-        self._still = tuple(freezing.freeze(body, stages=freeze_stages, norm=freeze_norm))
+        self._frozen = tuple(freezing.freeze(body, stages=freeze_stages, norm=freeze_norm))
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "TimmPyramid":
-        """Sets the mode of everything but the frozen modules, which stay in eval mode."""
+        """Set the mode of all modules except the frozen ones, which stay in eval mode."""
         super().train(mode)
-        for module in self._still:
+        for module in self._frozen:
             module.training = False
         return self
 
     def features(self, pixels_BCHW: Tensor) -> list[Tensor]:
-        """C2..C5 of the body, channels second."""
+        """Compute C2..C5 of the body, channels second."""
         maps = self.body(pixels_BCHW)
         maps = [maps[i] for i in self.level_indices]
         return [m.permute(0, 3, 1, 2) for m in maps] if self.is_nhwc else maps
 
     def forward(self, pixels_BCHW: Tensor) -> list[Tensor]:
-        """P2..P6 or P3..P7."""
+        """Compute P2..P6 or P3..P7."""
         named = {str(i): m for i, m in enumerate(self.features(pixels_BCHW)[self.first_level :])}
         return list(self.fpn(named).values())
 

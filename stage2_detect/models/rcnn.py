@@ -26,9 +26,9 @@ class RCNN(nn.Module):
     detections.
 
     Args:
-        mask_head: also finds the objects' shapes.
-        mean, std: of the backbone's input, for red, green, blue in units of 0..1.
-        ranks: what the losses of `forward` are divided over.
+        mask_head: predicts masks too; None: boxes only.
+        mean, std: mean and standard deviation of the backbone's input, for red, green, blue in units of 0..1.
+        ranks: processes whose counts the losses of `forward` are divided by.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class RCNN(nn.Module):
         """
         proposals, losses = self.rpn(features, sizes_B2, targets)
         sampled = self.roi_heads.sample(proposals, targets)
-        # On the host before the box heads are launched, which a GPU then works on while masks are rasterised here.
+        # Copied before the box heads are launched: a GPU computes these while the host rasterises masks.
         positives = positives_on_host(sampled) if self.mask_head else None
         roi_losses, logits_NK = self.roi_heads.losses(features, sampled, sizes_B2, targets, ranks)
         if self.mask_head and positives:

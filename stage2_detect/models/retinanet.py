@@ -1,7 +1,7 @@
-"""RetinaNet: focal loss on every anchor and class, deltas to the positives (arXiv 1708.02002).
+"""RetinaNet: focal loss on every anchor and class, box regression at the positives (arXiv 1708.02002).
 
-Behaviour as PaddleDetection@666f597f (nine anchors a cell, plain L1, low-quality matches), options for what Detectron's configuration behind SAD
-does otherwise (smooth L1, low-quality matches only from an IoU on).
+Behavior as of PaddleDetection@666f597f (nine anchors per cell, plain L1, low-quality matches); options for what the Detectron configuration of SAD
+does differently (smooth L1, a minimum IoU of low-quality matches).
 
 Shapes: B images, G objects (padded), A anchors of all levels, K classes.
 """
@@ -21,7 +21,7 @@ from ssld.stage2_detect.models.assign import assign as assign_max_iou
 from ssld.stage2_detect.models.batch import Targets
 from ssld.stage2_detect.models.dense_head import DenseHead
 
-_WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the deltas
+_WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # delta weights
 _OCTAVE = 4  # side of a level's smallest square anchor, in strides
 _SCALES = tuple(2 ** (third / 3) for third in range(3))
 
@@ -31,13 +31,14 @@ class RetinaNet(nn.Module):
 
     Args:
         classes: K; there is no background.
-        channels: of the feature maps.
-        strides: of the maps, finest first.
+        channels: width of the feature maps.
+        strides: pixels per cell of the maps, finest first.
         ratios: height / width of the anchors.
-        tower_norm: GroupNorm in the head's towers, whose convolutions have no bias then, as in torchvision's second version.
-        positive_iou, negative_iou: of the assignment; between the two an anchor is ignored.
-        low_quality_iou: an object's best anchor is positive from this IoU on, below `positive_iou` too.
-        alpha, gamma: of the focal loss.
+        convolutions: number per tower of the head.
+        tower_norm: use GroupNorm in the head's towers, whose convolutions then have no bias, as in torchvision's `retinanet_resnet50_fpn_v2`.
+        positive_iou, negative_iou: IoU from which an anchor is positive, and below which it is negative; between the two it is ignored.
+        low_quality_iou: least IoU with which an object's best anchor is positive although it is below `positive_iou`.
+        alpha, gamma: parameters of the focal loss.
         smooth_l1_beta: distance at which the square part of the box loss ends; 0 is plain L1.
     """
 
@@ -74,7 +75,7 @@ class RetinaNet(nn.Module):
         )
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """float32 logits [B, A, K] and deltas [B, A, 4]."""
+        """Compute float32 logits [B, A, K] and deltas [B, A, 4]."""
         logits_BAK, deltas_BA4 = self.head(features)
         return logits_BAK, deltas_BA4
 
@@ -90,7 +91,7 @@ class RetinaNet(nn.Module):
         )
 
     def assign(self, grids: Grids, sizes_B2: Tensor, targets: Targets) -> Assignment:
-        """Which object each anchor is to find; -1 among the labels are anchors that do not count."""
+        """Assign an object to each anchor; label -1 marks anchors that are ignored."""
         anchors_A4 = self.anchors(grids, sizes_B2.device)
         assigned = assign_max_iou(
             anchors_A4.expand(len(sizes_B2), -1, -1),
@@ -112,9 +113,10 @@ class RetinaNet(nn.Module):
         ranks: Ranks = ONE_RANK,
         assigned: Assignment | None = None,
     ) -> dict[str, Tensor]:
-        """`loss_cls` and `loss_box`, each a sum divided by the positives of all images and ranks, of the outputs of `forward`.
+        """Compute `loss_cls` and `loss_box` from the outputs of `forward`, each a sum divided by the positives of all images and ranks.
 
-        `assigned` spares the assignment where the caller has it already.
+        Args:
+            assigned: result of `assign`, if the caller has it already.
         """
         logits_BAK, deltas_BA4 = outputs
         if assigned is None:
@@ -134,5 +136,5 @@ class RetinaNet(nn.Module):
         }
 
     def decode(self, values_BN4: Tensor, index_BN: Tensor, grids: Grids) -> Tensor:
-        """Boxes [B, N, 4] in pixels of the anchors `index_BN`, from their deltas."""
+        """Decode boxes [B, N, 4] in pixels of the anchors `index_BN` from their deltas."""
         return boxes.decode(values_BN4, self.anchors(grids, index_BN.device)[index_BN], _WEIGHTS)

@@ -1,14 +1,14 @@
 """Box heads on regions of interest: N stages, each with its own head; one stage is Fast / Faster R-CNN, several are
 Cascade R-CNN.
 
-Sources: arXiv 1506.01497, 1612.03144 (levels), 1703.06870 (aligned pooling), 1712.00726 (stages); numbers and
-normalisations as PaddleDetection@666f597f: background is the last logit, the box loss is a sum over positives divided by
-all sampled RoIs, positives and negatives together. Later stages relabel the RoIs of the first instead of sampling anew.
+Sources: arXiv 1506.01497, 1612.03144 (levels), 1703.06870 (aligned pooling), 1712.00726 (stages); numbers and divisors as
+in PaddleDetection@666f597f: background is the last logit, the box loss is a sum over positives divided by all sampled
+RoIs, positives and negatives together. Later stages relabel the RoIs of the first in place of sampling again.
 
-Losses divide by counts that depend on predictions. Such a count is of one micro-batch, summed over ranks.
+Losses are divided by counts that depend on predictions: counts of one micro-batch, summed over ranks.
 
 Shapes: B images, G objects, R RoIs of an image (some not valid), N = B * R, K classes (K + 1 logits in `logits_NK`),
-D = K deltas a RoI or 1 if class-agnostic, C channels, F hidden features.
+D = K boxes per RoI, or 1 if class-agnostic, C channels, F hidden features.
 """
 
 from collections.abc import Sequence
@@ -25,17 +25,17 @@ from ssld.stage2_detect.models.batch import Detections, Targets
 from ssld.stage2_detect.models.box_losses import L1, BoxLoss
 from ssld.stage2_detect.models.rpn import Proposals
 
-_STREAM = 1  # of the sampling hash; the RPN has 0
+_STREAM = 1  # stream of the sampling hash; the RPN uses 0
 
 
 @dataclass(frozen=True)
 class BoxStage:
-    """What one stage regresses to."""
+    """Regression target and loss weight of one stage."""
 
     positive_iou: float
-    """RoIs at or above it are positive, all others negative."""
+    """IoU from which a RoI is positive; all others are negative."""
     delta_weights: tuple[float, float, float, float]
-    """On the deltas of x, y, width, height."""
+    """Factors on the deltas of x, y, width, height."""
     loss_weight: float = 1.0
 
 
@@ -44,7 +44,7 @@ FASTER = (BoxStage(positive_iou=0.5, delta_weights=(10.0, 10.0, 5.0, 5.0)),)
 
 @dataclass(frozen=True)
 class SampledRoIs:
-    """The RoIs that the first stage was trained on, for whatever else trains on them."""
+    """RoIs sampled for the losses of the first stage; the mask head and distillation use them too."""
 
     rois_BR4: Tensor
     """float32, in coordinates of the network's input; without gradient."""
@@ -73,7 +73,7 @@ class BoxHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, pooled_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """float32 logits [N, K + 1] and deltas [N, K or 1, 4]."""
+        """Compute float32 logits [N, K + 1] and deltas [N, K or 1, 4]."""
         hidden_NF = F.relu(self.fc2(F.relu(self.fc1(pooled_NCHW.flatten(1)))))
         return self.logits(hidden_NF).float(), self.deltas(hidden_NF).float().unflatten(1, (-1, 4))
 
@@ -83,17 +83,19 @@ class RoIHeads(nn.Module):
 
     Args:
         classes: K, without background.
-        channels: of the feature maps.
-        strides: of the feature maps that RoIs are pooled from, finest first; maps beyond them are ignored.
+        channels: width of the feature maps.
+        strides: pixels per cell of the feature maps that RoIs are pooled from, finest first; further maps are ignored.
         stages: more than one needs `class_agnostic`.
-        class_agnostic: one box per RoI instead of one a class.
-        add_gt_each_stage: append the objects to the RoIs of later stages as to those of the first.
-        score_rois: which RoIs each stage scores in evaluation, its own or the last stage's; the scores are averaged.
+        class_agnostic: predict one box per RoI in place of one per class.
+        add_gt_each_stage: append the objects to the RoIs of later stages, as to those of the first.
+        score_rois: RoIs that each stage scores in evaluation, its own or the last stage's; the scores are averaged.
         hidden: width of the fully connected layers.
-        pool_size, sampling_ratio, aligned: of the pooling, see `pooling.pool_rois`.
-        samples_per_image, positive_fraction: of the RoIs in the losses.
-        sampling: random; first takes RoIs in index order; libra spreads negatives over `libra_bins` bins of IoU.
-        score_threshold, nms, detections_per_image: of the detections, see `postprocess.select`.
+        pool_size, sampling_ratio, aligned: see `pooling.pool_rois`.
+        samples_per_image: RoIs per image in the losses.
+        positive_fraction: largest share of positives among them.
+        sampling: `random`; `first` takes RoIs in index order; `libra` spreads negatives over `libra_bins` bins of IoU.
+        box_loss: loss of the deltas.
+        score_threshold, nms, detections_per_image: see `postprocess.select`.
     """
 
     def __init__(
@@ -120,7 +122,9 @@ class RoIHeads(nn.Module):
         detections_per_image: int = 100,
     ) -> None:
         super().__init__()
-        assert class_agnostic or len(stages) == 1, "a later stage starts from one box a RoI, not from one a class"
+        assert class_agnostic or len(stages) == 1, (
+            "several stages need class_agnostic: a later stage starts from one box per RoI"
+        )
         self.classes, self.stages, self.strides, self.pool_size = classes, tuple(stages), tuple(strides), pool_size
         self.add_gt_each_stage, self.score_rois = add_gt_each_stage, score_rois
         self.sampling_ratio, self.aligned = sampling_ratio, aligned
@@ -184,8 +188,8 @@ class RoIHeads(nn.Module):
         return losses, logits[0]
 
     def classify(self, features: Sequence[Tensor], rois_BR4: Tensor, valid_BR: Tensor) -> Tensor:
-        """float32 logits [N, K + 1] of the first stage for given RoIs, in coordinates of the network's input; for RoIs that
-        are not valid they mean nothing.
+        """Compute float32 logits [N, K + 1] of the first stage for given RoIs, in coordinates of the network's input; those
+        of RoIs that are not valid are meaningless.
         """
         logits_NK: Tensor = self.heads[0](self._pool(features, rois_BR4, valid_BR))[0]
         return logits_NK
@@ -282,8 +286,8 @@ class RoIHeads(nn.Module):
         class_N = torch.where(valid_BR, class_BR, -1).flatten()
         entropy = F.cross_entropy(logits_NK, class_N, ignore_index=-1, reduction="sum")
         target_BR4 = boxes.encode(boxes.take(targets.boxes_BG4, objects_BR), rois_BR4, stage.delta_weights)
-        # The row of the object's class. Where there is no object any row does: it is replaced by a perfect prediction before
-        # the loss, so that no gradient there, which `where` alone would multiply by zero, can be infinite.
+        # The row of the object's class. For RoIs that are not positive the deltas are replaced by a perfect prediction before
+        # the loss: an infinite gradient, multiplied by the zero of `where`, would be NaN.
         row_N = class_N.clamp(0, deltas_ND4.shape[1] - 1)
         deltas_N4 = deltas_ND4[torch.arange(len(row_N), device=row_N.device), row_N]
         positive_N = positive_BR.flatten()

@@ -1,9 +1,9 @@
 """Region proposal network over a pyramid, batched over images (arXiv 1506.01497, 1612.03144).
 
-Behaves as PaddleDetection@666f597f: both losses are sums over the sampled anchors divided by `samples_per_image` times
-the images, whatever was in fact sampled; the box loss is plain L1; proposals smaller than a pixel are dropped before
-NMS. No anchor is excluded for reaching over the image's border or into the padding. Absent: several anchor
-sizes on a level.
+Behavior as of PaddleDetection@666f597f: both losses are sums over the sampled anchors divided by `samples_per_image`
+times the number of images, also where fewer were sampled; the box loss is plain L1; proposals smaller than a pixel are
+dropped before NMS. Anchors that reach over the image's border or into the padding are included. Not supported: several
+anchor sizes per level.
 
 Shapes: B images, G objects, A anchors of all levels in the order level, row, column, ratio, N candidates, R proposals,
 S sampled anchors, C channels, H rows, W columns.
@@ -22,7 +22,7 @@ from ssld.stage2_detect.models.batch import Targets
 from ssld.stage2_detect.models.kernels import sparse_rpn
 from ssld.stage2_detect.models.kernels.nms import nms_masks
 
-_STREAM = 0  # of the sampling hash; the RoI heads use others
+_STREAM = 0  # stream of the sampling hash; the RoI heads use 1
 _WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 
 
@@ -49,7 +49,7 @@ class RPNHead(nn.Module):
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def forward(self, feature_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, ratios, H, W] and deltas [B, ratios * 4, H, W]."""
+        """Compute logits [B, ratios, H, W] and deltas [B, ratios * 4, H, W]."""
         hidden_BCHW = F.relu(self.conv(feature_BCHW))
         return self.objectness(hidden_BCHW), self.deltas(hidden_BCHW)
 
@@ -58,14 +58,16 @@ class RPN(nn.Module):
     """Features -> proposals and, with targets, the two losses.
 
     Args:
-        channels: of every feature map.
-        strides, anchor_sizes: pixels, one per level.
+        channels: width of every feature map.
+        strides: pixels per cell, one per level.
+        anchor_sizes: side of the square anchor in pixels, one per level.
         anchor_ratios: height / width.
-        positive_iou, negative_iou: of the assignment; between the two an anchor is ignored.
-        samples_per_image: anchors in the losses, and the losses' divisor.
+        positive_iou, negative_iou: IoU from which an anchor is positive, and below which it is negative; between the two it
+            is ignored.
+        samples_per_image: anchors per image in the losses, and the losses' divisor.
         positive_fraction: largest share of positives among them.
-        sampling: first takes anchors in index order.
-        nms_iou: overlap with a better proposal of its level above which one is dropped.
+        sampling: `random`; `first` takes anchors in index order.
+        nms_iou: overlap with a better proposal of the same level above which a proposal is dropped.
         pre_nms_top_n_train, pre_nms_top_n_test: candidates per level before NMS.
         post_nms_top_n_train, post_nms_top_n_test: proposals per image over all levels.
         min_size: pixels; a proposal with a smaller side is dropped.
@@ -102,11 +104,9 @@ class RPN(nn.Module):
     def forward(
         self, features: Sequence[Tensor], sizes_B2: Tensor, targets: Targets | None = None
     ) -> tuple[Proposals, dict[str, Tensor]]:
-        """Proposals for images of (height, width) `sizes_B2`, and `loss_rpn_cls`, `loss_rpn_box` where there are
-        targets.
-        """
+        """Compute proposals for images of (height, width) `sizes_B2` and, with targets, `loss_rpn_cls` and `loss_rpn_box`."""
         grids = anchors.grids_of(features)
-        # The losses look at few anchors. Where those are computed once more with gradients, the maps need none.
+        # The losses use few anchors. If these are computed once more with gradients, the maps need none.
         sparse = sparse_rpn.pays(self.samples_per_image, grids)
         with torch.set_grad_enabled(torch.is_grad_enabled() and targets is not None and not sparse):
             maps = [self.head(feature) for feature in features]
@@ -138,8 +138,7 @@ class RPN(nn.Module):
         target_BS4 = boxes.encode(objects_BS4, anchors_A4[chosen.index_BS], _WEIGHTS)
         objectness_BS = F.binary_cross_entropy_with_logits(logits_BS, chosen.positive_BS.float(), reduction="none")
         distance_BS = (deltas_BS4 - target_BS4).abs().sum(dim=-1)
-        # `where` over all places keeps every head in the graph, so that a batch without objects gives zero gradients
-        # instead of none.
+        # `where` over all samples keeps every head in the graph: a batch without objects gives zero gradients, not None.
         divisor = self.samples_per_image * len(sizes_B2)
         return proposals, {
             "loss_rpn_cls": torch.where(chosen.valid_BS, objectness_BS, 0.0).sum() / divisor,
@@ -147,7 +146,7 @@ class RPN(nn.Module):
         }
 
     def _counts(self) -> tuple[int, int]:
-        """Proposals per level before NMS, and per image after it."""
+        """Return the number of proposals per level before NMS, and per image after it."""
         if self.training:
             return self.pre_nms_top_n_train, self.post_nms_top_n_train
         return self.pre_nms_top_n_test, self.post_nms_top_n_test
@@ -172,7 +171,7 @@ class RPN(nn.Module):
 
     @torch.no_grad()
     def _sample(self, anchors_A4: Tensor, targets: Targets) -> tuple[sampling.Sample, Tensor]:
-        """The anchors of the losses, and the object of each [B, S, 4]."""
+        """Sample the anchors of the losses; also return the object of each [B, S, 4]."""
         assigned = assign.assign(
             anchors_A4.expand(len(targets.seeds_B), -1, -1),
             targets.boxes_BG4,
@@ -194,6 +193,6 @@ class RPN(nn.Module):
 
 
 def _flatten(map_BCHW: Tensor, values: int) -> Tensor:
-    """[B, ratios * values, H, W] -> [B, H * W * ratios, values], the order of the anchors."""
+    """Reshape [B, ratios * values, H, W] to [B, H * W * ratios, values], the order of the anchors."""
     B, _, H, W = map_BCHW.shape
     return map_BCHW.view(B, -1, values, H, W).permute(0, 3, 4, 1, 2).reshape(B, -1, values)

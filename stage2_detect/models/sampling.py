@@ -1,12 +1,12 @@
-"""Which boxes take part in a loss: at most `count` an image, at most a fraction of them positive (arXiv 1506.01497,
+"""Sampling of the boxes of a loss: at most `count` per image, at most a fraction of them positive (arXiv 1506.01497,
 section 3.1.3).
 
 A box's priority is a hash of (seed of the image at this step, stream, index of the box), so a draw depends neither on
 the device, nor on a generator's state, nor on the other images of the batch. The hash is the finaliser of SplitMix64
-(Steele, Lea, Flood, OOPSLA 2014) in wrapping int64 arithmetic. A shortage of positives goes to the negatives; a
-shortage of both leaves places that are not valid.
+(Steele, Lea, Flood, OOPSLA 2014) in wrapping int64 arithmetic. Where positives are too few, more negatives are sampled;
+where both are too few, places of the sample are not valid.
 
-Another way of choosing is another priority: `spread_priority` prefers negatives that are spread over bins of IoU.
+Another priority is another way of sampling: `spread_priority` spreads negatives over bins of IoU.
 
 Shapes: B images, A boxes, S places of the sample.
 """
@@ -24,7 +24,7 @@ _ABOVE_ALL = 2**62
 
 @dataclass(frozen=True)
 class Sample:
-    """Chosen boxes: positives first, then negatives, then places that are not valid."""
+    """Sampled boxes: positives first, then negatives, then places that are not valid."""
 
     index_BS: Tensor
     """int64 index of the box."""
@@ -34,14 +34,14 @@ class Sample:
 
 
 def hash_priority(seeds_B: Tensor, count: int, stream: int) -> Tensor:
-    """Uniform int64 priorities [B, count] in 0..2**62-1; equal (seed, stream, index) give equal numbers. 0 <= stream."""
+    """Compute uniform int64 priorities [B, count] in 0..2**62-1; equal (seed, stream, index) give equal numbers. 0 <= stream."""
     index_A = torch.arange(1, count + 1, device=seeds_B.device)
     state_B1 = _mix(_mix(seeds_B) + stream)[:, None]
     return (_mix(state_B1 + index_A * _GOLDEN) >> 2) & (_ABOVE_ALL - 1)
 
 
 def index_priority(seeds_B: Tensor, count: int) -> Tensor:
-    """Priorities [B, count] that choose the first boxes in index order: for comparisons, not for training."""
+    """Compute priorities [B, count] that choose the first boxes in index order: for comparisons, not for training."""
     return torch.arange(count, 0, -1, device=seeds_B.device).expand(len(seeds_B), count)
 
 
@@ -49,12 +49,12 @@ def index_priority(seeds_B: Tensor, count: int) -> Tensor:
 def spread_priority(
     labels_BA: Tensor, ious_BA: Tensor, priority_BA: Tensor, *, count: int, positive_fraction: float, bins: int
 ) -> Tensor:
-    """Priorities [B, A] with which `sample` draws an image's negatives evenly from bins of IoU (Libra R-CNN, arXiv 1904.02701
-    section 3.1): each bin gives the same number as far as it has them, and the rest comes from all of them alike.
+    """Compute priorities [B, A] with which `sample` draws an image's negatives evenly from bins of IoU (Libra R-CNN, arXiv
+    1904.02701 section 3.1): each bin gives the same number as far as it has so many, and the rest comes from all bins.
 
-    The bins divide 0 to the image's highest IoU, that of positives included, as PaddleDetection@666f597f has it: where the
-    objects are among the boxes that is 1, and what lies above the threshold of a positive is a bin's share that others fill.
-    The share is of the negatives that `sample` will draw; PaddleDetection's is of those it draws beside the most positives.
+    The bins divide 0 to the image's highest IoU, that of positives included, as in PaddleDetection@666f597f. Where the
+    objects are among the boxes that is 1, and other bins fill the share of those above the threshold of a positive. A bin's
+    share is that of the negatives that `sample` will draw; in PaddleDetection, of those it draws beside the most positives.
 
     Args:
         labels_BA: as for `sample`.
@@ -76,14 +76,14 @@ def spread_priority(
     place_BA = torch.arange(bin_BA.shape[1], device=bin_BA.device).expand_as(bin_BA)
     place_BA = torch.zeros_like(bin_BA).scatter(1, order_BA, place_BA)
     rank_BA = place_BA - (sizes_BK.cumsum(dim=1) - sizes_BK).gather(1, bin_BA)
-    # Half of the range is for what a bin owes, half for the others.
-    chosen_BA = torch.where(rank_BA < share_B1, _ABOVE_ALL >> 1, 0) + (priority_BA >> 1)
-    return torch.where(negative_BA, chosen_BA, priority_BA)
+    # The upper half of the range is for the shares of the bins, the lower half for all others.
+    spread_BA = torch.where(rank_BA < share_B1, _ABOVE_ALL >> 1, 0) + (priority_BA >> 1)
+    return torch.where(negative_BA, spread_BA, priority_BA)
 
 
 @torch.no_grad()
 def sample(labels_BA: Tensor, priority_BA: Tensor, *, count: int, positive_fraction: float) -> Sample:
-    """The boxes of highest priority: up to `int(count * positive_fraction)` with label 1, then label 0 up to `count`.
+    """Sample the boxes of highest priority: up to `int(count * positive_fraction)` with label 1, then label 0 up to `count`.
 
     Args:
         labels_BA: 1 positive, 0 negative, -1 never chosen.
@@ -93,7 +93,7 @@ def sample(labels_BA: Tensor, priority_BA: Tensor, *, count: int, positive_fract
     positive_key_BA = torch.where(labels_BA == 1, priority_BA, -1)
     most = min(int(count * positive_fraction), places)
     key_BP, index_BP = positive_key_BA.topk(most, dim=1)
-    # One more top-k does the rest: chosen positives stand above every negative, and what must not be chosen has no key.
+    # One more top-k does the rest: sampled positives rank above every negative, and a box that must not be sampled has key -1.
     key_BA = torch.where(labels_BA == 0, priority_BA, -1)
     key_BA = key_BA.scatter(1, index_BP, torch.where(key_BP >= 0, key_BP + _ABOVE_ALL, key_BA.gather(1, index_BP)))
     key_BS, index_BS = key_BA.topk(min(count, places), dim=1)

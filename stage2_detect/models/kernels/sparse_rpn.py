@@ -1,7 +1,7 @@
-"""The RPN's head at single anchors instead of everywhere.
+"""The RPN's head at single anchors only.
 
-Its loss looks at a few hundred anchors of maps of tens of thousands of cells: values and gradients there are those of the
-whole maps, at a hundredth of the work, since everywhere else the gradient is zero. That saves two thirds of the head's
+Its loss uses a few hundred anchors of maps of tens of thousands of cells. Values and gradients at these are those of the
+whole maps, at a hundredth of the work, since the gradient is zero at all other anchors. That saves two thirds of the head's
 time in training, and its activations. Shapes do not depend on values.
 
 Shapes: B images, S anchors of an image, N = B * S, C channels, D channels behind a convolution, P pixels of one level's
@@ -20,7 +20,7 @@ from ssld.stage2_detect.models.anchors import Grids, grids_of
 
 
 def pays(samples_per_image: int, grids: Grids) -> bool:
-    """Whether the anchors' 3x3 neighbourhoods are fewer than the cells of the maps, and the fast way is on."""
+    """Return whether the anchors' 3x3 neighborhoods have fewer cells than the maps, and the fast forms are on."""
     return kernels.enabled() and 9 * samples_per_image < sum(rows * columns for rows, columns in grids)
 
 
@@ -32,8 +32,8 @@ def head_at(
     objectness: nn.Conv2d,
     deltas: nn.Conv2d,
 ) -> tuple[Tensor, Tensor]:
-    """float32 logits [B, S] and deltas [B, S, 4] of the anchors with these numbers (in the order level, row, column, ratio),
-    from the layers of an `RPNHead`.
+    """Compute float32 logits [B, S] and deltas [B, S, 4] of the anchors with these indices (in the order level, row, column,
+    ratio), by the layers of an `RPNHead`.
     """
     B, S = index_BS.shape
     cells_BS = cells_of(index_BS, grids_of(features), objectness.out_channels)
@@ -48,7 +48,7 @@ def head_at(
 
 @dataclass(frozen=True)
 class Cells:
-    """Where single anchors sit, int64 [B, S] each."""
+    """Positions of single anchors, int64 [B, S] each."""
 
     level: Tensor
     row: Tensor
@@ -57,21 +57,21 @@ class Cells:
 
 
 def cells_of(index_BS: Tensor, grids: Grids, ratios: int) -> Cells:
-    """Takes anchor numbers apart; `grids` are the (rows, columns) of the levels."""
+    """Compute the positions of anchors from their indices; `grids` are the (rows, columns) of the levels."""
     level_BS, begin_BS, width_BS = torch.zeros_like(index_BS), torch.zeros_like(index_BS), torch.ones_like(index_BS)
     begin = 0
     for level, (rows, columns) in enumerate(grids):
-        here_BS = index_BS >= begin
-        level_BS = torch.where(here_BS, level, level_BS)
-        begin_BS = torch.where(here_BS, begin, begin_BS)
-        width_BS = torch.where(here_BS, columns, width_BS)
+        reached_BS = index_BS >= begin
+        level_BS = torch.where(reached_BS, level, level_BS)
+        begin_BS = torch.where(reached_BS, begin, begin_BS)
+        width_BS = torch.where(reached_BS, columns, width_BS)
         begin += rows * columns * ratios
     cell_BS = (index_BS - begin_BS) // ratios
     return Cells(level_BS, cell_BS // width_BS, cell_BS % width_BS, (index_BS - begin_BS) % ratios)
 
 
 def patches(features: Sequence[Tensor], level_BS: Tensor, row_BS: Tensor, column_BS: Tensor) -> Tensor:
-    """The 3x3 neighbourhoods [N, 9 * C] of these cells, each on its level's map, with zeros outside of the map.
+    """Gather the 3x3 neighborhoods [N, 9 * C] of these cells, each from its level's map, with zeros outside of the map.
 
     Ordered row, column, channel, so that a convolution's weight [D, C, 3, 3] becomes `flat_weight(weight)`.
     """
@@ -79,7 +79,7 @@ def patches(features: Sequence[Tensor], level_BS: Tensor, row_BS: Tensor, column
     step = torch.arange(-1, 2, device=level_BS.device)
     image_B1 = torch.arange(B, device=level_BS.device)[:, None]
     row_BS3, column_BS3 = row_BS[..., None] + step, column_BS[..., None] + step
-    found: Tensor | None = None
+    gathered: Tensor | None = None
     for level, feature in enumerate(features):
         H, W = feature.shape[-2:]
         table_PC = feature.permute(0, 2, 3, 1).reshape(-1, C)
@@ -88,11 +88,11 @@ def patches(features: Sequence[Tensor], level_BS: Tensor, row_BS: Tensor, column
         line_BS3 = image_B1[..., None] * H + row_BS3
         pixel_BS33 = torch.where(inside_BS33, line_BS3[..., None] * W + column_BS3[..., None, :], 0)
         values = F.embedding(pixel_BS33, table_PC)
-        found = torch.where(inside_BS33[..., None], values, 0.0 if found is None else found)
-    assert found is not None
-    return found.flatten(2).flatten(0, 1)
+        gathered = torch.where(inside_BS33[..., None], values, 0.0 if gathered is None else gathered)
+    assert gathered is not None
+    return gathered.flatten(2).flatten(0, 1)
 
 
 def flat_weight(weight_DC33: Tensor) -> Tensor:
-    """[D, 9 * C] in the order of `patches`."""
+    """Reshape a convolution's weight to [D, 9 * C], in the order of `patches`."""
     return weight_DC33.permute(0, 2, 3, 1).flatten(1)
