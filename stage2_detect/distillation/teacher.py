@@ -137,8 +137,8 @@ class TeacherCheck:
         return ap
 
     @property
-    def _where(self) -> str:
-        return f"on {count(len(self._part.images), 'image')} of {self._part.file}"
+    def _images(self) -> str:
+        return f"{count(len(self._part.images), 'image')} of {self._part.file}"
 
     def before_training(self) -> str:
         """Return a line for the log.
@@ -148,8 +148,8 @@ class TeacherCheck:
         """
         name = self._teacher.facts.get("file")
         if self._ap is None:
-            return f"teacher {name}: not checked: no object to be found {self._where}"
-        ap = f"AP {100 * self._ap:.2f} {self._where}"
+            return f"teacher {name}: not checked: no objects in {self._images}"
+        ap = f"AP {100 * self._ap:.2f} on {self._images}"
         if self._ap < self._least:
             raise UserError(
                 f"distill.teacher: {name}: {ap}, below {100 * self._least:g} (distill.check_ap {self._least:g}): "
@@ -176,6 +176,6 @@ class TeacherCheck:
             return None
         self._warned = True
         return (
-            f"warning: the teacher is no better than its student: AP {100 * teacher_ap:.2f} against {100 * student_ap:.2f} {self._where}; "
+            f"warning: the teacher is no better than its student: AP {100 * teacher_ap:.2f} against {100 * student_ap:.2f} on {self._images}; "
             "a student gains from a teacher that is clearly better, a wider detector that was trained longer"
         )

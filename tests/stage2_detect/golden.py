@@ -39,7 +39,7 @@ RECIPE = {
     "cascade_mask": "cascade_mask_rcnn_r50vd_ssld_1x.yaml",
     "pss_det": "pss_faster_dcn_r50vd.yaml",
 }
-# What "overrides" in the json files says: every anchor and every RoI is in the losses.
+# As "overrides" in the json files: every anchor and every RoI is in the losses.
 OVERRIDES = {
     "rpn.samples_per_image": 100_000,
     "rpn.sampling": "first",
@@ -51,12 +51,12 @@ OVERRIDES = {
 LOSSES = {"loss_rpn_cls": "loss_rpn_cls", "loss_rpn_box": "loss_rpn_reg"}
 BOX_LOSSES = {"loss_cls": "loss_bbox_cls", "loss_box": "loss_bbox_reg"}
 STAGE_LOSSES = {
-    f"{ours}_{stage}": f"{theirs}_stage{stage}" for ours, theirs in BOX_LOSSES.items() for stage in range(3)
+    f"{name}_{stage}": f"{reference}_stage{stage}" for name, reference in BOX_LOSSES.items() for stage in range(3)
 }
 
 
 def read(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The numbers, and what the json file says about them."""
+    """Read the numbers and their description in the json file."""
     with np.load(FOLDER / f"{name}.npz") as file:
         return dict(file), json.loads((FOLDER / f"{name}.json").read_text())
 
@@ -137,11 +137,15 @@ def run(model: RCNN, name: str, targets: Targets | None = None) -> SimpleNamespa
     """
     golden, about = read(name)
     images, boxes_only = inputs(golden, about)
-    seen: dict[str, list] = {"body": [], "pyramid": [], "rpn": [], "maps": []}
-    model.pyramid.body.register_forward_hook(lambda _module, _args, out: seen["body"].append([t.detach() for t in out]))
-    model.pyramid.register_forward_hook(lambda _module, _args, out: seen["pyramid"].append([t.detach() for t in out]))
-    model.rpn.register_forward_hook(lambda _module, _args, out: seen["rpn"].append(out[0]))
-    model.rpn.head.register_forward_hook(lambda _module, _args, out: seen["maps"].append([t.detach() for t in out]))
+    detected: dict[str, list] = {"body": [], "pyramid": [], "rpn": [], "maps": []}
+    model.pyramid.body.register_forward_hook(
+        lambda _module, _args, out: detected["body"].append([t.detach() for t in out])
+    )
+    model.pyramid.register_forward_hook(
+        lambda _module, _args, out: detected["pyramid"].append([t.detach() for t in out])
+    )
+    model.rpn.register_forward_hook(lambda _module, _args, out: detected["rpn"].append(out[0]))
+    model.rpn.head.register_forward_hook(lambda _module, _args, out: detected["maps"].append([t.detach() for t in out]))
     model.eval()
     detections = model(images)
     model.train()
@@ -149,19 +153,19 @@ def run(model: RCNN, name: str, targets: Targets | None = None) -> SimpleNamespa
         patch.setattr(pooling, "roi_align", _roi_align_as_reference)
         losses = model(images, targets or boxes_only)
     sum(losses.values()).backward()
-    return SimpleNamespace(golden=golden, about=about, model=model, detections=detections, losses=losses, **seen)
+    return SimpleNamespace(golden=golden, about=about, model=model, detections=detections, losses=losses, **detected)
 
 
-def close(ours: Tensor, reference: np.ndarray, relative: float) -> None:
+def close(actual: Tensor, reference: np.ndarray, relative: float) -> None:
     """Largest difference relative to the reference's largest value."""
-    difference = (ours - torch.from_numpy(reference)).abs().max() / np.abs(reference).max()
+    difference = (actual - torch.from_numpy(reference)).abs().max() / np.abs(reference).max()
     assert difference < relative
 
 
-def same_set(ours: np.ndarray, reference: np.ndarray, tolerance: float) -> list[int]:
+def same_set(actual: np.ndarray, reference: np.ndarray, tolerance: float) -> list[int]:
     """Every row has its own counterpart in the other set within `tolerance` in every column; returns their numbers."""
-    assert ours.shape == reference.shape
-    difference = np.abs(ours[:, None] - reference[None]).max(axis=2)
+    assert actual.shape == reference.shape
+    difference = np.abs(actual[:, None] - reference[None]).max(axis=2)
     counterparts: list[int] = []
     for row in difference:
         # The nearest that is left: rows of one set may lie closer together than the tolerance.
@@ -191,19 +195,19 @@ def check_proposals(run: SimpleNamespace, mode: str) -> None:
     """The same sets to 0.01 px; `mode` is test or train."""
     proposals = run.rpn[0 if mode == "test" else 1]
     for i in range(3):
-        ours = proposals.boxes_BR4[i][proposals.valid_BR[i]]
-        same_set(ours.numpy(), run.golden[f"{mode}.proposals{i}"], 0.01)
+        actual = proposals.boxes_BR4[i][proposals.valid_BR[i]]
+        same_set(actual.numpy(), run.golden[f"{mode}.proposals{i}"], 0.01)
 
 
 def check_losses(run: SimpleNamespace, names: Mapping[str, str]) -> None:
-    """Each loss and their sum to 1e-4; `names` are those beside the RPN's, ours -> the reference's."""
+    """Each loss and their sum to 1e-4; `names` are those other than the RPN's, our name -> the reference's."""
     names = LOSSES | dict(names)
     assert set(run.losses) == set(names)
     assert {f"train.{name}" for name in (*names.values(), "loss")} == {
         k for k in run.golden if k.startswith("train.loss")
     }
-    for ours, reference in names.items():
-        assert run.losses[ours].item() == pytest.approx(run.golden[f"train.{reference}"].item(), rel=1e-4), ours
+    for actual, reference in names.items():
+        assert run.losses[actual].item() == pytest.approx(run.golden[f"train.{reference}"].item(), rel=1e-4), actual
     assert sum(run.losses.values()).item() == pytest.approx(run.golden["train.loss"].item(), rel=1e-4)
 
 
@@ -219,7 +223,7 @@ def check_gradient_norms(run: SimpleNamespace, count: int) -> None:
 
 
 def check_frozen(run: SimpleNamespace) -> None:
-    """What the reference freezes has no gradient, all else has."""
+    """Parameters that the reference freezes have no gradient, all others have one."""
     for name, parameter in run.model.named_parameters():
         frozen = name.startswith("pyramid.body.") and (
             name.startswith(("pyramid.body.conv1", "pyramid.body.layer1")) or ".bn" in name or ".downsample.2" in name
@@ -228,12 +232,12 @@ def check_frozen(run: SimpleNamespace) -> None:
 
 
 def check_detections(run: SimpleNamespace) -> list[list[int]]:
-    """The same sets to 0.01 px and 1e-4 in score; returns, image by image, which row of the reference each of ours is."""
+    """The same sets to 0.01 px and 1e-4 in score; returns, image by image, the row of the reference that each detection equals."""
     ends = np.cumsum(run.golden["test.bbox_num"])
     counterparts = []
-    for found, reference in zip(run.detections, np.split(run.golden["test.bbox"], ends[:-1]), strict=True):
-        ours = torch.cat((found.labels_N[:, None], found.scores_N[:, None], found.boxes_N4), dim=1).numpy()
+    for one, reference in zip(run.detections, np.split(run.golden["test.bbox"], ends[:-1]), strict=True):
+        actual = torch.cat((one.labels_N[:, None], one.scores_N[:, None], one.boxes_N4), dim=1).numpy()
         # Labels are apart by 1, scores by what the classes differ in: weigh the columns so that one tolerance serves.
         weight = np.array([1, 100, 1, 1, 1, 1])
-        counterparts.append(same_set(ours * weight, reference * weight, 0.01))
+        counterparts.append(same_set(actual * weight, reference * weight, 0.01))
     return counterparts

@@ -24,7 +24,7 @@ def architecture(fpn_channels: int) -> DetectorConfig:
 
 
 def detector(seed: int, fpn_channels: int = 16) -> RCNN:
-    """Random weights whose answers are far from uniform, with channels of different means in the maps."""
+    """Random weights whose soft labels are far from uniform, with channels of different means in the maps."""
     torch.manual_seed(seed)
     body = timm.create_model("test_resnet", features_only=True)
     inputs = input_settings(body, {})
@@ -38,7 +38,7 @@ def detector(seed: int, fpn_channels: int = 16) -> RCNN:
 
 
 def batch(labeled: int = 2, unlabeled: int = 2, seed: int = 0) -> tuple[ImageBatch, Targets]:
-    """Pictures of unequal sizes; the unlabeled ones come with objects that nobody may look at."""
+    """Images of unequal sizes; the unlabeled ones come with objects that must not be used."""
     generator = torch.Generator().manual_seed(seed)
     count = labeled + unlabeled
     pixels = torch.randint(0, 256, (count, 3, 64, 96), generator=generator, dtype=torch.uint8)

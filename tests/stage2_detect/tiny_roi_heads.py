@@ -26,24 +26,24 @@ def maps() -> list[Tensor]:
 def proposals(count: int = 30, seed: int = 1) -> Proposals:
     """Boxes of 1 to 128 px; the last third of the second image is padding."""
     generator = torch.Generator().manual_seed(seed)
-    centre = torch.rand(2, count, 2, generator=generator) * torch.tensor([160.0, 128.0])
+    center = torch.rand(2, count, 2, generator=generator) * torch.tensor([160.0, 128.0])
     half = torch.exp(torch.rand(2, count, 2, generator=generator) * 4.2)
-    found = torch.cat((centre - half, centre + half), dim=-1)
+    candidates = torch.cat((center - half, center + half), dim=-1)
     for image, objects in enumerate(targets().boxes_BG4):  # some that match
-        found[image, :9] = objects.repeat(3, 1) + torch.randint(-3, 4, (9, 4), generator=generator)
-    found = boxes.clip(found, SIZES)
-    valid = ((found[..., 2:] - found[..., :2]) >= 1).all(dim=-1)
+        candidates[image, :9] = objects.repeat(3, 1) + torch.randint(-3, 4, (9, 4), generator=generator)
+    candidates = boxes.clip(candidates, SIZES)
+    valid = ((candidates[..., 2:] - candidates[..., :2]) >= 1).all(dim=-1)
     valid[1, 2 * count // 3 :] = False
     order = valid.long().argsort(dim=1, descending=True, stable=True)  # as proposals come: padding at the end
-    found, valid = boxes.take(found, order), valid.gather(1, order)
-    return Proposals(torch.where(valid[..., None], found, 0.0), valid)
+    candidates, valid = boxes.take(candidates, order), valid.gather(1, order)
+    return Proposals(torch.where(valid[..., None], candidates, 0.0), valid)
 
 
 def targets() -> Targets:
-    wanted = torch.zeros(2, 3, 4)
-    wanted[0, :2] = torch.tensor([[10.0, 12.0, 60.0, 48.0], [40.0, 5.0, 150.0, 120.0]])
-    wanted[1] = torch.tensor([[3.0, 3.0, 40.0, 38.0], [70.0, 20.0, 120.0, 90.0], [5.0, 60.0, 9.0, 66.0]])
-    return Targets(wanted, torch.tensor([[2, 0, -1], [1, 1, 0]]), torch.tensor([5, 6]))
+    expected = torch.zeros(2, 3, 4)
+    expected[0, :2] = torch.tensor([[10.0, 12.0, 60.0, 48.0], [40.0, 5.0, 150.0, 120.0]])
+    expected[1] = torch.tensor([[3.0, 3.0, 40.0, 38.0], [70.0, 20.0, 120.0, 90.0], [5.0, 60.0, 9.0, 66.0]])
+    return Targets(expected, torch.tensor([[2, 0, -1], [1, 1, 0]]), torch.tensor([5, 6]))
 
 
 def make(**options: Any) -> RoIHeads:
@@ -75,16 +75,21 @@ def predict_no_shift(heads: RoIHeads) -> None:
 
 
 def losses_of(
-    heads: RoIHeads, features: list[Tensor], found: Proposals, sizes: Tensor, truth: Targets, ranks: Ranks = ONE_RANK
+    heads: RoIHeads,
+    features: list[Tensor],
+    candidates: Proposals,
+    sizes: Tensor,
+    truth: Targets,
+    ranks: Ranks = ONE_RANK,
 ) -> tuple[dict[str, Tensor], SampledRoIs, Tensor]:
     """Losses, the RoIs that were sampled for them, and the first stage's logits of these."""
-    sampled = heads.sample(found, truth)
+    sampled = heads.sample(candidates, truth)
     losses, logits_NK = heads.losses(features, sampled, sizes, truth, ranks)
     return losses, sampled, logits_NK
 
 
-def detect(heads: RoIHeads, features: list[Tensor], found: Proposals, images: ImageBatch) -> list[Detections]:
+def detect(heads: RoIHeads, features: list[Tensor], candidates: Proposals, images: ImageBatch) -> list[Detections]:
     """Detections in original coordinates."""
-    network = heads.detect_network(features, found, images.sizes_B2)
+    network = heads.detect_network(features, candidates, images.sizes_B2)
     parts = zip(network, images.sizes_B2, images.scales_B, strict=True)
     return [to_original(detections, size, scale)[0] for detections, size, scale in parts]

@@ -55,19 +55,21 @@ def test_terms_of_ld_are_their_formulas() -> None:
     losses = model(images, targets)
     assert isinstance(losses, dict)
     with torch.no_grad():
-        features, guides = student.features(images), teacher.features(images)
-        (logits, bins), (wanted_logits, wanted_bins) = student.dense(features), teacher.dense(guides)
+        features, teacher_features = student.features(images), teacher.features(images)
+        (logits, bins), (teacher_logits, teacher_bins) = student.dense(features), teacher.dense(teacher_features)
         grids = grids_of(features)
         assert isinstance(student.dense, GFL)
         assigned, thresholds = student.dense.assign(grids, images.sizes_B2, targets)
         anchors = student.dense.anchors(grids, torch.device("cpu"))
         region = regions.valuable_region(anchors, targets.boxes_BG4, thresholds.region_BG)
         positive = assigned.labels_BA == 1
-        ld = localization_distillation(bins, wanted_bins, 10.0)
-        kd = soft_divergence(logits, wanted_logits, 2.0)
+        ld = localization_distillation(bins, teacher_bins, 10.0)
+        kd = soft_divergence(logits, teacher_logits, 2.0)
         inside = regions.inside_objects(anchors, targets.boxes_BG4, targets.labels_BG >= 0)
         level = torch.cat([torch.full((rows * columns,), number) for number, (rows, columns) in enumerate(grids)])
-        error = torch.cat([(a - b).square().mean(1).flatten(1) for a, b in zip(features, guides, strict=True)], dim=1)
+        error = torch.cat(
+            [(a - b).square().mean(1).flatten(1) for a, b in zip(features, teacher_features, strict=True)], dim=1
+        )
 
         def means(values: torch.Tensor, chosen: torch.Tensor) -> float:
             return sum(
@@ -78,31 +80,31 @@ def test_terms_of_ld_are_their_formulas() -> None:
 
         assert positive.any()
         assert (region > 0).any()
-        wanted = {
+        expected = {
             "loss_ld": 0.25 * (student.dense.scores(logits) * ld)[positive].sum().item(),
             "loss_ld_vlr": 0.25 / 4 * (region * ld).sum().item(),
             "loss_kd": 10 * means(kd, positive),
             "loss_kd_vlr": 3 * means(kd, region > 0),
             "loss_imitation": 0.5 * means(error, inside),
         }
-    assert {name: losses[name].item() for name in wanted} == {
-        name: pytest.approx(value, rel=1e-4) for name, value in wanted.items()
+    assert {name: losses[name].item() for name in expected} == {
+        name: pytest.approx(value, rel=1e-4) for name, value in expected.items()
     }
-    assert set(losses) == {*wanted, "loss_cls", "loss_box", "loss_dfl"}
+    assert set(losses) == {*expected, "loss_cls", "loss_box", "loss_dfl"}
 
 
 def test_global_is_the_reference_at_two_images_and_does_not_grow_with_more() -> None:
     student, teacher = detector("gfl", 0), detector("gfl", 1)
-    found = {}
+    results = {}
     for images in (2, 6):
         for normalization in ("global", "reference"):
             terms = LDConfig(normalization=normalization)
             losses = DistilledDense(student, FrozenDetector(teacher), terms).train()(*batch(images))
             assert isinstance(losses, dict)
-            found[images, normalization] = {name: loss.item() for name, loss in losses.items()}
-    assert found[2, "global"] == pytest.approx(found[2, "reference"], rel=1e-5)
-    assert found[6, "global"] == pytest.approx(found[2, "global"], rel=1e-4)
-    assert found[6, "reference"]["loss_ld"] == pytest.approx(3 * found[2, "reference"]["loss_ld"], rel=1e-4)
+            results[images, normalization] = {name: loss.item() for name, loss in losses.items()}
+    assert results[2, "global"] == pytest.approx(results[2, "reference"], rel=1e-5)
+    assert results[6, "global"] == pytest.approx(results[2, "global"], rel=1e-4)
+    assert results[6, "reference"]["loss_ld"] == pytest.approx(3 * results[2, "reference"]["loss_ld"], rel=1e-4)
 
 
 def test_terms_on_all_negatives_and_on_general_instances() -> None:
@@ -119,20 +121,22 @@ def test_terms_on_all_negatives_and_on_general_instances() -> None:
     losses = DistilledDense(student, FrozenDetector(teacher), terms).train()(images, targets)
     assert isinstance(losses, dict)
     with torch.no_grad():
-        features, guides = student.features(images), teacher.features(images)
-        (logits, bins), (wanted_logits, wanted_bins) = student.dense(features), teacher.dense(guides)
+        features, teacher_features = student.features(images), teacher.features(images)
+        (logits, bins), (teacher_logits, teacher_bins) = student.dense(features), teacher.dense(teacher_features)
         grids = grids_of(features)
         assert isinstance(student.dense, GFL)
         labels = student.dense.assign(grids, images.sizes_B2, targets)[0].labels_BA
-        ld = localization_distillation(bins, wanted_bins, 10.0)
+        ld = localization_distillation(bins, teacher_bins, 10.0)
         assert losses["loss_ld_vlr"].item() == pytest.approx(
             0.25 / 4 * (logits.sigmoid().amax(-1) * ld)[labels == 0].sum().item(), rel=1e-4
         )
         counts = [rows * columns for rows, columns in grids]
         every = torch.arange(sum(counts)).expand(2, -1)
-        boxes = [student.dense.decode(values, every, grids) for values in (bins, wanted_bins)]
-        cells = regions.general_instances(logits, wanted_logits, boxes[0], boxes[1], counts)
-        error = torch.cat([(a - b).square().mean(1).flatten(1) for a, b in zip(features, guides, strict=True)], dim=1)
+        boxes = [student.dense.decode(values, every, grids) for values in (bins, teacher_bins)]
+        cells = regions.general_instances(logits, teacher_logits, boxes[0], boxes[1], counts)
+        error = torch.cat(
+            [(a - b).square().mean(1).flatten(1) for a, b in zip(features, teacher_features, strict=True)], dim=1
+        )
         means = [
             e[c].mean().item() for e, c in zip(error.split(counts, dim=1), cells.split(counts, dim=1), strict=True)
         ]
@@ -149,12 +153,12 @@ def test_adaptive_distillation_counts_all_but_ignored_anchors(form: str) -> None
     with torch.no_grad():
         features = student.features(images)
         logits, _ = student.dense(features)
-        wanted, _ = teacher.dense(teacher.features(images))
+        teacher_logits, _ = teacher.dense(teacher.features(images))
         assigned = student.dense.assign(grids_of(features), images.sizes_B2, targets)
         counts = assigned.labels_BA >= 0  # type: ignore[union-attr]
         assert not counts.all()
-        loss = adaptive_distillation(logits, wanted, form=form)[counts].sum()  # type: ignore[arg-type]
-        mass = (wanted.double().sigmoid() ** 1.8).sum()
+        loss = adaptive_distillation(logits, teacher_logits, form=form)[counts].sum()  # type: ignore[arg-type]
+        mass = (teacher_logits.double().sigmoid() ** 1.8).sum()
     assert losses["loss_adl"].item() == pytest.approx(2 * loss.item() / mass.item(), rel=1e-4)
 
 
@@ -215,10 +219,10 @@ def test_the_adaptive_loss_on_two_ranks(normalization: str) -> None:
     teacher[0, :3, 0] = 100.0
     student = torch.full((1, anchors, K), -100.0)
     student[0, :3, 0] = 2.0
-    outputs, wanted = (student, torch.zeros(1, anchors, 4)), (teacher, torch.zeros(1, anchors, 4))
+    outputs, teacher_outputs = (student, torch.zeros(1, anchors, 4)), (teacher, torch.zeros(1, anchors, 4))
     nothing = Targets(torch.zeros(1, 0, 4), torch.zeros(1, 0).long(), torch.zeros(1).long())
     term = ADLConfig(weight=0.5, normalization=normalization)
-    losses = losses_under_adl(term, head, outputs, wanted, grids, torch.tensor([[16, 16]]), nothing, ranks)
+    losses = losses_under_adl(term, head, outputs, teacher_outputs, grids, torch.tensor([[16, 16]]), nothing, ranks)
     # A sure teacher leaves the focal loss, (1 - p)^2 * -log p, p = sigmoid(2), for three classes.
     p = 1 / (1 + math.exp(-2))
     one = 3 * (1 - p) ** 2 * -math.log(p)

@@ -157,6 +157,6 @@ def test_in_evaluation_it_is_the_student() -> None:
     images, _ = batch()
     student = detector(1).eval()
     expected = student(images)
-    found = DistilledRCNN(student, FrozenDetector(detector(2))).eval()(images)
-    assert [len(one.scores_N) for one in found] == [len(one.scores_N) for one in expected]
-    assert all(torch.equal(a.boxes_N4, b.boxes_N4) for a, b in zip(found, expected, strict=True))
+    actual = DistilledRCNN(student, FrozenDetector(detector(2))).eval()(images)
+    assert [len(one.scores_N) for one in actual] == [len(one.scores_N) for one in expected]
+    assert all(torch.equal(a.boxes_N4, b.boxes_N4) for a, b in zip(actual, expected, strict=True))

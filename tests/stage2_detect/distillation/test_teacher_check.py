@@ -18,7 +18,7 @@ def data(tiny_coco: TinyCoco) -> CocoData:
     return read_coco(tiny_coco.val_annotations, tiny_coco.val_images, training=False)
 
 
-def found(data: CocoData, *, right: bool) -> dict[Any, Detections]:
+def detections_of(data: CocoData, *, right: bool) -> dict[Any, Detections]:
     """Every object, in its place or far outside of every image."""
     shift = 0.0 if right else 10_000.0
     return {
@@ -39,23 +39,25 @@ def check_of(data: CocoData, teacher_ap: float | None, images: int) -> TeacherCh
 
 def test_a_student_that_has_reached_its_teacher_is_told_once(data: CocoData) -> None:
     check = check_of(data, 0.5, 2)
-    assert check.beside(found(data, right=False)) is None
-    warning = check.beside(found(data, right=True))
+    assert check.beside(detections_of(data, right=False)) is None
+    warning = check.beside(detections_of(data, right=True))
     assert warning
     assert warning.startswith(
         f"warning: the teacher is no better than its student: AP 50.00 against 100.00 on 2 images of {data.file}; "
     )
-    assert check.beside(found(data, right=True)) is None
+    assert check.beside(detections_of(data, right=True)) is None
 
 
 def test_only_the_images_that_the_teacher_saw_count(data: CocoData) -> None:
     """The first image right, all others wrong: 100 on a slice of that image alone, less on all."""
-    mixed = found(data, right=False) | {data.images[0].image_id: found(data, right=True)[data.images[0].image_id]}
+    mixed = detections_of(data, right=False) | {
+        data.images[0].image_id: detections_of(data, right=True)[data.images[0].image_id]
+    }
     assert check_of(data, 0.999, 1).beside(mixed)
     assert check_of(data, 0.999, len(data.images)).beside(mixed) is None
 
 
 def test_images_without_objects_check_no_teacher(data: CocoData) -> None:
     check = check_of(data, None, 2)
-    assert check.before_training() == f"teacher t: not checked: no object to be found on 2 images of {data.file}"
-    assert check.beside(found(data, right=True)) is None
+    assert check.before_training() == f"teacher t: not checked: no objects in 2 images of {data.file}"
+    assert check.beside(detections_of(data, right=True)) is None

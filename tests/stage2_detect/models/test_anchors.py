@@ -4,10 +4,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssld.stage2_detect.models.anchors import grid_anchors
 
 CPU = torch.device("cpu")
+
+
+class Uploads(TorchDispatchMode):
+    """Notes copies from the CPU to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        on_cpu = any(isinstance(one, torch.Tensor) and one.device.type == "cpu" for one in args)
+        if on_cpu and isinstance(result, torch.Tensor) and result.device.type != "cpu":
+            self.copies.append(func._schema.name)
+        return result
 
 
 def test_anchors_follow_the_definition() -> None:
@@ -19,9 +35,35 @@ def test_anchors_follow_the_definition() -> None:
         for x in range(columns)
         for w, h in [(size / np.sqrt(ratio), size * np.sqrt(ratio)) for ratio in ratios]
     ]
-    ours = grid_anchors(grids, CPU, strides=strides, sizes=sizes, ratios=ratios)
-    assert ours.dtype == torch.float32
-    np.testing.assert_allclose(ours.numpy(), np.array(expected), rtol=1e-6)
+    actual = grid_anchors(grids, CPU, strides=strides, sizes=sizes, ratios=ratios)
+    assert actual.dtype == torch.float32
+    np.testing.assert_allclose(actual.numpy(), np.array(expected), rtol=1e-6)
+
+
+def test_each_coordinate_is_rounded_once() -> None:
+    """float64 NumPy, then float32, to the bit: also far from the origin and for sides that float32 does not have."""
+    grids, strides, sizes, ratios = [(40, 70), (3, 301)], (4, 128), (17.3, 413.1), (0.3, 0.7, 1.9)
+    scales = tuple(2 ** (third / 3) for third in range(3))
+    expected = [
+        (x * stride - w / 2, y * stride - h / 2, x * stride + w / 2, y * stride + h / 2)
+        for (rows, columns), stride, size in zip(grids, strides, sizes, strict=True)
+        for y in range(rows)
+        for x in range(columns)
+        for scale in scales
+        for w, h in [(size * scale / np.sqrt(ratio), size * scale * np.sqrt(ratio)) for ratio in ratios]
+    ]
+    actual = grid_anchors(grids, CPU, strides=strides, sizes=sizes, ratios=ratios, scales=scales)
+    np.testing.assert_array_equal(actual.numpy(), np.array(expected).astype(np.float32))
+
+
+def test_anchors_are_made_on_the_device() -> None:
+    with Uploads() as uploads:
+        torch.ones(2).to("meta")
+        assert uploads.copies == ["aten::_to_copy"]
+        anchors = grid_anchors([(7, 9)], torch.device("meta"), strides=(8,), sizes=(32.0,), ratios=(0.5, 1.0))
+    assert len(uploads.copies) == 1
+    assert anchors.device.type == "meta"
+    assert anchors.shape == (7 * 9 * 2, 4)
 
 
 def test_sides_are_not_rounded() -> None:

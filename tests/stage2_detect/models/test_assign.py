@@ -52,7 +52,7 @@ def test_equals_the_loop(
     scene: tuple[Tensor, Tensor, Tensor], positive: float, negative: float, low_quality: bool, chunk_elements: int
 ) -> None:
     boxes, objects, present = scene
-    ours = assign(
+    actual = assign(
         boxes,
         objects,
         present,
@@ -63,37 +63,37 @@ def test_equals_the_loop(
     )
     for i in range(3):
         labels, owners = _by_loop(boxes[i], objects[i][present[i]], positive, negative, low_quality)
-        assert ours.labels_BA[i].tolist() == labels
-        touched = ours.ious_BA[i] > 0
-        assert ours.objects_BA[i][touched].tolist() == np.array(owners)[touched.numpy()].tolist()
-    assert (ours.labels_BA[1] == 0).all()
-    assert {1, 0} <= set(ours.labels_BA[0].tolist())
+        assert actual.labels_BA[i].tolist() == labels
+        touched = actual.ious_BA[i] > 0
+        assert actual.objects_BA[i][touched].tolist() == np.array(owners)[touched.numpy()].tolist()
+    assert (actual.labels_BA[1] == 0).all()
+    assert {1, 0} <= set(actual.labels_BA[0].tolist())
 
 
 def test_an_object_that_touches_nothing_claims_nothing() -> None:
     boxes = torch.tensor([[[0.0, 0.0, 10.0, 10.0], [20.0, 20.0, 30.0, 30.0]]])
     far = torch.tensor([[[500.0, 500.0, 501.0, 501.0]]])
     present = torch.tensor([[True]])
-    ours = assign(boxes, far, present, positive_iou=0.7, negative_iou=0.3, low_quality=True)
-    assert ours.labels_BA.tolist() == [[0, 0]]
+    actual = assign(boxes, far, present, positive_iou=0.7, negative_iou=0.3, low_quality=True)
+    assert actual.labels_BA.tolist() == [[0, 0]]
 
 
 def test_no_object_slots_at_all() -> None:
-    ours = assign(
+    actual = assign(
         torch.rand(2, 6, 4),
         torch.zeros(2, 0, 4),
         torch.zeros(2, 0, dtype=torch.bool),
         positive_iou=0.5,
         negative_iou=0.5,
     )
-    assert (ours.labels_BA == 0).all()
-    assert (ours.ious_BA == -1).all()
+    assert (actual.labels_BA == 0).all()
+    assert (actual.ious_BA == -1).all()
 
 
 def test_a_box_shared_by_all_images_may_be_expanded() -> None:
     anchors = torch.tensor([[0.0, 0.0, 8.0, 8.0], [4.0, 4.0, 12.0, 12.0]])
     objects = torch.tensor([[[0.0, 0.0, 8.0, 8.0]], [[4.0, 4.0, 12.0, 12.0]]])
-    ours = assign(
+    actual = assign(
         anchors.expand(2, -1, -1), objects, torch.ones(2, 1, dtype=torch.bool), positive_iou=0.7, negative_iou=0.3
     )
-    assert ours.labels_BA.tolist() == [[1, 0], [0, 1]]
+    assert actual.labels_BA.tolist() == [[1, 0], [0, 1]]

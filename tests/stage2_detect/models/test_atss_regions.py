@@ -43,21 +43,21 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 def atss_by_hand(boxes: np.ndarray, ddof: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(label, object, threshold of each object, unbiased threshold) of one image, arXiv 1912.02424 algorithm 1."""
     all_anchors = anchors().double().numpy()
-    centres = (all_anchors[:, :2] + all_anchors[:, 2:]) / 2
+    centers = (all_anchors[:, :2] + all_anchors[:, 2:]) / 2
     best, owner = np.full(len(all_anchors), -1.0), np.full(len(all_anchors), -1)
     thresholds, unbiased = [], []
     for number, box in enumerate(boxes):
         near: list[int] = []
         start = 0
         for count in COUNTS:
-            away = np.hypot(*(centres[start : start + count] - (box[:2] + box[2:]) / 2).T)
+            away = np.hypot(*(centers[start : start + count] - (box[:2] + box[2:]) / 2).T)
             near += list(start + np.argsort(away, kind="stable")[:CANDIDATES])
             start += count
         ious = np.array([iou(box, all_anchors[k]) for k in near])
         thresholds.append(ious.mean() + ious.std(ddof=ddof))
         unbiased.append(ious.mean() + ious.std(ddof=1))
         for k, overlap in zip(near, ious, strict=True):
-            x, y = centres[k]
+            x, y = centers[k]
             inside = min(x - box[0], y - box[1], box[2] - x, box[3] - y) > 0.01
             if overlap >= thresholds[-1] and inside and overlap > best[k]:
                 best[k], owner[k] = overlap, number
@@ -104,7 +104,7 @@ def test_valuable_region(overlap: regions.Overlap, gamma: float, chunk: int) -> 
         anchors(), boxes, thresholds.region_BG, gamma=gamma, overlap=overlap, chunk_elements=chunk
     )
     all_anchors = anchors().double().numpy()
-    wanted = np.zeros((3, len(all_anchors)))
+    expected = np.zeros((3, len(all_anchors)))
     for image in range(3):
         for number in range(int(present[image].sum())):
             box = boxes[image, number].double().numpy()
@@ -117,8 +117,8 @@ def test_valuable_region(overlap: regions.Overlap, gamma: float, chunk: int) -> 
                 around = (np.maximum(box[2:], anchor[2:]) - np.minimum(box[:2], anchor[:2])) ** 2
                 x = share - away.sum() / around.sum()
                 if gamma * threshold <= x < threshold:
-                    wanted[image, k] = max(wanted[image, k], iou(box, anchor))
-    np.testing.assert_allclose(weight.numpy(), wanted, atol=1e-6)
+                    expected[image, k] = max(expected[image, k], iou(box, anchor))
+    np.testing.assert_allclose(weight.numpy(), expected, atol=1e-6)
     assert (weight[0] > 0).sum() > 10
     assert not weight[2].any()
 
@@ -129,17 +129,17 @@ def test_inside_and_fine_grained_regions(chunk: int) -> None:
     inside = regions.inside_objects(anchors(), boxes, present, chunk_elements=chunk).numpy()
     near = regions.fine_grained(anchors(), boxes, present, chunk_elements=chunk).numpy()
     all_anchors = anchors().double().numpy()
-    centres = (all_anchors[:, :2] + all_anchors[:, 2:]) / 2
+    centers = (all_anchors[:, :2] + all_anchors[:, 2:]) / 2
     for image in range(3):
         objects = boxes[image, : int(present[image].sum())].double().numpy()
-        wanted_inside = np.zeros(len(all_anchors), dtype=bool)
-        wanted_near = np.zeros(len(all_anchors), dtype=bool)
+        expected_inside = np.zeros(len(all_anchors), dtype=bool)
+        expected_near = np.zeros(len(all_anchors), dtype=bool)
         for box in objects:
-            wanted_inside |= ((centres > box[:2]) & (centres < box[2:])).all(axis=1)
+            expected_inside |= ((centers > box[:2]) & (centers < box[2:])).all(axis=1)
             ious = np.array([iou(box, anchor) for anchor in all_anchors])
-            wanted_near |= ious > 0.5 * ious.max()
-        np.testing.assert_array_equal(inside[image], wanted_inside)
-        np.testing.assert_array_equal(near[image], wanted_near)
+            expected_near |= ious > 0.5 * ious.max()
+        np.testing.assert_array_equal(inside[image], expected_inside)
+        np.testing.assert_array_equal(near[image], expected_near)
     assert inside[0].any()
     assert near[0].any()
 
@@ -151,7 +151,7 @@ def test_what_a_cell_is_to_find_does_not_depend_on_the_padding() -> None:
     sizes = torch.tensor([[70, 96]])
     gfl = GFL(classes=2, channels=8)
     targets = Targets(boxes, labels, torch.zeros(1).long())
-    found = {}
+    results = {}
     for side in (96, 256):
         grids = [(math.ceil(side / stride), math.ceil(side / stride)) for stride in gfl.strides]
         assigned, thresholds = gfl.assign(grids, sizes, targets)
@@ -164,7 +164,7 @@ def test_what_a_cell_is_to_find_does_not_depend_on_the_padding() -> None:
         region = regions.valuable_region(all_anchors, boxes, thresholds.region_BG, valid_BA=valid)
         assert (assigned.labels_BA[~valid] == -1).all()
         assert not any(chosen[~valid].any() for chosen in (inside, near, region))
-        found[side] = [
+        results[side] = [
             thresholds.positive_BG,
             thresholds.region_BG,
             *(
@@ -172,13 +172,13 @@ def test_what_a_cell_is_to_find_does_not_depend_on_the_padding() -> None:
                 for values in (all_anchors[None], assigned.labels_BA, assigned.ious_BA, inside, near, region)
             ),
         ]
-    for alone, padded in zip(found[96], found[256], strict=True):
+    for alone, padded in zip(results[96], results[256], strict=True):
         torch.testing.assert_close(alone, padded, rtol=1e-6, atol=1e-6)
-    assert found[96][3].sum() > 3
+    assert results[96][3].sum() > 3
     # Where the padding counts, as in PaddleDetection, an object's threshold comes from candidates that the image does not have.
     grids = [(256 // stride, 256 // stride) for stride in gfl.strides]
     thresholds = GFL(classes=2, channels=8, ignore_padding=False).assign(grids, sizes, targets)[1]
-    assert (thresholds.positive_BG - found[96][0]).abs().max() > 0.01
+    assert (thresholds.positive_BG - results[96][0]).abs().max() > 0.01
 
 
 def test_all_negatives_by_their_score() -> None:
@@ -198,13 +198,15 @@ def test_general_instances(padded: bool) -> None:
     valid = np.ones((2, A), dtype=bool)
     valid[1] = ~padded | (draw.uniform(size=A) < 0.5)
     valid[1, -1] = True
-    ours, theirs, our_boxes, their_boxes = (
+    student_logits, teacher_logits, first_boxes, second_boxes = (
         torch.from_numpy(array).float() for array in (student, teacher, student_boxes, teacher_boxes)
     )
-    there = torch.from_numpy(valid) if padded else None
-    found = regions.general_instances(ours, theirs, our_boxes, their_boxes, COUNTS, valid_BA=there, most=most).numpy()
+    valid_BA = torch.from_numpy(valid) if padded else None
+    results = regions.general_instances(
+        student_logits, teacher_logits, first_boxes, second_boxes, COUNTS, valid_BA=valid_BA, most=most
+    ).numpy()
     for image in range(2):
-        wanted, start = [], 0
+        expected, start = [], 0
         for count in COUNTS:
             differences = 1 / (1 + np.exp(-teacher[image])) - 1 / (1 + np.exp(-student[image]))
             scores = np.abs(differences).max(axis=1)
@@ -214,7 +216,7 @@ def test_general_instances(padded: bool) -> None:
                 box = (teacher_boxes if larger else student_boxes)[image, cell]
                 if valid[image, cell] and len(kept) < most and all(iou(box, other) <= 0.3 for _, other in kept):
                     kept.append((cell, box))
-            wanted += [cell for cell, _ in kept]
+            expected += [cell for cell, _ in kept]
             start += count
-        assert np.flatnonzero(found[image]).tolist() == sorted(wanted)
-    assert found[0].sum() > 2 * most
+        assert np.flatnonzero(results[image]).tolist() == sorted(expected)
+    assert results[0].sum() > 2 * most

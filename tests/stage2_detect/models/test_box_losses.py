@@ -18,12 +18,12 @@ Reference = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def some(count: int = 40) -> tuple[Tensor, Tensor]:
-    """Deltas as heads give them and as objects want them: of all distances, a few alike."""
+    """Predicted and target deltas, at distances from 0.01 to 4."""
     generator = torch.Generator().manual_seed(0)
     spread = torch.tensor([0.01, 0.3, 1.0, 4.0]).repeat(count // 4)[:, None]
-    wanted = torch.randn(count, 4, generator=generator)
-    deltas = wanted + spread * torch.randn(count, 4, generator=generator)
-    return deltas, wanted
+    target = torch.randn(count, 4, generator=generator)
+    deltas = target + spread * torch.randn(count, 4, generator=generator)
+    return deltas, target
 
 
 def boxes_of(deltas: np.ndarray) -> np.ndarray:
@@ -32,18 +32,18 @@ def boxes_of(deltas: np.ndarray) -> np.ndarray:
     return np.stack((x - w / 2, y - h / 2, x + w / 2, y + h / 2), axis=1)
 
 
-def l1(deltas: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    return np.abs(deltas - wanted).sum(axis=1)
+def l1(deltas: np.ndarray, target: np.ndarray) -> np.ndarray:
+    return np.abs(deltas - target).sum(axis=1)
 
 
-def smooth_l1(deltas: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    d = np.abs(deltas - wanted)
+def smooth_l1(deltas: np.ndarray, target: np.ndarray) -> np.ndarray:
+    d = np.abs(deltas - target)
     return np.where(d < 0.7, d**2 / 1.4, d - 0.35).sum(axis=1)
 
 
-def balanced_l1(deltas: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def balanced_l1(deltas: np.ndarray, target: np.ndarray) -> np.ndarray:
     """The integral of the gradient that the paper asks for, by the trapezium rule."""
-    d = np.abs(deltas - wanted)
+    d = np.abs(deltas - target)
     steps = np.linspace(0, 1, 4001)[:, None, None] * d
     b = np.exp(1.5 / 0.5) - 1
     slope = np.where(steps < 0.7, 0.5 * np.log(b * np.minimum(steps, 0.7) / 0.7 + 1), 1.5)
@@ -58,24 +58,24 @@ def overlap(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return shared / union, union, hull
 
 
-def giou(deltas: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    iou, union, hull = overlap(boxes_of(deltas), boxes_of(wanted))
+def giou(deltas: np.ndarray, target: np.ndarray) -> np.ndarray:
+    iou, union, hull = overlap(boxes_of(deltas), boxes_of(target))
     return 1 - iou + 1 - union / hull.prod(axis=1)
 
 
-def ciou_with(alpha: np.ndarray | None, deltas: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def ciou_with(alpha: np.ndarray | None, deltas: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The loss and the weight of its last term, which `alpha` fixes."""
-    iou, _, hull = overlap(boxes_of(deltas), boxes_of(wanted))
-    away = (deltas[:, :2] - wanted[:, :2]) / 10
-    angles = [np.arctan(np.exp(side[:, 2] / 5) / np.exp(side[:, 3] / 5)) for side in (deltas, wanted)]
+    iou, _, hull = overlap(boxes_of(deltas), boxes_of(target))
+    away = (deltas[:, :2] - target[:, :2]) / 10
+    angles = [np.arctan(np.exp(side[:, 2] / 5) / np.exp(side[:, 3] / 5)) for side in (deltas, target)]
     aspect = 4 / np.pi**2 * (angles[0] - angles[1]) ** 2
     if alpha is None:
         alpha = aspect / (1 - iou + aspect + 1e-10)
     return 1 - iou + (away**2).sum(axis=1) / (hull**2).sum(axis=1) + alpha * aspect, alpha
 
 
-def ciou(deltas: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    return ciou_with(None, deltas, wanted)[0]
+def ciou(deltas: np.ndarray, target: np.ndarray) -> np.ndarray:
+    return ciou_with(None, deltas, target)[0]
 
 
 KINDS: dict[str, tuple[dict[str, Any], Reference]] = {
@@ -90,25 +90,25 @@ KINDS: dict[str, tuple[dict[str, Any], Reference]] = {
 @pytest.mark.parametrize("name", KINDS)
 def test_values_equal_numpy(name: str) -> None:
     options, reference = KINDS[name]
-    deltas, wanted = some()
-    ours = BoxLoss(name=name, weight=3.0, **options)(deltas, wanted, WEIGHTS)  # type: ignore[arg-type]
-    assert ours.dtype == torch.float32
-    expected = 3 * reference(deltas.double().numpy(), wanted.double().numpy())
-    np.testing.assert_allclose(ours.numpy(), expected, rtol=2e-5, atol=2e-6)  # 1 - IoU cancels
+    deltas, target = some()
+    actual = BoxLoss(name=name, weight=3.0, **options)(deltas, target, WEIGHTS)  # type: ignore[arg-type]
+    assert actual.dtype == torch.float32
+    expected = 3 * reference(deltas.double().numpy(), target.double().numpy())
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=2e-5, atol=2e-6)  # 1 - IoU cancels
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_gradients_equal_differences_of_numpy(name: str) -> None:
     options, reference = KINDS[name]
-    deltas, wanted = some()
+    deltas, expected = some()
     deltas.requires_grad_()
-    BoxLoss(name=name, **options)(deltas, wanted, WEIGHTS).sum().backward()  # type: ignore[arg-type]
-    at, target = deltas.detach().double().numpy(), wanted.double().numpy()
+    BoxLoss(name=name, **options)(deltas, expected, WEIGHTS).sum().backward()  # type: ignore[arg-type]
+    at, target = deltas.detach().double().numpy(), expected.double().numpy()
     if name == "ciou":  # the weight of the aspect ratio is a constant
         _, alpha = ciou_with(None, at, target)
 
-        def reference(deltas: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-            return ciou_with(alpha, deltas, wanted)[0]
+        def reference(deltas: np.ndarray, target: np.ndarray) -> np.ndarray:
+            return ciou_with(alpha, deltas, target)[0]
 
     step = 1e-6
     for column in range(4):
@@ -126,14 +126,14 @@ def test_iou_losses_equal_torchvision_on_pixels() -> None:
         (box_losses.generalized_iou, ops.generalized_box_iou_loss),
         (box_losses.complete_iou, ops.complete_box_iou_loss),
     )
-    for ours, theirs in pairs:
+    for actual, reference in pairs:
         values, gradients = [], []
-        for function in (ours, theirs):
-            found = both[0].clone().requires_grad_()
-            value = function(found, both[1])
+        for function in (actual, reference):
+            predicted = both[0].clone().requires_grad_()
+            value = function(predicted, both[1])
             value.sum().backward()
             values.append(value.detach())
-            gradients.append(found.grad)
+            gradients.append(predicted.grad)
         torch.testing.assert_close(*values, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
@@ -172,11 +172,11 @@ def test_huge_and_tiny_predictions_stay_finite(name: str) -> None:
 def test_a_prediction_is_limited_as_its_box_is() -> None:
     """Beyond a size ratio of 1000 / 16 the prediction does not count as larger still."""
     limit = 5 * math.log(1000 / 16)
-    found = box_losses.unit_boxes(torch.tensor([[0.0, 0.0, limit, 3 * limit]]), WEIGHTS)
-    torch.testing.assert_close(found, torch.tensor([[-31.25, -31.25, 31.25, 31.25]]))
+    predicted = box_losses.unit_boxes(torch.tensor([[0.0, 0.0, limit, 3 * limit]]), WEIGHTS)
+    torch.testing.assert_close(predicted, torch.tensor([[-31.25, -31.25, 31.25, 31.25]]))
 
 
 def test_float32_whatever_comes_in() -> None:
-    deltas, wanted = some()
-    half = BoxLoss(name="ciou")(deltas.bfloat16(), wanted.bfloat16(), WEIGHTS)
-    assert torch.equal(half, BoxLoss(name="ciou")(deltas.bfloat16().float(), wanted.bfloat16().float(), WEIGHTS))
+    deltas, expected = some()
+    half = BoxLoss(name="ciou")(deltas.bfloat16(), expected.bfloat16(), WEIGHTS)
+    assert torch.equal(half, BoxLoss(name="ciou")(deltas.bfloat16().float(), expected.bfloat16().float(), WEIGHTS))

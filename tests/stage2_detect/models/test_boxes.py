@@ -21,11 +21,11 @@ def test_iou_equals_torchvision_and_is_zero_for_empty_boxes() -> None:
     first, second = random_boxes(2, 7, seed=1), random_boxes(2, 9, seed=2)
     first[0, 3:] = 0  # padding
     second[1, 4, 2:] = second[1, 4, :2]  # no area
-    ours = boxes.pairwise_iou(first, second)
+    actual = boxes.pairwise_iou(first, second)
     for i in range(2):
         expected = ops.box_iou(first[i].double(), second[i].double()).nan_to_num(0)
-        torch.testing.assert_close(ours[i].double(), expected, atol=1e-6, rtol=0)
-    assert (ours[0, 3:] == 0).all()
+        torch.testing.assert_close(actual[i].double(), expected, atol=1e-6, rtol=0)
+    assert (actual[0, 3:] == 0).all()
     empty = torch.zeros(2, 3, 4)
     assert (boxes.pairwise_iou(empty, empty) == 0).all()
     assert boxes.pairwise_iou(first[:, :0], second).shape == (2, 0, 9)
@@ -105,25 +105,25 @@ def test_nms_by_class_equals_a_loop_over_classes() -> None:
     candidates = candidates.clamp(min=0)
     candidates[:, 2:] = torch.maximum(candidates[:, 2:], candidates[:, :2] + 1)
     scores = torch.rand(600, generator=torch.Generator().manual_seed(11))
-    ours = boxes.class_nms(candidates, scores, classes, 0.5)
+    actual = boxes.class_nms(candidates, scores, classes, 0.5)
     expected = []
     for number in range(80):
         index = (classes == number).nonzero()[:, 0]
         expected += index[ops.nms(candidates[index], scores[index], 0.5)].tolist()
-    assert set(ours.tolist()) == set(expected)
-    assert 80 < len(ours) < 600
-    assert (scores[ours].diff() <= 0).all()
+    assert set(actual.tolist()) == set(expected)
+    assert 80 < len(actual) < 600
+    assert (scores[actual].diff() <= 0).all()
     assert len(boxes.class_nms(candidates[:0], scores[:0], classes[:0], 0.5)) == 0
 
 
 def test_nms_class_by_class_is_nms_of_all_classes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = torch.Generator().manual_seed(3)
     corners = 40 * torch.rand(300, 2, generator=draw)
-    found = torch.cat((corners, corners + 5 + 30 * torch.rand(300, 2, generator=draw)), dim=1)
+    candidates = torch.cat((corners, corners + 5 + 30 * torch.rand(300, 2, generator=draw)), dim=1)
     scores, classes = torch.rand(300, generator=draw), torch.randint(0, 4, (300,), generator=draw)
-    together = boxes.class_nms(found, scores, classes, 0.5)
+    together = boxes.class_nms(candidates, scores, classes, 0.5)
     monkeypatch.setattr(boxes, "_MANY", 10)
-    one_by_one = boxes.class_nms(found, scores, classes, 0.5)
+    one_by_one = boxes.class_nms(candidates, scores, classes, 0.5)
     assert together.tolist() == one_by_one.tolist()
     assert 20 < len(together) < 250
 
@@ -134,8 +134,8 @@ def test_the_best_of_a_nms_are_its_first(most: int, overlap: float) -> None:
     """Also where hardly any box stays, so that the best few of all boxes leave too few, and where scores are equal."""
     draw = torch.Generator().manual_seed(5)
     corners = overlap * torch.rand(400, 2, generator=draw)
-    found = torch.cat((corners, corners + 20 + torch.rand(400, 2, generator=draw)), dim=1)
+    candidates = torch.cat((corners, corners + 20 + torch.rand(400, 2, generator=draw)), dim=1)
     scores, classes = (10 * torch.rand(400, generator=draw)).round(), torch.randint(0, 9, (400,), generator=draw)
-    everything = boxes.class_nms(found, scores, classes, 0.5)
-    assert boxes.class_nms(found, scores, classes, 0.5, most=most).tolist() == everything[:most].tolist()
+    everything = boxes.class_nms(candidates, scores, classes, 0.5)
+    assert boxes.class_nms(candidates, scores, classes, 0.5, most=most).tolist() == everything[:most].tolist()
     assert len(everything) < 400

@@ -77,13 +77,13 @@ def test_settings_of_the_rpn_arrive() -> None:
         "post_nms_top_n_test": 104,
     }
     model = build(rpn=rpn)
-    ours = model.rpn
-    assert (ours.anchor_sizes, ours.anchor_ratios) == ((9, 17, 33, 65, 129), (0.4, 1.0))
-    assert (ours.positive_iou, ours.negative_iou, ours.nms_iou) == (0.65, 0.25, 0.66)
-    assert (ours.samples_per_image, ours.positive_fraction, ours.sampling) == (77, 0.4, "first")
-    assert (ours.pre_nms_top_n_train, ours.post_nms_top_n_train) == (101, 102)
-    assert (ours.pre_nms_top_n_test, ours.post_nms_top_n_test) == (103, 104)
-    assert ours.head.objectness.out_channels == 2
+    actual = model.rpn
+    assert (actual.anchor_sizes, actual.anchor_ratios) == ((9, 17, 33, 65, 129), (0.4, 1.0))
+    assert (actual.positive_iou, actual.negative_iou, actual.nms_iou) == (0.65, 0.25, 0.66)
+    assert (actual.samples_per_image, actual.positive_fraction, actual.sampling) == (77, 0.4, "first")
+    assert (actual.pre_nms_top_n_train, actual.post_nms_top_n_train) == (101, 102)
+    assert (actual.pre_nms_top_n_test, actual.post_nms_top_n_test) == (103, 104)
+    assert actual.head.objectness.out_channels == 2
 
 
 ROI = {
@@ -175,9 +175,9 @@ def test_every_kind_trains_and_detects(name: str, empty: bool) -> None:
             assert parameter.grad.isfinite().all(), parameter_name
             if empty and ".deltas." in parameter_name:
                 assert not parameter.grad.any(), parameter_name
-    for found in model.eval()(images):
-        assert 0 < len(found.scores_N) <= 100
-        assert (found.scores_N.diff() <= 0).all()
+    for detections in model.eval()(images):
+        assert 0 < len(detections.scores_N) <= 100
+        assert (detections.scores_N.diff() <= 0).all()
 
 
 @pytest.mark.parametrize("kind", ["faster_rcnn", "cascade_mask_rcnn", "gfl", "retinanet"])
@@ -190,7 +190,7 @@ def test_forward_divides_by_the_counts_of_its_ranks(kind: str) -> None:
     images = ImageBatch(torch.full((1, 3, 64, 96), 9, dtype=torch.uint8), torch.tensor([[64, 96]]), torch.ones(1))
     shape = (ImageMasks(([[10.0, 12.0, 60.0, 12.0, 60.0, 48.0]],), 64, 96),)
     targets = Targets(torch.tensor([[[10.0, 12, 60, 48]]]), torch.tensor([[1]]), torch.tensor([5]), masks=shape)
-    alone, _ = model.losses(model.features(images), images.sizes_B2, targets, ONE_RANK)
+    alone, *_ = model.losses(model.features(images), images.sizes_B2, targets, ONE_RANK)
     losses = model(images, targets)
     assert set(losses) == set(alone)
     for name, loss in losses.items():

@@ -135,11 +135,11 @@ def test_channels_last_stays_and_gives_the_same() -> None:
     last = layer(x)
     assert last.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(last, out)
-    for ours, theirs in zip(torch.autograd.grad(last, [x, *layer.parameters()], slope), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for actual, reference in zip(torch.autograd.grad(last, [x, *layer.parameters()], slope), expected, strict=True):
+        torch.testing.assert_close(actual, reference, rtol=1e-4, atol=1e-4)
 
 
-def test_under_autocast_it_computes_in_float32_and_answers_in_bf16() -> None:
+def test_under_autocast_it_computes_in_float32_and_returns_bf16() -> None:
     torch.manual_seed(4)
     layer = make(8, 12, padding=1)
     x = torch.randn(2, 8, 16, 12).bfloat16()
@@ -246,10 +246,10 @@ def test_a_detector_file_holds_the_offsets(tmp_path: Path) -> None:
     pixels = torch.randint(0, 256, (1, 3, 96, 64), dtype=torch.uint8)
     images = ImageBatch(pixels, torch.tensor([[96, 64]]), torch.ones(1))
     with torch.inference_mode():
-        (ours,), (theirs,) = model(images), loaded(images)
-    assert len(ours.boxes_N4) > 0
-    assert torch.equal(ours.boxes_N4, theirs.boxes_N4)
-    assert torch.equal(ours.scores_N, theirs.scores_N)
+        (actual,), (reference,) = model(images), loaded(images)
+    assert len(actual.boxes_N4) > 0
+    assert torch.equal(actual.boxes_N4, reference.boxes_N4)
+    assert torch.equal(actual.scores_N, reference.scores_N)
 
 
 def test_offsets_learn_at_the_full_rate() -> None:

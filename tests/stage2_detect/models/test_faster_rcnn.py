@@ -91,9 +91,9 @@ def test_gradients_go_exactly_to_what_is_not_frozen(name: str) -> None:
 def test_detections_keep_the_contract() -> None:
     model = make().eval()
     nn.init.normal_(dict(model.named_parameters())["roi_heads.heads.0.logits.weight"], std=1.0)
-    found = model(batch())
-    assert len(found) == 2
-    for detections, (height, width) in zip(found, [(96, 128), (100, 125)], strict=True):
+    results = model(batch())
+    assert len(results) == 2
+    for detections, (height, width) in zip(results, [(96, 128), (100, 125)], strict=True):
         assert isinstance(detections, Detections)
         count = len(detections.scores_N)
         assert 0 < count <= 100
@@ -153,14 +153,14 @@ def test_a_batch_is_the_sum_of_its_images(name: str) -> None:
 
 def test_bf16_keeps_geometry_and_losses_in_float32() -> None:
     model = make(freeze_norm=True)
-    seen: dict[str, Any] = {}
-    model.rpn.register_forward_hook(lambda _module, _args, out: seen.update(proposals=out[0]))
-    model.pyramid.register_forward_hook(lambda _module, _args, out: seen.update(features=out))
+    results: dict[str, Any] = {}
+    model.rpn.register_forward_hook(lambda _module, _args, out: results.update(proposals=out[0]))
+    model.pyramid.register_forward_hook(lambda _module, _args, out: results.update(features=out))
     exact = model(batch(), SCENES["two and one"])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = model(batch(), SCENES["two and one"])
-    assert all(feature.dtype == torch.bfloat16 for feature in seen["features"])
-    assert seen["proposals"].boxes_BR4.dtype == torch.float32
+    assert all(feature.dtype == torch.bfloat16 for feature in results["features"])
+    assert results["proposals"].boxes_BR4.dtype == torch.float32
     assert all(loss.dtype == torch.float32 for loss in losses.values())
     for name in ("loss_rpn_cls", "loss_rpn_box", "loss_cls"):  # the RPN's box loss would be halved by bf16 anchors
         assert losses[name].item() == pytest.approx(exact[name].item(), rel=0.02), name
@@ -172,13 +172,13 @@ def test_bf16_keeps_geometry_and_losses_in_float32() -> None:
 def test_bf16_finds_the_same_boxes() -> None:
     """The proposals that both precisions keep lie within what bf16 deltas allow: 2**-8 of a delta times the anchor."""
     model = make(freeze_norm=True).eval()
-    found: list[Tensor] = []
-    model.rpn.register_forward_hook(lambda _module, _args, out: found.append(out[0].boxes_BR4[0]))
+    results: list[Tensor] = []
+    model.rpn.register_forward_hook(lambda _module, _args, out: results.append(out[0].boxes_BR4[0]))
     model(batch())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(batch())
     # Near-equal scores may fall in another order, so each box is compared with the nearest of the other set.
-    distance = (found[0][:, None] - found[1][None]).abs().amax(dim=-1).amin(dim=1)
+    distance = (results[0][:, None] - results[1][None]).abs().amax(dim=-1).amin(dim=1)
     assert (distance < 0.5).float().mean() > 0.9
 
 
@@ -203,10 +203,10 @@ def test_it_learns_one_scene_by_heart() -> None:
         optimizer.step()
         history.append(loss.item())
     assert history[-1] < history[0] / 2  # other initial weights reach a third to a seventh
-    for i, found in enumerate(model.eval()(images)):
+    for i, results in enumerate(model.eval()(images)):
         for box, label in zip(truth.boxes_BG4[i], truth.labels_BG[i], strict=True):
             if label >= 0:
-                same = (found.labels_N == label) & (found.scores_N > 0.5)
+                same = (results.labels_N == label) & (results.scores_N > 0.5)
                 assert (
-                    box_iou(box[None] / images.scales_B[i], found.boxes_N4[same]).max() > 0.5
+                    box_iou(box[None] / images.scales_B[i], results.boxes_N4[same]).max() > 0.5
                 )  # 0.66 to 0.94 with other seeds

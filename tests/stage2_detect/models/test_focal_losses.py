@@ -32,13 +32,13 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return shifted / shifted.sum(-1, keepdims=True)
 
 
-def check(ours: Callable[[Tensor], Tensor], closed: Callable[[np.ndarray], np.ndarray], x: Tensor) -> None:
+def check(actual: Callable[[Tensor], Tensor], closed: Callable[[np.ndarray], np.ndarray], x: Tensor) -> None:
     """Values in float32 and in bf16's input against the closed form, and the gradient of the sum against its differences."""
-    wanted = closed(x.double().numpy())
-    torch.testing.assert_close(ours(x).double(), torch.from_numpy(wanted), rtol=2e-5, atol=2e-6)
-    assert ours(x.bfloat16()).dtype == torch.float32
+    expected = closed(x.double().numpy())
+    torch.testing.assert_close(actual(x).double(), torch.from_numpy(expected), rtol=2e-5, atol=2e-6)
+    assert actual(x.bfloat16()).dtype == torch.float32
     leaf = x.clone().requires_grad_()
-    ours(leaf).sum().backward()
+    actual(leaf).sum().backward()
     assert leaf.grad is not None
     slope, step = np.zeros(x.shape), 1e-5
     for place in np.ndindex(*x.shape):
@@ -64,16 +64,16 @@ def test_focal_loss(gamma: float) -> None:
 
 def test_focal_loss_is_torchvisions() -> None:
     labels = torch.randint(-1, K, (3, 50), generator=torch.Generator().manual_seed(6))
-    ours = draw(3, 50, K, scale=6.0).requires_grad_()
-    theirs = ours.detach().double().requires_grad_()
-    found = focal_losses.focal_loss(ours, labels)
-    wanted = sigmoid_focal_loss(theirs, (labels[..., None] == torch.arange(K)).double())
-    torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=1e-7)
-    found.sum().backward()
-    wanted.sum().backward()
-    assert ours.grad is not None
-    assert theirs.grad is not None
-    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=2e-5, atol=1e-7)
+    actual = draw(3, 50, K, scale=6.0).requires_grad_()
+    reference = actual.detach().double().requires_grad_()
+    losses = focal_losses.focal_loss(actual, labels)
+    expected = sigmoid_focal_loss(reference, (labels[..., None] == torch.arange(K)).double())
+    torch.testing.assert_close(losses.double(), expected, rtol=2e-5, atol=1e-7)
+    losses.sum().backward()
+    expected.sum().backward()
+    assert actual.grad is not None
+    assert reference.grad is not None
+    torch.testing.assert_close(actual.grad.double(), reference.grad, rtol=2e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
@@ -85,7 +85,7 @@ def test_losses_of_saturated_logits_are_finite(gamma: float) -> None:
     (loss + quality).sum().backward()
     assert logits.grad is not None
     assert torch.isfinite(logits.grad).all()
-    # A sure mistake costs what its logit says, a sure hit nothing.
+    # A confident mistake costs its logit, a confident hit nothing.
     assert loss[0].tolist() == pytest.approx([0, 0, 0.75 * 0.5**gamma * math.log(2), 30, 150])
     assert [loss[1, 0].item(), loss[5, 4].item()] == pytest.approx([50, 0])
     assert [quality[0, 0].item(), quality[4, 4].item()] == pytest.approx([200, 0])
@@ -151,10 +151,10 @@ def test_adaptive_distillation(form: str, beta: float, gamma: float) -> None:
         weight = (1 - np.exp(-(kl + beta * entropy(q, q)))) ** gamma
         return weight * (0.5 * entropy(p, q) if form == "code" else kl)
 
-    def ours(x: Tensor) -> Tensor:
+    def actual(x: Tensor) -> Tensor:
         return losses.adaptive_distillation(x, teacher, beta=beta, gamma=gamma, form=form)  # type: ignore[arg-type]
 
-    check(ours, closed, draw(N, K))
+    check(actual, closed, draw(N, K))
 
 
 @pytest.mark.parametrize("form", ["paper", "code", "focal"])
@@ -185,12 +185,12 @@ def test_adaptive_distillation_is_still_where_both_agree() -> None:
 def test_adaptive_distillation_becomes_the_focal_loss_for_a_sure_teacher() -> None:
     student, labels = draw(N, K), torch.arange(N) % (K + 1) - 1
     sure = torch.where(labels[:, None] == torch.arange(K), 100.0, -100.0)
-    ours = losses.adaptive_distillation(student, sure, gamma=2.0)
+    actual = losses.adaptive_distillation(student, sure, gamma=2.0)
     focal = focal_losses.focal_loss(student, labels, alpha=0.5, gamma=2.0) / 0.5
-    torch.testing.assert_close(ours, focal, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(actual, focal, rtol=1e-4, atol=1e-6)
 
 
 def test_adaptive_normalizer() -> None:
     logits = draw(N, K)
-    wanted = (sigmoid(logits.double().numpy()) ** 1.8).sum()
-    assert losses.adaptive_normalizer(logits).item() == pytest.approx(wanted, rel=1e-5)
+    expected = (sigmoid(logits.double().numpy()) ** 1.8).sum()
+    assert losses.adaptive_normalizer(logits).item() == pytest.approx(expected, rel=1e-5)

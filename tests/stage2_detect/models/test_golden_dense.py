@@ -46,7 +46,7 @@ def targets_of(golden: dict[str, np.ndarray], images: int) -> Targets:
 
 
 def our_name(name: str, layers_of_a_convolution: int) -> tuple[str, int | None]:
-    """Our parameter for one of theirs, and the level where ours holds those of all levels."""
+    """Return our parameter for one of the reference, and the level where ours covers all levels."""
     layer, leaf = name.rsplit(".", 1)
     leaf = {"_mean": "running_mean", "_variance": "running_var"}.get(leaf, leaf)
     if name.startswith("backbone."):
@@ -74,9 +74,9 @@ def load_weights(model: DenseDetector, about: dict[str, Any], layers_of_a_convol
     scales = {}
     for name, shape in about["parameters"].items():
         weight = torch.from_numpy(rule.reference_weight(name, shape, about["salt"]))
-        ours, level = our_name(name, layers_of_a_convolution)
+        actual, level = our_name(name, layers_of_a_convolution)
         if level is None:
-            weights[ours] = weight
+            weights[actual] = weight
         else:
             scales[level] = weight
     if scales:
@@ -125,8 +125,8 @@ def run(request: pytest.FixtureRequest) -> SimpleNamespace:
 def test_pyramid_features(run: SimpleNamespace) -> None:
     for level, feature in enumerate(run.features, start=3):
         reference = run.golden[f"feature.P{level}.probe"]
-        ours = feature[:, :8, ::2, ::2].numpy()
-        assert np.abs(ours - reference).max() <= 1e-5 * np.abs(reference).max()
+        actual = feature[:, :8, ::2, ::2].numpy()
+        assert np.abs(actual - reference).max() <= 1e-5 * np.abs(reference).max()
 
 
 def test_detections_are_the_same_sets(run: SimpleNamespace) -> None:
@@ -135,24 +135,26 @@ def test_detections_are_the_same_sets(run: SimpleNamespace) -> None:
         reference = run.golden["test.bbox"][start : start + count]
         start += count
         assert len(detections.scores_N) == count
-        ours = torch.column_stack([detections.labels_N, detections.scores_N, detections.boxes_N4]).numpy()
+        actual = torch.column_stack([detections.labels_N, detections.scores_N, detections.boxes_N4]).numpy()
         left = list(range(count))
         for label, score, *box in reference:
             same = [
                 k
                 for k in left
-                if ours[k, 0] == label and abs(ours[k, 1] - score) < 1e-4 and np.abs(ours[k, 2:] - box).max() < 0.01
+                if actual[k, 0] == label
+                and abs(actual[k, 1] - score) < 1e-4
+                and np.abs(actual[k, 2:] - box).max() < 0.01
             ]
-            assert same, f"class {label}, score {score}, {box} is not among ours"
+            assert same, f"class {label}, score {score}, {box} is not among the detections"
             left.remove(same[0])
 
 
 def test_losses(run: SimpleNamespace) -> None:
-    theirs = {"loss_cls": "loss_qfl", "loss_box": "loss_bbox", "loss_dfl": "loss_dfl"}
+    reference = {"loss_cls": "loss_qfl", "loss_box": "loss_bbox", "loss_dfl": "loss_dfl"}
     if run.kind == "retinanet":
-        theirs = {"loss_cls": "loss_cls", "loss_box": "loss_reg"}
+        reference = {"loss_cls": "loss_cls", "loss_box": "loss_reg"}
     assert {name: loss.item() for name, loss in run.losses.items()} == {
-        ours: pytest.approx(run.golden[f"train.{name}"].item(), rel=1e-4) for ours, name in theirs.items()
+        actual: pytest.approx(run.golden[f"train.{name}"].item(), rel=1e-4) for actual, name in reference.items()
     }
 
 
@@ -182,8 +184,8 @@ def test_targets_of_gfl(run: SimpleNamespace) -> None:
     labels_BA = torch.where(positive_BA, run.targets.labels_BG.gather(1, assigned.objects_BA), 80)
     np.testing.assert_array_equal(labels_BA.numpy(), run.golden["target.labels"])
     boxes_BA4 = run.targets.boxes_BG4[torch.arange(B)[:, None], assigned.objects_BA]
-    ours, theirs = boxes_BA4[positive_BA].numpy(), run.golden["target.bbox_targets"][positive_BA.numpy()]
-    np.testing.assert_array_equal(ours, theirs)
+    actual, reference = boxes_BA4[positive_BA].numpy(), run.golden["target.bbox_targets"][positive_BA.numpy()]
+    np.testing.assert_array_equal(actual, reference)
     cells = run.golden["target.grid_cells"]
     anchors = run.model.dense.anchors(grids, torch.device("cpu")).numpy()
     np.testing.assert_array_equal(np.broadcast_to(anchors, cells.shape), cells)
@@ -220,9 +222,9 @@ def test_localization_distillation_on_given_logits() -> None:
     student, teacher = (logits_BAK, bins_BA4E), (teacher_BAK, teacher_BA4E)
     losses = losses_under_ld(terms, gfl, student, teacher, grids, sizes_B2, targets)
     assert set(losses) == {"loss_cls", "loss_box", "loss_dfl", "loss_ld", "loss_ld_vlr", "loss_kd"}
-    theirs = {"loss_cls": "loss_qfl", "loss_box": "loss_bbox"}
+    reference = {"loss_cls": "loss_qfl", "loss_box": "loss_bbox"}
     for name, loss in losses.items():
-        assert loss.item() == pytest.approx(golden[f"loss.{theirs.get(name, name)}"].item(), rel=1e-5), name
+        assert loss.item() == pytest.approx(golden[f"loss.{reference.get(name, name)}"].item(), rel=1e-5), name
     torch.stack(list(losses.values())).sum().backward()
     for part in ("cls", "reg"):
         for level in range(5):

@@ -1,4 +1,4 @@
-"""The R-CNN detectors against PaddleDetection, end to end; golden.py says how."""
+"""The R-CNN detectors against PaddleDetection, end to end; see golden.py."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 @dataclass(frozen=True)
 class Kind:
-    """What the numbers of one detector are compared in."""
+    """What is compared for one detector."""
 
     box_losses: Mapping[str, str]
     gradient_norms: int
@@ -99,7 +99,7 @@ def test_what_is_frozen_gets_no_gradient(run: SimpleNamespace) -> None:
 
 
 def test_detections_are_the_same_sets(run: SimpleNamespace) -> None:
-    """Masks are equal but for a pixel in a million, whose probability is the threshold to float32's last digits (seen: 1 and 3 in 300 masks).
+    """Masks are equal but for a pixel in a million, whose probability is the threshold to float32's last digits (measured: 1 and 3 in 300 masks).
 
     The reference's masks of this file end at column 224, the width of the padded batch, also for the second image, which is 240 wide; what is stored
     beyond is padding.
@@ -110,9 +110,9 @@ def test_detections_are_the_same_sets(run: SimpleNamespace) -> None:
     shape = run.golden["test.mask_shape"]
     reference = np.unpackbits(run.golden["test.masks"], axis=-1)[..., : shape[-1]].reshape(shape).astype(bool)
     start, different, compared = 0, 0, 0
-    for found, rows in zip(run.detections, counterparts, strict=True):
+    for one, rows in zip(run.detections, counterparts, strict=True):
         for index, row in enumerate(rows):
-            mask = decode([found.masks[index]])[:, :, 0].astype(bool)
+            mask = decode([one.masks[index]])[:, :, 0].astype(bool)
             height, width = mask.shape[0], min(mask.shape[1], run.about["padded"][1])
             different += int((mask[:, :width] != reference[start + row][:height, :width]).sum())
             compared += height * width

@@ -47,8 +47,8 @@ def bitmap(polygons: list[list[float]], height: int = 40, width: int = 64) -> np
 def test_polygons_are_filled_as_pycocotools_fills_them(masks: ImageMasks) -> None:
     """Against one call of pycocotools for polygons moved by hand."""
     rois = np.array([[10.0, 5, 60, 45], [0, 0, 30, 30], [30, 20, 31, 20.5]], dtype=np.float32)
-    found = rasterise([masks], np.zeros(3, dtype=int), np.zeros(3, dtype=int), rois, 28)
-    for grid, (x1, y1, x2, y2) in zip(found, rois.astype(np.float64), strict=True):
+    grids = rasterise([masks], np.zeros(3, dtype=int), np.zeros(3, dtype=int), rois, 28)
+    for grid, (x1, y1, x2, y2) in zip(grids, rois.astype(np.float64), strict=True):
         moved = []
         for polygon in (TRIANGLE, SQUARE):
             x, y = np.array(polygon[::2]), np.array(polygon[1::2])
@@ -56,11 +56,11 @@ def test_polygons_are_filled_as_pycocotools_fills_them(masks: ImageMasks) -> Non
             x = x if masks.mirror is None else masks.mirror - x
             moved.append(np.stack(((x - x1) * (28 / (x2 - x1)), (y - y1) * (28 / (y2 - y1))), axis=1).ravel().tolist())
         np.testing.assert_array_equal(grid, filled(moved, 28, 28))
-    assert found[0].any()
+    assert grids[0].any()
 
 
 @pytest.mark.parametrize("compressed", [True, False])
-def test_run_lengths_are_sampled_under_the_centres(compressed: bool) -> None:
+def test_run_lengths_are_sampled_under_the_centers(compressed: bool) -> None:
     shape = bitmap([TRIANGLE, SQUARE])
     code: dict[str, Any] = rle_of(shape)
     if not compressed:
@@ -70,16 +70,16 @@ def test_run_lengths_are_sampled_under_the_centres(compressed: bool) -> None:
     masks = ImageMasks((code,), 40, 64, scale=2.0, left=10.0, top=4.0, mirror=100.0)
     roi = np.array([[-5.0, -6.0, 97.0, 70.0]], dtype=np.float32)
     (grid,) = rasterise([masks], np.zeros(1, dtype=int), np.zeros(1, dtype=int), roi, 14)
-    wanted = np.zeros((14, 14), dtype=bool)
+    expected = np.zeros((14, 14), dtype=bool)
     for row in range(14):
         for column in range(14):
             x = (100 - (-5 + (column + 0.5) / 14 * 102) + 10) / 2
             y = (-6 + (row + 0.5) / 14 * 76 + 4) / 2
             inside = 0 <= x < 64 and 0 <= y < 40
-            wanted[row, column] = inside and shape[int(y), int(x)]
-    np.testing.assert_array_equal(grid, wanted)
-    assert wanted.any()
-    assert not wanted.all()
+            expected[row, column] = inside and shape[int(y), int(x)]
+    np.testing.assert_array_equal(grid, expected)
+    assert expected.any()
+    assert not expected.all()
 
 
 def test_masks_follow_a_view_as_boxes_do(tmp_path: Path) -> None:
@@ -141,8 +141,8 @@ def test_loss_is_the_mean_over_positives_of_the_objects_class() -> None:
         one = SampledRoIs(box[None, None], one.valid_BR, one.positive_BR, one.objects_BR)
         logits = model(model._pool([f[image : image + 1] for f in features], one.rois_BR4, one.valid_BR))
         label = int(targets.labels_BG[image, number])
-        wanted = rasterise(masks, np.array([image]), np.array([number]), box[None].numpy(), 14)
-        x, y = logits[0, label].detach().double().numpy(), wanted[0].astype(np.float64)
+        expected = rasterise(masks, np.array([image]), np.array([number]), box[None].numpy(), 14)
+        x, y = logits[0, label].detach().double().numpy(), expected[0].astype(np.float64)
         total += float((np.maximum(x, 0) - x * y + np.log1p(np.exp(-np.abs(x)))).mean())
         count += 1
     assert count == 3
@@ -182,8 +182,8 @@ def test_loss_without_positives_is_zero_and_so_are_its_gradients() -> None:
         assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_pasting_is_bilinear_sampling_at_pixel_centres() -> None:
-    """Against torch's grid_sample of the whole picture, for boxes inside, at the border and thinner than a pixel."""
+def test_pasting_is_bilinear_sampling_at_pixel_centers() -> None:
+    """Against torch's grid_sample of the whole image, for boxes inside, at the border and thinner than a pixel."""
     maps = torch.rand(4, 14, 14, generator=torch.Generator().manual_seed(2))
     boxes = torch.tensor([[3.3, 4.7, 30.2, 25.9], [-4.0, 20.0, 20.0, 47.5], [10.0, 10.0, 10.4, 30.0], [0, 0, 50, 40]])
     height, width = 40, 50
@@ -192,8 +192,8 @@ def test_pasting_is_bilinear_sampling_at_pixel_centres() -> None:
         y = ((torch.arange(height).double() + 0.5) - y1) / (y2 - y1) * 2 - 1
         x = ((torch.arange(width).double() + 0.5) - x1) / (x2 - x1) * 2 - 1
         grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)[None]
-        wanted = F.grid_sample(one[None, None], grid, align_corners=False)[0, 0] >= 0.5
-        np.testing.assert_array_equal(decode([code])[:, :, 0].astype(bool), wanted.numpy())
+        expected = F.grid_sample(one[None, None], grid, align_corners=False)[0, 0] >= 0.5
+        np.testing.assert_array_equal(decode([code])[:, :, 0].astype(bool), expected.numpy())
 
 
 @pytest.mark.parametrize("at_once", [1, 50_000])
@@ -201,7 +201,7 @@ def test_pasting_is_bilinear_sampling_at_pixel_centres() -> None:
 def test_average_precision_of_masks(
     tmp_path: Path, backend: str, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against pycocotools called on files: polygons, RLE and a crowd, found with shifted shapes; class by class too."""
+    """Against pycocotools called on files: polygons, RLE and a crowd, detected with shifted shapes; per class too."""
     monkeypatch.setattr("ssld.stage2_detect.evaluation.coco_ap._SHAPES_AT_ONCE", at_once)
     if backend == "hotcoco":
         pytest.importorskip("hotcoco")
@@ -243,14 +243,14 @@ def test_average_precision_of_masks(
     content = {"images": images, "annotations": annotations, "categories": [{"id": k, "name": f"c{k}"} for k in (1, 2)]}
     (tmp_path / "gt.json").write_text(json.dumps(content))
     data = require_masks(read_coco(tmp_path / "gt.json", None, training=False, segmentations=True))
-    ours = coco_ap(data, detections, backend, masks=True)
+    actual = coco_ap(data, detections, backend, masks=True)
     truth = COCO(str(tmp_path / "gt.json"))
     evaluation = COCOeval(truth, truth.loadRes(results), "segm")
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-    theirs = dict(zip(names, evaluation.stats, strict=True))
-    assert 0.1 < ours["AP"] < 0.95
-    for name, value in theirs.items():
-        assert (-1 if ours[name] is None else ours[name]) == pytest.approx(value, abs=1e-12), name
+    reference = dict(zip(names, evaluation.stats, strict=True))
+    assert 0.1 < actual["AP"] < 0.95
+    for name, value in reference.items():
+        assert (-1 if actual[name] is None else actual[name]) == pytest.approx(value, abs=1e-12), name

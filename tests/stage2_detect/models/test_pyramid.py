@@ -189,12 +189,12 @@ def test_a_frozen_norm_is_the_norm_and_keeps_nothing() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        ours = constant(x)
+        actual = constant(x)
     assert all(tensor.numel() <= 6 for tensor in kept)
     expected = norm(x)
-    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
-    assert ours.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
     weight = torch.randn_like(x)
-    slopes = [torch.autograd.grad((out * weight).sum(), x)[0] for out in (ours, expected)]
+    slopes = [torch.autograd.grad((out * weight).sum(), x)[0] for out in (actual, expected)]
     torch.testing.assert_close(*slopes, rtol=1e-6, atol=1e-6)
     assert constant(x.bfloat16()).dtype == torch.bfloat16

@@ -17,12 +17,12 @@ from ssld.stage2_detect.models.roi_heads import RoIHeads
 from ssld.stage2_detect.models.rpn import Proposals
 
 
-def _losses_by_numpy(heads: RoIHeads, rois: Tensor, labels: list[int], wanted: Tensor) -> tuple[float, float]:
+def _losses_by_numpy(heads: RoIHeads, rois: Tensor, labels: list[int], goal: Tensor) -> tuple[float, float]:
     """Sums over RoIs [N, 5] with classes (K is background) and, for objects, their boxes."""
     cls_sum = box_sum = 0.0
-    for roi, label, target in zip(rois, labels, wanted, strict=True):
-        found = roi[None, None, 1:].expand(2, -1, -1)
-        pooled = pooling.pool_rois(maps(), found, torch.ones(2, 1, dtype=torch.bool), strides=STRIDES, size=3)
+    for roi, label, target in zip(rois, labels, goal, strict=True):
+        candidates = roi[None, None, 1:].expand(2, -1, -1)
+        pooled = pooling.pool_rois(maps(), candidates, torch.ones(2, 1, dtype=torch.bool), strides=STRIDES, size=3)
         logits, deltas = heads.heads[0](pooled[int(roi[0])][None])
         x = logits[0].detach().double().numpy()
         cls_sum += np.log(np.exp(x).sum()) - x[label]
@@ -34,29 +34,29 @@ def _losses_by_numpy(heads: RoIHeads, rois: Tensor, labels: list[int], wanted: T
 
 def test_losses_equal_numpy() -> None:
     heads = make(samples_per_image=10_000, positive_fraction=1.0)
-    found, truth = proposals(), targets()
-    losses, *_ = losses_of(heads, maps(), found, SIZES, truth)
-    rois, labels, wanted = [], [], []
+    candidates, truth = proposals(), targets()
+    losses, *_ = losses_of(heads, maps(), candidates, SIZES, truth)
+    rois, labels, expected = [], [], []
     for i in range(2):
         present = truth.labels_BG[i] >= 0
         objects = truth.boxes_BG4[i][present]
-        for roi in torch.cat((found.boxes_BR4[i][found.valid_BR[i]], objects)):
+        for roi in torch.cat((candidates.boxes_BR4[i][candidates.valid_BR[i]], objects)):
             iou = ops.box_iou(roi[None].double(), objects.double())[0]
             labels.append(int(truth.labels_BG[i][iou.argmax()]) if iou.max() >= 0.5 else K)
             rois.append(torch.cat((torch.tensor([float(i)]), roi)))
-            wanted.append(objects[iou.argmax()])
+            expected.append(objects[iou.argmax()])
     assert 5 < sum(label < K for label in labels) < len(labels)
-    cls_sum, box_sum = _losses_by_numpy(heads, torch.stack(rois), labels, torch.stack(wanted))
+    cls_sum, box_sum = _losses_by_numpy(heads, torch.stack(rois), labels, torch.stack(expected))
     assert losses["loss_cls"].item() == pytest.approx(cls_sum / len(rois), rel=1e-5)
     assert losses["loss_box"].item() == pytest.approx(box_sum / len(rois), rel=1e-5)
 
 
-def halves_of(found: Proposals, truth: Targets) -> list[tuple[list[Tensor], Proposals, Tensor, Targets]]:
-    """What each of two ranks has of the batch: one image."""
+def halves_of(candidates: Proposals, truth: Targets) -> list[tuple[list[Tensor], Proposals, Tensor, Targets]]:
+    """The image of the batch that each of two ranks has."""
     return [
         (
             [m[i : i + 1] for m in maps()],
-            Proposals(found.boxes_BR4[i : i + 1], found.valid_BR[i : i + 1]),
+            Proposals(candidates.boxes_BR4[i : i + 1], candidates.valid_BR[i : i + 1]),
             SIZES[i : i + 1],
             Targets(truth.boxes_BG4[i : i + 1], truth.labels_BG[i : i + 1], truth.seeds_B[i : i + 1]),
         )
@@ -66,10 +66,10 @@ def halves_of(found: Proposals, truth: Targets) -> list[tuple[list[Tensor], Prop
 
 def test_ranks_add_up_to_the_whole_batch() -> None:
     """Counts summed over ranks, gradients averaged over ranks: the whole batch's loss is the mean of the ranks' losses."""
-    found, truth = proposals(), targets()
-    whole, *_ = losses_of(make(samples_per_image=20), maps(), found, SIZES, truth)
+    candidates, truth = proposals(), targets()
+    whole, *_ = losses_of(make(samples_per_image=20), maps(), candidates, SIZES, truth)
     counts: list[Tensor] = []
-    halves = halves_of(found, truth)
+    halves = halves_of(candidates, truth)
 
     def note(count: Tensor) -> Tensor:
         counts.append(count)
@@ -131,8 +131,8 @@ def test_box_losses_are_of_positives_and_their_class(loss: BoxLoss, class_agnost
     for i, r in sampled.positive_BR.nonzero().tolist():
         index = sampled.objects_BR[i, r]
         row = 0 if class_agnostic else truth.labels_BG[i, index]
-        wanted = boxes.encode(truth.boxes_BG4[i, index], sampled.rois_BR4[i, r], WEIGHTS)
-        total += loss(deltas[i, r, row][None], wanted[None], WEIGHTS).item()
+        target = boxes.encode(truth.boxes_BG4[i, index], sampled.rois_BR4[i, r], WEIGHTS)
+        total += loss(deltas[i, r, row][None], target[None], WEIGHTS).item()
         positives += 1
     assert positives > 5
     expected = total / sampled.valid_BR.sum().item()
@@ -143,10 +143,10 @@ def test_box_losses_are_of_positives_and_their_class(loss: BoxLoss, class_agnost
 
 def test_ranks_agree_on_positives_too() -> None:
     """Where the loss is divided by the positives, they are those of all ranks."""
-    found, truth = proposals(), targets()
+    candidates, truth = proposals(), targets()
     options: dict[str, Any] = {"samples_per_image": 20, "box_loss": LOSSES[-1]}
-    whole, *_ = losses_of(make(**options), maps(), found, SIZES, truth)
-    halves = halves_of(found, truth)
+    whole, *_ = losses_of(make(**options), maps(), candidates, SIZES, truth)
+    halves = halves_of(candidates, truth)
     counts: list[Tensor] = []
 
     def note(count: Tensor) -> Tensor:
@@ -159,8 +159,8 @@ def test_ranks_agree_on_positives_too() -> None:
     sums = [counts[0] + counts[2], counts[1] + counts[3]]
     ranks = []
     for half in halves:
-        answers = iter(sums)
-        both = Ranks(2, lambda _, answers=answers: next(answers))  # type: ignore[misc]
+        totals = iter(sums)
+        both = Ranks(2, lambda _, totals=totals: next(totals))  # type: ignore[misc]
         ranks.append(losses_of(make(**options), *half, both)[0])
     for name in whole:
         assert (ranks[0][name] + ranks[1][name]).item() / 2 == pytest.approx(whole[name].item(), rel=1e-5)
@@ -172,10 +172,10 @@ def test_no_object_gives_zeros_whatever_is_predicted(loss: BoxLoss, rois: int) -
     heads = cascade(box_loss=loss, add_gt_each_stage=True)
     with torch.no_grad():
         heads.heads[2].deltas.bias.fill_(1e30)  # whose loss is infinite, or whose box has no size
-    found = proposals()
-    found = Proposals(found.boxes_BR4, found.valid_BR & (torch.arange(30) < rois))
+    candidates = proposals()
+    candidates = Proposals(candidates.boxes_BR4, candidates.valid_BR & (torch.arange(30) < rois))
     empty = Targets(torch.zeros(2, 1, 4), torch.full((2, 1), -1), torch.arange(2))
-    losses, *_ = losses_of(heads, maps(), found, SIZES, empty)
+    losses, *_ = losses_of(heads, maps(), candidates, SIZES, empty)
     assert all(losses[f"loss_box_{number}"].item() == 0 for number in range(3))
     torch.stack(list(losses.values())).sum().backward()
     for name, parameter in heads.named_parameters():

@@ -23,8 +23,8 @@ def test_sampled_counts() -> None:
     assert counts == [24]
     counts.clear()
     losses_of(make(samples_per_image=1000), maps(), proposals(), SIZES, targets(), Ranks(total=note))
-    found = proposals()  # at most a quarter of 1,000 are positive, so everything is taken
-    assert counts == [int(found.valid_BR.sum()) + 5]
+    candidates = proposals()  # at most a quarter of 1,000 are positive, so everything is taken
+    assert counts == [int(candidates.valid_BR.sum()) + 5]
 
 
 def test_the_sampled_rois_are_those_of_the_loss() -> None:
@@ -53,10 +53,10 @@ def test_the_sampled_rois_are_those_of_the_loss() -> None:
 
 @pytest.mark.parametrize("kind", ["random", "first", "libra"])
 def test_kinds_of_sampling(kind: Any) -> None:
-    heads, found, truth = make(samples_per_image=12, sampling=kind, libra_bins=4), proposals(), targets()
-    _, sampled, _ = losses_of(heads, maps(), found, SIZES, truth)
-    rois = torch.cat((found.boxes_BR4, truth.boxes_BG4), dim=1)
-    valid = torch.cat((found.valid_BR, truth.labels_BG >= 0), dim=1)
+    heads, candidates, truth = make(samples_per_image=12, sampling=kind, libra_bins=4), proposals(), targets()
+    _, sampled, _ = losses_of(heads, maps(), candidates, SIZES, truth)
+    rois = torch.cat((candidates.boxes_BR4, truth.boxes_BG4), dim=1)
+    valid = torch.cat((candidates.valid_BR, truth.labels_BG >= 0), dim=1)
     assigned = assign.assign(rois, truth.boxes_BG4, truth.labels_BG >= 0, positive_iou=0.5, negative_iou=0.5)
     labels = torch.where(valid, assigned.labels_BA, -1)
     count = {"count": 12, "positive_fraction": 0.25}

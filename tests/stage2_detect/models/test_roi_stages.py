@@ -49,14 +49,14 @@ def test_later_stages_relabel_the_refined_rois_of_the_first() -> None:
     ]
     heads = make(stages=stages, class_agnostic=True, samples_per_image=1000, positive_fraction=1.0)
     predict_no_shift(heads)
-    truth, found = targets(), proposals()
-    losses, *_ = losses_of(heads, maps(), found, SIZES, truth)
+    truth, candidates = targets(), proposals()
+    losses, *_ = losses_of(heads, maps(), candidates, SIZES, truth)
     assert list(losses) == ["loss_cls_0", "loss_box_0", "loss_cls_1", "loss_box_1", "loss_cls_2", "loss_box_2"]
     for number, stage in enumerate(stages):
         total, count = 0.0, 0
         for i in range(2):
             objects = truth.boxes_BG4[i][truth.labels_BG[i] >= 0]
-            for roi in torch.cat((found.boxes_BR4[i][found.valid_BR[i]], objects)):
+            for roi in torch.cat((candidates.boxes_BR4[i][candidates.valid_BR[i]], objects)):
                 iou = ops.box_iou(roi[None], objects)[0]
                 count += 1
                 if iou.max() >= stage.positive_iou:
@@ -71,15 +71,15 @@ def test_stages_average_their_scores_and_the_last_one_places_the_boxes() -> None
     valid = torch.ones(1, 1, dtype=torch.bool)
     features = [m[:1] for m in maps()]
     images = ImageBatch(torch.zeros(1, 3, 128, 160, dtype=torch.uint8), SIZES[:1], torch.ones(1))
-    (found,) = detect(heads, features, Proposals(rois, valid), images)
+    (candidates,) = detect(heads, features, Proposals(rois, valid), images)
     scores, current = [], rois
     for stage, head in zip(stages, heads.heads, strict=True):
         logits, deltas = head(pooling.pool_rois(features, current, valid, strides=STRIDES, size=3))
         scores.append(logits.softmax(dim=1))
         current = boxes.clip(boxes.decode(deltas[:, 0], current[0], stage.delta_weights)[None], SIZES[:1])
     mean = ((scores[0] + scores[1]) / 2)[0, :K]
-    torch.testing.assert_close(found.scores_N, mean.sort(descending=True).values)
-    torch.testing.assert_close(found.boxes_N4, current[0].expand(K, 4))
+    torch.testing.assert_close(candidates.scores_N, mean.sort(descending=True).values)
+    torch.testing.assert_close(candidates.boxes_N4, current[0].expand(K, 4))
 
 
 def test_scores_of_the_last_stages_rois() -> None:
@@ -88,18 +88,18 @@ def test_scores_of_the_last_stages_rois() -> None:
     rois = torch.tensor([[[10.0, 10.0, 50.0, 60.0]]])
     valid = torch.ones(1, 1, dtype=torch.bool)
     features = [m[:1] for m in maps()]
-    (found,) = heads.detect_network(features, Proposals(rois, valid), SIZES[:1])
+    (candidates,) = heads.detect_network(features, Proposals(rois, valid), SIZES[:1])
     for stage, head in list(zip(heads.stages, heads.heads, strict=True))[:2]:
         _, deltas = head(pooling.pool_rois(features, rois, valid, strides=STRIDES, size=3))
         rois = boxes.clip(boxes.decode(deltas[:, 0], rois[0], stage.delta_weights)[None], SIZES[:1])
     pooled = pooling.pool_rois(features, rois, valid, strides=STRIDES, size=3)
     mean = torch.stack([head(pooled)[0].softmax(dim=1) for head in heads.heads]).mean(dim=0)[0, :K]
-    torch.testing.assert_close(found.scores_N, mean.sort(descending=True).values)
+    torch.testing.assert_close(candidates.scores_N, mean.sort(descending=True).values)
     last = boxes.decode(heads.heads[2](pooled)[1][:, 0], rois[0], heads.stages[2].delta_weights)
-    torch.testing.assert_close(found.boxes_N4, boxes.clip(last[None], SIZES[:1])[0].expand(K, 4))
+    torch.testing.assert_close(candidates.boxes_N4, boxes.clip(last[None], SIZES[:1])[0].expand(K, 4))
     own = cascade(score_threshold=0.0, nms=NMS(iou=1.0)).eval()
     (other,) = own.detect_network(features, Proposals(rois, valid), SIZES[:1])
-    assert (other.scores_N - found.scores_N).abs().max() > 1e-3
+    assert (other.scores_N - candidates.scores_N).abs().max() > 1e-3
 
 
 def test_objects_are_appended_again_at_each_stage() -> None:
@@ -112,16 +112,16 @@ def test_objects_are_appended_again_at_each_stage() -> None:
 
     heads = cascade(add_gt_each_stage=True)
     predict_no_shift(heads)
-    found, truth = proposals(), targets()
-    losses, sampled, _ = losses_of(heads, maps(), found, SIZES, truth, Ranks(total=note))
-    valid = int(found.valid_BR.sum())
+    candidates, truth = proposals(), targets()
+    losses, sampled, _ = losses_of(heads, maps(), candidates, SIZES, truth, Ranks(total=note))
+    valid = int(candidates.valid_BR.sum())
     assert counts == [valid + 5, valid + 10, valid + 15]
     assert sampled.valid_BR.sum() == valid + 5
     for number, stage in enumerate(heads.stages):
         total = 0.0
         for i in range(2):
             objects = truth.boxes_BG4[i][truth.labels_BG[i] >= 0]
-            for roi in found.boxes_BR4[i][found.valid_BR[i]]:
+            for roi in candidates.boxes_BR4[i][candidates.valid_BR[i]]:
                 iou = ops.box_iou(roi[None], objects)[0]
                 if iou.max() >= stage.positive_iou:
                     total += boxes.encode(objects[iou.argmax()], roi, stage.delta_weights).abs().sum().item()
@@ -139,8 +139,8 @@ def test_refined_rois_without_area_drop_out() -> None:
     predict_no_shift(heads)
     with torch.no_grad():
         heads.heads[0].deltas.bias[0] = 10.0  # to the right by the RoI's own width
-    found, truth = proposals(), targets()
-    losses, sampled, _ = losses_of(heads, maps(), found, SIZES, truth, Ranks(total=note))
+    candidates, truth = proposals(), targets()
+    losses, sampled, _ = losses_of(heads, maps(), candidates, SIZES, truth, Ranks(total=note))
     left = sampled.rois_BR4[..., 2] < SIZES[:, 1:]
     assert counts[0] == sampled.valid_BR.sum()
     assert counts[1] == counts[2] == (sampled.valid_BR & left).sum()
@@ -175,5 +175,5 @@ def test_bf16_keeps_geometry_in_float32(monkeypatch: pytest.MonkeyPatch) -> None
     torch.stack(list(losses.values())).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in heads.parameters())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        for found in heads.eval().detect_network([m.detach() for m in features], proposals(), SIZES):
-            assert found.boxes_N4.dtype == found.scores_N.dtype == torch.float32
+        for candidates in heads.eval().detect_network([m.detach() for m in features], proposals(), SIZES):
+            assert candidates.boxes_N4.dtype == candidates.scores_N.dtype == torch.float32

@@ -32,11 +32,11 @@ def features(batch: int = 3) -> list[Tensor]:
 
 def targets() -> Targets:
     """Three images with 2, 0 and 1 objects."""
-    wanted = torch.zeros(3, 2, 4)
-    wanted[0] = torch.tensor([[10.0, 12.0, 30.0, 28.0], [40.0, 5.0, 80.0, 50.0]])
-    wanted[2, 0] = torch.tensor([3.0, 3.0, 20.0, 18.0])
+    expected = torch.zeros(3, 2, 4)
+    expected[0] = torch.tensor([[10.0, 12.0, 30.0, 28.0], [40.0, 5.0, 80.0, 50.0]])
+    expected[2, 0] = torch.tensor([3.0, 3.0, 20.0, 18.0])
     labels = torch.tensor([[4, 0], [-1, -1], [2, -1]])
-    return Targets(wanted, labels, torch.tensor([11, 12, 13]))
+    return Targets(expected, labels, torch.tensor([11, 12, 13]))
 
 
 def flat(rpn: RPN, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +76,7 @@ def test_losses_equal_numpy() -> None:
                 positives += 1
                 ax1, ay1, ax2, ay2 = grid[place].double().tolist()
                 gx1, gy1, gx2, gy2 = truth.boxes_BG4[i, assigned.objects_BA[0, place]].double().tolist()
-                wanted = np.array(
+                expected = np.array(
                     [
                         ((gx1 + gx2) - (ax1 + ax2)) / 2 / (ax2 - ax1),
                         ((gy1 + gy2) - (ay1 + ay2)) / 2 / (ay2 - ay1),
@@ -84,7 +84,7 @@ def test_losses_equal_numpy() -> None:
                         np.log((gy2 - gy1) / (ay2 - ay1)),
                     ]
                 )
-                box_sum += np.abs(deltas[i, place].double().numpy() - wanted).sum()
+                box_sum += np.abs(deltas[i, place].double().numpy() - expected).sum()
     assert positives > 3
     assert losses["loss_rpn_cls"].item() == pytest.approx(cls_sum / (64 * 3), rel=1e-5)
     assert losses["loss_rpn_box"].item() == pytest.approx(box_sum / (64 * 3), rel=1e-5)
@@ -95,7 +95,7 @@ def _propose_by_loop(rpn: RPN, maps: list[Tensor], pre: int, post: int) -> list[
     counts = [h * w * 3 for h, w in GRID]
     result = []
     for i, (height, width) in enumerate(IMAGE_SIZES.tolist()):
-        found, scores = [], []
+        kept_boxes, scores = [], []
         for level_logits, level_deltas, level_anchors in zip(
             logits[i].split(counts), deltas[i].split(counts), grid.split(counts), strict=True
         ):
@@ -106,10 +106,10 @@ def _propose_by_loop(rpn: RPN, maps: list[Tensor], pre: int, post: int) -> list[
             large = ops.remove_small_boxes(candidates, rpn.min_size)
             candidates, level_scores = candidates[large], level_logits[order][large]
             kept = ops.nms(candidates, level_scores, rpn.nms_iou)
-            found.append(candidates[kept])
+            kept_boxes.append(candidates[kept])
             scores.append(level_scores[kept])
         best = torch.cat(scores).argsort(descending=True)[:post]
-        result.append(torch.cat(found)[best])
+        result.append(torch.cat(kept_boxes)[best])
     return result
 
 
@@ -130,13 +130,13 @@ def test_proposals_equal_the_loop(training: bool, min_size: float) -> None:
     assert proposals.boxes_BR4.dtype == torch.float32
     assert not proposals.boxes_BR4.requires_grad
     for i in range(3):
-        ours = proposals.boxes_BR4[i][proposals.valid_BR[i]]
-        torch.testing.assert_close(ours, expected[i])
-        assert proposals.valid_BR[i, : len(ours)].all(), "padding stands at the end"
+        actual = proposals.boxes_BR4[i][proposals.valid_BR[i]]
+        torch.testing.assert_close(actual, expected[i])
+        assert proposals.valid_BR[i, : len(actual)].all(), "padding stands at the end"
         height, width = IMAGE_SIZES[i].tolist()
-        assert ours.min() >= 0
-        assert ours[:, 2].max() <= width
-        assert ours[:, 3].max() <= height
+        assert actual.min() >= 0
+        assert actual[:, 2].max() <= width
+        assert actual[:, 3].max() <= height
 
 
 def test_images_without_objects_train_objectness_alone() -> None:

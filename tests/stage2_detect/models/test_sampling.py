@@ -1,4 +1,4 @@
-"""Sampling: exact counts, a hash that is what it says, and draws that depend on nothing but the seed and the index."""
+"""Sampling: exact counts, a hash equal to its definition, and draws that depend on nothing but the seed and the index."""
 
 import math
 
@@ -19,8 +19,8 @@ def _splitmix(x: int) -> int:
 def test_hash_equals_unsigned_integer_arithmetic() -> None:
     mask = 2**64 - 1
     seeds = [0, 1, 12345678901234567, -3]
-    ours = hash_priority(torch.tensor(seeds), 5, stream=2)
-    for row, seed in zip(ours.tolist(), seeds, strict=True):
+    actual = hash_priority(torch.tensor(seeds), 5, stream=2)
+    for row, seed in zip(actual.tolist(), seeds, strict=True):
         state = _splitmix((_splitmix(seed & mask) + 2) & mask)
         assert row == [_splitmix((state + i * 0x9E3779B97F4A7C15) & mask) >> 2 for i in range(1, 6)]
 
@@ -50,21 +50,21 @@ def _labels(positives: int, negatives: int, ignored: int) -> Tensor:
 )
 def test_counts(positives: int, negatives: int, chosen_positives: int, chosen_negatives: int) -> None:
     labels = _labels(positives, negatives, 20)[None]
-    ours = sample(labels, hash_priority(torch.tensor([3]), labels.shape[1], 0), count=64, positive_fraction=0.25)
-    assert ours.index_BS.shape[1] == min(64, labels.shape[1])
-    picked = labels.gather(1, ours.index_BS)[ours.valid_BS]
+    actual = sample(labels, hash_priority(torch.tensor([3]), labels.shape[1], 0), count=64, positive_fraction=0.25)
+    assert actual.index_BS.shape[1] == min(64, labels.shape[1])
+    picked = labels.gather(1, actual.index_BS)[actual.valid_BS]
     assert (picked == 1).sum() == chosen_positives
     assert (picked == 0).sum() == chosen_negatives
-    assert torch.equal(ours.positive_BS[ours.valid_BS], picked == 1)
-    assert not (ours.positive_BS & ~ours.valid_BS).any()
-    chosen = ours.index_BS[ours.valid_BS]
+    assert torch.equal(actual.positive_BS[actual.valid_BS], picked == 1)
+    assert not (actual.positive_BS & ~actual.valid_BS).any()
+    chosen = actual.index_BS[actual.valid_BS]
     assert chosen.unique().numel() == chosen.numel()
 
 
 def test_index_order_takes_the_first() -> None:
     labels = torch.tensor([[0, 1, -1, 1, 0, 1, 0, 0]])
-    ours = sample(labels, index_priority(torch.zeros(1), 8), count=4, positive_fraction=0.5)
-    assert ours.index_BS.tolist() == [[1, 3, 0, 4]]
+    actual = sample(labels, index_priority(torch.zeros(1), 8), count=4, positive_fraction=0.5)
+    assert actual.index_BS.tolist() == [[1, 3, 0, 4]]
 
 
 def test_a_draw_does_not_depend_on_the_batch_or_the_generator() -> None:
@@ -81,8 +81,8 @@ def test_a_draw_does_not_depend_on_the_batch_or_the_generator() -> None:
 def test_every_box_is_drawn_equally_often() -> None:
     draws, places = 4000, 40
     labels = torch.tensor([1] * 20 + [0] * 20).expand(draws, places)
-    ours = sample(labels, hash_priority(torch.arange(draws), places, 0), count=10, positive_fraction=0.5)
-    times = ours.index_BS.flatten().bincount(minlength=places).float()
+    actual = sample(labels, hash_priority(torch.arange(draws), places, 0), count=10, positive_fraction=0.5)
+    times = actual.index_BS.flatten().bincount(minlength=places).float()
     expected = draws * 5 / 20
     assert (times - expected).abs().max() < 5 * math.sqrt(expected * 0.75)
 
@@ -112,20 +112,20 @@ def test_each_bin_gives_its_share_and_chance_the_rest(count: int, size: int) -> 
     ious = _ious(size, images=3)
     ious[:, -7:] = -2.0  # no RoIs
     seeds = torch.tensor([3, 4, 5])
-    ours = _spread(ious, count=count, seeds=seeds)
+    actual = _spread(ious, count=count, seeds=seeds)
     priority = hash_priority(seeds, size, 1)
     for image in range(3):
         row = ious[image].tolist()
         by_priority = sorted(range(size), key=lambda i, image=image: -int(priority[image, i]))  # type: ignore[misc]
         positives = [i for i in by_priority if row[i] >= 0.5][: count // 4]
-        wanted = count - len(positives)
+        expected = count - len(positives)
         negatives = [i for i in by_priority if 0 <= row[i] < 0.5]
         chosen: list[int] = []
         for low in (0, 1 / 3, 2 / 3):  # bins of 0..1, the object's IoU with itself; the last has no negative
-            chosen += [i for i in negatives if low <= row[i] < low + 1 / 3][: wanted // 3]
-        chosen += [i for i in negatives if i not in chosen][: wanted - len(chosen)]
-        assert sorted(ours.index_BS[image][ours.valid_BS[image]].tolist()) == sorted(positives + chosen)
-        assert sorted(ours.index_BS[image][ours.positive_BS[image]].tolist()) == sorted(positives)
+            chosen += [i for i in negatives if low <= row[i] < low + 1 / 3][: expected // 3]
+        chosen += [i for i in negatives if i not in chosen][: expected - len(chosen)]
+        assert sorted(actual.index_BS[image][actual.valid_BS[image]].tolist()) == sorted(positives + chosen)
+        assert sorted(actual.index_BS[image][actual.positive_BS[image]].tolist()) == sorted(positives)
 
 
 def test_hard_negatives_are_drawn_more_often_than_by_chance() -> None:
@@ -144,20 +144,20 @@ def test_hard_negatives_are_drawn_more_often_than_by_chance() -> None:
 def test_an_image_without_objects_draws_by_chance() -> None:
     """IoU is -1 everywhere there."""
     draws, size = 3000, 40
-    ours = _spread(torch.full((draws, size), -1.0), count=10, seeds=torch.arange(draws))
-    assert ours.valid_BS.all()
-    assert not ours.positive_BS.any()
-    times = ours.index_BS.flatten().bincount(minlength=size).float()
+    actual = _spread(torch.full((draws, size), -1.0), count=10, seeds=torch.arange(draws))
+    assert actual.valid_BS.all()
+    assert not actual.positive_BS.any()
+    times = actual.index_BS.flatten().bincount(minlength=size).float()
     expected = draws * 10 / size
     assert (times - expected).abs().max() < 5 * math.sqrt(expected * 0.75)
 
 
 def test_few_negatives_and_none() -> None:
     few = torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.1, 0.4, -2.0], [0.9, 0.8, 0.7, 0.6, 0.6, 0.9, -2.0]])
-    ours = _spread(few, count=6, fraction=0.5)
-    assert ours.valid_BS.sum(dim=1).tolist() == [5, 3]
-    assert ours.positive_BS.sum(dim=1).tolist() == [3, 3]
-    assert sorted(ours.index_BS[0][3:5].tolist()) == [4, 5]
+    actual = _spread(few, count=6, fraction=0.5)
+    assert actual.valid_BS.sum(dim=1).tolist() == [5, 3]
+    assert actual.positive_BS.sum(dim=1).tolist() == [3, 3]
+    assert sorted(actual.index_BS[0][3:5].tolist()) == [4, 5]
     nothing = _spread(torch.full((2, 3), -2.0), count=6)
     assert not nothing.valid_BS.any()
 
@@ -165,8 +165,8 @@ def test_few_negatives_and_none() -> None:
 def test_bins_reach_to_the_highest_iou_of_the_image() -> None:
     """With a best IoU of 0.3 there are negatives in all three bins, of which 0..0.1 has most."""
     ious = torch.cat((torch.linspace(0, 0.099, 90), torch.linspace(0.11, 0.19, 5), torch.linspace(0.21, 0.3, 5)))[None]
-    ours = _spread(ious, count=15)
-    assert (ours.index_BS >= 90).sum() == 10
+    actual = _spread(ious, count=15)
+    assert (actual.index_BS >= 90).sum() == 10
 
 
 def test_a_spread_draw_does_not_depend_on_the_batch() -> None:

@@ -22,9 +22,9 @@ def _map(channels: int = 5) -> Tensor:
 def _rois(count: int = 70) -> Tensor:
     """Of the map at scale 1/4 (120 x 80), many reaching over its border; the first ones are degenerate."""
     random = torch.Generator().manual_seed(1)
-    centre = torch.rand(count, 2, generator=random) * torch.tensor([140.0, 100.0]) - 10
+    center = torch.rand(count, 2, generator=random) * torch.tensor([140.0, 100.0]) - 10
     half = torch.rand(count, 2, generator=random).square() * 60
-    rois = torch.cat(((torch.arange(count) % 2)[:, None].float(), centre - half, centre + half), dim=1)
+    rois = torch.cat(((torch.arange(count) % 2)[:, None].float(), center - half, center + half), dim=1)
     rois[0, 1:] = 0  # empty
     rois[1, 1:] = torch.tensor([300.0, 300.0, 320.0, 320.0])  # outside
     rois[2, 1:] = torch.tensor([50.0, 50.0, 40.0, 40.0])  # inside out
@@ -49,20 +49,20 @@ def _bilinear(map_HW: np.ndarray, y: float, x: float) -> float:
 @pytest.mark.parametrize("ratio", [0, 1, 2, 3])
 def test_values_and_gradients_are_torchvisions(ratio: int, aligned: bool) -> None:
     feature, rois = _map().requires_grad_(), _rois()
-    ours = roi_align(feature, rois, 7, 1 / 4, sampling_ratio=ratio, aligned=aligned)
-    theirs = torchvision_roi_align(feature, rois, 7, 1 / 4, ratio, aligned)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
-    weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2))
-    (our_slope,) = torch.autograd.grad((ours * weight).sum(), feature)
-    (their_slope,) = torch.autograd.grad((theirs * weight).sum(), feature)
+    actual = roi_align(feature, rois, 7, 1 / 4, sampling_ratio=ratio, aligned=aligned)
+    reference = torchvision_roi_align(feature, rois, 7, 1 / 4, ratio, aligned)
+    torch.testing.assert_close(actual, reference, rtol=1e-5, atol=2e-6)
+    weight = torch.randn(actual.shape, generator=torch.Generator().manual_seed(2))
+    (our_slope,) = torch.autograd.grad((actual * weight).sum(), feature)
+    (their_slope,) = torch.autograd.grad((reference * weight).sum(), feature)
     torch.testing.assert_close(our_slope, their_slope, rtol=1e-4, atol=2e-5)
 
 
 def test_values_are_those_of_the_definition() -> None:
     """Sample by sample in float64, with as many samples as pixels, aligned."""
     feature, rois = _map(1), _rois(12)
-    ours = roi_align(feature, rois, 3, 1 / 4)[:, 0].double().numpy()
-    for (image, *corners), pooled in zip(rois.double().numpy(), ours, strict=True):
+    actual = roi_align(feature, rois, 3, 1 / 4)[:, 0].double().numpy()
+    for (image, *corners), pooled in zip(rois.double().numpy(), actual, strict=True):
         x1, y1, x2, y2 = (corner / 4 - 0.5 for corner in corners)
         height, width = (y2 - y1) / 3, (x2 - x1) / 3
         down, right = max(int(np.ceil(height)), 0), max(int(np.ceil(width)), 0)
@@ -96,15 +96,15 @@ def test_memory_format_chunks_and_threads_change_nothing(monkeypatch: pytest.Mon
         return pooled, slope
 
     expected = both(_map())
-    found = [both(_map().contiguous())]
+    results = [both(_map().contiguous())]
     monkeypatch.setattr(module, "_CHUNK", 16)
-    found.append(both(_map()))
+    results.append(both(_map()))
     try:
         torch.set_num_threads(3 - min(threads, 2))
-        found.append(both(_map()))
+        results.append(both(_map()))
     finally:
         torch.set_num_threads(threads)
-    for pooled, slope in found:
+    for pooled, slope in results:
         assert torch.equal(pooled, expected[0])
         assert torch.equal(slope, expected[1])
 
@@ -136,9 +136,9 @@ def test_pooling_in_the_plain_way_is_the_same(aligned: bool, ratio: int) -> None
     with kernels.plain():
         plain = pooled_and_slopes()
     torch.testing.assert_close(fast[0], plain[0], rtol=1e-5, atol=2e-6)
-    for ours, expected in zip(fast[1], plain[1], strict=True):
+    for actual, expected in zip(fast[1], plain[1], strict=True):
         assert expected.abs().max() > 0
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5)
     for pooled in (fast[0], plain[0]):
         assert (pooled[~valid.flatten()] == 0).all()
 

@@ -20,15 +20,15 @@ def features() -> list[Tensor]:
 
 
 def targets() -> Targets:
-    wanted = torch.tensor([[[10.0, 12.0, 30.0, 28.0], [40.0, 5.0, 80.0, 50.0]], [[3.0, 3.0, 20.0, 18.0], [0.0] * 4]])
-    return Targets(wanted, torch.tensor([[4, 0], [2, -1]]), torch.tensor([11, 12]))
+    expected = torch.tensor([[[10.0, 12.0, 30.0, 28.0], [40.0, 5.0, 80.0, 50.0]], [[3.0, 3.0, 20.0, 18.0], [0.0] * 4]])
+    return Targets(expected, torch.tensor([[4, 0], [2, -1]]), torch.tensor([11, 12]))
 
 
 def test_cells_of_all_anchors() -> None:
     total = sum(rows * columns * 3 for rows, columns in GRIDS)
     cells = sparse_rpn.cells_of(torch.arange(total)[None], GRIDS, 3)
-    found = torch.stack((cells.level, cells.row, cells.column, cells.ratio), dim=-1)[0].tolist()
-    assert found == [
+    actual = torch.stack((cells.level, cells.row, cells.column, cells.ratio), dim=-1)[0].tolist()
+    assert actual == [
         [level, row, column, ratio]
         for level, (rows, columns) in enumerate(GRIDS)
         for row in range(rows)
@@ -42,9 +42,9 @@ def test_patches_are_those_of_unfold() -> None:
     for level, (feature, (rows, columns)) in enumerate(zip(maps, GRIDS, strict=True)):
         row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         where = [place.flatten().expand(2, -1) for place in (torch.full_like(row, level), row, column)]
-        found = sparse_rpn.patches(maps, *where)
+        actual = sparse_rpn.patches(maps, *where)
         unfolded = F.unfold(feature, 3, padding=1).view(2, 6, 9, -1)  # channel, place of the kernel, cell
-        assert torch.equal(found.view(2, -1, 9, 6), unfolded.permute(0, 3, 2, 1))
+        assert torch.equal(actual.view(2, -1, 9, 6), unfolded.permute(0, 3, 2, 1))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -71,9 +71,9 @@ def test_losses_and_gradients_are_those_of_the_whole_maps(memory_format: torch.m
     for name in sparse[0]:
         assert sparse[0][name].item() == pytest.approx(whole[0][name].item(), rel=1e-5)
         assert sparse[0][name].item() > 0
-    for ours, expected in zip(sparse[1], whole[1], strict=True):
+    for actual, expected in zip(sparse[1], whole[1], strict=True):
         assert expected.abs().max() > 0
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_many_samples_take_the_whole_maps() -> None:
