@@ -68,7 +68,7 @@ class DistilledRCNN(nn.Module):
         assert targets is not None, "training needs targets"
         features, teacher_features = self.student.features(images), self.teacher.features(images)
         sizes_B2, labeled = images.sizes_B2, count_labeled(targets)
-        losses, sampled, logits_NK = self.student.losses(
+        losses, (sampled, logits_NK) = self.student.losses(
             [maps[:labeled] for maps in features], sizes_B2[:labeled], targets.first(labeled), self.student.ranks
         )
         if self.pkd_weight:

@@ -100,11 +100,11 @@ class RCNN(nn.Module):
 
     def losses(
         self, features: Sequence[Tensor], sizes_B2: Tensor, targets: Targets, ranks: Ranks
-    ) -> tuple[dict[str, Tensor], SampledRoIs, Tensor]:
+    ) -> tuple[dict[str, Tensor], tuple[SampledRoIs, Tensor]]:
         """Compute the losses of `forward` from feature maps.
 
         Returns:
-            The losses, the RoIs that the first box head was trained on, and its logits [N, K + 1] of them.
+            The losses; and the RoIs that the first box head is trained on, with its float32 logits [N, K + 1] of them.
         """
         proposals, losses = self.rpn(features, sizes_B2, targets)
         sampled = self.roi_heads.sample(proposals, targets)
@@ -113,7 +113,7 @@ class RCNN(nn.Module):
         roi_losses, logits_NK = self.roi_heads.losses(features, sampled, sizes_B2, targets, ranks)
         if self.mask_head and positives:
             losses |= self.mask_head.losses(features, sampled, positives, targets, ranks)
-        return losses | roi_losses, sampled, logits_NK
+        return losses | roi_losses, (sampled, logits_NK)
 
     def _find(self, features: Sequence[Tensor], images: ImageBatch) -> list[Detections]:
         """In coordinates of the network's input."""

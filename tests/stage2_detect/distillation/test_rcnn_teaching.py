@@ -41,7 +41,7 @@ def test_the_terms_are_those_of_the_definition(fpn_channels: int) -> None:
 
         assert isinstance(teacher.model, RCNN)
         own = [maps[:2] for maps in features]
-        _, sampled, _ = student.losses(own, images.sizes_B2[:2], targets.first(2), ONE_RANK)
+        _, (sampled, _) = student.losses(own, images.sizes_B2[:2], targets.first(2), ONE_RANK)
         proposals, _ = student.rpn([maps[2:] for maps in features], images.sizes_B2[2:])
         best = proposals.boxes_BR4[:, :24], proposals.valid_BR[:, :24]
         total, count = 0.0, 0
