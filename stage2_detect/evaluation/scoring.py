@@ -34,7 +34,7 @@ def detections(
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             found = find(images.to(device, non_blocking=True))
         for item, one in zip(items, found, strict=True):
-            yield item, Detections(one.boxes_N4.cpu(), one.scores_N.cpu(), one.labels_N.cpu(), one.masks)
+            yield item, one
 
 
 def detect(

@@ -181,19 +181,19 @@ def test_masks_are_averaged_over_views(mask_model: RCNN, monkeypatch: pytest.Mon
     halves = [(0.9, 0.2), (0.9, 0.05)]
     views: list[Tensor] = []
 
-    def find_boxes(images: ImageBatch) -> Any:
+    def detect_boxes(images: ImageBatch) -> Any:
         views.append(images.pixels_BCHW)
         box_14 = torch.tensor([boxes[len(views) - 1]])
         return [images.pixels_BCHW], [Detections(box_14, torch.tensor([0.9]), torch.tensor([0]))]
 
-    def mask_maps(features: list[Tensor], images: ImageBatch, found: list[Detections]) -> list[Tensor]:
+    def mask_maps(features: list[Tensor], images: ImageBatch, found: list[Detections]) -> Tensor:
         view = next(n for n, pixels in enumerate(views) if features[0] is pixels)
         assert images.pixels_BCHW is views[view]
         assert found[0].boxes_N4.tolist() == [boxes[view]]
         left, right = halves[view]
-        return [torch.cat([torch.full((1, 8, 4), left), torch.full((1, 8, 4), right)], 2)]
+        return torch.cat([torch.full((1, 1, 8, 4), left), torch.full((1, 1, 8, 4), right)], 3)
 
-    monkeypatch.setattr(mask_model, "find_boxes", find_boxes)
+    monkeypatch.setattr(mask_model, "detect_boxes", detect_boxes)
     monkeypatch.setattr(mask_model, "mask_maps", mask_maps)
     seen = detect_views(mask_model, MultiScaleBatch((batch([(64, 96)]),)), flip=True, nms_iou=0.5, most=100)[0]
     assert seen.boxes_N4.tolist() == boxes[:1]
