@@ -31,7 +31,9 @@ class NMS:
 
 
 HARD = NMS()
-_CANDIDATES = 2000  # scores per image that are copied to the host at once; soft NMS and untrained detectors may need more
+_CANDIDATES = (
+    2000  # scores per image that are copied to the host at once; soft NMS and untrained detectors may need more
+)
 
 
 def select(
@@ -80,10 +82,11 @@ def _select_of_image(rows_C6: Tensor, *, threshold: float, nms: NMS, most: int, 
     # Classes are moved apart for NMS, which needs coordinates from 0 on.
     positive_D4 = boxes_D4 - boxes_D4.amin().clamp(max=0) if len(boxes_D4) else boxes_D4
     best_D, best_scores_D = apply_nms(positive_D4, scores_D, class_D, nms, threshold=threshold, most=most)
-    if not complete and len(rows_D6) == len(rows_C6):
-        # Scores only fall, so a box that was not copied cannot come before one that is as good as the worst copied.
-        if len(best_D) < most or best_scores_D[-1] < scores_D.amin():
-            return None
+    if complete or len(rows_D6) < len(rows_C6):
+        return Detections(boxes_D4[best_D], best_scores_D, class_D[best_D])
+    # Scores only fall, so a box that was not copied cannot come before one that is as good as the worst copied.
+    if len(best_D) < most or best_scores_D[-1] < scores_D.amin():
+        return None
     return Detections(boxes_D4[best_D], best_scores_D, class_D[best_D])
 
 

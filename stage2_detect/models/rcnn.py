@@ -120,9 +120,7 @@ class RCNN(nn.Module):
         return self.roi_heads.detect_network(features, proposals, images.sizes_B2)
 
     @staticmethod
-    def _to_originals(
-        detections: Sequence[Detections], images: ImageBatch
-    ) -> tuple[list[Detections], list[Tensor]]:
+    def _to_originals(detections: Sequence[Detections], images: ImageBatch) -> tuple[list[Detections], list[Tensor]]:
         """Detections in pixels of the originals, and which of those given they are: bool [N] for each image."""
         parts = zip(detections, *images.on_host(), strict=True)
         originals, kept = zip(*(postprocess.to_original(*part) for part in parts), strict=True)

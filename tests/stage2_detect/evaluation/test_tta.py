@@ -266,12 +266,12 @@ def test_a_long_evaluation_says_how_far_it_is(
     flags: Callable[..., list[str]], call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert call(evaluate.main, flags("quiet")) == 0
-    assert "images seen" not in (tmp_path / "quiet" / "log.txt").read_text()
+    assert "images done" not in (tmp_path / "quiet" / "log.txt").read_text()
     monkeypatch.setattr(progress, "SILENCE", 0.0)
     for name, more in (("told", ()), ("views", ("--tta.flip", "true"))):
         assert call(evaluate.main, flags(name, *more)) == 0
         log = (tmp_path / name / "log.txt").read_text()
-        assert re.findall(r"(\d) of 5 images seen, [\d.]+ s to go", log) == ["1", "2", "3", "4"]
+        assert re.findall(r"(\d) of 5 images done, [\d.]+ s to go", log) == ["1", "2", "3", "4"]
 
 
 def test_precision_of_the_forward_pass(flags: Callable[..., list[str]], call: Any, tmp_path: Path) -> None:
