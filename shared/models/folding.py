@@ -62,8 +62,8 @@ def fold_batchnorm(net: nn.Module, example: Tensor, *, opaque: tuple[type[nn.Mod
 @contextmanager
 def _full_float32() -> Iterator[None]:
     """Inside, convolutions and matrix products of float32 tensors run in float32, not in TF32 or bf16."""
-    backends = torch.backends
-    groups: Any = (backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul)
+    backends: Any = torch.backends
+    groups = (backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul)
     before = [group.fp32_precision for group in groups]
     try:
         for group in groups:

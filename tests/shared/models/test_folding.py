@@ -140,12 +140,8 @@ def test_a_network_that_cannot_be_folded_is_itself(kind: Any, reason: str) -> No
     assert bool(why) == bool(reason)
 
 
-PRECISIONS: Any = (
-    torch.backends.cudnn.conv,
-    torch.backends.cuda.matmul,
-    torch.backends.mkldnn.conv,
-    torch.backends.mkldnn.matmul,
-)
+BACKENDS: Any = torch.backends
+PRECISIONS = (BACKENDS.cudnn.conv, BACKENDS.cuda.matmul, BACKENDS.mkldnn.conv, BACKENDS.mkldnn.matmul)
 
 
 def to_tf32(tensor: torch.Tensor) -> torch.Tensor:
@@ -159,7 +155,7 @@ def tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = nn.Conv2d._conv_forward
 
     def rounded(self: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if torch.backends.cudnn.conv.fp32_precision != "ieee":  # type: ignore[attr-defined]
+        if BACKENDS.cudnn.conv.fp32_precision != "ieee":
             x, weight = to_tf32(x), to_tf32(weight)
         return forward(self, x, weight, bias)
 
