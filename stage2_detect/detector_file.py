@@ -1,7 +1,7 @@
 """The detector file: weights, architecture, sizes, class names and category ids, so that evaluation needs nothing else."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,15 +34,17 @@ class LoadedDetector:
     category_ids: tuple[int | str, ...]
     resize: ResizeConfig
     metadata: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    """lines for the log on what `fast` could not speed up"""
 
     @cached_property
     def fast(self) -> Detector:
-        """The model for inference, made at the first use."""
-        return for_inference(self.model)
+        """The model prepared for inference, at the first use, on the device where `model` is then."""
+        return for_inference(self.model, self.notes.append)
 
     @property
     def has_masks(self) -> bool:
-        """Whether it gives shapes beside boxes."""
+        """Whether it predicts masks beside boxes."""
         return getattr(self.model, "mask_head", None) is not None
 
     def predict(

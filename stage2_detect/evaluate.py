@@ -66,7 +66,7 @@ def evaluate_detector(config: EvaluateConfig) -> None:
         device=accelerator.device,
         dtype=DTYPES[config.precision],
         backend=config.backend,
-        say=run.log,
+        log=run.log,
     )
     run.log(describe(metrics))
     if config.expected:

@@ -124,7 +124,7 @@ def train(config: TrainConfig) -> None:
         net = trained.evaluated
         run.log(f"step {step}: evaluating {len(data.val.images)} images")
         share_buffers(net)
-        metrics, detections = score(net, data.val, sizing, say=run.log, **evaluation)
+        metrics, detections = score(net, data.val, sizing, log=run.log, **evaluation)
         losses = validation_losses(net, data.val_objects, sizing, **evaluation) if data.val_objects else {}
         state.check_metrics(step, metrics | losses)
         shown = [describe(metrics), *(f"{name} {value:.4f}" for name, value in losses.items())]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
 from ssld.shared.errors import UserError
 
@@ -110,13 +111,20 @@ def write_program(
         raise UserError(f"export: this network cannot be traced ({_why(error)})") from None
 
 
-def read_program(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """(a module that runs the program, its facts)."""
-    found = {_METADATA: ""}
+def read_program(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
+    """Read a `torch.export` program: a module that runs it on `device`, and its facts.
+
+    Programs are traced on the CPU, and a traced graph names the device of each tensor that it makes, such as anchors. So moving the module is
+    not enough: the graph is rewritten.
+    """
+    files = {_METADATA: ""}
     with warnings.catch_warnings(), path.open("rb") as file:  # open, as its name may end in something else
         warnings.simplefilter("ignore")
-        module: nn.Module = torch.export.load(file, extra_files=found).module()
-    return module, json.loads(found[_METADATA])
+        program = torch.export.load(file, extra_files=files)
+        if torch.device(device).type != "cpu":
+            program = move_to_device_pass(program, device)
+        module: nn.Module = program.module()
+    return module, json.loads(files[_METADATA])
 
 
 def session(path: Path, *, threads: int) -> Any:

@@ -102,7 +102,9 @@ class FrozenTeacher:
         self.folded = 0
         if fold_batchnorm and batchnorm == "eval":
             noise = torch.randn(2, 3, *(self.size or inputs.size), generator=torch.Generator().manual_seed(0))
-            classifier.net, self.folded = fold(classifier.net, noise)
+            classifier.net, self.folded, reason = fold(classifier.net, noise)
+            if reason:
+                self.loaded.append(f"{reference}: BatchNorm stays, which costs some speed: {reason}")
         self._classifier = place(classifier, device, channels_last=channels_last)
         self.device, self._dtype = torch.device(device), dtype
         self._order: Tensor | None = None

@@ -130,8 +130,8 @@ def reference(model: Detector, pixels_BCHW: Tensor, sizes_B2: Tensor) -> list[Fo
     head = getattr(model, "mask_head", None)
     if head is None:
         return list(rows)
-    maps = head.predict(model.features(ImageBatch(pixels_BCHW, sizes_B2, torch.ones(len(sizes_B2)))), found)
-    return [(*row, one.numpy()) for row, one in zip(rows, maps, strict=True)]
+    maps_BNSS = head.predict(model.features(ImageBatch(pixels_BCHW, sizes_B2, torch.ones(len(sizes_B2)))), found)
+    return [(*row, maps_NSS[: len(row[1])].numpy()) for row, maps_NSS in zip(rows, maps_BNSS, strict=True)]
 
 
 def _images(answer: Sequence[np.ndarray]) -> list[Found]:

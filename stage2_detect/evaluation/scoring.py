@@ -1,4 +1,4 @@
-"""Run a detector over an evaluation set and score it by COCO AP, on any number of ranks; compare the scores with those expected."""
+"""Detections and COCO AP of a detector on an evaluation set, on any number of ranks; comparison of the scores with expected ones."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -26,15 +26,14 @@ Item = TypeVar("Item")
 def detections(
     fast: Detector, loader: ImageLoader[Item], *, device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[Item, Detections]]:
-    """What each image of a loader shows, on the CPU, in the loader's order; `fast` is a detector of `for_inference`."""
-    find: Callable[[Any], list[Detections]] = fast
+    """Yield each item of a loader with its detections, in the loader's order; `fast` is a detector of `for_inference`."""
+    run: Callable[[Any], list[Detections]] = fast
     if tta := loader.sizing.tta:
-        find = partial(detect_views, fast, flip=tta.flip, nms_iou=tta.nms_iou, most=fast.detections_per_image)
+        run = partial(detect_views, fast, flip=tta.flip, nms_iou=tta.nms_iou, most=fast.detections_per_image)
     for images, items in loader:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            found = find(images.to(device, non_blocking=True))
-        for item, one in zip(items, found, strict=True):
-            yield item, Detections(one.boxes_N4.cpu(), one.scores_N.cpu(), one.labels_N.cpu(), one.masks)
+            batch = run(images.to(device, non_blocking=True))
+        yield from zip(items, batch, strict=True)
 
 
 def detect(
@@ -43,20 +42,22 @@ def detect(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    say: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> dict[Id, Detections]:
-    """`detections` by image id: on the main rank those of all ranks, on the others nothing; `model` is left in evaluation mode.
+    """Detect in the images of a loader: detections by image id, on the main rank those of all ranks, on the others none.
 
-    `say` hears now and then how far it is.
+    Args:
+        model: left in evaluation mode.
+        log: receives a progress line now and then, and one where BatchNorm cannot be folded.
     """
-    found = []
+    local = []
     clock = Clock(loader.images)
-    for record, one in detections(for_inference(model.eval()), loader, device=device, dtype=dtype):
-        found.append((record.image_id, one))
+    for record, one in detections(for_inference(model.eval(), log), loader, device=device, dtype=dtype):
+        local.append((record.image_id, one))
         clock.add()
-        if say and clock.due():
-            say(f"{clock.done} of {clock.total} images seen, {duration(clock.left)} to go")
-    return dict(gather_on_main_rank(found))
+        if log and clock.due():
+            log(f"{clock.done} of {clock.total} images done, {duration(clock.left)} to go")
+    return dict(gather_on_main_rank(local))
 
 
 def score(
@@ -69,45 +70,57 @@ def score(
     device: torch.device,
     dtype: torch.dtype,
     backend: str = "auto",
-    say: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, Any], dict[Id, Detections]]:
-    """(COCO metrics, the same on every rank; detections, on the main rank) of a detector on `data`. The metrics of masks end in `_segm`, and are
-    there where detector and `data` have masks.
+    """Evaluate a detector on `data` by COCO AP.
 
-    `say` hears now and then how far it is.
+    Args:
+        data: read with `training=False`.
+        backend: see `coco_ap.choose_backend`.
+        log: receives a progress line now and then, and one where BatchNorm cannot be folded.
+
+    Returns:
+        Metrics, equal on every rank (those of masks end in `_segm`; present if detector and `data` have masks), and detections by image
+        id, on the main rank.
     """
     loader = eval_loader(data, sizing, batch_size=batch_size, workers=workers, rank=rank(), ranks=world_size())
-    found = detect(model, loader, device=device, dtype=dtype, say=say)
+    by_image = detect(model, loader, device=device, dtype=dtype, log=log)
     metrics: dict[str, Any] = {}
     if rank() == 0:
-        metrics = coco_ap(data, found, backend)
-        has_shapes = data.images[0].segmentations is not None
-        if has_shapes and any(one.masks is not None for one in found.values()):
-            segm = coco_ap(data, found, backend, masks=True)
+        metrics = coco_ap(data, by_image, backend)
+        has_masks = data.images[0].segmentations is not None
+        if has_masks and any(one.masks is not None for one in by_image.values()):
+            segm = coco_ap(data, by_image, backend, masks=True)
             metrics |= {f"{name}_segm": value for name, value in segm.items()}
-    return from_main_rank(metrics), found
+    return from_main_rank(metrics), by_image
 
 
 def describe(metrics: dict[str, Any]) -> str:
-    """One line for the log."""
+    """Format metrics as one line for the log."""
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AP_segm", "AP50_segm", "AP75_segm")
     known = [f"{name} {100 * metrics[name]:.2f}" for name in names if metrics.get(name) is not None]
-    return ", ".join(known) or "no score: the evaluation images have no object to be found"
+    return ", ".join(known) or "no score: the evaluation images have no objects"
 
 
 def compare_expected(expected: ExpectedConfig, metrics: Mapping[str, Any], images: int) -> tuple[bool | None, str]:
-    """(whether every expected score was reached within the tolerance, a line for the log); None where they cannot be compared.
+    """Compare metrics with expected scores.
 
-    `metrics` are of `images` evaluation images, in 0..1; the expected scores are in percent.
+    Args:
+        expected: scores in percent.
+        metrics: in 0..1.
+        images: number of evaluation images.
+
+    Returns:
+        Whether every expected score was reached within the tolerance (None where they cannot be compared), and a line for the log.
     """
-    wanted = {name: value for name in ("AP", "AP_segm") if (value := getattr(expected, name)) is not None}
+    scores = {name: value for name in ("AP", "AP_segm") if (value := getattr(expected, name)) is not None}
     if not images:
         return None, "expected: not compared: there are no evaluation images"
     if expected.images is not None and images != expected.images:
         return None, f"expected: not compared: it is for {expected.images} evaluation images, these are {images}"
-    missing = [name for name in wanted if metrics.get(name) is None]
+    missing = [name for name in scores if metrics.get(name) is None]
     if missing:
         return None, f"expected: not compared: {missing[0]} was not measured"
-    met = all(100 * metrics[name] >= value - expected.tolerance for name, value in wanted.items())
-    shown = ", ".join(f"{name} {100 * metrics[name]:.2f} (expected {value:g})" for name, value in wanted.items())
-    return met, f"expected: {'met' if met else 'NOT met'}: {shown}, tolerance {expected.tolerance:g}"
+    met = all(100 * metrics[name] >= value - expected.tolerance for name, value in scores.items())
+    text = ", ".join(f"{name} {100 * metrics[name]:.2f} (expected {value:g})" for name, value in scores.items())
+    return met, f"expected: {'met' if met else 'NOT met'}: {text}, tolerance {expected.tolerance:g}"

@@ -28,6 +28,8 @@ class ImageBatch:
     """float32 network size / original size."""
     originals_B2: Tensor | None = None
     """int64 (height, width) of the originals, on the CPU, for masks of exactly their size; None: from the other two, to a pixel."""
+    host: tuple[Tensor, Tensor] | None = None
+    """`sizes_B2` and `scales_B` on the CPU, kept by `to`."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ImageBatch":
         """A copy on `device`."""
@@ -36,7 +38,12 @@ class ImageBatch:
             pixels_BCHW=self.pixels_BCHW.to(device, non_blocking=non_blocking),
             sizes_B2=self.sizes_B2.to(device, non_blocking=non_blocking),
             scales_B=self.scales_B.to(device, non_blocking=non_blocking),
+            host=(self.sizes_B2, self.scales_B) if self.sizes_B2.device.type == "cpu" else self.host,
         )
+
+    def on_host(self) -> tuple[Tensor, Tensor]:
+        """Sizes int64 [B, 2] and scales float32 [B] on the CPU, without waiting for a GPU if the batch came there by `to`."""
+        return self.host or (self.sizes_B2.cpu(), self.scales_B.cpu())
 
     def pin_memory(self) -> "ImageBatch":
         """A copy in pinned memory; a `DataLoader` calls it."""
@@ -89,7 +96,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in one image, best first."""
+    """Detections of one image, best first, on the CPU."""
 
     boxes_N4: Tensor
     """float32 (x1, y1, x2, y2) in pixels of the original image."""

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ssld.shared.distributed.ranks import ONE_RANK, Ranks
-from ssld.stage2_detect.models import boxes
+from ssld.stage2_detect.models import boxes, postprocess
 from ssld.stage2_detect.models.anchors import Grids, grids_of
 from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
 from ssld.stage2_detect.models.gfl import GFL
 from ssld.stage2_detect.models.normalise import Normalise
+from ssld.stage2_detect.models.postprocess import NMS
 from ssld.stage2_detect.models.pyramid import TimmPyramid
 from ssld.stage2_detect.models.retinanet import RetinaNet
 
@@ -72,7 +73,7 @@ class DenseDetector(nn.Module):
 
     @torch.no_grad()
     def detect(self, outputs: Outputs, grids: Grids, images: ImageBatch) -> list[Detections]:
-        """What each image shows, in original coordinates."""
+        """Detections of each image in original coordinates, on the CPU: one copy from the device per batch."""
         logits_BAK, values = outputs
         anchors_per_cell = logits_BAK.shape[1] // sum(rows * columns for rows, columns in grids)
         best_BA = logits_BAK.amax(dim=-1)
@@ -86,22 +87,15 @@ class DenseDetector(nn.Module):
         row_B1 = torch.arange(len(index_BN), device=index_BN.device)[:, None]
         boxes_BN4 = self.dense.decode(values[row_B1, index_BN], index_BN, grids)
         scores_BNK = logits_BAK[row_B1, index_BN].sigmoid()
-        return [
-            self._select(boxes_N4, scores_NK, size_2, scale)
-            for boxes_N4, scores_NK, size_2, scale in zip(
-                boxes_BN4, scores_BNK, images.sizes_B2, images.scales_B, strict=True
-            )
-        ]
-
-    def _select(self, boxes_N4: Tensor, scores_NK: Tensor, size_2: Tensor, scale: Tensor) -> Detections:
-        anchor_D, class_D = (scores_NK > self.score_threshold).nonzero(as_tuple=True)
-        boxes_D4, scores_D = boxes_N4[anchor_D] / scale, scores_NK[anchor_D, class_D]
+        boxes_BN4 = boxes_BN4 / images.scales_B[:, None, None]
         if self.clip_boxes:
-            original_2 = (size_2 / scale + 0.5).floor()
-            boxes_D4 = boxes.clip(boxes_D4[None], original_2[None])[0]
-            some_D = boxes.area(boxes_D4) > 0  # of what lay in the padding nothing is left
-            boxes_D4, scores_D, class_D = boxes_D4[some_D], scores_D[some_D], class_D[some_D]
-        # Classes are moved apart for NMS, which needs coordinates from 0 on.
-        positive_D4 = boxes_D4 - boxes_D4.amin().clamp(max=0) if len(boxes_D4) else boxes_D4
-        best_D = boxes.class_nms(positive_D4, scores_D, class_D, self.nms_iou, most=self.detections_per_image)
-        return Detections(boxes_D4[best_D], scores_D[best_D], class_D[best_D])
+            boxes_BN4 = boxes.clip(boxes_BN4, (images.sizes_B2 / images.scales_B[:, None] + 0.5).floor())
+            # Boxes that lay in the padding have no area left.
+            scores_BNK = torch.where((boxes.area(boxes_BN4) > 0)[..., None], scores_BNK, -torch.inf)
+        return postprocess.select(
+            boxes_BN4[:, :, None],
+            scores_BNK,
+            threshold=self.score_threshold,
+            nms=NMS(iou=self.nms_iou),
+            most=self.detections_per_image,
+        )

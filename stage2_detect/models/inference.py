@@ -1,10 +1,11 @@
-"""A detector as it is run, not trained: its constant BatchNorm folded into the convolutions, channels last in memory.
+"""Detectors prepared for inference: constant BatchNorm folded into the convolutions, channels-last memory.
 
-Folding drops about a tenth of a ResNet's forward pass; channels last is what CPU convolutions, cuDNN and our RoI
-pooling want. Values change by rounding only, about 1e-6.
+Folding saves about a tenth of a ResNet's forward pass; CPU convolutions, cuDNN and the RoI pooling of this project are
+fastest in channels-last memory. Values change by rounding only, about 1e-6.
 """
 
 import copy
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -19,7 +20,7 @@ Detector = TypeVar("Detector", bound=nn.Module)
 
 
 class _Joined(nn.Module):
-    """A body's maps in one vector, which is what folding compares."""
+    """A body whose maps are one vector, the form that folding compares."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -29,12 +30,15 @@ class _Joined(nn.Module):
         return torch.cat([feature.flatten() for feature in self.body(pixels_BCHW)])
 
 
-def for_inference(model: Detector) -> Detector:
-    """A copy of a detector in evaluation mode, without gradients, that gives the same detections faster.
+def for_inference(model: Detector, log: Callable[[str], None] | None = None) -> Detector:
+    """Copy a detector into evaluation mode, without gradients, so that it gives the same detections faster.
 
-    `model` has a `pyramid`. BatchNorm behind a deformable convolution stays, and a body in which none follows an
-    ordinary one is only laid out anew. The copy does not follow the training of `model`; its state dict is not that of
-    a detector file.
+    BatchNorm after a deformable convolution stays. The copy does not follow the training of `model`; its state dict is not
+    that of a detector file.
+
+    Args:
+        model: has a `pyramid`.
+        log: receives a line where BatchNorm could not be folded.
     """
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     pyramid = fast.pyramid
@@ -42,6 +46,8 @@ def for_inference(model: Detector) -> Detector:
     parameter = next(pyramid.parameters())
     noise = torch.randn(_EXAMPLE, generator=torch.Generator().manual_seed(0))
     noise = noise.to(parameter.device, parameter.dtype)
-    joined, _ = fold_batchnorm(_Joined(pyramid.body), noise, opaque=(ModulatedDeformConv2d,))
+    joined, _, reason = fold_batchnorm(_Joined(pyramid.body), noise, opaque=(ModulatedDeformConv2d,))
+    if reason and log:
+        log(f"backbone: BatchNorm stays, which costs some speed: {reason}")
     pyramid.body = joined.get_submodule("body")
     return fast.to(memory_format=torch.channels_last)

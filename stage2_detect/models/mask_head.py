@@ -132,18 +132,28 @@ class MaskHead(nn.Module):
         return {"loss_mask": torch.where(positive_N, entropy_N, 0.0).sum() * ranks.world_size / count}
 
     @torch.no_grad()
-    def predict(self, features: Sequence[Tensor], found: Sequence[Detections]) -> list[Tensor]:
-        """Probabilities [D, 2 S, 2 S] of the detected class for every image, from boxes in coordinates of the network's input."""
-        most = max(1, *(len(one.scores_N) for one in found))
+    def predict(self, features: Sequence[Tensor], detections: Sequence[Detections]) -> Tensor:
+        """Compute probabilities of the detected class in every box.
+
+        Args:
+            features: feature maps of the pyramid.
+            detections: of each image, in coordinates of the network's input, on the CPU.
+
+        Returns:
+            float32 [B, N, 2 S, 2 S] on the features' device, N the largest number of detections per image, at least 1; rows beyond
+            an image's own detections mean nothing.
+        """
+        most = max(1, *(len(one.scores_N) for one in detections))
+        # One upload: box, class, whether there is one.
+        rows_BN6 = torch.zeros((len(detections), most, 6))
+        for row_N6, one in zip(rows_BN6, detections, strict=True):
+            row_N6[: len(one.scores_N), :4], row_N6[: len(one.scores_N), 4] = one.boxes_N4, one.labels_N
+            row_N6[: len(one.scores_N), 5] = 1
         device = features[0].device
-        rois_BR4 = torch.zeros((len(found), most, 4), device=device)
-        class_BR = torch.zeros((len(found), most), dtype=torch.int64, device=device)
-        valid_BR = torch.zeros((len(found), most), dtype=torch.bool, device=device)
-        for row, one in enumerate(found):
-            count = len(one.scores_N)
-            rois_BR4[row, :count], class_BR[row, :count], valid_BR[row, :count] = one.boxes_N4, one.labels_N, True
-        rows = self.maps(features, rois_BR4, class_BR, valid_BR)
-        return [row[: len(one.scores_N)] for row, one in zip(rows, found, strict=True)]
+        if device.type == "cuda":
+            rows_BN6 = rows_BN6.pin_memory()
+        rows_BN6 = rows_BN6.to(device, non_blocking=True)
+        return self.maps(features, rows_BN6[..., :4], rows_BN6[..., 4].long(), rows_BN6[..., 5] > 0)
 
     def maps(self, features: Sequence[Tensor], rois_BR4: Tensor, class_BR: Tensor, valid_BR: Tensor) -> Tensor:
         """Probabilities [B, R, 2 S, 2 S] of one class a RoI; for RoIs that are not valid they mean nothing."""

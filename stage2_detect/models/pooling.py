@@ -1,14 +1,14 @@
-"""Features of RoIs from a pyramid, each RoI on the level of its size (arXiv 1612.03144 equation 1).
+"""RoI features from a pyramid, each RoI pooled from the level that fits its size (arXiv 1612.03144 equation 1).
 
-By default aligned, with as many samples a bin as the bin has pixels, as PaddleDetection's releases 2.0-2.7. Strides are
+By default aligned, with as many samples per bin as the bin has pixels, as PaddleDetection's releases 2.0-2.7. Strides are
 given; torchvision's MultiScaleRoIAlign derives them from un-padded sizes, wrongly for many, and always pools without
 alignment.
 
-Shapes: B images, R RoIs of an image, N = B * R, L levels, C channels, S side of the output.
+Shapes: B images, R RoIs per image, N = B * R, L levels, C channels, S side of the output.
 """
 
-import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ssld.stage2_detect.models.kernels.roi_align import pool_by_level, roi_align
 
 _CANONICAL_SIDE, _CANONICAL_STRIDE = 224, 16  # a RoI of 224 px belongs to the level of stride 16
 _NOWHERE = -1e6  # so far outside that a RoI there reads no pixel and pools zeros
+_CHUNK = 512  # RoIs per chunk on a GPU: 25 MB of 256 channels at 7 x 7, beside the result
 
 
 def roi_levels(rois_BR4: Tensor, strides: Sequence[int]) -> Tensor:
@@ -37,31 +38,79 @@ def pool_rois(
     sampling_ratio: int = 0,
     aligned: bool = True,
 ) -> Tensor:
-    """float32 features [N, C, size, size] of the RoIs, in their order; zeros for those that are not valid.
+    """Pool features of RoIs: float32 [N, C, size, size] in the RoIs' order, zeros for those that are not valid.
 
     Args:
-        features: one map a stride; further ones are ignored.
+        features: one map per stride; further ones are ignored.
         sampling_ratio, aligned: see `roi_align`.
     """
     B, R = valid_BR.shape
     image_BR = torch.arange(B, device=rois_BR4.device, dtype=rois_BR4.dtype)[:, None].expand(B, R)
     rois_N5 = torch.cat((image_BR[..., None], rois_BR4), dim=-1).flatten(0, 1)
     level_N = torch.where(valid_BR, roi_levels(rois_BR4, strides), len(strides)).flatten()
+    maps = [feature.float() for feature in features[: len(strides)]]
 
     def pool(level: int, rois: Tensor) -> Tensor:
-        feature, scale = features[level].float(), 1 / strides[level]
-        return roi_align(feature, rois, size, scale, sampling_ratio=sampling_ratio, aligned=aligned)
+        return roi_align(maps[level], rois, size, 1 / strides[level], sampling_ratio=sampling_ratio, aligned=aligned)
 
-    by_level = pool_by_level if kernels.on_host(rois_N5) else _pool_on_all_levels
-    return by_level(pool, rois_N5, level_N, len(strides))
+    if kernels.on_host(rois_N5):
+        return pool_by_level(pool, rois_N5, level_N, len(strides))
+    if torch.compiler.is_exporting():  # the number of RoIs is a symbol, so there are no chunks
+        return _pool_on_all_levels(pool, rois_N5, level_N, len(strides))
+    options = (size, tuple(1 / stride for stride in strides), sampling_ratio, aligned)
+    pooled: Tensor = _PooledInChunks.apply(pool, rois_N5, level_N, options, *maps)
+    return pooled
 
 
 def _pool_on_all_levels(pool: Callable[[int, Tensor], Tensor], rois_N5: Tensor, level_N: Tensor, levels: int) -> Tensor:
-    """Every RoI on all levels, but outside of those that are not its own: no shape depends on a value, so the host
-    never waits for a GPU.
+    """Pool every RoI on all levels, but outside of the map on those that are not its own: no shape depends on a value, so the
+    host does not wait for a GPU.
     """
-    pooled = []
-    for level in range(levels):
-        own_N1 = (level_N == level)[:, None]
-        pooled.append(pool(level, torch.cat((rois_N5[:, :1], torch.where(own_N1, rois_N5[:, 1:], _NOWHERE)), dim=1)))
-    return functools.reduce(torch.add, pooled)
+    pooled = pool(0, _on_level(rois_N5, level_N, 0))
+    for level in range(1, levels):
+        pooled = pooled + pool(level, _on_level(rois_N5, level_N, level))
+    return pooled
+
+
+def _on_level(rois_N5: Tensor, level_N: Tensor, level: int) -> Tensor:
+    """RoIs of which those of other levels lie outside of the map."""
+    own_N1 = (level_N == level)[:, None]
+    return torch.cat((rois_N5[:, :1], torch.where(own_N1, rois_N5[:, 1:], _NOWHERE)), dim=1)
+
+
+class _PooledInChunks(torch.autograd.Function):
+    """`_pool_on_all_levels` a chunk of RoIs at a time: the memory of one result, not of one per level.
+
+    Its backward pass has no chunks: each level needs all slopes, and makes one gradient of its map.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pool: Callable[[int, Tensor], Tensor],
+        rois_N5: Tensor,
+        level_N: Tensor,
+        options: tuple[int, tuple[float, ...], int, bool],
+        *maps: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(rois_N5, level_N)
+        ctx.options, ctx.shapes = options, [feature.shape for feature in maps]
+        size = options[0]
+        pooled = maps[0].new_empty((len(rois_N5), maps[0].shape[1], size, size))
+        for rows, rois, level in zip(pooled.split(_CHUNK), rois_N5.split(_CHUNK), level_N.split(_CHUNK), strict=True):
+            rows.copy_(_pool_on_all_levels(pool, rois, level, len(maps)))
+        return pooled
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        rois_N5, level_N = ctx.saved_tensors
+        size, scales, sampling_ratio, aligned = ctx.options
+        # The operator by which torchvision's roi_align has its gradient.
+        gradients = [
+            torch.ops.torchvision._roi_align_backward(
+                slopes[0], _on_level(rois_N5, level_N, level), scale, size, size, *shape, sampling_ratio, aligned
+            )
+            for level, (scale, shape) in enumerate(zip(scales, ctx.shapes, strict=True))
+        ]
+        return None, None, None, None, *gradients

@@ -31,19 +31,63 @@ class NMS:
 
 
 HARD = NMS()
+_CANDIDATES = (
+    2000  # scores per image that are copied to the host at once; soft NMS and untrained detectors may need more
+)
 
 
-def select(boxes_RK4: Tensor, scores_RK: Tensor, *, threshold: float, nms: NMS, most: int) -> Detections:
-    """The best `most` boxes of one image with scores above `threshold`, best first, in the boxes' own coordinates.
+def select(
+    boxes_BRD4: Tensor, scores_BRK: Tensor, *, threshold: float, nms: NMS, most: int, candidates: int = _CANDIDATES
+) -> list[Detections]:
+    """Select the best `most` boxes of each image with scores above `threshold`, best first, in the boxes' own coordinates.
+
+    The best candidates of all images are copied to the host at once, and NMS runs there: a GPU is waited for once per batch. Only where
+    NMS leaves fewer than `most` of `candidates` boxes, and there were more, are more of them copied.
 
     Args:
-        boxes_RK4: float32, no coordinate negative.
-        scores_RK: in 0..1; a RoI with scores of 0 is never chosen if the threshold is not negative.
+        boxes_BRD4: float32 boxes, one for each of K classes or one for all of them.
+        scores_BRK: float32 in 0..1; a RoI with scores of 0 is never chosen if the threshold is not negative.
+        candidates: scores per image that are copied at first.
     """
-    roi_D, class_D = (scores_RK > threshold).nonzero(as_tuple=True)
-    boxes_D4, scores_D = boxes_RK4[roi_D, class_D], scores_RK[roi_D, class_D]
-    best_D, scores_D = apply_nms(boxes_D4, scores_D, class_D, nms, threshold=threshold, most=most)
-    return Detections(boxes_D4[best_D], scores_D, class_D[best_D])
+    B, R, K = scores_BRK.shape
+    scores_BE = torch.where(scores_BRK > threshold, scores_BRK, -torch.inf).flatten(1)
+    size = min(max(candidates, 4 * most), R * K)
+    while True:
+        selected = [
+            _select_of_image(rows_D6, threshold=threshold, nms=nms, most=most, complete=size == R * K)
+            for rows_D6 in _copy_best(boxes_BRD4, scores_BE, K, size)
+        ]
+        complete = [one for one in selected if one is not None]
+        if len(complete) == B:
+            return complete
+        size = min(8 * size, R * K)
+
+
+def _copy_best(boxes_BRD4: Tensor, scores_BE: Tensor, classes: int, size: int) -> Tensor:
+    """Copy (x1, y1, x2, y2, score, label) of the `size` best scores of each image to the host, in their order: float32 [B, size, 6]."""
+    # In their own order, not that of topk, which is arbitrary between equal scores.
+    place_BC = scores_BE.topk(size, dim=1, sorted=False).indices.sort(dim=1).values
+    roi_BC, label_BC = place_BC // classes, place_BC % classes
+    D = boxes_BRD4.shape[2]
+    boxes_BC4 = boxes.take(boxes_BRD4.flatten(1, 2), roi_BC if D == 1 else roi_BC * D + label_BC)
+    # A label is exact in float32, and one tensor is one copy.
+    columns = (boxes_BC4, scores_BE.gather(1, place_BC)[..., None], label_BC[..., None].float())
+    return torch.cat(columns, dim=-1).cpu()
+
+
+def _select_of_image(rows_C6: Tensor, *, threshold: float, nms: NMS, most: int, complete: bool) -> Detections | None:
+    """Detections from the best rows of an image; None where rows that are not `complete` may lack some of them."""
+    rows_D6 = rows_C6[rows_C6[:, 4] > -torch.inf]
+    boxes_D4, scores_D, class_D = rows_D6[:, :4].contiguous(), rows_D6[:, 4].contiguous(), rows_D6[:, 5].long()
+    # Classes are moved apart for NMS, which needs coordinates from 0 on.
+    positive_D4 = boxes_D4 - boxes_D4.amin().clamp(max=0) if len(boxes_D4) else boxes_D4
+    best_D, best_scores_D = apply_nms(positive_D4, scores_D, class_D, nms, threshold=threshold, most=most)
+    if complete or len(rows_D6) < len(rows_C6):
+        return Detections(boxes_D4[best_D], best_scores_D, class_D[best_D])
+    # Scores only fall, so a box that was not copied cannot come before one that is as good as the worst copied.
+    if len(best_D) < most or best_scores_D[-1] < scores_D.amin():
+        return None
+    return Detections(boxes_D4[best_D], best_scores_D, class_D[best_D])
 
 
 def apply_nms(

@@ -60,37 +60,43 @@ class RCNN(nn.Module):
         if self.training:
             assert targets is not None, "training needs targets"
             return self.losses(features, images.sizes_B2, targets, self.ranks)[0]
-        found = self._find(features, images)
-        seen = self._to_originals(found, images)
+        network = self._detect(features, images)
+        originals, kept = self._to_originals(network, images)
         if self.mask_head is None:
-            return [detections for detections, _ in seen]
-        maps = self.mask_head.predict(features, found)
-        kept = [maps_DSS[some_D] for maps_DSS, (_, some_D) in zip(maps, seen, strict=True)]
-        return self.with_masks([detections for detections, _ in seen], kept, images)
+            return originals
+        maps_BNSS = self.mask_head.predict(features, network).cpu()
+        maps = [maps_NSS[: len(kept_N)][kept_N] for maps_NSS, kept_N in zip(maps_BNSS, kept, strict=True)]
+        return self.with_masks(originals, maps, images)
 
     @torch.no_grad()
-    def find_boxes(self, images: ImageBatch) -> tuple[list[Tensor], list[Detections]]:
-        """(the pyramid's maps, what each image shows without masks, in pixels of the originals)."""
+    def detect_boxes(self, images: ImageBatch) -> tuple[list[Tensor], list[Detections]]:
+        """The pyramid's maps, and detections of each image without masks, in pixels of the originals."""
         features = self.features(images)
-        return features, [detections for detections, _ in self._to_originals(self._find(features, images), images)]
+        return features, self._to_originals(self._detect(features, images), images)[0]
 
     @torch.no_grad()
-    def mask_maps(self, features: Sequence[Tensor], images: ImageBatch, found: Sequence[Detections]) -> list[Tensor]:
-        """Probabilities [N, 2 S, 2 S] of the class in each box of an image; boxes in pixels of the originals, of any view of them."""
-        assert self.mask_head is not None, "a detector of boxes has no masks"
-        scaled = [replace(o, boxes_N4=o.boxes_N4 * scale) for o, scale in zip(found, images.scales_B, strict=True)]
+    def mask_maps(self, features: Sequence[Tensor], images: ImageBatch, detections: Sequence[Detections]) -> Tensor:
+        """Probabilities [B, N, 2 S, 2 S] of the class in each box, as of `MaskHead.predict`; boxes in pixels of the originals, detected in
+        any view of them.
+        """
+        assert self.mask_head is not None, "this detector has no mask head"
+        scales_B = images.on_host()[1]
+        scaled = [replace(one, boxes_N4=one.boxes_N4 * scale) for one, scale in zip(detections, scales_B, strict=True)]
         return self.mask_head.predict(features, scaled)
 
-    def with_masks(self, found: Sequence[Detections], maps: Sequence[Tensor], images: ImageBatch) -> list[Detections]:
-        """Detections in pixels of the originals with their maps of probabilities [N, 2 S, 2 S] as masks."""
-        assert self.mask_head is not None, "a detector of boxes has no masks"
-        sizes_B2 = images.originals_B2
-        if sizes_B2 is None:
-            sizes_B2 = (images.sizes_B2 / images.scales_B[:, None] + 0.5).floor().long()
+    def with_masks(
+        self, detections: Sequence[Detections], maps: Sequence[Tensor], images: ImageBatch
+    ) -> list[Detections]:
+        """Detections in pixels of the originals with their maps of probabilities, [N, 2 S, 2 S] on the CPU for each image, as masks."""
+        assert self.mask_head is not None, "this detector has no mask head"
+        originals_B2 = images.originals_B2
+        if originals_B2 is None:
+            sizes_B2, scales_B = images.on_host()
+            originals_B2 = (sizes_B2 / scales_B[:, None] + 0.5).floor().long()
         threshold = self.mask_head.threshold
         return [
             replace(one, masks=paste(maps_NSS, one.boxes_N4, height, width, threshold))
-            for one, maps_NSS, (height, width) in zip(found, maps, sizes_B2.tolist(), strict=True)
+            for one, maps_NSS, (height, width) in zip(detections, maps, originals_B2.tolist(), strict=True)
         ]
 
     def features(self, images: ImageBatch) -> list[Tensor]:
@@ -115,12 +121,14 @@ class RCNN(nn.Module):
             losses |= self.mask_head.losses(features, sampled, positives, targets, ranks)
         return losses | roi_losses, (sampled, logits_NK)
 
-    def _find(self, features: Sequence[Tensor], images: ImageBatch) -> list[Detections]:
-        """In coordinates of the network's input."""
+    def _detect(self, features: Sequence[Tensor], images: ImageBatch) -> list[Detections]:
+        """Detections in coordinates of the network's input."""
         proposals, _ = self.rpn(features, images.sizes_B2)
         return self.roi_heads.detect_network(features, proposals, images.sizes_B2)
 
     @staticmethod
-    def _to_originals(found: Sequence[Detections], images: ImageBatch) -> list[tuple[Detections, Tensor]]:
-        parts = zip(found, images.sizes_B2, images.scales_B, strict=True)
-        return [postprocess.to_original(one, size_2, scale) for one, size_2, scale in parts]
+    def _to_originals(detections: Sequence[Detections], images: ImageBatch) -> tuple[list[Detections], list[Tensor]]:
+        """Detections in pixels of the originals, and which of those given they are: bool [N] for each image."""
+        parts = zip(detections, *images.on_host(), strict=True)
+        originals, kept = zip(*(postprocess.to_original(*part) for part in parts), strict=True)
+        return list(originals), list(kept)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssld.shared.distributed.ranks import ONE_RANK, Ranks
-from ssld.stage2_detect.models import assign, boxes, pooling, postprocess, sampling
+from ssld.stage2_detect.models import assign, boxes, kernels, pooling, postprocess, sampling
 from ssld.stage2_detect.models.batch import Detections, Targets
 from ssld.stage2_detect.models.box_losses import L1, BoxLoss
 from ssld.stage2_detect.models.rpn import Proposals
@@ -196,21 +196,16 @@ class RoIHeads(nn.Module):
 
     @torch.no_grad()
     def detect_network(self, features: Sequence[Tensor], proposals: Proposals, sizes_B2: Tensor) -> list[Detections]:
-        """What each image shows, in coordinates of the network's input."""
-        # Valid proposals stand first: dropping the places that no image fills saves the heads' work.
-        R = max(1, int(proposals.valid_BR.sum(dim=1).max()))
-        proposals = Proposals(proposals.boxes_BR4[:, :R], proposals.valid_BR[:, :R])
+        """Detections of each image, in coordinates of the network's input, on the CPU: one copy from the device per batch."""
+        if kernels.on_host(proposals.valid_BR):
+            # Valid proposals stand first: dropping the places that no image fills saves the heads' work. A GPU would have to be
+            # waited for to know how many these are.
+            R = max(1, int(proposals.valid_BR.sum(dim=1).max()))
+            proposals = Proposals(proposals.boxes_BR4[:, :R], proposals.valid_BR[:, :R])
         boxes_BRD4, scores_BRK = self.score(features, proposals, sizes_B2)
-        return [
-            postprocess.select(
-                boxes_RK4,
-                scores_RK,
-                threshold=self.score_threshold,
-                nms=self.nms,
-                most=self.detections_per_image,
-            )
-            for boxes_RK4, scores_RK in zip(boxes_BRD4.expand(-1, -1, self.classes, -1), scores_BRK, strict=True)
-        ]
+        return postprocess.select(
+            boxes_BRD4, scores_BRK, threshold=self.score_threshold, nms=self.nms, most=self.detections_per_image
+        )
 
     @torch.no_grad()
     def score(self, features: Sequence[Tensor], proposals: Proposals, sizes_B2: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import timm
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
+from torch.utils._pytree import tree_leaves
 
 from ssld.shared.deploy.graph_files import read_program, session, write_onnx, write_program
 from ssld.shared.errors import UserError
@@ -192,6 +195,22 @@ def test_a_two_stage_detector_as_a_program(tmp_path: Path) -> None:
     assert found["found"] == found["found_by_file"] > 25
     assert found["missing"] == 0
     assert max(found[f"{what}_difference"] for what in ("box", "score", "mask")) < 1e-3
+    # Moved: to another device no node names the CPU any more, and to the CPU nothing changes.
+    assert devices(program)["cpu"] > 10
+    assert set(devices(read_program(tmp_path / "a.pt2", "meta")[0])) == {"meta"}
+    moved = move_to_device_pass(torch.export.load(tmp_path / "a.pt2"), "cpu").module()
+    with torch.no_grad():
+        for part, expected in zip(moved(pixels, sizes), program(pixels, sizes), strict=True):
+            assert torch.equal(part, expected)
+
+
+def devices(program: nn.Module) -> Counter[str]:
+    """How often a program's graph and its weights name each type of device."""
+    graphs = [module.graph for module in program.modules() if isinstance(module, torch.fx.GraphModule)]
+    arguments = [leaf for one in graphs for node in one.nodes for leaf in tree_leaves((node.args, node.kwargs))]
+    named = [leaf.type for leaf in arguments if isinstance(leaf, torch.device)]
+    named += [leaf for leaf in arguments if leaf in ("cpu", "meta")]
+    return Counter([*named, *(tensor.device.type for tensor in program.state_dict().values())])
 
 
 def test_differences_are_found() -> None:

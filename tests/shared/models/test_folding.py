@@ -1,5 +1,6 @@
 """Folded BatchNorm: the same answers from fewer modules, and the network as it was where that cannot be had."""
 
+import contextlib
 import copy
 from typing import Any
 
@@ -8,6 +9,7 @@ import timm
 import torch
 from torch import nn
 
+from ssld.shared.models import folding
 from ssld.shared.models.folding import fold_batchnorm
 
 
@@ -47,7 +49,8 @@ def test_same_answers_from_fewer_modules(arch: str, all_of_them: bool) -> None:
     torch.manual_seed(0)
     net = lived_in(timm.create_model(arch, num_classes=5))
     before, pixels = copy.deepcopy(net.state_dict()), noise(64)
-    folded, count = fold_batchnorm(net, noise())
+    folded, count, reason = fold_batchnorm(net, noise())
+    assert not reason
     assert count > 0
     assert norms(folded) == norms(net) - count
     assert (norms(folded) == 0) == all_of_them
@@ -112,16 +115,86 @@ class Partly(nn.Module):
 @torch.no_grad()
 def test_what_can_be_folded_is() -> None:
     net = lived_in(Partly())
-    folded, count = fold_batchnorm(net, noise())
+    folded, count, reason = fold_batchnorm(net, noise())
+    assert not reason
     assert (count, norms(folded)) == (1, 1)
     torch.testing.assert_close(folded(noise()), net(noise()), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [Shared, Twice, Undecided, Whimsical, lambda: timm.create_model("test_vit")])
-def test_a_network_that_cannot_be_folded_is_itself(kind: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Shared, "no BatchNorm directly follows a convolution whose output nothing else reads"),
+        (Twice, "no BatchNorm directly follows a convolution whose output nothing else reads"),
+        (Undecided, "the network cannot be traced or run folded (TraceError: symbolically traced variables cannot be"),
+        (Whimsical, "outputs would differ by 1.0e+00 of the largest; 0.001 is allowed"),
+        (lambda: timm.create_model("test_vit"), ""),
+    ],
+)
+def test_a_network_that_cannot_be_folded_is_itself(kind: Any, reason: str) -> None:
     net = lived_in(kind())
-    pixels = noise(160)
-    assert fold_batchnorm(net, pixels) == (net, 0)
+    same, count, why = fold_batchnorm(net, noise(160))
+    assert same is net
+    assert count == 0
+    assert why.startswith(reason)
+    assert bool(why) == bool(reason)
+
+
+BACKENDS: Any = torch.backends
+PRECISIONS = (BACKENDS.cudnn.conv, BACKENDS.cuda.matmul, BACKENDS.mkldnn.conv, BACKENDS.mkldnn.matmul)
+
+
+def to_tf32(tensor: torch.Tensor) -> torch.Tensor:
+    """float32 rounded to the 10 bits of a mantissa that TF32 has."""
+    return ((tensor.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.fixture
+def tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions as on a GPU of Ampere or later: operands in TF32, unless it is switched off."""
+    forward = nn.Conv2d._conv_forward
+
+    def rounded(self: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if BACKENDS.cudnn.conv.fp32_precision != "ieee":
+            x, weight = to_tf32(x), to_tf32(weight)
+        return forward(self, x, weight, bias)
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", rounded)
+
+
+def test_rounding_of_tf32() -> None:
+    """A step is 2^-10 between 1 and 2."""
+    given = torch.tensor([1.0, 1 + 2**-10, 1 + 0.4 * 2**-10, -1 - 0.6 * 2**-10, 3.0])
+    assert to_tf32(given).tolist() == [1.0, 1 + 2**-10, 1.0, -1 - 2**-10, 3.0]
+
+
+def test_tf32_does_not_decide(tf32: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rounding is larger than what folding may change; so the comparison runs without it, and switches it back afterwards."""
+    net = lived_in(timm.create_model("resnet50d", num_classes=5))
+    before = [group.fp32_precision for group in PRECISIONS]
+    assert before[0] == "tf32"
+    _, count, reason = fold_batchnorm(net, noise(64))
+    assert count > 50
+    assert not reason
+    assert [group.fp32_precision for group in PRECISIONS] == before
+    monkeypatch.setattr(folding, "_full_float32", contextlib.nullcontext)
+    same, count, reason = fold_batchnorm(net, noise(64))
+    assert same is net
+    assert count == 0
+    assert reason.startswith("outputs would differ by ")
+
+
+def test_precision_comes_back_after_an_error() -> None:
+    before = [group.fp32_precision for group in PRECISIONS]
+
+    def fail() -> None:
+        with folding._full_float32():
+            assert {group.fp32_precision for group in PRECISIONS} == {"ieee"}
+            raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        fail()
+    assert [group.fp32_precision for group in PRECISIONS] == before
 
 
 def test_no_warning_from_tracing(recwarn: pytest.WarningsRecorder) -> None:

@@ -181,19 +181,19 @@ def test_masks_are_averaged_over_views(mask_model: RCNN, monkeypatch: pytest.Mon
     halves = [(0.9, 0.2), (0.9, 0.05)]
     views: list[Tensor] = []
 
-    def find_boxes(images: ImageBatch) -> Any:
+    def detect_boxes(images: ImageBatch) -> Any:
         views.append(images.pixels_BCHW)
         box_14 = torch.tensor([boxes[len(views) - 1]])
         return [images.pixels_BCHW], [Detections(box_14, torch.tensor([0.9]), torch.tensor([0]))]
 
-    def mask_maps(features: list[Tensor], images: ImageBatch, found: list[Detections]) -> list[Tensor]:
+    def mask_maps(features: list[Tensor], images: ImageBatch, found: list[Detections]) -> Tensor:
         view = next(n for n, pixels in enumerate(views) if features[0] is pixels)
         assert images.pixels_BCHW is views[view]
         assert found[0].boxes_N4.tolist() == [boxes[view]]
         left, right = halves[view]
-        return [torch.cat([torch.full((1, 8, 4), left), torch.full((1, 8, 4), right)], 2)]
+        return torch.cat([torch.full((1, 1, 8, 4), left), torch.full((1, 1, 8, 4), right)], 3)
 
-    monkeypatch.setattr(mask_model, "find_boxes", find_boxes)
+    monkeypatch.setattr(mask_model, "detect_boxes", detect_boxes)
     monkeypatch.setattr(mask_model, "mask_maps", mask_maps)
     seen = detect_views(mask_model, MultiScaleBatch((batch([(64, 96)]),)), flip=True, nms_iou=0.5, most=100)[0]
     assert seen.boxes_N4.tolist() == boxes[:1]
@@ -266,12 +266,12 @@ def test_a_long_evaluation_says_how_far_it_is(
     flags: Callable[..., list[str]], call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert call(evaluate.main, flags("quiet")) == 0
-    assert "images seen" not in (tmp_path / "quiet" / "log.txt").read_text()
+    assert "images done" not in (tmp_path / "quiet" / "log.txt").read_text()
     monkeypatch.setattr(progress, "SILENCE", 0.0)
     for name, more in (("told", ()), ("views", ("--tta.flip", "true"))):
         assert call(evaluate.main, flags(name, *more)) == 0
         log = (tmp_path / name / "log.txt").read_text()
-        assert re.findall(r"(\d) of 5 images seen, [\d.]+ s to go", log) == ["1", "2", "3", "4"]
+        assert re.findall(r"(\d) of 5 images done, [\d.]+ s to go", log) == ["1", "2", "3", "4"]
 
 
 def test_precision_of_the_forward_pass(flags: Callable[..., list[str]], call: Any, tmp_path: Path) -> None:

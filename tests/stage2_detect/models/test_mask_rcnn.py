@@ -44,9 +44,9 @@ def test_a_box_that_is_left_out_takes_its_mask_along(mask_model: RCNN, monkeypat
     monkeypatch.setattr(mask_model.roi_heads, "detect_network", lambda *args: [found])
     shapes = torch.tensor([0.0, 0.0, 0.9]).view(3, 1, 1).repeat(1, 8, 8)
 
-    def predict(features: Any, given: list[Detections]) -> list[Tensor]:
+    def predict(features: Any, given: list[Detections]) -> Tensor:
         assert given == [found]
-        return [shapes]
+        return shapes[None]
 
     assert mask_model.mask_head is not None
     monkeypatch.setattr(mask_model.mask_head, "predict", predict)

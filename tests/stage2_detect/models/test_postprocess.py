@@ -1,5 +1,7 @@
 """NMS against float64 NumPy one box at a time and against torchvision; detections back in the original image."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -120,7 +122,7 @@ def test_selection_equals_one_class_at_a_time(rule: NMS) -> None:
     generator = torch.Generator().manual_seed(5)
     boxes_RK4 = torch.stack([candidates(40, seed)[0] for seed in range(K)], dim=1)
     scores_RK = torch.rand(40, K, generator=generator)
-    ours = postprocess.select(boxes_RK4, scores_RK, threshold=0.3, nms=rule, most=25)
+    (ours,) = postprocess.select(boxes_RK4[None], scores_RK[None], threshold=0.3, nms=rule, most=25)
     rows = []
     for label in range(K):
         here = scores_RK[:, label] > 0.3
@@ -137,6 +139,51 @@ def test_selection_equals_one_class_at_a_time(rule: NMS) -> None:
     np.testing.assert_allclose(ours.scores_N.numpy(), table[:, 0], rtol=1e-4)
     assert ours.labels_N.tolist() == table[:, 1].tolist()
     np.testing.assert_allclose(ours.boxes_N4.numpy(), table[:, 2:], rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule", [NMS(iou=0.4), *RULES[::2]], ids=str)
+@pytest.mark.parametrize("shared", [False, True], ids=["box per class", "box of all classes"])
+def test_a_batch_equals_its_images_alone(rule: NMS, shared: bool) -> None:
+    """Whatever is copied at first: images with fewer than 9 candidates, with more, with none."""
+    generator = torch.Generator().manual_seed(6)
+    boxes_BRD4 = torch.stack([torch.stack([candidates(40, 3 * i + k)[0] for k in range(K)], dim=1) for i in range(4)])
+    boxes_BRD4 = boxes_BRD4[:, :, :1] if shared else boxes_BRD4
+    scores_BRK = torch.rand(4, 40, K, generator=generator)
+    scores_BRK[1] *= torch.linspace(0.3, 0.35, 40)[:, None]  # two of 120
+    scores_BRK[2] = 0
+    options: dict[str, Any] = {"threshold": 0.3, "nms": rule, "most": 2}
+    together = postprocess.select(boxes_BRD4, scores_BRK, candidates=9, **options)
+    alone = [
+        postprocess.select(b[None], s[None], candidates=10_000, **options)[0]
+        for b, s in zip(boxes_BRD4, scores_BRK, strict=True)
+    ]
+    assert [len(one.scores_N) for one in alone][2:] == [0, 2]
+    for one, other in zip(together, alone, strict=True):
+        assert torch.equal(one.boxes_N4, other.boxes_N4)
+        assert torch.equal(one.scores_N, other.scores_N)
+        assert torch.equal(one.labels_N, other.labels_N)
+
+
+@pytest.mark.parametrize("rule", [NMS(iou=0.5), NMS("soft_linear", iou=0.5)], ids=str)
+def test_more_candidates_are_copied_where_the_first_leave_too_few(rule: NMS, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen copies of the best box, then two boxes beside it."""
+    copied = []
+    copy_best = postprocess._copy_best
+
+    def note(boxes: Tensor, scores: Tensor, classes: int, size: int) -> Tensor:
+        copied.append(size)
+        return copy_best(boxes, scores, classes, size)
+
+    monkeypatch.setattr(postprocess, "_copy_best", note)
+    corners = torch.tensor([0.0] * 16 + [40, 80])
+    boxes_BRD4 = torch.stack((corners, corners, corners + 20, corners + 20), dim=-1)[None, :, None]
+    scores_BRK = torch.linspace(0.9, 0.2, 18)[None, :, None]
+    for most, sizes in ((1, [4]), (3, [12, 18])):
+        copied.clear()
+        (one,) = postprocess.select(boxes_BRD4, scores_BRK, threshold=0.1, nms=rule, most=most, candidates=4)
+        assert copied == sizes
+        assert one.boxes_N4[:, 0].tolist() == [0, 40, 80][:most]
+        torch.testing.assert_close(one.scores_N, scores_BRK[0, [0, 16, 17][:most], 0])
 
 
 def test_back_in_the_original_image() -> None:

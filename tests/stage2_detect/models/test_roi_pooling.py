@@ -6,9 +6,10 @@ import pytest
 import torch
 from tiny_roi_heads import CHANNELS, STRIDES, make, maps, proposals
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import ops
 
-from ssld.stage2_detect.models import pooling
+from ssld.stage2_detect.models import kernels, pooling
 
 
 def test_levels_follow_the_area() -> None:
@@ -52,6 +53,61 @@ def test_pooling_has_the_gradient_of_its_values() -> None:
     gradients = torch.autograd.grad((out * weight).sum(), features[:3])  # no RoI is large enough for the fourth
     left = sum((g.double() * v).sum().item() for g, v in zip(gradients, other, strict=False))
     assert left == pytest.approx((pool(other).double() * weight).sum().item(), rel=1e-4)
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of every storage that an operation returned, by address."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            storage = result.untyped_storage()
+            self.bytes[storage.data_ptr()] = max(storage.nbytes(), self.bytes.get(storage.data_ptr(), 0))
+        return result
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_gpu_needs_the_memory_of_one_result(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the result there is never more than the pooled features of a chunk, whatever the number of levels."""
+    chunk = 8
+    monkeypatch.setattr(pooling, "_CHUNK", chunk)
+    features = [m[..., :6, :6].contiguous().requires_grad_(training) for m in maps()[:4]]  # small beside what is pooled
+    rois = proposals(count=60)
+    with kernels.plain(), Allocations() as allocations, torch.set_grad_enabled(training):
+        pooled = pooling.pool_rois(features, rois.boxes_BR4, rois.valid_BR, strides=STRIDES, size=14)
+    assert pooled.requires_grad == training
+    row = CHANNELS * 14 * 14 * 4
+    large = {address for address, count in allocations.bytes.items() if count > chunk * row}
+    assert large == {pooled.untyped_storage().data_ptr()}
+    assert sum(count == chunk * row for count in allocations.bytes.values()) > 0
+
+
+def test_chunks_have_the_values_and_gradients_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 7, the last of them shorter, against torchvision's own autograd, one level at a time."""
+    monkeypatch.setattr(pooling, "_CHUNK", 7)
+    strides = (1, 2, 4)  # of which RoIs of 28 and of 56 px begin a level
+    generator = torch.Generator().manual_seed(4)
+    features = [torch.randn(2, CHANNELS, 128 // s, 160 // s, generator=generator).requires_grad_() for s in strides]
+    rois = proposals(count=60)
+    with kernels.plain():
+        pooled = pooling.pool_rois(features, rois.boxes_BR4, rois.valid_BR, strides=strides, size=3)
+    expected = torch.zeros_like(pooled)
+    levels = torch.where(rois.valid_BR, pooling.roi_levels(rois.boxes_BR4, strides), -1)
+    for level, (feature, stride) in enumerate(zip(features, strides, strict=True)):
+        image, place = (levels == level).nonzero(as_tuple=True)
+        boxes_5 = torch.cat((image[:, None].float(), rois.boxes_BR4[image, place]), dim=1)
+        values = ops.roi_align(feature, boxes_5, 3, 1 / stride, 0, aligned=True)
+        expected = expected.index_add(0, image * 60 + place, values)
+    torch.testing.assert_close(pooled, expected)
+    weight = torch.randn(pooled.shape, generator=generator)
+    gradients = [torch.autograd.grad((one * weight).sum(), features) for one in (pooled, expected)]
+    for gradient, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, other)
+    assert all(gradient.abs().max() > 0 for gradient in gradients[1])
 
 
 def test_nothing_to_pool() -> None:
