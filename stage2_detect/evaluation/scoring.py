@@ -85,7 +85,7 @@ def score(
         if has_shapes and any(one.masks is not None for one in found.values()):
             segm = coco_ap(data, found, backend, masks=True)
             metrics |= {f"{name}_segm": value for name, value in segm.items()}
-    return from_main_rank(metrics), found
+    return from_main_rank(metrics, "COCO scores"), found
 
 
 def describe(metrics: dict[str, Any]) -> str:
