@@ -166,7 +166,7 @@ def _announced_wait(whom: str) -> Iterator[None]:
             say(f"[rank {rank()}] waiting for {whom} for {duration(time.monotonic() - began)}{limit}", sys.stderr)
             pause = _NEXT_NOTICE
 
-    thread = threading.Thread(target=announce, daemon=True)
+    thread = threading.Thread(target=announce, name="announce", daemon=True)
     thread.start()
     try:
         yield
