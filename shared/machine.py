@@ -10,6 +10,29 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def default_threads(setting: int | None) -> tuple[int, str]:
+    """CPU threads of this process and where the number comes from: the setting `threads`, OMP_NUM_THREADS, or the cores shared by the processes on
+    this machine.
+
+    A launcher sets OMP_NUM_THREADS to 1 where the user has not set it (torch.distributed.run, accelerate launch), so under a launcher that value
+    counts as not set.
+    """
+    local = _number("LOCAL_WORLD_SIZE") or 1
+    if setting is not None:
+        return setting, "threads"
+    given = _number("OMP_NUM_THREADS")
+    launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if given and not (given == 1 and launched):
+        return given, "OMP_NUM_THREADS"
+    return max(1, cores() // local), "cores / processes"
+
+
+def _number(name: str) -> int | None:
+    """A whole number in the environment, None where there is none: OMP_NUM_THREADS may be a list, as `4,2`, whose first number counts."""
+    text = os.environ.get(name, "").partition(",")[0].strip()
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 6 else None
+
+
 def installed_version(package: str) -> str | None:
     """None where the package is not installed."""
     try:

@@ -352,6 +352,15 @@ def recorded_identity(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return {key: value for key, value in settings.items() if key not in NOT_IDENTITY}, inputs
 
 
+def recorded_precision(run: Path) -> str | None:
+    """The precision with which the run in a folder was begun; None where there is none, or its records are damaged, which `RunDir` reports."""
+    try:
+        value = recorded_identity(run)[0].get("precision")
+    except UserError:
+        return None
+    return value if value in ("fp32", "bf16", "fp16") else None
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     content = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
@@ -372,7 +381,8 @@ def changes_since(run: Path, config: CommandConfig, inputs: dict[str, str]) -> t
     permitted: list[str] = []
     refused: list[str] = []
     for key, before, after in differences(old_config, identity(config)):
-        if _same_place(before, after):
+        # `auto` keeps the precision with which the run was begun.
+        if _same_place(before, after) or (key == "precision" and after == "auto" and before is not None):
             continue
         line = f"{key}: {json.dumps(before)} -> {json.dumps(after)}"
         (permitted if key in may_change else refused).append(line)

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ssld.shared.config.bounds import BatchSize, Count, Images, Seed, Side, Weight, Workers
+from ssld.shared.config.compute import LONGEST_TIMEOUT, ComputeConfig, ProcessTimeout
 from ssld.shared.config.settings import CommandConfig, Config, ModelText, Network
 from ssld.shared.config.training import EmaConfig, OptimConfig, TrainingConfig
 from ssld.shared.errors import UserError
@@ -13,7 +14,6 @@ from ssld.stage1_ssld.data_config import (
     DataConfig,
     LossConfig,
     NetworkConfig,
-    Precision,
     SourceConfig,
     TeacherConfig,
     hub_sources,
@@ -194,15 +194,13 @@ class TeachConfig(Stage1Config):
         return self.model.networks("model.model", self.data.image_size)
 
 
-class ForwardConfig(CommandConfig):
+class ForwardConfig(ComputeConfig):
     """Settings of commands that run a network over images without training it."""
 
     batch_size: BatchSize = 256
     """images a forward pass and process"""
     workers: Workers = 2
     """processes a rank that decode images; 0 decodes in the main process"""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes a CUDA GPU where there is one"""
 
 
 class EvaluateConfig(ForwardConfig):
@@ -283,6 +281,9 @@ class SoftLabelsConfig(ForwardConfig):
 class CurateConfig(ForwardConfig):
     """Select unlabeled images: the best k of each of the teacher's classes, no near-duplicates of validation or training images or each other."""
 
+    process_timeout: ProcessTimeout = LONGEST_TIMEOUT  # the main process selects while the others wait
+    """minutes that a process waits for another one before the run ends, 1 to 10,080"""
+
     pool: list[SourceConfig] = Field(min_length=1)
     """images to select from; labels are not read"""
     allow_loss: bool = False
@@ -310,8 +311,6 @@ class CurateConfig(ForwardConfig):
     """side of the view that is scored, in pixels"""
     val_crop: float = Field(0.875, gt=0, le=1)
     """part of the short side that the view keeps"""
-    precision: Precision = "fp32"
-    """of the teacher's forward pass, where teacher.precision does not say it"""
     channels_last: bool = False
     """memory layout of the teacher"""
     materialise: bool = False
@@ -361,6 +360,9 @@ class EncoderConfig(Config):
 class PrototypesConfig(ForwardConfig):
     """Make a teacher of an encoder without classes: its classes are K prototypes, k-means centres of its embeddings of your images."""
 
+    process_timeout: ProcessTimeout = LONGEST_TIMEOUT  # the main process clusters while the others wait
+    """minutes that a process waits for another one before the run ends, 1 to 10,080"""
+
     pool: list[SourceConfig] = Field(min_length=1)
     """images whose embeddings are clustered: those that students will see; labels are not read"""
     allow_loss: bool = False
@@ -378,8 +380,6 @@ class PrototypesConfig(ForwardConfig):
     """side of a view in pixels, for which a network of fixed size is rebuilt; null: the encoder's own"""
     val_crop: float = Field(0.875, gt=0, le=1)
     """part of the short side that the view keeps"""
-    precision: Precision = "fp32"
-    """of the encoder's forward pass"""
     channels_last: bool = False
     """memory layout of the encoder"""
     seed: Seed = 0
@@ -413,8 +413,13 @@ EXPORTED = {"onnx": "backbone.onnx", "torch": "backbone.pt2"}
 """What each format of an export is called."""
 
 
-class ExportConfig(ForwardConfig):
+class ExportConfig(CommandConfig):
     """Export a backbone file: ONNX and torch.export, checked against torch, and a folder in the layout of the Hugging Face hub with a model card."""
+
+    batch_size: BatchSize = 256
+    """images per forward pass"""
+    workers: Workers = 2
+    """processes that decode images; 0 decodes in the main process"""
 
     model: Path
     """backbone file"""

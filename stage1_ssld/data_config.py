@@ -15,7 +15,6 @@ from ssld.shared.models.downloads import kind_of
 
 Part = Annotated[float, Field(gt=0, le=1)]
 Ratio = Annotated[float, Field(gt=0, le=100)]
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 def is_remote(path: str) -> bool:
@@ -201,8 +200,8 @@ class TeacherConfig(TeacherMember):
 
     ensemble: list[TeacherMember] = []
     """further networks: the teacher's answer is the mean of everyone's softmax"""
-    precision: Precision | None = None
-    """of its forward pass; null: the student's"""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """precision of its forward pass; null: `precision` of the command"""
     batchnorm: Literal["eval", "batch"] = "eval"
     """eval: running statistics; batch: those of the batch on each process, as SSLD trained its students"""
     fold_batchnorm: bool = True

@@ -48,7 +48,16 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     """
     import torch
 
-    from ssld.shared.distributed.processes import DTYPES, optimizer_step, start_processes, start_trackers, to_device
+    from ssld.shared.distributed.processes import (
+        DTYPES,
+        describe_processes,
+        optimizer_step,
+        pins_memory,
+        prepare_model,
+        start_processes,
+        start_trackers,
+        to_device,
+    )
     from ssld.shared.distributed.ranks import from_main_rank, share_buffers, world_size
     from ssld.shared.distributed.stop import StopRequest
     from ssld.shared.files import spread
@@ -83,9 +92,9 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     val_source = open_sources([data.val], "data.val", allow_loss=data.allow_loss)[0] if data.val else None
 
     # ---- processes and run directory
-    accelerator = start_processes(config)
+    accelerator, config = start_processes(config, fixed_size=True)
     device, dtype, rank, ranks = accelerator.device, DTYPES[config.precision], accelerator.process_index, world_size()
-    pin_memory = device.type == "cuda"
+    pin_memory = pins_memory()
     run = RunDir(config, command, main=accelerator.is_main_process)
     if from_main_rank(run.status) == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")
@@ -201,6 +210,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 class_names=targets.class_names,
                 crop_pct=data.val_crop,
                 objective=config.objective,
+                precision=config.precision,
                 step=step,
                 metrics=metrics,
                 teacher=taught_by,
@@ -243,7 +253,9 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
             run.log(student.heads.measure(teacher, stream))
     if config.compile:
         (student.learner if student.heads else student.model.net).compile()
-    model = accelerator.prepare_model(student.learner)
+        if teacher:
+            teacher.compile()
+    model = prepare_model(accelerator, student.learner)
     for line in [student.model.loaded, *(teacher.loaded if teacher else [])]:
         run.log(line)
     for line in _preview(config, student, targets, training.images, steps, ranks):
@@ -253,9 +265,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     )
     run.log(f"recipe {config.recipe or 'of flags alone'}; all settings are in {run.path / 'config.yaml'}")
     run.log(config.describe_keeping(steps, evaluates=val_source is not None))
-    run.log(
-        f"{device}, {config.precision}, {count(torch.get_num_threads(), 'thread')}, {count(config.workers, 'worker')}"
-    )
+    run.log(describe_processes(accelerator, config, config.workers))
     if resumed:
         run.log(resumed)
 

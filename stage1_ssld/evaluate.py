@@ -34,9 +34,8 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     from contextlib import nullcontext
 
     import torch
-    from accelerate import Accelerator
 
-    from ssld.shared.distributed.processes import uses_gpu
+    from ssld.shared.distributed.processes import DTYPES, describe_processes, pins_memory, start_processes
     from ssld.shared.distributed.ranks import from_main_rank, rank, world_size
     from ssld.shared.models.backbones import check_networks, create_classifier
     from ssld.shared.models.references import parse_reference
@@ -59,13 +58,14 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     if bank:
         bank.number = 1
     votes = neighbour_labels(source, bank, config.neighbours) if bank else None
-    accelerator = Accelerator(cpu=not uses_gpu(config.device))
-    device, on_gpu = accelerator.device, accelerator.device.type == "cuda"
+    accelerator, config = start_processes(config)
+    device, dtype = accelerator.device, DTYPES[config.precision]
     run = RunDir(config, "evaluate", main=accelerator.is_main_process)
     if from_main_rank(run.status) == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
 
+    run.log(describe_processes(accelerator, config, config.workers))
     run.tell("data", source.path, source.tally)
     if bank:
         run.tell("bank", bank.path, bank.tally)
@@ -83,7 +83,7 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
         run.log_if(doubt_on_order(source))
     teacher = None
     if config.teacher:
-        teacher = make_teacher(config.teacher, precision="fp32", device=device, channels_last=False)
+        teacher = make_teacher(config.teacher, precision=config.precision, device=device, channels_last=False)
         for line in teacher.loaded:
             run.log(line)
         teacher.match_classes(names, classes, config.model)
@@ -106,7 +106,11 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
             interpolation=inputs.interpolation if inputs.interpolation == "bicubic" else "bilinear",
         )
         order = val_batches(range(len(views)), config.batch_size, rank(), world_size())
-        return make_loader(views, order, workers=config.workers, pin_memory=on_gpu)
+        return make_loader(views, order, workers=config.workers, pin_memory=pins_memory())
+
+    def embedded(pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return embed(student, pixels_BCHW)
 
     # ---- the passes over the images
     quarantine = Quarantine(run, len(source) + (len(bank) if bank else 0))
@@ -116,12 +120,12 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
             teacher,
             batches(source, labels),
             device=device,
-            dtype=torch.float32,
+            dtype=dtype,
             on_unreadable=quarantine.add,
         )
     if bank and votes:
         metrics |= knn_accuracy(
-            lambda pixels: embed(student, pixels),
+            embedded,
             batches(source, votes.queries),
             batches(bank, votes.bank),
             neighbours=config.neighbours,

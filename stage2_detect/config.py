@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ssld.shared.config.bounds import BatchSize, Count, Images, Weight, Workers
+from ssld.shared.config.compute import ComputeConfig
 from ssld.shared.config.settings import CommandConfig, Config, ModelText, Network
 from ssld.shared.config.training import EmaConfig, OptimConfig, TrainingConfig
 from ssld.shared.models.downloads import kind_of
@@ -217,7 +218,7 @@ class TTAConfig(Config):
     """overlap with a better box of the class at which a box of any view goes"""
 
 
-class RunDetectorConfig(CommandConfig):
+class RunDetectorConfig(ComputeConfig):
     """What every command has that runs a detector file over images."""
 
     model: Path
@@ -230,12 +231,8 @@ class RunDetectorConfig(CommandConfig):
     """null looks at one view an image"""
     batch_size: BatchSize = 4
     """images a forward pass"""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """of the forward pass; boxes stay fp32"""
     workers: Workers = 2
     """processes that decode images"""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes a CUDA GPU where there is one"""
 
 
 class EvaluateConfig(RunDetectorConfig):

@@ -26,9 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate_detector(config: EvaluateConfig) -> None:
     """Evaluate the file that `config` names and write result.json."""
-    from accelerate import Accelerator
-
-    from ssld.shared.distributed.processes import DTYPES, uses_gpu
+    from ssld.shared.distributed.processes import DTYPES, describe_processes, start_processes
     from ssld.shared.distributed.ranks import from_main_rank
     from ssld.shared.run_dir import RunDir
     from ssld.stage2_detect.data.coco import read_coco, require_masks
@@ -50,11 +48,12 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     )
     if with_masks:
         require_masks(data)
-    accelerator = Accelerator(cpu=not uses_gpu(config.device))
+    accelerator, config = start_processes(config)
     run = RunDir(config, "evaluate_detector", main=accelerator.is_main_process)
     if from_main_rank(run.status) == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
+    run.log(describe_processes(accelerator, config, config.workers))
     run.log(data.describe())
     run.tell("annotations", data.file, data.tally)
     metrics, detections = score(

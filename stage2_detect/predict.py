@@ -41,10 +41,8 @@ def predict(config: PredictConfig) -> None:
 def _predict(config: PredictConfig) -> None:
     import json
 
-    from accelerate import Accelerator
-
     from ssld.shared.checksums import made_again
-    from ssld.shared.distributed.processes import uses_gpu
+    from ssld.shared.distributed.processes import describe_processes, start_processes
     from ssld.shared.distributed.ranks import from_main_rank, rank, world_size
     from ssld.shared.errors import UserError
     from ssld.shared.files import write_atomically
@@ -68,11 +66,13 @@ def _predict(config: PredictConfig) -> None:
     check_detector(config, loaded)
     work = find_work(config)
 
-    accelerator = Accelerator(cpu=not uses_gpu(config.device))
+    accelerator, config = start_processes(config)
     run = RunDir(config, "predict", main=accelerator.is_main_process, scratch=("parts",))
     if from_main_rank(run.status) == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
+
+    run.log(describe_processes(accelerator, config, config.workers))
 
     # ---- detection, part by part; what a killed run has done stays
     parts = Parts(run.path / "parts", work.records, config.batch_size)

@@ -37,7 +37,14 @@ def train(config: TrainConfig) -> None:
 
     import torch
 
-    from ssld.shared.distributed.processes import DTYPES, optimizer_step, start_processes, start_trackers
+    from ssld.shared.distributed.processes import (
+        DTYPES,
+        describe_processes,
+        optimizer_step,
+        prepare_model,
+        start_processes,
+        start_trackers,
+    )
     from ssld.shared.distributed.ranks import from_main_rank, share_buffers, world_size
     from ssld.shared.distributed.stop import StopRequest
     from ssld.shared.errors import Stopped
@@ -63,7 +70,8 @@ def train(config: TrainConfig) -> None:
     data = read_training_data(config)
 
     # ---- processes and run directory
-    accelerator = start_processes(config)
+    # A large-scale jitter pads every batch to one size; otherwise cuDNN would measure its kernels anew for each.
+    accelerator, config = start_processes(config, fixed_size=config.augment.large_scale_jitter is not None)
     device, dtype, ranks = accelerator.device, DTYPES[config.precision], world_size()
     run = RunDir(config, "train", main=accelerator.is_main_process)
     if from_main_rank(run.status) == "finished":
@@ -139,7 +147,7 @@ def train(config: TrainConfig) -> None:
 
     def save_model(path: Path, step: int, metrics: dict[str, Any]) -> None:
         if accelerator.is_main_process:
-            trained.save(path, step=step, metrics=metrics, run=str(run.path))
+            trained.save(path, step=step, metrics=metrics, run=str(run.path), precision=config.precision)
 
     def keep_best(step: int, metrics: dict[str, Any]) -> None:
         # Without an object to be found there is no score, and none to wait for.
@@ -152,7 +160,9 @@ def train(config: TrainConfig) -> None:
         run.log(teacher_check.before_training())
     if config.compile:
         trained.detector.pyramid.compile()
-    model = accelerator.prepare_model(trained.model)
+        if trained.teacher:
+            trained.teacher.model.pyramid.compile()
+    model = prepare_model(accelerator, trained.model)
     for line in [*data.describe(config), *trained.preview()]:
         run.log(line)
     for place, part in data.tallies():
@@ -166,9 +176,7 @@ def train(config: TrainConfig) -> None:
         run.log(f"milestones: all of them lie beyond the {steps} steps, so the learning rate never drops")
     run.log(f"recipe {config.recipe or 'of flags alone'}; all settings are in {run.path / 'config.yaml'}")
     run.log(config.describe_keeping(steps, evaluates=data.val is not None))
-    run.log(
-        f"{device}, {config.precision}, {count(torch.get_num_threads(), 'thread')}, {count(config.workers, 'worker')}"
-    )
+    run.log(describe_processes(accelerator, config, config.workers))
     if resumed:
         run.log(resumed)
 

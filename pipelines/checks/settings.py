@@ -150,7 +150,7 @@ def _fits(config: CommandConfig, probe: dict[str, Any]) -> Iterator[Line]:
     """Where settings do not fit the machine."""
     devices = probe.get("devices") or []
     precision, workers = getattr(config, "precision", "fp32"), getattr(config, "workers", 0)
-    if not devices and precision != "fp32":
+    if not devices and precision not in ("auto", "fp32"):
         yield Line("warning", "", f"precision: {precision} without a GPU is slow, if it runs at all; --precision fp32")
     if devices and precision == "bf16" and min(device[3] for device in devices) < 8:
         yield Line("warning", "", "precision: bf16, which this GPU only emulates; --precision fp16")

@@ -15,7 +15,7 @@ from ssld.shared.config.settings import ConfigT, launched_number, launched_ranks
 from ssld.shared.config.training import PASSES_FILE
 from ssld.shared.errors import Stopped, UserError, is_out_of_memory
 from ssld.shared.files import write_atomically
-from ssld.shared.machine import cores
+from ssld.shared.machine import default_threads
 from ssld.shared.noise import libraries_told_apart
 from ssld.shared.terminal import say, silence
 
@@ -88,7 +88,9 @@ def run_command(
         if not is_out_of_memory(error):
             raise
         advice = _SMALLER if auto_batch is None else _MORE_PASSES if auto_batch else _PASSES
-        if auto_batch and output and rank == 0:
+        if (
+            auto_batch and output
+        ):  # whichever rank it is: the others wait for this one until the launcher ends them, and note nothing
             _note_too_few_passes(output)
         what = (str(error).splitlines() or ["no more to be had"])[0]
         return _report(f"out of memory: {what} {advice}", rank, processes, output)
@@ -193,5 +195,5 @@ def _report(message: str, rank: int, processes: int, output: Path | None) -> int
 def _set_threads(threads: int | None) -> None:
     import torch
 
-    local = launched_number("LOCAL_WORLD_SIZE", 1)
-    torch.set_num_threads(threads or max(1, cores() // max(1, local)))
+    launched_number("LOCAL_WORLD_SIZE", 1)  # a user's mistake where it is no number
+    torch.set_num_threads(default_threads(threads)[0])

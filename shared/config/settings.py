@@ -34,7 +34,18 @@ from ssld.shared.errors import UserError
 
 # A run is the same run whatever these say: where it writes, how fast it goes, how much it tells.
 NOT_IDENTITY = frozenset(
-    {"output", "resume", "workers", "threads", "log_every", "trackers", "device", "cache_annotations", "verbose"}
+    {
+        "output",
+        "resume",
+        "workers",
+        "threads",
+        "log_every",
+        "trackers",
+        "device",
+        "process_timeout",
+        "cache_annotations",
+        "verbose",
+    }
 )
 
 

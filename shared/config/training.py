@@ -5,7 +5,8 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from ssld.shared.config.bounds import BatchSize, Count, Images, Passes, Positive, Seed, Steps, Workers
-from ssld.shared.config.settings import CommandConfig, Config
+from ssld.shared.config.compute import ComputeConfig
+from ssld.shared.config.settings import Config
 from ssld.shared.config.yaml_files import Alternatives
 from ssld.shared.errors import UserError
 
@@ -41,7 +42,7 @@ class EmaConfig(Config):
     """let the decay grow from small values over the first steps"""
 
 
-class TrainingConfig(CommandConfig):
+class TrainingConfig(ComputeConfig):
     """Settings of a training run in either stage."""
 
     alternatives: ClassVar[Alternatives] = (
@@ -74,8 +75,6 @@ class TrainingConfig(CommandConfig):
     """forward and backward passes an optimizer step and process"""
     auto_batch: bool = False
     """find `accumulate` before the run: the fewest passes whose images, at their largest, fit into memory; `batch_size` stays"""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """of the forward pass; losses and boxes stay fp32"""
     channels_last: bool = False
     """memory layout of the networks"""
     compile: bool = False
@@ -94,8 +93,6 @@ class TrainingConfig(CommandConfig):
     """auto goes on from the newest checkpoint; never refuses a folder that holds a run"""
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = []
     """also log to these, through accelerate"""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes a CUDA GPU where there is one"""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

@@ -5,50 +5,146 @@ import os
 import re
 import signal
 import time
+import warnings
+from datetime import timedelta
 from multiprocessing.queues import Queue
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from torch import Tensor
+from accelerate.state import PartialState
+from torch import Tensor, nn
 
+from ssld.shared.config.compute import ComputeConfig
+from ssld.shared.config.settings import launched_ranks
 from ssld.shared.config.training import TrainingConfig
+from ssld.shared.distributed.ranks import from_main_rank, set_timeout, world_size
 from ssld.shared.errors import UserError
+from ssld.shared.machine import default_threads
+from ssld.shared.run_dir import recorded_precision
+from ssld.shared.wording import count
 
 _LAST_WORDS = 0.5  # seconds in which a worker that gives up still hands over what it has sent
 _MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ComputeT = TypeVar("ComputeT", bound=ComputeConfig)
 
 
-def uses_gpu(device: str) -> bool:
-    """Whether a `device` setting means a CUDA device on this machine."""
-    return device == "auto" and torch.cuda.is_available()
-
-
-def start_processes(config: TrainingConfig) -> Accelerator:
+def start_processes(config: ComputeT, *, fixed_size: bool = False) -> tuple[Accelerator, ComputeT]:
     """Join the process group (if launched with several processes) and set up device and precision.
 
     Only the student or detector is ever prepared by it: schedules, loaders, checkpoints and the teacher are ours.
-    Raises UserError for fp16 without an accelerator, and for a tracker that is not installed.
+
+    Args:
+        fixed_size: whether all batches of a training have one shape, so that cuDNN may measure which of its kernels is the fastest.
+
+    Returns:
+        The accelerator, whose device has an index on CUDA, and the settings with `precision: auto` resolved.
+
+    Raises:
+        UserError: a device that this machine does not have; fp16 on the CPU; a tracker that is not installed.
     """
-    cpu = not uses_gpu(config.device)
-    if cpu and config.precision == "fp16":
-        raise UserError("precision: fp16 needs a GPU; use bf16 or fp32")
-    for name in config.trackers:  # accelerate leaves out those it does not find
+    kind = _device_type(config.device)
+    _refuse_fp16(config, kind)
+    trackers: list[Any] = list(config.trackers) if isinstance(config, TrainingConfig) else []
+    for name in trackers:  # accelerate leaves out those it does not find
         if importlib.util.find_spec(name) is None:
             raise UserError(f"trackers: {name} is not installed; pip install {name}, or leave it out")
-    trackers: list[Any] = list(config.trackers)
-    return Accelerator(
-        cpu=cpu,
+    timeout = timedelta(minutes=config.process_timeout)
+    set_timeout(timeout)
+    state = PartialState(cpu=kind == "cpu", timeout=timeout)
+    state.device = device = _indexed(state.device)
+    if config.precision == "auto":
+        precision = from_main_rank(recorded_precision(config.output) or best_precision(device))
+        config = config.model_copy(update={"precision": precision})
+        _refuse_fp16(config, kind)
+    if device.type == "cuda":
+        # Convolutions in fp32 run in TF32 by torch's default; without this, matrix products of the same network take several times as long.
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = fixed_size
+    accelerator = Accelerator(
+        cpu=kind == "cpu",
         mixed_precision=_MIXED[config.precision],
         log_with=trackers or None,
         project_dir=str(config.output) if trackers else None,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    return accelerator, config
+
+
+def _refuse_fp16(config: ComputeConfig, device_type: str) -> None:
+    if config.precision == "fp16" and device_type == "cpu":
+        raise UserError("precision: fp16 needs a GPU; use bf16 or fp32")
+
+
+def _device_type(device: str) -> str:
+    """cpu, cuda or mps: the type of a `device` setting on this machine. Raises UserError where the machine does not have it."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UserError(f"device: {device}: torch finds no CUDA GPU on this machine; set device: auto or cpu")
+        number = int(device.partition(":")[2] or 0)
+        if number >= torch.cuda.device_count():
+            raise UserError(
+                f"device: {device}: this machine has {count(torch.cuda.device_count(), 'CUDA GPU')}, counted from 0"
+            )
+        if ":" in device:
+            if launched_ranks()[1] > 1:
+                raise UserError(
+                    f"device: {device}: is for one process; with several, set device: cuda, and CUDA_VISIBLE_DEVICES to choose GPUs"
+                )
+            torch.cuda.set_device(number)
+    if device == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("device: mps: torch finds no Apple GPU on this machine; set device: auto or cpu")
+        if launched_ranks()[1] > 1:
+            raise UserError("device: mps: is for one process; start the command without a launcher")
+    return device.partition(":")[0]
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """The device with its index: accelerate gives a single process `cuda`, which torch's memory functions refuse."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def best_precision(device: torch.device) -> str:
+    """What `precision: auto` is for a run that begins on this device: bf16 where a GPU computes in it, else fp32."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return "fp32"
+
+
+def describe_processes(accelerator: Accelerator, config: ComputeConfig, workers: int) -> str:
+    """`cuda:0, bf16, 8 threads (cores / processes), 4 workers`, for the log."""
+    threads = count(torch.get_num_threads(), "thread")
+    return f"{accelerator.device}, {config.precision}, {threads} ({default_threads(config.threads)[1]}), {count(workers, 'worker')}"
+
+
+def prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The model for the training loop: under autocast, and under DistributedDataParallel where there are several processes."""
+    if world_size() > 1 and any(_strides_are_ambiguous(parameter) for parameter in model.parameters()):
+        # A 1x1 kernel has the same layout in both memory formats, with other strides at its dimensions of size 1. Autograd guarantees a gradient's
+        # strides at all other dimensions (torch/csrc/autograd/functions/accumulate_grad.h), so that this warning of DDP, which compares all of them,
+        # says nothing about these kernels. Models without such a kernel keep it.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
+    prepared: nn.Module = accelerator.prepare_model(model)
+    return prepared
+
+
+def _strides_are_ambiguous(parameter: Tensor) -> bool:
+    return (
+        parameter.ndim == 4
+        and parameter.is_contiguous()
+        and parameter.is_contiguous(memory_format=torch.channels_last)
+        and parameter.numel() > 1
+    )
 
 
 def start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
-    """Start the trackers that the configuration asks for; after the run directory is open, because they write into it."""
+    """Start the trackers of the configuration, after the run directory is open, because they write into it."""
     if config.trackers:
         settings = {
             key: value for key, value in config.model_dump(mode="json").items() if isinstance(value, int | float | str)
@@ -73,7 +169,7 @@ def optimizer_step(accelerator: Accelerator, optimizer: torch.optim.Optimizer, c
 
 
 def scaler_state(accelerator: Accelerator) -> dict[str, Any]:
-    """The gradient scaler's state as JSON values; {} without one."""
+    """Return the gradient scaler's state as JSON values; {} without one."""
     return dict(accelerator.scaler.state_dict()) if accelerator.scaler is not None else {}
 
 
@@ -88,8 +184,13 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def pins_memory() -> bool:
+    """Whether loaders should pin their batches: only in a process that uses a CUDA device already, since pinning opens a CUDA context."""
+    return torch.cuda.is_initialized()
+
+
 def start_worker(_: int) -> None:
-    """How a data loader's worker begins: with one thread, and deaf to signals sent to the main process's group, whose decision stopping is."""
+    """Set up a data loader's worker: one thread, and no reaction to signals sent to the main process's group, which decides about stopping."""
     torch.set_num_threads(1)
     os.setpgrp()
     for number in (signal.SIGTERM, signal.SIGHUP):  # inherited from the main process, it would only set a flag there
@@ -101,7 +202,7 @@ def start_worker(_: int) -> None:
 def _give_up(error: BaseException, _: Any) -> None:
     """End a worker that cannot hand a batch over, with the number of the system's error, which `shared/config/command.py` explains.
 
-    Python would print a traceback and go on, and the main process wait for this batch for ever.
+    Python would print a traceback and go on, and the main process would wait for this batch for ever.
     """
     number = re.search(r"\((\d+)\)$", str(error))  # torch's RuntimeError on shared memory
     code = getattr(error, "errno", None) or (int(number[1]) if number else 1)

@@ -1,17 +1,35 @@
-"""What the processes of one run tell each other. Everything works without a process group, as one rank."""
+"""Communication between the processes of one run. Everything works without a process group, as one rank."""
 
 import functools
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ssld.shared.terminal import say
+from ssld.shared.wording import duration
+
 T = TypeVar("T")
+_FIRST_NOTICE, _NEXT_NOTICE = (
+    60.0,
+    600.0,
+)  # seconds of waiting after which a process says so, and until it says so again
 _alone = False
+_timeout: timedelta | None = None
+
+
+def set_timeout(timeout: timedelta) -> None:
+    """Set how long the ranks of this run wait for each other; before the first communication."""
+    global _timeout
+    _timeout = timeout
 
 
 def world_size() -> int:
@@ -33,6 +51,16 @@ def total_over_ranks(value: Tensor) -> Tensor:
     return total
 
 
+def for_sums(value: Tensor) -> Tensor:
+    """Convert to float64, in which sums over many images are exact to all printed digits; to float32 on Apple GPUs, which have no float64."""
+    return value.to(sum_dtype(value.device))
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Float type of sums over many images on a device."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _own(value: Tensor) -> Tensor:
     return value
 
@@ -41,8 +69,8 @@ def _own(value: Tensor) -> Tensor:
 class Ranks:
     """The processes whose losses are divided by common counts; by default one.
 
-    Data-parallel training averages gradients over ranks: what is divided by a count of all of them is multiplied by their
-    number.
+    Data-parallel training averages gradients over ranks: a loss that is divided by a count over all ranks has to be multiplied by the number of
+    ranks.
     """
 
     world_size: int = 1
@@ -60,7 +88,7 @@ def all_ranks() -> Ranks:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, `total_over_ranks` asks nobody: for what a rank tries for itself, and may break off."""
+    """Inside, `total_over_ranks` returns the local value: for work that one rank does alone and may abort."""
     global _alone
     _alone = True
     try:
@@ -80,7 +108,7 @@ def any_rank(flag: bool) -> bool:
 
 @functools.cache
 def _host_group() -> Any:
-    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=_timeout)
 
 
 def share_buffers(module: nn.Module) -> None:
@@ -95,24 +123,53 @@ def gather_lists(items: list[T]) -> list[T]:
     if world_size() == 1:
         return items
     gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, items)
+    with _announced_wait("the other processes"):
+        dist.all_gather_object(gathered, items)
     return [item for part in gathered for item in part]
 
 
 def gather_on_main_rank(items: list[T]) -> list[T]:
-    """The lists of all ranks on the main rank, in the order of ranks; nothing on the others, which spares a machine their copies."""
+    """The lists of all ranks on the main rank, in the order of ranks; an empty list on the others, which saves memory for their copies."""
     if world_size() == 1:
         return items
     gathered: list[Any] | None = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(items, gathered)
+    with _announced_wait("the other processes"):
+        dist.gather_object(items, gathered)
     return [item for part in gathered or [] for item in part]
 
 
-def from_main_rank(value: T) -> T:
-    """The main rank's value, on every rank."""
+def from_main_rank(value: T, work: str = "") -> T:
+    """The main rank's value, on every rank.
+
+    Args:
+        work: what the main rank computes while the others wait, for the line that they print after a minute.
+    """
     if world_size() == 1:
         return value
     box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0)
+    with _announced_wait(f"the main process{f' ({work})' if work else ''}"):
+        dist.broadcast_object_list(box, src=0)
     received: T = box[0]
     return received
+
+
+@contextmanager
+def _announced_wait(whom: str) -> Iterator[None]:
+    """Inside, this process waits for others: it prints a line on standard error after a minute, and one every ten minutes from then on."""
+    arrived = threading.Event()
+    began = time.monotonic()
+
+    def announce() -> None:
+        pause = _FIRST_NOTICE
+        while not arrived.wait(pause):
+            limit = f"; process_timeout ends the run after {duration(_timeout.total_seconds())}" if _timeout else ""
+            say(f"[rank {rank()}] waiting for {whom} for {duration(time.monotonic() - began)}{limit}", sys.stderr)
+            pause = _NEXT_NOTICE
+
+    thread = threading.Thread(target=announce, name="announce", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        arrived.set()
+        thread.join()

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -108,6 +108,7 @@ class FrozenTeacher:
         self._classifier = place(classifier, device, channels_last=channels_last)
         self.device, self._dtype = torch.device(device), dtype
         self._order: Tensor | None = None
+        self._forward_features: Callable[[Tensor], Any] | None = None  # compiled
         self._norms = [module for module in classifier.modules() if isinstance(module, _BatchNorm)]
         self._statistics = [(norm.running_mean, norm.running_var) for norm in self._norms]
         self.batchnorm = batchnorm
@@ -126,11 +127,18 @@ class FrozenTeacher:
         """Logits [B,K] of every network, here of one."""
         return [self(pixels_BCHW)]
 
+    def compile(self) -> None:
+        """Compile the network with torch.compile, for logits and features alike."""
+        net: Any = self._classifier.net
+        self._forward_features = torch.compile(net.forward_features)
+        net.compile()
+
     def features(self, pixels_BCHW: Tensor, *, maps: bool) -> TeacherFeatures:
         """Logits and features, in one forward pass. Raises UserError where `maps` asks for a map of features that are none."""
         with self._forward():
             net: Any = self._classifier.net
-            features = net.forward_features(self._classifier.normalised(self._resized(pixels_BCHW)))
+            forward_features = self._forward_features or net.forward_features
+            features = forward_features(self._classifier.normalised(self._resized(pixels_BCHW)))
             pooled_BD = net.forward_head(features, pre_logits=True)
             logits_BK = net.forward_head(features).float() if self.num_classes > 1 else None
             map_BCHW = feature_map(net, features, self.reference.text).float() if maps else None
@@ -225,6 +233,11 @@ class TeacherEnsemble:
 
     def __call__(self, pixels_BCHW: Tensor) -> Tensor:
         return self._mean([member(pixels_BCHW) for member in self._members])
+
+    def compile(self) -> None:
+        """Compile the network of every member."""
+        for member in self._members:
+            member.compile()
 
     def features(self, pixels_BCHW: Tensor, *, maps: bool) -> TeacherFeatures:
         """Logits of all members, features of the first."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ssld.shared.config.training import PASSES_FILE
-from ssld.shared.distributed.ranks import alone, any_rank, from_main_rank
+from ssld.shared.distributed.ranks import alone, any_rank, gather_lists
 from ssld.shared.errors import UserError, is_out_of_memory
 from ssld.shared.files import write_atomically
 from ssld.shared.run_dir import RunDir
@@ -41,9 +41,10 @@ def find_passes(
     """
     if batch_size % ranks:
         raise UserError(f"batch_size {batch_size} is not a multiple of {ranks} processes")
-    found = from_main_rank(_read(run.path) if run.main else {})
-    if found.get("processes") != ranks or "accumulate" not in found:
-        too_few = found.get("too_few", 0) if found.get("processes") == ranks else 0
+    notes = gather_lists([_read(run.path)])  # of every rank: any of them may have run out of memory
+    found = notes[0]
+    too_few = max(note.get("too_few", 0) if note.get("processes") == ranks else 0 for note in notes)
+    if too_few or found.get("processes") != ranks or "accumulate" not in found:
         with _put_back(networks, optimizer):
             passes = _fewest_passes(batch_size // ranks, attempt, device, too_few=too_few)
         found = {"accumulate": passes, "processes": ranks}

@@ -122,12 +122,20 @@ def optimizer_part(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    """Restore what `optimizer_part` gave; settings such as the learning rate stay those of `optimizer`."""
+    """Restore what `optimizer_part` gave; settings such as the learning rate stay those of `optimizer`.
+
+    Tensors of a parameter's shape get its memory format, as the optimizer would have made them: files hold contiguous tensors, and an update that
+    mixes formats takes a slower path.
+    """
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *values.items()]:
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, entries in optimizer.state.items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and value.ndim > 1 and value.shape == parameter.shape:
+                entries[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def _remove(checkpoint: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ssld.shared.distributed.ranks import gather_lists, total_over_ranks
+from ssld.shared.distributed.ranks import for_sums, gather_lists, total_over_ranks
 from ssld.shared.errors import UserError
 
 
@@ -43,7 +43,7 @@ class LossWatch:
         if not self._pending:
             return
         values_NP = torch.stack([values for _, _, values in self._pending])
-        total_P = total_over_ranks(values_NP.double().sum(0)).tolist()
+        total_P = total_over_ranks(for_sums(values_NP).sum(0)).tolist()
         if not all(math.isfinite(total) for total in total_P):
             self._raise(values_NP.tolist())
         for name, total in zip(self._names, total_P, strict=True):

@@ -9,17 +9,14 @@ What the main rank does alone takes memory by prototypes x features, not by the 
 
 import math
 from contextlib import closing
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 
 from ssld.shared.checksums import atomically_with_sum, is_sound, made_again
-from ssld.shared.distributed.processes import to_device, uses_gpu
+from ssld.shared.distributed.processes import describe_processes, start_processes, to_device
 from ssld.shared.distributed.ranks import from_main_rank, rank
 from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
@@ -36,7 +33,6 @@ from ssld.stage1_ssld.curation.output import Images, Picture, Row, draw_examples
 from ssld.stage1_ssld.curation.score_files import EMBEDDED, UNREADABLE, ScoreFiles, write_shard
 from ssld.stage1_ssld.curation.shard_pass import Piece, Reading, compare_shards, open_pool, over_missing_shards
 
-_PATIENCE = timedelta(days=7)  # the main rank clusters while the others wait
 _IMAGES_OF_EACH, _FEWEST, _MOST = 40, 16, 4096  # prototypes, where the settings do not say how many
 _SAMPLE = 1 << 23  # numbers (images x prototypes) that the temperature is found on
 _SHOWN = 20  # prototypes in the picture
@@ -46,13 +42,12 @@ def make_prototypes(config: PrototypesConfig) -> None:
     """Write the teacher, the picture and result.json as `config` says."""
     require_scikit_learn()
     check_networks(config.networks(), config.hub_data())
-    accelerator = Accelerator(
-        cpu=not uses_gpu(config.device), kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)]
-    )
+    accelerator, config = start_processes(config)
     with closing(RunDir(config, "prototypes", main=rank() == 0, scratch=("centres.npz", "embeddings"))) as run:
         if from_main_rank(run.status) == "finished":
             run.log(f"{run.path}: this run is finished; nothing to do")
         else:
+            run.log(describe_processes(accelerator, config, config.workers))
             _make(config, run, accelerator.device)
     accelerator.end_training()
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ssld.shared.checksums import is_sound, made_again, write_with_sum
-from ssld.shared.distributed.processes import start_worker
+from ssld.shared.distributed.processes import pins_memory, start_worker
 from ssld.shared.distributed.ranks import from_main_rank, rank, world_size
 from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
@@ -129,6 +129,12 @@ class Piece:
     unreadable: list[str] = field(default_factory=list)
     pixels_BCHW: Tensor | None = None
     error: str | None = None
+
+    def pin_memory(self) -> "Piece":
+        """Move the views to pinned memory; called by the loader."""
+        if self.pixels_BCHW is not None:
+            self.pixels_BCHW = self.pixels_BCHW.pin_memory()
+        return self
 
 
 class ShardViews(IterableDataset[Any]):
@@ -274,6 +280,7 @@ def over_shards(
         batch_size=None,
         num_workers=min(workers, len(jobs)),
         collate_fn=_as_it_is,
+        pin_memory=pins_memory(),
         worker_init_fn=start_worker,
         generator=torch.Generator(),
     )

@@ -11,16 +11,13 @@ What the main rank does alone takes memory by classes x `keep`, not by the size 
 import shutil
 from collections.abc import Callable
 from contextlib import closing
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 
-from ssld.shared.distributed.processes import to_device, uses_gpu
+from ssld.shared.distributed.processes import describe_processes, start_processes, to_device
 from ssld.shared.distributed.ranks import from_main_rank, rank
 from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
@@ -60,19 +57,18 @@ from ssld.stage1_ssld.curation.shard_pass import (
 from ssld.stage1_ssld.distillation.teacher import make_teacher
 
 _EMBEDDINGS = ("embeddings_pool", "embeddings_protected")  # folders, of which only cosines are kept
-_PATIENCE = timedelta(days=7)  # the main rank selects while the others wait
 
 
 def curate(config: CurateConfig) -> None:
     """Select images as `config` says and write the manifest, pictures and result.json."""
     check_networks(config.networks(), config.hub_data())
-    on_gpu = uses_gpu(config.device)
-    accelerator = Accelerator(cpu=not on_gpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
+    accelerator, config = start_processes(config)
     scratch = ("kept.npy", *_EMBEDDINGS)
     with closing(RunDir(config, "curate", main=rank() == 0, scratch=scratch)) as run:
         if from_main_rank(run.status) == "finished":
             run.log(f"{run.path}: this run is finished; nothing to do")
         else:
+            run.log(describe_processes(accelerator, config, config.workers))
             _curate(config, run, accelerator.device)
     accelerator.end_training()
 

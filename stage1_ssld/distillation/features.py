@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssld.shared.distributed.processes import to_device
-from ssld.shared.distributed.ranks import total_over_ranks
+from ssld.shared.distributed.ranks import for_sums, sum_dtype, total_over_ranks
 from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import Classifier
 from ssld.shared.models.teacher import Teacher, TeacherFeatures
@@ -118,7 +118,7 @@ class FeatureHeads(nn.Module):
         sums, images = {}, torch.zeros((), dtype=torch.int64, device=teacher.device)
         for name in self.heads:
             width = len(getattr(self, f"{name}_mean_D"))
-            sums[name] = torch.zeros(3, width, dtype=torch.float64, device=teacher.device)
+            sums[name] = torch.zeros(3, width, dtype=sum_dtype(teacher.device), device=teacher.device)
         for batch in batches:
             if len(batch.keys) == 0:
                 continue
@@ -127,7 +127,7 @@ class FeatureHeads(nn.Module):
             for name, sum_3D in sums.items():
                 values = taught.pooled_BD[..., None, None] if name == "pooled" else taught.map_BCHW
                 assert values is not None
-                values_ND = values.double().permute(0, 2, 3, 1).flatten(0, 2)
+                values_ND = for_sums(values).permute(0, 2, 3, 1).flatten(0, 2)
                 sum_3D += torch.stack([torch.ones_like(values_ND), values_ND, values_ND.square()]).sum(1)
         images, who = total_over_ranks(images), teacher.references[0].text
         if not images:

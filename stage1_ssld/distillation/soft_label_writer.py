@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from accelerate import Accelerator
 from torch.utils.data import Dataset
 
 from ssld.shared.checksums import is_sound, write_with_sum
-from ssld.shared.distributed.processes import to_device, uses_gpu
+from ssld.shared.distributed.processes import describe_processes, pins_memory, start_processes, to_device
 from ssld.shared.distributed.ranks import from_main_rank, gather_lists, rank, world_size
 from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
@@ -108,7 +106,7 @@ def write_store(config: SoftLabelsConfig) -> None:
     require_decoder(config.data.decoder, "data.decoder")
     check_networks(config.networks(), config.hub_data())
     sources = open_sources(config.data.train, "data.train", allow_loss=config.data.allow_loss)
-    accelerator = Accelerator(cpu=not uses_gpu(config.device))
+    accelerator, config = start_processes(config)
     device, main = accelerator.device, accelerator.is_main_process
     run = RunDir(config, "write_soft_labels", main=main)
     if run.status == "finished" and not _is_whole(run.path / "store"):
@@ -118,7 +116,10 @@ def write_store(config: SoftLabelsConfig) -> None:
         return
     for number, source in enumerate(sources):
         run.tell(f"data.train.{number}", source.path, source.tally)
-    teacher = make_teacher(config.teacher, precision="fp32", device=device, channels_last=config.channels_last)
+    run.log(describe_processes(accelerator, config, config.workers))
+    teacher = make_teacher(
+        config.teacher, precision=config.precision, device=device, channels_last=config.channels_last
+    )
     for line in teacher.loaded:
         run.log(line)
     if config.top > teacher.num_classes:
@@ -153,7 +154,7 @@ def write_store(config: SoftLabelsConfig) -> None:
         if files[number].exists():
             run.log(f"{files[number]}: does not match its checksum; it is made again")
     batches = ViewBatches([shards_rows[number] for number in missing], config.views, config.batch_size)
-    with StopRequest() as stop, closing(_loaded(views, batches, config, device)) as stream:
+    with StopRequest() as stop, closing(_loaded(views, batches, config)) as stream:
         for first in range(0, count, world_size()):  # all ranks take as many turns: they agree on a stop after each
             number = first + rank()
             if number < count:
@@ -212,9 +213,9 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.bin"
 
 
-def _loaded(views: AllViews, batches: ViewBatches, config: SoftLabelsConfig, device: torch.device) -> Generator[Batch]:
+def _loaded(views: AllViews, batches: ViewBatches, config: SoftLabelsConfig) -> Generator[Batch]:
     """One loader for all shards: its processes start once, and read ahead over the end of a shard."""
-    yield from make_loader(views, batches, workers=config.workers, pin_memory=device.type == "cuda")
+    yield from make_loader(views, batches, workers=config.workers, pin_memory=pins_memory())
 
 
 def _records(

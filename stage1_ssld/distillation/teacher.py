@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ssld.shared.distributed.processes import DTYPES, to_device
+from ssld.shared.distributed.processes import DTYPES, pins_memory, to_device
 from ssld.shared.distributed.ranks import gather_lists, rank, world_size
 from ssld.shared.errors import UserError
 from ssld.shared.files import spread
@@ -87,7 +87,7 @@ def try_teacher(
             )
             rows = rows_to_try(labels, config.teacher.check_images)
             order = val_batches(rows, min(config.batch_size, EVALUATION_BATCH), rank(), world_size())
-            loader = make_loader(views, order, workers=config.workers, pin_memory=device.type == "cuda")
+            loader = make_loader(views, order, workers=config.workers, pin_memory=pins_memory())
             return check_teacher(teacher, loader, device=device, where=source.path)
     return "teacher: not tried, there are no labeled images with its classes"
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ssld.shared.distributed.processes import to_device
-from ssld.shared.distributed.ranks import total_over_ranks
+from ssld.shared.distributed.ranks import for_sums, sum_dtype, total_over_ranks
 from ssld.stage1_ssld.data.batch import NO_LABEL, Batch
 from ssld.stage1_ssld.distillation.losses import kl
 
@@ -34,7 +34,7 @@ def evaluate(
         `images`; `unreadable`, where some were left out; with labels `top1`, `top5` (fractions) and those of the teacher as `teacher_top1`,
         `teacher_top5`; with a teacher `agreement` (share of images where both have the same top-1) and `kl`, the mean KL(teacher||student) in nats.
     """
-    sums = torch.zeros(len(_NAMES), dtype=torch.float64, device=device)
+    sums = torch.zeros(len(_NAMES), dtype=sum_dtype(device), device=device)
     unreadable = torch.zeros((), dtype=torch.int64, device=device)
     for batch in batches:
         unreadable += len(batch.unreadable)
@@ -62,7 +62,7 @@ def evaluate(
                 same,
                 kl(logits, teacher_logits),
             ]
-        sums += torch.stack([value.double() for value in row])
+        sums += torch.stack([for_sums(value) for value in row])
     total = dict(zip(_NAMES, total_over_ranks(sums).tolist(), strict=True))
     result: dict[str, float] = {"images": int(total["images"])}
     skipped = int(total_over_ranks(unreadable).item())

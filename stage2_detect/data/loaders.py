@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ssld.shared.distributed.processes import start_worker
+from ssld.shared.distributed.processes import pins_memory, start_worker
 from ssld.shared.errors import UserError
 from ssld.shared.images import ImageHeader, UnreadableImage, decode_image, stable_seed
 from ssld.stage2_detect.config import AugmentConfig, ResizeConfig
@@ -51,7 +51,7 @@ class BatchLoader(Generic[Batch]):
             sampler=requests,
             collate_fn=_unchanged,
             num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pins_memory(),
             worker_init_fn=start_worker,
             generator=torch.Generator(),  # its own: the base seed would otherwise advance torch's global generator
         )

@@ -92,7 +92,7 @@ def score(
         if has_masks and any(one.masks is not None for one in by_image.values()):
             segm = coco_ap(data, by_image, backend, masks=True)
             metrics |= {f"{name}_segm": value for name, value in segm.items()}
-    return from_main_rank(metrics), by_image
+    return from_main_rank(metrics, "COCO scores"), by_image
 
 
 def describe(metrics: dict[str, Any]) -> str:

@@ -122,8 +122,9 @@ def class_nms(boxes_N4: Tensor, scores_N: Tensor, classes_N: Tensor, iou: float,
         few *= 4
     if boxes_N4.numel() == 0:
         return classes_N
-    # In float64, since 80 classes of 1,333 px would cost float32 a hundredth of a pixel.
-    boxes_N4, scores_N = boxes_N4.double(), scores_N.double()
+    # In float64, since 80 classes of 1,333 px would cost float32 a hundredth of a pixel; Apple GPUs have none.
+    if boxes_N4.device.type != "mps":
+        boxes_N4, scores_N = boxes_N4.double(), scores_N.double()
     if len(classes_N) <= _MANY:
         # Classes are moved apart in place of a loop over them.
         apart_N = classes_N * (boxes_N4.max() + 1)

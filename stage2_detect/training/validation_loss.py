@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssld.shared.distributed.ranks import ONE_RANK, gather_lists, rank, world_size
+from ssld.shared.distributed.ranks import ONE_RANK, for_sums, gather_lists, rank, world_size
 from ssld.shared.images import stable_seed
 from ssld.stage2_detect.data.coco import MIN_SIDE, CocoData, CocoImage
 from ssld.stage2_detect.data.loaders import eval_loader, masks_of
@@ -46,7 +46,7 @@ def validation_losses(
             # Divided by this rank's counts: the ranks do not have equally many batches.
             losses, _ = model.losses(model.features(on_device), on_device.sizes_B2, targets, ONE_RANK)
         for name, loss in losses.items():
-            sums[name] = sums.get(name, 0.0) + loss.double() * len(records)
+            sums[name] = sums.get(name, 0.0) + for_sums(loss) * len(records)
     parts = gather_lists([{name: value.item() for name, value in sums.items()}])
     names = list(dict.fromkeys(name for part in parts for name in part))
     means = {name: sum(part.get(name, 0.0) for part in parts) / len(data.images) for name in names}

@@ -144,7 +144,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 COMPLETED = [
     ("ssld do", {"doctor"}),
     ("ssld train --optim.wa", {"--optim.warmup_steps", "--optim.warmup_start"}),
-    ("ssld train --precision ", {"fp32", "bf16", "fp16"}),
+    ("ssld train --precision ", {"auto", "fp32", "bf16", "fp16"}),
     ("ssld train --model.kind ret", {"retinanet"}),
     ("ssld run mine.yaml --dr", {"--dry-run"}),
     ("ssld evaluate --score", {"--score_threshold"}),
@@ -169,7 +169,7 @@ def test_completion(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["completion", "zsh"]) == 0
     for_zsh = capsys.readouterr().out
     assert for_zsh.startswith("#compdef ssld\n")
-    assert re.search(r'"--precision\[.*\]:.*:\(fp32 bf16 fp16\)"', for_zsh)
+    assert re.search(r'"--precision\[.*\]:.*:\(auto fp32 bf16 fp16\)"', for_zsh)
 
 
 def test_completion_knows_the_flags_that_commands_take() -> None:

@@ -297,3 +297,29 @@ def test_no_step_waits_for_the_device(
             assert call(distill, arguments(settings, f"{source}{steps}")) == 0
         counts.append(reads)
     assert counts[0] == counts[1] > 0
+
+
+def test_compile_means_student_and_teacher(
+    arguments: Arguments, distill_settings: Settings, call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Traced, but run by torch itself: a C++ compiler need not be here."""
+    traced: list[Any] = []
+    compile_ = torch.compile
+
+    def eager(graph: Any, _: Any) -> Any:
+        traced.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend=eager))
+    assert call(distill, arguments(distill_settings | {"compile": True, "steps": 2}, "compiled")) == 0
+    assert len(traced) >= 2
+    assert call(distill, arguments(distill_settings | {"steps": 2}, "plain")) == 0
+    losses = [
+        [
+            json.loads(line)["loss"]
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+            if '"loss"' in line
+        ]
+        for name in ("plain", "compiled")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

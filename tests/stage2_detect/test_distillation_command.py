@@ -22,6 +22,7 @@ from ssld.stage2_detect.config import ResizeConfig
 from ssld.stage2_detect.data.coco import read_coco
 from ssld.stage2_detect.detector_file import load_detector, save_detector
 from ssld.stage2_detect.distillation.teacher import open_teacher
+from ssld.stage2_detect.models.pyramid import TimmPyramid
 from ssld.stage2_detect.models.rcnn import RCNN
 
 Settings = dict[str, Any]
@@ -222,3 +223,21 @@ def test_without_evaluation_images_the_teacher_is_tried_on_training_images(
     assert call(train.main, arguments(distilled_settings | {"data": data, "steps": 1})) == 0
     log = (tmp_path / "run" / "log.txt").read_text()
     assert f"AP 0.00 on 3 images of {data['train_annotations']}" in log
+
+
+def test_the_teacher_is_compiled_too(
+    distilled_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[torch.nn.Module] = []
+
+    def compile_traced(net: torch.nn.Module) -> None:
+        compiled.append(net)
+        torch.nn.Module.compile(net, backend="eager")
+
+    monkeypatch.setattr(TimmPyramid, "compile", compile_traced)
+    assert call(train.main, arguments(distilled_settings | {"compile": True, "steps": 1}, "compiled")) == 0
+    assert [any(p.requires_grad for p in net.parameters()) for net in compiled] == [True, False]
+    assert call(train.main, arguments(distilled_settings | {"steps": 1}, "plain")) == 0
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines()[0] for name in ("plain", "compiled")]
+    plain, other = ({k: v for k, v in json.loads(line).items() if k.startswith("loss")} for line in lines)
+    assert other == pytest.approx(plain, rel=1e-4)

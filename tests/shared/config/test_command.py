@@ -11,6 +11,7 @@ import torch
 from ssld.shared.config.command import run_command
 from ssld.shared.config.settings import CommandConfig
 from ssld.shared.errors import Stopped, UserError
+from ssld.shared.machine import default_threads
 
 Run = Callable[..., int]
 
@@ -65,11 +66,42 @@ def test_threads(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         assert run(None, "--threads", "1") == 0
         assert torch.get_num_threads() == 1
         monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(6)))
+        monkeypatch.setenv("OMP_NUM_THREADS", "4")
+        assert run() == 0
+        assert torch.get_num_threads() == 4
+        monkeypatch.delenv("OMP_NUM_THREADS")
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
         assert run() == 0
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("setting", "environment", "expected"),
+    [
+        (2, {"OMP_NUM_THREADS": "4"}, (2, "threads")),
+        (None, {"OMP_NUM_THREADS": "4"}, (4, "OMP_NUM_THREADS")),
+        (None, {"OMP_NUM_THREADS": "4,2"}, (4, "OMP_NUM_THREADS")),
+        (None, {"OMP_NUM_THREADS": "1"}, (1, "OMP_NUM_THREADS")),
+        (None, {"OMP_NUM_THREADS": "many"}, (6, "cores / processes")),
+        (None, {}, (6, "cores / processes")),
+        (None, {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}, (3, "cores / processes")),
+        # Launchers set 1 where the user has set nothing.
+        (None, {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}, (3, "cores / processes")),
+        (None, {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, (6, "cores / processes")),
+        (None, {"OMP_NUM_THREADS": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}, (2, "OMP_NUM_THREADS")),
+    ],
+)
+def test_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch, setting: int | None, environment: dict[str, str], expected: tuple[int, str]
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(6)))
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert default_threads(setting) == expected
 
 
 def test_under_a_launcher_the_line_is_left_in_the_folder_and_the_main_ranks_wins(

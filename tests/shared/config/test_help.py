@@ -93,6 +93,6 @@ def test_help_of_a_group(capsys: pytest.CaptureFixture[str]) -> None:
 def test_choices() -> None:
     actions = dict(flags_of(settings_parser(TrainConfig, "x")))
     assert choices_of(actions["model.rpn.sampling"]) == ["random", "first"]
-    assert choices_of(actions["precision"]) == ["fp32", "bf16", "fp16"]
+    assert choices_of(actions["precision"]) == ["auto", "fp32", "bf16", "fp16"]
     assert choices_of(actions["trackers"]) == ["tensorboard", "wandb", "mlflow"]
     assert choices_of(actions["steps"]) == []

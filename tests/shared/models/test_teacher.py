@@ -11,7 +11,7 @@ import torch
 from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import InputSettings, save_backbone
 from ssld.shared.models.model_file import content_hash
-from ssld.shared.models.teacher import FrozenTeacher
+from ssld.shared.models.teacher import FrozenTeacher, TeacherEnsemble
 
 PIXELS = torch.randint(0, 256, (3, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -161,3 +161,33 @@ def test_a_network_without_a_head_gives_no_logits(tmp_path: Path) -> None:
     save_backbone(tmp_path / "body.safetensors", net, arch="test_resnet", inputs=inputs, classes=0)
     with pytest.raises(UserError, match=r"body\.safetensors: has 0 classes, .*; run `ssld prototypes` first"):
         FrozenTeacher(str(tmp_path / "body.safetensors"))
+
+
+def test_compiled_it_gives_the_same(teacher_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits, features and embeddings; traced, but run by torch itself: a C++ compiler need not be here."""
+    traced: list[Any] = []
+    compile_ = torch.compile
+
+    def eager(graph: Any, _: Any) -> Any:
+        traced.append(graph)
+        return graph.forward
+
+    def counted(function: Any) -> Any:
+        functions.append(function)
+        return compile_(function, backend=eager)
+
+    functions: list[Any] = []
+    monkeypatch.setattr(torch, "compile", counted)
+    plain, compiled = FrozenTeacher(str(teacher_file)), FrozenTeacher(str(teacher_file))
+    compiled.compile()
+    torch.testing.assert_close(compiled(PIXELS), plain(PIXELS))
+    assert len(traced) == 1
+    one, other = plain.features(PIXELS, maps=True), compiled.features(PIXELS, maps=True)
+    assert len(traced) == 2
+    for name in ("logits_BK", "pooled_BD", "map_BCHW"):
+        torch.testing.assert_close(getattr(other, name), getattr(one, name))
+    ensemble = TeacherEnsemble([FrozenTeacher(str(teacher_file)) for _ in range(2)])
+    before, functions[:] = ensemble(PIXELS), []
+    ensemble.compile()
+    assert len(functions) == 4  # of each, all of it and the part that gives features
+    torch.testing.assert_close(ensemble(PIXELS), before)

@@ -9,9 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ssld.shared.config.command import run_command
+from ssld.shared.config.settings import CommandConfig
 from ssld.shared.distributed import ranks
 from ssld.shared.errors import is_out_of_memory
 from ssld.shared.models.backbones import Classifier
+from ssld.shared.training import auto_batch
+from ssld.shared.training.auto_batch import find_passes
 from ssld.stage1_ssld.distill import main as distill
 
 Settings = dict[str, Any]
@@ -90,6 +94,47 @@ def test_too_few_passes_after_all(
     sizes = small_memory(Classifier, 3)
     assert call(distill, arguments(settings)) == 0
     assert sizes == [4, 2, *[2] * 4 * 4, 2]
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_any_rank_notes_that_passes_were_too_few(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str
+) -> None:
+    """The others wait for the one that ran out of memory until the launcher ends them, and note nothing."""
+
+    class Batched(CommandConfig):
+        auto_batch: bool = True
+
+    def work(config: Batched) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for name, value in {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "auto_batch.json").write_text('{"accumulate": 2, "processes": 2}')
+    assert run_command(Batched, work, ["--output", str(tmp_path)], program="x") == 2
+    assert json.loads((tmp_path / "auto_batch.json").read_text()) == {"too_few": 2, "processes": 2}
+    assert "auto_batch found too few passes: the same command tries more of them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "notes", [[{"too_few": 2, "processes": 2}, {}], [{"accumulate": 2, "processes": 2}, {"too_few": 2, "processes": 2}]]
+)
+def test_the_note_of_any_rank_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, notes: list[Settings]) -> None:
+    """Where ranks have folders of their own, the main rank's still has what was found before."""
+
+    class Run:
+        path, main = tmp_path, True
+
+        def log(self, text: str) -> None:
+            pass
+
+    tried: list[int] = []
+    net = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(auto_batch, "gather_lists", lambda items: notes)
+    options: Settings = {"networks": {}, "optimizer": torch.optim.SGD(net.parameters()), "device": torch.device("cpu")}
+    assert find_passes(Run(), 16, 2, tried.append, **options) == 4  # type: ignore[arg-type]
+    assert tried == [2]
+    assert json.loads((tmp_path / "auto_batch.json").read_text()) == {"accumulate": 4, "processes": 2}
 
 
 def test_a_run_without_memory_goes_on_in_more_passes(

@@ -129,3 +129,34 @@ def test_those_from_a_step_on_are_dropped(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) == tmp_path / "step_100000000"
     drop_from(tmp_path, 99_999_999)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000005"]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_optimizer_state_gets_the_memory_format_of_its_parameters(tmp_path: Path, name: str) -> None:
+    """Files hold contiguous tensors; after a resume every buffer has the strides that the optimizer itself would have given it."""
+
+    def stepped() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 1), nn.Conv2d(8, 4, 5))
+        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = make_optimizer(
+            name, parameter_groups(net, weight_decay=0.0, decay_norm_and_bias=False), momentum=0.9
+        )  # type: ignore[arg-type]
+        set_lr(optimizer, 0.1)
+        net(torch.rand(2, 3, 12, 12)).sum().backward()
+        optimizer.step()
+        return net, optimizer
+
+    _, optimizer = stepped()
+    tensors, values = optimizer_part(optimizer)
+    folder = save_checkpoint(tmp_path, 1, {"optimizer": tensors}, {"optimizer": values})
+    net, resumed = stepped()
+    parts, state = load_checkpoint(folder)
+    load_optimizer(resumed, parts["optimizer"], state["optimizer"])
+    names = [key for key in next(iter(resumed.state.values())) if key != "step"]
+    for parameter in net.parameters():
+        for key in names:
+            assert resumed.state[parameter][key].stride() == parameter.stride()
+    before = [value for entries in optimizer.state.values() for key, value in entries.items() if key != "step"]
+    after = [value for entries in resumed.state.values() for key, value in entries.items() if key != "step"]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
