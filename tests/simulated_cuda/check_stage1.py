@@ -79,14 +79,18 @@ def test_a_resumed_run_ends_as_one_without_a_break(
     assert all(torch.equal(one[name], other[name]) for name in other)
 
 
-@pytest.mark.xfail(raises=ValueError, strict=True, reason="the device of a run has no index, which the limit of memory needs")
+@pytest.mark.xfail(
+    raises=ValueError, strict=True, reason="the device of a run has no index, which the limit of memory needs"
+)
 def test_auto_batch_on_a_gpu(run: Run, settings: Settings) -> None:
     found = json.loads((run(distill, settings | {"auto_batch": True}) / "auto_batch.json").read_text())
     assert found == {"accumulate": 1, "processes": 1}
 
 
 @pytest.mark.parametrize("kind", ["live", "store", "features", "teach"])
-def test_waits_of_the_loop(kind: str, run: Run, settings: Settings, gpu: SimulatedCuda, request: pytest.FixtureRequest) -> None:
+def test_waits_of_the_loop(
+    kind: str, run: Run, settings: Settings, gpu: SimulatedCuda, request: pytest.FixtureRequest
+) -> None:
     """Of one more step, as the difference between runs of two and three steps, logged at the end."""
     data = {key: value for key, value in settings["data"].items() if key != "val"}
     settings = settings | {"data": data, "log_every": 100, "save_every": 100, "channels_last": True}
@@ -104,24 +108,50 @@ def test_waits_of_the_loop(kind: str, run: Run, settings: Settings, gpu: Simulat
         with gpu.count() as counted:
             run(entry, settings | {"steps": steps}, f"{kind}_{steps}")
         counts.append(counted)
-    more = Counted(*(late - early for early, late in zip(vars(counts[0]).values(), vars(counts[1]).values(), strict=True)))
+    more = Counted(
+        *(late - early for early, late in zip(vars(counts[0]).values(), vars(counts[1]).values(), strict=True))
+    )
     expected = LOOPS[f"distill.py, {kind}" if entry is distill else "teach.py"].of(settings["batch_size"])
     assert (more.waits.total(), more.uploads.total()) == expected, more
     assert more.pageable.total() == 0, more
 
 
-def test_curation_prototypes_evaluation_and_export(run: Run, call: Any, settings: Settings, tiny: Any, teacher_file: Path, tmp_path: Path, gpu: SimulatedCuda) -> None:
+def test_curation_prototypes_evaluation_and_export(
+    run: Run, call: Any, settings: Settings, tiny: Any, teacher_file: Path, tmp_path: Path, gpu: SimulatedCuda
+) -> None:
     common: Settings = {"threads": 1, "workers": 0, "batch_size": 16}
     pool: Settings = common | {"pool": [str(tiny.unlabeled)], "image_size": 32, "examples": 2, "precision": "bf16"}
     curated = run(curate, pool | {"teacher": str(teacher_file), "keep": 3, "train": [str(tiny.train)]}, "curated")
     assert (curated / "selected.parquet").is_file()
     encoder = tmp_path / "encoder.pth"
     torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), encoder)
-    with_size = pool | {"image_size": 64, "encoder": {"model": str(encoder), "arch": "test_vit"}, "prototypes": 3, "perplexity": 2.0}
+    with_size = pool | {
+        "image_size": 64,
+        "encoder": {"model": str(encoder), "arch": "test_vit"},
+        "prototypes": 3,
+        "perplexity": 2.0,
+    }
     assert any(run(prototypes, with_size, "prototypes").glob("*.safetensors"))
-    measured = common | {"model": str(teacher_file), "teacher": str(teacher_file), "data": str(tiny.val), "bank": str(tiny.train), "image_size": 32}
+    measured = common | {
+        "model": str(teacher_file),
+        "teacher": str(teacher_file),
+        "data": str(tiny.val),
+        "bank": str(tiny.train),
+        "image_size": 32,
+    }
     metrics = json.loads((run(evaluate, measured, "evaluated") / "result.json").read_text())["metrics"]
     assert metrics["agreement"] == 1
-    line = ["--model", str(teacher_file), "--formats", "torch", "--output", str(tmp_path / "exported"), "--threads", "1", "--workers", "0"]
+    line = [
+        "--model",
+        str(teacher_file),
+        "--formats",
+        "torch",
+        "--output",
+        str(tmp_path / "exported"),
+        "--threads",
+        "1",
+        "--workers",
+        "0",
+    ]
     with gpu.hidden():  # files are written and checked on the CPU
         assert call(export.main, line) == 0

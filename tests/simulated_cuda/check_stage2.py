@@ -52,7 +52,9 @@ def test_training_is_that_of_the_cpu(run: Run, settings: Settings) -> None:
     assert losses(on_gpu)[0] == pytest.approx(losses(on_cpu)[0], rel=1e-4)
 
 
-@pytest.mark.xfail(raises=ValueError, strict=True, reason="the device of a run has no index, which the limit of memory needs")
+@pytest.mark.xfail(
+    raises=ValueError, strict=True, reason="the device of a run has no index, which the limit of memory needs"
+)
 def test_auto_batch_on_a_gpu(run: Run) -> None:
     found = json.loads((run(auto_batch=True) / "auto_batch.json").read_text())
     assert found == {"accumulate": 1, "processes": 1}
@@ -61,7 +63,12 @@ def test_auto_batch_on_a_gpu(run: Run) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_resumed_run_ends_as_one_without_a_break(run: Run, precision: str, settings: Settings) -> None:
     """With an average of the weights and, under fp16, the gradient scaler's state."""
-    common: Settings = {"precision": precision, "channels_last": True, "ema": {"decay": 0.9}, "optim": settings["optim"] | {"milestones_steps": []}}
+    common: Settings = {
+        "precision": precision,
+        "channels_last": True,
+        "ema": {"decay": 0.9},
+        "optim": settings["optim"] | {"milestones_steps": []},
+    }
     run("broken", **common, steps=2, save_every=2)
     resumed, whole = run("broken", **common), run("whole", **common)
     assert "checkpoint" in (resumed / "log.txt").read_text()
@@ -100,9 +107,19 @@ def test_waits_of_the_loop(kind: str, run: Run, gpu: SimulatedCuda, settings: Se
     data = {key: value for key, value in settings["data"].items() if not key.startswith("val_")}
     for steps in (2, 3):
         with gpu.count() as counted:
-            run(f"{kind}_{steps}", model=model, data=data, steps=steps, log_every=100, save_every=100, channels_last=True)
+            run(
+                f"{kind}_{steps}",
+                model=model,
+                data=data,
+                steps=steps,
+                log_every=100,
+                save_every=100,
+                channels_last=True,
+            )
         counts.append(counted)
-    more = Counted(*(late - early for early, late in zip(vars(counts[0]).values(), vars(counts[1]).values(), strict=True)))
+    more = Counted(
+        *(late - early for early, late in zip(vars(counts[0]).values(), vars(counts[1]).values(), strict=True))
+    )
     expected = LOOPS[f"train.py, {kind}"].of(settings["batch_size"])
     assert (more.waits.total(), more.uploads.total()) == expected, more
     assert more.pageable.total() == 0, more
@@ -121,7 +138,20 @@ def test_a_detector_file_is_evaluated_looked_through_and_exported(
     assert call(predict.main, [*common, *found, "--tile", "48", "--output", str(tmp_path / "predicted")]) == 0
     assert len(json.loads((tmp_path / "predicted" / "predictions.json").read_text())["annotations"]) > 5
     assert call(predict.main, [*common, *found, "--pseudo_labels", "true", "--output", str(tmp_path / "pseudo")]) == 0
-    line = ["--model", str(model), "--formats", "torch", "--check_images", "2", "--output", str(tmp_path / "exported"), "--threads", "1"]
+    line = [
+        "--model",
+        str(model),
+        "--formats",
+        "torch",
+        "--check_images",
+        "2",
+        "--missing_tolerance",
+        "0.5",
+        "--output",
+        str(tmp_path / "exported"),
+        "--threads",
+        "1",
+    ]
     with gpu.hidden():  # files are written and checked on the CPU
         assert call(export.main, line) == 0
         program = torch.export.load(tmp_path / "exported" / "detector.pt2")

@@ -11,8 +11,8 @@ that asked for it), under autocast, in GradScaler, in foreach optimizers and in 
 accelerate are told that one GPU is there.
 
 Not simulated: kernels (an operation, type or layout that CUDA lacks goes through here), memory, speed, streams, races, TF32, several devices or
-processes, `torch.compile`, `torch.export` (but in `hidden`), and operations that change the shape of a tensor in place. Data loaders need workers=0: forks do not go
-with autograd's threads. Entering it changes the process for good (driver.py), so it has one of its own.
+processes, `torch.compile`, `torch.export` (but in `hidden`), and operations that change the shape of a tensor in place. Data loaders need workers=0:
+forks do not go with autograd's threads. Entering it changes the process for good (driver.py), so it has one of its own.
 """
 
 import sys
@@ -45,7 +45,7 @@ _running: list["SimulatedCuda"] = []  # at most one
 
 @dataclass
 class Counted:
-    """Operations for which the host waits, blocking uploads, and `non_blocking` ones from pageable memory; each by operation and line of the project."""
+    """Operations for which the host waits, blocking uploads, and `non_blocking` ones from pageable memory, by line of the project."""
 
     waits: Counter[str] = field(default_factory=Counter)
     uploads: Counter[str] = field(default_factory=Counter)

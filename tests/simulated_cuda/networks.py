@@ -1,4 +1,5 @@
-"""Small detectors of every kind, a batch for them, and the two works whose waits are counted, on a simulated GPU here and on a real one by benchmarks/gpu.py."""
+"""Small detectors of every kind, a batch for them, and the two works whose waits are counted: on a simulated GPU here, on a real one by
+benchmarks/gpu.py."""
 
 from collections.abc import Callable
 from typing import Any
