@@ -2,7 +2,7 @@
 
     python benchmarks/annotation_cache.py [--images 118000] [--rounds 3] [--file instances_train2017.json]
 
-Without --file a file like instances_train2017 is drawn: 7.3 objects an image, polygons of 8 to 44 points, 80 classes. The
+Without --file a file like instances_train2017 is drawn: 7.3 objects per image, polygons of 8 to 44 points, 80 classes. The
 cache is in a temporary folder, and filled by one reading before. Both sides take turns; what they read is compared by a
 checksum, and a difference is an error.
 """
@@ -94,8 +94,8 @@ def start(file: Path, way: str, shapes: bool, folder: str) -> dict[str, Any]:
     """Read the file in a process of its own."""
     line = [sys.executable, __file__, "--file", str(file), "--read", way, *(["--shapes"] if shapes else [])]
     done = subprocess.run(line, check=True, capture_output=True, text=True, env=os.environ | {"XDG_CACHE_HOME": folder})
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
 def read(file: Path, *, cache: bool, shapes: bool) -> dict[str, Any]:
@@ -109,14 +109,14 @@ def read(file: Path, *, cache: bool, shapes: bool) -> dict[str, Any]:
 
 def digest(data: CocoData) -> str:
     """Of all boxes and labels, and of the shapes of every hundredth image."""
-    found = hashlib.sha256(repr((data.class_names, data.category_ids, sorted(data.counts.items()))).encode())
+    digest = hashlib.sha256(repr((data.class_names, data.category_ids, sorted(data.counts.items()))).encode())
     for number, record in enumerate(data.images):
-        found.update(repr((record.image_id, record.path, record.annotation_ids)).encode())
+        digest.update(repr((record.image_id, record.path, record.annotation_ids)).encode())
         for array in (record.boxes_N4, record.labels_N, record.areas_N):
-            found.update(array.tobytes())
+            digest.update(array.tobytes())
         if record.segmentations is not None and number % 100 == 0:
-            found.update(json.dumps(list(record.segmentations)).encode())
-    return found.hexdigest()
+            digest.update(json.dumps(list(record.segmentations)).encode())
+    return digest.hexdigest()
 
 
 def peak_megabytes() -> float:

@@ -3,9 +3,8 @@
     pip install faiss-cpu
     python benchmarks/close_hashes.py [--hashes 1000000] [--distance 6] [--queries 20000] [--rounds 3]
 
-Random hashes, 5,000 of them three bits from others. faiss answers `--queries` of them, which is scaled up to all; ours joins all with themselves. In
-turn, `--rounds` times; printed are the median seconds for all hashes, and
-the pairs that were found.
+Random hashes, 5,000 of them three bits from others. faiss looks up `--queries` of them, and its time is scaled up to all; ours joins all with
+themselves. In turn, `--rounds` times; printed are the median seconds for all hashes, and the pairs that were found.
 """
 
 import argparse
@@ -65,14 +64,14 @@ def main() -> None:
         "faiss IndexBinaryFlat": flat,
     }
     seconds: dict[str, list[float]] = {name: [] for name in methods}
-    found = {}
+    pairs = {}
     for _, (name, method) in itertools.product(range(arguments.rounds), methods.items()):
-        took, found[name] = method()
+        took, pairs[name] = method()
         seconds[name].append(took)
     print(f"{len(values)} hashes, distance {arguments.distance}, faiss {faiss.__version__}, 1 thread")
     for name, rounds in seconds.items():
         note = "" if name == "ours" else f" to {len(values) // max(1, len(values) // arguments.queries)} queries"
-        print(f"{name:40} {statistics.median(rounds):8.1f} s, {found[name]} pairs{note}")
+        print(f"{name:40} {statistics.median(rounds):8.1f} s, {pairs[name]} pairs{note}")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python benchmarks/curation_memory.py [--rows 20000000] [--classes 1000] [--keep 4000] [--protected 50000]
 
-Writes score files of that many made-up images to a temporary folder, in a process of its own: a thousand of them copies of protected images, a
-thousand copies of each other, and a thousand mirror images of each other. Then come candidates (best 1.5 x keep per class), their look-alikes (close
-hashes among these and with the protected) and the outcome (what goes, the cut to `keep`, the manifest), with cosines of 1 before the last. Prints
-counts, seconds, and the peak of resident memory so far at the start and after each part; fails if a copy was not found.
+Writes score files of that many made-up images to a temporary folder, in a process of its own: a thousand of them copies of held-out images, a
+thousand copies of each other, and a thousand mirror images of each other. Then come candidates (best 1.5 x keep per class), their near-duplicates
+(close hashes among these and with the held-out images) and the outcome (rejections, the cut to `keep`, the manifest), with cosines of 1 before the
+last. Prints counts, seconds, and the peak of resident memory so far at the start and after each part; fails if a copy was not found.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def write(folder: Path, rows: int, classes: int, protected: int) -> None:
-    """Score files of `rows` images; the last of them are copies of protected ones, before them mirror images and copies of those before them."""
+    """Score files of `rows` images; the last are copies of held-out images, those before them mirror images and copies of earlier ones."""
     generator = np.random.default_rng(0)
     shielded = generator.integers(0, 2**64, (2, protected), dtype=np.uint64)
     twins = generator.integers(0, 2**64, (2, COPIES), dtype=np.uint64)
@@ -100,7 +100,7 @@ def select(folder: Path, rows: int, classes: int, keep: int, protected: int) -> 
         protected=ScoreFiles(folder / "protected", 1),
         val_images=protected,
     )
-    found: dict[str, float] = {"rows": rows, "start_megabytes": peak_megabytes()}
+    result: dict[str, float] = {"rows": rows, "start_megabytes": peak_megabytes()}
     for name, part in (
         ("candidates", write_candidates),
         ("look_alikes", write_look_alikes),
@@ -108,8 +108,8 @@ def select(folder: Path, rows: int, classes: int, keep: int, protected: int) -> 
     ):
         begun = time.perf_counter()
         part(folder, selection)
-        found[f"{name}_seconds"] = round(time.perf_counter() - begun, 1)
-        found[f"{name}_megabytes"] = peak_megabytes()
+        result[f"{name}_seconds"] = round(time.perf_counter() - begun, 1)
+        result[f"{name}_megabytes"] = peak_megabytes()
         if name == "look_alikes":
             pairs = pair_rows(folder / "look_alikes.parquet")
             assert pairs is not None
@@ -117,18 +117,18 @@ def select(folder: Path, rows: int, classes: int, keep: int, protected: int) -> 
     outcome = outcome_of(folder)
     assert outcome is not None
     metrics = outcome["metrics"]
-    assert metrics["like_val"] >= COPIES, "a copy of a protected image was not found"
+    assert metrics["like_val"] >= COPIES, "a copy of a held-out image was not found"
     assert metrics["like_better"] >= 2 * COPIES, "a copy or a mirror image was not found"
-    return found | {name: metrics[name] for name in ("candidates", "kept", "like_val", "like_better")}
+    return result | {name: metrics[name] for name in ("candidates", "kept", "like_val", "like_better")}
 
 
 def peak_megabytes() -> int:
     """Most resident memory this process ever had; -1 where the system does not say (`ru_maxrss` would be inherited from the parent)."""
     try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
     except OSError:
         return -1
-    return int(found[1]) // 1024 if found else -1
+    return int(peak[1]) // 1024 if peak else -1
 
 
 if __name__ == "__main__":

@@ -2,17 +2,17 @@
 
     python benchmarks/dense.py [--pairs 30] [--sizes 480x640 800x1333] [--batch 2] [--modes training inference ld atss]
 
-training    a RetinaNet step, forward and backward and SGD / torchvision's    wanted: at most 0.95 on a CPU; on a GPU, both bf16, at most 0.67
+training    a RetinaNet step, forward and backward and SGD / torchvision's    goal: at most 0.90 on a CPU; on a GPU, both bf16, at most 0.5
 inference   images in memory to detections, ours / torchvision's              the same
 ld          a GFL step under LD / (the student's step + the teacher's forward pass)    at most 1.05
 atss        greatest memory of a process that assigns 64 images of 100 objects each at 800x1333, with LD's valuable region    below 2 GB
 
 torchvision's side is its RetinaNet class with the settings of retinanet_resnet50_fpn and our weights, timm body, P6 and P7, anchors, frozen norm and
 100 detections; it keeps its own transform (without the resize), head, matcher, losses and post-processing, and its losses are divided image by image.
-The heads' last layers are scaled so that a thousand anchors and classes an image pass the threshold. Each side works in the memory format in which it
-was faster on its first rounds; in evaluation ours is the folded copy that evaluate.py runs. Works of a round run one after the other, in alternating
-order; printed are the median and the quartiles over the rounds. `--processor-time` counts the seconds that the process computed, for a CPU that
-others use too: give it one thread (OMP_NUM_THREADS=1), since waiting threads compute.
+The heads' last layers are scaled so that a thousand pairs of anchor and class per image pass the threshold. Each side works in the memory format in
+which it was faster on its first rounds; in evaluation ours is the folded copy that evaluate.py runs. Works of a round run one after the other, in
+alternating order; printed are the median and the quartiles over the rounds. `--processor-time` counts the seconds that the process computed, for a
+CPU that others use too: give it one thread (OMP_NUM_THREADS=1), since waiting threads compute.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.retinanet import RetinaNet as TheirRetinaNet
+from torchvision.models.detection.retinanet import RetinaNet as ReferenceRetinaNet
 
 from benchmarks.detect import FORMATS, Inputs, check_detections, make_inputs
 from benchmarks.side_by_side import Work, rounds, show
@@ -51,9 +51,9 @@ from ssld.stage2_detect.models.gfl import GFL
 from ssld.stage2_detect.models.inference import for_inference
 
 Clock = Callable[[], float]
-OURS, THEIRS = "ours", "torchvision"
+OURS, TORCHVISION = "ours", "torchvision"
 _INPUTS = InputSettings(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, (0, 0), "bilinear", False)
-_PASSING = 1000  # pairs of anchor and class an image above the score threshold
+_PASSING = 1000  # pairs of anchor and class per image above the score threshold
 _LIMIT = -2.944  # logit of 0.05
 _ATSS_IMAGES, _ATSS_OBJECTS, _ATSS_GRIDS = 64, 100, [(100, 168), (50, 84), (25, 42), (13, 21), (7, 11)]
 
@@ -81,9 +81,9 @@ def our_detector(kind: str, arch: str, inputs: Inputs, seed: int = 0) -> DenseDe
     return model
 
 
-def torchvisions_detector(ours: DenseDetector) -> TheirRetinaNet:
+def torchvisions_detector(ours: DenseDetector) -> ReferenceRetinaNet:
     """The same network and settings in torchvision's classes; labels are ours."""
-    theirs = TheirRetinaNet(
+    reference = ReferenceRetinaNet(
         FrozenBackbone(ours.pyramid),
         num_classes=CLASSES,
         anchor_generator=_OurAnchors(ours),
@@ -92,18 +92,18 @@ def torchvisions_detector(ours: DenseDetector) -> TheirRetinaNet:
         detections_per_img=ours.detections_per_image,
         topk_candidates=ours.candidates,
     )
-    theirs.transform.resize = lambda image, target: (image, target)  # images come at their size
-    head, their_head = ours.dense.head, theirs.head
+    reference.transform.resize = lambda image, target: (image, target)  # images come at their size
+    head, reference_head = ours.dense.head, reference.head
     for tower, branch in (
-        (head.class_tower, their_head.classification_head),
-        (head.box_tower, their_head.regression_head),
+        (head.class_tower, reference_head.classification_head),
+        (head.box_tower, reference_head.regression_head),
     ):
         for place, block in enumerate(branch.conv):
             block[0].load_state_dict(tower[2 * place].state_dict())
-    their_head.classification_head.cls_logits.load_state_dict(head.logits.state_dict())
-    their_head.regression_head.bbox_reg.load_state_dict(head.boxes.state_dict())
-    their_head.regression_head._loss_type = "l1"
-    return theirs
+    reference_head.classification_head.cls_logits.load_state_dict(head.logits.state_dict())
+    reference_head.regression_head.bbox_reg.load_state_dict(head.boxes.state_dict())
+    reference_head.regression_head._loss_type = "l1"
+    return reference
 
 
 class _OurAnchors(AnchorGenerator):
@@ -119,8 +119,10 @@ def call(side: str, net: nn.Module, inputs: Inputs) -> Any:
     """Losses in training, detections in evaluation."""
     if side == OURS:
         return net(inputs.images, inputs.targets if net.training else None)
-    targets = [{"boxes": t["boxes"], "labels": t["labels"] - 1} for t in inputs.their_targets] if net.training else None
-    return net(list(inputs.their_images), targets)
+    targets = (
+        [{"boxes": t["boxes"], "labels": t["labels"] - 1} for t in inputs.torchvision_targets] if net.training else None
+    )
+    return net(list(inputs.torchvision_images), targets)
 
 
 def work(side: str, net: nn.Module, inputs: Inputs, dtype: torch.dtype) -> Work:
@@ -131,9 +133,9 @@ def work(side: str, net: nn.Module, inputs: Inputs, dtype: torch.dtype) -> Work:
 
     def run() -> None:
         with torch.set_grad_enabled(net.training), torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            found = call(side, net, inputs)
+            losses = call(side, net, inputs)
         if net.training:
-            torch.stack(list(found.values())).sum().backward()
+            torch.stack(list(losses.values())).sum().backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -145,25 +147,25 @@ def compare(mode: str, arch: str, inputs: Inputs, pairs: int, label: str, clock:
     device = inputs.images.pixels_BCHW.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     nets: dict[str, nn.Module] = {}
-    for side in (OURS, THEIRS):
+    for side in (OURS, TORCHVISION):
         built: dict[str, nn.Module] = {}
         for name, memory_format in FORMATS.items():
             ours = our_detector("retinanet", arch, inputs)
-            net: nn.Module = torchvisions_detector(ours) if side == THEIRS else ours
+            net: nn.Module = torchvisions_detector(ours) if side == TORCHVISION else ours
             net = for_inference(ours) if side == OURS and mode == "inference" else net
             built[name] = net.train(mode == "training").to(device).to(memory_format=memory_format)
-        found = rounds({name: work(side, net, inputs, dtype) for name, net in built.items()}, 2, device, clock)
-        best = min(FORMATS, key=lambda name: min(seconds[name] for seconds in found))
+        timings = rounds({name: work(side, net, inputs, dtype) for name, net in built.items()}, 2, device, clock)
+        best = min(FORMATS, key=lambda name: min(seconds[name] for seconds in timings))
         nets[side] = built[best]
         print(f"  {side}: {best}")
     if mode == "inference":
         with torch.no_grad():
-            theirs = [{**found, "labels": found["labels"] + 1} for found in call(THEIRS, nets[THEIRS], inputs)]
-            share = check_detections(call(OURS, nets[OURS], inputs), theirs)
+            expected = [{**one, "labels": one["labels"] + 1} for one in call(TORCHVISION, nets[TORCHVISION], inputs)]
+            share = check_detections(call(OURS, nets[OURS], inputs), expected)
         assert share > 0.95, f"only {share:.0%} of our detections are torchvision's: the settings differ"
         print(f"  {share:.0%} of our detections are torchvision's")
-    found = rounds({side: work(side, net, inputs, dtype) for side, net in nets.items()}, pairs, device, clock)
-    show(f"{label} {mode}, {str(dtype)[6:]}: ours / torchvision", [r[OURS] / r[THEIRS] for r in found])
+    timings = rounds({side: work(side, net, inputs, dtype) for side, net in nets.items()}, pairs, device, clock)
+    show(f"{label} {mode}, {str(dtype)[6:]}: ours / torchvision", [r[OURS] / r[TORCHVISION] for r in timings])
 
 
 def under_ld(arch: str, teacher_arch: str, inputs: Inputs, pairs: int, label: str, clock: Clock) -> None:
@@ -183,8 +185,8 @@ def under_ld(arch: str, teacher_arch: str, inputs: Inputs, pairs: int, label: st
         "teacher": forward,
         "under LD": work(OURS, distilled, inputs, dtype),
     }
-    found = rounds(works, pairs, device, clock)
-    show(f"{label} LD step / (student step + teacher forward)", [r["under LD"] / (r["alone"] + r["teacher"]) for r in found])  # fmt: skip
+    timings = rounds(works, pairs, device, clock)
+    show(f"{label} LD step / (student step + teacher forward)", [r["under LD"] / (r["alone"] + r["teacher"]) for r in timings])  # fmt: skip
 
 
 def assign() -> None:
@@ -224,12 +226,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--modes", nargs="+", choices=modes, default=modes)
     parser.add_argument("--arch", default="resnet50", help="of all students")
     parser.add_argument("--teacher-arch", default="resnet101")
+    parser.add_argument(
+        "--memory-format",
+        choices=["fastest", "channels_last"],
+        default="fastest",
+        help="of each side; fastest tries both",
+    )
     parser.add_argument("--processor-time", action="store_true")
     parser.add_argument("--peak-of-assignment", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.peak_of_assignment:
         print_peak_of_assignment()
         return
+    if arguments.memory_format == "channels_last":
+        FORMATS.pop("contiguous", None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock = time.process_time if arguments.processor_time else time.perf_counter
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}"

@@ -1,12 +1,12 @@
-"""What a teacher brings to one-stage detectors: the terms of LD one by one, and SAD with a fifth of the labels, over seeds.
+"""Gain that a teacher brings to one-stage detectors: the terms of LD one by one, and SAD with a fifth of the labels, over seeds.
 
     python benchmarks/dense_grid.py DATA --teacher-backbone T.safetensors --backbones B0.safetensors B1.safetensors B2.safetensors --output runs/dense
 
-DATA holds `train.json`, `val.json` and the folders `train/`, `val/`, each with its own pictures alone: what lies in `train/` without annotations is
-learnt from. Seed n of a row takes file n of the backbones, and the same steps, augmentation
-and schedule as every other row, except where the row's name says otherwise. GFL students and their teacher learn from all annotations; RetinaNet
-students and their teacher from every fifth picture's, and the other pictures are unlabeled. There is one teacher of each kind, of seed 0. Runs that
-are finished are not run again; a row counts when all its seeds are. The table goes to standard output.
+DATA holds `train.json`, `val.json` and the folders `train/`, `val/`, each with its own images alone: an image in `train/` without annotations is
+learnt from. Seed n of a row takes file n of the backbones, and the same steps, augmentation and schedule as every other row, except where the row's
+name says otherwise. GFL students and their teacher learn from all annotations; RetinaNet students and their teacher from those of every fifth image,
+and the other images are unlabeled. There is one teacher of each kind, of seed 0. Runs that are finished are not run again; a row counts when all its
+seeds are. The table goes to standard output.
 """
 
 import argparse
@@ -30,7 +30,7 @@ BATCH = 8
 LD_TERMS = {"ld": 0.25, "ld_vlr": 0.25, "kd": 10.0, "kd_vlr": 10.0, "imitation": 2.0}
 DEFAULT_TERMS = ("ld", "ld_vlr", "kd")
 LONGER = "labeled fifth, twice the steps"
-LABELLED = 5  # every fifth picture keeps its annotations
+LABELED = 5  # every fifth image keeps its annotations
 
 
 def gfl_rows(teacher: Path) -> dict[str, list[str]]:
@@ -76,15 +76,15 @@ def train(kind: str, data: Path, annotations: Path, backbone: Path, output: Path
     ]
 
 
-def pictures_of(annotations: Path) -> set[str]:
-    """Names of the pictures of a COCO JSON, without folders."""
+def images_of(annotations: Path) -> set[str]:
+    """Names of the images of a COCO JSON, without folders."""
     return {Path(image["file_name"]).name for image in json.loads(annotations.read_text(encoding="utf-8"))["images"]}
 
 
 def write_labeled(source: Path, target: Path) -> None:
-    """A COCO JSON with every fifth picture of another, by file name."""
+    """A COCO JSON with every fifth image of another, by file name."""
     content = json.loads(source.read_text(encoding="utf-8"))
-    content["images"] = sorted(content["images"], key=lambda image: image["file_name"])[::LABELLED]
+    content["images"] = sorted(content["images"], key=lambda image: image["file_name"])[::LABELED]
     kept = {image["id"] for image in content["images"]}
     content["annotations"] = [one for one in content["annotations"] if one["image_id"] in kept]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -151,9 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             else retinanet_rows(files[kind], pseudo / "pseudo_labels.json", data / "train")
         )
     if not arguments.table_only:
-        strays = pictures_of(data / "val.json") & {file.name for file in (data / "train").rglob("*")}
+        strays = images_of(data / "val.json") & {file.name for file in (data / "train").rglob("*")}
         if strays:
-            print(f"error: {data / 'train'}: holds evaluation pictures ({min(strays)}); move them", file=sys.stderr)
+            print(f"error: {data / 'train'}: holds evaluation images ({min(strays)}); move them", file=sys.stderr)
             return 2
         write_labeled(data / "train.json", labeled)
         lines = []

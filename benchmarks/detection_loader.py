@@ -6,7 +6,7 @@ never an absolute time.
 Both decode the same photos by PIL and give a padded batch of the same sizes, flips and boxes. Ours ends in uint8 pixels, which the network
 normalises on its device; the opponent's chain is Resize on the PIL image, ToTensor, Normalize, flip, pad. The rows: images/s of
 
-(a) our fast kernel / the opponent, both bicubic            wanted: at least 1.3
+(a) our fast kernel / the opponent, both bicubic            goal: at least 1.3
 (b) the same, our normalisation on the CPU counted too
 (c) our fast kernel / the opponent, both bilinear
 (d) our reference kernel / the opponent, bicubic
@@ -76,7 +76,7 @@ class Batches:
         return TrainLoader(self.data, sizes, augment, batch_size=self.batch, seed=0, start_step=0, stop_step=steps)
 
     def view(self, record: CocoImage, epoch: int) -> View:
-        """What a batch shows of an image."""
+        """The view of an image that a batch holds."""
         return draw_view(
             record.height,
             record.width,
@@ -99,7 +99,7 @@ class Batches:
 
         return work
 
-    def theirs(self, interpolation: InterpolationMode) -> Callable[[], None]:
+    def torchvisions(self, interpolation: InterpolationMode) -> Callable[[], None]:
         steps = iter(range(10**9))
 
         def work() -> None:
@@ -149,22 +149,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     works = {
         "fast": batches.ours(kernel="fast"),
-        "bicubic": batches.theirs(InterpolationMode.BICUBIC),
+        "bicubic": batches.torchvisions(InterpolationMode.BICUBIC),
         "normalised": batches.ours(kernel="fast", normalised=True),
         "reference": batches.ours(),
         "fast bilinear": batches.ours(kernel="fast", interpolation="bilinear"),
-        "bilinear": batches.theirs(InterpolationMode.BILINEAR),
+        "bilinear": batches.torchvisions(InterpolationMode.BILINEAR),
         "augmented": batches.ours(kernel="fast", auto_augment=True),
     }
-    found = rounds(works, arguments.pairs, torch.device("cpu"))
+    timings = rounds(works, arguments.pairs, torch.device("cpu"))
     print(
         f"torch {torch.__version__}, one CPU thread, {arguments.pairs} rounds of {arguments.batch} images: median (quartiles)"
     )
-    show("(a) fast / torchvision v1, bicubic", [r["bicubic"] / r["fast"] for r in found])
-    show("(b) the same, normalisation counted", [r["bicubic"] / r["normalised"] for r in found])
-    show("(c) fast / torchvision v1, bilinear", [r["bilinear"] / r["fast bilinear"] for r in found])
-    show("(d) reference / torchvision v1, bicubic", [r["bicubic"] / r["reference"] for r in found])
-    show("(e) fast with AutoAugment / without", [r["fast"] / r["augmented"] for r in found])
+    show("(a) fast / torchvision v1, bicubic", [r["bicubic"] / r["fast"] for r in timings])
+    show("(b) the same, normalisation counted", [r["bicubic"] / r["normalised"] for r in timings])
+    show("(c) fast / torchvision v1, bilinear", [r["bilinear"] / r["fast bilinear"] for r in timings])
+    show("(d) reference / torchvision v1, bicubic", [r["bicubic"] / r["reference"] for r in timings])
+    show("(e) fast with AutoAugment / without", [r["fast"] / r["augmented"] for r in timings])
     for interpolation in ("bicubic", "bilinear"):
         mean, largest = kernel_difference(batches, interpolation)
         print(f"fast from reference, {interpolation}: {mean:.2f} grey levels in the mean, {largest} at most")

@@ -1,10 +1,10 @@
-"""What the backbone brings to the detector: Faster and Cascade R-CNN from random, supervised and SSLD weights, over seeds.
+"""Gain that the backbone brings to the detector: Faster and Cascade R-CNN from random, supervised and SSLD weights, over seeds.
 
     python benchmarks/mosaics.py DIR/tinyimagenet100 --output data/mosaics
     python benchmarks/detector_grid.py data/mosaics --supervised A0.safetensors A1.safetensors A2.safetensors \
         --ssld B0.safetensors B1.safetensors B2.safetensors --output runs/grid
 
-DATA holds `train.json`, `val.json` and the folders `train/`, `val/`. Seed n of a row takes file n of its backbone, and the same pictures, steps,
+DATA holds `train.json`, `val.json` and the folders `train/`, `val/`. Seed n of a row takes file n of its backbone, and the same images, steps,
 augmentation and schedule as every other row. Every layer trains, norms too (a random backbone under frozen norms would be a straw man); the weights
 that were learnt before are tried with all learning rates equal and with the small factors of the SSLD recipes. Runs that are finished are not run
 again; a row counts when all its seeds are. The table goes to standard output.
@@ -30,7 +30,7 @@ SMALL_FACTORS = "0.05,0.05,0.05,0.1,0.15"
 
 
 class Row(NamedTuple):
-    """What differs between two rows of the table."""
+    """Settings in which two rows of the table differ."""
 
     kind: str
     dcn: bool

@@ -2,16 +2,16 @@
 
     python benchmarks/distill.py FOLDER_OF_IMAGES [--pairs 30] [--student resnet18d --teacher resnet34d --size 64 --batch 16]
 
-(a) a step from a store / a supervised step                          wanted: at most 1.05
+(a) a step from a store / a supervised step                          goal: at most 1.05
 (b) a step with a live teacher / (its forward pass + a supervised step)   at most 1.02
 (c) a step with a live teacher / timm's LogitDistillationTask, same networks and precision   at most 1.00 on a CPU, 0.75 on a GPU
 (d) images/s of our views in batches / PIL with torchvision's v1 transforms, normalised, in batches   at least 1.6
     the same with data.decoder: torchcodec, where that is installed
-(e) share of a training loop's time spent waiting for images, one loader process
-(f) a step with a live teacher, pooled and spatial terms / the same without them   at most 1.05
+(e) share of a training loop's time spent waiting for images, with --workers loader processes
+(f) a step with a live teacher, pooled and spatial terms / one without them   at most 1.05
 
-The works of a round run one after the other, in alternating order; printed are the median and the quartiles over the rounds. Needs timm only as the
-opponent of (c), on labeled images, because it takes no others.
+The works of a round run one after the other, in alternating order; printed are the median and the quartiles over the rounds. timm's task of (c) gets
+labeled images, because it takes no others.
 """
 
 import argparse
@@ -120,13 +120,14 @@ def steps(arguments: argparse.Namespace, device: torch.device) -> None:
 
     works = {"store": from_store, "labels": from_labels, "live": live, "teacher": teacher_alone, "timm": timms}
     works["features"] = with_features
-    found = rounds(works, arguments.pairs, device)
-    show("(a) store step / supervised step", [r["store"] / r["labels"] for r in found])
+    timings = rounds(works, arguments.pairs, device)
+    show("(a) store step / supervised step", [r["store"] / r["labels"] for r in timings])
     show(
-        "(b) live step / (teacher forward + supervised step)", [r["live"] / (r["teacher"] + r["labels"]) for r in found]
+        "(b) live step / (teacher forward + supervised step)",
+        [r["live"] / (r["teacher"] + r["labels"]) for r in timings],
     )
-    show("(c) live step / timm's LogitDistillationTask", [r["live"] / r["timm"] for r in found])
-    show("(f) live step with feature terms / live step", [r["features"] / r["live"] for r in found])
+    show("(c) live step / timm's LogitDistillationTask", [r["live"] / r["timm"] for r in timings])
+    show("(f) live step with feature terms / live step", [r["features"] / r["live"] for r in timings])
 
 
 def loader(arguments: argparse.Namespace) -> None:
@@ -142,20 +143,20 @@ def loader(arguments: argparse.Namespace) -> None:
         views = [training_view(open_image(file, decoder=decoder), str(file), 0, data, 0) for file in files]
         collate([View(view, 0, "", []) for view in views])
 
-    def theirs() -> None:
+    def torchvisions() -> None:
         views = []
         for file in files:
             with Image.open(file) as image:
                 views.append((chain(image.convert("RGB")), 0))
         default_collate(views)
 
-    works: dict[str, Callable[[], None]] = {"pil": lambda: ours("pil"), "theirs": theirs}
+    works: dict[str, Callable[[], None]] = {"pil": lambda: ours("pil"), "torchvision": torchvisions}
     if importlib.util.find_spec("torchcodec"):
         works["torchcodec"] = lambda: ours("torchcodec")
-    found = rounds(works, arguments.pairs, torch.device("cpu"))
-    for decoder in sorted(set(works) - {"theirs"}):
+    timings = rounds(works, arguments.pairs, torch.device("cpu"))
+    for decoder in sorted(set(works) - {"torchvision"}):
         label = f"(d) images/s of our views / torchvision's v1 transforms, {decoder}"
-        show(label, [r["theirs"] / r[decoder] for r in found])
+        show(label, [r["torchvision"] / r[decoder] for r in timings])
 
 
 def waiting(arguments: argparse.Namespace, device: torch.device) -> None:
@@ -168,30 +169,33 @@ def waiting(arguments: argparse.Namespace, device: torch.device) -> None:
             "teacher": f"random:{arguments.teacher}",
             "steps": arguments.pairs,
             "batch_size": arguments.batch,
-            "workers": 1,
+            "workers": arguments.workers,
             "optim": {"lr": 1e-4, "reference_batch": arguments.batch},
         }
     )
     sources = open_sources(config.data.train, "data.train")
     student = place(create_classifier(parse_reference(config.student.model))[0].train(), device, channels_last=True)
     assert config.teacher is not None
-    teacher = make_teacher(config.teacher, precision="fp32", device=device, channels_last=True)
+    dtype, precision = (torch.bfloat16, "bf16") if device.type == "cuda" else (torch.float32, "fp32")
+    teacher = make_teacher(config.teacher, precision=precision, device=device, channels_last=True)
     objective = Objective(config.losses, 0.0)
     waited = worked = 0.0
     training = TrainingData(config, sources, [None])
     with closing(training.batches(0, arguments.pairs, rank=0, ranks=1, pin_memory=device.type == "cuda")) as stream:
         for number in range(arguments.pairs):
-            asked = time.perf_counter()
+            requested = time.perf_counter()
             batch = next(stream)
-            came = time.perf_counter()
+            arrived = time.perf_counter()
             pixels = batch.pixels_BCHW.to(device, non_blocking=True)
-            logits = student(pixels)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                logits = student(pixels)
             objective(logits, SoftLabels(teacher(pixels)), batch.labels_B.to(device))["loss"].backward()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if number:  # the first batch waits for the loader to start
-                waited, worked = waited + came - asked, worked + time.perf_counter() - came
-    print(f"{'(e) share of the loop spent waiting, one loader process':<66} {waited / (waited + worked):.3f}")
+                waited, worked = waited + arrived - requested, worked + time.perf_counter() - arrived
+    label = f"(e) share of the loop spent waiting, loader processes: {arguments.workers}"
+    print(f"{label:<66} {waited / (waited + worked):.3f}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -203,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--teacher", default="resnet34d")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--workers", type=int, default=1, help="loader processes of (e)")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":

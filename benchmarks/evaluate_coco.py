@@ -2,7 +2,7 @@
 
     python benchmarks/evaluate_coco.py [--images 5000] [--per-image 100] [--classes 80] [--rounds 5]
 
-Objects and detections are drawn: about 7 objects an image, some of them crowd regions, and detections of which half are
+Objects and detections are drawn: about 7 objects per image, some of them crowd regions, and detections of which half are
 moved copies of objects. Both backends get the same arrays, take turns, and must give the same numbers: a difference above
 1e-12 is an error. Seconds are those of `coco_ap` from detections to the numbers, our own lines around the backend included.
 """
@@ -35,14 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args(argv)
-    truth, found = draw(arguments.images, arguments.per_image, arguments.classes)
+    truth, detections = draw(arguments.images, arguments.per_image, arguments.classes)
     objects = sum(len(record.labels_N) for record in truth.images)
-    boxes = sum(len(one.scores_N) for one in found.values())
+    boxes = sum(len(one.scores_N) for one in detections.values())
     print(f"{len(truth.images)} images, {objects} objects, {boxes} detections, {arguments.classes} classes\n")
     works: dict[str, Callable[[], Any]] = {
-        "hotcoco": lambda: coco_ap(truth, found, "hotcoco"),
-        "pycocotools": lambda: coco_ap(truth, found, "pycocotools"),
-        "analysis": lambda: analysis.report(analysis.analyse(truth, found, score_threshold=0.5), {}),
+        "hotcoco": lambda: coco_ap(truth, detections, "hotcoco"),
+        "pycocotools": lambda: coco_ap(truth, detections, "pycocotools"),
+        "analysis": lambda: analysis.report(analysis.analyse(truth, detections, score_threshold=0.5), {}),
     }
     rounds = [{name: timed(work) for name, work in works.items()} for _ in range(arguments.rounds)]
     compare(rounds[0]["hotcoco"][1], rounds[0]["pycocotools"][1])
@@ -59,7 +59,7 @@ def draw(images: int, per_image: int, classes: int) -> tuple[CocoData, dict[Id, 
     """A data set of 640 x 480 images, and detections of it."""
     generator = np.random.default_rng(0)
     records: list[CocoImage] = []
-    found: dict[Id, Detections] = {}
+    detections: dict[Id, Detections] = {}
     for image in range(images):
         count = int(generator.poisson(7.2))
         boxes_N4, labels_N = random_boxes(generator, count), generator.integers(0, classes, count)
@@ -79,9 +79,9 @@ def draw(images: int, per_image: int, classes: int) -> tuple[CocoData, dict[Id, 
         all_M4[:, 2:] += all_M4[:, :2]
         parts = (all_M4[order].astype(np.float32), scores_M[order].astype(np.float32), labels_M[order])
         boxes, scores, labels = map(torch.from_numpy, parts)
-        found[image] = Detections(boxes, scores, labels)
+        detections[image] = Detections(boxes, scores, labels)
     names = tuple(f"class {label}" for label in range(classes))
-    return CocoData("drawn", False, names, tuple(range(1, classes + 1)), records), found
+    return CocoData("drawn", False, names, tuple(range(1, classes + 1)), records), detections
 
 
 def random_boxes(generator: np.random.Generator, count: int) -> np.ndarray:
@@ -97,11 +97,13 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - begun, result
 
 
-def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+def compare(metrics: dict[str, Any], expected: dict[str, Any]) -> None:
     """Raises AssertionError where two backends differ."""
-    for key, value in theirs.items():
+    for key, value in expected.items():
         parts = (
-            zip(value.values(), ours[key].values(), strict=True) if isinstance(value, dict) else [(value, ours[key])]
+            zip(value.values(), metrics[key].values(), strict=True)
+            if isinstance(value, dict)
+            else [(value, metrics[key])]
         )
         for one, other in parts:
             if (one is None) != (other is None) or (one is not None and abs(one - other) > 1e-12):

@@ -1,8 +1,8 @@
-"""A detection set of real photos on which the backbone decides: Tiny ImageNet pictures pasted on canvases, with the boxes of their objects.
+"""A detection set of real photos on which the backbone decides: Tiny ImageNet images pasted on canvases, with the boxes of their objects.
 
     python benchmarks/mosaics.py DIR/tinyimagenet100 --output data/mosaics
 
-Each canvas has one colour and shows a few pictures at random sizes and places, none over another; an object's box is what the data set's `bbox`
+Each canvas has one colour and shows a few images at random sizes and places, none over another; an object's box is what the data set's `bbox`
 column says, moved along. Training canvases are made of `labeled.parquet`, evaluation canvases of `val.parquet`. Writes `train.json`, `val.json`
 and the folders `train/`, `val/` of PNG files. The same arguments give the same files.
 """
@@ -18,11 +18,11 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-PICTURE = 64  # pixels a side in the data set
+SIDE = 64  # pixels per side in the data set
 
 
-def read_pictures(file: Path, classes: int) -> list[tuple[bytes, int, list[int]]]:
-    """(encoded picture, label, box as x0, y0, x1, y1) of the first `classes` classes."""
+def read_images(file: Path, classes: int) -> list[tuple[bytes, int, list[int]]]:
+    """(encoded image, label, box as x0, y0, x1, y1) of the first `classes` classes."""
     rows = pq.read_table(file, columns=["image", "label", "bbox"]).to_pylist()
     return [(row["image"]["bytes"], row["label"], row["bbox"]) for row in rows if row["label"] < classes]
 
@@ -40,7 +40,7 @@ def free_places(draw: np.random.Generator, side: int, sizes: Sequence[int]) -> l
 
 
 def write_split(
-    pictures: list[tuple[bytes, int, list[int]]],
+    photos: list[tuple[bytes, int, list[int]]],
     names: Sequence[str],
     folder: Path,
     *,
@@ -58,10 +58,10 @@ def write_split(
         canvas = Image.new("RGB", (side, side), tuple(int(v) for v in draw.integers(64, 192, 3)))
         sizes = draw.integers(side // 4, side // 2 + 1, draw.integers(2, 5))
         for x, y, size in free_places(draw, side, sizes.tolist()):
-            encoded, label, (x0, y0, x1, y1) = pictures[int(draw.integers(len(pictures)))]
-            with Image.open(io.BytesIO(encoded)) as picture:
-                canvas.paste(picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC), (x, y))
-            scale = size / PICTURE  # the column's corners are the first and the last pixel of the object
+            encoded, label, (x0, y0, x1, y1) = photos[int(draw.integers(len(photos)))]
+            with Image.open(io.BytesIO(encoded)) as photo:
+                canvas.paste(photo.convert("RGB").resize((size, size), Image.Resampling.BICUBIC), (x, y))
+            scale = size / SIDE  # the column's corners are the first and the last pixel of the object
             box = [x + x0 * scale, y + y0 * scale, (x1 + 1 - x0) * scale, (y1 + 1 - y0) * scale]
             content["annotations"].append(
                 {
@@ -94,8 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for seed, (split, file, images) in enumerate(
         (("train", "labeled.parquet", arguments.train_images), ("val", "val.parquet", arguments.val_images))
     ):
-        pictures = read_pictures(arguments.data / file, arguments.classes)
-        write_split(pictures, names, arguments.output / split, images=images, side=arguments.side, seed=seed)
+        photos = read_images(arguments.data / file, arguments.classes)
+        write_split(photos, names, arguments.output / split, images=images, side=arguments.side, seed=seed)
     return 0
 
 

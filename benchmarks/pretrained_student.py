@@ -7,10 +7,10 @@ with its ImageNet weights, the teacher EfficientNet-Lite2 with its own. Stage 1 
 photos of ImageNet. A row is a backbone: `start`, what a stage 1 left of it (`STUDENTS`), or either with a suffix (`MADE`), as in `init/stats_back`.
 
 Each is looked at without a detector, on whole photos that stage 1 did not see (`look`). With `--seeds` it also makes one Faster R-CNN a seed with the
-settings that `ssld init` writes, smaller: 155 steps at 224 px, 128 RoIs an image. The detector finds dogs and cats of Tiny ImageNet pasted on 124
-canvases (`mosaics.py`), since so few steps on coco-mini itself end near AP 3. What is finished is not run again. The tables go to standard output:
+settings that `ssld init` writes, smaller: 155 steps at 224 px, 128 RoIs per image. The detector finds dogs and cats of Tiny ImageNet pasted on 124
+canvases (`mosaics.py`), since so few steps on coco-mini itself end near AP 3. Finished runs are not repeated. The tables go to standard output:
 mean AP over the seeds, and the difference to `start` with a 95 % interval of a paired bootstrap over the evaluation images (seeds averaged), which
-says nothing of how another seed would end.
+does not tell how another seed would end.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from hotcoco import COCO, COCOeval
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from benchmarks.mosaics import read_pictures, write_split
+from benchmarks.mosaics import read_images, write_split
 from ssld.shared.images import decode_image
 from ssld.shared.models.backbones import Classifier, create_classifier, save_backbone
 from ssld.shared.models.model_file import read_tensors
@@ -49,7 +49,7 @@ STUDENT, TEACHER = "efficientnet_lite0", "efficientnet_lite2"
 ARCHES = {STUDENT: "tf_efficientnet_lite0", TEACHER: "tf_efficientnet_lite2"}
 HELD_OUT = 5  # every fifth photo of ImageNet is held out
 
-# What `ssld init` writes for stage 1 and, smaller, for stage 2.
+# Settings that `ssld init` writes for stage 1 and, smaller, for stage 2.
 STAGE1 = """
 optim: {name: adamw, lr: 5.0e-4, reference_batch: 256, weight_decay: 0.05, decay_norm_and_bias: false}
 channels_last: true
@@ -134,10 +134,10 @@ def _paste(folder: Path, output: Path, scale: Scale) -> None:
         file = output / f"{part}.json"
         if file.exists():
             continue
-        pictures = read_pictures(folder / f"{source}.parquet", 20)
-        pictures = [(one, int(label > 16), box) for one, label, box in pictures if label > 13]
+        photos = read_images(folder / f"{source}.parquet", 20)
+        photos = [(one, int(label > 16), box) for one, label, box in photos if label > 13]
         images, side = scale.canvases[number], scale.side
-        write_split(pictures, ["dog", "cat"], output / part, images=images, side=side, seed=number)
+        write_split(photos, ["dog", "cat"], output / part, images=images, side=side, seed=number)
         content = json.loads(file.read_bytes())
         for row in content["images"]:
             row["file_name"] = f"{part}/{row['file_name']}"
@@ -247,7 +247,7 @@ def reestimated(tensors: dict[str, Tensor], files: Sequence[Path], size: int) ->
 
 
 @torch.no_grad()
-def answers(net: Classifier, files: Sequence[Path], size: int) -> tuple[Tensor, Tensor]:
+def outputs(net: Classifier, files: Sequence[Path], size: int) -> tuple[Tensor, Tensor]:
     """Logits [N,K] and normalised embeddings [N,D] of whole photos."""
     logits, embeddings = [], []
     for pixels in batches(files, size):
@@ -258,13 +258,13 @@ def answers(net: Classifier, files: Sequence[Path], size: int) -> tuple[Tensor, 
 
 
 @functools.cache
-def _teacher_answers(photos: Photos, place: str) -> tuple[Tensor, Tensor]:
+def _teacher_outputs(photos: Photos, place: str) -> tuple[Tensor, Tensor]:
     net = network(photos.weights / f"{TEACHER}.safetensors")
-    return answers(net, photos.whole[place], photos.scale.teacher_look)
+    return outputs(net, photos.whole[place], photos.scale.teacher_look)
 
 
 def look(photos: Photos, row: str) -> dict[str, float]:
-    """What a backbone is worth without a detector.
+    """Measures of a backbone without a detector.
 
     top1 on the held-out photos of ImageNet; there and on the evaluation photos of coco-mini (`own`): agreement and KL with the teacher at its own
     size, entropy of both in nats, and the share of the ten nearest photos by the student's embeddings that are also the teacher's ten (`knn`).
@@ -272,26 +272,26 @@ def look(photos: Photos, row: str) -> dict[str, float]:
     file = photos.output / "looks" / f"{row.replace('/', '_')}.json"
     if file.exists():
         return dict(json.loads(file.read_text()))
-    net, found = network(made(photos, row)), {}
+    net, measures = network(made(photos, row)), {}
     for place, files in photos.whole.items():
-        teacher_logits, teacher_embeddings = _teacher_answers(photos, place)
-        logits, embeddings = answers(net, files, photos.scale.look)
+        teacher_logits, teacher_embeddings = _teacher_outputs(photos, place)
+        logits, embeddings = outputs(net, files, photos.scale.look)
         if place == "imagenet":
-            found["top1"] = (logits.argmax(1) == photos.labels).float().mean().item()
-        found[f"{place}_agreement"] = (logits.argmax(1) == teacher_logits.argmax(1)).float().mean().item()
-        found[f"{place}_kl"] = F.kl_div(
+            measures["top1"] = (logits.argmax(1) == photos.labels).float().mean().item()
+        measures[f"{place}_agreement"] = (logits.argmax(1) == teacher_logits.argmax(1)).float().mean().item()
+        measures[f"{place}_kl"] = F.kl_div(
             logits.log_softmax(1), teacher_logits.log_softmax(1), log_target=True, reduction="batchmean"
         ).item()
-        found[f"{place}_entropy"] = _entropy(logits)
-        found[f"{place}_teacher_entropy"] = _entropy(teacher_logits)
-        found[f"{place}_knn"] = neighbours_in_common(nearest_images(embeddings), nearest_images(teacher_embeddings))
+        measures[f"{place}_entropy"] = _entropy(logits)
+        measures[f"{place}_teacher_entropy"] = _entropy(teacher_logits)
+        measures[f"{place}_knn"] = neighbours_in_common(nearest_images(embeddings), nearest_images(teacher_embeddings))
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found))
-    return found
+    file.write_text(json.dumps(measures))
+    return measures
 
 
 def _entropy(logits_NK: Tensor) -> float:
-    """Mean entropy of the answers in nats."""
+    """Mean entropy of the probabilities in nats."""
     log_probs = logits_NK.log_softmax(1)
     return -(log_probs.exp() * log_probs).sum(1).mean().item()
 
@@ -344,21 +344,21 @@ class Scores:
 
     def __call__(self, folder: Path) -> np.ndarray:
         """AP in percent [1 + draws]; the first is that of all images."""
-        found: Rows = {image: [] for image in self.images}
+        detections: Rows = {image: [] for image in self.images}
         truth: Rows = {image: [] for image in self.images}
         for row in json.loads((folder / "detections.json").read_bytes()):
-            found[row["image_id"]].append(row)
+            detections[row["image_id"]].append(row)
         for row in self.content["annotations"]:
             truth[row["image_id"]].append(row)
-        return np.array([self._ap(found, truth, draw) for draw in self.draws])
+        return np.array([self._ap(detections, truth, draw) for draw in self.draws])
 
-    def _ap(self, found: Rows, truth: Rows, draw: np.ndarray) -> float:
+    def _ap(self, detections: Rows, truth: Rows, draw: np.ndarray) -> float:
         chosen = [(number, self.images[place]) for number, place in enumerate(draw, 1)]
         annotations = [row | {"image_id": number} for number, image in chosen for row in truth[image]]
         annotations = [row | {"id": place} for place, row in enumerate(annotations, 1)]
         images = [{"id": number, "width": 640, "height": 640, "file_name": ""} for number, _ in chosen]
         api = COCO({"images": images, "annotations": annotations, "categories": self.content["categories"]})
-        rows = [row | {"image_id": number} for number, image in chosen for row in found[image]]
+        rows = [row | {"image_id": number} for number, image in chosen for row in detections[image]]
         evaluation = COCOeval(api, api.load_res(rows), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
@@ -379,9 +379,9 @@ def looks_table(photos: Photos, rows: Sequence[str]) -> Iterator[str]:
     yield "| --- |" + " --- |" * len(LOOKS)
     for row in rows:
         if (photos.output / "looks" / f"{row.replace('/', '_')}.json").exists():
-            found = look(photos, row)
+            measures = look(photos, row)
             digits = {name: (1, 2) if name.endswith(("kl", "entropy")) else (100, 1) for name in LOOKS}
-            cells = [f"{factor * found[name]:.{places}f}" for name, (factor, places) in digits.items()]
+            cells = [f"{factor * measures[name]:.{places}f}" for name, (factor, places) in digits.items()]
             yield f"| {row} | {' | '.join(cells)} |"
 
 

@@ -1,8 +1,8 @@
-"""Greatest memory of an evaluation with masks, 100 an image, by evaluate.py itself in a process of its own.
+"""Greatest memory of an evaluation with masks, 100 per image, by evaluate.py itself in a process of its own.
 
     python benchmarks/segm_memory.py [--images 5000] [--backend hotcoco]
 
-Drawn pictures of 640 x 480 with about seven polygons each, and a small Mask R-CNN at random, which keeps 100 detections of
+Drawn images of 640 x 480 with about seven polygons each, and a small Mask R-CNN at random, which keeps 100 detections of
 every image whatever their scores. Decoding happens in the measured process. The shapes that such a network draws are
 rougher than those of a trained one, so their run lengths take more memory, not less: the bytes of a mask are printed.
 """
@@ -59,20 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if done.returncode:
             print(done.stderr, file=sys.stderr)
             return done.returncode
-        found = json.loads(done.stdout.splitlines()[-1])
+        result = json.loads(done.stdout.splitlines()[-1])
         text = (folder / "run" / "detections.json").read_text(encoding="utf-8")
         masks = text.count('"counts"')
         assert masks == arguments.images * PER_IMAGE, "an image has fewer detections"
         length = sum(len(part.split('"', 1)[0]) for part in text.split('"counts": "')[1:]) / masks
         print(f"{arguments.images} images, {objects} objects, {masks} masks of {length:.0f} bytes, {arguments.backend}")
         print(
-            f"greatest memory {found['megabytes']:.0f} MiB, {found['start']:.0f} MiB of it before the first image; {found['seconds']:.0f} s"
+            f"greatest memory {result['megabytes']:.0f} MiB, {result['start']:.0f} MiB of it before the first image; {result['seconds']:.0f} s"
         )
     return 0
 
 
 def measure(folder: Path, backend: str) -> int:
-    """Run evaluate.py here; the last line says what it took."""
+    """Run evaluate.py here; the last line holds the memory it took."""
     start, begun = peak_megabytes(), time.perf_counter()
     words = [f"--model={folder / 'detector.safetensors'}", f"--annotations={folder / 'data.json'}"]
     words += [f"--images={folder}", f"--output={folder / 'run'}", f"--backend={backend}"]

@@ -13,7 +13,7 @@ def rounds(
     works: dict[str, Work], count: int, device: torch.device, clock: Callable[[], float] = time.perf_counter
 ) -> list[dict[str, float]]:
     """Seconds of each work in every round, in alternating order; one round before them is not counted."""
-    found: list[dict[str, float]] = []
+    timings: list[dict[str, float]] = []
     for number in range(count + 1):
         seconds = {}
         for name in works if number % 2 else reversed(works):
@@ -22,8 +22,8 @@ def rounds(
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[name] = clock() - start
-        found.append(seconds)
-    return found[1:]
+        timings.append(seconds)
+    return timings[1:]
 
 
 def show(label: str, ratios: list[float]) -> None:

@@ -1,8 +1,8 @@
 """One network as our detector and as torchvision's Faster or Mask R-CNN: same weights, anchors, counts and thresholds; only the code differs.
 
 The weights are those of tests/golden/reference_weights.py, under which both find something. torchvision's side keeps its own transform (without the
-resize), FrozenBatchNorm2d, RPN, samplers, RoI pooling (two samples a side, not aligned) and heads; its body is timm's resnet50d, because those
-weights are of one, and its anchors are ours, because it rounds them.
+resize), FrozenBatchNorm2d, RPN, samplers, RoI pooling (two samples per side of a bin, not aligned) and heads; its body is timm's resnet50d, because
+those weights are of one, and its anchors are ours, because torchvision rounds its own.
 """
 
 import copy
@@ -53,7 +53,7 @@ def torchvisions_detector(ours: RCNN) -> FasterRCNN:
     """The same network and settings in torchvision's classes; labels are ours + 1, since background comes first."""
     rpn, roi = ours.rpn, ours.roi_heads
     network = MaskRCNN if ours.mask_head else FasterRCNN
-    theirs = network(
+    reference = network(
         FrozenBackbone(ours.pyramid),
         num_classes=CLASSES + 1,
         rpn_anchor_generator=_OurAnchors(ours),
@@ -63,9 +63,9 @@ def torchvisions_detector(ours: RCNN) -> FasterRCNN:
         rpn_post_nms_top_n_test=rpn.post_nms_top_n_test,
     )
     # Images come at their size; it can skip this in training only.
-    theirs.transform.resize = lambda image, target: (image, target)
-    theirs.rpn.min_size = rpn.min_size
-    head, box = theirs.rpn.head, theirs.roi_heads
+    reference.transform.resize = lambda image, target: (image, target)
+    reference.rpn.min_size = rpn.min_size
+    head, box = reference.rpn.head, reference.roi_heads
     _copy(ours.rpn.head.conv, head.conv[0][0])
     _copy(ours.rpn.head.objectness, head.cls_logits)
     _copy(ours.rpn.head.deltas, head.bbox_pred)
@@ -87,7 +87,7 @@ def torchvisions_detector(ours: RCNN) -> FasterRCNN:
                 predictor.parameters(), ours.mask_head.logits.parameters(), strict=True
             ):
                 parameter.copy_(torch.cat((torch.zeros_like(our_parameter[:1]), our_parameter)))
-    return theirs.train(ours.training)
+    return reference.train(ours.training)
 
 
 class FrozenBackbone(nn.Module):
@@ -119,8 +119,8 @@ class _OurAnchors(AnchorGenerator):
         strides, sizes, ratios = self.ours
         grids = [(feature.shape[-2], feature.shape[-1]) for feature in feature_maps]
         device = feature_maps[0].device
-        found = anchors.grid_anchors(grids, device, strides=strides, sizes=sizes, ratios=ratios)
-        return [found] * len(image_list.image_sizes)
+        grid = anchors.grid_anchors(grids, device, strides=strides, sizes=sizes, ratios=ratios)
+        return [grid] * len(image_list.image_sizes)
 
 
 def _copy(source: nn.Module, target: nn.Module) -> None:

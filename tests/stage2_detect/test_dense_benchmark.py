@@ -13,14 +13,14 @@ def test_torchvisions_losses_are_ours() -> None:
     """For one image, since torchvision divides image by image."""
     inputs = make_inputs(96, 128, 1, torch.device("cpu"))
     ours = dense.our_detector("retinanet", "test_resnet", inputs).train()
-    theirs = dense.torchvisions_detector(ours).train()
-    found, wanted = dense.call(dense.OURS, ours, inputs), dense.call(dense.THEIRS, theirs, inputs)
-    assert found["loss_cls"].item() == pytest.approx(wanted["classification"].item(), rel=1e-4)
-    assert found["loss_box"].item() == pytest.approx(wanted["bbox_regression"].item(), rel=1e-4)
-    for losses in (found, wanted):
-        torch.stack(list(losses.values())).sum().backward()
+    reference = dense.torchvisions_detector(ours).train()
+    losses, expected = dense.call(dense.OURS, ours, inputs), dense.call(dense.TORCHVISION, reference, inputs)
+    assert losses["loss_cls"].item() == pytest.approx(expected["classification"].item(), rel=1e-4)
+    assert losses["loss_box"].item() == pytest.approx(expected["bbox_regression"].item(), rel=1e-4)
+    for one in (losses, expected):
+        torch.stack(list(one.values())).sum().backward()
     mine = ours.dense.head.class_tower[0].weight.grad
-    torch.testing.assert_close(theirs.head.classification_head.conv[0][0].weight.grad, mine, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(reference.head.classification_head.conv[0][0].weight.grad, mine, rtol=1e-3, atol=1e-5)
 
 
 def test_every_ratio_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
