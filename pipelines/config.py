@@ -1,4 +1,4 @@
-"""The shape of a pipeline's YAML file, and the settings of the report. Does not import torch."""
+"""Settings classes of a pipeline's YAML file and of the report. Does not import torch."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +30,7 @@ CommandName = Literal[
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of nested settings; lists are values."""
+    """Yield (dotted key, value) for nested settings; lists count as values."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
             yield from flatten(value, f"{prefix}{key}.")
@@ -39,7 +39,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 class StageConfig(Config):
-    """One command of a pipeline; it writes into `<output>/<name of the stage>`."""
+    """One command of a pipeline. It writes into `<output>/<name of the stage>`."""
 
     command: CommandName
     like: str | None = None
@@ -53,7 +53,7 @@ class StageConfig(Config):
 
 
 class RowConfig(Config):
-    """Where one row of the table takes its numbers from."""
+    """Stages that supply the numbers of one row of the table."""
 
     classifier: str | None = None
     """stage that reports top-1 and agreement"""
@@ -70,7 +70,7 @@ class TableConfig(Config):
 
 
 class PipelineConfig(Config):
-    """Stages in the order they run in, and the table of what came out."""
+    """Stages in the order they run in, and the table of their results."""
 
     output: Path
     """folder of all the stages' run directories"""
@@ -86,7 +86,7 @@ class PipelineConfig(Config):
     def _fill_in_likes(cls, values: Any) -> Any:
         stages = values.get("stages") if isinstance(values, dict) else None
         if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
-            return values  # the fields' own checks say what is wrong
+            return values  # the fields' own checks report the mistake
         filled: dict[str, Any] = {}
         for name, stage in stages.items():
             other = stage.get("like")
@@ -116,7 +116,7 @@ class PipelineConfig(Config):
 
 
 class ReportConfig(CommandConfig):
-    """Write report.html on a pipeline or a single run: gain, curves, tables, pictures, settings, machine and cost."""
+    """Write report.html for a pipeline or a single run: gain, curves, tables, images, settings, machine and cost."""
 
     runs: Path
     """folder that holds the run directories of a pipeline, or one run directory"""

@@ -1,6 +1,6 @@
-"""The table at the end of a pipeline: what each backbone is worth, as a classifier and under a detector.
+"""Table at the end of a pipeline: scores of each backbone as a classifier and in a detector.
 
-Numbers come from the stages' result.json, as fractions; they are shown in percent. A number that no stage measured is shown as "-". Does not
+Numbers come from the stages' result.json, as fractions, and are printed in percent. A number that no stage measured is printed as "-". Does not
 import torch.
 """
 
@@ -19,12 +19,12 @@ COLUMNS = ("backbone", "top-1", "agreement", "detector AP", "AP50")
 _CLASSIFIER, _DETECTOR = ("top1", "agreement"), ("AP", "AP50")
 NONE = "-"
 _RECORD = "pipeline.json"  # beside the run directories
-SMOKE = "smoke sizes: these numbers only say that everything runs"
+SMOKE = "smoke sizes: these numbers only show that everything runs"
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a pipeline leaves beside its run directories, so that a report needs no more than their folder."""
+    """Record of a pipeline beside its run directories, from which a report can be written with no other input."""
 
     name: str
     smoke: bool
@@ -33,18 +33,18 @@ class Record:
 
 @dataclass(frozen=True)
 class Row:
-    """One backbone: its name, and a fraction or None for each column after the first."""
+    """One row of the table: its name, and a fraction or None for each column after the first."""
 
     name: str
     values: tuple[float | None, ...]
 
     def cells(self) -> tuple[str, ...]:
-        """The row as text."""
+        """Return the row as text."""
         return (self.name, *(NONE if value is None else f"{100 * value:.1f}" for value in self.values))
 
 
 def table_rows(table: TableConfig, output: Path) -> list[Row]:
-    """The rows, as far as the stages below `output` are finished."""
+    """Return the rows, with None for stages in `output` that are not finished."""
     rows = []
     for name, row in table.rows.items():
         classifier = _metrics(output, row.classifier)
@@ -55,7 +55,7 @@ def table_rows(table: TableConfig, output: Path) -> list[Row]:
 
 
 def gain(table: TableConfig, rows: list[Row]) -> Row | None:
-    """The difference between the two rows that the pipeline compares; None when it compares none."""
+    """Return the difference between the two rows of `table.gain`; None without them."""
     if table.gain is None:
         return None
     by_name = {row.name: row for row in rows}
@@ -66,18 +66,18 @@ def gain(table: TableConfig, rows: list[Row]) -> Row | None:
 
 
 def gain_cells(row: Row) -> tuple[str, ...]:
-    """The row of differences as text, with signs."""
+    """Return the row of differences as text, with signs."""
     return (row.name, *(NONE if value is None else f"{100 * value:+.1f}" for value in row.values))
 
 
 def write_record(output: Path, record: Record) -> None:
-    """Write it into the folder of the run directories."""
+    """Write the record into the folder of the run directories."""
     content = {"name": record.name, "smoke": record.smoke, "pipeline": record.pipeline.model_dump(mode="json")}
     write_atomically(output / _RECORD, json.dumps(content, indent=1) + "\n")
 
 
 def read_record(output: Path) -> Record | None:
-    """The record in a folder; None where a pipeline has left none. Raises UserError for one that cannot be read."""
+    """Read the record in a folder; None if there is none. Raises UserError if it is unreadable."""
     file = output / _RECORD
     if not file.is_file():
         return None
@@ -91,7 +91,7 @@ def read_record(output: Path) -> Record | None:
 
 
 def table_text(table: TableConfig, output: Path, *, smoke: bool = False) -> str:
-    """The whole table as aligned lines; after a trial at the smallest sizes with a line that says so."""
+    """Return the table as aligned lines, with a note if the run was a smoke run."""
     rows = table_rows(table, output)
     difference = gain(table, rows)
     cells = [COLUMNS, *(row.cells() for row in rows), *([gain_cells(difference)] if difference else [])]

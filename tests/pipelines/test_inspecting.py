@@ -1,4 +1,4 @@
-"""`ssld inspect` on what this project writes: what it is, its teacher's licence, its numbers, and no settings that it does not use."""
+"""`ssld inspect` on files of this project: kind, licence of the teacher, numbers, and no unused settings."""
 
 import json
 import zipfile
@@ -176,7 +176,7 @@ def test_refusals(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.json", "a.yaml", "metrics.jsonl", "a.txt", "folder"])
 def test_what_is_known_is_said(name: str, tmp_path: Path) -> None:
-    """Text is read with any program."""
+    """Text files need no command to be read."""
     path = tmp_path / name
     path.mkdir() if name == "folder" else path.write_text("{}")
     with pytest.raises(UserError) as caught:
@@ -194,7 +194,7 @@ def test_a_damaged_file_of_settings_is_a_line(text: str, tmp_path: Path) -> None
 
 
 def test_the_folder_of_a_pipeline(tmp_path: Path) -> None:
-    """What its stages are and how far they came; a folder of runs that no pipeline made says as much."""
+    """Lists the stages with their states; a folder of runs without a pipeline lists its runs."""
     stages = {name: StageConfig(command=name) for name in ("distill", "train", "predict")}
     pipeline = PipelineConfig(output=tmp_path, stages=stages)
     for name in ("distill", "train"):

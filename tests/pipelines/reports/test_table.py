@@ -1,4 +1,4 @@
-"""The table of a pipeline: what is missing, percent and signed differences, a damaged result."""
+"""The table of a pipeline: missing numbers, percent, signed differences, a damaged result."""
 
 from pathlib import Path
 from types import ModuleType

@@ -1,4 +1,4 @@
-"""A stage as processes: its command line, its output, how it fails, and signals."""
+"""A stage as a process: command line, output, failures and signals."""
 
 import os
 import signal

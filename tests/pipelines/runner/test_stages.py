@@ -1,4 +1,4 @@
-"""YAML -> checked command lines, and the plan: what is missing, done, refused, made anew."""
+"""YAML to checked command lines, and the plan: missing, done, refused and repeated stages."""
 
 import json
 from pathlib import Path
@@ -176,12 +176,12 @@ MISTAKES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     ({"a": {"command": "teach"}}, {"table": {"rows": {"x": {}}, "gain": ["x", "y"]}}, ["table.gain: y: no such row"]),
     ({"a": {"command": "teach", "set": {"stps": 2}}}, {}, ["stage a: --stps: unknown flag; did you mean '--steps'?"]),
     ({"a": {"command": "teach", "set": {"steps": 0}}}, {}, ["stage a: ", "steps: ", "at least 1"]),
-    ({"a": {"command": "teach", "set": {"output": "x"}}}, {}, ["stage a: set.output: not here"]),
+    ({"a": {"command": "teach", "set": {"output": "x"}}}, {}, ["stage a: set.output: not allowed"]),
     ({"a": {"command": "teach", "config": "no.yaml"}}, {}, ["stage a: no.yaml: No such file"]),
-    ({"../a": {"command": "teach"}}, {}, ["stage ../a: not a good name"]),
-    ({"logs": {"command": "teach"}}, {}, ["stage logs: not a good name"]),
-    ({"a": {"command": "teach"}}, {"variables": {"a": 1}}, ["stage a: a variable has this name too"]),
-    ({"a": {"command": "teach"}}, {"variables": {"output": 1}}, ["variables.output: this name is taken"]),
+    ({"../a": {"command": "teach"}}, {}, ["stage ../a: not a valid name"]),
+    ({"logs": {"command": "teach"}}, {}, ["stage logs: not a valid name"]),
+    ({"a": {"command": "teach"}}, {"variables": {"a": 1}}, ["stage a: a variable has the same name"]),
+    ({"a": {"command": "teach"}}, {"variables": {"output": 1}}, ["variables.output: this name is reserved"]),
     (
         {"a": {"command": "teach"}},
         {"variables": {"dir": None}},
@@ -281,7 +281,7 @@ def test_missing_inputs_are_told_before_anything_runs(fake_kinds: None, write_pi
 )
 def test_commands_of_one_process_are_not_launched_as_several(command: str, write_pipeline: Any) -> None:
     message = error_of(write_pipeline({"a": {"command": command, "processes": 2}}))
-    assert message == f"stage a: {command} runs as one process; leave out processes: 2"
+    assert message == f"stage a: {command} runs as one process; remove processes: 2"
 
 
 # ---- files of the project
@@ -294,7 +294,7 @@ def test_a_pipeline_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert find_pipeline("pipelines/quickstart.yaml") == ROOT / "pipelines/quickstart.yaml"
     assert find_pipeline("quickstart.yaml") == Path("quickstart.yaml")  # not there, which reading it tells
     with pytest.raises(
-        UserError, match=r"^quickstat: no such file here, and no pipeline of this name; did you mean 'quickstart'\?$"
+        UserError, match=r"^quickstat: no such file, and no shipped pipeline of this name; did you mean 'quickstart'\?$"
     ):
         find_pipeline("quickstat")
     (tmp_path / "quickstart").mkdir()
