@@ -40,7 +40,7 @@ def inspect_text(path: Path) -> str:
     kinds = {".safetensors": _model, ".onnx": _onnx, ".pt2": _program, ".parquet": _parquet}
     read = _folder if path.is_dir() else kinds.get(path.suffix)
     if read is None:
-        raise UserError(f"{path}: not a file of this project; {KNOWN}")
+        raise UserError(f"{path}: not a file or folder of this project; {KNOWN}")
     try:
         title, facts = read(path)
         facts = _without_unread(facts)
@@ -136,7 +136,7 @@ def _folder(path: Path) -> tuple[str, dict[str, Any]]:
         return _pipeline(path, record)
     if runs := sorted(file.parent.name for file in path.glob("*/config.yaml")):
         return "folder of run directories", {"runs": [f"{name} ({_state(path / name)})" for name in runs]}
-    raise UserError(f"{path}: not a folder of this project; {KNOWN}")
+    raise UserError(f"{path}: not a file or folder of this project; {KNOWN}")
 
 
 def _pipeline(path: Path, record: Record) -> tuple[str, dict[str, Any]]:

@@ -123,7 +123,7 @@ def test_run_directory_and_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(
         yaml.safe_dump({"steps": 9, "model": {"kind": "gfl"}, "backbone": "random:x"})
     )
-    assert "run directory, not finished: the same command goes on" in inspect_text(tmp_path)
+    assert "run directory, not finished: the same command resumes it" in inspect_text(tmp_path)
     record = {"command": "train", "seconds": 90, "metrics": {"AP": 0.5}, "outputs": {"detector.safetensors": "aa"}}
     (tmp_path / "result.json").write_text(json.dumps(record))
     save_checkpoint(tmp_path / "checkpoints", 9, {"model": TENSORS}, {"step": 9})
@@ -140,7 +140,7 @@ def test_run_directory_and_checkpoint(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoints" / "step_00000009"
     assert "checkpoint (complete)" in inspect_text(checkpoint)
     (checkpoint / "COMPLETE").unlink()
-    assert "checkpoint (NOT complete: it is not used)" in inspect_text(checkpoint)
+    assert "checkpoint (NOT complete: it is ignored)" in inspect_text(checkpoint)
 
 
 def test_exported_networks(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_what_is_known_is_said(name: str, tmp_path: Path) -> None:
     path.mkdir() if name == "folder" else path.write_text("{}")
     with pytest.raises(UserError) as caught:
         inspect_text(path)
-    assert str(caught.value) == f"{path}: nothing of ours; {KNOWN}"
+    assert str(caught.value) == f"{path}: not a file or folder of this project; {KNOWN}"
 
 
 @pytest.mark.parametrize("text", ["steps: [1", "a: 1\n\tb: 2", "- 1\n"])
