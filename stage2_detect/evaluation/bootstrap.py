@@ -140,28 +140,22 @@ def _class_ap(weights_BD: np.ndarray, states_DT: np.ndarray, objects_B: np.ndarr
     return ap_BT
 
 
-def ap_intervals(matches: Matches, base: Matches | None = None, draws: int = DRAWS, seed: int = 0) -> dict[str, Any]:
-    """Compute 95 % intervals of box AP and AP50, or of their differences to a second detector on the same images.
+def draw_ap(matches: Matches, draws: int = DRAWS, seed: int = 0) -> dict[str, np.ndarray]:
+    """Compute box AP and AP50 on all images and on each draw; the same draws for every detector with the same images and objects.
 
     Returns:
-        {"AP": (value, low, high), "AP50": (value, low, high)} as fractions: the value on all images and the 2.5th and 97.5th percentile of the draws.
-        Empty if no class has objects.
+        {"AP": float64 [1 + draws], "AP50": ...} as fractions, the value on all images first; fewer draws if some have no objects.
     """
     images = len(matches.objects_IK)
-    if not matches.objects_IK.any():
-        return {}
     weights_BI = np.concatenate([np.ones((1, images), dtype=np.int64), draw_weights(images, draws, seed)])
-    weights_BI = weights_BI[(weights_BI @ matches.objects_IK).any(1)]  # a draw of empty images has no AP
-    ap_BTK = average_precision(matches, weights_BI)
-    base_BTK = average_precision(base, weights_BI) if base else np.zeros_like(ap_BTK)
-    result = {}
-    for name, thresholds in (("AP", slice(None)), ("AP50", slice(0, 1))):
-        value_B = np.nanmean(ap_BTK[:, thresholds], axis=(1, 2))
-        if base:
-            value_B = value_B - np.nanmean(base_BTK[:, thresholds], axis=(1, 2))
-        low, high = np.percentile(value_B[1:], _PERCENTILES)
-        result[name] = (float(value_B[0]), float(low), float(high))
-    return result
+    ap_BTK = average_precision(matches, weights_BI[(weights_BI @ matches.objects_IK).any(1)])
+    return {"AP": np.nanmean(ap_BTK, axis=(1, 2)), "AP50": np.nanmean(ap_BTK[:, 0], axis=1)}
+
+
+def interval(value_B: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval, (2.5th, 97.5th percentile), of the draws of `draw_ap` or of a difference between two of them."""
+    low, high = np.percentile(value_B[1:], _PERCENTILES)
+    return float(low), float(high)
 
 
 def bootstrap_metrics(
@@ -181,29 +175,29 @@ def bootstrap_metrics(
         per measure {"difference", "low", "high"}; all as fractions; lines of the log). Both are empty if no class has objects.
     """
     matches = match_detections(ground_truth, detections)
-    intervals = {name: (low, high) for name, (_, low, high) in ap_intervals(matches).items()}
-    if not intervals:
+    if not matches.objects_IK.any():
         return {}, []
-    metrics: dict[str, Any] = {"intervals": intervals}
-    lines = [
-        "95 % intervals over the images: "
-        + ", ".join(f"{n} {100 * a:.1f} to {100 * b:.1f}" for n, (a, b) in intervals.items())
-    ]
+    drawn = draw_ap(matches)
+    metrics: dict[str, Any] = {"intervals": {name: interval(value_B) for name, value_B in drawn.items()}}
+    texts = [f"{name} {100 * low:.1f} to {100 * high:.1f}" for name, (low, high) in metrics["intervals"].items()]
+    lines = [f"95 % intervals over the images: {', '.join(texts)}"]
     if others is not None and file is not None:
         images, objects = len(matches.objects_IK), int(matches.objects_IK.sum())
-        differences = ap_intervals(matches, match_detections(ground_truth, others))
-        record = {n: dict(zip(("difference", "low", "high"), values, strict=True)) for n, values in differences.items()}
-        metrics["compared"] = {
+        compared: dict[str, Any] = {
             "file": str(file),
             "sha256": file_sha256(file),
             "images": images,
             "objects": objects,
-        } | record
-        for name, (value, low, high) in differences.items():
-            verdict = "no difference measured" if low <= 0 <= high else "better" if value > 0 else "worse"
-            lines.append(
-                f"{name} compared with {file}: {100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}): {verdict}"
-            )
+        }
+        other_drawn = draw_ap(match_detections(ground_truth, others))
+        for name, value_B in drawn.items():
+            difference_B = value_B - other_drawn[name]
+            low, high = interval(difference_B)
+            compared[name] = {"difference": float(difference_B[0]), "low": low, "high": high}
+            verdict = "no difference measured" if low <= 0 <= high else "better" if low > 0 else "worse"
+            numbers = f"{100 * difference_B[0]:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+            lines.append(f"{name} compared with {file}: {numbers}: {verdict}")
+        metrics["compared"] = compared
     return metrics, lines
 
 

@@ -13,10 +13,11 @@ from ssld.stage2_detect.data.coco import CocoData, Id, read_coco
 from ssld.stage2_detect.data.coco_json import write_results
 from ssld.stage2_detect.evaluation import bootstrap
 from ssld.stage2_detect.evaluation.bootstrap import (
-    ap_intervals,
     average_precision,
     bootstrap_metrics,
+    draw_ap,
     draw_weights,
+    interval,
     match_detections,
     read_detections,
 )
@@ -45,6 +46,7 @@ def random_content(images: int, seed: int) -> dict[str, Any]:
 def random_detections(content: dict[str, Any], seed: int, noise: float, extra: int = 6) -> dict[Id, Detections]:
     """Objects with displaced boxes and some wrong classes, and random boxes; scores are distinct."""
     rng = np.random.default_rng(seed)
+    scores = (0, 0.7) if extra < 100 else (0.5, 1)  # so that some objects come after 100 random boxes
     labels = {category["id"]: label for label, category in enumerate(content["categories"])}
     result: dict[Id, Detections] = {}
     for image in content["images"]:
@@ -56,7 +58,7 @@ def random_detections(content: dict[str, Any], seed: int, noise: float, extra: i
                 rows.append([x, y, x + max(width, 1), y + max(height, 1), rng.uniform(0.2, 1), label])
         for _ in range(extra):
             x, y, width, height = rng.uniform(5, 100, 4)
-            rows.append([x, y, x + width, y + height, rng.uniform(0, 0.7 if extra < 100 else 1), int(rng.integers(3))])
+            rows.append([x, y, x + width, y + height, rng.uniform(*scores), int(rng.integers(3))])
         table = torch.tensor(rows, dtype=torch.float64).reshape(-1, 6)
         table = table[table[:, 4].argsort(descending=True)]
         result[image["id"]] = Detections(table[:, :4], table[:, 4], table[:, 5].long())
@@ -120,23 +122,24 @@ def test_percentiles_of_the_paired_draws(tmp_path: Path) -> None:
     content = random_content(30, seed=5)
     data = read(tmp_path, content)
     good, bad = (match_detections(data, random_detections(content, seed=6, noise=noise)) for noise in (2, 6))
+    good_B, bad_B = (draw_ap(matches, draws=200, seed=8)["AP"] for matches in (good, bad))
     weights_BI = draw_weights(30, draws=200, seed=8)
-    ap_B, base_B = (np.nanmean(average_precision(matches, weights_BI), axis=(1, 2)) for matches in (good, bad))
-    value, low, high = ap_intervals(good, bad, draws=200, seed=8)["AP"]
-    assert (low, high) == pytest.approx(np.percentile(ap_B - base_B, [2.5, 97.5]))
-    _, alone_low, alone_high = ap_intervals(good, draws=200, seed=8)["AP"]
-    assert (alone_low, alone_high) == pytest.approx(np.percentile(ap_B, [2.5, 97.5]))
-    assert 0 < low < value < high
-    assert ap_intervals(good, good, draws=20) == {"AP": (0, 0, 0), "AP50": (0, 0, 0)}
+    for matches, value_B in ((good, good_B), (bad, bad_B)):
+        assert value_B[1:] == pytest.approx(np.nanmean(average_precision(matches, weights_BI), axis=(1, 2)))
+    assert interval(good_B - bad_B) == pytest.approx(np.percentile((good_B - bad_B)[1:], [2.5, 97.5]))
+    low, high = interval(good_B - bad_B)
+    assert 0 < low < good_B[0] - bad_B[0] < high
+    unpaired = np.subtract(*np.meshgrid(good_B[1:], bad_B[1:])).ravel()
+    assert high - low < np.subtract(*np.percentile(unpaired, [97.5, 2.5]))
 
 
 def test_two_detectors_of_one_quality_do_not_differ(tmp_path: Path) -> None:
-    """Of detectors that differ by their random noise alone, about one pair in twenty lies outside its interval."""
+    """For detectors that differ only by random noise, about one pair in twenty lies outside its interval."""
     content = random_content(40, seed=11)
     data = read(tmp_path, content)
-    matches = [match_detections(data, random_detections(content, seed=100 + n, noise=4)) for n in range(16)]
-    pairs = [ap_intervals(a, b, draws=200)["AP"] for a, b in zip(matches[::2], matches[1::2], strict=True)]
-    assert sum(low <= 0 <= high for _, low, high in pairs) >= 6
+    drawn = [draw_ap(match_detections(data, random_detections(content, seed=100 + n, noise=4)), 200) for n in range(16)]
+    pairs = [interval(a["AP"] - b["AP"]) for a, b in zip(drawn[::2], drawn[1::2], strict=True)]
+    assert sum(low <= 0 <= high for low, high in pairs) >= 6
 
 
 def test_metrics_and_log(tmp_path: Path) -> None:
