@@ -20,7 +20,18 @@ if find_spec("ssld") is None:
 from ssld.pipelines.config import PipelineConfig, ReportConfig, TableConfig
 from ssld.pipelines.reports.charts import COLOURS, Chart, precision_recall
 from ssld.pipelines.reports.stage_view import Room, StageView, mean_curve, percent, read_json, view
-from ssld.pipelines.reports.table import COLUMNS, Row, gain, gain_cells, read_record, table_rows
+from ssld.pipelines.reports.table import (
+    COLUMNS,
+    FEW_OBJECTS,
+    NONE,
+    Interval,
+    Row,
+    few_objects_text,
+    gain,
+    objects_of,
+    read_record,
+    table_rows,
+)
 from ssld.pipelines.runner.stages import read_pipeline
 from ssld.shared.config.command import run_command
 from ssld.shared.errors import MALFORMED, UserError
@@ -42,10 +53,15 @@ _MEASURES = (("detector AP", 2), ("top-1", 0))  # (title, index into a row's val
 
 @dataclass(frozen=True)
 class Gain:
-    """Gain of one row of the table over another by one measure, in percentage points, and over the other rows."""
+    """Gain of one row of the table over another by one measure, in percentage points, and over the other rows.
+
+    Attributes:
+        interval: 95 % interval as fractions; None if it was not measured.
+    """
 
     measure: str
     points: float
+    interval: Interval | None
     better: str
     base: str
     others: list[tuple[str, float]]
@@ -55,14 +71,30 @@ class Gain:
         """Points as text, with sign."""
         return signed(self.points)
 
+    @property
+    def interval_text(self) -> str:
+        """Interval as text, in points with sign, and its basis."""
+        if self.interval is None:
+            return "no interval measured"
+        low, high = (signed(100 * bound) for bound in (self.interval.low, self.interval.high))
+        return f"95 % interval {low} to {high} ({self.interval.basis})"
+
+    @property
+    def verdict(self) -> str:
+        """`good` or `bad` if the interval does not contain 0, else `none`: only then is a gain or a loss claimed."""
+        if self.interval is None or self.interval.holds_zero:
+            return "none"
+        return "good" if self.interval.low > 0 else "bad"
+
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: name and value of a row, length from 0 to 100, number of its colour."""
+    """One bar: name and value of a row, length from 0 to 100, ends of its interval from 0 to 100, number of its colour."""
 
     name: str
     text: str
     length: float
+    ends: tuple[float, float] | None
     series: int
 
 
@@ -125,7 +157,8 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
     table = pipeline.table if pipeline else None
     stages = _stages(pipeline, runs)
     rows = table_rows(table, runs) if table else []
-    difference = gain(table, rows) if table else None
+    difference = gain(table, runs) if table else None
+    objects = objects_of(table, runs) if table else None
     filled = [0, *(n + 1 for n in range(len(COLUMNS) - 1) if any(row.values[n] is not None for row in rows))]
     environment = Environment(
         loader=PackageLoader("ssld.pipelines", "reports"),
@@ -134,7 +167,7 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(count=count, duration=duration, percent=percent)
+    environment.globals.update(count=count, duration=duration, percent=percent, signed=signed)
     return environment.get_template(_TEMPLATE).render(
         title=title,
         runs=runs,
@@ -142,8 +175,12 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
         written=time.strftime("%Y-%m-%d %H:%M"),
         columns=[COLUMNS[n] for n in filled],
         rows=[[row.cells()[n] for n in filled] for row in rows],
-        gain=[gain_cells(difference)[n] for n in filled] if difference else None,
-        gains=gains(table, rows) if table else [],
+        gain=[_gain_cells(difference)[n] for n in filled] if difference else None,
+        gains=gains(table, rows, difference) if table and difference else [],
+        few_objects=few_objects_text(objects) if objects is not None and objects < FEW_OBJECTS else None,
+        seeds=max((len(stages) for row in table.rows.values() for stages in (row.classifier, row.detector)), default=1)
+        if table
+        else 1,
         bars=[bars for title, column in _MEASURES if (bars := _bars(title, rows, column))],
         comparison=_comparison_if_any(table, runs) if table else None,
         stages=stages,
@@ -154,20 +191,34 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
     )
 
 
-def gains(table: TableConfig, rows: list[Row]) -> list[Gain]:
+def gains(table: TableConfig, rows: list[Row], difference: Row) -> list[Gain]:
     """Return the gain between the two rows of `table.gain` by each measure that both have, and over up to two other rows."""
     if table.gain is None:
         return []
-    differences = []
+    better, base = table.gain
+    result = []
     for measure, column in _MEASURES:
-        values = {row.name: value for row in rows if (value := row.values[column]) is not None}
-        if not set(table.gain) <= set(values):
+        points, interval = difference.values[column], difference.intervals[column]
+        if points is None:
             continue
-        better, base = table.gain
+        values = {row.name: value for row in rows if (value := row.values[column]) is not None}
         others = [name for name in values if name not in table.gain]
         over = [(name, 100 * (values[better] - values[name])) for name in others] if len(others) <= 2 else []
-        differences.append(Gain(measure, 100 * (values[better] - values[base]), better, base, over))
-    return differences
+        result.append(Gain(measure, 100 * points, interval, better, base, over))
+    return result
+
+
+def _gain_cells(difference: Row) -> list[tuple[str, str | None]]:
+    """Return (text, interval or None) of each cell of the row of differences."""
+    pairs = zip(difference.values, difference.intervals, strict=True)
+    cells = [
+        (
+            NONE if value is None else signed(100 * value),
+            f"{signed(100 * i.low)} to {signed(100 * i.high)}" if i else None,
+        )
+        for value, i in pairs
+    ]
+    return [(difference.name, None), *cells]
 
 
 def signed(points: float) -> str:
@@ -176,12 +227,23 @@ def signed(points: float) -> str:
 
 
 def _bars(measure: str, rows: list[Row], column: int) -> Bars | None:
-    values = [(row.name, value, n) for n, row in enumerate(rows) if (value := row.values[column]) is not None]
-    if not values:
+    """Return the bars of one measure, from 0 to the largest value or end of an interval."""
+    present = [(n, row, value) for n, row in enumerate(rows) if (value := row.values[column]) is not None]
+    if not present:
         return None
-    longest = max(value for _, value, _ in values) or 1
-    bars = [Bar(name, percent(value), 100 * value / longest, n % COLOURS) for name, value, n in values]
-    return Bars(measure, bars, f"{measure} in %: " + ", ".join(f"{bar.name} {bar.text}" for bar in bars))
+    tops = [interval.high for _, row, _ in present if (interval := row.intervals[column])]
+    scale = 100 / (max([*tops, *(value for _, _, value in present)]) or 1)
+    bars = []
+    for n, row, value in present:
+        interval = row.intervals[column]
+        ends = (max(0, scale * interval.low), scale * interval.high) if interval else None
+        bars.append(Bar(row.name, percent(value), max(0, scale * value), ends, n % COLOURS))
+    words = [
+        f"{row.name} {percent(value)}"
+        + (f" ({percent(interval.low)} to {percent(interval.high)})" if (interval := row.intervals[column]) else "")
+        for _, row, value in present
+    ]
+    return Bars(measure, bars, f"{measure} in %, with 95 % intervals in brackets: {', '.join(words)}")
 
 
 def _comparison_if_any(table: TableConfig, runs: Path) -> Comparison | None:
@@ -197,7 +259,7 @@ def _comparison(table: TableConfig, runs: Path) -> Comparison | None:
     names = [*(table.gain or ()), *(name for name in table.rows if name not in (table.gain or ()))]
     results = {}
     for name in names:
-        stage = table.rows[name].detector
+        stage = next(iter(table.rows[name].detector), None)
         if stage and (per_class := read_json(runs / stage / "result.json").get("metrics", {}).get("per_class")):
             results[name] = per_class
     compared = dict(list(results.items())[:COLOURS])
@@ -212,7 +274,7 @@ def _comparison(table: TableConfig, runs: Path) -> Comparison | None:
         better, base = (compared[name] for name in table.gain)
         pairs = [(better.get(label), base.get(label)) for label, _ in classes]
         differences = ["-" if a is None or b is None else signed(100 * (a - b)) for a, b in pairs]
-    means = {name: mean_curve(read_json(runs / str(table.rows[name].detector) / "analysis.json")) for name in compared}
+    means = {name: mean_curve(read_json(runs / table.rows[name].detector[0] / "analysis.json")) for name in compared}
     known = {name: mean for name, mean in means.items() if mean is not None}
     chart = None
     if known:
@@ -230,7 +292,7 @@ def _stages(pipeline: PipelineConfig | None, runs: Path) -> list[StageView]:
     names = [name for name, stage in pipeline.stages.items() if stage.command != "report"]
     table = pipeline.table
     rows = [table.rows[name] for name in (table.gain if table and table.gain else ())] if table else []
-    first = [stage for row in rows for stage in (row.detector, row.classifier) if stage]
+    first = [stage for row in rows for stage in (*row.detector, *row.classifier)]
     # The compared stages come first, in case there is no room for the images of all stages.
     views = {
         name: view(name, pipeline.stages[name].command, runs / name, room)
@@ -242,8 +304,8 @@ def _stages(pipeline: PipelineConfig | None, runs: Path) -> list[StageView]:
 def _opened(table: TableConfig | None, stages: list[StageView]) -> str | None:
     """Return the stage whose best and worst images are unfolded: that of the better row, else the first that has any."""
     candidates = [stage.name for stage in stages if stage.pairs]
-    better = table.rows[table.gain[0]].detector if table and table.gain else None
-    return better if better in candidates else next(iter(candidates), None)
+    better = table.rows[table.gain[0]].detector if table and table.gain else ()
+    return next((name for name in (*better, *candidates) if name in candidates), None)
 
 
 def _runs_below(folder: Path) -> list[Path]:

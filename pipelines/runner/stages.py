@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssld.pipelines.config import CommandName, PipelineConfig, ReportConfig, StageConfig, flatten
+from ssld.pipelines.config import REFERENCE, CommandName, PipelineConfig, ReportConfig, StageConfig, flatten
 from ssld.pipelines.toy_data import ToyDataConfig
 from ssld.shared.config.settings import CommandConfig, did_you_mean, parse_config, validate
 from ssld.shared.config.yaml_files import read_settings
@@ -39,7 +39,6 @@ _SPLITS = tuple(
     for name in ("train", "val", "valid", "validation", "test", "trainval")
     for suffix in ("", ".json")
 )
-_REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ KINDS: dict[CommandName, Kind] = {
         "stage2_detect/convert_paddle.py", ConvertDetectorConfig, ("detector.safetensors",), one_process=True
     ),
     "train": Kind("stage2_detect/train.py", TrainConfig, ("detector.safetensors",)),
-    "evaluate_detector": Kind("stage2_detect/evaluate.py", EvaluateDetectorConfig),
+    "evaluate_detector": Kind("stage2_detect/evaluate.py", EvaluateDetectorConfig, ("detections.json",)),
     "export_detector": Kind(
         "stage2_detect/export.py", ExportDetectorConfig, ("detector.onnx", "detector.pt2", "hub"), one_process=True
     ),
@@ -256,7 +255,7 @@ def _substitute(value: Any, names: dict[str, str], used: set[str]) -> Any:
         used.add(name)
         return names[name]
 
-    return _REFERENCE.sub(replacement, value)
+    return REFERENCE.sub(replacement, value)
 
 
 def _is_plain(value: Any) -> bool:
