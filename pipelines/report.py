@@ -243,7 +243,8 @@ def _bars(measure: str, rows: list[Row], column: int) -> Bars | None:
         + (f" ({percent(interval.low)} to {percent(interval.high)})" if (interval := row.intervals[column]) else "")
         for _, row, value in present
     ]
-    return Bars(measure, bars, f"{measure} in %, with 95 % intervals in brackets: {', '.join(words)}")
+    brackets = ", with 95 % intervals in brackets" if tops else ""
+    return Bars(measure, bars, f"{measure} in %{brackets}: {', '.join(words)}")
 
 
 def _comparison_if_any(table: TableConfig, runs: Path) -> Comparison | None:

@@ -3,9 +3,9 @@
 Numbers come from the stages' result.json, as fractions, and are printed in percent. A number that no stage measured is printed as "-". Does not
 import torch.
 
-Differences have 95 % intervals. If both rows have several runs: over their seeds (Student's t, runs paired by number). Otherwise for detectors a paired
-bootstrap over the evaluation images, measured by `evaluate.py --compare`; for classifiers the binomial interval of two independent proportions, which is
-too wide rather than too narrow, because both are evaluated on the same images.
+Differences have 95 % intervals. If both rows have several runs: over their seeds (Student's t, runs paired by number). Otherwise for detectors a
+paired bootstrap over the evaluation images, measured by `evaluate.py --compare`; for classifiers the binomial interval of two independent
+proportions, which is too wide rather than too narrow, because both are evaluated on the same images.
 """
 
 import json

@@ -35,6 +35,7 @@ class FakeConfig(CommandConfig):
     sources: list[Path] = []
     text: str = ""
     steps: int = Field(1, ge=1)
+    seed: int = 0
     metrics: Metrics = Metrics()
     ends: str = "well"
     """how the stage ends: success, a user error, a crash, no result, or waiting for a signal"""

@@ -14,7 +14,7 @@ from ssld.pipelines.config import PipelineConfig, TableConfig
 from ssld.pipelines.report import gains, main
 from ssld.pipelines.reports import charts
 from ssld.pipelines.reports.stage_view import Room, view
-from ssld.pipelines.reports.table import Record, Row, table_text, write_record
+from ssld.pipelines.reports.table import Interval, Record, Row, table_text, write_record
 
 VOID = {"meta", "link", "br", "img", "path", "use"}
 
@@ -226,12 +226,64 @@ def test_gains() -> None:
         Row("random", (None, None, 0.31, None)),
     ]
     table = TableConfig.model_validate({"rows": {row.name: {} for row in rows}, "gain": ["SSLD", "baseline"]})
-    ap, top1 = gains(table, rows)
-    assert (ap.measure, ap.text, ap.better, ap.base) == ("detector AP", "+2.5", "SSLD", "baseline")
+    above, around = Interval(0.01, 0.04, "3 seeds"), Interval(-0.02, 0.22, "binomial, 50 images")
+    difference = Row("SSLD - baseline", (0.1, None, 0.025, None), (around, None, above, None))
+    ap, top1 = gains(table, rows, difference)
+    assert (ap.measure, ap.text, ap.better, ap.base, ap.verdict) == ("detector AP", "+2.5", "SSLD", "baseline", "good")
+    assert ap.interval_text == "95 % interval +1.0 to +4.0 (3 seeds)"
     assert ap.others == [("random", pytest.approx(-1.0))]
-    assert (top1.measure, top1.text, top1.others) == ("top-1", "+10.0", [])
-    worse = TableConfig.model_validate({"rows": table.rows, "gain": ["baseline", "SSLD"]})
-    assert gains(worse, rows)[0].text == "\N{MINUS SIGN}2.5"
+    assert (top1.measure, top1.text, top1.others, top1.verdict) == ("top-1", "+10.0", [], "none")
+    assert top1.interval_text == "95 % interval \N{MINUS SIGN}2.0 to +22.0 (binomial, 50 images)"
+    below = Row("", (None, None, -0.025, None), (None, None, Interval(-0.04, -0.01, ""), None))
+    assert [(one.text, one.verdict) for one in gains(table, rows, below)] == [("\N{MINUS SIGN}2.5", "bad")]
+    unknown = gains(table, rows, Row("", (None, None, 0.5, None)))[0]
+    assert (unknown.verdict, unknown.interval_text) == ("none", "no interval measured")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "objects", "words"),
+    [
+        (
+            0.01,
+            0.09,
+            300,
+            "+5.0 points of detector AP, ap against base 95 % interval +1.0 to +9.0 (paired bootstrap over 40 images)",
+        ),
+        (
+            -0.02,
+            0.09,
+            99,
+            "+5.0 No difference measured: points of detector AP, ap against base 95 % interval \N{MINUS SIGN}2.0 to +9.0",
+        ),
+    ],
+)
+def test_a_gain_is_claimed_only_outside_its_interval(
+    low: float, high: float, objects: int, words: str, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    counts = {"right": objects - 9, "missed": 9}
+    write_run(runs / "base", metrics={"AP": 0.2, "intervals": {"AP": [0.15, 0.3]}, "at_threshold": counts}, lines=[])
+    compared = {"sha256": "abc", "images": 40, "AP": {"difference": 0.05, "low": low, "high": high}}
+    metrics = {"AP": 0.25, "compared": compared, "intervals": {"AP": [0.2, 0.5]}, "at_threshold": counts}
+    write_run(runs / "ap", metrics=metrics, lines=[])
+    base = json.loads((runs / "base/result.json").read_text()) | {"outputs": {"detections.json": "abc"}}
+    (runs / "base/result.json").write_text(json.dumps(base))
+    stages = {name: {"command": "evaluate_detector"} for name in ("base", "ap")}
+    table = {"rows": {name: {"detector": name} for name in stages}, "gain": ["ap", "base"]}
+    write_record(
+        runs, Record("x", False, PipelineConfig.model_validate({"output": "x", "stages": stages, "table": table}))
+    )
+    assert main(["--runs", str(runs)]) == 0
+    content = (runs / "report/report.html").read_text()
+    text = " ".join(Page(content).text.split())
+    assert words in text
+    assert ('class="points good"' in content) == (low > 0)
+    assert ('class="points soft"' in content) == (low < 0)
+    assert ("are evaluated on 99 objects" in text) == (objects < 100)
+    # Bars begin at 0; the longest interval ends at the right edge.
+    assert 'style="display: block; width: 40.0%"' in content
+    assert 'class="whisker" style="left: 30.0%; width: 30.0%"' in content
+    assert 'class="whisker" style="left: 40.0%; width: 60.0%"' in content
 
 
 def record_of(pipeline: Path, *, smoke: bool) -> PipelineConfig:
