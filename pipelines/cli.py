@@ -1,6 +1,6 @@
-"""The console script `ssld`: sub-commands that hand the rest of the line to an entry script, nothing more.
+"""Console script `ssld`: dispatches each sub-command to its entry script and passes the remaining arguments on.
 
-A sub-command's module is imported when it is called, so that `ssld --help` needs no torch.
+A sub-command's module is imported only when the command runs, so that `ssld --help` does not import torch.
 """
 
 import importlib
@@ -25,42 +25,45 @@ from ssld.shared.terminal import say
 COMMANDS = {
     "run": ("ssld.pipelines.run", "run a pipeline, from images to the table and the report"),
     "teach": ("ssld.stage1_ssld.teach", "fine-tune a teacher on labeled images"),
-    "prototypes": ("ssld.stage1_ssld.prototypes", "make a teacher of an encoder without classes, from your own images"),
+    "prototypes": (
+        "ssld.stage1_ssld.prototypes",
+        "make a teacher from an encoder without classes, with your own images",
+    ),
     "curate": ("ssld.stage1_ssld.curate", "select unlabeled images: the best of each class, without near-duplicates"),
-    "soft-labels": ("ssld.stage1_ssld.write_soft_labels", "write a store of the teacher's answers"),
+    "soft-labels": ("ssld.stage1_ssld.write_soft_labels", "write a store of the teacher's soft labels"),
     "distill": ("ssld.stage1_ssld.distill", "train a student from a teacher's soft labels, without human labels"),
     "train": ("ssld.stage2_detect.train", "train a detector from a backbone file"),
-    "evaluate": ("", "evaluate a backbone or detector file, told apart by what it holds"),
+    "evaluate": ("", "evaluate a backbone or detector file; the kind is read from the file"),
     "predict": (
         "ssld.stage2_detect.predict",
-        "find objects in pictures and videos: drawn, as COCO JSON, CSV, YOLO labels, crops, or as pseudo-labels",
+        "detect objects in images and videos; write drawn images, COCO JSON, CSV, YOLO labels, crops or pseudo-labels",
     ),
-    "export": ("", "export a backbone or detector file: ONNX and torch.export, checked, and a folder for the hub"),
-    "convert-paddle": ("ssld.stage1_ssld.convert_paddle", "turn a PaddleClas ResNet_vd file into a backbone file"),
+    "export": ("", "export a backbone or detector file to ONNX and torch.export, checked, and to a folder for the hub"),
+    "convert-paddle": ("ssld.stage1_ssld.convert_paddle", "convert a PaddleClas ResNet_vd file to a backbone file"),
     "convert-paddle-detector": (
         "ssld.stage2_detect.convert_paddle",
-        "turn a PaddleDetection R-CNN file into a detector file",
+        "convert a PaddleDetection R-CNN file to a detector file",
     ),
     "convert-data": (
         "ssld.stage2_detect.convert_data",
-        "turn YOLO, Pascal VOC or Parquet detection data into COCO JSON",
+        "convert YOLO, Pascal VOC or Parquet detection data to COCO JSON",
     ),
-    "inspect": ("", "print what a model file, store, manifest, checkpoint or run directory of ours is"),
+    "inspect": ("", "print the contents of a model file, store, manifest, checkpoint or run directory of this project"),
     "report": ("ssld.pipelines.report", "write report.html from a pipeline's run directories"),
-    "toy-data": ("ssld.pipelines.toy_data", "draw the embedded data set"),
-    "init": ("ssld.pipelines.init", "write a pipeline for your own photos, with settings that suit them"),
-    "doctor": ("ssld.pipelines.doctor", "look at the machine, the settings and the data: what stands in the way?"),
-    "completion": ("", "print a script with which the tab key completes all of this: bash or zsh"),
+    "toy-data": ("ssld.pipelines.toy_data", "draw the synthetic data set of the quickstart"),
+    "init": ("ssld.pipelines.init", "write a pipeline for your own photos, with settings fitted to them"),
+    "doctor": ("ssld.pipelines.doctor", "check the machine, the settings and the data before a run"),
+    "completion": ("", "print a tab-completion script for bash or zsh"),
 }
 _GROUPS = {
     "begin here": ("init", "doctor", "run", "report", "inspect"),
     "backbones": ("prototypes", "curate", "teach", "soft-labels", "distill"),
     "detectors": ("train", "predict"),
     "both": ("evaluate", "export"),
-    "data and files of others": ("convert-data", "convert-paddle", "convert-paddle-detector", "toy-data"),
+    "data and files of other projects": ("convert-data", "convert-paddle", "convert-paddle-detector", "toy-data"),
     "this command": ("completion",),
 }
-# command -> what it can do to files, and the module for each kind of them
+# command -> (participle for messages, {kind of file: module})
 _BY_KIND = {
     "evaluate": ("evaluated", {"backbone": "ssld.stage1_ssld.evaluate", "detector": "ssld.stage2_detect.evaluate"}),
     "export": ("exported", {"backbone": "ssld.stage1_ssld.export", "detector": "ssld.stage2_detect.export"}),
@@ -88,14 +91,14 @@ def _call(name: str, rest: list[str]) -> int:
         return _completion(rest)
     if name in _BY_KIND and {"-h", "--help"} & set(rest) and _model(rest) is None:
         print(
-            f"usage: ssld {name} --model FILE ...\n\nThe settings are those of {_scripts(name)}: add --model FILE to see them."
+            f"usage: ssld {name} --model FILE ...\n\nThe settings are those of {_scripts(name)}; add --model FILE to see them."
         )
         return 0
     return _main_of(_script(name, rest) if name in _BY_KIND else COMMANDS[name][0], rest)
 
 
 def usage() -> str:
-    """What `ssld --help` prints."""
+    """Return the text of `ssld --help`."""
     width = max(map(len, COMMANDS))
     lines = []
     for title, names in _GROUPS.items():
@@ -104,17 +107,17 @@ def usage() -> str:
         [
             "usage: ssld COMMAND ...",
             "",
-            "From a teacher to a small backbone without labels, and from the backbone to a detector.",
+            "Distill a teacher into a small backbone without labels, then train a detector from that backbone.",
             *lines,
             "",
             "ssld COMMAND --help lists the settings of a command, ssld --version the version.",
-            "Exit codes: 0 done, 1 something broke (of doctor: found a fault), 2 your mistake in one line, 143 stopped with a checkpoint.",
+            "Exit codes: 0 done, 1 failed (doctor: found a fault), 2 invalid input, named in one line, 143 stopped with a checkpoint.",
         ]
     )
 
 
 def _version() -> str:
-    """Version and what it runs on, without importing torch."""
+    """Return the versions of ssld, torch, torchvision, timm and Python, without importing torch."""
     names = ("ssld", "torch", "torchvision", "timm")
     words = [f"{name} {installed_version(name) or 'not installed'}" for name in names]
     return f"{', '.join(words)}, Python {platform.python_version()}"
@@ -144,7 +147,7 @@ def _inspect(argv: list[str]) -> int:
 
 
 def _asks_for_help(name: str, argument: str, argv: list[str]) -> bool:
-    """Whether the line of a command with one argument asks for its help, which is then printed. Raises UserError for any line but these two."""
+    """Print the help of a command with one argument and return True if the line requests it. Raises UserError unless the line is one argument."""
     text = f"usage: ssld {name} {argument}"
     if {"-h", "--help"} & set(argv):
         print(f"{text}\n\n{COMMANDS[name][1]}")
@@ -155,7 +158,7 @@ def _asks_for_help(name: str, argument: str, argv: list[str]) -> bool:
 
 
 def _script(name: str, argv: list[str]) -> str:
-    """The module for the kind of file that a command line names."""
+    """Return the module for the kind of the file given as --model."""
     from ssld.shared.models.model_file import read_metadata
 
     file = _model(argv)
@@ -169,7 +172,7 @@ def _script(name: str, argv: list[str]) -> str:
 
 
 def _model(argv: list[str]) -> str | None:
-    """The file that a command line is about, said by a flag or in a file of settings."""
+    """Return the model file of a command line, from --model or from the --config file."""
     file: object = _value(argv, "--model")
     config = _value(argv, "--config")
     if file is None and config is not None:
@@ -185,14 +188,14 @@ def _scripts(name: str) -> str:
 
 
 def _value(argv: list[str], flag: str) -> str | None:
-    """The last value given to a flag, as `--flag VALUE` or `--flag=VALUE`."""
-    found = None
+    """Return the last value of a flag, written as `--flag VALUE` or `--flag=VALUE`."""
+    value = None
     for word, following in zip(argv, [*argv, None][1:], strict=True):
         if word == flag:
-            found = following
+            value = following
         elif word.startswith(f"{flag}="):
-            found = word.removeprefix(f"{flag}=")
-    return found
+            value = word.removeprefix(f"{flag}=")
+    return value
 
 
 if __name__ == "__main__":

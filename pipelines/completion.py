@@ -1,10 +1,10 @@
-"""`ssld completion bash|zsh`: a script for the shell that completes sub-commands, flags and the values of flags that can be listed.
+"""`ssld completion bash|zsh`: a shell script that completes sub-commands, flags and the values of flags with fixed choices.
 
     eval "$(ssld completion bash)"        # in ~/.bashrc
     eval "$(ssld completion zsh)"         # in ~/.zshrc, after compinit
 
-shtab writes it from the very parsers of the commands, so that the tab key starts no Python. Beside cli.py, as every command's module is: this one
-needs the settings of all of them. Does not import torch.
+shtab generates it from the commands' own parsers, so that completion does not start Python. A separate module because cli.py must not import the
+settings of all commands. Does not import torch.
 """
 
 from argparse import ArgumentParser
@@ -20,7 +20,7 @@ SHELLS = ("bash", "zsh")
 
 
 def completion_script(shell: str, commands: Mapping[str, str]) -> str:
-    """The script for one shell; `commands` is {name: what it does}. Raises UserError for a shell that is not known."""
+    """Return the script for one shell; `commands` is {name: help line}. Raises UserError for an unknown shell."""
     if shell not in SHELLS:
         raise UserError(f"ssld completion {shell}: expected {' or '.join(SHELLS)}")
     flags: dict[str, list[ArgumentParser]] = defaultdict(list)
@@ -31,7 +31,7 @@ def completion_script(shell: str, commands: Mapping[str, str]) -> str:
     for name, about in commands.items():
         branch = branches.add_parser(
             name, help=about, parents=flags[name], add_help=False, conflict_handler="resolve"
-        )  # of commands that dispatch by file, the flags of all kinds
+        )  # commands that dispatch by file get the flags of all kinds
         if name == "completion":
             branch.add_argument("shell", choices=SHELLS)
         if name == "inspect":
@@ -44,7 +44,7 @@ def completion_script(shell: str, commands: Mapping[str, str]) -> str:
 
 
 def parsers() -> Iterator[tuple[str, ArgumentParser]]:
-    """(command, parser) of every command that has flags; of those that dispatch by file, one for each kind."""
+    """Yield (command, parser) for every command with flags; commands that dispatch by file have one parser per kind."""
     from ssld.pipelines import doctor, init, run
     from ssld.pipelines.runner.stages import KINDS
     from ssld.shared.config.settings import settings_parser
@@ -58,5 +58,5 @@ def parsers() -> Iterator[tuple[str, ArgumentParser]]:
         "convert_backbone": "convert-paddle",
         "convert_detector": "convert-paddle-detector",
     }
-    for kind, what in KINDS.items():
-        yield named.get(kind, kind.replace("_", "-")), settings_parser(what.config_type, kind)
+    for name, kind in KINDS.items():
+        yield named.get(name, name.replace("_", "-")), settings_parser(kind.config_type, name)

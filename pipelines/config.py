@@ -1,10 +1,12 @@
-"""The shape of a pipeline's YAML file, and the settings of the report. Does not import torch."""
+"""Settings classes of a pipeline's YAML file and of the report. Does not import torch."""
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ssld.shared.config.bounds import Processes
 from ssld.shared.config.settings import CommandConfig, Config, did_you_mean
@@ -28,9 +30,12 @@ CommandName = Literal[
     "report",
 ]
 
+MOST_SEEDS = 10
+REFERENCE = re.compile(r"\$\{([^}]*)\}")
+
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of nested settings; lists are values."""
+    """Yield (dotted key, value) for nested settings; lists count as values."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
             yield from flatten(value, f"{prefix}{key}.")
@@ -39,7 +44,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 class StageConfig(Config):
-    """One command of a pipeline; it writes into `<output>/<name of the stage>`."""
+    """One command of a pipeline. It writes into `<output>/<name of the stage>`."""
 
     command: CommandName
     like: str | None = None
@@ -50,15 +55,22 @@ class StageConfig(Config):
     """settings laid on that file, by dotted key, as flags would"""
     processes: Processes = 1
     """processes on this machine"""
+    seeds: int = Field(1, ge=1, le=MOST_SEEDS)
+    """number of runs with different seeds; stages that read from this one are repeated with it"""
 
 
 class RowConfig(Config):
-    """Where one row of the table takes its numbers from."""
+    """Stages that supply the numbers of one row of the table."""
 
-    classifier: str | None = None
-    """stage that reports top-1 and agreement"""
-    detector: str | None = None
-    """stage that reports AP"""
+    classifier: tuple[str, ...] = ()
+    """stage that reports top-1 and agreement, or a list of its runs with different seeds"""
+    detector: tuple[str, ...] = ()
+    """stage that reports AP, or a list of its runs with different seeds"""
+
+    @field_validator("classifier", "detector", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return () if value is None else (value,) if isinstance(value, str) else value
 
 
 class TableConfig(Config):
@@ -70,7 +82,7 @@ class TableConfig(Config):
 
 
 class PipelineConfig(Config):
-    """Stages in the order they run in, and the table of what came out."""
+    """Stages in the order they run in, and the table of their results."""
 
     output: Path
     """folder of all the stages' run directories"""
@@ -86,7 +98,7 @@ class PipelineConfig(Config):
     def _fill_in_likes(cls, values: Any) -> Any:
         stages = values.get("stages") if isinstance(values, dict) else None
         if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
-            return values  # the fields' own checks say what is wrong
+            return values  # the fields' own checks report the mistake
         filled: dict[str, Any] = {}
         for name, stage in stages.items():
             other = stage.get("like")
@@ -99,13 +111,17 @@ class PipelineConfig(Config):
             if all(isinstance(part, dict) for part in settings):
                 stage = {**base, **stage, "set": dict(flatten(settings[0])) | dict(flatten(settings[1]))}
             filled[name] = stage
-        return {**values, "stages": filled}
+        copies = _copies(filled)
+        if max(copies.values(), default=1) == 1:
+            return {**values, "stages": filled}
+        values = {**values, "stages": _repeat(filled, copies)}
+        return {**values, "table": _with_copies(values["table"], copies)} if "table" in values else values
 
     @model_validator(mode="after")
     def _table_names_stages(self) -> Self:
         if self.table is None:
             return self
-        named = [stage for row in self.table.rows.values() for stage in (row.classifier, row.detector) if stage]
+        named = [stage for row in self.table.rows.values() for stage in (*row.classifier, *row.detector)]
         for stage in named:
             if stage not in self.stages:
                 raise ValueError(f"table: {stage}: no such stage; stages: {', '.join(self.stages)}")
@@ -115,8 +131,76 @@ class PipelineConfig(Config):
         return self
 
 
+def copy_name(stage: str, number: int) -> str:
+    """Return the name of a stage's run with another seed: NAME, NAME_1, NAME_2, ..."""
+    return f"{stage}_{number}" if number else stage
+
+
+def _copies(stages: dict[str, Any]) -> dict[str, int]:
+    """Return the number of runs of each stage: its own `seeds`, or those of the stages that it reads from.
+
+    Raises ValueError for a stage that reads from stages with different numbers of seeds.
+    """
+    copies: dict[str, int] = {}
+    for name, stage in stages.items():
+        seeds = stage.get("seeds", 1)
+        if not isinstance(seeds, int) or not 1 <= seeds <= MOST_SEEDS:
+            seeds = 1  # the field's own check reports the mistake
+        references = REFERENCE.findall(json.dumps([stage.get("set"), stage.get("config")], default=str))
+        repeated = {key: copies[key] for key in references if copies.get(key, 1) > 1}
+        numbers = {seeds} - {1} | set(repeated.values())
+        if len(numbers) > 1:
+            sources = ", ".join(f"{key} {number}" for key, number in repeated.items())
+            raise ValueError(f"stages.{name}: reads from stages with different seeds ({sources}, its own {seeds})")
+        copies[name] = numbers.pop() if numbers else 1
+    return copies
+
+
+def _repeat(stages: dict[str, Any], copies: dict[str, int]) -> dict[str, Any]:
+    """Write out the runs of every stage with several seeds, each reading from the run of its own number. Raises ValueError for a name in use."""
+    result: dict[str, Any] = {}
+    for name, stage in stages.items():
+        for number in range(copies[name]):
+            copy = copy_name(name, number)
+            if copy in result or (number and copy in stages):
+                raise ValueError(f"stages.{name}.seeds: {copy} is the name of another stage; rename it")
+            settings = dict(_renamed(stage.get("set", {}), copies, number))
+            if stage.get("seeds", 1) > 1:
+                seed = settings.get("seed", 0)
+                if not isinstance(seed, int):
+                    raise ValueError(f"stages.{name}.set.seed: {seed!r}: a stage with seeds needs a number")
+                settings["seed"] = seed + number
+            config = _renamed(stage.get("config"), copies, number)
+            result[copy] = {**stage, "like": None, "set": settings, "config": config, "seeds": 1}
+    return result
+
+
+def _renamed(value: Any, copies: dict[str, int], number: int) -> Any:
+    """Replace ${NAME} of repeated stages by the run of this number."""
+    if isinstance(value, dict):
+        return {key: _renamed(item, copies, number) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_renamed(item, copies, number) for item in value]
+    if not isinstance(value, str):
+        return value
+    return REFERENCE.sub(lambda m: f"${{{copy_name(m[1], number)}}}" if copies.get(m[1], 1) > 1 else m[0], value)
+
+
+def _with_copies(table: Any, copies: dict[str, int]) -> Any:
+    """Write out the runs of the table's stages with several seeds."""
+    rows = table.get("rows") if isinstance(table, dict) else None
+    if not isinstance(rows, dict):
+        return table  # the fields' own checks report the mistake
+    filled = {}
+    for name, row in rows.items():
+        names = {key: stage for key, stage in row.items() if isinstance(stage, str)} if isinstance(row, dict) else {}
+        lists = {k: [copy_name(s, n) for n in range(copies.get(s, 1))] for k, s in names.items()}
+        filled[name] = {**row, **lists} if isinstance(row, dict) else row
+    return {**table, "rows": filled}
+
+
 class ReportConfig(CommandConfig):
-    """Write report.html on a pipeline or a single run: gain, curves, tables, pictures, settings, machine and cost."""
+    """Write report.html for a pipeline or a single run: gain, curves, tables, images, settings, machine and cost."""
 
     runs: Path
     """folder that holds the run directories of a pipeline, or one run directory"""

@@ -1,12 +1,12 @@
-"""ENTRY: what stands in the way? A look at the machine, at a file of settings or a pipeline, and at detection data.
+"""ENTRY: check the machine, a settings file or pipeline, and detection data before a run.
 
     python pipelines/doctor.py
     python pipelines/doctor.py pipelines/quickstart.yaml
     python pipelines/doctor.py --annotations train.json --images photos --val_annotations val.json --val_images photos
 
-Exit code 0: nothing in the way (there may be warnings), 1: something that would end a run or make its scores worthless, 2: a mistake in the command.
-The data are looked over by `stage2_detect/check_data.py`, in a process of its own as the runner starts its stages: a broken torchvision does not
-keep the doctor from saying so. Changes nothing; `--fix DIR` writes cleaned copies of the JSON files there. Does not import torch.
+Exit code 0: no faults (there may be warnings), 1: a fault that would end a run or make its scores worthless, 2: a mistake in the command.
+`stage2_detect/check_data.py` checks the data in a separate process, so that a broken torchvision is reported instead of crashing the doctor.
+Changes nothing; `--fix DIR` writes cleaned copies of the JSON files there. Does not import torch.
 """
 
 import sys
@@ -19,7 +19,7 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.pipelines.checks.data import FLAGS, DataSet, Wanted, check_data
+from ssld.pipelines.checks.data import FLAGS, DataNeeds, DataSet, check_data
 from ssld.pipelines.checks.machine import Line, ask_torch, machine_lines
 from ssld.pipelines.checks.settings import settings_lines
 from ssld.pipelines.runner.stages import find_pipeline
@@ -31,17 +31,17 @@ from ssld.shared.wording import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns 0 where nothing is in the way, 1 where something is, 2 for a user's mistake."""
+    """Entry point; returns 0 without faults, 1 with at least one, 2 for a user's mistake."""
     return exit_code(lambda: _doctor([underscored(word) for word in (sys.argv[1:] if argv is None else argv)]))
 
 
 def _doctor(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
-    data = dict.fromkeys(_data_of(arguments), Wanted(masks=False, allow_loss=False))
+    data = dict.fromkeys(_data_of(arguments), DataNeeds(masks=False, allow_loss=False))
     lines: list[Line] = []
 
-    def tell(found: Iterator[Line]) -> None:
-        for line in found:
+    def report(findings: Iterator[Line]) -> None:
+        for line in findings:
             lines.append(line)
             say(f"  {line.level:<8}{line.topic:<12}{printable(line.text)}")
 
@@ -50,16 +50,16 @@ def _doctor(argv: list[str]) -> int:
         raise UserError(f"{settings}: no such file; settings are a YAML file")
     print("machine", flush=True)
     probe = ask_torch()
-    tell(machine_lines(probe))
+    report(machine_lines(probe))
     if settings:
         say(f"\nsettings: {arguments.settings}")
-        found, sets = settings_lines(settings, probe, dict(arguments.variable), quick=arguments.quick)
-        tell(iter(found))
-        data = data or sets
+        findings, data_sets = settings_lines(settings, probe, dict(arguments.variable), quick=arguments.quick)
+        report(iter(findings))
+        data = data or data_sets
     codes = []
-    for one, wanted in data.items():
+    for data_set, needs in data.items():
         print("\ndata", flush=True)
-        code, findings = _check_data(one, arguments, wanted)
+        code, findings = _check_data(data_set, arguments, needs)
         codes.append(code)
         lines += findings
     say("\n" + _verdict(lines))
@@ -69,12 +69,12 @@ def _doctor(argv: list[str]) -> int:
 
 
 def _verdict(lines: list[Line]) -> str:
-    """What matters of it, once more: every fault and warning by a few words."""
+    """Summarize the faults and warnings, faults first, one shortened line each."""
     worst = [line for level in ("fault", "warning") for line in lines if line.level == level]
     faults = sum(line.level == "fault" for line in lines)
     warnings = len(worst) - faults
     if not worst:
-        return "verdict: nothing in the way"
+        return "verdict: no faults, no warnings"
     head = f"verdict: {faults or 'no'} fault{'' if faults == 1 else 's'}, {warnings or 'no'} warning{'' if warnings == 1 else 's'}"
     rows = [
         f"  {line.level:<8}{line.topic}: {printable(line.text[:100])}{'...' if len(line.text) > 100 else ''}"
@@ -82,21 +82,23 @@ def _verdict(lines: list[Line]) -> str:
     ]
     more = [f"  and {len(worst) - 16} more, above"] if len(worst) > 16 else []
     end = (
-        "  the faults have to be mended first" if faults else "  nothing in the way; see whether the warnings are meant"
+        "  fix the faults before you start a run"
+        if faults
+        else "  a run can start; check that the warnings are intended"
     )
     return "\n".join([head, *rows, *more, end])
 
 
-def _check_data(data: DataSet, arguments: Namespace, wanted: Wanted) -> tuple[int, list[Line]]:
-    """(exit code of the data check, its findings)."""
+def _check_data(data: DataSet, arguments: Namespace, needs: DataNeeds) -> tuple[int, list[Line]]:
+    """Run the data check; return (its exit code, its findings)."""
     more = ["--fix", str(arguments.fix)] if arguments.fix else []
     more += [flag for flag in ("--quick", "--look_alikes") if getattr(arguments, flag[2:])]
-    more += [flag for flag in ("--masks", "--allow_loss") if getattr(wanted, flag[2:])]
+    more += [flag for flag in ("--masks", "--allow_loss") if getattr(needs, flag[2:])]
     code, report = check_data(data, *more)
     if report is None:
         return code, [Line("fault", "data", f"{data[0]}: not checked, see above")]
-    lines = [Line(one["level"], one["file"], one["text"]) for one in report["findings"]]
-    if code and not any(line.level == "fault" for line in lines):  # it broke off behind its findings
+    lines = [Line(finding["level"], finding["file"], finding["text"]) for finding in report["findings"]]
+    if code and not any(line.level == "fault" for line in lines):  # the check failed after it had written its findings
         lines.append(Line("fault", "data", f"{data[0]}: not finished, see above"))
     return code, lines
 
@@ -120,17 +122,18 @@ def _variable(text: str) -> tuple[str, str]:
 
 
 def parser() -> Parser:
+    """Return the parser of this command."""
     parser = Parser(
         prog="ssld doctor",
-        description="Look at this machine, at a file of settings or a pipeline, and at detection data: what stands in the way?",
-        epilog="Exit code 0: nothing in the way, 1: a fault that would end a run or spoil its scores, 2: a mistake in the command.",
+        description="Check this machine, a settings file or pipeline, and detection data before a run.",
+        epilog="Exit code 0: no faults, 1: a fault that would end a run or make its scores worthless, 2: a mistake in the command.",
         allow_abbrev=False,
     )
     parser.add_argument(
         "settings",
         nargs="?",
         metavar="YAML",
-        help="a pipeline, also one of ours by name, or the settings of one command",
+        help="a pipeline (a file, or the name of a shipped one such as quickstart) or the settings of one command",
     )
     parser.add_argument(
         "--variable",
@@ -138,19 +141,19 @@ def parser() -> Parser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a variable of the pipeline",
+        help="value of a variable of the pipeline",
     )
-    parser.add_argument("--annotations", type=Path, metavar="JSON", help="COCO JSON to look over")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of its pictures")
-    parser.add_argument("--val_annotations", type=Path, metavar="JSON", help="the same for evaluation")
-    parser.add_argument("--val_images", type=Path, metavar="DIR")
+    parser.add_argument("--annotations", type=Path, metavar="JSON", help="COCO JSON file to check")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of its images")
+    parser.add_argument("--val_annotations", type=Path, metavar="JSON", help="COCO JSON file for evaluation")
+    parser.add_argument("--val_images", type=Path, metavar="DIR", help="folder of the evaluation images")
+    parser.add_argument("--fix", type=Path, metavar="DIR", help="folder for cleaned copies of the JSON files")
     parser.add_argument(
-        "--fix", type=Path, metavar="DIR", help="write cleaned copies of the JSON files into this folder"
+        "--look_alikes",
+        action="store_true",
+        help="also search for near-duplicates between training and evaluation images",
     )
-    parser.add_argument(
-        "--look_alikes", action="store_true", help="also compare training and evaluation pictures by looks"
-    )
-    parser.add_argument("--quick", action="store_true", help="do not open the pictures")
+    parser.add_argument("--quick", action="store_true", help="do not open the images")
     return parser
 
 

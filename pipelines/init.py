@@ -1,11 +1,11 @@
-"""ENTRY: a pipeline for one's own photos, written to be read and changed.
+"""ENTRY: write a commented pipeline for your own photos, to be read and edited.
 
     python pipelines/init.py --images photos --annotations annotations.json --output mine.yaml
     python pipelines/run.py mine.yaml --dry-run
 
-The data are looked over first, as `ssld doctor` does. Sizes, anchors, length and warm-up follow from the number of pictures, the size of the objects
-and the machine. Where no evaluation file is given, a seeded fifth of the images becomes one: `mine_train.json` and `mine_val.json` beside the YAML
-file. With `--unlabeled DIR` the backbone is first distilled on those pictures, and a detector without that step shows what it is worth.
+The data are checked first, as by `ssld doctor`. Image sizes, anchors, length and warm-up follow from the number of images, the size of the objects
+and the machine. Without an evaluation file, a random fifth of the images (seeded) becomes one: `mine_train.json` and `mine_val.json` beside the YAML
+file. With `--unlabeled DIR` the backbone is first distilled on those images, and a second detector without that step measures its gain.
 """
 
 import json
@@ -45,7 +45,7 @@ def _init(arguments: Namespace) -> int:
     output: Path = arguments.output
     names = _names(arguments)
     _check_arguments(arguments, names.values())
-    statistics, content = _look_over(arguments)
+    statistics, content = _check_photos(arguments)
     train, val = arguments.annotations, arguments.val_annotations
     val_images = arguments.val_images or arguments.images
     written: dict[Path, str] = {}
@@ -68,7 +68,7 @@ def _init(arguments: Namespace) -> int:
             arguments.seed,
         )
         if not pool.train:
-            raise UserError(f"{arguments.unlabeled}: {pool.tally.describe()}; nothing is left to learn from")
+            raise UserError(f"{arguments.unlabeled}: {pool.tally.describe()}; no photo is left to train on")
         lists = {"listing": [row["file_name"] for row in content["images"]], "pool": pool.train}
         lists |= {"held_out": pool.held_out} if pool.held_out else {}
         written |= {names[name]: "".join(f"{line}\n" for line in lines) for name, lines in lists.items()}
@@ -95,15 +95,15 @@ def _init(arguments: Namespace) -> int:
     )
     written[output] = pipeline_text(output, facts, suggest(facts))
     output.parent.mkdir(parents=True, exist_ok=True)
-    for file, text in written.items():  # the YAML file comes last: where it is, everything is
+    for file, text in written.items():  # the YAML file comes last: if it exists, all files exist
         write_atomically(file, text)
         say(f"wrote {file}")
-    say(f"look at it, then: ssld run {shlex.quote(str(output))} --dry-run, --smoke, and without either")
+    say(f"read it, then start ssld run {shlex.quote(str(output))} with --dry-run, with --smoke, and without either")
     return 0
 
 
 def _names(arguments: Namespace) -> dict[str, Path]:
-    """Every file that is going to be written."""
+    """Return every file that will be written, by its role."""
     output: Path = arguments.output
     names = {"pipeline": output}
     if not arguments.val_annotations:
@@ -115,7 +115,7 @@ def _names(arguments: Namespace) -> dict[str, Path]:
 
 
 def _files(content: dict[str, Any], folder: Path) -> list[Path]:
-    """The images of a COCO file that are there."""
+    """Return the image files of a COCO file that exist."""
     files = [folder / row["file_name"] for row in content["images"]]
     return [file for file in files if file.is_file()]
 
@@ -126,14 +126,14 @@ def _check_arguments(arguments: Namespace, names: Iterable[Path]) -> None:
         raise UserError(f"--output {output}: give the name of a YAML file, as mine.yaml")
     for file in names:
         if file.exists():
-            raise UserError(f"{file}: is there already; give another --output, or delete it")
+            raise UserError(f"{file}: exists already; give another --output, or delete it")
     given = {"output": output} | {name: getattr(arguments, name) for name in (*FLAGS, "unlabeled")}
     for name, path in given.items():
         if path and "${" in str(path):
-            raise UserError(f"--{name} {path}: ${{ stands for a variable in a pipeline; give a path without it")
+            raise UserError(f"--{name} {path}: ${{ marks a variable in a pipeline; give a path without it")
     above = next(folder for folder in output.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):  # before the data are looked over
-        why = "cannot be written to" if above.is_dir() else "is no folder"
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):  # before the slow check of the data
+        why = "is not writable" if above.is_dir() else "is not a folder"
         raise UserError(f"--output {output}: {above} {why}; give another --output")
     if arguments.val_images and not arguments.val_annotations:
         raise UserError("--val_images: give --val_annotations too")
@@ -145,9 +145,8 @@ def _check_arguments(arguments: Namespace, names: Iterable[Path]) -> None:
         raise UserError(f"{arguments.unlabeled}: no images in it")
 
 
-def _look_over(arguments: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(statistics of the files, content of the training annotations as training reads them), from the data check. Raises UserError where it finds a
-    fault."""
+def _check_photos(arguments: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run the data check; return (statistics per file, content of the training annotations as training reads them). Raises UserError for a fault."""
     val_images = (arguments.val_images or arguments.images) if arguments.val_annotations else None
     places = (arguments.annotations, arguments.images, arguments.val_annotations, val_images)
     with tempfile.TemporaryDirectory() as folder:
@@ -155,55 +154,64 @@ def _look_over(arguments: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         code, report = check_data(places, "--accepted", str(accepted))
         content = json.loads(accepted.read_bytes()) if accepted.is_file() else {}
     if report is None:
-        raise UserError(f"{arguments.annotations}: cannot be looked over, see above")
+        raise UserError(f"{arguments.annotations}: the check failed, see above")
     if code:
         given = " ".join(f"--{name} {path}" for name, path in zip(FLAGS, places, strict=True) if path)
         advice = f"ssld doctor {given} --fix DIR writes cleaned copies"
-        if any(one["level"] == "fault" and not one["fix"] for one in report["findings"]):
-            advice = "mend them first"
+        if any(finding["level"] == "fault" and not finding["fix"] for finding in report["findings"]):
+            advice = "fix them first"
         raise UserError(f"the data have faults, see above; {advice}")
     return report["files"], content
 
 
-def _with_orientation(content: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """The content of a file that says which form of its images its boxes are for: a part of it may lack the images that show it
+def _with_orientation(content: dict[str, Any], orientation: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a file with its EXIF convention recorded: after the split, one part may lack the images that show the convention
     (`stage2_detect/data/orientation.py`)."""
-    if not (found["upright"] or found["stored"] or found["both"]):
+    if not (orientation["upright"] or orientation["stored"] or orientation["both"]):
         return content
     info = content.get("info")
-    return {**content, "info": {**(info if isinstance(info, dict) else {}), "image_orientation": found["convention"]}}
+    info = info if isinstance(info, dict) else {}
+    return {**content, "info": {**info, "image_orientation": orientation["convention"]}}
 
 
 def parser() -> Parser:
-    """The parser of this command."""
+    """Return the parser of this command."""
     parser = Parser(
         prog="ssld init",
-        description="Write a pipeline for your own photos, to be read and changed.",
+        description="Write a commented pipeline for your own photos, to be read and edited.",
         allow_abbrev=False,
     )
     parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the annotated photos")
-    parser.add_argument("--annotations", type=Path, required=True, metavar="JSON", help="their COCO JSON")
+    parser.add_argument(
+        "--annotations", type=Path, required=True, metavar="JSON", help="COCO JSON file of these photos"
+    )
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("pipeline.yaml"),
         metavar="YAML",
-        help="the pipeline to write (pipeline.yaml)",
+        help="YAML file to write (default: pipeline.yaml)",
     )
     parser.add_argument(
-        "--unlabeled", type=Path, metavar="DIR", help="folder of photos without annotations: SSLD learns from them"
+        "--unlabeled", type=Path, metavar="DIR", help="folder of photos without annotations, for distillation"
     )
     parser.add_argument(
         "--val_annotations",
         type=Path,
         metavar="JSON",
-        help="annotations to evaluate on, instead of a part of the others",
+        help="COCO JSON file for evaluation (default: a part of --annotations)",
     )
-    parser.add_argument("--val_images", type=Path, metavar="DIR", help="folder of their photos, where it is another")
     parser.add_argument(
-        "--val_share", type=float, default=0.2, metavar="SHARE", help="share of the images to evaluate on (0.2)"
+        "--val_images", type=Path, metavar="DIR", help="folder of the evaluation photos (default: --images)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of that split and of the runs (0)")
+    parser.add_argument(
+        "--val_share",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="fraction of the images to evaluate on (default: 0.2)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the split and of the runs (default: 0)")
     return parser
 
 

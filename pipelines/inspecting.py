@@ -1,7 +1,7 @@
-"""`ssld inspect`: what a file or folder of ours is, where it came from, how good it is, and under which licence its teacher stands.
+"""`ssld inspect`: kind, origin, scores and licence of a file or folder of this project.
 
-Knows what no text editor shows, model files (.safetensors), what was exported from them (.onnx, .pt2) and manifests of a curation (.parquet), and the
-folders of pipelines, runs, checkpoints and stores. Settings that a detector of its kind does not read are left out.
+Reads binary files (models as .safetensors, exports as .onnx and .pt2, manifests of a curation as .parquet) and the folders of pipelines, runs,
+checkpoints and soft-label stores. Settings that a kind of detector does not use are left out.
 """
 
 import json
@@ -19,8 +19,8 @@ from ssld.shared.wording import amount, printable
 from ssld.stage2_detect.model_config import DetectorConfig, Kind
 
 KNOWN = (
-    "known are model files (.safetensors), exported networks (.onnx, .pt2), manifests (.parquet), and folders of pipelines, "
-    "runs, checkpoints and soft labels"
+    "inspect reads model files (.safetensors), exported networks (.onnx, .pt2), manifests (.parquet), and folders of "
+    "pipelines, runs, checkpoints and soft labels"
 )
 _FIRST = (
     *("kind", "arch", "num_classes", "class_names", "input_size", "teacher", "licence", "backbone", "step", "weights"),
@@ -34,23 +34,21 @@ _MOST, _LARGEST = 10, 64_000_000
 
 
 def inspect_text(path: Path) -> str:
-    """What is at a path, as readable lines. Raises UserError where it is nothing of ours."""
+    """Describe the file or folder at a path in readable lines. Raises UserError for files of other programs."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     kinds = {".safetensors": _model, ".onnx": _onnx, ".pt2": _program, ".parquet": _parquet}
     read = _folder if path.is_dir() else kinds.get(path.suffix)
     if read is None:
-        raise UserError(f"{path}: nothing of ours; {KNOWN}")
+        raise UserError(f"{path}: not a file or folder of this project; {KNOWN}")
     try:
         title, facts = read(path)
         facts = _without_unread(facts)
         ordered = {key: facts[key] for key in (*_FIRST, *facts) if key in facts}
         return "\n".join([printable(f"{path}: {title}"), *_lines(ordered)])
     except MALFORMED as error:
-        what = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
-        raise UserError(
-            f"{path}: damaged, or of another program: its records have not the form of ours ({what})"
-        ) from None
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+        raise UserError(f"{path}: damaged, or written by another program ({cause})") from None
 
 
 def _model(path: Path) -> tuple[str, dict[str, Any]]:
@@ -74,7 +72,7 @@ def _onnx(path: Path) -> tuple[str, dict[str, Any]]:
         raise UserError(f"{path}: reading it needs onnx; pip install 'ssld[export]'") from None
     try:
         model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf's errors have no common base that it exports
+    except Exception as error:  # protobuf exports no common base class of its errors
         raise UserError(f"{path}: not an ONNX file ({' '.join(str(error).split())[:80]})") from None
     facts: dict[str, Any] = {
         "opset": ", ".join(f"{one.domain or 'ai.onnx'} {one.version}" for one in model.opset_import),
@@ -89,7 +87,7 @@ def _program(path: Path) -> tuple[str, dict[str, Any]]:
         with zipfile.ZipFile(path) as archive:
             name = next((name for name in archive.namelist() if name.endswith("metadata.json")), None)
             if name and archive.getinfo(name).file_size > _LARGEST:
-                raise UserError(f"{path}: {name} holds more than {amount(_LARGEST)}; not a file of ours")
+                raise UserError(f"{path}: {name} holds more than {amount(_LARGEST)}; not a file of this project")
             facts = json.loads(archive.read(name)) if name else {"metadata": "none: not written by this project"}
     except (
         zipfile.BadZipFile,
@@ -98,7 +96,7 @@ def _program(path: Path) -> tuple[str, dict[str, Any]]:
         NotImplementedError,
         RuntimeError,
         ValueError,
-    ):  # damaged, encrypted, of an odd method
+    ):  # damaged, encrypted, or with an unsupported compression
         raise UserError(f"{path}: not a torch.export program") from None
     return "exported network (torch.export)", {key: _parsed(value) for key, value in facts.items()}
 
@@ -125,20 +123,20 @@ def _folder(path: Path) -> tuple[str, dict[str, Any]]:
         shards = facts.get("shards", [])
         facts["sources"] = [f"{one.get('path')} ({one.get('rows', 0):,} rows)" for one in facts.get("sources", [])]
         facts["shards"] = f"{len(shards)} ({sum(shard.get('images', 0) for shard in shards):,} images)"
-        facts.pop("replayed", None)  # checksums of views, for the machine
+        facts.pop("replayed", None)  # checksums of views, not readable
         return "store of soft labels", facts | {"size": _size(path)}
     if (path / "state.json").is_file():
-        whole = "complete" if (path / "COMPLETE").exists() else "NOT complete: it is not used"
+        state = "complete" if (path / "COMPLETE").exists() else "NOT complete: it is ignored"
         plain = {key: value for key, value in _json(path / "state.json").items() if not isinstance(value, dict)}
         parts = sorted(file.name for file in path.glob("*.safetensors"))
-        return f"checkpoint ({whole})", plain | {"parts": parts, "size": _size(path)}
+        return f"checkpoint ({state})", plain | {"parts": parts, "size": _size(path)}
     if (path / "config.yaml").is_file():
         return _run(path)
     if record := read_record(path):
         return _pipeline(path, record)
     if runs := sorted(file.parent.name for file in path.glob("*/config.yaml")):
         return "folder of run directories", {"runs": [f"{name} ({_state(path / name)})" for name in runs]}
-    raise UserError(f"{path}: nothing of ours; {KNOWN}")
+    raise UserError(f"{path}: not a file or folder of this project; {KNOWN}")
 
 
 def _pipeline(path: Path, record: Record) -> tuple[str, dict[str, Any]]:
@@ -150,7 +148,7 @@ def _pipeline(path: Path, record: Record) -> tuple[str, dict[str, Any]]:
 
 
 def _state(run: Path) -> str:
-    """How far the run of a folder is."""
+    """Return the state of the run in a folder."""
     if not (run / "config.yaml").is_file():
         return "not run"
     return "finished" if (run / "result.json").is_file() else "not finished"
@@ -168,11 +166,11 @@ def _run(path: Path) -> tuple[str, dict[str, Any]]:
         folder.name for folder in path.glob("checkpoints/*") if (folder / "COMPLETE").exists()
     )
     facts |= {key: environment[key] for key in ("started", "machine", "versions") if key in environment}
-    shown = {key: settings[key] for key in _OF_A_RUN if settings.get(key) is not None}
-    if isinstance(shown.get("model"), dict) and "kind" in shown["model"]:
-        shown["model"] = shown["model"]["kind"]
-    state = "finished" if result else "not finished: the same command goes on"
-    return f"run directory, {state}", facts | {"settings": shown}
+    main = {key: settings[key] for key in _OF_A_RUN if settings.get(key) is not None}
+    if isinstance(main.get("model"), dict) and "kind" in main["model"]:
+        main["model"] = main["model"]["kind"]
+    state = "finished" if result else "not finished: the same command resumes it"
+    return f"run directory, {state}", facts | {"settings": main}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -187,7 +185,7 @@ def _size(folder: Path) -> str:
 
 
 def _parsed(value: Any) -> Any:
-    """A metadata text, as JSON where it is some."""
+    """Parse a metadata text if it is JSON."""
     try:
         return json.loads(value) if isinstance(value, str) and value[:1] in "[{" else value
     except ValueError:
@@ -195,7 +193,7 @@ def _parsed(value: Any) -> Any:
 
 
 def _without_unread(facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts without the groups of settings that a detector of its kind does not read."""
+    """Remove the groups of settings that this kind of detector does not use."""
     model = facts.get("model")
     if not isinstance(model, dict) or model.get("kind") not in get_args(Kind):
         return facts
@@ -211,11 +209,11 @@ def _lines(facts: dict[str, Any], indent: str = "  ") -> list[str]:
         if group and not long:
             lines += [f"{indent}{printable(str(key))}", *_lines(value, indent + "  ")]
         else:
-            lines.append(f"{indent}{printable(str(key)):<{max(1, 20 - len(indent))}} {_said(value)}")
+            lines.append(f"{indent}{printable(str(key)):<{max(1, 20 - len(indent))}} {_text(value)}")
     return lines
 
 
-def _said(value: Any) -> str:
+def _text(value: Any) -> str:
     if value is None or value in ({}, []):
         return "-"
     if isinstance(value, bool):
@@ -223,8 +221,8 @@ def _said(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        value = [f"{printable(str(key))} {_said(one)}" for key, one in value.items()]
+        value = [f"{printable(str(key))} {_text(item)}" for key, item in value.items()]
     if isinstance(value, list):
-        plain = [_said(one) if not isinstance(one, dict) else json.dumps(one) for one in value]
+        plain = [_text(item) if not isinstance(item, dict) else json.dumps(item) for item in value]
         return f"{', '.join(plain[:_MOST])} ... ({len(plain)})" if len(plain) > _MOST else ", ".join(plain)
     return printable(str(value))

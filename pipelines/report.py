@@ -1,9 +1,9 @@
-"""ENTRY: write one self-contained HTML page on a pipeline, or on a single run, from its run directories.
+"""ENTRY: write a self-contained HTML report of a pipeline or a single run from its run directories.
 
     python pipelines/report.py --runs runs/quickstart
 
-It only reads what the stages left behind (result.json, metrics.jsonl, analysis.json, pictures, config.yaml, environment.json): no other script calls
-it. Stages that have not run, or not to their end, are shown as such. The page loads nothing from elsewhere. Does not import torch.
+It reads only files that the stages wrote (result.json, metrics.jsonl, analysis.json, pictures/, config.yaml, environment.json). Stages that have not
+run or not finished are shown as such. The page loads nothing from the network. Does not import torch.
 """
 
 import sys
@@ -20,7 +20,18 @@ if find_spec("ssld") is None:
 from ssld.pipelines.config import PipelineConfig, ReportConfig, TableConfig
 from ssld.pipelines.reports.charts import COLOURS, Chart, precision_recall
 from ssld.pipelines.reports.stage_view import Room, StageView, mean_curve, percent, read_json, view
-from ssld.pipelines.reports.table import COLUMNS, Row, gain, gain_cells, read_record, table_rows
+from ssld.pipelines.reports.table import (
+    COLUMNS,
+    FEW_OBJECTS,
+    NONE,
+    Interval,
+    Row,
+    few_objects_text,
+    gain,
+    objects_of,
+    read_record,
+    table_rows,
+)
 from ssld.pipelines.runner.stages import read_pipeline
 from ssld.shared.config.command import run_command
 from ssld.shared.errors import MALFORMED, UserError
@@ -36,39 +47,60 @@ _OWN_FILES = (
     "error.json",
     "config.yaml",
     "environment.json",
-)  # in this order deleted
-_MEASURES = (("detector AP", 2), ("top-1", 0))  # title, column of a row's values
+)  # deleted in this order
+_MEASURES = (("detector AP", 2), ("top-1", 0))  # (title, index into a row's values)
 
 
 @dataclass(frozen=True)
 class Gain:
-    """What one backbone is worth over another by one measure, and over the table's other rows."""
+    """Gain of one row of the table over another by one measure, in percentage points, and over the other rows.
+
+    Attributes:
+        interval: 95 % interval as fractions; None if it was not measured.
+    """
 
     measure: str
     points: float
+    interval: Interval | None
     better: str
     base: str
     others: list[tuple[str, float]]
 
     @property
     def text(self) -> str:
-        """The points with their sign."""
+        """Points as text, with sign."""
         return signed(self.points)
+
+    @property
+    def interval_text(self) -> str:
+        """Interval as text, in points with sign, and its basis."""
+        if self.interval is None:
+            return "no interval measured"
+        low, high = (signed(100 * bound) for bound in (self.interval.low, self.interval.high))
+        return f"95 % interval {low} to {high} ({self.interval.basis})"
+
+    @property
+    def verdict(self) -> str:
+        """`good` or `bad` if the interval does not contain 0, else `none`: only then is a gain or a loss claimed."""
+        if self.interval is None or self.interval.holds_zero:
+            return "none"
+        return "good" if self.interval.low > 0 else "bad"
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: a row's value in percent, its length from 0 to 100, its colour."""
+    """One bar: name and value of a row, length from 0 to 100, ends of its interval from 0 to 100, number of its colour."""
 
     name: str
     text: str
     length: float
+    ends: tuple[float, float] | None
     series: int
 
 
 @dataclass(frozen=True)
 class Bars:
-    """The rows of the table by one measure."""
+    """Bar chart of the rows of the table by one measure."""
 
     measure: str
     bars: list[Bar]
@@ -77,7 +109,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Detectors of several rows of the table beside each other: AP of each class, and the difference that the pipeline asks for."""
+    """Detectors of several rows side by side: AP of each class, and the difference between the two rows of `table.gain`."""
 
     names: list[str]
     classes: list[tuple[str, list[str]]]
@@ -91,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(config: ReportConfig) -> None:
-    """Write report.html. Raises UserError when there is no pipeline or no folder of runs."""
+    """Write report.html. Raises UserError if `runs` holds no run directory."""
     if not config.runs.is_dir():
         raise UserError(f"runs: {config.runs}: no such folder")
     record = read_record(config.runs)
@@ -106,26 +138,27 @@ def report(config: ReportConfig) -> None:
     title = config.pipeline.stem if config.pipeline else record.name if record else config.runs.resolve().name
     page = render(pipeline, config.runs, title=title, smoke=bool(record and record.smoke))
     file = run.path / "report.html"
-    write_atomically(file, page.encode(errors="replace").decode())  # names in JSON may hold halves of characters
+    write_atomically(file, page.encode(errors="replace").decode())  # names in JSON may hold lone surrogates
     run.finish({}, [file])
     run.log(f"wrote {file}")
 
 
 def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bool = False) -> str:
-    """The page.
+    """Render the page as HTML.
 
     Args:
-        pipeline: whose stages' run directories lie in `runs`; None: what lies there tells.
+        pipeline: pipeline whose run directories are in `runs`; None shows every run directory in `runs`.
         runs: a folder of run directories, or a run directory.
-        title: of the page.
-        smoke: the numbers are those of a trial at the smallest sizes.
+        title: title of the page.
+        smoke: whether the numbers come from a run at the smallest sizes.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     table = pipeline.table if pipeline else None
     stages = _stages(pipeline, runs)
     rows = table_rows(table, runs) if table else []
-    difference = gain(table, rows) if table else None
+    difference = gain(table, runs) if table else None
+    objects = objects_of(table, runs) if table else None
     filled = [0, *(n + 1 for n in range(len(COLUMNS) - 1) if any(row.values[n] is not None for row in rows))]
     environment = Environment(
         loader=PackageLoader("ssld.pipelines", "reports"),
@@ -134,7 +167,7 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(count=count, duration=duration, percent=percent)
+    environment.globals.update(count=count, duration=duration, percent=percent, signed=signed)
     return environment.get_template(_TEMPLATE).render(
         title=title,
         runs=runs,
@@ -142,8 +175,12 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
         written=time.strftime("%Y-%m-%d %H:%M"),
         columns=[COLUMNS[n] for n in filled],
         rows=[[row.cells()[n] for n in filled] for row in rows],
-        gain=[gain_cells(difference)[n] for n in filled] if difference else None,
-        gains=gains(table, rows) if table else [],
+        gain=[_gain_cells(difference)[n] for n in filled] if difference else None,
+        gains=gains(table, rows, difference) if table and difference else [],
+        few_objects=few_objects_text(objects) if objects is not None and objects < FEW_OBJECTS else None,
+        seeds=max((len(stages) for row in table.rows.values() for stages in (row.classifier, row.detector)), default=1)
+        if table
+        else 1,
         bars=[bars for title, column in _MEASURES if (bars := _bars(title, rows, column))],
         comparison=_comparison_if_any(table, runs) if table else None,
         stages=stages,
@@ -154,38 +191,64 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
     )
 
 
-def gains(table: TableConfig, rows: list[Row]) -> list[Gain]:
-    """What the pipeline's comparison says by each measure that both rows have; the other rows where they are few."""
+def gains(table: TableConfig, rows: list[Row], difference: Row) -> list[Gain]:
+    """Return the gain between the two rows of `table.gain` by each measure that both have, and over up to two other rows."""
     if table.gain is None:
         return []
-    found = []
+    better, base = table.gain
+    result = []
     for measure, column in _MEASURES:
-        values = {row.name: value for row in rows if (value := row.values[column]) is not None}
-        if not set(table.gain) <= set(values):
+        points, interval = difference.values[column], difference.intervals[column]
+        if points is None:
             continue
-        better, base = table.gain
+        values = {row.name: value for row in rows if (value := row.values[column]) is not None}
         others = [name for name in values if name not in table.gain]
         over = [(name, 100 * (values[better] - values[name])) for name in others] if len(others) <= 2 else []
-        found.append(Gain(measure, 100 * (values[better] - values[base]), better, base, over))
-    return found
+        result.append(Gain(measure, 100 * points, interval, better, base, over))
+    return result
+
+
+def _gain_cells(difference: Row) -> list[tuple[str, str | None]]:
+    """Return (text, interval or None) of each cell of the row of differences."""
+    pairs = zip(difference.values, difference.intervals, strict=True)
+    cells = [
+        (
+            NONE if value is None else signed(100 * value),
+            f"{signed(100 * i.low)} to {signed(100 * i.high)}" if i else None,
+        )
+        for value, i in pairs
+    ]
+    return [(difference.name, None), *cells]
 
 
 def signed(points: float) -> str:
-    """Points with one decimal and a sign; U+2212 is the minus that lines up with digits."""
+    """Format points with one decimal and a sign; U+2212 is the minus sign as wide as a digit."""
     return f"{points:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _bars(measure: str, rows: list[Row], column: int) -> Bars | None:
-    values = [(row.name, value, n) for n, row in enumerate(rows) if (value := row.values[column]) is not None]
-    if not values:
+    """Return the bars of one measure, from 0 to the largest value or end of an interval."""
+    present = [(n, row, value) for n, row in enumerate(rows) if (value := row.values[column]) is not None]
+    if not present:
         return None
-    longest = max(value for _, value, _ in values) or 1
-    bars = [Bar(name, percent(value), 100 * value / longest, n % COLOURS) for name, value, n in values]
-    return Bars(measure, bars, f"{measure} in %: " + ", ".join(f"{bar.name} {bar.text}" for bar in bars))
+    tops = [interval.high for _, row, _ in present if (interval := row.intervals[column])]
+    scale = 100 / (max([*tops, *(value for _, _, value in present)]) or 1)
+    bars = []
+    for n, row, value in present:
+        interval = row.intervals[column]
+        ends = (max(0, scale * interval.low), scale * interval.high) if interval else None
+        bars.append(Bar(row.name, percent(value), max(0, scale * value), ends, n % COLOURS))
+    words = [
+        f"{row.name} {percent(value)}"
+        + (f" ({percent(interval.low)} to {percent(interval.high)})" if (interval := row.intervals[column]) else "")
+        for _, row, value in present
+    ]
+    brackets = ", with 95 % intervals in brackets" if tops else ""
+    return Bars(measure, bars, f"{measure} in %{brackets}: {', '.join(words)}")
 
 
 def _comparison_if_any(table: TableConfig, runs: Path) -> Comparison | None:
-    """The detectors beside each other; None where there are not two, or their records are damaged, which their stages say."""
+    """Return the comparison of the detectors; None if there are fewer than two, or their files are damaged, which their stages report."""
     try:
         return _comparison(table, runs)
     except MALFORMED:
@@ -193,44 +256,45 @@ def _comparison_if_any(table: TableConfig, runs: Path) -> Comparison | None:
 
 
 def _comparison(table: TableConfig, runs: Path) -> Comparison | None:
-    """The detectors of up to six rows, those that the pipeline compares first."""
+    """Compare the detectors of up to six rows, those of `table.gain` first."""
     names = [*(table.gain or ()), *(name for name in table.rows if name not in (table.gain or ()))]
-    found = {}
+    results = {}
     for name in names:
-        stage = table.rows[name].detector
+        stage = next(iter(table.rows[name].detector), None)
         if stage and (per_class := read_json(runs / stage / "result.json").get("metrics", {}).get("per_class")):
-            found[name] = per_class
-    shown = dict(list(found.items())[:COLOURS])
-    if len(shown) < 2:
+            results[name] = per_class
+    compared = dict(list(results.items())[:COLOURS])
+    if len(compared) < 2:
         return None
     classes = [
-        (label, [percent(per_class.get(label)) for per_class in shown.values()]) for label in next(iter(shown.values()))
+        (label, [percent(per_class.get(label)) for per_class in compared.values()])
+        for label in next(iter(compared.values()))
     ]
     differences = None
-    if table.gain and set(table.gain) <= set(shown):
-        better, base = (shown[name] for name in table.gain)
+    if table.gain and set(table.gain) <= set(compared):
+        better, base = (compared[name] for name in table.gain)
         pairs = [(better.get(label), base.get(label)) for label, _ in classes]
         differences = ["-" if a is None or b is None else signed(100 * (a - b)) for a, b in pairs]
-    means = {name: mean_curve(read_json(runs / str(table.rows[name].detector) / "analysis.json")) for name in shown}
+    means = {name: mean_curve(read_json(runs / table.rows[name].detector[0] / "analysis.json")) for name in compared}
     known = {name: mean for name, mean in means.items() if mean is not None}
     chart = None
     if known:
         recall = next(iter(known.values()))[0]
         chart = precision_recall("the detectors", recall, {name: mean[1] for name, mean in known.items()}, None)
-    return Comparison(list(shown), classes, differences, chart)
+    return Comparison(list(compared), classes, differences, chart)
 
 
 def _stages(pipeline: PipelineConfig | None, runs: Path) -> list[StageView]:
-    """The stages in the pipeline's order; without one, the run directories in the order of their start."""
+    """Return the stages in the pipeline's order; without a pipeline, the run directories in the order of their start."""
     room = Room()
     if pipeline is None:
-        found = [runs] if (runs / "config.yaml").is_file() else _runs_below(runs)
-        return [view(run.resolve().name, None, run, room) for run in found]
+        folders = [runs] if (runs / "config.yaml").is_file() else _runs_below(runs)
+        return [view(run.resolve().name, None, run, room) for run in folders]
     names = [name for name, stage in pipeline.stages.items() if stage.command != "report"]
     table = pipeline.table
     rows = [table.rows[name] for name in (table.gain if table and table.gain else ())] if table else []
-    first = [stage for row in rows for stage in (row.detector, row.classifier) if stage]
-    # What the page is about comes first where there is not room for all pictures.
+    first = [stage for row in rows for stage in (*row.detector, *row.classifier)]
+    # The compared stages come first, in case there is no room for the images of all stages.
     views = {
         name: view(name, pipeline.stages[name].command, runs / name, room)
         for name in sorted(names, key=lambda name: first.index(name) if name in first else len(first))
@@ -239,23 +303,23 @@ def _stages(pipeline: PipelineConfig | None, runs: Path) -> list[StageView]:
 
 
 def _opened(table: TableConfig | None, stages: list[StageView]) -> str | None:
-    """The stage whose best and worst pictures are shown at once: that of the better row, else the first that has any."""
-    shown = [stage.name for stage in stages if stage.pairs]
-    wanted = table.rows[table.gain[0]].detector if table and table.gain else None
-    return wanted if wanted in shown else next(iter(shown), None)
+    """Return the stage whose best and worst images are unfolded: that of the better row, else the first that has any."""
+    candidates = [stage.name for stage in stages if stage.pairs]
+    better = table.rows[table.gain[0]].detector if table and table.gain else ()
+    return next((name for name in (*better, *candidates) if name in candidates), None)
 
 
 def _runs_below(folder: Path) -> list[Path]:
-    """The run directories in a folder but for reports, by their start."""
+    """Return the run directories in a folder except reports, in the order of their start."""
     started = {
         entry: read_json(entry / "environment.json") for entry in folder.iterdir() if (entry / "config.yaml").is_file()
     }
-    found = [entry for entry, record in started.items() if record.get("command") != "report"]
-    return sorted(found, key=lambda entry: (str(started[entry].get("started", "")), entry.name))
+    runs = [entry for entry, record in started.items() if record.get("command") != "report"]
+    return sorted(runs, key=lambda entry: (str(started[entry].get("started", "")), entry.name))
 
 
 def _forget_last(output: Path) -> None:
-    """A report is cheap and never an input: an older one in the same folder makes way."""
+    """Delete an older report in the output folder: reports are cheap and never an input."""
     if read_json(output / "environment.json").get("command") == "report":
         for name in _OWN_FILES:
             (output / name).unlink(missing_ok=True)

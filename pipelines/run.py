@@ -1,10 +1,10 @@
-"""ENTRY: run a pipeline, one command after the other, each exactly as a user would type it.
+"""ENTRY: run the stages of a pipeline one after the other, each as the command a user would type.
 
     python pipelines/run.py pipelines/quickstart.yaml
     ssld run quickstart                                   # the same from any folder
 
-All settings of all stages are checked before the first one starts. A stage whose run directory holds the finished run is skipped, one that was
-interrupted goes on, one that holds another configuration stops the pipeline with what differs. Does not import torch.
+All settings of all stages are checked before the first one starts. A stage whose run directory holds the finished run is skipped, an interrupted one
+resumes, and one with another configuration stops the pipeline with a list of the differences. Does not import torch.
 """
 
 import fcntl
@@ -73,18 +73,20 @@ def _run(argv: list[str]) -> int:
             code = _run_stages([planned for planned in plan if planned.state == "damaged"], None, output)
             if code:
                 return code
-            plan = make_plan(stages, set())  # now that all files are there again: are they what the rest was made from?
+            plan = make_plan(
+                stages, set()
+            )  # compare again: are the new files the ones that later stages were made from?
         return _run_stages(plan, record, output)
 
 
 def _run_stages(plan: list[Planned], record: Record | None, output: Path) -> int:
-    """Run the stages of a plan that are not done, then print the table; without a record nothing is printed at the end."""
+    """Run the stages of a plan that are not done, then print the table; without a record, print no table."""
     started = time.monotonic()
     with Signals() as signals:
         for number, planned in enumerate(plan, 1):
             stage, label = planned.stage, f"[{number}/{len(plan)}] {planned.stage.name}"
             if planned.state == "done":
-                say(f"{label}: done before")
+                say(f"{label}: finished earlier")
                 continue
             for note in planned.notes:
                 say(f"{label}: {note}")
@@ -94,7 +96,7 @@ def _run_stages(plan: list[Planned], record: Record | None, output: Path) -> int
             begun = time.monotonic()
             outcome = run_stage(stage, output / LOGS / f"{stage.name}.txt", signals)
             if outcome.code == STOPPED or (signals.received and number < len(plan)):
-                say(f"stage {stage.name}: stopped; the same command goes on from there", sys.stderr)
+                say(f"stage {stage.name}: stopped; the same command resumes it", sys.stderr)
                 return STOPPED
             if outcome.code:
                 for line in outcome.lines:
@@ -110,7 +112,7 @@ def _run_stages(plan: list[Planned], record: Record | None, output: Path) -> int
 
 
 def _closing_line(plan: list[Planned], seconds: float) -> str:
-    """What it took: the stages' own records count the ones that were done before too."""
+    """Return the line on time and memory; the stages' records include those finished in earlier runs."""
     recorded = sum((read_result(planned.stage.run) or {}).get("seconds", 0) for planned in plan)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     memory = f"; largest process {peak:.1f} GB" if peak else ""
@@ -124,10 +126,10 @@ def _print_plan(plan: list[Planned], doomed: list[Path], output: Path) -> None:
         say(f"would delete {run}")
     for number, planned in enumerate(plan, 1):
         stage = planned.stage
-        words = {"done": "done, skipped", "begun": "goes on", "damaged": "finished, but not all there", "new": ""}[
+        state = {"done": "done, skipped", "begun": "resumes", "damaged": "finished, but files are missing", "new": ""}[
             planned.state
         ]
-        costs = [words, steps_text(stage), disk_text(disk[stage.name]) if stage.name in disk else ""]
+        costs = [state, steps_text(stage), disk_text(disk[stage.name]) if stage.name in disk else ""]
         say(f"[{number}/{len(plan)}] {stage.name}: {'; '.join(text for text in costs if text) or 'new'}")
         for note in planned.notes:
             say(f"    {note}")
@@ -136,7 +138,7 @@ def _print_plan(plan: list[Planned], doomed: list[Path], output: Path) -> None:
 
 
 def _without_variables(argv: list[str]) -> list[str]:
-    """The command line without --variables.NAME VALUE, which are only known once the file has been read."""
+    """Return the command line without --variables.NAME VALUE; these flags are known only after the file has been read."""
     words: list[str] = []
     skip = False
     for word in argv:
@@ -158,7 +160,7 @@ def _redo(arguments: Namespace, stages: list[Stage]) -> set[str]:
 def _locked(output: Path) -> Iterator[None]:
     """Hold the pipeline's folder; the lock dies with the process."""
     if output.exists() and not output.is_dir():
-        raise UserError(f"{output}: is a file; give another --output")
+        raise UserError(f"{output}: is a file, not a folder; give another --output")
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = (output / ".lock").open("w")
@@ -177,24 +179,22 @@ def _parser() -> Parser:
     parser = Parser(
         prog="ssld run",
         description="Run a pipeline of stages, resumable.",
-        epilog="--variables.NAME VALUE gives a variable of the file its value.",
+        epilog="--variables.NAME VALUE sets a variable of the file.",
         allow_abbrev=False,
     )
+    parser.add_argument("pipeline", metavar="PIPELINE", help="YAML file, or the name of a shipped pipeline: quickstart")
     parser.add_argument(
-        "pipeline", metavar="PIPELINE", help="YAML file, or the name of one that comes along: quickstart"
+        "--output", type=Path, metavar="DIR", help="folder of the run directories (default: output of the file)"
     )
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="folder of the run directories, instead of the file's"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the commands, steps and disk space, run nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print commands, steps and disk space, and run nothing")
     parser.add_argument(
         "--redo",
         action="append",
         default=[],
         metavar="STAGE",
-        help="delete this stage and what follows from it, then run",
+        help="stage to delete, with all stages that depend on it, before the run",
     )
-    parser.add_argument("--smoke", action="store_true", help="smallest sizes, to see that everything runs")
+    parser.add_argument("--smoke", action="store_true", help="run everything at the smallest sizes, as a test")
     return parser
 
 

@@ -1,17 +1,17 @@
-"""Draw the embedded data set: crops for stage 1, scenes with boxes and masks for stage 2. Nothing is downloaded.
+"""ENTRY: draw the synthetic data set: crops for stage 1, scenes with boxes and masks for stage 2. Downloads nothing.
 
     python pipelines/toy_data.py --output runs/toy_data
 
     toy_data.json                   the parameters; written last
     stage1/labeled/CLASS/*.jpg      the small labeled part
-    stage1/unlabeled/*.jpg          the larger part without labels, FOREIGN of it objects of no class
-    stage1/teacher_train.parquet    many labeled crops, standing in for what an off-the-shelf teacher was trained on
+    stage1/unlabeled/*.jpg          the larger unlabeled part; a fraction FOREIGN of it shows objects of no class
+    stage1/teacher_train.parquet    many labeled crops, in place of the training data of an off-the-shelf teacher
     stage1/val/CLASS/*.jpg
     stage2/{train,val}/*.jpg        scenes of 128 px, and stage2/{train,val}.json in COCO's format
 
-The parts never share a picture. Every picture is drawn from (seed, part, number): a larger part begins with the smaller
-one's pictures, and the same parameters give the same bytes with the same versions of NumPy, Pillow and pyarrow. What the
-pictures show is in `pipelines/toy_drawing.py`. Does not import torch.
+The parts never share an image. Every image is drawn from (seed, part, number): a larger part begins with the images of a
+smaller one, and the same parameters give the same bytes with the same versions of NumPy, Pillow and pyarrow. The drawing
+itself is in `pipelines/toy_drawing.py`. Does not import torch.
 """
 
 import io
@@ -38,19 +38,19 @@ from ssld.shared.config.command import run_command
 from ssld.shared.config.settings import CommandConfig, Config
 from ssld.shared.errors import UserError
 
-VERSION = 1  # of the drawing: raised when the same parameters give other pictures
-FOREIGN = 0.15  # part of the unlabeled crops
+VERSION = 1  # version of the drawing: raised when the same parameters give other images
+FOREIGN = 0.15  # fraction of the unlabeled crops
 MAX_OBJECTS = 5  # objects of the classes in a scene
-# Every so many scenes, the first of them early so that small data sets have one too.
+# One scene in so many; the first one early, so that small data sets have one too.
 EMPTY_EVERY, CROWD_EVERY = 16, 24
-# Numbers of the random streams; changing one changes the pictures.
+# Numbers of the random streams; changing one changes the images.
 _LABELED, _UNLABELED, _TEACHER, _VAL, _SCENES, _VAL_SCENES = range(6)
 _RECORD, _PARTIAL = "toy_data.json", ".toy_data.partial"
 _PARTS = ("stage1", "stage2")
 
 
 class ToySizes(Config):
-    """How many pictures; the defaults are those of `pipelines/quickstart.yaml`."""
+    """Number of images of each part; the defaults are those of `pipelines/quickstart.yaml`."""
 
     labeled: int = Field(800, ge=len(CLASSES), le=1_000_000)
     """labeled crops: few, so that the unlabeled ones matter"""
@@ -67,7 +67,7 @@ class ToySizes(Config):
 
 
 class ToyDataConfig(CommandConfig):
-    """Draw the embedded data set."""
+    """Draw the synthetic data set."""
 
     seed: Seed = 0
     """another seed draws other pictures of the same kind"""
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def draw_toy_data(config: ToyDataConfig) -> None:
-    """Draw the data set that `config` describes into its run directory."""
+    """Draw the data set of `config` into its run directory."""
     from ssld.shared.run_dir import RunDir
 
     run = RunDir(config, "toy_data")
@@ -89,18 +89,18 @@ def draw_toy_data(config: ToyDataConfig) -> None:
         return
     written = write_toy_data(config.output, seed=config.seed, sizes=config.sizes)
     sizes = ", ".join(f"{count} {part}" for part, count in config.sizes.model_dump().items())
-    run.log(f"{run.path}: {'drawn' if written else 'drawn before'}: {sizes}; {len(CLASSES)} classes")
+    run.log(f"{run.path}: {'drawn' if written else 'drawn earlier'}: {sizes}; {len(CLASSES)} classes")
     run.finish({"classes": len(CLASSES), **config.sizes.model_dump()}, [run.path / _RECORD])
 
 
 def write_toy_data(output: Path, *, seed: int = 0, sizes: ToySizes | None = None) -> bool:
-    """Write stage1/, stage2/ and toy_data.json into `output`, which may hold other files; True if anything was written.
+    """Write stage1/, stage2/ and toy_data.json into `output`, which may hold other files; return whether anything was written.
 
-    All is drawn in a hidden folder and moved at the end, so that an interrupted call leaves no half data set; the same
-    call again starts over. A finished data set of the same parameters is left untouched.
+    All files are drawn in a hidden folder and moved at the end, so that an interrupted call leaves no incomplete data
+    set; the next call starts over. A finished data set with the same parameters is left untouched.
 
     Raises:
-        UserError: `output` holds a data set of other parameters, or a stage1 or stage2 that is none.
+        UserError: `output` holds a data set with other parameters, or a stage1 or stage2 without toy_data.json.
     """
     sizes = sizes or ToySizes()
     parameters = {"version": VERSION, "seed": seed, "sizes": sizes.model_dump(), "classes": list(CLASSES)}
@@ -110,8 +110,8 @@ def write_toy_data(output: Path, *, seed: int = 0, sizes: ToySizes | None = None
         return False
     present = [name for name in _PARTS if (output / name).exists()]
     if present and not partial.exists():
-        raise UserError(f"{output / present[0]}: is there but {record} is not; give another --output or delete it")
-    # With the hidden folder beside them, they were left by a call that died between its moves.
+        raise UserError(f"{output / present[0]}: exists, but {record} does not; give another --output or delete it")
+    # If the hidden folder exists too, a call was killed between its moves.
     for name in (*present, _PARTIAL):
         shutil.rmtree(output / name, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -130,11 +130,11 @@ def write_toy_data(output: Path, *, seed: int = 0, sizes: ToySizes | None = None
 
 def _require_same(record: Path, parameters: dict[str, Any]) -> None:
     try:
-        known = json.loads(record.read_text(encoding="utf-8"))
+        recorded = json.loads(record.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError):
         raise UserError(f"{record}: not valid JSON; give another --output or delete the folder") from None
-    if known != parameters:
-        keys = [key for key in parameters if not isinstance(known, dict) or known.get(key) != parameters[key]]
+    if recorded != parameters:
+        keys = [key for key in parameters if not isinstance(recorded, dict) or recorded.get(key) != parameters[key]]
         raise UserError(
             f"{record}: was drawn with other parameters ({', '.join(keys)}); give another --output or delete the folder"
         )
@@ -148,13 +148,13 @@ def _write_stage1(folder: Path, seed: int, sizes: ToySizes) -> None:
     for part, stream, count in (("labeled", _LABELED, sizes.labeled), ("val", _VAL, sizes.val)):
         for number in range(count):
             name = names[number % len(names)]
-            picture = draw_crop(_generator(seed, stream, number), name)
-            (folder / part / name / f"{number:06d}.jpg").write_bytes(_jpeg(picture))
+            crop = draw_crop(_generator(seed, stream, number), name)
+            (folder / part / name / f"{number:06d}.jpg").write_bytes(_jpeg(crop))
     (folder / "unlabeled").mkdir()
     for number in range(sizes.unlabeled):
         rng = _generator(seed, _UNLABELED, number)
-        shown = None if rng.random() < FOREIGN else str(rng.choice(names))
-        (folder / "unlabeled" / f"{number:06d}.jpg").write_bytes(_jpeg(draw_crop(rng, shown)))
+        class_name = None if rng.random() < FOREIGN else str(rng.choice(names))
+        (folder / "unlabeled" / f"{number:06d}.jpg").write_bytes(_jpeg(draw_crop(rng, class_name)))
     labels = [number % len(names) for number in range(sizes.teacher_train)]
     crops = (draw_crop(_generator(seed, _TEACHER, number), names[label]) for number, label in enumerate(labels))
     rows = [{"bytes": _jpeg(crop), "path": f"{number:06d}.jpg"} for number, crop in enumerate(crops)]
@@ -162,7 +162,7 @@ def _write_stage1(folder: Path, seed: int, sizes: ToySizes) -> None:
 
 
 def _write_parquet(file: Path, images: list[dict[str, Any]], labels: list[int], names: list[str]) -> None:
-    """Parquet with an image and a label column; the class names are where Hugging Face `datasets` looks for them."""
+    """Write a Parquet file with an image and a label column, with the class names in the metadata that Hugging Face `datasets` reads."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -182,9 +182,9 @@ def _write_stage2(folder: Path, seed: int, sizes: ToySizes) -> None:
         for number in range(count):
             rng = _generator(seed, stream, number)
             objects = 0 if number % EMPTY_EVERY == 1 else int(rng.integers(1, MAX_OBJECTS, endpoint=True))
-            picture, things = draw_scene(rng, objects, crowd=number % CROWD_EVERY == 2)
+            scene, things = draw_scene(rng, objects, crowd=number % CROWD_EVERY == 2)
             file_name = f"{number:06d}.jpg"
-            (folder / part / file_name).write_bytes(_jpeg(picture))
+            (folder / part / file_name).write_bytes(_jpeg(scene))
             images.append({"id": number + 1, "file_name": file_name, "width": SCENE_SIZE, "height": SCENE_SIZE})
             for thing in things:
                 annotations.append({"id": len(annotations) + 1, "image_id": number + 1, **_annotation(thing)})
@@ -197,13 +197,13 @@ def _categories() -> list[dict[str, Any]]:
 
 
 def _category_id(name: str | None) -> int:
-    """With holes, as COCO's own ids have them: 2, 3, 5, 6, 8, ..."""
+    """Return the category id of a class, with gaps as in COCO: 2, 3, 5, 6, 8, ..."""
     index = list(CLASSES).index(str(name))
     return index + 2 + index // 2
 
 
 def _annotation(thing: Thing) -> dict[str, Any]:
-    """Box and mask of what is visible: the outline as a polygon where the object is whole, else run lengths."""
+    """Return box and mask of the visible part: a polygon if the whole object is visible, else run lengths."""
     rows, columns = np.flatnonzero(thing.visible_HW.any(1)), np.flatnonzero(thing.visible_HW.any(0))
     left, top, right, bottom = (float(edge) for edge in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
     area = float(thing.visible_HW.sum())
@@ -224,7 +224,7 @@ def _annotation(thing: Thing) -> dict[str, Any]:
 
 
 def _run_lengths(mask_HW: np.ndarray) -> dict[str, Any]:
-    """COCO's uncompressed run-length code: column by column, beginning with a run of zeros."""
+    """Return a mask as COCO's uncompressed run-length encoding: column by column, beginning with a run of zeros."""
     pixels = np.concatenate([[False], mask_HW.ravel(order="F")])
     changes = np.flatnonzero(pixels[1:] != pixels[:-1])
     return {"size": list(mask_HW.shape), "counts": np.diff(changes, prepend=0, append=mask_HW.size).tolist()}
@@ -234,10 +234,10 @@ def _generator(seed: int, stream: int, number: int) -> Generator:
     return np.random.default_rng([seed, stream, number])
 
 
-def _jpeg(picture: np.ndarray) -> bytes:
+def _jpeg(pixels_HWC: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    # Colour at full resolution: the textures are as fine as a few pixels.
-    Image.fromarray(picture).save(buffer, "JPEG", quality=90, subsampling=0)
+    # Colour at full resolution, since the textures have periods of a few pixels.
+    Image.fromarray(pixels_HWC).save(buffer, "JPEG", quality=90, subsampling=0)
     return buffer.getvalue()
 
 

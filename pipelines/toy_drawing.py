@@ -1,12 +1,12 @@
-"""Draws the pictures of the toy data: textured objects in many poses before cluttered backgrounds, by NumPy and PIL.
+"""Images of the toy data: textured objects in many poses on cluttered backgrounds, drawn with NumPy and PIL.
 
 A class is a shape together with a texture family. Each shape and each family belongs to two classes, so that neither
-decides alone; colours are free and say nothing. Crops and scenes paint their objects by the same function, so that what
-a backbone learns on crops holds in scenes. Everything is drawn at SUPER times the size and averaged down, which is the
-antialiasing. Every draw comes from the generator that is passed in: equal generators give equal pictures.
+alone determines the class; colours are random. Crops and scenes draw their objects with the same function, so that
+features learned on crops transfer to scenes. Images are drawn at SUPER times the size and averaged down for
+antialiasing. All randomness comes from the generator that is passed in: equal generators give equal images.
 
-The constants were tuned once, on the order "teacher with many labels > student from its outputs > student from few
-labels", and are frozen: numbers in the documentation refer to these pictures.
+The constants were tuned once, for the order "teacher with many labels > student from its outputs > student from few
+labels", and are frozen: numbers in the documentation refer to these images.
 
 Legend: H, W rows and columns (of the enlarged canvas inside this file); C = 3 colour channels; P points of an outline.
 """
@@ -18,9 +18,9 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw
 
-# Each of five shapes twice and each of five texture families twice. Shapes are the slower to learn: the two of a family
-# are unlike each other, and the families that break up an outline most (stripes, checks) have the most unlike ones.
-# Sorted by name, as folders are, so that every part of the data numbers its classes alike.
+# Each of five shapes twice and each of five texture families twice. Shapes are harder to learn: the two shapes of a
+# family differ clearly, most of all in the families that break up an outline (stripes, checks).
+# Sorted by name, as folders are, so that every part of the data has the same class numbers.
 CLASSES: dict[str, tuple[str, str]] = {
     "checked_cross": ("cross", "checks"),
     "checked_square": ("square", "checks"),
@@ -34,55 +34,55 @@ CLASSES: dict[str, tuple[str, str]] = {
     "zigzag_triangle": ("triangle", "zigzag"),
 }
 TEXTURES = ("stripes", "dots", "checks", "zigzag", "rings")
-# Foreign objects are of no class in shape and texture.
+# Shapes and textures of foreign objects, which belong to no class.
 FOREIGN_SHAPES = ("crescent", "arrow", "heart", "blob")
 FOREIGN_TEXTURES = ("plain", "blotches", "grid")
 
 SUPER = 2
 CROP_SIZE, SCENE_SIZE = 48, 128
-# Longer side of the object, in pixels. Scenes reach from what a stride-4 level finds to half the picture.
+# Longer side of the object, in pixels. In scenes from the size of a stride-4 level to half the image.
 CROP_OBJECT, SCENE_OBJECT, CROWD_OBJECT = (26.0, 46.0), (20.0, 60.0), (12.0, 18.0)
-# Texture period as a part of the object's size, and its limits in pixels: below 4 no family can be told from another.
+# Texture period as a fraction of the object's size, and its limits in pixels: below 4 the families look alike.
 PERIOD, PERIOD_LIMITS = (0.18, 0.28), (4.5, 12.0)
-TEXTURE_CONTRAST = 70.0  # least difference of brightness between an object's two colours, of 255
-# A dark rim, in enlarged pixels and as a part of the darker colour. Shapes are the slow part: a resnet10t of 700 steps
-# came to 78 % without it and to 84 % with it.
+TEXTURE_CONTRAST = 70.0  # minimal brightness difference between an object's two colours, of 255
+# Dark rim: width in enlarged pixels, and brightness as a fraction of the darker colour. It makes shapes easier to learn:
+# a resnet10t trained for 700 steps reached 78 % without the rim and 84 % with it.
 RIM, RIM_SHADE = 4, 0.35
 BACKGROUND_TEXTURE = 0.35  # strength of the families in the background
-CLUTTER = (0, 3)  # foreign pieces behind the object, for each 48 x 48 pixels
-OCCLUDED = 0.35  # part of the crops with a piece before the object
+CLUTTER = (0, 3)  # foreign pieces behind the object, per 48 x 48 pixels
+OCCLUDED = 0.35  # fraction of the crops with a piece in front of the object
 NOISE = (3.0, 10.0)  # standard deviation, of 255
-MIN_VISIBLE = 0.5  # least part of an object of a scene that is not covered
+MIN_VISIBLE = 0.5  # minimal visible fraction of an object in a scene
 CROWD_MEMBERS = (6, 10)
 
 
 @dataclass
 class Thing:
-    """What was painted: its outline in picture pixels and the picture's pixels it covers."""
+    """A drawn object: its outline in image coordinates and the image pixels it covers."""
 
     name: str | None
-    """class; None is foreign"""
+    """class name; None for a foreign object"""
     outline_P2: np.ndarray
-    """float64 x, y; may reach outside the picture"""
+    """float64 x, y; may reach outside the image"""
     visible_HW: np.ndarray
-    """bool at picture size"""
+    """bool, at image size"""
     crowd: bool = False
     area: int = field(init=False)
-    """pixels before anything covered it"""
+    """pixels before other objects covered it"""
 
     def __post_init__(self) -> None:
         self.area = int(self.visible_HW.sum())
 
     @property
     def whole(self) -> bool:
-        """Whether nothing covers it and all of it is inside the picture."""
+        """Return whether the whole object is visible and inside the image."""
         height, width = self.visible_HW.shape
         inside = self.outline_P2.min() >= 0 and (self.outline_P2.max(0) <= (width, height)).all()
         return bool(inside) and int(self.visible_HW.sum()) == self.area
 
 
 def draw_crop(rng: Generator, name: str | None) -> np.ndarray:
-    """uint8 [48, 48, 3] of one object of class `name`, or of a foreign one for None."""
+    """Draw one object of class `name`, or a foreign one for None; return uint8 [48, 48, 3]."""
     canvas = _background(rng, CROP_SIZE)
     for _ in range(rng.integers(*CLUTTER, endpoint=True)):
         _paint_piece(canvas, rng, rng.uniform(0, CROP_SIZE, 2), rng.uniform(8, 22))
@@ -98,8 +98,9 @@ def draw_crop(rng: Generator, name: str | None) -> np.ndarray:
 
 
 def draw_scene(rng: Generator, objects: int, *, crowd: bool = False) -> tuple[np.ndarray, list[Thing]]:
-    """uint8 [128, 128, 3] with at most `objects` objects of the classes (fewer where they would hide each other) and
-    some foreign ones, and what is in it, foreign things left out. `crowd` adds a heap of small objects of one class."""
+    """Draw a scene with at most `objects` objects of the classes (fewer if they would hide each other) and some foreign
+    ones; return uint8 [128, 128, 3] and its objects without the foreign ones. `crowd` adds a crowd of small objects of
+    one class."""
     canvas = _background(rng, SCENE_SIZE)
     patches = (SCENE_SIZE // CROP_SIZE) ** 2
     for _ in range(patches * rng.integers(*CLUTTER, endpoint=True)):
@@ -129,7 +130,7 @@ def _cover(things: list[Thing], new: Thing) -> None:
 
 
 def _free_place(rng: Generator, things: list[Thing], size: float) -> np.ndarray | None:
-    """A centre where a square of `size` leaves enough of everything visible; None after some tries."""
+    """Return a centre where a square of `size` leaves enough of every object visible; None after 12 failed tries."""
     for _ in range(12):
         centre = rng.uniform(0.35 * size, SCENE_SIZE - 0.35 * size, 2)
         left, top = np.maximum(0, centre - size / 2).astype(int)
@@ -160,7 +161,7 @@ def _paint_object(canvas: np.ndarray, rng: Generator, name: str | None, centre: 
 
 
 def _paint_piece(canvas: np.ndarray, rng: Generator, centre: np.ndarray, size: float) -> Thing:
-    """A shapeless foreign piece: clutter behind the object, or what hides a part of it."""
+    """Draw a foreign piece of random shape: clutter behind the object, or an occluder in front of it."""
     texture = str(rng.choice(FOREIGN_TEXTURES))
     shape = "blob" if rng.random() < 0.6 else "bar"
     return _paint(canvas, rng, None, shape, texture, centre, size, _two_colours(rng, 20))
@@ -176,7 +177,7 @@ def _paint(
     size: float,
     colours_2C: np.ndarray,
 ) -> Thing:
-    """Paint a shape in a random pose, its longer side `size` picture pixels, on the enlarged float32 canvas [H,W,C]."""
+    """Draw a shape in a random pose, its longer side `size` image pixels, on the enlarged float32 canvas [H,W,C]."""
     points_P2 = _outline(shape, rng) @ _pose(rng)
     points_P2 -= (points_P2.min(0) + points_P2.max(0)) / 2
     points_P2 = points_P2 * (size / np.ptp(points_P2, axis=0).max()) + centre
@@ -185,7 +186,7 @@ def _paint(
     right, bottom = np.clip(np.ceil(points_P2.max(0)).astype(int), 0, (width, height))
     covered = np.zeros((height, width), dtype=bool)
     if left < right and top < bottom:
-        # Corners at pixel centres: PIL paints the pixels whose centre the outline holds.
+        # Corners at pixel centres: PIL fills the pixels whose centre lies inside the outline.
         corners = (points_P2 - (left, top)) * SUPER - 0.5
         stencil = Image.new("L", ((right - left) * SUPER, (bottom - top) * SUPER))
         ImageDraw.Draw(stencil).polygon(corners.ravel().tolist(), fill=1, outline=2, width=RIM)
@@ -207,7 +208,7 @@ def _paint(
 
 
 def _outline(shape: str, rng: Generator) -> np.ndarray:
-    """Corners [P,2] of a shape about the origin; the free proportions are drawn."""
+    """Return the corners [P,2] of a shape around the origin, with random proportions."""
     turn = np.linspace(0, 2 * np.pi, 32, endpoint=False)
     circle = np.stack([np.cos(turn), np.sin(turn)], 1)
     match shape:
@@ -244,7 +245,7 @@ def _outline(shape: str, rng: Generator) -> np.ndarray:
 
 
 def _pose(rng: Generator) -> np.ndarray:
-    """A turn by any angle, then a stretch along any other direction: 2 x 2, for points as rows."""
+    """Return a random rotation followed by a stretch along a random direction, as a 2 x 2 matrix for points as rows."""
     angle, other = rng.uniform(0, 2 * np.pi, 2)
     stretch = np.exp(rng.uniform(-0.22, 0.22))
     second = _rotation(other)
@@ -258,13 +259,13 @@ def _rotation(angle: float) -> np.ndarray:
 
 
 def _texture(family: str, rng: Generator, rows: np.ndarray, columns: np.ndarray, period: float) -> np.ndarray:
-    """float32 [H,W] between 0 and 1: which of two colours, on coordinates in canvas pixels."""
-    # Python numbers: NumPy's own would turn float32 into float64.
+    """Return the mixing weight of the second colour, float32 [H,W] from 0 to 1, for coordinates in canvas pixels."""
+    # Python floats: NumPy scalars would promote float32 to float64.
     angle, shift_u, shift_v, balance = rng.uniform(0, 2 * math.pi, 4).tolist()
     c, s = math.cos(angle) * 2 * math.pi / period, math.sin(angle) * 2 * math.pi / period
     u = c * columns + s * rows
     v = c * rows - s * columns
-    if family == "rings":  # about a point near the object's middle
+    if family == "rings":  # around a point near the object's centre
         value = np.sin(np.hypot(u + shift_u / 4, v + shift_v / 4) + balance)
         return np.clip(0.5 + 2 * value, 0, 1)
     u += shift_u
@@ -284,12 +285,12 @@ def _texture(family: str, rng: Generator, rows: np.ndarray, columns: np.ndarray,
             value = np.sin(0.5 * u + 2 * np.sin(0.45 * v)) + np.sin(0.6 * v + 2 * np.sin(0.35 * u + 1))
         case _:
             return np.zeros_like(u)
-    value = value * math.copysign(1, balance - math.pi)  # either colour is the ground
+    value = value * math.copysign(1, balance - math.pi)  # so that either colour can be the background
     return np.clip(0.5 + 2 * value, 0, 1)
 
 
 def _two_colours(rng: Generator, contrast: float) -> np.ndarray:
-    """float32 [2,C] whose brightness differs by at least `contrast`."""
+    """Draw two colours, float32 [2,C], whose brightness differs by at least `contrast`."""
     while True:
         colours = rng.uniform(10, 245, (2, 3)).astype(np.float32)
         if abs(float((colours[0] - colours[1]) @ (0.3, 0.59, 0.11))) >= contrast:
@@ -297,7 +298,7 @@ def _two_colours(rng: Generator, contrast: float) -> np.ndarray:
 
 
 def _background(rng: Generator, size: int) -> np.ndarray:
-    """float32 canvas [H,W,C] of soft clouds between two colours with a weak texture of any family on it."""
+    """Draw the background: float32 canvas [H,W,C] of soft clouds between two colours with a weak texture of any family."""
     enlarged = size * SUPER
     cells = int(rng.integers(3, 7)) * size // CROP_SIZE
     clouds = Image.fromarray(rng.random((cells, cells), dtype=np.float32)).resize(
@@ -313,19 +314,19 @@ def _background(rng: Generator, size: int) -> np.ndarray:
 
 
 def _develop(canvas: np.ndarray, rng: Generator) -> np.ndarray:
-    """Light from one side, averaging down, noise: uint8 at picture size."""
-    picture = _shrink(canvas)
-    height, width = picture.shape[:2]
+    """Average the canvas down, light it from one side and add noise; return uint8 at image size."""
+    image = _shrink(canvas)
+    height, width = image.shape[:2]
     down, right, whole, noise = rng.uniform((-0.35, -0.35, 0.75, NOISE[0]), (0.35, 0.35, 1.15, NOISE[1])).tolist()
     rows = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
     columns = np.linspace(-1, 1, width, dtype=np.float32)[None]
-    picture = picture * (whole * (1 + down * rows + right * columns))[..., None]
-    picture += noise * rng.standard_normal(picture.shape, dtype=np.float32)
-    return picture.clip(0, 255).astype(np.uint8)
+    image = image * (whole * (1 + down * rows + right * columns))[..., None]
+    image += noise * rng.standard_normal(image.shape, dtype=np.float32)
+    return image.clip(0, 255).astype(np.uint8)
 
 
 def _shrink(enlarged: np.ndarray) -> np.ndarray:
-    """Mean over SUPER x SUPER pixels."""
+    """Return the mean over blocks of SUPER x SUPER pixels."""
     corners = [enlarged[row::SUPER, column::SUPER] for row in range(SUPER) for column in range(SUPER)]
     shrunk: np.ndarray = sum(corners[1:], corners[0]) / SUPER**2
     return shrunk

@@ -250,9 +250,12 @@ class EvaluateConfig(RunDetectorConfig):
     """keep the content of large annotation files, and which way up images are, in ~/.cache/ssld (or $XDG_CACHE_HOME/ssld), for the next start"""
     expected: ExpectedConfig | None = None
     """scores to compare with, as a recipe has them"""
+    compare: Path | None = None
+    """detections.json of another evaluation on the same annotations; the difference in AP is reported with a 95 % interval"""
 
     def inputs(self) -> dict[str, Path]:
-        return {"model": self.model, "annotations": self.annotations, "images": self.images}
+        files = {"model": self.model, "annotations": self.annotations, "images": self.images}
+        return files | ({"compare": self.compare} if self.compare else {})
 
 
 class ConvertDataConfig(CommandConfig):

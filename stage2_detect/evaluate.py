@@ -4,7 +4,8 @@
 
 Writes `detections.json` (COCO results with the original ids), `analysis.json` (precision, recall and F1 of each class
 at `score_threshold`, confusion matrix, precision-recall curves) and `pictures/` (the best and the worst images, ground
-truth beside what was found) beside result.json.
+truth beside what was found) beside result.json. With `--compare runs/other_ap/detections.json` the difference in AP to
+another detector is reported with a 95 % interval (`evaluation/bootstrap.py`).
 """
 
 import sys
@@ -33,6 +34,7 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     from ssld.stage2_detect.data.coco_json import write_results
     from ssld.stage2_detect.data.sizing import Sizing
     from ssld.stage2_detect.detector_file import load_detector
+    from ssld.stage2_detect.evaluation.bootstrap import bootstrap_metrics, read_detections
     from ssld.stage2_detect.evaluation.files import write_evaluation
     from ssld.stage2_detect.evaluation.scoring import compare_expected, describe, score
 
@@ -48,6 +50,8 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     )
     if with_masks:
         require_masks(data)
+    # Read before the evaluation, so that a wrong file costs no time.
+    others = read_detections(config.compare, data) if config.compare else None
     accelerator, config = start_processes(config)
     run = RunDir(config, "evaluate_detector", main=accelerator.is_main_process)
     if from_main_rank(run.status) == "finished":
@@ -74,6 +78,10 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     files = [run.path / "detections.json"]
     if accelerator.is_main_process:
         write_results(detections, data.category_ids, files[0])
+        intervals, lines = bootstrap_metrics(data, read_detections(files[0], data), others, config.compare)
+        metrics |= intervals
+        for line in lines:
+            run.log(line)
         report, written = write_evaluation(run, data, detections, metrics, score_threshold=config.score_threshold)
         files += written
         metrics["at_threshold"] = {key: report[key] for key in ("score_threshold", "iou")} | report["all_classes"]

@@ -1,1 +1,1 @@
-"""What `ssld doctor` looks at: machine, settings, data."""
+"""Checks of `ssld doctor`: machine, settings, data."""

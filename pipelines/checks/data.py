@@ -1,7 +1,7 @@
-"""What `ssld doctor` says of data: detection data by the data check of stage 2, pictures without boxes by opening them.
+"""Data checks of `ssld doctor`: detection data by the data check of stage 2, images without boxes by opening them.
 
-The data check runs in a process of its own, as the runner starts its stages: its answer, whatever state torch is in. Pictures without boxes are those
-to distil on, to curate, to classify, and a detector's unlabeled ones. Does not import torch.
+The data check runs in a separate process, so that a broken torch cannot crash the doctor. Images without boxes are those for distillation, curation
+and classification, and a detector's unlabeled ones. Does not import torch.
 """
 
 import hashlib
@@ -29,27 +29,27 @@ from ssld.stage1_ssld.data_config import SourceConfig
 from ssld.stage2_detect.config import TrainConfig
 
 DataSet = tuple[Path, Path, Path | None, Path | None]
-"""annotations and images for training, and for evaluation"""
+"""(training annotations, training images, evaluation annotations, evaluation images)"""
 
 
-class Wanted(NamedTuple):
-    """What training wants of a data set."""
+class DataNeeds(NamedTuple):
+    """Requirements of training on a data set: masks in the annotations; whether bulk loss is allowed."""
 
     masks: bool
     allow_loss: bool
 
 
 FLAGS = ("annotations", "images", "val_annotations", "val_images")
-"""what `check_data.py` calls them"""
+"""flags of `check_data.py`, in the order of `DataSet`"""
 MOST = 5000
-"""pictures of a folder that are opened, evenly chosen"""
+"""images opened per folder at most, evenly spread"""
 
 
 def check_data(places: Sequence[Path | None], *more: str) -> tuple[int, dict[str, Any] | None]:
-    """(exit code, report or None where it came to none) of `check_data.py`, which prints as it always does.
+    """Run `check_data.py`, which prints to the terminal; return (exit code, report or None if it wrote none).
 
     Args:
-        places: in the order of FLAGS.
+        places: files and folders in the order of FLAGS.
         more: further words of its command line.
     """
     given = [word for name, path in zip(FLAGS, places, strict=True) if path for word in (f"--{name}", str(path))]
@@ -60,14 +60,14 @@ def check_data(places: Sequence[Path | None], *more: str) -> tuple[int, dict[str
 
 
 def run_script(words: list[str]) -> int:
-    """Start the script and wait for it; returns its exit code."""
+    """Run the data check with these arguments; return its exit code."""
     script = str(ROOT / "stage2_detect" / "check_data.py")
     sys.stdout.flush()
     return subprocess.run([sys.executable, "-W", "ignore", script, *words], check=False).returncode
 
 
 def folders_of(config: CommandConfig) -> list[Path]:
-    """The folders of pictures that a command reads and that are there."""
+    """Return the existing image folders that a command reads."""
     sources: list[SourceConfig] = []
     paths: list[Path] = []
     if isinstance(config, Stage1Config | SoftLabelsConfig):
@@ -78,39 +78,41 @@ def folders_of(config: CommandConfig) -> list[Path]:
         sources = config.pool
     elif isinstance(config, TrainConfig) and config.unlabeled:
         paths = [config.unlabeled]
-    return list(dict.fromkeys(path for path in [*(Path(one.path) for one in sources), *paths] if path.is_dir()))
+    return list(dict.fromkeys(path for path in [*(Path(source.path) for source in sources), *paths] if path.is_dir()))
 
 
 def folder_lines(folder: Path, *, most: int = MOST) -> list[Line]:
-    """How many pictures a folder has, how many cannot be read, and how many are copies; nothing of a folder of other files."""
+    """Report how many images a folder has, how many cannot be read, and how many are copies; no lines for a folder without images."""
     tally = Tally()
     names = list_images(folder, tally=tally)
     if not names:
         return []
-    looked = [names[place] for place in spread(len(names), most)]
+    opened = [names[place] for place in spread(len(names), most)]
     broken: list[str] = []
     digests: Counter[bytes] = Counter()
-    for name in looked:
+    for name in opened:
         try:
             content = (folder / name).read_bytes()
-            with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as picture:
-                picture.load()
-        except Exception:  # Pillow's decoders fail with errors of many kinds
+            with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as image:
+                image.load()
+        except Exception:  # Pillow's decoders raise many kinds of exceptions
             broken.append(name)
         else:
             digests[hashlib.sha256(content).digest()] += 1
-    text = f"{folder}: {count(len(names), 'picture')}"
-    lines = [Line("ok", "pictures", text + (f", of which {most:,} were looked at" if len(looked) < len(names) else ""))]
+    text = f"{folder}: {count(len(names), 'image')}"
+    lines = [Line("ok", "images", text + (f", {most:,} of them were opened" if len(opened) < len(names) else ""))]
     if loss := tally.bulk_loss():
-        lines.append(Line("fault", "pictures", f"{folder}: {loss}: training stops, if data.allow_loss is not true"))
+        lines.append(Line("fault", "images", f"{folder}: {loss}: training stops unless data.allow_loss is true"))
     elif dropped := tally.describe():
-        lines.append(Line("warning" if tally.dropped("image") else "note", "pictures", f"{folder}: {dropped}"))
+        lines.append(Line("warning" if tally.dropped("image") else "note", "images", f"{folder}: {dropped}"))
     if broken:
-        stops = len(broken) > 1 and len(broken) > 0.01 * len(looked)
-        then = "training stops: more than 1 %" if stops else "training leaves them out"
-        what = f"{count(len(broken), 'picture')} of {len(looked):,} cannot be read ({escaped(broken[0])})"
-        lines.append(Line("fault" if stops else "warning", "pictures", f"{folder}: {what}: {then}"))
+        stops = len(broken) > 1 and len(broken) > 0.01 * len(opened)
+        effect = "training stops: more than 1 %" if stops else "training skips them"
+        which = f"{count(len(broken), 'image')} of {len(opened):,} cannot be read ({escaped(broken[0])})"
+        lines.append(Line("fault" if stops else "warning", "images", f"{folder}: {which}: {effect}"))
     copies = sum(digests.values()) - len(digests)
     if copies:
-        lines.append(Line("note", "pictures", f"{folder}: {count(copies, 'picture')} there already under another name"))
+        lines.append(
+            Line("note", "images", f"{folder}: {count(copies, 'image')} with the same content as another file")
+        )
     return lines

@@ -1,7 +1,7 @@
-"""What this machine is, for `ssld doctor`: versions, devices, process groups, shared memory, disk. Nothing here fails where a package is broken: that
-is what is looked for.
+"""Machine checks of `ssld doctor`: versions, devices, process groups, shared memory, disk. No check fails because a package is broken.
 
-torch, torchvision and timm are imported in a process of their own, so that a mismatch of compiled parts, or a crash in one, is an answer.
+torch, torchvision and timm are imported in a separate process, so that mismatched binaries, or a crash on import, are reported and do not end the
+doctor.
 """
 
 import importlib.metadata
@@ -39,31 +39,31 @@ OPTIONAL = {
 }
 _PROBE = """
 import json, os, sys
-found = {"broken": {}}
+answer = {"broken": {}}
 for name in ("torch", "torchvision", "timm", "accelerate"):
     try:
         __import__(name)
     except BaseException as error:
-        found["broken"][name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-if "torch" not in found["broken"]:
+        answer["broken"][name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+if "torch" not in answer["broken"]:
     import torch
     import torch.distributed as dist
-    found["cuda"], found["threads"] = torch.version.cuda, torch.get_num_threads()
-    found["devices"] = []
+    answer["cuda"], answer["threads"] = torch.version.cuda, torch.get_num_threads()
+    answer["devices"] = []
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(number)
             device = torch.cuda.get_device_properties(number)
-            found["devices"].append([device.name, free, total, device.major, device.minor])
-    found["groups"] = [name for name in ("gloo", "nccl") if dist.is_available() and getattr(dist, f"is_{name}_available")()]
-    found["mps"] = torch.backends.mps.is_available()
-print("ANSWER" + json.dumps(found))
+            answer["devices"].append([device.name, free, total, device.major, device.minor])
+    answer["groups"] = [name for name in ("gloo", "nccl") if dist.is_available() and getattr(dist, f"is_{name}_available")()]
+    answer["mps"] = torch.backends.mps.is_available()
+print("ANSWER" + json.dumps(answer))
 """
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the doctor's answer."""
+    """One finding of the doctor."""
 
     level: Level
     topic: str
@@ -71,7 +71,7 @@ class Line:
 
 
 def machine_lines(probe: dict[str, Any] | None = None) -> Iterator[Line]:
-    """What the machine is. `probe` is the answer of `ask_torch`, which is asked where it is None."""
+    """Yield the findings about this machine. `probe`: result of `ask_torch`; None calls it."""
     yield Line(
         "ok",
         "system",
@@ -79,8 +79,8 @@ def machine_lines(probe: dict[str, Any] | None = None) -> Iterator[Line]:
     )
     versions = {name: installed_version(name) for name in PACKAGES}
     missing = [name for name, version in versions.items() if version is None]
-    shown = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    yield Line("ok", "packages", shown)
+    installed = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    yield Line("ok", "packages", installed)
     if missing:
         yield Line("fault", "packages", f"not installed: {', '.join(missing)}; pip install {' '.join(missing)}")
     yield from requirement_lines(_requirements("ssld"))
@@ -90,14 +90,14 @@ def machine_lines(probe: dict[str, Any] | None = None) -> Iterator[Line]:
     if absent:
         names = ", ".join(name for name in OPTIONAL if installed_version(name) is None)
         yield Line(
-            "note", "packages", f"not there: {names}; pip install 'ssld[{','.join(absent)}]' where they are wanted"
+            "note", "packages", f"optional, not installed: {names}; pip install 'ssld[{','.join(absent)}]' adds them"
         )
     yield from device_lines(answer)
     yield from _memory_lines()
 
 
 def ask_torch() -> dict[str, Any]:
-    """What a fresh process finds when it imports torch and its companions: `broken` has the reason for each that fails."""
+    """Import torch and related packages in a fresh process; return its report, with `broken` = {package: error} of failed imports."""
     command = [sys.executable, "-W", "ignore", "-c", _PROBE]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -112,46 +112,46 @@ def ask_torch() -> dict[str, Any]:
 
 
 def pair_lines(torch: str | None, torchvision: str | None, needs: str | None, broken: dict[str, str]) -> Iterator[Line]:
-    """Do torch and torchvision belong together, and can they be imported?
+    """Yield whether torch and torchvision match, and whether they can be imported.
 
     Args:
-        torch, torchvision: versions; None where not installed.
-        needs: what torchvision's own metadata ask of torch, as `==2.14.0` or `>=2.14.0`.
-        broken: packages whose import fails, and why.
+        torch, torchvision: versions; None if not installed.
+        needs: requirement on torch in torchvision's metadata, as `==2.14.0` or `>=2.14.0`.
+        broken: {package: error} of failed imports.
     """
     level: Level = "fault" if "torchvision" in broken else "warning"
     if torch and torchvision:
         builds = [version.partition("+")[2] for version in (torch, torchvision)]
         if not _meets(torch, needs):
-            advice = "install both anew, in one command: pip install --upgrade torch torchvision"
+            advice = "reinstall both in one command: pip install --upgrade torch torchvision"
             yield Line(level, "torchvision", f"{torchvision} needs torch {needs}, and torch is {torch}; {advice}")
         elif builds[0] != builds[1]:
-            what = f"{torchvision} is another build than torch {torch}; install both from one index"
-            yield Line(level, "torchvision", what)
+            text = f"{torchvision} and torch {torch} are different builds; install both from one index"
+            yield Line(level, "torchvision", text)
         elif "torchvision" not in broken:
-            yield Line("ok", "torchvision", f"{torchvision} goes with torch {torch}")
+            yield Line("ok", "torchvision", f"{torchvision} matches torch {torch}")
     for name, reason in broken.items():
         yield Line("fault", name, f"import {name} fails: {reason}")
 
 
 def _meets(version: str, needs: str | None) -> bool:
-    """Whether a version meets `==X` or `>=X`; anything else is not judged."""
-    wanted = re.fullmatch(r"(==|>=)\s*(\d+(?:\.\d+)*)", needs or "")
-    if wanted is None:
+    """Return whether a version meets `==X` or `>=X`; True for any other requirement."""
+    required = re.fullmatch(r"(==|>=)\s*(\d+(?:\.\d+)*)", needs or "")
+    if required is None:
         return True
-    numbers, least = ([int(part) for part in re.findall(r"\d+", text)] for text in (version.split("+")[0], wanted[2]))
-    return numbers[: len(least)] == least if wanted[1] == "==" else numbers >= least
+    numbers, least = ([int(part) for part in re.findall(r"\d+", text)] for text in (version.split("+")[0], required[2]))
+    return numbers[: len(least)] == least if required[1] == "==" else numbers >= least
 
 
-def requirement_lines(wanted: list[str]) -> Iterator[Line]:
-    """Installed packages that are older than the project asks for, and those that it needs and are not there; `wanted` as in its metadata."""
-    for line in wanted:
+def requirement_lines(requirements: list[str]) -> Iterator[Line]:
+    """Yield installed packages that are older than required, and required packages that are missing; `requirements` as in the project's metadata."""
+    for line in requirements:
         match = re.match(r"([A-Za-z0-9._-]+)\s*(?:\[[^]]*\])?\s*\(?([^();]*)", line)
         if match is None:
             continue
         name, needs, version = match[1], match[2].strip(), installed_version(match[1])
         if version is None:
-            if ";" not in line and name not in PACKAGES:  # what follows is an extra's; of the others it is said already
+            if ";" not in line and name not in PACKAGES:  # `;` marks extras; missing PACKAGES are reported above
                 yield Line("fault", "packages", f"not installed: {name}; pip install '{name}{needs}'")
         elif not _meets(version, needs):
             yield Line("warning", "packages", f"{name} {version} is not {needs}; pip install --upgrade '{name}{needs}'")
@@ -160,22 +160,22 @@ def requirement_lines(wanted: list[str]) -> Iterator[Line]:
 def _requirements(package: str) -> list[str]:
     try:
         return list(dict.fromkeys(importlib.metadata.requires(package) or []))
-    except importlib.metadata.PackageNotFoundError:  # run from its folder
+    except importlib.metadata.PackageNotFoundError:  # run from the source folder, without installation
         return []
 
 
 def _torchvision_needs() -> str | None:
-    """What the installed torchvision asks of torch."""
+    """Return the requirement of the installed torchvision on torch."""
     try:
-        wanted = importlib.metadata.requires("torchvision") or []
+        requirements = importlib.metadata.requires("torchvision") or []
     except importlib.metadata.PackageNotFoundError:
         return None
-    found = (re.fullmatch(r"torch\s*\(?([^();]+)\)?", line.strip()) for line in wanted)
-    return next((match[1].strip() for match in found if match), None)
+    matches = (re.fullmatch(r"torch\s*\(?([^();]+)\)?", line.strip()) for line in requirements)
+    return next((match[1].strip() for match in matches if match), None)
 
 
 def device_lines(answer: dict[str, Any]) -> Iterator[Line]:
-    """GPUs and process groups."""
+    """Yield the findings about GPUs and process groups."""
     if "devices" not in answer:
         return
     for number, (name, free, total, major, minor) in enumerate(answer["devices"]):
@@ -184,13 +184,15 @@ def device_lines(answer: dict[str, Any]) -> Iterator[Line]:
         yield Line("ok", "device", text)
         if free < 0.5 * total:
             yield Line(
-                "warning", "device", f"cuda:{number}: another program holds {(total - free) / 2**30:.0f} GB of it"
+                "warning",
+                "device",
+                f"cuda:{number}: another program uses {(total - free) / 2**30:.0f} GB of its memory",
             )
     if not answer["devices"]:
         if answer.get("cuda") is None:
             reason = "torch is a build without CUDA"
         else:
-            reason = f"torch is built for CUDA {answer['cuda']}, but finds no GPU or no driver"
+            reason = f"torch is built for CUDA {answer['cuda']} but finds no GPU or no driver"
         level: Level = "warning" if answer.get("cuda") and shutil.which("nvidia-smi") else "note"
         yield Line(level, "device", f"CPU with {answer['threads']} threads; {reason}")
     groups = answer["groups"]
@@ -199,7 +201,7 @@ def device_lines(answer: dict[str, Any]) -> Iterator[Line]:
         yield Line(
             "fault",
             "processes",
-            "several GPUs, but torch has no NCCL: training on more than one of them will not start",
+            "several GPUs, but torch has no NCCL: training on more than one GPU will not start",
         )
 
 
@@ -210,7 +212,9 @@ def _memory_lines() -> Iterator[Line]:
         enough = usage.free >= 2**30
         text = f"{usage.free / 2**30:.1f} GB free in /dev/shm"
         advice = (
-            "" if enough else ": too little for batches from worker processes; docker run --shm-size=8g, or --workers 0"
+            ""
+            if enough
+            else ": too little for batches of worker processes; use docker run --shm-size=8g, or --workers 0"
         )
         yield Line("ok" if enough else "warning", "memory", text + advice)
     try:
@@ -220,7 +224,9 @@ def _memory_lines() -> Iterator[Line]:
         pass
     usage = shutil.disk_usage(Path.cwd())
     enough = usage.free >= 5 * 2**30
-    advice = "" if enough else ": a run of a large network can take more"
+    advice = "" if enough else ": a run of a large network can need more"
     yield Line(
-        "ok" if enough else "warning", "disk", f"{usage.free / 2**30:.0f} GB free where you are ({Path.cwd()}){advice}"
+        "ok" if enough else "warning",
+        "disk",
+        f"{usage.free / 2**30:.0f} GB free in the current folder ({Path.cwd()}){advice}",
     )

@@ -1,1 +1,1 @@
-"""The table and the HTML page of a pipeline."""
+"""Table and HTML report of a pipeline."""

@@ -1,4 +1,4 @@
-"""The report's diagrams, as inline SVG that takes its colours from the page. Only the report imports this: matplotlib is slow to load."""
+"""Plots of the report, as inline SVG that takes its colours from the page. Only the report imports this module: matplotlib is slow to load."""
 
 import io
 import re
@@ -13,16 +13,16 @@ matplotlib.use("svg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# The page's colours are not known here: it has a light and a dark set. These stand for its text colour and its series 0, 1, ...
+# Placeholders for the page's text colour and its series 0, 1, ...; the page has a light and a dark set of colours.
 _INK = "#010203"
 _SERIES = tuple(f"#0102{10 + number}" for number in range(6))
 COLOURS = len(_SERIES)
-_SIZE = (3.5, 2.35)  # inches of one diagram
+_SIZE = (3.5, 2.35)  # width, height of one plot in inches
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One small diagram: its title, the metrics it shows by name, and the factor they are shown with."""
+    """One small plot: title, {metric: label}, and the factor that the values are multiplied by."""
 
     title: str
     names: dict[str, str]
@@ -49,7 +49,7 @@ PANELS = (
 
 @dataclass(frozen=True)
 class Chart:
-    """An SVG element, its title, and the words that stand for it."""
+    """An SVG element, its title and its alternative text."""
 
     title: str
     svg: str
@@ -57,22 +57,22 @@ class Chart:
 
 
 def curves(stage: str, metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """The curves of one stage from its metrics.jsonl, a diagram for each panel that has any."""
+    """Plot the curves of one stage from its metrics.jsonl, one plot for each panel with data."""
     charts = []
     for panel in PANELS:
-        found = _series(panel, metrics)
-        if not found:
+        lines = _series(panel, metrics)
+        if not lines:
             continue
         with matplotlib.rc_context(_style(f"{stage} {panel.title}")):
             figure, axes = _figure()
             words = []
-            for label, steps, values in found:
+            for label, steps, values in lines:
                 colour = _SERIES[list(panel.names.values()).index(label)]  # the same in every stage
                 axes.plot(
                     steps, values, color=colour, label=label, marker="o" if len(steps) < 8 else None, markersize=3.5
                 )
                 words.append(f"{label} from {values[0]:.3g} at step {steps[0]} to {values[-1]:.3g} at step {steps[-1]}")
-            _dress(axes, legend=len(found) > 1)
+            _dress(axes, legend=len(lines) > 1)
             axes.set_xlabel("step")
             alt = f"{panel.title}, stage {stage}: {'; '.join(words)}."
             charts.append(Chart(panel.title, _svg(figure), alt))
@@ -82,13 +82,13 @@ def curves(stage: str, metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
 def precision_recall(
     name: str, recall: Sequence[float], lines: Mapping[str, Sequence[float]], mean: Sequence[float] | None
 ) -> Chart:
-    """Precision over recall.
+    """Plot precision over recall.
 
     Args:
-        name: what the curves are of; makes the SVG's ids its own.
-        recall: of all curves.
-        lines: precision by name. Up to six get a colour and a place in the legend, more are drawn alike and pale.
-        mean: of the curves, drawn in the text's colour.
+        name: name of the stage or group; makes the ids in the SVG unique.
+        recall: recall values of all curves.
+        lines: {name: precision}. Up to six curves get a colour and a legend entry; more are all drawn in pale grey.
+        mean: mean of the curves, drawn in the text's colour.
     """
     named = len(lines) <= COLOURS
     with matplotlib.rc_context(_style(f"{name} precision and recall")):
@@ -102,22 +102,22 @@ def precision_recall(
             axes.plot(recall, mean, color=_INK, linewidth=2.2, label="mean of the classes")
         _dress(axes, legend=named or mean is not None)
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
-        shown = dict(lines) if named else {}
-        shown |= {"mean of the classes": mean} if mean is not None else {}
-        words = [f"{label} {100 * sum(values) / len(values):.1f}" for label, values in shown.items()]
+        described = dict(lines) if named else {}
+        described |= {"mean of the classes": mean} if mean is not None else {}
+        words = [f"{label} {100 * sum(values) / len(values):.1f}" for label, values in described.items()]
         alt = f"Precision over recall of {name}; mean precision in %: {', '.join(words)}."
         return Chart("precision over recall", _svg(figure), alt)
 
 
 def _series(panel: Panel, metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[int], list[float]]]:
-    found = []
+    series = []
     for name, label in panel.names.items():
         points = [
             (line["step"], panel.factor * line[name]) for line in metrics if isinstance(line.get(name), int | float)
         ]
-        if len(points) > 1:  # one point is a number, not a curve
-            found.append((label, [step for step, _ in points], [value for _, value in points]))
-    return found
+        if len(points) > 1:
+            series.append((label, [step for step, _ in points], [value for _, value in points]))
+    return series
 
 
 def _figure() -> tuple[Figure, Axes]:
@@ -128,7 +128,7 @@ def _figure() -> tuple[Figure, Axes]:
 def _style(name: str) -> Any:
     return {
         "svg.fonttype": "none",
-        "svg.hashsalt": name,  # the same bytes for the same curves, other ids in every chart of a page
+        "svg.hashsalt": name,  # reproducible bytes, and unique ids for every plot of a page
         "font.family": "sans-serif",
         "font.size": 9,
         "text.color": _INK,
@@ -150,25 +150,25 @@ def _dress(axes: Axes, *, legend: bool) -> None:
         spine.set_alpha(0.4)
     axes.locator_params(axis="x", nbins=5)
     if legend:
-        axes.legend(frameon=False, fontsize=8).set_in_layout(False)  # long names must not squeeze the diagram
+        axes.legend(frameon=False, fontsize=8).set_in_layout(False)  # long names must not shrink the plot
 
 
 def _plain(label: str, most: int = 26) -> str:
-    """A name for the legend, which takes no long ones, reads what stands between dollars as mathematics, and leaves out what begins with _."""
+    """Make a name safe for the legend: shortened, since matplotlib parses text between $ as mathematics and hides labels that begin with _."""
     short = label if len(label) <= most else f"{label[: most - 1]}…"
     return f"{' ' if short.startswith('_') else ''}{short}".replace("$", r"\$")
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as an SVG element: no XML header, no outside address but the name spaces, colours by the page's names."""
+    """Return the figure as an SVG element without XML header, without addresses except name spaces, with the page's colours."""
     figure.patch.set_alpha(0)
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)  # of groups, the same in every figure
-    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)  # the page decides
+    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)  # ids of groups repeat in every figure
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)  # the page sets the size
     for number, colour in enumerate(_SERIES):
         svg = svg.replace(colour, f"var(--series-{number})")
     return svg.replace(_INK, "currentColor")

@@ -1,6 +1,6 @@
-"""What the report says of one run directory: numbers, curves, tables, pictures, settings and machine, as the template shows them.
+"""View of one run directory for the report template: numbers, curves, tables, images, settings and machine.
 
-Only reads what a command left behind; nothing of a stage's code is imported. A file that is absent or damaged leaves its part of the page out.
+Reads only files that a command wrote, and imports no code of the stages. If a file is missing or damaged, its part of the page is left out.
 """
 
 import base64
@@ -21,14 +21,14 @@ from ssld.shared.run_dir import read_metrics, read_result
 from ssld.shared.wording import count
 
 T = TypeVar("T")
-PAGE_BYTES = 2_000_000  # of pictures in a page, encoded
-_MATRIX_CLASSES = 12  # more do not fit beside each other
+PAGE_BYTES = 2_000_000  # encoded bytes of all images in a page
+_MATRIX_CLASSES = 12  # more columns do not fit
 _CONFUSIONS = 15
 _PREDICTED = 6
 _FRACTIONS = ("top1", "top5", "agreement", "teacher_top1", "teacher_top5", "knn", "AP", "AR")
 _HEADLINES = ("AP", "AP50", "AP75", "AP_segm", "top1", "agreement", "kl", "kept")
 _LABELS = {"top1": "top-1", "top5": "top-5", "kl": "KL, nats", "AP_segm": "AP of masks", "images_seen": "images seen"}
-# what a run directory calls its command -> the pipeline's name of it
+# command as recorded in a run directory -> name of the command in a pipeline
 _RECORDED: dict[str, CommandName] = {
     "write_soft_labels": "soft_labels",
     "evaluate": "evaluate_backbone",
@@ -38,7 +38,7 @@ _RECORDED: dict[str, CommandName] = {
 
 @dataclass(frozen=True)
 class ClassRow:
-    """One class of an evaluation; fractions, None where there is nothing to measure."""
+    """Scores of one class of an evaluation, as fractions; None if undefined."""
 
     name: str
     AP: float | None
@@ -50,7 +50,7 @@ class ClassRow:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Confusions: `rows` are (truth, [(count, share of the row)]); the last name and row are the background."""
+    """Confusion matrix: `rows` are (true class, [(count, fraction of the row)]); the last name and row are the background."""
 
     names: list[str]
     rows: list[tuple[str, list[tuple[int, float]]]]
@@ -58,18 +58,18 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Pair:
-    """One picture of an evaluation, with its objects and with what was found, as data: addresses."""
+    """One evaluation image drawn with its annotations (`truth`) and with its detections, both as data: URLs."""
 
     kind: str
     image: str
     truth: str
-    found: str
-    words: str
+    detections: str
+    caption: str
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """A picture as a data: address and the words that stand for it."""
+    """An image as a data: URL, with its alternative text and title."""
 
     source: str
     alt: str
@@ -78,7 +78,7 @@ class Embedded:
 
 @dataclass(frozen=True)
 class StageView:
-    """What the page says about one stage."""
+    """Content of the page for one stage."""
 
     name: str
     command: str
@@ -93,7 +93,7 @@ class StageView:
     matrix: Matrix | None
     confusions: list[tuple[str, str, int]]
     pairs: list[Pair]
-    pictures: list[Embedded]
+    plots: list[Embedded]
     predicted: list[Embedded]
     left_out: int
     line: str
@@ -101,22 +101,22 @@ class StageView:
     environment: list[tuple[str, str]]
     unreadable: int
     damaged: tuple[str, ...]
-    """files that are there and could not be shown"""
+    """files that exist but could not be shown"""
 
     @property
     def ran(self) -> bool:
-        """Whether there is anything to show."""
+        """Return whether the stage has been started."""
         return self.status != "not run"
 
 
 class Room:
-    """How many bytes of pictures a page may still take in."""
+    """Number of bytes left for images in a page."""
 
     def __init__(self, left: int = PAGE_BYTES) -> None:
         self.left = left
 
     def embed(self, file: Path, longest: int) -> str | None:
-        """A picture file as a data: address, its longer side at most `longest` pixels; None when it cannot be read or there is no room."""
+        """Encode an image file as a data: URL, its longer side at most `longest` pixels; None if it is unreadable or no room is left."""
         from PIL import Image
 
         try:
@@ -129,7 +129,7 @@ class Room:
                     buffer = io.BytesIO()
                     small.save(buffer, "JPEG", quality=85, optimize=True)
                     content = buffer.getvalue()
-        except Exception:  # PIL raises many kinds for damaged files
+        except Exception:  # PIL raises many kinds of exceptions for damaged files
             return None
         text = base64.b64encode(content).decode()
         if len(text) > self.left:
@@ -139,23 +139,23 @@ class Room:
 
 
 def view(name: str, command: CommandName | None, run: Path, room: Room) -> StageView:
-    """The view of one run directory.
+    """Build the view of one run directory.
 
     Args:
-        name: of the stage.
-        command: the pipeline's name of it; None: as the run directory says.
-        run: the directory; it need not be there.
-        room: what is left for pictures.
+        name: name of the stage.
+        command: name of its command in the pipeline; None: as recorded in the run directory.
+        run: run directory, which may be missing.
+        room: bytes left for images.
     """
     damaged: list[str] = []
 
-    def part(file: str, look: Callable[[], T], otherwise: Any) -> T:
-        """What `look` makes of a file, or of a folder; `otherwise`, and the file noted, where its content has another form."""
+    def part(file: str, read: Callable[[], T], default: Any) -> T:
+        """Return `read()`; if the file's content is malformed, note the file as damaged and return `default`."""
         try:
-            return look()
+            return read()
         except (*MALFORMED, UserError):
             damaged.append(file)
-            empty: T = otherwise
+            empty: T = default
             return empty
 
     result = part("result.json", lambda: _checked(read_result(run)), None) if run.is_dir() else None
@@ -167,13 +167,13 @@ def view(name: str, command: CommandName | None, run: Path, room: Room) -> Stage
     scalars = {key: value for key, value in values.items() if not isinstance(value, dict | list)}
     analysis = read_json(run / "analysis.json")
     pairs, left_out = part("pictures/index.json", lambda: _pairs(run / "pictures", room), ([], 0))
-    seen, threshold = values.get("images_seen"), analysis.get("score_threshold")
+    images_seen, threshold = values.get("images_seen"), analysis.get("score_threshold")
     return StageView(
         name=name,
         command=command or _RECORDED.get(recorded) or recorded or "unknown",
         status=_status(run, result, lines),
         seconds=_seconds(result, lines),
-        images_seen=seen if isinstance(seen, int) else None,
+        images_seen=images_seen if isinstance(images_seen, int) else None,
         headlines=[(label(key), number(key, scalars[key])) for key in _HEADLINES if scalars.get(key) is not None],
         metrics=[(label(key), number(key, value)) for key, value in scalars.items()],
         charts=part("metrics.jsonl", lambda: curves(name, lines), [])
@@ -183,7 +183,7 @@ def view(name: str, command: CommandName | None, run: Path, room: Room) -> Stage
         matrix=part("analysis.json", lambda: _matrix(analysis), None),
         confusions=part("analysis.json", lambda: _confusions(analysis), []),
         pairs=pairs,
-        pictures=part("outcome.json", lambda: _curation(run, values, room), []),
+        plots=part("outcome.json", lambda: _curation(run, values, room), []),
         predicted=_predicted(run / "pictures", room),
         left_out=left_out,
         line=part("environment.json", lambda: _line(command, recorded, environment), ""),
@@ -195,24 +195,24 @@ def view(name: str, command: CommandName | None, run: Path, room: Room) -> Stage
 
 
 def _checked(result: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A result whose parts are what the page counts on. Raises one of MALFORMED for another."""
+    """Return the result if its parts have the expected types; raises one of MALFORMED otherwise."""
     if result is not None:
         result["metrics"].items()
-        round(float(result["seconds"]))  # refuses what is no finite number
+        round(float(result["seconds"]))  # raises for NaN and infinity
     return result
 
 
 def _numbered(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of metrics, whose steps and seconds are numbers. Raises one of MALFORMED where they are not."""
+    """Return the lines of metrics if steps and seconds are finite numbers; raises one of MALFORMED otherwise."""
     for line in lines:
         if not isinstance(line["step"], int) or not isinstance(line.get("seconds", 0), int | float | None):
             raise TypeError(f"step {line['step']!r}, seconds {line.get('seconds')!r}")
-        round(float(line.get("seconds") or 0.0))  # refuses what is no finite number
+        round(float(line.get("seconds") or 0.0))  # raises for NaN and infinity
     return lines
 
 
 def number(key: str, value: Any) -> str:
-    """A metric for people: fractions in percent, None as a dash."""
+    """Format a metric: fractions in percent, None as a dash."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -223,17 +223,17 @@ def number(key: str, value: Any) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A fraction in percent, without the sign; a dash for None and what else is no number."""
+    """Format a fraction in percent, without the percent sign; a dash for None and other non-numbers."""
     return f"{100 * value:.1f}" if isinstance(value, int | float) else "-"
 
 
 def label(key: str) -> str:
-    """A metric's name for people."""
+    """Return the readable name of a metric."""
     return _LABELS.get(key, key.replace("teacher_", "teacher's ").replace("top1", "top-1").replace("_", " "))
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is none that can be read."""
+    """Return the object in a JSON file; empty if the file is missing or unreadable."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -242,12 +242,12 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def mean_curve(analysis: Mapping[str, Any]) -> tuple[list[float], list[float]] | None:
-    """(recall, precision averaged over the classes that have objects) of an `analysis.json`."""
-    found = analysis.get("precision_recall") or {}
-    curves_of = list((found.get("precision") or {}).values())
-    if not curves_of:
+    """Return (recall, precision averaged over the classes that have objects) of an `analysis.json`."""
+    record = analysis.get("precision_recall") or {}
+    by_class = list((record.get("precision") or {}).values())
+    if not by_class:
         return None
-    return found["recall"], [sum(column) / len(curves_of) for column in zip(*curves_of, strict=True)]
+    return record["recall"], [sum(column) / len(by_class) for column in zip(*by_class, strict=True)]
 
 
 def _status(run: Path, result: dict[str, Any] | None, lines: Sequence[Mapping[str, Any]]) -> str:
@@ -259,7 +259,7 @@ def _status(run: Path, result: dict[str, Any] | None, lines: Sequence[Mapping[st
 
 
 def _seconds(result: dict[str, Any] | None, lines: Sequence[Mapping[str, Any]]) -> float | None:
-    """What a run took. A result counts from the last start; the logged steps tell of those before too."""
+    """Return the seconds of a run over all starts: the result counts from the last start only, the logged steps include earlier ones."""
     logged = sum(line.get("seconds") or 0.0 for line in lines)
     return max(float(result["seconds"]), logged) if result else logged or None
 
@@ -273,7 +273,7 @@ def _precision_recall(name: str, analysis: Mapping[str, Any]) -> list[Chart]:
 
 
 def _classes(values: Mapping[str, Any], analysis: Mapping[str, Any]) -> list[ClassRow]:
-    """The rows of an analysis; without one, the AP of each class that the result has."""
+    """Return the class rows of an analysis; without one, the AP of each class from the result."""
     rows = [
         ClassRow(
             str(row["class"]),
@@ -294,35 +294,35 @@ def _number_of(value: Any) -> float | None:
 
 
 def _matrix(analysis: Mapping[str, Any]) -> Matrix | None:
-    found = analysis.get("confusions") or {}
-    names = found.get("names") or []
+    record = analysis.get("confusions") or {}
+    names = record.get("names") or []
     if not 1 < len(names) <= _MATRIX_CLASSES + 1:
         return None
     rows = [
         (name, [(value, value / max(1, sum(counts))) for value in counts])
-        for name, counts in zip(names, found["counts"], strict=True)
+        for name, counts in zip(names, record["counts"], strict=True)
     ]
     return Matrix(names, rows)
 
 
 def _confusions(analysis: Mapping[str, Any]) -> list[tuple[str, str, int]]:
-    """The most frequent (truth, what was said, count), where there are too many classes for a matrix."""
-    found = analysis.get("confusions") or {}
-    names = found.get("names") or []
+    """Return the most frequent (true class, predicted class, count), if there are too many classes for a matrix."""
+    record = analysis.get("confusions") or {}
+    names = record.get("names") or []
     if len(names) <= _MATRIX_CLASSES + 1:
         return []
     mixed = [
-        (value, names[truth], names[said])
-        for truth, counts in enumerate(found["counts"])
-        for said, value in enumerate(counts)
-        if value and truth != said
+        (value, names[truth], names[predicted])
+        for truth, counts in enumerate(record["counts"])
+        for predicted, value in enumerate(counts)
+        if value and truth != predicted
     ]
     mixed.sort(key=lambda entry: -entry[0])
-    return [(truth, said, value) for value, truth, said in mixed[:_CONFUSIONS]]
+    return [(truth, predicted, value) for value, truth, predicted in mixed[:_CONFUSIONS]]
 
 
 def _pairs(folder: Path, room: Room) -> tuple[list[Pair], int]:
-    """(the pictures that an evaluation wrote, how many found no room)."""
+    """Return (the drawn images of an evaluation, number of images left out for lack of room)."""
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -330,17 +330,17 @@ def _pairs(folder: Path, room: Room) -> tuple[list[Pair], int]:
     pairs = []
     for entry in index:
         before = room.left
-        truth, found = (room.embed(_inside(folder, entry[side]), 640) for side in ("truth", "found"))
-        if truth is None or found is None:
+        truth, detections = (room.embed(_inside(folder, entry[side]), 640) for side in ("truth", "found"))
+        if truth is None or detections is None:
             room.left = before
             continue
-        words = f"{entry['right']} right, {entry['wrong']} wrong, {entry['missed']} missed, error {entry['lrp']:.2f}"
-        pairs.append(Pair(entry["kind"], entry["image"], truth, found, words))
+        caption = f"{entry['right']} right, {entry['wrong']} wrong, {entry['missed']} missed, error {entry['lrp']:.2f}"
+        pairs.append(Pair(entry["kind"], entry["image"], truth, detections, caption))
     return pairs, len(index) - len(pairs)
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """A file below a folder. Raises ValueError for a name that leads out of it, as a picture of somebody's that the page would show."""
+    """Return a file below a folder. Raises ValueError for a path outside it, so that the page cannot embed other files."""
     file = folder / name
     if not file.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{name} is not in {folder}")
@@ -348,38 +348,38 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _curation(run: Path, values: Mapping[str, Any], room: Room) -> list[Embedded]:
-    """The two pictures of a curation."""
+    """Return the two plots of a curation."""
     numbers = ", ".join(f"{label(key)} {number(key, value)}" for key, value in values.items() if isinstance(value, int))
     examples = [row for row in read_json(run / "outcome.json").get("examples", []) if row["pictures"]]
     rows = "; ".join(f"{' '.join(row['title'].split())}: {count(len(row['pictures']), 'image')}" for row in examples)
-    shown = (
+    plots = (
         (
             "curation.png",
-            "What was kept",
-            f"Images kept of each class, and scores of the pool and of what was kept: {numbers}.",
+            "Selected images",
+            f"Images kept per class, and scores of the pool and of the kept images: {numbers}.",
         ),
         ("examples.png", "Examples", f"Rows of images that were kept or left out. {rows}"),
     )
-    pictures = []
-    for file, title, alt in shown:
+    embedded = []
+    for file, title, alt in plots:
         if (run / file).is_file() and (source := room.embed(run / file, 1400)):
-            pictures.append(Embedded(source, alt, title))
-    return pictures
+            embedded.append(Embedded(source, alt, title))
+    return embedded
 
 
 def _predicted(folder: Path, room: Room) -> list[Embedded]:
-    """Some of the pictures that a prediction drew, spread over all of them."""
-    if (folder / "index.json").is_file():  # those of an evaluation
+    """Return some of the images that a prediction drew, evenly spread."""
+    if (folder / "index.json").is_file():  # images of an evaluation
         return []
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     files = [files[place] for place in spread(len(files), _PREDICTED)]
     names = [file.relative_to(folder).as_posix() for file in files]
     sources = [room.embed(file, 480) for file in files]
-    return [Embedded(s, f"{name} with what was found", name) for name, s in zip(names, sources, strict=True) if s]
+    return [Embedded(s, f"{name} with its detections", name) for name, s in zip(names, sources, strict=True) if s]
 
 
 def _line(command: CommandName | None, recorded: str, environment: Mapping[str, Any]) -> str:
-    """The command line of a run, as it was typed."""
+    """Return the command line of a run."""
     arguments = [str(word) for word in environment.get("arguments", [])]
     if arguments and not arguments[0].startswith("-"):  # the sub-command of ssld
         return shlex.join(["ssld", *arguments])
@@ -389,7 +389,7 @@ def _line(command: CommandName | None, recorded: str, environment: Mapping[str, 
 
 
 def _environment(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Machine and versions as (name, value) lines."""
+    """Return machine and versions as (name, value) rows."""
     keys = ("started", "machine", "python", "cores", "processes", "threads")
     lines = [(key, str(record[key])) for key in keys if record.get(key) is not None]
     versions = ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items() if version)

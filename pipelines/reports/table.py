@@ -1,30 +1,50 @@
-"""The table at the end of a pipeline: what each backbone is worth, as a classifier and under a detector.
+"""Table at the end of a pipeline: scores of each backbone as a classifier and in a detector.
 
-Numbers come from the stages' result.json, as fractions; they are shown in percent. A number that no stage measured is shown as "-". Does not
+Numbers come from the stages' result.json, as fractions, and are printed in percent. A number that no stage measured is printed as "-". Does not
 import torch.
+
+Differences have 95 % intervals. If both rows have several runs: over their seeds (Student's t, runs paired by number). Otherwise for detectors a
+paired bootstrap over the evaluation images, measured by `evaluate.py --compare`; for classifiers the binomial interval of two independent
+proportions, which is too wide rather than too narrow, because both are evaluated on the same images.
 """
 
 import json
+import math
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssld.pipelines.config import PipelineConfig, TableConfig
+from ssld.pipelines.config import PipelineConfig, RowConfig, TableConfig
 from ssld.shared.config.settings import validate
 from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.files import write_atomically
 from ssld.shared.run_dir import read_result
+from ssld.shared.wording import count
 
 COLUMNS = ("backbone", "top-1", "agreement", "detector AP", "AP50")
 _CLASSIFIER, _DETECTOR = ("top1", "agreement"), ("AP", "AP50")
 NONE = "-"
+FEW_OBJECTS = 100
+_Z = 1.96  # 97.5th percentile of the normal distribution
+_STUDENT = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+)  # the same of Student's t with 1 to 9 degrees of freedom
 _RECORD = "pipeline.json"  # beside the run directories
-SMOKE = "smoke sizes: these numbers only say that everything runs"
+SMOKE = "smoke sizes: these numbers only show that everything runs"
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a pipeline leaves beside its run directories, so that a report needs no more than their folder."""
+    """Record of a pipeline beside its run directories, from which a report can be written with no other input."""
 
     name: str
     smoke: bool
@@ -32,52 +52,99 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Interval:
+    """A 95 % interval of a fraction or a difference, and its basis in words."""
+
+    low: float
+    high: float
+    basis: str
+
+    @property
+    def holds_zero(self) -> bool:
+        """Return whether a difference with this interval is not measurable."""
+        return self.low <= 0 <= self.high
+
+
+@dataclass(frozen=True)
 class Row:
-    """One backbone: its name, and a fraction or None for each column after the first."""
+    """One row of the table: its name, and for each column after the first a fraction and its interval, or None."""
 
     name: str
     values: tuple[float | None, ...]
+    intervals: tuple[Interval | None, ...] = (None,) * (len(COLUMNS) - 1)
 
     def cells(self) -> tuple[str, ...]:
-        """The row as text."""
+        """Return the row as text."""
         return (self.name, *(NONE if value is None else f"{100 * value:.1f}" for value in self.values))
 
 
 def table_rows(table: TableConfig, output: Path) -> list[Row]:
-    """The rows, as far as the stages below `output` are finished."""
+    """Return the rows, with None for stages in `output` that are not finished; means over the finished seeds."""
     rows = []
     for name, row in table.rows.items():
-        classifier = _metrics(output, row.classifier)
-        detector = _metrics(output, row.detector)
-        values = [_fraction(classifier, key) for key in _CLASSIFIER] + [_fraction(detector, key) for key in _DETECTOR]
-        rows.append(Row(name, tuple(values)))
+        values: list[float | None] = []
+        intervals: list[Interval | None] = []
+        for key, stages in _measures(row):
+            results = [result for stage in stages if (result := _result(output, stage))]
+            numbers = [value for result in results if (value := _fraction(result["metrics"], key)) is not None]
+            values.append(statistics.fmean(numbers) if numbers else None)
+            intervals.append(_over_seeds(numbers) if len(numbers) > 1 else _alone(key, results))
+        rows.append(Row(name, tuple(values), tuple(intervals)))
     return rows
 
 
-def gain(table: TableConfig, rows: list[Row]) -> Row | None:
-    """The difference between the two rows that the pipeline compares; None when it compares none."""
+def gain(table: TableConfig, output: Path) -> Row | None:
+    """Return the difference between the two rows of `table.gain` with its intervals; None without them."""
     if table.gain is None:
         return None
-    by_name = {row.name: row for row in rows}
-    better, base = (by_name[name] for name in table.gain)
-    pairs = zip(better.values, base.values, strict=True)
-    values = tuple(None if a is None or b is None else a - b for a, b in pairs)
-    return Row(f"{better.name} - {base.name}", values)
+    values: list[float | None] = []
+    intervals: list[Interval | None] = []
+    better, base = (_measures(table.rows[name]) for name in table.gain)
+    for (key, stages), (_, base_stages) in zip(better, base, strict=True):
+        differences: list[float] = []
+        compared: list[Interval | None] = []
+        for stage, base_stage in zip(stages, base_stages, strict=False):
+            first, second = _result(output, stage), _result(output, base_stage)
+            if first is None or second is None:
+                continue
+            value, base_value = _fraction(first["metrics"], key), _fraction(second["metrics"], key)
+            if value is not None and base_value is not None:
+                differences.append(value - base_value)
+                compared.append(_compared(key, first, second))
+        values.append(statistics.fmean(differences) if differences else None)
+        intervals.append(_over_seeds(differences) if len(differences) > 1 else next(iter(compared), None))
+    return Row(" - ".join(table.gain), tuple(values), tuple(intervals))
 
 
 def gain_cells(row: Row) -> tuple[str, ...]:
-    """The row of differences as text, with signs."""
+    """Return the row of differences as text, with signs."""
     return (row.name, *(NONE if value is None else f"{100 * value:+.1f}" for value in row.values))
 
 
+def interval_cells(row: Row) -> tuple[str, ...]:
+    """Return the intervals of a row of differences as text."""
+    texts = (NONE if i is None else f"{100 * i.low:+.1f} to {100 * i.high:+.1f}" for i in row.intervals)
+    return ("95 % interval", *texts)
+
+
+def objects_of(table: TableConfig, output: Path) -> int | None:
+    """Return the number of objects that the compared detectors are evaluated on; None if unknown."""
+    for name in table.gain or table.rows:
+        for stage in table.rows[name].detector:
+            counts = (_result(output, stage) or {}).get("metrics", {}).get("at_threshold")
+            if isinstance(counts, dict) and all(isinstance(counts.get(key), int) for key in ("right", "missed")):
+                return int(counts["right"] + counts["missed"])
+    return None
+
+
 def write_record(output: Path, record: Record) -> None:
-    """Write it into the folder of the run directories."""
+    """Write the record into the folder of the run directories."""
     content = {"name": record.name, "smoke": record.smoke, "pipeline": record.pipeline.model_dump(mode="json")}
     write_atomically(output / _RECORD, json.dumps(content, indent=1) + "\n")
 
 
 def read_record(output: Path) -> Record | None:
-    """The record in a folder; None where a pipeline has left none. Raises UserError for one that cannot be read."""
+    """Read the record in a folder; None if there is none. Raises UserError if it is unreadable."""
     file = output / _RECORD
     if not file.is_file():
         return None
@@ -91,17 +158,28 @@ def read_record(output: Path) -> Record | None:
 
 
 def table_text(table: TableConfig, output: Path, *, smoke: bool = False) -> str:
-    """The whole table as aligned lines; after a trial at the smallest sizes with a line that says so."""
+    """Return the table as aligned lines, with a note if the run was a smoke run."""
     rows = table_rows(table, output)
-    difference = gain(table, rows)
+    difference = gain(table, output)
     cells = [COLUMNS, *(row.cells() for row in rows), *([gain_cells(difference)] if difference else [])]
+    if difference and any(difference.intervals):
+        cells.append(interval_cells(difference))
     widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
     lines = [_line(line, widths) for line in cells]
     if difference:
-        lines.insert(len(lines) - 1, "-" * len(lines[0]))
+        lines.insert(len(rows) + 1, "-" * len(lines[0]))
+        if unclear := [name for name, i in zip(COLUMNS[1:], difference.intervals, strict=True) if i and i.holds_zero]:
+            lines.append(f"no difference measured (the interval contains 0): {', '.join(unclear)}")
+        if (objects := objects_of(table, output)) is not None and objects < FEW_OBJECTS:
+            lines.append(few_objects_text(objects))
     if smoke:
         lines.append(SMOKE)
     return "\n".join(lines)
+
+
+def few_objects_text(objects: int) -> str:
+    """Return the note on an evaluation with few objects."""
+    return f"the detectors are evaluated on {count(objects, 'object')}: too few to tell detectors apart unless they differ a lot"
 
 
 def _line(cells: tuple[str, ...], widths: list[int]) -> str:
@@ -109,12 +187,69 @@ def _line(cells: tuple[str, ...], widths: list[int]) -> str:
     return "    ".join([f"{first[0]:<{first[1]}}", *(f"{cell:>{width}}" for cell, width in rest)])
 
 
-def _metrics(output: Path, stage: str | None) -> dict[str, Any]:
-    result = read_result(output / stage) if stage else None
-    metrics = result.get("metrics") if isinstance(result, dict) else {}
-    return metrics if isinstance(metrics, dict) else {}
+def _measures(row: RowConfig) -> list[tuple[str, tuple[str, ...]]]:
+    """Return (key of the metric, stages that report it) for each column after the first."""
+    return [(key, row.classifier) for key in _CLASSIFIER] + [(key, row.detector) for key in _DETECTOR]
+
+
+def _result(output: Path, stage: str) -> dict[str, Any] | None:
+    """Return the result.json of a finished stage, whose metrics are a dictionary."""
+    result = read_result(output / stage)
+    return result if isinstance(result, dict) and isinstance(result.get("metrics"), dict) else None
 
 
 def _fraction(metrics: dict[str, Any], key: str) -> float | None:
     value = metrics.get(key)
     return float(value) if isinstance(value, int | float) and not abs(value) > 1e9 else None
+
+
+def _over_seeds(values: list[float]) -> Interval:
+    """Return the interval of a mean over runs with different seeds."""
+    half = _STUDENT[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.fmean(values)
+    return Interval(mean - half, mean + half, f"{len(values)} seeds")
+
+
+def _alone(key: str, results: list[dict[str, Any]]) -> Interval | None:
+    """Return the interval of one run's number: of a proportion (Wilson 1927) for classifiers, the bootstrap of the evaluation for detectors."""
+    if not results:
+        return None
+    metrics = results[0]["metrics"]
+    if key in _DETECTOR:
+        intervals = metrics.get("intervals")
+        bounds = intervals.get(key) if isinstance(intervals, dict) else None
+        return _interval(bounds, "bootstrap over the images") if isinstance(bounds, list) and len(bounds) == 2 else None
+    share, images = _fraction(metrics, key), metrics.get("images")
+    if share is None or not isinstance(images, int) or images < 1 or not 0 <= share <= 1:
+        return None
+    centre = (share + _Z**2 / (2 * images)) / (1 + _Z**2 / images)
+    half = _Z / (1 + _Z**2 / images) * math.sqrt(share * (1 - share) / images + _Z**2 / (4 * images**2))
+    return Interval(centre - half, centre + half, f"binomial, {count(images, 'image')}")
+
+
+def _compared(key: str, better: dict[str, Any], base: dict[str, Any]) -> Interval | None:
+    """Return the interval of the difference between two runs; None if it was not measured."""
+    if key in _DETECTOR:
+        compared = better["metrics"].get("compared")
+        outputs = base.get("outputs")
+        if not isinstance(compared, dict) or not isinstance(outputs, dict) or not isinstance(compared.get(key), dict):
+            return None
+        if compared.get("sha256") != outputs.get("detections.json"):  # compared with another evaluation
+            return None
+        images = compared.get("images")
+        basis = f"paired bootstrap over {count(images, 'image')}" if isinstance(images, int) else "paired bootstrap"
+        return _interval([compared[key].get("low"), compared[key].get("high")], basis)
+    shares = [_fraction(result["metrics"], key) for result in (better, base)]
+    numbers = [result["metrics"].get("images") for result in (better, base)]
+    variance = 0.0
+    for share, images in zip(shares, numbers, strict=True):
+        if share is None or not isinstance(images, int) or images < 1 or not 0 <= share <= 1:
+            return None
+        variance += share * (1 - share) / images
+    half, difference = _Z * math.sqrt(variance), float(shares[0] or 0) - float(shares[1] or 0)
+    return Interval(difference - half, difference + half, f"binomial, {count(min(numbers), 'image')}")
+
+
+def _interval(bounds: list[Any], basis: str) -> Interval | None:
+    numbers = [float(bound) for bound in bounds if isinstance(bound, int | float) and abs(bound) <= 1]
+    return Interval(numbers[0], numbers[1], basis) if len(numbers) == 2 else None

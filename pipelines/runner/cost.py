@@ -1,8 +1,8 @@
-"""What a pipeline will cost before it has started: steps, and an estimate of the disk space. Does not import torch.
+"""Cost of a pipeline before it starts: training steps, and an estimate of the disk space. Does not import torch.
 
-Counted is what files and settings say by themselves. Passes over images become steps where the images are there; stores of soft labels, scores and
-copies of a curation, converted and exported files have a size where what they are made from is there. What a training writes depends on a network
-that nobody has built yet: unknown. Nothing but names, sizes and the files' own counts is looked at.
+The estimate uses settings, file names, file sizes and row counts only. Epochs are converted to steps if the images exist. Soft-label stores, scores
+and copies of a curation, and converted or exported files get a size if their input exists. Training runs are reported as unknown, because their size
+depends on a network that has not been built yet.
 """
 
 import json
@@ -28,11 +28,11 @@ from ssld.stage2_detect.config import DetectionDataConfig, TrainConfig
 from ssld.stage2_detect.export_config import ExportDetectorConfig
 
 _SCORED = 100
-"""Bytes an image that a curation writes at most: its name and numbers among the scores, the candidates and what is kept."""
+"""bytes per image that a curation writes at most: file name and numbers, in the scores, the candidates and the selection"""
 
 
 def steps_text(stage: Stage) -> str:
-    """How long a stage trains, as far as its settings alone can say; empty for a command that does not train."""
+    """Return the length of a training in steps or epochs; empty for a command that does not train."""
     config = stage.config
     if not isinstance(config, TrainingConfig):
         return ""
@@ -40,13 +40,13 @@ def steps_text(stage: Stage) -> str:
         return f"{config.total_steps(0)} steps of {config.batch_size} images"
     images = _training_images(config)
     if images is None:
-        return f"{config.train_epochs:g} epochs of {config.batch_size} images a step"
+        return f"{config.train_epochs:g} epochs, {config.batch_size} images per step"
     passes = f"{config.train_epochs:g} epochs of {images} images"
     return f"{config.total_steps(images)} steps of {config.batch_size} images ({passes})"
 
 
 def disk_bytes(stages: list[Stage]) -> dict[str, int | None]:
-    """Bytes that each stage with large files will hold at most, by name; None where that is not known yet."""
+    """Return the maximal bytes of each stage that writes large files, by name; None if not known yet."""
     sizes: dict[str, int | None] = {}
     for stage in stages:
         match stage.config:
@@ -58,7 +58,7 @@ def disk_bytes(stages: list[Stage]) -> dict[str, int | None]:
                 sizes[stage.name] = file.stat().st_size if file.is_file() else None
             case (
                 ExportConfig(model=file) | ExportDetectorConfig(model=file)
-            ):  # ONNX, torch.export, and the hub's folder
+            ):  # ONNX, torch.export, and the folder for the hub
                 sizes[stage.name] = 3 * file.stat().st_size if file.is_file() else None
             case TrainingConfig() | PrototypesConfig():
                 sizes[stage.name] = None
@@ -66,12 +66,12 @@ def disk_bytes(stages: list[Stage]) -> dict[str, int | None]:
 
 
 def disk_text(size: int | None) -> str:
-    """A number of bytes for people."""
+    """Format a disk size in bytes."""
     return "disk unknown" if size is None else f"about {amount(size)} of disk"
 
 
 def total_text(disk: dict[str, int | None]) -> str:
-    """The whole of `disk_bytes` for people: the sum of what is known, and how much is not."""
+    """Format the sum of `disk_bytes`, with the number of stages of unknown size."""
     known = [size for size in disk.values() if size is not None]
     missing = len(disk) - len(known)
     if not missing:
@@ -81,31 +81,31 @@ def total_text(disk: dict[str, int | None]) -> str:
 
 
 def _training_images(config: TrainingConfig) -> int | None:
-    """Number of training images; None where they are not there yet, cannot be read, or only loading them would tell."""
+    """Return the number of training images; None if they do not exist yet, are unreadable, or would have to be loaded."""
     if isinstance(config, DistillConfig | TeachConfig):
         return _images(config.data.train, labels_needed=config.objective == "labels")
     if isinstance(config, TrainConfig):
         try:
             return _coco_images(config.data)
         except (OSError, UserError, ValueError, TypeError, KeyError, AttributeError):
-            return None  # the stage itself will say what is wrong
+            return None  # the stage itself reports the error
     return None
 
 
 def _images(sources: list[SourceConfig], *, labels_needed: bool = False) -> int | None:
-    """Number of images of all sources; None where one is not there yet, cannot be read, or only loading it would tell."""
+    """Return the number of images of all sources; None if one does not exist yet, is unreadable, or would have to be loaded."""
     import pyarrow as pa
 
     try:
         counts = [_source_images(source, labels_needed) for source in sources]
     except (OSError, UserError, ValueError, pa.ArrowException):
-        return None  # the stage itself will say what is wrong
+        return None  # the stage itself reports the error
     return None if None in counts else sum(count or 0 for count in counts) or None
 
 
 def _source_images(source: SourceConfig, labels_needed: bool) -> int | None:
-    """Images of one source that take part: none of an unlabeled one where labels are needed. None when a label file decides, and for tars,
-    patterns and what lies elsewhere."""
+    """Return the number of images used from one source: 0 from an unlabeled one if labels are needed. None if a label file decides, and for tar
+    files, glob patterns and remote paths."""
     import pyarrow.parquet as pq
 
     path = Path(source.path)
@@ -126,7 +126,7 @@ def _source_images(source: SourceConfig, labels_needed: bool) -> int | None:
 
 
 def _coco_images(data: DetectionDataConfig) -> int:
-    """Images of a COCO file, without those that have no box unless they are kept; whether a box lies in its image is not looked at."""
+    """Return the number of images in a COCO file; images without boxes count only with `keep_empty`. Boxes outside their image are not detected."""
     content = json.loads(data.train_annotations.read_bytes())
     if data.keep_empty:
         return len(content["images"])
@@ -135,14 +135,15 @@ def _coco_images(data: DetectionDataConfig) -> int:
 
 
 def _store_bytes(config: SoftLabelsConfig) -> int | None:
-    """A number for the rest, and class and log-probability of each kept class; networks of more than 65,536 classes take a little more."""
+    """Return the bytes of a soft-label store: per view the tail mass, then class and log-probability of each kept class. Networks with more than
+    65,536 classes need slightly more."""
     images = _images(config.data.train)
-    answer = 4 + config.top * (2 + (2 if config.store_precision == "fp16" else 4))
-    return None if images is None else images * config.views * answer
+    per_view = 4 + config.top * (2 + (2 if config.store_precision == "fp16" else 4))
+    return None if images is None else images * config.views * per_view
 
 
 def _curation_bytes(config: CurateConfig) -> int | None:
-    """Scores of every image, and copies of as many as the pool has at most."""
+    """Return the bytes of the scores of all images and of copies of the whole pool, the most that can be kept."""
     images = _images(config.pool)
     if images is None:
         return None

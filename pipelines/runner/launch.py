@@ -1,7 +1,7 @@
-"""One stage as a process: the line a user would type, its output passed through and kept, signals forwarded.
+"""Runs one stage as a process: starts the command a user would type, passes its output through and logs it, forwards signals.
 
-A stage gets its own process group, because `accelerate launch` and `torch.distributed.run` do not hand a signal on reliably; the group is what
-a signal is sent to, and what is waited for.
+A stage has its own process group, because `accelerate launch` and `torch.distributed.run` do not forward signals reliably: signals are sent to the
+group, and the runner waits for the whole group.
 """
 
 import functools
@@ -25,23 +25,23 @@ from ssld.shared.config.command import STOPPED, USER_ERROR
 from ssld.shared.run_dir import read_result
 
 TAIL_LINES = 15
-_GRACE_SECONDS = 600  # after a signal, for the step to end and the checkpoint to be written
-_LINGER_SECONDS = 10  # after a normal end, for loader processes to go away
+_GRACE_SECONDS = 600  # after a signal: time to end the step and write the checkpoint
+_LINGER_SECONDS = 10  # after a normal end: time for loader processes to exit
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage ended: 0 finished, 2 a user's mistake, 143 stopped, 1 anything else; and the lines that say why."""
+    """Exit code of a stage (0 finished, 2 a user's mistake, 143 stopped, 1 anything else) and the lines of its error."""
 
     code: int
     lines: tuple[str, ...] = ()
 
 
 class Signals:
-    """Context in which SIGINT, SIGTERM and SIGHUP go to the running stage instead of ending this process; what `nohup` ignores stays ignored.
+    """Context manager that forwards SIGINT, SIGTERM and SIGHUP to the running stage; signals ignored by `nohup` stay ignored.
 
     Attributes:
-        received: the first signal that came, or None.
+        received: the first signal received, or None.
         group: process group of the running stage, or None.
     """
 
@@ -50,10 +50,9 @@ class Signals:
         self.group: int | None = None
 
     def __enter__(self) -> "Signals":
-        heard = [
-            one for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN
-        ]
-        self._before = {number: signal.signal(number, self._forward) for number in heard}
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        handled = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._forward) for number in handled}
         return self
 
     def __exit__(
@@ -70,7 +69,8 @@ class Signals:
 
 
 def command_line(stage: Stage) -> list[str]:
-    """The line a user would type for this stage. Several processes: accelerate on GPUs; it starts only one on CPU, where torch's launcher serves."""
+    """Return the command a user would type for this stage. Several processes are started by accelerate on GPUs, and by torch's launcher on CPU,
+    where accelerate starts only one."""
     script = own_file(stage.kind.script)
     count = str(stage.processes)
     if stage.processes == 1:
@@ -83,14 +83,14 @@ def command_line(stage: Stage) -> list[str]:
 
 
 def run_stage(stage: Stage, console: Path, signals: Signals) -> Outcome:
-    """Run a stage to its end; everything it prints is passed through and appended to `console`."""
+    """Run a stage to its end; its output is passed through and appended to the file `console`."""
     line = command_line(stage)
     program = [sys.executable, "-m", "accelerate.commands.launch"] if line[0] == "accelerate" else [sys.executable]
     words = [*program, *line[2 if line[0] == "accelerate" else 1 :]]
     tail: deque[str] = deque(maxlen=200)
     begun = time.time()
     console.parent.mkdir(parents=True, exist_ok=True)
-    if stage.processes > 1:  # a place for error.json, even when the mistake is found before the run directory is opened
+    if stage.processes > 1:  # so that error.json can be written even before the stage creates its run directory
         stage.run.mkdir(parents=True, exist_ok=True)
     with console.open("ab") as log:
         log.write(f"$ {shlex.join(line)}\n".encode())
@@ -103,14 +103,14 @@ def run_stage(stage: Stage, console: Path, signals: Signals) -> Outcome:
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
         signals.group = process.pid
-        if signals.received:  # it came between two stages
+        if signals.received:  # between two stages
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signals.received)
         assert process.stdout is not None
         reader = threading.Thread(target=_pass_through, args=(process.stdout, log, tail), daemon=True)
         reader.start()
         code = process.wait()
-        # A launcher may be gone before the processes it started: the stage has ended when all of them have closed their output.
+        # A launcher may exit before the processes it started: the stage has ended when all of them have closed their output.
         reader.join(_GRACE_SECONDS if signals.received else _LINGER_SECONDS)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -132,9 +132,9 @@ def _outcome(stage: Stage, code: int, tail: list[str], begun: float, *, stopped:
     if code == USER_ERROR:
         errors = [text.removeprefix("error: ") for text in tail if text.startswith("error: ")]
         return Outcome(USER_ERROR, tuple(errors or tail[-1:]))
-    why = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    why = "ended without a result" if code == 0 else why
-    return Outcome(1, (f"{why}; its last lines:", *tail[-TAIL_LINES:]))
+    reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    reason = "ended without a result" if code == 0 else reason
+    return Outcome(1, (f"{reason}; its last lines:", *tail[-TAIL_LINES:]))
 
 
 def _pass_through(source: IO[bytes], log: IO[bytes], tail: deque[str]) -> None:
@@ -157,12 +157,12 @@ def _pass_through(source: IO[bytes], log: IO[bytes], tail: deque[str]) -> None:
 
 
 def _last_state(line: bytes) -> str:
-    """A printed line as it stood at its end: progress bars go back to its beginning many times."""
+    """Return the final text of a printed line: progress bars overwrite it with carriage returns."""
     return line.decode(errors="replace").rstrip().rsplit("\r", 1)[-1]
 
 
 @functools.cache
 def _has_cuda() -> bool:
-    """Whether torch sees a GPU; asked in another process, so that this one stays without torch."""
-    question = "import torch; raise SystemExit(0 if torch.cuda.is_available() else 1)"
-    return subprocess.run([sys.executable, "-c", question], capture_output=True, check=False).returncode == 0
+    """Return whether torch sees a GPU; tested in another process, so that this one does not import torch."""
+    code = "import torch; raise SystemExit(0 if torch.cuda.is_available() else 1)"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

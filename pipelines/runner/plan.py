@@ -1,4 +1,4 @@
-"""What a start of a pipeline will do: which stages are done, which go on, which are refused, and what --redo deletes."""
+"""Plan of a pipeline run: which stages are done, resume, or are refused, and which run directories --redo deletes."""
 
 import fcntl
 import shutil
@@ -15,14 +15,14 @@ from ssld.shared.run_dir import changes_since, gone_or_changed, holds_no_run, in
 
 State = Literal["done", "new", "begun", "damaged"]
 _DOOMED = ".deleted_"
-"""how the name of a run directory begins while it is deleted"""
+"""prefix of a run directory's name while it is deleted"""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A stage and what will happen to it: done is skipped, new starts from nothing, begun goes on where it was.
+    """A stage and its state: `done` is skipped, `new` starts from scratch, `begun` resumes.
 
-    Of a damaged one files are gone or changed since it was finished: they are made again, and what follows stays if they are the same.
+    `damaged`: files of the finished stage are missing or changed. They are made again; later stages stay valid if the new files are identical.
     """
 
     stage: Stage
@@ -31,10 +31,10 @@ class Planned:
 
 
 def make_plan(stages: list[Stage], redo: set[str]) -> list[Planned]:
-    """Compare every stage with its run directory; the stages in `redo` and their followers count as deleted.
+    """Compare every stage with its run directory; the stages in `redo` and those that depend on them count as deleted.
 
-    Raises UserError, one line for each stage that cannot run: an input that is missing and that no earlier stage will write, a run directory
-    that holds another configuration, or a stage that is done but reads from one that is not.
+    Raises UserError with one line per stage that cannot run: a missing input that no earlier stage will write, a run directory with another
+    configuration, or a finished stage that reads from an unfinished one.
     """
     by_name = {stage.name: stage for stage in stages}
     erased = followers(stages, redo)
@@ -43,18 +43,18 @@ def make_plan(stages: list[Stage], redo: set[str]) -> list[Planned]:
     plan: list[Planned] = []
     errors: list[str] = []
     outdated: dict[str, list[str]] = {}
-    told: set[Path] = set()
+    reported: set[Path] = set()
     for stage in stages:
         digests, missing = _inputs(stage, by_name, pending, damaged)
-        errors += [f"stage {stage.name}: {line}" for path, line in missing.items() if path not in told]
-        told |= set(missing)
+        errors += [f"stage {stage.name}: {line}" for path, line in missing.items() if path not in reported]
+        reported |= set(missing)
         planned, refused = _compare(stage, digests, erased)
         waits_for = sorted(stage.needs & pending)
         if refused:
-            what = "; ".join(refused[:4])
+            differences = "; ".join(refused[:4])
             errors.append(
-                f"stage {stage.name}: {stage.run} holds a run with another configuration ({what}); "
-                f"--redo {stage.name} computes it and what follows again"
+                f"stage {stage.name}: {stage.run} holds a run with another configuration ({differences}); "
+                f"--redo {stage.name} computes it and the stages that depend on it again"
             )
         elif planned.state != "new" and waits_for and not stage.kind.remake:
             outdated[stage.name] = waits_for
@@ -69,7 +69,7 @@ def make_plan(stages: list[Stage], redo: set[str]) -> list[Planned]:
         if not any(name in followers(stages, {other}) - {other} for other in outdated):
             source = ", ".join(outdated[name])
             errors.append(
-                f"stage {name}: was made from a {source} that is gone or will change; --redo {name} makes it new"
+                f"stage {name}: was made from {source}, which is missing or will change; --redo {name} computes it again"
             )
     if errors:
         raise UserError("\n".join(errors))
@@ -77,27 +77,27 @@ def make_plan(stages: list[Stage], redo: set[str]) -> list[Planned]:
 
 
 def downloads(plan: list[Planned]) -> list[str]:
-    """A line on each model and data set that the stages still to run would download, asked for within seconds.
+    """Return a line for each model and data set that the remaining stages would download.
 
-    Raises UserError, one line each, for those that cannot be had.
+    Raises UserError, one line each, for those that are not available.
     """
     texts: dict[str, str] = {}
     for planned in plan:
         if planned.state != "done":
             config = planned.stage.config
-            wanted = {key: network.model for key, network in config.networks().items()} | config.hub_data()
-            texts |= {f"stage {planned.stage.name}: {key}": text for key, text in wanted.items()}
-    found = find_downloads_apart(texts)
-    impossible = [one.text for one in found if not one.possible]
+            references = {key: network.model for key, network in config.networks().items()} | config.hub_data()
+            texts |= {f"stage {planned.stage.name}: {key}": text for key, text in references.items()}
+    needed = find_downloads_apart(texts)
+    impossible = [download.text for download in needed if not download.possible]
     if impossible:
         raise UserError("\n".join(impossible))
-    return [one.text for one in found]
+    return [download.text for download in needed]
 
 
 def erase(stages: list[Stage], redo: set[str], output: Path) -> list[Path]:
-    """Delete the run directories of `redo` and what follows; returns them. Nothing but a run directory inside `output` is ever deleted.
+    """Delete the run directories of `redo` and of the stages that depend on them; return them. Only run directories inside `output` are deleted.
 
-    Each takes another name first, those that follow from others before these: a kill leaves a stage whole or not at all.
+    Each is renamed first, dependent stages before their inputs, so that a kill never leaves half a stage.
     """
     clear_erased(output)
     doomed = to_erase(stages, redo)
@@ -115,7 +115,7 @@ def erase(stages: list[Stage], redo: set[str], output: Path) -> list[Path]:
 
 
 def clear_erased(output: Path) -> None:
-    """Delete what `erase` has renamed, now or in a process that was killed."""
+    """Delete the folders that `erase` has renamed, in this process or in a killed one."""
     for folder in output.glob(f"{_DOOMED}*"):
         if not folder.is_symlink():
             shutil.rmtree(folder)
@@ -127,18 +127,20 @@ def _locked(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{run}: in use by another process; it cannot be computed again now") from None
+            raise UserError(
+                f"{run}: in use by another process; wait for it before you compute the stage again"
+            ) from None
         yield
 
 
 def to_erase(stages: list[Stage], redo: set[str]) -> list[Path]:
-    """The run directories that `erase` would delete."""
+    """Return the run directories that `erase` would delete."""
     names = followers(stages, redo)
     return [stage.run for stage in stages if stage.name in names and not _is_blank(stage.run)]
 
 
 def _is_blank(run: Path) -> bool:
-    """Whether a folder is absent or holds no more than a start that never came to anything leaves."""
+    """Return whether a folder is absent or holds only the files of an aborted start."""
     if not run.is_dir():
         return not run.exists()
     return holds_no_run(run)
@@ -147,17 +149,17 @@ def _is_blank(run: Path) -> bool:
 def _inputs(
     stage: Stage, by_name: dict[str, Stage], pending: set[str], damaged: set[str]
 ) -> tuple[dict[str, str], dict[Path, str]]:
-    """(digests of the inputs that are there, a line on each path that is not and will not be)."""
+    """Return (digests of the existing inputs, a line for each path that does not exist and that no earlier stage will write)."""
     digests: dict[str, str] = {}
     missing: dict[Path, str] = {}
     for key, path in stage.config.inputs().items():
         writer = next((by_name[name] for name in stage.needs if path.is_relative_to(by_name[name].run)), None)
         if writer and writer.name in pending:
             if not stage.kind.remake and not writer.writes(path):
-                what = ", ".join(writer.kind.writes) or "nothing to read"
-                missing[path] = f"{key}: {path}: stage {writer.name} does not write this; it writes {what}"
+                written = ", ".join(writer.kind.writes) or "no files for other stages"
+                missing[path] = f"{key}: {path}: stage {writer.name} does not write this; it writes {written}"
         elif writer and writer.name in damaged:
-            continue  # compared once it has been made again
+            continue  # compared after it has been made again
         elif path.exists():
             digests[key] = input_digest(path, stage.run)
         else:
@@ -167,7 +169,7 @@ def _inputs(
 
 
 def _compare(stage: Stage, digests: dict[str, str], erased: set[str]) -> tuple[Planned, list[str]]:
-    """(what to do with the stage, lines on why it is refused)."""
+    """Return (the stage with its state, reasons why it is refused)."""
     if stage.name in erased or not (stage.run / "config.yaml").exists():
         return Planned(stage, "new"), []
     permitted, refused = changes_since(stage.run, stage.config, digests)
@@ -178,5 +180,5 @@ def _compare(stage: Stage, digests: dict[str, str], erased: set[str]) -> tuple[P
         return Planned(stage, "done" if same and not refused else "new"), []
     if result is None or permitted:
         return Planned(stage, "begun", tuple(f"changed since the last start: {line}" for line in permitted)), refused
-    gone = tuple(f"{stage.run / name} is gone or has changed; it is made again" for name in changed)
-    return Planned(stage, "damaged" if gone else "done", gone), refused
+    notes = tuple(f"{stage.run / name} is missing or has changed; it is made again" for name in changed)
+    return Planned(stage, "damaged" if notes else "done", notes), refused

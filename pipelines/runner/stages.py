@@ -1,8 +1,8 @@
-"""The stage table, and a pipeline's YAML turned into the command lines of its stages.
+"""Table of commands, and the conversion of a pipeline's YAML to the command lines of its stages.
 
-A command line is checked by the very parser and settings class that the command itself uses, so nothing can be accepted here and refused there.
-Values may hold ${NAME}: a variable, an earlier stage (its run directory), `output` (the folder of all run directories) or `pipeline` (the YAML
-file). Deliberately absent: conditions, loops, parallel stages. Does not import torch.
+A command line is checked by the parser and settings class of the command itself, so that both accept the same values. Values may hold ${NAME}: a
+variable, an earlier stage (its run directory), `output` (the folder of all run directories) or `pipeline` (the YAML file). Conditions, loops and
+parallel stages are left out on purpose. Does not import torch.
 """
 
 import json
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssld.pipelines.config import CommandName, PipelineConfig, ReportConfig, StageConfig, flatten
+from ssld.pipelines.config import REFERENCE, CommandName, PipelineConfig, ReportConfig, StageConfig, flatten
 from ssld.pipelines.toy_data import ToyDataConfig
 from ssld.shared.config.settings import CommandConfig, did_you_mean, parse_config, validate
 from ssld.shared.config.yaml_files import read_settings
@@ -39,21 +39,20 @@ _SPLITS = tuple(
     for name in ("train", "val", "valid", "validation", "test", "trainval")
     for suffix in ("", ".json")
 )
-_REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What the runner knows about a command."""
+    """Properties of a command that the runner needs."""
 
     script: str
     config_type: type[CommandConfig]
     writes: tuple[str, ...] = ()
     """files and folders in its run directory that later stages may read"""
     remake: bool = False
-    """cheap and read by nobody: made again whenever something it reads has changed"""
+    """whether the command is cheap and no stage reads its files: made again whenever an input has changed"""
     one_process: bool = False
-    """no work that several processes could share"""
+    """whether the command cannot use several processes"""
 
 
 KINDS: dict[CommandName, Kind] = {
@@ -75,7 +74,7 @@ KINDS: dict[CommandName, Kind] = {
         "stage2_detect/convert_paddle.py", ConvertDetectorConfig, ("detector.safetensors",), one_process=True
     ),
     "train": Kind("stage2_detect/train.py", TrainConfig, ("detector.safetensors",)),
-    "evaluate_detector": Kind("stage2_detect/evaluate.py", EvaluateDetectorConfig),
+    "evaluate_detector": Kind("stage2_detect/evaluate.py", EvaluateDetectorConfig, ("detections.json",)),
     "export_detector": Kind(
         "stage2_detect/export.py", ExportDetectorConfig, ("detector.onnx", "detector.pt2", "hub"), one_process=True
     ),
@@ -90,10 +89,10 @@ KINDS: dict[CommandName, Kind] = {
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of a pipeline, with its settings checked.
+    """One command of a pipeline, with checked settings.
 
     Attributes:
-        arguments: what follows the script on its command line.
+        arguments: words after the script on its command line.
         needs: names of the earlier stages that it reads from.
     """
 
@@ -106,16 +105,16 @@ class Stage:
 
     @property
     def run(self) -> Path:
-        """Its run directory."""
+        """Run directory of the stage."""
         return self.config.output
 
     def writes(self, path: Path) -> bool:
-        """Whether the finished stage holds `path`."""
+        """Return whether the finished stage contains `path`."""
         return any(path.is_relative_to(self.run / name) for name in self.kind.writes)
 
 
 def read_pipeline(file: Path) -> PipelineConfig:
-    """The pipeline in a YAML file; raises UserError with a line for each wrong key."""
+    """Read a pipeline from a YAML file; raises UserError with a line for each wrong key."""
     return validate(PipelineConfig, read_settings(file), source=str(file))
 
 
@@ -127,16 +126,16 @@ def build_stages(
     variables: dict[str, str] | None = None,
     smoke: bool = False,
 ) -> list[Stage]:
-    """Every stage with its command line parsed and checked.
+    """Build every stage, with its command line parsed and checked.
 
     Args:
-        pipeline: what `file` holds.
+        pipeline: content of `file`.
         output: folder of the run directories.
-        variables: values that take the place of those in the file.
-        smoke: lay the file's `smoke` settings on top.
+        variables: values that replace those in the file.
+        smoke: whether to apply the file's `smoke` settings.
 
     Raises:
-        UserError: one line for each mistake, over all stages.
+        UserError: one line per mistake, over all stages.
     """
     names = _variables(pipeline, file, variables or {}) | {"output": str(output), "pipeline": str(file)}
     stages: list[Stage] = []
@@ -155,40 +154,43 @@ def build_stages(
 
 
 def followers(stages: list[Stage], first: set[str]) -> set[str]:
-    """The stages in `first` and all that read from them, directly or not."""
-    found = set(first)
-    for stage in stages:  # in order: a stage only reads from earlier ones
-        if stage.needs & found:
-            found.add(stage.name)
-    return found
+    """Return the stages in `first` and all that depend on them, directly or indirectly."""
+    names = set(first)
+    for stage in stages:  # in order: a stage reads only from earlier ones
+        if stage.needs & names:
+            names.add(stage.name)
+    return names
 
 
 def located(path: str) -> str:
-    """`path` as it is when it exists from here, else below the project's root when it exists there, else as it is."""
+    """Return `path` below the project's root if it exists only there, else unchanged."""
     return path if Path(path).exists() or not (ROOT / path).exists() else str(ROOT / path)
 
 
 def own_file(path: str) -> str:
-    """A file of this project, given below its root, as one would type it from here; what only has the same name here is not taken for it."""
-    near, own = Path(path), ROOT / path
-    return path if near.exists() and near.samefile(own) else str(own)
+    """Return a file of this project (path relative to its root) as a user would type it in the current folder; another file of the same name there
+    does not count."""
+    relative, own = Path(path), ROOT / path
+    return path if relative.exists() and relative.samefile(own) else str(own)
 
 
 def find_pipeline(text: str) -> Path:
-    """The file of a pipeline: a path as `located` has it, or one of this project's by its bare name, as `quickstart`.
+    """Return the file of a pipeline given by path (as in `located`) or by the name of a shipped one, as `quickstart`.
 
-    Raises UserError for a bare name that is neither a file here nor one of ours.
+    Raises UserError for a bare name that is neither a file nor a shipped pipeline.
     """
     if "/" in text or Path(text).suffix or Path(text).is_file():
         return Path(located(text))
-    ours = {file.stem: file.relative_to(ROOT) for file in sorted((ROOT / "pipelines").rglob("*.yaml"))}
-    if text not in ours:
-        raise UserError(f"{text}: no such file here, and no pipeline of this name{did_you_mean(text, list(ours))}")
-    return Path(own_file(str(ours[text])))
+    shipped = {file.stem: file.relative_to(ROOT) for file in sorted((ROOT / "pipelines").rglob("*.yaml"))}
+    if text not in shipped:
+        raise UserError(
+            f"{text}: no such file, and no shipped pipeline of this name{did_you_mean(text, list(shipped))}"
+        )
+    return Path(own_file(str(shipped[text])))
 
 
 def flags(values: dict[str, Any]) -> list[str]:
-    """Settings by dotted key as command-line flags that parse back to them."""
+    """Convert nested settings to command-line flags that parse back to the same values."""
     words: list[str] = []
     for key, value in flatten(values):
         plain = isinstance(value, list) and value and all(_is_plain(item) for item in value)
@@ -202,12 +204,12 @@ def _build_stage(
 ) -> Stage:
     kind = KINDS[settings.command]
     if settings.processes > 1 and kind.one_process:
-        raise UserError(f"{settings.command} runs as one process; leave out processes: {settings.processes}")
+        raise UserError(f"{settings.command} runs as one process; remove processes: {settings.processes}")
     used: set[str] = set()
     values = dict(flatten(_substitute(settings.set, names, used))) | dict(flatten(_substitute(extra, names, used)))
     for key in ("output", "config"):
         if key in values:
-            raise UserError(f"set.{key}: not here; the runner gives --{key}")
+            raise UserError(f"set.{key}: not allowed; the runner sets --{key}")
     arguments = [*flags(values), "--output", str(output / name)]
     if settings.config:
         arguments = ["--config", located(_substitute(settings.config, names, used)), *arguments]
@@ -220,23 +222,23 @@ def _build_stage(
 
 def _check_name(name: str, names: dict[str, str]) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name == LOGS:
-        raise UserError(f"not a good name for a stage; use letters, digits, _ and -, and not {LOGS!r}")
+        raise UserError(f"not a valid name for a stage; use letters, digits, _ and -, and not {LOGS!r}")
     if name in names:
-        raise UserError("a variable has this name too; rename one of them")
+        raise UserError("a variable has the same name; rename one of them")
 
 
 def _variables(pipeline: PipelineConfig, file: Path, given: dict[str, str]) -> dict[str, str]:
     values = pipeline.variables | given
     for name, value in values.items():
         if name in ("output", "pipeline"):
-            raise UserError(f"{file}: variables.{name}: this name is taken by the runner")
+            raise UserError(f"{file}: variables.{name}: this name is reserved by the runner")
         if value is None:
             raise UserError(f"{file}: variable {name} has no value; give it as --variables.{name} VALUE")
     return {name: str(value) for name, value in values.items()}
 
 
 def _substitute(value: Any, names: dict[str, str], used: set[str]) -> Any:
-    """`value` with every ${NAME} replaced; the names go into `used`."""
+    """Replace every ${NAME} in `value`; the names are added to `used`."""
     if isinstance(value, dict):
         return {key: _substitute(inner, names, used) for key, inner in value.items()}
     if isinstance(value, list):
@@ -253,7 +255,7 @@ def _substitute(value: Any, names: dict[str, str], used: set[str]) -> Any:
         used.add(name)
         return names[name]
 
-    return _REFERENCE.sub(replacement, value)
+    return REFERENCE.sub(replacement, value)
 
 
 def _is_plain(value: Any) -> bool:

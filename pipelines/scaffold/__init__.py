@@ -1,1 +1,1 @@
-"""The pipeline that `ssld init` writes."""
+"""Settings and template of the pipeline that `ssld init` writes."""

@@ -1,8 +1,7 @@
-"""The unlabeled photos of a new pipeline: which ones stage 1 learns from, and which are held out to judge the result.
+"""Split of the unlabeled photos of a new pipeline into photos for stage 1 and held-out photos.
 
-The annotated photos often lie in the folder of unlabeled photos too. Those of the evaluation part would make the detector's score look better than it
-is; those of the training part are listed for stage 1 anyway, and must not be among the photos that are held out. They are found by content, whatever
-they are called there.
+The folder of unlabeled photos often contains copies of annotated photos, possibly under other names; they are detected by content and left out.
+Copies of evaluation photos would inflate the detector's score. Copies of training photos are listed for stage 1 anyway, and must not be held out.
 """
 
 import hashlib
@@ -16,12 +15,12 @@ from ssld.shared.tally import Tally
 
 MOST_HELD_OUT, LEAST_HELD_OUT, SHARE = 500, 50, 0.05
 SMALLEST_POOL = 5 * LEAST_HELD_OUT
-"""photos below which none are held out"""
+"""number of photos from which some are held out"""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Photos as posix paths relative to their folder, sorted; and what was left out."""
+    """Photos as sorted posix paths relative to their folder, and a tally of those left out."""
 
     train: list[str]
     held_out: list[str]
@@ -29,12 +28,12 @@ class Pool:
 
 
 def divide_pool(folder: Path, training: Iterable[Path], evaluation: Iterable[Path], seed: int) -> Pool:
-    """The photos below a folder without copies of annotated ones; a seeded twentieth (at least 50, at most 500) of 250 or more is held out."""
+    """Split the photos in a folder, without copies of annotated ones: of 250 or more, a random twentieth (50 to 500 photos) is held out."""
     tally, names = Tally(), []
     copies = {"copies of training photos": _copies(folder, training)}
     copies["copies of evaluation photos"] = _copies(folder, evaluation)
     for name in list_images(folder):
-        if cause := next((cause for cause, found in copies.items() if name in found), None):
+        if cause := next((cause for cause, names_of_copies in copies.items() if name in names_of_copies), None):
             tally.drop("photo", cause, name)
         else:
             names.append(name)
@@ -46,17 +45,17 @@ def divide_pool(folder: Path, training: Iterable[Path], evaluation: Iterable[Pat
 
 
 def _copies(folder: Path, photos: Iterable[Path]) -> set[str]:
-    """Photos of the folder that have the content of one of `photos`; only files of equal size are read."""
+    """Return the photos in the folder with the same content as one of `photos`; only files of equal size are read."""
     by_size = defaultdict(list)
     for file in photos:
         by_size[file.stat().st_size].append(file)
     digests: dict[int, set[str]] = {}
-    found = set()
+    copies = set()
     for name in list_images(folder):
         size = (folder / name).stat().st_size
         if size in by_size:
             if size not in digests:
                 digests[size] = {file_sha256(file) for file in by_size[size]}
             if file_sha256(folder / name) in digests[size]:
-                found.add(name)
-    return found
+                copies.add(name)
+    return copies

@@ -1,6 +1,6 @@
-"""What `ssld init` makes of some data and a machine: a part for evaluation, settings that suit them, and the commented pipeline.
+"""Suggestions of `ssld init` for a data set and a machine: the evaluation split, the settings, and the commented pipeline.
 
-The settings are starting points, not optima: the optimizer is the one that docs/benchmarks measured on 205 photos of blood cells; sizes, anchors and
+The settings are starting points, not optima: the optimizer is the one measured in docs/benchmarks on 205 photos of blood cells; sizes, anchors and
 length are scaled to the data by the rules in the comments. Does not import torch.
 """
 
@@ -21,28 +21,28 @@ from ssld.shared.wording import printable
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known when a pipeline is written."""
+    """Facts about the data and the machine from which a pipeline is written."""
 
     annotations: Path
     images_folder: Path
     val_annotations: Path
     val_images: Path
     split: bool
-    """whether the evaluation part was split off"""
+    """whether the evaluation part was split from the annotations"""
     images: int
-    """to train on"""
+    """number of training images"""
     statistics: dict[str, Any]
-    """of the annotations, as the data check measures them"""
+    """statistics of the annotations from the data check"""
     unlabeled: Path | None
     unlabeled_images: int
     pool: Path | None
-    """list file of the unlabeled photos that stage 1 learns from"""
+    """list file of the unlabeled photos for stage 1"""
     held_out: Path | None
-    """list file of those that it does not see, where there are enough"""
+    """list file of the held-out unlabeled photos; None if there are too few"""
     listing: Path | None
-    """list file of the training photos, for the distillation"""
+    """list file of the training photos, for distillation"""
     gpu: tuple[Any, ...] | None
-    """(name, free bytes, bytes, major, minor) of the first GPU"""
+    """(name, free bytes, total bytes, major, minor) of the first GPU"""
     gpus: int
     cores: int
     seed: int
@@ -50,13 +50,13 @@ class Facts:
 
 @dataclass(frozen=True)
 class Settings:
-    """What follows from that."""
+    """Suggested settings of a pipeline."""
 
     backbone: str
     teacher: str
     batch: int
     processes: int
-    """one a GPU"""
+    """one per GPU"""
     steps: int
     warmup: int
     milestones: tuple[int, int]
@@ -76,30 +76,32 @@ class Settings:
 
 
 def suggest(facts: Facts) -> Settings:
-    """Settings for the facts."""
+    """Choose settings for a data set and a machine."""
     gpu, measured = facts.gpu is not None, facts.statistics
     smallest, small, _, _, largest = measured["object_sizes"]
-    # Half of the small objects' side should be more than a cell of the finest level: 24 pixels at the lower quartile. No larger than the photos
-    # times 1.25, and no more than the machine is fit for.
-    wanted = 24 / max(small, 1e-3)
-    short = _multiple(min(max(wanted, 320), 1.25 * measured["short_side"], 800 if gpu else 384))
+    # Objects at the lower quartile should be 24 pixels long, so that half of that exceeds a cell of the finest level. At most 1.25 times the size of
+    # the photos, and at most what the machine can train in reasonable time.
+    required = 24 / max(small, 1e-3)
+    short = _multiple(min(max(required, 320), 1.25 * measured["short_side"], 800 if gpu else 384))
     aspect = measured["long_side"] / measured["short_side"]
     long = 32 * math.ceil(min(short * aspect * 1.05, 1.7 * short) / 32)
-    # Anchors of five levels, a factor of two apart: from three quarters of the smallest objects, up to half of the largest.
+    # Anchors of five levels, a factor of two apart: from three quarters of the smallest objects to half of the largest.
     base = max(_power(0.75 * smallest * short), _power(largest * short / 32, up=True))
     first = int(min(64, max(8, base)))
-    batch, processes = _shared(min(8 if gpu else 4, facts.images), facts.gpus)  # more than there are is refused
+    batch, processes = _shared(
+        min(8 if gpu else 4, facts.images), facts.gpus
+    )  # a batch larger than the data set is an error
     passes = min(
         100, max(12, 60 * math.sqrt(200 / facts.images))
     )  # 60 over 200 photos, 27 over 1,000, 12 over 5,000 and more
     steps = max(50, round(passes * facts.images / batch))
     steps = steps if gpu else min(steps, 1500)
-    seen = facts.unlabeled_images + facts.images
-    distill_batch, distill_processes = _shared(min(256 if gpu else 32, seen), facts.gpus)
+    distill_images = facts.unlabeled_images + facts.images
+    distill_batch, distill_processes = _shared(min(256 if gpu else 32, distill_images), facts.gpus)
     distill_steps = (
-        round(min(100, max(10, 2e6 / max(seen, 1))) * seen / distill_batch)
+        round(min(100, max(10, 2e6 / max(distill_images, 1))) * distill_images / distill_batch)
         if gpu
-        else min(500, 10 * seen // distill_batch)
+        else min(500, 10 * distill_images // distill_batch)
     )
     precision = "bf16" if facts.gpu is not None and facts.gpu[3] >= 8 else "fp32"
     return Settings(
@@ -129,15 +131,16 @@ def suggest(facts: Facts) -> Settings:
 def split_content(
     content: dict[str, Any], *, share: float, seed: int, together: list[list[Any]] | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(training part, evaluation part) of a sound COCO file.
+    """Split a valid COCO file into (training part, evaluation part).
 
-    Classes are served one after the other, the rarest first, since an image of a rare class usually shows common ones too (the idea of iterative
-    stratification, Sechidis et al. 2011, in its simplest form). An image's place in the order is a hash of the seed and its id, so that it does
-    not depend on the order of the file.
+    Classes are assigned one after the other, the rarest first, since an image of a rare class usually shows common ones too (the idea of iterative
+    stratification, Sechidis et al. 2011, in its simplest form). Images are ordered by a hash of the seed and their id, so that the split does not
+    depend on the order of the file.
 
     Args:
-        share: of the images that go to evaluation.
-        together: groups of ids of images that show the same, which stay on one side; groups that share an image are one.
+        share: fraction of the images for evaluation.
+        seed: seed of the split.
+        together: groups of ids of near-duplicate images, which stay on one side; groups that share an image are merged.
 
     Raises:
         UserError: fewer than two images with boxes.
@@ -148,23 +151,23 @@ def split_content(
     for image_id in rows:
         groups[leader.get(image_id, image_id)].append(image_id)
     order = sorted(groups, key=lambda image_id: hashlib.sha256(f"{seed} {image_id!r}".encode()).digest())
-    shown: dict[Any, set[Any]] = defaultdict(set)
+    containing: dict[Any, set[Any]] = defaultdict(set)
     for row in content["annotations"]:
-        shown[row["category_id"]].add(leader.get(row["image_id"], row["image_id"]))
+        containing[row["category_id"]].add(leader.get(row["image_id"], row["image_id"]))
     side: dict[Any, bool] = {}  # True: evaluation
-    for category in sorted(shown, key=lambda category: (len(shown[category]), repr(category))):
-        members = [image_id for image_id in order if image_id in shown[category]]
-        wanted = max(1, round(share * len(members))) if len(members) > 1 else 0
-        missing = wanted - sum(side.get(image_id, False) for image_id in members)
+    for category in sorted(containing, key=lambda category: (len(containing[category]), repr(category))):
+        members = [image_id for image_id in order if image_id in containing[category]]
+        target = max(1, round(share * len(members))) if len(members) > 1 else 0
+        missing = target - sum(side.get(image_id, False) for image_id in members)
         for image_id in members:
             if image_id not in side:
                 side[image_id] = missing > 0
                 missing -= side[image_id]
     rest = [image_id for image_id in order if image_id not in side]
     side |= {image_id: place < round(share * len(rest)) for place, image_id in enumerate(rest)}
-    chosen = {one for image_id in groups for one in groups[image_id] if side[image_id]}
+    chosen = {member for image_id in groups for member in groups[image_id] if side[image_id]}
     if not chosen or len(chosen) == len(rows):
-        raise UserError(f"{len(rows)} images are too few to be split; give --val_annotations")
+        raise UserError(f"{len(rows)} images are too few to split; give --val_annotations")
     return tuple(  # type: ignore[return-value]
         {
             **content,
@@ -176,22 +179,22 @@ def split_content(
 
 
 class _Comment(str):
-    """Text of a comment, which is written as it is."""
+    """Text of a comment, written without YAML quoting."""
 
 
 def _leaders(together: list[list[Any]]) -> dict[Any, Any]:
-    """One image for all of its group, by image."""
+    """Map each image of a group to one representative image."""
     leader: dict[Any, Any] = {}
     for group in together:
-        met = {leader[image_id] for image_id in group if image_id in leader}
-        if met:
-            leader |= {image_id: group[0] for image_id, first in leader.items() if first in met}
+        overlapping = {leader[image_id] for image_id in group if image_id in leader}
+        if overlapping:
+            leader |= {image_id: group[0] for image_id, first in leader.items() if first in overlapping}
         leader |= dict.fromkeys(group, group[0])
     return leader
 
 
 def pipeline_text(output: Path, facts: Facts, chosen: Settings) -> str:
-    """The YAML file. Whatever the template does not mark as a comment is written by a YAML dumper."""
+    """Render the YAML file. Every value that the template does not mark as a comment is written by a YAML dumper."""
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -214,9 +217,9 @@ def pipeline_text(output: Path, facts: Facts, chosen: Settings) -> str:
 
 
 def _dumped(value: Any) -> str:
-    """A value as YAML on one line, which also fits between brackets."""
+    """Format a value as one line of YAML that is also valid between brackets."""
     value = str(value) if isinstance(value, Path) else value
-    for style in (None, '"'):  # the dumper breaks long and odd text into lines unless it stands in double quotes
+    for style in (None, '"'):  # the dumper splits long or unusual text into several lines unless it is double-quoted
         text = yaml.safe_dump([value], default_flow_style=True, default_style=style, allow_unicode=True, width=math.inf)
         if text.count("\n") == 1:
             break
@@ -224,7 +227,7 @@ def _dumped(value: Any) -> str:
 
 
 def _shared(batch: int, gpus: int) -> tuple[int, int]:
-    """(batch, processes): as many images for each GPU, and no GPU without one."""
+    """Return (batch, processes) such that every GPU gets the same number of images, at least one."""
     processes = max(1, min(gpus, batch))
     return max(1, batch // processes * processes), processes
 
@@ -234,6 +237,6 @@ def _multiple(side: float) -> int:
 
 
 def _power(value: float, *, up: bool = False) -> int:
-    """The power of two below a value, or above it."""
+    """Return the next power of two at or below a value, or at or above it with `up`."""
     exponent = math.log2(max(value, 1))
     return int(2 ** (math.ceil(exponent) if up else math.floor(exponent)))

@@ -59,7 +59,7 @@ class Page:
             self(f"{domain}.enable")
 
     def __call__(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """The result of one command."""
+        """Send one command and return its result."""
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
         if self._session:
@@ -83,19 +83,19 @@ class Page:
             self._receive()
 
     def value(self, expression: str) -> Any:
-        """What a JavaScript expression (or promise) comes to, as JSON."""
+        """Evaluate a JavaScript expression (or promise) and return its value as JSON."""
         found = self("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in found:
             raise RuntimeError(json.dumps(found["exceptionDetails"]))
         return found["result"].get("value")
 
     def screenshot(self, file: Path, *, whole: bool = True) -> None:
-        """A PNG of the page."""
+        """Return a PNG of the page."""
         content = self("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
         file.write_bytes(base64.b64decode(content))
 
     def _receive(self) -> dict[str, Any]:
-        """The next message, an event kept on the way."""
+        """Return the next message; events are stored."""
         while b"\0" not in self._rest:
             if not select.select([self._source], [], [], _PATIENCE)[0]:
                 raise TimeoutError("Chromium does not answer")
@@ -123,7 +123,7 @@ class Page:
 
 @contextmanager
 def browser(folder: Path) -> Iterator[Page]:
-    """A tab of a Chromium that keeps its profile in `folder`; ended on leaving."""
+    """Open a tab of a Chromium with its profile in `folder`; closed on exit."""
     program = find_chromium()
     assert program
     read_there, to = os.pipe()

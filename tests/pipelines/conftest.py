@@ -1,4 +1,4 @@
-"""A stage table of fake commands, and pipelines made of them."""
+"""A command table of fake stages, and pipelines made of them."""
 
 import importlib.util
 import sys
@@ -20,7 +20,7 @@ FAKE = Path(__file__).with_name("fake_stage.py")
 
 @pytest.fixture(scope="session")
 def fake_stage() -> ModuleType:
-    """The module of the fake command."""
+    """Module of the fake command."""
     spec = importlib.util.spec_from_file_location("fake_stage", FAKE)
     assert spec
     assert spec.loader
@@ -32,7 +32,7 @@ def fake_stage() -> ModuleType:
 
 @pytest.fixture
 def fake_kinds(monkeypatch: pytest.MonkeyPatch, fake_stage: ModuleType) -> None:
-    """Every command but the report becomes the fake one, writing out.txt."""
+    """Replace every command except the report by the fake one, which writes out.txt."""
     for name in KINDS:
         if name != "report":
             monkeypatch.setitem(stages_module.KINDS, name, Kind(str(FAKE), fake_stage.FakeConfig, ("out.txt",)))
@@ -43,7 +43,7 @@ def fake_kinds(monkeypatch: pytest.MonkeyPatch, fake_stage: ModuleType) -> None:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch, fake_kinds: None, fake_stage: ModuleType) -> list[str]:
-    """Names of the stages that were started; they run in this process, to save the starts."""
+    """Names of the started stages, which run in this process to save time."""
     names: list[str] = []
 
     def run_here(stage: Stage, console: Path, signals: Signals) -> Outcome:
@@ -62,7 +62,7 @@ WritePipeline = Callable[..., Path]
 
 @pytest.fixture
 def write_pipeline(tmp_path: Path) -> WritePipeline:
-    """Writes a pipeline file below tmp_path from its stages and other keys."""
+    """Write a pipeline file into tmp_path from its stages and other keys."""
 
     def write(stages: dict[str, Any], **other: Any) -> Path:
         file = tmp_path / "pipeline.yaml"

@@ -1,4 +1,4 @@
-"""A stage without any work, for the tests of the runner: run by path as a process, or in-process through `main`."""
+"""A stage that does no work, for the tests of the runner: run by path as a process, or in-process through `main`."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from ssld.shared.run_dir import RunDir
 
 
 class Metrics(Config):
-    """What the stage pretends to have measured."""
+    """Metrics that the stage reports."""
 
     top1: float | None = None
     agreement: float | None = None
@@ -27,7 +27,7 @@ class Metrics(Config):
 
 
 class FakeConfig(CommandConfig):
-    """Copies a file, or fails as it is told."""
+    """Copy a file, or fail as configured."""
 
     may_change: ClassVar[frozenset[str]] = frozenset({"steps"})
 
@@ -35,9 +35,10 @@ class FakeConfig(CommandConfig):
     sources: list[Path] = []
     text: str = ""
     steps: int = Field(1, ge=1)
+    seed: int = 0
     metrics: Metrics = Metrics()
     ends: str = "well"
-    """well, by a user error, by a crash, without a result, or waiting for a signal"""
+    """how the stage ends: success, a user error, a crash, no result, or waiting for a signal"""
 
     def inputs(self) -> dict[str, Path]:
         files = {f"sources.{number}": file for number, file in enumerate(self.sources)}

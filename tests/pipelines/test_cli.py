@@ -1,4 +1,4 @@
-"""`ssld`: dispatch to the entry scripts, nearest names, and files told apart by what they hold."""
+"""`ssld`: dispatch to the entry scripts, suggestions for misspelled names, and dispatch by the kind of a file."""
 
 import importlib
 import importlib.metadata
@@ -19,7 +19,7 @@ from ssld.shared.models.model_file import save_model_file
 
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
-    """(module, argv) of every entry that was called; none is really imported."""
+    """(module, argv) of every entry that was called; none is imported."""
     calls: list[tuple[str, list[str]]] = []
 
     def stand_in(module: str) -> types.SimpleNamespace:
@@ -35,7 +35,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
-    """A model file of each kind, one of another program, and one of a kind that nobody knows."""
+    """A model file of each kind, one of another program, and one of an unknown kind."""
     tensors = {"weight": torch.zeros(2, 3)}
     paths = {kind: tmp_path / f"{kind}.safetensors" for kind in ("backbone", "detector", "plain", "odd")}
     for kind, path in paths.items():
@@ -155,7 +155,7 @@ COMPLETED = [
 
 @pytest.mark.process
 def test_completion(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Bash itself is asked what it would complete."""
+    """Bash itself lists the completions."""
     assert main(["completion", "bash"]) == 0
     script = capsys.readouterr().out
     ask = 'COMP_WORDS=($line); [ "${line% }" = "$line" ] || COMP_WORDS+=(""); COMP_CWORD=$((${#COMP_WORDS[@]}-1)); '
@@ -173,7 +173,7 @@ def test_completion(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 
 def test_completion_knows_the_flags_that_commands_take() -> None:
-    """Every command that takes settings is there, with exactly the flags of its parser."""
+    """Every command with settings is listed, with exactly the flags of its parser."""
     known = {name for name, _ in parsers()}
     assert known | {"inspect", "completion"} == set(COMMANDS)
     train = next(parser for name, parser in parsers() if name == "train")

@@ -1,4 +1,4 @@
-"""`ssld doctor`: mismatches are told without importing what is broken, settings and data are looked over, the exit code is the verdict."""
+"""`ssld doctor`: mismatched packages are reported without importing broken ones, settings and data are checked, the exit code is the verdict."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def coco(tmp_path: Path) -> Path:
-    """Two pictures with a box each."""
+    """Two images with a box each."""
     images = [{"id": number, "file_name": f"{number}.png", "width": 64, "height": 48} for number in (1, 2)]
     boxes = [{"id": number, "image_id": number, "category_id": 1, "bbox": [4, 4, 30, 20]} for number in (1, 2)]
     for number in (1, 2):
@@ -45,8 +45,8 @@ def coco(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("torch", "torchvision", "needs", "broken", "level", "text"),
     [
-        ("2.15.0+cu132", "0.30.0+cu132", "==2.15.0", {}, "ok", "0.30.0+cu132 goes with torch 2.15.0+cu132"),
-        ("2.15.0", "0.29.2", ">=2.14.0", {}, "ok", "0.29.2 goes with torch 2.15.0"),
+        ("2.15.0+cu132", "0.30.0+cu132", "==2.15.0", {}, "ok", "0.30.0+cu132 matches torch 2.15.0+cu132"),
+        ("2.15.0", "0.29.2", ">=2.14.0", {}, "ok", "0.29.2 matches torch 2.15.0"),
         ("2.11.0", "0.29.2", ">=2.14.0", {}, "warning", "0.29.2 needs torch >=2.14.0, and torch is 2.11.0"),
         (
             "2.9.1",
@@ -56,7 +56,14 @@ def coco(tmp_path: Path) -> Path:
             "fault",
             "0.25.0 needs torch ==2.10.0, and torch is 2.9.1",
         ),
-        ("2.15.0+cpu", "0.30.0+cu132", "==2.15.0", {}, "warning", "another build than torch 2.15.0+cpu"),
+        (
+            "2.15.0+cpu",
+            "0.30.0+cu132",
+            "==2.15.0",
+            {},
+            "warning",
+            "0.30.0+cu132 and torch 2.15.0+cpu are different builds",
+        ),
     ],
 )
 def test_torch_and_torchvision(
@@ -68,8 +75,8 @@ def test_torch_and_torchvision(
     assert len(lines) == 1 + len(broken)
 
 
-def test_what_is_broken_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that dies, or one whose torchvision does not load, is an answer."""
+def test_a_broken_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that crashes, or whose torchvision does not load, is reported."""
 
     def process(code: int, out: str, err: str) -> Callable[..., Any]:
         return lambda *_, **__: subprocess.CompletedProcess([], code, out, err)
@@ -88,7 +95,7 @@ def test_what_is_broken_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.process
-def test_this_machine_is_asked_in_another_process() -> None:
+def test_this_machine_is_probed_in_another_process() -> None:
     answer = ask_torch()
     assert answer["broken"] == {}
     assert "gloo" in answer["groups"]
@@ -108,7 +115,7 @@ def test_requirements_of_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("free", "lines"), [(10 * 10**9, 1), (4 * 10**9, 2)])
-def test_room_for_what_is_written(free: int, lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_space(free: int, lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Path] = []
 
     def usage(path: Path) -> Any:
@@ -122,14 +129,14 @@ def test_room_for_what_is_written(free: int, lines: int, tmp_path: Path, monkeyp
     assert len(said) == lines
     if lines == 2:
         assert said[1].level == "warning"
-        assert said[1].text.startswith(f"output: 4.0 GB free on the disk of {tmp_path}, which is too little")
+        assert said[1].text.startswith(f"output: 4.0 GB free on the disk of {tmp_path}, which is not enough")
 
 
 def test_devices() -> None:
     lines = list(device_lines(SOUND | {"devices": [H200, [*H200[:1], 10 * 2**30, *H200[2:]]], "cuda": "13.2"}))
     texts = [line.text for line in lines]
     assert texts[0] == "cuda:0 NVIDIA H200, 141 GB (140 GB free), capability 9.0: --precision bf16"
-    assert any("cuda:1: another program holds 131 GB" in text for text in texts)
+    assert any("cuda:1: another program uses 131 GB" in text for text in texts)
     assert any(line.level == "fault" and "no NCCL" in line.text for line in lines)
     assert any("finds no GPU or no driver" in line.text for line in device_lines(SOUND | {"cuda": "13.2"}))
 
@@ -152,7 +159,7 @@ def test_data_and_a_cleaned_copy(coco: Path, tmp_path: Path, capfd: pytest.Captu
     assert doctor.main([*data, "--fix", str(tmp_path / "clean")]) == 1
     out = capfd.readouterr().out
     assert "fault   train.json: 1 picture of 2 not in" in out
-    assert out.splitlines()[-1] == "  the faults have to be mended first"
+    assert out.splitlines()[-1] == "  fix the faults before you start a run"
     assert doctor.main(["--annotations", str(tmp_path / "clean" / "train.json"), "--images", str(coco)]) == 0
 
 
@@ -235,15 +242,15 @@ def test_settings_of_a_command(coco: Path, capfd: pytest.CaptureFixture[str]) ->
     file.write_text(yaml.safe_dump(settings(coco)))
     assert doctor.main([str(file)]) == 0
     out = capfd.readouterr().out
-    assert "hold together, and fit this machine" in out
+    assert "valid, and fit this machine" in out
     assert "2 images, 1 class, 2 boxes" in out  # its data are looked over too
     file.write_text(
         yaml.safe_dump(settings(coco, precision="bf16", workers=1000, trackers=["wandb"], backbone="gone.safetensors"))
     )
     assert doctor.main([str(file)]) == 1
     out = capfd.readouterr().out
-    assert "precision: bf16 without a GPU is slow" in out
-    assert "workers: 1000 processes decode on" in out
+    assert "precision: bf16 is slow or unsupported without a GPU" in out
+    assert "workers: 1000 decoding processes on" in out
     assert "backbone: gone.safetensors: no such file or folder" in out
     file.write_text(yaml.safe_dump(settings(coco, stepz=3)))
     assert doctor.main([str(file)]) == 1
@@ -276,11 +283,11 @@ def test_settings_of_every_command(
         code, out = doctor.main([str(file)]), capfd.readouterr().out
         assert f"of the command {command}\n" in out
         assert code == 0, out
-        assert ("2 pictures" in out) == (command == "curate")
+        assert ("2 images" in out) == (command == "curate")
         (coco / "below.yaml").write_text(text)
     (coco / "below.yaml").write_text("lr: 3\nepochs: 4\nnet: resnet\n")
     assert doctor.main([str(file)]) == 1
-    assert "not settings of a known command; known are toy_data, " in capfd.readouterr().out
+    assert "these keys fit no command; commands: toy_data, " in capfd.readouterr().out
 
 
 @pytest.mark.usefixtures("probed")
@@ -307,7 +314,7 @@ def test_a_pipeline(coco: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert doctor.main([str(file), "--variable", "many=1000"]) == 0
     out = capfd.readouterr().out
     assert "2 stages: 2 stages of unknown size; data sets not counted" in out
-    assert "two: workers: 1000 processes decode on" in out
+    assert "two: workers: 1000 decoding processes on" in out
     assert out.count("2 images, 1 class, 2 boxes") == 1  # the same data of both stages: once
     shutil.rmtree(coco / "runs", ignore_errors=True)
 

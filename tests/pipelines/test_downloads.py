@@ -1,4 +1,4 @@
-"""Models that would have to be downloaded: told by the doctor, by a dry run and before the first stage, in one line each."""
+"""Models that must be downloaded are reported by the doctor, by a dry run and before the first stage, in one line each."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ LINE = (
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No network and an empty cache; asked in this process, as another would take seconds to import timm."""
+    """No network and an empty cache; checked in this process, since importing timm in another takes seconds."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for module in (plan, checked_settings):

@@ -1,4 +1,4 @@
-"""`ssld init`: the split, the rules behind the numbers, and a pipeline that the runner accepts as it is written."""
+"""`ssld init`: the split, the rules for the settings, and a pipeline that the runner accepts unchanged."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ GPU: dict[str, Any] = {"devices": [["NVIDIA H200", 1, 141 * 2**30, 9, 0]]}
 
 
 def content(images: int = 40) -> dict[str, Any]:
-    """Images of which every one shows `common`, every tenth `rare`, and one alone `single`; the last shows nothing."""
+    """Images: each contains `common`, every tenth `rare`, a single one `single`; the last is empty."""
     rows = [{"id": f"i{number}", "file_name": f"{number}.png", "width": 64, "height": 48} for number in range(images)]
     boxes = []
     for number in range(images - 1):
@@ -41,7 +41,7 @@ def content(images: int = 40) -> dict[str, Any]:
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The content as files; processes that import torch would take seconds each."""
+    """The content as files; torch is not imported, since that takes seconds per process."""
     monkeypatch.setattr(init, "ask_torch", lambda: CPU)
     monkeypatch.setattr(run, "downloads", lambda plan: [])  # of timm's names, which nothing here reads
     monkeypatch.setattr(checked_data, "run_script", check_data.main)
@@ -93,7 +93,7 @@ def test_split_keeps_copies_together() -> None:
 
 
 def test_split_of_too_little() -> None:
-    with pytest.raises(UserError, match="1 images are too few to be split"):
+    with pytest.raises(UserError, match="1 images are too few to split"):
         split_content(content(2) | {"annotations": []} | {"images": content(2)["images"][:1]}, share=0.2, seed=0)
 
 
@@ -122,7 +122,7 @@ def facts(images: int, sizes: list[float], gpu: tuple[Any, ...] | None = None) -
 
 def test_numbers_follow_the_data() -> None:
     gpu = tuple(GPU["devices"][0])
-    cells = suggest(facts(205, [0.09, 0.15, 0.21, 0.25, 0.34], gpu))  # large objects: the smallest pictures will do
+    cells = suggest(facts(205, [0.09, 0.15, 0.21, 0.25, 0.34], gpu))  # large objects: the smallest images are enough
     assert (cells.short_side, cells.short_sides) == (320, (256, 288, 320))
     assert cells.anchors == (16, 32, 64, 128, 256)
     small = suggest(facts(205, [0.02, 0.04, 0.1, 0.2, 0.3], gpu))
@@ -159,7 +159,7 @@ def test_the_runner_takes_what_is_written(photos: Path, unlabeled: bool, capfd: 
 
 
 def test_both_parts_keep_what_all_photos_together_show(photos: Path) -> None:
-    """The boxes are for the stored pixels, as one sideways photo shows, which is in one part alone."""
+    """The boxes refer to the stored pixels, which only one rotated photo shows; it is in one of the parts."""
     for name, value in (("3", 6), ("8", 3), ("20", 3)):
         exif = Image.Exif()
         exif[0x0112] = value
@@ -170,7 +170,7 @@ def test_both_parts_keep_what_all_photos_together_show(photos: Path) -> None:
 
 
 def test_a_split_keeps_one_photo_on_one_side(photos: Path) -> None:
-    """Under two ids, as augmented copies by their names, and as copies by their content; and the parts are as training reads the file."""
+    """Duplicates by id, by names of augmented copies and by content stay together; the parts equal what training reads."""
     whole = content()
     for number in range(10):
         whole["images"][number + 10]["file_name"] = f"./{number}.png"
@@ -242,14 +242,14 @@ def test_mistakes_leave_nothing(photos: Path, capfd: pytest.CaptureFixture[str])
         ([*good, "--sed", "1"], "--sed: unknown flag; did you mean '--seed'?"),
     ]
     Path("elsewhere").mkdir()
-    cases.append(([*good, "--images", "elsewhere"], "the data have faults, see above; mend them first"))
+    cases.append(([*good, "--images", "elsewhere"], "the data have faults, see above; fix them first"))
     for argv, message in cases:
         assert init.main(argv) == 2
         assert f"error: {message}" in capfd.readouterr().err
         assert not list(photos.glob("mine*"))
     Path("mine.yaml").write_text("# mine\n")
     assert init.main(good) == 2
-    assert "error: mine.yaml: is there already" in capfd.readouterr().err
+    assert "error: mine.yaml: exists already" in capfd.readouterr().err
     assert Path("mine.yaml").read_text() == "# mine\n"
 
 
@@ -259,7 +259,7 @@ def test_no_file_of_yours_is_overwritten(photos: Path, capfd: pytest.CaptureFixt
     for name in names:
         Path(name).write_text("yours")
         assert init.main(line) == 2
-        assert f"error: {name}: is there already" in capfd.readouterr().err
+        assert f"error: {name}: exists already" in capfd.readouterr().err
         assert [path.name for path in photos.glob("mine*")] == [name]
         assert Path(name).read_text() == "yours"
         Path(name).unlink()
@@ -305,7 +305,7 @@ def test_every_gpu_gets_a_process(
 def test_unlabeled_photos_are_told_apart_from_evaluation_photos(
     photos: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The folder of unlabeled photos holds all annotated ones too, as it often does, under other names."""
+    """The folder of unlabeled photos also contains all annotated ones under other names, as is common."""
     monkeypatch.setattr(pool, "SMALLEST_POOL", 20)
     monkeypatch.setattr(pool, "LEAST_HELD_OUT", 4)
     draw = np.random.default_rng(1)
@@ -340,7 +340,7 @@ def test_a_folder_of_evaluation_photos_alone_is_refused(photos: Path, capfd: pyt
     assert init.main([*line, "mine.yaml", "--unlabeled", "only"]) == 2
     error = capfd.readouterr().err
     assert "only: 2 photos dropped: 2 copies of evaluation photos (first: " in error
-    assert "nothing is left to learn from" in error
+    assert "no photo is left to train on" in error
     assert not Path("mine.yaml").exists()
 
 
@@ -367,7 +367,7 @@ ODD = [
 
 @pytest.mark.parametrize("name", ODD)
 def test_names_reach_the_pipeline_as_they_are(name: str) -> None:
-    """Paths and class names are anybody's: what is written reads back to them, and adds neither keys nor lines."""
+    """Arbitrary paths and class names are written such that they read back unchanged, without adding keys or lines."""
     measured = facts(9, [0.1] * 5)
     plain = pipeline_text(Path("a.yaml"), measured, suggest(measured))
     odd = dataclasses.replace(
@@ -398,4 +398,4 @@ def test_names_reach_the_pipeline_as_they_are(name: str) -> None:
 
 def test_a_path_that_reads_as_a_variable_is_refused(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert init.main(["--images", "photos", "--annotations", "all.json", "--output", "${x}.yaml"]) == 2
-    assert "error: --output ${x}.yaml: ${ stands for a variable in a pipeline" in capfd.readouterr().err
+    assert "error: --output ${x}.yaml: ${ marks a variable in a pipeline" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""`ssld inspect` on what this project writes: what it is, its teacher's licence, its numbers, and no settings that it does not use."""
+"""`ssld inspect` on files of this project: kind, licence of the teacher, numbers, and no unused settings."""
 
 import json
 import zipfile
@@ -123,7 +123,7 @@ def test_run_directory_and_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(
         yaml.safe_dump({"steps": 9, "model": {"kind": "gfl"}, "backbone": "random:x"})
     )
-    assert "run directory, not finished: the same command goes on" in inspect_text(tmp_path)
+    assert "run directory, not finished: the same command resumes it" in inspect_text(tmp_path)
     record = {"command": "train", "seconds": 90, "metrics": {"AP": 0.5}, "outputs": {"detector.safetensors": "aa"}}
     (tmp_path / "result.json").write_text(json.dumps(record))
     save_checkpoint(tmp_path / "checkpoints", 9, {"model": TENSORS}, {"step": 9})
@@ -140,7 +140,7 @@ def test_run_directory_and_checkpoint(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoints" / "step_00000009"
     assert "checkpoint (complete)" in inspect_text(checkpoint)
     (checkpoint / "COMPLETE").unlink()
-    assert "checkpoint (NOT complete: it is not used)" in inspect_text(checkpoint)
+    assert "checkpoint (NOT complete: it is ignored)" in inspect_text(checkpoint)
 
 
 def test_exported_networks(tmp_path: Path) -> None:
@@ -176,12 +176,12 @@ def test_refusals(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.json", "a.yaml", "metrics.jsonl", "a.txt", "folder"])
 def test_what_is_known_is_said(name: str, tmp_path: Path) -> None:
-    """Text is read with any program."""
+    """Text files need no command to be read."""
     path = tmp_path / name
     path.mkdir() if name == "folder" else path.write_text("{}")
     with pytest.raises(UserError) as caught:
         inspect_text(path)
-    assert str(caught.value) == f"{path}: nothing of ours; {KNOWN}"
+    assert str(caught.value) == f"{path}: not a file or folder of this project; {KNOWN}"
 
 
 @pytest.mark.parametrize("text", ["steps: [1", "a: 1\n\tb: 2", "- 1\n"])
@@ -194,7 +194,7 @@ def test_a_damaged_file_of_settings_is_a_line(text: str, tmp_path: Path) -> None
 
 
 def test_the_folder_of_a_pipeline(tmp_path: Path) -> None:
-    """What its stages are and how far they came; a folder of runs that no pipeline made says as much."""
+    """Lists the stages with their states; a folder of runs without a pipeline lists its runs."""
     stages = {name: StageConfig(command=name) for name in ("distill", "train", "predict")}
     pipeline = PipelineConfig(output=tmp_path, stages=stages)
     for name in ("distill", "train"):

@@ -122,7 +122,7 @@ def test_resolves_to_the_published_settings(name: str, tmp_path: Path) -> None:
 def test_headers_say_what_is_published_and_what_it_costs(name: str) -> None:
     text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
     header = text[: text.index("output:")]
-    for word in ("# Published: ", "# Cost: ", "no number of ours stands behind this file"):
+    for word in ("# Published: ", "# Cost: ", "this project has not measured this recipe"):
         assert word in header
 
 

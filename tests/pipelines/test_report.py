@@ -1,4 +1,4 @@
-"""The report: right numbers, every picture described, nothing from outside, unfinished runs shown as such."""
+"""The report: correct numbers, alternative text for every image, no external resources, unfinished runs shown as such."""
 
 import json
 import re
@@ -14,13 +14,13 @@ from ssld.pipelines.config import PipelineConfig, TableConfig
 from ssld.pipelines.report import gains, main
 from ssld.pipelines.reports import charts
 from ssld.pipelines.reports.stage_view import Room, view
-from ssld.pipelines.reports.table import Record, Row, table_text, write_record
+from ssld.pipelines.reports.table import Interval, Record, Row, table_text, write_record
 
 VOID = {"meta", "link", "br", "img", "path", "use"}
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, the text, and whether tags close in order."""
+    """Collects tags with their attributes and the text, and checks that tags close in order."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def write_run(run: Path, *, metrics: dict[str, Any] | None, lines: list[dict[str
 
 @pytest.fixture
 def pipeline(tmp_path: Path, chain: dict[str, Any], table: dict[str, Any], fake_kinds: None) -> Path:
-    """A pipeline whose student is finished, baseline unfinished, ap finished, and the rest not run."""
+    """Pipeline with student and ap finished, baseline unfinished, and the other stages not run."""
     stages = {**chain, "report": {"command": "report"}}
     file = tmp_path / "small.yaml"
     file.write_text(yaml.safe_dump({"output": "unused", "stages": stages, "table": table}, sort_keys=False))
@@ -126,7 +126,7 @@ def test_settings_and_machine(html: str) -> None:
     assert "hotcoco" not in text
 
 
-def test_every_picture_has_words_with_numbers(html: str) -> None:
+def test_every_image_has_alternative_text_with_numbers(html: str) -> None:
     page = Page(html)
     assert page.open == []
     assert not [tag for tag, _ in page.tags if tag in ("img", "script")]
@@ -226,12 +226,64 @@ def test_gains() -> None:
         Row("random", (None, None, 0.31, None)),
     ]
     table = TableConfig.model_validate({"rows": {row.name: {} for row in rows}, "gain": ["SSLD", "baseline"]})
-    ap, top1 = gains(table, rows)
-    assert (ap.measure, ap.text, ap.better, ap.base) == ("detector AP", "+2.5", "SSLD", "baseline")
+    above, around = Interval(0.01, 0.04, "3 seeds"), Interval(-0.02, 0.22, "binomial, 50 images")
+    difference = Row("SSLD - baseline", (0.1, None, 0.025, None), (around, None, above, None))
+    ap, top1 = gains(table, rows, difference)
+    assert (ap.measure, ap.text, ap.better, ap.base, ap.verdict) == ("detector AP", "+2.5", "SSLD", "baseline", "good")
+    assert ap.interval_text == "95 % interval +1.0 to +4.0 (3 seeds)"
     assert ap.others == [("random", pytest.approx(-1.0))]
-    assert (top1.measure, top1.text, top1.others) == ("top-1", "+10.0", [])
-    worse = TableConfig.model_validate({"rows": table.rows, "gain": ["baseline", "SSLD"]})
-    assert gains(worse, rows)[0].text == "\N{MINUS SIGN}2.5"
+    assert (top1.measure, top1.text, top1.others, top1.verdict) == ("top-1", "+10.0", [], "none")
+    assert top1.interval_text == "95 % interval \N{MINUS SIGN}2.0 to +22.0 (binomial, 50 images)"
+    below = Row("", (None, None, -0.025, None), (None, None, Interval(-0.04, -0.01, ""), None))
+    assert [(one.text, one.verdict) for one in gains(table, rows, below)] == [("\N{MINUS SIGN}2.5", "bad")]
+    unknown = gains(table, rows, Row("", (None, None, 0.5, None)))[0]
+    assert (unknown.verdict, unknown.interval_text) == ("none", "no interval measured")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "objects", "words"),
+    [
+        (
+            0.01,
+            0.09,
+            300,
+            "+5.0 points of detector AP, ap against base 95 % interval +1.0 to +9.0 (paired bootstrap over 40 images)",
+        ),
+        (
+            -0.02,
+            0.09,
+            99,
+            "+5.0 No difference measured: points of detector AP, ap against base 95 % interval \N{MINUS SIGN}2.0 to +9.0",
+        ),
+    ],
+)
+def test_a_gain_is_claimed_only_outside_its_interval(
+    low: float, high: float, objects: int, words: str, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    counts = {"right": objects - 9, "missed": 9}
+    write_run(runs / "base", metrics={"AP": 0.2, "intervals": {"AP": [0.15, 0.3]}, "at_threshold": counts}, lines=[])
+    compared = {"sha256": "abc", "images": 40, "AP": {"difference": 0.05, "low": low, "high": high}}
+    metrics = {"AP": 0.25, "compared": compared, "intervals": {"AP": [0.2, 0.5]}, "at_threshold": counts}
+    write_run(runs / "ap", metrics=metrics, lines=[])
+    base = json.loads((runs / "base/result.json").read_text()) | {"outputs": {"detections.json": "abc"}}
+    (runs / "base/result.json").write_text(json.dumps(base))
+    stages = {name: {"command": "evaluate_detector"} for name in ("base", "ap")}
+    table = {"rows": {name: {"detector": name} for name in stages}, "gain": ["ap", "base"]}
+    write_record(
+        runs, Record("x", False, PipelineConfig.model_validate({"output": "x", "stages": stages, "table": table}))
+    )
+    assert main(["--runs", str(runs)]) == 0
+    content = (runs / "report/report.html").read_text()
+    text = " ".join(Page(content).text.split())
+    assert words in text
+    assert ('class="points good"' in content) == (low > 0)
+    assert ('class="points soft"' in content) == (low < 0)
+    assert ("are evaluated on 99 objects" in text) == (objects < 100)
+    # Bars begin at 0; the longest interval ends at the right edge.
+    assert 'style="display: block; width: 40.0%"' in content
+    assert 'class="whisker" style="left: 30.0%; width: 30.0%"' in content
+    assert 'class="whisker" style="left: 40.0%; width: 60.0%"' in content
 
 
 def record_of(pipeline: Path, *, smoke: bool) -> PipelineConfig:
@@ -258,7 +310,7 @@ def test_a_smoke_run_is_called_one(pipeline: Path, html: str) -> None:
     assert content.table
     smoke, earnest = (table_text(content.table, runs, smoke=smoke).splitlines() for smoke in (True, False))
     assert smoke[:-1] == earnest
-    assert smoke[-1] == "smoke sizes: these numbers only say that everything runs"
+    assert smoke[-1] == "smoke sizes: these numbers only show that everything runs"
 
 
 def test_runs_without_a_pipeline_and_a_single_run(pipeline: Path, html: str) -> None:
@@ -286,18 +338,18 @@ def test_time_of_earlier_starts_counts(tmp_path: Path) -> None:
     assert [view(name, None, tmp_path / name, Room()).seconds for name in "abcd"] == [200, 100, 90, None]
 
 
-def test_some_of_the_predicted_pictures_are_shown(tmp_path: Path) -> None:
+def test_some_of_the_predicted_images_are_shown(tmp_path: Path) -> None:
     pictures = tmp_path / "seen" / "pictures"
     (pictures / "b").mkdir(parents=True)
     for n in range(13):
         Image.new("RGB", (60, 40), (n, 0, 0)).save(pictures / f"a{n:02d}.png")
     Image.new("RGB", (60, 40)).save(pictures / "b" / "last.jpg")
-    (pictures / "a04.png").write_bytes(b"not a picture")
+    (pictures / "a04.png").write_bytes(b"not an image")
     (pictures / "clip.mp4").write_bytes(b"a video")
     shown = view("seen", "predict", tmp_path / "seen", Room()).predicted
     assert [one.title for one in shown] == ["a00.png", "a02.png", "a07.png", "a09.png", "a11.png"]
-    assert shown[1].alt == "a02.png with what was found"
-    (pictures / "index.json").write_text("[]")  # then they are an evaluation's
+    assert shown[1].alt == "a02.png with its detections"
+    (pictures / "index.json").write_text("[]")  # marks the images of an evaluation
     assert view("seen", "predict", tmp_path / "seen", Room()).predicted == []
     assert view("seen", "predict", tmp_path / "nowhere", Room()).predicted == []
 
@@ -332,7 +384,7 @@ ODD: list[Any] = [
     "file", ["result.json", "metrics.jsonl", "analysis.json", "environment.json", "outcome.json", "pictures/index.json"]
 )
 def test_a_damaged_record_leaves_its_part_out(file: str, tmp_path: Path) -> None:
-    """Values of any other kind at any place: the page is written, or one line says what stops it."""
+    """With values of a wrong type at any place, the page is written, or one line names the fault."""
     precision = {"recall": [0.0, 1.0], "precision": {"a": [1.0, 0.5], "b": [1.0, 0.2]}}
     rows = [{"class": "a", "AP": 0.5, "precision": 1.0, "recall": 1.0, "f1": 1.0, "objects": 2}]
     confusions = {"names": ["a", "b", "background"], "counts": [[1, 0, 0], [0, 1, 0], [0, 1, 0]]}
@@ -384,7 +436,7 @@ def test_a_damaged_record_leaves_its_part_out(file: str, tmp_path: Path) -> None
         assert main(["--runs", str(run), "--output", str(tmp_path / f"page{run.name}")]) in (0, 2)
 
 
-def test_a_page_shows_no_picture_from_elsewhere(tmp_path: Path) -> None:
+def test_a_page_embeds_no_image_outside_the_run(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "private.jpg")
     run = tmp_path / "run"
     write_run(run, metrics={"AP": 0.5}, lines=[])

@@ -1,4 +1,4 @@
-"""The report in a browser: no error, nothing asked of the network, every picture shown, links that lead somewhere, readable in any size and light."""
+"""The report in a browser: no errors, no network requests, every image shown, valid links, readable at any size and in both colour schemes."""
 
 import itertools
 import json
@@ -78,7 +78,7 @@ def analysis_of(names: list[str], seed: int) -> dict[str, Any]:
 
 
 def write_evaluation(run: Path, names: list[str], ap: float) -> None:
-    """A run directory of an evaluation, with two pictures beside each other twice."""
+    """Run directory of an evaluation with two pairs of images."""
     (run / "pictures").mkdir(parents=True)
     (run / "config.yaml").write_text("model: a\n")
     (run / "environment.json").write_text(json.dumps({"command": "evaluate_detector", "arguments": ["--model", "a"]}))
@@ -97,7 +97,7 @@ def write_evaluation(run: Path, names: list[str], ap: float) -> None:
 
 @pytest.fixture(scope="module")
 def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page with everything on it: two detectors, a training, a curation, a stage that has not run."""
+    """A page with all its parts: two detectors, a training, a curation, a stage that has not run."""
     folder = tmp_path_factory.mktemp("page")
     runs = folder / "runs"
     names = ["cat", "<i>dog</i>", LONG]
@@ -149,7 +149,7 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 
 def opened(tab: Page, file: Path, **how: Any) -> Page:
-    """The page with all its details open and no fault so far."""
+    """The page with all its details open and no errors so far."""
     tab.faults.clear()
     tab.open(file, **how)
     tab.value("document.querySelectorAll('details').forEach(one => one.open = true)")
@@ -170,7 +170,7 @@ def test_fits_and_can_be_read(tab: Page, report_page: Path, width: int, scheme: 
     assert tab.faults == []
 
 
-def test_pictures_show(tab: Page, report_page: Path) -> None:
+def test_images_are_shown(tab: Page, report_page: Path) -> None:
     opened(tab, report_page, width=DESK)
     sizes = tab.value("[...document.images].map(one => [one.naturalWidth, one.clientWidth, one.alt.length])")
     assert len(sizes) == 2 + 6 + 3 * 4  # of the curation, six of the prediction, of three evaluations
@@ -222,7 +222,7 @@ def test_structure_for_those_who_listen(tab: Page, report_page: Path) -> None:
 
 
 def test_prints(tab: Page, report_page: Path) -> None:
-    """On paper the light colours, no navigation, and details open that were closed."""
+    """In print: light colours, no navigation, and all details open."""
     tab.open(report_page, width=DESK, scheme="dark", media="print")
     assert tab.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert tab.value("getComputedStyle(document.querySelector('nav')).display") == "none"
@@ -246,7 +246,7 @@ def test_gain_is_first_and_large(tab: Page, report_page: Path) -> None:
     assert size > 40
 
 
-def test_pictures_that_find_no_room_are_left_out(tmp_path: Path) -> None:
+def test_images_without_room_are_left_out(tmp_path: Path) -> None:
     file = tmp_path / "a.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)).save(file)
     room = Room(100_000)
@@ -257,5 +257,5 @@ def test_pictures_that_find_no_room_are_left_out(tmp_path: Path) -> None:
     assert small
     assert len(small) < len(whole) / 4
     assert Room(1000).embed(file, 640) is None
-    file.write_bytes(b"no picture")
+    file.write_bytes(b"not an image")
     assert Room().embed(file, 640) is None

@@ -1,4 +1,4 @@
-"""The runner: order, skip, go on, refuse, redo, dry run, flags, and what it never deletes."""
+"""The runner: order, skipping, resuming, refusal, --redo, --dry-run, flags, and files that are never deleted."""
 
 import fcntl
 import os
@@ -20,7 +20,7 @@ CHAIN = ["data", "teacher", "student", "baseline", "ap"]
 
 @pytest.fixture
 def finished(started: list[str], write_pipeline: Any, chain: dict[str, Any], table: dict[str, Any]) -> Path:
-    """A pipeline that has run once; `started` is empty again."""
+    """A pipeline that has run once, with `started` emptied."""
     file: Path = write_pipeline(chain, table=table)
     assert main([str(file)]) == 0
     assert started == CHAIN
@@ -52,7 +52,7 @@ def test_second_start_skips_everything(finished: Path, started: list[str], capfd
     assert main([str(finished)]) == 0
     assert started == []
     out = capfd.readouterr().out
-    assert "[5/5] ap: done before" in out
+    assert "[5/5] ap: finished earlier" in out
     assert "25.7" in out
 
 
@@ -92,7 +92,7 @@ def test_missing_stage_is_computed_and_later_ones_are_not_silently_kept(
     assert main([str(finished)]) == 2
     assert started == []
     assert capfd.readouterr().err == (
-        "error: stage student: was made from a teacher that is gone or will change; --redo student makes it new\n"
+        "error: stage student: was made from teacher, which is missing or will change; --redo student computes it again\n"
     )
     assert main([str(finished), "--redo", "student"]) == 0
     assert started == ["teacher", "student", "ap"]
@@ -107,7 +107,7 @@ def test_another_configuration_stops_before_anything_runs(
     assert started == []
     assert capfd.readouterr().err == (
         f"error: stage student: {finished.parent}/runs/student holds a run with another configuration "
-        '(text: "s" -> "other"); --redo student computes it and what follows again\n'
+        '(text: "s" -> "other"); --redo student computes it and the stages that depend on it again\n'
     )
     assert main([str(finished), "--redo", "student"]) == 0
     assert started == ["student", "ap"]
@@ -121,12 +121,12 @@ def test_what_is_gone_or_changed_is_made_again(
     damage(file)
     changed = file.exists()
     assert main([str(finished), "--dry-run"]) == 0
-    assert "ap: finished, but not all there\n" in capfd.readouterr().out
+    assert "ap: finished, but files are missing\n" in capfd.readouterr().out
     assert main([str(finished)]) == 0
     out = capfd.readouterr().out
     assert started == ["ap"]
-    assert f"[1/1] ap: {file} is gone or has changed; it is made again" in out
-    assert "[5/5] ap: done before" in out
+    assert f"[1/1] ap: {file} is missing or has changed; it is made again" in out
+    assert "[5/5] ap: finished earlier" in out
     assert file.read_text() == "dts"
     assert (finished.parent / "runs/ap/out.txt.changed").exists() == changed
 
@@ -226,7 +226,7 @@ def test_smoke_needs_its_section(write_pipeline: Any, fake_kinds: None, capfd: A
 
 @pytest.mark.parametrize("argv", [[], ["nowhere.yaml"], ["nowhere.yaml", "--dry-rum"]])
 def test_bad_command_lines_end_in_one_line(argv: list[str], capfd: Any) -> None:
-    """Behind the usage, where nothing was given."""
+    """After the usage, if no argument was given."""
     assert main(argv) == 2
     *usage, line = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ")
@@ -272,7 +272,7 @@ def test_redo_of_a_start_that_came_to_nothing(finished: Path, started: list[str]
 def test_a_kill_during_redo_leaves_stages_whole_or_gone(
     finished: Path, started: list[str], monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """The folders are deleted in the order of their entries: result.json may be the last, beside nothing that it speaks of."""
+    """Entries of a folder are deleted in directory order: result.json may remain last, without the files that it lists."""
     runs = finished.parent / "runs"
     moves: list[str] = []
     rename = Path.rename
@@ -296,7 +296,7 @@ def test_a_kill_during_redo_leaves_stages_whole_or_gone(
             main([str(finished), "--redo", "student"])
     for name in CHAIN:
         assert (runs / name / "out.txt").exists() == (runs / name / "result.json").exists(), name
-    assert not (runs / "ap").exists()  # what follows goes first: nothing is there that was made from what is gone
+    assert not (runs / "ap").exists()  # dependent stages are deleted first: no stage is left whose input is gone
     assert main([str(finished), "--redo", "student"]) == 0
     assert started == ["student", "ap"]
     assert not list(runs.glob(".deleted*"))

@@ -1,4 +1,4 @@
-"""The semi-supervised pipeline: who learns from what, and every stage of it at smoke size."""
+"""The semi-supervised pipeline: the data of each stage, and every stage at smoke size."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The drawn data set: the same bytes for the same seed, readable by the libraries, COCO annotations that fit the pictures, safe writing."""
+"""The synthetic data set: the same bytes for the same seed, readable by the libraries, COCO annotations that fit the images, safe writing."""
 
 import hashlib
 import io
@@ -56,7 +56,7 @@ def test_larger_parts_begin_with_the_smaller_ones(toy: Path, tmp_path: Path) -> 
     assert kept.items() <= more.items()
 
 
-def test_no_picture_is_in_two_places(toy: Path) -> None:
+def test_no_image_is_in_two_places(toy: Path) -> None:
     import pyarrow.parquet as pq
 
     codes = [code for name, code in digests(toy).items() if name.endswith(".jpg")]
@@ -226,7 +226,7 @@ def test_foreign_folders_are_not_touched(tmp_path: Path) -> None:
     mine = tmp_path / "stage1" / "mine.txt"
     mine.parent.mkdir()
     mine.write_text("mine")
-    with pytest.raises(UserError, match="stage1: is there but"):
+    with pytest.raises(UserError, match="stage1: exists, but"):
         write_toy_data(tmp_path, sizes=TINY)
     assert mine.read_text() == "mine"
 
@@ -244,7 +244,7 @@ def test_interrupted_writing_leaves_nothing(toy: Path, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("moved", [0, 1, 2])
 def test_killed_writing_starts_over(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: int) -> None:
-    """A kill cannot tidy up: whatever had been moved by then is replaced."""
+    """A killed call leaves moved folders behind: they are replaced."""
     rename = Path.rename
     moves: list[Path] = []
 
@@ -274,7 +274,7 @@ def test_command(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert main([*output, "--seed", "3", *sizes]) == 0
     assert "is finished; nothing to do" in capsys.readouterr().out
     assert "holds a run with another configuration" in user_error(main, [*output, "--seed", "4", *sizes])
-    assert "did you mean '--sizes.labeled'" in user_error(main, [*output, "--sizes.labeled", "9"])
+    assert "did you mean '--sizes.labeled'" in user_error(main, [*output, "--sizes.labelt", "9"])
 
 
 def test_defaults_suit_the_pipeline() -> None:

@@ -1,4 +1,4 @@
-"""Folders of pictures without boxes, as the doctor looks at them."""
+"""Data checks of the doctor on folders of images without boxes."""
 
 import shutil
 from pathlib import Path
@@ -20,24 +20,24 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_what_a_folder_holds(folder: Path) -> None:
-    assert [(line.level, line.text) for line in folder_lines(folder)] == [("ok", f"{folder}: 4 pictures")]
+def test_findings_about_a_folder(folder: Path) -> None:
+    assert [(line.level, line.text) for line in folder_lines(folder)] == [("ok", f"{folder}: 4 images")]
     shutil.copy(folder / "0.png", folder / "x.png")
     (folder / "y.jpg").write_bytes(b"nothing")
-    said = [(line.level, line.text.removeprefix(f"{folder}: ")) for line in folder_lines(folder)]
-    assert said == [
-        ("ok", "6 pictures"),
-        ("warning", "1 picture of 6 cannot be read (y.jpg): training leaves them out"),
-        ("note", "1 picture there already under another name"),
+    findings = [(line.level, line.text.removeprefix(f"{folder}: ")) for line in folder_lines(folder)]
+    assert findings == [
+        ("ok", "6 images"),
+        ("warning", "1 image of 6 cannot be read (y.jpg): training skips them"),
+        ("note", "1 image with the same content as another file"),
     ]
     (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:40])
     assert folder_lines(folder)[1].level == "fault"
-    assert folder_lines(folder, most=2)[0].text.endswith("6 pictures, of which 2 were looked at")
+    assert folder_lines(folder, most=2)[0].text.endswith("6 images, 2 of them were opened")
     (folder / "empty").mkdir()
     assert folder_lines(folder / "empty") == []
 
 
-def test_which_folders(folder: Path) -> None:
+def test_folders_of_a_command(folder: Path) -> None:
     common: dict[str, Any] = {"output": "runs/x"}
     source = [{"path": str(folder)}, {"path": str(folder / "gone")}, {"path": str(folder / "0.png")}]
     teach = {"model": {"model": "random:test_resnet"}, "data": {"train": source}, "optim": OPTIM}

@@ -1,13 +1,17 @@
-"""The table of a pipeline: what is missing, percent and signed differences, a damaged result."""
+"""The table of a pipeline: missing numbers, percent, signed differences, a damaged result."""
 
+import json
+import math
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
-from ssld.pipelines.config import TableConfig
-from ssld.pipelines.reports.table import table_text
+from ssld.pipelines.config import MOST_SEEDS, TableConfig
+from ssld.pipelines.reports.table import _STUDENT, gain, table_rows, table_text
 from ssld.shared.errors import UserError
 
 
@@ -44,3 +48,87 @@ def test_damaged_result_is_a_user_error(tmp_path: Path, table: dict[str, Any]) -
     (tmp_path / "student/result.json").write_text("{")
     with pytest.raises(UserError, match=r"result\.json: not readable"):
         table_text(TableConfig(**table), tmp_path)
+
+
+def write_result(run: Path, metrics: dict[str, Any], digest: str = "") -> None:
+    run.mkdir(parents=True)
+    outputs = {"detections.json": digest} if digest else {}
+    (run / "result.json").write_text(json.dumps({"metrics": metrics, "outputs": outputs}))
+
+
+def student_cdf(t: float, degrees: int) -> float:
+    """Distribution function of Student's t, by integration of its density."""
+    x = np.linspace(0, t, 100_001)
+    factor = math.gamma((degrees + 1) / 2) / (math.sqrt(degrees * math.pi) * math.gamma(degrees / 2))
+    return 0.5 + float(np.trapezoid(factor * (1 + x**2 / degrees) ** (-(degrees + 1) / 2), x))
+
+
+def test_quantiles_of_students_t() -> None:
+    assert len(_STUDENT) == MOST_SEEDS - 1
+    for degrees, quantile in enumerate(_STUDENT, 1):
+        assert student_cdf(quantile, degrees) == pytest.approx(0.975, abs=1e-4)
+
+
+def test_means_and_intervals_over_seeds(tmp_path: Path) -> None:
+    tops = {"a": (0.5, 0.6, 0.7), "b": (0.4, 0.55, 0.63)}
+    for name, values in tops.items():
+        for number, value in enumerate(values):
+            write_result(tmp_path / f"{name}{number}", {"top1": value, "images": 10})
+    rows = {name: {"classifier": [f"{name}0", f"{name}1", f"{name}2"]} for name in tops}
+    table = TableConfig.model_validate({"rows": rows, "gain": ["a", "b"]})
+    assert [row.values[0] for row in table_rows(table, tmp_path)] == pytest.approx([0.6, np.mean(tops["b"])])
+    difference = gain(table, tmp_path)
+    assert difference is not None
+    paired = np.subtract(tops["a"], tops["b"])
+    half = 4.303 * paired.std(ddof=1) / math.sqrt(3)
+    interval = difference.intervals[0]
+    assert interval is not None
+    assert difference.values[0] == pytest.approx(paired.mean())
+    assert (interval.low, interval.high) == pytest.approx((paired.mean() - half, paired.mean() + half))
+    assert interval.basis == "3 seeds"
+    shutil.rmtree(tmp_path / "b1")  # not run yet: the other pairs count
+    fewer = gain(table, tmp_path)
+    assert fewer is not None
+    assert fewer.values[0] == pytest.approx(paired[[0, 2]].mean())
+
+
+def test_intervals_of_one_run(tmp_path: Path) -> None:
+    write_result(tmp_path / "a", {"top1": 0.98, "agreement": 0.5, "images": 50})
+    write_result(tmp_path / "b", {"top1": 0.8, "images": 50})
+    table = TableConfig.model_validate({"rows": {n: {"classifier": n} for n in "ab"}, "gain": ["a", "b"]})
+    interval = table_rows(table, tmp_path)[0].intervals[0]
+    assert interval is not None
+    for bound in (interval.low, interval.high):  # Wilson: the proportions of which 0.98 is just 1.96 deviations away
+        assert abs(0.98 - bound) == pytest.approx(1.96 * math.sqrt(bound * (1 - bound) / 50))
+    assert interval.low < 0.98 < interval.high
+    difference = gain(table, tmp_path)
+    assert difference is not None
+    assert difference.intervals[1] is None
+    interval = difference.intervals[0]
+    assert interval is not None
+    half = 1.96 * math.sqrt(0.98 * 0.02 / 50 + 0.8 * 0.2 / 50)
+    assert (interval.low, interval.high) == pytest.approx((0.18 - half, 0.18 + half))
+
+
+def test_intervals_of_detectors_are_those_of_this_comparison(tmp_path: Path) -> None:
+    compared = {
+        "sha256": "abc",
+        "images": 7,
+        "objects": 40,
+        "AP": {"difference": 0.1, "low": 0.02, "high": 0.2},
+        "AP50": {"difference": 0.1, "low": -0.02, "high": 0.2},
+    }
+    counts = {"at_threshold": {"right": 10, "wrong": 5, "missed": 30}}
+    write_result(tmp_path / "a", {"AP": 0.4, "AP50": 0.6, "compared": compared, **counts})
+    write_result(tmp_path / "b", {"AP": 0.3, "AP50": 0.5, **counts}, digest="abc")
+    table = TableConfig.model_validate({"rows": {n: {"detector": n} for n in "ab"}, "gain": ["a", "b"]})
+    lines = table_text(table, tmp_path).splitlines()
+    assert lines[4].split() == ["a", "-", "b", "-", "-", "+10.0", "+10.0"]
+    assert lines[5].split() == ["95", "%", "interval", "-", "-", "+2.0", "to", "+20.0", "-2.0", "to", "+20.0"]
+    assert lines[6] == "no difference measured (the interval contains 0): AP50"
+    assert lines[7].startswith("the detectors are evaluated on 40 objects: too few")
+    shutil.rmtree(tmp_path / "b")
+    write_result(tmp_path / "b", {"AP": 0.3, "AP50": 0.5, **counts}, digest="another evaluation")
+    difference = gain(table, tmp_path)
+    assert difference is not None
+    assert difference.intervals == (None,) * 4

@@ -1,4 +1,4 @@
-"""What a pipeline will cost, told before it starts: steps and disk."""
+"""Cost of a pipeline before it starts: steps and disk space."""
 
 import json
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_passes_become_steps_where_the_images_are(tiny: Any, tmp_path: Path) -> 
         counted("distill", *distill, *both, "--objective", "labels") == "38 steps of 4 images (2.5 epochs of 60 images)"
     )
     assert counted("teach", "--model.model", "x", *both) == "38 steps of 4 images (2.5 epochs of 60 images)"
-    unknown = "2.5 epochs of 4 images a step"
+    unknown = "2.5 epochs, 4 images per step"
     assert counted("distill", *distill, "--data.train", f"{tiny.train},{tmp_path}/later") == unknown
     joined = json.dumps([{"path": str(tiny.parquet), "labels": "truth.parquet"}])
     assert counted("distill", *distill, "--data.train", joined) == unknown
@@ -83,7 +83,7 @@ def counted_source(path: Path, *flags: str) -> str:
 
 
 def test_what_can_be_counted_without_opening_a_source(tiny: Any, tmp_path: Path) -> None:
-    unknown = "2.5 epochs of 4 images a step"
+    unknown = "2.5 epochs, 4 images per step"
     (tmp_path / "list.txt").write_text("a.png 0\n\nb.png 1\nc.png 2\n")
     assert counted_source(tmp_path / "list.txt") == "2 steps of 4 images (2.5 epochs of 3 images)"
     labels = ["--objective", "labels"]

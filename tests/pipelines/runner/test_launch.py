@@ -1,4 +1,4 @@
-"""A stage as processes: its command line, its output, how it fails, and signals."""
+"""A stage as a process: command line, output, failures and signals."""
 
 import os
 import signal
@@ -126,7 +126,7 @@ def test_signal_reaches_the_stage_in_its_own_group(
     assert process.returncode == 143
     assert "group True" in out
     assert f"stopped: signal {number.value}; the same command goes on from there" in out
-    assert "stage a: stopped; the same command goes on from there" in err
+    assert "stage a: stopped; the same command resumes it" in err
     assert "[2/2]" not in out
     assert not (tmp_path / "runs/a/result.json").exists()
 

@@ -1,13 +1,14 @@
-"""YAML -> checked command lines, and the plan: what is missing, done, refused, made anew."""
+"""YAML to checked command lines, and the plan: missing, done, refused and repeated stages."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import Field
 
-from ssld.pipelines.config import flatten
+from ssld.pipelines.config import PipelineConfig, flatten
 from ssld.pipelines.runner.plan import make_plan
 from ssld.pipelines.runner.stages import (
     KINDS,
@@ -79,11 +80,66 @@ def test_shipped_pipelines_are_valid() -> None:
     stages = build(ROOT / "pipelines/quickstart.yaml")
     assert [stage.name for stage in stages][:4] == ["data", "teacher", "ssld", "baseline"]
     by_name = {stage.name: stage for stage in stages}
-    assert by_name["ap_ssld"].needs == {"data", "detector_ssld"}
+    assert by_name["ap_ssld"].needs == {"data", "detector_ssld", "ap_baseline"}
+    assert by_name["ap_baseline"].needs == {"data", "detector_baseline"}
     assert by_name["report"].needs == {stage.name for stage in stages} - {"report"}
     build(ROOT / "pipelines/quickstart.yaml", smoke=True)
     build(ROOT / "pipelines/real_small.yaml", variables={"data": "somewhere"})
     build(ROOT / "pipelines/real_small.yaml", variables={"data": "somewhere"}, smoke=True)
+
+
+def test_seeds_repeat_a_stage_and_the_stages_that_read_from_it(
+    write_pipeline: Callable[..., Path], fake_kinds: None
+) -> None:
+    stages = {
+        "data": {"command": "toy_data"},
+        "student": {"command": "distill", "seeds": 3, "set": {"source": "${data}/out.txt", "seed": 5}},
+        "other": {"like": "student", "set": {"text": "other"}},
+        "detector": {"command": "train", "set": {"source": "${student}/out.txt"}},
+        "ap": {"command": "evaluate_detector", "set": {"source": "${detector}/out.txt", "text": "${other}/out.txt"}},
+    }
+    table = {"rows": {"a": {"classifier": "student", "detector": "ap"}, "b": {"classifier": ["other", "other_2"]}}}
+    file = write_pipeline(stages, table=table)
+    pipeline = read_pipeline(file)
+    built = {stage.name: stage for stage in build_stages(pipeline, file, output=Path("runs"))}
+    names = ["student", "other", "detector", "ap"]
+    assert list(built) == ["data", *(f"{name}{number}" for name in names for number in ("", "_1", "_2"))]
+    for number, copy in enumerate(("", "_1", "_2")):
+        student, detector, ap = (vars(built[f"{name}{copy}"].config) for name in ("student", "detector", "ap"))
+        assert (student["seed"], detector["seed"]) == (5 + number, 0)
+        assert detector["source"] == Path(f"runs/student{copy}/out.txt")
+        assert ap["text"] == f"runs/other{copy}/out.txt"
+        assert built[f"ap{copy}"].needs == {f"detector{copy}", f"other{copy}"}
+        assert built[f"student{copy}"].needs == {"data"}
+    assert pipeline.table is not None
+    assert pipeline.table.rows["a"].classifier == ("student", "student_1", "student_2")
+    assert pipeline.table.rows["a"].detector == ("ap", "ap_1", "ap_2")
+    assert pipeline.table.rows["b"].classifier == ("other", "other_2")
+    assert PipelineConfig.model_validate(pipeline.model_dump(mode="json")) == pipeline  # as a report reads the record
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student_1": {"command": "distill"}}, "stages.student.seeds: student_1 is the name of another stage"),
+        ({"student": {"command": "distill", "seeds": 11}}, "stages.student.seeds: has to be at most 10"),
+        ({"student": {"command": "distill", "seeds": 2, "set": {"seed": "${x}"}}}, "a stage with seeds needs a number"),
+        (
+            {
+                "two": {"command": "distill", "seeds": 2},
+                "both": {"command": "train", "set": {"source": "${student}${two}"}},
+            },
+            "stages.both: reads from stages with different seeds (student 3, two 2, its own 1)",
+        ),
+    ],
+)
+def test_mistakes_in_seeds_are_named(
+    change: dict[str, Any], message: str, write_pipeline: Callable[..., Path], fake_kinds: None
+) -> None:
+    stages = {"student": {"command": "distill", "seeds": 3}, **change}
+    with pytest.raises(UserError) as caught:
+        read_pipeline(write_pipeline(stages))
+    assert message in str(caught.value)
 
 
 def test_students_of_the_distillation_pipeline_differ_in_what_teaches_them() -> None:
@@ -176,12 +232,12 @@ MISTAKES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     ({"a": {"command": "teach"}}, {"table": {"rows": {"x": {}}, "gain": ["x", "y"]}}, ["table.gain: y: no such row"]),
     ({"a": {"command": "teach", "set": {"stps": 2}}}, {}, ["stage a: --stps: unknown flag; did you mean '--steps'?"]),
     ({"a": {"command": "teach", "set": {"steps": 0}}}, {}, ["stage a: ", "steps: ", "at least 1"]),
-    ({"a": {"command": "teach", "set": {"output": "x"}}}, {}, ["stage a: set.output: not here"]),
+    ({"a": {"command": "teach", "set": {"output": "x"}}}, {}, ["stage a: set.output: not allowed"]),
     ({"a": {"command": "teach", "config": "no.yaml"}}, {}, ["stage a: no.yaml: No such file"]),
-    ({"../a": {"command": "teach"}}, {}, ["stage ../a: not a good name"]),
-    ({"logs": {"command": "teach"}}, {}, ["stage logs: not a good name"]),
-    ({"a": {"command": "teach"}}, {"variables": {"a": 1}}, ["stage a: a variable has this name too"]),
-    ({"a": {"command": "teach"}}, {"variables": {"output": 1}}, ["variables.output: this name is taken"]),
+    ({"../a": {"command": "teach"}}, {}, ["stage ../a: not a valid name"]),
+    ({"logs": {"command": "teach"}}, {}, ["stage logs: not a valid name"]),
+    ({"a": {"command": "teach"}}, {"variables": {"a": 1}}, ["stage a: a variable has the same name"]),
+    ({"a": {"command": "teach"}}, {"variables": {"output": 1}}, ["variables.output: this name is reserved"]),
     (
         {"a": {"command": "teach"}},
         {"variables": {"dir": None}},
@@ -281,7 +337,7 @@ def test_missing_inputs_are_told_before_anything_runs(fake_kinds: None, write_pi
 )
 def test_commands_of_one_process_are_not_launched_as_several(command: str, write_pipeline: Any) -> None:
     message = error_of(write_pipeline({"a": {"command": command, "processes": 2}}))
-    assert message == f"stage a: {command} runs as one process; leave out processes: 2"
+    assert message == f"stage a: {command} runs as one process; remove processes: 2"
 
 
 # ---- files of the project
@@ -294,7 +350,7 @@ def test_a_pipeline_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert find_pipeline("pipelines/quickstart.yaml") == ROOT / "pipelines/quickstart.yaml"
     assert find_pipeline("quickstart.yaml") == Path("quickstart.yaml")  # not there, which reading it tells
     with pytest.raises(
-        UserError, match=r"^quickstat: no such file here, and no pipeline of this name; did you mean 'quickstart'\?$"
+        UserError, match=r"^quickstat: no such file, and no shipped pipeline of this name; did you mean 'quickstart'\?$"
     ):
         find_pipeline("quickstat")
     (tmp_path / "quickstart").mkdir()

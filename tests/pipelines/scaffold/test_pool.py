@@ -1,4 +1,4 @@
-"""Unlabeled photos: no evaluation photo among them, and some held out."""
+"""Split of the unlabeled photos: no copies of evaluation photos, and some held out."""
 
 from pathlib import Path
 
