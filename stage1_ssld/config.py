@@ -10,6 +10,7 @@ from ssld.shared.config.settings import CommandConfig, Config, ModelText, Networ
 from ssld.shared.config.training import EmaConfig, OptimConfig, TrainingConfig
 from ssld.shared.errors import UserError
 from ssld.stage1_ssld.data_config import (
+    LOSSES,
     DataConfig,
     LossConfig,
     NetworkConfig,
@@ -29,6 +30,9 @@ class Stage1OptimConfig(OptimConfig):
     """length of the warm-up in steps; no more than a tenth of the run is warm-up"""
     warmup_epochs: float | None = Field(None, ge=0, le=1_000_000)
     """length of the warm-up in passes over the training images; no more than a tenth of the run is warm-up"""
+
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """factor on the learning rate per layer below the top, for pretrained students (0.65 to 0.95 is usual); 1: one rate for all layers"""
 
     @model_validator(mode="after")
     def _one_warmup(self) -> Self:
@@ -73,8 +77,6 @@ class Stage1Config(TrainingConfig):
 
 EVALUATION_BATCH = 128
 """Most images per evaluation batch, of which the trial of memory runs one too."""
-# Losses that the classes of a store and one bucket for the rest are enough for.
-STORE_LOSSES = ("symmetric_kl", "kl", "soft_cross_entropy", "jensen_shannon")
 
 
 class DistillConfig(Stage1Config):
@@ -121,9 +123,10 @@ class DistillConfig(Stage1Config):
         features = [loss.name for loss in self.losses if loss.of_features]
         if self.objective == "labels" or not features:
             return self
-        twice = next((name for name in features if features.count(name) > 1), None)
-        if twice:
-            raise ValueError(f"losses: {twice} is there twice; one is enough")
+        kinds = [loss.loss.compares for loss in self.losses if loss.of_features]
+        for kind in kinds:
+            if kinds.count(kind) > 1:
+                raise ValueError(f"losses: two terms compare {kind} features; keep one of them")
         if self.store is not None:
             raise ValueError(
                 f"store: holds soft labels, no features; take {features[0]} out of losses, or leave out store for a live teacher"
@@ -156,11 +159,12 @@ class DistillConfig(Stage1Config):
         if self.teacher is not None and self.teacher.batchnorm == "batch":
             raise ValueError("store: was written with running statistics; set teacher.batchnorm: eval")
         for loss in self.losses:
-            if loss.name not in STORE_LOSSES or loss.temperature != 1 or loss.standardize:
+            if not loss.loss.stored or loss.temperature != 1 or loss.standardize:
+                stored = ", ".join(name for name, one in LOSSES.items() if one.stored)
                 raise ValueError(
                     f"store: {loss.name}{' at a temperature' if loss.temperature != 1 else ''}"
                     f"{' on standardized logits' if loss.standardize else ''} needs every logit; "
-                    f"take one of {', '.join(STORE_LOSSES)} at temperature 1, or leave out store"
+                    f"use one of {stored} at temperature 1, or leave out store"
                 )
         return self
 

@@ -1,10 +1,12 @@
 """Settings that the stage-1 commands share: images, views, networks, teachers, losses. Does not import torch."""
 
+import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -228,45 +230,107 @@ class TeacherConfig(TeacherMember):
         }
 
 
-LossName = Literal[
-    "symmetric_kl", "kl", "soft_cross_entropy", "jensen_shannon", "dist", "decoupled_kd", "bernoulli_kl", "pooled", "spatial"
-]  # fmt: skip
-FEATURE_LOSSES = ("pooled", "spatial")
-"""Losses that compare features; the others compare the answers in classes."""
+Scalar = Literal["temperature", "beta"]
+"""Numbers of LossConfig that a loss can take; 1 where it takes none."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss that `losses` can name. Its formula is the function of this name in `distillation/losses.py`, or `function`.
+
+    Attributes:
+        settings: fields of LossConfig that the function takes as keyword arguments.
+        compares: logits [B,M], pooled features [B,D], or features of every cell of a map [B,N,D] (spatial).
+        stored: whether log-probabilities of the stored classes and of all others together are enough, at temperature 1.
+        function: (student, teacher) -> sum over the images of the batch, a scalar.
+    """
+
+    settings: tuple[Scalar, ...] = ()
+    compares: Literal["logits", "pooled", "spatial"] = "logits"
+    stored: bool = False
+    function: Callable[..., Any] | None = None
+
+
+LOSSES: dict[str, Loss] = {
+    "symmetric_kl": Loss(stored=True),
+    "kl": Loss(settings=("temperature",), stored=True),
+    "soft_cross_entropy": Loss(stored=True),
+    "jensen_shannon": Loss(stored=True),
+    "dist": Loss(),
+    "decoupled_kd": Loss(settings=("temperature", "beta")),
+    "bernoulli_kl": Loss(),
+    "pooled": Loss(compares="pooled"),
+    "spatial": Loss(compares="spatial"),
+}
+"""All losses by name; settings, checks and the training loop read their names and properties from here."""
+
+
+def register_loss(
+    name: str, function: Callable[..., Any], *, compares: Literal["logits", "pooled", "spatial"] = "logits"
+) -> None:
+    """Make a loss of one's own available to `losses` by its name, in this process. Call it before the settings are parsed, on every rank.
+
+    Args:
+        name: how `losses` names it.
+        function: (student, teacher) -> scalar tensor, the sum over the images of the batch (the loop divides by the global batch). Both arguments
+            are [B,K] logits, or [B,D] and [B,N,D] features where `compares` says so. If it has parameters `temperature` or `beta`, they are set
+            from the settings of the term.
+        compares: what the function receives.
+
+    Raises:
+        ValueError: a name that is taken, or not an identifier.
+    """
+    if name in LOSSES or not name.isidentifier():
+        raise ValueError(
+            f"register_loss: {name!r} is {'taken' if name in LOSSES else 'not an identifier'}; give another name"
+        )
+    parameters = inspect.signature(function).parameters
+    settings = tuple(key for key in get_args(Scalar) if key in parameters)
+    LOSSES[name] = Loss(settings=settings, compares=compares, function=function)
+
+
 Level = Literal["c3", "c4", "c5"]
 
 
 class LossConfig(Config):
     """One term of the distillation loss."""
 
-    name: LossName
-    """how far the student's answers are from the teacher's; pooled, spatial: how far its features are, behind a small head that is trained too"""
+    name: str
+    """distance between student and teacher: symmetric_kl, kl, soft_cross_entropy, jensen_shannon, dist, decoupled_kd or bernoulli_kl of their logits;
+    pooled or spatial of their features, through a small head that is trained too; or a loss of one's own (register_loss)"""
     weight: Positive = 1.0
-    """of the term in the sum"""
+    """factor on this term in the sum of the losses"""
     temperature: Positive = 1.0
-    """of kl and decoupled_kd; the loss is multiplied by its square"""
+    """temperature of the softmax in kl and decoupled_kd; the loss is multiplied by its square"""
     beta: Weight = 1.0
-    """of decoupled_kd: weight of what it says about the classes other than the teacher's first"""
+    """weight of the non-target part of decoupled_kd (all classes but the teacher's most likely one)"""
     standardize: bool = False
-    """subtract the mean of each image's logits and divide by their standard deviation first, for student and teacher"""
+    """standardize the logits of each image, of student and teacher: subtract their mean, divide by their standard deviation"""
     levels: list[Level] | None = Field(None, min_length=1)
-    """of spatial: the student's maps that are compared, by their strides of 8, 16 and 32 pixels (c3, c4, c5); null: all that it has of these"""
+    """student maps that spatial compares, by stride: c3 (8 pixels), c4 (16), c5 (32); null: all of these that the network has"""
 
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in LOSSES:
+            raise ValueError(f"unknown loss {name!r}; give one of {', '.join(LOSSES)}")
+        return name
+
     @model_validator(mode="after")
     def _settings_where_they_are_used(self) -> Self:
-        if self.temperature != 1 and self.name not in ("kl", "decoupled_kd"):
-            raise ValueError(f"{self.name} has no temperature; leave it at 1, or take kl")
-        if self.beta != 1 and self.name != "decoupled_kd":
-            raise ValueError(f"{self.name} has no beta; leave it at 1, or take decoupled_kd")
+        for key in get_args(Scalar):
+            if getattr(self, key) != 1 and key not in self.loss.settings:
+                users = " or ".join(name for name, loss in LOSSES.items() if key in loss.settings)
+                raise ValueError(f"{self.name} has no {key}; leave it at 1, or use {users}")
         if self.standardize and self.of_features:
             raise ValueError(f"{self.name} compares no logits; leave standardize at false")
-        if self.levels is not None and self.name != "spatial":
-            raise ValueError(f"{self.name} has no levels; leave them out, or take spatial")
+        if self.levels is not None and self.loss.compares != "spatial":
+            raise ValueError(f"{self.name} has no levels; leave them out, or use spatial")
         return self
 
     @field_validator("levels")
@@ -277,9 +341,14 @@ class LossConfig(Config):
         return levels
 
     @property
+    def loss(self) -> Loss:
+        """Properties of the named loss."""
+        return LOSSES[self.name]
+
+    @property
     def of_features(self) -> bool:
-        """Whether it compares features, not answers in classes."""
-        return self.name in FEATURE_LOSSES
+        """Whether it compares features, not logits."""
+        return self.loss.compares != "logits"
 
 
 def hub_sources(sources: Iterable[tuple[str, SourceConfig | None]]) -> dict[str, str]:
