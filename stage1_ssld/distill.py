@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def distill(config: DistillConfig) -> None:
-    """Train the student that `config` describes."""
+    """Train the student of `config`."""
     train(config, command="distill", result="student")
 
 
@@ -382,6 +382,8 @@ def _preview(
     ranks: int,
 ) -> Iterator[str]:
     """Log lines on the network, the teacher and the length of the run."""
+    from ssld.shared.models.teacher import FrozenTeacher
+
     trained = [parameter.numel() for parameter in student.model.parameters() if parameter.requires_grad]
     frozen = "" if config.trainable == "all" else ", only the classifier is trained"
     classes = f"{student.classes} classes" if student.classes else "no classes: only features are learned"
@@ -403,6 +405,10 @@ def _preview(
         names = ", ".join([teacher.model, *(member.model for member in teacher.ensemble)])
         only = "" if targets.learns_from_teacher and not targets.store else " (for evaluation only)"
         yield f"teacher {names}, BatchNorm by {'the batch' if teacher.batchnorm == 'batch' else 'running statistics'}{only}"
+        view = (config.data.image_size, config.data.image_size)
+        if isinstance(targets.teacher, FrozenTeacher) and not targets.teacher.size and targets.teacher.own_size != view:
+            own = " x ".join(map(str, targets.teacher.own_size))
+            yield f"teacher sees views of {view[0]} px; its own size is {own} (teacher.size: own)"
         if "random:" in names:
             yield "warning: the teacher has random weights"
     if _has_trained_start(config, student, targets) and not (config.data.val and targets.teacher):

@@ -154,7 +154,7 @@ def test_a_teacher_without_classes_teaches_its_features(
         "feature losses alone train no classifier, so no top-1 and no agreement are measured; use `ssld evaluate --bank`"
         in said
     )
-    assert "teacher: not tried, it has no classes" in said
+    assert "teacher: not checked, it has no classes" in said
     timm.create_model("test_convnext", num_classes=0).load_state_dict(load_file(file))
     metadata = read_metadata(file)
     assert metadata["num_classes"] == 0

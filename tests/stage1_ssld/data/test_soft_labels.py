@@ -215,5 +215,5 @@ def test_missing_soft_labels_are_told_from_any_other() -> None:
 def test_logits_that_are_not_finite(value: float) -> None:
     teacher: Any = logits(14, 2, 5)
     teacher[1, 3] = value
-    with pytest.raises(UserError, match=r"^teacher: logits that are not finite; set teacher\.precision: fp32"):
+    with pytest.raises(UserError, match=r"^teacher: its logits are not finite; set teacher\.precision: fp32"):
         encode(teacher, 2, record_layout(2, 5, "fp16"))

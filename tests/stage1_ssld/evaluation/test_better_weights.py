@@ -135,7 +135,7 @@ def test_a_stage_that_spoils_its_student_leaves_the_start(
         assert results[1]["metrics"][f"neighbours_{which}"] == results[0]["metrics"][f"neighbours_{which}"]
     assert read_metadata(tmp_path / "better" / "student.safetensors")["kept"] == "start"
     log = (tmp_path / "better" / "log.txt").read_text()
-    assert "start 100.0 %; the file holds the weights it began with (keep_weights: better)" in log
+    assert "start 100.0 %; the file holds the initial weights (keep_weights: better)" in log
     log = (tmp_path / "last" / "log.txt").read_text()
     assert "start 100.0 %; the file holds the weights of the last step (keep_weights: last)" in log
 
