@@ -23,13 +23,13 @@ if __name__ == "__main__":
 import numpy as np
 
 from ssld.stage1_ssld.config import CurateConfig
-from ssld.stage1_ssld.curation.score_files import PROTECTED, SCORED, ScoreFiles, shard_file, write_shard
+from ssld.stage1_ssld.curation.score_files import HELD_OUT, SCORED, ScoreFiles, shard_file, write_shard
 from ssld.stage1_ssld.curation.selection import add_cosines, pair_rows
 from ssld.stage1_ssld.curation.selection_files import (
     Selection,
     outcome_of,
     write_candidates,
-    write_look_alikes,
+    write_close_pairs,
     write_outcome,
 )
 
@@ -67,7 +67,7 @@ def write(folder: Path, rows: int, classes: int, protected: int) -> None:
         "hash": shielded[0],
         "mirrored": shielded[1],
     }
-    write_shard(shard_file(folder / "protected", 0), columns, PROTECTED, [])
+    write_shard(shard_file(folder / "protected", 0), columns, HELD_OUT, [])
     for number, first in enumerate(range(0, rows, SHARD)):
         count = min(SHARD, rows - first)
         columns = {
@@ -97,13 +97,13 @@ def select(folder: Path, rows: int, classes: int, keep: int, protected: int) -> 
         teacher={},
         scored=ScoreFiles(folder / "scores", len(range(0, rows, SHARD))),
         shard_sources=["pool"] * len(range(0, rows, SHARD)),
-        protected=ScoreFiles(folder / "protected", 1),
+        held_out=ScoreFiles(folder / "protected", 1),
         val_images=protected,
     )
     result: dict[str, float] = {"rows": rows, "start_megabytes": peak_megabytes()}
     for name, part in (
         ("candidates", write_candidates),
-        ("look_alikes", write_look_alikes),
+        ("look_alikes", write_close_pairs),
         ("outcome", write_outcome),
     ):
         begun = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Settings of the stage-1 commands, one model a command. Does not import torch, so that the runner can check them at once."""
+"""Settings of the stage-1 commands, one class per command. Does not import torch, so that the runner checks them quickly."""
 
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -11,6 +11,7 @@ from ssld.shared.config.settings import CommandConfig, Config, ModelText, Networ
 from ssld.shared.config.training import EmaConfig, OptimConfig, TrainingConfig
 from ssld.shared.errors import UserError
 from ssld.stage1_ssld.data_config import (
+    LOSSES,
     DataConfig,
     LossConfig,
     NetworkConfig,
@@ -26,9 +27,12 @@ class Stage1OptimConfig(OptimConfig):
     """Optimizer and its schedule: linear warm-up, then cosine to zero, by step."""
 
     warmup_steps: int | None = Field(None, ge=0, le=1_000_000_000)
-    """length of the warm-up in steps; no more than a tenth of the run is warm-up"""
+    """length of the warm-up in steps; at most a tenth of the run"""
     warmup_epochs: float | None = Field(None, ge=0, le=1_000_000)
-    """length of the warm-up in passes over the training images; no more than a tenth of the run is warm-up"""
+    """length of the warm-up in passes over the training images; at most a tenth of the run"""
+
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """factor on the learning rate per layer below the top, for pretrained students (0.65 to 0.95 is usual); 1: one rate for all layers"""
 
     @model_validator(mode="after")
     def _one_warmup(self) -> Self:
@@ -37,26 +41,26 @@ class Stage1OptimConfig(OptimConfig):
         return self
 
     def total_warmup_steps(self, images: int | None, batch_size: int, steps: int) -> int:
-        """Steps of warm-up for a training set of `images` images and a run of `steps`, of which it is a tenth at most; raises UserError where the
-        number of images is needed and unknown."""
+        """Warm-up steps of a run of `steps` steps over `images` training images, at most a tenth of them; raises UserError if the number of images is
+        needed and unknown."""
         if self.warmup_epochs and images is None:
-            raise UserError("optim.warmup_epochs: nobody knows how many images the stream holds; give warmup_steps")
-        wanted = self.warmup_steps or round((self.warmup_epochs or 0) * (images or 0) / batch_size)
-        return min(wanted, steps // 10)
+            raise UserError("optim.warmup_epochs: the length of a stream is unknown; give warmup_steps")
+        warmup = self.warmup_steps or round((self.warmup_epochs or 0) * (images or 0) / batch_size)
+        return min(warmup, steps // 10)
 
 
 class Stage1Config(TrainingConfig):
-    """Settings that distillation and supervised training share: they are one loop with two objectives."""
+    """Settings of distillation and supervised training, which share one training loop."""
 
     data: DataConfig
     optim: Stage1OptimConfig
     ema: EmaConfig | None = None
     trainable: Literal["all", "classifier"] = "all"
-    """classifier: everything before it stays frozen, its BatchNorm too (the Fix phase)"""
+    """parameters to train; all, or the classifier alone, with everything before it frozen, BatchNorm too (the Fix phase)"""
     best_by: Literal["top1", "agreement"] | None = None
-    """what the best checkpoint and `patience` go by; null: top1 where there are labels, agreement otherwise"""
+    """metric that selects the best weights and counts for `patience`; null: top1 with labels, agreement otherwise"""
     patience: Count | None = None
-    """stop after this many evaluations in a row without a better one; needs evaluate_every"""
+    """number of evaluations in a row without improvement after which training stops; needs evaluate_every; null: never"""
 
     @model_validator(mode="after")
     def _patience_needs_evaluations(self) -> Self:
@@ -72,9 +76,7 @@ class Stage1Config(TrainingConfig):
 
 
 EVALUATION_BATCH = 128
-"""Most images per evaluation batch, of which the trial of memory runs one too."""
-# Losses that the classes of a store and one bucket for the rest are enough for.
-STORE_LOSSES = ("symmetric_kl", "kl", "soft_cross_entropy", "jensen_shannon")
+"""Most images per evaluation batch; the memory trial of auto_batch runs one too."""
 
 
 class DistillConfig(Stage1Config):
@@ -83,17 +85,16 @@ class DistillConfig(Stage1Config):
     student: NetworkConfig
     teacher: TeacherConfig | None = None
     store: Path | None = None
-    """folder `store` in the output of write_soft_labels.py: the soft labels come from it, not from a live teacher; a teacher, if given,
-    only measures agreement"""
+    """folder `store` in the output of write_soft_labels.py, whose soft labels replace a live teacher; a teacher, if given, only measures agreement"""
     objective: Literal["teacher", "labels"] = "teacher"
-    """teacher: SSLD; labels: the supervised baseline, same settings on the labeled sources alone"""
+    """training targets; teacher: SSLD; labels: the supervised baseline, on the labeled sources with the same settings"""
     losses: list[LossConfig] = Field([LossConfig(name="symmetric_kl")], min_length=1)
-    """terms of the distillation loss, by name and weight"""
+    """terms of the distillation loss: names, or mappings of name, weight and settings"""
     hard_label_weight: Weight = 0.0
-    """weight of the cross-entropy with human labels, where an image has one; SSLD leaves it at 0"""
+    """weight of the cross-entropy with human labels on labeled images; 0 in SSLD"""
     keep_weights: Literal["last", "better"] = "last"
-    """weights that student.safetensors holds, for a student that began with trained weights; last: those of the last step; better: these, those of
-    the start or the mean of both, whichever keep most of the teacher's nearest neighbours on the images of data.val (no label is read)"""
+    """weights to save for a pretrained student; last: those of the last step; better: the last ones, the initial ones or their mean, whichever have
+    most nearest neighbours in common with the teacher on the images of data.val (labels are not read)"""
 
     @model_validator(mode="after")
     def _teacher_needed(self) -> Self:
@@ -104,12 +105,14 @@ class DistillConfig(Stage1Config):
     @model_validator(mode="after")
     def _labels_of_streams(self) -> Self:
         if self.data.streaming and (self.objective == "labels" or self.hard_label_weight > 0):
-            raise ValueError("data.streaming: labels are not read from streams; set it to false, or do without labels")
+            raise ValueError(
+                "data.streaming: labels are not read from streams; set it to false, or set objective: teacher and hard_label_weight: 0"
+            )
         return self
 
     @property
     def learns_classes(self) -> bool:
-        """Whether anything trains a classifier; feature terms alone make a network without one."""
+        """Whether any loss trains a classifier; with feature terms alone the network has none."""
         return (
             self.objective == "labels"
             or self.hard_label_weight > 0
@@ -117,50 +120,48 @@ class DistillConfig(Stage1Config):
         )
 
     @model_validator(mode="after")
-    def _what_feature_terms_need(self) -> Self:
+    def _feature_terms_fit(self) -> Self:
         features = [loss.name for loss in self.losses if loss.of_features]
         if self.objective == "labels" or not features:
             return self
-        twice = next((name for name in features if features.count(name) > 1), None)
-        if twice:
-            raise ValueError(f"losses: {twice} is there twice; one is enough")
+        kinds = [loss.loss.compares for loss in self.losses if loss.of_features]
+        for kind in kinds:
+            if kinds.count(kind) > 1:
+                raise ValueError(f"losses: two terms compare {kind} features; keep one of them")
         if self.store is not None:
             raise ValueError(
-                f"store: holds soft labels, no features; take {features[0]} out of losses, or leave out store for a live teacher"
+                f"store: holds soft labels, no features; remove {features[0]} from losses, or leave out store for a live teacher"
             )
         if self.teacher and self.teacher.ensemble and len(features) == len(self.losses):
             raise ValueError(
-                "teacher.ensemble: features are those of the first network; leave it out, or add a term of soft labels to losses"
+                "teacher.ensemble: feature terms use the first network only; leave it out, or add a term that compares logits to losses"
             )
         if self.trainable == "classifier":
-            raise ValueError(
-                f"losses: {features[0]} teaches nothing where all features stay frozen; set trainable: all"
-            )
+            raise ValueError(f"losses: {features[0]} has no effect on frozen features; set trainable: all")
         for key in ("patience", "best_by"):
             if getattr(self, key) is not None and not self.learns_classes:
-                raise ValueError(
-                    f"{key}: {' and '.join(features)} alone train no classes that could be evaluated; leave it out"
-                )
+                raise ValueError(f"{key}: {' and '.join(features)} train no classifier to evaluate; leave it out")
         return self
 
     @model_validator(mode="after")
-    def _what_a_store_holds(self) -> Self:
+    def _store_fits(self) -> Self:
         if self.store is None or self.objective == "labels":
             return self
         if self.data.mixes:
             raise ValueError(
-                "store: its soft labels are of unmixed views; set data.mixup and data.cutmix to 0, or leave out store for a live teacher"
+                "store: its soft labels belong to unmixed views; set data.mixup and data.cutmix to 0, or leave out store for a live teacher"
             )
         if self.data.streaming:
-            raise ValueError("store: needs the row of every image; set data.streaming: false, or leave out store")
+            raise ValueError("store: streams have no rows to look up; set data.streaming: false, or leave out store")
         if self.teacher is not None and self.teacher.batchnorm == "batch":
             raise ValueError("store: was written with running statistics; set teacher.batchnorm: eval")
         for loss in self.losses:
-            if loss.name not in STORE_LOSSES or loss.temperature != 1 or loss.standardize:
+            if not loss.loss.stored or loss.temperature != 1 or loss.standardize:
+                stored = ", ".join(name for name, one in LOSSES.items() if one.stored)
                 raise ValueError(
                     f"store: {loss.name}{' at a temperature' if loss.temperature != 1 else ''}"
                     f"{' on standardized logits' if loss.standardize else ''} needs every logit; "
-                    f"take one of {', '.join(STORE_LOSSES)} at temperature 1, or leave out store"
+                    f"use one of {stored} at temperature 1, or leave out store"
                 )
         return self
 
@@ -179,7 +180,7 @@ class TeachConfig(Stage1Config):
 
     model: NetworkConfig
     objective: Literal["labels"] = "labels"
-    """what is learnt from; a student that learns from a teacher is `distill`"""
+    """training targets: human labels (the command distill has a teacher as target)"""
 
     @model_validator(mode="after")
     def _no_streams(self) -> Self:
@@ -198,31 +199,31 @@ class ForwardConfig(ComputeConfig):
     """Settings of commands that run a network over images without training it."""
 
     batch_size: BatchSize = 256
-    """images a forward pass and process"""
+    """images per forward pass and process"""
     workers: Workers = 2
-    """processes a rank that decode images; 0 decodes in the main process"""
+    """decoding processes per rank; 0 decodes in the main process"""
 
 
 class EvaluateConfig(ForwardConfig):
-    """Evaluate a classifier: top-1, top-5, agreement with a teacher, and accuracy of its nearest neighbours."""
+    """Evaluate a classifier: top-1, top-5, agreement with a teacher, nearest-neighbour accuracy."""
 
     model: ModelText
     """backbone file, timm:NAME, hf-hub:ID, a folder, or a .pth state dict of plain tensors"""
     arch: str | None = None
-    """timm name, for a file that does not say it"""
+    """timm name of the network, for a file that does not name it"""
     teacher: TeacherConfig | None = None
     data: SourceConfig
-    """images; without labels only agreement and KL are measured, and a teacher is needed"""
+    """images to evaluate on; without labels only agreement and KL are measured, which needs a teacher"""
     bank: SourceConfig | None = None
-    """labeled images: each image of `data` is also classified by the vote of its nearest neighbours among them"""
+    """labeled images for nearest-neighbour accuracy: each image of `data` gets the class that its nearest neighbours among them vote for"""
     allow_loss: bool = False
-    """go on where more than half of the images of a source or of a class, or all of a class, cannot be used; the log says why"""
+    """continue if more than half of the images of a source or class, or a whole class, cannot be used; the log has the causes"""
     neighbours: Count = 20
-    """neighbours that vote"""
+    """number of nearest neighbours that vote"""
     image_size: Side | None = None
-    """side of a view in pixels, for which a network of fixed size is rebuilt; null: the one the model was trained at"""
+    """side of the view in pixels; a network of fixed size is rebuilt for it; null: the size the model was trained at"""
     val_crop: float | None = Field(None, gt=0, le=1)
-    """part of the short side that the central crop keeps; null: the one the model was evaluated with in training"""
+    """fraction of the short side in the central crop; null: the fraction of the evaluations during training"""
 
     def inputs(self) -> dict[str, Path]:
         teacher = self.teacher.inputs("teacher") if self.teacher else {}
@@ -238,34 +239,36 @@ class EvaluateConfig(ForwardConfig):
 
 
 class SoftLabelsConfig(ForwardConfig):
-    """Write a store: the teacher's soft labels of V views of every image, once, for any number of students."""
+    """Write a store of soft labels: the teacher's soft labels of V views of every image, for any number of students."""
 
     data: DataConfig
-    """the settings of the distillation that will read the store; `val` is not read"""
+    """data settings of the distillation that will read the store; `val` is not read"""
     teacher: TeacherConfig
     views: Count
-    """views an image; pass number p of a distillation sees view p modulo V"""
+    """views per image (V); pass p of a distillation uses view p modulo V"""
     top: Count = 10
-    """classes kept a view, with their log-probabilities; the rest is one number"""
+    """most likely classes stored per view, with their log-probabilities; all others share one number"""
     store_precision: Literal["fp16", "fp32"] = "fp16"
-    """of the stored log-probabilities"""
+    """number format of the stored log-probabilities"""
     seed: Seed = 0
-    """every view follows from it, the image's key and the view's number"""
+    """seed of the views"""
     channels_last: bool = False
-    """memory layout of the teacher"""
+    """channels-last memory layout for the teacher, often faster on GPUs"""
     shard_images: int = Field(4096, ge=1, le=10_000_000)
-    """images a file of the store; a killed run loses at most one file a process"""
+    """images per file of the store; a killed run loses at most one file per process"""
 
     @model_validator(mode="after")
     def _replayable(self) -> Self:
         if self.teacher.batchnorm == "batch":
             raise ValueError(
-                "teacher.batchnorm: batch depends on the other images of a batch and cannot be stored; set eval, or distil live"
+                "teacher.batchnorm: batch depends on the other images of a batch and cannot be stored; set eval, or use a live teacher"
             )
         if self.data.mixes:
-            raise ValueError("data.mixup, data.cutmix: mixed images cannot be stored; set them to 0, or distil live")
+            raise ValueError(
+                "data.mixup, data.cutmix: soft labels of mixed images cannot be stored; set them to 0, or use a live teacher"
+            )
         if self.data.streaming:
-            raise ValueError("data.streaming: a store needs the row of every image; set it to false")
+            raise ValueError("data.streaming: a store needs sources with rows; set it to false")
         return self
 
     def inputs(self) -> dict[str, Path]:
@@ -279,51 +282,53 @@ class SoftLabelsConfig(ForwardConfig):
 
 
 class CurateConfig(ForwardConfig):
-    """Select unlabeled images: the best k of each of the teacher's classes, no near-duplicates of validation or training images or each other."""
+    """Select unlabeled images: the best k of each of the teacher's classes, without near-duplicates of held-out or other selected images."""
 
     process_timeout: ProcessTimeout = LONGEST_TIMEOUT  # the main process selects while the others wait
     """minutes that a process waits for another one before the run ends, 1 to 10,080"""
 
     pool: list[SourceConfig] = Field(min_length=1)
-    """images to select from; labels are not read"""
+    """sources to select images from; labels are not read"""
     allow_loss: bool = False
-    """go on where more than half of the images of a source or of one of its folders, or all of a folder, cannot be used; the log says why"""
+    """continue if more than half of the images of a source or folder, or a whole folder, cannot be used; the log has the causes"""
     streaming: bool = False
-    """read the pool file by file, without an index: for pools that are remote or larger than memory"""
+    """read the pool file by file, without an index; for pools that are remote or larger than memory"""
     teacher: TeacherConfig
     keep: Images
-    """most images kept a class (k)"""
+    """most images to keep per class (k)"""
     min_score: float = Field(0.0, ge=0, lt=1)
-    """smallest probability of an image's first class"""
+    """smallest probability of an image's most likely class, 0 to 1"""
     val: list[SourceConfig] = []
-    """images that nothing kept may resemble: the validation set"""
+    """validation images; near-duplicates of them are dropped"""
     train: list[SourceConfig] = []
-    """the same for the training set"""
+    """training images; near-duplicates of them are dropped"""
     hash_distance: int = Field(6, ge=0, le=16)
-    """perceptual hashes of 64 bits that differ in at most so many are looked at more closely"""
+    """largest number of differing bits (of 64) between perceptual hashes of a pair that is compared by embeddings"""
     mirrored: bool = True
-    """images of the pool are compared with each other's mirror images too; with those of val and train they always are"""
+    """compare images of the pool with mirror images of each other too; those of val and train are always compared"""
     cosine: float = Field(0.9, gt=0, le=1)
-    """such a pair are duplicates when the cosine of the teacher's embeddings is at least this"""
+    """smallest cosine similarity of the teacher's embeddings at which a pair counts as near-duplicates"""
     candidates: float = Field(1.5, ge=1, le=1000)
-    """images a class, as a multiple of `keep`, that are compared with each other"""
+    """images per class that are searched for near-duplicates, as a multiple of `keep`"""
     image_size: Side = 224
-    """side of the view that is scored, in pixels"""
+    """side of the scored view in pixels"""
     val_crop: float = Field(0.875, gt=0, le=1)
-    """part of the short side that the view keeps"""
+    """fraction of the short side in the central crop"""
     channels_last: bool = False
-    """memory layout of the teacher"""
+    """channels-last memory layout for the teacher, often faster on GPUs"""
     materialise: bool = False
-    """also copy the selected images into Parquet files below `selected/`"""
+    """copy the selected images into Parquet files in `selected/`"""
     examples: int = Field(8, ge=1, le=100)
-    """pictures a row of the examples"""
+    """images per row of examples.png"""
 
     @model_validator(mode="after")
     def _movable(self) -> Self:
         remote = [source.path for source in self.pool if is_remote(source.path)]
         if (remote or self.streaming) and not self.materialise:
             what = remote[0] if remote else "streaming"
-            raise ValueError(f"materialise: {what}: single images of it cannot be read later; set materialise: true")
+            raise ValueError(
+                f"materialise: {what}: its images cannot be read one by one later; set materialise: true to copy them"
+            )
         return self
 
     def inputs(self) -> dict[str, Path]:
@@ -342,14 +347,14 @@ class CurateConfig(ForwardConfig):
 
 
 class EncoderConfig(Config):
-    """An encoder that is to become a teacher; a classifier's own classes are left out."""
+    """Encoder to make a teacher from; the classes of a classifier are dropped."""
 
     model: ModelText
-    """timm NAME, hf-hub:ID, a folder, a .safetensors file, or a .pth state dict of plain tensors"""
+    """reference of the network: timm:NAME, hf-hub:ID, a folder, a .safetensors file, or a .pth state dict of plain tensors"""
     arch: str | None = None
-    """timm name, for a file that does not say it"""
+    """timm name of the network, for a file that does not name it"""
     global_pool: str | None = None
-    """timm's pooling (avg, max, avgmax; token and map of a ViT); null: the encoder's own"""
+    """pooling by timm's name: avg, max, avgmax; token or map for a ViT; null: the encoder's own"""
 
     @model_validator(mode="before")
     @classmethod
@@ -358,34 +363,34 @@ class EncoderConfig(Config):
 
 
 class PrototypesConfig(ForwardConfig):
-    """Make a teacher of an encoder without classes: its classes are K prototypes, k-means centres of its embeddings of your images."""
+    """Make a teacher from an encoder without classes: its classes are K prototypes, k-means centres of its embeddings of your images."""
 
     process_timeout: ProcessTimeout = LONGEST_TIMEOUT  # the main process clusters while the others wait
     """minutes that a process waits for another one before the run ends, 1 to 10,080"""
 
     pool: list[SourceConfig] = Field(min_length=1)
-    """images whose embeddings are clustered: those that students will see; labels are not read"""
+    """sources of the images to cluster, usually the students' training images; labels are not read"""
     allow_loss: bool = False
-    """go on where more than half of the images of a source or of one of its folders, or all of a folder, cannot be used; the log says why"""
+    """continue if more than half of the images of a source or folder, or a whole folder, cannot be used; the log has the causes"""
     streaming: bool = False
-    """read the pool file by file, without an index: for pools that are remote or larger than memory"""
+    """read the pool file by file, without an index; for pools that are remote or larger than memory"""
     encoder: EncoderConfig
     prototypes: int | None = Field(None, ge=2, le=1_000_000)
-    """classes of the teacher (K); null: the power of two next to a fortieth of the images, from 16 to 4,096"""
+    """number of prototypes, the classes of the teacher (K); null: the power of two nearest to a fortieth of the images, 16 to 4,096"""
     perplexity: float = Field(4.0, gt=1, le=1_000_000)
-    """of the soft labels: over so many prototypes they spread; the temperature is found so that this is their median"""
+    """median perplexity of the soft labels, about the number of prototypes that share an image; sets their temperature; above 1, below K"""
     balanced: bool = False
-    """prototypes of equal size: every one is the first class of about as many images of the pool"""
+    """make prototypes of equal size: each is the most likely class of about equally many images"""
     image_size: Side | None = None
-    """side of a view in pixels, for which a network of fixed size is rebuilt; null: the encoder's own"""
+    """side of the view in pixels; a network of fixed size is rebuilt for it; null: the encoder's own"""
     val_crop: float = Field(0.875, gt=0, le=1)
-    """part of the short side that the view keeps"""
+    """fraction of the short side in the central crop"""
     channels_last: bool = False
-    """memory layout of the encoder"""
+    """channels-last memory layout for the encoder, often faster on GPUs"""
     seed: Seed = 0
-    """of the k-means"""
+    """seed of k-means"""
     examples: int = Field(8, ge=1, le=100)
-    """pictures of each prototype shown"""
+    """images per prototype in prototypes.png"""
 
     @model_validator(mode="after")
     def _spread_over_some(self) -> Self:
@@ -410,11 +415,11 @@ class PrototypesConfig(ForwardConfig):
 
 
 EXPORTED = {"onnx": "backbone.onnx", "torch": "backbone.pt2"}
-"""What each format of an export is called."""
+"""File name of each export format."""
 
 
 class ExportConfig(CommandConfig):
-    """Export a backbone file: ONNX and torch.export, checked against torch, and a folder in the layout of the Hugging Face hub with a model card."""
+    """Export a backbone file to ONNX and torch.export, compared with torch, and to a Hugging Face hub folder with a model card."""
 
     batch_size: BatchSize = 256
     """images per forward pass"""
@@ -422,39 +427,39 @@ class ExportConfig(CommandConfig):
     """processes that decode images; 0 decodes in the main process"""
 
     model: Path
-    """backbone file"""
+    """backbone file to export"""
     data: SourceConfig | None = None
-    """images the files are checked on; null: noise"""
+    """images for the comparison with torch; null: noise"""
     formats: list[Literal["onnx", "torch"]] = Field(["onnx", "torch"], min_length=1)
-    """onnx: backbone.onnx; torch: backbone.pt2, a torch.export program"""
+    """formats to write; onnx: backbone.onnx; torch: backbone.pt2, a torch.export program"""
     check_images: Count = 64
-    """images of the check"""
+    """number of images for the comparison with torch"""
     tolerance: float = Field(1e-3, gt=0, le=1)
-    """largest difference of a logit, as a part of the largest logit"""
+    """largest allowed difference of a logit, as a fraction of the largest logit"""
     image_size: Side | None = None
-    """side in pixels; null: the one the model was trained at"""
+    """side of the input in pixels; null: the size the model was trained at"""
     benchmark: bool = False
-    """also measure latency (batch 1) and throughput (batch_size) of torch and of the files written"""
+    """measure latency (batch 1) and throughput (batch_size) of torch and of the exported files"""
     push_to_hub: str | None = None
-    """ORG/NAME: also upload the folder"""
+    """repository ORG/NAME on the hub to upload the folder to; null: no upload"""
     private: bool = False
-    """whether a new repository there is private"""
+    """create a private repository, if it does not exist yet"""
 
     def inputs(self) -> dict[str, Path]:
         return {"model": self.model} | (self.data.inputs("data") if self.data else {})
 
 
 class ConvertPaddleConfig(CommandConfig):
-    """Turn an official PaddleClas file of a ResNet_vd into a backbone file."""
+    """Convert an official PaddleClas file of a ResNet_vd to a backbone file."""
 
     weights: Path
-    """.pdparams file"""
+    """PaddleClas file (.pdparams)"""
     arch: Literal["resnet50d", "resnet101d", "resnet152d", "resnet18d", "resnet34d", "resnet200d"] | None = None
-    """timm name; null: found from the file"""
+    """timm name of the network; null: detected from the file"""
     input_size: Side | None = None
-    """side in pixels it is evaluated at; null: 320 where the file's name begins with Fix_, else 224"""
+    """side of the evaluation view in pixels; null: 320 if the file's name begins with Fix_, else 224"""
     val_crop: float | None = Field(None, gt=0, le=1)
-    """part of the short side that the central evaluation crop keeps; null: 0.875 up to 224, all of it above (Fix: no more is cut off)"""
+    """fraction of the short side in the central evaluation crop; null: 0.875 up to 224 pixels, 1 above"""
 
     def inputs(self) -> dict[str, Path]:
         return {"weights": self.weights}

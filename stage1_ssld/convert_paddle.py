@@ -2,11 +2,11 @@
 
     python stage1_ssld/convert_paddle.py --weights ResNet50_vd_ssld_v2_pretrained.pdparams --output runs/ssld_v2
 
-Writes `backbone.safetensors`. PaddleClas normalises with the mean and deviation of ImageNet, as timm does; its weights are under Apache-2.0.
+Writes `backbone.safetensors`. PaddleClas normalises with the mean and standard deviation of ImageNet, as timm does; its weights are under Apache-2.0.
 
-Two namings are in use: that of PaddleClas@d178931f ppcls/arch/backbone/legendary_models/resnet.py, and the older one of
+There are two naming schemes: that of PaddleClas@d178931f ppcls/arch/backbone/legendary_models/resnet.py, and the older one of
 PaddleClas@032230c6 ppcls/modeling/architectures/resnet_vd.py, in which the Fix files are published. timm's resnet50d, 101d and 152d are the same
-networks; 18d, 34d and 200d are not and are refused. Names and shapes do not tell a ResNet_vd from a ResNet_vc, which only pools elsewhere.
+networks; 18d, 34d and 200d are not and are refused. A ResNet_vc, which only pools at another place, has the names and shapes of a ResNet_vd.
 """
 
 import re
@@ -23,9 +23,7 @@ from ssld.shared.errors import UserError
 from ssld.stage1_ssld.config import ConvertPaddleConfig
 
 DEPTHS = {"resnet50d": (3, 4, 6, 3), "resnet101d": (3, 4, 23, 3), "resnet152d": (3, 8, 36, 3)}
-_SHORTCUT = (
-    "PaddleClas puts a convolution and a BatchNorm on the shortcut of its first block, timm's {arch} has none there"
-)
+_SHORTCUT = "PaddleClas puts a convolution and a BatchNorm on the shortcut of its first block, timm's {arch} does not"
 _REFUSED = {
     "resnet18d": _SHORTCUT,
     "resnet34d": _SHORTCUT,
@@ -44,14 +42,14 @@ _BLOCK = re.compile(r"(blocks\.\d+|bb_\d+_\d+)\.(\w+)\.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command with the flags of `argv` (default: the command line); returns the exit code."""
     return run_command(ConvertPaddleConfig, convert_paddle, argv, program="convert_paddle.py")
 
 
 def convert_paddle(config: ConvertPaddleConfig) -> None:
-    """Write the backbone file; every parameter of the PaddleClas file goes into it, and none of timm's network is left out.
+    """Write the backbone file. All parameters of the PaddleClas file are used, and all of timm's network are set.
 
-    Raises UserError for a file that is none, or whose network timm does not have.
+    Raises UserError for a file that is not a PaddleClas file, or whose network timm does not have.
     """
     from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -64,8 +62,8 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
     source, variant = str(config.weights), variant_of(config.weights.name)
     if variant not in (None, "vd"):
         raise UserError(
-            f"{source}: is called a ResNet_{variant}, whose names and shapes can be those of a ResNet_vd although it computes something else; "
-            "ResNet50_vd, ResNet101_vd and ResNet152_vd are converted: rename the file if it is one of these"
+            f"{source}: is named a ResNet_{variant}, which can have the names and shapes of a ResNet_vd but computes something else; "
+            "only ResNet50_vd, ResNet101_vd and ResNet152_vd are converted: rename the file if it is one of these"
         )
     arrays = read_paddle_weights(config.weights)
     arch = recognise(arrays, config.arch, source)
@@ -75,7 +73,7 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
     if run.status == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
-    # PaddleClas evaluates at 224 of 256. Of the Fix files it says 320 and publishes no more: with nothing cut off, as in FixRes (arXiv 1906.06423).
+    # PaddleClas evaluates at 224 of 256 pixels. For Fix files it documents 320 pixels only; the whole image is used, as in FixRes (arXiv 1906.06423).
     size = config.input_size or (320 if config.weights.name.startswith("Fix_") else 224)
     val_crop = config.val_crop or (0.875 if size <= 224 else 1.0)
     file = run.path / "backbone.safetensors"
@@ -98,7 +96,7 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
     run.finish({"arrays": len(arrays), "tensors": len(tensors), "classes": classes}, [file])
     if variant is None:
         run.log(
-            f"{source}: taken for a ResNet_vd: its name does not say it, and a ResNet_vc has the same names and shapes but pools elsewhere"
+            f"{source}: assumed to be a ResNet_vd; its name does not tell, and a ResNet_vc has the same names and shapes but pools at another place"
         )
     run.log(
         f"wrote {file}: {arch}, {classes} classes, {len(arrays)} arrays, all in use; evaluated at {size} px, crop {val_crop:g}"
@@ -106,15 +104,15 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
 
 
 def variant_of(file_name: str) -> str | None:
-    """The variant of ResNet, va to vd, that a file's name speaks of; None where it does not, or of several."""
-    found = set(re.findall(r"v[a-d](?![a-z0-9])", file_name.lower()))
-    return found.pop() if len(found) == 1 else None
+    """ResNet variant in a file name, va to vd; None without one, or with several."""
+    variants = set(re.findall(r"v[a-d](?![a-z0-9])", file_name.lower()))
+    return variants.pop() if len(variants) == 1 else None
 
 
-def recognise(names: Iterable[str], asked: str | None, source: str) -> str:
-    """timm's name of the ResNet_vd that has parameters of these names.
+def recognise(names: Iterable[str], arch_setting: str | None, source: str) -> str:
+    """Return timm's name of the ResNet_vd with parameters of these names.
 
-    Raises UserError when it is none, when timm's network of that depth computes something else, and when it is not `asked`.
+    Raises UserError if there is none, if timm's network of that depth computes something else, or if it differs from `arch_setting`.
     """
     names = list(names)
     parts = [match.groups() for name in names if (match := _BLOCK.match(name))]
@@ -123,18 +121,18 @@ def recognise(names: Iterable[str], asked: str | None, source: str) -> str:
     if arch is None or not deep_stem:
         raise UserError(
             f"{source}: not a ResNet_vd of PaddleClas (first of its {len(names)} parameters: {names[0] if names else 'none'}); "
-            "ResNet50_vd, ResNet101_vd and ResNet152_vd are converted"
+            "only ResNet50_vd, ResNet101_vd and ResNet152_vd are converted"
         )
-    if asked is not None and asked != arch:
-        raise UserError(f"{source}: holds a {arch}, but arch says {asked}; leave arch out")
+    if arch_setting is not None and arch_setting != arch:
+        raise UserError(f"{source}: holds a {arch}, but arch is {arch_setting}; leave arch out")
     if arch in _REFUSED:
         why = _REFUSED[arch].format(arch=arch)
-        raise UserError(f"{source}: cannot become timm's {arch} without changing what it computes: {why}")
+        raise UserError(f"{source}: cannot be converted to timm's {arch}, which computes something else: {why}")
     return arch
 
 
 def layer_names(arch: str, *, old: bool) -> dict[str, str]:
-    """PaddleClas' layers of one of DEPTHS -> timm's modules; `old` is the older naming."""
+    """Map PaddleClas' layers of a network of DEPTHS to timm's modules; `old` selects the older naming scheme."""
     convolution, norm = ("_conv", "_batch_norm") if old else ("conv", "bn")
     layers: dict[str, str] = {"out" if old else "fc": "fc"}
 
@@ -146,11 +144,11 @@ def layer_names(arch: str, *, old: bool) -> dict[str, str]:
     block = 0
     for stage, depth in enumerate(DEPTHS[arch]):
         for place in range(depth):
-            ours, theirs = f"layer{stage + 1}.{place}", f"bb_{stage}_{place}" if old else f"blocks.{block}"
+            timm_block, paddle_block = f"layer{stage + 1}.{place}", f"bb_{stage}_{place}" if old else f"blocks.{block}"
             for number in range(3):
-                pair(f"{theirs}.conv{number}", f"{ours}.conv{number + 1}", f"{ours}.bn{number + 1}")
+                pair(f"{paddle_block}.conv{number}", f"{timm_block}.conv{number + 1}", f"{timm_block}.bn{number + 1}")
             if place == 0:
-                pair(f"{theirs}.short", f"{ours}.downsample.1", f"{ours}.downsample.2")
+                pair(f"{paddle_block}.short", f"{timm_block}.downsample.1", f"{timm_block}.downsample.2")
             block += 1
     return layers
 

@@ -1,9 +1,9 @@
-"""Select images of a pool: the best k of each of the teacher's classes, no near-duplicates of validation or training images or of each other.
+"""Select images of a pool: the best k of each of the teacher's classes, without near-duplicates of validation, training or other selected images.
 
     accelerate launch stage1_ssld/curate.py --pool images/unlabeled --teacher.model teacher.safetensors --keep 4000 \\
         --val images/val --train images/train --output runs/curated
 
-Writes `selected.parquet`, which `distill.py` takes as an unlabeled source, `classes.csv`, and the pictures `curation.png` and `examples.png`.
+Writes `selected.parquet`, an unlabeled source for `distill.py`, `classes.csv`, and the plots `curation.png` and `examples.png`.
 """
 
 import sys
@@ -19,12 +19,12 @@ from ssld.stage1_ssld.config import CurateConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command with the flags of `argv` (default: the command line); returns the exit code."""
     return run_command(CurateConfig, curate_pool, argv, program="curate.py")
 
 
 def curate_pool(config: CurateConfig) -> None:
-    """Curate as `config` says."""
+    """Curate the pool of `config`."""
     from ssld.stage1_ssld.curation.steps import curate
 
     curate(config)

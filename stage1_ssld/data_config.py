@@ -1,10 +1,12 @@
-"""Settings that the stage-1 commands share: images, views, networks, teachers, losses. Does not import torch."""
+"""Settings shared by the stage-1 commands: images, views, networks, teachers, losses. Does not import torch."""
 
+import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,7 +20,7 @@ Ratio = Annotated[float, Field(gt=0, le=100)]
 
 
 def is_remote(path: str) -> bool:
-    """Whether a source lies elsewhere: an fsspec URL (s3://..., gs://..., memory://...), or a data set of the Hugging Face hub."""
+    """Whether a source is remote: an fsspec URL (s3://..., gs://..., memory://...), or a data set of the Hugging Face hub."""
     return "://" in path or path.startswith("hub:")
 
 
@@ -26,25 +28,24 @@ class SourceConfig(Config):
     """Images from one place, labeled or not."""
 
     path: str
-    """folder (of class folders, or nested at will), Parquet file or folder of them, WebDataset .tar or folder of them, list file (.txt: a path, and a
-    class number if there is one, a line), manifest that curate.py wrote, hub:ORG/NAME; all but the last two as a local path, with * in it, or as
-    an fsspec URL"""
+    """folder of images (in class folders, or nested arbitrarily), Parquet files, WebDataset .tar files, list file (.txt: per line a path, optionally
+    a class number), manifest of curate.py, or hub:ORG/NAME; all but the last two as a local path, a pattern with *, or an fsspec URL"""
     weight: Positive | None = None
-    """share of the training images that are drawn from this source, relative to the others' weights; null everywhere: the sources are concatenated"""
+    """share of training images drawn from this source, relative to the weights of the others; null for all sources: they are concatenated"""
     labels: str = "auto"
-    """auto: names of class folders, or the label column; none: unlabeled; FILE.parquet: labels joined by `id_column`, negative ones dropped"""
+    """labels of the images; auto: class folders or the label column; none: unlabeled; FILE.parquet: joined by `id_column`, negative ones dropped"""
     image_column: str = "image"
-    """Parquet column with the images; in tar files what the name of the image goes on with behind the first dot, where a sample has several"""
+    """Parquet column of the images; for tar samples with several images, the part of the image's name after the first dot"""
     label_column: str = "label"
-    """Parquet column with the class numbers"""
+    """Parquet column of the class numbers"""
     id_column: str = "id"
-    """Parquet column that joins a label file"""
+    """Parquet column to join a label file by"""
     root: str | None = None
-    """folder that the paths of a list file are relative to; null: the folder of the file"""
+    """folder that paths of a list file are relative to; null: the folder of the file"""
     split: str | None = None
-    """split of a data set that holds several; null: train for one of the hub, none for a folder"""
+    """split to read of a data set with several; null: train for a hub data set, none for a folder"""
     subset: str | None = None
-    """configuration of a data set of the hub, where it has several"""
+    """configuration (subset) of a hub data set with several"""
 
     @model_validator(mode="before")
     @classmethod
@@ -61,7 +62,7 @@ class SourceConfig(Config):
         return {**value, "path": str(path)} if isinstance(path, Path | int | date) else value
 
     def inputs(self, key: str) -> dict[str, Path]:
-        """The local files this source reads."""
+        """Local files of this source, by key."""
         files: dict[str, Path] = {} if is_remote(self.path) or "*" in self.path else {key: ImageFolder(self.path)}
         if self.labels not in ("auto", "none"):
             files[f"{key}.labels"] = Path(self.labels)
@@ -69,45 +70,45 @@ class SourceConfig(Config):
 
 
 class DataConfig(Config):
-    """Images, and the view that student and teacher both see."""
+    """Images and the views that student and teacher share."""
 
     train: list[SourceConfig] = Field(min_length=1)
-    """training sources, one after the other, or mixed by weight; distillation never reads their labels"""
+    """training sources, concatenated, or mixed by weight; distillation does not read their labels"""
     val: SourceConfig | None = None
-    """images for evaluation; without labels only agreement and KL are measured"""
+    """evaluation images; without labels only agreement and KL are measured"""
     streaming: bool = False
-    """read the training sources in order of their files, shuffled in blocks, without an index: for pools that are remote or larger than memory"""
+    """read the training sources in file order, shuffled in blocks, without an index; for pools that are remote or larger than memory"""
     allow_loss: bool = False
-    """go on where more than half of the images of a source or of a class, or all of a class, cannot be used; the log says why"""
+    """continue if more than half of the images of a source or class, or a whole class, cannot be used; the log has the causes"""
     decoder: Literal["pil", "torchcodec"] = "pil"
-    """what decodes training images; torchcodec is faster where they are JPEGs, and has to be installed"""
+    """decoder of training images; torchcodec is faster for JPEGs and has to be installed"""
     image_size: Side = 224
-    """side of a view in pixels"""
+    """side of the views in pixels"""
     train_view: Literal["random", "center"] = "random"
-    """random: crop, flip and augmentation; center: the evaluation view, for the Fix phase"""
+    """kind of training view; random: crop, flip and augmentation; center: the evaluation view, for the Fix phase"""
     crop_area: tuple[Part, Part] = (0.08, 1.0)
-    """smallest and largest part of the image that a training crop covers"""
+    """smallest and largest area of a training crop, as fractions of the image"""
     crop_ratio: tuple[Ratio, Ratio] = (3 / 4, 4 / 3)
-    """narrowest and widest crop, width / height"""
+    """smallest and largest aspect ratio of a training crop, width / height"""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """of every resize"""
+    """interpolation of all resizes"""
     flip: float = Field(0.5, ge=0, le=1)
-    """probability of a horizontal flip"""
+    """probability of a horizontal flip, 0 to 1"""
     augment: str | None = None
-    """timm's augmentation after the crop: a RandAugment (rand-m9-mstd0.5-inc1), an AutoAugment policy (original, originalr, v0, v0r, 3a), augmix-...,
-    or trivial for TrivialAugment"""
+    """augmentation after the crop, by timm's name: RandAugment (rand-m9-mstd0.5-inc1), AutoAugment (original, originalr, v0, v0r, 3a), AugMix
+    (augmix-m3-w3), or trivial for TrivialAugment; null: none"""
     augment_probability: float = Field(1.0, ge=0, le=1)
-    """share of the views that are augmented"""
+    """probability that a view is augmented, 0 to 1"""
     erase: float = Field(0.0, ge=0, le=1)
-    """probability that a random rectangle of the view is replaced by noise"""
+    """probability that a random rectangle of the view is replaced by noise, 0 to 1"""
     mixup: float = Field(0.0, ge=0, le=1000)
-    """alpha of mixup on the batch; the teacher sees the mixed image; 0 switches it off, 1 draws shares evenly"""
+    """alpha of mixup (Beta distribution of the shares; 1: uniform; 0: off); the teacher sees the mixed images too"""
     cutmix: float = Field(0.0, ge=0, le=1000)
-    """alpha of cutmix on the batch; with both, every batch takes one of them"""
+    """alpha of cutmix (0: off); if mixup is on too, each batch uses one of them"""
     mix_probability: float = Field(1.0, ge=0, le=1)
-    """share of the batches that are mixed"""
+    """probability that a batch is mixed, 0 to 1"""
     val_crop: float = Field(0.875, gt=0, le=1)
-    """part of the short side that the central evaluation crop keeps"""
+    """fraction of the short side in the central evaluation crop"""
 
     @field_validator("crop_area", "crop_ratio")
     @classmethod
@@ -129,7 +130,7 @@ class DataConfig(Config):
         return self.mix_probability > 0 and (self.mixup > 0 or self.cutmix > 0)
 
     def inputs(self, key: str) -> dict[str, Path]:
-        """The local files of all sources."""
+        """Local files of all sources, by key."""
         files: dict[str, Path] = {}
         for number, source in enumerate(self.train):
             files |= source.inputs(f"{key}.train.{number}")
@@ -138,30 +139,28 @@ class DataConfig(Config):
         return files
 
     def hub_data(self, key: str) -> dict[str, str]:
-        """The data sets of the hub among the sources."""
+        """Hub data sets among the sources, by key."""
         train = [(f"{key}.train.{number}", source) for number, source in enumerate(self.train)]
         return hub_sources([*train, (f"{key}.val", self.val)])
 
 
 class NetworkConfig(Config):
-    """A network to train."""
+    """Network to train."""
 
     model: ModelText
-    """random:NAME, timm:NAME, hf-hub:ID, a folder or a .safetensors file to start from"""
+    """reference of the network and its initial weights: random:NAME, timm:NAME, hf-hub:ID, a folder or a .safetensors file"""
     arch: str | None = None
-    """timm name, for a file that does not say it"""
+    """timm name of the network, for a file that does not name it"""
     drop_path: float = Field(0.0, ge=0, lt=1)
-    """stochastic depth, where the arch has it"""
+    """stochastic-depth rate (drop path), 0 to below 1; for architectures that support it"""
     batchnorm: Literal["batch", "eval"] = "batch"
-    """what BatchNorm normalises by in training: batch, the statistics of each batch, which also update the running ones; eval, the running statistics
-    that a pretrained network brings, which stay as they are"""
+    """statistics of BatchNorm in training; batch: those of each batch, which update the running ones; eval: the running ones of a pretrained network,
+    which are not updated"""
 
     @model_validator(mode="after")
     def _statistics_to_keep(self) -> Self:
         if self.batchnorm == "eval" and self.model.startswith("random:"):
-            raise ValueError(
-                f"batchnorm: eval keeps the running statistics of {self.model}, which has measured none; set batch"
-            )
+            raise ValueError(f"batchnorm: eval keeps the running statistics of {self.model}, which has none; set batch")
         return self
 
     @model_validator(mode="before")
@@ -170,24 +169,24 @@ class NetworkConfig(Config):
         return {"model": value} if isinstance(value, str) else value
 
     def inputs(self, key: str) -> dict[str, Path]:
-        """The local file of the reference, if it names one."""
+        """Local file of the reference, if it names one."""
         return reference_input(key, self.model)
 
     def networks(self, key: str, image_size: int | None = None) -> dict[str, Network]:
-        """The network, which has to work at `image_size`."""
+        """The network by key, with the image size it has to support."""
         return {key: Network(self.model, self.arch, image_size)}
 
 
 class TeacherMember(Config):
-    """One frozen network of a teacher."""
+    """One network of a teacher."""
 
     model: ModelText
-    """timm NAME, hf-hub:ID, a folder, a .safetensors file, or a .pth state dict of plain tensors"""
+    """reference of the network: timm:NAME, hf-hub:ID, a folder, a .safetensors file, or a .pth state dict of plain tensors"""
     arch: str | None = None
-    """timm name, for a file that does not say it"""
-    size: Side | None = None
-    """side in pixels, that the same view is resized to for the teacher, and that a network of fixed size is built for; null: as the view
-    comes, or the network's own size where that is fixed"""
+    """timm name of the network, for a file that does not name it"""
+    size: Side | Literal["own"] | None = None
+    """side in pixels to which the student's view is resized for the teacher; a network of fixed size is built for it; own: the size that its weights
+    name; null: the size of the view, or the network's own where that is fixed"""
 
     @model_validator(mode="before")
     @classmethod
@@ -196,76 +195,138 @@ class TeacherMember(Config):
 
 
 class TeacherConfig(TeacherMember):
-    """The frozen teacher."""
+    """Frozen teacher."""
 
     ensemble: list[TeacherMember] = []
-    """further networks: the teacher's answer is the mean of everyone's softmax"""
+    """further networks of an ensemble; the soft labels are the mean of all softmax outputs"""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """precision of its forward pass; null: `precision` of the command"""
     batchnorm: Literal["eval", "batch"] = "eval"
-    """eval: running statistics; batch: those of the batch on each process, as SSLD trained its students"""
+    """statistics of BatchNorm; eval: running statistics; batch: those of the batch on each process, as in SSLD's trainings"""
     fold_batchnorm: bool = True
-    """fold BatchNorm into the convolutions before it, where the network can be traced; not with batchnorm: batch"""
+    """fold BatchNorm into the preceding convolutions if the network can be traced; without effect with batchnorm: batch"""
     global_pool: str | None = None
-    """timm's pooling of its features (avg, max, avgmax; token and map of a ViT), where they alone are learned from; null: its own"""
+    """pooling of its features by timm's name (avg, max, avgmax; token or map for a ViT), for feature losses alone; null: its own"""
     check_images: int = Field(1024, ge=0, le=1_000_000)
-    """labeled images that the teacher is tried on before training; it stops where one of its networks guesses; 0 leaves it out"""
+    """labeled images for the check of the teacher before training, which stops if a network is no better than guessing; 0: no check"""
 
     def inputs(self, key: str) -> dict[str, Path]:
-        """The local files of its networks."""
+        """Local files of its networks, by key."""
         files = reference_input(f"{key}.model", self.model)
         for number, member in enumerate(self.ensemble):
             files |= reference_input(f"{key}.ensemble.{number}.model", member.model)
         return files
 
     def networks(self, key: str) -> dict[str, Network]:
-        """All of its networks."""
+        """Its networks, by key."""
         members = {f"{key}.ensemble.{number}": member for number, member in enumerate(self.ensemble)}
         return {
-            f"{name}.model": Network(one.model, one.arch, one.size, allow_pickle=True)
+            f"{name}.model": Network(one.model, one.arch, one.size if one.size != "own" else None, allow_pickle=True)
             for name, one in ({key: self} | members).items()
         }
 
 
-LossName = Literal[
-    "symmetric_kl", "kl", "soft_cross_entropy", "jensen_shannon", "dist", "decoupled_kd", "bernoulli_kl", "pooled", "spatial"
-]  # fmt: skip
-FEATURE_LOSSES = ("pooled", "spatial")
-"""Losses that compare features; the others compare the answers in classes."""
+Scalar = Literal["temperature", "beta"]
+"""Numbers of LossConfig that a loss can take; 1 where it takes none."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss that `losses` can name. Its formula is the function of this name in `distillation/losses.py`, or `function`.
+
+    Attributes:
+        settings: fields of LossConfig that the function takes as keyword arguments.
+        compares: logits [B,M], pooled features [B,D], or features of every cell of a map [B,N,D] (spatial).
+        stored: whether log-probabilities of the stored classes and of all others together are enough, at temperature 1.
+        function: (student, teacher) -> sum over the images of the batch, a scalar.
+    """
+
+    settings: tuple[Scalar, ...] = ()
+    compares: Literal["logits", "pooled", "spatial"] = "logits"
+    stored: bool = False
+    function: Callable[..., Any] | None = None
+
+
+LOSSES: dict[str, Loss] = {
+    "symmetric_kl": Loss(stored=True),
+    "kl": Loss(settings=("temperature",), stored=True),
+    "soft_cross_entropy": Loss(stored=True),
+    "jensen_shannon": Loss(stored=True),
+    "dist": Loss(),
+    "decoupled_kd": Loss(settings=("temperature", "beta")),
+    "bernoulli_kl": Loss(),
+    "pooled": Loss(compares="pooled"),
+    "spatial": Loss(compares="spatial"),
+}
+"""All losses by name; settings, checks and the training loop read their names and properties from here."""
+
+
+def register_loss(
+    name: str, function: Callable[..., Any], *, compares: Literal["logits", "pooled", "spatial"] = "logits"
+) -> None:
+    """Make a loss of one's own available to `losses` by its name, in this process. Call it before the settings are parsed, on every rank.
+
+    Args:
+        name: how `losses` names it.
+        function: (student, teacher) -> scalar tensor, the sum over the images of the batch (the loop divides by the global batch). Both arguments
+            are [B,K] logits, or [B,D] and [B,N,D] features where `compares` says so. If it has parameters `temperature` or `beta`, they are set
+            from the settings of the term.
+        compares: what the function receives.
+
+    Raises:
+        ValueError: a name that is taken, or not an identifier.
+    """
+    if name in LOSSES or not name.isidentifier():
+        raise ValueError(
+            f"register_loss: {name!r} is {'taken' if name in LOSSES else 'not an identifier'}; give another name"
+        )
+    parameters = inspect.signature(function).parameters
+    settings = tuple(key for key in get_args(Scalar) if key in parameters)
+    LOSSES[name] = Loss(settings=settings, compares=compares, function=function)
+
+
 Level = Literal["c3", "c4", "c5"]
 
 
 class LossConfig(Config):
     """One term of the distillation loss."""
 
-    name: LossName
-    """how far the student's answers are from the teacher's; pooled, spatial: how far its features are, behind a small head that is trained too"""
+    name: str
+    """distance between student and teacher: symmetric_kl, kl, soft_cross_entropy, jensen_shannon, dist, decoupled_kd or bernoulli_kl of their logits;
+    pooled or spatial of their features, through a small head that is trained too; or a loss of one's own (register_loss)"""
     weight: Positive = 1.0
-    """of the term in the sum"""
+    """factor on this term in the sum of the losses"""
     temperature: Positive = 1.0
-    """of kl and decoupled_kd; the loss is multiplied by its square"""
+    """temperature of the softmax in kl and decoupled_kd; the loss is multiplied by its square"""
     beta: Weight = 1.0
-    """of decoupled_kd: weight of what it says about the classes other than the teacher's first"""
+    """weight of the non-target part of decoupled_kd (all classes but the teacher's most likely one)"""
     standardize: bool = False
-    """subtract the mean of each image's logits and divide by their standard deviation first, for student and teacher"""
+    """standardize the logits of each image, of student and teacher: subtract their mean, divide by their standard deviation"""
     levels: list[Level] | None = Field(None, min_length=1)
-    """of spatial: the student's maps that are compared, by their strides of 8, 16 and 32 pixels (c3, c4, c5); null: all that it has of these"""
+    """student maps that spatial compares, by stride: c3 (8 pixels), c4 (16), c5 (32); null: all of these that the network has"""
 
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in LOSSES:
+            raise ValueError(f"unknown loss {name!r}; give one of {', '.join(LOSSES)}")
+        return name
+
     @model_validator(mode="after")
     def _settings_where_they_are_used(self) -> Self:
-        if self.temperature != 1 and self.name not in ("kl", "decoupled_kd"):
-            raise ValueError(f"{self.name} has no temperature; leave it at 1, or take kl")
-        if self.beta != 1 and self.name != "decoupled_kd":
-            raise ValueError(f"{self.name} has no beta; leave it at 1, or take decoupled_kd")
+        for key in get_args(Scalar):
+            if getattr(self, key) != 1 and key not in self.loss.settings:
+                users = " or ".join(name for name, loss in LOSSES.items() if key in loss.settings)
+                raise ValueError(f"{self.name} has no {key}; leave it at 1, or use {users}")
         if self.standardize and self.of_features:
             raise ValueError(f"{self.name} compares no logits; leave standardize at false")
-        if self.levels is not None and self.name != "spatial":
-            raise ValueError(f"{self.name} has no levels; leave them out, or take spatial")
+        if self.levels is not None and self.loss.compares != "spatial":
+            raise ValueError(f"{self.name} has no levels; leave them out, or use spatial")
         return self
 
     @field_validator("levels")
@@ -276,16 +337,21 @@ class LossConfig(Config):
         return levels
 
     @property
+    def loss(self) -> Loss:
+        """Properties of the named loss."""
+        return LOSSES[self.name]
+
+    @property
     def of_features(self) -> bool:
-        """Whether it compares features, not answers in classes."""
-        return self.name in FEATURE_LOSSES
+        """Whether it compares features, not logits."""
+        return self.loss.compares != "logits"
 
 
 def hub_sources(sources: Iterable[tuple[str, SourceConfig | None]]) -> dict[str, str]:
-    """The sources that are data sets of the hub, by key."""
+    """Hub data sets among some sources, by key."""
     return {key: one.path for key, one in sources if one and one.path.startswith("hub:")}
 
 
 def reference_input(key: str, reference: str) -> dict[str, Path]:
-    """The local file or folder of a model reference, by the key that names it."""
+    """Local file or folder of a model reference, by its key."""
     return {key: Path(reference)} if kind_of(reference) in ("file", "folder", "path") else {}

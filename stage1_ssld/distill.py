@@ -3,8 +3,13 @@
     accelerate launch stage1_ssld/distill.py --config stage1_ssld/configs/resnet50d.yaml
 
 Writes `student.safetensors`. With `--objective labels` the same loop trains the supervised baseline on the labeled sources, by plain cross-entropy;
-`teach.py` is that with another name for the result. Initial weights come, in this order, from (1) the newest checkpoint of this run, (2) the
-network's reference.
+`teach.py` runs that loop and writes `teacher.safetensors`. Initial weights come from the newest checkpoint of this run, else from the network's
+reference.
+
+From Python, with a loss of one's own (docs/distillation.md, "Your own loss"):
+
+    register_loss("reverse_kl", reverse_kl)
+    sys.exit(main())
 """
 
 import sys
@@ -23,19 +28,23 @@ from ssld.shared.config.command import run_command
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.wording import count
 from ssld.stage1_ssld.config import EVALUATION_BATCH, DistillConfig, TeachConfig
+from ssld.stage1_ssld.data_config import register_loss
 
 if TYPE_CHECKING:
     from ssld.stage1_ssld.distillation.student import Student
     from ssld.stage1_ssld.distillation.targets import Targets
 
 
+__all__ = ["distill", "main", "register_loss", "train"]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command with the flags of `argv` (default: the command line); returns the exit code."""
     return run_command(DistillConfig, distill, argv, program="distill.py")
 
 
 def distill(config: DistillConfig) -> None:
-    """Train the student that `config` describes."""
+    """Train the student of `config`."""
     train(config, command="distill", result="student")
 
 
@@ -43,7 +52,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     """Train a network and write `<result>.safetensors` (last step) and, with `evaluate_every`, `<result>_best.safetensors` to the run directory.
 
     Raises:
-        UserError: anything the user can mend.
+        UserError: anything the user can fix.
         Stopped: after SIGTERM or Ctrl-C, with a checkpoint written.
     """
     import torch
@@ -58,7 +67,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         start_trackers,
         to_device,
     )
-    from ssld.shared.distributed.ranks import from_main_rank, share_buffers, world_size
+    from ssld.shared.distributed.ranks import from_main_rank, share_buffers, total_over_ranks, world_size
     from ssld.shared.distributed.stop import StopRequest
     from ssld.shared.files import spread
     from ssld.shared.images import stable_seed
@@ -74,6 +83,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     from ssld.stage1_ssld.data.sources import open_sources
     from ssld.stage1_ssld.data.streams import plan_streams
     from ssld.stage1_ssld.distillation.features import STATISTICS_IMAGES
+    from ssld.stage1_ssld.distillation.losses import entropy
     from ssld.stage1_ssld.distillation.memory_trial import whole_step
     from ssld.stage1_ssld.distillation.objective import Objective, implausible_start
     from ssld.stage1_ssld.distillation.student import Student
@@ -101,12 +111,13 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         return
     start_trackers(accelerator, config)
 
-    # ---- targets: a teacher, a store or labels; and the classes that follow from them
+    # ---- targets: a teacher, a store or labels; and the resulting classes
     targets = open_targets(config, sources, val_source, device=device, log=run.log)
     teacher = targets.teacher
     if val_source and targets.classes == 0:
         run.log(
-            f"{val_source.path}: features alone train no classes, so there is no top-1 and no agreement; `ssld evaluate --bank` takes the file"
+            f"{val_source.path}: feature losses alone train no classifier, so no top-1 and no agreement are measured; "
+            "use `ssld evaluate --bank` on the student file"
         )
     for place, path, tally in described(sources, plan, val_source):
         run.tell(place, path, tally)
@@ -114,7 +125,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         for source in (*sources, *([val_source] if val_source else [])):
             run.log_if(doubt_on_order(source))
     if val_source and targets.val_labels is None and teacher is None:
-        run.log(f"{val_source.path}: no labels and no teacher: nothing to evaluate")
+        run.log(f"{val_source.path}: no labels and no teacher: no evaluation")
         val_source = None
 
     # ---- student, optimizer, batches, schedule
@@ -131,7 +142,10 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     if isinstance(config, DistillConfig) and targets.learns_from_teacher:
         objective = Objective(config.losses, config.hard_label_weight)
     groups = parameter_groups(
-        student.learner, weight_decay=config.optim.weight_decay, decay_norm_and_bias=config.optim.decay_norm_and_bias
+        student.learner,
+        weight_decay=config.optim.weight_decay,
+        decay_norm_and_bias=config.optim.decay_norm_and_bias,
+        lr_factor=student.lr_factors(config.optim.layer_decay).__getitem__,
     )
     optimizer = make_optimizer(config.optim.name, groups, momentum=config.optim.momentum)
     if config.auto_batch:
@@ -143,14 +157,15 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     training = TrainingData(config, targets.sources, targets.train_labels, targets.store, plan)
     if training.images is not None and config.batch_size > training.images:
         raise UserError(
-            f"batch_size: {config.batch_size} is more than the {count(training.images, 'training image')}; give at most as many"
+            f"batch_size: {config.batch_size} is more than the {count(training.images, 'training image')}; set it to at most this number"
         )
     steps = config.total_steps(training.images)
     warmup_steps = config.optim.total_warmup_steps(training.images, config.batch_size, steps)
-    of_teacher = teacher is not None and teacher.batchnorm == "batch"
-    if config.batch_size == ranks * config.accumulate and (of_teacher or student.uses_batch_statistics()):
+    teacher_batchnorm = teacher is not None and teacher.batchnorm == "batch"
+    if config.batch_size == ranks * config.accumulate and (teacher_batchnorm or student.uses_batch_statistics()):
+        owner = "teacher" if teacher_batchnorm else "network"
         raise UserError(
-            f"batch_size: {config.batch_size} is one image per process and pass, and BatchNorm of the {'teacher' if of_teacher else 'network'} needs "
+            f"batch_size: {config.batch_size} is one image per process and pass, and BatchNorm of the {owner} needs "
             "at least two; raise batch_size, or lower accumulate or the number of processes"
         )
     base_lr = scale_lr(config.optim.lr, config.optim.reference_batch, config.batch_size, config.optim.name)
@@ -171,7 +186,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     )
     start, resumed = state.restore()
 
-    # ---- evaluation and the files of the network, for the loop and the finish
+    # ---- evaluation and network files, used in the loop and after it
     sizes: dict[str, Any] = {
         "image_size": data.image_size,
         "val_crop": data.val_crop,
@@ -204,7 +219,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
 
     def save_network(step: int, path: Path, metrics: dict[str, float], **facts: str) -> None:
         if accelerator.is_main_process:
-            taught_by = targets.facts()
+            teacher_facts = targets.facts()
             student.save(
                 path,
                 class_names=targets.class_names,
@@ -213,15 +228,15 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 precision=config.precision,
                 step=step,
                 metrics=metrics,
-                teacher=taught_by,
-                licence=_licences(student.licence(), taught_by),
+                teacher=teacher_facts,
+                licence=_licences(student.licence(), teacher_facts),
                 run=str(run.path),
                 **facts,
             )
 
     def compare_with_start() -> Choice | None:
-        """Compare the network's weights with those it began with, and give it the better ones where `keep_weights` asks for that."""
-        if val_source is None or teacher is None or not _has_a_start(config, student, targets):
+        """Compare the trained weights with the initial ones, and load the better ones where `keep_weights: better` is set."""
+        if val_source is None or teacher is None or not _has_trained_start(config, student, targets):
             return None
         net = student.evaluated.eval()
         share_buffers(net)
@@ -243,7 +258,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
             state.check(step)
             save_network(step, run.path / f"{result}_best.safetensors", metrics)
 
-    # ---- what is about to happen
+    # ---- checks before the first step, and the log of what will run
     if isinstance(config, DistillConfig) and targets.learns_from_teacher and teacher and start == 0:
         val = (val_source, targets.val_labels) if val_source else None
         run.log(try_teacher(teacher, targets.sources, config, device=device, val=val))
@@ -271,12 +286,12 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
 
     # ---- the loop
     def losses_of(
-        learnt: tuple[Any, Any], taught: Any, soft: Any, labels: torch.Tensor, mixed: Any
+        outputs: tuple[Any, Any], teacher_features: Any, soft: Any, labels: torch.Tensor, mixed: Any
     ) -> dict[str, torch.Tensor]:
-        """Of what the model made of a batch, beside what the teacher did."""
-        logits, said = learnt
-        features = student.heads.pairs(said, taught) if student.heads and taught else None
-        return objective(logits, soft, labels, mixed, features)
+        """Evaluate the objective on the student's outputs (logits, predicted features) and the teacher's features and soft labels."""
+        logits, predictions = outputs
+        pairs = student.heads.pairs(predictions, teacher_features) if student.heads and teacher_features else None
+        return objective(logits, soft, labels, mixed, pairs)
 
     step, scored = start, -1
     metrics: dict[str, float] = {}
@@ -287,7 +302,10 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     ):
         while step < steps and not state.exhausted(config.patience):
             step += 1
-            set_lr(optimizer, base_lr * cosine_factor(step - 1, steps=steps, warmup_steps=warmup_steps))
+            logged = step % config.log_every == 0 or step == steps
+            entropies = torch.zeros(2, device=device)
+            factor = cosine_factor(step - 1, steps=steps, warmup_steps=warmup_steps)
+            set_lr(optimizer, base_lr * factor)
             student.train_mode()
             for micro in range(config.accumulate):
                 with progress.waiting():
@@ -295,7 +313,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 quarantine.add(batch.unreadable)
                 if len(batch.keys) * ranks * config.accumulate < config.batch_size:
                     raise UserError(
-                        f"{batch.unreadable[0]} and the images after it are all unreadable; mend or remove them"
+                        f"{batch.unreadable[0]} and the images after it are all unreadable; fix or remove them"
                     )
                 pixels, labels = to_device(batch.pixels_BCHW, device), to_device(batch.labels_B, device)
                 stored = batch.soft.to(device) if batch.soft else None
@@ -305,33 +323,39 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 torch.manual_seed(seed)  # drop-path
                 # DDP reduces gradients once a step, in the last backward pass.
                 with nullcontext() if micro == config.accumulate - 1 else accelerator.no_sync(model):
-                    learnt = model(pixels)
-                    soft, taught = targets.answers(pixels, stored)
-                    parts = losses_of(learnt, taught, soft, labels, mixed)
-                    logits = learnt[0]
-                    # DDP averages over ranks, so the sum over this rank's images counts `ranks` times.
+                    outputs = model(pixels)
+                    soft, teacher_features = targets.for_batch(pixels, stored)
+                    parts = losses_of(outputs, teacher_features, soft, labels, mixed)
+                    logits = outputs[0].detach()
+                    # DDP averages over ranks, so the sum over this rank's images is multiplied by `ranks`.
                     accelerator.backward(parts["loss"] * (ranks / config.batch_size))
                 if targets.classes:
                     name, expected = ("accuracy", labels) if soft is None else ("agreement", soft.first_B)
-                    parts[name] = (logits.detach().argmax(-1) == expected).sum()
+                    parts[name] = (logits.argmax(-1) == expected).sum()
+                if logged and soft is not None:
+                    entropies += torch.stack([entropy(soft.logits_BM), entropy(soft.comparable(logits))])
                 state.watch.add(step - 1, {key: part / config.batch_size for key, part in parts.items()}, batch.keys)
                 if step == 1 and micro == 0 and soft is not None:
-                    known = objective(logits.detach(), soft, labels, mixed) if student.heads else parts
-                    ignorant = objective(torch.zeros_like(logits), soft, labels, mixed)["loss"]
-                    run.log_if(implausible_start(known["loss"], ignorant, len(batch.keys)))
-            optimizer_step(accelerator, optimizer, config.optim.clip_grad_norm)
+                    first = objective(logits, soft, labels, mixed) if student.heads else parts
+                    uniform = objective(torch.zeros_like(logits), soft, labels, mixed)["loss"]
+                    run.log_if(implausible_start(first["loss"], uniform, len(batch.keys)))
+            norm = optimizer_step(accelerator, optimizer, config.optim.clip_grad_norm, measure=logged)
             if student.ema:
                 student.ema.update(student.model, step=step)
             progress.step()
 
-            if step % config.log_every == 0 or step == steps:
-                state.log(step, optimizer.param_groups[0]["lr"])
+            if logged:
+                values = {"grad_norm": norm}
+                if soft is not None:
+                    means = total_over_ranks(entropies) / config.batch_size
+                    values |= {"teacher_entropy": means[0], "student_entropy": means[1]}
+                state.log(step, base_lr * factor, **values)
             if config.evaluate_every and step % config.evaluate_every == 0 and step < steps:
                 with progress.pausing():
                     metrics, scored = evaluate_now(step), step
                     keep_best(step, metrics)
             if step == steps or state.exhausted(config.patience):
-                state.check_last_update(step, lambda: losses_of(model(pixels), taught, soft, labels, mixed))  # noqa: B023 - called here
+                state.check_last_update(step, lambda: losses_of(model(pixels), teacher_features, soft, labels, mixed))  # noqa: B023 - called here
             stopping = stop.agreed() and step < steps
             if step % config.save_every == 0 or step == steps or stopping or state.exhausted(config.patience):
                 state.save(step)
@@ -340,7 +364,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
 
     # ---- finish
     if state.exhausted(config.patience):
-        run.log(f"step {step}: {state.stale} evaluations in a row without a better one: enough (patience)")
+        run.log(f"step {step}: stopped, {state.stale} evaluations in a row without a better one (patience)")
     if scored != step:
         metrics = evaluate_now(step)
         if config.evaluate_every:
@@ -367,40 +391,50 @@ def _preview(
     steps: int,
     ranks: int,
 ) -> Iterator[str]:
-    """What the run is about to do, for the log."""
-    learning = [parameter.numel() for parameter in student.model.parameters() if parameter.requires_grad]
-    frozen = "" if config.trainable == "all" else ", the classifier alone trains"
-    classes = f"{student.classes} classes" if student.classes else "no classes: features alone are learned"
+    """Log lines on the network, the teacher and the length of the run."""
+    from ssld.shared.models.teacher import FrozenTeacher
+
+    trained = [parameter.numel() for parameter in student.model.parameters() if parameter.requires_grad]
+    frozen = "" if config.trainable == "all" else ", only the classifier is trained"
+    classes = f"{student.classes} classes" if student.classes else "no classes: only features are learned"
     yield (
-        f"{student.name} ({sum(learning) / 1e6:.2f} M trained parameters, {classes}) at {config.data.image_size} px, "
+        f"{student.name} ({sum(trained) / 1e6:.2f} M trained parameters, {classes}) at {config.data.image_size} px, "
         f"objective {config.objective}{frozen}"
     )
+    if config.optim.layer_decay < 1:
+        factors = set(student.lr_factors(config.optim.layer_decay).values())
+        yield f"layer decay {config.optim.layer_decay:g}: learning-rate factors from {min(factors):.3g} to 1 in {len(factors)} layers"
     if student.heads:
         yield student.heads.describe()
     if student.unreached:
-        yield f"{student.unreached / 1e6:.2f} M parameters of {student.name} are reached by no term of the loss: they stay what they are"
+        yield f"{student.unreached / 1e6:.2f} M parameters of {student.name} are not trained: no loss term depends on them"
     teacher = config.teacher if isinstance(config, DistillConfig) else None
     if targets.store:
-        yield f"soft labels from {targets.store.path}: {targets.store.facts()['reference']}, {targets.store.views} views an image"
+        yield f"soft labels from {targets.store.path}: {targets.store.facts()['reference']}, {targets.store.views} views per image"
     if teacher:
         names = ", ".join([teacher.model, *(member.model for member in teacher.ensemble)])
         only = "" if targets.learns_from_teacher and not targets.store else " (for evaluation only)"
         yield f"teacher {names}, BatchNorm by {'the batch' if teacher.batchnorm == 'batch' else 'running statistics'}{only}"
+        view = (config.data.image_size, config.data.image_size)
+        if isinstance(targets.teacher, FrozenTeacher) and not targets.teacher.size and targets.teacher.own_size != view:
+            own = " x ".join(map(str, targets.teacher.own_size))
+            yield f"teacher sees views of {view[0]} px; its own size is {own} (teacher.size: own)"
         if "random:" in names:
             yield "warning: the teacher has random weights"
-    if _has_a_start(config, student, targets) and not (config.data.val and targets.teacher):
+    if _has_trained_start(config, student, targets) and not (config.data.val and targets.teacher):
         missing = "data.val" if targets.teacher else "teacher"
-        yield f"{missing}: not given, so nothing tells whether the student gets better than the weights it begins with"
-    seen = steps * config.batch_size
-    passes = f"{images} images, {seen / images:.1f} passes" if images else "a stream of unknown length"
+        yield f"{missing}: not given, so the trained weights are not compared with the initial ones"
+    passes = (
+        f"{images} images, {steps * config.batch_size / images:.1f} passes" if images else "a stream of unknown length"
+    )
     yield (
         f"{count(len(config.data.train), 'source')}, {passes}: {steps} steps of {config.batch_size} images "
         f"({count(ranks, 'process')} x {config.accumulate} accumulated)"
     )
 
 
-def _has_a_start(config: DistillConfig | TeachConfig, student: "Student", targets: "Targets") -> bool:
-    """Whether the student learns from a teacher and began with trained weights, all of which change."""
+def _has_trained_start(config: DistillConfig | TeachConfig, student: "Student", targets: "Targets") -> bool:
+    """Whether a student under a teacher starts from trained weights, all of which are trained further."""
     return config.trainable == "all" and targets.learns_from_teacher and student.began_trained
 
 
@@ -409,15 +443,15 @@ def _keeps_better(config: DistillConfig | TeachConfig) -> bool:
 
 
 def _score(metrics: dict[str, float], best_by: str | None) -> float:
-    """What evaluations are compared by."""
+    """Score by which evaluations are compared; higher is better."""
     if best_by is not None and best_by not in metrics:
-        raise UserError(f"best_by: {best_by} is not measured here (there is {', '.join(metrics)}); leave it out")
+        raise UserError(f"best_by: {best_by} is not measured (measured: {', '.join(metrics)}); leave it out")
     return metrics[best_by] if best_by else metrics.get("top1", metrics.get("agreement", float("-inf")))
 
 
-def _licences(start: str | None, taught_by: dict[str, str] | None) -> str:
-    """Licences of the weights that this network's weights come from: those it started from, and its teacher's."""
-    names = [start, taught_by["licence"] if taught_by else None]
+def _licences(start: str | None, teacher: dict[str, str] | None) -> str:
+    """Licences of the initial weights and of the teacher's weights, joined."""
+    names = [start, teacher["licence"] if teacher else None]
     return " AND ".join(dict.fromkeys(name for name in names if name)) or "none: random weights, no teacher"
 
 

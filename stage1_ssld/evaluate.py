@@ -1,9 +1,9 @@
-"""Evaluate a classifier, by a backbone file or any other reference: top-1 and top-5 of it and of a teacher, their agreement and KL, and accuracy of
-its nearest neighbours.
+"""Evaluate a classifier: top-1 and top-5, agreement with a teacher and KL to it, and nearest-neighbour accuracy.
 
     python stage1_ssld/evaluate.py --model runs/ssld/student.safetensors --data.path images/val --output runs/ssld_val
 
-`--bank.path images/train` adds the accuracy of nearest neighbours, also on images of other classes than the model's.
+`--model` takes a backbone file or any other reference. `--bank.path images/train` adds nearest-neighbour accuracy, also for classes that the model
+does not have.
 """
 
 import sys
@@ -21,15 +21,15 @@ from ssld.stage1_ssld.config import EvaluateConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command with the flags of `argv` (default: the command line); returns the exit code."""
     return run_command(EvaluateConfig, evaluate_backbone, argv, program="evaluate.py")
 
 
 def evaluate_backbone(config: EvaluateConfig) -> None:
-    """Evaluate the model that `config` names and write result.json; the processes of a launcher share the images.
+    """Evaluate the model of `config` and write result.json; the processes of a launcher share the images.
 
-    Raises UserError for what does not fit together, and when more than one and more than 1 % of the images cannot be read; those are listed in
-    quarantine.txt.
+    Raises UserError if model, teacher and labels do not match, and if more than one and more than 1 % of the images cannot be read; these are listed
+    in quarantine.txt.
     """
     from contextlib import nullcontext
 
@@ -70,14 +70,14 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     if bank:
         run.tell("bank", bank.path, bank.tally)
 
-    # ---- the networks and what they are judged by
+    # ---- networks and labels
     student, inputs = create_classifier(reference, image_size=config.image_size)
     run.log(student.loaded)
     student.to(device).eval()
     names, classes = reference.metadata.get("class_names"), int(getattr(student.net, "num_classes", 0))
     if classes == 0 and bank is None:
         raise UserError(
-            f"{config.model}: has no classes; give --bank.path, images whose neighbours classify, or another model"
+            f"{config.model}: has no classes; give --bank.path for nearest-neighbour accuracy, or another model"
         )
     if names is None:
         run.log_if(doubt_on_order(source))
@@ -92,7 +92,7 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     except UserError as error:
         if bank is None:
             raise
-        run.log(f"top-1 of the classification layer is not measured: {error}")
+        run.log(f"top-1 is not measured: {error}")
         labels = None
     if labels is None and teacher is None and bank is None:
         raise UserError(f"{source.path}: no labels; give --teacher.model to measure agreement")
@@ -112,7 +112,7 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return embed(student, pixels_BCHW)
 
-    # ---- the passes over the images
+    # ---- passes over the images
     quarantine = Quarantine(run, len(source) + (len(bank) if bank else 0))
     with teacher.running_statistics() if teacher else nullcontext():
         metrics = evaluate(

@@ -1,9 +1,9 @@
-"""Export a backbone file: `backbone.onnx` and `backbone.pt2`, checked against torch, and `hub/`, a folder in the layout of the Hugging Face hub with
-a model card.
+"""Export a backbone file to ONNX and `torch.export`, compared with torch, and to a Hugging Face hub folder with a model card.
 
     python stage1_ssld/export.py --model runs/ssld/student.safetensors --data.path images/val --output runs/ssld_export
 
-Runs on the CPU. `--benchmark true` measures what was written, `--push_to_hub ORG/NAME` uploads the folder.
+Writes `backbone.onnx`, `backbone.pt2` and `hub/`. Runs on the CPU. `--benchmark true` measures the speed of the files, `--push_to_hub ORG/NAME`
+uploads the folder.
 """
 
 import sys
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command with the flags of `argv` (default: the command line); returns the exit code."""
     return run_command(ExportConfig, export_backbone, argv, program="export.py")
 
 
 def export_backbone(config: ExportConfig) -> None:
-    """Write `backbone.onnx`, `backbone.pt2` and `hub/`, and upload the folder if asked.
+    """Write `backbone.onnx`, `backbone.pt2` and `hub/`, and upload the folder if `push_to_hub` is set.
 
-    Raises UserError for a file that is no backbone file, an image size that the network does not take, answers that differ by more than the
-    tolerance (no exported file is left behind then), and an upload that fails.
+    Raises UserError for a file that is not a backbone file, an image size that the network does not support, logits that differ by more than the
+    tolerance (no exported file is left behind then), and a failed upload.
     """
     from contextlib import ExitStack
 
@@ -76,7 +76,7 @@ def export_backbone(config: ExportConfig) -> None:
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
 
-    # ---- the files, under temporary names until all of them are found right
+    # ---- the files, under temporary names until all of them are checked
     keys = ("arch", "num_classes", "class_names", "mean", "std", "input_size", "crop_pct", "interpolation", "licence")
     facts = {"input": "uint8 RGB [batch, 3, height, width] in 0..255, normalised inside"} | {
         key: public(metadata[key]) for key in (*keys, "content_sha256") if metadata.get(key) is not None
@@ -94,16 +94,16 @@ def export_backbone(config: ExportConfig) -> None:
             else:
                 onnx_file.write_program(path, classifier, size, facts)
                 runs[name] = onnx_file.program_runner(path)
-            checks[name] = found = onnx_file.compare(runs[name], classifier, images)
+            checks[name] = check = onnx_file.compare(runs[name], classifier, images)
             run.log(
-                f"{'ONNX' if name == 'onnx' else 'torch.export'} against torch on {found['images']} images{'' if source else ' of noise'}: "
-                f"logits differ by at most {found['largest_difference']:.2e}, {found['relative_difference']:.1e} of the largest; "
-                f"same first class in {100 * found['top1_agreement']:.2f} %"
+                f"{'ONNX' if name == 'onnx' else 'torch.export'} against torch on {check['images']} images{'' if source else ' of noise'}: "
+                f"logits differ by at most {check['largest_difference']:.2e}, {check['relative_difference']:.1e} of the largest; "
+                f"same most likely class in {100 * check['top1_agreement']:.2f} %"
             )
-            if not found["relative_difference"] <= config.tolerance:
+            if not check["relative_difference"] <= config.tolerance:
                 raise UserError(
-                    f"{config.model}: {FILES[name]} and torch differ by {found['relative_difference']:.1e} of the largest logit, tolerance is "
-                    f"{config.tolerance:g}; raise it if that is good enough"
+                    f"{config.model}: {FILES[name]} and torch differ by {check['relative_difference']:.1e} of the largest logit, more than the "
+                    f"tolerance {config.tolerance:g}; raise tolerance to accept it"
                 )
         if config.benchmark:
             onnx_file.measure({FILES[name]: call for name, call in runs.items()}, classifier, images[0], run.log)
@@ -126,7 +126,7 @@ def _images(
     metadata: dict[str, object],
     run: "RunDir",
 ) -> "Iterator[Tensor]":
-    """uint8 [B,3,H,W] batches for the check: evenly chosen images, or noise."""
+    """uint8 [B,3,H,W] batches for the check: evenly spaced images, or noise."""
     import torch
 
     from ssld.shared.files import spread
@@ -150,7 +150,7 @@ def _images(
         if len(batch.labels_B):
             yield batch.pixels_BCHW
     if read == 0:
-        raise UserError(f"{source.path}: none of the images looked at can be read")
+        raise UserError(f"{source.path}: none of the chosen images can be read")
 
 
 if __name__ == "__main__":

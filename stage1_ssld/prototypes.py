@@ -1,9 +1,9 @@
-"""Make a teacher of an encoder that has no classes: DINOv3, SigLIP, MAE and the like, or a classifier without its head.
+"""Make a teacher from an encoder without classes, such as DINOv3, SigLIP or MAE, or from a classifier without its head.
 
     accelerate launch stage1_ssld/prototypes.py --pool images/unlabeled --encoder.model timm:vit_small_patch16_dinov3 --output runs/prototypes
 
-The encoder embeds your own images, k-means finds K prototypes among them, and the classes of the teacher are how near an image is to each. Writes
-`teacher.safetensors`, a timm classifier with K classes that every command takes as a teacher, and `prototypes.png`.
+The encoder embeds your images, k-means finds K prototypes, and the teacher's soft labels are the image's similarities to them. Writes
+`teacher.safetensors`, a timm classifier with K classes that every command accepts as a teacher, and `prototypes.png`.
 """
 
 import sys
@@ -19,12 +19,12 @@ from ssld.stage1_ssld.config import PrototypesConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command with the flags of `argv` (default: the command line); returns the exit code."""
     return run_command(PrototypesConfig, make_teacher, argv, program="prototypes.py")
 
 
 def make_teacher(config: PrototypesConfig) -> None:
-    """Make the teacher as `config` says."""
+    """Make the teacher of `config`."""
     from ssld.stage1_ssld.clustering.steps import make_prototypes
 
     make_prototypes(config)

@@ -1,4 +1,4 @@
-"""Fine-tune a teacher on labeled images, where no off-the-shelf one has the right classes.
+"""Fine-tune a teacher on labeled images, for classes that no ready-made teacher has.
 
     accelerate launch stage1_ssld/teach.py --config stage1_ssld/configs/toy_teacher.yaml
 
@@ -19,12 +19,12 @@ from ssld.stage1_ssld.distill import train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command with the flags of `argv` (default: the command line); returns the exit code."""
     return run_command(TeachConfig, teach, argv, program="teach.py")
 
 
 def teach(config: TeachConfig) -> None:
-    """Train the teacher that `config` describes."""
+    """Train the teacher of `config`."""
     train(config, command="teach", result="teacher")
 
 

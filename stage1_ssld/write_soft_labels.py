@@ -1,8 +1,8 @@
-"""Write a store: the teacher's soft labels of V views of every image, for any number of students.
+"""Write a store of soft labels: the teacher's soft labels of V views of every image, for any number of students.
 
     accelerate launch stage1_ssld/write_soft_labels.py --config soft_labels.yaml
 
-Writes `store/`, which `distill.py --store` reads. Files are written one after the other by all processes; a killed run goes on with the next file.
+Writes `store/`, which `distill.py --store` reads. The processes share its files; a killed run continues with the next file.
 """
 
 import sys
@@ -18,12 +18,12 @@ from ssld.stage1_ssld.config import SoftLabelsConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command with the flags of `argv` (default: the command line); returns the exit code."""
     return run_command(SoftLabelsConfig, write_soft_labels, argv, program="write_soft_labels.py")
 
 
 def write_soft_labels(config: SoftLabelsConfig) -> None:
-    """Write the store that `config` describes."""
+    """Write the store of `config`."""
     from ssld.stage1_ssld.distillation.soft_label_writer import write_store
 
     write_store(config)

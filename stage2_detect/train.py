@@ -217,13 +217,14 @@ def train(config: TrainConfig) -> None:
                     {name: part.detach() * share for name, part in losses.items()},
                     [r.image_id for r in batch.records],
                 )
-            optimizer_step(accelerator, optimizer, config.optim.clip_grad_norm)
+            logged = step % config.log_every == 0 or step == steps
+            norm = optimizer_step(accelerator, optimizer, config.optim.clip_grad_norm, measure=logged)
             if trained.ema:
                 trained.ema.update(trained.detector, step=step)
             progress.step()
 
-            if step % config.log_every == 0 or step == steps:
-                state.log(step, base_lr * factor)
+            if logged:
+                state.log(step, base_lr * factor, grad_norm=norm)
             if config.evaluate_every and step % config.evaluate_every == 0 and step < steps:
                 with progress.pausing():
                     metrics, scored = evaluate_now(step), step

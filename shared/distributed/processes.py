@@ -152,20 +152,34 @@ def start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
         accelerator.init_trackers("ssld", config=settings)
 
 
-def optimizer_step(accelerator: Accelerator, optimizer: torch.optim.Optimizer, clip_grad_norm: float | None) -> None:
-    """Clip, step and clear, through the gradient scaler where the precision is fp16."""
+def optimizer_step(
+    accelerator: Accelerator, optimizer: torch.optim.Optimizer, clip_grad_norm: float | None, *, measure: bool = False
+) -> Tensor | None:
+    """Clip the gradient, update the weights and clear the gradient, through the gradient scaler where the precision is fp16.
+
+    Args:
+        clip_grad_norm: largest L2 norm of the gradient over all parameters; None does not clip.
+        measure: return the norm although nothing is clipped, which costs a pass over the gradients.
+
+    Returns:
+        The norm before clipping, a scalar on the device; None where it was neither clipped nor measured.
+    """
     scaler = accelerator.scaler
     if scaler is not None:
         scaler.unscale_(optimizer)
-    if clip_grad_norm is not None:
+    norm = None
+    if clip_grad_norm is not None or measure:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
+        norm = torch.nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
+        if clip_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm, norm)
     if scaler is not None:
         scaler.step(optimizer)
         scaler.update()
     else:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def scaler_state(accelerator: Accelerator) -> dict[str, Any]:

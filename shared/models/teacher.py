@@ -47,8 +47,8 @@ class FrozenTeacher:
         arch: timm name, for weights that do not say it.
         device: where it runs.
         dtype: of its forward pass, by autocast; float32 switches autocast off.
-        size: side in pixels to resize its input to, for which a network of fixed size is built; None takes the pixels as they come, or its own size
-            where that is fixed.
+        size: side in pixels to resize its input to, for which a network of fixed size is built; "own" is the size of its weights' own settings;
+            None takes the pixels as they come, or its own size where that is fixed.
         batchnorm: "eval" uses running statistics; "batch" those of the batch, as SSLD's teachers did in training (PaddleClas@d178931f,
             docs/en/models/.../distillation_en.md); the running ones stay as they are.
         fold_batchnorm: fold BatchNorm into the convolutions before it where the network can be traced and answers the same afterwards.
@@ -57,6 +57,8 @@ class FrozenTeacher:
 
     Attributes:
         loaded: a line on where its weights come from.
+        own_size: (height, width) of its weights' own settings, or that a network of fixed size was built for.
+        size: (height, width) that pixels are resized to; None: as they come.
 
     Raises:
         UserError: as `parse_reference` and `create_classifier`; `batchnorm="batch"` without any BatchNorm; no classes where they are needed; a
@@ -71,16 +73,18 @@ class FrozenTeacher:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
-        size: int | None = None,
+        size: int | Literal["own"] | None = None,
         batchnorm: Literal["eval", "batch"] = "eval",
         fold_batchnorm: bool = False,
         classes: bool = True,
         global_pool: str | None = None,
     ) -> None:
         self.reference: ModelReference = parse_reference(reference, arch, allow_pickle=True)
-        classifier, inputs = create_classifier(self.reference, image_size=size)
+        side = size if isinstance(size, int) else None
+        classifier, inputs = create_classifier(self.reference, image_size=side)
         classifier.requires_grad_(False).eval()
-        self.size = (size, size) if size else inputs.size if inputs.fixed_size else None
+        self.own_size = inputs.size
+        self.size = (side, side) if side else inputs.size if inputs.fixed_size or size == "own" else None
         self.num_classes = int(getattr(classifier.net, "num_classes", 0))
         self.class_names: list[str] | None = self.reference.metadata.get("class_names")
         if self.num_classes < 2 and classes:

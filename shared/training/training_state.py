@@ -189,10 +189,16 @@ class TrainingState:
             }
             save_checkpoint(self.run.checkpoints, step, parts | {"optimizer": tensors}, state)
 
-    def log(self, step: int, lr: float) -> None:
-        """Write the averages since the last line to the metrics, the trackers and the log."""
+    def log(self, step: int, lr: float, **values: Tensor | float | None) -> None:
+        """Write the averages since the last line to the metrics, the trackers and the log, with further values of this step.
+
+        Args:
+            values: numbers by name, such as the norm of the gradient; None, or what is not finite (fp16 skips such a step), is left out.
+        """
         self._check_losses()
         means = self.watch.averages()
+        numbers = {name: float(value) for name, value in values.items() if value is not None}
+        means |= {name: number for name, number in numbers.items() if math.isfinite(number)}
         self.quarantine.judge(step * self.batch_size)
         speed = self.progress.read(self.batch_size)
         self.run.metric(step, lr=lr, **means, **speed)

@@ -1,12 +1,12 @@
-"""K-means over embeddings that do not fit into memory, with centres that are never empty and, if asked for, of equal size.
+"""K-means over embeddings larger than memory, without empty clusters and, optionally, with clusters of equal size.
 
-Mini-batches (scikit-learn's `MiniBatchKMeans`; Sculley, "Web-scale k-means clustering", WWW 2010) find the centres, a few passes over all images
-(Lloyd) settle them. An image belongs to the centre of the largest x.c - |c|^2 / 2 + w, which is the nearest one where every offset w is 0.
+Mini-batches (scikit-learn's `MiniBatchKMeans`; Sculley, "Web-scale k-means clustering", WWW 2010) find the centres, and a few passes over all images
+(Lloyd) refine them. An image belongs to the centre with the largest x.c - |c|^2 / 2 + w, the nearest one if all offsets w are 0.
 
-Balanced: Sinkhorn's algorithm (Cuturi 2013, arXiv 1306.0895) between images and centres that all ask for N / K of them. What it leaves of that
-constraint is one offset w a centre, so that the assignment stays linear in x (a power diagram).
+Balanced: Sinkhorn's algorithm (Cuturi 2013, arXiv 1306.0895) between the images and centres of N / K images each. The equal sizes are expressed by
+one offset w per centre, so that the assignment stays linear in x (a power diagram).
 
-Everything runs on one process, in the order of the files, and follows from the seed. B images of a block, N of all, D numbers each, K centres.
+Everything runs in one process, in the order of the files, and is determined by the seed. B images per block, N in all, D features, K centres.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,24 +18,24 @@ from ssld.shared.errors import UserError
 from ssld.stage1_ssld.clustering.embedding_files import Embeddings, Standard
 from ssld.stage1_ssld.clustering.prototype_layer import scores, softmax, temperature_for
 
-_BATCH = 1024  # images of a mini-batch, at least
-_STEPS, _PASSES = 60, 2  # mini-batches at least; and passes over all images that they make at least
-_LLOYD = 10  # passes that settle the centres, at most
-_SETTLED = 1e-3  # part of the distance that a pass has to gain to be followed by another
-_REFILLS = 20  # passes that may follow because a centre is empty
+_BATCH = 1024  # fewest images per mini-batch
+_STEPS, _PASSES = 60, 2  # fewest mini-batches, and fewest passes over all images that they make
+_LLOYD = 10  # most passes that refine the centres
+_SETTLED = 1e-3  # smallest relative improvement of the distance for another pass
+_REFILLS = 20  # most further passes to refill empty clusters
 # Balanced:
-_SAMPLE, _SAMPLE_OF_EACH = 8192, 16  # images that offsets are found on, at least: in all, and for each centre
+_SAMPLE, _SAMPLE_OF_EACH = 8192, 16  # fewest images that offsets are estimated on: in all, and per centre
 _PERPLEXITIES, _SHARPENINGS, _STEPS_OF_EACH = (
     (4.0, 1.05),
     6,
     8,
-)  # of the soft assignment: first and last; how many between; Sinkhorn's steps at each
+)  # perplexities of the soft assignment: first and last; their number; Sinkhorn steps at each
 _ROUNDS, _SAMPLE_LEVELLING, _LEVELLING = 5, 60, 15
-_LEVEL = 0.05  # a size may differ from N / K by this part of it
+_LEVEL = 0.05  # tolerated relative deviation of a size from N / K
 
 
 class Clusters(NamedTuple):
-    """centre_KD and offset_K float64, of standardised embeddings; size_K images; refilled: empty centres that were moved on the way."""
+    """centre_KD and offset_K float64, for standardised embeddings; size_K images per cluster; refilled: empty clusters that were refilled."""
 
     centre_KD: np.ndarray
     offset_K: np.ndarray
@@ -43,63 +43,67 @@ class Clusters(NamedTuple):
     refilled: int
 
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def find_clusters(
-    embeddings: Embeddings, standard: Standard, count: int, *, seed: int, balanced: bool, threads: int, tell: Tell
+    embeddings: Embeddings, standard: Standard, count: int, *, seed: int, balanced: bool, threads: int, log: Log
 ) -> Clusters:
-    """K-means.
+    """Run k-means.
 
     Args:
-        threads: of NumPy's products and scikit-learn.
-        tell: is given a line for the log after each part, and may raise to end the work.
+        standard: standardisation of the embeddings.
+        count: number K of centres.
+        seed: seed of all draws.
+        balanced: whether clusters have equal size.
+        threads: threads of NumPy's matrix products and scikit-learn.
+        log: called with a progress line after each part; an exception of it ends the work.
 
     Raises:
-        UserError: scikit-learn is not installed; more centres than different embeddings.
+        UserError: scikit-learn is not installed; more centres than distinct embeddings.
     """
     from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
     with threadpool_limits(threads):
-        centre_KD = _by_mini_batches(embeddings, standard, count, seed, tell)
-        return (_balanced if balanced else _settled)(embeddings, standard, centre_KD, tell)
+        centre_KD = _by_mini_batches(embeddings, standard, count, seed, log)
+        return (_balanced if balanced else _refined)(embeddings, standard, centre_KD, log)
 
 
 def require_scikit_learn() -> None:
-    """Raises UserError where it is not installed: before hours of embedding, not after."""
+    """Raise UserError if it is not installed, before hours of embedding."""
     from importlib.util import find_spec
 
     if find_spec("sklearn") is None:
         raise UserError("prototypes need scikit-learn; pip install 'ssld[prototypes]'")
 
 
-def _by_mini_batches(embeddings: Embeddings, standard: Standard, count: int, seed: int, tell: Tell) -> np.ndarray:
+def _by_mini_batches(embeddings: Embeddings, standard: Standard, count: int, seed: int, log: Log) -> np.ndarray:
     from sklearn.cluster import MiniBatchKMeans
 
     generator = np.random.default_rng(seed)
     size = min(len(embeddings), max(_BATCH, 4 * count))
     steps = max(_STEPS, -(-_PASSES * len(embeddings) // size))
     batches = _random_batches(embeddings.readable_N, size, generator)
-    # Without its random moves of small centres, which cost more than they find; empty ones are refilled afterwards.
+    # reassignment_ratio=0: random reassignment of small clusters costs more than it gains; empty ones are refilled afterwards.
     kmeans = MiniBatchKMeans(count, batch_size=size, n_init=1, random_state=seed, reassignment_ratio=0.0)
     for step in range(1, steps + 1):
         kmeans.partial_fit(standard(embeddings.rows(next(batches))))
         if step % _STEPS == 0 or step == steps:
-            tell(f"k-means: {step} of {steps} mini-batches of {size} images")
+            log(f"k-means: {step} of {steps} mini-batches of {size} images")
     centre_KD: np.ndarray = kmeans.cluster_centers_.astype(np.float64)
     return centre_KD
 
 
 def _random_batches(rows_N: np.ndarray, size: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
-    """Batches of rows without end: every pass has an order of its own, whose last incomplete batch is left out."""
+    """Endless batches of rows: every pass has its own order, and its incomplete last batch is dropped."""
     while True:
         order = generator.permutation(len(rows_N))
         for first in range(0, len(order) - size + 1, size):
             yield rows_N[order[first : first + size]]
 
 
-def _settled(embeddings: Embeddings, standard: Standard, centre_KD: np.ndarray, tell: Tell) -> Clusters:
-    """Lloyd's passes until little changes; the last one only counts, so that the sizes are those of the centres returned."""
+def _refined(embeddings: Embeddings, standard: Standard, centre_KD: np.ndarray, log: Log) -> Clusters:
+    """Run Lloyd's passes until the distance hardly improves; the last pass only counts, so that sizes belong to the returned centres."""
     count, refilled, before = len(centre_KD), 0, np.inf
     offset_K = np.zeros(count)
     for number in range(1, _LLOYD + _REFILLS + 1):
@@ -116,7 +120,7 @@ def _settled(embeddings: Embeddings, standard: Standard, centre_KD: np.ndarray, 
             distance += float(distance_B.sum())
             far.add(ids_B, distance_B)
         empty = np.flatnonzero(size_K == 0)
-        tell(f"k-means: pass {number}, mean squared distance {distance / len(embeddings):.4g}, {len(empty)} empty")
+        log(f"k-means: pass {number}, mean squared distance {distance / len(embeddings):.4g}, {len(empty)} empty")
         if not len(empty) and (number >= _LLOYD or before - distance <= _SETTLED * distance):
             return Clusters(centre_KD, offset_K, size_K.astype(np.int64), refilled)
         before = distance
@@ -132,13 +136,11 @@ def _settled(embeddings: Embeddings, standard: Standard, centre_KD: np.ndarray, 
 
 
 def _too_many(count: int) -> UserError:
-    return UserError(
-        f"prototypes: {count} are more than k-means finds among these images: too many of them have the same embedding; give fewer"
-    )
+    return UserError(f"prototypes: {count} are more than the distinct embeddings of these images allow; give fewer")
 
 
 class _Farthest:
-    """The images that lie farthest from their centres, at most `most` of them: what empty centres are moved to."""
+    """The `most` images farthest from their centres, to which empty centres are moved."""
 
     def __init__(self, most: int, width: int) -> None:
         self._most, self._rounding = most, 1e-5 * width  # a standardised embedding has a length of about sqrt(width)
@@ -150,7 +152,7 @@ class _Farthest:
         self._ids, self._distances = ids[order], distances[order]
 
     def ids(self, count: int) -> np.ndarray:
-        """The `count` farthest; fewer where no more lie away from their centres."""
+        """Rows of the `count` farthest images; fewer if all others coincide with their centres."""
         return self._ids[self._distances > self._rounding][:count]
 
 
@@ -162,10 +164,10 @@ def _add_rows(sum_KD: np.ndarray, label_B: np.ndarray, x_BD: np.ndarray) -> None
     sum_KD[labels[starts]] += np.add.reduceat(x_BD[order].astype(np.float64), starts, axis=0)
 
 
-def _balanced(embeddings: Embeddings, standard: Standard, centre_KD: np.ndarray, tell: Tell) -> Clusters:
-    """Centres and offsets by turns: offsets from a sample, then a pass over all images for the means of what is assigned with them.
+def _balanced(embeddings: Embeddings, standard: Standard, centre_KD: np.ndarray, log: Log) -> Clusters:
+    """Alternate offsets and centres: offsets from a sample, then the means of the images assigned with them, in a pass over all images.
 
-    The last passes level the offsets on all images while the centres stay. Returned are the most equal sizes found.
+    The last passes adjust the offsets on all images with fixed centres. Returns the clusters with the most equal sizes.
     """
     count, share = len(centre_KD), len(embeddings) / len(centre_KD)
     sample_BD = standard(embeddings.sample(max(_SAMPLE, _SAMPLE_OF_EACH * count)))
@@ -182,7 +184,7 @@ def _balanced(embeddings: Embeddings, standard: Standard, centre_KD: np.ndarray,
             label_B = scores(x_BD, centre_KD, offset_K).argmax(1)
             _add_rows(sum_KD, label_B, x_BD)
             size_K += np.bincount(label_B, minlength=count)
-        tell(f"k-means: balanced pass {number}, sizes from {size_K.min():.0f} to {size_K.max():.0f} images")
+        log(f"k-means: balanced pass {number}, sizes from {size_K.min():.0f} to {size_K.max():.0f} images")
         if number < _ROUNDS:
             centre_KD = np.where(size_K[:, None] > 0, sum_KD / np.maximum(size_K, 1)[:, None], centre_KD)
             continue
@@ -198,9 +200,9 @@ def _balanced(embeddings: Embeddings, standard: Standard, centre_KD: np.ndarray,
 
 
 def _sinkhorn(score_BK: np.ndarray, offset_K: np.ndarray) -> tuple[np.ndarray, float]:
-    """(offsets at which every centre has the same mass of the softmax of (score + offset) / entropy, the last entropy).
+    """Return offsets at which every centre has the same mass under the softmax of (score + offset) / entropy, and the last entropy.
 
-    Rows are scaled by the softmax itself, columns by their offsets; the entropy falls step by step, which converges far faster than a small one does.
+    The softmax normalises rows, the offsets normalise columns. The entropy decreases step by step; a small constant one converges far slower.
     """
     count, some = score_BK.shape[1], slice(None, None, max(1, len(score_BK) // 1024))
     widest, sharpest = (
@@ -214,7 +216,7 @@ def _sinkhorn(score_BK: np.ndarray, offset_K: np.ndarray) -> tuple[np.ndarray, f
 
 
 def _level(score_BK: np.ndarray, offset_K: np.ndarray, step: float) -> np.ndarray:
-    """Offsets of the most equal sizes of the assignment itself, from those of the soft one."""
+    """Refine the offsets of the soft assignment to the most equal sizes of the hard one."""
     count, share = score_BK.shape[1], len(score_BK) / score_BK.shape[1]
     best, off_by, leveller = offset_K, np.inf, _Leveller(count, step)
     for _ in range(_SAMPLE_LEVELLING):
@@ -226,17 +228,17 @@ def _level(score_BK: np.ndarray, offset_K: np.ndarray, step: float) -> np.ndarra
 
 
 class _Leveller:
-    """Raises the offsets of centres that are too small and lowers the others, each by a step that grows while it goes on in one direction and is
-    halved when it overshoots (Rprop; Riedmiller and Braun 1993)."""
+    """Update of the offsets: raised for small clusters, lowered for large ones, by steps that grow while the sign stays and are halved when it
+    changes (Rprop; Riedmiller and Braun 1993)."""
 
     def __init__(self, count: int, step: float) -> None:
         self._step_K, self._before_K = np.full(count, step), np.zeros(count)
 
     def change(self, size_K: np.ndarray, share: float) -> np.ndarray:
-        """What to add to the offsets."""
-        wanted_K = np.where(abs(size_K - share) <= max(0.5 * _LEVEL * share, 0.5), 0.0, np.sign(share - size_K))
-        turn_K = wanted_K * self._before_K
+        """Change of the offsets for the current sizes."""
+        sign_K = np.where(abs(size_K - share) <= max(0.5 * _LEVEL * share, 0.5), 0.0, np.sign(share - size_K))
+        turn_K = sign_K * self._before_K
         self._step_K *= np.where(turn_K > 0, 1.3, np.where(turn_K < 0, 0.5, 1.0))
-        self._before_K = wanted_K
-        change_K: np.ndarray = wanted_K * self._step_K
+        self._before_K = sign_K
+        change_K: np.ndarray = sign_K * self._step_K
         return change_K

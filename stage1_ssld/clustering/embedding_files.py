@@ -1,6 +1,6 @@
-"""The embeddings that a pass leaves, one NumPy file per shard, and their statistics. Read a block at a time: memory does not grow with the images.
+"""Embeddings of a pool, one NumPy file per shard, and their statistics. Read block by block: memory does not grow with the number of images.
 
-An image that could not be read keeps its row, of NaN. N images, D numbers per embedding.
+An unreadable image has a row of NaN. N images, D features.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,23 +12,23 @@ import numpy as np
 from ssld.shared.checksums import atomically_with_sum
 from ssld.shared.files import spread
 
-_NUMBERS = 1 << 23  # of a block and what is computed of it
-_BLOCK = 8192  # rows, at most
-_DEAD = 1e-6  # a feature that varies by less than this part of the most varied one is a constant
+_NUMBERS = 1 << 23  # values per block, including derived ones
+_BLOCK = 8192  # most rows per block
+_DEAD = 1e-6  # a feature whose deviation is below this fraction of the largest one is constant
 
 
 def save_embeddings(path: Path, embedding_ND: np.ndarray) -> None:
-    """Write the embeddings of one shard, float32, whole or not at all, and their checksum."""
+    """Write the embeddings of one shard atomically, as float32, and their checksum."""
     with atomically_with_sum(path) as temporary, temporary.open("wb") as file:
         np.save(file, embedding_ND.astype(np.float32))
 
 
 class Embeddings:
-    """The files of all shards, in their order, as one table; a row is known by its number over all of them.
+    """Files of all shards, in order, as one table; rows are numbered over all files.
 
     Attributes:
-        width: D.
-        readable_N: rows that are embeddings, ascending.
+        width: number D of features.
+        readable_N: rows of readable images, ascending.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -45,7 +45,7 @@ class Embeddings:
         return len(self.readable_N)
 
     def blocks(self, columns: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(row numbers, embeddings float32 [B,D]) of all readable images, in order; B is such that B x `columns` numbers take little memory."""
+        """(row numbers, embeddings float32 [B,D]) of all readable images, in order; B x `columns` values take little memory."""
         for first, z_BD in self._whole(columns):
             readable = np.flatnonzero(~np.isnan(z_BD[:, 0]))
             if len(readable):
@@ -53,21 +53,21 @@ class Embeddings:
 
     def rows(self, ids_B: np.ndarray) -> np.ndarray:
         """Embeddings float32 [B,D] of some rows, in any order."""
-        found = np.empty((len(ids_B), self.width), np.float32)
+        result = np.empty((len(ids_B), self.width), np.float32)
         order = np.argsort(ids_B, kind="stable")
         edges = np.searchsorted(ids_B[order], self._starts)
         for number, file in enumerate(self._files):
-            mine = order[edges[number] : edges[number + 1]]
-            if len(mine):
-                found[mine] = np.load(file, mmap_mode="r")[ids_B[mine] - self._starts[number]]
-        return found
+            inside = order[edges[number] : edges[number + 1]]
+            if len(inside):
+                result[inside] = np.load(file, mmap_mode="r")[ids_B[inside] - self._starts[number]]
+        return result
 
     def sample(self, most: int) -> np.ndarray:
-        """Embeddings float32 [B,D] of at most so many images, evenly chosen."""
+        """Embeddings float32 [B,D] of at most `most` images, evenly spaced."""
         return self.rows(self.readable_N[spread(len(self), most)])
 
     def _whole(self, columns: int = 1) -> Iterator[tuple[int, np.ndarray]]:
-        """(number of the first row, rows as they are), in blocks."""
+        """(number of the first row, rows including NaN) of each block."""
         rows = rows_of(columns)
         for start, file in zip(self._starts[:-1].tolist(), self._files, strict=True):
             table = np.load(file, mmap_mode="r")
@@ -76,18 +76,18 @@ class Embeddings:
 
 
 def rows_of(columns: int) -> int:
-    """Rows of a block that has so many columns."""
+    """Rows of a block with this number of columns."""
     return max(1024, min(_BLOCK, _NUMBERS // columns))
 
 
 class Standard(NamedTuple):
-    """Mean and scale of every feature, float64 [D]: (z - mean) / scale has mean 0 and deviation 1."""
+    """Mean and scale of every feature, float64 [D]: (z - mean) / scale has mean 0 and standard deviation 1."""
 
     mean_D: np.ndarray
     scale_D: np.ndarray
 
     def __call__(self, embedding_BD: np.ndarray) -> np.ndarray:
-        """Standardised embeddings, float32."""
+        """Standardise embeddings; float32."""
         return ((embedding_BD - self.mean_D) / self.scale_D).astype(np.float32)
 
 

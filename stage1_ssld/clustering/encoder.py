@@ -1,6 +1,6 @@
-"""The encoder whose embeddings are clustered, and the teacher file that it becomes: its weights and one linear layer on its pooled features.
+"""Encoder whose embeddings are clustered, and its teacher file: the encoder with a linear layer on its pooled features.
 
-B images, D numbers per embedding, K prototypes.
+B images, D features, K prototypes.
 """
 
 from pathlib import Path
@@ -28,25 +28,27 @@ from ssld.shared.models.teacher import embed, reset_head
 from ssld.stage1_ssld.config import PrototypesConfig
 from ssld.stage1_ssld.data.labels import prototype_names
 
-_TRIED = 2  # classes of the head on which a network is tried
+_TRIED = 2  # classes of the trial head
 _DAMAGED = "its weights are damaged, or of another arch"
 
 
 class Encoder:
-    """A frozen timm network that answers pixels [B,3,S,S] in 0..255 with its pooled features, at its own normalisation.
+    """Frozen timm network: pixels [B,3,S,S] in 0..255 -> pooled features, with its own normalisation.
 
     Attributes:
-        size: side S in pixels; width: D.
-        facts: what its name, weights and number of classes were.
+        size: side S of the views in pixels.
+        width: number D of features.
+        arch: timm name.
+        facts: its reference, hash of its weights and number of classes.
 
     Raises:
-        UserError: as `parse_reference` and `create_classifier`; an input size or pooling that the network does not have; a network whose classes
-            are not one linear layer on its pooled features, or that timm does not build again from its name and arguments.
+        UserError: as `parse_reference` and `create_classifier`; an input size or pooling that the network does not support; a network whose
+            classifier is not one linear layer on its pooled features, or that timm cannot rebuild from its name and arguments.
     """
 
     def __init__(self, config: PrototypesConfig, device: torch.device) -> None:
         self._reference = parse_reference(config.encoder.model, config.encoder.arch, allow_pickle=True)
-        torch.manual_seed(config.seed)  # of random weights: the same on all ranks
+        torch.manual_seed(config.seed)  # random weights have to be the same on all ranks
         classifier, inputs = create_classifier(self._reference)
         net: Any = classifier.net
         self.facts = {
@@ -70,7 +72,7 @@ class Encoder:
         self._device, self._dtype, self._precision = device, DTYPES[config.precision], config.precision
 
     def embed(self, pixels_BCHW: Tensor) -> np.ndarray:
-        """Pooled features [B,D] float32. Raises UserError where one is NaN or infinite."""
+        """Pooled features [B,D] float32. Raises UserError if any is NaN or infinite."""
         mixed = self._dtype != torch.float32
         with torch.no_grad(), torch.autocast(self._device.type, self._dtype, enabled=mixed):
             embedding_BD = embed(self._classifier, pixels_BCHW)
@@ -78,7 +80,7 @@ class Encoder:
         return embedding_BD.cpu().numpy()
 
     def save(self, path: Path, weight_KD: np.ndarray, bias_K: np.ndarray, **facts: Any) -> str:
-        """Write the teacher: this network with a linear layer of K classes, `prototype 0` to `prototype K-1`. Returns its content hash."""
+        """Write the teacher file: this network with a linear layer of K classes, `prototype 0` to `prototype K-1`. Returns its content hash."""
         net: Any = self._classifier.net
         tensors = net.state_dict()
         layer = next(name for name, module in net.named_modules() if module is net.get_classifier())
@@ -99,10 +101,10 @@ class Encoder:
 
     def _refuse_nan(self, embedding_BD: Tensor, advice: str) -> None:
         if not bool(torch.isfinite(embedding_BD).all()):
-            raise UserError(f"encoder.model: {self._reference.text}: answers with NaN; {advice}")
+            raise UserError(f"encoder.model: {self._reference.text}: its features are NaN; {advice}")
 
     def _checked_args(self, classifier: Classifier) -> dict[str, Any]:
-        """What timm needs beside the arch to build this very network again, tried on noise; {} where that is nothing."""
+        """Arguments with which timm rebuilds exactly this network, verified on noise; {} if the arch is enough."""
         net: Any = classifier.net
         noise_BCHW = torch.rand(2, 3, self.size, self.size, generator=torch.Generator().manual_seed(0)) * 255
         with torch.no_grad():
@@ -110,11 +112,11 @@ class Encoder:
             self._refuse_nan(embedding_BD, _DAMAGED)
             linear = isinstance(head, nn.Linear) and embedding_BD.shape == (len(noise_BCHW), head.in_features)
             if linear:
-                nn.init.normal_(head.weight)  # some arches begin with zeros, of which nothing could be told
+                nn.init.normal_(head.weight)  # some arches start from zeros, which would hide differences
             logits_BK = classifier(noise_BCHW)
             if not linear or not torch.allclose(head(embedding_BD), logits_BK, rtol=1e-4, atol=1e-4):
                 raise UserError(
-                    f"{self.arch}: its classes are not one linear layer on its pooled features, which prototypes need; take another arch"
+                    f"{self.arch}: its classifier is not one linear layer on its pooled features, which prototypes need; use another arch"
                 )
             own = {
                 name: value for name, value in get_model_args(net).items() if name not in ("num_classes", "in_chans")
@@ -125,19 +127,19 @@ class Encoder:
                     again.load_state_dict(net.state_dict())
                     if torch.equal(again(classifier.normalised(noise_BCHW)), logits_BK):
                         return args
-                except Exception:  # whatever timm or torch raises for a network of another shape
+                except Exception:  # timm and torch raise many types for other shapes
                     continue
         raise UserError(
-            f"{self.arch}: timm does not build this network again from its name, size and pooling; leave image_size and encoder.global_pool out, "
-            "or take another arch"
+            f"{self.arch}: timm cannot rebuild this network from its name, size and pooling; leave image_size and encoder.global_pool out, "
+            "or use another arch"
         )
 
 
 def _resize(net: Any, size: int, what: str) -> None:
-    """Make a network of fixed size one for another size, as timm does it: a ViT's position embedding is interpolated."""
+    """Change the input size of a network of fixed size through timm, which interpolates position embeddings."""
     if not hasattr(net, "set_input_size"):
         raise UserError(f"{what}: works at its own size only; leave it out")
     try:
         net.set_input_size(img_size=(size, size))
-    except Exception as error:  # of many kinds: windows and patches that do not divide the size
+    except Exception as error:  # many types: windows and patches that do not divide the size
         raise UserError(f"{what}: cannot work at {size} pixels ({' '.join(str(error).split())[:120]})") from None

@@ -1,9 +1,9 @@
-"""Prototypes as one linear layer: the soft labels of a teacher whose classes are K centres.
+"""Prototypes as one linear layer: soft labels of a teacher whose classes are K centres.
 
-The probability of centre k is softmax_k(-|x - c_k|^2 / 2T). Of the square, |x|^2 is the same for all classes and falls out of the softmax; the rest,
-(x.c_k - |c_k|^2 / 2) / T, is linear in x. So is the standardisation x = (z - mean) / scale, and both together are a weight and a bias on z.
+The probability of centre k is softmax_k(-|x - c_k|^2 / 2T). |x|^2 is the same for all classes and cancels in the softmax; the rest,
+(x.c_k - |c_k|^2 / 2) / T, is linear in x. So is the standardisation x = (z - mean) / scale: together they are a weight and a bias on z.
 
-B images, K centres, D numbers per embedding.
+B images, K centres, D features.
 """
 
 import numpy as np
@@ -14,29 +14,29 @@ _BISECTIONS = 50
 
 
 def scores(x_BD: np.ndarray, centre_KD: np.ndarray, offset_K: np.ndarray) -> np.ndarray:
-    """x.c - |c|^2 / 2 + offset, float64 [B,K]; products in the precision of x. Largest for the nearest centre where the offsets are equal."""
+    """x.c - |c|^2 / 2 + offset, float64 [B,K], multiplied in the precision of x; largest for the nearest centre if all offsets are equal."""
     product_BK = (x_BD @ centre_KD.astype(x_BD.dtype).T).astype(np.float64)
     product_BK += offset_K - 0.5 * (centre_KD**2).sum(1)
     return product_BK
 
 
 def softmax(logits_BK: np.ndarray) -> np.ndarray:
-    """Over classes."""
+    """Softmax over classes [B,K]."""
     shares_BK = np.exp(logits_BK - logits_BK.max(1, keepdims=True))
     shares_BK /= shares_BK.sum(1, keepdims=True)
     return shares_BK
 
 
 def perplexities(logits_BK: np.ndarray) -> np.ndarray:
-    """e to the entropy of each image's softmax: 1 where one class has it all, K where all are alike."""
+    """Perplexity (e to the entropy) of each image's softmax: 1 for a one-hot distribution, K for a uniform one."""
     shares_BK = softmax(logits_BK)
     return np.exp(-(shares_BK * np.log(np.maximum(shares_BK, 1e-300))).sum(1))
 
 
 def temperature_for(score_BK: np.ndarray, perplexity: float) -> float:
-    """The temperature at which the median perplexity of the images' softmax is the one asked for, by bisection of its logarithm.
+    """Find the temperature at which the images' softmax has this median perplexity, by bisection of its logarithm.
 
-    It is approached from 1 and from K: a perplexity outside gives a temperature that is very small or very large.
+    A perplexity outside 1..K gives a very small or very large temperature.
     """
     spread = float(np.median(score_BK.max(1) - score_BK.mean(1))) or 1.0
     low, high = np.log(spread * 1e-6), np.log(spread * 1e6)
@@ -52,9 +52,9 @@ def temperature_for(score_BK: np.ndarray, perplexity: float) -> float:
 def linear_layer(
     standard: Standard, centre_KD: np.ndarray, offset_K: np.ndarray, temperature: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(weight_KD, bias_K) float64 on z.
+    """Return (weight_KD, bias_K) float64 on z.
 
-    What all classes have in common is taken off both, which changes no softmax and keeps the logits small enough for float32.
+    The mean over classes is subtracted from both, which changes no softmax and keeps the logits small enough for float32.
     """
     weight_KD = centre_KD / (standard.scale_D * temperature)
     bias_K = (offset_K - 0.5 * (centre_KD**2).sum(1)) / temperature - weight_KD @ standard.mean_D

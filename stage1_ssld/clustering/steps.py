@@ -1,10 +1,10 @@
-"""The parts of making a teacher of an encoder, in their order; each leaves files in the run directory that a run which was killed goes on from.
+"""Steps that turn an encoder into a teacher, in order; each writes files to the run directory, from which a killed run continues.
 
-embeddings/           one file a shard: pooled features of each image                                   (all ranks)
-centres.npz           their mean and scale, and the centres that k-means found                           (main rank)
-teacher.safetensors   the encoder with one linear layer more; prototypes.png, the images nearest to some centres   (main rank)
+embeddings/           one file per shard: pooled features of each image                                (all ranks)
+centres.npz           their mean and scale, and the centres of k-means                                 (main rank)
+teacher.safetensors   the encoder with one more linear layer; prototypes.png, the images nearest to some centres   (main rank)
 
-What the main rank does alone takes memory by prototypes x features, not by the size of the pool.
+The memory of the main rank's steps grows with prototypes x features, not with the size of the pool.
 """
 
 import math
@@ -29,17 +29,17 @@ from ssld.stage1_ssld.clustering.embedding_files import Embeddings, Standard, sa
 from ssld.stage1_ssld.clustering.encoder import Encoder
 from ssld.stage1_ssld.clustering.prototype_layer import linear_layer, perplexities, scores, softmax, temperature_for
 from ssld.stage1_ssld.config import PrototypesConfig
-from ssld.stage1_ssld.curation.output import Images, Picture, Row, draw_examples, small_views
+from ssld.stage1_ssld.curation.output import Example, Images, Row, draw_examples, small_views
 from ssld.stage1_ssld.curation.score_files import EMBEDDED, UNREADABLE, ScoreFiles, write_shard
 from ssld.stage1_ssld.curation.shard_pass import Piece, Reading, compare_shards, open_pool, over_missing_shards
 
-_IMAGES_OF_EACH, _FEWEST, _MOST = 40, 16, 4096  # prototypes, where the settings do not say how many
-_SAMPLE = 1 << 23  # numbers (images x prototypes) that the temperature is found on
-_SHOWN = 20  # prototypes in the picture
+_IMAGES_OF_EACH, _FEWEST, _MOST = 40, 16, 4096  # default number of prototypes: images per prototype, and bounds
+_SAMPLE = 1 << 23  # values (images x prototypes) that the temperature is estimated on
+_DRAWN = 20  # prototypes in prototypes.png
 
 
 def make_prototypes(config: PrototypesConfig) -> None:
-    """Write the teacher, the picture and result.json as `config` says."""
+    """Write the teacher file, prototypes.png and result.json."""
     require_scikit_learn()
     check_networks(config.networks(), config.hub_data())
     accelerator, config = start_processes(config)
@@ -53,13 +53,13 @@ def make_prototypes(config: PrototypesConfig) -> None:
 
 
 def prototypes_for(images: int) -> int:
-    """Prototypes for a pool of so many images: the power of two next to a fortieth of them (by ratio), from 16 to 4,096.
+    """Default number of prototypes for a pool: the power of two nearest to a fortieth of the images (by ratio), from 16 to 4,096.
 
-    Fewer images for each make centres of accidents, and more leave differences out that the encoder sees; above 4,096 the layer and a store of soft
-    labels grow while the classes say little that is new.
+    With fewer images per prototype, centres are accidental; with more, they miss differences that the encoder resolves. Above 4,096 the layer and a
+    store of soft labels grow with little new information.
     """
-    wanted = min(max(images / _IMAGES_OF_EACH, _FEWEST), _MOST)
-    return int(2 ** round(math.log2(wanted)))
+    number = min(max(images / _IMAGES_OF_EACH, _FEWEST), _MOST)
+    return int(2 ** round(math.log2(number)))
 
 
 def _make(config: PrototypesConfig, run: RunDir, device: torch.device) -> None:
@@ -86,7 +86,7 @@ def _make(config: PrototypesConfig, run: RunDir, device: torch.device) -> None:
     quarantine.add(files.unreadable if run.main else [])
     quarantine.judge(len(files))
 
-    # ---- what the main rank does alone
+    # ---- steps of the main rank
     if run.main:
         embeddings = Embeddings([path.with_suffix(".npy") for path in files.paths])
         count = _count(config, len(embeddings))
@@ -101,7 +101,7 @@ def _make(config: PrototypesConfig, run: RunDir, device: torch.device) -> None:
             f"{metrics['median_size']:g}; {clusters.refilled} empty ones refilled"
         )
         run.log(f"soft labels: median perplexity {perplexity:.2f} at temperature {temperature:.4g}")
-        teacher, picture = run.path / "teacher.safetensors", run.path / "prototypes.png"
+        teacher, plot = run.path / "teacher.safetensors", run.path / "prototypes.png"
         encoder.save(
             teacher,
             *linear_layer(standard, clusters.centre_KD, clusters.offset_K, temperature),
@@ -110,14 +110,14 @@ def _make(config: PrototypesConfig, run: RunDir, device: torch.device) -> None:
             prototypes={**metrics, "balanced": config.balanced, "sources": [source.path for source in config.pool]},
         )
         rows = _nearest(embeddings, standard, clusters, temperature, config.examples)
-        _draw(picture, rows, clusters, Images(files, pool.shards, pool.source), config.examples)
-        run.finish(metrics, [teacher, picture])
-        run.log(f"wrote {teacher} and {picture}")
+        _draw(plot, rows, clusters, Images(files, pool.shards, pool.source), config.examples)
+        run.finish(metrics, [teacher, plot])
+        run.log(f"wrote {teacher} and {plot}")
     from_main_rank(None)
 
 
 def _count(config: PrototypesConfig, images: int) -> int:
-    """Number of prototypes. Raises UserError where the images or the perplexity do not allow it."""
+    """Number of prototypes. Raises UserError if the images or the perplexity do not allow it."""
     count = config.prototypes or prototypes_for(images)
     if count > images:
         raise UserError(
@@ -129,7 +129,7 @@ def _count(config: PrototypesConfig, images: int) -> int:
 
 
 def _write_embeddings(path: Path, pieces: list[Piece], embeddings: list[np.ndarray]) -> None:
-    """Names, then embeddings, which say that the shard is done; NaN for what could not be read."""
+    """Write the names, then the embeddings, which mark the shard as done; NaN for unreadable images."""
     readable = np.array([flag for piece in pieces for flag in piece.readable], bool)
     columns = {
         "key": [key for piece in pieces for key in piece.keys],
@@ -137,24 +137,24 @@ def _write_embeddings(path: Path, pieces: list[Piece], embeddings: list[np.ndarr
     }
     unreadable = [location for piece in pieces for location in piece.unreadable]
     write_shard(path.with_suffix(".parquet"), columns, EMBEDDED, unreadable)
-    found = np.concatenate(embeddings)
-    table = np.full((len(readable), found.shape[1]), np.nan, np.float32)
-    table[readable] = found
+    values = np.concatenate(embeddings)
+    table = np.full((len(readable), values.shape[1]), np.nan, np.float32)
+    table[readable] = values
     save_embeddings(path, table)
 
 
 def _clusters(config: PrototypesConfig, run: RunDir, embeddings: Embeddings, count: int) -> tuple[Standard, Clusters]:
-    """How embeddings are standardised, and the centres; as an earlier start of this run left them, if it did."""
+    """Standardisation and clusters, read from centres.npz if an earlier start of this run wrote it."""
     file = run.path / "centres.npz"
     if not is_sound(file):
         for line in made_again([file]):
             run.log(line)
         with StopRequest() as stop:
 
-            def tell(line: str) -> None:
+            def log(line: str) -> None:
                 run.log(line)
                 if stop.requested:
-                    raise Stopped("the prototypes are not found yet; all embeddings are kept")
+                    raise Stopped("the prototypes are not finished; all embeddings are kept")
 
             standard = standard_of(embeddings)
             clusters = find_clusters(
@@ -164,14 +164,14 @@ def _clusters(config: PrototypesConfig, run: RunDir, embeddings: Embeddings, cou
                 seed=config.seed,
                 balanced=config.balanced,
                 threads=torch.get_num_threads(),
-                tell=tell,
+                log=log,
             )
         with atomically_with_sum(file) as temporary, temporary.open("wb") as opened:
             np.savez(opened, **standard._asdict(), **clusters._asdict())
-    with np.load(file) as found:
+    with np.load(file) as saved:
         return (
-            Standard(found["mean_D"], found["scale_D"]),
-            Clusters(found["centre_KD"], found["offset_K"], found["size_K"], int(found["refilled"])),
+            Standard(saved["mean_D"], saved["scale_D"]),
+            Clusters(saved["centre_KD"], saved["offset_K"], saved["size_K"], int(saved["refilled"])),
         )
 
 
@@ -192,16 +192,16 @@ def _metrics(clusters: Clusters, temperature: float, perplexity: float, images: 
 def _nearest(
     embeddings: Embeddings, standard: Standard, clusters: Clusters, temperature: float, most: int
 ) -> dict[int, list[tuple[int, float]]]:
-    """Of some prototypes, from the largest to the smallest: the nearest images, as their row and the prototype's probability there."""
+    """Nearest images of some prototypes, from the largest to the smallest, as (row, probability of the prototype)."""
     by_size = np.argsort(-clusters.size_K, kind="stable")
-    shown = by_size[spread(len(by_size), _SHOWN)]
-    near = {int(k): (np.empty(0, np.int64), np.empty(0)) for k in shown}
+    drawn = by_size[spread(len(by_size), _DRAWN)]
+    near = {int(k): (np.empty(0, np.int64), np.empty(0)) for k in drawn}
     for ids_B, z_BD in embeddings.blocks():
         x_BD = standard(z_BD)
         distance_BS = (x_BD.astype(np.float64) ** 2).sum(1)[:, None] - 2 * scores(
-            x_BD, clusters.centre_KD[shown], np.zeros(len(shown))
+            x_BD, clusters.centre_KD[drawn], np.zeros(len(drawn))
         )
-        for column, k in enumerate(shown.tolist()):
+        for column, k in enumerate(drawn.tolist()):
             ids, distances = np.r_[near[k][0], ids_B], np.r_[near[k][1], distance_BS[:, column]]
             first = np.argsort(distances, kind="stable")[:most]
             near[k] = ids[first], distances[first]
@@ -215,11 +215,11 @@ def _nearest(
 def _draw(
     path: Path, rows: dict[int, list[tuple[int, float]]], clusters: Clusters, images: Images, columns: int
 ) -> None:
-    """The nearest images of some prototypes, with the prototype's probability."""
-    wanted = np.unique([row for found in rows.values() for row, _ in found])
-    views = small_views(images, wanted)
-    shown = [
-        Row(f"prototype {k}\n{clusters.size_K[k]} images", [Picture(views[row], f"{p:.2f}") for row, p in found])
-        for k, found in rows.items()
+    """Draw the nearest images of some prototypes, with the prototype's probability."""
+    needed = np.unique([row for nearest in rows.values() for row, _ in nearest])
+    views = small_views(images, needed)
+    drawn = [
+        Row(f"prototype {k}\n{clusters.size_K[k]} images", [Example(views[row], f"{p:.2f}") for row, p in nearest])
+        for k, nearest in rows.items()
     ]
-    draw_examples(path, shown, columns)
+    draw_examples(path, drawn, columns)

@@ -1,10 +1,10 @@
-"""Near-duplicates: all pairs of perceptual hashes within a Hamming distance, and which images of confirmed pairs have to go.
+"""Near-duplicates: all pairs of perceptual hashes within a Hamming distance, and the images of confirmed pairs to reject.
 
-The search is exact. Of h + 3 groups of bits, two hashes at distance h at most agree in three whole groups: sorting by every choice of three brings
-them together (the block permutations of Manku, Jain and Das Sarma, "Detecting near-duplicates for web crawling", WWW 2007).
+The search is exact. Of h + 3 groups of bits, two hashes at distance h or less agree in at least three whole groups, so sorting by every choice of
+three groups puts them side by side (the block permutations of Manku, Jain and Das Sarma, "Detecting near-duplicates for web crawling", WWW 2007).
 
-Why not a library: of the kept ones faiss alone searches binary codes exactly, and its best index takes 17 times as long to join a million hashes with
-themselves (benchmarks/close_hashes.py); approximate indices miss pairs, and a missed validation image is a leak.
+Why not a library: of the maintained ones only faiss searches binary codes exactly, and its best index takes 17 times as long to join a million hashes
+with themselves (benchmarks/close_hashes.py); approximate indices miss pairs, and a missed validation image is a leak.
 
 N, M hashes.
 """
@@ -16,18 +16,18 @@ from typing import NamedTuple
 import numpy as np
 
 PARTNERS = 16
-"""Of a pool's images with one and the same hash, at most so many are compared with a given image, the best first: blank ones come by the million."""
-PROTECTED_PARTNERS = 512
-"""The same of validation and training images, which are fewer: one that is missed is a leak."""
+"""Most images of the pool with one hash that are compared with a given image, the best first: a pool may hold a million blank images."""
+HELD_OUT_PARTNERS = 512
+"""Most held-out images with one hash that are compared with a given image; larger, because a missed one is a leak."""
 _AGREEING = 3
 _BLOCK = 1 << 22
 _SORTED = 1 << 21
-"""Hashes that are sorted at a time, about: the rest of the memory is the hashes themselves."""
+"""Hashes sorted at a time, approximately; other memory is that of the hashes themselves."""
 _SCATTER = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Pairs(NamedTuple):
-    """Pairs of images: left_P and right_P int64 numbers, distance_P uint8 of their hashes."""
+    """Pairs of images: left_P and right_P int64 numbers, distance_P uint8 Hamming distance of their hashes."""
 
     left_P: np.ndarray
     right_P: np.ndarray
@@ -35,35 +35,37 @@ class Pairs(NamedTuple):
 
 
 def close_hashes(hash_N: np.ndarray, distance: int, interesting_N: np.ndarray | None = None) -> Pairs:
-    """All pairs (left < right) of the N different 64-bit hashes that differ in at most `distance` bits, each once.
+    """Find all pairs (left < right) of N different 64-bit hashes that differ in at most `distance` bits, each once.
 
     Args:
-        interesting_N: bool; pairs of two that are not are left out.
+        hash_N: uint64, all different.
+        distance: largest Hamming distance in bits.
+        interesting_N: bool; pairs of two uninteresting hashes are left out.
     """
     groups = distance + _AGREEING
     edges = np.linspace(0, 64, groups + 1).round().astype(int).tolist()
     masks = [np.uint64((1 << high) - (1 << low)) for low, high in itertools.pairwise(edges)]
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    pairs: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     parts = 1 + len(hash_N) // _SORTED
     for chosen in itertools.combinations(range(groups), _AGREEING):
         mask = np.bitwise_or.reduce([masks[group] for group in chosen])
-        # A pair turns up for every choice of three that it agrees in; it is taken at the first.
+        # A pair appears for every choice of three groups that it agrees in; it is recorded at the first.
         earlier = [masks[group] for group in range(chosen[-1]) if group not in chosen]
         for rows in _parts_of_equal(hash_N, mask, parts):
-            _close_in(hash_N, rows, mask, earlier, distance, interesting_N, found)
-    if not found:
+            _close_in(hash_N, rows, mask, earlier, distance, interesting_N, pairs)
+    if not pairs:
         return Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint8))
-    return _sorted(Pairs(*(np.concatenate(column) for column in zip(*found, strict=True))))
+    return _sorted(Pairs(*(np.concatenate(column) for column in zip(*pairs, strict=True))))
 
 
 def _parts_of_equal(hash_N: np.ndarray, mask: np.uint64, parts: int) -> Iterator[np.ndarray]:
-    """Rows int32 in parts of about one size, so that hashes which agree under the mask lie in one part."""
+    """Split the rows (int32) into parts of similar size, with hashes that agree under the mask in the same part."""
     if parts == 1:
         yield np.arange(len(hash_N), dtype=np.int32)
         return
     part = np.empty(len(hash_N), np.uint16)
     for first in range(0, len(hash_N), _BLOCK):
-        scattered = (hash_N[first : first + _BLOCK] & mask) * _SCATTER  # wraps around
+        scattered = (hash_N[first : first + _BLOCK] & mask) * _SCATTER  # overflows by design
         part[first : first + _BLOCK] = (scattered >> np.uint64(40)) % np.uint64(parts)
     for number in range(parts):
         yield np.flatnonzero(part == number).astype(np.int32)
@@ -76,9 +78,9 @@ def _close_in(
     earlier: list[np.uint64],
     distance: int,
     interesting_N: np.ndarray | None,
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    pairs: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
 ) -> None:
-    """Add the close pairs among some rows that agree under the mask, and under none of the `earlier` ones."""
+    """Append the close pairs of some rows that agree under `mask` and under none of the `earlier` masks to `pairs`."""
     key = hash_N[rows] & mask
     order = np.argsort(key, kind="stable")
     key, rows = key[order], rows[order]
@@ -96,9 +98,9 @@ def _close_in(
             a, b = rows[at[near]].astype(np.int64), rows[at[near] + step].astype(np.int64)
             left, right, bits = np.minimum(a, b), np.maximum(a, b), bits[near]
             if interesting_N is not None:
-                wanted = interesting_N[left] | interesting_N[right]
-                left, right, bits = left[wanted], right[wanted], bits[wanted]
-            found.append((left, right, bits))
+                relevant = interesting_N[left] | interesting_N[right]
+                left, right, bits = left[relevant], right[relevant], bits[relevant]
+            pairs.append((left, right, bits))
         step += 1
         at = at[at + step < len(key)]
         at = at[key[at] == key[at + step]]
@@ -107,15 +109,15 @@ def _close_in(
 def close_images(
     hash_N: np.ndarray, other_hash_M: np.ndarray, distance: int, mirrored_N: np.ndarray | None = None
 ) -> tuple[Pairs, Pairs]:
-    """(pairs among the N images, pairs of one of them with one of M others) whose hashes differ in at most `distance` bits.
+    """Find pairs among N images, and pairs of one of them with one of M others, whose hashes differ in at most `distance` bits.
 
     Args:
-        hash_N: of images in the order of their rank, the best first.
-        other_hash_M: of other images; pairs among them are not looked for.
-        mirrored_N: hashes of the mirror images of the N: then an image and another's mirror image are a pair too.
+        hash_N: hashes of the images in the order of their rank, the best first.
+        other_hash_M: hashes of the other images; pairs among them are not searched.
+        mirrored_N: hashes of the mirror images of the N; then an image and another's mirror image are a pair too.
 
     Returns:
-        Pairs (worse, better) of the N, and pairs (one of the N, one of the M); see PARTNERS and PROTECTED_PARTNERS.
+        Pairs (worse, better) of the N, and pairs (one of the N, one of the M). PARTNERS and HELD_OUT_PARTNERS limit their number.
     """
     hashes = (hash_N, np.empty(0, np.uint64) if mirrored_N is None else mirrored_N, other_hash_M)
     unique = _unique(hashes)
@@ -127,37 +129,37 @@ def close_images(
     images = sum(np.bincount(group, minlength=len(interesting)).astype(np.int32) for group in groups)
     same = np.flatnonzero(interesting & (images > 1))  # equal hashes
     del images, interesting
-    # From here on only the groups that are in a pair.
+    # The rest needs only groups that are in a pair.
     paired = np.unique(np.concatenate([near.left_P, near.right_P, same]))
     near = Pairs(np.searchsorted(paired, near.left_P), np.searchsorted(paired, near.right_P), near.distance_P)
     same = np.searchsorted(paired, same)
-    mine, flipped, theirs = (_Members(group, paired) for group in groups)
+    own, flipped, others = (_Members(group, paired) for group in groups)
     del groups
     left = np.concatenate([near.left_P, near.right_P, same])
     right = np.concatenate([near.right_P, near.left_P, same])
     bits = np.concatenate([near.distance_P, near.distance_P, np.zeros(len(same), np.uint8)])
     inside = [
         Pairs(a[a > b], b[a > b], bits[which][a > b])
-        for a, b, which in _expanded(mine, left, mine, right, PARTNERS)
+        for a, b, which in _expanded(own, left, own, right, PARTNERS)
         if len(a)
     ]
     inside += [
         Pairs(np.maximum(a, b)[a != b], np.minimum(a, b)[a != b], bits[which][a != b])
-        for a, b, which in _expanded(mine, left, flipped, right, PARTNERS)
+        for a, b, which in _expanded(own, left, flipped, right, PARTNERS)
         if len(a)
     ]
     outside = [
-        Pairs(a, b, bits[which]) for a, b, which in _expanded(mine, left, theirs, right, PROTECTED_PARTNERS) if len(a)
+        Pairs(a, b, bits[which]) for a, b, which in _expanded(own, left, others, right, HELD_OUT_PARTNERS) if len(a)
     ]
     return _joined(inside), _joined(outside)
 
 
 def confirmed_losers(better_P: np.ndarray, worse_P: np.ndarray, lost_N: np.ndarray) -> np.ndarray:
-    """For each of N images, the better one that it duplicates, or -1: an image goes when a better one that stays is its duplicate.
+    """Return for each of N images the better image that it duplicates, or -1. An image is rejected if it duplicates a better one that is not.
 
     Args:
         better_P, worse_P: numbers of the images of confirmed pairs, by rank (better < worse).
-        lost_N: bool, images that are gone already and drag no other down.
+        lost_N: bool, images already rejected; they do not reject others.
     """
     duplicate_of = np.full(len(lost_N), -1, np.int64)
     gone = lost_N.copy()
@@ -169,7 +171,7 @@ def confirmed_losers(better_P: np.ndarray, worse_P: np.ndarray, lost_N: np.ndarr
 
 
 class _Members:
-    """Images by group of equal hashes, the best first: those of group `paired[g]` are image[starts[g]:starts[g + 1]]."""
+    """Images by group of equal hashes, the best first; group `paired[g]` is image[starts[g]:starts[g + 1]]."""
 
     def __init__(self, group_of_N: np.ndarray, paired: np.ndarray) -> None:
         place = np.searchsorted(paired, group_of_N).clip(max=max(len(paired) - 1, 0))
@@ -185,7 +187,7 @@ def _expanded(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(images of the left group, their partners in the right group, number of the pair of groups), in blocks of bounded size."""
     partners = np.minimum(np.diff(right.starts)[right_P], most)
-    # One entry an image of a left group and pair of groups; a group of a million blank images makes a million.
+    # One entry per pair of groups and image of its left group; a group of a million blank images makes a million.
     images = np.where(partners > 0, np.diff(left.starts)[left_P], 0)
     ends = np.cumsum(images)
     for first in range(0, int(ends[-1]) if len(ends) else 0, _BLOCK // most):
@@ -199,14 +201,14 @@ def _expanded(
 
 
 def _unique(hashes: Sequence[np.ndarray]) -> np.ndarray:
-    """All different hashes, in order, in half of the memory of `np.unique`."""
+    """Sorted distinct hashes, with half of the memory of `np.unique`."""
     joined = np.concatenate(hashes)
     joined.sort()
     return joined[np.r_[True, joined[1:] != joined[:-1]]] if len(joined) else joined
 
 
 def _joined(parts: list[Pairs]) -> Pairs:
-    """Each pair once, by its smallest distance: picture and mirror image may both be close."""
+    """Each pair once, with its smallest distance: image and mirror image may both be close."""
     if not parts:
         return Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint8))
     pairs = _sorted(Pairs(*(np.concatenate(column) for column in zip(*parts, strict=True))))

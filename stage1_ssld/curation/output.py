@@ -1,6 +1,6 @@
-"""What a curation hands over beside the manifest: copies of the images where they are asked for, and two pictures.
+"""Output of a curation beside the manifest: two plots and, on request, copies of the images.
 
-curation.png: images per class, scores; examples.png: kept and rejected images. matplotlib is loaded when they are drawn.
+curation.png: images per class, scores; examples.png: kept and rejected images. matplotlib is imported when they are drawn.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ from ssld.stage1_ssld.data.views import val_view
 from ssld.stage1_ssld.data_config import SourceConfig
 
 _SIDE = 96  # pixels of an example
-_COPIED = 256  # images a row group of the copies
+_COPIED = 256  # images per row group of the copies
 _KEPT, _POOL = "#0072b2", "#c8c8c8"
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 COPIES = pa.schema(
@@ -36,40 +36,40 @@ COPIES = pa.schema(
 
 
 class Images(NamedTuple):
-    """Images by their row over all shards of a folder of score files."""
+    """Access to images by their row over all shards of a folder of score files."""
 
     files: ScoreFiles
     shards: Sequence[Shard]
     source: Sequence[SourceConfig]
 
 
-class Picture(NamedTuple):
-    """image_HWC uint8 and what is written below it."""
+class Example(NamedTuple):
+    """An image (uint8) and the caption below it."""
 
     image_HWC: np.ndarray
     caption: str
 
 
 class Row(NamedTuple):
-    """Pictures beside each other; `title` stands left of them."""
+    """A row of examples with its title on the left."""
 
     title: str
-    pictures: list[Picture]
+    examples: list[Example]
 
 
-def draw(run: Path, outcome: dict[str, Any], pool: Images, protected: Images, config: CurateConfig) -> list[Path]:
-    """Draw the pictures that an outcome describes; their paths."""
+def draw(run: Path, outcome: dict[str, Any], pool: Images, held_out: Images, config: CurateConfig) -> list[Path]:
+    """Draw the plots that an outcome describes; returns their paths."""
     paths = [run / "curation.png", run / "examples.png"]
     histograms = np.array(outcome["histogram"]), np.array(outcome["kept_histogram"])
     draw_numbers(paths[0], np.array(outcome["kept_of_class"]), config.keep, *histograms)
-    images = {"pool": pool, "protected": protected}
-    wanted: dict[str, set[int]] = {name: set() for name in images}
+    images = {"pool": pool, "protected": held_out}
+    needed: dict[str, set[int]] = {name: set() for name in images}
     for row in outcome["examples"]:
         for whose, number, _ in row["pictures"]:
-            wanted[whose].add(number)
-    views = {name: small_views(images[name], np.array(sorted(rows), np.int64)) for name, rows in wanted.items()}
+            needed[whose].add(number)
+    views = {name: small_views(images[name], np.array(sorted(rows), np.int64)) for name, rows in needed.items()}
     rows = [
-        Row(row["title"], [Picture(views[whose][number], caption) for whose, number, caption in row["pictures"]])
+        Row(row["title"], [Example(views[whose][number], caption) for whose, number, caption in row["pictures"]])
         for row in outcome["examples"]
     ]
     draw_examples(paths[1], rows, config.examples)
@@ -77,10 +77,14 @@ def draw(run: Path, outcome: dict[str, Any], pool: Images, protected: Images, co
 
 
 def draw_numbers(path: Path, kept_K: np.ndarray, keep: int, histogram: np.ndarray, kept_histogram: np.ndarray) -> None:
-    """Images kept of each of K classes, most first, against `keep`; and the scores of the pool and of what was kept.
+    """Plot the kept images of each of K classes in descending order, against `keep`, and the scores of pool and kept images.
 
     Args:
-        histogram: of the pool's scores, in equal bins from 0 to 1; `kept_histogram`: the same of what was kept.
+        path: PNG file to write.
+        kept_K: kept images per class.
+        keep: most images kept per class.
+        histogram: scores of the pool, in equal bins from 0 to 1.
+        kept_histogram: scores of the kept images, in the same bins.
     """
     figure = _figure(10, 3.6)
     left, right = figure.subplots(1, 2)
@@ -89,7 +93,7 @@ def draw_numbers(path: Path, kept_K: np.ndarray, keep: int, histogram: np.ndarra
     left.axhline(keep, color="black", linewidth=1, linestyle=":")
     full = int((kept_K >= keep).sum())
     left.set(
-        xlabel="classes, the fullest first",
+        xlabel="classes by number of images kept",
         ylabel="images kept",
         xlim=(0, len(ordered)),
         ylim=(0, 1.12 * keep),
@@ -108,17 +112,17 @@ def draw_numbers(path: Path, kept_K: np.ndarray, keep: int, histogram: np.ndarra
 
 
 def draw_examples(path: Path, rows: Sequence[Row], columns: int) -> None:
-    """A grid of pictures, `columns` wide; rows without a picture are left out."""
-    shown = [row for row in rows if row.pictures]
-    figure = _figure(1.5 + 1.15 * columns, 1.55 * max(1, len(shown)))
-    grid = figure.subplots(max(1, len(shown)), columns, squeeze=False)
+    """Draw a grid of examples, `columns` wide; rows without examples are left out."""
+    filled = [row for row in rows if row.examples]
+    figure = _figure(1.5 + 1.15 * columns, 1.55 * max(1, len(filled)))
+    grid = figure.subplots(max(1, len(filled)), columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
-    for row, line in zip(shown, grid, strict=False):
+    for row, line in zip(filled, grid, strict=False):
         line[0].text(-0.12, 0.5, row.title, transform=line[0].transAxes, ha="right", va="center", fontsize=8)
-        for picture, axes in zip(row.pictures, line, strict=False):
-            axes.imshow(picture.image_HWC, interpolation="nearest")
-            caption = _shortened(picture.caption)
+        for example, axes in zip(row.examples, line, strict=False):
+            axes.imshow(example.image_HWC, interpolation="nearest")
+            caption = _shortened(example.caption)
             axes.text(0.5, -0.04, caption, transform=axes.transAxes, ha="center", va="top", fontsize=7)
     figure.savefig(path, dpi=120)
 
@@ -137,7 +141,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def small_views(images: Images, ids_N: np.ndarray) -> dict[int, np.ndarray]:
-    """Small square views [S,S,3] of some ascending rows; grey where one cannot be read."""
+    """Small square views [S,S,3] by row, for ascending rows; grey for an unreadable image."""
     views = {}
     for number, rows in images.files.shard_rows(ids_N):
         with closing(picked(images.shards[number], rows)) as samples:  # type: ignore[type-var]
@@ -152,7 +156,7 @@ def small_views(images: Images, ids_N: np.ndarray) -> dict[int, np.ndarray]:
 
 
 def materialise(run: RunDir, pool: Images) -> None:
-    """Copy the kept images, encoded as they are, to one Parquet file a shard; the ranks share the shards. Raises Stopped after a whole file."""
+    """Copy the kept images, encoded as they are, to one Parquet file per shard; the ranks share the shards. Raises Stopped after a whole file."""
     folder = run.path / "selected"
     folder.mkdir(exist_ok=True)
     kept = np.load(run.path / "kept.npy", mmap_mode="r")
@@ -175,9 +179,9 @@ def materialise(run: RunDir, pool: Images) -> None:
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether a file of copies is there, and the checksums of its pages are right, which Arrow does not compare for dictionaries.
+    """Whether a file of copies exists and the checksums of its pages match. Arrow does not verify them for dictionaries, which are not used.
 
-    No file with a checksum lies beside it: the folder is data for others too.
+    There is no separate checksum file, because other programs read the folder too.
     """
     try:
         with pq.ParquetFile(file, page_checksum_verification=True) as copies:
@@ -187,7 +191,7 @@ def _is_whole(file: Path) -> bool:
 
 
 def _copies(pool: Images, number: int, kept: np.ndarray) -> Iterator[list[dict[str, Any]]]:
-    """Rows of the copies of a shard, in groups."""
+    """Rows of the copies of a shard, in row groups."""
     group: list[dict[str, Any]] = []
     source = pool.source[number].path
     rows = kept["id"] - pool.files.starts[number]

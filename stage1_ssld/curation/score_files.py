@@ -1,8 +1,8 @@
-"""The files that the passes of a curation leave of each shard of a pool or of protected images, and how the selection reads many of them.
+"""Files of scores, hashes and embeddings, one per shard of a pool or of held-out images, and their readers.
 
-Scores and hashes: one Parquet file per shard. An image is known by its row number over all files of its folder, in their order; one that could not be
-read keeps its row, with class -1. Embeddings of the images in close pairs: one NumPy file per shard, float16 of unit length. Memory does not grow
-with the images.
+Held-out images are the validation and training images that no selected image may resemble. Scores and hashes: one Parquet file per shard. An image is
+identified by its row number over all files of its folder, in their order; an unreadable one has class -1. Embeddings of the images in close pairs:
+one NumPy file per shard, float16 of unit length. Memory does not grow with the number of images.
 
 N images, D numbers per embedding, P pairs.
 """
@@ -28,23 +28,23 @@ SCORED = pa.schema(
         ("mirrored", pa.uint64()),
     ]
 )
-"""Of an image of the pool: its name in the source, the teacher's first class and its probability, the perceptual hashes of the image and its mirror
-image."""
-PROTECTED = pa.schema([("key", pa.string()), ("class", pa.int32()), ("hash", pa.uint64()), ("mirrored", pa.uint64())])
-"""Of an image that nothing selected may resemble."""
+"""Columns of an image of the pool: its name in the source, the teacher's most likely class and its probability, the perceptual hashes of the image
+and of its mirror image."""
+HELD_OUT = pa.schema([("key", pa.string()), ("class", pa.int32()), ("hash", pa.uint64()), ("mirrored", pa.uint64())])
+"""Columns of a held-out image."""
 EMBEDDED = pa.schema([("key", pa.string()), ("class", pa.int32())])
-"""Of an image whose embedding stands in a NumPy file beside; see clustering/."""
+"""Columns of an image whose embedding is in a NumPy file beside; see clustering/."""
 _UNREADABLE = b"unreadable"
 _BLOCK = 4096  # pairs whose cosines are computed at a time
 
 
 def shard_file(folder: Path, number: int) -> Path:
-    """The file of shard `number`."""
+    """File of shard `number`."""
     return folder / f"{number:06d}.parquet"
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Write a Parquet file that is there whole or not at all, and its checksum."""
+    """Write a Parquet file atomically, and its checksum."""
     with atomically_with_sum(path) as temporary:
         pq.write_table(table, temporary)
 
@@ -56,17 +56,17 @@ def write_shard(path: Path, columns: dict[str, Any], schema: pa.Schema, unreadab
 
 
 class Chunk(NamedTuple):
-    """Some rows of a file, the first of which has number `first` over all files."""
+    """Consecutive rows of a file; `first` is the number of the first one over all files."""
 
     first: int
     columns: dict[str, np.ndarray]
 
 
 class ScoreFiles:
-    """The files of the shards 0 to `count` - 1 of one folder, read a row group at a time.
+    """Files of the shards 0 to `count` - 1 of one folder, read one row group at a time.
 
     Attributes:
-        starts: number of the first row of each file, and the number of all rows.
+        starts: number of the first row of each file, then the total number of rows.
         unreadable: locations of the images that could not be read.
     """
 
@@ -84,7 +84,7 @@ class ScoreFiles:
         return int(self.starts[-1])
 
     def chunks(self, *columns: str) -> Iterator[Chunk]:
-        """Every row, in order. Memory: one row group."""
+        """Iterate over all rows in order, with one row group in memory."""
         for start, path in zip(self.starts[:-1].tolist(), self.paths, strict=True):
             first = start
             with pq.ParquetFile(path) as file:
@@ -94,7 +94,7 @@ class ScoreFiles:
                     first += table.num_rows
 
     def column(self, name: str, ids_N: np.ndarray) -> np.ndarray:
-        """One numeric column at the rows `ids_N`, in any order."""
+        """Values of a numeric column at the rows `ids_N`, in any order."""
         order = np.argsort(ids_N, kind="stable")
         ids = ids_N[order]
         values: np.ndarray | None = None
@@ -107,7 +107,7 @@ class ScoreFiles:
         return values
 
     def keys(self, ids_N: np.ndarray) -> pa.Array:
-        """Keys of the rows `ids_N`, which ascend."""
+        """Keys of ascending rows `ids_N`."""
         parts = []
         for start, end, path in zip(self.starts[:-1], self.starts[1:], self.paths, strict=True):
             low, high = np.searchsorted(ids_N, [start, end])
@@ -124,19 +124,19 @@ class ScoreFiles:
                 yield number, ids_N[low:high] - self.starts[number]
 
     def shard_of(self, ids_N: np.ndarray) -> np.ndarray:
-        """Shard that each row is in."""
+        """Shard of each row."""
         return np.searchsorted(self.starts, ids_N, side="right") - 1
 
 
 def save_embeddings(path: Path, embedding_ND: np.ndarray) -> None:
-    """Write the embeddings of one shard, whole or not at all, and their checksum."""
+    """Write the embeddings of one shard atomically, and their checksum."""
     length = np.linalg.norm(embedding_ND, axis=1, keepdims=True)
     with atomically_with_sum(path) as temporary, temporary.open("wb") as file:
         np.save(file, (embedding_ND / np.maximum(length, 1e-12)).astype(np.float16))
 
 
 class Embeddings:
-    """Embeddings of the images `ids` (ascending), joined from the files of their shards, in order, into one file beside them."""
+    """Embeddings of the images `ids_N` (ascending), joined from the files of their shards into one file beside them."""
 
     def __init__(self, ids_N: np.ndarray, files: Sequence[Path], joined: Path) -> None:
         self._ids = ids_N
@@ -155,7 +155,7 @@ class Embeddings:
 
 
 def cosines(left_P: np.ndarray, right_P: np.ndarray, left: Embeddings, right: Embeddings) -> np.ndarray:
-    """Cosine of each pair, float32, right to six decimals (an image and its copy have exactly 1)."""
+    """Cosine similarity of each pair, float32, rounded to six decimals (1 for an image and its copy)."""
     result = np.empty(len(left_P), np.float32)
     for first in range(0, len(left_P), _BLOCK):
         block = slice(first, first + _BLOCK)

@@ -1,10 +1,10 @@
-"""From scored images to selected ones: the best of each class, without near-duplicates. Its memory grows with classes x k, not with the pool.
+"""Selection from scored images: the best of each class, without near-duplicates. Memory grows with classes x k, not with the pool.
 
-Yalniz et al. 2019 (arXiv 1905.00546) and SSLD (arXiv 2103.05959, section 3.3) keep the k best of each class; the order of the steps is: more than k a
-class -> pairs of them, and of them and protected images, that look alike -> of every confirmed pair the worse goes -> k a class. An image is a
-candidate for its first class only.
+Yalniz et al. 2019 (arXiv 1905.00546) and SSLD (arXiv 2103.05959, section 3.3) keep the k best images of each class. Steps: choose more than k
+candidates per class; find pairs with close hashes among them and between them and held-out images; of every confirmed pair, drop the worse image;
+keep k per class. An image is a candidate for its most likely class only.
 
-N candidates in the order of their rank (score, then place in the pool), P pairs.
+N candidates in the order of their rank (score, then row in the pool), P pairs.
 """
 
 import json
@@ -20,18 +20,18 @@ from ssld.stage1_ssld.curation.near_duplicates import Pairs, close_images, confi
 from ssld.stage1_ssld.curation.score_files import UNREADABLE, ScoreFiles, write_table
 
 SLACK = 1 << 20
-"""Rows that are taken in, beyond half of what is kept, before the worse ones are thrown out."""
+"""Spare rows of the buffer; when it is full, the worse rows of each class are dropped."""
 BINS = 50
-"""Of the histogram of scores, from 0 to 1."""
+"""Bins of the histogram of scores, from 0 to 1."""
 KEPT, LIKE_VAL, LIKE_TRAIN, LIKE_BETTER, BEYOND = range(5)
-"""What becomes of a candidate: kept, near-duplicate of a validation image, of a training image, of a better candidate, or one more than k."""
+"""Outcomes of a candidate: kept, near-duplicate of a validation image, of a training image, of a better candidate, or beyond the k best."""
 REASONS = ("kept", "like_val", "like_train", "like_better", "beyond_keep")
 _FACTS = b"facts"
 _COLUMNS = ("class", "score", "id", "hash", "mirrored")
 
 
 class Ranked(NamedTuple):
-    """Rows by score, the best first, and by id where scores are equal: class_N int32, score_N float32, id_N int64."""
+    """Rows sorted by descending score, then by id: class_N int32, score_N float32, id_N int64."""
 
     class_N: np.ndarray
     score_N: np.ndarray
@@ -39,9 +39,9 @@ class Ranked(NamedTuple):
 
 
 class TopK:
-    """Takes in rows and keeps, of each class, the `keep` with the highest scores; of equal scores those with the smaller ids.
+    """Collector of the `keep` rows with the highest scores of each class; of equal scores, those with smaller ids.
 
-    The result does not depend on the order or the grouping of what is added.
+    The result does not depend on the order in which rows are added.
     """
 
     def __init__(self, classes: int, keep: int, *, slack: int = SLACK) -> None:
@@ -52,36 +52,36 @@ class TopK:
         self._lowest = np.full(classes, -np.inf, np.float32)
 
     def add(self, class_N: np.ndarray, score_N: np.ndarray, id_N: np.ndarray) -> None:
-        """Take in rows of classes 0 to `classes` - 1."""
+        """Add rows of classes 0 to `classes` - 1."""
         while len(id_N):
-            wanted = score_N >= self._lowest[class_N]  # equal ones may have a smaller id
-            class_N, score_N, id_N = class_N[wanted], score_N[wanted], id_N[wanted]
+            good = score_N >= self._lowest[class_N]  # of equal scores, the id decides
+            class_N, score_N, id_N = class_N[good], score_N[good], id_N[good]
             count = min(len(id_N), len(self._rows.id_N) - self._filled)
             place = slice(self._filled, self._filled + count)
-            for mine, column in zip(self._rows, (class_N, score_N, id_N), strict=True):
-                mine[place] = column[:count]
+            for buffer, column in zip(self._rows, (class_N, score_N, id_N), strict=True):
+                buffer[place] = column[:count]
             self._filled += count
             class_N, score_N, id_N = class_N[count:], score_N[count:], id_N[count:]
             if len(id_N):
                 self._cut()
 
     def result(self) -> Ranked:
-        """What is kept, over all classes by score. Nothing can be added afterwards."""
+        """Return the kept rows of all classes, sorted by score. Call it last: rows cannot be added afterwards."""
         self._cut()
         rows = Ranked(*(column[: self._filled] for column in self._rows))
         order = np.lexsort((rows.id_N, -rows.score_N))
         return Ranked(*(column[order] for column in rows))
 
     def _cut(self) -> None:
-        """Keep the best of each class; note how low the last of every full class is, so that worse rows are never taken in."""
+        """Keep the best of each class, and record the lowest kept score of every full class, so that worse rows are not added."""
         rows = Ranked(*(column[: self._filled] for column in self._rows))
         order = np.lexsort((rows.id_N, -rows.score_N, rows.class_N))
         starts = np.searchsorted(rows.class_N[order], np.arange(self._classes + 1)).astype(np.int32)
         place = np.arange(len(order), dtype=np.int32)
         place -= np.repeat(starts[:-1], np.diff(starts))
         order = order[place < self._keep]
-        for mine in self._rows:
-            mine[: len(order)] = mine[order]
+        for buffer in self._rows:
+            buffer[: len(order)] = buffer[order]
         self._filled = len(order)
         full = np.flatnonzero(np.diff(starts) >= self._keep)
         ends = np.searchsorted(self._rows.class_N[: self._filled], full, side="right")
@@ -89,10 +89,14 @@ class TopK:
 
 
 class Candidates(NamedTuple):
-    """The candidates: class_N, score_N, id_N (row of the pool), hash_N, mirrored_N (hash of the mirror image), and `facts` on the pool.
+    """Pre-selected images of the pool.
 
-    facts: images; unreadable; below_min_score; class_images (of each class, how many have it first); histogram of all scores; low_ids (rows of
-    a few images below min_score).
+    Attributes:
+        class_N, score_N: most likely class and its probability.
+        id_N: row in the pool.
+        hash_N, mirrored_N: perceptual hashes of the image and of its mirror image.
+        facts: counts over the pool: images; unreadable; below_min_score; class_images (per class, images that have it as most likely); histogram of
+            all scores; low_ids (rows of a few images below min_score).
     """
 
     class_N: np.ndarray
@@ -103,15 +107,15 @@ class Candidates(NamedTuple):
     facts: dict[str, Any]
 
 
-class LookAlikes(NamedTuple):
-    """Pairs whose hashes are close: of candidates (worse, better), and of a candidate and a protected image (candidate, row of the protected)."""
+class ClosePairs(NamedTuple):
+    """Pairs with close hashes: `inside`, of candidates (worse, better); `held_out`, of candidates and held-out images (candidate, row)."""
 
     inside: Pairs
-    protected: Pairs
+    held_out: Pairs
 
 
 def find_candidates(pool: ScoreFiles, *, classes: int, keep: int, min_score: float, examples: int = 8) -> Candidates:
-    """Stream the pool and keep the `keep` best of each class with at least `min_score`."""
+    """Read the pool and choose the `keep` best images of each class with a score of at least `min_score`."""
     best = TopK(classes, keep)
     class_images = np.zeros(classes, np.int64)
     histogram = np.zeros(BINS, np.int64)
@@ -143,28 +147,31 @@ def find_candidates(pool: ScoreFiles, *, classes: int, keep: int, min_score: flo
 
 
 def save_candidates(path: Path, candidates: Candidates) -> None:
-    """Write candidates for `load_candidates`."""
+    """Write candidates to a file for `load_candidates`."""
     table = pa.table(dict(zip(_COLUMNS, candidates[:-1], strict=True)))
     write_table(path, table.replace_schema_metadata({_FACTS: json.dumps(candidates.facts)}))
 
 
 def load_candidates(path: Path) -> Candidates:
-    """What `save_candidates` wrote."""
+    """Read the file of `save_candidates`."""
     table = pq.read_table(path)
     class_N, score_N, id_N, hash_N, mirrored_N = (table[name].to_numpy() for name in _COLUMNS)
     return Candidates(class_N, score_N, id_N, hash_N, mirrored_N, json.loads(table.schema.metadata[_FACTS]))
 
 
-def find_look_alikes(
-    hash_N: np.ndarray, mirrored_N: np.ndarray | None, protected: ScoreFiles, *, hash_distance: int
-) -> LookAlikes:
-    """Pairs whose hashes differ in at most `hash_distance` bits.
+def find_close_pairs(
+    hash_N: np.ndarray, mirrored_N: np.ndarray | None, held_out: ScoreFiles, *, hash_distance: int
+) -> ClosePairs:
+    """Find pairs whose hashes differ in at most `hash_distance` bits.
 
-    The mirror image of a protected image counts too, and a candidate's where `mirrored_N` has its hash; `hash_N` are the candidates' own.
+    Args:
+        hash_N: hashes of the candidates.
+        mirrored_N: hashes of their mirror images, to compare candidates with them too; None does not.
+        held_out: files of the held-out images; their mirror images are always compared too.
     """
     parts = [
         (chunk.first + np.flatnonzero(chunk.columns["class"] != UNREADABLE), chunk.columns)
-        for chunk in protected.chunks("class", "hash", "mirrored")
+        for chunk in held_out.chunks("class", "hash", "mirrored")
     ]
     ids = np.concatenate([rows for rows, _ in parts]) if parts else np.empty(0, np.int64)
     hashes = [
@@ -174,24 +181,24 @@ def find_look_alikes(
         for name in ("hash", "mirrored")
     ]
     inside, outside = close_images(hash_N, np.concatenate(hashes), hash_distance, mirrored_N)
-    # Picture and mirror image may both be close: one pair is enough.
+    # Image and mirror image may both be close; one pair is enough.
     image = outside.right_P % max(len(ids), 1)
     order = np.lexsort((outside.distance_P, image, outside.left_P))
     left, image, bits = outside.left_P[order], image[order], outside.distance_P[order]
     first = np.r_[True, (left[1:] != left[:-1]) | (image[1:] != image[:-1])][: len(left)]
-    return LookAlikes(inside, Pairs(left[first], ids[image[first]], bits[first]))
+    return ClosePairs(inside, Pairs(left[first], ids[image[first]], bits[first]))
 
 
-def save_look_alikes(path: Path, pairs: LookAlikes, id_N: np.ndarray) -> None:
-    """Write pairs, and the rows of the images in pool and protected ones, which `id_N` of the candidates tells."""
+def save_close_pairs(path: Path, pairs: ClosePairs, id_N: np.ndarray) -> None:
+    """Write pairs, with the rows of their images among pool and held-out images; `id_N` holds the rows of the candidates."""
     candidate, other, distance = (np.concatenate(columns) for columns in zip(*pairs, strict=True))
-    protected = np.repeat([False, True], [len(part.left_P) for part in pairs])
-    rows = np.r_[id_N[pairs.inside.right_P], pairs.protected.right_P]
+    held_out = np.repeat([False, True], [len(part.left_P) for part in pairs])
+    rows = np.r_[id_N[pairs.inside.right_P], pairs.held_out.right_P]
     columns = {
         "candidate": candidate,
         "other": other,
         "distance": distance,
-        "protected": protected,
+        "protected": held_out,
         "candidate_row": id_N[candidate],
         "other_row": rows,
     }
@@ -199,75 +206,76 @@ def save_look_alikes(path: Path, pairs: LookAlikes, id_N: np.ndarray) -> None:
 
 
 def add_cosines(path: Path, cosine_P: np.ndarray) -> None:
-    """Write the cosines of all pairs, in their order, beside them."""
+    """Add a column with the cosines of all pairs, in their order."""
     write_table(path, pq.read_table(path).append_column("cosine", pa.array(cosine_P.astype(np.float32))))
 
 
 class PairRows(NamedTuple):
-    """Pairs by the rows of their images: those of two images of the pool come first, then, where protected_P, of one and a protected one."""
+    """Pairs by the rows of their images: first pairs within the pool, then (held_out_P) pairs of a pool image and a held-out image."""
 
     left_P: np.ndarray
     right_P: np.ndarray
-    protected_P: np.ndarray
+    held_out_P: np.ndarray
 
 
 def pair_rows(path: Path) -> PairRows | None:
-    """The pairs whose cosines are still missing; None where they are there."""
+    """Read the pairs of a file without cosines; None if it has them."""
     if "cosine" in pq.read_schema(path).names:
         return None
     table = pq.read_table(path, columns=["candidate_row", "other_row", "protected"])
     return PairRows(*(table[name].to_numpy() for name in table.column_names))
 
 
-def load_look_alikes(path: Path) -> tuple[LookAlikes, np.ndarray | None]:
-    """Pairs, and their cosines once they are known."""
+def load_close_pairs(path: Path) -> tuple[ClosePairs, np.ndarray | None]:
+    """Read pairs, and their cosines if the file has them."""
     table = pq.read_table(path)
-    protected = table["protected"].to_numpy()
+    held_out = table["protected"].to_numpy()
     columns = [table[name].to_numpy() for name in ("candidate", "other", "distance")]
-    parts = [Pairs(*(column[which] for column in columns)) for which in (~protected, protected)]
-    return LookAlikes(*parts), table["cosine"].to_numpy() if "cosine" in table.column_names else None
+    parts = [Pairs(*(column[which] for column in columns)) for which in (~held_out, held_out)]
+    return ClosePairs(*parts), table["cosine"].to_numpy() if "cosine" in table.column_names else None
 
 
 class Decision(NamedTuple):
-    """reason_N uint8 (see REASONS); other_N int64: what a near-duplicate duplicates (candidate, or row of the protected), else -1."""
+    """reason_N uint8 (see REASONS); other_N int64: the image that a near-duplicate duplicates (candidate, or row of a held-out image), else -1."""
 
     reason_N: np.ndarray
     other_N: np.ndarray
 
     @property
     def kept(self) -> np.ndarray:
-        """Numbers of the candidates that are kept, by rank."""
+        """Numbers of the kept candidates, by rank."""
         return np.flatnonzero(self.reason_N == KEPT)
 
 
 def decide(
-    candidates: Candidates, pairs: LookAlikes, cosine_P: np.ndarray, *, cosine: float, val_images: int, keep: int
+    candidates: Candidates, pairs: ClosePairs, cosine_P: np.ndarray, *, cosine: float, val_images: int, keep: int
 ) -> Decision:
-    """Which candidates stay.
+    """Decide which candidates to keep.
 
     Args:
-        cosine_P: of inside and protected pairs, one after the other.
-        cosine: pairs at least so close are duplicates.
-        val_images: the first rows of the protected images are the validation set, the others the training set.
+        cosine_P: cosines of the inside pairs, then of the held-out pairs.
+        cosine: smallest cosine of a duplicate.
+        val_images: number of validation images, the first rows of the held-out images; the others are training images.
+        keep: most images kept per class.
     """
     reason = np.full(len(candidates.id_N), KEPT, np.uint8)
     other = np.full(len(candidates.id_N), -1, np.int64)
     count = len(pairs.inside.left_P)
     inside, outside = cosine_P[:count] >= cosine, cosine_P[count:] >= cosine
-    left, right = pairs.protected.left_P[outside], pairs.protected.right_P[outside]
+    left, right = pairs.held_out.left_P[outside], pairs.held_out.right_P[outside]
     of_val = right < val_images
-    for which, why in ((~of_val, LIKE_TRAIN), (of_val, LIKE_VAL)):  # validation images have the last word
+    for which, why in ((~of_val, LIKE_TRAIN), (of_val, LIKE_VAL)):  # a validation image overrides a training image
         reason[left[which]], other[left[which]] = why, right[which]
     better = confirmed_losers(pairs.inside.right_P[inside], pairs.inside.left_P[inside], reason != KEPT)
     reason[better >= 0] = LIKE_BETTER
     other[better >= 0] = better[better >= 0]
-    left_over = np.flatnonzero(reason == KEPT)
-    reason[left_over[~cut_to(candidates.class_N[left_over], keep)]] = BEYOND
+    remaining = np.flatnonzero(reason == KEPT)
+    reason[remaining[~cut_to(candidates.class_N[remaining], keep)]] = BEYOND
     return Decision(reason, other)
 
 
 def cut_to(ranked_class_N: np.ndarray, keep: int) -> np.ndarray:
-    """Of rows in the order of their rank, which are among the first `keep` of their class: bool [N]."""
+    """Whether each row, in the order of rank, is among the first `keep` of its class: bool [N]."""
     order = np.argsort(ranked_class_N, kind="stable")
     classes = ranked_class_N[order]
     starts = np.flatnonzero(np.r_[True, classes[1:] != classes[:-1]]) if len(classes) else np.empty(0, np.int64)
@@ -278,7 +286,7 @@ def cut_to(ranked_class_N: np.ndarray, keep: int) -> np.ndarray:
 
 
 def numbers(candidates: Candidates, decision: Decision, *, classes: int, keep: int) -> dict[str, Any]:
-    """What became of every image of the pool: the counts of all reasons sum up to `images`."""
+    """Count the images of the pool by outcome; the counts add up to `images`."""
     facts = candidates.facts
     among = len(candidates.id_N)
     outside = facts["images"] - facts["unreadable"] - facts["below_min_score"] - among
@@ -298,7 +306,7 @@ def numbers(candidates: Candidates, decision: Decision, *, classes: int, keep: i
 
 
 def class_table(candidates: Candidates, decision: Decision, names: list[str] | None, classes: int) -> str:
-    """CSV text: of each class its images in the pool, those kept and the lowest score among these."""
+    """CSV text with one line per class: images in the pool, kept images, and their lowest score."""
     kept = decision.kept
     counts = np.bincount(candidates.class_N[kept], minlength=classes)
     lowest = np.full(classes, np.nan)

@@ -1,10 +1,10 @@
-"""The files of a selection: candidates and their look-alikes on the way, then the manifest and the account of what became of the pool.
+"""Files of a selection: candidates, pairs with close hashes, then the manifest and the counts of outcomes.
 
     write_candidates     scores/                      -> candidates.parquet
-    write_look_alikes    candidates and protected/    -> look_alikes.parquet
+    write_close_pairs    candidates and protected/    -> look_alikes.parquet
     write_outcome        these and the cosines        -> selected.parquet, classes.csv, kept.npy, outcome.json
 
-Each file is there whole or not at all, and one that is there and matches its checksum is not written again; outcome.json is written last.
+Files are written atomically, and a file that matches its checksum is not written again; outcome.json is written last.
 """
 
 import json
@@ -29,17 +29,17 @@ from ssld.stage1_ssld.curation.selection import (
     LIKE_TRAIN,
     LIKE_VAL,
     Candidates,
+    ClosePairs,
     Decision,
-    LookAlikes,
     class_table,
     decide,
     find_candidates,
-    find_look_alikes,
+    find_close_pairs,
     load_candidates,
-    load_look_alikes,
+    load_close_pairs,
     numbers,
     save_candidates,
-    save_look_alikes,
+    save_close_pairs,
 )
 from ssld.stage1_ssld.data.manifest import write_manifest
 
@@ -50,12 +50,17 @@ _OUTCOME = "outcome.json"
 
 @dataclass(frozen=True)
 class Selection:
-    """What a selection is made from.
+    """Inputs of a selection.
 
     Attributes:
-        classes: number of the teacher's classes; class_names: their names, where they are known; teacher: facts about it, for the manifest.
-        scored: the files of the pool; shard_sources: path of the source of each of its shards.
-        protected: the files of the images that nothing kept may resemble; the first `val_images` of them are the validation set.
+        config: settings of the curation.
+        classes: number of the teacher's classes.
+        class_names: their names; None where unknown.
+        teacher: facts about the teacher, for the manifest.
+        scored: files of the pool.
+        shard_sources: path of the source of each shard of the pool.
+        held_out: files of the held-out images, which no kept image may resemble.
+        val_images: number of validation images, the first of the held-out images.
     """
 
     config: CurateConfig
@@ -64,63 +69,63 @@ class Selection:
     teacher: dict[str, Any]
     scored: ScoreFiles
     shard_sources: Sequence[str]
-    protected: ScoreFiles
+    held_out: ScoreFiles
     val_images: int
 
 
 def outcome_of(run: Path) -> dict[str, Any] | None:
-    """Metrics, lines for the log and the examples to draw, as `write_outcome` left them; None before it has, or when files of it are gone."""
-    there = all(is_sound(run / name) for name in ("kept.npy", _OUTCOME))
-    if not there or not all((run / name).is_file() for name in ("selected.parquet", "classes.csv")):
+    """Read metrics, log lines and examples from the file of `write_outcome`; None if it or a file of its outcome is missing."""
+    sound = all(is_sound(run / name) for name in ("kept.npy", _OUTCOME))
+    if not sound or not all((run / name).is_file() for name in ("selected.parquet", "classes.csv")):
         return None
     outcome: dict[str, Any] = json.loads((run / _OUTCOME).read_text(encoding="utf-8"))
     return outcome
 
 
 def write_candidates(run: Path, selection: Selection) -> list[str]:
-    """The best of each class, more than are kept. Lines for the log."""
+    """Write the best images of each class, more than are kept; returns log lines."""
     file, config, pool = run / "candidates.parquet", selection.config, selection.scored
     if is_sound(file):
         return []
-    told = made_again([file])
-    found = find_candidates(
+    lines = made_again([file])
+    candidates = find_candidates(
         pool,
         classes=selection.classes,
         keep=math.ceil(config.keep * config.candidates),
         min_score=config.min_score,
         examples=config.examples,
     )
-    save_candidates(file, found)
-    return [*told, f"{len(found.id_N)} candidates among {len(pool)} images of {selection.classes} classes"]
+    save_candidates(file, candidates)
+    return [*lines, f"{len(candidates.id_N)} candidates among {len(pool)} images of {selection.classes} classes"]
 
 
-def write_look_alikes(run: Path, selection: Selection) -> list[str]:
-    """Pairs of candidates, and of them and protected images, whose hashes are close. Lines for the log."""
-    file, config, protected = run / "look_alikes.parquet", selection.config, selection.protected
+def write_close_pairs(run: Path, selection: Selection) -> list[str]:
+    """Write pairs of candidates, and of candidates and held-out images, with close hashes; returns log lines."""
+    file, config, held_out = run / "look_alikes.parquet", selection.config, selection.held_out
     if is_sound(file):
         return []
-    told = made_again([file])
+    lines = made_again([file])
     names = ["hash", "mirrored"] if config.mirrored else ["hash"]
     hashes = [column.to_numpy() for column in pq.read_table(run / "candidates.parquet", columns=names)]
-    alike = find_look_alikes(
-        hashes[0], hashes[1] if config.mirrored else None, protected, hash_distance=config.hash_distance
+    pairs = find_close_pairs(
+        hashes[0], hashes[1] if config.mirrored else None, held_out, hash_distance=config.hash_distance
     )
     del hashes
-    save_look_alikes(file, alike, pq.read_table(run / "candidates.parquet", columns=["id"])["id"].to_numpy())
+    save_close_pairs(file, pairs, pq.read_table(run / "candidates.parquet", columns=["id"])["id"].to_numpy())
     return [
-        *told,
-        f"{len(alike.inside.left_P)} pairs of them, {len(alike.protected.left_P)} of them and one of {len(protected)} protected images "
-        f"differ in at most {config.hash_distance} bits",
+        *lines,
+        f"{len(pairs.inside.left_P)} pairs of candidates and {len(pairs.held_out.left_P)} pairs of a candidate and one of {len(held_out)} held-out "
+        f"images have hashes that differ in at most {config.hash_distance} bits",
     ]
 
 
 def write_outcome(run: Path, selection: Selection) -> list[str]:
-    """The manifest and the account of it. Lines for the log are in `outcome_of`: they are told after the copies are made."""
+    """Write the manifest and its summary files, unless they exist. Their log lines are in `outcome_of` and logged after the images are copied."""
     if outcome_of(run) is not None:
         return []
     config = selection.config
     candidates = load_candidates(run / "candidates.parquet")
-    pairs, cosine_P = load_look_alikes(run / "look_alikes.parquet")
+    pairs, cosine_P = load_close_pairs(run / "look_alikes.parquet")
     assert cosine_P is not None
     decision = decide(
         candidates, pairs, cosine_P, cosine=config.cosine, val_images=selection.val_images, keep=config.keep
@@ -142,7 +147,7 @@ def write_outcome(run: Path, selection: Selection) -> list[str]:
 
 
 def _metrics(selection: Selection, candidates: Candidates, decision: Decision, cosine_P: np.ndarray) -> dict[str, Any]:
-    """Counts of images by what became of them, and the thresholds."""
+    """Counts of images by outcome, and the thresholds."""
     scores = candidates.score_N[decision.kept]
     return {
         **numbers(candidates, decision, classes=selection.classes, keep=selection.config.keep),
@@ -160,7 +165,7 @@ def _metrics(selection: Selection, candidates: Candidates, decision: Decision, c
 def _write_kept(
     run: Path, selection: Selection, candidates: Candidates, decision: Decision, metrics: dict[str, Any]
 ) -> None:
-    kept = decision.kept[np.argsort(candidates.id_N[decision.kept])]  # in the order of the pool, as a reader wants them
+    kept = decision.kept[np.argsort(candidates.id_N[decision.kept])]  # in the order of the pool, for sequential reads
     rows = np.empty(len(kept), KEPT_ROW)
     rows["id"], rows["class"], rows["score"] = (column[kept] for column in (candidates.id_N, *candidates[:2]))
     with atomically_with_sum(run / "kept.npy") as temporary, temporary.open("wb") as file:
@@ -181,7 +186,7 @@ def _write_kept(
 
 
 def _lines(selection: Selection, metrics: dict[str, Any], kept_of_class: np.ndarray) -> Iterator[str]:
-    """What became of the pool, and which classes have fewer than was asked for."""
+    """Log lines on the outcomes, and on classes with fewer than `keep` images."""
     yield (
         f"kept {metrics['kept']} of {metrics['images']} images; near-duplicates dropped: {metrics['like_val']} of validation images, "
         f"{metrics['like_train']} of training images, {metrics['like_better']} of better ones; {metrics['beyond_keep'] + metrics['not_candidates']} "
@@ -199,15 +204,15 @@ def _lines(selection: Selection, metrics: dict[str, Any], kept_of_class: np.ndar
 
 
 def _examples(
-    selection: Selection, candidates: Candidates, pairs: LookAlikes, cosine_P: np.ndarray, decision: Decision
+    selection: Selection, candidates: Candidates, pairs: ClosePairs, cosine_P: np.ndarray, decision: Decision
 ) -> Iterator[dict[str, Any]]:
-    """Rows of pictures: kept ones, and those that each rule rejected, with what they duplicate. A picture is [whose, its row there, caption]."""
+    """Rows of example images: kept ones, and those that each rule rejected, with the images they duplicate; each is [set, row in it, caption]."""
     most, kept, names = selection.config.examples, decision.kept, selection.class_names
 
     def some(which: np.ndarray) -> np.ndarray:
         return which[spread(len(which), most)]
 
-    def shown(title: str, which: np.ndarray) -> dict[str, Any]:
+    def row_of(title: str, which: np.ndarray) -> dict[str, Any]:
         pictures = []
         for number in which.tolist():
             label = int(candidates.class_N[number])
@@ -215,20 +220,20 @@ def _examples(
             pictures.append(["pool", int(candidates.id_N[number]), caption])
         return {"title": title, "pictures": pictures}
 
-    yield shown("kept, from the best\ndownwards", some(kept))
-    yield shown("kept, the worst", kept[-most:])
-    yield shown("more than k\nin their class", some(np.flatnonzero(decision.reason_N == BEYOND)))
+    yield row_of("kept, from best\nto worst", some(kept))
+    yield row_of("kept, the worst", kept[-most:])
+    yield row_of("more than k\nin their class", some(np.flatnonzero(decision.reason_N == BEYOND)))
     low = [["pool", row, ""] for row in candidates.facts["low_ids"]]
     yield {"title": f"below min_score\n{selection.config.min_score:g}", "pictures": low}
     for reason, name in ((LIKE_VAL, "validation"), (LIKE_TRAIN, "training"), (LIKE_BETTER, "better")):
         dropped = some(np.flatnonzero(decision.reason_N == reason))
-        yield shown(f"like a {name}\nimage", dropped)
+        yield row_of(f"near-duplicates of\na {name} image", dropped)
         inside = reason == LIKE_BETTER
-        part, first = (pairs.inside, 0) if inside else (pairs.protected, len(pairs.inside.left_P))
+        part, first = (pairs.inside, 0) if inside else (pairs.held_out, len(pairs.inside.left_P))
         others = []
-        for mine, other in zip(dropped.tolist(), decision.other_N[dropped].tolist(), strict=True):
-            at = int(np.flatnonzero((part.left_P == mine) & (part.right_P == other))[0])
+        for candidate, other in zip(dropped.tolist(), decision.other_N[dropped].tolist(), strict=True):
+            at = int(np.flatnonzero((part.left_P == candidate) & (part.right_P == other))[0])
             caption = f"{part.distance_P[at]} bits\ncosine {cosine_P[first + at]:.3f}"
             row = int(candidates.id_N[other]) if inside else other
             others.append(["pool" if inside else "protected", row, caption])
-        yield {"title": f"the {name} image\nabove is like", "pictures": others}
+        yield {"title": f"the {name}\nimages they match", "pictures": others}

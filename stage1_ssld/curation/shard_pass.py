@@ -1,7 +1,7 @@
-"""One pass over shards of images: the ranks share the shards, loader workers read them, and what becomes of a shard is written when it is whole.
+"""One pass over shards of images: the ranks share the shards, loader workers read them, and the results of a shard are written when it is complete.
 
-Batches are cut from one shard at a time, so that what a network answers does not depend on the number of ranks or workers. A killed pass loses the
-shards in hand; the next start does those whose files are missing.
+A batch holds images of one shard only, so that results do not depend on the number of ranks or workers. A killed pass loses its unfinished shards;
+the next start processes the shards whose files are missing.
 """
 
 import itertools
@@ -38,24 +38,24 @@ _JUDGED_AFTER, _TOO_MANY = 1000, 0.01
 
 
 class Shards(NamedTuple):
-    """The shards of some sources, one after the other, and the source of each; setting, path and tally of the sources."""
+    """Shards of several sources in order, the source of each shard, and (setting, path, tally) of each source."""
 
     shards: list[Shard]
     source: list[SourceConfig]
-    told: list[tuple[str, str, Tally]]
+    tallies: list[tuple[str, str, Tally]]
 
     def images(self) -> int | None:
-        """How many there are, None where only reading tells."""
+        """Number of images; None where unknown before reading."""
         lengths = [shard.length for shard in self.shards]
         return None if None in lengths else sum(length or 0 for length in lengths)
 
     def names(self) -> list[str]:
-        """What the shards are, for the record."""
+        """Names and lengths of the shards, for pool.json."""
         return [f"{shard.name} ({'?' if shard.length is None else shard.length})" for shard in self.shards]
 
 
 def open_pool(configs: Sequence[SourceConfig], streaming: bool, *, allow_loss: bool) -> Shards:
-    """The shards of the sources `pool`. Raises UserError for a source that is given twice, and as `open_shards`."""
+    """Open the shards of `pool`. Raises UserError for a source given twice, and as `open_shards`."""
     paths = [source.path for source in configs]
     for path in paths:
         if paths.count(path) > 1:
@@ -64,9 +64,11 @@ def open_pool(configs: Sequence[SourceConfig], streaming: bool, *, allow_loss: b
 
 
 def open_shards(configs: Sequence[SourceConfig], key: str, streaming: bool, *, allow_loss: bool) -> Shards:
-    """The shards of some sources; `key` names their setting. Raises UserError where one cannot be read in shards, or where images are lost in bulk
-    and that is not allowed."""
-    found = Shards([], [], [])
+    """Open the shards of several sources of the setting `key`.
+
+    Raises UserError if a source cannot be read in shards, or if images are lost in bulk, unless `allow_loss`.
+    """
+    result = Shards([], [], [])
     for number, config in enumerate(configs):
         try:
             tally = Tally()
@@ -74,19 +76,19 @@ def open_shards(configs: Sequence[SourceConfig], key: str, streaming: bool, *, a
             tally.check(config.path, allow_loss=allow_loss, otherwise="set allow_loss: true to go on with the rest")
         except UserError as error:
             raise UserError(f"{key}.{number}: {error}") from None
-        found.shards.extend(shards)
-        found.source.extend([config] * len(shards))
-        found.told.append((f"{key}.{number}", config.path, tally))
-    return found
+        result.shards.extend(shards)
+        result.source.extend([config] * len(shards))
+        result.tallies.append((f"{key}.{number}", config.path, tally))
+    return result
 
 
 def compare_shards(run: RunDir, **shards: Shards) -> None:
-    """Record what was read, and refuse to go on where other shards are found than at the start of the run; all ranks together."""
-    for place, path, tally in itertools.chain(*(found.told for found in shards.values())):
+    """Record the shards, and raise UserError if a resumed run began with others; all ranks call it."""
+    for place, path, tally in itertools.chain(*(some.tallies for some in shards.values())):
         run.tell(place, path, tally)
     if run.main:
         file = run.path / "pool.json"
-        now = {name: found.names() for name, found in shards.items()}
+        now = {name: some.names() for name, some in shards.items()}
         record = json.dumps(now, indent=1) + "\n"
         if is_sound(file) and file.read_text(encoding="utf-8") != record:
             raise UserError(
@@ -94,7 +96,7 @@ def compare_shards(run: RunDir, **shards: Shards) -> None:
             )
         if file.exists() and not is_sound(file):
             raise UserError(
-                f"{file}: is damaged, so that nobody knows which files this run began with; give another --output or delete the folder"
+                f"{file}: is damaged, so the files that this run began with are unknown; give another --output or delete the folder"
             )
         write_with_sum(file, record)
     from_main_rank(None)
@@ -102,7 +104,7 @@ def compare_shards(run: RunDir, **shards: Shards) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """A shard to work on: its number, and the ascending rows that are wanted; None: all."""
+    """A shard to process: its number, and ascending rows of it; None: all rows."""
 
     number: int
     shard: Shard
@@ -111,7 +113,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Reading:
-    """What is made of an image: hashes or not, and a view of `image_size` pixels that keeps `val_crop` of the short side, or none for 0."""
+    """Processing of an image: whether to hash it, and a view of `image_size` pixels that keeps `val_crop` of the short side; no view for 0."""
 
     hashes: bool
     image_size: int = 0
@@ -120,7 +122,16 @@ class Reading:
 
 @dataclass
 class Piece:
-    """Some images of a shard: names of all of them; hashes and mirrored ones (0 where unreadable), readable_N and the views of those."""
+    """Consecutive images of a shard.
+
+    Attributes:
+        keys: names of all images.
+        hashes, mirrored: perceptual hashes of images and of their mirror images; 0 for an unreadable image.
+        readable: whether each image could be read.
+        unreadable: locations of the others.
+        pixels_BCHW: views of the readable images; None without views.
+        error: message of an error that ends the pass.
+    """
 
     keys: list[str] = field(default_factory=list)
     hashes: list[int] = field(default_factory=list)
@@ -138,7 +149,7 @@ class Piece:
 
 
 class ShardViews(IterableDataset[Any]):
-    """(number of the shard, whether this is its last piece, piece), one shard of this worker after the other."""
+    """(number of the shard, whether this is its last piece, piece), for the shards of this worker in turn."""
 
     def __init__(self, jobs: Sequence[Job], reading: Reading, batch_size: int) -> None:
         self._jobs, self._reading, self._batch_size = jobs, reading, batch_size
@@ -149,7 +160,7 @@ class ShardViews(IterableDataset[Any]):
         for job in jobs:
             try:
                 yield from self._pieces(job)
-            except (UserError, OSError) as error:  # raised in a worker, it would arrive with the worker's traceback
+            except (UserError, OSError) as error:  # raised in a worker, it would print the worker's traceback
                 what = str(error) if isinstance(error, UserError) else f"{job.shard.name}: cannot be read ({error})"
                 yield job.number, True, Piece(error=what)
                 return
@@ -161,10 +172,10 @@ class ShardViews(IterableDataset[Any]):
                 if len(piece.keys) == self._batch_size:
                     yield job.number, False, _filled(piece, views)
                     piece, views = Piece(), []
-                self._take(sample, piece, views)
+                self._add(sample, piece, views)
         yield job.number, True, _filled(piece, views)
 
-    def _take(self, sample: Sample, piece: Piece, views: list[Tensor]) -> None:
+    def _add(self, sample: Sample, piece: Piece, views: list[Tensor]) -> None:
         piece.keys.append(sample.name)
         hashes = (0, 0)
         try:
@@ -182,17 +193,17 @@ class ShardViews(IterableDataset[Any]):
 
 
 def picked(shard: Shard, rows: np.ndarray | None) -> Iterator[Sample]:
-    """The samples of a shard, or those of some ascending rows."""
+    """Samples of a shard, or of some ascending rows of it."""
     if rows is None:
         yield from shard.samples()
     elif isinstance(shard, RowShard):
         for row in rows.tolist():
             yield next(shard.samples(row))
     elif len(rows):
-        wanted, last = set(rows.tolist()), int(rows[-1])
+        chosen, last = set(rows.tolist()), int(rows[-1])
         with closing(shard.samples(int(rows[0]))) as samples:
             for row, sample in enumerate(samples, int(rows[0])):
-                if row in wanted:
+                if row in chosen:
                     yield sample
                 if row == last:
                     break
@@ -210,13 +221,13 @@ def over_missing_shards(
     rows: dict[int, np.ndarray] | None = None,
     suffixes: Sequence[str] = (".parquet",),
 ) -> None:
-    """Make what is missing of the folder `name` of the run, or damaged, all ranks together.
+    """Create missing and damaged files in the folder `name` of the run; all ranks call it.
 
     Args:
-        use: a piece -> what is kept of it.
-        write: path of a shard's file, its pieces without pixels, and what was kept of them.
-        rows: the shards and rows that are wanted; None: all.
-        suffixes: of a shard's files; `write` is given the path of the last, which it writes last.
+        use: maps a piece to its result.
+        write: called with the path of a shard's file, its pieces without pixels, and their results.
+        rows: rows to process by shard; None: all rows of all shards.
+        suffixes: suffixes of a shard's files; `write` gets the path with the last one, which it writes last.
 
     Raises:
         UserError, Stopped: see `over_shards`.
@@ -224,18 +235,18 @@ def over_missing_shards(
     folder = run.path / name
     if run.main:
         folder.mkdir(exist_ok=True)
-    wanted = range(len(shards.shards)) if rows is None else sorted(rows)
-    files = {number: [shard_file(folder, number).with_suffix(suffix) for suffix in suffixes] for number in wanted}
-    missing = from_main_rank([n for n in wanted if not all(map(is_sound, files[n]))] if run.main else [])
+    chosen = range(len(shards.shards)) if rows is None else sorted(rows)
+    files = {number: [shard_file(folder, number).with_suffix(suffix) for suffix in suffixes] for number in chosen}
+    missing = from_main_rank([n for n in chosen if not all(map(is_sound, files[n]))] if run.main else [])
     if not missing:
         return
     for line in made_again(file for number in missing for file in files[number]) if run.main else []:
         run.log(line)
     jobs = [Job(n, shards.shards[n], None if rows is None else rows[n]) for n in missing[rank() :: world_size()]]
-    run.log(f"{name}: {len(missing)} of {len(wanted)} shards to do")
+    run.log(f"{name}: {len(missing)} of {len(chosen)} shards to do")
     clock = Clock()
 
-    def told(done: int, read: int) -> None:
+    def report(done: int, read: int) -> None:
         clock.done = read
         if done == len(jobs) or clock.due():
             run.log(f"{name}: {done} of {len(jobs)} shards of this process, {clock.rate:.0f} images/s")
@@ -244,10 +255,10 @@ def over_missing_shards(
         jobs,
         reading,
         use,
-        lambda number, pieces, kept: write(files[number][-1], pieces, kept),
+        lambda number, pieces, results: write(files[number][-1], pieces, results),
         batch_size=config.batch_size,
         workers=config.workers,
-        told=told,
+        report=report,
     )
     from_main_rank(None)
 
@@ -260,18 +271,18 @@ def over_shards(
     *,
     batch_size: int,
     workers: int,
-    told: Callable[[int, int], None],
+    report: Callable[[int, int], None],
 ) -> None:
-    """Read shards, use every piece and write every shard.
+    """Read shards, process every piece and write every shard.
 
     Args:
-        use: a piece -> what is kept of it.
-        write: number of the shard, its pieces without pixels, and what was kept of them.
-        told: shards done and images read, after each shard.
+        use: maps a piece to its result.
+        write: called with the number of the shard, its pieces without pixels, and their results.
+        report: called after each shard with the shards done and the images read.
 
     Raises:
         UserError: more than one and more than 1 % of at least 1,000 images cannot be read, or a shard cannot.
-        Stopped: asked to by a signal; whole shards are written.
+        Stopped: after a signal; complete shards are written.
     """
     if not jobs:
         return
@@ -279,7 +290,7 @@ def over_shards(
         ShardViews(jobs, reading, batch_size),
         batch_size=None,
         num_workers=min(workers, len(jobs)),
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         pin_memory=pins_memory(),
         worker_init_fn=start_worker,
         generator=torch.Generator(),
@@ -290,8 +301,8 @@ def over_shards(
         for number, last, piece in loader:
             if piece.error:
                 raise UserError(piece.error)
-            pieces, kept = open_shards.setdefault(number, ([], []))
-            kept.append(use(piece))
+            pieces, results = open_shards.setdefault(number, ([], []))
+            results.append(use(piece))
             piece.pixels_BCHW = None
             pieces.append(piece)
             read += len(piece.keys)
@@ -299,10 +310,10 @@ def over_shards(
             if last:
                 write(number, *open_shards.pop(number))
                 done += 1
-                told(done, read)
+                report(done, read)
             if read >= _JUDGED_AFTER and len(unreadable) > max(1, _TOO_MANY * read):
                 raise UserError(
-                    f"{len(unreadable)} of {read} images cannot be read; mend or remove them (first: {min(unreadable)})"
+                    f"{len(unreadable)} of {read} images cannot be read; fix or remove them (first: {min(unreadable)})"
                 )
             if stop.requested and done < len(jobs):
                 raise Stopped(f"{done} of {len(jobs)} shards of this process are done")
@@ -313,5 +324,5 @@ def _filled(piece: Piece, views: list[Tensor]) -> Piece:
     return piece
 
 
-def _as_it_is(item: Any) -> Any:
+def _unchanged(item: Any) -> Any:
     return item

@@ -1,11 +1,11 @@
-"""The parts of a curation, in their order; each leaves files in the run directory that a run which was killed goes on from.
+"""Steps of a curation in order; each writes files to the run directory, from which a killed run continues.
 
-scores/, protected/   one file a shard: what the teacher says about each image, perceptual hashes        (all ranks)
-candidates.parquet    the best of each class                                                            (main rank)
-look_alikes.parquet   pairs of them, and of them and protected images, with close hashes                 (main rank), and cosines (all ranks)
-selected.parquet      the manifest (main rank); selected/ the images themselves, if asked for             (all ranks)
+scores/, protected/   one file per shard: the teacher's class and score of each image, perceptual hashes   (all ranks)
+candidates.parquet    the best images of each class                                                       (main rank)
+look_alikes.parquet   pairs of candidates, and of candidates and held-out images, with close hashes        (main rank), and cosines (all ranks)
+selected.parquet      the manifest (main rank); selected/ copies of the images, on request                 (all ranks)
 
-What the main rank does alone takes memory by classes x `keep`, not by the size of the pool: see selection_files.py.
+The memory of the main rank's steps grows with classes x `keep`, not with the size of the pool: see selection_files.py.
 """
 
 import shutil
@@ -27,7 +27,7 @@ from ssld.shared.training.quarantine import Quarantine
 from ssld.stage1_ssld.config import CurateConfig
 from ssld.stage1_ssld.curation.output import Images, draw, materialise
 from ssld.stage1_ssld.curation.score_files import (
-    PROTECTED,
+    HELD_OUT,
     SCORED,
     UNREADABLE,
     Embeddings,
@@ -42,7 +42,7 @@ from ssld.stage1_ssld.curation.selection_files import (
     Selection,
     outcome_of,
     write_candidates,
-    write_look_alikes,
+    write_close_pairs,
     write_outcome,
 )
 from ssld.stage1_ssld.curation.shard_pass import (
@@ -56,11 +56,11 @@ from ssld.stage1_ssld.curation.shard_pass import (
 )
 from ssld.stage1_ssld.distillation.teacher import make_teacher
 
-_EMBEDDINGS = ("embeddings_pool", "embeddings_protected")  # folders, of which only cosines are kept
+_EMBEDDINGS = ("embeddings_pool", "embeddings_protected")  # folders; removed after the cosines are written
 
 
 def curate(config: CurateConfig) -> None:
-    """Select images as `config` says and write the manifest, pictures and result.json."""
+    """Select images and write the manifest, plots and result.json."""
     check_networks(config.networks(), config.hub_data())
     accelerator, config = start_processes(config)
     scratch = ("kept.npy", *_EMBEDDINGS)
@@ -74,23 +74,23 @@ def curate(config: CurateConfig) -> None:
 
 
 def _curate(config: CurateConfig, run: RunDir, device: torch.device) -> None:
-    pool, protected, val_shards = _open(config)
+    pool, held_out, val_shards = _open(config)
     teacher = _Teacher(config, device)
-    compare_shards(run, pool=pool, protected=protected)
+    compare_shards(run, pool=pool, protected=held_out)
 
-    # ---- scores of the pool, hashes of what is protected: shared among the ranks
+    # ---- scores of the pool, hashes of the held-out images: shared among the ranks
     view = Reading(True, config.image_size, config.val_crop)
     over_missing_shards(run, "scores", pool, config, view, teacher.scores, _write_scored)
-    over_missing_shards(run, "protected", protected, config, Reading(True), _nothing, _write_protected)
+    over_missing_shards(run, "protected", held_out, config, Reading(True), _nothing, _write_held_out)
     scored = ScoreFiles(run.path / "scores", len(pool.shards))
-    shielded = ScoreFiles(run.path / "protected", len(protected.shards))
-    quarantine = Quarantine(run, len(scored) + len(shielded))
-    quarantine.add([*scored.unreadable, *shielded.unreadable] if run.main else [])
-    quarantine.judge(len(scored) + len(shielded))
+    held_out_files = ScoreFiles(run.path / "protected", len(held_out.shards))
+    quarantine = Quarantine(run, len(scored) + len(held_out_files))
+    quarantine.add([*scored.unreadable, *held_out_files.unreadable] if run.main else [])
+    quarantine.judge(len(scored) + len(held_out_files))
     if config.keep > len(scored):
         raise _keeps_too_many(config, len(scored))
 
-    # ---- the best of each class, and which of them look alike; cosines of these pairs, by embeddings shared among the ranks; what is left
+    # ---- the best of each class; pairs with close hashes; cosines of these pairs, by embeddings shared among the ranks; the selection
     selection = Selection(
         config,
         classes=teacher.classes,
@@ -98,14 +98,14 @@ def _curate(config: CurateConfig, run: RunDir, device: torch.device) -> None:
         teacher=teacher.facts(),
         scored=scored,
         shard_sources=[source.path for source in pool.source],
-        protected=shielded,
-        val_images=int(shielded.starts[val_shards]),
+        held_out=held_out_files,
+        val_images=int(held_out_files.starts[val_shards]),
     )
     _on_main_rank(run, write_candidates, selection)
-    _on_main_rank(run, write_look_alikes, selection)
+    _on_main_rank(run, write_close_pairs, selection)
     pairs = pair_rows(run.path / "look_alikes.parquet")
     if pairs is not None:
-        _cosines(run, config, pool, protected, scored, shielded, pairs, teacher)
+        _cosines(run, config, pool, held_out, scored, held_out_files, pairs, teacher)
     _on_main_rank(run, write_outcome, selection)
 
     images = Images(scored, pool.shards, pool.source)
@@ -118,12 +118,12 @@ def _curate(config: CurateConfig, run: RunDir, device: torch.device) -> None:
         for line in outcome["lines"]:
             run.log(line)
         written = [run.path / "selected.parquet", run.path / "classes.csv"]
-        pictures = draw(run.path, outcome, images, Images(shielded, protected.shards, protected.source), config)
-        run.finish(outcome["metrics"], [*written, *pictures])
+        plots = draw(run.path, outcome, images, Images(held_out_files, held_out.shards, held_out.source), config)
+        run.finish(outcome["metrics"], [*written, *plots])
 
 
 def _on_main_rank(run: RunDir, write: Callable[[Path, Selection], list[str]], selection: Selection) -> None:
-    """One part of the selection, while the other ranks wait. Raises Stopped after it when asked to by a signal."""
+    """Run a step of the selection while the other ranks wait. Raises Stopped after it if a signal arrived."""
     if run.main:
         with StopRequest() as stop:
             for line in write(run.path, selection):
@@ -134,24 +134,28 @@ def _on_main_rank(run: RunDir, write: Callable[[Path, Selection], list[str]], se
 
 
 def _open(config: CurateConfig) -> tuple[Shards, Shards, int]:
-    """(the pool, the protected images, validation before training, and the number of validation shards)."""
+    """Open the pool and the held-out images, validation before training; returns both and the number of validation shards."""
     pool = open_pool(config.pool, config.streaming, allow_loss=config.allow_loss)
     val = open_shards(config.val, "val", config.streaming, allow_loss=config.allow_loss)
     train = open_shards(config.train, "train", config.streaming, allow_loss=config.allow_loss)
     images = pool.images()
     if images is not None and config.keep > images:
         raise _keeps_too_many(config, images)
-    return pool, Shards(val.shards + train.shards, val.source + train.source, val.told + train.told), len(val.shards)
+    return (
+        pool,
+        Shards(val.shards + train.shards, val.source + train.source, val.tallies + train.tallies),
+        len(val.shards),
+    )
 
 
 def _keeps_too_many(config: CurateConfig, images: int) -> UserError:
     return UserError(
-        f"keep: {config.keep} images a class are more than the {images} of the whole pool; give a smaller keep"
+        f"keep: {config.keep} images per class are more than the {images} of the whole pool; give a smaller keep"
     )
 
 
 class _Teacher:
-    """The teacher as a curation uses it: first class and its probability of a piece, and embeddings."""
+    """Teacher of a curation: most likely class and its probability for each image of a piece, and embeddings."""
 
     def __init__(self, config: CurateConfig, device: torch.device) -> None:
         self._reference, self._device = config.teacher.model, device
@@ -161,7 +165,7 @@ class _Teacher:
         self.classes, self.names = self._teacher.num_classes, self._teacher.class_names
 
     def facts(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Teacher metadata for the manifest."""
         return self._teacher.facts()
 
     def scores(self, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
@@ -173,15 +177,17 @@ class _Teacher:
         score, best = logits.softmax(-1).max(-1)
         if not bool(torch.isfinite(score).all()):
             raise UserError(
-                f"teacher.model: {self._reference}: answers {piece.keys[0]} or one of the next {len(piece.keys)} images "
-                "with NaN; try precision: fp32"
+                f"teacher.model: {self._reference}: gives NaN for {piece.keys[0]} or one of the next {len(piece.keys)} images; "
+                "try precision: fp32"
             )
         return best.cpu().numpy().astype(np.int32), score.cpu().numpy()
 
     def embeddings(self, piece: Piece) -> np.ndarray:
-        """Embeddings of a piece, all of whose images were readable before."""
+        """Embeddings of a piece, whose images were all readable in the first pass."""
         if piece.unreadable:
-            raise UserError(f"{piece.unreadable[0]}: cannot be read any more; it could when this run began")
+            raise UserError(
+                f"{piece.unreadable[0]}: cannot be read any more, but could when this run began; put it back, or give another --output"
+            )
         assert piece.pixels_BCHW is not None
         with self._teacher.running_statistics():
             return self._teacher.embed(to_device(piece.pixels_BCHW, self._device)).cpu().numpy()
@@ -208,36 +214,36 @@ def _write_scored(path: Path, pieces: list[Piece], scores: list[tuple[np.ndarray
     write_shard(path, columns, SCORED, [location for piece in pieces for location in piece.unreadable])
 
 
-def _write_protected(path: Path, pieces: list[Piece], _: list[None]) -> None:
+def _write_held_out(path: Path, pieces: list[Piece], _: list[None]) -> None:
     readable = np.array([flag for piece in pieces for flag in piece.readable], bool)
     columns = {**_columns(pieces), "class": np.where(readable, 0, UNREADABLE).astype(np.int32)}
-    write_shard(path, columns, PROTECTED, [location for piece in pieces for location in piece.unreadable])
+    write_shard(path, columns, HELD_OUT, [location for piece in pieces for location in piece.unreadable])
 
 
 def _cosines(
     run: RunDir,
     config: CurateConfig,
     pool: Shards,
-    protected: Shards,
+    held_out: Shards,
     scored: ScoreFiles,
-    shielded: ScoreFiles,
+    held_out_files: ScoreFiles,
     pairs: PairRows,
     teacher: _Teacher,
 ) -> None:
-    """Write the cosines of all pairs, by embeddings that are written for this alone."""
-    inside = pairs.left_P[~pairs.protected_P], pairs.right_P[~pairs.protected_P]
-    outside = pairs.left_P[pairs.protected_P], pairs.right_P[pairs.protected_P]
+    """Write the cosines of all pairs, from embeddings that are written for this step alone."""
+    inside = pairs.left_P[~pairs.held_out_P], pairs.right_P[~pairs.held_out_P]
+    outside = pairs.left_P[pairs.held_out_P], pairs.right_P[pairs.held_out_P]
     ids = np.unique(np.concatenate([*inside, outside[0]])), np.unique(outside[1])
     reading = Reading(False, config.image_size, config.val_crop)
     embedded = []
-    for name, shards, files, wanted in zip(_EMBEDDINGS, (pool, protected), (scored, shielded), ids, strict=True):
-        rows = dict(files.shard_rows(wanted))
+    for name, shards, files, chosen in zip(_EMBEDDINGS, (pool, held_out), (scored, held_out_files), ids, strict=True):
+        rows = dict(files.shard_rows(chosen))
         over_missing_shards(
             run, name, shards, config, reading, teacher.embeddings, _write_embeddings, rows=rows, suffixes=(".npy",)
         )
         paths = [shard_file(run.path / name, number).with_suffix(".npy") for number in sorted(rows)]
         if run.main:
-            embedded.append(Embeddings(wanted, paths, run.path / name / "joined"))
+            embedded.append(Embeddings(chosen, paths, run.path / name / "joined"))
     if run.main:
         among, between = (cosines(*inside, embedded[0], embedded[0]), cosines(*outside, embedded[0], embedded[1]))
         add_cosines(run.path / "look_alikes.parquet", np.concatenate([among, between]))

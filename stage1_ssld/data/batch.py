@@ -1,6 +1,6 @@
-"""Items and batches of the stage-1 loaders: views, labels where there are any, soft labels where they come from a store.
+"""Batch types of stage 1: views, labels of labeled images, soft labels from a store.
 
-B images of a batch.
+B images in a batch.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,15 @@ NO_LABEL = -1
 
 @dataclass(frozen=True)
 class Batch:
-    """pixels_BCHW uint8 views, labels_B int64 (NO_LABEL where unlabeled), keys of the images, locations of images that could not be read, and,
-    from a store, the teacher's soft labels."""
+    """Images of one micro-batch.
+
+    Attributes:
+        pixels_BCHW: uint8 views.
+        labels_B: int64 class numbers, NO_LABEL where unlabeled.
+        keys: names of the images.
+        unreadable: locations of images that could not be read.
+        soft: the teacher's soft labels from a store; None without a store.
+    """
 
     pixels_BCHW: Tensor
     labels_B: Tensor
@@ -28,14 +35,21 @@ class Batch:
     soft: SoftLabels | None = None
 
     def pin_memory(self) -> "Batch":
-        """Called by the loader, which knows no other way into a class of ours."""
+        """Pin the tensors; the data loader calls it, as it does for any batch type with this method."""
         soft = self.soft.pin_memory() if self.soft else None
         return Batch(self.pixels_BCHW.pin_memory(), self.labels_B.pin_memory(), self.keys, self.unreadable, soft)
 
 
 class View(NamedTuple):
-    """One item of a batch: pixels_CHW is None when the image, and those that would replace it, cannot be read; `unreadable` names them; `soft` is the
-    record of its soft label in a store."""
+    """One item of a batch.
+
+    Attributes:
+        pixels_CHW: uint8 view; None if neither the image nor its replacements could be read.
+        label: class number, NO_LABEL where unlabeled.
+        key: name of the image.
+        unreadable: locations of the images that could not be read.
+        soft: record of its soft label in a store.
+    """
 
     pixels_CHW: Tensor | None
     label: int
@@ -45,7 +59,7 @@ class View(NamedTuple):
 
 
 def collate(views: Sequence[View]) -> Batch:
-    """Stack views, planar; those that could not be read are left out."""
+    """Stack views into contiguous [B,3,H,W]; unreadable ones are left out."""
     readable = [view for view in views if view.pixels_CHW is not None]
     pixels = [view.pixels_CHW for view in readable if view.pixels_CHW is not None]
     soft = [view.soft for view in readable if view.soft is not None]

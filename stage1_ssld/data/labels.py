@@ -1,4 +1,4 @@
-"""The classes of labeled sources: what they agree on, and their labels in the class numbers of a model."""
+"""Classes of labeled sources, and their labels as class numbers of a model."""
 
 import itertools
 import re
@@ -14,12 +14,13 @@ from ssld.stage1_ssld.data.sources import LOSS_SETTING, ImageSource
 def labeled_classes(
     sources: Sequence[ImageSource], *, allow_loss: bool = False
 ) -> tuple[list[ImageSource], int, list[str] | None]:
-    """(the labeled sources, number of classes, class names where any source has them).
+    """Return the labeled sources, the number of classes, and the class names (None if no source has names).
 
-    Sources may number the same names differently: `match_classes` brings them to the order returned here, that of the first named source. Classes
+    Sources may number the same names differently: `match_classes` maps them to the order returned here, that of the first named source. Classes
     without an image are counted in the tally of the first source.
-    Raises UserError when there is no labeled source, when two of them have other names, when there is one class only, and when most class numbers
-    have no image, unless that is allowed.
+
+    Raises:
+        UserError: no labeled source, sources with different class names, a single class, or, unless `allow_loss`, most class numbers without images.
     """
     for source in sources:
         _refuse_strays(source)
@@ -43,17 +44,17 @@ def labeled_classes(
     count = len(names) if names else highest + 1
     if count == 1:
         raise UserError(
-            f"{labeled[0].path}: all images are of one class, {names[0] if names else 0!r}: there is nothing to learn from labels; give images of "
-            "others, or distil from a teacher, which needs no labels"
+            f"{labeled[0].path}: all images are of one class, {names[0] if names else 0!r}: labels of one class teach nothing; add images of other "
+            "classes, or distil from a teacher, which needs no labels"
         )
     _count_empty(labeled, count, names, allow_loss=allow_loss)
     return labeled, count, names
 
 
 def _count_empty(labeled: Sequence[ImageSource], count: int, names: list[str] | None, *, allow_loss: bool) -> None:
-    """Name the classes that no image is of. A class that only a number stands for, such as 9999 in a list of ten classes, is a loss."""
+    """Count classes without images. An unnamed class without images counts as a loss: a wrong number, such as 9999 among ten classes, makes many."""
     present = {label for source in labeled for label in match_classes(source, names, count, "the sources") or []}
-    empty, tally = count - len(present), Tally()  # never listed: one wrong number may stand for billions of classes
+    empty, tally = count - len(present), Tally()  # counted, not listed: one wrong number may make billions of classes
     tally.keep("class", len(present))
     if empty:
         first = next(number for number in itertools.count() if number not in present)
@@ -67,7 +68,7 @@ def _count_empty(labeled: Sequence[ImageSource], count: int, names: list[str] | 
 
 
 def doubt_on_order(source: ImageSource) -> str | None:
-    """A line on class folders that are numbers, whose order as text is another one than as numbers; None elsewhere."""
+    """Return a warning if class folders are numbers whose order as text differs from their numeric order; None otherwise."""
     names = source.class_names or []
     if not source.folders_are_classes or not all(re.fullmatch("[0-9]+", name) for name in names):
         return None
@@ -76,20 +77,20 @@ def doubt_on_order(source: ImageSource) -> str | None:
     if moved is None:
         return None
     return (
-        f"{source.path}: its class folders are numbers and sorted as text, as torchvision does: class {moved} is folder {names[moved]!r}; in a "
-        f"network that counts them in order it is {by_number[moved]!r}. Names with leading zeros leave no doubt"
+        f"{source.path}: its class folders are numbers and sorted as text, as torchvision does: class {moved} is folder {names[moved]!r}; in "
+        f"numeric order it would be {by_number[moved]!r}. Names with leading zeros have one order"
     )
 
 
 def labels_in_classes(source: ImageSource, names: list[str] | None, count: int) -> list[int] | None:
-    """The source's labels in the classes of a teacher, where they surely are its classes: by name, or as many classes with names. None elsewhere.
+    """Return the source's labels as class numbers of a teacher, if the classes certainly match: by name, or by number of named classes; else None.
 
-    Numbers without names may mean other classes, which is allowed in distillation, where nobody reads them; and so may folders called 00 to ff, into
-    which a pool was cut.
+    Unnamed class numbers, and folders called 00 to ff into which a pool was split, may mean other classes; distillation allows both, since it reads
+    no labels.
     """
     if not source.class_names or not (names or len(source.class_names) == count):
         return None
-    if not names and source.folders_are_classes and _are_pieces(source.class_names):
+    if not names and source.folders_are_classes and _are_shards(source.class_names):
         return None
     try:
         return match_classes(source, names, count, "the teacher")
@@ -98,20 +99,19 @@ def labels_in_classes(source: ImageSource, names: list[str] | None, count: int) 
 
 
 def prototype_names(count: int) -> list[str]:
-    """The class names of a teacher whose classes are prototypes."""
+    """Class names of a teacher whose classes are prototypes."""
     return [f"prototype {number}" for number in range(count)]
 
 
 def are_prototypes(names: list[str] | None) -> bool:
-    """Whether classes are prototypes, which no human label is of."""
+    """Whether classes are prototypes, which human labels never name."""
     return bool(names) and names == prototype_names(len(names or []))
 
 
 def match_classes(source: ImageSource, names: list[str] | None, count: int, owner: str) -> list[int] | None:
-    """The source's labels in the class numbers of a model, matched by name where both have names; None without labels, and where the model's classes
-    are prototypes.
+    """Return the source's labels as class numbers of a model, matched by name where both have names; None without labels, or for prototypes.
 
-    Raises UserError when the classes are not the model's: other names, or a number outside its count.
+    Raises UserError if the classes differ: other names, or a class number that the model does not have.
     """
     _refuse_strays(source)
     if source.labels is None or (are_prototypes(names) and not are_prototypes(source.class_names)):
@@ -134,8 +134,8 @@ def match_classes(source: ImageSource, names: list[str] | None, count: int, owne
     return source.labels
 
 
-def _are_pieces(folders: Sequence[str]) -> bool:
-    """Whether folders look like equal pieces of a pool: all names are as many hexadecimal digits."""
+def _are_shards(folders: Sequence[str]) -> bool:
+    """Whether folder names are hexadecimal numbers of equal length, as of a pool split into equal parts."""
     return len({len(name) for name in folders}) == 1 and all(re.fullmatch("[0-9a-f]+", name) for name in folders)
 
 
@@ -145,17 +145,17 @@ def _refuse_strays(source: ImageSource) -> None:
 
 
 def _first_difference(a: ImageSource, b: ImageSource) -> str:
-    ours, theirs = set(a.class_names or []), set(b.class_names or [])
+    names_a, names_b = set(a.class_names or []), set(b.class_names or [])
     only = [
         f"only the {which} has {min(names)!r}"
-        for which, names in (("first", ours - theirs), ("second", theirs - ours))
+        for which, names in (("first", names_a - names_b), ("second", names_b - names_a))
         if names
     ]
     return ", ".join(only)
 
 
 class NeighbourLabels(NamedTuple):
-    """Labels of the images to classify and of the bank whose images vote, in one numbering of `classes` classes."""
+    """Labels of the query images and of the bank whose images vote, numbered alike over `classes` classes."""
 
     queries: list[int]
     bank: list[int]
@@ -163,17 +163,17 @@ class NeighbourLabels(NamedTuple):
 
 
 def neighbour_labels(source: ImageSource, bank: ImageSource, neighbours: int) -> NeighbourLabels:
-    """The labels of two sources in the numbering of the bank: by name where both have names.
+    """Return the labels of both sources in the bank's numbering, matched by name where both have names.
 
-    Raises UserError when either has no labels, when the bank lacks a class of `source`, or has fewer labeled images than are to vote.
+    Raises UserError if either has no labels, if the bank lacks a class of `source`, or if it has fewer labeled images than `neighbours`.
     """
     if source.labels is None:
-        raise UserError(f"{source.path}: no labels; nearest neighbours are judged by them, leave out bank")
+        raise UserError(f"{source.path}: no labels, which nearest-neighbour accuracy needs; leave out bank")
     if bank.labels is None:
-        raise UserError(f"bank: {bank.path}: no labels; its images vote with them, take a labeled source")
+        raise UserError(f"bank: {bank.path}: no labels for its images to vote with; use a labeled source")
     known = len(bank.labels) - bank.labels.count(NO_LABEL)
     if neighbours > known:
-        raise UserError(f"neighbours: {neighbours} are to vote, but {bank.path} has {known} labeled images")
+        raise UserError(f"neighbours: {neighbours} is more than the {known} labeled images of {bank.path}")
     classes = len(bank.class_names) if bank.class_names else max(bank.labels) + 1
     labels = match_classes(source, bank.class_names, classes, bank.path)
     assert labels is not None

@@ -1,4 +1,4 @@
-"""What lies at a source's path: which files, of which kind, on this machine or behind an fsspec URL."""
+"""Listing of a source's path: its files and their kind, on this machine or behind an fsspec URL."""
 
 import os
 import re
@@ -30,15 +30,15 @@ from ssld.shared.wording import count
 Kind = Literal["images", "parquet", "tar", "list"]
 _SUFFIXES: dict[str, Kind] = {".parquet": "parquet", ".tar": "tar"}
 LOOKED_AT = 20_000
-"""Most files looked for when a list or a manifest that names them is opened."""
+"""Most files whose existence is checked when a list or a manifest is opened."""
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".zip")
 ALL_SPLITS = "*"
-"""where a caller chooses among the splits itself"""
+"""split setting of a caller that chooses among the splits itself"""
 _SPLIT = re.compile(
     r"(train|training|trainval|val|valid|validation|dev|test|testing|eval|evaluation|holdout|unlabell?ed|extra)([-_]?(set|images))?(\d{4})?",
     re.IGNORECASE,
 )
-"""names of folders and files that say which part of a data set they are"""
+"""names of folders and files that are names of splits"""
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,11 @@ class Listing:
     """Files of one kind.
 
     Attributes:
-        folder: path or URL of the folder that names begin at: the one given, or what stands before the first * of a pattern.
-        files: sorted; paths or URLs, of kind "images" relative to the folder.
-        pattern: whether they were found by a pattern, which says nothing about their classes.
-        tally: the images, of kind "images", and what was left out.
+        kind: images, parquet, tar or list.
+        folder: path or URL of the folder that names are relative to: the given one, or the part before the first * of a pattern.
+        files: sorted paths or URLs; for kind "images" relative to the folder.
+        pattern: whether a pattern matched them; class folders are then not read as labels.
+        tally: counts of images, for kind "images", and of what was left out.
     """
 
     kind: Kind
@@ -76,8 +77,8 @@ def filesystem_of(path: str) -> tuple[Any, str]:
 
 
 def read_text(file: str) -> str:
-    """The content of a text file, by its byte-order mark or as UTF-8; other bytes as `os.fsdecode` has them in file names. Raises UserError when it
-    cannot be read or is no text."""
+    """Read a text file by its byte-order mark or as UTF-8, with other bytes as `os.fsdecode` decodes them in file names. Raises UserError if it is
+    not readable as text."""
     filesystem, inner = filesystem_of(file)
     try:
         content = Path(file).read_bytes() if filesystem is None else filesystem.cat_file(inner)
@@ -88,14 +89,14 @@ def read_text(file: str) -> str:
     except (OSError, UnicodeError) as error:
         raise UserError(f"{file}: not readable as text ({error})") from None
     if "\0" in text:
-        raise UserError(f"{file}: not readable as text (it holds zero bytes); write it as UTF-8")
+        raise UserError(f"{file}: not readable as text (it contains zero bytes); write it as UTF-8")
     return text
 
 
 def list_path(path: str, split: str | None = None) -> Listing:
-    """What a source's path means, of it the part `split` where it holds several.
+    """List the files of a source's path, or of its split `split`.
 
-    Raises UserError when nothing is there, or it is none of the formats, a mixture of them, or several splits of which none is asked for.
+    Raises UserError if nothing is there, the format is unknown or mixed, or there are several splits and `split` names none of them.
     """
     if "*" in path:
         folder = _in_front_of(path, "[*]")
@@ -120,8 +121,8 @@ def list_path(path: str, split: str | None = None) -> Listing:
 
 
 def of_split(file: str, split: str) -> bool:
-    """Whether a file, by its path in a data set, is of exactly this split: it lies in a folder of that name, or its own name is that, with the name
-    of a data set and a dash before it and numbers behind: `train-00000-of-00002.parquet`, `imagenet-train-07.tar`, not `train_extra-0.parquet`."""
+    """Whether a file, by its path in a data set, belongs to exactly this split: a folder has this name, or the file name is [NAME-]SPLIT[-NUMBERS],
+    as in `train-00000-of-00002.parquet` and `imagenet-train-07.tar`, but not `train_extra-0.parquet`."""
     *folders, base = file.split("/")
     stem = base.partition(".")[0] if split.find(".") < 0 else base.rpartition(".")[0]
     numbers = r"([-_]\d+)?(-of-\d+)?(-[0-9a-f]{6,})?"
@@ -131,20 +132,20 @@ def of_split(file: str, split: str) -> bool:
 def _choose(
     path: str, images: list[str], archives: dict[str, list[str]], tally: Tally, split: str | None, root: str
 ) -> Listing | None:
-    """Of what a folder holds, the kind that is meant, and the split. `root` is what names of archives are relative to."""
+    """Choose the kind of files in a folder, and the split. Names of archives are relative to `root`."""
     suffixes = list(archives)
     inside = [name for name in images if "/" in name]
     if suffixes and (inside or len(suffixes) > 1):
-        held = [f"{count(len(archives[suffix]), f'{suffix} file')}" for suffix in suffixes]
-        held += [f"{count(len(inside), 'image')} in folders (first: {escaped(inside[0])})"] if inside else []
+        contents = [f"{count(len(archives[suffix]), f'{suffix} file')}" for suffix in suffixes]
+        contents += [f"{count(len(inside), 'image')} in folders (first: {escaped(inside[0])})"] if inside else []
         raise UserError(
-            f"{path}: holds {' and '.join(held)}; which is meant? Give path as {path.rstrip('/')}/*{suffixes[0]} for the "
-            f"{suffixes[0]} files, or move them elsewhere"
+            f"{path}: holds {' and '.join(contents)}; set path to {path.rstrip('/')}/*{suffixes[0]} to use the {suffixes[0]} files, "
+            "or move them elsewhere to use the others"
         )
     if suffixes:
         suffix, files = suffixes[0], archives[suffixes[0]]
-        splits = sorted({found for file in files for found in _splits_of(file)})
-        if _asks(path, splits, split, suffix):
+        splits = sorted({name for file in files for name in _splits_of(file)})
+        if _keeps_one(path, splits, split, suffix):
             files = [file for file in files if split is None or of_split(file, split)]
         beside = Tally()
         beside.skip("file", f"images beside {suffix} files", escaped(images[0]) if images else "", len(images))
@@ -157,53 +158,53 @@ def _choose(
             f"{path}: holds the splits {', '.join(parts)} in each of {len(parted)} folders (first: {escaped(where)}); set path to "
             f"{path.rstrip('/')}/**/{parts[0]}/**/* for one of them, or to {path.rstrip('/')}/**/* for all of them, without labels"
         )
-    if _asks(place, parts, split, ""):
+    if _keeps_one(place, parts, split, ""):
         return list_path(f"{place}/{split}")
     return Listing("images", path, images, tally=tally) if images else None
 
 
 def _folders_with_splits(images: Sequence[str]) -> dict[str, list[str]]:
-    """The folders that hold images in several splits, and the names of these: all folders in one are called like splits, with nothing beside it, or
-    most of them are and one of them is for training, another is not."""
+    """Folders that hold several splits, with the names of these: the only such folder, with all subfolders named like splits, or folders most of
+    whose subfolders are, for training and otherwise."""
     below: dict[str, set[str]] = {}
     folders = {name.rpartition("/")[0] for name in images}
     for folder in folders:
         parts = folder.split("/") if folder else []
         for depth, part in enumerate(parts):
             below.setdefault("/".join(parts[:depth]), set()).add(part)
-    found = {}
+    parted = {}
     for place in sorted(below):
         named = sorted(name for name in below[place] if _SPLIT.fullmatch(name))
         training = sum(name.lower().startswith("train") for name in named)
         alone = len(named) == len(below[place]) and place == os.path.commonpath(folders)
         if len(named) > 1 and (alone or (0 < training < len(named) and 2 * len(named) > len(below[place]))):
-            found[place] = named
-    return found
+            parted[place] = named
+    return parted
 
 
 def _splits_of(file: str) -> list[str]:
-    """The names of splits in the path of a file."""
+    """Names of splits in the path of a file."""
     words = [*file.split("/")[:-1], *re.split(r"[-.]", file.rpartition("/")[2])]
     return [word for word in words if _SPLIT.fullmatch(word) and of_split(file, word)]
 
 
-def _asks(path: str, splits: Sequence[str], split: str | None, suffix: str) -> bool:
-    """Whether a choice among splits is to be made. Raises UserError where it is and cannot be."""
+def _keeps_one(path: str, splits: Sequence[str], split: str | None, suffix: str) -> bool:
+    """Whether to keep one of several splits. Raises UserError if `split` names none of them."""
     if len(splits) < 2 or split == ALL_SPLITS:
         return False
     if split in splits:
         return True
-    held = f"{path}: holds the splits {', '.join(splits)}"
+    holds = f"{path}: holds the splits {', '.join(splits)}"
     if split is not None:
-        raise UserError(f"{held}, and no {split}; set split to one of them")
+        raise UserError(f"{holds}, but not {split}; set split to one of them")
     every = f"{path.rstrip('/')}/**/*{suffix}"
-    raise UserError(f"{held}: set split to the one to read, or path to {every} for all of them without labels")
+    raise UserError(f"{holds}: set split to the one to read, or path to {every} for all of them without labels")
 
 
 def _archives(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names of Parquet and of tar files by their suffix, where there are any."""
-    found = {suffix: [name for name in names if name.lower().endswith(suffix)] for suffix in _SUFFIXES}
-    return {suffix: files for suffix, files in found.items() if files}
+    """Names of Parquet and tar files by suffix; suffixes without files are left out."""
+    by_suffix = {suffix: [name for name in names if name.lower().endswith(suffix)] for suffix in _SUFFIXES}
+    return {suffix: files for suffix, files in by_suffix.items() if files}
 
 
 def _list_remote(path: str, split: str | None) -> Listing:
@@ -213,14 +214,14 @@ def _list_remote(path: str, split: str | None) -> Listing:
             raise UserError(f"{path}: no such file or folder")
         if filesystem.isfile(inner):
             return _of_file(path)
-        found = sorted(_below(inner, file) for file in filesystem.find(inner))
+        files = sorted(_below(inner, file) for file in filesystem.find(inner))
     except OSError as error:
         raise UserError(f"{path}: cannot be listed ({' '.join(str(error).split())[:160]})") from None
     tally = Tally()
-    names = [name for name in found if not is_hidden(name)]
+    names = [name for name in files if not is_hidden(name)]
     images = _remote_images(filesystem, inner, names, tally)
     archives = _archives(names)
-    if path.startswith("hf://") and archives:  # images there are of its page
+    if path.startswith("hf://") and archives:  # images beside archives illustrate the page of the data set
         images = []
     listing = _choose(path, images, archives, tally, split, path)
     if listing is None:
@@ -229,7 +230,7 @@ def _list_remote(path: str, split: str | None) -> Listing:
 
 
 def _remote_images(filesystem: Any, inner: str, names: Sequence[str], tally: Tally) -> list[str]:
-    """The images among files elsewhere: by their names, or by their content where those say nothing."""
+    """Images among remote files: by their suffix, or by their first bytes where they have none."""
     unknown = [name for name in names if says_nothing(name)]
     heads: Sequence[Any] = []
     if unknown:
@@ -264,8 +265,8 @@ def _of_file(path: str) -> Listing:
         return Listing("parquet", folder, [path])
     suffix = os.path.splitext(path)[1]
     raise UserError(
-        f"{path}: a {suffix} file is no source of images; take a folder, Parquet, tar, or a list: a .txt file with a path a line, and a class number "
-        "behind it if there is one"
+        f"{path}: a {suffix} file is no source of images; use a folder, Parquet or tar files, or a list: a .txt file with one path per line, "
+        "optionally followed by a class number"
     )
 
 
@@ -277,7 +278,7 @@ def _begins_as_parquet(path: str) -> bool:
 
 
 def _in_front_of(pattern: str, wildcards: str) -> str:
-    """The folder that a pattern's matches lie in, as far as no wildcard stands in it."""
+    """Folder of a pattern's matches: its path up to the first wildcard."""
     folder = re.split(wildcards, pattern)[0].rpartition("/")[0]
     return folder or ("/" if pattern.startswith("/") else ".")
 
@@ -286,8 +287,8 @@ def _of_pattern(path: str, folder: str) -> Listing:
     filesystem, inner = filesystem_of(folder)
     try:
         if filesystem is None:
-            found = glob(escape(folder) + path[len(folder) :] if path.startswith(folder) else path, recursive=True)
-            files = sorted(file for file in found if os.path.isfile(file))
+            matches = glob(escape(folder) + path[len(folder) :] if path.startswith(folder) else path, recursive=True)
+            files = sorted(file for file in matches if os.path.isfile(file))
         else:
             files = sorted(filesystem.glob(filesystem_of(path)[1]))
     except OSError as error:
@@ -311,7 +312,7 @@ def _of_pattern(path: str, folder: str) -> Listing:
 
 
 def _is_image(filesystem: Any, folder: str, name: str) -> bool:
-    """Whether a file on this machine whose name says nothing is an image."""
+    """Whether a local file without a telling suffix is an image."""
     if filesystem is not None or not says_nothing(name):
         return False
     with open(_place(folder, name), "rb") as file:
@@ -323,14 +324,14 @@ def _place(folder: str, name: str) -> str:
 
 
 def _below(folder: str, file: str) -> str:
-    """The path of a file relative to its folder."""
+    """Path of a file relative to its folder."""
     return file.removeprefix(folder.rstrip("/")).lstrip("/") if folder != "." else file
 
 
 PARQUET_ERRORS = (OSError, pa.ArrowException, UnicodeDecodeError, MemoryError)
-"""what a damaged Parquet file ends in: Arrow's own, names that are no text, sizes that no machine has"""
+"""exceptions of a damaged Parquet file: Arrow's own, names that are not text, impossible sizes"""
 
 
 def unreadable_parquet(path: str, error: Exception) -> UserError:
-    """What to tell when Arrow cannot read a file."""
+    """Make the UserError for a file that Arrow cannot read."""
     return UserError(f"{path}: not readable as Parquet ({' '.join(str(error).split())[:160]})")

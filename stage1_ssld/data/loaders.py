@@ -1,6 +1,6 @@
 """Batches of stage 1 from image sources.
 
-Batches are a pure function of (seed, step, rank), views of (seed, image key, pass): nothing about them is stored in a checkpoint.
+Batches are a pure function of (seed, step, rank), views of (seed, image key, pass), so checkpoints hold no state of the loaders.
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -28,8 +28,8 @@ Labels = Sequence[int] | None
 class TrainViews(Dataset[View]):
     """(index over all sources, pass) -> View.
 
-    An unreadable image is replaced by the next one; the view has no pixels when the 100 next ones are unreadable too. With a store the view is
-    the one that its soft label was written for.
+    An unreadable image is replaced by the next one; the view has no pixels if 100 images in a row are unreadable. With a store, the view is the one
+    that the stored soft label belongs to.
     """
 
     def __init__(
@@ -59,9 +59,8 @@ class TrainViews(Dataset[View]):
             except UnreadableImage:
                 unreadable.append(source.location(row))
                 index = (index + 1) % len(self)
-        return View(
-            None, NO_LABEL, "", unreadable
-        )  # the loop says so: an error raised here would carry a worker's traceback
+        # The training loop raises the error: one raised in a worker would print the worker's traceback.
+        return View(None, NO_LABEL, "", unreadable)
 
     def _view(self, source: ImageSource, row: int, view: int, labels: Labels, unreadable: list[str]) -> View:
         key, label, seed, soft = source.key(row), NO_LABEL if labels is None else labels[row], self.seed, None
@@ -73,7 +72,7 @@ class TrainViews(Dataset[View]):
 
 
 class ValViews(Dataset[View]):
-    """Row of a source -> View; without pixels for an unreadable image."""
+    """Row of a source -> View with the evaluation view; without pixels for an unreadable image."""
 
     def __init__(
         self, source: ImageSource, labels: Labels, *, image_size: int, val_crop: float, interpolation: str = "bilinear"
@@ -97,12 +96,12 @@ class ValViews(Dataset[View]):
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """Micro-batches of (index, pass) of one rank, from `start_step` to `steps`.
 
-    Sample number n of the run is place n % N of pass n // N in that pass's permutation. A step takes the next `batch_size` numbers; ranks and
-    accumulation cut them into contiguous pieces, so that every split of a global batch sees the same images.
+    Sample n of the run is place n % N in the permutation of pass n // N. A step uses the next `batch_size` samples; ranks and accumulation split them
+    into contiguous parts, so that a global batch holds the same images for any number of ranks and passes.
 
     Args:
-        images: N, or the size of each source with `weights`: then source i has its share of the N places of every pass, and goes through its own
-            images in permutations of its own, pass after pass of its own.
+        images: number N of images, or the size of each source. With `weights`, source i gets its share of the N places of every pass and iterates
+            over its own images in its own permutations and passes.
     """
 
     def __init__(
@@ -126,7 +125,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         self.quotas = shares(weights, self.images) if weights else None
         if self.quotas and 0 in self.quotas:
             raise UserError(
-                f"data.train.{self.quotas.index(0)}.weight: too small: not one image a pass of {self.images}"
+                f"data.train.{self.quotas.index(0)}.weight: too small: less than one image per pass of {self.images}; raise it"
             )
 
     def __len__(self) -> int:
@@ -148,7 +147,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
                 yield batch
 
     def _places(self, epoch: int) -> np.ndarray:
-        """(index, pass) of every place of a pass over all sources: [N,2]."""
+        """(index, pass) of every place in a pass over all sources: [N,2]."""
         order = _permutation(self.images, stable_seed(self.seed, epoch))
         if self.quotas is None:
             return np.stack([order, np.full_like(order, epoch)], axis=1)
@@ -157,8 +156,8 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             numbers = np.arange(epoch * quota, (epoch + 1) * quota)
             rows = np.empty_like(numbers)
             for own_pass in np.unique(numbers // size):
-                here = numbers // size == own_pass
-                rows[here] = _permutation(size, stable_seed(self.seed, source, int(own_pass)))[numbers[here] % size]
+                mask = numbers // size == own_pass
+                rows[mask] = _permutation(size, stable_seed(self.seed, source, int(own_pass)))[numbers[mask] % size]
             items.append(np.stack([first + rows, numbers // size], axis=1))
             first += size
         places: np.ndarray = np.concatenate(items)[order]
@@ -171,15 +170,15 @@ def _permutation(count: int, seed: int) -> np.ndarray:
 
 
 def check_batch(batch_size: int, ranks: int, accumulate: int) -> None:
-    """Raises UserError where a global batch cannot be cut into equal pieces."""
+    """Raise UserError if a global batch cannot be split evenly over processes and passes."""
     if batch_size % (ranks * accumulate):
-        raise UserError(f"batch_size {batch_size} is not a multiple of {ranks} processes x accumulate {accumulate}")
+        raise UserError(f"batch_size: {batch_size} is not a multiple of {ranks} processes x accumulate {accumulate}")
 
 
 def described(
     sources: Sequence[ImageSource], plan: StreamPlan | None, val: ImageSource | None
 ) -> Iterator[tuple[str, str, Tally]]:
-    """(setting, path, tally) of the sources of a run, for its records."""
+    """(setting, path, tally) of each source of a run, for its log and result."""
     for number, source in enumerate(sources):
         yield f"data.train.{number}", source.path, source.tally
     for number, (path, tally) in enumerate(plan.tallies if plan else []):
@@ -189,10 +188,10 @@ def described(
 
 
 class TrainingData:
-    """The training images of a run, by rows or, with a plan, streamed.
+    """Training images of a run, by rows or, with a plan, streamed.
 
     Attributes:
-        images: in a pass; None where only reading a stream tells.
+        images: images per pass; None for a stream of unknown length.
     """
 
     def __init__(
@@ -212,7 +211,7 @@ class TrainingData:
         self.images = len(self._views) if self._views is not None else plan.images if plan else None
 
     def batches(self, start_step: int, steps: int, *, rank: int, ranks: int, pin_memory: bool) -> Generator[Batch]:
-        """The micro-batches of one rank from `start_step` on. Close it: loader processes and files go with it."""
+        """Micro-batches of one rank from `start_step` on. Close the generator to end its loader processes and close its files."""
         config = self._config
         check_batch(config.batch_size, ranks, config.accumulate)
         if self._plan is not None:
@@ -247,7 +246,7 @@ def _of_loader(loader: DataLoader[Any]) -> Generator[Batch]:
 
 
 def make_loader(dataset: Dataset[Any], batches: Any, *, workers: int, pin_memory: bool) -> DataLoader[Any]:
-    """A loader over lists of items; decoding happens in `workers` processes, in this one for 0."""
+    """Make a data loader over lists of items, which `workers` processes decode; 0 decodes in this process."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -261,6 +260,6 @@ def make_loader(dataset: Dataset[Any], batches: Any, *, workers: int, pin_memory
 
 
 def val_batches(rows: Sequence[int], batch_size: int, rank: int, ranks: int) -> list[list[int]]:
-    """Batches fixed by their place in `rows`, dealt to the ranks in turn: the same batches for any number of ranks."""
+    """Split `rows` into batches and assign them to the ranks in turn; the batches do not depend on the number of ranks."""
     starts = range(rank * batch_size, len(rows), batch_size * ranks)
     return [list(rows[start : start + batch_size]) for start in starts]

@@ -1,7 +1,7 @@
-"""The manifest of a curation: its file, and the images that it names as a source, where they are.
+"""Manifest of a curation: a Parquet file that names the selected images of a pool, and the source that reads these images in place.
 
-Columns: source (path as configured), key (name of the image in it), class (the teacher's first), score (its probability), hash (perceptual, 64 bits).
-The schema's metadata has, under "ssld", kind "manifest", the settings of the pool's sources, and facts about teacher and selection.
+Columns: source (path as configured), key (name of the image in it), class (the teacher's most likely class), score (its probability), hash (64-bit
+perceptual hash). The schema's metadata hold, under "ssld", kind "manifest", the settings of the pool's sources, and facts on teacher and selection.
 """
 
 import json
@@ -39,7 +39,7 @@ def is_manifest(schema: pa.Schema) -> bool:
 
 
 def facts_of(schema: pa.Schema) -> dict[str, Any]:
-    """What a manifest says about itself; {} for another file."""
+    """Metadata of a manifest; {} for another file."""
     facts: dict[str, Any] = json.loads((schema.metadata or {}).get(_KEY, b"{}"))
     return facts
 
@@ -48,8 +48,8 @@ def write_manifest(path: Path, columns: dict[str, Any], pool: list[dict[str, Any
     """Write a manifest atomically.
 
     Args:
-        columns: as in SCHEMA, equally long.
-        pool: settings of the sources that `source` names, as JSON values.
+        columns: columns of SCHEMA, of equal length.
+        pool: settings of the sources that the column `source` names, as JSON values.
         facts: JSON values on teacher and selection.
     """
     record = {"kind": "manifest", "pool": pool, **facts}
@@ -59,14 +59,14 @@ def write_manifest(path: Path, columns: dict[str, Any], pool: list[dict[str, Any
 
 
 def open_manifest(file: str, config: SourceConfig, open_rows: OpenRows) -> Rows:
-    """The images that a manifest names, in its order.
+    """Open the images that a manifest names, in its order.
 
     Args:
-        config: of the manifest; its `root` is the folder that the sources are in, where they have moved.
+        config: settings of the manifest as a source; `root` is the folder of its sources, if they were moved.
         open_rows: opens a source that the manifest names.
 
     Raises:
-        UserError: a source it names is gone, or images of it are: how many, and the first.
+        UserError: a named source is gone, or images of it are, with their number and the first one.
     """
     filesystem, inner = filesystem_of(file)
     table = pq.read_table(inner, filesystem=filesystem, page_checksum_verification=True)
@@ -76,7 +76,7 @@ def open_manifest(file: str, config: SourceConfig, open_rows: OpenRows) -> Rows:
     part_of_row, row_in_part = [], []
     for name, key in zip(table["source"].to_pylist(), table["key"].to_pylist(), strict=True):
         if name not in number:
-            raise UserError(f"{file}: names the source {name}, which is not among those of its pool; curate again")
+            raise UserError(f"{file}: names the source {name}, which is not in its pool; curate again")
         part = number[name]
         part_of_row.append(part)
         row_in_part.append(len(keys[part]))
@@ -86,22 +86,24 @@ def open_manifest(file: str, config: SourceConfig, open_rows: OpenRows) -> Rows:
 
 
 def _open_part(manifest: str, source: SourceConfig, names: list[str], root: str | None, open_rows: OpenRows) -> Rows:
-    """The images `names` of one source of the pool."""
+    """Open the images `names` of one source of the pool."""
     if not names:
         return FileRows("", [])
     path = source.path
     if root is not None and not is_remote(path):
-        # A source with an absolute path is looked for by its last name.
+        # A source with an absolute path is searched for by the last part of its path.
         path = str(Path(root) / (Path(path).name if Path(path).is_absolute() else path))
     if not is_remote(path) and "*" not in path and not Path(path).exists():
-        raise UserError(f"{manifest}: its source {path} is not there; move it back, or set root to the folder it is in")
+        raise UserError(
+            f"{manifest}: its source {path} does not exist; move it back, or set root to the folder that contains it"
+        )
     if (
         source.split is None
         and Path(path).is_dir()
         and not any(Path(path).glob("*.parquet"))
         and not any(Path(path).glob("*.tar"))
     ):
-        return _files(manifest, path, names)  # no need to list a folder whose files are named
+        return _files(manifest, path, names)  # the files are named, so the folder need not be listed
     source = source.model_copy(update={"path": path, "labels": "none"})
     if not path.startswith("hub:") and (listing := list_path(path, source.split)).kind == "parquet":
         return _table_rows(manifest, source, listing, names)
@@ -124,14 +126,14 @@ def _files(manifest: str, folder: str, names: list[str]) -> Rows:
 
 
 def _table_rows(manifest: str, source: SourceConfig, listing: Listing, names: list[str]) -> Rows:
-    """Rows of Parquet files: only those that are named."""
-    wanted = np.array([int(name) for name in names])
-    order = np.argsort(wanted, kind="stable")
+    """Open the named rows of Parquet files."""
+    numbers = np.array([int(name) for name in names])
+    order = np.argsort(numbers, kind="stable")
     groups = row_groups(listing, source)
-    gone = wanted[order[np.searchsorted(wanted[order], groups[-1].first + groups[-1].length) :]]
+    gone = numbers[order[np.searchsorted(numbers[order], groups[-1].first + groups[-1].length) :]]
     if len(gone):
         raise _moved(manifest, source.path, [f"row {row}" for row in gone], len(names))
-    rows = parquet_rows(listing, source.path, groups, wanted[order], named=True)
+    rows = parquet_rows(listing, source.path, groups, numbers[order], named=True)
     return ManifestRows([rows], [0] * len(names), np.argsort(order).tolist(), numbered=False)
 
 

@@ -1,7 +1,7 @@
-"""Mixup and cutmix of a batch on the device. The live teacher sees the mixed image too, so no label has to be mixed (FunMatch, arXiv 2106.05237).
+"""Mixup and cutmix of a batch on the device. The live teacher sees the mixed image too, so no soft label is mixed (FunMatch, arXiv 2106.05237).
 
-Mixup: Zhang et al. 2018, arXiv 1710.09412. Cutmix: Yun et al. 2019, arXiv 1905.04899. Shares are drawn for each image, from a generator of the host
-that depends on the seed alone: nothing waits for the device. Deliberately absent: mixing across ranks or micro-batches.
+Mixup: Zhang et al. 2018, arXiv 1710.09412. Cutmix: Yun et al. 2019, arXiv 1905.04899. Shares are drawn per image on the host, from a generator that
+depends on the seed alone, so nothing waits for the device. Deliberately absent: mixing across ranks or micro-batches.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,13 @@ from ssld.stage1_ssld.data_config import DataConfig
 
 
 class Mixed(NamedTuple):
-    """pixels_BCHW float32 0..255; partners_B int64, the image each was mixed with; shares_B float32, what is left of the image itself."""
+    """A mixed batch.
+
+    Attributes:
+        pixels_BCHW: float32, 0..255.
+        partners_B: int64, index of the image that each image was mixed with.
+        shares_B: float32, share of the image itself in the mixture, 0..1.
+    """
 
     pixels_BCHW: Tensor
     partners_B: Tensor
@@ -22,11 +28,12 @@ class Mixed(NamedTuple):
 
 
 def mix_batch(pixels_BCHW: Tensor, config: DataConfig, seed: int) -> Mixed | None:
-    """Mix every image of a batch with another one of it; None where this batch stays as it is.
+    """Mix every image of a batch with another image of it; None if this batch is not mixed.
 
     Args:
-        pixels_BCHW: uint8.
-        config: `mixup`, `cutmix` (alphas of the Beta distribution of shares) and `mix_probability`.
+        pixels_BCHW: uint8 views.
+        config: `mixup` and `cutmix` (alphas of the Beta distribution of the shares), `mix_probability`.
+        seed: seed of all draws.
     """
     random = np.random.default_rng(seed)
     if random.random() >= config.mix_probability or not config.mixes:
@@ -53,7 +60,7 @@ def mix_batch(pixels_BCHW: Tensor, config: DataConfig, seed: int) -> Mixed | Non
 
 
 def _boxes(shares: np.ndarray, height: int, width: int, random: np.random.Generator) -> np.ndarray:
-    """(top, left, bottom, right) [B,4] of rectangles that cover 1 - share before they are cut off at the border, about centres drawn evenly."""
+    """Rectangles (top, left, bottom, right) [B,4] of area 1 - share around uniformly drawn centres, clipped to the image."""
     side = np.sqrt(1 - shares)
     middle = np.stack([random.integers(0, height, len(shares)), random.integers(0, width, len(shares))], axis=1)
     half = np.stack([side * height, side * width], axis=1) / 2

@@ -1,7 +1,7 @@
-"""Row groups of Parquet files: what a source of them is read by, in order or by rows.
+"""Row groups of Parquet files, read in order or by row.
 
-By rows, small sources lie in memory. Of larger ones a process has one row group at a time: a row costs its group, so images should be asked for in
-order, lie in small groups (`datasets` writes 100 rows), or be streamed.
+By row, small sources are held in memory. Of a larger one a process holds one row group at a time and reads a whole group for one row: its images
+should be read in order, be stored in small groups (`datasets` writes 100 rows), or be streamed.
 """
 
 import os
@@ -21,12 +21,22 @@ from ssld.stage1_ssld.data_config import SourceConfig
 _ROWS_AT_A_TIME = 64
 _BUFFER = 1 << 20
 IN_MEMORY = 1 << 30
-"""Bytes of the images of a source up to which they are held in memory."""
+"""Largest source that is held in memory, in bytes of its images."""
 
 
 @dataclass(frozen=True)
 class RowGroupShard:
-    """One row group of a Parquet file; `first` is the number of its first row in the whole source `path`, `size` the bytes of its images."""
+    """One row group of a Parquet file.
+
+    Attributes:
+        path: path of the source.
+        file: path or URL of the Parquet file.
+        group: index of the row group in the file.
+        first: number of its first row in the whole source.
+        length: number of rows.
+        column: column of the images.
+        size: bytes of its images.
+    """
 
     path: str
     file: str
@@ -38,13 +48,13 @@ class RowGroupShard:
 
     @property
     def name(self) -> str:
-        """Of the shard."""
+        """Name of the shard, stable across runs."""
         return f"{self.file}#{self.group}"
 
     def samples(self, start: int = 0) -> Generator[Sample]:
-        """The images from row `start` of the group on; a few of them are in memory at a time.
+        """Images from row `start` of the group on; few are in memory at a time.
 
-        Raises OSError where the file is damaged or goes away.
+        Raises OSError if the file is damaged or disappears.
         """
         filesystem, inner = filesystem_of(self.file)
         try:
@@ -65,17 +75,19 @@ class RowGroupShard:
             raise OSError(f"{self.name}: {error}") from None
 
     def table(self) -> pa.Table:
-        """The group's images, all at once."""
+        """All images of the group."""
         filesystem, inner = filesystem_of(self.file)
         with pq.ParquetFile(
             inner, filesystem=filesystem, memory_map=filesystem is None, page_checksum_verification=True
         ) as opened:
-            table = opened.read_row_group(self.group, columns=[self.column], use_threads=False)  # none survive a fork
+            table = opened.read_row_group(
+                self.group, columns=[self.column], use_threads=False
+            )  # threads do not survive a fork
             return table.replace_schema_metadata(None)
 
 
 def row_groups(listing: Listing, config: SourceConfig) -> list[RowGroupShard]:
-    """The row groups of a source's files, in order. Raises UserError for a file that is not Parquet or has no column of images."""
+    """Row groups of a source's files, in order. Raises UserError for a file that is not Parquet or has no image column."""
     shards: list[RowGroupShard] = []
     first = 0
     for file in listing.files:
@@ -107,33 +119,33 @@ def row_groups(listing: Listing, config: SourceConfig) -> list[RowGroupShard]:
 
 
 class GroupRows:
-    """Images of row groups by row: the group of the last one asked for is in memory.
+    """Images of row groups by row; the row group of the last image is held in memory.
 
     Args:
-        wanted: ascending rows of the source that these are; None: all.
-        named: whether an image is named by its row in the source, or by its place among these.
+        chosen: ascending rows of the source to use; None: all.
+        named: whether an image is named by its row in the source, or by its index among the chosen rows.
     """
 
-    def __init__(self, path: str, groups: Sequence[RowGroupShard], wanted: np.ndarray | None, *, named: bool) -> None:
-        self._path, self._groups, self._wanted, self._named = path, groups, wanted, named
+    def __init__(self, path: str, groups: Sequence[RowGroupShard], chosen: np.ndarray | None, *, named: bool) -> None:
+        self._path, self._groups, self._chosen, self._named = path, groups, chosen, named
         self._first = np.array([group.first for group in groups])
         self._held: tuple[int, int, pa.ChunkedArray] | None = None
 
     def __len__(self) -> int:
-        return self._groups[-1].first + self._groups[-1].length if self._wanted is None else len(self._wanted)
+        return self._groups[-1].first + self._groups[-1].length if self._chosen is None else len(self._chosen)
 
     def name(self, row: int) -> str:
-        return str(row if self._wanted is None or not self._named else self._wanted[row])
+        return str(row if self._chosen is None or not self._named else self._chosen[row])
 
     def location(self, row: int) -> str:
         return f"{self._path}, row {self.name(row)}"
 
     def encoded(self, row: int) -> Encoded:
-        number = int(row if self._wanted is None else self._wanted[row])
+        number = int(row if self._chosen is None else self._chosen[row])
         which = int(np.searchsorted(self._first, number, side="right")) - 1
         group = self._groups[which]
         if self._held is None or self._held[:2] != (os.getpid(), which):
-            self._held = None  # before the next one is read, not after
+            self._held = None  # freed before the next group is read
             try:
                 self._held = (os.getpid(), which, group.table().column(0))
             except (OSError, pa.ArrowException) as error:
@@ -145,31 +157,31 @@ def parquet_rows(
     listing: Listing,
     path: str,
     groups: Sequence[RowGroupShard],
-    wanted: np.ndarray | None = None,
+    chosen: np.ndarray | None = None,
     *,
     named: bool = False,
 ) -> Rows:
-    """The images of row groups by row, in memory where that is at most IN_MEMORY bytes. See GroupRows."""
+    """Open images of row groups by row, in memory if they take at most IN_MEMORY bytes. Arguments as of GroupRows."""
     share = [1.0] * len(groups)
-    if wanted is not None:
-        edges = np.searchsorted(wanted, [[group.first, group.first + group.length] for group in groups])
+    if chosen is not None:
+        edges = np.searchsorted(chosen, [[group.first, group.first + group.length] for group in groups])
         share = [float(high - low) / group.length for (low, high), group in zip(edges, groups, strict=True)]
     if sum(part * group.size for part, group in zip(share, groups, strict=True)) > IN_MEMORY:
-        return GroupRows(path, groups, wanted, named=named)
+        return GroupRows(path, groups, chosen, named=named)
     tables = []
     for number, group in enumerate(groups):
-        if wanted is None:
+        if chosen is None:
             tables.append(group.table())
         elif share[number]:
             low, high = edges[number]
-            tables.append(group.table().take(wanted[low:high] - group.first))
+            tables.append(group.table().take(chosen[low:high] - group.first))
     if not tables:
         tables.append(groups[0].table().slice(0, 0))
-    # Not one `take` of everything, which joins the chunks of a column into one: above 2 GB of images its offsets overflow.
+    # One `take` per group: a single one would join all chunks of the column, and above 2 GB of images its offsets overflow.
     return TableRows(
         path,
         pa.concat_tables(tables, promote_options="permissive"),
         groups[0].column,
         Path(listing.folder),
-        wanted if named else None,
+        chosen if named else None,
     )

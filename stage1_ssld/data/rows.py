@@ -1,7 +1,7 @@
-"""How images lie in a source: files, rows of Arrow tables, members of tar files, or rows of other sources that a manifest names.
+"""Images of a source by row: files, rows of Arrow tables, members of tar files, or rows of other sources that a manifest names.
 
-Every class here answers the same questions about a row: its name (relative path, row number, or tar file and member), where a person finds it,
-its bytes or file. Lists live in Arrow memory, so that loader workers share them.
+Every class implements `Rows`: the name of a row (relative path, row number, or tar file and member), its location for messages, and its bytes or
+file. Lists are held in Arrow memory, so that loader workers share them.
 """
 
 import itertools
@@ -24,11 +24,11 @@ from ssld.shared.tally import Tally
 from ssld.stage1_ssld.data.batch import NO_LABEL
 
 Encoded = bytes | Path | None
-"""An image that is not decoded yet: its bytes, its file, or nothing where its row is empty."""
+"""Encoded image: its bytes, its file, or None for an empty row."""
 
 
 class Sample(NamedTuple):
-    """An image not decoded yet: its name in the source, where a person finds it, its bytes or file."""
+    """Encoded image with its name in the source and its location for messages."""
 
     name: str
     location: str
@@ -41,22 +41,22 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, row: int) -> str:
-        """What identifies the image in its source."""
+        """Name that identifies the image in its source."""
         ...
 
     def location(self, row: int) -> str:
-        """Where a person finds it."""
+        """Location for messages: path or URL, and row or member."""
         ...
 
     def encoded(self, row: int) -> Encoded:
-        """Its bytes or file. Raises OSError where it cannot be read."""
+        """Bytes or file of the image. Raises OSError if it cannot be read."""
         ...
 
 
 class FileRows:
-    """Image files, by path relative to a folder, which is a local path or a URL. Names may be whole paths or URLs too.
+    """Image files by path relative to a folder (local or URL); names may also be absolute paths or URLs.
 
-    File names are bytes, and not always UTF-8: what is told of them is `escaped`.
+    File names are bytes and not always UTF-8; messages and keys show them `escaped`.
     """
 
     def __init__(self, folder: str, names: Sequence[str]) -> None:
@@ -83,7 +83,7 @@ class FileRows:
         location = self._location(row)
         if "://" not in location:
             return Path(location)
-        # Asked for in every process anew: many filesystems do not survive a fork. fsspec keeps the instances of a process.
+        # Looked up in every process: many filesystems do not survive a fork, and fsspec caches the instances per process.
         filesystem, path = fsspec.core.url_to_fs(location)
         content: bytes = filesystem.cat_file(path)
         return content
@@ -93,8 +93,11 @@ class TableRows:
     """Images in one column of an Arrow table, as bytes or as {bytes, path}.
 
     Args:
-        path: of the source, for messages; folder: that relative paths in the column begin at.
-        numbers: of the rows in the source, where the table holds only some of them.
+        path: path of the source, for messages.
+        table: table with the images.
+        column: name of the image column.
+        folder: folder that paths in the column are relative to.
+        numbers: row numbers in the source, if the table holds only some of its rows.
     """
 
     def __init__(
@@ -118,7 +121,7 @@ class TableRows:
 
 
 def image_of_cell(cell: Any, folder: Path) -> Encoded:
-    """The image in a cell of a table: bytes, or a struct of bytes and path."""
+    """Image in a table cell: bytes, or a struct of bytes and path."""
     if not isinstance(cell, dict):
         return cell if cell is None or isinstance(cell, bytes) else folder / str(cell)
     if cell.get("bytes"):
@@ -131,14 +134,15 @@ class TarRows:
     """Image members of local WebDataset tar files, read in place by offset and size.
 
     Args:
-        folder: that the files' names are relative to.
+        folder: folder that the files' names are relative to.
+        files: paths of the tar files.
         labels: whether to read the `.cls` members.
-        field: what the name of the image ends in behind the first dot, where a sample has several.
+        field: part of the image's name after the first dot, if a sample has several images.
 
     Attributes:
-        labels: class number of every row, NO_LABEL where one has none; None without any.
-        problem: why there are none, where there are members that look like them.
-        tally: the images, and what lies beside them.
+        labels: class number per row, NO_LABEL where a sample has none; None if no sample has one.
+        problem: reason why `.cls` members are not used as labels; None without one.
+        tally: counts of images and other members.
     """
 
     def __init__(self, folder: str, files: Sequence[str], *, labels: bool, field: str) -> None:
@@ -146,7 +150,7 @@ class TarRows:
         self.tally = Tally()
         self._files, self._folder = [Path(file) for file in files], folder
         columns: dict[str, list[Any]] = {"file": [], "name": [], "offset": [], "size": []}
-        found: list[int | None] = []
+        numbers: list[int | None] = []
         for number, file in enumerate(self._files):
             names: list[str] = []
             classes: dict[str, int | None] = {}
@@ -155,14 +159,14 @@ class TarRows:
                 for column, value in zip(columns.values(), (number, escaped(name), offset, size), strict=True):
                     column.append(value)
                 names.append(name)
-            found += [classes.get(stem_of(name)) for name in names]
+            numbers += [classes.get(stem_of(name)) for name in names]
         self._rows = datasets.Dataset.from_dict(columns, features=_MEMBER)
-        self.tally.keep("image", len(found))
-        given = any(label is not None for label in found) and not self.problem
-        self.labels = [NO_LABEL if label is None else max(label, NO_LABEL) for label in found] if given else None
+        self.tally.keep("image", len(numbers))
+        given = any(label is not None for label in numbers) and not self.problem
+        self.labels = [NO_LABEL if label is None else max(label, NO_LABEL) for label in numbers] if given else None
 
     def _images(self, file: Path, classes: dict[str, int | None] | None) -> Iterator[tuple[str, tuple[int, int]]]:
-        """(name, (offset, size)) of the images of a tar file; fills `classes` from its other members."""
+        """(name, (offset, size)) of the images of a tar file; `.cls` members fill `classes`."""
         for member, archive in walk_tar(file, self.tally):
             if is_image(member.name, head_of(archive, member)):
                 yield member.name, (member.offset_data, member.size)
@@ -170,7 +174,7 @@ class TarRows:
                 label = class_number(content_of(archive, member).read())
                 stem = stem_of(member.name)
                 if label is None:
-                    self.problem = f"{file}, {escaped(member.name)}: holds no class number; correct it"
+                    self.problem = f"{file}, {escaped(member.name)}: is not a class number; correct it"
                 elif classes.get(stem, label) != label:
                     self.problem = f"{file}, {escaped(member.name)}: its sample has another class number too; keep one"
                 classes[stem] = label
@@ -194,7 +198,7 @@ class TarRows:
 
 
 class ManifestRows:
-    """Rows of other sources: part and row of each image. `numbered`: names begin with the number of the part."""
+    """Rows of other sources, by part and row; with `numbered`, names begin with the number of the part."""
 
     def __init__(
         self, parts: Sequence[Rows], part_of_row: Sequence[int], row_in_part: Sequence[int], *, numbered: bool = True
@@ -232,19 +236,19 @@ _MEMBER = datasets.Features(
 
 
 def parent_of(file: str) -> Path:
-    """The folder that relative paths in a Parquet file begin at."""
+    """Folder that paths in a Parquet file are relative to."""
     return Path(file.rpartition("/")[0] or ".")
 
 
 def is_image(name: str, head: bytes) -> bool:
-    """Whether a member of a tar file is an image: by its name, or where that says nothing by its first bytes."""
+    """Whether a member of a tar file is an image, by its suffix, or by its first bytes if it has no telling suffix."""
     if is_hidden(name):
         return False
     return name.lower().endswith(IMAGE_SUFFIXES) or (says_nothing(name) and looks_like_image(head))
 
 
 def stem_of(name: str) -> str:
-    """What the members of one WebDataset sample share: the path up to the first dot of the base name."""
+    """Common part of the names of one WebDataset sample: the path up to the first dot of the base name."""
     folder, _, base = name.rpartition("/")
     return f"{folder}/{base.split('.')[0]}"
 
@@ -255,35 +259,38 @@ MemberT = TypeVar("MemberT")
 def one_of_a_sample(
     members: Iterable[tuple[str, MemberT]], file: str, field: str, tally: Tally
 ) -> Iterator[tuple[str, MemberT]]:
-    """Of each WebDataset sample the image that is meant, in order.
+    """Choose one image of each WebDataset sample, in order.
 
-    That is the only one; or the one whose name goes on, behind the first dot, with `field` or with nothing but a suffix. Others, such as masks, are
-    left out and counted.
+    It is the only image, the one whose name continues with `field` after the first dot, or the one with nothing but a suffix after it. Others, such
+    as masks, are left out and counted.
 
     Args:
-        members: (name, anything) of the images of a tar file, in its order.
+        members: (name, payload) of the images of a tar file, in its order.
+        file: tar file, for messages.
+        field: see `TarRows`.
+        tally: counts the images left out.
 
     Raises:
-        UserError: several could be meant, as where names differ behind their first dot alone, or a sample's members are not together.
+        UserError: several images fit, because names differ only after their first dot, or the members of a sample are not adjacent.
     """
-    seen: set[str] = set()
+    stems: set[str] = set()
     for stem, grouped in itertools.groupby(members, key=lambda member: stem_of(member[0])):
         group = list(grouped)
         ends = [name.rpartition("/")[2].partition(".")[2] for name, _ in group]
-        if stem in seen:
+        if stem in stems:
             if any("." not in end for end in ends):
                 raise UserError(
-                    f"{file}: {escaped(group[0][0])} does not lie beside the other images of its sample; pack the file again, sample after sample"
+                    f"{file}: {escaped(group[0][0])} is not adjacent to the other images of its sample; pack the file again, sample by sample"
                 )
             tally.skip("file", "images beside that of their sample", f"{file}, {escaped(group[0][0])}", len(group))
             continue
-        seen.add(stem)
+        stems.add(stem)
         chosen = [at for at, end in enumerate(ends) if end == field or end.startswith(f"{field}.")]
         chosen = chosen if len(chosen) == 1 else [at for at, end in enumerate(ends) if "." not in end]
         if len(group) > 1 and len(chosen) != 1:
             raise UserError(
-                f"{file}: {escaped(group[0][0])} and {escaped(group[1][0])} are one sample, named up to the first dot; pack the file again with "
-                "names that have no dot but that of the suffix, or set image_column to what the names of the images go on with behind the first dot"
+                f"{file}: {escaped(group[0][0])} and {escaped(group[1][0])} are one sample, because their names agree up to the first dot; pack the "
+                "file again with names without other dots, or set image_column to the part of the images' names between the first dot and the suffix"
             )
         which = chosen[0] if len(group) > 1 else 0
         others = [name for at, (name, _) in enumerate(group) if at != which]
@@ -293,19 +300,19 @@ def one_of_a_sample(
 
 
 def class_number(content: bytes) -> int | None:
-    """The number in a `.cls` member; None where it is none."""
+    """Number in a `.cls` member; None if it is not a number."""
     text = content.decode("utf-8", "replace").strip()
     return int(text) if re.fullmatch(r"[+-]?[0-9]{1,9}", text) else None
 
 
 def walk_tar(file: Path, tally: Tally) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
-    """The files in a local tar file, in order; their contents are not read. Links to images are counted: they have no content of their own."""
+    """Iterate over the files in a local tar file without reading their contents. Links to images, which have no content, are counted as dropped."""
     try:
         size = file.stat().st_size
         with tarfile.open(file, "r:") as archive:
             for member in archive:
-                archive.members = []  # type: ignore[attr-defined]  # it would remember every member it has seen
-                member.name = member.name.encode(errors="backslashreplace").decode()  # of bytes that are no UTF-8
+                archive.members = []  # type: ignore[attr-defined]  # or it would keep every member in memory
+                member.name = member.name.encode(errors="backslashreplace").decode()  # bytes that are not UTF-8
                 if member.isfile():
                     if member.offset_data + member.size > size:
                         raise tarfile.ReadError(f"{member.name} ends after the file")
@@ -313,30 +320,36 @@ def walk_tar(file: Path, tally: Tally) -> Iterator[tuple[tarfile.TarInfo, tarfil
                 elif (member.islnk() or member.issym()) and member.name.lower().endswith(IMAGE_SUFFIXES):
                     tally.drop("image", "that are links inside a tar file", f"{file}, {escaped(member.name)}")
             if not check_end(archive):
-                tally.change("file", "without the mark of its end, so perhaps cut off", file)
-    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:  # sizes that nothing has
+                tally.change("file", "without an end marker, so perhaps truncated", file)
+    except (
+        tarfile.TarError,
+        OSError,
+        ValueError,
+        OverflowError,
+        MemoryError,
+    ) as error:  # impossible sizes in damaged headers
         raise unreadable_tar(str(file), error) from None
 
 
 def check_end(archive: tarfile.TarFile) -> bool:
-    """Whether a tar file that was read to its end has the mark of its end.
+    """Whether a tar file that was read to its end has an end marker.
 
-    Raises tarfile.ReadError where something else stands there: `tarfile` takes a damaged header, and a file that is cut within one, for the end, and
-    does not read what was put behind it by `cat`.
+    Raises tarfile.ReadError if other bytes are there: `tarfile` treats a damaged or truncated header as the end, and does not read what `cat`
+    appended after it.
     """
     content: Any = archive.fileobj
-    if hasattr(content, "seekable"):  # else it is read as it comes, and the mark is already behind it
+    if hasattr(content, "seekable"):  # otherwise it is a stream, which is past the marker already
         content.seek(archive.offset)
     length = 0
     while block := content.read(1 << 20):
         length += len(block)
         if block.strip(b"\0") or length < tarfile.BLOCKSIZE:
-            raise tarfile.ReadError(f"what stands at byte {archive.offset} is neither a file nor its end")
+            raise tarfile.ReadError(f"the bytes at {archive.offset} are neither a file nor the end marker")
     return length > 0
 
 
 def head_of(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """The first bytes of a member whose name does not say whether it is an image."""
+    """First bytes of a member whose suffix does not tell whether it is an image; b"" for others."""
     return content_of(archive, member).read(64) if says_nothing(member.name) else b""
 
 
@@ -347,10 +360,10 @@ def content_of(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
 
 
 def unreadable_tar(file: str, error: Exception) -> UserError:
-    """What to tell when a tar file is none."""
-    return UserError(f"{file}: not readable as an uncompressed tar file ({error}); fetch or pack it again")
+    """Make the UserError for a file that is not a readable tar file."""
+    return UserError(f"{file}: not readable as an uncompressed tar file ({error}); download or pack it again")
 
 
 def member_name(folder: str, file: str, member: str) -> str:
-    """What identifies a member of a tar file in its source: the file's path relative to the source's folder, and the member."""
+    """Name of a tar member in its source: the file's path relative to the source's folder, and the member."""
     return f"{file.removeprefix(folder.rstrip('/') + '/')}/{escaped(member)}"

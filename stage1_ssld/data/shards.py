@@ -1,6 +1,6 @@
-"""Sources cut into shards, each read in order: for streams, which have no index, and for sharing a pool among processes.
+"""Sources split into shards that are read in order: for streams, which have no index, and for sharing a pool among processes.
 
-A shard gives the encoded images and their names, the same names as the source by rows gives. Iterators close their files when they are closed.
+A shard yields encoded images under the names that the source by rows uses. Closing an iterator closes its files.
 """
 
 import functools
@@ -34,11 +34,11 @@ from ssld.stage1_ssld.data.sources import HUB_SPLIT, ImageSource, list_rows
 from ssld.stage1_ssld.data_config import SourceConfig
 
 ROWS = 4096
-"""Images of a shard, where its format does not say."""
+"""Images per shard, for formats without shards of their own."""
 
 
 class Shard(Protocol):
-    """A part of a source. `name` is the same at every start; `length` is None where only reading tells."""
+    """A part of a source; `name` is stable across runs, `length` is None where unknown before reading."""
 
     @property
     def name(self) -> str: ...
@@ -47,13 +47,13 @@ class Shard(Protocol):
     def length(self) -> int | None: ...
 
     def samples(self, start: int = 0) -> Generator[Sample]:
-        """Its images in order, from number `start`. Raises OSError where it cannot be read."""
+        """Images in order, from number `start` on. Raises OSError if it cannot be read."""
         ...
 
 
 @dataclass(frozen=True)
 class RowShard:
-    """Rows `first` to `last` (exclusive) of a source that is open by rows."""
+    """Rows `first` to `last` (exclusive) of a source opened by rows."""
 
     rows: Rows = field(repr=False)
     path: str
@@ -79,7 +79,7 @@ class RowShard:
 
 @dataclass(frozen=True)
 class TarShard:
-    """One tar file, read from its beginning to its end. `folder` is what names are relative to; `field` as in `TarRows`."""
+    """One tar file, read from front to back. Names are relative to `folder`; `field` as in `TarRows`."""
 
     folder: str
     file: str
@@ -97,12 +97,12 @@ class TarShard:
                 yield Sample(name, f"{self.file}, {escaped(member)}", encoded)
 
     def chosen(self, start: int = sys.maxsize) -> Iterator[tuple[str, bytes | None]]:
-        """(name, content from number `start` on) of the image of every sample."""
+        """(name, content) of the image of every sample; contents before number `start` are None."""
         done = 0
 
         def members() -> Iterator[tuple[str, bytes | None]]:
             for name, head, opened in self._images():
-                # The first of a sample is asked for before the sample in front of it is given away.
+                # `one_of_a_sample` reads the first member of the next sample before it yields the current one.
                 yield name, head + opened.read() if done + 1 >= start else None
 
         for member in one_of_a_sample(members(), self.file, self.field, Tally()):
@@ -110,8 +110,8 @@ class TarShard:
             done += 1
 
     def _images(self) -> Iterator[tuple[str, bytes, IO[bytes]]]:
-        """(name, what had to be read to know that it is one, the rest) of the images. On this machine what lies between is skipped by seeking;
-        elsewhere the file is read as it comes."""
+        """(name, bytes read to recognise it as an image, file with the rest) of the images. Other members of a local file are skipped by seeking; a
+        remote file is read as a stream."""
         filesystem, inner = filesystem_of(self.file)
         try:
             with (
@@ -119,7 +119,7 @@ class TarShard:
                 tarfile.open(fileobj=raw, mode="r:" if filesystem is None else "r|") as archive,
             ):
                 for member in archive:
-                    archive.members = []  # type: ignore[attr-defined]  # it would remember every member it has seen
+                    archive.members = []  # type: ignore[attr-defined]  # or it would keep every member in memory
                     if member.isfile():
                         opened = content_of(archive, member)
                         head = opened.read(64) if says_nothing(member.name) else b""
@@ -131,7 +131,7 @@ class TarShard:
 
 
 def count_samples(shard: Shard) -> int:
-    """Images in a shard; one that does not know its length is read through, once in this process."""
+    """Number of images in a shard; a shard of unknown length is read through, once per process."""
     return _members(shard) if isinstance(shard, TarShard) else shard.length or 0
 
 
@@ -141,18 +141,18 @@ def _members(shard: TarShard) -> int:
 
 
 def source_shards(config: SourceConfig, number: int, *, streaming: bool, tally: Tally | None = None) -> list[Shard]:
-    """The shards of a source, in order.
+    """List the shards of a source, in order.
 
     Args:
-        number: of the source, for `ImageSource`.
-        streaming: read Parquet by row group and tar files from front to back, without loading or indexing anything whole.
-        tally: counts what is known of the images before they are read.
+        number: number of the source, for `ImageSource`.
+        streaming: read Parquet by row group and tar files from front to back, without loading or indexing a whole file.
+        tally: counts what is known of the images before reading.
 
     Raises:
-        UserError: see `ImageSource`; a label file, which would leave images out that are read here.
+        UserError: see `ImageSource`; a label file, which would leave out images that shards contain.
     """
     if config.labels not in ("auto", "none"):
-        raise UserError(f"{config.path}: a label file is not read here; set labels: none")
+        raise UserError(f"{config.path}: a label file is not supported for streams and pools; set labels: none")
     config, tally = config.model_copy(update={"labels": "none"}), Tally() if tally is None else tally
     if not streaming or _is_manifest(config.path):
         source = ImageSource(config, number)
@@ -174,21 +174,21 @@ def source_shards(config: SourceConfig, number: int, *, streaming: bool, tally: 
     if listing.kind == "tar":
         return [TarShard(listing.folder, file, config.image_column) for file in listing.files]
     if listing.kind == "list":
-        found = list_rows(listing, config)
-        tally.merge(found.tally)
-        return _runs(found.rows, config.path)
+        listed = list_rows(listing, config)
+        tally.merge(listed.tally)
+        return _runs(listed.rows, config.path)
     return _runs(FileRows(listing.folder, listing.files), config.path)
 
 
 def _is_manifest(path: str) -> bool:
-    """Whether a source is a manifest: rows of other sources, not a table with images of its own."""
+    """Whether a source is a manifest, which names rows of other sources and holds no images."""
     if not path.endswith(".parquet") or "*" in path:
         return False
     filesystem, inner = filesystem_of(path)
     try:
         return is_manifest(pq.read_schema(inner, filesystem=filesystem))
     except FileNotFoundError:
-        return False  # told by those who list it
+        return False  # list_path reports it
     except (OSError, pa.ArrowException) as error:
         raise unreadable_parquet(path, error) from None
 
@@ -200,7 +200,7 @@ def _runs(rows: Rows, path: str) -> list[Shard]:
 
 
 def _of_split(listing: Listing, config: SourceConfig) -> Listing:
-    """Of a data set of the hub, the files of the configuration and split that are asked for."""
+    """Keep the files of the requested configuration and split of a hub data set."""
     files, split = listing.files, config.split or HUB_SPLIT
     place = {file: file.removeprefix(listing.folder).strip("/") for file in files}
     if config.subset is not None:
@@ -208,16 +208,16 @@ def _of_split(listing: Listing, config: SourceConfig) -> Listing:
     files = [file for file in files if of_split(place[file], split)]
     if not files:
         raise UserError(
-            f"{config.path}: none of its {len(listing.files)} files is of the split {split!r}; set split or subset"
+            f"{config.path}: none of its {len(listing.files)} files belongs to the split {split!r}; set split or subset"
         )
     if config.subset is None:
-        # Files of a data set of one configuration lie in one folder, or in one for each split.
+        # A data set with one configuration has its files in one folder, or in one per split.
         folders = {place[file].rpartition("/")[0] for file in files}
         names = {"/".join(part for part in folder.split("/") if part != split) for folder in folders}
         if len(names) > 1:
-            found = ", ".join(repr(name) for name in sorted(names)[:5])
+            first = ", ".join(repr(name) for name in sorted(names)[:5])
             raise UserError(
-                f"{config.path}: has several configurations ({found}{', ...' if len(names) > 5 else ''}); set subset to one of them, "
-                f"or path to the files that you mean: {listing.folder}/FOLDER/*.{'tar' if listing.kind == 'tar' else 'parquet'}"
+                f"{config.path}: has several configurations ({first}{', ...' if len(names) > 5 else ''}); set subset to one of them, "
+                f"or path to the files to use: {listing.folder}/FOLDER/*.{'tar' if listing.kind == 'tar' else 'parquet'}"
             )
     return replace(listing, files=files)

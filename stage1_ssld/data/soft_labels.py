@@ -1,11 +1,11 @@
-"""A soft label: the teacher's probabilities for one view of an image, as a record of a store and as tensors of a batch.
+"""Soft labels: the teacher's probabilities for one view of an image, as a record of a store and as tensors of a batch.
 
-A record (`record_layout`) holds the m likeliest classes with their log-probabilities, and the log-probability of all others together, in one bucket:
-44 bytes at m = 10 in fp16. Log-probabilities and not probabilities: in fp16 the latter lose up to 24 % of the loss. One bucket for the rest, so that
-the losses stay finite, and zero where student and teacher agree. FKD (arXiv 2112.01528) and TinyViT (arXiv 2207.10666) store truncated soft labels
-too, with the tail spread evenly.
+A record (`record_layout`) holds the m most likely classes with their log-probabilities, and the log-probability of all other classes together, in one
+bucket: 44 bytes at m = 10 in fp16. Log-probabilities are stored because rounding probabilities to fp16 changes the loss by up to 24 %. The bucket for
+the rest keeps losses finite, and zero where student and teacher agree. FKD (arXiv 2112.01528) and TinyViT (arXiv 2207.10666) also store truncated
+soft labels, with the tail spread evenly.
 
-B images, K classes, m classes kept, M what is compared: K logits of a live teacher, or m + 1 buckets of a store (m where m = K).
+B images, K classes, m stored classes, M compared logits: K of a live teacher, or m + 1 buckets of a store (m if m = K).
 """
 
 from collections.abc import Sequence
@@ -20,36 +20,37 @@ from torch import Tensor
 from ssld.shared.errors import UserError
 
 _SMALLEST = -6e4
-"""Log-probability that fp16 still holds."""
+"""Smallest log-probability, within the range of fp16."""
 
 
 class StoredSoftLabels(Protocol):
-    """Soft labels by image and view, as training views ask for them.
+    """Store of soft labels by image and view.
 
     Attributes:
-        views: number of views per image; seed: that they follow from.
+        views: number of views per image.
+        seed: seed of the views.
     """
 
     views: int
     seed: int
 
     def record(self, source: int, row: int, view: int) -> np.void:
-        """The soft label of one view. Raises UnreadableImage for an image that has none."""
+        """Record of one view. Raises UnreadableImage for an image that has none."""
         ...
 
 
-# ---- as stored
+# ---- records of a store
 
 
 def record_layout(top: int, classes: int, precision: str) -> np.dtype[Any]:
-    """The layout of a record: rest float32; classes [m], the likeliest first; log_probs [m] in `precision`. `top` is m, `classes` K."""
+    """Layout of a record: rest float32; classes [m], most likely first; log_probs [m] in `precision`. `top` is m, `classes` K."""
     number = np.uint16 if classes <= 1 << 16 else np.uint32
     value = np.float16 if precision == "fp16" else np.float32
     return np.dtype([("rest", np.float32), ("classes", number, (top,)), ("log_probs", value, (top,))])
 
 
 def encode(logits_BK: Tensor, top: int, layout: np.dtype[Any]) -> np.ndarray:
-    """Records [B] of a teacher's logits. The rest is -inf where all classes are kept.
+    """Encode a teacher's logits as records [B]; the rest is -inf if all classes are stored.
 
     Raises UserError for logits that are not finite.
     """
@@ -62,7 +63,7 @@ def encode(logits_BK: Tensor, top: int, layout: np.dtype[Any]) -> np.ndarray:
     columns = [finite_B1.int(), rest_B1.view(torch.int32), best.indices.int(), best.values.view(torch.int32)]
     finite_B1, rest_B1, class_Bm, log_probs_Bm = torch.cat(columns, dim=1).cpu().split([1, 1, top, top], dim=1)
     if not finite_B1.all():
-        raise UserError("teacher: logits that are not finite; set teacher.precision: fp32, or fix its weights")
+        raise UserError("teacher: its logits are not finite; set teacher.precision: fp32, or check its weights")
     records = np.empty(len(logits_BK), layout)
     records["classes"] = class_Bm.numpy()
     records["log_probs"] = log_probs_Bm.contiguous().view(torch.float32).numpy()
@@ -71,13 +72,13 @@ def encode(logits_BK: Tensor, top: int, layout: np.dtype[Any]) -> np.ndarray:
 
 
 def missing_record(layout: np.dtype[Any]) -> np.ndarray:
-    """The placeholder for an unreadable image: its rest is NaN."""
+    """Placeholder record of an unreadable image: its rest is NaN."""
     missing = np.zeros((), layout)
     missing["rest"] = np.nan
     return missing
 
 
-# ---- as tensors
+# ---- tensors of a batch
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ class SoftLabels:
     """Soft labels of a batch.
 
     Attributes:
-        logits_BM: of the teacher: logits over all classes, or log-probabilities over the buckets of a store.
-        classes_Bm: int64, the classes of the first m buckets, the likeliest first; None where the M are all classes in their order.
+        logits_BM: the teacher's logits over all classes, or log-probabilities over the buckets of a store.
+        classes_Bm: int64, classes of the first m buckets, most likely first; None if the M are all classes in order.
     """
 
     logits_BM: Tensor
@@ -94,20 +95,20 @@ class SoftLabels:
 
     @classmethod
     def of_records(cls, records: Sequence[np.void]) -> "SoftLabels":
-        """Of the records of one store."""
+        """Stack records of one store."""
         records_B = np.stack(records)
         log_probs_BM = records_B["log_probs"].astype(np.float32)
-        if not np.isneginf(records_B["rest"]).all():  # all classes are kept: no rest
+        if not np.isneginf(records_B["rest"]).all():  # without all classes there is a rest
             log_probs_BM = np.concatenate([log_probs_BM, records_B["rest"][:, None]], axis=1)
         return cls(torch.from_numpy(log_probs_BM), torch.from_numpy(records_B["classes"].astype(np.int64)))
 
     @property
     def first_B(self) -> Tensor:
-        """The likeliest class of each image."""
+        """Most likely class of each image: [B]."""
         return self.logits_BM.argmax(-1) if self.classes_Bm is None else self.classes_Bm[:, 0]
 
     def comparable(self, logits_BK: Tensor) -> Tensor:
-        """A student's logits over the same M: as they are, or log-probabilities [B,M] float32 over the buckets."""
+        """Student logits to compare with `logits_BM`: unchanged, or as log-probabilities [B,M] float32 over the same buckets."""
         if self.classes_Bm is None:
             return logits_BK
         log_probs_BK = F.log_softmax(logits_BK.float(), dim=-1)
@@ -118,11 +119,11 @@ class SoftLabels:
         return torch.cat([kept_Bm, others_BK.logsumexp(-1, keepdim=True)], dim=-1)
 
     def to(self, device: torch.device) -> "SoftLabels":
-        """Copy without waiting where the loader pinned the memory."""
+        """Copy to the device, without waiting if the memory is pinned."""
         classes = None if self.classes_Bm is None else self.classes_Bm.to(device, non_blocking=True)
         return SoftLabels(self.logits_BM.to(device, non_blocking=True), classes)
 
     def pin_memory(self) -> "SoftLabels":
-        """Called by the loader."""
+        """Pin the tensors; the data loader calls it."""
         classes = None if self.classes_Bm is None else self.classes_Bm.pin_memory()
         return SoftLabels(self.logits_BM.pin_memory(), classes)

@@ -1,8 +1,8 @@
-"""Image sources: what `path` of a source means, its images by row, and its labels where it has any.
+"""Image sources: the images at a path by row, and their labels, if there are any.
 
-Folders are listed here (`load_dataset("imagefolder")` may drop files whose class name looks like a split) and their images read one by one; Parquet
-files are read in place (`load_dataset` would write them to the disk a second time), into memory where they are small and by row group where not;
-local tar files are indexed and read in place. A label is never needed. To read in order, without an index: shards.py.
+Folders are listed without `datasets`, whose "imagefolder" may drop files whose class name looks like a split. Parquet files are read in place
+(`load_dataset` would write a second copy to disk): small ones into memory, larger ones by row group. Local tar files are indexed and read in place.
+Labels are optional. shards.py reads sources in order, without an index.
 """
 
 import json
@@ -38,7 +38,7 @@ from ssld.stage1_ssld.data.rows import Encoded, FileRows, Rows, TableRows, TarRo
 from ssld.stage1_ssld.data_config import SourceConfig
 
 HUB_SPLIT = "train"
-"""Split of a data set of the hub, where the settings do not name one."""
+"""Default split of a hub data set."""
 LOSS_SETTING = "set data.allow_loss: true to go on with the rest"
 
 
@@ -46,15 +46,16 @@ class ImageSource:
     """Images of one source, by row.
 
     Attributes:
-        path: as configured; number: of the source among those of a run.
-        class_names: of its labels, None where it has none; `labels` may be known without them.
-        labels: class number of every row, NO_LABEL where one has none; None for an unlabeled source.
-        unlabeled_because: what keeps a source from having labels that it seems to have; an error only where labels are read.
-        folders_are_classes: whether the class names are those of folders.
-        tally: the images, by class where there are class folders, and what was left out.
+        path: path as configured.
+        number: number of the source among those of a run.
+        class_names: names of its classes; None where unknown, even if there are labels.
+        labels: class number per row, NO_LABEL where unlabeled; None for an unlabeled source.
+        unlabeled_because: reason why a source that looks labeled was treated as unlabeled; an error only where labels are read.
+        folders_are_classes: whether the class names are folder names.
+        tally: counts of images, by class folder if there are any, and of what was left out.
 
     Raises:
-        UserError: the path is not there, holds no images, or its columns are not what the settings say.
+        UserError: the path does not exist, holds no images, or lacks a configured column.
     """
 
     def __init__(self, config: SourceConfig, number: int) -> None:
@@ -73,19 +74,19 @@ class ImageSource:
         return len(self.rows)
 
     def key(self, row: int) -> str:
-        """Names the image wherever it is drawn: number of the source and relative path or row."""
+        """Unique name of the image in a run: number of the source, and relative path or row."""
         return f"{self.number}:{self.rows.name(row)}"
 
     def location(self, row: int) -> str:
-        """Where a person finds the image."""
+        """Location of the image, for messages."""
         return self.rows.location(row)
 
     def read(self, row: int) -> Tensor:
-        """The decoded image, uint8 [3,H,W]. Raises UnreadableImage."""
+        """Decode the image to uint8 [3,H,W]. Raises UnreadableImage."""
         return pixels_of(self.open(row))
 
     def open(self, row: int, decoder: str = "pil") -> Picture:
-        """The decoded image, of which parts are to become a tensor. Raises UnreadableImage."""
+        """Decode the image, before conversion to a tensor. Raises UnreadableImage."""
         try:
             encoded = self.rows.encoded(row)
         except OSError as error:
@@ -133,44 +134,44 @@ class ImageSource:
         return FileRows(listing.folder, names)
 
     def _open_list(self, listing: Listing, config: SourceConfig) -> Rows:
-        found = list_rows(listing, config)
-        self.tally.merge(found.tally)
+        listed = list_rows(listing, config)
+        self.tally.merge(listed.tally)
         if config.labels == "auto":
-            self.labels, self.unlabeled_because = found.labels, found.problem
-        rows = found.rows
-        looked_at = [rows.encoded(row) for row in spread(len(rows), LOOKED_AT)] if found.local else []
-        missing = [place for place in looked_at if isinstance(place, Path) and not place.is_file()]
+            self.labels, self.unlabeled_because = listed.labels, listed.problem
+        rows = listed.rows
+        checked = [rows.encoded(row) for row in spread(len(rows), LOOKED_AT)] if listed.local else []
+        missing = [place for place in checked if isinstance(place, Path) and not place.is_file()]
         if missing:
             raise UserError(
-                f"{self.path}: {len(missing)} of {len(looked_at)} files looked at are not there, first {escaped(str(missing[0]))}; "
+                f"{self.path}: {len(missing)} of {len(checked)} checked files do not exist, first {escaped(str(missing[0]))}; "
                 "set root to the folder that the list is relative to"
             )
         return rows
 
     def _open_tars(self, listing: Listing, config: SourceConfig) -> Rows:
         if not listing.local:
-            raise UserError(f"{self.path}: tar files elsewhere have no index; set data.streaming: true, or copy them")
+            raise UserError(f"{self.path}: remote tar files cannot be indexed; set data.streaming: true, or copy them")
         rows = TarRows(listing.folder, listing.files, labels=config.labels == "auto", field=config.image_column)
         self.labels, self.unlabeled_because = rows.labels, rows.problem
         self.tally.merge(rows.tally)
         return rows
 
     def _open_hub(self, config: SourceConfig) -> Rows:
-        """A data set of the Hugging Face hub, in the cache of `datasets`: it has to be downloaded somewhere anyway."""
+        """Open a data set of the Hugging Face hub in the cache of `datasets`, which downloads it."""
         if config.labels not in ("auto", "none"):
             raise UserError(f"{self.path}: a label file is for Parquet sources; set labels: auto or none")
         name, split = self.path.removeprefix("hub:"), config.split or HUB_SPLIT
         try:
-            # `load_dataset` of an image folder leaves out files whose class is called like a split.
+            # `load_dataset` of an image folder leaves out files whose class is named like a split.
             if datasets.load_dataset_builder(name, config.subset).name == "imagefolder":
                 return self._open_hub_folder(name, config)
             rows = datasets.load_dataset(name, config.subset, split=split)
         except UserError:
             raise
-        except Exception as error:  # of the hub, of the data set's builder, of the network
+        except Exception as error:  # from the hub, the data set's builder or the network
             why = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{self.path}: cannot be had from the hub ({why}); check the name, split and subset"
+                f"{self.path}: cannot be loaded from the hub ({why}); check the name, split and subset"
             ) from None
         if config.image_column not in rows.column_names:
             raise UserError(
@@ -184,7 +185,7 @@ class ImageSource:
         return TableRows(self.path, table, config.image_column, Path("."))
 
     def _open_hub_folder(self, name: str, config: SourceConfig) -> Rows:
-        """A data set that consists of image files: listed as any folder is."""
+        """Open a hub data set of image files, listed like any folder."""
         folder = name if Path(name).is_dir() else snapshot_download(name, repo_type="dataset")
         listing = list_path(folder, config.split)
         self.tally.merge(listing.tally)
@@ -198,9 +199,9 @@ class ImageSource:
                 rows = open_manifest(listing.files[0], config, lambda part: ImageSource(part, 0).rows)
                 self.tally.keep("image", len(rows))
                 return rows
-            # Files without labels among files with labels make an unlabeled source.
-            wanted = (config.label_column, config.id_column)
-            columns = [name for name in wanted if all(name in schema.names for schema in schemas)]
+            # If any file lacks the label column, the whole source is unlabeled.
+            optional = (config.label_column, config.id_column)
+            columns = [name for name in optional if all(name in schema.names for schema in schemas)]
             tables = [
                 pq.read_table(
                     file, columns=columns, filesystem=filesystem, page_checksum_verification=True
@@ -213,16 +214,16 @@ class ImageSource:
             elif config.labels not in ("auto", "none"):
                 table = pa.concat_tables(tables, promote_options="permissive")
                 chosen = self._join_labels(table, Path(config.labels), config)
-            found = parquet_rows(listing, self.path, groups, chosen)
-            self.tally.keep("image", len(found))
-            return found
+            rows = parquet_rows(listing, self.path, groups, chosen)
+            self.tally.keep("image", len(rows))
+            return rows
         except PARQUET_ERRORS as error:
             raise unreadable_parquet(self.path, error) from None
 
     def _read_labels(
         self, files: Sequence[str], tables: Sequence[pa.Table], schemas: Sequence[pa.Schema], column: str
     ) -> None:
-        """Labels of Parquet files, each of which may have class names of its own, in any order: then numbers are those of all names together."""
+        """Read the labels of Parquet files. Files may have their own class names in any order; labels then number the union of all names."""
         numbers: list[int] = []
         names: list[list[str] | None] = []
         for file, schema in zip(files, schemas, strict=True):
@@ -249,7 +250,7 @@ class ImageSource:
             self.tally.change("file", "whose classes are matched by name, in another order", others[0], len(others))
 
     def _join_labels(self, table: pa.Table, file: Path, config: SourceConfig) -> np.ndarray:
-        """The rows that the label file gives a class."""
+        """Set the labels from a label file and return the rows that have one."""
         if config.id_column not in table.column_names:
             raise UserError(f"{self.path}: has no column {config.id_column!r} to join {file} by; set id_column")
         if not file.is_file():
@@ -267,7 +268,7 @@ class ImageSource:
             kind = ids.schema.field(config.id_column).type
             if pa.types.is_nested(kind):
                 raise UserError(
-                    f"{place}: column {config.id_column!r} holds {kind}, numbers or text are needed; set id_column"
+                    f"{place}: column {config.id_column!r} holds {kind} where numbers or text are needed; set id_column"
                 )
         label_of: dict[Any, int] = {}
         for identifier, number in zip(known[config.id_column].to_pylist(), numbers, strict=True):
@@ -287,7 +288,7 @@ class ImageSource:
 
 
 def decode(encoded: Encoded, location: str, decoder: str = "pil") -> Picture:
-    """The decoded image. Raises UnreadableImage."""
+    """Decode an image. Raises UnreadableImage."""
     if encoded is None:
         raise UnreadableImage(location, "empty")
     return open_image(encoded, name=None if isinstance(encoded, Path) else location, decoder=decoder)
@@ -296,8 +297,16 @@ def decode(encoded: Encoded, location: str, decoder: str = "pil") -> Picture:
 def open_sources(
     configs: Sequence[SourceConfig], key: str, *, allow_loss: bool = False, otherwise: str = LOSS_SETTING
 ) -> list[ImageSource]:
-    """Open several sources. Raises UserError naming the key and the path for anything that is not one, and where images are lost in bulk, unless that
-    is allowed; `otherwise` says how."""
+    """Open several sources.
+
+    Args:
+        key: setting of the sources, for messages.
+        allow_loss: whether to continue where most images of a source or class are lost.
+        otherwise: advice in the message on lost images.
+
+    Raises:
+        UserError: a path that is not a source; images lost in bulk, unless `allow_loss`.
+    """
     sources = []
     for number, config in enumerate(configs):
         try:
@@ -310,7 +319,7 @@ def open_sources(
 
 
 class ListedRows(NamedTuple):
-    """What a list file names: the files, their class numbers, why there are none where they seem to be there, and whether the files are here."""
+    """Rows of a list file: files, class numbers or None, the reason why there are none, counts, and whether the files are local."""
 
     rows: FileRows
     labels: list[int] | None
@@ -325,10 +334,10 @@ _SUFFIXED = re.compile(rf"(.*?(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))}))(?:
 
 
 def list_rows(listing: Listing, config: SourceConfig) -> ListedRows:
-    """What a list file names: a path a line, and behind a space, tab or comma a class number. Empty lines, and those that begin with #, are skipped.
+    """Parse a list file: one path per line, optionally followed by a space, tab or comma and a class number; empty lines and # comments are skipped.
 
-    A path may stand in quotes. Paths as Windows writes them are read where nothing lies at them as they stand. Raises UserError for a file that is no
-    text, and for a URL that no installed package can open.
+    A path may be quoted. Backslashes are read as slashes if no file has the name with backslashes. Raises UserError for a file that is not text, and
+    for a URL that no installed package can open.
     """
     file, folder = listing.files[0], config.root or listing.folder
     names: list[str] = []
@@ -337,14 +346,16 @@ def list_rows(listing: Listing, config: SourceConfig) -> ListedRows:
     label_of: dict[str, int | None] = {}
     for number, line in enumerate(read_text(file).split("\n"), 1):
         line = line.strip(" \t\r")
-        if not line or (line.startswith("#") and not _is_there(folder, line)):
+        if not line or (line.startswith("#") and not _exists(folder, line)):
             continue
         name, label, fault = _entry(line, folder)
         problem = problem or (fault and f"line {number}: {fault}")
         if name in label_of:
             tally.change("image", "listed more than once", escaped(name))
             if None not in (label, label_of[name]) and label != label_of[name]:
-                problem = problem or f"line {number}: {escaped(name)} has another class number before; keep one"
+                problem = (
+                    problem or f"line {number}: {escaped(name)} has another class number on an earlier line; keep one"
+                )
         label_of[name] = label
         names.append(name)
         labels.append(label)
@@ -359,48 +370,48 @@ def list_rows(listing: Listing, config: SourceConfig) -> ListedRows:
 
 
 def _entry(line: str, folder: str) -> tuple[str, int | None, str | None]:
-    """(path, class number, what is wrong with that) of a line of a list."""
+    """(path, class number or None, error message or None) of a line of a list."""
     name, rest = line, ""
     if line[0] in "\"'" and (end := line.find(line[0], 1)) > 0:
         name, rest = line[1:end], line[end + 1 :].strip(" \t,")
-    elif found := _SUFFIXED.match(line):
-        if _NUMBER.fullmatch(found[2]) or not _is_there(folder, line):
-            name, rest = found[1], found[2]
-    elif (found := _NUMBERED.match(line)) and not _is_there(folder, line):
-        name, rest = found[1], found[2]
-    if "\\" in name and not _is_there(folder, name) and _is_there(folder, name.replace("\\", "/")):
+    elif match := _SUFFIXED.match(line):
+        if _NUMBER.fullmatch(match[2]) or not _exists(folder, line):
+            name, rest = match[1], match[2]
+    elif (match := _NUMBERED.match(line)) and not _exists(folder, line):
+        name, rest = match[1], match[2]
+    if "\\" in name and not _exists(folder, name) and _exists(folder, name.replace("\\", "/")):
         name = name.replace("\\", "/")
     if not rest:
         return name, None, None
     if not _NUMBER.fullmatch(rest):
-        return name, None, f"{escaped(rest)!r} is no class number; give one, or none to all images"
+        return name, None, f"{escaped(rest)!r} is not a class number; give every image one, or none"
     return name, max(int(float(rest)), NO_LABEL), None
 
 
-def _is_there(folder: str, name: str) -> bool:
+def _exists(folder: str, name: str) -> bool:
     return "://" not in folder and "://" not in name and (Path(folder) / name).is_file()
 
 
 def _class_numbers(column: pa.ChunkedArray, name: str) -> tuple[list[int] | None, str | None]:
-    """(labels of a column, NO_LABEL for null and negative ones; None) or (None, why it has none)."""
+    """(labels of a column, NO_LABEL for null and negative ones; None), or (None, the reason)."""
     if not pa.types.is_integer(column.type):
         return None, (
-            f"column {name!r} holds {column.type}, class numbers are needed; set label_column, or labels: none"
+            f"column {name!r} holds {column.type} where class numbers are needed; set label_column, or labels: none"
         )
     return [NO_LABEL if label is None or label < 0 else label for label in column.to_pylist()], None
 
 
 def _class_names(schema: pa.Schema, column: str) -> tuple[list[str] | None, str | None]:
-    """(class names of a column from the Hugging Face metadata, None without any; why those that are there cannot be used)."""
+    """(class names of a column from the Hugging Face metadata or None, the reason why existing ones are unusable or None)."""
     try:
-        found: Any = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        value: Any = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     except (ValueError, RecursionError):
         return None, "its Hugging Face metadata, which hold the class names, are not JSON"
     for key in ("info", "features", column, "names"):
-        found = found.get(key) if isinstance(found, dict) else None
-    if not found:
+        value = value.get(key) if isinstance(value, dict) else None
+    if not value:
         return None, None
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        return None, f"its class names are no list of names ({str(found)[:80]})"
-    twice = next((name for number, name in enumerate(found) if name in found[:number]), None)
-    return (found, None) if twice is None else (None, f"two of its classes are called {twice!r}")
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        return None, f"its class names are not a list of strings ({str(value)[:80]})"
+    twice = next((name for number, name in enumerate(value) if name in value[:number]), None)
+    return (value, None) if twice is None else (None, f"two of its classes are named {twice!r}")

@@ -1,14 +1,14 @@
 """Training batches from streams: shards read in order, shuffled in blocks, without an index.
 
-What a step holds is a pure function of (seed, step), so a checkpoint needs no position and a run resumes at the same sample:
+The samples of a step are a pure function of (seed, step), so a checkpoint needs no position and a run resumes at the same sample:
 
-- the shards of all sources (or of each weighted source) are dealt to R readers, R a divisor of the global batch B up to 64 and the number of shards,
-  where there is one; a reader reads its own in a seeded order, pass after pass, and shuffles within blocks;
-- every reader gives B / R samples a step, so after s steps it stands at sample s * B / R;
-- ranks and accumulation cut a step's samples into contiguous pieces, loader workers own whole readers: no split changes what is read.
+- the shards of all sources (or of each weighted source) are assigned to R readers, R a divisor of the global batch B up to 64 and the number of
+  shards, if there is one; a reader reads its shards in a seeded order, pass after pass, and shuffles within blocks;
+- every reader gives B / R samples per step, so after s steps it is at sample s * B / R;
+- ranks and accumulation split a step's samples into contiguous parts, loader workers own whole readers, so no such split changes what is read.
 
-Deliberately absent: labels. Where all lengths are known, readers own rows in proportion to what they give, so that all come to the end of a pass
-together, to within a few samples; of shards of unknown length (tar files) they own equally many.
+Deliberately absent: labels. If all lengths are known, readers own rows in proportion to the samples they give, so that all finish a pass within a few
+samples of each other; shards of unknown length (tar files) are divided equally by number.
 """
 
 import itertools
@@ -34,11 +34,11 @@ from ssld.stage1_ssld.data_config import DataConfig
 
 READERS = 64
 BUFFERED = 8192
-"""Samples that all readers together shuffle among."""
+"""Samples in the shuffle buffers of all readers together."""
 
 
 class Part(NamedTuple):
-    """What a reader owns of a shard: samples `first` to `last` (exclusive; None: to the end) of it."""
+    """Samples `first` to `last` (exclusive; None: to the end) of a shard, owned by one reader."""
 
     source: int
     shard: Shard
@@ -48,7 +48,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Reader:
-    """An endless, seeded sequence of the samples of its parts. `number` tells readers apart."""
+    """An endless, seeded sequence of the samples of its parts; `block` samples are shuffled together, `number` identifies the reader."""
 
     number: int
     parts: Sequence[Part]
@@ -56,7 +56,7 @@ class Reader:
     seed: int
 
     def blocks(self, position: int) -> Generator[tuple[int, int, list[tuple[int, Sample]]]]:
-        """(pass, first sample to take, block of (source, sample)) from the `position`-th sample on."""
+        """(pass, index of the first sample to use, block of (source, sample)) from sample `position` on."""
         pass_number, done = self._place(position)
         while True:
             block_number, empty = done // self.block, done == 0
@@ -77,7 +77,7 @@ class Reader:
         return [self.parts[index] for index in random.permutation(len(self.parts))]
 
     def _place(self, position: int) -> tuple[int, int]:
-        """(pass, sample in it). Shards of unknown length are counted, as far as they come before it."""
+        """(pass, sample in it) of a position. Shards of unknown length before it are read to count them."""
         before = 0
         for part in self._order(0):
             if before + (length := _length(part)) > position:
@@ -103,14 +103,14 @@ def _length(part: Part) -> int:
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """Which reader each sample of a step comes from.
+    """Assignment of the samples of a step to readers.
 
     Attributes:
-        readers: all of the run.
-        given: samples that each reader gives a step.
-        slots: of each sample of a step, in order: (reader, which of the samples it gives).
-        images: in all sources; None where only reading tells.
-        tallies: the path of each source and what is known of it before it is read.
+        readers: all readers of the run.
+        given: samples per step of each reader.
+        slots: (reader, index among the samples it gives) of each sample of a step, in order.
+        images: images in all sources; None where unknown before reading.
+        tallies: path of each source, with counts known before reading.
     """
 
     readers: list[Reader]
@@ -121,14 +121,14 @@ class StreamPlan:
 
 
 def plan_streams(data: DataConfig, batch_size: int, seed: int) -> StreamPlan:
-    """Deal the shards of the training sources to readers. Raises UserError as `source_shards`, and for a weight too small for the batch."""
+    """Assign the shards of the training sources to readers. Raises UserError as `source_shards`, and for a weight too small for the batch."""
     tallies = [Tally() for _ in data.train]
     shards = [
         source_shards(source, number, streaming=True, tally=tally)
         for number, (source, tally) in enumerate(zip(data.train, tallies, strict=True))
     ]
-    told = [(source.path, tally) for source, tally in zip(data.train, tallies, strict=True)]
-    for path, tally in told:
+    by_path = [(source.path, tally) for source, tally in zip(data.train, tallies, strict=True)]
+    for path, tally in by_path:
         tally.check(f"data.train: {path}", allow_loss=data.allow_loss, otherwise=LOSS_SETTING)
     numbered = [[(number, shard) for shard in part] for number, part in enumerate(shards)]
     weighted = data.train[0].weight is not None
@@ -140,24 +140,24 @@ def plan_streams(data: DataConfig, batch_size: int, seed: int) -> StreamPlan:
     for number, (group, quota) in enumerate(zip(groups, quotas, strict=True)):
         if quota == 0:
             raise UserError(
-                f"data.train.{number}.weight: too small for a batch of {batch_size}: not one image a step; raise it or batch_size"
+                f"data.train.{number}.weight: too small for a batch of {batch_size}: less than one image per step; raise it or batch_size"
             )
         gives = _gives(quota, _most_readers([shard for _, shard in group]))
         known = all(shard.length is not None for _, shard in group)
         block = max(1, BUFFERED // (len(gives) * len(groups)))
         places = itertools.count()
         for count, parts in zip(gives, _rows(group, gives) if known else _whole(group, gives), strict=True):
-            # Sources are interleaved evenly, so that every rank's piece has its share of each.
+            # Sources are interleaved evenly, so that the part of every rank holds all of them in proportion.
             slots += [((next(places) + 0.5) / quota, len(readers), which) for which in range(count)]
             readers.append(Reader(len(readers), parts, block, seed))
             given.append(count)
     lengths = [shard.length for part in shards for shard in part]
     images = None if None in lengths else sum(length or 0 for length in lengths)
-    return StreamPlan(readers, given, [(reader, which) for _, reader, which in sorted(slots)], images, told)
+    return StreamPlan(readers, given, [(reader, which) for _, reader, which in sorted(slots)], images, by_path)
 
 
 def _most_readers(shards: Sequence[Shard]) -> int:
-    """Files can be read from anywhere, the rows of a row group at some cost, a tar file only from its beginning."""
+    """Most readers for these shards: files are read from any row, row groups at some cost, tar files only from their beginning."""
     if all(isinstance(shard, RowShard) for shard in shards):
         most = READERS
     elif all(shard.length is not None for shard in shards):
@@ -168,7 +168,7 @@ def _most_readers(shards: Sequence[Shard]) -> int:
 
 
 def _gives(quota: int, most: int) -> list[int]:
-    """Samples a step of each reader: equally many of up to `most` readers, or nearly so where `quota` has no divisor that is large enough."""
+    """Samples per step of each reader: equal numbers for up to `most` readers, nearly equal ones if `quota` has no suitable divisor."""
     count = next(divisor for divisor in range(min(quota, most), 0, -1) if quota % divisor == 0)
     uneven = min(most, quota // 4)
     if uneven >= 2 * count:
@@ -177,7 +177,7 @@ def _gives(quota: int, most: int) -> list[int]:
 
 
 def _rows(group: Sequence[tuple[int, Shard]], gives: Sequence[int]) -> Iterator[list[Part]]:
-    """Runs of rows over all shards of known length, in proportion to what each reader gives."""
+    """Contiguous rows over all shards of known length, in proportion to the samples of each reader."""
     total, quota, before = sum(shard.length or 0 for _, shard in group), sum(gives), 0
     for count in gives:
         begin, end = before * total // quota, (before + count) * total // quota
@@ -193,7 +193,7 @@ def _rows(group: Sequence[tuple[int, Shard]], gives: Sequence[int]) -> Iterator[
 
 
 def _whole(group: Sequence[tuple[int, Shard]], gives: Sequence[int]) -> Iterator[list[Part]]:
-    """Whole shards, dealt in turn: first to every reader, then to those that give more."""
+    """Whole shards, assigned in turn: first to every reader, then to those that give more samples."""
     turns = [reader for turn in range(max(gives)) for reader, count in enumerate(gives) if count > turn]
     for reader in range(len(gives)):
         yield [
@@ -204,7 +204,7 @@ def _whole(group: Sequence[tuple[int, Shard]], gives: Sequence[int]) -> Iterator
 
 
 def shares(weights: Sequence[float], total: int) -> list[int]:
-    """Whole numbers that sum to `total`, in proportion to the weights, by largest remainder."""
+    """Integers that sum to `total`, in proportion to the weights, by the largest-remainder method."""
     exact = [weight / sum(weights) * total for weight in weights]
     result = [int(value) for value in exact]
     by_remainder = sorted(range(len(exact)), key=lambda index: (result[index] - exact[index], index))
@@ -214,7 +214,7 @@ def shares(weights: Sequence[float], total: int) -> list[int]:
 
 
 class StreamViews(IterableDataset[Any]):
-    """Pieces of batches: (slots of the step, their views), for the readers that this loader worker owns; one item a micro-batch."""
+    """Parts of batches, one per micro-batch: (slots of the step, their views), for the readers that this loader worker owns."""
 
     def __init__(
         self,
@@ -249,10 +249,10 @@ class StreamViews(IterableDataset[Any]):
                         for reader, sequence in sequences.items()
                     }
                 except UserError as error:
-                    yield str(error)  # raised in a worker, it would arrive with the worker's traceback
+                    yield str(error)  # raised in a worker, it would print the worker's traceback
                     return
                 except OSError as error:
-                    yield f"data.train: a stream broke off ({error}); run again to go on from the last checkpoint"
+                    yield f"data.train: a stream ended early ({error}); run again to continue from the last checkpoint"
                     return
                 for piece in self._pieces:
                     slots = [slot for slot in piece if plan.slots[slot][0] in sequences]
@@ -263,14 +263,14 @@ class StreamViews(IterableDataset[Any]):
                     yield kept, collate(views)
 
     def _sequence(self, reader: int) -> Generator[tuple[list[tuple[int, Sample]], int, int]]:
-        """(block, index in it, pass) of one sample after the other."""
+        """(block, index in it, pass) of each sample in order."""
         with closing(self._plan.readers[reader].blocks(self._steps.start * self._plan.given[reader])) as blocks:
             for pass_number, first, block in blocks:
                 for index in range(first, len(block)):
                     yield block, index, pass_number
 
     def _view(self, block: list[tuple[int, Sample]], index: int, pass_number: int) -> View:
-        """An unreadable image is replaced by the next of its block."""
+        """Make the view of a sample; an unreadable image is replaced by the next one of its block."""
         unreadable: list[str] = []
         for offset in range(min(len(block), 100)):
             source, sample = block[(index + offset) % len(block)]
@@ -286,14 +286,14 @@ class StreamViews(IterableDataset[Any]):
 
 
 def stream_batches(views: StreamViews, *, workers: int, pin_memory: bool) -> Generator[Batch]:
-    """Micro-batches, joined from the pieces of all workers in the order of slots.
+    """Iterate over micro-batches, joined from the parts of all workers in the order of slots.
 
-    Raises UserError for a source that is damaged or goes away, and for an empty one.
+    Raises UserError for a source that is damaged, disappears or is empty.
     """
     loader = DataLoader(
         views,
         batch_size=None,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         worker_init_fn=start_worker,
@@ -302,16 +302,16 @@ def stream_batches(views: StreamViews, *, workers: int, pin_memory: bool) -> Gen
     pieces = iter(loader)
     try:
         while group := list(itertools.islice(pieces, max(1, workers))):
-            told = [piece for piece in group if isinstance(piece, str)]
-            if told:
-                raise UserError(told[0])
+            errors = [piece for piece in group if isinstance(piece, str)]
+            if errors:
+                raise UserError(errors[0])
             batch = _join(group)
             yield batch.pin_memory() if pin_memory else batch
     finally:
         del pieces  # ends the workers now: the traceback of an error would keep them
 
 
-def _as_it_is(piece: Any) -> Any:
+def _unchanged(piece: Any) -> Any:
     return piece
 
 

@@ -1,10 +1,10 @@
-"""Views of an image: what student and teacher both see. A decoded image in, uint8 [3,S,S] out, so that little travels to the device.
+"""Views of an image for student and teacher: a decoded image in, uint8 [3,S,S] out, to keep copies to the device small.
 
-Pixels stay in the layout [S,S,3] under the view [3,S,S], in which torch's resize takes half the time, from the decoder to the batch; of a picture of
-PIL's only the crop becomes a tensor.
+From decoder to batch, pixels are stored in channels-last layout (a [3,S,S] view of [S,S,3] memory), in which torch's resize takes half the time. Of a
+PIL image only the crop becomes a tensor.
 
-Augmentations are timm's. They work on PIL images and draw from the global generators, which `seeded_view` sets for one view and puts back.
-TrivialAugment (Müller and Hutter 2021, arXiv 2103.10158) is one operation of RandAugment's, always applied, at an even magnitude.
+Augmentations are timm's. They work on PIL images and draw from the global generators, which `seeded_view` seeds for one view and restores.
+TrivialAugment (Müller and Hutter 2021, arXiv 2103.10158) is one operation of RandAugment, always applied, at a uniformly drawn magnitude.
 """
 
 import functools
@@ -25,12 +25,12 @@ from ssld.stage1_ssld.data_config import DataConfig
 
 _MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 _PIL_MODES = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_TRIVIAL = "rand-n1-p1-m10-mstd101-inc1"  # a deviation above 100 means: evenly between 0 and m
+_TRIVIAL = "rand-n1-p1-m10-mstd101-inc1"  # mstd above 100: magnitudes uniform between 0 and m
 _ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 3.3)  # Zhong et al. 2020, arXiv 1708.04896
 
 
 def training_view(image: Picture, key: str, view: int, config: DataConfig, seed: int) -> Tensor:
-    """The view number `view` of the image `key`: a function of these, the settings and the seed alone.
+    """Make view number `view` of the image `key`, a function of these, the settings and the seed alone: uint8 [3,S,S].
 
     Raises UserError for an augmentation that timm does not know.
     """
@@ -39,19 +39,21 @@ def training_view(image: Picture, key: str, view: int, config: DataConfig, seed:
         return val_view(
             whole_CHW, image_size=config.image_size, val_crop=config.val_crop, interpolation=config.interpolation
         )
-    seeded = seeded_torch if config.augment is None else seeded_view  # the other generators are timm's alone
+    seeded = (
+        seeded_torch if config.augment is None else seeded_view
+    )  # only timm's augmentations use the other generators
     with seeded(key, view, seed):
         pixels = _crop_and_flip(image, config)
         if config.augment is not None and torch.rand(()) < config.augment_probability:
-            picture = augmentation(config.augment, config.image_size, config.interpolation)(
+            augmented = augmentation(config.augment, config.image_size, config.interpolation)(
                 Image.fromarray(pixels.permute(1, 2, 0).numpy())
             )
-            pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+            pixels = torch.from_numpy(np.array(augmented)).permute(2, 0, 1)
         return _erased(pixels) if config.erase and torch.rand(()) < config.erase else pixels
 
 
 def val_view(image_CHW: Tensor, *, image_size: int, val_crop: float, interpolation: str = "bilinear") -> Tensor:
-    """The short side resized to image_size / val_crop, then the central square of `image_size` pixels."""
+    """Resize the short side to image_size / val_crop and cut out the central square of `image_size` pixels: uint8 [3,S,S]."""
     height, width = image_CHW.shape[-2:]
     short = max(image_size, round(image_size / val_crop))
     scale = short / min(height, width)
@@ -68,7 +70,7 @@ def val_view(image_CHW: Tensor, *, image_size: int, val_crop: float, interpolati
 def augmentation(
     augment: str, image_size: int, interpolation: str = "bilinear"
 ) -> Callable[[Image.Image], Image.Image]:
-    """timm's augmentation of PIL images of `image_size` pixels. Raises UserError naming the key for a policy that it does not know."""
+    """Create timm's augmentation for PIL images of `image_size` pixels. Raises UserError for a policy that timm does not know."""
     settings = {
         "translate_const": int(image_size * 0.45),
         "img_mean": (124, 116, 104),
@@ -77,7 +79,7 @@ def augmentation(
     try:
         for section in augment.split("-")[1:]:
             if not section.startswith("t") and not any(letter.isdigit() for letter in section):
-                raise ValueError(f"no number in {section!r}")  # timm would leave the section out without a word
+                raise ValueError(f"no number in {section!r}")  # timm would ignore the section silently
         policy = _TRIVIAL if augment == "trivial" else augment
         if policy.startswith("rand"):
             transform: Callable[[Image.Image], Image.Image] = rand_augment_transform(policy, settings)
@@ -88,7 +90,7 @@ def augmentation(
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         raise UserError(
             f"data.augment: {augment}: not one of timm's policies ({type(error).__name__} {error}); "
-            "take rand-m9-mstd0.5-inc1, original, v0, augmix-m3-w3 or trivial"
+            "use rand-m9-mstd0.5-inc1, original, v0, augmix-m3-w3 or trivial"
         ) from None
     return transform
 
@@ -96,7 +98,7 @@ def augmentation(
 def _crop_and_flip(image: Picture, config: DataConfig) -> Tensor:
     top, left, height, width = RandomResizedCrop.get_params(image, list(config.crop_area), list(config.crop_ratio))
     crop_CHW = crop_of(image, top, left, height, width)
-    # torch tells the layout by the stride of the batch dimension too, which must be right although there is but one image
+    # torch detects channels-last from the stride of the batch dimension too, so it has to be right even for one image
     crop_1CHW = crop_CHW.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     size = [config.image_size, config.image_size]
     view = interpolate(crop_1CHW, size, mode=config.interpolation, align_corners=False, antialias=True)[0]

@@ -1,12 +1,12 @@
-"""A backbone's folder for the Hugging Face hub, as timm reads it.
+"""Folder of a backbone for the Hugging Face hub, in timm's layout.
 
     model.safetensors   the weights, with the backbone file's metadata
-    config.json         architecture, classes and how images are prepared, as timm writes it
+    config.json         architecture, classes and preprocessing, as timm writes it
     README.md           the model card
 
-`timm.create_model("local-dir:FOLDER", pretrained=True)` loads it, after an upload `hf-hub:ORG/NAME`. Local folders are left out of everything that is
-written here: the folder is meant to be published. What the card says comes from the backbone file's metadata and, where the file lies in the run
-directory that made it, from the run's settings. Nothing is estimated: what is not recorded is said to be so.
+`timm.create_model("local-dir:FOLDER", pretrained=True)` loads it, after an upload also `hf-hub:ORG/NAME`. No path of this machine is written, since
+the folder is meant to be published. The card is made from the backbone file's metadata and, if the file is in its run directory, from the settings of
+the run. Nothing is estimated: a missing value is reported as not recorded.
 """
 
 from pathlib import Path
@@ -30,8 +30,8 @@ from ssld.shared.models.model_file import read_tensors, save_model_file
 from ssld.shared.wording import some
 
 _ACCURACY = ("top1", "top5", "knn_top1", "agreement", "teacher_top1")
-# what timm would say of the weights that it has for this architecture, which are not these
-_NOT_OURS = (
+# entries of timm's pretrained configuration that describe other weights of this architecture
+_OTHER_WEIGHTS = (
     "tag",
     "description",
     "origin_url",
@@ -56,11 +56,13 @@ def write_folder(
     """Write the folder for a backbone file.
 
     Args:
-        net: the timm network of the file.
-        inputs: how it wants its images.
-        metadata: of the file; `trained_size` where it was measured at another size than `input_size`.
-        push_to_hub: ORG/NAME on the hub; None for a folder that stays where it is.
-        checks: by format, what `onnx_file.compare` measured.
+        folder: folder to write.
+        model: the backbone file.
+        net: its timm network.
+        inputs: its preprocessing.
+        metadata: its metadata; with `trained_size` if it was measured at another size than `input_size`.
+        push_to_hub: ORG/NAME on the hub; None for a local folder.
+        checks: results of `onnx_file.compare` by format.
     """
     names = metadata.get("class_names")
     save_for_hf(
@@ -68,7 +70,7 @@ def write_folder(
         str(folder),
         safe_serialization=True,
         model_config={
-            "pretrained_cfg": dict.fromkeys(_NOT_OURS) | {"license": metadata.get("licence")},
+            "pretrained_cfg": dict.fromkeys(_OTHER_WEIGHTS) | {"license": metadata.get("licence")},
             **({"label_names": names} if names else {}),
             **({"model_args": metadata["model_args"]} if metadata.get("model_args") else {}),
         },
@@ -82,7 +84,7 @@ def write_folder(
         },
     )
     kept = {key: value for key, value in metadata.items() if key not in ("run", "format")}
-    save_model_file(folder / "model.safetensors", read_tensors(model), public(kept))  # timm's has no metadata
+    save_model_file(folder / "model.safetensors", read_tensors(model), public(kept))  # timm's file has no metadata
     parameters = sum(parameter.numel() for parameter in net.parameters())
     card = backbone_card(metadata, read_recipe(model), push_to_hub=push_to_hub, parameters=parameters, checks=checks)
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -96,7 +98,13 @@ def backbone_card(
     parameters: int,
     checks: dict[str, dict[str, float]] | None = None,
 ) -> str:
-    """README.md of a backbone; arguments as of `write_folder`, `recipe` the settings of its training, `parameters` their number."""
+    """Make the README.md of a backbone.
+
+    Args:
+        metadata, push_to_hub, checks: as of `write_folder`.
+        recipe: settings of its training run; None where unknown.
+        parameters: number of its parameters.
+    """
     licence = str(metadata.get("licence") or "unknown")
     lines = front_matter(
         library_name="timm",
@@ -195,7 +203,7 @@ def _licences(metadata: dict[str, Any], licence: str) -> list[str]:
         lines.append(f"- the teacher, {public(teacher['reference'])}: {teacher.get('licence', 'unknown')}")
     if len(lines) == 1:
         lines.append("- weights that the file does not record")
-    return [*lines, "", "Whoever publishes them answers for the training images' licences too; they are not recorded."]
+    return [*lines, "", "The licences of the training images also apply to published weights; they are not recorded."]
 
 
 def _size(sides: Any) -> str:

@@ -1,7 +1,7 @@
-"""A classifier as an ONNX file and a `torch.export` program, and their answers against those of the classifier.
+"""Export of a classifier as an ONNX file and a `torch.export` program, and the comparison of their logits with the classifier's.
 
-Pixels go in as they come out of a decoder, uint8 [batch, 3, height, width]: the normalisation is inside. Only the batch is dynamic: timm's networks
-resolve what depends on the image size while they are traced.
+The input is decoded pixels, uint8 [batch, 3, height, width]; the normalisation is part of the graph. Only the batch is dynamic, because timm's
+networks fix everything that depends on the image size during tracing.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -17,11 +17,11 @@ from ssld.shared.models.backbones import Classifier
 
 INPUT, OUTPUT = "pixels", "logits"
 Run = Callable[[Tensor], np.ndarray]
-"""What an exported file answers to uint8 [B,3,H,W]: logits."""
+"""Function of an exported file: uint8 [B,3,H,W] -> logits [B,K]."""
 
 
 def write_onnx(path: Path, classifier: Classifier, size: tuple[int, int], facts: dict[str, Any]) -> None:
-    """Write a classifier in evaluation mode for images of `size` (height, width); `facts` become metadata, JSON where they are not text.
+    """Write a classifier in evaluation mode for images of `size` (height, width); `facts` become metadata, as JSON unless they are text.
 
     Raises UserError for a network that cannot be traced, or too large for one file.
     """
@@ -29,12 +29,12 @@ def write_onnx(path: Path, classifier: Classifier, size: tuple[int, int], facts:
 
 
 def write_program(path: Path, classifier: Classifier, size: tuple[int, int], facts: dict[str, Any]) -> None:
-    """The same as a `torch.export` program. Raises UserError for a network that cannot be traced."""
+    """Write a classifier as a `torch.export` program; arguments as of `write_onnx`. Raises UserError for a network that cannot be traced."""
     graph_files.write_program(path, classifier, _example(size), _dynamic(), facts)
 
 
 def onnx_runner(path: Path, *, threads: int) -> Run:
-    """What runs an ONNX file in ONNX Runtime on the CPU."""
+    """Load an ONNX file into ONNX Runtime on the CPU."""
     session = graph_files.session(path, threads=threads)
 
     def run(pixels_BCHW: Tensor) -> np.ndarray:
@@ -45,7 +45,7 @@ def onnx_runner(path: Path, *, threads: int) -> Run:
 
 
 def program_runner(path: Path) -> Run:
-    """What runs a `torch.export` program."""
+    """Load a `torch.export` program."""
     program, _ = graph_files.read_program(path)
 
     @torch.no_grad()
@@ -60,7 +60,7 @@ def program_runner(path: Path) -> Run:
 def measure(
     runs: Mapping[str, Run], classifier: Classifier, pixels_BCHW: Tensor, log: Callable[[str], None]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds of the classifier in torch and of its files: for the first image alone, and for the batch."""
+    """Measure median seconds of the classifier in torch and of its files: for the first image alone, and for the batch."""
 
     def calls(some: Tensor) -> dict[str, Callable[[], object]]:
         return {"torch": lambda: classifier(some)} | {name: lambda run=run: run(some) for name, run in runs.items()}
@@ -74,7 +74,7 @@ def measure(
 
 
 def _example(size: tuple[int, int]) -> tuple[Tensor]:
-    return (torch.zeros(2, 3, *size, dtype=torch.uint8),)  # a batch of one would be taken for a constant
+    return (torch.zeros(2, 3, *size, dtype=torch.uint8),)  # torch.export treats a batch of one as constant
 
 
 def _dynamic() -> graph_files.Dynamic:
@@ -83,25 +83,25 @@ def _dynamic() -> graph_files.Dynamic:
 
 @torch.no_grad()
 def compare(run: Run, classifier: Classifier, batches: Iterable[Tensor]) -> dict[str, float]:
-    """Answers of an exported file and of the classifier it was written from, on the CPU, to batches of uint8 [B,3,H,W].
+    """Compare the logits of an exported file with those of its classifier, on the CPU, on batches of uint8 [B,3,H,W].
 
-    The first image of every batch is asked for alone once more, so that two batch sizes are tried.
+    The first image of every batch is also run alone, to check a second batch size.
 
     Returns:
-        `images`; `largest_difference` of two logits; `largest_logit` of torch's, without its sign; `relative_difference`, the one by the other;
-        `top1_agreement`, the share of images with the same first class.
+        `images`; `largest_difference` between two logits; `largest_logit`, the largest absolute logit of torch; `relative_difference`, the ratio of
+        the two; `top1_agreement`, the share of images with the same most likely class.
     """
     images, same, difference, largest = 0, 0, 0.0, 0.0
     for pixels in batches:
-        ours = classifier(pixels).double()
-        theirs = torch.from_numpy(run(pixels)).double()
+        expected = classifier(pixels).double()
+        exported = torch.from_numpy(run(pixels)).double()
         alone = torch.from_numpy(run(pixels[:1])).double()
         images += len(pixels)
-        same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-        # A NaN would lose every comparison: count it as infinitely far.
-        gaps = torch.cat([(ours - theirs).abs().flatten(), (ours[:1] - alone).abs().flatten()])
+        same += int((expected.argmax(-1) == exported.argmax(-1)).sum())
+        # NaN compares as false, so it counts as an infinite difference.
+        gaps = torch.cat([(expected - exported).abs().flatten(), (expected[:1] - alone).abs().flatten()])
         difference = max(difference, gaps.nan_to_num(nan=float("inf")).max().item())
-        largest = max(largest, ours.abs().max().item())
+        largest = max(largest, expected.abs().max().item())
     return {
         "images": images,
         "largest_difference": difference,

@@ -1,11 +1,12 @@
-"""Distillation losses as pure functions of logits, two of them of features.
+"""Distillation losses as pure functions of the student's and the teacher's logits, two of them of features.
 
-float32 inside, summed over the batch; the caller divides by the global batch.
+Computed in float32 and summed over the batch; the training loop divides by the global batch. A loss is a function here and a row of the same name in
+`LOSSES` of `stage1_ssld/data_config.py`, which settings read without importing torch.
 
 SSLD: Cui et al. 2021, arXiv 2103.05959. Its "JS divergence" is half the symmetric KL (Jeffreys) divergence at temperature 1, not the bounded
 mixture form: PaddleClas@d178931f, ppcls/loss/dmlloss.py. There the logarithm has an epsilon of 1e-12; here it is a log-softmax, which needs none.
-Those that compare distributions only (symmetric_kl, kl at temperature 1, soft_cross_entropy, jensen_shannon) take log-probabilities over buckets of
-classes as well: the log-softmax of log-probabilities is the same again.
+Losses that compare distributions only (symmetric_kl, kl at temperature 1, soft_cross_entropy, jensen_shannon) also accept log-probabilities over
+buckets of classes: the log-softmax of log-probabilities leaves them unchanged.
 
 B images, K classes, N cells of a map, D dimensions of a feature.
 """
@@ -31,20 +32,21 @@ def kl(student_logits_BK: Tensor, teacher_logits_BK: Tensor, temperature: float 
 
 
 def soft_cross_entropy(student_logits_BK: Tensor, teacher_logits_BK: Tensor) -> Tensor:
-    """Sum over the batch of -sum_k p_t log p_s: KL(t||s) plus the teacher's entropy, so with the same gradient."""
+    """Sum over the batch of -sum_k p_t log p_s = KL(t||s) + H(t); its gradient is that of KL(t||s)."""
     return -(_log_probs(teacher_logits_BK).exp() * _log_probs(student_logits_BK)).sum()
 
 
 def jensen_shannon(student_logits_BK: Tensor, teacher_logits_BK: Tensor) -> Tensor:
-    """Sum over the batch of 0.5 * (KL(t||m) + KL(s||m)) with the mixture m = (p_t + p_s) / 2; at most log 2 an image.
+    """Sum over the batch of 0.5 * (KL(t||m) + KL(s||m)) with the mixture m = (p_t + p_s) / 2; at most log 2 per image.
 
-    The true form. Its gradient is far smaller than symmetric_kl's where the two are far apart: SSLD's learning rates are not for it.
+    The true form. Where the two distributions are far apart, its gradient is far smaller than that of symmetric_kl, so SSLD's learning rates do not
+    suit it.
     """
     log_s_BK, log_t_BK = _log_probs(student_logits_BK), _log_probs(teacher_logits_BK)
-    ahead_BK = log_s_BK - log_t_BK
-    # log p_t - log m = log 2 - softplus(log p_s - log p_t): zero where they are equal, without the rounding of large logarithms.
-    of_t_BK = log_t_BK.exp() * (math.log(2) - F.softplus(ahead_BK))
-    of_s_BK = log_s_BK.exp() * (math.log(2) - F.softplus(-ahead_BK))
+    ratio_BK = log_s_BK - log_t_BK
+    # log p_t - log m = log 2 - softplus(log p_s - log p_t): exactly zero at equality, without subtracting two large logarithms.
+    of_t_BK = log_t_BK.exp() * (math.log(2) - F.softplus(ratio_BK))
+    of_s_BK = log_s_BK.exp() * (math.log(2) - F.softplus(-ratio_BK))
     return 0.5 * (of_t_BK + of_s_BK).sum()
 
 
@@ -52,7 +54,7 @@ def dist(student_logits_BK: Tensor, teacher_logits_BK: Tensor, beta: float = 1.0
     """B * (beta * mean_b (1 - r_b) + gamma * mean_k (1 - r_k)), r the Pearson correlation of the probabilities over the classes of an image (r_b) and
     over the images of a class (r_k).
 
-    DIST, Huang et al. 2022, arXiv 2205.10536, equations 7-10. The second part belongs to the batch: it is not a sum over parts of it.
+    DIST, Huang et al. 2022, arXiv 2205.10536, equations 7-10. The second part depends on the whole batch: it is not a sum over images.
     """
     s_BK, t_BK = _log_probs(student_logits_BK).exp(), _log_probs(teacher_logits_BK).exp()
     images, classes = s_BK.shape
@@ -68,10 +70,10 @@ def decoupled_kd(
     beta: float = 1.0,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Sum over the batch of T^2 * (alpha * TCKD + beta * NCKD), without a label: the target class is the teacher's first.
+    """Sum over the batch of T^2 * (alpha * TCKD + beta * NCKD). The target class is the teacher's most likely one; no label is read.
 
-    TCKD: KL between (target, all others together); NCKD: KL among the others alone. Zhao et al. 2022, arXiv 2203.08679, equation 7; the teacher's
-    class as target as in PaddleClas@d178931f, ppcls/loss/dkdloss.py (`use_target_as_gt`).
+    TCKD: KL of the two probabilities (target, all others together); NCKD: KL among the other classes, renormalised. Zhao et al. 2022, arXiv
+    2203.08679, equation 7; the teacher's class as target as in PaddleClas@d178931f, ppcls/loss/dkdloss.py (`use_target_as_gt`).
     """
     s_BK, t_BK = student_logits_BK.float() / temperature, teacher_logits_BK.float() / temperature
     target_B1 = t_BK.argmax(-1, keepdim=True)
@@ -85,31 +87,37 @@ def decoupled_kd(
 
 
 def standardize_logits(logits_BK: Tensor) -> Tensor:
-    """(z - mean) / (std + 1e-7) over the classes of each image, with the unbiased deviation: Sun et al. 2024, arXiv 2403.01427, equation 10."""
+    """(z - mean) / (std + 1e-7) over the classes of each image, std unbiased: Sun et al. 2024, arXiv 2403.01427, equation 10."""
     z_BK = logits_BK.float()
     return (z_BK - z_BK.mean(-1, keepdim=True)) / (z_BK.std(-1, keepdim=True) + 1e-7)
 
 
 def bernoulli_kl(student_logits_BK: Tensor, teacher_logits_BK: Tensor) -> Tensor:
-    """Sum over the batch and the classes of KL(Bernoulli(t)||Bernoulli(s)), for classes that do not exclude each other (sigmoid answers)."""
+    """Sum over the batch and the classes of KL(Bernoulli(t)||Bernoulli(s)), for classes that do not exclude each other (sigmoid outputs)."""
     s_BK, t_BK = student_logits_BK.float(), teacher_logits_BK.float()
     yes_BK = t_BK.sigmoid() * (F.logsigmoid(t_BK) - F.logsigmoid(s_BK))
     no_BK = (-t_BK).sigmoid() * (F.logsigmoid(-t_BK) - F.logsigmoid(-s_BK))
     return (yes_BK + no_BK).sum()
 
 
-def cosine_distance(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
-    """Sum over the batch of 1 - cos(s, t), in 0..2 an image: AM-RADIO's loss of pooled features (arXiv 2312.06709, section 3)."""
+def pooled(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
+    """Sum over the batch of 1 - cos(s, t), in 0..2 per image: AM-RADIO's loss of pooled features (arXiv 2312.06709, section 3)."""
     return (1 - F.cosine_similarity(student_BD.float(), teacher_BD.float(), dim=-1)).sum()
 
 
-def smooth_l1(student_BND: Tensor, teacher_BND: Tensor) -> Tensor:
-    """Sum over the batch of the mean over cells and channels of d^2 / 2 where |d| < 1, |d| - 1/2 elsewhere, d = s - t.
+def spatial(student_BND: Tensor, teacher_BND: Tensor) -> Tensor:
+    """Sum over the batch of the smooth L1 loss, averaged over cells and channels: d^2 / 2 where |d| < 1, |d| - 1/2 elsewhere, d = s - t.
 
-    The second part of AM-RADIO's loss of spatial features (arXiv 2312.06709, section 3), on features that are standardised.
+    The second part of AM-RADIO's loss of spatial features (arXiv 2312.06709, section 3), on standardised features.
     """
     cells_and_channels = student_BND.shape[1] * student_BND.shape[2]
     return F.smooth_l1_loss(student_BND.float(), teacher_BND.float(), reduction="sum") / cells_and_channels
+
+
+def entropy(logits_BK: Tensor) -> Tensor:
+    """Sum over the batch of H(p) = -sum_k p_k log p_k, in nats. Not a loss: the log has it for teacher and student."""
+    log_p_BK = _log_probs(logits_BK)
+    return -(log_p_BK.exp() * log_p_BK).sum()
 
 
 def _log_probs(logits_BK: Tensor, temperature: float = 1.0) -> Tensor:
@@ -117,7 +125,7 @@ def _log_probs(logits_BK: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def _pearson(a_NM: Tensor, b_NM: Tensor) -> Tensor:
-    """Correlation of each row; a constant row correlates with nothing."""
+    """Pearson correlation per row; 0 for a constant row."""
     a_NM, b_NM = a_NM - a_NM.mean(-1, keepdim=True), b_NM - b_NM.mean(-1, keepdim=True)
     return F.cosine_similarity(a_NM, b_NM, dim=-1, eps=1e-8)
 

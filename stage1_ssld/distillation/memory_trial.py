@@ -1,6 +1,6 @@
-"""The step that needs the most memory, on noise: what `auto_batch` tries.
+"""A training step on random pixels that needs as much memory as any step of the run, for `auto_batch`.
 
-A file of its own beside the loop, as in stage 2: the loop shows what a run does, this what it could cost at most.
+A file of its own beside the loop, as in stage 2, because the loop runs real steps and this a worst case.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,9 @@ def whole_step(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Callable[[int], None]:
-    """A function of a number of images: forward pass of student and live teacher, backward pass, optimizer step, evaluation.
+    """Make a function of the number of images: forward pass of student and live teacher, backward pass, optimizer step, evaluation.
 
-    With a store the student learns from noise's labels instead: what a store adds to a batch is small.
+    With a store, random labels replace the soft labels, whose memory is small.
     """
     size = config.data.image_size
     objective = Objective([], 1.0) if targets.store else objective
@@ -35,9 +35,9 @@ def whole_step(
         labels = torch.zeros(images, dtype=torch.int64, device=device)
         student.train_mode()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits, said = student.learner(pixels)
-        soft, taught = (None, None) if targets.store else targets.answers(pixels, None)
-        pairs = student.heads.pairs(said, taught) if student.heads and taught else None
+            logits, predictions = student.learner(pixels)
+        soft, features = (None, None) if targets.store else targets.for_batch(pixels, None)
+        pairs = student.heads.pairs(predictions, features) if student.heads and features else None
         (objective(logits, soft, labels, features=pairs)["loss"] / images).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -1,10 +1,10 @@
-"""The soft-label store: soft labels of V views of every image, read back instead of running the teacher.
+"""Soft-label store: soft labels of V views of every image, which replace the live teacher.
 
-    store.json         what the soft labels are bound to: teacher with its input size and precision, sources, view settings, classes, m, V, versions;
-                       a checksum of every shard
-    shard-00000.bin    soft labels of `shard_images` images after the other, V views each, as records
+    store.json         inputs of the soft labels: teacher with its input size and precision, sources, view settings, classes, m, V, versions; and a
+                       checksum per shard
+    shard-00000.bin    records of `shard_images` images, V views each
 
-What a record holds: data/soft_labels.py. V views per image, K classes, m of them kept.
+data/soft_labels.py defines the records. V views per image, K classes, m stored classes per view.
 """
 
 import hashlib
@@ -31,26 +31,26 @@ from ssld.stage1_ssld.data_config import DataConfig, is_remote
 FORMAT = 2
 HEADER = "store.json"
 REPLAYED = 8
-"""Views that are made again when a store is opened."""
+"""Fewest views that are recomputed and compared when a store is opened."""
 VIEW_KEYS = (
     "image_size", "train_view", "crop_area", "crop_ratio", "interpolation", "flip", "augment", "augment_probability", "erase"
 )  # fmt: skip
 """Settings that a training view depends on."""
 CENTER_KEYS = ("image_size", "train_view", "interpolation", "val_crop")
-"""The same with train_view: center."""
+"""Settings that a view depends on with train_view: center."""
 _OPEN_SHARDS = 256
-"""Maps held open: each holds a file, and a process may have 1,024."""
+"""Most shards mapped at a time: each keeps a file open, and a process may open 1,024."""
 _NAMES = 64
-"""Names of images, spread over a source, that it is known by."""
+"""Image names, spread over a source, that identify it."""
 
 
 def source_record(source: ImageSource) -> dict[str, Any]:
-    """What a source is known by: its settings, rows, and a digest of its files."""
+    """Identity of a source: settings, number of rows, names of some images, and a digest of its files."""
     config = source.config
     local = not is_remote(config.path) and "*" not in config.path
     settings = config.model_dump(mode="json", exclude={"weight", "labels", "label_column"})
     names = [source.rows.name(row) for row in spread(len(source), _NAMES, repeat=True)]
-    labels = None if config.labels in ("auto", "none") else config.labels  # a label file leaves rows out
+    labels = None if config.labels in ("auto", "none") else config.labels  # a label file selects rows
     return settings | {
         "labels": labels,
         "rows": len(source),
@@ -60,12 +60,12 @@ def source_record(source: ImageSource) -> dict[str, Any]:
 
 
 def view_settings(data: DataConfig) -> dict[str, Any]:
-    """What a view depends on, as JSON values."""
+    """Settings that a view depends on, as JSON values."""
     return data.model_dump(mode="json", include=set(CENTER_KEYS if data.train_view == "center" else VIEW_KEYS))
 
 
 def replayed_rows(sources: Sequence[ImageSource], views: int) -> list[tuple[int, int, int]]:
-    """(source, row, view) of the views whose pixels are checked: at least one a source, at least 8 where there are so many, spread over the rows."""
+    """(source, row, view) of the views to compare: at least one per source and REPLAYED in all, if there are so many, spread over the rows."""
     each = -(-REPLAYED // len(sources))
     chosen = {
         (source.number, row, number % views): None
@@ -76,7 +76,7 @@ def replayed_rows(sources: Sequence[ImageSource], views: int) -> list[tuple[int,
 
 
 def pixels_checksum(source: ImageSource, row: int, view: int, data: DataConfig, seed: int) -> str | None:
-    """Checksum of one view; None where its image cannot be read."""
+    """Checksum of the pixels of one view; None if its image cannot be read."""
     try:
         image = source.open(row, data.decoder)
     except UnreadableImage:
@@ -85,17 +85,21 @@ def pixels_checksum(source: ImageSource, row: int, view: int, data: DataConfig, 
 
 
 def header_checksum(header: dict[str, Any]) -> str:
-    """Of everything a header says besides."""
-    said = {key: value for key, value in header.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    """Checksum of all other entries of a header."""
+    entries = {key: value for key, value in header.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 class SoftLabelStore:
     """A finished store, opened for reading.
 
     Attributes:
-        views: V; top: m; num_classes: K; class_names; seed: of the views.
-        header: all that store.json says.
+        views: V, views per image.
+        top: m, stored classes per view.
+        num_classes: K.
+        class_names: their names; None where unknown.
+        seed: seed of the views.
+        header: content of store.json.
 
     Raises:
         UserError: not a store, an unfinished one, or shards that are missing, of another size or damaged. All ranks open it together.
@@ -128,7 +132,7 @@ class SoftLabelStore:
         self._shards: dict[int, np.ndarray] = {}
 
     def record(self, source: int, row: int, view: int) -> np.void:
-        """The soft label of one view. Raises UnreadableImage for an image that could not be read when the store was written."""
+        """Record of one view. Raises UnreadableImage for an image that could not be read when the store was written."""
         number, place = divmod(self._first_row[source] + row, self.header["shard_images"])
         if number not in self._shards:
             while len(self._shards) >= _OPEN_SHARDS:
@@ -146,22 +150,22 @@ class SoftLabelStore:
         return str(self.header["teacher_settings"]["precision"])
 
     def facts(self) -> dict[str, Any]:
-        """What a student's file says about its teacher."""
+        """Teacher metadata for the student's file."""
         facts: dict[str, Any] = self.header["teacher"]
         return facts
 
     def match(self, sources: Sequence[ImageSource], data: DataConfig) -> None:
-        """Give each source its number in the store, and replay some views.
+        """Set the number of each source to its number in the store, and recompute some views.
 
-        A source is known by its path, or, where its folder has moved as a whole, by its files.
+        A source is identified by its path, or, if its folder was moved as a whole, by its files.
 
-        Raises UserError naming what differs: a view setting, a source that is not in the store or has other images, or the pixels of a replayed view.
+        Raises UserError with the difference: a view setting, a source that is not in the store or has other images, or the pixels of a view.
         """
-        ours = view_settings(data)
-        for key, theirs in self.header["view"].items():
-            if ours[key] != theirs:
+        current = view_settings(data)
+        for key, stored in self.header["view"].items():
+            if current[key] != stored:
                 raise UserError(
-                    f"store {self.path}: was written with data.{key} {json.dumps(theirs)}, here it is {json.dumps(ours[key])}; "
+                    f"store {self.path}: was written with data.{key} {json.dumps(stored)}, but this run has {json.dumps(current[key])}; "
                     "set it back, or write another store"
                 )
         for source in sources:
@@ -170,81 +174,77 @@ class SoftLabelStore:
         for number, row, view, checksum in self.header["replayed"]:
             if number in by_number and pixels_checksum(by_number[number], row, view, data, self.seed) != checksum:
                 raise UserError(
-                    f"store {self.path}: view {view} of {by_number[number].location(row)} is not the one its soft label was written for; "
-                    f"libraries differ ({self._other_versions() or 'none that is recorded'}): write the store again here"
+                    f"store {self.path}: view {view} of {by_number[number].location(row)} differs from the one its soft label was written for; "
+                    f"library versions that differ: {self._other_versions() or 'none that is recorded'}; write the store again with these"
                 )
 
     def note(self) -> str | None:
-        """A line on library versions that differ from those it was written with; None when none do."""
+        """Log line on library versions that differ from those it was written with; None if none do."""
         versions = self._other_versions()
-        return (
-            f"store {self.path}: written with {versions}; the views it was checked on are the same"
-            if versions
-            else None
-        )
+        return f"store {self.path}: written with {versions}; the compared views are equal" if versions else None
 
     def check_teacher(self, teacher: Teacher) -> None:
-        """Raises UserError when the store holds the soft labels of another teacher, or of the same with another input size or precision."""
-        theirs, ours = self.facts(), teacher.facts()
-        if theirs["content_sha256"] != ours["content_sha256"]:
+        """Raise UserError if the store holds the soft labels of another teacher, or of this teacher at another input size or precision."""
+        writer, given = self.facts(), teacher.facts()
+        if writer["content_sha256"] != given["content_sha256"]:
             raise UserError(
-                f"store {self.path}: holds the soft labels of {theirs['reference']}, not of {ours['reference']}: other weights; "
+                f"store {self.path}: holds the soft labels of {writer['reference']}, not of {given['reference']}: other weights; "
                 "give that teacher, or none"
             )
         for key, value in teacher.settings().items():
             stored = self.header["teacher_settings"][key]
             if stored != value:
                 raise UserError(
-                    f"store {self.path}: its soft labels are those of a teacher with {key} {json.dumps(stored)}, here it is {json.dumps(value)}; "
-                    f"set teacher.{key} as it was, give no teacher, or write another store"
+                    f"store {self.path}: its soft labels are of a teacher with {key} {json.dumps(stored)}, but this run has {json.dumps(value)}; "
+                    f"set teacher.{key} back, give no teacher, or write another store"
                 )
 
     def _number_of(self, source: ImageSource) -> int:
-        ours, stored = source_record(source), self.header["sources"]
-        differences = [[key for key, value in ours.items() if theirs[key] != value] for theirs in stored]
-        for same in ([], ["path"]):
-            if same in differences and (not same or ours["digest"] is not None):
-                return differences.index(same)
-        for theirs, keys in zip(stored, differences, strict=True):
-            if theirs["path"] == source.path:
+        current, stored = source_record(source), self.header["sources"]
+        differences = [[key for key, value in current.items() if record[key] != value] for record in stored]
+        for allowed in ([], ["path"]):
+            if allowed in differences and (not allowed or current["digest"] is not None):
+                return differences.index(allowed)
+        for record, keys in zip(stored, differences, strict=True):
+            if record["path"] == source.path:
                 key = keys[0]
                 files = key in ("names", "digest")
-                what = "its files have changed" if files else f"{key} was {theirs[key]!r} and is {ours[key]!r}"
+                what = "its files have changed" if files else f"{key} was {record[key]!r} and is {current[key]!r}"
                 raise UserError(
-                    f"store {self.path}: {source.path} is not what it was written for: {what}; write another store"
+                    f"store {self.path}: {source.path} has changed since the store was written: {what}; write another store"
                 )
-        known = ", ".join(theirs["path"] for theirs in stored)
+        known = ", ".join(record["path"] for record in stored)
         raise UserError(f"store {self.path}: has no soft labels for {source.path}; it was written for {known}")
 
     def _check_shards(self) -> None:
-        """Every rank reads its share of the shards; all tell the same error."""
-        found: list[str] = []
+        """Verify the shards, shared among the ranks; all ranks raise the same error."""
+        errors: list[str] = []
         shards = self.header["shards"]
         for shard in shards[rank() :: world_size()]:
             file = self.path / shard["file"]
             if not file.is_file():
-                found.append(f"{file}: is missing")
+                errors.append(f"{file}: is missing")
             elif file.stat().st_size != shard["images"] * self.views * self._layout.itemsize:
-                found.append(f"{file}: has another size than it was written with")
+                errors.append(f"{file}: has another size than it was written with")
             elif file_sha256(file) != shard["sha256"]:
-                found.append(f"{file}: does not match its checksum")
-        found = gather_lists(found)
-        if found:
+                errors.append(f"{file}: does not match its checksum")
+        errors = gather_lists(errors)
+        if errors:
             raise UserError(
-                f"store {self.path}: {found[0]}; run write_soft_labels.py again with the settings of {self.path.parent}: it makes that file anew"
+                f"store {self.path}: {errors[0]}; run write_soft_labels.py again with the settings of {self.path.parent} to write that file again"
             )
 
     def _other_versions(self) -> str:
-        ours = library_versions()
+        installed = library_versions()
         return ", ".join(
-            f"{name} {theirs} then, {ours.get(name)} now"
-            for name, theirs in self.header["versions"].items()
-            if ours.get(name) != theirs
+            f"{name} {version} then, {installed.get(name)} now"
+            for name, version in self.header["versions"].items()
+            if installed.get(name) != version
         )
 
 
 def library_versions() -> dict[str, str]:
-    """Of the libraries that pixels depend on."""
+    """Versions of the libraries that pixels depend on."""
     import PIL
     import timm
     import torchvision

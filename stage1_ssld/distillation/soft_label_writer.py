@@ -1,6 +1,6 @@
-"""Writing a soft-label store: shards of fixed rows, each by one rank, each complete or absent; the header comes last and makes it a store.
+"""Writer of a soft-label store: shards of fixed rows, each written atomically by one rank; the header is written last and completes the store.
 
-Which views lie in one forward pass follows from the shard alone, so that any number of ranks, and any number of restarts, write the same bytes.
+The views of a forward pass depend on the shard alone, so that any number of ranks and restarts writes the same bytes.
 """
 
 import itertools
@@ -46,9 +46,9 @@ from ssld.stage1_ssld.distillation.teacher import make_teacher, try_teacher
 
 
 class AllViews(Dataset[View]):
-    """(row over all sources, view number) -> View, whose label is the place of its soft label among those of all rows.
+    """(row over all sources, view number) -> View, whose label is the index of its record among those of all rows.
 
-    The views of an image are asked for one after the other: it is decoded once.
+    The views of an image are read consecutively, so that it is decoded once.
     """
 
     def __init__(self, sources: Sequence[ImageSource], config: SoftLabelsConfig) -> None:
@@ -60,7 +60,7 @@ class AllViews(Dataset[View]):
         return int(self._ends[-1])
 
     def find(self, index: int) -> tuple[ImageSource, int]:
-        """Source and row of a row over all sources."""
+        """Source of a row over all sources, and the row in it."""
         number = next(n for n, end in enumerate(self._ends) if index < end)
         source = self._sources[number]
         return source, index - (self._ends[number] - len(source))
@@ -80,7 +80,7 @@ class AllViews(Dataset[View]):
 
 
 class ViewBatches:
-    """(row, view) of every view of some shards, in batches none of which reaches over the end of its shard."""
+    """Batches of (row, view) over all views of some shards; a batch holds views of one shard only."""
 
     def __init__(self, shards: Sequence[range], views: int, batch_size: int) -> None:
         self._shards, self._views, self._batch_size = shards, views, batch_size
@@ -100,8 +100,8 @@ def write_store(config: SoftLabelsConfig) -> None:
     """Write `<output>/store`.
 
     Raises:
-        UserError: anything the user can mend: a teacher that does not know the images, a disk too small, too many unreadable images.
-        Stopped: after SIGTERM or Ctrl-C; the files that are finished stay.
+        UserError: a teacher that does not fit the images, a full disk, too many unreadable images.
+        Stopped: after SIGTERM or Ctrl-C; finished files are kept.
     """
     require_decoder(config.data.decoder, "data.decoder")
     check_networks(config.networks(), config.hub_data())
@@ -124,7 +124,7 @@ def write_store(config: SoftLabelsConfig) -> None:
         run.log(line)
     if config.top > teacher.num_classes:
         raise UserError(
-            f"top: {config.top} classes are to be kept, the teacher has {teacher.num_classes}; set top: {teacher.num_classes} to keep all"
+            f"top: {config.top} is more than the {teacher.num_classes} classes of the teacher; set top: {teacher.num_classes} to store all"
         )
     layout = record_layout(config.top, teacher.num_classes, config.store_precision)
     images = sum(len(source) for source in sources)
@@ -155,7 +155,8 @@ def write_store(config: SoftLabelsConfig) -> None:
             run.log(f"{files[number]}: does not match its checksum; it is made again")
     batches = ViewBatches([shards_rows[number] for number in missing], config.views, config.batch_size)
     with StopRequest() as stop, closing(_loaded(views, batches, config)) as stream:
-        for first in range(0, count, world_size()):  # all ranks take as many turns: they agree on a stop after each
+        # All ranks make the same number of iterations, because they agree on a stop in each.
+        for first in range(0, count, world_size()):
             number = first + rank()
             if number < count:
                 rows = shards_rows[number]
@@ -167,7 +168,7 @@ def write_store(config: SoftLabelsConfig) -> None:
                     quarantine.add(_unreadable(files[number], views, rows, config.views, layout))
             if stop.agreed():
                 quarantine.write()
-                raise Stopped(f"the files that are finished stay in {folder}")
+                raise Stopped(f"the finished files are kept in {folder}")
             quarantine.judge(min((first + world_size()) * config.shard_images, images))
             run.log(f"{min(first + world_size(), count)} of {count} files")
 
@@ -201,8 +202,8 @@ def write_store(config: SoftLabelsConfig) -> None:
         write_atomically(folder / HEADER, json.dumps(header, indent=1) + "\n")
     metrics = _summary(shards, images, config.views, layout)
     run.log(
-        f"store of {amount(metrics['bytes'])}; {100 * metrics['first_probability']:.1f} % of the probability in the first class, "
-        f"{100 * metrics['kept_probability']:.1f} % in the {config.top} kept, entropy {metrics['entropy']:.3f} nats on average"
+        f"store of {amount(metrics['bytes'])}; {100 * metrics['first_probability']:.1f} % of the probability in the most likely class, "
+        f"{100 * metrics['kept_probability']:.1f} % in the {config.top} stored ones, entropy {metrics['entropy']:.3f} nats on average"
     )
     accelerator.end_training()
     run.finish(metrics, [folder / HEADER])
@@ -214,7 +215,7 @@ def shard_name(number: int) -> str:
 
 
 def _loaded(views: AllViews, batches: ViewBatches, config: SoftLabelsConfig) -> Generator[Batch]:
-    """One loader for all shards: its processes start once, and read ahead over the end of a shard."""
+    """Batches of one loader over all shards, whose processes start once and read ahead across shards."""
     yield from make_loader(views, batches, workers=config.workers, pin_memory=pins_memory())
 
 
@@ -226,7 +227,7 @@ def _records(
     layout: np.dtype[Any],
     stop: StopRequest,
 ) -> np.ndarray | None:
-    """Records of all views of some rows, one image after the other; None when this process was asked to stop."""
+    """Records of all views of some rows, image by image; None if a signal asked this process to stop."""
     records = np.full(len(rows) * config.views, missing_record(layout), layout)
     for batch in stream:
         if stop.requested:
@@ -238,19 +239,19 @@ def _records(
 
 
 def _unreadable(file: Path, views: AllViews, rows: range, count: int, layout: np.dtype[Any]) -> list[str]:
-    """Locations of the images that a shard has no soft labels for."""
+    """Locations of the images of a shard without soft labels."""
     missing = np.isnan(np.fromfile(file, layout)["rest"]).reshape(-1, count).any(axis=1)
     places = [views.find(rows[int(place)]) for place in np.flatnonzero(missing)]
     return [source.location(row) for source, row in places]
 
 
 def _check_disk(folder: Path, size: int) -> None:
-    """Raises UserError where what is still to be written does not fit on the disk."""
+    """Raise UserError if the remaining files do not fit on the disk."""
     written = sum(file.stat().st_size for file in folder.glob("shard-*.bin"))
     free = shutil.disk_usage(folder.parent).free
     if size - written > free:
         raise UserError(
-            f"{folder}: the store takes {amount(size)}, {amount(free)} are free; fewer views, a smaller top, or another --output"
+            f"{folder}: the store takes {amount(size)}, but {amount(free)} are free; set fewer views, a smaller top, or another --output"
         )
 
 
@@ -259,7 +260,7 @@ def _write_shard(file: Path, records: np.ndarray) -> None:
 
 
 def _is_whole(store: Path) -> bool:
-    """Whether the shards of a finished store, whose header has been compared before, are there and sound."""
+    """Whether all shards of a finished store with a verified header exist and match their checksums."""
     shards = json.loads((store / HEADER).read_text(encoding="utf-8"))["shards"]
     return all((file := store / shard["file"]).is_file() and file_sha256(file) == shard["sha256"] for shard in shards)
 
@@ -267,7 +268,7 @@ def _is_whole(store: Path) -> bool:
 def _shard_record(
     folder: Path, number: int, config: SoftLabelsConfig, images: int, layout: np.dtype[Any]
 ) -> dict[str, Any]:
-    """A shard's checksum, how many soft labels it has, and sums over them: entropy, probability of the first class and of all kept."""
+    """Checksum of a shard, number of its soft labels, and sums over them: entropy, probability of the most likely and of all stored classes."""
     file = folder / shard_name(number)
     records = np.fromfile(file, layout)
     records = records[~np.isnan(records["rest"])]
@@ -286,7 +287,7 @@ def _shard_record(
 
 
 def _summary(shards: Sequence[dict[str, Any]], images: int, views: int, layout: np.dtype[Any]) -> dict[str, float]:
-    """What result.json says; the entropy is that of the classes kept and one bucket for the rest."""
+    """Metrics for result.json; the entropy is over the stored classes and one bucket for the rest."""
     total = {key: sum(shard[key] for shard in shards) for key in ("soft_labels", "entropy", "first", "kept")}
     number = max(1, total["soft_labels"])
     return {

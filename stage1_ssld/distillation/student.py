@@ -1,10 +1,11 @@
-"""The network in training: what of it learns, its moving average, and the backbone file it becomes."""
+"""The network in training: its trained parameters, moving average and backbone file."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -29,19 +30,21 @@ class Student:
     """A classifier in training.
 
     Attributes:
-        model: pixels [B,3,H,W] in 0..255 -> logits [B,K]; what the optimizer changes.
-        heads: on its features, where terms of the loss compare them with those of `teacher`.
-        learner: model and heads, whose forward pass is trained.
-        ema: its moving average, if there is one.
-        inputs: how it wants its images.
+        model: the trained classifier: pixels [B,3,H,W] in 0..255 -> logits [B,K].
+        heads: trained heads on its features, where loss terms compare features; otherwise None.
+        learner: model and heads as one module.
+        ema: moving average of the model, or None.
+        inputs: image size, mean and standard deviation, interpolation.
+        unreached: number of parameters that no loss term depends on; they are frozen.
 
     Args:
-        features: the terms of the loss that compare features.
-        teacher: the one whose features these are.
+        network: reference and settings of the network.
+        classes: number of classes, 0 for a network without a classifier.
+        features: loss terms that compare features.
+        teacher: the teacher whose features they compare.
 
     Raises:
-        UserError: see `parse_reference` and `create_classifier`; or a network without a classifier of its own, where only that is to be trained; or
-            see `FeatureHeads`.
+        UserError: see `parse_reference`, `create_classifier` and `FeatureHeads`; `trainable: classifier` for a network without a classifier layer.
     """
 
     def __init__(
@@ -79,16 +82,16 @@ class Student:
         self.ema = ModelEmaV3(self.model, decay=config.ema.decay, use_warmup=config.ema.warmup) if config.ema else None
 
     def _create(self) -> tuple[Classifier, InputSettings]:
-        torch.manual_seed(self._seed)  # of a classifier with other classes than the file's, and of random weights
+        torch.manual_seed(self._seed)  # for random weights, and for a new classification layer
         return create_classifier(self._reference, num_classes=self.classes, **self._options)
 
     @property
     def began_trained(self) -> bool:
-        """Whether it began with trained weights, as far as its reference tells."""
+        """Whether the initial weights are trained ones, as far as its reference tells."""
         return self._reference.pretrained or self._reference.file is not None
 
     def start(self) -> dict[str, Tensor]:
-        """The state dict of timm's model before training; of a classification layer that was new then, and had learned nothing, that of now."""
+        """State dict of timm's model before training. A classification layer that was new then is replaced by the trained one."""
         model, evaluated = self._create()[0], self.evaluated
         net: Any = model.net
         now_net: Any = evaluated.net
@@ -100,12 +103,12 @@ class Student:
 
     @property
     def evaluated(self) -> Classifier:
-        """What is evaluated and exported: the average where there is one."""
+        """The network that is evaluated and exported: the moving average where there is one."""
         model: Classifier = self.ema.module if self.ema else self.model
         return model
 
     def networks(self) -> dict[str, nn.Module]:
-        """What a checkpoint holds."""
+        """Modules of a checkpoint by name."""
         networks: dict[str, nn.Module] = {"model": self.model.net}
         if self.ema:
             networks["ema"] = self.ema.module.net
@@ -114,24 +117,36 @@ class Student:
         return networks
 
     def train_mode(self) -> None:
-        """Before a step. With a frozen body everything stays in evaluation mode: its BatchNorm keeps the statistics it was trained with."""
+        """Set training mode; a frozen body stays in evaluation mode, and so does BatchNorm with `batchnorm: eval`."""
         self.model.train(not self._classifier_only)
         if self._keeps_statistics:
             for module in self.model.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
 
+    def lr_factors(self, layer_decay: float) -> dict[str, float]:
+        """Learning-rate factors by parameter name of `learner`: `layer_decay` to the power of the number of layers above, 1 at the top and in heads.
+
+        timm groups the parameters into layers (BEiT's scheme, Bao et al. 2021, arXiv 2106.08254).
+        """
+        factors = {
+            id(parameter): float(group["lr_scale"])
+            for group in param_groups_layer_decay(self.model.net, layer_decay=layer_decay)
+            for parameter in group["params"]
+        }
+        return {name: factors.get(id(parameter), 1.0) for name, parameter in self.learner.named_parameters()}
+
     def uses_batch_statistics(self) -> bool:
-        """Whether it trains on statistics of the batch, which one image does not have."""
+        """Whether BatchNorm normalises by batch statistics in training, for which one image is not enough."""
         fixed = self._classifier_only or self._keeps_statistics
         return not fixed and any(isinstance(module, _BatchNorm) for module in self.model.modules())
 
     def licence(self) -> str | None:
-        """Licence of the weights it started from; None for random ones."""
+        """Licence of the initial weights; None for random ones."""
         return licence(self._reference)
 
     def save(self, path: Path, **facts: Any) -> None:
-        """Write the backbone file; `facts` go to its metadata."""
+        """Write the backbone file with `facts` in its metadata."""
         net = self.evaluated.net
         facts |= {"weights": "ema" if self.ema else "last", "start": self.name}
         if self.model.args:
@@ -139,18 +154,17 @@ class Student:
         save_backbone(path, net, arch=self._reference.arch, inputs=self.inputs, classes=self.classes, **facts)
 
     def _freeze_unreached(self) -> int:
-        """Take out of training what no term of the loss depends on, such as layers after the last map that is compared: data-parallel training would
-        wait for their gradients. Returns the number of these parameters.
+        """Freeze parameters that no loss term depends on, such as layers after the last compared map: data-parallel training would wait for their
+        gradients. Returns their number.
         """
         self.learner.eval()
         noise_BCHW = torch.rand(2, 3, *self.inputs.size, device=self.model.mean_3.device) * 255
-        logits_BK, said = self.learner(noise_BCHW)
-        total = (
-            torch.stack([one.float().sum() for ones in said.values() for one in ones]).sum() + logits_BK.float().sum()
-        )
-        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        logits_BK, predictions = self.learner(noise_BCHW)
+        outputs = [logits_BK, *(one for ones in predictions.values() for one in ones)]
+        total = torch.stack([one.float().sum() for one in outputs]).sum()
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         unreached = 0
-        for parameter, gradient in zip(learning, torch.autograd.grad(total, learning, allow_unused=True), strict=True):
+        for parameter, gradient in zip(trained, torch.autograd.grad(total, trained, allow_unused=True), strict=True):
             if gradient is None:
                 parameter.requires_grad_(False)
                 unreached += parameter.numel()

@@ -1,4 +1,4 @@
-"""Training targets: a live teacher, a store of soft labels, or human labels; and the classes of the network that follow from them."""
+"""Training targets: a live teacher, a store of soft labels, or human labels; and the resulting classes of the network."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,17 +22,19 @@ from ssld.stage1_ssld.distillation.teacher import make_teacher
 
 @dataclass(frozen=True)
 class Targets:
-    """Where the targets of a run come from.
+    """Sources of the training targets of a run.
 
     Attributes:
-        classes: number of classes of the network in training, 0 where nothing trains a classifier.
-        class_names: their names, where anything says them.
-        sources: the sources that take part; train_labels: their labels in the network's class numbers, None where they are not read.
+        classes: number of classes of the trained network, 0 where nothing trains a classifier.
+        class_names: names of the classes; None where unknown.
+        sources: training sources in use.
+        train_labels: per source, its labels as class numbers of the network; None where labels are not read.
         val_labels: the same for the validation images.
-        teacher: a live one; with a store, or with labels as the objective, it only measures agreement.
-        store: soft labels written before.
-        learns_from_teacher: whether the teacher is the objective, not labels.
-        features: the terms of the loss that compare features; soft: whether others compare answers in classes.
+        teacher: live teacher; with a store, or with labels as the objective, it only measures agreement.
+        store: stored soft labels.
+        learns_from_teacher: whether the objective is the teacher, not labels.
+        features: loss terms that compare features.
+        soft: whether any loss term compares logits.
     """
 
     classes: int
@@ -46,11 +48,15 @@ class Targets:
     features: tuple[LossConfig, ...]
     soft: bool
 
-    def answers(
+    def for_batch(
         self, pixels_BCHW: Tensor, stored: SoftLabels | None
     ) -> tuple[SoftLabels | None, TeacherFeatures | None]:
-        """The soft labels of a batch, those that came with it from a store or the live teacher's, and its features: each None where no term asks
-        for it."""
+        """Return the soft labels of a batch, from the store or the live teacher, and the teacher's features; None for what no loss term needs.
+
+        Args:
+            pixels_BCHW: the views that the student sees, 0..255.
+            stored: soft labels that the loader read from the store.
+        """
         if not self.learns_from_teacher:
             return None, None
         if stored is not None:
@@ -58,11 +64,12 @@ class Targets:
         assert self.teacher is not None
         if not self.features:
             return SoftLabels(self.teacher(pixels_BCHW)), None
-        taught = self.teacher.features(pixels_BCHW, maps=any(term.name == "spatial" for term in self.features))
-        return SoftLabels(taught.logits_BK) if self.soft and taught.logits_BK is not None else None, taught
+        maps = any(term.loss.compares == "spatial" for term in self.features)
+        features = self.teacher.features(pixels_BCHW, maps=maps)
+        return SoftLabels(features.logits_BK) if self.soft and features.logits_BK is not None else None, features
 
     def facts(self) -> dict[str, Any] | None:
-        """What a student's file says about its teacher."""
+        """Teacher metadata for the student's file; None where labels are the objective."""
         if not self.learns_from_teacher:
             return None
         source = self.store or self.teacher
@@ -78,10 +85,10 @@ def open_targets(
     device: torch.device,
     log: Callable[[str], None],
 ) -> Targets:
-    """Load the teacher or the store and bring all labels to one order of classes.
+    """Load the teacher or the store and map all labels to one class order.
 
     Raises:
-        UserError: classes that do not fit together, a store of other images, views or another teacher, labels asked for where there are none.
+        UserError: classes that do not match, a store of other images, other views or another teacher, missing labels.
     """
     teacher = store = None
     features: tuple[LossConfig, ...] = ()
@@ -92,7 +99,7 @@ def open_targets(
             soft = len(features) < len(config.losses)
         store = SoftLabelStore(config.store) if config.store and config.objective == "teacher" else None
         if config.teacher:
-            # Beside a store it must answer as the one that wrote it did.
+            # The store was written at this precision, and check_teacher compares logits with it.
             precision = store.teacher_precision if store else config.precision
             teacher = make_teacher(
                 config.teacher,
@@ -109,7 +116,7 @@ def open_targets(
             log(f"objective labels: {count(left_out, 'unlabeled source')} left out")
         if teacher:
             teacher.match_classes(names, classes, owner)
-        wanted = True
+        needs_labels = True
     else:
         assert isinstance(config, DistillConfig)
         if store:
@@ -122,22 +129,24 @@ def open_targets(
         source_of_targets = store or teacher
         assert source_of_targets is not None
         classes, names, owner = source_of_targets.num_classes, source_of_targets.class_names, "the teacher"
-        wanted = config.hard_label_weight > 0
-        if wanted and classes < 2:
+        needs_labels = config.hard_label_weight > 0
+        if needs_labels and classes < 2:
             raise UserError(
-                f"hard_label_weight: labels are of no classes of {source_of_targets.facts()['reference']}, which has none; leave it at 0"
+                f"hard_label_weight: {source_of_targets.facts()['reference']} has no classes that labels could belong to; leave it at 0"
             )
         if not config.learns_classes:
             classes, names = 0, None
-        if wanted and all(source.labels is None for source in sources):
+        if needs_labels and all(source.labels is None for source in sources):
             raise UserError("hard_label_weight: no training source has labels; leave it at 0")
-        if wanted and are_prototypes(names):
-            raise UserError("hard_label_weight: no human label is one of the teacher's prototypes; leave it at 0")
+        if needs_labels and are_prototypes(names):
+            raise UserError(
+                "hard_label_weight: the teacher's classes are prototypes, which no human label names; leave it at 0"
+            )
     return Targets(
         classes=classes,
         class_names=names,
         sources=sources,
-        train_labels=[match_classes(source, names, classes, owner) if wanted else None for source in sources],
+        train_labels=[match_classes(source, names, classes, owner) if needs_labels else None for source in sources],
         val_labels=match_classes(val_source, names, classes, owner) if val_source and classes else None,
         teacher=teacher,
         store=store,

@@ -1,11 +1,11 @@
-"""Whether a stage 1 has changed the features of a student that began with trained weights, and which weights it leaves; judged without a label.
+"""Comparison of a pretrained student's weights before and after stage 1, without labels.
 
-Compared are the weights at the end, those of the start, and the mean of both (WiSE-FT, arXiv 2109.01903, at one half): the share of the nearest
-images by the student's embeddings that are also the nearest by the teacher's. A detector whose norms train does not follow this order
-(docs/benchmarks/pretrained_student_cpu_2026-11-29.md), so by default the shares are told and the last weights stay. A module of its own, because
-the loop and its evaluation know one set of weights, and this compares three.
+Three sets of weights are compared: those of the last step, the initial ones, and the mean of both (WiSE-FT, arXiv 2109.01903, at one half). The score
+is the share of nearest images by the student's embeddings that are also nearest by the teacher's. A detector whose norms train does not follow this
+score (docs/benchmarks/pretrained_student_cpu_2026-11-29.md), so by default the shares are logged and the last weights are kept. A module of its own,
+because the training loop and its evaluation handle one set of weights, and this one three.
 
-Shapes: N images, D numbers of an embedding.
+Shapes: N images, D features.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -23,28 +23,34 @@ from ssld.stage1_ssld.data.batch import Batch
 
 NEIGHBOURS = 10
 MOST_IMAGES, LEAST_IMAGES = 500, 50
-"""held-out images that are looked at, and how many there have to be"""
+"""most and fewest held-out images for the comparison"""
 
 Which = Literal["last", "mean", "start"]
 _WORDS: dict[Which, str] = {
     "last": "the weights of the last step",
-    "mean": "the mean of the weights of start and last step",
-    "start": "the weights it began with",
+    "mean": "the mean of the initial and the last weights",
+    "start": "the initial weights",
 }
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The weights that are kept, and the share of the teacher's neighbours that each of the three has kept."""
+    """Result of a comparison.
+
+    Attributes:
+        which: the weights to keep.
+        shares: share of the teacher's neighbours, by set of weights.
+        images: number of compared images.
+        better: whether `keep_weights: better` is set.
+    """
 
     which: Which
     shares: dict[Which, float]
     images: int
     better: bool
-    """whether the weights with the largest share were asked for"""
 
     def describe(self) -> str:
-        """A line for the log."""
+        """Format the shares as a log line."""
         shares = ", ".join(f"{which} {100 * share:.1f} %" for which, share in self.shares.items())
         return (
             f"nearest images that are also the teacher's, on {self.images} held-out images: {shares}; the file holds {_WORDS[self.which]} "
@@ -60,18 +66,19 @@ def choose_weights(
     *,
     better: bool,
 ) -> Choice | None:
-    """Compare the weights of a network with those it began with, on one process; the network keeps its own.
+    """Compare the weights of a network with the initial ones, on one process. The network's weights are unchanged afterwards.
 
-    Among equal shares the later weights win.
+    Of equal shares, last wins over mean, and mean over start.
 
     Args:
-        net: in evaluation mode.
-        start: the state dict of `net.net` before training.
-        batches: held-out images, the same at each call; labels are not read.
-        better: choose the weights with the largest share, not the last ones.
+        net: trained network in evaluation mode.
+        start: state dict of `net.net` before training.
+        teacher: teacher whose neighbours are the reference.
+        batches: function that returns the held-out images, the same at each call; labels are not read.
+        better: whether to choose the weights with the largest share instead of the last ones.
 
     Returns:
-        None where fewer than `LEAST_IMAGES` of them could be read.
+        The comparison; None if fewer than `LEAST_IMAGES` images could be read.
     """
     with teacher.running_statistics():
         nearest = nearest_images(_embeddings(teacher.embed, batches(), teacher.device))
@@ -82,8 +89,8 @@ def choose_weights(
     try:
         for which in _WORDS:
             net.net.load_state_dict(weights(which, last, start))
-            mine = nearest_images(_embeddings(lambda pixels: embed(net, pixels), batches(), teacher.device))
-            shares[which] = neighbours_in_common(mine, nearest)
+            student = nearest_images(_embeddings(lambda pixels: embed(net, pixels), batches(), teacher.device))
+            shares[which] = neighbours_in_common(student, nearest)
     finally:
         net.net.load_state_dict(last)
     most = max(shares, key=lambda which: shares[which])
@@ -91,7 +98,7 @@ def choose_weights(
 
 
 def weights(which: Which, last: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One of the three sets of weights; counters of a mean are those of the last step."""
+    """Return one of the three sets of weights; integer counters of the mean are those of the last step."""
     if which == "mean":
         return {
             name: (tensor + start[name].to(tensor)) / 2 if tensor.is_floating_point() else tensor
@@ -101,14 +108,14 @@ def weights(which: Which, last: Mapping[str, Tensor], start: Mapping[str, Tensor
 
 
 def nearest_images(embeddings_ND: Tensor) -> Tensor:
-    """The nearest other images of each by cosine, [N, min(`NEIGHBOURS`, N - 1)]."""
+    """Nearest other images of each image by cosine similarity: [N, min(`NEIGHBOURS`, N - 1)]."""
     unit_ND = F.normalize(embeddings_ND, dim=1)
     count = min(NEIGHBOURS, max(0, len(unit_ND) - 1))
     return (unit_ND @ unit_ND.T).fill_diagonal_(-2).topk(count, dim=1).indices
 
 
 def neighbours_in_common(one: Tensor, other: Tensor) -> float:
-    """Mean share of the same neighbours in two results of `nearest_images`."""
+    """Mean share of common neighbours in two results of `nearest_images`."""
     return (one[:, :, None] == other[:, None, :]).any(-1).float().mean().item()
 
 

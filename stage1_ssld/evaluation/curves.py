@@ -1,6 +1,6 @@
-"""Curves of a stage-1 run as a picture, `curves.png`: loss and its terms, agreement and accuracy, KL of the validation images, learning rate.
+"""Plot of a stage-1 run, `curves.png`: loss and its terms, agreement and accuracy, KL, entropies, gradient norm, learning rate.
 
-Apart from the loop, because it is drawn from metrics.jsonl alone, and so can be drawn again at any time.
+Apart from the loop, because it is drawn from metrics.jsonl alone and can be drawn again at any time.
 """
 
 from pathlib import Path
@@ -9,13 +9,14 @@ from typing import Any
 from ssld.shared.files import atomically
 from ssld.shared.run_dir import SPEED, read_metrics
 
-# Of a logged training step, what is not a part of the loss.
-_NOT_LOSS = ("step", "lr", *SPEED, "agreement", "accuracy")
+_ENTROPIES = ("teacher_entropy", "student_entropy")
+# Keys of a logged training step that are not loss terms.
+_NOT_LOSS = ("step", "lr", *SPEED, "agreement", "accuracy", "grad_norm", *_ENTROPIES)
 
 
 def write_curves(run: Path) -> None:
-    """Draw what metrics.jsonl of a run holds; a panel without numbers is left out, and the picture too where there are none at all."""
-    # Not through pyplot, which would choose a backend for the whole process.
+    """Draw `curves.png` from metrics.jsonl of a run; panels without numbers are left out, and without any number no file is written."""
+    # Without pyplot, which would choose a backend for the whole process.
     from matplotlib.figure import Figure
 
     panels = [(title, curves) for title, curves in _panels(read_metrics(run)) if curves]
@@ -38,7 +39,7 @@ def write_curves(run: Path) -> None:
 
 
 def _panels(lines: list[dict[str, Any]]) -> list[tuple[str, dict[str, list[tuple[int, float]]]]]:
-    """(title, name -> points) of each panel."""
+    """(title, name -> points (step, value)) of each panel."""
     names = dict.fromkeys(name for line in lines for name in line)
     losses = [name for name in names if name not in _NOT_LOSS and not name.startswith("val_")]
     shares = ["agreement", "accuracy", "val_agreement", "val_top1", "val_teacher_top1"]
@@ -46,9 +47,11 @@ def _panels(lines: list[dict[str, Any]]) -> list[tuple[str, dict[str, list[tuple
         ("loss", losses),
         ("top-1 and agreement", shares),
         ("KL to the teacher, nats", ["val_kl"]),
+        ("entropy per image, nats", list(_ENTROPIES)),
+        ("gradient norm", ["grad_norm"]),
         ("learning rate", ["lr"]),
     ]
-    return [(title, {name: points for name in wanted if (points := _points(lines, name))}) for title, wanted in chosen]
+    return [(title, {name: points for name in keys if (points := _points(lines, name))}) for title, keys in chosen]
 
 
 def _points(lines: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:

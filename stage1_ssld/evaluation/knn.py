@@ -1,8 +1,8 @@
-"""Accuracy of nearest neighbours: what a network's embeddings are worth without its classification layer.
+"""Nearest-neighbour accuracy, which measures a network's embeddings without its classification layer.
 
-Every image is given the class that its k nearest images of a labeled bank vote for, each with weight exp(cosine / temperature) (Wu et al. 2018,
-arXiv 1805.01978). The search is exact. The bank is compared as it is read and never held: memory is queries x (embedding + k + one batch of the
-bank), whatever the bank's size. Q queries, B images of a batch of the bank, D numbers of an embedding.
+The class of an image is predicted by the votes of its k nearest images in a labeled bank, weighted by exp(cosine / temperature) (Wu et al. 2018,
+arXiv 1805.01978). The search is exact. The bank is compared batch by batch and not stored: memory is queries x (embedding + k + one batch of the
+bank), independent of the bank's size. Q queries, B images of a batch of the bank, D features.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,7 +18,7 @@ from ssld.stage1_ssld.data.batch import NO_LABEL, Batch
 
 TEMPERATURE = 0.07
 _CHUNK = 4096  # queries compared at a time
-_PLACES = 2**32  # more than a batch has images
+_PLACES = 2**32  # larger than any batch
 
 Embed = Callable[[Tensor], Tensor]
 
@@ -36,15 +36,16 @@ def knn_accuracy(
     step: int = 1,
     on_unreadable: Callable[[list[str]], None] | None = None,
 ) -> dict[str, float]:
-    """`knn_top1`: the share of the labeled queries whose class wins the vote; all ranks together, with the same result for any number of them.
+    """Compute `knn_top1`, the share of labeled queries whose class wins the vote, over all ranks; the result is the same for any number of ranks.
 
     Args:
         embed: pixels [B,3,H,W] -> embeddings [B,D].
-        queries, bank: this rank's batches, labels in one numbering; unlabeled images are passed over.
-        neighbours: k; where less of the bank could be read, all of it votes, and where nothing could, the result is empty.
+        queries, bank: this rank's batches, with labels in one numbering; unlabeled images are skipped.
+        neighbours: k; a bank with fewer readable images votes as a whole, and an empty one gives {}.
         classes: number of classes.
-        first, step: of this rank's batches among those of all ranks, which decides ties: the earlier image of the bank wins.
-        on_unreadable: told the locations of the images of this rank that could not be read.
+        device: device of the comparison.
+        first, step: position of this rank's batches among those of all ranks; on ties the earlier image of the bank wins.
+        on_unreadable: called with the locations of this rank's images that could not be read.
     """
     embedded = list(_embedded(embed, queries, device, first, step, on_unreadable))
     queries_QD, labels_Q, places_Q = (_of_all_ranks(_joined(embedded, part), device) for part in range(3))
@@ -59,9 +60,9 @@ def knn_accuracy(
     for bank_BD, bank_labels_B, bank_places_B in _embedded(embed, bank, device, first, step, on_unreadable):
         for start in range(0, count, _CHUNK):
             rows = slice(start, start + _CHUNK)
-            found, places = _largest(queries_QD[rows] @ bank_BD.T, neighbours)
+            largest, places = _largest(queries_QD[rows] @ bank_BD.T, neighbours)
             cosines_Qk[rows], places_Qk[rows], classes_Qk[rows] = _nearest(
-                torch.cat([cosines_Qk[rows], found], 1),
+                torch.cat([cosines_Qk[rows], largest], 1),
                 torch.cat([places_Qk[rows], bank_places_B[places]], 1),
                 torch.cat([classes_Qk[rows], bank_labels_B[places]], 1),
                 neighbours,
@@ -73,7 +74,7 @@ def knn_accuracy(
             torch.cat(_gathered(classes_Qk), 1),
             neighbours,
         )
-    if cosines_Qk[0, 0].isinf():  # nothing of the bank could be read
+    if cosines_Qk[0, 0].isinf():  # no image of the bank could be read
         return {}
     right = 0
     for start in range(0, count, _CHUNK):
@@ -84,25 +85,25 @@ def knn_accuracy(
 
 
 def vote(cosines_Qk: Tensor, classes_Qk: Tensor, classes: int, *, temperature: float = TEMPERATURE) -> Tensor:
-    """The class with the largest sum of exp(cosine / temperature) over its neighbours, [Q]; a neighbour at -inf has no vote."""
-    # The largest weight of a query is 1: no overflow, and the same winner.
+    """Class with the largest sum of exp(cosine / temperature) over its neighbours: [Q]; a neighbour at -inf has no vote."""
+    # Scaled so that the largest weight of a query is 1, which avoids overflow and keeps the winner.
     weights_Qk = ((cosines_Qk - cosines_Qk.amax(1, keepdim=True)) / temperature).exp()
     votes = weights_Qk.new_zeros(len(weights_Qk), classes)
     return votes.scatter_add_(1, classes_Qk, weights_Qk).argmax(1)
 
 
 def _largest(cosines: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row and their columns; of those equal to the last one, the first columns."""
-    found, columns = cosines.topk(min(k, cosines.shape[1]), dim=1)
-    # topk takes any of equal values, and a stable sort of everything is many times slower: only where it matters.
-    crowded = ((cosines >= found[:, -1:]).sum(1) > found.shape[1]).nonzero()[:, 0]
+    """The k largest of each row and their columns; of values equal to the last one, the first columns."""
+    largest, columns = cosines.topk(min(k, cosines.shape[1]), dim=1)
+    # topk returns any of equal values, and a stable sort is many times slower, so only rows with ties are sorted.
+    crowded = ((cosines >= largest[:, -1:]).sum(1) > largest.shape[1]).nonzero()[:, 0]
     if len(crowded):
         columns[crowded] = cosines[crowded].argsort(dim=1, descending=True, stable=True)[:, : columns.shape[1]]
-    return found, columns
+    return largest, columns
 
 
 def _nearest(cosines: Tensor, places: Tensor, classes: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest cosines of each row, with their places and classes; among equal ones those of the smaller places."""
+    """The k largest cosines of each row, with their places and classes; of equal ones, those with smaller places."""
     by_place = places.argsort(1)
     best = cosines.gather(1, by_place).argsort(dim=1, descending=True, stable=True)[:, :k]
     chosen = by_place.gather(1, best)
@@ -124,7 +125,7 @@ def _embedded(
         known = batch.labels_B != NO_LABEL
         if not known.any():
             continue
-        # The whole batch goes through the network: which images are labeled must not change anybody's embedding.
+        # The whole batch passes the network, so that embeddings do not depend on which images are labeled.
         vectors = F.normalize(embed(to_device(batch.pixels_BCHW, device)).float(), dim=1)
         places = (first + number * step) * _PLACES + torch.arange(len(known))
         yield (
@@ -139,14 +140,14 @@ def _joined(parts: list[tuple[Tensor, Tensor, Tensor]], which: int) -> Tensor | 
 
 
 def _of_all_ranks(rows: Tensor | None, device: torch.device) -> Tensor:
-    """Rows of all ranks in the order of ranks; a rank without any brings None."""
+    """Concatenate the rows of all ranks in the order of ranks; None for a rank without rows."""
     described = gather_lists([None if rows is None else (rows.dtype, rows.shape)])
     known = next((item for item in described if item is not None), (torch.int64, torch.Size([0])))
-    mine = torch.empty(0, *known[1][1:], dtype=known[0], device=device) if rows is None else rows
+    own = torch.empty(0, *known[1][1:], dtype=known[0], device=device) if rows is None else rows
     if world_size() == 1:
-        return mine
+        return own
     lengths = [0 if item is None else item[1][0] for item in described]
-    padded = torch.cat([mine, mine.new_zeros(max(lengths) - len(mine), *mine.shape[1:])])
+    padded = torch.cat([own, own.new_zeros(max(lengths) - len(own), *own.shape[1:])])
     return torch.cat([part[:length] for part, length in zip(_gathered(padded), lengths, strict=True)])
 
 

@@ -23,16 +23,17 @@ def evaluate(
     dtype: torch.dtype,
     on_unreadable: Callable[[list[str]], None] | None = None,
 ) -> dict[str, float]:
-    """Evaluate a student, and the teacher with the same eyes, over this rank's batches; the result is of all ranks.
+    """Evaluate a student, and the teacher on the same views, over this rank's batches; the result covers all ranks.
 
     Args:
         student: pixels [B,3,H,W] -> logits [B,K], in evaluation mode.
-        dtype: of the student's forward pass, by autocast.
-        on_unreadable: told the locations of the images of this rank that could not be read.
+        teacher: the teacher's logits of the same pixels; None without one.
+        dtype: precision of the student's forward pass, by autocast.
+        on_unreadable: called with the locations of this rank's images that could not be read.
 
     Returns:
-        `images`; `unreadable`, where some were left out; with labels `top1`, `top5` (fractions) and those of the teacher as `teacher_top1`,
-        `teacher_top5`; with a teacher `agreement` (share of images where both have the same top-1) and `kl`, the mean KL(teacher||student) in nats.
+        `images`; `unreadable`, if some were left out; with labels `top1`, `top5` (fractions), and `teacher_top1`, `teacher_top5` of the teacher; with
+        a teacher `agreement` (share of images with the same top-1) and `kl`, the mean KL(teacher||student) in nats.
     """
     sums = torch.zeros(len(_NAMES), dtype=sum_dtype(device), device=device)
     unreadable = torch.zeros((), dtype=torch.int64, device=device)
@@ -77,18 +78,18 @@ def evaluate(
 
 
 def _top(logits_BK: Tensor, labels_B: Tensor, known_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of labeled images whose class is the first, and among the first five."""
+    """Number of labeled images whose class is the most likely one, and among the five most likely ones."""
     best = logits_BK.topk(min(5, logits_BK.shape[1]), dim=-1).indices == labels_B[:, None]
     return (best[:, 0] & known_B).sum(), (best.any(-1) & known_B).sum()
 
 
 def describe(metrics: dict[str, float]) -> str:
-    """One line for the log."""
-    shown = []
+    """Format metrics as a log line."""
+    parts = []
     for name in ("top1", "top5", "teacher_top1", "teacher_top5", "agreement", "knn_top1"):
         if name in metrics:
-            shown.append(f"{name} {100 * metrics[name]:.2f} %")
+            parts.append(f"{name} {100 * metrics[name]:.2f} %")
     if "kl" in metrics:
-        shown.append(f"kl {metrics['kl']:.4f}")
+        parts.append(f"kl {metrics['kl']:.4f}")
     skipped = f" ({metrics['unreadable']} unreadable left out)" if "unreadable" in metrics else ""
-    return f"{', '.join(shown) or 'nothing measured'} on {metrics['images']} images{skipped}"
+    return f"{', '.join(parts) or 'nothing measured'} on {metrics['images']} images{skipped}"

@@ -66,7 +66,7 @@ def test_two_processes_choose_as_one_does(
     ("module", "name"),
     [
         (selection_files, "find_candidates"),
-        (selection_files, "find_look_alikes"),
+        (selection_files, "find_close_pairs"),
         (steps, "save_embeddings"),
         (steps, "cosines"),
         (selection_files, "decide"),
@@ -185,7 +185,7 @@ def test_sigterm_leaves_whole_shards(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"keep": 75}, "keep: 75 images a class are more than the 74 of the whole pool; give a smaller keep"),
+        ({"keep": 75}, "keep: 75 images per class are more than the 74 of the whole pool; give a smaller keep"),
         ({"pool": ["no/such"]}, "pool.0: no/such: no such file or folder"),
         ({"pool": []}, "pool: needs at least 1"),
         ({"keep": 0}, "keep: has to be at least 1"),
@@ -209,7 +209,7 @@ def test_a_source_given_twice_and_a_label_file(
     assert user_error(curate, arguments(twice)) == f"pool: {tiny.train} is given twice; give every source once"
     labeled = settings | {"val": [{"path": str(tiny.parquet), "labels": str(tiny.parquet)}]}
     assert user_error(curate, arguments(labeled, "labels")).startswith(
-        f"val.0: {tiny.parquet}: a label file is not read here"
+        f"val.0: {tiny.parquet}: a label file is not supported for streams and pools"
     )
 
 
@@ -222,7 +222,7 @@ def test_keep_larger_than_a_pool_of_unknown_size(
     with tarfile.open(tmp_path / "pool.tar", "w") as archive:
         archive.add(tiny.train, "train")
     change = {"pool": [str(tmp_path / "pool.tar")], "streaming": True, "materialise": True, "keep": 31}
-    assert "keep: 31 images a class are more than the 30 of the whole pool" in user_error(
+    assert "keep: 31 images per class are more than the 30 of the whole pool" in user_error(
         curate, arguments(settings | change)
     )
 
@@ -275,14 +275,14 @@ def test_an_image_that_went_away_since_it_was_scored(
 ) -> None:
     pool = tmp_path / "pool"
     shutil.copytree(tiny.train, pool)
-    find = selection_files.find_look_alikes
+    find = selection_files.find_close_pairs
 
     def breaks(*given: Any, **also: Any) -> Any:
         for file in pool.rglob("*.png"):
             file.write_bytes(b"gone")
         return find(*given, **also)
 
-    monkeypatch.setattr(selection_files, "find_look_alikes", breaks)
+    monkeypatch.setattr(selection_files, "find_close_pairs", breaks)
     message = user_error(curate, arguments(settings | {"pool": [str(pool)], "hash_distance": 16}))
     assert message.endswith("cannot be read any more; it could when this run began")
     assert message.startswith(str(pool))
@@ -306,7 +306,7 @@ def test_a_thousand_unreadable_images_end_a_pass_early(tmp_path: Path) -> None:
 
     told: list[tuple[int, int]] = []
     job = Job(0, RowShard(Broken(), "broken", 0, 10**6))
-    with pytest.raises(Exception, match="1024 of 1024 images cannot be read; mend or remove them \\(first: row 0\\)"):
+    with pytest.raises(Exception, match="1024 of 1024 images cannot be read; fix or remove them \\(first: row 0\\)"):
         over_shards(
             [job],
             Reading(False),

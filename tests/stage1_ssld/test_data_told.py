@@ -156,7 +156,7 @@ def test_one_class_teaches_nothing_by_labels(
     settings |= {"objective": "labels", "data": {"train": [f"{images}"], "image_size": 32}}
     for name in ("0.jpg", "1.jpg", "2.jpg", "gone.jpg"):
         (images / "ring" / name).unlink()
-    assert "all images are of one class, 'disc': there is nothing to learn from labels" in user_error(
+    assert "all images are of one class, 'disc': labels of one class teach nothing" in user_error(
         distill, arguments(settings)
     )
 

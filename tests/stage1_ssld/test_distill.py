@@ -53,7 +53,7 @@ def test_distill_writes_exactly_these_files(
     }  # fmt: skip
     lines = metrics_of(run)
     assert [line["step"] for line in lines] == [2, 4, 6, 6]
-    assert set(lines[0]) == {"step", "lr", "loss", "agreement"}
+    assert set(lines[0]) == {"step", "lr", "loss", "agreement", "grad_norm", "teacher_entropy", "student_entropy"}
     assert lines[-1]["val_images"] == 15
     metadata = read_metadata(run / "student.safetensors", kind="backbone")
     assert metadata["class_names"] == ["disc", "ring", "stripes"]

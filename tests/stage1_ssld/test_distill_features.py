@@ -88,7 +88,9 @@ def test_terms_of_features_beside_soft_labels(
     file = tmp_path / "run" / "student.safetensors"
     timm.create_model("test_convnext", num_classes=3).load_state_dict(load_file(file))
     said = (tmp_path / "run" / "log.txt").read_text()
-    assert "standardised by 32 views; kept in the checkpoints" in said  # no more than the run will see
+    assert (
+        "standardised with 32 views; the statistics are kept in the checkpoints" in said
+    )  # no more than the run will see
     assert "pooled in 96 dimensions, spatial in 96 dimensions (c3 at 2 x 2, c4 at 2 x 2, c5 at 2 x 2); heads of" in said
     assert "warning: the first loss" not in said
     result = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
@@ -123,7 +125,7 @@ def test_stopped_and_gone_on_is_the_same_run(
         assert call(distill, arguments(settings, "parts")) == 143
     assert call(distill, arguments(settings, "parts")) == 0
     assert equal(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
-    assert (tmp_path / "parts" / "log.txt").read_text().count("standardised by") == 1
+    assert (tmp_path / "parts" / "log.txt").read_text().count("standardised with") == 1
 
 
 def test_accumulation_changes_nothing(
@@ -147,9 +149,12 @@ def test_a_teacher_without_classes_teaches_its_features(
     """CNN from ViT: a student without classes, which plain timm loads, nearest neighbours judge, and a detector takes."""
     assert call(distill, arguments(alone(settings, vit_file))) == 0
     file, said = tmp_path / "run" / "student.safetensors", (tmp_path / "run" / "log.txt").read_text()
-    assert "M trained parameters, no classes: features alone are learned) at 64 px" in said
-    assert "features alone train no classes, so there is no top-1 and no agreement; `ssld evaluate --bank`" in said
-    assert "teacher: not tried, it has no classes" in said
+    assert "M trained parameters, no classes: only features are learned) at 64 px" in said
+    assert (
+        "feature losses alone train no classifier, so no top-1 and no agreement are measured; use `ssld evaluate --bank`"
+        in said
+    )
+    assert "teacher: not checked, it has no classes" in said
     timm.create_model("test_convnext", num_classes=0).load_state_dict(load_file(file))
     metadata = read_metadata(file)
     assert metadata["num_classes"] == 0
@@ -203,14 +208,17 @@ def test_what_no_term_reaches_stays_as_it_is(
     first, last = checkpoint(tmp_path / "run", 2)["model"], checkpoint(tmp_path / "run")["model"]
     moved = {name.split(".")[1] for name, tensor in last.items() if not torch.equal(tensor, first[name])}
     assert moved == {"0", "1"}  # of four stages
-    assert "of random:test_convnext are reached by no term of the loss" in (tmp_path / "run" / "log.txt").read_text()
+    assert (
+        "of random:test_convnext are not trained: no loss term depends on them"
+        in (tmp_path / "run" / "log.txt").read_text()
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"losses": ["pooled", "kl", "pooled"]}, "losses: pooled is there twice; one is enough"),
-        ({"losses": [{"name": "pooled", "levels": ["c5"]}]}, "pooled has no levels; leave them out, or take spatial"),
+        ({"losses": ["pooled", "kl", "pooled"]}, "losses: two terms compare pooled features; keep one of them"),
+        ({"losses": [{"name": "pooled", "levels": ["c5"]}]}, "pooled has no levels; leave them out, or use spatial"),
         ({"losses": [{"name": "spatial", "levels": []}]}, "losses.0.levels: needs at least 1"),
         ({"losses": [{"name": "spatial", "levels": ["c4", "c5", "c4"]}]}, "each level at most once (given: c4, c5, c4)"),
         ({"losses": [{"name": "spatial", "levels": ["c6"]}]}, "losses.0.levels.0: "),

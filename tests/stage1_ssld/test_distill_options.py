@@ -56,7 +56,7 @@ def test_a_single_term_is_the_loss(
     """KL and cross-entropy with soft labels differ by a constant: the same weights come out."""
     for name in ("kl", "soft_cross_entropy"):
         assert call(distill, arguments(distill_settings | {"losses": [name]}, name)) == 0
-        assert set(metrics_of(tmp_path / name)[0]) == {"step", "lr", "loss", "agreement"}
+        assert not set(metrics_of(tmp_path / name)[0]) & {"kl", "soft_cross_entropy"}
     assert close(weights(tmp_path / "kl"), weights(tmp_path / "soft_cross_entropy"), 1e-5)
 
 
@@ -93,7 +93,7 @@ def test_mixing_reaches_student_and_teacher_alike(
 
 @pytest.fixture
 def stored(arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path) -> Path:
-    """A store of all three classes in fp32, with two views an image."""
+    """A store of all three classes in fp32, with two views per image."""
     settings = {key: distill_settings[key] for key in ("threads", "workers", "device", "teacher")}
     data = {key: value for key, value in distill_settings["data"].items() if key != "val"}
     settings |= {"data": data, "views": 2, "top": 3, "store_precision": "fp32"}
@@ -132,7 +132,7 @@ def test_a_teacher_beside_a_store_measures_agreement(
         ({"data": {"mixup": 0.5}}, "its soft labels are of unmixed views; set data.mixup and data.cutmix to 0"),
         ({"data": {"streaming": True}}, "needs the row of every image; set data.streaming: false"),
         ({"teacher": {"batchnorm": "batch"}}, "was written with running statistics; set teacher.batchnorm: eval"),
-        ({"losses": ["dist"]}, "dist needs every logit; take one of symmetric_kl"),
+        ({"losses": ["dist"]}, "dist needs every logit; use one of symmetric_kl"),
         ({"losses": [{"name": "kl", "temperature": 2}]}, "kl at a temperature needs every logit"),
     ],
 )
@@ -177,7 +177,7 @@ def test_patience_ends_a_run_early_and_for_good(
     assert call(distill, arguments(settings)) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["metrics"]["steps"] == 6  # better than nothing at 2, then twice not better
-    assert "enough (patience)" in (tmp_path / "run" / "log.txt").read_text()
+    assert "without a better one (patience)" in (tmp_path / "run" / "log.txt").read_text()
     (tmp_path / "run" / "result.json").unlink()  # as if killed before the end: the resumed run does not train on
     assert call(distill, arguments(settings)) == 0
     assert json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]["steps"] == 6
@@ -187,7 +187,7 @@ def test_best_by_something_that_is_not_measured(
     arguments: Arguments, distill_settings: Settings, tiny: Any, user_error: Any
 ) -> None:
     settings = with_data(distill_settings, val=str(tiny.unlabeled)) | {"evaluate_every": 2, "best_by": "top1"}
-    assert user_error(distill, arguments(settings)).startswith("best_by: top1 is not measured here (there is images, ")
+    assert user_error(distill, arguments(settings)).startswith("best_by: top1 is not measured (measured: images, ")
 
 
 def test_patience_without_evaluations(arguments: Arguments, distill_settings: Settings, user_error: Any) -> None:

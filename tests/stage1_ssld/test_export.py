@@ -166,7 +166,7 @@ def test_the_tolerance_and_unreadable_images(
         file.write_bytes(b"nothing")
     (tmp_path / "other").mkdir()
     message = user_error(main, [*argv[:-1], str(tmp_path / "other" / "run")])
-    assert f"{tmp_path / 'images'}: none of the images looked at can be read" in message
+    assert f"{tmp_path / 'images'}: none of the chosen images can be read" in message
 
 
 def test_what_a_killed_export_leaves_goes(

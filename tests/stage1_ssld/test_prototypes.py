@@ -248,7 +248,7 @@ def test_other_commands_take_the_teacher(
     found = metrics(tmp_path / "live")
     assert "agreement" in found
     assert "top1" not in found
-    assert "teacher: not tried" in (tmp_path / "live" / "log.txt").read_text()
+    assert "teacher: not checked" in (tmp_path / "live" / "log.txt").read_text()
     hard = distill_settings | {"teacher": file, "hard_label_weight": 1.0}
     assert "no human label is one of the teacher's prototypes" in user_error(distill, arguments(hard, "hard"))
 

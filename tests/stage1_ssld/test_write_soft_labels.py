@@ -213,7 +213,7 @@ def test_it_stops_on_request_and_goes_on(
         assert call(main, arguments(settings)) == 143
     assert len(calls) == 6
     store = tmp_path / "run" / "store"
-    assert f"stopped: the files that are finished stay in {store}; the same command goes on" in capsys.readouterr().err
+    assert f"stopped: the finished files are kept in {store}; the same command goes on" in capsys.readouterr().err
     assert list(contents(store)) == ["shard-00000.bin"]
     assert not (tmp_path / "run" / "result.json").exists()
     assert call(main, arguments(settings)) == 0
@@ -237,7 +237,7 @@ def test_one_loader_reads_all_shards(
     monkeypatch.setattr(store_writer, "make_loader", noted)
     assert call(main, arguments(settings | {"teacher": settings["teacher"] | {"check_images": 0}})) == 0
     assert found == [[10, 10, 10, 2] * 2 + [10, 10, 4]]  # 44 images in shards of 16, two views each
-    assert "teacher: not tried, teacher.check_images is 0" in (tmp_path / "run" / "log.txt").read_text()
+    assert "teacher: not checked, teacher.check_images is 0" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_unreadable_images_are_counted_listed_and_decoded_once(
@@ -367,5 +367,5 @@ def test_a_teacher_whose_logits_are_not_finite(
 ) -> None:
     model = untrained(tmp_path / "bad.safetensors", lambda net: net.fc.weight.fill_(3e38))
     assert user_error(main, arguments(settings | {"teacher": {"model": model, "check_images": 0}})).startswith(
-        "teacher: logits that are not finite"
+        "teacher: its logits are not finite"
     )

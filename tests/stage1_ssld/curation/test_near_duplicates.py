@@ -98,7 +98,7 @@ def test_no_images() -> None:
 
 def test_a_thousand_blank_images_do_not_make_a_million_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is compared with the best 16 of equal hash, of protected images with more; in blocks so small that a group is cut."""
-    monkeypatch.setattr(near_duplicates, "PROTECTED_PARTNERS", 32)
+    monkeypatch.setattr(near_duplicates, "HELD_OUT_PARTNERS", 32)
     monkeypatch.setattr(near_duplicates, "_BLOCK", 640)
     inside, outside = close_images(np.full(1000, 5, np.uint64), np.full(1000, 4, np.uint64), 6)
     expected = {(worse, better): 0 for worse in range(1000) for better in range(min(worse, 16))}

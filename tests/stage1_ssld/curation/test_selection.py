@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ssld.stage1_ssld.curation.score_files import (
-    PROTECTED,
+    HELD_OUT,
     SCORED,
     UNREADABLE,
     Embeddings,
@@ -30,13 +30,13 @@ from ssld.stage1_ssld.curation.selection import (
     cut_to,
     decide,
     find_candidates,
-    find_look_alikes,
+    find_close_pairs,
     load_candidates,
-    load_look_alikes,
+    load_close_pairs,
     numbers,
     pair_rows,
     save_candidates,
-    save_look_alikes,
+    save_close_pairs,
 )
 
 CLASSES, KEEP, DISTANCE, COSINE, VAL = 6, 5, 3, 0.85, 30
@@ -72,7 +72,7 @@ def pool(tmp_path: Path) -> dict[str, Any]:
     }
     for name, table, cuts, schema in (
         ("scores", columns, (0, 100, 101, 300), SCORED),
-        ("protected", protected, (0, VAL, 70), PROTECTED),
+        ("protected", protected, (0, VAL, 70), HELD_OUT),
     ):
         (tmp_path / name).mkdir()
         for number, (low, high) in enumerate(itertools.pairwise(cuts)):
@@ -124,22 +124,22 @@ def test_equals_the_rules_written_out(pool: dict[str, Any], candidates: int, fli
     found = find_candidates(scored, classes=CLASSES, keep=candidates, min_score=MIN_SCORE, examples=4)
     save_candidates(pool["folder"] / "candidates.parquet", found)
     found = load_candidates(pool["folder"] / "candidates.parquet")
-    alike = find_look_alikes(found.hash_N, found.mirrored_N if flips else None, protected, hash_distance=DISTANCE)
+    alike = find_close_pairs(found.hash_N, found.mirrored_N if flips else None, protected, hash_distance=DISTANCE)
     ids = found.id_N.tolist()
     cosine = np.array(
         [closeness(ids[a], ids[b]) for a, b, _ in zip(*alike.inside, strict=True)]
-        + [closeness(ids[a], b + 1000) for a, b, _ in zip(*alike.protected, strict=True)],
+        + [closeness(ids[a], b + 1000) for a, b, _ in zip(*alike.held_out, strict=True)],
         np.float32,
     )
-    save_look_alikes(pool["folder"] / "look_alikes.parquet", alike, found.id_N)
+    save_close_pairs(pool["folder"] / "look_alikes.parquet", alike, found.id_N)
     rows = pair_rows(pool["folder"] / "look_alikes.parquet")
     assert rows is not None
     expected_rows = [(ids[a], ids[b], False) for a, b, _ in zip(*alike.inside, strict=True)]
-    expected_rows += [(ids[a], b, True) for a, b, _ in zip(*alike.protected, strict=True)]
+    expected_rows += [(ids[a], b, True) for a, b, _ in zip(*alike.held_out, strict=True)]
     assert list(zip(*(column.tolist() for column in rows), strict=True)) == expected_rows
     add_cosines(pool["folder"] / "look_alikes.parquet", cosine)
     assert pair_rows(pool["folder"] / "look_alikes.parquet") is None
-    alike, known = load_look_alikes(pool["folder"] / "look_alikes.parquet")
+    alike, known = load_close_pairs(pool["folder"] / "look_alikes.parquet")
     assert known is not None
     decision = decide(found, alike, known, cosine=COSINE, val_images=VAL, keep=KEEP)
 
@@ -171,14 +171,14 @@ def test_equals_the_rules_written_out(pool: dict[str, Any], candidates: int, fli
 def test_pairs_are_kept_without_cosines_until_these_are_known(pool: dict[str, Any]) -> None:
     scored, protected = ScoreFiles(pool["folder"] / "scores", 3), ScoreFiles(pool["folder"] / "protected", 2)
     found = find_candidates(scored, classes=CLASSES, keep=12, min_score=0)
-    alike = find_look_alikes(found.hash_N, found.mirrored_N, protected, hash_distance=DISTANCE)
-    save_look_alikes(pool["folder"] / "pairs.parquet", alike, found.id_N)
-    again, cosine = load_look_alikes(pool["folder"] / "pairs.parquet")
+    alike = find_close_pairs(found.hash_N, found.mirrored_N, protected, hash_distance=DISTANCE)
+    save_close_pairs(pool["folder"] / "pairs.parquet", alike, found.id_N)
+    again, cosine = load_close_pairs(pool["folder"] / "pairs.parquet")
     assert cosine is None
     for mine, read in zip([*alike[0], *alike[1]], [*again[0], *again[1]], strict=True):
         np.testing.assert_array_equal(mine, read)
     nobody = ScoreFiles(pool["folder"] / "protected", 0)
-    assert len(find_look_alikes(found.hash_N, None, nobody, hash_distance=DISTANCE).protected.left_P) == 0
+    assert len(find_close_pairs(found.hash_N, None, nobody, hash_distance=DISTANCE).held_out.left_P) == 0
 
 
 def test_the_table_of_classes(pool: dict[str, Any]) -> None:

@@ -142,14 +142,16 @@ def test_a_folder_that_moved(tiny: Any, tmp_path: Path, monkeypatch: pytest.Monk
         [tmp_path / "old" / "images"],
     )
     relative = write(tmp_path / "r.parquet", [("old/images", key) for key in chosen], ["old/images"])
-    assert f"{relative}: its source old/images is not there; move it back, or set root" in message(relative)
+    assert f"{relative}: its source old/images does not exist; move it back, or set root" in message(relative)
     assert len(source(relative, root=str(tmp_path))) == 2
     monkeypatch.chdir(tmp_path)
     assert len(source(relative)) == 2
     shutil.move(tmp_path / "old", tmp_path / "new")
-    assert f"{absolute}: its source {tmp_path}/old/images is not there; move it back, or set root" in message(absolute)
+    assert f"{absolute}: its source {tmp_path}/old/images does not exist; move it back, or set root" in message(
+        absolute
+    )
     assert torch.equal(source(absolute, root=str(tmp_path / "new")).read(0), source(tiny.train).read(1))
-    assert f"its source {tmp_path}/images is not there" in message(absolute, root=str(tmp_path))
+    assert f"its source {tmp_path}/images does not exist" in message(absolute, root=str(tmp_path))
 
 
 def test_images_that_are_gone(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +180,7 @@ def test_rows_and_members_that_are_gone(pool: dict[str, str], tmp_path: Path) ->
 
 def test_manifests_that_are_refused(pool: dict[str, str], tmp_path: Path) -> None:
     strange = write(tmp_path / "strange.parquet", [("elsewhere", "a.png")], [pool["folder"]])
-    assert "names the source elsewhere, which is not among those of its pool" in message(strange)
+    assert "names the source elsewhere, which is not in its pool" in message(strange)
     assert "holds no images" in message(write(tmp_path / "empty.parquet", [], [pool["folder"]]))
 
 

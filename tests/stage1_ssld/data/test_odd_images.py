@@ -63,7 +63,7 @@ def test_nothing_but_truncated_images(
     data = {"train": [broken_folder(tmp_path / "f", 8, 8, jpeg)], "image_size": 32}
     line = user_error(distill, arguments(distill_settings | {"data": data, "workers": workers}))
     assert "f/" in line
-    assert line.endswith("and the images after it are all unreadable; mend or remove them")
+    assert line.endswith("and the images after it are all unreadable; fix or remove them")
 
 
 def test_the_list_survives_a_kill(

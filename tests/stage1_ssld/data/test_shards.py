@@ -95,7 +95,9 @@ def test_shards_begin_anywhere_and_close_their_files(kind: str, places: dict[str
 
 def test_rows_that_are_not_labeled_are_not_left_out(tiny: Any) -> None:
     for streaming in (False, True):
-        with pytest.raises(UserError, match=r"train\.parquet: a label file is not read here; set labels: none"):
+        with pytest.raises(
+            UserError, match=r"train\.parquet: a label file is not supported for streams and pools; set labels: none"
+        ):
             source_shards(SourceConfig(path=str(tiny.parquet), labels="truth.parquet"), 0, streaming=streaming)
 
 
@@ -166,7 +168,7 @@ def test_streams_that_are_refused(tmp_path: Path, tiny: Any) -> None:
     (tmp_path / "text.tar").write_text("no tar file at all")
     (tar,) = shards_of(tmp_path / "text.tar")
     with pytest.raises(
-        UserError, match=r"text\.tar: not readable as an uncompressed tar file .*; fetch or pack it again"
+        UserError, match=r"text\.tar: not readable as an uncompressed tar file .*; download or pack it again"
     ):
         list(tar.samples())
 

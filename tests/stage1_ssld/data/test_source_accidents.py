@@ -115,7 +115,7 @@ def test_splits_below_one_root_are_not_mixed(tmp_path: Path) -> None:
     told = "holds the splits train, val: set split to the one to read, or path to"
     assert told in refusal(folder)
     assert told in refusal(f"file://{folder}")
-    assert "and no test; set split to one of them" in refusal(folder, split="test")
+    assert "but not test; set split to one of them" in refusal(folder, split="test")
     images = source(folder, split="val")
     assert (images.labels, images.class_names) == ([0, 1], ["cat", "dog"])
     assert images.location(0) == f"{folder}/val/cat/1.png"
@@ -174,10 +174,10 @@ def test_a_mixture_of_kinds_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "cat/1.png", "dog/1.png")
     pack(tmp_path / "dog.tar", {"1.png": png()})
     assert refusal(tmp_path) == (
-        f"data.train: {tmp_path}: holds 1 .tar file and 2 images in folders (first: cat/1.png); which is meant? Give path as {tmp_path}/*.tar for "
-        "the .tar files, or move them elsewhere"
+        f"data.train: {tmp_path}: holds 1 .tar file and 2 images in folders (first: cat/1.png); set path to {tmp_path}/*.tar to use "
+        "the .tar files, or move them elsewhere to use the others"
     )
-    assert "which is meant?" in refusal(f"file://{tmp_path}")
+    assert "to use the .tar files, or move them" in refusal(f"file://{tmp_path}")
     assert len(source(f"{tmp_path}/*.tar")) == 1
     pq.write_table(pa.table({"image": [png()]}), tmp_path / "x.parquet")
     shutil.rmtree(tmp_path / "cat")
@@ -213,7 +213,7 @@ def test_hidden_files_are_skipped_elsewhere_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["train.csv", "train.lst", "images.arrow", "images.h5", "x.tar.gz"])
 def test_files_that_are_no_sources(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"path,label\n")
-    told = "unpack it" if name == "x.tar.gz" else f"{name}: a {Path(name).suffix} file is no source of images; take a"
+    told = "unpack it" if name == "x.tar.gz" else f"{name}: a {Path(name).suffix} file is no source of images; use a"
     assert told in refusal(tmp_path / name)
     os.mkfifo(tmp_path / "pipe.parquet")
     assert "pipe.parquet: is neither a file nor a folder" in refusal(tmp_path / "pipe.parquet")
@@ -240,7 +240,7 @@ def test_an_image_folder_of_the_hub_is_listed_like_any_folder(tmp_path: Path, mo
 def test_names_with_dots_are_one_sample_and_refused(tmp_path: Path) -> None:
     members = {f"shop.00{n}.{end}": content for n in range(3) for end, content in (("png", png(n)), ("cls", b"1"))}
     file = pack(tmp_path / "a.tar", members)
-    told = "a.tar: shop.000.png and shop.001.png are one sample, named up to the first dot; pack the file again"
+    told = "a.tar: shop.000.png and shop.001.png are one sample, because their names agree up to the first dot; pack the file again"
     assert told in refusal(file)
     with pytest.raises(UserError, match=r"shop\.000\.png and shop\.001\.png are one sample"):
         streamed(file)
@@ -287,8 +287,8 @@ def test_members_of_a_sample_that_lie_apart(tmp_path: Path) -> None:
     assert streamed(pack(tmp_path / "a.tar", first | masks)) == ["a.tar/0.png", "a.tar/1.png"]
     assert source(tmp_path / "a.tar").tally.skipped("file") == 2
     file = pack(tmp_path / "b.tar", masks | first)
-    assert "0.png does not lie beside the other images of its sample; pack the file again" in refusal(file)
-    with pytest.raises(UserError, match="does not lie beside"):
+    assert "0.png is not adjacent to the other images of its sample; pack the file again" in refusal(file)
+    with pytest.raises(UserError, match="is not adjacent to"):
         streamed(file)
 
 
@@ -340,13 +340,13 @@ def test_each_file_has_its_own_order_of_classes(tmp_path: Path) -> None:
     [
         ("{", "its Hugging Face metadata, which hold the class names, are not JSON; correct them, or set labels: none"),
         ("[" * 100_000, "are not JSON"),
-        ("names: apple", "its class names are no list of names (apple); correct"),
+        ("names: apple", "its class names are not a list of strings (apple); correct"),
         (
             'names: {"0": "apple", "1": "banana"}',
-            "its class names are no list of names ({'0': 'apple', '1': 'banana'})",
+            "its class names are not a list of strings ({'0': 'apple', '1': 'banana'})",
         ),
-        ("names: [0, 1]", "its class names are no list of names ([0, 1])"),
-        ('names: ["apple", "pear", "apple"]', "two of its classes are called 'apple'"),
+        ("names: [0, 1]", "its class names are not a list of strings ([0, 1])"),
+        ('names: ["apple", "pear", "apple"]', "two of its classes are named 'apple'"),
         ("[]", None),
         ('{"info": null}', None),
         ('{"info": {"features": []}}', None),
@@ -440,12 +440,12 @@ def test_names_that_look_like_something_else(tmp_path: Path) -> None:
     ("content", "told"),
     [
         ("a.png 0\nb.png\n", "image 2 has no class number, others have; give one to all or none"),
-        ("a.png 0\nb.png \N{SUPERSCRIPT TWO}\n", "line 2: '\N{SUPERSCRIPT TWO}' is no class number"),
-        ("a.png 0,1\nb.png 1,0\n", "line 1: '0,1' is no class number; give one, or none to all images"),
-        ("a.png 0 1\nb.png 1 0\n", "line 1: '0 1' is no class number"),
-        ("a.png cat\nb.png dog\n", "line 1: 'cat' is no class number"),
-        ("a.png 0.5\nb.png 1\n", "line 1: '0.5' is no class number"),
-        ("a.png 0\nb.png 0\na.png 1\n", "line 3: a.png has another class number before; keep one"),
+        ("a.png 0\nb.png \N{SUPERSCRIPT TWO}\n", "line 2: '\N{SUPERSCRIPT TWO}' is not a class number"),
+        ("a.png 0,1\nb.png 1,0\n", "line 1: '0,1' is not a class number; give every image one, or none"),
+        ("a.png 0 1\nb.png 1 0\n", "line 1: '0 1' is not a class number"),
+        ("a.png cat\nb.png dog\n", "line 1: 'cat' is not a class number"),
+        ("a.png 0.5\nb.png 1\n", "line 1: '0.5' is not a class number"),
+        ("a.png 0\nb.png 0\na.png 1\n", "line 3: a.png has another class number on an earlier line; keep one"),
     ],
 )
 def test_labels_of_a_list_end_a_run_only_where_they_are_read(tmp_path: Path, content: str, told: str) -> None:
@@ -471,7 +471,9 @@ def test_numbers_without_an_image_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"9,996 of the 10,000 classes would be left out: 9,996 without an image"):
         labeled_classes([listed(0, 1, 2, 9999)])
     assert labeled_classes([listed(0, 1, 2, 9999)], allow_loss=True)[1] == 10_000
-    with pytest.raises(UserError, match=r"list\.txt: all images are of one class, 0: there is nothing to learn"):
+    with pytest.raises(
+        UserError, match=r"list\.txt: all images are of one class, 0: labels of one class teach nothing"
+    ):
         labeled_classes([listed(0, 0, 0, 0)])
     with pytest.raises(UserError, match=r"999,999,996 of the 1,000,000,000 classes would be left out"):
         labeled_classes([listed(0, 1, 2, 999_999_999)])
@@ -498,7 +500,7 @@ def test_numbers_sorted_as_text_leave_a_doubt(tmp_path: Path) -> None:
     images = source(write(tmp_path / "a", *(f"{n}/1.png" for n in (1, 2, 10, 11))))
     line = doubt_on_order(images)
     assert line is not None
-    assert "class 1 is folder '10'; in a network that counts them in order it is '2'" in line
+    assert "class 1 is folder '10'; in numeric order it would be '2'" in line
     assert doubt_on_order(source(write(tmp_path / "b", *(f"{n:02}/1.png" for n in (1, 2, 10, 11))))) is None
     assert doubt_on_order(source(write(tmp_path / "c", "1/1.png", "cat/1.png"))) is None
 

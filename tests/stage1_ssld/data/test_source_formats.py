@@ -89,7 +89,7 @@ def test_class_members_are_labels(tmp_path: Path, jpeg: Any) -> None:
     assert match_classes(images, None, 5, "m") == images.labels
     assert source(tmp_path / "x.tar", labels="none").labels is None
     pack(tmp_path / "y.tar", {"1.jpg": jpeg(), "1.cls": b"cat"})
-    assert "y.tar, 1.cls: holds no class number" in unlabeled(source(tmp_path / "y.tar"))
+    assert "y.tar, 1.cls: is not a class number" in unlabeled(source(tmp_path / "y.tar"))
     pack(tmp_path / "y.tar", {"1.jpg": jpeg(), "1.cls": b"3", "1.b.cls": b"4"})
     assert "y.tar, 1.b.cls: its sample has another class number too" in unlabeled(source(tmp_path / "y.tar"))
     assert source(tmp_path / "y.tar", labels="none").unlabeled_because is None
@@ -120,20 +120,20 @@ def test_tar_files_that_are_not_read_to_their_end(tmp_path: Path, jpeg: Any) -> 
     for name, content in faults.items():
         file = tmp_path / f"{name}.tar"
         file.write_bytes(content)
-        assert "neither a file nor its end" in message(file)
+        assert "neither a file nor the end marker" in message(file)
         shards = source_shards(SourceConfig(path=str(file)), 0, streaming=True)
-        with pytest.raises(UserError, match="neither a file nor its end"):
+        with pytest.raises(UserError, match="neither a file nor the end marker"):
             list(shards[0].samples())
     for name, content in {"damaged": damaged, "joined": whole + whole}.items():
         with fsspec.open(f"memory://ends/{name}.tar", "wb") as opened:
             opened.write(content)
         shards = source_shards(SourceConfig(path=f"memory://ends/{name}.tar"), 0, streaming=True)
-        with pytest.raises(UserError, match="neither a file nor its end"):
+        with pytest.raises(UserError, match="neither a file nor the end marker"):
             list(shards[0].samples())
     (tmp_path / "unmarked.tar").write_bytes(whole[:header])
     unmarked = source(tmp_path / "unmarked.tar")
     assert len(unmarked) == 2
-    assert unmarked.tally.changed("file", "without the mark of its end, so perhaps cut off") == 1
+    assert unmarked.tally.changed("file", "without an end marker, so perhaps truncated") == 1
     assert not source(tmp_path / "whole.tar").tally.describe()
 
 
@@ -174,7 +174,7 @@ def test_lists_that_are_refused(tmp_path: Path, jpeg: Any) -> None:
     file = tmp_path / "list.txt"
     (tmp_path / "a.jpg").write_bytes(jpeg())
     file.write_text("a.jpg\nb.jpg\nc.jpg\n")
-    assert f"2 of 3 files looked at are not there, first {tmp_path}/b.jpg; set root to the folder" in message(file)
+    assert f"2 of 3 checked files do not exist, first {tmp_path}/b.jpg; set root to the folder" in message(file)
     file.write_text("a.jpg 1\na.jpg\n")
     assert "image 2 has no class number, others have; give one to all or none" in unlabeled(source(file))
     file.write_text("\n")
@@ -253,7 +253,7 @@ def test_urls_that_are_refused(memory: Any, tmp_path: Path, jpeg: Any, monkeypat
     memory.pipe("/tars/0.tar", pack(tmp_path / "0.tar", {"1.jpg": jpeg()}).read_bytes())
     assert "memory://gone: no such file or folder" in message("memory://gone")
     assert "memory://pool: holds no images, Parquet or tar files" in message("memory://pool")
-    assert "tar files elsewhere have no index; set data.streaming: true" in message("memory://tars")
+    assert "remote tar files cannot be indexed; set data.streaming: true" in message("memory://tars")
     assert "no Parquet files, tar files or images match" in message("memory://pool/*.png")
     assert "memory://pool/gone.txt: no such file" in message("memory://pool/gone.txt")
     assert "noproto://x: cannot be opened" in message("noproto://x")
@@ -348,7 +348,7 @@ def test_a_data_set_of_the_hub(hub: str, tiny: Any) -> None:
     assert "has no column 'picture' (it has image, label, id); set image_column" in message(hub, image_column="picture")
     assert "a label file is for Parquet sources" in message(hub, labels="truth.parquet")
     line = message(hub, split="nothing")
-    assert line.startswith(f"{hub}: cannot be had from the hub (")
+    assert line.startswith(f"{hub}: cannot be loaded from the hub (")
     assert line.endswith("; check the name, split and subset")
 
 
@@ -364,7 +364,7 @@ def test_a_data_set_of_the_hub_is_streamed_from_its_files(tiny: Any, register: A
         source_shards(SourceConfig(path="hub:org/name"), 0, streaming=True)
     assert str(caught.value) == (
         "hub:org/name: has several configurations ('large', 'small'); set subset to one of them, "
-        "or path to the files that you mean: hf://datasets/org/name/FOLDER/*.parquet"
+        "or path to the files to use: hf://datasets/org/name/FOLDER/*.parquet"
     )
     assert len(source_shards(SourceConfig(path="hf://datasets/org/name/*/train*.parquet"), 0, streaming=True)) == 2
     for name in ("train/0.parquet", "train/1.parquet", "test/0.parquet"):
@@ -379,6 +379,6 @@ def test_a_data_set_of_the_hub_is_streamed_from_its_files(tiny: Any, register: A
     (shard,) = source_shards(SourceConfig(path="hub:org/folder"), 0, streaming=True)
     assert [sample.name for sample in shard.samples()] == list(pictures(tiny.train))[::10]
     with pytest.raises(
-        UserError, match="hub:org/name: none of its 3 files is of the split 'test'; set split or subset"
+        UserError, match="hub:org/name: none of its 3 files belongs to the split 'test'; set split or subset"
     ):
         source_shards(SourceConfig(path="hub:org/name", split="test"), 0, streaming=True)

@@ -195,9 +195,9 @@ def test_refused_sources(tmp_path: Path, tiny: Any) -> None:
     pq.write_table(pa.table({"image": [png()] * 2, "label": ["cat", "dog"]}), tmp_path / "words.parquet")
     words = source(tmp_path / "words.parquet")  # enough where nobody reads labels
     assert (len(words), words.labels) == (2, None)
-    with pytest.raises(UserError, match=r"words\.parquet: column 'label' holds string, class numbers are needed"):
+    with pytest.raises(UserError, match=r"words\.parquet: column 'label' holds string where class numbers are needed"):
         labeled_classes([words])
-    with pytest.raises(UserError, match=r"words\.parquet: column 'label' holds string, class numbers are needed"):
+    with pytest.raises(UserError, match=r"words\.parquet: column 'label' holds string where class numbers are needed"):
         source(tiny.parquet, labels=str(tmp_path / "words.parquet"), id_column="image")
     assert source(tmp_path / "words.parquet", labels="none").labels is None
 

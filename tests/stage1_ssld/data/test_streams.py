@@ -194,7 +194,7 @@ def test_weights_are_the_shares_of_every_batch_and_every_piece_of_it(pools: Pool
 def test_a_weight_too_small_for_the_batch(pools: Pools) -> None:
     data = data_of({"path": pools["folder"], "weight": 1}, {"path": pools["tars"], "weight": 0.01})
     with pytest.raises(
-        UserError, match=r"data\.train\.1\.weight: too small for a batch of 6: not one image a step; raise"
+        UserError, match=r"data\.train\.1\.weight: too small for a batch of 6: less than one image per step; raise"
     ):
         plan_streams(data, 6, 0)
 
@@ -300,7 +300,7 @@ def test_a_place_that_goes_away(pools: Pools, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(TarShard, "samples", away)
     with pytest.raises(
-        UserError, match=r"data\.train: a stream broke off \(connection reset\); run again to go on from"
+        UserError, match=r"data\.train: a stream ended early \(connection reset\); run again to continue from"
     ):
         batches(data_of(pools["tars"]))
 

@@ -65,7 +65,7 @@ def test_going_on_is_the_tail() -> None:
 
 
 def test_batch_that_cannot_be_cut() -> None:
-    with pytest.raises(UserError, match="batch_size 12 is not a multiple of 5 processes x accumulate 1"):
+    with pytest.raises(UserError, match="batch_size: 12 is not a multiple of 5 processes x accumulate 1"):
         sampler(ranks=5)
 
 
@@ -127,7 +127,7 @@ def test_weighted_batches_do_not_depend_on_ranks_or_on_where_they_begin(ranks: i
 
 
 def test_a_weight_too_small_for_one_image() -> None:
-    with pytest.raises(UserError, match=r"data\.train\.1\.weight: too small: not one image a pass of 30"):
+    with pytest.raises(UserError, match=r"data\.train\.1\.weight: too small: less than one image per pass of 30"):
         StepSampler(
             [10, 20], batch_size=2, steps=1, start_step=0, seed=0, rank=0, ranks=1, accumulate=1, weights=[1, 1e-3]
         )
@@ -283,5 +283,5 @@ def test_an_unknown_augmentation_is_told_before_training(tiny: Any) -> None:
 def test_a_batch_that_no_number_of_ranks_can_share(tiny: Any) -> None:
     for streaming in (False, True):
         data = training(tiny, [tiny.train], data={"streaming": streaming})
-        with pytest.raises(UserError, match="batch_size 6 is not a multiple of 4 processes x accumulate 1"):
+        with pytest.raises(UserError, match="batch_size: 6 is not a multiple of 4 processes x accumulate 1"):
             next(data.batches(0, 4, rank=0, ranks=4, pin_memory=False))

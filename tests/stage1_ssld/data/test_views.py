@@ -161,7 +161,7 @@ def test_a_part_of_the_views_is_augmented() -> None:
 
 @pytest.mark.parametrize("policy", ["rand-x9", "rand-m", "random", "nothing", "augmix-q3", "original-foo", ""])
 def test_policies_that_timm_does_not_know(policy: str) -> None:
-    with pytest.raises(UserError, match=r"^data\.augment: .*: not one of timm's policies \(.*\); take rand-m9"):
+    with pytest.raises(UserError, match=r"^data\.augment: .*: not one of timm's policies \(.*\); use rand-m9"):
         augmentation(policy, 16)
 
 

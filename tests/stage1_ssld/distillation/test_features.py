@@ -182,7 +182,7 @@ def test_statistics_are_those_of_all_images(network: Network) -> None:
     teacher.features = one_channel_stands_still  # type: ignore[method-assign]
     views = [View(view, 0, str(number), []) for number, view in enumerate(x)]
     line = heads.measure(teacher, [collate(views[:4]), collate([]), collate(views[4:])])
-    assert line.endswith("standardised by 7 views; kept in the checkpoints")
+    assert line.endswith("standardised with 7 views; the statistics are kept in the checkpoints")
     taught = teacher.features(x, maps=True)
     assert taught.map_BCHW is not None
     by_name = {"pooled": taught.pooled_BD, "spatial": taught.map_BCHW.permute(0, 2, 3, 1).flatten(0, 2)}

@@ -94,6 +94,10 @@ def standardized(form: Form) -> Form:
     return lambda s, t: form(apply(s), apply(t))
 
 
+def entropy_form(z: np.ndarray, _: np.ndarray) -> float:
+    return float(-(softmax(z) * log_softmax(z)).sum())
+
+
 CASES: dict[str, tuple[Loss, Form]] = {
     "kl at 4": (lambda s, t: losses.kl(s, t, temperature=4.0), kl_form(4.0)),
     "soft_cross_entropy": (losses.soft_cross_entropy, cross_entropy_form),
@@ -104,8 +108,9 @@ CASES: dict[str, tuple[Loss, Form]] = {
     "decoupled_kd at 4": (lambda s, t: losses.decoupled_kd(s, t, 1.0, 8.0, 4.0), decoupled_form(1.0, 8.0, 4.0)),
     "decoupled_kd, alpha": (lambda s, t: losses.decoupled_kd(s, t, alpha=3.0, beta=0.0), decoupled_form(3.0, 0.0, 1.0)),
     "bernoulli_kl": (losses.bernoulli_kl, bernoulli_form),
-    "cosine_distance": (losses.cosine_distance, cosine_form),
-    "smooth_l1": (lambda s, t: losses.smooth_l1(cells(s), cells(t)), smooth_l1_form),
+    "pooled": (losses.pooled, cosine_form),
+    "entropy": (lambda s, t: losses.entropy(s), entropy_form),
+    "spatial": (lambda s, t: losses.spatial(cells(s), cells(t)), smooth_l1_form),
     "standardized kl": (
         lambda s, t: losses.kl(losses.standardize_logits(s), losses.standardize_logits(t), 2.0),
         standardized(kl_form(2.0)),
@@ -113,7 +118,7 @@ CASES: dict[str, tuple[Loss, Form]] = {
 }
 PLAIN: list[Loss] = [losses.symmetric_kl, losses.kl, losses.jensen_shannon, losses.dist, losses.decoupled_kd]
 PLAIN.append(losses.bernoulli_kl)
-FEATURES: list[Loss] = [losses.cosine_distance, lambda s, t: losses.smooth_l1(cells(s), cells(t))]
+FEATURES: list[Loss] = [losses.pooled, lambda s, t: losses.spatial(cells(s), cells(t))]
 
 
 def logits(scale: float = 2.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

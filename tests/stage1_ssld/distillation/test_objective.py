@@ -1,5 +1,6 @@
 """The objective: terms by name and weight, human labels where they count, and the warning about a first loss that cannot be."""
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ssld.stage1_ssld.data.batch import NO_LABEL
 from ssld.stage1_ssld.data.mixing import Mixed, mix_batch
 from ssld.stage1_ssld.data.soft_labels import SoftLabels
-from ssld.stage1_ssld.data_config import DataConfig, LossConfig
+from ssld.stage1_ssld.data_config import LOSSES, DataConfig, LossConfig
 from ssld.stage1_ssld.distillation import losses
 from ssld.stage1_ssld.distillation.objective import Objective, cross_entropy, evaluate_term, implausible_start
 
 ALL = ("symmetric_kl", "kl", "soft_cross_entropy", "jensen_shannon", "dist", "decoupled_kd", "bernoulli_kl")
+
+
+def test_every_row_of_the_table_has_its_function() -> None:
+    """Names, settings and what is compared, read off the functions of losses.py."""
+    assert {name for name, loss in LOSSES.items() if loss.compares == "logits"} == set(ALL)
+    for name, loss in LOSSES.items():
+        parameters = inspect.signature(getattr(losses, name)).parameters
+        assert set(loss.settings) <= set(parameters)
+        first = next(iter(parameters))
+        assert first == {"logits": "student_logits_BK", "pooled": "student_BD", "spatial": "student_BND"}[loss.compares]
 
 
 def logits(images: int = 5, classes: int = 4) -> tuple[Tensor, Tensor]:
@@ -54,8 +65,8 @@ def test_settings_of_a_term() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "dist", "beta": 2.0}, "dist has no beta; leave it at 1, or take decoupled_kd"),
-        ({"name": "dist", "temperature": 2.0}, "dist has no temperature; leave it at 1, or take kl"),
+        ({"name": "dist", "beta": 2.0}, "dist has no beta; leave it at 1, or use decoupled_kd"),
+        ({"name": "dist", "temperature": 2.0}, "dist has no temperature; leave it at 1, or use kl or decoupled_kd"),
     ],
 )
 def test_settings_that_a_term_does_not_have(settings: dict[str, Any], message: str) -> None:
@@ -156,8 +167,8 @@ def test_an_untrained_student_is_plausible(name: str) -> None:
     objective = Objective([LossConfig.model_validate(name)], 0.5)
     labels, nothing = torch.arange(32), torch.zeros(32, 100)
     loss = objective(student, SoftLabels(teacher), labels)["loss"]
-    ignorant = objective(nothing, SoftLabels(teacher), labels)["loss"]
-    assert implausible_start(loss, ignorant, 32) is None
+    uniform = objective(nothing, SoftLabels(teacher), labels)["loss"]
+    assert implausible_start(loss, uniform, 32) is None
 
 
 def test_a_sure_student_in_another_order_is_not() -> None:
@@ -166,16 +177,16 @@ def test_a_sure_student_in_another_order_is_not() -> None:
     student, nothing = teacher.flip(-1), torch.zeros(32, 100)
     objective, labels = Objective([LossConfig(name="symmetric_kl")], 0.0), torch.zeros(32).long()
     loss = objective(student, SoftLabels(teacher), labels)["loss"]
-    ignorant = objective(nothing, SoftLabels(teacher), labels)["loss"]
-    warning = implausible_start(loss, ignorant, 32)
+    uniform = objective(nothing, SoftLabels(teacher), labels)["loss"]
+    warning = implausible_start(loss, uniform, 32)
     assert warning is not None
     assert "\n" not in warning
     assert warning.startswith(
-        f"warning: the first loss is {loss.item() / 32:.3g} an image, where a student that knows nothing has "
-        f"{ignorant.item() / 32:.3g}: before any training the student is sure of something that the teacher denies. Check that"
+        f"warning: the first loss is {loss.item() / 32:.3g} per image, a student with uniform predictions has "
+        f"{uniform.item() / 32:.3g}: before any training the student is confident in classes that the teacher rules out. Check that"
     )
     for what in (
-        "starts from the weights you mean",
+        "starts from the intended weights",
         "classes are in the teacher's order",
         "the teacher (or the store)",
     ):
@@ -183,7 +194,7 @@ def test_a_sure_student_in_another_order_is_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "ignorant", "fine"),
+    ("loss", "uniform", "fine"),
     [
         (9.0, 10.0, True),
         (14.9, 10.0, True),
@@ -196,6 +207,6 @@ def test_a_sure_student_in_another_order_is_not() -> None:
         (float("inf"), 1.0, False),
     ],
 )
-def test_limits_of_the_plausible(loss: float, ignorant: float, fine: bool) -> None:
-    warning = implausible_start(torch.tensor(loss * 8), torch.tensor(ignorant * 8), 8)
+def test_limits_of_the_plausible(loss: float, uniform: float, fine: bool) -> None:
+    warning = implausible_start(torch.tensor(loss * 8), torch.tensor(uniform * 8), 8)
     assert (warning is None) == fine

@@ -128,7 +128,7 @@ def test_few_images_prove_nothing(tmp_path: Path) -> None:
     assert check(teacher, pixels[:99], labels[:99]).startswith("teacher: 0.0 % right on 99 images")
     refused(teacher, pixels, labels)
     none = torch.full((100,), NO_LABEL)
-    assert check(teacher, pixels, none) == "teacher: not tried, images/val has no labeled images"
+    assert check(teacher, pixels, none) == "teacher: not checked, images/val has no labeled images"
 
 
 def pairs_of(counts: list[int], right: list[int]) -> list[tuple[int, int]]:
@@ -186,7 +186,7 @@ def test_every_network_of_an_ensemble_is_tried(tmp_path: Path) -> None:
 def test_random_weights_are_not_tried() -> None:
     teacher = FrozenTeacher("random:test_resnet")
     line = check_teacher(teacher, iter(()), device=CPU, where="images/val")
-    assert line == "teacher: random weights, not tried"
+    assert line == "teacher: random weights, not checked"
 
 
 def test_it_is_tried_with_running_statistics(tmp_path: Path) -> None:

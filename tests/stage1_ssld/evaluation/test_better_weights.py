@@ -135,7 +135,7 @@ def test_a_stage_that_spoils_its_student_leaves_the_start(
         assert results[1]["metrics"][f"neighbours_{which}"] == results[0]["metrics"][f"neighbours_{which}"]
     assert read_metadata(tmp_path / "better" / "student.safetensors")["kept"] == "start"
     log = (tmp_path / "better" / "log.txt").read_text()
-    assert "start 100.0 %; the file holds the weights it began with (keep_weights: better)" in log
+    assert "start 100.0 %; the file holds the initial weights (keep_weights: better)" in log
     log = (tmp_path / "last" / "log.txt").read_text()
     assert "start 100.0 %; the file holds the weights of the last step (keep_weights: last)" in log
 
@@ -181,7 +181,7 @@ def test_what_is_missing_for_a_comparison_is_said(
     )
     data = {name: value for name, value in settings["data"].items() if name != "val"}
     assert call(distill, arguments(settings | {"data": data}, "none")) == 0
-    line = "data.val: not given, so nothing tells whether the student gets better than the weights it begins with"
+    line = "data.val: not given, so the trained weights are not compared with the initial ones"
     assert line in (tmp_path / "none" / "log.txt").read_text()
     assert call(distill, arguments(settings | {"data": data, "student": {"model": "random:test_resnet"}}, "new")) == 0
     assert "data.val:" not in (tmp_path / "new" / "log.txt").read_text()

@@ -17,6 +17,9 @@ LINES = [
         "symmetric_kl": 2.0,
         "dist": 1.0,
         "agreement": 0.2,
+        "grad_norm": 0.7,
+        "teacher_entropy": 0.5,
+        "student_entropy": 1.25,
         "seconds": 1.0,
         "data_wait": 0.1,
     },
@@ -28,6 +31,9 @@ LINES = [
         "symmetric_kl": 1.5,
         "dist": 0.5,
         "agreement": 0.5,
+        "grad_norm": 0.25,
+        "teacher_entropy": 0.5,
+        "student_entropy": 0.75,
         "seconds": 1.0,
         "data_wait": 0.1,
     },
@@ -71,6 +77,8 @@ def test_every_curve_is_drawn_once(drawn: Any, tmp_path: Path) -> None:
             "validation teacher top-1": [(2, 0.9)],
         },
         "KL to the teacher, nats": {"validation kl": [(2, 1.5)]},
+        "entropy per image, nats": {"teacher entropy": [(2, 0.5), (4, 0.5)], "student entropy": [(2, 1.25), (4, 0.75)]},
+        "gradient norm": {"grad norm": [(2, 0.7), (4, 0.25)]},
         "learning rate": {"lr": [(2, 0.1), (4, 0.05)]},
     }
     with Image.open(tmp_path / "curves.png") as picture:

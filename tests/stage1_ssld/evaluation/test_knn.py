@@ -182,9 +182,11 @@ def test_mistakes_with_a_bank(tiny: Any, teacher_file: Path, user_error: Any, tm
         assert not (tmp_path / "run").exists()
         return message
 
-    assert f"{tiny.unlabeled}: no labels; nearest neighbours are judged by them" in line(tiny.unlabeled, tiny.train)
+    assert f"{tiny.unlabeled}: no labels, which nearest-neighbour accuracy needs" in line(tiny.unlabeled, tiny.train)
     assert f"bank: {tiny.unlabeled}: no labels; its images vote" in line(tiny.val, tiny.unlabeled)
-    assert f"neighbours: 31 are to vote, but {tiny.train} has 30" in line(tiny.val, tiny.train, "--neighbours", "31")
+    assert f"neighbours: 31 is more than the 30 labeled images of {tiny.train}" in line(
+        tiny.val, tiny.train, "--neighbours", "31"
+    )
     (tmp_path / "bank" / "disc").mkdir(parents=True)
     (tmp_path / "bank" / "disc" / "a.png").write_bytes((tiny.val / "disc" / "disc_000.png").read_bytes())
     assert "class 'ring' is not among the 1 classes of" in line(tiny.val, tmp_path / "bank", "--neighbours", "1")
