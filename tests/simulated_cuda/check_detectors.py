@@ -54,7 +54,7 @@ def test_waits_of_a_prediction(kind: str, gpu: SimulatedCuda) -> None:
             predict()
         found = counted.waits.total(), counted.uploads.total()
         assert found == table.PREDICTION[kind].of(images), f"{kind}, {images} images: {counted}"
-        assert counted.pageable.total() == 0, counted
+        assert counted.pageable.total() == 0, str(counted)
 
 
 @pytest.mark.parametrize("kind", table.PREDICTION)

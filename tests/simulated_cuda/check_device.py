@@ -63,7 +63,7 @@ def test_waits_of_the_host(name: str, x: Tensor, gpu: SimulatedCuda) -> None:
     expected, work = WAITS[name]
     with gpu.count() as counted:
         work(x)
-    assert counted.waits.total() == expected, counted
+    assert counted.waits.total() == expected, str(counted)
 
 
 def test_uploads(x: Tensor, gpu: SimulatedCuda) -> None:
@@ -79,7 +79,7 @@ def test_uploads(x: Tensor, gpu: SimulatedCuda) -> None:
     }.items():
         with gpu.count() as counted:
             work()
-        assert (counted.uploads.total(), counted.pageable.total()) == expected, counted
+        assert (counted.uploads.total(), counted.pageable.total()) == expected, str(counted)
 
 
 def test_autocast_is_cudas(x: Tensor) -> None:
@@ -109,7 +109,7 @@ def test_training_changes_weights_as_on_the_cpu(gpu: SimulatedCuda) -> None:
                 layer(pixels).square().mean().backward()
                 optimizer.step()
                 optimizer.zero_grad()
-        assert counted.waits.total() == 0, counted
+        assert counted.waits.total() == 0, str(counted)
         assert {p.device.type for p in layer.state_dict().values()} == {device}
         weights.append(layer[0].weight.detach().cpu())
     torch.testing.assert_close(*weights, rtol=0, atol=0)

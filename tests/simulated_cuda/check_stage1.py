@@ -12,8 +12,8 @@ import torch
 from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.models.model_file import read_tensors
 from ssld.stage1_ssld import curate, distill, evaluate, export, prototypes, teach, write_soft_labels
-from tests.simulated_cuda.device import Counted, SimulatedCuda
-from tests.simulated_cuda.table import LOOPS
+from tests.simulated_cuda.device import SimulatedCuda
+from tests.simulated_cuda.table import BATCHES, LOOPS
 
 Settings = dict[str, Any]
 Run = Callable[..., Path]
@@ -108,26 +108,72 @@ def test_waits_of_the_loop(
         with gpu.count() as counted:
             run(entry, settings | {"steps": steps}, f"{kind}_{steps}")
         counts.append(counted)
-    more = Counted(
-        *(late - early for early, late in zip(vars(counts[0]).values(), vars(counts[1]).values(), strict=True))
-    )
+    more = counts[1] - counts[0]
     expected = LOOPS[f"distill.py, {kind}" if entry is distill else "teach.py"].of(settings["batch_size"])
-    assert (more.waits.total(), more.uploads.total()) == expected, more
-    assert more.pageable.total() == 0, more
+    assert (more.waits.total(), more.uploads.total()) == expected, str(more)
+    assert more.pageable.total() == 0, str(more)
+
+
+@pytest.mark.parametrize(
+    "entry", [write_soft_labels, evaluate, curate, prototypes], ids=lambda entry: Path(entry.__file__).name
+)
+def test_waits_of_a_batch(
+    entry: Any, run: Run, tiny: Any, teacher_file: Path, encoder_file: Path, gpu: SimulatedCuda
+) -> None:
+    """Of one more batch, as the difference between 30 images in batches of 15 and of 10."""
+    name, teacher = Path(entry.__file__).name, str(teacher_file)
+    settings: Settings = {"threads": 1, "workers": 0}
+    settings |= {
+        "write_soft_labels.py": {
+            "data": {"train": [str(tiny.train)], "image_size": 32},
+            "teacher": teacher,
+            "views": 1,
+            "top": 2,
+        },
+        "evaluate.py": {"model": teacher, "teacher": teacher, "data": str(tiny.train), "image_size": 32},
+        "curate.py": {"pool": [str(tiny.train)], "teacher": teacher, "keep": 3, "image_size": 32},
+        "prototypes.py": {
+            "pool": [str(tiny.train)],
+            "encoder": {"model": str(encoder_file), "arch": "test_vit"},
+            "image_size": 64,
+            "prototypes": 3,
+            "perplexity": 2.0,
+        },
+    }[name]
+    counts = []
+    for size in (15, 10):
+        with gpu.count() as counted:
+            run(entry, settings | {"batch_size": size}, f"of_{size}")
+        counts.append(counted)
+    more = counts[1] - counts[0]
+    assert (more.waits.total(), more.uploads.total(), more.pageable.total()) == BATCHES[name], str(more)
+
+
+@pytest.fixture
+def encoder_file(tmp_path: Path) -> Path:
+    """A ViT without classes, as a state dict."""
+    torch.manual_seed(11)
+    torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "encoder.pth")
+    return tmp_path / "encoder.pth"
 
 
 def test_curation_prototypes_evaluation_and_export(
-    run: Run, call: Any, settings: Settings, tiny: Any, teacher_file: Path, tmp_path: Path, gpu: SimulatedCuda
+    run: Run,
+    call: Any,
+    settings: Settings,
+    tiny: Any,
+    teacher_file: Path,
+    encoder_file: Path,
+    tmp_path: Path,
+    gpu: SimulatedCuda,
 ) -> None:
     common: Settings = {"threads": 1, "workers": 0, "batch_size": 16}
     pool: Settings = common | {"pool": [str(tiny.unlabeled)], "image_size": 32, "examples": 2, "precision": "bf16"}
     curated = run(curate, pool | {"teacher": str(teacher_file), "keep": 3, "train": [str(tiny.train)]}, "curated")
     assert (curated / "selected.parquet").is_file()
-    encoder = tmp_path / "encoder.pth"
-    torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), encoder)
     with_size = pool | {
         "image_size": 64,
-        "encoder": {"model": str(encoder), "arch": "test_vit"},
+        "encoder": {"model": str(encoder_file), "arch": "test_vit"},
         "prototypes": 3,
         "perplexity": 2.0,
     }

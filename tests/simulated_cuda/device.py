@@ -51,6 +51,10 @@ class Counted:
     uploads: Counter[str] = field(default_factory=Counter)
     pageable: Counter[str] = field(default_factory=Counter)
 
+    def __sub__(self, other: "Counted") -> "Counted":
+        """Counts beyond those of `other`."""
+        return Counted(self.waits - other.waits, self.uploads - other.uploads, self.pageable - other.pageable)
+
     def __str__(self) -> str:
         kinds = {"waits": self.waits, "blocking uploads": self.uploads, "pageable uploads": self.pageable}
         lines = [f"{n:6d} {where}" for counter in kinds.values() for where, n in counter.most_common()]

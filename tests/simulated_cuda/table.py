@@ -50,3 +50,9 @@ LOOPS = {  # a step of the training loops: everything between two logged steps, 
     "distill.py, features": Waits(0, 0),
     "teach.py": Waits(0, 0),
 }
+BATCHES = {  # a batch of the commands of stage 1: (waits, blocking uploads, non_blocking uploads from pageable memory)
+    "write_soft_labels.py": (5, 0, 0),  # needs 1: the records
+    "evaluate.py": (0, 1, 0),  # needs no upload
+    "curate.py": (3, 0, 1),  # needs 1, from pinned memory
+    "prototypes.py": (2, 0, 1),  # needs 1, from pinned memory
+}
