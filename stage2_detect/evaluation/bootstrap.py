@@ -77,7 +77,7 @@ def match_detections(ground_truth: CocoData, detections: Mapping[Id, Detections]
         labels_ID = detections_ID6[..., 4].astype(np.int64)
         kept_ID = (labels_ID >= 0) & (_ranks(labels_ID) < MOST)
         rows_ID = np.broadcast_to(start + np.arange(len(chunk))[:, None], kept_ID.shape)
-        values = (detections_ID6[..., 5], rows_ID, labels_ID, states_IDT.astype(np.int8))
+        values: tuple[np.ndarray, ...] = (detections_ID6[..., 5], rows_ID, labels_ID, states_IDT.astype(np.int8))
         for column, value in zip(columns, values, strict=True):
             column.append(value[kept_ID])
     scores_D, images_D, labels_D, states_DT = (np.concatenate(column) for column in columns)

@@ -30,7 +30,7 @@ CLASSES = {7: "cat", 2: "dog", 5: "owl"}
 def random_content(images: int, seed: int) -> dict[str, Any]:
     """A COCO file with 0 to 5 objects per image, a tenth of them crowd regions."""
     rng = np.random.default_rng(seed)
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for image in range(1, images + 1):
         for _ in range(rng.integers(0, 6)):
             box = [*rng.uniform(0, 150, 2).round(1).tolist(), *rng.uniform(10, 60, 2).round(1).tolist()]
