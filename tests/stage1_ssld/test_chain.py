@@ -1,4 +1,4 @@
-"""What a file says about where it came from, along the chain of teacher, student and further training; and lengths of a run that change."""
+"""Provenance in file metadata, along the chain of teacher, student and further training; and run lengths that change."""
 
 import json
 from collections.abc import Callable

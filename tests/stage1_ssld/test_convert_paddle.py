@@ -1,4 +1,4 @@
-"""PaddleClas' ResNet_vd as backbone files: names and shapes of every depth, and the answers of a whole ResNet50_vd.
+"""PaddleClas' ResNet_vd as backbone files: names and shapes of every depth, and the logits of a whole ResNet50_vd.
 
 The weights are made by rule under PaddleClas' names; what they compute is written out here from the published network (spec: three stem convolutions,
 stride on the 3x3 convolution, average pooling before the shortcut's convolution from the second stage on), in float64 and without any timm.
@@ -51,12 +51,12 @@ def shapes(
     depths: tuple[int, ...], *, bottleneck: bool = True, classes: int = 1000, old: bool = False
 ) -> dict[str, tuple[int, ...]]:
     convolution, norm = ("_conv", "_batch_norm") if old else ("conv", "bn")
-    found: dict[str, tuple[int, ...]] = {}
+    result: dict[str, tuple[int, ...]] = {}
     for layer, inside, out, kernel in units(depths, bottleneck, old):
-        found[f"{layer}.{convolution}.weight"] = (out, inside, kernel, kernel)
-        found |= {f"{layer}.{norm}.{leaf}": (out,) for leaf in LEAVES}
+        result[f"{layer}.{convolution}.weight"] = (out, inside, kernel, kernel)
+        result |= {f"{layer}.{norm}.{leaf}": (out,) for leaf in LEAVES}
     head = "out" if old else "fc"
-    return found | {f"{head}.weight": (2048 if bottleneck else 512, classes), f"{head}.bias": (classes,)}
+    return result | {f"{head}.weight": (2048 if bottleneck else 512, classes), f"{head}.bias": (classes,)}
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -66,12 +66,12 @@ def shapes(
 def test_names_and_shapes_of_every_depth(arch: str, depths: tuple[int, ...], old: bool) -> None:
     import timm
 
-    theirs = shapes(depths, old=old)
-    assert recognise(theirs, None, "file") == arch
+    other = shapes(depths, old=old)
+    assert recognise(other, None, "file") == arch
     leaf_of = dict(zip(LEAVES, ("weight", "bias", "running_mean", "running_var"), strict=True))
     layers = layer_names(arch, old=old)
     mapped = {}
-    for name, shape in theirs.items():
+    for name, shape in other.items():
         layer, _, leaf = name.rpartition(".")
         mapped[f"{layers.pop(layer) if leaf == LEAVES[-1] else layers[layer]}.{leaf_of[leaf]}"] = (
             shape[::-1] if len(shape) == 2 else shape
@@ -166,9 +166,9 @@ def test_a_converted_resnet50_answers_as_paddleclas_does(
 @pytest.mark.parametrize(
     ("depths", "bottleneck", "reason"),
     [
-        ((2, 2, 2, 2), False, "timm's resnet18d without changing what it computes: PaddleClas puts a convolution"),
-        ((3, 4, 6, 3), False, "timm's resnet34d without changing what it computes: PaddleClas puts a convolution"),
-        ((3, 12, 48, 3), True, "timm's resnet200d without changing what it computes: PaddleClas' has 3, 12, 48, 3"),
+        ((2, 2, 2, 2), False, "timm's resnet18d, which computes something else: PaddleClas puts a convolution"),
+        ((3, 4, 6, 3), False, "timm's resnet34d, which computes something else: PaddleClas puts a convolution"),
+        ((3, 12, 48, 3), True, "timm's resnet200d, which computes something else: PaddleClas' has 3, 12, 48, 3"),
     ],
 )
 def test_near_fits_are_refused_with_the_reason(depths: tuple[int, ...], bottleneck: bool, reason: str) -> None:
@@ -216,4 +216,4 @@ def test_the_variant_in_a_name(name: str, variant: str | None, tmp_path: Path, u
     assert variant_of(name) == variant
     if variant not in (None, "vd"):
         line = user_error(main, ["--weights", str(tmp_path / name), "--output", str(tmp_path / "run")])
-        assert f"{name}: is called a ResNet_{variant}, whose names and shapes can be those of a ResNet_vd" in line
+        assert f"{name}: is named a ResNet_{variant}, which can have the names and shapes of a ResNet_vd" in line

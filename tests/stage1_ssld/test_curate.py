@@ -31,7 +31,7 @@ RECORDS = {"config.yaml", "environment.json", "log.txt", "pool.json", "result.js
 
 
 def scene(number: int, size: tuple[int, int] = (60, 80)) -> Image.Image:
-    """A smooth random picture: no two numbers look alike."""
+    """A smooth random image, different for every number."""
     cells = torch.randint(0, 256, (3, 6, 8), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
     return Image.fromarray(F.resize(cells, list(size), antialias=True).permute(1, 2, 0).numpy())
 
@@ -106,8 +106,8 @@ def selected(run: Path) -> list[dict[str, Any]]:
 
 
 def metrics(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "result.json").read_text())["metrics"]
-    return found
+    result: dict[str, Any] = json.loads((run / "result.json").read_text())["metrics"]
+    return result
 
 
 def test_keeps_the_best_of_each_class_and_no_copy(
@@ -130,13 +130,13 @@ def test_keeps_the_best_of_each_class_and_no_copy(
     rows = selected(run)
     keys = [row["key"] for row in rows]
     assert keys == sorted(keys)
-    found = metrics(run)
-    assert found["like_val"] == 6
-    assert found["like_train"] == 3
-    assert found["like_better"] == 6
+    result = metrics(run)
+    assert result["like_val"] == 6
+    assert result["like_train"] == 3
+    assert result["like_better"] == 6
     assert not [key for key in keys if key.startswith(("v_", "t_"))]
     scores = pq.read_table(run / "scores" / "000000.parquet").to_pylist()
-    assert len(scores) == found["images"] == 55
+    assert len(scores) == result["images"] == 55
 
     from safetensors.torch import load_file
 
@@ -168,11 +168,11 @@ def test_keeps_the_best_of_each_class_and_no_copy(
     assert len({row["class"] for row in rows}) == 3
     table = list(csv.DictReader(io.StringIO((run / "classes.csv").read_text())))
     assert [row["name"] for row in table] == ["disc", "ring", "stripes"]
-    assert sum(int(row["kept"]) for row in table) == len(rows) == found["kept"]
+    assert sum(int(row["kept"]) for row in table) == len(rows) == result["kept"]
     for name in ("curation.png", "examples.png"):
-        with Image.open(run / name) as picture:
-            colours = np.asarray(picture.convert("RGB")).reshape(-1, 3)
-            assert picture.width > 300
+        with Image.open(run / name) as drawn:
+            colours = np.asarray(drawn.convert("RGB")).reshape(-1, 3)
+            assert drawn.width > 300
         assert len(np.unique(colours, axis=0)) > 20
     log = (run / "log.txt").read_text()
     assert "near-duplicates dropped: 6 of validation images, 3 of training images, 6 of better ones" in log

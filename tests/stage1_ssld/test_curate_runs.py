@@ -36,7 +36,7 @@ def settings(tiny: Any, teacher_file: Path) -> dict[str, Any]:
 
 
 def contents(run: Path) -> dict[str, Any]:
-    """What a run decided, without clocks."""
+    """Outcome of a run, without times."""
     result = json.loads((run / "result.json").read_text())
     files = {name: digest for name, digest in result["outputs"].items() if name != "examples.png"}
     return {"metrics": result["metrics"], "files": files, "rows": pq.read_table(run / "selected.parquet").to_pylist()}
@@ -124,10 +124,10 @@ def test_damaged_and_missing_files_are_made_again(
     flip(run / "selected" / min(copies))
     capsys.readouterr()
     assert call(curate, arguments(settings)) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name in ("scores/000001.parquet", "candidates.parquet", "look_alikes.parquet"):
-        assert f"{run}/{name}: does not match its checksum; it is made again" in told
-    assert f"{run}/selected/{min(copies)}: does not match its checksums; it is made again" in told
+        assert f"{run}/{name}: does not match its checksum; it is made again" in output
+    assert f"{run}/selected/{min(copies)}: does not match its checksums; it is made again" in output
     assert contents(run) == whole
     assert {path.name: path.read_bytes() for path in (run / "selected").iterdir()} == copies
 
@@ -161,12 +161,12 @@ def test_sigterm_leaves_whole_shards(
     """Exit code 143 in the middle of the second shard; the same command does the rest."""
     assert call(curate, arguments(settings, "whole")) == 0
     hashed = shard_pass.perceptual_hash
-    seen = 0
+    recorded = 0
 
     def signals(image: torch.Tensor) -> tuple[int, int]:
-        nonlocal seen
-        seen += 1
-        if seen == 20:
+        nonlocal recorded
+        recorded += 1
+        if recorded == 20:
             os.kill(os.getpid(), signal.SIGTERM)
         return hashed(image)
 
@@ -190,7 +190,7 @@ def test_sigterm_leaves_whole_shards(
         ({"pool": []}, "pool: needs at least 1"),
         ({"keep": 0}, "keep: has to be at least 1"),
         ({"cosine": 1.5}, "cosine: has to be at most 1"),
-        ({"streaming": True}, "materialise: streaming: single images of it cannot be read later; set materialise: true"),
+        ({"streaming": True}, "materialise: streaming: its images cannot be read one by one later; set materialise: true"),
         ({"pool": ["memory://nowhere/x"], "materialise": True}, "pool.0: memory://nowhere/x: no such file or folder"),
         ({"teacher": "gone.safetensors"}, "teacher.model: gone.safetensors: no such file"),
     ],
@@ -216,7 +216,7 @@ def test_a_source_given_twice_and_a_label_file(
 def test_keep_larger_than_a_pool_of_unknown_size(
     arguments: Any, settings: dict[str, Any], user_error: Any, tiny: Any, tmp_path: Path
 ) -> None:
-    """How many images are in streamed tar files shows only when they were read."""
+    """The number of images in streamed tar files is known only after reading them."""
     import tarfile
 
     with tarfile.open(tmp_path / "pool.tar", "w") as archive:
@@ -252,7 +252,7 @@ def test_a_pool_that_changed_since_the_run_began(
 def test_unreadable_images_are_listed_or_too_many(
     arguments: Any, settings: dict[str, Any], user_error: Any, call: Any, tiny: Any, tmp_path: Path
 ) -> None:
-    """One is left out and told; more than one in a hundred end the run; a second look that fails does too."""
+    """One is left out and reported; more than one in a hundred end the run; so does one that cannot be read a second time."""
     pool = tmp_path / "pool"
     shutil.copytree(tiny.train, pool)
     (pool / "disc" / "broken.png").write_bytes(b"no image")
@@ -284,7 +284,7 @@ def test_an_image_that_went_away_since_it_was_scored(
 
     monkeypatch.setattr(selection_files, "find_close_pairs", breaks)
     message = user_error(curate, arguments(settings | {"pool": [str(pool)], "hash_distance": 16}))
-    assert message.endswith("cannot be read any more; it could when this run began")
+    assert message.endswith("cannot be read any more, but could when this run began")
     assert message.startswith(str(pool))
 
 
@@ -304,7 +304,7 @@ def test_a_thousand_unreadable_images_end_a_pass_early(tmp_path: Path) -> None:
         def encoded(self, row: int) -> bytes | None:
             return None if row % 50 else b"no image"
 
-    told: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
     job = Job(0, RowShard(Broken(), "broken", 0, 10**6))
     with pytest.raises(Exception, match="1024 of 1024 images cannot be read; fix or remove them \\(first: row 0\\)"):
         over_shards(
@@ -314,9 +314,9 @@ def test_a_thousand_unreadable_images_end_a_pass_early(tmp_path: Path) -> None:
             lambda *_: None,
             batch_size=128,
             workers=0,
-            told=lambda *got: told.append(got),
+            report=lambda *numbers: reported.append(numbers),
         )
-    assert told == []
+    assert reported == []
 
 
 def test_a_teacher_that_answers_nan(
@@ -332,5 +332,5 @@ def test_a_teacher_that_answers_nan(
     metadata = read_metadata(teacher_file, kind="backbone")
     save_model_file(tmp_path / "nan.safetensors", tensors, metadata)
     message = user_error(curate, arguments(settings | {"teacher": str(tmp_path / "nan.safetensors")}))
-    assert message.startswith(f"teacher.model: {tmp_path / 'nan.safetensors'}: answers ")
-    assert message.endswith("images with NaN; try precision: fp32")
+    assert message.startswith(f"teacher.model: {tmp_path / 'nan.safetensors'}: gives NaN for ")
+    assert message.endswith("images; try precision: fp32")

@@ -1,4 +1,4 @@
-"""What the commands tell of the images that they leave out, and what makes a source another one."""
+"""Reports of the commands on images that they leave out, and changes that make a source a different one."""
 
 import json
 import os
@@ -176,9 +176,9 @@ def test_paths_that_yaml_takes_for_something_else(arguments: Arguments, settings
     assert SourceConfig.model_validate(2024).path == SourceConfig.model_validate({"path": 2024}).path == "2024"
     settings["data"]["train"] = [" "]
     assert "the path is empty; name a folder or a file" in user_error(distill, arguments(settings))
-    for value, shown in ((None, "null"), (True, "true"), (["old"], '["old"]'), (1e3, "1000.0")):
+    for value, expected in ((None, "null"), (True, "true"), (["old"], '["old"]'), (1e3, "1000.0")):
         settings["data"]["train"] = [{"path": value}]
-        assert f"the path is {shown} to YAML; put a name like that in quotes" in user_error(
+        assert f"the path is {expected} to YAML; put a name like that in quotes" in user_error(
             distill, arguments(settings)
         )
     settings["data"]["train"] = [""]

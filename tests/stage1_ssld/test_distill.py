@@ -189,15 +189,15 @@ def test_file_loads_with_plain_timm(
 
     assert call(distill, arguments(distill_settings)) == 0
     file = str(tmp_path / "run" / "student.safetensors")
-    ours, _ = create_classifier(parse_reference(file))
-    theirs: Any = timm.create_model(
+    actual, _ = create_classifier(parse_reference(file))
+    other: Any = timm.create_model(
         "test_convnext", pretrained=True, pretrained_cfg_overlay={"file": file, "num_classes": 3}, num_classes=3
     )
     pixels = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    mean, std = theirs.pretrained_cfg["mean"], theirs.pretrained_cfg["std"]
+    mean, std = other.pretrained_cfg["mean"], other.pretrained_cfg["std"]
     x = (pixels / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     with torch.no_grad():
-        torch.testing.assert_close(ours.eval()(pixels), theirs.eval()(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual.eval()(pixels), other.eval()(x), rtol=1e-4, atol=1e-5)
 
 
 # ---- the teacher is furniture
@@ -240,9 +240,9 @@ def test_student_and_teacher_see_the_same_pixels(
     """Both get the very same uint8 tensor, in every step."""
     from ssld.shared.models.backbones import Classifier
 
-    seen: list[torch.Tensor] = []
+    recorded: list[torch.Tensor] = []
     handle = torch.nn.modules.module.register_module_forward_pre_hook(
-        lambda module, inputs: seen.append(inputs[0]) if isinstance(module, Classifier) else None
+        lambda module, inputs: recorded.append(inputs[0]) if isinstance(module, Classifier) else None
     )
     try:
         data = without(distill_settings, "data", "val")["data"]
@@ -250,11 +250,11 @@ def test_student_and_teacher_see_the_same_pixels(
         assert call(distill, arguments(distill_settings | {"data": data, "teacher": teacher, "steps": 2})) == 0
     finally:
         handle.remove()
-    assert len(seen) == 5  # the student's last pass looks at the last update
-    assert seen[0].dtype == torch.uint8
-    assert torch.equal(seen[0], seen[1])
-    assert torch.equal(seen[2], seen[3])
-    assert not torch.equal(seen[0], seen[2])
+    assert len(recorded) == 5  # the student's last pass looks at the last update
+    assert recorded[0].dtype == torch.uint8
+    assert torch.equal(recorded[0], recorded[1])
+    assert torch.equal(recorded[2], recorded[3])
+    assert not torch.equal(recorded[0], recorded[2])
 
 
 def test_a_student_that_starts_as_its_teacher_has_a_loss_of_zero(
@@ -266,7 +266,7 @@ def test_a_student_that_starts_as_its_teacher_has_a_loss_of_zero(
     torch.manual_seed(5)
     net: Any = timm.create_model("test_convnext", num_classes=3)
     with torch.no_grad():
-        net.get_classifier().weight.mul_(100)  # answers far from uniform: another function would not agree
+        net.get_classifier().weight.mul_(100)  # far from uniform predictions: another function would not agree
     file = tmp_path / "teacher.safetensors"
     # Statistics of its own: a student or teacher normalised by the arch's default would differ.
     inputs = input_settings(net, {"mean": [0.3, 0.5, 0.6], "std": [0.1, 0.2, 0.3], "input_size": [32, 32]})

@@ -87,12 +87,14 @@ def test_terms_of_features_beside_soft_labels(
     assert last["heads"]["spatial_deviation_D"].std() > 0
     file = tmp_path / "run" / "student.safetensors"
     timm.create_model("test_convnext", num_classes=3).load_state_dict(load_file(file))
-    said = (tmp_path / "run" / "log.txt").read_text()
+    output = (tmp_path / "run" / "log.txt").read_text()
     assert (
-        "standardised with 32 views; the statistics are kept in the checkpoints" in said
+        "standardised with 32 views; the statistics are kept in the checkpoints" in output
     )  # no more than the run will see
-    assert "pooled in 96 dimensions, spatial in 96 dimensions (c3 at 2 x 2, c4 at 2 x 2, c5 at 2 x 2); heads of" in said
-    assert "warning: the first loss" not in said
+    assert (
+        "pooled in 96 dimensions, spatial in 96 dimensions (c3 at 2 x 2, c4 at 2 x 2, c5 at 2 x 2); heads of" in output
+    )
+    assert "warning: the first loss" not in output
     result = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
     assert {"top1", "agreement", "kl"} <= set(result)
 
@@ -148,13 +150,13 @@ def test_a_teacher_without_classes_teaches_its_features(
 ) -> None:
     """CNN from ViT: a student without classes, which plain timm loads, nearest neighbours judge, and a detector takes."""
     assert call(distill, arguments(alone(settings, vit_file))) == 0
-    file, said = tmp_path / "run" / "student.safetensors", (tmp_path / "run" / "log.txt").read_text()
-    assert "M trained parameters, no classes: only features are learned) at 64 px" in said
+    file, output = tmp_path / "run" / "student.safetensors", (tmp_path / "run" / "log.txt").read_text()
+    assert "M trained parameters, no classes: only features are learned) at 64 px" in output
     assert (
         "feature losses alone train no classifier, so no top-1 and no agreement are measured; use `ssld evaluate --bank`"
-        in said
+        in output
     )
-    assert "teacher: not checked, it has no classes" in said
+    assert "teacher: not checked, it has no classes" in output
     timm.create_model("test_convnext", num_classes=0).load_state_dict(load_file(file))
     metadata = read_metadata(file)
     assert metadata["num_classes"] == 0
@@ -225,13 +227,13 @@ def test_what_no_term_reaches_stays_as_it_is(
         ({"losses": [{"name": "spatial", "temperature": 2}]}, "spatial has no temperature; leave it at 1"),
         ({"losses": [{"name": "pooled", "beta": 2}]}, "pooled has no beta; leave it at 1"),
         ({"losses": [{"name": "pooled", "standardize": True}]}, "pooled compares no logits; leave standardize at false"),
-        ({"losses": ["kl", "spatial"], "trainable": "classifier"}, "spatial teaches nothing where all features stay frozen"),
-        ({"losses": ["pooled"], "best_by": "agreement"}, "best_by: pooled alone train no classes"),
-        ({"losses": ["pooled"], "patience": 2, "evaluate_every": 1}, "patience: pooled alone train no classes"),
-        ({"store": "somewhere"}, "store: holds soft labels, no features; take pooled out of losses, or leave out store"),
+        ({"losses": ["kl", "spatial"], "trainable": "classifier"}, "spatial has no effect on frozen features"),
+        ({"losses": ["pooled"], "best_by": "agreement"}, "best_by: pooled train no classifier"),
+        ({"losses": ["pooled"], "patience": 2, "evaluate_every": 1}, "patience: pooled train no classifier"),
+        ({"store": "somewhere"}, "store: holds soft labels, no features; remove pooled from losses, or leave out store"),
         (
             {"losses": ["pooled"], "teacher": {"model": "random:test_resnet", "ensemble": ["random:test_resnet"]}},
-            "teacher.ensemble: features are those of the first network; leave it out, or add a term of soft labels",
+            "teacher.ensemble: feature terms use the first network only; leave it out, or add a term that compares logits",
         ),
         (
             {"losses": ["spatial"], "student": {"model": "VIT"}, "levels": ["c3"]},
@@ -240,7 +242,7 @@ def test_what_no_term_reaches_stays_as_it_is(
         ({"teacher": {"model": "VIT"}}, "VIT: has 0 classes, a teacher needs several; run `ssld prototypes` first"),
         (
             {"losses": ["pooled"], "teacher": {"model": "VIT"}, "hard_label_weight": 1},
-            "hard_label_weight: labels are of no classes of VIT, which has none; leave it at 0",
+            "hard_label_weight: VIT has no classes that labels could belong to; leave it at 0",
         ),
         ({"teacher": {"global_pool": "max"}}, "were trained on its own pooling; leave it out, or learn from its features"),
         (

@@ -1,4 +1,4 @@
-"""What the settings of a distillation change: losses by name, labels beside them, stores, mixing, frozen bodies, weights, streams, an early end."""
+"""Effects of distillation settings: losses by name, labels beside them, stores, mixing, frozen bodies, weights, streams, early stopping."""
 
 import json
 from collections.abc import Callable
@@ -72,9 +72,9 @@ def test_mixing_reaches_student_and_teacher_alike(
 ) -> None:
     from ssld.shared.models.backbones import Classifier
 
-    seen: list[torch.Tensor] = []
+    recorded: list[torch.Tensor] = []
     handle = torch.nn.modules.module.register_module_forward_pre_hook(
-        lambda module, inputs: seen.append(inputs[0]) if isinstance(module, Classifier) else None
+        lambda module, inputs: recorded.append(inputs[0]) if isinstance(module, Classifier) else None
     )
     teacher = {"model": str(teacher_file), "check_images": 0}
     settings = with_data(distill_settings, mixup=1.0, val=None) | {"steps": 2, "teacher": teacher}
@@ -82,8 +82,8 @@ def test_mixing_reaches_student_and_teacher_alike(
         assert call(distill, arguments(settings)) == 0
     finally:
         handle.remove()
-    assert len(seen) == 5  # the student's last pass looks at the last update
-    for student, taught in (seen[:2], seen[2:4]):
+    assert len(recorded) == 5  # the student's last pass looks at the last update
+    for student, taught in (recorded[:2], recorded[2:4]):
         assert torch.equal(student, taught)
         assert (student % 1 != 0).any()  # between the grey values of two images
 
@@ -114,7 +114,7 @@ def test_a_store_of_all_classes_is_the_live_teacher(
     assert live["class_names"] == kept["class_names"]
     result = json.loads((tmp_path / "stored" / "result.json").read_text())
     assert "top1" in result["metrics"]
-    assert "agreement" not in result["metrics"]  # nobody is asked: there is no live teacher
+    assert "agreement" not in result["metrics"]  # there is no live teacher
 
 
 def test_a_teacher_beside_a_store_measures_agreement(
@@ -129,8 +129,8 @@ def test_a_teacher_beside_a_store_measures_agreement(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": {"mixup": 0.5}}, "its soft labels are of unmixed views; set data.mixup and data.cutmix to 0"),
-        ({"data": {"streaming": True}}, "needs the row of every image; set data.streaming: false"),
+        ({"data": {"mixup": 0.5}}, "its soft labels belong to unmixed views; set data.mixup and data.cutmix to 0"),
+        ({"data": {"streaming": True}}, "streams have no rows to look up; set data.streaming: false"),
         ({"teacher": {"batchnorm": "batch"}}, "was written with running statistics; set teacher.batchnorm: eval"),
         ({"losses": ["dist"]}, "dist needs every logit; use one of symmetric_kl"),
         ({"losses": [{"name": "kl", "temperature": 2}]}, "kl at a temperature needs every logit"),
@@ -268,7 +268,7 @@ def test_no_step_waits_for_the_device(
     source: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What reads a tensor on the host happens as often in 4 steps as in 12, when nothing is logged, saved or evaluated between."""
+    """Reads of tensors on the host are as many in 4 steps as in 12 if nothing is logged, saved or evaluated between."""
     counts = []
     for steps in (4, 12):
         reads = 0

@@ -67,8 +67,8 @@ def test_what_the_onnx_file_says_about_itself(exported: Path, teacher_file: Path
     assert json.loads(facts["input_size"]) == [32, 32]
     assert facts["content_sha256"] == metadata["content_sha256"]
     assert (facts["arch"], facts["licence"]) == ("test_resnet", "apache-2.0")
-    _, said = read_program(exported / "backbone.pt2")
-    assert (said["class_names"], said["input_size"], said["mean"]) == (list(CLASSES), [32, 32], metadata["mean"])
+    _, text = read_program(exported / "backbone.pt2")
+    assert (text["class_names"], text["input_size"], text["mean"]) == (list(CLASSES), [32, 32], metadata["mean"])
     with zipfile.ZipFile(exported / "backbone.pt2") as archive:
         program = b"".join(archive.read(name) for name in archive.namelist())
     for content in ((exported / "backbone.onnx").read_bytes(), program):
@@ -102,8 +102,8 @@ def test_a_wrong_file_is_found_out(exported: Path, teacher_file: Path) -> None:
     head = head.get_classifier()
     with torch.no_grad():
         head.bias[0] += 0.25
-    found = compare(run, net, pixels)
-    assert found["largest_difference"] == pytest.approx(0.25, rel=1e-3)
+    result = compare(run, net, pixels)
+    assert result["largest_difference"] == pytest.approx(0.25, rel=1e-3)
     with torch.no_grad():
         head.bias[1] = float("nan")
     assert compare(run, net, pixels)["relative_difference"] == float("inf")
@@ -119,13 +119,13 @@ def test_timm_loads_the_folder(exported: Path, teacher_file: Path) -> None:
     assert (*data["mean"], *data["std"], *data["input_size"]) == (*inputs.mean, *inputs.std, 3, 32, 32)
     assert (data["crop_pct"], data["interpolation"]) == (0.875, inputs.interpolation)
     assert model.pretrained_cfg["label_names"] == ["disc", "ring", "stripes"]
-    said = json.loads((folder / "config.json").read_text())
-    assert (said["architecture"], said["global_pool"], said["pretrained_cfg"]["license"]) == (
+    text = json.loads((folder / "config.json").read_text())
+    assert (text["architecture"], text["global_pool"], text["pretrained_cfg"]["license"]) == (
         "test_resnet",
         "avg",
         "apache-2.0",
     )
-    assert said["pretrained_cfg"]["tag"] is None  # timm's own weights of this architecture have one
+    assert text["pretrained_cfg"]["tag"] is None  # timm's own weights of this architecture have one
     assert timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=5).num_classes == 5
     # and so does this project, as a folder and as a backbone file
     assert parse_reference(str(folder)).arch == "test_resnet"

@@ -1,4 +1,4 @@
-"""What a user can get wrong in stage 1: one line, exit code 2, nothing half-written."""
+"""Mistakes of users in stage 1: one line, exit code 2, nothing half-written."""
 
 import errno
 import json
@@ -34,8 +34,12 @@ Call = Callable[..., int]
         (None, {"teacher": None}, "teacher.model is missing: distillation needs a teacher"),
         (None, {"batch_size": None}, "batch_size: has to be a whole number"),
         (None, {"precision": "fp16"}, "precision: fp16 needs a GPU"),
-        (None, {"batch_size": 100}, "batch_size: 100 is more than the 44 training images; give at most as many"),
-        (None, {"accumulate": 3}, "batch_size 8 is not a multiple of 1 processes x accumulate 3"),
+        (
+            None,
+            {"batch_size": 100},
+            "batch_size: 100 is more than the 44 training images; set it to at most this number",
+        ),
+        (None, {"accumulate": 3}, "batch_size: 8 is not a multiple of 1 processes x accumulate 3"),
         ("student", {"model": "random:test_convnxt"}, "timm has no such model; did you mean 'test_convnext'?"),
         ("student", {"model": "gone.safetensors"}, "gone.safetensors: no such file"),
         ("teacher", {"model": "gone.safetensors"}, "teacher.model: gone.safetensors: no such file"),
@@ -64,7 +68,7 @@ def test_mistakes_cost_one_line(
 def test_paths_are_checked_before_any_process_group(
     streaming: bool, arguments: Arguments, distill_settings: Settings, user_error: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A list whose files lie elsewhere is seen by opening it alone; a rank that ends on that must not leave others waiting."""
+    """Only opening a list shows that its files are missing; a rank that stops there must not leave others waiting."""
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a process group was opened")
@@ -157,8 +161,8 @@ def test_full_disk(
     assert "run the same command again" in line
     assert [path.name for path in complete_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000004"]
     assert call(distill, arguments(distill_settings)) == 0
-    whole, mended = (read_tensors(tmp_path / name / "student.safetensors") for name in ("whole", "run"))
-    assert content_hash(whole) == content_hash(mended)
+    whole, resumed = (read_tensors(tmp_path / name / "student.safetensors") for name in ("whole", "run"))
+    assert content_hash(whole) == content_hash(resumed)
     assert not list((tmp_path / "run" / "checkpoints").glob(".writing_*"))
 
 
@@ -207,7 +211,7 @@ def test_weights_that_the_last_update_spoilt(
     steps: int,
     where: str,
 ) -> None:
-    """They are finite, and were never asked: the loss of a step is that of the weights before its update."""
+    """The logged losses are finite: the loss of a step is that of the weights before its update."""
     at = tmp_path / "run" / "checkpoints"
     settings = distill_settings | {"steps": steps, "save_every": 1, "data": distill_settings["data"] | {"val": None}}
     real = torch.optim.SGD.step

@@ -1,9 +1,11 @@
 """A loss of one's own: registered by name, used through settings and flags, held against the built-in loss of the same formula."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -81,6 +83,21 @@ def test_returns_anything_but_a_sum(arguments: Any, distill_settings: dict[str, 
     settings = distill_settings | {"losses": ["number"]}
     expected = "losses: number returned float; return a scalar tensor, the sum over the batch"
     assert user_error(main, arguments(settings, "other")) == expected
+
+
+def test_the_example_of_the_documentation(
+    arguments: Any, distill_settings: dict[str, Any], call: Any, tmp_path: Path, metrics_of: Any
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "distillation.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {"__name__": "my_loss"}
+    exec(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[0], names)
+    s, t = np.random.default_rng(0).standard_normal((2, 5, 4))
+    p, q = (np.exp(z) / np.exp(z).sum(1, keepdims=True) for z in (s, t))
+    value = names["reverse_kl"](torch.from_numpy(s), torch.from_numpy(t)).item()
+    assert value == pytest.approx((p * np.log(p / q)).sum(), rel=1e-5)
+    assert call(names["main"], arguments(distill_settings, "run", "--losses", "reverse_kl")) == 0
+    first, *_, last = (line["loss"] for line in metrics_of(tmp_path / "run") if "loss" in line)
+    assert 0 < last < first
 
 
 def test_names(arguments: Any, distill_settings: dict[str, Any], user_error: Any) -> None:

@@ -79,12 +79,12 @@ def views(folder: Path, size: int = 64) -> torch.Tensor:
 
 
 def metrics(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "result.json").read_text())["metrics"]
-    return found
+    actual: dict[str, Any] = json.loads((run / "result.json").read_text())["metrics"]
+    return actual
 
 
 def contents(run: Path) -> dict[str, Any]:
-    """What a run made. (The bytes of a safetensors file differ from time to time: its header has no order.)"""
+    """Outputs of a run. (The bytes of a safetensors file vary, because its header has no order.)"""
     result = json.loads((run / "result.json").read_text())
     return {
         "metrics": result["metrics"],
@@ -96,7 +96,7 @@ def contents(run: Path) -> dict[str, Any]:
 def test_a_headless_vit_becomes_a_teacher(
     made: Any, monkeypatch: pytest.MonkeyPatch, tiny: Any, encoder_file: Path, files_below: Any
 ) -> None:
-    """Its answers are those of distances in float64 to the centres, from embeddings of plain timm; plain timm loads the file."""
+    """Its logits match float64 distances to the centres, from embeddings of plain timm; plain timm loads the file."""
     given: dict[str, Any] = {}
 
     def noting(standard: Standard, centre_KD: Any, offset_K: Any, temperature: float) -> Any:
@@ -130,22 +130,22 @@ def test_a_headless_vit_becomes_a_teacher(
     with torch.no_grad():
         torch.testing.assert_close(plain(pixels / 127.5 - 1), teacher(pixels), rtol=1e-4, atol=1e-4)
 
-    found = metrics(run)
-    assert (found["prototypes"], found["images"]) == (6, 74)
-    assert found["perplexity"] == pytest.approx(3, abs=0.01)
-    assert 0 < found["smallest"] <= found["median_size"] <= found["largest"]
+    actual = metrics(run)
+    assert (actual["prototypes"], actual["images"]) == (6, 74)
+    assert actual["perplexity"] == pytest.approx(3, abs=0.01)
+    assert 0 < actual["smallest"] <= actual["median_size"] <= actual["largest"]
     assert metadata["class_names"] == [f"prototype {number}" for number in range(6)]
     assert metadata["licence"] == "unknown"
     assert metadata["encoder"]["reference"] == str(encoder_file)
-    assert metadata["prototypes"] == {**found, "balanced": False, "sources": [
+    assert metadata["prototypes"] == {**actual, "balanced": False, "sources": [
         str(tiny.unlabeled), str(tiny.parquet), str(tiny.train),
     ]}  # fmt: skip
     log = (run / "log.txt").read_text()
     assert "6 prototypes of 74 images: sizes from " in log
     assert "soft labels: median perplexity 3.00 at temperature " in log
-    with Image.open(run / "prototypes.png") as picture:
-        assert picture.height > 6 * 100
-        assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 20
+    with Image.open(run / "prototypes.png") as drawn:
+        assert drawn.height > 6 * 100
+        assert len(np.unique(np.asarray(drawn.convert("RGB")).reshape(-1, 3), axis=0)) > 20
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_nothing_is_learnt_where_student_and_teacher_are_equal(made: Any, tiny: 
 def test_class_means_as_prototypes_agree_with_the_head(
     made: Any, tiny: Any, teacher_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A classifier of nearest means, its head taken off, gets the very answers back when K is those means."""
+    """A nearest-mean classifier without its head gets its predictions back if the K centres are its means."""
     pixels = views(tiny.train, 32)
     teacher = FrozenTeacher(str(teacher_file))
     z_BD = teacher.embed(pixels).double().numpy()
@@ -213,8 +213,8 @@ def test_class_means_as_prototypes_agree_with_the_head(
     )
     change = {"encoder": str(teacher_file), "pool": [str(tiny.train)], "prototypes": 3, "perplexity": 1.2}
     run = made(image_size=32, **change)
-    answers = FrozenTeacher(str(run / "teacher.safetensors"))(pixels).argmax(-1).numpy()
-    np.testing.assert_array_equal(answers, nearest)
+    predictions = FrozenTeacher(str(run / "teacher.safetensors"))(pixels).argmax(-1).numpy()
+    np.testing.assert_array_equal(predictions, nearest)
     assert read_metadata(run / "teacher.safetensors")["licence"] == "apache-2.0"
 
 
@@ -228,7 +228,7 @@ def test_other_commands_take_the_teacher(
     tiny: Any,
     user_error: Any,
 ) -> None:
-    """Curation keeps the best of each prototype, the store holds its answers, a student learns them; labels of other classes are left alone."""
+    """Curation keeps the best of each prototype, the store holds its soft labels, a student learns them; labels of other classes are not used."""
     file = str(made() / "teacher.safetensors")
     common = {key: settings[key] for key in ("threads", "workers", "device")}
     chosen = {"pool": [str(tiny.unlabeled), str(tiny.parquet)], "teacher": file, "keep": 2, "image_size": 64}
@@ -245,16 +245,22 @@ def test_other_commands_take_the_teacher(
     ):
         assert call(distill, arguments(distill_settings | {"steps": 2} | change, name)) == 0
         assert read_metadata(tmp_path / name / "student.safetensors")["num_classes"] == 6
-    found = metrics(tmp_path / "live")
-    assert "agreement" in found
-    assert "top1" not in found
+    actual = metrics(tmp_path / "live")
+    assert "agreement" in actual
+    assert "top1" not in actual
     assert "teacher: not checked" in (tmp_path / "live" / "log.txt").read_text()
     hard = distill_settings | {"teacher": file, "hard_label_weight": 1.0}
-    assert "no human label is one of the teacher's prototypes" in user_error(distill, arguments(hard, "hard"))
+    assert "the teacher's classes are prototypes, which no human label names" in user_error(
+        distill, arguments(hard, "hard")
+    )
 
-    seen = {"model": str(tmp_path / "live" / "student.safetensors"), "teacher": file, "data": {"path": str(tiny.val)}}
-    assert call(evaluate, arguments(common | seen, "seen")) == 0
-    assert metrics(tmp_path / "seen")["agreement"] == pytest.approx(found["agreement"])
+    recorded = {
+        "model": str(tmp_path / "live" / "student.safetensors"),
+        "teacher": file,
+        "data": {"path": str(tiny.val)},
+    }
+    assert call(evaluate, arguments(common | recorded, "seen")) == 0
+    assert metrics(tmp_path / "seen")["agreement"] == pytest.approx(actual["agreement"])
 
 
 def test_a_student_that_starts_from_a_teacher_keeps_its_arguments(
@@ -358,22 +364,22 @@ def test_a_stop_in_the_k_means_keeps_the_embeddings(
     with monkeypatch.context() as patch:
         patch.setattr(steps, "standard_of", signals)
         assert call(prototypes, arguments(settings)) == 143
-    assert "the prototypes are not found yet; all embeddings are kept; the same command" in capsys.readouterr().err
+    assert "the prototypes are not finished; all embeddings are kept; the same command" in capsys.readouterr().err
     assert len(list((tmp_path / "run" / "embeddings").glob("*.npy"))) == 3
     assert call(prototypes, arguments(settings)) == 0
 
 
 def test_balanced_prototypes_are_first_classes_of_equally_many_images(made: Any, tiny: Any) -> None:
     run = made(balanced=True, prototypes=5, perplexity=2.0, pool=[str(tiny.train)])
-    found = metrics(run)
-    assert found["largest"] - found["smallest"] <= 2
-    answers = FrozenTeacher(str(run / "teacher.safetensors"))(views(tiny.train)).argmax(-1)
-    sizes = torch.bincount(answers, minlength=5)
-    assert (int(sizes.min()), int(sizes.max())) == (found["smallest"], found["largest"])
+    actual = metrics(run)
+    assert actual["largest"] - actual["smallest"] <= 2
+    predictions = FrozenTeacher(str(run / "teacher.safetensors"))(views(tiny.train)).argmax(-1)
+    sizes = torch.bincount(predictions, minlength=5)
+    assert (int(sizes.min()), int(sizes.max())) == (actual["smallest"], actual["largest"])
 
 
 def test_streams_and_unreadable_images(made: Any, tiny: Any, tmp_path: Path) -> None:
-    """A tar without an index; an unreadable picture is listed, and has no part in anything."""
+    """A tar without an index; an unreadable image is listed and otherwise ignored."""
     import tarfile
 
     shutil.copytree(tiny.train, tmp_path / "pool")
@@ -388,9 +394,9 @@ def test_streams_and_unreadable_images(made: Any, tiny: Any, tmp_path: Path) -> 
 
 def test_how_many_prototypes() -> None:
     """The power of two next to a fortieth of the images, within bounds."""
-    found = {images: prototypes_for(images) for images in (10, 640, 900, 1000, 3800, 10_240, 100_000, 10**7)}
+    actual = {images: prototypes_for(images) for images in (10, 640, 900, 1000, 3800, 10_240, 100_000, 10**7)}
     expected = {10: 16, 640: 16, 900: 16, 1000: 32, 3800: 128, 10_240: 256, 100_000: 2048, 10**7: 4096}
-    assert found == expected
+    assert actual == expected
 
 
 def test_its_own_number_of_prototypes(made: Any, tiny: Any) -> None:
@@ -417,7 +423,7 @@ def classifier_of(path: Path) -> Path:
         ({"encoder": {"model": "random:test_vit", "global_pool": "map"}}, "encoder.global_pool: test_vit: has no pooling 'map'"),
         ({"encoder": {"model": "random:test_resnet", "global_pool": "mean"}}, "encoder.global_pool: test_resnet: has no pooling 'mean'"),
         ({"encoder": "random:deit_tiny_distilled_patch16_224", "image_size": None},
-         "deit_tiny_distilled_patch16_224: its classes are not one linear layer on its pooled features"),
+         "deit_tiny_distilled_patch16_224: its classifier is not one linear layer on its pooled features"),
         ({"encoder": "random:test_maxvit", "image_size": 50}, "encoder.model: random:test_maxvit: test_maxvit cannot work at 50 pixels"),
     ],
 )  # fmt: skip
@@ -448,16 +454,16 @@ def test_an_encoder_that_answers_nan(arguments: Any, settings: Any, user_error: 
 def test_a_precision_that_is_too_small(
     arguments: Any, settings: Any, user_error: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole numbers so large that fp16 would make them infinite: told when it happens, with what to do."""
+    """Values so large that fp16 makes them infinite: one line with the cause and the remedy."""
     real = encoder.embed
 
     def overflows(classifier: Any, pixels: torch.Tensor) -> torch.Tensor:
-        found = real(classifier, pixels)
-        return found if not torch.is_autocast_enabled("cpu") else found / 0
+        actual = real(classifier, pixels)
+        return actual if not torch.is_autocast_enabled("cpu") else actual / 0
 
     monkeypatch.setattr(encoder, "embed", overflows)
     message = user_error(prototypes, arguments(settings | {"precision": "bf16"}))
-    assert message.endswith("answers with NaN; try precision: fp32")
+    assert message.endswith("its features are NaN; try precision: fp32")
 
 
 def test_without_scikit_learn(arguments: Any, settings: Any, user_error: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,16 +38,16 @@ def test_two_ranks_equal_one(distill_settings: Any, on_one_and_two: Any, tmp_pat
     """
     settings = distill_settings | {"steps": 5, "log_every": 1, "optim": {"lr": 0.05, "reference_batch": 8}}
     settings |= {"auto_batch": True, "losses": ["symmetric_kl", "pooled", "spatial"]}
-    said, _ = on_one_and_two(distill, "stage1_ssld/distill.py", settings)
-    assert "(2 processes x 1 accumulated)" in said
-    assert said.count("step 5/5") == 1  # one rank speaks
-    assert "standardised with 40 views" in said
+    output, _ = on_one_and_two(distill, "stage1_ssld/distill.py", settings)
+    assert "(2 processes x 1 accumulated)" in output
+    assert output.count("step 5/5") == 1  # only one rank logs
+    assert "standardised with 40 views" in output
     _same_parts(tmp_path, 5, "heads")
-    assert "auto_batch: 4 of 8 images a process and pass fit, so accumulate is 1\n" in said
+    assert "auto_batch: 4 of 8 images a process and pass fit, so accumulate is 1\n" in output
     one, two = tmp_path / "one", tmp_path / "two"
     assert files_below(one) == files_below(two)
     metrics = [json.loads((run / "result.json").read_text())["metrics"] for run in (one, two)]
-    assert metrics[0]["images"] == metrics[1]["images"] == 15  # 15 images in batches of 4: nobody is counted twice
+    assert metrics[0]["images"] == metrics[1]["images"] == 15  # 15 images in batches of 4: no image is counted twice
     start = read_tensors(one / "checkpoints" / "step_00000004" / "model.safetensors")
     after = read_tensors(one / "student.safetensors")
     assert max((start[name] - after[name]).abs().max().item() for name in after) > 1e-4
@@ -58,11 +58,11 @@ def test_two_ranks_equal_one(distill_settings: Any, on_one_and_two: Any, tmp_pat
 def test_two_ranks_of_one_term_of_features_equal_one(
     distill_settings: Any, on_one_and_two: Any, tmp_path: Path
 ) -> None:
-    """Nobody waits for gradients of layers that no term reaches."""
+    """No rank waits for gradients of layers that no loss term depends on."""
     settings = distill_settings | {"steps": 4, "log_every": 1, "losses": [{"name": "spatial", "levels": ["c3", "c4"]}]}
     settings |= {"optim": {"lr": 0.05, "reference_batch": 8}, "data": distill_settings["data"] | {"val": None}}
-    said, _ = on_one_and_two(distill, "stage1_ssld/distill.py", settings)
-    assert "are not trained: no loss term depends on them" in said
+    output, _ = on_one_and_two(distill, "stage1_ssld/distill.py", settings)
+    assert "are not trained: no loss term depends on them" in output
     _same_parts(tmp_path, 4, "model", "heads")
 
 
@@ -116,7 +116,7 @@ def test_a_mistake_under_a_launcher_is_left_in_the_run_directory(
     assert process.returncode != 0
     error = json.loads((tmp_path / "run" / "error.json").read_text())
     assert error["exit_code"] == 2
-    assert error["error"] == "batch_size 8 is not a multiple of 2 processes x accumulate 3"
+    assert error["error"] == "batch_size: 8 is not a multiple of 2 processes x accumulate 3"
 
 
 def test_checkpoints_of_two_ranks_and_of_one_go_on_with_the_other(

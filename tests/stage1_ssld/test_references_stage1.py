@@ -22,7 +22,7 @@ Arguments = Callable[..., list[str]]
 
 @pytest.fixture
 def unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever opens a source of images fails."""
+    """Opening a source of images fails."""
     monkeypatch.setattr(ImageSource, "__init__", lambda *_: pytest.fail("images were opened"))
 
 

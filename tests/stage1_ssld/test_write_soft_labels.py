@@ -59,7 +59,7 @@ def test_a_store_and_what_it_says(
     run, out = tmp_path / "run", capsys.readouterr().out
     # 4 bytes for the rest, 3 x 2 for the classes, 3 x 2 for their log-probabilities
     assert f"44 images x 2 views x 16 bytes = 1.4 kB in {run / 'store'}" in out
-    assert out.index("44 images") < out.index("% right on 30 images of ") < out.index("3 of 3 files")
+    assert out.index("44 images") < out.index(" % on 30 images of ") < out.index("3 of 3 files")
     sizes = {name: len(content) for name, content in contents(run / "store").items() if name != "store.json"}
     assert sizes == {"shard-00000.bin": 512, "shard-00001.bin": 512, "shard-00002.bin": 12 * 2 * 16}
     records = np.concatenate([np.fromfile(file, record_layout(3, 3, "fp16")) for file in (run / "store").glob("*.bin")])
@@ -74,7 +74,7 @@ def test_a_store_and_what_it_says(
         "first_probability": pytest.approx(probs.max(-1).mean(), rel=1e-6),
         "kept_probability": pytest.approx(1, abs=2e-3),
     }
-    assert f"{100 * metrics['first_probability']:.1f} % of the probability in the first class" in out
+    assert f"{100 * metrics['first_probability']:.1f} % of the probability in the most likely class" in out
     assert call(main, arguments(settings)) == 0
     assert capsys.readouterr().out == f"{run}: this run is finished; nothing to do\n"
 
@@ -228,15 +228,15 @@ def test_one_loader_reads_all_shards(
     arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its processes start once, and none of its batches reaches over the end of a shard."""
-    make, found = store_writer.make_loader, []
+    make, result = store_writer.make_loader, []
 
     def noted(dataset: Any, batches: Any, **options: Any) -> Any:
-        found.append([len(batch) for batch in batches])
+        result.append([len(batch) for batch in batches])
         return make(dataset, batches, **options)
 
     monkeypatch.setattr(store_writer, "make_loader", noted)
     assert call(main, arguments(settings | {"teacher": settings["teacher"] | {"check_images": 0}})) == 0
-    assert found == [[10, 10, 10, 2] * 2 + [10, 10, 4]]  # 44 images in shards of 16, two views each
+    assert result == [[10, 10, 10, 2] * 2 + [10, 10, 4]]  # 44 images in shards of 16, two views each
     assert "teacher: not checked, teacher.check_images is 0" in (tmp_path / "run" / "log.txt").read_text()
 
 
@@ -292,7 +292,7 @@ def test_too_many_unreadable_images(
     settings["data"]["train"] = [str(folder)]
     assert user_error(main, arguments(settings)) == (
         f"2 of 30 images cannot be read, listed in {tmp_path / 'run' / 'quarantine.txt'}; "
-        f"mend or remove them (first: {folder / 'disc' / 'disc_000.png'})"
+        f"fix or remove them (first: {folder / 'disc' / 'disc_000.png'})"
     )
     assert not (tmp_path / "run" / "store" / "store.json").exists()
 
@@ -307,7 +307,7 @@ def test_a_disk_too_small(
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(store_writer.shutil, "disk_usage", lambda _: usage(44 * 32 - 1))
     assert user_error(main, arguments(settings)) == (
-        f"{tmp_path / 'run' / 'store'}: the store takes 1.4 kB, 1.4 kB are free; fewer views, a smaller top, or another --output"
+        f"{tmp_path / 'run' / 'store'}: the store takes 1.4 kB, but 1.4 kB are free; set fewer views, a smaller top, or another --output"
     )
     assert not (tmp_path / "run" / "store").exists()
     store_writer._check_disk(tmp_path, 44 * 32 - 1)
@@ -317,7 +317,7 @@ def test_a_disk_too_small(
 
 def test_more_classes_than_there_are(arguments: Any, settings: dict[str, Any], user_error: Any) -> None:
     assert user_error(main, arguments(settings | {"top": 4})) == (
-        "top: 4 classes are to be kept, the teacher has 3; set top: 3 to keep all"
+        "top: 4 is more than the 3 classes of the teacher; set top: 3 to store all"
     )
 
 
@@ -326,15 +326,15 @@ def test_more_classes_than_there_are(arguments: Any, settings: dict[str, Any], u
     [
         (
             {"teacher": {"model": "x.safetensors", "batchnorm": "batch"}},
-            "teacher.batchnorm: batch depends on the other images of a batch and cannot be stored; set eval, or distil live",
+            "teacher.batchnorm: batch depends on the other images of a batch and cannot be stored; set eval, or use a live teacher",
         ),
         (
             {"data": {"train": ["x"], "mixup": 0.2}},
-            "data.mixup, data.cutmix: mixed images cannot be stored; set them to 0, or distil live",
+            "data.mixup, data.cutmix: soft labels of mixed images cannot be stored; set them to 0, or use a live teacher",
         ),
         (
             {"data": {"train": ["x"], "streaming": True}},
-            "data.streaming: a store needs the row of every image; set it to false",
+            "data.streaming: a store needs sources with rows; set it to false",
         ),
     ],
 )
@@ -352,11 +352,11 @@ def test_a_teacher_that_knows_nothing_is_refused_and_may_be_changed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Always the same answer is right for a third of the images. The same folder takes the right teacher afterwards."""
+    """A constant prediction is right for a third of the images. The same folder accepts the right teacher afterwards."""
     monkeypatch.setattr(teacher_module, "ENOUGH", 30)
     settings["teacher"] = {"model": untrained(tmp_path / "bad.safetensors", lambda net: net.fc.weight.zero_())}
     line = user_error(main, arguments(settings))
-    assert line.startswith(f"{tmp_path / 'bad.safetensors'}: 33.3 % right on 30 images of ")
+    assert line.startswith(f"{tmp_path / 'bad.safetensors'}: accuracy 33.3 % on 30 images of ")
     assert "no better than guessing" in line
     settings["teacher"]["check_images"] = 0
     assert call(main, arguments(settings)) == 0

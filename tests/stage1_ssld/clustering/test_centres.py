@@ -1,4 +1,4 @@
-"""K-means over files: statistics, blobs that are found, empty centres, equal sizes."""
+"""K-means over files: statistics, blobs that are recovered, empty centres, equal sizes."""
 
 import sys
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def clustered(embeddings: Embeddings, count: int, *, seed: int = 0, balanced: bo
         seed=seed,
         balanced=balanced,
         threads=1,
-        tell=lambda line: None,
+        log=lambda line: None,
     )
 
 
@@ -73,14 +73,14 @@ def test_statistics_are_those_of_the_whole_table(files: Files, monkeypatch: pyte
 def test_finds_blobs_in_the_order_of_folders(files: Files) -> None:
     z, labels = blobs([0.4, 0.2, 0.2, 0.1, 0.1], 300)
     embeddings = files(z)
-    found = clustered(embeddings, 5)
-    assert sorted(found.size_K) == sorted(np.bincount(labels))
-    assert not found.offset_K.any()
-    label_N = scores(standard_of(embeddings)(z), found.centre_KD, found.offset_K).argmax(1)
+    result = clustered(embeddings, 5)
+    assert sorted(result.size_K) == sorted(np.bincount(labels))
+    assert not result.offset_K.any()
+    label_N = scores(standard_of(embeddings)(z), result.centre_KD, result.offset_K).argmax(1)
     assert len(set(zip(labels.tolist(), label_N.tolist(), strict=True))) == 5
     for k in range(5):  # centres are the means of what is nearest to them
         mean = standard_of(embeddings)(z)[label_N == k].mean(0)
-        np.testing.assert_allclose(found.centre_KD[k], mean, atol=1e-5)
+        np.testing.assert_allclose(result.centre_KD[k], mean, atol=1e-5)
 
 
 def test_follows_from_the_seed(files: Files) -> None:
@@ -100,16 +100,16 @@ def test_empty_centres_are_refilled(files: Files, monkeypatch: pytest.MonkeyPatc
     start = standard(z[[0, -1]])
     away = np.concatenate([start, np.full((2, 6), 1e3)])
     monkeypatch.setattr(centres, "_by_mini_batches", lambda *_: away.astype(np.float64))
-    found = clustered(embeddings, 4)
-    assert found.refilled >= 2
-    assert found.size_K.min() > 0
-    assert found.size_K.sum() == 80
+    result = clustered(embeddings, 4)
+    assert result.refilled >= 2
+    assert result.size_K.min() > 0
+    assert result.size_K.sum() == 80
 
 
 @pytest.mark.parametrize("balanced", [False, True])
 def test_more_centres_than_different_images(files: Files, balanced: bool) -> None:
     z = np.repeat(np.random.default_rng(0).normal(size=(3, 4)), 10, axis=0)
-    with pytest.raises(UserError, match="prototypes: 5 are more than k-means finds among these images"):
+    with pytest.raises(UserError, match="prototypes: 5 are more than the distinct embeddings of these images allow"):
         clustered(files(z), 5, balanced=balanced)
 
 
@@ -118,12 +118,12 @@ def test_balanced_sizes_are_equal(files: Files) -> None:
     z, _ = blobs([0.7, 0.1, 0.1, 0.1], 240)
     plain = clustered(files(z), 4)
     assert plain.size_K.max() > 140
-    found = clustered(files(z), 4, balanced=True)
-    assert found.size_K.sum() == 240
-    assert abs(found.size_K - 60).max() <= 3
+    result = clustered(files(z), 4, balanced=True)
+    assert result.size_K.sum() == 240
+    assert abs(result.size_K - 60).max() <= 3
     embeddings = files(z)
-    label_N = scores(standard_of(embeddings)(z), found.centre_KD, found.offset_K).argmax(1)
-    np.testing.assert_array_equal(np.bincount(label_N, minlength=4), found.size_K)
+    label_N = scores(standard_of(embeddings)(z), result.centre_KD, result.offset_K).argmax(1)
+    np.testing.assert_array_equal(np.bincount(label_N, minlength=4), result.size_K)
 
 
 def test_scikit_learn_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,16 +55,16 @@ def test_class_means_as_centres_are_a_nearest_mean_classifier(draw: np.random.Ge
     mean_KD = np.stack([z_BD[labels == k].mean(0) for k in range(K)])
     weight_KD, bias_K = linear_layer(Standard(np.zeros(D), np.ones(D)), mean_KD, np.zeros(K), 1.0)
     nearest = ((z_BD[:, None] - mean_KD) ** 2).sum(2).argmin(1)
-    answer = (z_BD @ weight_KD.T + bias_K).argmax(1)
-    np.testing.assert_array_equal(answer, nearest)
-    assert (answer == labels).mean() > 0.8
+    prediction = (z_BD @ weight_KD.T + bias_K).argmax(1)
+    np.testing.assert_array_equal(prediction, nearest)
+    assert (prediction == labels).mean() > 0.8
 
 
 def test_scores_rank_centres_by_distance(draw: np.random.Generator) -> None:
     x_BD, centre_KD = draw.normal(size=(B, D)), draw.normal(size=(K, D))
     squares_BK = ((x_BD[:, None] - centre_KD) ** 2).sum(2)
-    found = scores(x_BD, centre_KD, np.zeros(K))
-    np.testing.assert_allclose((x_BD**2).sum(1)[:, None] - 2 * found, squares_BK)
+    result = scores(x_BD, centre_KD, np.zeros(K))
+    np.testing.assert_allclose((x_BD**2).sum(1)[:, None] - 2 * result, squares_BK)
     assert scores(x_BD.astype(np.float32), centre_KD, np.zeros(K)).dtype == np.float64
 
 

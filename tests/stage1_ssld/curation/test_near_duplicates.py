@@ -19,19 +19,19 @@ def hashes(count: int, distance: int, seed: int = 0) -> np.ndarray:
 
 def every_pair(a: np.ndarray, b: np.ndarray, distance: int) -> dict[tuple[int, int], int]:
     """{(number in a, number in b): distance} by counting bits of Python integers."""
-    found = {}
+    result = {}
     for i, x in enumerate(a.tolist()):
         for j, y in enumerate(b.tolist()):
             bits = (x ^ y).bit_count()
             if bits <= distance:
-                found[i, j] = bits
-    return found
+                result[i, j] = bits
+    return result
 
 
 def as_dict(pairs: Pairs) -> dict[tuple[int, int], int]:
-    found = {(int(left), int(right)): int(bits) for left, right, bits in zip(*pairs, strict=True)}
-    assert len(found) == len(pairs.left_P), "a pair came twice"
-    return found
+    result = {(int(left), int(right)): int(bits) for left, right, bits in zip(*pairs, strict=True)}
+    assert len(result) == len(pairs.left_P), "a pair came twice"
+    return result
 
 
 @pytest.mark.parametrize(("distance", "sorted_at_a_time"), [(0, 10**6), (1, 50), (3, 10**6), (6, 7), (9, 100)])
@@ -72,7 +72,7 @@ def test_images_and_mirror_images_of_each_other(distance: int) -> None:
     """Either way round, each pair once and by the smaller distance; an image that looks like its own mirror image is no pair."""
     values = hashes(300, distance)
     mine, mirrored = values[:150].copy(), np.roll(values[150:], 3)
-    mirrored[:10] = mine[:10]  # symmetric pictures
+    mirrored[:10] = mine[:10]  # symmetric images
     mine[20], mirrored[20] = mine[21], mirrored[21]  # copies: close as they are and mirrored
     mirrored[30] = mine[31]
     mirrored[31] = mine[30]
@@ -97,7 +97,7 @@ def test_no_images() -> None:
 
 
 def test_a_thousand_blank_images_do_not_make_a_million_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is compared with the best 16 of equal hash, of protected images with more; in blocks so small that a group is cut."""
+    """Each is compared with the best 16 of equal hash, and with more held-out images; in blocks so small that a group is split."""
     monkeypatch.setattr(near_duplicates, "HELD_OUT_PARTNERS", 32)
     monkeypatch.setattr(near_duplicates, "_BLOCK", 640)
     inside, outside = close_images(np.full(1000, 5, np.uint64), np.full(1000, 4, np.uint64), 6)

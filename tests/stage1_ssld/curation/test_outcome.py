@@ -19,10 +19,10 @@ def test_planted_copies_are_found_in_little_memory() -> None:
     line += ["--classes", "100", "--keep", "200", "--protected", "5000"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["candidates"] == 30_000
-    assert found["kept"] == 20_000
-    assert found["like_val"] == 1000
-    assert found["like_better"] == 2000
-    assert 20 < found["start_megabytes"] <= found["candidates_megabytes"] <= found["outcome_megabytes"]
-    assert found["outcome_megabytes"] - found["start_megabytes"] < 300
+    result = json.loads(done.stdout)
+    assert result["candidates"] == 30_000
+    assert result["kept"] == 20_000
+    assert result["like_val"] == 1000
+    assert result["like_better"] == 2000
+    assert 20 < result["start_megabytes"] <= result["candidates_megabytes"] <= result["outcome_megabytes"]
+    assert result["outcome_megabytes"] - result["start_megabytes"] < 300

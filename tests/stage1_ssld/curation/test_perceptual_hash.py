@@ -15,7 +15,7 @@ from ssld.stage1_ssld.curation.perceptual_hash import perceptual_hash
 CLASSES = ("disc", "ring", "stripes")
 
 
-def picture(kind: str, seed: int, jpeg: Any) -> torch.Tensor:
+def drawn(kind: str, seed: int, jpeg: Any) -> torch.Tensor:
     return decode_image(jpeg(kind, seed))
 
 
@@ -36,20 +36,20 @@ def written_out(image_CHW: torch.Tensor) -> int:
 
 def test_is_the_low_end_of_the_cosine_transform(jpeg: Any) -> None:
     for number, kind in enumerate(CLASSES):
-        image = picture(kind, number, jpeg)
+        image = drawn(kind, number, jpeg)
         assert perceptual_hash(image)[0] == written_out(image)
 
 
 def test_the_mirrored_hash_is_the_mirror_images(jpeg: Any) -> None:
     for number in range(6):
-        image = picture(CLASSES[number % 3], number, jpeg)
+        image = drawn(CLASSES[number % 3], number, jpeg)
         own, mirrored = perceptual_hash(image)
         assert perceptual_hash(image.flip(-1)) == (mirrored, own)
         assert (own ^ mirrored).bit_count() > 6
 
 
 def test_copies_are_near_and_others_far() -> None:
-    """Smooth random pictures: a copy that was resized, made brighter and compressed differs in 6 bits, another picture in many more."""
+    """Smooth random images: a copy that was resized, brightened and compressed differs in 6 bits, another image in many more."""
     generator = torch.Generator().manual_seed(0)
     seeds = torch.randint(0, 256, (20, 3, 7, 9), generator=generator, dtype=torch.uint8)
     images = F.resize(seeds, [90, 120], antialias=True)
@@ -59,8 +59,8 @@ def test_copies_are_near_and_others_far() -> None:
         buffer = io.BytesIO()
         changed.save(buffer, "JPEG", quality=40)
         copies.append(decode_image(buffer.getvalue()))
-    own, theirs = ([perceptual_hash(image)[0] for image in group] for group in (list(images), copies))
-    far = np.array([[(a ^ b).bit_count() for b in theirs] for a in own])
+    own, other = ([perceptual_hash(image)[0] for image in group] for group in (list(images), copies))
+    far = np.array([[(a ^ b).bit_count() for b in other] for a in own])
     # Where torch resizes without AVX2, grey levels differ by one, and one copy of these by 8 bits.
     assert sum(far.diagonal() <= 6) >= 18
     assert far.diagonal().max() <= 10

@@ -45,7 +45,7 @@ MIN_SCORE = 0.2
 
 @pytest.fixture
 def pool(tmp_path: Path) -> dict[str, Any]:
-    """300 scored images in three files of unequal size, 70 protected ones in two; hashes from few families, so that many are close."""
+    """300 scored images in three files of unequal size, 70 held-out ones in two; hashes from few families, so that many are close."""
     generator = np.random.default_rng(0)
     families = generator.integers(0, 2**64, 40, dtype=np.uint64)
 
@@ -99,8 +99,8 @@ def written_out(pool: dict[str, Any], candidates: int, flips: bool) -> dict[int,
     fate: dict[int, str] = {}
     for row in ranked:
         for other in range(70):
-            theirs = [protected[name].tolist()[other] for name in ("hash", "mirrored")]
-            near = min((hashes[row] ^ bits).bit_count() for bits in theirs) <= DISTANCE
+            reference = [protected[name].tolist()[other] for name in ("hash", "mirrored")]
+            near = min((hashes[row] ^ bits).bit_count() for bits in reference) <= DISTANCE
             if near and protected["class"][other] != UNREADABLE and closeness(row, other + 1000) >= COSINE:
                 fate[row] = "like_val" if other < VAL or fate.get(row) == "like_val" else "like_train"
     for place, row in enumerate(ranked):
@@ -121,17 +121,17 @@ def written_out(pool: dict[str, Any], candidates: int, flips: bool) -> dict[int,
 @pytest.mark.parametrize(("candidates", "flips"), [(9, True), (12, False), (300, True), (300, False)])
 def test_equals_the_rules_written_out(pool: dict[str, Any], candidates: int, flips: bool) -> None:
     scored, protected = ScoreFiles(pool["folder"] / "scores", 3), ScoreFiles(pool["folder"] / "protected", 2)
-    found = find_candidates(scored, classes=CLASSES, keep=candidates, min_score=MIN_SCORE, examples=4)
-    save_candidates(pool["folder"] / "candidates.parquet", found)
-    found = load_candidates(pool["folder"] / "candidates.parquet")
-    alike = find_close_pairs(found.hash_N, found.mirrored_N if flips else None, protected, hash_distance=DISTANCE)
-    ids = found.id_N.tolist()
+    actual = find_candidates(scored, classes=CLASSES, keep=candidates, min_score=MIN_SCORE, examples=4)
+    save_candidates(pool["folder"] / "candidates.parquet", actual)
+    actual = load_candidates(pool["folder"] / "candidates.parquet")
+    alike = find_close_pairs(actual.hash_N, actual.mirrored_N if flips else None, protected, hash_distance=DISTANCE)
+    ids = actual.id_N.tolist()
     cosine = np.array(
         [closeness(ids[a], ids[b]) for a, b, _ in zip(*alike.inside, strict=True)]
         + [closeness(ids[a], b + 1000) for a, b, _ in zip(*alike.held_out, strict=True)],
         np.float32,
     )
-    save_close_pairs(pool["folder"] / "look_alikes.parquet", alike, found.id_N)
+    save_close_pairs(pool["folder"] / "look_alikes.parquet", alike, actual.id_N)
     rows = pair_rows(pool["folder"] / "look_alikes.parquet")
     assert rows is not None
     expected_rows = [(ids[a], ids[b], False) for a, b, _ in zip(*alike.inside, strict=True)]
@@ -141,7 +141,7 @@ def test_equals_the_rules_written_out(pool: dict[str, Any], candidates: int, fli
     assert pair_rows(pool["folder"] / "look_alikes.parquet") is None
     alike, known = load_close_pairs(pool["folder"] / "look_alikes.parquet")
     assert known is not None
-    decision = decide(found, alike, known, cosine=COSINE, val_images=VAL, keep=KEEP)
+    decision = decide(actual, alike, known, cosine=COSINE, val_images=VAL, keep=KEEP)
 
     expected = written_out(pool, candidates, flips)
     assert dict(zip(ids, (REASONS[reason] for reason in decision.reason_N), strict=True)) == expected
@@ -152,7 +152,7 @@ def test_equals_the_rules_written_out(pool: dict[str, Any], candidates: int, fli
         if REASONS[reason] == "like_val":
             assert decision.other_N[number] < VAL
 
-    counted = numbers(found, decision, classes=CLASSES, keep=KEEP)
+    counted = numbers(actual, decision, classes=CLASSES, keep=KEEP)
     fates = (*REASONS, "not_candidates", "below_min_score", "unreadable")
     assert sum(counted[name] for name in fates) == counted["images"] == 300
     low = [
@@ -161,38 +161,38 @@ def test_equals_the_rules_written_out(pool: dict[str, Any], candidates: int, fli
         if pool["pool"]["class"][row] != UNREADABLE and pool["pool"]["score"][row] < np.float32(MIN_SCORE)
     ]
     assert counted["below_min_score"] == len(low)
-    assert found.facts["low_ids"] == low[:4]
+    assert actual.facts["low_ids"] == low[:4]
     assert counted["unreadable"] == (pool["pool"]["class"] == UNREADABLE).sum() == len(scored.unreadable)
     readable = pool["pool"]["score"][pool["pool"]["class"] != UNREADABLE]
-    assert found.facts["histogram"] == np.histogram(readable, BINS, (0, 1))[0].tolist()
+    assert actual.facts["histogram"] == np.histogram(readable, BINS, (0, 1))[0].tolist()
     assert counted["empty_classes"] >= 1
 
 
 def test_pairs_are_kept_without_cosines_until_these_are_known(pool: dict[str, Any]) -> None:
     scored, protected = ScoreFiles(pool["folder"] / "scores", 3), ScoreFiles(pool["folder"] / "protected", 2)
-    found = find_candidates(scored, classes=CLASSES, keep=12, min_score=0)
-    alike = find_close_pairs(found.hash_N, found.mirrored_N, protected, hash_distance=DISTANCE)
-    save_close_pairs(pool["folder"] / "pairs.parquet", alike, found.id_N)
+    actual = find_candidates(scored, classes=CLASSES, keep=12, min_score=0)
+    alike = find_close_pairs(actual.hash_N, actual.mirrored_N, protected, hash_distance=DISTANCE)
+    save_close_pairs(pool["folder"] / "pairs.parquet", alike, actual.id_N)
     again, cosine = load_close_pairs(pool["folder"] / "pairs.parquet")
     assert cosine is None
     for mine, read in zip([*alike[0], *alike[1]], [*again[0], *again[1]], strict=True):
         np.testing.assert_array_equal(mine, read)
-    nobody = ScoreFiles(pool["folder"] / "protected", 0)
-    assert len(find_close_pairs(found.hash_N, None, nobody, hash_distance=DISTANCE).held_out.left_P) == 0
+    none_held_out = ScoreFiles(pool["folder"] / "protected", 0)
+    assert len(find_close_pairs(actual.hash_N, None, none_held_out, hash_distance=DISTANCE).held_out.left_P) == 0
 
 
 def test_the_table_of_classes(pool: dict[str, Any]) -> None:
-    found = find_candidates(ScoreFiles(pool["folder"] / "scores", 3), classes=CLASSES, keep=2, min_score=0)
-    decision = Decision(np.zeros(len(found.id_N), np.uint8), np.full(len(found.id_N), -1))
+    actual = find_candidates(ScoreFiles(pool["folder"] / "scores", 3), classes=CLASSES, keep=2, min_score=0)
+    decision = Decision(np.zeros(len(actual.id_N), np.uint8), np.full(len(actual.id_N), -1))
     names = ["a", 'b "quoted"', "c, d", "e", "f", "never"]
-    lines = class_table(found, decision, names, CLASSES).splitlines()
+    lines = class_table(actual, decision, names, CLASSES).splitlines()
     assert lines[0] == "class,name,pool_images,kept,lowest_score"
     assert lines[2].startswith('1,"b ""quoted""",')
     assert lines[6] == '5,"never",0,0,'
-    lowest = sorted(found.score_N[found.class_N == 2].tolist())[0]
+    lowest = sorted(actual.score_N[actual.class_N == 2].tolist())[0]
     count = int((pool["pool"]["class"] == 2).sum())
     assert lines[3] == f'2,"c, d",{count},2,{lowest:.4f}'
-    assert class_table(found, decision, None, CLASSES).splitlines()[6] == "5,,0,0,"
+    assert class_table(actual, decision, None, CLASSES).splitlines()[6] == "5,,0,0,"
 
 
 def test_rows_of_files(pool: dict[str, Any]) -> None:
@@ -204,8 +204,8 @@ def test_rows_of_files(pool: dict[str, Any]) -> None:
     assert files.keys(rows).to_pylist() == pool["pool"]["key"][rows].tolist()
     assert files.keys(rows[:0]).to_pylist() == []
     starts = [0, 100, 101]
-    found = {number: part.tolist() for number, part in files.shard_rows(rows)}
-    assert sorted(found[n][i] + starts[n] for n in found for i in range(len(found[n]))) == rows.tolist()
+    actual = {number: part.tolist() for number, part in files.shard_rows(rows)}
+    assert sorted(actual[n][i] + starts[n] for n in actual for i in range(len(actual[n]))) == rows.tolist()
     assert files.shard_of(np.array([0, 99, 100, 101, 299])).tolist() == [0, 0, 1, 2, 2]
     assert files.unreadable == [
         key for key, label in zip(pool["pool"]["key"], pool["pool"]["class"], strict=True) if label == UNREADABLE
@@ -224,10 +224,10 @@ def test_cosines_of_embeddings_on_disk(tmp_path: Path) -> None:
     left, right = np.random.default_rng(1).integers(0, 50, (2, 9000))
     left[:2], right[:2] = (7, 3), (31, 4)
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    found = cosines(ids[left], ids[right], stored, stored)
-    np.testing.assert_allclose(found, (unit[left] * unit[right]).sum(1), atol=1e-3)
-    assert found[0] == 1
-    assert found[1] == 0
+    actual = cosines(ids[left], ids[right], stored, stored)
+    np.testing.assert_allclose(actual, (unit[left] * unit[right]).sum(1), atol=1e-3)
+    assert actual[0] == 1
+    assert actual[1] == 0
 
 
 # ---- the best k of a class, against sorting everything in Python; and memory that does not follow the stream

@@ -1,4 +1,4 @@
-"""A manifest of selected images as a source: the images by name, in its order, wherever they lie; and what is gone is told."""
+"""A manifest of selected images as a source: the images by name, in its order, wherever they are; and missing ones are reported."""
 
 import io
 import shutil
@@ -169,13 +169,13 @@ def test_images_that_are_gone(tiny: Any, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_rows_and_members_that_are_gone(pool: dict[str, str], tmp_path: Path) -> None:
-    for place, good, bad, told in (
+    for place, good, bad, expected in (
         ("table", "3", "30", "row 30"),
         ("tar", "x.tar/disc/disc_001.png", "x.tar/x.png", "x.tar/x.png"),
     ):
         path = pool[place]
         file = write(tmp_path / f"{place}.parquet", [(path, bad), (path, good)], [path])
-        assert f"1 of 2 images are no longer in {path}, first {told}; curate again" in message(file)
+        assert f"1 of 2 images are no longer in {path}, first {expected}; curate again" in message(file)
 
 
 def test_manifests_that_are_refused(pool: dict[str, str], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Mixup and cutmix: the pixels follow from partners and shares, shares are drawn as said, and all of it from the seed alone."""
+"""Mixup and cutmix: the pixels follow from partners and shares, shares follow their distribution, all of it from the seed alone."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def config(**settings: Any) -> DataConfig:
     return DataConfig.model_validate({"train": ["images"], **settings})
 
 
-def pictures(images: int = IMAGES, size: tuple[int, int] = SIZE) -> torch.Tensor:
+def images_of(images: int = IMAGES, size: tuple[int, int] = SIZE) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (images, 3, *size), dtype=torch.uint8, generator=generator)
 
@@ -32,7 +32,7 @@ def mixed(pixels: torch.Tensor, settings: DataConfig, seed: int) -> Mixed:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_mixup_is_a_weighted_mean_of_two_images(seed: int) -> None:
-    pixels = pictures()
+    pixels = images_of()
     result = mixed(pixels, config(mixup=1.0), seed)
     images = pixels.double().numpy()
     for image, (partner, share) in enumerate(zip(result.partners_B.tolist(), result.shares_B.tolist(), strict=True)):
@@ -43,7 +43,7 @@ def test_mixup_is_a_weighted_mean_of_two_images(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_cutmix_pastes_a_rectangle_and_counts_its_pixels(seed: int) -> None:
-    # A picture of one value of its own each, so that every pixel says where it is from.
+    # Each image has one value of its own, which identifies the origin of every pixel.
     pixels = (torch.arange(IMAGES, dtype=torch.uint8) * 40)[:, None, None, None].expand(-1, 3, *SIZE).contiguous()
     result = mixed(pixels, config(cutmix=1.0), seed)
     for image, (partner, share) in enumerate(zip(result.partners_B.tolist(), result.shares_B.tolist(), strict=True)):
@@ -61,7 +61,7 @@ def test_cutmix_pastes_a_rectangle_and_counts_its_pixels(seed: int) -> None:
 
 
 def test_cutmix_pastes_the_partners_own_pixels() -> None:
-    pixels = pictures()
+    pixels = images_of()
     result = mixed(pixels, config(cutmix=1.0), 1)
     own, partner = pixels.float(), pixels.float()[result.partners_B]
     assert ((result.pixels_BCHW == own) | (result.pixels_BCHW == partner)).all()
@@ -70,7 +70,7 @@ def test_cutmix_pastes_the_partners_own_pixels() -> None:
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
 def test_shares_of_mixup_are_beta_distributed(alpha: float) -> None:
-    shares = mixed(pictures(4000, (1, 1)), config(mixup=alpha), 7).shares_B.double().numpy()
+    shares = mixed(images_of(4000, (1, 1)), config(mixup=alpha), 7).shares_B.double().numpy()
     # Beta(a, a): mean 1/2, variance 1 / (4 (2a + 1)); limits of four standard errors or more
     variance = 1 / (4 * (2 * alpha + 1))
     assert shares.mean() == pytest.approx(0.5, abs=4 * (variance / 4000) ** 0.5)
@@ -80,14 +80,14 @@ def test_shares_of_mixup_are_beta_distributed(alpha: float) -> None:
 
 def test_area_of_cutmix_before_the_border_cuts_it() -> None:
     """Boxes cover 1 - share of a Beta(1, 1); half their sides fall outside now and then, so less is pasted than the half."""
-    shares = mixed(pictures(2000, (32, 32)), config(cutmix=1.0), 3).shares_B
+    shares = mixed(images_of(2000, (32, 32)), config(cutmix=1.0), 3).shares_B
     assert 0.5 < shares.mean().item() < 0.75
     assert shares.min().item() < 0.2
     assert shares.max().item() == 1
 
 
 def test_all_of_it_follows_from_the_seed() -> None:
-    pixels, settings = pictures(), config(mixup=0.8, cutmix=1.0)
+    pixels, settings = images_of(), config(mixup=0.8, cutmix=1.0)
     torch.manual_seed(1)
     np.random.seed(1)
     state = torch.get_rng_state()
@@ -102,7 +102,7 @@ def test_all_of_it_follows_from_the_seed() -> None:
 
 
 def test_one_kind_a_batch_and_both_in_turn() -> None:
-    pixels, settings = pictures(), config(mixup=1.0, cutmix=1.0)
+    pixels, settings = images_of(), config(mixup=1.0, cutmix=1.0)
     kinds = []
     for seed in range(60):
         result = mixed(pixels, settings, seed)
@@ -112,7 +112,7 @@ def test_one_kind_a_batch_and_both_in_turn() -> None:
 
 
 def test_share_of_the_batches() -> None:
-    pixels = pictures(2, (4, 4))
+    pixels = images_of(2, (4, 4))
     some = [mix_batch(pixels, config(mixup=1.0, mix_probability=0.3), seed) is not None for seed in range(300)]
     assert 60 < sum(some) < 120  # 90, four standard deviations either way
     assert mix_batch(pixels, config(mixup=1.0, mix_probability=0.0), 1) is None

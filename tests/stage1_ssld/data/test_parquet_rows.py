@@ -89,11 +89,11 @@ def test_loader_processes_read_for_themselves(table: Path, monkeypatch: pytest.M
     lazy.read(5)
     data = DataConfig(train=[held.config], image_size=16)
     batches = [[(row, 0) for row in rows] for rows in ([0, 29, 4], [5, 17, 6], [20, 8, 21])]
-    here, there = (
+    local, there = (
         list(make_loader(TrainViews([images], [None], data, 0), batches, workers=workers, pin_memory=False))
         for images, workers in ((held, 0), (lazy, 2))
     )
-    assert all(torch.equal(a.pixels_BCHW, b.pixels_BCHW) for a, b in zip(here, there, strict=True))
+    assert all(torch.equal(a.pixels_BCHW, b.pixels_BCHW) for a, b in zip(local, there, strict=True))
 
 
 def test_memory_is_one_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

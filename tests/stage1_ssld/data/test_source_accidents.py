@@ -1,4 +1,4 @@
-"""What people bring by accident: mixtures, splits below one root, odd names, tars with dots in their names, lists of every spelling. Nothing is lost
+"""Accidents in users' sources: mixtures, splits below one root, odd names, tars with dots in their names, lists of every spelling. Nothing is lost
 or exchanged without a word."""
 
 import io
@@ -112,9 +112,9 @@ def test_class_folders_with_any_name(tmp_path: Path) -> None:
 
 def test_splits_below_one_root_are_not_mixed(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", "train/cat/1.png", "train/dog/1.png", "val/cat/1.png", "val/dog/1.png")
-    told = "holds the splits train, val: set split to the one to read, or path to"
-    assert told in refusal(folder)
-    assert told in refusal(f"file://{folder}")
+    expected = "holds the splits train, val: set split to the one to read, or path to"
+    assert expected in refusal(folder)
+    assert expected in refusal(f"file://{folder}")
     assert "but not test; set split to one of them" in refusal(folder, split="test")
     images = source(folder, split="val")
     assert (images.labels, images.class_names) == ([0, 1], ["cat", "dog"])
@@ -213,8 +213,10 @@ def test_hidden_files_are_skipped_elsewhere_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["train.csv", "train.lst", "images.arrow", "images.h5", "x.tar.gz"])
 def test_files_that_are_no_sources(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"path,label\n")
-    told = "unpack it" if name == "x.tar.gz" else f"{name}: a {Path(name).suffix} file is no source of images; use a"
-    assert told in refusal(tmp_path / name)
+    expected = (
+        "unpack it" if name == "x.tar.gz" else f"{name}: a {Path(name).suffix} file is no source of images; use a"
+    )
+    assert expected in refusal(tmp_path / name)
     os.mkfifo(tmp_path / "pipe.parquet")
     assert "pipe.parquet: is neither a file nor a folder" in refusal(tmp_path / "pipe.parquet")
 
@@ -240,8 +242,8 @@ def test_an_image_folder_of_the_hub_is_listed_like_any_folder(tmp_path: Path, mo
 def test_names_with_dots_are_one_sample_and_refused(tmp_path: Path) -> None:
     members = {f"shop.00{n}.{end}": content for n in range(3) for end, content in (("png", png(n)), ("cls", b"1"))}
     file = pack(tmp_path / "a.tar", members)
-    told = "a.tar: shop.000.png and shop.001.png are one sample, because their names agree up to the first dot; pack the file again"
-    assert told in refusal(file)
+    expected = "a.tar: shop.000.png and shop.001.png are one sample, because their names agree up to the first dot; pack the file again"
+    assert expected in refusal(file)
     with pytest.raises(UserError, match=r"shop\.000\.png and shop\.001\.png are one sample"):
         streamed(file)
     twice = tmp_path / "b.tar"
@@ -336,7 +338,7 @@ def test_each_file_has_its_own_order_of_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("metadata", "told"),
+    ("metadata", "expected"),
     [
         ("{", "its Hugging Face metadata, which hold the class names, are not JSON; correct them, or set labels: none"),
         ("[" * 100_000, "are not JSON"),
@@ -353,7 +355,7 @@ def test_each_file_has_its_own_order_of_classes(tmp_path: Path) -> None:
         ("names: []", None),
     ],
 )
-def test_class_names_that_cannot_be_used(metadata: str, told: str | None, tmp_path: Path) -> None:
+def test_class_names_that_cannot_be_used(metadata: str, expected: str | None, tmp_path: Path) -> None:
     if metadata.startswith("names: "):
         names = metadata.removeprefix("names: ").replace("apple", "apple" if '"' in metadata else '"apple"')
         metadata = f'{{"info": {{"features": {{"label": {{"names": {names}}}}}}}}}'
@@ -362,8 +364,8 @@ def test_class_names_that_cannot_be_used(metadata: str, told: str | None, tmp_pa
     pq.write_table(table, tmp_path / "x.parquet")
     images = source(tmp_path / "x.parquet")
     assert images.class_names is None
-    if told:
-        assert told in unlabeled_because(images)
+    if expected:
+        assert expected in unlabeled_because(images)
         assert source(tmp_path / "x.parquet", labels="none").unlabeled_because is None
     else:
         assert images.labels == [0, 1]
@@ -437,7 +439,7 @@ def test_names_that_look_like_something_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         ("a.png 0\nb.png\n", "image 2 has no class number, others have; give one to all or none"),
         ("a.png 0\nb.png \N{SUPERSCRIPT TWO}\n", "line 2: '\N{SUPERSCRIPT TWO}' is not a class number"),
@@ -448,12 +450,12 @@ def test_names_that_look_like_something_else(tmp_path: Path) -> None:
         ("a.png 0\nb.png 0\na.png 1\n", "line 3: a.png has another class number on an earlier line; keep one"),
     ],
 )
-def test_labels_of_a_list_end_a_run_only_where_they_are_read(tmp_path: Path, content: str, told: str) -> None:
+def test_labels_of_a_list_end_a_run_only_where_they_are_read(tmp_path: Path, content: str, expected: str) -> None:
     write(tmp_path, "a.png", "b.png")
     (tmp_path / "list.txt").write_text(content, encoding="utf-8")
     images = source(tmp_path / "list.txt")
     assert [images.rows.name(row) for row in range(2)] == ["a.png", "b.png"]
-    assert told in unlabeled_because(images)
+    assert expected in unlabeled_because(images)
     assert source(tmp_path / "list.txt", labels="none").unlabeled_because is None
 
 

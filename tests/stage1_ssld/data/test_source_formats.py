@@ -53,19 +53,21 @@ def pack(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
     return path
 
 
-def pictures(folder: Path) -> dict[str, bytes]:
+def images_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
 
 
-def same_images(ours: ImageSource, theirs: ImageSource) -> bool:
-    return len(ours) == len(theirs) and all(torch.equal(ours.read(row), theirs.read(row)) for row in range(len(ours)))
+def same_images(actual: ImageSource, other: ImageSource) -> bool:
+    return len(actual) == len(other) and all(
+        torch.equal(actual.read(row), other.read(row)) for row in range(len(actual))
+    )
 
 
 # ---- WebDataset tar files
 
 
 def test_tar_files_are_read_in_place(tiny: Any, tmp_path: Path) -> None:
-    members = pictures(tiny.train)
+    members = images_of(tiny.train)
     names = list(members)
     for number in range(3):
         pack(tmp_path / f"{number}.tar", {name: members[name] for name in names[10 * number : 10 * number + 10]})
@@ -144,7 +146,7 @@ def test_a_pipe_is_no_source(name: str, tmp_path: Path) -> None:
 
 
 def test_a_list_of_files(tiny: Any, tmp_path: Path) -> None:
-    names = sorted(pictures(tiny.train))
+    names = sorted(images_of(tiny.train))
     (tmp_path / "all.txt").write_text("".join(f"{name}\n\n" for name in names))
     images = source(tmp_path / "all.txt", root=str(tiny.train))
     assert same_images(images, source(tiny.train))
@@ -224,11 +226,11 @@ def memory() -> Iterator[Any]:
 
 def test_sources_behind_urls(tiny: Any, memory: Any, tmp_path: Path) -> None:
     local = source(tiny.train)
-    for name, content in pictures(tiny.train).items():
+    for name, content in images_of(tiny.train).items():
         memory.pipe(f"/pool/{name}", content)
     memory.pipe("/table/part-0.parquet", tiny.parquet.read_bytes())
     memory.pipe(
-        "/pool/list.txt", "".join(f"{name} {n // 10}\n" for n, name in enumerate(pictures(tiny.train))).encode()
+        "/pool/list.txt", "".join(f"{name} {n // 10}\n" for n, name in enumerate(images_of(tiny.train))).encode()
     )
     images = source("memory://pool")
     assert images.labels == local.labels
@@ -314,7 +316,7 @@ def register() -> Iterator[Any]:
 
 def test_loader_workers_open_filesystems_of_their_own(tiny: Any, register: Any) -> None:
     filesystem = register(OtherFileSystem)
-    for name, content in list(pictures(tiny.train).items())[:4]:
+    for name, content in list(images_of(tiny.train).items())[:4]:
         filesystem.pipe(f"/pool/{name}", content)
     images = source("other://pool/*/*.png")
     images.read(0)
@@ -372,12 +374,12 @@ def test_a_data_set_of_the_hub_is_streamed_from_its_files(tiny: Any, register: A
     assert len(source_shards(SourceConfig(path="hub:org/other"), 0, streaming=True)) == 2
     filesystem.pipe("/datasets/org/other/trainval/0.parquet", tiny.parquet.read_bytes())
     filesystem.pipe("/datasets/org/other/train_extra-00000-of-00001.parquet", tiny.parquet.read_bytes())
-    filesystem.pipe("/datasets/org/other/assets/logo.png", pictures(tiny.train)["disc/disc_000.png"])
+    filesystem.pipe("/datasets/org/other/assets/logo.png", images_of(tiny.train)["disc/disc_000.png"])
     assert len(source_shards(SourceConfig(path="hub:org/other"), 0, streaming=True)) == 2
-    for name, content in list(pictures(tiny.train).items())[::10]:
+    for name, content in list(images_of(tiny.train).items())[::10]:
         filesystem.pipe(f"/datasets/org/folder/{name}", content)
     (shard,) = source_shards(SourceConfig(path="hub:org/folder"), 0, streaming=True)
-    assert [sample.name for sample in shard.samples()] == list(pictures(tiny.train))[::10]
+    assert [sample.name for sample in shard.samples()] == list(images_of(tiny.train))[::10]
     with pytest.raises(
         UserError, match="hub:org/name: none of its 3 files belongs to the split 'test'; set split or subset"
     ):

@@ -78,11 +78,11 @@ def test_a_stray_image_does_not_silently_drop_the_labels(stray: str, tmp_path: P
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(png())
     images = source(tmp_path)
-    assert (len(images), images.labels) == (4, None)  # enough where nobody reads labels
-    told = rf"but {stray} does not \(1 of 4\); move it into one, or set labels: none"
-    with pytest.raises(UserError, match=told):
+    assert (len(images), images.labels) == (4, None)  # enough if labels are not read
+    expected = rf"but {stray} does not \(1 of 4\); move it into one, or set labels: none"
+    with pytest.raises(UserError, match=expected):
         labeled_classes([images])
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=expected):
         match_classes(images, ["cat", "dog"], 2, "the teacher")
     assert labels_in_classes(images, ["cat", "dog"], 2) is None
     assert len(source(tmp_path, labels="none")) == 4
@@ -193,7 +193,7 @@ def test_refused_sources(tmp_path: Path, tiny: Any) -> None:
     pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "none.parquet")
     assert "holds no images" in message(tmp_path / "none.parquet")
     pq.write_table(pa.table({"image": [png()] * 2, "label": ["cat", "dog"]}), tmp_path / "words.parquet")
-    words = source(tmp_path / "words.parquet")  # enough where nobody reads labels
+    words = source(tmp_path / "words.parquet")  # enough if labels are not read
     assert (len(words), words.labels) == (2, None)
     with pytest.raises(UserError, match=r"words\.parquet: column 'label' holds string where class numbers are needed"):
         labeled_classes([words])

@@ -64,8 +64,8 @@ def batches(
         return list(stream)
 
 
-def keys(found: list[Batch]) -> list[list[str]]:
-    return [batch.keys for batch in found]
+def keys(result: list[Batch]) -> list[list[str]]:
+    return [batch.keys for batch in result]
 
 
 @pytest.fixture
@@ -80,15 +80,15 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", ["folder", "table"])
 @pytest.mark.usefixtures("small_blocks")
 def test_every_image_once_a_pass(kind: str, pools: Pools) -> None:
-    found = keys(batches(data_of(pools[kind]), steps=range(15)))
-    assert {len(batch) for batch in found} == {6}
+    result = keys(batches(data_of(pools[kind]), steps=range(15)))
+    assert {len(batch) for batch in result} == {6}
     source = ImageSource(data_of(pools[kind]).train[0], 0)
     whole = sorted(source.key(row) for row in range(30))
-    passes = [[key for batch in found[first : first + 5] for key in batch] for first in (0, 5, 10)]
+    passes = [[key for batch in result[first : first + 5] for key in batch] for first in (0, 5, 10)]
     assert all(sorted(one) == whole for one in passes)
     assert len({tuple(one) for one in passes}) == 3
     assert passes[0] != whole
-    assert keys(batches(data_of(pools[kind]), steps=range(15), seed=2)) != found
+    assert keys(batches(data_of(pools[kind]), steps=range(15), seed=2)) != result
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -101,9 +101,9 @@ def test_readers_of_tar_files_go_through_their_own_in_turn(pools: Pools) -> None
     assert all(isinstance(part.shard, TarShard) and part.last is None for r in plan.readers for part in r.parts)
     sizes = [sum(len(list(part.shard.samples())) for part in reader.parts) for reader in plan.readers]
     assert sum(sizes) == 30
-    found = keys(batches(data, steps=range(30)))
+    result = keys(batches(data, steps=range(30)))
     for number, size in enumerate(sizes):
-        own = [batch[slot] for batch in found for slot, (reader, _) in enumerate(plan.slots) if reader == number]
+        own = [batch[slot] for batch in result for slot, (reader, _) in enumerate(plan.slots) if reader == number]
         assert len(own) == 60
         assert {tuple(sorted(Counter(own[first : first + size]).values())) for first in range(0, 60 - size, size)} == {
             (1,) * size
@@ -127,14 +127,14 @@ def test_views_are_those_of_the_image_and_the_pass(kind: str, pools: Pools) -> N
     data = data_of(pools[kind], augment="trivial")
     source = ImageSource(data.train[0], 0)
     row_of = {source.key(row): row for row in range(30)}
-    seen: Counter[str] = Counter()
+    recorded: Counter[str] = Counter()
     for batch in batches(data, steps=range(7)):
         assert batch.pixels_BCHW.shape == (6, 3, 8, 8)
         assert batch.labels_B.tolist() == [NO_LABEL] * 6
         for pixels, key in zip(batch.pixels_BCHW, batch.keys, strict=True):
-            assert torch.equal(pixels, training_view(source.read(row_of[key]), key, seen[key], data, 1))
-            seen[key] += 1
-    assert max(seen.values()) >= 2
+            assert torch.equal(pixels, training_view(source.read(row_of[key]), key, recorded[key], data, 1))
+            recorded[key] += 1
+    assert max(recorded.values()) >= 2
 
 
 # ---- nothing but the step decides
@@ -169,10 +169,10 @@ def test_ranks_and_accumulation_cut_the_same_batches(kind: str, ranks: int, accu
 def test_workers_change_nothing(pools: Pools) -> None:
     data = data_of(pools["tars"], pools["folder"])
     for split in ({}, {"rank": 1, "ranks": 2, "accumulate": 3}):
-        here = batches(data, steps=range(2, 5), **split)
-        theirs = batches(data, steps=range(2, 5), workers=2, **split)
-        assert keys(theirs) == keys(here)
-        assert all(torch.equal(a.pixels_BCHW, b.pixels_BCHW) for a, b in zip(theirs, here, strict=True))
+        local = batches(data, steps=range(2, 5), **split)
+        other = batches(data, steps=range(2, 5), workers=2, **split)
+        assert keys(other) == keys(local)
+        assert all(torch.equal(a.pixels_BCHW, b.pixels_BCHW) for a, b in zip(other, local, strict=True))
     assert multiprocessing.active_children() == []
 
 
@@ -263,20 +263,20 @@ def test_unreadable_images_are_replaced(tmp_path: Path, jpeg: Callable[..., byte
     for number in range(12):
         (tmp_path / f"{number:02d}.jpg").write_bytes(jpeg(seed=number)[: 300 if number in (3, 8) else None])
     for workers in (0, 2):
-        found = batches(data_of(tmp_path), batch=12, steps=range(1), workers=workers)
-        assert sorted(found[0].unreadable) == [f"{tmp_path}/03.jpg", f"{tmp_path}/08.jpg"]
-        assert len(found[0].keys) == len(found[0].pixels_BCHW) == 12
-        assert set(found[0].keys) == {f"0:{number:02d}.jpg" for number in range(12)} - {"0:03.jpg", "0:08.jpg"}
+        result = batches(data_of(tmp_path), batch=12, steps=range(1), workers=workers)
+        assert sorted(result[0].unreadable) == [f"{tmp_path}/03.jpg", f"{tmp_path}/08.jpg"]
+        assert len(result[0].keys) == len(result[0].pixels_BCHW) == 12
+        assert set(result[0].keys) == {f"0:{number:02d}.jpg" for number in range(12)} - {"0:03.jpg", "0:08.jpg"}
 
 
 def test_nothing_but_unreadable_images(tmp_path: Path, jpeg: Callable[..., bytes]) -> None:
     for number in range(4):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg()[:300])
     for workers in (0, 2):
-        (found,) = batches(data_of(tmp_path), batch=4, steps=range(1), workers=workers)
-        assert found.keys == []
-        assert len(found.pixels_BCHW) == 0
-        assert set(found.unreadable) == {f"{tmp_path}/{number}.jpg" for number in range(4)}
+        (result,) = batches(data_of(tmp_path), batch=4, steps=range(1), workers=workers)
+        assert result.keys == []
+        assert len(result.pixels_BCHW) == 0
+        assert set(result.unreadable) == {f"{tmp_path}/{number}.jpg" for number in range(4)}
 
 
 @pytest.mark.parametrize("workers", [0, 1])

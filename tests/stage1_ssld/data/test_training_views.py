@@ -212,14 +212,14 @@ def test_views_of_a_store_are_those_its_soft_labels_were_written_for(tiny: Any) 
     live.seed = 9
     stored = TrainViews(live.sources, live.labels, live.config, seed=1, store=FakeStore())
     for view in (0, 1, 2, 3):  # pass 2 sees view 0 again
-        ours, theirs = stored[32, view], live[32, view % 2]
-        assert ours.pixels_CHW is not None
-        assert theirs.pixels_CHW is not None
-        assert torch.equal(ours.pixels_CHW, theirs.pixels_CHW)
-        assert ours.key == theirs.key
-        assert ours.soft is not None
-        assert ours.soft["classes"].tolist() == [1, 2]  # row 2 of the second source
-        assert ours.soft["log_probs"].tolist() == [view % 2, 0]
+        actual, other = stored[32, view], live[32, view % 2]
+        assert actual.pixels_CHW is not None
+        assert other.pixels_CHW is not None
+        assert torch.equal(actual.pixels_CHW, other.pixels_CHW)
+        assert actual.key == other.key
+        assert actual.soft is not None
+        assert actual.soft["classes"].tolist() == [1, 2]  # row 2 of the second source
+        assert actual.soft["log_probs"].tolist() == [view % 2, 0]
     replaced = stored[1, 0]
     assert replaced.key == stored[2, 0].key
     assert replaced.unreadable == [live.sources[0].location(1)]

@@ -86,18 +86,18 @@ def test_a_view_is_torchvisions_crop_and_flip(interpolation: str) -> None:
             box = RandomResizedCrop.get_params(IMAGE, [0.2, 0.9], [0.5, 1.5])
             expected = F.resized_crop(IMAGE, *box, [16, 16], InterpolationMode(interpolation), antialias=True)
             expected = expected.flip(-1) if torch.rand(()) < 0.5 else expected
-        ours = view("k", number, 3, crop_area=(0.2, 0.9), crop_ratio=(0.5, 1.5), interpolation=interpolation)
+        actual = view("k", number, 3, crop_area=(0.2, 0.9), crop_ratio=(0.5, 1.5), interpolation=interpolation)
         assert (
-            ours.int() - expected.int()
+            actual.int() - expected.int()
         ).abs().max() <= 1  # without AVX2 torch rounds by the layout in memory; 0 with it
 
 
 @pytest.mark.parametrize("changes", [{}, {"augment": "rand-m9-mstd0.5-inc1"}, {"erase": 1}, {"train_view": "center"}])
 def test_a_view_of_a_picture_is_that_of_its_pixels(changes: dict[str, Any]) -> None:
-    picture = Image.fromarray(IMAGE.permute(1, 2, 0).contiguous().numpy())
+    drawn = Image.fromarray(IMAGE.permute(1, 2, 0).contiguous().numpy())
     for number in range(6):
-        ours = training_view(picture, "k", number, settings(**changes), 0)
-        assert torch.equal(ours, view("k", number, **changes))
+        actual = training_view(drawn, "k", number, settings(**changes), 0)
+        assert torch.equal(actual, view("k", number, **changes))
 
 
 def test_a_batch_is_planar_whatever_the_layout_of_its_views() -> None:
@@ -109,8 +109,10 @@ def test_a_batch_is_planar_whatever_the_layout_of_its_views() -> None:
 
 def test_the_center_view_is_the_evaluation_view() -> None:
     for number in range(2):
-        ours = view("k", number, train_view="center", val_crop=0.8, interpolation="bicubic", augment="trivial", erase=1)
-        assert torch.equal(ours, val_view(IMAGE, image_size=16, val_crop=0.8, interpolation="bicubic"))
+        actual = view(
+            "k", number, train_view="center", val_crop=0.8, interpolation="bicubic", augment="trivial", erase=1
+        )
+        assert torch.equal(actual, val_view(IMAGE, image_size=16, val_crop=0.8, interpolation="bicubic"))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -137,9 +139,9 @@ def test_an_augmented_view_is_timms_of_the_plain_view() -> None:
             RandomResizedCrop.get_params(IMAGE, [0.08, 1.0], [3 / 4, 4 / 3])
             torch.rand(2)  # the flip, and whether to augment
             pixels = view("k", number)
-            picture = augmentation("rand-m9-mstd0.5-inc1", 16)(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
+            drawn = augmentation("rand-m9-mstd0.5-inc1", 16)(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
         assert torch.equal(
-            training_view(IMAGE, "k", number, config, 0), torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+            training_view(IMAGE, "k", number, config, 0), torch.from_numpy(np.array(drawn)).permute(2, 0, 1)
         )
 
 

@@ -60,8 +60,8 @@ def pixels(images: int = 3, seed: int = 1) -> Tensor:
 
 
 def loss_of(heads: FeatureHeads, student: Classifier, teacher: FrozenTeacher, x: Tensor, *terms: Any) -> Tensor:
-    logits, said = Learner(student, heads)(x)
-    pairs = heads.pairs(said, teacher.features(x, maps=True))
+    logits, predictions = Learner(student, heads)(x)
+    pairs = heads.pairs(predictions, teacher.features(x, maps=True))
     objective = Objective([LossConfig.model_validate(term) for term in terms], 0.0)
     return objective(logits, None, torch.zeros(len(x)).long(), features=pairs)["loss"]
 
@@ -84,9 +84,11 @@ def test_no_loss_and_no_gradient_where_student_and_teacher_are_one(network: Netw
     assert gradients
     assert max(gradients) < 1e-5
     other = teacher.features(pixels() // 8, maps=True)
-    logits, said = Learner(student, heads)(pixels())
+    logits, predictions = Learner(student, heads)(pixels())
     objective = Objective([LossConfig.model_validate(settings)], 0.0)
-    assert objective(logits, None, torch.zeros(3).long(), features=heads.pairs(said, other))["loss"].item() > 1e-4
+    assert (
+        objective(logits, None, torch.zeros(3).long(), features=heads.pairs(predictions, other))["loss"].item() > 1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -158,8 +160,8 @@ def test_features_of_another_architecture(
         direction = chosen.standard_normal(array.shape)
         slope = spatial_form(level, array + step * direction) - spatial_form(level, array - step * direction)
         assert one.grad is not None
-        found = float((one.grad.double().numpy() * direction).sum())
-        assert found == pytest.approx(slope / (2 * step) / len(maps), rel=2e-3, abs=1e-5)
+        actual = float((one.grad.double().numpy() * direction).sum())
+        assert actual == pytest.approx(slope / (2 * step) / len(maps), rel=2e-3, abs=1e-5)
     array = pooled.detach().double().numpy()
     direction = chosen.standard_normal(array.shape)
     slope = pooled_form(array + step * direction) - pooled_form(array - step * direction)
@@ -191,9 +193,9 @@ def test_statistics_are_those_of_all_images(network: Network) -> None:
         deviation = expected.std(0)
         floor = 0.01 * np.sqrt((deviation**2).mean())
         np.testing.assert_allclose(getattr(heads, f"{name}_mean_D").numpy(), expected.mean(0), rtol=1e-4, atol=1e-5)
-        found = getattr(heads, f"{name}_deviation_D").numpy()
-        np.testing.assert_allclose(found, np.maximum(deviation, floor), rtol=1e-3, atol=1e-6)
-        assert (found[3] == pytest.approx(floor, rel=1e-4)) == (name == "pooled")
+        actual = getattr(heads, f"{name}_deviation_D").numpy()
+        np.testing.assert_allclose(actual, np.maximum(deviation, floor), rtol=1e-3, atol=1e-6)
+        assert (actual[3] == pytest.approx(floor, rel=1e-4)) == (name == "pooled")
 
 
 @pytest.mark.parametrize(
@@ -206,8 +208,8 @@ def test_statistics_are_those_of_all_images(network: Network) -> None:
 def test_features_that_say_nothing(network: Network, value: float, message: str) -> None:
     teacher = teacher_of(network("test_resnet"))
     heads = heads_of(student_of(network("test_resnet")), teacher, "pooled")
-    answer = TeacherFeatures(None, torch.full((2, 96), value), None)
-    teacher.features = lambda *_, **__: answer  # type: ignore[method-assign]
+    prediction = TeacherFeatures(None, torch.full((2, 96), value), None)
+    teacher.features = lambda *_, **__: prediction  # type: ignore[method-assign]
     batch = collate([View(view, 0, "", []) for view in pixels(2)])
     with pytest.raises(UserError, match=message):
         heads.measure(teacher, [batch])

@@ -80,14 +80,14 @@ def with_epsilon(s_BK: np.ndarray, t_BK: np.ndarray, epsilon: float) -> tuple[fl
     ("name", "epsilon", "moves"), [("JSDivLoss_ssld", 1e-10, (0.15, 0.25)), ("DMLLoss", 1e-12, (0.01, 0.02))]
 )
 def test_what_is_left_to_the_reference_is_its_epsilon(name: str, epsilon: float, moves: tuple[float, float]) -> None:
-    """At deviation 5 the reference is its formula with the epsilon, ours the same one without: it moves gradients by 19 % and 1.6 %."""
+    """At deviation 5 the reference is its formula with the epsilon, this project's is the same without: it moves gradients by 19 % and 1.6 %."""
     s, t = GOLDEN_5["s"], GOLDEN_5["t"]
     value, gradient = with_epsilon(s, t, epsilon)
     assert value == pytest.approx(float(GOLDEN_5[f"{name}_loss"]), rel=1e-5)
     assert np.abs(gradient - GOLDEN_5[f"{name}_grad"]).max() < 1e-4 * np.abs(gradient).max()
     limit, limit_gradient = with_epsilon(s, t, 1e-300)
-    ours, our_gradient = value_and_gradient(symmetric_kl, torch.from_numpy(s), torch.from_numpy(t))
-    assert ours / 16 == pytest.approx(limit, rel=1e-6)
+    actual, our_gradient = value_and_gradient(symmetric_kl, torch.from_numpy(s), torch.from_numpy(t))
+    assert actual / 16 == pytest.approx(limit, rel=1e-6)
     assert np.abs(our_gradient / 16 - limit_gradient).max() < 1e-5 * np.abs(limit_gradient).max()
     moved = np.abs(limit_gradient - gradient).max() / np.abs(limit_gradient).max()
     assert moves[0] < moved < moves[1]

@@ -134,13 +134,13 @@ class Waits(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: set[str] = set()
+        self.result: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         by_mask = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
         if by_mask or name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique2"):
-            self.found.add(name)
+            self.result.add(name)
         return func(*args, **(kwargs or {}))
 
 
@@ -154,10 +154,10 @@ def test_nothing_waits_for_the_device() -> None:
     with Waits() as waits:
         for seed in range(4):
             objective(student, SoftLabels(teacher), labels, mix_batch(pixels, data, seed))["loss"].backward()
-    assert waits.found == set()
+    assert waits.result == set()
     with Waits() as waits:
         assert student[labels >= 0].sum().item() != 0
-    assert waits.found >= {"index", "_local_scalar_dense"}  # the collector does collect
+    assert waits.result >= {"index", "_local_scalar_dense"}  # the collector does collect
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -29,7 +29,7 @@ def test_soft_labels_are_the_teachers_to_the_same_views(
     assert store.class_names == ["disc", "ring", "stripes"]
     store.match(sources, store_data)
     assert [source.number for source in sources] == [1, 0]
-    teacher, seen = FrozenTeacher(str(teacher_file)), 0
+    teacher, recorded = FrozenTeacher(str(teacher_file)), 0
     for source in sources:
         for row in range(len(source)):
             for view in range(3):
@@ -46,8 +46,8 @@ def test_soft_labels_are_the_teachers_to_the_same_views(
                 assert record["classes"].tolist() == best.indices.tolist()
                 np.testing.assert_allclose(record["log_probs"].astype(np.float64), best.values.numpy(), 1e-3, 1e-4)
                 assert record["rest"] == pytest.approx(expected.min().item(), rel=1e-4)
-                seen += 1
-    assert seen == 44 * 3
+                recorded += 1
+    assert recorded == 44 * 3
 
 
 def test_training_views_are_those_of_the_store(written_store: Path, store_data: DataConfig) -> None:
@@ -85,8 +85,8 @@ def test_loader_processes_read_it_too(written_store: Path, store_data: DataConfi
     store.record(0, 0, 0)  # one map is open before the workers start
     views = TrainViews(sources, [None, None], store_data, seed=0, store=store)
     order = [[(13, 0), (15, 1)], [(30, 2), (44, 5)]]
-    ours, theirs = (list(make_loader(views, order, workers=workers, pin_memory=False)) for workers in (0, 1))
-    for a, b in zip(ours, theirs, strict=True):
+    actual, other = (list(make_loader(views, order, workers=workers, pin_memory=False)) for workers in (0, 1))
+    for a, b in zip(actual, other, strict=True):
         assert a.soft is not None
         assert b.soft is not None
         assert torch.equal(a.pixels_BCHW, b.pixels_BCHW)

@@ -1,4 +1,4 @@
-"""A store that is unfinished, damaged or none: what is wrong is told, by every rank the same."""
+"""A store that is unfinished, damaged or none: every rank reports the same error."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +56,7 @@ def test_a_damaged_shard(store_copy: Path, damage: Callable[[Path], Any], what: 
     with pytest.raises(UserError) as error:
         SoftLabelStore(store_copy)
     assert str(error.value) == (
-        f"store {store_copy}: {file}: {what}; run write_soft_labels.py again with the settings of {store_copy.parent}: it makes that file anew"
+        f"store {store_copy}: {file}: {what}; run write_soft_labels.py again with the settings of {store_copy.parent} to write that file again"
     )
 
 
@@ -64,6 +64,6 @@ def test_ranks_share_the_reading_and_tell_the_same(store_copy: Path, monkeypatch
     (store_copy / "shard-00001.bin").unlink()
     monkeypatch.setattr(store_module, "world_size", lambda: 2)
     SoftLabelStore(store_copy)  # rank 0 reads the other two
-    monkeypatch.setattr(store_module, "gather_lists", lambda found: [*found, "what rank 1 found"])
+    monkeypatch.setattr(store_module, "gather_lists", lambda result: [*result, "what rank 1 found"])
     with pytest.raises(UserError, match=r"/store: what rank 1 found; run write_soft_labels"):
         SoftLabelStore(store_copy)

@@ -32,24 +32,24 @@ def edit_header(store: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "shown"),
+    ("key", "value", "expected"),
     [
-        ("image_size", 40, "32, here it is 40"),
-        ("crop_area", (0.5, 1.0), "[0.08, 1.0], here it is [0.5, 1.0]"),
-        ("crop_ratio", (1.0, 1.0), "[0.75, 1.3333333333333333], here it is [1.0, 1.0]"),
-        ("interpolation", "bicubic", '"bilinear", here it is "bicubic"'),
-        ("flip", 0.0, "0.5, here it is 0.0"),
-        ("augment", None, '"rand-m5-n1", here it is null'),
-        ("augment_probability", 0.5, "1.0, here it is 0.5"),
-        ("erase", 0.0, "0.2, here it is 0.0"),
-        ("train_view", "center", '"random", here it is "center"'),
+        ("image_size", 40, "32, but this run has 40"),
+        ("crop_area", (0.5, 1.0), "[0.08, 1.0], but this run has [0.5, 1.0]"),
+        ("crop_ratio", (1.0, 1.0), "[0.75, 1.3333333333333333], but this run has [1.0, 1.0]"),
+        ("interpolation", "bicubic", '"bilinear", but this run has "bicubic"'),
+        ("flip", 0.0, "0.5, but this run has 0.0"),
+        ("augment", None, '"rand-m5-n1", but this run has null'),
+        ("augment_probability", 0.5, "1.0, but this run has 0.5"),
+        ("erase", 0.0, "0.2, but this run has 0.0"),
+        ("train_view", "center", '"random", but this run has "center"'),
     ],
 )
-def test_other_views(written_store: Path, store_data: DataConfig, key: str, value: Any, shown: str) -> None:
+def test_other_views(written_store: Path, store_data: DataConfig, key: str, value: Any, expected: str) -> None:
     with pytest.raises(UserError) as error:
         SoftLabelStore(written_store).match([], store_data.model_copy(update={key: value}))
     assert str(error.value) == (
-        f"store {written_store}: was written with data.{key} {shown}; set it back, or write another store"
+        f"store {written_store}: was written with data.{key} {expected}; set it back, or write another store"
     )
 
 
@@ -87,7 +87,7 @@ def test_a_source_that_has_changed(
         shutil.rmtree(folder)
         shutil.move(kept, folder)
     assert str(error.value) == (
-        f"store {written_store}: {folder} is not what it was written for: {what}; write another store"
+        f"store {written_store}: {folder} has changed since the store was written: {what}; write another store"
     )
 
 
@@ -113,7 +113,7 @@ def test_views_that_come_out_differently_here(store_copy: Path, store_data: Data
     store, sources = SoftLabelStore(store_copy), open_sources(store_data.train, "data.train")
     with pytest.raises(
         UserError,
-        match=r"store .*: view \d of .* is not the one its soft label was written for; .*pillow 1\.0 then, 1\d",
+        match=r"store .*: view \d of .* differs from the one its soft label was written for; .*pillow 1\.0 then, 1\d",
     ):
         store.match(sources, store_data)
 
@@ -160,19 +160,19 @@ def test_another_teacher(written_store: Path, teacher_file: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("change", "key", "here"),
+    ("change", "key", "local"),
     [({"size": 48}, "size null", "[48, 48]"), ({"dtype": torch.bfloat16}, 'precision "fp32"', '"bf16"')],
 )
 def test_the_same_teacher_otherwise(
-    written_store: Path, teacher_file: Path, change: dict[str, Any], key: str, here: str
+    written_store: Path, teacher_file: Path, change: dict[str, Any], key: str, local: str
 ) -> None:
-    """The same weights answer otherwise at another size or precision."""
+    """The same weights give other logits at another size or precision."""
     store = SoftLabelStore(written_store)
     assert store.header["teacher_settings"] == {"size": None, "precision": "fp32"}
     assert store.teacher_precision == "fp32"
     with pytest.raises(UserError) as error:
         store.check_teacher(FrozenTeacher(str(teacher_file), **change))
     assert str(error.value) == (
-        f"store {written_store}: its soft labels are those of a teacher with {key}, here it is {here}; "
-        f"set teacher.{next(iter(key.split()))} as it was, give no teacher, or write another store"
+        f"store {written_store}: its soft labels are of a teacher with {key}, but this run has {local}; "
+        f"set teacher.{next(iter(key.split()))} back, give no teacher, or write another store"
     )

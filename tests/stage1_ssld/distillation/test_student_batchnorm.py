@@ -42,6 +42,6 @@ def test_random_weights_have_no_statistics_to_keep(
 ) -> None:
     settings = distill_settings | {"student": {"model": "random:test_resnet", "batchnorm": "eval"}}
     assert (
-        "student: batchnorm: eval keeps the running statistics of random:test_resnet, which has measured none; set batch"
+        "student: batchnorm: eval keeps the running statistics of random:test_resnet, which has none; set batch"
         in user_error(distill, arguments(settings))
     )

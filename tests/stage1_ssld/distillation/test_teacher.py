@@ -1,4 +1,4 @@
-"""The teacher of a configuration, alone or as an ensemble that answers with the mean of everyone's softmax."""
+"""The teacher of a configuration, alone or as an ensemble whose soft labels are the mean of all softmax outputs."""
 
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def test_precision_is_its_own_or_the_students(teacher_file: Path) -> None:
 
 def test_an_ensemble_is_the_mean_of_softmax(teacher_file: Path, other_file: Path) -> None:
     first, second = FrozenTeacher(str(teacher_file)), FrozenTeacher(str(other_file))
-    # the second answers in the order of the first one's names: disc, ring, stripes
+    # the second gives its logits in the order of the first one's names: disc, ring, stripes
     mean = (probabilities(first) + probabilities(second)[:, [1, 2, 0]]) / 2
     teacher = make({"model": str(teacher_file), "ensemble": [str(other_file)], "fold_batchnorm": False})
     assert isinstance(teacher, TeacherEnsemble)
@@ -93,15 +93,15 @@ def test_a_member_without_names_keeps_its_order(teacher_file: Path, tmp_path: Pa
 
 
 def test_an_ensemble_that_is_very_sure(teacher_file: Path) -> None:
-    """Answers far apart: the logarithm is taken without the probabilities, so nothing is infinite."""
+    """Logits far apart: the logarithm is taken without the probabilities, so nothing is infinite."""
     sure = [FrozenTeacher(str(teacher_file)) for _ in range(2)]
     with torch.no_grad():
         for member, bias in zip(sure, ([1e4, 0.0, 0.0], [0.0, 0.0, 1e4]), strict=True):
             net: Any = member._classifier.net
             net.get_classifier().bias.copy_(torch.tensor(bias))
-    answer = TeacherEnsemble(sure)(PIXELS)
-    assert answer.isfinite().all()
-    torch.testing.assert_close(answer.softmax(-1), torch.tensor([[0.5, 0.0, 0.5]]).expand(4, -1))
+    prediction = TeacherEnsemble(sure)(PIXELS)
+    assert prediction.isfinite().all()
+    torch.testing.assert_close(prediction.softmax(-1), torch.tensor([[0.5, 0.0, 0.5]]).expand(4, -1))
 
 
 def test_members_of_other_classes(teacher_file: Path, tmp_path: Path) -> None:

@@ -54,19 +54,19 @@ def copied(net: nn.Module) -> dict[str, Tensor]:
 
 def test_neighbours_against_numpy() -> None:
     draw = np.random.default_rng(1)
-    found = []
+    result = []
     embeddings = [draw.normal(size=(40, size)) for size in (5, 9)]
     for one in embeddings:
         unit = one / np.linalg.norm(one, axis=1, keepdims=True)
         cosines = unit @ unit.T
         np.fill_diagonal(cosines, -np.inf)
-        found.append([set(row) for row in np.argsort(-cosines, axis=1)[:, : better_weights.NEIGHBOURS]])
-    expected = np.mean([len(a & b) / better_weights.NEIGHBOURS for a, b in zip(*found, strict=True)])
-    ours = [nearest_images(torch.from_numpy(one)) for one in embeddings]
-    assert [[set(row.tolist()) for row in one] for one in ours] == found
-    assert neighbours_in_common(*ours) == pytest.approx(expected, abs=1e-6)
+        result.append([set(row) for row in np.argsort(-cosines, axis=1)[:, : better_weights.NEIGHBOURS]])
+    expected = np.mean([len(a & b) / better_weights.NEIGHBOURS for a, b in zip(*result, strict=True)])
+    actual = [nearest_images(torch.from_numpy(one)) for one in embeddings]
+    assert [[set(row.tolist()) for row in one] for one in actual] == result
+    assert neighbours_in_common(*actual) == pytest.approx(expected, abs=1e-6)
     assert 0 < expected < 1
-    assert neighbours_in_common(ours[0], ours[0]) == 1
+    assert neighbours_in_common(actual[0], actual[0]) == 1
 
 
 def test_the_three_sets_of_weights() -> None:
@@ -88,11 +88,11 @@ def test_the_weights_nearest_to_the_teacher_are_chosen(
     """The teacher is network 0."""
     net, start = network(trained), copied(network(began).net)
     before = copied(net.net)
-    told = choose_weights(net, start, teacher, batches, better=False)
+    reported = choose_weights(net, start, teacher, batches, better=False)
     choice = choose_weights(net, start, teacher, batches, better=True)
     assert choice
-    assert told
-    assert (told.which, told.shares) == ("last", choice.shares)
+    assert reported
+    assert (reported.which, reported.shares) == ("last", choice.shares)
     assert choice.which == which
     assert choice.images == IMAGES
     assert choice.shares[choice.which] == 1

@@ -1,4 +1,4 @@
-"""The picture of a run's curves: what is drawn, from which lines."""
+"""The plot of a run's curves: the drawn points, from given lines of metrics.jsonl."""
 
 import json
 from pathlib import Path
@@ -45,18 +45,18 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, list[tuple[flo
     """Fills with title -> label -> points of every figure that is saved."""
     from matplotlib.figure import Figure
 
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    result: dict[str, dict[str, list[tuple[float, float]]]] = {}
     save = Figure.savefig
 
     def remember(self: Any, *arguments: Any, **options: Any) -> None:
         for axis in self.axes:
-            found[axis.get_title()] = {
+            result[axis.get_title()] = {
                 line.get_label(): [tuple(point) for point in line.get_xydata()] for line in axis.lines
             }
         save(self, *arguments, **options)
 
     monkeypatch.setattr(Figure, "savefig", remember)
-    return found
+    return result
 
 
 def write(run: Path, lines: list[dict[str, Any]]) -> None:
@@ -81,8 +81,8 @@ def test_every_curve_is_drawn_once(drawn: Any, tmp_path: Path) -> None:
         "gradient norm": {"grad norm": [(2, 0.7), (4, 0.25)]},
         "learning rate": {"lr": [(2, 0.1), (4, 0.05)]},
     }
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.width > 3 * picture.height
+    with Image.open(tmp_path / "curves.png") as plot:
+        assert plot.width > 3 * plot.height
     assert {file.name for file in tmp_path.iterdir()} == {"metrics.jsonl", "curves.png"}
 
 

@@ -20,12 +20,12 @@ CPU = torch.device("cpu")
 
 def batches(labels: np.ndarray, size: int, offset: int = 0) -> list[Batch]:
     """Batches whose pixels carry the number of the image."""
-    found = []
+    actual = []
     for first in range(0, len(labels), size):
         numbers = np.arange(first, min(first + size, len(labels))) + offset
         pixels = torch.from_numpy(numbers).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 1, 1)
-        found.append(Batch(pixels, torch.from_numpy(labels[first : first + size]), [str(n) for n in numbers], []))
-    return found
+        actual.append(Batch(pixels, torch.from_numpy(labels[first : first + size]), [str(n) for n in numbers], []))
+    return actual
 
 
 def lookup(table_ND: np.ndarray) -> Any:
@@ -111,11 +111,11 @@ def test_the_bank_is_never_held() -> None:
 def test_nothing_to_judge_and_nothing_to_vote() -> None:
     table = np.eye(4)
     some, empty = batches(np.array([0, 1]), 2), Batch(torch.empty(0, 3, 1, 1), torch.empty(0).long(), [], ["broken"])
-    told: list[str] = []
-    options: dict[str, Any] = {"neighbours": 1, "classes": 2, "device": CPU, "on_unreadable": told.extend}
+    reported: list[str] = []
+    options: dict[str, Any] = {"neighbours": 1, "classes": 2, "device": CPU, "on_unreadable": reported.extend}
     assert knn_accuracy(lookup(table), [], some, **options) == {}
     assert knn_accuracy(lookup(table), some, [empty], **options) == {}
-    assert told == ["broken"]
+    assert reported == ["broken"]
     assert knn_accuracy(lookup(table), batches(np.array([-1, -1]), 2), some, **options) == {}
 
 
@@ -172,7 +172,7 @@ def test_evaluate_on_classes_that_are_not_the_models(
     assert call(main, [*argv, *bank]) == 0
     metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
     assert set(metrics) == {"images", "knn_top1"}
-    assert "top-1 of the classification layer is not measured" in (tmp_path / "run" / "log.txt").read_text()
+    assert "top-1 is not measured" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_mistakes_with_a_bank(tiny: Any, teacher_file: Path, user_error: Any, tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_mistakes_with_a_bank(tiny: Any, teacher_file: Path, user_error: Any, tm
         return message
 
     assert f"{tiny.unlabeled}: no labels, which nearest-neighbour accuracy needs" in line(tiny.unlabeled, tiny.train)
-    assert f"bank: {tiny.unlabeled}: no labels; its images vote" in line(tiny.val, tiny.unlabeled)
+    assert f"bank: {tiny.unlabeled}: no labels for its images to vote" in line(tiny.val, tiny.unlabeled)
     assert f"neighbours: 31 is more than the 30 labeled images of {tiny.train}" in line(
         tiny.val, tiny.train, "--neighbours", "31"
     )

@@ -66,9 +66,9 @@ def test_batches_without_a_readable_image_are_passed_over() -> None:
     empty = Batch(torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), [], ["broken.jpg"])
     result = evaluate(lookup(torch.eye(2)), None, [empty, *batches([0, 1], [2])], device=CPU, dtype=FP32)
     assert result == {"images": 2, "unreadable": 1, "top1": 1.0, "top5": 1.0}
-    told: list[str] = []
-    evaluate(lookup(torch.eye(2)), None, [empty, empty], device=CPU, dtype=FP32, on_unreadable=told.extend)
-    assert told == ["broken.jpg"] * 2
+    reported: list[str] = []
+    evaluate(lookup(torch.eye(2)), None, [empty, empty], device=CPU, dtype=FP32, on_unreadable=reported.extend)
+    assert reported == ["broken.jpg"] * 2
     assert evaluate(lookup(torch.eye(2)), None, [], device=CPU, dtype=FP32) == {"images": 0}
 
 
