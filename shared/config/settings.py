@@ -73,7 +73,7 @@ class Config(PlainValues):
 
 
 class CommandConfig(PlainValues, BaseSettings):
-    """The settings of one command; every command writes into one run directory."""
+    """Settings of one command; every command writes into one run directory."""
 
     model_config = SettingsConfigDict(
         extra="forbid",
@@ -86,11 +86,11 @@ class CommandConfig(PlainValues, BaseSettings):
         cli_enforce_required=False,
     )
     output: Path
-    """run directory to create, or to go on with"""
+    """run directory to create, or to resume"""
     threads: Processes | None = None
-    """CPU threads of this process; default: cores / processes on this machine"""
+    """CPU threads per process; null: cores / processes on this machine"""
     verbose: bool = False
-    """also print what other libraries say, which otherwise goes to log.txt alone"""
+    """print the messages of other libraries too; by default they go to log.txt only"""
 
     @classmethod
     def settings_customise_sources(

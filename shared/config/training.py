@@ -14,31 +14,31 @@ PASSES_FILE = "auto_batch.json"
 
 
 class OptimConfig(Config):
-    """Optimizer settings that both stages have."""
+    """Optimizer settings of both stages."""
 
     name: Literal["sgd", "nesterov", "adamw"] = "sgd"
-    """sgd has plain momentum"""
+    """optimizer; sgd has plain momentum, nesterov Nesterov's"""
     lr: float = Field(gt=0, le=1000)
-    """learning rate at `reference_batch` images a step"""
+    """learning rate for a global batch of `reference_batch` images"""
     reference_batch: BatchSize
-    """global batch that `lr` is meant for; another batch scales it, linearly for SGD and by the square root for adamw"""
+    """global batch size that `lr` refers to; another batch_size scales lr, linearly for SGD and by the square root for adamw"""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """momentum of SGD, first beta of adamw"""
+    """momentum of SGD, beta1 of adamw"""
     weight_decay: float = Field(1e-4, ge=0, le=100)
-    """coupled L2 for SGD, decoupled for adamw"""
+    """weight decay: coupled (L2) for SGD, decoupled for adamw"""
     decay_norm_and_bias: bool = True
-    """whether norm scales and biases are decayed too"""
+    """apply weight decay to the scales of normalization layers and to biases too"""
     clip_grad_norm: Positive | None = None
-    """largest norm of the gradient over all parameters; null does not clip"""
+    """largest L2 norm of the gradient over all parameters; null: no clipping"""
 
 
 class EmaConfig(Config):
-    """Exponential moving average of the trained network's weights; it is what gets evaluated and exported."""
+    """Exponential moving average of the trained weights; evaluated and exported in place of them."""
 
     decay: float = Field(0.9999, gt=0, lt=1)
-    """share of the old average kept at a step"""
+    """decay of the average per optimizer step, above 0 to below 1"""
     warmup: bool = True
-    """let the decay grow from small values over the first steps"""
+    """increase the decay from small values over the first steps"""
 
 
 class TrainingConfig(CommandConfig):
@@ -61,41 +61,41 @@ class TrainingConfig(CommandConfig):
     )
 
     seed: Seed = 0
-    """every random draw follows from it"""
+    """seed of all random numbers, 0 to 2^32 - 1"""
     steps: Steps | None = None
-    """length in optimizer steps; give exactly one of steps, train_epochs, train_images"""
+    """length of the run in optimizer steps; give exactly one of steps, train_epochs, train_images"""
     train_epochs: Passes | None = None
-    """length in passes over the training images"""
+    """length of the run in passes over the training images; give exactly one of steps, train_epochs, train_images"""
     train_images: Images | None = None
-    """length in training images seen"""
+    """length of the run in training images, repeats included; give exactly one of steps, train_epochs, train_images"""
     batch_size: BatchSize
-    """global batch: images an optimizer step, over all processes and accumulation"""
+    """global batch size: images per optimizer step, over all processes and accumulated passes"""
     accumulate: BatchSize = 1
-    """forward and backward passes an optimizer step and process"""
+    """gradient accumulation: forward and backward passes per optimizer step and process"""
     auto_batch: bool = False
-    """find `accumulate` before the run: the fewest passes whose images, at their largest, fit into memory; `batch_size` stays"""
+    """choose `accumulate` before the run: the fewest passes for which images of the largest size fit into memory; `batch_size` stays"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """of the forward pass; losses and boxes stay fp32"""
+    """floating-point type of the forward pass; losses and boxes stay fp32"""
     channels_last: bool = False
-    """memory layout of the networks"""
+    """use the channels_last memory format for the networks"""
     compile: bool = False
-    """torch.compile the network"""
+    """compile the network with torch.compile"""
     workers: Workers = 2
-    """processes a rank that decode images; 0 decodes in the training process"""
+    """worker processes per rank that decode images; 0: decode in the training process"""
     log_every: Steps = 50
-    """steps between two lines of metrics"""
+    """optimizer steps between two lines of metrics"""
     evaluate_every: Steps | None = None
-    """steps between two evaluations; null evaluates at the end only"""
+    """optimizer steps between two evaluations; null: evaluate at the end only"""
     save_every: Steps = 1000
-    """steps between two checkpoints"""
+    """optimizer steps between two checkpoints"""
     keep_checkpoints: Count = 2
-    """newest checkpoints kept"""
+    """number of checkpoints to keep, the newest ones"""
     resume: Literal["auto", "never"] = "auto"
-    """auto goes on from the newest checkpoint; never refuses a folder that holds a run"""
+    """resume mode: auto, continue from the newest checkpoint; never, refuse an output folder that holds a run"""
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = []
-    """also log to these, through accelerate"""
+    """experiment trackers to log to, through accelerate"""
     device: Literal["auto", "cpu"] = "auto"
-    """auto takes a CUDA GPU where there is one"""
+    """device to run on; auto: a CUDA GPU if there is one, else the CPU"""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

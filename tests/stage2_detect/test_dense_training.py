@@ -213,12 +213,14 @@ def test_settings_that_do_not_fit(train_settings: Settings, tmp_path: Path) -> N
             TrainConfig(**settings)
         return str(caught.value)
 
-    assert "distill.adl: compares classes anchor by anchor" in fault("gfl", adl={})
-    assert "model.kind is gfl, whose terms are distill.ld" in fault("gfl", adl={})
-    assert "distill.ld: compares distributions of distances, which only the heads of gfl have" in fault("retinanet", ld={})  # fmt: skip
-    assert "model.kind is faster_rcnn, whose terms are distill.pkd_weight and roi_weight" in fault("faster_rcnn", ld={})
-    assert "distill.roi_weight: is of RoIs" in fault("gfl", roi_weight=1.0)
-    assert "distill.temperature: is of RoIs" in fault("retinanet", temperature=2.0)
+    assert "distill.adl: compares class probabilities per anchor" in fault("gfl", adl={})
+    assert "model.kind is gfl, whose settings are distill.ld" in fault("gfl", adl={})
+    assert "distill.ld: compares distributions of distances, which only gfl heads predict" in fault("retinanet", ld={})
+    assert "model.kind is faster_rcnn, whose settings are distill.pkd_weight and roi_weight" in fault(
+        "faster_rcnn", ld={}
+    )
+    assert "distill.roi_weight: applies to RoIs" in fault("gfl", roi_weight=1.0)
+    assert "distill.temperature: applies to RoIs" in fault("retinanet", temperature=2.0)
     assert "distill.ld and pkd_weight are 0" in fault("gfl", ld={"ld_weight": 0, "ld_vlr_weight": 0, "kd_weight": 0})
     assert "distill.adl.weight and pkd_weight are both 0" in fault("retinanet", adl={"weight": 0})
     distill = DistillConfig(teacher=Path("x"))
