@@ -292,7 +292,7 @@ def test_user_errors(
     renamed.write_text(json.dumps(content | {"categories": names}))
     assert f"unlabeled: no images in {tmp_path / 'empty'}" in message(unlabeled=str(tmp_path / "empty"))
     assert f"pseudo: {without}: no image with a usable box in it" in message(pseudo=str(without))
-    differ = "its 2 classes differ from the 2 that the detector is for; unknown: high; missing: tall"
+    differ = "its 2 classes differ from the 2 classes of the detector; unknown: high; missing: tall"
     assert f"pseudo: {renamed}: {differ}" in message(pseudo=str(renamed))
     missing = message(unlabeled=str(tmp_path / "other"))
     assert (

@@ -118,7 +118,7 @@ def test_an_evaluation_set_without_objects_gives_no_score_and_no_early_stop(
     assert call(train.main, arguments(settings)) == 0
     run = tmp_path / "run"
     log = (run / "log.txt").read_text()
-    assert "no object to be found, so there will be no score" in log
+    assert "no objects, so there will be no score" in log
     assert "step 2: no score: the evaluation images have no object to be found" in log
     assert result(run)["steps"] == 4
     assert result(run)["AP"] is None

@@ -422,7 +422,7 @@ def test_a_folder_in_place_of_an_image_is_missing_for_both(read: Callable[..., C
         read(content())
     check = check_rows("train", folder / "data.json", folder)
     check_images(check, quick=True)
-    assert any("1 picture of 6 not in" in one.text for one in check.findings)
+    assert any("1 image of 6 not in" in one.text for one in check.findings)
 
 
 def test_a_file_under_two_ids_is_told(read: Callable[..., CocoData], folder: Path) -> None:
@@ -485,11 +485,11 @@ def test_an_evaluation_set_without_objects(read: Callable[..., CocoData], folder
     whole = content()
     for row in whole["annotations"]:
         row["iscrowd"] = 1
-    assert "no object to be found, so there will be no score" in read(whole, training=False).describe()
+    assert "no objects, so there will be no score" in read(whole, training=False).describe()
     assert "no score" not in read(content(), training=False).describe()
     (folder / "data.json").write_text(json.dumps(whole))
     faults = [one.text for one in check_rows("val", folder / "data.json", folder).findings if one.level == "fault"]
-    assert faults == ["no object to be found: evaluation gives no score"]
+    assert faults == ["no objects: evaluation gives no score"]
 
 
 def test_pictures_have_names_of_one_line() -> None:

@@ -55,21 +55,21 @@ def test_images_are_shown_as_often_as_their_factors_say() -> None:
 def test_whole_factors_repeat_exactly() -> None:
     """Without a fraction the lot is the same in every epoch: nothing is left to chance but the order."""
     order = BatchOrder([True] * 6, batch_size=2, seed=1, repeats=np.array([1, 1, 1, 1, 3, 2.0]))
-    lot = np.sort(order._draw_lot(0))
+    lot = np.sort(order._images_of_epoch(0))
     assert lot.tolist() == [0, 1, 2, 3, 4, 4, 4, 5, 5]
-    assert np.sort(order._draw_lot(7)).tolist() == lot.tolist()
+    assert np.sort(order._images_of_epoch(7)).tolist() == lot.tolist()
 
 
 def test_a_fraction_is_drawn_anew_in_every_epoch() -> None:
     order = BatchOrder([True] * 2000, batch_size=8, seed=1, repeats=np.full(2000, 1.25))
-    twice = [np.bincount(order._draw_lot(epoch)) == 2 for epoch in range(2)]
+    twice = [np.bincount(order._images_of_epoch(epoch)) == 2 for epoch in range(2)]
     for some in twice:
         assert abs(some.mean() - 0.25) < 5 * (0.25 * 0.75 / 2000) ** 0.5
     assert (twice[0] != twice[1]).any()
     again = BatchOrder([True] * 2000, batch_size=8, seed=1, repeats=np.full(2000, 1.25))
     assert again.step(333) == order.step(333)
     other = BatchOrder([True] * 2000, batch_size=8, seed=2, repeats=np.full(2000, 1.25))
-    assert (np.bincount(other._draw_lot(0)) == 2).tolist() != twice[0].tolist()
+    assert (np.bincount(other._images_of_epoch(0)) == 2).tolist() != twice[0].tolist()
 
 
 def test_factors_of_one_change_nothing() -> None:
