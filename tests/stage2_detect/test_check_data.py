@@ -490,12 +490,12 @@ def _orientation_finding(
 @pytest.mark.parametrize(
     ("stored", "level", "text"),
     [
-        (0, "note", "3 sideways images turned upright by EXIF, as their sizes say, 2 images that EXIF turns without a change of size read "
+        (0, "note", "3 sideways images turned upright by EXIF, by their sizes, 2 images that EXIF turns without a change of size read "
          "upright, like these"),
-        (3, "note", "3 sideways images read as stored, as their sizes say, 2 images that EXIF turns without a change of size read as stored, like "
+        (3, "note", "3 sideways images read as stored, by their sizes, 2 images that EXIF turns without a change of size read as stored, like "
          "these"),
-        (1, "warning", "2 sideways images turned upright by EXIF, as their sizes say, 1 sideways image read as stored, as its size says, 2 images "
-         "that EXIF turns without a change of size read upright, as most of these: look at some"),
+        (1, "warning", "2 sideways images turned upright by EXIF, by their sizes, 1 sideways image read as stored, by its size, 2 images "
+         "that EXIF turns without a change of size read upright, like most of these: look at some"),
     ],
 )  # fmt: skip
 def test_orientation_of_images(data: DataSet, stored: int, level: str, text: str) -> None:
@@ -514,7 +514,7 @@ def test_images_of_undecided_orientation_are_counted(data: DataSet) -> None:
     for one, value in zip(some, (3, 6, 1), strict=True):
         save_turned(data.folder / "train" / one.name, one.pixels, value)
     data.write(coco_content(some))
-    text = "2 images that EXIF turns without a change of size read upright, since nothing shows which form the boxes are for: look at some"
+    text = "2 images that EXIF turns without a change of size read upright, although the form that the boxes refer to is unknown: look at some"
     assert texts(data.check()[1], "warning") == [text]
     data.write(coco_content(some) | {"info": {"image_orientation": "upright"}})
     assert not texts(data.check()[1], "warning")

@@ -68,7 +68,7 @@ def test_splits_named_like_files_of_a_run(tmp_path: Path, user_error: Callable[.
     write(tmp_path / "set" / "labels" / name / "a.txt", "0 0.5 0.5 0.5 0.5\n")
     write(tmp_path / "set" / "classes.txt", "wide\n")
     message = user_error(main, line(tmp_path / "set", tmp_path / "out"))
-    assert f"a split is called {name!r}, as is a file of a run; rename it" in message
+    assert f"a split is called {name!r}, like a file of a run; rename it" in message
 
 
 def test_bulk_loss(tmp_path: Path, user_error: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:

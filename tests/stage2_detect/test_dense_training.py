@@ -96,7 +96,7 @@ def test_a_teacher_a_student_and_its_resumption(
     assert log.count("warning: the teacher is no better than its student: AP 0.00 against 0.00 on 3 images of ") == 1
     weights = {"gfl": "loss_ld x0.25, loss_ld_vlr x0.25, loss_kd x10", "retinanet": "loss_adl x1"}[kind]
     assert f"teacher {teacher} ({kind} on test_resnet): {weights}\n" in log
-    assert ("model.gfl: not read by kind: retinanet\n" in log) == (kind == "retinanet")
+    assert ("model.gfl: unused by kind: retinanet\n" in log) == (kind == "retinanet")
     own = ("cls", "box", "dfl") if kind == "gfl" else ("cls", "box")
     steps = [line for line in metrics_of(run) if "loss_cls" in line]
     assert len(steps) == 6

@@ -85,7 +85,9 @@ def test_patience_ends_a_run_that_does_not_get_better(
     run = tmp_path / "run"
     # The first evaluation is the best so far, the second and third are no better.
     assert result(run)["steps"] == 6
-    assert "step 6: 2 evaluations in a row without a better one: enough (patience)" in (run / "log.txt").read_text()
+    assert (
+        "step 6: stopped after 2 evaluations in a row without a better AP (patience)" in (run / "log.txt").read_text()
+    )
     assert read_metadata(run / "detector_best.safetensors")["step"] == 2
     assert read_metadata(run / "detector.safetensors")["step"] == 6
     assert (run / "checkpoints" / "step_00000006" / "COMPLETE").exists()

@@ -192,9 +192,9 @@ def test_a_split_without_an_object_is_refused(tmp_path: Path, user_error: Callab
     split, images = ("train", 2) if case == "elsewhere" else ("val", 1)
     message = user_error(main, line(root, tmp_path / "out"))
     assert f"{root}: split {split}: no object in {images} image" in message
-    looked = "" if case == "elsewhere" else f"{root}/labels/{split}, "
+    searched = "" if case == "elsewhere" else f"{root}/labels/{split}, "
     files = "1 label file" if case in ("empty", "blank") else "0 label files"
-    assert f"({files}, looked for in {looked}{root}/images/{split})" in message
+    assert f"({files}, searched in {searched}{root}/images/{split})" in message
     assert not list((tmp_path / "out").glob("*l.json"))
     if case != "elsewhere":
         assert main(line(root, tmp_path / "out", "--splits", '["train"]')) == 0
@@ -250,7 +250,9 @@ def test_a_root_of_another_machine(
     write(root / "data.yaml", "path: /content/set\ntrain: images\nnames: [wide, tall]\n")
     assert main(line(root / "data.yaml", tmp_path / "out")) == 0
     check(tmp_path / "out", "train", "a", "b", "c")
-    assert "data.yaml: path: /content/set is not here; the folders beside the file are read" in capsys.readouterr().out
+    assert (
+        "data.yaml: path: /content/set does not exist; the folders beside the file are read" in capsys.readouterr().out
+    )
     write(root / "data.yaml", "path: /content/set\ntrain: photos\nnames: [wide, tall]\n")
     assert "path: /content/set is not a folder" in user_error(main, line(root / "data.yaml", tmp_path / "o"))
 
@@ -307,9 +309,7 @@ def test_labels_in_another_folder_than_their_image(tmp_path: Path, user_error: C
     (root / "images" / "a.png").rename(root / "images" / "deeper" / "a.png")
     write(root / "data.yaml", "train: images\nnames: [wide, tall]\n")
     message = user_error(main, line(root, tmp_path / "out"))
-    assert "labels/a.txt: is not where the labels of images/deeper/a.png are looked for" in message.replace(
-        f"{root}/", ""
-    )
+    assert "labels/a.txt: is not in a folder for the labels of images/deeper/a.png" in message.replace(f"{root}/", "")
 
 
 def test_class_lists_have_to_agree(tmp_path: Path, user_error: Callable[..., str]) -> None:
@@ -364,7 +364,7 @@ def test_several_data_sets_in_a_folder(tmp_path: Path, user_error: Callable[...,
     assert main(line(tmp_path / "sets", tmp_path / "out")) == 0
     check(tmp_path / "out", "train", "a", "b")
     (tmp_path / "sets" / "two.yaml").unlink()
-    assert "holds one, two, with splits of their own; give one of them" in user_error(
+    assert "holds one, two, each with splits; give one of them" in user_error(
         main, line(tmp_path / "sets", tmp_path / "o2")
     )
 

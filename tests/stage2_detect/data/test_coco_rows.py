@@ -360,7 +360,7 @@ def test_training_and_the_data_check_agree_on_damaged_files(read: Callable[..., 
 @pytest.mark.parametrize(
     ("file", "name", "look"),
     [
-        ("größe.png", "gro\u0308ße.png", " (its letters are composed otherwise, as Unicode NFC and NFD are)"),
+        ("größe.png", "gro\u0308ße.png", " (its letters are composed differently, as in Unicode NFC and NFD)"),
         ("sub/a b.png", "sub\\a%20b.png", ""),
         ("a%20b.png", "a b.png", ""),
         ("Photo.JPG", "photo.jpg", ""),
@@ -432,7 +432,7 @@ def test_a_file_under_two_ids_is_told(read: Callable[..., CocoData], folder: Pat
     assert len(data.images) == 6
     assert "1 image listed before under another id: each counts by itself" in data.describe()
     check = check_rows("train", folder / "data.json", folder)
-    assert any("1 picture listed more than once, under other ids (1.png)" in one.text for one in check.findings)
+    assert any("1 image listed more than once, under other ids (1.png)" in one.text for one in check.findings)
     assert check.statistics["together"] == [[1, 5]]
 
 

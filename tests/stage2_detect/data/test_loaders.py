@@ -226,7 +226,7 @@ def test_errors_are_one_line_from_workers_too(data: CocoData, workers: int) -> N
     Image.new("RGB", (7, 9)).save(data.images[0].path)
     with pytest.raises(UserError) as caught:
         list(loader(data, workers=workers))
-    assert "0.png is 7x9, but the annotations say 40x30 (id 0)" in str(caught.value)
+    assert "0.png is 7x9, but 40x30 in the annotations (id 0)" in str(caught.value)
     assert "\n" not in str(caught.value)
     for record in data.images:
         Path(record.path).write_bytes(b"no image")

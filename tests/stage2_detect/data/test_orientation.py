@@ -128,8 +128,8 @@ def test_stored_pixels_where_the_sideways_images_show_it(form: str, tmp_path: Pa
     shown = evaluation.orientation
     assert (shown.convention, shown.upright, shown.stored, shown.both) == ("stored", 0, 3, 6)
     assert training.describe().endswith(
-        "3 sideways images read as stored, as their sizes say, 6 images that EXIF turns without a change of size read as stored, "
-        + ("like these" if form == "coco" else "as the source says")
+        "3 sideways images read as stored, by their sizes, 6 images that EXIF turns without a change of size read as stored, "
+        + ("like these" if form == "coco" else "as the source states")
     )
 
 
@@ -171,7 +171,7 @@ def test_sideways_images_that_contradict_each_other(upright: int, stored: int, t
     assert f"{upright} sideways image" in said
     assert f"{stored} sideways image" in said
     way = "as stored" if most_stored else "upright"
-    why = "since as many say the one as the other" if upright == stored else "as most of these"
+    why = "without a majority of these" if upright == stored else "like most of these"
     assert said.endswith(f"2 images that EXIF turns without a change of size read {way}, {why}")
 
 
@@ -185,7 +185,7 @@ def test_what_nothing_shows_is_upright_and_said(tmp_path: Path) -> None:
         assert np.array_equal(load_record(record).permute(1, 2, 0).numpy(), one.pixels)
     assert data.orientation.guessed
     assert data.describe().endswith(
-        "2 images that EXIF turns without a change of size read upright, since nothing shows which form the boxes are for"
+        "2 images that EXIF turns without a change of size read upright, although the form that the boxes refer to is unknown"
     )
     for one in some:
         save_as(images / one.name, one.pixels, 1)
@@ -203,7 +203,7 @@ def test_the_log_and_the_record_of_a_training_say_it_of_each_source(tmp_path: Pa
     data = TrainingData(train, val)
     config = TrainConfig.model_construct(unlabeled=None)
     first, second = data.describe(config)
-    assert first.endswith("1 sideways image turned upright by EXIF, as its size says")
+    assert first.endswith("1 sideways image turned upright by EXIF, by its size")
     assert second.startswith(f"{tmp_path / 'b' / 'train.json'}: 1 image, ")
     assert second.endswith(f", {val.orientation.describe()}")
     records = data.orientations()
@@ -222,7 +222,7 @@ def test_a_file_may_say_it_itself(tmp_path: Path) -> None:
         for record, one in zip(data.images, some, strict=True):
             wanted = one.pixels if stored else one.pixels[::-1, ::-1]
             assert np.array_equal(load_record(record).permute(1, 2, 0).numpy(), wanted)
-        assert "as the source says" in data.describe()
+        assert "as the source states" in data.describe()
         assert not data.orientation.guessed
     (tmp_path / "train.json").write_text(json.dumps(content | {"info": {"image_orientation": "sideways"}}))
     with pytest.raises(UserError, match=r"info.image_orientation is 'sideways', expected one of upright, stored$"):
@@ -242,14 +242,13 @@ def test_a_size_that_fits_neither_way_is_an_error_before_training(tmp_path: Path
     with pytest.raises(UserError) as caught:
         read_coco(tmp_path / "train.json", images, training=True)
     assert (
-        str(caught.value)
-        == f"{tmp_path / 'train.json'}: image {images / '1.png'} is 7x9, but the annotations say 40x40"
+        str(caught.value) == f"{tmp_path / 'train.json'}: image {images / '1.png'} is 7x9, but 40x40 in the annotations"
     )
     Image.new("RGB", (32, 48)).save(images / "0.png")  # the sides change places, and no EXIF says so
     with pytest.raises(UserError) as caught:
         read_coco(tmp_path / "train.json", images, training=True)
     assert str(caught.value) == (
-        f"{tmp_path / 'train.json'}: image {images / '0.png'} is 32x48, but the annotations say 48x32, and 1 others of its 3 images do not fit "
+        f"{tmp_path / 'train.json'}: image {images / '0.png'} is 32x48, but 48x32 in the annotations, and 1 others of its 3 images do not fit "
         "either"
     )
 

@@ -114,4 +114,4 @@ def test_training_repeats(
     train_settings["data"]["repeat_threshold"] = 1.0
     train_settings["steps"] = 1
     assert call(main, arguments(train_settings)) == 0
-    assert "images are shown more often than the others, up to 1." in capsys.readouterr().out
+    assert "images are repeated, up to 1." in capsys.readouterr().out

@@ -189,9 +189,9 @@ def test_an_unreadable_picture_is_replaced_by_one_of_its_own_part(
 @pytest.mark.parametrize(
     ("ratio", "line"),
     [
-        (0.75, "6 labeled + 2 unlabeled images a batch"),
-        (0.7, "6 labeled + 2 unlabeled images a batch: labeled_ratio is 0.75, not 0.7"),
-        (1.0, "3 images without annotations"),
+        (0.75, "6 labeled + 2 unlabeled images per batch"),
+        (0.7, "6 labeled + 2 unlabeled images per batch: labeled_ratio is 0.75, not 0.7"),
+        (1.0, "3 unlabeled images"),
     ],
 )
 def test_the_log_says_what_a_batch_holds(tmp_path: Path, ratio: float, line: str) -> None:

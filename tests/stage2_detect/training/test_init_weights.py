@@ -120,7 +120,7 @@ def test_fine_tuning_keeps_rows_by_class_name(
     assert call(train.main, arguments(settings)) == 0
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "rows of 1 classes kept (tall), 1 new, at random (flat), 1 dropped (wide)" in log
-    assert "backbone: random:test_resnet is not read: init has a backbone" in log
+    assert "backbone: random:test_resnet is unused, since init has a backbone" in log
     before, after = load_file(trained), load_file(tmp_path / "run" / "detector.safetensors")
     assert before.keys() == after.keys()
     for name, tensor in after.items():
@@ -160,8 +160,8 @@ def test_user_errors(
     model = train_settings["model"]
     narrow = message(model=model | {"fpn_channels": 8})
     assert f"init: {trained}: another architecture than this run's model" in narrow
-    assert "model.fpn_channels (file: 16, here: 8)" in narrow
-    assert "model.roi.hidden (file: 32, here: 16)" in message(model=model | {"roi": model["roi"] | {"hidden": 16}})
+    assert "model.fpn_channels (file: 16, run: 8)" in narrow
+    assert "model.roi.hidden (file: 32, run: 16)" in message(model=model | {"roi": model["roi"] | {"hidden": 16}})
     assert "no such file" in message(init=str(tmp_path / "nowhere.safetensors"))
     assert "is a pickle" in message(init=_pickle(tmp_path))
     earlier, metadata = tmp_path / "earlier.safetensors", read_metadata(trained, kind="detector")

@@ -108,8 +108,8 @@ def test_hub_run_lengths(tmp_path: Path, form: str) -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ({"size": [8, 8], "counts": "04P1"}, "this is no RLE of a picture 20 pixels high and 40 wide"),
-        ({"size": [20, 40], "counts": "04P1"}, "this is no RLE of a picture 20 pixels high and 40 wide"),
+        ({"size": [8, 8], "counts": "04P1"}, "not an RLE of an image 20 pixels high and 40 wide"),
+        ({"size": [20, 40], "counts": "04P1"}, "not an RLE of an image 20 pixels high and 40 wide"),
         ({"points": [[1.0, 2.0]]}, "neither polygons, lists of x, y, x, y, ..., nor RLE"),
         ([[1.0, 2.0, 3.0]], "neither polygons, lists of x, y, x, y, ..., nor RLE"),
     ],
@@ -161,7 +161,7 @@ def test_forms_of_boxes(tmp_path: Path, form: str, box: list[float]) -> None:
     ("row", "names", "message"),
     [
         (hub_row([[1, 1, 2, 2]], [2]), ["a", "b"], "row 1, object 0: category 2, but there are 2 classes"),
-        (hub_row([[1, 1, 2, 2]], [1]), None, "nothing says what it means; give --classes"),
+        (hub_row([[1, 1, 2, 2]], [1]), None, "is a number without a class name; give --classes"),
         (hub_row([[1, 1, 2]], [0]), ["a"], "row 1, object 0: bbox [1.0, 1.0, 2.0], expected four"),
         (hub_row([[1, 1, float("nan"), 2]], [0]), ["a"], "row 1, object 0: bbox is 'nan', not a number"),
         (hub_row([[1, 1, -2, 2]], [0]), ["a"], "has a negative side as xywh; give another --box_format"),
@@ -169,7 +169,7 @@ def test_forms_of_boxes(tmp_path: Path, form: str, box: list[float]) -> None:
         (hub_row([[1, 1, 2, 2]], [0, 0]), ["a"], "row 1: objects: its lists are of unequal length"),
         (hub_row([[1, 1, 2, 2]], [0]) | {"image": {"bytes": b"x", "path": "p"}}, ["a"], "cannot read image"),
         (hub_row([[1, 1, 2, 2]], [0]) | {"image": {"bytes": None, "path": "p"}}, ["a"], "row 1: holds no image bytes"),
-        (hub_row([[1, 1, 2, 2]], [0], width=41, height=20), ["a"], "row 1: says 41x20, but the image"),
+        (hub_row([[1, 1, 2, 2]], [0], width=41, height=20), ["a"], "row 1: gives the size 41x20, but the image"),
         (hub_row([[1, 1, 2, 2]], [0], width=float("inf"), height=20), ["a"], "row 1: width is 'inf', not a number"),
         (hub_row([[1, 1, 2, 2]], [0, 0]), None, "row 1: objects: its lists are of unequal length"),
     ],
@@ -207,7 +207,7 @@ def test_hub_faults(
                     "segmentation": [[[1.0, 1.0, 1e300, 2.0, 3.0, 3.0]]],
                 }
             },
-            "row 0, object 0: segmentation: a polygon reaches too far out of the picture",
+            "row 0, object 0: segmentation: a polygon reaches too far out of the image",
         ),
     ],
 )
@@ -260,10 +260,10 @@ def test_hub_layout_faults(tmp_path: Path, user_error: Callable[..., str]) -> No
         ("tr ain-00000-of-00001.parquet", "its split would be called 'tr ain'"),
         ("a\u2215b.parquet", "its split would be called 'a\u2215b'"),
         ("\\..\\x.parquet", "its split would be called '\\\\..\\\\x'"),
-        ("result-00000-of-00001.parquet", "a split is called 'result', as is a file of a run"),
-        ("error.parquet", "a split is called 'error', as is a file of a run"),
-        ("config.yaml.parquet", "a split is called 'config.yaml', as is a file of a run"),
-        ("log.txt-00000-of-00001.parquet", "a split is called 'log.txt', as is a file of a run"),
+        ("result-00000-of-00001.parquet", "a split is called 'result', like a file of a run"),
+        ("error.parquet", "a split is called 'error', like a file of a run"),
+        ("config.yaml.parquet", "a split is called 'config.yaml', like a file of a run"),
+        ("log.txt-00000-of-00001.parquet", "a split is called 'log.txt', like a file of a run"),
     ],
 )
 def test_names_that_reach_no_path(tmp_path: Path, user_error: Callable[..., str], name: str, message: str) -> None:

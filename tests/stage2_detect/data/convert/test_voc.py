@@ -80,7 +80,7 @@ def test_voc_from_an_independent_writer(tiny_coco: Any, tmp_path: Path) -> None:
         (
             "Annotations/a.xml",
             voc_xml(("tall", 0, (1, 1, 2, 2)), size=(41, 20)),
-            "a.xml, line 3: says 41x20, but the image",
+            "a.xml, line 3: gives the size 41x20, but the image",
         ),
         ("Annotations/a.xml", "<annotation><object><name>a</name></object></annotation>", "has no bndbox"),
         ("ImageSets/Main/train.txt", "a\nz\n", "train.txt, line 2: there is no Annotations/z.xml"),

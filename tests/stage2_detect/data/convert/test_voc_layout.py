@@ -86,7 +86,7 @@ def test_xml_files_beside_those_of_splits(tmp_path: Path, user_error: Callable[.
     write(tmp_path / "set" / "annotations" / "d.xml", voc_xml(("wide", 0, BOXES["a"])))
     message = user_error(main, line(tmp_path / "set", tmp_path / "out"))
     assert (
-        "annotations: has XML files beside train, valid, which look like splits; put them into one of these" in message
+        "annotations: has XML files beside train, valid, which look like splits; move them into one of these" in message
     )
 
 
@@ -144,8 +144,8 @@ def test_sets_of_other_names(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     assert main(line(root, tmp_path / "again")) == 0
     assert splits_of(tmp_path / "again") == ["Train"]
     out = capsys.readouterr().out
-    assert "1 of 3 XML files in no split that was asked for (first: c.xml)" in out
-    assert "lists that are not read: default; --splits names those to read" in out
+    assert "1 of 3 XML files in no requested split (first: c.xml)" in out
+    assert "lists that are not read: default; name those to read by --splits" in out
 
 
 def test_names_with_blanks_and_of_two_forms(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_layout_faults(tmp_path: Path, user_error: Callable[..., str]) -> None:
     for year in ("VOC2007", "VOC2012"):
         shutil.copytree(root, tmp_path / "devkit" / year)
         write(tmp_path / "devkit" / year / "ImageSets/Main/train.txt", "a\n")
-    assert "holds VOC2007, VOC2012, with splits of their own; give one of them" in user_error(
+    assert "holds VOC2007, VOC2012, each with splits; give one of them" in user_error(
         main, line(tmp_path / "devkit", tmp_path / "o4")
     )
     shutil.rmtree(tmp_path / "devkit" / "VOC2012")

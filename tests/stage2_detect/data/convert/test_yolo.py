@@ -45,7 +45,7 @@ def test_yolo_by_hand(yolo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert first.areas_N[1] == filled(first.segmentations[1], 20, 40).sum()
     out = capsys.readouterr().out
     assert "2 images, 2 objects, 1 image without objects" in out
-    assert f"1 without a label file, taken for one without objects (first: {yolo}/images/train/b.png)" in out
+    assert f"1 without a label file, read as an image without objects (first: {yolo}/images/train/b.png)" in out
 
 
 def test_yolo_from_an_independent_writer(tiny_coco: Any, tmp_path: Path) -> None:
