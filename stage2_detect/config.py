@@ -1,4 +1,4 @@
-"""Settings of the stage-2 commands. Does not import torch, so that the runner can check them at once."""
+"""Settings of the stage-2 commands. Does not import torch, so that the runner can check them quickly."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -114,11 +114,11 @@ class Stage2OptimConfig(OptimConfig):
             raise ValueError("give one of milestones_epochs and milestones_steps")
         for name, given in (("epochs", self.milestones_epochs), ("steps", self.milestones_steps)):
             if given and list(given) != sorted(given):
-                raise ValueError(f"milestones_{name}: one comes after the other, but {given} do not")
+                raise ValueError(f"milestones_{name}: have to be in ascending order, but are {given}")
         return self
 
     def milestones(self, steps_per_epoch: int) -> list[int]:
-        """Milestones in steps."""
+        """Return the milestones in optimizer steps."""
         if self.milestones_steps is not None:
             return self.milestones_steps
         return [round(epochs * steps_per_epoch) for epochs in self.milestones_epochs or []]
@@ -165,26 +165,24 @@ class TrainConfig(TrainingConfig):
                 "backbone: missing; give a backbone file, timm:NAME or random:NAME, or a detector file as init"
             )
         if self.val_loss and self.data.val_annotations is None:
-            raise ValueError(
-                "val_loss is measured on evaluation images: give data.val_annotations and data.val_images too"
-            )
+            raise ValueError("val_loss needs evaluation images: give data.val_annotations and data.val_images too")
         if self.patience is not None and (self.evaluate_every is None or self.data.val_annotations is None):
             raise ValueError("patience counts evaluations: give evaluate_every and data.val_annotations too")
         if self.pseudo is not None and self.unlabeled is None:
-            raise ValueError("pseudo: has the boxes of images without annotations; give their folder as unlabeled")
+            raise ValueError("pseudo: has boxes of unlabeled images; give their folder as unlabeled")
         if self.unlabeled is not None and self.distill is None and self.pseudo is None:
             raise ValueError(
-                "unlabeled: images without annotations teach by distillation or by pseudo-labels; give distill.teacher or pseudo"
+                "unlabeled: the images are used by distillation or with pseudo-labels; give distill.teacher or pseudo"
             )
         if self.distill is not None and (fault := self.distill.fault(self.model)):
             raise ValueError(fault)
         if self.unlabeled is not None and self.pseudo is None and self.model.is_dense:
             raise ValueError(
-                f"unlabeled: without boxes in them images teach R-CNN detectors only, and model.kind is {self.model.kind}; "
+                f"unlabeled: images without pseudo-labels are used by R-CNN detectors only, and model.kind is {self.model.kind}; "
                 "give pseudo, which predict.py --pseudo_labels writes"
             )
         if (self.augment.auto_augment or self.augment.auto_augment_unlabeled) and self.model.has_masks:
-            raise ValueError("augment.auto_augment moves pixels inside boxes: it cannot go with masks")
+            raise ValueError("augment.auto_augment moves pixels inside boxes: it cannot be used with masks")
         return self
 
     def inputs(self) -> dict[str, Path]:
@@ -280,7 +278,7 @@ class ConvertDataConfig(CommandConfig):
     def inputs(self) -> dict[str, Path]:
         places = {} if self.source.startswith("hub:") else {"source": Path(self.source)}
         layout = find_yolo(Path(self.source))
-        if layout and not layout.file.is_dir():  # a description names folders elsewhere
+        if layout and not layout.file.is_dir():  # a description file names folders outside its own
             places |= {f"source: {name}": place for name, place in input_places(layout).items()}
         return places | ({"classes": self.classes} if self.classes else {})
 
@@ -297,7 +295,7 @@ class ConvertPaddleConfig(CommandConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_how_to_train(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _without_training_settings(cls, values: dict[str, Any]) -> dict[str, Any]:
         training = TrainConfig.model_fields.keys() - cls.model_fields.keys()
         return {key: value for key, value in values.items() if key not in training}
 

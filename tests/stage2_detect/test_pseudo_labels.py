@@ -300,7 +300,7 @@ def test_user_errors(
         in missing
     )
     assert "pseudo: " in message(pseudo=str(tmp_path / "nowhere.json"))
-    assert "pseudo: has the boxes of images without annotations; give their folder" in message(unlabeled=None)
+    assert "pseudo: has boxes of unlabeled images; give their folder" in message(unlabeled=None)
     assert "give pseudo, which predict.py --pseudo_labels writes" in message(pseudo=None)
     assert "give distill.teacher or pseudo" in message(pseudo=None, distill=None)
     for ratio in (0, -0.5, 1.5):

@@ -212,7 +212,7 @@ def header(name: str) -> str:
 
 @pytest.mark.parametrize("name", [*SSLD, *PSS])
 def test_the_hours_in_a_header_are_those_of_its_step_times(name: str) -> None:
-    """The times are for 16 images on 8 GPUs; parts of a step are named one by one."""
+    """The step times are for 16 images on 8 GPUs; the cost is the sum of the parts named in the header."""
     cost = header(name).partition("Cost: ")[2]
     hours = re.search(r"about (\d+) V100 hours", cost)
     seconds = sum(float(part) for part in re.findall(r"(0\.\d+) s\b", cost))
@@ -222,15 +222,15 @@ def test_the_hours_in_a_header_are_those_of_its_step_times(name: str) -> None:
     assert int(hours[1]) == pytest.approx(steps * seconds * 8 / 3600, rel=0.01)
 
 
-def test_a_recipe_says_where_it_comes_from() -> None:
+def test_header_names_source_cost_and_published_scores() -> None:
     for name in ALL:
         comments = header(name)
-        assert "ource" in comments or "Ours" in comments, name
-        assert "Cost: " in comments, f"{name}: its header does not say what it costs"
+        assert "ource" in comments or "recipe of this project" in comments, name
+        assert "Cost: " in comments, f"{name}: no cost in its header"
         if name in {*SSLD, *PLAIN, *PSS}:
-            assert "FPS" in comments or "speed" in comments, f"{name}: its header does not say how fast"
+            assert "FPS" in comments or "speed" in comments, f"{name}: no speed in its header"
         for score in expected_scores(resolved(name)):
-            assert str(score) in comments, f"{name}: {score} is expected, and its header does not say who published it"
+            assert str(score) in comments, f"{name}: expects {score}, but its header does not give it as published"
 
 
 def factors_of_parameters(name: str, arch: str) -> dict[str, float]:

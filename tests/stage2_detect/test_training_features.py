@@ -288,7 +288,7 @@ def test_user_errors(
         return user_error(train.main, arguments(train_settings | changes, "bad"))
 
     blind = {key: value for key, value in train_settings["data"].items() if "val" not in key}
-    assert "val_loss is measured on evaluation images" in message(val_loss=True, data=blind)
+    assert "val_loss needs evaluation images" in message(val_loss=True, data=blind)
     assert "patience counts evaluations: give evaluate_every" in message(patience=2)
     assert "ema.decay" in message(ema={"decay": 1.0})
     assert not (tmp_path / "bad").exists()
