@@ -1,4 +1,4 @@
-"""PaddleDetection's files as detector files: names of every golden parameter list, a whole Faster R-CNN, and what is refused.
+"""Conversion of PaddleDetection's files: names of every golden parameter list, a whole Faster R-CNN, and unsupported files.
 
 The weights are made by rule under the reference's names (tests/golden/README.md), so the detections of the converted file are known.
 """
@@ -62,7 +62,7 @@ SMALL = ["--config", str(RECIPES / RECIPE["faster"]), "--model.fpn_channels", "1
 
 @pytest.mark.parametrize("name", RECIPE)
 def test_every_parameter_of_the_reference_has_its_place(name: str) -> None:
-    """Names and shapes of the whole detector that the recipe describes: none is left over on either side."""
+    """Names and shapes match those of the whole detector of the recipe, without a rest on either side."""
     import timm
 
     shapes = about(name)["parameters"]
@@ -87,8 +87,8 @@ def test_names_of_deeper_backbones(arch: str, third: int, fourth: int) -> None:
         block = {name: shape for name, shape in shapes.items() if f".res{stage}b." in name}
         shapes = {name: shape for name, shape in shapes.items() if not re.search(rf"\.res{stage}[b-z]\.", name)}
         for number in range(1, count):
-            ours = f"b{number}" if count > 10 else chr(ord("a") + number)
-            shapes |= {name.replace(f"res{stage}b", f"res{stage}{ours}"): shape for name, shape in block.items()}
+            letter = f"b{number}" if count > 10 else chr(ord("a") + number)
+            shapes |= {name.replace(f"res{stage}b", f"res{stage}{letter}"): shape for name, shape in block.items()}
     assert recognise(shapes, "file") == arch
     with torch.device("meta"):
         state = timm.create_model(arch, features_only=True).state_dict()

@@ -1,4 +1,4 @@
-"""One-stage detectors by the real command: a teacher, a student under it, files, resume, ranks, and what is refused."""
+"""One-stage detectors by the real command: teacher and student, files, resume, ranks, and errors."""
 
 import json
 import shutil
@@ -130,7 +130,7 @@ def test_a_teacher_a_student_and_its_resumption(
         assert all(torch.equal(one[name], two[name]) for name in one), file
 
 
-def test_a_dense_teacher_answers_in_the_students_class_order(teachers: Callable[[str], Path]) -> None:
+def test_a_dense_teacher_uses_the_students_class_order(teachers: Callable[[str], Path]) -> None:
     images = torch.randn(1, 16, 4, 4)
     for kind in KINDS:
         file = teachers(kind)
@@ -144,11 +144,11 @@ def test_a_dense_teacher_answers_in_the_students_class_order(teachers: Callable[
         torch.testing.assert_close(permuted, logits[..., [1, 0]])
         assert not torch.allclose(permuted, logits)
         torch.testing.assert_close(kept, values)
-        # Its norm is folded, which does not change what it sees.
+        # Its BatchNorm is folded, which does not change its features.
         pixels = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
         batch = ImageBatch(pixels, torch.tensor([[64, 96]]), torch.ones(1))
-        for ours, plain in zip(teacher.features(batch), own.model.eval().features(batch), strict=True):
-            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+        for feature, plain in zip(teacher.features(batch), own.model.eval().features(batch), strict=True):
+            torch.testing.assert_close(feature, plain, rtol=1e-4, atol=1e-4)
         norms = [sum(isinstance(m, _BatchNorm) for m in net.modules()) for net in (teacher.model, own.model)]
         assert norms[0] < norms[1]
 
@@ -162,8 +162,8 @@ def test_two_ranks_distil_as_one(
     on_one_and_two: Callable[..., Any],
 ) -> None:
     settings = under(train_settings, kind, teachers(kind)) | {"steps": 4, "batch_size": 6, "auto_batch": True}
-    said, lines = on_one_and_two(train.main, "stage2_detect/train.py", settings)
-    assert "auto_batch: 3 of 6 images a process and pass fit, so accumulate is 1\n" in said
+    output, lines = on_one_and_two(train.main, "stage2_detect/train.py", settings)
+    assert "auto_batch: 3 of 6 images a process and pass fit, so accumulate is 1\n" in output
     assert [line["step"] for line in lines if "loss_cls" in line] == [1, 2, 3, 4]
 
 

@@ -1,4 +1,4 @@
-"""A detector file as the start of a run: head rows by class name, everything else as it is, other architectures refused."""
+"""Start of a run from a detector file: head rows by class name, all other tensors unchanged, other architectures are errors."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Call = Callable[..., int]
 
 
 def rows(classes: int, offset: int, agnostic: bool = False) -> dict[str, torch.Tensor]:
-    """Head tensors whose values tell where they come from."""
+    """Head tensors whose values identify their origin."""
     logits, masks = torch.arange(classes + 1.0), torch.arange(float(classes))
     deltas = torch.arange(4.0 if agnostic else 4.0 * classes)
     return {
@@ -53,7 +53,7 @@ def test_class_agnostic_deltas_belong_to_no_class() -> None:
         assert carried["roi_heads.heads.0.logits.bias"].tolist() == [900, 101]
 
 
-def test_a_model_in_another_class_order_answers_the_same() -> None:
+def test_a_model_in_another_class_order_gives_equal_outputs() -> None:
     class Holder(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()

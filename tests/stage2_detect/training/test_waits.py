@@ -1,4 +1,4 @@
-"""Where a training step waits for a GPU: only where a shape depends on what the network said and cannot be padded."""
+"""Synchronizations of a training step with a GPU: only where a shape depends on the network's output and cannot be padded."""
 
 import traceback
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ WAITS = {
 
 
 class Waits(TorchDispatchMode):
-    """Notes the operations whose result's size or value the host has to know, by the file of ours that asks for them."""
+    """Record of operations whose result's size or value the host has to know, by the file of this project that calls them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,16 +39,18 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
-        if name.startswith("aten::index"):  # by positions it has the size of these, by truth values one that they tell
+        if name.startswith(
+            "aten::index"
+        ):  # indexing by positions has a known size, by a bool mask a size that depends on its values
             indices = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ()
             waits = any(isinstance(one, torch.Tensor) and one.dtype == torch.bool for one in indices)
         else:
             waits = bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
         if waits or name == "torchvision::nms":
             files = [Path(frame.filename).resolve() for frame in traceback.extract_stack()]
-            ours = [file.name for file in files if file.is_relative_to(ROOT / "stage2_detect")]
-            if ours:  # else it is the backward pass of what is noted already
-                self.by_file.setdefault(ours[-1], set()).add(name)
+            own_files = [file.name for file in files if file.is_relative_to(ROOT / "stage2_detect")]
+            if own_files:  # otherwise the backward pass of an operation that is recorded already
+                self.by_file.setdefault(own_files[-1], set()).add(name)
         return func(*args, **(kwargs or {}))
 
 
@@ -97,9 +99,9 @@ def test_a_step_waits_for_nms_alone(kind: str, one_thread: None, monkeypatch: py
     model, (images, targets) = detector(kind), batch()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     step(model, images, targets, optimizer)  # anchors are made once
-    with Waits() as found:
+    with Waits() as noted:
         step(model, images, targets, optimizer)
-    assert found.by_file == WAITS[kind]
+    assert noted.by_file == WAITS[kind]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to wait for")

@@ -1,4 +1,4 @@
-"""VOC's XML as its writers spell and encode it; what is XML of another format is refused, not read as an image without objects."""
+"""VOC's XML in the spellings and encodings of its writers; XML of another format is an error, not an image without objects."""
 
 import re
 from collections.abc import Callable
