@@ -81,15 +81,15 @@ class DistillConfig(Config):
     """AP of the teacher, 0 to 1, below which the run stops before training"""
 
     def pkd(self, model: DetectorConfig) -> float:
-        """`pkd_weight` with the default for this student filled in."""
+        """Return `pkd_weight`, or its default for this student if it is null."""
         return (0.0 if model.is_dense else PKD_WEIGHT) if self.pkd_weight is None else self.pkd_weight
 
     def roi(self, model: DetectorConfig) -> float:
-        """`roi_weight` with the default for this student filled in."""
+        """Return `roi_weight`, or its default for this student if it is null."""
         return (0.0 if model.is_dense else ROI_WEIGHT) if self.roi_weight is None else self.roi_weight
 
     def fault(self, model: DetectorConfig) -> str | None:
-        """Error message if a setting does not fit a student of this architecture, else None."""
+        """Return an error message if a setting does not fit a student of this architecture, else None."""
         fits = {"gfl": "distill.ld", "retinanet": "distill.adl"}.get(model.kind, "distill.pkd_weight and roi_weight")
         hint = f"model.kind is {model.kind}, whose settings are {fits}"
         if self.ld and model.kind != "gfl":

@@ -204,7 +204,7 @@ def _bare_parser(config_type: type[CommandConfig], program: str) -> Parser:
     parser = Parser(prog=program, description=config_type.__doc__, allow_abbrev=False, add_help=False)
     parser.config_type = config_type
     parser.add_argument("-h", "--help", action=HelpAction)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with these settings; flags override it")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings; flags override it")
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and exit")
     return parser
 

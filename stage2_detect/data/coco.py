@@ -77,7 +77,7 @@ class CocoData:
     counts: Counter[str] = field(default_factory=Counter)
     """counts of boxes: `boxes` (kept), and in the file `crowd`, `degenerate` (a side <= 1e-5), `outside`, `clipped`; of images: `empty` (without
     boxes), `empty_dropped`, `again` (files listed under a second id)"""
-    doubts: tuple[str, ...] = ()
+    format_warnings: tuple[str, ...] = ()
     """reasons to suspect that the boxes are not x, y, width, height in pixels"""
     orientation: Orientation = field(default_factory=Orientation)
     """form (upright or as stored) in which the images are read"""
@@ -111,7 +111,7 @@ class CocoData:
             if not self.objects:
                 parts.append("no objects, so there will be no score")
         parts += [orientation] if (orientation := self.orientation.describe()) else []
-        return "; ".join([f"{self.file}: {', '.join(parts)}", *self.doubts])
+        return "; ".join([f"{self.file}: {', '.join(parts)}", *self.format_warnings])
 
 
 def read_coco(
@@ -152,8 +152,13 @@ def read_coco(
 
     unrounded = np.concatenate([file_boxes[:, :2], file_boxes[:, :2] + file_boxes[:, 2:]], 1)
     limits = np.stack([table.widths_I, table.heights_I], 1).astype(np.float64)[owners]
-    judged = judge_boxes(file_boxes, limits)
-    corners, clipped, degenerate, outside = judged.corners_N4, judged.clipped_N4, judged.degenerate_N, judged.outside_N
+    validated = validate_boxes(file_boxes, limits)
+    corners, clipped, degenerate, outside = (
+        validated.corners_N4,
+        validated.clipped_N4,
+        validated.degenerate_N,
+        validated.outside_N,
+    )
     keep = ~(degenerate | outside | crowd) if training else np.ones(len(crowd), dtype=bool)
     boxes = (clipped if training else unrounded).astype(np.float32)
 
@@ -189,7 +194,7 @@ def read_coco(
     tally = Tally()
     tally.keep("image", len(image_ids))
     if training:
-        tally_boxes(tally, judged, crowd, labels, names, annotation_ids)
+        tally_boxes(tally, validated, crowd, labels, names, annotation_ids)
     else:
         tally.keep("box", len(kept))
     for noun, cause, number, first in table.changes:
@@ -199,8 +204,8 @@ def read_coco(
         raise UserError(
             f"{file}: no image{' with a usable box' if image_ids else ''} in it{f': {lost}' if lost else ''}"
         )
-    doubts = tuple(doubts_of(judged, crowd, limits))
-    return CocoData(file, training, names, ids, images, tally, counts, doubts, orientation)
+    warnings = tuple(format_warnings(validated, crowd, limits))
+    return CocoData(file, training, names, ids, images, tally, counts, warnings, orientation)
 
 
 def require_boxes(data: CocoData, *, allow_loss: bool) -> CocoData:
@@ -223,7 +228,7 @@ def loss_of(tally: Tally) -> str | None:
 
 
 @dataclass(frozen=True, eq=False)
-class JudgedBoxes:
+class ValidatedBoxes:
     """Boxes of a file as training reads them."""
 
     corners_N4: np.ndarray
@@ -236,26 +241,26 @@ class JudgedBoxes:
     """bool: no part of the box is inside the image"""
 
 
-def judge_boxes(file_boxes_N4: np.ndarray, sizes_N2: np.ndarray) -> JudgedBoxes:
+def validate_boxes(file_boxes_N4: np.ndarray, sizes_N2: np.ndarray) -> ValidatedBoxes:
     """Convert and check finite xywh boxes in images of `sizes_N2` (width, height)."""
     corners_N4 = np.concatenate([file_boxes_N4[:, :2], file_boxes_N4[:, :2] + file_boxes_N4[:, 2:]], 1).round(3)
     clipped_N4 = corners_N4.clip(0, np.concatenate([sizes_N2, sizes_N2], 1))
     degenerate_N = ((corners_N4[:, 2:] - corners_N4[:, :2]) <= MIN_SIDE).any(1)
     outside_N = ~degenerate_N & ((clipped_N4[:, 2:] - clipped_N4[:, :2]) <= MIN_SIDE).any(1)
-    return JudgedBoxes(corners_N4, clipped_N4, degenerate_N, outside_N)
+    return ValidatedBoxes(corners_N4, clipped_N4, degenerate_N, outside_N)
 
 
 def tally_boxes(
     tally: Tally,
-    judged: JudgedBoxes,
+    validated: ValidatedBoxes,
     crowd_N: np.ndarray,
     labels_N: np.ndarray,
     class_names: Sequence[str],
     annotation_ids: Sequence[Any],
 ) -> None:
     """Count kept, dropped and clipped boxes of training, by class and cause."""
-    flat_N, outside_N = judged.degenerate_N & ~crowd_N, judged.outside_N & ~crowd_N
-    kept_N = ~(judged.degenerate_N | judged.outside_N | crowd_N)
+    flat_N, outside_N = validated.degenerate_N & ~crowd_N, validated.outside_N & ~crowd_N
+    kept_N = ~(validated.degenerate_N | validated.outside_N | crowd_N)
     for label, number in enumerate(np.bincount(labels_N[kept_N], minlength=len(class_names)).tolist()):
         tally.keep("box", number, group=class_names[label])
     for cause, dropped_N in ((CROWD, crowd_N), (FLAT, flat_N), (OUTSIDE, outside_N)):
@@ -264,30 +269,32 @@ def tally_boxes(
         for one in np.argsort(first):  # the tally names the first dropped box of all classes
             name = f"annotation {annotation_ids[places[first[one]]]!r}"
             tally.drop("box", cause, name, int(numbers[one]), group=class_names[labels[one]])
-    clipped = np.flatnonzero((judged.clipped_N4 != judged.corners_N4).any(1) & kept_N)
+    clipped = np.flatnonzero((validated.clipped_N4 != validated.corners_N4).any(1) & kept_N)
     if len(clipped):
         tally.change("box", CLIPPED, f"annotation {annotation_ids[clipped[0]]!r}", len(clipped))
 
 
-def doubts_of(judged: JudgedBoxes, crowd_N: np.ndarray, sizes_N2: np.ndarray) -> list[str]:
+def format_warnings(validated: ValidatedBoxes, crowd_N: np.ndarray, sizes_N2: np.ndarray) -> list[str]:
     """Return reasons to suspect that boxes are not x, y, width, height in pixels of images of `sizes_N2`; each concerns over a tenth of them."""
-    sound_N = ~(judged.degenerate_N | crowd_N)
-    over_N = sound_N & (np.abs(judged.corners_N4 - judged.clipped_N4) > 1).any(1)  # a pixel is rounding
+    sound_N = ~(validated.degenerate_N | crowd_N)
+    over_N = sound_N & (np.abs(validated.corners_N4 - validated.clipped_N4) > 1).any(1)  # a pixel is rounding
     first_N = (
-        sound_N & (judged.corners_N4 >= 0).all(1) & (judged.corners_N4[:, 2:] - judged.corners_N4[:, :2] <= 1).all(1)
+        sound_N
+        & (validated.corners_N4 >= 0).all(1)
+        & (validated.corners_N4[:, 2:] - validated.corners_N4[:, :2] <= 1).all(1)
     )
-    first_N &= (judged.corners_N4[:, :2] <= 1).all(1) & (sizes_N2 > 2).all(1)
+    first_N &= (validated.corners_N4[:, :2] <= 1).all(1) & (sizes_N2 > 2).all(1)
     total, over, first = (int(which_N.sum()) for which_N in (sound_N, over_N, first_N))
-    doubts = []
+    warnings = []
     if over > _SUSPECT * total:
-        doubts.append(
+        warnings.append(
             f"{over:,} of the {count(total, 'box')} reach over the border: corners (x1, y1, x2, y2) instead of x, y, width, height?"
         )
     if first > _SUSPECT * total:
-        doubts.append(
+        warnings.append(
             f"{first:,} of the {count(total, 'box')} have no number above 1: shares of the image instead of pixels?"
         )
-    return doubts
+    return warnings
 
 
 def require_masks(data: CocoData) -> CocoData:

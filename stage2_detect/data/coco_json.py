@@ -19,7 +19,7 @@ import numpy as np
 from ssld.shared.errors import UserError
 from ssld.shared.files import atomically
 from ssld.stage2_detect.data.coco_rows import Id as Id
-from ssld.stage2_detect.data.coco_rows import changes_of, judge_rows
+from ssld.stage2_detect.data.coco_rows import changes_of, validate_rows
 
 if TYPE_CHECKING:  # data are checked and converted without torch
     from ssld.stage2_detect.models.batch import Detections
@@ -77,7 +77,7 @@ def without_collector() -> Iterator[None]:
 def read_table(file: str, *, segmentations: bool) -> CocoTable:
     """Read and check a file. Raises UserError for any fault."""
     content = load_content(file)
-    rows = judge_rows(content)
+    rows = validate_rows(content)
     if not rows.category_ids:
         raise UserError(f"{file}: 'categories' is empty")
     if rows.faults:

@@ -76,7 +76,7 @@ class Oddity:
 
 
 @dataclass(frozen=True)
-class JudgedRows:
+class ValidatedRows:
     """Values of the rows of a file, in file order; an unusable value is None, NaN or -1 and has an entry in `faults`.
 
     Attributes:
@@ -106,7 +106,7 @@ class JudgedRows:
     areas_N: np.ndarray
 
 
-def judge_rows(content: Mapping[str, list[dict[str, Any]]]) -> JudgedRows:
+def validate_rows(content: Mapping[str, list[dict[str, Any]]]) -> ValidatedRows:
     """Check the three lists of a file; accepts any content of the rows."""
     images, annotations, categories = (content[key] for key in ("images", "annotations", "categories"))
     notes = _Notes()
@@ -122,7 +122,7 @@ def judge_rows(content: Mapping[str, list[dict[str, Any]]]) -> JudgedRows:
     boxes_N4 = _boxes(notes, annotations, owners_N, sizes_I2)
     crowd_N = _crowd_flags(notes, annotations)
     areas_N = _areas(notes, annotations, boxes_N4)
-    return JudgedRows(
+    return ValidatedRows(
         faults=list(notes.faults.values()),
         changes=list(notes.changes.values()),
         category_ids=category_ids,
@@ -140,7 +140,7 @@ def judge_rows(content: Mapping[str, list[dict[str, Any]]]) -> JudgedRows:
     )
 
 
-def changes_of(rows: JudgedRows) -> list[tuple[str, str, int, str]]:
+def changes_of(rows: ValidatedRows) -> list[tuple[str, str, int, str]]:
     """Return (noun, cause, number, name of the first) of each change, for a tally."""
     return [(NOUNS[one.kind], one.cause, len(one.names), f"{one.kind} {one.names[0]}") for one in rows.changes]
 

@@ -15,7 +15,7 @@ from ssld.shared.errors import UserError
 from ssld.shared.tally import Tally
 from ssld.shared.wording import count, some
 from ssld.stage2_detect.data.check.findings import Finding, Level, Repair, first_ids
-from ssld.stage2_detect.data.coco import CROWD, FLAT, OUTSIDE, doubts_of, judge_boxes, loss_of, tally_boxes
+from ssld.stage2_detect.data.coco import CROWD, FLAT, OUTSIDE, format_warnings, loss_of, tally_boxes, validate_boxes
 from ssld.stage2_detect.data.coco_json import Convention, load_content, stated_orientation
 from ssld.stage2_detect.data.coco_rows import (
     CATEGORY_TYPE,
@@ -37,13 +37,13 @@ from ssld.stage2_detect.data.coco_rows import (
     UNUSED,
     WHOLE_ID,
     WHOLE_SIZE,
-    JudgedRows,
     Kind,
     Oddity,
+    ValidatedRows,
     changes_of,
     id_of,
-    judge_rows,
     row_name,
+    validate_rows,
 )
 from ssld.stage2_detect.data.image_names import same_file, same_photo
 from ssld.stage2_detect.data.segmentations import is_shape
@@ -93,7 +93,7 @@ class FileCheck:
     folder: Path
     """folder of its images"""
     content: dict[str, Any]
-    rows: JudgedRows
+    rows: ValidatedRows
     findings: list[Finding] = field(default_factory=list)
     repair: Repair = field(default_factory=Repair)
     image_of: dict[Any, int] = field(default_factory=dict)
@@ -147,7 +147,7 @@ def check_rows(name: str, file: Path, folder: Path, *, masks: bool = False, allo
     Raises UserError for a file that is not COCO JSON.
     """
     content = load_content(file)
-    rows = judge_rows(content)
+    rows = validate_rows(content)
     check = FileCheck(name, file, folder, content, rows)
     for index, (image_id, file_name) in enumerate(zip(rows.image_ids, rows.file_names, strict=True)):
         if image_id is not None and file_name is not None:
@@ -176,7 +176,7 @@ def check_rows(name: str, file: Path, folder: Path, *, masks: bool = False, allo
     return check
 
 
-def accept_changes(repair: Repair, rows: JudgedRows) -> None:
+def accept_changes(repair: Repair, rows: ValidatedRows) -> None:
     """Add to `repair` the values that training reads in place of those of the file."""
     tables = {"image": repair.image_values, "annotation": repair.annotation_values, "category": repair.category_values}
     for oddity in rows.changes:
@@ -269,14 +269,14 @@ def _check_boxes(check: FileCheck, first_of: dict[int, int], *, masks: bool, all
     names = [
         name or f"of category {row_name(check.content['categories'], i)}" for i, name in enumerate(all_rows.class_names)
     ]
-    judged = judge_boxes(all_rows.boxes_N4[rows], sizes_N2)
+    validated = validate_boxes(all_rows.boxes_N4[rows], sizes_N2)
     ids = [annotations[row].get("id") for row in rows]
     check.tally.keep("image", len(check.image_of))
-    tally_boxes(check.tally, judged, crowd_N, labels_N, names, [all_rows.annotation_ids[row] for row in rows])
+    tally_boxes(check.tally, validated, crowd_N, labels_N, names, [all_rows.annotation_ids[row] for row in rows])
     for noun, cause, number, first in changes_of(all_rows):
         check.tally.change(noun, cause, first, number)
-    unusable_N = judged.degenerate_N | judged.outside_N
-    clipped_N = (judged.clipped_N4 != judged.corners_N4).any(1) & ~unusable_N & ~crowd_N
+    unusable_N = validated.degenerate_N | validated.outside_N
+    clipped_N = (validated.clipped_N4 != validated.corners_N4).any(1) & ~unusable_N & ~crowd_N
 
     def report(mask_N: np.ndarray, level: Level, cause: str, effect: str, fix: str | None) -> None:
         positions = np.flatnonzero(mask_N)
@@ -284,20 +284,20 @@ def _check_boxes(check: FileCheck, first_of: dict[int, int], *, masks: bool, all
             examples = first_ids([ids[position] for position in positions])
             check.add(level, f"{count(len(positions), 'box')} {cause} ({examples}): {effect}", fix)
 
-    doubts = doubts_of(judged, crowd_N, sizes_N2)
-    for doubt in doubts:
-        check.add("warning", doubt)
+    warnings = format_warnings(validated, crowd_N, sizes_N2)
+    for text in warnings:
+        check.add("warning", text)
     dropped = "training drops them" if check.name == "train" else "never detected, so missed in every score"
     # With a suspicious box format the copy keeps all boxes unchanged.
-    leaves_out, clips = (None, None) if doubts else ("leaves them out", "clips them")
-    report(judged.degenerate_N & ~crowd_N, "warning", FLAT, dropped, leaves_out)
-    report(judged.outside_N & ~crowd_N, "warning", OUTSIDE, dropped, leaves_out)
+    leaves_out, clips = (None, None) if warnings else ("leaves them out", "clips them")
+    report(validated.degenerate_N & ~crowd_N, "warning", FLAT, dropped, leaves_out)
+    report(validated.outside_N & ~crowd_N, "warning", OUTSIDE, dropped, leaves_out)
     report(clipped_N, "note", "reaching over the border", "training clips them", clips)
     first_owners_N = np.array([first_of.get(owner, owner) for owner in owners_N.tolist()], dtype=np.int64)
-    again_N = _duplicates(first_owners_N, labels_N, crowd_N, judged.corners_N4) & ~unusable_N & ~crowd_N
+    again_N = _duplicates(first_owners_N, labels_N, crowd_N, validated.corners_N4) & ~unusable_N & ~crowd_N
     report(again_N, "warning", "given twice", "trained on twice, and one is missed in every score", "keeps one")
     usable_N = ~unusable_N & ~crowd_N
-    sides_N2 = judged.clipped_N4[:, 2:] - judged.clipped_N4[:, :2]
+    sides_N2 = validated.clipped_N4[:, 2:] - validated.clipped_N4[:, :2]
     tiny_N = usable_N & (sides_N2.min(1, initial=np.inf) < TINY_SIDE)
     report(tiny_N, "note", f"with a side below {TINY_SIDE:g} pixels", "hard to detect at any image size", None)
     crowded = _crowded(labels_N, crowd_N, names)
@@ -314,12 +314,12 @@ def _check_boxes(check: FileCheck, first_of: dict[int, int], *, masks: bool, all
         shapeless_N = scored_N & np.array(bad, dtype=bool)
         effect = "training a detector with masks stops" + ("" if masks else "; other kinds do not read it")
         report(shapeless_N, "fault" if masks else "warning", "without a usable segmentation", effect, None)
-    for mask_N, cause in ((judged.degenerate_N, FLAT), (judged.outside_N, OUTSIDE), (again_N, "")):
+    for mask_N, cause in ((validated.degenerate_N, FLAT), (validated.outside_N, OUTSIDE), (again_N, "")):
         for position in np.flatnonzero(mask_N & ~crowd_N):
-            if not (doubts and cause):
+            if not (warnings and cause):
                 check.repair.drop_annotations[int(rows[position])] = cause
-    for position in np.flatnonzero(clipped_N & ~again_N) if not doubts else ():
-        left, top, right, bottom = (round(float(value), 3) for value in judged.clipped_N4[position])
+    for position in np.flatnonzero(clipped_N & ~again_N) if not warnings else ():
+        left, top, right, bottom = (round(float(value), 3) for value in validated.clipped_N4[position])
         box = [left, top, round(right - left, 3), round(bottom - top, 3)]
         area = {} if annotations[rows[position]].get("segmentation") else {"area": box[2] * box[3]}
         check.repair.set_annotation(int(rows[position]), bbox=box, **area)

@@ -456,7 +456,7 @@ def test_boxes_of_another_format_are_suspected(
     for number, row in enumerate(whole["annotations"]):
         row |= {"bbox": boxes[number % len(boxes)], "iscrowd": 0, "segmentation": []}
     assert (doubt or "instead of") in read(whole).describe() or not doubt
-    assert bool(read(whole).doubts) == bool(doubt)
+    assert bool(read(whole).format_warnings) == bool(doubt)
     check = check_rows("train", folder / "data.json", folder)
     warnings = [one.text for one in check.findings if one.level == "warning" and "given twice" not in one.text]
     assert warnings == ([doubt] if doubt else [])
