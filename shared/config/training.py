@@ -10,7 +10,7 @@ from ssld.shared.config.yaml_files import Alternatives
 from ssld.shared.errors import UserError
 
 PASSES_FILE = "auto_batch.json"
-"""in a run directory: what `auto_batch` has found"""
+"""file in a run directory with the result of `auto_batch`"""
 
 
 class OptimConfig(Config):
@@ -113,7 +113,7 @@ class TrainingConfig(CommandConfig):
         return self
 
     def describe_keeping(self, steps: int, *, evaluates: bool) -> str:
-        """When a run of so many steps is evaluated, if there is anything to evaluate on, and saved, for the log."""
+        """Return a line for the log on when a run of `steps` steps is evaluated (if it has evaluation images) and saved."""
         kept = "the newest is kept" if self.keep_checkpoints == 1 else f"the newest {self.keep_checkpoints} are kept"
         often = self.evaluate_every and self.evaluate_every < steps
         evaluated = f"every {self.evaluate_every} steps and at the end" if often else "at the end"
@@ -121,10 +121,10 @@ class TrainingConfig(CommandConfig):
         return f"a checkpoint {saved}; {f'evaluation {evaluated}' if evaluates else 'no evaluation'}"
 
     def total_steps(self, images: int | None) -> int:
-        """Optimizer steps of the run for a training set of `images` images; raises UserError where that number is needed and unknown."""
+        """Return the optimizer steps of the run for a training set of `images` images. Raises UserError if that number is needed and unknown."""
         if self.steps is not None:
             return self.steps
         if self.train_epochs is not None and images is None:
-            raise UserError("train_epochs: nobody knows how many images the stream holds; give steps or train_images")
-        wanted = self.train_images if self.train_images is not None else (self.train_epochs or 0) * (images or 0)
-        return max(1, round(wanted / self.batch_size))
+            raise UserError("train_epochs: the length of a stream is unknown; give steps or train_images")
+        total = self.train_images if self.train_images is not None else (self.train_epochs or 0) * (images or 0)
+        return max(1, round(total / self.batch_size))
