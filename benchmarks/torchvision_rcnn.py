@@ -25,7 +25,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from ssld.shared.models.backbones import InputSettings
 from ssld.shared.models.paddle_weights import to_torch
-from ssld.stage2_detect.convert_paddle import our_module
+from ssld.stage2_detect.convert_paddle import module_of
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models import anchors
 from ssld.stage2_detect.models.build import build_detector
@@ -137,5 +137,5 @@ def _weights(kind: str) -> dict[str, Tensor]:
     about = json.loads((GOLDEN / f"{kind}.json").read_text())
     parameters = about["parameters"]
     arrays = {name: rule.reference_weight(name, shape, about["salt"]) for name, shape in parameters.items()}
-    modules = {layer: our_module(layer) or layer for layer in (name.rpartition(".")[0] for name in arrays)}
+    modules = {layer: module_of(layer) or layer for layer in (name.rpartition(".")[0] for name in arrays)}
     return to_torch(arrays, modules, kind)

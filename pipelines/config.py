@@ -47,25 +47,26 @@ class StageConfig(Config):
     """One command of a pipeline. It writes into `<output>/<name of the stage>`."""
 
     command: CommandName
+    """command that the stage runs"""
     like: str | None = None
-    """an earlier stage whose command, file and settings this one has too, but for what it says itself"""
+    """earlier stage whose command, config and set this stage takes over, except for keys of its own"""
     config: str | None = None
-    """YAML file of the command"""
+    """YAML file with settings of the command"""
     set: dict[str, Any] = {}
-    """settings laid on that file, by dotted key, as flags would"""
+    """settings that override those of `config`, by dotted key, like flags"""
     processes: Processes = 1
-    """processes on this machine"""
+    """number of processes on this machine"""
     seeds: int = Field(1, ge=1, le=MOST_SEEDS)
     """number of runs with different seeds; stages that read from this one are repeated with it"""
 
 
 class RowConfig(Config):
-    """Stages that supply the numbers of one row of the table."""
+    """Stages that one row of the table takes its numbers from."""
 
     classifier: tuple[str, ...] = ()
-    """stage that reports top-1 and agreement, or a list of its runs with different seeds"""
+    """name of the stage that reports top-1 accuracy and agreement, or a list of its runs with different seeds"""
     detector: tuple[str, ...] = ()
-    """stage that reports AP, or a list of its runs with different seeds"""
+    """name of the stage that reports AP, or a list of its runs with different seeds"""
 
     @field_validator("classifier", "detector", mode="before")
     @classmethod
@@ -78,19 +79,19 @@ class TableConfig(Config):
 
     rows: dict[str, RowConfig] = Field(min_length=1)
     gain: tuple[str, str] | None = None
-    """(row, row it is compared with)"""
+    """pair of rows (row, baseline) whose difference is reported; null: none"""
 
 
 class PipelineConfig(Config):
     """Stages in the order they run in, and the table of their results."""
 
     output: Path
-    """folder of all the stages' run directories"""
+    """folder of the run directories of all stages"""
     variables: dict[str, str | int | float | None] = {}
-    """values for ${name}; one without a value has to be given as --variables.NAME"""
+    """values for ${NAME}; a variable without a value has to be given as --variables.NAME"""
     stages: dict[str, StageConfig] = Field(min_length=1)
     smoke: dict[CommandName, dict[str, Any]] = {}
-    """settings laid on every stage of a command under --smoke: its smallest size"""
+    """settings per command that --smoke puts on top of its stages, for the smallest sizes"""
     table: TableConfig | None = None
 
     @model_validator(mode="before")
@@ -203,11 +204,11 @@ class ReportConfig(CommandConfig):
     """Write report.html for a pipeline or a single run: gain, curves, tables, images, settings, machine and cost."""
 
     runs: Path
-    """folder that holds the run directories of a pipeline, or one run directory"""
+    """folder with the run directories of a pipeline, or one run directory"""
     output: Path = Path("report")
-    """folder of the page; if it is not given, `report` inside `runs`"""
+    """folder of the page; default: `report` inside `runs`"""
     pipeline: Path | None = None
-    """the pipeline's YAML file, for the order of the stages and the rows of the table; null: as the pipeline recorded it in `runs`"""
+    """YAML file of the pipeline, for the order of stages and the rows of the table; null: the copy recorded in `runs`"""
 
     @model_validator(mode="before")
     @classmethod

@@ -53,24 +53,24 @@ class ToySizes(Config):
     """Number of images of each part; the defaults are those of `pipelines/quickstart.yaml`."""
 
     labeled: int = Field(800, ge=len(CLASSES), le=1_000_000)
-    """labeled crops: few, so that the unlabeled ones matter"""
+    """number of labeled crops: few, so that the unlabeled ones matter"""
     unlabeled: int = Field(3000, ge=1, le=1_000_000)
-    """crops without labels"""
+    """number of unlabeled crops"""
     teacher_train: int = Field(5000, ge=len(CLASSES), le=1_000_000)
-    """labeled crops that only a teacher is trained on"""
+    """number of labeled crops that only the teacher is trained on"""
     val: int = Field(1000, ge=len(CLASSES), le=1_000_000)
-    """labeled crops to evaluate on"""
+    """number of labeled crops for evaluation"""
     train_scenes: int = Field(300, ge=4, le=1_000_000)
-    """scenes to train a detector on"""
+    """number of scenes to train a detector on"""
     val_scenes: int = Field(200, ge=4, le=1_000_000)
-    """scenes to evaluate it on"""
+    """number of scenes to evaluate a detector on"""
 
 
 class ToyDataConfig(CommandConfig):
     """Draw the synthetic data set."""
 
     seed: Seed = 0
-    """another seed draws other pictures of the same kind"""
+    """seed of all drawn images, 0 to 2^32 - 1"""
     sizes: ToySizes = ToySizes()
 
 

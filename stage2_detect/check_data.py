@@ -1,10 +1,10 @@
-"""Look a COCO data set over before training: what would training refuse, drop or be misled by?
+"""Check a COCO data set before training: rows that training refuses or drops, and data that would mislead it.
 
     python stage2_detect/check_data.py --annotations train.json --images photos --val_annotations val.json --val_images photos --fix data/clean
 
-Prints what it finds and what --fix does about it: a cleaned copy of each JSON file in a folder of its own; neither the given files nor the pictures
-are ever changed. Exit code 0: training can begin, 1: something would end it or make its scores worthless, 2: a mistake in the command. `ssld doctor`
-is this and a look at the machine.
+Prints the findings and, for each, the change that --fix makes in a cleaned copy of the JSON file, written to a separate folder; the given files and
+the images are never changed. Exit code 0: training can begin; 1: a finding would stop training or make its scores worthless; 2: a mistake in the
+command. `ssld doctor` runs this check and one of the machine.
 """
 
 import json
@@ -32,7 +32,7 @@ from ssld.stage2_detect.data.check.findings import LEVELS, Finding
 
 if TYPE_CHECKING:
     from ssld.stage2_detect.data.check.annotations import FileCheck
-    from ssld.stage2_detect.data.check.images import Seen
+    from ssld.stage2_detect.data.check.images import ImageFacts
 
 _WIDTH, _CLASSES = 24, 12
 
@@ -44,20 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_data(arguments: Namespace) -> int:
-    """Check what the arguments name, print it, write the cleaned copies; returns the exit code."""
+    """Check the files, print the findings, write the cleaned copies; returns the exit code."""
     from ssld.stage2_detect.data.check.annotations import check_rows
-    from ssld.stage2_detect.data.check.images import check_images, check_strays
+    from ssld.stage2_detect.data.check.images import check_images, check_unlisted
 
     places = _places(arguments)
     checks = [
         check_rows(name, file, folder, masks=arguments.masks, allow_loss=arguments.allow_loss)
         for name, file, folder in places
     ]
-    seen = [check_images(check, quick=arguments.quick) for check in checks]
-    check_strays(checks)
+    facts = [check_images(check, quick=arguments.quick) for check in checks]
+    check_unlisted(checks)
     if len(checks) == 2:
         _compare_classes(*checks)
-        _compare_pictures(checks[0], checks[1], seen[0], seen[1], alike=arguments.look_alikes)
+        _compare_images(checks[0], checks[1], facts[0], facts[1], near=arguments.look_alikes)
     for line in [*(line for check in checks for line in _about(check)), *_histogram(checks)]:
         say(printable(line))
     findings = [finding for check in checks for finding in check.findings]
@@ -76,7 +76,7 @@ def check_data(arguments: Namespace) -> int:
     if arguments.fix:
         _write_copies(checks, _copies(places, arguments.fix), allow_loss=arguments.allow_loss)
     levels = Counter(finding.level for finding in findings)
-    if not arguments.report:  # a program that asks for it has its own last line
+    if not arguments.report:  # a program that reads the report prints its own last line
         say(
             f"{count(levels['fault'], 'fault')}, {count(levels['warning'], 'warning')}, {count(levels['note'], 'note')}"
         )
@@ -84,7 +84,7 @@ def check_data(arguments: Namespace) -> int:
 
 
 def line_of(finding: Finding) -> str:
-    """A finding as it is printed."""
+    """Return the printed line of a finding."""
     fix = f" [--fix {finding.fix}]" if finding.fix else ""
     return f"  {finding.level:<8}{printable(f'{finding.file}: {finding.text}')}{fix}"
 
@@ -100,17 +100,17 @@ def _places(arguments: Namespace) -> list[tuple[str, Path, Path]]:
             raise UserError(f"{folder}: no such folder")
     if arguments.fix:
         if arguments.quick:
-            raise UserError("--fix needs to see the pictures; leave out --quick")
+            raise UserError("--fix needs to read the images; leave out --quick")
         if not arguments.fix.is_dir() and arguments.fix.exists():
             raise UserError(f"--fix {arguments.fix}: is a file; give a folder for the cleaned copies")
         for copy in _copies(places, arguments.fix).values():
             if copy.exists():
-                raise UserError(f"{copy}: is there already; give another folder to --fix")
+                raise UserError(f"{copy}: exists already; give another folder to --fix")
     return places
 
 
 def _copies(places: list[tuple[str, Path, Path]], folder: Path) -> dict[str, Path]:
-    """Where the cleaned copy of each file goes: some tools give the files of both parts one name."""
+    """Return the path of the cleaned copy of each file; files of equal name get the part as a prefix."""
     alike = len({file.name for _, file, _ in places}) < len(places)
     return {name: folder / (f"{name}_{file.name}" if alike else file.name) for name, file, _ in places}
 
@@ -135,7 +135,7 @@ def _about(check: "FileCheck") -> list[str]:
 
 
 def _histogram(checks: "list[FileCheck]") -> list[str]:
-    """Boxes of each class in all files, the most frequent in the first one on top."""
+    """Return lines with the number of boxes of each class in all files, sorted by frequency in the first file."""
     counts = [check.statistics["classes"] for check in checks]
     names = sorted(
         dict.fromkeys(name for classes in counts for name in classes), key=lambda name: -counts[0].get(name, 0)
@@ -154,20 +154,21 @@ def _histogram(checks: "list[FileCheck]") -> list[str]:
 
 
 def _compare_classes(train: "FileCheck", val: "FileCheck") -> None:
-    """Training refuses an evaluation file with other class names."""
-    ours, theirs = (list(dict.fromkeys(check.class_of.values())) for check in (train, val))
-    missing, extra = [name for name in ours if name not in theirs], [name for name in theirs if name not in ours]
+    """Report and repair class names that differ between both files, for which training stops."""
+    train_names, val_names = (list(dict.fromkeys(check.class_of.values())) for check in (train, val))
+    missing = [name for name in train_names if name not in val_names]
+    extra = [name for name in val_names if name not in train_names]
     if not missing and not extra:
         return
     plain = {_plain(name): name for name in missing}
     renamed = {name: plain[_plain(name)] for name in extra if _plain(name) in plain}
     stuck = [name for name in extra if name not in renamed and val.boxes_of[name]]
-    words = [f"{name!r} is {ours!r} in {train.file.name}" for name, ours in list(renamed.items())[:3]]
-    for what, names in (
+    words = [f"{name!r} is {other!r} in {train.file.name}" for name, other in list(renamed.items())[:3]]
+    for title, names in (
         ("missing", [name for name in missing if name not in renamed.values()]),
         ("unknown", [name for name in extra if name not in renamed]),
     ):
-        words += [f"{what}: {some(names, 5)}"] if names else []
+        words += [f"{title}: {some(names, 5)}"] if names else []
     val.add(
         "fault",
         f"its classes are not those of {train.file.name} ({'; '.join(words)}): training stops",
@@ -192,78 +193,81 @@ def _compare_classes(train: "FileCheck", val: "FileCheck") -> None:
 
 
 def _plain(name: str) -> str:
-    """A name without case, spaces and dashes."""
+    """Return a name in lower case without spaces, dashes and underscores."""
     return "".join(letter for letter in name.lower() if letter not in " -_")
 
 
-def _compare_pictures(
-    train: "FileCheck", val: "FileCheck", ours: dict[int, "Seen"], theirs: dict[int, "Seen"], *, alike: bool
+def _compare_images(
+    train: "FileCheck",
+    val: "FileCheck",
+    train_facts: dict[int, "ImageFacts"],
+    val_facts: dict[int, "ImageFacts"],
+    *,
+    near: bool,
 ) -> None:
-    """Pictures of the evaluation set that are trained on make its scores worthless."""
-    from ssld.stage2_detect.data.check.images import look_alikes
+    """Report images that are in both files, since scores on training images are worthless; `near` compares near-duplicates too."""
+    from ssld.stage2_detect.data.check.images import near_duplicates
 
     names = [
         {index: check.content["images"][index]["file_name"] for index in check.image_of.values()}
         for check in (train, val)
     ]
-    known = {look.digest: index for index, look in theirs.items()}
-    pairs = [(index, known[look.digest]) for index, look in ours.items() if look.digest in known]
-    if not theirs and train.folder.resolve() == val.folder.resolve():  # nothing was opened: the same file at least
+    known = {one.digest: index for index, one in val_facts.items()}
+    pairs = [(index, known[one.digest]) for index, one in train_facts.items() if one.digest in known]
+    if not val_facts and train.folder.resolve() == val.folder.resolve():  # with --quick: compare the names at least
         known_names = {posixpath.normpath(name): index for index, name in names[1].items()}
         plain = {index: posixpath.normpath(name) for index, name in names[0].items()}
         pairs = [(index, known_names[name]) for index, name in plain.items() if name in known_names]
     if pairs:
-        shown = some(
+        examples = some(
             [names[0][a] if names[0][a] == names[1][b] else f"{names[0][a]} = {names[1][b]}" for a, b in pairs]
         )
         train.add(
             "fault",
-            f"{count(len(pairs), 'picture')} also in {val.file.name} ({shown}): scores would be too good",
-            "leaves them out here",
+            f"{count(len(pairs), 'image')} also in {val.file.name} ({examples}): scores would be too good",
+            f"leaves them out of {train.file.name}",
         )
         train.repair.drop_images |= {index: f"also in {val.file.name}" for index, _ in pairs}
     _compare_photos(train, val, names[0], names[1])
-    if alike:
-        first, second = list(ours), list(theirs)
-        same = set(pairs)
-        near = [
-            (first[a], second[b])
-            for a, b in look_alikes([ours[index].look for index in first], [theirs[index].look for index in second])
-            if (first[a], second[b]) not in same
-        ]
-        if near:
-            shown = some([f"{names[0][a]} ~ {names[1][b]}" for a, b in near])
+    if near:
+        first, second = list(train_facts), list(val_facts)
+        hashes = [train_facts[index].hash for index in first], [val_facts[index].hash for index in second]
+        near_pairs = {(first[a], second[b]) for a, b in near_duplicates(*hashes)} - set(pairs)
+        if near_pairs:
+            examples = some([f"{names[0][a]} ~ {names[1][b]}" for a, b in sorted(near_pairs)])
             train.add(
                 "warning",
-                f"{count(len(near), 'pair')} of pictures alike here and in {val.file.name} ({shown}): look at them",
+                f"{count(len(near_pairs), 'pair')} of near-duplicates in {train.file.name} and {val.file.name} ({examples}): look at them",
             )
 
 
-def _compare_photos(train: "FileCheck", val: "FileCheck", ours: dict[int, str], theirs: dict[int, str]) -> None:
-    """Augmented copies of one photo on both sides make scores too good."""
+def _compare_photos(
+    train: "FileCheck", val: "FileCheck", train_names: dict[int, str], val_names: dict[int, str]
+) -> None:
+    """Report photos with augmented copies in both files, which make scores too good."""
     from ssld.stage2_detect.data.image_names import photo_of
 
-    known = {photo: name for name in theirs.values() if (photo := photo_of(name)) is not None}
-    pairs = [f"{name} ~ {known[photo]}" for name in ours.values() if (photo := photo_of(name)) in known]
+    known = {photo: name for name in val_names.values() if (photo := photo_of(name)) is not None}
+    pairs = [f"{name} ~ {known[photo]}" for name in train_names.values() if (photo := photo_of(name)) in known]
     if pairs:
         train.add(
             "warning",
-            f"{count(len(pairs), 'picture')} of which {val.file.name} has an augmented copy by its name ({some(pairs, 2)}): scores "
-            "would be too good; split the photos before they are augmented",
+            f"{count(len(pairs), 'image')} of which {val.file.name} has an augmented copy by its name ({some(pairs, 2)}): scores "
+            "would be too good; split the photos before augmenting them",
         )
 
 
 def _check_category_ids(check: "FileCheck") -> None:
-    """Which annotations are whose cannot be guessed."""
+    """Raise UserError for a category without id, since its annotations are unknown."""
     for index, category_id in enumerate(check.rows.category_ids):
         if index not in check.repair.drop_categories and category_id is None:
             raise UserError(
-                f"no cleaned copy: {check.file}: number {index + 1} of the categories has no id of its own that is a number or a text; give it one"
+                f"no cleaned copy: {check.file}: number {index + 1} of the categories has no unique id (number or text); give it one"
             )
 
 
 def _write_accepted(check: "FileCheck", file: Path) -> None:
-    """Write a file in the form in which training reads it: nothing is left out."""
+    """Write a file with the values that training reads, all rows included; nothing for a file with faults."""
     from ssld.stage2_detect.data.check.annotations import accept_changes
     from ssld.stage2_detect.data.check.findings import Repair
 
@@ -274,7 +278,7 @@ def _write_accepted(check: "FileCheck", file: Path) -> None:
 
 
 def _write_copies(checks: "Sequence[FileCheck]", copies: dict[str, Path], *, allow_loss: bool) -> None:
-    """Write the cleaned copies, all of them or none, and read them back as training does; prints a line on each."""
+    """Write the cleaned copies, all or none, and read them back as training does; prints one line per file."""
     from ssld.shared.files import atomically, clear_leftovers
     from ssld.stage2_detect.data.coco import read_coco, require_boxes
 
@@ -297,43 +301,41 @@ def _write_copies(checks: "Sequence[FileCheck]", copies: dict[str, Path], *, all
                     require_boxes(data, allow_loss=allow_loss)
             except UserError as error:
                 why = str(error).replace(str(written), str(check.file))
-                raise UserError(f"no cleaned copy: what is left cannot be trained on: {why}") from None
+                raise UserError(f"no cleaned copy: training would refuse it: {why}") from None
             before = {key: len(check.content[key]) for key in ("images", "annotations")}
-            gone = [
+            dropped = [
                 count(before[key] - len(content[key]), key[:-1]) for key in before if before[key] > len(content[key])
             ]
-            left = f"; left out: {' and '.join(gone)}" if gone else ""
+            note = f"; left out: {' and '.join(dropped)}" if dropped else ""
             lines.append(
-                f"wrote {file}: {count(len(data.images), 'image')}, {count(data.counts['boxes'], 'box')}{left}; the pictures stay in {check.folder}"
+                f"wrote {file}: {count(len(data.images), 'image')}, {count(data.counts['boxes'], 'box')}{note}; the images stay in {check.folder}"
             )
     say("\n".join(lines))
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="check_data.py", description="Look a COCO data set over before training.", allow_abbrev=False)
-    parser.add_argument("--annotations", type=Path, required=True, metavar="JSON", help="COCO JSON")
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of its pictures")
-    parser.add_argument("--val_annotations", type=Path, metavar="JSON", help="the same for evaluation")
-    parser.add_argument("--val_images", type=Path, metavar="DIR")
+    parser = Parser(prog="check_data.py", description="Check a COCO data set before training.", allow_abbrev=False)
+    parser.add_argument("--annotations", type=Path, required=True, metavar="JSON", help="COCO JSON file to check")
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of its images")
+    parser.add_argument("--val_annotations", type=Path, metavar="JSON", help="COCO JSON file for evaluation")
+    parser.add_argument("--val_images", type=Path, metavar="DIR", help="folder of the evaluation images")
     parser.add_argument(
         "--fix", type=Path, metavar="DIR", help="write cleaned copies of the JSON files into this folder"
     )
     parser.add_argument(
-        "--look_alikes", action="store_true", help="also compare training with evaluation pictures by their looks"
+        "--look_alikes", action="store_true", help="report near-duplicates between training and evaluation images"
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="do not open the pictures, only see whether they are there"
-    )
-    parser.add_argument("--masks", action="store_true", help="the data are for a detector with masks")
-    parser.add_argument("--allow_loss", action="store_true", help="training has data.allow_loss: true")
+    parser.add_argument("--quick", action="store_true", help="check that the images exist without opening them")
+    parser.add_argument("--masks", action="store_true", help="check segmentations for a detector with masks")
+    parser.add_argument("--allow_loss", action="store_true", help="check as training with data.allow_loss: true")
     parser.add_argument(
         "--accepted",
         type=Path,
         metavar="FILE",
-        help="also write the training annotations as training reads them, where there is no fault; for other programs",
+        help="JSON file for the training annotations as training reads them, written if there is no fault; for other programs",
     )
     parser.add_argument(
-        "--report", type=Path, metavar="FILE", help="also write what was found as JSON, for other programs"
+        "--report", type=Path, metavar="FILE", help="JSON file for the findings and statistics, for other programs"
     )
     return parser
 

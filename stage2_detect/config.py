@@ -1,4 +1,4 @@
-"""Settings of the stage-2 commands. Does not import torch, so that the runner can check them at once."""
+"""Settings of the stage-2 commands. Does not import torch, so that the runner can check them quickly."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -19,22 +19,22 @@ Scale = Annotated[float, Field(gt=0, le=100)]
 
 
 class DetectionDataConfig(Config):
-    """COCO JSON files and the folders their file names are relative to."""
+    """COCO JSON files and the image folders that their file names are relative to."""
 
     train_annotations: Path
-    """annotations to train on"""
+    """COCO JSON file to train on"""
     train_images: Path
-    """folder of their images"""
+    """folder that the file names in train_annotations are relative to"""
     val_annotations: Path | None = None
-    """annotations to evaluate on; null does not evaluate"""
+    """COCO JSON file to evaluate on; null: no evaluation"""
     val_images: Path | None = None
-    """folder of their images"""
+    """folder that the file names in val_annotations are relative to"""
     keep_empty: bool = True
-    """whether images without any object are trained on"""
+    """train on images without objects too"""
     allow_loss: bool = False
-    """train on the rest where more than half of the boxes, or of those of one class, cannot be used; false stops with the cause"""
+    """train even if more than half of all boxes, or of the boxes of one class, are unusable; false: stop with an error"""
     repeat_threshold: Fraction | None = None
-    """classes that fewer than this share of the images show are shown more often (repeat factors, arXiv 1908.03195)"""
+    """share of the images, 0 to 1: images of classes that occur in a smaller share are repeated (repeat factors, arXiv 1908.03195); null: none"""
 
     @model_validator(mode="after")
     def _val_together(self) -> Self:
@@ -47,67 +47,67 @@ class ResizeConfig(Config):
     """Image sizes and flips."""
 
     train_short_sides: list[Side] = Field([640, 672, 704, 736, 768, 800], min_length=1)
-    """in training the short side is drawn from these"""
+    """short sides in training, in pixels; one is drawn per image"""
     train_long_side: Side = 1333
-    """largest long side in training"""
+    """largest long side in training, in pixels"""
     short_side: Side = 800
-    """the short side in evaluation and prediction"""
+    """short side in evaluation and prediction, in pixels"""
     long_side: Side = 1333
-    """largest long side in evaluation and prediction"""
+    """largest long side in evaluation and prediction, in pixels"""
     flip: float = Field(0.5, ge=0, le=1)
-    """probability of a horizontal flip"""
+    """probability of a horizontal flip in training, 0 to 1"""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """between pixels, without smoothing beforehand, as OpenCV does it"""
+    """interpolation of the resize, bicubic or bilinear; without antialiasing, as in OpenCV"""
     kernel: Literal["reference", "fast"] = "reference"
-    """reference: float arithmetic, equal to OpenCV's to one grey level; fast: on uint8, a few levels off"""
+    """implementation of the resize: reference, in float, within one grey level of OpenCV; fast, in uint8, within a few grey levels"""
 
 
 class AugmentConfig(Config):
     """Augmentation of training images beyond size and flip."""
 
     auto_augment: bool = False
-    """AutoAugment for detection, policy v1 (arXiv 1906.11172), on the image as it is stored"""
+    """AutoAugment for detection, policy v1 (arXiv 1906.11172), applied to the image before resizing"""
     auto_augment_unlabeled: bool | None = None
-    """the same for the images of unlabeled; null: as the labeled ones"""
+    """AutoAugment on the unlabeled images; null: the value of auto_augment"""
     large_scale_jitter: tuple[Scale, Scale] | None = None
-    """least and largest scale of the image inside a square of train_long_side, cropped or padded to it (arXiv
-    2012.07177); replaces train_short_sides"""
+    """smallest and largest scale of the image relative to a square of train_long_side, to which it is cropped or padded (arXiv
+    2012.07177); replaces train_short_sides; null: off"""
 
     @model_validator(mode="after")
     def _scales_in_order(self) -> Self:
         if self.large_scale_jitter and self.large_scale_jitter[0] > self.large_scale_jitter[1]:
-            raise ValueError("large_scale_jitter: the least scale comes first")
+            raise ValueError("large_scale_jitter: the smallest scale comes first")
         return self
 
 
 class ExpectedConfig(Config):
-    """Scores that a recipe should reach; compared after its last evaluation."""
+    """Scores that a recipe is expected to reach; compared after the last evaluation."""
 
     images: Images | None = None
-    """evaluation images of the set that the scores are for; another set is not compared"""
+    """number of evaluation images that the expected scores refer to; a set of another size is not compared"""
     AP: float | None = Field(None, ge=0, le=100)
-    """of boxes, in percent"""
+    """expected box AP, in percent"""
     AP_segm: float | None = Field(None, ge=0, le=100)
-    """of masks, in percent"""
+    """expected mask AP, in percent"""
     tolerance: float = Field(0.3, ge=0, le=100)
-    """allowed below, in percent points"""
+    """shortfall of AP that is still accepted, in percentage points"""
 
 
 class Stage2OptimConfig(OptimConfig):
-    """Optimizer and its schedule: linear warm-up, then a factor at each milestone, by step."""
+    """Optimizer and learning-rate schedule: linear warm-up, then a factor at each milestone, per step."""
 
     backbone_lr_factors: list[Weight] = Field([1.0] * 5, min_length=5, max_length=5)
-    """factors on the learning rate of the backbone's stem and stages of stride 4, 8, 16, 32"""
+    """learning-rate factors of the backbone's stem and stages of stride 4, 8, 16, 32: five numbers"""
     warmup_steps: int = Field(1000, ge=0, le=1_000_000_000)
-    """at most; no more than a tenth of the run is warm-up"""
+    """length of the warm-up in optimizer steps, limited to a tenth of the run"""
     warmup_start: float = Field(0.1, ge=0, le=1)
-    """factor on the learning rate at the first step"""
+    """learning-rate factor at the first step of the warm-up, 0 to 1"""
     milestones_epochs: list[Annotated[float, Field(ge=0, le=1_000_000)]] | None = None
-    """passes over the training images after which the learning rate is multiplied by gamma"""
+    """passes over the training images after which the learning rate is multiplied by gamma; both milestones null: constant rate"""
     milestones_steps: list[Annotated[int, Field(ge=0, le=1_000_000_000)]] | None = None
-    """the same in steps; give one of the two, or none for a constant rate"""
+    """optimizer steps after which the learning rate is multiplied by gamma, in place of milestones_epochs; both null: constant rate"""
     gamma: float = Field(0.1, gt=0, le=1)
-    """factor on the learning rate at a milestone"""
+    """learning-rate factor at each milestone"""
 
     @model_validator(mode="after")
     def _one_kind_of_milestones(self) -> Self:
@@ -115,11 +115,11 @@ class Stage2OptimConfig(OptimConfig):
             raise ValueError("give one of milestones_epochs and milestones_steps")
         for name, given in (("epochs", self.milestones_epochs), ("steps", self.milestones_steps)):
             if given and list(given) != sorted(given):
-                raise ValueError(f"milestones_{name}: one comes after the other, but {given} do not")
+                raise ValueError(f"milestones_{name}: have to be in ascending order, but are {given}")
         return self
 
     def milestones(self, steps_per_epoch: int) -> list[int]:
-        """Milestones in steps."""
+        """Return the milestones in optimizer steps."""
         if self.milestones_steps is not None:
             return self.milestones_steps
         return [round(epochs * steps_per_epoch) for epochs in self.milestones_epochs or []]
@@ -129,34 +129,34 @@ class TrainConfig(TrainingConfig):
     """Fine-tune a detector from a backbone file on COCO annotations."""
 
     backbone: ModelText | None = None
-    """backbone file, timm:NAME or random:NAME; not read where there is `init`"""
+    """backbone file, timm:NAME or random:NAME; unused if `init` is given"""
     arch: str | None = None
-    """timm name, for a file that does not say it"""
+    """timm name of the backbone, for a file whose metadata lack it"""
     data: DetectionDataConfig
     init: Path | None = None
-    """detector file to go on from, on the same or other classes; rows of its heads are kept by class name"""
+    """detector file to start from, with equal or other classes; rows of its heads are reused by class name"""
     unlabeled: Path | None = None
-    """folder of images without annotations, for distillation or with pseudo"""
+    """folder of unlabeled images, for distillation or with `pseudo`"""
     pseudo: Path | None = None
-    """boxes in them, from predict.py --pseudo_labels: trained on as if they were annotations; images without any are left out"""
+    """pseudo_labels.json for `unlabeled`, from predict.py --pseudo_labels: boxes to train on; images without boxes are left out"""
     labeled_ratio: float = Field(0.5, gt=0, le=1)
-    """share of labeled images in a batch where there are unlabeled ones; 1 leaves these out"""
+    """share of labeled images in a batch, above 0 to 1, if `unlabeled` is given; 1: no unlabeled images"""
     distill: DistillConfig | None = None
     cache_annotations: bool = True
-    """keep the content of large annotation files, and which way up images are, in ~/.cache/ssld (or $XDG_CACHE_HOME/ssld), for the next start"""
+    """cache large annotation files, parsed, and the EXIF orientation of images in ~/.cache/ssld (or $XDG_CACHE_HOME/ssld) for later starts"""
     resize: ResizeConfig = ResizeConfig()
     augment: AugmentConfig = AugmentConfig()
     model: DetectorConfig = DetectorConfig()
     optim: Stage2OptimConfig
     val_batch_size: BatchSize = 4
-    """images a forward pass in evaluation"""
+    """images per forward pass and process in evaluation"""
     drop_path: float = Field(0.0, ge=0, lt=1)
-    """stochastic depth of the backbone, where the arch has it"""
+    """rate of stochastic depth in the backbone, 0 to below 1; an error for an architecture without it"""
     ema: EmaConfig | None = None
     val_loss: bool = False
-    """also report the losses on the evaluation images"""
+    """report the losses on the evaluation images too"""
     patience: Count | None = None
-    """stop after this many evaluations in a row without a better AP; needs evaluate_every"""
+    """evaluations in a row without a better AP after which training stops; needs evaluate_every"""
     expected: ExpectedConfig | None = None
 
     @model_validator(mode="after")
@@ -166,26 +166,24 @@ class TrainConfig(TrainingConfig):
                 "backbone: missing; give a backbone file, timm:NAME or random:NAME, or a detector file as init"
             )
         if self.val_loss and self.data.val_annotations is None:
-            raise ValueError(
-                "val_loss is measured on evaluation images: give data.val_annotations and data.val_images too"
-            )
+            raise ValueError("val_loss needs evaluation images: give data.val_annotations and data.val_images too")
         if self.patience is not None and (self.evaluate_every is None or self.data.val_annotations is None):
             raise ValueError("patience counts evaluations: give evaluate_every and data.val_annotations too")
         if self.pseudo is not None and self.unlabeled is None:
-            raise ValueError("pseudo: has the boxes of images without annotations; give their folder as unlabeled")
+            raise ValueError("pseudo: has boxes of unlabeled images; give their folder as unlabeled")
         if self.unlabeled is not None and self.distill is None and self.pseudo is None:
             raise ValueError(
-                "unlabeled: images without annotations teach by distillation or by pseudo-labels; give distill.teacher or pseudo"
+                "unlabeled: the images are used by distillation or with pseudo-labels; give distill.teacher or pseudo"
             )
         if self.distill is not None and (fault := self.distill.fault(self.model)):
             raise ValueError(fault)
         if self.unlabeled is not None and self.pseudo is None and self.model.is_dense:
             raise ValueError(
-                f"unlabeled: without boxes in them images teach R-CNN detectors only, and model.kind is {self.model.kind}; "
+                f"unlabeled: images without pseudo-labels are used by R-CNN detectors only, and model.kind is {self.model.kind}; "
                 "give pseudo, which predict.py --pseudo_labels writes"
             )
         if (self.augment.auto_augment or self.augment.auto_augment_unlabeled) and self.model.has_masks:
-            raise ValueError("augment.auto_augment moves pixels inside boxes: it cannot go with masks")
+            raise ValueError("augment.auto_augment moves pixels inside boxes: it cannot be used with masks")
         return self
 
     def inputs(self) -> dict[str, Path]:
@@ -211,45 +209,45 @@ class TTAConfig(Config):
     """Test-time augmentation: detections of several views of an image, merged by NMS."""
 
     short_sides: list[Side] = []
-    """of the views; empty: the one of the recipe"""
+    """short sides of the views, in pixels; empty: the one in the detector's recipe"""
     flip: bool = True
-    """each view mirrored too"""
+    """add the horizontal flip of each view"""
     nms_iou: Fraction = 0.5
-    """overlap with a better box of the class at which a box of any view goes"""
+    """IoU threshold of the NMS that merges the views, among the detections of one class"""
 
 
 class RunDetectorConfig(ComputeConfig):
-    """What every command has that runs a detector file over images."""
+    """Settings of the commands that run a detector file over images."""
 
     model: Path
     """detector file"""
     short_side: Side | None = None
-    """null: as the detector's recipe says"""
+    """short side of the resized images, in pixels; null: from the detector's recipe"""
     long_side: Side | None = None
-    """largest long side; null: as the detector's recipe says"""
+    """largest long side of the resized images, in pixels; null: from the detector's recipe"""
     tta: TTAConfig | None = None
-    """null looks at one view an image"""
+    """settings of test-time augmentation; null: one view per image"""
     batch_size: BatchSize = 4
-    """images a forward pass"""
+    """images per forward pass and process"""
     workers: Workers = 2
-    """processes that decode images"""
+    """worker processes per rank that decode images; 0: decode in the main process"""
 
 
 class EvaluateConfig(RunDetectorConfig):
     """Evaluate a detector file by COCO AP."""
 
     annotations: Path
-    """COCO JSON"""
+    """COCO JSON file with the ground truth"""
     images: Path
-    """folder that the JSON's file names are relative to"""
+    """folder that the file names in the COCO JSON file are relative to"""
     backend: Literal["auto", "hotcoco", "pycocotools"] = "auto"
-    """auto takes hotcoco where it is installed; both give the same numbers"""
+    """COCO evaluator: hotcoco, pycocotools, or auto, hotcoco if installed; both give equal numbers"""
     score_threshold: float = Field(0.5, ge=0, lt=1)
-    """of the counts: precision, recall and F1 of each class, and the confusion matrix"""
+    """lowest score of the detections counted in precision, recall and F1 per class and in the confusion matrix"""
     cache_annotations: bool = True
-    """keep the content of large annotation files, and which way up images are, in ~/.cache/ssld (or $XDG_CACHE_HOME/ssld), for the next start"""
+    """cache large annotation files, parsed, and the EXIF orientation of images in ~/.cache/ssld (or $XDG_CACHE_HOME/ssld) for later starts"""
     expected: ExpectedConfig | None = None
-    """scores to compare with, as a recipe has them"""
+    """scores to compare the result with, as recipes have them"""
     compare: Path | None = None
     """detections.json of another evaluation on the same annotations; the difference in AP is reported with a 95 % interval"""
 
@@ -259,46 +257,45 @@ class EvaluateConfig(RunDetectorConfig):
 
 
 class ConvertDataConfig(CommandConfig):
-    """Turn detection data in YOLO, Pascal VOC or Hugging Face layout into COCO JSON."""
+    """Convert detection data in YOLO, Pascal VOC or Hugging Face layout to COCO JSON."""
 
     source: str
-    """data.yaml or folder (YOLO), folder with Annotations/ (Pascal VOC), Parquet file or folder of them, or
+    """data to convert: data.yaml or folder (YOLO), folder with Annotations/ (Pascal VOC), Parquet file or folder of Parquet files, or
     hub:ORG/NAME"""
     splits: list[str] = []
-    """those to convert; empty: all there are"""
+    """names of the splits to convert; empty: all"""
     classes: Path | None = None
-    """text file with a class name a line, in order; null: as the data say"""
+    """text file with one class name per line, in order of class number; null: names from the data"""
     box_format: Literal["xywh", "xyxy", "xyxy_relative", "cxcywh_relative"] = "xywh"
-    """of Parquet files, whose data sets differ in it; the first two are in pixels"""
+    """box format in Parquet files: xywh or xyxy in pixels, xyxy_relative or cxcywh_relative in shares of the image size"""
     voc_inclusive: bool = True
-    """corners are the first and the last pixel, counted from 1, as in VOC; false: edges counted from 0"""
+    """read VOC corners as first and last pixel counted from 1, as in Pascal VOC; false: as edges counted from 0"""
     voc_difficult: Literal["ignore", "keep"] = "ignore"
-    """ignore makes objects marked difficult iscrowd: not trained on, neither found nor missed in evaluation"""
-
+    """treatment of VOC objects marked difficult: ignore, as iscrowd, neither trained on nor counted in evaluation; keep, as other objects"""
     allow_loss: bool = False
-    """go on where more than half of the images or boxes of a split or a class, or all of a class, would be left out"""
+    """convert even if over half of the images or boxes of a split or a class, or all boxes of a class, are unusable; false: stop with an error"""
 
     def inputs(self) -> dict[str, Path]:
         places = {} if self.source.startswith("hub:") else {"source": Path(self.source)}
         layout = find_yolo(Path(self.source))
-        if layout and not layout.file.is_dir():  # a description names folders elsewhere
+        if layout and not layout.file.is_dir():  # a description file names folders outside its own
             places |= {f"source: {name}": place for name, place in input_places(layout).items()}
         return places | ({"classes": self.classes} if self.classes else {})
 
 
 class ConvertPaddleConfig(CommandConfig):
-    """Turn an official PaddleDetection file of an R-CNN detector with FPN into a detector file; --config takes the recipe."""
+    """Convert an official PaddleDetection file of an R-CNN detector with FPN to a detector file; --config takes the recipe."""
 
     weights: Path
-    """.pdparams file"""
+    """PaddleDetection weights, a .pdparams file"""
     annotations: Path | None = None
-    """COCO JSON with the classes of the file, in its order; null: the 80 of COCO"""
+    """COCO JSON file with the classes of the weights, in their order; null: the 80 classes of COCO"""
     resize: ResizeConfig = ResizeConfig()
     model: DetectorConfig = DetectorConfig()
 
     @model_validator(mode="before")
     @classmethod
-    def _without_how_to_train(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _without_training_settings(cls, values: dict[str, Any]) -> dict[str, Any]:
         training = TrainConfig.model_fields.keys() - cls.model_fields.keys()
         return {key: value for key, value in values.items() if key not in training}
 

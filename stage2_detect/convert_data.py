@@ -1,10 +1,10 @@
-"""Turn detection data in YOLO, Pascal VOC or Hugging Face layout into COCO JSON, checked.
+"""Convert detection data in YOLO, Pascal VOC or Hugging Face layout to checked COCO JSON.
 
     python stage2_detect/convert_data.py --source datasets/pets/data.yaml --output data/pets
 
-Writes SPLIT.json for each split, and result.json with what went in and came out. Images of folders stay where they are;
-those inside Parquet files are written to SPLIT/. Nothing appears unless every split is sound; what is left out is counted by cause, and what is left
-out in bulk stops the run.
+Writes SPLIT.json for each split, and result.json with counts of input and output. Images in folders stay where they are; images inside Parquet files
+are written to SPLIT/. Files are written only if every split can be converted; dropped images and boxes are counted by cause, and a large loss stops
+the run.
 """
 
 import json
@@ -26,7 +26,7 @@ from ssld.shared.wording import count, some
 from ssld.stage2_detect.config import ConvertDataConfig
 
 if TYPE_CHECKING:
-    from ssld.stage2_detect.data.convert.records import Content, Found
+    from ssld.stage2_detect.data.convert.records import Content, SourceData
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,11 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def convert_data(config: ConvertDataConfig) -> None:
-    """Convert what `config` names and write result.json.
-
-    Raises:
-        UserError: any fault of the data, naming file and line.
-    """
+    """Convert the source and write result.json. Raises UserError for any fault of the data, naming file and line."""
     from ssld.shared.run_dir import RunDir
     from ssld.stage2_detect.data.coco_json import with_orientation
     from ssld.stage2_detect.data.convert.records import (
@@ -57,24 +53,24 @@ def convert_data(config: ConvertDataConfig) -> None:
     shutil.rmtree(pending, ignore_errors=True)
     pending.mkdir()
     try:
-        found = _read(config, pending)
-        for split in found.splits:
+        data = _read(config, pending)
+        for split in data.splits:
             check_split_name(split, config.source)
-        note_shared_images(found)
-        orientation = settle_orientation(found)
+        note_shared_images(data)
+        orientation = settle_orientation(data)
         contents = {
-            split: coco_content(found, split, source=config.source, allow_loss=config.allow_loss)
-            for split in found.splits
+            split: coco_content(data, split, source=config.source, allow_loss=config.allow_loss)
+            for split in data.splits
         }
         for split, content in contents.items():
             file = pending / f"{split}.json"
-            data = with_orientation(content.data, orientation.convention)
-            file.write_text(json.dumps(data, allow_nan=False), encoding="utf-8")
-            _read_back(file, found, split, content)
-        run.log(f"{config.source}: {found.kind}, {len(found.class_names)} classes: {', '.join(found.class_names[:20])}")
-        for note in [*found.notes, *([text] if (text := orientation.describe()) else [])]:
+            coco = with_orientation(content.data, orientation.convention)
+            file.write_text(json.dumps(coco, allow_nan=False), encoding="utf-8")
+            _read_back(file, data, split, content)
+        run.log(f"{config.source}: {data.kind}, {len(data.class_names)} classes: {', '.join(data.class_names[:20])}")
+        for note in [*data.notes, *([text] if (text := orientation.describe()) else [])]:
             run.log(note)
-        metrics: dict[str, Any] = {"classes": found.class_names, "orientation": orientation.record(), "splits": {}}
+        metrics: dict[str, Any] = {"classes": data.class_names, "orientation": orientation.record(), "splits": {}}
         for split, content in contents.items():
             folder = _publish(run.path, pending, split, content.folder)
             metrics["splits"][split] = {**content.counts, "image_folder": str(folder)}
@@ -85,7 +81,8 @@ def convert_data(config: ConvertDataConfig) -> None:
     run.finish(metrics, [run.path / f"{split}.json" for split in contents])
 
 
-def _read(config: ConvertDataConfig, pending: Path) -> "Found":
+def _read(config: ConvertDataConfig, pending: Path) -> "SourceData":
+    """Read the source with the reader of its format."""
     from ssld.stage2_detect.data.convert.hub import is_hub, read_hub
     from ssld.stage2_detect.data.convert.voc import read_voc
     from ssld.stage2_detect.data.convert.voc_layout import is_voc
@@ -111,36 +108,36 @@ def _read(config: ConvertDataConfig, pending: Path) -> "Found":
         )
     raise UserError(
         f"source: {source}: neither YOLO (data.yaml, or images/ and labels/) nor Pascal VOC (XML files in Annotations/ or beside the images) "
-        f"nor Parquet files; {_what_is_there(path)}"
+        f"nor Parquet files; {_content_of(path)}"
     )
 
 
-def _what_is_there(path: Path) -> str:
+def _content_of(path: Path) -> str:
     names = sorted(one.name for one in path.iterdir() if not is_hidden(one.name)) if path.is_dir() else []
     return (
         f"it holds {some(names, 6)}" if names else "it is an empty folder" if path.is_dir() else "it is a single file"
     )
 
 
-def _read_back(file: Path, found: "Found", split: str, content: "Content") -> None:
-    """Read a written file as training and evaluation do, and compare it with what was found."""
+def _read_back(file: Path, data: "SourceData", split: str, content: "Content") -> None:
+    """Read a written file as training and evaluation do, and compare it with the source."""
     from ssld.stage2_detect.data.coco import read_coco
 
-    data = read_coco(file, content.folder, training=False, class_names=found.class_names)
-    images = found.splits[split]
+    coco = read_coco(file, content.folder, training=False, class_names=data.class_names)
+    images = data.splits[split]
     objects = content.counts["objects"]
     sizes = [(image.width, image.height) for image in images]
     if (
-        len(data.images) != len(images)
-        or data.counts["boxes"] != objects
-        or data.counts["outside"] + data.counts["degenerate"] + data.counts["clipped"]
-        or [(record.width, record.height) for record in data.images] != sizes
+        len(coco.images) != len(images)
+        or coco.counts["boxes"] != objects
+        or coco.counts["outside"] + coco.counts["degenerate"] + coco.counts["clipped"]
+        or [(record.width, record.height) for record in coco.images] != sizes
     ):
-        raise AssertionError(f"{file.name}: {data.describe()}; expected {len(images)} images and {objects} objects")
+        raise AssertionError(f"{file.name}: {coco.describe()}; expected {len(images)} images and {objects} objects")
 
 
 def _publish(run: Path, pending: Path, split: str, folder: Path) -> Path:
-    """Move a split to its place; returns the folder of its images."""
+    """Move a split into the run directory; returns the folder of its images."""
     if pending.resolve() in folder.resolve().parents:
         target = run / split
         shutil.rmtree(target, ignore_errors=True)

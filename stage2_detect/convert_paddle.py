@@ -1,15 +1,15 @@
-"""Turn an official PaddleDetection file of an R-CNN detector (ResNet-vd with FPN: SSLD, PSS-DET, plain) into a detector file.
+"""Convert an official PaddleDetection file of an R-CNN detector (ResNet-vd with FPN: SSLD, PSS-DET, plain) to a detector file.
 
     python stage2_detect/convert_paddle.py --weights faster_rcnn_r50_vd_fpn_ssld_1x_coco.pdparams \\
         --config stage2_detect/configs/faster_rcnn_r50vd_ssld_1x.yaml --output runs/faster_official
 
-Writes `detector.safetensors`. The recipe says what the weights do not: anchors, thresholds, sizes; what it says about training is not looked at.
+Writes `detector.safetensors`. The recipe gives what the weights do not contain: anchors, thresholds, sizes; its training settings are ignored.
 docs/detectors.md lists the files and their recipes. PaddleDetection's weights are under Apache-2.0.
 
-Its parameter names are those of PaddleDetection@666f597f (ppdet/modeling: backbones/resnet.py and name_adapter.py, necks/fpn.py,
-proposal_generator/rpn_head.py, heads/{bbox,cascade,mask}_head.py), under which the files of its releases from 2.0 on are published. A detector of
-the static-graph releases before has flat names (`res2a_branch2a_weights`) and another arithmetic: boxes are a pixel wider and RoIs pooled by other
-samples, so its numbers would mean something else here.
+Parameter names are those of PaddleDetection@666f597f (ppdet/modeling: backbones/resnet.py and name_adapter.py, necks/fpn.py,
+proposal_generator/rpn_head.py, heads/{bbox,cascade,mask}_head.py), which its releases from 2.0 on use. Detectors of the static-graph releases before
+have flat names (`res2a_branch2a_weights`) and a different arithmetic: boxes are a pixel wider and RoIs are pooled at other points, so the same
+weights would give other detections.
 """
 
 import re
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
     from ssld.stage2_detect.data.coco import CocoData
 
-# Blocks a stage; a deep stem makes it timm's `d`.
+# Blocks per stage; with a deep stem it is timm's `d` variant.
 _DEPTHS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101", (3, 8, 36, 3): "resnet152"}
 _BLOCK = re.compile(r"backbone\.res(\d)\.res\d([a-z])(\d*)\.(.+)")
 _DEEP_STEM = "backbone.conv1.conv1_1.conv.weight"
-# Their layer -> our module; {} takes the group, less the number beside it.
+# Layer of PaddleDetection -> module of this project; {} is the group less the number beside it.
 _LAYERS = (
     (r"neck\.fpn_inner_res(\d)_sum(?:_lateral)?", "pyramid.fpn.inner_blocks.{}.0", 2),
     (r"neck\.fpn_res(\d)_sum", "pyramid.fpn.layer_blocks.{}.0", 2),
@@ -60,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def convert_paddle(config: ConvertPaddleConfig) -> None:
-    """Write the detector file; every parameter of the PaddleDetection file goes into it, and none of ours is left out.
+    """Write the detector file; every parameter of the PaddleDetection file is used, and every parameter of the detector is set.
 
-    Raises UserError for a file that is none, and for a recipe or classes that are not the file's.
+    Raises UserError for another kind of file, and for a recipe or classes that do not fit it.
     """
     import timm
     from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -80,7 +80,7 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
     check_recipe(arrays, config.model, source)
     data = _classes(config, class_count(arrays, source))
     layers = {name.rpartition(".")[0] for name in arrays}
-    modules = {layer: our_module(layer, deep_stem=arch.endswith("d")) for layer in layers}
+    modules = {layer: module_of(layer, deep_stem=arch.endswith("d")) for layer in layers}
     tensors = to_torch(arrays, {layer: module for layer, module in modules.items() if module}, source)
     # PaddlePaddle's readers normalise with ImageNet's mean and deviation, as timm does.
     inputs = InputSettings(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, (0, 0), "bilinear", False)
@@ -112,7 +112,7 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
 
 
 def _classes(config: ConvertPaddleConfig, count: int) -> "CocoData":
-    """Names and category ids of the file's classes."""
+    """Return the names and category ids of the file's classes."""
     from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
     from ssld.stage2_detect.data.coco import CocoData, read_coco
@@ -130,7 +130,7 @@ def _classes(config: ConvertPaddleConfig, count: int) -> "CocoData":
 
 
 def _check_fits(tensors: Mapping[str, "Tensor"], expected: Mapping[str, "Tensor"], source: str) -> None:
-    """Raise UserError, naming the first differences, where names or shapes are not those of the detector."""
+    """Raise UserError, naming the first differences, if names or shapes differ from those of the detector."""
     wrong = [f"{name} missing" for name in expected if name not in tensors]
     wrong += [f"{name} unknown to the recipe" for name in tensors if name not in expected]
     wrong += [
@@ -140,26 +140,28 @@ def _check_fits(tensors: Mapping[str, "Tensor"], expected: Mapping[str, "Tensor"
     ]
     if wrong:
         more = f"; {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{source}: does not fit the recipe's detector (by our names): {'; '.join(wrong[:3])}{more}")
+        raise UserError(
+            f"{source}: does not fit the recipe's detector (names as in this project): {'; '.join(wrong[:3])}{more}"
+        )
 
 
-def our_module(layer: str, *, deep_stem: bool = True) -> str | None:
-    """Our module for one of PaddleDetection's layers, None for one that we do not know.
+def module_of(layer: str, *, deep_stem: bool = True) -> str | None:
+    """Return the module of this project for a layer of PaddleDetection, None for an unknown layer.
 
-    `deep_stem` says whether the backbone is a ResNet-vd, whose shortcuts pool before they convolve.
+    `deep_stem`: the backbone is a ResNet-vd, whose shortcuts pool before they convolve.
     """
     if layer.startswith("backbone."):
         module = _backbone_module(layer, deep_stem)
         return module and f"pyramid.body.{module}"
-    for pattern, ours, less in _LAYERS:
+    for pattern, template, less in _LAYERS:
         if match := re.fullmatch(pattern, layer):
             number = next(iter(match.groups()), None)
-            return ours.format(int(number or 0) - less)
+            return template.format(int(number or 0) - less)
     return None
 
 
 def _backbone_module(layer: str, deep_stem: bool) -> str | None:
-    """`backbone.res3.res3a.branch2b.conv` -> `layer2.0.conv2`, and so on."""
+    """Return timm's module for a layer of the backbone, for example `layer2.0.conv2` for `backbone.res3.res3a.branch2b.conv`."""
     if match := re.fullmatch(r"backbone\.conv1\.conv1(?:_([123]))?\.(conv|norm)", layer):
         number, part = match.groups()
         if number is None:
@@ -173,21 +175,21 @@ def _backbone_module(layer: str, deep_stem: bool) -> str | None:
     # Stages of more than ten blocks count a, b1, b2, ...; the others a, b, c, ...
     block = f"layer{int(stage) - 1}.{number or ord(letter) - ord('a')}"
     if inside := re.fullmatch(r"branch2([abc])\.(conv|norm|conv_offset)", rest):
-        place = "abc".index(inside[1]) + 1
+        index = "abc".index(inside[1]) + 1
         return (
             f"{block}."
-            + {"conv": f"conv{place}", "norm": f"bn{place}", "conv_offset": f"conv{place}.offset"}[inside[2]]
+            + {"conv": f"conv{index}", "norm": f"bn{index}", "conv_offset": f"conv{index}.offset"}[inside[2]]
         )
-    # `short.conv.conv` where pooling comes first, `short.conv` where it does not.
+    # `short.conv.conv` after pooling, `short.conv` without it.
     if inside := re.fullmatch(r"short\.(?:conv\.)?(conv|norm)", rest):
         return f"{block}.downsample.{deep_stem + (inside[1] == 'norm')}"
     return None
 
 
 def recognise(names: Collection[str], source: str) -> str:
-    """timm's name of the ResNet under a detector with parameters of these names.
+    """Return timm's name of a detector's ResNet, from the names of its parameters.
 
-    Raises UserError for anything but a dygraph detector on a ResNet of 50, 101 or 152 layers, saying what it is instead where that can be told.
+    Raises UserError for anything but a dygraph detector on a ResNet of 50, 101 or 152 layers; names the kind of file if it is known.
     """
     if any(name.startswith("backbone.") for name in names):
         blocks = {match.group(1, 2, 3) for name in names if (match := _BLOCK.match(name))}
@@ -195,20 +197,20 @@ def recognise(names: Collection[str], source: str) -> str:
         bottlenecks = any(".branch2c." in name for name in names)
         if bottlenecks and (arch := _DEPTHS.get(depths)):
             return arch + "d" * (_DEEP_STEM in names)
-        why = (
+        reason = (
             "timm's ResNets with basic blocks have no convolution on the first shortcut, PaddleDetection's have"
             if blocks and not bottlenecks
             else "detectors on a ResNet50, 101 or 152 (plain or vd) are converted"
         )
-        raise UserError(f"{source}: its backbone cannot become one of timm's: {why}")
+        raise UserError(f"{source}: its backbone cannot become one of timm's: {reason}")
     if any(name.endswith(("_weights", "_w", "_scale")) for name in names):
         raise UserError(
-            f"{source}: is of PaddleDetection's static-graph releases, whose boxes are a pixel wider and whose RoIs are pooled by other samples; "
-            "the same weights would give other boxes here. Files of its releases from 2.0 on are converted"
+            f"{source}: comes from PaddleDetection's static-graph releases, whose boxes are a pixel wider and whose RoIs are pooled at other points; "
+            "the same weights would give other boxes here. Files of releases from 2.0 on can be converted"
         )
     if any("_velocity" in name or "_moment" in name for name in names):
         raise UserError(
-            f"{source}: is the state of an optimizer (.pdopt); the weights are in the .pdparams file beside it"
+            f"{source}: contains the state of an optimizer (.pdopt); the weights are in the .pdparams file beside it"
         )
     first = next(iter(names), "no parameters")
     raise UserError(
@@ -218,37 +220,41 @@ def recognise(names: Collection[str], source: str) -> str:
 
 
 def check_recipe(arrays: Mapping[str, "np.ndarray"], model: DetectorConfig, source: str) -> None:
-    """Raise UserError where a recipe describes another architecture than the parameters have."""
+    """Raise UserError if a recipe describes another architecture than that of the parameters."""
     cascade = any(name.startswith("bbox_head.bbox_score_stage") for name in arrays)
     masks = any(name.startswith("mask_head.") for name in arrays)
     pyramid = arrays.get("neck.fpn_res2_sum.weight")
     hidden = arrays.get(f"bbox_head.head.{'0.' if cascade else ''}fc7.weight")
     if pyramid is None or hidden is None:
         raise UserError(
-            f"{source}: has no feature pyramid under two fully connected layers; detectors with FPN are converted"
+            f"{source}: has no feature pyramid with a head of two fully connected layers; only detectors with FPN can be converted"
         )
     deformable = {match[1] for name in arrays if "conv_offset" in name and (match := _BLOCK.match(name))}
-    theirs = {
+    in_file = {
         "kind": ("cascade_" if cascade else "" if masks else "faster_") + ("mask_" if masks else "") + "rcnn",
         "fpn_channels": len(pyramid),
         "dcn_strides": [2 ** int(stage) for stage in sorted(deformable)],
         "roi.hidden": hidden.shape[-1],
     }
-    ours = {
+    in_recipe = {
         "kind": model.kind,
         "fpn_channels": model.fpn_channels,
         "dcn_strides": sorted(model.dcn_strides),
         "roi.hidden": model.roi.hidden,
     }
-    wrong = [f"model.{key} is {ours[key]}, the file has {theirs[key]}" for key in theirs if theirs[key] != ours[key]]
+    wrong = [
+        f"model.{key} is {in_recipe[key]}, the file has {value}"
+        for key, value in in_file.items()
+        if value != in_recipe[key]
+    ]
     if wrong:
         raise UserError(
-            f"{source}: the recipe is another detector's: {'; '.join(wrong)}; docs/detectors.md lists the recipes"
+            f"{source}: the recipe is for another detector: {'; '.join(wrong)}; docs/detectors.md lists the recipes"
         )
 
 
 def class_count(arrays: Mapping[str, "np.ndarray"], source: str) -> int:
-    """Classes without background. Raises UserError where the classifier is missing."""
+    """Return the number of classes without background. Raises UserError if the classifier is missing."""
     for name in ("bbox_head.bbox_score.weight", "bbox_head.bbox_score_stage0.weight"):
         if name in arrays:
             return int(arrays[name].shape[-1]) - 1

@@ -1,4 +1,4 @@
-"""What a teacher detector teaches, as settings. Does not import torch."""
+"""Settings of distillation from a teacher detector. Does not import torch."""
 
 from pathlib import Path
 from typing import Literal
@@ -9,95 +9,98 @@ from ssld.shared.config.bounds import Positive, Weight
 from ssld.shared.config.settings import Config
 from ssld.stage2_detect.model_config import DetectorConfig, Fraction
 
-PKD_WEIGHT, ROI_WEIGHT = 6.0, 1.0  # of an R-CNN student
+PKD_WEIGHT, ROI_WEIGHT = 6.0, 1.0  # defaults for R-CNN students
 
 
 class LDConfig(Config):
     """Localisation distillation of a GFL student (arXiv 2102.12252); the defaults are those behind its published 42.1."""
 
     ld_weight: Weight = 0.25
-    """factor of loss_ld: distances to the sides, on the student's positives"""
+    """weight of loss_ld: distributions of the distances to the box sides, on the student's positives"""
     ld_vlr_weight: Weight = 0.25
-    """factor of loss_ld_vlr: distances in the valuable region; divided by 4 as released"""
+    """weight of loss_ld_vlr: distance distributions in the valuable localization region (VLR); divided by 4, as in the released code"""
     kd_weight: Weight = 10.0
-    """factor of loss_kd: classes, on positives"""
+    """weight of loss_kd: class probabilities, on the student's positives"""
     kd_vlr_weight: Weight = 0.0
-    """factor of loss_kd_vlr: classes, in the valuable region"""
+    """weight of loss_kd_vlr: class probabilities in the valuable localization region"""
     imitation_weight: Weight = 0.0
-    """factor of loss_imitation: squared error of the feature maps, at imitated_cells"""
+    """weight of loss_imitation: squared error of the feature maps at imitated_cells"""
     ld_temperature: Positive = 10.0
-    """temperature that softens the distances"""
+    """temperature of the distance distributions"""
     kd_temperature: Positive = 2.0
-    """temperature that softens the classes"""
+    """temperature of the class probabilities"""
     valuable_region: Literal["objects", "negatives"] = "objects"
-    """cells around the objects, by their IoU; or all negatives by the student's score, the form for heads without anchors"""
+    """cells of the valuable localization region: objects, near an object by IoU; negatives, all negatives weighted by the student's score (the
+    form for heads without anchors)"""
     gamma: Fraction = 0.25
-    """share of an object's threshold, 0 to 1, at which its valuable region begins (objects)"""
+    """share of an object's positive threshold, 0 to 1, from which cells are in its valuable region (valuable_region: objects)"""
     overlap: Literal["anchor", "union"] = "anchor"
-    """overlap that decides about the region (objects): union is the paper's distance-IoU; anchor has the anchor's area in
-    the union's place, as released"""
+    """overlap that defines the valuable region (valuable_region: objects): union, the paper's distance-IoU; anchor, divided by the
+    anchor's area instead of the union, as in the released code"""
     imitated_cells: Literal["inside", "fine_grained", "gi"] = "fine_grained"
-    """cells whose maps are imitated: with the centre inside an object; whose IoU is near the object's best; or, general
-    instances, ten boxes per level and image on which student and teacher differ most"""
+    """cells in loss_imitation: inside, with the centre in an object; fine_grained, with an IoU near the object's best; gi (general
+    instances), in the ten boxes per level and image on which student and teacher differ most"""
     normalization: Literal["global", "reference"] = "global"
-    """reference sums over a process's images, as released, so that the strength grows with their number; global is equal
-    to that at two images per process, on any number of processes"""
+    """normalization of the terms: reference, sum over the images of a process, as released (grows with their number); global, equal to
+    reference with two images per process for any number of processes and images"""
 
 
 class ADLConfig(Config):
     """Adaptive distillation of a RetinaNet student (arXiv 1901.00366)."""
 
     weight: Weight = 1.0
-    """factor of loss_adl"""
+    """weight of loss_adl"""
     beta: Weight = 1.0
-    """factor of the teacher's entropy in the weight of an anchor; the released LOSS_BETA is 1 - beta"""
+    """factor of the teacher's entropy in the weight of an anchor; the released code's LOSS_BETA is 1 - beta"""
     gamma: Weight = 2.0
-    """exponent: how much less anchors count on which student and teacher agree"""
+    """exponent that down-weights anchors on which student and teacher agree"""
     form: Literal["paper", "code", "focal"] = "paper"
-    """what is weighted: paper, the divergence; code, half the soft cross-entropy, as released; focal, the ablation FDL"""
+    """weighted term: paper, the KL divergence; code, half the soft cross-entropy, as released; focal, the paper's ablation FDL"""
     normalization: Literal["global", "rank"] = "global"
-    """whether the teacher's probabilities are summed over processes, or for each alone as released"""
+    """sum of the teacher's probabilities that divides the loss: global, over all processes; rank, per process, as released"""
 
 
 class DistillConfig(Config):
-    """What a teacher detector adds to the losses, on labeled and on unlabeled images."""
+    """Losses from a teacher detector, on labeled and on unlabeled images."""
 
     teacher: Path
-    """detector file"""
+    """detector file of the teacher"""
     pkd_weight: Weight | None = None
-    """factor of loss_pkd: Pearson correlation of the feature pyramids (arXiv 2207.02039); null: 6 for R-CNN, 0 for one-stage students"""
+    """weight of loss_pkd: Pearson correlation of the feature pyramids (arXiv 2207.02039); null: 6 for R-CNN students, 0 for one-stage students"""
     roi_weight: Weight | None = None
-    """factor of loss_roi_kd: the teacher's soft labels for the student's RoIs; null: 1 for R-CNN, the only ones that have RoIs"""
+    """weight of loss_roi_kd: the teacher's soft labels for the student's RoIs; null: 1 for R-CNN students, 0 for one-stage students"""
     temperature: Positive = 1.0
-    """temperature of the soft labels for RoIs"""
+    """temperature of the soft labels in loss_roi_kd"""
     ld: LDConfig | None = None
-    """terms of a GFL student under a GFL teacher; null takes the defaults"""
+    """settings of the losses between a GFL student and a GFL teacher; null: the defaults"""
     adl: ADLConfig | None = None
-    """terms of a RetinaNet student under a RetinaNet teacher; null takes the defaults"""
+    """settings of the losses between a RetinaNet student and a RetinaNet teacher; null: the defaults"""
     check_images: int = Field(100, ge=0, le=1_000_000)
-    """evaluation images that the teacher is scored on before training; 0 does not check"""
+    """number of evaluation images for a check of the teacher's AP before training; 0: no check"""
     check_ap: Fraction = 0.01
-    """AP below which the run stops before it begins"""
+    """AP of the teacher, 0 to 1, below which the run stops before training"""
 
     def pkd(self, model: DetectorConfig) -> float:
-        """`pkd_weight` as it is for this student."""
+        """Return `pkd_weight`, or its default for this student if it is null."""
         return (0.0 if model.is_dense else PKD_WEIGHT) if self.pkd_weight is None else self.pkd_weight
 
     def roi(self, model: DetectorConfig) -> float:
-        """`roi_weight` as it is for this student."""
+        """Return `roi_weight`, or its default for this student if it is null."""
         return (0.0 if model.is_dense else ROI_WEIGHT) if self.roi_weight is None else self.roi_weight
 
     def fault(self, model: DetectorConfig) -> str | None:
-        """What does not fit a student of this architecture, and what does."""
+        """Return an error message if a setting does not fit a student of this architecture, else None."""
         fits = {"gfl": "distill.ld", "retinanet": "distill.adl"}.get(model.kind, "distill.pkd_weight and roi_weight")
-        here = f"model.kind is {model.kind}, whose terms are {fits}"
+        hint = f"model.kind is {model.kind}, whose settings are {fits}"
         if self.ld and model.kind != "gfl":
-            return f"distill.ld: compares distributions of distances, which only the heads of gfl have; {here}"
+            return f"distill.ld: compares distributions of distances, which only gfl heads predict; {hint}"
         if self.adl and model.kind != "retinanet":
-            return f"distill.adl: compares classes anchor by anchor, each a focal-loss probability of retinanet; {here}"
+            return (
+                f"distill.adl: compares class probabilities per anchor, as retinanet's focal loss trains them; {hint}"
+            )
         if model.is_dense and (self.roi_weight or self.temperature != 1):
             key = "roi_weight" if self.roi_weight else "temperature"
-            return f"distill.{key}: is of RoIs, which a one-stage detector does not have; {here}"
+            return f"distill.{key}: applies to RoIs, which a one-stage detector does not have; {hint}"
         weights = [self.pkd(model), self.roi(model)]
         if model.kind == "gfl":
             ld = self.ld or LDConfig()
@@ -107,5 +110,5 @@ class DistillConfig(Config):
         if not any(weights):
             names = "distill.ld" if model.kind == "gfl" else "distill.adl.weight"
             which = f"{names} and pkd_weight" if model.is_dense else "pkd_weight and roi_weight"
-            return f"{which} are {'' if model.kind == 'gfl' else 'both '}0: the teacher would teach nothing"
+            return f"{which} are {'' if model.kind == 'gfl' else 'both '}0: no loss uses the teacher"
         return None

@@ -20,27 +20,27 @@ class ExportDetectorConfig(CommandConfig):
     model: Path
     """detector file"""
     images: str | None = None
-    """pictures the files are checked on: picture, folder, quoted pattern, or text file with a path a line; null: drawn rectangles"""
+    """images to check the exported files on: image, folder, quoted pattern, or text file with one path per line; null: drawn rectangles"""
     check_images: Count = 16
-    """pictures of the check"""
+    """number of images in the check"""
     batch_size: BatchSize = 4
-    """pictures of a batch in the check and in the benchmark's throughput"""
+    """images per batch in the check and in the benchmark's throughput"""
     formats: list[Literal["onnx", "torch"]] = Field(["onnx", "torch"], min_length=1)
-    """onnx: detector.onnx; torch: detector.pt2, a torch.export program"""
+    """formats to write: onnx (detector.onnx), torch (detector.pt2, a torch.export program)"""
     canvas: tuple[Side, Side] | None = None
-    """height and width of the padded input, multiples of 32; null: any from 160 on, or the recipe's largest where the network cannot do that"""
+    """height and width of the padded input in pixels, multiples of 32; null: dynamic from 160 on, or the recipe's largest if impossible"""
     box_tolerance: float = Field(0.05, gt=0, le=1000)
-    """largest difference of a coordinate, in pixels of the input"""
+    """largest accepted difference of a box coordinate, in pixels of the input"""
     score_tolerance: float = Field(1e-3, gt=0, le=1)
-    """largest difference of a score, and of a mask's probability"""
+    """largest accepted difference of a score or a mask probability"""
     missing_tolerance: float = Field(0.01, ge=0, lt=1)
-    """largest share of detections without counterpart: at a threshold, rounding decides"""
+    """largest accepted share of detections without counterpart (rounding decides about scores at a threshold), 0 to below 1"""
     benchmark: bool = False
-    """also measure latency (batch 1) and throughput (batch_size) of torch and of the files written"""
+    """measure latency (batch 1) and throughput (batch_size) of torch and of the exported files too"""
     push_to_hub: str | None = None
-    """ORG/NAME: also upload the folder"""
+    """repository on the Hugging Face hub, ORG/NAME, to upload the folder to; null: no upload"""
     private: bool = False
-    """whether a new repository there is private"""
+    """create the hub repository as a private one"""
 
     def inputs(self) -> dict[str, Path]:
         files = {"model": self.model}

@@ -17,21 +17,21 @@ class RPNConfig(Config):
     """Region proposals: anchors, assignment, sampling, counts."""
 
     anchor_sizes: list[Positive] = Field([32, 64, 128, 256, 512], min_length=5, max_length=5)
-    """side of the square anchor of each level P2..P6, in pixels"""
+    """anchor sizes of the levels P2..P6, one per level: side of a square anchor in pixels"""
     anchor_ratios: list[Positive] = Field([0.5, 1.0, 2.0], min_length=1)
-    """height / width"""
+    """anchor aspect ratios, height / width"""
     positive_iou: IoU = 0.7
     """IoU with an object from which an anchor is positive"""
     negative_iou: IoU = 0.3
-    """IoU below which it is negative; in between it is in no loss"""
+    """IoU below which an anchor is negative; anchors between negative_iou and positive_iou are ignored"""
     samples_per_image: Count = 256
-    """anchors per image in the loss"""
+    """anchors sampled per image for the RPN losses"""
     positive_fraction: Fraction = 0.5
-    """largest share of positives among the samples, 0 to 1"""
+    """largest share of positives among the sampled anchors, 0 to 1"""
     sampling: Literal["random", "first"] = "random"
-    """first takes anchors in index order (for comparisons with other implementations)"""
+    """choice of the sampled anchors: random, or first in index order (for comparisons with other implementations)"""
     nms_iou: IoU = 0.7
-    """IoU with a better proposal of its level above which one is dropped"""
+    """IoU threshold of NMS among the proposals of one level"""
     pre_nms_top_n_train: Count = 2000
     """proposals per level before NMS, in training"""
     post_nms_top_n_train: Count = 1000
@@ -52,18 +52,18 @@ class BoxLossConfig(Config):
     """Regression loss of the box heads."""
 
     name: Literal["l1", "smooth_l1", "balanced_l1", "giou", "ciou"] = "l1"
-    """distance between deltas, or 1 - IoU of boxes (giou, ciou)"""
+    """regression loss: between box deltas (l1, smooth_l1, balanced_l1) or 1 - IoU of the boxes (giou, ciou)"""
     weight: Positive = 1.0
-    """factor of the term in the loss"""
+    """weight of the regression loss in the total loss"""
     beta: Positive = 1.0
-    """distance at which the square part of smooth_l1 and balanced_l1 ends"""
+    """absolute error at which smooth_l1 and balanced_l1 change from quadratic to linear"""
     alpha: Positive = 0.5
     """slope of balanced_l1 near zero (arXiv 1904.02701 equation 5)"""
     gamma: Positive = 1.5
     """largest slope of balanced_l1"""
     normalization: Literal["rois", "positives"] = "rois"
-    """rois: sum over positives / sampled RoIs; positives: mean over positives x classes / sampled RoIs, as
-    PaddleDetection's CIoU and GIoU (it grows with the number of classes)"""
+    """normalization of the regression loss: rois, sum over positives / sampled RoIs; positives, mean over positives x classes / sampled
+    RoIs, as in PaddleDetection's CIoU and GIoU losses (grows with the number of classes)"""
 
     @model_validator(mode="after")
     def _positives_are_for_ious(self) -> Self:
@@ -73,12 +73,12 @@ class BoxLossConfig(Config):
 
 
 class NMSConfig(Config):
-    """NMS: what becomes of a class's overlapping detections."""
+    """NMS among the detections of one class."""
 
     kind: Literal["hard", "soft_linear", "soft_gaussian"] = "hard"
-    """hard drops the worse of two boxes, soft lowers its score"""
+    """kind of NMS: hard drops the lower-scoring of two overlapping boxes, soft (linear, gaussian) lowers its score"""
     iou: IoU = 0.5
-    """IoU above which hard drops and soft_linear lowers scores"""
+    """IoU above which hard NMS drops a box and soft_linear lowers its score; unused by soft_gaussian"""
     sigma: Positive = 0.5
     """width of soft_gaussian (arXiv 1704.04503): scores fall by exp(-IoU^2 / sigma)"""
 
@@ -87,47 +87,47 @@ class RoIConfig(Config):
     """Box heads: assignment, sampling, pooling, loss, post-processing."""
 
     positive_iou: IoU = 0.5
-    """IoU with an object from which a RoI is positive, else negative; a cascade has its own"""
+    """IoU with an object from which a RoI is positive, else negative; cascade kinds use cascade.positive_ious"""
     samples_per_image: Count = 512
-    """RoIs per image in the loss"""
+    """RoIs sampled per image for the losses of the box head"""
     positive_fraction: Fraction = 0.25
-    """largest share of positives among the samples, 0 to 1"""
+    """largest share of positives among the sampled RoIs, 0 to 1"""
     sampling: Literal["random", "first", "libra"] = "random"
-    """libra draws negatives evenly from bins of IoU (arXiv 1904.02701 section 3.1); first takes RoIs in index order
-    (for comparisons with other implementations)"""
+    """choice of the sampled RoIs: random; libra, negatives drawn evenly from bins of IoU (arXiv 1904.02701 section 3.1); first, in index
+    order (for comparisons with other implementations)"""
     libra_bins: Count = 3
-    """bins of libra, between no overlap and the largest"""
+    """number of IoU bins for libra sampling"""
     class_agnostic: bool = False
-    """one box per RoI instead of one per class; a cascade always has it"""
+    """regress one box per RoI instead of one per class; cascade kinds always do"""
     hidden: int = Field(1024, ge=1, le=65_536)
-    """width of the two fully connected layers"""
+    """width of the two fully connected layers of the box head"""
     sampling_ratio: int = Field(0, ge=0, le=64)
-    """samples along a side of a pooled bin; 0 takes as many as the bin has pixels"""
+    """RoIAlign sampling points along each side of an output bin; 0: as many as the bin spans pixels of the feature map, rounded up"""
     aligned: bool = True
-    """half-pixel-aligned pooling"""
+    """shift RoIs by half a pixel in RoIAlign, as torchvision's aligned=True"""
     box_loss: BoxLossConfig = BoxLossConfig()
     score_threshold: float = Field(0.05, ge=0, lt=1)
-    """score above which a detection is one"""
+    """score above which a box counts as a detection"""
     nms: NMSConfig = NMSConfig()
     detections_per_image: Count = 100
-    """most detections per image"""
+    """largest number of detections per image"""
 
 
 class CascadeConfig(Config):
     """Stages of a cascade (arXiv 1712.00726); used by the cascade kinds only."""
 
     positive_ious: list[IoU] = Field([0.5, 0.6, 0.7], min_length=2)
-    """IoU with an object from which a RoI is positive, one per stage"""
+    """IoU with an object from which a RoI is positive, one value per stage"""
     delta_weights: list[Four] = Field(
         [(10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0)], min_length=2
     )
-    """factors on a box's x, y, width, height in the regression, four per stage"""
+    """weights of the box deltas (x, y, width, height), four per stage"""
     loss_weights: list[Positive] = Field([1 / 3, 1 / 3, 1 / 3], min_length=2)
-    """factor on both losses, one per stage"""
+    """weight of a stage's classification and regression losses, one value per stage"""
     add_gt_each_stage: bool = False
-    """append the objects to the RoIs of later stages too"""
+    """append the ground-truth boxes to the RoIs of later stages too, not of the first alone"""
     score_rois: Literal["own", "last"] = "own"
-    """which RoIs each stage scores in evaluation: its own, or the last stage's"""
+    """RoIs that each stage scores in evaluation: its own, or those of the last stage"""
 
     @model_validator(mode="after")
     def _as_many_of_each(self) -> Self:
@@ -140,72 +140,72 @@ class MaskConfig(Config):
     """Mask head (arXiv 1703.06870); used by the mask kinds only."""
 
     hidden: int = Field(256, ge=1, le=8192)
-    """channels of its convolutions"""
+    """channels of the mask head's convolutions"""
     convolutions: Layers = 4
-    """convolutions before the map is doubled in size"""
+    """number of convolutions before the mask head's upsampling"""
     pool_size: int = Field(14, ge=1, le=128)
-    """side of the pooled features; masks have twice that"""
+    """side of the pooled features, in cells; the predicted masks are twice as large"""
     threshold: float = Field(0.5, gt=0, lt=1)
-    """probability from which a pixel belongs to the object"""
+    """mask probability from which a pixel belongs to the object"""
 
 
 class DenseConfig(Config):
     """One-stage detectors: pyramid, head, post-processing; used by the kinds retinanet and gfl only."""
 
     p6_from: Literal["p5", "c5"] = "p5"
-    """what the sixth level is convolved from"""
+    """feature map that the level P6 is convolved from: p5 (pyramid) or c5 (backbone)"""
     relu_before_p7: bool = False
-    """ReLU between the convolutions of the two coarsest levels"""
+    """apply ReLU to P6 before the convolution that makes P7"""
     convolutions: Layers = 4
-    """convolutions per tower"""
+    """number of convolutions per tower (classification, boxes)"""
     candidates: Count | None = 1000
-    """anchors per level that are looked at, by their best class; null looks at all"""
+    """anchors per level that go into NMS, those with the highest class score; null: all"""
     score_threshold: float = Field(0.05, ge=0, lt=1)
-    """score above which a detection is one"""
+    """score above which a box counts as a detection"""
     nms_iou: IoU = 0.6
-    """IoU with a better detection of its class above which one is dropped"""
+    """IoU threshold of NMS among the detections of one class"""
     detections_per_image: Count = 100
-    """most detections per image"""
+    """largest number of detections per image"""
     clip_boxes: bool = True
-    """clip boxes to the image"""
+    """clip detected boxes to the image"""
 
 
 class GFLConfig(Config):
     """GFL's head and losses (arXiv 2006.04388)."""
 
     reg_max: int = Field(16, ge=1, le=256)
-    """largest distance from a cell to a side, in strides"""
+    """largest distance from a cell's centre to a side of its box, in strides of the level"""
     tower_bias: bool = False
-    """convolutions of the towers have a bias, as PaddleDetection's"""
+    """use a bias in the towers' convolutions, as PaddleDetection does"""
     unbiased_std: bool = True
-    """unbiased standard deviation of the candidates' IoUs in ATSS; PaddleDetection's is biased"""
+    """use the unbiased standard deviation of the candidates' IoUs in ATSS; PaddleDetection uses the biased one"""
     ignore_padding: bool = True
-    """cells beyond the image are none of its anchors; in PaddleDetection they are candidates and negatives"""
+    """ignore cells in the padding outside an image; in PaddleDetection they are candidates and negatives"""
     weight_floor: Positive = 1e-6
-    """smallest sum of scores that the box losses are divided by; PaddleDetection's is 1"""
+    """lower bound of the sum of scores that divides the box losses; PaddleDetection's is 1"""
     box_weight: Positive = 2.0
-    """factor of the GIoU loss"""
+    """weight of the GIoU loss"""
     dfl_weight: Weight = 0.25
-    """factor of the distribution focal loss; 0 leaves it out"""
+    """weight of the distribution focal loss; 0 switches it off"""
 
 
 class RetinaNetConfig(Config):
     """RetinaNet's head, assignment and losses (arXiv 1708.02002)."""
 
     tower_norm: bool = False
-    """GroupNorm in the towers, as in torchvision's second version"""
+    """use GroupNorm in the towers, as torchvision's RetinaNet v2"""
     positive_iou: IoU = 0.5
     """IoU with an object from which an anchor is positive"""
     negative_iou: IoU = 0.4
-    """IoU below which it is negative; in between it is in no loss"""
+    """IoU below which an anchor is negative; anchors between negative_iou and positive_iou are ignored"""
     low_quality_iou: Fraction = 0.0
-    """IoU from which an object's best anchor is positive, below positive_iou too; Detectron's 0.4"""
+    """IoU from which the best anchor of an object is positive even below positive_iou; 0.4 in Detectron"""
     alpha: Fraction = 0.25
-    """weight of the positives in the focal loss, 0 to 1; negatives have the rest"""
+    """alpha of the focal loss, 0 to 1: weight of the positives; negatives have 1 - alpha"""
     gamma: float = Field(2.0, ge=0, le=100)
-    """exponent of the focal loss: how much less what is right already counts"""
+    """gamma of the focal loss: the exponent that down-weights well-classified anchors"""
     smooth_l1_beta: Weight = 0.0
-    """distance at which the square part of the box loss ends; 0 is plain L1"""
+    """absolute error at which the smooth L1 box loss changes from quadratic to linear; 0 is plain L1"""
 
 
 Kind = Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "retinanet", "gfl"]
@@ -215,15 +215,15 @@ class DetectorConfig(Config):
     """The detector's architecture; stored in its file."""
 
     kind: Kind = "faster_rcnn"
-    """two stages, those of a cascade in several, mask kinds with shapes too; or one stage (retinanet, gfl)"""
+    """kind of detector: two stages (faster_rcnn), with several box stages (cascade), with masks (mask); or one stage (retinanet, gfl)"""
     fpn_channels: int = Field(256, ge=8, le=8192)
-    """channels of every level of the pyramid"""
+    """channels of the feature pyramid's levels"""
     freeze_stages: int = Field(0, ge=0, le=5)
-    """stages of the backbone that do not train: 1 is the stem, 2 the stem and the stride-4 stage, ..."""
+    """number of frozen backbone stages: 0, none; 1, the stem; 2, the stem and the stride-4 stage; ... 5, all"""
     freeze_norm: bool = True
-    """BatchNorm as a constant: running statistics and affine parameters fixed"""
+    """freeze the backbone's BatchNorm layers: running statistics and affine parameters"""
     dcn_strides: list[Literal[4, 8, 16, 32]] = []
-    """stages of the backbone, by stride, whose dense 3x3 convolutions become modulated deformable ones (DCNv2)"""
+    """strides of the backbone stages (4, 8, 16, 32) whose dense 3x3 convolutions become modulated deformable ones (DCNv2)"""
     rpn: RPNConfig = RPNConfig()
     roi: RoIConfig = RoIConfig()
     cascade: CascadeConfig = CascadeConfig()
@@ -239,14 +239,14 @@ class DetectorConfig(Config):
 
     @property
     def unread_groups(self) -> dict[str, Config]:
-        """Groups of settings that a detector of this kind does not read."""
+        """Groups of settings that this kind of detector does not use."""
         read = {"dense", self.kind} if self.is_dense else {"rpn", "roi"}
         read |= {name for name, has in (("cascade", self.is_cascade), ("mask", self.has_masks)) if has}
         return {name: value for name, value in self if isinstance(value, Config) and name not in read}
 
     @property
     def unread(self) -> list[str]:
-        """Those of them that were changed all the same."""
+        """Unused groups whose values differ from the defaults."""
         return [name for name, value in self.unread_groups.items() if value != type(value)()]
 
     @property

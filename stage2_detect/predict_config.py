@@ -14,24 +14,25 @@ Written = Literal["json", "pictures", "csv", "yolo", "yolo_scores", "crops"]
 
 
 class PredictConfig(RunDetectorConfig):
-    """Find objects in images and videos: COCO JSON, drawn images, CSV, YOLO, crops, or boxes to train on."""
+    """Detect objects in images and videos; write COCO JSON, drawn images, CSV, YOLO labels, crops, or pseudo-labels."""
 
     images: str
-    """image, video, folder (nested as you like), quoted pattern ('photos/**/*.jpg'), or text file with a path a line"""
+    """images to predict on: image, video, folder (searched recursively), quoted pattern ('photos/**/*.jpg'), or text file with one path per line"""
     write: list[Written] | None = None
-    """any of json, pictures (drawn, a video as a video), csv, yolo (labels/), yolo_scores (with a sixth column), crops; null: json,pictures"""
+    """outputs to write: json, pictures (drawn images; a video for a video), csv, yolo (labels/), yolo_scores (with a sixth column), crops; null:
+    json,pictures"""
     pseudo_labels: bool = False
-    """write pseudo_labels.json, for train.py --pseudo: images with at least one box; nothing else"""
+    """write only pseudo_labels.json, for train.py --pseudo: the images with at least one box"""
     threshold: Fraction | None = None
-    """score that a box needs; null: 0.5, and 0.4 for pseudo-labels, the only one that SAD's released settings name"""
+    """lowest score of a written box, 0 to 1; null: 0.5, or 0.4 with pseudo_labels (the only threshold in SAD's released settings)"""
     classes: list[str] = []
-    """names of the classes to keep; empty: all"""
+    """names of the classes to write; empty: all"""
     exclude: Path | None = None
-    """COCO JSON; images whose path below the folder of `images` is a file name in it are left out, such as labeled ones"""
+    """COCO JSON file whose images are left out, such as the labeled ones; matched by path relative to the folder in `images`"""
     tile: Side | None = None
-    """side, in pixels, of square tiles that are looked at beside the whole image, for small objects in large images; null: no tiles"""
+    """side, in pixels, of square tiles predicted in addition to the whole image, for small objects in large images; null: no tiles"""
     overlap: float = Field(0.2, ge=0, le=0.9)
-    """of neighbouring tiles, as a share of their side; best no smaller than the objects that only tiles show"""
+    """overlap of neighbouring tiles as a share of their side, 0 to 0.9; best at least the size of the small objects"""
 
     @model_validator(mode="after")
     def _writes_elsewhere(self) -> Self:

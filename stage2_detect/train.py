@@ -1,4 +1,4 @@
-"""Fine-tune a detector from a backbone file on COCO annotations, if wanted under a teacher detector.
+"""Fine-tune a detector from a backbone file on COCO annotations, optionally with a teacher detector.
 
     python stage2_detect/train.py --backbone runs/ssld/student.safetensors --config stage2_detect/configs/faster_rcnn.yaml
 
@@ -30,7 +30,7 @@ def train(config: TrainConfig) -> None:
     """Train the detector that `config` describes.
 
     Raises:
-        UserError: anything the user can mend.
+        UserError: anything the user can fix.
         Stopped: after SIGTERM or Ctrl-C, with a checkpoint written.
     """
     from typing import Any
@@ -57,7 +57,7 @@ def train(config: TrainConfig) -> None:
     from ssld.shared.training.training_state import TrainingState
     from ssld.shared.wording import count
     from ssld.stage2_detect.data.sizing import Sizing
-    from ssld.stage2_detect.data.training_data import images_to_try_a_teacher_on, read_training_data, training_loader
+    from ssld.stage2_detect.data.training_data import read_training_data, teacher_check_images, training_loader
     from ssld.stage2_detect.distillation.teacher import TeacherCheck
     from ssld.stage2_detect.evaluation.files import write_evaluation
     from ssld.stage2_detect.evaluation.scoring import compare_expected, describe, score
@@ -121,9 +121,9 @@ def train(config: TrainConfig) -> None:
 
     distill, teacher_check = config.distill, None
     if distill and trained.teacher and distill.check_images:
-        tried = images_to_try_a_teacher_on(config, data)
-        teacher_check = TeacherCheck(trained.teacher, tried, sizing, distill, **evaluation)
-    detections: dict[Any, Any] = {}  # of the last evaluation, on the main rank
+        images = teacher_check_images(config, data)
+        teacher_check = TeacherCheck(trained.teacher, images, sizing, distill, **evaluation)
+    detections: dict[Any, Any] = {}  # those of the last evaluation, on the main rank
 
     def evaluate_now(step: int) -> dict[str, Any]:
         nonlocal detections
@@ -135,8 +135,8 @@ def train(config: TrainConfig) -> None:
         metrics, detections = score(net, data.val, sizing, log=run.log, **evaluation)
         losses = validation_losses(net, data.val_objects, sizing, **evaluation) if data.val_objects else {}
         state.check_metrics(step, metrics | losses)
-        shown = [describe(metrics), *(f"{name} {value:.4f}" for name, value in losses.items())]
-        run.log(f"step {step}: {', '.join(shown)}")
+        values = [describe(metrics), *(f"{name} {value:.4f}" for name, value in losses.items())]
+        run.log(f"step {step}: {', '.join(values)}")
         if teacher_check and (warning := teacher_check.beside(detections)):
             run.log(warning)
         metrics |= losses
@@ -150,12 +150,12 @@ def train(config: TrainConfig) -> None:
             trained.save(path, step=step, metrics=metrics, run=str(run.path), precision=config.precision)
 
     def keep_best(step: int, metrics: dict[str, Any]) -> None:
-        # Without an object to be found there is no score, and none to wait for.
+        # Evaluation images without objects give no score.
         if metrics.get("AP") is not None and state.improved(metrics["AP"]):
             state.check(step)
             save_model(run.path / "detector_best.safetensors", step, metrics)
 
-    # ---- what is about to happen
+    # ---- summary of the run
     if teacher_check and start == 0:
         run.log(teacher_check.before_training())
     if config.compile:
@@ -173,8 +173,8 @@ def train(config: TrainConfig) -> None:
         f"to {config.batch_size}, warm-up {warmup_steps} steps, milestones {milestones}"
     )
     if milestones and min(milestones) >= steps:
-        run.log(f"milestones: all of them lie beyond the {steps} steps, so the learning rate never drops")
-    run.log(f"recipe {config.recipe or 'of flags alone'}; all settings are in {run.path / 'config.yaml'}")
+        run.log(f"milestones: all are after the last of {steps} steps, so the learning rate never drops")
+    run.log(f"recipe {config.recipe or 'from flags only'}; all settings are in {run.path / 'config.yaml'}")
     run.log(config.describe_keeping(steps, evaluates=data.val is not None))
     run.log(describe_processes(accelerator, config, config.workers))
     if resumed:
@@ -205,7 +205,7 @@ def train(config: TrainConfig) -> None:
                     batch.targets.to(device, non_blocking=True),
                 )
                 torch.manual_seed(stable_seed(config.seed, step, micro, accelerator.process_index))  # drop-path
-                # DDP reduces gradients once a step, in the last backward pass.
+                # DDP reduces gradients once per step, in the last backward pass.
                 with nullcontext() if micro == config.accumulate - 1 else accelerator.no_sync(model):
                     losses = model(images, targets)
                     loss = torch.stack(list(losses.values())).sum()
@@ -239,7 +239,7 @@ def train(config: TrainConfig) -> None:
 
     # ---- finish
     if state.exhausted(config.patience):
-        run.log(f"step {step}: {state.stale} evaluations in a row without a better one: enough (patience)")
+        run.log(f"step {step}: stopped after {state.stale} evaluations in a row without a better AP (patience)")
     if scored != step:
         metrics = evaluate_now(step)
         if config.evaluate_every:

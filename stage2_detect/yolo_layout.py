@@ -1,8 +1,9 @@
-"""Where a data set in YOLO's format keeps its class names, images and labels. Torch-free, since settings count these files as inputs of a run.
+"""Layouts of data sets in YOLO's format: class names, images and labels. Does not import torch, since settings list these files as inputs of a run.
 
-Known are `data.yaml` of Ultralytics (also under another name), Darknet's and CVAT's `.data` file, and folders without either: `images/` and `labels/`
-(Label Studio), the same in a folder for each split (Roboflow), or labels beside the images (labelImg, Roboflow's Darknet). The label file of an image
-lies where `images` is replaced by `labels` in its path, or beside it. Names of folders and suffixes count in any case; hidden files do not count.
+Supported are `data.yaml` of Ultralytics (also under another name), the `.data` file of Darknet and CVAT, and folders without either: `images/` and
+`labels/` (Label Studio), both in one folder per split (Roboflow), or labels beside the images (labelImg, Roboflow's Darknet). The label file of an
+image has the path of the image with `labels` instead of `images`, or is beside it. Names of folders and suffixes match in any case; hidden files are
+ignored.
 """
 
 import os
@@ -23,19 +24,20 @@ CLASS_LISTS = ("classes.txt", "_darknet.labels", "obj.names", "classes.names")
 _YAML = (".yaml", ".yml")
 _IMAGES = ("images", "image", "imgs", "img", "jpegimages")
 _LABELS = ("labels", "label")
-_NULL = ("", "null", "Null", "NULL", "~")  # YAML's words for nothing
+_NULL = ("", "null", "Null", "NULL", "~")  # YAML's spellings of null
 
 
 @dataclass
 class YoloLayout:
-    """What is where.
+    """Files of a data set.
 
     Attributes:
-        file: what describes the data set, or the folder where nothing does.
+        file: description file of the data set, or its folder without one.
         root: folder that the places are relative to.
-        names: classes in order; none where nothing says them.
-        class_lists: files of a data set without description that say the classes, all the same ones if it is sound.
-        places: folders of images, or text files with an image a line, of each split.
+        names: classes in order; empty if unknown.
+        places: by split, folders of images, or text files with one image per line.
+        notes: lines for the log.
+        class_lists: files with the classes, in a data set without description; they should be equal.
     """
 
     file: Path
@@ -47,7 +49,7 @@ class YoloLayout:
 
 
 def find_yolo(path: Path) -> YoloLayout | None:
-    """The layout at a folder or a file that describes one; None for what looks like no such data. Raises UserError for a wrong description."""
+    """Find the layout at a folder or description file; None for other data. Raises UserError for an invalid description."""
     if path.is_file():
         kind = path.suffix.lower()
         return _of_yaml(path) if kind in _YAML else _of_darknet(path) if kind == ".data" else None
@@ -65,80 +67,80 @@ def find_yolo(path: Path) -> YoloLayout | None:
 
 
 def input_places(layout: YoloLayout) -> dict[str, Path]:
-    """Folders and files outside of the described one that decide what is read, by a name for messages."""
-    found: dict[str, Path] = {}
+    """Return the folders and files of a data set that are inputs of a run, by a name for messages."""
+    inputs: dict[str, Path] = {}
     for place in dict.fromkeys(place for places in layout.places.values() for place in places):
         path = located(layout.root, place)
         if path.is_file():
             listed = dict.fromkeys(image.parent for _, image in images_of_list(path, layout.root))
-            folders = [one for one in listed if one.is_dir()]  # the reader tells what is missing, by its line
+            folders = [one for one in listed if one.is_dir()]  # the reader reports missing ones with their line
         elif path.is_dir():
             folders = [path]
         else:
             continue
-        for one in (path, *(place for folder in folders for place in label_folders(folder))):
-            found[os.path.relpath(one, layout.root)] = one
-    return found
+        for one in (path, *(labels for folder in folders for labels in label_folders(folder))):
+            inputs[os.path.relpath(one, layout.root)] = one
+    return inputs
 
 
 def located(root: Path, place: str) -> Path:
-    """The path that a place means, which need not exist."""
+    """Return the path that a place of a description refers to; it may not exist."""
     named = place.replace("\\", "/")
-    tries = [root / place, root / named]
+    candidates = [root / place, root / named]
     if named.startswith("../"):  # Roboflow writes ../train/images beside train/
-        tries.append(root / named[3:])
-    if named.startswith("data/"):  # CVAT writes paths as Darknet sees them, whose data set lies in data/
-        tries.append(root / named[5:])
-    return next((one for one in tries if one.exists()), tries[1])
+        candidates.append(root / named[3:])
+    if named.startswith("data/"):  # CVAT writes paths for Darknet, whose data set is in data/
+        candidates.append(root / named[5:])
+    return next((one for one in candidates if one.exists()), candidates[1])
 
 
 def images_of_list(file: Path, root: Path) -> Iterator[tuple[int, Path]]:
-    """(line, image, which need not exist) of a list."""
+    """Yield (line number, image) of a list; the image may not exist."""
     for number, line in enumerate(read_text(file).splitlines(), 1):
         name = line.strip()
         if name:
             starts = (file.parent, root) if name.startswith(("./", ".\\")) else (root, file.parent)
-            tries = [located(start, name) for start in starts]
-            yield number, next((one for one in tries if one.is_file()), tries[0])
+            candidates = [located(start, name) for start in starts]
+            yield number, next((one for one in candidates if one.is_file()), candidates[0])
 
 
 def label_folders(folder: Path) -> list[Path]:
-    """Where the labels of images in a folder may lie: where `images` is replaced by `labels` in its path, then beside them."""
+    """Return the folders that may have the labels of images in a folder: with `labels` for `images` in its path, then the folder itself."""
     parts = folder.parts
-    places = [number for number, part in enumerate(parts) if part.lower() in _IMAGES]
-    found = []
-    if places:
-        above, below = Path(*parts[: places[-1]]), parts[places[-1] + 1 :]
-        with suppress(PermissionError):  # a folder of somebody else, above the data set
-            found = [one for one in _entries(above) if one.name.lower() in _LABELS and one.is_dir()]
+    positions = [number for number, part in enumerate(parts) if part.lower() in _IMAGES]
+    folders = []
+    if positions:
+        above, below = Path(*parts[: positions[-1]]), parts[positions[-1] + 1 :]
+        with suppress(PermissionError):  # an unreadable folder above the data set
+            folders = [one for one in _entries(above) if one.name.lower() in _LABELS and one.is_dir()]
         for part in below:
-            found = [one for start in found for one in _entries(start) if _same(one.name, part) and one.is_dir()]
-    return [*found, folder]
+            folders = [one for start in folders for one in _entries(start) if _same(one.name, part) and one.is_dir()]
+    return [*folders, folder]
 
 
 class LabelFiles:
-    """Finds the label files of images: the only place that knows which file belongs to which."""
+    """Lookup of the label files of images; the only place that matches them."""
 
     def __init__(self) -> None:
         self._folders: dict[Path, list[Path]] = {}
         self._files: dict[Path, dict[str, list[Path]]] = {}
 
     def folders(self, folder: Path) -> list[Path]:
-        """`label_folders`, remembered."""
+        """Return `label_folders`, cached."""
         if folder not in self._folders:
             self._folders[folder] = label_folders(folder)
         return self._folders[folder]
 
     def of(self, image: Path) -> Path | None:
-        """The label file of an image, None where it has none. Raises UserError where it has two."""
+        """Return the label file of an image, None without one. Raises UserError for two label files."""
         names = dict.fromkeys(unicodedata.normalize("NFC", text) for text in (image.stem, image.name))
         *instead, beside = self.folders(image.parent)
         for folders in (instead, [beside]):
-            found = [file for folder in folders for name in names for file in self._below(folder).get(name, ())]
-            if len(found) > 1:
-                raise UserError(f"{image}: has two label files, {found[0]} and {found[1]}; remove one of them")
-            if found:
-                return found[0]
+            files = [file for folder in folders for name in names for file in self._below(folder).get(name, ())]
+            if len(files) > 1:
+                raise UserError(f"{image}: has two label files, {files[0]} and {files[1]}; remove one of them")
+            if files:
+                return files[0]
         return None
 
     def _below(self, folder: Path) -> dict[str, list[Path]]:
@@ -152,14 +154,14 @@ class LabelFiles:
 
 
 def read_names(file: Path) -> list[str]:
-    """Class names of a text file, one a line."""
+    """Read class names from a text file, one per line."""
     return [line.strip() for line in read_text(file).rstrip().splitlines()]
 
 
 def _of_yaml(file: Path) -> YoloLayout:
     content = {str(key): value for key, value in read_yaml(file, as_text=True).items() if value not in _NULL}
     if "kpt_shape" in content:
-        raise UserError(f"{file}: kpt_shape: is pose data; keypoints are not read")
+        raise UserError(f"{file}: kpt_shape: pose data; keypoints are not supported")
     root = (file.parent / (_text(content.get("path"), file, "path") or ".")).resolve()
     places = {key: _places(value, file, key) for key, value in content.items() if key.lower() in SPLITS}
     notes = []
@@ -169,7 +171,7 @@ def _of_yaml(file: Path) -> YoloLayout:
         beside = file.parent.resolve()
         if not all(located(beside, place).exists() for several in places.values() for place in several):
             raise UserError(f"{file}: path: {root} is not a folder")
-        notes.append(f"{file}: path: {root} is not here; the folders beside the file are read")
+        notes.append(f"{file}: path: {root} does not exist; the folders beside the file are read")
         root = beside
     for key, value in content.items():
         if key not in places and key != "path" and isinstance(value, str) and value and located(root, value).is_dir():
@@ -208,7 +210,7 @@ def _text(value: Any, file: Path, key: str) -> str:
 
 
 def _of_darknet(file: Path) -> YoloLayout:
-    """`train = data/train.txt`, a line for each key."""
+    """Read a description with one line per key, such as `train = data/train.txt`."""
     pairs = [line.partition("=") for line in read_text(file).splitlines() if "=" in line]
     content = {key.strip(): value.strip() for key, _, value in pairs}
     root = file.parent.resolve()
@@ -220,7 +222,7 @@ def _of_darknet(file: Path) -> YoloLayout:
 
 
 def _describes(file: Path) -> bool:
-    """Whether a file in a folder describes a data set; one that is called so does, whatever is in it."""
+    """Whether a file in a folder describes a data set; data.yaml does, whatever its content."""
     if file.name.lower() in ("data.yaml", "data.yml"):
         return True
     try:
@@ -228,12 +230,12 @@ def _describes(file: Path) -> bool:
             return any(line.partition("=")[0].strip() in SPLITS for line in read_text(file).splitlines())
         content = read_yaml(file, as_text=True)
         return "names" in content and any(key in SPLITS for key in content)
-    except UserError:  # of some other tool
+    except UserError:  # a file of another tool
         return False
 
 
 def _of_folders(folder: Path) -> YoloLayout | None:
-    """Of a folder without a description."""
+    """Find the layout of a folder without a description."""
     root = folder.resolve()
     inside = [root / name for name in list_folders(root)]
     layout = YoloLayout(folder, root)
@@ -241,29 +243,29 @@ def _of_folders(folder: Path) -> YoloLayout | None:
         images, labels = pair
         deeper = [] if _holds_images(images) else [one.name for one in _entries(images) if one.is_dir()]
         layout.places = {name: [f"{images.name}/{name}"] for name in deeper} or {"train": [images.name]}
-        looked = [root, labels, images, *(one for one in _entries(labels) if one.is_dir())]
+        searched = [root, labels, images, *(one for one in _entries(labels) if one.is_dir())]
     elif pairs := {one.name: pair for one in inside if (pair := _pair(one))}:
         whole = [name for name, (images, _) in pairs.items() if not _holds_images(images)]
         if whole and len(pairs) > 1:
-            raise UserError(f"{folder}: holds {some(sorted(pairs))}, with splits of their own; give one of them")
+            raise UserError(f"{folder}: holds {some(sorted(pairs))}, each with splits; give one of them")
         if whole:
             return _of_folders(root / whole[0])
         layout.places = {name: [f"{name}/{images.name}"] for name, (images, _) in pairs.items()}
-        looked = [root, *(root / name for name in pairs), *(labels for _, labels in pairs.values())]
+        searched = [root, *(root / name for name in pairs), *(labels for _, labels in pairs.values())]
     elif _flat(root):
-        layout.places, looked = {"train": ["."]}, [root]
+        layout.places, searched = {"train": ["."]}, [root]
     else:
         splits = [one for one in inside if _flat(one)]
-        layout.places, looked = {one.name: [one.name] for one in splits}, [root, *splits]
+        layout.places, searched = {one.name: [one.name] for one in splits}, [root, *splits]
     if not layout.places:
         return None
-    layout.class_lists = [one for place in looked for one in _entries(place) if one.name.lower() in CLASS_LISTS]
+    layout.class_lists = [one for parent in searched for one in _entries(parent) if one.name.lower() in CLASS_LISTS]
     layout.names = read_names(layout.class_lists[0]) if layout.class_lists else []
     return layout
 
 
 def _pair(folder: Path) -> tuple[Path, Path] | None:
-    """The folders of images and labels in one; labels in XML are of another format."""
+    """Return the folders of images and labels in a folder; None without both, and for labels in XML, which is another format."""
     inside = [one for one in _entries(folder) if one.is_dir()]
     images = [one for one in inside if one.name.lower() in _IMAGES]
     labels = [one for one in inside if one.name.lower() in _LABELS]
@@ -278,14 +280,14 @@ def _holds_images(folder: Path) -> bool:
 
 
 def _flat(folder: Path) -> bool:
-    """Whether images and label files lie side by side."""
+    """Whether a folder has images with label files beside them."""
     images = {one.stem for one in _entries(folder) if one.suffix.lower() in IMAGE_SUFFIXES}
     texts = (one for one in _entries(folder) if one.suffix.lower() == ".txt" and one.stem in images)
     return any(has_rows(one) for one in texts)
 
 
 def has_rows(file: Path) -> bool:
-    """Whether a text begins as a label file does: a line of five numbers or more."""
+    """Whether a text file begins like a label file, with a line of at least five numbers."""
     try:
         words = next((line.split() for line in read_text(file).splitlines() if line.strip()), [])
         return len([float(word) for word in words]) >= 5
@@ -294,7 +296,7 @@ def has_rows(file: Path) -> bool:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What is in a folder, sorted; hidden names are left out."""
+    """List the content of a folder, sorted, without hidden names."""
     return sorted(one for one in folder.iterdir() if not is_hidden(one.name))
 
 

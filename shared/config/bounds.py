@@ -1,7 +1,6 @@
-"""Kinds of numbers in settings, with the smallest and largest value that they can sensibly have.
+"""Types of numbers in settings, with their smallest and largest sensible values.
 
-The largest are far beyond what anyone has trained with: they catch a slip of the finger and a unit mistaken for another before memory, a disk or
-years are asked for.
+The limits are far beyond any real training: they catch typing mistakes and wrong units before a run requests too much memory, disk or time.
 """
 
 from typing import Annotated
@@ -11,13 +10,13 @@ from pydantic import Field
 Steps = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Images = Annotated[int, Field(ge=1, le=1_000_000_000_000)]
 Passes = Annotated[float, Field(gt=0, le=1_000_000)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every library takes
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # accepted by every library
 Workers = Annotated[int, Field(ge=0, le=1024)]
 Processes = Annotated[int, Field(ge=1, le=1024)]
 BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]
 Side = Annotated[int, Field(ge=8, le=16_384)]
-"""of an image, in pixels"""
+"""side of an image, in pixels"""
 Count = Annotated[int, Field(ge=1, le=100_000)]
 Positive = Annotated[float, Field(gt=0, le=1_000_000)]
 Weight = Annotated[float, Field(ge=0, le=1_000_000)]
-"""of a term in a sum"""
+"""weight of a term in a sum"""

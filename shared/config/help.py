@@ -35,7 +35,7 @@ class HelpAction(argparse.Action):
     """`--help [GROUP]`."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **_: typing.Any) -> None:
-        text = "this; with the name of a group its settings, with `all` every one"
+        text = "print the help of a run, of a group of settings, or (all) of every setting"
         super().__init__(
             option_strings, dest, nargs="?", const="", default=argparse.SUPPRESS, metavar="GROUP", help=text
         )
@@ -77,9 +77,9 @@ def settings_help(
     needed = [
         key for key, action in by_key.items() if "(required)" in (action.help or "") and _stands_alone(key, config_type)
     ]
-    _section(formatter, "needed, in the YAML file or here", sorted(needed, key=_place), by_key)
+    _section(formatter, "required, in the YAML file or as flags", sorted(needed, key=_place), by_key)
     if needed_alone:
-        formatter.add_text(f"{parser.prog} --help shows what can be set beside that")
+        formatter.add_text(f"{parser.prog} --help lists the other settings")
         return formatter.format_help()
     often = [key for key in COMMON if key in by_key and key not in needed]
     _section(formatter, "set most often", often, by_key)

@@ -84,7 +84,7 @@ class Config(PlainValues):
 
 
 class CommandConfig(PlainValues, BaseSettings):
-    """The settings of one command; every command writes into one run directory."""
+    """Settings of one command; every command writes into one run directory."""
 
     model_config = SettingsConfigDict(
         extra="forbid",
@@ -97,11 +97,11 @@ class CommandConfig(PlainValues, BaseSettings):
         cli_enforce_required=False,
     )
     output: Path
-    """run directory to create, or to go on with"""
+    """run directory to create, or to resume"""
     threads: Processes | None = None
-    """CPU threads of this process; default: cores / processes on this machine"""
+    """CPU threads per process; null: cores / processes on this machine"""
     verbose: bool = False
-    """also print what other libraries say, which otherwise goes to log.txt alone"""
+    """print the messages of other libraries too; by default they go to log.txt only"""
 
     @classmethod
     def settings_customise_sources(
@@ -215,7 +215,7 @@ def _bare_parser(config_type: type[CommandConfig], program: str) -> Parser:
     parser = Parser(prog=program, description=config_type.__doc__, allow_abbrev=False, add_help=False)
     parser.config_type = config_type
     parser.add_argument("-h", "--help", action=HelpAction)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with these settings; flags override it")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings; flags override it")
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and exit")
     return parser
 

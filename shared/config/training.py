@@ -11,35 +11,35 @@ from ssld.shared.config.yaml_files import Alternatives
 from ssld.shared.errors import UserError
 
 PASSES_FILE = "auto_batch.json"
-"""in a run directory: what `auto_batch` has found"""
+"""file in a run directory with the result of `auto_batch`"""
 
 
 class OptimConfig(Config):
-    """Optimizer settings that both stages have."""
+    """Optimizer settings of both stages."""
 
     name: Literal["sgd", "nesterov", "adamw"] = "sgd"
-    """sgd has plain momentum"""
+    """optimizer; sgd has plain momentum, nesterov Nesterov's"""
     lr: float = Field(gt=0, le=1000)
-    """learning rate at `reference_batch` images a step"""
+    """learning rate for a global batch of `reference_batch` images"""
     reference_batch: BatchSize
-    """global batch that `lr` is meant for; another batch scales it, linearly for SGD and by the square root for adamw"""
+    """global batch size that `lr` refers to; another batch_size scales lr, linearly for SGD and by the square root for adamw"""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """momentum of SGD, first beta of adamw"""
+    """momentum of SGD, beta1 of adamw"""
     weight_decay: float = Field(1e-4, ge=0, le=100)
-    """coupled L2 for SGD, decoupled for adamw"""
+    """weight decay: coupled (L2) for SGD, decoupled for adamw"""
     decay_norm_and_bias: bool = True
-    """whether norm scales and biases are decayed too"""
+    """apply weight decay to the scales of normalization layers and to biases too"""
     clip_grad_norm: Positive | None = None
-    """largest norm of the gradient over all parameters; null does not clip"""
+    """largest L2 norm of the gradient over all parameters; null: no clipping"""
 
 
 class EmaConfig(Config):
-    """Exponential moving average of the trained network's weights; it is what gets evaluated and exported."""
+    """Exponential moving average of the trained weights; evaluated and exported in place of them."""
 
     decay: float = Field(0.9999, gt=0, lt=1)
-    """share of the old average kept at a step"""
+    """decay of the average per optimizer step, above 0 to below 1"""
     warmup: bool = True
-    """let the decay grow from small values over the first steps"""
+    """increase the decay from small values over the first steps"""
 
 
 class TrainingConfig(ComputeConfig):
@@ -62,37 +62,37 @@ class TrainingConfig(ComputeConfig):
     )
 
     seed: Seed = 0
-    """every random draw follows from it"""
+    """seed of all random numbers, 0 to 2^32 - 1"""
     steps: Steps | None = None
-    """length in optimizer steps; give exactly one of steps, train_epochs, train_images"""
+    """length of the run in optimizer steps; give exactly one of steps, train_epochs, train_images"""
     train_epochs: Passes | None = None
-    """length in passes over the training images"""
+    """length of the run in passes over the training images; give exactly one of steps, train_epochs, train_images"""
     train_images: Images | None = None
-    """length in training images seen"""
+    """length of the run in training images, repeats included; give exactly one of steps, train_epochs, train_images"""
     batch_size: BatchSize
-    """global batch: images an optimizer step, over all processes and accumulation"""
+    """global batch size: images per optimizer step, over all processes and accumulated passes"""
     accumulate: BatchSize = 1
-    """forward and backward passes an optimizer step and process"""
+    """gradient accumulation: forward and backward passes per optimizer step and process"""
     auto_batch: bool = False
-    """find `accumulate` before the run: the fewest passes whose images, at their largest, fit into memory; `batch_size` stays"""
+    """choose `accumulate` before the run: the fewest passes for which images of the largest size fit into memory; `batch_size` stays"""
     channels_last: bool = False
-    """memory layout of the networks"""
+    """use the channels_last memory format for the networks"""
     compile: bool = False
-    """torch.compile the network"""
+    """compile the network with torch.compile"""
     workers: Workers = 2
-    """processes a rank that decode images; 0 decodes in the training process"""
+    """worker processes per rank that decode images; 0: decode in the training process"""
     log_every: Steps = 50
-    """steps between two lines of metrics"""
+    """optimizer steps between two lines of metrics"""
     evaluate_every: Steps | None = None
-    """steps between two evaluations; null evaluates at the end only"""
+    """optimizer steps between two evaluations; null: evaluate at the end only"""
     save_every: Steps = 1000
-    """steps between two checkpoints"""
+    """optimizer steps between two checkpoints"""
     keep_checkpoints: Count = 2
-    """newest checkpoints kept"""
+    """number of checkpoints to keep, the newest ones"""
     resume: Literal["auto", "never"] = "auto"
-    """auto goes on from the newest checkpoint; never refuses a folder that holds a run"""
+    """resume mode: auto, continue from the newest checkpoint; never, refuse an output folder that holds a run"""
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = []
-    """also log to these, through accelerate"""
+    """experiment trackers to log to, through accelerate"""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -110,7 +110,7 @@ class TrainingConfig(ComputeConfig):
         return self
 
     def describe_keeping(self, steps: int, *, evaluates: bool) -> str:
-        """When a run of so many steps is evaluated, if there is anything to evaluate on, and saved, for the log."""
+        """Return a line for the log on when a run of `steps` steps is evaluated (if it has evaluation images) and saved."""
         kept = "the newest is kept" if self.keep_checkpoints == 1 else f"the newest {self.keep_checkpoints} are kept"
         often = self.evaluate_every and self.evaluate_every < steps
         evaluated = f"every {self.evaluate_every} steps and at the end" if often else "at the end"
@@ -118,10 +118,10 @@ class TrainingConfig(ComputeConfig):
         return f"a checkpoint {saved}; {f'evaluation {evaluated}' if evaluates else 'no evaluation'}"
 
     def total_steps(self, images: int | None) -> int:
-        """Optimizer steps of the run for a training set of `images` images; raises UserError where that number is needed and unknown."""
+        """Return the optimizer steps of the run for a training set of `images` images. Raises UserError if that number is needed and unknown."""
         if self.steps is not None:
             return self.steps
         if self.train_epochs is not None and images is None:
-            raise UserError("train_epochs: nobody knows how many images the stream holds; give steps or train_images")
-        wanted = self.train_images if self.train_images is not None else (self.train_epochs or 0) * (images or 0)
-        return max(1, round(wanted / self.batch_size))
+            raise UserError("train_epochs: the length of a stream is unknown; give steps or train_images")
+        total = self.train_images if self.train_images is not None else (self.train_epochs or 0) * (images or 0)
+        return max(1, round(total / self.batch_size))

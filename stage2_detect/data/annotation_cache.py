@@ -1,11 +1,11 @@
-"""Large annotation files, read once: their checked content is kept in the user's cache folder.
+"""Cache of large annotation files: their parsed and checked content is stored in the user's cache folder.
 
 Parsing 450 MB of JSON takes longer than everything else before the first step. An entry is one safetensors file: numbers
-as arrays, names and ids as JSON text, shapes as JSON text each, which is decoded when an image is looked at. It is used
-only for a file of the same path, size and time stamp, if its checksums are right; anything odd about it, and the file is
-read anew. There is one entry a path, so that nothing piles up. Nothing in it is ever executed: no pickle. Writers make a
-file of their own and rename it, so any number of processes may do so at once. Small files are not kept, nor those
-changed a moment ago, since a second change could have the same time stamp.
+as arrays, names and ids as JSON text, shapes as one JSON text each, decoded when an image needs it. An entry is used
+only if path, size and time stamp of the annotation file and the entry's checksums match; otherwise the annotation file
+is read again. There is one entry per path, so the cache does not grow with every change. Loading executes no code: no
+pickle. Each writer renames a temporary file into place, so several processes may write at once. Small files are not
+cached, nor files changed less than `SETTLED_SECONDS` ago, since a second change could have the same time stamp.
 
 Legend: N annotations of the file.
 """
@@ -29,20 +29,23 @@ from ssld.shared.files import atomically
 from ssld.stage2_detect.data.coco_json import CocoTable, read_table
 
 VERSION = 2
-"""to be raised whenever `CocoTable`, or what `read_table` checks, changes"""
+"""format of an entry; increase it whenever `CocoTable` or the checks of `read_table` change"""
 LEAST_BYTES = 8 << 20
-"""smaller files are parsed in less than a second"""
+"""size from which a file is cached; smaller files are parsed in less than a second"""
 SETTLED_SECONDS = 2.0
-"""after so long a second change of a file has another time stamp"""
+"""age of a change after which another change is certain to have a different time stamp"""
 _TEXTS = ("class_names", "category_ids", "image_ids", "file_names", "annotation_ids", "changes", "orientation")
 _ARRAYS = ("widths_I", "heights_I", "owners_N", "labels_N", "boxes_N4", "crowd_N", "areas_N")
 _SHAPES = ("shapes", "shape_bounds")
 
 
 class PackedShapes(Sequence[Any]):
-    """Polygons or RLE of some annotations as JSON text; each is decoded when it is asked for.
+    """Polygons or RLE of some annotations as JSON text; each is decoded on access.
 
-    `text` uint8 is that of all annotations of the file, `bounds` [N + 1] where each begins; empty text stands for None.
+    Args:
+        text: uint8, the JSON text of all annotations of the file; empty text stands for None.
+        bounds: int64 [N + 1], start of each annotation in `text`.
+        chosen: int64, positions of the annotations in this sequence.
     """
 
     def __init__(self, text: np.ndarray, bounds: np.ndarray, chosen: np.ndarray) -> None:
@@ -63,23 +66,23 @@ class PackedShapes(Sequence[Any]):
         return json.loads(text) if text else None
 
     def pick(self, positions: np.ndarray) -> "PackedShapes":
-        """Those at some positions, still packed."""
+        """Select the shapes at some positions, still packed."""
         return PackedShapes(self._text, self._bounds, self._chosen[positions])
 
 
 def cache_folder() -> Path:
-    """Where entries are: below XDG_CACHE_HOME, else below ~/.cache."""
+    """Return the folder of the entries: below XDG_CACHE_HOME, else below ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "ssld" / "annotations"
 
 
 def entry_of(file: str, suffix: str) -> Path:
-    """The entry of an annotation file."""
+    """Return the path of the cache entry of an annotation file."""
     return cache_folder() / f"{hashlib.sha256(os.fsencode(os.path.abspath(file))).hexdigest()[:32]}{suffix}"
 
 
 def read_cached(file: str, *, segmentations: bool) -> CocoTable:
-    """What `read_table` gives, from the cache where it has it; raises as `read_table` does."""
+    """Return the result of `read_table`, from the cache if it holds a valid entry. Raises like `read_table`."""
     key = _key(file)
     if key is None:
         return read_table(file, segmentations=segmentations)
@@ -96,7 +99,7 @@ def read_cached(file: str, *, segmentations: bool) -> CocoTable:
 
 
 def _key(file: str) -> str | None:
-    """What an entry must be of; None for a file that is small or not there."""
+    """Return the key that a valid entry has (version, path, size, time stamp); None for a small or missing file."""
     try:
         stat = os.stat(file)
     except OSError:
@@ -117,14 +120,14 @@ def _pack(shapes: Sequence[Any]) -> PackedShapes:
 
 
 def _load(entry: Path, key: str, segmentations: bool) -> CocoTable | None:
-    """The table of an entry; None where there is no sound one."""
+    """Load the table of an entry; None if there is no valid entry."""
     try:
         with safe_open(entry, framework="numpy") as opened:
             metadata = opened.metadata() or {}
             if metadata.get("key") != key or (segmentations and "shapes" not in opened.keys()):  # noqa: SIM118
                 return None
-            wanted = [*_ARRAYS, "text", *(_SHAPES if segmentations else ())]
-            arrays = {name: opened.get_tensor(name) for name in wanted}
+            names = [*_ARRAYS, "text", *(_SHAPES if segmentations else ())]
+            arrays = {name: opened.get_tensor(name) for name in names}
         if any(metadata[name] != _checksum(array) for name, array in arrays.items()):
             return None
         texts = json.loads(arrays.pop("text").tobytes())
@@ -139,7 +142,7 @@ def _load(entry: Path, key: str, segmentations: bool) -> CocoTable | None:
 
 
 def _store(entry: Path, key: str, table: CocoTable) -> None:
-    """Write an entry; a cache that cannot be written is none."""
+    """Write an entry; failures to write are ignored, since the cache is optional."""
     text = json.dumps({name: getattr(table, name) for name in _TEXTS}).encode()
     arrays: dict[str, np.ndarray] = {name: np.ascontiguousarray(getattr(table, name)) for name in _ARRAYS}
     arrays["text"] = np.frombuffer(text, dtype=np.uint8)

@@ -1,15 +1,15 @@
-"""AutoAugment for detection, policy v1: random distortions of the stored picture, whole or box by box, as a function of
-(seed, image id, view).
+"""AutoAugment for detection, policy v1: random distortions of the decoded image or of the content of its boxes, as a
+function of (seed, image id, view).
 
 Source: Zoph, Cubuk, Ghiasi, Lin, Shlens, Le, "Learning Data Augmentation Strategies for Object Detection", arXiv
 1906.11172, and the policy table `v1` and magnitudes of its authors' TensorFlow TPU models (Apache-2.0), which
-PaddleDetection@666f597f `AutoAugment` carries too. Credit for the policy is theirs; the code is not. One of the
-sub-policies is drawn uniformly; its operations come one after the other, each with its probability. The names say what
-moves: `_BBox` the picture and its boxes, `_Only_BBoxes` the pixels inside a box, which itself stays; every box draws
-for itself, with a third of the probability. Colour operations are PIL's, which the authors' imitate.
+PaddleDetection@666f597f `AutoAugment` contains too. The policy is theirs, the code is not. One sub-policy is drawn
+uniformly; its two operations are applied in order, each with its own probability. Suffixes of the names: `_BBox` moves
+the image and its boxes; `_Only_BBoxes` changes the pixels inside a box and leaves the box in place, drawn independently
+per box with a third of the probability. Colour operations are PIL's, which the authors' code reimplements.
 
-Unlike there, a box that leaves the picture is dropped instead of kept as a sliver at the border, and the pixels of a box
-end with it instead of one pixel later.
+Two differences from the source: a box that leaves the image is dropped instead of kept as a sliver at the border, and
+the pixel region of a box ends at the box instead of one pixel further.
 
 Legend: C channels, H height, W width, N objects before, M after.
 """
@@ -51,9 +51,9 @@ POLICY_V1: tuple[tuple[Operation, Operation], ...] = (
 )
 FILL = (128, 128, 128)
 SMALLEST = 1.0
-"""pixels: a box with a shorter side after it was moved is dropped"""
+"""shortest side of a moved box in pixels; smaller boxes are dropped"""
 
-# What magnitude 10 means: pixels or degrees, for a whole picture and for the inside of a box.
+# Meaning of magnitude 10, for a whole image and for the inside of a box: degrees, shear factor, added grey levels, pixels.
 _DEGREES, _SHEAR, _SOLARIZE = 30.0, 0.3, 110
 _TRANSLATE, _TRANSLATE_BOX = 250.0, 120.0
 _CUTOUT, _CUTOUT_BOX = 100, 50  # half a side of the hole
@@ -64,9 +64,16 @@ _MOVES = ("TranslateX", "TranslateY", "ShearX", "ShearY", "Rotate")
 def auto_augment(
     image_CHW: Tensor, boxes_N4: np.ndarray, *, seed: int, image_id: int | str, view: int
 ) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """(uint8 [C, H, W], float32 xyxy boxes_M4, int64 kept_M: where the boxes stood before) of one view of a picture.
+    """Augment one view of an image.
 
-    `boxes_N4` lie inside the picture; `kept_M` picks their labels. The memory lies as [H, W, C], as decoded.
+    Args:
+        image_CHW: uint8.
+        boxes_N4: float32 xyxy boxes inside the image.
+        seed, image_id, view: determine all random draws.
+
+    Returns:
+        image uint8 [C, H, W] in channels-last memory, as decoded; boxes_M4 float32 xyxy; kept_M int64, positions of these
+        boxes in `boxes_N4`, to select their labels.
     """
     number, draw = draw_sub_policy(seed=seed, image_id=image_id, view=view)
     image = Image.fromarray(image_CHW.permute(1, 2, 0).numpy())
@@ -78,8 +85,8 @@ def auto_augment(
 
 
 def draw_sub_policy(*, seed: int, image_id: int | str, view: int) -> tuple[int, random.Random]:
-    """(position in `POLICY_V1`, generator of all further draws); the same in every process, and independent of those of
-    `views.draw_view`."""
+    """Draw a sub-policy: (position in `POLICY_V1`, generator of all further draws). Equal in every process, independent of
+    the draws of `views.draw_view`."""
     draw = random.Random(stable_seed(seed, image_id, view, "auto_augment"))
     return draw.randrange(len(POLICY_V1)), draw
 
@@ -87,7 +94,7 @@ def draw_sub_policy(*, seed: int, image_id: int | str, view: int) -> tuple[int, 
 def apply_operation(
     operation: Operation, image: Image.Image, boxes_N4: np.ndarray, draw: random.Random
 ) -> tuple[Image.Image, np.ndarray, np.ndarray]:
-    """(RGB picture, boxes_M4, int64 kept_M) after one operation, done with its probability."""
+    """Apply one operation with its probability; returns (RGB image, boxes_M4, int64 kept_M)."""
     name, probability, magnitude = operation
     everything = np.arange(len(boxes_N4))
     if name.endswith("_Only_BBoxes"):
@@ -107,7 +114,7 @@ def apply_operation(
 def _inside_boxes(
     kind: str, probability: float, magnitude: int, image: Image.Image, boxes_N4: np.ndarray, draw: random.Random
 ) -> Image.Image:
-    """Distorts the content of each box by itself, in random order, since boxes overlap; what moves out of it is lost."""
+    """Distort the content of each box separately, in random order since boxes overlap; pixels moved out of a box are lost."""
     image = image.copy()
     for index in draw.sample(range(len(boxes_N4)), len(boxes_N4)):
         if draw.random() >= probability:
@@ -124,7 +131,7 @@ def _inside_boxes(
 
 
 def _matrix(kind: str, size: tuple[int, int], magnitude: int, draw: random.Random, translate: float) -> np.ndarray:
-    """float64 [2, 3]: where a point (x, y, 1) goes. In either direction, with equal probability."""
+    """Return the affine map of points (x, y, 1) as float64 [2, 3]; its sign is drawn with equal probability."""
     amount = magnitude / 10 if draw.random() < 0.5 else -magnitude / 10
     matrix = np.eye(2, 3)
     if kind == "Rotate":
@@ -141,15 +148,15 @@ def _matrix(kind: str, size: tuple[int, int], magnitude: int, draw: random.Rando
 
 
 def _moved(image: Image.Image, matrix_23: np.ndarray) -> Image.Image:
-    """The picture under a map of its points, same size, nearest pixel as the authors'; PIL wants the inverse map."""
-    inverse = np.linalg.inv(np.vstack([matrix_23, [0, 0, 1]]))[:2].ravel()
+    """Apply an affine map to an image, at equal size, with nearest-neighbour interpolation as in the source."""
+    inverse = np.linalg.inv(np.vstack([matrix_23, [0, 0, 1]]))[:2].ravel()  # PIL expects the inverse map
     return image.transform(
         image.size, Image.Transform.AFFINE, tuple(inverse), resample=Image.Resampling.NEAREST, fillcolor=FILL
     )
 
 
 def _moved_boxes(boxes_N4: np.ndarray, matrix_23: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Upright boxes around the moved corners, clipped to the picture."""
+    """Return axis-aligned boxes around the moved corners, clipped to the image."""
     corners_N42 = boxes_N4[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2).astype(np.float64)
     moved_N42 = corners_N42 @ matrix_23[:, :2].T + matrix_23[:, 2]
     boxes = np.concatenate([moved_N42.min(1), moved_N42.max(1)], axis=1)
@@ -157,7 +164,7 @@ def _moved_boxes(boxes_N4: np.ndarray, matrix_23: np.ndarray, size: tuple[int, i
 
 
 def _recolour(kind: str, image: Image.Image, magnitude: int, draw: random.Random, cutout: int) -> Image.Image:
-    """Operations that move no box."""
+    """Apply an operation that moves no box."""
     if kind == "Flip":
         return ImageOps.mirror(image)
     if kind == "Equalize":
@@ -178,7 +185,7 @@ def _recolour(kind: str, image: Image.Image, magnitude: int, draw: random.Random
 
 
 def _cutout(image: Image.Image, half: int, draw: random.Random) -> Image.Image:
-    """A grey square of side 2 * `half` about a random pixel, cut at the border."""
+    """Paint a grey square of side 2 * `half` around a random pixel, clipped to the image."""
     x, y = draw.randrange(image.width), draw.randrange(image.height)
     image = image.copy()
     image.paste(FILL, (max(x - half, 0), max(y - half, 0), min(x + half, image.width), min(y + half, image.height)))

@@ -1,9 +1,9 @@
-"""Which images form which batch: a pure function of (seed, epoch), the same for any number of ranks and workers.
+"""Order of images in batches: a pure function of (seed, epoch), equal for any number of ranks and workers.
 
-A training batch holds either images that are wider than high or the others, to limit padding; what is left over of both
-groups fills the last batches. Evaluation batches are fixed by index, and ranks share them out whole. Images of rare
-classes can be shown more often: repeat factors of LVIS (arXiv 1908.03195, appendix B). Images without annotations fill
-a share of each batch, drawn anew for every step. Nothing is saved, so a run may go on anywhere.
+A training batch holds either images that are wider than high or the others, to limit padding; the remainders of both
+groups fill the last batches of an epoch. Evaluation batches are fixed by index and distributed whole over the ranks.
+Images of rare classes can be repeated: repeat factors of LVIS (arXiv 1908.03195, appendix B). Unlabeled images fill a
+share of each batch, drawn independently per step. There is no state to save: a run can resume at any step.
 """
 
 from collections.abc import Sequence
@@ -19,13 +19,19 @@ _REPEATS, _UNLABELED = 0x726570, 0x756E6C  # keep these draws apart from other d
 
 
 class BatchOrder:
-    """Which images form which global batch.
+    """Order of training images in global batches.
 
-    With `repeats` an image is in the lot of an epoch floor(factor) times, and once more with the probability of the rest,
-    drawn from (seed, epoch). An epoch has as many steps as without: what does not fit is left out, evenly over the lot.
+    Args:
+        wide: whether each image is wider than high.
+        batch_size: images per global batch.
+        seed: determines the order together with the epoch.
+        ranks, accumulate: a global batch is cut into ranks * accumulate micro-batches.
+        repeats: float64, repeat factor of each image: an image occurs floor(factor) times in an epoch, and once more with
+            probability factor - floor(factor), drawn from (seed, epoch). The number of steps per epoch stays the same; images
+            beyond it are left out at random.
 
-    Raises `UserError` when `batch_size` exceeds the number of images or does not divide over `ranks * accumulate`
-    micro-batches.
+    Raises:
+        UserError: `batch_size` exceeds the number of images or does not divide over `ranks * accumulate` micro-batches.
     """
 
     def __init__(
@@ -48,25 +54,25 @@ class BatchOrder:
         self.batch_size, self.seed, self.ranks, self.accumulate = batch_size, seed, ranks, accumulate
         self.repeats = repeats
         self.steps_per_epoch = len(wide) // batch_size
-        """constant: the remainder of an epoch is dropped, however the two groups divide"""
+        """constant: the remainder of an epoch is dropped, whatever the sizes of the two groups"""
         self._epoch_batches = lru_cache(maxsize=2)(self._draw_epoch)
 
     def step(self, step: int) -> list[int]:
-        """Image indices of the global batch of a step (from 0)."""
+        """Return the image indices of the global batch of a step (from 0)."""
         epoch, number = divmod(step, self.steps_per_epoch)
         return self._epoch_batches(epoch)[number].tolist()
 
     def micro_batch(self, step: int, rank: int, part: int) -> list[int]:
-        """Image indices of one rank's accumulation part of a step."""
+        """Return the image indices of one micro-batch: accumulation part `part` of a step on `rank`."""
         size = self.batch_size // (self.ranks * self.accumulate)
         start = (rank * self.accumulate + part) * size
         return self.step(step)[start : start + size]
 
     def _draw_epoch(self, epoch: int) -> np.ndarray:
-        """[steps_per_epoch, batch_size] image indices."""
+        """Draw the image indices of an epoch, [steps_per_epoch, batch_size]."""
         draw = np.random.default_rng([self.seed, epoch])
-        lot = self._draw_lot(epoch)
-        order = lot[draw.permutation(len(lot))]
+        images = self._images_of_epoch(epoch)
+        order = images[draw.permutation(len(images))]
         groups = [order[self.wide[order]], order[~self.wide[order]]]
         full = [len(group) // self.batch_size * self.batch_size for group in groups]
         rest = np.concatenate([group[cut:] for group, cut in zip(groups, full, strict=True)])
@@ -74,8 +80,8 @@ class BatchOrder:
         kept.append(draw.permutation(rest)[: len(rest) // self.batch_size * self.batch_size])
         return draw.permutation(np.concatenate(kept).reshape(-1, self.batch_size), axis=0)[: self.steps_per_epoch]
 
-    def _draw_lot(self, epoch: int) -> np.ndarray:
-        """The images of an epoch, each as often as it is to be seen."""
+    def _images_of_epoch(self, epoch: int) -> np.ndarray:
+        """Return the image indices of an epoch in file order, repeated by the repeat factors."""
         images = np.arange(len(self.wide))
         if self.repeats is None:
             return images
@@ -85,15 +91,15 @@ class BatchOrder:
 
 
 class MixedOrder:
-    """Global batches of labeled images, as `BatchOrder` draws them, followed by unlabeled ones.
+    """Order of labeled and unlabeled training images in global batches: labeled images as in `BatchOrder`, then unlabeled ones.
 
-    A batch of `batch_size` holds `labeled_images(batch_size, labeled_ratio)` labeled ones. The others are drawn anew for every step, without
-    repetition, among the images of the labeled ones' orientation as far as there are enough, to limit padding. Each micro-batch has its
-    share of both, labeled first. Indices from `len(wide)` on are of unlabeled images.
+    A batch of `batch_size` holds `labeled_images(batch_size, labeled_ratio)` labeled images. Its unlabeled images are drawn independently per
+    step, without repetition, preferably among images of the same aspect group (wide or not) as the labeled ones, to limit padding. Each
+    micro-batch has an equal share of both kinds, labeled images first. Indices from `len(wide)` on refer to unlabeled images.
 
     Raises:
-        UserError: one of the two parts is empty, or does not divide over `ranks * accumulate` micro-batches; more unlabeled images a
-            batch than there are; or what `BatchOrder` says.
+        UserError: one of the two parts is empty or does not divide over `ranks * accumulate` micro-batches, a batch needs more unlabeled
+            images than there are, or for the reasons of `BatchOrder`.
     """
 
     def __init__(
@@ -129,15 +135,15 @@ class MixedOrder:
         self._groups = {True: positions[flags], False: positions[~flags]}
         self.batch_size, self.ranks, self.accumulate = batch_size, ranks, accumulate
         self.steps_per_epoch = self._order.steps_per_epoch
-        """of the labeled images"""
+        """steps per pass over the labeled images"""
 
     def step(self, step: int) -> list[int]:
-        """Indices of the global batch of a step (from 0): the labeled images, then the unlabeled ones."""
+        """Return the indices of the global batch of a step (from 0): the labeled images, then the unlabeled ones."""
         labeled = self._order.step(step)
         return labeled + self._draw(step, labeled)
 
     def micro_batch(self, step: int, rank: int, part: int) -> list[int]:
-        """Indices of one rank's accumulation part of a step."""
+        """Return the indices of one micro-batch: accumulation part `part` of a step on `rank`."""
         both = self.step(step)
         number, micro = rank * self.accumulate + part, self.ranks * self.accumulate
         chosen: list[int] = []
@@ -149,8 +155,8 @@ class MixedOrder:
     def _draw(self, step: int, labeled: list[int]) -> list[int]:
         draw = np.random.default_rng([self._seed, step, _UNLABELED])
         wide = bool(2 * self._wide[labeled].sum() > len(labeled))
-        liked, others = self._groups[wide], self._groups[not wide]
-        first = draw.choice(liked, min(self.unlabeled, len(liked)), replace=False)
+        preferred, others = self._groups[wide], self._groups[not wide]
+        first = draw.choice(preferred, min(self.unlabeled, len(preferred)), replace=False)
         rest = draw.choice(others, self.unlabeled - len(first), replace=False)
         return [*first.tolist(), *rest.tolist()]
 
@@ -158,32 +164,31 @@ class MixedOrder:
 def training_order(
     wide: Sequence[bool], unlabeled_wide: Sequence[bool], labeled_ratio: float, **options: Any
 ) -> BatchOrder | MixedOrder:
-    """The order of a training run: `MixedOrder` where there are unlabeled images and a batch is to hold some."""
+    """Return the batch order of a training run: `MixedOrder` if there are unlabeled images and labeled_ratio is below 1, else `BatchOrder`."""
     if unlabeled_wide and labeled_ratio < 1:
         return MixedOrder(wide, unlabeled_wide, labeled_ratio=labeled_ratio, **options)
     return BatchOrder(wide, **options)
 
 
 def labeled_images(batch_size: int, labeled_ratio: float) -> int:
-    """Labeled images of a batch: the whole number nearest to the ratio."""
+    """Return the number of labeled images per batch: the ratio rounded to whole images."""
     return round(batch_size * labeled_ratio)
 
 
 def repeat_factors(records: Sequence[CocoImage], classes: int, repeat_threshold: float) -> np.ndarray:
-    """float64, one factor an image, 1 or more: the largest max(1, sqrt(repeat_threshold / f(c))) of its classes c.
+    """Return one repeat factor per image, float64, at least 1: the largest max(1, sqrt(repeat_threshold / f(c))) over its classes c.
 
-    f(c) is the share of the images that show c; an image without objects has 1. Source: arXiv 1908.03195, appendix B.
+    f(c) is the share of images that contain class c; the factor of an image without objects is 1. Source: arXiv 1908.03195, appendix B.
     """
-    shown = np.zeros(classes)
+    images_K = np.zeros(classes)
     for record in records:
-        shown[np.unique(record.labels_N)] += 1
-    share = shown / max(1, len(records))
-    factors = np.sqrt(repeat_threshold / np.where(shown > 0, share, 1.0)).clip(1.0)
+        images_K[np.unique(record.labels_N)] += 1
+    share = images_K / max(1, len(records))
+    factors = np.sqrt(repeat_threshold / np.where(images_K > 0, share, 1.0)).clip(1.0)
     return np.array([factors[record.labels_N].max(initial=1.0) for record in records])
 
 
 def eval_batches(records: Sequence[CocoImage], batch_size: int) -> list[list[int]]:
-    """Image indices of each evaluation batch: sorted by aspect ratio, then by index, so that a batch needs little
-    padding."""
+    """Return the image indices of each evaluation batch: sorted by aspect ratio, then by index, to limit padding."""
     order = sorted(range(len(records)), key=lambda i: (records[i].width / records[i].height, i))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -1,11 +1,11 @@
-"""COCO JSON read strictly into light records; category ids become class indices 0..K-1 here and nowhere else.
+"""Read COCO JSON strictly into compact records; the only place that maps category ids to class indices 0..K-1.
 
 Format: https://cocodataset.org/#format-data. Labels are positions in the file's `categories` list (its order, not the
 order of the ids), and boxes follow PaddleDetection@666f597f `ppdet/data/source/coco.py`: rounded to 3 decimals, clipped
-to the image, sides above 1e-5. Unlike there, images may stay without objects, ids may be strings, run-length encoded
-masks are read, and an `area` of 0 does not remove a sound box. In evaluation nothing is dropped or clipped: the scorer
-sees the boxes as the file has them, so that AP equals pycocotools' on the same file. What training leaves out is counted in a
-`Tally`, by class and cause; `require_boxes` refuses a file that lost too much. Deliberately absent: keypoints, captions, panoptic segments.
+to the image, sides above 1e-5. Differences: images without objects may stay, ids may be strings, run-length encoded
+masks are read, and an `area` of 0 does not remove a valid box. In evaluation nothing is dropped or clipped: the scorer
+gets the boxes of the file, so that AP equals pycocotools' AP on the same file. Boxes that training drops are counted in a `Tally`, by
+class and cause; `require_boxes` refuses a file with too many of them. Deliberately absent: keypoints, captions, panoptic segments.
 
 Legend: N objects of one image.
 """
@@ -32,14 +32,14 @@ from ssld.stage2_detect.data.segmentations import is_shape
 
 MIN_SIDE = 1e-5
 CROWD, FLAT, OUTSIDE, CLIPPED = "marked iscrowd", "without width or height", "outside the image", "clipped to the image"
-"""causes for which training drops or changes boxes"""
+"""reasons why training drops or changes boxes"""
 _SUSPECT = 0.1
-"""share of the boxes beyond which their form is doubted"""
+"""share of suspicious boxes above which the log questions the box format"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CocoImage:
-    """One image with its objects; `boxes_N4` is xyxy in pixels, `file_boxes_N4` xywh exactly as the JSON has it."""
+    """One image with its objects; `boxes_N4` is xyxy in pixels, `file_boxes_N4` the unchanged xywh of the JSON file."""
 
     image_id: Id
     path: str
@@ -52,66 +52,66 @@ class CocoImage:
     crowd_N: np.ndarray
     """bool; always False in training"""
     areas_N: np.ndarray
-    """float64; width x height where the file has none"""
+    """float64; width x height if the file gives no area"""
     file_boxes_N4: np.ndarray
     """float64 xywh"""
     annotation_ids: tuple[Id, ...]
     segmentations: Sequence[Any] | None
-    """raw polygons or RLE (None where an annotation has none), when asked for"""
+    """raw polygons or RLE, None for an annotation without; None if they were not requested"""
     convention: Convention = "upright"
-    """how it is read if EXIF turns it without a change of size"""
+    """form of the image to read if EXIF rotates it without a change of size"""
 
 
 @dataclass(frozen=True)
 class CocoData:
-    """A COCO file: classes, images, and what reading it dropped or changed."""
+    """A COCO file: classes, images, and a record of dropped and changed boxes."""
 
     file: str
     training: bool
     class_names: tuple[str, ...]
     category_ids: tuple[Id, ...]
-    """the file's id of each class index"""
+    """category id in the file of each class index"""
     images: list[CocoImage]
     tally: Tally = field(default_factory=Tally)
-    """what was kept, dropped and changed: boxes by class, images, classes"""
+    """kept, dropped and changed boxes by class, images, classes"""
     counts: Counter[str] = field(default_factory=Counter)
-    """of the file, whatever becomes of it: `boxes` kept, `crowd`, `degenerate` (a side <= 1e-5), `outside`, `clipped`; images: `empty` (without a
-    box), `empty_dropped`, `again` (files listed under a second id)"""
-    doubts: tuple[str, ...] = ()
-    """why the boxes may not be x, y, width, height in pixels"""
+    """counts of boxes: `boxes` (kept), and in the file `crowd`, `degenerate` (a side <= 1e-5), `outside`, `clipped`; of images: `empty` (without
+    boxes), `empty_dropped`, `again` (files listed under a second id)"""
+    format_warnings: tuple[str, ...] = ()
+    """reasons to suspect that the boxes are not x, y, width, height in pixels"""
     orientation: Orientation = field(default_factory=Orientation)
-    """which way up its images are read"""
+    """form (upright or as stored) in which the images are read"""
 
     @property
     def objects(self) -> int:
-        """Boxes that are no crowd regions: what there is to learn, or to be found."""
+        """Number of boxes other than crowd regions: the objects to learn or to detect."""
         return self.counts["boxes"] - (0 if self.training else self.counts["crowd"])
 
     def describe(self) -> str:
-        """One line for the log, without what `tally` says."""
-        found = self.counts
-        parts = [count(len(self.images), "image"), count(found["boxes"], "box"), count(len(self.class_names), "class")]
-        if found["empty"]:
-            note = f" ({found['empty_dropped']} dropped)" if found["empty_dropped"] else ""
-            parts.append(f"{count(found['empty'], 'image')} without boxes{note}")
-        if found["again"]:
-            parts.append(f"{count(found['again'], 'image')} listed before under another id: each counts by itself")
+        """Return one line for the log, without the content of `tally`."""
+        counts = self.counts
+        parts = [count(len(self.images), "image"), count(counts["boxes"], "box"), count(len(self.class_names), "class")]
+        if counts["empty"]:
+            note = f" ({counts['empty_dropped']} dropped)" if counts["empty_dropped"] else ""
+            parts.append(f"{count(counts['empty'], 'image')} without boxes{note}")
+        if counts["again"]:
+            parts.append(f"{count(counts['again'], 'image')} listed before under another id: each counts by itself")
         if not self.training:
-            for kind, what, plural in (
+            for kind, noun, plural in (
                 ("crowd", "crowd region", "crowd regions"),
                 ("degenerate", "empty box", "empty boxes"),
                 ("outside", "box outside its image", "boxes outside their image"),
             ):
-                if found[kind]:
-                    parts.append(f"{count(found[kind], what, plural)} kept, for scoring as COCO does")
-            if found["clipped"]:
+                if counts[kind]:
+                    parts.append(f"{count(counts[kind], noun, plural)} kept, for scoring as COCO does")
+            if counts["clipped"]:
                 parts.append(
-                    f"{count(found['clipped'], 'box')} {'reaches' if found['clipped'] == 1 else 'reach'} over the border"
+                    f"{count(counts['clipped'], 'box')} {'reaches' if counts['clipped'] == 1 else 'reach'} over the border"
                 )
             if not self.objects:
-                parts.append("no object to be found, so there will be no score")
+                parts.append("no objects, so there will be no score")
         parts += [orientation] if (orientation := self.orientation.describe()) else []
-        return "; ".join([f"{self.file}: {', '.join(parts)}", *self.doubts])
+        return "; ".join([f"{self.file}: {', '.join(parts)}", *self.format_warnings])
 
 
 def read_coco(
@@ -124,13 +124,19 @@ def read_coco(
     class_names: Sequence[str] | None = None,
     cache_annotations: bool = False,
 ) -> CocoData:
-    """Reads a COCO JSON file; every fault of the file is a `UserError` that names the file and the id.
+    """Read a COCO JSON file.
 
-    `training` drops crowds and unusable boxes, and with `keep_empty=False` the images that have no box then; evaluation
-    keeps everything. `image_folder` is what `file_name` is relative to, and all files must be there; None skips that
-    check. `segmentations` keeps the masks, which take most of the memory. `class_names` fixes the classes and their
-    order (those of a trained detector); the file must have the same names. `cache_annotations` keeps the content of a large file, and which way up
-    its images are, for the next time (`annotation_cache.py`, `orientation.py`).
+    Args:
+        annotation_file: COCO JSON.
+        image_folder: folder that `file_name` is relative to; every file must exist. None skips that check.
+        training: drop crowd regions and unusable boxes; for evaluation everything is kept.
+        keep_empty: in training, keep images without boxes.
+        segmentations: keep the masks, which take most of the memory.
+        class_names: classes and their order (those of a trained detector); the file must have the same names. None: those of the file.
+        cache_annotations: use the cache of large annotation files and of image orientations (`annotation_cache.py`, `orientation.py`).
+
+    Raises:
+        UserError: any fault of the file, naming the file and the id.
     """
     file = str(annotation_file)
     table = (
@@ -146,13 +152,18 @@ def read_coco(
 
     unrounded = np.concatenate([file_boxes[:, :2], file_boxes[:, :2] + file_boxes[:, 2:]], 1)
     limits = np.stack([table.widths_I, table.heights_I], 1).astype(np.float64)[owners]
-    judged = judge_boxes(file_boxes, limits)
-    corners, clipped, degenerate, outside = judged.corners_N4, judged.clipped_N4, judged.degenerate_N, judged.outside_N
+    validated = validate_boxes(file_boxes, limits)
+    corners, clipped, degenerate, outside = (
+        validated.corners_N4,
+        validated.clipped_N4,
+        validated.degenerate_N,
+        validated.outside_N,
+    )
     keep = ~(degenerate | outside | crowd) if training else np.ones(len(crowd), dtype=bool)
     boxes = (clipped if training else unrounded).astype(np.float32)
 
     kept = np.flatnonzero(keep)
-    kept = kept[np.argsort(owners[kept], kind="stable")]  # grouped by image, in file order inside
+    kept = kept[np.argsort(owners[kept], kind="stable")]  # grouped by image, in file order within an image
     bounds = np.searchsorted(owners[kept], np.arange(len(image_ids) + 1))
     widths, heights = table.widths_I.tolist(), table.heights_I.tolist()
     orientation = Orientation()
@@ -161,14 +172,14 @@ def read_coco(
         orientation = find_orientation(file, paths, *sizes, stated=table.orientation, cache=cache_annotations)
     images = []
     for index, image_id in enumerate(image_ids):
-        mine = kept[bounds[index] : bounds[index + 1]]
-        if training and not keep_empty and not len(mine):
+        rows = kept[bounds[index] : bounds[index + 1]]
+        if training and not keep_empty and not len(rows):
             continue
-        shapes = None if masks is None else _pick(masks, mine)
-        ids_here = tuple(annotation_ids[i] for i in mine)
-        arrays = (boxes[mine], labels[mine], crowd[mine], areas[mine], file_boxes[mine])
+        shapes = None if masks is None else _pick(masks, rows)
+        row_ids = tuple(annotation_ids[i] for i in rows)
+        arrays = (boxes[rows], labels[rows], crowd[rows], areas[rows], file_boxes[rows])
         whole = (image_id, paths[index], widths[index], heights[index])
-        images.append(CocoImage(*whole, *arrays, ids_here, shapes, orientation.convention))
+        images.append(CocoImage(*whole, *arrays, row_ids, shapes, orientation.convention))
 
     counts = Counter(
         boxes=len(kept),
@@ -183,7 +194,7 @@ def read_coco(
     tally = Tally()
     tally.keep("image", len(image_ids))
     if training:
-        tally_boxes(tally, judged, crowd, labels, names, annotation_ids)
+        tally_boxes(tally, validated, crowd, labels, names, annotation_ids)
     else:
         tally.keep("box", len(kept))
     for noun, cause, number, first in table.changes:
@@ -193,12 +204,15 @@ def read_coco(
         raise UserError(
             f"{file}: no image{' with a usable box' if image_ids else ''} in it{f': {lost}' if lost else ''}"
         )
-    doubts = tuple(doubts_of(judged, crowd, limits))
-    return CocoData(file, training, names, ids, images, tally, counts, doubts, orientation)
+    warnings = tuple(format_warnings(validated, crowd, limits))
+    return CocoData(file, training, names, ids, images, tally, counts, warnings, orientation)
 
 
 def require_boxes(data: CocoData, *, allow_loss: bool) -> CocoData:
-    """`data`, read to train on, where it has boxes and lost few; else a `UserError`. `allow_loss` allows any loss but that of every box."""
+    """Return `data` (read with training=True) if enough of its boxes are usable; raises UserError otherwise.
+
+    `allow_loss` accepts any share of dropped boxes below 1.
+    """
     if not data.tally.kept("box"):
         raise UserError(f"{data.file}: {loss_of(data.tally)}")
     data.tally.check(data.file, allow_loss=allow_loss)
@@ -206,7 +220,7 @@ def require_boxes(data: CocoData, *, allow_loss: bool) -> CocoData:
 
 
 def loss_of(tally: Tally) -> str | None:
-    """Why training refuses a file of whose boxes this became; None where it does not."""
+    """Return the reason why training refuses a file with this tally of boxes; None if it accepts the file."""
     lost = tally.bulk_loss()
     if tally.kept("box"):
         return lost
@@ -214,75 +228,77 @@ def loss_of(tally: Tally) -> str | None:
 
 
 @dataclass(frozen=True, eq=False)
-class JudgedBoxes:
-    """What training makes of the boxes of a file."""
+class ValidatedBoxes:
+    """Boxes of a file as training reads them."""
 
     corners_N4: np.ndarray
     """float64 xyxy, rounded to 3 decimals"""
     clipped_N4: np.ndarray
-    """the same, clipped to the image"""
+    """`corners_N4` clipped to the image"""
     degenerate_N: np.ndarray
     """bool: a side <= 1e-5"""
     outside_N: np.ndarray
-    """bool: nothing of the box is inside the image"""
+    """bool: no part of the box is inside the image"""
 
 
-def judge_boxes(file_boxes_N4: np.ndarray, sizes_N2: np.ndarray) -> JudgedBoxes:
-    """Judges finite xywh boxes in images of `sizes_N2` (width, height)."""
+def validate_boxes(file_boxes_N4: np.ndarray, sizes_N2: np.ndarray) -> ValidatedBoxes:
+    """Convert and check finite xywh boxes in images of `sizes_N2` (width, height)."""
     corners_N4 = np.concatenate([file_boxes_N4[:, :2], file_boxes_N4[:, :2] + file_boxes_N4[:, 2:]], 1).round(3)
     clipped_N4 = corners_N4.clip(0, np.concatenate([sizes_N2, sizes_N2], 1))
     degenerate_N = ((corners_N4[:, 2:] - corners_N4[:, :2]) <= MIN_SIDE).any(1)
     outside_N = ~degenerate_N & ((clipped_N4[:, 2:] - clipped_N4[:, :2]) <= MIN_SIDE).any(1)
-    return JudgedBoxes(corners_N4, clipped_N4, degenerate_N, outside_N)
+    return ValidatedBoxes(corners_N4, clipped_N4, degenerate_N, outside_N)
 
 
 def tally_boxes(
     tally: Tally,
-    judged: JudgedBoxes,
+    validated: ValidatedBoxes,
     crowd_N: np.ndarray,
     labels_N: np.ndarray,
     class_names: Sequence[str],
     annotation_ids: Sequence[Any],
 ) -> None:
-    """Count what training makes of boxes, by class and cause."""
-    flat_N, outside_N = judged.degenerate_N & ~crowd_N, judged.outside_N & ~crowd_N
-    kept_N = ~(judged.degenerate_N | judged.outside_N | crowd_N)
+    """Count kept, dropped and clipped boxes of training, by class and cause."""
+    flat_N, outside_N = validated.degenerate_N & ~crowd_N, validated.outside_N & ~crowd_N
+    kept_N = ~(validated.degenerate_N | validated.outside_N | crowd_N)
     for label, number in enumerate(np.bincount(labels_N[kept_N], minlength=len(class_names)).tolist()):
         tally.keep("box", number, group=class_names[label])
     for cause, dropped_N in ((CROWD, crowd_N), (FLAT, flat_N), (OUTSIDE, outside_N)):
         places = np.flatnonzero(dropped_N)
         labels, first, numbers = np.unique(labels_N[places], return_index=True, return_counts=True)
-        for one in np.argsort(first):  # the first name is that of the first box of any class
+        for one in np.argsort(first):  # the tally names the first dropped box of all classes
             name = f"annotation {annotation_ids[places[first[one]]]!r}"
             tally.drop("box", cause, name, int(numbers[one]), group=class_names[labels[one]])
-    clipped = np.flatnonzero((judged.clipped_N4 != judged.corners_N4).any(1) & kept_N)
+    clipped = np.flatnonzero((validated.clipped_N4 != validated.corners_N4).any(1) & kept_N)
     if len(clipped):
         tally.change("box", CLIPPED, f"annotation {annotation_ids[clipped[0]]!r}", len(clipped))
 
 
-def doubts_of(judged: JudgedBoxes, crowd_N: np.ndarray, sizes_N2: np.ndarray) -> list[str]:
-    """Why boxes of a file may not be x, y, width, height in pixels of images of `sizes_N2`: each doubt is about more than a tenth of them."""
-    sound_N = ~(judged.degenerate_N | crowd_N)
-    over_N = sound_N & (np.abs(judged.corners_N4 - judged.clipped_N4) > 1).any(1)  # a pixel is rounding
+def format_warnings(validated: ValidatedBoxes, crowd_N: np.ndarray, sizes_N2: np.ndarray) -> list[str]:
+    """Return reasons to suspect that boxes are not x, y, width, height in pixels of images of `sizes_N2`; each concerns over a tenth of them."""
+    sound_N = ~(validated.degenerate_N | crowd_N)
+    over_N = sound_N & (np.abs(validated.corners_N4 - validated.clipped_N4) > 1).any(1)  # a pixel is rounding
     first_N = (
-        sound_N & (judged.corners_N4 >= 0).all(1) & (judged.corners_N4[:, 2:] - judged.corners_N4[:, :2] <= 1).all(1)
+        sound_N
+        & (validated.corners_N4 >= 0).all(1)
+        & (validated.corners_N4[:, 2:] - validated.corners_N4[:, :2] <= 1).all(1)
     )
-    first_N &= (judged.corners_N4[:, :2] <= 1).all(1) & (sizes_N2 > 2).all(1)
+    first_N &= (validated.corners_N4[:, :2] <= 1).all(1) & (sizes_N2 > 2).all(1)
     total, over, first = (int(which_N.sum()) for which_N in (sound_N, over_N, first_N))
-    doubts = []
+    warnings = []
     if over > _SUSPECT * total:
-        doubts.append(
+        warnings.append(
             f"{over:,} of the {count(total, 'box')} reach over the border: corners (x1, y1, x2, y2) instead of x, y, width, height?"
         )
     if first > _SUSPECT * total:
-        doubts.append(
+        warnings.append(
             f"{first:,} of the {count(total, 'box')} have no number above 1: shares of the image instead of pixels?"
         )
-    return doubts
+    return warnings
 
 
 def require_masks(data: CocoData) -> CocoData:
-    """`data`, read with `segmentations=True`, when every object has a shape that can be used; else a `UserError` with the first annotation ids."""
+    """Return `data` (read with segmentations=True) if every object has a usable shape; raises UserError with the first annotation ids otherwise."""
     without: list[Id] = []
     for record in data.images:
         shapes = record.segmentations
@@ -294,7 +310,7 @@ def require_masks(data: CocoData) -> CocoData:
         first = ", ".join(repr(annotation_id) for annotation_id in without[:3])
         raise UserError(
             f"{data.file}: {len(without)} of {total} objects have no usable segmentation (first annotation ids: {first}), which a detector "
-            "with masks needs: polygons of at least three points, or RLE of the image's size; or take a kind without masks, as faster_rcnn"
+            "with masks needs: polygons of at least three points, or RLE of the image's size; or use a kind without masks, such as faster_rcnn"
         )
     return data
 
@@ -304,29 +320,29 @@ def _pick(shapes: Sequence[Any], positions: np.ndarray) -> Sequence[Any]:
 
 
 def _classes(
-    file: str, table: CocoTable, wanted: Sequence[str] | None
+    file: str, table: CocoTable, expected: Sequence[str] | None
 ) -> tuple[tuple[str, ...], tuple[Id, ...], np.ndarray]:
-    """(names, category ids, index of each class of the file) in the order that is wanted."""
+    """Return (names, category ids, index of each class of the file) in the order of `expected`, else of the file."""
     names = table.class_names
-    if wanted is None:
+    if expected is None:
         return tuple(names), tuple(table.category_ids), np.arange(len(names))
-    wanted = [clean_name(name) for name in wanted]  # as those of the file were read
-    _compare_names(file, names, wanted)
-    index = {name: label for label, name in enumerate(wanted)}
+    expected = [clean_name(name) for name in expected]  # names of the file were cleaned too
+    _compare_names(file, names, expected)
+    index = {name: label for label, name in enumerate(expected)}
     ids = dict(zip(names, table.category_ids, strict=True))
-    return tuple(wanted), tuple(ids[name] for name in wanted), np.array([index[name] for name in names])
+    return tuple(expected), tuple(ids[name] for name in expected), np.array([index[name] for name in names])
 
 
-def _compare_names(file: str, names: Sequence[str], wanted: Sequence[str]) -> None:
-    extra, missing = ([name for name in a if name not in b] for a, b in ((names, wanted), (wanted, names)))
+def _compare_names(file: str, names: Sequence[str], expected: Sequence[str]) -> None:
+    extra, missing = ([name for name in a if name not in b] for a, b in ((names, expected), (expected, names)))
     if extra or missing:
         parts = [
-            f"{what}: {', '.join(some[:10])}{' ...' if len(some) > 10 else ''}"
-            for what, some in (("unknown", extra), ("missing", missing))
+            f"{title}: {', '.join(some[:10])}{' ...' if len(some) > 10 else ''}"
+            for title, some in (("unknown", extra), ("missing", missing))
             if some
         ]
         raise UserError(
-            f"{file}: its {len(names)} classes differ from the {len(wanted)} that the detector is for; {'; '.join(parts)}"
+            f"{file}: its {len(names)} classes differ from the {len(expected)} classes of the detector; {'; '.join(parts)}"
         )
 
 

@@ -1,7 +1,7 @@
-"""COCO JSON: the content of an annotation file, checked, as a few arrays and lists; and detections as COCO's results.
+"""COCO JSON parsed and validated into a few arrays and lists; detections written in COCO's results format.
 
-Formats: https://cocodataset.org/#format-data and #format-results. Every fault of a file is a `UserError` that names the file and the id; what is
-one is for `coco_rows.py` to say.
+Formats: https://cocodataset.org/#format-data and #format-results. Every fault of a file is a `UserError` that names the file and the id; the
+rules are in `coco_rows.py`.
 
 Legend: I images, N annotations of the file, or detections of an image.
 """
@@ -19,15 +19,15 @@ import numpy as np
 from ssld.shared.errors import UserError
 from ssld.shared.files import atomically
 from ssld.stage2_detect.data.coco_rows import Id as Id
-from ssld.stage2_detect.data.coco_rows import changes_of, judge_rows
+from ssld.stage2_detect.data.coco_rows import changes_of, validate_rows
 
 if TYPE_CHECKING:  # data are checked and converted without torch
     from ssld.stage2_detect.models.batch import Detections
 
 Convention = Literal["upright", "stored"]
-"""which form of an image that EXIF turns the boxes are for"""
+"""form of an EXIF-rotated image that the boxes refer to"""
 ORIENTATION_KEY = "image_orientation"
-"""of `info`: our own, beside COCO's keys"""
+"""key of `info` for the convention; an addition to COCO's format"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,18 +52,18 @@ class CocoTable:
     crowd_N: np.ndarray
     """bool"""
     areas_N: np.ndarray
-    """float64; width x height where the file has none"""
+    """float64; width x height if the file gives no area"""
     changes: list[tuple[str, str, int, str]]
-    """what was read in another form than the file has it: (noun, cause, how many, the first)"""
+    """values read in another form than that of the file: (noun, cause, number, name of the first)"""
     segmentations: Sequence[Any] | None
-    """raw polygons or RLE (None where an annotation has none), when asked for"""
+    """raw polygons or RLE, None for an annotation without; None if they were not requested"""
     orientation: Convention | None = None
-    """what the file says of its images (`stated_orientation`)"""
+    """convention that the file states (`stated_orientation`)"""
 
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """Inside, Python's garbage collector rests: it would go through millions of new objects, which hold no cycles, again and again."""
+    """Disable Python's garbage collector inside: it would scan millions of new objects, which form no cycles, again and again."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -75,9 +75,9 @@ def without_collector() -> Iterator[None]:
 
 @without_collector()
 def read_table(file: str, *, segmentations: bool) -> CocoTable:
-    """Reads and checks a file. Raises UserError for any fault."""
+    """Read and check a file. Raises UserError for any fault."""
     content = load_content(file)
-    rows = judge_rows(content)
+    rows = validate_rows(content)
     if not rows.category_ids:
         raise UserError(f"{file}: 'categories' is empty")
     if rows.faults:
@@ -108,7 +108,7 @@ def read_table(file: str, *, segmentations: bool) -> CocoTable:
 
 
 def stated_orientation(file: str, content: Mapping[str, Any]) -> Convention | None:
-    """`info.image_orientation` of a file; None where it has none. Raises UserError for another value than upright and stored."""
+    """Return `info.image_orientation` of a file, or None. Raises UserError for a value other than upright and stored."""
     info = content.get("info")
     value: Any = info.get(ORIENTATION_KEY) if isinstance(info, dict) else None
     if value is not None and value not in get_args(Convention):
@@ -119,13 +119,13 @@ def stated_orientation(file: str, content: Mapping[str, Any]) -> Convention | No
 
 
 def with_orientation(content: Mapping[str, Any], convention: Convention) -> dict[str, Any]:
-    """The content of a COCO file that says which form of its images its boxes are for."""
+    """Return the content of a COCO file with `info.image_orientation` set to `convention`."""
     info = content.get("info")
     return {**content, "info": {**(info if isinstance(info, dict) else {}), ORIENTATION_KEY: convention}}
 
 
 def load_content(file: str | Path) -> dict[str, Any]:
-    """The content of a COCO file: the lists of objects `images`, `annotations` and `categories`, and whatever else is there. Raises UserError."""
+    """Load a COCO file; checks that `images`, `annotations` and `categories` are lists of objects. Raises UserError."""
     try:
         data = json.loads(Path(file).read_bytes())
     except OSError as error:
@@ -133,7 +133,7 @@ def load_content(file: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON: {error}") from error
     if not isinstance(data, dict):
-        raise UserError(f"{file} is not a COCO data set: expected an object, found a {type(data).__name__}")
+        raise UserError(f"{file} is not a COCO data set: expected an object, got a {type(data).__name__}")
     for key in ("images", "annotations", "categories"):
         if key not in data:
             raise UserError(
@@ -145,31 +145,37 @@ def load_content(file: str | Path) -> dict[str, Any]:
 
 
 def write_results(detections: "Mapping[Id, Detections]", category_ids: Sequence[Id], path: Path) -> None:
-    """Writes COCO's results format with the file's own image and category ids; the file appears whole or not at all."""
+    """Write detections in COCO's results format, with the image and category ids of the annotation file; atomic.
+
+    Args:
+        detections: by image id.
+        category_ids: id of each class index.
+        path: file to write.
+    """
     with atomically(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         between = "["
-        for image_id, found in detections.items():
-            # By image: as one text, a hundred masks of each of 5,000 images take half a gigabyte.
-            for row in result_rows(image_id, found, category_ids):
+        for image_id, of_image in detections.items():
+            # Row by row: as one string, 100 masks for each of 5,000 images take half a gigabyte.
+            for row in result_rows(image_id, of_image, category_ids):
                 file.write(between + json.dumps(row, allow_nan=False))
                 between = ", "
         file.write("[]" if between == "[" else "]")
 
 
-def result_rows(image_id: Id, found: "Detections", category_ids: Sequence[Id]) -> Iterator[dict[str, Any]]:
-    """The detections of an image as COCO's results have them; boxes as x, y, width, height to a thousandth of a pixel."""
-    corners_N4 = found.boxes_N4.double().cpu().numpy()
+def result_rows(image_id: Id, detections: "Detections", category_ids: Sequence[Id]) -> Iterator[dict[str, Any]]:
+    """Yield the detections of an image as rows of COCO's results format; boxes as x, y, width, height, rounded to a thousandth of a pixel."""
+    corners_N4 = detections.boxes_N4.double().cpu().numpy()
     boxes = np.concatenate([corners_N4[:, :2], corners_N4[:, 2:] - corners_N4[:, :2]], 1).round(3).tolist()
-    columns = zip(boxes, found.scores_N.tolist(), found.labels_N.tolist(), strict=True)
+    columns = zip(boxes, detections.scores_N.tolist(), detections.labels_N.tolist(), strict=True)
     for index, (box, score, label) in enumerate(columns):
         category_id = category_ids[label]
         row = {"image_id": image_id, "category_id": category_id, "bbox": box, "score": float(f"{score:.9g}")}
-        if found.masks is not None:
-            row["segmentation"] = _as_text(found.masks[index])
+        if detections.masks is not None:
+            row["segmentation"] = _as_text(detections.masks[index])
         yield row
 
 
 def _as_text(code: dict[str, Any]) -> dict[str, Any]:
-    """An RLE whose counts are text, as in JSON."""
+    """Return an RLE whose counts are text, as JSON needs it."""
     counts = code["counts"]
     return {"size": list(code["size"]), "counts": counts.decode() if isinstance(counts, bytes) else counts}

@@ -1,7 +1,7 @@
-"""The rows of a COCO file, judged: what can be used, in which form, and what cannot be. Training, evaluation and the data check share this judgement.
+"""Checks of the rows of a COCO file: usable values, corrected values and faults. Training, evaluation and the data check share them.
 
-A value that has one right reading is read so, and counted as changed: 1.0 for an id of 1, the box of a polygon for a missing bbox. A value that has
-none is a fault, with which training stops. Nothing is dropped here. Format: https://cocodataset.org/#format-data.
+A value with exactly one correct reading is read that way and counted as changed: 1.0 for an id of 1, the box of a polygon for a missing bbox. A value
+without one is a fault, which stops training. This module drops no rows. Format: https://cocodataset.org/#format-data.
 
 Legend: I images, N annotations.
 """
@@ -25,9 +25,9 @@ Kind = Literal["image", "annotation", "category"]
 MAX_COORDINATE = 1e9
 MAX_AREA = MAX_COORDINATE**2
 NOUNS: Mapping[Kind, str] = {"image": "image", "annotation": "box", "category": "class"}
-"""what a tally calls the rows"""
+"""nouns for the rows in a tally"""
 
-# Causes of faults; they complete "3 annotations ...".
+# Causes of faults, which complete "3 annotations ...".
 NO_ID = "without an id"
 TWICE = "with an id that is given before"
 NO_NAME = "without a name"
@@ -61,11 +61,11 @@ class Oddity:
     """Rows of one kind that share a cause.
 
     Attributes:
-        kind: of the rows.
+        kind: kind of the rows.
         cause: completes "3 annotations ...".
-        sentence: the whole of it about the first of them.
-        values: position of a row -> what is read in place of the file's values; empty where there is no one answer.
-        names: of the rows: their ids, or numbers in the list.
+        sentence: full sentence about the first of the rows.
+        values: position of a row -> values read in place of the file's; empty for a fault.
+        names: ids of the rows, or their numbers in the list.
     """
 
     kind: Kind
@@ -76,18 +76,18 @@ class Oddity:
 
 
 @dataclass(frozen=True)
-class JudgedRows:
-    """What can be read of a file, in file order; what cannot is None, NaN or -1, and there is a fault about it.
+class ValidatedRows:
+    """Values of the rows of a file, in file order; an unusable value is None, NaN or -1 and has an entry in `faults`.
 
     Attributes:
-        faults, changes: in the order of the judgement.
-        category_ids, class_names, image_ids, file_names, annotation_ids: of each row; the second of two equal ids is None.
+        faults, changes: in the order in which they were noted.
+        category_ids, class_names, image_ids, file_names, annotation_ids: one per row; the second of two equal ids is None.
         unused: positions of categories that are left out.
-        sizes_I2: float64, width and height; infinite where there are none.
+        sizes_I2: float64, width and height; infinite if unknown.
         owners_N, labels_N: int64, positions of image and category.
         boxes_N4: float64 xywh.
         crowd_N: bool.
-        areas_N: float64; width x height where the file has none that could be an area.
+        areas_N: float64; width x height if the file gives no valid area.
     """
 
     faults: list[Oddity]
@@ -106,8 +106,8 @@ class JudgedRows:
     areas_N: np.ndarray
 
 
-def judge_rows(content: Mapping[str, list[dict[str, Any]]]) -> JudgedRows:
-    """Judges the three lists of a file, whatever is in them."""
+def validate_rows(content: Mapping[str, list[dict[str, Any]]]) -> ValidatedRows:
+    """Check the three lists of a file; accepts any content of the rows."""
     images, annotations, categories = (content[key] for key in ("images", "annotations", "categories"))
     notes = _Notes()
     category_ids = _ids(notes, "category", categories)
@@ -122,7 +122,7 @@ def judge_rows(content: Mapping[str, list[dict[str, Any]]]) -> JudgedRows:
     boxes_N4 = _boxes(notes, annotations, owners_N, sizes_I2)
     crowd_N = _crowd_flags(notes, annotations)
     areas_N = _areas(notes, annotations, boxes_N4)
-    return JudgedRows(
+    return ValidatedRows(
         faults=list(notes.faults.values()),
         changes=list(notes.changes.values()),
         category_ids=category_ids,
@@ -140,13 +140,13 @@ def judge_rows(content: Mapping[str, list[dict[str, Any]]]) -> JudgedRows:
     )
 
 
-def changes_of(rows: JudgedRows) -> list[tuple[str, str, int, str]]:
-    """(noun, cause, how many, the first) of each change, as a tally counts them."""
+def changes_of(rows: ValidatedRows) -> list[tuple[str, str, int, str]]:
+    """Return (noun, cause, number, name of the first) of each change, for a tally."""
     return [(NOUNS[one.kind], one.cause, len(one.names), f"{one.kind} {one.names[0]}") for one in rows.changes]
 
 
 def clean_name(name: str) -> str:
-    """A name on one line: control characters, line breaks and halves of characters become single spaces; at both ends these go, as blanks do."""
+    """Clean a name: control characters, line breaks and lone surrogates become single spaces; spaces at both ends are removed."""
     name = name.strip()
     if name.isprintable():
         return name
@@ -157,7 +157,7 @@ def clean_name(name: str) -> str:
 
 
 def is_id(value: Any) -> bool:
-    """Whether a value is a number or a text that can be an id."""
+    """Whether a value is an integer or a string, and so a valid id."""
     return isinstance(value, int | str) and not isinstance(value, bool)
 
 
@@ -168,21 +168,28 @@ class _Notes:
         self.faults: dict[tuple[Kind, str], Oddity] = {}
         self.changes: dict[tuple[Kind, str], Oddity] = {}
 
-    def fault(self, kind: Kind, rows: Sequence[dict[str, Any]], index: int, cause: str, what: str) -> None:
-        """`what` completes "annotation 7 ..."."""
-        self._add(self.faults, kind, rows, index, cause, what)
+    def fault(self, kind: Kind, rows: Sequence[dict[str, Any]], index: int, cause: str, predicate: str) -> None:
+        """Note a fault of a row; `predicate` completes "annotation 7 ..."."""
+        self._add(self.faults, kind, rows, index, cause, predicate)
 
     def change(
         self, kind: Kind, rows: Sequence[dict[str, Any]], index: int, cause: str, values: dict[str, Any]
     ) -> None:
+        """Note that `values` are read in place of a row's own."""
         self._add(self.changes, kind, rows, index, cause, cause).values.setdefault(index, {}).update(values)
 
     def _add(
-        self, table: dict[Any, Oddity], kind: Kind, rows: Sequence[dict[str, Any]], index: int, cause: str, what: str
+        self,
+        table: dict[Any, Oddity],
+        kind: Kind,
+        rows: Sequence[dict[str, Any]],
+        index: int,
+        cause: str,
+        predicate: str,
     ) -> Oddity:
-        name = called(rows, index)
+        name = row_name(rows, index)
         if (kind, cause) not in table:
-            table[kind, cause] = Oddity(kind, cause, f"{kind} {name} {what}")
+            table[kind, cause] = Oddity(kind, cause, f"{kind} {name} {predicate}")
         oddity = table[kind, cause]
         if index not in oddity.values:  # a row may have two odd values
             oddity.values[index] = {}
@@ -190,21 +197,21 @@ class _Notes:
         return oddity
 
 
-def called(rows: Sequence[dict[str, Any]], index: int) -> str:
-    """What a row is called in a message."""
+def row_name(rows: Sequence[dict[str, Any]], index: int) -> str:
+    """Return the name of a row in messages: its id, or its number in the list."""
     row_id = rows[index].get("id")
     return repr(row_id) if id_of(row_id) is not None else f"number {index + 1}"
 
 
 def id_of(value: Any) -> Id | None:
-    """The id that a value stands for."""
+    """Return the id that a value stands for (1 for 1.0); None for a value that is no id."""
     if is_id(value):
         return value
     return int(value) if isinstance(value, float) and value.is_integer() else None
 
 
 def _number(value: Any) -> float | None:
-    """The finite number that a value is, or that it is the text of."""
+    """Return a finite number, parsed if the value is text; None for anything else."""
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -218,17 +225,17 @@ def _ids(notes: _Notes, kind: Kind, rows: list[dict[str, Any]]) -> list[Id | Non
         for index, value in enumerate(values):
             values[index] = exact = id_of(value)
             if exact is None:
-                what = "has no id" if value is None else f"has id {value!r}, not an integer or a string"
-                notes.fault(kind, rows, index, NO_ID, what)
+                predicate = "has no id" if value is None else f"has id {value!r}, not an integer or a string"
+                notes.fault(kind, rows, index, NO_ID, predicate)
             elif exact is not value:
                 notes.change(kind, rows, index, WHOLE_ID, {"id": exact})
     if len(set(values)) < len(values):
-        seen: set[Id | None] = set()
+        earlier: set[Id | None] = set()
         for index, value in enumerate(values):
-            if value is not None and value in seen:
+            if value is not None and value in earlier:
                 notes.fault(kind, rows, index, TWICE, "has an id that occurs more than once")
                 values[index] = None
-            seen.add(value)
+            earlier.add(value)
     return values
 
 
@@ -246,19 +253,22 @@ def _class_names(notes: _Notes, rows: list[dict[str, Any]]) -> list[str | None]:
 
 
 def _unused(notes: _Notes, rows: list[dict[str, Any]], names: Sequence[str | None], used: set[int]) -> set[int]:
-    """Of categories of one name the one that annotations use is read; that none does, or several do, is told apart."""
-    places = defaultdict(list)
+    """Return the positions of categories that share the name of another and have no annotations.
+
+    Several categories of one name that all have annotations are a fault; if none has annotations, the first one is kept.
+    """
+    positions = defaultdict(list)
     for index, name in enumerate(names):
         if name is not None:
-            places[name].append(index)
+            positions[name].append(index)
     unused: set[int] = set()
-    for name, here in places.items():
-        kept = [index for index in here if index in used] or here[:1]
+    for name, same_name in positions.items():
+        kept = [index for index in same_name if index in used] or same_name[:1]
         for index in kept[1:]:
             notes.fault(
                 "category", rows, index, SAME_NAME, f"has the name of another: two categories are called {name!r}"
             )
-        for index in here:
+        for index in same_name:
             if index not in kept:
                 notes.change("category", rows, index, UNUSED, {})
                 unused.add(index)
@@ -278,8 +288,8 @@ def _sizes(notes: _Notes, rows: list[dict[str, Any]]) -> np.ndarray:
 def _size(notes: _Notes, rows: list[dict[str, Any]], index: int, key: str, value: Any) -> float:
     number = _number(value)
     if number is None or not 0 < number < MAX_COORDINATE or number != number // 1:
-        what = f"has no {key}" if value is None else f"has {key} {value!r}, not a positive integer"
-        notes.fault("image", rows, index, NO_SIZE, what)
+        predicate = f"has no {key}" if value is None else f"has {key} {value!r}, not a positive integer"
+        notes.fault("image", rows, index, NO_SIZE, predicate)
         return math.inf
     if type(value) is not int:
         notes.change("image", rows, index, TEXT if isinstance(value, str) else WHOLE_SIZE, {key: int(number)})
@@ -299,38 +309,39 @@ def _file_names(notes: _Notes, rows: list[dict[str, Any]]) -> list[str | None]:
 def _look_up(
     notes: _Notes,
     rows: list[dict[str, Any]],
-    what: Literal["image", "category"],
+    noun: Literal["image", "category"],
     ids: Sequence[Id | None],
     missing: str,
     other_type: str,
 ) -> np.ndarray:
-    key = f"{what}_id"
+    """Return the position of each row's image or category, int64 [N]; -1, with a fault, if there is none."""
+    key = f"{noun}_id"
     known = {one: index for index, one in enumerate(ids) if one is not None}
     values = [row.get(key) for row in rows]
     if set(map(type, values)) <= {int, str}:
-        found = [known.get(value, -1) for value in values]  # type: ignore[arg-type]
-        if -1 not in found:
-            return np.array(found, dtype=np.int64)
-    found = [-1] * len(rows)
+        positions = [known.get(value, -1) for value in values]  # type: ignore[arg-type]
+        if -1 not in positions:
+            return np.array(positions, dtype=np.int64)
+    positions = [-1] * len(rows)
     for index, value in enumerate(values):
         exact = id_of(value)
         if exact is None:
-            told = f"has no {key}" if value is None else f"has {key} {value!r}, not an integer or a string"
-            notes.fault("annotation", rows, index, missing, told)
+            predicate = f"has no {key}" if value is None else f"has {key} {value!r}, not an integer or a string"
+            notes.fault("annotation", rows, index, missing, predicate)
         elif exact in known:
-            found[index] = known[exact]
+            positions[index] = known[exact]
             if exact is not value:
                 notes.change("annotation", rows, index, WHOLE_ID, {key: exact})
         elif (other := _other_type(exact)) in known:
-            found[index] = known[other]
+            positions[index] = known[other]
             notes.change("annotation", rows, index, other_type, {key: other})
         else:
-            notes.fault("annotation", rows, index, missing, f"has {key} {value!r}, which is no {what} of the file")
-    return np.array(found, dtype=np.int64)
+            notes.fault("annotation", rows, index, missing, f"has {key} {value!r}, which is no {noun} of the file")
+    return np.array(positions, dtype=np.int64)
 
 
 def _other_type(value: Id) -> Id:
-    """A number as text, and the text of a number as the number: "7" and "7.0", but not "007", which may be a name."""
+    """Convert an id between number and text: 7 to "7", "7" and "7.0" to 7, but not "007", which may be a name."""
     if isinstance(value, int):
         return str(value)
     whole = re.sub(r"\.0+$", "", value)
@@ -350,8 +361,8 @@ def _boxes(notes: _Notes, rows: list[dict[str, Any]], owners_N: np.ndarray, size
         width, height = sizes_I2[owner] if owner >= 0 else (math.inf, math.inf)
         box, cause = _box(row, width, height)
         if box is None:
-            what = f"has bbox {_short(row.get('bbox'))}, expected four finite numbers [x, y, width, height]"
-            notes.fault("annotation", rows, index, NO_BOX, what)
+            predicate = f"has bbox {_short(row.get('bbox'))}, expected four finite numbers [x, y, width, height]"
+            notes.fault("annotation", rows, index, NO_BOX, predicate)
             continue
         table[index] = box
         if cause:
@@ -360,7 +371,7 @@ def _boxes(notes: _Notes, rows: list[dict[str, Any]], owners_N: np.ndarray, size
 
 
 def _box(row: dict[str, Any], width: float, height: float) -> tuple[list[float] | None, str]:
-    """(x, y, width, height of an object, or None where they cannot be known; what is odd about the way they are given)."""
+    """Return (x, y, width, height of an object, or None if unknown; cause of a change, or "")."""
     given = row.get("bbox")
     if _is_missing(given):
         rows_columns = (int(height), int(width)) if max(height, width) < math.inf else (-1, -1)
@@ -374,7 +385,7 @@ def _box(row: dict[str, Any], width: float, height: float) -> tuple[list[float] 
     if isinstance(given, list) and len(given) == 1 and isinstance(given[0], list):
         given, cause = given[0], NESTED
     elif isinstance(given, list) and len(given) == 2 and all(isinstance(pair, list) for pair in given):
-        # Two pairs could as well be two corners, unless the area says which.
+        # Two pairs may also be two corners; the area decides.
         given, cause = [*given[0], *given[1]], NESTED
         sides = [number for value in given[2:] if (number := _number(value)) is not None]
         area = _number(row.get("area"))
@@ -396,7 +407,7 @@ def _bounded(numbers: Sequence[float | None] | None) -> list[float] | None:
 
 
 def _is_missing(box: Any) -> bool:
-    """Whether nothing is given as a bbox: nothing, an empty list, or what tables write into empty cells."""
+    """Whether a bbox is missing: None, an empty string or list, or NaN, which tables write into empty cells."""
     if isinstance(box, list):
         return all(value is None or value != value for value in box)
     return box is None or box == "" or box != box
@@ -412,7 +423,7 @@ def _crowd_flags(notes: _Notes, rows: list[dict[str, Any]]) -> np.ndarray:
     if not set(map(type, flags)) <= {int, bool} or not set(flags) <= {0, 1}:
         for index, flag in enumerate(flags):
             number = _number(flag) if not isinstance(flag, bool) else int(flag)
-            if flag != flag:  # what tables write into empty cells
+            if flag != flag:  # NaN, which tables write into empty cells
                 notes.change("annotation", rows, index, EMPTY_CROWD, {"iscrowd": 0})
             elif number not in (0, 1):
                 notes.fault("annotation", rows, index, ODD_CROWD, f"has iscrowd {_short(flag)}, expected 0 or 1")
@@ -438,13 +449,13 @@ def _areas(notes: _Notes, rows: list[dict[str, Any]], boxes_N4: np.ndarray) -> n
     odd_N = ~((areas_N > 0) & np.isfinite(areas_N))
     areas_N[~np.isfinite(areas_N)] = np.nan
     for index in np.flatnonzero(odd_N).tolist():
-        # An object without width or height has no area either: nothing is odd about that.
+        # An object without width or height has no area: not a change.
         if values[index] is not None and (filled_N[index] > 0 or np.isnan(areas_N[index])):
             notes.change("annotation", rows, index, ODD_AREA, {"area": _plain(filled_N[index])})
     return np.where(odd_N & ((filled_N > 0) | np.isnan(areas_N)), filled_N, areas_N)
 
 
 def _plain(value: float) -> float | None:
-    """A number as JSON has it; None for NaN, where the box is not known either."""
+    """Convert a number for JSON: whole numbers to int, NaN (unknown box) to None."""
     number = float(value)
     return None if math.isnan(number) else int(number) if number.is_integer() else number

@@ -1,4 +1,4 @@
-"""Images and videos that come without annotations: which files a path means, and a record for each."""
+"""Images and videos without annotations: the files that a path refers to, and a record for each."""
 
 import codecs
 import glob
@@ -27,7 +27,7 @@ from ssld.shared.tally import Tally
 from ssld.stage2_detect.data.coco import CocoImage, Id
 
 _SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
-_EXPECTED = "give an image, a video, a folder, a quoted pattern or a text file with a path a line"
+_EXPECTED = "give an image, a video, a folder, a quoted pattern or a text file with one path per line"
 _MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -40,7 +40,7 @@ class ImageFiles(NamedTuple):
 
 @contextmanager
 def images_of_any_size(allowed: bool) -> Iterator[None]:
-    """Lift PIL's limit meanwhile, above which (179 million pixels) it takes an image for an attack: what tiles are for is as large as that."""
+    """Lift PIL's limit of 179 million pixels inside, if `allowed`: PIL takes larger images for an attack, while prediction with tiles needs them."""
     limit = Image.MAX_IMAGE_PIXELS
     if allowed:
         Image.MAX_IMAGE_PIXELS = None
@@ -51,9 +51,16 @@ def images_of_any_size(allowed: bool) -> Iterator[None]:
 
 
 def find_images(images: str, tally: Tally | None = None) -> ImageFiles:
-    """The images and videos that a path means: a folder with all below it, one of them, a pattern (`**` for any depth), or a text file of paths,
-    one a line, relative to that file. `tally` counts what else lies in a folder. Raises UserError where there are none, or a listed one is
-    missing."""
+    """List the images and videos that a path refers to.
+
+    Args:
+        images: a folder (searched recursively), an image or video, a pattern (`**` for any depth), or a text file with one path per line,
+            relative to that file.
+        tally: counts the other files of a folder.
+
+    Raises:
+        UserError: there are no images, or a listed file is missing.
+    """
     path = Path(images)
     if path.is_dir():
         return ImageFiles(images, list_images(path, _SUFFIXES, tally) or require_images(path))
@@ -62,16 +69,16 @@ def find_images(images: str, tally: Tally | None = None) -> ImageFiles:
     if is_pattern(images):
         names = [one for one in _matches(images) if one.lower().endswith(_SUFFIXES)]
         if not names:
-            raise UserError(f"no images match {images} (looked for {' '.join(_SUFFIXES)})")
+            raise UserError(f"no images match {images} (suffixes: {' '.join(_SUFFIXES)})")
         return _together(names)
     raise UserError(f"{images}: no such image, video, folder or list")
 
 
 def records_of(files: ImageFiles, ids: Sequence[Id]) -> tuple[list[CocoImage], list[str]]:
-    """(a record without objects for each image, upright by its EXIF; names of those that cannot be read). Only headers are read."""
+    """Return (a record without objects for each image, with the size upright by EXIF; names of unreadable images). Reads only headers."""
     paths = [os.path.join(files.folder, name) for name in files.names]
     headers = image_headers(paths)
-    nothing = (
+    no_objects = (
         np.zeros((0, 4), np.float32),
         np.zeros(0, np.int64),
         np.zeros(0, bool),
@@ -79,7 +86,7 @@ def records_of(files: ImageFiles, ids: Sequence[Id]) -> tuple[list[CocoImage], l
         np.zeros((0, 4)),
     )
     records = [
-        CocoImage(image_id, path, *header.upright_size[::-1], *nothing, (), ())
+        CocoImage(image_id, path, *header.upright_size[::-1], *no_objects, (), ())
         for image_id, path, header in zip(ids, paths, headers, strict=True)
         if header is not None
     ]
@@ -87,7 +94,7 @@ def records_of(files: ImageFiles, ids: Sequence[Id]) -> tuple[list[CocoImage], l
 
 
 def _is_one(file: Path) -> bool:
-    """Whether a file is an image or a video, by its name or, where that says nothing, by its content."""
+    """Whether a file is an image or a video, by its suffix or, without a suffix that decides it, by its content."""
     if file.name.lower().endswith(_SUFFIXES):
         return True
     with file.open("rb") as opened:
@@ -95,7 +102,7 @@ def _is_one(file: Path) -> bool:
 
 
 def _matches(pattern: str) -> list[str]:
-    """The files that a pattern means; brackets and the like in the name of a folder that is there are letters of it."""
+    """List the files that match a pattern; brackets and other special characters in names of existing folders are literal."""
     parts, number = Path(pattern).parts, 0
     while number < len(parts) - 1 and Path(*parts[: number + 1]).is_dir():
         number += 1
@@ -104,7 +111,7 @@ def _matches(pattern: str) -> list[str]:
 
 
 def _listed(file: Path) -> list[str]:
-    """The paths in a list file; empty lines and those that begin with # do not count."""
+    """Read the paths of a list file, ignoring empty lines and lines that begin with #."""
     paths: list[str] = []
     for number, text in enumerate(_text_of(file).splitlines(), 1):
         line = text.strip()
@@ -112,15 +119,15 @@ def _listed(file: Path) -> list[str]:
             line = line[1:-1]
         if not line or line.startswith("#"):
             continue
-        tries = [os.path.join(file.parent, one) for one in (line, line.replace("\\", "/"))]
-        path = next((one for one in tries if os.path.isfile(one)), None)
+        candidates = [os.path.join(file.parent, one) for one in (line, line.replace("\\", "/"))]
+        path = next((one for one in candidates if os.path.isfile(one)), None)
         if path is None:
             if not paths and line[0] in "{[<":
-                raise UserError(f"{file}: begins with {_shown(line, 20)}, which is no path; {_EXPECTED}")
-            raise UserError(f"{file}, line {number}: {_shown(line, 120)}: no such file")
+                raise UserError(f"{file}: begins with {_shortened(line, 20)}, which is no path; {_EXPECTED}")
+            raise UserError(f"{file}, line {number}: {_shortened(line, 120)}: no such file")
         paths.append(path)
     if not paths:
-        raise UserError(f"{file}: no path in it; it should list images, one a line")
+        raise UserError(f"{file}: contains no path; it should list images, one per line")
     return paths
 
 
@@ -134,17 +141,19 @@ def _text_of(file: Path) -> str:
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
-        raise UserError(f"{file}: neither an image or video ({' '.join(_SUFFIXES)}) nor a text file with a path a line")
+        raise UserError(
+            f"{file}: neither an image or video ({' '.join(_SUFFIXES)}) nor a text file with one path per line"
+        )
     return text
 
 
-def _shown(line: str, most: int) -> str:
-    """A line for a message, which may be anything."""
+def _shortened(line: str, most: int) -> str:
+    """Shorten and escape an arbitrary line for a message."""
     return line if len(line) <= most and line.isprintable() else f"{line[:most]!r}..."
 
 
 def _together(paths: Sequence[str]) -> ImageFiles:
-    """Files below the deepest folder that holds them all."""
+    """Return files relative to the deepest folder that contains all of them."""
     whole = {os.path.normpath(os.path.abspath(path)) for path in paths}
     folder = os.path.commonpath([os.path.dirname(path) for path in whole])
     return ImageFiles(folder, sorted(Path(path).relative_to(folder).as_posix() for path in whole))

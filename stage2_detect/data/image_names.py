@@ -1,6 +1,6 @@
-"""The file names of a COCO file: are the files there, which file would fit one that is not, and which names belong to one photo.
+"""File names of a COCO file: missing files, suggestions for them, and names that belong to one photo.
 
-Names are compared as they are, with no form of a name taken for another: a hint says what would fit, and whoever wrote the file decides.
+Names are compared exactly; no other form of a name is accepted. A hint names the file that would fit, and the user decides.
 """
 
 import os
@@ -19,8 +19,8 @@ _ROBOFLOW = re.compile(r"(.+)\.rf\.[0-9A-Za-z]{8,}\.[^.]+")
 
 
 def missing_names(folder: str | Path, names: Iterable[str]) -> list[int]:
-    """Positions of the names of which there is no file in the folder."""
-    present: dict[str, set[str]] = {}  # one listing a folder instead of one system call an image
+    """Return the positions of the names without a file in the folder."""
+    present: dict[str, set[str]] = {}  # one listing per folder instead of one system call per image
     missing = []
     for index, whole in enumerate(names):
         parent, name = os.path.split(os.path.join(folder, whole))
@@ -32,11 +32,10 @@ def missing_names(folder: str | Path, names: Iterable[str]) -> list[int]:
 
 
 def hint(folder: str | Path, missing: Sequence[str]) -> str:
-    """The end of a message on missing files: for the first of them that is there under another form of its name, that form; empty where none is.
+    """Return the end of a message on missing files: the existing file whose name is another form of a missing one; empty if there is none.
 
-    Other forms: blanks and line breaks at its ends, slashes as backslashes, `%20` for a blank, letters composed otherwise (Unicode NFC and NFD) or in
-    another case, another suffix of images, and the path to another folder before the name. The nearest form counts, and has to be that of one file
-    alone.
+    Other forms: blanks and line breaks at the ends, slashes as backslashes, `%20` for a blank, letters composed differently (Unicode NFC and NFD) or
+    in another case, another image suffix, and another folder before the name. The closest form decides, and must fit exactly one file.
     """
     try:
         files = list_images(folder)
@@ -48,44 +47,45 @@ def hint(folder: str | Path, missing: Sequence[str]) -> str:
         for file in files:
             indexes[-1][form(file)].append(file)
     for name in missing:
-        found = next((fit for form, index in zip(_FORMS, indexes, strict=True) if (fit := index.get(form(name)))), [])
-        if len(found) == 1:
-            composed = unicodedata.normalize("NFC", found[0]) == unicodedata.normalize("NFC", name)
-            look = " (its letters are composed otherwise, as Unicode NFC and NFD are)" if composed else ""
+        fits = next((fit for form, index in zip(_FORMS, indexes, strict=True) if (fit := index.get(form(name)))), [])
+        if len(fits) == 1:
+            composed = unicodedata.normalize("NFC", fits[0]) == unicodedata.normalize("NFC", name)
+            note = " (its letters are composed differently, as in Unicode NFC and NFD)" if composed else ""
             meant = "" if name == missing[0] else f" for {name!r}"
-            return f"; did you mean {found[0]!r}{look}{meant}?"
+            return f"; did you mean {fits[0]!r}{note}{meant}?"
     return ""
 
 
 def same_file(names: Sequence[str]) -> list[list[int]]:
-    """Groups of positions whose names are of one file, as `a.jpg` and `./a.jpg`."""
+    """Group the positions whose names refer to one file, such as `a.jpg` and `./a.jpg`."""
     return _groups(posixpath.normpath(name) for name in names)
 
 
 def same_photo(names: Sequence[str]) -> list[list[int]]:
-    """Groups of positions whose files are augmented copies of one photo by their names, `NAME.rf.HASH.jpg`, which is what Roboflow calls them."""
+    """Group the positions whose files are augmented copies of one photo by Roboflow's names, `NAME.rf.HASH.jpg`."""
     return _groups(photo_of(name) for name in names)
 
 
 def photo_of(name: str) -> str | None:
-    """What Roboflow's copies of one photo have in common; None for names of another kind."""
-    found = _ROBOFLOW.fullmatch(posixpath.basename(name))
-    return found[1] if found else None
+    """Return the part of a Roboflow name that all copies of one photo share; None for other names."""
+    match = _ROBOFLOW.fullmatch(posixpath.basename(name))
+    return match[1] if match else None
 
 
 def _groups(keys: Iterable[Any]) -> list[list[int]]:
-    places: dict[Any, list[int]] = defaultdict(list)
+    """Group the positions of equal keys; groups of one and the key None are left out."""
+    positions: dict[Any, list[int]] = defaultdict(list)
     for index, key in enumerate(keys):
         if key is not None:
-            places[key].append(index)
-    return [group for group in places.values() if len(group) > 1]
+            positions[key].append(index)
+    return [group for group in positions.values() if len(group) > 1]
 
 
 def _files_in(folder: str) -> set[str]:
     try:
         with os.scandir(folder or ".") as entries:
             return {entry.name for entry in entries if entry.is_file()}
-    except (OSError, ValueError):  # no such folder, or a name that none can have
+    except (OSError, ValueError):  # no such folder, or an invalid name
         return set()
 
 

@@ -1,12 +1,11 @@
-"""Images on their way into a detector: in training, evaluation, prediction, on videos and in a call from Python.
+"""Loaders of image batches for training, evaluation, prediction, videos and calls from Python.
 
-Every loader makes its batches through one `BatchLoader`: workers, errors and pinned memory are its job. A training
-batch is a pure function of (seed, step), split over ranks and micro-batches: the global batch is drawn once for all
-ranks from (seed, epoch) and cut contiguously, first over ranks, then over accumulation, so that any split sees the same
-images under the same augmentation; a run may stop anywhere and start again at `start_step` (`batch_order.py`).
-Deliberately absent: any state to save.
+Every loader makes its batches through one `BatchLoader`, which handles workers, errors and pinned memory. A training
+batch is a pure function of (seed, step): the global batch is drawn once for all ranks from (seed, epoch) and cut
+contiguously, first over ranks, then over accumulation, so that every split gets the same images with the same
+augmentation. A run can stop anywhere and resume at `start_step` (`batch_order.py`); there is no state to save.
 
-Legend: B images of a micro-batch, C channels, H height, W width, G objects (padded to the batch's most).
+Legend: B images of a micro-batch, C channels, H height, W width, G objects (padded to the largest number in the batch).
 """
 
 import itertools
@@ -29,7 +28,7 @@ from ssld.stage2_detect.data.coco import CocoData, CocoImage
 from ssld.stage2_detect.data.orientation import fit_of, is_upright, misfit
 from ssld.stage2_detect.data.padding import pad_images, pad_targets
 from ssld.stage2_detect.data.sizing import MultiScaleBatch, Sizing
-from ssld.stage2_detect.data.views import SeenImage, TrainingViews, View
+from ssld.stage2_detect.data.views import TrainingViews, View, ViewedImage
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.mask_targets import ImageMasks
 
@@ -38,10 +37,14 @@ Batch = TypeVar("Batch")
 
 
 class BatchLoader(Generic[Batch]):
-    """Iterates over what `make` makes of each of `requests`, in their order: in `workers` processes, or in the calling one if there are none.
+    """Iterate over `make(request)` for each request, in order.
 
-    A `UserError` of `make` is raised in the calling process, as one line. Requests, what is made, and `make` itself
-    cross the process border; what is made lies in pinned memory where there is a GPU.
+    Args:
+        make: builds a batch; runs in a worker process if `workers` is above 0. Its `UserError` is raised in the calling process.
+        requests: arguments of `make`. Requests, batches and `make` itself are pickled for the workers.
+        workers: number of worker processes; 0: the calling process.
+
+    Batches are in pinned memory if there is a GPU.
     """
 
     def __init__(self, make: Callable[[Any], Batch], requests: Iterable[Any], workers: int = 0) -> None:
@@ -53,7 +56,7 @@ class BatchLoader(Generic[Batch]):
             num_workers=workers,
             pin_memory=pins_memory(),
             worker_init_fn=start_worker,
-            generator=torch.Generator(),  # its own: the base seed would otherwise advance torch's global generator
+            generator=torch.Generator(),  # otherwise drawing the base seed would advance torch's global generator
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -64,15 +67,16 @@ class BatchLoader(Generic[Batch]):
 
 
 class ImageLoader(Generic[Item]):
-    """Iterates over (batch, its items): images in the sizes of `sizing`, a `MultiScaleBatch` with test-time augmentation.
+    """Iterate over (batch, its items): images resized by `sizing`; a `MultiScaleBatch` with test-time augmentation.
 
     Args:
-        batches: the items of each batch. A sequence is shared out to the workers; what comes one after the other, as
-            frames of a video do, is made in a thread, one batch ahead of its use.
-        load: an item's pixels, uint8 [3, H, W]; raises `UnreadableImage` or `UserError`.
-        workers: processes, for a sequence; 0 decodes in the calling one.
-        skip_unreadable: leave out images that cannot be decoded, and note them in `unreadable` when their batch has
-            come. Otherwise one is a `UserError`.
+        batches: the items of each batch. A sequence is distributed over the workers; an iterator, such as the frames of
+            a video, is read in a thread, one batch ahead.
+        load: reads an item's pixels, uint8 [3, H, W]; raises `UnreadableImage` or `UserError`.
+        sizing: sizes of the images.
+        workers: number of worker processes for a sequence; 0: the calling process.
+        skip_unreadable: leave out images that cannot be decoded, and append them to `unreadable` with their batch.
+            Otherwise such an image is a `UserError`.
     """
 
     def __init__(
@@ -92,7 +96,7 @@ class ImageLoader(Generic[Item]):
 
     @property
     def images(self) -> int:
-        """How many items there are, of a sequence of batches."""
+        """Number of items, for a sequence of batches."""
         assert isinstance(self._batches, Sequence)
         return sum(len(batch) for batch in self._batches)
 
@@ -121,10 +125,10 @@ def eval_loader(
     ranks: int = 1,
     workers: int = 0,
 ) -> ImageLoader[CocoImage]:
-    """This rank's batches of an evaluation; every image of the data comes once over all ranks.
+    """Return this rank's evaluation batches; over all ranks every image occurs once.
 
-    Batches are the same whatever the number of ranks, since padding touches the features near a border; rank r takes
-    batches r, r + ranks, ... An image that cannot be decoded is a `UserError`.
+    Batches do not depend on the number of ranks, since padding affects the features near a border; rank r gets batches
+    r, r + ranks, ... An image that cannot be decoded is a `UserError`.
     """
     batches = [[data.images[index] for index in batch] for batch in eval_batches(data.images, batch_size)[rank::ranks]]
     return ImageLoader(batches, load_record, sizing, workers=workers)
@@ -137,18 +141,28 @@ class TrainBatch(NamedTuple):
     targets: Targets
     records: list[CocoImage]
     unreadable: list[UnreadableImage]
-    """files that could not be decoded and were replaced by the next image; the training loop counts and lists them"""
+    """files that could not be decoded and were replaced by the next image; the training loop records them"""
 
 
 class TrainLoader:
-    """Iterates over this rank's micro-batches from `start_step` to `stop_step`: `accumulate` of them a step, in order.
+    """Iterate over this rank's micro-batches from `start_step` to `stop_step`, `accumulate` per step, in order.
 
-    `resize` and `augment` are the whole augmentation (see `views.TrainingViews`); an image's view number is the epoch.
-    With `large_scale_jitter` every batch is padded to the square of side `train_long_side`. With `repeats`, images are
-    shown more or less often (`batch_order.BatchOrder`), and the view number is the step. With `unlabeled` images the
-    batches are those of `MixedOrder`; they have no targets, unless `pseudo`: then their boxes count as those of the
-    others. `workers=0` decodes in the calling process. An image that cannot be decoded is replaced by the next of the
-    file and reported with the batch; an image whose size differs from the file's raises `UserError`.
+    An image that cannot be decoded is replaced by the next one of the file and reported with the batch.
+
+    Args:
+        data: labeled training images.
+        resize, augment: the whole augmentation, see `views.TrainingViews`. The view number of an image is the epoch. With
+            `large_scale_jitter` every batch is padded to the square of side `train_long_side`.
+        batch_size, seed, rank, ranks, accumulate: see `batch_order.BatchOrder`.
+        start_step, stop_step: range of optimizer steps.
+        workers: number of worker processes; 0: the calling process.
+        unlabeled: unlabeled images; the batches are then those of `batch_order.MixedOrder`. They have no targets.
+        labeled_ratio: share of labeled images per batch, if there are unlabeled ones.
+        pseudo: the unlabeled images have pseudo-labels, used as targets like those of labeled images.
+        repeats: repeat factors of the labeled images; the view number is then the step.
+
+    Raises:
+        UserError: a batch does not fit the data or the ranks; while iterating: the size of an image differs from the file's.
     """
 
     def __init__(
@@ -191,7 +205,7 @@ class TrainLoader:
             yield TrainBatch(made.images, targets, [self._records[i] for i in made.indices], made.unreadable)
 
     def _masks(self, made: "_TrainImages") -> tuple[ImageMasks, ...] | None:
-        """Shapes never cross the process border: they are looked up here, by what a worker kept."""
+        """Return the masks of a batch. They are looked up in this process by the kept positions, so workers need not pickle them."""
         if self._records[0].segmentations is None:
             return None
         parts = zip(made.indices, made.views, made.kept, strict=True)
@@ -199,23 +213,23 @@ class TrainLoader:
 
 
 def load_record(record: CocoImage) -> Tensor:
-    """uint8 [3, height, width] in the size of the record: upright or as stored, as `orientation.py` decides.
+    """Decode an image to uint8 [3, height, width] of the record's size: upright or as stored, as decided in `orientation.py`.
 
-    Raises `UnreadableImage`, or `UserError` where neither has that size.
+    Raises `UnreadableImage`, or `UserError` if neither form has that size.
     """
 
     def upright(header: ImageHeader) -> bool:
         fit = fit_of(header, record.width, record.height)
         if fit == "neither":
-            said = misfit(record.path, header, record.width, record.height)
-            raise UserError(f"{said} (id {record.image_id!r})")
+            message = misfit(record.path, header, record.width, record.height)
+            raise UserError(f"{message} (id {record.image_id!r})")
         return is_upright(fit, record.convention)
 
     return decode_image(record.path, exif=upright)
 
 
 def masks_of(record: CocoImage, view: View, kept_N: np.ndarray | None = None) -> ImageMasks:
-    """Shapes of an image's objects where a view shows them; `kept_N` picks and orders them."""
+    """Return the masks of an image's objects in a view; `kept_N` selects and orders them."""
     shapes = () if record.segmentations is None else record.segmentations
     picked = tuple(shapes[index] for index in (range(len(shapes)) if kept_N is None else kept_N)) if len(shapes) else ()
     mirror = view.width if view.flip else None
@@ -223,17 +237,17 @@ def masks_of(record: CocoImage, view: View, kept_N: np.ndarray | None = None) ->
 
 
 def ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items; each is made in a thread while the one before is in use."""
+    """Iterate over `items`, fetching the next one in a thread while the current one is in use."""
     end = object()
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = pool.submit(next, items, end)
+        future = pool.submit(next, items, end)
+        while (item := future.result()) is not end:
+            future = pool.submit(next, items, end)
             yield item  # type: ignore[misc]
 
 
 class _Error(NamedTuple):
-    """A `UserError` as a value: a `DataLoader` would wrap a raised one in a traceback."""
+    """A `UserError` as a value, since a `DataLoader` would wrap a raised one in a traceback."""
 
     line: str
 
@@ -254,7 +268,7 @@ def _unchanged(made: Any) -> Any:
 
 
 class _Images(NamedTuple):
-    """A batch, the positions of the images in it that could be decoded, and those that could not."""
+    """A batch, the positions of its decoded images, and the unreadable ones."""
 
     batch: ImageBatch | MultiScaleBatch | None
     positions: list[int]
@@ -263,7 +277,7 @@ class _Images(NamedTuple):
 
 @dataclass(frozen=True)
 class _ImagesOf:
-    """Makes a batch of its items."""
+    """Make a batch from its items."""
 
     load: Callable[[Any], Tensor]
     sizing: Sizing
@@ -284,7 +298,7 @@ class _ImagesOf:
 
 @dataclass(frozen=True)
 class _Indexed:
-    """Makes batch `index`, so that a number crosses the process border instead of records."""
+    """Make batch `index`, so that a number is pickled for the worker instead of the records."""
 
     make: _ImagesOf
     batches: Sequence[Sequence[Any]]
@@ -308,14 +322,14 @@ class _TrainSampler(Sampler[list[_Request]]):
 
     def __iter__(self) -> Iterator[list[_Request]]:
         for step in self.steps:
-            # With repeat factors an epoch holds an image several times: its number would show the same view again.
+            # With repeat factors an image occurs several times per epoch; the epoch as view number would repeat its view.
             view = step // self.order.steps_per_epoch if self.order.repeats is None else step
             for part in range(self.order.accumulate):
                 yield [_Request(index, view, step) for index in self.order.micro_batch(step, self.rank, part)]
 
 
 class _TrainImages(NamedTuple):
-    """What a worker makes of a micro-batch; the rest is looked up by `indices`."""
+    """Micro-batch as a worker makes it; records are looked up by `indices` in the calling process."""
 
     images: ImageBatch
     targets: Targets
@@ -326,7 +340,7 @@ class _TrainImages(NamedTuple):
 
 
 class _TrainImagesOf:
-    """Makes a micro-batch of its requests."""
+    """Make a micro-batch from its requests."""
 
     def __init__(self, records: list[CocoImage], labeled: int, views: TrainingViews) -> None:
         self.records, self.labeled = records, labeled
@@ -338,23 +352,25 @@ class _TrainImagesOf:
 
     def __call__(self, requests: list[_Request]) -> _TrainImages:
         unreadable: list[UnreadableImage] = []
-        indices, seen = zip(*(self._seen(request, unreadable) for request in requests), strict=True)
+        indices, views = zip(*(self._view(request, unreadable) for request in requests), strict=True)
         objects = [
-            (one.boxes_M4, self.records[index].labels_N[one.kept_M]) for index, one in zip(indices, seen, strict=True)
+            (one.boxes_M4, self.records[index].labels_N[one.kept_M]) for index, one in zip(indices, views, strict=True)
         ]
         ids = [self.records[index].image_id for index in indices]
         seeds = [stable_seed(self.views.seed, request.step, one) for request, one in zip(requests, ids, strict=True)]
         return _TrainImages(
-            pad_images([one.pixels_CHW for one in seen], [one.view.scale for one in seen], least_side=self.least_side),
+            pad_images(
+                [one.pixels_CHW for one in views], [one.view.scale for one in views], least_side=self.least_side
+            ),
             pad_targets(objects, seeds),
             list(indices),
-            [one.view for one in seen],
-            [one.kept_M for one in seen],
+            [one.view for one in views],
+            [one.kept_M for one in views],
             unreadable,
         )
 
-    def _seen(self, request: _Request, unreadable: list[UnreadableImage]) -> tuple[int, SeenImage]:
-        """(index, view) of the image that was asked for, or of the next of its part, labeled or not, that can be decoded."""
+    def _view(self, request: _Request, unreadable: list[UnreadableImage]) -> tuple[int, ViewedImage]:
+        """Return (index, view) of the requested image, or of the next decodable one of its part (labeled or unlabeled)."""
         labeled = request.image < self.labeled
         part = range(self.labeled) if labeled else range(self.labeled, len(self.records))
         views = self.views if labeled else self.unlabeled_views

@@ -1,11 +1,11 @@
-"""Which way up the images of a source are read: upright, or as their pixels are stored. The one place that decides it.
+"""Orientation in which the images of a source are read: upright by EXIF, or as their pixels are stored. Decided here only.
 
-A camera stores pixels as its sensor lies and writes into EXIF how to turn them. Most tools show the upright image and draw boxes on it, some the
-stored pixels. What an annotation file means is told by its sideways images, those that EXIF turns by 90 degrees and that are not square: the width
-and height that the file gives are those of the upright image or of the stored pixels, and each is read as its size says. Of images that EXIF turns by
-180 degrees, mirrors, or turns while they are square, both have the same size: they follow the most of their source's sideways images, and are
-read upright where there are none, or as many of either kind. `info.image_orientation` of a COCO file says it outright, so that parts and cleaned
-copies of a source keep what the whole of it showed.
+A camera stores the pixels in the orientation of its sensor and writes the rotation into EXIF. Most tools show the upright image and draw boxes on it,
+some show the stored pixels. The convention of an annotation file follows from its sideways images, which EXIF rotates by 90 degrees and which are not
+square: the width and height in the file match either the upright image or the stored pixels, and each sideways image is read in the matching form.
+For images that EXIF rotates by 180 degrees, mirrors, or rotates while they are square, both forms have the same size: they follow the majority of the
+sideways images of their source, and are read upright without a majority. `info.image_orientation` of a COCO file states the convention, so that parts
+and cleaned copies of a source keep it.
 
 Legend: I images.
 """
@@ -31,65 +31,65 @@ from ssld.stage2_detect.data.annotation_cache import SETTLED_SECONDS, entry_of
 from ssld.stage2_detect.data.coco_json import Convention
 
 Fit = Literal["plain", "upright", "stored", "both", "neither"]
-"""Which forms of an image have the size that is given for it; `plain`: it has one form, since EXIF does not turn it."""
+"""Forms of an image that have the size given in the file; `plain`: EXIF does not rotate the image, so it has one form."""
 LEAST_IMAGES = 1000
-"""the headers of fewer are read in less than a second"""
+"""number of images from which the result is cached; fewer headers are read in less than a second"""
 _VERSION = 1
 
 
 @dataclass(frozen=True)
 class Orientation:
-    """How the images of a source are read, and what shows it."""
+    """Orientation in which the images of a source are read, and the counts that decided it."""
 
     convention: Convention = "upright"
-    """of images that have the given size both ways"""
+    """form in which images are read that have the given size in both forms"""
     stated: bool = False
-    """whether the source says so itself"""
+    """whether the source states the convention"""
     upright: int = 0
     """sideways images with the size of the upright image"""
     stored: int = 0
     """sideways images with the size of the stored pixels"""
     both: int = 0
-    """turned images with the same size both ways, which follow the convention"""
+    """rotated or mirrored images with equal size in both forms, which follow the convention"""
 
     @property
     def contradictory(self) -> bool:
-        """Whether some sideways images show the one and some the other."""
+        """Whether some sideways images match the upright form and others the stored form."""
         return bool(self.upright and self.stored)
 
     @property
     def guessed(self) -> bool:
-        """Whether some images follow a convention that nothing shows."""
+        """Whether some images follow a convention without evidence for it."""
         return bool(self.both) and not self.stated and self.upright == self.stored
 
     def describe(self) -> str:
-        """A clause for the log; empty where EXIF turns no image."""
-        turned = {"upright": "turned upright by EXIF", "stored": "read as stored"}
+        """Return a clause for the log; empty if EXIF rotates no image."""
+        forms = {"upright": "turned upright by EXIF", "stored": "read as stored"}
         way = f"read {'upright' if self.convention == 'upright' else 'as stored'}"
         parts = [
-            f"{count(number, 'sideways image')} {turned[name]}, as {'its size says' if number == 1 else 'their sizes say'}"
+            f"{count(number, 'sideways image')} {forms[name]}, by {'its size' if number == 1 else 'their sizes'}"
             for name, number in (("upright", self.upright), ("stored", self.stored))
             if number
         ]
         if self.both:
             if self.stated:
-                why = "as the source says"
+                reason = "as the source states"
             elif self.contradictory:
-                why = "as most of these" if self.upright != self.stored else "since as many say the one as the other"
+                reason = "like most of these" if self.upright != self.stored else "without a majority of these"
             elif self.upright or self.stored:
-                why = "like these"
+                reason = "like these"
             else:
-                why = "since nothing shows which form the boxes are for"
-            parts.append(f"{count(self.both, 'image')} that EXIF turns without a change of size {way}, {why}")
+                reason = "although the form that the boxes refer to is unknown"
+            parts.append(f"{count(self.both, 'image')} that EXIF turns without a change of size {way}, {reason}")
         return ", ".join(parts)
 
     def record(self) -> dict[str, Any]:
-        """The same for result.json."""
+        """Return the fields for result.json."""
         return asdict(self)
 
 
 def fit_of(header: ImageHeader, width: int, height: int) -> Fit:
-    """How an image fits the size that is given for it."""
+    """Compare an image, upright and as stored, with the size in the file."""
     stored = (header.height, header.width) == (height, width)
     upright = header.upright_size == (height, width)
     if header.orientation == 1:
@@ -98,7 +98,7 @@ def fit_of(header: ImageHeader, width: int, height: int) -> Fit:
 
 
 def orientation_of(fits: Iterable[Fit], stated: Convention | None = None) -> Orientation:
-    """What the images of a source show together; `stated` is what the source says itself."""
+    """Decide the orientation of a source from its images; `stated` is the convention that the source states, if any."""
     counts = Counter(fits)
     majority: Convention = "stored" if counts["stored"] > counts["upright"] else "upright"
     numbers = {name: counts[name] for name in ("upright", "stored", "both")}
@@ -106,7 +106,7 @@ def orientation_of(fits: Iterable[Fit], stated: Convention | None = None) -> Ori
 
 
 def is_upright(fit: Fit, convention: Convention) -> bool:
-    """Whether an image is turned by its EXIF."""
+    """Whether an image is read upright by its EXIF."""
     return convention == "upright" if fit == "both" else fit == "upright"
 
 
@@ -119,10 +119,17 @@ def find_orientation(
     stated: Convention | None = None,
     cache: bool = False,
 ) -> Orientation:
-    """The orientation of a source from the headers of all its images, beside their sizes in the file `source`; what cannot be read is passed over.
+    """Decide the orientation of a source from the headers of all its images.
 
-    With `cache` what was found is kept beside the annotations in the user's cache folder, for the same source, sizes and unchanged images.
-    Raises UserError naming the first image that has the given size neither upright nor as stored.
+    Args:
+        source: annotation file, for messages and the cache.
+        paths: image files; unreadable ones are skipped.
+        widths_I, heights_I: sizes in the annotation file.
+        stated: convention that the file states.
+        cache: store the result in the user's cache folder, valid while source, sizes and images do not change.
+
+    Raises:
+        UserError: an image has the given size neither upright nor as stored; names the first one.
     """
     entry = key = None
     if cache and len(paths) >= LEAST_IMAGES:
@@ -143,20 +150,20 @@ def find_orientation(
         more = f", and {len(wrong) - 1:,} others of its {len(paths):,} images do not fit either" if wrong[1:] else ""
         size = widths_I[wrong[0]], heights_I[wrong[0]]
         raise UserError(f"{source}: {misfit(paths[wrong[0]], header, *size)}{more}")
-    found = orientation_of(fits.values(), stated)
+    orientation = orientation_of(fits.values(), stated)
     if entry and key:
-        _store(entry, key, found)
-    return found
+        _store(entry, key, orientation)
+    return orientation
 
 
 def misfit(path: str, header: ImageHeader, width: int, height: int) -> str:
-    """A sentence on an image that has the given size neither upright nor as stored."""
+    """Return a message about an image that has the given size neither upright nor as stored."""
     high, wide = header.upright_size
-    return f"image {path} is {wide}x{high}, but the annotations say {width}x{height}"
+    return f"image {path} is {wide}x{high}, but {width}x{height} in the annotations"
 
 
 def _key(paths: Sequence[str], widths_I: np.ndarray, heights_I: np.ndarray, stated: Convention | None) -> str | None:
-    """A digest of all that the answer depends on; None where a file is missing, or changed a moment ago and so perhaps again at the same time."""
+    """Return a digest of everything that decides the orientation; None if a file is missing or changed less than `SETTLED_SECONDS` ago."""
     digest = hashlib.sha256(json.dumps([_VERSION, stated]).encode())
     newest = 0
     try:
@@ -170,7 +177,7 @@ def _key(paths: Sequence[str], widths_I: np.ndarray, heights_I: np.ndarray, stat
 
 
 def _load(entry: Path, key: str) -> Orientation | None:
-    """What an entry says; None where there is no sound one of this key."""
+    """Load an entry; None if there is no valid entry with this key."""
     try:
         content = json.loads(entry.read_bytes())
         sound = content["key"] == key and content["check"] == _checksum(content["orientation"])
@@ -179,9 +186,10 @@ def _load(entry: Path, key: str) -> Orientation | None:
         return None
 
 
-def _store(entry: Path, key: str, found: Orientation) -> None:
-    """Write an entry; a cache that cannot be written is none."""
-    content = {"key": key, "check": _checksum(found.record()), "orientation": found.record()}
+def _store(entry: Path, key: str, orientation: Orientation) -> None:
+    """Write an entry; failures to write are ignored, since the cache is optional."""
+    record = orientation.record()
+    content = {"key": key, "check": _checksum(record), "orientation": record}
     with contextlib.suppress(OSError):
         entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomically(entry, json.dumps(content))

@@ -1,6 +1,6 @@
-"""Images and objects of unequal size and number as batches: every way into a detector pads here.
+"""Padding of images and targets to batches, shared by all loaders.
 
-Legend: B images of a batch, C channels, H height, W width, G objects (padded to the batch's most), N objects of an image.
+Legend: B images of a batch, C channels, H height, W width, G objects (padded to the largest number in the batch), N objects of an image.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from torch import Tensor
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 
 PAD_MULTIPLE = 32
-"""pixels; of both sides of a batch, so that a pyramid's maps halve without a rest"""
+"""factor of both sides of a batch in pixels, so that the maps of a pyramid halve without a remainder"""
 
 
 def padded_side(side: int) -> int:
-    """The least multiple of `PAD_MULTIPLE` that holds a side."""
+    """Round a side up to a multiple of `PAD_MULTIPLE`."""
     return -(-side // PAD_MULTIPLE) * PAD_MULTIPLE
 
 
@@ -28,19 +28,20 @@ def pad_images(
     least_side: int = 1,
     canvas: tuple[int, int] | None = None,
 ) -> ImageBatch:
-    """uint8 [3, H, W] images, at least one, in one batch, padded with zeros at the bottom and the right.
+    """Pad images to one batch with zeros at the bottom and the right.
 
     Args:
+        images: uint8 [3, H, W], at least one.
         scales: size of each image / its original size.
-        originals: (height, width) of the originals, where they are known.
-        least_side: the batch's sides hold at least so many pixels.
-        canvas: (height, width) of the batch, where a file was exported for one size.
+        originals: (height, width) of the original images, if known.
+        least_side: smallest side of the batch, in pixels.
+        canvas: fixed (height, width) of the batch, for a file exported for one size.
     """
     sizes = [tuple(image.shape[1:]) for image in images]
     sides = canvas or [padded_side(max(least_side, *axis)) for axis in zip(*sizes, strict=True)]
     pixels_BCHW = torch.zeros(len(images), 3, *sides, dtype=torch.uint8)
-    for place, image in zip(pixels_BCHW, images, strict=True):
-        place[:, : image.shape[1], : image.shape[2]] = image
+    for padded, image in zip(pixels_BCHW, images, strict=True):
+        padded[:, : image.shape[1], : image.shape[2]] = image
     return ImageBatch(
         pixels_BCHW,
         torch.tensor(sizes),
@@ -50,7 +51,7 @@ def pad_images(
 
 
 def pad_targets(objects: Sequence[tuple[np.ndarray, np.ndarray]], seeds: Sequence[int]) -> Targets:
-    """(float32 boxes [N, 4], labels [N]) and the sampling's seed of each image as targets without masks."""
+    """Pad (float32 boxes [N, 4], labels [N]) of each image to targets without masks; `seeds` are the images' sampling seeds."""
     most = max(len(labels) for _, labels in objects)
     boxes_BG4 = torch.zeros(len(objects), most, 4)
     labels_BG = torch.full((len(objects), most), -1, dtype=torch.int64)

@@ -1,15 +1,15 @@
-"""Segmentations of COCO's objects: polygons, or run-length encoded masks (RLE). Have they the form they should have, and which box holds them?"""
+"""Validation and bounding boxes of COCO segmentations: polygons, or run-length encoded masks (RLE)."""
 
 import math
 from itertools import accumulate, pairwise
 from typing import Any
 
 _FARTHEST = 1e6
-"""pixels: pycocotools walks along the edges of polygons in memory of their length, and crashes where it gets none"""
+"""largest coordinate in pixels: pycocotools allocates memory for the length of a polygon's edges, and crashes if that fails"""
 
 
 def is_shape(segmentation: Any, height: int, width: int) -> bool:
-    """Whether a segmentation has the form of polygons or of RLE for an image of this size."""
+    """Whether a segmentation consists of valid polygons or a valid RLE for an image of this size."""
     try:
         if isinstance(segmentation, list):
             return bool(segmentation) and all(
@@ -32,15 +32,15 @@ def is_shape(segmentation: Any, height: int, width: int) -> bool:
         KeyError,
         IndexError,
         OverflowError,
-    ):  # cut off, not made of numbers, or of something else altogether
+    ):  # truncated, not numbers, or another type
         return False
 
 
 def _run_lengths(code: str) -> list[int]:
-    """Run lengths of a compressed RLE (pycocotools' `rleFrString`), which does not say when a code is damaged but reads on beyond it.
+    """Decode the run lengths of a compressed RLE, as pycocotools' `rleFrString`, which reads beyond the end of a damaged code.
 
-    Six bits a character from "0" on: five of value, lowest first, and one that says whether more follow; from the fourth run on values are
-    differences to the last but one. Raises IndexError for a code that breaks off, or has other characters.
+    Six bits per character from "0" on: five bits of value, lowest first, and one bit if more characters follow; from the fourth run on, values are
+    differences to the run before the last. Raises IndexError for a truncated code or invalid characters.
     """
     if not all("0" <= letter <= "o" for letter in code):
         raise IndexError(code)
@@ -61,7 +61,7 @@ def _run_lengths(code: str) -> list[int]:
 
 
 def shape_box(segmentation: Any, height: int, width: int) -> list[float] | None:
-    """x, y, width, height of the smallest box that holds a segmentation; None where it has not the form of one, or nothing is in it."""
+    """Return x, y, width, height of the smallest box around a segmentation; None for an invalid or empty one."""
     if not is_shape(segmentation, height, width):
         return None
     if isinstance(segmentation, list):
@@ -71,12 +71,12 @@ def shape_box(segmentation: Any, height: int, width: int) -> list[float] | None:
     counts = segmentation["counts"]
     runs = _run_lengths(counts) if isinstance(counts, str) else counts
     edges = list(accumulate(runs, initial=0))
-    # Pixels are counted down the columns; every second run is of the object.
+    # Pixels are counted down the columns; every second run belongs to the object.
     inside = [(first, end - 1) for first, end in list(pairwise(edges))[1::2] if end > first]
     if not inside:
         return None
     left, right = inside[0][0] // height, inside[-1][1] // height
-    whole = any(first // height != last // height for first, last in inside)  # it goes on in the next column
+    whole = any(first // height != last // height for first, last in inside)  # a run continues in the next column
     top = 0 if whole else min(first % height for first, _ in inside)
     bottom = height - 1 if whole else max(last % height for _, last in inside)
     return [left, top, right - left + 1, bottom - top + 1]

@@ -1,4 +1,4 @@
-"""The sizes in which images are looked at outside training: one, or several views for test-time augmentation."""
+"""Image sizes outside training: one, or several views for test-time augmentation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,27 +14,27 @@ from ssld.stage2_detect.models.batch import ImageBatch
 
 @dataclass(frozen=True)
 class MultiScaleBatch:
-    """The same images in several sizes, for test-time augmentation."""
+    """Equal images in several sizes, for test-time augmentation."""
 
     batches: tuple[ImageBatch, ...]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "MultiScaleBatch":
-        """A copy on `device`."""
+        """Return a copy on `device`."""
         return MultiScaleBatch(tuple(batch.to(device, non_blocking=non_blocking) for batch in self.batches))
 
     def pin_memory(self) -> "MultiScaleBatch":
-        """A copy in pinned memory; a `DataLoader` calls it."""
+        """Return a copy in pinned memory; called by `DataLoader`."""
         return MultiScaleBatch(tuple(batch.pin_memory() for batch in self.batches))
 
 
 @dataclass(frozen=True)
 class Sizing:
-    """How images are resized for a detector, under the names of the settings.
+    """Resizing of images for a detector; names as in the settings.
 
     Attributes:
         short_side, long_side: see `views.fit_view`.
         interpolation, kernel: see `views.view_image`.
-        tta: the views of test-time augmentation, if there is any.
+        tta: views of test-time augmentation; None: one view.
     """
 
     short_side: int
@@ -52,18 +52,18 @@ class Sizing:
         long_side: int | None = None,
         tta: TTAConfig | None = None,
     ) -> "Sizing":
-        """A recipe's sizes of evaluation, unless others are given."""
+        """Return the evaluation sizes of a recipe, unless others are given."""
         short, long = short_side or resize.short_side, long_side or resize.long_side
         return cls(short, long, resize.interpolation, resize.kernel, tta)
 
     def view(self, height: int, width: int) -> View:
-        """Where an image of [height, width] goes without test-time augmentation."""
+        """Return the view of an image of [height, width] without test-time augmentation."""
         return fit_view(height, width, short_side=self.short_side, long_side=self.long_side)
 
     def batch(self, images: Sequence[Tensor]) -> ImageBatch | MultiScaleBatch:
-        """uint8 [3, H, W] images, at least one, resized and padded: with `tta` a `MultiScaleBatch`.
+        """Resize and pad uint8 [3, H, W] images, at least one; returns a `MultiScaleBatch` if `tta` is set.
 
-        The largest long side grows with the short side of a view.
+        The largest long side grows in proportion to the short side of a view.
         """
         if self.tta is None:
             return self._batch(images, self.short_side, self.long_side)

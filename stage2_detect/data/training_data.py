@@ -1,4 +1,4 @@
-"""What a training run reads: labeled images, images without annotations or with pseudo-labels, evaluation images."""
+"""Data of a training run: labeled images, unlabeled images with or without pseudo-labels, evaluation images."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -21,16 +21,16 @@ _TOO_MANY = 0.01
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The images of a run.
+    """Images of a training run.
 
     Attributes:
         train: labeled images.
-        val: evaluation images as the scorer wants them, if there are any.
-        val_objects: the same as training wants them, for the loss on them, where that is asked for.
-        unlabeled: images without annotations, or with pseudo-labels for such.
-        unreadable: names of those among them that cannot be read.
-        pseudo: what is known of the pseudo-labels, for the log; None where there are none.
-        repeats: how often each labeled image is shown, where that differs.
+        val: evaluation images as the scorer needs them, if given.
+        val_objects: evaluation images as training reads them, for the validation loss, if requested.
+        unlabeled: unlabeled images, with pseudo-labels if given.
+        unreadable: names of unreadable unlabeled images.
+        pseudo: line for the log on the pseudo-labels; None without.
+        repeats: repeat factor of each labeled image; None without.
     """
 
     train: CocoData
@@ -43,41 +43,41 @@ class TrainingData:
 
     @property
     def images(self) -> int:
-        """Distinct training images."""
+        """Number of distinct training images."""
         return len(self.train.images) + len(self.unlabeled)
 
     def orientations(self) -> dict[str, Any]:
-        """Which way up the images of each source are read, for result.json."""
+        """Return the orientation in which the images of each source are read, for result.json."""
         parts = {"train": self.train, "val": self.val}
         return {name: part.orientation.record() for name, part in parts.items() if part}
 
     def steps_per_epoch(self, config: TrainConfig) -> int:
-        """Steps that show the labeled images once; what is left of them is dropped."""
+        """Return the number of steps in a pass over the labeled images; an incomplete batch at the end is dropped."""
         ratio = config.labeled_ratio if self.unlabeled else 1.0
         return len(self.train.images) // max(1, labeled_images(config.batch_size, ratio))
 
     def tallies(self) -> Iterator[tuple[str, CocoData]]:
-        """The files with boxes, by the settings that name them."""
+        """Yield the files with boxes, by the settings that name them."""
         yield "data.train_annotations", self.train
         if self.val:
             yield "data.val_annotations", self.val
 
     def describe(self, config: TrainConfig) -> Iterator[str]:
-        """Lines for the log."""
+        """Yield lines for the log."""
         yield self.train.describe()
         if self.val:
             yield self.val.describe()
         if self.repeats is not None:
-            often = int((self.repeats > 1).sum())
-            yield f"repeat factors: {often} images are shown more often than the others, up to {self.repeats.max():.2f} times"
+            repeated = int((self.repeats > 1).sum())
+            yield f"repeat factors: {repeated} images are repeated, up to {self.repeats.max():.2f} times per pass"
         if self.pseudo:
             yield self.pseudo
         elif self.unlabeled:
             bad = f"; {len(self.unreadable)} unreadable, first {self.unreadable[0]}" if self.unreadable else ""
-            yield f"{len(self.unlabeled)} images without annotations{bad}"
+            yield f"{len(self.unlabeled)} unlabeled images{bad}"
         if self.unlabeled and config.labeled_ratio < 1:
             labeled = labeled_images(config.batch_size, config.labeled_ratio)
-            split = f"{labeled} labeled + {config.batch_size - labeled} unlabeled images a batch"
+            split = f"{labeled} labeled + {config.batch_size - labeled} unlabeled images per batch"
             share = labeled / config.batch_size
             yield (
                 split
@@ -87,7 +87,7 @@ class TrainingData:
 
 
 def read_training_data(config: TrainConfig) -> TrainingData:
-    """Read what `config` names; raises UserError for any fault of the files."""
+    """Read the data that `config` names. Raises UserError for any fault of the files."""
     files = config.data
     options: dict[str, Any] = {"segmentations": config.model.has_masks, "cache_annotations": config.cache_annotations}
     train = read_coco(
@@ -104,9 +104,9 @@ def read_training_data(config: TrainConfig) -> TrainingData:
                 class_names=train.class_names,
                 **options,
             )
-            if wanted
+            if needed
             else None
-            for training, wanted in ((False, True), (True, config.val_loss))
+            for training, needed in ((False, True), (True, config.val_loss))
         )
     if config.model.has_masks:
         for part in (train, val, val_objects):
@@ -119,7 +119,7 @@ def read_training_data(config: TrainConfig) -> TrainingData:
 
 
 def _unlabeled(config: TrainConfig, class_names: Sequence[str]) -> tuple[list[CocoImage], list[str], str | None]:
-    """(records, names of what cannot be read, a line on the pseudo-labels if there are any)."""
+    """Return (records, names of unreadable images, line for the log on the pseudo-labels or None)."""
     folder, file = config.unlabeled, config.pseudo
     if folder is None:
         return [], [], None
@@ -138,10 +138,10 @@ def _unlabeled(config: TrainConfig, class_names: Sequence[str]) -> tuple[list[Co
 
 
 def list_unlabeled(folder: Path) -> tuple[list[CocoImage], list[str]]:
-    """(a record without objects for each image in the folder and below it, by sorted relative path; names of those that cannot be read).
+    """Return (a record without objects for each image in the folder and its subfolders, by sorted relative path; names of unreadable images).
 
-    Only headers are read. Raises UserError for a folder that is missing or holds no images, and when more than one and more than 1 %
-    cannot be read.
+    Reads only headers. Raises UserError for a folder that is missing or without images, and if more than one image and more than 1 % of
+    them cannot be read.
     """
     try:
         names = require_images(folder)
@@ -150,7 +150,7 @@ def list_unlabeled(folder: Path) -> tuple[list[CocoImage], list[str]]:
     records, unreadable = records_of(ImageFiles(str(folder), names), [f"unlabeled/{name}" for name in names])
     if len(unreadable) > max(1, _TOO_MANY * len(names)):
         raise UserError(
-            f"unlabeled: {len(unreadable)} of the {len(names)} images in {folder} cannot be read (first: {unreadable[0]}); mend or remove them"
+            f"unlabeled: {len(unreadable)} of the {len(names)} images in {folder} cannot be read (first: {unreadable[0]}); fix or remove them"
         )
     if not records:
         raise UserError(f"unlabeled: {folder}: its only image, {names[0]}, cannot be read")
@@ -166,10 +166,10 @@ def read_pseudo_labels(
     cache_annotations: bool,
     allow_loss: bool = False,
 ) -> tuple[CocoData, int]:
-    """(the images of `folder` that have boxes in a COCO file, with them; how many images are in the folder).
+    """Return (the images of `folder` that have boxes in a COCO file, with these boxes; number of images in the folder).
 
-    Raises UserError for an empty folder, a file that names other images or classes or has no box, and whatever `read_coco`, `require_boxes` and,
-    with `segmentations`, `require_masks` find.
+    Raises UserError for an empty folder, for a file with other images or classes or without boxes, and for the faults of `read_coco`,
+    `require_boxes` and, with `segmentations`, `require_masks`.
     """
     try:
         total = len(require_images(folder))
@@ -190,13 +190,13 @@ def read_pseudo_labels(
             require_masks(data)
     except UserError as error:
         raise UserError(f"pseudo: {error}") from None
-    # Draws go by the image's id: the same with or without boxes, and never that of a labeled image.
+    # Random draws depend on the image id: equal with and without boxes, and different from those of labeled images.
     images = [replace(one, image_id=f"unlabeled/{os.path.relpath(one.path, folder)}") for one in data.images]
     return replace(data, images=images), total
 
 
-def images_to_try_a_teacher_on(config: TrainConfig, data: TrainingData) -> CocoData:
-    """The evaluation images, or the training images where there are none."""
+def teacher_check_images(config: TrainConfig, data: TrainingData) -> CocoData:
+    """Return the images for the check of a teacher: the evaluation images, or the training images if there are none."""
     files = config.data
     return data.val or read_coco(
         files.train_annotations,
@@ -210,7 +210,7 @@ def images_to_try_a_teacher_on(config: TrainConfig, data: TrainingData) -> CocoD
 def training_loader(
     config: TrainConfig, data: TrainingData, *, start: int, stop: int, rank: int, ranks: int
 ) -> TrainLoader:
-    """This rank's micro-batches from step `start` to `stop`. Raises UserError where the batch does not fit data or ranks."""
+    """Return this rank's micro-batches from step `start` to `stop`. Raises UserError if the batch does not fit the data or the ranks."""
     return TrainLoader(
         data.train,
         config.resize,

@@ -3,10 +3,10 @@ function of (seed, image id, view).
 
 Resize: PaddleDetection@666f597f `ppdet/data/transform/operators.py` `Resize(keep_ratio=True)`: one scale for both axes,
 new size int(scale * size + 0.5), OpenCV's interpolation without antialiasing. Large-scale jitter: arXiv 2012.07177,
-section 3. A view is drawn first and applied afterwards, so that boxes, and whatever else an image carries, follow by
-the same numbers. Changes of the stored picture come before (`auto_augment.py`).
+section 3. A view is drawn first and applied afterwards, so that boxes and masks follow the same numbers. Augmentation of
+the decoded image comes before (`auto_augment.py`).
 
-Legend: C channels, H height, W width, N objects, M objects that are left.
+Legend: C channels, H height, W width, N objects, M objects that remain.
 """
 
 import random
@@ -28,8 +28,8 @@ _UPSAMPLE = {"bicubic": torch.ops.aten.upsample_bicubic2d, "bilinear": torch.ops
 
 @dataclass(frozen=True)
 class View:
-    """Where a view puts the image: first times `scale`, then the window of [height, width] at (`top`, `left`) is cut
-    out, then mirrored if `flip`.
+    """Geometry of a view: the image is scaled by `scale`, cropped to the window [height, width] at (`top`, `left`), then
+    mirrored if `flip`.
 
     A point (x, y) of the image goes to (x', y * scale - top), with x' = x * scale - left, or x' = width - (x * scale -
     left) if mirrored. Backwards: x = (x' + left) / scale, or (width - x' + left) / scale; y = (y' + top) / scale.
@@ -43,14 +43,14 @@ class View:
     left: int = 0
 
 
-class SeenImage(NamedTuple):
-    """What a training view shows of an image."""
+class ViewedImage(NamedTuple):
+    """One training view of an image, with the boxes that remain in it."""
 
     pixels_CHW: Tensor
     view: View
     boxes_M4: np.ndarray
     kept_M: np.ndarray
-    """int64: where the boxes stood before; picks labels, and masks"""
+    """int64: positions of these boxes among the N of the image; selects labels and masks"""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class TrainingViews:
     resize: ResizeConfig
     augment: AugmentConfig
 
-    def of(self, image_CHW: Tensor, boxes_N4: np.ndarray, *, image_id: int | str, number: int) -> SeenImage:
-        """View `number` of a decoded image and its boxes; boxes of which nothing is left are dropped."""
+    def of(self, image_CHW: Tensor, boxes_N4: np.ndarray, *, image_id: int | str, number: int) -> ViewedImage:
+        """Return view `number` of a decoded image and its boxes; boxes outside the view are dropped."""
         height, width = image_CHW.shape[1:]
         resize, augment = self.resize, self.augment
         view = draw_view(
@@ -82,15 +82,15 @@ class TrainingViews:
                 image_CHW, boxes_N4, seed=self.seed, image_id=image_id, view=number
             )
         boxes = view_boxes(boxes_N4, view)
-        # A sliver at the border can vanish by rounding of the size, and a window can leave out anything.
+        # Rounding the size can remove a sliver at the border, and a window any box.
         sound = ((boxes[:, 2:] - boxes[:, :2]) > MIN_SIDE).all(1)
         pixels_CHW = view_image(image_CHW, view, resize.interpolation, resize.kernel)
-        return SeenImage(pixels_CHW, view, boxes[sound], kept[sound])
+        return ViewedImage(pixels_CHW, view, boxes[sound], kept[sound])
 
 
 def fit_view(height: int, width: int, *, short_side: int, long_side: int) -> View:
-    """The view of an image of [height, width] whose short side is `short_side`, or less where the long side would
-    exceed `long_side`."""
+    """Return the view of an image of [height, width] with short side `short_side`, or smaller if the long side would exceed
+    `long_side`."""
     scale = min(short_side / min(height, width), long_side / max(height, width))
     return View(scale, *_scaled(height, width, scale))
 
@@ -107,11 +107,11 @@ def draw_view(
     flip: float,
     large_scale_jitter: tuple[float, float] | None = None,
 ) -> View:
-    """A training view: short side drawn uniformly from `train_short_sides`, mirrored with probability `flip`.
+    """Draw a training view: short side drawn uniformly from `train_short_sides`, mirrored with probability `flip`.
 
-    With `large_scale_jitter` the scale is drawn uniformly between its two numbers instead, 1 being the one
-    that fits the image into the square of side `train_long_side`; what does not fit is cut off at random places.
-    The same (seed, image id, view) gives the same draws in every process; the view number is the pass over the data.
+    With `large_scale_jitter` the scale is drawn uniformly between its two numbers instead, where 1 fits the image into the
+    square of side `train_long_side`; a larger image is cropped at a random position. Draws depend only on (seed, image id,
+    view), in every process; the view number is the pass over the data.
     """
     draw = random.Random(stable_seed(seed, image_id, view))
     if large_scale_jitter is None:
@@ -126,19 +126,20 @@ def draw_view(
 
 
 def view_image(image_CHW: Tensor, view: View, interpolation: str = "bicubic", kernel: str = "reference") -> Tensor:
-    """uint8 [C, H, W] to uint8 [C, view.height, view.width], interpolated without antialiasing.
+    """Resize uint8 [C, H, W] to uint8 [C, view.height, view.width], interpolated without antialiasing.
 
     Kernel `reference` is `upsample_bicubic2d` on float pixels with the exact scale, rounded and clamped: OpenCV's result
     to one grey level (torchvision's and PIL's are not). `fast` is torch's kernel for uint8 pixels, about ten times
     faster on a CPU with AVX2. It differs from `reference` by one level at most if bilinear. If bicubic it rounds and
-    clamps between its two passes, 0.2 levels in the mean on photographs and up to 30 at sharp edges near black or white;
-    never more than 67, as the row weights' overshoot (3/16 of 255) is clamped and meets column weights of sum 1.375.
+    clamps between its two passes: a difference of 0.2 levels in the mean on photographs, up to 30 at sharp edges near black
+    or white, and never above 67, since the row weights' overshoot (3/16 of 255) is clamped and multiplied by column weights
+    of sum 1.375.
     """
     sides = _scaled(image_CHW.shape[1], image_CHW.shape[2], view.scale)
     if image_CHW.shape[1:] != sides or view.scale != 1:
         upsample = _UPSAMPLE[interpolation]
         if kernel == "fast":
-            # The vectorised kernel wants the channels last, which is how a decoded image lies.
+            # The vectorised kernel needs channels-last memory, which decoded images have.
             pixels = image_CHW[None].contiguous(memory_format=torch.channels_last)
             image_CHW = upsample(pixels, sides, False, view.scale, view.scale)[0]
         else:
@@ -149,8 +150,7 @@ def view_image(image_CHW: Tensor, view: View, interpolation: str = "bicubic", ke
 
 
 def view_boxes(boxes_N4: np.ndarray, view: View) -> np.ndarray:
-    """float32 xyxy boxes of the image to boxes of the view, clipped to it; a box at the border or beyond becomes
-    empty."""
+    """Map float32 xyxy boxes of the image to the view and clip them; a box outside the view becomes empty."""
     offsets = np.array([view.left, view.top, view.left, view.top], dtype=np.float32)
     boxes = boxes_N4 * np.float32(view.scale) - offsets
     limits = np.array([view.width, view.height, view.width, view.height], dtype=np.float32)
@@ -161,5 +161,5 @@ def view_boxes(boxes_N4: np.ndarray, view: View) -> np.ndarray:
 
 
 def _scaled(height: int, width: int, scale: float) -> tuple[int, int]:
-    """Height and width times `scale`, rounded half up; never less than one pixel."""
+    """Return height and width times `scale`, rounded half up, at least one pixel."""
     return max(int(scale * height + 0.5), 1), max(int(scale * width + 0.5), 1)

@@ -1,4 +1,4 @@
-"""Begin a training run from a detector file: the same architecture, on the same or on other classes."""
+"""Start of a training run from a detector file: equal architecture, equal or other classes."""
 
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,16 @@ from ssld.stage2_detect.models.class_rows import carry_rows, rows_per_class
 
 
 class InitFile:
-    """A detector file as the start of a run.
+    """A detector file whose weights a training run starts from.
 
     Attributes:
-        arch, model_args, inputs: of its backbone.
-        licence: of its weights, as far as the file says.
+        class_names: its classes in order.
+        arch, model_args, inputs: architecture and inputs of its backbone.
+        licence: licence of its weights; "unknown" if the file does not give one.
+        backbone: origin of its backbone.
 
     Raises:
-        UserError: it is no detector file, or one of an earlier version.
+        UserError: not a detector file, or one of an earlier version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,22 +42,22 @@ class InitFile:
         self.backbone: dict[str, Any] = metadata.get("backbone", {})
 
     def create_body(self, **options: Any) -> nn.Module:
-        """Its features-only backbone with random weights, which `load` replaces. Raises UserError as the shared `create_body`."""
+        """Create its features-only backbone with random weights, which `load` replaces. Raises UserError like the shared `create_body`."""
         return create_body(
             ModelReference(str(self.path), self.arch, metadata={"model_args": self.model_args}), **options
         )[0]
 
     def load(self, detector: nn.Module, config: DetectorConfig, class_names: tuple[str, ...]) -> str:
-        """Give `detector` the file's weights, rows of its heads by class name, and say which classes are new.
+        """Load the file's weights into `detector`, rows of its heads by class name; returns a line for the log.
 
-        Raises UserError when the architectures differ in any tensor; nothing is loaded then.
+        Raises UserError if any tensor differs between the architectures; nothing is loaded then.
         """
-        fresh = detector.state_dict()
+        initial = detector.state_dict()
         tensors = read_tensors(self.path)
-        self._check_fits(tensors, fresh, config, class_names)
+        self._check_fits(tensors, initial, config, class_names)
         agnostic = config.roi.class_agnostic or config.is_cascade
         detector.load_state_dict(
-            carry_rows(tensors, fresh, old=self.class_names, new=class_names, class_agnostic=agnostic)
+            carry_rows(tensors, initial, old=self.class_names, new=class_names, class_agnostic=agnostic)
         )
         kept = [name for name in class_names if name in self.class_names]
         new = [name for name in class_names if name not in self.class_names]
@@ -63,19 +65,23 @@ class InitFile:
         parts = [f"rows of {len(kept)} classes kept{_some(kept)}"]
         parts += [f"{len(new)} new, at random{_some(new)}"] if new else []
         parts += [f"{len(dropped)} dropped{_some(dropped)}"] if dropped else []
-        return f"{self.path}: loaded {len(tensors)}/{len(fresh)} tensors; " + ", ".join(parts)
+        return f"{self.path}: loaded {len(tensors)}/{len(initial)} tensors; " + ", ".join(parts)
 
     def _check_fits(
-        self, tensors: dict[str, Tensor], fresh: dict[str, Tensor], config: DetectorConfig, class_names: tuple[str, ...]
+        self,
+        tensors: dict[str, Tensor],
+        initial: dict[str, Tensor],
+        config: DetectorConfig,
+        class_names: tuple[str, ...],
     ) -> None:
-        faults = [f"{name} is missing" for name in fresh if name not in tensors]
-        faults += [f"{name} is unknown" for name in tensors if name not in fresh]
-        for name in fresh.keys() & tensors.keys():
-            here, there = tuple(fresh[name].shape), tuple(tensors[name].shape)
-            rows = rows_per_class(name, fresh[name], len(class_names))
+        faults = [f"{name} is missing" for name in initial if name not in tensors]
+        faults += [f"{name} is unknown" for name in tensors if name not in initial]
+        for name in initial.keys() & tensors.keys():
+            expected, given = tuple(initial[name].shape), tuple(tensors[name].shape)
+            rows = rows_per_class(name, initial[name], len(class_names))
             by_class = rows is not None and rows == rows_per_class(name, tensors[name], len(self.class_names))
-            if here[1:] != there[1:] or (here != there and not by_class):
-                faults.append(f"{name} is {there} instead of {here}")
+            if expected[1:] != given[1:] or (expected != given and not by_class):
+                faults.append(f"{name} is {given} instead of {expected}")
         if faults:
             settings = ", ".join(_differences(self._config, config)) or "none of the settings under model"
             raise UserError(
@@ -85,7 +91,7 @@ class InitFile:
 
 
 def _differences(file: DetectorConfig, run: DetectorConfig) -> list[str]:
-    """`model.KEY (file: x, here: y)` for settings that give tensors their shapes."""
+    """Return `model.KEY (file: x, run: y)` for settings that determine shapes of tensors."""
     pairs = {
         "kind": (file.kind, run.kind),
         "fpn_channels": (file.fpn_channels, run.fpn_channels),
@@ -101,7 +107,7 @@ def _differences(file: DetectorConfig, run: DetectorConfig) -> list[str]:
         "gfl.reg_max": (file.gfl.reg_max, run.gfl.reg_max),
         "gfl.tower_bias": (file.gfl.tower_bias, run.gfl.tower_bias),
     }
-    return [f"model.{key} (file: {a}, here: {b})" for key, (a, b) in pairs.items() if a != b]
+    return [f"model.{key} (file: {a}, run: {b})" for key, (a, b) in pairs.items() if a != b]
 
 
 def _some(names: list[str]) -> str:

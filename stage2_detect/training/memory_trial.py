@@ -1,5 +1,7 @@
-"""The step that needs the most memory: the largest images a run may see, each with the objects of the image that has the most. What `auto_batch`
-tries; a file of its own, as in stage 1, since the training loop need not show it."""
+"""Training step of the largest memory use, which `auto_batch` tries.
+
+Its images have the largest size and the objects of the image with the most. A separate module, as in stage 1, to keep the training loop free of it.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -26,22 +28,22 @@ def whole_step(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Callable[[int], None]:
-    """A function of a number of images: forward pass (under the teacher, if there is one), backward pass, optimizer step, evaluation of a batch."""
+    """Return a function of a number of images: forward (with the teacher, if any), backward, optimizer step and a batch of evaluation."""
     resize = config.resize
     largest = Sizing(max(resize.train_short_sides), resize.train_long_side)
     high, wide = largest_canvas([*data.train.images, *data.unlabeled], largest)
     if config.augment.large_scale_jitter:
         high = wide = resize.train_long_side
-    crowd = max(data.train.images, key=lambda record: len(record.labels_N))
-    view = largest.view(crowd.height, crowd.width)
+    fullest = max(data.train.images, key=lambda record: len(record.labels_N))
+    view = largest.view(fullest.height, fullest.width)
     val_high, val_wide = largest_canvas(data.val.images if data.val else [], Sizing.of(resize))
 
     def attempt(images: int) -> None:
         targets = Targets(
-            torch.from_numpy(crowd.boxes_N4.astype(np.float32) * view.scale).expand(images, -1, -1),
-            torch.from_numpy(crowd.labels_N).expand(images, -1),
+            torch.from_numpy(fullest.boxes_N4.astype(np.float32) * view.scale).expand(images, -1, -1),
+            torch.from_numpy(fullest.labels_N).expand(images, -1),
             torch.arange(images),
-            masks=(masks_of(crowd, view),) * images if config.model.has_masks else None,
+            masks=(masks_of(fullest, view),) * images if config.model.has_masks else None,
         ).to(device)
         trained.model.train()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -58,7 +60,7 @@ def whole_step(
 
 
 def largest_canvas(records: Sequence[CocoImage], sizing: Sizing) -> tuple[int, int]:
-    """(height, width) that hold each of these images at this size: wide and high ones may meet in a batch."""
+    """Return (height, width) that fit each of these images at this size, since wide and high ones may share a batch."""
     sizes = {(record.height, record.width) for record in records}
     views = [sizing.view(*size) for size in sizes]
     return max((view.height for view in views), default=0), max((view.width for view in views), default=0)

@@ -1,4 +1,4 @@
-"""The detector in training: where its weights come from, its moving average, what the optimizer changes, and the file it becomes."""
+"""Detector in training: initial weights, moving average, parameter groups, and the detector file."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,13 +29,15 @@ from ssld.stage2_detect.training.init_weights import InitFile
 class TrainedDetector:
     """A detector in training.
 
-    Its weights are those of `config.init` where that is given, rows of its heads by class name; else the backbone's and random heads.
+    Its initial weights are those of `config.init` if given, rows of its heads by class name; else those of the backbone, and random heads.
 
     Attributes:
-        detector: what becomes the file.
-        model: what is trained: the detector, or the detector under its teacher.
-        ema: the detector's moving average, if there is one.
-        teacher: if there is one.
+        detector: the detector that is written to the file.
+        model: the module to train: the detector, or the detector with its teacher.
+        ema: moving average of the detector, if there is one.
+        teacher: teacher detector, if there is one.
+        arch: timm name of the backbone.
+        loaded: line for the log on the loaded weights.
 
     Raises:
         UserError: see `parse_reference`, `create_body`, `InitFile`, `build_detector` and `open_teacher`.
@@ -80,7 +82,7 @@ class TrainedDetector:
                 device=device,
                 channels_last=config.channels_last,
             )
-            self.model = self._under(self.teacher, config.distill).to(device)
+            self.model = self._with_teacher(self.teacher, config.distill).to(device)
         licences = [weights_licence, self.teacher.facts["licence"] if self.teacher else ""]
         self._facts = {
             "weights": "ema" if self.ema else "last",
@@ -91,8 +93,8 @@ class TrainedDetector:
             **({"teacher": self.teacher.facts} if self.teacher else {}),
         }
 
-    def _under(self, teacher: FrozenDetector, distill: DistillConfig) -> DistilledRCNN | DistilledDense:
-        """The detector under its teacher."""
+    def _with_teacher(self, teacher: FrozenDetector, distill: DistillConfig) -> DistilledRCNN | DistilledDense:
+        """Return the detector with its teacher and the losses between them."""
         model = self._config.model
         if isinstance(self.detector, RCNN):
             return DistilledRCNN(
@@ -107,12 +109,12 @@ class TrainedDetector:
 
     @property
     def evaluated(self) -> Detector:
-        """What is evaluated and exported: the average where there is one."""
+        """The network to evaluate and export: the moving average if there is one, else the detector."""
         model: Detector = self.ema.module if self.ema else self.detector
         return model
 
     def networks(self) -> dict[str, nn.Module]:
-        """What a checkpoint holds: never the teacher."""
+        """Return the networks of a checkpoint, without the teacher."""
         networks: dict[str, nn.Module] = {"model": self.detector}
         if self.ema:
             networks["ema"] = self.ema.module
@@ -121,7 +123,7 @@ class TrainedDetector:
         return networks
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What the optimizer changes, by learning-rate factor and weight decay; a teacher's adapters learn at factor 1."""
+        """Return the parameter groups by learning-rate factor and weight decay; the adapters for a teacher have factor 1."""
         optim = self._config.optim
         decay: dict[str, Any] = {
             "weight_decay": optim.weight_decay,
@@ -136,11 +138,11 @@ class TrainedDetector:
         return groups
 
     def preview(self) -> Iterator[str]:
-        """What is trained, for the log."""
+        """Yield lines for the log on the weights, the parameters and the teacher."""
         config = self._config
         yield self.loaded
         if config.init and config.backbone:
-            yield f"backbone: {config.backbone} is not read: init has a backbone"
+            yield f"backbone: {config.backbone} is unused, since init has a backbone"
         total = sum(parameter.numel() for parameter in self.detector.parameters())
         groups = [(group["lr_factor"], sum(p.numel() for p in group["params"])) for group in self.parameter_groups()]
         trainable = sum(count for _, count in groups)
@@ -152,16 +154,16 @@ class TrainedDetector:
         if config.model.freeze_norm and not any(isinstance(module, _BatchNorm) for module in body.modules()):
             yield f"model.freeze_norm: {self.arch} has no BatchNorm, so there is nothing to freeze"
         if unread := config.model.unread:
-            yield f"{', '.join(f'model.{name}' for name in unread)}: not read by kind: {config.model.kind}"
+            yield f"{', '.join(f'model.{name}' for name in unread)}: unused by kind: {config.model.kind}"
         if config.distill and self.teacher:
             facts = self.teacher.facts
             assert isinstance(self.model, DistilledRCNN | DistilledDense)
             terms = self.model.weights()
-            shown = ", ".join(f"{name} x{weight:g}" for name, weight in terms.items() if weight)
-            yield f"teacher {facts['file']} ({facts['kind']} on {facts['arch']}): {shown}"
+            weights = ", ".join(f"{name} x{weight:g}" for name, weight in terms.items() if weight)
+            yield f"teacher {facts['file']} ({facts['kind']} on {facts['arch']}): {weights}"
 
     def save(self, path: Path, **facts: Any) -> None:
-        """Write the detector file; `facts` go to its metadata."""
+        """Write the detector file, with `facts` in its metadata."""
         save_detector(
             path,
             self.evaluated,

@@ -1,6 +1,6 @@
-"""The training losses on evaluation images: without augmentation, gradients, or a change to the model.
+"""Training losses on evaluation images, without augmentation, gradients, or changes to the model.
 
-Legend: B images of a batch, G objects (padded to the batch's most).
+Legend: B images of a batch, G objects (padded to the largest number in the batch).
 """
 
 from dataclasses import replace
@@ -31,10 +31,10 @@ def validation_losses(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, float]:
-    """Mean over the images of every loss and of their sum, `loss`; the same on every rank. `model` is left in evaluation mode.
+    """Return the mean over the images of every loss and of their sum, `loss`, equal on every rank.
 
-    The model stays in evaluation mode: running statistics, no dropout, proposals as in evaluation. The sampling of anchors and regions is the
-    same at every call. `data` was read with `training=True`: crowds are no objects.
+    The model runs in evaluation mode, and stays in it: running statistics, no dropout, proposals as in evaluation. The sampling of anchors and
+    RoIs is equal at every call. `data` must be read with `training=True`, so that crowd regions are not objects.
     """
     loader = eval_loader(data, sizing, batch_size=batch_size, rank=rank(), ranks=world_size(), workers=workers)
     model.eval()
@@ -43,7 +43,7 @@ def validation_losses(
         assert isinstance(images, ImageBatch), "one view per image"
         on_device, targets = images.to(device, non_blocking=True), targets_of(records, sizing).to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            # Divided by this rank's counts: the ranks do not have equally many batches.
+            # Normalized by this rank's counts, since ranks may have different numbers of batches.
             losses, _ = model.losses(model.features(on_device), on_device.sizes_B2, targets, ONE_RANK)
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0.0) + for_sums(loss) * len(records)
@@ -54,7 +54,7 @@ def validation_losses(
 
 
 def targets_of(records: list[CocoImage], sizing: Sizing) -> Targets:
-    """The objects of evaluation images where `eval_loader` puts them; the sampling's seeds depend on the image alone."""
+    """Return the objects of evaluation images in the views of `eval_loader`; sampling seeds depend on the image only."""
     objects, masks = [], []
     for record in records:
         view = sizing.view(record.height, record.width)

@@ -158,21 +158,21 @@ def test_data_and_a_cleaned_copy(coco: Path, tmp_path: Path, capfd: pytest.Captu
     (coco / "2.png").unlink()
     assert doctor.main([*data, "--fix", str(tmp_path / "clean")]) == 1
     out = capfd.readouterr().out
-    assert "fault   train.json: 1 picture of 2 not in" in out
+    assert "fault   train.json: 1 image of 2 not in" in out
     assert out.splitlines()[-1] == "  fix the faults before you start a run"
     assert doctor.main(["--annotations", str(tmp_path / "clean" / "train.json"), "--images", str(coco)]) == 0
 
 
 @pytest.mark.usefixtures("probed")
-def test_pictures_of_another_folder_cannot_be_left_out(
+def test_images_of_another_folder_cannot_be_left_out(
     coco: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
     data = ["--annotations", str(coco / "train.json"), "--images", str(tmp_path / "elsewhere")]
     assert doctor.main([*data, "--fix", str(tmp_path / "clean")]) == 2
     seen = capfd.readouterr()
-    assert "fault   train.json: none of its 2 pictures is in" in seen.out.partition("verdict: 1 fault")[2]
-    assert "no cleaned copy: what is left cannot be trained on: 2 of the 2 images" in seen.err
+    assert "fault   train.json: none of its 2 images is in" in seen.out.partition("verdict: 1 fault")[2]
+    assert "no cleaned copy: training would refuse it: 2 of the 2 images" in seen.err
     assert not list((tmp_path / "clean").glob("*.json"))
 
 

@@ -92,7 +92,7 @@ def small_settings(tiny_coco: TinyCoco) -> dict[str, Any]:
 
 @pytest.fixture
 def learning_settings(train_settings: dict[str, Any]) -> dict[str, Any]:
-    """As `train_settings`, with which it finds most of the drawn objects after 60 steps."""
+    """`train_settings` with which the detector detects most of the drawn objects after 60 steps."""
     optim = {"name": "adamw", "lr": 0.003, "reference_batch": 4, "warmup_steps": 5, "milestones_steps": [50]}
     model = train_settings["model"] | {"freeze_norm": False}
     return train_settings | {"steps": 60, "log_every": 20, "save_every": 60, "optim": optim, "model": model}
@@ -100,7 +100,7 @@ def learning_settings(train_settings: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def detector_file(tmp_path_factory: pytest.TempPathFactory, tiny_coco: TinyCoco, call: Callable[..., int]) -> Path:
-    """A small RetinaNet that has seen the drawn training scenes for some seconds."""
+    """A small RetinaNet, trained on the drawn scenes for some seconds."""
     from ssld.stage2_detect.train import main
 
     folder = tmp_path_factory.mktemp("detector")
@@ -146,12 +146,12 @@ def mask_file(tmp_path_factory: pytest.TempPathFactory, tiny_coco: TinyCoco) -> 
 
 @pytest.fixture
 def photos(tiny_coco: TinyCoco, tmp_path: Path) -> Path:
-    """The 12 training scenes, one of them deeper."""
-    pictures = tmp_path / "photos"
-    shutil.copytree(tiny_coco.train_images, pictures)
-    (pictures / "deep").mkdir()
-    (pictures / "3.png").rename(pictures / "deep" / "3.png")
-    return pictures
+    """Folder of the 12 training scenes, one of them in a subfolder."""
+    folder_of_photos = tmp_path / "photos"
+    shutil.copytree(tiny_coco.train_images, folder_of_photos)
+    (folder_of_photos / "deep").mkdir()
+    (folder_of_photos / "3.png").rename(folder_of_photos / "deep" / "3.png")
+    return folder_of_photos
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def predict_line(detector_file: Path, photos: Path, tmp_path: Path) -> Callable[
     """The command line of a prediction; `images` and `output` may be others."""
 
     def flags(*more: str, images: Path | str = photos, output: str = "seen") -> list[str]:
-        shown = ["--model", str(detector_file), "--images", str(images), "--output", str(tmp_path / output)]
-        return [*shown, "--threads", "1", "--workers", "0", "--device", "cpu", "--threshold", "0.3", *more]
+        arguments = ["--model", str(detector_file), "--images", str(images), "--output", str(tmp_path / output)]
+        return [*arguments, "--threads", "1", "--workers", "0", "--device", "cpu", "--threshold", "0.3", *more]
 
     return flags

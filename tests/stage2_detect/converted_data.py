@@ -1,4 +1,4 @@
-"""Data sets to convert, and the COCO files they became, read back and compared."""
+"""Data sets to convert, and helpers that read the converted COCO files back and compare them."""
 
 import json
 from pathlib import Path
@@ -29,24 +29,24 @@ def read(run: Path, split: str = "train") -> CocoData:
 
 
 def counted(run: Path, split: str = "train") -> dict[str, Any]:
-    """What the reader of a split left out or changed."""
-    found: dict[str, Any] = json.loads((run / "result.json").read_text())["read"][split]
-    return found
+    """Counts of images and boxes that the reader of a split dropped or changed."""
+    counts: dict[str, Any] = json.loads((run / "result.json").read_text())["read"][split]
+    return counts
 
 
 def by_name(data: CocoData) -> dict[str, Any]:
     return {Path(record.path).stem: record for record in data.images}
 
 
-def equal_objects(found: CocoData, wanted: CocoData, atol: float = 2e-3) -> None:
-    assert found.class_names == wanted.class_names
-    ours, theirs = by_name(found), by_name(wanted)
-    assert ours.keys() == theirs.keys()
-    for name, record in theirs.items():
-        np.testing.assert_allclose(ours[name].file_boxes_N4, record.file_boxes_N4, atol=atol)
-        np.testing.assert_array_equal(ours[name].labels_N, record.labels_N)
-        np.testing.assert_array_equal(ours[name].crowd_N, record.crowd_N)
-        assert (ours[name].width, ours[name].height) == (record.width, record.height)
+def equal_objects(actual: CocoData, expected: CocoData, atol: float = 2e-3) -> None:
+    assert actual.class_names == expected.class_names
+    actual_by_name, expected_by_name = by_name(actual), by_name(expected)
+    assert actual_by_name.keys() == expected_by_name.keys()
+    for name, record in expected_by_name.items():
+        np.testing.assert_allclose(actual_by_name[name].file_boxes_N4, record.file_boxes_N4, atol=atol)
+        np.testing.assert_array_equal(actual_by_name[name].labels_N, record.labels_N)
+        np.testing.assert_array_equal(actual_by_name[name].crowd_N, record.crowd_N)
+        assert (actual_by_name[name].width, actual_by_name[name].height) == (record.width, record.height)
 
 
 def numbered(file: Path) -> dict[str, Any]:

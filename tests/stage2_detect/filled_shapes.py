@@ -1,4 +1,4 @@
-"""Filled shapes of COCO segmentations by pycocotools alone, for tests of code that fills them otherwise."""
+"""Filled COCO segmentations by pycocotools alone, as a reference for other code that fills them."""
 
 import warnings
 from typing import Any

@@ -24,7 +24,7 @@ from ssld.shared.config.settings import parse_config
 from ssld.shared.models.backbones import InputSettings
 from ssld.shared.models.paddle_weights import LEAVES, to_torch
 from ssld.stage2_detect.config import ConvertPaddleConfig
-from ssld.stage2_detect.convert_paddle import our_module
+from ssld.stage2_detect.convert_paddle import module_of
 from ssld.stage2_detect.models import pooling
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.build import build_detector
@@ -76,9 +76,9 @@ def build(name: str, **settings: object) -> RCNN:
 
 
 def our_name(name: str, *, deep_stem: bool = True) -> str | None:
-    """Our name of one of the reference's parameters, None for one that the converter does not know; `deep_stem` as of `our_module`."""
+    """Our name of one of the reference's parameters, None for one that the converter does not know; `deep_stem` as of `module_of`."""
     layer, _, leaf = name.rpartition(".")
-    module = our_module(layer, deep_stem=deep_stem)
+    module = module_of(layer, deep_stem=deep_stem)
     return f"{module}.{LEAVES[leaf]}" if module and leaf in LEAVES else None
 
 
@@ -95,7 +95,7 @@ def by_rule(shapes: Mapping[str, list[int]], salt: int) -> dict[str, np.ndarray]
 def _weights(name: str) -> dict[str, Tensor]:
     _, about = read(name)
     arrays = by_rule(about["parameters"], about["salt"])
-    modules = {layer: our_module(layer) for layer in (parameter.rpartition(".")[0] for parameter in arrays)}
+    modules = {layer: module_of(layer) for layer in (parameter.rpartition(".")[0] for parameter in arrays)}
     assert None not in modules.values()
     return to_torch(arrays, modules, name)  # type: ignore[arg-type]
 

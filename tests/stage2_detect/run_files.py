@@ -1,4 +1,4 @@
-"""What runs have written, read back."""
+"""Reading of files that runs have written."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""The data check against damage done by hand: every fault is found and named, what training drops is counted as training counts it, and a cleaned
-copy can be trained on while the given files stay as they were."""
+"""The data check on deliberately damaged data: every fault is reported by name, dropped boxes are counted as in training, a cleaned copy can be
+trained on, and the given files do not change."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from turned_images import coco_content, save_as, save_turned, scenes
 
 from ssld.shared.errors import UserError
 from ssld.stage2_detect.check_data import main
-from ssld.stage2_detect.data.check.images import difference_hash, look_alikes
+from ssld.stage2_detect.data.check.images import difference_hash, near_duplicates
 from ssld.stage2_detect.data.coco import read_coco, require_masks
 
 Content = dict[str, Any]
@@ -57,7 +57,7 @@ def texts(findings: list[Content], level: str) -> list[str]:
     return [finding["text"] for finding in findings if finding["level"] == level]
 
 
-def test_sound_data_is_sound(data: DataSet, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sound_data_has_no_faults(data: DataSet, capsys: pytest.CaptureFixture[str]) -> None:
     content = data.read()
     code, findings, facts = data.check(val=True)
     assert code == 0
@@ -83,7 +83,7 @@ def test_counts_are_those_of_training(data: DataSet) -> None:
     rows[1]["bbox"] = [70, 0, 9, 9]  # outside
     rows[2]["bbox"] = [-9, -9, 9, 20]
     rows[3]["bbox"] = [50, 50, 30, 5]  # clipped
-    rows[4]["bbox"], rows[4]["iscrowd"] = [0, 0, 0, 0], 1  # a crowd is not judged
+    rows[4]["bbox"], rows[4]["iscrowd"] = [0, 0, 0, 0], 1  # boxes of crowd regions are not checked
     data.write(content)
     code, findings, facts = data.check()
     trained = read_coco(data.folder / "train.json", data.folder / "train", training=True)
@@ -99,7 +99,7 @@ def test_counts_are_those_of_training(data: DataSet) -> None:
 
 Damage = Callable[[Content], None]
 FAULTS: list[tuple[str, Damage, str]] = [
-    ("image gone from the list", lambda c: c["annotations"][0].update(image_id="nobody"), "of an image that is not in"),
+    ("image gone from the list", lambda c: c["annotations"][0].update(image_id="unknown"), "of an image that is not in"),
     ("unknown category", lambda c: c["annotations"][0].update(category_id=99), "of a category that is not in the file"),
     ("NaN", lambda c: c["annotations"][0].update(bbox=[float("nan"), 1, 2, 3]), "without a bbox of four finite numbers"),
     ("no box", lambda c: c["annotations"][0].pop("bbox"), "without a bbox of four finite numbers"),
@@ -108,13 +108,13 @@ FAULTS: list[tuple[str, Damage, str]] = [
     ("no width", lambda c: c["images"][0].pop("width"), "1 image without a width and height (0.png)"),
     ("image twice", lambda c: c["images"].append(c["images"][0]), "1 image with an id that is given before (0.png)"),
     ("no name", lambda c: c["images"][0].pop("file_name"), "1 image without a file_name"),
-    ("wrong size", lambda c: c["images"][2].update(width=32), "1 picture not of the size that the file says (2.png is 64 x 64, not 32 x 64)"),
-    ("file gone", lambda c: c["images"][2].update(file_name="gone.png"), "1 picture of 12 not in"),
+    ("wrong size", lambda c: c["images"][2].update(width=32), "1 image of another size than in the file (2.png is 64 x 64, not 32 x 64)"),
+    ("file gone", lambda c: c["images"][2].update(file_name="gone.png"), "1 image of 12 not in"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("damage", "message"), [case[1:] for case in FAULTS], ids=[case[0] for case in FAULTS])
-def test_faults_are_found_where_training_stops_and_mended(data: DataSet, damage: Damage, message: str) -> None:
+def test_faults_are_reported_where_training_stops_and_repaired(data: DataSet, damage: Damage, message: str) -> None:
     content = data.read()
     damage(content)
     data.write(content)
@@ -146,7 +146,9 @@ def test_no_cleaned_copy_without_ids_of_categories(
     assert main([*places, "--fix", str(data.folder / "clean")]) == 2
     out, err = capsys.readouterr()
     assert "1 category without an id (number 2): training stops" in out
-    assert err.startswith(f"error: no cleaned copy: {data.folder / 'train.json'}: number 2 of the categories has no id")
+    assert err.startswith(
+        f"error: no cleaned copy: {data.folder / 'train.json'}: number 2 of the categories has no unique id"
+    )
     assert err.count("\n") == 1
     assert not (data.folder / "clean").exists()
     content["categories"][1]["id"] = 7
@@ -156,17 +158,17 @@ def test_no_cleaned_copy_without_ids_of_categories(
     assert main([*places, *val, "--fix", str(data.folder / "clean")]) == 2
     assert not (data.folder / "clean").exists()  # neither of the two
     data.write(data.read("val") | {"categories": [{"id": 3, "name": ["wide"]}, {"id": 7, "name": "Tall"}]}, "val")
-    assert main([*places, *val]) == 1  # a list as a name is a fault, no accident
+    assert main([*places, *val]) == 1  # a list as a name is a fault, not a traceback
 
 
 @pytest.mark.parametrize(
     "shape",
     [[[1, 2, float("nan"), 4, 5, 6]], "x", [], None, [[1, 2, 3]], {"size": [9, 9], "counts": [81]}, [["a"] * 6]],
 )
-def test_segmentations_are_judged_as_training_with_masks_does(data: DataSet, shape: Any) -> None:
+def test_segmentations_are_checked_as_in_training_with_masks(data: DataSet, shape: Any) -> None:
     content = data.read()
     rows = content["annotations"]
-    assert data.check()[0] == 0  # boxes alone: nothing to say
+    assert data.check()[0] == 0  # boxes alone: nothing to report
     for row in rows:
         x, y, width, height = row["bbox"]
         row["segmentation"] = [[x, y, x + width, y, x + width, y + height]]
@@ -178,28 +180,26 @@ def test_segmentations_are_judged_as_training_with_masks_does(data: DataSet, sha
     trained = read_coco(data.folder / "train.json", data.folder / "train", training=True, segmentations=True)
     with pytest.raises(UserError, match=f"1 of {len(rows)} objects have no usable segmentation"):
         require_masks(trained)
-    said = f"1 box without a usable segmentation (id {rows[2]['id']}): training a detector with masks stops"
+    message = f"1 box without a usable segmentation (id {rows[2]['id']}): training a detector with masks stops"
     code, findings, _ = data.check()
     assert code == 0
-    assert f"{said}; others do not look at it" in texts(findings, "warning")
+    assert f"{message}; other kinds do not read it" in texts(findings, "warning")
     code, findings, _ = data.check("--masks")
     assert code == 1
-    assert said in texts(findings, "fault")
+    assert message in texts(findings, "fault")
 
 
-def test_cleaned_copy_keeps_what_is_sound(data: DataSet) -> None:
+def test_cleaned_copy_keeps_sound_rows(data: DataSet) -> None:
     content = data.read()
     rows, images = content["annotations"], content["images"]
     rows[3]["bbox"], rows[3]["area"] = [50.5, 40, 30, 5], 150
     rows.append({**rows[5], "id": 900})  # a duplicate
-    images.append({**images[4], "id": "again"})  # the same picture with a box of its own
+    images.append({**images[4], "id": "again"})  # the same image again, with another box
     rows.append({"id": 901, "image_id": "again", "category_id": 3, "bbox": [1, 2, 3, 4]})
     content["licenses"] = [{"id": 1}]
     data.write(content)
     _, findings, _ = data.check("--fix", str(data.folder / "clean"))
-    assert any(
-        "1 picture listed more than once, under other ids (4.png)" in text for text in texts(findings, "warning")
-    )
+    assert any("1 image listed more than once, under other ids (4.png)" in text for text in texts(findings, "warning"))
     assert any("1 box given twice (id 900)" in text for text in texts(findings, "warning"))
     clean = json.loads((data.folder / "clean" / "train.json").read_text())
     assert clean["licenses"] == [{"id": 1}]
@@ -211,19 +211,19 @@ def test_cleaned_copy_keeps_what_is_sound(data: DataSet) -> None:
     assert by_id.keys() == {row["id"] for row in rows} - {900}
 
 
-def test_unreadable_pictures_count_as_in_training(data: DataSet) -> None:
+def test_unreadable_images_count_as_in_training(data: DataSet) -> None:
     first = data.folder / "train" / "0.png"
     first.write_bytes(first.read_bytes()[:100])
     code, findings, _ = data.check()
-    assert code == 0  # one alone is left out by training
-    assert any(text.startswith("1 picture of 12 cannot be read (0.png;") for text in texts(findings, "warning"))
-    (data.folder / "train" / "3.png").write_text("not a picture")
+    assert code == 0  # training leaves out a single unreadable image
+    assert any(text.startswith("1 image of 12 cannot be read (0.png;") for text in texts(findings, "warning"))
+    (data.folder / "train" / "3.png").write_text("not a image")
     code, findings, _ = data.check()
     assert code == 1
-    assert any("2 pictures of 12 cannot be read" in text for text in texts(findings, "fault"))
+    assert any("2 images of 12 cannot be read" in text for text in texts(findings, "fault"))
 
 
-def test_leakage_and_strays(data: DataSet, tmp_path: Path) -> None:
+def test_leakage_and_unlisted_images(data: DataSet, tmp_path: Path) -> None:
     shutil.copy(data.folder / "val" / "2.png", data.folder / "train" / "5.png")
     shutil.copy(data.folder / "train" / "7.png", data.folder / "train" / "8.png")
     shutil.copy(data.folder / "train" / "7.png", data.folder / "train" / "stray.png")
@@ -231,14 +231,13 @@ def test_leakage_and_strays(data: DataSet, tmp_path: Path) -> None:
     code, findings, facts = data.check("--fix", str(tmp_path / "clean"), val=True)
     assert code == 1
     assert any(
-        "1 picture also in val.json (5.png = 2.png): scores would be too good" in text
+        "1 image also in val.json (5.png = 2.png): scores would be too good" in text
         for text in texts(findings, "fault")
     )
     assert any(
-        "1 picture there more than once under other names (7.png = 8.png)" in text
-        for text in texts(findings, "warning")
+        "1 image stored more than once under other names (7.png = 8.png)" in text for text in texts(findings, "warning")
     )
-    assert any("1 picture in" in text and "without annotations (stray.png)" in text for text in texts(findings, "note"))
+    assert any("1 image in" in text and "without annotations (stray.png)" in text for text in texts(findings, "note"))
     assert facts["train"]["together"] == [["train-7", "train-8"]]
     clean = json.loads((tmp_path / "clean" / "train.json").read_text())
     assert [row["id"] for row in clean["images"]] == [f"train-{number}" for number in range(12) if number != 5]
@@ -246,11 +245,11 @@ def test_leakage_and_strays(data: DataSet, tmp_path: Path) -> None:
 
 def test_classes_of_both_files(data: DataSet, tmp_path: Path) -> None:
     content = data.read("val")
-    content["categories"] = [{"id": 7, "name": "Tall"}, {"id": 3, "name": "wide"}, {"id": 8, "name": "nobody"}]
+    content["categories"] = [{"id": 7, "name": "Tall"}, {"id": 3, "name": "wide"}, {"id": 8, "name": "other"}]
     data.write(content, "val")
     code, findings, _ = data.check("--fix", str(tmp_path / "clean"), val=True)
     assert code == 1
-    assert any("'Tall' is 'tall' in train.json; unknown: nobody" in text for text in texts(findings, "fault"))
+    assert any("'Tall' is 'tall' in train.json; unknown: other" in text for text in texts(findings, "fault"))
     clean = read_coco(
         tmp_path / "clean" / "val.json", data.folder / "val", training=False, class_names=("wide", "tall")
     )
@@ -267,18 +266,18 @@ def test_missing_class_is_added(data: DataSet, tmp_path: Path) -> None:
     assert clean["categories"] == [{"id": 3, "name": "wide"}, {"id": 7, "name": "tall"}]
 
 
-def test_look_alikes() -> None:
+def test_near_duplicates() -> None:
     draw = np.random.default_rng(5)
     cells = draw.integers(0, 256, (2, 8, 9), dtype=np.uint8)
     one, other = (Image.fromarray(cell).resize((90, 80), Image.Resampling.NEAREST).convert("RGB") for cell in cells)
     buffer = io.BytesIO()
     one.resize((180, 160)).save(buffer, "JPEG", quality=60)
-    hashes = [difference_hash(picture) for picture in (one, Image.open(buffer), other)]
+    hashes = [difference_hash(image) for image in (one, Image.open(buffer), other)]
     expected = "".join("1" if row[x + 1] > row[x] else "0" for row in cells[0].tolist() for x in range(8))
     assert hashes[0] == int(expected, 2)
-    assert look_alikes(hashes[:1], hashes[1:]) == [(0, 0)]
+    assert near_duplicates(hashes[:1], hashes[1:]) == [(0, 0)]
     assert difference_hash(Image.new("RGB", (64, 48), (9, 9, 9))) == 0
-    assert look_alikes([0], [0, 1]) == []  # pictures of one colour say nothing
+    assert near_duplicates([0], [0, 1]) == []  # images of one colour are not compared
     ramp = Image.fromarray(np.tile(np.arange(0, 180, 2, dtype=np.uint8), (80, 1)))  # dark to light, left to right
     assert difference_hash(ramp) == 2**64 - 1
 
@@ -288,10 +287,10 @@ def test_look_alikes() -> None:
     [
         (("--images", "nowhere"), "nowhere: no such folder"),
         (("--val_annotations", "val.json"), "give both --val_annotations and --val_images"),
-        (("--fix", "x", "--quick"), "--fix needs to see the pictures"),
+        (("--fix", "x", "--quick"), "--fix needs to read the images"),
         (("--annotation", "y"), "--annotation: unknown flag; did you mean '--annotations'?"),
         (("--annotations", "broken.json"), "broken.json is not JSON"),
-        (("--annotations", "other.json"), "other.json is not a COCO data set: expected an object, found a list"),
+        (("--annotations", "other.json"), "other.json is not a COCO data set: expected an object, got a list"),
         (("--annotations", "gone.json"), "cannot read gone.json: No such file or directory"),
     ],
 )
@@ -315,7 +314,7 @@ def test_a_fix_never_overwrites(data: DataSet, capsys: pytest.CaptureFixture[str
     before = (data.folder / "train.json").read_bytes()
     places = ["--annotations", str(data.folder / "train.json"), "--images", str(data.folder / "train")]
     assert main([*places, "--fix", str(data.folder)]) == 2
-    assert "is there already; give another folder to --fix" in capsys.readouterr().err
+    assert "exists already; give another folder to --fix" in capsys.readouterr().err
     assert main([*places, "--fix", str(data.folder / "val.json")]) == 2
     assert (
         capsys.readouterr().err
@@ -325,7 +324,7 @@ def test_a_fix_never_overwrites(data: DataSet, capsys: pytest.CaptureFixture[str
 
 
 def test_files_of_one_name_get_copies_of_two(data: DataSet, tmp_path: Path, files_below: Any) -> None:
-    """Roboflow's exports call every part's file alike, in the folder of its pictures."""
+    """Roboflow's exports give the files of all parts one name, each in the folder of its images."""
     line = ["--fix", str(tmp_path / "clean")]
     for part, flag in (("train", ""), ("val", "val_")):
         content = data.read(part)
@@ -340,30 +339,30 @@ def test_files_of_one_name_get_copies_of_two(data: DataSet, tmp_path: Path, file
     assert main(line) == 2
 
 
-def test_boxes_of_two_images_under_one_id_go_to_neither(data: DataSet) -> None:
+def test_two_images_with_one_id_are_left_out_with_their_boxes(data: DataSet) -> None:
     content = data.read()
-    kept, gone = (content["images"][index]["id"] for index in (0, 2))
-    left = [row["id"] for row in content["annotations"] if row["image_id"] not in (kept, gone)]
-    content["images"][2]["id"] = kept
+    first, second = (content["images"][index]["id"] for index in (0, 2))
+    expected = [row["id"] for row in content["annotations"] if row["image_id"] not in (first, second)]
+    content["images"][2]["id"] = first
     for row in content["annotations"]:
-        row["image_id"] = kept if row["image_id"] == gone else row["image_id"]
+        row["image_id"] = first if row["image_id"] == second else row["image_id"]
     content["images"].append(content["images"][3])
     data.write(content)
     places = ["--annotations", str(data.folder / "train.json"), "--images", str(data.folder / "train")]
     assert main([*places, "--fix", str(data.folder / "clean")]) == 1
     copy = json.loads((data.folder / "clean" / "train.json").read_text())
     assert [row["file_name"] for row in copy["images"]] == ["1.png", *(f"{number}.png" for number in range(3, 12))]
-    assert [row["id"] for row in copy["annotations"]] == left
+    assert [row["id"] for row in copy["annotations"]] == expected
 
 
-def test_a_word_for_the_orientation_that_is_none_is_replaced_where_no_picture_is_turned(data: DataSet) -> None:
+def test_an_invalid_orientation_is_replaced_by_upright_if_no_image_is_rotated(data: DataSet) -> None:
     data.write(data.read() | {"info": {"image_orientation": "up"}})
     assert data.check("--fix", str(data.folder / "clean"))[0] == 1
     assert json.loads((data.folder / "clean" / "train.json").read_text())["info"] == {"image_orientation": "upright"}
 
 
 def test_no_cleaned_copy_that_lost_its_boxes(data: DataSet, capsys: pytest.CaptureFixture[str]) -> None:
-    """None of the two files is written then, and a loss that training was allowed is allowed here."""
+    """Neither of the two files is written; --allow_loss accepts the loss as training does."""
     content = data.read()
     for row in content["annotations"]:
         if row["category_id"] == 7:
@@ -384,10 +383,8 @@ def test_no_cleaned_copy_that_lost_its_boxes(data: DataSet, capsys: pytest.Captu
     assert {path.name for path in (data.folder / "clean").iterdir()} == {"train.json", "val.json"}
 
 
-def test_no_cleaned_copy_where_ids_count_otherwise_than_categories(
-    data: DataSet, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """All boxes are under the id before theirs: leaving out those of the unknown id would leave the others under wrong names."""
+def test_no_cleaned_copy_if_category_ids_are_shifted(data: DataSet, capsys: pytest.CaptureFixture[str]) -> None:
+    """All category ids of the boxes are one too low: leaving out those of the unknown id would leave the others with wrong names."""
     content = data.read()
     for row in content["annotations"]:
         row["category_id"] = {3: 2, 7: 3}[row["category_id"]]
@@ -398,18 +395,18 @@ def test_no_cleaned_copy_where_ids_count_otherwise_than_categories(
     assert not list(data.folder.glob("clean/*"))
 
 
-def test_no_copy_is_left_where_the_second_cannot_be_written(data: DataSet, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_copy_is_left_if_the_second_cannot_be_written(data: DataSet, capsys: pytest.CaptureFixture[str]) -> None:
     (data.folder / "val" / "2.png").rename(data.folder / "val" / "2.PNG")
     places = ["--annotations", str(data.folder / "train.json"), "--images", str(data.folder / "train")]
     places += ["--val_annotations", str(data.folder / "val.json"), "--val_images", str(data.folder / "val")]
     assert main([*places, "--fix", str(data.folder / "clean")]) == 2
-    seen = capsys.readouterr()
-    assert "1 picture of 5 not in" in seen.out
-    assert "did you mean '2.PNG'?" in seen.err
+    printed = capsys.readouterr()
+    assert "1 image of 5 not in" in printed.out
+    assert "did you mean '2.PNG'?" in printed.err
     assert not list(data.folder.glob("clean/*"))
 
 
-def test_boxes_of_which_the_form_is_doubted_are_left_as_they_are(data: DataSet, tmp_path: Path) -> None:
+def test_boxes_of_suspicious_format_are_left_unchanged(data: DataSet, tmp_path: Path) -> None:
     content = data.read()
     for row in content["annotations"]:
         x, y, width, height = row["bbox"]
@@ -423,7 +420,7 @@ def test_boxes_of_which_the_form_is_doubted_are_left_as_they_are(data: DataSet, 
     assert json.loads((tmp_path / "clean" / "train.json").read_text()) == content
 
 
-def test_a_cleaned_copy_has_what_training_reads(data: DataSet, tmp_path: Path) -> None:
+def test_a_cleaned_copy_has_the_values_that_training_reads(data: DataSet, tmp_path: Path) -> None:
     content = data.read()
     for number, row in enumerate(content["annotations"]):
         x, y, width, height = row.pop("bbox")
@@ -455,31 +452,31 @@ def test_augmented_copies_on_both_sides(data: DataSet) -> None:
     code, findings, facts = data.check(val=True)
     assert code == 0
     assert any(
-        text.startswith("2 pictures of which val.json has an augmented copy by its name (cat_jpg.rf.0")
+        text.startswith("2 images of which val.json has an augmented copy by its name (cat_jpg.rf.0")
         for text in texts(findings, "warning")
     )
-    assert any(text.startswith("2 pictures that are augmented copies of 1 photo") for text in texts(findings, "note"))
+    assert any(text.startswith("2 images that are augmented copies of 1 photo") for text in texts(findings, "note"))
     assert facts["train"]["together"] == [["train-3", "train-5"]]
 
 
 def test_quick_looks_at_names_only(data: DataSet) -> None:
-    (data.folder / "train" / "0.png").write_text("not a picture")
+    (data.folder / "train" / "0.png").write_text("not a image")
     shutil.rmtree(data.folder / "val")
     shutil.copytree(data.folder / "train", data.folder / "val")
-    assert data.check("--quick", val=True)[0] == 0  # two folders: only the pictures' content could tell
+    assert data.check("--quick", val=True)[0] == 0  # in two folders only the images' content could show it
     (data.folder / "val" / "2.png").unlink()
     code, findings, _ = data.check("--quick", val=True)
     assert code == 1
-    assert any("1 picture of 5 not in" in text for text in texts(findings, "fault"))
+    assert any("1 image of 5 not in" in text for text in texts(findings, "fault"))
 
 
-# ---- which way up the pictures are
+# ---- orientation of the images
 
 
 def _orientation_finding(
     data: DataSet, values: list[int], sideways_stored: int, *flags: str
 ) -> tuple[list[Content], Content]:
-    """What is said of squares that EXIF turns by `values` beside three sideways pictures, so many of them in the size of the stored pixels."""
+    """Findings on squares that EXIF rotates by `values` beside three sideways images, `sideways_stored` of them with their stored size."""
     some = scenes(["landscape"] * 3 + ["square"] * len(values))
     shutil.rmtree(data.folder / "train")
     for number, (one, value) in enumerate(zip(some, [6] * 3 + values, strict=True)):
@@ -493,31 +490,31 @@ def _orientation_finding(
 @pytest.mark.parametrize(
     ("stored", "level", "text"),
     [
-        (0, "note", "3 sideways images turned upright by EXIF, as their sizes say, 2 images that EXIF turns without a change of size read "
+        (0, "note", "3 sideways images turned upright by EXIF, by their sizes, 2 images that EXIF turns without a change of size read "
          "upright, like these"),
-        (3, "note", "3 sideways images read as stored, as their sizes say, 2 images that EXIF turns without a change of size read as stored, like "
+        (3, "note", "3 sideways images read as stored, by their sizes, 2 images that EXIF turns without a change of size read as stored, like "
          "these"),
-        (1, "warning", "2 sideways images turned upright by EXIF, as their sizes say, 1 sideways image read as stored, as its size says, 2 images "
-         "that EXIF turns without a change of size read upright, as most of these: look at some"),
+        (1, "warning", "2 sideways images turned upright by EXIF, by their sizes, 1 sideways image read as stored, by its size, 2 images "
+         "that EXIF turns without a change of size read upright, like most of these: look at some"),
     ],
 )  # fmt: skip
-def test_which_way_up_pictures_are(data: DataSet, stored: int, level: str, text: str) -> None:
+def test_orientation_of_images(data: DataSet, stored: int, level: str, text: str) -> None:
     (finding,), facts = _orientation_finding(data, [3, 8, 1], stored, "--fix", str(data.folder / "clean"))
     assert (finding["level"], finding["text"]) == (level, text)
     convention = "stored" if stored == 3 else "upright"
     assert facts == {"convention": convention, "stated": False, "upright": 3 - stored, "stored": stored, "both": 2}
-    # what says so may be left out of the copy: the copy says it itself
+    # the copy may lack the images that decided it, so it states the orientation
     assert json.loads((data.folder / "clean" / "train.json").read_text())["info"] == {"image_orientation": convention}
     trained = read_coco(data.folder / "train.json", data.folder / "train", training=True)
     assert trained.orientation.record() == facts
 
 
-def test_pictures_that_nothing_decides_are_counted(data: DataSet) -> None:
+def test_images_of_undecided_orientation_are_counted(data: DataSet) -> None:
     some = scenes(["landscape", "square", "portrait"])
     for one, value in zip(some, (3, 6, 1), strict=True):
         save_turned(data.folder / "train" / one.name, one.pixels, value)
     data.write(coco_content(some))
-    text = "2 images that EXIF turns without a change of size read upright, since nothing shows which form the boxes are for: look at some"
+    text = "2 images that EXIF turns without a change of size read upright, although the form that the boxes refer to is unknown: look at some"
     assert texts(data.check()[1], "warning") == [text]
     data.write(coco_content(some) | {"info": {"image_orientation": "upright"}})
     assert not texts(data.check()[1], "warning")
@@ -530,7 +527,7 @@ def test_pictures_that_nothing_decides_are_counted(data: DataSet) -> None:
     assert json.loads((data.folder / "clean" / "train.json").read_text())["info"] == {"image_orientation": "upright"}
 
 
-def test_a_size_that_is_missing_is_that_of_the_form_that_the_others_show(data: DataSet) -> None:
+def test_a_missing_size_follows_the_orientation_of_the_other_images(data: DataSet) -> None:
     some = scenes(["landscape"] * 4)
     for one in some:
         save_as(data.folder / "train" / one.name, one.pixels, 6)

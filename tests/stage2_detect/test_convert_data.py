@@ -1,4 +1,4 @@
-"""convert_data.py as a run: what makes it begin again, what stops it, and which names it writes under."""
+"""convert_data.py as a run: when it starts again, its errors, and the names of its files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ def build(root: Path, form: str) -> Path:
 @pytest.mark.parametrize("form", ["yaml", "folder", "list", "described", "voc"])
 @pytest.mark.parametrize("output", ["out", "set/out"])
 def test_changed_labels(tmp_path: Path, user_error: Callable[..., str], form: str, output: str) -> None:
-    """A finished run says what has changed since, also where it lies inside its source; where nothing has, it stays as it is."""
+    """A finished run reports changed inputs, also if its folder is inside the source; without changes it stays finished."""
     labels = build(tmp_path / "set", form)
     source = tmp_path / "set" / ("data.yaml" if form in ("yaml", "list") else ".")
     run = tmp_path / output
@@ -48,7 +48,7 @@ def test_changed_labels(tmp_path: Path, user_error: Callable[..., str], form: st
 
 
 def test_labels_elsewhere_are_inputs_too(tmp_path: Path, user_error: Callable[..., str]) -> None:
-    """The description lies in the folder that is given, what it describes does not."""
+    """The description file is in the given folder, the images and labels are elsewhere."""
     labels = build(tmp_path / "data", "yaml")
     write(tmp_path / "set" / "data.yaml", "path: ../data\ntrain: images/train\nnames: [wide]\n")
     config = ConvertDataConfig(source=str(tmp_path / "set"), output=tmp_path / "out")
@@ -68,7 +68,7 @@ def test_splits_named_like_files_of_a_run(tmp_path: Path, user_error: Callable[.
     write(tmp_path / "set" / "labels" / name / "a.txt", "0 0.5 0.5 0.5 0.5\n")
     write(tmp_path / "set" / "classes.txt", "wide\n")
     message = user_error(main, line(tmp_path / "set", tmp_path / "out"))
-    assert f"a split is called {name!r}, as is a file of a run; rename it" in message
+    assert f"a split is called {name!r}, like a file of a run; rename it" in message
 
 
 def test_bulk_loss(tmp_path: Path, user_error: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,7 +92,7 @@ def test_bulk_loss(tmp_path: Path, user_error: Callable[..., str], capsys: pytes
     assert "split train: no object is left: 1 box dropped: 1 without width or height" in message
 
 
-def test_a_source_of_no_known_format_says_what_is_there(tmp_path: Path, user_error: Callable[..., str]) -> None:
+def test_the_error_for_an_unknown_format_lists_the_content(tmp_path: Path, user_error: Callable[..., str]) -> None:
     write(tmp_path / "set" / "labels.csv", "a,b")
     write(tmp_path / "set" / ".hidden", "")
     assert user_error(main, line(tmp_path / "set", tmp_path / "o1")).endswith("nor Parquet files; it holds labels.csv")

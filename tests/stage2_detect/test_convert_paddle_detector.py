@@ -1,4 +1,4 @@
-"""PaddleDetection's files as detector files: names of every golden parameter list, a whole Faster R-CNN, and what is refused.
+"""Conversion of PaddleDetection's files: names of every golden parameter list, a whole Faster R-CNN, and unsupported files.
 
 The weights are made by rule under the reference's names (tests/golden/README.md), so the detections of the converted file are known.
 """
@@ -62,7 +62,7 @@ SMALL = ["--config", str(RECIPES / RECIPE["faster"]), "--model.fpn_channels", "1
 
 @pytest.mark.parametrize("name", RECIPE)
 def test_every_parameter_of_the_reference_has_its_place(name: str) -> None:
-    """Names and shapes of the whole detector that the recipe describes: none is left over on either side."""
+    """Names and shapes match those of the whole detector of the recipe, without a rest on either side."""
     import timm
 
     shapes = about(name)["parameters"]
@@ -87,8 +87,8 @@ def test_names_of_deeper_backbones(arch: str, third: int, fourth: int) -> None:
         block = {name: shape for name, shape in shapes.items() if f".res{stage}b." in name}
         shapes = {name: shape for name, shape in shapes.items() if not re.search(rf"\.res{stage}[b-z]\.", name)}
         for number in range(1, count):
-            ours = f"b{number}" if count > 10 else chr(ord("a") + number)
-            shapes |= {name.replace(f"res{stage}b", f"res{stage}{ours}"): shape for name, shape in block.items()}
+            letter = f"b{number}" if count > 10 else chr(ord("a") + number)
+            shapes |= {name.replace(f"res{stage}b", f"res{stage}{letter}"): shape for name, shape in block.items()}
     assert recognise(shapes, "file") == arch
     with torch.device("meta"):
         state = timm.create_model(arch, features_only=True).state_dict()
@@ -223,9 +223,9 @@ NO_BOTTLENECK = [f"backbone.res{s}.res{s}{b}.branch2b.conv.weight" for s, bs in 
     [
         (
             ["conv1_1_weights", "res2a_branch2a_weights", "fc6_w", "bbox_pred_w"],
-            "is of PaddleDetection's static-graph releases, whose boxes are a pixel wider",
+            "comes from PaddleDetection's static-graph releases, whose boxes are a pixel wider",
         ),
-        (["backbone_conv_velocity_0", "fc_velocity_0"], "is the state of an optimizer (.pdopt)"),
+        (["backbone_conv_velocity_0", "fc_velocity_0"], "contains the state of an optimizer (.pdopt)"),
         (
             ["stem.0.conv.weight", "blocks.0.conv0.conv.weight"],
             "not a detector of PaddleDetection (first of 2 parameters: stem.0.conv.weight); a backbone of PaddleClas",
@@ -256,11 +256,16 @@ def test_another_recipe_is_refused(name: str, recipe: str, message: str) -> None
     check_recipe(arrays, recipe_of(name), "file")
     with pytest.raises(UserError) as error:
         check_recipe(arrays, recipe_of(recipe), "file")
-    assert str(error.value) == f"file: the recipe is another detector's: {message}; docs/detectors.md lists the recipes"
+    assert (
+        str(error.value) == f"file: the recipe is for another detector: {message}; docs/detectors.md lists the recipes"
+    )
 
 
 def test_a_detector_without_pyramid_is_refused(tmp_path: Path, call: Any, capsys: Any) -> None:
     shapes = about("faster")["parameters"]
     arrays = by_rule({name: shape for name, shape in shapes.items() if name.startswith("backbone.res")}, 0)
     line = refused(arrays, tmp_path, call, capsys)
-    assert line == "has no feature pyramid under two fully connected layers; detectors with FPN are converted"
+    assert (
+        line
+        == "has no feature pyramid with a head of two fully connected layers; only detectors with FPN can be converted"
+    )

@@ -1,4 +1,4 @@
-"""The benchmarks of evaluation and of the annotation cache run, and notice when the two sides differ; the one of masks stays small."""
+"""The benchmarks of evaluation and of the annotation cache run, and fail if the two sides differ; the benchmark of masks stays small."""
 
 import copy
 import importlib.util
@@ -29,8 +29,8 @@ def test_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"12 images, \d+ objects, 240 detections, 3 classes", lines[0])
     assert [line.split(" | ")[0] for line in lines[4:]] == ["| hotcoco", "| pycocotools", "| analysis"]
-    truth, found = benchmark.draw(12, 20, 3)
-    one = coco_ap(truth, found)
+    truth, result = benchmark.draw(12, 20, 3)
+    one = coco_ap(truth, result)
     assert 0.05 < one["AP50"] < 0.9
     other = copy.deepcopy(one)
     benchmark.compare(one, other)
@@ -44,16 +44,16 @@ def test_the_cache(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("ssld.stage2_detect.data.annotation_cache.LEAST_BYTES", 0)
 
-    def here(file: Path, way: str, shapes: bool, _folder: str) -> dict[str, Any]:
-        found: dict[str, Any] = benchmark.read(file, cache=way == "cache", shapes=shapes)
-        return found
+    def read_in_process(file: Path, way: str, shapes: bool, _folder: str) -> dict[str, Any]:
+        result: dict[str, Any] = benchmark.read(file, cache=way == "cache", shapes=shapes)
+        return result
 
-    monkeypatch.setattr(benchmark, "start", here)
+    monkeypatch.setattr(benchmark, "start", read_in_process)
     assert benchmark.main(["--images", "20", "--rounds", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in lines[4:]] == ["| boxes", "| boxes and masks"]
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1
-    monkeypatch.setattr(benchmark, "start", lambda *args: here(*args) | {"digest": args[1]})
+    monkeypatch.setattr(benchmark, "start", lambda *args: read_in_process(*args) | {"digest": args[1]})
     with pytest.raises(AssertionError, match="the cache gives something else than the file"):
         benchmark.main(["--images", "20", "--rounds", "1"])
 
@@ -64,7 +64,7 @@ def test_memory_of_masks(capsys: pytest.CaptureFixture[str]) -> None:
     assert script("segm_memory").main(["--images", "6"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"6 images, \d+ objects, 600 masks of \d+ bytes, hotcoco", lines[0])
-    found = re.match(r"greatest memory (\d+) MiB, (\d+) MiB of it before the first image; ", lines[1])
-    assert found
-    peak, start = map(int, found.groups())
+    result = re.match(r"greatest memory (\d+) MiB, (\d+) MiB of it before the first image; ", lines[1])
+    assert result
+    peak, start = map(int, result.groups())
     assert 100 < start < peak < 2000

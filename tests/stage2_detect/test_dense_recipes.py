@@ -49,7 +49,7 @@ def test_every_recipe_is_in_a_table() -> None:
 
 
 def common(name: str) -> None:
-    """What all of them share, and what their students share with the baselines beside them."""
+    """Settings that all of them share, and settings that students share with their baselines."""
     config = resolved(name)
     optim, model, resize = config.optim, config.model, config.resize
     assert (config.batch_size, optim.name, optim.lr, optim.reference_batch) == (16, "sgd", 0.01, 16)

@@ -1,4 +1,4 @@
-"""One-stage detectors by the real command: a teacher, a student under it, files, resume, ranks, and what is refused."""
+"""One-stage detectors by the real command: teacher and student, files, resume, ranks, and errors."""
 
 import json
 import shutil
@@ -96,7 +96,7 @@ def test_a_teacher_a_student_and_its_resumption(
     assert log.count("warning: the teacher is no better than its student: AP 0.00 against 0.00 on 3 images of ") == 1
     weights = {"gfl": "loss_ld x0.25, loss_ld_vlr x0.25, loss_kd x10", "retinanet": "loss_adl x1"}[kind]
     assert f"teacher {teacher} ({kind} on test_resnet): {weights}\n" in log
-    assert ("model.gfl: not read by kind: retinanet\n" in log) == (kind == "retinanet")
+    assert ("model.gfl: unused by kind: retinanet\n" in log) == (kind == "retinanet")
     own = ("cls", "box", "dfl") if kind == "gfl" else ("cls", "box")
     steps = [line for line in metrics_of(run) if "loss_cls" in line]
     assert len(steps) == 6
@@ -130,7 +130,7 @@ def test_a_teacher_a_student_and_its_resumption(
         assert all(torch.equal(one[name], two[name]) for name in one), file
 
 
-def test_a_dense_teacher_answers_in_the_students_class_order(teachers: Callable[[str], Path]) -> None:
+def test_a_dense_teacher_uses_the_students_class_order(teachers: Callable[[str], Path]) -> None:
     images = torch.randn(1, 16, 4, 4)
     for kind in KINDS:
         file = teachers(kind)
@@ -144,11 +144,11 @@ def test_a_dense_teacher_answers_in_the_students_class_order(teachers: Callable[
         torch.testing.assert_close(permuted, logits[..., [1, 0]])
         assert not torch.allclose(permuted, logits)
         torch.testing.assert_close(kept, values)
-        # Its norm is folded, which does not change what it sees.
+        # Its BatchNorm is folded, which does not change its features.
         pixels = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
         batch = ImageBatch(pixels, torch.tensor([[64, 96]]), torch.ones(1))
-        for ours, plain in zip(teacher.features(batch), own.model.eval().features(batch), strict=True):
-            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+        for feature, plain in zip(teacher.features(batch), own.model.eval().features(batch), strict=True):
+            torch.testing.assert_close(feature, plain, rtol=1e-4, atol=1e-4)
         norms = [sum(isinstance(m, _BatchNorm) for m in net.modules()) for net in (teacher.model, own.model)]
         assert norms[0] < norms[1]
 
@@ -162,8 +162,8 @@ def test_two_ranks_distil_as_one(
     on_one_and_two: Callable[..., Any],
 ) -> None:
     settings = under(train_settings, kind, teachers(kind)) | {"steps": 4, "batch_size": 6, "auto_batch": True}
-    said, lines = on_one_and_two(train.main, "stage2_detect/train.py", settings)
-    assert "auto_batch: 3 of 6 images a process and pass fit, so accumulate is 1\n" in said
+    output, lines = on_one_and_two(train.main, "stage2_detect/train.py", settings)
+    assert "auto_batch: 3 of 6 images a process and pass fit, so accumulate is 1\n" in output
     assert [line["step"] for line in lines if "loss_cls" in line] == [1, 2, 3, 4]
 
 
@@ -213,12 +213,14 @@ def test_settings_that_do_not_fit(train_settings: Settings, tmp_path: Path) -> N
             TrainConfig(**settings)
         return str(caught.value)
 
-    assert "distill.adl: compares classes anchor by anchor" in fault("gfl", adl={})
-    assert "model.kind is gfl, whose terms are distill.ld" in fault("gfl", adl={})
-    assert "distill.ld: compares distributions of distances, which only the heads of gfl have" in fault("retinanet", ld={})  # fmt: skip
-    assert "model.kind is faster_rcnn, whose terms are distill.pkd_weight and roi_weight" in fault("faster_rcnn", ld={})
-    assert "distill.roi_weight: is of RoIs" in fault("gfl", roi_weight=1.0)
-    assert "distill.temperature: is of RoIs" in fault("retinanet", temperature=2.0)
+    assert "distill.adl: compares class probabilities per anchor" in fault("gfl", adl={})
+    assert "model.kind is gfl, whose settings are distill.ld" in fault("gfl", adl={})
+    assert "distill.ld: compares distributions of distances, which only gfl heads predict" in fault("retinanet", ld={})
+    assert "model.kind is faster_rcnn, whose settings are distill.pkd_weight and roi_weight" in fault(
+        "faster_rcnn", ld={}
+    )
+    assert "distill.roi_weight: applies to RoIs" in fault("gfl", roi_weight=1.0)
+    assert "distill.temperature: applies to RoIs" in fault("retinanet", temperature=2.0)
     assert "distill.ld and pkd_weight are 0" in fault("gfl", ld={"ld_weight": 0, "ld_vlr_weight": 0, "kd_weight": 0})
     assert "distill.adl.weight and pkd_weight are both 0" in fault("retinanet", adl={"weight": 0})
     distill = DistillConfig(teacher=Path("x"))

@@ -109,7 +109,7 @@ def test_the_command_writes_these_files(
     log = (run / "log.txt").read_text()
     assert f"teacher {teacher_detector}: AP 0.00 on 3 images of {settings['data']['val_annotations']}" in log
     assert f"teacher {teacher_detector} (faster_rcnn on test_resnet): loss_pkd x6, loss_roi_kd x1" in log
-    assert "7 images without annotations" in log
+    assert "7 unlabeled images" in log
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss_pkd" in line]
     assert len(steps) == 6

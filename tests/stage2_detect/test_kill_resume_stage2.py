@@ -80,7 +80,7 @@ def test_two_ranks_train_as_one(train_settings: dict[str, Any], on_one_and_two: 
 def test_two_ranks_evaluate_as_one(
     train_settings: dict[str, Any], detector_file: Path, scripts: Any, call: Callable[..., int], tmp_path: Path
 ) -> None:
-    """A detector that finds something in every image, so that a lost or doubled one, or the detections of another rank, would show."""
+    """A detector with detections in every image, so that lost or repeated images, or detections of another rank, would show."""
     data = train_settings["data"]
     metadata = read_metadata(detector_file, kind="detector")
     dense = metadata["model"]["dense"] | {"score_threshold": 0.0}

@@ -48,7 +48,7 @@ def test_a_picture_a_pattern_and_a_list(photos: Path, tmp_path: Path, files_belo
     ("text", "message"),
     [
         ("photos/5.png\nphotos/99.png\n", "list.txt, line 2: photos/99.png: no such file"),
-        ("# nothing\n", "list.txt: no path in it"),
+        ("# nothing\n", "list.txt: contains no path"),
         (
             '{"images": [{"id": 1}]}',
             'list.txt: begins with \'{"images": [{"id": 1\'..., which is no path; give an image, a video',

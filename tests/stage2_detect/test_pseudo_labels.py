@@ -292,7 +292,7 @@ def test_user_errors(
     renamed.write_text(json.dumps(content | {"categories": names}))
     assert f"unlabeled: no images in {tmp_path / 'empty'}" in message(unlabeled=str(tmp_path / "empty"))
     assert f"pseudo: {without}: no image with a usable box in it" in message(pseudo=str(without))
-    differ = "its 2 classes differ from the 2 that the detector is for; unknown: high; missing: tall"
+    differ = "its 2 classes differ from the 2 classes of the detector; unknown: high; missing: tall"
     assert f"pseudo: {renamed}: {differ}" in message(pseudo=str(renamed))
     missing = message(unlabeled=str(tmp_path / "other"))
     assert (
@@ -300,7 +300,7 @@ def test_user_errors(
         in missing
     )
     assert "pseudo: " in message(pseudo=str(tmp_path / "nowhere.json"))
-    assert "pseudo: has the boxes of images without annotations; give their folder" in message(unlabeled=None)
+    assert "pseudo: has boxes of unlabeled images; give their folder" in message(unlabeled=None)
     assert "give pseudo, which predict.py --pseudo_labels writes" in message(pseudo=None)
     assert "give distill.teacher or pseudo" in message(pseudo=None, distill=None)
     for ratio in (0, -0.5, 1.5):

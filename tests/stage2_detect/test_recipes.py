@@ -86,7 +86,7 @@ def test_every_recipe_is_in_a_table() -> None:
 
 
 def assert_common(config: TrainConfig) -> None:
-    """What the SSLD, the plain and the PSS-DET recipes have in common."""
+    """Settings that the SSLD, the plain and the PSS-DET recipes share."""
     optim, model, resize = config.optim, config.model, config.resize
     assert (optim.name, optim.momentum, optim.weight_decay, optim.decay_norm_and_bias) == ("sgd", 0.9, 1e-4, True)
     assert (optim.warmup_steps, optim.gamma, optim.clip_grad_norm, config.ema) == (1000, 0.1, None, None)
@@ -212,7 +212,7 @@ def header(name: str) -> str:
 
 @pytest.mark.parametrize("name", [*SSLD, *PSS])
 def test_the_hours_in_a_header_are_those_of_its_step_times(name: str) -> None:
-    """The times are for 16 images on 8 GPUs; parts of a step are named one by one."""
+    """The step times are for 16 images on 8 GPUs; the cost is the sum of the parts named in the header."""
     cost = header(name).partition("Cost: ")[2]
     hours = re.search(r"about (\d+) V100 hours", cost)
     seconds = sum(float(part) for part in re.findall(r"(0\.\d+) s\b", cost))
@@ -222,15 +222,15 @@ def test_the_hours_in_a_header_are_those_of_its_step_times(name: str) -> None:
     assert int(hours[1]) == pytest.approx(steps * seconds * 8 / 3600, rel=0.01)
 
 
-def test_a_recipe_says_where_it_comes_from() -> None:
+def test_header_names_source_cost_and_published_scores() -> None:
     for name in ALL:
         comments = header(name)
-        assert "ource" in comments or "Ours" in comments, name
-        assert "Cost: " in comments, f"{name}: its header does not say what it costs"
+        assert "ource" in comments or "recipe of this project" in comments, name
+        assert "Cost: " in comments, f"{name}: no cost in its header"
         if name in {*SSLD, *PLAIN, *PSS}:
-            assert "FPS" in comments or "speed" in comments, f"{name}: its header does not say how fast"
+            assert "FPS" in comments or "speed" in comments, f"{name}: no speed in its header"
         for score in expected_scores(resolved(name)):
-            assert str(score) in comments, f"{name}: {score} is expected, and its header does not say who published it"
+            assert str(score) in comments, f"{name}: expects {score}, but its header does not give it as published"
 
 
 def factors_of_parameters(name: str, arch: str) -> dict[str, float]:
@@ -259,23 +259,23 @@ def factors_of_parameters(name: str, arch: str) -> dict[str, float]:
     ],
 )
 def test_learning_rate_of_every_parameter(name: str, arch: str, blocks: int) -> None:
-    found = factors_of_parameters(name, arch)
+    actual = factors_of_parameters(name, arch)
     plain, deformable = "ssld" not in name and "pss" not in name, "dcn" in name
     expected = {"layer2": 0.05, "layer3": 0.1, "layer4": 0.15}
-    for parameter, factor in found.items():
+    for parameter, factor in actual.items():
         part = parameter.removeprefix("pyramid.body.").split(".")[0]
         if not parameter.startswith("pyramid.body.") or ".offset." in parameter or plain:
             assert factor == 1, parameter
         else:
-            assert factor == expected[part], parameter  # stem and layer1 are frozen, and not here
+            assert factor == expected[part], parameter  # stem and layer1 are frozen and have no group
         assert ".bn" not in parameter
         assert "downsample.2" not in parameter
-    body = [parameter for parameter in found if parameter.startswith("pyramid.body.")]
+    body = [parameter for parameter in actual if parameter.startswith("pyramid.body.")]
     # 3x3 and 1x1 convolutions of the bottlenecks, and a shortcut a stage; two tensors more for each 3x3's offsets
     assert len(body) == 3 * blocks + 3 + (2 * blocks if deformable else 0)
-    heads = {parameter.split(".")[2] for parameter in found if parameter.startswith("roi_heads.heads.")}
+    heads = {parameter.split(".")[2] for parameter in actual if parameter.startswith("roi_heads.heads.")}
     assert len(heads) == (3 if "cascade" in name else 1)
-    assert any(parameter.startswith("mask_head.") for parameter in found) == ("mask" in name)
+    assert any(parameter.startswith("mask_head.") for parameter in actual) == ("mask" in name)
 
 
 @pytest.fixture(scope="module")

@@ -33,8 +33,8 @@ def backbone_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def pictures_of(run: Path) -> set[str]:
-    """The files that a run's list of pictures names, and the list."""
+def drawn_images_of(run: Path) -> set[str]:
+    """The files in a run's index of drawn images, and the index."""
     index = json.loads((run / "pictures/index.json").read_text())
     assert index
     return {"pictures/index.json", *(f"pictures/{entry[side]}" for entry in index for side in ("truth", "found"))}
@@ -62,7 +62,7 @@ def test_writes_exactly_these_files_and_the_detector_evaluates(
         "detector.safetensors",
         "detector_best.safetensors",
         "analysis.json",
-        *pictures_of(run),
+        *drawn_images_of(run),
         *(f"checkpoints/step_{step:08d}/{name}" for step in (4, 6) for name in checkpoint),
     }
     log = (run / "log.txt").read_text()
@@ -94,9 +94,9 @@ def test_writes_exactly_these_files_and_the_detector_evaluates(
         "result.json",
         "detections.json",
         "analysis.json",
-        *pictures_of(tmp_path / "ap"),
+        *drawn_images_of(tmp_path / "ap"),
     }
-    for name in ("analysis.json", *pictures_of(run)):  # the same detector on the same images
+    for name in ("analysis.json", *drawn_images_of(run)):  # the same detector on the same images
         assert (run / name).read_bytes() == (tmp_path / "ap" / name).read_bytes()
     trained = json.loads((run / "result.json").read_text())["metrics"]
     evaluated = json.loads((tmp_path / "ap" / "result.json").read_text())["metrics"]
@@ -120,7 +120,7 @@ def test_writes_exactly_these_files_and_the_detector_evaluates(
 
 
 def test_learns_the_scenes(learning_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path) -> None:
-    """One colour a class: a detector that learns at all finds some of these rectangles. Other seeds reach 0.4 to 0.95."""
+    """One colour per class: a detector that learns at all detects some of these rectangles. Other seeds reach an AP of 0.4 to 0.95."""
     assert call(train.main, arguments(learning_settings)) == 0
     ap50 = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]["AP50"]
     assert ap50 > 0.25, ap50
@@ -217,10 +217,10 @@ def test_bf16_trains_to_about_the_same_loss(
     assert half == pytest.approx(full, rel=0.05)
 
 
-def test_compiled_it_trains_the_same(
+def test_compiled_training_is_equal(
     train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Traced, but run by torch itself: a C++ compiler need not be here."""
+    """Traced, but run by torch itself, so that no C++ compiler is needed."""
     compiled: list[torch.nn.Module] = []
 
     def compile_traced(net: torch.nn.Module) -> None:

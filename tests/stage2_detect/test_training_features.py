@@ -1,4 +1,4 @@
-"""What training offers beyond a step: moving average, early stop, loss on evaluation images, expected scores."""
+"""Features of training around the step: moving average, early stop, loss on evaluation images, expected scores."""
 
 import json
 from collections.abc import Callable
@@ -85,7 +85,9 @@ def test_patience_ends_a_run_that_does_not_get_better(
     run = tmp_path / "run"
     # The first evaluation is the best so far, the second and third are no better.
     assert result(run)["steps"] == 6
-    assert "step 6: 2 evaluations in a row without a better one: enough (patience)" in (run / "log.txt").read_text()
+    assert (
+        "step 6: stopped after 2 evaluations in a row without a better AP (patience)" in (run / "log.txt").read_text()
+    )
     assert read_metadata(run / "detector_best.safetensors")["step"] == 2
     assert read_metadata(run / "detector.safetensors")["step"] == 6
     assert (run / "checkpoints" / "step_00000006" / "COMPLETE").exists()
@@ -118,14 +120,14 @@ def test_an_evaluation_set_without_objects_gives_no_score_and_no_early_stop(
     assert call(train.main, arguments(settings)) == 0
     run = tmp_path / "run"
     log = (run / "log.txt").read_text()
-    assert "no object to be found, so there will be no score" in log
+    assert "no objects, so there will be no score" in log
     assert "step 2: no score: the evaluation images have no objects" in log
     assert result(run)["steps"] == 4
     assert result(run)["AP"] is None
     assert not (run / "detector_best.safetensors").exists()
 
 
-# What of the data is used
+# Data used for training
 
 
 def test_a_bulk_loss_stops_training_unless_it_is_allowed(
@@ -149,8 +151,8 @@ def test_a_bulk_loss_stops_training_unless_it_is_allowed(
     assert call(train.main, arguments(settings)) == 0
     first = content["annotations"][0]["id"]
     changed = f"1 box changed: 1 with an area that is no number above 0 (first: annotation {first})"
-    said = f"{file}: {len(tall)} boxes dropped: {lost}; {changed}"
-    assert said in (tmp_path / "run" / "log.txt").read_text()
+    message = f"{file}: {len(tall)} boxes dropped: {lost}; {changed}"
+    assert message in (tmp_path / "run" / "log.txt").read_text()
     read = json.loads((tmp_path / "run" / "result.json").read_text())["read"]
     boxes = read["data.train_annotations"]["box"]
     assert boxes["dropped"] == {"marked iscrowd": {"count": len(tall), "first": f"annotation {tall[0]['id']}"}}
@@ -220,7 +222,7 @@ def test_validation_loss_leaves_the_model_as_it_was(trained: Path, train_setting
 
 
 @pytest.mark.slow
-def test_two_ranks_measure_it_as_one(
+def test_two_ranks_measure_the_loss_as_one(
     train_settings: Settings, on_one_and_two: Callable[..., Any], tmp_path: Path
 ) -> None:
     """Three batches for two ranks: the counts that losses are divided by must not wait for a batch that never comes."""
@@ -268,10 +270,10 @@ def test_expected_is_compared_after_the_last_evaluation(
     assert "expected: NOT met: AP 0.00 (expected 50), tolerance 0.3" in (tmp_path / "run" / "log.txt").read_text()
 
 
-# What a body without BatchNorm says, and what cannot be
+# Backbones without BatchNorm, and invalid settings
 
 
-def test_freezing_the_norm_of_a_body_without_one_is_said_and_does_nothing(
+def test_freezing_norm_without_batchnorm_is_logged_and_has_no_effect(
     train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path
 ) -> None:
     assert call(train.main, arguments(train_settings | {"backbone": "random:test_convnext", "steps": 1})) == 0
@@ -286,7 +288,7 @@ def test_user_errors(
         return user_error(train.main, arguments(train_settings | changes, "bad"))
 
     blind = {key: value for key, value in train_settings["data"].items() if "val" not in key}
-    assert "val_loss is measured on evaluation images" in message(val_loss=True, data=blind)
+    assert "val_loss needs evaluation images" in message(val_loss=True, data=blind)
     assert "patience counts evaluations: give evaluate_every" in message(patience=2)
     assert "ema.decay" in message(ema={"decay": 1.0})
     assert not (tmp_path / "bad").exists()

@@ -1,4 +1,4 @@
-"""Images that look the same, whatever their EXIF: equal AP, and equal boxes by every way into a detector."""
+"""Images of equal content with any EXIF orientation: equal AP, and equal boxes by every way into a detector."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -78,16 +78,16 @@ def test_equal_ap(
             folder = tmp_path / f"run{folder.name}"
         return ap_of(loaded, folder / "train.json", images, info)
 
-    wanted = ap(1)
-    assert wanted[1] > 0.05
+    expected = ap(1)
+    assert expected[1] > 0.05
     for value in (
         range(2, 9) if form == "coco" else (3, 6)
     ):  # the batches of all are compared in data/test_orientation.py
-        assert ap(value) == wanted, value
-    assert ap(3, image_orientation="stored") != wanted
+        assert ap(value) == expected, value
+    assert ap(3, image_orientation="stored") != expected
 
 
-def test_evaluation_tells_which_way_up_it_read(
+def test_evaluation_reports_the_orientation(
     call: Callable[..., int], detector_file: Path, drawn: Sequence[Scene], tiny_coco: Any, tmp_path: Path
 ) -> None:
     images = WRITERS["coco"](tmp_path / "set", drawn)
@@ -99,8 +99,8 @@ def test_evaluation_tells_which_way_up_it_read(
     rest = ["--output", str(tmp_path / "ap"), "--threads", "1", "--workers", "0", "--device", "cpu"]
     data = ["--annotations", str(tmp_path / "set" / "train.json"), "--images", str(images)]
     assert call(evaluate.main, ["--model", str(detector_file), *data, *rest]) == 0
-    wanted = {"convention": "upright", "stated": False, "upright": 2, "stored": 0, "both": 2}
-    assert content(tmp_path / "ap" / "result.json")["metrics"]["orientation"] == {"val": wanted}
+    expected = {"convention": "upright", "stated": False, "upright": 2, "stored": 0, "both": 2}
+    assert content(tmp_path / "ap" / "result.json")["metrics"]["orientation"] == {"val": expected}
     assert "2 sideways images turned upright by EXIF" in (tmp_path / "ap" / "log.txt").read_text()
 
 
@@ -122,7 +122,7 @@ def test_a_file_has_the_same_boxes_in_the_command_and_in_the_call(
     written = content(tmp_path / "seen" / "predictions.json")
     assert written["info"]["image_orientation"] == "upright"
     total = 0
-    pictures: dict[str, list[np.ndarray]] = {}
+    drawings: dict[str, list[np.ndarray]] = {}
     for image in written["images"]:
         path = folder / image["file_name"]
         scene = drawn[int(path.name[0])]
@@ -134,9 +134,9 @@ def test_a_file_has_the_same_boxes_in_the_command_and_in_the_call(
         np.testing.assert_allclose(np.reshape(corners, (-1, 4)), called.boxes_N4, atol=2e-3)
         assert (image["height"], image["width"]) == scene.pixels.shape[:2]
         total += len(rows)
-        with Image.open(tmp_path / "seen" / "pictures" / f"{path.name}.jpg") as picture:
-            pictures.setdefault(path.name[0], []).append(np.array(picture))
-    assert all(np.array_equal(one, several[0]) for several in pictures.values() for one in several)
+        with Image.open(tmp_path / "seen" / "pictures" / f"{path.name}.jpg") as drawing:
+            drawings.setdefault(path.name[0], []).append(np.array(drawing))
+    assert all(np.array_equal(one, several[0]) for several in drawings.values() for one in several)
     assert total > 3
 
 

@@ -1,4 +1,4 @@
-"""Data sets in YOLO's format as tools and sites lay them out: each holds the same objects, in the same splits."""
+"""Layouts of YOLO data sets as tools and sites write them: all give the same objects, in the same splits."""
 
 import json
 import shutil
@@ -36,8 +36,8 @@ def check(run: Path, split: str, *names: str) -> None:
 
 
 def splits_of(run: Path) -> dict[str, dict[str, object]]:
-    found: dict[str, dict[str, object]] = json.loads((run / "result.json").read_text())["metrics"]["splits"]
-    return found
+    splits: dict[str, dict[str, object]] = json.loads((run / "result.json").read_text())["metrics"]["splits"]
+    return splits
 
 
 # ---- where labels lie
@@ -60,7 +60,7 @@ def splits_of(run: Path) -> dict[str, dict[str, object]]:
 )
 @pytest.mark.parametrize("above", ["set", "images/set"])
 def test_labels_of_described_folders(tmp_path: Path, images: str, labels: str, ending: str, above: str) -> None:
-    """Also where a folder above the data set is called `images`."""
+    """Works even if a folder above the data set is called `images`."""
     root = tmp_path / above
     build(root, images, labels, ending=ending)
     for place in (images, labels):
@@ -111,7 +111,7 @@ def test_labels_beside_images_in_one_folder(tmp_path: Path, user_error: Callable
 
 @pytest.mark.parametrize("source", ["set", "set/obj.data"])
 def test_darknet_as_cvat_writes_it(tmp_path: Path, source: str) -> None:
-    """Its paths are those of Darknet, whose data set lies in data/."""
+    """Its paths are written for Darknet, whose data set is in data/."""
     root = tmp_path / "set"
     build(root, "obj_{}_data", "obj_{}_data")
     write(
@@ -152,7 +152,7 @@ def test_accents_of_two_forms(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "kind"), [("a.jfif", "JPEG"), ("a.JPE", "JPEG"), ("a.avif", "PNG"), ("a.heic", "JPEG"), ("a.HEIF", "PNG")]
 )
-def test_images_are_what_their_content_is(tmp_path: Path, name: str, kind: str) -> None:
+def test_images_are_recognized_by_their_content(tmp_path: Path, name: str, kind: str) -> None:
     save(tmp_path / "set" / "images" / name, format=kind)
     write(tmp_path / "set" / "labels" / "a.txt", ROWS["a"])
     write(tmp_path / "set" / "data.yaml", "train: images\nnames: [wide, tall]\n")
@@ -161,7 +161,7 @@ def test_images_are_what_their_content_is(tmp_path: Path, name: str, kind: str) 
 
 
 @pytest.mark.parametrize("name", ["a.heic", "a.jxl", "a.cr2"])
-def test_kinds_that_are_not_read_are_counted(tmp_path: Path, user_error: Callable[..., str], name: str) -> None:
+def test_unsupported_kinds_are_counted(tmp_path: Path, user_error: Callable[..., str], name: str) -> None:
     root = tmp_path / "set"
     build(root, "images", "labels")
     (root / "images" / "a.png").unlink()
@@ -192,16 +192,16 @@ def test_a_split_without_an_object_is_refused(tmp_path: Path, user_error: Callab
     split, images = ("train", 2) if case == "elsewhere" else ("val", 1)
     message = user_error(main, line(root, tmp_path / "out"))
     assert f"{root}: split {split}: no object in {images} image" in message
-    looked = "" if case == "elsewhere" else f"{root}/labels/{split}, "
+    searched = "" if case == "elsewhere" else f"{root}/labels/{split}, "
     files = "1 label file" if case in ("empty", "blank") else "0 label files"
-    assert f"({files}, looked for in {looked}{root}/images/{split})" in message
+    assert f"({files}, searched in {searched}{root}/images/{split})" in message
     assert not list((tmp_path / "out").glob("*l.json"))
     if case != "elsewhere":
         assert main(line(root, tmp_path / "out", "--splits", '["train"]')) == 0
         check(tmp_path / "out", "train", "a", "b")
 
 
-# ---- what a description says
+# ---- description files
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,9 @@ def test_a_root_of_another_machine(
     write(root / "data.yaml", "path: /content/set\ntrain: images\nnames: [wide, tall]\n")
     assert main(line(root / "data.yaml", tmp_path / "out")) == 0
     check(tmp_path / "out", "train", "a", "b", "c")
-    assert "data.yaml: path: /content/set is not here; the folders beside the file are read" in capsys.readouterr().out
+    assert (
+        "data.yaml: path: /content/set does not exist; the folders beside the file are read" in capsys.readouterr().out
+    )
     write(root / "data.yaml", "path: /content/set\ntrain: photos\nnames: [wide, tall]\n")
     assert "path: /content/set is not a folder" in user_error(main, line(root / "data.yaml", tmp_path / "o"))
 
@@ -307,9 +309,7 @@ def test_labels_in_another_folder_than_their_image(tmp_path: Path, user_error: C
     (root / "images" / "a.png").rename(root / "images" / "deeper" / "a.png")
     write(root / "data.yaml", "train: images\nnames: [wide, tall]\n")
     message = user_error(main, line(root, tmp_path / "out"))
-    assert "labels/a.txt: is not where the labels of images/deeper/a.png are looked for" in message.replace(
-        f"{root}/", ""
-    )
+    assert "labels/a.txt: is not in a folder for the labels of images/deeper/a.png" in message.replace(f"{root}/", "")
 
 
 def test_class_lists_have_to_agree(tmp_path: Path, user_error: Callable[..., str]) -> None:
@@ -328,7 +328,7 @@ def test_class_lists_have_to_agree(tmp_path: Path, user_error: Callable[..., str
 
 
 def test_a_split_that_is_not_there(tmp_path: Path, user_error: Callable[..., str]) -> None:
-    """Roboflow names a test set also where it wrote none."""
+    """Roboflow names a test set even if it wrote none."""
     root = tmp_path / "set"
     build(root, "{}/images", "{}/labels")
     write(root / "data.yaml", "train: ../train/images\nval: ../val/images\ntest: ../test/images\nnames: [wide, tall]\n")
@@ -364,12 +364,12 @@ def test_several_data_sets_in_a_folder(tmp_path: Path, user_error: Callable[...,
     assert main(line(tmp_path / "sets", tmp_path / "out")) == 0
     check(tmp_path / "out", "train", "a", "b")
     (tmp_path / "sets" / "two.yaml").unlink()
-    assert "holds one, two, with splits of their own; give one of them" in user_error(
+    assert "holds one, two, each with splits; give one of them" in user_error(
         main, line(tmp_path / "sets", tmp_path / "o2")
     )
 
 
-# ---- what a run counts as its input
+# ---- inputs of a run
 
 
 def test_input_places(tmp_path: Path) -> None:

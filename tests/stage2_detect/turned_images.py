@@ -1,4 +1,4 @@
-"""Images that look the same, stored in each of EXIF's eight ways, and data sets of them in three formats."""
+"""Images with equal content in each of EXIF's eight orientations, and data sets of them in three formats."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -19,12 +19,12 @@ STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
     8: lambda a: np.rot90(a, -1),
 }
-"""how the pixels of an image lie in the file that EXIF's value turns upright"""
+"""map from the upright pixels of an image to the pixels stored in a file, by EXIF value"""
 SHAPES = {"landscape": (48, 32), "portrait": (32, 48), "square": (40, 40)}
 
 
 class Scene(NamedTuple):
-    """An image as it is to be looked at, uint8 [height, width, 3], with boxes (x, y, width, height)."""
+    """An upright image, uint8 [height, width, 3], with boxes (x, y, width, height)."""
 
     name: str
     pixels: np.ndarray
@@ -33,19 +33,19 @@ class Scene(NamedTuple):
 
 def scenes(shapes: Sequence[str], seed: int = 0) -> list[Scene]:
     draw = np.random.default_rng(seed)
-    found = []
+    all_scenes = []
     for number, shape in enumerate(shapes):
         width, height = SHAPES[shape]
         boxes = []
         for _ in range(1 + number % 2):
             left, top, wide, high = (int(one) for one in draw.integers((0, 0, 6, 4), (16, 16, 16, 12)))
             boxes.append((left, top, wide, high))
-        found.append(Scene(f"{number}.png", draw.integers(0, 256, (height, width, 3), dtype=np.uint8), boxes))
-    return found
+        all_scenes.append(Scene(f"{number}.png", draw.integers(0, 256, (height, width, 3), dtype=np.uint8), boxes))
+    return all_scenes
 
 
 def save_as(path: Path, stored: np.ndarray, orientation: int) -> None:
-    """A file with these pixels and this value of EXIF."""
+    """Write a file with these stored pixels and this value of EXIF."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def save_as(path: Path, stored: np.ndarray, orientation: int) -> None:
 
 
 def save_turned(path: Path, upright: np.ndarray, orientation: int) -> None:
-    """A file that looks like `upright`, its pixels stored as EXIF's value says."""
+    """Write a file that is shown as `upright`, with the pixels stored for this value of EXIF."""
     save_as(path, STORED[orientation](upright), orientation)
 
 
@@ -105,4 +105,4 @@ def write_voc(folder: Path, some: Sequence[Scene], unsized: Sequence[str] = ()) 
 
 
 WRITERS: dict[str, Callable[[Path, Sequence[Scene]], Path]] = {"coco": write_coco, "yolo": write_yolo, "voc": write_voc}
-"""of the annotations; the folder of the images is returned"""
+"""writers of the annotations by format; each returns the folder of the images"""

@@ -1,6 +1,6 @@
-"""Checks of one COCO file by itself: ids, sizes, boxes, classes. What needs the pictures is in `images.py`.
+"""Checks of one COCO file without its images: ids, sizes, boxes, classes. Checks that read the images are in `images.py`.
 
-Legend: N annotations, or those whose image, class and box can be read; I images, in file order.
+Legend: N annotations, or those with a readable image, class and box; I images, in file order.
 """
 
 from collections import Counter, defaultdict
@@ -15,7 +15,7 @@ from ssld.shared.errors import UserError
 from ssld.shared.tally import Tally
 from ssld.shared.wording import count, some
 from ssld.stage2_detect.data.check.findings import Finding, Level, Repair, first_ids
-from ssld.stage2_detect.data.coco import CROWD, FLAT, OUTSIDE, doubts_of, judge_boxes, loss_of, tally_boxes
+from ssld.stage2_detect.data.coco import CROWD, FLAT, OUTSIDE, format_warnings, loss_of, tally_boxes, validate_boxes
 from ssld.stage2_detect.data.coco_json import Convention, load_content, stated_orientation
 from ssld.stage2_detect.data.coco_rows import (
     CATEGORY_TYPE,
@@ -37,29 +37,29 @@ from ssld.stage2_detect.data.coco_rows import (
     UNUSED,
     WHOLE_ID,
     WHOLE_SIZE,
-    JudgedRows,
     Kind,
     Oddity,
-    called,
+    ValidatedRows,
     changes_of,
     id_of,
-    judge_rows,
+    row_name,
+    validate_rows,
 )
 from ssld.stage2_detect.data.image_names import same_file, same_photo
 from ssld.stage2_detect.data.segmentations import is_shape
 
 TINY_SIDE = 4.0
-"""objects with a shorter side than this have too few pixels to be told from noise"""
+"""side in pixels below which an object has too few pixels to be distinguished from noise"""
 FEW = 10
-"""classes with fewer boxes than this are hard to learn and to score"""
+"""number of boxes below which a class is hard to learn and to score"""
 MANY_CROWDS = 0.25
-"""share of a class beyond which its crowd regions are rather objects that a tool has marked"""
+"""share of crowd regions in a class above which they are probably single objects that a tool marked as crowd"""
 
 _FIXES: dict[tuple[Kind, str], str] = {
     ("image", NO_ID): "leaves them out",
     ("image", TWICE): "keeps one of equal rows; leaves out different images of one id, and their boxes",
     ("image", NO_FILE): "leaves them out",
-    ("image", NO_SIZE): "takes the pictures' sizes",
+    ("image", NO_SIZE): "takes the sizes of the image files",
     ("annotation", NO_ID): "gives new ids",
     ("annotation", TWICE): "gives new ids",
     ("annotation", NO_IMAGE): "leaves them out",
@@ -80,7 +80,7 @@ _READ_AS = {
     EMPTY_CROWD: "takes 0",
     ODD_AREA: "takes width x height",
 }
-"""what training, evaluation and a cleaned copy make of each change"""
+"""how training, evaluation and a cleaned copy read the value of each change"""
 
 
 @dataclass
@@ -91,37 +91,37 @@ class FileCheck:
     """train or val"""
     file: Path
     folder: Path
-    """of its pictures"""
+    """folder of its images"""
     content: dict[str, Any]
-    rows: JudgedRows
+    rows: ValidatedRows
     findings: list[Finding] = field(default_factory=list)
     repair: Repair = field(default_factory=Repair)
     image_of: dict[Any, int] = field(default_factory=dict)
-    """position of the image of an id"""
+    """position of each image by its id"""
     class_of: dict[Any, str] = field(default_factory=dict)
-    """name of the class of an id"""
+    """class name by category id"""
     boxes_of: Counter[str] = field(default_factory=Counter)
-    """boxes of each class that are trained on"""
+    """number of boxes that training uses, by class"""
     tally: Tally = field(default_factory=Tally)
-    """what training makes of the file"""
+    """boxes and images that training keeps, drops and changes"""
     stated: Convention | None = None
-    """which form of its images the file says that its boxes are for"""
+    """form of the images that the boxes refer to, if the file states it"""
     statistics: dict[str, Any] = field(default_factory=dict)
-    """numbers for whoever chooses settings: see `_measure`"""
+    """numbers for choosing settings: see `_measure`"""
 
     def add(self, level: Level, text: str, fix: str | None = None) -> None:
         self.findings.append(Finding(level, self.file.name, text, fix))
 
     def left_out(self) -> Tally:
-        """What a cleaned copy leaves out of the file."""
+        """Return a tally of the rows that a cleaned copy leaves out."""
         tally, repair, rows = Tally(), self.repair, self.rows
         for index, row in enumerate(self.content["images"]):
             cause = repair.drop_images.get(index)
             if cause is None:
                 tally.keep("image")
             elif cause:
-                tally.drop("image", cause, row.get("file_name") or called(self.content["images"], index))
-        # Several boxes of one unknown id are a class that the file names otherwise, as where ids count from 0 and categories from 1.
+                tally.drop("image", cause, row.get("file_name") or row_name(self.content["images"], index))
+        # Several boxes with one unknown id are probably a class with a wrong id, for example with ids from 0 and categories from 1.
         unknown = Counter(
             str(row.get("category_id"))
             for row, label in zip(self.content["annotations"], rows.labels_N.tolist(), strict=True)
@@ -137,17 +137,17 @@ class FileCheck:
             if cause is None:
                 tally.keep("box", group=group)
             elif cause:
-                tally.drop("box", cause, f"annotation {called(self.content['annotations'], index)}", group=group)
+                tally.drop("box", cause, f"annotation {row_name(self.content['annotations'], index)}", group=group)
         return tally
 
 
 def check_rows(name: str, file: Path, folder: Path, *, masks: bool = False, allow_loss: bool = False) -> FileCheck:
-    """Everything about a file that can be said without looking at a picture, for a detector with `masks` or without.
+    """Check everything about a file that needs no image, for a detector with `masks` or without.
 
-    Raises UserError where it is no COCO file at all.
+    Raises UserError for a file that is not COCO JSON.
     """
     content = load_content(file)
-    rows = judge_rows(content)
+    rows = validate_rows(content)
     check = FileCheck(name, file, folder, content, rows)
     for index, (image_id, file_name) in enumerate(zip(rows.image_ids, rows.file_names, strict=True)):
         if image_id is not None and file_name is not None:
@@ -158,26 +158,26 @@ def check_rows(name: str, file: Path, folder: Path, *, masks: bool = False, allo
     if not rows.category_ids:
         check.add("fault", "'categories' is empty: training stops")
     for oddity in rows.faults:
-        check.add("fault", f"{_told(check, oddity)}: training stops", _FIXES.get((oddity.kind, oddity.cause)))
+        check.add("fault", f"{_describe(check, oddity)}: training stops", _FIXES.get((oddity.kind, oddity.cause)))
         _repair_fault(check, oddity)
     for oddity in rows.changes:
         read_as = _READ_AS[oddity.cause]
         reader = "training" if name == "train" else "evaluation"
-        check.add("warning", f"{_told(check, oddity)}: {reader} {read_as}", read_as)
+        check.add("warning", f"{_describe(check, oddity)}: {reader} {read_as}", read_as)
     try:
         check.stated = stated_orientation(file.name, content)
     except UserError as error:
         text = str(error).removeprefix(f"{file.name}: ")
-        check.add("fault", f"{text}: training stops", "says what its images show")
-        check.repair.orientation = "upright"  # where none shows anything
+        check.add("fault", f"{text}: training stops", "sets it from the sizes of the images")
+        check.repair.orientation = "upright"  # unless the images show otherwise
     accept_changes(check.repair, rows)
     first_of = _check_names(check)
     _check_boxes(check, first_of, masks=masks, allow_loss=allow_loss)
     return check
 
 
-def accept_changes(repair: Repair, rows: JudgedRows) -> None:
-    """Let a copy of a file have the form in which training reads it."""
+def accept_changes(repair: Repair, rows: ValidatedRows) -> None:
+    """Add to `repair` the values that training reads in place of those of the file."""
     tables = {"image": repair.image_values, "annotation": repair.annotation_values, "category": repair.category_values}
     for oddity in rows.changes:
         for index, values in oddity.values.items():
@@ -185,11 +185,11 @@ def accept_changes(repair: Repair, rows: JudgedRows) -> None:
     repair.drop_categories.update(rows.unused)
 
 
-def _told(check: FileCheck, oddity: Oddity) -> str:
-    """`3 annotations without ... (first ids: ...)`."""
+def _describe(check: FileCheck, oddity: Oddity) -> str:
+    """Return text like `3 annotations without ... (first ids: ...)`."""
     if oddity.kind == "image":
         rows = check.content["images"]
-        names = some([rows[index].get("file_name") or called(rows, index) for index in oddity.values])
+        names = some([rows[index].get("file_name") or row_name(rows, index) for index in oddity.values])
     else:
         names = some(oddity.names) if oddity.cause == NO_ID else first_ids(oddity.names)
     return f"{count(len(oddity.names), oddity.kind, 'categories' if oddity.kind == 'category' else None)} {oddity.cause} ({names})"
@@ -216,7 +216,7 @@ def _repair_fault(check: FileCheck, oddity: Oddity) -> None:
 
 
 def _repair_images_given_twice(check: FileCheck, again: Iterable[int]) -> None:
-    """Equal rows are one image; of different images under one id nobody knows whose its boxes are, so none of them stays."""
+    """Keep one of several equal rows; drop different images with one id, since the image of their boxes is unknown."""
     rows = check.content["images"]
     groups: dict[Any, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
@@ -228,19 +228,19 @@ def _repair_images_given_twice(check: FileCheck, again: Iterable[int]) -> None:
 
 
 def _check_names(check: FileCheck) -> dict[int, int]:
-    """Looks for images listed twice, and for copies of one photo; position of an image listed again -> of the first."""
-    places = list(check.image_of.values())
-    names = [str(check.rows.file_names[place]) for place in places]
+    """Report images listed twice and copies of one photo; returns {position of a repeated image: position of the first}."""
+    positions = list(check.image_of.values())
+    names = [str(check.rows.file_names[position]) for position in positions]
     ids = list(check.image_of)
     again, copies = same_file(names), same_photo(names)
     check.statistics["together"] = [[ids[one] for one in group] for group in (*again, *copies)]
-    first_of = {places[one]: places[group[0]] for group in again for one in group[1:]}
+    first_of = {positions[one]: positions[group[0]] for group in again for one in group[1:]}
     if again:
-        text = f"{count(len(again), 'picture')} listed more than once, under other ids ({some([names[group[0]] for group in again])})"
+        text = f"{count(len(again), 'image')} listed more than once, under other ids ({some([names[group[0]] for group in again])})"
         check.add(
             "warning",
-            f"{text}: each is trained on as if the others' boxes were not there",
-            "puts their boxes together under the first id",
+            f"{text}: each entry is trained on without the boxes of the others",
+            "merges their boxes under the first id",
         )
         check.repair.drop_images |= dict.fromkeys(first_of, "")
         owners = check.rows.owners_N.tolist()
@@ -248,90 +248,90 @@ def _check_names(check: FileCheck) -> dict[int, int]:
             if owner in first_of:
                 check.repair.set_annotation(index, image_id=check.rows.image_ids[first_of[owner]])
     if copies:
-        shown = some([names[group[0]] for group in copies])
+        examples = some([names[group[0]] for group in copies])
         total = sum(map(len, copies))
         check.add(
             "note",
-            f"{count(total, 'picture')} that are augmented copies of {count(len(copies), 'photo')} by their names ({shown})",
+            f"{count(total, 'image')} that are augmented copies of {count(len(copies), 'photo')} by their names ({examples})",
         )
     return first_of
 
 
 def _check_boxes(check: FileCheck, first_of: dict[int, int], *, masks: bool, allow_loss: bool) -> None:
-    """Judges boxes as training does, and counts and measures those that are left."""
-    every, annotations = check.rows, check.content["annotations"]
-    named_I = np.array([name is not None for name in every.file_names], dtype=bool)
-    sound_N = (every.owners_N >= 0) & (every.labels_N >= 0) & ~np.isnan(every.boxes_N4).any(1)
-    sound_N[sound_N] &= named_I[every.owners_N[sound_N]]
+    """Check boxes as training does, and count and measure the usable ones."""
+    all_rows, annotations = check.rows, check.content["annotations"]
+    named_I = np.array([name is not None for name in all_rows.file_names], dtype=bool)
+    sound_N = (all_rows.owners_N >= 0) & (all_rows.labels_N >= 0) & ~np.isnan(all_rows.boxes_N4).any(1)
+    sound_N[sound_N] &= named_I[all_rows.owners_N[sound_N]]
     rows = np.flatnonzero(sound_N)
-    owners_N, labels_N, crowd_N = every.owners_N[rows], every.labels_N[rows], every.crowd_N[rows]
-    sizes_N2 = every.sizes_I2[owners_N]
+    owners_N, labels_N, crowd_N = all_rows.owners_N[rows], all_rows.labels_N[rows], all_rows.crowd_N[rows]
+    sizes_N2 = all_rows.sizes_I2[owners_N]
     names = [
-        name or f"of category {called(check.content['categories'], i)}" for i, name in enumerate(every.class_names)
+        name or f"of category {row_name(check.content['categories'], i)}" for i, name in enumerate(all_rows.class_names)
     ]
-    judged = judge_boxes(every.boxes_N4[rows], sizes_N2)
+    validated = validate_boxes(all_rows.boxes_N4[rows], sizes_N2)
     ids = [annotations[row].get("id") for row in rows]
     check.tally.keep("image", len(check.image_of))
-    tally_boxes(check.tally, judged, crowd_N, labels_N, names, [every.annotation_ids[row] for row in rows])
-    for noun, cause, number, first in changes_of(every):
+    tally_boxes(check.tally, validated, crowd_N, labels_N, names, [all_rows.annotation_ids[row] for row in rows])
+    for noun, cause, number, first in changes_of(all_rows):
         check.tally.change(noun, cause, first, number)
-    unusable_N = judged.degenerate_N | judged.outside_N
-    clipped_N = (judged.clipped_N4 != judged.corners_N4).any(1) & ~unusable_N & ~crowd_N
+    unusable_N = validated.degenerate_N | validated.outside_N
+    clipped_N = (validated.clipped_N4 != validated.corners_N4).any(1) & ~unusable_N & ~crowd_N
 
-    def report(mask_N: np.ndarray, level: Level, what: str, then: str, fix: str | None) -> None:
-        places = np.flatnonzero(mask_N)
-        if len(places):
-            ids_here = first_ids([ids[place] for place in places])
-            check.add(level, f"{count(len(places), 'box')} {what} ({ids_here}): {then}", fix)
+    def report(mask_N: np.ndarray, level: Level, cause: str, effect: str, fix: str | None) -> None:
+        positions = np.flatnonzero(mask_N)
+        if len(positions):
+            examples = first_ids([ids[position] for position in positions])
+            check.add(level, f"{count(len(positions), 'box')} {cause} ({examples}): {effect}", fix)
 
-    doubts = doubts_of(judged, crowd_N, sizes_N2)
-    for doubt in doubts:
-        check.add("warning", doubt)
-    dropped = "training drops them" if check.name == "train" else "never found, so missed in every score"
-    # Boxes of which it is not known what they are are left as they are.
-    leaves_out, clips = (None, None) if doubts else ("leaves them out", "clips them")
-    report(judged.degenerate_N & ~crowd_N, "warning", FLAT, dropped, leaves_out)
-    report(judged.outside_N & ~crowd_N, "warning", OUTSIDE, dropped, leaves_out)
+    warnings = format_warnings(validated, crowd_N, sizes_N2)
+    for text in warnings:
+        check.add("warning", text)
+    dropped = "training drops them" if check.name == "train" else "never detected, so missed in every score"
+    # With a suspicious box format the copy keeps all boxes unchanged.
+    leaves_out, clips = (None, None) if warnings else ("leaves them out", "clips them")
+    report(validated.degenerate_N & ~crowd_N, "warning", FLAT, dropped, leaves_out)
+    report(validated.outside_N & ~crowd_N, "warning", OUTSIDE, dropped, leaves_out)
     report(clipped_N, "note", "reaching over the border", "training clips them", clips)
-    places_N = np.array([first_of.get(owner, owner) for owner in owners_N.tolist()], dtype=np.int64)
-    again_N = _duplicates(places_N, labels_N, crowd_N, judged.corners_N4) & ~unusable_N & ~crowd_N
+    first_owners_N = np.array([first_of.get(owner, owner) for owner in owners_N.tolist()], dtype=np.int64)
+    again_N = _duplicates(first_owners_N, labels_N, crowd_N, validated.corners_N4) & ~unusable_N & ~crowd_N
     report(again_N, "warning", "given twice", "trained on twice, and one is missed in every score", "keeps one")
     usable_N = ~unusable_N & ~crowd_N
-    sides_N2 = judged.clipped_N4[:, 2:] - judged.clipped_N4[:, :2]
+    sides_N2 = validated.clipped_N4[:, 2:] - validated.clipped_N4[:, :2]
     tiny_N = usable_N & (sides_N2.min(1, initial=np.inf) < TINY_SIDE)
-    report(tiny_N, "note", f"with a side below {TINY_SIDE:g} pixels", "hardly to be found at any size", None)
+    report(tiny_N, "note", f"with a side below {TINY_SIDE:g} pixels", "hard to detect at any image size", None)
     crowded = _crowded(labels_N, crowd_N, names)
-    then = "not trained on; neither found nor missed in scores"
-    report(crowd_N, "warning" if crowded else "note", CROWD, f"{then}{crowded}", None)
+    effect = "not trained on and not counted in scores"
+    report(crowd_N, "warning" if crowded else "note", CROWD, f"{effect}{crowded}", None)
     shapes = [annotations[row].get("segmentation") for row in rows]
     if masks or any(shapes):  # files of boxes alone have none
         bad = [
             max(width, height) < np.inf and not is_shape(shape, int(height), int(width))
             for (width, height), shape in zip(sizes_N2.tolist(), shapes, strict=True)
         ]
-        # Every object of an evaluation set has its mask scored, crowds and odd boxes too.
-        looked_at_N = usable_N if check.name == "train" or not masks else np.ones(len(rows), dtype=bool)
-        shapeless_N = looked_at_N & np.array(bad, dtype=bool)
-        then = "training a detector with masks stops" + ("" if masks else "; others do not look at it")
-        report(shapeless_N, "fault" if masks else "warning", "without a usable segmentation", then, None)
-    for mask_N, cause in ((judged.degenerate_N, FLAT), (judged.outside_N, OUTSIDE), (again_N, "")):
-        for place in np.flatnonzero(mask_N & ~crowd_N):
-            if not (doubts and cause):
-                check.repair.drop_annotations[int(rows[place])] = cause
-    for place in np.flatnonzero(clipped_N & ~again_N) if not doubts else ():
-        left, top, right, bottom = (round(float(value), 3) for value in judged.clipped_N4[place])
+        # Evaluation scores the mask of every object, crowd regions and unusable boxes included.
+        scored_N = usable_N if check.name == "train" or not masks else np.ones(len(rows), dtype=bool)
+        shapeless_N = scored_N & np.array(bad, dtype=bool)
+        effect = "training a detector with masks stops" + ("" if masks else "; other kinds do not read it")
+        report(shapeless_N, "fault" if masks else "warning", "without a usable segmentation", effect, None)
+    for mask_N, cause in ((validated.degenerate_N, FLAT), (validated.outside_N, OUTSIDE), (again_N, "")):
+        for position in np.flatnonzero(mask_N & ~crowd_N):
+            if not (warnings and cause):
+                check.repair.drop_annotations[int(rows[position])] = cause
+    for position in np.flatnonzero(clipped_N & ~again_N) if not warnings else ():
+        left, top, right, bottom = (round(float(value), 3) for value in validated.clipped_N4[position])
         box = [left, top, round(right - left, 3), round(bottom - top, 3)]
-        area = {} if annotations[rows[place]].get("segmentation") else {"area": box[2] * box[3]}
-        check.repair.set_annotation(int(rows[place]), bbox=box, **area)
+        area = {} if annotations[rows[position]].get("segmentation") else {"area": box[2] * box[3]}
+        check.repair.set_annotation(int(rows[position]), bbox=box, **area)
     check.boxes_of.update(names[label] for label in labels_N[usable_N])
-    _tell_loss(check, allow_loss=allow_loss)
+    _report_loss(check, allow_loss=allow_loss)
     unused = int((~usable_N).sum()) + len(annotations) - len(rows)
-    used_I = np.bincount(owners_N[usable_N], minlength=len(every.image_ids))
+    used_I = np.bincount(owners_N[usable_N], minlength=len(all_rows.image_ids))
     _measure(check, used_I, sides_N2[usable_N], owners_N[usable_N], unused)
 
 
-def _tell_loss(check: FileCheck, *, allow_loss: bool) -> None:
-    """What training refuses a file for, whose rows it takes one by one."""
+def _report_loss(check: FileCheck, *, allow_loss: bool) -> None:
+    """Report a loss of boxes for which training refuses the file although each row can be read."""
     lost, objects = loss_of(check.tally), check.tally.kept("box")
     if check.name == "train":
         if lost:
@@ -340,11 +340,11 @@ def _tell_loss(check: FileCheck, *, allow_loss: bool) -> None:
                 "warning" if allowed else "fault", f"{lost}: training {'goes on with the rest' if allowed else 'stops'}"
             )
     elif not objects + check.tally.dropped("box", FLAT) + check.tally.dropped("box", OUTSIDE):
-        check.add("fault", "no object to be found: evaluation gives no score")
+        check.add("fault", "no objects: evaluation gives no score")
 
 
 def _crowded(labels_N: np.ndarray, crowd_N: np.ndarray, names: Sequence[str]) -> str:
-    """The end of a line on crowd regions: the classes of which they are a large share."""
+    """Return the end of a line on crowd regions, naming the classes with a large share of them; may be empty."""
     total, crowds = Counter(labels_N.tolist()), Counter(labels_N[crowd_N].tolist())
     shares = {names[label]: number / total[label] for label, number in crowds.items()}
     many = [f"{100 * share:.0f} % of {name!r}" for name, share in shares.items() if share > MANY_CROWDS]
@@ -352,26 +352,26 @@ def _crowded(labels_N: np.ndarray, crowd_N: np.ndarray, names: Sequence[str]) ->
 
 
 def _duplicates(owners_N: np.ndarray, labels_N: np.ndarray, crowd_N: np.ndarray, corners_N4: np.ndarray) -> np.ndarray:
-    """Boxes of the same image and class at the same place, to a tenth of a pixel, but for the first of each."""
-    seen: set[Any] = set()
+    """Return bool [N]: boxes equal to an earlier one in image, class and, to a tenth of a pixel, position."""
+    earlier: set[Any] = set()
     again = np.zeros(len(owners_N), dtype=bool)
     columns = (owners_N.tolist(), labels_N.tolist(), crowd_N.tolist(), corners_N4.round(1).tolist())
     for index, (owner, label, crowd, corners) in enumerate(zip(*columns, strict=True)):
         key = (owner, label, crowd, *corners)
-        again[index] = key in seen
-        seen.add(key)
+        again[index] = key in earlier
+        earlier.add(key)
     return again
 
 
 def _measure(check: FileCheck, used_I: np.ndarray, sides_N2: np.ndarray, owners_N: np.ndarray, dropped: int) -> None:
-    """The closing lines on a file, and the numbers that `FileCheck.statistics` hands on."""
+    """Report classes and images with few or no boxes, and fill `FileCheck.statistics`."""
     rows, sizes_I2 = check.content["images"], check.rows.sizes_I2
     empty = [index for index in check.image_of.values() if not used_I[index]]
     if empty:
-        shown = some([str(rows[index]["file_name"]) for index in empty])
-        text = f"{count(len(empty), 'image')} without objects ({shown})"
-        then = ": trained on as such; data.keep_empty: false leaves them out" if check.name == "train" else ""
-        check.add("note", f"{text}{then}")
+        examples = some([str(rows[index]["file_name"]) for index in empty])
+        text = f"{count(len(empty), 'image')} without objects ({examples})"
+        effect = ": trained on as negatives; data.keep_empty: false leaves them out" if check.name == "train" else ""
+        check.add("note", f"{text}{effect}")
     names = list(dict.fromkeys(check.class_of.values()))
     none = [name for name in names if not check.boxes_of[name]]
     few = [f"{name} {check.boxes_of[name]}" for name in names if 0 < check.boxes_of[name] < FEW]

@@ -1,8 +1,8 @@
-"""What a check of a COCO file finds, and what a cleaned copy of it does about that.
+"""Findings of a check of a COCO file, and the repairs that a cleaned copy applies.
 
-Training stops at the first fault of a file (`coco_rows.py`), and drops boxes of which nothing can be learnt (`coco.py`). A check shows all that the
-same judgement finds. Three levels: a note is a fact; a warning is something that training or evaluation handles, by reading it in another form or
-leaving it out; a fault ends a run, or makes its scores worthless.
+Training stops at the first fault of a file (`coco_rows.py`) and drops unusable boxes (`coco.py`). A check reports all findings of the same rules, on
+three levels: a note is a fact; a warning is a problem that training or evaluation handles, by reading another value or leaving a row out; a fault
+stops a run or makes its scores worthless.
 """
 
 from collections.abc import Container, Sequence
@@ -18,7 +18,14 @@ LEVELS: tuple[Level, ...] = ("note", "warning", "fault")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found: where, what (with what training makes of it), and what a cleaned copy does about it."""
+    """One finding.
+
+    Attributes:
+        level: note, warning or fault.
+        file: name of the file.
+        text: the problem and its effect on training or evaluation.
+        fix: change in a cleaned copy, if there is one.
+    """
 
     level: Level
     file: str
@@ -28,9 +35,9 @@ class Finding:
 
 @dataclass
 class Repair:
-    """What a cleaned copy of a file changes; rows are told by their position in the file.
+    """Changes of a cleaned copy of a file; rows are identified by their position in the file.
 
-    What goes has a cause, as a tally counts it; an empty one is no loss, since the same is there a second time.
+    Each dropped row has a cause for the tally; an empty cause is no loss, since an equal row stays.
     """
 
     drop_images: dict[int, str] = field(default_factory=dict)
@@ -43,10 +50,11 @@ class Repair:
     orientation: Convention | None = None
 
     def set_annotation(self, index: int, **values: Any) -> None:
+        """Set values of an annotation."""
         self.annotation_values.setdefault(index, {}).update(values)
 
     def apply(self, content: dict[str, Any]) -> dict[str, Any]:
-        """The content of the cleaned copy; annotations of images and of categories that go, go too."""
+        """Return the content of the cleaned copy, without the annotations of dropped images and categories."""
         images = _rows(content["images"], self.image_values, self.drop_images)
         categories = _rows(content["categories"], self.category_values, self.drop_categories) + self.new_categories
         known, classes = ({row["id"] for row in rows} for rows in (images, categories))
@@ -61,5 +69,5 @@ def _rows(rows: list[dict[str, Any]], values: dict[int, dict[str, Any]], drop: C
 
 
 def first_ids(ids: Sequence[Any]) -> str:
-    """The first ids of a list, for a message: `id 4`, or `first ids: 4, 7, 9, ...`."""
+    """Return the first ids of a list for a message: `id 4`, or `first ids: 4, 7, 9, ...`."""
     return f"id {ids[0]}" if len(ids) == 1 else f"first ids: {some(ids)}"

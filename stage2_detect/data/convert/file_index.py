@@ -1,4 +1,4 @@
-"""Files of a data set by their names, as tools of other systems write them: suffixes in any case, either form of accents, either slash."""
+"""Lookup of files by names as tools on other systems write them: suffixes in any case, accents composed or not, either slash."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from ssld.shared.files import IMAGE_SUFFIXES, list_files, list_folders
 
 
 class FileIndex:
-    """The files with some suffixes in a folder and below.
+    """Index of the files with some suffixes in a folder and its subfolders.
 
     Attributes:
         names: sorted posix paths relative to the folder.
@@ -26,7 +26,7 @@ class FileIndex:
             self._by_last.setdefault(stem.rpartition("/")[2], []).append(name)
 
     def find(self, text: str) -> list[str]:
-        """The files that a text means, mostly one: of this path, else of this name in any folder; with or without a suffix."""
+        """Find the files that a text refers to, usually one: by path, else by name in any folder; with or without a suffix."""
         written = unicodedata.normalize("NFC", text.replace("\\", "/").removeprefix("./"))
         stems = dict.fromkeys((written, stem_of(written, (*self._suffixes, *IMAGE_SUFFIXES))))
         for table, keys in (
@@ -40,15 +40,15 @@ class FileIndex:
 
 
 def stem_of(name: str, suffixes: Sequence[str]) -> str:
-    """A path without its suffix if that is one of `suffixes`; accents as one letter each (NFC)."""
+    """Return a path without its suffix if that is one of `suffixes`, in Unicode form NFC."""
     head, dot, last = name.rpartition(".")
     known = bool(head) and any(suffix in ("", dot + last.lower()) for suffix in suffixes)
     return unicodedata.normalize("NFC", head if known else name)
 
 
 def subfolders(folder: Path, names: Sequence[str] = ()) -> list[Path]:
-    """Folders in a folder, sorted, hidden ones and runs left out; of these `names` alone, in their order and any case, where there are any."""
-    found = [folder / name for name in list_folders(folder)]
+    """List the subfolders of a folder, sorted, without hidden ones and runs; with `names` only those of these names, in their order, in any case."""
+    folders = [folder / name for name in list_folders(folder)]
     if not names:
-        return found
-    return sorted((one for one in found if one.name.lower() in names), key=lambda one: names.index(one.name.lower()))
+        return folders
+    return sorted((one for one in folders if one.name.lower() in names), key=lambda one: names.index(one.name.lower()))

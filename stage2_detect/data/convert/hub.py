@@ -1,10 +1,10 @@
-"""Reads detection data sets of the Hugging Face hub: Parquet files with a column of images and a column of objects.
+"""Reader of detection data sets of the Hugging Face hub: Parquet files with a column of images and a column of objects.
 
 Layout: https://huggingface.co/docs/datasets/object_detection. `image` is bytes, or a struct with them; `objects` is a
 struct of lists or a list of structs with `bbox` and `category` (numbers with the names in the file's metadata, or
-names), and perhaps `area`, `iscrowd` and `segmentation` (polygons, or RLE). Splits are told by the files' names
-(`train-00000-of-00002.parquet`), or by their folders where those are numbers (`train/0000.parquet`). The files are read
-in place, a few rows at a time, and images are written out as the very bytes that were in them.
+names), and optionally `area`, `iscrowd` and `segmentation` (polygons, or RLE). Splits follow from file names
+(`train-00000-of-00002.parquet`), or from folders if file names are numbers (`train/0000.parquet`). The files are read in
+place, a few rows at a time, and the encoded images are written unchanged.
 """
 
 import io
@@ -25,9 +25,9 @@ from ssld.shared.tally import Tally
 from ssld.shared.wording import count
 from ssld.stage2_detect.data.convert.records import (
     Corners,
-    Found,
-    FoundImage,
-    FoundObject,
+    SourceData,
+    SourceImage,
+    SourceObject,
     check_class_names,
     finite_number,
     is_marked,
@@ -41,12 +41,14 @@ HUB, PARQUET = "hub:", ".parquet"
 _CATEGORIES = ("category", "categories", "category_id", "label", "labels")
 _CROWDS = ("iscrowd", "is_crowd", "crowd")
 _SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
-_SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # it becomes a folder, and the file names are somebody else's
+_SPLIT = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+)  # safe as a folder name: it is taken from the names of untrusted files
 _ROWS_AT_A_TIME = 32
 
 
 class _Keys(NamedTuple):
-    """Which parts of `objects` hold what."""
+    """Names of the fields of `objects`."""
 
     category: str
     crowd: str | None
@@ -55,18 +57,20 @@ class _Keys(NamedTuple):
 
 
 def is_hub(source: str) -> bool:
-    """Whether a source is such data: `hub:ORG/NAME`, a .parquet file, or a folder with some."""
+    """Whether a source is `hub:ORG/NAME`, a .parquet file, or a folder with .parquet files."""
     path = Path(source)
     if source.startswith(HUB) or path.suffix.lower() == PARQUET:
         return True
     return path.is_dir() and bool(list_files(path, (PARQUET,)))
 
 
-def read_hub(source: str, *, pending: Path, classes: Path | None, splits: list[str], box_format: BoxFormat) -> Found:
-    """The data set at a file, a folder or `hub:ORG/NAME`; images are written to `pending`/SPLIT.
+def read_hub(
+    source: str, *, pending: Path, classes: Path | None, splits: list[str], box_format: BoxFormat
+) -> SourceData:
+    """Read a data set from a file, a folder or `hub:ORG/NAME`; writes the images to `pending`/SPLIT.
 
-    Class names are those of `classes`, else of the files' metadata, else the names that occur, sorted. Raises
-    UserError, naming file and row, for whatever is wrong in it.
+    Class names are those of `classes`, else those of the files' metadata, else the names that occur, sorted. Raises
+    UserError, naming file and row, for any fault of the data.
     """
     path = _download(source.removeprefix(HUB)) if source.startswith(HUB) else Path(source)
     files = _files_by_split(path)
@@ -74,24 +78,24 @@ def read_hub(source: str, *, pending: Path, classes: Path | None, splits: list[s
     if unknown:
         raise UserError(f"{source}: has no split {unknown[0]!r} (it has {', '.join(files)})")
     chosen = {split: files[split] for split in splits or files}
-    every = [file for some in chosen.values() for file in some]
-    keys = {file: _keys_of(file) for file in every}
-    names = read_class_list(classes) if classes else _class_names(every, keys)
+    all_files = [file for of_split in chosen.values() for file in of_split]
+    keys = {file: _keys_of(file) for file in all_files}
+    names = read_class_list(classes) if classes else _class_names(all_files, keys)
     label_of: dict[Any, int] = {name: label for label, name in enumerate(names)}
-    found = Found("Hugging Face", names, hint="are its numbers another box_format?")
-    for split, some in chosen.items():
+    data = SourceData("Hugging Face", names, hint="are its numbers another box_format?")
+    for split, of_split in chosen.items():
         folder = pending / split
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        images: list[FoundImage] = []
-        for file in some:
+        images: list[SourceImage] = []
+        for file in of_split:
             images += _read_file(file, keys[file], folder, len(images), label_of, box_format)
         if not images:
             raise UserError(f"{source}: split {split} has no rows")
         _drop_repeated_ids(images)
-        found.splits[split], found.tallies[split] = images, Tally()
-        found.looked[split] = f"in {count(len(some), 'file')}, the first {some[0]}"
-    return found
+        data.splits[split], data.tallies[split] = images, Tally()
+        data.searched[split] = f"in {count(len(of_split), 'file')}, the first {of_split[0]}"
+    return data
 
 
 def _download(name: str) -> Path:
@@ -99,17 +103,17 @@ def _download(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=["*.parquet"]))
-    except Exception as error:  # of the hub's client, of the network below it
-        why = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{HUB}{name}: cannot be fetched: {why}") from None
+    except Exception as error:  # from the hub's client or the network
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{HUB}{name}: cannot be fetched: {reason}") from None
 
 
 def _files_by_split(path: Path) -> dict[str, list[Path]]:
-    """Sorted files of each split. Raises UserError where several subsets lie side by side."""
+    """Return the sorted files of each split. Raises UserError for several subsets in one folder."""
     files = [path] if path.is_file() else [path / name for name in list_files(path, (PARQUET,))]
     if not files:
         raise UserError(f"{path}: holds no .parquet file")
-    found: dict[str, list[Path]] = {}
+    by_split: dict[str, list[Path]] = {}
     for file in files:
         shard = _SHARD.fullmatch(file.stem)
         split = shard["split"] if shard else file.absolute().parent.name if file.stem.isdigit() else file.stem
@@ -117,16 +121,16 @@ def _files_by_split(path: Path) -> dict[str, list[Path]]:
             raise UserError(
                 f"{file}: its split would be called {split!r}; rename the file, with letters, digits, '_', '-' and '.' before -00000-of-00001"
             )
-        found.setdefault(split, []).append(file)
-    for split, some in found.items():
-        folders = sorted({str(file.parent) for file in some})
+        by_split.setdefault(split, []).append(file)
+    for split, of_split in by_split.items():
+        folders = sorted({str(file.parent) for file in of_split})
         if len(folders) > 1:
             raise UserError(f"{path}: several subsets have a split {split!r}; give one of {', '.join(folders[:4])}")
-    return found
+    return by_split
 
 
 def _keys_of(file: Path) -> _Keys:
-    """Checks the columns of a file by its schema."""
+    """Check the columns of a file by its schema and return the names of the fields."""
     try:
         schema = pq.read_schema(file)
     except (OSError, pa.ArrowException) as error:
@@ -138,7 +142,7 @@ def _keys_of(file: Path) -> _Keys:
     if _is_list(kind):
         kind = kind.value_type
     if not pa.types.is_struct(kind):
-        raise UserError(f"{file}: objects: expected a struct of lists or a list of structs, found {kind}")
+        raise UserError(f"{file}: objects: expected a struct of lists or a list of structs, got {kind}")
     names = [field.name for field in kind]
     category = next((name for name in _CATEGORIES if name in names), None)
     if "bbox" not in names or category is None:
@@ -154,25 +158,25 @@ def _class_names(files: list[Path], keys: dict[Path, _Keys]) -> list[str]:
     if known:
         names = list(known.pop())
     else:
-        met: set[Any] = set()
+        categories: set[Any] = set()
         for file in files:
             for number, row in _rows(file, ["objects"]):
                 for one in _objects(row["objects"], f"{file}, row {number}"):
                     category = one.get(keys[file].category)
                     if isinstance(category, list | dict):
                         raise UserError(f"{file}, row {number}: category {category!r}, expected a name or a number")
-                    met.add(category)
-        if not all(isinstance(name, str) for name in met):
+                    categories.add(category)
+        if not all(isinstance(name, str) for name in categories):
             raise UserError(
-                f"{files[0]}: objects.{keys[files[0]].category} is a number, and nothing says what it means; give --classes FILE"
+                f"{files[0]}: objects.{keys[files[0]].category} is a number without a class name; give --classes FILE"
             )
-        names = sorted(met)
+        names = sorted(categories)
     check_class_names(names, f"{files[0]}: objects.{keys[files[0]].category}")
     return names
 
 
 def _names_in_metadata(file: Path, category: str) -> list[str]:
-    """Names of the ClassLabel that the file's Hugging Face metadata has for the categories."""
+    """Return the names of the ClassLabel of the categories in the file's Hugging Face metadata; empty without one."""
     try:
         features = json.loads((pq.read_schema(file).metadata or {}).get(b"huggingface", b"{}"))
     except (ValueError, RecursionError) as error:
@@ -191,7 +195,7 @@ def _names_in_metadata(file: Path, category: str) -> list[str]:
 
 
 def _rows(file: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 0, row) of a file. Raises UserError for a damaged one."""
+    """Yield (number from 0, row) of a file. Raises UserError for a damaged file."""
     number = 0
     try:
         with pq.ParquetFile(file, pre_buffer=False) as opened:
@@ -200,12 +204,12 @@ def _rows(file: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]
                     yield number, row
                     number += 1
     except (OSError, pa.ArrowException, UnicodeDecodeError, MemoryError) as error:
-        why = " ".join(str(error).split())[:120]
-        raise UserError(f"{file}: damaged after row {number - 1} ({why}); fetch it again") from None
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{file}: damaged after row {number - 1} ({reason}); fetch it again") from None
 
 
 def _objects(objects: Any, place: str) -> list[dict[str, Any]]:
-    """Objects one by one, of a struct of lists or a list of structs. Raises UserError for lists of unequal length."""
+    """Return the objects of a struct of lists or a list of structs. Raises UserError for lists of unequal length."""
     if objects is None:
         return []
     if isinstance(objects, list):
@@ -220,7 +224,8 @@ def _objects(objects: Any, place: str) -> list[dict[str, Any]]:
 
 def _read_file(
     file: Path, keys: _Keys, folder: Path, first: int, label_of: dict[Any, int], box_format: BoxFormat
-) -> Iterator[FoundImage]:
+) -> Iterator[SourceImage]:
+    """Yield the images of a file and write them to `folder`, numbered from `first`."""
     present = pq.read_schema(file).names
     columns = [name for name in ("image", "objects", "image_id", "width", "height") if name in present]
     for number, row in _rows(file, columns):
@@ -238,12 +243,12 @@ def _read_file(
         image = folder / f"{first + number:08d}{_suffix(encoded)}"
         image.write_bytes(encoded)
         image_id = row.get("image_id")
-        yield FoundImage(image, width, height, objects, image_id if isinstance(image_id, int) else None)
+        yield SourceImage(image, width, height, objects, image_id if isinstance(image_id, int) else None)
 
 
-def _side(value: Any, place: str, what: str) -> int:
-    """A width or height; 0 where none is given, as by the NaN of a table's empty cell."""
-    return 0 if value is None or value != value else int(finite_number(str(value), place, what))
+def _side(value: Any, place: str, name: str) -> int:
+    """Return a width or height; 0 for a missing one (None, or NaN in an empty cell of a table)."""
+    return 0 if value is None or value != value else int(finite_number(str(value), place, name))
 
 
 def _read_object(
@@ -253,9 +258,9 @@ def _read_object(
     label_of: dict[Any, int],
     box_format: BoxFormat,
     size: tuple[int, int],
-) -> FoundObject:
+) -> SourceObject:
     category = one.get(keys.category)
-    if isinstance(category, float) and category.is_integer():  # of a column in which others are empty
+    if isinstance(category, float) and category.is_integer():  # a column with empty cells has floats
         category = int(category)
     if isinstance(category, list | dict):
         label = -1
@@ -273,7 +278,7 @@ def _read_object(
     if corners[2] < corners[0] or corners[3] < corners[1]:
         raise UserError(f"{place}: bbox {box!r} has a negative side as {box_format}; give another --box_format")
     area = one.get(keys.area) if keys.area else None
-    return FoundObject(
+    return SourceObject(
         label,
         corners,
         place,
@@ -284,7 +289,7 @@ def _read_object(
 
 
 def _shape(value: Any, place: str, size: tuple[int, int]) -> list[list[float]] | dict[str, Any] | None:
-    """RLE, or the polygons that enclose anything; None where there are none."""
+    """Return an RLE, or the polygons of at least three points; None without any."""
     if not value:
         return None
     if isinstance(value, dict) and {"size", "counts"} <= value.keys():
@@ -292,18 +297,19 @@ def _shape(value: Any, place: str, size: tuple[int, int]) -> list[list[float]] |
         code = {"size": value["size"], "counts": counts.decode("latin-1") if isinstance(counts, bytes) else counts}
         width, height = size
         if not is_shape(code, height, width):
-            raise UserError(f"{place}: segmentation: this is no RLE of a picture {height} pixels high and {width} wide")
+            raise UserError(f"{place}: segmentation: not an RLE of an image {height} pixels high and {width} wide")
         return code
     if not isinstance(value, list) or not all(isinstance(one, list) and len(one) % 2 == 0 for one in value):
         raise UserError(f"{place}: segmentation: neither polygons, lists of x, y, x, y, ..., nor RLE, size and counts")
     polygons = [[finite_number(str(number), place, "segmentation") for number in one] for one in value]
     polygons = [polygon for polygon in polygons if len(polygon) >= 6]
     if polygons and not is_shape(polygons, size[1], size[0]):
-        raise UserError(f"{place}: segmentation: a polygon reaches too far out of the picture")
+        raise UserError(f"{place}: segmentation: a polygon reaches too far out of the image")
     return polygons or None
 
 
 def _corners(box: Corners, box_format: BoxFormat, size: tuple[int, int]) -> Corners:
+    """Convert a box to x1, y1, x2, y2 in pixels."""
     a, b, c, d = box
     if box_format == "xywh":
         return a, b, a + c, b + d
@@ -315,8 +321,8 @@ def _corners(box: Corners, box_format: BoxFormat, size: tuple[int, int]) -> Corn
     return (a - c / 2) * width, (b - d / 2) * height, (a + c / 2) * width, (b + d / 2) * height
 
 
-def _drop_repeated_ids(images: list[FoundImage]) -> None:
-    """Number the images anew unless every one has an id of its own."""
+def _drop_repeated_ids(images: list[SourceImage]) -> None:
+    """Renumber the images unless all ids are present and different."""
     ids = {image.image_id for image in images}
     if None in ids or len(ids) < len(images):
         images[:] = [image._replace(image_id=None) for image in images]

@@ -1,8 +1,8 @@
-"""What a data set in another format holds, on its way to COCO JSON, and the checks that all formats share.
+"""Content of a data set in another format, its conversion to COCO JSON, and the checks that all formats share.
 
-A reader (`yolo.py`, `voc.py`, `hub.py`) fills `Found`; `coco_content` turns a split into the content of a
-COCO file. Boxes reach over the border of their image by rounding in most data sets: they are clipped. Boxes of which nothing is left are dropped.
-Both are counted, and the first is named. Numbers that are no numbers, and classes that are not listed, are errors of the readers.
+A reader (`yolo.py`, `voc.py`, `hub.py`) fills `SourceData`; `coco_content` converts a split to the content of a COCO file. Boxes that cross the
+border of their image, by rounding in most data sets, are clipped; boxes outside their image or without area are dropped. Both are counted, with the
+first one named. The readers raise errors for invalid numbers and unlisted classes.
 """
 
 import itertools
@@ -30,12 +30,21 @@ from ssld.stage2_detect.data.orientation import Orientation, fit_of, is_upright,
 Corners = tuple[float, float, float, float]
 DIGITS = 3
 _OVER = 1.0
-"""pixels over the border that no rounding explains"""
+"""distance in pixels beyond the border that rounding does not explain"""
 _MANY = 0.1
-"""share of such boxes at which their form is doubted"""
+"""share of boxes beyond the border above which the box format is probably wrong"""
 ALLOW_LOSS = "set allow_loss: true to convert the rest"
 LISTED_AGAIN = "listed more than once, read once"
-_OURS = {"config.yaml", "environment", "metrics.jsonl", "log.txt", "quarantine.txt", "checkpoints", "result", "error"}
+_RUN_FILES = {
+    "config.yaml",
+    "environment",
+    "metrics.jsonl",
+    "log.txt",
+    "quarantine.txt",
+    "checkpoints",
+    "result",
+    "error",
+}
 _YES = {"true", "yes", "y", "t", "on"}
 _NO = {
     "",
@@ -56,84 +65,88 @@ _NO = {
 }
 
 
-class FoundObject(NamedTuple):
+class SourceObject(NamedTuple):
     """One object of an image."""
 
     label: int
-    """position of its class"""
+    """class index"""
     corners: Corners
     """x1, y1, x2, y2: edges in pixels, counted from 0"""
     place: str
-    """where it stands, for messages"""
+    """file and line or row, for messages"""
     crowd: bool = False
-    """to be ignored: neither trained on nor counted as missed"""
+    """whether the object is ignored: neither trained on nor counted in evaluation"""
     shape: list[list[float]] | dict[str, Any] | None = None
     """polygons, x, y, x, y, ... in pixels, or RLE of the image's size"""
     area: float | None = None
 
 
-class FoundImage(NamedTuple):
+class SourceImage(NamedTuple):
     """One image with its objects."""
 
     path: Path
     width: int
     height: int
-    objects: list[FoundObject]
+    objects: list[SourceObject]
     image_id: int | None = None
-    """None: numbered from 1"""
+    """id in COCO JSON; None: numbered from 1"""
     unsized: bool = False
-    """whether the source does not give its size, so that the upright one is taken"""
+    """whether the source gives no size, so that the upright size is used"""
 
 
 @dataclass
-class Found:
-    """A data set: its classes in order, its splits, and lines on what is worth knowing.
+class SourceData:
+    """A data set as a reader returns it.
 
     Attributes:
-        hint: what to say where many boxes reach far out of their images; empty where their form is beyond doubt.
-        tallies: of each split, what its reader left out or changed.
-        crowd: why objects are to be ignored, as the cause of a tally.
-        orientation: which form of an image the format means; None: what the sizes in it show.
-        looked: of each split, where its objects were looked for: "of 3 XML files in FOLDER".
+        kind: name of the format.
+        class_names: classes in order.
+        splits: images by split.
+        notes: lines for the log.
+        hint: end of the message if many boxes reach far beyond their images; empty if the box format is certain.
+        tallies: by split, rows that its reader dropped or changed.
+        searched: by split, the files that were searched for objects: "of 3 XML files in FOLDER".
+        crowd: reason why objects are ignored, as a cause in the tally.
+        orientation: form of the images that the boxes refer to, if the format defines it; None: decided by the sizes.
     """
 
     kind: str
     class_names: list[str]
-    splits: dict[str, list[FoundImage]] = field(default_factory=dict)
+    splits: dict[str, list[SourceImage]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     hint: str = ""
     tallies: dict[str, Tally] = field(default_factory=dict)
-    looked: dict[str, str] = field(default_factory=dict)
+    searched: dict[str, str] = field(default_factory=dict)
     crowd: str = "marked iscrowd"
     orientation: Convention | None = None
 
 
 class Content(NamedTuple):
-    """A split as COCO JSON wants it."""
+    """A split as the content of a COCO file."""
 
     folder: Path
-    """what the file names are relative to"""
+    """folder that the file names are relative to"""
     data: dict[str, Any]
     counts: Counter[str]
     """`images`, `empty` images, `objects` written, `crowd` among them"""
     tally: Tally
 
 
-def coco_content(found: Found, split: str, *, source: str, allow_loss: bool) -> Content:
-    """The COCO file of a split; its tally is the reader's, with what is left out and changed here.
+def coco_content(data: SourceData, split: str, *, source: str, allow_loss: bool) -> Content:
+    """Convert a split to the content of a COCO file; adds the boxes dropped and changed here to the reader's tally.
 
-    Raises UserError for losses in bulk unless `allow_loss`, where no object is left to train or evaluate on, and with `found.hint` where a tenth of
-    the boxes reach far out of their images.
+    Raises UserError for large losses unless `allow_loss`, if no object remains to train or evaluate on, and, with `data.hint`, if more than a tenth
+    of the boxes reach far beyond their images.
     """
-    images, tally = found.splits[split], found.tallies[split]
+    images, tally = data.splits[split], data.tallies[split]
     if not tally.dropped("box") and not any(image.objects for image in images):
         raise UserError(
-            f"{source}: split {split}: no object in {count(len(images), 'image')} ({found.looked[split]}); "
+            f"{source}: split {split}: no object in {count(len(images), 'image')} ({data.searched[split]}); "
             "correct the source, or name the splits that have objects by --splits"
         )
     if not images:
         tally.check(f"{source}: split {split}", allow_loss=False, otherwise="name the other splits by --splits")
-    trained = Tally()  # what training will say of the same boxes
+    trained = Tally()  # boxes as training will count them
     trained.merge(tally)
     folder = Path(os.path.commonpath([image.path.parent for image in images]))
     rows: list[dict[str, Any]] = []
@@ -144,7 +157,7 @@ def coco_content(found: Found, split: str, *, source: str, allow_loss: bool) -> 
         name = Path(os.path.relpath(image.path, folder)).as_posix()
         rows.append({"id": image_id, "file_name": name, "width": image.width, "height": image.height})
         for one in image.objects:
-            group = found.class_names[one.label]
+            group = data.class_names[one.label]
             corners = clip(one.corners, image.width, image.height)
             over = max(abs(a - b) for a, b in zip(corners, one.corners, strict=True))
             if over > _OVER:
@@ -157,24 +170,24 @@ def coco_content(found: Found, split: str, *, source: str, allow_loss: bool) -> 
             tally.keep("box", group=group)
             tally.change("box", CLIPPED, one.place, int(over > 10**-DIGITS))
             if one.crowd:
-                tally.change("box", found.crowd, one.place)
+                tally.change("box", data.crowd, one.place)
                 trained.drop("box", CROWD, one.place, group=group)
             else:
                 trained.keep("box", group=group)
             annotations.append(_annotation(len(annotations) + 1, image_id, one, corners, image))
     for each in (tally, trained):
         each.keep("image", len(images))
-    every = len(annotations) + tally.dropped("box")
-    if found.hint and len(far) > max(1, _MANY * every):
+    total = len(annotations) + tally.dropped("box")
+    if data.hint and len(far) > max(1, _MANY * total):
         raise UserError(
-            f"{far[0]}: the box reaches out of its image, as do {len(far) - 1} others of {every}; {found.hint}"
+            f"{far[0]}: the box reaches out of its image, as do {len(far) - 1} others of {total}; {data.hint}"
         )
     trained.check(f"{source}: split {split}", allow_loss=allow_loss, otherwise=ALLOW_LOSS)
     if not annotations:
         raise UserError(f"{source}: split {split}: no object is left: {tally.describe()}")
     if all(row["iscrowd"] for row in annotations):
         raise UserError(
-            f"{source}: split {split}: of {count(len(annotations), 'object')} none is left to train on: all {found.crowd}"
+            f"{source}: split {split}: of {count(len(annotations), 'object')} none is left to train on: all {data.crowd}"
         )
     counts = Counter(
         images=len(images),
@@ -182,35 +195,37 @@ def coco_content(found: Found, split: str, *, source: str, allow_loss: bool) -> 
         objects=len(annotations),
         crowd=sum(row["iscrowd"] for row in annotations),
     )
-    categories = [{"id": label + 1, "name": name} for label, name in enumerate(found.class_names)]
+    categories = [{"id": label + 1, "name": name} for label, name in enumerate(data.class_names)]
     return Content(folder, {"images": rows, "annotations": annotations, "categories": categories}, counts, tally)
 
 
 def check_split_name(split: str, source: str) -> None:
-    """Raises UserError for a split whose files would take the place of those of the run."""
-    if split.lower().removesuffix(".json") in _OURS:
-        raise UserError(f"{source}: a split is called {split!r}, as is a file of a run; rename it")
+    """Raise UserError for a split whose name is that of a file of the run."""
+    if split.lower().removesuffix(".json") in _RUN_FILES:
+        raise UserError(f"{source}: a split is called {split!r}, like a file of a run; rename it")
 
 
-def note_shared_images(found: Found) -> None:
-    """Notes images that stand in two splits."""
-    for one, other in itertools.combinations(found.splits, 2):
-        mine = {image.path for image in found.splits[one]}
-        both = [image.path for image in found.splits[other] if image.path in mine]
+def note_shared_images(data: SourceData) -> None:
+    """Add notes on images that are in two splits."""
+    for one, other in itertools.combinations(data.splits, 2):
+        paths = {image.path for image in data.splits[one]}
+        both = [image.path for image in data.splits[other] if image.path in paths]
         if both:
-            found.notes.append(f"{count(len(both), 'image')} of {other} in {one} too (first: {both[0]})")
+            data.notes.append(f"{count(len(both), 'image')} of {other} in {one} too (first: {both[0]})")
 
 
 def drop_image(tally: Tally, image: Path, kind: str, classes: Iterable[str]) -> None:
-    """Count an image of a `kind` that is not read, and its objects, of which each names its class."""
+    """Count an image of an unsupported `kind`, and its objects, given by their classes."""
     tally.drop("image", f"of a kind that is not read ({kind})", image)
     for name in classes:
         tally.drop("box", f"on images that are not read ({kind})", image, group=name)
 
 
 def unread_kind(image: Path) -> str | None:
-    """The suffix of a file that is not read here: Pillow at hand has no decoder for it, or it is a camera's raw file, of which Pillow would read the
-    thumbnail. None for all others, whatever they are called, damaged ones too."""
+    """Return the suffix of an unsupported image file, None for all others, damaged ones included.
+
+    Unsupported are files that the installed Pillow has no decoder for, and raw files of cameras, of which Pillow would read the thumbnail.
+    """
     suffix = image.suffix.lower()
     Image.init()
     if suffix in Image.registered_extensions():
@@ -220,77 +235,78 @@ def unread_kind(image: Path) -> str | None:
             return suffix if opened.format == "TIFF" else None
     except UnidentifiedImageError:
         return suffix or image.name
-    except Exception:  # known to Pillow, and damaged: its reader says how
+    except Exception:  # a supported but damaged file, which its reader reports
         return None
 
 
 def clip(corners: Corners, width: int, height: int) -> Corners:
-    """Corners inside the image, to a thousandth of a pixel."""
+    """Clip corners to the image and round them to a thousandth of a pixel."""
     limits = (width, height, width, height)
     x1, y1, x2, y2 = (round(min(max(value, 0.0), limit), DIGITS) for value, limit in zip(corners, limits, strict=True))
     return x1, y1, x2, y2
 
 
-def size_of(path: Path, said: tuple[int, int] | None = None, place: str = "") -> tuple[int, int]:
-    """(width, height) of an image: what is `said` of it, where that is its size upright or as stored, else upright by its header.
+def size_of(path: Path, stated: tuple[int, int] | None = None, place: str = "") -> tuple[int, int]:
+    """Return (width, height) of an image: the `stated` size if the image has it, upright or as stored; without one, the upright size.
 
-    Raises UserError for an image that cannot be read, and where neither fits.
+    Raises UserError for an unreadable image, and if the image has the stated size in neither form.
     """
-    return size_of_bytes(path, str(path), said, place)
+    return size_of_bytes(path, str(path), stated, place)
 
 
 def size_of_bytes(
-    source: bytes | Path, name: str, said: tuple[int, int] | None = None, place: str = ""
+    source: bytes | Path, name: str, stated: tuple[int, int] | None = None, place: str = ""
 ) -> tuple[int, int]:
-    """`size_of` for an image in memory; errors call it `name`."""
+    """Do the work of `size_of` for an image file or its bytes; `name` names it in errors."""
     try:
         header = image_header(source, name=name)
     except UnreadableImage as error:
         raise UserError(str(error)) from None
     height, width = header.upright_size
-    if said is None:
+    if stated is None:
         return width, height
-    if fit_of(header, *said) == "neither":
-        raise UserError(f"{place or name}: says {said[0]}x{said[1]}, but the image {name} is {width}x{height} pixels")
-    return said
+    if fit_of(header, *stated) == "neither":
+        raise UserError(
+            f"{place or name}: gives the size {stated[0]}x{stated[1]}, but the image {name} is {width}x{height} pixels"
+        )
+    return stated
 
 
-def settle_orientation(found: Found) -> Orientation:
-    """Which form of its images the boxes of a data set are for, shown by all its splits together.
+def settle_orientation(data: SourceData) -> Orientation:
+    """Decide the orientation that the boxes of a data set refer to, from all its splits together.
 
-    Images whose size the source does not give get the one of that form.
+    Images without a size in the source get the size of that orientation.
     """
-    every = [image for images in found.splits.values() for image in images]
-    headers = dict(
-        zip((image.path for image in every), image_headers([str(image.path) for image in every]), strict=True)
-    )
+    all_images = [image for images in data.splits.values() for image in images]
+    paths = [image.path for image in all_images]
+    headers = dict(zip(paths, image_headers([str(path) for path in paths]), strict=True))
     fits = [
         fit_of(header, image.width, image.height)
-        for image in every
+        for image in all_images
         if not image.unsized and (header := headers[image.path])
     ]
-    orientation = orientation_of(fits, found.orientation)
+    orientation = orientation_of(fits, data.orientation)
     if not is_upright("both", orientation.convention):
-        for images in found.splits.values():
-            for place, image in enumerate(images):
+        for images in data.splits.values():
+            for index, image in enumerate(images):
                 if image.unsized and (header := headers[image.path]):
-                    images[place] = image._replace(width=header.width, height=header.height)
+                    images[index] = image._replace(width=header.width, height=header.height)
     return orientation
 
 
-def finite_number(text: str, place: str, what: str) -> float:
-    """A number of a file. Raises UserError for anything else, NaN and infinity too."""
+def finite_number(text: str, place: str, name: str) -> float:
+    """Parse a finite number; `name` is the value's name in errors. Raises UserError for anything else, NaN and infinity included."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UserError(f"{place}: {what} is {text!r}, not a number")
+        raise UserError(f"{place}: {name} is {text!r}, not a number")
     return value
 
 
-def is_marked(value: object, place: str, what: str) -> bool:
-    """Whether a flag of a file says yes. Raises UserError for what is neither a yes nor a no that tools are known to write."""
+def is_marked(value: object, place: str, name: str) -> bool:
+    """Parse a flag in any form that tools are known to write; `name` is its name in errors. Raises UserError for other values."""
     text = str("" if value is None else value).strip().lower()
     if text in _YES:
         return True
@@ -300,22 +316,22 @@ def is_marked(value: object, place: str, what: str) -> bool:
         number = float(text)
     except ValueError:
         number = math.nan
-    if number in (0, -1):  # -1: not known
+    if number in (0, -1):  # -1: unknown
         return False
     if number == 1:
         return True
-    raise UserError(f"{place}: {what} is {value!r}, neither yes (1, true, yes) nor no (0, false, no, Unspecified)")
+    raise UserError(f"{place}: {name} is {value!r}, neither yes (1, true, yes) nor no (0, false, no, Unspecified)")
 
 
 def read_class_list(file: Path) -> list[str]:
-    """Class names of a text file, one a line. Raises UserError for a name given twice, an empty line, or no name."""
+    """Read class names from a text file, one per line. Raises UserError for a repeated name, an empty line, or no name."""
     names = [line.strip() for line in read_text(file).rstrip().splitlines()]
     check_class_names(names, str(file))
     return names
 
 
 def check_class_names(names: list[str], place: str) -> None:
-    """Raises UserError unless there are names, all of them different, without control characters and none empty."""
+    """Raise UserError unless there is at least one name and all names are different, not empty and without control characters."""
     if not names:
         raise UserError(f"{place}: names no class")
     if "" in names:
@@ -328,7 +344,7 @@ def check_class_names(names: list[str], place: str) -> None:
         raise UserError(f"{place}: two classes are called {twice[0]!r}")
 
 
-def _annotation(number: int, image_id: int, one: FoundObject, corners: Corners, image: FoundImage) -> dict[str, Any]:
+def _annotation(number: int, image_id: int, one: SourceObject, corners: Corners, image: SourceImage) -> dict[str, Any]:
     x1, y1, x2, y2 = corners
     box = [x1, y1, round(x2 - x1, DIGITS), round(y2 - y1, DIGITS)]
     row: dict[str, Any] = {"id": number, "image_id": image_id, "category_id": one.label + 1, "bbox": box}

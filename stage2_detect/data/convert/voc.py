@@ -1,8 +1,8 @@
-"""Reads detection data in the layout of Pascal VOC: an XML file for each image.
+"""Reader of detection data in the layout of Pascal VOC: one XML file per image.
 
 Layout: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/devkit_doc.pdf, and its variants (`voc_layout.py`). Corners are the first and the last pixel
-of an object, counted from 1: [xmin - 1, ymin - 1, xmax, ymax] as edges. Tools that write edges counted from 0 in the same XML need
-`voc_inclusive=False`; a corner of 0 tells them apart. Deliberately absent: parts, poses, segmentation images, rotated boxes.
+of an object, counted from 1: [xmin - 1, ymin - 1, xmax, ymax] as edges. Some tools write edges counted from 0 in the same XML; they need
+`voc_inclusive=False`, and a corner of 0 reveals them. Deliberately absent: parts, poses, segmentation images, rotated boxes.
 """
 
 from pathlib import Path
@@ -15,9 +15,9 @@ from ssld.shared.wording import count
 from ssld.stage2_detect.data.convert.file_index import FileIndex
 from ssld.stage2_detect.data.convert.records import (
     LISTED_AGAIN,
-    Found,
-    FoundImage,
-    FoundObject,
+    SourceData,
+    SourceImage,
+    SourceObject,
     check_class_names,
     drop_image,
     finite_number,
@@ -41,12 +41,11 @@ def read_voc(
     splits: list[str],
     voc_inclusive: bool = True,
     voc_difficult: Difficult = "ignore",
-) -> Found:
-    """The data set at a folder. Raises UserError, naming file and line, for whatever is wrong in it.
+) -> SourceData:
+    """Read a data set from a folder. Raises UserError, naming file and line, for any fault of the data.
 
-    Classes are those of `classes`, else of the data set's list, else the names that occur, sorted. Objects marked difficult become crowd regions with
-    `voc_difficult="ignore"`: VOC's own evaluation counts them neither as found nor as missed, and its detectors do not train
-    on them.
+    Classes are those of `classes`, else those of the data set's list, else the names that occur, sorted. With `voc_difficult="ignore"` objects marked
+    difficult become crowd regions: VOC's evaluation does not count them, and detectors for VOC do not train on them.
     """
     folder = path.resolve()
     layout = find_voc(folder, splits)
@@ -59,32 +58,32 @@ def read_voc(
     if class_list:
         _check_names(trees, names, class_list)
     images = {unit.images: _Images(unit.images) for unit in layout.units.values()}
-    found = Found("Pascal VOC", names, notes=layout.notes)
-    found.crowd = "marked difficult, which makes them iscrowd (--voc_difficult keep trains on them)"
-    found.hint = "another --voc_inclusive, or the images of another size?"
+    data = SourceData("Pascal VOC", names, notes=layout.notes)
+    data.crowd = "marked difficult, which makes them iscrowd (--voc_difficult keep trains on them)"
+    data.hint = "another --voc_inclusive, or the images of another size?"
     for split, entries in layout.splits.items():
-        tally = found.tallies[split] = Tally()
+        tally = data.tallies[split] = Tally()
         for place in layout.repeated.get(split, []):
             tally.change("image", LISTED_AGAIN, place)
         unit = layout.units[split]
         reader = _Reader(unit, images[unit.images], names, tally, voc_inclusive, voc_difficult)
-        found.splits[split] = [one for entry in entries if (one := reader.read(entry, trees[entry.xml]))]
-        found.looked[split] = f"of {count(len(entries), 'XML file')} in {unit.xml}"
+        data.splits[split] = [one for entry in entries if (one := reader.read(entry, trees[entry.xml]))]
+        data.searched[split] = f"of {count(len(entries), 'XML file')} in {unit.xml}"
         if not layout.listed:
             reader.count_images_without_xml()
-    return found
+    return data
 
 
 def _names(file: Path, root: Element) -> dict[str, str]:
-    """Place of the first object of each class in a file."""
-    found: dict[str, str] = {}
+    """Return the place of the first object of each class in a file."""
+    places: dict[str, str] = {}
     for one in root.all("object"):
         place = f"{file}, line {one.line}"
         name = one.text_of("name")
         if not name:
             raise UserError(f"{place}: the object has no name")
-        found.setdefault(name, place)
-    return found
+        places.setdefault(name, place)
+    return places
 
 
 def _check_names(trees: dict[Path, Element], names: list[str], class_list: Path) -> None:
@@ -96,33 +95,35 @@ def _check_names(trees: dict[Path, Element], names: list[str], class_list: Path)
 
 
 class _Images:
-    """Finds the image of an XML file: of the same name, else the one it mentions."""
+    """Lookup of the image of an XML file: the one of the same name, else the one that the file mentions."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.index = FileIndex(folder, IMAGE_SUFFIXES)
-        self._every: FileIndex | None = None
+        self._all_files: FileIndex | None = None
 
     def find(self, stem: str, mentioned: str, place: str) -> Path | None:
-        """None for a file that is there, but of a kind that is no image."""
+        """Return the image with the stem of the XML file, else the mentioned one; None without such an image."""
         last = mentioned.replace("\\", "/").rpartition("/")[2]
         named = [name for name in self.index.find(mentioned) if name.rpartition("/")[2] == last] if last else []
-        found = self.index.find(stem) or named or (self.index.find(mentioned) if last else [])
-        if len(found) > 1:
-            found = [name for name in found if name in named] or found
-        if len(found) > 1:
-            raise UserError(f"{place}: its image may be {found[0]} or {found[1]} of {self.folder}; remove one of them")
-        return self.folder / found[0] if found else None
+        matches = self.index.find(stem) or named or (self.index.find(mentioned) if last else [])
+        if len(matches) > 1:
+            matches = [name for name in matches if name in named] or matches
+        if len(matches) > 1:
+            raise UserError(
+                f"{place}: its image may be {matches[0]} or {matches[1]} of {self.folder}; remove one of them"
+            )
+        return self.folder / matches[0] if matches else None
 
     def other(self, stem: str) -> Path | None:
-        """A file of this name that is no image and no text."""
-        self._every = self._every or FileIndex(self.folder, ("",))
-        others = [name for name in self._every.find(stem) if not name.lower().endswith(_NO_IMAGES)]
+        """Return a file of this name with neither an image nor a text suffix, if there is one."""
+        self._all_files = self._all_files or FileIndex(self.folder, ("",))
+        others = [name for name in self._all_files.find(stem) if not name.lower().endswith(_NO_IMAGES)]
         return self.folder / others[0] if others else None
 
 
 class _Reader:
-    """Reads the XML files of a split, and counts in `tally`."""
+    """Reader of the XML files of a split; counts dropped images and boxes in `tally`."""
 
     def __init__(
         self,
@@ -137,8 +138,8 @@ class _Reader:
         self._inclusive, self._difficult = voc_inclusive, voc_difficult
         self._used: set[Path] = set()
 
-    def read(self, entry: Entry, root: Element) -> FoundImage | None:
-        """The image of an XML file with its objects; None where it is of a kind that is not read."""
+    def read(self, entry: Entry, root: Element) -> SourceImage | None:
+        """Return the image of an XML file with its objects; None for an unsupported kind of image."""
         image = entry.image or self._image_of(entry.xml, root)
         self._used.add(image)
         labels = [self._names.index(one.text_of("name")) for one in root.all("object")]
@@ -147,17 +148,17 @@ class _Reader:
             drop_image(self._tally, image, kind, [self._names[label] for label in labels])
             return None
         size = root.find("size")
-        said, place = None, str(entry.xml)
+        stated, place = None, str(entry.xml)
         if size is not None:
             place = f"{entry.xml}, line {size.line}"
             width, height = (int(finite_number(size.text_of(key) or "0", place, key)) for key in ("width", "height"))
-            said = (width, height) if width and height else None  # some tools write 0 where they do not know
-        width, height = size_of(image, said, place)
+            stated = (width, height) if width and height else None  # some tools write 0 for an unknown size
+        width, height = size_of(image, stated, place)
         objects = [self._object(one, label, entry.xml) for one, label in zip(root.all("object"), labels, strict=True)]
-        return FoundImage(image, width, height, objects, unsized=said is None)
+        return SourceImage(image, width, height, objects, unsized=stated is None)
 
     def count_images_without_xml(self) -> None:
-        """Those that lie beside the others."""
+        """Count the images without an XML file in the folders of the others."""
         folders = {image.parent for image in self._used}
         for name in self._images.index.names:
             image = self._images.folder / name
@@ -174,7 +175,7 @@ class _Reader:
             )
         return image
 
-    def _object(self, one: Element, label: int, xml: Path) -> FoundObject:
+    def _object(self, one: Element, label: int, xml: Path) -> SourceObject:
         place = f"{xml}, line {one.line}"
         box = one.find("bndbox")
         if box is None:
@@ -189,4 +190,4 @@ class _Reader:
             )
         corners = (x1 - 1, y1 - 1, x2, y2) if self._inclusive else (x1, y1, x2, y2)
         difficult = is_marked(one.text_of("difficult"), place, "difficult")
-        return FoundObject(label, corners, place, crowd=difficult and self._difficult == "ignore")
+        return SourceObject(label, corners, place, crowd=difficult and self._difficult == "ignore")

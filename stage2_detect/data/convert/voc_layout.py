@@ -1,8 +1,8 @@
-"""Where a data set in Pascal VOC's XML keeps its files: the folders of XML and images, and which file is of which split.
+"""Layouts of data sets with Pascal VOC's XML: the folders of XML files and images, and the files of each split.
 
-Known are VOC itself and CVAT (`Annotations/`, `JPEGImages/`, `ImageSets/Main/SPLIT.txt`), PaddleDetection and PaddleX (lists of `IMAGE XML` beside
-the folders, and a list of classes), Label Studio and labelImg (`images/`, or XML beside the images), Roboflow (a folder for each split, XML beside
-the images). Names of folders and suffixes count in any case; hidden files do not count.
+Supported are VOC itself and CVAT (`Annotations/`, `JPEGImages/`, `ImageSets/Main/SPLIT.txt`), PaddleDetection and PaddleX (lists of `IMAGE XML`
+beside the folders, and a list of classes), Label Studio and labelImg (`images/`, or XML beside the images), Roboflow (one folder per split, XML
+beside the images). Names of folders and suffixes match in any case; hidden files are ignored.
 """
 
 import os
@@ -32,7 +32,7 @@ class Entry(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A folder of XML files and the one of their images, which may be the same."""
+    """A folder of XML files and the folder of their images, which may be equal."""
 
     xml: Path
     images: Path
@@ -40,14 +40,15 @@ class Unit(NamedTuple):
 
 @dataclass
 class VocLayout:
-    """What is where.
+    """Files of a data set.
 
     Attributes:
-        splits: the XML files of each split, in order, each once.
-        units: of each split, where its files lie.
-        repeated: of each split, places in lists that name a file again.
-        class_list: file with the classes in order, where the data set has one.
-        listed: whether lists say what belongs to the data set.
+        splits: XML files of each split, in order, each once.
+        units: folders of each split.
+        repeated: by split, places in lists that name a file again.
+        class_list: file with the classes in order, if the data set has one.
+        listed: whether lists define which files belong to the data set.
+        notes: lines for the log.
     """
 
     splits: dict[str, list[Entry]] = field(default_factory=dict)
@@ -59,13 +60,12 @@ class VocLayout:
 
 
 def is_voc(path: Path) -> bool:
-    """Whether a path looks like such data."""
+    """Whether a folder contains data in one of the layouts."""
     return path.is_dir() and bool(_unit(path) or _units_below(path) or _pair_lists(path))
 
 
 def find_voc(folder: Path, splits: list[str]) -> VocLayout:
-    """The layout of a folder, of the `splits` alone where any are named. Raises UserError for splits that are not there, and for lists of what is not
-    there."""
+    """Find the layout of a folder, restricted to `splits` if any are named. Raises UserError for missing splits and for lists of missing files."""
     unit = _unit(folder) or (Unit(folder, folder) if _pair_lists(folder) else None)
     if unit is None:
         return _of_folders(folder, splits)
@@ -100,28 +100,28 @@ def find_voc(folder: Path, splits: list[str]) -> VocLayout:
     left = [name for name in names.names if unit.xml / name not in read]
     if left:
         layout.notes.append(
-            f"{len(left)} of {count(len(names.names), 'XML file')} in no split that was asked for (first: {left[0]})"
+            f"{len(left)} of {count(len(names.names), 'XML file')} in no requested split (first: {left[0]})"
         )
     unread = [name for name, file in lists.items() if name not in chosen and name != "trainval" and not _of_class(file)]
     if unread and not splits:
-        layout.notes.append(f"lists that are not read: {some(unread)}; --splits names those to read")
+        layout.notes.append(f"lists that are not read: {some(unread)}; name those to read by --splits")
     return layout
 
 
 def _of_folders(folder: Path, splits: list[str]) -> VocLayout:
-    """Of a folder that has one for each split."""
+    """Find the layout of a folder with one subfolder per split."""
     below = _units_below(folder)
     units = {one.name: unit for one, unit in below.items()}
     whole = [one for one in below if _lists(one)]
     if whole and len(units) > 1:
-        raise UserError(f"{folder}: holds {some(sorted(units))}, with splits of their own; give one of them")
+        raise UserError(f"{folder}: holds {some(sorted(units))}, each with splits; give one of them")
     if whole:
         return find_voc(whole[0], splits)
     return _of_units(folder, units, VocLayout(class_list=_class_list(folder)), splits)
 
 
 def _of_units(folder: Path, units: dict[str, Unit], layout: VocLayout, splits: list[str]) -> VocLayout:
-    """`layout` with all XML files of the unit of each split."""
+    """Fill `layout` with all XML files of the unit of each split."""
     unknown = [split for split in splits if split not in units]
     if unknown:
         raise UserError(f"{folder}: has no split {unknown[0]!r} (it has {', '.join(units)})")
@@ -132,36 +132,36 @@ def _of_units(folder: Path, units: dict[str, Unit], layout: VocLayout, splits: l
 
 
 def _unit(folder: Path) -> Unit | None:
-    """Where a folder has its XML files: in one with a known name, or beside its images."""
+    """Find the XML files of a folder: in a subfolder with a known name, or beside its images."""
     named = [one for one in subfolders(folder, _XML_FOLDERS) if list_files(one, (".xml",))]
     if len(named) > 1:
         raise UserError(
             f"{folder}: has XML files in {some([one.name for one in named])}; leave one of these folders there"
         )
-    pictured = subfolders(folder, _IMAGE_FOLDERS)
-    images = next((one for one in pictured if list_images(one)), folder)
-    xml = named or [one for one in (folder, *pictured) if _has_xml(one)]
+    image_folders = subfolders(folder, _IMAGE_FOLDERS)
+    images = next((one for one in image_folders if list_images(one)), folder)
+    xml = named or [one for one in (folder, *image_folders) if _has_xml(one)]
     return Unit(xml[0], images) if xml else None
 
 
 def _units_by_split(unit: Unit) -> dict[str, Unit]:
-    """Of a folder of XML files that has one for each split inside; nothing where none of those is called like a split."""
+    """Return the units of a folder of XML files with one subfolder per split; empty if no subfolder has the name of a split."""
     inside = dict.fromkeys(name.partition("/")[0] for name in list_files(unit.xml, (".xml",)))
     folders = [name for name in inside if (unit.xml / name).is_dir()]
     if not any(name.lower() in SPLITS for name in folders):
         return {}
     if len(folders) < len(inside):
         raise UserError(
-            f"{unit.xml}: has XML files beside {some(folders)}, which look like splits; put them into one of these"
+            f"{unit.xml}: has XML files beside {some(folders)}, which look like splits; move them into one of these"
         )
-    pictured = {one.name.lower(): one for one in subfolders(unit.images)}
-    return {name: Unit(unit.xml / name, pictured.get(name.lower(), unit.images)) for name in folders}
+    image_folders = {one.name.lower(): one for one in subfolders(unit.images)}
+    return {name: Unit(unit.xml / name, image_folders.get(name.lower(), unit.images)) for name in folders}
 
 
 def _units_below(folder: Path) -> dict[Path, Unit]:
-    """The folders of the splits, below `folder` or its folder of images, and what they hold."""
-    for place in (folder, *subfolders(folder, _IMAGE_FOLDERS)):
-        units = {one: unit for one in subfolders(place) if (unit := _unit(one))}
+    """Return the unit of each split's folder in `folder` or its folder of images."""
+    for parent in (folder, *subfolders(folder, _IMAGE_FOLDERS)):
+        units = {one: unit for one in subfolders(parent) if (unit := _unit(one))}
         if units:
             return units
     return {}
@@ -178,31 +178,31 @@ def _class_list(folder: Path) -> Path | None:
 
 
 def _lists(folder: Path) -> dict[str, Path]:
-    """The lists of a folder by split."""
+    """Return the lists of a folder by split."""
     for sets in subfolders(folder, ("imagesets",)):
-        for place in (*subfolders(sets, ("main",)), sets):
-            found = {file.stem: file for file in _texts(place)}
-            if found:
-                return found
+        for parent in (*subfolders(sets, ("main",)), sets):
+            lists = {file.stem: file for file in _texts(parent)}
+            if lists:
+                return lists
     plain = {split_of(file): file for file in _texts(folder) if split_of(file) in (*SPLITS, "trainval")}
     return plain | _pair_lists(folder)
 
 
 def _pair_lists(folder: Path) -> dict[str, Path]:
-    """PaddleDetection's lists, by split."""
-    found = {}
+    """Return PaddleDetection's lists by split."""
+    lists = {}
     for file in _texts(folder):
         try:
             lines = _lines(file)
-        except UserError:  # some other text, in another encoding
+        except UserError:  # another text file, in another encoding
             continue
         if lines and _PAIR.fullmatch(lines[0][1]):
-            found[split_of(file)] = file
-    return found
+            lists[split_of(file)] = file
+    return lists
 
 
 def split_of(file: Path) -> str:
-    """`train` for train.txt and train_list.txt."""
+    """Return the split of a list file: `train` for train.txt and train_list.txt."""
     return file.stem.removesuffix("_list")
 
 
@@ -215,7 +215,7 @@ def _texts(folder: Path) -> list[Path]:
 
 
 def _lines(file: Path) -> list[tuple[int, str]]:
-    """(number, text) of the lines that say something; quotes around a whole line are taken off."""
+    """Return (number, text) of the lines that are not empty, without quotes around a whole line."""
     lines = []
     for number, line in enumerate(read_text(file).splitlines(), 1):
         text = line.strip()
@@ -227,7 +227,7 @@ def _lines(file: Path) -> list[tuple[int, str]]:
 
 
 def _of_class(file: Path) -> bool:
-    """Whether a list is the one of a class, which has a second column of -1, 0 and 1."""
+    """Whether a list is VOC's list of one class, with a second column of -1, 0 and 1."""
     words = next((text.split() for _, text in _lines(file)), [])
     return len(words) > 1 and words[-1] in ("-1", "0", "1")
 
@@ -252,7 +252,7 @@ def _order(split: str) -> int:
 
 
 def _entries(file: Path, unit: Unit, names: FileIndex) -> Iterator[tuple[str, Entry]]:
-    """(place, entry) of each line of a list: a pair of image and XML file, or an image's name, with or without folder and suffix."""
+    """Yield (place, entry) of each line of a list: a pair of image and XML file, or an image name with or without folder and suffix."""
     for number, text in _lines(file):
         place = f"{file}, line {number}"
         pair = _PAIR.fullmatch(text)
@@ -260,15 +260,15 @@ def _entries(file: Path, unit: Unit, names: FileIndex) -> Iterator[tuple[str, En
             image, xml = (_located(file.parent, pair[key], place) for key in ("image", "xml"))
             yield place, Entry(xml, image)
             continue
-        found = names.find(text)
-        if not found:
+        matches = names.find(text)
+        if not matches:
             words = text.split()
             if len(words) > 1 and names.find(words[0]):
                 raise UserError(f"{place}: has {len(words)} columns; is it the list of one class?")
             raise UserError(f"{place}: there is no {unit.xml.name}/{text}.xml")
-        if len(found) > 1:
-            raise UserError(f"{place}: {text} may be {found[0]} or {found[1]} of {unit.xml.name}/; name its folder")
-        yield place, Entry(unit.xml / found[0])
+        if len(matches) > 1:
+            raise UserError(f"{place}: {text} may be {matches[0]} or {matches[1]} of {unit.xml.name}/; name its folder")
+        yield place, Entry(unit.xml / matches[0])
 
 
 def _located(folder: Path, name: str, place: str) -> Path:

@@ -1,7 +1,7 @@
-"""The XML of Pascal VOC, as its many writers spell it: elements with their lines, decoded by the file's own declaration.
+"""Parser of Pascal VOC's XML in its variants: elements with their line numbers, decoded by the declaration of the file.
 
-XML is parsed by expat without document types, so that no entity is expanded and nothing outside is read. Tags are compared in small letters. Boxes
-that stand elsewhere than in `annotation/object` are refused: another schema would otherwise read as an image without objects.
+expat parses the XML without document types, so no entity is expanded and no other file is read. Tags are compared in lower case. Boxes outside of
+`annotation/object` are errors: another schema would otherwise be read as an image without objects.
 """
 
 import re
@@ -15,37 +15,38 @@ from ssld.shared.files import decode_text
 
 _DECLARATION = re.compile(r"\A\s*<\?xml\b[^>]*\?>")
 _ENCODING = re.compile(rb"\A\s*<\?xml\b[^>]*?\bencoding\s*=\s*[\"']\s*([\w.:-]+)\s*[\"']", re.ASCII)
-# What writers declare, and what their systems write under that name: a superset, in which the few characters more are no errors.
+# Declared encoding -> the encoding that systems write under that name: a superset with a few more characters.
 _WIDER = {"gb2312": "gb18030", "gb_2312-80": "gb18030", "gbk": "gb18030", "cp936": "gb18030", "shift_jis": "cp932", "euc-kr": "cp949"}  # fmt: skip
 _BOXES = {"bndbox", "robndbox", "boundingbox", "bbox", "box", "xmin", "polygon", "points"}
 
 
 @dataclass
 class Element:
-    """An XML element, the line it begins in, and what is in it."""
+    """An XML element with its content."""
 
     name: str
-    """in small letters"""
+    """tag in lower case"""
     line: int
+    """number of the line in which it begins"""
     text: str = ""
     children: list["Element"] = field(default_factory=list)
 
     def find(self, name: str) -> "Element | None":
-        """The first child of a name."""
+        """Return the first child with a name, if there is one."""
         return next((child for child in self.children if child.name == name), None)
 
     def all(self, name: str) -> list["Element"]:
-        """All children of a name."""
+        """Return all children with a name."""
         return [child for child in self.children if child.name == name]
 
     def text_of(self, name: str) -> str:
-        """The text of the first child of a name, "" where there is none."""
+        """Return the text of the first child with a name, "" without one."""
         child = self.find(name)
         return child.text.strip() if child else ""
 
 
 def read_annotation(file: Path) -> Element:
-    """The `annotation` of a VOC file. Raises UserError for another root element, and for objects or boxes where VOC has none."""
+    """Read the `annotation` element of a VOC file. Raises UserError for another root element, and for objects or boxes where VOC has none."""
     root = parse_xml(file)
     if root.name != "annotation":
         raise UserError(
@@ -55,11 +56,11 @@ def read_annotation(file: Path) -> Element:
         inside = [parent.name for parent in parents]
         if element.name == "object" and len(parents) > 1:
             raise UserError(
-                f"{file}, line {element.line}: an <object> inside <{inside[-1]}>; VOC's stand in <annotation>"
+                f"{file}, line {element.line}: an <object> inside <{inside[-1]}>; VOC has it in <annotation>"
             )
         if element.name in _BOXES and inside[1:2] != ["object"]:
             raise UserError(
-                f"{file}, line {element.line}: <{element.name}> inside <{inside[-1]}>; VOC's boxes stand in <object>"
+                f"{file}, line {element.line}: <{element.name}> inside <{inside[-1]}>; VOC has boxes in <object>"
             )
     for one in root.all("object"):
         for name in ("name", "bndbox"):
@@ -69,7 +70,7 @@ def read_annotation(file: Path) -> Element:
 
 
 def parse_xml(file: Path) -> Element:
-    """The root element of an XML file. Raises UserError for what is not well formed, and for any document type."""
+    """Parse an XML file and return its root element. Raises UserError for XML that is not well formed, and for any document type."""
     top = Element("", 0)
     open_elements = [top]
     parser = expat.ParserCreate("utf-8")
@@ -99,7 +100,7 @@ def parse_xml(file: Path) -> Element:
 
 
 def _decoded(file: Path) -> str:
-    """The text of an XML file without its declaration, whose encoding it is decoded by."""
+    """Return the text of an XML file, decoded by its declaration, which is removed."""
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -107,7 +108,7 @@ def _decoded(file: Path) -> str:
     declared = _ENCODING.match(content)
     name = declared[1].decode("ascii").lower() if declared else "utf-8"
     if declared and name.startswith(("utf-16", "ucs-2", "utf-32", "unicode")):
-        name = "utf-8"  # what could be read one byte a letter is not that; .NET declares it for text that is saved otherwise
+        name = "utf-8"  # a declaration readable with one byte per letter cannot be UTF-16; .NET declares it for text saved otherwise
     if content.startswith((b"<\0", b"\0<")):
         name = "utf-16-le" if content.startswith(b"<") else "utf-16-be"
     try:
@@ -116,13 +117,13 @@ def _decoded(file: Path) -> str:
         raise UserError(f"{file}: declares the encoding {name!r}, which is unknown") from None
     except UnicodeError as error:
         where = f"byte {error.start}" if isinstance(error, UnicodeDecodeError) else str(error)
-        says = f"declares the encoding {name!r}" if declared else "declares no encoding, which means UTF-8"
-        raise UserError(f"{file}: {says}, but is not written in it ({where})") from None
+        declares = f"declares the encoding {name!r}" if declared else "declares no encoding, which means UTF-8"
+        raise UserError(f"{file}: {declares}, but is not written in it ({where})") from None
     return _DECLARATION.sub(lambda match: "\n" * match[0].count("\n"), text)
 
 
 def _below(element: Element, path: tuple[Element, ...]) -> Iterator[tuple[Element, tuple[Element, ...]]]:
-    """(element, its parents from the root on) of everything in one."""
+    """Yield (element, its parents from the root on) of all descendants of an element."""
     pending = [(element, path)]
     while pending:
         parent, parents = pending.pop()

@@ -1,7 +1,7 @@
-"""Reads detection data in YOLO's format: a text file of normalized boxes or polygons for each image.
+"""Reader of detection data in YOLO's format: one text file of normalized boxes or polygons per image.
 
 Layout: https://docs.ultralytics.com/datasets/detect/, and its variants (`stage2_detect/yolo_layout.py`). An image without a label file has no
-objects. Rows: `class x_center y_center width height`, or `class x y x y ...` of a polygon (three points or more), all as shares of the upright image.
+objects. Rows: `class x_center y_center width height`, or `class x y x y ...` for a polygon (three points or more), as shares of the upright image.
 Deliberately absent: keypoints, confidences; oriented boxes are read as polygons of four points.
 """
 
@@ -15,9 +15,9 @@ from ssld.shared.wording import count, some
 from ssld.stage2_detect.data.convert.file_index import FileIndex
 from ssld.stage2_detect.data.convert.records import (
     LISTED_AGAIN,
-    Found,
-    FoundImage,
-    FoundObject,
+    SourceData,
+    SourceImage,
+    SourceObject,
     check_class_names,
     drop_image,
     finite_number,
@@ -36,19 +36,19 @@ from ssld.stage2_detect.yolo_layout import (
 )
 
 _SLACK = 0.01
-"""by how much a coordinate may leave 0..1 before it is taken for a mistake (pixels, for example)"""
+"""distance outside 0..1 up to which a coordinate is accepted; beyond it is an error (pixels, for example)"""
 
 
 class _Row(NamedTuple):
-    """A line of a label file, checked."""
+    """A checked line of a label file."""
 
     label: int
     values: list[float]
     place: str
 
 
-def read_yolo(layout: YoloLayout, *, classes: Path | None, splits: list[str]) -> Found:
-    """The data set of a layout. Raises UserError, naming file and line, for whatever is wrong in it."""
+def read_yolo(layout: YoloLayout, *, classes: Path | None, splits: list[str]) -> SourceData:
+    """Read the data set of a layout. Raises UserError, naming file and line, for any fault of the data."""
     names = read_class_list(classes) if classes else layout.names
     other = next((one for one in layout.class_lists if read_names(one) != names), None)
     if other and not classes:
@@ -61,38 +61,38 @@ def read_yolo(layout: YoloLayout, *, classes: Path | None, splits: list[str]) ->
     unknown = [split for split in splits if split not in layout.places]
     if unknown:
         raise UserError(f"{layout.file}: has no split {unknown[0]!r} (it has {', '.join(layout.places)})")
-    found = Found("YOLO", names, notes=list(layout.notes), orientation="upright")
+    data = SourceData("YOLO", names, notes=list(layout.notes), orientation="upright")
     for split in splits or layout.places:
-        tally = found.tallies[split] = Tally()
-        found.splits[split], found.looked[split] = _read_split(layout, split, names, tally)
-    return found
+        tally = data.tallies[split] = Tally()
+        data.splits[split], data.searched[split] = _read_split(layout, split, names, tally)
+    return data
 
 
-def _read_split(layout: YoloLayout, split: str, names: list[str], tally: Tally) -> tuple[list[FoundImage], str]:
-    """(images, where their labels were looked for)."""
+def _read_split(layout: YoloLayout, split: str, names: list[str], tally: Tally) -> tuple[list[SourceImage], str]:
+    """Return (images, text on the folders searched for their labels)."""
     images, folders = _image_files(layout, split, tally)
     label_files = LabelFiles()
     labels = {image: label_files.of(image) for image in images}
     _refuse_shared(labels)
     _drop_unread(folders, label_files, labels, names, tally)
-    found = []
+    source_images = []
     for image, label in labels.items():
         rows = _rows(label, names) if label else []
         if not label:
-            tally.change("image", "without a label file, taken for one without objects", image)
+            tally.change("image", "without a label file, read as an image without objects", image)
         kind = unread_kind(image)
         if kind:
             drop_image(tally, image, kind, [names[row.label] for row in rows])
         else:
             width, height = size_of(image)
-            found.append(FoundImage(image, width, height, [_object(row, width, height) for row in rows]))
-    looked = dict.fromkeys(str(place) for image in images for place in label_files.folders(image.parent))
+            source_images.append(SourceImage(image, width, height, [_object(row, width, height) for row in rows]))
+    searched = dict.fromkeys(str(folder) for image in images for folder in label_files.folders(image.parent))
     read = sum(label is not None for label in labels.values())
-    return found, f"{count(read, 'label file')}, looked for in {some(list(looked))}"
+    return source_images, f"{count(read, 'label file')}, searched in {some(list(searched))}"
 
 
 def _image_files(layout: YoloLayout, split: str, tally: Tally) -> tuple[list[Path], list[Path]]:
-    """(images in order, each once; folders that were listed) of a split."""
+    """Return (images of a split in order, each once; folders that were listed)."""
     images: dict[Path, None] = {}
     folders: list[Path] = []
     for place in layout.places[split]:
@@ -119,7 +119,7 @@ def _image_files(layout: YoloLayout, split: str, tally: Tally) -> tuple[list[Pat
 
 
 def _refuse_shared(labels: dict[Path, Path | None]) -> None:
-    """Raises UserError for a label file of two images, such as a.jpg and a.png: it may be right for one of them alone."""
+    """Raise UserError for a label file that belongs to two images, such as a.jpg and a.png: it may fit only one of them."""
     owner: dict[Path, Path] = {}
     for image, label in labels.items():
         if label and owner.setdefault(label, image) != image:
@@ -129,25 +129,25 @@ def _refuse_shared(labels: dict[Path, Path | None]) -> None:
 def _drop_unread(
     folders: list[Path], label_files: LabelFiles, labels: dict[Path, Path | None], names: list[str], tally: Tally
 ) -> None:
-    """Count label files whose image is of a kind that is no image here. Raises UserError for those whose image is not there."""
+    """Count label files with an unsupported kind of image. Raises UserError for label files without an image."""
     used = set(labels.values())
     for folder in folders:
         others: FileIndex | None = None
-        for place in label_files.folders(folder):
-            for name in list_files(place, (".txt",)):
-                file = place / name
-                if file in used or file.name.lower() in CLASS_LISTS or (place == folder and not has_rows(file)):
+        for label_folder in label_files.folders(folder):
+            for name in list_files(label_folder, (".txt",)):
+                file = label_folder / name
+                if file in used or file.name.lower() in CLASS_LISTS or (label_folder == folder and not has_rows(file)):
                     continue
                 others = others or FileIndex(folder, ("",))
-                found = [one for one in others.find(name) if not one.lower().endswith((".txt", ".xml", ".json"))]
-                if not found:
+                matches = [one for one in others.find(name) if not one.lower().endswith((".txt", ".xml", ".json"))]
+                if not matches:
                     raise UserError(f"{file}: no image in {folder} belongs to it")
-                if folder / found[0] in labels:
+                if folder / matches[0] in labels:
                     raise UserError(
-                        f"{file}: is not where the labels of {folder / found[0]} are looked for; put it into the same folder below labels"
+                        f"{file}: is not in a folder for the labels of {folder / matches[0]}; move it to the same folder below labels"
                     )
-                kind = Path(found[0]).suffix.lower() or "no suffix"
-                drop_image(tally, folder / found[0], kind, [names[row.label] for row in _rows(file, names)])
+                kind = Path(matches[0]).suffix.lower() or "no suffix"
+                drop_image(tally, folder / matches[0], kind, [names[row.label] for row in _rows(file, names)])
 
 
 def _rows(label: Path, names: list[str]) -> list[_Row]:
@@ -172,11 +172,11 @@ def _row(words: list[str], place: str, names: list[str]) -> _Row:
     return _Row(int(label), values, place)
 
 
-def _object(row: _Row, width: int, height: int) -> FoundObject:
+def _object(row: _Row, width: int, height: int) -> SourceObject:
     if len(row.values) == 4:
         x, y, w, h = (value * side for value, side in zip(row.values, (width, height) * 2, strict=True))
-        return FoundObject(row.label, (x - w / 2, y - h / 2, x + w / 2, y + h / 2), row.place)
+        return SourceObject(row.label, (x - w / 2, y - h / 2, x + w / 2, y + h / 2), row.place)
     xs = [min(max(value, 0.0), 1.0) * width for value in row.values[::2]]
     ys = [min(max(value, 0.0), 1.0) * height for value in row.values[1::2]]
     polygon = [round(value, 3) for point in zip(xs, ys, strict=True) for value in point]
-    return FoundObject(row.label, (min(xs), min(ys), max(xs), max(ys)), row.place, shape=[polygon])
+    return SourceObject(row.label, (min(xs), min(ys), max(xs), max(ys)), row.place, shape=[polygon])

@@ -1,11 +1,14 @@
 """`--help`: what a run needs comes first, everything is somewhere, nothing twice."""
 
 import re
-from collections.abc import Iterator
+import typing
+from collections.abc import Iterator, Sequence
 
 import pytest
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
+from ssld.pipelines.config import PipelineConfig
 from ssld.pipelines.runner.stages import KINDS
 from ssld.shared.config.help import choices_of, flags_of, models_in, settings_help
 from ssld.shared.config.settings import CommandConfig, settings_parser
@@ -58,21 +61,112 @@ def test_what_a_run_needs_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "default: null" not in text
 
 
-def test_every_setting_says_what_it_is() -> None:
-    def nameless(model: type[BaseModel], seen: set[type[BaseModel]]) -> Iterator[str]:
-        if model in seen:
-            return
-        seen.add(model)
-        for name, field in model.model_fields.items():
-            groups = models_in(field.annotation)
-            if not groups and not field.description:
-                yield f"{model.__name__}.{name}"
-            for group in groups:
-                yield from nameless(group, seen)
+def settings_of(model: type[BaseModel], visited: set[type[BaseModel]]) -> Iterator[tuple[str, FieldInfo]]:
+    """(name, field) of every setting of a class and of the classes in it, each class once."""
+    if model in visited:
+        return
+    visited.add(model)
+    for name, field in model.model_fields.items():
+        yield f"{model.__module__}.{model.__name__}.{name}", field
+        for group in models_in(field.annotation):
+            yield from settings_of(group, visited)
 
-    seen: set[type[BaseModel]] = set()
-    assert [name for kind in KINDS.values() for name in nameless(kind.config_type, seen)] == []
-    assert len(seen) > 30
+
+def all_settings() -> dict[str, FieldInfo]:
+    """Settings of all commands and of pipelines, without those that are only a group of others and have no text of their own."""
+    visited: set[type[BaseModel]] = set()
+    types = [kind.config_type for kind in KINDS.values()] + [PipelineConfig]
+    fields = {name: field for config_type in types for name, field in settings_of(config_type, visited)}
+    assert len(visited) > 35
+    return {name: field for name, field in fields.items() if field.description or not models_in(field.annotation)}
+
+
+# A description is read alone, in one line of `--help`: it begins with the noun that the setting is or the verb that it does.
+_NO_BEGINNING = re.compile(
+    r"(of|to|as|for|in|on|at|by|from|with|between|among|above|below|under|beside"  # prepositions
+    r"|where|when|if|how|what|which|whether|who|that|because"  # subordinate clauses
+    r"|the same|this|these|those|such|it|its|their|they|another|each|every|any|all|also|both"  # references to other text
+    r"|kept|allowed|given|taken|used|found|shown|null|none)\b",  # participles and values without a noun
+    re.IGNORECASE,
+)
+_A_FOR_PER = re.compile(
+    r"\b(images?|pictures?|paths?|names?|passes|process(es)?|views?|lines?|boxes|classes|number) an? "
+    r"(image|picture|line|step|rank|process|forward|batch|level|class|stage|optimizer|view|epoch)\b"
+)
+
+
+def faults_of_description(text: str, values: Sequence[str] = ()) -> list[str]:
+    """Rules of descriptions that a text breaks; `values` are the words that the setting takes."""
+    first = text.split()[0].rstrip(":,;") if text.split() else ""
+    checks = {
+        "begins with neither noun nor verb": not first or _NO_BEGINNING.match(text) is not None,
+        "begins with one of its values": first in values,
+        "'a' for 'per'": _A_FOR_PER.search(text) is not None,
+        "ends with a full stop": text.endswith("."),
+    }
+    return [rule for rule, broken in checks.items() if broken]
+
+
+def literals_in(annotation: object) -> list[str]:
+    """The words of the Literals in an annotation."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return [str(value) for value in typing.get_args(annotation)]
+    return [word for inner in typing.get_args(annotation) for word in literals_in(inner)]
+
+
+def test_every_description_stands_alone() -> None:
+    faults = [
+        f"{name} {', '.join(broken)}: {field.description}"
+        for name, field in all_settings().items()
+        if (broken := faults_of_description(field.description or "", literals_in(field.annotation)))
+    ]
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    ("text", "values", "rule"),
+    [
+        ("", [], "neither"),
+        ("of the forward pass; losses and boxes stay fp32", [], "neither"),
+        ("the same in steps", [], "neither"),
+        ("That softens the distances", [], "neither"),
+        ("kept an image", [], "neither"),
+        ("to the image", [], "neither"),
+        ("at most; no more than a tenth of the run", [], "neither"),
+        ("as in the paper", [], "neither"),
+        ("for the evaluation", [], "neither"),
+        ("in pixels", [], "neither"),
+        ("where the images are", [], "neither"),
+        ("how far the student is from the teacher", [], "neither"),
+        ("What is weighted", [], "neither"),
+        ("null: 0.5", [], "neither"),
+        ("auto takes a CUDA GPU", ["auto", "cpu"], "one of its values"),
+        ("onnx: detector.onnx", ["onnx", "torch"], "one of its values"),
+        ("number of images a step and process", [], "'a' for 'per'"),
+        ("text file with a class name a line", [], "'a' for 'per'"),
+        ("learning rate.", [], "full stop"),
+    ],
+)
+def test_bad_descriptions_are_refused(text: str, values: list[str], rule: str) -> None:
+    assert [rule in broken for broken in faults_of_description(text, values)] == [True]
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("format of the file: onnx or torch", ["onnx", "torch"]),
+        ("images per step and rank", []),
+        ("offset in pixels", []),  # begins like of
+        ("total steps", []),  # begins like to
+        ("assignment of anchors", []),  # begins like as
+        ("interpolation of an image", []),  # begins like in
+        ("side of a view in pixels", []),
+        ("IoU from which an anchor is positive", []),
+        (".pdparams file", []),
+    ],
+)
+def test_good_descriptions_are_accepted(text: str, values: list[str]) -> None:
+    assert faults_of_description(text, values) == []
 
 
 def test_help_of_a_group(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The annotation cache gives what the file gives, notices every change, and survives whatever lies in its folder."""
+"""The annotation cache returns the content of the file, detects every change, and ignores invalid files in its folder."""
 
 import json
 import os
@@ -37,7 +37,7 @@ CONTENT: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache's folder, below the test's; files of any size are kept."""
+    """Folder of the cache inside the test's folder; files of any size are cached."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(annotation_cache, "LEAST_BYTES", 0)
     return cache_folder()
@@ -71,7 +71,7 @@ def entries(folder: Path) -> list[Path]:
 
 @pytest.fixture
 def parsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files that were really parsed."""
+    """List of the files that were parsed."""
     files: list[str] = []
     real = annotation_cache.read_table
 
@@ -90,9 +90,9 @@ def test_the_cache_gives_what_the_file_gives(
     file: Path, parsed: list[str], segmentations: bool, training: bool, class_names: Any
 ) -> None:
     options: dict[str, Any] = {"training": training, "segmentations": segmentations, "class_names": class_names}
-    wanted = content_of(read_coco(file, None, **options))
+    expected = content_of(read_coco(file, None, **options))
     for _ in range(3):
-        assert content_of(read_coco(file, None, **options, cache_annotations=True)) == wanted
+        assert content_of(read_coco(file, None, **options, cache_annotations=True)) == expected
     assert len(parsed) == 1
 
 
@@ -109,15 +109,15 @@ def test_one_entry_serves_all_settings(file: Path, folder: Path, parsed: list[st
     assert sorted(path.name for path in file.parent.iterdir()) == ["train.json"]
 
 
-def test_a_changed_file_is_read_anew(file: Path, folder: Path, parsed: list[str]) -> None:
+def test_a_changed_file_is_read_again(file: Path, folder: Path, parsed: list[str]) -> None:
     read_coco(file, None, training=False, cache_annotations=True)
     content = json.loads(json.dumps(CONTENT))
     content["annotations"][0]["bbox"][0] = 3  # as many bytes as before
     before = file.stat()
     write(file, content, age=50)
     assert file.stat().st_size == before.st_size
-    found = read_coco(file, None, training=False, cache_annotations=True)
-    assert found.images[1].boxes_N4[0, 0] == 3
+    data = read_coco(file, None, training=False, cache_annotations=True)
+    assert data.images[1].boxes_N4[0, 0] == 3
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     read_coco(file, None, training=False, cache_annotations=True)
     assert len(parsed) == 3
@@ -166,12 +166,12 @@ def damage(name: str, entry: Path) -> None:
 
 @pytest.mark.parametrize("how", ["cut", "empty", "text", "one bit", "pickle"])
 def test_a_damaged_entry_is_replaced(file: Path, folder: Path, parsed: list[str], how: str) -> None:
-    wanted = content_of(read_coco(file, None, training=False, segmentations=True, cache_annotations=True))
+    expected = content_of(read_coco(file, None, training=False, segmentations=True, cache_annotations=True))
     (entry,) = entries(folder)
     whole = entry.read_bytes()
     damage(how, entry)
     assert entry.read_bytes() != whole
-    assert content_of(read_coco(file, None, training=False, segmentations=True, cache_annotations=True)) == wanted
+    assert content_of(read_coco(file, None, training=False, segmentations=True, cache_annotations=True)) == expected
     assert len(parsed) == 2
     assert entry.stat().st_size == len(whole)
     read_coco(file, None, training=False, segmentations=True, cache_annotations=True)
@@ -179,7 +179,7 @@ def test_a_damaged_entry_is_replaced(file: Path, folder: Path, parsed: list[str]
 
 
 def test_every_byte_of_the_numbers_is_checked(file: Path, folder: Path, parsed: list[str]) -> None:
-    """A flipped bit anywhere behind the header is noticed."""
+    """A flipped bit anywhere after the header is detected."""
     read_coco(file, None, training=False, segmentations=True, cache_annotations=True)
     (entry,) = entries(folder)
     whole = entry.read_bytes()
@@ -199,7 +199,7 @@ def test_a_folder_that_cannot_be_written_is_no_fault(file: Path, folder: Path) -
         assert len(read_coco(file, None, training=False, cache_annotations=True).images) == 3
 
 
-def test_a_file_that_is_not_there_or_wrong_is_told_as_ever(tmp_path: Path, folder: Path) -> None:
+def test_missing_and_invalid_files_raise_the_usual_errors(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read .*none\.json: No such file"):
         read_coco(tmp_path / "none.json", None, training=False, cache_annotations=True)
     wrong = write(tmp_path / "data" / "wrong.json", CONTENT | {"annotations": [{"id": 1, "image_id": 9}]})
@@ -209,7 +209,7 @@ def test_a_file_that_is_not_there_or_wrong_is_told_as_ever(tmp_path: Path, folde
     assert entries(folder) == []
 
 
-def test_images_are_looked_for_with_the_cache_too(file: Path, tmp_path: Path) -> None:
+def test_missing_images_are_errors_with_the_cache_too(file: Path, tmp_path: Path) -> None:
     read_coco(file, None, training=False, cache_annotations=True)
     (tmp_path / "images").mkdir()
     with pytest.raises(UserError, match=r"3 of the 3 images .* are missing"):
@@ -223,8 +223,8 @@ def _read(file: Path) -> Any:
 
 def test_processes_that_read_at_once(file: Path, folder: Path) -> None:
     with ProcessPoolExecutor(4) as pool:
-        found = list(pool.map(_read, [file] * 12))
-    assert found == [content_of(read_coco(file, None, training=True, segmentations=True))] * 12
+        results = list(pool.map(_read, [file] * 12))
+    assert results == [content_of(read_coco(file, None, training=True, segmentations=True))] * 12
     assert len(entries(folder)) == 1
 
 
@@ -236,7 +236,7 @@ def test_packed_shapes() -> None:
     assert packed[-2] == shapes[2]
     assert list(packed[1:3]) == shapes[1:3]
     assert list(packed.pick(np.array([2, 0]))) == [shapes[2], shapes[0]]
-    assert list(pickle.loads(pickle.dumps(packed))) == shapes  # as data go to the workers of a loader
+    assert list(pickle.loads(pickle.dumps(packed))) == shapes  # pickled as for the workers of a loader
     assert list(annotation_cache._pack([])) == []
     with pytest.raises(IndexError):
         packed.pick(np.array([1]))[1]

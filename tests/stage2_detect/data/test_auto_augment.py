@@ -1,4 +1,4 @@
-"""AutoAugment against drawn rectangles: where the pixels go, the boxes go; against closed forms for colours."""
+"""AutoAugment on drawn rectangles: boxes follow the pixels; colours against closed forms."""
 
 import random
 from collections import Counter
@@ -96,15 +96,15 @@ def test_policy_is_the_published_one() -> None:
 def test_boxes_are_tight_around_the_moved_pixels(kind: str, magnitude: int) -> None:
     """To a pixel at any angle, where nothing is cut off; in both directions."""
     boxes = np.array([[250, 180, 420, 290], [300, 310, 330, 325], [150, 200, 170, 280]], dtype=np.float32)
-    seen = set()
+    placements = set()
     for seed in range(8):
         moved, after, kept = apply_operation((f"{kind}_BBox", 1.0, magnitude), drawn(boxes), boxes, random.Random(seed))
-        seen.add(tuple(after[0].tolist()))
+        placements.add(tuple(after[0].tolist()))
         for box, number in zip(after, kept, strict=True):
             inside = np.array([2, 2, WIDTH - 2, HEIGHT - 2])
             if (box[:2] > inside[:2]).all() and (box[2:] < inside[2:]).all():
                 assert np.abs(box - extent(moved, 255 - number)).max() <= 1.01
-    assert len(seen) == 2
+    assert len(placements) == 2
 
 
 @pytest.mark.parametrize(
@@ -117,12 +117,12 @@ def test_boxes_are_tight_around_the_moved_pixels(kind: str, magnitude: int) -> N
     ],
 )
 def test_magnitudes_in_closed_form(operation: Operation, expected: list[list[float]]) -> None:
-    found = {tuple(run(operation, drawn(RECTANGLE), RECTANGLE, seed)[1][0].round(3).tolist()) for seed in range(10)}
-    assert found == {tuple(map(float, box)) for box in expected}
+    actual = {tuple(run(operation, drawn(RECTANGLE), RECTANGLE, seed)[1][0].round(3).tolist()) for seed in range(10)}
+    assert actual == {tuple(map(float, box)) for box in expected}
 
 
 def test_rotation_in_closed_form() -> None:
-    """30 degrees about the middle of the picture; both directions."""
+    """30 degrees about the centre of the image, in both directions."""
     angle, corners = np.pi / 6, np.array([[200, 150], [420, 150], [420, 330], [200, 330]]) - [320, 240]
     expected = set()
     for sign in (-1, 1):
@@ -133,7 +133,7 @@ def test_rotation_in_closed_form() -> None:
     assert {tuple(box.astype(float).round(2).tolist()) for box in results} == expected
 
 
-def test_what_leaves_the_picture_is_dropped_and_the_rest_clipped() -> None:
+def test_boxes_outside_the_image_are_dropped_and_others_clipped() -> None:
     boxes = np.array([[10, 10, 90, 100], [30, 20, 200, 90], [600, 20, 640, 90]], dtype=np.float32)
     results = {}
     for seed in range(10):
@@ -163,8 +163,8 @@ def test_box_only_operations_touch_nothing_outside(name: str) -> None:
         for rows, columns in ((slice(150, 331), slice(200, 421)), (slice(20, 60), slice(10, 90))):
             changed += int((after[rows, columns] != before[rows, columns]).any())
             if not name.startswith("Equalize"):
-                own, found = (pixels[rows, columns].reshape(-1, 3) @ [1, 256, 65536] for pixels in (before, after))
-                assert np.isin(found, [*own, np.dot(FILL, [1, 256, 65536])]).all()
+                own, actual = (pixels[rows, columns].reshape(-1, 3) @ [1, 256, 65536] for pixels in (before, after))
+                assert np.isin(actual, [*own, np.dot(FILL, [1, 256, 65536])]).all()
     assert changed >= 10
 
 
@@ -198,7 +198,7 @@ def test_box_only_probability_is_a_third_for_each_box() -> None:
 
 
 def test_colours_in_closed_form() -> None:
-    """factor 0.1 + 1.8 m / 10 between a degenerate picture and the picture; SolarizeAdd adds 11 m to dark pixels."""
+    """Blend with factor 0.1 + 1.8 m / 10 between a degenerate image and the image; SolarizeAdd adds 11 m to dark pixels."""
     before = photo()
     image, values = Image.fromarray(before), before.astype(np.float64)
     grey = np.repeat((values @ [0.299, 0.587, 0.114])[..., None], 3, 2)
@@ -207,8 +207,8 @@ def test_colours_in_closed_form() -> None:
         for magnitude in (0, 4, 10):
             factor = 0.1 + 0.18 * magnitude
             expected = (degenerate + factor * (values - degenerate)).clip(0, 255)
-            found = run((kind, 1.0, magnitude), image)[0]
-            assert np.abs(found - expected).max() <= 2
+            actual = run((kind, 1.0, magnitude), image)[0]
+            assert np.abs(actual - expected).max() <= 2
     for magnitude, addition in ((4, 44), (8, 88)):
         expected = np.where(before < 128, np.minimum(values + addition, 255), values)
         assert np.array_equal(run(("SolarizeAdd", 1.0, magnitude), image)[0], expected)
@@ -290,7 +290,7 @@ def test_every_sub_policy_and_determinism() -> None:
 
 
 def test_loader_distorts_before_it_resizes_and_labels_follow(tmp_path: Path) -> None:
-    """Same draws of size and flip as without; the picture that is resized is the distorted one; jitter pads to a square."""
+    """Size and flip are drawn as without AutoAugment; the distorted image is resized; jitter pads to a square."""
     Image.fromarray(photo(100, 80)).save(tmp_path / "a.png")
     boxes = np.array([[5, 6, 40, 70], [50, 10, 98, 60], [1, 1, 9, 9]], dtype=np.float32)
     record = CocoImage(

@@ -1,4 +1,4 @@
-"""Reading COCO JSON: what is kept, dropped and clipped in both modes, and one clear line for every fault of a file."""
+"""Reading COCO JSON: kept, dropped and clipped boxes in both modes, and one clear line for every fault of a file."""
 
 import gc
 import json
@@ -244,16 +244,16 @@ def test_real_coco(split: str, shared_data: Callable) -> None:
     assert train.counts["boxes"] == len(raw["annotations"]) - len(crowds)
     dropping = read_coco(path, root / "images", training=True, keep_empty=False)
     assert len(dropping.images) == len(raw["images"]) - dropping.counts["empty_dropped"] < len(raw["images"])
-    seen = {"list": 0, "dict": 0}
+    observed = {"list": 0, "dict": 0}
     for image in val.images:
         assert image.segmentations is not None
         for segmentation, box in zip(image.segmentations, image.boxes_N4, strict=True):
-            seen[type(segmentation).__name__] += 1
-            if type(segmentation) is dict or seen["list"] % 20 == 0:
+            observed[type(segmentation).__name__] += 1
+            if type(segmentation) is dict or observed["list"] % 20 == 0:
                 rows, columns = np.nonzero(filled(segmentation, image.height, image.width))
                 assert abs(columns.min() - box[0]) <= 4
                 assert abs(rows.max() + 1 - box[3]) <= 4
-    assert min(seen.values()) > 0
+    assert min(observed.values()) > 0
 
 
 def test_real_grey_image(shared_data: Callable) -> None:
@@ -276,17 +276,19 @@ def test_real_blood_cells(split: str, shared_data: Callable) -> None:
     assert data.counts["boxes"] > 900
 
 
-def test_the_collector_rests_only_while_a_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_garbage_collector_is_disabled_only_while_a_file_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "bad.json").write_text("{")
-    seen: list[bool] = []
+    observed: list[bool] = []
     real = coco_json.load_content
 
     def watched(file: str) -> Any:
-        seen.append(gc.isenabled())
+        observed.append(gc.isenabled())
         return real(file)
 
     monkeypatch.setattr(coco_json, "load_content", watched)
     with pytest.raises(UserError, match="is not JSON"):
         read_coco(tmp_path / "bad.json", None, training=True)
-    assert seen == [False]
+    assert observed == [False]
     assert gc.isenabled()

@@ -1,4 +1,4 @@
-"""One judgement of COCO files: what training reads, counts and refuses is what the data check says, on files damaged in every way."""
+"""Checks of COCO files: training and the data check read, count and refuse the same rows, on files with every kind of damage."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ def content() -> Content:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The images' files, empty: nobody opens them here."""
+    """Folder with empty image files, which these tests never open."""
     for number in range(1, 7):
         (tmp_path / f"{number}.png").touch()
     return tmp_path
@@ -58,8 +58,8 @@ def read(folder: Path) -> Callable[..., CocoData]:
 def box(data: CocoData, annotation_id: Any = 1) -> list[float]:
     for image in data.images:
         if annotation_id in image.annotation_ids:
-            found: list[float] = image.file_boxes_N4[image.annotation_ids.index(annotation_id)].tolist()
-            return found
+            actual: list[float] = image.file_boxes_N4[image.annotation_ids.index(annotation_id)].tolist()
+            return actual
     raise AssertionError
 
 
@@ -106,33 +106,33 @@ ONE_ANSWER: list[tuple[str, Callable[[Content], Any], dict[str, dict[str, int]]]
 
 @pytest.mark.parametrize(("damage", "changed"), [case[1:] for case in ONE_ANSWER], ids=[case[0] for case in ONE_ANSWER])
 @pytest.mark.parametrize("training", [True, False])
-def test_what_has_one_answer_is_read_and_counted(
+def test_values_with_one_correct_reading_are_read_and_counted(
     read: Callable[..., CocoData], folder: Path, damage: Callable[[Content], Any], changed: Any, training: bool
 ) -> None:
     whole = content()
-    wanted = read(whole, training=training)
+    expected = read(whole, training=training)
     damage(whole)
-    found = read(whole, training=training, class_names=wanted.class_names)
-    record = found.tally.record()
+    actual = read(whole, training=training, class_names=expected.class_names)
+    record = actual.tally.record()
     counted = {
         noun: {cause: entry["count"] for cause, entry in part["changed"].items()}
         for noun, part in record.items()
         if part["changed"]
     }
     assert counted == changed
-    assert all(cause in found.tally.describe() for causes in changed.values() for cause in causes)
-    assert found.class_names == wanted.class_names == ("wide", "tall")
-    for one, other in zip(found.images, wanted.images, strict=True):
+    assert all(cause in actual.tally.describe() for causes in changed.values() for cause in causes)
+    assert actual.class_names == expected.class_names == ("wide", "tall")
+    for one, other in zip(actual.images, expected.images, strict=True):
         assert (one.image_id, one.width, one.height) == (other.image_id, other.width, other.height)
         assert one.annotation_ids == other.annotation_ids
         for name in ("boxes_N4", "labels_N", "crowd_N", "areas_N", "file_boxes_N4"):
             assert getattr(one, name).tolist() == getattr(other, name).tolist(), name
     check = check_rows("train", folder / "data.json", folder)
     assert not [one for one in check.findings if one.level == "fault"]
-    told = [one for one in check.findings if one.level == "warning"]
+    reported = [one for one in check.findings if one.level == "warning"]
     for causes in changed.values():
         for cause, number in causes.items():
-            assert any(one.text.startswith(f"{number} ") and cause in one.text and one.fix for one in told), cause
+            assert any(one.text.startswith(f"{number} ") and cause in one.text and one.fix for one in reported), cause
 
 
 def test_numbers_and_texts_that_could_be_two_ids_are_not_guessed(read: Callable[..., CocoData]) -> None:
@@ -161,7 +161,7 @@ def test_numbers_and_texts_that_could_be_two_ids_are_not_guessed(read: Callable[
         ([4, 5, 30, NAN], 600),
     ],
 )
-def test_boxes_that_could_be_two_things_are_refused(read: Callable[..., CocoData], bbox: Any, area: Any) -> None:
+def test_ambiguous_boxes_are_refused(read: Callable[..., CocoData], bbox: Any, area: Any) -> None:
     whole = content()
     whole["annotations"][2] |= {"bbox": bbox, "area": area}
     with pytest.raises(UserError, match=r"data\.json: annotation 3 has bbox .*, expected four finite numbers"):
@@ -190,8 +190,8 @@ def test_names_of_a_detector_are_compared_as_they_are_read(read: Callable[..., C
 
 
 @pytest.mark.parametrize("part", ["train", "val"])
-def test_masks_are_asked_of_the_same_objects(read: Callable[..., CocoData], folder: Path, part: str) -> None:
-    """Training looks at what it trains on, evaluation at everything."""
+def test_masks_are_required_of_the_same_objects(read: Callable[..., CocoData], folder: Path, part: str) -> None:
+    """Training checks the rows that it trains on, evaluation checks all rows."""
     for number in range(10):
         whole = content()
         whole["annotations"][4]["bbox"] = [70, 0, 5, 5]
@@ -278,7 +278,7 @@ VALUES: list[Any] = [
     "\t", "1.png",
     "./2.png", "gone.png", [[4, 5, 34, 5, 34, 25]], {"size": [48, 64], "counts": [100, 20, 2952]}, {"size": [1, 1], "counts": "1"},
 ]  # fmt: skip
-KEYS: dict[str, dict[str, list[Any]]] = {  # with values that are odd, but may be read
+KEYS: dict[str, dict[str, list[Any]]] = {  # unusual values, some of which have a correct reading
     "images": {"id": [7, "1", 2.0], "file_name": ["1.png", "./2.png"], "width": [64.0, "64", 40], "height": [48.0, 10]},
     "annotations": {
         "id": [11.0, 12, "a"],
@@ -320,7 +320,7 @@ def mutated(seed: int) -> Content:
 
 
 def test_training_and_the_data_check_agree_on_damaged_files(read: Callable[..., CocoData], folder: Path) -> None:
-    """Training refuses a file exactly when the check reports a fault; and what it reads of one, they count alike."""
+    """Training refuses a file exactly if the check reports a fault; both count the rows of an accepted file alike."""
     refused = trained = dropped = changed = 0
     for seed in range(1000):
         whole = mutated(seed)
@@ -360,7 +360,7 @@ def test_training_and_the_data_check_agree_on_damaged_files(read: Callable[..., 
 @pytest.mark.parametrize(
     ("file", "name", "look"),
     [
-        ("größe.png", "gro\u0308ße.png", " (its letters are composed otherwise, as Unicode NFC and NFD are)"),
+        ("größe.png", "gro\u0308ße.png", " (its letters are composed differently, as in Unicode NFC and NFD)"),
         ("sub/a b.png", "sub\\a%20b.png", ""),
         ("a%20b.png", "a b.png", ""),
         ("Photo.JPG", "photo.jpg", ""),
@@ -388,12 +388,12 @@ def test_the_hint_names_the_file_that_fits(
     check_images(check, quick=True)
     (fault,) = [one for one in check.findings if one.level == "fault"]
     assert fault.text.endswith(f"({name}): training stops{hint}")
-    assert fault.fix is None  # nothing is left out that has an answer
+    assert fault.fix is None  # a row with a known correction is not left out
     assert not check.repair.drop_images
 
 
 def test_the_hint_is_on_the_first_that_something_fits(read: Callable[..., CocoData], folder: Path) -> None:
-    """Nothing is left out of a cleaned copy then."""
+    """A cleaned copy then keeps all boxes."""
     (folder / "photo.JPG").touch()
     whole = content()
     whole["images"][1]["file_name"], whole["images"][3]["file_name"] = "gone.png", "photo.jpg"
@@ -422,17 +422,17 @@ def test_a_folder_in_place_of_an_image_is_missing_for_both(read: Callable[..., C
         read(content())
     check = check_rows("train", folder / "data.json", folder)
     check_images(check, quick=True)
-    assert any("1 picture of 6 not in" in one.text for one in check.findings)
+    assert any("1 image of 6 not in" in one.text for one in check.findings)
 
 
-def test_a_file_under_two_ids_is_told(read: Callable[..., CocoData], folder: Path) -> None:
+def test_a_file_under_two_ids_is_reported(read: Callable[..., CocoData], folder: Path) -> None:
     whole = content()
     whole["images"][4]["file_name"] = ".//1.png"
     data = read(whole)
     assert len(data.images) == 6
     assert "1 image listed before under another id: each counts by itself" in data.describe()
     check = check_rows("train", folder / "data.json", folder)
-    assert any("1 picture listed more than once, under other ids (1.png)" in one.text for one in check.findings)
+    assert any("1 image listed more than once, under other ids (1.png)" in one.text for one in check.findings)
     assert check.statistics["together"] == [[1, 5]]
 
 
@@ -449,14 +449,14 @@ CORNERS = [[33, 5, 61, 21], [7, 19, 23, 35], [35, 8, 57, 29], [16, 21, 38, 46], 
     ],
     ids=["corners", "shares", "rounding", "sound"],
 )  # fmt: skip
-def test_boxes_of_another_form_are_doubted(
+def test_boxes_of_another_format_are_suspected(
     read: Callable[..., CocoData], folder: Path, boxes: list[list[float]], doubt: str
 ) -> None:
     whole = content()
     for number, row in enumerate(whole["annotations"]):
         row |= {"bbox": boxes[number % len(boxes)], "iscrowd": 0, "segmentation": []}
     assert (doubt or "instead of") in read(whole).describe() or not doubt
-    assert bool(read(whole).doubts) == bool(doubt)
+    assert bool(read(whole).format_warnings) == bool(doubt)
     check = check_rows("train", folder / "data.json", folder)
     warnings = [one.text for one in check.findings if one.level == "warning" and "given twice" not in one.text]
     assert warnings == ([doubt] if doubt else [])
@@ -485,20 +485,20 @@ def test_an_evaluation_set_without_objects(read: Callable[..., CocoData], folder
     whole = content()
     for row in whole["annotations"]:
         row["iscrowd"] = 1
-    assert "no object to be found, so there will be no score" in read(whole, training=False).describe()
+    assert "no objects, so there will be no score" in read(whole, training=False).describe()
     assert "no score" not in read(content(), training=False).describe()
     (folder / "data.json").write_text(json.dumps(whole))
     faults = [one.text for one in check_rows("val", folder / "data.json", folder).findings if one.level == "fault"]
-    assert faults == ["no object to be found: evaluation gives no score"]
+    assert faults == ["no objects: evaluation gives no score"]
 
 
-def test_pictures_have_names_of_one_line() -> None:
+def test_drawn_names_have_one_line() -> None:
     import torch
 
     from ssld.stage2_detect.evaluation.drawing import draw_objects
     from ssld.stage2_detect.models.batch import Detections
 
-    found = Detections(torch.tensor([[9.0, 9, 90, 90]] * 9), torch.full((9,), 0.5), torch.zeros(9, dtype=torch.int64))
-    picture = Image.new("RGB", (99, 99))
-    drawn = [draw_objects(picture, found, [name], legend=True).tobytes() for name in ("hel met", "hel\r\nmet\x00")]
+    actual = Detections(torch.tensor([[9.0, 9, 90, 90]] * 9), torch.full((9,), 0.5), torch.zeros(9, dtype=torch.int64))
+    blank = Image.new("RGB", (99, 99))
+    drawn = [draw_objects(blank, actual, [name], legend=True).tobytes() for name in ("hel met", "hel\r\nmet\x00")]
     assert drawn[0] == drawn[1]

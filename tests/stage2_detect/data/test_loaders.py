@@ -84,8 +84,8 @@ def test_order_covers_an_epoch_once_in_groups(wide_images: int, batch_size: int)
     for epoch in range(3):
         batches = [order.step(epoch * order.steps_per_epoch + i) for i in range(order.steps_per_epoch)]
         assert all(len(batch) == batch_size for batch in batches)
-        seen = [index for batch in batches for index in batch]
-        assert len(set(seen)) == len(seen) == order.steps_per_epoch * batch_size
+        indices = [index for batch in batches for index in batch]
+        assert len(set(indices)) == len(indices) == order.steps_per_epoch * batch_size
         mixed = sum(wide[batch].any() and not wide[batch].all() for batch in batches)
         assert mixed <= 1
     first, second = ([order.step(e * order.steps_per_epoch + i) for i in range(order.steps_per_epoch)] for e in (0, 1))
@@ -119,7 +119,7 @@ def test_order_errors() -> None:
         BatchOrder([True] * 10, batch_size=6, seed=0, ranks=2, accumulate=2)
 
 
-def test_batches_hold_what_they_say(data: CocoData) -> None:
+def test_batches_have_the_stated_content(data: CocoData) -> None:
     batches = list(loader(data))
     assert len(batches) == len(loader(data)) == 6
     seen_boxes = 0
@@ -163,7 +163,7 @@ def test_stream_is_resumable_at_any_step(data: CocoData) -> None:
         assert all(same(a, b) for a, b in zip(whole[2 * start :], rest, strict=True))
 
 
-def test_ranks_and_accumulation_see_the_same_images(data: CocoData) -> None:
+def test_ranks_and_accumulation_split_the_same_images(data: CocoData) -> None:
     whole = [split_images([batch]) for batch in loader(data)]
     accumulated = list(loader(data, accumulate=2))
     ranks = [list(loader(data, ranks=2, rank=rank)) for rank in range(2)]
@@ -226,7 +226,7 @@ def test_errors_are_one_line_from_workers_too(data: CocoData, workers: int) -> N
     Image.new("RGB", (7, 9)).save(data.images[0].path)
     with pytest.raises(UserError) as caught:
         list(loader(data, workers=workers))
-    assert "0.png is 7x9, but the annotations say 40x30 (id 0)" in str(caught.value)
+    assert "0.png is 7x9, but 40x30 in the annotations (id 0)" in str(caught.value)
     assert "\n" not in str(caught.value)
     for record in data.images:
         Path(record.path).write_bytes(b"no image")
@@ -247,7 +247,7 @@ def test_exif_rotation_only_where_it_fits(data: CocoData) -> None:
     assert np.array_equal(load_record(second).permute(1, 2, 0).numpy(), np.rot90(stored, -1))
 
 
-def test_evaluation_batches_are_fixed_and_shared_out(data: CocoData) -> None:
+def test_evaluation_batches_are_fixed_and_distributed(data: CocoData) -> None:
     batches = eval_batches(data.images, 3)
     order = list(itertools.chain(*batches))
     assert sorted(order) == list(range(11))
@@ -287,8 +287,8 @@ def test_shared_data_goes_through(shared_data: Callable) -> None:
     assert not any(batch.unreadable for batch in batches)
 
 
-def test_all_that_a_loader_makes_is_pinned(data: CocoData, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a `DataLoader` does it where there is a GPU; what is made comes out as it was."""
+def test_batches_of_a_loader_are_pinned(data: CocoData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinned as a `DataLoader` does with a GPU: the content stays equal."""
     from torch.utils.data._utils.pin_memory import pin_memory
 
     pinned: list[torch.Tensor] = []
@@ -315,7 +315,7 @@ def test_all_that_a_loader_makes_is_pinned(data: CocoData, monkeypatch: pytest.M
 
 
 def test_an_error_of_a_stream_and_unreadable_images_are_values(data: CocoData) -> None:
-    """What comes one after the other goes the way of indexed batches: left out and noted, or one line."""
+    """Unreadable images from an iterator are treated as those of indexed batches: left out and recorded, or an error of one line."""
     Path(data.images[2].path).write_bytes(b"no image")
     batches = [data.images[:2], data.images[2:3], data.images[3:6]]
     for given in (batches, iter(batches)):

@@ -1,4 +1,4 @@
-"""Shapes of objects from the file to a trained detector and its results; those that cannot be used are refused."""
+"""Masks of objects from the annotation file to a trained detector and its results; unusable ones are errors."""
 
 import json
 import math
@@ -76,16 +76,16 @@ def test_mask_rcnn_from_training_to_a_results_file(toy: Path, tmp_path: Path, ca
         assert row["segmentation"]["size"] == sizes[row["image_id"]]
         assert isinstance(row["segmentation"]["counts"], str)
 
-    # On data read without shapes, as a teacher of a detector of boxes is tried: boxes alone are scored.
+    # On data read without masks, as for the check of a box detector's teacher: only boxes are scored.
     options: dict[str, Any] = {"batch_size": 4, "workers": 0, "device": torch.device("cpu"), "dtype": torch.float32}
-    metrics, found = score(
+    metrics, detections = score(
         load_detector(run / "detector.safetensors").model,
         read_coco(toy / "val.json", toy / "val", training=False),
         Sizing(80, 80),
         backend="pycocotools",
         **options,
     )
-    assert any(one.masks for one in found.values())
+    assert any(one.masks for one in detections.values())
     assert metrics["AP"] == pytest.approx(result["metrics"]["AP"], abs=1e-9)
     assert not any("segm" in name for name in metrics)
 

@@ -1,4 +1,4 @@
-"""Which way up images are read: upright, unless a source's sideways images show that its boxes are for the stored pixels."""
+"""Orientation of images: upright, unless the sideways images of a source show that its boxes refer to the stored pixels."""
 
 import itertools
 import json
@@ -41,7 +41,7 @@ Read = Callable[..., tuple[CocoData, CocoData]]
 
 @pytest.fixture
 def read(call: Callable[..., int], tmp_path: Path) -> Read:
-    """(as training, as evaluation reads it) of a set in one of three formats; two of them are converted."""
+    """Read a data set in one of three formats, two of them converted; returns it as (training, evaluation) reads it."""
 
     def read(form: str, folder: Path, images: Path, split: str = "train") -> tuple[CocoData, CocoData]:
         if form != "coco":
@@ -55,11 +55,11 @@ def read(call: Callable[..., int], tmp_path: Path) -> Read:
     return read
 
 
-def same_batches(ours: CocoData, theirs: CocoData) -> bool:
-    """Whether training sees the same pixels and boxes of two sets, in two steps under augmentation."""
+def same_batches(actual: CocoData, expected: CocoData) -> bool:
+    """Whether two augmented steps of training have equal pixels and boxes on two data sets."""
     resize = ResizeConfig(train_short_sides=[32, 40], train_long_side=64)
-    options: dict[str, Any] = {"batch_size": len(ours.images), "seed": 1, "start_step": 0, "stop_step": 2}
-    both = [TrainLoader(data, resize, AugmentConfig(), **options) for data in (ours, theirs)]
+    options: dict[str, Any] = {"batch_size": len(actual.images), "seed": 1, "start_step": 0, "stop_step": 2}
+    both = [TrainLoader(data, resize, AugmentConfig(), **options) for data in (actual, expected)]
     for a, b in zip(*both, strict=True):
         for name in ("pixels_BCHW", "sizes_B2"):
             if not torch.equal(getattr(a.images, name), getattr(b.images, name)):
@@ -69,10 +69,10 @@ def same_batches(ours: CocoData, theirs: CocoData) -> bool:
     return True
 
 
-def same_evaluation(ours: CocoData, theirs: CocoData) -> bool:
-    both = [eval_loader(data, Sizing(32, 64), batch_size=2) for data in (ours, theirs)]
+def same_evaluation(actual: CocoData, expected: CocoData) -> bool:
+    both = [eval_loader(data, Sizing(32, 64), batch_size=2) for data in (actual, expected)]
     same = all(torch.equal(a.pixels_BCHW, b.pixels_BCHW) for (a, _), (b, _) in zip(*both, strict=True))
-    first, second = (np.concatenate([record.file_boxes_N4 for record in data.images]) for data in (ours, theirs))
+    first, second = (np.concatenate([record.file_boxes_N4 for record in data.images]) for data in (actual, expected))
     return same and np.allclose(first, second, atol=1e-3)
 
 
@@ -85,14 +85,16 @@ def write(form: str, folder: Path, some: Sequence[Scene], orientation: int) -> P
 
 @pytest.mark.parametrize("form", list(WRITERS))
 @pytest.mark.parametrize("shapes", [list(SHAPES), ["square"]])
-def test_images_that_look_the_same_are_the_same(form: str, shapes: list[str], tmp_path: Path, read: Read) -> None:
+def test_equal_content_in_any_orientation_is_read_equal(
+    form: str, shapes: list[str], tmp_path: Path, read: Read
+) -> None:
     some = scenes(shapes * 2)
-    wanted = read(form, tmp_path / "plain", write(form, tmp_path / "plain", some, 1))
+    reference = read(form, tmp_path / "plain", write(form, tmp_path / "plain", some, 1))
     for value in range(2, 9):
         folder = tmp_path / str(value)
         training, evaluation = read(form, folder, write(form, folder, some, value))
-        assert same_batches(training, wanted[0]), value
-        assert same_evaluation(evaluation, wanted[1]), value
+        assert same_batches(training, reference[0]), value
+        assert same_evaluation(evaluation, reference[1]), value
         assert evaluation.orientation.convention == "upright"
     assert not same_batches(training, read("coco", tmp_path / "other", _as_stored(tmp_path / "other", some))[0])
 
@@ -106,7 +108,7 @@ def _as_stored(folder: Path, some: Sequence[Scene]) -> Path:
 
 
 def stored_source(folder: Path, form: str = "coco") -> tuple[list[Scene], list[int], Path]:
-    """A set whose boxes are for the stored pixels: three sideways images show it, the other six have the same size both ways."""
+    """A data set whose boxes refer to the stored pixels: three sideways images show it, six images have equal size in both forms."""
     values = [6, 8, 5, 3, 2, 4, 6, 8, 7]
     some = scenes(["landscape", "portrait"] * 3 + ["square"] * 3)
     images = WRITERS[form](folder, some)
@@ -116,24 +118,24 @@ def stored_source(folder: Path, form: str = "coco") -> tuple[list[Scene], list[i
 
 
 @pytest.mark.parametrize("form", ["coco", "voc"])
-def test_stored_pixels_where_the_sideways_images_show_it(form: str, tmp_path: Path, read: Read) -> None:
+def test_stored_pixels_if_sideways_images_match_them(form: str, tmp_path: Path, read: Read) -> None:
     some, _, images = stored_source(tmp_path / "a", form)
     plain = WRITERS[form](tmp_path / "b", some)
     for one in some:
         save_as(plain / one.name, one.pixels, 1)
     training, evaluation = read(form, tmp_path / "a", images)
-    wanted = read(form, tmp_path / "b", plain)
-    assert same_batches(training, wanted[0])
-    assert same_evaluation(evaluation, wanted[1])
-    shown = evaluation.orientation
-    assert (shown.convention, shown.upright, shown.stored, shown.both) == ("stored", 0, 3, 6)
+    reference = read(form, tmp_path / "b", plain)
+    assert same_batches(training, reference[0])
+    assert same_evaluation(evaluation, reference[1])
+    decided = evaluation.orientation
+    assert (decided.convention, decided.upright, decided.stored, decided.both) == ("stored", 0, 3, 6)
     assert training.describe().endswith(
-        "3 sideways images read as stored, as their sizes say, 6 images that EXIF turns without a change of size read as stored, "
-        + ("like these" if form == "coco" else "as the source says")
+        "3 sideways images read as stored, by their sizes, 6 images that EXIF turns without a change of size read as stored, "
+        + ("like these" if form == "coco" else "as the source states")
     )
 
 
-def test_a_split_keeps_what_the_whole_of_its_source_shows(tmp_path: Path, read: Read) -> None:
+def test_a_split_keeps_the_orientation_of_its_source(tmp_path: Path, read: Read) -> None:
     """The sideways images are all in one split, and one of them has no size."""
     folder = tmp_path / "voc"
     some, values, _ = stored_source(tmp_path / "coco")
@@ -165,17 +167,17 @@ def test_sideways_images_that_contradict_each_other(upright: int, stored: int, t
     data = read_coco(tmp_path / "train.json", images, training=True)
     for record, one in zip(data.images, some, strict=True):
         assert np.array_equal(load_record(record).permute(1, 2, 0).numpy(), one.pixels), record.path
-    found = data.orientation
-    assert (found.upright, found.stored, found.both, found.contradictory) == (upright, stored, 2, True)
-    said = data.describe()
-    assert f"{upright} sideways image" in said
-    assert f"{stored} sideways image" in said
+    decided = data.orientation
+    assert (decided.upright, decided.stored, decided.both, decided.contradictory) == (upright, stored, 2, True)
+    text = data.describe()
+    assert f"{upright} sideways image" in text
+    assert f"{stored} sideways image" in text
     way = "as stored" if most_stored else "upright"
-    why = "since as many say the one as the other" if upright == stored else "as most of these"
-    assert said.endswith(f"2 images that EXIF turns without a change of size read {way}, {why}")
+    why = "without a majority of these" if upright == stored else "like most of these"
+    assert text.endswith(f"2 images that EXIF turns without a change of size read {way}, {why}")
 
 
-def test_what_nothing_shows_is_upright_and_said(tmp_path: Path) -> None:
+def test_undecided_images_are_upright_and_reported(tmp_path: Path) -> None:
     some = scenes(["landscape", "square", "portrait"])
     images = write_coco(tmp_path, some)
     for one, value in zip(some, (3, 5, 1), strict=True):
@@ -185,7 +187,7 @@ def test_what_nothing_shows_is_upright_and_said(tmp_path: Path) -> None:
         assert np.array_equal(load_record(record).permute(1, 2, 0).numpy(), one.pixels)
     assert data.orientation.guessed
     assert data.describe().endswith(
-        "2 images that EXIF turns without a change of size read upright, since nothing shows which form the boxes are for"
+        "2 images that EXIF turns without a change of size read upright, although the form that the boxes refer to is unknown"
     )
     for one in some:
         save_as(images / one.name, one.pixels, 1)
@@ -194,7 +196,7 @@ def test_what_nothing_shows_is_upright_and_said(tmp_path: Path) -> None:
     assert plain.describe().endswith("1 class")
 
 
-def test_the_log_and_the_record_of_a_training_say_it_of_each_source(tmp_path: Path) -> None:
+def test_log_and_result_have_the_orientation_of_each_source(tmp_path: Path) -> None:
     for part, value in (("a", 6), ("b", 3)):
         write("coco", tmp_path / part, scenes(["landscape"]), value)
     train, val = (
@@ -203,14 +205,14 @@ def test_the_log_and_the_record_of_a_training_say_it_of_each_source(tmp_path: Pa
     data = TrainingData(train, val)
     config = TrainConfig.model_construct(unlabeled=None)
     first, second = data.describe(config)
-    assert first.endswith("1 sideways image turned upright by EXIF, as its size says")
+    assert first.endswith("1 sideways image turned upright by EXIF, by its size")
     assert second.startswith(f"{tmp_path / 'b' / 'train.json'}: 1 image, ")
     assert second.endswith(f", {val.orientation.describe()}")
     records = data.orientations()
     assert (records["train"]["upright"], records["val"]["both"]) == (1, 1)
 
 
-def test_a_file_may_say_it_itself(tmp_path: Path) -> None:
+def test_a_file_may_state_its_orientation(tmp_path: Path) -> None:
     some = scenes(["landscape", "square"])
     images = write_coco(tmp_path, some)
     for one in some:
@@ -220,9 +222,9 @@ def test_a_file_may_say_it_itself(tmp_path: Path) -> None:
         (tmp_path / "train.json").write_text(json.dumps(content | {"info": {"image_orientation": value}}))
         data = read_coco(tmp_path / "train.json", images, training=True)
         for record, one in zip(data.images, some, strict=True):
-            wanted = one.pixels if stored else one.pixels[::-1, ::-1]
-            assert np.array_equal(load_record(record).permute(1, 2, 0).numpy(), wanted)
-        assert "as the source says" in data.describe()
+            reference = one.pixels if stored else one.pixels[::-1, ::-1]
+            assert np.array_equal(load_record(record).permute(1, 2, 0).numpy(), reference)
+        assert "as the source states" in data.describe()
         assert not data.orientation.guessed
     (tmp_path / "train.json").write_text(json.dumps(content | {"info": {"image_orientation": "sideways"}}))
     with pytest.raises(UserError, match=r"info.image_orientation is 'sideways', expected one of upright, stored$"):
@@ -242,19 +244,18 @@ def test_a_size_that_fits_neither_way_is_an_error_before_training(tmp_path: Path
     with pytest.raises(UserError) as caught:
         read_coco(tmp_path / "train.json", images, training=True)
     assert (
-        str(caught.value)
-        == f"{tmp_path / 'train.json'}: image {images / '1.png'} is 7x9, but the annotations say 40x40"
+        str(caught.value) == f"{tmp_path / 'train.json'}: image {images / '1.png'} is 7x9, but 40x40 in the annotations"
     )
-    Image.new("RGB", (32, 48)).save(images / "0.png")  # the sides change places, and no EXIF says so
+    Image.new("RGB", (32, 48)).save(images / "0.png")  # width and height exchanged without EXIF
     with pytest.raises(UserError) as caught:
         read_coco(tmp_path / "train.json", images, training=True)
     assert str(caught.value) == (
-        f"{tmp_path / 'train.json'}: image {images / '0.png'} is 32x48, but the annotations say 48x32, and 1 others of its 3 images do not fit "
+        f"{tmp_path / 'train.json'}: image {images / '0.png'} is 32x48, but 48x32 in the annotations, and 1 others of its 3 images do not fit "
         "either"
     )
 
 
-def test_what_cannot_be_read_shows_nothing(tmp_path: Path) -> None:
+def test_unreadable_images_do_not_count(tmp_path: Path) -> None:
     images = write_coco(tmp_path, scenes(["landscape"] * 3))
     for one in scenes(["landscape"] * 3):
         save_turned(images / one.name, one.pixels, 6)
@@ -266,9 +267,9 @@ def test_every_fit() -> None:
     for value, (wide, high) in itertools.product(range(1, 9), [(4, 3), (3, 3)]):
         header = ImageHeader(high, wide, value)
         upright = STORED[value](np.zeros((high, wide))).shape  # swaps the sides for the same values
-        for said in {(wide, high), (high, wide), (5, 5)}:
-            stored_fits, upright_fits = said == (wide, high), said == upright[::-1]
-            fit = fit_of(header, *said)
+        for size in {(wide, high), (high, wide), (5, 5)}:
+            stored_fits, upright_fits = size == (wide, high), size == upright[::-1]
+            fit = fit_of(header, *size)
             if value == 1:
                 assert fit == ("plain" if stored_fits else "neither")
             else:
@@ -286,7 +287,7 @@ def test_the_majority_decides_and_a_tie_is_upright() -> None:
 
 @pytest.fixture
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A source of which a cache is kept, old enough for it; the folder of the cache's entries."""
+    """A source that is old enough to be cached; returns the folder of the cache's entries."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(orientation, "LEAST_IMAGES", 1)
     stored_source(tmp_path / "set")
@@ -305,24 +306,24 @@ def test_the_headers_are_read_once(kept: Path, tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(orientation, "image_headers", counted)
 
-    def found(cache: bool = True) -> Orientation:
+    def decided(cache: bool = True) -> Orientation:
         folder = tmp_path / "set"
         return read_coco(folder / "train.json", folder / "images", training=True, cache_annotations=cache).orientation
 
-    wanted = found(cache=False)
+    reference = decided(cache=False)
     assert not kept.exists()
-    assert [found(), found(), found()] == [wanted] * 3
+    assert [decided(), decided(), decided()] == [reference] * 3
     assert calls == [9, 9]
     (entry,) = kept.iterdir()
     entry.write_bytes(entry.read_bytes().replace(b'"stored": 3', b'"stored": 0'))
-    assert found() == wanted
+    assert decided() == reference
     entry.write_bytes(b"{}")
-    assert found() == wanted
+    assert decided() == reference
     assert calls == [9] * 4
     # another image under the old name
     save_turned(tmp_path / "set" / "images" / "0.png", scenes(["landscape"])[0].pixels, 6)
-    assert (found().stored, found().upright) == (2, 1)
-    assert calls == [9] * 6  # an image that changed a moment ago may change again at the same time
+    assert (decided().stored, decided().upright) == (2, 1)
+    assert calls == [9] * 6  # an image changed just now could change again within the same time stamp
     os.utime(tmp_path / "set" / "images" / "0.png", (1e9 + 1, 1e9 + 1))
-    assert found() == found() != wanted
+    assert decided() == decided() != reference
     assert calls == [9] * 7

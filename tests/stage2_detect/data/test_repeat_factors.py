@@ -1,4 +1,4 @@
-"""Images of rare classes are shown more often: the factors, and how often they are really shown."""
+"""Repeat factors of images with rare classes, and the resulting frequencies."""
 
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,10 @@ def records(labels: list[list[int]]) -> list[CocoImage]:
 def test_factors(threshold: float) -> None:
     """Class 0 is in 9 of 10 images, class 1 in 2, class 2 in 1, class 3 in none; counted by images, not by objects."""
     share = {0: 0.9, 1: 0.2, 2: 0.1}
-    wanted = [max([1.0, *(max(1.0, (threshold / share[c]) ** 0.5) for c in some)]) for some in LABELS]
-    found = repeat_factors(records(LABELS), 4, threshold)
-    assert found.dtype == np.float64
-    np.testing.assert_allclose(found, wanted, rtol=1e-12)
+    expected = [max([1.0, *(max(1.0, (threshold / share[c]) ** 0.5) for c in some)]) for some in LABELS]
+    actual = repeat_factors(records(LABELS), 4, threshold)
+    assert actual.dtype == np.float64
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
     assert repeat_factors(records(LABELS), 4, 1.0)[3] == pytest.approx(10**0.5)
 
 
@@ -39,37 +39,37 @@ def counts(order: BatchOrder, epochs: int, images: int) -> np.ndarray:
     return np.bincount([index for step in steps for index in order.step(step)], minlength=images)
 
 
-def test_images_are_shown_as_often_as_their_factors_say() -> None:
-    """500 epochs of 40 images: each image's share of all that is shown is its share of the factors, within 5 deviations."""
+def test_frequencies_follow_the_factors() -> None:
+    """500 epochs of 40 images: each image's frequency is its share of the factors, within 5 standard deviations."""
     factors = np.random.default_rng(0).uniform(1, 3.5, 40)
     factors[:10] = 1
     wide = [i % 3 > 0 for i in range(40)]
     order = BatchOrder(wide, batch_size=4, seed=2, repeats=factors)
     assert order.steps_per_epoch == 10
-    found = counts(order, 500, 40)
-    assert found.sum() == 500 * 40
-    wanted = 500 * 40 * factors / factors.sum()
-    assert np.abs(found - wanted).max() < 5 * wanted.max() ** 0.5
+    actual = counts(order, 500, 40)
+    assert actual.sum() == 500 * 40
+    expected = 500 * 40 * factors / factors.sum()
+    assert np.abs(actual - expected).max() < 5 * expected.max() ** 0.5
 
 
 def test_whole_factors_repeat_exactly() -> None:
-    """Without a fraction the lot is the same in every epoch: nothing is left to chance but the order."""
+    """With whole factors the images of an epoch are the same in every epoch; only the order is random."""
     order = BatchOrder([True] * 6, batch_size=2, seed=1, repeats=np.array([1, 1, 1, 1, 3, 2.0]))
-    lot = np.sort(order._draw_lot(0))
+    lot = np.sort(order._images_of_epoch(0))
     assert lot.tolist() == [0, 1, 2, 3, 4, 4, 4, 5, 5]
-    assert np.sort(order._draw_lot(7)).tolist() == lot.tolist()
+    assert np.sort(order._images_of_epoch(7)).tolist() == lot.tolist()
 
 
-def test_a_fraction_is_drawn_anew_in_every_epoch() -> None:
+def test_a_fraction_is_drawn_per_epoch() -> None:
     order = BatchOrder([True] * 2000, batch_size=8, seed=1, repeats=np.full(2000, 1.25))
-    twice = [np.bincount(order._draw_lot(epoch)) == 2 for epoch in range(2)]
+    twice = [np.bincount(order._images_of_epoch(epoch)) == 2 for epoch in range(2)]
     for some in twice:
         assert abs(some.mean() - 0.25) < 5 * (0.25 * 0.75 / 2000) ** 0.5
     assert (twice[0] != twice[1]).any()
     again = BatchOrder([True] * 2000, batch_size=8, seed=1, repeats=np.full(2000, 1.25))
     assert again.step(333) == order.step(333)
     other = BatchOrder([True] * 2000, batch_size=8, seed=2, repeats=np.full(2000, 1.25))
-    assert (np.bincount(other._draw_lot(0)) == 2).tolist() != twice[0].tolist()
+    assert (np.bincount(other._images_of_epoch(0)) == 2).tolist() != twice[0].tolist()
 
 
 def test_factors_of_one_change_nothing() -> None:
@@ -96,7 +96,7 @@ def test_the_labeled_part_of_a_mixed_batch_is_repeated_too() -> None:
     assert [mixed.step(i)[:4] for i in range(9)] == [alone.step(i) for i in range(9)]
 
 
-def test_an_image_shown_twice_in_an_epoch_has_two_views(tiny_coco: Any) -> None:
+def test_a_repeated_image_has_two_views_per_epoch(tiny_coco: Any) -> None:
     data = read_coco(tiny_coco.train_annotations, tiny_coco.train_images, training=True)
     repeats = np.ones(12)
     repeats[5] = 30
@@ -114,4 +114,4 @@ def test_training_repeats(
     train_settings["data"]["repeat_threshold"] = 1.0
     train_settings["steps"] = 1
     assert call(main, arguments(train_settings)) == 0
-    assert "images are shown more often than the others, up to 1." in capsys.readouterr().out
+    assert "images are repeated, up to 1." in capsys.readouterr().out

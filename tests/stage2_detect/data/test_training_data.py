@@ -1,4 +1,4 @@
-"""Pictures without annotations: the folder as records, and which of them a batch holds."""
+"""Unlabeled images: records of a folder, and their order in batches."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,19 +27,19 @@ def order(**changes: float) -> MixedOrder:
 def test_batches_hold_the_labeled_images_of_batch_order_and_distinct_others() -> None:
     mixed, plain = order(), BatchOrder(WIDE, batch_size=2, seed=4)
     assert mixed.steps_per_epoch == 10
-    seen = set()
+    drawn = set()
     for step in range(40):
         images = mixed.step(step)
         assert images[:2] == plain.step(step)
         others = images[2:]
         assert len(set(others)) == 6
         assert all(20 <= index < 50 for index in others)
-        seen |= set(others)
+        drawn |= set(others)
         if all(WIDE[index] for index in images[:2]):
             assert all(MORE[index - 20] for index in others)
         elif not any(WIDE[index] for index in images[:2]):
             assert sum(not MORE[index - 20] for index in others) == 6
-    assert seen == set(range(20, 50))
+    assert drawn == set(range(20, 50))
 
 
 def test_too_few_of_an_orientation_are_filled_up_with_the_other() -> None:
@@ -82,30 +82,30 @@ def test_micro_batches_share_both_parts_evenly(ranks: int, accumulate: int) -> N
         ({"batch_size": 44, "labeled_ratio": 0.5}, "batch_size 22 does not fit the data set of 20"),
     ],
 )
-def test_what_cannot_be_is_refused(changes: dict[str, float], message: str) -> None:
+def test_invalid_batches_are_errors(changes: dict[str, float], message: str) -> None:
     with pytest.raises(UserError) as caught:
         order(**changes)
     assert message in str(caught.value)
 
 
-def test_without_unlabeled_pictures_the_order_is_the_plain_one() -> None:
+def test_without_unlabeled_images_the_order_is_the_plain_one() -> None:
     assert isinstance(training_order(WIDE, [], 0.5, batch_size=4, seed=1), BatchOrder)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Nested pictures: 20 x 30 (height, width), one stored sideways, one text file."""
+    """Nested images: 20 x 30 (height, width), one stored sideways, one text file."""
     draw = np.random.default_rng(0)
     for name in ("b/1.png", "a.png", "b/c/2.jpg"):
-        (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(tmp_path / "pictures" / name)
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(tmp_path / "images" / name)
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(draw.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(
-        tmp_path / "pictures" / "sideways.jpg", exif=exif
+        tmp_path / "images" / "sideways.jpg", exif=exif
     )
-    (tmp_path / "pictures" / "notes.txt").write_text("no picture")
-    return tmp_path / "pictures"
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    return tmp_path / "images"
 
 
 def test_a_folder_as_records(folder: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_folder_as_records(folder: Path) -> None:
         assert len(record.labels_N) == 0
 
 
-def test_unreadable_pictures(folder: Path) -> None:
+def test_unreadable_images(folder: Path) -> None:
     (folder / "b" / "1.png").write_bytes(b"nothing")
     records, unreadable = list_unlabeled(folder)
     assert unreadable == ["b/1.png"]
@@ -165,14 +165,14 @@ def test_the_loader_flags_them_and_gives_them_no_objects(tiny_coco: Any, folder:
         assert len(two.boxes_BG4) == len(two.seeds_B) == 2
 
 
-def test_a_resumed_loader_goes_on_with_the_same_batches(tiny_coco: Any, folder: Path) -> None:
+def test_a_resumed_loader_continues_with_the_same_batches(tiny_coco: Any, folder: Path) -> None:
     whole = [batch.images.pixels_BCHW for batch in loader(tiny_coco, folder)]
     rest = [batch.images.pixels_BCHW for batch in loader(tiny_coco, folder, start_step=3)]
     assert len(whole) == 5
     assert all(a.equal(b) for a, b in zip(whole[3:], rest, strict=True))
 
 
-def test_an_unreadable_picture_is_replaced_by_one_of_its_own_part(
+def test_an_unreadable_image_is_replaced_by_one_of_the_same_part(
     tiny_coco: Any, folder: Path, files_below: Callable[[Path], set[str]]
 ) -> None:
     batches = loader(tiny_coco, folder)
@@ -180,7 +180,7 @@ def test_an_unreadable_picture_is_replaced_by_one_of_its_own_part(
         (folder / name).write_bytes(b"damaged since it was listed")
     unreadable = set()
     for batch in batches:
-        assert [record.path.endswith("pictures/a.png") for record in batch.records[2:]] == [True, True]
+        assert [record.path.endswith("images/a.png") for record in batch.records[2:]] == [True, True]
         assert all("/train/" in record.path for record in batch.records[:2])
         unreadable |= {Path(image.name).name for image in batch.unreadable}
     assert unreadable == {"1.png", "2.jpg", "sideways.jpg"}
@@ -189,12 +189,12 @@ def test_an_unreadable_picture_is_replaced_by_one_of_its_own_part(
 @pytest.mark.parametrize(
     ("ratio", "line"),
     [
-        (0.75, "6 labeled + 2 unlabeled images a batch"),
-        (0.7, "6 labeled + 2 unlabeled images a batch: labeled_ratio is 0.75, not 0.7"),
-        (1.0, "3 images without annotations"),
+        (0.75, "6 labeled + 2 unlabeled images per batch"),
+        (0.7, "6 labeled + 2 unlabeled images per batch: labeled_ratio is 0.75, not 0.7"),
+        (1.0, "3 unlabeled images"),
     ],
 )
-def test_the_log_says_what_a_batch_holds(tmp_path: Path, ratio: float, line: str) -> None:
+def test_the_log_has_the_content_of_a_batch(tmp_path: Path, ratio: float, line: str) -> None:
     for number in range(3):
         Image.new("RGB", (40, 30)).save(tmp_path / f"{number}.png")
     data = TrainingData(CocoData("x.json", True, ("a",), (1,), []), unlabeled=list_unlabeled(tmp_path)[0])

@@ -1,4 +1,4 @@
-"""Views against closed forms: sizes of the formula, boxes that follow the pixels, draws that repeat."""
+"""Views against closed forms: sizes, boxes that follow the pixels, reproducible draws."""
 
 import itertools
 import json
@@ -90,9 +90,9 @@ def test_boxes_follow_the_pixels(interpolation: str, flip: bool) -> None:
     assert out.dtype == torch.uint8
     assert out.shape == (3, 100, 150)
     rows, columns = torch.nonzero(out[0] > 127, as_tuple=True)
-    found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+    extent = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
     expected = view_boxes(np.array([[6, 10, 36, 20]], dtype=np.float32), view)[0]
-    assert np.abs(np.array(found) - expected).max() <= 1
+    assert np.abs(np.array(extent) - expected).max() <= 1
 
 
 def cubic(distance: float) -> float:
@@ -142,7 +142,7 @@ def test_draws_depend_on_seed_image_and_view_only() -> None:
 
 
 def test_draws_have_not_changed() -> None:
-    """A run that is resumed after an update sees the views it would have seen."""
+    """A run that is resumed with a newer version of the code has the same views (regression values)."""
     draws = [
         draw_view(480, 640, seed=3, image_id=i, view=1, train_short_sides=SHORT_SIDES, train_long_side=1333, flip=0.5)
         for i in (7, 8, "a", "b", 9, 10)
@@ -153,7 +153,7 @@ def test_draws_have_not_changed() -> None:
 
 
 def inverse(points_N2: np.ndarray, view: View) -> np.ndarray:
-    """As the docstring of `View` has it."""
+    """Map points of a view back to the image, by the formula in the docstring of `View`."""
     x, y = points_N2.T
     return np.stack([((view.width - x if view.flip else x) + view.left) / view.scale, (y + view.top) / view.scale], 1)
 
@@ -211,8 +211,8 @@ def test_jitter_draws_scales_and_windows_uniformly() -> None:
     assert not any(draw(i, flip=0).flip for i in range(50))
 
 
-def test_training_view_keeps_what_is_visible() -> None:
-    """Labels are picked by where a box stood before; the pixels under a box are those of its object."""
+def test_training_view_keeps_visible_objects() -> None:
+    """Labels are selected by the previous positions of the boxes; the pixels under a box are those of its object."""
     image = torch.zeros(3, 120, 160, dtype=torch.uint8)
     boxes = np.array([[x, y, x + 16, y + 16] for x in range(4, 150, 30) for y in range(4, 110, 30)], dtype=np.float32)
     for number, (x1, y1, x2, y2) in enumerate(boxes.astype(int)):
@@ -224,13 +224,13 @@ def test_training_view_keeps_what_is_visible() -> None:
     )
     cut_off = 0
     for number in range(40):
-        seen = views.of(image, boxes, image_id=1, number=number)
-        assert max(seen.pixels_CHW.shape[1:]) <= 100
-        assert seen.boxes_M4.shape == (len(seen.kept_M), 4)
-        cut_off += len(boxes) - len(seen.kept_M)
-        for (x1, y1, x2, y2), before in zip(seen.boxes_M4, seen.kept_M, strict=True):
+        viewed = views.of(image, boxes, image_id=1, number=number)
+        assert max(viewed.pixels_CHW.shape[1:]) <= 100
+        assert viewed.boxes_M4.shape == (len(viewed.kept_M), 4)
+        cut_off += len(boxes) - len(viewed.kept_M)
+        for (x1, y1, x2, y2), before in zip(viewed.boxes_M4, viewed.kept_M, strict=True):
             if min(x2 - x1, y2 - y1) > 4:
-                assert seen.pixels_CHW[0, int(y1 + y2) // 2, int(x1 + x2) // 2] == 5 + 12 * before
+                assert viewed.pixels_CHW[0, int(y1 + y2) // 2, int(x1 + x2) // 2] == 5 + 12 * before
     assert cut_off > 40
 
 
@@ -261,7 +261,7 @@ def test_fast_kernel_is_close_to_the_reference(scale: float) -> None:
 
 
 def test_fast_kernel_does_not_depend_on_the_layout() -> None:
-    """A decoded image lies as [H, W, C], one out of a batch as [C, H, W]."""
+    """A decoded image has channels-last memory, an image of a batch has channels-first memory."""
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).permute(2, 0, 1)
     view = fit_view(50, 70, short_side=83, long_side=1000)
     for interpolation in ("bicubic", "bilinear"):
@@ -270,7 +270,7 @@ def test_fast_kernel_does_not_depend_on_the_layout() -> None:
 
 
 def test_settings_reach_the_loaders(tmp_path: Path) -> None:
-    """What `resize` and `augment` say is what the batches show, in training and in evaluation."""
+    """The batches follow the settings of `resize` and `augment`, in training and in evaluation."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     raw = {
@@ -297,11 +297,11 @@ def test_settings_reach_the_loaders(tmp_path: Path) -> None:
         views = TrainingViews(config.seed, config.resize, config.augment)
         loader = training_loader(config, data, start=0, stop=9, rank=0, ranks=1)
         for number, batch in enumerate(loader):
-            seen = views.of(image, data.train.images[0].boxes_N4, image_id=1, number=number)
-            height, width = seen.pixels_CHW.shape[1:]
+            viewed = views.of(image, data.train.images[0].boxes_N4, image_id=1, number=number)
+            height, width = viewed.pixels_CHW.shape[1:]
             assert batch.images.sizes_B2.tolist() == [[height, width]]
-            assert torch.equal(batch.images.pixels_BCHW[0, :, :height, :width], seen.pixels_CHW)
-            assert np.array_equal(batch.targets.boxes_BG4[0], seen.boxes_M4)
+            assert torch.equal(batch.images.pixels_BCHW[0, :, :height, :width], viewed.pixels_CHW)
+            assert np.array_equal(batch.targets.boxes_BG4[0], viewed.boxes_M4)
         ((images, _),) = eval_loader(data.train, Sizing.of(config.resize), batch_size=1)
         expected = view_image(image, fit_view(40, 60, short_side=48, long_side=96), kernel=kernel)
         assert isinstance(images, ImageBatch)

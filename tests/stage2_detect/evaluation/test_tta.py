@@ -303,6 +303,6 @@ def test_other_classes_are_refused(
     (tmp_path / "other.json").write_text(json.dumps(other))
     message = user_error(evaluate.main, flags("other", "--annotations", str(tmp_path / "other.json")))
     assert message == (
-        f"{tmp_path}/other.json: its 2 classes differ from the 2 that the detector is for; unknown: round; missing: tall"
+        f"{tmp_path}/other.json: its 2 classes differ from the 2 classes of the detector; unknown: round; missing: tall"
     )
     assert not (tmp_path / "other").exists()

@@ -17,7 +17,7 @@ def test_ious_of_the_proposals_are_in_order() -> None:
 def test_milestones_come_one_after_the_other() -> None:
     common = {"lr": 1, "reference_batch": 1}
     for name in ("epochs", "steps"):
-        with pytest.raises(UserError, match=rf"milestones_{name}: one comes after the other, but \[8"):
+        with pytest.raises(UserError, match=rf"milestones_{name}: have to be in ascending order, but are \[8"):
             validate(Stage2OptimConfig, common | {f"milestones_{name}": [8, 5]}, source="c")
     assert validate(Stage2OptimConfig, common | {"milestones_steps": [5, 8]}, source="c").milestones(9) == [5, 8]
 

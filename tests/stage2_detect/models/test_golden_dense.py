@@ -16,7 +16,7 @@ import timm
 import torch
 from torch import Tensor
 
-from ssld.stage2_detect.convert_paddle import our_module
+from ssld.stage2_detect.convert_paddle import module_of
 from ssld.stage2_detect.distill_config import LDConfig
 from ssld.stage2_detect.distillation import regions
 from ssld.stage2_detect.distillation.dense import losses_under_ld
@@ -50,7 +50,7 @@ def our_name(name: str, layers_of_a_convolution: int) -> tuple[str, int | None]:
     layer, leaf = name.rsplit(".", 1)
     leaf = {"_mean": "running_mean", "_variance": "running_var"}.get(leaf, leaf)
     if name.startswith("backbone."):
-        return f"{our_module(layer, deep_stem=False)}.{leaf}", None
+        return f"{module_of(layer, deep_stem=False)}.{leaf}", None
     if match := re.fullmatch(r"neck\.fpn_(inner_)?res(\d)_sum(?:_lateral)?", layer):
         return f"pyramid.fpn.{'inner' if match[1] else 'layer'}_blocks.{int(match[2]) - 3}.0.{leaf}", None
     if match := re.fullmatch(r"neck\.fpn_(\d)", layer):

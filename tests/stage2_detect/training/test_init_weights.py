@@ -1,4 +1,4 @@
-"""A detector file as the start of a run: head rows by class name, everything else as it is, other architectures refused."""
+"""Start of a run from a detector file: head rows by class name, all other tensors unchanged, other architectures are errors."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Call = Callable[..., int]
 
 
 def rows(classes: int, offset: int, agnostic: bool = False) -> dict[str, torch.Tensor]:
-    """Head tensors whose values tell where they come from."""
+    """Head tensors whose values identify their origin."""
     logits, masks = torch.arange(classes + 1.0), torch.arange(float(classes))
     deltas = torch.arange(4.0 if agnostic else 4.0 * classes)
     return {
@@ -53,7 +53,7 @@ def test_class_agnostic_deltas_belong_to_no_class() -> None:
         assert carried["roi_heads.heads.0.logits.bias"].tolist() == [900, 101]
 
 
-def test_a_model_in_another_class_order_answers_the_same() -> None:
+def test_a_model_in_another_class_order_gives_equal_outputs() -> None:
     class Holder(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -120,7 +120,7 @@ def test_fine_tuning_keeps_rows_by_class_name(
     assert call(train.main, arguments(settings)) == 0
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "rows of 1 classes kept (tall), 1 new, at random (flat), 1 dropped (wide)" in log
-    assert "backbone: random:test_resnet is not read: init has a backbone" in log
+    assert "backbone: random:test_resnet is unused, since init has a backbone" in log
     before, after = load_file(trained), load_file(tmp_path / "run" / "detector.safetensors")
     assert before.keys() == after.keys()
     for name, tensor in after.items():
@@ -160,8 +160,8 @@ def test_user_errors(
     model = train_settings["model"]
     narrow = message(model=model | {"fpn_channels": 8})
     assert f"init: {trained}: another architecture than this run's model" in narrow
-    assert "model.fpn_channels (file: 16, here: 8)" in narrow
-    assert "model.roi.hidden (file: 32, here: 16)" in message(model=model | {"roi": model["roi"] | {"hidden": 16}})
+    assert "model.fpn_channels (file: 16, run: 8)" in narrow
+    assert "model.roi.hidden (file: 32, run: 16)" in message(model=model | {"roi": model["roi"] | {"hidden": 16}})
     assert "no such file" in message(init=str(tmp_path / "nowhere.safetensors"))
     assert "is a pickle" in message(init=_pickle(tmp_path))
     earlier, metadata = tmp_path / "earlier.safetensors", read_metadata(trained, kind="detector")

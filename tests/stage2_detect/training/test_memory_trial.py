@@ -1,4 +1,4 @@
-"""`auto_batch` of a detector: its trial is no smaller than any batch of the run, and the run is the one that was told the passes."""
+"""`auto_batch` of a detector: its trial is at least as large as any batch of the run, and the run equals one with explicit `accumulate`."""
 
 import json
 import shutil
@@ -20,23 +20,23 @@ Arguments = Callable[..., list[str]]
 Call = Callable[..., int]
 
 
-def test_a_detector_takes_the_passes_that_fit(
+def test_auto_batch_uses_the_passes_that_fit(
     train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path, small_memory: Any
 ) -> None:
     steps = {"steps": 2, "save_every": 2}
-    assert call(train.main, arguments(train_settings | steps | {"accumulate": 2}, "told")) == 0
+    assert call(train.main, arguments(train_settings | steps | {"accumulate": 2}, "explicit")) == 0
     most = train_settings["batch_size"] // 2
     sizes = small_memory(TimmPyramid, most)
     assert call(train.main, arguments(train_settings | steps | {"auto_batch": True})) == 0
-    assert sizes == [2 * most, *[most] * (1 + 2 * 2 + 1)]  # the last pass looks at the last update
-    told, found = (load_file(tmp_path / name / "detector.safetensors") for name in ("told", "run"))
-    assert all(torch.equal(told[name], found[name]) for name in told)
+    assert sizes == [2 * most, *[most] * (1 + 2 * 2 + 1)]  # the last pass checks the last update
+    explicit, automatic = (load_file(tmp_path / name / "detector.safetensors") for name in ("explicit", "run"))
+    assert all(torch.equal(explicit[name], automatic[name]) for name in explicit)
 
 
 def test_the_trial_is_as_large_as_the_largest_batch(
     train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No batch of training or evaluation is higher or wider than the one that was tried first, also where evaluation has the tallest picture."""
+    """No batch of training or evaluation is higher or wider than the trial, also if evaluation has the tallest image."""
     files = train_settings["data"]
     content = json.loads(Path(files["val_annotations"]).read_text())
     content["images"].append({"id": "tall", "file_name": "tall.png", "width": 40, "height": 120})
@@ -46,16 +46,16 @@ def test_the_trial_is_as_large_as_the_largest_batch(
     val = {"val_annotations": str(tmp_path / "val.json"), "val_images": str(tmp_path / "val")}
     settings = train_settings | {"data": files | val, "auto_batch": True}
     settings["resize"] = train_settings["resize"] | {"long_side": 192}
-    seen: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+    shapes: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
     forward = TimmPyramid.forward
 
     def watched(self: TimmPyramid, pixels_BCHW: Tensor) -> Any:
-        seen[self.training].append((pixels_BCHW.shape[2], pixels_BCHW.shape[3]))
+        shapes[self.training].append((pixels_BCHW.shape[2], pixels_BCHW.shape[3]))
         return forward(self, pixels_BCHW)
 
     monkeypatch.setattr(TimmPyramid, "forward", watched)
     assert call(train.main, arguments(settings)) == 0
-    assert len(seen[True]) == 1 + 6 + 1  # the last pass looks at the last update
-    for (high, wide), *others in seen.values():
+    assert len(shapes[True]) == 1 + 6 + 1  # the last pass checks the last update
+    for (high, wide), *others in shapes.values():
         assert others
         assert all(h <= high and w <= wide for h, w in others)

@@ -1,4 +1,4 @@
-"""Hugging Face data sets, from Parquet files or the hub, become COCO files; every fault is one line with its place; real data come back."""
+"""Conversion of Hugging Face data sets, from Parquet files or the hub, to COCO files; errors name their place; real data are unchanged."""
 
 import io
 import itertools
@@ -69,8 +69,8 @@ def test_hub_struct_of_lists(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_hub_which_way_up(tmp_path: Path, stored: bool) -> None:
-    """Sizes in the rows tell which form of an image its boxes are for; images of the same size both ways follow, in the other split too."""
+def test_hub_orientation(tmp_path: Path, stored: bool) -> None:
+    """Sizes in the rows decide the form of an image that its boxes refer to; images of equal size in both forms follow, in the other split too."""
     some = scenes(["landscape", "landscape", "square"])
     rows = []
     for one, value in zip(some, (6, 3, 8), strict=True):
@@ -108,8 +108,8 @@ def test_hub_run_lengths(tmp_path: Path, form: str) -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ({"size": [8, 8], "counts": "04P1"}, "this is no RLE of a picture 20 pixels high and 40 wide"),
-        ({"size": [20, 40], "counts": "04P1"}, "this is no RLE of a picture 20 pixels high and 40 wide"),
+        ({"size": [8, 8], "counts": "04P1"}, "not an RLE of an image 20 pixels high and 40 wide"),
+        ({"size": [20, 40], "counts": "04P1"}, "not an RLE of an image 20 pixels high and 40 wide"),
         ({"points": [[1.0, 2.0]]}, "neither polygons, lists of x, y, x, y, ..., nor RLE"),
         ([[1.0, 2.0, 3.0]], "neither polygons, lists of x, y, x, y, ..., nor RLE"),
     ],
@@ -126,7 +126,7 @@ def test_hub_shapes_of_another_kind_are_refused(
 
 
 def test_hub_list_of_structs_with_names_and_polygons(tmp_path: Path) -> None:
-    """Names of classes without metadata, `default/train/0000.parquet`, and what objects carry besides."""
+    """Class names without metadata, `default/train/0000.parquet`, and the optional fields of objects."""
     one = {"bbox": [1.0, 2.0, 10.0, 5.0], "categories": "dog", "area": 25.5, "is_crowd": 0}
     one["segmentation"] = [[1.0, 2.0, 11.0, 2.0, 1.0, 7.0]]
     other = {"bbox": [0.0, 0.0, 5.0, 5.0], "categories": "ant", "area": 25.0, "is_crowd": 1, "segmentation": []}
@@ -151,7 +151,7 @@ def test_hub_list_of_structs_with_names_and_polygons(tmp_path: Path) -> None:
         ("cxcywh_relative", [0.35, 0.35, 0.5, 0.5]),
     ],
 )
-def test_forms_of_boxes(tmp_path: Path, form: str, box: list[float]) -> None:
+def test_box_formats(tmp_path: Path, form: str, box: list[float]) -> None:
     parquet(tmp_path / "train.parquet", [hub_row([box], [0])], ["cat"])
     assert main(line(tmp_path / "train.parquet", tmp_path / "out", "--box_format", form)) == 0
     np.testing.assert_allclose(read(tmp_path / "out").images[0].file_boxes_N4, [[4, 2, 20, 10]])
@@ -161,7 +161,7 @@ def test_forms_of_boxes(tmp_path: Path, form: str, box: list[float]) -> None:
     ("row", "names", "message"),
     [
         (hub_row([[1, 1, 2, 2]], [2]), ["a", "b"], "row 1, object 0: category 2, but there are 2 classes"),
-        (hub_row([[1, 1, 2, 2]], [1]), None, "nothing says what it means; give --classes"),
+        (hub_row([[1, 1, 2, 2]], [1]), None, "is a number without a class name; give --classes"),
         (hub_row([[1, 1, 2]], [0]), ["a"], "row 1, object 0: bbox [1.0, 1.0, 2.0], expected four"),
         (hub_row([[1, 1, float("nan"), 2]], [0]), ["a"], "row 1, object 0: bbox is 'nan', not a number"),
         (hub_row([[1, 1, -2, 2]], [0]), ["a"], "has a negative side as xywh; give another --box_format"),
@@ -169,7 +169,7 @@ def test_forms_of_boxes(tmp_path: Path, form: str, box: list[float]) -> None:
         (hub_row([[1, 1, 2, 2]], [0, 0]), ["a"], "row 1: objects: its lists are of unequal length"),
         (hub_row([[1, 1, 2, 2]], [0]) | {"image": {"bytes": b"x", "path": "p"}}, ["a"], "cannot read image"),
         (hub_row([[1, 1, 2, 2]], [0]) | {"image": {"bytes": None, "path": "p"}}, ["a"], "row 1: holds no image bytes"),
-        (hub_row([[1, 1, 2, 2]], [0], width=41, height=20), ["a"], "row 1: says 41x20, but the image"),
+        (hub_row([[1, 1, 2, 2]], [0], width=41, height=20), ["a"], "row 1: gives the size 41x20, but the image"),
         (hub_row([[1, 1, 2, 2]], [0], width=float("inf"), height=20), ["a"], "row 1: width is 'inf', not a number"),
         (hub_row([[1, 1, 2, 2]], [0, 0]), None, "row 1: objects: its lists are of unequal length"),
     ],
@@ -207,7 +207,7 @@ def test_hub_faults(
                     "segmentation": [[[1.0, 1.0, 1e300, 2.0, 3.0, 3.0]]],
                 }
             },
-            "row 0, object 0: segmentation: a polygon reaches too far out of the picture",
+            "row 0, object 0: segmentation: a polygon reaches too far out of the image",
         ),
     ],
 )
@@ -260,14 +260,16 @@ def test_hub_layout_faults(tmp_path: Path, user_error: Callable[..., str]) -> No
         ("tr ain-00000-of-00001.parquet", "its split would be called 'tr ain'"),
         ("a\u2215b.parquet", "its split would be called 'a\u2215b'"),
         ("\\..\\x.parquet", "its split would be called '\\\\..\\\\x'"),
-        ("result-00000-of-00001.parquet", "a split is called 'result', as is a file of a run"),
-        ("error.parquet", "a split is called 'error', as is a file of a run"),
-        ("config.yaml.parquet", "a split is called 'config.yaml', as is a file of a run"),
-        ("log.txt-00000-of-00001.parquet", "a split is called 'log.txt', as is a file of a run"),
+        ("result-00000-of-00001.parquet", "a split is called 'result', like a file of a run"),
+        ("error.parquet", "a split is called 'error', like a file of a run"),
+        ("config.yaml.parquet", "a split is called 'config.yaml', like a file of a run"),
+        ("log.txt-00000-of-00001.parquet", "a split is called 'log.txt', like a file of a run"),
     ],
 )
-def test_names_that_reach_no_path(tmp_path: Path, user_error: Callable[..., str], name: str, message: str) -> None:
-    """Splits take their names from file names of somebody else, and become names of files and folders in the run."""
+def test_split_names_cannot_leave_the_run_folder(
+    tmp_path: Path, user_error: Callable[..., str], name: str, message: str
+) -> None:
+    """Splits are named after untrusted file names, and become names of files and folders in the run."""
     parquet(tmp_path / "hub" / name, [hub_row([[1, 1, 2, 2]], [0])], ["a"])
     assert message in user_error(main, line(tmp_path / "hub", tmp_path / "out"))
     assert {one.name for one in (tmp_path / "out").iterdir()} <= {".lock", "config.yaml", "environment.json"}
@@ -320,17 +322,17 @@ def test_a_split_without_objects_and_bulk_loss(tmp_path: Path, user_error: Calla
 
 def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user_error: Callable[..., str]) -> None:
     parquet(tmp_path / "hub" / "train.parquet", [hub_row([[1, 1, 2, 2]], [0])], ["a"])
-    asked = []
+    requests = []
 
     def download(name: str, **options: Any) -> str:
-        asked.append((name, options["repo_type"]))
+        requests.append((name, options["repo_type"]))
         if name == "org/none":
             raise OSError("offline\nhere")
         return str(tmp_path / "hub")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert main(line("hub:org/name", tmp_path / "out")) == 0
-    assert asked == [("org/name", "dataset")]
+    assert requests == [("org/name", "dataset")]
     assert len(read(tmp_path / "out").images) == 1
     assert "hub:org/none: cannot be fetched: offline here" in user_error(main, line("hub:org/none", tmp_path / "o"))
 
@@ -344,9 +346,9 @@ def test_real_data_come_back(shared_data: Callable[[str], Path], tmp_path: Path)
         rows.append({"image": {"bytes": Path(record.path).read_bytes(), "path": None}, "objects": objects})
     parquet(tmp_path / "val.parquet", rows, list(truth.class_names))
     assert main(line(tmp_path / "val.parquet", tmp_path / "out")) == 0
-    found = read(tmp_path / "out", "val")
-    assert len(found.images) == len(truth.images) == 87
-    for ours, theirs in zip(found.images, truth.images, strict=True):
-        assert Path(ours.path).read_bytes() == Path(theirs.path).read_bytes()
-        np.testing.assert_allclose(ours.file_boxes_N4, theirs.file_boxes_N4, atol=2e-3)
-        np.testing.assert_array_equal(ours.labels_N, theirs.labels_N)
+    converted = read(tmp_path / "out", "val")
+    assert len(converted.images) == len(truth.images) == 87
+    for converted_image, original in zip(converted.images, truth.images, strict=True):
+        assert Path(converted_image.path).read_bytes() == Path(original.path).read_bytes()
+        np.testing.assert_allclose(converted_image.file_boxes_N4, original.file_boxes_N4, atol=2e-3)
+        np.testing.assert_array_equal(converted_image.labels_N, original.labels_N)

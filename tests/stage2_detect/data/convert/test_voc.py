@@ -1,4 +1,4 @@
-"""Pascal VOC data sets become the COCO file they came from; every fault is one line with its place."""
+"""Conversion of Pascal VOC data sets to the COCO file that they were made from; every error is one line with its place."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def test_voc_by_hand(voc: Path, tmp_path: Path) -> None:
     flags = ("--voc_inclusive", "false", "--voc_difficult", "keep", "--splits", '["trainval"]')
     assert main(line(voc, tmp_path / "edges", *flags)) == 0
     record = by_name(read(tmp_path / "edges", "trainval"))["a"]
-    np.testing.assert_array_equal(record.file_boxes_N4, [[1, 1, 39, 19], [5, 5, 4, 4]])  # nothing is left of the other
+    np.testing.assert_array_equal(record.file_boxes_N4, [[1, 1, 39, 19], [5, 5, 4, 4]])  # the other box is outside
     assert not record.crowd_N.any()
     record = by_name(read(tmp_path / "edges", "trainval"))["b"]
     np.testing.assert_array_equal(record.file_boxes_N4, [[5, 5, 4, 4]])
@@ -59,9 +59,9 @@ def test_voc_from_an_independent_writer(tiny_coco: Any, tmp_path: Path) -> None:
     shutil.copytree(tiny_coco.train_images, root / "JPEGImages")
     write(tmp_path / "names.txt", "wide\ntall")
     assert main(line(root, tmp_path / "out", "--classes", str(tmp_path / "names.txt"))) == 0
-    wanted = read_coco(tmp_path / "coco.json", None, training=False)
-    equal_objects(read(tmp_path / "out"), wanted)
-    assert wanted.counts["crowd"] == 1
+    expected = read_coco(tmp_path / "coco.json", None, training=False)
+    equal_objects(read(tmp_path / "out"), expected)
+    assert expected.counts["crowd"] == 1
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_voc_from_an_independent_writer(tiny_coco: Any, tmp_path: Path) -> None:
         (
             "Annotations/a.xml",
             voc_xml(("tall", 0, (1, 1, 2, 2)), size=(41, 20)),
-            "a.xml, line 3: says 41x20, but the image",
+            "a.xml, line 3: gives the size 41x20, but the image",
         ),
         ("Annotations/a.xml", "<annotation><object><name>a</name></object></annotation>", "has no bndbox"),
         ("ImageSets/Main/train.txt", "a\nz\n", "train.txt, line 2: there is no Annotations/z.xml"),
@@ -119,7 +119,9 @@ def test_words_for_not_difficult(voc: Path, tmp_path: Path, word: str) -> None:
 
 
 @pytest.mark.parametrize("word", ["2", "maybe", "0.5", "1;0"])
-def test_words_that_say_neither(voc: Path, tmp_path: Path, user_error: Callable[..., str], word: str) -> None:
+def test_other_words_for_difficult_are_errors(
+    voc: Path, tmp_path: Path, user_error: Callable[..., str], word: str
+) -> None:
     write(voc / "Annotations/a.xml", voc_xml(("tall", 0, (1, 1, 40, 20)), ("tall", word, (3, 4, 8, 9))))
     message = user_error(main, line(voc, tmp_path / "out"))
     assert f"a.xml, line 7: difficult is {word!r}, neither yes (1, true, yes) nor no (0, false, no, Uns" in message
@@ -137,7 +139,7 @@ def test_nothing_but_difficult_objects(voc: Path, tmp_path: Path, user_error: Ca
 
 
 def test_images_of_one_name(voc: Path, tmp_path: Path, user_error: Callable[..., str]) -> None:
-    """What the XML mentions decides; a path in it counts by its last part."""
+    """The file name in the XML decides; of a path only the last part counts."""
     save(voc / "JPEGImages/a.jpg", (20, 40))
     assert "its image may be a.jpg or a.png" in user_error(main, line(voc, tmp_path / "out"))
     text = voc_xml(("tall", 0, (1, 1, 20, 20)), size=(20, 40))
@@ -150,7 +152,7 @@ def test_images_of_one_name(voc: Path, tmp_path: Path, user_error: Callable[...,
     assert read(tmp_path / "other").images[0].path == str(voc / "JPEGImages/a.jpg")
 
 
-def test_sizes_that_are_not_said(voc: Path, tmp_path: Path) -> None:
+def test_missing_sizes(voc: Path, tmp_path: Path) -> None:
     for size in ("<size/>", "<size><width>0</width><height>0</height></size>", ""):
         text = voc_xml(("tall", 0, (1, 1, 20, 20)))
         write(voc / "Annotations/a.xml", text[: text.index("<size>")] + size + text[text.index("</size>") + 7 :])

@@ -1,4 +1,4 @@
-"""Data sets in VOC's XML as tools and sites lay them out: each holds the same objects, in the same splits."""
+"""Layouts of VOC data sets as tools and sites write them: all give the same objects, in the same splits."""
 
 import json
 import shutil
@@ -22,12 +22,12 @@ def build(root: Path, xml: str, images: str, *, suffix: str = ".xml") -> None:
         save(root / images.format(split) / f"{name}.png")
 
 
-def found(run: Path, split: str) -> dict[str, list[float]]:
+def boxes_of(run: Path, split: str) -> dict[str, list[float]]:
     """(x, y, width, height) by image."""
     return {Path(one.path).stem: one.file_boxes_N4[0].tolist() for one in read(run, split).images}
 
 
-def wanted(*names: str) -> dict[str, list[float]]:
+def expected(*names: str) -> dict[str, list[float]]:
     return {name: [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1] for name in names for x1, y1, x2, y2 in [BOXES[name]]}
 
 
@@ -55,7 +55,7 @@ def test_one_folder_of_xml(tmp_path: Path, xml: str, images: str) -> None:
     write(tmp_path / "set" / xml / "._a.xml", "of a Mac")
     assert main(line(tmp_path / "set", tmp_path / "out")) == 0
     assert splits_of(tmp_path / "out") == ["train"]
-    assert found(tmp_path / "out", "train") == wanted("a", "b", "c")
+    assert boxes_of(tmp_path / "out", "train") == expected("a", "b", "c")
 
 
 @pytest.mark.parametrize(
@@ -71,10 +71,10 @@ def test_one_folder_of_xml(tmp_path: Path, xml: str, images: str) -> None:
 )
 def test_a_folder_for_each_split(tmp_path: Path, user_error: Callable[..., str], xml: str, images: str) -> None:
     build(tmp_path / "set", xml, images, suffix=".XML")
-    write(tmp_path / "set" / "README.roboflow.txt", "none of ours")
+    write(tmp_path / "set" / "README.roboflow.txt", "not a list")
     assert main(line(tmp_path / "set", tmp_path / "out")) == 0
-    assert found(tmp_path / "out", "train") == wanted("a", "b")
-    assert found(tmp_path / "out", "valid") == wanted("c")
+    assert boxes_of(tmp_path / "out", "train") == expected("a", "b")
+    assert boxes_of(tmp_path / "out", "valid") == expected("c")
     assert main(line(tmp_path / "set", tmp_path / "one", "--splits", '["valid"]')) == 0
     assert splits_of(tmp_path / "one") == ["valid"]
     message = user_error(main, line(tmp_path / "set", tmp_path / "none", "--splits", '["test"]'))
@@ -86,7 +86,7 @@ def test_xml_files_beside_those_of_splits(tmp_path: Path, user_error: Callable[.
     write(tmp_path / "set" / "annotations" / "d.xml", voc_xml(("wide", 0, BOXES["a"])))
     message = user_error(main, line(tmp_path / "set", tmp_path / "out"))
     assert (
-        "annotations: has XML files beside train, valid, which look like splits; put them into one of these" in message
+        "annotations: has XML files beside train, valid, which look like splits; move them into one of these" in message
     )
 
 
@@ -110,8 +110,8 @@ def test_lists_beside_the_folders(tmp_path: Path, names: tuple[str, str], ending
     write(root / "label_list.txt", "wide\ntall\nnever\n")
     assert main(line(root, tmp_path / "out")) == 0
     assert splits_of(tmp_path / "out") == ["train", "valid"]
-    assert found(tmp_path / "out", "train") == wanted("a", "b")
-    assert found(tmp_path / "out", "valid") == wanted("c")
+    assert boxes_of(tmp_path / "out", "train") == expected("a", "b")
+    assert boxes_of(tmp_path / "out", "valid") == expected("c")
     assert read(tmp_path / "out").class_names == ("wide", "tall", "never")
 
 
@@ -121,8 +121,8 @@ def test_paddles_lists_above_a_devkit(tmp_path: Path, user_error: Callable[..., 
     write(tmp_path / "voc" / "trainval.txt", "".join(pair.format(stem) for stem in IN_TRAIN))
     write(tmp_path / "voc" / "test.txt", pair.format("c"))
     assert main(line(tmp_path / "voc", tmp_path / "out")) == 0
-    assert found(tmp_path / "out", "trainval") == wanted("a", "b")
-    assert found(tmp_path / "out", "test") == wanted("c")
+    assert boxes_of(tmp_path / "out", "trainval") == expected("a", "b")
+    assert boxes_of(tmp_path / "out", "test") == expected("c")
     write(tmp_path / "voc" / "test.txt", pair.format("z"))
     assert "test.txt, line 1: VOCdevkit/VOC2007/JPEGImages/z.png: no such file" in user_error(
         main, line(tmp_path / "voc", tmp_path / "o")
@@ -131,25 +131,25 @@ def test_paddles_lists_above_a_devkit(tmp_path: Path, user_error: Callable[..., 
 
 @pytest.mark.parametrize("sets", ["ImageSets/Main", "imagesets/main", "ImageSets"])
 def test_sets_of_other_names(tmp_path: Path, capsys: pytest.CaptureFixture[str], sets: str) -> None:
-    """CVAT's default set is read where none has a usual name; else it is named as not read. Lists of classes are neither."""
+    """CVAT's default set is read if no list has a usual name, else reported as not read. Lists of classes are ignored."""
     root = tmp_path / "set"
     build(root, "Annotations", "JPEGImages")
     write(root / sets / "default.txt", "a\nb\nc\n")
     write(root / sets / "tall_train.txt", "a -1\nb  1\n")
     assert main(line(root, tmp_path / "out")) == 0
     assert splits_of(tmp_path / "out") == ["default"]
-    assert found(tmp_path / "out", "default") == wanted("a", "b", "c")
+    assert boxes_of(tmp_path / "out", "default") == expected("a", "b", "c")
     write(root / sets / "Train.TXT", "a\nb\n")
     capsys.readouterr()
     assert main(line(root, tmp_path / "again")) == 0
     assert splits_of(tmp_path / "again") == ["Train"]
     out = capsys.readouterr().out
-    assert "1 of 3 XML files in no split that was asked for (first: c.xml)" in out
-    assert "lists that are not read: default; --splits names those to read" in out
+    assert "1 of 3 XML files in no requested split (first: c.xml)" in out
+    assert "lists that are not read: default; name those to read by --splits" in out
 
 
 def test_names_with_blanks_and_of_two_forms(tmp_path: Path) -> None:
-    """An accent is one letter or two, as the file system wants."""
+    """An accent is one character or two, depending on the file system."""
     root = tmp_path / "set"
     build(root, "Annotations", "JPEGImages")
     for old, xml, image in (("a", "my photo", "my photo"), ("b", "caf\u00e9 1", "cafe\u0301 1")):
@@ -157,7 +157,7 @@ def test_names_with_blanks_and_of_two_forms(tmp_path: Path) -> None:
         (root / "JPEGImages" / f"{old}.png").rename(root / "JPEGImages" / f"{image}.png")
     write(root / "ImageSets/Main/train.txt", '"my photo"\ncafe\u0301 1\n')
     assert main(line(root, tmp_path / "out")) == 0
-    assert len(found(tmp_path / "out", "train")) == 2
+    assert len(boxes_of(tmp_path / "out", "train")) == 2
 
 
 def test_a_name_listed_twice_is_read_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,7 +165,7 @@ def test_a_name_listed_twice_is_read_once(tmp_path: Path, capsys: pytest.Capture
     build(root, "Annotations", "JPEGImages")
     write(root / "ImageSets/Main/train.txt", "a\nb\na\n")
     assert main(line(root, tmp_path / "out")) == 0
-    assert found(tmp_path / "out", "train") == wanted("a", "b")
+    assert boxes_of(tmp_path / "out", "train") == expected("a", "b")
     place = f"{root}/ImageSets/Main/train.txt, line 3"
     assert f"train: 1 image changed: 1 listed more than once, read once (first: {place})" in capsys.readouterr().out
     read_of = counted(tmp_path / "out")
@@ -189,16 +189,16 @@ def test_images_without_xml_are_counted(tmp_path: Path, user_error: Callable[...
     )
     assert not (tmp_path / "half" / "train.json").exists()
     assert main(line(root, tmp_path / "half", "--allow_loss", "true")) == 0
-    assert found(tmp_path / "half", "train") == wanted("a", "b", "c")
+    assert boxes_of(tmp_path / "half", "train") == expected("a", "b", "c")
 
 
-def test_images_that_are_not_read_are_counted_by_suffix(tmp_path: Path, user_error: Callable[..., str]) -> None:
+def test_unsupported_images_are_counted_by_suffix(tmp_path: Path, user_error: Callable[..., str]) -> None:
     root = tmp_path / "set"
     build(root, "Annotations", "JPEGImages")
     (root / "JPEGImages/c.png").unlink()
     save(root / "JPEGImages/c.dng", (8, 4), format="TIFF")  # camera raw files begin with a thumbnail
     assert main(line(root, tmp_path / "out")) == 0  # half of the tall ones, which is not more than half
-    assert found(tmp_path / "out", "train") == wanted("a", "b")
+    assert boxes_of(tmp_path / "out", "train") == expected("a", "b")
     result = counted(tmp_path / "out")
     entry = {"count": 1, "first": str(root / "JPEGImages/c.dng")}
     assert result["image"]["dropped"] == {"of a kind that is not read (.dng)": entry}
@@ -209,7 +209,7 @@ def test_images_that_are_not_read_are_counted_by_suffix(tmp_path: Path, user_err
     assert "split train: 2 of the 3 images would be left out: 1 of a kind that is not read (.heic)" in message
     (root / "JPEGImages/a.png").rename(root / "JPEGImages/a.jxl")
     assert main(line(root, tmp_path / "some", "--allow_loss", "true")) == 0
-    assert found(tmp_path / "some", "train") == wanted("a")  # a PNG, whatever it is called
+    assert boxes_of(tmp_path / "some", "train") == expected("a")  # a PNG under another suffix
 
 
 def test_layout_faults(tmp_path: Path, user_error: Callable[..., str]) -> None:
@@ -229,9 +229,9 @@ def test_layout_faults(tmp_path: Path, user_error: Callable[..., str]) -> None:
     for year in ("VOC2007", "VOC2012"):
         shutil.copytree(root, tmp_path / "devkit" / year)
         write(tmp_path / "devkit" / year / "ImageSets/Main/train.txt", "a\n")
-    assert "holds VOC2007, VOC2012, with splits of their own; give one of them" in user_error(
+    assert "holds VOC2007, VOC2012, each with splits; give one of them" in user_error(
         main, line(tmp_path / "devkit", tmp_path / "o4")
     )
     shutil.rmtree(tmp_path / "devkit" / "VOC2012")
     assert main(line(tmp_path / "devkit", tmp_path / "o5")) == 0
-    assert found(tmp_path / "o5", "train") == wanted("a")
+    assert boxes_of(tmp_path / "o5", "train") == expected("a")

@@ -1,4 +1,4 @@
-"""VOC's XML as its writers spell and encode it; what is XML of another format is refused, not read as an image without objects."""
+"""VOC's XML in the spellings and encodings of its writers; XML of another format is an error, not an image without objects."""
 
 import re
 from collections.abc import Callable
@@ -71,7 +71,7 @@ def test_a_line_before_the_declaration(tmp_path: Path) -> None:
         (b"<annotation><objects>\n<object/></objects></annotation>", "line 2: an <object> inside <objects>"),
         (
             b"<annotation>\n<item><bndbox/></item></annotation>",
-            "line 2: <bndbox> inside <item>; VOC's boxes stand in <object>",
+            "line 2: <bndbox> inside <item>; VOC has boxes in <object>",
         ),
         (b"<annotation>\n<Obj><xmin>1</xmin></Obj></annotation>", "line 2: <xmin> inside <obj>"),
         (b"<annotation><bndbox/></annotation>", "<bndbox> inside <annotation>"),

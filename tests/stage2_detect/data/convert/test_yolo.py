@@ -1,4 +1,4 @@
-"""YOLO data sets become the COCO file they came from; every fault is one line with its place."""
+"""Conversion of YOLO data sets to the COCO file that they were made from; every error is one line with its place."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def test_yolo_by_hand(yolo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert first.areas_N[1] == filled(first.segmentations[1], 20, 40).sum()
     out = capsys.readouterr().out
     assert "2 images, 2 objects, 1 image without objects" in out
-    assert f"1 without a label file, taken for one without objects (first: {yolo}/images/train/b.png)" in out
+    assert f"1 without a label file, read as an image without objects (first: {yolo}/images/train/b.png)" in out
 
 
 def test_yolo_from_an_independent_writer(tiny_coco: Any, tmp_path: Path) -> None:
@@ -57,8 +57,8 @@ def test_yolo_from_an_independent_writer(tiny_coco: Any, tmp_path: Path) -> None
     write(root / "data.yaml", "path: .\ntrain: images/train\nval: images/val\nnc: 2\nnames: {0: wide, 1: tall}\n")
     assert main(line(root / "data.yaml", tmp_path / "out")) == 0
     for split in ("train", "val"):
-        wanted = read_coco(getattr(tiny_coco, f"{split}_annotations"), None, training=False)
-        equal_objects(read(tmp_path / "out", split), wanted)
+        expected = read_coco(getattr(tiny_coco, f"{split}_annotations"), None, training=False)
+        equal_objects(read(tmp_path / "out", split), expected)
     assert main(line(root / "data.yaml", tmp_path / "one", "--splits", '["val"]')) == 0
     assert sorted(file.name for file in (tmp_path / "one").glob("*.json")) == [
         "environment.json",
@@ -81,15 +81,15 @@ def test_yolo_layouts(yolo: Path, tmp_path: Path) -> None:
     shutil.copytree(yolo, tmp_path / "deep", ignore=shutil.ignore_patterns("data.yaml", "train.txt", "list.txt"))
     shutil.rmtree(tmp_path / "deep" / "train")
     assert main(line(yolo, tmp_path / "plain")) == 0
-    wanted = read(tmp_path / "plain")
+    expected = read(tmp_path / "plain")
     for number, text in enumerate(("train: list.txt", "train: ../train/images", "train: [images/train]")):
         write(yolo / "data.yaml", f"{text}\nnames: [wide, tall]\n")
         assert main(line(yolo, tmp_path / f"out{number}")) == 0
-        equal_objects(read(tmp_path / f"out{number}"), wanted)
+        equal_objects(read(tmp_path / f"out{number}"), expected)
     assert main(line(bare, tmp_path / "out_bare")) == 0
-    equal_objects(read(tmp_path / "out_bare"), wanted)
+    equal_objects(read(tmp_path / "out_bare"), expected)
     assert main(line(tmp_path / "deep", tmp_path / "out_deep", "--classes", str(tmp_path / "names.txt"))) == 0
-    equal_objects(read(tmp_path / "out_deep"), wanted)
+    equal_objects(read(tmp_path / "out_deep"), expected)
 
 
 def test_boxes_over_the_border_are_clipped_and_empty_ones_dropped(
@@ -112,7 +112,7 @@ def test_boxes_over_the_border_are_clipped_and_empty_ones_dropped(
     assert f"train: 1 box dropped: 1 without width or height (first: {first} 2); 1 box changed: 1 clipped" in out
 
 
-def test_boxes_belong_to_the_upright_picture(yolo: Path, tmp_path: Path) -> None:
+def test_boxes_refer_to_the_upright_image(yolo: Path, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     (yolo / "images/train/a.png").unlink()
@@ -136,7 +136,7 @@ def test_boxes_belong_to_the_upright_picture(yolo: Path, tmp_path: Path) -> None
         ("labels/train/a.txt", "0 .5 nan .2 .2", "a.txt, line 1: value 3 is 'nan', not a number"),
         ("labels/train/a.txt", "wide .5 .5 .2 .2", "a.txt, line 1: the class is 'wide', not a number"),
         ("labels/train/c.txt", "0 .5 .5 .2 .2", "c.txt: no image in"),
-        ("images/train/c.png", "no picture", "cannot read image"),
+        ("images/train/c.png", "no image", "cannot read image"),
         ("data.yaml", "train: images/train\nnames: [a, a]", "two classes are called 'a'"),
         ("data.yaml", "train: images/train\nnames: [a, b]\nnc: 3", "nc is 3, but names has 2"),
         ("data.yaml", "train: images/train\nnames: {0: a, 2: b}", "the class numbers are not 0..1"),
@@ -157,7 +157,7 @@ def test_yolo_faults(
     assert left <= {".lock", "config.yaml", "environment.json", "error.json"}
 
 
-def test_a_mended_fault_needs_no_other_output(yolo: Path, tmp_path: Path, user_error: Callable[..., str]) -> None:
+def test_a_fixed_fault_needs_no_other_output(yolo: Path, tmp_path: Path, user_error: Callable[..., str]) -> None:
     sound = (yolo / "labels/train/a.txt").read_text()
     write(yolo / "labels/train/a.txt", "9 .5 .5 .1 .1")
     user_error(main, line(yolo, tmp_path / "out"))
