@@ -2,10 +2,24 @@
 
 The folders of the repository are this package's parts: `ssld.shared`, `ssld.stage1_ssld`, `ssld.stage2_detect`, `ssld.pipelines`, linked here so
 that no other name is taken where the package is installed.
+
+From Python, `ssld.distill`, `ssld.train`, `ssld.load_backbone`, `ssld.build_detector` and `ssld.load_detector` (docs/api.md) are imported at their
+first use, so that `import ssld` and the command's `--help` do not wait for torch.
 """
 
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ssld.shared.models.backbones import load_backbone
+    from ssld.stage1_ssld.distill import distill_student as distill
+    from ssld.stage2_detect.detector_file import load_detector
+    from ssld.stage2_detect.train import train_detector as train
+    from ssld.stage2_detect.training.new_detector import build_detector
+
+__all__ = ["build_detector", "distill", "load_backbone", "load_detector", "train"]
 
 _HERE = Path(__file__).resolve().parent
 
@@ -31,3 +45,23 @@ def _fault() -> str | None:
 if _message := _fault():
     print(f"error: {_message}", file=sys.stderr)
     sys.exit(2)
+
+# name -> (module, name there)
+_FUNCTIONS = {
+    "build_detector": ("ssld.stage2_detect.training.new_detector", "build_detector"),
+    "distill": ("ssld.stage1_ssld.distill", "distill_student"),
+    "load_backbone": ("ssld.shared.models.backbones", "load_backbone"),
+    "load_detector": ("ssld.stage2_detect.detector_file", "load_detector"),
+    "train": ("ssld.stage2_detect.train", "train_detector"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FUNCTIONS:
+        raise AttributeError(f"module 'ssld' has no attribute {name!r}")
+    module, function = _FUNCTIONS[name]
+    return getattr(import_module(module), function)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
