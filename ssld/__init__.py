@@ -56,11 +56,13 @@ _FUNCTIONS = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _FUNCTIONS:
-        raise AttributeError(f"module 'ssld' has no attribute {name!r}")
-    module, function = _FUNCTIONS[name]
-    return getattr(import_module(module), function)
+if not TYPE_CHECKING:  # a checker that saw it would accept every name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _FUNCTIONS:
+            raise AttributeError(f"module 'ssld' has no attribute {name!r}")
+        module, function = _FUNCTIONS[name]
+        return getattr(import_module(module), function)
 
 
 def __dir__() -> list[str]:

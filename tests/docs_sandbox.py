@@ -151,7 +151,7 @@ def build(folder: Path, *, train: Path, val: Path, unlabeled: Path, teacher: Pat
     }
     coco |= {f"data/coco/annotations/instances_{part}2017.json": f"data/coco/{part}2017" for part in ("train", "val")}
     for seed, (annotations, pictures) in enumerate(coco.items()):
-        write_coco(folder / annotations, folder / pictures, seed)
+        write_coco(folder / annotations, folder / pictures, seed, 8 if annotations == "annotations.json" else 4)
     for number in range(4):
         scene(90 + number)[0].save(_made(folder / "more_photos") / f"{number}.png")
     Image.fromarray(np.tile(np.asarray(scene(99)[0]), (1, 2, 1))).save(_made(folder / "aerial") / "large.png")
@@ -222,13 +222,13 @@ def scene(seed: int) -> tuple[Image.Image, list[tuple[int, list[int]]]]:
     return Image.fromarray(pixels), objects
 
 
-def write_coco(file: Path, folder: Path, seed: int) -> None:
-    """Four scenes in a folder and their COCO JSON; pictures of several files may lie in one folder."""
+def write_coco(file: Path, folder: Path, seed: int, count: int = 4) -> None:
+    """Write scenes into a folder and their COCO JSON; images of several files may lie in one folder."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     _made(folder)
     _made(file.parent)
-    for number in range(4):
+    for number in range(count):
         picture, objects = scene(10 * seed + number)
         name = f"{file.stem}_{number}.png"
         picture.save(folder / name)

@@ -25,6 +25,12 @@ def check(line: str) -> None:
     words = shlex.split(line)
     if words[:3] == ["srun", "bash", "-c"]:
         words = shlex.split(words[3])
+    if words[0] == "ssld":
+        assert words[1] in COMMANDS, line
+        module = COMMANDS[words[1]][0]
+        if not module:
+            return
+        words = ["python", f"{module.removeprefix('ssld.').replace('.', '/')}.py", *words[2:]]
     script = next((word for word in words if word in TYPES), None)
     if script:
         arguments = words[words.index(script) + 1 :]

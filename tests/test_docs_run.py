@@ -19,11 +19,16 @@ from ssld.pipelines.checks import data as checked_data
 from ssld.pipelines.runner.launch import Outcome, Signals
 from ssld.pipelines.runner.stages import KINDS, Stage
 from ssld.stage2_detect import check_data
-from tests.docs_sandbox import ROOT, TINY, Sandbox, build, commands, shrunk
+from tests.docs_sandbox import ROOT, TINY, Sandbox, build, commands, shrunk, tiny_pipeline
 
-PAGES = [ROOT / "README.md", ROOT / "docs/distillation.md"]  # first: what others read is made there
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "docs/usage.md",
+    ROOT / "docs/distillation.md",
+]  # first: what others read is made there
 PAGES += [page for page in sorted((ROOT / "docs").glob("*.md")) if page not in PAGES and commands(page)]
 NOT_HERE = {  # pattern of a command -> why it is not executed
+    r"^(git clone|cd) ": "this is the clone, and its folder",
     r"^pip install ": "needs a network; a fresh environment is made by .ci/run",
     r"^pytest -n logical$": "is what runs this",
     r"\.pdparams\b": "official weights are not at hand; the converters' own tests have files with their names and shapes",
@@ -77,8 +82,9 @@ def test_every_command_runs(
         for flag, value in pairwise(words):
             if flag == "--output" and value.endswith(
                 ".yaml"
-            ):  # a pipeline for one's own photos, which names real networks
-                (sandbox.folder / value).write_text(sandbox.tiny_names((sandbox.folder / value).read_text()))
+            ):  # a pipeline for one's own photos, which names real networks and has real sizes
+                file = sandbox.folder / value
+                file.write_text(tiny_pipeline(sandbox.tiny_names(file.read_text())))
         sandbox.written |= {sandbox.folder / value for flag, value in pairwise(words) if flag == "--output"}
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from ssld.pipelines import run
 from ssld.pipelines.cli import COMMANDS
 from ssld.pipelines.runner.stages import KINDS
 from ssld.shared.config.settings import parse_config
+from ssld.stage2_detect.detector_file import load_detector
+from tests.docs_sandbox import save_random_detector, write_coco
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -116,13 +119,15 @@ def run_notebook(file: Path, output: Path) -> dict[str, Any]:
     return scope
 
 
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
 def test_the_timm_snippet(teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README's lines, with another file and arch in them."""
-    snippet = re.search(r"```python\n(import timm.*?)```", README, flags=re.DOTALL)
-    assert snippet
+    """The lines of docs/usage.md, with another file and arch in them."""
+    (snippet,) = (block for block in python_blocks(ROOT / "docs" / "usage.md") if "import timm" in block)
     code = (
-        snippet[1]
-        .replace("runs/mine/student.safetensors", str(teacher_file))
+        snippet.replace("runs/mine/student.safetensors", str(teacher_file))
         .replace("resnet18d", "test_resnet")
         .replace("1000", "3")
     )
@@ -134,3 +139,51 @@ def test_the_timm_snippet(teacher_file: Path, tmp_path: Path, monkeypatch: pytes
     expected.load_state_dict(load_file(teacher_file))
     pixels = torch.rand(2, 3, 64, 64)
     assert torch.equal(scope["model"].eval()(pixels), expected.eval()(pixels))
+
+
+def test_the_lines_of_python_print_the_detections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    (code,) = python_blocks(ROOT / "README.md")
+    file = re.search(r'"(runs/\S+\.safetensors)"', code)
+    assert file
+    write_coco(tmp_path / "train.json", tmp_path / "photos", 0)
+    save_random_detector(tmp_path / file[1], "gfl", tmp_path / "train.json")
+    shutil.copy(tmp_path / "photos" / "train_0.png", tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace('["photo.jpg"]', '["photo.jpg"], threshold=0.002'), {})
+    printed = capsys.readouterr().out.splitlines()
+    expected = load_detector(tmp_path / file[1]).predict([tmp_path / "photo.jpg"], threshold=0.002)[0]
+    assert printed
+    assert [line.split()[0] for line in printed] == expected.names
+    assert [float(line.split()[1]) for line in printed] == [round(score, 2) for _, score, _ in expected]
+
+
+def test_it_is_short_and_begins_with_what_a_newcomer_asks() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 130
+    words = [
+        re.search(pattern, README)
+        for pattern in (r"!\[", r"\*\*teacher\*\*", r"does not", r"git clone ", r"ssld init ")
+    ]
+    places = [word.start() for word in words if word]
+    assert len(places) == len(words)
+    assert places == sorted(places)
+    commands_of_ones_own = README.split("## Your own images")[1].split("```python")[0]
+    first = re.search(r"^ {4}(\S.*)$", commands_of_ones_own, flags=re.MULTILINE)
+    assert first
+    assert first[1].startswith("ssld init ")
+    assert len(re.findall(r"^ {4}ssld ", commands_of_ones_own, flags=re.MULTILINE)) == 3
+
+
+def test_images_are_small_and_each_has_its_command() -> None:
+    """Images that the pages show are there, are small, and stand beside the command that made them."""
+    folder = ROOT / "docs" / "images"
+    about = (folder / "README.md").read_text(encoding="utf-8")
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".png", ".jpg", ".webp"))
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    linked = {(page.parent / link).resolve() for page in pages for link in
+              re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))}  # fmt: skip
+    assert linked
+    assert linked == {file.resolve() for file in files}
+    assert [file.name for file in files if f"`{file.name}`" not in about] == []
+    assert [file.name for file in files if file.stat().st_size > 200_000] == []
+    assert sum(file.stat().st_size for file in files) < 1_000_000

@@ -77,7 +77,9 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path, tracked: list[str]) -> None:
     ours = {name for name in tracked if name.split("/")[0] in PARTS and (ROOT / name).exists()}
-    assert names_in(wheel) == {"ssld/__init__.py", "ssld/__main__.py"} | {f"ssld/{name}" for name in ours}
+    assert names_in(wheel) == {"ssld/__init__.py", "ssld/__main__.py", "ssld/py.typed"} | {
+        f"ssld/{name}" for name in ours
+    }
     with zipfile.ZipFile(wheel) as archive:
         linked = archive.read("ssld/pipelines/run.py")  # a link's text would be a few letters
     assert linked == (ROOT / "pipelines" / "run.py").read_bytes()

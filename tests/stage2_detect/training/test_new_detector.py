@@ -99,8 +99,9 @@ def test_a_recipe_gives_the_architecture_of_the_command(
     ],
 )
 def test_a_mistake_raises(recipe: str, changes: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"backbone": "random:test_resnet", "classes": 2} | changes
     with pytest.raises(UserError) as raised:
-        ssld.build_detector(recipe, **{"backbone": "random:test_resnet", "classes": 2} | changes)
+        ssld.build_detector(recipe, **given)
     assert str(raised.value).startswith(message)
 
 
