@@ -21,7 +21,7 @@ TYPES = {kind.script: kind.config_type for kind in KINDS.values()}
 
 
 def check(line: str) -> None:
-    """Parse a command line with what the command itself parses it with."""
+    """Parse a command line with the parser of the command itself."""
     words = shlex.split(line)
     if words[:3] == ["srun", "bash", "-c"]:
         words = shlex.split(words[3])
@@ -63,7 +63,7 @@ def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
-def test_commands_in_sentences_name_what_there_is(page: Path) -> None:
+def test_commands_in_sentences_name_existing_files(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for span in re.findall(r"`((?:ssld|python|accelerate launch|torchrun) [^`]+)`", text):
         words = span.split()

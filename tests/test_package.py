@@ -1,4 +1,4 @@
-"""The installed package and the scripts that are started by path: of one tree, or refused."""
+"""The installed package and the scripts that are started by path: from one tree, or refused."""
 
 import shutil
 import subprocess

@@ -43,8 +43,8 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     pattern = re.search(r"grep -m1 '(.*)' README.md", script)
     assert pattern
     expression = re.compile(pattern[1])
-    found = [line for line in README.splitlines() if expression.match(line)]
-    assert found == ['    pip install -e ".[test]" && pytest -n logical']
+    matching = [line for line in README.splitlines() if expression.match(line)]
+    assert matching == ['    pip install -e ".[test]" && pytest -n logical']
     assert "pip install" not in script.replace(pattern[1], ""), "the command stands in the README and nowhere else"
 
 
@@ -74,10 +74,10 @@ def test_the_quickstart_dry_run(
 ) -> None:
     monkeypatch.chdir(ROOT)
     assert run.main([QUICKSTART, "--dry-run", "--output", str(tmp_path / "dry")]) == 0
-    shown = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for script in ("toy_data.py", "teach.py", "distill.py", "train.py", "evaluate.py", "report.py"):
-        assert script in shown
-    assert "--objective labels" in shown
+        assert script in printed
+    assert "--objective labels" in printed
     assert not (tmp_path / "dry").exists() or not any((tmp_path / "dry").iterdir())
 
 
@@ -102,7 +102,7 @@ def test_the_quickstart_and_its_notebook_run(scripts: Any, tmp_path: Path, monke
     monkeypatch.chdir(ROOT)
     scope = run_notebook(ROOT / "docs" / "quickstart.ipynb", output)
     assert scope["sheet"].size == (4 * 320, 2 * 320)
-    assert len(scope["sheet"].resize((8, 4)).getcolors()) > 8  # something is to be seen
+    assert len(scope["sheet"].resize((8, 4)).getcolors()) > 8  # not an empty image
 
 
 def run_notebook(file: Path, output: Path) -> dict[str, Any]:
