@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -15,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ssld.shared.run_dir import read_result
+from ssld.stage1_ssld import data_config
 from ssld.stage2_detect.detector_file import load_detector
 from tests.conftest import TinyData
 from tests.docs_sandbox import ROOT, save_random_detector, write_coco
@@ -96,3 +98,27 @@ def test_predict_loop(tmp_path: Path) -> None:
     assert total == Counter(name for names in expected for name in names)
     assert sum(total.values()) > 0
     assert sorted(image.name for image in out.iterdir()) == [photo.name for photo in photos]
+
+
+def test_distill_own_loss(
+    teacher_file: Path, tiny: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metrics_of: Any
+) -> None:
+    monkeypatch.setattr(data_config, "LOSSES", dict(data_config.LOSSES))  # the script adds one for the whole process
+    words = ["--images", str(tiny.train), "--teacher", str(teacher_file), "--student", "random:test_convnext"]
+    small: dict[str, Any] = {"steps": 2, "batch_size": 8, "workers": 0, "threads": 1, "device": "cpu", "log_every": 1}
+    small |= {"precision": "fp32", "channels_last": False, "data.image_size": 32}
+    result = main_of("distill_own_loss")([*words, "--output", str(tmp_path / "run")], **small)
+    terms = [(term["name"], term["weight"]) for term in result["config"]["losses"]]
+    assert terms == [("symmetric_kl", 1.0), ("reverse_kl", 0.5)]
+    for line in metrics_of(tmp_path / "run"):
+        assert line["reverse_kl"] > 0
+        assert line["loss"] == pytest.approx(line["symmetric_kl"] + 0.5 * line["reverse_kl"], rel=1e-4)
+
+
+def test_the_own_loss_is_what_it_says() -> None:
+    draw = np.random.default_rng(0)
+    student, teacher = draw.normal(size=(2, 5, 7)) * 3
+    p, q = (np.exp(z) / np.exp(z).sum(-1, keepdims=True) for z in (student, teacher))
+    expected = (p * np.log(p / q)).sum()
+    loss = script("distill_own_loss").reverse_kl(torch.from_numpy(student), torch.from_numpy(teacher))
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
