@@ -1,5 +1,7 @@
 """The README is executed: its set-up commands, the quickstart at smoke size, every other command's flags."""
 
+import base64
+import io
 import json
 import re
 import shlex
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from ssld.pipelines import run
 from ssld.pipelines.cli import COMMANDS
@@ -101,15 +104,13 @@ def test_the_quickstart_and_its_notebook_run(scripts: Any, tmp_path: Path, monke
     assert "teach.py" not in again.stdout.replace("toy_teacher", ""), "a finished pipeline ran a stage again"
     monkeypatch.chdir(ROOT)
     scope = run_notebook(ROOT / "docs" / "quickstart.ipynb", output)
-    assert scope["sheet"].size == (4 * 320, 2 * 320)
+    assert scope["sheet"].size == (4 * 240, 2 * 240)
     assert len(scope["sheet"].resize((8, 4)).getcolors()) > 8  # not an empty image
 
 
 def run_notebook(file: Path, output: Path) -> dict[str, Any]:
-    """The names that a notebook's cells leave behind, run on the folder of a finished smoke run of the pipeline."""
-    cells = [cell for cell in json.loads(file.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
-    assert all(cell["outputs"] == [] for cell in cells), "the notebook is kept without outputs"
-    code = "\n".join("".join(cell["source"]) for cell in cells)
+    """Run a notebook's cells on the folder of a finished smoke run of the pipeline; returns the names that they define."""
+    code = "\n".join("".join(cell["source"]) for cell in code_cells(file))
     replaced = code.replace('Path("runs/quickstart")', f"Path({str(output)!r})").replace(
         "OPTIONS = []", 'OPTIONS = ["--smoke"]'
     )
@@ -117,6 +118,33 @@ def run_notebook(file: Path, output: Path) -> dict[str, Any]:
     scope: dict[str, Any] = {}
     exec(compile(replaced, str(file), "exec"), scope)
     return scope
+
+
+def code_cells(file: Path) -> list[dict[str, Any]]:
+    cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_has_the_outputs_of_one_run() -> None:
+    """Every cell was run in order; the AP that the last one prints is that of the table which the first one prints; no path of a machine."""
+    file = ROOT / "docs" / "quickstart.ipynb"
+    assert file.stat().st_size < 400_000
+    cells = code_cells(file)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [cell["outputs"] for cell in cells]
+    texts = [
+        "".join(text for one in some if one["output_type"] == "stream" for text in one["text"]) for some in outputs
+    ]
+    table = {words[0]: words for line in texts[0].splitlines() if len(words := line.split()) == 5}
+    printed = {line.split()[0]: line.split()[2] for line in texts[-1].splitlines()}
+    assert printed == {f"ap_{name.lower()}": table[name][3] for name in ("SSLD", "baseline", "random")}
+    images = [one["data"]["image/png"] for some in outputs for one in some if "image/png" in one.get("data", {})]
+    for text, least in zip(images, (400, 960), strict=True):
+        with Image.open(io.BytesIO(base64.b64decode(text))) as image:
+            assert image.width >= least
+            assert len(image.convert("RGB").resize((16, 8)).getcolors() or []) > 8
+    assert not any(one["output_type"] == "error" for some in outputs for one in some)
+    assert not re.search(r"(/home|/root|/tmp|/work)/", "".join(texts))
 
 
 def python_blocks(page: Path) -> list[str]:
