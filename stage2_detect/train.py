@@ -36,7 +36,12 @@ def train_detector(config: TrainConfig | str | Path | None = None, **settings: A
         result = ssld.train(
             "faster_rcnn",
             backbone="runs/mine/student.safetensors",
-            data={"train_annotations": "train.json", "train_images": "photos"},
+            data={
+                "train_annotations": "train.json",
+                "train_images": "photos",
+                "val_annotations": "val.json",
+                "val_images": "photos",
+            },
             batch_size=4,
             output="runs/detector",
         )
