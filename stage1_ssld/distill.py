@@ -24,8 +24,9 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.shared.config.command import run_command
+from ssld.shared.config.command import call_command, run_command
 from ssld.shared.errors import Stopped, UserError
+from ssld.shared.run_dir import read_result
 from ssld.shared.wording import count
 from ssld.stage1_ssld.config import EVALUATION_BATCH, DistillConfig, TeachConfig
 from ssld.stage1_ssld.data_config import register_loss
@@ -41,6 +42,38 @@ __all__ = ["distill", "main", "register_loss", "train"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with the flags of `argv` (default: the command line); returns the exit code."""
     return run_command(DistillConfig, distill, argv, program="distill.py")
+
+
+def distill_student(config: DistillConfig | str | Path | None = None, **settings: Any) -> dict[str, Any]:
+    """Train a student from a teacher in this process, as `ssld distill` does, and return the content of its `result.json`.
+
+    A run that is finished already is not repeated; one that was interrupted continues from its last checkpoint.
+
+        result = ssld.distill(
+            "resnet50d",
+            student={"model": "random:resnet18d"},
+            teacher={"model": "timm:resnet50d"},
+            data={"train": ["photos"], "val": None},
+            batch_size=64,
+            train_epochs=100,
+            output="runs/mine",
+        )
+        student = ssld.load_backbone("runs/mine/student.safetensors")
+
+    Args:
+        config: a YAML file, the name of a recipe in `stage1_ssld/configs`, a `DistillConfig`, or None for `settings` alone.
+        **settings: settings laid on it, named as in the YAML file: nested dicts, or dotted keys as in `**{"optim.lr": 0.01}`.
+
+    Returns:
+        `metrics` (with evaluation images `agreement`, with labels `top1`, in 0..1), `outputs` (files and their sha256), `config`, `inputs`,
+        `read`, `seconds`.
+
+    Raises:
+        UserError: a mistake the user can fix, in the words of the command; also memory or disk that ran out.
+        Stopped: after Ctrl-C or SIGTERM, with a checkpoint written; the same call continues from it.
+    """
+    recipes = Path(__file__).resolve().parent / "configs"
+    return read_result(call_command(DistillConfig, distill, config, settings, recipes=recipes).output) or {}
 
 
 def distill(config: DistillConfig) -> None:

@@ -12,18 +12,54 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.shared.config.command import run_command
+from ssld.shared.config.command import call_command, run_command
+from ssld.shared.run_dir import read_result
 from ssld.stage2_detect.config import TrainConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     return run_command(TrainConfig, train, argv, program="train.py")
+
+
+def train_detector(config: TrainConfig | str | Path | None = None, **settings: Any) -> dict[str, Any]:
+    """Train a detector in this process, as `ssld train` does, and return the content of its `result.json`.
+
+    A run that is finished already is not repeated; one that was interrupted continues from its last checkpoint.
+
+        result = ssld.train(
+            "faster_rcnn",
+            backbone="runs/mine/student.safetensors",
+            data={
+                "train_annotations": "train.json",
+                "train_images": "photos",
+                "val_annotations": "val.json",
+                "val_images": "photos",
+            },
+            batch_size=4,
+            output="runs/detector",
+        )
+        detector = ssld.load_detector("runs/detector/detector.safetensors")
+
+    Args:
+        config: a YAML file, the name of a recipe in `stage2_detect/configs`, a `TrainConfig`, or None for `settings` alone.
+        **settings: settings laid on it, named as in the YAML file: nested dicts, or dotted keys as in `**{"optim.lr": 0.01}`.
+
+    Returns:
+        `metrics` (with evaluation images `AP` and others, in 0..1), `outputs` (files and their sha256), `config`, `inputs`, `read`, `seconds`.
+
+    Raises:
+        UserError: a mistake the user can fix, in the words of the command; also memory or disk that ran out.
+        Stopped: after Ctrl-C or SIGTERM, with a checkpoint written; the same call continues from it.
+    """
+    recipes = Path(__file__).resolve().parent / "configs"
+    return read_result(call_command(TrainConfig, train, config, settings, recipes=recipes).output) or {}
 
 
 def train(config: TrainConfig) -> None:
@@ -33,8 +69,6 @@ def train(config: TrainConfig) -> None:
         UserError: anything the user can fix.
         Stopped: after SIGTERM or Ctrl-C, with a checkpoint written.
     """
-    from typing import Any
-
     import torch
 
     from ssld.shared.distributed.processes import (

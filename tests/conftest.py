@@ -1,4 +1,4 @@
-"""What several test files need: tiny drawn images, a tiny teacher, in-process commands, real processes, and where the real data is."""
+"""Shared fixtures: tiny drawn images, a tiny teacher, commands in this process and in their own, and the folder of the real data."""
 
 import io
 import json
@@ -29,14 +29,14 @@ os.environ.update(QUIET)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whoever asks for a fixture that starts processes is of the kind `process`; others are marked by hand."""
+    """Mark tests as `process` that use a fixture that starts processes; others are marked by hand."""
     for item in items:
         if {"scripts", "tab"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.process)
 
 
 def draw(kind: str, seed: int, size: tuple[int, int] = (40, 44)) -> Image.Image:
-    """A noisy picture of one kind of thing in a random colour; `size` is (height, width)."""
+    """Draw a noisy image of one kind of shape in a random colour; `size` is (height, width)."""
     generator = np.random.default_rng([seed, CLASSES.index(kind) if kind in CLASSES else 9])
     rows, columns = np.mgrid[: size[0], : size[1]]
     away = np.hypot(rows - size[0] / 2, columns - size[1] / 2)
@@ -84,7 +84,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
 
 @pytest.fixture(scope="session")
 def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A backbone file of `test_resnet` with three classes: random weights whose answers are far from uniform."""
+    """A backbone file of `test_resnet` with three classes: random weights whose soft labels are far from uniform."""
     import timm
     import torch
 
@@ -94,9 +94,9 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     net: Any = timm.create_model("test_resnet", num_classes=3)
     with torch.no_grad():
         net.get_classifier().weight.mul_(100)
-        pictures = [np.array(draw(kind, seed).resize((32, 32))) for kind in CLASSES for seed in range(10)]
-        pixels_BCHW = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
-        net.get_classifier().bias.sub_(net.eval()(pixels_BCHW).mean(0))  # no class is always the answer
+        images = [np.array(draw(kind, seed).resize((32, 32))) for kind in CLASSES for seed in range(10)]
+        pixels_BCHW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
+        net.get_classifier().bias.sub_(net.eval()(pixels_BCHW).mean(0))  # no class wins for every image
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
     facts: dict[str, Any] = {
         "class_names": list(CLASSES),
@@ -141,7 +141,7 @@ def distill_settings(tiny: TinyData, teacher_file: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def arguments(tmp_path: Path) -> Callable[..., list[str]]:
-    """Writes settings to a YAML file and gives the command line that uses it; `output` is a name below the test's folder."""
+    """Writes settings to a YAML file and returns the command line that uses it; `output` is a name below the test's folder."""
 
     def write(settings: dict[str, Any], output: str = "run", *flags: str) -> list[str]:
         file = tmp_path / f"{output}.yaml"
@@ -156,7 +156,7 @@ Main = Callable[[list[str]], int]
 
 @pytest.fixture(scope="session")
 def call() -> Callable[[Main, list[str]], int]:
-    """Runs an entry's `main(argv)` in this process and gives its exit code."""
+    """Runs an entry's `main(argv)` in this process and returns its exit code."""
 
     def run(main: Main, argv: list[str]) -> int:
         # Accelerate keeps one state a Python process, and refuses another precision in it.
@@ -224,16 +224,16 @@ def scripts() -> Scripts:
 def files_below() -> Callable[[Path], set[str]]:
     """Relative paths of all files in a folder, without the checksums beside them."""
 
-    def names(folder: Path) -> set[str]:
-        found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-        return {name for name in found if name.removesuffix(".sha256") not in found - {name}}
+    def list_files(folder: Path) -> set[str]:
+        names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        return {name for name in names if name.removesuffix(".sha256") not in names - {name}}
 
-    return names
+    return list_files
 
 
 @pytest.fixture(scope="session")
 def metrics_of() -> Callable[[Path], list[dict[str, Any]]]:
-    """A run's metrics without what depends on the clock."""
+    """A run's metrics without the values that depend on the clock."""
 
     def read(run: Path) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -252,7 +252,7 @@ def on_one_and_two(
 ) -> Callable[[Main, str, dict[str, Any]], tuple[str, list[dict[str, Any]]]]:
     """Runs an entry in float64 by its `main` here (output `one`) and by its script on two ranks (`two`), whose metrics must be the same.
 
-    Gives what the two ranks print, and the metrics.
+    Returns the output of the two ranks, and the metrics.
     """
     from tests.float64 import in_float64
 
@@ -273,7 +273,7 @@ def on_one_and_two(
 
 @pytest.fixture(scope="session")
 def jpeg() -> Callable[..., bytes]:
-    """A drawn picture as JPEG bytes."""
+    """A drawn image as JPEG bytes."""
 
     def encode(kind: str = "disc", seed: int = 0, mode: str = "RGB") -> bytes:
         buffer = io.BytesIO()
@@ -285,7 +285,7 @@ def jpeg() -> Callable[..., bytes]:
 
 @pytest.fixture
 def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, int], list[int]]:
-    """A device on which a network runs out of memory beyond some number of training images; gives the list of the sizes it is asked for."""
+    """A device on which a network runs out of memory above a number of training images; returns the list of the batch sizes that it met."""
     import torch
 
     forwards: dict[Any, Any] = {}

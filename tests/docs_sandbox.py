@@ -1,6 +1,6 @@
 """A folder in which the commands of the documentation can be executed: every file they name is there, tiny.
 
-What an earlier command of a page wrote is read as it is; a model that only another page makes is given when a command asks for it.
+Files that an earlier command of a page wrote are read as they are; a model that only another page writes is put there when a command reads it.
 """
 
 import json
@@ -57,7 +57,7 @@ TINY: dict[str, dict[str, str]] = {
     "stage2_detect/predict.py": _HERE | {"threshold": "0.005"},
     "stage2_detect/export.py": {"threads": "1", "batch_size": "2", "formats": "torch", "canvas": "[64, 64]"},
 }
-ONLY_WHERE_GIVEN = {"tta.short_sides": "[48, 64]", "tile": "48"}  # in the place of a page's value, and not elsewhere
+ONLY_WHERE_GIVEN = {"tta.short_sides": "[48, 64]", "tile": "48"}  # replace a page's value, and are added nowhere
 ONE_OF = ({"steps", "train_epochs", "train_images"},)
 
 
@@ -65,16 +65,16 @@ def commands(page: Path) -> list[str]:
     """The indented command lines of a page and those of its bash blocks, in its order, continuation lines joined."""
     text = page.read_text(encoding="utf-8")
     pattern = r"```(?P<language>\w*)\n(?P<block>(?s:.*?))```|(?P<indented>(?:^ {4}\S.*\n?)(?:^ {4,}\S.*\n?)*)"
-    found = re.finditer(pattern, text, flags=re.MULTILINE)
-    texts = [match["indented"] or (match["block"] if match["language"] == "bash" else "") for match in found]
+    matches = re.finditer(pattern, text, flags=re.MULTILINE)
+    texts = [match["indented"] or (match["block"] if match["language"] == "bash" else "") for match in matches]
     lines = [line.strip() for text in texts for line in re.sub(r"\\\n\s+", "", text).splitlines()]
-    if page.parent.name == "benchmarks":  # what a script printed is indented too
+    if page.parent.name == "benchmarks":  # the output of scripts is indented too
         lines = [line for line in lines if line.startswith("python ")]
     return [line for line in lines if line and not line.startswith("#")]
 
 
 def shrunk(script: str, words: list[str]) -> list[str]:
-    """A command's flags with the sizes of `TINY` in the place of its own."""
+    """A command's flags with the sizes of `TINY` in place of its own."""
     tiny = TINY.get(script, {})
     given = flags_of(words)
     if "distill.teacher" not in given:
@@ -94,10 +94,10 @@ def flags_of(words: list[str]) -> dict[str, str]:
 
 @dataclass
 class Sandbox:
-    """The folder, and what happened in it.
+    """The folder, and the run directories in it.
 
     Attributes:
-        teacher: a backbone file that takes the place of every pretrained timm model.
+        teacher: a backbone file that replaces every pretrained timm model.
         written: run directories that commands have written so far.
     """
 
@@ -106,7 +106,7 @@ class Sandbox:
     written: set[Path] = field(default_factory=set)
 
     def tiny_names(self, text: str) -> str:
-        """`text` with tiny networks in the place of those it names."""
+        """`text` with tiny networks in place of those it names."""
         text = re.sub(r"\btimm:[\w.]+", str(self.teacher), text)
         return re.sub(r"\brandom:[\w.]+", "random:test_resnet", text)
 
@@ -129,7 +129,7 @@ def build(folder: Path, *, train: Path, val: Path, unlabeled: Path, teacher: Pat
 
     Args:
         train: folder of class folders; `val` another one.
-        unlabeled: folder of pictures.
+        unlabeled: folder of images.
         teacher: backbone file with the classes of `train`.
     """
     for images in ("images", "data/imagenet"):
@@ -150,8 +150,8 @@ def build(folder: Path, *, train: Path, val: Path, unlabeled: Path, teacher: Pat
         "mine/train.json": "mine/photos",
     }
     coco |= {f"data/coco/annotations/instances_{part}2017.json": f"data/coco/{part}2017" for part in ("train", "val")}
-    for seed, (annotations, pictures) in enumerate(coco.items()):
-        write_coco(folder / annotations, folder / pictures, seed)
+    for seed, (annotations, images) in enumerate(coco.items()):
+        write_coco(folder / annotations, folder / images, seed, 8 if annotations == "annotations.json" else 4)
     for number in range(4):
         scene(90 + number)[0].save(_made(folder / "more_photos") / f"{number}.png")
     Image.fromarray(np.tile(np.asarray(scene(99)[0]), (1, 2, 1))).save(_made(folder / "aerial") / "large.png")
@@ -163,7 +163,7 @@ def build(folder: Path, *, train: Path, val: Path, unlabeled: Path, teacher: Pat
 
 
 def tiny_pipeline(text: str) -> str:
-    """A pipeline whose every stage has the sizes of `TINY`, and of the file's own `smoke:` where `TINY` says nothing."""
+    """A pipeline whose every stage has the sizes of `TINY`, and of the file's own `smoke:` where `TINY` has none."""
     from ssld.pipelines.config import CommandName, flatten
     from ssld.pipelines.runner.stages import KINDS
 
@@ -181,7 +181,7 @@ def tiny_pipeline(text: str) -> str:
 
 
 def save_random_detector(path: Path, kind: str, annotations: Path) -> None:
-    """A detector file with random weights and the classes of a COCO JSON; it finds something in every picture."""
+    """A detector file with random weights and the classes of a COCO JSON; it has detections in every image."""
     import timm
     import torch
 
@@ -210,7 +210,7 @@ def save_random_detector(path: Path, kind: str, annotations: Path) -> None:
 
 
 def scene(seed: int) -> tuple[Image.Image, list[tuple[int, list[int]]]]:
-    """A picture of two rectangles and their (class, [x, y, w, h]); the class is whether it is wide or tall."""
+    """Draw an image of two rectangles; returns it and their (class, [x, y, w, h]); the class is whether it is wide or tall."""
     draw = np.random.default_rng(seed)
     pixels = draw.integers(0, 60, (SIDE, SIDE, 3), dtype=np.uint8)
     objects = []
@@ -222,16 +222,16 @@ def scene(seed: int) -> tuple[Image.Image, list[tuple[int, list[int]]]]:
     return Image.fromarray(pixels), objects
 
 
-def write_coco(file: Path, folder: Path, seed: int) -> None:
-    """Four scenes in a folder and their COCO JSON; pictures of several files may lie in one folder."""
+def write_coco(file: Path, folder: Path, seed: int, count: int = 4) -> None:
+    """Write scenes into a folder and their COCO JSON; images of several files may lie in one folder."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     _made(folder)
     _made(file.parent)
-    for number in range(4):
-        picture, objects = scene(10 * seed + number)
+    for number in range(count):
+        image, objects = scene(10 * seed + number)
         name = f"{file.stem}_{number}.png"
-        picture.save(folder / name)
+        image.save(folder / name)
         images.append({"id": number + 1, "file_name": name, "width": SIDE, "height": SIDE})
         for label, box in objects:
             one = {"id": len(annotations) + 1, "image_id": number + 1, "category_id": label + 1, "bbox": box}
@@ -241,7 +241,7 @@ def write_coco(file: Path, folder: Path, seed: int) -> None:
 
 
 def write_clip(file: Path) -> None:
-    """A video of three scenes."""
+    """Write a video of three scenes."""
     from ssld.stage2_detect.prediction.video_file import VideoFile
 
     with VideoFile(file, SIDE, SIDE, 10) as video:
@@ -250,11 +250,11 @@ def write_clip(file: Path) -> None:
 
 
 def write_yolo(root: Path) -> None:
-    """Two pictures for training and one for validation."""
+    """Write two images for training and one for validation."""
     for part, numbers in (("train", (1, 2)), ("val", (3,))):
         for number in numbers:
-            picture, objects = scene(60 + number)
-            picture.save(_made(root / "images" / part) / f"{number}.png")
+            image, objects = scene(60 + number)
+            image.save(_made(root / "images" / part) / f"{number}.png")
             lines = [
                 f"{label} {(x + w / 2) / SIDE} {(y + h / 2) / SIDE} {w / SIDE} {h / SIDE}"
                 for label, (x, y, w, h) in objects
@@ -264,10 +264,10 @@ def write_yolo(root: Path) -> None:
 
 
 def write_voc(root: Path) -> None:
-    """One picture for training and one for validation."""
+    """Write one image for training and one for validation."""
     for number, part in ((1, "train"), (2, "val")):
-        picture, objects = scene(50 + number)
-        picture.save(_made(root / "JPEGImages") / f"{number}.jpg")
+        image, objects = scene(50 + number)
+        image.save(_made(root / "JPEGImages") / f"{number}.jpg")
         xml = "".join(
             f"<object><name>{NAMES[label]}</name><difficult>0</difficult><bndbox><xmin>{x + 1}</xmin><ymin>{y + 1}</ymin>"
             f"<xmax>{x + w}</xmax><ymax>{y + h}</ymax></bndbox></object>"
@@ -281,15 +281,15 @@ def write_voc(root: Path) -> None:
 
 
 def write_parquet(folder: Path) -> None:
-    """Four pictures of each split with boxes as x, y, width, height, as data sets of the hub have them."""
+    """Write four images per split with boxes as x, y, width, height, as data sets of the hub have them."""
     import io
 
     for split, seed in (("train", 40), ("test", 45)):
         rows = []
         for number in range(4):
-            picture, objects = scene(seed + number)
+            image, objects = scene(seed + number)
             buffer = io.BytesIO()
-            picture.save(buffer, "PNG")
+            image.save(buffer, "PNG")
             boxes = {"bbox": [[float(v) for v in box] for _, box in objects], "category": [k for k, _ in objects]}
             rows.append({"image": {"bytes": buffer.getvalue(), "path": f"{number}.png"}, "objects": boxes})
         labels = {"feature": {"names": list(NAMES), "_type": "ClassLabel"}, "_type": "Sequence"}

@@ -37,7 +37,7 @@ class Calls:
     """Counts the calls of this process at every place; kills it at the n-th of one."""
 
     def __init__(self, place: str | None = None, number: int = 0) -> None:
-        self.seen: dict[str, int] = {}
+        self.calls: dict[str, int] = {}
         self._place, self._number, self._pid, self._lock = place, number, os.getpid(), threading.Lock()
 
     def install(self) -> None:
@@ -66,8 +66,8 @@ class Calls:
         setattr(owner, name, counted)
 
     def _meet(self, place: str) -> bool:
-        self.seen[place] = self.seen.get(place, 0) + 1
-        return place == self._place and self.seen[place] == self._number
+        self.calls[place] = self.calls.get(place, 0) + 1
+        return place == self._place and self.calls[place] == self._number
 
 
 def place_of(frame: FrameType | None, call: str) -> str | None:
@@ -136,29 +136,29 @@ def contents(folder: Path) -> dict[str, Any]:
     """
     from ssld.shared.run_dir import SPEED
 
-    found: dict[str, Any] = {}
+    content_of: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
-            found[name] = [{key: value for key, value in line.items() if key not in SPEED} for line in lines]
+            content_of[name] = [{key: value for key, value in line.items() if key not in SPEED} for line in lines]
         elif path.suffix == ".safetensors":
             content = path.read_bytes()
             body = 8 + int.from_bytes(content[:8], "little")
-            found[name] = json.loads(content[8:body]), content[body:]
+            content_of[name] = json.loads(content[8:body]), content[body:]
         elif path.name in ("result.json", "environment.json"):
             record = json.loads(path.read_text())
             record.pop("inputs")  # may go by time stamps
             outputs = {key: sha for key, sha in record.get("outputs", {}).items() if not key.endswith(".safetensors")}
-            found[name] = record | {"outputs": outputs}
+            content_of[name] = record | {"outputs": outputs}
         elif not set(Path(name).parts) & set(NOT_COMPARED):
-            found[name] = path.read_bytes() if path.is_file() else "a folder"
-    return found
+            content_of[name] = path.read_bytes() if path.is_file() else "a folder"
+    return content_of
 
 
-def differences(whole: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    names = sorted(whole.keys() | found.keys())
-    return [name for name in names if whole.get(name) != found.get(name)]
+def differences(whole: dict[str, Any], resumed: dict[str, Any]) -> list[str]:
+    names = sorted(whole.keys() | resumed.keys())
+    return [name for name in names if whole.get(name) != resumed.get(name)]
 
 
 def examine(case: dict[str, Any], known: set[str], every: bool) -> Iterator[str]:
@@ -175,7 +175,7 @@ def examine(case: dict[str, Any], known: set[str], every: bool) -> Iterator[str]
         try:
             return run(case, calls)
         finally:
-            Path(f"{output}.calls").write_text(json.dumps(calls.seen))
+            Path(f"{output}.calls").write_text(json.dumps(calls.calls))
 
     begin()
     if code := in_child(count):
@@ -183,14 +183,14 @@ def examine(case: dict[str, Any], known: set[str], every: bool) -> Iterator[str]
         return
     whole = contents(output)
     shutil.copytree(output, output.with_name(f"{case['name']}_whole"), symlinks=True)
-    seen: dict[str, int] = json.loads(Path(f"{output}.calls").read_text())
+    times_of: dict[str, int] = json.loads(Path(f"{output}.calls").read_text())
     kills = [
         (place, number)
-        for place, times in seen.items()
+        for place, times in times_of.items()
         for number in (range(1, times + 1) if every else chosen(place, times, known))
     ]
     case["kills"] = len(
-        kills := kills or list(seen.items())[-1:]
+        kills := kills or list(times_of.items())[-1:]
     )  # at least one, in a command that has no place of its own
     for place, number in kills:
         begin()
@@ -226,13 +226,13 @@ def main() -> None:
     for case in spec["cases"]:
         case["kills"], begun = 0, time.monotonic()
         wrong = list(examine(case, known, spec["every"]))
-        told = {
+        report = {
             "name": case["name"],
             "kills": case["kills"],
             "seconds": round(time.monotonic() - begun, 1),
             "wrong": wrong,
         }
-        print(json.dumps(told), flush=True)
+        print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,16 @@ TYPES = {kind.script: kind.config_type for kind in KINDS.values()}
 
 
 def check(line: str) -> None:
-    """Parse a command line with what the command itself parses it with."""
+    """Parse a command line with the parser of the command itself."""
     words = shlex.split(line)
     if words[:3] == ["srun", "bash", "-c"]:
         words = shlex.split(words[3])
+    if words[0] == "ssld":
+        assert words[1] in COMMANDS, line
+        module = COMMANDS[words[1]][0]
+        if not module:
+            return
+        words = ["python", f"{module.removeprefix('ssld.').replace('.', '/')}.py", *words[2:]]
     script = next((word for word in words if word in TYPES), None)
     if script:
         arguments = words[words.index(script) + 1 :]
@@ -57,7 +63,7 @@ def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
-def test_commands_in_sentences_name_what_there_is(page: Path) -> None:
+def test_commands_in_sentences_name_existing_files(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for span in re.findall(r"`((?:ssld|python|accelerate launch|torchrun) [^`]+)`", text):
         words = span.split()

@@ -1,7 +1,7 @@
 """Every command of the README and of docs/ is executed, tiny, one page after the other in one folder, as a reader would who tries them all.
 
-A command that is added to a page is executed without a word here. Where that cannot be, `NOT_HERE` names it with the reason; it is parsed by
-test_docs.py all the same.
+A command that is added to a page is executed without a change here. `NOT_HERE` lists the exceptions with their reasons, which
+test_docs.py parses nevertheless.
 """
 
 import importlib
@@ -19,13 +19,18 @@ from ssld.pipelines.checks import data as checked_data
 from ssld.pipelines.runner.launch import Outcome, Signals
 from ssld.pipelines.runner.stages import KINDS, Stage
 from ssld.stage2_detect import check_data
-from tests.docs_sandbox import ROOT, TINY, Sandbox, build, commands, shrunk
+from tests.docs_sandbox import ROOT, TINY, Sandbox, build, commands, shrunk, tiny_pipeline
 
-PAGES = [ROOT / "README.md", ROOT / "docs/distillation.md"]  # first: what others read is made there
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "docs/usage.md",
+    ROOT / "docs/distillation.md",
+]  # first: they write files that others read
 PAGES += [page for page in sorted((ROOT / "docs").glob("*.md")) if page not in PAGES and commands(page)]
 NOT_HERE = {  # pattern of a command -> why it is not executed
+    r"^(git clone|cd) ": "this is the clone, and its folder",
     r"^pip install ": "needs a network; a fresh environment is made by .ci/run",
-    r"^pytest -n logical$": "is what runs this",
+    r"^pytest -n logical$": "runs this test",
     r"\.pdparams\b": "official weights are not at hand; the converters' own tests have files with their names and shapes",
     r"\bhub:ORG/NAME\b": "a name to fill in, of a data set that only the network has",
 }
@@ -41,7 +46,7 @@ def sandbox(tiny: Any, teacher_file: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch, call: Callable[..., int], sandbox: Sandbox) -> None:
-    """The reader's folder, and no processes: stages of pipelines and the doctor's questions stay in this one."""
+    """Use the reader's folder and no processes: stages of pipelines and the checks of the doctor run in this one."""
 
     def run_here(stage: Stage, console: Path, signals: Signals) -> Outcome:
         return Outcome(call(main_of(stage.kind.script), list(stage.arguments)))
@@ -68,17 +73,18 @@ def test_every_command_runs(
         for word in words:
             sandbox.give(word)
         code = finished(call, script, words)
-        said = capsys.readouterr()
+        printed = capsys.readouterr()
         assert code == 0, (
             f"{page.name}: this command ends with exit code {code}:\n    {line}\nexecuted as\n    {script} {shlex.join(words)}\n"
-            f"{said.out[-1500:]}\n{said.err[-1500:]}\n"
+            f"{printed.out[-1500:]}\n{printed.err[-1500:]}\n"
             "If it cannot run here, NOT_HERE in tests/test_docs_run.py names it with the reason; if it needs a file, tests/docs_sandbox.py makes it."
         )
         for flag, value in pairwise(words):
             if flag == "--output" and value.endswith(
                 ".yaml"
-            ):  # a pipeline for one's own photos, which names real networks
-                (sandbox.folder / value).write_text(sandbox.tiny_names((sandbox.folder / value).read_text()))
+            ):  # a pipeline for one's own photos, which names real networks and has real sizes
+                file = sandbox.folder / value
+                file.write_text(tiny_pipeline(sandbox.tiny_names(file.read_text())))
         sandbox.written |= {sandbox.folder / value for flag, value in pairwise(words) if flag == "--output"}
 
 
@@ -104,20 +110,20 @@ def test_every_exception_is_needed() -> None:
         ),
     ],
 )
-def test_what_a_command_starts(line: str, script: str, words: list[str]) -> None:
+def test_the_script_of_a_command(line: str, script: str, words: list[str]) -> None:
     assert program(line) == (script, words)
 
 
 @pytest.mark.parametrize(
     "line", ["conda install torch", "teacher   77.7", "python stage1_ssld/distil.py", "python -m http.server"]
 )
-def test_what_cannot_be_executed_is_told(line: str) -> None:
+def test_a_line_that_cannot_be_executed_is_named(line: str) -> None:
     with pytest.raises(AssertionError, match=re.escape(line)):
         program(line)
 
 
 def finished(call: Callable[..., int], script: str, words: list[str]) -> int:
-    """Exit code of a command; `--help` and its like end by SystemExit."""
+    """Return the exit code of a command; `--help` and `--print-config` end with SystemExit."""
     try:
         return call(main_of(script), words)
     except SystemExit as end:
@@ -125,7 +131,7 @@ def finished(call: Callable[..., int], script: str, words: list[str]) -> int:
 
 
 def reason_not_to(line: str) -> str | None:
-    """Why a command is not executed, or None."""
+    """Return why a command is not executed, or None."""
     return next((reason for pattern, reason in NOT_HERE.items() if re.search(pattern, line)), None)
 
 
@@ -139,7 +145,7 @@ def program(line: str) -> tuple[str, list[str]]:
     place = next((number for number, word in enumerate(words) if word.endswith(".py")), None)
     known = words[0] in ("python", "accelerate", "torchrun") and place is not None
     assert known, (
-        f"not a command that can be executed: {line}\nWhat a command prints belongs into a ```text block, a reason into NOT_HERE."
+        f"not a command that can be executed: {line}\nThe output of a command belongs into a ```text block, a reason into NOT_HERE."
     )
     assert place is not None
     assert (ROOT / words[place]).is_file(), f"{line}\nnames {words[place]}, which is not there"

@@ -76,9 +76,9 @@ class Cases:
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        told = [json.loads(line) for line in done.stdout.splitlines()]
-        assert [one["name"] for one in told] == [case["name"] for case in self.cases]
-        return told
+        reports = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [one["name"] for one in reports] == [case["name"] for case in self.cases]
+        return reports
 
 
 def redo(cases: Cases, folder: Path) -> None:
@@ -146,12 +146,12 @@ def test_the_same_files_after_a_kill_at_any_call(tmp_path: Path, teacher_file: P
     })  # fmt: skip
     model = {"model": str(detector / "detector.safetensors"), "images": boxes["images"]}
     cases.add("ap", "ssld.stage2_detect.evaluate", TORCH | model | boxes)
-    seen = cases.add("seen", "ssld.stage2_detect.predict",
+    predicted = cases.add("predicted", "ssld.stage2_detect.predict",
         TORCH | model | {"threshold": 0.005, "batch_size": 1, "write": ["json", "pictures", "csv", "yolo", "crops"]})  # fmt: skip
-    cases.add("report", "ssld.pipelines.report", {"runs": str(seen)})
+    cases.add("report", "ssld.pipelines.report", {"runs": str(predicted)})
     redo(cases, tmp_path)
-    told = cases.run(imports=IMPORTS)
-    for one in told:
+    reports = cases.run(imports=IMPORTS)
+    for one in reports:
         print(one)
-    assert [f"{one['name']}: {line}" for one in told for line in one["wrong"]] == []
-    assert all(one["kills"] for one in told)
+    assert [f"{one['name']}: {line}" for one in reports for line in one["wrong"]] == []
+    assert all(one["kills"] for one in reports)

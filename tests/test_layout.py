@@ -1,4 +1,4 @@
-"""What docs/architecture.md says about rooms and imports, held against the code's syntax trees."""
+"""The tables of docs/architecture.md, rooms and imports, checked against the code's syntax trees."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("
 LONGEST = 500
 # package -> most things (files and folders) that its folder may list, and most arrows between them
 GOALS = {"stage1_ssld": (16, 40), "stage2_detect": (21, 70)}
-# Scripts and settings that `--help`, the runner and the tab key wait for.
+# Scripts and settings that `--help`, the runner and the completion import.
 TORCH_FREE = (
     "shared/config/settings.py",
     "shared/config/training.py",
@@ -51,16 +51,16 @@ def imports_of(file: Path) -> tuple[tuple[str, bool], ...]:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         for inner in ast.walk(node)
     }
-    found = []
+    imports = []
     for node in ast.walk(tree):
         if id(node) in unread:
             continue
         if isinstance(node, ast.Import):
-            found += [(alias.name, id(node) in top) for alias in node.names]
+            imports += [(alias.name, id(node) in top) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: a relative import; scripts that are run by path need absolute ones"
-            found += [(f"{node.module}.{alias.name}", id(node) in top) for alias in node.names]
-    return tuple(found)
+            imports += [(f"{node.module}.{alias.name}", id(node) in top) for alias in node.names]
+    return tuple(imports)
 
 
 def own_module(name: str) -> Path | None:
@@ -169,10 +169,10 @@ def test_no_circle_between_what_a_folder_lists(package: str) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_a_module_says_what_it_is_and_ends_in_time(file: Path) -> None:
+def test_a_module_is_described_and_short(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
     first = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0]
-    assert first.rstrip().endswith((".", ":", "?")), "a module begins with a sentence that says what it is"
+    assert first.rstrip().endswith((".", ":", "?")), "a module begins with a sentence that describes it"
     assert len(text.splitlines()) <= LONGEST
 
 
@@ -184,21 +184,21 @@ def test_names_beside_a_script_hide_no_library(package: str) -> None:
 
 
 def test_one_import_name() -> None:
-    """The package is a folder of links: what is installed takes no other name."""
+    """The package is a folder of links, so the installation uses no other name."""
     links = {path.name: path.readlink().as_posix() for path in (ROOT / "ssld").iterdir() if path.is_symlink()}
     assert links == {package: f"../{package}" for package in PACKAGES}
 
 
-def imports_torch(file: Path, seen: set[Path]) -> bool:
+def imports_torch(file: Path, visited: set[Path]) -> bool:
     """Whether importing a file imports torch, through our own modules too."""
-    seen.add(file)
+    visited.add(file)
     for name, top in imports_of(file):
         if not top:
             continue
         if name.split(".")[0] in ("torch", "torchvision", "timm", "accelerate"):
             return True
         inner = own_module(name)
-        if inner and inner not in seen and imports_torch(inner, seen):
+        if inner and inner not in visited and imports_torch(inner, visited):
             return True
     return False
 

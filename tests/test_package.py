@@ -1,4 +1,4 @@
-"""The installed package and the scripts that are started by path: of one tree, or refused."""
+"""The installed package and the scripts that are started by path: from one tree, or refused."""
 
 import shutil
 import subprocess
@@ -57,6 +57,6 @@ def test_a_copy_without_its_links_says_so(tmp_path: Path) -> None:
     done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == (
-        f"error: {tmp_path / 'ssld'}: its links were lost on the way here; clone with git, or unpack with tar or unzip, "
+        f"error: {tmp_path / 'ssld'}: the links in this folder are missing; clone with git, or unpack with tar or unzip, "
         "on Linux, macOS or WSL\n"
     )

@@ -1,4 +1,4 @@
-"""The wheel: nothing but `ssld`, complete, and a pipeline runs from it in an environment that has never seen the repository."""
+"""The wheel: nothing but `ssld`, complete, and a pipeline runs from it in an environment without the repository."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("pipelines", "shared", "stage1_ssld", "stage2_detect")
-FOREIGN = "raise ImportError('this package of another project is none of ours')\n"
+FOREIGN = "raise ImportError('this package belongs to another project')\n"
 
 pytestmark = [pytest.mark.slow, pytest.mark.process]
 
@@ -76,8 +76,10 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path, tracked: list[str]) -> None:
-    ours = {name for name in tracked if name.split("/")[0] in PARTS and (ROOT / name).exists()}
-    assert names_in(wheel) == {"ssld/__init__.py", "ssld/__main__.py"} | {f"ssld/{name}" for name in ours}
+    own = {name for name in tracked if name.split("/")[0] in PARTS and (ROOT / name).exists()}
+    assert names_in(wheel) == {"ssld/__init__.py", "ssld/__main__.py", "ssld/py.typed"} | {
+        f"ssld/{name}" for name in own
+    }
     with zipfile.ZipFile(wheel) as archive:
         linked = archive.read("ssld/pipelines/run.py")  # a link's text would be a few letters
     assert linked == (ROOT / "pipelines" / "run.py").read_bytes()

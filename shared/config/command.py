@@ -7,12 +7,14 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from ssld.shared.config.settings import ConfigT, launched_number, launched_ranks, parse_config
+from ssld.shared.config.settings import ConfigT, did_you_mean, launched_number, launched_ranks, parse_config, validate
 from ssld.shared.config.training import PASSES_FILE
+from ssld.shared.config.yaml_files import merge, read_recipe, without_others
 from ssld.shared.errors import Stopped, UserError, is_out_of_memory
 from ssld.shared.files import write_atomically
 from ssld.shared.machine import default_threads
@@ -81,19 +83,10 @@ def run_command(
     except UserError as error:
         return _report(str(error), rank, processes, output)
     except (OSError, EOFError, RuntimeError, MemoryError) as error:
-        _leave_workers_alone()
-        message = explained(error, output)
-        if message:
-            return _report(message, rank, processes, output)
-        if not is_out_of_memory(error):
+        message = _system_fault(error, output, auto_batch)
+        if message is None:
             raise
-        advice = _SMALLER if auto_batch is None else _MORE_PASSES if auto_batch else _PASSES
-        if (
-            auto_batch and output
-        ):  # whichever rank it is: the others wait for this one until the launcher ends them, and note nothing
-            _note_too_few_passes(output)
-        what = (str(error).splitlines() or ["no more to be had"])[0]
-        return _report(f"out of memory: {what} {advice}", rank, processes, output)
+        return _report(message, rank, processes, output)
     except KeyboardInterrupt:
         if rank == 0:
             say("stopped; the same command begins again, and goes on from what it has written", sys.stderr)
@@ -103,6 +96,128 @@ def run_command(
             say(f"stopped: {error}; the same command goes on from there", sys.stderr)
         return STOPPED
     return 0
+
+
+def call_command(
+    config_type: type[ConfigT],
+    work: Callable[[ConfigT], None],
+    config: ConfigT | str | Path | None,
+    settings: dict[str, Any],
+    *,
+    recipes: Path,
+) -> ConfigT:
+    """Run `work(config)` in the caller's process, as `run_command` does for a command line, and return the configuration it ran with.
+
+    Afterwards torch's number of threads and accelerate's state are what they were before.
+
+    Args:
+        config: a configuration, a YAML file, the name of a file of `recipes`, or None for `settings` alone.
+        settings: settings laid on it, as nested dicts or by dotted key.
+
+    Raises:
+        UserError: a mistake the user can fix; also where the command would end with exit code 2 for memory or disk that ran out.
+        Stopped: after Ctrl-C or SIGTERM, with a checkpoint written.
+    """
+    import torch
+
+    resolved = _resolved(config_type, config, settings, recipes)
+    threads, on_child = torch.get_num_threads(), signal.getsignal(signal.SIGCHLD)
+    try:
+        with _own_accelerate_state(), libraries_told_apart(verbose=resolved.verbose):
+            _set_threads(resolved.threads)
+            work(resolved)
+    except (OSError, EOFError, RuntimeError, MemoryError) as error:
+        message = _system_fault(error, resolved.output, getattr(resolved, "auto_batch", None))
+        if message is None:
+            raise
+        raise UserError(message) from error
+    finally:
+        torch.set_num_threads(threads)
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGCHLD, on_child)
+    return resolved
+
+
+def _resolved(
+    config_type: type[ConfigT], config: ConfigT | str | Path | None, settings: dict[str, Any], recipes: Path
+) -> ConfigT:
+    over: dict[str, Any] = {}
+    for key, value in settings.items():
+        inner = _plain(value)
+        for part in reversed(key.split(".")):
+            inner = {part: inner}
+        over = merge(over, inner)
+    below: dict[str, Any] = {}
+    if isinstance(config, config_type):
+        below = config.model_dump()
+    elif isinstance(config, str | Path):
+        config = recipe_file(config, recipes)
+        below = read_recipe(config, config_type.alternatives)
+    elif config is not None:
+        raise TypeError(f"expected a {config_type.__name__}, a YAML file or None, got {type(config).__name__}")
+    values = merge(without_others(below, config_type.alternatives, over), over)
+    file = config if isinstance(config, Path) else None
+    parts = [*([str(file)] if file else []), *(["the given settings"] if over or not file else [])]
+    resolved = validate(config_type, values, source=" with ".join(parts))
+    resolved._recipe = file
+    return resolved
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as YAML would give it: paths as text."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def recipe_file(name: str | Path, recipes: Path, others: Sequence[str] = ()) -> Path:
+    """Return the YAML file that `name` is, or that has this name in the folder `recipes`.
+
+    Raises UserError where there is neither, with the nearest name of these files and of `others`, names that the caller knows.
+    """
+    file, shipped = Path(name), recipes / f"{name}.yaml"
+    if file.is_file():
+        return file
+    if not shipped.is_file():
+        known = [*others, *sorted(recipe.stem for recipe in recipes.glob("*.yaml"))]
+        raise UserError(f"{name}: no such file, and no recipe of this name{did_you_mean(str(name), known)}")
+    return shipped
+
+
+@contextlib.contextmanager
+def _own_accelerate_state() -> Iterator[None]:
+    """Inside, accelerate starts anew: it keeps one device and precision per process, and refuses others."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    kinds = () if launched_ranks()[1] > 1 else (AcceleratorState, GradientState, PartialState)
+    before = [dict(kind._shared_state) for kind in kinds]
+    for kind in kinds:
+        kind._shared_state.clear()
+    try:
+        yield
+    finally:
+        for kind, state in zip(kinds, before, strict=True):
+            kind._shared_state.clear()
+            kind._shared_state.update(state)
+
+
+def _system_fault(error: Exception, output: Path | None, auto_batch: bool | None) -> str | None:
+    """Return the line on memory or a disk that is full, or on a loader process that is gone; None for any other error.
+
+    `auto_batch` is the setting of a training command, None for another command.
+    """
+    _leave_workers_alone()
+    message = explained(error, output)
+    if message or not is_out_of_memory(error):
+        return message
+    advice = _SMALLER if auto_batch is None else _MORE_PASSES if auto_batch else _PASSES
+    # On every rank: the others wait for this one until the launcher ends them, and note nothing.
+    if auto_batch and output:
+        _note_too_few_passes(output)
+    what = (str(error).splitlines() or ["no more to be had"])[0]
+    return f"out of memory: {what} {advice}"
 
 
 def _worded(argv: Sequence[str]) -> list[str]:

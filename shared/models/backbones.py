@@ -263,6 +263,44 @@ def create_body(reference: ModelReference, **options: Any) -> tuple[nn.Module, s
     return body, f"{reference.text}: {line}"
 
 
+def load_backbone(reference: str | Path, *, arch: str | None = None, features_only: bool = False) -> nn.Module:
+    """Load a backbone as a plain timm network in evaluation mode, every tensor checked.
+
+        net = ssld.load_backbone("runs/mine/student.safetensors")
+        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
+        logits = net(transform(image).unsqueeze(0))
+
+    The network takes normalised float images [B, 3, H, W]. Its `pretrained_cfg` has the mean, std, input size and interpolation of the file, and
+    under `label_names` its class names, where the file has them.
+
+    Args:
+        reference: backbone file, folder, `timm:NAME`, `hf-hub:ORG/NAME` or `random:NAME`.
+        arch: timm's name of the network, for a file that does not say it.
+        features_only: return the network that gives a list of feature maps, as timm's `features_only=True`, in place of the classifier.
+
+    Raises:
+        UserError: no such model, or weights that do not fit the network; nothing is loaded in part.
+    """
+    parsed = parse_reference(str(reference), arch)
+    if features_only:
+        net = create_body(parsed)[0]
+        inputs = input_settings(net, parsed.metadata)
+    else:
+        classifier, inputs = create_classifier(parsed)
+        net = classifier.net
+    own = {
+        "mean": inputs.mean,
+        "std": inputs.std,
+        "input_size": (3, *inputs.size),
+        "interpolation": inputs.interpolation,
+    }
+    for key, fact in (("crop_pct", "crop_pct"), ("label_names", "class_names")):
+        if parsed.metadata.get(fact):
+            own[key] = parsed.metadata[fact]
+    net.pretrained_cfg = {**dict(getattr(net, "pretrained_cfg", {})), **own}  # type: ignore[assignment]
+    return net.eval()
+
+
 def body_args(args: Mapping[str, Any]) -> dict[str, Any]:
     """Of a network's arguments those of its features-only form: the pooling belongs to the head."""
     return {name: value for name, value in args.items() if name not in ("global_pool", "num_classes")}

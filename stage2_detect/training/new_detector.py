@@ -1,0 +1,139 @@
+"""A new detector for a training loop of one's own: random heads over a backbone, and the file it becomes.
+
+The command does without it: there settings and classes come from a run's configuration and its annotations (`trained_detector.py`).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import Tensor, nn
+
+from ssld.shared.config.command import recipe_file
+from ssld.shared.config.settings import validate
+from ssld.shared.config.yaml_files import merge, read_recipe
+from ssld.shared.errors import UserError
+from ssld.shared.models.backbones import body_args, create_body, input_settings, licence, network_args
+from ssld.shared.models.references import parse_reference
+from ssld.stage2_detect.config import ResizeConfig
+from ssld.stage2_detect.data.coco import CocoData
+from ssld.stage2_detect.detector_file import save_detector
+from ssld.stage2_detect.model_config import DetectorConfig
+from ssld.stage2_detect.models import build
+from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
+
+KINDS: tuple[str, ...] = get_args(DetectorConfig.model_fields["kind"].annotation)
+
+
+class NewDetector(nn.Module):
+    """A detector with its classes and image sizes, in training mode; `build_detector` makes it.
+
+    `detector(images, targets)` returns the losses in training mode, `detector(images)` the detections in evaluation mode. Its parameters, devices
+    and modes are those of any module. Under `DistributedDataParallel` the losses are normalised per process.
+
+    Attributes:
+        model: R-CNN or one-stage detector.
+        class_names: one name per class.
+        config: architecture, as in the recipes' group `model`.
+        resize: image sizes, as in the recipes' group `resize`; `load_detector(FILE).predict` resizes to them.
+        loaded: a line on the origin of the backbone's weights.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        arch: str | None,
+        *,
+        config: DetectorConfig,
+        resize: ResizeConfig,
+        class_names: tuple[str, ...],
+    ) -> None:
+        super().__init__()
+        self.config, self.resize, self.class_names = config, resize, class_names
+        reference = parse_reference(backbone, arch)
+        body, self.loaded = create_body(reference)
+        self._arch, self._inputs = reference.arch, input_settings(body, reference.metadata)
+        args = body_args(network_args(reference, None))
+        self._facts: dict[str, Any] = {
+            "backbone": {"reference": backbone, "content_sha256": reference.metadata.get("content_sha256")},
+            "licence": licence(reference) or "none: random weights",
+            **({"model_args": args} if args else {}),
+        }
+        self.model = build.build_detector(
+            config, classes=len(class_names), body=body, arch=self._arch, inputs=self._inputs
+        )
+
+    def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
+        """Return losses by name (float32 scalars, their sum is minimised) in training mode, the detections of each image in evaluation mode.
+
+        Args:
+            images: a padded uint8 batch, as `stage2_detect/data/padding.py: pad_images` makes it; normalised inside.
+            targets: boxes [B, G, 4] as (x1, y1, x2, y2) in pixels of the batch, labels [B, G] in 0..K-1, as `pad_targets` makes them.
+        """
+        output: dict[str, Tensor] | list[Detections] = self.model(images, targets)
+        return output
+
+    def save(self, path: str | Path, **facts: Any) -> str:
+        """Write a detector file, which `load_detector` and the commands read, and return its content hash.
+
+        `facts` (such as `step=100`) go to the file's metadata. The category ids are 1..K.
+        """
+        ids = tuple(range(1, len(self.class_names) + 1))
+        data = CocoData(str(path), training=True, class_names=self.class_names, category_ids=ids, images=[])
+        return save_detector(
+            Path(path),
+            self.model,
+            config=self.config,
+            resize=self.resize,
+            arch=self._arch,
+            inputs=self._inputs,
+            data=data,
+            **self._facts | facts,
+        )
+
+
+def build_detector(
+    recipe: str | Path = "faster_rcnn",
+    *,
+    backbone: str | Path,
+    classes: int | Sequence[str],
+    arch: str | None = None,
+    **settings: Any,
+) -> NewDetector:
+    """Build a detector for a training loop of one's own: a backbone with its weights, a feature pyramid and random heads.
+
+        detector = ssld.build_detector("faster_rcnn", backbone="runs/mine/student.safetensors", classes=["cat", "dog"])
+        losses = detector(images, targets)
+        sum(losses.values()).backward()
+
+    Args:
+        recipe: `faster_rcnn`, `mask_rcnn`, `cascade_rcnn`, `cascade_mask_rcnn`, `gfl` or `retinanet` with default settings; or the name of a recipe
+            in `stage2_detect/configs`, or a YAML file, of which the groups `model` and `resize` count.
+        backbone: backbone file, folder, `timm:NAME`, `hf-hub:ORG/NAME` or `random:NAME`; its network has maps of stride 4, 8, 16 and 32.
+        classes: number of classes without background, or their names.
+        arch: timm's name of the network, for a file that does not say it.
+        **settings: settings of the group `model`, such as `freeze_norm=False`, which a backbone with random weights needs.
+
+    Returns:
+        A module in training mode; `detector.save(FILE)` writes what `ssld.load_detector` reads.
+
+    Raises:
+        UserError: an unknown recipe, kind or setting, a backbone that does not load or has no such maps, or no classes.
+    """
+    names = tuple(f"class {number}" for number in range(classes)) if isinstance(classes, int) else tuple(classes)
+    if (
+        isinstance(classes, str)
+        or not names
+        or len(set(names)) < len(names)
+        or not all(isinstance(n, str) for n in names)
+    ):
+        raise UserError(f"classes: expected a number from 1 on, or a list of different names (given: {classes!r})")
+    if recipe in KINDS:
+        values: dict[str, Any] = {"model": {"kind": recipe}}
+    else:
+        recipes = Path(__file__).resolve().parents[1] / "configs"
+        values = read_recipe(recipe_file(recipe, recipes, KINDS))
+    model = merge(values.get("model") or {}, settings)
+    config = validate(DetectorConfig, model, source=f"model of {recipe}")
+    resize = validate(ResizeConfig, values.get("resize") or {}, source=f"resize of {recipe}")
+    return NewDetector(str(backbone), arch, config=config, resize=resize, class_names=names)
