@@ -27,8 +27,8 @@ class ComputeConfig(CommandConfig):
     """Settings of a command that runs a network."""
 
     precision: Precision = "auto"
-    """precision of the forward pass; auto: bf16 on a GPU that has it, else fp32, and when a run goes on its own; losses and boxes are fp32"""
+    """precision of the forward pass; auto: bf16 on a GPU that has it, else fp32; a resumed run keeps its own; losses and boxes are fp32"""
     device: Device = "auto"
-    """auto, cpu, cuda, cuda:NUMBER or mps; auto takes a CUDA GPU where there is one, else the CPU"""
+    """device to run on: auto, cpu, cuda, cuda:NUMBER or mps; auto: a CUDA GPU if there is one, else the CPU"""
     process_timeout: ProcessTimeout = 120.0
-    """minutes that a process waits for another one before the run ends, 1 to 10,080"""
+    """minutes a process waits for another one before the run ends, 1 to 10,080"""
