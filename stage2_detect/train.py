@@ -155,8 +155,8 @@ def train(config: TrainConfig) -> None:
 
     distill, teacher_check = config.distill, None
     if distill and trained.teacher and distill.check_images:
-        images = teacher_check_images(config, data)
-        teacher_check = TeacherCheck(trained.teacher, images, sizing, distill, **evaluation)
+        check_data = teacher_check_images(config, data)
+        teacher_check = TeacherCheck(trained.teacher, check_data, sizing, distill, **evaluation)
     detections: dict[Any, Any] = {}  # those of the last evaluation, on the main rank
 
     def evaluate_now(step: int) -> dict[str, Any]:

@@ -181,7 +181,7 @@ def test_a_copy_over_another_is_a_mistake(coco: Path, tmp_path: Path, capfd: pyt
     data = ["--annotations", str(coco / "train.json"), "--images", str(coco), "--fix", str(tmp_path / "clean")]
     assert doctor.main(data) == 0
     before = (tmp_path / "clean" / "train.json").read_bytes()
-    for folder, why in ((tmp_path / "clean", "is there already"), (tmp_path / "clean" / "train.json", "is a file")):
+    for folder, why in ((tmp_path / "clean", "exists already"), (tmp_path / "clean" / "train.json", "is a file")):
         assert doctor.main([*data[:-1], str(folder)]) == 2
         seen = capfd.readouterr()
         assert why in seen.err
