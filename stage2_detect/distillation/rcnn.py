@@ -61,7 +61,7 @@ class DistilledRCNN(nn.Module):
         self.adapters = adapters(student.pyramid.channels, teacher.channels, _LEVELS if pkd_weight else 0)
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
-        """See the class."""
+        """Compute losses in train mode, detections in eval mode."""
         if not self.training:
             detections: list[Detections] = self.student(images)
             return detections

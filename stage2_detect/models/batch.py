@@ -30,7 +30,7 @@ class ImageBatch:
     """int64 (height, width) of the originals, on the CPU, for masks of exactly their size; None: from the other two, to a pixel."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ImageBatch":
-        """A copy on `device`."""
+        """Copy to `device`."""
         return replace(
             self,
             pixels_BCHW=self.pixels_BCHW.to(device, non_blocking=non_blocking),
@@ -39,7 +39,7 @@ class ImageBatch:
         )
 
     def pin_memory(self) -> "ImageBatch":
-        """A copy in pinned memory; a `DataLoader` calls it."""
+        """Copy to pinned memory; called by `DataLoader`."""
         return replace(
             self,
             pixels_BCHW=self.pixels_BCHW.pin_memory(),
@@ -64,7 +64,7 @@ class Targets:
     """Shapes of the objects of each image, for a mask head; always on the CPU."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
-        """A copy on `device`."""
+        """Copy to `device`."""
         return replace(
             self,
             boxes_BG4=self.boxes_BG4.to(device, non_blocking=non_blocking),
@@ -73,7 +73,7 @@ class Targets:
         )
 
     def pin_memory(self) -> "Targets":
-        """A copy in pinned memory; a `DataLoader` calls it."""
+        """Copy to pinned memory; called by `DataLoader`."""
         return replace(
             self,
             boxes_BG4=self.boxes_BG4.pin_memory(),
@@ -101,7 +101,7 @@ class Detections:
     """COCO RLE of each, of the original image's size; None from a detector without masks."""
 
     def where(self, keep_N: Tensor) -> "Detections":
-        """Those for which `keep_N` (bool) holds."""
+        """Return the detections for which `keep_N` (bool) is True."""
         masks = (
             None
             if self.masks is None
