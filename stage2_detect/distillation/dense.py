@@ -76,7 +76,7 @@ class DistilledDense(nn.Module):
         )
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
-        """See the class."""
+        """Compute losses in train mode, detections in eval mode."""
         if not self.training:
             detections: list[Detections] = self.student(images)
             return detections
@@ -237,7 +237,7 @@ def _level_means(values_BA: Tensor, chosen_BA: Tensor, grids: Grids, terms: LDCo
 
 
 def _require_same_head(student: DenseDetector, teacher: FrozenDetector) -> None:
-    """See `DistilledDense`."""
+    """Raise UserError unless both have the same kind of head with equal anchors and bins."""
     start = f"distill.teacher: {teacher.facts.get('file')}:"
     student_head, model = student.dense, teacher.model
     teacher_head = model.dense if isinstance(model, DenseDetector) else model

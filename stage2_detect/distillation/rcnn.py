@@ -61,7 +61,7 @@ class DistilledRCNN(nn.Module):
         self.adapters = adapters(student.pyramid.channels, teacher.channels, _LEVELS if pkd_weight else 0)
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
-        """See the class."""
+        """Compute losses in train mode, detections in eval mode."""
         if not self.training:
             detections: list[Detections] = self.student(images)
             return detections
@@ -89,6 +89,7 @@ class DistilledRCNN(nn.Module):
     def _unlabeled_rois(self, features: Sequence[Tensor], sizes_B2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the student's best proposals, as many as it samples from a labeled image, and its logits for them."""
         heads = self.student.roi_heads
+        # A second NMS, for which a GPU is waited for: the RPN's losses and sums are those of the labeled images alone.
         proposals, _ = self.student.rpn(features, sizes_B2)
         rois_BR4, valid_BR = (part[:, : heads.samples_per_image] for part in (proposals.boxes_BR4, proposals.valid_BR))
         return rois_BR4, valid_BR, heads.classify(features, rois_BR4, valid_BR)
@@ -96,7 +97,7 @@ class DistilledRCNN(nn.Module):
     def _roi_kd(self, teacher_features: Sequence[Tensor], rois: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         ranks, start = self.student.ranks, 0
         divergences, counts = [], []
-        for rois_BR4, valid_BR, logits_NK in rois:  # of consecutive images of the batch
+        for rois_BR4, valid_BR, logits_NK in rois:  # parts of the batch, one after the other
             end = start + len(rois_BR4)
             teacher_NK = self.teacher.classify([maps[start:end] for maps in teacher_features], rois_BR4, valid_BR)
             divergences.append(roi_kd(logits_NK, teacher_NK, valid_BR.flatten(), self.temperature))

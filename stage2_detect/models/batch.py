@@ -32,7 +32,7 @@ class ImageBatch:
     """`sizes_B2` and `scales_B` on the CPU, kept by `to`."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ImageBatch":
-        """A copy on `device`."""
+        """Copy to `device`."""
         return replace(
             self,
             pixels_BCHW=self.pixels_BCHW.to(device, non_blocking=non_blocking),
@@ -46,7 +46,7 @@ class ImageBatch:
         return self.host or (self.sizes_B2.cpu(), self.scales_B.cpu())
 
     def pin_memory(self) -> "ImageBatch":
-        """A copy in pinned memory; a `DataLoader` calls it."""
+        """Copy to pinned memory; called by `DataLoader`."""
         return replace(
             self,
             pixels_BCHW=self.pixels_BCHW.pin_memory(),
@@ -71,7 +71,7 @@ class Targets:
     """Shapes of the objects of each image, for a mask head; always on the CPU."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
-        """A copy on `device`."""
+        """Copy to `device`."""
         return replace(
             self,
             boxes_BG4=self.boxes_BG4.to(device, non_blocking=non_blocking),
@@ -80,7 +80,7 @@ class Targets:
         )
 
     def pin_memory(self) -> "Targets":
-        """A copy in pinned memory; a `DataLoader` calls it."""
+        """Copy to pinned memory; called by `DataLoader`."""
         return replace(
             self,
             boxes_BG4=self.boxes_BG4.pin_memory(),
@@ -108,7 +108,7 @@ class Detections:
     """COCO RLE of each, of the original image's size; None from a detector without masks."""
 
     def where(self, keep_N: Tensor) -> "Detections":
-        """Those for which `keep_N` (bool) holds."""
+        """Return the detections for which `keep_N` (bool) is True."""
         masks = (
             None
             if self.masks is None

@@ -26,10 +26,13 @@ class DenseDetector(nn.Module):
     """The detector contract: in train mode `model(images, targets)` -> losses by name, in eval mode `model(images)` -> detections.
 
     Args:
-        mean, std: of the backbone's input, for red, green, blue in units of 0..1.
-        candidates: anchors per level that are looked at, by their best class.
-        ranks: what the losses of `forward` are divided over.
-        clip_boxes: to the image; those without anything in it are left out.
+        mean, std: mean and standard deviation of the backbone's input, for red, green, blue in units of 0..1.
+        candidates: anchors per level before NMS, ranked by their best class; None: all.
+        score_threshold: least score of a detection.
+        nms_iou: overlap with a better detection of the same class above which a detection is dropped.
+        detections_per_image: largest number of detections per image.
+        clip_boxes: clip boxes to the image, and drop those without area in it.
+        ranks: processes whose counts the losses of `forward` are divided by.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class DenseDetector(nn.Module):
         self.detections_per_image, self.clip_boxes, self.ranks = detections_per_image, clip_boxes, ranks
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
-        """Losses (float32 scalars, already normalised), or detections."""
+        """Compute losses (float32 scalars, already divided by their counts) in train mode, detections in eval mode."""
         features = self.features(images)
         if self.training:
             assert targets is not None, "training needs targets"
@@ -60,14 +63,14 @@ class DenseDetector(nn.Module):
         return self.detect(self.dense(features), grids_of(features), images)
 
     def features(self, images: ImageBatch) -> list[Tensor]:
-        """The feature maps of the pyramid, P3..P7."""
+        """Compute the feature maps of the pyramid, P3..P7."""
         maps: list[Tensor] = self.pyramid(self.normalise(images))
         return maps
 
     def losses(
         self, features: Sequence[Tensor], sizes_B2: Tensor, targets: Targets, ranks: Ranks
     ) -> tuple[dict[str, Tensor], Outputs]:
-        """The losses of `forward` from feature maps, and the head's outputs."""
+        """Compute the losses of `forward` from feature maps; also return the head's outputs."""
         outputs: Outputs = self.dense(features)
         return self.dense.losses(outputs, grids_of(features), sizes_B2, targets, ranks), outputs
 

@@ -83,6 +83,6 @@ def _tower(channels: int, convolutions: int, *, norm: bool, bias: bool) -> nn.Se
 
 
 def _flatten(map_BCHW: Tensor, values: int) -> Tensor:
-    """[B, shapes * values, H, W] -> float32 [B, H * W * shapes, values], the order of the anchors."""
+    """Reshape [B, shapes * values, H, W] to float32 [B, H * W * shapes, values], the order of the anchors."""
     B, _, H, W = map_BCHW.shape
     return map_BCHW.view(B, -1, values, H, W).permute(0, 3, 4, 1, 2).reshape(B, -1, values).float()

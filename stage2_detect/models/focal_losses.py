@@ -3,6 +3,8 @@
 Shapes: ... any leading dimensions, K classes, E bins of a distance (reg_max + 1).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,18 +20,38 @@ def focal_loss(logits_K: Tensor, labels: Tensor, *, alpha: float = 0.25, gamma: 
     """
     logits_K = logits_K.float()
     # Nearly all elements are negatives, so all are computed as negatives, and the positives are replaced.
-    loss_K = (1 - alpha) * _focal(logits_K, gamma)
+    loss_K: Tensor = _NegativeFocal.apply(logits_K, gamma, 1 - alpha)
     positive_1, class_1 = labels[..., None] >= 0, labels[..., None].clamp(min=0)
     chosen_1 = logits_K.gather(-1, class_1)
-    return loss_K.scatter_(
-        -1, class_1, torch.where(positive_1, alpha * _focal(-chosen_1, gamma), (1 - alpha) * _focal(chosen_1, gamma))
-    )
+    replaced_1 = torch.where(positive_1, alpha * _focal(-chosen_1, gamma), (1 - alpha) * _focal(chosen_1, gamma))
+    return loss_K.scatter_(-1, class_1, replaced_1)
 
 
-def _focal(wrong: Tensor, gamma: float) -> Tensor:
+def _focal(logits: Tensor, gamma: float) -> Tensor:
     """Compute p^gamma * -log(1 - p) from the logit of the probability p that should be 0."""
-    entropy = F.softplus(wrong)
-    return (gamma * (wrong - entropy)).exp() * entropy  # log p is the difference
+    entropy = F.softplus(logits)
+    return (gamma * (logits - entropy)).exp() * entropy  # log p is the difference
+
+
+class _NegativeFocal(torch.autograd.Function):
+    """`weight * _focal`, with the gradient computed in the forward pass: one tensor is stored for the backward pass in place of five."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, gamma: float, weight: float) -> Tensor:
+        entropy = F.softplus(logits)
+        log_p = logits - entropy
+        modulation = (gamma * log_p).exp_()
+        if ctx.needs_input_grad[0]:
+            p = log_p.exp_()
+            # The derivative of p^gamma * entropy is p^gamma * (gamma * (1 - p) * entropy + p).
+            ctx.save_for_backward((1 - p).mul_(entropy).mul_(gamma).add_(p).mul_(modulation).mul_(weight))
+        return modulation.mul_(entropy).mul_(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+        (derivative,) = ctx.saved_tensors
+        return slope * derivative, None, None
 
 
 def quality_focal_loss(logits_K: Tensor, quality_K: Tensor) -> Tensor:

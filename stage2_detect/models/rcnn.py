@@ -49,12 +49,12 @@ class RCNN(nn.Module):
 
     @property
     def detections_per_image(self) -> int:
-        """At most."""
+        """Largest number of detections per image."""
         return self.roi_heads.detections_per_image
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
-        """Losses `loss_rpn_cls`, `loss_rpn_box`, `loss_cls`, `loss_box` (of a cascade `loss_cls_0`, ...), with masks
-        `loss_mask` (float32 scalars, already normalised), or detections.
+        """Compute losses `loss_rpn_cls`, `loss_rpn_box`, `loss_cls`, `loss_box` (of a cascade `loss_cls_0`, ...), with masks
+        `loss_mask` (float32 scalars, already divided by their counts) in train mode, detections in eval mode.
         """
         features = self.features(images)
         if self.training:
@@ -100,7 +100,7 @@ class RCNN(nn.Module):
         ]
 
     def features(self, images: ImageBatch) -> list[Tensor]:
-        """The feature maps of the pyramid, P2..P6."""
+        """Compute the feature maps of the pyramid, P2..P6."""
         maps: list[Tensor] = self.pyramid(self.normalise(images))
         return maps
 

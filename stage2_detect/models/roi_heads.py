@@ -209,7 +209,7 @@ class RoIHeads(nn.Module):
 
     @torch.no_grad()
     def score(self, features: Sequence[Tensor], proposals: Proposals, sizes_B2: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes [B, R, D, 4] inside the images and scores [B, R, K] of proposals, 0 for those that are not valid."""
+        """Compute boxes [B, R, D, 4] inside the images and scores [B, R, K] of proposals; scores are 0 for those that are not valid."""
         rois_BR4, valid_BR = proposals.boxes_BR4, proposals.valid_BR
         B, R = valid_BR.shape
         logits = []

@@ -107,5 +107,5 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift; torch's own copies the sign."""
+    """Shift without copying the sign, unlike torch's own shift."""
     return (x >> bits) & (2 ** (64 - bits) - 1)

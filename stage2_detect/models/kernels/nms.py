@@ -54,7 +54,7 @@ def nms_masks(
 def _in_rounds(
     boxes_BN4: Sequence[Tensor], ranked_BN: Sequence[Tensor], valid_BN: Sequence[Tensor], iou: float
 ) -> list[Tensor]:
-    """See the module."""
+    """Run NMS of all rows in rounds, see the module."""
     orders_BN = [ranked.argsort(dim=1, descending=True, stable=True) for ranked in ranked_BN]
     sorted_BN4 = [boxes.take(batch, order) for batch, order in zip(boxes_BN4, orders_BN, strict=True)]
     # [B, better, worse]: only a better box drops a worse one.

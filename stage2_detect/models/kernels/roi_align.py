@@ -31,7 +31,7 @@ _CHUNK = 1024  # RoIs whose pairs are listed at once; bounds temporaries, change
 def roi_align(
     feature_BCHW: Tensor, rois_N5: Tensor, size: int, scale: float, *, sampling_ratio: int = 0, aligned: bool = True
 ) -> Tensor:
-    """Features [N, C, size, size] of the RoIs (image, x1, y1, x2, y2), as `torchvision.ops.roi_align`.
+    """Pool features [N, C, size, size] of the RoIs (image, x1, y1, x2, y2), as `torchvision.ops.roi_align`.
 
     Differentiable in the feature. Fastest from a float32 map in channels-last memory, and returns that on the CPU.
 
@@ -56,7 +56,7 @@ def roi_align(
 
 
 def pool_by_level(pool: Callable[[int, Tensor], Tensor], rois_N5: Tensor, level_N: Tensor, levels: int) -> Tensor:
-    """Features [N, C, S, S], `pool(level, some of the RoIs)` of each; zeros for RoIs whose level is `levels`."""
+    """Pool each RoI by `pool(level, RoIs of the level)` to [N, C, S, S]; zeros for RoIs whose level is `levels`."""
     order_N = level_N.argsort(stable=True)
     *places, rest = order_N.split(level_N.bincount(minlength=levels + 1).tolist())
     pooled = [pool(level, rois_N5[place]) for level, place in enumerate(places)]
@@ -116,7 +116,7 @@ def _sums(table: Tensor, index_E: Tensor, weight_E: Tensor, counts: Tensor) -> T
 def _pairs(
     rois_N5: _Floats, H: int, W: int, size: int, scale: float, sampling_ratio: int, aligned: bool
 ) -> tuple[NDArray[np.int32], _Floats, _Ints]:
-    """Pixels and weights of all pairs, bin by bin, and how many pairs each bin has."""
+    """Compute pixels and weights of all pairs, bin by bin, and the number of pairs of each bin."""
     start_N4 = rois_N5[:, 1:] * np.float32(scale) - np.float32(0.5 if aligned else 0.0)
     side_N2 = start_N4[:, 2:] - start_N4[:, :2]
     if not aligned:
@@ -144,7 +144,7 @@ def _pairs(
 def _axis(
     start_N: _Floats, side_N: _Floats, limit: int, size: int, sampling_ratio: int
 ) -> tuple[_Ints, _Ints, _Floats]:
-    """Along one axis: the first pixel [N, S] of each bin, how many pixels it has, and their weights [N, S, K]."""
+    """Compute, along one axis, the first pixel [N, S] of each bin, its number of pixels, and their weights [N, S, K]."""
     bin_N11 = (side_N / np.float32(size))[:, None, None]
     samples_N11 = np.full_like(bin_N11, sampling_ratio) if sampling_ratio else np.ceil(bin_N11).clip(min=0)
     divisor_N11 = samples_N11.clip(min=1)

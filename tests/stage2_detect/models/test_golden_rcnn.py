@@ -51,7 +51,7 @@ def masks_of(numbers: dict[str, np.ndarray], about: dict[str, Any]) -> tuple[Ima
 def one_positive_more() -> Iterator[None]:
     """The reference gives an image without positives one RoI of weight 0, and counts it in the mean of the mask loss; so do these tests, for the
     third image."""
-    losses = MaskHead.losses
+    losses: Any = MaskHead.losses
     more = Ranks(total=lambda positives: positives + 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MaskHead, "losses", lambda *arguments: losses(*arguments[:-1], more))

@@ -127,6 +127,23 @@ def test_waits_of_a_step(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert waits.by_file == WAITS[kind]
 
 
+@pytest.mark.parametrize("kind", ["pss_det", "gfl"])
+def test_no_product_along_a_dimension_is_differentiated(kind: str) -> None:
+    """The backward pass of `prod` asks for the number of zeros inside C++, where no dispatch mode sees that the host waits."""
+    model, (images, targets) = detector(kind), batch()
+    losses = torch.stack(list(model(images, targets).values())).sum()
+    waiting: list[Any] = [losses.grad_fn]
+    nodes: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    kinds = {node.name() for node in nodes}
+    assert "MulBackward0" in kinds
+    assert not any(name.startswith("ProdBackward") for name in kinds)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", [kind for kind in WAITS if kind != "mask_rcnn"])
 def test_cuda_sees_no_other_wait(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
