@@ -3,8 +3,8 @@
     python stage2_detect/evaluate.py --model runs/det/detector.safetensors --annotations val.json --images val --output runs/det_ap
 
 Writes `detections.json` (COCO results with the original ids), `analysis.json` (precision, recall and F1 of each class
-at `score_threshold`, confusion matrix, precision-recall curves) and `pictures/` (the best and the worst images, ground
-truth beside what was found) beside result.json.
+at `score_threshold`, confusion matrix, precision-recall curves) and `pictures/` (the best and the worst images, with ground
+truth and detections) beside result.json.
 """
 
 import sys
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate_detector(config: EvaluateConfig) -> None:
-    """Evaluate the file that `config` names and write result.json."""
+    """Evaluate the detector file of `config` and write result.json."""
     from accelerate import Accelerator
 
     from ssld.shared.distributed.processes import DTYPES, uses_gpu

@@ -12,6 +12,7 @@ from run_files import content
 
 from ssld.stage2_detect import evaluate, predict
 from ssld.stage2_detect.data.coco import read_coco
+from ssld.stage2_detect.prediction.files import drawn_names
 
 Call = Callable[..., int]
 Files = Callable[[Path], set[str]]
@@ -21,12 +22,34 @@ RECORDS = {".lock", "config.yaml", "environment.json", "log.txt", "result.json"}
 # ---- what is written
 
 
+def test_names_of_drawn_images() -> None:
+    """A JPEG keeps its name, others get the suffix in place of theirs, unless inputs would share a file."""
+    given = {
+        "a.png": "a.jpg",
+        "night/b.JPEG": "night/b.JPEG",
+        "night/a.webp": "night/a.jpg",
+        "c.png": "c.png.jpg",
+        "c.jpg": "c.jpg",
+        "D.png": "D.png.jpg",
+        "d.bmp": "d.bmp.jpg",
+        "e.png": "e.png_2.jpg",
+        "e.bmp": "e.bmp.jpg",
+        "e.png.jpg": "e.png.jpg",
+    }
+    assert drawn_names(given, ".jpg", (".jpg", ".jpeg")) == given
+    assert drawn_names(["a.mov", "b.MP4", "b.avi"], ".mp4", (".mp4",)) == {
+        "a.mov": "a.mp4",
+        "b.MP4": "b.MP4",
+        "b.avi": "b.avi.mp4",
+    }
+
+
 def test_writes_exactly_these_files(
     call: Call, predict_line: Any, photos: Path, tmp_path: Path, files_below: Files
 ) -> None:
     assert call(predict.main, predict_line("--write", "json,pictures,csv")) == 0
     run = tmp_path / "seen"
-    drawn = {f"pictures/{name}.jpg" for name in files_below(photos)}
+    drawn = {f"pictures/{Path(name).with_suffix('.jpg')}" for name in files_below(photos)}
     assert files_below(run) == RECORDS | {"predictions.json", "predictions.csv"} | drawn
     found = content(run / "predictions.json")
     assert [image["file_name"] for image in found["images"]] == sorted(files_below(photos))
@@ -102,7 +125,7 @@ def test_masks_are_written_and_measured(call: Call, predict_line: Any, mask_file
 
 def test_where_nothing_is_found_the_best_score_is_said(call: Call, predict_line: Any, tmp_path: Path) -> None:
     assert call(predict.main, predict_line("--threshold", "1.0")) == 0
-    assert "; the best of all boxes has 0." in (tmp_path / "seen" / "log.txt").read_text()
+    assert "; the highest score is 0." in (tmp_path / "seen" / "log.txt").read_text()
 
 
 # ---- pseudo-labels

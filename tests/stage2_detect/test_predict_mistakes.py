@@ -114,7 +114,7 @@ def test_pictures_that_cannot_be_read_are_named_and_left_out(
     counted = f"3 images dropped: 2 that cannot be read (.png) (first: 0.png), {raw}"
     log = (run / "log.txt").read_text()
     assert counted in log
-    assert f"what cannot be read is listed in {run / 'quarantine.txt'}" in log
+    assert f"unreadable files are listed in {run / 'quarantine.txt'}" in log
     found = content(run / "predictions.json")
     names = {image["id"]: image["file_name"] for image in found["images"]}
     assert set(names.values()) == {f"{n}.png" for n in (1, 2, 5, 6, 7, 8, 9, 10, 11)} | {"deep/3.png"}

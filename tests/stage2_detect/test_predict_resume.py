@@ -67,7 +67,7 @@ def test_a_run_begun_on_other_pictures_is_refused(
         with pytest.raises(SystemExit):
             call(predict.main, predict_line(images=pattern))
     shutil.copy(photos / "5.png", photos / "55.png")
-    assert "was begun on other images" in user_error(predict.main, predict_line(images=pattern))
+    assert "was started on other images" in user_error(predict.main, predict_line(images=pattern))
 
 
 @pytest.mark.parametrize("damage", [lambda text: text[:-9], lambda text: text.replace("1", "2", 3)])

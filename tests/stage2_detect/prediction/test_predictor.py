@@ -74,7 +74,7 @@ def test_objects_are_drawn_as_the_command_draws_them(
     assert len(objects)
     drawn = objects.draw(photos / "5.png")
     drawn.save(tmp_path / "mine.jpg", quality=92)
-    assert (tmp_path / "mine.jpg").read_bytes() == (tmp_path / "seen" / "pictures" / "5.png.jpg").read_bytes()
+    assert (tmp_path / "mine.jpg").read_bytes() == (tmp_path / "seen" / "pictures" / "5.jpg").read_bytes()
 
 
 def test_the_readmes_example(detector_file: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from ssld.stage2_detect.data.loaders import ahead
 from ssld.stage2_detect.detector_file import load_detector
 from ssld.stage2_detect.evaluation.drawing import draw_objects
 from ssld.stage2_detect.models.batch import Detections
-from ssld.stage2_detect.prediction.video import FoundInVideo, VideoParts
+from ssld.stage2_detect.prediction.video import VideoDetections, VideoParts
 from ssld.stage2_detect.prediction.video_file import Frame, VideoFile, is_video, read_frames
 
 Line = Callable[..., list[str]]
@@ -198,7 +198,7 @@ def test_pictures_and_videos_in_a_folder(
     log = (run / "log.txt").read_text()
     assert "1 image and 3 videos below" in log
     assert "bad.mp4: cannot be read to its end: Invalid data" in log
-    assert {path.name for path in (run / "pictures").iterdir()} == {"a.png.jpg", "clip.mp4"}
+    assert {path.name for path in (run / "pictures").iterdir()} == {"a.jpg", "clip.mp4"}
     metrics = content(run / "result.json")["metrics"]
     assert (metrics["pictures"], metrics["videos"], metrics["unreadable"]) == (1, 3, 2)
 
@@ -255,9 +255,9 @@ def test_a_killed_run_begins_a_video_again_and_keeps_the_finished_ones(
 
 def test_a_part_of_another_video_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    VideoParts(tmp_path / "run" / "parts", "videos", ["a.mp4"]).write("a.mp4", FoundInVideo([1]), "")
+    VideoParts(tmp_path / "run" / "parts", "videos", ["a.mp4"]).write("a.mp4", VideoDetections([1]), "")
     assert VideoParts(tmp_path / "run" / "parts", "videos", ["a.mp4", "b.mp4"]).left() == ["b.mp4"]
-    with pytest.raises(UserError, match=r"run: was begun on other videos than there are now"):
+    with pytest.raises(UserError, match=r"run: was started on other videos than `images` holds now"):
         VideoParts(tmp_path / "run" / "parts", "videos", ["b.mp4"]).left()
 
 
