@@ -94,7 +94,7 @@ class TestByHand:
             assert result["AP50"] == pytest.approx(float(passed >= 1))
             assert result["AP75"] == pytest.approx(float(passed >= 6))
 
-    def test_nothing_found_and_nothing_to_find(self, backend: str, tmp_path: Path) -> None:
+    def test_no_detections_and_no_objects(self, backend: str, tmp_path: Path) -> None:
         data = truth(tmp_path, [CAT])
         nothings: list[dict[Id, Detections]] = [{}, {1: detected(), 2: detected()}]
         for nothing in nothings:

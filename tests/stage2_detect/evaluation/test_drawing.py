@@ -173,7 +173,7 @@ def test_shapes_are_tinted_and_edged() -> None:
     assert (pixels_HW3[275, 251] == GREY).all()
 
 
-def test_nothing_found_leaves_the_picture() -> None:
+def test_an_image_without_detections_is_unchanged() -> None:
     assert (drawn(detected()) == GREY).all()
 
 
