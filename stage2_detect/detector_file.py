@@ -1,4 +1,4 @@
-"""The detector file: weights, architecture, sizes, class names and category ids, so that evaluation needs nothing else."""
+"""Detector files: weights, architecture, sizes, class names and category ids, all that evaluation and prediction need."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ Settings = TypeVar("Settings", bound=BaseModel)
 
 @dataclass(frozen=True)
 class LoadedDetector:
-    """A detector in evaluation mode with the classes and image sizes that belong to it."""
+    """Detector in evaluation mode, with its classes and image sizes."""
 
     model: Detector
     class_names: tuple[str, ...]
@@ -56,7 +56,7 @@ class LoadedDetector:
         tile: int | None = None,
         overlap: float = 0.2,
     ) -> list[ImageDetections]:
-        """What each of some images shows; see `predictor.predict`."""
+        """Detect objects in images; see `predictor.predict`."""
         return predict(self, images, threshold=threshold, batch_size=batch_size, tile=tile, overlap=overlap)
 
 
@@ -71,7 +71,7 @@ def save_detector(
     data: CocoData,
     **facts: Any,
 ) -> str:
-    """Write a detector file; `facts` (step, metrics, backbone ...) go to its metadata. Returns the content hash."""
+    """Write a detector file; `facts` (step, metrics, backbone ...) are added to its metadata. Returns the content hash."""
     metadata = {
         "kind": "detector",
         "arch": arch,
@@ -88,19 +88,19 @@ def save_detector(
 
 
 def settings_of(metadata: dict[str, Any], key: str, kind: type[Settings], path: Path) -> Settings:
-    """A group of settings in a detector file's metadata. Raises UserError where this version does not know them."""
+    """Parse a group of settings in a detector file's metadata. Raises UserError for settings that this version does not have."""
     try:
         return kind(**metadata[key])
     except ValidationError as error:
         setting = ".".join([key, *map(str, error.errors()[0]["loc"])])
         raise UserError(
             f"{path}: was written by an earlier version of this project (its {setting} is no setting of this one): "
-            "go on with that version, or train or convert the detector again with this one"
+            "use that version, or train or convert the detector again with this one"
         ) from None
 
 
 def load_detector(path: str | Path) -> LoadedDetector:
-    """Read a detector file. Raises UserError for anything that is not one."""
+    """Read a detector file. Raises UserError for any other file."""
     path = Path(path)
     metadata = read_metadata(path, kind="detector")
     if metadata.get("kind") != "detector":

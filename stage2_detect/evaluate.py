@@ -3,9 +3,9 @@
     python stage2_detect/evaluate.py --model runs/det/detector.safetensors --annotations val.json --images val --output runs/det_ap
 
 Writes `detections.json` (COCO results with the original ids), `analysis.json` (precision, recall and F1 of each class
-at `score_threshold`, confusion matrix, precision-recall curves) and `pictures/` (the best and the worst images, ground
-truth beside what was found) beside result.json. With `--compare runs/other_ap/detections.json` the difference in AP to
-another detector is reported with a 95 % interval (`evaluation/bootstrap.py`).
+at `score_threshold`, confusion matrix, precision-recall curves) and `pictures/` (the best and the worst images, with ground
+truth and detections) beside result.json. With `--compare runs/other_ap/detections.json` the difference in AP to another
+detector is reported with a 95 % interval (`evaluation/bootstrap.py`).
 """
 
 import sys
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate_detector(config: EvaluateConfig) -> None:
-    """Evaluate the file that `config` names and write result.json."""
+    """Evaluate the detector file of `config` and write result.json."""
     from ssld.shared.distributed.processes import DTYPES, describe_processes, start_processes
     from ssld.shared.distributed.ranks import from_main_rank
     from ssld.shared.run_dir import RunDir

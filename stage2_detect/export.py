@@ -23,10 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export_detector(config: ExportDetectorConfig) -> None:
-    """Write the files and `hub/`, and upload the folder if asked.
+    """Write the files and `hub/`, and upload the folder if requested.
 
-    Raises UserError for a file that is no detector file, a network that cannot be traced, answers that differ by more than the tolerances (none of
-    the files is left behind then), and an upload that fails.
+    Raises UserError for a file that is not a detector file, a network that cannot be traced, outputs that differ by more than the tolerances (no
+    file is left then), and an upload that fails.
     """
     from contextlib import ExitStack
 
@@ -50,8 +50,10 @@ def export_detector(config: ExportDetectorConfig) -> None:
     if run.status == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
+    for line in loaded.notes:
+        run.log(line)
 
-    # ---- the files, under temporary names until all of them are found right
+    # ---- the files, under temporary names until all of them are checked
     files = {str(name): run.path / FILES[name] for name in config.formats}
     metrics: dict[str, object] = {}
     with ExitStack() as stack:

@@ -1,12 +1,12 @@
-"""Find objects in images and videos, to look at or to train on.
+"""Detect objects in images and videos, to view the results or to train on them.
 
     python stage2_detect/predict.py --model runs/det/detector.safetensors --images photos --output runs/seen
     python stage2_detect/predict.py --model runs/det/detector.safetensors --images clip.mp4 --write json,pictures,csv --output runs/clip
     python stage2_detect/predict.py --model runs/det/detector.safetensors --images more_photos --pseudo_labels true --output runs/pseudo
 
-Writes `predictions.json`, a COCO data set whose annotations have scores, and `pictures/`, the images with their boxes; `--write` chooses among
-these, CSV, YOLO labels and crops. With `pseudo_labels` it writes `pseudo_labels.json` alone, for `train.py --pseudo`. A run that was killed goes on
-with the same command.
+Writes `predictions.json`, a COCO data set whose annotations have scores, and `pictures/`, the images with drawn boxes; `--write` chooses among
+these, CSV, YOLO labels and crops. With `pseudo_labels` it writes `pseudo_labels.json` alone, for `train.py --pseudo`. A killed run resumes with the
+same command.
 """
 
 import sys
@@ -27,10 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def predict(config: PredictConfig) -> None:
-    """Detect in the images that `config` names and write what was found.
+    """Detect objects in the images of `config` and write the results.
 
     Raises:
-        UserError: anything the user can mend; no image can be read; for pseudo-labels, no box reaches the threshold.
+        UserError: bad settings or files; no image can be read; for pseudo-labels, no box reaches the threshold.
     """
     from ssld.stage2_detect.data.image_files import images_of_any_size
 
@@ -52,7 +52,7 @@ def _predict(config: PredictConfig) -> None:
     from ssld.stage2_detect.detector_file import load_detector
     from ssld.stage2_detect.prediction.files import DrawingsAndCrops, Parts, counts, table_text, write_yolo
     from ssld.stage2_detect.prediction.steps import (
-        Finder,
+        Runner,
         assemble,
         check_detector,
         detect_parts,
@@ -74,33 +74,35 @@ def _predict(config: PredictConfig) -> None:
 
     run.log(describe_processes(accelerator, config, config.workers))
 
-    # ---- detection, part by part; what a killed run has done stays
+    # ---- detection, part by part; parts of a killed run are kept
     parts = Parts(run.path / "parts", work.records, config.batch_size)
     videos = VideoParts(run.path / "parts", work.folder, work.videos)
     for line in made_again([*parts.files(), *videos.files()]) if run.main else []:
         run.log(line)
     left, videos_left = parts.left(), videos.left()
-    accelerator.wait_for_everyone()  # before anybody writes a part
+    accelerator.wait_for_everyone()  # before a rank writes a part
     to_do = sum(len(parts.records[number]) for number in left) + len(videos_left)
-    run.log(f"{work.describe()}; {to_do} to look at")
+    run.log(f"{work.describe()}; {to_do} left to do")
     mine = left[rank() :: world_size()]
-    images = sum(len(parts.records[number]) for number in mine)  # nobody knows yet how many frames there are
+    images = sum(len(parts.records[number]) for number in mine)  # the number of frames of videos is unknown before
     clock, bar = Clock(images), Bar(run, images, "image")
 
-    def seen() -> None:
+    def done_one() -> None:
         clock.add()
         bar.add()
 
-    finder = Finder(config, loaded, accelerator.device, seen)
-    for done, number in enumerate(detect_parts(finder, parts, mine, work), 1):
+    runner = Runner(config, loaded, accelerator.device, done_one)
+    for done, number in enumerate(detect_parts(runner, parts, mine, work), 1):
         run.log(f"part {number + 1} of {len(parts.records)} done, {len(mine) - done} left: {clock.describe()}")
     for name in videos_left[rank() :: world_size()]:
         frames = 0
-        for frames in detect_video(finder, videos, name):
+        for frames in detect_video(runner, videos, name):
             if clock.due():
                 run.log(f"{name}: {count(frames, 'frame')} done: {clock.describe()}")
         run.log(f"{name}: {count(frames, 'frame')} done: {clock.describe()}")
     bar.close()
+    for line in loaded.notes:
+        run.log(line)
     accelerator.wait_for_everyone()
     for name in work.videos:
         if reason := videos.read(name)["error"]:
@@ -125,7 +127,7 @@ def _predict(config: PredictConfig) -> None:
             run.tell("images", config.images, tally)
             if unreadable:
                 run.quarantine(unreadable)
-                run.log(f"what cannot be read is listed in {run.path / 'quarantine.txt'}")
+                run.log(f"unreadable files are listed in {run.path / 'quarantine.txt'}")
             if config.writes("json") or config.pseudo_labels:
                 files.append(run.path / ("pseudo_labels.json" if config.pseudo_labels else "predictions.json"))
                 write_atomically(files[-1], json.dumps(content, allow_nan=False))
@@ -134,13 +136,13 @@ def _predict(config: PredictConfig) -> None:
                 write_atomically(files[-1], table_text(content))
             if config.writes("yolo", "yolo_scores"):
                 files += write_yolo(run.path, content, scores=config.writes("yolo_scores"))
-            looked_at = len(work.names) + sum(video["frames"] for video in content.get("videos", []))
+            total = len(work.names) + sum(video["frames"] for video in content.get("videos", []))
             metrics = counts(content) | {"pictures": len(work.names), "unreadable": len(unreadable)}
             metrics |= {"videos": len(work.videos)} if work.videos else {}
             run.log(
                 f"{count(metrics['boxes'], 'box')} with a score of {config.least:g} or more, in {metrics['images_with_boxes']} "
-                f"of {count(looked_at, 'frame' if work.videos and not work.names else 'image')}: {files[0] if files else run.path}"
-                + ("" if metrics["boxes"] else f"; the best of all boxes has {best:.2f}")
+                f"of {count(total, 'frame' if work.videos and not work.names else 'image')}: {files[0] if files else run.path}"
+                + ("" if metrics["boxes"] else f"; the highest score is {best:.2f}")
             )
     problem = from_main_rank(problem)
     if problem:

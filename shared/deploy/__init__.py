@@ -1,1 +1,1 @@
-"""What the exports of both stages share: graph files and model cards."""
+"""Common parts of both stages' exports: graph files and model cards."""

@@ -1,7 +1,7 @@
-"""Networks as files that need none of this code: ONNX for ONNX Runtime, and `torch.export` programs (.pt2); and how fast they answer.
+"""Networks as files that run without this project: ONNX for ONNX Runtime, and `torch.export` programs (.pt2); measuring their speed.
 
-Both are traced from a module with tensors in and tensors out, and carry facts about themselves: in the ONNX metadata, and in `metadata.json` inside a
-.pt2 file. Nothing in them names files or folders of the machine that wrote them. Deliberately absent: quantisation, half precision.
+Both are traced from a module with tensors in and tensors out, and have metadata: in ONNX's own, and in `metadata.json` inside a .pt2 file. They do
+not name files or folders of the machine that wrote them. Deliberately absent: quantisation, half precision.
 """
 
 import json
@@ -19,14 +19,14 @@ from torch.export.passes import move_to_device_pass
 from ssld.shared.errors import UserError
 
 Dynamic = tuple[dict[int, Any], ...]
-"""For each input, `torch.export.Dim` by axis."""
+"""`torch.export.Dim` by axis, for each input."""
 _LARGEST = 2**31  # bytes of a protobuf message
 _METADATA = "metadata.json"
 _OPSET = 20  # 19 is the first with deformable convolution
 
 
 def require_onnx() -> None:
-    """Raises UserError where a package that the export needs is missing."""
+    """Raise UserError where a package that the export needs is missing."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -51,9 +51,9 @@ def write_onnx(
     """Write a network in evaluation mode as one ONNX file.
 
     Args:
-        example: inputs; an axis of 1 would be taken for a constant.
-        facts: become metadata, JSON where they are not text.
-        translations: of operators of one's own, see `torch.onnx.export`.
+        example: inputs; an axis of size 1 would become a constant.
+        facts: metadata, written as JSON where they are not text.
+        translations: of custom operators, see `torch.onnx.export`.
 
     Raises UserError for a network that cannot be traced, or too large for one file.
     """
@@ -64,7 +64,7 @@ def write_onnx(
         raise UserError(f"export: {weights / 1e9:.1f} GB of weights; one ONNX file holds 2 GB")
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what the exporter itself still has to do
+            warnings.simplefilter("ignore")  # the exporter warns of its own open points
             program = torch.onnx.export(
                 net,
                 example,
@@ -105,7 +105,7 @@ def write_program(
                         node.meta.pop(key, None)
             with path.open("wb") as file:
                 torch.export.save(program, file, extra_files={_METADATA: json.dumps(facts)})
-    except Exception as error:  # of the tracer: of many kinds, all of them about the network
+    except Exception as error:  # the tracer raises many types, all of them about the network
         if isinstance(error, OSError):
             raise
         raise UserError(f"export: this network cannot be traced ({_why(error)})") from None
@@ -128,7 +128,7 @@ def read_program(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Mod
 
 
 def session(path: Path, *, threads: int) -> Any:
-    """An `onnxruntime.InferenceSession` on the CPU. Raises UserError for a file that this ONNX Runtime cannot run."""
+    """Open an `onnxruntime.InferenceSession` on the CPU. Raises UserError for a file that this ONNX Runtime cannot run."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -136,14 +136,14 @@ def session(path: Path, *, threads: int) -> Any:
     options.log_severity_level = 3
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has its own, without a common base that is public
+    except Exception as error:  # onnxruntime's exceptions have no public base class
         raise UserError(
             f"export: onnxruntime {onnxruntime.__version__} cannot run this network ({_why(error)}); a newer one may"
         ) from None
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], *, rounds: int = 10) -> dict[str, float]:
-    """Median seconds of each call. They take turns, so that whatever else the machine does meets all of them; a first round does not count."""
+    """Measure median seconds of each call. Calls take turns, so that other load on the machine affects all of them; a first round is discarded."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name, call in calls.items():
@@ -155,7 +155,7 @@ def interleaved(calls: Mapping[str, Callable[[], object]], *, rounds: int = 10) 
 
 
 def speed_lines(latency: Mapping[str, float], throughput: Mapping[str, float], batch: int) -> list[str]:
-    """A table: milliseconds of one image alone and images a second in batches of `batch`, from medians in seconds."""
+    """Format a table of milliseconds for one image and images per second in batches of `batch`, from medians in seconds."""
     width = max(map(len, latency))
     return [f"{'':<{width}}  latency, batch 1  throughput, batch {batch}"] + [
         f"{name:<{width}}  {1000 * latency[name]:>13.1f} ms  {batch / throughput[name]:>13.1f} images/s"
@@ -168,7 +168,7 @@ def _why(error: Exception) -> str:
 
 
 def _forget_sources(model: Any) -> None:
-    """Drop what the exporter notes on every node: the files, lines and folders of the machine that it ran on."""
+    """Drop the files, lines and folders of this machine that the exporter notes on every node."""
     for graph in (model.graph, *model.functions):
         for entry in (*graph.node, *getattr(graph, "input", ()), *getattr(graph, "output", ()), *graph.value_info):
             if hasattr(entry, "metadata_props"):

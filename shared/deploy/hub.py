@@ -1,6 +1,7 @@
-"""Publishing on the Hugging Face hub: names, uploads, text without this machine's folders, and the parts that model cards share.
+"""Publishing on the Hugging Face hub: names, uploads, text without local paths, and the common parts of model cards.
 
-Deliberately absent from the cards: the hub's `model-index`, which wants the id of a data set on the hub for each number; ours are folders.
+Deliberately absent from the cards: the hub's `model-index`, which needs the id of a data set on the hub for each number; the data sets here are
+folders.
 """
 
 from pathlib import Path, PurePath
@@ -13,7 +14,7 @@ from ssld.shared.errors import UserError
 
 
 def public(value: Any) -> Any:
-    """A JSON value whose absolute paths, also those in a list separated by commas, are cut to their last part."""
+    """Cut absolute paths in a JSON value to their last part, also in lists separated by commas."""
     if isinstance(value, dict):
         return {key: public(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -24,7 +25,7 @@ def public(value: Any) -> Any:
 
 
 def check_name(push_to_hub: str) -> None:
-    """Raises UserError for what cannot be the name of a repository of the hub."""
+    """Raise UserError for text that cannot be the name of a repository of the hub."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
@@ -32,13 +33,13 @@ def check_name(push_to_hub: str) -> None:
     except HFValidationError as error:
         raise UserError(f"push_to_hub: {push_to_hub}: {' '.join(str(error).split())}; give ORG/NAME") from None
     if push_to_hub.count("/") != 1:
-        raise UserError(f"push_to_hub: {push_to_hub}: is no ORG/NAME")
+        raise UserError(f"push_to_hub: {push_to_hub}: is not of the form ORG/NAME")
 
 
 def push(folder: Path, push_to_hub: str, *, private: bool) -> str:
-    """Upload the folder, to a new repository if need be; returns where it is.
+    """Upload the folder, to a new repository if necessary; returns its URL.
 
-    Raises UserError for whatever goes wrong: not logged in, no right to write, no network.
+    Raises UserError for every failure, such as no login, no write access, no network.
     """
     from huggingface_hub import HfApi
 
@@ -46,7 +47,7 @@ def push(folder: Path, push_to_hub: str, *, private: bool) -> str:
         api = HfApi()
         api.create_repo(push_to_hub, private=private, exist_ok=True)
         done = api.upload_folder(repo_id=push_to_hub, folder_path=str(folder), commit_message="Upload by ssld")
-    except Exception as error:  # of the hub's client, of the network below it
+    except Exception as error:  # of the hub's client or of the network
         why = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"push_to_hub: {push_to_hub}: not uploaded ({why}); {folder} is complete: log in with `hf auth login`, "
@@ -56,7 +57,7 @@ def push(folder: Path, push_to_hub: str, *, private: bool) -> str:
 
 
 def read_recipe(model: Path) -> dict[str, Any] | None:
-    """Settings of the run that made a model file; None where it does not lie in a run directory of a training."""
+    """Read the settings of the run that made a model file; None for a file outside of a training's run directory."""
     try:
         settings = yaml.safe_load((model.parent / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -67,43 +68,43 @@ def read_recipe(model: Path) -> dict[str, Any] | None:
 
 
 def front_matter(**facts: Any) -> list[str]:
-    """The lines that the hub reads; `facts` as of `huggingface_hub.ModelCardData`."""
+    """Format the metadata lines of a card; `facts` as of `huggingface_hub.ModelCardData`."""
     from huggingface_hub import ModelCardData
 
     return ["---", ModelCardData(**facts).to_yaml(), "---", ""]
 
 
 def folder_name(path: str) -> str:
-    """The last two parts of a path: the last alone is often `train`."""
+    """Return the last two parts of a path, since the last alone is often `train`."""
     return path if "://" in path or path.startswith("hub:") else "/".join(Path(path).parts[-2:]).lstrip("/")
 
 
 def recipe_lines(recipe: dict[str, Any] | None) -> list[str]:
-    """A run's settings as YAML."""
+    """Format a run's settings as YAML."""
     if recipe is None:
         return ["Not recorded."]
     return ["```yaml", yaml.safe_dump(public(recipe), sort_keys=False).rstrip(), "```"]
 
 
 def hub_licence(licence: str) -> str:
-    """The hub knows single licences by name; `other` stands for several, or for none."""
+    """Convert a licence to the hub's name for it; `other` for several licences."""
     if licence == "unknown":
         return "unknown"
     return "other" if " " in licence or ":" in licence else licence.lower()
 
 
 def numbers(values: Any) -> str:
-    """Numbers, separated by commas."""
+    """Format numbers, separated by commas."""
     return ", ".join(f"{value:g}" for value in values)
 
 
 def table(rows: list[tuple[str, Any]]) -> list[str]:
-    """Two columns without headings, and an empty line."""
+    """Format a table of two columns without headings, followed by an empty line."""
     return ["| | |", "| --- | --- |", *(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows), ""]
 
 
 def _cell(value: Any) -> str:
-    """Text in a Markdown table, which a bar or a line break in a name would break."""
+    """Escape text for a Markdown table, which a bar or a line break would break."""
     return " ".join(str(value).split()).replace("|", "\\|")
 
 

@@ -22,9 +22,9 @@ class Folded(NamedTuple):
     """Result of `fold_batchnorm`."""
 
     net: nn.Module
-    """a folded copy, or the network itself where `count` is 0"""
-    count: int
-    """BatchNorm layers folded"""
+    """a folded copy, or the network itself where `layers` is 0"""
+    layers: int
+    """number of BatchNorm layers folded"""
     reason: str
     """why none of the network's BatchNorm layers was folded; empty where one was, and for a network without any"""
 

@@ -1,12 +1,12 @@
-"""A detector's folder for the Hugging Face hub.
+"""Folder of a detector for the Hugging Face hub.
 
     detector.safetensors   the detector file
     detector.onnx, .pt2    what was exported
     config.json            architecture, classes, sizes
     README.md              the model card
 
-Local folders are left out of everything that is written here: the folder is meant to be published. Nothing on the card is estimated: what is not
-recorded is said to be so.
+Paths of local folders are left out of all files: the folder is meant to be published. Nothing on the card is estimated; the card says what is not
+recorded.
 """
 
 import json
@@ -54,8 +54,8 @@ def write_folder(
 
     Args:
         exported: files to copy into it.
-        push_to_hub: ORG/NAME on the hub; None for a folder that stays where it is.
-        checks: by format, what `check` measured.
+        push_to_hub: ORG/NAME on the hub; None for a folder that is not uploaded.
+        checks: results of `check`, by format.
     """
     folder.mkdir(parents=True, exist_ok=True)
     metadata = public({key: value for key, value in loaded.metadata.items() if key not in ("run", "format")})
@@ -78,7 +78,7 @@ def detector_card(
     parameters: int,
     checks: dict[str, Any],
 ) -> str:
-    """README.md of a detector; arguments as of `write_folder`, `recipe` the settings of its training."""
+    """Write the text of README.md; arguments as of `write_folder`, `recipe` holds the settings of the training."""
     licence = str(metadata.get("licence") or "unknown")
     name = _KINDS[metadata["model"]["kind"]]
     lines = front_matter(
@@ -89,7 +89,7 @@ def detector_card(
     )
     title = push_to_hub.rpartition("/")[2] if push_to_hub else f"{name} {metadata['arch']}"
     lines += [f"# {title}", ""]
-    lines += [f"{name} on {metadata['arch']}, which finds {_classes(metadata['class_names'])}.", "", "## Use", ""]
+    lines += [f"{name} on {metadata['arch']}, which detects {_classes(metadata['class_names'])}.", "", "## Use", ""]
     lines += [*_use(push_to_hub, [FILES[key] for key in FILES if key in checks]), "", "## Model", ""]
     lines += table(_facts(metadata, name, parameters))
     lines += ["## Measured", "", *_measured(metadata, checks), "", "## Data", "", *_data(recipe), ""]
@@ -103,11 +103,11 @@ def _use(push_to_hub: str | None, exported: list[str]) -> list[str]:
     if push_to_hub:
         lines.insert(1, "from huggingface_hub import hf_hub_download")
         path = f'hf_hub_download("{push_to_hub}", "detector.safetensors")'
-    lines += [f"detector = load_detector({path})", 'found = detector.predict(["picture.jpg"])', "```"]
+    lines += [f"detector = load_detector({path})", 'detections = detector.predict(["photo.jpg"])', "```"]
     if exported:
         lines += [
             "",
-            f"Without this project: {' and '.join(f'`{name}`' for name in exported)}, whose metadata say what goes in and what comes out.",
+            f"Without this project: {' and '.join(f'`{name}`' for name in exported)}, whose metadata describe inputs and outputs.",
         ]
     return lines
 
@@ -134,7 +134,7 @@ def _classes(names: Sequence[str]) -> str:
 
 def _measured(metadata: dict[str, Any], checks: dict[str, Any]) -> list[str]:
     metrics = metadata.get("metrics") or {}
-    # Where there is no object of a size, COCO's protocol says -1.
+    # COCO's value without objects of a size is -1.
     rows: list[tuple[str, Any]] = [
         (f"{prefix}{key}", f"{100 * metrics[prefix + key]:.1f}")
         for prefix in ("", "mask_")
@@ -159,9 +159,9 @@ def _data(recipe: dict[str, Any] | None) -> list[str]:
     data = recipe["data"]
     lines = [f"- training: {folder_name(str(data['train_annotations']))}"]
     if recipe.get("unlabeled"):
-        lines.append(f"- and pictures without annotations: {folder_name(str(recipe['unlabeled']))}")
+        lines.append(f"- and images without annotations: {folder_name(str(recipe['unlabeled']))}")
     if recipe.get("pseudo"):
-        lines.append(f"- and boxes that another detector drew: {folder_name(str(recipe['pseudo']))}")
+        lines.append(f"- and pseudo-labels of another detector: {folder_name(str(recipe['pseudo']))}")
     validation = data.get("val_annotations")
     return [*lines, f"- evaluation: {folder_name(str(validation)) if validation else 'none'}"]
 
@@ -184,5 +184,5 @@ def _licences(metadata: dict[str, Any], licence: str, recipe: dict[str, Any] | N
     return [
         *lines,
         "",
-        "Whoever publishes them answers for the training pictures' licences too; they are not recorded.",
+        "Licences of the training images are not recorded; check them before publishing these weights.",
     ]

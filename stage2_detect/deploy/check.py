@@ -1,6 +1,6 @@
-"""Whether a detector's exported files find what the detector itself finds, and how fast they are.
+"""Comparison of a detector's exported files with the detector itself: detections and speed.
 
-Detections are compared within classes, each with the one whose box is nearest; what is more than `_FAR` pixels from everything has no counterpart.
+Detections are compared within classes, each with the one of the nearest box; one without any within `_FAR` pixels has no counterpart.
 
 Shapes: B images of a batch, N and M detections of an image, H height, W width.
 """
@@ -30,48 +30,48 @@ from ssld.stage2_detect.models.build import Detector
 Batch = tuple[Tensor, Tensor]
 """pixels uint8 [B, 3, H, W] and true sizes int64 [B, 2]"""
 Run = Callable[[Tensor, Tensor], Sequence[np.ndarray]]
-"""What an exported file answers: boxes, scores, labels, count and perhaps masks."""
+"""Outputs of an exported file: boxes, scores, labels, count and perhaps masks."""
 _FAR = 2.0  # pixels
 
 
 def images_of(config: ExportDetectorConfig, log: Callable[[str], None]) -> list[Tensor]:
-    """uint8 [3, H, W] each: evenly chosen pictures, or noise. Raises UserError where there are none, or none can be read."""
+    """Decode evenly chosen images, or draw noise: uint8 [3, H, W] each. Raises UserError where there are none, or none can be read."""
     if config.images is None:
         return _noise(config.check_images)
     folder, names = find_images(config.images)
     names = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
     chosen = [names[place] for place in spread(len(names), config.check_images)]
-    found = []
+    images = []
     for name in chosen:
         try:
-            found.append(decode_image(Path(folder) / name))
+            images.append(decode_image(Path(folder) / name))
         except UnreadableImage as error:
             log(f"{error}; left out")
-    if not found:
-        raise UserError(f"{config.images}: none of the {len(chosen)} pictures looked at can be read")
-    return found
+    if not images:
+        raise UserError(f"{config.images}: none of the {len(chosen)} images tried can be read")
+    return images
 
 
 def batches_of(
     images: Sequence[Tensor], resize: ResizeConfig, canvas: tuple[int, int] | None, batch_size: int
 ) -> list[Batch]:
-    """Pictures in the recipe's size and no larger than the canvas, padded."""
-    seen = [_fitted(image_CHW, resize, canvas) for image_CHW in images]
-    return [_padded(seen[i : i + batch_size], canvas) for i in range(0, len(seen), batch_size)]
+    """Resize images as the recipe does, or to fit into the canvas, and pad them to batches."""
+    resized = [_fitted(image_CHW, resize, canvas) for image_CHW in images]
+    return [_padded(resized[i : i + batch_size], canvas) for i in range(0, len(resized), batch_size)]
 
 
 def _noise(count: int) -> list[Tensor]:
-    """Pictures of coloured rectangles, in which a detector finds more than in grains."""
+    """Draw images of colored rectangles, in which a detector has more detections than in noise per pixel."""
     draw = np.random.default_rng(0)
-    found = []
+    images = []
     for _ in range(count):
         pixels = np.full((240, 320, 3), draw.integers(0, 244, 3), np.uint8)
         for _ in range(12):
             y, x, height, width = draw.integers(0, (200, 280, 120, 160))
             pixels[y : y + 8 + height, x : x + 8 + width] = draw.integers(0, 244, 3)
         pixels += draw.integers(0, 12, pixels.shape, np.uint8)
-        found.append(torch.from_numpy(pixels).permute(2, 0, 1))
-    return found
+        images.append(torch.from_numpy(pixels).permute(2, 0, 1))
+    return images
 
 
 def _fitted(image_CHW: Tensor, resize: ResizeConfig, canvas: tuple[int, int] | None) -> Tensor:
@@ -91,25 +91,25 @@ def _padded(images: Sequence[Tensor], canvas: tuple[int, int] | None) -> Batch:
 
 @torch.no_grad()
 def compare(run: Run, model: Detector, many: Sequence[Batch]) -> dict[str, float]:
-    """Answers of an exported file beside those of the detector it was written from.
+    """Compare the outputs of an exported file with those of the detector it was written from.
 
-    The first image of every batch is asked for alone once more, so that two batch sizes are tried.
+    The first image of every batch runs alone once more, so that two batch sizes are compared.
 
     Returns:
-        `images`; `found` by torch and `found_by_file`; `missing`, the share of both without counterpart; and of those with one, the largest
-        difference of a coordinate `box_difference` (pixels of the input), of a score `score_difference` and of a mask's probability
-        `mask_difference` (0 without masks).
+        `images`: number of images; `found`, `found_by_file`: number of detections by torch and by the file; `missing`: share of both without
+        counterpart; largest differences among pairs: `box_difference` (pixels of the input), `score_difference` and `mask_difference` (of a
+        probability; 0 without masks).
     """
     result = dict.fromkeys(("images", "found", "found_by_file", "alone"), 0)
     largest = dict.fromkeys(("box_difference", "score_difference", "mask_difference"), 0.0)
     for pixels_BCHW, sizes_B2 in many:
-        expected = reference(model, pixels_BCHW, sizes_B2)
-        answers = [run(pixels_BCHW, sizes_B2), run(pixels_BCHW[:1], sizes_B2[:1])]
-        for answer, wanted in ((answers[0], expected), (answers[1], expected[:1])):
-            for ours, theirs in zip(wanted, _images(answer), strict=True):
-                result["found"] += len(ours[1])
-                result["found_by_file"] += len(theirs[1])
-                result["alone"] += _differences(ours, theirs, largest)
+        by_torch = reference(model, pixels_BCHW, sizes_B2)
+        outputs = [run(pixels_BCHW, sizes_B2), run(pixels_BCHW[:1], sizes_B2[:1])]
+        for output, expected in ((outputs[0], by_torch), (outputs[1], by_torch[:1])):
+            for of_torch, of_file in zip(expected, _images(output), strict=True):
+                result["found"] += len(of_torch[1])
+                result["found_by_file"] += len(of_file[1])
+                result["alone"] += _differences(of_torch, of_file, largest)
         result["images"] += len(sizes_B2)
     both = result["found"] + result["found_by_file"]
     return {
@@ -119,39 +119,40 @@ def compare(run: Run, model: Detector, many: Sequence[Batch]) -> dict[str, float
     }
 
 
-Found = tuple[np.ndarray, ...]
+Arrays = tuple[np.ndarray, ...]
 """boxes [N, 4], scores [N], labels [N] and perhaps masks of one image"""
 
 
-def reference(model: Detector, pixels_BCHW: Tensor, sizes_B2: Tensor) -> list[Found]:
-    """What the detector itself finds, by its own `forward`; masks by its mask head from the boxes found."""
-    found = model(ImageBatch(pixels_BCHW, sizes_B2, torch.ones(len(sizes_B2))))
-    rows = [(one.boxes_N4.numpy(), one.scores_N.numpy(), one.labels_N.numpy()) for one in found]
+def reference(model: Detector, pixels_BCHW: Tensor, sizes_B2: Tensor) -> list[Arrays]:
+    """Run the detector itself by its `forward`; probabilities of masks come from its mask head, from the detected boxes."""
+    images = ImageBatch(pixels_BCHW, sizes_B2, torch.ones(len(sizes_B2)))
+    detections = model(images)
+    rows = [(one.boxes_N4.numpy(), one.scores_N.numpy(), one.labels_N.numpy()) for one in detections]
     head = getattr(model, "mask_head", None)
     if head is None:
         return list(rows)
-    maps_BNSS = head.predict(model.features(ImageBatch(pixels_BCHW, sizes_B2, torch.ones(len(sizes_B2)))), found)
+    maps_BNSS = head.predict(model.features(images), detections)
     return [(*row, maps_NSS[: len(row[1])].numpy()) for row, maps_NSS in zip(rows, maps_BNSS, strict=True)]
 
 
-def _images(answer: Sequence[np.ndarray]) -> list[Found]:
-    counts = answer[3]
-    parts = [part for place, part in enumerate(answer) if place != 3]
+def _images(output: Sequence[np.ndarray]) -> list[Arrays]:
+    counts = output[3]
+    parts = [part for place, part in enumerate(output) if place != 3]
     return [tuple(part[row, :count] for part in parts) for row, count in enumerate(counts)]
 
 
-def _differences(ours: Found, theirs: Found, largest: dict[str, float]) -> int:
-    """Raises the largest differences to those of one image; returns how many detections have no counterpart."""
-    # A number that is none would lose every comparison: it counts as infinitely far.
-    clean = [np.nan_to_num(part.astype(np.float64), nan=np.inf) for part in theirs]
-    apart_NM = np.abs(ours[0][:, None].astype(np.float64) - clean[0][None]).max(axis=2, initial=0)
-    other_NM = ours[2][:, None] != theirs[2][None]
+def _differences(expected: Arrays, output: Arrays, largest: dict[str, float]) -> int:
+    """Update the largest differences by those of one image; returns the number of detections without counterpart."""
+    # NaN would lose every comparison: it counts as infinitely far.
+    clean = [np.nan_to_num(part.astype(np.float64), nan=np.inf) for part in output]
+    apart_NM = np.abs(expected[0][:, None].astype(np.float64) - clean[0][None]).max(axis=2, initial=0)
+    other_NM = expected[2][:, None] != output[2][None]
     apart_NM[other_NM] = np.inf
     free = np.ones(len(clean[0]), dtype=bool)
     alone = 0
     for n, row_M in enumerate(apart_NM):
         # Among boxes as near as rounding, the one with the nearest score.
-        score_M = np.abs(clean[1] - ours[1][n])
+        score_M = np.abs(clean[1] - expected[1][n])
         near_M = free & (row_M < _FAR)
         if not near_M.any():
             alone += 1
@@ -159,8 +160,8 @@ def _differences(ours: Found, theirs: Found, largest: dict[str, float]) -> int:
         m = int(np.where(near_M, row_M / _FAR + score_M, np.inf).argmin())
         free[m] = False
         pairs = {"box_difference": row_M[m], "score_difference": score_M[m]}
-        if len(ours) > 3:
-            pairs["mask_difference"] = np.abs(ours[3][n] - clean[3][m]).max()
+        if len(expected) > 3:
+            pairs["mask_difference"] = np.abs(expected[3][n] - clean[3][m]).max()
         for key, value in pairs.items():
             largest[key] = max(largest[key], float(value))
     return alone + int(free.sum())
@@ -174,18 +175,18 @@ def check(
     file: str,
     log: Callable[[str], None],
 ) -> dict[str, float]:
-    """`compare`, told in the log. Raises UserError for differences above the tolerances of `config`."""
-    found = compare(run, model, many)
-    what = f"{found['images']:g} {'pictures' if config.images else 'pictures of noise'}"
+    """Run `compare` and log its result. Raises UserError for differences above the tolerances of `config`."""
+    result = compare(run, model, many)
+    what = f"{result['images']:g} {'images' if config.images else 'images of drawn rectangles'}"
     log(
-        f"{file} against torch on {what}: {found['found_by_file']:g} detections, {found['found']:g} by torch, "
-        f"{100 * found['missing']:.2f} % without counterpart; boxes differ by at most {found['box_difference']:.2e} px, "
-        f"scores by {found['score_difference']:.1e}"
-        + (f", masks by {found['mask_difference']:.1e}" if len(run(*many[0])) > 4 else "")
-        + "; counterparts have the same label, and the first picture of each batch counts twice: it was asked for alone too"
+        f"{file} against torch on {what}: {result['found_by_file']:g} detections, {result['found']:g} by torch, "
+        f"{100 * result['missing']:.2f} % without counterpart; boxes differ by at most {result['box_difference']:.2e} px, "
+        f"scores by {result['score_difference']:.1e}"
+        + (f", masks by {result['mask_difference']:.1e}" if len(run(*many[0])) > 4 else "")
+        + "; counterparts have the same label, and the first image of each batch counts twice, since it runs alone too"
     )
-    if not found["found"]:
-        log("nothing was found in them, so that little is proven; give --images with objects that the detector knows")
+    if not result["found"]:
+        log("no detections, so this check proves little; give --images with objects that the detector knows")
     limits = {
         "box_difference": config.box_tolerance,
         "score_difference": config.score_tolerance,
@@ -193,20 +194,20 @@ def check(
         "missing": config.missing_tolerance,
     }
     for key, limit in limits.items():
-        if not found[key] <= limit:
+        if not result[key] <= limit:
             setting = {"missing": "missing_tolerance", "box_difference": "box_tolerance"}.get(key, "score_tolerance")
             raise UserError(
-                f"{config.model}: {file} and torch differ: {key.replace('_', ' ')} {found[key]:.2g}, {setting} is {limit:g}; "
-                "raise it if that is good enough"
+                f"{config.model}: {file} and torch differ: {key.replace('_', ' ')} {result[key]:.2g}, {setting} is {limit:g}; "
+                "raise the tolerance if this difference is acceptable"
             )
-    return found
+    return result
 
 
 @torch.no_grad()
 def measure(
     runs: Mapping[str, Run], loaded: LoadedDetector, many: Sequence[Batch], log: Callable[[str], None]
 ) -> dict[str, dict[str, float]]:
-    """Median seconds of the detector in torch and of its files, for one picture and for the first batch of the check."""
+    """Measure median seconds of the detector in torch and of its files, for one image and for the first batch of the check."""
     pixels_BCHW, sizes_B2 = many[0]
     batch = len(sizes_B2)
 
@@ -226,7 +227,7 @@ def measure(
 
 
 def graph_of(model: Detector) -> DetectorGraph:
-    """The graph that is exported; raises UserError for a detector that has none."""
+    """Build the graph to export. Raises UserError for a detector with soft NMS."""
     try:
         return DetectorGraph(model).eval()
     except ValueError:

@@ -1,9 +1,9 @@
-"""Detectors as graphs of fixed outputs, for `torch.export` and ONNX: no shape but those of the input depends on a value.
+"""Detectors as graphs with outputs of fixed size, for `torch.export` and ONNX: shapes depend on the input's shape alone.
 
-A detector's own `forward` gives lists, drops what is not valid and asks the host how much that is. Here places that hold nothing stay: every image
-has `detections_per_image` rows, the first `count` of which are detections. Levels of the pyramid with fewer anchors than are looked at are filled up
-with anchors of a score below all others. Values are the detector's own, by its own modules, with two differences: R-CNN boxes without area are
-dropped before the best are counted, not after; and coordinates are those of the input, what `forward` gives for images of scale 1.
+A detector's own `forward` returns lists, selected on the host. Here every image has `detections_per_image` rows, the first `count` of which are
+detections. Levels of the pyramid with fewer anchors than candidates are padded with anchors of a score below all others. The modules are the
+detector's own, and so are the values, with two differences: R-CNN boxes without area are dropped before the best are selected, not after; and
+coordinates are those of the input, as of `forward` for images of scale 1.
 
 Shapes: B images, N candidates of an image, R proposals, K classes, M rows of the output, L anchors of a level, P problems and Q classes of
 NMS.
@@ -23,22 +23,22 @@ from ssld.stage2_detect.models.rcnn import RCNN
 from ssld.stage2_detect.models.rpn import Proposals
 
 KeepByNMS = Callable[[Tensor, Tensor, float, float, int], Tensor]
-"""`keep_by_nms`, or something that does the same."""
-NOTHING = -1e30  # scores of what must not be chosen: below every logit, and finite, which ONNX files can say
+"""`keep_by_nms`, or an operator with the same result."""
+NOTHING = -1e30  # score of empty places: below every logit, and finite, as ONNX files need it
 
 
 def keep_by_nms(boxes_PN4: Tensor, scores_PQN: Tensor, iou: float, threshold: float, most: int) -> Tensor:
-    """Which boxes greedy NMS keeps, for every problem and class by itself: bool [P, Q, N].
+    """Mark the boxes that greedy NMS keeps, for every problem and class by itself: bool [P, Q, N].
 
     Args:
         boxes_PN4: float32; the classes of a problem share its boxes.
-        iou: overlap above which the worse box goes.
-        threshold: boxes with scores at or below it neither stay nor suppress.
-        most: of a class that the caller can use; keeping more is allowed.
+        iou: overlap above which the worse box is dropped.
+        threshold: boxes with scores at or below it are neither kept nor drop others.
+        most: number per class that the caller uses; keeping more is allowed.
     """
     P, Q, N = scores_PQN.shape
     flat_D = (scores_PQN.flatten() > threshold).nonzero()[:, 0]
-    # A box that is none, twice in front: programs of `torch.export` may take two or more of something for granted.
+    # Two dummy boxes in front: programs of `torch.export` may be specialised for sizes of two or more.
     flat_D = torch.cat((flat_D.new_zeros(2), flat_D))
     # In float64 and moved apart, as in `boxes.class_nms`.
     apart_D = (flat_D // N) * (boxes_PN4.amax() - boxes_PN4.amin() + 1).double()
@@ -63,7 +63,7 @@ class DetectorGraph(nn.Module):
 
     Args:
         model: in evaluation mode; its modules are used, not copied.
-        nms: what thins out overlapping boxes.
+        nms: function that drops overlapping boxes.
 
     Raises ValueError for a detector with soft NMS, which changes scores.
     """
@@ -80,7 +80,7 @@ class DetectorGraph(nn.Module):
 
     @property
     def output_names(self) -> list[str]:
-        """Names of what `forward` gives."""
+        """Names of the outputs of `forward`."""
         masks = isinstance(self.model, RCNN) and self.model.mask_head is not None
         return ["boxes", "scores", "labels", "count", *(["masks"] if masks else [])]
 
@@ -169,7 +169,7 @@ class DetectorGraph(nn.Module):
         return self.nms(boxes_PN4, scores_PQN, iou, threshold, self.most)
 
     def _take(self, scores_BKN: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The best rows of every image: scores, classes, candidates, and whether there is one, [B, M] each."""
+        """Select the best rows of every image: scores, classes, candidates, and whether there is one, [B, M] each."""
         N = scores_BKN.shape[2]
         filled = F.pad(scores_BKN.flatten(1), (0, self.most), value=NOTHING)
         scores_BM, index_BM = filled.topk(self.most, dim=1)
@@ -188,7 +188,7 @@ class DetectorGraph(nn.Module):
 
 
 def _best(scores_BL: Tensor, most: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices, scores and validity [B, most] of the best of a level, filled up where it has fewer; of all of it where `most` is None."""
+    """Select the best anchors of a level: indices, scores and validity [B, most], padded where it has fewer; all of them where `most` is None."""
     if most is None:
         index_L = torch.arange(scores_BL.shape[1], device=scores_BL.device)
         return index_L.expand_as(scores_BL), scores_BL, torch.ones_like(scores_BL, dtype=torch.bool)

@@ -1,6 +1,6 @@
-"""A loaded detector as an ONNX file or a `torch.export` program, and what runs them.
+"""Writing a detector as an ONNX file or a `torch.export` program, and running these files.
 
-NMS is one operator of its own for the ONNX file, which says it as NonMaxSuppression (ai.onnx 11).
+NMS is a custom operator while tracing, translated to ONNX's NonMaxSuppression (ai.onnx 11).
 
 Shapes: P problems, Q classes, N boxes; see `deploy/graph.py`.
 """
@@ -22,7 +22,7 @@ from ssld.stage2_detect.detector_file import LoadedDetector
 
 INPUTS = ("pixels", "sizes")
 LEAST, _MOST = 5, 256
-"""Multiples of 32 along a side that a free canvas can have: programs of `torch.export` want no map of a single cell; the coarsest stride is 128."""
+"""Multiples of 32 along a side of a free canvas: `torch.export` needs maps of more than one cell; the coarsest stride is 128."""
 _EXAMPLE = (192, 224)
 _KEPT = (
     "arch",
@@ -41,9 +41,9 @@ _KEPT = (
 def write(
     name: str, path: Path, loaded: LoadedDetector, canvas: tuple[int, int] | None, log: Callable[[str], None]
 ) -> tuple[int, int] | None:
-    """Write one file and return the canvas that it has: that given, or None where height and width are free.
+    """Write one file and return its canvas: the given one, or None where height and width are free.
 
-    A network that cannot be traced for every size gets the largest that its recipe evaluates at. Raises UserError where that fails too.
+    A network that cannot be traced for free sizes gets the largest canvas of its recipe's evaluation. Raises UserError where that fails too.
     """
 
     def one(canvas: tuple[int, int] | None) -> None:
@@ -65,14 +65,14 @@ def write(
         if canvas is not None:
             raise
         side = padded_side(loaded.resize.long_side)
-        log(f"{error}; once more with a canvas of {side} x {side} pixels")
+        log(f"{error}; trying a canvas of {side} x {side} pixels")
     one((side, side))
     return side, side
 
 
 @torch.library.custom_op("ssld::nms", mutates_args=())
 def onnx_nms(boxes_PN4: Tensor, scores_PQN: Tensor, iou: float, threshold: float, most: int) -> Tensor:
-    """`graph.keep_by_nms`, which tracing does not look into."""
+    """`graph.keep_by_nms` as an operator that is not traced into."""
     return graph.keep_by_nms(boxes_PN4, scores_PQN, iou, threshold, most)
 
 
@@ -82,13 +82,13 @@ def _(boxes_PN4: Tensor, scores_PQN: Tensor, iou: float, threshold: float, most:
 
 
 def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """For `write_onnx`: what `onnx_nms` is in ONNX."""
+    """Translate `onnx_nms` to ONNX, for `write_onnx`."""
     from onnxscript import opset18
 
-    op: Any = opset18  # its annotations leave plain numbers out
+    op: Any = opset18  # its annotations do not allow plain numbers
 
     def non_max_suppression(boxes: Any, scores: Any, iou: float, threshold: float, most: int) -> Any:
-        # Corners in either order will do, so it does not matter that ONNX has y first.
+        # ONNX has y first; NMS does not depend on the order of the axes.
         chosen_S3 = op.NonMaxSuppression(
             boxes,
             scores,
@@ -104,7 +104,7 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def facts_of(loaded: LoadedDetector, canvas: tuple[int, int] | None) -> dict[str, Any]:
-    """What a file says about itself."""
+    """Build the metadata of a file."""
     size = (
         f"{canvas[0]}, {canvas[1]}"
         if canvas
@@ -113,26 +113,26 @@ def facts_of(loaded: LoadedDetector, canvas: tuple[int, int] | None) -> dict[str
     facts = {
         "kind": "detector",
         "pixels": f"uint8 RGB [batch, 3, {size}] in 0..255, padded at the bottom and the right; normalised inside",
-        "sizes": "int64 [batch, 2]: height and width of each picture inside the padding",
+        "sizes": "int64 [batch, 2]: height and width of each image inside the padding",
         "boxes": "float32 [batch, most, 4]: x1, y1, x2, y2 in pixels of the input; divide by (network size / original size)",
         "scores": "float32 [batch, most] in 0..1, falling",
-        "labels": "int64 [batch, most]: positions in class_names, -1 where there is nothing",
-        "count": "int64 [batch]: rows that hold something",
+        "labels": "int64 [batch, most]: indices in class_names, -1 in empty rows",
+        "count": "int64 [batch]: number of rows with a detection",
     }
     if loaded.has_masks:
-        facts["masks"] = "float32 [batch, most, side, side]: probability of the shape, stretched over the box"
+        facts["masks"] = "float32 [batch, most, side, side]: probability of the mask, stretched over the box"
         facts["mask_threshold"] = loaded.metadata["model"]["mask"]["threshold"]
     return facts | {key: public(loaded.metadata[key]) for key in _KEPT if loaded.metadata.get(key) is not None}
 
 
 def runner(name: str, path: Path) -> Callable[[Tensor, Tensor], Sequence[np.ndarray]]:
-    """A function that runs an exported file on the CPU, on torch's number of threads."""
+    """Return a function that runs an exported file on the CPU, on torch's number of threads."""
     if name == "onnx":
         onnx = session(path, threads=torch.get_num_threads())
 
         def by_onnx(pixels_BCHW: Tensor, sizes_B2: Tensor) -> list[np.ndarray]:
-            answer: list[np.ndarray] = onnx.run(None, {"pixels": pixels_BCHW.numpy(), "sizes": sizes_B2.numpy()})
-            return answer
+            output: list[np.ndarray] = onnx.run(None, {"pixels": pixels_BCHW.numpy(), "sizes": sizes_B2.numpy()})
+            return output
 
         return by_onnx
     program, _ = read_program(path)

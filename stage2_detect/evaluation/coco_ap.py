@@ -2,7 +2,7 @@
 
 Metric: https://cocodataset.org/#detection-eval, as pycocotools computes it; hotcoco gives the same bits about a hundred
 times faster. Both get arrays, never a file, and both of their precision tables are summarised by the same lines here.
-Known traps are kept from them: annotation ids are renumbered from 1 (an id of 0 halves pycocotools' AP), string ids
+Known traps are avoided: annotation ids are renumbered from 1 (an id of 0 halves pycocotools' AP), string ids
 become numbers, empty detections score 0 (pycocotools: IndexError) and NaN scores are refused (pycocotools: AP 1).
 Deliberately absent: plots, confusion matrices (`analysis.py`).
 
@@ -29,19 +29,26 @@ from ssld.stage2_detect.models.batch import Detections
 BACKENDS = ("auto", "hotcoco", "pycocotools")
 _AREAS = {"": 0, "s": 1, "m": 2, "l": 3}
 _LIMITS = {1: 0, 10: 1, 100: 2}
-_SHAPES_AT_ONCE = 50_000  # detections whose shapes a backend copies at once: bounds the memory, changes no number
+_MASKS_AT_ONCE = 50_000  # detections whose masks a backend copies at once: bounds the memory, changes no number
 
 
 def coco_ap(
     ground_truth: CocoData, detections: Mapping[Id, Detections], backend: str = "auto", *, masks: bool = False
 ) -> dict[str, Any]:
-    """COCO's twelve numbers and AP per class; a number that is undefined (no object of that class or size) is None.
+    """Compute COCO's twelve metrics, and AP per class.
 
-    `ground_truth` was read with `training=False`. `detections` maps image ids to boxes in original-image pixels; an
-    image without an entry has none. Keys: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl in 0..1, and
-    `per_class` {class name: AP} and `per_class_AR` {class name: AR100}. `masks` compares shapes instead of boxes; the
-    ground truth and the detections have them then (`coco.require_masks`). Raises `ValueError` for an unknown image, a
-    label out of range, or a number that is not finite.
+    Args:
+        ground_truth: read with `training=False`.
+        detections: by image id, boxes in pixels of the original image; an image without an entry has none.
+        backend: see `choose_backend`.
+        masks: compare masks instead of boxes; ground truth and detections must have them (`coco.require_masks`).
+
+    Returns:
+        AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl in 0..1; `per_class` {class name: AP} and
+        `per_class_AR` {class name: AR100}. A number that is undefined (no object of that class or size) is None.
+
+    Raises:
+        ValueError: an unknown image, a label out of range, or a number that is not finite.
     """
     if ground_truth.training:
         raise ValueError(
@@ -50,15 +57,15 @@ def coco_ap(
     # The order of the original ids decides between equal scores, as it does in pycocotools on the original file.
     order = sorted((record.image_id for record in ground_truth.images), key=lambda key: (isinstance(key, str), key))
     number = {image_id: index for index, image_id in enumerate(order, 1)}
-    found_D7 = _detection_table(ground_truth, detections, number)
+    detections_D7 = _detection_table(ground_truth, detections, number)
     evaluate = _hotcoco_tables if choose_backend(backend) == "hotcoco" else _pycocotools_tables
     dataset = _dataset(ground_truth, number, masks=masks)
     if masks:
-        shapes_D = _shapes(detections, number)
-        parts = [evaluate(*group) for group in _groups(dataset, found_D7, shapes_D)]
+        masks_D = _masks(detections, number)
+        parts = [evaluate(*group) for group in _groups(dataset, detections_D7, masks_D)]
         precision_TRKAM, recall_TKAM = (np.concatenate(tables, axis=-3) for tables in zip(*parts, strict=True))
     else:
-        precision_TRKAM, recall_TKAM = evaluate(dataset, found_D7, None)
+        precision_TRKAM, recall_TKAM = evaluate(dataset, detections_D7, None)
 
     def ap(area: str = "", at: slice = slice(None), label: slice = slice(None)) -> float | None:
         return _mean(precision_TRKAM[at, :, label, _AREAS[area], _LIMITS[100]])
@@ -77,7 +84,7 @@ def coco_ap(
 
 
 def choose_backend(backend: str) -> str:
-    """The backend that "auto" stands for here; a `UserError` when the one asked for is not installed."""
+    """Resolve the backend "auto". Raises UserError where the requested one is unknown or not installed."""
     if backend not in BACKENDS:
         raise UserError(f"unknown COCO backend {backend!r}, choose one of {', '.join(BACKENDS)}")
     present = importlib.util.find_spec("hotcoco") is not None
@@ -89,13 +96,13 @@ def choose_backend(backend: str) -> str:
 def _detection_table(
     ground_truth: CocoData, detections: Mapping[Id, Detections], number: Mapping[Id, int]
 ) -> np.ndarray:
-    """float64 [D, 7]: image number, x, y, width, height, score, label + 1."""
+    """Build a table of all detections, float64 [D, 7]: image number, x, y, width, height, score, label + 1."""
     tables = [np.zeros((0, 7))]
-    for image_id, found in detections.items():
+    for image_id, of_image in detections.items():
         if image_id not in number:
             raise ValueError(f"detections for image {image_id!r}, which {ground_truth.file} does not have")
         corners_N4, scores_N, labels_N = (
-            part.double().cpu().numpy() for part in (found.boxes_N4, found.scores_N, found.labels_N)
+            part.double().cpu().numpy() for part in (of_image.boxes_N4, of_image.scores_N, of_image.labels_N)
         )
         if not (np.isfinite(corners_N4).all() and np.isfinite(scores_N).all()):
             raise ValueError(f"a score or box of image {image_id!r} is not finite")
@@ -108,36 +115,36 @@ def _detection_table(
     return table[np.argsort(table[:, 0], kind="stable")]
 
 
-def _shapes(detections: Mapping[Id, Detections], number: Mapping[Id, int]) -> list[dict[str, Any]]:
-    """RLE of every detection, in the order of `_detection_table`."""
-    shapes: list[dict[str, Any]] = []
+def _masks(detections: Mapping[Id, Detections], number: Mapping[Id, int]) -> list[dict[str, Any]]:
+    """List the RLE of every detection, in the order of `_detection_table`."""
+    codes: list[dict[str, Any]] = []
     for image_id in sorted(detections, key=lambda image_id: number[image_id]):
         masks = detections[image_id].masks
         if masks is None:
             raise ValueError(f"the detections of image {image_id!r} have no masks")
-        shapes += masks
-    return shapes
+        codes += masks
+    return codes
 
 
 def _groups(
-    dataset: dict[str, list[dict]], found_D7: np.ndarray, shapes_D: list[dict[str, Any]]
+    dataset: dict[str, list[dict]], detections_D7: np.ndarray, masks_D: list[dict[str, Any]]
 ) -> Iterator[tuple[dict[str, list[dict]], np.ndarray, list[dict[str, Any]]]]:
-    """The arguments of a backend for some classes after the others: COCO scores each by itself."""
-    label_D = found_D7[:, 6].astype(np.int64) - 1
+    """Yield the arguments of a backend for a few classes at a time: COCO scores each class by itself."""
+    label_D = detections_D7[:, 6].astype(np.int64) - 1
     count_K = np.bincount(label_D, minlength=len(dataset["categories"]))
     ends = [0]
     for label, count in enumerate(count_K.tolist()):
-        if count_K[ends[-1] : label].sum() > 0 and count_K[ends[-1] : label].sum() + count > _SHAPES_AT_ONCE:
+        if count_K[ends[-1] : label].sum() > 0 and count_K[ends[-1] : label].sum() + count > _MASKS_AT_ONCE:
             ends.append(label)
     for first, end in itertools.pairwise([*ends, len(count_K)]):
         annotations = [row for row in dataset["annotations"] if first < row["category_id"] <= end]
         part = dataset | {"annotations": annotations, "categories": dataset["categories"][first:end]}
         places = np.flatnonzero((label_D >= first) & (label_D < end))
-        yield part, found_D7[places], [shapes_D[place] for place in places]
+        yield part, detections_D7[places], [masks_D[place] for place in places]
 
 
 def _dataset(ground_truth: CocoData, number: Mapping[Id, int], *, masks: bool) -> dict[str, list[dict]]:
-    """The data set in COCO's own form with ids 1, 2, ... for images, annotations and categories (label + 1)."""
+    """Convert the data set to COCO's form with ids 1, 2, ... for images, annotations and categories (label + 1)."""
     images: list[dict] = []
     annotations: list[dict] = []
     for record in ground_truth.images:
@@ -159,23 +166,23 @@ def _dataset(ground_truth: CocoData, number: Mapping[Id, int], *, masks: bool) -
 
 
 def _hotcoco_tables(
-    dataset: dict[str, list[dict]], found_D7: np.ndarray, shapes_D: list[dict[str, Any]] | None
+    dataset: dict[str, list[dict]], detections_D7: np.ndarray, masks_D: list[dict[str, Any]] | None
 ) -> tuple[np.ndarray, np.ndarray]:
     import hotcoco  # optional dependency
 
     truth = hotcoco.COCO(dataset)
-    found: Any = found_D7
-    if shapes_D is not None:
-        # The lists' own numbers go into the rows: with another list a row, half a million rows take 80 MB more.
-        columns = (*found_D7[:, [0, 6]].astype(np.int64).T.tolist(), found_D7[:, 5].tolist(), shapes_D)
-        found = [
-            {"image_id": image, "category_id": category, "score": score, "segmentation": shape}
-            for image, category, score, shape in zip(*columns, strict=True)
+    rows: Any = detections_D7
+    if masks_D is not None:
+        # The rows hold the numbers of these lists: with a list per row, half a million rows take 80 MB more.
+        columns = (*detections_D7[:, [0, 6]].astype(np.int64).T.tolist(), detections_D7[:, 5].tolist(), masks_D)
+        rows = [
+            {"image_id": image, "category_id": category, "score": score, "segmentation": code}
+            for image, category, score, code in zip(*columns, strict=True)
         ]
         del columns
-    kind = "bbox" if shapes_D is None else "segm"
-    results = truth.load_res(found)
-    del found  # it has copied them
+    kind = "bbox" if masks_D is None else "segm"
+    results = truth.load_res(rows)
+    del rows  # hotcoco has copied them
     evaluation = hotcoco.COCOeval(truth, results, kind)
     evaluation.evaluate()
     evaluation.accumulate()
@@ -184,29 +191,29 @@ def _hotcoco_tables(
 
 
 def _pycocotools_tables(
-    dataset: dict[str, list[dict]], found_D7: np.ndarray, shapes_D: list[dict[str, Any]] | None
+    dataset: dict[str, list[dict]], detections_D7: np.ndarray, masks_D: list[dict[str, Any]] | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    found: list[dict] = []
-    for image, x, y, width, height, score, category in found_D7.tolist():
+    rows: list[dict] = []
+    for image, x, y, width, height, score, category in detections_D7.tolist():
         row = {
-            "id": len(found) + 1,
+            "id": len(rows) + 1,
             "image_id": int(image),
             "category_id": int(category),
             "bbox": [x, y, width, height],
         }
         row |= {"score": score, "area": width * height, "iscrowd": 0}
-        if shapes_D is not None:
-            shape = shapes_D[len(found)]
-            row |= {"segmentation": shape, "area": float(mask_codec.area(shape))}
-        found.append(row)
+        if masks_D is not None:
+            code = masks_D[len(rows)]
+            row |= {"segmentation": code, "area": float(mask_codec.area(code))}
+        rows.append(row)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         apis = []
-        for annotations in (dataset["annotations"], found):  # not `loadRes`, which fails on an empty list
+        for annotations in (dataset["annotations"], rows):  # not `loadRes`, which fails on an empty list
             api = COCO()
             api.dataset = dataset | {"annotations": annotations}
             api.createIndex()
             apis.append(api)
-        evaluation = COCOeval(*apis, "bbox" if shapes_D is None else "segm")
+        evaluation = COCOeval(*apis, "bbox" if masks_D is None else "segm")
         evaluation.evaluate()
         evaluation.accumulate()
     tables = cast(dict[str, np.ndarray], evaluation.eval)
@@ -214,6 +221,6 @@ def _pycocotools_tables(
 
 
 def _mean(table: np.ndarray) -> float | None:
-    """Mean over the defined entries; COCO marks the others -1."""
+    """Average the defined entries; COCO marks the others by -1."""
     defined = table[table > -1]
     return float(defined.mean()) if defined.size else None

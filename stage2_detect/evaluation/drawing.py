@@ -1,6 +1,6 @@
-"""Pictures with what was found in them: boxes, shapes, names and scores.
+"""Images with drawn detections: boxes, masks, names and scores.
 
-Legend: N objects of a picture.
+Legend: N detections of an image.
 """
 
 import colorsys
@@ -18,38 +18,43 @@ from ssld.stage2_detect.data.coco_rows import clean_name
 from ssld.stage2_detect.models.batch import Detections
 from ssld.stage2_detect.models.mask_targets import decode_rle
 
-_LEAST_SIDE = 480  # of the longer side of a drawn picture, so that names can be read
-_LEAST_TEXT = 10  # height in pixels
-_LITTLE_HIDDEN, _MOST_HIDDEN = 0.1, 0.35  # of any box by a name: all the same up to the one, not beyond the other
-_OPAQUE = 0.8  # the background of a name
-_SHAPE = 0.4  # how much of its colour an object's shape shows
-_GOLDEN = 0.618034  # successive hues lie far apart
+_LEAST_SIDE = 480  # pixels; smallest longer side of a drawn image, so that names are legible
+_LEAST_TEXT = 10  # pixels; smallest height of text
+_LITTLE_HIDDEN, _MOST_HIDDEN = (
+    0.1,
+    0.35,
+)  # share of a box under a name: up to the first it does not matter, above the second it is refused
+_OPAQUE = 0.8  # opacity of the background of a name
+_MASK = 0.4  # opacity of a mask
+_GOLDEN = 0.618034  # golden ratio: successive hues are far apart
 Color = tuple[int, int, int]
 Area = tuple[int, int, int, int]
 
 
 def draw_objects(
-    picture: Image.Image, found: Detections, class_names: Sequence[str], *, legend: bool = False
+    image: Image.Image, detections: Detections, class_names: Sequence[str], *, legend: bool = False
 ) -> Image.Image:
-    """An RGB picture with its objects, the best on top.
+    """Draw detections on an image, the best on top; returns RGB.
 
-    Boxes are in pixels of `picture`: their outer edges are drawn. A small picture is enlarged by a whole factor, its boxes with it. Lines and names
-    get smaller with the objects, and a name is left out where it would hide another or a small object; the best objects choose first. With `legend` a
-    strip below the picture says then which colour is which class, so that the drawing may be higher than the picture. A score of NaN, which stands
-    for an annotation, is not written.
+    A small image is enlarged by an integer factor. Lines and names get smaller with the objects, and a name is left out where it would cover
+    another name or a small object; the best objects choose their place first.
+
+    Args:
+        detections: boxes in pixels of `image`, of which the outer edges are drawn. A score of NaN, as of an annotation, is not written.
+        legend: add a strip of class colors below the image if a name was left out.
     """
     class_names = [
         clean_name(name) for name in class_names
-    ]  # those of an older file may have line breaks, which a font has not
-    zoom = max(1, -(-_LEAST_SIDE // max(picture.size)))
-    corners_N4 = (found.boxes_N4.double() * zoom).round().long().numpy()
-    labels, scores = found.labels_N.tolist(), found.scores_N.tolist()
+    ]  # names of older files may have line breaks, which a font lacks
+    zoom = max(1, -(-_LEAST_SIDE // max(image.size)))
+    corners_N4 = (detections.boxes_N4.double() * zoom).round().long().numpy()
+    labels, scores = detections.labels_N.tolist(), detections.scores_N.tolist()
     worst_first = range(len(labels) - 1, -1, -1)
-    if found.masks is not None:
-        picture = _with_shapes(picture, [(found.masks[i], class_color(labels[i])) for i in worst_first])
-    drawn = picture.convert("RGB").resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+    if detections.masks is not None:
+        image = _with_masks(image, [(detections.masks[i], class_color(labels[i])) for i in worst_first])
+    drawn = image.convert("RGB").resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(drawn)
-    # The typical object decides, since a picture has one size of text.
+    # The median object decides, since all text of an image has one size.
     typical = float(np.median((corners_N4[:, 2:] - corners_N4[:, :2]).min(1))) if labels else 0.0
     width = (
         max(1, round(min(min(drawn.size) / 250, typical / 25)))
@@ -81,14 +86,14 @@ def _tag(name: str, score: float) -> str:
 
 
 class Tags:
-    """Names of objects on a picture, each where it hides least, or nowhere.
+    """Names of objects on an image, each where it covers least, or left out.
 
     Args:
-        drawn: the picture that is drawn on.
-        boxes_N4: of all objects, (x1, y1, x2, y2).
+        drawn: the image to draw on.
+        boxes_N4: (x1, y1, x2, y2) of all objects.
 
     Attributes:
-        areas: where names stand, in the order in which they were written.
+        areas: areas of the names, in the order of writing.
     """
 
     def __init__(self, drawn: Image.Image, boxes_N4: np.ndarray) -> None:
@@ -96,7 +101,7 @@ class Tags:
         self.areas: list[Area] = []
 
     def add(self, number: int, text: str, color: Color, height: int) -> bool:
-        """Write the name of an object beside or in its box, smaller where that is needed; False where there is no room."""
+        """Write the name of an object beside or in its box, smaller if necessary; returns False where there is no room."""
         for size in (height, max(_LEAST_TEXT, round(0.8 * height))):
             font = _font(size)
             area = self._place(number, math.ceil(font.getlength(text)) + 4, sum(font.getmetrics()))
@@ -107,7 +112,7 @@ class Tags:
         return False
 
     def _place(self, number: int, wide: int, high: int) -> Area | None:
-        """Above the box, below, inside at the top or at the bottom, at its left or right edge: the first of the free that hide least of any box."""
+        """Choose an area above the box, below, or inside at the top or bottom, at its left or right edge: the first free one that covers least."""
         left, top, right, bottom = (int(edge) for edge in self._boxes_N4[number])
         limit_x, limit_y = self._drawn.size
         columns = [min(max(x, 0), max(limit_x - wide, 0)) for x in (left, right - wide)]
@@ -118,7 +123,7 @@ class Tags:
         return free[int(np.argmin(hidden))] if hidden and min(hidden) <= _MOST_HIDDEN else None
 
     def _hidden(self, area: Area) -> float:
-        """The largest share of any box that an area covers."""
+        """Return the largest share of a box that an area covers."""
         least_N2 = np.maximum(self._boxes_N4[:, :2], area[:2])
         most_N2 = np.minimum(self._boxes_N4[:, 2:], area[2:])
         covered_N = (most_N2 - least_N2).clip(0).prod(1)
@@ -133,31 +138,31 @@ class Tags:
 
 
 def class_color(label: int) -> Color:
-    """The colour of a class: the same in every picture."""
+    """Return the color of a class, the same in every image."""
     hue, third = (label * _GOLDEN) % 1, label // 8 % 3
     red, green, blue = colorsys.hsv_to_rgb(hue, (0.95, 0.6, 0.85)[third], (1.0, 0.95, 0.7)[third])
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def _with_shapes(picture: Image.Image, shapes: Sequence[tuple[dict[str, Any], Color]]) -> Image.Image:
-    pixels_HWC = np.array(picture.convert("RGB"), dtype=np.float32)
-    for code, color in shapes:
+def _with_masks(image: Image.Image, masks: Sequence[tuple[dict[str, Any], Color]]) -> Image.Image:
+    pixels_HWC = np.array(image.convert("RGB"), dtype=np.float32)
+    for code, color in masks:
         inside_HW = decode_rle(code).astype(bool)
         ink_3 = np.array(color, dtype=np.float32)
-        pixels_HWC[inside_HW] = (1 - _SHAPE) * pixels_HWC[inside_HW] + _SHAPE * ink_3
-        pixels_HWC[_edge(inside_HW)] = ink_3  # tells two objects of a class apart
+        pixels_HWC[inside_HW] = (1 - _MASK) * pixels_HWC[inside_HW] + _MASK * ink_3
+        pixels_HWC[_edge(inside_HW)] = ink_3  # separates objects of one class
     return Image.fromarray(pixels_HWC.round().astype(np.uint8))
 
 
 def _edge(inside_HW: np.ndarray) -> np.ndarray:
-    """Pixels of a shape that have a neighbour outside."""
+    """Mark the pixels of a mask that have a neighbor outside."""
     around_HW = np.pad(inside_HW, 1)
     surrounded = around_HW[:-2, 1:-1] & around_HW[2:, 1:-1] & around_HW[1:-1, :-2] & around_HW[1:-1, 2:]
     return inside_HW & ~surrounded
 
 
 def _with_legend(drawn: Image.Image, entries: Sequence[tuple[str, Color]], size: int) -> Image.Image:
-    """The picture with a strip of classes below, in as many lines as they need."""
+    """Add a strip of classes below the image, in as many lines as needed."""
     font = _font(size)
     high = sum(font.getmetrics()) + 4
     places, x, y = [], 4, 2
@@ -178,7 +183,7 @@ def _with_legend(drawn: Image.Image, entries: Sequence[tuple[str, Color]], size:
 
 
 def _ink(color: Color) -> Color:
-    """Black or white, whichever reads better on a colour."""
+    """Return black or white, the one that is more legible on a color."""
     return (0, 0, 0) if np.dot(color, (0.299, 0.587, 0.114)) > 140 else (255, 255, 255)
 
 
@@ -188,7 +193,7 @@ def _overlap(one: Area, other: Area) -> bool:
 
 @functools.cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """matplotlib's DejaVu Sans, which has the letters of most European languages; Pillow's own has ASCII's."""
+    """Load matplotlib's DejaVu Sans, which has the letters of most European languages; Pillow's default font has those of ASCII."""
     import matplotlib
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)

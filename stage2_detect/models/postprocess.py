@@ -1,9 +1,10 @@
-"""From scored boxes to detections: NMS within classes, the best of an image, and back to the original image.
+"""Post-processing of scored boxes: NMS within classes, selection of the best per image, conversion to the original image.
 
-Hard NMS drops what overlaps a better box of its class; soft NMS (arXiv 1704.04503) lowers its score, and
-drops what falls to the threshold.
+Hard NMS drops a box that overlaps a better one of its class; soft NMS (arXiv 1704.04503) lowers its score, and drops it
+when the score falls to the threshold.
 
-Shapes: R RoIs of an image, K classes, D candidates, later detections; in `soft_nms` C candidates of the class that has most.
+Shapes: B images, R RoIs per image, E = R * K scores, K classes, C candidates, D candidates above the threshold, then
+detections; in `soft_nms` C is the largest number of candidates per class.
 """
 
 from dataclasses import dataclass
@@ -18,11 +19,11 @@ from ssld.stage2_detect.models.batch import Detections
 
 @dataclass(frozen=True)
 class NMS:
-    """How overlapping detections of a class are thinned out.
+    """Settings of NMS within a class.
 
     Args:
-        iou: overlap above which hard NMS drops and soft_linear lowers the score; soft_gaussian has no use for it.
-        sigma: of soft_gaussian: scores are multiplied by exp(-IoU^2 / sigma).
+        iou: overlap above which hard NMS drops a box and soft_linear lowers its score; unused by soft_gaussian.
+        sigma: of soft_gaussian, which multiplies scores by exp(-IoU^2 / sigma).
     """
 
     kind: Literal["hard", "soft_linear", "soft_gaussian"] = "hard"
@@ -93,7 +94,7 @@ def _select_of_image(rows_C6: Tensor, *, threshold: float, nms: NMS, most: int, 
 def apply_nms(
     boxes_D4: Tensor, scores_D: Tensor, class_D: Tensor, nms: NMS, *, threshold: float, most: int
 ) -> tuple[Tensor, Tensor]:
-    """Indices of the best `most` boxes that are left, best first, and their scores, which soft NMS has lowered."""
+    """Select the best `most` boxes by NMS: their indices, best first, and their scores, which soft NMS lowers."""
     if nms.kind == "hard":
         best_D = boxes.class_nms(boxes_D4, scores_D, class_D, nms.iou, most=most)
         return best_D, scores_D[best_D]
@@ -104,15 +105,15 @@ def apply_nms(
 
 
 def soft_nms(boxes_D4: Tensor, scores_D: Tensor, class_D: Tensor, nms: NMS, *, most: int) -> Tensor:
-    """Scores [D] after soft NMS within each class; 0 for what cannot be among the best `most` of all classes.
+    """Compute scores [D] by soft NMS within each class; 0 for boxes that cannot be among the best `most` of all classes.
 
-    Classes advance together: each step takes the best box that is left of every class and lowers the scores of the others
-    by their IoU with it (arXiv 1704.04503, figure 2). Scores only fall, so the steps end where `most` taken boxes are as good
-    as the best that is left.
+    Classes advance together: each step takes the best remaining box of every class and lowers the scores of the others
+    by their IoU with it (arXiv 1704.04503, figure 2). Scores only fall, so the loop ends when `most` taken boxes are as good
+    as the best remaining one. Runs on the CPU, as each step reads a value.
     """
     if len(scores_D) == 0:
         return scores_D
-    # One row a class that occurs: the place of a candidate is its number among its class's.
+    # One row per class that occurs; a candidate's place in it is its number among those of its class.
     _, row_D, count = class_D.unique(return_inverse=True, return_counts=True)
     order_D = row_D.argsort(stable=True)
     first = count.cumsum(0) - count
@@ -120,7 +121,7 @@ def soft_nms(boxes_D4: Tensor, scores_D: Tensor, class_D: Tensor, nms: NMS, *, m
     place_D[order_D] = torch.arange(len(row_D), device=row_D.device) - first[row_D[order_D]]
     C = int(count.max())
     boxes_KC4 = boxes_D4.new_zeros((len(count), C, 4))
-    left_KC = scores_D.new_full((len(count), C), -1.0)  # -1: nothing there, or taken
+    left_KC = scores_D.new_full((len(count), C), -1.0)  # -1: empty, or taken
     boxes_KC4[row_D, place_D], left_KC[row_D, place_D] = boxes_D4, scores_D
     final_KC = torch.zeros_like(left_KC)
     best_M = scores_D.new_zeros(most)
@@ -136,23 +137,23 @@ def soft_nms(boxes_D4: Tensor, scores_D: Tensor, class_D: Tensor, nms: NMS, *, m
 
 
 def _lowered(iou: Tensor, nms: NMS) -> Tensor:
-    """The factor on the score of a box with this IoU with a better one."""
+    """Compute the factors on scores of boxes with this IoU with a better one."""
     if nms.kind == "soft_linear":
         return torch.where(iou >= nms.iou, 1 - iou, 1.0)
     return torch.exp(-iou.square() / nms.sigma)
 
 
-def to_original(found: Detections, size_2: Tensor, scale: Tensor) -> tuple[Detections, Tensor]:
-    """Detections of one image in the coordinates of the original, and which of those given they are: bool [D].
+def to_original(detections: Detections, size_2: Tensor, scale: Tensor) -> tuple[Detections, Tensor]:
+    """Convert detections of one image to coordinates of the original; returns them and a mask of the kept ones, bool [D].
 
-    What has no area there, having lain in the last half pixel, is left out.
+    A box without area in the original, one in the last half pixel of the network's input, is dropped.
 
     Args:
-        found: in the coordinates of the network's input.
+        detections: in coordinates of the network's input.
         size_2: (height, width) of the network's input.
         scale: network size / original size.
     """
     original_12 = (size_2 / scale + 0.5).floor()[None]
-    boxes_D4 = boxes.clip((found.boxes_N4 / scale)[None], original_12)[0]
+    boxes_D4 = boxes.clip((detections.boxes_N4 / scale)[None], original_12)[0]
     some_D = boxes.area(boxes_D4) > 0
-    return Detections(boxes_D4[some_D], found.scores_N[some_D], found.labels_N[some_D]), some_D
+    return Detections(boxes_D4[some_D], detections.scores_N[some_D], detections.labels_N[some_D]), some_D

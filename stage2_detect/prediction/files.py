@@ -1,16 +1,17 @@
-"""What a prediction leaves on disk: parts while it runs, so that it can go on after a kill; at the end one COCO JSON, tables, drawings and crops.
+"""Files of a prediction: parts while it runs, so that it can resume after a kill; at the end COCO JSON, CSV, YOLO labels, drawn images and crops.
 
-A part is a file of so many images, written whole by one process. Parts are cut by aspect ratio, so that a batch needs little padding, and do not
-depend on the number of processes.
+A part holds the detections of about 128 images and is written by one process at once. Parts group images by aspect ratio, so that a batch needs
+little padding, and do not depend on the number of processes.
 """
 
 import csv
 import io
+import itertools
 import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,59 +30,65 @@ from ssld.stage2_detect.evaluation.drawing import draw_objects
 from ssld.stage2_detect.models.batch import Detections
 from ssld.stage2_detect.predict_config import PredictConfig
 
-_PART = 128  # images, about
-_QUALITY = 92  # of JPEGs
+_PART = 128  # images per part, about
+_QUALITY = 92  # of JPEGs, in 1..100
 
 
 class Parts:
-    """The parts of a prediction over `records`, in `folder`.
+    """Parts of a prediction over `records`, in `folder`.
 
     Attributes:
-        records: of each part, in the order in which they are detected.
+        records: images of each part, in the order of detection.
     """
 
     def __init__(self, folder: Path, records: Sequence[CocoImage], batch_size: int) -> None:
         self._folder = folder
         order = [index for batch in eval_batches(records, batch_size) for index in batch]
-        size = max(1, _PART // batch_size) * batch_size  # whole batches, those of an evaluation
+        size = max(1, _PART // batch_size) * batch_size  # whole batches
         self.records = [[records[index] for index in order[at : at + size]] for at in range(0, len(order), size)]
 
     def files(self) -> list[Path]:
-        """Of the parts, whether they are there or not."""
+        """List the files of all parts, existing or not."""
         return [self._file(number) for number in range(len(self.records))]
 
     def left(self) -> list[int]:
-        """Numbers of those that are not there, or are damaged. Raises UserError when one that is there is of other images."""
+        """List the numbers of parts that are missing or damaged. Raises UserError for a part of other images."""
         missing = []
         for number, records in enumerate(self.records):
             if not is_sound(self._file(number)):
                 missing.append(number)
             elif self.read(number)["images"] != [record.image_id for record in records]:
                 raise UserError(
-                    f"{self._folder.parent}: was begun on other images than there are now; give another --output or delete it"
+                    f"{self._folder.parent}: was started on other images than `images` holds now; give another --output or delete it"
                 )
         return missing
 
     def write(
         self, number: int, rows: dict[Id, list[dict[str, Any]]], unreadable: list[list[str]], best: float
     ) -> None:
-        """Write a part: COCO results of each image that has any, what could not be read and why, and the best score of all."""
+        """Write a part.
+
+        Args:
+            rows: COCO results by image id, for images with detections.
+            unreadable: (file name, reason) pairs.
+            best: highest score of any detection, below the threshold too.
+        """
         self._folder.mkdir(exist_ok=True)
         images = [record.image_id for record in self.records[number]]
         content = {"images": images, "unreadable": unreadable, "best": best, "found": list(rows.items())}
         write_with_sum(self._file(number), json.dumps(content, allow_nan=False))
 
     def read(self, number: int) -> dict[str, Any]:
-        """A part that is there."""
+        """Read an existing part."""
         content: dict[str, Any] = json.loads(self._file(number).read_text(encoding="utf-8"))
         return content
 
     def read_all(self) -> Iterator[dict[str, Any]]:
-        """All parts."""
+        """Read all parts."""
         return (self.read(number) for number in range(len(self.records)))
 
     def delete(self) -> None:
-        """Remove them."""
+        """Delete all parts."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _file(self, number: int) -> Path:
@@ -89,7 +96,7 @@ class Parts:
 
 
 def image_entry(record: CocoImage, name: str) -> dict[str, Any]:
-    """An image in COCO's list of images."""
+    """Build an entry of COCO's list of images."""
     return {"id": record.image_id, "file_name": name, "width": record.width, "height": record.height}
 
 
@@ -100,16 +107,16 @@ def coco_json(
     info: dict[str, Any],
     videos: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """COCO's data set of these images and what was found in them; each annotation has its `score`. `videos` is there if it is not empty."""
-    found = [row for image in images for row in rows.get(image["id"], [])]
-    annotations = [{"id": number, **row, "area": _area(row), "iscrowd": 0} for number, row in enumerate(found, 1)]
+    """Build a COCO data set of images and detections; annotations have a `score`. `videos` is present unless empty."""
+    detections = [row for image in images for row in rows.get(image["id"], [])]
+    annotations = [{"id": number, **row, "area": _area(row), "iscrowd": 0} for number, row in enumerate(detections, 1)]
     listed = [{"id": category_id, "name": name} for category_id, name in categories.items()]
     content = {"info": info, "images": list(images), "annotations": annotations, "categories": listed}
     return content | ({"videos": list(videos)} if videos else {})
 
 
 def table_text(content: dict[str, Any]) -> str:
-    """A data set of `coco_json` as CSV, a box a line; with videos, their frame numbers and times in two more columns."""
+    """Format a data set of `coco_json` as CSV with one box per line; with videos, two more columns hold frame number and seconds."""
     images = {image["id"]: image for image in content["images"]}
     classes = {category["id"]: category["name"] for category in content["categories"]}
     more = ["frame", "seconds"] if "videos" in content else []
@@ -124,10 +131,10 @@ def table_text(content: dict[str, Any]) -> str:
 
 
 def write_yolo(folder: Path, content: dict[str, Any], *, scores: bool) -> list[Path]:
-    """A data set of `coco_json` in YOLO's layout: labels/NAME.txt for each image, empty where nothing was found, classes.txt and data.yaml.
+    """Write a data set of `coco_json` in YOLO's layout: labels/NAME.txt for each image, empty without detections, classes.txt and data.yaml.
 
-    A line is `class cx cy w h`, the class as its place in classes.txt, the rest as a share of the image's sides; with `scores` the score follows,
-    which training on such files does not take. Returns the two files beside labels/.
+    A line is `class cx cy w h`: the class's index in classes.txt, then center and size as shares of the image's sides. With `scores` the score
+    follows, which trainers do not accept. Returns the two files beside labels/.
     """
     place = {category["id"]: number for number, category in enumerate(content["categories"])}
     names = [category["name"] for category in content["categories"]]
@@ -152,12 +159,12 @@ def write_yolo(folder: Path, content: dict[str, Any], *, scores: bool) -> list[P
 
 
 def stem(name: str) -> str:
-    """An image's path without its suffix."""
+    """Return a path without its suffix."""
     return str(PurePosixPath(name).with_suffix(""))
 
 
 def counts(content: dict[str, Any]) -> dict[str, Any]:
-    """How many images, images with boxes and boxes a data set of `coco_json` has, in all and by class."""
+    """Count images, images with boxes, and boxes (in total and by class) of a data set of `coco_json`."""
     classes = {category["id"]: category["name"] for category in content["categories"]}
     by_class = Counter(classes[row["category_id"]] for row in content["annotations"])
     return {
@@ -169,49 +176,69 @@ def counts(content: dict[str, Any]) -> dict[str, Any]:
 
 
 class DrawingsAndCrops:
-    """Writes the drawing and the crops of images, as far as `config` asks for them; several threads may at once.
+    """Writes drawn images and crops, as far as `config` requests them; thread-safe.
+
+    Args:
+        names: of all images, on which the names of drawn images depend.
 
     Attributes:
-        drawing, cropping: which of the two it asks for.
+        drawing, cropping: whether `config` requests drawn images, and crops.
     """
 
-    def __init__(self, config: PredictConfig, class_names: tuple[str, ...]) -> None:
+    def __init__(self, config: PredictConfig, class_names: tuple[str, ...], names: Iterable[str] = ()) -> None:
         self.drawing, self.cropping = config.writes("pictures"), config.writes("crops")
+        self._drawn = drawn_names(names, ".jpg", (".jpg", ".jpeg"))
         self._folder, self._class_names = config.output, class_names
         self._class_folders = folder_names(class_names)
 
-    def write(self, name: str, record: CocoImage, found: Detections) -> None:
-        """pictures/NAME and crops of an image, which is decoded once more."""
+    def write(self, name: str, record: CocoImage, detections: Detections) -> None:
+        """Write the drawn image below pictures/, and the crops, of an image, which is decoded once more."""
         image = Image.fromarray(load_record(record).permute(1, 2, 0).numpy())
         if self.cropping:
-            self.crops(name, image, found)
+            self.crops(name, image, detections)
         if self.drawing:
-            file = drawing_file(self._folder / "pictures", name)
+            file = self._folder / "pictures" / self._drawn[name]
             file.parent.mkdir(parents=True, exist_ok=True)
-            draw_objects(image, found, self._class_names, legend=True).save(file, quality=_QUALITY)
+            draw_objects(image, detections, self._class_names, legend=True).save(file, quality=_QUALITY)
 
-    def crops(self, name: str, image: Image.Image, found: Detections) -> None:
-        """crops/CLASS/NAME_i.jpg, i = 1, 2, ... as the objects come, the best first; at least a pixel each."""
+    def crops(self, name: str, image: Image.Image, detections: Detections) -> None:
+        """Write crops/CLASS/NAME_i.jpg, i = 1, 2, ... in the order of the detections, best first; at least one pixel each."""
         limits_4 = np.array([*image.size, *image.size])
-        corners_N4 = found.boxes_N4.double().numpy()
+        corners_N4 = detections.boxes_N4.double().numpy()
         edges_N4 = np.concatenate([np.floor(corners_N4[:, :2]), np.ceil(corners_N4[:, 2:])], 1).clip(0, limits_4)
         for number, (edges_4, label) in enumerate(
-            zip(edges_N4.astype(int).tolist(), found.labels_N.tolist(), strict=True), 1
+            zip(edges_N4.astype(int).tolist(), detections.labels_N.tolist(), strict=True), 1
         ):
             left, top = (min(edge, limit - 1) for edge, limit in zip(edges_4[:2], image.size, strict=True))
             right, bottom = max(edges_4[2], left + 1), max(edges_4[3], top + 1)
             file = self._folder / "crops" / self._class_folders[label] / f"{stem(name)}_{number}.jpg"
             file.parent.mkdir(parents=True, exist_ok=True)
-            image.crop((left, top, right, bottom)).save(file, quality=95, subsampling=0)  # to be looked at closely
+            image.crop((left, top, right, bottom)).save(
+                file, quality=95, subsampling=0
+            )  # crops are enlarged when viewed
 
 
-def drawing_file(folder: Path, name: str) -> Path:
-    """Where the drawing of an image lies: a JPEG below `folder`, at the image's own path."""
-    return folder / (name if name.lower().endswith((".jpg", ".jpeg")) else f"{name}.jpg")
+def drawn_names(names: Iterable[str], suffix: str, kept: tuple[str, ...]) -> dict[str, str]:
+    """Choose file names of drawn images or videos, by name of the input.
+
+    An input with a suffix in `kept` keeps its name. Of others, `X.png` becomes `X.jpg` with the suffix .jpg, or `X.png.jpg` where another input
+    differs from it in its suffix alone.
+    """
+    names = list(names)
+    stems = Counter(stem(name).lower() for name in names)
+    drawn = {name: name for name in names if name.lower().endswith(kept)}
+    used = {name.lower() for name in drawn}
+    for name in names:
+        if name not in drawn:
+            base = stem(name) if stems[stem(name).lower()] == 1 else name
+            ends = itertools.chain([""], (f"_{number}" for number in itertools.count(2)))
+            drawn[name] = next(f for end in ends if (f := f"{base}{end}{suffix}").lower() not in used)
+            used.add(drawn[name].lower())
+    return drawn
 
 
 def folder_names(class_names: tuple[str, ...]) -> list[str]:
-    """A folder name for each class: what file systems do not take becomes _, and equal names get the class's number."""
+    """Choose a folder name for each class: characters that file systems refuse become _, and equal names get the class's index."""
     safe = [re.sub(r'[\x00-\x1f/\\:*?"<>|]', "_", name).strip(". ") or "_" for name in class_names]
     lower = [name.lower() for name in safe]
     return [name if lower.count(name.lower()) == 1 else f"{name}_{number}" for number, name in enumerate(safe)]

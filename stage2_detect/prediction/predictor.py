@@ -1,6 +1,6 @@
-"""A detector for other programs: images in, objects out.
+"""Python call of a detector: images in, detections out.
 
-Legend: N objects of an image.
+Legend: N detections of an image.
 """
 
 import itertools
@@ -28,33 +28,33 @@ if TYPE_CHECKING:
     from ssld.stage2_detect.detector_file import LoadedDetector
 
 GivenImage = str | Path | Image.Image | np.ndarray
-"""A file, turned upright by its EXIF; an image of PIL's, whose pixels are taken as they are, whatever its EXIF says (`PIL.ImageOps.exif_transpose`
-turns it); or uint8 [height, width, 3], RGB."""
+"""A file, turned upright by its EXIF; a PIL image, whose EXIF is ignored (`PIL.ImageOps.exif_transpose` turns it); or uint8 [height, width, 3],
+RGB."""
 
 
 @dataclass(frozen=True)
 class ImageDetections:
-    """The objects of one image, best first. Iterating gives (class name, score, box) of each."""
+    """Detections of one image, best first. Iterating yields (class name, score, box) of each."""
 
     boxes_N4: np.ndarray
     """float32 (x1, y1, x2, y2) in pixels"""
     scores_N: np.ndarray
     """float32 in 0..1"""
     labels_N: np.ndarray
-    """int64: positions in the detector's `class_names`"""
+    """int64: indices in the detector's `class_names`"""
     names: list[str]
     masks: list[Any] | None = None
-    """COCO RLE of each, from a detector with masks"""
+    """COCO RLE of each, from a detector with masks; else None"""
 
     class_names: tuple[str, ...] = ()
-    """all that the detector knows"""
+    """all classes of the detector"""
 
     def draw(self, image: GivenImage) -> Image.Image:
-        """The image with these objects, names and scores; `image` is what they were found in, or its pixels in another form."""
+        """Draw boxes, masks, names and scores on the image of these detections, given in any of the forms."""
         labels_N = torch.from_numpy(self.labels_N)
-        found = Detections(torch.from_numpy(self.boxes_N4), torch.from_numpy(self.scores_N), labels_N, self.masks)
-        drawn_on = Image.fromarray(np.ascontiguousarray(_pixels(image).permute(1, 2, 0).numpy()))
-        return draw_objects(drawn_on, found, self.class_names, legend=True)
+        detections = Detections(torch.from_numpy(self.boxes_N4), torch.from_numpy(self.scores_N), labels_N, self.masks)
+        canvas = Image.fromarray(np.ascontiguousarray(_pixels(image).permute(1, 2, 0).numpy()))
+        return draw_objects(canvas, detections, self.class_names, legend=True)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -63,7 +63,7 @@ class ImageDetections:
         return iter(zip(self.names, self.scores_N.tolist(), self.boxes_N4.tolist(), strict=True))
 
 
-def found_in_images(
+def detect_images(
     fast: Detector,
     loader: ImageLoader[ImageWindow],
     *,
@@ -72,18 +72,24 @@ def found_in_images(
     threshold: float,
     keep_K: torch.Tensor | None = None,
 ) -> Iterator[tuple[Any, Detections, float]]:
-    """(record, its objects from `threshold` on, best score of any) of each image of a loader, its windows merged, in the loader's order.
+    """Yield each image of a loader with its detections, those of its windows merged, in the loader's order.
 
-    `fast` is a detector of `for_inference`; with `keep_K` (bool) other classes do not count.
+    Args:
+        fast: a detector of `for_inference`.
+        threshold: lowest score that is kept.
+        keep_K: bool; False drops the class. None keeps all.
+
+    Yields:
+        The image's record, its detections, and the highest score of any kept class, below the threshold too.
     """
-    seen = detections(fast, loader, device=device, dtype=dtype)
-    for record, views in itertools.groupby(seen, key=lambda pair: pair[0].record):
+    windows = detections(fast, loader, device=device, dtype=dtype)
+    for record, group in itertools.groupby(windows, key=lambda pair: pair[0].record):
         parts, best = [], 0.0
-        for shown, found in views:
+        for window, of_window in group:
             if keep_K is not None:
-                found = found.where(keep_K[found.labels_N])
-            best = max([best, *found.scores_N.tolist()])
-            parts.append((shown.window, found.where(found.scores_N >= threshold)))
+                of_window = of_window.where(keep_K[of_window.labels_N])
+            best = max([best, *of_window.scores_N.tolist()])
+            parts.append((window.window, of_window.where(of_window.scores_N >= threshold)))
         yield record, merged_windows(parts, record.width, record.height), best
 
 
@@ -96,11 +102,21 @@ def predict(
     tile: int | None = None,
     overlap: float = 0.2,
 ) -> list[ImageDetections]:
-    """What each image shows, with scores from `threshold` on, in the sizes that the detector's recipe evaluates at.
+    """Detect objects in images, resized as in the evaluation of the detector's recipe.
 
-    With `tile`, squares of so many pixels, which overlap by so large a share, are looked at beside the whole image (see `tiles.py`). Runs where the
-    detector's weights are: `loaded.model.to("cuda")` before the first call moves it. Raises UserError for a file that cannot be read,
-    ValueError for sizes that make no sense.
+    Runs on the device of the detector's weights; `loaded.model.to("cuda")` before the first call moves it. Images are loaded into pinned memory
+    there, and the host waits for the GPU once or twice per batch, three times with masks.
+
+    Args:
+        threshold: lowest score.
+        batch_size: images, or tiles, per forward pass.
+        tile: side in pixels of square tiles in which to detect beside the whole image (see `tiles.py`); None: no tiles.
+        overlap: of neighboring tiles, as a share of their side, from 0 to below 1.
+
+    Raises:
+        UserError: a file that cannot be read.
+        ValueError: a `batch_size`, `tile` or `overlap` out of range.
+        TypeError: `images` is not a list, or an array of another type or shape.
     """
     if isinstance(images, str | Path | Image.Image):
         raise TypeError("predict takes a list of images")
@@ -111,9 +127,9 @@ def predict(
     device = next(loaded.fast.parameters()).device
     decoded = (_Decoded(_pixels(image)) for image in images)
     loader = ImageLoader(window_batches(decoded, batch_size, tile, overlap), pixels_of_window, Sizing.of(loaded.resize))
-    found = found_in_images(loaded.fast, loader, device=device, dtype=torch.float32, threshold=threshold)
+    results = detect_images(loaded.fast, loader, device=device, dtype=torch.float32, threshold=threshold)
     with images_of_any_size(tile is not None):
-        return [_objects(loaded, objects) for _, objects, _ in found]
+        return [_as_arrays(loaded, of_image) for _, of_image, _ in results]
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,14 +145,14 @@ class _Decoded:
         return self.pixels_CHW.shape[1]
 
 
-def _objects(loaded: "LoadedDetector", found: Detections) -> ImageDetections:
-    names = [loaded.class_names[label] for label in found.labels_N]
-    arrays = found.boxes_N4.numpy(), found.scores_N.numpy(), found.labels_N.numpy()
-    return ImageDetections(*arrays, names, found.masks, loaded.class_names)
+def _as_arrays(loaded: "LoadedDetector", detections: Detections) -> ImageDetections:
+    names = [loaded.class_names[label] for label in detections.labels_N]
+    arrays = detections.boxes_N4.numpy(), detections.scores_N.numpy(), detections.labels_N.numpy()
+    return ImageDetections(*arrays, names, detections.masks, loaded.class_names)
 
 
 def _pixels(image: GivenImage) -> torch.Tensor:
-    """uint8 [3, H, W]."""
+    """Decode or convert an image to uint8 [3, H, W]."""
     if isinstance(image, str | Path):
         try:
             return decode_image(image)

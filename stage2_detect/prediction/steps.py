@@ -1,4 +1,4 @@
-"""The parts of a prediction over many images and videos: which ones, what is found in them, what becomes of it."""
+"""Steps of a prediction over many images and videos: list them, detect in each part, assemble the results."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +22,9 @@ from ssld.stage2_detect.data.sizing import Sizing
 from ssld.stage2_detect.models.batch import Detections
 from ssld.stage2_detect.predict_config import PredictConfig
 from ssld.stage2_detect.prediction.files import DrawingsAndCrops, Parts, coco_json, image_entry, stem
-from ssld.stage2_detect.prediction.predictor import found_in_images
+from ssld.stage2_detect.prediction.predictor import detect_images
 from ssld.stage2_detect.prediction.tiles import FileWindows, ImageWindow, pixels_of_window, window_batches
-from ssld.stage2_detect.prediction.video import FoundInVideo, FrameReader, VideoParts
+from ssld.stage2_detect.prediction.video import FrameReader, VideoDetections, VideoParts
 from ssld.stage2_detect.prediction.video_file import is_video, require_av
 
 if TYPE_CHECKING:
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Work:
-    """The images and videos of a run.
+    """Images and videos of a run.
 
     Attributes:
-        folder: the one that was given, or the deepest that holds them all.
+        folder: the given folder, or the deepest one that holds all files.
         names: paths of the images below it, by id.
-        records: of those whose header can be read; ids are 1, 2, ... in the order of the names.
-        unreadable: names of the others.
+        records: of images whose header can be read; ids are 1, 2, ... in the order of the names.
+        unreadable: names of the other images.
         videos: paths of the videos below the folder.
-        excluded: how many images were left out.
-        listed: what else lies in the folder that was given.
+        excluded: number of images left out by `exclude`.
+        listed: other files in the given folder.
     """
 
     folder: str
@@ -54,12 +54,12 @@ class Work:
     listed: Tally = field(default_factory=Tally)
 
     def describe(self) -> str:
-        """What there is, for the log."""
+        """Describe the amount of work, for the log."""
         left_out = f", {self.excluded} more excluded" if self.excluded else ""
         return f"{self._amount()} below {self.folder}{left_out}"
 
     def tally(self, unreadable: Sequence[str]) -> Tally:
-        """What was read and what was not, by suffix."""
+        """Count readable and unreadable files, by suffix."""
         tally, videos = Tally(), set(self.videos)
         for name in unreadable:
             cause = f"that cannot be read ({Path(name).suffix.lower() or 'without a suffix'})"
@@ -75,10 +75,9 @@ class Work:
 
 
 def find_work(config: PredictConfig) -> Work:
-    """The images and videos that `config` names.
+    """List the images and videos of `config.images`.
 
-    Raises UserError where there are none, where `exclude` names none of them, where videos cannot be read here, and where files would be written over
-    each other.
+    Raises UserError where there are none, `exclude` matches none of them, PyAV is missing for videos, or files would overwrite each other.
     """
     listed = Tally()
     folder, names = find_images(config.images, listed)
@@ -111,15 +110,15 @@ def find_work(config: PredictConfig) -> Work:
 
 
 def check_detector(config: PredictConfig, loaded: "LoadedDetector") -> None:
-    """Raises UserError for classes that the detector does not have."""
+    """Raise UserError for classes that the detector does not have."""
     for name in config.classes:
         if name not in loaded.class_names:
             hint = did_you_mean(name, list(loaded.class_names))
             raise UserError(f"classes: {config.model} does not know {name!r}{hint}")
 
 
-class Finder:
-    """A detector that is asked as `config` says, on `device`; `each` is called after every image or frame."""
+class Runner:
+    """Runs a detector with the settings of `config` on `device`; `each` is called after every image or frame."""
 
     def __init__(
         self, config: PredictConfig, loaded: "LoadedDetector", device: torch.device, each: Callable[[], None]
@@ -127,13 +126,13 @@ class Finder:
         self._each = each
         self.config, self.loaded, self.device = config, loaded, device
         self.sizing = Sizing.of(loaded.resize, short_side=config.short_side, long_side=config.long_side, tta=config.tta)
-        wanted = set(config.classes or loaded.class_names)
-        self._keep_K = torch.tensor([name in wanted for name in loaded.class_names])
+        kept = set(config.classes or loaded.class_names)
+        self._keep_K = torch.tensor([name in kept for name in loaded.class_names])
 
-    def found(self, loader: ImageLoader[ImageWindow]) -> Iterator[tuple[Any, Detections, float]]:
-        """(image or frame, its objects of the wanted classes from the threshold on, best score of any of these classes), in the loader's order."""
+    def detect(self, loader: ImageLoader[ImageWindow]) -> Iterator[tuple[Any, Detections, float]]:
+        """Yield (image or frame, its detections of the requested classes from the threshold on, highest score of these classes)."""
         self.loaded.model.to(self.device)
-        found = found_in_images(
+        results = detect_images(
             self.loaded.fast,
             loader,
             device=self.device,
@@ -141,43 +140,43 @@ class Finder:
             threshold=self.config.least,
             keep_K=self._keep_K,
         )
-        for one in found:
+        for one in results:
             yield one
             self._each()
 
 
-def detect_parts(finder: Finder, parts: Parts, numbers: Sequence[int], work: Work) -> Iterator[int]:
-    """Detect in the parts with these numbers, in their order, and write each as soon as it is complete; its number is yielded then."""
-    config, loaded = finder.config, finder.loaded
+def detect_parts(runner: Runner, parts: Parts, numbers: Sequence[int], work: Work) -> Iterator[int]:
+    """Detect in the parts with these numbers, in order; write each part when it is complete, then yield its number."""
+    config, loaded = runner.config, runner.loaded
     part_of = {record.image_id: number for number in numbers for record in parts.records[number]}
     batches = [
         batch
-        for number in numbers  # no batch of two parts: they stay the same whatever parts are left to do
+        for number in numbers  # no batch spans two parts: batches do not depend on the parts that are left to do
         for batch in window_batches(parts.records[number], config.batch_size, config.tile, config.overlap)
     ]
-    loader = ImageLoader(batches, FileWindows(), finder.sizing, workers=config.workers, skip_unreadable=True)
+    loader = ImageLoader(batches, FileWindows(), runner.sizing, workers=config.workers, skip_unreadable=True)
     id_of = {record.path: record.image_id for record in work.records}
-    files = DrawingsAndCrops(config, loaded.class_names)
+    files = DrawingsAndCrops(config, loaded.class_names, work.names.values())
 
     def write(number: int, rows: dict[Id, list[dict[str, Any]]], best: float) -> int:
         unreadable = {id_of[one.name]: one.reason for one in loader.unreadable}
-        here = [record.image_id for record in parts.records[number] if record.image_id in unreadable]
-        parts.write(number, rows, [[work.names[image_id], unreadable[image_id]] for image_id in here], best)
+        of_part = [record.image_id for record in parts.records[number] if record.image_id in unreadable]
+        parts.write(number, rows, [[work.names[image_id], unreadable[image_id]] for image_id in of_part], best)
         return number
 
     written = set()
     with ThreadPoolExecutor(max(1, config.workers)) as pool:  # drawing and JPEG while the detector works
-        seen = finder.found(loader) if batches else iter(())  # preparing the detector takes a second
-        for number, part in itertools.groupby(seen, key=lambda one: part_of[one[0].image_id]):
+        results = runner.detect(loader) if batches else iter(())  # preparing the detector takes a second
+        for number, part in itertools.groupby(results, key=lambda one: part_of[one[0].image_id]):
             rows: dict[Id, list[dict[str, Any]]] = {}
             drawings = []
             best = 0.0
-            for record, found, highest in part:
+            for record, detections, highest in part:
                 best = max(best, highest)
-                if len(found.scores_N):
-                    rows[record.image_id] = list(result_rows(record.image_id, found, loaded.category_ids))
+                if len(detections.scores_N):
+                    rows[record.image_id] = list(result_rows(record.image_id, detections, loaded.category_ids))
                 if files.drawing or files.cropping:
-                    drawings.append(pool.submit(files.write, work.names[record.image_id], record, found))
+                    drawings.append(pool.submit(files.write, work.names[record.image_id], record, detections))
             for drawing in drawings:
                 drawing.result()
             written.add(number)
@@ -187,15 +186,15 @@ def detect_parts(finder: Finder, parts: Parts, numbers: Sequence[int], work: Wor
             yield write(number, {}, 0.0)
 
 
-def detect_video(finder: Finder, videos: VideoParts, name: str) -> Iterator[int]:
-    """Detect in a video and write its file at the end; the number of frames so far is yielded after each."""
-    config = finder.config
+def detect_video(runner: Runner, videos: VideoParts, name: str) -> Iterator[int]:
+    """Detect in a video and write its file at the end; yields the number of frames so far after each."""
+    config = runner.config
     frames = FrameReader(f"{videos.folder}/{name}")
     loader = ImageLoader(
-        window_batches(frames, config.batch_size, config.tile, config.overlap), pixels_of_window, finder.sizing
+        window_batches(frames, config.batch_size, config.tile, config.overlap), pixels_of_window, runner.sizing
     )
-    content = FoundInVideo(finder.loaded.category_ids)
-    for one in finder.found(loader):
+    content = VideoDetections(runner.loaded.category_ids)
+    for one in runner.detect(loader):
         content.add(*one)
         yield len(content.seconds)
     videos.write(name, content, frames.error)
@@ -204,10 +203,13 @@ def detect_video(finder: Finder, videos: VideoParts, name: str) -> Iterator[int]
 def assemble(
     config: PredictConfig, loaded: "LoadedDetector", parts: Parts, videos: VideoParts, work: Work
 ) -> tuple[dict[str, Any], list[str], float]:
-    """(the COCO data set of all parts, what cannot be read, the best score of any box, below the threshold too).
+    """Assemble all parts.
 
-    Frames of videos follow the images, with the ids after theirs. Raises UserError when nothing can be read, and for
-    pseudo-labels when no box is left.
+    Returns:
+        The COCO data set, in which frames of videos follow the images; names of unreadable files; the highest score of any box, below the
+        threshold too.
+
+    Raises UserError when nothing can be read, and for pseudo-labels when no box reaches the threshold.
     """
     rows: dict[Id, list[dict[str, Any]]] = {}
     bad, best = set(work.unreadable), 0.0
@@ -220,13 +222,13 @@ def assemble(
     entries: list[dict[str, Any]] = []
     for name in work.videos:
         ids_before = len(work.names) + sum(entry["frames"] for entry in entries)
-        entry, frames, found, highest = videos.entries(name, len(entries) + 1, ids_before)
+        entry, frames, of_video, highest = videos.entries(name, len(entries) + 1, ids_before)
         if not frames:
             bad.add(name)
             continue
         entries.append(entry)
         images += frames
-        rows |= found
+        rows |= of_video
         best = max(best, highest)
     if not images:
         raise UserError(f"nothing can be read in {count(len(bad), 'file')} of {config.images}; the first is {min(bad)}")
@@ -239,7 +241,7 @@ def assemble(
                 f"the best has {best:.2f}: give a lower --threshold, or a detector that fits these images"
             )
     info = {
-        "description": "found by a detector",
+        "description": "detections",
         "detector": loaded.metadata.get("content_sha256"),
         "threshold": config.least,
         ORIENTATION_KEY: "upright",
@@ -249,10 +251,10 @@ def assemble(
 
 
 def _check_names(names: Sequence[str]) -> None:
-    """Raises UserError where two images differ in their suffix alone."""
-    seen: dict[str, str] = {}
+    """Raise UserError where two images differ in their suffix alone."""
+    by_stem: dict[str, str] = {}
     for name in names:
-        other = seen.setdefault(stem(name), name)
+        other = by_stem.setdefault(stem(name), name)
         if other != name:
             raise UserError(
                 f"write: labels and crops are named after their image without its suffix, which {other} and {name} share: "

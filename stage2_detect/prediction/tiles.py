@@ -1,9 +1,9 @@
-"""Large images in tiles: which windows are looked at, and one list of objects from what each of them shows.
+"""Detection of large images in tiles: the windows of an image, and merging of their detections.
 
-The whole image is a window too, for objects that are larger than a tile. Slices beside the whole image are SAHI's way (arXiv 2202.06934,
-section 3); merging is our own. Two windows see one object if their boxes agree in the region that both show. So an object that is seen whole twice is
-one box, as in usual NMS, and so are an object and the piece of it that a tile's border left, or several pieces; a small object in front
-of a larger one stays, unlike under SAHI's intersection over the smaller area. Boxes of one window never compete: the detector has compared them.
+The whole image is a window too, for objects that are larger than a tile; this follows SAHI (arXiv 2202.06934, section 3), merging does not. Two boxes
+of different windows are one object if they agree in the region that both windows cover. So an object that is complete in two windows becomes one
+box, as with NMS, and so do an object and a piece of it that a tile's border cut off, or several pieces. A small object in front of a larger one
+is kept, unlike with SAHI's intersection over the smaller area. Boxes of one window are not compared: the detector's NMS has done so.
 
 Legend: N detections in all windows of an image, W windows.
 """
@@ -34,7 +34,7 @@ _BLOCK = 400_000  # pairs of boxes that are compared at once
 
 
 class Window(NamedTuple):
-    """A rectangle of an image, in its pixels."""
+    """Rectangle of an image, in its pixels."""
 
     left: int
     top: int
@@ -42,12 +42,12 @@ class Window(NamedTuple):
     height: int
 
     def of(self, image_CHW: Tensor) -> Tensor:
-        """The window's pixels, a view."""
+        """Return the window's pixels, a view."""
         return image_CHW[:, self.top : self.top + self.height, self.left : self.left + self.width]
 
 
 class ImageWindow(NamedTuple):
-    """A window of an image; `record` says of which: a `CocoImage`, a frame of a video, what a caller gave."""
+    """Window of an image; `record` is the image: a `CocoImage`, a frame of a video, or an image given to `predict`."""
 
     record: Any
     window: Window
@@ -56,41 +56,41 @@ class ImageWindow(NamedTuple):
 def window_batches(
     records: Iterable[Any], batch_size: int, tile: int | None, overlap: float
 ) -> Iterator[list[ImageWindow]]:
-    """All windows of some images, in their order, so many a batch. The records have `width` and `height`."""
-    shown = (
+    """Yield batches of the windows of all images, in order. The records have `width` and `height`."""
+    windows = (
         ImageWindow(record, window)
         for record in records
         for window in windows_of(record.width, record.height, tile, overlap)
     )
-    while batch := list(itertools.islice(shown, batch_size)):
+    while batch := list(itertools.islice(windows, batch_size)):
         yield batch
 
 
-def pixels_of_window(shown: ImageWindow) -> Tensor:
-    """uint8 [3, H, W] of a window whose record has `pixels_CHW`."""
-    return shown.window.of(shown.record.pixels_CHW)
+def pixels_of_window(item: ImageWindow) -> Tensor:
+    """Return uint8 [3, H, W] of a window whose record has `pixels_CHW`."""
+    return item.window.of(item.record.pixels_CHW)
 
 
 class FileWindows:
-    """Decodes windows of files: as a function of an `ImageWindow`, its pixels. Raises `UnreadableImage` or `UserError`."""
+    """Decodes windows of image files; called with an `ImageWindow`. Raises `UnreadableImage` or `UserError`."""
 
     def __init__(self) -> None:
         self._most_pixels = Image.MAX_IMAGE_PIXELS  # as the main process has it
-        self._last: tuple[str, Tensor] | None = None  # the next windows are mostly of the same image
+        self._last: tuple[str, Tensor] | None = None  # successive windows are mostly of the same image
 
-    def __call__(self, shown: ImageWindow) -> Tensor:
-        """uint8 [3, H, W]."""
-        record: CocoImage = shown.record
+    def __call__(self, item: ImageWindow) -> Tensor:
+        """Return uint8 [3, H, W]."""
+        record: CocoImage = item.record
         if self._last is None or self._last[0] != record.path:
             Image.MAX_IMAGE_PIXELS = self._most_pixels
             self._last = (record.path, load_record(record))
-        return shown.window.of(self._last[1])
+        return item.window.of(self._last[1])
 
 
 def windows_of(width: int, height: int, tile: int | None, overlap: float = 0.0) -> list[Window]:
-    """The whole image, and unless it fits into one, square tiles of side `tile` that overlap by `overlap` (a share of it) or a little more.
+    """List the windows of an image: all of it and, if a side exceeds `tile` pixels, square tiles of this side.
 
-    Raises UserError where that makes more than `MOST_WINDOWS` of them.
+    Tiles overlap by `overlap`, a share of their side, or a little more. Raises UserError for more than `MOST_WINDOWS` of them.
     """
     whole = Window(0, 0, width, height)
     if tile is None or max(width, height) <= tile:
@@ -99,7 +99,7 @@ def windows_of(width: int, height: int, tile: int | None, overlap: float = 0.0) 
     tiles = _steps(width, tile, overlap) * _steps(height, tile, overlap)
     if tiles > MOST_WINDOWS:
         raise UserError(
-            f"tile {tile}, overlap {overlap:g}: make {tiles:,} tiles of an image of {width} x {height} pixels; take larger tiles or a smaller overlap"
+            f"tile {tile}, overlap {overlap:g}: make {tiles:,} tiles of an image of {width} x {height} pixels; set larger tiles or a smaller overlap"
         )
     return [
         whole,
@@ -112,25 +112,24 @@ def windows_of(width: int, height: int, tile: int | None, overlap: float = 0.0) 
 
 
 def merged_windows(parts: Sequence[tuple[Window, Detections]], width: int, height: int) -> Detections:
-    """What the windows of an image of [height, width] show together, best first, in the image's pixels.
+    """Merge the detections of all windows of an image of [height, width], best first, in the image's pixels.
 
-    Of boxes that are one object the best stays among those that no inner border cut. If all were cut, they become one box around them, with the
-    best score.
+    Of boxes of one object, the best one that no inner border cut is kept. If all were cut, they become one box around them, with the highest score.
     """
     if len(parts) == 1 and parts[0][0] == (0, 0, width, height):
         return parts[0][1]
     shifts = [torch.tensor([window.left, window.top] * 2, dtype=torch.float32) for window, _ in parts]
-    boxes_N4 = torch.cat([found.boxes_N4 + shift for (_, found), shift in zip(parts, shifts, strict=True)])
-    scores_N = torch.cat([found.scores_N for _, found in parts])
-    labels_N = torch.cat([found.labels_N for _, found in parts])
-    counts_W = torch.tensor([len(found.scores_N) for _, found in parts])
+    boxes_N4 = torch.cat([one.boxes_N4 + shift for (_, one), shift in zip(parts, shifts, strict=True)])
+    scores_N = torch.cat([one.scores_N for _, one in parts])
+    labels_N = torch.cat([one.labels_N for _, one in parts])
+    counts_W = torch.tensor([len(one.scores_N) for _, one in parts])
     window_N = torch.arange(len(parts)).repeat_interleave(counts_W)
     windows_W4 = torch.tensor([(w.left, w.top, w.left + w.width, w.top + w.height) for w, _ in parts]).double()
     cut_N = _cut(boxes_N4.double(), windows_W4[window_N], width, height)
     groups = []
     for label in labels_N.unique():
         index_M = (labels_N == label).nonzero()[:, 0]
-        # Whole ones first, the best of them first; sorts are stable.
+        # Boxes that are not cut come first, by score; sorts are stable.
         index_M = index_M[scores_N[index_M].argsort(descending=True, stable=True)]
         index_M = index_M[cut_N[index_M].long().argsort(stable=True)]
         same = _same(boxes_N4[index_M].double(), window_N[index_M], windows_W4)
@@ -139,26 +138,26 @@ def merged_windows(parts: Sequence[tuple[Window, Detections]], width: int, heigh
     corners = [torch.cat((boxes_N4[g, :2].amin(0), boxes_N4[g, 2:].amax(0))) for g in groups]
     first = torch.tensor([group[0] for group in groups], dtype=torch.int64)
     masks: list[Any] | None = None
-    if all(found.masks is not None for _, found in parts):
-        codes = [(window, code) for window, found in parts for code in found.masks or []]
+    if all(one.masks is not None for _, one in parts):
+        codes = [(window, code) for window, one in parts for code in one.masks or []]
         masks = [_joined([codes[n] for n in group], width, height) for group in groups]
     together_N4 = torch.stack(corners) if corners else boxes_N4[:0]
     return Detections(together_N4, scores_N[first], labels_N[first], masks)
 
 
 def _starts(side: int, tile: int, overlap: float) -> list[int]:
-    """Where tiles begin along a side: evenly spread, the last one ending with the image."""
+    """List the starts of tiles along a side: evenly spread, the last tile ends at the image's border."""
     steps = _steps(side, tile, overlap) - 1
     return [round(number * (side - tile) / steps) if steps else 0 for number in range(steps + 1)]
 
 
 def _steps(side: int, tile: int, overlap: float) -> int:
-    """How many tiles lie along a side."""
+    """Number of tiles along a side."""
     return 1 + max(0, -(-(side - tile) // max(1, int(tile * (1 - overlap)))))
 
 
 def _cut(boxes_N4: Tensor, windows_N4: Tensor, width: int, height: int) -> Tensor:
-    """bool [N]: whether a box ends at a border of its window that is not one of the image."""
+    """Whether each box ends at a border of its window that is not a border of the image: bool [N]."""
     image_4 = torch.tensor([0, 0, width, height], dtype=torch.float64)
     inner_N4 = windows_N4 != image_4
     sides_N2 = windows_N4[:, 2:] - windows_N4[:, :2]
@@ -166,10 +165,10 @@ def _cut(boxes_N4: Tensor, windows_N4: Tensor, width: int, height: int) -> Tenso
 
 
 def _same(boxes_N4: Tensor, window_N: Tensor, windows_W4: Tensor) -> list[np.ndarray]:
-    """For each box the boxes of other windows that are one object with it.
+    """List for each box the boxes of other windows that are the same object.
 
-    A box ends where its window does, so the part of it that another window shows is its intersection with that window. Boxes are compared in blocks,
-    those of tiles with those that share some of their width: memory grows with the blocks, not with the square of their number.
+    The part of a box that another window covers is its intersection with that window. Boxes of tiles are compared in blocks, only with boxes that
+    overlap them in x: memory grows with the size of a block, not with the square of the number of boxes.
     """
     same: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(boxes_N4)
     widths_N = (windows_W4[:, 2] - windows_W4[:, 0])[window_N]
@@ -182,9 +181,9 @@ def _same(boxes_N4: Tensor, window_N: Tensor, windows_W4: Tensor) -> list[np.nda
     def compare(own_B: Tensor, near_M: Tensor) -> None:
         windows_B4, windows_M4 = windows_W4[window_N[own_B]], windows_W4[window_N[near_M]]
         both_BM = pairwise_intersection(boxes_N4[own_B], boxes_N4[near_M])
-        shown_BM = pairwise_intersection(boxes_N4[own_B], windows_M4)
-        shown_BM += pairwise_intersection(windows_B4, boxes_N4[near_M])
-        same_BM = both_BM / (shown_BM - both_BM).clamp(min=1e-9) > SAME
+        covered_BM = pairwise_intersection(boxes_N4[own_B], windows_M4)
+        covered_BM += pairwise_intersection(windows_B4, boxes_N4[near_M])
+        same_BM = both_BM / (covered_BM - both_BM).clamp(min=1e-9) > SAME
         same_BM &= window_N[own_B][:, None] != window_N[near_M]
         for box, row_M in zip(own_B.tolist(), same_BM, strict=True):
             same[box] = near_M[row_M].numpy()
@@ -208,7 +207,7 @@ def _same(boxes_N4: Tensor, window_N: Tensor, windows_W4: Tensor) -> list[np.nda
 
 
 def _groups(same: Sequence[np.ndarray], cut_N: Tensor) -> Iterator[list[int]]:
-    """Positions of the boxes that become one, its best first. Boxes come in the order in which they may choose, cut ones last."""
+    """Yield the positions of boxes that become one, the best first. Boxes are given in order of priority, cut ones last."""
     cut = cut_N.numpy()
     left = np.ones(len(cut), dtype=bool)
     for number in range(len(cut)):
@@ -224,7 +223,7 @@ def _groups(same: Sequence[np.ndarray], cut_N: Tensor) -> Iterator[list[int]]:
 
 
 def _joined(pieces: Sequence[tuple[Window, Any]], width: int, height: int) -> Any:
-    """COCO RLE of the image's size."""
+    """Join masks of windows into one COCO RLE of the image's size."""
     shape_HW = np.zeros((height, width), dtype=np.uint8, order="F")
     for window, code in pieces:
         part_HW = shape_HW[window.top : window.top + window.height, window.left : window.left + window.width]

@@ -1,6 +1,6 @@
-"""Videos: frames out of a file and into one, by PyAV (FFmpeg), an optional package.
+"""Reading and writing video files by PyAV (FFmpeg), an optional package.
 
-Frames come as they are to be looked at: upright where a phone's recording says by how much it is turned. Deliberately absent: sound, seeking.
+Frames are turned upright by the rotation that the file records. Deliberately absent: sound, seeking.
 
 Legend: H height, W width, C 3 channels (RGB).
 """
@@ -21,7 +21,9 @@ from ssld.shared.errors import UserError
 from ssld.shared.files import VIDEO_SUFFIXES
 from ssld.shared.images import UnreadableImage
 
-_TICKS = 90_000  # a second: MPEG's own clock, a whole number of which is a frame at 24, 25, 30, 50 or 60 a second
+_TICKS = (
+    90_000  # per second: MPEG's clock; at 24, 25, 30, 50 and 60 frames per second a frame is a whole number of ticks
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +31,8 @@ class Frame:
     """One image of a video.
 
     Attributes:
-        number: 0, 1, ... in the order in which they are shown.
-        seconds: since the first.
+        number: 0, 1, ... in display order.
+        seconds: since the first frame.
         pixels_HWC: uint8 RGB.
     """
 
@@ -53,7 +55,7 @@ class Frame:
 
 
 def is_video(path: str) -> bool:
-    """Whether a file is one, by its name; a GIF by its content, since most are pictures."""
+    """Whether a file is a video, by its name; a GIF by its content, since most have one frame."""
     if not path.lower().endswith(".gif"):
         return path.lower().endswith(VIDEO_SUFFIXES)
     try:
@@ -64,7 +66,7 @@ def is_video(path: str) -> bool:
 
 
 def require_av(path: str) -> None:
-    """Raises UserError where videos cannot be read here."""
+    """Raise UserError where PyAV is not installed."""
     try:
         import av  # noqa: F401
     except ImportError:
@@ -75,16 +77,16 @@ def require_av(path: str) -> None:
 
 
 def read_frames(path: str) -> Iterator[Frame]:
-    """The frames of a video.
+    """Yield the frames of a video.
 
-    Raises `UnreadableImage` where FFmpeg does: at once for a file that is no video, later for one that is damaged further on.
+    Raises `UnreadableImage` where FFmpeg fails: at once for a file that is no video, later for one that is damaged later on.
     """
     import av
 
     try:
         with av.open(path) as container:
             if not container.streams.video:
-                raise UnreadableImage(path, "has no pictures in it")
+                raise UnreadableImage(path, "has no video stream")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             rate = float(stream.average_rate or 25)
@@ -98,11 +100,11 @@ def read_frames(path: str) -> Iterator[Frame]:
 
 
 class VideoFile:
-    """An MP4 file (H.264) that is written frame by frame; use it as a context, whose end completes it.
+    """MP4 file (H.264) written frame by frame; a context manager, completed at its end.
 
     Args:
-        width, height: of the frames; an odd last column or row is repeated, since the format wants even numbers.
-        rate: frames a second that players are told; what counts is the time of each frame.
+        width, height: of the frames; an odd last column or row is repeated, since the format needs even numbers.
+        rate: nominal frames per second; players use the time of each frame.
 
     Attributes:
         size: (width, height) of the frames.
@@ -120,7 +122,7 @@ class VideoFile:
         self.size, self._last = (width, height), -1
 
     def add(self, pixels_HWC: np.ndarray, seconds: float) -> None:
-        """One more frame, uint8 RGB; frames come in the order of their times."""
+        """Add a frame, uint8 RGB, in the order of times."""
         import av
 
         height, width = pixels_HWC.shape[:2]

@@ -201,7 +201,7 @@ def test_mistakes(user_error: Any, teacher_file: Path, tmp_path: Path, monkeypat
     assert "is a detector file, a backbone file is needed" in line(tmp_path / "detector.safetensors")
     save_model_file(tmp_path / "other.safetensors", {"a": torch.zeros(1)}, {})
     assert "was not written by this project" in line(tmp_path / "other.safetensors")
-    assert "push_to_hub: one: is no ORG/NAME" in line(teacher_file, "--push_to_hub", "one")
+    assert "push_to_hub: one: is not of the form ORG/NAME" in line(teacher_file, "--push_to_hub", "one")
     message = line(teacher_file, "--push_to_hub", "me/what is this")
     assert message.startswith("push_to_hub: me/what is this: ")
     assert message.endswith("; give ORG/NAME")

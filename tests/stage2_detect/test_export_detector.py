@@ -85,12 +85,12 @@ def test_the_graph_finds_what_the_detector_finds(kind: str, settings: dict[str, 
     net = graph_of(model)
     many = [scene(3, 96, 128), scene(1, 64, 64)]
     with torch.no_grad():
-        found = compare(lambda pixels, sizes: [part.numpy() for part in net(pixels, sizes)], model, many)
-    assert found["found"] == found["found_by_file"] > 25
-    assert found["missing"] == 0
-    assert found["box_difference"] < 1e-3
-    assert found["score_difference"] < 1e-5
-    assert found["mask_difference"] < 1e-4
+        result = compare(lambda pixels, sizes: [part.numpy() for part in net(pixels, sizes)], model, many)
+    assert result["found"] == result["found_by_file"] > 25
+    assert result["missing"] == 0
+    assert result["box_difference"] < 1e-3
+    assert result["score_difference"] < 1e-5
+    assert result["mask_difference"] < 1e-4
 
 
 def test_rows_behind_the_detections_are_empty() -> None:
@@ -173,11 +173,11 @@ def test_deformable_convolution_and_pooling_in_onnx(tmp_path: Path) -> None:
     assert {"DeformConv", "RoiAlign"} <= {node.op_type for node in model.graph.node}
     assert next(one.version for one in model.opset_import if not one.domain) >= 19
     for count in (1, 2):
-        found = session(tmp_path / "a.onnx", threads=1).run(
+        result = session(tmp_path / "a.onnx", threads=1).run(
             None, {"maps": maps[:count].numpy(), "rois": rois[:count].numpy()}
         )
-        np.testing.assert_allclose(found[0], expected[0][:count], atol=2e-5)
-        np.testing.assert_allclose(found[1], expected[1][: 9 * count], atol=2e-5)
+        np.testing.assert_allclose(result[0], expected[0][:count], atol=2e-5)
+        np.testing.assert_allclose(result[1], expected[1][: 9 * count], atol=2e-5)
 
 
 def test_a_two_stage_detector_as_a_program(tmp_path: Path) -> None:
@@ -191,10 +191,10 @@ def test_a_two_stage_detector_as_a_program(tmp_path: Path) -> None:
     def run(*inputs: Tensor) -> list[np.ndarray]:
         return [part.numpy() for part in program(*inputs)]
 
-    found = compare(run, model, [(pixels, sizes)])
-    assert found["found"] == found["found_by_file"] > 25
-    assert found["missing"] == 0
-    assert max(found[f"{what}_difference"] for what in ("box", "score", "mask")) < 1e-3
+    result = compare(run, model, [(pixels, sizes)])
+    assert result["found"] == result["found_by_file"] > 25
+    assert result["missing"] == 0
+    assert max(result[f"{what}_difference"] for what in ("box", "score", "mask")) < 1e-3
     # Moved: to another device no node names the CPU any more, and to the CPU nothing changes.
     assert devices(program)["cpu"] > 10
     assert set(devices(read_program(tmp_path / "a.pt2", "meta")[0])) == {"meta"}
@@ -236,7 +236,7 @@ def test_differences_are_found() -> None:
 
 @pytest.fixture(scope="module")
 def exported(detector_file: Path, tiny_coco: Any, call: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of one export of a trained RetinaNet, checked on pictures."""
+    """The run directory of one export of a trained RetinaNet, checked on images."""
     output: Path = tmp_path_factory.mktemp("export") / "run"
     argv = ["--model", str(detector_file), "--images", str(tiny_coco.val_images), "--output", str(output)]
     argv += ["--threads", "1", "--check_images", "3", "--batch_size", "2", "--benchmark", "true"]
@@ -250,7 +250,7 @@ def test_what_an_export_leaves(exported: Path, detector_file: Path, files_below:
     assert files_below(exported) - kept == published | set(FILES.values())
     log = (exported / "log.txt").read_text()
     for name in ("onnx", "pt2"):
-        assert re.search(rf"detector.{name} against torch on 3 pictures: [1-9]\d* detections", log)
+        assert re.search(rf"detector.{name} against torch on 3 images: [1-9]\d* detections", log)
         assert re.search(rf"detector.{name} +[\d.]+ ms +[\d.]+ images/s", log)
     metrics = json.loads((exported / "result.json").read_text())["metrics"]
     for name in ("onnx", "torch"):
@@ -282,18 +282,18 @@ def test_the_files_by_themselves(exported: Path, detector_file: Path, tiny_coco:
     for content in ((exported / "detector.onnx").read_bytes(), program):
         for folder in (str(ROOT), str(Path(torch.__file__).parent), str(detector_file.parent), "site-packages"):
             assert folder.encode() not in content
-    # A picture as others would ask about it, on a canvas of another shape than that of the check.
+    # A image as others would ask about it, on a canvas of another shape than that of the check.
     pixels = np.zeros((1, 3, 192, 256), np.uint8)
     with Image.open(tiny_coco.val_images / "0.png") as image:
         pixels[0, :, :64, :64] = np.array(image.convert("RGB")).transpose(2, 0, 1)
     onnx_session = session(exported / "detector.onnx", threads=1)
     boxes, scores, labels, count = onnx_session.run(None, {"pixels": pixels, "sizes": np.array([[64, 64]])})
-    (found,) = load_detector(detector_file).predict([tiny_coco.val_images / "0.png"], threshold=0.3)
+    (result,) = load_detector(detector_file).predict([tiny_coco.val_images / "0.png"], threshold=0.3)
     many = int((scores[0, : count[0]] >= 0.3).sum())
-    assert many == len(found) > 0
-    # Padding is not the same in both, which shows near the border of the picture.
-    np.testing.assert_allclose(boxes[0, :many], found.boxes_N4, atol=1.5)
-    np.testing.assert_array_equal(labels[0, :many], found.labels_N)
+    assert many == len(result) > 0
+    # Padding is not the same in both, which shows near the border of the image.
+    np.testing.assert_allclose(boxes[0, :many], result.boxes_N4, atol=1.5)
+    np.testing.assert_array_equal(labels[0, :many], result.labels_N)
 
 
 def test_the_card(exported: Path, detector_file: Path) -> None:
@@ -302,7 +302,7 @@ def test_the_card(exported: Path, detector_file: Path) -> None:
     assert (front["pipeline_tag"], front["library_name"]) == ("object-detection", "ssld")
     metadata = read_metadata(detector_file)
     for line in (
-        "RetinaNet on test_resnet, which finds 2 classes: wide, tall.",
+        "RetinaNet on test_resnet, which detects 2 classes: wide, tall.",
         f"| AP50 | {100 * metadata['metrics']['AP50']:.1f} |",
         "| size in evaluation | short side 64, long side at most 64 |",
         "- the backbone, random:test_resnet",
@@ -327,7 +327,7 @@ def test_mistakes(
         return message
 
     assert "is a backbone file, a detector file is needed" in line(teacher_file)
-    assert "push_to_hub: one: is no ORG/NAME" in line(detector_file, "--push_to_hub", "one")
+    assert "push_to_hub: one: is not of the form ORG/NAME" in line(detector_file, "--push_to_hub", "one")
     assert "canvas" in line(detector_file, "--canvas", "[100, 64]")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert "onnxruntime is missing); pip install 'ssld[export]'" in line(detector_file)
@@ -343,11 +343,11 @@ def test_nothing_stays_of_an_export_that_fails(
     (tmp_path / "photos" / "a.jpg").write_bytes(b"nothing")
     argv = ["--model", str(detector_file), "--threads", "1", "--formats", "torch", "--canvas", "[64, 64]"]
     message = user_error(main, [*argv, "--images", str(tmp_path / "photos"), "--output", str(tmp_path / "a")])
-    assert "photos: none of the 1 pictures looked at can be read" in message
+    assert "photos: none of the 1 images tried can be read" in message
     assert not (tmp_path / "a").exists()
     argv += ["--output", str(tmp_path / "run"), "--check_images", "1", "--push_to_hub", "me/tiny"]
     message = user_error(main, [*argv, "--score_tolerance", "1e-30", "--box_tolerance", "1e-30"])
-    assert re.search(r"detector.pt2 and torch differ: .*_tolerance is 1e-30; raise it", message)
+    assert re.search(r"detector.pt2 and torch differ: .*_tolerance is 1e-30; raise the tolerance", message)
     left = {file.name for file in (tmp_path / "run").iterdir()}
     assert left == {".lock", "config.yaml", "environment.json", "log.txt"}
     argv[argv.index("--output") + 1] = str(tmp_path / "other")

@@ -52,6 +52,6 @@ def test_the_card_names_all_pictures(more: dict[str, Any], detector_file: Path) 
     recipe = dump(TrainConfig.model_validate(settings | more))
     card = detector_card(read_metadata(detector_file), recipe, push_to_hub=None, parameters=1, checks={})
     data = card.split("## Data\n")[1].split("## ")[0].strip().splitlines()
-    unlabeled = ["- and pictures without annotations: me/street"] if "unlabeled" in more else []
-    pseudo = ["- and boxes that another detector drew: seen/pseudo_labels.json"] if "pseudo" in more else []
+    unlabeled = ["- and images without annotations: me/street"] if "unlabeled" in more else []
+    pseudo = ["- and pseudo-labels of another detector: seen/pseudo_labels.json"] if "pseudo" in more else []
     assert data == ["- training: town/train.json", *unlabeled, *pseudo, "- evaluation: none"]

@@ -1,4 +1,4 @@
-"""predict.py: the files it writes and what is in them, pseudo-labels, pictures that are left out."""
+"""predict.py: the files it writes and what is in them, pseudo-labels, images that are left out."""
 
 import csv
 import json
@@ -12,6 +12,7 @@ from run_files import content
 
 from ssld.stage2_detect import evaluate, predict
 from ssld.stage2_detect.data.coco import read_coco
+from ssld.stage2_detect.prediction.files import drawn_names
 
 Call = Callable[..., int]
 Files = Callable[[Path], set[str]]
@@ -21,26 +22,48 @@ RECORDS = {".lock", "config.yaml", "environment.json", "log.txt", "result.json"}
 # ---- what is written
 
 
+def test_names_of_drawn_images() -> None:
+    """A JPEG keeps its name, others get the suffix in place of theirs, unless inputs would share a file."""
+    given = {
+        "a.png": "a.jpg",
+        "night/b.JPEG": "night/b.JPEG",
+        "night/a.webp": "night/a.jpg",
+        "c.png": "c.png.jpg",
+        "c.jpg": "c.jpg",
+        "D.png": "D.png.jpg",
+        "d.bmp": "d.bmp.jpg",
+        "e.png": "e.png_2.jpg",
+        "e.bmp": "e.bmp.jpg",
+        "e.png.jpg": "e.png.jpg",
+    }
+    assert drawn_names(given, ".jpg", (".jpg", ".jpeg")) == given
+    assert drawn_names(["a.mov", "b.MP4", "b.avi"], ".mp4", (".mp4",)) == {
+        "a.mov": "a.mp4",
+        "b.MP4": "b.MP4",
+        "b.avi": "b.avi.mp4",
+    }
+
+
 def test_writes_exactly_these_files(
     call: Call, predict_line: Any, photos: Path, tmp_path: Path, files_below: Files
 ) -> None:
     assert call(predict.main, predict_line("--write", "json,pictures,csv")) == 0
     run = tmp_path / "seen"
-    drawn = {f"pictures/{name}.jpg" for name in files_below(photos)}
+    drawn = {f"pictures/{Path(name).with_suffix('.jpg')}" for name in files_below(photos)}
     assert files_below(run) == RECORDS | {"predictions.json", "predictions.csv"} | drawn
-    found = content(run / "predictions.json")
-    assert [image["file_name"] for image in found["images"]] == sorted(files_below(photos))
-    assert [image["id"] for image in found["images"]] == list(range(1, 13))
-    assert found["categories"] == [{"id": 3, "name": "wide"}, {"id": 7, "name": "tall"}]
-    assert found["annotations"]
-    assert all(row["score"] >= 0.3 for row in found["annotations"])
+    predictions = content(run / "predictions.json")
+    assert [image["file_name"] for image in predictions["images"]] == sorted(files_below(photos))
+    assert [image["id"] for image in predictions["images"]] == list(range(1, 13))
+    assert predictions["categories"] == [{"id": 3, "name": "wide"}, {"id": 7, "name": "tall"}]
+    assert predictions["annotations"]
+    assert all(row["score"] >= 0.3 for row in predictions["annotations"])
     metrics = content(run / "result.json")["metrics"]
-    assert metrics["boxes"] == len(found["annotations"]) == sum(metrics["boxes_of_class"].values())
+    assert metrics["boxes"] == len(predictions["annotations"]) == sum(metrics["boxes_of_class"].values())
     assert metrics["images"] == metrics["pictures"] == 12
     rows = list(csv.DictReader((run / "predictions.csv").read_text().splitlines()))
-    files = {image["id"]: image["file_name"] for image in found["images"]}
-    assert [row["file_name"] for row in rows] == [files[row["image_id"]] for row in found["annotations"]]
-    assert [float(row["width"]) for row in rows] == [row["bbox"][2] for row in found["annotations"]]
+    files = {image["id"]: image["file_name"] for image in predictions["images"]}
+    assert [row["file_name"] for row in rows] == [files[row["image_id"]] for row in predictions["annotations"]]
+    assert [float(row["width"]) for row in rows] == [row["bbox"][2] for row in predictions["annotations"]]
     # once more: nothing is computed
     before = (run / "predictions.json").stat().st_mtime_ns
     assert call(predict.main, predict_line("--write", "json,pictures,csv")) == 0
@@ -100,9 +123,9 @@ def test_masks_are_written_and_measured(call: Call, predict_line: Any, mask_file
     assert [filled(row["segmentation"], 64, 64).sum() for row in several] == [row["area"] for row in several]
 
 
-def test_where_nothing_is_found_the_best_score_is_said(call: Call, predict_line: Any, tmp_path: Path) -> None:
+def test_without_detections_the_highest_score_is_logged(call: Call, predict_line: Any, tmp_path: Path) -> None:
     assert call(predict.main, predict_line("--threshold", "1.0")) == 0
-    assert "; the best of all boxes has 0." in (tmp_path / "seen" / "log.txt").read_text()
+    assert "; the highest score is 0." in (tmp_path / "seen" / "log.txt").read_text()
 
 
 # ---- pseudo-labels
@@ -114,7 +137,7 @@ def test_pseudo_labels_are_annotations_of_pictures_with_boxes(
     assert call(predict.main, predict_line()) == 0
     boxes = content(tmp_path / "seen" / "predictions.json")["annotations"]
     best = sorted(max(row["score"] for row in boxes if row["image_id"] == i) for i in {r["image_id"] for r in boxes})
-    threshold = best[len(best) // 2]  # half of the pictures are below
+    threshold = best[len(best) // 2]  # half of the images are below
     flags = predict_line("--pseudo_labels", "true", "--threshold", repr(threshold), output="pseudo")
     assert call(predict.main, flags) == 0
     run = tmp_path / "pseudo"

@@ -23,11 +23,11 @@ def test_yolo_labels_are_read_back_as_the_boxes(call: Call, predict_line: Any, p
     shutil.copytree(photos, run / "images")
     flags = ["--source", str(run / "data.yaml"), "--splits", "val", "--output", str(tmp_path / "back")]
     assert call(convert_data.main, flags) == 0
-    found = content(run / "predictions.json")
+    predictions = content(run / "predictions.json")
     (file,) = (path for path in (tmp_path / "back").glob("*.json") if path.name == "val.json")
     back = content(file)
     assert [category["name"] for category in back["categories"]] == ["wide", "tall"]
-    label_of = {category["id"]: number for number, category in enumerate(found["categories"])}
+    label_of = {category["id"]: number for number, category in enumerate(predictions["categories"])}
     label_back = {category["id"]: number for number, category in enumerate(back["categories"])}
 
     def boxes(data: dict[str, Any], labels: dict[int, int]) -> list[tuple[Any, ...]]:
@@ -35,7 +35,7 @@ def test_yolo_labels_are_read_back_as_the_boxes(call: Call, predict_line: Any, p
         rows = [(names[row["image_id"]], labels[row["category_id"]], row["bbox"]) for row in data["annotations"]]
         return sorted(rows, key=lambda row: (row[0], row[1], row[2]))
 
-    expected, read = boxes(found, label_of), boxes(back, label_back)
+    expected, read = boxes(predictions, label_of), boxes(back, label_back)
     assert len(expected) == len(read) > 0
     for one, other in zip(expected, read, strict=True):
         assert one[:2] == other[:2]
@@ -47,10 +47,10 @@ def test_yolo_labels_are_read_back_as_the_boxes(call: Call, predict_line: Any, p
 
 def test_yolo_labels_with_scores(call: Call, predict_line: Any, tmp_path: Path) -> None:
     assert call(predict.main, predict_line("--write", "json,yolo_scores")) == 0
-    found = content(tmp_path / "seen" / "predictions.json")
-    names = {image["id"]: image["file_name"] for image in found["images"]}
+    predictions = content(tmp_path / "seen" / "predictions.json")
+    names = {image["id"]: image["file_name"] for image in predictions["images"]}
     for image_id, name in names.items():
-        scores = [row["score"] for row in found["annotations"] if row["image_id"] == image_id]
+        scores = [row["score"] for row in predictions["annotations"] if row["image_id"] == image_id]
         lines = (tmp_path / "seen" / "labels" / name.replace(".png", ".txt")).read_text().splitlines()
         assert [len(one.split()) for one in lines] == [6] * len(scores)
         np.testing.assert_allclose([float(one.split()[5]) for one in lines], scores, atol=1e-6)
@@ -61,11 +61,11 @@ def test_crops_show_the_objects(
 ) -> None:
     assert call(predict.main, predict_line("--write", "json,crops")) == 0
     run = tmp_path / "seen"
-    found = content(run / "predictions.json")
-    class_of = {category["id"]: category["name"] for category in found["categories"]}
+    predictions = content(run / "predictions.json")
+    class_of = {category["id"]: category["name"] for category in predictions["categories"]}
     expected = {}
-    for image in found["images"]:
-        rows = [row for row in found["annotations"] if row["image_id"] == image["id"]]
+    for image in predictions["images"]:
+        rows = [row for row in predictions["annotations"] if row["image_id"] == image["id"]]
         for number, row in enumerate(rows, 1):
             name = f"{class_of[row['category_id']]}/{image['file_name'].removesuffix('.png')}_{number}.jpg"
             expected[name] = (image["file_name"], row["bbox"])

@@ -1,4 +1,4 @@
-"""predict.py: where pictures are looked for, and users' mistakes."""
+"""predict.py: where images are looked for, and users' mistakes."""
 
 import json
 import os
@@ -106,7 +106,7 @@ def test_pictures_that_cannot_be_read_are_named_and_left_out(
     damaged = (photos / "4.png").read_bytes()
     (photos / "4.png").write_bytes(damaged[: len(damaged) // 2])  # its header is sound
     (photos / "raw.dng").write_bytes(b"of a camera")
-    # Batches of one picture, so that one holds nothing readable.
+    # Batches of one image, so that one holds nothing readable.
     assert call(predict.main, predict_line("--batch_size", "1")) == 0
     run = tmp_path / "seen"
     assert (run / "quarantine.txt").read_text() == "0.png\n4.png\n"
@@ -114,9 +114,9 @@ def test_pictures_that_cannot_be_read_are_named_and_left_out(
     counted = f"3 images dropped: 2 that cannot be read (.png) (first: 0.png), {raw}"
     log = (run / "log.txt").read_text()
     assert counted in log
-    assert f"what cannot be read is listed in {run / 'quarantine.txt'}" in log
-    found = content(run / "predictions.json")
-    names = {image["id"]: image["file_name"] for image in found["images"]}
+    assert f"unreadable files are listed in {run / 'quarantine.txt'}" in log
+    predictions = content(run / "predictions.json")
+    names = {image["id"]: image["file_name"] for image in predictions["images"]}
     assert set(names.values()) == {f"{n}.png" for n in (1, 2, 5, 6, 7, 8, 9, 10, 11)} | {"deep/3.png"}
     result = content(run / "result.json")
     assert result["metrics"]["unreadable"] == 2
@@ -127,7 +127,7 @@ def test_pictures_that_cannot_be_read_are_named_and_left_out(
     }
     whole = content(tmp_path / "whole" / "predictions.json")["annotations"]
     kept = [(r["image_id"], r["category_id"]) for r in whole if names.get(r["image_id"])]
-    assert [(r["image_id"], r["category_id"]) for r in found["annotations"]] == kept  # ids are the listing's
+    assert [(r["image_id"], r["category_id"]) for r in predictions["annotations"]] == kept  # ids are the listing's
 
 
 def test_none_can_be_read(user_error: Error, predict_line: Any, photos: Path, tmp_path: Path) -> None:
@@ -183,8 +183,8 @@ def test_mistakes(
         (predict_line(output="photos/seen"), "is inside images"),
         (predict_line("--threshold", "1.5"), "threshold"),
     ):
-        shown = user_error(predict.main, flags)
-        assert message in shown, (message, shown)
+        drawn = user_error(predict.main, flags)
+        assert message in drawn, (message, drawn)
 
 
 def test_pictures_that_would_share_files_are_refused(user_error: Error, predict_line: Any, photos: Path) -> None:

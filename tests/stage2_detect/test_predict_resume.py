@@ -40,15 +40,15 @@ def test_a_killed_run_goes_on(
     run = tmp_path / "seen"
     assert not (run / "predictions.json").exists()
     assert sorted(path.name for path in (run / "parts").glob("*.json")) == ["000000.json", "000001.json"]
-    seen: list[int] = []
+    run_folder: list[int] = []
 
     def counted(self: Parts, number: int, *args: Any) -> None:
-        seen.append(number)
+        run_folder.append(number)
         write(self, number, *args)
 
     monkeypatch.setattr(Parts, "write", counted)
     assert call(predict.main, predict_line()) == 0
-    assert seen == [2]
+    assert run_folder == [2]
     assert (run / "predictions.json").read_bytes() == (tmp_path / "whole" / "predictions.json").read_bytes()
     assert not (run / "parts").exists()
 
@@ -56,7 +56,7 @@ def test_a_killed_run_goes_on(
 def test_a_run_begun_on_other_pictures_is_refused(
     call: Call, user_error: Error, predict_line: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pattern is not watched for changes; its pictures are compared with those of the parts that are there."""
+    """A pattern is not watched for changes; its images are compared with those of the parts that are there."""
     pattern = f"{photos}/*.png"
 
     def killed(*_: Any) -> None:
@@ -67,7 +67,7 @@ def test_a_run_begun_on_other_pictures_is_refused(
         with pytest.raises(SystemExit):
             call(predict.main, predict_line(images=pattern))
     shutil.copy(photos / "5.png", photos / "55.png")
-    assert "was begun on other images" in user_error(predict.main, predict_line(images=pattern))
+    assert "was started on other images" in user_error(predict.main, predict_line(images=pattern))
 
 
 @pytest.mark.parametrize("damage", [lambda text: text[:-9], lambda text: text.replace("1", "2", 3)])

@@ -47,7 +47,7 @@ def test_by_hand(tmp_path: Path) -> None:
         (2, 0, [100, 0, 50, 50], 1),  # crowd of a
     ]
     data = truth(tmp_path, objects, [1, 2, 3], 2)
-    found: dict[Id, Detections] = {
+    detections: dict[Id, Detections] = {
         1: said(
             [
                 (0, [0, 0, 10, 9], 0.9),  # right
@@ -66,7 +66,7 @@ def test_by_hand(tmp_path: Path) -> None:
         ),
         3: said([(1, [0, 0, 5, 5], 0.5)]),  # wrong, exactly at the threshold
     }
-    one = analyse(data, found, score_threshold=0.5)
+    one = analyse(data, detections, score_threshold=0.5)
     assert {key: value.tolist() for key, value in counts(one).items()} == {
         "right": [1, 1],
         "wrong": [2, 3],
@@ -107,7 +107,7 @@ def random_set(tmp_path: Path, seed: int) -> tuple[CocoData, dict[Id, Detections
     draw = np.random.default_rng(seed)
     images: list[Id] = [*(int(i) for i in draw.permutation(25)), "x", "b"]
     objects: list[Any] = []
-    found: dict[Id, Detections] = {}
+    detections: dict[Id, Detections] = {}
     for image in images:
         mine = []
         for _ in range(int(draw.integers(0, 9))):
@@ -123,8 +123,8 @@ def random_set(tmp_path: Path, seed: int) -> tuple[CocoData, dict[Id, Detections
             box = [*draw.integers(0, 120, 2), *draw.integers(15, 70, 2)]
             rows.append((int(draw.integers(0, 4)), [float(v) for v in box], float(draw.integers(1, 21) / 20)))
         if rows and draw.random() < 0.9:
-            found[image] = said([rows[i] for i in draw.permutation(len(rows))])
-    return truth(tmp_path, objects, images, 5), found
+            detections[image] = said([rows[i] for i in draw.permutation(len(rows))])
+    return truth(tmp_path, objects, images, 5), detections
 
 
 def iou_of(box: list[float], other: list[float], crowd: bool) -> float:
@@ -135,7 +135,7 @@ def iou_of(box: list[float], other: list[float], crowd: bool) -> float:
     return inner / (areas[0] if crowd else areas[0] + areas[1] - inner)
 
 
-def by_loops(data: CocoData, found: dict[Id, Detections], threshold: float) -> tuple[np.ndarray, np.ndarray]:
+def by_loops(data: CocoData, detections: dict[Id, Detections], threshold: float) -> tuple[np.ndarray, np.ndarray]:
     """(right, wrong, missed of each class [3, K], confusions) from detections above the threshold alone."""
     classes = len(data.class_names)
     table, matrix = np.zeros((3, classes), int), np.zeros((classes + 1, classes + 1), int)
@@ -144,7 +144,7 @@ def by_loops(data: CocoData, found: dict[Id, Detections], threshold: float) -> t
             (label, [x, y, x + w, y + h], crowd)
             for label, (x, y, w, h), crowd in zip(record.labels_N, record.file_boxes_N4, record.crowd_N, strict=True)
         ]
-        one = found.get(record.image_id)
+        one = detections.get(record.image_id)
         rows = [] if one is None else list(zip(one.labels_N.tolist(), one.boxes_N4.tolist(), one.scores_N.tolist()))  # noqa: B905
         rows = sorted((row for row in rows if row[2] >= threshold), key=lambda row: -row[2])
         free, left = [i for i, (_, _, crowd) in enumerate(objects) if not crowd], []
@@ -182,9 +182,9 @@ def by_loops(data: CocoData, found: dict[Id, Detections], threshold: float) -> t
 @pytest.mark.parametrize("seed", [0, 1])
 def test_against_plain_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, threshold: float) -> None:
     monkeypatch.setattr(analysis, "_CHUNK", 10)  # images of several chunks
-    data, found = random_set(tmp_path, seed)
-    one = analyse(data, found, score_threshold=threshold)
-    table, matrix = by_loops(data, found, threshold)
+    data, detections = random_set(tmp_path, seed)
+    one = analyse(data, detections, score_threshold=threshold)
+    table, matrix = by_loops(data, detections, threshold)
     assert np.array_equal(np.stack(list(counts(one).values())), table)
     assert np.array_equal(one.confusions, matrix)
     assert (one.states_D == analysis.IGNORED).sum() > 5
@@ -193,7 +193,7 @@ def test_against_plain_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, se
     assert np.array_equal(one.confusions[:, :-1].sum(0), table[0] + table[1])
 
 
-def pycocotools_tables(data: CocoData, found: dict[Id, Detections]) -> tuple[np.ndarray, np.ndarray]:
+def pycocotools_tables(data: CocoData, detections: dict[Id, Detections]) -> tuple[np.ndarray, np.ndarray]:
     """(precision, recall) with numbers for ids, in the order of the ids."""
     order = sorted(data.images, key=lambda record: (isinstance(record.image_id, str), record.image_id))
     objects: list[dict[str, Any]] = []
@@ -208,7 +208,7 @@ def pycocotools_tables(data: CocoData, found: dict[Id, Detections]) -> tuple[np.
         for label, box, area, crowd in zip(*columns, strict=True):
             row = {"image_id": number, "category_id": label, "bbox": box, "area": area, "iscrowd": int(crowd)}
             objects.append(row | {"id": len(objects) + 1})
-        one = found.get(record.image_id, said([]))
+        one = detections.get(record.image_id, said([]))
         for label, box, score in zip(one.labels_N.tolist(), one.boxes_N4.tolist(), one.scores_N.tolist(), strict=True):
             row = {"image_id": number, "category_id": label, "bbox": [*box[:2], box[2] - box[0], box[3] - box[1]]}
             results.append(row | {"id": len(results) + 1, "score": score, "area": row["bbox"][2] * row["bbox"][3]})
@@ -231,20 +231,20 @@ def pycocotools_tables(data: CocoData, found: dict[Id, Detections]) -> tuple[np.
 
 @pytest.mark.parametrize("seed", range(4))
 def test_curves_are_those_of_coco(tmp_path: Path, seed: int) -> None:
-    data, found = random_set(tmp_path, seed)
-    precision_TRKAM, recall_TKAM = pycocotools_tables(data, found)
-    one = analyse(data, found, score_threshold=0.5)
+    data, detections = random_set(tmp_path, seed)
+    precision_TRKAM, recall_TKAM = pycocotools_tables(data, detections)
+    one = analyse(data, detections, score_threshold=0.5)
     for label in range(5):
-        mine, theirs = curve(one, label), precision_TRKAM[0, :, label, 0, 2]
+        mine, reference = curve(one, label), precision_TRKAM[0, :, label, 0, 2]
         if mine is None:
-            assert (theirs == -1).all()
+            assert (reference == -1).all()
             continue
-        np.testing.assert_allclose(mine.precision_R, theirs, atol=1e-12)
-        assert counts(analyse(data, found, score_threshold=0))["right"][label] / one.objects_K[label] == pytest.approx(
-            recall_TKAM[0, label, 0, 2]
-        )
+        np.testing.assert_allclose(mine.precision_R, reference, atol=1e-12)
+        assert counts(analyse(data, detections, score_threshold=0))["right"][label] / one.objects_K[
+            label
+        ] == pytest.approx(recall_TKAM[0, label, 0, 2])
     means = [c.precision_R.mean() for c in (curve(one, label) for label in range(5)) if c is not None]
-    assert np.mean(means) == pytest.approx(coco_ap(data, found)["AP50"])
+    assert np.mean(means) == pytest.approx(coco_ap(data, detections)["AP50"])
 
 
 def test_curves_look_at_a_hundred_detections_of_a_class_as_coco_does(tmp_path: Path) -> None:
@@ -253,9 +253,9 @@ def test_curves_look_at_a_hundred_detections_of_a_class_as_coco_does(tmp_path: P
     objects: list[Any] = [*((1, 0, box, 0) for box in places), (1, 1, places[0], 0), (2, 0, places[3], 0)]
     data = truth(tmp_path, objects, [1, 2], 2)
     rows = [(0, places[n] if n % 2 else [190.0, 190.0, 3.0, 3.0], 1 - n / 1000) for n in range(120)]
-    found: dict[Id, Detections] = {1: said([*rows, (1, places[0], 0.99)]), 2: said([(0, places[3], 0.5)])}
-    precision_TRKAM, _ = pycocotools_tables(data, found)
-    one = analyse(data, found, score_threshold=0.5)
+    detections: dict[Id, Detections] = {1: said([*rows, (1, places[0], 0.99)]), 2: said([(0, places[3], 0.5)])}
+    precision_TRKAM, _ = pycocotools_tables(data, detections)
+    one = analyse(data, detections, score_threshold=0.5)
     for label in range(2):
         mine = curve(one, label)
         assert mine is not None
@@ -264,15 +264,16 @@ def test_curves_look_at_a_hundred_detections_of_a_class_as_coco_does(tmp_path: P
 
 
 def test_best_f1_is_the_best_of_all_thresholds(tmp_path: Path) -> None:
-    data, found = random_set(tmp_path, 3)
+    data, detections = random_set(tmp_path, 3)
     for label in range(4):
         f1 = {}
         for threshold in np.arange(1, 21, dtype=np.float32) / np.float32(20):  # the scores there are
             right, wrong, missed = (
-                int(part[label]) for part in counts(analyse(data, found, score_threshold=float(threshold))).values()
+                int(part[label])
+                for part in counts(analyse(data, detections, score_threshold=float(threshold))).values()
             )
             f1[float(threshold)] = 2 * right / (2 * right + wrong + missed)
-        one = curve(analyse(data, found, score_threshold=0.5), label)
+        one = curve(analyse(data, detections, score_threshold=0.5), label)
         assert one is not None
         assert one.best_f1 == pytest.approx(max(f1.values()))
         assert one.best_score is not None
@@ -280,8 +281,8 @@ def test_best_f1_is_the_best_of_all_thresholds(tmp_path: Path) -> None:
 
 
 def test_report_is_json_and_prints(tmp_path: Path) -> None:
-    data, found = random_set(tmp_path, 0)
-    one = report(analyse(data, found, score_threshold=0.5), coco_ap(data, found)["per_class"])
+    data, detections = random_set(tmp_path, 0)
+    one = report(analyse(data, detections, score_threshold=0.5), coco_ap(data, detections)["per_class"])
     assert json.loads(json.dumps(one, allow_nan=False)) == one
     assert len(one["precision_recall"]["recall"]) == 101
     assert one["precision_recall"]["precision"].keys() == {"a", "b", "c", "d"}

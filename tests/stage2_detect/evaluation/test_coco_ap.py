@@ -31,7 +31,7 @@ def truth(folder: Path, annotations: list[dict], image_ids: tuple[Id, ...] = (1,
     return read_coco(path, None, training=False)
 
 
-def found(*rows: tuple[float, ...]) -> Detections:
+def detected(*rows: tuple[float, ...]) -> Detections:
     """Rows of x1, y1, x2, y2, score, label."""
     table = torch.tensor(rows, dtype=torch.float32).reshape(-1, 6)
     return Detections(boxes_N4=table[:, :4], scores_N=table[:, 4], labels_N=table[:, 5].long())
@@ -46,7 +46,9 @@ HIT, HIT_2 = (10, 10, 110, 110), (50, 50, 150, 150)
 class TestByHand:
     def test_perfect(self, backend: str, tmp_path: Path) -> None:
         dog = {"image_id": 2, "category_id": 4, "bbox": [0, 0, 20, 20]}
-        result = coco_ap(truth(tmp_path, [CAT, dog]), {1: found((*HIT, 1, 0)), 2: found((0, 0, 20, 20, 1, 1))}, backend)
+        result = coco_ap(
+            truth(tmp_path, [CAT, dog]), {1: detected((*HIT, 1, 0)), 2: detected((0, 0, 20, 20, 1, 1))}, backend
+        )
         for key in ("AP", "AP50", "AP75", "APs", "APl", "AR1", "AR10", "AR100", "ARs", "ARl"):
             assert result[key] == pytest.approx(1), key
         assert result["APm"] is None
@@ -56,49 +58,49 @@ class TestByHand:
 
     def test_one_missed(self, backend: str, tmp_path: Path) -> None:
         """Precision 1 up to recall 0.5: 51 of the 101 recall points."""
-        result = coco_ap(truth(tmp_path, [CAT, CAT_2]), {1: found((*HIT, 0.9, 0))}, backend)
+        result = coco_ap(truth(tmp_path, [CAT, CAT_2]), {1: detected((*HIT, 0.9, 0))}, backend)
         assert result["AP"] == pytest.approx(51 / 101)
         assert result["AR100"] == pytest.approx(0.5)
 
     def test_duplicate_below_costs_nothing_above_costs_precision(self, backend: str, tmp_path: Path) -> None:
         data = truth(tmp_path, [CAT, CAT_2])
-        late: dict[Id, Detections] = {1: found((*HIT, 0.9, 0), (*HIT, 0.1, 0)), 2: found((*HIT_2, 0.8, 0))}
+        late: dict[Id, Detections] = {1: detected((*HIT, 0.9, 0), (*HIT, 0.1, 0)), 2: detected((*HIT_2, 0.8, 0))}
         assert coco_ap(data, late, backend)["AP"] == pytest.approx(1)
         early: dict[Id, Detections] = {
-            1: found((*HIT, 0.9, 0), (*HIT, 0.85, 0)),
-            2: found((*HIT_2, 0.8, 0)),
+            1: detected((*HIT, 0.9, 0), (*HIT, 0.85, 0)),
+            2: detected((*HIT_2, 0.8, 0)),
         }  # hit, miss, hit
         assert coco_ap(data, early, backend)["AP"] == pytest.approx((51 * 1 + 50 * 2 / 3) / 101)
 
     def test_wrong_class(self, backend: str, tmp_path: Path) -> None:
-        result = coco_ap(truth(tmp_path, [CAT]), {1: found((*HIT, 0.9, 1))}, backend)
+        result = coco_ap(truth(tmp_path, [CAT]), {1: detected((*HIT, 0.9, 1))}, backend)
         assert result["AP"] == 0
         assert result["per_class"] == {"cat": 0, "dog": None}
 
     def test_crowd_is_no_object_and_swallows_detections(self, backend: str, tmp_path: Path) -> None:
         crowd = {"image_id": 1, "category_id": 9, "bbox": [200, 200, 150, 150], "iscrowd": 1}
         data = truth(tmp_path, [CAT, crowd])
-        inside = found((*HIT, 0.5, 0), (210, 210, 240, 240, 0.9, 0), (250, 250, 300, 300, 0.8, 0))
+        inside = detected((*HIT, 0.5, 0), (210, 210, 240, 240, 0.9, 0), (250, 250, 300, 300, 0.8, 0))
         assert coco_ap(data, {1: inside}, backend)["AP"] == pytest.approx(1)
-        outside = found((*HIT, 0.5, 0), (150, 10, 180, 40, 0.9, 0))
+        outside = detected((*HIT, 0.5, 0), (150, 10, 180, 40, 0.9, 0))
         assert coco_ap(data, {1: outside}, backend)["AP"] == pytest.approx(0.5)
 
     def test_iou_just_above_and_below_a_threshold(self, backend: str, tmp_path: Path) -> None:
         """A box of the same left top and width: IoU is the ratio of the heights. Ten thresholds from 0.5 to 0.95."""
         data = truth(tmp_path, [CAT])
         for height, passed in [(49.9, 0), (50.1, 1), (74.9, 5), (75.1, 6), (94.9, 9), (95.1, 10)]:
-            result = coco_ap(data, {1: found((10, 10, 110, 10 + height, 1, 0))}, backend)
+            result = coco_ap(data, {1: detected((10, 10, 110, 10 + height, 1, 0))}, backend)
             assert result["AP"] == pytest.approx(passed / 10)
             assert result["AP50"] == pytest.approx(float(passed >= 1))
             assert result["AP75"] == pytest.approx(float(passed >= 6))
 
-    def test_nothing_found_and_nothing_to_find(self, backend: str, tmp_path: Path) -> None:
+    def test_no_detections_and_no_objects(self, backend: str, tmp_path: Path) -> None:
         data = truth(tmp_path, [CAT])
-        nothings: list[dict[Id, Detections]] = [{}, {1: found(), 2: found()}]
+        nothings: list[dict[Id, Detections]] = [{}, {1: detected(), 2: detected()}]
         for nothing in nothings:
             result = coco_ap(data, nothing, backend)
             assert result["AP"] == result["AR100"] == 0
-        empty = coco_ap(truth(tmp_path, []), {1: found((*HIT, 1, 0))}, backend)
+        empty = coco_ap(truth(tmp_path, []), {1: detected((*HIT, 1, 0))}, backend)
         assert empty["AP"] is None
         assert empty["per_class"] == {"cat": None, "dog": None}
 
@@ -113,13 +115,13 @@ class TestByHand:
     def test_bad_input(self, backend: str, tmp_path: Path) -> None:
         data = truth(tmp_path, [CAT])
         with pytest.raises(ValueError, match="image 1 is not finite"):
-            coco_ap(data, {1: found((*HIT, float("nan"), 0))}, backend)
+            coco_ap(data, {1: detected((*HIT, float("nan"), 0))}, backend)
         with pytest.raises(ValueError, match="not finite"):
-            coco_ap(data, {1: found((0, 0, float("inf"), 1, 1, 0))}, backend)
+            coco_ap(data, {1: detected((0, 0, float("inf"), 1, 1, 0))}, backend)
         with pytest.raises(ValueError, match="detections for image 3"):
-            coco_ap(data, {3: found()}, backend)
+            coco_ap(data, {3: detected()}, backend)
         with pytest.raises(ValueError, match=r"label outside 0\.\.1"):
-            coco_ap(data, {1: found((*HIT, 1, 2))}, backend)
+            coco_ap(data, {1: detected((*HIT, 1, 2))}, backend)
         with pytest.raises(ValueError, match="training=False"):
             coco_ap(read_coco(tmp_path / "truth.json", None, training=True), {}, backend)
 
@@ -160,7 +162,7 @@ def random_case(folder: Path, seed: int) -> tuple[CocoData, dict[Id, Detections]
         guess = np.concatenate([labels[again], rng.integers(0, 4, len(noise))])
         table = np.column_stack([boxes, rng.uniform(0, 1, len(boxes)).round(2), guess])
         if rng.random() < 0.85:
-            detections[image_id] = found(*table.tolist())
+            detections[image_id] = detected(*table.tolist())
     raw = {
         "images": [{"id": i, "file_name": f"{i}.jpg", "width": 400, "height": 400} for i in image_ids],
         "annotations": annotations,
@@ -213,7 +215,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
     for row in rows:
         x, y, width, height = row["bbox"]
         tables[row["image_id"]].append((x, y, x + width, y + height, row["score"], label_of[row["category_id"]]))
-    back = {image_id: found(*table) for image_id, table in tables.items()}
+    back = {image_id: detected(*table) for image_id, table in tables.items()}
     for image_id, one in detections.items():
         assert torch.equal(back[image_id].scores_N, one.scores_N)
         assert torch.equal(back[image_id].labels_N, one.labels_N)

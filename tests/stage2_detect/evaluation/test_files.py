@@ -1,4 +1,4 @@
-"""The best and the worst pictures: ranked by LRP errors worked out by hand, drawn with the truth beside what was found."""
+"""The best and the worst images: ranked by LRP errors worked out by hand, drawn with the truth beside what was found."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from ssld.stage2_detect.models.mask_targets import decode_rle
 
 
 def scenes(folder: Path, objects: list[dict[str, Any]], count: int) -> CocoData:
-    """Grey pictures of 100 x 100 pixels with ids 1, 2, ...; `objects` are annotations without ids."""
+    """Grey images of 100 x 100 pixels with ids 1, 2, ...; `objects` are annotations without ids."""
     images = [{"id": n, "file_name": f"{n}.png", "width": 100, "height": 100} for n in range(1, count + 1)]
     for one in images:
         Image.new("RGB", (100, 100), (120, 120, 120)).save(folder / str(one["file_name"]))
@@ -67,17 +67,17 @@ def test_errors_by_hand(data: CocoData) -> None:
 def test_the_sums_are_those_of_the_whole_set(data: CocoData) -> None:
     """Against the definition in loops, on random boxes."""
     draw = np.random.default_rng(0)
-    found: dict[Id, Detections] = {}
+    detections: dict[Id, Detections] = {}
     for record in data.images:
         corners = draw.uniform(0, 60, (30, 2))
         boxes = np.concatenate([corners, corners + draw.uniform(15, 40, (30, 2))], 1)
         near = np.array([[10, 10, 30, 50]]) + draw.uniform(-3, 3, (6, 4))
         boxes_N4 = torch.from_numpy(np.concatenate([boxes, near])).float()
         labels_N, scores_N = torch.from_numpy(draw.integers(0, 2, 36)), torch.from_numpy(draw.uniform(0, 1, 36)).float()
-        found[record.image_id] = Detections(boxes_N4, scores_N, labels_N)
-    one = analyse(data, found, score_threshold=0.5)
+        detections[record.image_id] = Detections(boxes_N4, scores_N, labels_N)
+    one = analyse(data, detections, score_threshold=0.5)
     for row, record in enumerate(data.images):
-        mine, right, apart, taken = found[record.image_id], 0, 0.0, set()
+        mine, right, apart, taken = detections[record.image_id], 0, 0.0, set()
         order = torch.argsort(-mine.scores_N)
         wrong = 0
         for n in order.tolist():
@@ -139,13 +139,13 @@ def test_pictures_and_their_index(data: CocoData, tmp_path: Path) -> None:
         "wrong": 1,
         "missed": 0,
     }
-    with Image.open(folder / "worst_1_truth.jpg") as truth, Image.open(folder / "worst_1_found.jpg") as found:
+    with Image.open(folder / "worst_1_truth.jpg") as truth, Image.open(folder / "worst_1_found.jpg") as detections:
         assert max(truth.size) <= 560
-        assert truth.size == found.size
+        assert truth.size == detections.size
         left, top = (round(v * truth.width / 100) for v in (10, 30))
         border = np.array(truth.convert("RGB"))[top - 3 : top + 3, left : left + 2].reshape(-1, 3).mean(0)
         assert np.abs(border - class_color(0)).max() < 60  # the left edge of the cat's box
-        assert np.ptp(np.array(found.convert("RGB")).astype(int)) < 40  # below the threshold: nothing is drawn
+        assert np.ptp(np.array(detections.convert("RGB")).astype(int)) < 40  # below the threshold: nothing is drawn
 
 
 def test_an_annotation_has_no_score_on_its_name(data: CocoData) -> None:
@@ -167,12 +167,12 @@ def test_truth_with_shapes_and_crowds(tmp_path: Path) -> None:
         {"image_id": 1, "category_id": 6, "bbox": [10, 10, 20, 40], "segmentation": square},
         {"image_id": 1, "category_id": 5, "bbox": [0, 0, 1, 100], "segmentation": counts, "iscrowd": 1},
     ]
-    shown = truth_of(scenes(tmp_path, objects, 1).images[0], 2)
-    assert shown.boxes_N4.tolist() == [[10, 10, 30, 50], [0, 0, 1, 100]]
-    assert shown.labels_N.tolist() == [1, 2]  # the third name: the first class' crowd regions
-    assert shown.scores_N.isnan().all()
-    assert shown.masks is not None
-    first, second = (decode_rle(mask).astype(bool) for mask in shown.masks)
+    drawn = truth_of(scenes(tmp_path, objects, 1).images[0], 2)
+    assert drawn.boxes_N4.tolist() == [[10, 10, 30, 50], [0, 0, 1, 100]]
+    assert drawn.labels_N.tolist() == [1, 2]  # the third name: the first class' crowd regions
+    assert drawn.scores_N.isnan().all()
+    assert drawn.masks is not None
+    first, second = (decode_rle(mask).astype(bool) for mask in drawn.masks)
     assert first.sum() == 20 * 40
     assert first[10:50, 10:30].all()
     assert second.sum() == 100

@@ -38,15 +38,15 @@ def batch(sizes: list[tuple[int, int]], scale: float = 1.0) -> ImageBatch:
 
 def test_the_mirror_image_is_mirrored_inside_its_size() -> None:
     images = batch([(64, 96), (40, 33), (1, 1)])
-    seen = mirrored(images)
+    outputs = mirrored(images)
     for before, after, (height, width) in zip(
-        images.pixels_BCHW, seen.pixels_BCHW, images.sizes_B2.tolist(), strict=True
+        images.pixels_BCHW, outputs.pixels_BCHW, images.sizes_B2.tolist(), strict=True
     ):
         assert torch.equal(after[:, :height, :width], before[:, :height, :width].flip(2))
         assert not after[:, height:].any()
         assert not after[:, :, width:].any()
-    assert torch.equal(mirrored(seen).pixels_BCHW, images.pixels_BCHW)
-    assert torch.equal(seen.sizes_B2, images.sizes_B2)
+    assert torch.equal(mirrored(outputs).pixels_BCHW, images.pixels_BCHW)
+    assert torch.equal(outputs.sizes_B2, images.sizes_B2)
 
 
 class BrightBox:
@@ -57,13 +57,13 @@ class BrightBox:
 
     def __call__(self, images: ImageBatch) -> list[Detections]:
         self.given.append(images.pixels_BCHW)
-        found = []
+        detections = []
         for pixels, scale in zip(images.pixels_BCHW, images.scales_B.tolist(), strict=True):
             rows, columns = (pixels.amax(0) > 250).nonzero().T
             corners = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
             boxes = torch.tensor([[float(v) / scale for v in corners]])
-            found.append(Detections(boxes, torch.tensor([0.75]), torch.tensor([2])))
-        return found
+            detections.append(Detections(boxes, torch.tensor([0.75]), torch.tensor([2])))
+        return detections
 
 
 def marked(scale: float = 1.0) -> ImageBatch:
@@ -81,12 +81,12 @@ def test_boxes_of_the_mirror_image_come_back(scale: float) -> None:
     detector = BrightBox()
     images = marked(scale)
     plain = detector(images)
-    for seen, wanted in zip(
+    for outputs, expected in zip(
         detect_views(detector, MultiScaleBatch((images,)), flip=True, nms_iou=0.5, most=100), plain, strict=True
     ):
-        torch.testing.assert_close(seen.boxes_N4, wanted.boxes_N4)
-        assert seen.scores_N.tolist() == [0.75]
-        assert seen.labels_N.tolist() == [2]
+        torch.testing.assert_close(outputs.boxes_N4, expected.boxes_N4)
+        assert outputs.scores_N.tolist() == [0.75]
+        assert outputs.labels_N.tolist() == [2]
     assert len(detector.given) == 3
     assert torch.equal(detector.given[2], mirrored(images).pixels_BCHW)
     assert not torch.equal(detector.given[2], images.pixels_BCHW)
@@ -95,15 +95,17 @@ def test_boxes_of_the_mirror_image_come_back(scale: float) -> None:
 def test_without_flip_the_detector_sees_each_size_once() -> None:
     detector = BrightBox()
     first, second = marked(1.0), marked(2.0)
-    found = detect_views(detector, MultiScaleBatch((first, second)), flip=False, nms_iou=0.5, most=100)
-    assert [len(one.scores_N) for one in found] == [2, 2]  # the boxes differ by a factor of 2
+    detections = detect_views(detector, MultiScaleBatch((first, second)), flip=False, nms_iou=0.5, most=100)
+    assert [len(one.scores_N) for one in detections] == [2, 2]  # the boxes differ by a factor of 2
     assert [id(given) for given in detector.given] == [id(first.pixels_BCHW), id(second.pixels_BCHW)]
 
 
 def test_a_mirrored_box() -> None:
-    found = Detections(torch.tensor([[10.0, 5, 30, 9], [0, 0, 100, 9]]), torch.tensor([0.9, 0.8]), torch.tensor([1, 0]))
-    assert unmirrored(found, 100).boxes_N4.tolist() == [[70, 5, 90, 9], [0, 0, 100, 9]]
-    assert unmirrored(found, 99.5).boxes_N4.tolist() == [[69.5, 5, 89.5, 9], [0, 0, 99.5, 9]]
+    detections = Detections(
+        torch.tensor([[10.0, 5, 30, 9], [0, 0, 100, 9]]), torch.tensor([0.9, 0.8]), torch.tensor([1, 0])
+    )
+    assert unmirrored(detections, 100).boxes_N4.tolist() == [[70, 5, 90, 9], [0, 0, 100, 9]]
+    assert unmirrored(detections, 99.5).boxes_N4.tolist() == [[69.5, 5, 89.5, 9], [0, 0, 99.5, 9]]
 
 
 def test_views_are_merged_by_nms_within_classes() -> None:
@@ -116,11 +118,11 @@ def test_views_are_merged_by_nms_within_classes() -> None:
         parts.append(Detections(corners, scores, labels))
     boxes, scores, labels = (torch.cat([getattr(p, n) for p in parts]) for n in ("boxes_N4", "scores_N", "labels_N"))
     for iou, most in ((0.5, 100), (0.5, 7), (0.9, 100)):
-        wanted = batched_nms(boxes, scores, labels, iou)[:most]
-        found = merged(parts, nms_iou=iou, most=most)
-        assert torch.equal(found.boxes_N4, boxes[wanted])
-        assert torch.equal(found.scores_N, scores[wanted])
-        assert torch.equal(found.labels_N, labels[wanted])
+        expected = batched_nms(boxes, scores, labels, iou)[:most]
+        detections = merged(parts, nms_iou=iou, most=most)
+        assert torch.equal(detections.boxes_N4, boxes[expected])
+        assert torch.equal(detections.scores_N, scores[expected])
+        assert torch.equal(detections.labels_N, labels[expected])
     assert 7 < len(merged(parts, nms_iou=0.5, most=100).scores_N) < 160
     assert len(merged(parts, nms_iou=1.0, most=100).scores_N) == 100
 
@@ -139,19 +141,19 @@ def mask_model(mask_file: Path) -> RCNN:
     return model
 
 
-def shapes(found: Detections) -> Any:
+def shapes(detections: Detections) -> Any:
     """[H, W, N] of one image's masks."""
-    return decode(found.masks or [])
+    return decode(detections.masks or [])
 
 
 def test_one_view_of_masks_is_the_detector_itself(mask_model: RCNN) -> None:
     for scale in (1.0, 1.5):
         images = batch([(64, 96), (40, 33)], scale)
-        plain, seen = (
+        plain, outputs = (
             mask_model(images),
             detect_views(mask_model, MultiScaleBatch((images,)), flip=False, nms_iou=0.999, most=100),
         )
-        for one, other in zip(plain, seen, strict=True):
+        for one, other in zip(plain, outputs, strict=True):
             assert len(one.scores_N) > 5
             torch.testing.assert_close(other.boxes_N4, one.boxes_N4)
             assert shapes(other).shape == shapes(one).shape
@@ -167,12 +169,12 @@ def test_views_of_the_mirror_image_are_those_of_the_image_mirrored(mask_model: R
     other = detect_views(
         mask_model, MultiScaleBatch(tuple(mirrored(images) for images in sizes)), flip=True, nms_iou=0.5, most=100
     )
-    for seen, turned, (_, width) in zip(one, other, sizes[0].sizes_B2.tolist(), strict=True):
+    for outputs, turned, (_, width) in zip(one, other, sizes[0].sizes_B2.tolist(), strict=True):
         back = unmirrored(turned, width)
-        torch.testing.assert_close(back.boxes_N4, seen.boxes_N4, rtol=0, atol=1e-3)
-        assert torch.equal(back.labels_N, seen.labels_N)
-        assert 0.03 < shapes(seen).sum() / area(seen.boxes_N4).sum().item() < 0.9
-        assert (shapes(turned)[:, ::-1] != shapes(seen)).mean() < 1e-3
+        torch.testing.assert_close(back.boxes_N4, outputs.boxes_N4, rtol=0, atol=1e-3)
+        assert torch.equal(back.labels_N, outputs.labels_N)
+        assert 0.03 < shapes(outputs).sum() / area(outputs.boxes_N4).sum().item() < 0.9
+        assert (shapes(turned)[:, ::-1] != shapes(outputs)).mean() < 1e-3
 
 
 def test_masks_are_averaged_over_views(mask_model: RCNN, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,18 +188,18 @@ def test_masks_are_averaged_over_views(mask_model: RCNN, monkeypatch: pytest.Mon
         box_14 = torch.tensor([boxes[len(views) - 1]])
         return [images.pixels_BCHW], [Detections(box_14, torch.tensor([0.9]), torch.tensor([0]))]
 
-    def mask_maps(features: list[Tensor], images: ImageBatch, found: list[Detections]) -> Tensor:
+    def mask_maps(features: list[Tensor], images: ImageBatch, detections: list[Detections]) -> Tensor:
         view = next(n for n, pixels in enumerate(views) if features[0] is pixels)
         assert images.pixels_BCHW is views[view]
-        assert found[0].boxes_N4.tolist() == [boxes[view]]
+        assert detections[0].boxes_N4.tolist() == [boxes[view]]
         left, right = halves[view]
         return torch.cat([torch.full((1, 1, 8, 4), left), torch.full((1, 1, 8, 4), right)], 3)
 
     monkeypatch.setattr(mask_model, "detect_boxes", detect_boxes)
     monkeypatch.setattr(mask_model, "mask_maps", mask_maps)
-    seen = detect_views(mask_model, MultiScaleBatch((batch([(64, 96)]),)), flip=True, nms_iou=0.5, most=100)[0]
-    assert seen.boxes_N4.tolist() == boxes[:1]
-    full_HW = shapes(seen)[..., 0]
+    outputs = detect_views(mask_model, MultiScaleBatch((batch([(64, 96)]),)), flip=True, nms_iou=0.5, most=100)[0]
+    assert outputs.boxes_N4.tolist() == boxes[:1]
+    full_HW = shapes(outputs)[..., 0]
     # left (0.9 + 0.05) / 2 = 0.475; right (0.2 + 0.9) / 2 = 0.55. At the rim a map falls to zero.
     assert not full_HW[:, :19].any()
     assert full_HW[15:35, 21:27].all()
@@ -211,15 +213,15 @@ def data(tiny_coco: Any) -> CocoData:
 def test_views_hold_the_same_images_in_several_sizes(data: CocoData) -> None:
     loader = eval_loader(data, Sizing(64, 256, tta=TTAConfig(short_sides=[64, 96])), batch_size=2)
     assert loader.images == 5
-    seen = []
+    outputs = []
     for views, records in loader:
-        seen += [record.image_id for record in records]
+        outputs += [record.image_id for record in records]
         assert isinstance(views, MultiScaleBatch)
         small, large = views.to("cpu").batches
         assert small.scales_B.tolist() == [1.0] * len(records)
         assert large.scales_B.tolist() == [1.5] * len(records)
         assert large.sizes_B2.tolist() == [[96, 96]] * len(records)
-    assert sorted(seen) == [f"val-{number}" for number in range(5)]
+    assert sorted(outputs) == [f"val-{number}" for number in range(5)]
 
 
 @pytest.fixture

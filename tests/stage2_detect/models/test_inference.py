@@ -56,11 +56,11 @@ def norms(model: nn.Module) -> int:
 
 
 def same(first: list[Detections], second: list[Detections], tolerance: float) -> None:
-    assert min(len(found.boxes_N4) for found in first) >= 5
-    for ours, others in zip(first, second, strict=True):
-        assert torch.equal(ours.labels_N, others.labels_N)
-        torch.testing.assert_close(ours.scores_N, others.scores_N, rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(ours.boxes_N4, others.boxes_N4, rtol=tolerance, atol=10 * tolerance)
+    assert min(len(detections.boxes_N4) for detections in first) >= 5
+    for result, others in zip(first, second, strict=True):
+        assert torch.equal(result.labels_N, others.labels_N)
+        torch.testing.assert_close(result.scores_N, others.scores_N, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(result.boxes_N4, others.boxes_N4, rtol=tolerance, atol=10 * tolerance)
 
 
 @pytest.mark.parametrize(
@@ -79,8 +79,8 @@ def test_features_and_detections_are_the_same(arch: str, options: dict[str, obje
     assert norms(fast) == left
     assert not any(parameter.requires_grad for parameter in fast.parameters())
     with torch.no_grad():
-        for ours, others in zip(fast.features(images()), model.features(images()), strict=True):
-            torch.testing.assert_close(ours, others, rtol=1e-5, atol=1e-5 * others.abs().max().item())
+        for result, others in zip(fast.features(images()), model.features(images()), strict=True):
+            torch.testing.assert_close(result, others, rtol=1e-5, atol=1e-5 * others.abs().max().item())
         same(fast(images()), model(images()), 1e-4)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -99,13 +99,13 @@ def test_the_model_can_train_on() -> None:
 
 def test_geometry_stays_float32_under_autocast() -> None:
     model = detector()
-    seen: list[Tensor] = []
-    model.rpn.register_forward_hook(lambda _module, _args, out: seen.append(out[0].boxes_BR4))
+    outputs: list[Tensor] = []
+    model.rpn.register_forward_hook(lambda _module, _args, out: outputs.append(out[0].boxes_BR4))
     with torch.no_grad():
         exact = model(images())
         with torch.autocast("cpu", torch.bfloat16):
             rough = model(images())
-    assert [boxes.dtype for boxes in seen] == [torch.float32] * 2
+    assert [boxes.dtype for boxes in outputs] == [torch.float32] * 2
     for one, other in zip(rough, exact, strict=True):
         assert one.boxes_N4.dtype == one.scores_N.dtype == torch.float32
         assert len(one.boxes_N4) >= 5

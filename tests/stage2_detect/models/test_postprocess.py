@@ -21,9 +21,9 @@ def candidates(count: int = 120, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]
     places = 100 * torch.rand(6, 2, generator=generator)
     centre = places[torch.randint(6, (count,), generator=generator)] + 4 * torch.randn(count, 2, generator=generator)
     half = 10 + 10 * torch.rand(count, 2, generator=generator)
-    found = torch.cat((centre - half, centre + half), dim=1).clamp(min=0)
+    boxes_D4 = torch.cat((centre - half, centre + half), dim=1).clamp(min=0)
     classes = (K * torch.rand(count, generator=generator) ** 2).long()
-    return found, 0.05 + 0.95 * torch.rand(count, generator=generator), classes
+    return boxes_D4, 0.05 + 0.95 * torch.rand(count, generator=generator), classes
 
 
 def soft_nms_by_loop(boxes: np.ndarray, scores: np.ndarray, kind: str, iou: float, sigma: float) -> np.ndarray:
@@ -45,12 +45,12 @@ def soft_nms_by_loop(boxes: np.ndarray, scores: np.ndarray, kind: str, iou: floa
     return scores
 
 
-def by_loop(found: Tensor, scores: Tensor, classes: Tensor, rule: NMS) -> np.ndarray:
+def by_loop(boxes_D4: Tensor, scores: Tensor, classes: Tensor, rule: NMS) -> np.ndarray:
     expected = np.zeros(len(scores))
     for label in range(K):
-        here = (classes == label).numpy()
-        expected[here] = soft_nms_by_loop(
-            found.double().numpy()[here], scores.double().numpy()[here], rule.kind, rule.iou, rule.sigma
+        of_class = (classes == label).numpy()
+        expected[of_class] = soft_nms_by_loop(
+            boxes_D4.double().numpy()[of_class], scores.double().numpy()[of_class], rule.kind, rule.iou, rule.sigma
         )
     return expected
 
@@ -65,55 +65,55 @@ RULES = [
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_soft_nms_equals_the_loop(rule: NMS) -> None:
-    found, scores, classes = candidates()
-    expected = by_loop(found, scores, classes, rule)
+    boxes_D4, scores, classes = candidates()
+    expected = by_loop(boxes_D4, scores, classes, rule)
     assert (expected < scores.numpy() - 0.01).sum() > 50
-    ours = postprocess.soft_nms(found, scores, classes, rule, most=1000)
-    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-4, atol=1e-7)
+    result = postprocess.soft_nms(boxes_D4, scores, classes, rule, most=1000)
+    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("most", [1, 7, 40])
 @pytest.mark.parametrize("rule", RULES[::2], ids=str)
 def test_the_best_do_not_depend_on_how_many_are_wanted(rule: NMS, most: int) -> None:
     """So the steps may end there."""
-    found, scores, classes = candidates()
-    expected = by_loop(found, scores, classes, rule)
+    boxes_D4, scores, classes = candidates()
+    expected = by_loop(boxes_D4, scores, classes, rule)
     order = np.argsort(-expected)[:most]
-    index, ours = postprocess.apply_nms(found, scores, classes, rule, threshold=0.0, most=most)
+    index, result = postprocess.apply_nms(boxes_D4, scores, classes, rule, threshold=0.0, most=most)
     assert index.tolist() == order.tolist()
-    np.testing.assert_allclose(ours.numpy(), expected[order], rtol=1e-4)
+    np.testing.assert_allclose(result.numpy(), expected[order], rtol=1e-4)
 
 
 def test_soft_nms_drops_what_falls_to_the_threshold() -> None:
-    found, scores, classes = candidates()
+    boxes_D4, scores, classes = candidates()
     rule = RULES[0]
-    expected = by_loop(found, scores, classes, rule)
-    index, ours = postprocess.apply_nms(found, scores, classes, rule, threshold=0.2, most=1000)
+    expected = by_loop(boxes_D4, scores, classes, rule)
+    index, result = postprocess.apply_nms(boxes_D4, scores, classes, rule, threshold=0.2, most=1000)
     assert sorted(index.tolist()) == np.flatnonzero(expected > 0.2).tolist()
-    assert (ours > 0.2).all()
+    assert (result > 0.2).all()
 
 
 def test_soft_nms_of_one_and_of_none() -> None:
-    found, scores, classes = candidates(1)
-    assert torch.equal(postprocess.soft_nms(found, scores, classes, RULES[0], most=100), scores)
-    index, ours = postprocess.apply_nms(found[:0], scores[:0], classes[:0], RULES[2], threshold=0.1, most=9)
-    assert index.shape == ours.shape == (0,)
+    boxes_D4, scores, classes = candidates(1)
+    assert torch.equal(postprocess.soft_nms(boxes_D4, scores, classes, RULES[0], most=100), scores)
+    index, result = postprocess.apply_nms(boxes_D4[:0], scores[:0], classes[:0], RULES[2], threshold=0.1, most=9)
+    assert index.shape == result.shape == (0,)
 
 
 def test_twins_leave_one_under_soft_linear() -> None:
     """IoU of 1 takes the whole score of the other."""
     twins = torch.tensor([[10.0, 10.0, 30.0, 30.0]]).repeat(2, 1)
-    ours = postprocess.soft_nms(twins, torch.tensor([0.5, 0.9]), torch.tensor([1, 1]), RULES[0], most=100)
-    torch.testing.assert_close(ours, torch.tensor([0.0, 0.9]))
+    result = postprocess.soft_nms(twins, torch.tensor([0.5, 0.9]), torch.tensor([1, 1]), RULES[0], most=100)
+    torch.testing.assert_close(result, torch.tensor([0.0, 0.9]))
     apart = postprocess.soft_nms(twins, torch.tensor([0.5, 0.9]), torch.tensor([1, 0]), RULES[0], most=100)
     torch.testing.assert_close(apart, torch.tensor([0.5, 0.9]))
 
 
 def test_hard_nms_equals_torchvision() -> None:
-    found, scores, classes = candidates()
-    index, ours = postprocess.apply_nms(found, scores, classes, NMS(iou=0.4), threshold=0.0, most=30)
-    assert index.tolist() == ops.batched_nms(found, scores, classes, 0.4)[:30].tolist()
-    assert torch.equal(ours, scores[index])
+    boxes_D4, scores, classes = candidates()
+    index, result = postprocess.apply_nms(boxes_D4, scores, classes, NMS(iou=0.4), threshold=0.0, most=30)
+    assert index.tolist() == ops.batched_nms(boxes_D4, scores, classes, 0.4)[:30].tolist()
+    assert torch.equal(result, scores[index])
 
 
 @pytest.mark.parametrize("rule", [NMS(iou=0.4), *RULES[::2]], ids=str)
@@ -122,23 +122,25 @@ def test_selection_equals_one_class_at_a_time(rule: NMS) -> None:
     generator = torch.Generator().manual_seed(5)
     boxes_RK4 = torch.stack([candidates(40, seed)[0] for seed in range(K)], dim=1)
     scores_RK = torch.rand(40, K, generator=generator)
-    (ours,) = postprocess.select(boxes_RK4[None], scores_RK[None], threshold=0.3, nms=rule, most=25)
+    (result,) = postprocess.select(boxes_RK4[None], scores_RK[None], threshold=0.3, nms=rule, most=25)
     rows = []
     for label in range(K):
-        here = scores_RK[:, label] > 0.3
-        found, scores = boxes_RK4[here, label], scores_RK[here, label]
+        of_class = scores_RK[:, label] > 0.3
+        boxes_D4, scores = boxes_RK4[of_class, label], scores_RK[of_class, label]
         if rule.kind == "hard":
-            kept = ops.nms(found, scores, rule.iou)
-            found, scores = found[kept], scores[kept]
+            kept = ops.nms(boxes_D4, scores, rule.iou)
+            boxes_D4, scores = boxes_D4[kept], scores[kept]
         else:
-            lowered = soft_nms_by_loop(found.double().numpy(), scores.double().numpy(), rule.kind, rule.iou, rule.sigma)
-            found, scores = found[lowered > 0.3], torch.from_numpy(lowered[lowered > 0.3])
-        rows += [(score, label, *box) for score, box in zip(scores.tolist(), found.tolist(), strict=True)]
+            lowered = soft_nms_by_loop(
+                boxes_D4.double().numpy(), scores.double().numpy(), rule.kind, rule.iou, rule.sigma
+            )
+            boxes_D4, scores = boxes_D4[lowered > 0.3], torch.from_numpy(lowered[lowered > 0.3])
+        rows += [(score, label, *box) for score, box in zip(scores.tolist(), boxes_D4.tolist(), strict=True)]
     table = np.array(sorted(rows, reverse=True)[:25])
     assert len(set(table[:, 1])) == K
-    np.testing.assert_allclose(ours.scores_N.numpy(), table[:, 0], rtol=1e-4)
-    assert ours.labels_N.tolist() == table[:, 1].tolist()
-    np.testing.assert_allclose(ours.boxes_N4.numpy(), table[:, 2:], rtol=1e-6)
+    np.testing.assert_allclose(result.scores_N.numpy(), table[:, 0], rtol=1e-4)
+    assert result.labels_N.tolist() == table[:, 1].tolist()
+    np.testing.assert_allclose(result.boxes_N4.numpy(), table[:, 2:], rtol=1e-6)
 
 
 @pytest.mark.parametrize("rule", [NMS(iou=0.4), *RULES[::2]], ids=str)
@@ -188,18 +190,18 @@ def test_more_candidates_are_copied_where_the_first_leave_too_few(rule: NMS, mon
 
 def test_back_in_the_original_image() -> None:
     """Network sizes are rounded, so the last of them may lie outside the original."""
-    found = Detections(
+    boxes_D4 = Detections(
         torch.tensor([[2.0, 3.0, 20.0, 31.0], [30.9, 3.0, 31.0, 31.0], [0.0, 0.0, 31.0, 50.0]]),
         torch.tensor([0.9, 0.8, 0.7]),
         torch.tensor([1, 0, 2]),
     )
-    original, kept = postprocess.to_original(found, torch.tensor([50, 31]), torch.tensor(31 / 61))
+    original, kept = postprocess.to_original(boxes_D4, torch.tensor([50, 31]), torch.tensor(31 / 61))
     assert kept.tolist() == [True, True, True]
     torch.testing.assert_close(original.boxes_N4[2], torch.tensor([0.0, 0.0, 61.0, 98.0]))
     # 31 / 0.513 is 60.43: an original of 60 px, in which the second box, from 60.2 on, has no place.
-    narrow, kept = postprocess.to_original(found, torch.tensor([50, 31]), torch.tensor(0.513))
+    narrow, kept = postprocess.to_original(boxes_D4, torch.tensor([50, 31]), torch.tensor(0.513))
     assert kept.tolist() == [True, False, True]
-    torch.testing.assert_close(narrow.boxes_N4[0], found.boxes_N4[0] / 0.513)
+    torch.testing.assert_close(narrow.boxes_N4[0], boxes_D4.boxes_N4[0] / 0.513)
     assert narrow.boxes_N4[1, 2] == 60
     assert narrow.scores_N.tolist() == pytest.approx([0.9, 0.7])
     assert narrow.labels_N.tolist() == [1, 2]

@@ -21,19 +21,21 @@ def test_levels_follow_the_area() -> None:
 
 def test_pooling_equals_one_roi_at_a_time() -> None:
     features = maps()
-    found = proposals()
-    found.boxes_BR4[0, 0] = torch.tensor([0.0, 0.0, 160.0, 128.0])
-    pooled = pooling.pool_rois(features, found.boxes_BR4, found.valid_BR, strides=STRIDES, size=3).unflatten(0, (2, 30))
-    levels = pooling.roi_levels(found.boxes_BR4, STRIDES)
-    assert len(levels[found.valid_BR].unique()) > 1
+    detections = proposals()
+    detections.boxes_BR4[0, 0] = torch.tensor([0.0, 0.0, 160.0, 128.0])
+    pooled = pooling.pool_rois(features, detections.boxes_BR4, detections.valid_BR, strides=STRIDES, size=3).unflatten(
+        0, (2, 30)
+    )
+    levels = pooling.roi_levels(detections.boxes_BR4, STRIDES)
+    assert len(levels[detections.valid_BR].unique()) > 1
     for i in range(2):
         for r in range(30):
-            if not found.valid_BR[i, r]:
+            if not detections.valid_BR[i, r]:
                 assert (pooled[i, r] == 0).all()
                 continue
             level = int(levels[i, r])
             expected = ops.roi_align(
-                features[level][i : i + 1], [found.boxes_BR4[i, r : r + 1]], 3, 1 / STRIDES[level], 0, aligned=True
+                features[level][i : i + 1], [detections.boxes_BR4[i, r : r + 1]], 3, 1 / STRIDES[level], 0, aligned=True
             )
             torch.testing.assert_close(pooled[i, r], expected[0])
 
@@ -41,10 +43,10 @@ def test_pooling_equals_one_roi_at_a_time() -> None:
 def test_pooling_has_the_gradient_of_its_values() -> None:
     """The map is linear in the features, so <J v, w> = <v, J' w> for any v and w."""
     features = [m.requires_grad_() for m in maps()]
-    found = proposals(count=60)
+    detections = proposals(count=60)
 
     def pool(levels: list[Tensor]) -> Tensor:
-        return pooling.pool_rois(levels, found.boxes_BR4, found.valid_BR, strides=STRIDES, size=3)
+        return pooling.pool_rois(levels, detections.boxes_BR4, detections.valid_BR, strides=STRIDES, size=3)
 
     generator = torch.Generator().manual_seed(3)
     other = [torch.randn(m.shape, generator=generator) for m in features]
@@ -119,9 +121,11 @@ def test_nothing_to_pool() -> None:
 
 
 def test_pooling_is_as_told() -> None:
-    heads, found = make(sampling_ratio=2, aligned=False), proposals()
+    heads, detections = make(sampling_ratio=2, aligned=False), proposals()
     options: dict[str, Any] = {"strides": STRIDES, "size": 3, "sampling_ratio": 2, "aligned": False}
-    pooled = pooling.pool_rois(maps(), found.boxes_BR4, found.valid_BR, **options)
-    torch.testing.assert_close(heads.classify(maps(), found.boxes_BR4, found.valid_BR), heads.heads[0](pooled)[0])
-    other = make().classify(maps(), found.boxes_BR4, found.valid_BR)
+    pooled = pooling.pool_rois(maps(), detections.boxes_BR4, detections.valid_BR, **options)
+    torch.testing.assert_close(
+        heads.classify(maps(), detections.boxes_BR4, detections.valid_BR), heads.heads[0](pooled)[0]
+    )
+    other = make().classify(maps(), detections.boxes_BR4, detections.valid_BR)
     assert (other - heads.heads[0](pooled)[0]).abs().max() > 0.01

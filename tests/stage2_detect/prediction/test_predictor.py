@@ -1,4 +1,4 @@
-"""Predictions from Python: what the command finds and draws, kinds of pictures, the README's example."""
+"""Predictions from Python: what the command finds and draws, kinds of images, the README's example."""
 
 import re
 from collections.abc import Callable
@@ -24,13 +24,13 @@ def test_three_lines_find_what_the_command_finds(
     call: Call, predict_line: Any, detector_file: Path, photos: Path, tmp_path: Path
 ) -> None:
     assert call(predict.main, predict_line()) == 0
-    found = content(tmp_path / "seen" / "predictions.json")
+    detections = content(tmp_path / "seen" / "predictions.json")
     detector = load_detector(str(detector_file))
-    files = [photos / image["file_name"] for image in found["images"]]
-    shown = detector.predict(files, threshold=0.3)
-    assert len(shown) == 12
-    for image, objects in zip(found["images"], shown, strict=True):
-        rows = [row for row in found["annotations"] if row["image_id"] == image["id"]]
+    files = [photos / image["file_name"] for image in detections["images"]]
+    visible = detector.predict(files, threshold=0.3)
+    assert len(visible) == 12
+    for image, objects in zip(detections["images"], visible, strict=True):
+        rows = [row for row in detections["annotations"] if row["image_id"] == image["id"]]
         assert len(rows) == len(objects) == len(list(objects))
         for row, (name, score, box) in zip(rows, objects, strict=True):
             assert name == {3: "wide", 7: "tall"}[row["category_id"]]
@@ -41,15 +41,15 @@ def test_three_lines_find_what_the_command_finds(
 
 def test_kinds_of_pictures_and_a_batch_of_unequal_ones(detector_file: Path, photos: Path) -> None:
     detector = load_detector(detector_file)
-    picture = Image.open(photos / "5.png")
+    photo = Image.open(photos / "5.png")
     (one,) = detector.predict([photos / "5.png"], threshold=0.2)
     assert len(one)
-    for other in (str(photos / "5.png"), picture, np.array(picture)):
+    for other in (str(photos / "5.png"), photo, np.array(photo)):
         (same,) = detector.predict([other], threshold=0.2)
         np.testing.assert_array_equal(same.boxes_N4, one.boxes_N4)
     wide = Image.new("RGB", (90, 40), (30, 30, 30))
-    wide.paste(picture.crop((0, 0, 40, 40)), (10, 0))
-    pair = detector.predict([picture, wide], threshold=0.05)
+    wide.paste(photo.crop((0, 0, 40, 40)), (10, 0))
+    pair = detector.predict([photo, wide], threshold=0.05)
     assert pair[1].boxes_N4[:, 2].max() <= 90
     assert pair[1].boxes_N4[:, 3].max() <= 40
     with pytest.raises(TypeError, match="takes a list"):
@@ -74,7 +74,7 @@ def test_objects_are_drawn_as_the_command_draws_them(
     assert len(objects)
     drawn = objects.draw(photos / "5.png")
     drawn.save(tmp_path / "mine.jpg", quality=92)
-    assert (tmp_path / "mine.jpg").read_bytes() == (tmp_path / "seen" / "pictures" / "5.png.jpg").read_bytes()
+    assert (tmp_path / "mine.jpg").read_bytes() == (tmp_path / "seen" / "pictures" / "5.jpg").read_bytes()
 
 
 def test_the_readmes_example(detector_file: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +91,7 @@ def test_the_readmes_example(detector_file: Path, photos: Path, capsys: pytest.C
 
 def test_chosen_detections_keep_their_masks() -> None:
     boxes_N4 = torch.arange(12.0).view(3, 4)
-    found = Detections(boxes_N4, torch.tensor([0.9, 0.5, 0.1]), torch.tensor([0, 1, 0]), ["a", "b", "c"])
-    kept = found.where(found.labels_N == 0)
+    detections = Detections(boxes_N4, torch.tensor([0.9, 0.5, 0.1]), torch.tensor([0, 1, 0]), ["a", "b", "c"])
+    kept = detections.where(detections.labels_N == 0)
     assert kept.masks == ["a", "c"]
     assert kept.boxes_N4.equal(boxes_N4[[0, 2]])

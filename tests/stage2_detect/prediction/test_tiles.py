@@ -1,4 +1,4 @@
-"""Large pictures in tiles: windows, merging of what they show, and prediction with them."""
+"""Large images in tiles: windows, merging of what they show, and prediction with them."""
 
 import itertools
 import json
@@ -26,14 +26,17 @@ WHOLE = Window(0, 0, 200, 100)
 LEFT, RIGHT = Window(0, 0, 120, 100), Window(80, 0, 120, 100)
 
 
-def seen(*objects: tuple[Box, float], labels: tuple[int, ...] = (), masks: list | None = None) -> Detections:
+def outputs(*objects: tuple[Box, float], labels: tuple[int, ...] = (), masks: list | None = None) -> Detections:
     boxes_N4 = torch.tensor([box for box, _ in objects], dtype=torch.float32).view(-1, 4)
     scores_N = torch.tensor([score for _, score in objects])
     return Detections(boxes_N4, scores_N, torch.tensor(labels or [0] * len(objects), dtype=torch.int64), masks)
 
 
-def listed(found: Detections) -> list[tuple[list[float], float]]:
-    return [(box, round(score, 4)) for box, score in zip(found.boxes_N4.tolist(), found.scores_N.tolist(), strict=True)]
+def listed(detections: Detections) -> list[tuple[list[float], float]]:
+    return [
+        (box, round(score, 4))
+        for box, score in zip(detections.boxes_N4.tolist(), detections.scores_N.tolist(), strict=True)
+    ]
 
 
 # ---- windows
@@ -67,48 +70,48 @@ def test_a_picture_that_fits_is_looked_at_once() -> None:
 
 
 def test_one_tile_as_large_as_the_picture_changes_nothing() -> None:
-    found = seen(((0, 0, 50, 50), 0.9), ((2, 2, 50, 50), 0.8), ((120, 10, 200, 100), 0.7), labels=(0, 0, 1))
-    assert merged_windows([(WHOLE, found)], 200, 100) is found
-    twice = merged_windows([(WHOLE, found), (Window(*WHOLE), found)], 200, 100)
-    assert listed(twice) == listed(found)
+    detections = outputs(((0, 0, 50, 50), 0.9), ((2, 2, 50, 50), 0.8), ((120, 10, 200, 100), 0.7), labels=(0, 0, 1))
+    assert merged_windows([(WHOLE, detections)], 200, 100) is detections
+    twice = merged_windows([(WHOLE, detections), (Window(*WHOLE), detections)], 200, 100)
+    assert listed(twice) == listed(detections)
     assert twice.labels_N.tolist() == [0, 0, 1]
 
 
 def test_what_two_tiles_show_whole_is_one_object_with_the_better_score() -> None:
-    parts = [(LEFT, seen(((85, 20, 110, 50), 0.6))), (RIGHT, seen(((6, 21, 30, 50), 0.8)))]
+    parts = [(LEFT, outputs(((85, 20, 110, 50), 0.6))), (RIGHT, outputs(((6, 21, 30, 50), 0.8)))]
     assert listed(merged_windows(parts, 200, 100)) == [([86, 21, 110, 50], 0.8)]
     # Another class is another object.
-    parts[1] = (RIGHT, seen(((6, 21, 30, 50), 0.8), labels=(1,)))
+    parts[1] = (RIGHT, outputs(((6, 21, 30, 50), 0.8), labels=(1,)))
     assert len(merged_windows(parts, 200, 100).scores_N) == 2
 
 
 def test_a_piece_goes_where_the_object_is_seen_whole() -> None:
     """However sure the detector is of the piece."""
-    parts = [(LEFT, seen(((100, 20, 120, 50), 0.95))), (RIGHT, seen(((20, 20, 70, 50), 0.6)))]
+    parts = [(LEFT, outputs(((100, 20, 120, 50), 0.95))), (RIGHT, outputs(((20, 20, 70, 50), 0.6)))]
     assert listed(merged_windows(parts, 200, 100)) == [([100, 20, 150, 50], 0.6)]
-    parts = [(WHOLE, seen(((10, 10, 190, 90), 0.7))), (LEFT, seen(((10, 10, 120, 90), 0.9)))]
+    parts = [(WHOLE, outputs(((10, 10, 190, 90), 0.7))), (LEFT, outputs(((10, 10, 120, 90), 0.9)))]
     assert listed(merged_windows(parts, 200, 100)) == [([10, 10, 190, 90], 0.7)]
 
 
 def test_pieces_alone_become_one_object() -> None:
-    parts = [(LEFT, seen(((60, 20, 120, 50), 0.5))), (RIGHT, seen(((0, 20, 90, 52), 0.7)))]
+    parts = [(LEFT, outputs(((60, 20, 120, 50), 0.5))), (RIGHT, outputs(((0, 20, 90, 52), 0.7)))]
     assert listed(merged_windows(parts, 200, 100)) == [([60, 20, 170, 52], 0.7)]
 
 
 def test_an_object_in_a_row_of_tiles() -> None:
     windows = [Window(left, 0, 100, 100) for left in (0, 80, 160, 240)]
-    parts = [(window, seen(((0, 30, 100, 60), 0.5 + 0.1 * n))) for n, window in enumerate(windows)]
+    parts = [(window, outputs(((0, 30, 100, 60), 0.5 + 0.1 * n))) for n, window in enumerate(windows)]
     assert listed(merged_windows(parts, 340, 100)) == [([0, 30, 340, 60], 0.8)]
 
 
 def test_a_small_object_in_front_of_a_large_one_stays() -> None:
     """Intersection over the smaller area would take it for a piece of the large one."""
-    parts = [(WHOLE, seen(((0, 0, 200, 100), 0.9))), (LEFT, seen(((40, 40, 60, 60), 0.8)))]
+    parts = [(WHOLE, outputs(((0, 0, 200, 100), 0.9))), (LEFT, outputs(((40, 40, 60, 60), 0.8)))]
     assert len(merged_windows(parts, 200, 100).scores_N) == 2
 
 
 def test_boxes_of_one_window_do_not_compete() -> None:
-    parts = [(WHOLE, seen()), (LEFT, seen(((10, 10, 50, 50), 0.9), ((11, 10, 51, 50), 0.8)))]
+    parts = [(WHOLE, outputs()), (LEFT, outputs(((10, 10, 50, 50), 0.9), ((11, 10, 51, 50), 0.8)))]
     assert len(merged_windows(parts, 200, 100).scores_N) == 2
 
 
@@ -119,14 +122,14 @@ def test_masks_are_placed_and_joined() -> None:
         return mask_codec.encode(np.asfortranarray(shape_HW))
 
     parts = [
-        (LEFT, seen(((60, 20, 120, 50), 0.5), masks=[code(60, 120)])),
-        (RIGHT, seen(((0, 20, 90, 50), 0.7), masks=[code(0, 90)])),
+        (LEFT, outputs(((60, 20, 120, 50), 0.5), masks=[code(60, 120)])),
+        (RIGHT, outputs(((0, 20, 90, 50), 0.7), masks=[code(0, 90)])),
     ]
-    found = merged_windows(parts, 200, 100)
-    assert found.masks is not None
+    detections = merged_windows(parts, 200, 100)
+    assert detections.masks is not None
     expected_HW = np.zeros((100, 200), dtype=bool)
     expected_HW[20:50, 60:170] = True
-    np.testing.assert_array_equal(filled(found.masks[0], 100, 200), expected_HW)
+    np.testing.assert_array_equal(filled(detections.masks[0], 100, 200), expected_HW)
 
 
 @pytest.mark.parametrize("with_whole", [True, False])
@@ -149,10 +152,12 @@ def test_what_a_perfect_detector_sees_in_tiles_comes_back_exactly(seed: int, wit
         clipped = [(box - corner).clip(0, limits) for box in objects]
         visible = [box for box in clipped if (box[2:] > box[:2]).all()]
         scores = np.sort(draw.random(len(visible)))[::-1]
-        parts.append((window, seen(*((tuple(b.tolist()), s) for b, s in zip(visible, scores.tolist(), strict=True)))))
-    found = merged_windows(parts, width, height)
-    assert sorted(found.boxes_N4.tolist()) == sorted(box.astype(float).tolist() for box in objects)
-    assert (found.scores_N[:-1] >= found.scores_N[1:]).all()
+        parts.append(
+            (window, outputs(*((tuple(b.tolist()), s) for b, s in zip(visible, scores.tolist(), strict=True))))
+        )
+    detections = merged_windows(parts, width, height)
+    assert sorted(detections.boxes_N4.tolist()) == sorted(box.astype(float).tolist() for box in objects)
+    assert (detections.scores_N[:-1] >= detections.scores_N[1:]).all()
 
 
 def test_boxes_are_compared_in_blocks_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,8 +178,8 @@ def test_boxes_are_compared_in_blocks_as_all_at_once(monkeypatch: pytest.MonkeyP
     assert same_NN.sum() > 50
     for block in (1, 1000, 10**6):
         monkeypatch.setattr(tiles, "_BLOCK", block)
-        found = tiles._same(boxes_N4, window_N, windows_W4)
-        assert [sorted(row.tolist()) for row in found] == [row.nonzero()[:, 0].tolist() for row in same_NN]
+        detections = tiles._same(boxes_N4, window_N, windows_W4)
+        assert [sorted(row.tolist()) for row in detections] == [row.nonzero()[:, 0].tolist() for row in same_NN]
 
 
 def test_a_long_image_of_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +193,7 @@ def test_a_long_image_of_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(tiles, "pairwise_intersection", watched)
     boxes = [((2 * n, 0, 2 * n + 1, 1), 0.9 - n / 100) for n in range(10)]
-    parts = [(window, seen(*boxes)) for window in windows_of(60000, 1, 64, 0.2)]
+    parts = [(window, outputs(*boxes)) for window in windows_of(60000, 1, 64, 0.2)]
     assert len(parts) == 1178
     assert len(merged_windows(parts, 60000, 1).scores_N) > 5000
     assert largest < 1_000_000
@@ -207,11 +212,11 @@ def test_more_tiles_than_anyone_waits_for_are_refused() -> None:
 @pytest.fixture
 def mosaic(tiny_coco: Any, tmp_path: Path) -> Path:
     """Six scenes of 64 pixels side by side."""
-    picture = Image.new("RGB", (192, 128))
+    image = Image.new("RGB", (192, 128))
     for number, (row, column) in enumerate(itertools.product(range(2), range(3))):
-        picture.paste(Image.open(tiny_coco.train_images / f"{number}.png"), (64 * column, 64 * row))
+        image.paste(Image.open(tiny_coco.train_images / f"{number}.png"), (64 * column, 64 * row))
     (tmp_path / "large").mkdir()
-    picture.save(tmp_path / "large" / "mosaic.png")
+    image.save(tmp_path / "large" / "mosaic.png")
     return tmp_path / "large"
 
 
@@ -249,18 +254,18 @@ def test_tiles_find_what_scenes_show_alone(
             number = row["image_id"] - 1
             shifted = [x + 64 * (number % 3), y + 64 * (number // 3), width, height]
             inside.append((row["category_id"], shifted))
-    found = boxes_of(mosaic, "tiled", "--tile", "64", "--overlap", "0")
+    detections = boxes_of(mosaic, "tiled", "--tile", "64", "--overlap", "0")
     assert len(inside) >= 4
     for category_id, box in inside:
-        same = [row["bbox"] for row in found if row["category_id"] == category_id]
+        same = [row["bbox"] for row in detections if row["category_id"] == category_id]
         assert mask_codec.iou([box], same, [0] * len(same)).max() > 0.5
-    assert len(found) > len(boxes_of(mosaic, "whole"))
+    assert len(detections) > len(boxes_of(mosaic, "whole"))
     # The same in three lines.
     (objects,) = load_detector(detector_file).predict([mosaic / "mosaic.png"], threshold=0.3, tile=64, overlap=0)
-    corners = [[x, y, x + width, y + height] for x, y, width, height in (row["bbox"] for row in found)]
+    corners = [[x, y, x + width, y + height] for x, y, width, height in (row["bbox"] for row in detections)]
     np.testing.assert_allclose(objects.boxes_N4, corners, atol=2e-3)
     with_views = boxes_of(mosaic, "tta", "--tile", "64", "--overlap", "0", "--tta.flip", "true")
-    assert with_views != found
+    assert with_views != detections
 
 
 def test_tiles_are_for_pictures_of_any_size(
@@ -283,13 +288,13 @@ def test_a_damaged_picture_is_named_once(boxes_of: Any, mosaic: Path, tmp_path: 
     data = (mosaic / "mosaic.png").read_bytes()
     (mosaic / "damaged.png").write_bytes(data[: len(data) // 2])  # its header is sound
     Image.new("RGB", (40, 40)).save(mosaic / "small.png")
-    found = boxes_of(mosaic, "tiled", "--tile", "64", "--overlap", "0", "--batch_size", "3")
+    detections = boxes_of(mosaic, "tiled", "--tile", "64", "--overlap", "0", "--batch_size", "3")
     assert (tmp_path / "tiled" / "quarantine.txt").read_text() == "damaged.png\n"
-    assert {row["image_id"] for row in found} == {2} or {row["image_id"] for row in found} == {2, 3}
+    assert {row["image_id"] for row in detections} == {2} or {row["image_id"] for row in detections} == {2, 3}
 
 
 def test_tiles_do_not_depend_on_batches_or_workers(boxes_of: Any, mosaic: Path) -> None:
-    found = boxes_of(mosaic, "one", "--tile", "80")
+    detections = boxes_of(mosaic, "one", "--tile", "80")
     other = boxes_of(mosaic, "other", "--tile", "80", "--batch_size", "2", "--workers", "1")
-    assert [row["category_id"] for row in other] == [row["category_id"] for row in found]
-    np.testing.assert_allclose([row["score"] for row in other], [row["score"] for row in found], atol=1e-3)
+    assert [row["category_id"] for row in other] == [row["category_id"] for row in detections]
+    np.testing.assert_allclose([row["score"] for row in other], [row["score"] for row in detections], atol=1e-3)

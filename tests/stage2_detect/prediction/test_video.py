@@ -20,7 +20,7 @@ from ssld.stage2_detect.data.loaders import ahead
 from ssld.stage2_detect.detector_file import load_detector
 from ssld.stage2_detect.evaluation.drawing import draw_objects
 from ssld.stage2_detect.models.batch import Detections
-from ssld.stage2_detect.prediction.video import FoundInVideo, VideoParts
+from ssld.stage2_detect.prediction.video import VideoDetections, VideoParts
 from ssld.stage2_detect.prediction.video_file import Frame, VideoFile, is_video, read_frames
 
 Line = Callable[..., list[str]]
@@ -41,14 +41,14 @@ def clip(tiny_coco: Any, tmp_path: Path) -> Path:
 @pytest.fixture
 def line(detector_file: Path, tmp_path: Path) -> Line:
     def flags(images: Path, output: str, *more: str) -> list[str]:
-        shown = ["--model", str(detector_file), "--images", str(images), "--output", str(tmp_path / output)]
-        return [*shown, "--threads", "1", "--workers", "0", "--device", "cpu", "--threshold", "0.3", *more]
+        visible = ["--model", str(detector_file), "--images", str(images), "--output", str(tmp_path / output)]
+        return [*visible, "--threads", "1", "--workers", "0", "--device", "cpu", "--threshold", "0.3", *more]
 
     return flags
 
 
 def ramp(number: int, width: int, height: int) -> np.ndarray:
-    """A smooth picture that codecs keep, lighter with each number; its corners differ."""
+    """A smooth image that codecs keep, lighter with each number; its corners differ."""
     x, y = np.meshgrid(np.linspace(0, 100, width), np.linspace(0, 60, height))
     return np.repeat((x + y + 8 * number)[:, :, None], 3, 2).astype(np.uint8)
 
@@ -86,21 +86,21 @@ def turned(file: Path, a: int, b: int, c: int, d: int) -> Path:
     ("matrix", "quarters"), [((1, 0, 0, 1), 0), ((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)]
 )
 def test_a_phones_recording_is_turned_upright(tmp_path: Path, matrix: tuple[int, int, int, int], quarters: int) -> None:
-    """The matrix takes (x, y) of the stored picture to (a x + c y, b x + d y), y down: (0, 1, -1, 0) is clockwise."""
+    """The matrix takes (x, y) of the stored image to (a x + c y, b x + d y), y down: (0, 1, -1, 0) is clockwise."""
     file = tmp_path / "a.mp4"
     with VideoFile(file, 64, 48, 25) as video:
         for number in range(3):
             video.add(ramp(number, 64, 48), number / 25)
     stored = [frame.pixels_HWC for frame in read_frames(str(file))]
-    shown = [frame.pixels_HWC for frame in read_frames(str(turned(file, *matrix)))]
-    for one, other in zip(stored, shown, strict=True):
+    visible = [frame.pixels_HWC for frame in read_frames(str(turned(file, *matrix)))]
+    for one, other in zip(stored, visible, strict=True):
         np.testing.assert_array_equal(other, np.rot90(one, quarters))
 
 
 def test_what_counts_as_a_video(tmp_path: Path) -> None:
-    pictures = [Image.fromarray(ramp(number, 32, 24)) for number in range(4)]
-    pictures[0].save(tmp_path / "moves.gif", save_all=True, append_images=pictures[1:], duration=120)
-    pictures[0].save(tmp_path / "still.gif")
+    photos = [Image.fromarray(ramp(number, 32, 24)) for number in range(4)]
+    photos[0].save(tmp_path / "moves.gif", save_all=True, append_images=photos[1:], duration=120)
+    photos[0].save(tmp_path / "still.gif")
     (tmp_path / "bad.gif").write_bytes(b"nothing")
     kinds = {name: is_video(str(tmp_path / name)) for name in ("moves.gif", "still.gif", "bad.gif", "a.MP4", "a.jpg")}
     assert kinds == {"moves.gif": True, "still.gif": False, "bad.gif": False, "a.MP4": True, "a.jpg": False}
@@ -123,10 +123,10 @@ def test_one_item_is_made_ahead() -> None:
             yield number
         raise OSError("at the end")
 
-    seen = ahead(items())
-    assert [next(seen) for _ in range(4)] == [0, 1, 2, 3]
+    outputs = ahead(items())
+    assert [next(outputs) for _ in range(4)] == [0, 1, 2, 3]
     with pytest.raises(OSError, match="at the end"):
-        next(seen)
+        next(outputs)
     assert made == [0, 1, 2, 3]
 
 
@@ -141,28 +141,28 @@ def test_a_video_is_predicted_as_its_frames(
     for frame in read_frames(str(clip)):
         Image.fromarray(frame.pixels_HWC).save(tmp_path / "frames" / f"{frame.number:06d}.png")
     assert call(predict.main, line(tmp_path / "frames", "alone", "--write", "json,crops")) == 0
-    found, alone = (content(tmp_path / name / "predictions.json") for name in ("seen", "alone"))
-    assert found["annotations"] == alone["annotations"] != []
-    assert found["videos"] == [
+    detected, alone = (content(tmp_path / name / "predictions.json") for name in ("seen", "alone"))
+    assert detected["annotations"] == alone["annotations"] != []
+    assert detected["videos"] == [
         {"id": 1, "file_name": "clip.mp4", "frames": 12, "width": 64, "height": 64, "frames_per_second": 7.857}
     ]
-    assert [image["frame"] for image in found["images"]] == list(range(12))
-    np.testing.assert_allclose([image["seconds"] for image in found["images"]], SECONDS, atol=1e-4)
-    assert found["images"][7]["file_name"] == "clip.mp4/000007.jpg"
-    assert {image["video_id"] for image in found["images"]} == {1}
+    assert [image["frame"] for image in detected["images"]] == list(range(12))
+    np.testing.assert_allclose([image["seconds"] for image in detected["images"]], SECONDS, atol=1e-4)
+    assert detected["images"][7]["file_name"] == "clip.mp4/000007.jpg"
+    assert {image["video_id"] for image in detected["images"]} == {1}
     # tables, labels and crops, by frame
     run = tmp_path / "seen"
     rows = (run / "predictions.csv").read_text().splitlines()
     assert rows[0] == "file_name,class,score,x,y,width,height,frame,seconds"
-    assert len(rows) == 1 + len(found["annotations"])
+    assert len(rows) == 1 + len(detected["annotations"])
     assert (run / "labels" / "clip.mp4" / "000011.txt").exists()
     crops = {name.replace("clip.mp4/", "") for name in files_below(run / "crops")}
     assert crops == files_below(tmp_path / "alone" / "crops") != set()
     # the drawn video
     drawn = list(read_frames(str(run / "pictures" / "clip.mp4")))
     np.testing.assert_allclose([frame.seconds for frame in drawn], SECONDS, atol=1e-4)
-    number = found["annotations"][0]["image_id"] - 1
-    boxes = [row for row in found["annotations"] if row["image_id"] == number + 1]
+    number = detected["annotations"][0]["image_id"] - 1
+    boxes = [row for row in detected["annotations"] if row["image_id"] == number + 1]
     xywh_N4 = torch.tensor([row["bbox"] for row in boxes])
     detections = Detections(
         torch.cat([xywh_N4[:, :2], xywh_N4[:, :2] + xywh_N4[:, 2:]], 1),
@@ -175,9 +175,9 @@ def test_a_video_is_predicted_as_its_frames(
     assert np.abs(np.asarray(expected, dtype=float) - drawn[number - 1].pixels_HWC).mean() > 10
     # tiles and views
     assert call(predict.main, line(clip, "tiled", "--tile", "64", "--write", "json")) == 0
-    assert content(tmp_path / "tiled" / "predictions.json")["annotations"] == found["annotations"]
+    assert content(tmp_path / "tiled" / "predictions.json")["annotations"] == detected["annotations"]
     assert call(predict.main, line(clip, "tta", "--tile", "48", "--tta.flip", "true", "--write", "json")) == 0
-    assert content(tmp_path / "tta" / "predictions.json")["annotations"] != found["annotations"]
+    assert content(tmp_path / "tta" / "predictions.json")["annotations"] != detected["annotations"]
 
 
 def test_pictures_and_videos_in_a_folder(
@@ -189,16 +189,16 @@ def test_pictures_and_videos_in_a_folder(
     (clip.parent / "short.mkv").write_bytes(data[: len(data) // 3])  # the index of an MP4 is at its end
     assert call(predict.main, line(clip.parent, "seen")) == 0
     run = tmp_path / "seen"
-    found = content(run / "predictions.json")
-    assert [image["id"] for image in found["images"]] == list(range(1, 14))
-    assert found["images"][0]["file_name"] == "a.png"
-    assert "video_id" not in found["images"][0]
-    assert [video["file_name"] for video in found["videos"]] == ["clip.mp4"]
+    detected = content(run / "predictions.json")
+    assert [image["id"] for image in detected["images"]] == list(range(1, 14))
+    assert detected["images"][0]["file_name"] == "a.png"
+    assert "video_id" not in detected["images"][0]
+    assert [video["file_name"] for video in detected["videos"]] == ["clip.mp4"]
     assert (run / "quarantine.txt").read_text() == "bad.mp4\nshort.mkv\n"
     log = (run / "log.txt").read_text()
     assert "1 image and 3 videos below" in log
     assert "bad.mp4: cannot be read to its end: Invalid data" in log
-    assert {path.name for path in (run / "pictures").iterdir()} == {"a.png.jpg", "clip.mp4"}
+    assert {path.name for path in (run / "pictures").iterdir()} == {"a.jpg", "clip.mp4"}
     metrics = content(run / "result.json")["metrics"]
     assert (metrics["pictures"], metrics["videos"], metrics["unreadable"]) == (1, 3, 2)
 
@@ -255,9 +255,9 @@ def test_a_killed_run_begins_a_video_again_and_keeps_the_finished_ones(
 
 def test_a_part_of_another_video_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    VideoParts(tmp_path / "run" / "parts", "videos", ["a.mp4"]).write("a.mp4", FoundInVideo([1]), "")
+    VideoParts(tmp_path / "run" / "parts", "videos", ["a.mp4"]).write("a.mp4", VideoDetections([1]), "")
     assert VideoParts(tmp_path / "run" / "parts", "videos", ["a.mp4", "b.mp4"]).left() == ["b.mp4"]
-    with pytest.raises(UserError, match=r"run: was begun on other videos than there are now"):
+    with pytest.raises(UserError, match=r"run: was started on other videos than `images` holds now"):
         VideoParts(tmp_path / "run" / "parts", "videos", ["b.mp4"]).left()
 
 
