@@ -167,7 +167,13 @@ def check_networks(networks: Mapping[str, Network], hub_data: Mapping[str, str] 
             say(line)
     for key, network in networks.items():
         try:
-            reference = parse_reference(network.model, network.arch, allow_pickle=network.allow_pickle)
+            group = key.rpartition(".")[0]
+            reference = parse_reference(
+                network.model,
+                network.arch,
+                allow_pickle=network.allow_pickle,
+                arch_key=f"{group}.arch" if group else "arch",
+            )
             network_args(reference, network.image_size)
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
