@@ -282,7 +282,7 @@ class CurateConfig(ForwardConfig):
     """Select unlabeled images: the best k of each of the teacher's classes, no near-duplicates of validation or training images or each other."""
 
     process_timeout: ProcessTimeout = LONGEST_TIMEOUT  # the main process selects while the others wait
-    """minutes that a process waits for another one before the run ends, 1 to 10,080"""
+    """time limit, in minutes, of one process waiting for another, 1 to 10,080; the run ends after it"""
 
     pool: list[SourceConfig] = Field(min_length=1)
     """images to select from; labels are not read"""
@@ -361,7 +361,7 @@ class PrototypesConfig(ForwardConfig):
     """Make a teacher of an encoder without classes: its classes are K prototypes, k-means centres of its embeddings of your images."""
 
     process_timeout: ProcessTimeout = LONGEST_TIMEOUT  # the main process clusters while the others wait
-    """minutes that a process waits for another one before the run ends, 1 to 10,080"""
+    """time limit, in minutes, of one process waiting for another, 1 to 10,080; the run ends after it"""
 
     pool: list[SourceConfig] = Field(min_length=1)
     """images whose embeddings are clustered: those that students will see; labels are not read"""

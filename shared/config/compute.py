@@ -29,6 +29,6 @@ class ComputeConfig(CommandConfig):
     precision: Precision = "auto"
     """precision of the forward pass; auto: bf16 on a GPU that has it, else fp32, and when a run goes on its own; losses and boxes are fp32"""
     device: Device = "auto"
-    """auto, cpu, cuda, cuda:NUMBER or mps; auto takes a CUDA GPU where there is one, else the CPU"""
+    """device of the networks: auto (a CUDA GPU where there is one, else the CPU), cpu, cuda, cuda:NUMBER or mps"""
     process_timeout: ProcessTimeout = 120.0
-    """minutes that a process waits for another one before the run ends, 1 to 10,080"""
+    """time limit, in minutes, of one process waiting for another, 1 to 10,080; the run ends after it"""

@@ -1,4 +1,4 @@
-"""Model references: what a name, file or folder stands for, and what it says of itself, known before weights are read.
+"""Model references: resolve a name, file or folder, and read its metadata, before weights are read.
 
 A model reference is one of
     FILE.safetensors   a backbone file, or any safetensors file together with `arch`
@@ -26,12 +26,12 @@ _OFF = "is a pickle, which can run code when opened; a .safetensors file is need
 
 @dataclass(frozen=True)
 class ModelReference:
-    """What a reference names.
+    """A resolved reference.
 
     Attributes:
         arch: timm's name of the architecture.
         file: the weights; None for random ones.
-        metadata: facts by the names that a model file has for them, also of a folder or a model of the hub.
+        metadata: facts under the keys of a model file, also of a folder or a model of the hub.
         foreign: whether the weights are timm's or the hub's, which timm's own conversion is made for.
     """
 
@@ -48,9 +48,9 @@ class ModelReference:
 
     @property
     def model_args(self) -> dict[str, Any]:
-        """What `timm.create_model` needs beside arch and classes to build the network of the weights: its activation, the input size of a ViT."""
+        """Arguments of `timm.create_model` beside arch and classes to build the network of the weights: its activation, the input size of a ViT."""
         args = dict(self.metadata.get("model_args") or {})
-        args.pop("num_classes", None)  # the weights say it
+        args.pop("num_classes", None)  # taken from the weights
         return args
 
 
@@ -130,7 +130,7 @@ def _folder_reference(text: str, path: Path, arch_key: str) -> ModelReference:
 def _with_config(
     text: str, file: Path, facts: dict[str, Any], config: object, *, foreign: bool = False
 ) -> ModelReference:
-    """What a config.json says of weights and, where these are of this project, their own metadata, which say more and must not contradict."""
+    """Merge a config.json with the metadata of the weights, where these are files of this project; both must agree."""
     own = {} if is_pickle(file) else read_metadata(file, kind="backbone")
     for key in ("arch", "class_names"):
         if own.get(key) and facts.get(key) and own[key] != facts[key]:

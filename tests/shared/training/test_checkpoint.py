@@ -104,7 +104,7 @@ def flip(file: Path) -> None:
 def test_damage(tmp_path: Path, name: str, damage: Callable[[Path], None]) -> None:
     path = save_checkpoint(tmp_path, 1, {"model": nn.Linear(2, 3).state_dict()}, {"best": 0.5})
     damage(path / name)
-    with pytest.raises(UserError, match=r"checkpoint is damaged: .*; delete this folder to go on") as caught:
+    with pytest.raises(UserError, match=r"checkpoint is damaged: .*; delete this folder to resume") as caught:
         load_checkpoint(path)
     assert name in str(caught.value) or name == "SHA256SUMS"
 
