@@ -1,1 +1,1 @@
-"""What both stages use; imports nothing else of this project."""
+"""Code that both stages use; imports nothing else of this project."""

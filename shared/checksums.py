@@ -14,13 +14,13 @@ _OF_FOLDER = "SHA256SUMS"
 
 
 def sum_file(path: Path) -> Path:
-    """Where the checksum of a file lies."""
+    """Return the path of a file's checksum."""
     return path.with_name(f"{path.name}.sha256")
 
 
 @contextmanager
 def atomically_with_sum(path: Path) -> Iterator[Path]:
-    """As `files.atomically`, with the checksum beside the file."""
+    """Write as `files.atomically`, with the checksum beside the file."""
     with atomically(path) as temporary:
         yield temporary
         write_atomically(sum_file(path), f"{file_sha256(temporary)}  {path.name}\n")
@@ -33,7 +33,7 @@ def write_with_sum(path: Path, content: str | bytes) -> None:
 
 
 def is_sound(path: Path) -> bool:
-    """Whether a file and its checksum are there and agree."""
+    """Whether a file and its checksum exist and agree."""
     try:
         return _sums(sum_file(path)).get(path.name) == file_sha256(path)
     except (FileNotFoundError, IsADirectoryError):
@@ -41,7 +41,7 @@ def is_sound(path: Path) -> bool:
 
 
 def made_again(paths: Iterable[Path]) -> list[str]:
-    """A line for each of some files that is there and does not agree with its checksum."""
+    """Yield a line for each file that exists and does not agree with its checksum."""
     return [
         f"{path}: does not match its checksum; it is made again"
         for path in paths
@@ -50,19 +50,19 @@ def made_again(paths: Iterable[Path]) -> list[str]:
 
 
 def remove_with_sum(path: Path) -> None:
-    """Delete a file, if it is there, and its checksum."""
+    """Delete a file, if it exists, and its checksum."""
     path.unlink(missing_ok=True)
     sum_file(path).unlink(missing_ok=True)
 
 
 def write_folder_sums(folder: Path) -> None:
-    """Write the checksums of all files of a folder into it."""
+    """Write the checksums of all files of a folder into that folder."""
     lines = [f"{file_sha256(file)}  {file.name}\n" for file in sorted(folder.iterdir())]
     (folder / _OF_FOLDER).write_text("".join(lines), encoding="utf-8")
 
 
 def damage_in_folder(folder: Path) -> str | None:
-    """What is wrong with the files that `write_folder_sums` has seen, as the end of a sentence on the folder; None where all are sound."""
+    """Describe the first damage to the files of `write_folder_sums`, as the end of a sentence about the folder; None where all are sound."""
     try:
         sums = _sums(folder / _OF_FOLDER)
     except FileNotFoundError:
@@ -79,6 +79,6 @@ def damage_in_folder(folder: Path) -> str | None:
 
 
 def _sums(file: Path) -> dict[str, str]:
-    """Name -> SHA-256; lines of another form are left out, and with them their files are damaged."""
+    """Parse lines to name -> SHA-256; lines of another form are left out, so that their files count as damaged."""
     words = (line.split("  ", 1) for line in file.read_text(encoding="utf-8", errors="replace").splitlines())
     return {line[1]: line[0] for line in words if len(line) == 2 and "/" not in line[1]}

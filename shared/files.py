@@ -1,7 +1,7 @@
-"""Image and video files, and folders of them: names, lists, digests that tell of a change; writing whole or not at all. Torch-free, for config code.
+"""Image and video files, and folders of them: names, lists, digests that show a change; atomic writing. Does not import torch.
 
-What is an image is said by a name that ends as those of images do, and by the content of a file whose name says nothing. Only regular files are read:
-a pipe would never end. What a run of ours has written is no data of another.
+A file is an image if its suffix is one of an image format, or if it has no known suffix and its content is an image. Only regular files are read:
+a pipe would never end. Files that a run of this project has written are not data of another run.
 
 The digest of a folder covers names, sizes and contents, of large ones the contents of a sample: a million files are digested in seconds. Time stamps
 do not matter: a copy is the same data. Folders are walked with `os.scandir`; the only cache is the caller's.
@@ -24,33 +24,33 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".heic", ".heif", ".jxl", ".bmp", ".dib", ".tif", ".tiff", ".gif",
     ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".jpf", ".qoi", ".tga",
 )
-"""names that say "image"; whether one can be decoded is for its content, and for the Pillow at hand, to say: who reads them counts what cannot be"""
+"""suffixes of image formats; whether a file can be decoded depends on its content and on the installed Pillow, and readers count failures"""
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mpe", ".m2v", ".wmv", ".asf", ".flv", ".f4v", ".ts", ".mts", ".m2ts",
     ".vob", ".3gp", ".3g2", ".ogv", ".mxf",
 )
 # fmt: on
-"""beside them .gif, where it moves"""
+"""suffixes of video formats; .gif is added where it is animated"""
 
 
 def is_pattern(path: str) -> bool:
-    """Whether a path has wildcards."""
+    """Whether a path contains wildcards."""
     return re.search(r"[*?[]", path) is not None
 
 
 class ImageFolder(PosixPath):
-    """A path of which images and files of images alone matter: its digest does not cover what else lies there."""
+    """A path of which only images and files of images count: its digest does not cover other files."""
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a posix path has a part that file managers and operating systems hide or made for themselves."""
+    """Whether a posix path has a part that is hidden, or that file managers and operating systems create for themselves."""
     return any(
         (part.startswith(".") and part not in (".", "..")) or part.lower() in _LITTER for part in path.split("/")
     )
 
 
 def looks_like_image(head: bytes) -> bool:
-    """Whether the first 64 bytes of a file are those of an image, whether or not it can be decoded here."""
+    """Whether the first 64 bytes of a file are those of an image format, also of one that the installed Pillow cannot decode."""
     return (
         head.startswith(_BEGINNINGS)
         or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
@@ -61,12 +61,12 @@ def looks_like_image(head: bytes) -> bool:
 
 
 def says_nothing(name: str) -> bool:
-    """Whether only the content can say whether a file is an image: its name is neither that of an image nor of a known kind of other files."""
+    """Whether the content has to decide if a file is an image: its suffix is neither one of images nor one of other known kinds."""
     return not name.lower().endswith((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, *_OTHERS, *_RAW))
 
 
 def kind_of(name: str) -> str:
-    """What a file is called that is left out, as the end of "3 files skipped: 3 ...": `of kind .txt`, `without a suffix`."""
+    """Describe the kind of a file that is left out, as the end of "3 files skipped: 3 ...": `of kind .txt`, `without a suffix`."""
     suffix = os.path.splitext(name)[1].lower()
     return f"of kind {suffix}" if re.fullmatch(r"\.\w{1,12}", suffix) else "without a suffix"
 
@@ -74,13 +74,13 @@ def kind_of(name: str) -> str:
 def list_images(
     folder: str | Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES, tally: Tally | None = None
 ) -> list[str]:
-    """Sorted posix paths, relative to `folder`, of all images in it and below.
+    """Return sorted posix paths, relative to `folder`, of all images in it and below.
 
-    Suffixes in any case; a file whose name says nothing is an image if its content is one. Links are followed. Hidden names, run directories, pipes
-    and other files that are none are left out.
+    Suffixes in any case; a file without a known suffix is an image if its content is one. Links are followed. Hidden names, run directories, pipes
+    and files that are not images are left out.
 
     Args:
-        tally: counts the images and what is left out, by the first folder below `folder`.
+        tally: counts images and files left out, by the first folder below `folder`.
     """
     tally = Tally() if tally is None else tally
     names = []
@@ -100,7 +100,7 @@ def list_images(
 
 
 def require_images(folder: str | Path, tally: Tally | None = None) -> list[str]:
-    """`list_images`, or a `UserError` when the path is missing, is not a folder, or holds no image."""
+    """Return `list_images`; raise `UserError` when the path is missing, is not a folder, or holds no image."""
     path, tally = Path(folder), Tally() if tally is None else tally
     if not path.exists():
         raise UserError(f"image folder {path} does not exist")
@@ -108,13 +108,13 @@ def require_images(folder: str | Path, tally: Tally | None = None) -> list[str]:
         raise UserError(f"{path} is a file, expected a folder of images")
     names = list_images(path, tally=tally)
     if not names:
-        seen = tally.describe() or f"looked, in all sub-folders, for {' '.join(IMAGE_SUFFIXES)}"
-        raise UserError(f"no images in {path} ({seen})")
+        reason = tally.describe() or f"looked, in all sub-folders, for {' '.join(IMAGE_SUFFIXES)}"
+        raise UserError(f"no images in {path} ({reason})")
     return names
 
 
 def list_folders(folder: str | Path) -> list[str]:
-    """Names of the folders right below a folder, sorted; without hidden ones, run directories and those of programs."""
+    """Return the sorted names of the folders directly below a folder; without hidden ones, run directories and those of programs."""
     with os.scandir(folder) as entries:
         return sorted(
             entry.name
@@ -124,14 +124,14 @@ def list_folders(folder: str | Path) -> list[str]:
 
 
 def list_files(folder: str | Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Sorted posix paths, relative to `folder`, of all files in it and below with one of these suffixes, in any case; "" is every suffix. What is
-    left out and followed is as with `list_images`."""
+    """Return sorted posix paths, relative to `folder`, of all files in it and below with one of these suffixes, in any case; "" is every suffix.
+    Links and files left out are those of `list_images`."""
     return sorted(name for name, _ in _walk(folder, Tally()) if name.lower().endswith(suffixes))
 
 
 def files_digest(path: str | Path, *, without: Path | None = None) -> str:
-    """Hex SHA-256 over (relative path, bytes) of every file in a folder that is not hidden, or of one file, and over contents: all of them up to
-    `_DIGESTED` bytes, beyond that parts of files that are evenly spread.
+    """Return the hex SHA-256 over (relative path, bytes) of every file in a folder that is not hidden, or of one file, and over contents: all of
+    them up to `_DIGESTED` bytes, beyond that parts of files that are evenly spread.
 
     Of an `ImageFolder` only images, Parquet and tar files count. Moving or copying the folder as a whole keeps the digest, and so do other time
     stamps; `without` is a folder that does not count, such as the output of a run that reads the rest. Raises `UserError` for a missing path.
@@ -162,7 +162,7 @@ def files_digest(path: str | Path, *, without: Path | None = None) -> str:
 
 
 def decode_text(content: bytes, encoding: str = "utf-8") -> str:
-    """Text from bytes: as their byte-order mark says, else in `encoding`. Raises UnicodeError, and LookupError for an encoding that is unknown."""
+    """Decode bytes by their byte-order mark, else in `encoding`. Raises UnicodeError, and LookupError for an encoding that is unknown."""
     for mark, marked in (
         (codecs.BOM_UTF8, "utf-8-sig"),
         (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
@@ -176,7 +176,7 @@ def decode_text(content: bytes, encoding: str = "utf-8") -> str:
 
 
 def read_text(file: Path) -> str:
-    """A text file: UTF-8, or as its byte-order mark says. Raises UserError where it cannot be read or is neither."""
+    """Read a text file in UTF-8 or by its byte-order mark. Raises UserError where it cannot be read or is neither."""
     try:
         return decode_text(file.read_bytes())
     except OSError as error:
@@ -186,20 +186,20 @@ def read_text(file: Path) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def spread(count: int, most: int, *, repeat: bool = False) -> list[int]:
-    """Up to `most` numbers, evenly spread over 0 to `count` - 1; with `repeat` exactly `most`, some of them twice where there are fewer."""
+    """Return up to `most` numbers, evenly spread over 0 to `count` - 1; with `repeat` exactly `most`, some of them twice where there are fewer."""
     places = most if repeat else min(count, most)
     return [place * count // places for place in range(places)]
 
 
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write a file under, which takes its place when the block ends: a reader sees the old content or the new, never a part.
+    """Yield a temporary name beside `path`, which replaces `path` when the block ends: a reader sees the old content or the new, never a part.
 
     A block that fails leaves nothing behind; a killed process may leave `.NAME.NUMBER`, with its own number, which `clear_leftovers` removes.
     """
@@ -227,17 +227,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def escaped(name: str) -> str:
-    """A file name as text that can be printed and written: bytes that are not UTF-8 as `\\udcXX`. `unescaped` takes it back."""
+    """Convert a file name to text that can be printed and written: bytes that are not UTF-8 as `\\udcXX`. `unescaped` reverses it."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def unescaped(text: str) -> str:
-    """The file name that `escaped` was made of."""
+    """Return the file name from which `escaped` was made."""
     return re.sub(r"\\udc([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), text)
 
 
 _DIGESTED = 1 << 28
-"""bytes of a folder or file up to which all of them are digested"""
+"""largest size in bytes of a folder or file whose bytes are all digested"""
 _SAMPLED, _PART = 1000, 1 << 16
 _LITTER = frozenset(
     {
@@ -245,21 +245,21 @@ _LITTER = frozenset(
         "lost+found", "__pycache__",
     }
 )  # fmt: skip
-"""what operating systems, file servers and Python leave in folders"""
+"""folders that operating systems, file servers and Python create"""
 _TOOLS = (
     ".git", ".svn", ".hg", ".dvc", ".cache", ".huggingface", ".ipynb_checkpoints", ".trash", ".thumb", ".snapshot", ".venv", ".idea", ".vscode",
     ".appledouble", ".fseventsd", ".spotlight", ".temp", ".tmp", ".picasaoriginals", ".@__thumb", ".pytest_cache", ".mypy_cache", ".ruff_cache",
 )  # fmt: skip
-"""how hidden folders begin that nobody means as a class"""
+"""prefixes of hidden folders that are never meant as a class"""
 _OTHERS = (
     ".txt", ".json", ".jsonl", ".xml", ".csv", ".tsv", ".lst", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".md", ".rst", ".html", ".htm", ".css",
     ".js", ".pdf", ".log", ".py", ".ipynb", ".sh", ".m", ".db", ".sqlite", ".pkl", ".npy", ".npz", ".mat", ".h5", ".hdf5", ".pt", ".pth", ".ckpt",
     ".onnx", ".safetensors", ".bin", ".parquet", ".arrow", ".feather", ".tar", ".tgz", ".gz", ".xz", ".bz2", ".zst", ".zip", ".7z", ".rar",
     ".tfrecord", ".rec", ".idx", ".lmdb", ".mdb", ".cls", ".flo", ".wav", ".mp3", ".flac", ".ogg", ".svg", ".eps", ".lock", ".cache", ".url", ".lnk",
 )  # fmt: skip
-"""files that lie beside images; nobody has to look into them"""
+"""suffixes of other files that often lie beside images; their content is not read"""
 _RAW = (".cr2", ".cr3", ".nef", ".nrw", ".arw", ".dng", ".orf", ".rw2", ".raf", ".pef", ".srw", ".rwl", ".3fr", ".iiq")
-"""camera raw: decoders of TIFF find a thumbnail in them"""
+"""suffixes of camera raw files: TIFF decoders read the thumbnail in them"""
 _BEGINNINGS = (
     b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"\0\0\0\x0cjP  \r\n\x87\n",
     b"\xff\x4f\xff\x51", b"\0\0\0\x0cJXL \r\n\x87\n", b"qoif",
@@ -269,16 +269,16 @@ _BMP_HEADERS = tuple(size.to_bytes(4, "little") for size in (12, 40, 52, 56, 64,
 
 
 def _walk(folder: str | Path, tally: Tally) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
-    """(posix path relative to `folder`, entry) of every regular file; hidden names and run directories are skipped, a link to a parent ends there.
+    """Yield (posix path relative to `folder`, entry) of every regular file; hidden names and run directories are skipped, links to a parent end.
 
-    What may be missed is counted: images in hidden folders, broken links, and pipes and the like that are called images.
+    Files that a user may miss are counted: images in hidden folders, broken links, and pipes and sockets with the suffix of an image.
     """
     root = Path(folder).stat()
     pending = [(os.fspath(folder), "", frozenset({(root.st_dev, root.st_ino)}))]
     while pending:
         place, prefix, parents = pending.pop()
         with os.scandir(place) as entries:
-            found = sorted(entries, key=lambda entry: entry.name)  # what is met first is the same everywhere
+            found = sorted(entries, key=lambda entry: entry.name)  # the order is the same on every machine
         below = []
         if prefix and _is_run([entry.name for entry in found]):
             tally.skip("folder", "written by a run", escaped(prefix.rstrip("/")))
@@ -302,7 +302,7 @@ def _walk(folder: str | Path, tally: Tally) -> Iterator[tuple[str, "os.DirEntry[
                         tally.drop("image", cause, escaped(name), group=_first_folder(name))
                     continue
                 stat = entry.stat()
-            except OSError:  # it went away while we walked
+            except OSError:  # deleted during the walk
                 continue
             if (stat.st_dev, stat.st_ino) not in parents:
                 below.append((entry.path, f"{name}/", parents | {(stat.st_dev, stat.st_ino)}))
@@ -310,7 +310,7 @@ def _walk(folder: str | Path, tally: Tally) -> Iterator[tuple[str, "os.DirEntry[
 
 
 def _note_hidden(entry: "os.DirEntry[str]", name: str, tally: Tally) -> None:
-    """Count the images of a hidden folder, which may be a class to somebody; and a hidden image, which is none to anybody."""
+    """Count the images of a hidden folder, which may be meant as a class; a hidden image is only skipped."""
     lower = entry.name.lower()
     if not lower.startswith(".") or lower.startswith(("._", *_TOOLS)):
         return
@@ -327,12 +327,12 @@ def _note_hidden(entry: "os.DirEntry[str]", name: str, tally: Tally) -> None:
 
 
 def _is_run(names: Iterable[str]) -> bool:
-    """Whether files of these names are those of a run directory of ours."""
+    """Whether these file names are those of a run directory of this project."""
     return {"config.yaml", "environment.json"} <= set(names)
 
 
 def _is_data(name: str, entry: "os.DirEntry[str]") -> bool:
-    """Whether a file holds images."""
+    """Whether a file contains images."""
     known = name.lower().endswith((*IMAGE_SUFFIXES, *_RAW, ".parquet", ".tar"))
     return known or (says_nothing(name) and looks_like_image(_head(entry.path)))
 
@@ -350,7 +350,7 @@ def _head(path: str) -> bytes:
 
 
 def _parts(path: str, size: int, *, whole: bool) -> Iterator[bytes]:
-    """A file's bytes, or its beginning, middle and end; nothing of one that cannot be read, which is for its reader to say."""
+    """Yield a file's bytes, or its beginning, middle and end; nothing of an unreadable file, which its reader will report."""
     try:
         with open(path, "rb", buffering=0) as file:
             if whole or size <= 3 * _PART:

@@ -1,6 +1,6 @@
 """Images as uint8 tensors, and randomness that belongs to one view of one image.
 
-Decoding is PIL's, or torchcodec's where asked: torchvision's decoders warn that they are deprecated since 0.29, and
+PIL decodes, or torchcodec where the setting names it: torchvision's decoders warn that they are deprecated since 0.29, and
 fail on BMP, TIFF, 16-bit PNG and WebP with EXIF. An image is only decoded here; crop, resize and normalisation happen on the tensor, later. Alpha is
 dropped, not blended, as OpenCV and torchvision do. Deliberately absent: animations (the first frame counts), colour
 profiles.
@@ -30,9 +30,9 @@ from ssld.shared.errors import UserError
 from ssld.shared.files import escaped
 
 Picture = Image.Image | Tensor
-"""A decoded image: an RGB picture of PIL's, or uint8 [3, H, W]."""
+"""A decoded image: an RGB image of PIL, or uint8 [3, H, W]."""
 
-# EXIF orientation -> what turns the stored picture upright (EXIF 2.32, section 4.6.4)
+# EXIF orientation -> the transpose that turns the stored image upright (EXIF 2.32, section 4.6.4)
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -52,13 +52,13 @@ _PNG_TEXTS = (
 
 
 class ImageHeader(NamedTuple):
-    """What an image's header says of it."""
+    """Facts from the header of an image."""
 
     height: int
-    """of the stored pixels"""
+    """width and height of the stored pixels"""
     width: int
     orientation: int
-    """of EXIF, 1 to 8: what turns or mirrors the stored pixels upright (EXIF 2.32, section 4.6.4); 1: nothing, also for values that mean nothing"""
+    """EXIF orientation, 1 to 8: how the stored pixels have to be turned or mirrored (EXIF 2.32, section 4.6.4); 1, not at all, for invalid values"""
 
     @property
     def upright_size(self) -> tuple[int, int]:
@@ -71,8 +71,7 @@ _NOT_OF_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class UnreadableImage(Exception):
-    """A file that cannot be decoded: `name` says which, `reason` why. Callers quarantine it or turn it into a
-    `UserError`."""
+    """A file that cannot be decoded: its `name` and the `reason`. Callers quarantine it or turn it into a `UserError`."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)  # both in args: the exception survives pickling between worker processes
@@ -84,11 +83,11 @@ class UnreadableImage(Exception):
 
 
 def require_decoder(name: str, key: str) -> None:
-    """Raises UserError naming the key where a decoder is not installed here."""
+    """Raise UserError naming the key where a decoder is not installed."""
     if name == "torchcodec":
         try:
             importlib.import_module("torchcodec.decoders")
-        except (ImportError, OSError, RuntimeError) as error:  # not there, or its libraries do not load
+        except (ImportError, OSError, RuntimeError) as error:  # not installed, or its libraries cannot be loaded
             why = " ".join(str(error).split())[:160]
             raise UserError(
                 f"{key}: torchcodec cannot be imported ({why}); pip install 'torchcodec>=0.16', or set it to pil"
@@ -102,13 +101,13 @@ def open_image(
     name: str | None = None,
     decoder: str = "pil",
 ) -> Picture:
-    """Decodes a file or its bytes to RGB; raises `UnreadableImage` whatever the decoder complains about.
+    """Decode a file or its bytes to RGB; raises `UnreadableImage` for every error of the decoder.
 
     Args:
-        exif: turn it upright by its EXIF orientation; or what decides that, whose `UserError` passes through.
-        name: what errors call the image; a path speaks for itself.
-        decoder: pil gives a picture of PIL's, of which a crop is cheaper than of a tensor; torchcodec reads colour and
-            grey JPEGs faster, to uint8 [3, H, W], and leaves everything else, and what it stumbles over, to PIL. Both
+        exif: whether to turn it upright by its EXIF orientation; or a function that decides, whose `UserError` passes through.
+        name: name of the image in errors; by default the path.
+        decoder: pil returns an image of PIL, of which a crop is cheaper than of a tensor; torchcodec reads colour and
+            grey JPEGs faster, to uint8 [3, H, W], and leaves all other files, and those it cannot read, to PIL. Both
             are libjpeg-turbo: 1,764 JPEGs of ImageNet and COCO had the same pixels by torchcodec 0.17 and Pillow 13.
     """
     with _decoder_errors(source, name):
@@ -131,13 +130,13 @@ def open_image(
 
 
 def pixels_of(picture: Picture) -> Tensor:
-    """uint8 [3, H, W] of a decoded image. The memory lies as [H, W, 3]: the tensor is a view, so that nothing is copied
-    twice; `.contiguous()` where the layout matters."""
+    """Return uint8 [3, H, W] of a decoded image. The memory is laid out as [H, W, 3]: the tensor is a view, which saves a copy;
+    use `.contiguous()` where the layout matters."""
     return picture if isinstance(picture, Tensor) else torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def crop_of(picture: Picture, top: int, left: int, height: int, width: int) -> Tensor:
-    """uint8 [3, height, width] of a rectangle, in memory of its own that lies as [height, width, 3]."""
+    """Return uint8 [3, height, width] of a rectangle, in its own memory, laid out as [height, width, 3]."""
     if isinstance(picture, Tensor):
         return picture[:, top : top + height, left : left + width].permute(1, 2, 0).contiguous().permute(2, 0, 1)
     return pixels_of(picture.crop((left, top, left + width, top + height)))
@@ -146,18 +145,18 @@ def crop_of(picture: Picture, top: int, left: int, height: int, width: int) -> T
 def decode_image(
     source: bytes | str | Path, *, exif: bool | Callable[[ImageHeader], bool] = True, name: str | None = None
 ) -> Tensor:
-    """`pixels_of` the picture that `open_image` opens; raises `UnreadableImage`."""
+    """Return `pixels_of` the image that `open_image` opens; raises `UnreadableImage`."""
     return pixels_of(open_image(source, exif=exif, name=name))
 
 
 def image_header(source: bytes | str | Path, *, name: str | None = None) -> ImageHeader:
-    """The header of an image, without decoding its pixels; raises `UnreadableImage`."""
+    """Read the header of an image, without decoding its pixels; raises `UnreadableImage`."""
     with _decoder_errors(source, name), _open(source) as image:
         return _header(image)
 
 
 def image_headers(paths: Sequence[str]) -> list[ImageHeader | None]:
-    """`image_header` of many files, None for those that cannot be read. Some thousand a second, since disks and networks answer several threads."""
+    """Read the headers of many files in several threads, some thousand per second; None for files that cannot be read."""
 
     def header(path: str) -> ImageHeader | None:
         try:
@@ -174,14 +173,13 @@ def image_headers(paths: Sequence[str]) -> list[ImageHeader | None]:
 
 
 def stable_seed(*parts: int | str) -> int:
-    """A seed in [0, 2**63) that depends on the parts only: equal in every process, on every machine, for every Python
-    version."""
+    """Return a seed in [0, 2**63) that depends on the parts only: equal in every process, on every machine, for every Python version."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
 @contextmanager
 def seeded_torch(key: str, view: int, seed: int) -> Iterator[None]:
-    """Seeds torch's global generator (CPU) from (seed, key, view) and puts its state back afterwards."""
+    """Seed torch's global generator (CPU) from (seed, key, view), and restore its state afterwards."""
     state = torch.default_generator.get_state()
     try:
         torch.default_generator.manual_seed(
@@ -194,7 +192,7 @@ def seeded_torch(key: str, view: int, seed: int) -> Iterator[None]:
 
 @contextmanager
 def seeded_view(key: str, view: int, seed: int) -> Iterator[None]:
-    """The same with python's and numpy's global generators too.
+    """Seed the global generators of torch (CPU), Python and NumPy from (seed, key, view), and restore their states afterwards.
 
     Augmentations of other libraries draw from the global generators. Inside this block their draws are a function of
     the image and the view, not of the worker, the rank or what was drawn before.
@@ -213,8 +211,8 @@ def seeded_view(key: str, view: int, seed: int) -> Iterator[None]:
 
 @contextmanager
 def _decoder_errors(source: bytes | str | Path, name: str | None) -> Iterator[None]:
-    """Decoders raise nearly everything (OSError, SyntaxError, struct.error, IndexError ...) and warn about what they
-    could mend."""
+    """Turn errors of decoders, of nearly every type (OSError, SyntaxError, struct.error, IndexError ...), into `UnreadableImage`;
+    hide their warnings about faults that they corrected."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -237,7 +235,7 @@ def _label(source: bytes | str | Path) -> str:
 
 
 def _jpeg(encoded: bytes) -> Tensor | None:
-    """What torchcodec makes of a JPEG; None for what is none, and for one that it cannot read."""
+    """Decode a JPEG by torchcodec; None for other files, and for a JPEG that it cannot read."""
     if not encoded.startswith(b"\xff\xd8"):
         return None
     decoders: Any = importlib.import_module("torchcodec.decoders")
@@ -253,7 +251,7 @@ def _open(source: bytes | str | Path) -> Image.Image:
 
 
 def _header(image: Image.Image) -> ImageHeader:
-    """The header of an image that is open and not loaded."""
+    """Return the header of an image that is open and not loaded."""
     orientation, (width, height) = _orientation(image), image.size
     if orientation >= _SIDEWAYS and image.format == _TURNED_BY_PILLOW:
         width, height = height, width
@@ -265,7 +263,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
     try:
         value = int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # broken EXIF in front of a sound picture: show it as stored
+    except Exception:  # broken EXIF before a sound image: use it as stored
         return 1
     return value if value in _UPRIGHT else 1
 
@@ -294,7 +292,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(grey: np.ndarray) -> np.ndarray:
-    """Grey values of more than 8 bits, or fractions, scaled to 0..255, where PIL's own conversion clips them at 255.
+    """Scale grey values of more than 8 bits, or fractions, to 0..255, where PIL's own conversion clips them at 255.
 
     A file does not say how many of its bits a camera used: white is the largest value of the fewest bits that hold all values (8, 10, 12, 14 or 16),
     1 for fractions, and else the largest value itself. Where values are negative, black is the smallest.

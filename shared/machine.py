@@ -1,12 +1,12 @@
-"""What this machine has: CPU cores, and versions of installed packages. Imports nothing but Python's own, so that `ssld doctor` can ask it where the
-rest is broken."""
+"""CPU cores, threads and versions of installed packages. Imports the standard library only, so that `ssld doctor` works where other packages are
+broken."""
 
 import importlib.metadata
 import os
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -34,7 +34,7 @@ def _number(name: str) -> int | None:
 
 
 def installed_version(package: str) -> str | None:
-    """None where the package is not installed."""
+    """Return the version of a package, None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

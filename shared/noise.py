@@ -1,6 +1,6 @@
-"""What other libraries say: into the log of the run, not between our own lines on the terminal, unless `--verbose` asks for it.
+"""Messages of other libraries go to the log of the run instead of the terminal, unless `--verbose` is set.
 
-All that goes through Python's logging and warnings is meant: timm's unexpected keys, the hub's retries. Progress bars of downloads are switched off.
+This covers messages through Python's logging and warnings: timm's unexpected keys, the hub's retries. Progress bars of downloads are switched off.
 """
 
 import logging
@@ -16,7 +16,7 @@ _NO_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 
 
 class _Sink(logging.Handler):
-    """Keeps lines until there is a file for them."""
+    """Keep lines until the log file is known."""
 
     def __init__(self, *, verbose: bool) -> None:
         super().__init__(logging.INFO if verbose else logging.WARNING)
@@ -46,10 +46,10 @@ class _Sink(logging.Handler):
 def libraries_told_apart(*, verbose: bool) -> Iterator[None]:
     """Inside, messages of libraries go to the file that `keep_noise_in` names, and to the terminal if `verbose`."""
     root, sink = logging.getLogger(), _Sink(verbose=verbose)
-    theirs = {name: logging.getLogger(name) for name in _HANDLERS_OF_THEIR_OWN}
-    before = {name: (list(logger.handlers), logger.propagate) for name, logger in theirs.items()}
+    loggers = {name: logging.getLogger(name) for name in _HANDLERS_OF_THEIR_OWN}
+    before = {name: (list(logger.handlers), logger.propagate) for name, logger in loggers.items()}
     bars = {name: os.environ.get(name) for name in _NO_BARS}
-    for logger in theirs.values():
+    for logger in loggers.values():
         logger.handlers, logger.propagate = [], True
         vars(logger)["addHandler"] = lambda handler: None
     if not verbose:
@@ -61,7 +61,7 @@ def libraries_told_apart(*, verbose: bool) -> Iterator[None]:
     finally:
         logging.captureWarnings(False)
         root.removeHandler(sink)
-        for name, logger in theirs.items():
+        for name, logger in loggers.items():
             del vars(logger)["addHandler"]
             logger.handlers, logger.propagate = before[name]
         for name, value in bars.items():
@@ -71,7 +71,7 @@ def libraries_told_apart(*, verbose: bool) -> Iterator[None]:
 
 
 def keep_noise_in(file: Path) -> None:
-    """Write what libraries have said so far, and will say, to the end of a file."""
+    """Append the messages of libraries, those so far and all later ones, to a file."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, _Sink):
             handler.keep_in(file)

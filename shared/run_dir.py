@@ -1,9 +1,9 @@
-"""The folder of one run, and everything it says about itself.
+"""The folder of one run, with all its records.
 
     config.yaml       the resolved settings
     environment.json  command line, versions, machine, digests of the inputs
-    metrics.jsonl     one line a logged step
-    log.txt           what the run printed
+    metrics.jsonl     one line per logged step
+    log.txt           all printed lines
     quarantine.txt    unreadable images, if any
     checkpoints/      see shared/training/checkpoint.py
     result.json       written last: its presence, and that of the files whose checksums it holds, mean the run is finished
@@ -38,7 +38,7 @@ from ssld.shared.wording import count, printable
 
 Status = Literal["new", "unfinished", "finished"]
 SPEED = ("seconds", "data_wait", "images_per_second", "memory_gb")
-"""what a line of metrics.jsonl says of the machine, not of the training"""
+"""keys of metrics.jsonl that describe the machine, not the training"""
 _BEFORE_A_RUN = frozenset({"environment.json", "error.json"})  # written before config.yaml
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "pycocotools", "safetensors", "numpy", "pillow")
 
@@ -50,11 +50,11 @@ class RunDir:
         config: the resolved settings; `config.output` is the folder.
         command: name of the entry script, for the records.
         main: whether this process writes (rank 0).
-        scratch: files and folders in it that the run goes on from after a kill; they are deleted when it is finished.
+        scratch: files and folders in it from which a killed run is resumed; they are deleted when it is finished.
 
     Attributes:
         status: "new", "unfinished" (the same run was begun here, or files of the finished run are gone or changed) or "finished".
-        write: prints a line.
+        write: function that prints a line.
 
     Raises:
         UserError: the folder is in use, holds something else, holds another run, or one of its inputs has changed since.
@@ -78,11 +78,11 @@ class RunDir:
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
+        """Return the folder of the checkpoints."""
         return self.path / "checkpoints"
 
     def log(self, text: str) -> None:
-        """Print a line and keep it in log.txt."""
+        """Print a line and append it to log.txt."""
         if self.main:
             text = printable(text, keep="\n\t")
             with (self.path / "log.txt").open("a", encoding="utf-8") as file:
@@ -90,7 +90,7 @@ class RunDir:
             self.write(text)
 
     def tell(self, place: str, source: object, tally: Tally) -> None:
-        """Log what reading `source`, the setting `place`, has left out, if anything, and keep the counts for result.json."""
+        """Log the losses of reading `source`, the value of the setting `place`, if there are any, and keep the counts for result.json."""
         self._read[place] = tally.record()
         line = tally.describe()
         self.log_if(line and f"{source}: {line}")
@@ -107,11 +107,11 @@ class RunDir:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
     def cut_metrics(self, step: int) -> None:
-        """Drop what a killed run wrote after the checkpoint of `step`, and a torn last line."""
+        """Drop the lines that a killed run wrote after the checkpoint of `step`, and an incomplete last line."""
         file = self.path / "metrics.jsonl"
         if self.main and file.exists():
             lines = read_metrics(self.path)
-            written = file.read_bytes().count(b"\n")  # a torn last line has no end
+            written = file.read_bytes().count(b"\n")  # an incomplete last line has no line end
             if written > len(lines):
                 self.log(
                     f"{file}: {count(written - len(lines), 'line')} cannot be read and will be missing in curves and reports"
@@ -125,12 +125,12 @@ class RunDir:
             write_atomically(self.path / "quarantine.txt", lines.encode("utf-8", "surrogateescape"))
 
     def quarantined(self) -> list[str]:
-        """The unreadable images that this run has met so far."""
+        """Return the unreadable images of this run so far."""
         file = self.path / "quarantine.txt"
         return file.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if file.is_file() else []
 
     def finish(self, metrics: dict[str, Any], outputs: Iterable[Path] = ()) -> None:
-        """Write result.json, the record that this run is done, delete its scratch and release the folder; `outputs` are files inside it."""
+        """Write result.json, which marks the run as finished, delete its scratch and release the folder; `outputs` are files inside it."""
         if not self.main:
             return
         if (self.path / "metrics.jsonl").exists():
@@ -148,10 +148,10 @@ class RunDir:
         }
         write_atomically(self.path / "result.json", json.dumps(record, indent=2) + "\n")
         self._delete_scratch()
-        self.close()  # whoever looks next need not wait for this object to be collected
+        self.close()  # the next process need not wait until this object is collected
 
     def reopen(self) -> None:
-        """Make a finished run an unfinished one, because what it has written is not all there."""
+        """Mark a finished run as unfinished, because some of its files are missing."""
         (self.path / "result.json").unlink(missing_ok=True)
         self.status = "unfinished"
 
@@ -200,7 +200,7 @@ class RunDir:
             raise
 
     def _create(self) -> None:
-        """Make the folder and its lock file. Raises OSError where that is impossible: a parent is a file, no permission."""
+        """Create the folder and its lock file. Raises OSError where that is impossible: a parent is a file, no permission."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; give another --output")
         foreign = self.path.is_dir() and not (self.path / "config.yaml").exists()
@@ -238,7 +238,7 @@ class RunDir:
             self.log(f"changed since the last start: {change}")
 
     def _holds_work(self) -> bool:
-        """Whether a run got further than its start here: one refused for a mistake may begin again with other settings."""
+        """Whether the folder has results of a run: one that ended at its start by a mistake may begin again with other settings."""
         records = {"config.yaml", "log.txt", PASSES_FILE} | _BEFORE_A_RUN
         return any(not entry.name.startswith(".") and entry.name not in records for entry in self.path.iterdir())
 
@@ -251,7 +251,7 @@ class RunDir:
                 remove_with_sum(path)
 
     def _refuse_other_run(self) -> list[str]:
-        """Lines on permitted changes; UserError for any other difference between the run begun here and the one asked for."""
+        """Return lines about permitted changes; raise UserError for any other difference between the recorded and the requested run."""
         allowed, refused = changes_since(self.path, self._config, self.inputs)
         if refused:
             what = "; ".join(refused[:4])
@@ -265,7 +265,7 @@ class RunDir:
         return allowed
 
     def _environment_before(self) -> dict[str, Any]:
-        """What the last start recorded; `recorded_identity` has refused a file that is damaged."""
+        """Return the environment of the last start; `recorded_identity` has raised for a damaged file before."""
         before: dict[str, Any] = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
         return before
 
@@ -283,14 +283,14 @@ os.register_at_fork(after_in_child=_close_locks)
 
 
 def holds_no_run(folder: Path) -> bool:
-    """Whether a folder holds no more than a start leaves that never came to its first record."""
+    """Whether a folder contains no more than a start that ended before its first record."""
     return all(entry.name.startswith(".") or entry.name in _BEFORE_A_RUN for entry in folder.iterdir())
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a line torn by a kill, or damaged, is left out.
+    """Read the lines of a run's metrics.jsonl; incomplete and damaged lines are left out.
 
-    An attempt that died after an evaluation has logged it, and so does the next: the last one counts.
+    An attempt that died after an evaluation has logged it, and the next attempt logs it again: the last line counts.
     """
     file = run / "metrics.jsonl"
     lines = []
@@ -305,7 +305,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def read_result(run: Path) -> dict[str, Any] | None:
-    """A run's result.json, or None while it is not finished. Raises UserError for a damaged one."""
+    """Read a run's result.json; None while the run is not finished. Raises UserError for a damaged file."""
     file = run / "result.json"
     try:
         result: dict[str, Any] = _read_json(file)
@@ -325,7 +325,7 @@ def read_result(run: Path) -> dict[str, Any] | None:
 
 
 def gone_or_changed(run: Path, result: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Names of the files of a finished run that are not there any more, and of those with other content than result.json says."""
+    """Return the names of missing files of a finished run, and of files whose content differs from the checksum in result.json."""
     gone, changed = [], []
     for name, digest in result["outputs"].items():
         file = run / name
@@ -337,7 +337,7 @@ def gone_or_changed(run: Path, result: dict[str, Any]) -> tuple[list[str], list[
 
 
 def recorded_identity(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """(settings, input digests) of the run begun in a folder. Raises UserError where its records are damaged."""
+    """Read (settings, input digests) of the run in a folder. Raises UserError where its records are damaged."""
     try:
         settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
@@ -353,7 +353,7 @@ def recorded_identity(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def recorded_precision(run: Path) -> str | None:
-    """The precision with which the run in a folder was begun; None where there is none, or its records are damaged, which `RunDir` reports."""
+    """Read the precision of the run in a folder; None where there is no run, or its records are damaged, which `RunDir` reports."""
     try:
         value = recorded_identity(run)[0].get("precision")
     except UserError:
@@ -373,15 +373,15 @@ def _strings(value: Any) -> list[str]:
 
 
 def changes_since(run: Path, config: CommandConfig, inputs: dict[str, str]) -> tuple[list[str], list[str]]:
-    """(permitted, refused) lines on what differs between the run begun in a folder and the one asked for now."""
+    """Compare the recorded run of a folder with the requested one; return lines about (permitted, refused) differences."""
     old_config, old_inputs = recorded_identity(run)
     may_change = config.may_change
-    if not (run / "result.json").exists():  # there is training left that it has a part in
+    if not (run / "result.json").exists():  # the rest of the training uses them
         may_change |= config.may_change_before_the_end
     permitted: list[str] = []
     refused: list[str] = []
     for key, before, after in differences(old_config, identity(config)):
-        # `auto` keeps the precision with which the run was begun.
+        # `auto` keeps the recorded precision.
         if _same_place(before, after) or (key == "precision" and after == "auto" and before is not None):
             continue
         line = f"{key}: {json.dumps(before)} -> {json.dumps(after)}"
@@ -405,20 +405,21 @@ def _same_place(before: Any, after: Any) -> bool:
 
 
 def input_digests(config: CommandConfig) -> dict[str, str]:
-    """Digest of every input of a configuration. Raises UserError for a path that is not there."""
+    """Return the digest of every input of a configuration. Raises UserError for a missing path."""
     digests = {}
     for key, path in config.inputs().items():
         if not path.exists():
             raise UserError(f"{key}: {path}: no such file or folder")
-        if not (path.is_file() or path.is_dir()):  # it is read more than once, and a pipe without a writer never ends
+        if not (
+            path.is_file() or path.is_dir()
+        ):  # inputs are read more than once, and a pipe without a writer never ends
             raise UserError(f"{key}: {path}: is neither a file nor a folder")
         digests[key] = input_digest(path, config.output)
     return digests
 
 
 def input_digest(path: Path, output: Path | None = None) -> str:
-    """Digest of one input: of a model file's bytes, of what `files_digest` says of anything else; what a run writes into its own input does not
-    count."""
+    """Return the digest of one input: of the bytes of a model file, `files_digest` of other inputs; files of the run's own output do not count."""
     return file_sha256(path) if path.suffix == ".safetensors" else files_digest(path, without=output)
 
 

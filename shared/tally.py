@@ -1,7 +1,7 @@
-"""What reading a source kept and what it left out, by cause and with the first name; and the rule that stops a run when too much is lost.
+"""Counts of images and boxes that a reader kept and left out, by cause and with the first name; and the rule that stops a run on bulk loss.
 
-Every reader of images or boxes fills one `Tally`. The log shows `describe()`, `result.json` holds `record()`, `ssld doctor` shows what `bulk_loss()`
-says, and training refuses with the same words through `check()`.
+Every reader of images or boxes fills one `Tally`. The log shows `describe()`, `result.json` holds `record()`, `ssld doctor` prints `bulk_loss()`,
+and training raises the same sentence through `check()`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,10 +15,10 @@ _PLURALS = {"box": "boxes", "class": "classes", "entry": "entries"}
 
 
 class Tally:
-    """Counts of what was kept and dropped.
+    """Counts of items kept, dropped, changed and skipped.
 
     `what` is a noun in the singular: "image", "box", "object". `cause` completes "12 boxes dropped: 9 ...", as in "outside the image" or "without
-    a width". `group` is the class that something belongs to, where it has one. `name` is what the user would look for: a file, an id, a line.
+    a width". `group` is the class that something belongs to, where it has one. `name` is how the user finds the item: a file, an id, a line.
     """
 
     def __init__(self) -> None:
@@ -30,30 +30,30 @@ class Tally:
         self._skipped: dict[tuple[str, str], tuple[int, str]] = {}
 
     def keep(self, what: str, number: int = 1, *, group: str | None = None) -> None:
-        """Count what was read as it is."""
+        """Count items that are read as they are."""
         self._kept[what] = self._kept.get(what, 0) + number
         if group is not None:
             self._kept_in[what, group] = self._kept_in.get((what, group), 0) + number
 
     def drop(self, what: str, cause: str, name: object, number: int = 1, *, group: str | None = None) -> None:
-        """Count what was left out; the first name of each cause is remembered."""
+        """Count items that are left out; the first name of each cause is kept."""
         if number:
             _add(self._dropped, (what, cause), number, name)
             if group is not None:
                 _add(self._dropped_in, (what, group, cause), number, name)
 
     def change(self, what: str, cause: str, name: object, number: int = 1) -> None:
-        """Count what was kept, and counted by `keep`, in another form: "clipped to the image", "with the box of its polygon"."""
+        """Count items that were kept (and counted by `keep`) in another form: "clipped to the image", "with the box of its polygon"."""
         if number:
             _add(self._changed, (what, cause), number, name)
 
     def skip(self, what: str, cause: str, name: object, number: int = 1) -> None:
-        """Count what lies beside the data and is none of them, or what the settings leave out: named, but never a loss."""
+        """Count items beside the data that do not belong to it, or that the settings exclude; they are reported, but are no loss."""
         if number:
             _add(self._skipped, (what, cause), number, name)
 
     def merge(self, other: "Tally", *, kept: bool = True) -> None:
-        """Add what another tally counted, without what it `kept` where that is counted again."""
+        """Add the counts of another tally; `kept` is false where its kept items will be counted again."""
         for what, number in other._kept.items() if kept else ():
             self._kept[what] = self._kept.get(what, 0) + number
         for member, number in other._kept_in.items() if kept else ():
@@ -63,36 +63,36 @@ class Tally:
             (self._changed, other._changed),
             (self._skipped, other._skipped),
         )
-        for mine, theirs in tables:
-            for key, (number, first) in theirs.items():
-                _add(mine, key, number, first)
+        for own, added in tables:
+            for key, (number, first) in added.items():
+                _add(own, key, number, first)
         for place, (number, first) in other._dropped_in.items():
             _add(self._dropped_in, place, number, first)
 
     def kept(self, what: str, group: str | None = None) -> int:
-        """How many were kept, of one class where `group` names it."""
+        """Return the number of kept items, of one class where `group` names it."""
         return self._kept.get(what, 0) if group is None else self._kept_in.get((what, group), 0)
 
     def dropped(self, what: str, cause: str | None = None) -> int:
-        """How many were left out, for one cause where it is named."""
+        """Return the number of dropped items, for one cause where it is named."""
         return sum(
             number for (kind, why), (number, _) in self._dropped.items() if kind == what and cause in (None, why)
         )
 
     def changed(self, what: str, cause: str | None = None) -> int:
-        """How many were kept in another form."""
+        """Return the number of items kept in another form."""
         return sum(
             number for (kind, why), (number, _) in self._changed.items() if kind == what and cause in (None, why)
         )
 
     def skipped(self, what: str, cause: str | None = None) -> int:
-        """How many lay beside the data."""
+        """Return the number of skipped items."""
         return sum(
             number for (kind, why), (number, _) in self._skipped.items() if kind == what and cause in (None, why)
         )
 
     def describe(self) -> str:
-        """One line for the log, empty where nothing was left out or changed.
+        """Describe the losses in one line for the log, empty where nothing was left out or changed.
 
         `3 boxes dropped: 2 outside the image (first: annotation 7), 1 of no size (first: annotation 9); 1 box changed: ...`
         """
@@ -105,8 +105,8 @@ class Tally:
         return "; ".join(parts)
 
     def record(self) -> dict[str, Any]:
-        """The same for `result.json`: `{"box": {"kept": 10, "dropped": {CAUSE: {"count": 2, "first": NAME}}, "changed": {...}}}`, and `skipped`
-        where there is any."""
+        """Return the counts for `result.json`, `skipped` only where there are any:
+        `{"box": {"kept": 10, "dropped": {CAUSE: {"count": 2, "first": NAME}}, "changed": {...}}}`."""
         kinds = dict.fromkeys([*self._kept, *(what for what, _ in (*self._dropped, *self._changed, *self._skipped))])
         return {
             what: {
@@ -119,7 +119,7 @@ class Tally:
         }
 
     def bulk_loss(self) -> str | None:
-        """What was lost in bulk, as the sentence that training stops with; None where nothing was.
+        """Describe a bulk loss in the sentence that training stops with; None where there is none.
 
         Bulk is more than half of all images or boxes, more than half of those of one class, or all of a class.
         """
@@ -138,7 +138,7 @@ class Tally:
     def check(
         self, place: object, *, allow_loss: bool, otherwise: str = "set data.allow_loss: true to train on the rest"
     ) -> None:
-        """Raises UserError naming `place` where something was lost in bulk, unless that is allowed; `otherwise` says how to allow it."""
+        """Raise UserError naming `place` on a bulk loss, unless that is allowed; `otherwise` is the advice on how to allow it."""
         sentence = None if allow_loss else self.bulk_loss()
         if sentence:
             raise UserError(f"{place}: {sentence}; correct the source, or {otherwise}")

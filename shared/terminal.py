@@ -1,5 +1,5 @@
-"""Lines for the terminal: what names and files bring along cannot move its cursor, colour it or end a line; and nothing ends because nobody reads
-them any more, as behind a pipe that `head` has left. Torch-free."""
+"""Lines for the terminal: control characters in names and files are escaped, and a closed pipe (as behind `head`) does not end the program. Does not
+import torch."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ _GONE = (errno.EPIPE, errno.EIO)
 def say(text: str, stream: TextIO | None = None) -> None:
     """Print text, on standard output unless `stream` says otherwise; its own line breaks and tabs stay, other control characters are escaped.
 
-    A stream whose reader is gone is sent to nowhere from then on.
+    A stream whose reader is gone is redirected to the null device.
     """
     stream, text = stream or sys.stdout, printable(text, keep="\n\t")
     try:
@@ -28,7 +28,7 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """Let what is still printed to a stream go nowhere: what it holds back would otherwise fail once more at exit."""
+    """Redirect a stream to the null device: its buffered text would otherwise raise the error once more at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, stream.fileno())

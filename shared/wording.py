@@ -1,4 +1,4 @@
-"""Numbers, lists and other people's text in sentences."""
+"""Numbers, lists and untrusted text in sentences."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -9,24 +9,24 @@ _UNPRINTED = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 def count(number: int, what: str, plural: str | None = None) -> str:
-    """A number and its noun: `1 image`, `1,200 boxes`."""
+    """Format a number and its noun: `1 image`, `1,200 boxes`."""
     plural = plural or (f"{what}es" if what.endswith(("x", "s")) else f"{what}s")
     return f"{number:,} {what if number == 1 else plural}"
 
 
 def some(values: Sequence[Any], most: int = 3) -> str:
-    """The first of a list: `4, 7, 9, ...`."""
+    """Format the first items of a list: `4, 7, 9, ...`."""
     return ", ".join(map(str, values[:most])) + (", ..." if len(values) > most else "")
 
 
 def amount(size: float) -> str:
-    """Bytes for people: `1.2 GB`, `3.4 MB`, `0.5 kB`."""
+    """Format a number of bytes: `1.2 GB`, `3.4 MB`, `0.5 kB`."""
     unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB") if size >= 1e6 else (1e3, "kB")
     return f"{size / unit:.1f} {name}"
 
 
 def duration(seconds: float | None) -> str:
-    """A time for people: `0.35 s`, `12 s`, `4 min`, `3 h 20 min`, `2.5 days`; None is a dash."""
+    """Format a time in seconds: `0.35 s`, `12 s`, `4 min`, `3 h 20 min`, `2.5 days`; None is a dash."""
     if seconds is None:
         return "-"
     if seconds < 9.95:
@@ -40,9 +40,9 @@ def duration(seconds: float | None) -> str:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Text that a terminal may be given: whatever would move its cursor, colour it, end a line or turn the direction of writing is escaped.
+    """Escape characters that would move the terminal's cursor, colour it, end a line or turn the direction of writing.
 
-    Class names, file names and metadata are other people's, and may hold anything. `keep` has the characters that stay, such as a line break.
+    Class names, file names and metadata come from outside and may contain anything. `keep` has characters that are not escaped, such as a line break.
     """
     if text.isascii() and text.isprintable():
         return text

@@ -285,7 +285,7 @@ class CurateConfig(ForwardConfig):
     """Select unlabeled images: the best k of each of the teacher's classes, without near-duplicates of held-out or other selected images."""
 
     process_timeout: ProcessTimeout = LONGEST_TIMEOUT  # the main process selects while the others wait
-    """minutes that a process waits for another one before the run ends, 1 to 10,080"""
+    """time limit, in minutes, of one process waiting for another, 1 to 10,080; the run ends after it"""
 
     pool: list[SourceConfig] = Field(min_length=1)
     """sources to select images from; labels are not read"""
@@ -366,7 +366,7 @@ class PrototypesConfig(ForwardConfig):
     """Make a teacher from an encoder without classes: its classes are K prototypes, k-means centres of its embeddings of your images."""
 
     process_timeout: ProcessTimeout = LONGEST_TIMEOUT  # the main process clusters while the others wait
-    """minutes that a process waits for another one before the run ends, 1 to 10,080"""
+    """time limit, in minutes, of one process waiting for another, 1 to 10,080; the run ends after it"""
 
     pool: list[SourceConfig] = Field(min_length=1)
     """sources of the images to cluster, usually the students' training images; labels are not read"""

@@ -1,4 +1,4 @@
-"""What every entry script does around its work: parse, set threads, and turn a user's mistake into one line and exit code 2."""
+"""Common frame of the entry scripts: parse settings, set threads, and turn a user's mistake into one line and exit code 2."""
 
 import contextlib
 import errno
@@ -31,8 +31,8 @@ _HINTS = {
     errno.EROFS: "give another --output",
     errno.ENAMETOOLONG: "give a shorter path",
     errno.EACCES: "check its permissions, or give another --output",
-    errno.EMFILE: "raise the limit of open files (ulimit -n 4096), or take fewer --workers",
-    errno.ENFILE: "the machine has no more; take fewer --workers",
+    errno.EMFILE: "raise the limit of open files (ulimit -n 4096), or use fewer --workers",
+    errno.ENFILE: "the machine has no more; use fewer --workers",
     errno.EIO: "the disk or network drive failed; check it, and run the same command again",
 }
 _PASSES = (
@@ -40,17 +40,17 @@ _PASSES = (
     "(in evaluation with a smaller --val_batch_size); smaller images or --precision bf16 are another run"
 )
 _MORE_PASSES = "auto_batch found too few passes: the same command tries more of them"
-_SMALLER = "Take a smaller --batch_size"
-# What torch's loader says of a worker that is gone, wherever the main process is at that moment.
+_SMALLER = "Use a smaller --batch_size"
+# Message of torch's loader about a dead worker, raised wherever the main process is at that moment.
 _LOADER = re.compile(
     r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is killed by signal: (?P<signal>[^.]+)"
     r"|exited unexpectedly(?: with exit code (?P<code>\d+))?)"
 )
-_TOO_MANY_FILES = re.compile(r"Too many open files|items of ancillary data")  # as multiprocessing tells it
+_TOO_MANY_FILES = re.compile(r"Too many open files|items of ancillary data")  # as multiprocessing words it
 _LOADER_ADVICE = {
-    errno.ENOSPC: "/dev/shm is full, through which batches pass: enlarge it (docker run --shm-size 8g), take fewer --workers, or --workers 0",
-    errno.EMFILE: "it may open no more files: raise the limit (ulimit -n 4096), take fewer --workers, or --workers 0",
-    errno.ENOMEM: "out of memory: take fewer --workers, or --workers 0",
+    errno.ENOSPC: "/dev/shm is full, through which batches pass: enlarge it (docker run --shm-size 8g), use fewer --workers, or --workers 0",
+    errno.EMFILE: "it may open no more files: raise the limit (ulimit -n 4096), use fewer --workers, or --workers 0",
+    errno.ENOMEM: "out of memory: use fewer --workers, or --workers 0",
 }
 
 
@@ -64,7 +64,7 @@ def run_command(
 ) -> int:
     """Run `work(config)` and return the exit code: 0 done, 2 a user's mistake, 143 stopped by a signal with a checkpoint written.
 
-    A command that does without torch says so by `torch_threads=False` and starts faster.
+    A command that does not use torch passes `torch_threads=False` and starts faster.
     """
     rank, processes = 0, 1
     called = Path(sys.argv[0])
@@ -221,7 +221,7 @@ def _system_fault(error: Exception, output: Path | None, auto_batch: bool | None
 
 
 def _worded(argv: Sequence[str]) -> list[str]:
-    """`--verbose` with its value, which everyone leaves out."""
+    """Give `--verbose` its value, which is usually left out."""
     return [
         "--verbose=true" if word == "--verbose" and after.startswith("--") else word
         for word, after in pairwise([*argv, "--"])
@@ -229,12 +229,12 @@ def _worded(argv: Sequence[str]) -> list[str]:
 
 
 def exit_code(work: Callable[[], int]) -> int:
-    """Exit code of `work`, for a command without a run directory: its own, or 2 after a user's mistake, told in one line or more."""
+    """Return the exit code of `work`, for a command without a run directory: its own, or 2 after a user's mistake, printed in one line or more."""
     try:
         return work()
     except UserError as error:
         return _report(str(error), 0, 1, None)
-    except BrokenPipeError:  # as `ssld inspect FILE | head` ends: what there was to say was for that reader
+    except BrokenPipeError:  # as in `ssld inspect FILE | head`: the reader needs no more
         silence(sys.stdout)
         return _NOBODY_READS
     except OSError as error:
@@ -245,7 +245,7 @@ def exit_code(work: Callable[[], int]) -> int:
 
 
 def explained(error: Exception, output: Path | None) -> str | None:
-    """The line on a disk that is full or fails, or on a loader process that is gone; None for any other error.
+    """Return the line about a full or failing disk, or a dead loader process; None for any other error.
 
     torch raises the latter from a signal handler, anywhere in the main process.
     """
@@ -261,12 +261,12 @@ def explained(error: Exception, output: Path | None) -> str | None:
     if name == "Bus error":
         code = errno.ENOSPC
     how = f" ({name})" if name else ""
-    often = "often because the machine had no memory left, or /dev/shm is full: take fewer --workers, or --workers 0"
+    often = "often because the machine had no memory left, or /dev/shm is full: use fewer --workers, or --workers 0"
     return f"a process that reads images has died{how}: {_LOADER_ADVICE.get(code, often)}; the same command goes on from what it has written"
 
 
 def _came_from_a_loader(error: BaseException) -> bool:
-    """Whether an error rose while a batch was fetched: from a worker that is gone, where torch has not noticed it yet."""
+    """Whether an error rose while a batch was fetched from a dead worker that torch has not noticed yet."""
     trace = error.__traceback__
     while trace and trace.tb_frame.f_code.co_name != "_try_get_data":
         trace = trace.tb_next
@@ -274,13 +274,13 @@ def _came_from_a_loader(error: BaseException) -> bool:
 
 
 def _leave_workers_alone() -> None:
-    """Once one of torch's loader processes is gone, its handler would raise the same for the next, in the middle of the report on the first."""
+    """Remove torch's handler for dead loader processes: it would raise again for the next one, in the middle of the report on the first."""
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _note_too_few_passes(run: Path) -> None:
-    """For the next start, which looks for more: a run with `auto_batch` ran out of memory with the passes that were found."""
+    """Write a note that a run with `auto_batch` ran out of memory with its number of passes; the next start tries more."""
     file = run / PASSES_FILE
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -291,18 +291,18 @@ def _note_too_few_passes(run: Path) -> None:
 
 
 def _report(message: str, rank: int, processes: int, output: Path | None) -> int:
-    told = rank == 0
+    printed = rank == 0
     # A launcher buries its children's output and changes their exit code: leave the line where the runner finds it. The main rank's line wins;
-    # another rank's is told only if it came first, since most mistakes are met by all ranks alike.
+    # another rank's is printed only if it came first, since most mistakes occur on all ranks alike.
     if processes > 1 and output is not None and output.is_dir():
         record = json.dumps({"error": message, "exit_code": USER_ERROR}) + "\n"
         try:
             with (output / "error.json").open("w" if rank == 0 else "x", encoding="utf-8") as file:
                 file.write(record)
-            told = True
+            printed = True
         except OSError:
             pass
-    for line in message.split("\n") if told else []:
+    for line in message.split("\n") if printed else []:
         say(f"{'' if rank == 0 else f'[rank {rank}] '}error: {line}", sys.stderr)
     return USER_ERROR
 

@@ -29,6 +29,6 @@ class ComputeConfig(CommandConfig):
     precision: Precision = "auto"
     """precision of the forward pass; auto: bf16 on a GPU that has it, else fp32; a resumed run keeps its own; losses and boxes are fp32"""
     device: Device = "auto"
-    """device to run on: auto, cpu, cuda, cuda:NUMBER or mps; auto: a CUDA GPU if there is one, else the CPU"""
+    """device of the networks: auto (a CUDA GPU where there is one, else the CPU), cpu, cuda, cuda:NUMBER or mps"""
     process_timeout: ProcessTimeout = 120.0
-    """minutes a process waits for another one before the run ends, 1 to 10,080"""
+    """time limit, in minutes, of one process waiting for another, 1 to 10,080; the run ends after it"""

@@ -1,4 +1,4 @@
-"""`--help` of a command with many settings: what it needs first, then what most people set, then where the rest is. Does not import torch.
+"""`--help` in three levels: required and common settings, one group, all. Does not import torch.
 
 --help          the settings that a run needs and those that are set most often, and a line on every group of the others
 --help GROUP    the settings of a group, as `--help optim` or `--help model.roi`
@@ -27,7 +27,7 @@ COMMON = (
     "evaluate_every", "patience", "score_threshold", "threshold", "write", "tile", "device", "print_config",
 )
 # fmt: on
-"""keys in the order of help; a command has some of them"""
+"""common keys, in the order of the help; a command has some of them"""
 _NOISE = re.compile(r"\s*\((default: null|required|ifdef: required)\)$")
 
 
@@ -48,7 +48,7 @@ class HelpAction(argparse.Action):
 def settings_help(
     parser: argparse.ArgumentParser, config_type: type[BaseModel] | None, group: str = "", *, needed_alone: bool = False
 ) -> str:
-    """The help of a parser whose flags are the keys of `config_type`; `needed_alone` ends it with what a run needs.
+    """Format the help of a parser whose flags are the keys of `config_type`; with `needed_alone` only the required settings.
 
     Raises UserError for a group that it does not have.
     """
@@ -95,7 +95,7 @@ def settings_help(
 
 
 def flags_of(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Action]]:
-    """(key, action) of every flag that takes a value or switches something."""
+    """Yield (key, action) of every flag with a value, and of every switch."""
     for action in parser._actions:
         flag = next((word for word in action.option_strings if word.startswith("--")), None)
         if flag is not None:
@@ -103,7 +103,7 @@ def flags_of(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Ac
 
 
 def choices_of(action: argparse.Action) -> list[str]:
-    """The values that a flag takes, where they can be listed."""
+    """Return the values of a flag, where they can be listed."""
     if action.choices is not None:
         return [str(choice) for choice in action.choices]
     metavar = action.metavar if isinstance(action.metavar, str) else ""
@@ -142,7 +142,7 @@ def _stands_alone(key: str, config_type: type[BaseModel] | None) -> bool:
 
 
 def _groups(config_type: type[BaseModel] | None, by_key: dict[str, argparse.Action]) -> dict[str, tuple[str, int]]:
-    """{dotted name: (what it is, number of settings in it)} of the groups, in the order of their settings."""
+    """Return {dotted name: (description, number of settings)} of the groups, in the order of their settings."""
     names = [".".join(key.split(".")[:depth]) for key in by_key for depth in range(1, key.count(".") + 1)]
     found = {}
     for name in dict.fromkeys(names):
@@ -162,7 +162,7 @@ def _groups(config_type: type[BaseModel] | None, by_key: dict[str, argparse.Acti
 
 
 def models_in(annotation: typing.Any) -> list[type[BaseModel]]:
-    """The models in an annotation, looking through Optional, unions and lists."""
+    """Return the models in an annotation, through Optional, unions and lists."""
     if isinstance(annotation, type) and not typing.get_args(annotation) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for inner in typing.get_args(annotation) for model in models_in(inner)]

@@ -1,4 +1,4 @@
-"""Values of settings that pydantic would take for something else without a word."""
+"""Checks of values that pydantic would silently convert to another type."""
 
 import typing
 from pathlib import Path
@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 
 class PlainValues(BaseModel):
-    """Settings in which `true` is no number, a path is not empty, and a path of digits is text."""
+    """Settings in which `true` is not a number, a path is not empty, and a path of digits is text."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -26,7 +26,7 @@ class PlainValues(BaseModel):
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """The types that an annotation is made of: those of `int | None` are int and NoneType."""
+    """Return the types in an annotation: those of `int | None` are int and NoneType."""
     inner = typing.get_args(annotation)
     if typing.get_origin(annotation) is Literal:
         return set()

@@ -32,7 +32,7 @@ from ssld.shared.config.plain_values import PlainValues
 from ssld.shared.config.yaml_files import Alternatives, merge, read_recipe, without_others
 from ssld.shared.errors import UserError
 
-# A run is the same run whatever these say: where it writes, how fast it goes, how much it tells.
+# Settings that do not change a run's identity: where it writes, how fast it runs, what it logs.
 NOT_IDENTITY = frozenset(
     {
         "output",
@@ -50,14 +50,14 @@ NOT_IDENTITY = frozenset(
 
 
 class Network(NamedTuple):
-    """A model reference in settings, and what is asked of it before data are read."""
+    """A model reference in settings, with its requirements that are checked before data are read."""
 
     model: str
     arch: str | None = None
     image_size: int | None = None
-    """side in pixels that it has to work at; None: its own"""
+    """required side in pixels; None: the model's own"""
     allow_pickle: bool = False
-    """whether a state dict in a pickle will do"""
+    """whether a state dict in a pickle is allowed"""
 
 
 _LONGEST_NAME = 1000
@@ -78,7 +78,7 @@ ModelText = Annotated[str, AfterValidator(_named)]
 
 
 class Config(PlainValues):
-    """A frozen group of settings that knows all its keys."""
+    """A frozen group of settings that refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -115,17 +115,17 @@ class CommandConfig(PlainValues, BaseSettings):
         return (init_settings,)
 
     alternatives: ClassVar[Alternatives] = ()
-    """one on the command line replaces another of the file"""
+    """groups of keys that exclude each other; one on the command line replaces another of the file"""
     may_change: ClassVar[frozenset[str]] = frozenset()
     """keys that may differ between two starts of one run: the change is printed and recorded"""
     may_change_before_the_end: ClassVar[frozenset[str]] = frozenset()
-    """the same while the run is not finished"""
+    """keys that may differ between two starts while the run is not finished"""
 
     _recipe: Path | None = PrivateAttr(None)
 
     @property
     def recipe(self) -> Path | None:
-        """The YAML file that the settings began with, if there was one; not a setting itself."""
+        """Return the YAML file of the settings, None without one; it is not a setting itself."""
         return self._recipe
 
     def inputs(self) -> dict[str, Path]:
@@ -163,7 +163,7 @@ class Parser(ArgumentParser):
 
 
 def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: str) -> ConfigT:
-    """The configuration that a command line asks for.
+    """Parse a command line to a configuration.
 
     `--config FILE` and its bases come first, flags on top; `--print-config` prints the result as YAML and exits. Raises UserError with one line per
     wrong key.
@@ -198,14 +198,14 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
 
 
 def _nulls(value: Any) -> Any:
-    """Flags in which `--list null` is null, and not a list of it."""
+    """Replace [None], from `--list null`, by None."""
     if isinstance(value, dict):
         return {key: _nulls(one) for key, one in value.items()}
     return None if value == [None] else value
 
 
 def settings_parser(config_type: type[CommandConfig], program: str) -> Parser:
-    """The parser of a command, with a flag for each of its settings; for those who want to know its flags."""
+    """Return the parser of a command with a flag for each of its settings, for help and completion."""
     parser = _bare_parser(config_type, program)
     CliSettingsSource[ArgumentParser](config_type, root_parser=parser)
     return parser
@@ -221,14 +221,14 @@ def _bare_parser(config_type: type[CommandConfig], program: str) -> Parser:
 
 
 def underscored(word: str) -> str:
-    """A flag as its key is spelt: `--push-to-hub` is `--push_to_hub`."""
+    """Spell a flag as its key: `--push-to-hub` becomes `--push_to_hub`."""
     name, equals, value = word.partition("=")
     known = not name.startswith("--") or name == "--print-config"
     return word if known else f"--{name[2:].replace('-', '_')}{equals}{value}"
 
 
 def _with_values(config_type: type[BaseModel], argv: Sequence[str]) -> list[str]:
-    """A switch may stand alone: `--benchmark` is `--benchmark true`."""
+    """Give switches without a value `true`: `--benchmark` becomes `--benchmark true`."""
     words: list[str] = []
     for word, following in pairwise([*argv, "--"]):
         words.append(word)
@@ -239,7 +239,7 @@ def _with_values(config_type: type[BaseModel], argv: Sequence[str]) -> list[str]
 
 
 def _with_paths(config_type: type[BaseModel], argv: Sequence[str]) -> list[str]:
-    """What is there as a file or folder is a path, whatever it looks like: `--pool [old]`, `--pool a,b`, `--data.path null`."""
+    """Keep names of existing files and folders as paths, whatever they look like: `--pool [old]`, `--pool a,b`, `--data.path null`."""
     words: list[str] = []
     for word, before in zip(argv, ["", *argv], strict=False):
         key = before.removeprefix("--").split(".")
@@ -293,7 +293,7 @@ def validate(
 
 
 def _faults(config_type: type[ModelT], values: dict[str, Any]) -> ModelT | list[Any]:
-    """The configuration, or what is wrong with the values."""
+    """Return the configuration, or the list of faults of the values."""
     try:
         return config_type(**values)
     except ValidationError as error:
@@ -301,9 +301,9 @@ def _faults(config_type: type[ModelT], values: dict[str, Any]) -> ModelT | list[
 
 
 def _own_faults(config_type: type[BaseModel], values: dict[str, Any], flags: dict[str, Any]) -> set[tuple[Any, str]]:
-    """(location, message) of what is wrong with the values alone.
+    """Return (location, message) of the faults that the values have without the flags.
 
-    What they lack hides whether the rest of them goes together, and is taken from the flags.
+    Missing values would hide conflicts between the others, so they are taken from the flags.
     """
     while True:
         items = _faults(config_type, values)
@@ -312,14 +312,14 @@ def _own_faults(config_type: type[BaseModel], values: dict[str, Any], flags: dic
         whole = values
         for item in items:
             given = _at(flags, item["loc"]) if item["type"] == "missing" else None
-            if given is not None:  # of a group nothing yet: the next round says what it needs
+            if given is not None:  # an empty group: the next round finds its required keys
                 values = merge(values, _nested(item["loc"], {} if isinstance(given, dict) else given))
         if values == whole:
             return {(item["loc"], item["msg"]) for item in items}
 
 
 def _at(flags: Any, location: tuple[Any, ...]) -> Any:
-    """What the flags say at a location, or of something around it; None where they say nothing."""
+    """Return the value of the flags at a location, or of a group around it; None where the flags do not set it."""
     for part in location:
         if not isinstance(flags, dict):
             return flags
@@ -336,23 +336,23 @@ def _nested(location: tuple[Any, ...], value: Any) -> dict[str, Any]:
 
 
 def dump(config: BaseModel) -> dict[str, Any]:
-    """The resolved settings as plain JSON values."""
+    """Convert the resolved settings to plain JSON values."""
     values: dict[str, Any] = config.model_dump(mode="json")
     return values
 
 
 def dump_yaml(config: BaseModel) -> str:
-    """The resolved settings as YAML that reads back to the same configuration."""
+    """Convert the resolved settings to YAML that reads back to the same configuration."""
     return yaml.safe_dump(dump(config), sort_keys=False, allow_unicode=True)
 
 
 def identity(config: BaseModel) -> dict[str, Any]:
-    """What makes a run this run: the resolved settings without those that only say where and how fast."""
+    """Return the settings that identify a run: the resolved ones without `NOT_IDENTITY`."""
     return {key: value for key, value in dump(config).items() if key not in NOT_IDENTITY}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, old, new) of everything that differs between two dumped configurations."""
+    """Yield (dotted key, old, new) of every difference between two dumped configurations."""
     for key in dict.fromkeys([*old, *new]):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
@@ -362,7 +362,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> I
 
 
 def launched_ranks() -> tuple[int, int]:
-    """(rank, processes) as the launcher's environment says, before any process group exists."""
+    """Read (rank, processes) from the launcher's environment, before any process group exists."""
     rank, processes = launched_number("RANK", 0), launched_number("WORLD_SIZE", 1)
     launched_number("LOCAL_RANK", 0)
     if processes > 1:
@@ -379,7 +379,7 @@ _LAUNCHER = (
 
 
 def launched_number(name: str, default: int) -> int:
-    """A number in the launcher's environment. Raises UserError where it is none."""
+    """Read a number from the launcher's environment. Raises UserError where the value is not a number."""
     text = os.environ.get(name, str(default))
     if not text.isascii() or not text.isdecimal() or len(text) > 9:
         raise UserError(f"{name}={text}: {_LAUNCHER}")
@@ -390,7 +390,7 @@ _MOST_KNOWN = 24
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """The end of an error line on an unknown word: the nearest known one, or what is known."""
+    """Return the end of an error line about an unknown word: the nearest known word, or a list of known words."""
     longer = [
         name for name in known if name.startswith(f"{word}_")
     ]  # `samples` is nearer to `samples_per_image` than to `sampling`
@@ -446,14 +446,14 @@ def _explain(config_type: type[BaseModel], item: Any) -> str:
 
 
 def _number(limit: Any) -> Any:
-    """A limit for people: 1,000,000, 0.5."""
+    """Format a limit: 1,000,000, 0.5."""
     if not isinstance(limit, int | float):
         return limit
     return f"{int(limit):,}" if limit == int(limit) else f"{limit:g}"
 
 
 def _needed(model: Any, location: Sequence[Any], before: str = "") -> list[str]:
-    """Dotted names of what a setting that is missing has to be given as: itself, or what a group cannot be without."""
+    """Return the dotted names that supply a missing setting: itself, or the required keys of a group."""
     first, *rest = location
     field = getattr(model, "model_fields", {}).get(first)
     annotation = field.annotation if field else None
@@ -466,7 +466,7 @@ def _needed(model: Any, location: Sequence[Any], before: str = "") -> list[str]:
 
 
 def _as_group(item: Any, known: Sequence[str]) -> str:
-    """The hint on `roi.hidden: 8` in a file, where groups are nested; empty where the key is none of a group."""
+    """Return a hint on `roi.hidden: 8` in a file, where groups are nested; empty where the key is not part of a group."""
     *groups, last = str(item["loc"][-1]).split(".")
     if not groups or groups[0] not in known:
         return ""
@@ -478,7 +478,7 @@ def _as_group(item: Any, known: Sequence[str]) -> str:
 
 
 def _known_keys(model: Any, location: tuple[Any, ...]) -> list[str]:
-    """Field names of the model at `location`, looking through Optional, unions and lists."""
+    """Return the field names of the model at `location`, through Optional, unions and lists."""
     models = [model]
     for part in location:
         inner = [m.model_fields[part].annotation for m in models if part in m.model_fields] or list(models)

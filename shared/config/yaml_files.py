@@ -1,4 +1,4 @@
-"""Settings in YAML files: read strictly, laid on their bases."""
+"""Settings in YAML files: strict reading, and merging with their bases."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -10,21 +10,21 @@ import yaml
 from ssld.shared.errors import UserError
 
 Alternatives = Sequence[Sequence[str]]
-"""groups of dotted keys; of a group one is given"""
+"""groups of dotted keys that exclude each other"""
 
 
 MOST_NODES, DEEPEST = 200_000, 50
-"""what a file may hold: values, each alias counted as what it stands for, and levels"""
+"""limits of a file: number of values, each alias counted with its content, and number of levels"""
 
 
 class _Loader(yaml.SafeLoader):
-    """A YAML loader that refuses what no settings have: a key given twice, which PyYAML lets the last one win, keys that are lists or maps, and
-    files that grow out of all proportion by nesting or by aliases of aliases."""
+    """A YAML loader that refuses duplicate keys (PyYAML takes the last one), keys that are lists or maps, and files that grow beyond the limits by
+    nesting or by aliases of aliases."""
 
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """PyYAML's, not deeper than `DEEPEST`."""
+        """Compose a node as PyYAML, not deeper than `DEEPEST`."""
         self.depth += 1
         if self.depth > DEEPEST:
             mark = self.peek_event().start_mark
@@ -34,7 +34,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def get_single_node(self) -> yaml.Node | None:
-        """PyYAML's, not larger than `MOST_NODES`."""
+        """Compose a document as PyYAML, not larger than `MOST_NODES`."""
         node = super().get_single_node()
         if node is not None and _size(node, {}) > MOST_NODES:
             raise UserError(
@@ -43,7 +43,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """PyYAML's, which raises Python's own errors for a value that its tag or its form promises and that is none, as 2020-13-45 or !!int x."""
+        """Construct an object as PyYAML, whose plain Python errors for values that do not fit their tag (2020-13-45, !!int x) become UserErrors."""
         try:
             return super().construct_object(node, deep)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
@@ -53,9 +53,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """Values below a node, those of an alias counted wherever it stands; one that holds itself is endless."""
+    """Count the values below a node, those of an alias at each use; a node that contains itself is endless."""
     if id(node) not in known:
-        known[id(node)] = MOST_NODES + 1  # what it counts for inside itself
+        known[id(node)] = MOST_NODES + 1  # its count inside itself
         inner = node.value if isinstance(node.value, list) else []
         parts = [part for one in inner for part in (one if isinstance(one, tuple) else (one,))]
         known[id(node)] = 1 + sum(_size(part, known) for part in parts)
@@ -81,14 +81,13 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 
 class _TextLoader(_Loader):
-    """The same, with every value as the text that stands there: `no` is no False, and `1.10` no 1.1."""
+    """The strict loader with every value as its text: `no` is not False, and `1.10` not 1.1."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
 
 
 def read_yaml(path: Path, *, as_text: bool = False) -> dict[str, Any]:
-    """The mapping in a YAML file; its keys are text but for those of groups, which may be numbers, as of class names. With `as_text` every value is
-    as it is written.
+    """Read the mapping in a YAML file; keys are text, or numbers inside groups, as for class names. With `as_text` every value stays text.
 
     Raises UserError for a missing file, bad YAML, a duplicate key, nesting and aliases out of proportion, or anything but a mapping.
     """
@@ -109,7 +108,7 @@ def read_yaml(path: Path, *, as_text: bool = False) -> dict[str, Any]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file of settings, all of whose keys are text. Raises UserError as `read_yaml` does, and for another key."""
+    """Read the mapping in a YAML file of settings, whose keys are all text. Raises UserError as `read_yaml` does, and for other keys."""
     content = read_yaml(path)
     for key in _odd_keys(content):
         raise UserError(f"{path}: {key}: a key has to be text; put it in quotes")
@@ -117,7 +116,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _odd_keys(value: Any, before: str = "") -> Iterator[str]:
-    """Dotted names of the keys that are no text."""
+    """Yield the dotted names of the keys that are not text."""
     if isinstance(value, list):
         for number, inner in enumerate(value):
             yield from _odd_keys(inner, f"{before}{number}.")
@@ -129,14 +128,14 @@ def _odd_keys(value: Any, before: str = "") -> Iterator[str]:
 
 
 def _spelt(key: Any) -> str:
-    """A key as YAML spells it: null, true, 3."""
+    """Spell a key as YAML does: null, true, 3."""
     return json.dumps(key, default=str)
 
 
 def read_recipe(path: Path, alternatives: Alternatives = (), deeper: int = 2) -> dict[str, Any]:
-    """The settings of a YAML file laid on those of the file that its key `base` names, relative to it.
+    """Read the settings of a YAML file, merged over those of the file that its key `base` names, relative to it.
 
-    A base may have a base itself, and there the chain ends. Of keys that are `alternatives`, the file's replaces the base's. Raises UserError as
+    A base may have a base itself; longer chains are errors. Of keys that are `alternatives`, the file's replaces the base's. Raises UserError as
     `read_settings` does, and for a longer chain.
     """
     values = read_settings(path)
@@ -154,7 +153,7 @@ def read_recipe(path: Path, alternatives: Alternatives = (), deeper: int = 2) ->
 
 
 def without_others(below: dict[str, Any], alternatives: Alternatives, over: dict[str, Any]) -> dict[str, Any]:
-    """`below` without the keys in whose place `over` gives an alternative."""
+    """Return `below` without the keys for which `over` has an alternative."""
     for keys in alternatives:
         if any(_value(over, key) is not None for key in keys):
             for key in keys:
@@ -177,7 +176,7 @@ def _without(values: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`, group by group; lists and values are replaced whole."""
+    """Merge `over` into `base`, group by group; lists and values are replaced whole."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)

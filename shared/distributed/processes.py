@@ -24,7 +24,7 @@ from ssld.shared.machine import default_threads
 from ssld.shared.run_dir import recorded_precision
 from ssld.shared.wording import count
 
-_LAST_WORDS = 0.5  # seconds in which a worker that gives up still hands over what it has sent
+_LAST_WORDS = 0.5  # seconds for a failing worker to hand over what it has sent
 _MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ComputeT = TypeVar("ComputeT", bound=ComputeConfig)
@@ -33,7 +33,7 @@ ComputeT = TypeVar("ComputeT", bound=ComputeConfig)
 def start_processes(config: ComputeT, *, fixed_size: bool = False) -> tuple[Accelerator, ComputeT]:
     """Join the process group (if launched with several processes) and set up device and precision.
 
-    Only the student or detector is ever prepared by it: schedules, loaders, checkpoints and the teacher are ours.
+    Accelerate prepares the student or detector only, not schedules, loaders, checkpoints and the teacher.
 
     Args:
         fixed_size: whether all batches of a training have one shape, so that cuDNN may measure which of its kernels is the fastest.
@@ -78,7 +78,7 @@ def _refuse_fp16(config: ComputeConfig, device_type: str) -> None:
 
 
 def _device_type(device: str) -> str:
-    """cpu, cuda or mps: the type of a `device` setting on this machine. Raises UserError where the machine does not have it."""
+    """Return the type of a `device` setting on this machine: cpu, cuda or mps. Raises UserError where the machine does not have it."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda"):
@@ -104,27 +104,27 @@ def _device_type(device: str) -> str:
 
 
 def _indexed(device: torch.device) -> torch.device:
-    """The device with its index: accelerate gives a single process `cuda`, which torch's memory functions refuse."""
+    """Return the device with its index: accelerate gives a single process `cuda`, which torch's memory functions refuse."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
 def best_precision(device: torch.device) -> str:
-    """What `precision: auto` is for a run that begins on this device: bf16 where a GPU computes in it, else fp32."""
+    """Return the value of `precision: auto` for a run that begins on this device: bf16 where a GPU computes in it, else fp32."""
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16"
     return "fp32"
 
 
 def describe_processes(accelerator: Accelerator, config: ComputeConfig, workers: int) -> str:
-    """`cuda:0, bf16, 8 threads (cores / processes), 4 workers`, for the log."""
+    """Describe device, precision, threads and workers for the log: `cuda:0, bf16, 8 threads (cores / processes), 4 workers`."""
     threads = count(torch.get_num_threads(), "thread")
     return f"{accelerator.device}, {config.precision}, {threads} ({default_threads(config.threads)[1]}), {count(workers, 'worker')}"
 
 
 def prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """The model for the training loop: under autocast, and under DistributedDataParallel where there are several processes."""
+    """Wrap the model for the training loop: in autocast, and in DistributedDataParallel where there are several processes."""
     if world_size() > 1 and any(_strides_are_ambiguous(parameter) for parameter in model.parameters()):
         # A 1x1 kernel has the same layout in both memory formats, with other strides at its dimensions of size 1. Autograd guarantees a gradient's
         # strides at all other dimensions (torch/csrc/autograd/functions/accumulate_grad.h), so that this warning of DDP, which compares all of them,

@@ -21,7 +21,7 @@ T = TypeVar("T")
 _FIRST_NOTICE, _NEXT_NOTICE = (
     60.0,
     600.0,
-)  # seconds of waiting after which a process says so, and until it says so again
+)  # seconds of waiting before the first line about it, and between two lines
 _alone = False
 _timeout: timedelta | None = None
 
@@ -43,7 +43,7 @@ def rank() -> int:
 
 
 def total_over_ranks(value: Tensor) -> Tensor:
-    """Sum of a tensor over all ranks, on its device and without a host sync; not differentiated through."""
+    """Return the sum of a tensor over all ranks, on its device and without a host sync; it has no gradient."""
     if world_size() == 1 or _alone:
         return value.detach()
     total = value.detach().clone()
@@ -119,7 +119,7 @@ def share_buffers(module: nn.Module) -> None:
 
 
 def gather_lists(items: list[T]) -> list[T]:
-    """The lists of all ranks, one after the other in the order of ranks, on every rank."""
+    """Return the lists of all ranks, joined in the order of ranks, on every rank."""
     if world_size() == 1:
         return items
     gathered: list[Any] = [None] * world_size()
@@ -129,7 +129,7 @@ def gather_lists(items: list[T]) -> list[T]:
 
 
 def gather_on_main_rank(items: list[T]) -> list[T]:
-    """The lists of all ranks on the main rank, in the order of ranks; an empty list on the others, which saves memory for their copies."""
+    """Return the lists of all ranks, joined in the order of ranks, on the main rank; an empty list on the others, to save memory."""
     if world_size() == 1:
         return items
     gathered: list[Any] | None = [None] * world_size() if rank() == 0 else None
@@ -139,7 +139,7 @@ def gather_on_main_rank(items: list[T]) -> list[T]:
 
 
 def from_main_rank(value: T, work: str = "") -> T:
-    """The main rank's value, on every rank.
+    """Return the main rank's value on every rank.
 
     Args:
         work: what the main rank computes while the others wait, for the line that they print after a minute.

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGHUP (a connection that broke) and Ctrl-C end a run after the step in hand, with a checkpoint."""
+"""SIGTERM, SIGHUP (a connection that broke) and Ctrl-C end a run after the current step, with a checkpoint."""
 
 import signal
 import threading
@@ -39,9 +39,9 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether this process was asked; the others may not have been."""
+        """Whether this process received a signal; the others may not have."""
         return self._requested
 
     def agreed(self) -> bool:
-        """Whether the run should stop; every rank gets the same answer."""
+        """Whether the run should stop: the same value on every rank."""
         return any_rank(self._requested)

@@ -1,7 +1,7 @@
 """timm models by reference, as classifiers and as pyramid bodies, and the backbone file that links the two stages.
 
-Every reference (`references.py`) goes the same way: weights out of their file, brought to the network and compared with all of it
-(`state_dicts.py`). What a name, folder or file says of itself is kept: mean, std, class names, arguments of the network.
+Every reference (`references.py`) is handled in the same way: weights are read from their file, renamed to the network and compared with all of it
+(`state_dicts.py`). The metadata of a name, folder or file are kept: mean, std, class names, arguments of the network.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,11 +29,11 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 class Classifier(nn.Module):
     """A timm classifier that owns its input normalisation: pixels [B,3,H,W] in 0..255 (uint8 or float) -> logits [B,K].
 
-    Its state dict is the timm model's own, so that what is saved loads anywhere.
+    Its state dict is that of the timm model, so that saved files load in plain timm.
 
     Attributes:
-        args: what timm needs beside arch and classes to build it again.
-        loaded: a line on where its weights come from.
+        args: arguments that timm needs beside arch and classes to build it again.
+        loaded: a line about the source of its weights.
         new_head: whether its classification layer is a new one, although other weights were loaded.
     """
 
@@ -60,19 +60,19 @@ class Classifier(nn.Module):
         return logits
 
     def normalised(self, pixels_BCHW: Tensor) -> Tensor:
-        """What the network sees, in float32 also under autocast: the first convolution casts down by itself."""
+        """Normalise pixels to the network's input, in float32 also under autocast: the first convolution casts down by itself."""
         return (pixels_BCHW.float() - self.mean_3) / self.std_3
 
 
 def place(module: ModuleT, device: torch.device | str, *, channels_last: bool) -> ModuleT:
-    """Move a network to a device, in channels-last memory layout if asked."""
+    """Move a network to a device, in channels_last memory format if requested."""
     module.to(device)
     return module.to(memory_format=torch.channels_last) if channels_last else module
 
 
 @dataclass(frozen=True)
 class InputSettings:
-    """How a model wants its images: mean and std in 0..1, (height, width), interpolation, whether other sizes work."""
+    """Input of a model: mean and std in 0..1, (height, width), interpolation, whether other sizes fail."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -82,7 +82,7 @@ class InputSettings:
 
 
 def input_settings(net: nn.Module, metadata: dict[str, Any]) -> InputSettings:
-    """What a reference says itself where it does, timm's pretrained configuration otherwise; the size of a network that works at one only."""
+    """Return the input settings of a reference's metadata, else of timm's pretrained configuration; for a network of fixed size, its size."""
     data = resolve_model_data_config(net)
     built: dict[str, Any] = get_model_input_config(net)
     own = built["input_size"] if built["fixed_input_size"] else data["input_size"]
@@ -104,7 +104,7 @@ def create_classifier(
     drop_path: float = 0.0,
     image_size: int | None = None,
 ) -> tuple[Classifier, InputSettings]:
-    """The classifier that a reference names, weights loaded and checked.
+    """Create the classifier that a reference names, with its weights loaded and checked.
 
     Args:
         num_classes: a new head of this many classes where the source has another; None keeps the source's head.
@@ -140,7 +140,7 @@ def create_classifier(
 
 
 def network_args(reference: ModelReference, image_size: int | None) -> dict[str, Any]:
-    """Arguments of timm for a reference's network; with the size where that is fixed and another than the network's own is asked for.
+    """Return timm's arguments for a reference's network; with the size where that is fixed and differs from the network's own.
 
     Raises UserError where the network cannot be built for `image_size`.
     """
@@ -157,9 +157,9 @@ def network_args(reference: ModelReference, image_size: int | None) -> dict[str,
 
 
 def check_networks(networks: Mapping[str, Network], hub_data: Mapping[str, str] | None = None) -> None:
-    """Look at the networks of some settings before data are read and a run begins: are they there, known, and fit for their image size?
+    """Check the networks of settings before data are read and a run begins: they exist, are known, and fit their image size.
 
-    Says what is about to be downloaded. Raises UserError for the first that is not, and for weights or data that cannot be downloaded.
+    Prints what will be downloaded. Raises UserError for the first fault, and for weights or data that cannot be downloaded.
     """
     wanted = {key: network.model for key, network in networks.items()} | dict(hub_data or {})
     for line in require_downloads(wanted):
@@ -167,7 +167,13 @@ def check_networks(networks: Mapping[str, Network], hub_data: Mapping[str, str] 
             say(line)
     for key, network in networks.items():
         try:
-            reference = parse_reference(network.model, network.arch, allow_pickle=network.allow_pickle)
+            group = key.rpartition(".")[0]
+            reference = parse_reference(
+                network.model,
+                network.arch,
+                allow_pickle=network.allow_pickle,
+                arch_key=f"{group}.arch" if group else "arch",
+            )
             network_args(reference, network.image_size)
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
@@ -180,13 +186,13 @@ def _takes_any_size(reference: ModelReference, args: Mapping[str, Any]) -> bool:
 
 
 def _try_size(reference: ModelReference, args: Mapping[str, Any], size: int) -> None:
-    """Raises UserError where a network of fixed size cannot be built for another one and run at it: windows and patches have to divide it."""
+    """Raise UserError where a network of fixed size cannot be built for another size and run at it: windows and patches have to divide it."""
     try:
         with torch.device("meta"), torch.no_grad():
             timm.create_model(reference.arch, **args).eval()(torch.empty(1, 3, *args["img_size"]))
-    except NotImplementedError:  # an operation without a form for shapes alone: nothing is known
+    except NotImplementedError:  # an operation without a meta kernel: the check is not possible
         return
-    except Exception as error:  # assertions, shapes, unknown arguments: every family has its own
+    except Exception as error:  # assertions, shapes, unknown arguments: every family of networks differs
         why = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(
             f"{reference.text}: {reference.arch} cannot work at {size} pixels ({why}); give another size"
@@ -194,7 +200,7 @@ def _try_size(reference: ModelReference, args: Mapping[str, Any], size: int) -> 
 
 
 def _weights(reference: ModelReference, args: Mapping[str, Any]) -> Fitted | None:
-    """The weights of a reference, brought to its network with `args`; None for random ones."""
+    """Return the weights of a reference, renamed to its network with `args`; None for random weights."""
     if reference.file is None:
         return None
     tensors, where = read_state_dict(reference.file)
@@ -215,12 +221,12 @@ def _loaded_line(reference: ModelReference, fitted: Fitted | None, notes: list[s
 
 
 def licence(reference: ModelReference) -> str | None:
-    """Licence of a reference's weights: None for random ones, "unknown" where nobody says it."""
+    """Return the licence of a reference's weights: None for random weights, "unknown" where none is given."""
     return str(reference.metadata.get("licence") or "unknown") if reference.pretrained else None
 
 
 def create_body(reference: ModelReference, **options: Any) -> tuple[nn.Module, str]:
-    """The features-only network of a reference for a detector's pyramid, and a line saying what was loaded.
+    """Create the features-only network of a reference for a detector's pyramid; return it and a line about the loaded weights.
 
     Raises UserError when the weights do not fit the arch, or when any tensor of the network did not come from them.
     """
@@ -234,7 +240,7 @@ def create_body(reference: ModelReference, **options: Any) -> tuple[nn.Module, s
     tensors = {
         name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in fitted.tensors.items()
     }
-    # By its head timm tells weights in its own names from foreign ones, so one that is not there gets a stand-in, which is dropped.
+    # timm recognises weights in its own names by their head, so a missing head gets a placeholder, which is dropped.
     cfg: Any = get_pretrained_cfg(reference.arch)
     head = cfg.classifier[0] if isinstance(cfg.classifier, tuple | list) else cfg.classifier
     stand_in = {} if fitted.classes else {f"{head}.weight": torch.zeros(1, 1)}
@@ -302,7 +308,7 @@ def load_backbone(reference: str | Path, *, arch: str | None = None, features_on
 
 
 def body_args(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a network's arguments those of its features-only form: the pooling belongs to the head."""
+    """Return the arguments of a network's features-only form: without pooling and classes, which belong to the head."""
     return {name: value for name, value in args.items() if name not in ("global_pool", "num_classes")}
 
 

@@ -1,6 +1,6 @@
-"""Weights and data of the Hugging Face hub, and weights behind URLs: which of them are on this machine, and whether the others can be had.
+"""Weights and data of the Hugging Face hub, and weights behind URLs: which of them are on this machine, and whether the others can be downloaded.
 
-What is in the cache is used as it is, without asking the network. What is not is asked for once, within seconds: the hub's own client tries for
+Files in the cache are used without a request. For others there is one request of a few seconds: the hub's own client retries for
 minutes. `HF_HUB_OFFLINE` is honoured. Does not import torch, nor timm at import.
 """
 
@@ -20,13 +20,13 @@ from ssld.shared.wording import amount
 
 Kind = Literal["random", "hub", "folder", "file", "path", "timm"]
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
-"""what the weights of a folder are called, in the order in which they are looked for"""
+"""file names of weights in a folder, in the order of the search"""
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl")
 _SECONDS = 3.5  # for an answer of the network
 
 
 def kind_of(text: str) -> Kind:
-    """What a model reference names; `path` is a path where nothing lies."""
+    """Return the kind of a model reference; `path` is a path that does not exist."""
     for prefix, kind in (("random:", "random"), ("hf-hub:", "hub"), ("timm:", "timm")):
         if text.startswith(prefix):
             return kind  # type: ignore[return-value]  # a literal above
@@ -55,13 +55,13 @@ class Remote:
 
     @property
     def where(self) -> str:
-        """What it is, in words."""
+        """Describe it in words."""
         if self.url:
             return self.url
         return f"data set {self.repo}" if self.dataset else f"{self.names[0]} of {self.repo}"
 
     def cached(self) -> Path | None:
-        """The file, or the data set's folder, where it is on this machine."""
+        """Return the file, or the data set's folder, if it is on this machine."""
         if self.url:
             file = Path(self.folder) / self.names[0]
             return file if file.is_file() else None
@@ -88,7 +88,7 @@ class Remote:
         return None
 
     def ask(self) -> tuple[int | None, str | None]:
-        """(bytes that would be downloaded as far as they are told, why they cannot be had or None), after a few seconds at most."""
+        """Return (bytes to download as far as they are known, reason why the download is impossible or None), within a few seconds."""
         from huggingface_hub import constants
 
         if constants.HF_HUB_OFFLINE and not self.url:
@@ -96,7 +96,7 @@ class Remote:
         return _within_seconds(self._ask_url if self.url else self._ask_hub)
 
     def fetch(self, text: str) -> Path:
-        """The file, downloaded where it is not here yet. Raises UserError naming the reference `text` where it cannot be had."""
+        """Return the file, downloaded if it is not on this machine. Raises UserError naming the reference `text` where that is impossible."""
         found = self.cached()
         if found:
             return found
@@ -161,7 +161,7 @@ class Remote:
 
 
 def unavailable(text: str, remote: Remote, size: int | None, fault: str) -> str:
-    """The line for what is not on this machine and cannot be had."""
+    """Return the error line for a file that is not on this machine and cannot be downloaded."""
     how = f"hf download {remote.repo.partition('@')[0]}" if remote.repo else f"download {remote.url}"
     if remote.dataset:
         how += " --repo-type dataset"
@@ -173,7 +173,7 @@ def unavailable(text: str, remote: Remote, size: int | None, fault: str) -> str:
 
 
 def remotes_of(text: str) -> list[Remote]:
-    """The files elsewhere that a model reference, or a data set `hub:ORG/NAME`, stands for; none for what is local, or wrong in itself.
+    """Return the remote files of a model reference, or of a data set `hub:ORG/NAME`; none for local or invalid references.
 
     Imports timm for a timm name. Raises UserError for one that timm does not have, or has no weights for.
     """
@@ -191,7 +191,7 @@ def remotes_of(text: str) -> list[Remote]:
 
 
 def timm_weights(name: str) -> Remote:
-    """Where timm has the weights of one of its models. Raises UserError where it has none."""
+    """Return the location of the weights of a timm model. Raises UserError where there are none."""
     from timm.models import get_pretrained_cfg
 
     cfg: Any = get_pretrained_cfg(name)
@@ -207,14 +207,14 @@ def timm_weights(name: str) -> Remote:
 
 @dataclass(frozen=True)
 class Download:
-    """Something that is not on this machine: the line about it, and whether it can be had."""
+    """A file that is not on this machine: the line about it, and whether it can be downloaded."""
 
     text: str
     possible: bool
 
 
 def find_downloads(references: Mapping[str, str]) -> list[Download]:
-    """What some settings, by key, would have to download. All of it is asked for at once, within seconds."""
+    """Return the downloads that settings, by key, would need. All requests run at once, within seconds."""
     wanted: list[tuple[str, str, Remote]] = []
     found: dict[int, Download] = {}
     for key, text in references.items():
@@ -223,7 +223,7 @@ def find_downloads(references: Mapping[str, str]) -> list[Download]:
         except UserError as error:
             found[-1 - len(found)] = Download(f"{key}: {error}", possible=False)
             continue
-        except Exception:  # not even a name, which the command itself explains
+        except Exception:  # not a valid name, which the command itself reports
             continue
         if missing and (text, missing) not in [(one, remote) for _, one, remote in wanted]:
             wanted.append((key, text, missing))
@@ -246,7 +246,7 @@ def find_downloads(references: Mapping[str, str]) -> list[Download]:
 
 
 def find_downloads_apart(references: Mapping[str, str]) -> list[Download]:
-    """The same from a process of its own, for programs that do without torch, which timm's names need; no process where nothing is remote."""
+    """Call `find_downloads` in a process of its own, for programs without torch, which timm's names need; no process where nothing is remote."""
     remote = {
         key: text for key, text in references.items() if text.startswith("hub:") or kind_of(text) in ("hub", "timm")
     }
@@ -264,7 +264,7 @@ def find_downloads_apart(references: Mapping[str, str]) -> list[Download]:
 
 
 def require_downloads(references: Mapping[str, str]) -> list[str]:
-    """Lines on what will be downloaded, for the log. Raises UserError, a line each, for what is not here and cannot be had."""
+    """Return lines about the files to download, for the log. Raises UserError, with one line per file, for files that cannot be downloaded."""
     found = find_downloads(references)
     impossible = [one.text for one in found if not one.possible]
     if impossible:
@@ -273,7 +273,7 @@ def require_downloads(references: Mapping[str, str]) -> list[str]:
 
 
 def _within_seconds(ask: Callable[[], tuple[int | None, str | None]]) -> tuple[int | None, str | None]:
-    """The answer of `ask`, or that there is none in time: resolving a name has no time limit of its own."""
+    """Return the result of `ask`, or a line that there was none in time: resolving a name has no time limit of its own."""
     answers: list[tuple[int | None, str | None]] = []
 
     def run() -> None:

@@ -1,6 +1,6 @@
-"""What a model says about itself: the metadata of a model file, and the configuration of a folder in the Hugging Face layout. Checked before use.
+"""Metadata of model files, and configurations of folders in the Hugging Face layout, checked before use.
 
-Both come from elsewhere, so nothing in them is trusted: every value has its type and range, and arguments for timm are plain JSON values that name
+Both come from outside and are not trusted: every value has its type and range, and arguments for timm are plain JSON values that name
 no file and no download. Does not import torch.
 """
 
@@ -25,7 +25,7 @@ from ssld.shared.errors import UserError
 
 _LARGEST = 16_384  # of any number among a network's arguments; image sides stay far below it
 _DEEPEST = 4
-# Arguments of timm that choose weights, files or another kind of network; what is to be built is asked for by name.
+# Arguments of timm that choose weights, files or another kind of network, which only the reference may choose.
 _FORBIDDEN = frozenset(
     {
         *(
@@ -92,7 +92,7 @@ ModelArgs = Annotated[dict[StrictStr, Any], AfterValidator(_arguments), AfterVal
 
 
 class ModelMetadata(BaseModel):
-    """The facts of a model file that code here reads; further ones are kept as they are."""
+    """The metadata of a model file that this project reads; further keys are kept as they are."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -133,11 +133,11 @@ NEEDED = {
     "backbone": ("arch",),
     "detector": ("arch", "class_names", "category_ids", "mean", "std", "model", "resize"),
 }
-"""facts without which a file of a kind is of no use"""
+"""required keys per kind of file"""
 
 
 def parse_metadata(text: str, source: object) -> dict[str, Any]:
-    """The metadata in a JSON text, checked; raises UserError naming `source` for any fault."""
+    """Parse and check the metadata in a JSON text; raise UserError naming `source` for any fault."""
     try:
         record = json.loads(text)
     except (ValueError, RecursionError):
@@ -146,7 +146,7 @@ def parse_metadata(text: str, source: object) -> dict[str, Any]:
 
 
 def checked(record: Any, source: object) -> dict[str, Any]:
-    """`record`, once it is known to be the metadata of a model; raises UserError naming `source` and the first fault."""
+    """Return `record` if it is valid metadata of a model; raise UserError naming `source` and the first fault otherwise."""
     if not isinstance(record, dict):
         raise UserError(f"{source}: its metadata are not a JSON object; the file is damaged")
     try:
@@ -166,7 +166,7 @@ def _first_fault(error: Exception) -> str:
 
 
 def folder_facts(config: Any, source: object) -> dict[str, Any]:
-    """Facts of a folder's or a hub model's config.json, by the names that a model file has for them, and with its `arch`.
+    """Convert the config.json of a folder or a hub model to the keys of a model file, with its `arch`.
 
     timm's layout (`architecture`, `pretrained_cfg`, `model_args`, `label_names`; an older one without `pretrained_cfg`), also as transformers writes
     it around a timm network. `notes` lists what of it could not be used. Raises UserError where it names no timm architecture or holds values of a
@@ -207,7 +207,7 @@ def folder_facts(config: Any, source: object) -> dict[str, Any]:
 
 
 def _label_names(config: dict[str, Any], data: dict[str, Any]) -> tuple[list[str] | None, str | None]:
-    """(names in the order of the logits or None, why there are none although some are given)."""
+    """Return (names in the order of the logits or None, the reason where given names cannot be used)."""
     given = next(
         (
             value
@@ -223,7 +223,7 @@ def _label_names(config: dict[str, Any], data: dict[str, Any]) -> tuple[list[str
     )
     if given is None:
         return None, None
-    if isinstance(given, dict):  # number -> name, perhaps with gaps
+    if isinstance(given, dict):  # number -> name, possibly with gaps
         given = [given.get(str(number)) for number in range(len(given))]
     if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
         return None, "label names left out: they do not name class 0, 1, 2, ... without gaps"
@@ -236,7 +236,7 @@ def _label_names(config: dict[str, Any], data: dict[str, Any]) -> tuple[list[str
 
 
 def read_config(path: Path) -> Any:
-    """A folder's config.json; raises UserError where it cannot be read."""
+    """Read a folder's config.json; raise UserError where it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -1,6 +1,6 @@
-"""The one model file of both stages: safetensors, with everything else about the model as JSON in its metadata.
+"""The model file of both stages: safetensors, with all other facts about the model as JSON in its metadata.
 
-`kind` says what it is: "backbone" (a timm classifier, readable by plain timm too) or "detector". The content hash covers names, shapes, types and
+`kind` is one of "backbone" (a timm classifier, readable by plain timm too) or "detector". The content hash covers names, shapes, types and
 bytes of all tensors, so a file can be recognised whatever its name; a second hash covers the metadata.
 """
 
@@ -31,7 +31,7 @@ _CHANGED = "its metadata do not match their hash; the file was changed or damage
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """safetensors' `save_file`, with a full disk as the OSError it is."""
+    """Call safetensors' `save_file`, and raise the OSError of a full disk."""
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:
@@ -61,7 +61,7 @@ def _umask() -> int:
 
 
 def read_metadata(path: Path, kind: str | None = None) -> dict[str, Any]:
-    """The metadata of a model file; {} for a safetensors file that another program wrote.
+    """Read the metadata of a model file; {} for a safetensors file of another program.
 
     Raises UserError when the file is missing, is not safetensors (a pickle is named as such), or is not of `kind`, and for metadata that are
     damaged, changed, of a wrong type or out of range.
@@ -87,13 +87,13 @@ def read_metadata(path: Path, kind: str | None = None) -> dict[str, Any]:
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a safetensors file, without loading any."""
+    """Read name -> shape of every tensor of a safetensors file, without loading the tensors."""
     with _open(path) as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a model file, on the CPU. Raises UserError when the content hash does not match, or for a type that torch does not have."""
+    """Read all tensors of a model file, on the CPU. Raises UserError when the content hash does not match, or for a type that torch does not have."""
     with _open(path) as file:
         try:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -106,12 +106,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _metadata_hash(metadata: dict[str, Any]) -> str:
-    """SHA-256 over metadata, whatever the order of their keys."""
+    """Return the SHA-256 over metadata, independent of the order of keys."""
     return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
 def content_hash(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes, in the order of names."""
+    """Return the SHA-256 over names, types, shapes and bytes of tensors, in the order of names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -137,7 +137,7 @@ def _open(path: Path) -> Any:
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether weights are to be read as a pickle: by what their file is called, or, where that says nothing, by what is in it."""
+    """Whether a file of weights is a pickle: by its suffix, or by its content where the suffix is unknown."""
     return path.suffix in PICKLE_SUFFIXES or (path.suffix != ".safetensors" and looks_pickled(path))
 
 

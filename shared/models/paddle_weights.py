@@ -1,8 +1,8 @@
-"""PaddlePaddle's weight files (.pdparams): read without running what they hold, and brought to torch's names and layouts.
+"""PaddlePaddle's weight files (.pdparams): read without executing them, and converted to torch's names and layouts.
 
 Such a file is a pickle of a dictionary, layer names -> NumPy arrays, beside two records of `paddle.save`: parameter names, and how parameters that
 pickle protocols below 4 could not hold were cut into slices (PaddlePaddle@v2.6 python/paddle/framework/io.py). A pickle may call anything it names,
-so none of what it names is looked up: the few names that arrays need get stand-ins of ours, every other one ends the reading. Deliberately
+so no name is looked up: the few names that arrays need are replaced by classes of this module, every other name is an error. Deliberately
 absent: PaddlePaddle itself, optimizer files (.pdopt), programs of static graphs (.pdmodel, .pdiparams).
 """
 
@@ -25,7 +25,7 @@ LEAVES = {"weight": "weight", "bias": "bias", "_mean": "running_mean", "_varianc
 
 
 def read_paddle_weights(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a .pdparams file by their structured names.
+    """Read the arrays of a .pdparams file by their structured names.
 
     Raises UserError for a missing file, a pickle that names anything but arrays and plain containers, and for any other content.
     """
@@ -63,14 +63,14 @@ def read_paddle_weights(path: Path) -> dict[str, np.ndarray]:
 
 
 def to_torch(arrays: Mapping[str, np.ndarray], modules: Mapping[str, str], source: str) -> dict[str, Tensor]:
-    """Tensors by torch's names, float32, linear weights transposed to [out, in].
+    """Convert arrays to tensors by torch's names, float32, linear weights transposed to [out, in].
 
     Args:
         modules: PaddlePaddle's layer -> torch's module, all of them: `stem.0.bn` -> `conv1.1`. Layers with two-dimensional weights are linear.
         source: the file's name, for messages.
 
     Raises:
-        UserError: a parameter of a layer that `modules` does not know, a layer without parameters, or values that are no weights.
+        UserError: a parameter of a layer that `modules` does not know, a layer without parameters, or values that are not weights.
     """
     tensors: dict[str, Tensor] = {}
     strange, found = [], set()
@@ -148,23 +148,23 @@ def _check_form(file: IO[bytes]) -> None:
 
 
 def _pop(stack: list[int], code: pickletools.OpcodeInfo, mark: int) -> list[int]:
-    """What an operation takes off the stack, lowest first."""
+    """Pop the arguments of an operation from the stack, lowest first."""
     taken: list[int] = []
-    wanted = len(code.stack_before)
+    needed = len(code.stack_before)
     if pickletools.markobject in code.stack_before:
         while (top := stack.pop()) != mark:
             taken.append(top)
-        wanted = code.stack_before.index(pickletools.markobject)
-    taken += [stack.pop() for _ in range(wanted)]
+        needed = code.stack_before.index(pickletools.markobject)
+    taken += [stack.pop() for _ in range(needed)]
     return taken[::-1]
 
 
 class _Refused(Exception):
-    """A pickle asks for something that no array needs."""
+    """A pickle names something that no array needs."""
 
 
 class _Callable:
-    """What a pickle may call. It can do nothing else with it: no attribute of it can be set."""
+    """A callable for a pickle, of which it can set no attribute."""
 
     __slots__ = ("_make",)
 
@@ -179,7 +179,7 @@ class _Callable:
 
 
 class _Type:
-    """Stands for `numpy.dtype`: one of the plain number types."""
+    """Replacement of `numpy.dtype`: one of the plain number types."""
 
     __slots__ = ("code", "order")
 
@@ -196,7 +196,7 @@ class _Type:
 
 
 class _Array:
-    """Stands for `numpy.ndarray`: a view of the pickle's bytes."""
+    """Replacement of `numpy.ndarray`: a view of the pickle's bytes."""
 
     __slots__ = ("array",)
 

@@ -1,4 +1,4 @@
-"""Model references: what a name, file or folder stands for, and what it says of itself, known before weights are read.
+"""Model references: resolve a name, file or folder, and read its metadata, before weights are read.
 
 A model reference is one of
     FILE.safetensors   a backbone file, or any safetensors file together with `arch`
@@ -26,12 +26,12 @@ _OFF = "is a pickle, which can run code when opened; a .safetensors file is need
 
 @dataclass(frozen=True)
 class ModelReference:
-    """What a reference names.
+    """A resolved reference.
 
     Attributes:
         arch: timm's name of the architecture.
         file: the weights; None for random ones.
-        metadata: facts by the names that a model file has for them, also of a folder or a model of the hub.
+        metadata: facts under the keys of a model file, also of a folder or a model of the hub.
         foreign: whether the weights are timm's or the hub's, which timm's own conversion is made for.
     """
 
@@ -48,36 +48,45 @@ class ModelReference:
 
     @property
     def model_args(self) -> dict[str, Any]:
-        """What `timm.create_model` needs beside arch and classes to build the network of the weights: its activation, the input size of a ViT."""
+        """Arguments of `timm.create_model` beside arch and classes to build the network of the weights: its activation, the input size of a ViT."""
         args = dict(self.metadata.get("model_args") or {})
-        args.pop("num_classes", None)  # the weights say it
+        args.pop("num_classes", None)  # taken from the weights
         return args
 
 
-def parse_reference(text: str, arch: str | None = None, *, allow_pickle: bool = False) -> ModelReference:
-    """Understand a model reference (see the module's docstring) without loading weights; what is not on this machine yet is downloaded.
+def parse_reference(
+    text: str, arch: str | None = None, *, allow_pickle: bool = False, arch_key: str = "arch"
+) -> ModelReference:
+    """Resolve a model reference (see the module's docstring) without loading weights; what is not on this machine yet is downloaded.
 
-    Raises UserError for an unknown timm name or tag (with the nearest), a missing file, a file that needs `arch`, a pickle where none is allowed,
-    metadata that cannot be used, and a download that is not possible.
+    Args:
+        arch: timm name of the architecture, for a file that does not name it.
+        arch_key: full key of the setting that holds `arch`, for error messages.
+
+    Raises:
+        UserError: an unknown timm name or tag (with the nearest), a missing file, a file that needs `arch`, a pickle where none is allowed,
+            metadata that cannot be used, a download that is not possible.
     """
     if not text.strip():
         raise UserError("no model is named; give timm:NAME, hf-hub:ORG/NAME, a folder or a file")
-    reference = _parsed(text, arch, allow_pickle)
+    reference = _parsed(text, arch, allow_pickle, arch_key)
     if arch and arch not in (reference.arch, reference.arch.partition(".")[0]):
-        raise UserError(f"{text}: holds a {reference.arch}, but arch says {arch}")
+        raise UserError(
+            f"{text}: holds a {reference.arch}, but {arch_key} is {arch}; leave it out, or name another file"
+        )
     return reference
 
 
-def _parsed(text: str, arch: str | None, allow_pickle: bool) -> ModelReference:
+def _parsed(text: str, arch: str | None, allow_pickle: bool, arch_key: str) -> ModelReference:
     match kind_of(text):
         case "random":
             return ModelReference(text, known_arch(text.removeprefix("random:"), text))
         case "hub":
             return _hub_reference(text)
         case "folder":
-            return _folder_reference(text, Path(text))
+            return _folder_reference(text, Path(text), arch_key)
         case "file":
-            return _file_reference(text, Path(text), arch, allow_pickle)
+            return _file_reference(text, Path(text), arch, allow_pickle, arch_key)
         case "path":
             raise UserError(f"{text}: no such file or folder")
     name = known_arch(text.removeprefix("timm:"), text)
@@ -87,18 +96,18 @@ def _parsed(text: str, arch: str | None, allow_pickle: bool) -> ModelReference:
     return ModelReference(text, name, file=timm_weights(name).fetch(text), metadata=metadata, foreign=True)
 
 
-def _file_reference(text: str, path: Path, arch: str | None, allow_pickle: bool) -> ModelReference:
+def _file_reference(text: str, path: Path, arch: str | None, allow_pickle: bool, arch_key: str) -> ModelReference:
     pickled = is_pickle(path)
     if pickled and not allow_pickle:
         raise UserError(f"{text}: {_OFF}")
     metadata = {} if pickled else read_metadata(path, kind="backbone")
     name = metadata.get("arch") or arch
     if not name:
-        raise UserError(f"{text}: does not say which architecture it holds; give `arch` with its timm name")
+        raise UserError(f"{text}: does not name its architecture; set {arch_key} to its timm name")
     return ModelReference(text, known_arch(name, text), file=path, metadata=metadata)
 
 
-def _folder_reference(text: str, path: Path) -> ModelReference:
+def _folder_reference(text: str, path: Path, arch_key: str) -> ModelReference:
     config = path / "config.json"
     found = sorted(path.glob("*.safetensors"))
     if not config.exists():
@@ -112,7 +121,8 @@ def _folder_reference(text: str, path: Path) -> ModelReference:
         raise UserError(f"{text}: has no weights beside its config.json; {WEIGHT_FILES[0]} is expected")
     if not named and len(files) > 1:
         raise UserError(
-            f"{text}: which of {', '.join(file.name for file in files[:4])} are its weights? Name one {WEIGHT_FILES[0]}, or give it with `arch`"
+            f"{text}: which of {', '.join(file.name for file in files[:4])} are its weights? "
+            f"Name one {WEIGHT_FILES[0]}, or give that file and set {arch_key}"
         )
     return _with_config(text, files[0], facts, config)
 
@@ -120,7 +130,7 @@ def _folder_reference(text: str, path: Path) -> ModelReference:
 def _with_config(
     text: str, file: Path, facts: dict[str, Any], config: object, *, foreign: bool = False
 ) -> ModelReference:
-    """What a config.json says of weights and, where these are of this project, their own metadata, which say more and must not contradict."""
+    """Merge a config.json with the metadata of the weights, where these are files of this project; both must agree."""
     own = {} if is_pickle(file) else read_metadata(file, kind="backbone")
     for key in ("arch", "class_names"):
         if own.get(key) and facts.get(key) and own[key] != facts[key]:

@@ -1,8 +1,8 @@
-"""Weights out of files, brought to the names and shapes of a network: wrappers and prefixes taken off, timm's own conversion, then the check.
+"""Weights from files, renamed to the names and shapes of a network: wrappers and prefixes are removed, timm converts, then all is compared.
 
-What people bring is a network's state dict under other names: below `state_dict` or `model_state_dict` of a training checkpoint, with the
-`module.` of a distributed run or the `timm_model.` of transformers before every name, or as the network's authors published it. Whatever way it
-fits, all of the network has to be found, in its shapes; what does not fit is an error that names the first differences, so nothing is half loaded.
+Files often hold a network's state dict under other names: below `state_dict` or `model_state_dict` of a training checkpoint, with the
+`module.` of a distributed run or the `timm_model.` of transformers before every name, or in the names of the network's authors. Every tensor of
+the network has to be present, in its shape; a misfit is an error that names the first differences, so nothing is loaded in part.
 """
 
 import argparse
@@ -44,7 +44,7 @@ _STATISTICS = (
 
 
 def read_state_dict(path: Path) -> tuple[Tensors, str]:
-    """(the tensors of a network by name, where in the file they were, "" for its top).
+    """Read (tensors of a network by name, their place in the file, "" for its top level).
 
     Raises UserError for what is neither safetensors nor a pickle of plain tensors, for several networks in one file, and for none.
     """
@@ -95,7 +95,7 @@ class Fitted:
     Attributes:
         tensors: all of its state dict.
         classes: rows of its classification layer, 0 where the weights have none.
-        notes: what was taken off or left out, in words.
+        notes: prefixes removed and tensors left out, in words.
     """
 
     tensors: Tensors
@@ -112,11 +112,11 @@ def fit(
     trained_with: Mapping[str, Any] | None = None,
     convert_first: bool = False,
 ) -> Fitted:
-    """Weights brought to the network that timm builds as `arch` with `args`; see the module's docstring.
+    """Rename weights to the network that timm builds as `arch` with `args`; see the module's docstring.
 
     Args:
-        trained_with: the arguments of the network that the weights are of, where `args` are others: position embeddings are resampled from its grid.
-        convert_first: timm's own conversion goes before the plain comparison, as for the weights that it offers itself.
+        trained_with: arguments that the weights were trained with, where `args` differ: position embeddings are resampled from their grid.
+        convert_first: run timm's conversion before the plain comparison, as for the weights that timm offers itself.
 
     Raises:
         UserError: a tensor of the network is missing, has another shape or type or is not finite, or one of the file is unknown to it; `args` that
@@ -157,7 +157,7 @@ def fit(
 
 
 def _below(tensors: Tensors) -> dict[str, Tensors]:
-    """Tensors by the first part of their names, which is taken off."""
+    """Group tensors by the first part of their names, which is removed."""
     groups: dict[str, Tensors] = {}
     for name, tensor in tensors.items():
         head, dot, rest = name.partition(".")
@@ -187,7 +187,7 @@ class _Target:
         self.least = len([name for name in net.state_dict() if not name.endswith(_COUNTER)]) // 2
 
     def attempt(self, tensors: Tensors, convert_first: bool) -> Fitted | _Fault:
-        """The tensors as they are, or converted by timm."""
+        """Return the tensors as they are, or converted by timm."""
         faults: list[_Fault] = []
         for converted in (True, False) if convert_first else (False, True):
             candidate = self._converted(tensors) if converted else tensors
@@ -252,7 +252,7 @@ class _Target:
         return Fitted({name: tensors[name] for name in expected}, classes, notes)
 
     def _converted(self, tensors: Tensors) -> Tensors | None:
-        """What timm's conversion makes of the tensors; None where timm has none for this network, or where it cannot."""
+        """Convert the tensors by timm; None where timm has no conversion for this network, or where it fails."""
         if self._convert is None:
             return None
         net = self._net(None)
@@ -261,14 +261,14 @@ class _Target:
                 converted = self._convert(*arguments)
             except TypeError:  # older conversions take the tensors alone
                 continue
-            except Exception:  # these tensors are nothing that it knows
+            except Exception:  # tensors that timm does not know
                 return None
             named = isinstance(converted, Mapping) and all(isinstance(value, Tensor) for value in converted.values())
             return dict(converted) if named and not any(value.is_meta for value in converted.values()) else None
         return None
 
     def _net(self, classes: int | None) -> nn.Module:
-        """The network with so many classes; None: with its own."""
+        """Create the network with this number of classes; None: with its own."""
         if classes not in self._nets:
             args = self._args if classes is None else self._args | {"num_classes": classes}
             with torch.device("meta"), _loading_noted() as noted:
@@ -285,10 +285,10 @@ def _is_float(tensor: Tensor) -> bool:
 
 
 def create(arch: str, source: object, **options: Any) -> Any:
-    """`timm.create_model`; raises UserError where the architecture does not take the options."""
+    """Call `timm.create_model`; raise UserError where the architecture does not take the options."""
     try:
         return timm.create_model(arch, **options)
-    except Exception as error:  # every family of networks fails in its own way
+    except Exception as error:  # every family of networks raises other errors
         why = " ".join(str(error).split())[:160] or type(error).__name__
         given = {
             key: value for key, value in options.items() if key not in ("pretrained", "features_only", "num_classes")
@@ -297,8 +297,10 @@ def create(arch: str, source: object, **options: Any) -> Any:
             raise UserError(f"{arch}: has no stochastic depth; leave drop_path at 0") from None
         if not given:
             raise
-        shown = ", ".join(f"{key}={str(value)[:40]}" for key, value in given.items() if key != "pretrained_cfg_overlay")
-        raise UserError(f"{source}: timm cannot build a {arch} with {shown} ({why})") from None
+        listed = ", ".join(
+            f"{key}={str(value)[:40]}" for key, value in given.items() if key != "pretrained_cfg_overlay"
+        )
+        raise UserError(f"{source}: timm cannot build a {arch} with {listed} ({why})") from None
 
 
 @contextmanager

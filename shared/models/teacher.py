@@ -24,12 +24,12 @@ PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp1
 
 @dataclass(frozen=True)
 class TeacherFeatures:
-    """What one forward pass of a teacher gives, float32.
+    """Outputs of one forward pass of a teacher, float32.
 
     Attributes:
-        logits_BK: None of a teacher without classes.
-        pooled_BD: what its classification layer sees.
-        map_BCHW: its last features before pooling, prefix tokens left out; None where it was not asked for.
+        logits_BK: logits; None for a teacher without classes.
+        pooled_BD: input of its classification layer.
+        map_BCHW: its last features before pooling, without prefix tokens; None where it was not requested.
     """
 
     logits_BK: Tensor | None
@@ -152,17 +152,17 @@ class FrozenTeacher:
 
     @property
     def references(self) -> list[ModelReference]:
-        """Of every network."""
+        """References of all networks, here of one."""
         return [self.reference]
 
     def embed(self, pixels_BCHW: Tensor) -> Tensor:
-        """What the classification layer sees, pooled: [B,D] float32."""
+        """Return the pooled input of the classification layer: [B,D] float32."""
         with self._forward():
             return embed(self._classifier, self._resized(pixels_BCHW))
 
     @contextmanager
     def running_statistics(self) -> Iterator[None]:
-        """Inside, BatchNorm uses running statistics whatever `batchnorm` says: a teacher is evaluated as it will be used."""
+        """Inside, BatchNorm uses running statistics whatever `batchnorm` is, as for evaluation."""
         for norm, (mean, variance) in zip(self._norms, self._statistics, strict=True):
             norm.running_mean, norm.running_var = mean, variance
         try:
@@ -172,11 +172,11 @@ class FrozenTeacher:
                 self._forget_statistics()
 
     def content_sha256(self) -> str:
-        """Hash of its weights, as in a model file."""
+        """Return the hash of its weights, as in a model file."""
         return self._content_sha256
 
     def match_classes(self, names: list[str] | None, count: int, owner: str) -> None:
-        """Answer in the class order of `names` from now on.
+        """Order the logits by the classes of `names` from now on.
 
         Raises UserError when the teacher has other classes than `owner`, by name where both have names, by count otherwise.
         """
@@ -184,7 +184,7 @@ class FrozenTeacher:
         self._order = None if order is None else torch.tensor(order, device=self.device)
 
     def facts(self) -> dict[str, Any]:
-        """What a student's file says about its teacher."""
+        """Return the facts about the teacher for a student's file."""
         return {
             "reference": self.reference.text,
             "arch": self.reference.arch,
@@ -193,7 +193,7 @@ class FrozenTeacher:
         }
 
     def settings(self) -> dict[str, Any]:
-        """What its answers depend on beside weights and pixels: side that pixels are resized to (height, width; None: as they come), precision."""
+        """Return the settings that its logits depend on: size that pixels are resized to (height, width; None: as they come), precision."""
         return {"size": list(self.size) if self.size else None, "precision": PRECISIONS[self._dtype]}
 
     @contextmanager
@@ -214,7 +214,7 @@ class FrozenTeacher:
 
 
 class TeacherEnsemble:
-    """Several frozen teachers that answer as one: the logits are the logarithm of the mean of their softmax.
+    """Ensemble of frozen teachers: its logits are the logarithm of the mean of their softmax.
 
     Their classes are those of the first member that has names; members without names are taken to have the same order.
     Raises UserError when a member has other classes, or prototypes of its own.
@@ -262,11 +262,11 @@ class TeacherEnsemble:
 
     @property
     def references(self) -> list[ModelReference]:
-        """Of every member."""
+        """References of all members."""
         return [member.reference for member in self._members]
 
     def embed(self, pixels_BCHW: Tensor) -> Tensor:
-        """Embeddings of the first member."""
+        """Return the embeddings of the first member."""
         return self._members[0].embed(pixels_BCHW)
 
     @contextmanager
@@ -278,7 +278,7 @@ class TeacherEnsemble:
             yield
 
     def content_sha256(self) -> str:
-        """Hash of the members' hashes, in their order."""
+        """Return the hash of the members' hashes, in their order."""
         return hashlib.sha256(" ".join(member.content_sha256() for member in self._members).encode()).hexdigest()
 
     def match_classes(self, names: list[str] | None, count: int, owner: str) -> None:
@@ -287,7 +287,7 @@ class TeacherEnsemble:
         self._order = None if order is None else torch.tensor(order, device=self.device)
 
     def facts(self) -> dict[str, Any]:
-        """What a student's file says about its teacher."""
+        """Return the facts about the teacher for a student's file."""
         members = [member.facts() for member in self._members]
         return {
             "reference": ", ".join(facts["reference"] for facts in members),
@@ -306,7 +306,7 @@ Teacher = FrozenTeacher | TeacherEnsemble
 
 
 def embed(classifier: Classifier, pixels_BCHW: Tensor) -> Tensor:
-    """The pooled features that the classification layer of a network sees: [B,D] float32."""
+    """Return the pooled features that the classification layer of a network gets: [B,D] float32."""
     net: Any = classifier.net
     features = net.forward_features(classifier.normalised(pixels_BCHW))
     embedding: Tensor = net.forward_head(features, pre_logits=True)
@@ -351,7 +351,7 @@ def reset_head(net: Any, classes: int, pool: str | None, *, key: str, arch: str)
 
 
 def _class_order(teacher: Teacher, names: list[str] | None, count: int, owner: str) -> list[int] | None:
-    """The teacher's class numbers in the order of `names`; None where a side has no names."""
+    """Return the teacher's class numbers in the order of `names`; None where a side has no names."""
     text = teacher.reference.text
     if names and teacher.class_names:
         strange = sorted(set(names) ^ set(teacher.class_names))

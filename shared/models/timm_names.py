@@ -12,7 +12,7 @@ _NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
 
 def known_arch(name: str, source: object) -> str:
-    """A name that timm knows, perhaps with the tag of weights; raises UserError with the nearest one otherwise.
+    """Return a name that timm knows, possibly with the tag of weights; raise UserError with the nearest one otherwise.
 
     Nothing else that `timm.create_model` takes passes, as it may name a download or a folder: names also come from the metadata of files.
     """

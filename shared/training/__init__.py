@@ -1,1 +1,1 @@
-"""What a training run of either stage needs around its loop."""
+"""Parts of a training run, of either stage, around its loop."""

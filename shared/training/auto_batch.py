@@ -1,7 +1,7 @@
-"""How many images a pass fit into memory, tried before a run on the largest images it will see.
+"""Search for the number of passes per step (`accumulate`) whose images fit into memory, on the largest images of the run.
 
-The batch of a step stays what it was: what is found is in how many passes (`accumulate`) it is taken. The finding is kept in the run directory, so
-that a run goes on with it; where it was too few after all, `run_command` notes that there, and the next start looks for more.
+The batch size of a step does not change. The result is kept in the run directory for a resumed run; where the passes were too few after all,
+`run_command` writes a note there, and the next start tries more of them.
 """
 
 import json
@@ -18,7 +18,7 @@ from ssld.shared.errors import UserError, is_out_of_memory
 from ssld.shared.files import write_atomically
 from ssld.shared.run_dir import RunDir
 
-RESERVE = 0.08  # share of a GPU's memory that a trial leaves free: what fragments, and what another process takes
+RESERVE = 0.08  # share of a GPU's memory that a trial leaves free, for fragmentation and other processes
 
 
 def find_passes(
@@ -31,13 +31,13 @@ def find_passes(
     optimizer: torch.optim.Optimizer,
     device: torch.device,
 ) -> int:
-    """`accumulate` of a run with `auto_batch`: all ranks together, the fewest passes whose images fit on every one of them.
+    """Find `accumulate` for a run with `auto_batch`, all ranks together: the fewest passes whose images fit on every rank.
 
     Args:
-        attempt: a whole step with that many images and an evaluation; what it changes of `networks` and `optimizer` is put back.
+        attempt: runs a whole step with that many images, and an evaluation batch; `networks` and `optimizer` are restored afterwards.
 
     Raises:
-        UserError: not even one image a pass fits, or `batch_size` does not divide over the ranks.
+        UserError: not even one image per pass fits, or `batch_size` does not divide over the ranks.
     """
     if batch_size % ranks:
         raise UserError(f"batch_size {batch_size} is not a multiple of {ranks} processes")
@@ -52,12 +52,12 @@ def find_passes(
             write_atomically(run.path / PASSES_FILE, json.dumps(found) + "\n")
     passes = int(found["accumulate"])
     images = batch_size // ranks // passes
-    run.log(f"auto_batch: {images} of {batch_size} images a process and pass fit, so accumulate is {passes}")
+    run.log(f"auto_batch: {images} of {batch_size} images per process and pass fit, so accumulate is {passes}")
     return passes
 
 
 def _read(run: Path) -> dict[str, int]:
-    """What was found or what was too few; {} where that cannot be read: it is then found once more."""
+    """Return the result or the note of too few passes; {} where the file cannot be read, so that the search is repeated."""
     try:
         content = json.loads((run / PASSES_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -71,7 +71,7 @@ def _fewest_passes(images: int, attempt: Callable[[int], None], device: torch.de
         if images % passes == 0 and not any_rank(not _fits(attempt, images // passes, device)):
             return passes
     raise UserError(
-        "auto_batch: not even one image a pass fits into memory; take smaller images, a smaller network, or --precision bf16"
+        "auto_batch: not even one image per pass fits into memory; use smaller images, a smaller network, or --precision bf16"
     )
 
 
@@ -96,7 +96,7 @@ def _fits(attempt: Callable[[int], None], images: int, device: torch.device) -> 
 
 @contextmanager
 def _put_back(networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Weights, buffers and modes as they were; the optimizer, which has not begun, without state."""
+    """Restore weights, buffers and modes afterwards, and clear the state of the optimizer, which has not begun."""
     before = {
         name: {key: value.to("cpu", copy=True) for key, value in network.state_dict().items()}
         for name, network in networks.items()

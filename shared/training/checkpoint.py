@@ -52,7 +52,7 @@ def save_checkpoint(folder: Path, step: int, parts: dict[str, dict[str, Tensor]]
 
 
 def keep_newest(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what kills have left of others."""
+    """Delete all but the newest `keep` checkpoints, and the remains of interrupted ones."""
     for old in complete_checkpoints(folder)[:-keep]:
         _remove(old)
     unmarked = [path for path in folder.glob("step_*") if not (path / _MARK).exists()]
@@ -68,30 +68,29 @@ def drop_from(folder: Path, step: int) -> None:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The usable checkpoints below a folder, oldest first."""
+    """Return the usable checkpoints below a folder, oldest first."""
     return sorted(
         (mark.parent for mark in folder.glob(f"step_*/{_MARK}") if _NAME.fullmatch(mark.parent.name)), key=step_of
     )
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest usable checkpoint below a folder."""
+    """Return the newest usable checkpoint below a folder, None without one."""
     return next(reversed(complete_checkpoints(folder)), None)
 
 
 def step_of(checkpoint: Path) -> int:
-    """Updates that a checkpoint holds."""
+    """Return the number of updates that a checkpoint holds."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(parts, state) as given to `save_checkpoint`, tensors on the CPU. Raises UserError for a damaged checkpoint."""
+    """Read (parts, state) as given to `save_checkpoint`, tensors on the CPU. Raises UserError for a damaged checkpoint."""
     damage = damage_in_folder(path)
-    if (
-        damage
-    ):  # and nothing else says so: what fails below, for want of memory or by Ctrl-C, fails on a sound checkpoint
+    # Checked first: an error below, such as out of memory or Ctrl-C, then does not mean a damaged checkpoint.
+    if damage:
         raise UserError(
-            f"{path}: checkpoint is damaged: {damage}; delete this folder to go on from the one before, if there is one"
+            f"{path}: checkpoint is damaged: {damage}; delete this folder to resume from the one before, if there is one"
         )
     parts = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -108,7 +107,7 @@ def load_module(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> No
 
 
 def optimizer_part(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, plain values) of an optimizer's state, to be stored in a checkpoint."""
+    """Split an optimizer's state into (tensors, plain values) for a checkpoint."""
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
     for index, entries in optimizer.state_dict()["state"].items():
@@ -122,7 +121,7 @@ def optimizer_part(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    """Restore what `optimizer_part` gave; settings such as the learning rate stay those of `optimizer`.
+    """Restore the state from `optimizer_part`; settings such as the learning rate stay those of `optimizer`.
 
     Tensors of a parameter's shape get its memory format, as the optimizer would have made them: files hold contiguous tensors, and an update that
     mixes formats takes a slower path.

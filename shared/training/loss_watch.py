@@ -1,6 +1,6 @@
 """Losses of the last steps, kept on the device so that no step waits for them, read and checked where something is logged or saved.
 
-A file of its own beside training_state.py, which holds one: its arithmetic over steps and ranks is tested without a training run.
+A separate file from training_state.py, which owns an instance, because its arithmetic over steps and ranks is tested without a training run.
 """
 
 import math
@@ -14,7 +14,7 @@ from ssld.shared.errors import UserError
 
 
 class NotFinite(UserError):
-    """A loss is not finite; `step` is the first, from 1, whose loss that is, after `step` - 1 updates."""
+    """A loss is not finite; `step`, counted from 1, is the first step with such a loss, after `step` - 1 updates."""
 
     def __init__(self, step: int, what: str) -> None:
         super().__init__(f"loss is not finite {what}")
@@ -36,7 +36,7 @@ class LossWatch:
         self._pending.append((step, ids, torch.stack([part.detach().float() for part in parts.values()])))
 
     def check(self) -> None:
-        """Read what is pending, on all ranks together.
+        """Read the pending losses, on all ranks together.
 
         Raises NotFinite naming step, loss parts and image ids when anything is not finite: call it before a checkpoint is written.
         """
@@ -52,14 +52,14 @@ class LossWatch:
         self._pending.clear()
 
     def averages(self) -> dict[str, float]:
-        """Mean of every part over the steps since the last call."""
+        """Return the mean of every part over the steps since the last call."""
         self.check()
         means = {name: total / max(1, self._steps) for name, total in self._sums.items()}
         self._sums, self._steps = {}, 0
         return means
 
     def state(self) -> dict[str, object]:
-        """JSON values for a checkpoint, so that a resumed run logs the same averages."""
+        """Return JSON values for a checkpoint, so that a resumed run logs the same averages."""
         return {"sums": self._sums, "steps": self._steps}
 
     def load_state(self, state: dict[str, object]) -> None:
@@ -67,7 +67,7 @@ class LossWatch:
         self._sums, self._steps = dict(state["sums"]), int(state["steps"])  # type: ignore[call-overload]
 
     def _raise(self, values: list[list[float]]) -> None:
-        """The same error on every rank: that of the first step, and of the first rank whose own losses are not finite there."""
+        """Raise the same error on every rank: of the first step, and of the first rank whose own losses are not finite there."""
         found: list[tuple[int, str]] = []
         for (step, ids, _), row in zip(self._pending, values, strict=True):
             if not all(math.isfinite(value) for value in row):
@@ -75,5 +75,5 @@ class LossWatch:
                 images = f"; images {', '.join(map(str, list(ids)[:16]))}" if ids else ""
                 found.append((step + 1, f"at step {step + 1}: {parts}{images}"))
                 break
-        told = gather_lists(found) or [(self._pending[0][0] + 1, "in the sum over ranks")]
-        raise NotFinite(*min(told, key=lambda one: one[0]))
+        errors = gather_lists(found) or [(self._pending[0][0] + 1, "in the sum over ranks")]
+        raise NotFinite(*min(errors, key=lambda error: error[0]))

@@ -17,7 +17,7 @@ def parameter_groups(
     decay_norm_and_bias: bool,
     lr_factor: Callable[[str], float] = lambda name: 1.0,
 ) -> list[dict[str, Any]]:
-    """Trainable parameters grouped by (lr factor, weight decay); each group carries `lr_factor` and the `names` it holds.
+    """Group the trainable parameters by (lr factor, weight decay); each group carries `lr_factor` and the `names` it holds.
 
     Args:
         decay_norm_and_bias: whether one-dimensional parameters (norm scales, biases) are decayed too.
@@ -38,7 +38,7 @@ def parameter_groups(
 
 
 def make_optimizer(name: OptimizerName, groups: list[dict[str, Any]], *, momentum: float) -> torch.optim.Optimizer:
-    """SGD with plain or Nesterov momentum, or AdamW with betas (momentum, 0.999). The learning rate is set by `set_lr` before each step."""
+    """Create SGD with plain or Nesterov momentum, or AdamW with betas (momentum, 0.999). The learning rate is set by `set_lr` before each step."""
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=(momentum, 0.999))
     return torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=name == "nesterov")
@@ -51,13 +51,13 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def scale_lr(lr: float, reference_batch: int, batch_size: int, name: OptimizerName) -> float:
-    """A recipe's learning rate for another global batch: linear for SGD, square root for Adam-type optimizers."""
+    """Scale a recipe's learning rate to another global batch: linear for SGD, square root for Adam-type optimizers."""
     ratio = batch_size / reference_batch
     return lr * (math.sqrt(ratio) if name == "adamw" else ratio)
 
 
 def cosine_factor(step: int, *, steps: int, warmup_steps: int) -> float:
-    """Factor on the learning rate at `step` (0-based): linear warm-up to 1, then half a cosine that reaches 0 after the last step."""
+    """Return the factor on the learning rate at `step` (0-based): linear warm-up to 1, then half a cosine that reaches 0 after the last step."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
@@ -67,6 +67,6 @@ def cosine_factor(step: int, *, steps: int, warmup_steps: int) -> float:
 def multistep_factor(
     step: int, *, milestones: Sequence[int], gamma: float, warmup_steps: int, warmup_start: float
 ) -> float:
-    """Factor on the learning rate at `step` (0-based): linear warm-up from `warmup_start` to 1, times gamma for each milestone passed."""
+    """Return the factor on the learning rate at `step` (0-based): linear warm-up from `warmup_start` to 1, times gamma for each milestone passed."""
     warmup = 1.0 if step >= warmup_steps else warmup_start + (1.0 - warmup_start) * step / warmup_steps
     return warmup * gamma ** sum(step >= milestone for milestone in milestones)

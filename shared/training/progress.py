@@ -1,6 +1,6 @@
-"""How far something is: the one clock and the one bar of trainings, evaluations and predictions, and what a log line says of them.
+"""Progress of trainings, evaluations and predictions: clock, bar, and the numbers for log lines.
 
-Nothing here waits for the device: times are the process's, memory is what the allocator has counted.
+Nothing here waits for the device: times are those of the process, memory is the allocator's count.
 """
 
 import resource
@@ -18,53 +18,53 @@ from ssld.shared.run_dir import RunDir
 from ssld.shared.wording import duration
 
 SILENCE = 20.0
-"""seconds that nothing is heard for"""
+"""seconds between two progress lines"""
 _TRIED = 8  # steps after which the run's time is estimated, or earlier after a silence
 
 
 class Clock:
-    """How fast things are done, and how long the rest of them takes.
+    """Rate at which items are processed, and time left.
 
     Attributes:
-        total: how many there are, as far as that is known.
-        done: how many of them are done.
+        total: number of items, as far as it is known, else 0.
+        done: number of items processed.
     """
 
     def __init__(self, total: int = 0) -> None:
         self.total, self.done = total, 0
-        self._began = self._told = time.perf_counter()
+        self._began = self._reported = time.perf_counter()
 
     def add(self, count: int = 1) -> None:
-        """So many more are done."""
+        """Count further items as done."""
         self.done += count
 
     @property
     def rate(self) -> float:
-        """Things a second since the clock began."""
+        """Items per second since the clock began."""
         return self.done / max(time.perf_counter() - self._began, 1e-9)
 
     @property
     def left(self) -> float:
-        """Seconds that the rest takes at this rate; 0 where nothing is left, none is done, or nobody knows how many there are."""
+        """Seconds left at this rate; 0 where nothing is left, nothing is done, or the total is unknown."""
         rest = self.total - self.done
         return rest / self.rate if rest > 0 and self.done else 0.0
 
     def due(self) -> bool:
-        """Whether it is time for a word: nothing has been heard for a while, and not all is done."""
+        """Whether a progress line is due: the last one is `SILENCE` seconds old, and items are left."""
         now = time.perf_counter()
-        if now - self._told < SILENCE or self.done == self.total:
+        if now - self._reported < SILENCE or self.done == self.total:
             return False
-        self._told = now
+        self._reported = now
         return True
 
     def describe(self) -> str:
-        """`3.2 a second, 4 min to go`."""
+        """Describe rate and time left: `3.2 per second, 4 min to go`."""
         left = self.left
-        return f"{self.rate:.3g} a second" + (f", {duration(left)} to go" if left else "")
+        return f"{self.rate:.3g} per second" + (f", {duration(left)} to go" if left else "")
 
 
 class Bar:
-    """A bar of `total` things, with lines that the run logs meanwhile above it; only on the main process, and where standard error is a terminal."""
+    """A bar of `total` items, below the lines that the run logs; only on the main process, and where standard error is a terminal."""
 
     def __init__(self, run: RunDir, total: int, unit: str, done: int = 0) -> None:
         self._run = run
@@ -74,17 +74,17 @@ class Bar:
             self._bar = tqdm(total=total or None, initial=done, unit=unit, dynamic_ncols=True, file=sys.stderr)
 
     def add(self) -> None:
-        """One more is done."""
+        """Count one more item as done."""
         if self._bar:
             self._bar.update()
 
     def show(self, **values: Any) -> None:
-        """Show these values beside it, but for those that are None."""
+        """Show values beside the bar, except those that are None."""
         if self._bar:
             self._bar.set_postfix({key: value for key, value in values.items() if value is not None}, refresh=False)
 
     def close(self) -> None:
-        """Remove it."""
+        """Remove the bar."""
         if self._bar:
             self._bar.close()
             self._bar, self._run.write = None, self._print
@@ -99,11 +99,11 @@ class Progress:
         self._start = self._read_step = self._step = self._steps = 0
         self._clock = Clock()
         self._read_time = self._first = time.perf_counter()
-        self._told = False  # how long the run will take
+        self._estimated = False  # whether the time of the run was logged
         self._bar: Bar | None = None
 
     def begin(self, start: int, steps: int) -> "Progress":
-        """The loop of `steps` steps begins after step `start`; the bar goes with the context."""
+        """Start the clock of a loop of `steps` steps after step `start`; the bar is removed when the context ends."""
         self._start = self._read_step = self._step = start
         self._steps = steps
         self._clock = Clock(steps - start)
@@ -113,20 +113,20 @@ class Progress:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what is waited for: the next batch."""
+        """Measure a wait for the next batch."""
         since = time.perf_counter()
         yield
         self._waited += time.perf_counter() - since
 
     @contextmanager
     def pausing(self) -> Iterator[None]:
-        """Around what is no training: an evaluation, a checkpoint. Rates and shares are without it, `seconds` and the time left are not."""
+        """Measure a pause of the training: an evaluation, a checkpoint. Rates and shares exclude it, `seconds` and the time left include it."""
         since = time.perf_counter()
         yield
         self._paused += time.perf_counter() - since
 
     def step(self) -> None:
-        """A step is done. After the first few a line says how long the run will take, where the log says nothing yet."""
+        """Count a step as done. After the first few, a line estimates the time of the run, if nothing was logged yet."""
         self._step += 1
         self._clock.add()
         if self._bar:
@@ -135,23 +135,23 @@ class Progress:
         now = time.perf_counter()
         if done == 1:  # left out of the estimate: workers start and kernels are chosen in it
             self._first = now
-        elif not self._told and self._read_step == self._start:
+        elif not self._estimated and self._read_step == self._start:
             enough = done == min(_TRIED, self._steps - self._start - 1) or self._clock.due()
             if enough and self._step < self._steps:
-                self._told = True
+                self._estimated = True
                 seconds = (now - self._first) / (done - 1)
                 left = seconds * (self._steps - self._step)
                 self._run.log(
-                    f"step {self._step}: about {duration(seconds)} a step, {duration(left)} to go without evaluations"
+                    f"step {self._step}: about {duration(seconds)} per step, {duration(left)} to go without evaluations"
                 )
 
     def read(self, images: int) -> dict[str, float]:
-        """Since the last call: `seconds`, the share of them spent waiting for data, images a second and greatest memory.
+        """Return `seconds` since the last call, the share of them spent waiting for data, images per second and peak memory.
 
         Args:
-            images: that a step takes, over all processes.
+            images: number of images per step, over all processes.
 
-        `memory_gb` is the device's (what tensors took) on a GPU, else the process's.
+        `memory_gb` is the peak of all tensors on a GPU, else the peak of the process.
         """
         now = time.perf_counter()
         seconds, self._read_time = now - self._read_time, now
@@ -166,7 +166,7 @@ class Progress:
         }
 
     def describe(self, numbers: dict[str, float], loss: float | None = None, lr: float | None = None) -> str:
-        """The end of a log line from what `read` gave; the bar shows it too."""
+        """Describe the numbers of `read` for the end of a log line; the bar shows them too."""
         wait, memory = f"{100 * numbers['data_wait']:.0f} % waiting for data", f"{numbers['memory_gb']:.1f} GB"
         if self._bar:
             self._bar.show(**{"loss": loss, "lr": lr, "data wait": numbers["data_wait"], "memory": memory})
@@ -185,7 +185,7 @@ class Progress:
 
 
 def greatest_memory(device: torch.device) -> int:
-    """Bytes: what tensors took at most on a GPU, else what the process took."""
+    """Return the peak memory in bytes: of tensors on a GPU, else of the process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -12,7 +12,7 @@ _JUDGED_AFTER, _TOO_MANY = 1000, 0.01
 
 
 class Quarantine:
-    """Unreadable images of a run over `images` distinct files; None where only reading a stream tells how many there are.
+    """Unreadable images of a run over `images` distinct files; None for a stream of unknown length.
 
     A run fails when more than one and more than 1 % of the distinct files it has read are unreadable, judged after 1,000 files or a whole pass.
     """
@@ -23,11 +23,11 @@ class Quarantine:
         self._new: list[str] = []
 
     def add(self, locations: Iterable[str]) -> None:
-        """Note what this rank could not read."""
+        """Add the locations of images that this rank could not read."""
         self._new += locations
 
     def write(self) -> None:
-        """Bring the list up to date, all ranks together; before a checkpoint, because a resumed run does not meet these images again."""
+        """Update the list, all ranks together; call it before a checkpoint, because a resumed run does not read these images again."""
         new = set(gather_lists(self._new)) - self._known
         self._new = []
         if new:
@@ -38,12 +38,12 @@ class Quarantine:
             )
 
     def judge(self, images_seen: int) -> None:
-        """Write the list and fail if it is too long; all ranks together, after `images_seen` training images of the whole run."""
+        """Write the list and raise UserError if it is too long; all ranks together, after `images_seen` training images of the whole run."""
         self.write()
         read = min(images_seen, self._images)
         enough = read >= min(_JUDGED_AFTER, self._images)
         if enough and len(self._known) > 1 and len(self._known) > _TOO_MANY * read:
             raise UserError(
                 f"{len(self._known)} of {read} images cannot be read, listed in {self._run.path / 'quarantine.txt'}; "
-                "mend or remove them (first: " + min(self._known) + ")"
+                "fix or remove them (first: " + min(self._known) + ")"
             )

@@ -1,4 +1,4 @@
-"""What a training run goes on from, in both stages: its networks, optimizer, loss averages and best score, to and from checkpoints."""
+"""State of a training run, in both stages, to and from checkpoints: networks, optimizer, loss averages and best score."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +42,7 @@ class TrainingState:
         lr, precision: settings of the run, for the advice after a bad update.
         best: highest score of an evaluation so far.
         stale: evaluations since then.
-        progress: how far the run is; the loop begins it and counts its steps.
+        progress: clock and bar; the loop starts it and counts its steps.
     """
 
     run: RunDir
@@ -63,7 +63,7 @@ class TrainingState:
         self.progress = Progress(self.run, self.accelerator.device)
 
     def restore(self) -> tuple[int, str]:
-        """(steps done, a line on where they come from): load the newest checkpoint, if there is one, on every rank.
+        """Load the newest checkpoint, if there is one, on every rank; return (steps done, a line that names the checkpoint).
 
         Raises UserError when it does not fit the networks, or is beyond the end of the run.
         """
@@ -81,24 +81,23 @@ class TrainingState:
             self.stale = int(state.get("stale", 0))
         if step > self.steps:
             raise UserError(
-                f"{self.run.path}: is at step {step} already, beyond the {self.steps} asked for; give another --output"
+                f"{self.run.path}: is at step {step} already, beyond the {self.steps} requested; give another --output"
             )
         self.run.cut_metrics(step)
         return step, line
 
     def improved(self, score: float) -> bool:
-        """Note an evaluation's score; whether it is the best so far."""
+        """Record an evaluation's score; return whether it is the best so far."""
         better = score > self.best
         self.best, self.stale = (score, 0) if better else (self.best, self.stale + 1)
         return better
 
     def exhausted(self, patience: int | None) -> bool:
-        """Whether so many evaluations in a row were no better than the best one; None: never."""
+        """Whether `patience` evaluations in a row were no better than the best one; never where it is None."""
         return patience is not None and self.stale >= patience
 
     def finish(self, metrics: dict[str, Any], step: int, outputs: Sequence[Path], best: Path) -> None:
-        """Write result.json after the last step: what the last evaluation gave, and of the best one, whose file is `best` if there was one, its
-        step and numbers."""
+        """Write result.json after the last step: the numbers of the last evaluation, and, if the file `best` exists, step and numbers of the best."""
         metrics = metrics | {"steps": step, "images_seen": step * self.batch_size}
         if best.exists() and self.run.main:
             facts = read_metadata(best)
@@ -110,13 +109,13 @@ class TrainingState:
         self.run.finish(metrics, outputs)
 
     def check(self, step: int) -> None:
-        """All ranks together, after `step` updates: raises UserError if a loss so far was not finite, or the weights are not."""
+        """Raise UserError if a loss so far was not finite, or the weights are not; all ranks together, after `step` updates."""
         self._check_losses()
         if not from_main_rank(not self.run.main or self._all_finite()):
             raise self._go_back(NotFinite(step + 1, f"after step {step}: weights or the optimizer's state are not"))
 
     def check_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """All ranks together: raises UserError if the main rank's evaluation after `step` updates has given a number that is not finite."""
+        """Raise UserError if the main rank's evaluation after `step` updates has a number that is not finite; all ranks together."""
         bad = [
             f"{name} {value}"
             for name, value in metrics.items()
@@ -127,18 +126,18 @@ class TrainingState:
             raise self._go_back(NotFinite(step + 1, f"in the evaluation after step {step}: {', '.join(bad)}"))
 
     def check_last_update(self, step: int, losses: Callable[[], Mapping[str, Tensor]]) -> None:
-        """All ranks together, after the last update: raises UserError if the losses that it leaves are not finite.
+        """Raise UserError if the losses after the last update are not finite; all ranks together.
 
-        A step's loss is that of the weights before its update, so nobody else looks at those after the last one. What `losses` changes of running
-        statistics is put back.
+        A step's loss is computed before its update, so no other check covers the weights after the last one. Running statistics that `losses`
+        changes are restored.
         """
         before = [(buffer, buffer.clone()) for network in self.networks.values() for buffer in network.buffers()]
         parts = {name: part.detach().float() for name, part in losses().items()}
         for buffer, value in before:
             buffer.copy_(value)
         if not bool(torch.isfinite(total_over_ranks(torch.stack(list(parts.values())))).all()):
-            told = ", ".join(f"{name} {part:.4g}" for name, part in parts.items())
-            raise self._go_back(NotFinite(step + 1, f"after the last update, of step {step}: {told}"))
+            values = ", ".join(f"{name} {part:.4g}" for name, part in parts.items())
+            raise self._go_back(NotFinite(step + 1, f"after the last update, of step {step}: {values}"))
 
     def save(self, step: int) -> None:
         """Write a checkpoint, all ranks together; raises UserError first as `check` does."""
@@ -162,7 +161,7 @@ class TrainingState:
             raise self._go_back(error) from None
 
     def _go_back(self, error: NotFinite) -> UserError:
-        """Delete the checkpoints that hold the bad update, which is the last before `error.step`; the error with what to do."""
+        """Delete the checkpoints with the bad update, the last one before `error.step`; return the error with the remedy."""
         newest = None
         if self.run.main:
             drop_from(self.run.checkpoints, error.step - 1)
@@ -176,7 +175,7 @@ class TrainingState:
 
     def _write(self, step: int) -> None:
         if self.accelerator.is_main_process:
-            # The losses have shown that the ones before are good: this one may be bad.
+            # The losses have proved that earlier checkpoints are good; this one may be bad.
             keep_newest(self.run.checkpoints, self.keep_checkpoints)
             tensors, values = optimizer_part(self.optimizer)
             parts = {name: network.state_dict() for name, network in self.networks.items()}
@@ -203,7 +202,7 @@ class TrainingState:
         speed = self.progress.read(self.batch_size)
         self.run.metric(step, lr=lr, **means, **speed)
         self.accelerator.log({"lr": lr, **means, **speed}, step=step)
-        shown = ", ".join(f"{key} {value:.4f}" for key, value in means.items())
+        averages = ", ".join(f"{key} {value:.4f}" for key, value in means.items())
         self.run.log(
-            f"step {step}/{self.steps}: {shown}, lr {lr:.4g}; {self.progress.describe(speed, means['loss'], lr)}"
+            f"step {step}/{self.steps}: {averages}, lr {lr:.4g}; {self.progress.describe(speed, means['loss'], lr)}"
         )

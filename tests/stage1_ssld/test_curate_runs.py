@@ -13,7 +13,7 @@ import torch
 
 from ssld.stage1_ssld.curate import main as curate
 from ssld.stage1_ssld.curation import selection_files, shard_pass, steps
-from ssld.stage1_ssld.curation.shard_pass import Job, Reading, over_shards
+from ssld.stage1_ssld.curation.shard_pass import Job, Piece, Reading, over_shards
 from ssld.stage1_ssld.data.shards import RowShard
 
 
@@ -334,3 +334,32 @@ def test_a_teacher_that_answers_nan(
     message = user_error(curate, arguments(settings | {"teacher": str(tmp_path / "nan.safetensors")}))
     assert message.startswith(f"teacher.model: {tmp_path / 'nan.safetensors'}: gives NaN for ")
     assert message.endswith("images; try precision: fp32")
+
+
+def test_pieces_are_pinned_in_a_process_that_uses_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a `DataLoader` does it there: names and flags stay, the views are pinned; a piece without readable images has none."""
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    pinned: list[torch.Tensor] = []
+    options: dict[str, Any] = {}
+
+    def pin(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
+        pinned.append(tensor)
+        return tensor
+
+    def loader(*_: Any, **given: Any) -> list[Any]:
+        options.update(given)
+        return []
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    views_BCHW = torch.zeros(2, 3, 4, 4)
+    number, last, piece = pin_memory((3, True, Piece(keys=["a", "b"], pixels_BCHW=views_BCHW)))
+    assert (number, last, piece.keys) == (3, True, ["a", "b"])
+    pin_memory((4, True, Piece(keys=["c"])))
+    assert [id(tensor) for tensor in pinned] == [id(views_BCHW)]
+    monkeypatch.setattr(shard_pass, "DataLoader", loader)
+    for used in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda used=used: used)
+        settings: dict[str, Any] = {"batch_size": 2, "workers": 0, "told": lambda *_: None}
+        over_shards([Job(0, None)], Reading(False), lambda _: None, lambda *_: None, **settings)  # type: ignore[arg-type]
+        assert options["pin_memory"] is used

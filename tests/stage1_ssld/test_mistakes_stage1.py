@@ -262,7 +262,7 @@ def test_evaluate_mistakes(user_error: Any, tmp_path: Path, tiny: Any, teacher_f
     assert "no such file" in line(model="gone.safetensors")
     assert "gone: no such file or folder" in line(**{"data.path": "gone"})
     (tmp_path / "model.pth").write_bytes(b"\x80\x04N.")
-    assert "give `arch` with its timm name" in line(model=str(tmp_path / "model.pth"))
+    assert "does not name its architecture; set arch to its timm name" in line(model=str(tmp_path / "model.pth"))
     assert "cannot be read as a plain state dict" in line(model=str(tmp_path / "model.pth"), arch="test_resnet")
     argv = [
         "--model",

@@ -163,7 +163,7 @@ def test_two_ranks_distil_as_one(
 ) -> None:
     settings = under(train_settings, kind, teachers(kind)) | {"steps": 4, "batch_size": 6, "auto_batch": True}
     output, lines = on_one_and_two(train.main, "stage2_detect/train.py", settings)
-    assert "auto_batch: 3 of 6 images a process and pass fit, so accumulate is 1\n" in output
+    assert "auto_batch: 3 of 6 images per process and pass fit, so accumulate is 1\n" in output
     assert [line["step"] for line in lines if "loss_cls" in line] == [1, 2, 3, 4]
 
 

@@ -117,6 +117,6 @@ def test_two_processes_write_the_same_file(
     assert one == two
     log = (tmp_path / "two" / "log.txt").read_text()
     assert "part 1 of 3 done, 1 left: " in log  # the main process had two of them
-    assert "a second, " in log
+    assert "per second, " in log
     assert content(tmp_path / "two" / "predictions.json")["videos"]
     assert (tmp_path / "two" / "pictures" / "clip.mp4").exists()

@@ -122,7 +122,7 @@ def test_under_a_launcher_the_line_is_left_in_the_folder_and_the_main_ranks_wins
 
 def test_a_command_without_passes_is_told_to_take_fewer_images(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(torch.OutOfMemoryError("CUDA out of memory.")) == 2
-    assert capsys.readouterr().err == "error: out of memory: CUDA out of memory. Take a smaller --batch_size\n"
+    assert capsys.readouterr().err == "error: out of memory: CUDA out of memory. Use a smaller --batch_size\n"
 
 
 def test_ctrl_c_outside_training_is_no_traceback(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

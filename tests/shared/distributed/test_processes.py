@@ -211,11 +211,11 @@ def test_the_warning_on_strides_is_silenced_where_it_is_spurious(
         def prepare_model(self, model: nn.Module) -> nn.Module:
             return model
 
-    model = nn.Conv2d(4, 8, kernel).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = nn.Conv2d(4, 8, kernel).to(memory_format=torch.channels_last)
     monkeypatch.setattr(processes, "world_size", lambda: 2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        prepare_model(Accelerator(), model)  # type: ignore[arg-type]
+        prepare_model(Accelerator(), model)
         warnings.warn("Grad strides do not match bucket view strides. This may indicate", UserWarning, stacklevel=1)
         warnings.warn("another", UserWarning, stacklevel=1)
     assert len(caught) == (1 if silenced else 2)

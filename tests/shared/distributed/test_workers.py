@@ -59,7 +59,7 @@ def as_it_is(item: Any) -> Any:
     [
         (
             signal.SIGKILL,
-            r"\(Killed\): often because the machine had no memory left, or /dev/shm is full: take fewer --workers",
+            r"\(Killed\): often because the machine had no memory left, or /dev/shm is full: use fewer --workers",
         ),
         (RuntimeError("unable to write to file </torch_1>: No space left on device (28)"), r": /dev/shm is full, "),
         (OSError(errno.EMFILE, "Too many open files"), r": it may open no more files: raise the limit \(ulimit -n"),

@@ -9,8 +9,10 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
+from ssld.shared.config.settings import Network
 from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import (
+    check_networks,
     create_body,
     create_classifier,
     input_settings,
@@ -124,8 +126,30 @@ def test_unfitting_files_name_the_first_differences(tmp_path: Path) -> None:
 def test_a_resnet18_is_no_resnet34(tmp_path: Path) -> None:
     """timm itself loads such a file without a word."""
     write(tmp_path / "b.safetensors", "resnet18")
-    with pytest.raises(UserError, match="holds a resnet18, but arch says resnet34"):
+    with pytest.raises(UserError, match="holds a resnet18, but arch is resnet34; leave it out"):
         parse_reference(str(tmp_path / "b.safetensors"), arch="resnet34")
+
+
+@pytest.mark.parametrize(
+    ("key", "arch_key"),
+    [
+        ("student.model", "student.arch"),
+        ("teacher.ensemble.0.model", "teacher.ensemble.0.arch"),
+        ("backbone", "arch"),
+    ],
+)
+def test_messages_name_the_setting_by_its_full_key(tmp_path: Path, key: str, arch_key: str) -> None:
+    save_file({"w": torch.zeros(1)}, tmp_path / "bare.safetensors")
+    file = str(tmp_path / "bare.safetensors")
+    with pytest.raises(UserError) as caught:
+        check_networks({key: Network(file)})
+    assert str(caught.value) == f"{key}: {file}: does not name its architecture; set {arch_key} to its timm name"
+    with pytest.raises(UserError) as caught:
+        check_networks({key: Network("random:resnet18", "resnet34")})
+    message = (
+        f"{key}: random:resnet18: holds a resnet18, but {arch_key} is resnet34; leave it out, or name another file"
+    )
+    assert str(caught.value) == message
 
 
 def test_references(tmp_path: Path) -> None:
@@ -142,7 +166,7 @@ def test_references(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a pickle, which can run code"):
         parse_reference(str(tmp_path / "m.pth"), arch="resnet18")
     save_file({"w": torch.zeros(1)}, tmp_path / "bare.safetensors")
-    with pytest.raises(UserError, match="does not say which architecture it holds; give `arch`"):
+    with pytest.raises(UserError, match="does not name its architecture; set arch to its timm name"):
         parse_reference(str(tmp_path / "bare.safetensors"))
     assert parse_reference(str(tmp_path / "bare.safetensors"), arch="resnet18").arch == "resnet18"
 

@@ -161,7 +161,7 @@ def test_an_arch_that_is_not_the_weights(tmp_path: Path) -> None:
     write_folder(tmp_path / "model")
     assert parse_reference(str(tmp_path / "model"), "test_resnet").arch == "test_resnet"
     for text in (str(tmp_path / "model"), "random:test_resnet"):
-        with pytest.raises(UserError, match="holds a test_resnet, but arch says resnet18"):
+        with pytest.raises(UserError, match="holds a test_resnet, but arch is resnet18"):
             parse_reference(text, "resnet18")
 
 

@@ -37,7 +37,7 @@ def test_distillation_takes_the_passes_that_fit(
     assert sizes == [8, 4, 2, *[2] * 4 * 6, 2]  # and once more after the last update
     assert json.loads((tmp_path / "run" / "auto_batch.json").read_text()) == {"accumulate": 4, "processes": 1}
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert "auto_batch: 2 of 8 images a process and pass fit, so accumulate is 4\n" in log
+    assert "auto_batch: 2 of 8 images per process and pass fit, so accumulate is 4\n" in log
     told, found = (load_file(tmp_path / name / "student.safetensors") for name in ("told", "run"))
     assert all(torch.equal(told[name], found[name]) for name in told)
 
@@ -65,7 +65,7 @@ def test_not_even_one_image(
     small_memory(Classifier, 0)
     assert call(distill, arguments(distill_settings | {"auto_batch": True})) == 2
     assert capsys.readouterr().err == (
-        "error: auto_batch: not even one image a pass fits into memory; take smaller images, a smaller network, or --precision bf16\n"
+        "error: auto_batch: not even one image per pass fits into memory; use smaller images, a smaller network, or --precision bf16\n"
     )
     assert not (tmp_path / "run" / "auto_batch.json").exists()
 

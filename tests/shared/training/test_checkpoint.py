@@ -20,7 +20,7 @@ from ssld.shared.training.checkpoint import (
     optimizer_part,
     save_checkpoint,
 )
-from ssld.shared.training.optim import make_optimizer, parameter_groups, set_lr
+from ssld.shared.training.optim import OptimizerName, make_optimizer, parameter_groups, set_lr
 
 
 def test_files_and_newest_n(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def flip(file: Path) -> None:
 def test_damage(tmp_path: Path, name: str, damage: Callable[[Path], None]) -> None:
     path = save_checkpoint(tmp_path, 1, {"model": nn.Linear(2, 3).state_dict()}, {"best": 0.5})
     damage(path / name)
-    with pytest.raises(UserError, match=r"checkpoint is damaged: .*; delete this folder to go on") as caught:
+    with pytest.raises(UserError, match=r"checkpoint is damaged: .*; delete this folder to resume") as caught:
         load_checkpoint(path)
     assert name in str(caught.value) or name == "SHA256SUMS"
 
@@ -132,16 +132,15 @@ def test_those_from_a_step_on_are_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_optimizer_state_gets_the_memory_format_of_its_parameters(tmp_path: Path, name: str) -> None:
+def test_optimizer_state_gets_the_memory_format_of_its_parameters(tmp_path: Path, name: OptimizerName) -> None:
     """Files hold contiguous tensors; after a resume every buffer has the strides that the optimizer itself would have given it."""
 
     def stepped() -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 1), nn.Conv2d(8, 4, 5))
-        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = make_optimizer(
-            name, parameter_groups(net, weight_decay=0.0, decay_norm_and_bias=False), momentum=0.9
-        )  # type: ignore[arg-type]
+        net = net.to(memory_format=torch.channels_last)
+        groups = parameter_groups(net, weight_decay=0.0, decay_norm_and_bias=False)
+        optimizer = make_optimizer(name, groups, momentum=0.9)
         set_lr(optimizer, 0.1)
         net(torch.rand(2, 3, 12, 12)).sum().backward()
         optimizer.step()

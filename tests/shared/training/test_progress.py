@@ -90,7 +90,7 @@ def test_a_long_silence_begins_with_an_estimate(clock: Clock, run: Any) -> None:
         for _ in range(30):
             state.step()
             clock.now += 2
-    assert run.lines == ["step 8: about 2 s a step, 33 min to go without evaluations"]
+    assert run.lines == ["step 8: about 2 s per step, 33 min to go without evaluations"]
 
 
 def test_a_short_run_has_its_estimate_before_its_end(clock: Clock, run: Any) -> None:
@@ -99,7 +99,7 @@ def test_a_short_run_has_its_estimate_before_its_end(clock: Clock, run: Any) -> 
         for _ in range(4):
             clock.now += 3
             state.step()
-    assert run.lines == ["step 3: about 3 s a step, 3 s to go without evaluations"]
+    assert run.lines == ["step 3: about 3 s per step, 3 s to go without evaluations"]
 
 
 def test_slow_steps_have_their_estimate_earlier(clock: Clock, run: Any) -> None:
@@ -108,7 +108,7 @@ def test_slow_steps_have_their_estimate_earlier(clock: Clock, run: Any) -> None:
         for _ in range(20):
             clock.now += 9
             state.step()
-    assert run.lines == ["step 3: about 9 s a step, 15 min to go without evaluations"]
+    assert run.lines == ["step 3: about 9 s per step, 15 min to go without evaluations"]
 
 
 def test_no_estimate_where_the_log_has_spoken(clock: Clock, run: Any) -> None:
@@ -148,7 +148,7 @@ def test_a_clock_tells_rate_and_time_left(clock: Clock) -> None:
     assert (pace.left, pace.due()) == (0.0, False)
     clock.now += 1
     pace.add(2)
-    assert pace.describe() == "2 a second, 0.5 s to go"
+    assert pace.describe() == "2 per second, 0.5 s to go"
     assert not pace.due()
     clock.now += progress.SILENCE
     assert pace.due()
@@ -156,11 +156,11 @@ def test_a_clock_tells_rate_and_time_left(clock: Clock) -> None:
     pace.add()
     clock.now += progress.SILENCE
     assert not pace.due()  # nothing is left
-    assert pace.describe() == f"{3 / 41:.3g} a second"
+    assert pace.describe() == f"{3 / 41:.3g} per second"
     unknown = Pace()
     unknown.add(5)
     clock.now += 1
-    assert unknown.describe() == "5 a second"
+    assert unknown.describe() == "5 per second"
 
 
 def test_a_bar_of_its_own(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

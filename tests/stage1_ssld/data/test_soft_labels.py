@@ -217,3 +217,17 @@ def test_logits_that_are_not_finite(value: float) -> None:
     teacher[1, 3] = value
     with pytest.raises(UserError, match=r"^teacher: its logits are not finite; set teacher\.precision: fp32"):
         encode(teacher, 2, record_layout(2, 5, "fp16"))
+
+
+def test_encoding_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One copy to the host for each batch, which holds everything; values that are read one by one would be further waits."""
+    copies: list[tuple[int, ...]] = []
+    copy = Tensor.cpu
+
+    def counted(self: Tensor) -> Tensor:
+        copies.append(tuple(self.shape))
+        return copy(self)
+
+    monkeypatch.setattr(Tensor, "cpu", counted)
+    encode(torch.randn(6, 20), 4, record_layout(4, 20, "fp16"))
+    assert copies == [(6, 1 + 1 + 4 + 4)]

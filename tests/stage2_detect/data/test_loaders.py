@@ -324,3 +324,13 @@ def test_an_error_of_a_stream_and_unreadable_images_are_values(data: CocoData) -
         assert [Path(error.name).name for error in images.unreadable] == ["2.png"]
     with pytest.raises(UserError, match=r"cannot read image .*2\.png: not an image"):
         list(ImageLoader(iter(batches), load_record, Sizing(32, 64)))
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_loaders_pin_only_in_a_process_that_uses_a_gpu(
+    data: CocoData, monkeypatch: pytest.MonkeyPatch, used: bool
+) -> None:
+    """Pinning opens a CUDA context: with `device: cpu` a GPU of the machine is left alone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used)
+    assert loader(data)._loader._loader.pin_memory is used
