@@ -139,7 +139,17 @@ def rows(work: Path, images: Path, *, tiny: bool, gpu: bool) -> list[Row]:
         Row(
             "tests",
             "none fails",
-            ["-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", "cuda or gpu"],
+            [
+                "-m",
+                "pytest",
+                "-p",
+                "no:cacheprovider",
+                "-o",
+                "addopts=--import-mode=importlib",
+                *tests,
+                "-k",
+                "cuda or gpu",
+            ],
             60,
             r".*(passed|skipped|failed).*",
         ),
@@ -220,7 +230,7 @@ def run(row: Row, work: Path, limit: float, environment: dict[str, str]) -> Outc
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     seconds = time.monotonic() - begun
-    text = log.read_text(encoding="utf-8", errors="replace").replace(f"{work}/", "")
+    text = log.read_text(encoding="utf-8", errors="replace").replace(f"{work}/", "").replace(str(ROOT), ".")
     output = [line.rstrip() for line in text.splitlines() if line.strip()]
     lines = [line for line in output if re.fullmatch(row.shows, line.strip())]
     if code == 0:

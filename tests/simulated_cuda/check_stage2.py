@@ -60,7 +60,7 @@ def test_auto_batch_on_a_gpu(run: Run) -> None:
     assert found == {"accumulate": 1, "processes": 1}
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp16"])
 def test_a_resumed_run_ends_as_one_without_a_break(run: Run, precision: str, settings: Settings) -> None:
     """With an average of the weights and, under fp16, the gradient scaler's state."""
     common: Settings = {
@@ -92,10 +92,11 @@ def test_masks_evaluation_between_steps_and_validation_loss(run: Run, settings: 
 
 
 def test_distillation_of_both_families(run: Run, settings: Settings) -> None:
+    optim = settings["optim"] | {"lr": 1e-4}  # random weights
     for name, change in {"pkd": {"unlabeled": settings["data"]["val_images"]}, "ld": {"model": GFL}}.items():
         model = change.get("model", settings["model"])
         teacher = run(f"teacher_{name}", model=model, steps=1) / "detector.safetensors"
-        student = run(name, **change, precision="bf16", distill={"teacher": str(teacher), "check_ap": 0})
+        student = run(name, **change, precision="bf16", optim=optim, distill={"teacher": str(teacher), "check_ap": 0})
         assert f"loss_{name}" in (student / "metrics.jsonl").read_text()
 
 
