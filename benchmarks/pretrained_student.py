@@ -29,7 +29,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from hotcoco import COCO, COCOeval
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -44,6 +43,8 @@ from ssld.stage1_ssld import distill
 from ssld.stage1_ssld.data.views import val_view
 from ssld.stage1_ssld.evaluation.better_weights import nearest_images, neighbours_in_common
 from ssld.stage2_detect import evaluate, train
+from ssld.stage2_detect.data.coco import read_coco
+from ssld.stage2_detect.evaluation.bootstrap import draw_ap, interval, match_detections, read_detections
 
 STUDENT, TEACHER = "efficientnet_lite0", "efficientnet_lite2"
 ARCHES = {STUDENT: "tf_efficientnet_lite0", TEACHER: "tf_efficientnet_lite2"}
@@ -330,40 +331,17 @@ def detector(photos: Photos, row: str, norms: str, seed: int) -> None:
             file.unlink()
 
 
-Rows = dict[int, list[dict[str, Any]]]  # image id -> detections or annotations
-
-
 class Scores:
     """AP of the detectors, also over images drawn with replacement."""
 
     def __init__(self, photos: Photos) -> None:
-        self.content = json.loads((photos.output / "val.json").read_bytes())
-        self.images = [row["id"] for row in self.content["images"]]
-        draws = np.random.default_rng(0).integers(len(self.images), size=(photos.scale.draws, len(self.images)))
-        self.draws = [np.arange(len(self.images)), *draws]
+        self.data = read_coco(photos.output / "val.json", None, training=False)
+        self.draws = photos.scale.draws
 
     def __call__(self, folder: Path) -> np.ndarray:
         """AP in percent [1 + draws]; the first is that of all images."""
-        detections: Rows = {image: [] for image in self.images}
-        truth: Rows = {image: [] for image in self.images}
-        for row in json.loads((folder / "detections.json").read_bytes()):
-            detections[row["image_id"]].append(row)
-        for row in self.content["annotations"]:
-            truth[row["image_id"]].append(row)
-        return np.array([self._ap(detections, truth, draw) for draw in self.draws])
-
-    def _ap(self, detections: Rows, truth: Rows, draw: np.ndarray) -> float:
-        chosen = [(number, self.images[place]) for number, place in enumerate(draw, 1)]
-        annotations = [row | {"image_id": number} for number, image in chosen for row in truth[image]]
-        annotations = [row | {"id": place} for place, row in enumerate(annotations, 1)]
-        images = [{"id": number, "width": 640, "height": 640, "file_name": ""} for number, _ in chosen]
-        api = COCO({"images": images, "annotations": annotations, "categories": self.content["categories"]})
-        rows = [row | {"image_id": number} for number, image in chosen for row in detections[image]]
-        evaluation = COCOeval(api, api.load_res(rows), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]
-        return 100 * float(precision[precision > -1].mean())
+        detections = read_detections(folder / "detections.json", self.data)
+        return 100 * draw_ap(match_detections(self.data, detections), self.draws)["AP"]
 
 
 # ---- tables
@@ -402,7 +380,7 @@ def scores_table(photos: Photos, rows: Sequence[str], norms: str, seeds: Sequenc
             yield f"{line} - | - |"
             continue
         difference = np.mean([drawn[seed] - base[seed] for seed in common], axis=0)
-        low, high = np.percentile(difference[1:], [2.5, 97.5])
+        low, high = interval(difference)
         yield f"{line} {difference[0]:+.1f} ({low:+.1f} to {high:+.1f}) | {', '.join(map(str, common))} |"
 
 

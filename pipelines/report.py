@@ -19,6 +19,7 @@ if find_spec("ssld") is None:
 
 from ssld.pipelines.config import PipelineConfig, ReportConfig, TableConfig
 from ssld.pipelines.reports.charts import COLOURS, Chart, precision_recall
+from ssld.pipelines.reports.provenance import origin
 from ssld.pipelines.reports.stage_view import Room, StageView, mean_curve, percent, read_json, view
 from ssld.pipelines.reports.table import (
     COLUMNS,
@@ -177,6 +178,7 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
         rows=[[row.cells()[n] for n in filled] for row in rows],
         gain=[_gain_cells(difference)[n] for n in filled] if difference else None,
         gains=gains(table, rows, difference) if table and difference else [],
+        origins=[(name, text) for name, row in table.rows.items() if (text := origin(row, runs))] if table else [],
         few_objects=few_objects_text(objects) if objects is not None and objects < FEW_OBJECTS else None,
         seeds=max((len(stages) for row in table.rows.values() for stages in (row.classifier, row.detector)), default=1)
         if table

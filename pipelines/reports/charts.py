@@ -3,7 +3,7 @@
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib
@@ -22,11 +22,22 @@ _SIZE = (3.5, 2.35)  # width, height of one plot in inches
 
 @dataclass(frozen=True)
 class Panel:
-    """One small plot: title, {metric: label}, and the factor that the values are multiplied by."""
+    """One small plot: title, {metric: label}, and the factor that the values are multiplied by.
+
+    Attributes:
+        parts: {word: metrics}: the title names only the words whose metrics are in the plot; empty: `title` as it is.
+    """
 
     title: str
     names: dict[str, str]
     factor: float = 1.0
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def title_of(self, labels: Sequence[str]) -> str:
+        """Return the title for a plot of the curves with these labels."""
+        shown = {name for name, label in self.names.items() if label in labels}
+        words = [word for word, metrics in self.parts.items() if shown & set(metrics)]
+        return f"{' and '.join(words)} in %" if words else self.title
 
 
 PANELS = (
@@ -40,6 +51,7 @@ PANELS = (
             "val_agreement": "agreement",
         },
         100,
+        {"accuracy": ("accuracy", "val_top1"), "agreement": ("agreement", "val_agreement")},
     ),
     Panel("KL to the teacher, nats", {"val_kl": "KL"}),
     Panel("AP in %", {"val_AP": "AP", "val_AP50": "AP50"}, 100),
@@ -74,8 +86,8 @@ def curves(stage: str, metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
                 words.append(f"{label} from {values[0]:.3g} at step {steps[0]} to {values[-1]:.3g} at step {steps[-1]}")
             _dress(axes, legend=len(lines) > 1)
             axes.set_xlabel("step")
-            alt = f"{panel.title}, stage {stage}: {'; '.join(words)}."
-            charts.append(Chart(panel.title, _svg(figure), alt))
+            title = panel.title_of([label for label, _, _ in lines])
+            charts.append(Chart(title, _svg(figure), f"{title}, stage {stage}: {'; '.join(words)}."))
     return charts
 
 

@@ -84,13 +84,13 @@ class Page:
 
     def value(self, expression: str) -> Any:
         """Evaluate a JavaScript expression (or promise) and return its value as JSON."""
-        found = self("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        if "exceptionDetails" in found:
-            raise RuntimeError(json.dumps(found["exceptionDetails"]))
-        return found["result"].get("value")
+        reply = self("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in reply:
+            raise RuntimeError(json.dumps(reply["exceptionDetails"]))
+        return reply["result"].get("value")
 
     def screenshot(self, file: Path, *, whole: bool = True) -> None:
-        """Return a PNG of the page."""
+        """Write a PNG of the page."""
         content = self("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
         file.write_bytes(base64.b64decode(content))
 

@@ -77,13 +77,15 @@ def analysis_of(names: list[str], seed: int) -> dict[str, Any]:
     }
 
 
-def write_evaluation(run: Path, names: list[str], ap: float) -> None:
-    """Run directory of an evaluation with two pairs of images."""
+def write_evaluation(run: Path, names: list[str], ap: float, **more: Any) -> None:
+    """Run directory of an evaluation with two pairs of images; `more` metrics."""
     (run / "pictures").mkdir(parents=True)
     (run / "config.yaml").write_text("model: a\n")
     (run / "environment.json").write_text(json.dumps({"command": "evaluate_detector", "arguments": ["--model", "a"]}))
-    metrics = {"AP": ap, "AP50": 2 * ap, "per_class": dict.fromkeys(names, ap)}
-    (run / "result.json").write_text(json.dumps({"metrics": metrics, "seconds": 61.0}))
+    metrics = {"AP": ap, "AP50": 2 * ap, "per_class": dict.fromkeys(names, ap), **more}
+    metrics["intervals"] = {"AP": [ap - 0.05, ap + 0.1], "AP50": [2 * ap - 0.1, 2 * ap + 0.1]}
+    outputs = {"detections.json": run.name}  # stands for the digest of its content
+    (run / "result.json").write_text(json.dumps({"metrics": metrics, "outputs": outputs, "seconds": 61.0}))
     (run / "analysis.json").write_text(json.dumps(analysis_of(names, len(names))))
     index = []
     for kind in ("best", "worst"):
@@ -95,13 +97,24 @@ def write_evaluation(run: Path, names: list[str], ap: float) -> None:
     (run / "pictures/index.json").write_text(json.dumps(index))
 
 
+def write_run(run: Path, metrics: dict[str, Any]) -> None:
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("steps: 3\n")
+    (run / "result.json").write_text(json.dumps({"metrics": metrics, "seconds": 3.0}))
+
+
 @pytest.fixture(scope="module")
 def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with all its parts: two detectors, a training, a curation, a stage that has not run."""
     folder = tmp_path_factory.mktemp("page")
     runs = folder / "runs"
     names = ["cat", "<i>dog</i>", LONG]
-    write_evaluation(runs / "ap_ssld", names, 0.3)
+    bounds = {"AP": {"low": 0.02, "high": 0.09}, "AP50": {"low": -0.03, "high": 0.2}}
+    compared = {"sha256": "ap_baseline", "images": 40, **bounds}
+    counts = {"right": 30, "wrong": 4, "missed": 12}
+    write_evaluation(runs / "ap_ssld", names, 0.3, compared=compared, at_threshold=counts)
+    write_run(runs / "ssld", {"top1": 0.62, "agreement": 0.7, "images": 300})
+    write_run(runs / "baseline", {"top1": 0.6, "agreement": 0.69, "images": 300})
     write_evaluation(runs / "ap_baseline", names, 0.25)
     write_evaluation(runs / "ap_many", [f"class {n}" for n in range(40)], 0.1)
     training = runs / "training"
@@ -127,11 +140,12 @@ def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "curation": {"command": "curate"},
         "predictions": {"command": "predict"},
         "training": {"command": "train"},
+        **{name: {"command": "distill"} for name in ("ssld", "baseline")},
         **{name: {"command": "evaluate_detector"} for name in ("ap_ssld", "ap_baseline", "ap_many")},
         "later": {"command": "train"},
     }
     table = {
-        "rows": {"SSLD": {"detector": "ap_ssld"}, "baseline": {"detector": "ap_baseline"}},
+        "rows": {name: {"classifier": name.lower(), "detector": f"ap_{name.lower()}"} for name in ("SSLD", "baseline")},
         "gain": ["SSLD", "baseline"],
     }
     file = folder / "all.yaml"
@@ -176,7 +190,7 @@ def test_images_are_shown(tab: Page, report_page: Path) -> None:
     assert len(sizes) == 2 + 6 + 3 * 4  # of the curation, six of the prediction, of three evaluations
     assert all(natural > 0 and shown > 0 and words > 10 for natural, shown, words in sizes)
     words = tab.value("[...document.images].map(one => one.alt)")
-    assert words[0].endswith("what was kept: kept 12.")
+    assert words[0].endswith("the kept images: kept 12.")
     assert words[1] == "Rows of images that were kept or left out. kept, the worst: 1 image"
     charts = tab.value("[...document.querySelectorAll('svg')].map(one => one.getBoundingClientRect().height)")
     assert len(charts) == 8  # loss, agreement, AP and lr of the training; three evaluations; the comparison
@@ -244,6 +258,30 @@ def test_gain_is_first_and_large(tab: Page, report_page: Path) -> None:
     )
     assert top < 600  # on a phone's first screen
     assert size > 40
+
+
+def test_gains_and_bars_show_their_intervals(tab: Page, report_page: Path) -> None:
+    opened(tab, report_page, width=DESK)
+    colours = (
+        "[...document.querySelectorAll('.points, .measure')].map(one => [one.innerText, getComputedStyle(one).color])"
+    )
+    (ap, green), _, (verdict, grey), (top1, _) = tab.value(colours)
+    assert (ap, verdict) == ("+5.0", "No difference measured")
+    assert top1 == "+2.0 points of top-1, SSLD against baseline"
+    soft = tab.value("getComputedStyle(document.querySelector('.soft')).color")
+    assert green != soft
+    assert grey == soft
+    text = tab.value("document.body.innerText")
+    assert "95 % interval +2.0 to +9.0 (paired bootstrap over 40 images)" in text
+    assert "the detectors are evaluated on 42 objects" in text.replace("The", "the")
+    boxes = tab.value(
+        "[...document.querySelectorAll('.bars')[0].querySelectorAll('.track')].map(one => [one, ...one.children]"
+        ".map(part => part.getBoundingClientRect()).map(box => [box.left, box.right]))"
+    )
+    for ((left, right), bar, whisker), value in zip(boxes, (0.3, 0.25), strict=True):
+        unit = (right - left) / 0.4  # the end of the longest interval
+        assert bar == pytest.approx([left, left + unit * value], abs=1)
+        assert whisker == pytest.approx([left + unit * (value - 0.05), left + unit * (value + 0.1)], abs=1)
 
 
 def test_images_without_room_are_left_out(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from ssld.shared.files import file_sha256
 from ssld.shared.models.backbones import create_classifier, save_backbone
 from ssld.shared.models.model_file import read_metadata, read_tensors
 from ssld.shared.models.references import parse_reference
@@ -104,6 +105,9 @@ def test_writes_exactly_these_files_and_the_detector_evaluates(
     assert evaluated.pop("per_class_f1") == {row["class"]: row["f1"] for row in analysis["classes"]}
     assert evaluated.pop("at_threshold") == {"score_threshold": 0.5, "iou": 0.5, **analysis["all_classes"]}
     assert evaluated.pop("expected_met") is False
+    intervals = evaluated.pop("intervals")
+    assert all(low <= evaluated[name] <= high for name, (low, high) in intervals.items())
+    assert intervals.keys() == {"AP", "AP50"}
     assert "(expected 99.5), tolerance 0.3" in (tmp_path / "ap" / "log.txt").read_text()
     orientations = trained.pop("orientation")
     assert orientations.keys() == {"train", "val"}
@@ -117,6 +121,13 @@ def test_writes_exactly_these_files_and_the_detector_evaluates(
     rows = json.loads((tmp_path / "ap" / "detections.json").read_text())
     assert {row["category_id"] for row in rows} <= {3, 7}
     assert {row["image_id"] for row in rows} <= {f"val-{number}" for number in range(5)}
+
+    stored = tmp_path / "ap" / "detections.json"
+    again = [str(tmp_path / "again") if word == str(tmp_path / "ap") else word for word in flags]
+    assert call(evaluate.main, [*again, "--compare", str(stored)]) == 0
+    compared = json.loads((tmp_path / "again" / "result.json").read_text())["metrics"]["compared"]
+    assert (compared["images"], compared["sha256"]) == (5, file_sha256(stored))
+    assert compared["AP"] == compared["AP50"] == {"difference": 0, "low": 0, "high": 0}
 
 
 def test_learns_the_scenes(learning_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path) -> None:
