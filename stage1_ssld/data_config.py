@@ -221,7 +221,9 @@ class TeacherConfig(TeacherMember):
         """Its networks, by key."""
         members = {f"{key}.ensemble.{number}": member for number, member in enumerate(self.ensemble)}
         return {
-            f"{name}.model": Network(one.model, one.arch, one.size if one.size != "own" else None, allow_pickle=True)
+            f"{name}.model": Network(
+                one.model, one.arch, one.size if isinstance(one.size, int) else None, allow_pickle=True
+            )
             for name, one in ({key: self} | members).items()
         }
 

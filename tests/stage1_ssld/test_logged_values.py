@@ -108,6 +108,17 @@ def test_gradient_norm_is_that_of_the_update(
         assert norm > 2 * clip
 
 
+def test_a_teacher_of_another_size_is_mentioned(
+    arguments: Any, distill_settings: dict[str, Any], call: Any, tmp_path: Path
+) -> None:
+    for size in (None, "own"):
+        teacher = distill_settings["teacher"] | {"size": size}
+        assert call(distill, arguments(distill_settings | {"teacher": teacher, "steps": 1}, f"{size}")) == 0
+    line = "teacher sees views of 32 px; its own size is 160 x 160 (teacher.size: own)"
+    assert line in (tmp_path / "None" / "log.txt").read_text()
+    assert "its own size is" not in (tmp_path / "own" / "log.txt").read_text()
+
+
 def test_without_soft_labels_there_are_no_entropies(
     arguments: Any, distill_settings: dict[str, Any], call: Any, tmp_path: Path
 ) -> None:

@@ -56,6 +56,18 @@ def test_alone(teacher_file: Path) -> None:
     assert make({"model": str(teacher_file), "size": 64}).size == (64, 64)  # type: ignore[union-attr]
 
 
+def test_its_own_size(teacher_file: Path) -> None:
+    """`own` resizes any view to the size in the weights' settings, as that size itself does."""
+    own, plain = make({"model": str(teacher_file), "size": "own"}), make(str(teacher_file))
+    assert isinstance(own, FrozenTeacher)
+    assert isinstance(plain, FrozenTeacher)
+    side = input_settings(timm.create_model("test_resnet"), {}).size[0]
+    assert own.size == own.own_size == plain.own_size == (side, side)
+    assert plain.size is None
+    assert torch.equal(own(PIXELS), make({"model": str(teacher_file), "size": side})(PIXELS))
+    assert not torch.allclose(own(PIXELS), plain(PIXELS))
+
+
 def test_precision_is_its_own_or_the_students(teacher_file: Path) -> None:
     full, half = FrozenTeacher(str(teacher_file)), FrozenTeacher(str(teacher_file), dtype=torch.bfloat16)
     plain = {"model": str(teacher_file), "fold_batchnorm": False}
