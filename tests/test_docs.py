@@ -16,7 +16,7 @@ from tests.docs_sandbox import ROOT, commands
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 RESULTS = sorted((ROOT / "docs" / "benchmarks").glob("*.md"))
-PIPELINES = sorted((ROOT / "pipelines").rglob("*.yaml"))
+PIPELINES = [*sorted((ROOT / "pipelines").rglob("*.yaml")), ROOT / "docs" / "images" / "cells.yaml"]
 TYPES = {kind.script: kind.config_type for kind in KINDS.values()}
 
 
