@@ -1,4 +1,4 @@
-"""Distil with a loss of one's own: the reverse KL divergence, beside the loss of SSLD.
+"""Distil with your own loss: the reverse KL divergence, added to the loss of SSLD.
 
 python examples/distill_own_loss.py --images photos --teacher timm:resnet50d --student random:resnet18d --output runs/reverse_kl
 """

@@ -16,7 +16,7 @@ from tests.docs_sandbox import ROOT, commands
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 RESULTS = sorted((ROOT / "docs" / "benchmarks").glob("*.md"))
-PIPELINES = sorted((ROOT / "pipelines").rglob("*.yaml"))
+PIPELINES = [*sorted((ROOT / "pipelines").rglob("*.yaml")), ROOT / "docs" / "images" / "cells.yaml"]
 TYPES = {kind.script: kind.config_type for kind in KINDS.values()}
 
 
@@ -55,11 +55,12 @@ def check(line: str) -> None:
         assert all((ROOT / word).exists() for word in words if word.endswith(".py")), line
 
 
-@pytest.mark.parametrize("page", [*PAGES, *RESULTS], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *RESULTS, ROOT / "docs" / "images" / "README.md"], ids=lambda page: page.name)
 def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for line in commands(page):
-        check(line)
+        if not line.startswith("chromium "):
+            check(line)
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)

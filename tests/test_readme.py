@@ -138,10 +138,11 @@ def test_the_notebook_has_the_outputs_of_one_run() -> None:
     table = {words[0]: words for line in texts[0].splitlines() if len(words := line.split()) == 5}
     printed = {line.split()[0]: line.split()[2] for line in texts[-1].splitlines()}
     assert printed == {f"ap_{name.lower()}": table[name][3] for name in ("SSLD", "baseline", "random")}
-    images = [one["data"]["image/png"] for some in outputs for one in some if "image/png" in one.get("data", {})]
-    for text, least in zip(images, (400, 960), strict=True):
-        with Image.open(io.BytesIO(base64.b64decode(text))) as image:
-            assert image.width >= least
+    data = [one.get("data", {}) for some in outputs for one in some]
+    images = [text for one in data for kind, text in one.items() if kind.startswith("image/")]
+    for text, width in zip(images, (1760, 960), strict=True):
+        with Image.open(io.BytesIO(base64.b64decode("".join(text)))) as image:
+            assert image.width == width
             assert len(image.convert("RGB").resize((16, 8)).getcolors() or []) > 8
     assert not any(one["output_type"] == "error" for some in outputs for one in some)
     assert not re.search(r"(/home|/root|/tmp|/work)/", "".join(texts))

@@ -1,6 +1,6 @@
-"""A new detector for a training loop of one's own: random heads over a backbone, and the file it becomes.
+"""A new detector for your own training loop: a backbone with random heads, and its detector file.
 
-The command does without it: there settings and classes come from a run's configuration and its annotations (`trained_detector.py`).
+`train.py` does not use it: there settings and classes come from the run's configuration and annotations (`trained_detector.py`).
 """
 
 from collections.abc import Sequence
@@ -100,7 +100,7 @@ def build_detector(
     arch: str | None = None,
     **settings: Any,
 ) -> NewDetector:
-    """Build a detector for a training loop of one's own: a backbone with its weights, a feature pyramid and random heads.
+    """Build a detector for your own training loop: a backbone with its weights, a feature pyramid and random heads.
 
         detector = ssld.build_detector("faster_rcnn", backbone="runs/mine/student.safetensors", classes=["cat", "dog"])
         losses = detector(images, targets)

@@ -1,4 +1,4 @@
-"""Detectors built from Python: they train in a loop of one's own, and their file is that of the commands."""
+"""Detectors built from Python train in your own loop, and their file is the commands' detector file."""
 
 from collections.abc import Callable
 from pathlib import Path
