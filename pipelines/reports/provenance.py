@@ -53,11 +53,11 @@ def _detector(run: Path, runs: Path) -> str | None:
 def _extent(run: Path, settings: dict[str, Any], group: str, key: str) -> str:
     """Return the number of images seen and their size in words."""
     try:
-        seen = ((read_result(run) or {}).get("metrics") or {}).get("images_seen")
+        images_seen = ((read_result(run) or {}).get("metrics") or {}).get("images_seen")
     except (*MALFORMED, UserError):
-        seen = None
+        images_seen = None
     side = settings[group].get(key) if isinstance(settings.get(group), dict) else None
-    words = f", {seen:,} images seen" if isinstance(seen, int) else ""
+    words = f", {images_seen:,} images seen" if isinstance(images_seen, int) else ""
     return words + (f" at {side} px" if isinstance(side, int) else "")
 
 
