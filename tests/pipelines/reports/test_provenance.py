@@ -36,6 +36,8 @@ def test_backbone_and_evaluated_detector(tmp_path: Path) -> None:
     assert origin(row, tmp_path) == f"{distilled}; {expected}"
     row = RowConfig.model_validate({"classifier": "base"})
     assert origin(row, tmp_path) == "student random:resnet18d trained on labels at 48 px"
+    write(tmp_path / "teacher", {"model": {"model": "timm:resnet50"}})
+    assert origin(RowConfig(classifier=("teacher",)), tmp_path) == "network timm:resnet50 trained on labels"
 
 
 @pytest.mark.parametrize("settings", [{}, {"student": 3, "model": []}, {"model": {"model": 1}, "backbone": 4}, [1]])
