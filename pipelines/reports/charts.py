@@ -35,8 +35,8 @@ class Panel:
 
     def title_of(self, labels: Sequence[str]) -> str:
         """Return the title for a plot of the curves with these labels."""
-        shown = {name for name, label in self.names.items() if label in labels}
-        words = [word for word, metrics in self.parts.items() if shown & set(metrics)]
+        plotted = {name for name, label in self.names.items() if label in labels}
+        words = [word for word, metrics in self.parts.items() if plotted & set(metrics)]
         return f"{' and '.join(words)} in %" if words else self.title
 
 

@@ -29,13 +29,14 @@ def _folders(stages: tuple[str, ...], runs: Path) -> list[Path]:
 
 def _backbone(run: Path, runs: Path) -> str | None:
     settings = _settings(run)
-    model = _text(settings, "student", "model") or _text(settings, "model", "model")
+    student = _text(settings, "student", "model")
+    model = student or _text(settings, "model", "model")
     if model is None:
         return None
     teacher = _text(settings, "teacher", "model")
     labels = settings.get("objective") == "labels" or teacher is None
     how = "trained on labels" if labels else f"distilled from {_short(teacher, runs)}"
-    return f"student {_short(model, runs)} {how}{_extent(run, settings, 'data', 'image_size')}"
+    return f"{'student' if student else 'network'} {_short(model, runs)} {how}{_extent(run, settings, 'data', 'image_size')}"
 
 
 def _detector(run: Path, runs: Path) -> str | None:
@@ -53,11 +54,11 @@ def _detector(run: Path, runs: Path) -> str | None:
 def _extent(run: Path, settings: dict[str, Any], group: str, key: str) -> str:
     """Return the number of images seen and their size in words."""
     try:
-        seen = ((read_result(run) or {}).get("metrics") or {}).get("images_seen")
+        images_seen = ((read_result(run) or {}).get("metrics") or {}).get("images_seen")
     except (*MALFORMED, UserError):
-        seen = None
+        images_seen = None
     side = settings[group].get(key) if isinstance(settings.get(group), dict) else None
-    words = f", {seen:,} images seen" if isinstance(seen, int) else ""
+    words = f", {images_seen:,} images seen" if isinstance(images_seen, int) else ""
     return words + (f" at {side} px" if isinstance(side, int) else "")
 
 

@@ -163,8 +163,8 @@ def test_completion(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     lines = "\n".join(f"line={line!r}; {ask}" for line, _ in COMPLETED)
     (tmp_path / "ask.sh").write_text(f"{script}\n{lines}\n")
     done = subprocess.run(["bash", "--norc", str(tmp_path / "ask.sh")], capture_output=True, text=True, check=True)
-    found = [set(line.split()) for line in done.stdout.splitlines()]
-    for (line, expected), words in zip(COMPLETED, found, strict=True):
+    completions = [set(line.split()) for line in done.stdout.splitlines()]
+    for (line, expected), words in zip(COMPLETED, completions, strict=True):
         assert words == expected, line
     assert main(["completion", "zsh"]) == 0
     for_zsh = capsys.readouterr().out
@@ -194,13 +194,13 @@ def test_a_bare_command_says_what_it_needs(name: str, capsys: pytest.CaptureFixt
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize(("name", "shown"), [("inspect", "FILE_OR_FOLDER"), ("completion", "bash|zsh")])
+@pytest.mark.parametrize(("name", "argument"), [("inspect", "FILE_OR_FOLDER"), ("completion", "bash|zsh")])
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_of_commands_with_one_argument(
-    name: str, shown: str, flag: str, capsys: pytest.CaptureFixture[str]
+    name: str, argument: str, flag: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([name, flag]) == 0
-    assert capsys.readouterr().out.startswith(f"usage: ssld {name} {shown}\n")
+    assert capsys.readouterr().out.startswith(f"usage: ssld {name} {argument}\n")
 
 
 @pytest.mark.process

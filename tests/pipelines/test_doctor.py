@@ -104,9 +104,9 @@ def test_this_machine_is_probed_in_another_process() -> None:
 def test_requirements_of_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"torch": "2.10.1+cu128", "numpy": "2.0.0", "onnx": "1.9.0", "tqdm": "4.70"}
     monkeypatch.setattr(machine, "installed_version", there.get)
-    wanted = ["torch>=2.11", "numpy>=2.0", "tqdm (>=4.66)", "jinja2>=3.1"]
-    wanted += ['onnx>=1.18; extra == "export"', 'av>=18; extra == "video"']
-    assert [(line.level, line.text) for line in machine.requirement_lines(wanted)] == [
+    requirements = ["torch>=2.11", "numpy>=2.0", "tqdm (>=4.66)", "jinja2>=3.1"]
+    requirements += ['onnx>=1.18; extra == "export"', 'av>=18; extra == "video"']
+    assert [(line.level, line.text) for line in machine.requirement_lines(requirements)] == [
         ("warning", "torch 2.10.1+cu128 is not >=2.11; pip install --upgrade 'torch>=2.11'"),
         ("fault", "not installed: jinja2; pip install 'jinja2>=3.1'"),
         ("warning", "onnx 1.9.0 is not >=1.18; pip install --upgrade 'onnx>=1.18'"),
@@ -123,13 +123,13 @@ def test_disk_space(free: int, lines: int, tmp_path: Path, monkeypatch: pytest.M
         return SimpleNamespace(free=free)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    said = list(_disk_lines({"a": 5 * 10**9, "b": None}, 3, tmp_path / "runs" / "mine"))
+    findings = list(_disk_lines({"a": 5 * 10**9, "b": None}, 3, tmp_path / "runs" / "mine"))
     assert asked == [tmp_path]
-    assert said[0].text == "3 stages: about 5.0 GB of disk, and 1 stage of unknown size; data sets not counted"
-    assert len(said) == lines
+    assert findings[0].text == "3 stages: about 5.0 GB of disk, and 1 stage of unknown size; data sets not counted"
+    assert len(findings) == lines
     if lines == 2:
-        assert said[1].level == "warning"
-        assert said[1].text.startswith(f"output: 4.0 GB free on the disk of {tmp_path}, which is not enough")
+        assert findings[1].level == "warning"
+        assert findings[1].text.startswith(f"output: 4.0 GB free on the disk of {tmp_path}, which is not enough")
 
 
 def test_devices() -> None:
@@ -170,9 +170,9 @@ def test_images_of_another_folder_cannot_be_left_out(
     (tmp_path / "elsewhere").mkdir()
     data = ["--annotations", str(coco / "train.json"), "--images", str(tmp_path / "elsewhere")]
     assert doctor.main([*data, "--fix", str(tmp_path / "clean")]) == 2
-    seen = capfd.readouterr()
-    assert "fault   train.json: none of its 2 images is in" in seen.out.partition("verdict: 1 fault")[2]
-    assert "no cleaned copy: training would refuse it: 2 of the 2 images" in seen.err
+    printed = capfd.readouterr()
+    assert "fault   train.json: none of its 2 images is in" in printed.out.partition("verdict: 1 fault")[2]
+    assert "no cleaned copy: training would refuse it: 2 of the 2 images" in printed.err
     assert not list((tmp_path / "clean").glob("*.json"))
 
 
@@ -183,9 +183,9 @@ def test_a_copy_over_another_is_a_mistake(coco: Path, tmp_path: Path, capfd: pyt
     before = (tmp_path / "clean" / "train.json").read_bytes()
     for folder, why in ((tmp_path / "clean", "exists already"), (tmp_path / "clean" / "train.json", "is a file")):
         assert doctor.main([*data[:-1], str(folder)]) == 2
-        seen = capfd.readouterr()
-        assert why in seen.err
-        assert "verdict: 1 fault" in seen.out
+        printed = capfd.readouterr()
+        assert why in printed.err
+        assert "verdict: 1 fault" in printed.out
     assert (tmp_path / "clean" / "train.json").read_bytes() == before
 
 
@@ -210,8 +210,8 @@ def test_a_loss_that_the_settings_allow_is_no_fault(coco: Path, capfd: pytest.Ca
         made["data"]["allow_loss"] = allowed
         file.write_text(yaml.safe_dump(made))
         assert doctor.main([str(file)]) == int(not allowed)
-        said = "all boxes of class 'other' would be left out: 1 without width or height (first: annotation 3)"
-        assert f"{said}: {then}" in capfd.readouterr().out
+        cause = "all boxes of class 'other' would be left out: 1 without width or height (first: annotation 3)"
+        assert f"{cause}: {then}" in capfd.readouterr().out
 
 
 @pytest.mark.slow

@@ -27,8 +27,8 @@ def content(images: int = 40) -> dict[str, Any]:
     rows = [{"id": f"i{number}", "file_name": f"{number}.png", "width": 64, "height": 48} for number in range(images)]
     boxes = []
     for number in range(images - 1):
-        shown = [1, *([2] if number % 10 == 3 else []), *([3] if number == 5 else [])]
-        boxes += [{"image_id": f"i{number}", "category_id": one, "bbox": [2, 3, 20, 20]} for one in shown]
+        categories = [1, *([2] if number % 10 == 3 else []), *([3] if number == 5 else [])]
+        boxes += [{"image_id": f"i{number}", "category_id": one, "bbox": [2, 3, 20, 20]} for one in categories]
     for number, row in enumerate(boxes):
         row["id"] = number
     names = {1: "common", 2: "rare", 3: "single"}
@@ -319,9 +319,9 @@ def test_unlabeled_photos_are_told_apart_from_evaluation_photos(
     evaluated = [row["file_name"] for row in json.loads(Path("mine_val.json").read_text())["images"]]
     lists = {part: Path(f"mine_{part}.txt").read_text().splitlines() for part in ("unlabeled", "held_out")}
     assert len(lists["held_out"]) == 4
-    seen = lists["unlabeled"] + lists["held_out"]
-    assert len(set(seen)) == len(seen) == 3 + 30
-    assert not [name for name in seen if name.startswith("copy of ")]
+    names = lists["unlabeled"] + lists["held_out"]
+    assert len(set(names)) == len(names) == 3 + 30
+    assert not [name for name in names if name.startswith("copy of ")]
     assert len(evaluated) == 8
     out = capfd.readouterr().out
     assert "more photos: 40 photos dropped: 32 copies of training photos (first: copy of " in out

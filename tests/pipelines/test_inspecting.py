@@ -36,7 +36,7 @@ TEACHER = {"arch": "resnet101d", "licence": "cc-by-nc-4.0", "content_sha256": "f
 def test_backbone(teacher_file: Path) -> None:
     text = inspect_text(teacher_file)
     metadata = read_metadata(teacher_file)
-    for shown in (
+    for expected in (
         "backbone file",
         "test_resnet",
         "apache-2.0",
@@ -44,7 +44,7 @@ def test_backbone(teacher_file: Path) -> None:
         metadata["content_sha256"],
         "timm_version",
     ):
-        assert shown in text
+        assert expected in text
     assert "92 (0.38 M values)" in text  # parameters and running statistics
 
 
@@ -55,7 +55,7 @@ def test_teacher_and_long_lists(tmp_path: Path) -> None:
         tmp_path / "m.safetensors", TENSORS, facts | {"metrics": {"top1": 0.123456, "per_class": per_class}}
     )
     text = inspect_text(tmp_path / "m.safetensors")
-    for shown in (
+    for expected in (
         "resnet101d",
         "cc-by-nc-4.0",
         "f00d",
@@ -64,7 +64,7 @@ def test_teacher_and_long_lists(tmp_path: Path) -> None:
         "class9 0.25 ... (80)",
         "2 (0.00 M values)",
     ):
-        assert shown in text
+        assert expected in text
     assert "class11" not in text
 
 
@@ -76,10 +76,10 @@ def test_a_detector_shows_the_groups_it_reads(kind: Any, tmp_path: Path) -> None
     save_model_file(tmp_path / "d.safetensors", TENSORS, {"kind": "detector", "arch": "resnet50d", "model": model})
     text = inspect_text(tmp_path / "d.safetensors")
     assert f": detector ({kind}) file" in text.splitlines()[0]
-    shown = {name for name in groups if f"\n    {name}\n" in text}
-    assert shown == GROUPS[kind]
+    printed = {name for name in groups if f"\n    {name}\n" in text}
+    assert printed == GROUPS[kind]
     config = DetectorConfig(kind=kind)
-    assert ("mask" in shown, "cascade" in shown, "dense" in shown) == (
+    assert ("mask" in printed, "cascade" in printed, "dense" in printed) == (
         config.has_masks,
         config.is_cascade,
         config.is_dense,
@@ -100,8 +100,8 @@ def test_manifest(tmp_path: Path) -> None:
     facts = {"teacher": TEACHER, "numbers": {"kept": 7}}
     write_manifest(tmp_path / "selected.parquet", columns, [{"path": "pool/here"}], facts)
     text = inspect_text(tmp_path / "selected.parquet")
-    for shown in ("manifest of a curation", "pool/here", "cc-by-nc-4.0", "kept             7"):
-        assert shown in text
+    for expected in ("manifest of a curation", "pool/here", "cc-by-nc-4.0", "kept             7"):
+        assert expected in text
 
 
 def test_store(tmp_path: Path) -> None:
@@ -114,8 +114,8 @@ def test_store(tmp_path: Path) -> None:
     }
     (tmp_path / "store.json").write_text(json.dumps(header))
     text = inspect_text(tmp_path)
-    for shown in ("store of soft labels", "photos (12 rows)", "2 (12 images)", "cc-by-nc-4.0"):
-        assert shown in text
+    for expected in ("store of soft labels", "photos (12 rows)", "2 (12 images)", "cc-by-nc-4.0"):
+        assert expected in text
     assert "abc" not in text
 
 
@@ -128,7 +128,7 @@ def test_run_directory_and_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text(json.dumps(record))
     save_checkpoint(tmp_path / "checkpoints", 9, {"model": TENSORS}, {"step": 9})
     text = inspect_text(tmp_path)
-    for shown in (
+    for expected in (
         "run directory, finished",
         "AP               0.5",
         "minutes            1.5",
@@ -136,7 +136,7 @@ def test_run_directory_and_checkpoint(tmp_path: Path) -> None:
         "gfl",
         "step_00000009",
     ):
-        assert shown in text
+        assert expected in text
     checkpoint = tmp_path / "checkpoints" / "step_00000009"
     assert "checkpoint (complete)" in inspect_text(checkpoint)
     (checkpoint / "COMPLETE").unlink()

@@ -212,8 +212,8 @@ def test_class_names_of_any_kind_get_into_a_legend() -> None:
     names = ["$a_b$ and $c", "_hidden", "n" * 80, "<b>&amp;"]
     chart = charts.precision_recall("x", [0.0, 1.0], {name: [1.0, 0.5] for name in names}, [1.0, 0.5])
     words = " ".join(re.findall(r">([^<>]+)</text>", chart.svg))
-    for shown in ("$a_b$ and $c", "_hidden", "n" * 25 + "…", "&lt;b&gt;&amp;amp;", "mean of the classes"):
-        assert shown in words
+    for label in ("$a_b$ and $c", "_hidden", "n" * 25 + "…", "&lt;b&gt;&amp;amp;", "mean of the classes"):
+        assert label in words
     assert "$a_b$ and $c 75.0" in chart.alt
     many = charts.precision_recall("x", [0.0, 1.0], {str(n): [1.0, 0.5] for n in range(40)}, [1.0, 0.5])
     assert "mean of the classes" in many.svg
@@ -347,9 +347,9 @@ def test_some_of_the_predicted_images_are_shown(tmp_path: Path) -> None:
     Image.new("RGB", (60, 40)).save(pictures / "b" / "last.jpg")
     (pictures / "a04.png").write_bytes(b"not an image")
     (pictures / "clip.mp4").write_bytes(b"a video")
-    shown = view("seen", "predict", tmp_path / "seen", Room()).predicted
-    assert [one.title for one in shown] == ["a00.png", "a02.png", "a07.png", "a09.png", "a11.png"]
-    assert shown[1].alt == "a02.png with its detections"
+    images = view("seen", "predict", tmp_path / "seen", Room()).predicted
+    assert [one.title for one in images] == ["a00.png", "a02.png", "a07.png", "a09.png", "a11.png"]
+    assert images[1].alt == "a02.png with its detections"
     (pictures / "index.json").write_text("[]")  # marks the images of an evaluation
     assert view("seen", "predict", tmp_path / "seen", Room()).predicted == []
     assert view("seen", "predict", tmp_path / "nowhere", Room()).predicted == []
@@ -432,8 +432,8 @@ def test_a_damaged_record_leaves_its_part_out(file: str, tmp_path: Path) -> None
         for number, content in enumerate(variants):
             whole = [content] if file == "pictures/index.json" and isinstance(content, dict) else content
             (run / file).write_text(json.dumps(whole) + "\n")
-            seen = view("x", None, run, Room())
-            assert seen.status in ("finished", "unfinished", "unfinished, at step 1", "unfinished, at step 3"), number
+            stage = view("x", None, run, Room())
+            assert stage.status in ("finished", "unfinished", "unfinished, at step 1", "unfinished, at step 3"), number
         assert main(["--runs", str(run), "--output", str(tmp_path / f"page{run.name}")]) in (0, 2)
 
 
@@ -453,5 +453,5 @@ def test_a_page_embeds_no_image_outside_the_run(tmp_path: Path) -> None:
     }
     for name in ("../../private.jpg", str(tmp_path / "private.jpg")):
         (run / "pictures" / "index.json").write_text(json.dumps([{**entry, "truth": name}]))
-        seen = view("x", None, run, Room())
-        assert (seen.pairs, seen.damaged) == ([], ("pictures/index.json",))
+        stage = view("x", None, run, Room())
+        assert (stage.pairs, stage.damaged) == ([], ("pictures/index.json",))

@@ -144,16 +144,16 @@ def test_boxes_are_inside_and_enclose_their_masks(coco: dict[str, Any]) -> None:
         code = codec.frPyObjects(row["segmentation"], SCENE_SIZE, SCENE_SIZE)
         mask = codec.decode(codec.merge(code) if isinstance(code, list) else code)
         rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
-        seen = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+        visible = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
         edges = np.array([left, top, left + width, top + height])
         if isinstance(row["segmentation"], list):
             # The box is the outline's own; its raster loses the tips of sharp corners but never sticks out.
             corners = np.reshape(row["segmentation"], (-1, 2))
             assert edges == pytest.approx([*corners.min(0), *corners.max(0)], abs=0.011)
-            assert ((edges - seen) * [1, 1, -1, -1]).max() <= 1
-            assert np.abs(edges - seen).max() <= 4
+            assert ((edges - visible) * [1, 1, -1, -1]).max() <= 1
+            assert np.abs(edges - visible).max() <= 4
         else:
-            assert np.abs(edges - seen).max() == 0
+            assert np.abs(edges - visible).max() == 0
         assert row["area"] == pytest.approx(mask.sum(), rel=0.1)
 
 
@@ -162,8 +162,8 @@ def test_pycocotools_reads_the_file_and_rates_it_perfect(coco: dict[str, Any], t
     from pycocotools.cocoeval import COCOeval
 
     truth = COCO(str(toy / "stage2" / f"{coco['part']}.json"))
-    found = [row | {"score": 1.0} for row in coco["annotations"] if not row["iscrowd"]]
-    evaluation = COCOeval(truth, truth.loadRes(found), "bbox")
+    results = [row | {"score": 1.0} for row in coco["annotations"] if not row["iscrowd"]]
+    evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()

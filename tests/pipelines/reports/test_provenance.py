@@ -11,11 +11,11 @@ from ssld.pipelines.config import RowConfig
 from ssld.pipelines.reports.provenance import origin
 
 
-def write(run: Path, settings: Any, seen: Any = None) -> None:
+def write(run: Path, settings: Any, images_seen: Any = None) -> None:
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
-    if seen is not None:
-        (run / "result.json").write_text(json.dumps({"metrics": {"images_seen": seen}}))
+    if images_seen is not None:
+        (run / "result.json").write_text(json.dumps({"metrics": {"images_seen": images_seen}}))
 
 
 def test_backbone_and_evaluated_detector(tmp_path: Path) -> None:
@@ -23,10 +23,10 @@ def test_backbone_and_evaluated_detector(tmp_path: Path) -> None:
         "student": {"model": "random:resnet18d"},
         "teacher": {"model": str(tmp_path / "teacher/teacher.safetensors")},
     }
-    write(tmp_path / "ssld", student | {"data": {"image_size": 48}}, seen=25600)
+    write(tmp_path / "ssld", student | {"data": {"image_size": 48}}, images_seen=25600)
     write(tmp_path / "base", student | {"objective": "labels", "data": {"image_size": 48}})
     detector = {"backbone": str(tmp_path / "ssld/student.safetensors"), "resize": {"short_side": 128}}
-    write(tmp_path / "detector", detector, seen=2400)
+    write(tmp_path / "detector", detector, images_seen=2400)
     write(tmp_path / "ap", {"model": str(tmp_path / "detector/detector.safetensors")})
     expected = "detector trained from ssld/student.safetensors, 2,400 images seen at 128 px"
     assert origin(RowConfig(detector=("ap", "ap_1")), tmp_path) == expected
@@ -36,6 +36,8 @@ def test_backbone_and_evaluated_detector(tmp_path: Path) -> None:
     assert origin(row, tmp_path) == f"{distilled}; {expected}"
     row = RowConfig.model_validate({"classifier": "base"})
     assert origin(row, tmp_path) == "student random:resnet18d trained on labels at 48 px"
+    write(tmp_path / "teacher", {"model": {"model": "timm:resnet50"}})
+    assert origin(RowConfig(classifier=("teacher",)), tmp_path) == "network timm:resnet50 trained on labels"
 
 
 @pytest.mark.parametrize("settings", [{}, {"student": 3, "model": []}, {"model": {"model": 1}, "backbone": 4}, [1]])
