@@ -54,7 +54,7 @@ def test_plain_state_dict(tmp_path: Path) -> None:
     teacher = FrozenTeacher(str(tmp_path / "t.pth"), arch="test_resnet")
     assert teacher.content_sha256() == content_hash(net.state_dict())
     torch.testing.assert_close(teacher(PIXELS), reference_logits(net, (0.5,) * 3, (0.5,) * 3), rtol=1e-4, atol=1e-5)
-    with pytest.raises(UserError, match="give `arch`"):
+    with pytest.raises(UserError, match="set arch to its timm name"):
         FrozenTeacher(str(tmp_path / "t.pth"))
     with pytest.raises(UserError, match="does not hold a test_convnext"):
         FrozenTeacher(str(tmp_path / "t.pth"), arch="test_convnext")
