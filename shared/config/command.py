@@ -88,9 +88,8 @@ def run_command(
         if not is_out_of_memory(error):
             raise
         advice = _SMALLER if auto_batch is None else _MORE_PASSES if auto_batch else _PASSES
-        if (
-            auto_batch and output
-        ):  # whichever rank it is: the others wait for this one until the launcher ends them, and note nothing
+        if auto_batch and output:
+            # On any rank: the others wait for this one until the launcher ends them, and write no note.
             _note_too_few_passes(output)
         what = (str(error).splitlines() or ["no more to be had"])[0]
         return _report(f"out of memory: {what} {advice}", rank, processes, output)
