@@ -147,13 +147,14 @@ def fastest(kind: str, side: str, mode: str, inputs: Inputs, dtype: torch.dtype)
 def check_detections(detections: list[Detections], expected: list[dict[str, Tensor]]) -> float:
     """Share of our detections that torchvision has too (same class, within half a pixel and 0.01); both need at least `DETECTIONS` per image."""
     agreed = total = 0
-    for one, other in zip(detections, expected, strict=True):
+    for one, other_on_device in zip(detections, expected, strict=True):
+        other = {name: tensor.cpu() for name, tensor in other_on_device.items()}
         assert min(len(one.boxes_N4), len(other["boxes"])) >= DETECTIONS, "too few detections to compare"
         near = (one.boxes_N4[:, None] - other["boxes"][None]).abs().amax(dim=2) < 0.5
         near &= one.labels_N[:, None] == other["labels"][None] - 1
         near &= (one.scores_N[:, None] - other["scores"][None]).abs() < 0.01
         if one.masks is not None:
-            check_masks(one.masks, other["masks"][near.long().argmax(dim=1), 0].cpu())
+            check_masks(one.masks, other["masks"][near.long().argmax(dim=1), 0])
         agreed, total = agreed + int(near.any(dim=1).sum()), total + len(one.boxes_N4)
     return agreed / total
 
