@@ -43,18 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     parser = _parser()
-    file = find_pipeline(parser.parse_known_args(_without_variables(argv))[0].pipeline)
-    pipeline = read_pipeline(file)
-    for name in pipeline.variables:  # flags that only this file has
-        parser.add_argument(
-            f"--variables.{name}", dest=f"variables.{name}", metavar="VALUE", help=f"value of ${{{name}}}"
-        )
-    arguments = parser.parse_args(argv)
+    words, own = _own_flags(argv)
+    known = parser.parse_known_args(words)[0]
+    file = find_pipeline(known.pipeline)
+    pipeline = read_pipeline(file, _stage_settings(own), smoke=known.smoke)
+    variables = _variables(own, list(pipeline.variables))
+    for name in pipeline.variables:  # for the help
+        parser.add_argument(f"--variables.{name}", metavar="VALUE", help=f"value of ${{{name}}}")
+    arguments = parser.parse_args(words)
     if arguments.smoke and not pipeline.smoke:
         raise UserError(f"{file}: --smoke needs a section `smoke:` with the smallest sizes")
     output = arguments.output or Path(f"{pipeline.output}_smoke" if arguments.smoke else pipeline.output)
-    given = {name: getattr(arguments, f"variables.{name}") for name in pipeline.variables}
-    variables = {name: value for name, value in given.items() if value is not None}
     stages = build_stages(pipeline, file, output=output, variables=variables, smoke=arguments.smoke)
     redo = _redo(arguments, stages)
     plan = make_plan(stages, redo)
@@ -137,15 +136,45 @@ def _print_plan(plan: list[Planned], doomed: list[Path], output: Path) -> None:
     say(f"{count(len(plan), 'stage')} in {output}: {total_text(disk)}; data sets not counted")
 
 
-def _without_variables(argv: list[str]) -> list[str]:
-    """Return the command line without --variables.NAME VALUE; these flags are known only after the file has been read."""
+def _own_flags(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Split a command line into the words for the parser and {key: value} of the flags that depend on the file: variables.NAME, stages.NAME.KEY."""
     words: list[str] = []
-    skip = False
-    for word in argv:
-        if not skip and not word.startswith("--variables."):
+    own: dict[str, str] = {}
+    rest = iter(argv)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if not flag.startswith(("--variables.", "--stages.")):
             words.append(word)
-        skip = not skip and word.startswith("--variables.") and "=" not in word
-    return words
+            continue
+        if not equals:
+            value = next(rest, "--")
+            if value.startswith("--"):
+                raise UserError(f"{flag}: give a value")
+        own[flag.removeprefix("--")] = value
+    return words, own
+
+
+def _variables(own: dict[str, str], known: list[str]) -> dict[str, str]:
+    """Return {name: value} of the flags variables.NAME. Raises UserError for one that the file does not have."""
+    parts = [(flag.partition("."), value) for flag, value in own.items()]
+    values = {name: value for (section, _, name), value in parts if section == "variables"}
+    for name in values:
+        if name not in known:
+            hint = did_you_mean(name, known) if known else "; the file has none"
+            raise UserError(f"--variables.{name}: unknown variable{hint}")
+    return values
+
+
+def _stage_settings(own: dict[str, str]) -> dict[str, dict[str, str]]:
+    """Return {stage: {dotted key: value}} of the flags stages.NAME.KEY. Raises UserError for one without a key."""
+    settings: dict[str, dict[str, str]] = {}
+    for flag, value in own.items():
+        section, name, *keys = [*flag.split(".", 2), ""][:3]
+        if section == "stages":
+            if not keys[0]:
+                raise UserError(f"--{flag}: expected --stages.NAME.KEY VALUE")
+            settings.setdefault(name, {})[keys[0].replace("-", "_")] = value
+    return settings
 
 
 def _redo(arguments: Namespace, stages: list[Stage]) -> set[str]:
@@ -179,7 +208,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="ssld run",
         description="Run a pipeline of stages, resumable.",
-        epilog="--variables.NAME VALUE sets a variable of the file.",
+        epilog="--variables.NAME VALUE sets a variable of the file, --stages.NAME.KEY VALUE a setting of a stage.",
         allow_abbrev=False,
     )
     parser.add_argument("pipeline", metavar="PIPELINE", help="YAML file, or the name of a shipped pipeline: quickstart")
