@@ -13,27 +13,32 @@ import shlex
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
+from ssld.pipelines.config import ReportConfig
 from ssld.pipelines.reports.table import Record, table_text, write_record
 from ssld.pipelines.runner.cost import disk_bytes, disk_text, steps_text, total_text
+from ssld.pipelines.runner.estimate import disk as disk_of
+from ssld.pipelines.runner.estimate import rate_key, read_rates, seconds, time_text, write_rates
 from ssld.pipelines.runner.launch import Signals, command_line, run_stage
 from ssld.pipelines.runner.plan import Planned, downloads, erase, make_plan, to_erase
 from ssld.pipelines.runner.stages import LOGS, Stage, build_stages, find_pipeline, read_pipeline
+from ssld.pipelines.runner.trial import measure
 from ssld.shared.config.command import STOPPED, exit_code
 from ssld.shared.config.settings import Parser, did_you_mean
-from ssld.shared.errors import UserError
+from ssld.shared.errors import Stopped, UserError
 from ssld.shared.files import clear_leftovers
 from ssld.shared.run_dir import read_result
 from ssld.shared.terminal import say
-from ssld.shared.wording import count
+from ssld.shared.wording import count, duration
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,8 +62,18 @@ def _run(argv: list[str]) -> int:
     stages = build_stages(pipeline, file, output=output, variables=variables, smoke=arguments.smoke)
     redo = _redo(arguments, stages)
     plan = make_plan(stages, redo)
+    if arguments.estimate:
+        if not arguments.dry_run:
+            raise UserError("--estimate: give --dry-run too; a run itself logs the time it needs")
+        downloads(plan)  # raises before the trial for what is not available
+        options: dict[str, Any] = {"variables": variables, "smoke": arguments.smoke}
+        try:
+            _estimate(plan, lambda folder: build_stages(pipeline, file, output=folder, **options), output)
+        except Stopped as error:
+            say(str(error), sys.stderr)
+            return STOPPED
     if arguments.dry_run:
-        _print_plan(plan, to_erase(stages, redo), output)
+        _print_plan(plan, to_erase(stages, redo), output, estimated=arguments.estimate)
     for line in downloads(plan):
         say(line)
     if arguments.dry_run:
@@ -118,9 +133,28 @@ def _closing_line(plan: list[Planned], seconds: float) -> str:
     return f"{count(len(plan), 'stage')}: {recorded / 60:.1f} min of work, {seconds / 60:.1f} min in this run{memory}"
 
 
-def _print_plan(plan: list[Planned], doomed: list[Path], output: Path) -> None:
+def _estimate(plan: list[Planned], build: Callable[[Path], list[Stage]], output: Path) -> None:
+    """Measure the rates of the stages of a plan, and keep them in the pipeline's folder."""
+    with _locked(output):
+        rates = read_rates(output)
+        try:
+            measure(plan, build, output, rates)
+        finally:
+            write_rates(output, rates)
+
+
+def _print_plan(plan: list[Planned], doomed: list[Path], output: Path, *, estimated: bool) -> None:
     stages = [planned.stage for planned in plan]
+    rates = read_rates(output)
+    measured = {stage.name: rates.get(rate_key(stage, output)) for stage in stages}
+    times: dict[str, float | None] = {}
     disk = disk_bytes(stages)
+    for planned in plan:
+        stage, rate = planned.stage, measured[planned.stage.name]
+        if planned.state != "done" and not isinstance(stage.config, ReportConfig):
+            times[stage.name] = seconds(stage, rate) if rate else None
+        if rate and rate.files and disk.get(stage.name) is None:
+            disk[stage.name] = disk_of(stage, rate)
     for run in doomed:
         say(f"would delete {run}")
     for number, planned in enumerate(plan, 1):
@@ -128,12 +162,16 @@ def _print_plan(plan: list[Planned], doomed: list[Path], output: Path) -> None:
         state = {"done": "done, skipped", "begun": "resumes", "damaged": "finished, but files are missing", "new": ""}[
             planned.state
         ]
-        costs = [state, steps_text(stage), disk_text(disk[stage.name]) if stage.name in disk else ""]
+        time_needed = times.get(stage.name)
+        costs = [state, steps_text(stage), "" if time_needed is None else f"about {duration(time_needed)}"]
+        costs.append(disk_text(disk[stage.name]) if stage.name in disk else "")
         say(f"[{number}/{len(plan)}] {stage.name}: {'; '.join(text for text in costs if text) or 'new'}")
         for note in planned.notes:
             say(f"    {note}")
         say(f"    {shlex.join(command_line(stage))}")
-    say(f"{count(len(plan), 'stage')} in {output}: {total_text(disk)}; data sets not counted")
+    needed = time_text(times)
+    needed += "; --estimate measures it" if None in times.values() and not estimated else ""
+    say(f"{count(len(plan), 'stage')} in {output}: {needed}; {total_text(disk)}; data sets not counted")
 
 
 def _own_flags(argv: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -215,7 +253,14 @@ def _parser() -> Parser:
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder of the run directories (default: output of the file)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print commands, steps and disk space, and run nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print commands, steps, known times and disk space, and run nothing"
+    )
+    parser.add_argument(
+        "--estimate",
+        action="store_true",
+        help="with --dry-run: measure the times by a trial of three steps of each training, and keep them",
+    )
     parser.add_argument(
         "--redo",
         action="append",

@@ -127,6 +127,7 @@ def train(config: TrainConfig) -> None:
     steps_per_epoch = data.steps_per_epoch(config)
     steps = config.total_steps(steps_per_epoch * config.batch_size)
     config = config.in_steps(steps)
+    assert config.log_every is not None
     milestones = config.optim.milestones(steps_per_epoch, steps)
     warmup_steps = config.optim.total_warmup_steps(steps)
 

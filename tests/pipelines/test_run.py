@@ -203,7 +203,10 @@ def test_shipped_quickstart_prints_its_commands(capfd: Any, tmp_path: Path, monk
     out = capfd.readouterr().out
     assert "python stage1_ssld/distill.py --config stage1_ssld/configs/toy_student.yaml --teacher.model " in out
     assert len(re.findall(r"\d+ steps of \d+ images; disk unknown", out)) == 6
-    assert re.search(r"11 stages in .*: 6 stages of unknown size; data sets not counted", out)
+    line = r"11 stages in .*: unknown time; --estimate measures it; 6 stages of unknown size; data sets not counted"
+    assert re.search(line, out)
+    assert main(["pipelines/quickstart.yaml", "--estimate", "--output", str(tmp_path / "q")]) == 2
+    assert "--estimate: give --dry-run too" in capfd.readouterr().err
     assert not (tmp_path / "q").exists()
 
 
