@@ -2,7 +2,7 @@
 
 The estimate uses settings, file names, file sizes and row counts only. Epochs are converted to steps if the images exist. Soft-label stores, scores
 and copies of a curation, and converted or exported files get a size if their input exists. Training runs are reported as unknown, because their size
-depends on a network that has not been built yet.
+depends on a network that has not been built yet; a trial measures it (estimate.py).
 """
 
 import json
