@@ -168,6 +168,7 @@ def _repeat(stages: dict[str, Any], copies: dict[str, int]) -> dict[str, Any]:
             settings = dict(_renamed(stage.get("set", {}), copies, number))
             if stage.get("seeds", 1) > 1:
                 seed = settings.get("seed", 0)
+                seed = int(seed) if str(seed).isdecimal() else seed  # text on the command line
                 if not isinstance(seed, int):
                     raise ValueError(f"stages.{name}.set.seed: {seed!r}: a stage with seeds needs a number")
                 settings["seed"] = seed + number

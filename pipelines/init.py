@@ -98,7 +98,10 @@ def _init(arguments: Namespace) -> int:
     for file, text in written.items():  # the YAML file comes last: if it exists, all files exist
         write_atomically(file, text)
         say(f"wrote {file}")
-    say(f"read it, then start ssld run {shlex.quote(str(output))} with --dry-run, with --smoke, and without either")
+    command = f"ssld run {shlex.quote(str(output))}"
+    say(
+        f"read it, then start {command} with --dry-run --estimate (prints the time of each stage), with --smoke, and without flags"
+    )
     return 0
 
 

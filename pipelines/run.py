@@ -13,27 +13,32 @@ import shlex
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
+from ssld.pipelines.config import ReportConfig
 from ssld.pipelines.reports.table import Record, table_text, write_record
 from ssld.pipelines.runner.cost import disk_bytes, disk_text, steps_text, total_text
+from ssld.pipelines.runner.estimate import disk as disk_of
+from ssld.pipelines.runner.estimate import rate_key, read_rates, seconds, time_text, write_rates
 from ssld.pipelines.runner.launch import Signals, command_line, run_stage
 from ssld.pipelines.runner.plan import Planned, downloads, erase, make_plan, to_erase
 from ssld.pipelines.runner.stages import LOGS, Stage, build_stages, find_pipeline, read_pipeline
+from ssld.pipelines.runner.trial import measure
 from ssld.shared.config.command import STOPPED, exit_code
 from ssld.shared.config.settings import Parser, did_you_mean
-from ssld.shared.errors import UserError
+from ssld.shared.errors import Stopped, UserError
 from ssld.shared.files import clear_leftovers
 from ssld.shared.run_dir import read_result
 from ssld.shared.terminal import say
-from ssld.shared.wording import count
+from ssld.shared.wording import count, duration
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,23 +48,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     parser = _parser()
-    file = find_pipeline(parser.parse_known_args(_without_variables(argv))[0].pipeline)
-    pipeline = read_pipeline(file)
-    for name in pipeline.variables:  # flags that only this file has
-        parser.add_argument(
-            f"--variables.{name}", dest=f"variables.{name}", metavar="VALUE", help=f"value of ${{{name}}}"
-        )
-    arguments = parser.parse_args(argv)
+    words, own = _own_flags(argv)
+    known = parser.parse_known_args(words)[0]
+    file = find_pipeline(known.pipeline)
+    pipeline = read_pipeline(file, _stage_settings(own), smoke=known.smoke)
+    variables = _variables(own, list(pipeline.variables))
+    for name in pipeline.variables:  # for the help
+        parser.add_argument(f"--variables.{name}", metavar="VALUE", help=f"value of ${{{name}}}")
+    arguments = parser.parse_args(words)
     if arguments.smoke and not pipeline.smoke:
         raise UserError(f"{file}: --smoke needs a section `smoke:` with the smallest sizes")
     output = arguments.output or Path(f"{pipeline.output}_smoke" if arguments.smoke else pipeline.output)
-    given = {name: getattr(arguments, f"variables.{name}") for name in pipeline.variables}
-    variables = {name: value for name, value in given.items() if value is not None}
     stages = build_stages(pipeline, file, output=output, variables=variables, smoke=arguments.smoke)
     redo = _redo(arguments, stages)
     plan = make_plan(stages, redo)
+    if arguments.estimate:
+        if not arguments.dry_run:
+            raise UserError("--estimate: give --dry-run too; a run itself logs the time it needs")
+        downloads(plan)  # raises before the trial for what is not available
+        options: dict[str, Any] = {"variables": variables, "smoke": arguments.smoke}
+        try:
+            _estimate(plan, lambda folder: build_stages(pipeline, file, output=folder, **options), output)
+        except Stopped as error:
+            say(str(error), sys.stderr)
+            return STOPPED
     if arguments.dry_run:
-        _print_plan(plan, to_erase(stages, redo), output)
+        _print_plan(plan, to_erase(stages, redo), output, estimated=arguments.estimate)
     for line in downloads(plan):
         say(line)
     if arguments.dry_run:
@@ -119,9 +133,28 @@ def _closing_line(plan: list[Planned], seconds: float) -> str:
     return f"{count(len(plan), 'stage')}: {recorded / 60:.1f} min of work, {seconds / 60:.1f} min in this run{memory}"
 
 
-def _print_plan(plan: list[Planned], doomed: list[Path], output: Path) -> None:
+def _estimate(plan: list[Planned], build: Callable[[Path], list[Stage]], output: Path) -> None:
+    """Measure the rates of the stages of a plan, and keep them in the pipeline's folder."""
+    with _locked(output):
+        rates = read_rates(output)
+        try:
+            measure(plan, build, output, rates)
+        finally:
+            write_rates(output, rates)
+
+
+def _print_plan(plan: list[Planned], doomed: list[Path], output: Path, *, estimated: bool) -> None:
     stages = [planned.stage for planned in plan]
+    rates = read_rates(output)
+    measured = {stage.name: rates.get(rate_key(stage, output)) for stage in stages}
+    times: dict[str, float | None] = {}
     disk = disk_bytes(stages)
+    for planned in plan:
+        stage, rate = planned.stage, measured[planned.stage.name]
+        if planned.state != "done" and not isinstance(stage.config, ReportConfig):
+            times[stage.name] = seconds(stage, rate) if rate else None
+        if rate and rate.files and disk.get(stage.name) is None:
+            disk[stage.name] = disk_of(stage, rate)
     for run in doomed:
         say(f"would delete {run}")
     for number, planned in enumerate(plan, 1):
@@ -129,23 +162,57 @@ def _print_plan(plan: list[Planned], doomed: list[Path], output: Path) -> None:
         state = {"done": "done, skipped", "begun": "resumes", "damaged": "finished, but files are missing", "new": ""}[
             planned.state
         ]
-        costs = [state, steps_text(stage), disk_text(disk[stage.name]) if stage.name in disk else ""]
+        time_needed = times.get(stage.name)
+        costs = [state, steps_text(stage), "" if time_needed is None else f"about {duration(time_needed)}"]
+        costs.append(disk_text(disk[stage.name]) if stage.name in disk else "")
         say(f"[{number}/{len(plan)}] {stage.name}: {'; '.join(text for text in costs if text) or 'new'}")
         for note in planned.notes:
             say(f"    {note}")
         say(f"    {shlex.join(command_line(stage))}")
-    say(f"{count(len(plan), 'stage')} in {output}: {total_text(disk)}; data sets not counted")
+    needed = time_text(times)
+    needed += "; --estimate measures it" if None in times.values() and not estimated else ""
+    say(f"{count(len(plan), 'stage')} in {output}: {needed}; {total_text(disk)}; data sets not counted")
 
 
-def _without_variables(argv: list[str]) -> list[str]:
-    """Return the command line without --variables.NAME VALUE; these flags are known only after the file has been read."""
+def _own_flags(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Split a command line into the words for the parser and {key: value} of the flags that depend on the file: variables.NAME, stages.NAME.KEY."""
     words: list[str] = []
-    skip = False
-    for word in argv:
-        if not skip and not word.startswith("--variables."):
+    own: dict[str, str] = {}
+    rest = iter(argv)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if not flag.startswith(("--variables.", "--stages.")):
             words.append(word)
-        skip = not skip and word.startswith("--variables.") and "=" not in word
-    return words
+            continue
+        if not equals:
+            value = next(rest, "--")
+            if value.startswith("--"):
+                raise UserError(f"{flag}: give a value")
+        own[flag.removeprefix("--")] = value
+    return words, own
+
+
+def _variables(own: dict[str, str], known: list[str]) -> dict[str, str]:
+    """Return {name: value} of the flags variables.NAME. Raises UserError for one that the file does not have."""
+    parts = [(flag.partition("."), value) for flag, value in own.items()]
+    values = {name: value for (section, _, name), value in parts if section == "variables"}
+    for name in values:
+        if name not in known:
+            hint = did_you_mean(name, known) if known else "; the file has none"
+            raise UserError(f"--variables.{name}: unknown variable{hint}")
+    return values
+
+
+def _stage_settings(own: dict[str, str]) -> dict[str, dict[str, str]]:
+    """Return {stage: {dotted key: value}} of the flags stages.NAME.KEY. Raises UserError for one without a key."""
+    settings: dict[str, dict[str, str]] = {}
+    for flag, value in own.items():
+        section, name, *keys = [*flag.split(".", 2), ""][:3]
+        if section == "stages":
+            if not keys[0]:
+                raise UserError(f"--{flag}: expected --stages.NAME.KEY VALUE")
+            settings.setdefault(name, {})[keys[0].replace("-", "_")] = value
+    return settings
 
 
 def _redo(arguments: Namespace, stages: list[Stage]) -> set[str]:
@@ -179,14 +246,21 @@ def _parser() -> Parser:
     parser = Parser(
         prog="ssld run",
         description="Run a pipeline of stages, resumable.",
-        epilog="--variables.NAME VALUE sets a variable of the file.",
+        epilog="--variables.NAME VALUE sets a variable of the file, --stages.NAME.KEY VALUE a setting of a stage.",
         allow_abbrev=False,
     )
     parser.add_argument("pipeline", metavar="PIPELINE", help="YAML file, or the name of a shipped pipeline: quickstart")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder of the run directories (default: output of the file)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print commands, steps and disk space, and run nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print commands, steps, known times and disk space, and run nothing"
+    )
+    parser.add_argument(
+        "--estimate",
+        action="store_true",
+        help="with --dry-run: measure the times by a trial of three steps of each training, and keep them",
+    )
     parser.add_argument(
         "--redo",
         action="append",

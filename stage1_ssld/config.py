@@ -5,10 +5,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ssld.shared.config.bounds import BatchSize, Count, Images, Seed, Side, Weight, Workers
+from ssld.shared.config.bounds import BatchSize, Count, Images, Position, Seed, Side, Weight, Workers
 from ssld.shared.config.compute import LONGEST_TIMEOUT, ComputeConfig, ProcessTimeout
 from ssld.shared.config.settings import CommandConfig, Config, ModelText, Network
-from ssld.shared.config.training import EmaConfig, OptimConfig, TrainingConfig
+from ssld.shared.config.training import EmaConfig, OptimConfig, TrainingConfig, in_steps
 from ssld.shared.errors import UserError
 from ssld.stage1_ssld.data_config import (
     LOSSES,
@@ -26,8 +26,8 @@ from ssld.stage1_ssld.data_config import (
 class Stage1OptimConfig(OptimConfig):
     """Optimizer and its schedule: linear warm-up, then cosine to zero, by step."""
 
-    warmup_steps: int | None = Field(None, ge=0, le=1_000_000_000)
-    """length of the warm-up in steps; at most a tenth of the run"""
+    warmup_steps: Position | None = None
+    """length of the warm-up in steps, or as a fraction of the run; at most a tenth of the run"""
     warmup_epochs: float | None = Field(None, ge=0, le=1_000_000)
     """length of the warm-up in passes over the training images; at most a tenth of the run"""
 
@@ -46,7 +46,7 @@ class Stage1OptimConfig(OptimConfig):
         if self.warmup_epochs and images is None:
             raise UserError("optim.warmup_epochs: the length of a stream is unknown; give warmup_steps")
         warmup = self.warmup_steps or round((self.warmup_epochs or 0) * (images or 0) / batch_size)
-        return min(warmup, steps // 10)
+        return min(in_steps(warmup, steps), steps // 10)
 
 
 class Stage1Config(TrainingConfig):

@@ -193,6 +193,8 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
             f"batch_size: {config.batch_size} is more than the {count(training.images, 'training image')}; set it to at most this number"
         )
     steps = config.total_steps(training.images)
+    config = config.in_steps(steps)
+    assert config.log_every is not None
     warmup_steps = config.optim.total_warmup_steps(training.images, config.batch_size, steps)
     teacher_batchnorm = teacher is not None and teacher.batchnorm == "batch"
     if config.batch_size == ranks * config.accumulate and (teacher_batchnorm or student.uses_batch_statistics()):

@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ssld.shared.config.bounds import BatchSize, Count, Images, Weight, Workers
+from ssld.shared.config.bounds import BatchSize, Count, Images, Position, Weight, Workers
 from ssld.shared.config.compute import ComputeConfig
 from ssld.shared.config.settings import CommandConfig, Config, ModelText, Network
-from ssld.shared.config.training import EmaConfig, OptimConfig, TrainingConfig
+from ssld.shared.config.training import EmaConfig, OptimConfig, TrainingConfig, in_steps
 from ssld.shared.models.downloads import kind_of
 from ssld.stage2_detect.distill_config import DistillConfig
 from ssld.stage2_detect.model_config import DetectorConfig, Fraction
@@ -98,14 +98,15 @@ class Stage2OptimConfig(OptimConfig):
 
     backbone_lr_factors: list[Weight] = Field([1.0] * 5, min_length=5, max_length=5)
     """learning-rate factors of the backbone's stem and stages of stride 4, 8, 16, 32: five numbers"""
-    warmup_steps: int = Field(1000, ge=0, le=1_000_000_000)
-    """length of the warm-up in optimizer steps, limited to a tenth of the run"""
+    warmup_steps: Position = 1000
+    """length of the warm-up in optimizer steps, or as a fraction of the run; limited to a tenth of the run"""
     warmup_start: float = Field(0.1, ge=0, le=1)
     """learning-rate factor at the first step of the warm-up, 0 to 1"""
     milestones_epochs: list[Annotated[float, Field(ge=0, le=1_000_000)]] | None = None
     """passes over the training images after which the learning rate is multiplied by gamma; both milestones null: constant rate"""
-    milestones_steps: list[Annotated[int, Field(ge=0, le=1_000_000_000)]] | None = None
-    """optimizer steps after which the learning rate is multiplied by gamma, in place of milestones_epochs; both null: constant rate"""
+    milestones_steps: list[Position] | None = None
+    """optimizer steps, or fractions of the run, after which the learning rate is multiplied by gamma, in place of milestones_epochs; both null:
+    constant rate"""
     gamma: float = Field(0.1, gt=0, le=1)
     """learning-rate factor at each milestone"""
 
@@ -116,12 +117,18 @@ class Stage2OptimConfig(OptimConfig):
         for name, given in (("epochs", self.milestones_epochs), ("steps", self.milestones_steps)):
             if given and list(given) != sorted(given):
                 raise ValueError(f"milestones_{name}: have to be in ascending order, but are {given}")
+        if len({isinstance(milestone, float) for milestone in self.milestones_steps or []}) > 1:
+            raise ValueError(f"milestones_steps: give all as steps or all as fractions, not {self.milestones_steps}")
         return self
 
-    def milestones(self, steps_per_epoch: int) -> list[int]:
-        """Return the milestones in optimizer steps."""
+    def total_warmup_steps(self, steps: int) -> int:
+        """Return the warm-up steps of a run of `steps` steps, at most a tenth of them."""
+        return min(in_steps(self.warmup_steps, steps), steps // 10)
+
+    def milestones(self, steps_per_epoch: int, steps: int) -> list[int]:
+        """Return the milestones of a run of `steps` steps in optimizer steps, `steps_per_epoch` of which are a pass over the images."""
         if self.milestones_steps is not None:
-            return self.milestones_steps
+            return [in_steps(milestone, steps) for milestone in self.milestones_steps]
         return [round(epochs * steps_per_epoch) for epochs in self.milestones_epochs or []]
 
 

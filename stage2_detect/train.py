@@ -126,8 +126,10 @@ def train(config: TrainConfig) -> None:
     base_lr = scale_lr(config.optim.lr, config.optim.reference_batch, config.batch_size, config.optim.name)
     steps_per_epoch = data.steps_per_epoch(config)
     steps = config.total_steps(steps_per_epoch * config.batch_size)
-    milestones = config.optim.milestones(steps_per_epoch)
-    warmup_steps = min(config.optim.warmup_steps, steps // 10)
+    config = config.in_steps(steps)
+    assert config.log_every is not None
+    milestones = config.optim.milestones(steps_per_epoch, steps)
+    warmup_steps = config.optim.total_warmup_steps(steps)
 
     # ---- resume
     quarantine = Quarantine(run, data.images)

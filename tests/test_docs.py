@@ -38,7 +38,7 @@ def check(line: str) -> None:
         parse_config(TYPES[script], [*arguments, *output], program=script)
     elif words[:2] == ["python", "pipelines/run.py"]:
         file = ROOT / words[2]
-        switches = {"--dry-run", "--smoke"} & set(words)
+        switches = {"--dry-run", "--estimate", "--smoke"} & set(words)
         given = [word for word in words[3:] if word not in switches]
         flags = dict(zip(given[::2], given[1::2], strict=True))
         assert flags.pop("--redo", next(iter(read_pipeline(file).stages))) in read_pipeline(file).stages, line

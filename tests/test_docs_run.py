@@ -48,11 +48,12 @@ def sandbox(tiny: Any, teacher_file: Path, tmp_path_factory: pytest.TempPathFact
 def in_this_process(monkeypatch: pytest.MonkeyPatch, call: Callable[..., int], sandbox: Sandbox) -> None:
     """Use the reader's folder and no processes: stages of pipelines and the checks of the doctor run in this one."""
 
-    def run_here(stage: Stage, console: Path, signals: Signals) -> Outcome:
+    def run_here(stage: Stage, console: Path, signals: Signals, *, quiet: bool = False) -> Outcome:
         return Outcome(call(main_of(stage.kind.script), list(stage.arguments)))
 
     monkeypatch.chdir(sandbox.folder)
-    monkeypatch.setattr("ssld.pipelines.run.run_stage", run_here)
+    for place in ("ssld.pipelines.run", "ssld.pipelines.runner.trial"):
+        monkeypatch.setattr(f"{place}.run_stage", run_here)
     for module in (doctor, init):
         monkeypatch.setattr(module, "ask_torch", lambda: CPU)
     monkeypatch.setattr(checked_data, "run_script", check_data.main)

@@ -2,13 +2,14 @@
 
 The estimate uses settings, file names, file sizes and row counts only. Epochs are converted to steps if the images exist. Soft-label stores, scores
 and copies of a curation, and converted or exported files get a size if their input exists. Training runs are reported as unknown, because their size
-depends on a network that has not been built yet.
+depends on a network that has not been built yet; a trial measures it (estimate.py).
 """
 
 import json
 from pathlib import Path
 
 from ssld.pipelines.runner.stages import Stage
+from ssld.shared.config.settings import CommandConfig
 from ssld.shared.config.training import TrainingConfig
 from ssld.shared.errors import UserError
 from ssld.shared.files import list_images
@@ -22,9 +23,11 @@ from ssld.stage1_ssld.config import (
     SoftLabelsConfig,
     TeachConfig,
 )
+from ssld.stage1_ssld.config import EvaluateConfig as EvaluateBackboneConfig
 from ssld.stage1_ssld.data_config import SourceConfig
 from ssld.stage2_detect.config import ConvertPaddleConfig as ConvertDetectorConfig
 from ssld.stage2_detect.config import DetectionDataConfig, TrainConfig
+from ssld.stage2_detect.config import EvaluateConfig as EvaluateDetectorConfig
 from ssld.stage2_detect.export_config import ExportDetectorConfig
 
 _SCORED = 100
@@ -38,7 +41,7 @@ def steps_text(stage: Stage) -> str:
         return ""
     if config.train_epochs is None:
         return f"{config.total_steps(0)} steps of {config.batch_size} images"
-    images = _training_images(config)
+    images = training_images(config)
     if images is None:
         return f"{config.train_epochs:g} epochs, {config.batch_size} images per step"
     passes = f"{config.train_epochs:g} epochs of {images} images"
@@ -80,8 +83,9 @@ def total_text(disk: dict[str, int | None]) -> str:
     return f"{disk_text(sum(known))}, and {unknown}" if known else unknown
 
 
-def _training_images(config: TrainingConfig) -> int | None:
-    """Return the number of training images; None if they do not exist yet, are unreadable, or would have to be loaded."""
+def training_images(config: CommandConfig) -> int | None:
+    """Return the number of training images; None if the command does not train, or if they do not exist yet, are
+    unreadable, or would have to be loaded."""
     if isinstance(config, DistillConfig | TeachConfig):
         return _images(config.data.train, labels_needed=config.objective == "labels")
     if isinstance(config, TrainConfig):
@@ -90,6 +94,27 @@ def _training_images(config: TrainingConfig) -> int | None:
         except (OSError, UserError, ValueError, TypeError, KeyError, AttributeError):
             return None  # the stage itself reports the error
     return None
+
+
+def evaluation_images(config: CommandConfig) -> int | None:
+    """Return the number of images of an evaluation, 0 for a command without one; None as for `training_images`."""
+    match config:
+        case DistillConfig() | TeachConfig():
+            return _images([config.data.val]) if config.data.val else 0
+        case EvaluateBackboneConfig():
+            return _images([config.data])
+        case TrainConfig():
+            return _coco_rows(config.data.val_annotations) if config.data.val_annotations else 0
+        case EvaluateDetectorConfig():
+            return _coco_rows(config.annotations)
+    return 0
+
+
+def _coco_rows(file: Path) -> int | None:
+    try:
+        return len(json.loads(file.read_bytes())["images"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None  # the stage itself reports the error
 
 
 def _images(sources: list[SourceConfig], *, labels_needed: bool = False) -> int | None:

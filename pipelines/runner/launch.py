@@ -82,8 +82,8 @@ def command_line(stage: Stage) -> list[str]:
     return [*launcher, script, *stage.arguments]
 
 
-def run_stage(stage: Stage, console: Path, signals: Signals) -> Outcome:
-    """Run a stage to its end; its output is passed through and appended to the file `console`."""
+def run_stage(stage: Stage, console: Path, signals: Signals, *, quiet: bool = False) -> Outcome:
+    """Run a stage to its end; its output is appended to the file `console`, and passed through unless `quiet`."""
     line = command_line(stage)
     program = [sys.executable, "-m", "accelerate.commands.launch"] if line[0] == "accelerate" else [sys.executable]
     words = [*program, *line[2 if line[0] == "accelerate" else 1 :]]
@@ -107,7 +107,7 @@ def run_stage(stage: Stage, console: Path, signals: Signals) -> Outcome:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signals.received)
         assert process.stdout is not None
-        reader = threading.Thread(target=_pass_through, args=(process.stdout, log, tail), daemon=True)
+        reader = threading.Thread(target=_pass_through, args=(process.stdout, log, tail, quiet), daemon=True)
         reader.start()
         code = process.wait()
         # A launcher may exit before the processes it started: the stage has ended when all of them have closed their output.
@@ -137,14 +137,16 @@ def _outcome(stage: Stage, code: int, tail: list[str], begun: float, *, stopped:
     return Outcome(1, (f"{reason}; its last lines:", *tail[-TAIL_LINES:]))
 
 
-def _pass_through(source: IO[bytes], log: IO[bytes], tail: deque[str]) -> None:
+def _pass_through(source: IO[bytes], log: IO[bytes], tail: deque[str], quiet: bool) -> None:
     screen = getattr(sys.stdout, "buffer", None)
     rest = b""
     while chunk := os.read(source.fileno(), 65536):
         log.write(chunk)
         log.flush()
         with suppress(OSError, ValueError):  # a closed terminal must not end the stage
-            if screen is not None:
+            if quiet:
+                pass
+            elif screen is not None:
                 sys.stdout.flush()
                 screen.write(chunk)
                 screen.flush()

@@ -14,6 +14,7 @@ from typing import Any
 from ssld.pipelines.config import REFERENCE, CommandName, PipelineConfig, ReportConfig, StageConfig, flatten
 from ssld.pipelines.toy_data import ToyDataConfig
 from ssld.shared.config.settings import CommandConfig, did_you_mean, parse_config, validate
+from ssld.shared.config.training import TrainingConfig
 from ssld.shared.config.yaml_files import read_settings
 from ssld.shared.errors import UserError
 from ssld.stage1_ssld.config import (
@@ -113,9 +114,39 @@ class Stage:
         return any(path.is_relative_to(self.run / name) for name in self.kind.writes)
 
 
-def read_pipeline(file: Path) -> PipelineConfig:
-    """Read a pipeline from a YAML file; raises UserError with a line for each wrong key."""
-    return validate(PipelineConfig, read_settings(file), source=str(file))
+def read_pipeline(file: Path, given: dict[str, dict[str, str]] | None = None, *, smoke: bool = False) -> PipelineConfig:
+    """Read a pipeline from a YAML file.
+
+    Args:
+        given: {stage: {dotted key: value}} that replace settings of the file, for stages `like` it too.
+        smoke: whether the `smoke` settings of the file will be applied; they must not contradict `given`.
+
+    Raises:
+        UserError: one line per wrong key, or an unknown stage in `given`.
+    """
+    values = read_settings(file)
+    stages = values.get("stages")
+    known = stages if isinstance(stages, dict) else {}
+    sets = [stage.get("set") for stage in known.values() if isinstance(stage, dict)]
+    in_file = {key for one in sets if isinstance(one, dict) for key, _ in flatten(one)}
+    for name, settings in (given or {}).items():
+        if not isinstance(known.get(name), dict):
+            raise UserError(f"--stages.{name}: no such stage{did_you_mean(name, list(known))}")
+        known[name] = {**known[name], "set": _with_given(known[name].get("set", {}), settings, in_file)}
+    pipeline = validate(PipelineConfig, values, source=str(file))
+    for name, settings in (given or {}).items() if smoke else ():
+        command = pipeline.stages[name].command
+        for key in dict(flatten(pipeline.smoke.get(command, {}))).keys() & settings.keys():
+            raise UserError(f"--stages.{name}.{key}: the section smoke of the file sets it too; leave out this flag")
+    return pipeline
+
+
+def _with_given(own: Any, given: dict[str, str], in_file: set[str]) -> Any:
+    """Return the settings of a stage with those of the command line in place of its own and of their alternatives `in_file`."""
+    if not isinstance(own, dict):
+        return own  # the field's own check reports the mistake
+    replaced = [key for keys in TrainingConfig.alternatives if given.keys() & set(keys) for key in keys]
+    return dict(flatten(own)) | {key: None for key in replaced if key in in_file} | given
 
 
 def build_stages(

@@ -58,9 +58,8 @@ class Settings:
     processes: int
     """one per GPU"""
     steps: int
-    warmup: int
-    milestones: tuple[int, int]
-    evaluate_every: int
+    warmup: float
+    """fraction of the run"""
     short_sides: tuple[int, ...]
     short_side: int
     long_side: int
@@ -110,9 +109,7 @@ def suggest(facts: Facts) -> Settings:
         batch=batch,
         processes=processes,
         steps=steps,
-        warmup=max(1, min(1000, steps // 10)),
-        milestones=(round(0.7 * steps), round(0.9 * steps)),
-        evaluate_every=max(1, steps // 5),
+        warmup=min(0.1, round(1000 / steps, 4)),
         short_sides=tuple(sorted({_multiple(factor * short) for factor in (0.8, 0.9, 1.0)})),
         short_side=short,
         long_side=long,

@@ -28,6 +28,7 @@ COMMON = (
 )
 # fmt: on
 """common keys, in the order of the help; a command has some of them"""
+_NUMBER = "int,float"  # the types of a length in steps or as a fraction, no choices
 _NOISE = re.compile(r"\s*\((default: null|required|ifdef: required)\)$")
 
 
@@ -110,7 +111,7 @@ def choices_of(action: argparse.Action) -> list[str]:
     if metavar == "bool":
         return ["true", "false"]
     listed = re.fullmatch(r"(?:list\[)?\{([^{}]*)\}\]?", metavar)
-    return listed[1].split(",") if listed else []
+    return listed[1].split(",") if listed and listed[1] != _NUMBER else []
 
 
 def _section(

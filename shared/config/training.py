@@ -1,17 +1,24 @@
 """Settings that training has in both stages. Does not import torch."""
 
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ssld.shared.config.bounds import BatchSize, Count, Images, Passes, Positive, Seed, Steps, Workers
+from ssld.shared.config.bounds import BatchSize, Count, Images, Interval, Passes, Positive, Seed, Steps, Workers
 from ssld.shared.config.compute import ComputeConfig
 from ssld.shared.config.settings import Config
 from ssld.shared.config.yaml_files import Alternatives
 from ssld.shared.errors import UserError
 
+MOST_LOG_STEPS, LOG_LINES = 50, 20
+"""by default: most steps between two lines of metrics, and fewest lines of a run"""
 PASSES_FILE = "auto_batch.json"
 """file in a run directory with the result of `auto_batch`"""
+
+
+def in_steps(length: float, steps: int) -> int:
+    """Return a length as whole steps: one below 1 is a fraction of the `steps` of the run, at least one step."""
+    return max(1, round(length * steps)) if 0 < length < 1 else int(length)
 
 
 class OptimConfig(Config):
@@ -81,12 +88,12 @@ class TrainingConfig(ComputeConfig):
     """compile the network with torch.compile"""
     workers: Workers = 2
     """worker processes per rank that decode images; 0: decode in the training process"""
-    log_every: Steps = 50
-    """optimizer steps between two lines of metrics"""
-    evaluate_every: Steps | None = None
-    """optimizer steps between two evaluations; null: evaluate at the end only"""
-    save_every: Steps = 1000
-    """optimizer steps between two checkpoints"""
+    log_every: Interval | None = None
+    """optimizer steps between two lines of metrics, or a fraction of the run; null: 50, or fewer so that there are at least 20 lines"""
+    evaluate_every: Interval | None = None
+    """optimizer steps between two evaluations, or a fraction of the run; null: evaluate at the end only"""
+    save_every: Interval = 1000
+    """optimizer steps between two checkpoints, or a fraction of the run"""
     keep_checkpoints: Count = 2
     """number of checkpoints to keep, the newest ones"""
     resume: Literal["auto", "never"] = "auto"
@@ -108,6 +115,16 @@ class TrainingConfig(ComputeConfig):
         if self.auto_batch and self.accumulate != 1:
             raise ValueError("accumulate: auto_batch finds it; give one of the two")
         return self
+
+    def in_steps(self, steps: int) -> Self:
+        """Return the settings of a run of `steps` steps, with its fractions and the interval of log lines as whole steps."""
+        log_every = (
+            in_steps(self.log_every, steps) if self.log_every else max(1, min(MOST_LOG_STEPS, steps // LOG_LINES))
+        )
+        lengths: dict[str, Any] = {"log_every": log_every, "save_every": in_steps(self.save_every, steps)}
+        if self.evaluate_every is not None:
+            lengths["evaluate_every"] = in_steps(self.evaluate_every, steps)
+        return self.model_copy(update=lengths)
 
     def describe_keeping(self, steps: int, *, evaluates: bool) -> str:
         """Return a line for the log on when a run of `steps` steps is evaluated (if it has evaluation images) and saved."""

@@ -13,10 +13,13 @@ from PIL import Image
 
 from ssld.pipelines import init, run
 from ssld.pipelines.checks import data as checked_data
+from ssld.pipelines.runner.stages import build_stages, read_pipeline
 from ssld.pipelines.scaffold import pool
 from ssld.pipelines.scaffold.suggest import Facts, pipeline_text, split_content, suggest
 from ssld.shared.errors import UserError
+from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage2_detect import check_data
+from ssld.stage2_detect.config import TrainConfig
 
 CPU: dict[str, Any] = {"devices": []}
 GPU: dict[str, Any] = {"devices": [["NVIDIA H200", 1, 141 * 2**30, 9, 0]]}
@@ -129,9 +132,9 @@ def test_numbers_follow_the_data() -> None:
     assert small.short_side == 608  # 24 px of 4 % of it, but not above 1.25 x 480
     assert small.anchors[0] == 8
     assert cells.steps == round(60 * (200 / 205) ** 0.5 * 205 / 8)
-    assert cells.warmup == cells.steps // 10
+    assert cells.warmup == 0.1
     assert suggest(facts(118_000, [0.1] * 5, gpu)).steps == 12 * 118_000 // 8
-    assert suggest(facts(118_000, [0.1] * 5, gpu)).warmup == 1000
+    assert suggest(facts(118_000, [0.1] * 5, gpu)).warmup == round(1000 / (12 * 118_000 // 8), 4)
     assert cells.precision == "bf16"
     cpu = suggest(facts(118_000, [0.02, 0.04, 0.1, 0.2, 0.3]))
     assert (cpu.steps, cpu.short_side, cpu.precision, cpu.batch) == (1500, 384, "fp32", 4)
@@ -156,6 +159,27 @@ def test_the_runner_takes_what_is_written(photos: Path, unlabeled: bool, capfd: 
     out = capfd.readouterr().out
     assert "2 steps of 2 images" in out
     assert "random:test_resnet" in out
+
+
+def test_one_line_changes_the_length(photos: Path) -> None:
+    """Warm-up, milestones and intervals of a pipeline that is four times as long are four times as long."""
+    line = ["--images", "photos", "--annotations", "all.json", "--output", "mine.yaml"]
+    assert init.main([*line, "--unlabeled", "more photos"]) == 0
+    for steps in (100, 400):
+        given = {name: {"steps": str(steps)} for name in ("ssld", "detector_ssld")}
+        stages = build_stages(read_pipeline(Path("mine.yaml"), given), Path("mine.yaml"), output=Path("runs"))
+        configs = {stage.name: stage.config for stage in stages}
+        distill, train, plain = configs["ssld"], configs["detector_ssld"], configs["detector_plain"]
+        assert isinstance(distill, DistillConfig)
+        assert isinstance(train, TrainConfig)
+        assert isinstance(plain, TrainConfig)
+        assert plain.steps == train.steps == distill.steps == steps
+        run = train.in_steps(steps)
+        assert (run.evaluate_every, run.save_every, run.log_every) == (steps // 5, steps // 5, steps // 20)
+        assert run.optim.milestones(7, steps) == [steps * 7 // 10, steps * 9 // 10]
+        assert run.optim.total_warmup_steps(steps) == steps // 10
+        assert distill.in_steps(steps).save_every == steps // 5
+        assert distill.optim.total_warmup_steps(None, 32, steps) == steps // 20
 
 
 def test_both_parts_keep_what_all_photos_together_show(photos: Path) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from ssld.pipelines.run import main
 from ssld.pipelines.runner.plan import erase
 from ssld.pipelines.runner.stages import ROOT, build_stages, read_pipeline
+from ssld.stage1_ssld.config import DistillConfig
 
 FAKE = Path(__file__).with_name("fake_stage.py")
 CHAIN = ["data", "teacher", "student", "baseline", "ap"]
@@ -201,7 +203,10 @@ def test_shipped_quickstart_prints_its_commands(capfd: Any, tmp_path: Path, monk
     out = capfd.readouterr().out
     assert "python stage1_ssld/distill.py --config stage1_ssld/configs/toy_student.yaml --teacher.model " in out
     assert len(re.findall(r"\d+ steps of \d+ images; disk unknown", out)) == 6
-    assert re.search(r"11 stages in .*: 6 stages of unknown size; data sets not counted", out)
+    line = r"11 stages in .*: unknown time; --estimate measures it; 6 stages of unknown size; data sets not counted"
+    assert re.search(line, out)
+    assert main(["pipelines/quickstart.yaml", "--estimate", "--output", str(tmp_path / "q")]) == 2
+    assert "--estimate: give --dry-run too" in capfd.readouterr().err
     assert not (tmp_path / "q").exists()
 
 
@@ -212,11 +217,55 @@ def test_output_variables_and_smoke(started: list[str], write_pipeline: Any, tmp
     assert main([str(file)]) == 2
     assert "variable dir has no value; give it as --variables.dir VALUE" in capfd.readouterr().err
     assert main(["--variables.dri", "x", str(file)]) == 2
-    assert "--variables.dri: unknown flag; did you mean '--variables.dir'?" in capfd.readouterr().err
+    assert "--variables.dri: unknown variable; did you mean 'dir'?" in capfd.readouterr().err
+    assert main(["--variables.steps", "3", str(file)]) == 2  # shares only the prefix with the known one
+    assert "--variables.steps: unknown variable; known: dir\n" in capfd.readouterr().err
+    assert main(["--variables.dir", "--dry-run", str(file)]) == 2
+    assert "--variables.dir: give a value" in capfd.readouterr().err
     assert main(["--variables.dir", str(tmp_path), str(file), "--smoke"]) == 0
     assert (tmp_path / "runs_smoke/a/out.txt").read_text() == "x"
     assert main([str(file), f"--variables.dir={tmp_path}", "--output", str(tmp_path / "elsewhere")]) == 0
     assert "steps: 5" in (tmp_path / "elsewhere/a/config.yaml").read_text()
+
+
+def test_settings_of_a_stage_on_the_command_line(
+    started: list[str], write_pipeline: Any, tmp_path: Path, capfd: Any
+) -> None:
+    stages = {
+        "a": {"command": "teach", "set": {"steps": 5, "metrics": {"top1": 0.5, "AP": 3}}},
+        "b": {"like": "a", "set": {"text": "b"}},
+        "c": {"command": "teach", "seeds": 2},
+    }
+    file = write_pipeline(stages, smoke={"teach": {"steps": 1}})
+    flags = ["--stages.a.steps", "7", "--stages.a.metrics.top1=0.25", "--stages.c.seed", "4"]
+    assert main([*flags, str(file)]) == 0
+    values = {name: yaml.safe_load((tmp_path / f"runs/{name}/config.yaml").read_text()) for name in started}
+    assert [values[name]["steps"] for name in ("a", "b", "c")] == [7, 7, 1]  # b is like a
+    assert values["b"]["metrics"] == {"top1": 0.25, "AP": 3, "AP50": None, "agreement": None}
+    assert [values[name]["seed"] for name in ("c", "c_1")] == [4, 5]
+    assert main([str(file), "--smoke", "--stages.a.text", "x"]) == 0
+    for words, line in (
+        (["--stages.aa.steps", "7"], "--stages.aa: no such stage; did you mean 'a'?"),
+        (["--stages.a.step", "7"], "stage a: --step: unknown flag; did you mean '--steps'?"),
+        (["--stages.a.steps", "0"], "stage a: command line: steps: has to be at least 1"),
+        (["--stages.a", "7"], "--stages.a: expected --stages.NAME.KEY VALUE"),
+        (["--stages.a.steps"], "--stages.a.steps: give a value"),
+        (["--smoke", "--stages.a.steps", "7"], "--stages.a.steps: the section smoke of the file sets it too"),
+    ):
+        capfd.readouterr()
+        assert main([str(file), *words]) == 2
+        assert line in capfd.readouterr().err
+
+
+def test_another_kind_of_length_replaces_the_one_of_the_file(write_pipeline: Any) -> None:
+    common = {"student.model": "random:x", "objective": "labels", "data.train": ["x"], "batch_size": 4}
+    common |= {"optim": {"lr": 0.1, "reference_batch": 4, "warmup_epochs": 1}, "steps": 9}
+    file = write_pipeline({"a": {"command": "distill", "set": common}, "b": {"like": "a"}})
+    given = {"a": {"train_epochs": "2", "optim.warmup_steps": "0.1"}}
+    for stage in build_stages(read_pipeline(file, given), file, output=file.parent):
+        assert isinstance(stage.config, DistillConfig)
+        assert (stage.config.steps, stage.config.train_epochs, stage.config.train_images) == (None, 2, None)
+        assert (stage.config.optim.warmup_steps, stage.config.optim.warmup_epochs) == (0.1, None)
 
 
 def test_smoke_needs_its_section(write_pipeline: Any, fake_kinds: None, capfd: Any) -> None:

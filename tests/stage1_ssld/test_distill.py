@@ -66,7 +66,7 @@ def test_distill_writes_exactly_these_files(
 def test_ema_and_evaluation_on_the_way_add_their_files(
     arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, files_below: Any
 ) -> None:
-    settings = distill_settings | {"ema": {"decay": 0.5, "warmup": False}, "evaluate_every": 2, "keep_checkpoints": 1}
+    settings = distill_settings | {"ema": {"decay": 0.5, "warmup": False}, "evaluate_every": 0.3, "keep_checkpoints": 1}
     assert call(distill, arguments(settings)) == 0
     run = tmp_path / "run"
     models = {"student.safetensors", "student_best.safetensors"}
@@ -81,6 +81,7 @@ def test_ema_and_evaluation_on_the_way_add_their_files(
         for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
         if "val_top1" in line
     }
+    assert list(scores) == [2, 4, 6]  # 0.3 of 6 steps, rounded
     assert best["metrics"]["top1"] == max(scores.values())
     assert best["step"] == min(step for step, score in scores.items() if score == max(scores.values()))
     result = json.loads((run / "result.json").read_text())

@@ -89,7 +89,7 @@ def test_gfl_recipes(name: str) -> None:
     backbone, epochs, milestones, sides, deformable, published, teacher = GFL[name]
     assert config.backbone == TV.format(backbone)
     assert config.train_epochs == epochs
-    assert config.optim.milestones(7329) == [7329 * epoch for epoch in milestones]
+    assert config.optim.milestones(7329, 270_000) == [7329 * epoch for epoch in milestones]
     assert (rate(config, 0), rate(config, 500)) == (pytest.approx(1e-5), pytest.approx(0.01))
     assert rate(config, 7329 * milestones[1]) == pytest.approx(1e-4)
     assert (config.resize.train_short_sides, config.resize.train_long_side) == (sides, 1333)
@@ -117,7 +117,11 @@ def test_retinanet_recipes(name: str) -> None:
     assert config.backbone == backbone
     assert config.total_steps(None) == steps
     thirds = [steps * 2 // 3, steps * 8 // 9]
-    assert config.optim.milestones(7329) == thirds == ([60_000, 80_000] if steps == 90_000 else [180_000, 240_000])
+    assert (
+        config.optim.milestones(7329, 270_000)
+        == thirds
+        == ([60_000, 80_000] if steps == 90_000 else [180_000, 240_000])
+    )
     assert rate(config, 0) == pytest.approx(0.01 / 3, rel=1e-4)
     assert rate(config, 500 if steps == 90_000 else 1000) == pytest.approx(0.01)
     resize = config.resize

@@ -66,7 +66,7 @@ def rate(config: TrainConfig, step: int) -> float:
     optim = config.optim
     factor = multistep_factor(
         step,
-        milestones=optim.milestones(per_epoch),
+        milestones=optim.milestones(per_epoch, 270_000),
         gamma=optim.gamma,
         warmup_steps=optim.warmup_steps,
         warmup_start=optim.warmup_start,
@@ -112,7 +112,7 @@ def test_ssld_and_plain_recipes(name: str) -> None:
     epochs, milestones, start, proposals, _ = like
     assert config.model.kind == name.partition("_r50vd")[0]
     assert config.train_epochs == epochs
-    assert config.optim.milestones(14_658) == [14_658 * epoch for epoch in milestones]
+    assert config.optim.milestones(14_658, 270_000) == [14_658 * epoch for epoch in milestones]
     assert config.total_steps(14_658 * 8) == 14_658 * epochs
     assert rate(config, 0) == pytest.approx(0.01 * start)
     assert rate(config, 500) == pytest.approx(0.01 * (start + (1 - start) / 2))
@@ -171,14 +171,14 @@ def test_pss_recipes(name: str) -> None:
     )
     if name == "pss_faster_dcn_r50vd":
         assert config.total_steps(7329 * 16) == 36 * 7329
-        assert config.optim.milestones(7329) == [24 * 7329, 33 * 7329]
+        assert config.optim.milestones(7329, 270_000) == [24 * 7329, 33 * 7329]
         assert rate(config, 0) == 0
         assert rate(config, 500) == pytest.approx(0.01)
         assert (model.kind, model.roi.sampling, model.roi.libra_bins) == ("faster_rcnn", "libra", 3)
         assert (loss.name, loss.weight, loss.normalization) == ("ciou", 10, "rois")
     else:
         assert config.total_steps(None) == 270_000
-        assert config.optim.milestones(7329) == [180_000, 240_000]
+        assert config.optim.milestones(7329, 270_000) == [180_000, 240_000]
         assert rate(config, 0) == pytest.approx(0.002)
         assert rate(config, 500) == pytest.approx(0.011)
         assert (model.kind, model.roi.sampling) == ("cascade_rcnn", "random")
@@ -195,7 +195,7 @@ def test_recipes_without_a_counterpart() -> None:
         resolved(name) for name in ("faster_rcnn", "faster_rcnn_mobilenetv3_ssld_1x", "faster_rcnn_convnext_tiny_1x")
     )
     assert all(config.data.keep_empty and config.train_epochs == 12 for config in (base, light, modern))
-    assert all(config.optim.milestones(10) == [80, 110] for config in (base, light, modern))
+    assert all(config.optim.milestones(10, 270_000) == [80, 110] for config in (base, light, modern))
     assert (base.optim.name, base.optim.lr, base.optim.backbone_lr_factors) == ("sgd", 0.01, SSLD_FACTORS)
     assert (light.optim.lr, light.optim.backbone_lr_factors) == (0.01, SSLD_FACTORS)
     assert (light.model.fpn_channels, light.model.freeze_stages, light.resize.short_side) == (128, 1, 640)

@@ -49,7 +49,9 @@ def test_writes_exactly_these_files_and_the_detector_evaluates(
     backbone_file: Path,
     files_below: Callable[[Path], set[str]],
 ) -> None:
-    settings = train_settings | {"backbone": str(backbone_file), "evaluate_every": 3}
+    fractions = {"evaluate_every": 0.5, "save_every": 0.6, "log_every": None}
+    optim = train_settings["optim"] | {"milestones_steps": [0.6]}
+    settings = train_settings | {"backbone": str(backbone_file), "optim": optim, **fractions}
     assert call(train.main, arguments(settings)) == 0
     run = tmp_path / "run"
     checkpoint = {"model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS", "COMPLETE"}
@@ -68,7 +70,9 @@ def test_writes_exactly_these_files_and_the_detector_evaluates(
     }
     log = (run / "log.txt").read_text()
     tensors = len(load_file(backbone_file))
-    assert "step 6: evaluating 5 images" in log
+    assert all(f"step {step}: evaluating 5 images" in log for step in (3, 6))
+    assert "warm-up 0 steps, milestones [4]" in log
+    assert "step 1/6: " in log
     assert f"loaded {tensors - 2}/{tensors - 2} backbone tensors, 2 head tensors dropped" in log
     metadata = read_metadata(run / "detector.safetensors", kind="detector")
     assert metadata["class_names"] == ["wide", "tall"]

@@ -19,7 +19,7 @@ def test_milestones_come_one_after_the_other() -> None:
     for name in ("epochs", "steps"):
         with pytest.raises(UserError, match=rf"milestones_{name}: have to be in ascending order, but are \[8"):
             validate(Stage2OptimConfig, common | {f"milestones_{name}": [8, 5]}, source="c")
-    assert validate(Stage2OptimConfig, common | {"milestones_steps": [5, 8]}, source="c").milestones(9) == [5, 8]
+    assert validate(Stage2OptimConfig, common | {"milestones_steps": [5, 8]}, source="c").milestones(9, 10) == [5, 8]
 
 
 def test_settings_of_other_kinds_of_detectors_are_told() -> None:

@@ -1,0 +1,153 @@
+"""Trial of a pipeline for its estimate: three real steps of every training, into a folder that is deleted afterwards.
+
+Stages that make data or convert files run as a whole, finished stages are read where they are. A stage that reads from one that cannot be tried, such
+as a curation, stays unknown until that one is finished. Evaluations and checks of the teacher do not run; the time of an evaluation follows from that
+of a training step.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ssld.pipelines.runner.cost import evaluation_images, training_images
+from ssld.pipelines.runner.estimate import Rate, evaluation_seconds, rate_key
+from ssld.pipelines.runner.launch import Outcome, Signals, run_stage
+from ssld.pipelines.runner.plan import Planned
+from ssld.pipelines.runner.stages import Stage
+from ssld.pipelines.toy_data import ToyDataConfig
+from ssld.shared.config.settings import parse_config
+from ssld.shared.config.training import TrainingConfig
+from ssld.shared.errors import Stopped, UserError
+from ssld.shared.run_dir import read_metrics
+from ssld.shared.terminal import say
+from ssld.stage1_ssld.config import ConvertPaddleConfig, DistillConfig
+from ssld.stage1_ssld.config import EvaluateConfig as EvaluateBackboneConfig
+from ssld.stage2_detect.config import ConvertDataConfig, TrainConfig
+from ssld.stage2_detect.config import ConvertPaddleConfig as ConvertDetectorConfig
+from ssld.stage2_detect.config import EvaluateConfig as EvaluateDetectorConfig
+
+STEPS = 3
+_WHOLE = (ToyDataConfig, ConvertDataConfig, ConvertPaddleConfig, ConvertDetectorConfig)
+"""settings of the stages that a trial runs as a whole"""
+_TRIED = (*_WHOLE, TrainingConfig)
+_EVALUATIONS = (EvaluateBackboneConfig, EvaluateDetectorConfig)
+_LENGTH = {
+    "steps": str(STEPS),
+    "train_epochs": "null",
+    "train_images": "null",
+    "log_every": "1",
+    "save_every": str(STEPS),
+}
+_NO_EVALUATION = {"evaluate_every": "null", "patience": "null"}
+_STAGE_1 = {"data.val": "null"}
+_STAGE_2 = {"data.val_annotations": "null", "data.val_images": "null", "val_loss": "false", "expected": "null"}
+
+
+def measure(plan: list[Planned], build: Callable[[Path], list[Stage]], output: Path, rates: dict[str, Rate]) -> None:
+    """Measure the stages of a plan whose rate is unknown, and add them to `rates`, which has them by their keys (see `rate_key`).
+
+    Args:
+        plan: the stages; finished ones are not measured.
+        build: builds the stages for another folder of run directories.
+        output: folder of the pipeline.
+        rates: rates so far; after an error it has those that were measured before it.
+
+    Raises:
+        UserError: a stage failed in the trial.
+        Stopped: after Ctrl-C or SIGTERM.
+    """
+    keys = {planned.stage.name: rate_key(planned.stage, output) for planned in plan}
+    done = {planned.stage.name for planned in plan if planned.state == "done"}
+    with tempfile.TemporaryDirectory(prefix="ssld_trial_") as folder, Signals() as signals:
+        stages = build(Path(folder))
+        needed = _needed(stages, {name for name, key in keys.items() if key not in rates and name not in done}) - done
+        ready: set[str] = set()
+        for stage in stages:
+            key = keys[stage.name]
+            if stage.name in done:
+                stage.run.symlink_to((output / stage.name).absolute())
+                ready.add(stage.name)
+            elif stage.name in needed and stage.needs <= ready and isinstance(stage.config, _TRIED):
+                rates[key] = _try_stage(stage, signals)
+                ready.add(stage.name)
+            elif isinstance(stage.config, _EVALUATIONS) and key not in rates:
+                rate = _evaluation_rate(stage, stages, {other.name: rates.get(keys[other.name]) for other in stages})
+                rates |= {key: rate} if rate else {}
+
+
+def _needed(stages: list[Stage], unknown: set[str]) -> set[str]:
+    """Return the stages of unknown rate that can be estimated, and all that they read from."""
+    names: set[str] = set()
+    for stage in reversed(stages):
+        if stage.name in names or (stage.name in unknown and isinstance(stage.config, (*_TRIED, *_EVALUATIONS))):
+            names |= {stage.name, *stage.needs}
+    return names
+
+
+def _try_stage(stage: Stage, signals: Signals) -> Rate:
+    """Run a stage, a training for `STEPS` steps only, and return its rate."""
+    whole = not isinstance(stage.config, TrainingConfig)
+    images, val_images = training_images(stage.config), evaluation_images(stage.config) or 0
+    say(f"trial of {stage.name}: {'whole' if whole else f'{STEPS} steps'}")
+    begun = time.monotonic()
+    outcome = run_stage(stage if whole else shortened(stage), stage.run.with_suffix(".trial.txt"), signals, quiet=True)
+    total = time.monotonic() - begun
+    if signals.received:
+        raise Stopped(f"trial of {stage.name}: stopped; the rates of the stages before it are kept")
+    _check(stage, outcome)
+    return rate_of(stage.run, total, images=images, val_images=val_images)
+
+
+def _check(stage: Stage, outcome: Outcome) -> None:
+    if outcome.code:
+        raise UserError("\n".join(f"trial of {stage.name}: {line}" for line in outcome.lines))
+
+
+def shortened(stage: Stage) -> Stage:
+    """Return a training stage of `STEPS` steps without evaluations."""
+    own = _STAGE_2 if isinstance(stage.config, TrainConfig) else _STAGE_1
+    if isinstance(stage.config, DistillConfig):
+        own = own | {"keep_weights": "last"} | ({"teacher.check_images": "0"} if stage.config.teacher else {})
+    elif isinstance(stage.config, TrainConfig) and stage.config.distill:
+        own = own | {"distill.check_images": "0"}
+    settings = _LENGTH | _NO_EVALUATION | own
+    words: list[str] = []
+    rest = iter(stage.arguments)
+    for word in rest:
+        flag, equals, _ = word.partition("=")
+        value = [] if equals else [next(rest)]
+        key = flag.removeprefix("--")
+        if not any(key == one or key.startswith(f"{one}.") for one in settings):
+            words += [word, *value]
+    words += [word for key, value in settings.items() for word in (f"--{key}", value)]
+    config = parse_config(stage.kind.config_type, words, program=stage.kind.script)
+    return Stage(stage.name, stage.kind, config, tuple(words), stage.processes, stage.needs)
+
+
+def rate_of(run: Path, total: float, *, images: int | None, val_images: int) -> Rate:
+    """Return the rate of a trial in a run directory that took `total` seconds; its first step, in which kernels are chosen, counts as start."""
+    times = [line["seconds"] for line in read_metrics(run) if "seconds" in line][1:]
+    step = sum(times) / len(times) if times else 0.0
+    sizes = {file: file.stat().st_size for file in run.rglob("*") if file.is_file()}
+    checkpoints = run / "checkpoints"
+    return Rate(
+        start=round(max(0.0, total - STEPS * step), 3) if times else round(total, 3),
+        step=round(step, 6),
+        images=images,
+        val_images=val_images,
+        files=sum(size for file, size in sizes.items() if not file.is_relative_to(checkpoints)),
+        model=sum(size for file, size in sizes.items() if file.parent == run and file.suffix == ".safetensors"),
+        checkpoint=sum(size for file, size in sizes.items() if file.is_relative_to(checkpoints)),
+    )
+
+
+def _evaluation_rate(stage: Stage, stages: list[Stage], rates: dict[str, Rate | None]) -> Rate | None:
+    """Return the rate of an evaluation from that of the training whose model it reads; None if that is unknown."""
+    assert isinstance(stage.config, _EVALUATIONS)
+    model, images = Path(stage.config.model), evaluation_images(stage.config)
+    for other in stages:
+        rate = rates[other.name]
+        if isinstance(other.config, TrainingConfig) and model.is_relative_to(other.run) and rate and images is not None:
+            return Rate(start=round(rate.start + evaluation_seconds(other.config, rate, images), 3))
+    return None

@@ -1,0 +1,160 @@
+"""Time and disk of stages from given rates, and a trial of real stages."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssld.pipelines.run import main
+from ssld.pipelines.runner.estimate import FILE, Rate, disk, rate_key, read_rates, seconds, time_text, write_rates
+from ssld.pipelines.runner.stages import KINDS, Stage, build_stages, read_pipeline
+from ssld.pipelines.runner.trial import rate_of, shortened
+from ssld.shared.config.settings import parse_config
+from ssld.stage1_ssld.config import DistillConfig
+from ssld.stage2_detect.config import TrainConfig
+
+DISTILL = ["--student.model", "random:x", "--teacher.model", "random:y", "--data.train", "x"]
+TRAIN = ["--backbone", "random:x", "--data.train_annotations", "a.json", "--data.train_images", "a"]
+RATE = Rate(start=20.0, step=0.5, images=40, val_images=16, files=1000, model=300, checkpoint=700)
+
+
+def stage(command: str, *words: str, output: str = "runs/a") -> Stage:
+    kind = KINDS[command]  # type: ignore[index]
+    common = ["--batch_size", "4", "--optim.lr", "0.1", "--optim.reference_batch", "4"]
+    arguments = [*words, *common, "--output", output]
+    config = parse_config(kind.config_type, arguments, program="p")
+    return Stage(Path(output).name, kind, config, tuple(arguments), 1, frozenset())
+
+
+def test_seconds_are_start_steps_and_evaluations() -> None:
+    # An evaluation of 16 images: 16 x 0.5 s / 4 images per step x 0.5 = 1 s.
+    assert seconds(stage("distill", *DISTILL, "--steps", "100"), RATE) == 20 + 50 + 1
+    assert (
+        seconds(stage("distill", *DISTILL, "--steps", "100", "--evaluate_every", "0.3"), RATE) == 20 + 50 + 4
+    )  # 30, 60, 90
+    assert (
+        seconds(stage("distill", *DISTILL, "--steps", "100", "--evaluate_every", "25"), RATE) == 20 + 50 + 4
+    )  # the last at the end
+    assert seconds(stage("train", *TRAIN, "--train_epochs", "3"), RATE) == 20 + 0.5 * 30 + 1
+    assert seconds(stage("train", *TRAIN, "--train_epochs", "3"), Rate(start=1, step=1)) is None
+    no_data = Rate(start=20.0, step=0.5)
+    assert seconds(stage("distill", *DISTILL, "--steps", "100"), no_data) == 70
+    kind = KINDS["toy_data"]
+    config = parse_config(kind.config_type, ["--output", "o"], program="p")
+    assert seconds(Stage("d", kind, config, (), 1, frozenset()), Rate(start=7.5)) == 7.5
+
+
+def test_disk_is_files_and_checkpoints() -> None:
+    assert disk(stage("distill", *DISTILL, "--steps", "100"), RATE) == 1000 + 700  # at the end only
+    assert disk(stage("distill", *DISTILL, "--steps", "100", "--save_every", "0.5"), RATE) == 1000 + 2 * 700
+    # Two are kept, and a third is there while it is written; the best model is a second file.
+    more = ["--steps", "100", "--save_every", "0.1", "--evaluate_every", "0.5"]
+    assert disk(stage("distill", *DISTILL, *more), RATE) == 1000 + 300 + 3 * 700
+    assert disk(stage("train", *TRAIN, "--train_epochs", "3"), Rate(start=1, step=1)) is None
+
+
+def test_times_for_people() -> None:
+    assert time_text({"a": 60.0, "b": 240.0}) == "about 5 min"
+    assert time_text({"a": 60.0, "b": None}) == "about 60 s, and 1 stage of unknown time"
+    assert time_text({"a": None, "b": None}) == "unknown time"
+    assert time_text({}) == "nothing to run"
+
+
+def test_a_rate_belongs_to_settings_without_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(*words: str, output: str = "runs") -> str:
+        return rate_key(stage("train", *TRAIN, *words, output=f"{output}/a"), Path(output))
+
+    first = key("--steps", "100")
+    assert (
+        key("--train_epochs", "3", "--seed", "2", "--evaluate_every", "0.5", "--optim.milestones_steps", "0.7") == first
+    )
+    assert key("--steps", "100", output="elsewhere") == first
+    within = ["--init", "runs/b/detector.safetensors"], ["--init", "elsewhere/b/detector.safetensors"]
+    assert key("--steps", "1", *within[0]) == key("--steps", "1", *within[1], output="elsewhere") != first
+    others = (["--resize.short_side", "320"], ["--accumulate", "2"], ["--optim.name", "adamw"], ["--workers", "0"])
+    assert len({first, *(key("--steps", "100", *words) for words in others)}) == 5
+    monkeypatch.setattr("platform.node", lambda: "another machine")
+    assert key("--steps", "100") != first
+
+
+def test_rates_are_kept_beside_the_runs(tmp_path: Path) -> None:
+    assert read_rates(tmp_path) == {}
+    write_rates(tmp_path, {"k": RATE})
+    assert read_rates(tmp_path) == {"k": RATE}
+    for damaged in ("[]", "{", '{"k": {"pace": 3}}', '{"k": 3}'):
+        (tmp_path / FILE).write_text(damaged)
+        assert read_rates(tmp_path) == {}
+
+
+def test_a_trial_has_three_steps_and_no_evaluation() -> None:
+    more = ["--train_epochs", "9", "--data.val.path", "v", "--evaluate_every", "0.2", "--patience=3"]
+    short = shortened(stage("distill", *DISTILL, *more, "--keep_weights", "better")).config
+    assert isinstance(short, DistillConfig)
+    assert (short.steps, short.train_epochs, short.data.val, short.evaluate_every, short.patience) == (
+        3,
+        None,
+        None,
+        None,
+        None,
+    )
+    assert (short.log_every, short.save_every, short.batch_size, short.keep_weights) == (1, 3, 4, "last")
+    assert short.teacher
+    assert short.teacher.check_images == 0  # a teacher of three steps is no better than guessing
+    more = ["--steps", "90", "--data.val_annotations", "v.json", "--data.val_images", "v", "--val_loss", "true"]
+    short = shortened(stage("train", *TRAIN, *more)).config
+    assert isinstance(short, TrainConfig)
+    assert (short.steps, short.data.val_annotations, short.data.val_images, short.val_loss) == (3, None, None, False)
+
+
+def test_the_first_step_counts_as_start(tmp_path: Path) -> None:
+    lines = [{"step": number, "seconds": value} for number, value in enumerate((9.0, 1.0, 3.0), 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "student.safetensors").write_bytes(b"x" * 50)
+    (tmp_path / "checkpoints/step_3").mkdir(parents=True)
+    (tmp_path / "checkpoints/step_3/model.safetensors").write_bytes(b"x" * 70)
+    rate = rate_of(tmp_path, 30.0, images=5, val_images=2)
+    metrics = (tmp_path / "metrics.jsonl").stat().st_size
+    assert rate == Rate(24.0, 2.0, images=5, val_images=2, files=50 + metrics, model=50, checkpoint=70)  # 30 - 3 x 2
+
+
+@pytest.mark.process
+def test_a_trial_of_real_stages(tiny: Any, write_pipeline: Any, tmp_path: Path, capfd: Any) -> None:
+    """Two trainings, the second of which reads the first one's file, and an evaluation; the second start measures nothing."""
+    common: dict[str, Any] = {"steps": 500, "batch_size": 8, "workers": 0, "threads": 1, "device": "cpu"}
+    common |= {
+        "optim": {"lr": 0.02, "reference_batch": 8},
+        "data": {"train": [str(tiny.train)], "val": str(tiny.val), "image_size": 32},
+    }
+    stages = {
+        "teacher": {"command": "teach", "set": common | {"model": {"model": "random:test_resnet"}}},
+        "student": {
+            "command": "distill",
+            "set": common | {"student.model": "random:test_resnet", "teacher.model": "${teacher}/teacher.safetensors"},
+        },
+        "top1": {
+            "command": "evaluate_backbone",
+            "set": {"model": "${student}/student.safetensors", "data.path": str(tiny.val)},
+        },
+        "curated": {
+            "command": "curate",
+            "set": {"pool": [str(tiny.unlabeled)], "teacher.model": "${teacher}/teacher.safetensors", "keep": 2},
+        },
+    }
+    file = write_pipeline(stages)
+    assert main([str(file), "--dry-run", "--estimate"]) == 0
+    out = capfd.readouterr().out
+    assert "trial of teacher: 3 steps\ntrial of student: 3 steps\n[1/4] teacher: 500 steps of 8 images; about " in out
+    assert "about" in next(line for line in out.splitlines() if line.startswith("[3/4] top1: "))
+    assert ", and 1 stage of unknown time; " in out  # the curation cannot be tried
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {".lock", FILE}
+    pipeline = read_pipeline(file)
+    built = build_stages(pipeline, file, output=pipeline.output)
+    rates = read_rates(pipeline.output)
+    assert set(rates) == {rate_key(one, pipeline.output) for one in built[:3]}
+    rate = rates[rate_key(built[1], pipeline.output)]
+    assert rate.start > 0 < rate.step
+    assert (rate.images, rate.val_images) == (30, 15)
+    assert rate.files > rate.model > 0 < rate.checkpoint
+    assert main([str(file), "--dry-run", "--estimate", "--stages.student.steps", "1000"]) == 0
+    assert "trial of" not in capfd.readouterr().out
