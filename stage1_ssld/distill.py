@@ -72,8 +72,7 @@ def distill_student(config: DistillConfig | str | Path | None = None, **settings
         UserError: a mistake the user can fix, in the words of the command; also memory or disk that ran out.
         Stopped: after Ctrl-C or SIGTERM, with a checkpoint written; the same call continues from it.
     """
-    recipes = Path(__file__).resolve().parent / "configs"
-    return read_result(call_command(DistillConfig, distill, config, settings, recipes=recipes).output) or {}
+    return read_result(call_command(DistillConfig, distill, config, settings).output) or {}
 
 
 def distill(config: DistillConfig) -> None:

@@ -58,8 +58,7 @@ def train_detector(config: TrainConfig | str | Path | None = None, **settings: A
         UserError: a mistake the user can fix, in the words of the command; also memory or disk that ran out.
         Stopped: after Ctrl-C or SIGTERM, with a checkpoint written; the same call continues from it.
     """
-    recipes = Path(__file__).resolve().parent / "configs"
-    return read_result(call_command(TrainConfig, train, config, settings, recipes=recipes).output) or {}
+    return read_result(call_command(TrainConfig, train, config, settings).output) or {}
 
 
 def train(config: TrainConfig) -> None:
