@@ -46,7 +46,10 @@ COMMANDS = {
         "ssld.stage2_detect.convert_data",
         "convert YOLO, Pascal VOC or Parquet detection data to COCO JSON",
     ),
-    "inspect": ("", "print the contents of a model file, store, manifest, checkpoint or run directory of this project"),
+    "inspect": (
+        "",
+        "print the contents of a model file, annotations, detections, image, store, manifest, checkpoint or run directory",
+    ),
     "report": ("ssld.pipelines.report", "write report.html from a pipeline's run directories"),
     "recipes": ("", "list the shipped recipes and pipelines: purpose, published score, image size, cost"),
     "toy-data": ("ssld.pipelines.toy_data", "draw the synthetic data set of the quickstart"),
