@@ -267,7 +267,7 @@ def facts_of(path: Path) -> dict[str, str]:
 
 def test_annotations_and_detections_are_counted(tmp_path: Path) -> None:
     images = [{"id": n, "file_name": f"{n}.jpg", "width": 640 + n, "height": 480} for n in range(4)]
-    objects = [
+    objects: list[dict[str, Any]] = [
         {"id": n, "image_id": n % 3, "category_id": 7 if n < 5 else 2, "bbox": [1, 2, 3, 4], "iscrowd": int(n == 0)}
         for n in range(6)
     ]

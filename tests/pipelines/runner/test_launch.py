@@ -53,7 +53,12 @@ def test_every_line_is_a_sub_command_with_the_settings_of_its_stage(
     """The line of each stage of every shipped pipeline, given to `ssld`, calls the entry of that stage with its arguments."""
     monkeypatch.chdir(tmp_path)
     calls: list[tuple[str, list[str]]] = []
-    monkeypatch.setattr("ssld.pipelines.cli._main_of", lambda module, argv: calls.append((module, argv)) or 0)
+
+    def stand_in(module: str, argv: list[str]) -> int:
+        calls.append((module, argv))
+        return 0
+
+    monkeypatch.setattr("ssld.pipelines.cli._main_of", stand_in)
     monkeypatch.setattr("ssld.pipelines.cli._script", lambda name, argv: f"by the kind of the file: {name}")
     for name in ("quickstart", "sad_toy"):
         file = find_pipeline(name)

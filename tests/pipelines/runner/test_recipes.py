@@ -9,7 +9,7 @@ import pytest
 
 from ssld.pipelines.runner.recipes import describe, recipe_list
 from ssld.pipelines.runner.stages import ROOT, find_pipeline
-from ssld.shared.config.settings import parse_config
+from ssld.shared.config.settings import CommandConfig, parse_config
 from ssld.stage1_ssld.config import DistillConfig, TeachConfig
 from ssld.stage2_detect.config import TrainConfig
 
@@ -74,7 +74,7 @@ def test_score_and_size_are_those_of_the_resolved_settings() -> None:
 
 def test_every_name_is_taken_by_the_command_of_its_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    commands = {"detectors": TrainConfig, "backbones": DistillConfig}
+    commands: dict[str, type[CommandConfig]] = {"detectors": TrainConfig, "backbones": DistillConfig}
     group = ""
     for line in recipe_list().splitlines()[2:]:
         name = line.split()[0] if line.startswith("  ") else ""
