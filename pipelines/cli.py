@@ -1,6 +1,6 @@
 """Console script `ssld`: dispatches each sub-command to its entry script and passes the remaining arguments on.
 
-A sub-command's module is imported only when the command runs, so that `ssld --help` does not import torch.
+A sub-command's module is imported only when the command runs, and settings only with one: `ssld --help` imports neither torch nor pydantic.
 """
 
 import importlib
@@ -14,12 +14,10 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.shared.config.command import USER_ERROR, exit_code
-from ssld.shared.config.settings import did_you_mean
-from ssld.shared.config.yaml_files import read_yaml
-from ssld.shared.errors import UserError
+from ssld.shared.errors import USER_ERROR, UserError
 from ssld.shared.machine import installed_version
 from ssld.shared.terminal import say
+from ssld.shared.wording import did_you_mean
 
 # name -> (module with main(argv), one line of help)
 COMMANDS = {
@@ -48,15 +46,19 @@ COMMANDS = {
         "ssld.stage2_detect.convert_data",
         "convert YOLO, Pascal VOC or Parquet detection data to COCO JSON",
     ),
-    "inspect": ("", "print the contents of a model file, store, manifest, checkpoint or run directory of this project"),
+    "inspect": (
+        "",
+        "print the contents of a model file, annotations, detections, image, store, manifest, checkpoint or run directory",
+    ),
     "report": ("ssld.pipelines.report", "write report.html from a pipeline's run directories"),
+    "recipes": ("", "list the shipped recipes and pipelines: purpose, published score, image size, cost"),
     "toy-data": ("ssld.pipelines.toy_data", "draw the synthetic data set of the quickstart"),
     "init": ("ssld.pipelines.init", "write a pipeline for your own photos, with settings fitted to them"),
     "doctor": ("ssld.pipelines.doctor", "check the machine, the settings and the data before a run"),
     "completion": ("", "print a tab-completion script for bash or zsh"),
 }
 _GROUPS = {
-    "begin here": ("init", "doctor", "run", "report", "inspect"),
+    "begin here": ("init", "doctor", "run", "report", "recipes", "inspect"),
     "backbones": ("prototypes", "curate", "teach", "soft-labels", "distill"),
     "detectors": ("train", "predict"),
     "both": ("evaluate", "export"),
@@ -73,9 +75,14 @@ _BY_KIND = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Dispatch to an entry script; returns its exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
-    if not words or words[0] in ("-h", "--help", "help"):
+    if not words:
+        print(first_hour())
+        return USER_ERROR
+    if words[0] in ("-h", "--help", "help"):
         print(usage())
-        return 0 if words else USER_ERROR
+        return 0
+    from ssld.shared.config.command import exit_code
+
     return exit_code(lambda: _call(words[0], words[1:]))
 
 
@@ -85,6 +92,8 @@ def _call(name: str, rest: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise UserError(f"ssld {name}: no such command{did_you_mean(name, list(COMMANDS))}")
+    if name == "recipes":
+        return _recipes(rest)
     if name == "inspect":
         return _inspect(rest)
     if name == "completion":
@@ -116,6 +125,38 @@ def usage() -> str:
     )
 
 
+FIRST_HOUR = (
+    ("check this machine", "ssld doctor"),
+    (
+        "write a pipeline that suits your photos (more_photos: photos without boxes, for the backbone)",
+        "ssld init --images photos --annotations boxes.json --unlabeled more_photos --output first.yaml",
+    ),
+    ("run it; after an interruption the same command resumes it", "ssld run first.yaml"),
+    ("look at runs/first/report/report.html; to write it again", "ssld report --runs runs/first"),
+    (
+        "detect objects in other photos",
+        "ssld predict --model runs/first/detector_ssld/detector.safetensors --images new_photos --output runs/predictions",
+    ),
+)
+"""(purpose, command line) of each step from photos with boxes to a detector"""
+
+
+def first_hour() -> str:
+    """Return the text of `ssld` without a command: the steps from one's own photos to a detector."""
+    steps = [f"  {number}. {purpose}:\n       {line}" for number, (purpose, line) in enumerate(FIRST_HOUR, 1)]
+    return "\n".join(
+        [
+            "usage: ssld COMMAND ...; ssld --help lists the commands",
+            "",
+            "From your photos and their boxes (COCO JSON) to a detector:",
+            "",
+            *steps,
+            "",
+            "Without photos at hand: ssld run quickstart, which draws its own images.",
+        ]
+    )
+
+
 def _version() -> str:
     """Return the versions of ssld, torch, torchvision, timm and Python, without importing torch."""
     names = ("ssld", "torch", "torchvision", "timm")
@@ -135,6 +176,15 @@ def _completion(argv: list[str]) -> int:
 def _main_of(module: str, argv: list[str]) -> int:
     code: int = importlib.import_module(module).main(argv)
     return code
+
+
+def _recipes(argv: list[str]) -> int:
+    from ssld.pipelines.runner.recipes import recipe_list
+
+    if not {"-h", "--help"} & set(argv) and argv:
+        raise UserError("usage: ssld recipes")
+    say(f"usage: ssld recipes\n\n{COMMANDS['recipes'][1]}" if argv else recipe_list())
+    return 0
 
 
 def _inspect(argv: list[str]) -> int:
@@ -176,6 +226,8 @@ def _model(argv: list[str]) -> str | None:
     file: object = _value(argv, "--model")
     config = _value(argv, "--config")
     if file is None and config is not None:
+        from ssld.shared.config.yaml_files import read_yaml
+
         file = read_yaml(Path(config)).get("model")
     return file if isinstance(file, str) else None
 

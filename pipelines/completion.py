@@ -46,17 +46,9 @@ def completion_script(shell: str, commands: Mapping[str, str]) -> str:
 def parsers() -> Iterator[tuple[str, ArgumentParser]]:
     """Yield (command, parser) for every command with flags; commands that dispatch by file have one parser per kind."""
     from ssld.pipelines import doctor, init, run
-    from ssld.pipelines.runner.stages import KINDS
+    from ssld.pipelines.runner.stages import KINDS, typed_name
     from ssld.shared.config.settings import settings_parser
 
     yield from (("run", run._parser()), ("doctor", doctor.parser()), ("init", init.parser()))
-    named = {
-        "evaluate_backbone": "evaluate",
-        "evaluate_detector": "evaluate",
-        "export_backbone": "export",
-        "export_detector": "export",
-        "convert_backbone": "convert-paddle",
-        "convert_detector": "convert-paddle-detector",
-    }
     for name, kind in KINDS.items():
-        yield named.get(name, name.replace("_", "-")), settings_parser(kind.config_type, name)
+        yield typed_name(name), settings_parser(kind.config_type, name)

@@ -1,26 +1,30 @@
-"""`ssld inspect`: kind, origin, scores and licence of a file or folder of this project.
+"""`ssld inspect`: kind, origin, scores and licence of a file or folder of this project; counts of annotations and detections; an image's size.
 
-Reads binary files (models as .safetensors, exports as .onnx and .pt2, manifests of a curation as .parquet) and the folders of pipelines, runs,
-checkpoints and soft-label stores. Settings that a kind of detector does not use are left out.
+Reads binary files (models as .safetensors, exports as .onnx and .pt2, manifests of a curation as .parquet), COCO annotations and detections in JSON,
+images, and the folders of pipelines, runs, checkpoints and soft-label stores. Settings that a kind of detector does not use are left out. Only model
+files import torch.
 """
 
 import json
 import math
 import zipfile
 import zlib
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
 from ssld.pipelines.reports.table import Record, read_record
 from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import MALFORMED, UserError
+from ssld.shared.files import IMAGE_SUFFIXES
 from ssld.shared.run_dir import read_result
 from ssld.shared.wording import amount, printable
 from ssld.stage2_detect.model_config import DetectorConfig, Kind
 
 KNOWN = (
-    "inspect reads model files (.safetensors), exported networks (.onnx, .pt2), manifests (.parquet), and folders of "
-    "pipelines, runs, checkpoints and soft labels"
+    "inspect reads model files (.safetensors), exported networks (.onnx, .pt2), manifests (.parquet), COCO annotations "
+    "and detections (.json), images, and folders of pipelines, runs, checkpoints and soft labels"
 )
 _FIRST = (
     *("kind", "arch", "num_classes", "class_names", "input_size", "teacher", "licence", "backbone", "step", "weights"),
@@ -37,8 +41,9 @@ def inspect_text(path: Path) -> str:
     """Describe the file or folder at a path in readable lines. Raises UserError for files of other programs."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    kinds = {".safetensors": _model, ".onnx": _onnx, ".pt2": _program, ".parquet": _parquet}
-    read = _folder if path.is_dir() else kinds.get(path.suffix)
+    kinds = {".safetensors": _model, ".onnx": _onnx, ".pt2": _program, ".parquet": _parquet, ".json": _coco}
+    other = _image if path.suffix.lower() in IMAGE_SUFFIXES else None
+    read = _folder if path.is_dir() else kinds.get(path.suffix, other)
     if read is None:
         raise UserError(f"{path}: not a file or folder of this project; {KNOWN}")
     try:
@@ -115,6 +120,65 @@ def _parquet(path: Path) -> tuple[str, dict[str, Any]]:
         return "Parquet file of another program", rows
     facts["pool"] = [source["path"] for source in facts.get("pool", [])]
     return "manifest of a curation", rows | facts
+
+
+def _coco(path: Path) -> tuple[str, dict[str, Any]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable JSON ({' '.join(str(error).split())[:80]})") from None
+    if isinstance(content, list) and content and all("image_id" in one and "score" in one for one in content):
+        scores = [float(one["score"]) for one in content]
+        return "COCO detections", {
+            "detections": f"{len(content):,}",
+            "images with detections": f"{len({one['image_id'] for one in content}):,}",
+            "scores": f"{min(scores):.3g} to {max(scores):.3g}",
+            "detections by category id": dict(_frequent(one["category_id"] for one in content)),
+        }
+    if not isinstance(content, dict) or "images" not in content:
+        raise UserError(f"{path}: neither COCO annotations nor COCO detections; {KNOWN}")
+    objects = content.get("annotations", [])
+    names = {one["id"]: str(one["name"]) for one in content.get("categories", [])}
+    images = {one["id"] for one in content["images"]}
+    sizes = sorted({(one["width"], one["height"]) for one in content["images"] if "width" in one and "height" in one})
+    by_class = [
+        (names.get(key, f"unlisted category {key}"), n) for key, n in _frequent(o["category_id"] for o in objects)
+    ]
+    return "COCO annotations" if objects else "COCO annotations without objects", {
+        "images": f"{len(images):,}, {len(images - {one['image_id'] for one in objects}):,} of them without objects",
+        "sizes": f"{len(sizes):,}, from {sizes[0][0]} x {sizes[0][1]} to {sizes[-1][0]} x {sizes[-1][1]}"
+        if sizes
+        else "-",
+        "objects": f"{len(objects):,}",
+        "with masks": f"{sum(bool(one.get('segmentation')) for one in objects):,}",
+        "crowds": f"{sum(bool(one.get('iscrowd')) for one in objects):,}",
+        "classes": f"{len(names):,}, {len(names.keys() - {one['category_id'] for one in objects}):,} of them without objects",
+        "objects per class": dict(by_class),
+    }
+
+
+def _frequent(keys: Iterable[Any]) -> list[tuple[Any, int]]:
+    """Return (key, number of times), most frequent first."""
+    return Counter(keys).most_common()
+
+
+def _image(path: Path) -> tuple[str, dict[str, Any]]:
+    from PIL import ExifTags, Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+            image.load()  # an image that is cut off is opened, but not decoded
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable image ({' '.join(str(error).split())[:80]})") from None
+    facts = {
+        "format": image.format,
+        "size": f"{image.width} x {image.height} px, as stored",
+        "mode": image.mode,
+        "EXIF orientation": f"{turned}{'' if turned == 1 else ', turned or mirrored when shown'}",
+        "file": amount(path.stat().st_size),
+    }
+    return "image", facts
 
 
 def _folder(path: Path) -> tuple[str, dict[str, Any]]:

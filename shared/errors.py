@@ -1,6 +1,8 @@
-"""Exceptions that a user sees as one line, and the test for exhausted memory."""
+"""Exceptions that a user sees as one line, their exit codes, and the test for exhausted memory."""
 
 import errno
+
+USER_ERROR, STOPPED = 2, 143  # exit codes
 
 
 class UserError(Exception):

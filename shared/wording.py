@@ -1,11 +1,13 @@
-"""Numbers, lists and untrusted text in sentences."""
+"""Numbers, lists, suggestions and untrusted text in sentences."""
 
+import difflib
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 # Control characters, invisible ones that turn or join text, halves of characters, and what else ends a line.
 _UNPRINTED = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+_MOST_KNOWN = 24
 
 
 def count(number: int, what: str, plural: str | None = None) -> str:
@@ -37,6 +39,19 @@ def duration(seconds: float | None) -> str:
     if minutes < 100:
         return f"{minutes} min"
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes < 2880 else f"{minutes / 1440:.1f} days"
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """Return the end of an error line about an unknown word: the nearest known word, or a list of known words."""
+    longer = [
+        name for name in known if name.startswith(f"{word}_")
+    ]  # `samples` is nearer to `samples_per_image` than to `sampling`
+    inner = [name for name in known if name.endswith(f".{word.lstrip('-')}")]  # `--lr` is `--optim.lr`
+    near = [word][: word in known] or longer[:1] or inner[:1] or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    more = f" and {len(known) - _MOST_KNOWN} more" if len(known) > _MOST_KNOWN else ""
+    return f"; known: {', '.join(sorted(known)[:_MOST_KNOWN])}{more}"
 
 
 def printable(text: str, keep: str = "") -> str:

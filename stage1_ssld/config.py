@@ -1,7 +1,7 @@
 """Settings of the stage-1 commands, one class per command. Does not import torch, so that the runner checks them quickly."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -21,6 +21,9 @@ from ssld.stage1_ssld.data_config import (
     is_remote,
     reference_input,
 )
+
+RECIPES = Path(__file__).resolve().parent / "configs"
+"""folder of the shipped recipes"""
 
 
 class Stage1OptimConfig(OptimConfig):
@@ -82,6 +85,7 @@ EVALUATION_BATCH = 128
 class DistillConfig(Stage1Config):
     """Train a student from a teacher's soft labels on labeled and unlabeled images, without any human label in the loss."""
 
+    recipes: ClassVar[Path | None] = RECIPES
     student: NetworkConfig
     teacher: TeacherConfig | None = None
     store: Path | None = None
@@ -178,6 +182,7 @@ class DistillConfig(Stage1Config):
 class TeachConfig(Stage1Config):
     """Fine-tune a teacher on labeled images."""
 
+    recipes: ClassVar[Path | None] = RECIPES
     model: NetworkConfig
     objective: Literal["labels"] = "labels"
     """training targets: human labels (the command distill has a teacher as target)"""

@@ -72,8 +72,7 @@ def distill_student(config: DistillConfig | str | Path | None = None, **settings
         UserError: a mistake the user can fix, in the words of the command; also memory or disk that ran out.
         Stopped: after Ctrl-C or SIGTERM, with a checkpoint written; the same call continues from it.
     """
-    recipes = Path(__file__).resolve().parent / "configs"
-    return read_result(call_command(DistillConfig, distill, config, settings, recipes=recipes).output) or {}
+    return read_result(call_command(DistillConfig, distill, config, settings).output) or {}
 
 
 def distill(config: DistillConfig) -> None:
@@ -107,9 +106,11 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     from ssld.shared.models.backbones import check_networks
     from ssld.shared.run_dir import RunDir
     from ssld.shared.training.auto_batch import find_passes
+    from ssld.shared.training.batch_sheet import MOST, write_sheet
     from ssld.shared.training.optim import cosine_factor, make_optimizer, parameter_groups, scale_lr, set_lr
     from ssld.shared.training.quarantine import Quarantine
     from ssld.shared.training.training_state import TrainingState
+    from ssld.stage1_ssld.data.batch_images import view_images
     from ssld.stage1_ssld.data.labels import doubt_on_order
     from ssld.stage1_ssld.data.loaders import TrainingData, ValViews, described, make_loader, val_batches
     from ssld.stage1_ssld.data.mixing import mix_batch
@@ -329,6 +330,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         return objective(logits, soft, labels, mixed, pairs)
 
     step, scored = start, -1
+    drawn: list[Any] = []  # images of the first step, for batches.jpg
     metrics: dict[str, float] = {}
     with (
         StopRequest() as stop,
@@ -355,6 +357,11 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 seed = stable_seed(config.seed, step, micro, rank)
                 mixed = mix_batch(pixels, data, seed)
                 pixels = mixed.pixels_BCHW if mixed else pixels
+                if step == 1 and run.main and len(drawn) < MOST:
+                    drawn += view_images(pixels, batch, targets.class_names)
+                    if micro == config.accumulate - 1 or len(drawn) >= MOST:
+                        sheet = write_sheet(run.path, drawn)
+                        run.log(f"the first training images, after augmentation and mixing: {sheet}")
                 torch.manual_seed(seed)  # drop-path
                 # DDP reduces gradients once a step, in the last backward pass.
                 with nullcontext() if micro == config.accumulate - 1 else accelerator.no_sync(model):

@@ -1,7 +1,7 @@
 """Settings of the stage-2 commands. Does not import torch, so that the runner can check them quickly."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,8 @@ from ssld.stage2_detect.distill_config import DistillConfig
 from ssld.stage2_detect.model_config import DetectorConfig, Fraction
 from ssld.stage2_detect.yolo_layout import find_yolo, input_places
 
+RECIPES = Path(__file__).resolve().parent / "configs"
+"""folder of the shipped recipes"""
 Side = Annotated[int, Field(ge=32, le=16_384)]
 Scale = Annotated[float, Field(gt=0, le=100)]
 
@@ -135,6 +137,7 @@ class Stage2OptimConfig(OptimConfig):
 class TrainConfig(TrainingConfig):
     """Fine-tune a detector from a backbone file on COCO annotations."""
 
+    recipes: ClassVar[Path | None] = RECIPES
     backbone: ModelText | None = None
     """backbone file, timm:NAME or random:NAME; unused if `init` is given"""
     arch: str | None = None
@@ -293,6 +296,7 @@ class ConvertDataConfig(CommandConfig):
 class ConvertPaddleConfig(CommandConfig):
     """Convert an official PaddleDetection file of an R-CNN detector with FPN to a detector file; --config takes the recipe."""
 
+    recipes: ClassVar[Path | None] = RECIPES
     weights: Path
     """PaddleDetection weights, a .pdparams file"""
     annotations: Path | None = None

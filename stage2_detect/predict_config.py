@@ -1,7 +1,8 @@
 """Settings of `predict.py`. Does not import torch."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,6 +16,13 @@ Written = Literal["json", "pictures", "csv", "yolo", "yolo_scores", "crops"]
 
 class PredictConfig(RunDetectorConfig):
     """Detect objects in images and videos; write COCO JSON, drawn images, CSV, YOLO labels, crops, or pseudo-labels."""
+
+    other_names: ClassVar[Mapping[str, str]] = {
+        "source": "images",
+        "weights": "model",
+        "conf": "threshold",
+        "imgsz": "short_side",
+    }
 
     images: str
     """images to predict on: image, video, folder (searched recursively), quoted pattern ('photos/**/*.jpg'), or text file with one path per line"""

@@ -58,8 +58,7 @@ def train_detector(config: TrainConfig | str | Path | None = None, **settings: A
         UserError: a mistake the user can fix, in the words of the command; also memory or disk that ran out.
         Stopped: after Ctrl-C or SIGTERM, with a checkpoint written; the same call continues from it.
     """
-    recipes = Path(__file__).resolve().parent / "configs"
-    return read_result(call_command(TrainConfig, train, config, settings, recipes=recipes).output) or {}
+    return read_result(call_command(TrainConfig, train, config, settings).output) or {}
 
 
 def train(config: TrainConfig) -> None:
@@ -86,6 +85,7 @@ def train(config: TrainConfig) -> None:
     from ssld.shared.models.backbones import check_networks
     from ssld.shared.run_dir import RunDir
     from ssld.shared.training.auto_batch import find_passes
+    from ssld.shared.training.batch_sheet import write_sheet
     from ssld.shared.training.optim import make_optimizer, multistep_factor, scale_lr, set_lr
     from ssld.shared.training.quarantine import Quarantine
     from ssld.shared.training.training_state import TrainingState
@@ -95,6 +95,7 @@ def train(config: TrainConfig) -> None:
     from ssld.stage2_detect.distillation.teacher import TeacherCheck
     from ssld.stage2_detect.evaluation.files import write_evaluation
     from ssld.stage2_detect.evaluation.scoring import compare_expected, describe, score
+    from ssld.stage2_detect.training.batch_images import first_images
     from ssld.stage2_detect.training.memory_trial import whole_step
     from ssld.stage2_detect.training.trained_detector import TrainedDetector
     from ssld.stage2_detect.training.validation_loss import validation_losses
@@ -215,6 +216,9 @@ def train(config: TrainConfig) -> None:
     run.log(describe_processes(accelerator, config, config.workers))
     if resumed:
         run.log(resumed)
+    if start == 0 and run.main:
+        sheet = write_sheet(run.path, first_images(config, data, steps=steps, ranks=ranks))
+        run.log(f"the first training images, with their boxes after augmentation: {sheet}")
 
     # ---- the loop
     step, scored = start, -1

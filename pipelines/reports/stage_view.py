@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from ssld.pipelines.config import CommandName
 from ssld.pipelines.reports.charts import Chart, curves, precision_recall
-from ssld.pipelines.runner.stages import KINDS
+from ssld.pipelines.runner.stages import KINDS, typed_name
 from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.files import IMAGE_SUFFIXES, spread
 from ssld.shared.run_dir import read_metrics, read_result
@@ -384,8 +384,7 @@ def _line(command: CommandName | None, recorded: str, environment: Mapping[str, 
     if arguments and not arguments[0].startswith("-"):  # the sub-command of ssld
         return shlex.join(["ssld", *arguments])
     known = command or _RECORDED.get(recorded) or recorded
-    script = next((kind.script for name, kind in KINDS.items() if name == known), None)
-    return shlex.join(["python", script, *arguments]) if script and arguments else ""
+    return shlex.join(["ssld", typed_name(known), *arguments]) if known in KINDS and arguments else ""
 
 
 def _environment(record: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO
 
-from ssld.pipelines.runner.stages import Stage, own_file
+from ssld.pipelines.runner.stages import KINDS, Stage, own_file, typed_name
 from ssld.shared.config.command import STOPPED, USER_ERROR
 from ssld.shared.run_dir import read_result
 
@@ -74,8 +74,8 @@ def command_line(stage: Stage) -> list[str]:
     script = own_file(stage.kind.script)
     count = str(stage.processes)
     if stage.processes == 1:
-        launcher = ["python"]
-    elif getattr(stage.config, "device", "auto") != "cpu" and _has_cuda():
+        return ["ssld", *(typed_name(name) for name, kind in KINDS.items() if kind is stage.kind), *stage.arguments]
+    if getattr(stage.config, "device", "auto") != "cpu" and _has_cuda():
         launcher = ["accelerate", "launch", "--multi_gpu", "--num_processes", count]
     else:
         launcher = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count]
@@ -85,8 +85,12 @@ def command_line(stage: Stage) -> list[str]:
 def run_stage(stage: Stage, console: Path, signals: Signals, *, quiet: bool = False) -> Outcome:
     """Run a stage to its end; its output is appended to the file `console`, and passed through unless `quiet`."""
     line = command_line(stage)
-    program = [sys.executable, "-m", "accelerate.commands.launch"] if line[0] == "accelerate" else [sys.executable]
-    words = [*program, *line[2 if line[0] == "accelerate" else 1 :]]
+    if line[0] == "ssld":  # by its script, which needs no `ssld` on the path
+        words = [sys.executable, own_file(stage.kind.script), *stage.arguments]
+    elif line[0] == "accelerate":
+        words = [sys.executable, "-m", "accelerate.commands.launch", *line[2:]]
+    else:
+        words = [sys.executable, *line[1:]]
     tail: deque[str] = deque(maxlen=200)
     begun = time.time()
     console.parent.mkdir(parents=True, exist_ok=True)

@@ -88,6 +88,21 @@ KINDS: dict[CommandName, Kind] = {
 }
 
 
+_TYPED = {
+    "convert_backbone": "convert-paddle",
+    "convert_detector": "convert-paddle-detector",
+    "evaluate_backbone": "evaluate",
+    "evaluate_detector": "evaluate",
+    "export_backbone": "export",
+    "export_detector": "export",
+}
+
+
+def typed_name(command: str) -> str:
+    """Return the sub-command of `ssld` for a command of a pipeline: `soft-labels` for `soft_labels`."""
+    return _TYPED.get(command, command.replace("_", "-"))
+
+
 @dataclass(frozen=True)
 class Stage:
     """One command of a pipeline, with checked settings.

@@ -12,16 +12,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ssld.shared.config.settings import ConfigT, did_you_mean, launched_number, launched_ranks, parse_config, validate
+from ssld.shared.config.settings import ConfigT, launched_number, launched_ranks, parse_config, validate
 from ssld.shared.config.training import PASSES_FILE
-from ssld.shared.config.yaml_files import merge, read_recipe, without_others
-from ssld.shared.errors import Stopped, UserError, is_out_of_memory
+from ssld.shared.config.yaml_files import merge, read_recipe, recipe_file, without_others
+from ssld.shared.errors import STOPPED, USER_ERROR, Stopped, UserError, is_out_of_memory
 from ssld.shared.files import write_atomically
 from ssld.shared.machine import default_threads
 from ssld.shared.noise import libraries_told_apart
 from ssld.shared.terminal import say, silence
 
-USER_ERROR, STOPPED = 2, 143
 _NOBODY_READS = 128 + signal.SIGPIPE
 _MAKE_ROOM = "nothing is lost: make room and run the same command again"
 _HINTS = {
@@ -103,15 +102,13 @@ def call_command(
     work: Callable[[ConfigT], None],
     config: ConfigT | str | Path | None,
     settings: dict[str, Any],
-    *,
-    recipes: Path,
 ) -> ConfigT:
     """Run `work(config)` in the caller's process, as `run_command` does for a command line, and return the configuration it ran with.
 
     Afterwards torch's number of threads and accelerate's state are what they were before.
 
     Args:
-        config: a configuration, a YAML file, the name of a file of `recipes`, or None for `settings` alone.
+        config: a configuration, a YAML file, the name of a shipped recipe, or None for `settings` alone.
         settings: settings laid on it, as nested dicts or by dotted key.
 
     Raises:
@@ -120,7 +117,7 @@ def call_command(
     """
     import torch
 
-    resolved = _resolved(config_type, config, settings, recipes)
+    resolved = _resolved(config_type, config, settings)
     threads, on_child = torch.get_num_threads(), signal.getsignal(signal.SIGCHLD)
     try:
         with _own_accelerate_state(), libraries_told_apart(verbose=resolved.verbose):
@@ -138,9 +135,7 @@ def call_command(
     return resolved
 
 
-def _resolved(
-    config_type: type[ConfigT], config: ConfigT | str | Path | None, settings: dict[str, Any], recipes: Path
-) -> ConfigT:
+def _resolved(config_type: type[ConfigT], config: ConfigT | str | Path | None, settings: dict[str, Any]) -> ConfigT:
     over: dict[str, Any] = {}
     for key, value in settings.items():
         inner = _plain(value)
@@ -151,7 +146,7 @@ def _resolved(
     if isinstance(config, config_type):
         below = config.model_dump()
     elif isinstance(config, str | Path):
-        config = recipe_file(config, recipes)
+        config = recipe_file(config, config_type.recipes)
         below = read_recipe(config, config_type.alternatives)
     elif config is not None:
         raise TypeError(f"expected a {config_type.__name__}, a YAML file or None, got {type(config).__name__}")
@@ -170,20 +165,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def recipe_file(name: str | Path, recipes: Path, others: Sequence[str] = ()) -> Path:
-    """Return the YAML file that `name` is, or that has this name in the folder `recipes`.
-
-    Raises UserError where there is neither, with the nearest name of these files and of `others`, names that the caller knows.
-    """
-    file, shipped = Path(name), recipes / f"{name}.yaml"
-    if file.is_file():
-        return file
-    if not shipped.is_file():
-        known = [*others, *sorted(recipe.stem for recipe in recipes.glob("*.yaml"))]
-        raise UserError(f"{name}: no such file, and no recipe of this name{did_you_mean(str(name), known)}")
-    return shipped
 
 
 @contextlib.contextmanager

@@ -4,14 +4,13 @@ Flags are generated from the pydantic models by pydantic-settings; environment v
 unknown key or flag is an error that names the nearest known one. This module does not import torch, so that `--help` and the runner stay fast.
 """
 
-import difflib
 import json
 import os
 import re
 import sys
 import typing
 from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
@@ -29,8 +28,9 @@ from pydantic_settings import (
 from ssld.shared.config.bounds import Processes
 from ssld.shared.config.help import HelpAction, models_in, settings_help
 from ssld.shared.config.plain_values import PlainValues
-from ssld.shared.config.yaml_files import Alternatives, merge, read_recipe, without_others
+from ssld.shared.config.yaml_files import Alternatives, merge, read_recipe, recipe_file, without_others
 from ssld.shared.errors import UserError
+from ssld.shared.wording import did_you_mean
 
 # Settings that do not change a run's identity: where it writes, how fast it runs, what it logs.
 NOT_IDENTITY = frozenset(
@@ -114,6 +114,10 @@ class CommandConfig(PlainValues, BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)
 
+    recipes: ClassVar[Path | None] = None
+    """folder of the shipped recipes of this command, which --config takes by name"""
+    other_names: ClassVar[Mapping[str, str]] = {}
+    """keys by the names that other programs have for them, for suggestions"""
     alternatives: ClassVar[Alternatives] = ()
     """groups of keys that exclude each other; one on the command line replaces another of the file"""
     may_change: ClassVar[frozenset[str]] = frozenset()
@@ -156,7 +160,8 @@ class Parser(ArgumentParser):
         unknown = next((word for word in message.split() if word.startswith("--")), None)
         if message.startswith("unrecognized arguments") and unknown:
             flag = unknown.split("=")[0]
-            raise UserError(f"{flag}: unknown flag{did_you_mean(flag, known)}")
+            key = self.config_type.other_names.get(flag.removeprefix("--")) if self.config_type else None
+            raise UserError(f"{flag}: unknown flag{did_you_mean(f'--{key}' if key else flag, known)}")
         if message.startswith("the following arguments are required"):
             self.print_usage(sys.stderr)
         raise UserError(message)
@@ -165,8 +170,8 @@ class Parser(ArgumentParser):
 def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: str) -> ConfigT:
     """Parse a command line to a configuration.
 
-    `--config FILE` and its bases come first, flags on top; `--print-config` prints the result as YAML and exits. Raises UserError with one line per
-    wrong key.
+    `--config FILE` (or the name of a shipped recipe) and its bases come first, flags on top; `--print-config` prints the result as YAML and exits.
+    Raises UserError with one line per wrong key.
     """
     bare = not argv
     argv = _with_paths(config_type, _with_values(config_type, [underscored(word) for word in argv]))
@@ -185,12 +190,13 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
             f"--{name}: is a group or list of settings: give --{name}.KEY VALUE, or the whole as JSON"
         ) from None
     known, _ = parser.parse_known_args(list(argv))
-    values = read_recipe(known.config, config_type.alternatives) if known.config else {}
+    file = recipe_file(known.config, config_type.recipes) if known.config else None
+    values = read_recipe(file, config_type.alternatives) if file else {}
     values = without_others(values, config_type.alternatives, flags)
     if bare and any(field.is_required() for field in config_type.model_fields.values()):
         print(settings_help(parser, config_type, needed_alone=True), file=sys.stderr)
-    config = validate(config_type, values, source=str(known.config or "command line"), flags=flags)
-    config._recipe = known.config
+    config = validate(config_type, values, source=str(file or "command line"), flags=flags)
+    config._recipe = file
     if known.print_config:
         print(dump_yaml(config), end="")
         raise SystemExit(0)
@@ -215,7 +221,8 @@ def _bare_parser(config_type: type[CommandConfig], program: str) -> Parser:
     parser = Parser(prog=program, description=config_type.__doc__, allow_abbrev=False, add_help=False)
     parser.config_type = config_type
     parser.add_argument("-h", "--help", action=HelpAction)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings; flags override it")
+    what = "YAML file, or name of a shipped recipe (ssld recipes)," if config_type.recipes else "YAML file"
+    parser.add_argument("--config", type=Path, metavar="FILE", help=f"{what} with settings; flags override it")
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and exit")
     return parser
 
@@ -384,22 +391,6 @@ def launched_number(name: str, default: int) -> int:
     if not text.isascii() or not text.isdecimal() or len(text) > 9:
         raise UserError(f"{name}={text}: {_LAUNCHER}")
     return int(text)
-
-
-_MOST_KNOWN = 24
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """Return the end of an error line about an unknown word: the nearest known word, or a list of known words."""
-    longer = [
-        name for name in known if name.startswith(f"{word}_")
-    ]  # `samples` is nearer to `samples_per_image` than to `sampling`
-    inner = [name for name in known if name.endswith(f".{word.lstrip('-')}")]  # `--lr` is `--optim.lr`
-    near = longer[:1] or inner[:1] or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    more = f" and {len(known) - _MOST_KNOWN} more" if len(known) > _MOST_KNOWN else ""
-    return f"; known: {', '.join(sorted(known)[:_MOST_KNOWN])}{more}"
 
 
 _WORDS = {  # pydantic's kinds of mistakes in ours; its own words otherwise

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from ssld.shared.errors import UserError
+from ssld.shared.wording import did_you_mean
 
 Alternatives = Sequence[Sequence[str]]
 """groups of dotted keys that exclude each other"""
@@ -130,6 +131,25 @@ def _odd_keys(value: Any, before: str = "") -> Iterator[str]:
 def _spelt(key: Any) -> str:
     """Spell a key as YAML does: null, true, 3."""
     return json.dumps(key, default=str)
+
+
+def recipe_file(name: str | Path, recipes: Path | None, others: Sequence[str] = ()) -> Path:
+    """Return the YAML file at the path `name`, or the one of this name in `recipes`, the folder of a command's shipped recipes.
+
+    Raises UserError where there is neither, with the nearest name of these recipes and of `others`, names that the caller knows.
+    """
+    file = Path(name)
+    if recipes is None or file.is_file():
+        return file
+    shipped = {recipe.stem: recipe for recipe in sorted(recipes.glob("*.yaml"))}
+    if str(name) in shipped:
+        return shipped[str(name)]
+    hint = did_you_mean(file.stem, [*others, *shipped])
+    if file.suffix or len(file.parts) > 1:  # a path, which reading refuses, unless a recipe has nearly its name
+        if file.exists() or hint.startswith("; known"):
+            return file
+        raise UserError(f"{name}: no such file{hint}")
+    raise UserError(f"{name}: no such file, and no recipe of this name{hint}")
 
 
 def read_recipe(path: Path, alternatives: Alternatives = (), deeper: int = 2) -> dict[str, Any]:

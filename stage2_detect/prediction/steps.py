@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ssld.shared.config.settings import did_you_mean
 from ssld.shared.distributed.processes import DTYPES
 from ssld.shared.errors import UserError
 from ssld.shared.tally import Tally
-from ssld.shared.wording import count
+from ssld.shared.wording import count, did_you_mean
 from ssld.stage2_detect.data.coco import CocoImage, Id
 from ssld.stage2_detect.data.coco_json import ORIENTATION_KEY, read_table, result_rows
 from ssld.stage2_detect.data.image_files import ImageFiles, find_images, records_of

@@ -9,13 +9,12 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
-from ssld.shared.config.command import recipe_file
 from ssld.shared.config.settings import validate
-from ssld.shared.config.yaml_files import merge, read_recipe
+from ssld.shared.config.yaml_files import merge, read_recipe, recipe_file
 from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import body_args, create_body, input_settings, licence, network_args
 from ssld.shared.models.references import parse_reference
-from ssld.stage2_detect.config import ResizeConfig
+from ssld.stage2_detect.config import RECIPES, ResizeConfig
 from ssld.stage2_detect.data.coco import CocoData
 from ssld.stage2_detect.detector_file import save_detector
 from ssld.stage2_detect.model_config import DetectorConfig
@@ -131,8 +130,7 @@ def build_detector(
     if recipe in KINDS:
         values: dict[str, Any] = {"model": {"kind": recipe}}
     else:
-        recipes = Path(__file__).resolve().parents[1] / "configs"
-        values = read_recipe(recipe_file(recipe, recipes, KINDS))
+        values = read_recipe(recipe_file(recipe, RECIPES, KINDS))
     model = merge(values.get("model") or {}, settings)
     config = validate(DetectorConfig, model, source=f"model of {recipe}")
     resize = validate(ResizeConfig, values.get("resize") or {}, source=f"resize of {recipe}")

@@ -79,6 +79,7 @@ def test_evaluate_and_export_go_by_the_file(
         (["export"], "error: usage: ssld export --model FILE ...; the settings are those of stage1"),
         (["evaluate", "--model", "nowhere.safetensors"], "error: nowhere.safetensors: no such file"),
         (["inspect"], "error: usage: ssld inspect FILE_OR_FOLDER"),
+        (["recipes", "gfl"], "error: usage: ssld recipes"),
         (["completion"], "error: usage: ssld completion bash|zsh"),
         (["completion", "fish"], "error: ssld completion fish: expected bash or zsh"),
         (["inspect", "nowhere.safetensors"], "error: nowhere.safetensors: no such file"),
@@ -126,7 +127,27 @@ def test_help_has_a_line_for_each_command(capsys: pytest.CaptureFixture[str]) ->
     lines = capsys.readouterr().out.splitlines()
     for name, (_, text) in COMMANDS.items():
         assert any(line.startswith(f"  {name} ") and line.endswith(f" {text}") for line in lines), name
+
+
+def test_without_a_command_each_step_of_the_first_hour_is_a_line_that_its_command_accepts(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main([]) == 2
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("       ssld ")]
+    assert [line.split()[1] for line in lines] == ["doctor", "init", "run", "report", "predict"]
+    by_command = dict(parsers())
+    for _, name, *words in map(str.split, lines):
+        by_command[name].parse_args(words)
+    assert lines == [line for _, line in cli.FIRST_HOUR]
+
+
+def test_help_imports_neither_torch_nor_pydantic() -> None:
+    code = (
+        "import sys; from ssld.pipelines.cli import main; main(['--help']); main([]); "
+        "sys.exit(' '.join({'torch', 'pydantic', 'numpy', 'yaml', 'timm'} & sys.modules.keys()) or 0)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_every_command_is_in_one_group() -> None:
@@ -175,7 +196,7 @@ def test_completion(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 def test_completion_knows_the_flags_that_commands_take() -> None:
     """Every command with settings is listed, with exactly the flags of its parser."""
     known = {name for name, _ in parsers()}
-    assert known | {"inspect", "completion"} == set(COMMANDS)
+    assert known | {"inspect", "completion", "recipes"} == set(COMMANDS)
     train = next(parser for name, parser in parsers() if name == "train")
     assert "--model.rpn.anchor_sizes" in train._option_string_actions
 
@@ -185,7 +206,7 @@ def test_every_entry_has_a_main(module: str) -> None:
     assert callable(importlib.import_module(module).main)
 
 
-@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"doctor"}))  # which looks at the machine, then
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"doctor", "recipes"}))  # which need nothing
 def test_a_bare_command_says_what_it_needs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name]) == 2
     err = capsys.readouterr().err

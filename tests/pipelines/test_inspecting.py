@@ -1,6 +1,8 @@
 """`ssld inspect` on files of this project: kind, licence of the teacher, numbers, and no unused settings."""
 
 import json
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from ssld.pipelines.config import PipelineConfig, StageConfig
 from ssld.pipelines.inspecting import KNOWN, inspect_text
@@ -162,7 +165,9 @@ def test_exported_networks(tmp_path: Path) -> None:
         assert "cc-by-nc-4.0" in text
 
 
-@pytest.mark.parametrize("name", ["x.onnx", "x.pt2", "x.parquet", "x.safetensors", "folder", "gone.onnx"])
+@pytest.mark.parametrize(
+    "name", ["x.onnx", "x.pt2", "x.parquet", "x.safetensors", "x.json", "x.JPG", "folder", "gone.onnx"]
+)
 def test_refusals(name: str, tmp_path: Path) -> None:
     if name == "folder":
         (tmp_path / name).mkdir()
@@ -174,7 +179,7 @@ def test_refusals(name: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.yaml", "metrics.jsonl", "a.txt", "folder"])
+@pytest.mark.parametrize("name", ["a.yaml", "metrics.jsonl", "a.txt", "folder"])
 def test_what_is_known_is_said(name: str, tmp_path: Path) -> None:
     """Text files need no command to be read."""
     path = tmp_path / name
@@ -254,3 +259,61 @@ def test_records_of_another_form_are_a_line_or_shown(file: str, tmp_path: Path) 
             refused += str(error).splitlines()
     assert 0 < len(refused) < 2 * len(changed)
     assert all(line.startswith(str(tmp_path)) for line in refused)
+
+
+def facts_of(path: Path) -> dict[str, str]:
+    return {line[2:20].strip(): line[20:].strip() for line in inspect_text(path).splitlines()[1:]}
+
+
+def test_annotations_and_detections_are_counted(tmp_path: Path) -> None:
+    images = [{"id": n, "file_name": f"{n}.jpg", "width": 640 + n, "height": 480} for n in range(4)]
+    objects: list[dict[str, Any]] = [
+        {"id": n, "image_id": n % 3, "category_id": 7 if n < 5 else 2, "bbox": [1, 2, 3, 4], "iscrowd": int(n == 0)}
+        for n in range(6)
+    ]
+    objects[1]["segmentation"] = [[0, 0, 4, 0, 4, 4]]
+    categories = [{"id": 7, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 9, "name": "ox"}]
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps({"images": images, "annotations": objects, "categories": categories}))
+    assert inspect_text(file).splitlines()[0] == f"{file}: COCO annotations"
+    text = " ".join(inspect_text(file).split())
+    for expected in (
+        "images 4, 1 of them without objects",
+        "sizes 4, from 640 x 480 to 643 x 480",
+        "objects 6 with masks 1 crowds 1",
+        "classes 3, 1 of them without objects",
+        "cat 5 dog 1",
+    ):
+        assert expected in text
+    found = [{"image_id": n, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 0.25 * (n + 1)} for n in range(3)]
+    file.write_text(json.dumps(found))
+    assert inspect_text(file).splitlines()[0] == f"{file}: COCO detections"
+    assert facts_of(file)["scores"] == "0.25 to 0.75"
+    for content in ("{}", "[]", "[1]", '{"images": 3}', '[{"image_id": 1, "score": null}]', "[" * 100_000):
+        file.write_text(content)
+        with pytest.raises(UserError, match=r"train\.json: "):
+            inspect_text(file)
+
+
+def test_an_image_says_how_it_is_turned(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
+    facts = facts_of(tmp_path / "a.jpg")
+    assert (facts["format"], facts["size"], facts["mode"]) == ("JPEG", "30 x 20 px, as stored", "RGB")
+    assert facts["EXIF orientation"] == "6, turned or mirrored when shown"
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:40])
+    with pytest.raises(UserError, match=r"a\.jpg: not a readable image"):
+        inspect_text(tmp_path / "a.jpg")
+
+
+def test_json_and_images_are_read_without_torch(tmp_path: Path) -> None:
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "a.json").write_text('{"images": [], "categories": []}')
+    code = (
+        "import sys; from ssld.pipelines.cli import main; codes = [main(['inspect', file]) for file in sys.argv[1:]]; "
+        "sys.exit(10 * any(codes) + ('torch' in sys.modules))"
+    )
+    files = [str(tmp_path / "a.png"), str(tmp_path / "a.json")]
+    ended = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr

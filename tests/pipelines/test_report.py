@@ -120,7 +120,7 @@ def test_status_of_every_stage(html: str) -> None:
 def test_settings_and_machine(html: str) -> None:
     text = Page(html).text
     assert "name: <b>&amp;" in text  # shown as it stands, not as markup
-    assert "fake_stage.py --steps 100" in text
+    assert "ssld distill --steps 100" in text
     assert "some machine" in text
     assert "torch 2.15.0" in text
     assert "hotcoco" not in text

@@ -16,7 +16,6 @@ from ssld.pipelines.runner.plan import erase
 from ssld.pipelines.runner.stages import ROOT, build_stages, read_pipeline
 from ssld.stage1_ssld.config import DistillConfig
 
-FAKE = Path(__file__).with_name("fake_stage.py")
 CHAIN = ["data", "teacher", "student", "baseline", "ap"]
 
 
@@ -41,7 +40,7 @@ def test_runs_in_order_and_prints_the_table(
     assert started == CHAIN
     assert (file.parent / "runs/student/out.txt").read_text() == "dts"
     out = capfd.readouterr().out
-    assert f"[2/5] teacher: python {FAKE} --source {file.parent}/runs/data/out.txt --text t" in out
+    assert f"[2/5] teacher: ssld teach --source {file.parent}/runs/data/out.txt --text t" in out
     assert [line.split() for line in out.splitlines() if line.startswith(("SSLD", "backbone"))] == [
         ["backbone", "top-1", "agreement", "detector", "AP", "AP50"],
         ["SSLD", "70.0", "75.0", "25.7", "50.0"],
@@ -188,7 +187,7 @@ def test_dry_run_does_nothing(finished: Path, started: list[str], capfd: Any) ->
     assert f"would delete {finished.parent}/runs/student" in lines
     assert "[1/5] data: done, skipped" in lines
     assert "[3/5] student: new" in lines
-    assert lines[lines.index("[3/5] student: new") + 1].startswith(f"    python {FAKE} --source ")
+    assert lines[lines.index("[3/5] student: new") + 1].startswith("    ssld distill --source ")
 
 
 def test_dry_run_of_a_new_pipeline_writes_nothing(write_pipeline: Any, chain: dict[str, Any], fake_kinds: None) -> None:
@@ -201,7 +200,7 @@ def test_shipped_quickstart_prints_its_commands(capfd: Any, tmp_path: Path, monk
     monkeypatch.chdir(ROOT)
     assert main(["pipelines/quickstart.yaml", "--dry-run", "--output", str(tmp_path / "q")]) == 0
     out = capfd.readouterr().out
-    assert "python stage1_ssld/distill.py --config stage1_ssld/configs/toy_student.yaml --teacher.model " in out
+    assert "ssld distill --config stage1_ssld/configs/toy_student.yaml --teacher.model " in out
     assert len(re.findall(r"\d+ steps of \d+ images; disk unknown", out)) == 6
     line = r"11 stages in .*: unknown time; --estimate measures it; 6 stages of unknown size; data sets not counted"
     assert re.search(line, out)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from ssld.shared.files import file_sha256
@@ -23,7 +25,10 @@ Settings = dict[str, Any]
 Arguments = Callable[..., list[str]]
 Call = Callable[..., int]
 
-RECORDS = {".lock", "config.yaml", "curves.png", "environment.json", "log.txt", "metrics.jsonl", "result.json"}
+RECORDS = {
+    *{".lock", "batches.jpg", "config.yaml", "curves.png", "environment.json", "log.txt", "metrics.jsonl"},
+    "result.json",
+}
 
 
 def checkpoint(step: int, *extra: str) -> set[str]:
@@ -38,12 +43,28 @@ def without(settings: Settings, group: str, key: str) -> Settings:
 # ---- what the commands write
 
 
+def test_a_resumed_run_keeps_its_sheet_of_images(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path
+) -> None:
+    assert call(distill, arguments(distill_settings)) == 0
+    run = tmp_path / "run"
+    for path in (run / "result.json", run / "student.safetensors"):
+        path.unlink()
+    shutil.rmtree(run / "checkpoints/step_00000006")
+    (run / "batches.jpg").write_bytes(b"that of the first start")
+    assert call(distill, arguments(distill_settings)) == 0
+    assert "step 6/6" in (run / "log.txt").read_text()
+    assert (run / "batches.jpg").read_bytes() == b"that of the first start"
+
+
 def test_distill_writes_exactly_these_files(
     arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, files_below: Any, metrics_of: Any
 ) -> None:
     assert call(distill, arguments(distill_settings)) == 0
     run = tmp_path / "run"
     assert files_below(run) == RECORDS | checkpoint(4) | checkpoint(6) | {"student.safetensors"}
+    with Image.open(run / "batches.jpg") as sheet:  # 8 views of 32 px, enlarged, in two rows of four
+        assert sheet.size == (4 * (160 + 6) - 6, 2 * (160 + 18 + 6) - 6)
     result = json.loads((run / "result.json").read_text())
     assert result["outputs"] == {"student.safetensors": file_sha256(run / "student.safetensors")}
     assert result["metrics"]["steps"] == 6
@@ -155,7 +176,7 @@ def test_teach_then_evaluate(
     file = str(run / "teacher.safetensors")
     argv = ["--model", file, "--data.path", str(tiny.val), "--output", str(tmp_path / "eval"), "--threads", "1"]
     assert call(evaluate, [*argv, "--workers", "0", "--batch_size", "4", "--teacher.model", file]) == 0
-    assert files_below(tmp_path / "eval") == RECORDS - {"metrics.jsonl", "curves.png"}
+    assert files_below(tmp_path / "eval") == RECORDS - {"batches.jpg", "metrics.jsonl", "curves.png"}
     metrics = json.loads((tmp_path / "eval" / "result.json").read_text())["metrics"]
     assert metrics["top1"] == metrics["teacher_top1"] == trained["top1"]
     assert metrics["agreement"] == 1

@@ -85,7 +85,7 @@ def test_a_teacher_a_student_and_its_resumption(
     assert call(train.main, arguments(settings, "whole")) == 0
     run = tmp_path / "whole"
     parts = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS", "COMPLETE")
-    plain = {".lock", "config.yaml", "environment.json", "log.txt", "metrics.jsonl", "result.json"}
+    plain = {".lock", "batches.jpg", "config.yaml", "environment.json", "log.txt", "metrics.jsonl", "result.json"}
     checkpoints = {f"checkpoints/step_{step:08d}/{name}" for step in (4, 6) for name in parts}
     left = {name for name in files_below(run) if not name.startswith("pictures/")}
     assert left == plain | checkpoints | {"detector.safetensors", "analysis.json"}

@@ -203,6 +203,8 @@ def test_pictures_that_would_share_files_are_refused(user_error: Error, predict_
         (["--tile", "8"], "tile"),
         (["--overlap", "1"], "overlap"),
         (["--images", ""], "images: names no image, folder or list"),
+        (["--source", "photos"], "--source: unknown flag; did you mean '--images'?"),
+        (["--imgsz=640"], "--imgsz: unknown flag; did you mean '--short_side'?"),
     ],
 )
 def test_settings_that_do_not_fit(user_error: Error, predict_line: Any, flags: list[str], message: str) -> None:

@@ -41,6 +41,23 @@ def drawn_images_of(run: Path) -> set[str]:
     return {"pictures/index.json", *(f"pictures/{entry[side]}" for entry in index for side in ("truth", "found"))}
 
 
+def test_a_resumed_run_keeps_its_sheet_of_images(
+    train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path, backbone_file: Path
+) -> None:
+    settings = train_settings | {"backbone": str(backbone_file)}
+    assert call(train.main, arguments(settings)) == 0
+    run = tmp_path / "run"
+    with Image.open(run / "batches.jpg") as sheet:
+        assert min(sheet.size) > 480  # at least two rows of drawn scenes
+    for path in (run / "result.json", run / "detector.safetensors"):
+        path.unlink()
+    shutil.rmtree(run / "checkpoints/step_00000006")
+    (run / "batches.jpg").write_bytes(b"that of the first start")
+    assert call(train.main, arguments(settings)) == 0
+    assert (run / "log.txt").read_text().count("step 6: evaluating") == 2
+    assert (run / "batches.jpg").read_bytes() == b"that of the first start"
+
+
 def test_writes_exactly_these_files_and_the_detector_evaluates(
     train_settings: Settings,
     arguments: Arguments,
@@ -57,6 +74,7 @@ def test_writes_exactly_these_files_and_the_detector_evaluates(
     checkpoint = {"model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS", "COMPLETE"}
     assert files_below(run) == {
         ".lock",
+        "batches.jpg",
         "config.yaml",
         "environment.json",
         "log.txt",

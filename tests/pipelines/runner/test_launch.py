@@ -1,5 +1,6 @@
 """A stage as a process: command line, output, failures and signals."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from ssld.pipelines import cli
 from ssld.pipelines.run import main
 from ssld.pipelines.runner import launch
 from ssld.pipelines.runner.launch import Outcome, Signals, command_line, run_stage
-from ssld.pipelines.runner.stages import ROOT, Stage, build_stages, read_pipeline
+from ssld.pipelines.runner.stages import ROOT, Stage, build_stages, find_pipeline, read_pipeline
 
 FAKE = Path(__file__).parents[1] / "fake_stage.py"
 
@@ -34,12 +36,41 @@ def test_command_lines_for_several_processes(
     assert command_line(stage)[:7] == expected
 
 
-def test_script_paths_from_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    stage = one_stage(ROOT / "pipelines/quickstart.yaml", 1)
-    monkeypatch.chdir(ROOT)
-    assert command_line(stage)[:2] == ["python", "stage1_ssld/teach.py"]
+def test_command_lines_from_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One process is the sub-command of `ssld`, in any folder; the script of several processes is found from there."""
     monkeypatch.chdir(tmp_path)
-    assert command_line(stage)[:2] == ["python", str(ROOT / "stage1_ssld/teach.py")]
+    stage = one_stage(ROOT / "pipelines/quickstart.yaml", 1)
+    line = command_line(stage)
+    assert line[:4] == ["ssld", "teach", "--config", str(ROOT / "stage1_ssld/configs/toy_teacher.yaml")]
+    monkeypatch.setattr(launch, "_has_cuda", lambda: False)
+    several = command_line(dataclasses.replace(stage, processes=2))
+    assert several[6] == str(ROOT / "stage1_ssld/teach.py")
+
+
+def test_every_line_is_a_sub_command_with_the_settings_of_its_stage(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The line of each stage of every shipped pipeline, given to `ssld`, calls the entry of that stage with its arguments."""
+    monkeypatch.chdir(tmp_path)
+    calls: list[tuple[str, list[str]]] = []
+
+    def stand_in(module: str, argv: list[str]) -> int:
+        calls.append((module, argv))
+        return 0
+
+    monkeypatch.setattr("ssld.pipelines.cli._main_of", stand_in)
+    monkeypatch.setattr("ssld.pipelines.cli._script", lambda name, argv: f"by the kind of the file: {name}")
+    for name in ("quickstart", "sad_toy"):
+        file = find_pipeline(name)
+        for stage in build_stages(read_pipeline(file), file, output=tmp_path / "runs"):
+            line = command_line(stage)
+            assert line[0] == "ssld"
+            assert cli.main(line[1:]) == 0
+            module, argv = calls.pop()
+            script = (
+                "stage2_detect/evaluate.py" if module.endswith(": evaluate") else f"{module[5:].replace('.', '/')}.py"
+            )
+            assert (script, argv) == (stage.kind.script, list(stage.arguments))
 
 
 def run_one(file: Path) -> tuple[Outcome, str]:
@@ -53,7 +84,7 @@ def run_one(file: Path) -> tuple[Outcome, str]:
 def test_output_is_passed_through_and_kept(fake_kinds: None, write_pipeline: Any, capfd: Any) -> None:
     outcome, console = run_one(write_pipeline({"a": {"command": "teach", "set": {"text": "x y"}}}))
     assert outcome == Outcome(0)
-    assert console.startswith(f"$ python {FAKE} --text 'x y' --output ")
+    assert console.startswith("$ ssld teach --text 'x y' --output ")
     assert console.endswith("working in a\n")
     assert "working in a\n" in capfd.readouterr().out
 

@@ -19,6 +19,7 @@ from ssld.shared.config.settings import (
     dump_yaml,
     identity,
     parse_config,
+    settings_parser,
 )
 from ssld.shared.config.yaml_files import merge, read_yaml
 from ssld.shared.errors import UserError
@@ -410,3 +411,28 @@ def test_known_names_are_not_cut_short() -> None:
 def test_a_longer_name_that_begins_alike_is_nearest() -> None:
     assert did_you_mean("samples", ["sampling", "samples_per_image"]) == "; did you mean 'samples_per_image'?"
     assert did_you_mean("sampels", ["sampling", "samples"]) == "; did you mean 'samples'?"
+
+
+def test_a_recipe_is_found_by_its_name_in_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A file of the current folder comes first; a name that is neither is refused with the nearest one."""
+    recipes = tmp_path / "shipped"
+    recipes.mkdir()
+    (recipes / "small_net.yaml").write_text("workers: 3\n")
+    (recipes / "large_net.yaml").write_text("base: small_net.yaml\nsteps: 7\n")
+    monkeypatch.setattr(Settings, "recipes", recipes)
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(Settings, ["--config", "large_net", "--output", "x"], program="run.py")
+    assert (config.workers, config.steps, config.recipe) == (3, 7, recipes / "large_net.yaml")
+    (tmp_path / "large_net").write_text("steps: 9\n")
+    assert parse_config(Settings, ["--config", "large_net", "--output", "x"], program="run.py").steps == 9
+    for name, message in (
+        ("smal_net", "smal_net: no such file, and no recipe of this name; did you mean 'small_net'?"),
+        ("zebra", "zebra: no such file, and no recipe of this name; known: large_net, small_net"),
+        ("small_net.yaml", "small_net.yaml: no such file; did you mean 'small_net'?"),
+        ("other/zebra.yaml", "other/zebra.yaml: No such file or directory"),
+    ):
+        with pytest.raises(UserError) as error:
+            parse_config(Settings, ["--config", name, "--output", "x"], program="run.py")
+        assert str(error.value) == message
+    for kind, text in ((Settings, "name of a shipped recipe"), (CommandConfig, "YAML file with settings")):
+        assert text in " ".join(settings_parser(kind, "run.py").format_help().split())
