@@ -6,14 +6,14 @@ called one by one. Deliberately absent: BatchNorm before a convolution or a line
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ssld.shared.distributed.precision import full_float32
 
 _DIFFERENCE = 1e-3  # largest difference that folding may make, as a share of the largest output
 
@@ -48,7 +48,7 @@ def fold_batchnorm(net: nn.Module, example: Tensor, *, opaque: tuple[type[nn.Mod
         example: on the network's device.
         opaque: types of modules that are not traced into.
     """
-    with torch.no_grad(), warnings.catch_warnings(), _full_float32():
+    with torch.no_grad(), warnings.catch_warnings(), full_float32():
         warnings.simplefilter("ignore")  # tracing warns of what it skips
         try:
             return _folded(net, example, opaque)
@@ -57,21 +57,6 @@ def fold_batchnorm(net: nn.Module, example: Tensor, *, opaque: tuple[type[nn.Mod
         ) as error:  # of tracing: control flow that depends on values, or on the modules that were replaced
             why = " ".join(str(error).split())[:200]
             return Folded(net, 0, f"the network cannot be traced or run folded ({type(error).__name__}: {why})")
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """Inside, convolutions and matrix products of float32 tensors run in float32, not in TF32 or bf16."""
-    backends: Any = torch.backends
-    groups = (backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul)
-    before = [group.fp32_precision for group in groups]
-    try:
-        for group in groups:
-            group.fp32_precision = "ieee"
-        yield
-    finally:
-        for group, precision in zip(groups, before, strict=True):
-            group.fp32_precision = precision
 
 
 def _folded(net: nn.Module, example: Tensor, opaque: tuple[type[nn.Module], ...]) -> Folded:

@@ -75,9 +75,9 @@ class Encoder:
         """Pooled features [B,D] float32. Raises UserError if any is NaN or infinite."""
         mixed = self._dtype != torch.float32
         with torch.no_grad(), torch.autocast(self._device.type, self._dtype, enabled=mixed):
-            embedding_BD = embed(self._classifier, pixels_BCHW)
+            embedding_BD = embed(self._classifier, pixels_BCHW).cpu()
         self._refuse_nan(embedding_BD, "try precision: fp32" if mixed else _DAMAGED)
-        return embedding_BD.cpu().numpy()
+        return embedding_BD.numpy()
 
     def save(self, path: Path, weight_KD: np.ndarray, bias_K: np.ndarray, **facts: Any) -> str:
         """Write the teacher file: this network with a linear layer of K classes, `prototype 0` to `prototype K-1`. Returns its content hash."""

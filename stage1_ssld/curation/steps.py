@@ -174,13 +174,16 @@ class _Teacher:
             return np.empty(0, np.int32), np.empty(0, np.float32)
         with self._teacher.running_statistics():
             logits = self._teacher(to_device(piece.pixels_BCHW, self._device))
-        score, best = logits.softmax(-1).max(-1)
-        if not bool(torch.isfinite(score).all()):
+        score_B, class_B = logits.float().softmax(-1).max(-1)
+        # Both in one copy, the scores as the bits of their float32.
+        class_N, bits_N = torch.stack((class_B.int(), score_B.view(torch.int32))).cpu().numpy()
+        score_N = bits_N.view(np.float32)
+        if not np.isfinite(score_N).all():
             raise UserError(
                 f"teacher.model: {self._reference}: gives NaN for {piece.keys[0]} or one of the next {len(piece.keys)} images; "
                 "try precision: fp32"
             )
-        return best.cpu().numpy().astype(np.int32), score.cpu().numpy()
+        return class_N, score_N
 
     def embeddings(self, piece: Piece) -> np.ndarray:
         """Embeddings of a piece, whose images were all readable in the first pass."""

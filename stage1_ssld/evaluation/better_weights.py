@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssld.shared.distributed.precision import full_float32
 from ssld.shared.distributed.processes import to_device
 from ssld.shared.models.backbones import Classifier
 from ssld.shared.models.teacher import Teacher, embed
@@ -111,7 +112,9 @@ def nearest_images(embeddings_ND: Tensor) -> Tensor:
     """Nearest other images of each image by cosine similarity: [N, min(`NEIGHBOURS`, N - 1)]."""
     unit_ND = F.normalize(embeddings_ND, dim=1)
     count = min(NEIGHBOURS, max(0, len(unit_ND) - 1))
-    return (unit_ND @ unit_ND.T).fill_diagonal_(-2).topk(count, dim=1).indices
+    with full_float32():
+        cosines_NN = unit_ND @ unit_ND.T
+    return cosines_NN.fill_diagonal_(-2).topk(count, dim=1).indices
 
 
 def neighbours_in_common(one: Tensor, other: Tensor) -> float:

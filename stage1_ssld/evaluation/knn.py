@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssld.shared.distributed.precision import full_float32
 from ssld.shared.distributed.processes import to_device
 from ssld.shared.distributed.ranks import gather_lists, world_size
 from ssld.stage1_ssld.data.batch import NO_LABEL, Batch
@@ -60,7 +61,9 @@ def knn_accuracy(
     for bank_BD, bank_labels_B, bank_places_B in _embedded(embed, bank, device, first, step, on_unreadable):
         for start in range(0, count, _CHUNK):
             rows = slice(start, start + _CHUNK)
-            largest, places = _largest(queries_QD[rows] @ bank_BD.T, neighbours)
+            with full_float32():  # TF32 would change the order of near neighbours
+                cosines = queries_QD[rows] @ bank_BD.T
+            largest, places = _largest(cosines, neighbours)
             cosines_Qk[rows], places_Qk[rows], classes_Qk[rows] = _nearest(
                 torch.cat([cosines_Qk[rows], largest], 1),
                 torch.cat([places_Qk[rows], bank_places_B[places]], 1),

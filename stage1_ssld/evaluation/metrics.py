@@ -48,21 +48,13 @@ def evaluate(
             logits = student(pixels).float()
         teacher_logits = teacher(pixels) if teacher else None
         known = labels != NO_LABEL
+        images = known.new_full((), len(labels), dtype=torch.int64)  # filled on the device; new_tensor would copy there
         row = [known.sum(), *_top(logits, labels, known)]
         if teacher_logits is None:
-            row += (
-                [known.new_zeros(())] * 2
-                + [known.new_tensor(len(labels), dtype=torch.int64)]
-                + [known.new_zeros(())] * 2
-            )
+            row += [known.new_zeros(())] * 2 + [images] + [known.new_zeros(())] * 2
         else:
             same = (logits.argmax(-1) == teacher_logits.argmax(-1)).sum()
-            row += [
-                *_top(teacher_logits, labels, known),
-                known.new_tensor(len(labels), dtype=torch.int64),
-                same,
-                kl(logits, teacher_logits),
-            ]
+            row += [*_top(teacher_logits, labels, known), images, same, kl(logits, teacher_logits)]
         sums += torch.stack([for_sums(value) for value in row])
     total = dict(zip(_NAMES, total_over_ranks(sums).tolist(), strict=True))
     result: dict[str, float] = {"images": int(total["images"])}

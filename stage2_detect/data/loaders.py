@@ -44,7 +44,7 @@ class BatchLoader(Generic[Batch]):
         requests: arguments of `make`. Requests, batches and `make` itself are pickled for the workers.
         workers: number of worker processes; 0: the calling process.
 
-    Batches are in pinned memory if there is a GPU.
+    Batches are in pinned memory if the process uses a CUDA device (`pins_memory`).
     """
 
     def __init__(self, make: Callable[[Any], Batch], requests: Iterable[Any], workers: int = 0) -> None:

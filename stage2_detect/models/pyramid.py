@@ -42,9 +42,19 @@ class P6P7(ExtraFPNBlock):
 
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         """Append P6 and P7 to P3..P5."""
-        p6 = self.p6(x[-1] if self.p6_from == "c5" else results[-1])
-        p7 = self.p7(F.relu(p6) if self.relu_before_p7 else p6)
+        p6 = self.p6(self._padded(x[-1] if self.p6_from == "c5" else results[-1]))
+        p7 = self.p7(self._padded(F.relu(p6) if self.relu_before_p7 else p6))
         return [*results, p6, p7], [*names, "p6", "p7"]
+
+    def _padded(self, maps_BCHW: Tensor) -> Tensor:
+        """Pad a map of one cell in training by a row and a column of zeros, which changes neither the result nor the gradient.
+
+        On a CPU, torch (oneDNN) returns uninitialized memory in the gradient of a bf16 kernel of stride 2 whose input has one cell: the taps that
+        no pixel reaches are not written.
+        """
+        if self.training and maps_BCHW.shape[-2:] == (1, 1):
+            return F.pad(maps_BCHW, (0, 1, 0, 1))
+        return maps_BCHW
 
 
 class TimmPyramid(nn.Module):

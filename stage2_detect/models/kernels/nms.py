@@ -12,6 +12,7 @@ Shapes: B rows, N boxes per row.
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.ops import nms
@@ -28,7 +29,7 @@ def nms_masks(
 
     Args:
         boxes_BN4: float32, of each batch.
-        scores_BN: the higher of two overlapping boxes is kept, of equal ones the first.
+        scores_BN: finite; the higher of two overlapping boxes is kept, of equal ones the first.
         valid_BN: bool; boxes that are not valid are neither kept nor drop others.
         iou: overlap above which the worse box is dropped.
 
@@ -57,8 +58,9 @@ def _in_rounds(
     """Run NMS of all rows in rounds, see the module."""
     orders_BN = [ranked.argsort(dim=1, descending=True, stable=True) for ranked in ranked_BN]
     sorted_BN4 = [boxes.take(batch, order) for batch, order in zip(boxes_BN4, orders_BN, strict=True)]
+    threshold = _rounded_down(iou)
     # [B, better, worse]: only a better box drops a worse one.
-    drops_BNN = [(boxes.pairwise_iou(batch, batch) > iou).triu_(1) for batch in sorted_BN4]
+    drops_BNN = [(boxes.pairwise_iou(batch, batch) > threshold).triu_(1) for batch in sorted_BN4]
     allowed_BN = [valid.gather(1, order) for valid, order in zip(valid_BN, orders_BN, strict=True)]
     kept_BN, settled = allowed_BN, False
     while not settled:
@@ -71,3 +73,13 @@ def _in_rounds(
         unchanged = [(before == kept).all() for before, kept in zip(before_BN, kept_BN, strict=True)]
         settled = bool(torch.stack(unchanged).all())  # the one wait: how long the chains are follows from values
     return [torch.zeros_like(kept).scatter(1, order, kept) for kept, order in zip(kept_BN, orders_BN, strict=True)]
+
+
+def _rounded_down(iou: float) -> float:
+    """Return the largest float32 number that is at most `iou`.
+
+    The kernel of the CPU compares in float64, but torch rounds a number to the type of the tensor that it is compared with: an IoU
+    of exactly 3/5 is above 0.6 there, and would not be here.
+    """
+    nearest = np.float32(iou)
+    return float(nearest if float(nearest) <= iou else np.nextafter(nearest, np.float32(-np.inf)))

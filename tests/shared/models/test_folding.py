@@ -11,6 +11,7 @@ from torch import nn
 
 from ssld.shared.models import folding
 from ssld.shared.models.folding import fold_batchnorm
+from tests.tf32 import to_tf32
 
 
 def lived_in(net: Any) -> Any:
@@ -144,11 +145,6 @@ BACKENDS: Any = torch.backends
 PRECISIONS = (BACKENDS.cudnn.conv, BACKENDS.cuda.matmul, BACKENDS.mkldnn.conv, BACKENDS.mkldnn.matmul)
 
 
-def to_tf32(tensor: torch.Tensor) -> torch.Tensor:
-    """float32 rounded to the 10 bits of a mantissa that TF32 has."""
-    return ((tensor.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-
-
 @pytest.fixture
 def tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Convolutions as on a GPU of Ampere or later: operands in TF32, unless it is switched off."""
@@ -170,6 +166,7 @@ def test_rounding_of_tf32() -> None:
 
 def test_tf32_does_not_decide(tf32: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its rounding is larger than what folding may change; so the comparison runs without it, and switches it back afterwards."""
+    torch.manual_seed(0)
     net = lived_in(timm.create_model("resnet50d", num_classes=5))
     before = [group.fp32_precision for group in PRECISIONS]
     assert before[0] == "tf32"
@@ -177,7 +174,7 @@ def test_tf32_does_not_decide(tf32: None, monkeypatch: pytest.MonkeyPatch) -> No
     assert count > 50
     assert not reason
     assert [group.fp32_precision for group in PRECISIONS] == before
-    monkeypatch.setattr(folding, "_full_float32", contextlib.nullcontext)
+    monkeypatch.setattr(folding, "full_float32", contextlib.nullcontext)
     same, count, reason = fold_batchnorm(net, noise(64))
     assert same is net
     assert count == 0
@@ -188,7 +185,7 @@ def test_precision_comes_back_after_an_error() -> None:
     before = [group.fp32_precision for group in PRECISIONS]
 
     def fail() -> None:
-        with folding._full_float32():
+        with folding.full_float32():
             assert {group.fp32_precision for group in PRECISIONS} == {"ieee"}
             raise ValueError("inside")
 

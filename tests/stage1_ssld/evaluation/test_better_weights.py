@@ -19,6 +19,7 @@ from ssld.stage1_ssld.data.batch import Batch
 from ssld.stage1_ssld.distill import main as distill
 from ssld.stage1_ssld.evaluation import better_weights
 from ssld.stage1_ssld.evaluation.better_weights import choose_weights, nearest_images, neighbours_in_common, weights
+from tests.tf32 import MatrixProductsInTF32
 
 IMAGES = 60
 
@@ -50,6 +51,15 @@ def teacher(tmp_path: Path) -> FrozenTeacher:
 
 def copied(net: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+
+def test_tf32_does_not_decide_about_neighbours() -> None:
+    """Eleven images whose cosines with the first differ by less than the rounding of TF32; the farthest stands first and is none of ten."""
+    angles = 0.5 + 1e-5 * torch.tensor([11.0, *range(1, 11)], dtype=torch.float64)
+    angles = torch.cat((torch.zeros(1, dtype=torch.float64), angles))
+    embeddings_ND = torch.stack((angles.cos(), angles.sin()), dim=1).float()
+    with MatrixProductsInTF32():
+        assert nearest_images(embeddings_ND)[0].tolist() == list(range(2, 12))
 
 
 def test_neighbours_against_numpy() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ssld.stage1_ssld.data.batch import Batch
 from ssld.stage1_ssld.evaluate import main
 from ssld.stage1_ssld.evaluation.knn import knn_accuracy, vote
+from tests.tf32 import MatrixProductsInTF32
 
 CPU = torch.device("cpu")
 
@@ -199,3 +200,15 @@ def test_unlabeled_rows_of_a_named_source_stay_unlabeled() -> None:
 
     source: Any = SimpleNamespace(labels=[1, -1, 0], class_names=["a", "b"], path="here", unlabeled_because=None)
     assert match_classes(source, ["b", "a"], 2, "model") == [0, -1, 1]
+
+
+def test_tf32_does_not_decide_which_image_is_nearest() -> None:
+    """The nearer of two images is nearer by less than the rounding of TF32; of equal cosines the other one, the first, would win."""
+    angles = np.array([0, 0.50001, 0.5])
+    table = np.stack((np.cos(angles), np.sin(angles)), axis=1).astype(np.float32)
+    queries, bank = batches(np.array([1]), 1), batches(np.array([0, 1]), 2, offset=1)
+    with MatrixProductsInTF32() as products:
+        torch.eye(2) @ torch.eye(2)  # the embedding network's own products stay in TF32
+        result = knn_accuracy(lookup(table), queries, bank, neighbours=1, classes=2, device=CPU)
+    assert result == {"knn_top1": 1.0}
+    assert products.rounded == 1

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssld.shared.errors import UserError
 from ssld.stage2_detect.models.freezing import ConstantBatchNorm2d, stage_of_parameter
-from ssld.stage2_detect.models.pyramid import TimmPyramid
+from ssld.stage2_detect.models.pyramid import P6P7, TimmPyramid
 
 SMALL_SWIN = {
     "embed_dim": 16,
@@ -43,6 +43,29 @@ def test_levels_have_their_strides_and_every_parameter_a_gradient(name: str, opt
     sum(m.square().mean() for m in maps).backward()
     without = [n for n, p in pyramid.named_parameters() if p.grad is None]
     assert not without
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_gradients_of_the_coarsest_levels_in_bf16(size: int) -> None:
+    """Of a map of one cell, too, where torch's own kernel leaves parts of the gradient as the memory was: here NaN, of tensors before."""
+    torch.manual_seed(0)
+    extra = P6P7(16, 16, p6_from="p5", relu_before_p7=False)
+    maps = torch.randn(4, 16, size, size)
+
+    def gradients(dtype: torch.dtype) -> list[Tensor]:
+        extra.zero_grad()
+        lengths = (1152, 2304, 4608, 9216) * 8
+        used = [torch.full((length,), torch.nan, dtype=kind) for length in lengths for kind in (dtype, torch.float32)]
+        del used
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            (_, p6, p7), _ = extra([maps], [maps], ["p5"])
+        assert p7.shape[-2:] == (1, 1)
+        (p6.float().sum() + p7.float().sum()).backward()
+        return [parameter.grad.clone() for parameter in extra.parameters() if parameter.grad is not None]
+
+    expected = gradients(torch.float32)
+    for _ in range(10):
+        torch.testing.assert_close(gradients(torch.bfloat16), expected, rtol=0.05, atol=0.1)
 
 
 def test_stages_of_a_resnet_are_its_layers() -> None:

@@ -23,11 +23,11 @@ def clusters(B: int, N: int, seed: int) -> Tensor:
     return torch.cat((center - half, center + half), dim=-1).clamp(min=0)
 
 
-def by_row(boxes_BN4: Tensor, scores_BN: Tensor, valid_BN: Tensor) -> list[list[int]]:
+def by_row(boxes_BN4: Tensor, scores_BN: Tensor, valid_BN: Tensor, iou: float = IOU) -> list[list[int]]:
     kept = []
     for boxes_N4, scores_N, valid_N in zip(boxes_BN4, scores_BN, valid_BN, strict=True):
         index = valid_N.nonzero()[:, 0]
-        kept.append(sorted(index[ops.nms(boxes_N4[index], scores_N[index], IOU)].tolist()))
+        kept.append(sorted(index[ops.nms(boxes_N4[index], scores_N[index], iou)].tolist()))
     return kept
 
 
@@ -64,6 +64,45 @@ def test_a_chain_longer_than_the_rounds(way: str) -> None:
     scores_N = torch.linspace(1, 0, count)
     kept_N = nms_masks([boxes_N4[None]], [scores_N[None]], [torch.ones(1, count, dtype=torch.bool)], IOU)[0][0]
     assert kept_N.tolist() == [place % 2 == 0 for place in range(count)]
+
+
+@pytest.mark.parametrize("iou", [0.1, 0.3, 0.5, 0.6, 0.7, 0.8])
+def test_overlaps_equal_to_the_threshold_and_equal_scores(way: str, iou: float) -> None:
+    """Boxes on a small grid: many overlap by exactly a tenth, a half or three fifths, which float32 rounds up or down."""
+    draw = torch.Generator().manual_seed(5)
+    corners = torch.randint(0, 6, (40, 30, 2), generator=draw)
+    boxes_BN4 = torch.cat((corners, corners + torch.randint(1, 11, (40, 30, 2), generator=draw)), dim=-1).float()
+    scores_BN = torch.randint(0, 8, (40, 30), generator=draw).float()
+    valid_BN = torch.rand(40, 30, generator=draw) > 0.2
+    overlaps = torch.stack([ops.box_iou(boxes_N4, boxes_N4) for boxes_N4 in boxes_BN4])
+    assert (overlaps == torch.tensor(iou)).sum() > 20
+    (mask,) = nms_masks([boxes_BN4], [scores_BN], [valid_BN], iou)
+    assert [row.nonzero()[:, 0].tolist() for row in mask] == by_row(boxes_BN4, scores_BN, valid_BN, iou)
+
+
+def test_a_long_chain_among_other_boxes_and_rows(way: str) -> None:
+    """One row needs as many rounds as it has boxes, in another order than theirs; the others need few."""
+    count = 3 * nms._ROUNDS + 1
+    left = 4.0 * torch.arange(count)  # each overlaps the next two
+    chain_N4 = torch.stack((left, torch.zeros(count), left + 20, torch.full((count,), 10.0)), dim=1)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(2))
+    boxes_BN4 = torch.stack((chain_N4[order], *clusters(2, count, seed=9)))
+    scores_BN = torch.stack((-order.float(), *torch.rand(2, count, generator=torch.Generator().manual_seed(3))))
+    valid_BN = torch.ones(3, count, dtype=torch.bool)
+    valid_BN[0, order == 1] = False
+    (mask,) = nms_masks([boxes_BN4], [scores_BN], [valid_BN], 0.4)
+    assert [row.nonzero()[:, 0].tolist() for row in mask] == by_row(boxes_BN4, scores_BN, valid_BN, 0.4)
+
+
+def test_boxes_that_are_none_drop_nothing(way: str) -> None:
+    """Sides in the wrong order, NaN and infinity, as a diverged network gives them."""
+    nan, inf = float("nan"), float("inf")
+    bad = [[9.0, 9, 0, 0], [9, 0, 0, 9], [nan, 0, 9, 9], [0, 0, 9, nan], [-inf, -inf, inf, inf], [0, 0, inf, inf]]
+    boxes_N4 = torch.tensor([*bad, [0, 0, 9, 9], [0, 0, 9, 8], *bad])
+    batch = boxes_N4[None], torch.linspace(1, 0, len(boxes_N4))[None], torch.ones(1, len(boxes_N4), dtype=torch.bool)
+    (mask,) = nms_masks([batch[0]], [batch[1]], [batch[2]], IOU)
+    assert [row.nonzero()[:, 0].tolist() for row in mask] == by_row(*batch)
+    assert not mask[0, len(bad) + 1]
 
 
 def test_boxes_without_area_are_kept(way: str) -> None:
