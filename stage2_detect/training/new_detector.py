@@ -122,7 +122,7 @@ def build_detector(
     """
     names = tuple(f"class {number}" for number in range(classes)) if isinstance(classes, int) else tuple(classes)
     if (
-        isinstance(classes, str)
+        isinstance(classes, str | bool)
         or not names
         or len(set(names)) < len(names)
         or not all(isinstance(n, str) for n in names)
@@ -134,6 +134,6 @@ def build_detector(
         recipes = Path(__file__).resolve().parents[1] / "configs"
         values = read_recipe(recipe_file(recipe, recipes, KINDS))
     model = merge(values.get("model") or {}, settings)
-    config = validate(DetectorConfig, model, source=f"model of {recipe}")
+    config = validate(DetectorConfig, model, source=f"model of {recipe}", call=True)
     resize = validate(ResizeConfig, values.get("resize") or {}, source=f"resize of {recipe}")
     return NewDetector(str(backbone), arch, config=config, resize=resize, class_names=names)
