@@ -24,8 +24,8 @@ HEAD = """# Python functions
 line that the command prints. Each is imported at its first use, so `import ssld` itself does not load torch. Letters at the end of a name are the
 tensor's axes: `boxes_N4` has the shape [N, 4].
 
-Type checkers do not follow the import hook of `pip install -e .`: outside the clone mypy takes every name for `Any`. Set
-`MYPYPATH=/path/to/the/clone`, or in Pyright and VS Code `extraPaths: ["/path/to/the/clone"]`.
+Type checkers do not follow the import hook of `pip install -e .`: outside the clone mypy takes every name for `Any`. Run
+`MYPYPATH=/path/to/the/clone mypy --follow-imports=silent FILE`, or set `extraPaths: ["/path/to/the/clone"]` for Pyright and VS Code.
 
 This page is written by `python docs/make_api_page.py` from the docstrings.
 """
