@@ -20,13 +20,16 @@ from ssld.stage2_detect.training.new_detector import NewDetector
 PAGE = Path(__file__).resolve().parent / "api.md"
 HEAD = """# Python functions
 
-`import ssld` gives five functions. They run the code of the commands in the calling process; a mistake raises `UserError`, whose text is the
+`import ssld` gives six functions. They run the code of the commands in the calling process; a mistake raises `UserError`, whose text is the
 line that the command prints. Each is imported at its first use, so `import ssld` itself does not load torch. Letters at the end of a name are the
 tensor's axes: `boxes_N4` has the shape [N, 4].
 
+Type checkers do not follow the import hook of `pip install -e .`: outside the clone mypy takes every name for `Any`. Run
+`MYPYPATH=/path/to/the/clone mypy --follow-imports=silent FILE`, or set `extraPaths: ["/path/to/the/clone"]` for Pyright and VS Code.
+
 This page is written by `python docs/make_api_page.py` from the docstrings.
 """
-FUNCTIONS = ("load_detector", "build_detector", "train", "distill", "load_backbone")
+FUNCTIONS = ("load_detector", "build_detector", "train", "distill", "register_loss", "load_backbone")
 RESULTS: tuple[tuple[type, tuple[str, ...]], ...] = (
     (LoadedDetector, ("predict",)),
     (ImageDetections, ("draw",)),

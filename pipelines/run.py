@@ -95,7 +95,7 @@ def _run(argv: list[str]) -> int:
 
 def _run_stages(plan: list[Planned], record: Record | None, output: Path) -> int:
     """Run the stages of a plan that are not done, then print the table; without a record, print no table."""
-    started = time.monotonic()
+    started, ran = time.monotonic(), False
     with Signals() as signals:
         for number, planned in enumerate(plan, 1):
             stage, label = planned.stage, f"[{number}/{len(plan)}] {planned.stage.name}"
@@ -107,7 +107,7 @@ def _run_stages(plan: list[Planned], record: Record | None, output: Path) -> int
             if signals.received:
                 return STOPPED
             say(f"{label}: {shlex.join(command_line(stage))}")
-            begun = time.monotonic()
+            begun, ran = time.monotonic(), True
             outcome = run_stage(stage, output / LOGS / f"{stage.name}.txt", signals)
             if outcome.code == STOPPED or (signals.received and number < len(plan)):
                 say(f"stage {stage.name}: stopped; the same command resumes it", sys.stderr)
@@ -121,15 +121,15 @@ def _run_stages(plan: list[Planned], record: Record | None, output: Path) -> int
         return 0
     if record.pipeline.table:
         say(f"\n{table_text(record.pipeline.table, output, smoke=record.smoke)}\n")
-    say(_closing_line(plan, time.monotonic() - started))
+    say(_closing_line(plan, time.monotonic() - started, measured=ran))
     return 0
 
 
-def _closing_line(plan: list[Planned], seconds: float) -> str:
-    """Return the line on time and memory; the stages' records include those finished in earlier runs."""
+def _closing_line(plan: list[Planned], seconds: float, *, measured: bool) -> str:
+    """Return the line on time and, if a stage ran (`measured`), memory; the stages' records include those finished in earlier runs."""
     recorded = sum((read_result(planned.stage.run) or {}).get("seconds", 0) for planned in plan)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    memory = f"; largest process {peak:.1f} GB" if peak else ""
+    memory = f"; largest process {peak:.1f} GB" if measured else ""
     return f"{count(len(plan), 'stage')}: {recorded / 60:.1f} min of work, {seconds / 60:.1f} min in this run{memory}"
 
 

@@ -3,8 +3,8 @@
 The folders of the repository are parts of this package: `ssld.shared`, `ssld.stage1_ssld`, `ssld.stage2_detect`, `ssld.pipelines`. They are
 linked here, so that the installation uses one name.
 
-From Python, `ssld.distill`, `ssld.train`, `ssld.load_backbone`, `ssld.build_detector` and `ssld.load_detector` (docs/api.md) are imported at their
-first use, so that `import ssld` and the command's `--help` do not wait for torch.
+From Python, `ssld.distill`, `ssld.register_loss`, `ssld.train`, `ssld.load_backbone`, `ssld.build_detector` and `ssld.load_detector` (docs/api.md)
+are imported at their first use, so that `import ssld` and the command's `--help` do not wait for torch.
 """
 
 import sys
@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ssld.shared.models.backbones import load_backbone
+    from ssld.stage1_ssld.data_config import register_loss
     from ssld.stage1_ssld.distill import distill_student as distill
     from ssld.stage2_detect.detector_file import load_detector
     from ssld.stage2_detect.train import train_detector as train
     from ssld.stage2_detect.training.new_detector import build_detector
 
-__all__ = ["build_detector", "distill", "load_backbone", "load_detector", "train"]
+__all__ = ["build_detector", "distill", "load_backbone", "load_detector", "register_loss", "train"]
 
 _HERE = Path(__file__).resolve().parent
 
@@ -52,6 +53,7 @@ _FUNCTIONS = {
     "distill": ("ssld.stage1_ssld.distill", "distill_student"),
     "load_backbone": ("ssld.shared.models.backbones", "load_backbone"),
     "load_detector": ("ssld.stage2_detect.detector_file", "load_detector"),
+    "register_loss": ("ssld.stage1_ssld.data_config", "register_loss"),
     "train": ("ssld.stage2_detect.train", "train_detector"),
 }
 

@@ -266,10 +266,17 @@ LOSSES: dict[str, Loss] = {
 def register_loss(
     name: str, function: Callable[..., Any], *, compares: Literal["logits", "pooled", "spatial"] = "logits"
 ) -> None:
-    """Make a loss of one's own available to `losses` by its name, in this process. Call it before the settings are parsed, on every rank.
+    """Make your own loss available to `losses` by its name, in this process. Call it before the settings are parsed, on every rank.
+
+        def reverse_kl(student, teacher):
+            log_s, log_t = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
+            return (log_s.exp() * (log_s - log_t)).sum()
+
+        ssld.register_loss("reverse_kl", reverse_kl)
+        ssld.distill("resnet50d", losses=[{"name": "reverse_kl"}], **settings)
 
     Args:
-        name: how `losses` names it.
+        name: name of the loss in `losses`.
         function: (student, teacher) -> scalar tensor, the sum over the images of the batch (the loop divides by the global batch). Both arguments
             are [B,K] logits, or [B,D] and [B,N,D] features where `compares` says so. If it has parameters `temperature` or `beta`, they are set
             from the settings of the term.

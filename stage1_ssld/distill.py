@@ -62,7 +62,7 @@ def distill_student(config: DistillConfig | str | Path | None = None, **settings
 
     Args:
         config: a YAML file, the name of a recipe in `stage1_ssld/configs`, a `DistillConfig`, or None for `settings` alone.
-        **settings: settings laid on it, named as in the YAML file: nested dicts, or dotted keys as in `**{"optim.lr": 0.01}`.
+        **settings: settings that override `config`, named as in the YAML file: nested dicts, or dotted keys as in `**{"optim.lr": 0.01}`.
 
     Returns:
         `metrics` (with evaluation images `agreement`, with labels `top1`, in 0..1), `outputs` (files and their sha256), `config`, `inputs`,

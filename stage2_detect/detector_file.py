@@ -35,7 +35,7 @@ class LoadedDetector:
     resize: ResizeConfig
     metadata: dict[str, Any]
     notes: list[str] = field(default_factory=list)
-    """lines for the log on what `fast` could not speed up"""
+    """one line per part of the network whose BatchNorm `predict` could not fold into the convolutions"""
 
     @cached_property
     def fast(self) -> Detector:
@@ -100,7 +100,23 @@ def settings_of(metadata: dict[str, Any], key: str, kind: type[Settings], path: 
 
 
 def load_detector(path: str | Path) -> LoadedDetector:
-    """Read a detector file. Raises UserError for any other file."""
+    """Load a detector file for prediction.
+
+        detector = ssld.load_detector("runs/detector/detector.safetensors")
+        for name, score, box in detector.predict(["photo.jpg"])[0]:
+            print(name, score, box)
+
+    Args:
+        path: the `detector.safetensors` of a training, or a file written by `NewDetector.save`.
+
+    Returns:
+        The detector on the CPU, in evaluation mode, with its class names and image sizes.
+
+    Raises:
+        UserError: no such file, or no detector file.
+    """
+    if not isinstance(path, str | Path):
+        raise UserError(f"load_detector: expected the path of a detector file, got {type(path).__name__}")
     path = Path(path)
     metadata = read_metadata(path, kind="detector")
     if metadata.get("kind") != "detector":

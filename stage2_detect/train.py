@@ -49,7 +49,7 @@ def train_detector(config: TrainConfig | str | Path | None = None, **settings: A
 
     Args:
         config: a YAML file, the name of a recipe in `stage2_detect/configs`, a `TrainConfig`, or None for `settings` alone.
-        **settings: settings laid on it, named as in the YAML file: nested dicts, or dotted keys as in `**{"optim.lr": 0.01}`.
+        **settings: settings that override `config`, named as in the YAML file: nested dicts, or dotted keys as in `**{"optim.lr": 0.01}`.
 
     Returns:
         `metrics` (with evaluation images `AP` and others, in 0..1), `outputs` (files and their sha256), `config`, `inputs`, `read`, `seconds`.

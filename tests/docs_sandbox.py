@@ -44,7 +44,13 @@ TINY: dict[str, dict[str, str]] = {
     "stage1_ssld/curate.py": _HERE | {"batch_size": "8", "keep": "2"},
     "stage1_ssld/write_soft_labels.py": _HERE | {"batch_size": "8", "data.image_size": "32", "top": "2"},
     "stage1_ssld/evaluate.py": _HERE | {"batch_size": "8"},
-    "stage1_ssld/export.py": _HERE | {"batch_size": "4", "check_images": "4", "formats": "torch"},
+    "stage1_ssld/export.py": {
+        "threads": "1",
+        "workers": "0",
+        "batch_size": "4",
+        "check_images": "4",
+        "formats": "torch",
+    },
     "stage2_detect/train.py": _TRAINING
     | _SIDES
     | _RCNN

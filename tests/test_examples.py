@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ssld.shared.run_dir import read_result
-from ssld.stage1_ssld import data_config
+from ssld.stage1_ssld import data_config, distill
 from ssld.stage2_detect.detector_file import load_detector
 from tests.conftest import TinyData
 from tests.docs_sandbox import ROOT, save_random_detector, write_coco
@@ -105,7 +105,8 @@ def test_distill_own_loss(
 ) -> None:
     monkeypatch.setattr(data_config, "LOSSES", dict(data_config.LOSSES))  # the script adds one for the whole process
     words = ["--images", str(tiny.train), "--teacher", str(teacher_file), "--student", "random:test_convnext"]
-    small: dict[str, Any] = {"steps": 2, "batch_size": 8, "workers": 0, "threads": 1, "device": "cpu", "log_every": 1}
+    small: dict[str, Any] = {"steps": 2, "train_epochs": None, "batch_size": 8, "workers": 0, "threads": 1}
+    small |= {"device": "cpu", "log_every": 1}
     small |= {"precision": "fp32", "channels_last": False, "data.image_size": 32}
     result = main_of("distill_own_loss")([*words, "--output", str(tmp_path / "run")], **small)
     terms = [(term["name"], term["weight"]) for term in result["config"]["losses"]]
@@ -113,6 +114,17 @@ def test_distill_own_loss(
     for line in metrics_of(tmp_path / "run"):
         assert line["reverse_kl"] > 0
         assert line["loss"] == pytest.approx(line["symmetric_kl"] + 0.5 * line["reverse_kl"], rel=1e-4)
+
+
+def test_distill_own_loss_as_documented(tiny: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command of the script's first lines, without other settings: only the training itself is left out."""
+    monkeypatch.setattr(data_config, "LOSSES", dict(data_config.LOSSES))
+    given: dict[str, Any] = {}
+
+    monkeypatch.setattr(distill, "distill", lambda config: given.update(config=config))
+    words = ["--images", str(tiny.train), "--teacher", "timm:resnet50d", "--student", "random:resnet18d"]
+    main_of("distill_own_loss")([*words, "--output", str(tmp_path / "run")])
+    assert (given["config"].batch_size, given["config"].train_epochs) == (64, 100)
 
 
 def test_the_own_loss_is_what_it_says() -> None:

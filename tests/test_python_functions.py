@@ -1,4 +1,4 @@
-"""`import ssld`: five functions, imported at their first use, that run the same code as the commands."""
+"""`import ssld`: functions, imported at their first use, that run the same code as the commands."""
 
 import inspect
 import subprocess
@@ -151,3 +151,11 @@ def test_a_backbone_brings_its_normalisation(teacher_file: Path, tmp_path: Path)
 def test_a_backbone_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file or folder"):
         ssld.load_backbone(tmp_path / "student.safetensors")
+
+
+def test_another_type_than_a_path_is_named() -> None:
+    number: Any = 3
+    with pytest.raises(UserError, match=r"^load_backbone: expected a model reference as text, or a path, got int$"):
+        ssld.load_backbone(number)
+    with pytest.raises(UserError, match=r"^load_detector: expected the path of a detector file, got int$"):
+        ssld.load_detector(number)

@@ -109,7 +109,7 @@ def call_command(
 
     Args:
         config: a configuration, a YAML file, the name of a shipped recipe, or None for `settings` alone.
-        settings: settings laid on it, as nested dicts or by dotted key.
+        settings: settings that override it, as nested dicts or by dotted key.
 
     Raises:
         UserError: a mistake the user can fix; also where the command would end with exit code 2 for memory or disk that ran out.
@@ -153,7 +153,7 @@ def _resolved(config_type: type[ConfigT], config: ConfigT | str | Path | None, s
     values = merge(without_others(below, config_type.alternatives, over), over)
     file = config if isinstance(config, Path) else None
     parts = [*([str(file)] if file else []), *(["the given settings"] if over or not file else [])]
-    resolved = validate(config_type, values, source=" with ".join(parts))
+    resolved = validate(config_type, values, source=" with ".join(parts), call=True)
     resolved._recipe = file
     return resolved
 

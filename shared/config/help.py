@@ -14,6 +14,7 @@ import typing
 from collections.abc import Iterator, Sequence
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from ssld.shared.errors import UserError
 
@@ -65,27 +66,29 @@ def settings_help(
             )
             hint = f"did you mean {near[0]!r}?" if near else f"groups: {', '.join(groups)}"
             raise UserError(f"--help {group}: no such group of settings; {hint}")
-        _section(formatter, f"{group}: {groups.get(group, ('', 0))[0]}".rstrip(": "), keys, by_key)
+        _section(formatter, f"{group}: {groups.get(group, ('', 0))[0]}".rstrip(": "), keys, by_key, config_type)
+        _elements(formatter, keys, config_type)
         return formatter.format_help()
     formatter.add_text(f"usage: {parser.prog} [--config FILE] [--KEY VALUE ...]")
     formatter.add_text(parser.description)
     if group == "all":
-        _section(formatter, "settings", [key for key in by_key if "." not in key], by_key)
+        _section(formatter, "settings", [key for key in by_key if "." not in key], by_key, config_type)
         for name in groups:
             own = [key for key in by_key if key.rpartition(".")[0] == name]
-            _section(formatter, f"{name}: {groups[name][0]}".rstrip(": "), own, by_key)
+            _section(formatter, f"{name}: {groups[name][0]}".rstrip(": "), own, by_key, config_type)
+        _elements(formatter, list(by_key), config_type)
         return formatter.format_help()
     needed = [
         key for key, action in by_key.items() if "(required)" in (action.help or "") and _stands_alone(key, config_type)
     ]
-    _section(formatter, "required, in the YAML file or as flags", sorted(needed, key=_place), by_key)
+    _section(formatter, "required, in the YAML file or as flags", sorted(needed, key=_place), by_key, config_type)
     if needed_alone:
         formatter.add_text(f"{parser.prog} --help lists the other settings")
         return formatter.format_help()
     often = [key for key in COMMON if key in by_key and key not in needed]
-    _section(formatter, "set most often", often, by_key)
+    _section(formatter, "set most often", often, by_key, config_type)
     rest = [key for key in by_key if "." not in key and key not in needed and key not in often and key not in groups]
-    _section(formatter, "more", rest, by_key)
+    _section(formatter, "more", rest, by_key, config_type)
     text = formatter.format_help()
     top = {name: value for name, value in groups.items() if "." not in name}
     if top:
@@ -115,7 +118,11 @@ def choices_of(action: argparse.Action) -> list[str]:
 
 
 def _section(
-    formatter: argparse.HelpFormatter, title: str, keys: Sequence[str], by_key: dict[str, argparse.Action]
+    formatter: argparse.HelpFormatter,
+    title: str,
+    keys: Sequence[str],
+    by_key: dict[str, argparse.Action],
+    config_type: type[BaseModel] | None,
 ) -> None:
     if not keys:
         return
@@ -123,8 +130,48 @@ def _section(
     for key in keys:
         action = copy.copy(by_key[key])
         action.help = _NOISE.sub("", action.help or "")
+        field = _field(config_type, key)
+        if (
+            field is not None
+            and isinstance(field.default, list)
+            and any(isinstance(e, BaseModel) for e in field.default)
+        ):
+            # in place of the elements' repr
+            names = ", ".join(_short(element) for element in field.default)
+            action.help = f"{field.description} (default: [{names}])"
         formatter.add_argument(action)
     formatter.end_section()
+
+
+def _elements(formatter: argparse.HelpFormatter, keys: Sequence[str], config_type: type[BaseModel] | None) -> None:
+    """Add a section for each setting among `keys` that is a list of groups: the keys of one element."""
+    for key in keys:
+        field = _field(config_type, key)
+        if field is None or typing.get_origin(field.annotation) is not list:
+            continue
+        for model in models_in(field.annotation):
+            formatter.start_section(f"keys of one element of {key}")
+            for name, inner in model.model_fields.items():
+                about = inner.description or ""
+                if not inner.is_required() and inner.default is not None:
+                    about += f" (default: {str(inner.default).lower() if isinstance(inner.default, bool) else inner.default})"
+                formatter.add_argument(argparse.Action([name], name, nargs=0, help=about.replace("%", "%%")))
+            formatter.end_section()
+
+
+def _short(element: BaseModel) -> str:
+    """Write an element of a list in as few words as YAML takes: the value of its first key where the others have their defaults."""
+    values = element.model_dump(mode="json", exclude_defaults=True)
+    return str(next(iter(values.values()))) if len(values) == 1 else str(values)
+
+
+def _field(config_type: type[BaseModel] | None, key: str) -> FieldInfo | None:
+    """Return the field of a dotted key; None for a flag that is no setting, as --help."""
+    models, field = [config_type] if config_type else [], None
+    for part in key.split("."):
+        field = next((model.model_fields[part] for model in models if part in model.model_fields), None)
+        models = models_in(field.annotation) if field else []
+    return field
 
 
 def _place(key: str) -> int:

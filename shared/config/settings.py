@@ -11,6 +11,7 @@ import sys
 import typing
 from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
@@ -186,9 +187,9 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
         if field is None:
             raise UserError(f"command line: {' '.join(str(error).split())}") from None
         name = field[1]
-        raise UserError(
-            f"--{name}: is a group or list of settings: give --{name}.KEY VALUE, or the whole as JSON"
-        ) from None
+        needed = _needed(config_type, name.split("."))
+        key = f"{needed[0]} VALUE" if needed != [name] else f"{name}.KEY VALUE"
+        raise UserError(f"--{name}: is a group or list of settings: give --{key}, or the whole as JSON") from None
     known, _ = parser.parse_known_args(list(argv))
     file = recipe_file(known.config, config_type.recipes) if known.config else None
     values = read_recipe(file, config_type.alternatives) if file else {}
@@ -279,12 +280,17 @@ def _is_switch(model: type[BaseModel], path: Sequence[str]) -> bool:
 
 
 def validate(
-    config_type: type[ModelT], values: dict[str, Any], *, source: str, flags: dict[str, Any] | None = None
+    config_type: type[ModelT],
+    values: dict[str, Any],
+    *,
+    source: str,
+    flags: dict[str, Any] | None = None,
+    call: bool = False,
 ) -> ModelT:
     """Build a configuration from `values` with `flags` on top; raises UserError with one line per wrong key.
 
     A line begins with `source`, or with "command line" where it is `flags` that are wrong or that do not go with the values below them. A
-    misspelt key is named before the keys it leaves missing.
+    misspelt key is named before the keys it leaves missing. With `call`, a missing key is named as an argument of a Python call.
     """
     flags = flags or {}
     items = _faults(config_type, merge(values, flags))
@@ -295,7 +301,7 @@ def validate(
     for item in sorted(items, key=lambda item: bool(item["type"] == "missing")):
         inside = not isinstance(_at(flags, item["loc"]), dict | None)  # a flag's own value
         own = inside or (item["type"] != "missing" and (item["loc"], item["msg"]) not in below)
-        lines.append(f"{'command line' if own else source}: {_explain(config_type, item)}")
+        lines.append(f"{'command line' if own else source}: {_explain(config_type, item, call=call)}")
     raise UserError("\n".join(dict.fromkeys(lines)))
 
 
@@ -415,7 +421,7 @@ _WORDS = {  # pydantic's kinds of mistakes in ours; its own words otherwise
 }
 
 
-def _explain(config_type: type[BaseModel], item: Any) -> str:
+def _explain(config_type: type[BaseModel], item: Any, *, call: bool = False) -> str:
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
@@ -424,7 +430,12 @@ def _explain(config_type: type[BaseModel], item: Any) -> str:
             return f"{key}: unknown key{hint}"
         return f"{key}: unknown key{did_you_mean(location[-1], known)}"
     if item["type"] == "missing":
-        flags = ", ".join(f"--{name}" for name in _needed(config_type, item["loc"]))
+        needed = _needed(config_type, item["loc"])
+        if call:
+            arguments = reduce(merge, [_nested(tuple(name.split(".")), ...) for name in needed])
+            text = ", ".join(f"{name}={value!r}" for name, value in arguments.items()).replace("Ellipsis", "...")
+            return f"{key}: missing; give it in the YAML file or pass {text}"
+        flags = ", ".join(f"--{name}" for name in needed)
         return f"{key}: missing; give it in the YAML file or as {flags}"
     words = _WORDS.get(item["type"])
     limits = {name: _number(limit) for name, limit in item.get("ctx", {}).items()}

@@ -276,7 +276,7 @@ def load_backbone(reference: str | Path, *, arch: str | None = None, features_on
         transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
         logits = net(transform(image).unsqueeze(0))
 
-    The network takes normalised float images [B, 3, H, W]. Its `pretrained_cfg` has the mean, std, input size and interpolation of the file, and
+    The network takes normalized float images [B, 3, H, W]. Its `pretrained_cfg` has the mean, std, input size and interpolation of the file, and
     under `label_names` its class names, where the file has them.
 
     Args:
@@ -287,6 +287,8 @@ def load_backbone(reference: str | Path, *, arch: str | None = None, features_on
     Raises:
         UserError: no such model, or weights that do not fit the network; nothing is loaded in part.
     """
+    if not isinstance(reference, str | Path):
+        raise UserError(f"load_backbone: expected a model reference as text, or a path, got {type(reference).__name__}")
     parsed = parse_reference(str(reference), arch)
     if features_only:
         net = create_body(parsed)[0]

@@ -51,7 +51,12 @@ def pad_images(
 
 
 def pad_targets(objects: Sequence[tuple[np.ndarray, np.ndarray]], seeds: Sequence[int]) -> Targets:
-    """Pad (float32 boxes [N, 4], labels [N]) of each image to targets without masks; `seeds` are the images' sampling seeds."""
+    """Pad the objects of each image to targets without masks.
+
+    Args:
+        objects: per image float32 boxes [N, 4] as (x1, y1, x2, y2) in pixels of the batch, and int64 labels [N] in 0..K-1.
+        seeds: one integer per image, which decides which anchors and RoIs are sampled for the losses.
+    """
     most = max(len(labels) for _, labels in objects)
     boxes_BG4 = torch.zeros(len(objects), most, 4)
     labels_BG = torch.full((len(objects), most), -1, dtype=torch.int64)

@@ -121,7 +121,7 @@ def build_detector(
     """
     names = tuple(f"class {number}" for number in range(classes)) if isinstance(classes, int) else tuple(classes)
     if (
-        isinstance(classes, str)
+        isinstance(classes, str | bool)
         or not names
         or len(set(names)) < len(names)
         or not all(isinstance(n, str) for n in names)
@@ -132,6 +132,6 @@ def build_detector(
     else:
         values = read_recipe(recipe_file(recipe, RECIPES, KINDS))
     model = merge(values.get("model") or {}, settings)
-    config = validate(DetectorConfig, model, source=f"model of {recipe}")
+    config = validate(DetectorConfig, model, source=f"model of {recipe}", call=True)
     resize = validate(ResizeConfig, values.get("resize") or {}, source=f"resize of {recipe}")
     return NewDetector(str(backbone), arch, config=config, resize=resize, class_names=names)

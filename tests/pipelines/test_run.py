@@ -46,7 +46,8 @@ def test_runs_in_order_and_prints_the_table(
         ["SSLD", "70.0", "75.0", "25.7", "50.0"],
         ["SSLD", "-", "baseline", "+10.0", "+25.0", "-", "-"],
     ]
-    assert "5 stages: 0.0 min of work" in out
+    closing = next(line for line in out.splitlines() if line.startswith("5 stages: 0.0 min of work"))
+    assert re.search(r"; largest process \d+\.\d GB$", closing)
 
 
 def test_second_start_skips_everything(finished: Path, started: list[str], capfd: Any) -> None:
@@ -55,6 +56,7 @@ def test_second_start_skips_everything(finished: Path, started: list[str], capfd
     out = capfd.readouterr().out
     assert "[5/5] ap: finished earlier" in out
     assert "25.7" in out
+    assert "largest process" not in out  # none was started
 
 
 def test_model_files_go_by_their_content(started: list[str], write_pipeline: Any, tmp_path: Path, capfd: Any) -> None:

@@ -14,6 +14,7 @@ from ssld.shared.config.help import choices_of, flags_of, models_in, settings_he
 from ssld.shared.config.settings import CommandConfig, settings_parser
 from ssld.shared.errors import UserError
 from ssld.stage1_ssld.config import DistillConfig
+from ssld.stage1_ssld.data_config import LossConfig, SourceConfig
 from ssld.stage2_detect.config import EvaluateConfig, TrainConfig
 from ssld.stage2_detect.train import main
 
@@ -182,6 +183,23 @@ def test_help_of_a_group(capsys: pytest.CaptureFixture[str]) -> None:
         settings_help(settings_parser(TrainConfig, "x"), TrainConfig, "rpn")
     with pytest.raises(UserError, match="--help zebra: no such group of settings; groups: data, distill"):
         settings_help(settings_parser(TrainConfig, "x"), TrainConfig, "zebra")
+
+
+def test_help_of_a_list_of_groups_has_the_keys_of_an_element(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    parser = settings_parser(DistillConfig, "x")
+    for group in ("losses", "all"):
+        text = settings_help(parser, DistillConfig, group)
+        section = text.partition("keys of one element of losses:\n")[2].partition("\n\n")[0]
+        assert re.findall(r"^  (\w+) ", section, re.M) == list(LossConfig.model_fields)
+        assert "symmetric_kl, kl, soft_cross_entropy" in section
+        assert "(default: [symmetric_kl])" in " ".join(text.split())
+    sources = settings_help(parser, DistillConfig, "data.train")
+    assert re.findall(r"^  (\w+) ", sources, re.M) == list(SourceConfig.model_fields)
+    usual = settings_help(parser, DistillConfig)
+    assert "(default: [symmetric_kl])" in " ".join(usual.split())
+    assert "keys of one element" not in usual
+    assert "LossConfig(" not in usual
 
 
 def test_choices() -> None:

@@ -152,6 +152,15 @@ def test_merge_keys_are_yaml(tmp_path: Path) -> None:
         read_yaml(tmp_path / "m.yaml")
 
 
+def test_a_group_given_as_one_flag_names_the_flag_of_its_key(tmp_path: Path) -> None:
+    from ssld.stage1_ssld.config import DistillConfig
+
+    message = "--student: is a group or list of settings: give --student.model VALUE, or the whole as JSON"
+    with pytest.raises(UserError) as raised:
+        parse_config(DistillConfig, ["--student", "random:test_resnet"], program="distill.py")
+    assert str(raised.value) == message
+
+
 def test_what_a_group_needs_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A bare command prints its usage, and a group that is missing is told by the settings that it needs."""
     from ssld.stage2_detect.config import TrainConfig

@@ -93,6 +93,7 @@ def test_a_recipe_gives_the_architecture_of_the_command(
         ("faster_rcnnn", {}, "faster_rcnnn: no such file, and no recipe of this name; did you mean 'faster_rcnn'?"),
         ("gfl", {"freeze": 1}, "model of gfl: freeze: unknown key; did you mean 'freeze_stages'?"),
         ("gfl", {"classes": 0}, "classes: expected a number from 1 on, or a list of different names (given: 0)"),
+        ("gfl", {"classes": True}, "classes: expected a number from 1 on, or a list of different names (given: True)"),
         ("gfl", {"classes": ["a", "a"]}, "classes: expected"),
         ("gfl", {"classes": "cat"}, "classes: expected"),
         ("gfl", {"backbone": "nowhere.safetensors"}, "nowhere.safetensors: no such file or folder"),
@@ -115,3 +116,13 @@ def test_train_is_the_command(
     assert 0.0 <= result["metrics"]["AP"] <= result["metrics"]["AP50"] <= 1.0
     with pytest.raises(UserError, match=r"optim\.lrr: unknown key"):
         ssld.train("faster_rcnn", output=tmp_path / "other", **{"optim.lrr": 1})
+    with pytest.raises(UserError) as raised:
+        ssld.train(output=tmp_path / "other")
+    assert str(raised.value).splitlines() == [
+        f"the given settings: {key}: missing; give it in the YAML file or pass {argument}"
+        for key, argument in (
+            ("batch_size", "batch_size=..."),
+            ("data", "data={'train_annotations': ..., 'train_images': ...}"),
+            ("optim", "optim={'lr': ..., 'reference_batch': ...}"),
+        )
+    ]
