@@ -66,9 +66,9 @@ def says_nothing(name: str) -> bool:
 
 
 def kind_of(name: str) -> str:
-    """Describe the kind of a file that is left out, as the end of "3 files skipped: 3 ...": `of kind .txt`, `without a suffix`."""
+    """Describe the kind of a file that is left out, as the end of "3 files skipped: 3 ...": `with suffix .txt`, `without a suffix`."""
     suffix = os.path.splitext(name)[1].lower()
-    return f"of kind {suffix}" if re.fullmatch(r"\.\w{1,12}", suffix) else "without a suffix"
+    return f"with suffix {suffix}" if re.fullmatch(r"\.\w{1,12}", suffix) else "without a suffix"
 
 
 def list_images(

@@ -60,7 +60,7 @@ class Stage1Config(TrainingConfig):
     best_by: Literal["top1", "agreement"] | None = None
     """metric that selects the best weights and counts for `patience`; null: top1 with labels, agreement otherwise"""
     patience: Count | None = None
-    """number of evaluations in a row without improvement after which training stops; needs evaluate_every; null: never"""
+    """consecutive evaluations without improvement after which training stops; needs evaluate_every; null: never"""
 
     @model_validator(mode="after")
     def _patience_needs_evaluations(self) -> Self:
@@ -130,7 +130,7 @@ class DistillConfig(Stage1Config):
                 raise ValueError(f"losses: two terms compare {kind} features; keep one of them")
         if self.store is not None:
             raise ValueError(
-                f"store: holds soft labels, no features; remove {features[0]} from losses, or leave out store for a live teacher"
+                f"store: contains no features; remove {features[0]} from losses, or leave out store for a live teacher"
             )
         if self.teacher and self.teacher.ensemble and len(features) == len(self.losses):
             raise ValueError(
@@ -223,7 +223,7 @@ class EvaluateConfig(ForwardConfig):
     image_size: Side | None = None
     """side of the view in pixels; a network of fixed size is rebuilt for it; null: the size the model was trained at"""
     val_crop: float | None = Field(None, gt=0, le=1)
-    """fraction of the short side in the central crop; null: the fraction of the evaluations during training"""
+    """fraction of the short side in the central crop, above 0 to 1; null: the fraction of the evaluations during training"""
 
     def inputs(self) -> dict[str, Path]:
         teacher = self.teacher.inputs("teacher") if self.teacher else {}
@@ -245,15 +245,15 @@ class SoftLabelsConfig(ForwardConfig):
     """data settings of the distillation that will read the store; `val` is not read"""
     teacher: TeacherConfig
     views: Count
-    """views per image (V); pass p of a distillation uses view p modulo V"""
+    """augmented views stored per image (V); epoch p trains on view p mod V"""
     top: Count = 10
     """most likely classes stored per view, with their log-probabilities; all others share one number"""
     store_precision: Literal["fp16", "fp32"] = "fp16"
     """number format of the stored log-probabilities"""
     seed: Seed = 0
-    """seed of the views"""
+    """seed of the views, 0 to 2^32 - 1"""
     channels_last: bool = False
-    """channels-last memory layout for the teacher, often faster on GPUs"""
+    """use the channels_last memory format, which is often faster on GPUs"""
     shard_images: int = Field(4096, ge=1, le=10_000_000)
     """images per file of the store; a killed run loses at most one file per process"""
 
@@ -307,15 +307,15 @@ class CurateConfig(ForwardConfig):
     mirrored: bool = True
     """compare images of the pool with mirror images of each other too; those of val and train are always compared"""
     cosine: float = Field(0.9, gt=0, le=1)
-    """smallest cosine similarity of the teacher's embeddings at which a pair counts as near-duplicates"""
+    """smallest cosine similarity of the teacher's embeddings, above 0 to 1, at which a pair counts as near-duplicates"""
     candidates: float = Field(1.5, ge=1, le=1000)
     """images per class that are searched for near-duplicates, as a multiple of `keep`"""
     image_size: Side = 224
     """side of the scored view in pixels"""
     val_crop: float = Field(0.875, gt=0, le=1)
-    """fraction of the short side in the central crop"""
+    """fraction of the short side in the central crop, above 0 to 1"""
     channels_last: bool = False
-    """channels-last memory layout for the teacher, often faster on GPUs"""
+    """use the channels_last memory format, which is often faster on GPUs"""
     materialise: bool = False
     """copy the selected images into Parquet files in `selected/`"""
     examples: int = Field(8, ge=1, le=100)
@@ -384,11 +384,11 @@ class PrototypesConfig(ForwardConfig):
     image_size: Side | None = None
     """side of the view in pixels; a network of fixed size is rebuilt for it; null: the encoder's own"""
     val_crop: float = Field(0.875, gt=0, le=1)
-    """fraction of the short side in the central crop"""
+    """fraction of the short side in the central crop, above 0 to 1"""
     channels_last: bool = False
-    """channels-last memory layout for the encoder, often faster on GPUs"""
+    """use the channels_last memory format, which is often faster on GPUs"""
     seed: Seed = 0
-    """seed of k-means"""
+    """seed of k-means, 0 to 2^32 - 1"""
     examples: int = Field(8, ge=1, le=100)
     """images per prototype in prototypes.png"""
 
@@ -435,7 +435,7 @@ class ExportConfig(CommandConfig):
     check_images: Count = 64
     """number of images for the comparison with torch"""
     tolerance: float = Field(1e-3, gt=0, le=1)
-    """largest allowed difference of a logit, as a fraction of the largest logit"""
+    """largest allowed difference of a logit, as a fraction of the largest logit, above 0 to 1"""
     image_size: Side | None = None
     """side of the input in pixels; null: the size the model was trained at"""
     benchmark: bool = False
@@ -459,7 +459,7 @@ class ConvertPaddleConfig(CommandConfig):
     input_size: Side | None = None
     """side of the evaluation view in pixels; null: 320 if the file's name begins with Fix_, else 224"""
     val_crop: float | None = Field(None, gt=0, le=1)
-    """fraction of the short side in the central evaluation crop; null: 0.875 up to 224 pixels, 1 above"""
+    """fraction of the short side in the central evaluation crop, above 0 to 1; null: 0.875 up to 224 pixels, 1 above"""
 
     def inputs(self) -> dict[str, Path]:
         return {"weights": self.weights}

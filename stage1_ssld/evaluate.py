@@ -52,7 +52,10 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
 
     check_networks(config.networks(), config.hub_data())
     reference = parse_reference(config.model, config.arch, allow_pickle=True)
-    allowed: Any = {"allow_loss": config.allow_loss, "otherwise": "set allow_loss: true to go on with the rest"}
+    allowed: Any = {
+        "allow_loss": config.allow_loss,
+        "otherwise": "set allow_loss: true to continue with the remaining images",
+    }
     source = open_sources([config.data], "data", **allowed)[0]
     bank = open_sources([config.bank], "bank", **allowed)[0] if config.bank else None
     if bank:

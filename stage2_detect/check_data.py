@@ -225,7 +225,7 @@ def _compare_images(
         train.add(
             "fault",
             f"{count(len(pairs), 'image')} also in {val.file.name} ({examples}): scores would be too good",
-            f"leaves them out of {train.file.name}",
+            f"removes them from {train.file.name}",
         )
         train.repair.drop_images |= {index: f"also in {val.file.name}" for index, _ in pairs}
     _compare_photos(train, val, names[0], names[1])

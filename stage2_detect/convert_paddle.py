@@ -202,7 +202,7 @@ def recognise(names: Collection[str], source: str) -> str:
             if blocks and not bottlenecks
             else "detectors on a ResNet50, 101 or 152 (plain or vd) are converted"
         )
-        raise UserError(f"{source}: its backbone cannot become one of timm's: {reason}")
+        raise UserError(f"{source}: no equivalent timm backbone: {reason}")
     if any(name.endswith(("_weights", "_w", "_scale")) for name in names):
         raise UserError(
             f"{source}: comes from PaddleDetection's static-graph releases, whose boxes are a pixel wider and whose RoIs are pooled at other points; "

@@ -106,7 +106,7 @@ def _predict(config: PredictConfig) -> None:
     accelerator.wait_for_everyone()
     for name in work.videos:
         if reason := videos.read(name)["error"]:
-            run.log(f"{name}: cannot be read to its end: {reason}")
+            run.log(f"{name}: decoding stopped early: {reason}")
     drawer = DrawingsAndCrops(config, loaded.class_names)
     if drawer.drawing or drawer.cropping:
         for name in work.videos[rank() :: world_size()]:

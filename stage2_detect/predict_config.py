@@ -40,7 +40,9 @@ class PredictConfig(RunDetectorConfig):
             raise ValueError("images: names no image, folder or list")
         folder = Path(self.images)
         if folder.is_dir() and self.output.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"output: {self.output} is inside images, where what is drawn would be read; give another")
+            raise ValueError(
+                f"output: {self.output} is inside `images`: drawn images would be read as input; give another folder"
+            )
         return self
 
     @model_validator(mode="after")

@@ -67,9 +67,7 @@ def _named(text: str) -> str:
     if not text.strip():
         raise ValueError("names no model; give timm:NAME, hf-hub:ORG/NAME, a folder or a file")
     if len(text) > _LONGEST_NAME or not text.isprintable():
-        raise ValueError(
-            f"is no name of a model: of more than {_LONGEST_NAME} characters, or with some that cannot be printed"
-        )
+        raise ValueError(f"not a model name: over {_LONGEST_NAME} characters or unprintable")
     return text
 
 

@@ -101,7 +101,7 @@ def read_yaml(path: Path, *, as_text: bool = False) -> dict[str, Any]:
     if content is None or content == "":
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected keys and values at the top level, found {type(content).__name__}")
+        raise UserError(f"{path}: expected a mapping at the top level, found {type(content).__name__}")
     if odd := [key for key in content if not isinstance(key, str)]:
         raise UserError(f"{path}: {_spelt(odd[0])}: a key has to be text; put it in quotes")
     return content

@@ -61,7 +61,9 @@ def write_onnx(
 
     weights = sum(parameter.numel() * parameter.element_size() for parameter in net.parameters())
     if weights >= _LARGEST:
-        raise UserError(f"export: {weights / 1e9:.1f} GB of weights; one ONNX file holds 2 GB")
+        raise UserError(
+            f"export: {weights / 1e9:.1f} GB of weights; ONNX files are limited to 2 GB; use --formats torch"
+        )
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter warns of its own open points

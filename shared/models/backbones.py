@@ -133,7 +133,7 @@ def create_classifier(
         if new_head:
             net.reset_classifier(num_classes)
             if classes and num_classes:
-                notes.append("its classification layer begins anew, because its classes are others or in another order")
+                notes.append("classifier re-initialized: different classes or class order")
     settings = input_settings(net, reference.metadata)
     loaded = _loaded_line(reference, fitted, notes)
     return Classifier(net, mean=settings.mean, std=settings.std, args=args, loaded=loaded, new_head=new_head), settings

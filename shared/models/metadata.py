@@ -70,7 +70,7 @@ def _plain(value: Any, depth: int = 0) -> bool:
 def _arguments(args: dict[str, Any]) -> dict[str, Any]:
     for name, value in args.items():
         if name in _FORBIDDEN or not name.isidentifier():
-            raise ValueError(f"{name[:80]!r} is no argument of a network")
+            raise ValueError(f"{name[:80]!r} is not a model argument")
         if not _plain(value):
             raise ValueError(f"{name} has to be a plain JSON value, its numbers finite and at most {_LARGEST:,}")
     if args.get("in_chans") not in (None, 3):

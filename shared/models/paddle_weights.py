@@ -47,7 +47,7 @@ def read_paddle_weights(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: holds a {type(content).__name__}, not the parameters of a model by name")
     unnamed = next((name for name in content if not isinstance(name, str)), None)
     if unnamed is not None:
-        raise UserError(f"{path}: a key is a {type(unnamed).__name__}, the names of parameters are expected")
+        raise UserError(f"{path}: keys must be parameter names (found {type(unnamed).__name__})")
     odd = next((name for name in content if not name.isprintable()), None)
     if odd is not None:
         raise UserError(f"{path}: a parameter is called {odd[:80]!r}, which cannot be printed; the file is damaged")

@@ -75,7 +75,7 @@ def _unwrapped(content: Any, path: Path, where: str) -> tuple[Tensors, str]:
         return _unwrapped(inner[chosen], path, f"{where}.{chosen}" if where else chosen)
     if networks:
         raise UserError(
-            f"{path}: holds several networks ({some(networks, 4)}); save the one that is meant by itself: "
+            f"{path}: holds several networks ({some(networks, 4)}); save only the network you want: "
             f"torch.save(torch.load({path.name!r})[{networks[0]!r}], 'one.pth')"
         )
     raise UserError(f"{path}: holds no tensors by name; a state dict is needed")

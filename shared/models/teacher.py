@@ -96,8 +96,8 @@ class FrozenTeacher:
         if global_pool is not None:
             if classes:
                 raise UserError(
-                    f"teacher.global_pool: the classes of {reference} were trained on its own pooling; leave it out, "
-                    "or learn from its features alone"
+                    f"teacher.global_pool: {reference}'s classifier needs its own pooling; remove global_pool, "
+                    "or use feature losses only"
                 )
             reset_head(classifier.net, 0, global_pool, key="teacher.global_pool", arch=self.reference.arch)
             self.num_classes, self.class_names = 0, None
@@ -230,7 +230,7 @@ class TeacherEnsemble:
         made = [member.reference for member in members if member.reference.metadata.get("prototypes")]
         for other in made[1:]:  # whose names are alike
             if other.metadata["prototypes"] != made[0].metadata["prototypes"]:
-                raise UserError(f"{other.text}: its prototypes are not those of {made[0].text}; take one of the two")
+                raise UserError(f"{other.text}: its prototypes are not those of {made[0].text}; use only one of them")
         for member in members:
             member.match_classes(named.class_names, named.num_classes, named.reference.text)
         self._order: Tensor | None = None
@@ -331,7 +331,7 @@ def feature_map(net: nn.Module, features: Any, name: str) -> Tensor:
         width = width if tokens_BNC.shape[1] == side * side > 1 else 0
     if len(shape) not in (3, 4) or map_BCHW.shape[1] != width:
         raise UserError(
-            f"{name}: its last features {list(shape)} are no map; leave spatial out of losses, or take another arch"
+            f"{name}: last features have shape {list(shape)}, not [B, C, H, W]; remove spatial from losses, or use another arch"
         )
     return map_BCHW
 

@@ -166,7 +166,7 @@ def materialise(run: RunDir, pool: Images) -> None:
         for number in jobs[rank() :: world_size()]:
             file = folder / f"part-{number:06d}.parquet"
             if not _is_whole(file):
-                run.log_if(f"{file}: does not match its checksums; it is made again" if file.exists() else None)
+                run.log_if(f"{file}: does not match its checksums; recomputing it" if file.exists() else None)
                 rows = np.array(kept[edges[number] : edges[number + 1]])
                 with (
                     atomically(file) as temporary,

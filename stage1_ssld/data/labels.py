@@ -44,7 +44,7 @@ def labeled_classes(
     count = len(names) if names else highest + 1
     if count == 1:
         raise UserError(
-            f"{labeled[0].path}: all images are of one class, {names[0] if names else 0!r}: labels of one class teach nothing; add images of other "
+            f"{labeled[0].path}: all images are of one class, {names[0] if names else 0!r}: at least two classes are needed; add images of other "
             "classes, or distil from a teacher, which needs no labels"
         )
     _count_empty(labeled, count, names, allow_loss=allow_loss)

@@ -39,7 +39,7 @@ from ssld.stage1_ssld.data_config import SourceConfig
 
 HUB_SPLIT = "train"
 """Default split of a hub data set."""
-LOSS_SETTING = "set data.allow_loss: true to go on with the rest"
+LOSS_SETTING = "set data.allow_loss: true to continue with the remaining images"
 
 
 class ImageSource:

@@ -152,7 +152,7 @@ def write_store(config: SoftLabelsConfig) -> None:
     missing = [n for n in mine if not is_sound(files[n]) or files[n].stat().st_size != sizes[n]]
     for number in missing if main else []:
         if files[number].exists():
-            run.log(f"{files[number]}: does not match its checksum; it is made again")
+            run.log(f"{files[number]}: does not match its checksum; recomputing it")
     batches = ViewBatches([shards_rows[number] for number in missing], config.views, config.batch_size)
     with StopRequest() as stop, closing(_loaded(views, batches, config)) as stream:
         # All ranks make the same number of iterations, because they agree on a stop in each.

@@ -153,7 +153,7 @@ class TeacherCheck:
         if self._ap < self._least:
             raise UserError(
                 f"distill.teacher: {name}: {ap}, below {100 * self._least:g} (distill.check_ap {self._least:g}): "
-                "it was trained on other images or at another size (resize), or hardly at all; a lower check_ap lets it pass"
+                "it was trained on other images or at another size (resize), or barely trained; lower check_ap to accept it"
             )
         return f"teacher {name}: {ap}"
 

@@ -205,7 +205,7 @@ def test_a_loss_that_the_settings_allow_is_no_fault(coco: Path, capfd: pytest.Ca
     content["annotations"].append({"id": 3, "image_id": 1, "category_id": 2, "bbox": [1, 1, 0, 9]})
     (coco / "train.json").write_text(json.dumps(content))
     file = coco / "train.yaml"
-    for allowed, then in ((False, "training stops"), (True, "training goes on with the rest")):
+    for allowed, then in ((False, "training stops"), (True, "training continues with the remaining boxes")):
         made = settings(coco)
         made["data"]["allow_loss"] = allowed
         file.write_text(yaml.safe_dump(made))

@@ -230,7 +230,7 @@ def test_what_no_term_reaches_stays_as_it_is(
         ({"losses": ["kl", "spatial"], "trainable": "classifier"}, "spatial has no effect on frozen features"),
         ({"losses": ["pooled"], "best_by": "agreement"}, "best_by: pooled train no classifier"),
         ({"losses": ["pooled"], "patience": 2, "evaluate_every": 1}, "patience: pooled train no classifier"),
-        ({"store": "somewhere"}, "store: holds soft labels, no features; remove pooled from losses, or leave out store"),
+        ({"store": "somewhere"}, "store: contains no features; remove pooled from losses, or leave out store"),
         (
             {"losses": ["pooled"], "teacher": {"model": "random:test_resnet", "ensemble": ["random:test_resnet"]}},
             "teacher.ensemble: feature terms use the first network only; leave it out, or add a term that compares logits",
@@ -244,7 +244,7 @@ def test_what_no_term_reaches_stays_as_it_is(
             {"losses": ["pooled"], "teacher": {"model": "VIT"}, "hard_label_weight": 1},
             "hard_label_weight: VIT has no classes that labels could belong to; leave it at 0",
         ),
-        ({"teacher": {"global_pool": "max"}}, "were trained on its own pooling; leave it out, or learn from its features"),
+        ({"teacher": {"global_pool": "max"}}, "needs its own pooling; remove global_pool, or use feature losses only"),
         (
             {"losses": ["pooled"], "teacher": {"model": "VIT", "global_pool": "best"}},
             "teacher.global_pool: test_vit: has no pooling 'best'",

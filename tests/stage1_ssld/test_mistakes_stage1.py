@@ -201,7 +201,7 @@ def test_loss_that_is_not_finite(
     assert result["changes"] == ["optim.lr: 0.02 -> 0.002", "optim.clip_grad_norm: null -> 1.0"]
 
 
-@pytest.mark.parametrize(("steps", "where"), [(1, "begins again"), (3, "goes on from step_00000002")])
+@pytest.mark.parametrize(("steps", "where"), [(1, "restarts from step 0"), (3, "goes on from step_00000002")])
 def test_weights_that_the_last_update_spoilt(
     arguments: Arguments,
     distill_settings: Settings,

@@ -185,7 +185,7 @@ def test_a_file_that_was_damaged_is_made_again(
         (tmp_path / "run" / "result.json").unlink()
         (store / "store.json").unlink()
     assert call(main, arguments(settings)) == 0
-    assert f"{file}: does not match its checksum; it is made again" in capsys.readouterr().out
+    assert f"{file}: does not match its checksum; recomputing it" in capsys.readouterr().out
     assert contents(store) == whole
     assert call(main, arguments(settings)) == 0
     assert "this run is finished" in capsys.readouterr().out

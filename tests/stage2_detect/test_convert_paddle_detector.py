@@ -230,8 +230,8 @@ NO_BOTTLENECK = [f"backbone.res{s}.res{s}{b}.branch2b.conv.weight" for s, bs in 
             ["stem.0.conv.weight", "blocks.0.conv0.conv.weight"],
             "not a detector of PaddleDetection (first of 2 parameters: stem.0.conv.weight); a backbone of PaddleClas",
         ),
-        (NO_BOTTLENECK, "its backbone cannot become one of timm's: timm's ResNets with basic blocks"),
-        (["backbone.stage1.conv.weight"], "its backbone cannot become one of timm's: detectors on a ResNet50, 101"),
+        (NO_BOTTLENECK, "no equivalent timm backbone: timm's ResNets with basic blocks"),
+        (["backbone.stage1.conv.weight"], "no equivalent timm backbone: detectors on a ResNet50, 101"),
         ([], "not a detector of PaddleDetection (first of 0 parameters: no parameters)"),
     ],
 )

@@ -63,7 +63,7 @@ def test_arguments_of_the_backbone(tmp_path: Path) -> None:
         ({"arch": "hf-hub:x/y"}, "hf-hub:x/y: timm has no such model"),
         ({"arch": "local-dir:/etc"}, "local-dir:/etc: timm has no such model"),
         ({"arch": "test_resnet.nonsense"}, "timm has no weights called 'nonsense'"),
-        ({"model_args": {"pretrained": True}}, "'pretrained' is no argument of a network"),
+        ({"model_args": {"pretrained": True}}, "'pretrained' is not a model argument"),
         ({"model_args": {"act_layer": "nothing"}}, "timm cannot build a test_resnet with act_layer=nothing"),
         ({"std": [0.0, 0.5, 0.5]}, "std.0: "),
         ({"category_ids": [3]}, "category_ids: 1 ids, but 2 class_names"),

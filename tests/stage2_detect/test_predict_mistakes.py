@@ -87,7 +87,7 @@ def test_names_that_look_like_patterns(photos: Path, tmp_path: Path) -> None:
     assert find_images(str(odd / "deep [2]" / "*.jfif")).names == ["d.jfif"]
     tally = Tally()
     find_images(str(odd), tally)
-    assert tally.skipped("file", "of kind .txt") == 1
+    assert tally.skipped("file", "with suffix .txt") == 1
 
 
 def test_an_image_by_its_content(photos: Path, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_a_damaged_part_is_made_again(
     part = tmp_path / "seen" / "parts" / "000001.json"
     part.write_text(damage(part.read_text()))
     assert call(predict.main, predict_line()) == 0
-    assert f"{part.relative_to(tmp_path)}: does not match its checksum; it is made again" in capsys.readouterr().out
+    assert f"{part.relative_to(tmp_path)}: does not match its checksum; recomputing it" in capsys.readouterr().out
     one, two = ((tmp_path / name / "predictions.json").read_bytes() for name in ("whole", "seen"))
     assert one == two
 

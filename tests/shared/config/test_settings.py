@@ -119,7 +119,7 @@ def test_environment_is_not_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("output: o\n", ("--group.rate", "inf"), "command line: group.rate: has to be a finite number"),
         ("output: o\n", ("--steps", "9" * 5000), "command line: steps: is too large a number"),
         ("output: o\n", ("--rate", "1"), "--rate: unknown flag; did you mean '--group.rate'?"),
-        ("- output\n", (), "FILE: expected keys and values at the top level, found list"),
+        ("- output\n", (), "FILE: expected a mapping at the top level, found list"),
         ("output: o\n", ("--stepz", "3"), "--stepz: unknown flag; did you mean '--steps'?"),
         ("output: o\n", ("--group.rat=3",), "--group.rat: unknown flag; did you mean '--group.rate'?"),
         ("output: o\n", ("--steps",), "expected one argument"),

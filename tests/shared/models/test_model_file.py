@@ -168,7 +168,7 @@ DETECTOR = {"kind": "detector", "category_ids": [1, 2], "model": {}, "resize": {
         ({"class_names": ["a"]}, "class_names: 1 names, but num_classes is 2"),
         ({"class_names": {"0": "a"}}, "class_names: "),
         ({"num_classes": -1}, "num_classes: "),
-        ({"model_args": {"checkpoint_path": "x"}}, "'checkpoint_path' is no argument of a network"),
+        ({"model_args": {"checkpoint_path": "x"}}, "'checkpoint_path' is not a model argument"),
         ({"model_args": []}, "model_args: "),
         ({"interpolation": 3}, "interpolation: "),
         ({"licence": {}}, "licence: "),

@@ -117,8 +117,8 @@ def set_args(**args: Any) -> Any:
     ("change", "message"),
     [
         (set_args(in_chans=1), "in_chans is 1, images here have 3 channels"),
-        (set_args(pretrained=True), "'pretrained' is no argument of a network"),
-        (set_args(checkpoint_path="/etc/passwd"), "'checkpoint_path' is no argument of a network"),
+        (set_args(pretrained=True), "'pretrained' is not a model argument"),
+        (set_args(checkpoint_path="/etc/passwd"), "'checkpoint_path' is not a model argument"),
         (set_args(pretrained_cfg_overlay={"file": "/etc/passwd"}), "'pretrained_cfg_overlay' is no argument"),
         (set_args(base_width=float("nan")), "base_width has to be a plain JSON value"),
         (set_args(base_width=10**30), "base_width has to be a plain JSON value"),
@@ -182,7 +182,10 @@ def test_which_file_of_a_folder(tmp_path: Path) -> None:
     weights.rename(weights.with_name("epoch_3.safetensors"))
     assert parse_reference(str(tmp_path / "model")).file == weights.with_name("epoch_3.safetensors")
     weights.with_name("epoch_4.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"which of epoch_3.safetensors, epoch_4.safetensors are its weights\?"):
+    with pytest.raises(
+        UserError,
+        match=r"several weight files \(epoch_3.safetensors, epoch_4.safetensors\): rename one to model.safetensors",
+    ):
         parse_reference(str(tmp_path / "model"))
     for file in (tmp_path / "model").glob("*.safetensors"):
         file.unlink()
@@ -216,10 +219,10 @@ def test_an_exported_folder_says_what_its_file_says(tmp_path: Path) -> None:
         ("random:test_resnet.nonsense", "timm has no weights called 'nonsense' for test_resnet; it has r160_in1k"),
         ("timm:test_resnet.", "timm has no such model"),
         ("random:hf-hub:x/y", "timm has no such model"),
-        ("hf-hub:", "is no hf-hub:ORG/NAME"),
-        ("hf-hub:name", "is no hf-hub:ORG/NAME"),
-        ("hf-hub:a/b/c", "is no hf-hub:ORG/NAME"),
-        ("hf-hub:../../etc/passwd", "is no hf-hub:ORG/NAME"),
+        ("hf-hub:", "not a valid hf-hub:ORG/NAME"),
+        ("hf-hub:name", "not a valid hf-hub:ORG/NAME"),
+        ("hf-hub:a/b/c", "not a valid hf-hub:ORG/NAME"),
+        ("hf-hub:../../etc/passwd", "not a valid hf-hub:ORG/NAME"),
         ("a" * 5000, "no such file or folder"),
         ("a/" * 3000, "no such file or folder"),
         ("a\0/b", "no such file or folder"),

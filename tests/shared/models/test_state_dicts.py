@@ -100,7 +100,7 @@ def test_a_head_of_another_kind_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda t: {"student": t, "teacher": t}, "holds several networks (student, teacher); save the one that is meant by itself"),
+        (lambda t: {"student": t, "teacher": t}, "holds several networks (student, teacher); save only the network you want"),
         (lambda t: prefixed("online.", t) | prefixed("target.", t), "holds a test_resnet several times, below online., target.; leave one"),
         (lambda t: {"epoch": 3}, "holds no tensors by name; a state dict is needed"),
         (lambda t: [1], "holds a list, not a state dict of tensors by name"),

@@ -164,7 +164,7 @@ def test_a_start_with_classes_in_another_order_has_no_classifier(
     assert torch.equal(kept["conv1.0.weight"], turned["conv1.0.weight"])
     assert torch.equal(kept["fc.weight"], last["fc.weight"])
     log = (tmp_path / "better" / "log.txt").read_text()
-    assert "its classification layer begins anew, because its classes are others or in another order" in log
+    assert "classifier re-initialized: different classes or class order" in log
 
 
 def test_what_is_missing_for_a_comparison_is_said(

@@ -197,7 +197,7 @@ def test_pictures_and_videos_in_a_folder(
     assert (run / "quarantine.txt").read_text() == "bad.mp4\nshort.mkv\n"
     log = (run / "log.txt").read_text()
     assert "1 image and 3 videos below" in log
-    assert "bad.mp4: cannot be read to its end: Invalid data" in log
+    assert "bad.mp4: decoding stopped early: Invalid data" in log
     assert {path.name for path in (run / "pictures").iterdir()} == {"a.jpg", "clip.mp4"}
     metrics = content(run / "result.json")["metrics"]
     assert (metrics["pictures"], metrics["videos"], metrics["unreadable"]) == (1, 3, 2)
@@ -215,7 +215,7 @@ def test_a_video_that_breaks_off_is_kept_as_far_as_it_goes(
     monkeypatch.setattr("ssld.stage2_detect.prediction.video.read_frames", broken)
     assert call(predict.main, line(clip, "seen")) == 0
     run = tmp_path / "seen"
-    assert "clip.mp4: cannot be read to its end: no more" in (run / "log.txt").read_text()
+    assert "clip.mp4: decoding stopped early: no more" in (run / "log.txt").read_text()
     assert len(content(run / "predictions.json")["images"]) == 7
     assert len(list(read_frames(str(run / "pictures" / "clip.mp4")))) == 7
 
