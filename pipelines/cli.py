@@ -56,7 +56,7 @@ COMMANDS = {
     "completion": ("", "print a tab-completion script for bash or zsh"),
 }
 _GROUPS = {
-    "begin here": ("init", "doctor", "run", "report", "inspect"),
+    "start": ("init", "doctor", "run", "report", "inspect"),
     "backbones": ("prototypes", "curate", "teach", "soft-labels", "distill"),
     "detectors": ("train", "predict"),
     "both": ("evaluate", "export"),

@@ -53,7 +53,7 @@ class RunDir:
         scratch: files and folders in it from which a killed run is resumed; they are deleted when it is finished.
 
     Attributes:
-        status: "new", "unfinished" (the same run was begun here, or files of the finished run are gone or changed) or "finished".
+        status: "new", "unfinished" (the same run was started in this folder, or files of the finished run are gone or changed) or "finished".
         write: function that prints a line.
 
     Raises:

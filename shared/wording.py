@@ -40,7 +40,7 @@ def duration(seconds: float | None) -> str:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Escape characters that would move the terminal's cursor, colour it, end a line or turn the direction of writing.
+    """Escape characters that would move the terminal's cursor, color it, end a line or turn the direction of writing.
 
     Class names, file names and metadata come from outside and may contain anything. `keep` has characters that are not escaped, such as a line break.
     """

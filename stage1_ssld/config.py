@@ -94,7 +94,7 @@ class DistillConfig(Stage1Config):
     """weight of the cross-entropy with human labels on labeled images; 0 in SSLD"""
     keep_weights: Literal["last", "better"] = "last"
     """weights to save for a pretrained student; last: those of the last step; better: the last ones, the initial ones or their mean, whichever have
-    most nearest neighbours in common with the teacher on the images of data.val (labels are not read)"""
+    most nearest neighbors in common with the teacher on the images of data.val (labels are not read)"""
 
     @model_validator(mode="after")
     def _teacher_needed(self) -> Self:
@@ -205,7 +205,7 @@ class ForwardConfig(ComputeConfig):
 
 
 class EvaluateConfig(ForwardConfig):
-    """Evaluate a classifier: top-1, top-5, agreement with a teacher, nearest-neighbour accuracy."""
+    """Evaluate a classifier: top-1, top-5, agreement with a teacher, nearest-neighbor accuracy."""
 
     model: ModelText
     """backbone file, timm:NAME, hf-hub:ID, a folder, or a .pth state dict of plain tensors"""
@@ -215,11 +215,11 @@ class EvaluateConfig(ForwardConfig):
     data: SourceConfig
     """images to evaluate on; without labels only agreement and KL are measured, which needs a teacher"""
     bank: SourceConfig | None = None
-    """labeled images for nearest-neighbour accuracy: each image of `data` gets the class that its nearest neighbours among them vote for"""
+    """labeled images for nearest-neighbor accuracy: each image of `data` gets the class that its nearest neighbors among them vote for"""
     allow_loss: bool = False
     """continue if more than half of the images of a source or class, or a whole class, cannot be used; the log has the causes"""
     neighbours: Count = 20
-    """number of nearest neighbours that vote"""
+    """number of nearest neighbors that vote"""
     image_size: Side | None = None
     """side of the view in pixels; a network of fixed size is rebuilt for it; null: the size the model was trained at"""
     val_crop: float | None = Field(None, gt=0, le=1)
@@ -363,7 +363,7 @@ class EncoderConfig(Config):
 
 
 class PrototypesConfig(ForwardConfig):
-    """Make a teacher from an encoder without classes: its classes are K prototypes, k-means centres of its embeddings of your images."""
+    """Make a teacher from an encoder without classes: its classes are K prototypes, k-means centers of its embeddings of your images."""
 
     process_timeout: ProcessTimeout = LONGEST_TIMEOUT  # the main process clusters while the others wait
     """time limit, in minutes, of one process waiting for another, 1 to 10,080; the run ends after it"""

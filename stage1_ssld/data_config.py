@@ -271,7 +271,7 @@ def register_loss(
     Args:
         name: how `losses` names it.
         function: (student, teacher) -> scalar tensor, the sum over the images of the batch (the loop divides by the global batch). Both arguments
-            are [B,K] logits, or [B,D] and [B,N,D] features where `compares` says so. If it has parameters `temperature` or `beta`, they are set
+            are [B,K] logits, or [B,D] and [B,N,D] features as `compares` states. If it has parameters `temperature` or `beta`, they are set
             from the settings of the term.
         compares: what the function receives.
 
@@ -294,8 +294,8 @@ class LossConfig(Config):
     """One term of the distillation loss."""
 
     name: str
-    """loss between student and teacher; on logits: symmetric_kl, kl, soft_cross_entropy, jensen_shannon, dist, decoupled_kd, bernoulli_kl; on features,
-    through a small trained head: pooled, spatial; or the name of a custom loss (register_loss)"""
+    """loss between student and teacher; on logits: symmetric_kl, kl, soft_cross_entropy, jensen_shannon, dist, decoupled_kd, bernoulli_kl; on
+    features, through a small trained head: pooled, spatial; or the name of a custom loss (register_loss)"""
     weight: Positive = 1.0
     """factor on this term in the sum of the losses"""
     temperature: Positive = 1.0

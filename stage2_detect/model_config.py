@@ -174,7 +174,7 @@ class GFLConfig(Config):
     """GFL's head and losses (arXiv 2006.04388)."""
 
     reg_max: int = Field(16, ge=1, le=256)
-    """largest distance from a cell's centre to a side of its box, in strides of the level"""
+    """largest distance from a cell's center to a side of its box, in strides of the level"""
     tower_bias: bool = False
     """use a bias in the towers' convolutions, as PaddleDetection does"""
     unbiased_std: bool = True

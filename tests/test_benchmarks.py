@@ -109,7 +109,7 @@ def test_every_ratio_of_the_detection_loader_is_printed(tmp_path: Path, capsys: 
     values = {line[:3]: [float(value) for value in re.findall(r"\d+\.\d{3}", line)] for line in lines[1:-3]}
     assert list(values) == ["(a)", "(b)", "(c)", "(d)", "(e)"]
     assert all(low <= middle <= high for middle, low, high in values.values())
-    # three pictures of one colour each, but for what JPEG makes of it; and noise
+    # three pictures of one color each, but for what JPEG makes of it; and noise
     assert [line.rpartition(": ")[2] for line in lines[-3:-1]] == ["0.00 grey levels in the mean, 0 at most"] * 2
     assert 20 < int(lines[-1].split()[-3]) < 68
 
@@ -129,7 +129,7 @@ def test_the_detection_loaders_opponent_makes_the_same_batch(tmp_path: Path) -> 
     views = [batches.view(record, 0) for record in ours.records]
     assert {view.flip for view in views} == {False, True}
     theirs = benchmark.opponent(ours.records, views, benchmark.InterpolationMode.BICUBIC)
-    difference = (benchmark.Normalise(benchmark.MEAN, benchmark.STD)(ours.images) - theirs).abs()
+    difference = (benchmark.Normalize(benchmark.MEAN, benchmark.STD)(ours.images) - theirs).abs()
     assert theirs.shape == (4, 3, 128, 192)
     assert difference.max() * 255 * max(benchmark.STD) < 6
     assert difference.mean() * 255 * max(benchmark.STD) < 1

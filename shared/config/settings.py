@@ -385,6 +385,8 @@ def launched_number(name: str, default: int) -> int:
 
 
 _MOST_KNOWN = 24
+_RENAMED = {"--look_alikes": "--near_duplicates", "pictures": "images"}
+"""New name of each flag and value that an earlier version had under another name."""
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
@@ -393,7 +395,8 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
         name for name in known if name.startswith(f"{word}_")
     ]  # `samples` is nearer to `samples_per_image` than to `sampling`
     inner = [name for name in known if name.endswith(f".{word.lstrip('-')}")]  # `--lr` is `--optim.lr`
-    near = longer[:1] or inner[:1] or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    renamed = [name for name in (_RENAMED.get(word),) if name in known]
+    near = renamed or longer[:1] or inner[:1] or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]!r}?"
     more = f" and {len(known) - _MOST_KNOWN} more" if len(known) > _MOST_KNOWN else ""
@@ -437,10 +440,15 @@ def _explain(config_type: type[BaseModel], item: Any) -> str:
     limits = {name: _number(limit) for name, limit in item.get("ctx", {}).items()}
     message = words.format(**limits) if words else item["msg"].removeprefix("Value error, ")
     given = json.dumps(item["input"], default=str)
-    shown = f" (given: {given if len(given) <= 80 else given[:77] + '...'})" if item["type"] != "value_error" else ""
+    given_text = (
+        f" (given: {given if len(given) <= 80 else given[:77] + '...'})" if item["type"] != "value_error" else ""
+    )
     if item["type"] == "list_type" and item["input"] is None:
         message += "; [] is an empty one"
-    return f"{key}: {message}{shown}" if key else message
+    renamed = _RENAMED.get(item["input"]) if isinstance(item["input"], str) else None
+    if item["type"] == "literal_error" and renamed and repr(renamed) in message:
+        given_text += f"; did you mean {renamed!r}?"
+    return f"{key}: {message}{given_text}" if key else message
 
 
 def _number(limit: Any) -> Any:

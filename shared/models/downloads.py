@@ -82,9 +82,9 @@ class Remote:
                 (folder for folder in known if _letters(folder.name).removeprefix("datasets") == _letters(repo)), None
             )
         for name in self.names:
-            found = try_to_load_from_cache(repo, name, revision=revision)
-            if isinstance(found, str):
-                return Path(found)
+            cached = try_to_load_from_cache(repo, name, revision=revision)
+            if isinstance(cached, str):
+                return Path(cached)
         return None
 
     def ask(self) -> tuple[int | None, str | None]:
@@ -97,9 +97,9 @@ class Remote:
 
     def fetch(self, text: str) -> Path:
         """Return the file, downloaded if it is not on this machine. Raises UserError naming the reference `text` where that is impossible."""
-        found = self.cached()
-        if found:
-            return found
+        cached = self.cached()
+        if cached:
+            return cached
         size, fault = self.ask()
         if fault:
             raise UserError(unavailable(text, self, size, fault))
@@ -157,7 +157,7 @@ class Remote:
             return None, f"the hub has no such repository, or it needs `hf auth login` (status {answer.status_code})"
         if answer.status_code == 404:
             return None, "the hub does not have it (status 404)"
-        return None, f"the hub answers with status {answer.status_code}"
+        return None, f"the hub returned status {answer.status_code}"
 
 
 def unavailable(text: str, remote: Remote, size: int | None, fault: str) -> str:
@@ -215,18 +215,18 @@ class Download:
 
 def find_downloads(references: Mapping[str, str]) -> list[Download]:
     """Return the downloads that settings, by key, would need. All requests run at once, within seconds."""
-    wanted: list[tuple[str, str, Remote]] = []
-    found: dict[int, Download] = {}
+    missing_files: list[tuple[str, str, Remote]] = []
+    downloads: dict[int, Download] = {}
     for key, text in references.items():
         try:
             missing = next((remote for remote in reversed(remotes_of(text)) if remote.cached() is None), None)
         except UserError as error:
-            found[-1 - len(found)] = Download(f"{key}: {error}", possible=False)
+            downloads[-1 - len(downloads)] = Download(f"{key}: {error}", possible=False)
             continue
         except Exception:  # not a valid name, which the command itself reports
             continue
-        if missing and (text, missing) not in [(one, remote) for _, one, remote in wanted]:
-            wanted.append((key, text, missing))
+        if missing and (text, missing) not in [(one, remote) for _, one, remote in missing_files]:
+            missing_files.append((key, text, missing))
 
     def look(number: int, key: str, text: str, remote: Remote) -> None:
         size, fault = remote.ask()
@@ -235,14 +235,14 @@ def find_downloads(references: Mapping[str, str]) -> list[Download]:
             if fault
             else f"{text}: not on this machine; {remote.where}{f' ({amount(size)})' if size else ''} will be downloaded"
         )
-        found[number] = Download(f"{key}: {line}", possible=fault is None)
+        downloads[number] = Download(f"{key}: {line}", possible=fault is None)
 
-    threads = [threading.Thread(target=look, args=(number, *one)) for number, one in enumerate(wanted)]
+    threads = [threading.Thread(target=look, args=(number, *one)) for number, one in enumerate(missing_files)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return [found[number] for number in sorted(found)]
+    return [downloads[number] for number in sorted(downloads)]
 
 
 def find_downloads_apart(references: Mapping[str, str]) -> list[Download]:
@@ -265,27 +265,27 @@ def find_downloads_apart(references: Mapping[str, str]) -> list[Download]:
 
 def require_downloads(references: Mapping[str, str]) -> list[str]:
     """Return lines about the files to download, for the log. Raises UserError, with one line per file, for files that cannot be downloaded."""
-    found = find_downloads(references)
-    impossible = [one.text for one in found if not one.possible]
+    downloads = find_downloads(references)
+    impossible = [one.text for one in downloads if not one.possible]
     if impossible:
         raise UserError("\n".join(impossible))
-    return [one.text for one in found]
+    return [one.text for one in downloads]
 
 
 def _within_seconds(ask: Callable[[], tuple[int | None, str | None]]) -> tuple[int | None, str | None]:
     """Return the result of `ask`, or a line that there was none in time: resolving a name has no time limit of its own."""
-    answers: list[tuple[int | None, str | None]] = []
+    results: list[tuple[int | None, str | None]] = []
 
     def run() -> None:
         try:
-            answers.append(ask())
+            results.append(ask())
         except Exception as error:  # of the hub's client, of the network below it
-            answers.append((None, f"no network ({_one_line(error)})"))
+            results.append((None, f"no network ({_one_line(error)})"))
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(_SECONDS + 0.5)
-    return answers[0] if answers else (None, f"no network (no answer within {_SECONDS:g} seconds)")
+    return results[0] if results else (None, f"no network (no answer within {_SECONDS:g} seconds)")
 
 
 def _letters(text: str) -> str:

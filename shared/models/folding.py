@@ -1,7 +1,7 @@
 """BatchNorm folded into the convolutions before it, for a network that is not trained again: about a tenth of a teacher's forward pass.
 
 Which BatchNorm directly follows which convolution is found by tracing; the network itself stays the module it was, so that its parts can still be
-called one by one. Deliberately absent: BatchNorm before a convolution or a linear layer, and convolutions that standardise their weights.
+called one by one. Deliberately absent: BatchNorm before a convolution or a linear layer, and convolutions that standardize their weights.
 """
 
 import copy
@@ -61,7 +61,7 @@ def fold_batchnorm(net: nn.Module, example: Tensor, *, opaque: tuple[type[nn.Mod
 
 @contextmanager
 def _full_float32() -> Iterator[None]:
-    """Inside, convolutions and matrix products of float32 tensors run in float32, not in TF32 or bf16."""
+    """Context manager: convolutions and matrix products of float32 tensors run in float32, not in TF32 or bf16."""
     backends: Any = torch.backends
     groups = (backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul)
     before = [group.fp32_precision for group in groups]

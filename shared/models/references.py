@@ -109,14 +109,14 @@ def _file_reference(text: str, path: Path, arch: str | None, allow_pickle: bool,
 
 def _folder_reference(text: str, path: Path, arch_key: str) -> ModelReference:
     config = path / "config.json"
-    found = sorted(path.glob("*.safetensors"))
+    weight_files = sorted(path.glob("*.safetensors"))
     if not config.exists():
-        hint = f"; did you mean {found[0]}?" if found else ""
+        hint = f"; did you mean {weight_files[0]}?" if weight_files else ""
         raise UserError(f"{text}: not a folder in the Hugging Face layout (no config.json){hint}")
     facts = folder_facts(read_config(config), config)
     named = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
     pickles = sorted(file for suffix in PICKLE_SUFFIXES for file in path.glob(f"*{suffix}"))
-    files = named or found or pickles
+    files = named or weight_files or pickles
     if not files:
         raise UserError(f"{text}: has no weights beside its config.json; {WEIGHT_FILES[0]} is expected")
     if not named and len(files) > 1:

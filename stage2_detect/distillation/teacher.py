@@ -35,7 +35,7 @@ from ssld.stage2_detect.models.rcnn import RCNN
 class FrozenDetector:
     """Feature maps and class logits of a detector, without gradients and always in evaluation mode.
 
-    It normalises images with its own mean and std.
+    It normalizes images with its own mean and std.
 
     Args:
         model: the detector; it is frozen for good.

@@ -65,7 +65,7 @@ sys.addaudithook(_WATCH)
 
 @contextmanager
 def _held() -> Iterator[None]:
-    """Inside, memory is bounded, and an alarm that goes off is a failure."""
+    """Context manager: memory is bounded, and an alarm that goes off is a failure."""
 
     def late(*_: Any) -> None:
         raise AssertionError(f"reads for more than {SECONDS} seconds")

@@ -326,6 +326,7 @@ def test_a_pipeline(coco: Path, capfd: pytest.CaptureFixture[str]) -> None:
         (["--annotations", "a.json"], "give --annotations and --images together"),
         (["--fix", "x"], "--fix: give the data too"),
         (["nowhere.yaml"], "nowhere.yaml: no such file; settings are a YAML file"),
+        (["--look_alikes"], "--look_alikes: unknown flag; did you mean '--near_duplicates'?"),
         (["--anotations", "a.json"], "--anotations: unknown flag; did you mean '--annotations'?"),
         (["x.yaml", "--variable", "three"], "--variable three: expected NAME=VALUE"),
     ],

@@ -96,7 +96,7 @@ def test_grey_is_equal_in_all_channels() -> None:
     assert torch.equal(pixels, torch.full((3, 3, 4), 77, dtype=torch.uint8))
 
 
-def test_cmyk_jpeg_keeps_colour() -> None:
+def test_cmyk_jpeg_keeps_color() -> None:
     pixels = decode_image(encoded(Image.new("RGB", (8, 8), (200, 40, 60)).convert("CMYK"), "JPEG", quality=95))
     assert (pixels[:, 4, 4].int() - torch.tensor([200, 40, 60])).abs().max() <= 6
 
@@ -141,7 +141,7 @@ def test_fractions_negative_values_and_more_than_sixteen_bits() -> None:
     assert decode_image(encoded(signed, "TIFF"))[0, 0].tolist() == [0, 128, 255]
 
 
-def test_colours_of_sixteen_bits_that_would_be_black_are_refused() -> None:
+def test_colors_of_sixteen_bits_that_would_be_black_are_refused() -> None:
     def deep(high: int) -> bytes:
         """A PNG of one pixel with 16 bits a channel."""
         row = zlib.compress(b"\0" + high.to_bytes(2, "big") * 3)
@@ -433,8 +433,8 @@ def test_torchcodec_reads_jpegs_and_leaves_the_rest_to_pil(monkeypatch: pytest.M
 
     monkeypatch.setitem(sys.modules, "torchcodec", ModuleType("torchcodec"))
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", SimpleNamespace(decode_jpeg=decode_jpeg))
-    colour, grey = encoded(gradient(), "JPEG"), encoded(gradient().convert("L"), "JPEG")
-    for data in (colour, grey):
+    color, grey = encoded(gradient(), "JPEG"), encoded(gradient().convert("L"), "JPEG")
+    for data in (color, grey):
         assert torch.equal(pixels_of(open_image(data, decoder="torchcodec")), torch.full((3, 9, 13), 7))
     others = [
         encoded(gradient(), "PNG"),
@@ -443,10 +443,10 @@ def test_torchcodec_reads_jpegs_and_leaves_the_rest_to_pil(monkeypatch: pytest.M
     ]
     for data in others:
         assert torch.equal(pixels_of(open_image(data, decoder="torchcodec")), decode_image(data))
-    assert asked == [colour, grey]
-    assert torch.equal(pixels_of(open_image(colour, decoder="torchcodec")), decode_image(colour))  # it stumbled
+    assert asked == [color, grey]
+    assert torch.equal(pixels_of(open_image(color, decoder="torchcodec")), decode_image(color))  # it stumbled
     with pytest.raises(UnreadableImage, match=r"truncated"):
-        open_image(colour[: len(colour) - 40], decoder="torchcodec")
+        open_image(color[: len(color) - 40], decoder="torchcodec")
 
 
 def test_torchcodec_and_pil_see_the_same_pixels() -> None:

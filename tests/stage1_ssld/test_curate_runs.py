@@ -119,13 +119,13 @@ def test_damaged_and_missing_files_are_made_again(
     whole = contents(run)
     copies = {path.name: path.read_bytes() for path in (run / "selected").iterdir()}
     (run / "result.json").unlink()
-    for name in ("scores/000001.parquet", "candidates.parquet", "look_alikes.parquet", "outcome.json"):
+    for name in ("scores/000001.parquet", "candidates.parquet", "near_duplicates.parquet", "outcome.json"):
         flip(run / name)
     flip(run / "selected" / min(copies))
     capsys.readouterr()
     assert call(curate, arguments(settings)) == 0
     output = capsys.readouterr().out
-    for name in ("scores/000001.parquet", "candidates.parquet", "look_alikes.parquet"):
+    for name in ("scores/000001.parquet", "candidates.parquet", "near_duplicates.parquet"):
         assert f"{run}/{name}: does not match its checksum; recomputing it" in output
     assert f"{run}/selected/{min(copies)}: does not match its checksums; recomputing it" in output
     assert contents(run) == whole

@@ -89,7 +89,7 @@ def test_terms_of_features_beside_soft_labels(
     timm.create_model("test_convnext", num_classes=3).load_state_dict(load_file(file))
     output = (tmp_path / "run" / "log.txt").read_text()
     assert (
-        "standardised with 32 views; the statistics are kept in the checkpoints" in output
+        "standardized with 32 views; the statistics are kept in the checkpoints" in output
     )  # no more than the run will see
     assert (
         "pooled in 96 dimensions, spatial in 96 dimensions (c3 at 2 x 2, c4 at 2 x 2, c5 at 2 x 2); heads of" in output
@@ -127,7 +127,7 @@ def test_stopped_and_gone_on_is_the_same_run(
         assert call(distill, arguments(settings, "parts")) == 143
     assert call(distill, arguments(settings, "parts")) == 0
     assert equal(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
-    assert (tmp_path / "parts" / "log.txt").read_text().count("standardised with") == 1
+    assert (tmp_path / "parts" / "log.txt").read_text().count("standardized with") == 1
 
 
 def test_accumulation_changes_nothing(
@@ -148,7 +148,7 @@ def test_accumulation_changes_nothing(
 def test_a_teacher_without_classes_teaches_its_features(
     arguments: Arguments, settings: Settings, call: Call, tmp_path: Path, vit_file: Path, tiny: Any
 ) -> None:
-    """CNN from ViT: a student without classes, which plain timm loads, nearest neighbours judge, and a detector takes."""
+    """CNN from ViT: a student without classes, which plain timm loads, nearest neighbors judge, and a detector takes."""
     assert call(distill, arguments(alone(settings, vit_file))) == 0
     file, output = tmp_path / "run" / "student.safetensors", (tmp_path / "run" / "log.txt").read_text()
     assert "M trained parameters, no classes: only features are learned) at 64 px" in output

@@ -51,7 +51,7 @@ def write_teacher(path: Path, model: RCNN, data: Any) -> Path:
 def test_a_teacher_answers_in_the_students_class_order_and_with_its_own_mean(teacher_detector: Path) -> None:
     model = load_detector(teacher_detector).model
     assert isinstance(model, RCNN)
-    assert model.normalise.mean_C11.flatten().tolist() == pytest.approx([25.5, 51, 76.5])
+    assert model.normalize.mean_C11.flatten().tolist() == pytest.approx([25.5, 51, 76.5])
     images, _ = batch()
     asked: Settings = {"device": torch.device("cpu"), "channels_last": False}
     teacher = open_teacher(teacher_detector, ["wide", "tall"], (4, 8, 16, 32, 64), **asked)

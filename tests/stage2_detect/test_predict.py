@@ -47,7 +47,7 @@ def test_names_of_drawn_images() -> None:
 def test_writes_exactly_these_files(
     call: Call, predict_line: Any, photos: Path, tmp_path: Path, files_below: Files
 ) -> None:
-    assert call(predict.main, predict_line("--write", "json,pictures,csv")) == 0
+    assert call(predict.main, predict_line("--write", "json,images,csv")) == 0
     run = tmp_path / "seen"
     drawn = {f"pictures/{Path(name).with_suffix('.jpg')}" for name in files_below(photos)}
     assert files_below(run) == RECORDS | {"predictions.json", "predictions.csv"} | drawn
@@ -66,7 +66,7 @@ def test_writes_exactly_these_files(
     assert [float(row["width"]) for row in rows] == [row["bbox"][2] for row in predictions["annotations"]]
     # once more: nothing is computed
     before = (run / "predictions.json").stat().st_mtime_ns
-    assert call(predict.main, predict_line("--write", "json,pictures,csv")) == 0
+    assert call(predict.main, predict_line("--write", "json,images,csv")) == 0
     assert (run / "predictions.json").stat().st_mtime_ns == before
 
 

@@ -198,6 +198,7 @@ def test_pictures_that_would_share_files_are_refused(user_error: Error, predict_
     [
         (["--write", "yolo,yolo_scores"], "choose one"),
         (["--write", "jsn"], "write"),
+        (["--write", "json,pictures"], "did you mean 'images'?"),
         (["--write", "csv", "--pseudo_labels", "true"], "leave one of the two out"),
         (["--write", "[]"], "is empty"),
         (["--tile", "8"], "tile"),

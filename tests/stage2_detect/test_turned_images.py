@@ -117,7 +117,7 @@ def test_a_file_has_the_same_boxes_in_the_command_and_in_the_call(
     for number, one in enumerate(drawn[:3]):
         for value in (1, 3, 5, 6) if tile is None else (1, 2, 8):
             save_turned(folder / f"{number}_{value}.png", one.pixels, value)
-    flags = ["--batch_size", "1", "--write", "json,pictures", *(["--tile", str(tile)] if tile else [])]
+    flags = ["--batch_size", "1", "--write", "json,images", *(["--tile", str(tile)] if tile else [])]
     assert call(predict.main, predict_line(*flags, images=folder)) == 0
     written = content(tmp_path / "seen" / "predictions.json")
     assert written["info"]["image_orientation"] == "upright"

@@ -79,7 +79,7 @@ def read_facts(path: Path) -> ImageFacts | str:
 def difference_hash(image: Image.Image) -> int:
     """Return the dHash of an image, 64 bits: each pixel of the grey image at 9 x 8 is compared with the one to its left.
 
-    The hash of an image of one colour is 0. Source: N. Krawetz 2013, hackerfactor.com.
+    The hash of an image of one color is 0. Source: N. Krawetz 2013, hackerfactor.com.
     """
     grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")

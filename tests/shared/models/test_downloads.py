@@ -72,7 +72,7 @@ def test_what_the_hub_answers(network: Any) -> None:
     network(model_DOT_safetensors=Answer(401))
     assert "needs `hf auth login` (status 401)" in str(HUB.ask()[1])
     network(model_DOT_safetensors=Answer(503))
-    assert HUB.ask() == (None, "the hub answers with status 503")
+    assert HUB.ask() == (None, "the hub returned status 503")
     network(model_DOT_safetensors=OSError(-2, "Name or\nservice not known"))
     assert HUB.ask() == (None, "no network ([Errno -2] Name or service not known)")
 

@@ -67,7 +67,7 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         read_metadata(path)
     save_model_file(path, TENSORS, {"kind": "detector"})
-    with pytest.raises(UserError, match="is a detector file, a backbone file is needed here"):
+    with pytest.raises(UserError, match="is a detector file, a backbone file is needed"):
         read_metadata(path, kind="backbone")
     save_file(TENSORS, path, metadata={"ssld": json.dumps({"kind": "backbone", "format": 2})})
     with pytest.raises(UserError, match=r"written by a newer version .format 2.; update"):

@@ -59,7 +59,7 @@ def test_a_folder_is_its_network(place: str, prefix: str, tmp_path: Path, monkey
     assert classifier.args["act_layer"] == "silu"
     other, _ = create_classifier(reference, num_classes=7)
     body, line = create_body(reference)
-    x = classifier.normalised(X)
+    x = classifier.normalized(X)
     with torch.no_grad():
         torch.testing.assert_close(classifier.eval()(X), net(x), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(other.net.eval().forward_features(x), net.forward_features(x), rtol=1e-5, atol=1e-6)  # type: ignore[operator]
@@ -116,7 +116,7 @@ def set_args(**args: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_args(in_chans=1), "in_chans is 1, images here have 3 channels"),
+        (set_args(in_chans=1), "in_chans is 1, images have 3 channels"),
         (set_args(pretrained=True), "'pretrained' is not a model argument"),
         (set_args(checkpoint_path="/etc/passwd"), "'checkpoint_path' is not a model argument"),
         (set_args(pretrained_cfg_overlay={"file": "/etc/passwd"}), "'pretrained_cfg_overlay' is no argument"),
@@ -135,7 +135,7 @@ def set_args(**args: Any) -> Any:
         (lambda config: config["pretrained_cfg"].update(std=[float("nan")] * 3), "std.0: Input should be"),
         (lambda config: config["pretrained_cfg"].update(mean="grey"), "mean: Input should be a valid list"),
         (lambda config: config["pretrained_cfg"].update(mean=[10**400, 0, 0]), "mean.0: "),
-        (lambda config: config["pretrained_cfg"].update(input_size=[1, 28, 28]), "images here have 3 channels"),
+        (lambda config: config["pretrained_cfg"].update(input_size=[1, 28, 28]), "images have 3 channels"),
         (lambda config: config["pretrained_cfg"].update(input_size=7), "input_size: Input should be a valid list"),
         (lambda config: config.update(pretrained_cfg=[]), "pretrained_cfg is not a JSON object"),
     ],

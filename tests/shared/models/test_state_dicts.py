@@ -38,9 +38,9 @@ def loads(path: Path, net: Any, arch: str = ARCH, *, head: bool = True) -> str:
     body, _ = create_body(reference)
     with torch.no_grad():
         if head:
-            torch.testing.assert_close(classifier.eval()(X), net(classifier.normalised(X)), rtol=1e-5, atol=1e-6)
-        expected = net.forward_intermediates(classifier.normalised(X), intermediates_only=True)
-        torch.testing.assert_close(body.eval()(classifier.normalised(X))[-1], expected[-1], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(classifier.eval()(X), net(classifier.normalized(X)), rtol=1e-5, atol=1e-6)
+        expected = net.forward_intermediates(classifier.normalized(X), intermediates_only=True)
+        torch.testing.assert_close(body.eval()(classifier.normalized(X))[-1], expected[-1], rtol=1e-5, atol=1e-5)
     return classifier.loaded
 
 
@@ -164,7 +164,7 @@ def test_weights_under_the_names_of_their_authors(tmp_path: Path) -> None:
     classifier, inputs = create_classifier(parse_reference(str(tmp_path / "swin")))
     assert inputs.size == (64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(classifier.eval()(X), net(classifier.normalised(X)), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(classifier.eval()(X), net(classifier.normalized(X)), rtol=1e-5, atol=1e-6)
 
 
 def test_position_embeddings_are_resampled(tmp_path: Path) -> None:
@@ -180,4 +180,4 @@ def test_position_embeddings_are_resampled(tmp_path: Path) -> None:
     net.set_input_size(img_size=(96, 96))
     pixels = torch.nn.functional.interpolate(X.float(), (96, 96))
     with torch.no_grad():
-        torch.testing.assert_close(classifier.eval()(pixels), net(classifier.normalised(pixels)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(classifier.eval()(pixels), net(classifier.normalized(pixels)), rtol=1e-5, atol=1e-5)

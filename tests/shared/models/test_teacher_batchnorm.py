@@ -51,7 +51,7 @@ def test_batch_statistics(net_file: Path) -> None:
     running = FrozenTeacher(str(net_file), arch="test_resnet")
     torch.testing.assert_close(teacher(PIXELS), in_training_mode(net_file), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(teacher(PIXELS), running(PIXELS), rtol=0.1)
-    # an answer depends on the neighbours, but not on what came before
+    # an answer depends on the neighbors, but not on what came before
     first = teacher(PIXELS)
     teacher(PIXELS[:3])
     assert torch.equal(teacher(PIXELS), first)

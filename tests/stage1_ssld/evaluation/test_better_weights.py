@@ -18,7 +18,7 @@ from ssld.shared.run_dir import read_result
 from ssld.stage1_ssld.data.batch import Batch
 from ssld.stage1_ssld.distill import main as distill
 from ssld.stage1_ssld.evaluation import better_weights
-from ssld.stage1_ssld.evaluation.better_weights import choose_weights, nearest_images, neighbours_in_common, weights
+from ssld.stage1_ssld.evaluation.better_weights import choose_weights, nearest_images, neighbors_in_common, weights
 
 IMAGES = 60
 
@@ -52,7 +52,7 @@ def copied(net: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in net.state_dict().items()}
 
 
-def test_neighbours_against_numpy() -> None:
+def test_neighbors_against_numpy() -> None:
     draw = np.random.default_rng(1)
     result = []
     embeddings = [draw.normal(size=(40, size)) for size in (5, 9)]
@@ -60,13 +60,13 @@ def test_neighbours_against_numpy() -> None:
         unit = one / np.linalg.norm(one, axis=1, keepdims=True)
         cosines = unit @ unit.T
         np.fill_diagonal(cosines, -np.inf)
-        result.append([set(row) for row in np.argsort(-cosines, axis=1)[:, : better_weights.NEIGHBOURS]])
-    expected = np.mean([len(a & b) / better_weights.NEIGHBOURS for a, b in zip(*result, strict=True)])
+        result.append([set(row) for row in np.argsort(-cosines, axis=1)[:, : better_weights.NEIGHBORS]])
+    expected = np.mean([len(a & b) / better_weights.NEIGHBORS for a, b in zip(*result, strict=True)])
     actual = [nearest_images(torch.from_numpy(one)) for one in embeddings]
     assert [[set(row.tolist()) for row in one] for one in actual] == result
-    assert neighbours_in_common(*actual) == pytest.approx(expected, abs=1e-6)
+    assert neighbors_in_common(*actual) == pytest.approx(expected, abs=1e-6)
     assert 0 < expected < 1
-    assert neighbours_in_common(actual[0], actual[0]) == 1
+    assert neighbors_in_common(actual[0], actual[0]) == 1
 
 
 def test_the_three_sets_of_weights() -> None:

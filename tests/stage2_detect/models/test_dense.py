@@ -97,15 +97,15 @@ def test_an_objects_best_anchor_counts_from_an_iou_on(side: float, least: float,
     targets = one_object(16 - side / 2, 16 - side / 2, 16 + side / 2, 16 + side / 2)
     labels_A = net.assign(GRIDS, torch.tensor([[128, 128]]), targets).labels_BA[0]
     assert (labels_A == 1).sum() == positives
-    centre = (2 * 16 + 2) * 3  # row and column 2 of the finest level, the smallest scale
-    assert labels_A[centre] == positives
+    center = (2 * 16 + 2) * 3  # row and column 2 of the finest level, the smallest scale
+    assert labels_A[center] == positives
 
 
 def test_the_box_loss_is_square_up_to_its_beta() -> None:
     net = RetinaNet(classes=3, channels=8, smooth_l1_beta=0.11)
-    centre, A = (2 * 16 + 2) * 9 + 1, 9 * ANCHORS
+    center, A = (2 * 16 + 2) * 9 + 1, 9 * ANCHORS
     labels_BA = torch.zeros(1, A, dtype=torch.int64)
-    labels_BA[0, centre] = 1
+    labels_BA[0, center] = 1
     assigned = Assignment(labels_BA, torch.zeros_like(labels_BA), torch.zeros(1, A))
     outputs = torch.full((1, A, 3), -20.0), torch.zeros(1, A, 4)
     losses = net.losses(outputs, GRIDS, torch.tensor([[128, 128]]), one_object(5.0, 5, 27, 29), ONE_RANK, assigned)

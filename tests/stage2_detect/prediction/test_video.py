@@ -136,7 +136,7 @@ def test_one_item_is_made_ahead() -> None:
 def test_a_video_is_predicted_as_its_frames(
     call: Callable[..., int], line: Line, clip: Path, tmp_path: Path, files_below: Callable[[Path], set[str]]
 ) -> None:
-    assert call(predict.main, line(clip, "seen", "--write", "json,pictures,csv,yolo,crops")) == 0
+    assert call(predict.main, line(clip, "seen", "--write", "json,images,csv,yolo,crops")) == 0
     (tmp_path / "frames").mkdir()
     for frame in read_frames(str(clip)):
         Image.fromarray(frame.pixels_HWC).save(tmp_path / "frames" / f"{frame.number:06d}.png")
