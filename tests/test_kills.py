@@ -1,4 +1,4 @@
-"""Every command killed at its calls to the file system, and run again: the same files, byte for byte, or it says why not.
+"""Every command killed at its calls to the file system, and run again: the same files, byte for byte, or the reason why not.
 
 All calls, and not the first from each line alone, with SSLD_TEST_EVERY_KILL=1, which takes many minutes.
 """

@@ -1,6 +1,6 @@
 """Files of an evaluation: `analysis.json`, and the best and worst images with drawn ground truth and detections.
 
-`pictures/index.json` lists the images: `kind` (best or worst), `truth` and `detections` (files beside it), `image`, `lrp`, `right`, `wrong`, `missed`.
+`pictures/index.json` lists them: `kind` (best or worst), `truth` and `detections` (files beside it), `image`, `lrp`, `right`, `wrong`, `missed`.
 They are ranked by LRP error (`analysis.py`); an image without objects and without detections has none and is not listed.
 """
 

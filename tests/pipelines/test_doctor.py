@@ -116,15 +116,15 @@ def test_requirements_of_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("free", "lines"), [(10 * 10**9, 1), (4 * 10**9, 2)])
 def test_disk_space(free: int, lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Path] = []
+    checked_folders: list[Path] = []
 
     def usage(path: Path) -> Any:
-        asked.append(path)
+        checked_folders.append(path)
         return SimpleNamespace(free=free)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     findings = list(_disk_lines({"a": 5 * 10**9, "b": None}, 3, tmp_path / "runs" / "mine"))
-    assert asked == [tmp_path]
+    assert checked_folders == [tmp_path]
     assert findings[0].text == "3 stages: about 5.0 GB of disk, and 1 stage of unknown size; data sets not counted"
     assert len(findings) == lines
     if lines == 2:

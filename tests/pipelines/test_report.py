@@ -1,4 +1,4 @@
-"""The report: correct numbers, alternative text for every image, no external resources, unfinished runs shown as such."""
+"""The report: correct numbers, alternative text for every image, no external resources, unfinished runs marked as such."""
 
 import json
 import re
@@ -119,7 +119,7 @@ def test_status_of_every_stage(html: str) -> None:
 
 def test_settings_and_machine(html: str) -> None:
     text = Page(html).text
-    assert "name: <b>&amp;" in text  # shown as it stands, not as markup
+    assert "name: <b>&amp;" in text  # printed as text, not as markup
     assert "fake_stage.py --steps 100" in text
     assert "some machine" in text
     assert "torch 2.15.0" in text
@@ -340,19 +340,19 @@ def test_time_of_earlier_starts_counts(tmp_path: Path) -> None:
 
 
 def test_some_of_the_predicted_images_are_shown(tmp_path: Path) -> None:
-    pictures = tmp_path / "seen" / "pictures"
-    (pictures / "b").mkdir(parents=True)
+    drawn = tmp_path / "predicted" / "pictures"
+    (drawn / "b").mkdir(parents=True)
     for n in range(13):
-        Image.new("RGB", (60, 40), (n, 0, 0)).save(pictures / f"a{n:02d}.png")
-    Image.new("RGB", (60, 40)).save(pictures / "b" / "last.jpg")
-    (pictures / "a04.png").write_bytes(b"not an image")
-    (pictures / "clip.mp4").write_bytes(b"a video")
-    images = view("seen", "predict", tmp_path / "seen", Budget()).predicted
+        Image.new("RGB", (60, 40), (n, 0, 0)).save(drawn / f"a{n:02d}.png")
+    Image.new("RGB", (60, 40)).save(drawn / "b" / "last.jpg")
+    (drawn / "a04.png").write_bytes(b"not an image")
+    (drawn / "clip.mp4").write_bytes(b"a video")
+    images = view("predicted", "predict", tmp_path / "predicted", Budget()).predicted
     assert [one.title for one in images] == ["a00.png", "a02.png", "a07.png", "a09.png", "a11.png"]
     assert images[1].alt == "a02.png with its detections"
-    (pictures / "index.json").write_text("[]")  # marks the images of an evaluation
-    assert view("seen", "predict", tmp_path / "seen", Budget()).predicted == []
-    assert view("seen", "predict", tmp_path / "nowhere", Budget()).predicted == []
+    (drawn / "index.json").write_text("[]")  # marks the images of an evaluation
+    assert view("predicted", "predict", tmp_path / "predicted", Budget()).predicted == []
+    assert view("predicted", "predict", tmp_path / "nowhere", Budget()).predicted == []
 
 
 def test_a_folder_without_runs(tmp_path: Path, capfd: Any) -> None:

@@ -1,4 +1,4 @@
-"""What is an image, digests of folders, even spreads of numbers, and what a killed process leaves behind."""
+"""Recognition of image files, digests of folders, even spreads of numbers, and leftovers of killed processes."""
 
 import io
 import os
@@ -180,7 +180,7 @@ def test_run_directories_are_no_data(tmp_path: Path) -> None:
     assert list_images(tmp_path, tally=tally) == ["cat/1.jpg"]
     assert list_folders(tmp_path / "runs") == []
     assert tally.describe() == "1 folder skipped: 1 written by a run (first: runs/one)"
-    assert list_images(tmp_path / "runs" / "one") == ["curves.png", "selected/1.jpg"]  # where it is asked for
+    assert list_images(tmp_path / "runs" / "one") == ["curves.png", "selected/1.jpg"]  # where it is given itself
 
 
 def test_a_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_keeps_the_best_of_each_class_and_no_copy(
 def test_a_manifest_is_a_source(
     arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path, planted: Path
 ) -> None:
-    """Its rows are the images; it says which teacher, classes, settings and numbers it comes from."""
+    """Its rows are the images; its metadata name teacher, classes, settings and numbers."""
     assert call(curate, arguments(settings)) == 0
     source = ImageSource(SourceConfig(path=str(tmp_path / "run" / "selected.parquet")), 0)
     rows = selected(tmp_path / "run")

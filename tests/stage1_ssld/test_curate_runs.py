@@ -1,4 +1,4 @@
-"""A curation that is cut short, shared by two processes, or asked for something wrong."""
+"""A curation that is interrupted, shared by two processes, or given invalid settings."""
 
 import json
 import os

@@ -203,7 +203,7 @@ def test_a_vit_learns_from_a_cnn(
 def test_what_no_term_reaches_stays_as_it_is(
     arguments: Arguments, settings: Settings, call: Call, tmp_path: Path, vit_file: Path
 ) -> None:
-    """Layers behind the last map that is compared, and a line that says so."""
+    """Layers behind the last compared map are untrained, and a line reports it."""
     optim = settings["optim"] | {"weight_decay": 0.5}
     losses = [{"name": "spatial", "levels": ["c3"]}]
     assert call(distill, arguments(alone(settings, vit_file, losses=losses, optim=optim))) == 0

@@ -89,7 +89,7 @@ def test_folder_without_images(
     arguments: Arguments, distill_settings: Settings, user_error: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "notes.txt").write_text("no picture")
+    (tmp_path / "empty" / "notes.txt").write_text("no image")
     data = {"train": [str(tmp_path / "empty")], "image_size": 32}
     assert f"no images in {tmp_path}/empty" in user_error(distill, arguments(distill_settings | {"data": data}))
     assert not (tmp_path / "run").exists()

@@ -259,8 +259,8 @@ def test_other_commands_take_the_teacher(
         "teacher": file,
         "data": {"path": str(tiny.val)},
     }
-    assert call(evaluate, arguments(common | recorded, "seen")) == 0
-    assert metrics(tmp_path / "seen")["agreement"] == pytest.approx(actual["agreement"])
+    assert call(evaluate, arguments(common | recorded, "evaluated")) == 0
+    assert metrics(tmp_path / "evaluated")["agreement"] == pytest.approx(actual["agreement"])
 
 
 def test_a_student_that_starts_from_a_teacher_keeps_its_arguments(

@@ -43,7 +43,7 @@ def change(path: Path, **facts: Any) -> None:
 
 
 def test_arguments_of_the_backbone(tmp_path: Path) -> None:
-    """Nothing but the answers would tell an activation that was lost."""
+    """A lost activation would change the outputs only."""
     model = write(tmp_path / "d.safetensors", model_args={"act_layer": "silu"})
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     again = load_detector(tmp_path / "d.safetensors").model

@@ -351,16 +351,16 @@ def test_nothing_stays_of_an_export_that_fails(
     left = {file.name for file in (tmp_path / "run").iterdir()}
     assert left == {".lock", "config.yaml", "environment.json", "log.txt"}
     argv[argv.index("--output") + 1] = str(tmp_path / "other")
-    asked: list[Any] = []
+    requests: list[Any] = []
 
     class Hub:
         def create_repo(self, repository: str, **options: Any) -> None:
-            asked.append((repository, options["private"]))
+            requests.append((repository, options["private"]))
 
         def upload_folder(self, **options: Any) -> Any:
-            asked.append(options["folder_path"])
+            requests.append(options["folder_path"])
             return type("Done", (), {"commit_url": "https://example.org/commit"})()
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     assert call(main, argv) == 0
-    assert asked == [("me/tiny", False), str(tmp_path / "other" / "hub")]
+    assert requests == [("me/tiny", False), str(tmp_path / "other" / "hub")]

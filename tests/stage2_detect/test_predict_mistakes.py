@@ -102,13 +102,13 @@ def test_pictures_that_cannot_be_read_are_named_and_left_out(
     call: Call, predict_line: Any, photos: Path, tmp_path: Path
 ) -> None:
     assert call(predict.main, predict_line(output="whole")) == 0
-    (photos / "0.png").write_bytes(b"no picture at all")
+    (photos / "0.png").write_bytes(b"no image at all")
     damaged = (photos / "4.png").read_bytes()
     (photos / "4.png").write_bytes(damaged[: len(damaged) // 2])  # its header is sound
     (photos / "raw.dng").write_bytes(b"of a camera")
     # Batches of one image, so that one holds nothing readable.
     assert call(predict.main, predict_line("--batch_size", "1")) == 0
-    run = tmp_path / "seen"
+    run = tmp_path / "predicted"
     assert (run / "quarantine.txt").read_text() == "0.png\n4.png\n"
     raw = "1 of camera raw, to be converted (first: raw.dng)"
     counted = f"3 images dropped: 2 that cannot be read (.png) (first: 0.png), {raw}"
@@ -133,7 +133,7 @@ def test_pictures_that_cannot_be_read_are_named_and_left_out(
 def test_none_can_be_read(user_error: Error, predict_line: Any, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     for name in ("a.jpg", "b.png"):
-        (tmp_path / "bad" / name).write_bytes(b"no picture")
+        (tmp_path / "bad" / name).write_bytes(b"no image")
     message = user_error(predict.main, predict_line(images=tmp_path / "bad"))
     assert message == f"nothing can be read in 2 files of {tmp_path / 'bad'}; the first is a.jpg"
 
@@ -144,7 +144,7 @@ def test_no_box_above_the_threshold(
     message = user_error(predict.main, predict_line("--pseudo_labels", "true", "--threshold", "1.0"))
     assert message.startswith(f"{photos}: no box with a score of 1 or more in 12 images; the best has 0.")
     assert message.endswith("give a lower --threshold, or a detector that fits these images")
-    assert not (tmp_path / "seen" / "pseudo_labels.json").exists()
+    assert not (tmp_path / "predicted" / "pseudo_labels.json").exists()
     # The folder can be used again.
     assert call(predict.main, predict_line("--pseudo_labels", "true", "--threshold", "0.1")) == 0
 
@@ -180,7 +180,7 @@ def test_mistakes(
         (predict_line("--model", str(resized)), "its resize.val_short_side is no setting of this one"),
         (predict_line("--exclude", str(tmp_path / "all.json")), "names all images of"),
         (predict_line("--exclude", str(tmp_path / "none.json")), "has a file name of"),
-        (predict_line(output="photos/seen"), "is inside images"),
+        (predict_line(output="photos/predicted"), "is inside `images`"),
         (predict_line("--threshold", "1.5"), "threshold"),
     ):
         drawn = user_error(predict.main, flags)

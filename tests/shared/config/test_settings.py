@@ -152,7 +152,7 @@ def test_merge_keys_are_yaml(tmp_path: Path) -> None:
 
 
 def test_what_a_group_needs_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A bare command prints its usage, and a group that is missing is told by the settings that it needs."""
+    """A bare command prints its usage, and a missing group is reported by the settings that it needs."""
     from ssld.stage2_detect.config import TrainConfig
 
     with pytest.raises(UserError) as caught:

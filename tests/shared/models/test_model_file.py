@@ -1,4 +1,4 @@
-"""The model file: what it says about itself, and what is refused."""
+"""The model file: its metadata, and refused files."""
 
 import json
 import os

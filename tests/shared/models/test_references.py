@@ -1,4 +1,4 @@
-"""What a folder, a model of the hub or a file says of itself is kept, and nothing in it reaches the network or other files."""
+"""Metadata of a folder, a hub model or a file are kept, and nothing in them reaches the network or other files."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, place: Path, repo: str) -> Path:
 @pytest.mark.parametrize("prefix", ["", "timm_model.", "model."])
 @pytest.mark.parametrize("place", ["folder", "hub"])
 def test_a_folder_is_its_network(place: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with another activation, whose loss nothing but the answers would tell, and with other classes on top."""
+    """Also with another activation, whose loss only changes the outputs, and with other classes on top."""
     folder, text = tmp_path / "model", str(tmp_path / "model")
     if place == "hub":
         folder, text = cache(monkeypatch, tmp_path / "cache", "org/name"), "hf-hub:org/name"

@@ -133,7 +133,7 @@ def test_a_larger_network_is_not_taken_for_a_smaller_one(tmp_path: Path) -> None
 
 
 def test_weights_under_the_names_of_their_authors(tmp_path: Path) -> None:
-    """What timm converts: ConvNeXt as published, and Swin with the tables that older versions kept."""
+    """Weights that timm converts: ConvNeXt as published, and Swin with the tables of older versions."""
     net = network("convnext_atto")
     published = {}
     for name, tensor in net.state_dict().items():

@@ -82,7 +82,7 @@ def test_frozen(teacher_file: Path) -> None:
     assert logits.dtype == torch.float32
     assert not any(parameter.requires_grad for parameter in teacher._classifier.parameters())
     assert not teacher._classifier.training
-    # batch statistics would make an image's answer depend on its neighbors, and move the running ones
+    # batch statistics would make an image's logits depend on the other images, and move the running ones
     torch.testing.assert_close(teacher(PIXELS[:1]), logits[:1], rtol=1e-4, atol=1e-4)
     assert teacher.content_sha256() == before
 

@@ -1,4 +1,4 @@
-"""What a teacher says beside its logits: pooled features and maps, of networks of every layout, against timm's own forward passes."""
+"""Features of a teacher: pooled features and maps, of networks of every layout, against timm's own forward passes."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def encoder_file(folder: Path, arch: str, classes: int = 0, **model_args: Any) -
     ],
 )
 def test_features_are_timms(tmp_path: Path, arch: str, model_args: dict[str, Any], side: int) -> None:
-    """The map is timm's last intermediate one, normed; the pooled features are what a network without classes answers."""
+    """The map is timm's last intermediate one, normed; the pooled features are the output of a network without classes."""
     path = encoder_file(tmp_path, arch, **model_args)
     teacher = FrozenTeacher(str(path), classes=False)
     pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))

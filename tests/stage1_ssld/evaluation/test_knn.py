@@ -52,7 +52,7 @@ def test_against_an_exhaustive_search(k: int) -> None:
     generator = np.random.default_rng(k)
     table = generator.standard_normal((100, 6))
     labels = generator.integers(0, 4, 100)
-    table += 0.8 * np.eye(6)[labels]  # some of it can be told
+    table += 0.8 * np.eye(6)[labels]  # classes are partly separable
     labels[[3, 50, 90]] = -1
     queries, bank = labels[:40], labels[40:]
     known = int((bank >= 0).sum())

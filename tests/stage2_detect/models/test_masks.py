@@ -1,4 +1,4 @@
-"""Masks: what is asked of a RoI, the head's loss, pasting, average precision of shapes, and the commands on drawn scenes."""
+"""Masks: targets of a RoI, the head's loss, pasting, average precision of shapes, and the commands on drawn scenes."""
 
 import json
 from pathlib import Path
