@@ -118,7 +118,7 @@ def _folder_reference(text: str, path: Path, arch_key: str) -> ModelReference:
     pickles = sorted(file for suffix in PICKLE_SUFFIXES for file in path.glob(f"*{suffix}"))
     files = named or weight_files or pickles
     if not files:
-        raise UserError(f"{text}: has no weights beside its config.json; {WEIGHT_FILES[0]} is expected")
+        raise UserError(f"{text}: no weights beside its config.json (expected {WEIGHT_FILES[0]})")
     if not named and len(files) > 1:
         raise UserError(
             f"{text}: several weight files ({', '.join(file.name for file in files[:4])}): "

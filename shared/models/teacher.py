@@ -345,7 +345,7 @@ def reset_head(net: Any, classes: int, pool: str | None, *, key: str, arch: str)
         net.reset_classifier(classes, pool or get_model_args(net).get("global_pool"))
     except Exception as error:  # assertions, keys, types: every family has its own
         if pool is None:
-            raise UserError(f"{arch}: cannot be given other classes by timm; take another arch") from None
+            raise UserError(f"{arch}: cannot be given other classes by timm; use another arch") from None
         why = " ".join(str(error).split())[:120]
         raise UserError(f"{key}: {arch}: has no pooling {pool!r} ({why})") from None
 

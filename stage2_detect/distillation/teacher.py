@@ -93,7 +93,7 @@ def open_teacher(
     if tuple(loaded.model.pyramid.strides) != tuple(strides):
         raise UserError(
             f"distill.teacher: {path}: its maps have strides {list(loaded.model.pyramid.strides)}, the student's {list(strides)}: "
-            f"it is a {architecture.kind} detector; one-stage detectors and R-CNNs do not teach each other"
+            f"it is a {architecture.kind} detector; a one-stage detector cannot be the teacher of an R-CNN, or the reverse"
         )
     permute_classes(
         loaded.model,

@@ -156,6 +156,6 @@ def _level_indices(body: nn.Module, name: str) -> list[int]:
         has = ", ".join(str(stride) for stride in sorted(set(reductions)))
         raise UserError(
             f"backbone {name} cannot carry a detector: it has maps of stride {has} only and strides 4, 8, 16, 32 are needed; "
-            "take a hierarchical one (ResNet-D, MobileNetV3, HGNetV2, ConvNeXt, ...)"
+            "use a hierarchical one (ResNet-D, MobileNetV3, HGNetV2, ConvNeXt, ...)"
         )
     return [i for i in indices if i is not None]

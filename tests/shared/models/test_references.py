@@ -189,7 +189,7 @@ def test_which_file_of_a_folder(tmp_path: Path) -> None:
         parse_reference(str(tmp_path / "model"))
     for file in (tmp_path / "model").glob("*.safetensors"):
         file.unlink()
-    with pytest.raises(UserError, match=r"has no weights beside its config\.json; model\.safetensors is expected"):
+    with pytest.raises(UserError, match=r"no weights beside its config\.json \(expected model\.safetensors\)"):
         parse_reference(str(tmp_path / "model"))
 
 

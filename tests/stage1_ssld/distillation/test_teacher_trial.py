@@ -57,7 +57,7 @@ def refused(teacher: Teacher, pixels: Tensor, labels: Tensor) -> str:
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith(f"{teacher.reference.text}: ")
-    assert message.endswith("; teacher.check_images: 0 leaves this check out")
+    assert message.endswith("; teacher.check_images: 0 skips this check")
     return message
 
 
