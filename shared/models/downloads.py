@@ -22,7 +22,7 @@ Kind = Literal["random", "hub", "folder", "file", "path", "timm"]
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 """file names of weights in a folder, in the order of the search"""
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl")
-_SECONDS = 3.5  # for an answer of the network
+_SECONDS = 3.5  # for an response of the network
 
 
 def kind_of(text: str) -> Kind:
@@ -134,8 +134,8 @@ class Remote:
 
     def _ask_url(self) -> tuple[int | None, str | None]:
         assert self.url is not None
-        with urllib.request.urlopen(urllib.request.Request(self.url, method="HEAD"), timeout=_SECONDS) as answer:
-            return _number(answer.headers), None
+        with urllib.request.urlopen(urllib.request.Request(self.url, method="HEAD"), timeout=_SECONDS) as response:
+            return _number(response.headers), None
 
     def _ask_hub(self) -> tuple[int | None, str | None]:
         from huggingface_hub import constants, hf_hub_url
@@ -148,16 +148,16 @@ class Remote:
                 if self.dataset
                 else hf_hub_url(repo, name, revision=revision)
             )
-            answer = get_session().head(url, headers=build_hf_headers(), timeout=_SECONDS)
-            if answer.status_code < 400:
-                return (None if self.dataset else _number(answer.headers)), None
-            if answer.status_code != 404:
+            response = get_session().head(url, headers=build_hf_headers(), timeout=_SECONDS)
+            if response.status_code < 400:
+                return (None if self.dataset else _number(response.headers)), None
+            if response.status_code != 404:
                 break
-        if answer.status_code in (401, 403):
-            return None, f"the hub has no such repository, or it needs `hf auth login` (status {answer.status_code})"
-        if answer.status_code == 404:
+        if response.status_code in (401, 403):
+            return None, f"the hub has no such repository, or it needs `hf auth login` (status {response.status_code})"
+        if response.status_code == 404:
             return None, "the hub does not have it (status 404)"
-        return None, f"the hub returned status {answer.status_code}"
+        return None, f"the hub returned status {response.status_code}"
 
 
 def unavailable(text: str, remote: Remote, size: int | None, fault: str) -> str:
@@ -198,7 +198,7 @@ def timm_weights(name: str) -> Remote:
     if cfg.hf_hub_id:
         return Remote(cfg.hf_hub_id, (cfg.hf_hub_filename,) if cfg.hf_hub_filename else WEIGHT_FILES)
     if not cfg.url:
-        raise UserError(f"timm:{name}: timm has no weights for it; random:{name} begins with random ones")
+        raise UserError(f"timm:{name}: timm has no weights for it; random:{name} starts from random ones")
     from torch.hub import get_dir
 
     url, file = cfg.url if isinstance(cfg.url, tuple | list) else (cfg.url, cfg.url.rsplit("/", 1)[-1])
@@ -254,13 +254,13 @@ def find_downloads_apart(references: Mapping[str, str]) -> list[Download]:
         return find_downloads(remote) if remote else []
     script = (
         "import json, sys; from ssld.shared.models.downloads import find_downloads; "
-        "print('ANSWER' + json.dumps([[one.text, one.possible] for one in find_downloads(json.loads(sys.argv[1]))]))"
+        "print('RESPONSE' + json.dumps([[one.text, one.possible] for one in find_downloads(json.loads(sys.argv[1]))]))"
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script, json.dumps(remote)], capture_output=True, text=True, check=False
     )
-    answer = next((line for line in done.stdout.splitlines() if line.startswith("ANSWER")), None)
-    return [Download(*one) for one in json.loads(answer.removeprefix("ANSWER"))] if answer else []
+    response = next((line for line in done.stdout.splitlines() if line.startswith("RESPONSE")), None)
+    return [Download(*one) for one in json.loads(response.removeprefix("RESPONSE"))] if response else []
 
 
 def require_downloads(references: Mapping[str, str]) -> list[str]:
@@ -285,7 +285,7 @@ def _within_seconds(ask: Callable[[], tuple[int | None, str | None]]) -> tuple[i
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(_SECONDS + 0.5)
-    return results[0] if results else (None, f"no network (no answer within {_SECONDS:g} seconds)")
+    return results[0] if results else (None, f"no network (no response within {_SECONDS:g} seconds)")
 
 
 def _letters(text: str) -> str:

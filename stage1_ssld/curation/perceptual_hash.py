@@ -1,6 +1,6 @@
 """Perceptual hash of 64 bits: the hashes of copies that were resized, recompressed or slightly recolored differ in few bits.
 
-A bit says whether one of the low 8 x 8 frequencies of the cosine transform of the grey 32 x 32 image is above their median (Zauner 2010,
+Each bit records whether one of the low 8 x 8 frequencies of the cosine transform of the grey 32 x 32 image is above their median (Zauner 2010,
 "Implementation and benchmarking of perceptual image hash functions", section 3.2.1, in the form of the `imagehash` package). It does not detect
 rotations and strong crops; mirror images are detected by the hash of the mirror image.
 """

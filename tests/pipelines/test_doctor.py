@@ -87,8 +87,8 @@ def test_a_broken_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(
         line.level == "fault" and "import torch fails: undefined symbol: x" in line.text for line in machine_lines(died)
     )
-    answer = SOUND | {"broken": {"torchvision": "RuntimeError: operator torchvision::nms does not exist"}}
-    monkeypatch.setattr(machine.subprocess, "run", process(0, f"noise\nANSWER{json.dumps(answer)}\n", ""))
+    facts = SOUND | {"broken": {"torchvision": "RuntimeError: operator torchvision::nms does not exist"}}
+    monkeypatch.setattr(machine.subprocess, "run", process(0, f"noise\nFACTS{json.dumps(facts)}\n", ""))
     lines = list(machine_lines(ask_torch()))
     assert any(line.level == "fault" and "operator torchvision::nms does not exist" in line.text for line in lines)
 
@@ -96,9 +96,9 @@ def test_a_broken_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.process
 def test_this_machine_is_probed_in_another_process() -> None:
-    answer = ask_torch()
-    assert answer["broken"] == {}
-    assert "gloo" in answer["groups"]
+    facts = ask_torch()
+    assert facts["broken"] == {}
+    assert "gloo" in facts["groups"]
 
 
 def test_requirements_of_the_project(monkeypatch: pytest.MonkeyPatch) -> None:

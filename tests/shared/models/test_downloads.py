@@ -80,7 +80,7 @@ def test_what_the_hub_answers(network: Any) -> None:
 def test_a_network_that_never_answers(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads, "_SECONDS", -0.45)
     monkeypatch.setattr(Remote, "_ask_hub", lambda self: time.sleep(0.5))
-    assert "no network (no answer within" in str(HUB.ask()[1])
+    assert "no network (no response within" in str(HUB.ask()[1])
 
 
 def test_offline_is_honoured(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def test_all_that_some_settings_need(network: Any, tmp_path: Path) -> None:
 def test_a_timm_model_without_weights(network: Any) -> None:
     [download] = find_downloads({"student.model": "vit_base_patch16_18x2_224"})
     assert not download.possible
-    assert "timm has no weights for it; random:vit_base_patch16_18x2_224 begins with random ones" in download.text
+    assert "timm has no weights for it; random:vit_base_patch16_18x2_224 starts from random ones" in download.text
 
 
 def test_weights_behind_a_url(network: Any, tmp_path: Path) -> None:
