@@ -188,7 +188,7 @@ def recipe_file(name: str | Path, recipes: Path, others: Sequence[str] = ()) -> 
 
 @contextlib.contextmanager
 def _own_accelerate_state() -> Iterator[None]:
-    """Context manager: accelerate starts with fresh state; it keeps one device and precision per process, and refuses others."""
+    """Inside, accelerate starts anew: it keeps one device and precision per process, and refuses others."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     kinds = () if launched_ranks()[1] > 1 else (AcceleratorState, GradientState, PartialState)

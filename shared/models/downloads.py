@@ -22,7 +22,7 @@ Kind = Literal["random", "hub", "folder", "file", "path", "timm"]
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 """file names of weights in a folder, in the order of the search"""
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl")
-_SECONDS = 3.5  # for an response of the network
+_SECONDS = 3.5  # timeout of a network request
 
 
 def kind_of(text: str) -> Kind:
