@@ -119,7 +119,7 @@ def set_args(**args: Any) -> Any:
         (set_args(in_chans=1), "in_chans is 1, images have 3 channels"),
         (set_args(pretrained=True), "'pretrained' is not a model argument"),
         (set_args(checkpoint_path="/etc/passwd"), "'checkpoint_path' is not a model argument"),
-        (set_args(pretrained_cfg_overlay={"file": "/etc/passwd"}), "'pretrained_cfg_overlay' is no argument"),
+        (set_args(pretrained_cfg_overlay={"file": "/etc/passwd"}), "'pretrained_cfg_overlay' is not a model argument"),
         (set_args(base_width=float("nan")), "base_width has to be a plain JSON value"),
         (set_args(base_width=10**30), "base_width has to be a plain JSON value"),
         (set_args(act_layer={"a": {"b": {"c": {"d": {"e": 1}}}}}), "act_layer has to be a plain JSON value"),
