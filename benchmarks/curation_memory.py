@@ -1,6 +1,6 @@
 """Memory and time of the selection of a curation, by the functions that `curate.py` calls for it, in a process that has loaded torch as that one has.
 
-    python benchmarks/curation_memory.py [--rows 20000000] [--classes 1000] [--keep 4000] [--protected 50000]
+    python benchmarks/curation_memory.py [--rows 20000000] [--classes 1000] [--keep 4000] [--held_out 50000]
 
 Writes score files of that many made-up images to a temporary folder, in a process of its own: a thousand of them copies of held-out images, a
 thousand copies of each other, and a thousand mirror images of each other. Then come candidates (best 1.5 x keep per class), their near-duplicates
@@ -43,31 +43,31 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000_000)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--keep", type=int, default=4000)
-    parser.add_argument("--protected", type=int, default=50_000)
+    parser.add_argument("--held_out", type=int, default=50_000)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        given = (Path(folder), arguments.rows, arguments.classes, arguments.protected)
+        given = (Path(folder), arguments.rows, arguments.classes, arguments.held_out)
         writer = multiprocessing.get_context("spawn").Process(target=write, args=given)
         writer.start()
         writer.join()
         assert writer.exitcode == 0
-        print(json.dumps(select(Path(folder), arguments.rows, arguments.classes, arguments.keep, arguments.protected)))
+        print(json.dumps(select(Path(folder), arguments.rows, arguments.classes, arguments.keep, arguments.held_out)))
 
 
-def write(folder: Path, rows: int, classes: int, protected: int) -> None:
+def write(folder: Path, rows: int, classes: int, held_out: int) -> None:
     """Score files of `rows` images; the last are copies of held-out images, those before them mirror images and copies of earlier ones."""
     generator = np.random.default_rng(0)
-    shielded = generator.integers(0, 2**64, (2, protected), dtype=np.uint64)
+    shielded = generator.integers(0, 2**64, (2, held_out), dtype=np.uint64)
     twins = generator.integers(0, 2**64, (2, COPIES), dtype=np.uint64)
-    for name in ("scores", "protected"):
+    for name in ("scores", "held_out"):
         (folder / name).mkdir()
     columns = {
-        "key": [str(number) for number in range(protected)],
-        "class": np.zeros(protected, np.int32),
+        "key": [str(number) for number in range(held_out)],
+        "class": np.zeros(held_out, np.int32),
         "hash": shielded[0],
         "mirrored": shielded[1],
     }
-    write_shard(shard_file(folder / "protected", 0), columns, HELD_OUT, [])
+    write_shard(shard_file(folder / "held_out", 0), columns, HELD_OUT, [])
     for number, first in enumerate(range(0, rows, SHARD)):
         count = min(SHARD, rows - first)
         columns = {
@@ -87,7 +87,7 @@ def write(folder: Path, rows: int, classes: int, protected: int) -> None:
         write_shard(shard_file(folder / "scores", number), columns, SCORED, [])
 
 
-def select(folder: Path, rows: int, classes: int, keep: int, protected: int) -> dict[str, float]:
+def select(folder: Path, rows: int, classes: int, keep: int, held_out: int) -> dict[str, float]:
     """Select from these files; seconds, megabytes and counts."""
     settings = {"output": folder, "pool": ["pool"], "teacher": "random:test_resnet", "keep": keep}
     selection = Selection(
@@ -97,23 +97,23 @@ def select(folder: Path, rows: int, classes: int, keep: int, protected: int) -> 
         teacher={},
         scored=ScoreFiles(folder / "scores", len(range(0, rows, SHARD))),
         shard_sources=["pool"] * len(range(0, rows, SHARD)),
-        held_out=ScoreFiles(folder / "protected", 1),
-        val_images=protected,
+        held_out=ScoreFiles(folder / "held_out", 1),
+        val_images=held_out,
     )
     result: dict[str, float] = {"rows": rows, "start_megabytes": peak_megabytes()}
     for name, part in (
         ("candidates", write_candidates),
-        ("look_alikes", write_close_pairs),
+        ("near_duplicates", write_close_pairs),
         ("outcome", write_outcome),
     ):
         begun = time.perf_counter()
         part(folder, selection)
         result[f"{name}_seconds"] = round(time.perf_counter() - begun, 1)
         result[f"{name}_megabytes"] = peak_megabytes()
-        if name == "look_alikes":
-            pairs = pair_rows(folder / "look_alikes.parquet")
+        if name == "near_duplicates":
+            pairs = pair_rows(folder / "near_duplicates.parquet")
             assert pairs is not None
-            add_cosines(folder / "look_alikes.parquet", np.ones(len(pairs.left_P), np.float32))
+            add_cosines(folder / "near_duplicates.parquet", np.ones(len(pairs.left_P), np.float32))
     outcome = outcome_of(folder)
     assert outcome is not None
     metrics = outcome["metrics"]

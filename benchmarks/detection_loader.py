@@ -4,10 +4,10 @@ never an absolute time.
     python benchmarks/detection_loader.py ANNOTATIONS.json FOLDER_OF_IMAGES [--pairs 30] [--batch 4]
 
 Both decode the same photos by PIL and give a padded batch of the same sizes, flips and boxes. Ours ends in uint8 pixels, which the network
-normalises on its device; the opponent's chain is Resize on the PIL image, ToTensor, Normalize, flip, pad. The rows: images/s of
+normalizes on its device; the opponent's chain is Resize on the PIL image, ToTensor, Normalize, flip, pad. The rows: images/s of
 
 (a) our fast kernel / the opponent, both bicubic            goal: at least 1.3
-(b) the same, our normalisation on the CPU counted too
+(b) the same, our normalization on the CPU counted too
 (c) our fast kernel / the opponent, both bilinear
 (d) our reference kernel / the opponent, bicubic
 (e) our fast kernel with AutoAugment / without it
@@ -35,14 +35,14 @@ from ssld.stage2_detect.data.coco import CocoData, CocoImage, read_coco
 from ssld.stage2_detect.data.loaders import TrainLoader
 from ssld.stage2_detect.data.padding import padded_side
 from ssld.stage2_detect.data.views import View, draw_view, view_image
-from ssld.stage2_detect.models.normalise import Normalise
+from ssld.stage2_detect.models.normalize import Normalize
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHORT_SIDES = (640, 672, 704, 736, 768, 800)
 
 
 def opponent(records: list[CocoImage], views: list[View], interpolation: InterpolationMode) -> torch.Tensor:
-    """A normalised float batch, as a data set with torchvision's v1 transforms makes it; boxes are made and dropped."""
+    """A normalized float batch, as a data set with torchvision's v1 transforms makes it; boxes are made and dropped."""
     normalize = transforms.Normalize(MEAN, STD)
     pixels = []
     for record, view in zip(records, views, strict=True):
@@ -88,14 +88,14 @@ class Batches:
             flip=0.5,
         )
 
-    def ours(self, *, normalised: bool = False, **options: Any) -> Callable[[], None]:
+    def ours(self, *, normalized: bool = False, **options: Any) -> Callable[[], None]:
         stream = iter(self.loader(100 * self.order.steps_per_epoch, **options))
-        normalise = Normalise(MEAN, STD)
+        normalize = Normalize(MEAN, STD)
 
         def work() -> None:
             images = next(stream).images
-            if normalised:
-                normalise(images)
+            if normalized:
+                normalize(images)
 
         return work
 
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     works = {
         "fast": batches.ours(kernel="fast"),
         "bicubic": batches.torchvisions(InterpolationMode.BICUBIC),
-        "normalised": batches.ours(kernel="fast", normalised=True),
+        "normalized": batches.ours(kernel="fast", normalized=True),
         "reference": batches.ours(),
         "fast bilinear": batches.ours(kernel="fast", interpolation="bilinear"),
         "bilinear": batches.torchvisions(InterpolationMode.BILINEAR),
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"torch {torch.__version__}, one CPU thread, {arguments.pairs} rounds of {arguments.batch} images: median (quartiles)"
     )
     show("(a) fast / torchvision v1, bicubic", [r["bicubic"] / r["fast"] for r in timings])
-    show("(b) the same, normalisation counted", [r["bicubic"] / r["normalised"] for r in timings])
+    show("(b) the same, normalization counted", [r["bicubic"] / r["normalized"] for r in timings])
     show("(c) fast / torchvision v1, bilinear", [r["bilinear"] / r["fast bilinear"] for r in timings])
     show("(d) reference / torchvision v1, bicubic", [r["bicubic"] / r["reference"] for r in timings])
     show("(e) fast with AutoAugment / without", [r["fast"] / r["augmented"] for r in timings])

@@ -5,7 +5,7 @@
 (a) a step from a store / a supervised step                          goal: at most 1.05
 (b) a step with a live teacher / (its forward pass + a supervised step)   at most 1.02
 (c) a step with a live teacher / timm's LogitDistillationTask, same networks and precision   at most 1.00 on a CPU, 0.75 on a GPU
-(d) images/s of our views in batches / PIL with torchvision's v1 transforms, normalised, in batches   at least 1.6
+(d) images/s of our views in batches / PIL with torchvision's v1 transforms, normalized, in batches   at least 1.6
     the same with data.decoder: torchcodec, where that is installed
 (e) share of a training loop's time spent waiting for images, with --workers loader processes
 (f) a step with a live teacher, pooled and spatial terms / one without them   at most 1.05
@@ -136,8 +136,8 @@ def loader(arguments: argparse.Namespace) -> None:
     files = files[:: max(1, len(files) // 20)][:20]
     data = DataConfig.model_validate({"train": [str(arguments.folder)], "image_size": 224})
     crop = transforms.RandomResizedCrop(224, data.crop_area, data.crop_ratio)
-    normalise = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    chain = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise])
+    normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    chain = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalize])
 
     def ours(decoder: str) -> None:
         views = [training_view(open_image(file, decoder=decoder), str(file), 0, data, 0) for file in files]

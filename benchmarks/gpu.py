@@ -56,7 +56,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a row: "ran", "failed" or "out of time" after so many seconds, with the lines that the page shows."""
+    """Outcome of a row: "ran", "failed" or "out of time" after so many seconds, with its lines for the page."""
 
     row: Row
     ended: str
@@ -256,7 +256,7 @@ def page(outcomes: Sequence[Outcome], missed: Sequence[Row], about: dict[str, st
         "| --- | --- | --- | --- | --- |",
     ]
     for one in outcomes:
-        measured = "<br>".join(_cell(shown) for shown in one.lines if re.fullmatch(RATIO, shown)) or "see below"
+        measured = "<br>".join(_cell(line) for line in one.lines if re.fullmatch(RATIO, line)) or "see below"
         text.append(f"| {one.row.name} | {one.ended} | {one.seconds:.0f} | {_cell(one.row.goal)} | {measured} |")
     text += [f"| {row.name} | not run: no time was left | - | {_cell(row.goal)} | - |" for row in missed]
     for one in outcomes:
@@ -269,7 +269,7 @@ def _cell(text: str) -> str:
 
 
 def about(environment: dict[str, str]) -> dict[str, str]:
-    """Name of the device and versions, asked in a process of its own."""
+    """Name of the device and versions, read in a separate process."""
     line = [sys.executable, WORKS, "about"]
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     answer: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
@@ -310,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             limit = row.seconds if gpu else _SLOWER * row.seconds
             outcomes.append(run(row, work, min(limit, left), environment))
             print(f"{row.name}: {outcomes[-1].ended} after {outcomes[-1].seconds:.0f} s", flush=True)
-            print("\n".join(f"    {shown}" for shown in outcomes[-1].lines), flush=True)
+            print("\n".join(f"    {line}" for line in outcomes[-1].lines), flush=True)
     short = re.sub(r"[^a-z0-9]+", "_", machine["name"].lower()).strip("_") if gpu else "cpu"
     file = arguments.output / f"gpu_{short}_{date.today():%Y-%m-%d}.md"
     file.parent.mkdir(parents=True, exist_ok=True)

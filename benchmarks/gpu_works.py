@@ -62,9 +62,9 @@ def waits(*, few: bool) -> None:
                 step = make(kind, images, DEVICE.type)
                 step()
                 reported = _reported(step)
-                shown = "not reported by a CPU" if reported is None else f"{reported.total()}"
+                counted = "not reported by a CPU" if reported is None else f"{reported.total()}"
                 simulated = sum(expected[kind].of(images))
-                print(f"{kind}, {name}, {images} images: waits {shown}, simulated {simulated}")
+                print(f"{kind}, {name}, {images} images: waits {counted}, simulated {simulated}")
                 if reported and reported.total() != simulated:
                     print("\n".join(f"    {number} at {where}" for where, number in reported.most_common()))
 

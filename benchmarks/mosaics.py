@@ -2,7 +2,7 @@
 
     python benchmarks/mosaics.py DIR/tinyimagenet100 --output data/mosaics
 
-Each canvas has one colour and shows a few images at random sizes and places, none over another; an object's box is what the data set's `bbox`
+Each canvas has one color and shows a few images at random sizes and places, none over another; an object's box is what the data set's `bbox`
 column says, moved along. Training canvases are made of `labeled.parquet`, evaluation canvases of `val.parquet`. Writes `train.json`, `val.json`
 and the folders `train/`, `val/` of PNG files. The same arguments give the same files.
 """

@@ -41,7 +41,7 @@ from ssld.shared.models.teacher import embed
 from ssld.shared.run_dir import read_result
 from ssld.stage1_ssld import distill
 from ssld.stage1_ssld.data.views import val_view
-from ssld.stage1_ssld.evaluation.better_weights import nearest_images, neighbours_in_common
+from ssld.stage1_ssld.evaluation.better_weights import nearest_images, neighbors_in_common
 from ssld.stage2_detect import evaluate, train
 from ssld.stage2_detect.data.coco import read_coco
 from ssld.stage2_detect.evaluation.bootstrap import draw_ap, interval, match_detections, read_detections
@@ -249,7 +249,7 @@ def reestimated(tensors: dict[str, Tensor], files: Sequence[Path], size: int) ->
 
 @torch.no_grad()
 def outputs(net: Classifier, files: Sequence[Path], size: int) -> tuple[Tensor, Tensor]:
-    """Logits [N,K] and normalised embeddings [N,D] of whole photos."""
+    """Logits [N,K] and normalized embeddings [N,D] of whole photos."""
     logits, embeddings = [], []
     for pixels in batches(files, size):
         embedding = embed(net, pixels.contiguous(memory_format=torch.channels_last))
@@ -285,7 +285,7 @@ def look(photos: Photos, row: str) -> dict[str, float]:
         ).item()
         measures[f"{place}_entropy"] = _entropy(logits)
         measures[f"{place}_teacher_entropy"] = _entropy(teacher_logits)
-        measures[f"{place}_knn"] = neighbours_in_common(nearest_images(embeddings), nearest_images(teacher_embeddings))
+        measures[f"{place}_knn"] = neighbors_in_common(nearest_images(embeddings), nearest_images(teacher_embeddings))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(measures))
     return measures

@@ -109,10 +109,10 @@ def draw_data(folder: Path, images: int) -> int:
 def draw_object(generator: np.random.Generator, number: int, image: int) -> dict[str, Any]:
     """An uneven ellipse with 24 corners."""
     width, height = np.exp(generator.uniform(math.log(10), math.log(250), 2))
-    centre = generator.uniform((width / 2, height / 2), (WIDTH - width / 2, HEIGHT - height / 2))
+    center = generator.uniform((width / 2, height / 2), (WIDTH - width / 2, HEIGHT - height / 2))
     turns = np.arange(24) * (2 * math.pi / 24)
     spread = generator.uniform(0.6, 1, 24)[:, None] * np.stack((np.cos(turns) * width, np.sin(turns) * height), 1) / 2
-    points = centre + spread
+    points = center + spread
     low, high = points.min(0), points.max(0)
     box = [*low, *(high - low)]
     row = {"id": number, "image_id": image, "category_id": int(generator.integers(1, CLASSES + 1)), "iscrowd": 0}

@@ -58,7 +58,7 @@ COMMANDS = {
     "completion": ("", "print a tab-completion script for bash or zsh"),
 }
 _GROUPS = {
-    "begin here": ("init", "doctor", "run", "report", "recipes", "inspect"),
+    "start": ("init", "doctor", "run", "report", "recipes", "inspect"),
     "backbones": ("prototypes", "curate", "teach", "soft-labels", "distill"),
     "detectors": ("train", "predict"),
     "both": ("evaluate", "export"),

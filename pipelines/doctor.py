@@ -92,7 +92,7 @@ def _verdict(lines: list[Line]) -> str:
 def _check_data(data: DataSet, arguments: Namespace, needs: DataNeeds) -> tuple[int, list[Line]]:
     """Run the data check; return (its exit code, its findings)."""
     more = ["--fix", str(arguments.fix)] if arguments.fix else []
-    more += [flag for flag in ("--quick", "--look_alikes") if getattr(arguments, flag[2:])]
+    more += [flag for flag in ("--quick", "--near_duplicates") if getattr(arguments, flag[2:])]
     more += [flag for flag in ("--masks", "--allow_loss") if getattr(needs, flag[2:])]
     code, report = check_data(data, *more)
     if report is None:
@@ -149,7 +149,7 @@ def parser() -> Parser:
     parser.add_argument("--val_images", type=Path, metavar="DIR", help="folder of the evaluation images")
     parser.add_argument("--fix", type=Path, metavar="DIR", help="folder for cleaned copies of the JSON files")
     parser.add_argument(
-        "--look_alikes",
+        "--near_duplicates",
         action="store_true",
         help="also search for near-duplicates between training and evaluation images",
     )

@@ -214,7 +214,9 @@ def parser() -> Parser:
         metavar="SHARE",
         help="fraction of the images to evaluate on (default: 0.2)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="random seed of the split and of the runs (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed of the split and of the runs, 0 to 2^32 - 1 (default: 0)"
+    )
     return parser
 
 

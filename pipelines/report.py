@@ -3,7 +3,7 @@
     python pipelines/report.py --runs runs/quickstart
 
 It reads only files that the stages wrote (result.json, metrics.jsonl, analysis.json, pictures/, config.yaml, environment.json). Stages that have not
-run or not finished are shown as such. The page loads nothing from the network. Does not import torch.
+run or not finished are marked as such. The page loads nothing from the network. Does not import torch.
 """
 
 import sys
@@ -18,9 +18,9 @@ if find_spec("ssld") is None:
     sys.exit(2)
 
 from ssld.pipelines.config import PipelineConfig, ReportConfig, TableConfig
-from ssld.pipelines.reports.charts import COLOURS, Chart, precision_recall
+from ssld.pipelines.reports.charts import COLORS, Chart, precision_recall
 from ssld.pipelines.reports.provenance import origin
-from ssld.pipelines.reports.stage_view import Room, StageView, mean_curve, percent, read_json, view
+from ssld.pipelines.reports.stage_view import Budget, StageView, mean_curve, percent, read_json, view
 from ssld.pipelines.reports.table import (
     COLUMNS,
     FEW_OBJECTS,
@@ -90,7 +90,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: name and value of a row, length from 0 to 100, ends of its interval from 0 to 100, number of its colour."""
+    """One bar: name and value of a row, length from 0 to 100, ends of its interval from 0 to 100, number of its color."""
 
     name: str
     text: str
@@ -239,7 +239,7 @@ def _bars(measure: str, rows: list[Row], column: int) -> Bars | None:
     for n, row, value in present:
         interval = row.intervals[column]
         ends = (max(0, scale * interval.low), scale * interval.high) if interval else None
-        bars.append(Bar(row.name, percent(value), max(0, scale * value), ends, n % COLOURS))
+        bars.append(Bar(row.name, percent(value), max(0, scale * value), ends, n % COLORS))
     words = [
         f"{row.name} {percent(value)}"
         + (f" ({percent(interval.low)} to {percent(interval.high)})" if (interval := row.intervals[column]) else "")
@@ -265,7 +265,7 @@ def _comparison(table: TableConfig, runs: Path) -> Comparison | None:
         stage = next(iter(table.rows[name].detector), None)
         if stage and (per_class := read_json(runs / stage / "result.json").get("metrics", {}).get("per_class")):
             results[name] = per_class
-    compared = dict(list(results.items())[:COLOURS])
+    compared = dict(list(results.items())[:COLORS])
     if len(compared) < 2:
         return None
     classes = [
@@ -288,17 +288,17 @@ def _comparison(table: TableConfig, runs: Path) -> Comparison | None:
 
 def _stages(pipeline: PipelineConfig | None, runs: Path) -> list[StageView]:
     """Return the stages in the pipeline's order; without a pipeline, the run directories in the order of their start."""
-    room = Room()
+    budget = Budget()
     if pipeline is None:
         folders = [runs] if (runs / "config.yaml").is_file() else _runs_below(runs)
-        return [view(run.resolve().name, None, run, room) for run in folders]
+        return [view(run.resolve().name, None, run, budget) for run in folders]
     names = [name for name, stage in pipeline.stages.items() if stage.command != "report"]
     table = pipeline.table
     rows = [table.rows[name] for name in (table.gain if table and table.gain else ())] if table else []
     first = [stage for row in rows for stage in (*row.detector, *row.classifier)]
-    # The compared stages come first, in case there is no room for the images of all stages.
+    # The compared stages come first, in case the budget does not cover the images of all stages.
     views = {
-        name: view(name, pipeline.stages[name].command, runs / name, room)
+        name: view(name, pipeline.stages[name].command, runs / name, budget)
         for name in sorted(names, key=lambda name: first.index(name) if name in first else len(first))
     }
     return [views[name] for name in names]

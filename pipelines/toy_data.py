@@ -236,7 +236,7 @@ def _generator(seed: int, stream: int, number: int) -> Generator:
 
 def _jpeg(pixels_HWC: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    # Colour at full resolution, since the textures have periods of a few pixels.
+    # Color at full resolution, since the textures have periods of a few pixels.
     Image.fromarray(pixels_HWC).save(buffer, "JPEG", quality=90, subsampling=0)
     return buffer.getvalue()
 

@@ -1,14 +1,14 @@
 """Images of the toy data: textured objects in many poses on cluttered backgrounds, drawn with NumPy and PIL.
 
 A class is a shape together with a texture family. Each shape and each family belongs to two classes, so that neither
-alone determines the class; colours are random. Crops and scenes draw their objects with the same function, so that
+alone determines the class; colors are random. Crops and scenes draw their objects with the same function, so that
 features learned on crops transfer to scenes. Images are drawn at SUPER times the size and averaged down for
 antialiasing. All randomness comes from the generator that is passed in: equal generators give equal images.
 
 The constants were tuned once, for the order "teacher with many labels > student from its outputs > student from few
 labels", and are frozen: numbers in the documentation refer to these images.
 
-Legend: H, W rows and columns (of the enlarged canvas inside this file); C = 3 colour channels; P points of an outline.
+Legend: H, W rows and columns (of the enlarged canvas inside this file); C = 3 color channels; P points of an outline.
 """
 
 import math
@@ -44,8 +44,8 @@ CROP_SIZE, SCENE_SIZE = 48, 128
 CROP_OBJECT, SCENE_OBJECT, CROWD_OBJECT = (26.0, 46.0), (20.0, 60.0), (12.0, 18.0)
 # Texture period as a fraction of the object's size, and its limits in pixels: below 4 the families look alike.
 PERIOD, PERIOD_LIMITS = (0.18, 0.28), (4.5, 12.0)
-TEXTURE_CONTRAST = 70.0  # minimal brightness difference between an object's two colours, of 255
-# Dark rim: width in enlarged pixels, and brightness as a fraction of the darker colour. It makes shapes easier to learn:
+TEXTURE_CONTRAST = 70.0  # minimal brightness difference between an object's two colors, of 255
+# Dark rim: width in enlarged pixels, and brightness as a fraction of the darker color. It makes shapes easier to learn:
 # a resnet10t trained for 700 steps reached 78 % without the rim and 84 % with it.
 RIM, RIM_SHADE = 4, 0.35
 BACKGROUND_TEXTURE = 0.35  # strength of the families in the background
@@ -88,12 +88,12 @@ def draw_crop(rng: Generator, name: str | None) -> np.ndarray:
         _paint_piece(canvas, rng, rng.uniform(0, CROP_SIZE, 2), rng.uniform(8, 22))
     size = rng.uniform(*CROP_OBJECT)
     spare = max(0.0, (CROP_SIZE - size) / 2) + 2
-    centre = CROP_SIZE / 2 + rng.uniform(-spare, spare, 2)
-    _paint_object(canvas, rng, name, centre, size)
+    center = CROP_SIZE / 2 + rng.uniform(-spare, spare, 2)
+    _paint_object(canvas, rng, name, center, size)
     if rng.random() < OCCLUDED:
         angle = rng.uniform(0, 2 * np.pi)
         away = np.array([np.cos(angle), np.sin(angle)]) * size * rng.uniform(0.35, 0.5)
-        _paint_piece(canvas, rng, centre + away, size * rng.uniform(0.3, 0.5))
+        _paint_piece(canvas, rng, center + away, size * rng.uniform(0.3, 0.5))
     return _develop(canvas, rng)
 
 
@@ -130,15 +130,15 @@ def _cover(things: list[Thing], new: Thing) -> None:
 
 
 def _free_place(rng: Generator, things: list[Thing], size: float) -> np.ndarray | None:
-    """Return a centre where a square of `size` leaves enough of every object visible; None after 12 failed tries."""
+    """Return a center where a square of `size` leaves enough of every object visible; None after 12 failed tries."""
     for _ in range(12):
-        centre = rng.uniform(0.35 * size, SCENE_SIZE - 0.35 * size, 2)
-        left, top = np.maximum(0, centre - size / 2).astype(int)
-        right, bottom = np.ceil(centre + size / 2).astype(int)
+        center = rng.uniform(0.35 * size, SCENE_SIZE - 0.35 * size, 2)
+        left, top = np.maximum(0, center - size / 2).astype(int)
+        right, bottom = np.ceil(center + size / 2).astype(int)
         hidden = [int(thing.visible_HW[top:bottom, left:right].sum()) for thing in things]
         left_over = [int(thing.visible_HW.sum()) - hide for thing, hide in zip(things, hidden, strict=True)]
         if all(rest >= MIN_VISIBLE * thing.area for rest, thing in zip(left_over, things, strict=True)):
-            return centre
+            return center
     return None
 
 
@@ -147,24 +147,24 @@ def _paint_crowd(canvas: np.ndarray, rng: Generator) -> Thing:
     middle = rng.uniform(32, SCENE_SIZE - 32, 2)
     heap = np.zeros((SCENE_SIZE, SCENE_SIZE), dtype=bool)
     for _ in range(rng.integers(*CROWD_MEMBERS, endpoint=True)):
-        centre = middle + rng.normal(0, 11, 2)
-        heap |= _paint_object(canvas, rng, name, centre, rng.uniform(*CROWD_OBJECT)).visible_HW
+        center = middle + rng.normal(0, 11, 2)
+        heap |= _paint_object(canvas, rng, name, center, rng.uniform(*CROWD_OBJECT)).visible_HW
     return Thing(name, np.full((1, 2), -1.0), heap, crowd=True)
 
 
-def _paint_object(canvas: np.ndarray, rng: Generator, name: str | None, centre: np.ndarray, size: float) -> Thing:
+def _paint_object(canvas: np.ndarray, rng: Generator, name: str | None, center: np.ndarray, size: float) -> Thing:
     if name is None:
         shape, texture = str(rng.choice(FOREIGN_SHAPES)), str(rng.choice(FOREIGN_TEXTURES))
     else:
         shape, texture = CLASSES[name]
-    return _paint(canvas, rng, name, shape, texture, centre, size, _two_colours(rng, TEXTURE_CONTRAST))
+    return _paint(canvas, rng, name, shape, texture, center, size, _two_colors(rng, TEXTURE_CONTRAST))
 
 
-def _paint_piece(canvas: np.ndarray, rng: Generator, centre: np.ndarray, size: float) -> Thing:
+def _paint_piece(canvas: np.ndarray, rng: Generator, center: np.ndarray, size: float) -> Thing:
     """Draw a foreign piece of random shape: clutter behind the object, or an occluder in front of it."""
     texture = str(rng.choice(FOREIGN_TEXTURES))
     shape = "blob" if rng.random() < 0.6 else "bar"
-    return _paint(canvas, rng, None, shape, texture, centre, size, _two_colours(rng, 20))
+    return _paint(canvas, rng, None, shape, texture, center, size, _two_colors(rng, 20))
 
 
 def _paint(
@@ -173,20 +173,20 @@ def _paint(
     name: str | None,
     shape: str,
     texture: str,
-    centre: np.ndarray,
+    center: np.ndarray,
     size: float,
-    colours_2C: np.ndarray,
+    colors_2C: np.ndarray,
 ) -> Thing:
     """Draw a shape in a random pose, its longer side `size` image pixels, on the enlarged float32 canvas [H,W,C]."""
     points_P2 = _outline(shape, rng) @ _pose(rng)
     points_P2 -= (points_P2.min(0) + points_P2.max(0)) / 2
-    points_P2 = points_P2 * (size / np.ptp(points_P2, axis=0).max()) + centre
+    points_P2 = points_P2 * (size / np.ptp(points_P2, axis=0).max()) + center
     height, width = (side // SUPER for side in canvas.shape[:2])
     left, top = np.clip(np.floor(points_P2.min(0)).astype(int), 0, (width, height))
     right, bottom = np.clip(np.ceil(points_P2.max(0)).astype(int), 0, (width, height))
     covered = np.zeros((height, width), dtype=bool)
     if left < right and top < bottom:
-        # Corners at pixel centres: PIL fills the pixels whose centre lies inside the outline.
+        # Corners at pixel centers: PIL fills the pixels whose center lies inside the outline.
         corners = (points_P2 - (left, top)) * SUPER - 0.5
         stencil = Image.new("L", ((right - left) * SUPER, (bottom - top) * SUPER))
         ImageDraw.Draw(stencil).polygon(corners.ravel().tolist(), fill=1, outline=2, width=RIM)
@@ -195,15 +195,15 @@ def _paint(
         inside = (drawn > 0) & (np.asarray(stencil) == 3)
         covered[top:bottom, left:right] = _shrink(inside.astype(np.float32)) >= 0.5
         period = float(np.clip(size * rng.uniform(*PERIOD), *PERIOD_LIMITS)) * SUPER
-        rows = np.arange(top * SUPER, bottom * SUPER, dtype=np.float32)[:, None] - float(centre[1] * SUPER)
-        columns = np.arange(left * SUPER, right * SUPER, dtype=np.float32)[None] - float(centre[0] * SUPER)
+        rows = np.arange(top * SUPER, bottom * SUPER, dtype=np.float32)[:, None] - float(center[1] * SUPER)
+        columns = np.arange(left * SUPER, right * SUPER, dtype=np.float32)[None] - float(center[0] * SUPER)
         mix_HW1 = _texture(texture, rng, rows, columns, period)[..., None]
-        colour = colours_2C[0] + mix_HW1 * (colours_2C[1] - colours_2C[0])
+        color = colors_2C[0] + mix_HW1 * (colors_2C[1] - colors_2C[0])
         slope = (rng.uniform(-0.25, 0.25, 2) / (size * SUPER / 2)).astype(np.float32)
-        colour[drawn == 2] = colours_2C.min(0) * RIM_SHADE
-        colour *= (1 + slope[0] * rows + slope[1] * columns)[..., None]
+        color[drawn == 2] = colors_2C.min(0) * RIM_SHADE
+        color *= (1 + slope[0] * rows + slope[1] * columns)[..., None]
         window = canvas[top * SUPER : bottom * SUPER, left * SUPER : right * SUPER]
-        np.copyto(window, colour, where=inside[..., None])
+        np.copyto(window, color, where=inside[..., None])
     return Thing(name, points_P2, covered)
 
 
@@ -259,13 +259,13 @@ def _rotation(angle: float) -> np.ndarray:
 
 
 def _texture(family: str, rng: Generator, rows: np.ndarray, columns: np.ndarray, period: float) -> np.ndarray:
-    """Return the mixing weight of the second colour, float32 [H,W] from 0 to 1, for coordinates in canvas pixels."""
+    """Return the mixing weight of the second color, float32 [H,W] from 0 to 1, for coordinates in canvas pixels."""
     # Python floats: NumPy scalars would promote float32 to float64.
     angle, shift_u, shift_v, balance = rng.uniform(0, 2 * math.pi, 4).tolist()
     c, s = math.cos(angle) * 2 * math.pi / period, math.sin(angle) * 2 * math.pi / period
     u = c * columns + s * rows
     v = c * rows - s * columns
-    if family == "rings":  # around a point near the object's centre
+    if family == "rings":  # around a point near the object's center
         value = np.sin(np.hypot(u + shift_u / 4, v + shift_v / 4) + balance)
         return np.clip(0.5 + 2 * value, 0, 1)
     u += shift_u
@@ -285,20 +285,20 @@ def _texture(family: str, rng: Generator, rows: np.ndarray, columns: np.ndarray,
             value = np.sin(0.5 * u + 2 * np.sin(0.45 * v)) + np.sin(0.6 * v + 2 * np.sin(0.35 * u + 1))
         case _:
             return np.zeros_like(u)
-    value = value * math.copysign(1, balance - math.pi)  # so that either colour can be the background
+    value = value * math.copysign(1, balance - math.pi)  # so that either color can be the background
     return np.clip(0.5 + 2 * value, 0, 1)
 
 
-def _two_colours(rng: Generator, contrast: float) -> np.ndarray:
-    """Draw two colours, float32 [2,C], whose brightness differs by at least `contrast`."""
+def _two_colors(rng: Generator, contrast: float) -> np.ndarray:
+    """Draw two colors, float32 [2,C], whose brightness differs by at least `contrast`."""
     while True:
-        colours = rng.uniform(10, 245, (2, 3)).astype(np.float32)
-        if abs(float((colours[0] - colours[1]) @ (0.3, 0.59, 0.11))) >= contrast:
-            return colours
+        colors = rng.uniform(10, 245, (2, 3)).astype(np.float32)
+        if abs(float((colors[0] - colors[1]) @ (0.3, 0.59, 0.11))) >= contrast:
+            return colors
 
 
 def _background(rng: Generator, size: int) -> np.ndarray:
-    """Draw the background: float32 canvas [H,W,C] of soft clouds between two colours with a weak texture of any family."""
+    """Draw the background: float32 canvas [H,W,C] of soft clouds between two colors with a weak texture of any family."""
     enlarged = size * SUPER
     cells = int(rng.integers(3, 7)) * size // CROP_SIZE
     clouds = Image.fromarray(rng.random((cells, cells), dtype=np.float32)).resize(
@@ -309,8 +309,8 @@ def _background(rng: Generator, size: int) -> np.ndarray:
     family = str(rng.choice(TEXTURES + FOREIGN_TEXTURES))
     pattern = _texture(family, rng, axis[:, None], axis[None], rng.uniform(5, 14) * SUPER)
     mix = (mix + rng.uniform(0, BACKGROUND_TEXTURE) * (pattern - 0.5))[..., None]
-    colours = rng.uniform(10, 245, (2, 3)).astype(np.float32)
-    return colours[0] + mix * (colours[1] - colours[0])
+    colors = rng.uniform(10, 245, (2, 3)).astype(np.float32)
+    return colors[0] + mix * (colors[1] - colors[0])
 
 
 def _develop(canvas: np.ndarray, rng: Generator) -> np.ndarray:

@@ -66,9 +66,9 @@ def says_nothing(name: str) -> bool:
 
 
 def kind_of(name: str) -> str:
-    """Describe the kind of a file that is left out, as the end of "3 files skipped: 3 ...": `of kind .txt`, `without a suffix`."""
+    """Describe the kind of a file that is left out, as the end of "3 files skipped: 3 ...": `with suffix .txt`, `without a suffix`."""
     suffix = os.path.splitext(name)[1].lower()
-    return f"of kind {suffix}" if re.fullmatch(r"\.\w{1,12}", suffix) else "without a suffix"
+    return f"with suffix {suffix}" if re.fullmatch(r"\.\w{1,12}", suffix) else "without a suffix"
 
 
 def list_images(
@@ -278,12 +278,12 @@ def _walk(folder: str | Path, tally: Tally) -> Iterator[tuple[str, "os.DirEntry[
     while pending:
         place, prefix, parents = pending.pop()
         with os.scandir(place) as entries:
-            found = sorted(entries, key=lambda entry: entry.name)  # the order is the same on every machine
+            listed = sorted(entries, key=lambda entry: entry.name)  # the order is the same on every machine
         below = []
-        if prefix and _is_run([entry.name for entry in found]):
+        if prefix and _is_run([entry.name for entry in listed]):
             tally.skip("folder", "written by a run", escaped(prefix.rstrip("/")))
             continue
-        for entry in found:
+        for entry in listed:
             name = prefix + entry.name
             if is_hidden(entry.name):
                 _note_hidden(entry, name, tally)

@@ -1,8 +1,8 @@
 """Images as uint8 tensors, and randomness that belongs to one view of one image.
 
 PIL decodes, or torchcodec where the setting names it: torchvision's decoders warn that they are deprecated since 0.29, and
-fail on BMP, TIFF, 16-bit PNG and WebP with EXIF. An image is only decoded here; crop, resize and normalisation happen on the tensor, later. Alpha is
-dropped, not blended, as OpenCV and torchvision do. Deliberately absent: animations (the first frame counts), colour
+fail on BMP, TIFF, 16-bit PNG and WebP with EXIF. This module only decodes; crop, resize and normalization happen on the tensor, later. Alpha is
+dropped, not blended, as OpenCV and torchvision do. Deliberately absent: animations (the first frame counts), color
 profiles.
 
 Legend: C 3 channels (RGB), H height, W width.
@@ -29,7 +29,7 @@ from torch import Tensor
 from ssld.shared.errors import UserError
 from ssld.shared.files import escaped
 
-Picture = Image.Image | Tensor
+DecodedImage = Image.Image | Tensor
 """A decoded image: an RGB image of PIL, or uint8 [3, H, W]."""
 
 # EXIF orientation -> the transpose that turns the stored image upright (EXIF 2.32, section 4.6.4)
@@ -43,7 +43,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _BACK = _UPRIGHT | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
-_SIDEWAYS = 5  # from here on width and height change places
+_SIDEWAYS = 5  # from this value on width and height are exchanged
 _TURNED_BY_PILLOW = "TIFF"  # alone among the formats: its size is the upright one from the start, its pixels are turned as they are loaded
 _PNG_TEXTS = (
     b"Raw profile type exif",
@@ -100,13 +100,13 @@ def open_image(
     exif: bool | Callable[[ImageHeader], bool] = True,
     name: str | None = None,
     decoder: str = "pil",
-) -> Picture:
+) -> DecodedImage:
     """Decode a file or its bytes to RGB; raises `UnreadableImage` for every error of the decoder.
 
     Args:
         exif: whether to turn it upright by its EXIF orientation; or a function that decides, whose `UserError` passes through.
         name: name of the image in errors; by default the path.
-        decoder: pil returns an image of PIL, of which a crop is cheaper than of a tensor; torchcodec reads colour and
+        decoder: pil returns an image of PIL, of which a crop is cheaper than of a tensor; torchcodec reads color and
             grey JPEGs faster, to uint8 [3, H, W], and leaves all other files, and those it cannot read, to PIL. Both
             are libjpeg-turbo: 1,764 JPEGs of ImageNet and COCO had the same pixels by torchcodec 0.17 and Pillow 13.
     """
@@ -122,24 +122,24 @@ def open_image(
                 pixels = _jpeg(source)
                 if pixels is not None:
                     return pixels
-            picture = _rgb(image)
-            picture.load()
-            if deep and 0 < np.asarray(picture).max() < 16:  # PIL keeps the upper 8 bits of each 16
+            rgb = _rgb(image)
+            rgb.load()
+            if deep and 0 < np.asarray(rgb).max() < 16:  # PIL keeps the upper 8 bits of each 16
                 raise UnreadableImage("", "16 bits a channel, of which 12 or fewer are used: write it with 8")
-            return picture if turn is None else picture.transpose(turn)
+            return rgb if turn is None else rgb.transpose(turn)
 
 
-def pixels_of(picture: Picture) -> Tensor:
+def pixels_of(image: DecodedImage) -> Tensor:
     """Return uint8 [3, H, W] of a decoded image. The memory is laid out as [H, W, 3]: the tensor is a view, which saves a copy;
     use `.contiguous()` where the layout matters."""
-    return picture if isinstance(picture, Tensor) else torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return image if isinstance(image, Tensor) else torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def crop_of(picture: Picture, top: int, left: int, height: int, width: int) -> Tensor:
+def crop_of(image: DecodedImage, top: int, left: int, height: int, width: int) -> Tensor:
     """Return uint8 [3, height, width] of a rectangle, in its own memory, laid out as [height, width, 3]."""
-    if isinstance(picture, Tensor):
-        return picture[:, top : top + height, left : left + width].permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    return pixels_of(picture.crop((left, top, left + width, top + height)))
+    if isinstance(image, Tensor):
+        return image[:, top : top + height, left : left + width].permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    return pixels_of(image.crop((left, top, left + width, top + height)))
 
 
 def decode_image(

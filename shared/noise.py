@@ -44,7 +44,7 @@ class _Sink(logging.Handler):
 
 @contextmanager
 def libraries_told_apart(*, verbose: bool) -> Iterator[None]:
-    """Inside, messages of libraries go to the file that `keep_noise_in` names, and to the terminal if `verbose`."""
+    """Context manager: messages of libraries go to the file that `keep_noise_in` names, and to the terminal if `verbose`."""
     root, sink = logging.getLogger(), _Sink(verbose=verbose)
     loggers = {name: logging.getLogger(name) for name in _HANDLERS_OF_THEIR_OWN}
     before = {name: (list(logger.handlers), logger.propagate) for name, logger in loggers.items()}

@@ -53,7 +53,7 @@ class RunDir:
         scratch: files and folders in it from which a killed run is resumed; they are deleted when it is finished.
 
     Attributes:
-        status: "new", "unfinished" (the same run was begun here, or files of the finished run are gone or changed) or "finished".
+        status: "new", "unfinished" (the same run was started in this folder, or files of the finished run are gone or changed) or "finished".
         write: function that prints a line.
 
     Raises:
@@ -160,12 +160,12 @@ class RunDir:
         if gone or changed:
             self.reopen()
         for name in gone:
-            self.log(f"{self.path / name}: is gone since this run finished; it is made again")
+            self.log(f"{self.path / name}: missing although this run is finished; writing it again")
         for name in changed:
             kept = self.path / f"{name}.changed"
             (self.path / name).replace(kept)
             self.log(
-                f"{self.path / name}: has changed since this run finished; it is made again, and {kept.name} is what was there"
+                f"{self.path / name}: changed since this run finished; writing it again, the changed file is kept as {kept.name}"
             )
 
     def close(self) -> None:
@@ -314,13 +314,13 @@ def read_result(run: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not readable ({error}); delete it and run again") from None
     if not result:
-        raise UserError(f"{file}: not readable (there is nothing in it); delete it and run again")
+        raise UserError(f"{file}: not readable (empty file); delete it and run again")
     for key in ("metrics", "outputs"):
         if not isinstance(result.get(key, {}), dict):
-            raise UserError(f"{file}: not readable ({key} are no keys and values); delete it and run again")
+            raise UserError(f"{file}: not readable ({key}: expected a mapping); delete it and run again")
     for name in result.get("outputs", {}):  # a file that has changed is moved aside
         if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
-            raise UserError(f"{file}: not readable ({name} is no file of this run); delete it and run again")
+            raise UserError(f"{file}: not readable ({name}: not a file of this run); delete it and run again")
     return {"metrics": {}, "outputs": {}, **result}
 
 
@@ -341,10 +341,10 @@ def recorded_identity(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
-            raise ValueError("config.yaml has no keys and values")
+            raise ValueError("config.yaml: expected a mapping")
         inputs = _read_json(run / "environment.json").get("inputs", {})
         if not isinstance(inputs, dict):
-            raise ValueError("environment.json: inputs has no keys and values")
+            raise ValueError("environment.json: inputs: expected a mapping")
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(
             f"{run}: its config.yaml or environment.json is not readable ({' '.join(str(error).split())}); delete the folder"
@@ -364,7 +364,7 @@ def recorded_precision(run: Path) -> str | None:
 def _read_json(file: Path) -> dict[str, Any]:
     content = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise ValueError(f"{file.name} has no keys and values")
+        raise ValueError(f"{file.name}: expected a mapping")
     return content
 
 

@@ -12,7 +12,7 @@ _GONE = (errno.EPIPE, errno.EIO)
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print text, on standard output unless `stream` says otherwise; its own line breaks and tabs stay, other control characters are escaped.
+    """Print text, on standard output or `stream`; its own line breaks and tabs stay, other control characters are escaped.
 
     A stream whose reader is gone is redirected to the null device.
     """

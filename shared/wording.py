@@ -41,13 +41,24 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes < 2880 else f"{minutes / 1440:.1f} days"
 
 
+RENAMED = {"--look_alikes": "--near_duplicates", "pictures": "images"}
+"""New name of each flag and value that an earlier version had under another name."""
+
+
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """Return the end of an error line about an unknown word: the nearest known word, or a list of known words."""
     longer = [
         name for name in known if name.startswith(f"{word}_")
     ]  # `samples` is nearer to `samples_per_image` than to `sampling`
     inner = [name for name in known if name.endswith(f".{word.lstrip('-')}")]  # `--lr` is `--optim.lr`
-    near = [word][: word in known] or longer[:1] or inner[:1] or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    renamed = [name for name in (RENAMED.get(word),) if name in known]
+    near = (
+        [word][: word in known]
+        or renamed
+        or longer[:1]
+        or inner[:1]
+        or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    )
     if near:
         return f"; did you mean {near[0]!r}?"
     more = f" and {len(known) - _MOST_KNOWN} more" if len(known) > _MOST_KNOWN else ""
@@ -55,7 +66,7 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Escape characters that would move the terminal's cursor, colour it, end a line or turn the direction of writing.
+    """Escape characters that would move the terminal's cursor, color it, end a line or turn the direction of writing.
 
     Class names, file names and metadata come from outside and may contain anything. `keep` has characters that are not escaped, such as a line break.
     """

@@ -1,7 +1,7 @@
 """Label-free distillation of backbones (SSLD), and detectors fine-tuned from them.
 
 The folders of the repository are parts of this package: `ssld.shared`, `ssld.stage1_ssld`, `ssld.stage2_detect`, `ssld.pipelines`. They are
-linked here, so that the installation uses one name.
+linked in this folder, so that the installation uses one name.
 
 From Python, `ssld.distill`, `ssld.register_loss`, `ssld.train`, `ssld.load_backbone`, `ssld.build_detector` and `ssld.load_detector` (docs/api.md)
 are imported at their first use, so that `import ssld` and the command's `--help` do not wait for torch.

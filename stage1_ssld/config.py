@@ -63,7 +63,7 @@ class Stage1Config(TrainingConfig):
     best_by: Literal["top1", "agreement"] | None = None
     """metric that selects the best weights and counts for `patience`; null: top1 with labels, agreement otherwise"""
     patience: Count | None = None
-    """number of evaluations in a row without improvement after which training stops; needs evaluate_every; null: never"""
+    """consecutive evaluations without improvement after which training stops; needs evaluate_every; null: never"""
 
     @model_validator(mode="after")
     def _patience_needs_evaluations(self) -> Self:
@@ -98,7 +98,7 @@ class DistillConfig(Stage1Config):
     """weight of the cross-entropy with human labels on labeled images; 0 in SSLD"""
     keep_weights: Literal["last", "better"] = "last"
     """weights to save for a pretrained student; last: those of the last step; better: the last ones, the initial ones or their mean, whichever have
-    most nearest neighbours in common with the teacher on the images of data.val (labels are not read)"""
+    most nearest neighbors in common with the teacher on the images of data.val (labels are not read)"""
 
     @model_validator(mode="after")
     def _teacher_needed(self) -> Self:
@@ -134,7 +134,7 @@ class DistillConfig(Stage1Config):
                 raise ValueError(f"losses: two terms compare {kind} features; keep one of them")
         if self.store is not None:
             raise ValueError(
-                f"store: holds soft labels, no features; remove {features[0]} from losses, or leave out store for a live teacher"
+                f"store: contains no features; remove {features[0]} from losses, or leave out store for a live teacher"
             )
         if self.teacher and self.teacher.ensemble and len(features) == len(self.losses):
             raise ValueError(
@@ -210,7 +210,7 @@ class ForwardConfig(ComputeConfig):
 
 
 class EvaluateConfig(ForwardConfig):
-    """Evaluate a classifier: top-1, top-5, agreement with a teacher, nearest-neighbour accuracy."""
+    """Evaluate a classifier: top-1, top-5, agreement with a teacher, nearest-neighbor accuracy."""
 
     model: ModelText
     """backbone file, timm:NAME, hf-hub:ID, a folder, or a .pth state dict of plain tensors"""
@@ -220,15 +220,15 @@ class EvaluateConfig(ForwardConfig):
     data: SourceConfig
     """images to evaluate on; without labels only agreement and KL are measured, which needs a teacher"""
     bank: SourceConfig | None = None
-    """labeled images for nearest-neighbour accuracy: each image of `data` gets the class that its nearest neighbours among them vote for"""
+    """labeled images for nearest-neighbor accuracy: each image of `data` gets the class that its nearest neighbors among them vote for"""
     allow_loss: bool = False
     """continue if more than half of the images of a source or class, or a whole class, cannot be used; the log has the causes"""
     neighbours: Count = 20
-    """number of nearest neighbours that vote"""
+    """number of nearest neighbors that vote"""
     image_size: Side | None = None
     """side of the view in pixels; a network of fixed size is rebuilt for it; null: the size the model was trained at"""
     val_crop: float | None = Field(None, gt=0, le=1)
-    """fraction of the short side in the central crop; null: the fraction of the evaluations during training"""
+    """fraction of the short side in the central crop, above 0 to 1; null: the fraction of the evaluations during training"""
 
     def inputs(self) -> dict[str, Path]:
         teacher = self.teacher.inputs("teacher") if self.teacher else {}
@@ -250,15 +250,15 @@ class SoftLabelsConfig(ForwardConfig):
     """data settings of the distillation that will read the store; `val` is not read"""
     teacher: TeacherConfig
     views: Count
-    """views per image (V); pass p of a distillation uses view p modulo V"""
+    """augmented views stored per image (V); epoch p trains on view p mod V"""
     top: Count = 10
     """most likely classes stored per view, with their log-probabilities; all others share one number"""
     store_precision: Literal["fp16", "fp32"] = "fp16"
     """number format of the stored log-probabilities"""
     seed: Seed = 0
-    """seed of the views"""
+    """seed of the views, 0 to 2^32 - 1"""
     channels_last: bool = False
-    """channels-last memory layout for the teacher, often faster on GPUs"""
+    """use the channels_last memory format, which is often faster on GPUs"""
     shard_images: int = Field(4096, ge=1, le=10_000_000)
     """images per file of the store; a killed run loses at most one file per process"""
 
@@ -312,15 +312,15 @@ class CurateConfig(ForwardConfig):
     mirrored: bool = True
     """compare images of the pool with mirror images of each other too; those of val and train are always compared"""
     cosine: float = Field(0.9, gt=0, le=1)
-    """smallest cosine similarity of the teacher's embeddings at which a pair counts as near-duplicates"""
+    """smallest cosine similarity of the teacher's embeddings, above 0 to 1, at which a pair counts as near-duplicates"""
     candidates: float = Field(1.5, ge=1, le=1000)
     """images per class that are searched for near-duplicates, as a multiple of `keep`"""
     image_size: Side = 224
     """side of the scored view in pixels"""
     val_crop: float = Field(0.875, gt=0, le=1)
-    """fraction of the short side in the central crop"""
+    """fraction of the short side in the central crop, above 0 to 1"""
     channels_last: bool = False
-    """channels-last memory layout for the teacher, often faster on GPUs"""
+    """use the channels_last memory format, which is often faster on GPUs"""
     materialise: bool = False
     """copy the selected images into Parquet files in `selected/`"""
     examples: int = Field(8, ge=1, le=100)
@@ -368,7 +368,7 @@ class EncoderConfig(Config):
 
 
 class PrototypesConfig(ForwardConfig):
-    """Make a teacher from an encoder without classes: its classes are K prototypes, k-means centres of its embeddings of your images."""
+    """Make a teacher from an encoder without classes: its classes are K prototypes, k-means centers of its embeddings of your images."""
 
     process_timeout: ProcessTimeout = LONGEST_TIMEOUT  # the main process clusters while the others wait
     """time limit, in minutes, of one process waiting for another, 1 to 10,080; the run ends after it"""
@@ -389,11 +389,11 @@ class PrototypesConfig(ForwardConfig):
     image_size: Side | None = None
     """side of the view in pixels; a network of fixed size is rebuilt for it; null: the encoder's own"""
     val_crop: float = Field(0.875, gt=0, le=1)
-    """fraction of the short side in the central crop"""
+    """fraction of the short side in the central crop, above 0 to 1"""
     channels_last: bool = False
-    """channels-last memory layout for the encoder, often faster on GPUs"""
+    """use the channels_last memory format, which is often faster on GPUs"""
     seed: Seed = 0
-    """seed of k-means"""
+    """seed of k-means, 0 to 2^32 - 1"""
     examples: int = Field(8, ge=1, le=100)
     """images per prototype in prototypes.png"""
 
@@ -440,7 +440,7 @@ class ExportConfig(CommandConfig):
     check_images: Count = 64
     """number of images for the comparison with torch"""
     tolerance: float = Field(1e-3, gt=0, le=1)
-    """largest allowed difference of a logit, as a fraction of the largest logit"""
+    """largest allowed difference of a logit, as a fraction of the largest logit, above 0 to 1"""
     image_size: Side | None = None
     """side of the input in pixels; null: the size the model was trained at"""
     benchmark: bool = False
@@ -464,7 +464,7 @@ class ConvertPaddleConfig(CommandConfig):
     input_size: Side | None = None
     """side of the evaluation view in pixels; null: 320 if the file's name begins with Fix_, else 224"""
     val_crop: float | None = Field(None, gt=0, le=1)
-    """fraction of the short side in the central evaluation crop; null: 0.875 up to 224 pixels, 1 above"""
+    """fraction of the short side in the central evaluation crop, above 0 to 1; null: 0.875 up to 224 pixels, 1 above"""
 
     def inputs(self) -> dict[str, Path]:
         return {"weights": self.weights}

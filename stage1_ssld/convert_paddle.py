@@ -2,7 +2,7 @@
 
     python stage1_ssld/convert_paddle.py --weights ResNet50_vd_ssld_v2_pretrained.pdparams --output runs/ssld_v2
 
-Writes `backbone.safetensors`. PaddleClas normalises with the mean and standard deviation of ImageNet, as timm does; its weights are under Apache-2.0.
+Writes `backbone.safetensors`. PaddleClas normalizes with the mean and standard deviation of ImageNet, as timm does; its weights are under Apache-2.0.
 
 There are two naming schemes: that of PaddleClas@d178931f ppcls/arch/backbone/legendary_models/resnet.py, and the older one of
 PaddleClas@032230c6 ppcls/modeling/architectures/resnet_vd.py, in which the Fix files are published. timm's resnet50d, 101d and 152d are the same
@@ -66,7 +66,7 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
             "only ResNet50_vd, ResNet101_vd and ResNet152_vd are converted: rename the file if it is one of these"
         )
     arrays = read_paddle_weights(config.weights)
-    arch = recognise(arrays, config.arch, source)
+    arch = recognize(arrays, config.arch, source)
     tensors = to_torch(arrays, layer_names(arch, old="out.weight" in arrays), source)
     classes = fit(tensors, arch, {}, source).classes
     run = RunDir(config, "convert_paddle")
@@ -109,7 +109,7 @@ def variant_of(file_name: str) -> str | None:
     return variants.pop() if len(variants) == 1 else None
 
 
-def recognise(names: Iterable[str], arch_setting: str | None, source: str) -> str:
+def recognize(names: Iterable[str], arch_setting: str | None, source: str) -> str:
     """Return timm's name of the ResNet_vd with parameters of these names.
 
     Raises UserError if there is none, if timm's network of that depth computes something else, or if it differs from `arch_setting`.

@@ -91,7 +91,7 @@ class DataConfig(Config):
     crop_ratio: tuple[Ratio, Ratio] = (3 / 4, 4 / 3)
     """smallest and largest aspect ratio of a training crop, width / height"""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """interpolation of all resizes"""
+    """interpolation when resizing: bilinear or bicubic"""
     flip: float = Field(0.5, ge=0, le=1)
     """probability of a horizontal flip, 0 to 1"""
     augment: str | None = None
@@ -108,7 +108,7 @@ class DataConfig(Config):
     mix_probability: float = Field(1.0, ge=0, le=1)
     """probability that a batch is mixed, 0 to 1"""
     val_crop: float = Field(0.875, gt=0, le=1)
-    """fraction of the short side in the central evaluation crop"""
+    """fraction of the short side in the central evaluation crop, above 0 to 1"""
 
     @field_validator("crop_area", "crop_ratio")
     @classmethod
@@ -154,8 +154,7 @@ class NetworkConfig(Config):
     drop_path: float = Field(0.0, ge=0, lt=1)
     """stochastic-depth rate (drop path), 0 to below 1; for architectures that support it"""
     batchnorm: Literal["batch", "eval"] = "batch"
-    """statistics of BatchNorm in training; batch: those of each batch, which update the running ones; eval: the running ones of a pretrained network,
-    which are not updated"""
+    """BatchNorm mode in training: batch (batch statistics, running ones updated) or eval (running statistics, frozen)"""
 
     @model_validator(mode="after")
     def _statistics_to_keep(self) -> Self:
@@ -185,8 +184,8 @@ class TeacherMember(Config):
     arch: str | None = None
     """timm name of the network, for a file that does not name it"""
     size: Side | Literal["own"] | None = None
-    """side in pixels to which the student's view is resized for the teacher; a network of fixed size is built for it; own: the size that its weights
-    name; null: the size of the view, or the network's own where that is fixed"""
+    """side in pixels to which the student's view is resized for the teacher; a network of fixed size is built for it; own: the input size stored
+    with the weights; null: the size of the view, or the network's own where that is fixed"""
 
     @model_validator(mode="before")
     @classmethod
@@ -200,15 +199,16 @@ class TeacherConfig(TeacherMember):
     ensemble: list[TeacherMember] = []
     """further networks of an ensemble; the soft labels are the mean of all softmax outputs"""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
-    """precision of its forward pass; null: `precision` of the command"""
+    """precision of the teacher's forward pass; null: `precision` of the command"""
     batchnorm: Literal["eval", "batch"] = "eval"
-    """statistics of BatchNorm; eval: running statistics; batch: those of the batch on each process, as in SSLD's trainings"""
+    """BatchNorm mode of the teacher: eval (running statistics) or batch (statistics of the batch on each process, as in SSLD's trainings)"""
     fold_batchnorm: bool = True
     """fold BatchNorm into the preceding convolutions if the network can be traced; without effect with batchnorm: batch"""
     global_pool: str | None = None
-    """pooling of its features by timm's name (avg, max, avgmax; token or map for a ViT), for feature losses alone; null: its own"""
+    """pooling of the teacher's features by timm's name (avg, max, avgmax; token or map for a ViT), for feature losses only; null: the teacher's
+    default"""
     check_images: int = Field(1024, ge=0, le=1_000_000)
-    """labeled images for the check of the teacher before training, which stops if a network is no better than guessing; 0: no check"""
+    """number of labeled images on which the teacher is checked before training; the run stops if it does no better than guessing; 0: off"""
 
     def inputs(self, key: str) -> dict[str, Path]:
         """Local files of its networks, by key."""
@@ -266,7 +266,7 @@ LOSSES: dict[str, Loss] = {
 def register_loss(
     name: str, function: Callable[..., Any], *, compares: Literal["logits", "pooled", "spatial"] = "logits"
 ) -> None:
-    """Make your own loss available to `losses` by its name, in this process. Call it before the settings are parsed, on every rank.
+    """Register a custom loss under a name, in this process. Call it before the settings are parsed, on every rank.
 
         def reverse_kl(student, teacher):
             log_s, log_t = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
@@ -278,7 +278,7 @@ def register_loss(
     Args:
         name: name of the loss in `losses`.
         function: (student, teacher) -> scalar tensor, the sum over the images of the batch (the loop divides by the global batch). Both arguments
-            are [B,K] logits, or [B,D] and [B,N,D] features where `compares` says so. If it has parameters `temperature` or `beta`, they are set
+            are [B,K] logits, or [B,D] and [B,N,D] features as `compares` states. If it has parameters `temperature` or `beta`, they are set
             from the settings of the term.
         compares: what the function receives.
 
@@ -301,8 +301,8 @@ class LossConfig(Config):
     """One term of the distillation loss."""
 
     name: str
-    """distance between student and teacher: symmetric_kl, kl, soft_cross_entropy, jensen_shannon, dist, decoupled_kd or bernoulli_kl of their logits;
-    pooled or spatial of their features, through a small head that is trained too; or a loss of one's own (register_loss)"""
+    """loss between student and teacher; on logits: symmetric_kl, kl, soft_cross_entropy, jensen_shannon, dist, decoupled_kd, bernoulli_kl; on
+    features, through a small trained head: pooled, spatial; or the name of a custom loss (register_loss)"""
     weight: Positive = 1.0
     """factor on this term in the sum of the losses"""
     temperature: Positive = 1.0
@@ -312,7 +312,7 @@ class LossConfig(Config):
     standardize: bool = False
     """standardize the logits of each image, of student and teacher: subtract their mean, divide by their standard deviation"""
     levels: list[Level] | None = Field(None, min_length=1)
-    """student maps that spatial compares, by stride: c3 (8 pixels), c4 (16), c5 (32); null: all of these that the network has"""
+    """student feature maps used by the loss spatial: c3 (stride 8), c4 (16), c5 (32); null: all of these that the network has"""
 
     @model_validator(mode="before")
     @classmethod

@@ -314,7 +314,9 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     run.log(
         f"lr {base_lr:g} = {config.optim.lr:g} scaled from batch {config.optim.reference_batch} to {config.batch_size}, warm-up {warmup_steps} steps"
     )
-    run.log(f"recipe {config.recipe or 'of flags alone'}; all settings are in {run.path / 'config.yaml'}")
+    run.log(
+        f"{f'recipe {config.recipe}' if config.recipe else 'no recipe file; flags only'}; all settings are in {run.path / 'config.yaml'}"
+    )
     run.log(config.describe_keeping(steps, evaluates=val_source is not None))
     run.log(describe_processes(accelerator, config, config.workers))
     if resumed:

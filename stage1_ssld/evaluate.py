@@ -1,8 +1,8 @@
-"""Evaluate a classifier: top-1 and top-5, agreement with a teacher and KL to it, and nearest-neighbour accuracy.
+"""Evaluate a classifier: top-1 and top-5, agreement with a teacher and KL to it, and nearest-neighbor accuracy.
 
     python stage1_ssld/evaluate.py --model runs/ssld/student.safetensors --data.path images/val --output runs/ssld_val
 
-`--model` takes a backbone file or any other reference. `--bank.path images/train` adds nearest-neighbour accuracy, also for classes that the model
+`--model` takes a backbone file or any other reference. `--bank.path images/train` adds nearest-neighbor accuracy, also for classes that the model
 does not have.
 """
 
@@ -43,7 +43,7 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     from ssld.shared.run_dir import RunDir
     from ssld.shared.training.quarantine import Quarantine
     from ssld.stage1_ssld.data.batch import Batch
-    from ssld.stage1_ssld.data.labels import doubt_on_order, match_classes, neighbour_labels
+    from ssld.stage1_ssld.data.labels import doubt_on_order, match_classes, neighbor_labels
     from ssld.stage1_ssld.data.loaders import Labels, ValViews, make_loader, val_batches
     from ssld.stage1_ssld.data.sources import ImageSource, open_sources
     from ssld.stage1_ssld.distillation.teacher import make_teacher
@@ -52,12 +52,15 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
 
     check_networks(config.networks(), config.hub_data())
     reference = parse_reference(config.model, config.arch, allow_pickle=True)
-    allowed: Any = {"allow_loss": config.allow_loss, "otherwise": "set allow_loss: true to go on with the rest"}
+    allowed: Any = {
+        "allow_loss": config.allow_loss,
+        "otherwise": "set allow_loss: true to continue with the remaining images",
+    }
     source = open_sources([config.data], "data", **allowed)[0]
     bank = open_sources([config.bank], "bank", **allowed)[0] if config.bank else None
     if bank:
         bank.number = 1
-    votes = neighbour_labels(source, bank, config.neighbours) if bank else None
+    votes = neighbor_labels(source, bank, config.neighbours) if bank else None
     accelerator, config = start_processes(config)
     device, dtype = accelerator.device, DTYPES[config.precision]
     run = RunDir(config, "evaluate", main=accelerator.is_main_process)
@@ -77,7 +80,7 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     names, classes = reference.metadata.get("class_names"), int(getattr(student.net, "num_classes", 0))
     if classes == 0 and bank is None:
         raise UserError(
-            f"{config.model}: has no classes; give --bank.path for nearest-neighbour accuracy, or another model"
+            f"{config.model}: has no classes; give --bank.path for nearest-neighbor accuracy, or another model"
         )
     if names is None:
         run.log_if(doubt_on_order(source))

@@ -78,7 +78,7 @@ def export_backbone(config: ExportConfig) -> None:
 
     # ---- the files, under temporary names until all of them are checked
     keys = ("arch", "num_classes", "class_names", "mean", "std", "input_size", "crop_pct", "interpolation", "licence")
-    facts = {"input": "uint8 RGB [batch, 3, height, width] in 0..255, normalised inside"} | {
+    facts = {"input": "uint8 RGB [batch, 3, height, width] in 0..255, normalized inside"} | {
         key: public(metadata[key]) for key in (*keys, "content_sha256") if metadata.get(key) is not None
     }
     images = list(_images(config, source, inputs, metadata, run))

@@ -57,7 +57,7 @@ def check_data(arguments: Namespace) -> int:
     check_unlisted(checks)
     if len(checks) == 2:
         _compare_classes(*checks)
-        _compare_images(checks[0], checks[1], facts[0], facts[1], near=arguments.look_alikes)
+        _compare_images(checks[0], checks[1], facts[0], facts[1], near=arguments.near_duplicates)
     for line in [*(line for check in checks for line in _about(check)), *_histogram(checks)]:
         say(printable(line))
     findings = [finding for check in checks for finding in check.findings]
@@ -225,7 +225,7 @@ def _compare_images(
         train.add(
             "fault",
             f"{count(len(pairs), 'image')} also in {val.file.name} ({examples}): scores would be too good",
-            f"leaves them out of {train.file.name}",
+            f"removes them from {train.file.name}",
         )
         train.repair.drop_images |= {index: f"also in {val.file.name}" for index, _ in pairs}
     _compare_photos(train, val, names[0], names[1])
@@ -323,7 +323,7 @@ def _parser() -> Parser:
         "--fix", type=Path, metavar="DIR", help="write cleaned copies of the JSON files into this folder"
     )
     parser.add_argument(
-        "--look_alikes", action="store_true", help="report near-duplicates between training and evaluation images"
+        "--near_duplicates", action="store_true", help="report near-duplicates between training and evaluation images"
     )
     parser.add_argument("--quick", action="store_true", help="check that the images exist without opening them")
     parser.add_argument("--masks", action="store_true", help="check segmentations for a detector with masks")

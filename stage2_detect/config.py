@@ -59,7 +59,7 @@ class ResizeConfig(Config):
     flip: float = Field(0.5, ge=0, le=1)
     """probability of a horizontal flip in training, 0 to 1"""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """interpolation of the resize, bicubic or bilinear; without antialiasing, as in OpenCV"""
+    """interpolation when resizing: bilinear or bicubic; without antialiasing, as in OpenCV"""
     kernel: Literal["reference", "fast"] = "reference"
     """implementation of the resize: reference, in float, within one grey level of OpenCV; fast, in uint8, within a few grey levels"""
 
@@ -92,7 +92,7 @@ class ExpectedConfig(Config):
     AP_segm: float | None = Field(None, ge=0, le=100)
     """expected mask AP, in percent"""
     tolerance: float = Field(0.3, ge=0, le=100)
-    """shortfall of AP that is still accepted, in percentage points"""
+    """shortfall of AP that is still accepted, in percentage points, 0 to 100"""
 
 
 class Stage2OptimConfig(OptimConfig):
@@ -166,7 +166,7 @@ class TrainConfig(TrainingConfig):
     val_loss: bool = False
     """report the losses on the evaluation images too"""
     patience: Count | None = None
-    """evaluations in a row without a better AP after which training stops; needs evaluate_every"""
+    """consecutive evaluations without improvement after which training stops; needs evaluate_every; null: never"""
     expected: ExpectedConfig | None = None
 
     @model_validator(mode="after")

@@ -76,13 +76,13 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
 
     source = str(config.weights)
     arrays = read_paddle_weights(config.weights)
-    arch = recognise(arrays, source)
+    arch = recognize(arrays, source)
     check_recipe(arrays, config.model, source)
     data = _classes(config, class_count(arrays, source))
     layers = {name.rpartition(".")[0] for name in arrays}
     modules = {layer: module_of(layer, deep_stem=arch.endswith("d")) for layer in layers}
     tensors = to_torch(arrays, {layer: module for layer, module in modules.items() if module}, source)
-    # PaddlePaddle's readers normalise with ImageNet's mean and deviation, as timm does.
+    # PaddlePaddle's readers normalize with ImageNet's mean and deviation, as timm does.
     inputs = InputSettings(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, (0, 0), "bilinear", False)
     body = timm.create_model(arch, features_only=True, pretrained=False)
     model = build_detector(config.model, classes=len(data.class_names), body=body, arch=arch, inputs=inputs)
@@ -186,7 +186,7 @@ def _backbone_module(layer: str, deep_stem: bool) -> str | None:
     return None
 
 
-def recognise(names: Collection[str], source: str) -> str:
+def recognize(names: Collection[str], source: str) -> str:
     """Return timm's name of a detector's ResNet, from the names of its parameters.
 
     Raises UserError for anything but a dygraph detector on a ResNet of 50, 101 or 152 layers; names the kind of file if it is known.
@@ -202,11 +202,11 @@ def recognise(names: Collection[str], source: str) -> str:
             if blocks and not bottlenecks
             else "detectors on a ResNet50, 101 or 152 (plain or vd) are converted"
         )
-        raise UserError(f"{source}: its backbone cannot become one of timm's: {reason}")
+        raise UserError(f"{source}: no equivalent timm backbone: {reason}")
     if any(name.endswith(("_weights", "_w", "_scale")) for name in names):
         raise UserError(
             f"{source}: comes from PaddleDetection's static-graph releases, whose boxes are a pixel wider and whose RoIs are pooled at other points; "
-            "the same weights would give other boxes here. Files of releases from 2.0 on can be converted"
+            "the same weights would give other boxes in this project. Files of releases from 2.0 on can be converted"
         )
     if any("_velocity" in name or "_moment" in name for name in names):
         raise UserError(

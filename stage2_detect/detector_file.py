@@ -94,7 +94,7 @@ def settings_of(metadata: dict[str, Any], key: str, kind: type[Settings], path: 
     except ValidationError as error:
         setting = ".".join([key, *map(str, error.errors()[0]["loc"])])
         raise UserError(
-            f"{path}: was written by an earlier version of this project (its {setting} is no setting of this one): "
+            f"{path}: was written by an earlier version of this project ({setting} is not a setting of this version): "
             "use that version, or train or convert the detector again with this one"
         ) from None
 

@@ -13,7 +13,7 @@ PKD_WEIGHT, ROI_WEIGHT = 6.0, 1.0  # defaults for R-CNN students
 
 
 class LDConfig(Config):
-    """Localisation distillation of a GFL student (arXiv 2102.12252); the defaults are those behind its published 42.1."""
+    """Localization distillation of a GFL student (arXiv 2102.12252); the defaults are those behind its published 42.1."""
 
     ld_weight: Weight = 0.25
     """weight of loss_ld: distributions of the distances to the box sides, on the student's positives"""
@@ -38,7 +38,7 @@ class LDConfig(Config):
     """overlap that defines the valuable region (valuable_region: objects): union, the paper's distance-IoU; anchor, divided by the
     anchor's area instead of the union, as in the released code"""
     imitated_cells: Literal["inside", "fine_grained", "gi"] = "fine_grained"
-    """cells in loss_imitation: inside, with the centre in an object; fine_grained, with an IoU near the object's best; gi (general
+    """cells in loss_imitation: inside, with the center in an object; fine_grained, with an IoU near the object's best; gi (general
     instances), in the ten boxes per level and image on which student and teacher differ most"""
     normalization: Literal["global", "reference"] = "global"
     """normalization of the terms: reference, sum over the images of a process, as released (grows with their number); global, equal to
@@ -55,7 +55,7 @@ class ADLConfig(Config):
     gamma: Weight = 2.0
     """exponent that down-weights anchors on which student and teacher agree"""
     form: Literal["paper", "code", "focal"] = "paper"
-    """weighted term: paper, the KL divergence; code, half the soft cross-entropy, as released; focal, the paper's ablation FDL"""
+    """loss variant: paper (weighted KL), code (half soft cross-entropy, as released), focal (FDL)"""
     normalization: Literal["global", "rank"] = "global"
     """sum of the teacher's probabilities that divides the loss: global, over all processes; rank, per process, as released"""
 

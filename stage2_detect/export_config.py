@@ -10,7 +10,7 @@ from ssld.shared.config.settings import CommandConfig
 from ssld.shared.files import is_pattern
 
 FILES = {"onnx": "detector.onnx", "torch": "detector.pt2"}
-"""What each format is called."""
+"""File name of each export format."""
 Side = Annotated[int, Field(ge=64, le=16_384, multiple_of=32)]
 
 
@@ -30,9 +30,9 @@ class ExportDetectorConfig(CommandConfig):
     canvas: tuple[Side, Side] | None = None
     """height and width of the padded input in pixels, multiples of 32; null: dynamic from 160 on, or the recipe's largest if impossible"""
     box_tolerance: float = Field(0.05, gt=0, le=1000)
-    """largest accepted difference of a box coordinate, in pixels of the input"""
+    """largest accepted difference of a box coordinate, in pixels of the input, above 0 to 1000"""
     score_tolerance: float = Field(1e-3, gt=0, le=1)
-    """largest accepted difference of a score or a mask probability"""
+    """largest accepted difference of a score or a mask probability, above 0 to 1"""
     missing_tolerance: float = Field(0.01, ge=0, lt=1)
     """largest accepted share of detections without counterpart (rounding decides about scores at a threshold), 0 to below 1"""
     benchmark: bool = False

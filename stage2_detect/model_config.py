@@ -174,7 +174,7 @@ class GFLConfig(Config):
     """GFL's head and losses (arXiv 2006.04388)."""
 
     reg_max: int = Field(16, ge=1, le=256)
-    """largest distance from a cell's centre to a side of its box, in strides of the level"""
+    """largest distance from a cell's center to a side of its box, in strides of the level"""
     tower_bias: bool = False
     """use a bias in the towers' convolutions, as PaddleDetection does"""
     unbiased_std: bool = True
@@ -215,7 +215,7 @@ class DetectorConfig(Config):
     """The detector's architecture; stored in its file."""
 
     kind: Kind = "faster_rcnn"
-    """kind of detector: two stages (faster_rcnn), with several box stages (cascade), with masks (mask); or one stage (retinanet, gfl)"""
+    """kind of detector; two-stage: faster_rcnn, mask_rcnn, cascade_rcnn, cascade_mask_rcnn; one-stage: retinanet, gfl"""
     fpn_channels: int = Field(256, ge=8, le=8192)
     """channels of the feature pyramid's levels"""
     freeze_stages: int = Field(0, ge=0, le=5)

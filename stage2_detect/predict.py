@@ -1,7 +1,7 @@
 """Detect objects in images and videos, to view the results or to train on them.
 
-    python stage2_detect/predict.py --model runs/det/detector.safetensors --images photos --output runs/seen
-    python stage2_detect/predict.py --model runs/det/detector.safetensors --images clip.mp4 --write json,pictures,csv --output runs/clip
+    python stage2_detect/predict.py --model runs/det/detector.safetensors --images photos --output runs/photos
+    python stage2_detect/predict.py --model runs/det/detector.safetensors --images clip.mp4 --write json,images,csv --output runs/clip
     python stage2_detect/predict.py --model runs/det/detector.safetensors --images more_photos --pseudo_labels true --output runs/pseudo
 
 Writes `predictions.json`, a COCO data set whose annotations have scores, and `pictures/`, the images with drawn boxes; `--write` chooses among
@@ -106,7 +106,7 @@ def _predict(config: PredictConfig) -> None:
     accelerator.wait_for_everyone()
     for name in work.videos:
         if reason := videos.read(name)["error"]:
-            run.log(f"{name}: cannot be read to its end: {reason}")
+            run.log(f"{name}: decoding stopped early: {reason}")
     drawer = DrawingsAndCrops(config, loaded.class_names)
     if drawer.drawing or drawer.cropping:
         for name in work.videos[rank() :: world_size()]:

@@ -11,7 +11,7 @@ from ssld.stage2_detect.config import RunDetectorConfig, Side
 from ssld.stage2_detect.model_config import Fraction
 
 THRESHOLD, PSEUDO_THRESHOLD = 0.5, 0.4
-Written = Literal["json", "pictures", "csv", "yolo", "yolo_scores", "crops"]
+Written = Literal["json", "images", "csv", "yolo", "yolo_scores", "crops"]
 
 
 class PredictConfig(RunDetectorConfig):
@@ -27,8 +27,8 @@ class PredictConfig(RunDetectorConfig):
     images: str
     """images to predict on: image, video, folder (searched recursively), quoted pattern ('photos/**/*.jpg'), or text file with one path per line"""
     write: list[Written] | None = None
-    """outputs to write: json, pictures (drawn images; a video for a video), csv, yolo (labels/), yolo_scores (with a sixth column), crops; null:
-    json,pictures"""
+    """outputs to write: json, images (drawn images; a video for a video), csv, yolo (labels/), yolo_scores (with a sixth column), crops; null:
+    json,images"""
     pseudo_labels: bool = False
     """write only pseudo_labels.json, for train.py --pseudo: the images with at least one box"""
     threshold: Fraction | None = None
@@ -40,7 +40,7 @@ class PredictConfig(RunDetectorConfig):
     tile: Side | None = None
     """side, in pixels, of square tiles predicted in addition to the whole image, for small objects in large images; null: no tiles"""
     overlap: float = Field(0.2, ge=0, le=0.9)
-    """overlap of neighbouring tiles as a share of their side, 0 to 0.9; best at least the size of the small objects"""
+    """overlap of neighboring tiles as a share of their side, 0 to 0.9; best at least the size of the small objects"""
 
     @model_validator(mode="after")
     def _writes_elsewhere(self) -> Self:
@@ -48,7 +48,9 @@ class PredictConfig(RunDetectorConfig):
             raise ValueError("images: names no image, folder or list")
         folder = Path(self.images)
         if folder.is_dir() and self.output.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"output: {self.output} is inside images, where what is drawn would be read; give another")
+            raise ValueError(
+                f"output: {self.output} is inside `images`: drawn images would be read as input; give another folder"
+            )
         return self
 
     @model_validator(mode="after")
@@ -56,7 +58,7 @@ class PredictConfig(RunDetectorConfig):
         if self.write is not None and self.pseudo_labels:
             raise ValueError("write: pseudo_labels writes its own file and nothing else; leave one of the two out")
         if self.write is not None and not self.write:
-            raise ValueError("write: is empty; name at least one of json, pictures, csv, yolo, yolo_scores, crops")
+            raise ValueError("write: is empty; name at least one of json, images, csv, yolo, yolo_scores, crops")
         if self.write is not None and {"yolo", "yolo_scores"} <= set(self.write):
             raise ValueError("write: yolo and yolo_scores would write the same files; choose one")
         return self
@@ -70,9 +72,7 @@ class PredictConfig(RunDetectorConfig):
         """Whether any of these files is written in this run."""
         if self.pseudo_labels:
             return False
-        return (
-            not {"json", "pictures"}.isdisjoint(kinds) if self.write is None else not set(self.write).isdisjoint(kinds)
-        )
+        return not {"json", "images"}.isdisjoint(kinds) if self.write is None else not set(self.write).isdisjoint(kinds)
 
     def inputs(self) -> dict[str, Path]:
         files = {"model": self.model}

@@ -211,7 +211,9 @@ def train(config: TrainConfig) -> None:
     )
     if milestones and min(milestones) >= steps:
         run.log(f"milestones: all are after the last of {steps} steps, so the learning rate never drops")
-    run.log(f"recipe {config.recipe or 'from flags only'}; all settings are in {run.path / 'config.yaml'}")
+    run.log(
+        f"{f'recipe {config.recipe}' if config.recipe else 'no recipe file; flags only'}; all settings are in {run.path / 'config.yaml'}"
+    )
     run.log(config.describe_keeping(steps, evaluates=data.val is not None))
     run.log(describe_processes(accelerator, config, config.workers))
     if resumed:

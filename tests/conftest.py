@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def draw(kind: str, seed: int, size: tuple[int, int] = (40, 44)) -> Image.Image:
-    """Draw a noisy image of one kind of shape in a random colour; `size` is (height, width)."""
+    """Draw a noisy image of one kind of shape in a random color; `size` is (height, width)."""
     generator = np.random.default_rng([seed, CLASSES.index(kind) if kind in CLASSES else 9])
     rows, columns = np.mgrid[: size[0], : size[1]]
     away = np.hypot(rows - size[0] / 2, columns - size[1] / 2)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SIDE = 64
 NAMES = ("wide", "tall")
 
-# setting -> value that makes a command tiny, whatever the page says; by script.
+# setting -> value that makes a command tiny, whatever the page has; by script.
 _HERE = {"threads": "1", "workers": "0", "device": "cpu"}
 _TRAINING = _HERE | {"steps": "2", "batch_size": "4", "precision": "fp32", "channels_last": "false"}
 _STAGE1 = _TRAINING | {"data.image_size": "32"}

@@ -1,4 +1,4 @@
-"""Kills commands at their calls to the file system, one after the other, and says where the same command does not end with the same files.
+"""Kills commands at their calls to the file system, one after the other, and reports where the same command does not end with the same files.
 
     python tests/killing.py CASES.json
 
@@ -130,9 +130,9 @@ def run_stages_here() -> None:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """What has to be the same after a kill; metrics without what depends on the clock.
+    """Content that has to be equal after a kill; metrics without those that depend on the clock.
 
-    safetensors writes the metadata of a file in any order, so that is compared by what it says.
+    safetensors writes the metadata of a file in any order, so the metadata are compared as a dict.
     """
     from ssld.shared.run_dir import SPEED
 

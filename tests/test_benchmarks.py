@@ -1,4 +1,4 @@
-"""The scripts of benchmarks/: what their tables say of given numbers, and that every measurement runs. Nothing here is timed."""
+"""The scripts of benchmarks/: their tables for given numbers, and that every measurement runs. Nothing here is timed."""
 
 import importlib.util
 import io
@@ -70,10 +70,10 @@ def test_table_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_rounds_alternate_and_the_first_does_not_count() -> None:
     order: list[str] = []
     works = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    found = script("side_by_side").rounds(works, 3, torch.device("cpu"))
+    rounds = script("side_by_side").rounds(works, 3, torch.device("cpu"))
     assert order == ["b", "a", "a", "b", "b", "a", "a", "b"]
-    assert [set(seconds) for seconds in found] == [{"a", "b"}] * 3
-    assert all(second > 0 for seconds in found for second in seconds.values())
+    assert [set(seconds) for seconds in rounds] == [{"a", "b"}] * 3
+    assert all(second > 0 for seconds in rounds for second in seconds.values())
 
 
 def test_every_ratio_is_printed(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,13 +109,13 @@ def test_every_ratio_of_the_detection_loader_is_printed(tmp_path: Path, capsys: 
     values = {line[:3]: [float(value) for value in re.findall(r"\d+\.\d{3}", line)] for line in lines[1:-3]}
     assert list(values) == ["(a)", "(b)", "(c)", "(d)", "(e)"]
     assert all(low <= middle <= high for middle, low, high in values.values())
-    # three pictures of one colour each, but for what JPEG makes of it; and noise
+    # three images of one color each, but for what JPEG makes of it; and noise
     assert [line.rpartition(": ")[2] for line in lines[-3:-1]] == ["0.00 grey levels in the mean, 0 at most"] * 2
     assert 20 < int(lines[-1].split()[-3]) < 68
 
 
 def test_the_detection_loaders_opponent_makes_the_same_batch(tmp_path: Path) -> None:
-    """Same sizes, flips and padding; on a smooth picture that grows, the same pixels to a few levels."""
+    """Same sizes, flips and padding; on a smooth image that grows, the same pixels to a few levels."""
     benchmark = script("detection_loader")
     y, x = np.mgrid[:60, :90]
     smooth = np.stack([2 * x, 3 * y, 200 - x - y], axis=2).astype(np.uint8)
@@ -129,7 +129,7 @@ def test_the_detection_loaders_opponent_makes_the_same_batch(tmp_path: Path) -> 
     views = [batches.view(record, 0) for record in ours.records]
     assert {view.flip for view in views} == {False, True}
     theirs = benchmark.opponent(ours.records, views, benchmark.InterpolationMode.BICUBIC)
-    difference = (benchmark.Normalise(benchmark.MEAN, benchmark.STD)(ours.images) - theirs).abs()
+    difference = (benchmark.Normalize(benchmark.MEAN, benchmark.STD)(ours.images) - theirs).abs()
     assert theirs.shape == (4, 3, 128, 192)
     assert difference.max() * 255 * max(benchmark.STD) < 6
     assert difference.mean() * 255 * max(benchmark.STD) < 1
@@ -145,14 +145,14 @@ def test_every_ratio_of_the_detector_is_printed(kind: str, mode: str, capsys: py
     detect.main([*common, "--pairs", "2", "--sizes", "96x160", "--modes", mode])
     out = capsys.readouterr().out
     for ours in ("ours", "ours, reference pooling"):
-        found = re.search(rf"{kind} 96x160 {mode}, float32: {ours} / torchvision +(\S+)  \((\S+) to (\S+)\)", out)
-        assert found, out
-        middle, low, high = map(float, found.groups())
+        match = re.search(rf"{kind} 96x160 {mode}, float32: {ours} / torchvision +(\S+)  \((\S+) to (\S+)\)", out)
+        assert match, out
+        middle, low, high = map(float, match.groups())
         assert 0 < low <= middle <= high
 
 
 def test_the_greatest_memory_of_a_detector_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a process that trains with masks; here the test's own."""
+    """Of a process that trains with masks: the test's own."""
     script("detect").main(
         ["--detectors", "mask", "--batch", "1", "--sizes", "64x64", "--peak-of", "torchvision", "training"]
     )
@@ -160,11 +160,11 @@ def test_the_greatest_memory_of_a_detector_is_printed(capsys: pytest.CaptureFixt
 
 
 def test_plain_turns_the_fast_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    detect, seen = script("detect"), []
-    monkeypatch.setattr(detect, "print_peak", lambda *_: seen.append(detect.kernels.enabled()))
+    detect, states = script("detect"), []
+    monkeypatch.setattr(detect, "print_peak", lambda *_: states.append(detect.kernels.enabled()))
     for more in ([], ["--plain"]):
         detect.main(["--sizes", "64x64", "--batch", "1", "--peak-of", "ours", "training", *more])
-    assert seen == [True, False]
+    assert states == [True, False]
 
 
 def test_table_of_the_detector_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +225,7 @@ def test_table_of_the_dense_grid(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_lines_of_the_dense_grid_are_valid_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each line is what train.py and predict.py take; the labeled part is every fifth picture, with its boxes."""
+    """Each line is what train.py and predict.py take; the labeled part is every fifth image, with its boxes."""
     grid = script("dense_grid")
     (tmp_path / "train").mkdir()
     images = [{"id": k, "file_name": f"{k:02}.jpg", "width": 8, "height": 8} for k in range(11)]
@@ -272,12 +272,12 @@ def test_lines_of_the_dense_grid_are_valid_runs(
 
 
 def test_mosaics_carry_the_boxes_along(tmp_path: Path) -> None:
-    """Each picture is white where its object is, and black elsewhere: the canvases have to be white inside the boxes."""
+    """Each image is white where its object is, and black elsewhere: the canvases have to be white inside the boxes."""
     box = (16, 8, 47, 39)  # first and last pixel
-    picture = np.zeros((64, 64, 3), dtype=np.uint8)
-    picture[box[1] : box[3] + 1, box[0] : box[2] + 1] = 255
+    image = np.zeros((64, 64, 3), dtype=np.uint8)
+    image[box[1] : box[3] + 1, box[0] : box[2] + 1] = 255
     encoded = io.BytesIO()
-    Image.fromarray(picture).save(encoded, "PNG")
+    Image.fromarray(image).save(encoded, "PNG")
     rows = [{"image": {"bytes": encoded.getvalue(), "path": None}, "label": k % 3, "bbox": list(box)} for k in range(6)]
     for name in ("labeled", "val"):
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")

@@ -79,7 +79,7 @@ def test_every_command_runs(
         assert code == 0, (
             f"{page.name}: this command ends with exit code {code}:\n    {line}\nexecuted as\n    {script} {shlex.join(words)}\n"
             f"{printed.out[-1500:]}\n{printed.err[-1500:]}\n"
-            "If it cannot run here, NOT_HERE in tests/test_docs_run.py names it with the reason; if it needs a file, tests/docs_sandbox.py makes it."
+            "If it cannot run, NOT_HERE in tests/test_docs_run.py names it with the reason; if it needs a file, tests/docs_sandbox.py makes it."
         )
         for flag, value in pairwise(words):
             if flag == "--output" and value.endswith(

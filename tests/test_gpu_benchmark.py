@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: a row that fails or hangs does not stop the next, the page says what became of each, and every command runs on the CPU."""
+"""benchmarks/gpu.py: a row that fails or hangs does not stop the next, the page has the outcome of each, and every command runs on the CPU."""
 
 import re
 import time
@@ -79,10 +79,10 @@ def test_every_row_runs_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture
         *((name, "ran") for name in chosen),
     ]
     assert "see below" not in next(line for line in text.splitlines() if line.startswith("| retinanet"))
-    for shown in (
+    for expected in (
         "96x160 training, float32: ours / torchvision",
         "waits not reported by a CPU",
         "20 images in",
         "wrote ",
     ):
-        assert shown in text
+        assert expected in text

@@ -1,4 +1,4 @@
-"""Every command killed at its calls to the file system, and run again: the same files, byte for byte, or it says why not.
+"""Every command killed at its calls to the file system, and run again: the same files, byte for byte, or the reason why not.
 
 All calls, and not the first from each line alone, with SSLD_TEST_EVERY_KILL=1, which takes many minutes.
 """
@@ -147,7 +147,7 @@ def test_the_same_files_after_a_kill_at_any_call(tmp_path: Path, teacher_file: P
     model = {"model": str(detector / "detector.safetensors"), "images": boxes["images"]}
     cases.add("ap", "ssld.stage2_detect.evaluate", TORCH | model | boxes)
     predicted = cases.add("predicted", "ssld.stage2_detect.predict",
-        TORCH | model | {"threshold": 0.005, "batch_size": 1, "write": ["json", "pictures", "csv", "yolo", "crops"]})  # fmt: skip
+        TORCH | model | {"threshold": 0.005, "batch_size": 1, "write": ["json", "images", "csv", "yolo", "crops"]})  # fmt: skip
     cases.add("report", "ssld.pipelines.report", {"runs": str(predicted)})
     redo(cases, tmp_path)
     reports = cases.run(imports=IMPORTS)

@@ -133,8 +133,8 @@ def test_a_backbone_is_a_plain_timm_network(teacher_file: Path) -> None:
     assert torch.allclose(body(pixels)[-1], last, atol=1e-6)
 
 
-def test_a_backbone_brings_its_normalisation(teacher_file: Path, tmp_path: Path) -> None:
-    """timm's own transform, made from the network, gives what the file says: mean and std of the file, not those of timm's name."""
+def test_a_backbone_brings_its_normalization(teacher_file: Path, tmp_path: Path) -> None:
+    """timm's own transform, made from the network, gives the metadata of the file: its mean and std, not those of timm's name."""
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 0.125)
     inputs = InputSettings(mean, std, (160, 160), "bicubic", False)
     changed = tmp_path / "other.safetensors"

@@ -99,23 +99,25 @@ def test_the_source_archive_makes_the_same_wheel(source: Path, wheel: Path, tmp_
 
 def test_a_pipeline_runs_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     """Beside packages of others that have our folders' names, and from a folder that has them too."""
-    environment, here = tmp_path / "environment", tmp_path / "here"
+    environment, working_folder = tmp_path / "environment", tmp_path / "working_folder"
     run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
     python = environment / "bin" / "python"
     pip("--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
     (packages,) = environment.glob("lib/python*/site-packages")
     # The dependencies of this environment; as .pth files in there are not read, ssld itself is not among them.
     (packages / "dependencies.pth").write_text("".join(f"{path}\n" for path in sys.path if "site-packages" in path))
-    for folder in (packages, here):
+    for folder in (packages, working_folder):
         for name in PARTS:
             (folder / name).mkdir(parents=True)
             (folder / name / "__init__.py").write_text(FOREIGN)
-    (here / "pipelines" / "toy_data.py").write_text(FOREIGN)
-    assert Path(run(python, "-c", "import ssld; print(ssld.__file__)", cwd=here).strip()).is_relative_to(packages)
+    (working_folder / "pipelines" / "toy_data.py").write_text(FOREIGN)
+    assert Path(run(python, "-c", "import ssld; print(ssld.__file__)", cwd=working_folder).strip()).is_relative_to(
+        packages
+    )
 
     command = environment / "bin" / "ssld"
-    out = run(command, "run", "quickstart", "--smoke", "--output", "out", cwd=here, OMP_NUM_THREADS="1")
+    out = run(command, "run", "quickstart", "--smoke", "--output", "out", cwd=working_folder, OMP_NUM_THREADS="1")
     assert "[11/11] report: " in out
     assert str(ROOT) not in out
-    assert (here / "out" / "report" / "report.html").is_file()
-    assert {path.name for path in here.iterdir()} == {*PARTS, "out"}
+    assert (working_folder / "out" / "report" / "report.html").is_file()
+    assert {path.name for path in working_folder.iterdir()} == {*PARTS, "out"}

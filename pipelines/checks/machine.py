@@ -39,25 +39,25 @@ OPTIONAL = {
 }
 _PROBE = """
 import json, os, sys
-answer = {"broken": {}}
+facts = {"broken": {}}
 for name in ("torch", "torchvision", "timm", "accelerate"):
     try:
         __import__(name)
     except BaseException as error:
-        answer["broken"][name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-if "torch" not in answer["broken"]:
+        facts["broken"][name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+if "torch" not in facts["broken"]:
     import torch
     import torch.distributed as dist
-    answer["cuda"], answer["threads"] = torch.version.cuda, torch.get_num_threads()
-    answer["devices"] = []
+    facts["cuda"], facts["threads"] = torch.version.cuda, torch.get_num_threads()
+    facts["devices"] = []
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(number)
             device = torch.cuda.get_device_properties(number)
-            answer["devices"].append([device.name, free, total, device.major, device.minor])
-    answer["groups"] = [name for name in ("gloo", "nccl") if dist.is_available() and getattr(dist, f"is_{name}_available")()]
-    answer["mps"] = torch.backends.mps.is_available()
-print("ANSWER" + json.dumps(answer))
+            facts["devices"].append([device.name, free, total, device.major, device.minor])
+    facts["groups"] = [name for name in ("gloo", "nccl") if dist.is_available() and getattr(dist, f"is_{name}_available")()]
+    facts["mps"] = torch.backends.mps.is_available()
+print("FACTS" + json.dumps(facts))
 """
 
 
@@ -84,15 +84,15 @@ def machine_lines(probe: dict[str, Any] | None = None) -> Iterator[Line]:
     if missing:
         yield Line("fault", "packages", f"not installed: {', '.join(missing)}; pip install {' '.join(missing)}")
     yield from requirement_lines(_requirements("ssld"))
-    answer = ask_torch() if probe is None else probe
-    yield from pair_lines(versions["torch"], versions["torchvision"], _torchvision_needs(), answer.get("broken", {}))
+    facts = ask_torch() if probe is None else probe
+    yield from pair_lines(versions["torch"], versions["torchvision"], _torchvision_needs(), facts.get("broken", {}))
     absent = sorted({extra for name, extra in OPTIONAL.items() if installed_version(name) is None})
     if absent:
         names = ", ".join(name for name in OPTIONAL if installed_version(name) is None)
         yield Line(
             "note", "packages", f"optional, not installed: {names}; pip install 'ssld[{','.join(absent)}]' adds them"
         )
-    yield from device_lines(answer)
+    yield from device_lines(facts)
     yield from _memory_lines()
 
 
@@ -103,12 +103,12 @@ def ask_torch() -> dict[str, Any]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     except subprocess.TimeoutExpired:
         return {"broken": {"torch": "importing it takes more than five minutes"}}
-    line = next((line for line in done.stdout.splitlines() if line.startswith("ANSWER")), None)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("FACTS")), None)
     if line is None:
         last = (done.stderr.strip().splitlines() or [f"the process ended with code {done.returncode}"])[-1]
         return {"broken": {"torch": last[:200]}}
-    answer: dict[str, Any] = json.loads(line.removeprefix("ANSWER"))
-    return answer
+    facts: dict[str, Any] = json.loads(line.removeprefix("FACTS"))
+    return facts
 
 
 def pair_lines(torch: str | None, torchvision: str | None, needs: str | None, broken: dict[str, str]) -> Iterator[Line]:
@@ -174,11 +174,11 @@ def _torchvision_needs() -> str | None:
     return next((match[1].strip() for match in matches if match), None)
 
 
-def device_lines(answer: dict[str, Any]) -> Iterator[Line]:
+def device_lines(facts: dict[str, Any]) -> Iterator[Line]:
     """Yield the findings about GPUs and process groups."""
-    if "devices" not in answer:
+    if "devices" not in facts:
         return
-    for number, (name, free, total, major, minor) in enumerate(answer["devices"]):
+    for number, (name, free, total, major, minor) in enumerate(facts["devices"]):
         precision = "bf16" if major >= 8 else "fp16"
         text = f"cuda:{number} {name}, {total / 2**30:.0f} GB ({free / 2**30:.0f} GB free), capability {major}.{minor}: --precision {precision}"
         yield Line("ok", "device", text)
@@ -188,16 +188,16 @@ def device_lines(answer: dict[str, Any]) -> Iterator[Line]:
                 "device",
                 f"cuda:{number}: another program uses {(total - free) / 2**30:.0f} GB of its memory",
             )
-    if not answer["devices"]:
-        if answer.get("cuda") is None:
+    if not facts["devices"]:
+        if facts.get("cuda") is None:
             reason = "torch is a build without CUDA"
         else:
-            reason = f"torch is built for CUDA {answer['cuda']} but finds no GPU or no driver"
-        level: Level = "warning" if answer.get("cuda") and shutil.which("nvidia-smi") else "note"
-        yield Line(level, "device", f"CPU with {answer['threads']} threads; {reason}")
-    groups = answer["groups"]
+            reason = f"torch is built for CUDA {facts['cuda']} but finds no GPU or no driver"
+        level: Level = "warning" if facts.get("cuda") and shutil.which("nvidia-smi") else "note"
+        yield Line(level, "device", f"CPU with {facts['threads']} threads; {reason}")
+    groups = facts["groups"]
     yield Line("ok" if groups else "warning", "processes", f"process groups: {', '.join(groups) or 'none'}")
-    if len(answer["devices"]) > 1 and "nccl" not in groups:
+    if len(facts["devices"]) > 1 and "nccl" not in groups:
         yield Line(
             "fault",
             "processes",

@@ -1,4 +1,4 @@
-"""Plots of the report, as inline SVG that takes its colours from the page. Only the report imports this module: matplotlib is slow to load."""
+"""Plots of the report, as inline SVG that takes its colors from the page. Only the report imports this module: matplotlib is slow to load."""
 
 import io
 import re
@@ -13,10 +13,10 @@ matplotlib.use("svg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Placeholders for the page's text colour and its series 0, 1, ...; the page has a light and a dark set of colours.
+# Placeholders for the page's text color and its series 0, 1, ...; the page has a light and a dark set of colors.
 _INK = "#010203"
 _SERIES = tuple(f"#0102{10 + number}" for number in range(6))
-COLOURS = len(_SERIES)
+COLORS = len(_SERIES)
 _SIZE = (3.5, 2.35)  # width, height of one plot in inches
 
 
@@ -79,9 +79,9 @@ def curves(stage: str, metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
             figure, axes = _figure()
             words = []
             for label, steps, values in lines:
-                colour = _SERIES[list(panel.names.values()).index(label)]  # the same in every stage
+                color = _SERIES[list(panel.names.values()).index(label)]  # the same in every stage
                 axes.plot(
-                    steps, values, color=colour, label=label, marker="o" if len(steps) < 8 else None, markersize=3.5
+                    steps, values, color=color, label=label, marker="o" if len(steps) < 8 else None, markersize=3.5
                 )
                 words.append(f"{label} from {values[0]:.3g} at step {steps[0]} to {values[-1]:.3g} at step {steps[-1]}")
             _dress(axes, legend=len(lines) > 1)
@@ -99,10 +99,10 @@ def precision_recall(
     Args:
         name: name of the stage or group; makes the ids in the SVG unique.
         recall: recall values of all curves.
-        lines: {name: precision}. Up to six curves get a colour and a legend entry; more are all drawn in pale grey.
-        mean: mean of the curves, drawn in the text's colour.
+        lines: {name: precision}. Up to six curves get a color and a legend entry; more are all drawn in pale grey.
+        mean: mean of the curves, drawn in the text's color.
     """
-    named = len(lines) <= COLOURS
+    named = len(lines) <= COLORS
     with matplotlib.rc_context(_style(f"{name} precision and recall")):
         figure, axes = _figure()
         for number, (label, precision) in enumerate(lines.items()):
@@ -172,7 +172,7 @@ def _plain(label: str, most: int = 26) -> str:
 
 
 def _svg(figure: Figure) -> str:
-    """Return the figure as an SVG element without XML header, without addresses except name spaces, with the page's colours."""
+    """Return the figure as an SVG element without XML header, without addresses except name spaces, with the page's colors."""
     figure.patch.set_alpha(0)
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -181,6 +181,6 @@ def _svg(figure: Figure) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)  # ids of groups repeat in every figure
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)  # the page sets the size
-    for number, colour in enumerate(_SERIES):
-        svg = svg.replace(colour, f"var(--series-{number})")
+    for number, color in enumerate(_SERIES):
+        svg = svg.replace(color, f"var(--series-{number})")
     return svg.replace(_INK, "currentColor")

@@ -52,7 +52,7 @@ def _detector(run: Path, runs: Path) -> str | None:
 
 
 def _extent(run: Path, settings: dict[str, Any], group: str, key: str) -> str:
-    """Return the number of images seen and their size in words."""
+    """Return the number of images seen in training (repeats included) and their size, in words."""
     try:
         images_seen = ((read_result(run) or {}).get("metrics") or {}).get("images_seen")
     except (*MALFORMED, UserError):

@@ -101,7 +101,7 @@ class StageView:
     environment: list[tuple[str, str]]
     unreadable: int
     damaged: tuple[str, ...]
-    """files that exist but could not be shown"""
+    """files that exist but could not be read"""
 
     @property
     def ran(self) -> bool:
@@ -109,14 +109,14 @@ class StageView:
         return self.status != "not run"
 
 
-class Room:
+class Budget:
     """Number of bytes left for images in a page."""
 
     def __init__(self, left: int = PAGE_BYTES) -> None:
         self.left = left
 
     def embed(self, file: Path, longest: int) -> str | None:
-        """Encode an image file as a data: URL, its longer side at most `longest` pixels; None if it is unreadable or no room is left."""
+        """Encode an image file as a data: URL, its longer side at most `longest` pixels; None if it is unreadable or the budget is used up."""
         from PIL import Image
 
         try:
@@ -138,14 +138,14 @@ class Room:
         return f"data:image/jpeg;base64,{text}"
 
 
-def view(name: str, command: CommandName | None, run: Path, room: Room) -> StageView:
+def view(name: str, command: CommandName | None, run: Path, budget: Budget) -> StageView:
     """Build the view of one run directory.
 
     Args:
         name: name of the stage.
         command: name of its command in the pipeline; None: as recorded in the run directory.
         run: run directory, which may be missing.
-        room: bytes left for images.
+        budget: bytes left for images.
     """
     damaged: list[str] = []
 
@@ -166,7 +166,7 @@ def view(name: str, command: CommandName | None, run: Path, room: Room) -> Stage
     values: dict[str, Any] = result["metrics"] if result else {}
     scalars = {key: value for key, value in values.items() if not isinstance(value, dict | list)}
     analysis = read_json(run / "analysis.json")
-    pairs, left_out = part("pictures/index.json", lambda: _pairs(run / "pictures", room), ([], 0))
+    pairs, left_out = part("pictures/index.json", lambda: _pairs(run / "pictures", budget), ([], 0))
     images_seen, threshold = values.get("images_seen"), analysis.get("score_threshold")
     return StageView(
         name=name,
@@ -183,8 +183,8 @@ def view(name: str, command: CommandName | None, run: Path, room: Room) -> Stage
         matrix=part("analysis.json", lambda: _matrix(analysis), None),
         confusions=part("analysis.json", lambda: _confusions(analysis), []),
         pairs=pairs,
-        plots=part("outcome.json", lambda: _curation(run, values, room), []),
-        predicted=_predicted(run / "pictures", room),
+        plots=part("outcome.json", lambda: _curation(run, values, budget), []),
+        predicted=_predicted(run / "pictures", budget),
         left_out=left_out,
         line=part("environment.json", lambda: _line(command, recorded, environment), ""),
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
@@ -321,18 +321,18 @@ def _confusions(analysis: Mapping[str, Any]) -> list[tuple[str, str, int]]:
     return [(truth, predicted, value) for value, truth, predicted in mixed[:_CONFUSIONS]]
 
 
-def _pairs(folder: Path, room: Room) -> tuple[list[Pair], int]:
-    """Return (the drawn images of an evaluation, number of images left out for lack of room)."""
+def _pairs(folder: Path, budget: Budget) -> tuple[list[Pair], int]:
+    """Return (the drawn images of an evaluation, number of images left out because the budget is used up)."""
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return [], 0
     pairs = []
     for entry in index:
-        before = room.left
-        truth, detections = (room.embed(_inside(folder, entry[side]), 640) for side in ("truth", "found"))
+        before = budget.left
+        truth, detections = (budget.embed(_inside(folder, entry[side]), 640) for side in ("truth", "detections"))
         if truth is None or detections is None:
-            room.left = before
+            budget.left = before
             continue
         caption = f"{entry['right']} right, {entry['wrong']} wrong, {entry['missed']} missed, error {entry['lrp']:.2f}"
         pairs.append(Pair(entry["kind"], entry["image"], truth, detections, caption))
@@ -347,11 +347,11 @@ def _inside(folder: Path, name: str) -> Path:
     return file
 
 
-def _curation(run: Path, values: Mapping[str, Any], room: Room) -> list[Embedded]:
+def _curation(run: Path, values: Mapping[str, Any], budget: Budget) -> list[Embedded]:
     """Return the two plots of a curation."""
     numbers = ", ".join(f"{label(key)} {number(key, value)}" for key, value in values.items() if isinstance(value, int))
-    examples = [row for row in read_json(run / "outcome.json").get("examples", []) if row["pictures"]]
-    rows = "; ".join(f"{' '.join(row['title'].split())}: {count(len(row['pictures']), 'image')}" for row in examples)
+    examples = [row for row in read_json(run / "outcome.json").get("examples", []) if row["images"]]
+    rows = "; ".join(f"{' '.join(row['title'].split())}: {count(len(row['images']), 'image')}" for row in examples)
     plots = (
         (
             "curation.png",
@@ -362,19 +362,19 @@ def _curation(run: Path, values: Mapping[str, Any], room: Room) -> list[Embedded
     )
     embedded = []
     for file, title, alt in plots:
-        if (run / file).is_file() and (source := room.embed(run / file, 1400)):
+        if (run / file).is_file() and (source := budget.embed(run / file, 1400)):
             embedded.append(Embedded(source, alt, title))
     return embedded
 
 
-def _predicted(folder: Path, room: Room) -> list[Embedded]:
+def _predicted(folder: Path, budget: Budget) -> list[Embedded]:
     """Return some of the images that a prediction drew, evenly spread."""
     if (folder / "index.json").is_file():  # images of an evaluation
         return []
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     files = [files[place] for place in spread(len(files), _PREDICTED)]
     names = [file.relative_to(folder).as_posix() for file in files]
-    sources = [room.embed(file, 480) for file in files]
+    sources = [budget.embed(file, 480) for file in files]
     return [Embedded(s, f"{name} with its detections", name) for name, s in zip(names, sources, strict=True) if s]
 
 

@@ -222,9 +222,9 @@ def _alone(key: str, results: list[dict[str, Any]]) -> Interval | None:
     share, images = _fraction(metrics, key), metrics.get("images")
     if share is None or not isinstance(images, int) or images < 1 or not 0 <= share <= 1:
         return None
-    centre = (share + _Z**2 / (2 * images)) / (1 + _Z**2 / images)
+    center = (share + _Z**2 / (2 * images)) / (1 + _Z**2 / images)
     half = _Z / (1 + _Z**2 / images) * math.sqrt(share * (1 - share) / images + _Z**2 / (4 * images**2))
-    return Interval(centre - half, centre + half, f"binomial, {count(images, 'image')}")
+    return Interval(center - half, center + half, f"binomial, {count(images, 'image')}")
 
 
 def _compared(key: str, better: dict[str, Any], base: dict[str, Any]) -> Interval | None:

@@ -180,5 +180,5 @@ def _compare(stage: Stage, digests: dict[str, str], erased: set[str]) -> tuple[P
         return Planned(stage, "done" if same and not refused else "new"), []
     if result is None or permitted:
         return Planned(stage, "begun", tuple(f"changed since the last start: {line}" for line in permitted)), refused
-    notes = tuple(f"{stage.run / name} is missing or has changed; it is made again" for name in changed)
+    notes = tuple(f"{stage.run / name} is missing or has changed; recomputing it" for name in changed)
     return Planned(stage, "damaged" if notes else "done", notes), refused

@@ -31,7 +31,7 @@ from ssld.shared.config.help import HelpAction, models_in, settings_help
 from ssld.shared.config.plain_values import PlainValues
 from ssld.shared.config.yaml_files import Alternatives, merge, read_recipe, recipe_file, without_others
 from ssld.shared.errors import UserError
-from ssld.shared.wording import did_you_mean
+from ssld.shared.wording import RENAMED, did_you_mean
 
 # Settings that do not change a run's identity: where it writes, how fast it runs, what it logs.
 NOT_IDENTITY = frozenset(
@@ -68,9 +68,7 @@ def _named(text: str) -> str:
     if not text.strip():
         raise ValueError("names no model; give timm:NAME, hf-hub:ORG/NAME, a folder or a file")
     if len(text) > _LONGEST_NAME or not text.isprintable():
-        raise ValueError(
-            f"is no name of a model: of more than {_LONGEST_NAME} characters, or with some that cannot be printed"
-        )
+        raise ValueError(f"not a model name: over {_LONGEST_NAME} characters or unprintable")
     return text
 
 
@@ -441,10 +439,15 @@ def _explain(config_type: type[BaseModel], item: Any, *, call: bool = False) -> 
     limits = {name: _number(limit) for name, limit in item.get("ctx", {}).items()}
     message = words.format(**limits) if words else item["msg"].removeprefix("Value error, ")
     given = json.dumps(item["input"], default=str)
-    shown = f" (given: {given if len(given) <= 80 else given[:77] + '...'})" if item["type"] != "value_error" else ""
+    given_text = (
+        f" (given: {given if len(given) <= 80 else given[:77] + '...'})" if item["type"] != "value_error" else ""
+    )
     if item["type"] == "list_type" and item["input"] is None:
         message += "; [] is an empty one"
-    return f"{key}: {message}{shown}" if key else message
+    renamed = RENAMED.get(item["input"]) if isinstance(item["input"], str) else None
+    if item["type"] == "literal_error" and renamed and repr(renamed) in message:
+        given_text += f"; did you mean {renamed!r}?"
+    return f"{key}: {message}{given_text}" if key else message
 
 
 def _number(limit: Any) -> Any:

@@ -25,19 +25,19 @@ class OptimConfig(Config):
     """Optimizer settings of both stages."""
 
     name: Literal["sgd", "nesterov", "adamw"] = "sgd"
-    """optimizer; sgd has plain momentum, nesterov Nesterov's"""
+    """optimizer: sgd (with momentum), nesterov (SGD with Nesterov momentum) or adamw"""
     lr: float = Field(gt=0, le=1000)
     """learning rate for a global batch of `reference_batch` images"""
     reference_batch: BatchSize
-    """global batch size that `lr` refers to; another batch_size scales lr, linearly for SGD and by the square root for adamw"""
+    """global batch size that `lr` refers to; another batch_size scales lr, linearly for SGD and by the square root for AdamW"""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """momentum of SGD, beta1 of adamw"""
+    """momentum of SGD, or beta1 of AdamW; 0 to below 1"""
     weight_decay: float = Field(1e-4, ge=0, le=100)
-    """weight decay: coupled (L2) for SGD, decoupled for adamw"""
+    """weight decay, 0 to 100: coupled (L2) for SGD, decoupled for AdamW"""
     decay_norm_and_bias: bool = True
     """apply weight decay to the scales of normalization layers and to biases too"""
     clip_grad_norm: Positive | None = None
-    """largest L2 norm of the gradient over all parameters; null: no clipping"""
+    """largest L2 norm of the gradient over all parameters, above 0; null: no clipping"""
 
 
 class EmaConfig(Config):
@@ -83,7 +83,7 @@ class TrainingConfig(ComputeConfig):
     auto_batch: bool = False
     """choose `accumulate` before the run: the fewest passes for which images of the largest size fit into memory; `batch_size` stays"""
     channels_last: bool = False
-    """use the channels_last memory format for the networks"""
+    """use the channels_last memory format, which is often faster on GPUs"""
     compile: bool = False
     """compile the network with torch.compile"""
     workers: Workers = 2
@@ -99,7 +99,7 @@ class TrainingConfig(ComputeConfig):
     resume: Literal["auto", "never"] = "auto"
     """resume mode: auto, continue from the newest checkpoint; never, refuse an output folder that holds a run"""
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = []
-    """experiment trackers to log to, through accelerate"""
+    """trackers: tensorboard, wandb, mlflow; [] for none"""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

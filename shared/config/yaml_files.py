@@ -64,7 +64,7 @@ def _size(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
+    keys: set[Any] = set()
     for key_node, _ in node.value:
         if key_node.tag == "tag:yaml.org,2002:merge":
             continue
@@ -72,9 +72,9 @@ def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict
         if not isinstance(key_node, yaml.ScalarNode):
             raise UserError(f"{place}: a key has to be one word, not a list or a map of them")
         key = loader.construct_object(key_node, deep=True)
-        if key in seen:
+        if key in keys:
             raise UserError(f"{place}: key {key!r} is given twice")
-        seen.add(key)
+        keys.add(key)
     return loader.construct_mapping(node, deep=True)
 
 
@@ -102,7 +102,7 @@ def read_yaml(path: Path, *, as_text: bool = False) -> dict[str, Any]:
     if content is None or content == "":
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected keys and values at the top level, found {type(content).__name__}")
+        raise UserError(f"{path}: expected a mapping at the top level, found {type(content).__name__}")
     if odd := [key for key in content if not isinstance(key, str)]:
         raise UserError(f"{path}: {_spelt(odd[0])}: a key has to be text; put it in quotes")
     return content

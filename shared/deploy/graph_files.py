@@ -1,7 +1,7 @@
 """Networks as files that run without this project: ONNX for ONNX Runtime, and `torch.export` programs (.pt2); measuring their speed.
 
 Both are traced from a module with tensors in and tensors out, and have metadata: in ONNX's own, and in `metadata.json` inside a .pt2 file. They do
-not name files or folders of the machine that wrote them. Deliberately absent: quantisation, half precision.
+not name files or folders of the machine that wrote them. Deliberately absent: quantization, half precision.
 """
 
 import json
@@ -61,7 +61,9 @@ def write_onnx(
 
     weights = sum(parameter.numel() * parameter.element_size() for parameter in net.parameters())
     if weights >= _LARGEST:
-        raise UserError(f"export: {weights / 1e9:.1f} GB of weights; one ONNX file holds 2 GB")
+        raise UserError(
+            f"export: {weights / 1e9:.1f} GB of weights; ONNX files are limited to 2 GB; use --formats torch"
+        )
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter warns of its own open points

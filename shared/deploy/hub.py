@@ -1,7 +1,7 @@
 """Publishing on the Hugging Face hub: names, uploads, text without local paths, and the common parts of model cards.
 
-Deliberately absent from the cards: the hub's `model-index`, which needs the id of a data set on the hub for each number; the data sets here are
-folders.
+Deliberately absent from the cards: the hub's `model-index`, which needs the id of a data set on the hub for each number; data sets of this project
+are folders.
 """
 
 from pathlib import Path, PurePath

@@ -128,7 +128,7 @@ def prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     if world_size() > 1 and any(_strides_are_ambiguous(parameter) for parameter in model.parameters()):
         # A 1x1 kernel has the same layout in both memory formats, with other strides at its dimensions of size 1. Autograd guarantees a gradient's
         # strides at all other dimensions (torch/csrc/autograd/functions/accumulate_grad.h), so that this warning of DDP, which compares all of them,
-        # says nothing about these kernels. Models without such a kernel keep it.
+        # does not cover these kernels. Models without such a kernel keep it.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
     prepared: nn.Module = accelerator.prepare_model(model)
     return prepared

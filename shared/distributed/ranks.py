@@ -88,7 +88,7 @@ def all_ranks() -> Ranks:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, `total_over_ranks` returns the local value: for work that one rank does alone and may abort."""
+    """Context manager: `total_over_ranks` returns the local value, for work that one rank does alone and may abort."""
     global _alone
     _alone = True
     try:
@@ -155,7 +155,7 @@ def from_main_rank(value: T, work: str = "") -> T:
 
 @contextmanager
 def _announced_wait(whom: str) -> Iterator[None]:
-    """Inside, this process waits for others: it prints a line on standard error after a minute, and one every ten minutes from then on."""
+    """Context manager: print a line on standard error after a minute of waiting for other processes, and one every ten minutes after that."""
     arrived = threading.Event()
     began = time.monotonic()
 

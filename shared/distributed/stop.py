@@ -10,7 +10,7 @@ STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 class StopRequest:
-    """Inside this context SIGTERM, SIGHUP and the first SIGINT only set a flag; a second SIGINT interrupts at once.
+    """Context manager: SIGTERM, SIGHUP and the first SIGINT only set a flag; a second SIGINT interrupts at once.
 
     What `nohup` ignores stays ignored.
     """

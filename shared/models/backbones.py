@@ -27,7 +27,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class Classifier(nn.Module):
-    """A timm classifier that owns its input normalisation: pixels [B,3,H,W] in 0..255 (uint8 or float) -> logits [B,K].
+    """A timm classifier that owns its input normalization: pixels [B,3,H,W] in 0..255 (uint8 or float) -> logits [B,K].
 
     Its state dict is that of the timm model, so that saved files load in plain timm.
 
@@ -56,11 +56,11 @@ class Classifier(nn.Module):
         self.register_buffer("std_3", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        logits: Tensor = self.net(self.normalised(pixels_BCHW))
+        logits: Tensor = self.net(self.normalized(pixels_BCHW))
         return logits
 
-    def normalised(self, pixels_BCHW: Tensor) -> Tensor:
-        """Normalise pixels to the network's input, in float32 also under autocast: the first convolution casts down by itself."""
+    def normalized(self, pixels_BCHW: Tensor) -> Tensor:
+        """Normalize pixels to the network's input, in float32 also under autocast: the first convolution casts down by itself."""
         return (pixels_BCHW.float() - self.mean_3) / self.std_3
 
 
@@ -133,7 +133,7 @@ def create_classifier(
         if new_head:
             net.reset_classifier(num_classes)
             if classes and num_classes:
-                notes.append("its classification layer begins anew, because its classes are others or in another order")
+                notes.append("classifier re-initialized: different classes or class order")
     settings = input_settings(net, reference.metadata)
     loaded = _loaded_line(reference, fitted, notes)
     return Classifier(net, mean=settings.mean, std=settings.std, args=args, loaded=loaded, new_head=new_head), settings
@@ -161,8 +161,8 @@ def check_networks(networks: Mapping[str, Network], hub_data: Mapping[str, str] 
 
     Prints what will be downloaded. Raises UserError for the first fault, and for weights or data that cannot be downloaded.
     """
-    wanted = {key: network.model for key, network in networks.items()} | dict(hub_data or {})
-    for line in require_downloads(wanted):
+    models = {key: network.model for key, network in networks.items()} | dict(hub_data or {})
+    for line in require_downloads(models):
         if launched_ranks()[0] == 0:
             say(line)
     for key, network in networks.items():
@@ -240,7 +240,7 @@ def create_body(reference: ModelReference, **options: Any) -> tuple[nn.Module, s
     tensors = {
         name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in fitted.tensors.items()
     }
-    # timm recognises weights in its own names by their head, so a missing head gets a placeholder, which is dropped.
+    # timm recognizes weights in its own names by their head, so a missing head gets a placeholder, which is dropped.
     cfg: Any = get_pretrained_cfg(reference.arch)
     head = cfg.classifier[0] if isinstance(cfg.classifier, tuple | list) else cfg.classifier
     stand_in = {} if fitted.classes else {f"{head}.weight": torch.zeros(1, 1)}

@@ -22,7 +22,7 @@ Kind = Literal["random", "hub", "folder", "file", "path", "timm"]
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 """file names of weights in a folder, in the order of the search"""
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl")
-_SECONDS = 3.5  # for an answer of the network
+_SECONDS = 3.5  # timeout of a network request
 
 
 def kind_of(text: str) -> Kind:
@@ -82,9 +82,9 @@ class Remote:
                 (folder for folder in known if _letters(folder.name).removeprefix("datasets") == _letters(repo)), None
             )
         for name in self.names:
-            found = try_to_load_from_cache(repo, name, revision=revision)
-            if isinstance(found, str):
-                return Path(found)
+            cached = try_to_load_from_cache(repo, name, revision=revision)
+            if isinstance(cached, str):
+                return Path(cached)
         return None
 
     def ask(self) -> tuple[int | None, str | None]:
@@ -97,9 +97,9 @@ class Remote:
 
     def fetch(self, text: str) -> Path:
         """Return the file, downloaded if it is not on this machine. Raises UserError naming the reference `text` where that is impossible."""
-        found = self.cached()
-        if found:
-            return found
+        cached = self.cached()
+        if cached:
+            return cached
         size, fault = self.ask()
         if fault:
             raise UserError(unavailable(text, self, size, fault))
@@ -134,8 +134,8 @@ class Remote:
 
     def _ask_url(self) -> tuple[int | None, str | None]:
         assert self.url is not None
-        with urllib.request.urlopen(urllib.request.Request(self.url, method="HEAD"), timeout=_SECONDS) as answer:
-            return _number(answer.headers), None
+        with urllib.request.urlopen(urllib.request.Request(self.url, method="HEAD"), timeout=_SECONDS) as response:
+            return _number(response.headers), None
 
     def _ask_hub(self) -> tuple[int | None, str | None]:
         from huggingface_hub import constants, hf_hub_url
@@ -148,16 +148,16 @@ class Remote:
                 if self.dataset
                 else hf_hub_url(repo, name, revision=revision)
             )
-            answer = get_session().head(url, headers=build_hf_headers(), timeout=_SECONDS)
-            if answer.status_code < 400:
-                return (None if self.dataset else _number(answer.headers)), None
-            if answer.status_code != 404:
+            response = get_session().head(url, headers=build_hf_headers(), timeout=_SECONDS)
+            if response.status_code < 400:
+                return (None if self.dataset else _number(response.headers)), None
+            if response.status_code != 404:
                 break
-        if answer.status_code in (401, 403):
-            return None, f"the hub has no such repository, or it needs `hf auth login` (status {answer.status_code})"
-        if answer.status_code == 404:
+        if response.status_code in (401, 403):
+            return None, f"the hub has no such repository, or it needs `hf auth login` (status {response.status_code})"
+        if response.status_code == 404:
             return None, "the hub does not have it (status 404)"
-        return None, f"the hub answers with status {answer.status_code}"
+        return None, f"the hub returned status {response.status_code}"
 
 
 def unavailable(text: str, remote: Remote, size: int | None, fault: str) -> str:
@@ -198,7 +198,7 @@ def timm_weights(name: str) -> Remote:
     if cfg.hf_hub_id:
         return Remote(cfg.hf_hub_id, (cfg.hf_hub_filename,) if cfg.hf_hub_filename else WEIGHT_FILES)
     if not cfg.url:
-        raise UserError(f"timm:{name}: timm has no weights for it; random:{name} begins with random ones")
+        raise UserError(f"timm:{name}: timm has no weights for it; random:{name} starts from random ones")
     from torch.hub import get_dir
 
     url, file = cfg.url if isinstance(cfg.url, tuple | list) else (cfg.url, cfg.url.rsplit("/", 1)[-1])
@@ -215,18 +215,18 @@ class Download:
 
 def find_downloads(references: Mapping[str, str]) -> list[Download]:
     """Return the downloads that settings, by key, would need. All requests run at once, within seconds."""
-    wanted: list[tuple[str, str, Remote]] = []
-    found: dict[int, Download] = {}
+    missing_files: list[tuple[str, str, Remote]] = []
+    downloads: dict[int, Download] = {}
     for key, text in references.items():
         try:
             missing = next((remote for remote in reversed(remotes_of(text)) if remote.cached() is None), None)
         except UserError as error:
-            found[-1 - len(found)] = Download(f"{key}: {error}", possible=False)
+            downloads[-1 - len(downloads)] = Download(f"{key}: {error}", possible=False)
             continue
         except Exception:  # not a valid name, which the command itself reports
             continue
-        if missing and (text, missing) not in [(one, remote) for _, one, remote in wanted]:
-            wanted.append((key, text, missing))
+        if missing and (text, missing) not in [(one, remote) for _, one, remote in missing_files]:
+            missing_files.append((key, text, missing))
 
     def look(number: int, key: str, text: str, remote: Remote) -> None:
         size, fault = remote.ask()
@@ -235,14 +235,14 @@ def find_downloads(references: Mapping[str, str]) -> list[Download]:
             if fault
             else f"{text}: not on this machine; {remote.where}{f' ({amount(size)})' if size else ''} will be downloaded"
         )
-        found[number] = Download(f"{key}: {line}", possible=fault is None)
+        downloads[number] = Download(f"{key}: {line}", possible=fault is None)
 
-    threads = [threading.Thread(target=look, args=(number, *one)) for number, one in enumerate(wanted)]
+    threads = [threading.Thread(target=look, args=(number, *one)) for number, one in enumerate(missing_files)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return [found[number] for number in sorted(found)]
+    return [downloads[number] for number in sorted(downloads)]
 
 
 def find_downloads_apart(references: Mapping[str, str]) -> list[Download]:
@@ -254,38 +254,38 @@ def find_downloads_apart(references: Mapping[str, str]) -> list[Download]:
         return find_downloads(remote) if remote else []
     script = (
         "import json, sys; from ssld.shared.models.downloads import find_downloads; "
-        "print('ANSWER' + json.dumps([[one.text, one.possible] for one in find_downloads(json.loads(sys.argv[1]))]))"
+        "print('RESPONSE' + json.dumps([[one.text, one.possible] for one in find_downloads(json.loads(sys.argv[1]))]))"
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script, json.dumps(remote)], capture_output=True, text=True, check=False
     )
-    answer = next((line for line in done.stdout.splitlines() if line.startswith("ANSWER")), None)
-    return [Download(*one) for one in json.loads(answer.removeprefix("ANSWER"))] if answer else []
+    response = next((line for line in done.stdout.splitlines() if line.startswith("RESPONSE")), None)
+    return [Download(*one) for one in json.loads(response.removeprefix("RESPONSE"))] if response else []
 
 
 def require_downloads(references: Mapping[str, str]) -> list[str]:
     """Return lines about the files to download, for the log. Raises UserError, with one line per file, for files that cannot be downloaded."""
-    found = find_downloads(references)
-    impossible = [one.text for one in found if not one.possible]
+    downloads = find_downloads(references)
+    impossible = [one.text for one in downloads if not one.possible]
     if impossible:
         raise UserError("\n".join(impossible))
-    return [one.text for one in found]
+    return [one.text for one in downloads]
 
 
 def _within_seconds(ask: Callable[[], tuple[int | None, str | None]]) -> tuple[int | None, str | None]:
     """Return the result of `ask`, or a line that there was none in time: resolving a name has no time limit of its own."""
-    answers: list[tuple[int | None, str | None]] = []
+    results: list[tuple[int | None, str | None]] = []
 
     def run() -> None:
         try:
-            answers.append(ask())
+            results.append(ask())
         except Exception as error:  # of the hub's client, of the network below it
-            answers.append((None, f"no network ({_one_line(error)})"))
+            results.append((None, f"no network ({_one_line(error)})"))
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(_SECONDS + 0.5)
-    return answers[0] if answers else (None, f"no network (no answer within {_SECONDS:g} seconds)")
+    return results[0] if results else (None, f"no network (no response within {_SECONDS:g} seconds)")
 
 
 def _letters(text: str) -> str:

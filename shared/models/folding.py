@@ -1,7 +1,7 @@
 """BatchNorm folded into the convolutions before it, for a network that is not trained again: about a tenth of a teacher's forward pass.
 
 Which BatchNorm directly follows which convolution is found by tracing; the network itself stays the module it was, so that its parts can still be
-called one by one. Deliberately absent: BatchNorm before a convolution or a linear layer, and convolutions that standardise their weights.
+called one by one. Deliberately absent: BatchNorm before a convolution or a linear layer, and convolutions that standardize their weights.
 """
 
 import copy

@@ -70,11 +70,11 @@ def _plain(value: Any, depth: int = 0) -> bool:
 def _arguments(args: dict[str, Any]) -> dict[str, Any]:
     for name, value in args.items():
         if name in _FORBIDDEN or not name.isidentifier():
-            raise ValueError(f"{name[:80]!r} is no argument of a network")
+            raise ValueError(f"{name[:80]!r} is not a model argument")
         if not _plain(value):
             raise ValueError(f"{name} has to be a plain JSON value, its numbers finite and at most {_LARGEST:,}")
     if args.get("in_chans") not in (None, 3):
-        raise ValueError(f"in_chans is {args['in_chans']}, images here have 3 channels")
+        raise ValueError(f"in_chans is {args['in_chans']}, images have 3 channels")
     return args
 
 
@@ -199,7 +199,7 @@ def folder_facts(config: Any, source: object) -> dict[str, Any]:
     if data.get("fixed_input_size") and isinstance(size, list) and isinstance(facts["model_args"] or {}, dict):
         facts["model_args"] = {"img_size": size[1:]} | (facts["model_args"] or {})  # as timm takes it
     if isinstance(size, list) and size[:1] != [3]:
-        raise UserError(f"{source}: input_size is {str(size)[:60]}, images here have 3 channels")
+        raise UserError(f"{source}: input_size is {str(size)[:60]}, images have 3 channels")
     names, note = _label_names(config, data)
     facts = {key: value for key, value in facts.items() if value is not None}
     checked(facts, source)

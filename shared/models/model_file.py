@@ -1,7 +1,7 @@
 """The model file of both stages: safetensors, with all other facts about the model as JSON in its metadata.
 
 `kind` is one of "backbone" (a timm classifier, readable by plain timm too) or "detector". The content hash covers names, shapes, types and
-bytes of all tensors, so a file can be recognised whatever its name; a second hash covers the metadata.
+bytes of all tensors, so a file can be recognized whatever its name; a second hash covers the metadata.
 """
 
 import hashlib
@@ -79,7 +79,7 @@ def read_metadata(path: Path, kind: str | None = None) -> dict[str, Any]:
     if expected is not None and expected != _metadata_hash(metadata):
         raise UserError(f"{path}: {_CHANGED}")
     if kind and metadata.get("kind", kind) != kind:
-        raise UserError(f"{path}: is a {metadata['kind']} file, a {kind} file is needed here")
+        raise UserError(f"{path}: is a {metadata['kind']} file, a {kind} file is needed")
     absent = [key for key in NEEDED.get(str(kind), ()) if metadata.get(key) is None] if "kind" in metadata else []
     if absent:
         raise UserError(f"{path}: its metadata cannot be used: {absent[0]} is missing")

@@ -47,7 +47,7 @@ def read_paddle_weights(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: holds a {type(content).__name__}, not the parameters of a model by name")
     unnamed = next((name for name in content if not isinstance(name, str)), None)
     if unnamed is not None:
-        raise UserError(f"{path}: a key is a {type(unnamed).__name__}, the names of parameters are expected")
+        raise UserError(f"{path}: keys must be parameter names (found {type(unnamed).__name__})")
     odd = next((name for name in content if not name.isprintable()), None)
     if odd is not None:
         raise UserError(f"{path}: a parameter is called {odd[:80]!r}, which cannot be printed; the file is damaged")
@@ -73,20 +73,20 @@ def to_torch(arrays: Mapping[str, np.ndarray], modules: Mapping[str, str], sourc
         UserError: a parameter of a layer that `modules` does not know, a layer without parameters, or values that are not weights.
     """
     tensors: dict[str, Tensor] = {}
-    strange, found = [], set()
+    strange, known = [], set()
     for name, array in arrays.items():
         layer, _, leaf = name.rpartition(".")
         if layer not in modules or leaf not in LEAVES:
             strange.append(name)
             continue
-        found.add(layer)
+        known.add(layer)
         if array.dtype.kind != "f" or not np.isfinite(array).all():
             raise UserError(f"{source}: {name} holds {_fault(array)}, no weights; the file is damaged")
         value = np.array(array.T if leaf == "weight" and array.ndim == 2 else array, np.float32, order="C")
         tensors[f"{modules[layer]}.{LEAVES[leaf]}"] = torch.from_numpy(value)
         if leaf == "_mean":  # torch's BatchNorm counts its batches, PaddlePaddle's does not
             tensors[f"{modules[layer]}.num_batches_tracked"] = torch.tensor(0)
-    missing = [layer for layer in modules if layer not in found]
+    missing = [layer for layer in modules if layer not in known]
     if strange or missing:
         first = "; ".join([f"{name} unknown" for name in strange[:2]] + [f"{layer} missing" for layer in missing[:2]])
         raise UserError(

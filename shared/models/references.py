@@ -109,20 +109,20 @@ def _file_reference(text: str, path: Path, arch: str | None, allow_pickle: bool,
 
 def _folder_reference(text: str, path: Path, arch_key: str) -> ModelReference:
     config = path / "config.json"
-    found = sorted(path.glob("*.safetensors"))
+    weight_files = sorted(path.glob("*.safetensors"))
     if not config.exists():
-        hint = f"; did you mean {found[0]}?" if found else ""
+        hint = f"; did you mean {weight_files[0]}?" if weight_files else ""
         raise UserError(f"{text}: not a folder in the Hugging Face layout (no config.json){hint}")
     facts = folder_facts(read_config(config), config)
     named = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
     pickles = sorted(file for suffix in PICKLE_SUFFIXES for file in path.glob(f"*{suffix}"))
-    files = named or found or pickles
+    files = named or weight_files or pickles
     if not files:
-        raise UserError(f"{text}: has no weights beside its config.json; {WEIGHT_FILES[0]} is expected")
+        raise UserError(f"{text}: no weights beside its config.json (expected {WEIGHT_FILES[0]})")
     if not named and len(files) > 1:
         raise UserError(
-            f"{text}: which of {', '.join(file.name for file in files[:4])} are its weights? "
-            f"Name one {WEIGHT_FILES[0]}, or give that file and set {arch_key}"
+            f"{text}: several weight files ({', '.join(file.name for file in files[:4])}): "
+            f"rename one to {WEIGHT_FILES[0]}, or give that file and set {arch_key}"
         )
     return _with_config(text, files[0], facts, config)
 
@@ -148,7 +148,7 @@ def _hub_reference(text: str) -> ModelReference:
         if repo.count("/") != 1:
             raise HFValidationError("it has no owner")
     except HFValidationError as error:
-        raise UserError(f"{text[:200]}: is no hf-hub:ORG/NAME ({' '.join(str(error).split())[:120]})") from None
+        raise UserError(f"{text[:200]}: not a valid hf-hub:ORG/NAME ({' '.join(str(error).split())[:120]})") from None
     config = Remote(repo, ("config.json",)).fetch(text)
     weights = Remote(repo, WEIGHT_FILES).fetch(text)
     return _with_config(text, weights, folder_facts(read_config(config), f"{text}, config.json"), config, foreign=True)

@@ -75,7 +75,7 @@ def _unwrapped(content: Any, path: Path, where: str) -> tuple[Tensors, str]:
         return _unwrapped(inner[chosen], path, f"{where}.{chosen}" if where else chosen)
     if networks:
         raise UserError(
-            f"{path}: holds several networks ({some(networks, 4)}); save the one that is meant by itself: "
+            f"{path}: holds several networks ({some(networks, 4)}); save only the network you want: "
             f"torch.save(torch.load({path.name!r})[{networks[0]!r}], 'one.pth')"
         )
     raise UserError(f"{path}: holds no tensors by name; a state dict is needed")
@@ -132,12 +132,12 @@ def fit(
     for _ in range(_DEEPEST):
         deeper: list[tuple[str, Tensors]] = []
         for prefix, inside in level:
-            found = target.attempt(inside, convert_first)
-            if isinstance(found, Fitted):
-                fits.append((prefix, found))
+            attempt = target.attempt(inside, convert_first)
+            if isinstance(attempt, Fitted):
+                fits.append((prefix, attempt))
                 continue
-            if worst is None or found.missing < worst.missing:
-                worst = found
+            if worst is None or attempt.missing < worst.missing:
+                worst = attempt
             deeper += [(f"{prefix}{head}.", part) for head, part in _below(inside).items() if len(part) >= target.least]
         if fits:
             break
@@ -194,10 +194,10 @@ class _Target:
             if candidate is None:
                 continue
             own = convert_first and (converted or self._convert is None)
-            found = self._compare(candidate, self._offset if own else 0)
-            if isinstance(found, Fitted):
-                return found
-            faults.append(found)
+            result = self._compare(candidate, self._offset if own else 0)
+            if isinstance(result, Fitted):
+                return result
+            faults.append(result)
         return min(faults, key=lambda fault: fault.missing)
 
     def _compare(self, tensors: Tensors, offset: int) -> Fitted | _Fault:
@@ -305,9 +305,9 @@ def create(arch: str, source: object, **options: Any) -> Any:
 
 @contextmanager
 def _loading_noted() -> Iterator[list[Callable[..., Any] | None]]:
-    """Inside, timm builds networks without loading weights; the list gets the conversion that would have gone before the loading.
+    """Context manager: timm builds networks without loading weights; the list receives the conversion that timm applies before loading.
 
-    Which conversion belongs to a network is known to its constructor alone, which hands it to nothing but this function.
+    Only the constructor of a network knows its conversion, and passes it to this function alone.
     """
     noted: list[Callable[..., Any] | None] = []
 

@@ -38,22 +38,22 @@ class TeacherFeatures:
 
 
 class FrozenTeacher:
-    """Answers pixels [B,3,H,W] in 0..255 with float32 logits [B,K], without gradients and always in evaluation mode: no dropout.
+    """Frozen network: pixels [B,3,H,W] in 0..255 -> float32 logits [B,K], without gradients and always in evaluation mode (no dropout).
 
-    It normalises with its own mean and std, and resizes the pixels where it works at one size only.
+    It normalizes with its own mean and std, and resizes the pixels where it works at one size only.
 
     Args:
         reference: see `shared/models/references.py`; pickles are read with `weights_only=True`.
-        arch: timm name, for weights that do not say it.
+        arch: timm name, for weights that do not name it.
         device: where it runs.
         dtype: of its forward pass, by autocast; float32 switches autocast off.
         size: side in pixels to resize its input to, for which a network of fixed size is built; "own" is the size of its weights' own settings;
             None takes the pixels as they come, or its own size where that is fixed.
         batchnorm: "eval" uses running statistics; "batch" those of the batch, as SSLD's teachers did in training (PaddleClas@d178931f,
             docs/en/models/.../distillation_en.md); the running ones stay as they are.
-        fold_batchnorm: fold BatchNorm into the convolutions before it where the network can be traced and answers the same afterwards.
-        classes: whether its answers in classes are needed; False takes networks without any, for `features`.
-        global_pool: timm's pooling of its features; takes its classes from it, so only without `classes`. None: its own.
+        fold_batchnorm: fold BatchNorm into the convolutions before it where the network can be traced and the outputs are unchanged.
+        classes: whether class logits are needed; False also accepts networks without a classifier, for `features`.
+        global_pool: timm's pooling of its features; removes the classifier, so only without `classes`. None: the network's own.
 
     Attributes:
         loaded: a line on where its weights come from.
@@ -96,8 +96,8 @@ class FrozenTeacher:
         if global_pool is not None:
             if classes:
                 raise UserError(
-                    f"teacher.global_pool: the classes of {reference} were trained on its own pooling; leave it out, "
-                    "or learn from its features alone"
+                    f"teacher.global_pool: {reference}'s classifier needs its own pooling; remove global_pool, "
+                    "or use feature losses only"
                 )
             reset_head(classifier.net, 0, global_pool, key="teacher.global_pool", arch=self.reference.arch)
             self.num_classes, self.class_names = 0, None
@@ -128,7 +128,7 @@ class FrozenTeacher:
         return logits if self._order is None else logits[:, self._order]
 
     def each(self, pixels_BCHW: Tensor) -> list[Tensor]:
-        """Logits [B,K] of every network, here of one."""
+        """Logits [B,K] of every network: a list of one."""
         return [self(pixels_BCHW)]
 
     def compile(self) -> None:
@@ -142,7 +142,7 @@ class FrozenTeacher:
         with self._forward():
             net: Any = self._classifier.net
             forward_features = self._forward_features or net.forward_features
-            features = forward_features(self._classifier.normalised(self._resized(pixels_BCHW)))
+            features = forward_features(self._classifier.normalized(self._resized(pixels_BCHW)))
             pooled_BD = net.forward_head(features, pre_logits=True)
             logits_BK = net.forward_head(features).float() if self.num_classes > 1 else None
             map_BCHW = feature_map(net, features, self.reference.text).float() if maps else None
@@ -152,7 +152,7 @@ class FrozenTeacher:
 
     @property
     def references(self) -> list[ModelReference]:
-        """References of all networks, here of one."""
+        """References of all networks: a list of one."""
         return [self.reference]
 
     def embed(self, pixels_BCHW: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class FrozenTeacher:
 
     @contextmanager
     def running_statistics(self) -> Iterator[None]:
-        """Inside, BatchNorm uses running statistics whatever `batchnorm` is, as for evaluation."""
+        """Context manager: BatchNorm uses running statistics, as in evaluation, whatever `batchnorm` is."""
         for norm, (mean, variance) in zip(self._norms, self._statistics, strict=True):
             norm.running_mean, norm.running_var = mean, variance
         try:
@@ -208,7 +208,7 @@ class FrozenTeacher:
         return F.interpolate(pixels_BCHW.float(), self.size, mode="bilinear", antialias=True, align_corners=False)
 
     def _forget_statistics(self) -> None:
-        # Without running buffers BatchNorm normalises by the batch, in evaluation mode too, and has nothing to update.
+        # Without running buffers BatchNorm normalizes by the batch, in evaluation mode too, and has nothing to update.
         for norm in self._norms:
             norm.running_mean = norm.running_var = None
 
@@ -230,7 +230,7 @@ class TeacherEnsemble:
         made = [member.reference for member in members if member.reference.metadata.get("prototypes")]
         for other in made[1:]:  # whose names are alike
             if other.metadata["prototypes"] != made[0].metadata["prototypes"]:
-                raise UserError(f"{other.text}: its prototypes are not those of {made[0].text}; take one of the two")
+                raise UserError(f"{other.text}: its prototypes are not those of {made[0].text}; use only one of them")
         for member in members:
             member.match_classes(named.class_names, named.num_classes, named.reference.text)
         self._order: Tensor | None = None
@@ -308,7 +308,7 @@ Teacher = FrozenTeacher | TeacherEnsemble
 def embed(classifier: Classifier, pixels_BCHW: Tensor) -> Tensor:
     """Return the pooled features that the classification layer of a network gets: [B,D] float32."""
     net: Any = classifier.net
-    features = net.forward_features(classifier.normalised(pixels_BCHW))
+    features = net.forward_features(classifier.normalized(pixels_BCHW))
     embedding: Tensor = net.forward_head(features, pre_logits=True)
     return embedding.float()
 
@@ -331,13 +331,13 @@ def feature_map(net: nn.Module, features: Any, name: str) -> Tensor:
         width = width if tokens_BNC.shape[1] == side * side > 1 else 0
     if len(shape) not in (3, 4) or map_BCHW.shape[1] != width:
         raise UserError(
-            f"{name}: its last features {list(shape)} are no map; leave spatial out of losses, or take another arch"
+            f"{name}: last features have shape {list(shape)}, not [B, C, H, W]; remove spatial from losses, or use another arch"
         )
     return map_BCHW
 
 
 def reset_head(net: Any, classes: int, pool: str | None, *, key: str, arch: str) -> None:
-    """A new head of so many classes, of the pooling asked for, or of the network's own: timm takes another for some arches where none is named.
+    """Replace the head: `classes` classes and the requested pooling, or the network's own; without a name timm changes the pooling of some arches.
 
     Raises UserError where the network has no such pooling (`key` is the setting that names it), or cannot be given another head.
     """
@@ -345,7 +345,7 @@ def reset_head(net: Any, classes: int, pool: str | None, *, key: str, arch: str)
         net.reset_classifier(classes, pool or get_model_args(net).get("global_pool"))
     except Exception as error:  # assertions, keys, types: every family has its own
         if pool is None:
-            raise UserError(f"{arch}: cannot be given other classes by timm; take another arch") from None
+            raise UserError(f"{arch}: cannot be given other classes by timm; use another arch") from None
         why = " ".join(str(error).split())[:120]
         raise UserError(f"{key}: {arch}: has no pooling {pool!r} ({why})") from None
 

@@ -18,15 +18,15 @@ def known_arch(name: str, source: object) -> str:
     """
     where = "" if str(source) in (name, f"timm:{name}") else f"{source}: "
     base, _, tag = name.partition(".")
-    shown = name[:200] if name.isprintable() else repr(name[:200])
+    printed = name[:200] if name.isprintable() else repr(name[:200])
     if not _NAME.fullmatch(name) or not timm.is_model(base):
         near = get_close_matches(base, timm.list_models(), n=1)
-        raise UserError(f"{where}{shown}: timm has no such model{f'; did you mean {near[0]!r}?' if near else ''}")
+        raise UserError(f"{where}{printed}: timm has no such model{f'; did you mean {near[0]!r}?' if near else ''}")
     if tag:
         try:
             get_pretrained_cfg(name)
         except RuntimeError:
             tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{base}.*")]
             have = f"it has {', '.join(tags)}" if tags else "it has none"
-            raise UserError(f"{where}{shown}: timm has no weights called {tag[:80]!r} for {base}; {have}") from None
+            raise UserError(f"{where}{printed}: timm has no weights called {tag[:80]!r} for {base}; {have}") from None
     return name

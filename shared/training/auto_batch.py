@@ -42,15 +42,15 @@ def find_passes(
     if batch_size % ranks:
         raise UserError(f"batch_size {batch_size} is not a multiple of {ranks} processes")
     notes = gather_lists([_read(run.path)])  # of every rank: any of them may have run out of memory
-    found = notes[0]
+    result = notes[0]
     too_few = max(note.get("too_few", 0) if note.get("processes") == ranks else 0 for note in notes)
-    if too_few or found.get("processes") != ranks or "accumulate" not in found:
+    if too_few or result.get("processes") != ranks or "accumulate" not in result:
         with _put_back(networks, optimizer):
             passes = _fewest_passes(batch_size // ranks, attempt, device, too_few=too_few)
-        found = {"accumulate": passes, "processes": ranks}
+        result = {"accumulate": passes, "processes": ranks}
         if run.main:
-            write_atomically(run.path / PASSES_FILE, json.dumps(found) + "\n")
-    passes = int(found["accumulate"])
+            write_atomically(run.path / PASSES_FILE, json.dumps(result) + "\n")
+    passes = int(result["accumulate"])
     images = batch_size // ranks // passes
     run.log(f"auto_batch: {images} of {batch_size} images per process and pass fit, so accumulate is {passes}")
     return passes

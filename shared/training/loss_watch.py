@@ -68,12 +68,12 @@ class LossWatch:
 
     def _raise(self, values: list[list[float]]) -> None:
         """Raise the same error on every rank: of the first step, and of the first rank whose own losses are not finite there."""
-        found: list[tuple[int, str]] = []
+        faults: list[tuple[int, str]] = []
         for (step, ids, _), row in zip(self._pending, values, strict=True):
             if not all(math.isfinite(value) for value in row):
                 parts = ", ".join(f"{name} {value:.4g}" for name, value in zip(self._names, row, strict=True))
                 images = f"; images {', '.join(map(str, list(ids)[:16]))}" if ids else ""
-                found.append((step + 1, f"at step {step + 1}: {parts}{images}"))
+                faults.append((step + 1, f"at step {step + 1}: {parts}{images}"))
                 break
-        errors = gather_lists(found) or [(self._pending[0][0] + 1, "in the sum over ranks")]
+        errors = gather_lists(faults) or [(self._pending[0][0] + 1, "in the sum over ranks")]
         raise NotFinite(*min(errors, key=lambda error: error[0]))

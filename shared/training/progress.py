@@ -1,6 +1,6 @@
 """Progress of trainings, evaluations and predictions: clock, bar, and the numbers for log lines.
 
-Nothing here waits for the device: times are those of the process, memory is the allocator's count.
+Nothing in this module waits for the device: times are those of the process, memory is the allocator's count.
 """
 
 import resource

@@ -168,7 +168,7 @@ class TrainingState:
             newest = newest_checkpoint(self.run.checkpoints)
         newest = from_main_rank(newest)
         fp32 = "" if self.precision == "fp32" else " or --precision fp32"
-        where = f"goes on from {newest.name}" if newest else "begins again, because no checkpoint is from before it"
+        where = f"continues from {newest.name}" if newest else "restarts from step 0: no earlier checkpoint"
         return UserError(
             f"{error}. The same command with --optim.lr {self.lr / 10:g} (now {self.lr:g}), --optim.clip_grad_norm 1{fp32} {where}"
         )

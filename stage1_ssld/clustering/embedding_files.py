@@ -87,7 +87,7 @@ class Standard(NamedTuple):
     scale_D: np.ndarray
 
     def __call__(self, embedding_BD: np.ndarray) -> np.ndarray:
-        """Standardise embeddings; float32."""
+        """Standardize embeddings; float32."""
         return ((embedding_BD - self.mean_D) / self.scale_D).astype(np.float32)
 
 

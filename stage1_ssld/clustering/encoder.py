@@ -33,7 +33,7 @@ _DAMAGED = "its weights are damaged, or of another arch"
 
 
 class Encoder:
-    """Frozen timm network: pixels [B,3,S,S] in 0..255 -> pooled features, with its own normalisation.
+    """Frozen timm network: pixels [B,3,S,S] in 0..255 -> pooled features, with its own normalization.
 
     Attributes:
         size: side S of the views in pixels.
@@ -125,7 +125,7 @@ class Encoder:
                 try:
                     again = timm.create_model(self.arch, num_classes=_TRIED, **args).eval()
                     again.load_state_dict(net.state_dict())
-                    if torch.equal(again(classifier.normalised(noise_BCHW)), logits_BK):
+                    if torch.equal(again(classifier.normalized(noise_BCHW)), logits_BK):
                         return args
                 except Exception:  # timm and torch raise many types for other shapes
                     continue

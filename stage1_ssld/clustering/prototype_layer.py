@@ -1,9 +1,9 @@
-"""Prototypes as one linear layer: soft labels of a teacher whose classes are K centres.
+"""Prototypes as one linear layer: soft labels of a teacher whose classes are K centers.
 
-The probability of centre k is softmax_k(-|x - c_k|^2 / 2T). |x|^2 is the same for all classes and cancels in the softmax; the rest,
-(x.c_k - |c_k|^2 / 2) / T, is linear in x. So is the standardisation x = (z - mean) / scale: together they are a weight and a bias on z.
+The probability of center k is softmax_k(-|x - c_k|^2 / 2T). |x|^2 is the same for all classes and cancels in the softmax; the rest,
+(x.c_k - |c_k|^2 / 2) / T, is linear in x. So is the standardization x = (z - mean) / scale: together they are a weight and a bias on z.
 
-B images, K centres, D features.
+B images, K centers, D features.
 """
 
 import numpy as np
@@ -13,10 +13,10 @@ from ssld.stage1_ssld.clustering.embedding_files import Standard
 _BISECTIONS = 50
 
 
-def scores(x_BD: np.ndarray, centre_KD: np.ndarray, offset_K: np.ndarray) -> np.ndarray:
-    """x.c - |c|^2 / 2 + offset, float64 [B,K], multiplied in the precision of x; largest for the nearest centre if all offsets are equal."""
-    product_BK = (x_BD @ centre_KD.astype(x_BD.dtype).T).astype(np.float64)
-    product_BK += offset_K - 0.5 * (centre_KD**2).sum(1)
+def scores(x_BD: np.ndarray, center_KD: np.ndarray, offset_K: np.ndarray) -> np.ndarray:
+    """x.c - |c|^2 / 2 + offset, float64 [B,K], multiplied in the precision of x; largest for the nearest center if all offsets are equal."""
+    product_BK = (x_BD @ center_KD.astype(x_BD.dtype).T).astype(np.float64)
+    product_BK += offset_K - 0.5 * (center_KD**2).sum(1)
     return product_BK
 
 
@@ -50,12 +50,12 @@ def temperature_for(score_BK: np.ndarray, perplexity: float) -> float:
 
 
 def linear_layer(
-    standard: Standard, centre_KD: np.ndarray, offset_K: np.ndarray, temperature: float
+    standard: Standard, center_KD: np.ndarray, offset_K: np.ndarray, temperature: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (weight_KD, bias_K) float64 on z.
 
     The mean over classes is subtracted from both, which changes no softmax and keeps the logits small enough for float32.
     """
-    weight_KD = centre_KD / (standard.scale_D * temperature)
-    bias_K = (offset_K - 0.5 * (centre_KD**2).sum(1)) / temperature - weight_KD @ standard.mean_D
+    weight_KD = center_KD / (standard.scale_D * temperature)
+    bias_K = (offset_K - 0.5 * (center_KD**2).sum(1)) / temperature - weight_KD @ standard.mean_D
     return weight_KD - weight_KD.mean(0), bias_K - bias_K.mean()

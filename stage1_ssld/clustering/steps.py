@@ -1,8 +1,8 @@
 """Steps that turn an encoder into a teacher, in order; each writes files to the run directory, from which a killed run continues.
 
 embeddings/           one file per shard: pooled features of each image                                (all ranks)
-centres.npz           their mean and scale, and the centres of k-means                                 (main rank)
-teacher.safetensors   the encoder with one more linear layer; prototypes.png, the images nearest to some centres   (main rank)
+centres.npz           their mean and scale, and the centers of k-means                                 (main rank)
+teacher.safetensors   the encoder with one more linear layer; prototypes.png, the images nearest to some centers   (main rank)
 
 The memory of the main rank's steps grows with prototypes x features, not with the size of the pool.
 """
@@ -24,7 +24,7 @@ from ssld.shared.files import spread
 from ssld.shared.models.backbones import check_networks
 from ssld.shared.run_dir import RunDir
 from ssld.shared.training.quarantine import Quarantine
-from ssld.stage1_ssld.clustering.centres import Clusters, find_clusters, require_scikit_learn
+from ssld.stage1_ssld.clustering.centers import Clusters, find_clusters, require_scikit_learn
 from ssld.stage1_ssld.clustering.embedding_files import Embeddings, Standard, save_embeddings, standard_of
 from ssld.stage1_ssld.clustering.encoder import Encoder
 from ssld.stage1_ssld.clustering.prototype_layer import linear_layer, perplexities, scores, softmax, temperature_for
@@ -55,7 +55,7 @@ def make_prototypes(config: PrototypesConfig) -> None:
 def prototypes_for(images: int) -> int:
     """Default number of prototypes for a pool: the power of two nearest to a fortieth of the images (by ratio), from 16 to 4,096.
 
-    With fewer images per prototype, centres are accidental; with more, they miss differences that the encoder resolves. Above 4,096 the layer and a
+    With fewer images per prototype, centers are accidental; with more, they miss differences that the encoder resolves. Above 4,096 the layer and a
     store of soft labels grow with little new information.
     """
     number = min(max(images / _IMAGES_OF_EACH, _FEWEST), _MOST)
@@ -92,7 +92,7 @@ def _make(config: PrototypesConfig, run: RunDir, device: torch.device) -> None:
         count = _count(config, len(embeddings))
         standard, clusters = _clusters(config, run, embeddings, count)
         sample_BD = standard(embeddings.sample(max(1024, _SAMPLE // count))).astype(np.float64)
-        score_BK = scores(sample_BD, clusters.centre_KD, clusters.offset_K)
+        score_BK = scores(sample_BD, clusters.center_KD, clusters.offset_K)
         temperature = temperature_for(score_BK, config.perplexity)
         perplexity = float(np.median(perplexities(score_BK / temperature)))
         metrics = _metrics(clusters, temperature, perplexity, len(embeddings))
@@ -104,7 +104,7 @@ def _make(config: PrototypesConfig, run: RunDir, device: torch.device) -> None:
         teacher, plot = run.path / "teacher.safetensors", run.path / "prototypes.png"
         encoder.save(
             teacher,
-            *linear_layer(standard, clusters.centre_KD, clusters.offset_K, temperature),
+            *linear_layer(standard, clusters.center_KD, clusters.offset_K, temperature),
             crop_pct=config.val_crop,
             encoder=encoder.facts,
             prototypes={**metrics, "balanced": config.balanced, "sources": [source.path for source in config.pool]},
@@ -144,7 +144,7 @@ def _write_embeddings(path: Path, pieces: list[Piece], embeddings: list[np.ndarr
 
 
 def _clusters(config: PrototypesConfig, run: RunDir, embeddings: Embeddings, count: int) -> tuple[Standard, Clusters]:
-    """Standardisation and clusters, read from centres.npz if an earlier start of this run wrote it."""
+    """Standardization and clusters, read from centres.npz if an earlier start of this run wrote it."""
     file = run.path / "centres.npz"
     if not is_sound(file):
         for line in made_again([file]):
@@ -171,7 +171,7 @@ def _clusters(config: PrototypesConfig, run: RunDir, embeddings: Embeddings, cou
     with np.load(file) as saved:
         return (
             Standard(saved["mean_D"], saved["scale_D"]),
-            Clusters(saved["centre_KD"], saved["offset_K"], saved["size_K"], int(saved["refilled"])),
+            Clusters(saved["center_KD"], saved["offset_K"], saved["size_K"], int(saved["refilled"])),
         )
 
 
@@ -199,7 +199,7 @@ def _nearest(
     for ids_B, z_BD in embeddings.blocks():
         x_BD = standard(z_BD)
         distance_BS = (x_BD.astype(np.float64) ** 2).sum(1)[:, None] - 2 * scores(
-            x_BD, clusters.centre_KD[drawn], np.zeros(len(drawn))
+            x_BD, clusters.center_KD[drawn], np.zeros(len(drawn))
         )
         for column, k in enumerate(drawn.tolist()):
             ids, distances = np.r_[near[k][0], ids_B], np.r_[near[k][1], distance_BS[:, column]]
@@ -207,7 +207,7 @@ def _nearest(
             near[k] = ids[first], distances[first]
     rows = {}
     for k, (ids, _) in near.items():
-        score_BK = scores(standard(embeddings.rows(ids)), clusters.centre_KD, clusters.offset_K)
+        score_BK = scores(standard(embeddings.rows(ids)), clusters.center_KD, clusters.offset_K)
         rows[k] = list(zip(ids.tolist(), softmax(score_BK / temperature)[:, k].tolist(), strict=True))
     return rows
 

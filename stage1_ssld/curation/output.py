@@ -62,14 +62,14 @@ def draw(run: Path, outcome: dict[str, Any], pool: Images, held_out: Images, con
     paths = [run / "curation.png", run / "examples.png"]
     histograms = np.array(outcome["histogram"]), np.array(outcome["kept_histogram"])
     draw_numbers(paths[0], np.array(outcome["kept_of_class"]), config.keep, *histograms)
-    images = {"pool": pool, "protected": held_out}
+    images = {"pool": pool, "held_out": held_out}
     needed: dict[str, set[int]] = {name: set() for name in images}
     for row in outcome["examples"]:
-        for whose, number, _ in row["pictures"]:
+        for whose, number, _ in row["images"]:
             needed[whose].add(number)
     views = {name: small_views(images[name], np.array(sorted(rows), np.int64)) for name, rows in needed.items()}
     rows = [
-        Row(row["title"], [Example(views[whose][number], caption) for whose, number, caption in row["pictures"]])
+        Row(row["title"], [Example(views[whose][number], caption) for whose, number, caption in row["images"]])
         for row in outcome["examples"]
     ]
     draw_examples(paths[1], rows, config.examples)
@@ -166,7 +166,7 @@ def materialise(run: RunDir, pool: Images) -> None:
         for number in jobs[rank() :: world_size()]:
             file = folder / f"part-{number:06d}.parquet"
             if not _is_whole(file):
-                run.log_if(f"{file}: does not match its checksums; it is made again" if file.exists() else None)
+                run.log_if(f"{file}: does not match its checksums; recomputing it" if file.exists() else None)
                 rows = np.array(kept[edges[number] : edges[number + 1]])
                 with (
                     atomically(file) as temporary,

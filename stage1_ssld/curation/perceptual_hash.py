@@ -1,6 +1,6 @@
-"""Perceptual hash of 64 bits: the hashes of copies that were resized, recompressed or slightly recoloured differ in few bits.
+"""Perceptual hash of 64 bits: the hashes of copies that were resized, recompressed or slightly recolored differ in few bits.
 
-A bit says whether one of the low 8 x 8 frequencies of the cosine transform of the grey 32 x 32 image is above their median (Zauner 2010,
+Each bit records whether one of the low 8 x 8 frequencies of the cosine transform of the grey 32 x 32 image is above their median (Zauner 2010,
 "Implementation and benchmarking of perceptual image hash functions", section 3.2.1, in the form of the `imagehash` package). It does not detect
 rotations and strong crops; mirror images are detected by the hash of the mirror image.
 """
@@ -26,7 +26,7 @@ _BIT = [1 << number for number in range(_LOW * _LOW)]
 
 
 def perceptual_hash(image_CHW: Tensor) -> tuple[int, int]:
-    """Hash a uint8 image and its mirror image. An image of one colour has hash 1, a black one 0."""
+    """Hash a uint8 image and its mirror image. An image of one color has hash 1, a black one 0."""
     small = F.resize(image_CHW, [_SIDE, _SIDE], antialias=True).double()
     grey = sum(weight * channel for weight, channel in zip(_GREY, small, strict=True))
     low = (_COSINES @ grey @ _COSINES.T).round(decimals=6)  # or rounding errors would decide bits of a uniform image

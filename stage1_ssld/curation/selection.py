@@ -198,7 +198,7 @@ def save_close_pairs(path: Path, pairs: ClosePairs, id_N: np.ndarray) -> None:
         "candidate": candidate,
         "other": other,
         "distance": distance,
-        "protected": held_out,
+        "held_out": held_out,
         "candidate_row": id_N[candidate],
         "other_row": rows,
     }
@@ -222,14 +222,14 @@ def pair_rows(path: Path) -> PairRows | None:
     """Read the pairs of a file without cosines; None if it has them."""
     if "cosine" in pq.read_schema(path).names:
         return None
-    table = pq.read_table(path, columns=["candidate_row", "other_row", "protected"])
+    table = pq.read_table(path, columns=["candidate_row", "other_row", "held_out"])
     return PairRows(*(table[name].to_numpy() for name in table.column_names))
 
 
 def load_close_pairs(path: Path) -> tuple[ClosePairs, np.ndarray | None]:
     """Read pairs, and their cosines if the file has them."""
     table = pq.read_table(path)
-    held_out = table["protected"].to_numpy()
+    held_out = table["held_out"].to_numpy()
     columns = [table[name].to_numpy() for name in ("candidate", "other", "distance")]
     parts = [Pairs(*(column[which] for column in columns)) for which in (~held_out, held_out)]
     return ClosePairs(*parts), table["cosine"].to_numpy() if "cosine" in table.column_names else None

@@ -1,7 +1,7 @@
 """Files of a selection: candidates, pairs with close hashes, then the manifest and the counts of outcomes.
 
     write_candidates     scores/                      -> candidates.parquet
-    write_close_pairs    candidates and protected/    -> look_alikes.parquet
+    write_close_pairs    candidates and held_out/     -> near_duplicates.parquet
     write_outcome        these and the cosines        -> selected.parquet, classes.csv, kept.npy, outcome.json
 
 Files are written atomically, and a file that matches its checksum is not written again; outcome.json is written last.
@@ -101,7 +101,7 @@ def write_candidates(run: Path, selection: Selection) -> list[str]:
 
 def write_close_pairs(run: Path, selection: Selection) -> list[str]:
     """Write pairs of candidates, and of candidates and held-out images, with close hashes; returns log lines."""
-    file, config, held_out = run / "look_alikes.parquet", selection.config, selection.held_out
+    file, config, held_out = run / "near_duplicates.parquet", selection.config, selection.held_out
     if is_sound(file):
         return []
     lines = made_again([file])
@@ -125,7 +125,7 @@ def write_outcome(run: Path, selection: Selection) -> list[str]:
         return []
     config = selection.config
     candidates = load_candidates(run / "candidates.parquet")
-    pairs, cosine_P = load_close_pairs(run / "look_alikes.parquet")
+    pairs, cosine_P = load_close_pairs(run / "near_duplicates.parquet")
     assert cosine_P is not None
     decision = decide(
         candidates, pairs, cosine_P, cosine=config.cosine, val_images=selection.val_images, keep=config.keep
@@ -213,18 +213,18 @@ def _examples(
         return which[spread(len(which), most)]
 
     def row_of(title: str, which: np.ndarray) -> dict[str, Any]:
-        pictures = []
+        images = []
         for number in which.tolist():
             label = int(candidates.class_N[number])
             caption = f"{names[label] if names else label}\n{candidates.score_N[number]:.3f}"
-            pictures.append(["pool", int(candidates.id_N[number]), caption])
-        return {"title": title, "pictures": pictures}
+            images.append(["pool", int(candidates.id_N[number]), caption])
+        return {"title": title, "images": images}
 
     yield row_of("kept, from best\nto worst", some(kept))
     yield row_of("kept, the worst", kept[-most:])
     yield row_of("more than k\nin their class", some(np.flatnonzero(decision.reason_N == BEYOND)))
     low = [["pool", row, ""] for row in candidates.facts["low_ids"]]
-    yield {"title": f"below min_score\n{selection.config.min_score:g}", "pictures": low}
+    yield {"title": f"below min_score\n{selection.config.min_score:g}", "images": low}
     for reason, name in ((LIKE_VAL, "validation"), (LIKE_TRAIN, "training"), (LIKE_BETTER, "better")):
         dropped = some(np.flatnonzero(decision.reason_N == reason))
         yield row_of(f"near-duplicates of\na {name} image", dropped)
@@ -235,5 +235,5 @@ def _examples(
             at = int(np.flatnonzero((part.left_P == candidate) & (part.right_P == other))[0])
             caption = f"{part.distance_P[at]} bits\ncosine {cosine_P[first + at]:.3f}"
             row = int(candidates.id_N[other]) if inside else other
-            others.append(["pool" if inside else "protected", row, caption])
-        yield {"title": f"the {name}\nimages they match", "pictures": others}
+            others.append(["pool" if inside else "held_out", row, caption])
+        yield {"title": f"the {name}\nimages they match", "images": others}

@@ -73,7 +73,11 @@ def open_shards(configs: Sequence[SourceConfig], key: str, streaming: bool, *, a
         try:
             tally = Tally()
             shards = source_shards(config, number, streaming=streaming or is_remote(config.path), tally=tally)
-            tally.check(config.path, allow_loss=allow_loss, otherwise="set allow_loss: true to go on with the rest")
+            tally.check(
+                config.path,
+                allow_loss=allow_loss,
+                otherwise="set allow_loss: true to continue with the remaining images",
+            )
         except UserError as error:
             raise UserError(f"{key}.{number}: {error}") from None
         result.shards.extend(shards)

@@ -1,8 +1,8 @@
 """Steps of a curation in order; each writes files to the run directory, from which a killed run continues.
 
-scores/, protected/   one file per shard: the teacher's class and score of each image, perceptual hashes   (all ranks)
+scores/, held_out/    one file per shard: the teacher's class and score of each image, perceptual hashes   (all ranks)
 candidates.parquet    the best images of each class                                                       (main rank)
-look_alikes.parquet   pairs of candidates, and of candidates and held-out images, with close hashes        (main rank), and cosines (all ranks)
+near_duplicates.parquet   pairs of candidates, and of candidates and held-out images, with close hashes        (main rank), and cosines (all ranks)
 selected.parquet      the manifest (main rank); selected/ copies of the images, on request                 (all ranks)
 
 The memory of the main rank's steps grows with classes x `keep`, not with the size of the pool: see selection_files.py.
@@ -56,7 +56,7 @@ from ssld.stage1_ssld.curation.shard_pass import (
 )
 from ssld.stage1_ssld.distillation.teacher import make_teacher
 
-_EMBEDDINGS = ("embeddings_pool", "embeddings_protected")  # folders; removed after the cosines are written
+_EMBEDDINGS = ("embeddings_pool", "embeddings_held_out")  # folders; removed after the cosines are written
 
 
 def curate(config: CurateConfig) -> None:
@@ -76,14 +76,14 @@ def curate(config: CurateConfig) -> None:
 def _curate(config: CurateConfig, run: RunDir, device: torch.device) -> None:
     pool, held_out, val_shards = _open(config)
     teacher = _Teacher(config, device)
-    compare_shards(run, pool=pool, protected=held_out)
+    compare_shards(run, pool=pool, held_out=held_out)
 
     # ---- scores of the pool, hashes of the held-out images: shared among the ranks
     view = Reading(True, config.image_size, config.val_crop)
     over_missing_shards(run, "scores", pool, config, view, teacher.scores, _write_scored)
-    over_missing_shards(run, "protected", held_out, config, Reading(True), _nothing, _write_held_out)
+    over_missing_shards(run, "held_out", held_out, config, Reading(True), _nothing, _write_held_out)
     scored = ScoreFiles(run.path / "scores", len(pool.shards))
-    held_out_files = ScoreFiles(run.path / "protected", len(held_out.shards))
+    held_out_files = ScoreFiles(run.path / "held_out", len(held_out.shards))
     quarantine = Quarantine(run, len(scored) + len(held_out_files))
     quarantine.add([*scored.unreadable, *held_out_files.unreadable] if run.main else [])
     quarantine.judge(len(scored) + len(held_out_files))
@@ -103,7 +103,7 @@ def _curate(config: CurateConfig, run: RunDir, device: torch.device) -> None:
     )
     _on_main_rank(run, write_candidates, selection)
     _on_main_rank(run, write_close_pairs, selection)
-    pairs = pair_rows(run.path / "look_alikes.parquet")
+    pairs = pair_rows(run.path / "near_duplicates.parquet")
     if pairs is not None:
         _cosines(run, config, pool, held_out, scored, held_out_files, pairs, teacher)
     _on_main_rank(run, write_outcome, selection)
@@ -249,7 +249,7 @@ def _cosines(
             embedded.append(Embeddings(chosen, paths, run.path / name / "joined"))
     if run.main:
         among, between = (cosines(*inside, embedded[0], embedded[0]), cosines(*outside, embedded[0], embedded[1]))
-        add_cosines(run.path / "look_alikes.parquet", np.concatenate([among, between]))
+        add_cosines(run.path / "near_duplicates.parquet", np.concatenate([among, between]))
         embedded.clear()
         for name in _EMBEDDINGS:
             shutil.rmtree(run.path / name, ignore_errors=True)

@@ -16,7 +16,7 @@ def labeled_classes(
 ) -> tuple[list[ImageSource], int, list[str] | None]:
     """Return the labeled sources, the number of classes, and the class names (None if no source has names).
 
-    Sources may number the same names differently: `match_classes` maps them to the order returned here, that of the first named source. Classes
+    Sources may number the same names differently: `match_classes` maps them to the returned order, that of the first named source. Classes
     without an image are counted in the tally of the first source.
 
     Raises:
@@ -44,7 +44,7 @@ def labeled_classes(
     count = len(names) if names else highest + 1
     if count == 1:
         raise UserError(
-            f"{labeled[0].path}: all images are of one class, {names[0] if names else 0!r}: labels of one class teach nothing; add images of other "
+            f"{labeled[0].path}: all images are of one class, {names[0] if names else 0!r}: at least two classes are needed; add images of other "
             "classes, or distil from a teacher, which needs no labels"
         )
     _count_empty(labeled, count, names, allow_loss=allow_loss)
@@ -154,7 +154,7 @@ def _first_difference(a: ImageSource, b: ImageSource) -> str:
     return ", ".join(only)
 
 
-class NeighbourLabels(NamedTuple):
+class NeighborLabels(NamedTuple):
     """Labels of the query images and of the bank whose images vote, numbered alike over `classes` classes."""
 
     queries: list[int]
@@ -162,13 +162,13 @@ class NeighbourLabels(NamedTuple):
     classes: int
 
 
-def neighbour_labels(source: ImageSource, bank: ImageSource, neighbours: int) -> NeighbourLabels:
+def neighbor_labels(source: ImageSource, bank: ImageSource, neighbours: int) -> NeighborLabels:
     """Return the labels of both sources in the bank's numbering, matched by name where both have names.
 
     Raises UserError if either has no labels, if the bank lacks a class of `source`, or if it has fewer labeled images than `neighbours`.
     """
     if source.labels is None:
-        raise UserError(f"{source.path}: no labels, which nearest-neighbour accuracy needs; leave out bank")
+        raise UserError(f"{source.path}: no labels, which nearest-neighbor accuracy needs; leave out bank")
     if bank.labels is None:
         raise UserError(f"bank: {bank.path}: no labels for its images to vote with; use a labeled source")
     known = len(bank.labels) - bank.labels.count(NO_LABEL)
@@ -177,4 +177,4 @@ def neighbour_labels(source: ImageSource, bank: ImageSource, neighbours: int) ->
     classes = len(bank.class_names) if bank.class_names else max(bank.labels) + 1
     labels = match_classes(source, bank.class_names, classes, bank.path)
     assert labels is not None
-    return NeighbourLabels(labels, bank.labels, classes)
+    return NeighborLabels(labels, bank.labels, classes)

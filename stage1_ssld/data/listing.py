@@ -265,7 +265,7 @@ def _of_file(path: str) -> Listing:
         return Listing("parquet", folder, [path])
     suffix = os.path.splitext(path)[1]
     raise UserError(
-        f"{path}: a {suffix} file is no source of images; use a folder, Parquet or tar files, or a list: a .txt file with one path per line, "
+        f"{path}: unsupported source type {suffix}; use a folder, Parquet or tar files, or a list: a .txt file with one path per line, "
         "optionally followed by a class number"
     )
 

@@ -60,7 +60,7 @@ def mix_batch(pixels_BCHW: Tensor, config: DataConfig, seed: int) -> Mixed | Non
 
 
 def _boxes(shares: np.ndarray, height: int, width: int, random: np.random.Generator) -> np.ndarray:
-    """Rectangles (top, left, bottom, right) [B,4] of area 1 - share around uniformly drawn centres, clipped to the image."""
+    """Rectangles (top, left, bottom, right) [B,4] of area 1 - share around uniformly drawn centers, clipped to the image."""
     side = np.sqrt(1 - shares)
     middle = np.stack([random.integers(0, height, len(shares)), random.integers(0, width, len(shares))], axis=1)
     half = np.stack([side * height, side * width], axis=1) / 2

@@ -110,7 +110,7 @@ class TarShard:
             done += 1
 
     def _images(self) -> Iterator[tuple[str, bytes, IO[bytes]]]:
-        """(name, bytes read to recognise it as an image, file with the rest) of the images. Other members of a local file are skipped by seeking; a
+        """(name, bytes read to recognize it as an image, file with the rest) of the images. Other members of a local file are skipped by seeking; a
         remote file is read as a stream."""
         filesystem, inner = filesystem_of(self.file)
         try:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ssld.shared.errors import UserError
 from ssld.shared.files import IMAGE_SUFFIXES, escaped, list_folders, spread
-from ssld.shared.images import Picture, UnreadableImage, open_image, pixels_of
+from ssld.shared.images import DecodedImage, UnreadableImage, open_image, pixels_of
 from ssld.shared.tally import Tally
 from ssld.stage1_ssld.data.batch import NO_LABEL
 from ssld.stage1_ssld.data.listing import (
@@ -39,7 +39,7 @@ from ssld.stage1_ssld.data_config import SourceConfig
 
 HUB_SPLIT = "train"
 """Default split of a hub data set."""
-LOSS_SETTING = "set data.allow_loss: true to go on with the rest"
+LOSS_SETTING = "set data.allow_loss: true to continue with the remaining images"
 
 
 class ImageSource:
@@ -85,7 +85,7 @@ class ImageSource:
         """Decode the image to uint8 [3,H,W]. Raises UnreadableImage."""
         return pixels_of(self.open(row))
 
-    def open(self, row: int, decoder: str = "pil") -> Picture:
+    def open(self, row: int, decoder: str = "pil") -> DecodedImage:
         """Decode the image, before conversion to a tensor. Raises UnreadableImage."""
         try:
             encoded = self.rows.encoded(row)
@@ -287,7 +287,7 @@ class ImageSource:
         return np.flatnonzero(np.array(labels) != NO_LABEL)
 
 
-def decode(encoded: Encoded, location: str, decoder: str = "pil") -> Picture:
+def decode(encoded: Encoded, location: str, decoder: str = "pil") -> DecodedImage:
     """Decode an image. Raises UnreadableImage."""
     if encoded is None:
         raise UnreadableImage(location, "empty")

@@ -20,7 +20,7 @@ from torchvision.transforms import InterpolationMode, RandomErasing, RandomResiz
 from torchvision.transforms.v2 import functional as F
 
 from ssld.shared.errors import UserError
-from ssld.shared.images import Picture, crop_of, pixels_of, seeded_torch, seeded_view
+from ssld.shared.images import DecodedImage, crop_of, pixels_of, seeded_torch, seeded_view
 from ssld.stage1_ssld.data_config import DataConfig
 
 _MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
@@ -29,7 +29,7 @@ _TRIVIAL = "rand-n1-p1-m10-mstd101-inc1"  # mstd above 100: magnitudes uniform b
 _ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 3.3)  # Zhong et al. 2020, arXiv 1708.04896
 
 
-def training_view(image: Picture, key: str, view: int, config: DataConfig, seed: int) -> Tensor:
+def training_view(image: DecodedImage, key: str, view: int, config: DataConfig, seed: int) -> Tensor:
     """Make view number `view` of the image `key`, a function of these, the settings and the seed alone: uint8 [3,S,S].
 
     Raises UserError for an augmentation that timm does not know.
@@ -95,7 +95,7 @@ def augmentation(
     return transform
 
 
-def _crop_and_flip(image: Picture, config: DataConfig) -> Tensor:
+def _crop_and_flip(image: DecodedImage, config: DataConfig) -> Tensor:
     top, left, height, width = RandomResizedCrop.get_params(image, list(config.crop_area), list(config.crop_ratio))
     crop_CHW = crop_of(image, top, left, height, width)
     # torch detects channels-last from the stride of the batch dimension too, so it has to be right even for one image

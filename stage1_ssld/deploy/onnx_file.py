@@ -1,6 +1,6 @@
 """Export of a classifier as an ONNX file and a `torch.export` program, and the comparison of their logits with the classifier's.
 
-The input is decoded pixels, uint8 [batch, 3, height, width]; the normalisation is part of the graph. Only the batch is dynamic, because timm's
+The input is decoded pixels, uint8 [batch, 3, height, width]; the normalization is part of the graph. Only the batch is dynamic, because timm's
 networks fix everything that depends on the image size during tracing.
 """
 

@@ -2,7 +2,7 @@
 
 The form is AM-RADIO's (Ranzinger et al. 2024, arXiv 2312.06709, section 3): one head for each kind of feature, a cosine loss on pooled features, a
 smooth L1 loss on feature maps, grids resized to a common size. ScaleKD (Fan et al. 2024, arXiv 2411.06786, section 3) also lets the maps of a ViT
-teach a CNN through a trained projection; its cross-attention and its second view, in frequencies, are left out. Teacher features are standardised
+teach a CNN through a trained projection; its cross-attention and its second view, in frequencies, are left out. Teacher features are standardized
 per channel, with fixed statistics of the first training images. PHI-S (arXiv 2410.01680) compares this with rotations, which matter where several
 teachers are balanced against each other.
 
@@ -89,7 +89,7 @@ class FeatureHeads(nn.Module):
         return list(self._places.values())
 
     def forward(self, pooled_BC: Tensor, maps: Sequence[Tensor]) -> dict[str, list[Tensor]]:
-        """Predict the teacher's standardised features by kind: [B,D] of pooled features, [B,N,D] of each map [B,C,H,W]."""
+        """Predict the teacher's standardized features by kind: [B,D] of pooled features, [B,N,D] of each map [B,C,H,W]."""
         predictions: dict[str, list[Tensor]] = {}
         for kind, heads in self.heads.items():
             assert isinstance(heads, nn.ModuleList)
@@ -98,7 +98,7 @@ class FeatureHeads(nn.Module):
         return predictions
 
     def pairs(self, predictions: Mapping[str, list[Tensor]], targets: TeacherFeatures) -> FeaturePairs:
-        """Pair the heads' predictions with the teacher's standardised features."""
+        """Pair the heads' predictions with the teacher's standardized features."""
         pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for kind, students in predictions.items():
             mean_D, deviation_D = getattr(self, f"{kind}_mean_D"), getattr(self, f"{kind}_deviation_D")
@@ -135,7 +135,7 @@ class FeatureHeads(nn.Module):
                 sum_3D += torch.stack([torch.ones_like(values_ND), values_ND, values_ND.square()]).sum(1)
         images, name = total_over_ranks(images), teacher.references[0].text
         if not images:
-            raise UserError(f"data.train: no image could be read, so the features of {name} cannot be standardised")
+            raise UserError(f"data.train: no image could be read, so the features of {name} cannot be standardized")
         for kind, sum_3D in sums.items():
             number_D, total_D, square_D = total_over_ranks(sum_3D)
             mean_D = total_D / number_D
@@ -147,11 +147,11 @@ class FeatureHeads(nn.Module):
                 )
             if spread <= 1e-6 * mean_D.abs().max():
                 raise UserError(
-                    f"{name}: its features ({kind}) are the same for every image: wrong weights, or images of one colour"
+                    f"{name}: its features ({kind}) are the same for every image: wrong weights, or images of one color"
                 )
             getattr(self, f"{kind}_mean_D").copy_(mean_D)
             getattr(self, f"{kind}_deviation_D").copy_(variance_D.sqrt().clamp(min=_FLOOR * spread))
-        return f"features of {name}: standardised with {count(int(images), 'view')}; the statistics are kept in the checkpoints"
+        return f"features of {name}: standardized with {count(int(images), 'view')}; the statistics are kept in the checkpoints"
 
     def describe(self) -> str:
         """Describe the compared features in one log line."""
@@ -186,7 +186,7 @@ def student_features(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Logits [B,K], pooled features [B,C] and the intermediate maps [B,C,H,W] at indices `places`, in one forward pass."""
     net: Any = classifier.net
-    x, maps = classifier.normalised(pixels_BCHW), []
+    x, maps = classifier.normalized(pixels_BCHW), []
     if places:
         features, maps = net.forward_intermediates(x, indices=list(places), output_fmt="NCHW")
     else:

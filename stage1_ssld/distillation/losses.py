@@ -1,10 +1,10 @@
 """Distillation losses as pure functions of the student's and the teacher's logits, two of them of features.
 
-Computed in float32 and summed over the batch; the training loop divides by the global batch. A loss is a function here and a row of the same name in
-`LOSSES` of `stage1_ssld/data_config.py`, which settings read without importing torch.
+Computed in float32 and summed over the batch; the training loop divides by the global batch. Each loss is a function of this module and a row of
+the same name in `LOSSES` of `stage1_ssld/data_config.py`, which settings read without importing torch.
 
 SSLD: Cui et al. 2021, arXiv 2103.05959. Its "JS divergence" is half the symmetric KL (Jeffreys) divergence at temperature 1, not the bounded
-mixture form: PaddleClas@d178931f, ppcls/loss/dmlloss.py. There the logarithm has an epsilon of 1e-12; here it is a log-softmax, which needs none.
+mixture form: PaddleClas@d178931f, ppcls/loss/dmlloss.py. There the logarithm has an epsilon of 1e-12; this log-softmax needs none.
 Losses that compare distributions only (symmetric_kl, kl at temperature 1, soft_cross_entropy, jensen_shannon) also accept log-probabilities over
 buckets of classes: the log-softmax of log-probabilities leaves them unchanged.
 
@@ -72,7 +72,7 @@ def decoupled_kd(
 ) -> Tensor:
     """Sum over the batch of T^2 * (alpha * TCKD + beta * NCKD). The target class is the teacher's most likely one; no label is read.
 
-    TCKD: KL of the two probabilities (target, all others together); NCKD: KL among the other classes, renormalised. Zhao et al. 2022, arXiv
+    TCKD: KL of the two probabilities (target, all others together); NCKD: KL among the other classes, renormalized. Zhao et al. 2022, arXiv
     2203.08679, equation 7; the teacher's class as target as in PaddleClas@d178931f, ppcls/loss/dkdloss.py (`use_target_as_gt`).
     """
     s_BK, t_BK = student_logits_BK.float() / temperature, teacher_logits_BK.float() / temperature
@@ -108,7 +108,7 @@ def pooled(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
 def spatial(student_BND: Tensor, teacher_BND: Tensor) -> Tensor:
     """Sum over the batch of the smooth L1 loss, averaged over cells and channels: d^2 / 2 where |d| < 1, |d| - 1/2 elsewhere, d = s - t.
 
-    The second part of AM-RADIO's loss of spatial features (arXiv 2312.06709, section 3), on standardised features.
+    The second part of AM-RADIO's loss of spatial features (arXiv 2312.06709, section 3), on standardized features.
     """
     cells_and_channels = student_BND.shape[1] * student_BND.shape[2]
     return F.smooth_l1_loss(student_BND.float(), teacher_BND.float(), reduction="sum") / cells_and_channels

@@ -121,7 +121,7 @@ class SoftLabelStore:
             raise UserError(f"{path}: a store of format {form}, this version reads {FORMAT}; write it again")
         if header.get("sha256") != header_checksum(header):
             raise UserError(
-                f"{path / HEADER}: does not match its checksum; put back what was written, or write it again"
+                f"{path / HEADER}: does not match its checksum; restore the original file, or rewrite the store"
             )
         self.views, self.top, self.seed = int(header["views"]), int(header["top"]), int(header["seed"])
         self.num_classes: int = header["num_classes"]

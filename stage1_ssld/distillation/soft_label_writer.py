@@ -20,7 +20,7 @@ from ssld.shared.distributed.ranks import from_main_rank, gather_lists, rank, wo
 from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.files import file_sha256, write_atomically
-from ssld.shared.images import Picture, UnreadableImage, require_decoder
+from ssld.shared.images import DecodedImage, UnreadableImage, require_decoder
 from ssld.shared.models.backbones import check_networks
 from ssld.shared.models.teacher import Teacher
 from ssld.shared.run_dir import RunDir
@@ -54,7 +54,7 @@ class AllViews(Dataset[View]):
     def __init__(self, sources: Sequence[ImageSource], config: SoftLabelsConfig) -> None:
         self._sources, self._config = sources, config
         self._ends = np.cumsum([len(source) for source in sources]).tolist()
-        self._last: tuple[int, Picture | None] = (-1, None)
+        self._last: tuple[int, DecodedImage | None] = (-1, None)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -152,7 +152,7 @@ def write_store(config: SoftLabelsConfig) -> None:
     missing = [n for n in mine if not is_sound(files[n]) or files[n].stat().st_size != sizes[n]]
     for number in missing if main else []:
         if files[number].exists():
-            run.log(f"{files[number]}: does not match its checksum; it is made again")
+            run.log(f"{files[number]}: does not match its checksum; recomputing it")
     batches = ViewBatches([shards_rows[number] for number in missing], config.views, config.batch_size)
     with StopRequest() as stop, closing(_loaded(views, batches, config)) as stream:
         # All ranks make the same number of iterations, because they agree on a stop in each.
@@ -227,7 +227,7 @@ def _records(
     layout: np.dtype[Any],
     stop: StopRequest,
 ) -> np.ndarray | None:
-    """Records of all views of some rows, image by image; None if a signal asked this process to stop."""
+    """Records of all views of some rows, image by image; None if a signal stops this process."""
     records = np.full(len(rows) * config.views, missing_record(layout), layout)
     for batch in stream:
         if stop.requested:

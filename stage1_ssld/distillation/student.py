@@ -137,7 +137,7 @@ class Student:
         return {name: factors.get(id(parameter), 1.0) for name, parameter in self.learner.named_parameters()}
 
     def uses_batch_statistics(self) -> bool:
-        """Whether BatchNorm normalises by batch statistics in training, for which one image is not enough."""
+        """Whether BatchNorm normalizes by batch statistics in training, for which one image is not enough."""
         fixed = self._classifier_only or self._keeps_statistics
         return not fixed and any(isinstance(module, _BatchNorm) for module in self.model.modules())
 

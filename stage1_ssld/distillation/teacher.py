@@ -138,7 +138,7 @@ def check_teacher(teacher: Teacher, batches: Iterable[Batch], *, device: torch.d
         if cause:
             raise UserError(
                 f"{names[number]}: accuracy {100 * accuracy:.1f} % on {_of(pairs, where, teacher.num_classes)}, {cause}; "
-                "teacher.check_images: 0 leaves this check out"
+                "teacher.check_images: 0 skips this check"
             )
     return f"teacher: accuracy {', '.join(accuracies)} on {_of(predictions, where, teacher.num_classes)}"
 

@@ -1,1 +1,1 @@
-"""Metrics of classifiers, nearest neighbours, curves."""
+"""Metrics of classifiers, nearest neighbors, curves."""

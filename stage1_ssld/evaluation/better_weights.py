@@ -22,7 +22,7 @@ from ssld.shared.models.backbones import Classifier
 from ssld.shared.models.teacher import Teacher, embed
 from ssld.stage1_ssld.data.batch import Batch
 
-NEIGHBOURS = 10
+NEIGHBORS = 10
 MOST_IMAGES, LEAST_IMAGES = 500, 50
 """most and fewest held-out images for the comparison"""
 
@@ -40,7 +40,7 @@ class Choice:
 
     Attributes:
         which: the weights to keep.
-        shares: share of the teacher's neighbours, by set of weights.
+        shares: share of the teacher's neighbors, by set of weights.
         images: number of compared images.
         better: whether `keep_weights: better` is set.
     """
@@ -74,7 +74,7 @@ def choose_weights(
     Args:
         net: trained network in evaluation mode.
         start: state dict of `net.net` before training.
-        teacher: teacher whose neighbours are the reference.
+        teacher: teacher whose neighbors are the reference.
         batches: function that returns the held-out images, the same at each call; labels are not read.
         better: whether to choose the weights with the largest share instead of the last ones.
 
@@ -91,7 +91,7 @@ def choose_weights(
         for which in _WORDS:
             net.net.load_state_dict(weights(which, last, start))
             student = nearest_images(_embeddings(lambda pixels: embed(net, pixels), batches(), teacher.device))
-            shares[which] = neighbours_in_common(student, nearest)
+            shares[which] = neighbors_in_common(student, nearest)
     finally:
         net.net.load_state_dict(last)
     most = max(shares, key=lambda which: shares[which])
@@ -109,16 +109,16 @@ def weights(which: Which, last: Mapping[str, Tensor], start: Mapping[str, Tensor
 
 
 def nearest_images(embeddings_ND: Tensor) -> Tensor:
-    """Nearest other images of each image by cosine similarity: [N, min(`NEIGHBOURS`, N - 1)]."""
+    """Nearest other images of each image by cosine similarity: [N, min(`NEIGHBORS`, N - 1)]."""
     unit_ND = F.normalize(embeddings_ND, dim=1)
-    count = min(NEIGHBOURS, max(0, len(unit_ND) - 1))
+    count = min(NEIGHBORS, max(0, len(unit_ND) - 1))
     with full_float32():
         cosines_NN = unit_ND @ unit_ND.T
     return cosines_NN.fill_diagonal_(-2).topk(count, dim=1).indices
 
 
-def neighbours_in_common(one: Tensor, other: Tensor) -> float:
-    """Mean share of common neighbours in two results of `nearest_images`."""
+def neighbors_in_common(one: Tensor, other: Tensor) -> float:
+    """Mean share of common neighbors in two results of `nearest_images`."""
     return (one[:, :, None] == other[:, None, :]).any(-1).float().mean().item()
 
 

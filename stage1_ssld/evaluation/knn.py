@@ -1,4 +1,4 @@
-"""Nearest-neighbour accuracy, which measures a network's embeddings without its classification layer.
+"""Nearest-neighbor accuracy, which measures a network's embeddings without its classification layer.
 
 The class of an image is predicted by the votes of its k nearest images in a labeled bank, weighted by exp(cosine / temperature) (Wu et al. 2018,
 arXiv 1805.01978). The search is exact. The bank is compared batch by batch and not stored: memory is queries x (embedding + k + one batch of the
@@ -88,7 +88,7 @@ def knn_accuracy(
 
 
 def vote(cosines_Qk: Tensor, classes_Qk: Tensor, classes: int, *, temperature: float = TEMPERATURE) -> Tensor:
-    """Class with the largest sum of exp(cosine / temperature) over its neighbours: [Q]; a neighbour at -inf has no vote."""
+    """Class with the largest sum of exp(cosine / temperature) over its neighbors: [Q]; a neighbor at -inf has no vote."""
     # Scaled so that the largest weight of a query is 1, which avoids overflow and keeps the winner.
     weights_Qk = ((cosines_Qk - cosines_Qk.amax(1, keepdim=True)) / temperature).exp()
     votes = weights_Qk.new_zeros(len(weights_Qk), classes)

@@ -3,10 +3,10 @@ function of (seed, image id, view).
 
 Source: Zoph, Cubuk, Ghiasi, Lin, Shlens, Le, "Learning Data Augmentation Strategies for Object Detection", arXiv
 1906.11172, and the policy table `v1` and magnitudes of its authors' TensorFlow TPU models (Apache-2.0), which
-PaddleDetection@666f597f `AutoAugment` contains too. The policy is theirs, the code is not. One sub-policy is drawn
+PaddleDetection@666f597f `AutoAugment` contains too. Only the policy is taken from there, no code. One sub-policy is drawn
 uniformly; its two operations are applied in order, each with its own probability. Suffixes of the names: `_BBox` moves
 the image and its boxes; `_Only_BBoxes` changes the pixels inside a box and leaves the box in place, drawn independently
-per box with a third of the probability. Colour operations are PIL's, which the authors' code reimplements.
+per box with a third of the probability. Color operations are PIL's, which the authors' code reimplements.
 
 Two differences from the source: a box that leaves the image is dropped instead of kept as a sliver at the border, and
 the pixel region of a box ends at the box instead of one pixel further.
@@ -104,7 +104,7 @@ def apply_operation(
         return image, boxes_N4, everything
     kind = name.removesuffix("_BBox")
     if kind not in _MOVES:
-        return _recolour(kind, image, magnitude, draw, _CUTOUT), boxes_N4, everything
+        return _recolor(kind, image, magnitude, draw, _CUTOUT), boxes_N4, everything
     matrix = _matrix(kind, image.size, magnitude, draw, _TRANSLATE)
     boxes = _moved_boxes(boxes_N4, matrix, image.size)
     kept = np.flatnonzero(((boxes[:, 2:] - boxes[:, :2]) >= SMALLEST).all(1))
@@ -125,7 +125,7 @@ def _inside_boxes(
         if kind in _MOVES:
             content = _moved(content, _matrix(kind, content.size, magnitude, draw, _TRANSLATE_BOX))
         else:
-            content = _recolour(kind, content, magnitude, draw, _CUTOUT_BOX)
+            content = _recolor(kind, content, magnitude, draw, _CUTOUT_BOX)
         image.paste(content, box)
     return image
 
@@ -135,9 +135,9 @@ def _matrix(kind: str, size: tuple[int, int], magnitude: int, draw: random.Rando
     amount = magnitude / 10 if draw.random() < 0.5 else -magnitude / 10
     matrix = np.eye(2, 3)
     if kind == "Rotate":
-        angle, centre = math.radians(amount * _DEGREES), np.array(size) / 2
+        angle, center = math.radians(amount * _DEGREES), np.array(size) / 2
         matrix[:, :2] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
-        matrix[:, 2] = centre - matrix[:, :2] @ centre
+        matrix[:, 2] = center - matrix[:, :2] @ center
     else:
         row = 0 if kind.endswith("X") else 1
         if kind.startswith("Shear"):
@@ -148,7 +148,7 @@ def _matrix(kind: str, size: tuple[int, int], magnitude: int, draw: random.Rando
 
 
 def _moved(image: Image.Image, matrix_23: np.ndarray) -> Image.Image:
-    """Apply an affine map to an image, at equal size, with nearest-neighbour interpolation as in the source."""
+    """Apply an affine map to an image, at equal size, with nearest-neighbor interpolation as in the source."""
     inverse = np.linalg.inv(np.vstack([matrix_23, [0, 0, 1]]))[:2].ravel()  # PIL expects the inverse map
     return image.transform(
         image.size, Image.Transform.AFFINE, tuple(inverse), resample=Image.Resampling.NEAREST, fillcolor=FILL
@@ -163,7 +163,7 @@ def _moved_boxes(boxes_N4: np.ndarray, matrix_23: np.ndarray, size: tuple[int, i
     return boxes.clip(0, [*size, *size]).astype(np.float32)
 
 
-def _recolour(kind: str, image: Image.Image, magnitude: int, draw: random.Random, cutout: int) -> Image.Image:
+def _recolor(kind: str, image: Image.Image, magnitude: int, draw: random.Random, cutout: int) -> Image.Image:
     """Apply an operation that moves no box."""
     if kind == "Flip":
         return ImageOps.mirror(image)

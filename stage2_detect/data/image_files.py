@@ -123,7 +123,7 @@ def _listed(file: Path) -> list[str]:
         path = next((one for one in candidates if os.path.isfile(one)), None)
         if path is None:
             if not paths and line[0] in "{[<":
-                raise UserError(f"{file}: begins with {_shortened(line, 20)}, which is no path; {_EXPECTED}")
+                raise UserError(f"{file}: begins with {_shortened(line, 20)}, which is not a path; {_EXPECTED}")
             raise UserError(f"{file}, line {number}: {_shortened(line, 120)}: no such file")
         paths.append(path)
     if not paths:

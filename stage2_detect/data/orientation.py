@@ -1,4 +1,4 @@
-"""Orientation in which the images of a source are read: upright by EXIF, or as their pixels are stored. Decided here only.
+"""Orientation in which the images of a source are read: upright by EXIF, or as their pixels are stored. Only this module decides it.
 
 A camera stores the pixels in the orientation of its sensor and writes the rotation into EXIF. Most tools show the upright image and draw boxes on it,
 some show the stored pixels. The convention of an annotation file follows from its sideways images, which EXIF rotates by 90 degrees and which are not

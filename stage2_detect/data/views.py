@@ -139,7 +139,7 @@ def view_image(image_CHW: Tensor, view: View, interpolation: str = "bicubic", ke
     if image_CHW.shape[1:] != sides or view.scale != 1:
         upsample = _UPSAMPLE[interpolation]
         if kernel == "fast":
-            # The vectorised kernel needs channels-last memory, which decoded images have.
+            # The vectorized kernel needs channels-last memory, which decoded images have.
             pixels = image_CHW[None].contiguous(memory_format=torch.channels_last)
             image_CHW = upsample(pixels, sides, False, view.scale, view.scale)[0]
         else:

@@ -5,7 +5,7 @@
     config.json            architecture, classes, sizes
     README.md              the model card
 
-Paths of local folders are left out of all files: the folder is meant to be published. Nothing on the card is estimated; the card says what is not
+Paths of local folders are left out of all files: the folder is meant to be published. Nothing on the card is estimated; the card names what is not
 recorded.
 """
 
@@ -145,7 +145,7 @@ def _measured(metadata: dict[str, Any], checks: dict[str, Any]) -> list[str]:
         (
             f"{FILES[key]} against torch",
             f"boxes within {check['box_difference']:.1e} px, scores within {check['score_difference']:.1e}, "
-            f"{100 * check['missing']:.2f} % of {check['found']} detections without counterpart",
+            f"{100 * check['missing']:.2f} % of {check['detections']} detections without counterpart",
         )
         for key, check in checks.items()
         if key in FILES

@@ -96,24 +96,24 @@ def compare(run: Run, model: Detector, many: Sequence[Batch]) -> dict[str, float
     The first image of every batch runs alone once more, so that two batch sizes are compared.
 
     Returns:
-        `images`: number of images; `found`, `found_by_file`: number of detections by torch and by the file; `missing`: share of both without
-        counterpart; largest differences among pairs: `box_difference` (pixels of the input), `score_difference` and `mask_difference` (of a
+        `images`: number of images; `detections`, `detections_by_file`: number of detections by torch and by the file; `missing`: share of both
+        without counterpart; largest differences among pairs: `box_difference` (pixels of the input), `score_difference` and `mask_difference` (of a
         probability; 0 without masks).
     """
-    result = dict.fromkeys(("images", "found", "found_by_file", "alone"), 0)
+    result = dict.fromkeys(("images", "detections", "detections_by_file", "alone"), 0)
     largest = dict.fromkeys(("box_difference", "score_difference", "mask_difference"), 0.0)
     for pixels_BCHW, sizes_B2 in many:
         by_torch = reference(model, pixels_BCHW, sizes_B2)
         outputs = [run(pixels_BCHW, sizes_B2), run(pixels_BCHW[:1], sizes_B2[:1])]
         for output, expected in ((outputs[0], by_torch), (outputs[1], by_torch[:1])):
             for of_torch, of_file in zip(expected, _images(output), strict=True):
-                result["found"] += len(of_torch[1])
-                result["found_by_file"] += len(of_file[1])
+                result["detections"] += len(of_torch[1])
+                result["detections_by_file"] += len(of_file[1])
                 result["alone"] += _differences(of_torch, of_file, largest)
         result["images"] += len(sizes_B2)
-    both = result["found"] + result["found_by_file"]
+    both = result["detections"] + result["detections_by_file"]
     return {
-        **{key: result[key] for key in ("images", "found", "found_by_file")},
+        **{key: result[key] for key in ("images", "detections", "detections_by_file")},
         "missing": result["alone"] / both if both else 0.0,
         **largest,
     }
@@ -179,13 +179,13 @@ def check(
     result = compare(run, model, many)
     what = f"{result['images']:g} {'images' if config.images else 'images of drawn rectangles'}"
     log(
-        f"{file} against torch on {what}: {result['found_by_file']:g} detections, {result['found']:g} by torch, "
+        f"{file} against torch on {what}: {result['detections_by_file']:g} detections, {result['detections']:g} by torch, "
         f"{100 * result['missing']:.2f} % without counterpart; boxes differ by at most {result['box_difference']:.2e} px, "
         f"scores by {result['score_difference']:.1e}"
         + (f", masks by {result['mask_difference']:.1e}" if len(run(*many[0])) > 4 else "")
         + "; counterparts have the same label, and the first image of each batch counts twice, since it runs alone too"
     )
-    if not result["found"]:
+    if not result["detections"]:
         log("no detections, so this check proves little; give --images with objects that the detector knows")
     limits = {
         "box_difference": config.box_tolerance,

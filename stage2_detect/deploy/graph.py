@@ -38,7 +38,7 @@ def keep_by_nms(boxes_PN4: Tensor, scores_PQN: Tensor, iou: float, threshold: fl
     """
     P, Q, N = scores_PQN.shape
     flat_D = (scores_PQN.flatten() > threshold).nonzero()[:, 0]
-    # Two dummy boxes in front: programs of `torch.export` may be specialised for sizes of two or more.
+    # Two dummy boxes in front: programs of `torch.export` may be specialized for sizes of two or more.
     flat_D = torch.cat((flat_D.new_zeros(2), flat_D))
     # In float64 and moved apart, as in `boxes.class_nms`.
     apart_D = (flat_D // N) * (boxes_PN4.amax() - boxes_PN4.amin() + 1).double()

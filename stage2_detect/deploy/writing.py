@@ -112,7 +112,7 @@ def facts_of(loaded: LoadedDetector, canvas: tuple[int, int] | None) -> dict[str
     )
     facts = {
         "kind": "detector",
-        "pixels": f"uint8 RGB [batch, 3, {size}] in 0..255, padded at the bottom and the right; normalised inside",
+        "pixels": f"uint8 RGB [batch, 3, {size}] in 0..255, padded at the bottom and the right; normalized inside",
         "sizes": "int64 [batch, 2]: height and width of each image inside the padding",
         "boxes": "float32 [batch, most, 4]: x1, y1, x2, y2 in pixels of the input; divide by (network size / original size)",
         "scores": "float32 [batch, most] in 0..1, falling",

@@ -68,7 +68,7 @@ class DistilledDense(nn.Module):
         if isinstance(terms, LDConfig) and terms.imitation_weight and student.pyramid.channels != teacher.channels:
             raise UserError(
                 f"distill.ld.imitation_weight: the teacher's maps have {teacher.channels} channels, the student's {student.pyramid.channels}; "
-                "give both the same model.fpn_channels, or take distill.pkd_weight, which adapts them"
+                "give both the same model.fpn_channels, or use distill.pkd_weight, which adapts them"
             )
         self.student, self.teacher, self.terms, self.pkd_weight = student, teacher, terms, pkd_weight
         self.adapters = adapters(

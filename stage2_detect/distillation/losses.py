@@ -70,9 +70,9 @@ def pkd(student_BDHW: Tensor, teacher_BDHW: Tensor, inside_BHW: Tensor) -> Tenso
     """Compute the mean over the channels of 1 - r, r being Pearson's correlation over the pixels of the batch where
     `inside_BHW` is True; in 0..2.
 
-    A channel that is constant on one side counts 1/2, on both sides 0, as in half the squared error of normalised maps.
+    A channel that is constant on one side counts 1/2, on both sides 0, as in half the squared error of normalized maps.
     """
-    student, teacher = (_normalised(maps_BDHW, inside_BHW) for maps_BDHW in (student_BDHW, teacher_BDHW))
+    student, teacher = (_normalized(maps_BDHW, inside_BHW) for maps_BDHW in (student_BDHW, teacher_BDHW))
     pixels = inside_BHW.sum() * student.shape[1]
     return 0.5 * (student - teacher).square().sum() / pixels
 
@@ -117,8 +117,8 @@ def pyramid_correlation(
     ).sum()
 
 
-def _normalised(maps_BCHW: Tensor, inside_BHW: Tensor) -> Tensor:
-    """Normalise to float32 [B, C, H, W]: each channel with zero mean and unit variance over the pixels inside, and zero elsewhere."""
+def _normalized(maps_BCHW: Tensor, inside_BHW: Tensor) -> Tensor:
+    """Normalize to float32 [B, C, H, W]: each channel with zero mean and unit variance over the pixels inside, and zero elsewhere."""
     inside_B1HW = inside_BHW[:, None]
     pixels = inside_BHW.sum()
     maps_BCHW = maps_BCHW.float()

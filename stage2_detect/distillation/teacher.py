@@ -35,7 +35,7 @@ from ssld.stage2_detect.models.rcnn import RCNN
 class FrozenDetector:
     """Feature maps and class logits of a detector, without gradients and always in evaluation mode.
 
-    It normalises images with its own mean and std.
+    It normalizes images with its own mean and std.
 
     Args:
         model: the detector; it is frozen for good.
@@ -93,7 +93,7 @@ def open_teacher(
     if tuple(loaded.model.pyramid.strides) != tuple(strides):
         raise UserError(
             f"distill.teacher: {path}: its maps have strides {list(loaded.model.pyramid.strides)}, the student's {list(strides)}: "
-            f"it is a {architecture.kind} detector; one-stage detectors and R-CNNs do not teach each other"
+            f"it is a {architecture.kind} detector; a one-stage detector cannot be the teacher of an R-CNN, or the reverse"
         )
     permute_classes(
         loaded.model,
@@ -153,7 +153,7 @@ class TeacherCheck:
         if self._ap < self._least:
             raise UserError(
                 f"distill.teacher: {name}: {ap}, below {100 * self._least:g} (distill.check_ap {self._least:g}): "
-                "it was trained on other images or at another size (resize), or hardly at all; a lower check_ap lets it pass"
+                "it was trained on other images or at another size (resize), or barely trained; lower check_ap to accept it"
             )
         return f"teacher {name}: {ap}"
 

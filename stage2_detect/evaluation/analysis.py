@@ -64,7 +64,7 @@ class Analysis:
 def analyse(ground_truth: CocoData, detections: Mapping[Id, Detections], *, score_threshold: float) -> Analysis:
     """Match detections (boxes in pixels of the original image) with the objects of a data set read with `training=False`."""
     if ground_truth.training:
-        raise ValueError("the ground truth must be read with training=False: crowd regions count here")
+        raise ValueError("the ground truth must be read with training=False: crowd regions are counted")
     classes = len(ground_truth.class_names)
     # The order of images decides between equal scores; this is COCO's order.
     records = sorted(ground_truth.images, key=lambda record: (isinstance(record.image_id, str), record.image_id))

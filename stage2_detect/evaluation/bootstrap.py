@@ -61,7 +61,7 @@ class Matches:
 def match_detections(ground_truth: CocoData, detections: Mapping[Id, Detections]) -> Matches:
     """Match the detections of a data set (boxes in pixels of the original images) with its objects, read with `training=False`."""
     if ground_truth.training:
-        raise ValueError("the ground truth must be read with training=False: crowd regions count here")
+        raise ValueError("the ground truth must be read with training=False: crowd regions are counted")
     classes = len(ground_truth.class_names)
     records = sorted(ground_truth.images, key=lambda record: (isinstance(record.image_id, str), record.image_id))
     objects_IK = np.zeros((len(records), classes), dtype=np.int64)

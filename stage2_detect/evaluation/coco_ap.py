@@ -1,7 +1,7 @@
 """COCO average precision of boxes or masks, by hotcoco or pycocotools, and detections as COCO results JSON.
 
 Metric: https://cocodataset.org/#detection-eval, as pycocotools computes it; hotcoco gives the same bits about a hundred
-times faster. Both get arrays, never a file, and both of their precision tables are summarised by the same lines here.
+times faster. Both get arrays, never a file, and both of their precision tables are summarized by the same code.
 Known traps are avoided: annotation ids are renumbered from 1 (an id of 0 halves pycocotools' AP), string ids
 become numbers, empty detections score 0 (pycocotools: IndexError) and NaN scores are refused (pycocotools: AP 1).
 Deliberately absent: plots, confusion matrices (`analysis.py`).

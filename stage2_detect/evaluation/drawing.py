@@ -101,7 +101,7 @@ class Tags:
         self.areas: list[Area] = []
 
     def add(self, number: int, text: str, color: Color, height: int) -> bool:
-        """Write the name of an object beside or in its box, smaller if necessary; returns False where there is no room."""
+        """Write the name of an object beside or in its box, smaller if necessary; returns False if it does not fit."""
         for size in (height, max(_LEAST_TEXT, round(0.8 * height))):
             font = _font(size)
             area = self._place(number, math.ceil(font.getlength(text)) + 4, sum(font.getmetrics()))

@@ -1,6 +1,6 @@
 """Files of an evaluation: `analysis.json`, and the best and worst images with drawn ground truth and detections.
 
-`pictures/index.json` lists the images: `kind` (best or worst), `truth` and `found` (files beside it), `image`, `lrp`, `right`, `wrong`, `missed`.
+`pictures/index.json` lists them: `kind` (best or worst), `truth` and `detections` (files beside it), `image`, `lrp`, `right`, `wrong`, `missed`.
 They are ranked by LRP error (`analysis.py`); an image without objects and without detections has none and is not listed.
 """
 
@@ -81,7 +81,7 @@ def draw_best_and_worst(
         for number, row in enumerate(rows, 1):
             image_id = analysed.image_ids[row]
             record = records[image_id]
-            names = {side: f"{kind}_{number}_{side}.jpg" for side in ("truth", "found")}
+            names = {side: f"{kind}_{number}_{side}.jpg" for side in ("truth", "detections")}
             image = Image.fromarray(load_record(record).permute(1, 2, 0).numpy())
             of_image = detections[image_id] if image_id in detections else _nothing()
             of_image = of_image.where(of_image.scores_N >= analysed.score_threshold)
@@ -89,7 +89,7 @@ def draw_best_and_worst(
                 folder / names["truth"],
                 draw_objects(image, truth_of(record, len(data.class_names)), names_with_crowds, legend=True),
             )
-            _save(folder / names["found"], draw_objects(image, of_image, data.class_names, legend=True))
+            _save(folder / names["detections"], draw_objects(image, of_image, data.class_names, legend=True))
             files += [folder / name for name in names.values()]
             right, wrong, missed = analysed.counts_I3[row].tolist()
             entry = {

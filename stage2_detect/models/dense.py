@@ -13,7 +13,7 @@ from ssld.stage2_detect.models import boxes, postprocess
 from ssld.stage2_detect.models.anchors import Grids, grids_of
 from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
 from ssld.stage2_detect.models.gfl import GFL
-from ssld.stage2_detect.models.normalise import Normalise
+from ssld.stage2_detect.models.normalize import Normalize
 from ssld.stage2_detect.models.postprocess import NMS
 from ssld.stage2_detect.models.pyramid import TimmPyramid
 from ssld.stage2_detect.models.retinanet import RetinaNet
@@ -50,7 +50,7 @@ class DenseDetector(nn.Module):
         ranks: Ranks = ONE_RANK,
     ) -> None:
         super().__init__()
-        self.normalise, self.pyramid, self.dense = Normalise(mean, std), pyramid, dense
+        self.normalize, self.pyramid, self.dense = Normalize(mean, std), pyramid, dense
         self.candidates, self.score_threshold, self.nms_iou = candidates, score_threshold, nms_iou
         self.detections_per_image, self.clip_boxes, self.ranks = detections_per_image, clip_boxes, ranks
 
@@ -64,7 +64,7 @@ class DenseDetector(nn.Module):
 
     def features(self, images: ImageBatch) -> list[Tensor]:
         """Compute the feature maps of the pyramid, P3..P7."""
-        maps: list[Tensor] = self.pyramid(self.normalise(images))
+        maps: list[Tensor] = self.pyramid(self.normalize(images))
         return maps
 
     def losses(

@@ -34,11 +34,11 @@ class ConstantBatchNorm2d(nn.BatchNorm2d):
         return constant.eval()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Normalise [B, C, H, W] by the running statistics."""
+        """Normalize [B, C, H, W] by the running statistics."""
         mean, variance = self.running_mean, self.running_var
         if x_BCHW.dtype != torch.float32 or mean is None or variance is None or not self.affine:
-            normalised: Tensor = super().forward(x_BCHW)  # float32 inside for every dtype of x
-            return normalised
+            normalized: Tensor = super().forward(x_BCHW)  # float32 inside for every dtype of x
+            return normalized
         scale_C = self.weight * torch.rsqrt(variance + self.eps)
         shift_C = self.bias - mean * scale_C
         return torch.addcmul(shift_C[:, None, None], x_BCHW, scale_C[:, None, None])

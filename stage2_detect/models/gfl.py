@@ -129,7 +129,7 @@ class GFL(nn.Module):
         positive_BA = assigned.labels_BA == 1
         centers_A2, stride_A = self._cells(grids, logits_BAK.device)
         objects_BA4 = boxes.take(targets.boxes_BG4, assigned.objects_BA)
-        # In strides from here on: IoU does not change, and the numbers stay small.
+        # In strides from this line on: IoU does not change, and the numbers stay small.
         target_BA4 = (objects_BA4 - centers_A2.repeat(1, 2)) / stride_A[:, None]
         sides_BA4 = torch.cat((-target_BA4[..., :2], target_BA4[..., 2:]), dim=-1)
         # Where there is no object the weight is 0, and any finite box serves. Losses are computed at all anchors: selecting

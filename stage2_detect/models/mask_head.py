@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ssld.shared.distributed.ranks import ONE_RANK, Ranks
 from ssld.stage2_detect.models import pooling
 from ssld.stage2_detect.models.batch import Detections, Targets
-from ssld.stage2_detect.models.mask_targets import ImageMasks, rasterise
+from ssld.stage2_detect.models.mask_targets import ImageMasks, rasterize
 from ssld.stage2_detect.models.roi_heads import SampledRoIs
 
 _PASTED_PIXELS = 2**23  # of full-size masks at once, 8 MB
@@ -27,7 +27,7 @@ _PASTED_PIXELS = 2**23  # of full-size masks at once, 8 MB
 
 @dataclass(frozen=True)
 class Positives:
-    """The positive RoIs of a batch on the host, where their shapes are rasterised."""
+    """The positive RoIs of a batch on the host, where their shapes are rasterized."""
 
     images: int
     """B."""
@@ -45,7 +45,7 @@ class Positives:
 
 def positives_on_host(sampled: SampledRoIs) -> Positives:
     """Copy the positives to the host, where they come first among each image's RoIs."""
-    # One tensor, so one copy that a GPU is waited for: masks are rasterised on the host. An index is exact in float32.
+    # One tensor, so one copy that a GPU is waited for: masks are rasterized on the host. An index is exact in float32.
     columns = (sampled.rois_BR4, sampled.objects_BR[..., None].float(), sampled.positive_BR[..., None].float())
     rows_BR6 = torch.cat(columns, dim=-1).cpu().numpy()
     image_P, place_P = rows_BR6[..., 5].nonzero()
@@ -174,9 +174,9 @@ class MaskHead(nn.Module):
         )
 
     def _targets(self, masks: Sequence[ImageMasks], positives: Positives, device: torch.device) -> Tensor:
-        """Rasterise the targets: float32 [N, 2 S, 2 S] on `device`, shapes of the positives, zeros elsewhere."""
+        """Rasterize the targets: float32 [N, 2 S, 2 S] on `device`, shapes of the positives, zeros elsewhere."""
         size = 2 * self.pool_size
-        grids = rasterise(masks, positives.image_P, positives.object_P, positives.rois_P4, size)
+        grids = rasterize(masks, positives.image_P, positives.object_P, positives.rois_P4, size)
         target_BRSS = torch.zeros((positives.images, positives.most, size, size), dtype=torch.bool)
         target_BRSS[positives.image_P, positives.place_P] = torch.from_numpy(grids)
         if device.type == "cuda":  # from pageable memory the host would wait for the copy
@@ -185,9 +185,9 @@ class MaskHead(nn.Module):
 
 
 def paste(maps_DSS: Tensor, boxes_D4: Tensor, height: int, width: int, threshold: float) -> list[Any]:
-    """COCO RLE of every map at its box in a picture of height x width, where its probability reaches the threshold.
+    """COCO RLE of every map at its box in an image of height x width, where its probability reaches the threshold.
 
-    A map is interpolated bilinearly between the centres of its places, and falls to zero beyond the outermost ones. As that is separable, a mask
+    A map is interpolated bilinearly between the centers of its places, and falls to zero beyond the outermost ones. As that is separable, a mask
     is the product of two thin matrices with the map; the pixels looked at are those of the box alone.
     """
     codes: list[Any] = []
@@ -213,5 +213,5 @@ def paste(maps_DSS: Tensor, boxes_D4: Tensor, height: int, width: int, threshold
 
 def _weights(first: int, last: int, start: float, end: float, size: int) -> np.ndarray:
     """float64 [pixels, size]: the share of each place of a map in the pixels first .. last - 1, the map lying from `start` to `end`."""
-    centres = (np.arange(first, last) + 0.5 - start) / (end - start) * size - 0.5
-    return np.clip(1 - np.abs(centres[:, None] - np.arange(size)), 0, None)
+    centers = (np.arange(first, last) + 0.5 - start) / (end - start) * size - 0.5
+    return np.clip(1 - np.abs(centers[:, None] - np.arange(size)), 0, None)

@@ -1,10 +1,10 @@
 """Targets of a mask head: the object's shape inside a RoI, on a small grid.
 
 As in PaddleDetection@666f597f (ppdet/modeling/proposal_generator/target.py), the object's polygons are moved and scaled so that the RoI becomes the
-grid, and rasterised by pycocotools. In addition, run-length encoded shapes are supported: each cell of the grid takes the pixel under its center.
+grid, and rasterized by pycocotools. In addition, run-length encoded shapes are supported: each cell of the grid takes the pixel under its center.
 
 Shapes stay on the CPU in coordinates of the image, together with the transform to the network's input. So only shapes that a RoI needs are
-rasterised, and every augmentation that moves boxes moves them too.
+rasterized, and every augmentation that moves boxes moves them too.
 
 Shapes: P RoIs of a batch, S side of the grid, N objects of an image.
 """
@@ -38,10 +38,10 @@ class ImageMasks:
     """Width of the network's input if it is mirrored: x becomes mirror - x. None: not mirrored."""
 
 
-def rasterise(
+def rasterize(
     images: Sequence[ImageMasks], image_P: np.ndarray, object_P: np.ndarray, rois_P4: np.ndarray, size: int
 ) -> np.ndarray:
-    """Rasterise the shape of object `object_P` of image `image_P` inside each RoI: bool [P, S, S].
+    """Rasterize the shape of object `object_P` of image `image_P` inside each RoI: bool [P, S, S].
 
     Args:
         rois_P4: float xyxy in coordinates of the network's input.

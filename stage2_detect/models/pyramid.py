@@ -2,7 +2,7 @@
 
 Levels are found by their stride in timm's `feature_info`, since many architectures list stride 2 first. A probe on
 construction checks channels and sizes, so that an unsuitable backbone is refused before any data is read. The pyramid is
-torchvision's, without norm, with nearest-neighbour upsampling. For R-CNN it begins at stride 4, and P6 is every second
+torchvision's, without norm, with nearest-neighbor upsampling. For R-CNN it begins at stride 4, and P6 is every second
 pixel of P5; for one-stage detectors (arXiv 1708.02002) it begins at stride 8, and P6 and P7 are convolutions.
 
 Shapes: B images, C channels, H height, W width.
@@ -166,6 +166,6 @@ def _level_indices(body: nn.Module, name: str) -> list[int]:
         has = ", ".join(str(stride) for stride in sorted(set(reductions)))
         raise UserError(
             f"backbone {name} cannot carry a detector: it has maps of stride {has} only and strides 4, 8, 16, 32 are needed; "
-            "take a hierarchical one (ResNet-D, MobileNetV3, HGNetV2, ConvNeXt, ...)"
+            "use a hierarchical one (ResNet-D, MobileNetV3, HGNetV2, ConvNeXt, ...)"
         )
     return [i for i in indices if i is not None]

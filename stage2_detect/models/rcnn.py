@@ -1,6 +1,6 @@
 """R-CNN detector: uint8 images -> pyramid -> RPN -> RoI heads (arXiv 1506.01497 on 1612.03144).
 
-The model owns its normalisation (`normalise.py`): it takes uint8 batches.
+The model owns its normalization (`normalize.py`): it takes uint8 batches.
 
 Shapes: B images, R regions of an image, N detections of one, S side of a mask's features.
 """
@@ -15,7 +15,7 @@ from ssld.shared.distributed.ranks import ONE_RANK, Ranks
 from ssld.stage2_detect.models import postprocess
 from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
 from ssld.stage2_detect.models.mask_head import MaskHead, paste, positives_on_host
-from ssld.stage2_detect.models.normalise import Normalise
+from ssld.stage2_detect.models.normalize import Normalize
 from ssld.stage2_detect.models.pyramid import TimmPyramid
 from ssld.stage2_detect.models.roi_heads import RoIHeads, SampledRoIs
 from ssld.stage2_detect.models.rpn import RPN
@@ -43,7 +43,7 @@ class RCNN(nn.Module):
         ranks: Ranks = ONE_RANK,
     ) -> None:
         super().__init__()
-        self.normalise = Normalise(mean, std)
+        self.normalize = Normalize(mean, std)
         self.pyramid, self.rpn, self.roi_heads, self.mask_head = pyramid, rpn, roi_heads, mask_head
         self.ranks = ranks
 
@@ -101,7 +101,7 @@ class RCNN(nn.Module):
 
     def features(self, images: ImageBatch) -> list[Tensor]:
         """Compute the feature maps of the pyramid, P2..P6."""
-        maps: list[Tensor] = self.pyramid(self.normalise(images))
+        maps: list[Tensor] = self.pyramid(self.normalize(images))
         return maps
 
     def losses(
@@ -114,7 +114,7 @@ class RCNN(nn.Module):
         """
         proposals, losses = self.rpn(features, sizes_B2, targets)
         sampled = self.roi_heads.sample(proposals, targets)
-        # Copied before the box heads are launched: a GPU computes these while the host rasterises masks.
+        # Copied before the box heads are launched: a GPU computes these while the host rasterizes masks.
         positives = positives_on_host(sampled) if self.mask_head else None
         roi_losses, logits_NK = self.roi_heads.losses(features, sampled, sizes_B2, targets, ranks)
         if self.mask_head and positives:

@@ -2,7 +2,7 @@
 section 3.1.3).
 
 A box's priority is a hash of (seed of the image at this step, stream, index of the box), so a draw depends neither on
-the device, nor on a generator's state, nor on the other images of the batch. The hash is the finaliser of SplitMix64
+the device, nor on a generator's state, nor on the other images of the batch. The hash is the finalizer of SplitMix64
 (Steele, Lea, Flood, OOPSLA 2014) in wrapping int64 arithmetic. Where positives are too few, more negatives are sampled;
 where both are too few, places of the sample are not valid.
 

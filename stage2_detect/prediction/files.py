@@ -186,7 +186,7 @@ class DrawingsAndCrops:
     """
 
     def __init__(self, config: PredictConfig, class_names: tuple[str, ...], names: Iterable[str] = ()) -> None:
-        self.drawing, self.cropping = config.writes("pictures"), config.writes("crops")
+        self.drawing, self.cropping = config.writes("images"), config.writes("crops")
         self._drawn = drawn_names(names, ".jpg", (".jpg", ".jpeg"))
         self._folder, self._class_names = config.output, class_names
         self._class_folders = folder_names(class_names)

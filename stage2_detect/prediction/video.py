@@ -34,7 +34,7 @@ def frame_name(video: str, number: int) -> str:
 
 
 class FrameReader:
-    """Iterate over the readable frames of a video; `error` is the reason if it cannot be read to its end."""
+    """Iterate over the readable frames of a video; `error` is the reason if decoding stopped early."""
 
     def __init__(self, path: str) -> None:
         self.path, self.error = path, ""
@@ -80,7 +80,7 @@ class VideoParts:
         return [name for name in self.names if not is_sound(self._file(name)) or not self.read(name)]
 
     def write(self, name: str, detections: VideoDetections, error: str) -> None:
-        """Write the file of a video; `error` is the reason if it cannot be read to its end, else empty."""
+        """Write the file of a video; `error` is the reason if decoding stopped early, else empty."""
         content = {
             "video": name,
             "seconds": detections.seconds,

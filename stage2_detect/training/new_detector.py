@@ -28,7 +28,7 @@ class NewDetector(nn.Module):
     """A detector with its classes and image sizes, in training mode; `build_detector` makes it.
 
     `detector(images, targets)` returns the losses in training mode, `detector(images)` the detections in evaluation mode. Its parameters, devices
-    and modes are those of any module. Under `DistributedDataParallel` the losses are normalised per process.
+    and modes are those of any module. Under `DistributedDataParallel` the losses are normalized per process.
 
     Attributes:
         model: R-CNN or one-stage detector.
@@ -63,10 +63,10 @@ class NewDetector(nn.Module):
         )
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
-        """Return losses by name (float32 scalars, their sum is minimised) in training mode, the detections of each image in evaluation mode.
+        """Return losses by name (float32 scalars, their sum is minimized) in training mode, the detections of each image in evaluation mode.
 
         Args:
-            images: a padded uint8 batch, as `stage2_detect/data/padding.py: pad_images` makes it; normalised inside.
+            images: a padded uint8 batch, as `stage2_detect/data/padding.py: pad_images` makes it; normalized inside.
             targets: boxes [B, G, 4] as (x1, y1, x2, y2) in pixels of the batch, labels [B, G] in 0..K-1, as `pad_targets` makes them.
         """
         output: dict[str, Tensor] | list[Detections] = self.model(images, targets)

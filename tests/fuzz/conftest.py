@@ -1,4 +1,4 @@
-"""What readers of damaged files are held to: an answer or a UserError, in time, within memory, and nothing done outside their folder."""
+"""Requirements on readers of damaged files: a result or a UserError, in time, within memory, and no effect outside their folder."""
 
 import errno
 import io
@@ -32,13 +32,13 @@ _RUNS = ("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "so
 
 
 class _Watch:
-    """What is done to the machine while `folder` is watched, by the events that Python's audit hooks tell of."""
+    """Effects on the machine while `folder` is watched, from the events of Python's audit hooks."""
 
     folder: str | None = None
-    seen: list[str]
+    violations: list[str]
 
     def __init__(self) -> None:
-        self.seen = []
+        self.violations = []
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.folder is None:
@@ -47,12 +47,12 @@ class _Watch:
             path, _, flags = arguments
             writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
             if writes and isinstance(path, str | bytes) and not self._inside(path):
-                self.seen.append(f"opened {path!r} to write")
+                self.violations.append(f"opened {path!r} to write")
         elif event in _CHANGES:
             if not self._inside(arguments[0]):
-                self.seen.append(f"{event} {arguments!r}")
+                self.violations.append(f"{event} {arguments!r}")
         elif event.startswith(_RUNS):
-            self.seen.append(f"{event} {str(arguments)[:200]}")
+            self.violations.append(f"{event} {str(arguments)[:200]}")
 
     def _inside(self, path: Any) -> bool:
         assert self.folder is not None
@@ -65,7 +65,7 @@ sys.addaudithook(_WATCH)
 
 @contextmanager
 def _held() -> Iterator[None]:
-    """Inside, memory is bounded, and an alarm that goes off is a failure."""
+    """Context manager: memory is bounded, and an alarm that goes off is a failure."""
 
     def late(*_: Any) -> None:
         raise AssertionError(f"reads for more than {SECONDS} seconds")
@@ -119,7 +119,7 @@ def fuzz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fuzz:
             file.write_bytes(mutate(random.Random(seed)))
             said = None
             signal.setitimer(signal.ITIMER_REAL, SECONDS)
-            _WATCH.folder, _WATCH.seen = str(tmp_path.resolve()), []
+            _WATCH.folder, _WATCH.violations = str(tmp_path.resolve()), []
             try:
                 read()
             except UserError as error:
@@ -132,7 +132,7 @@ def fuzz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fuzz:
                 _WATCH.folder = None
             counts["read" if said is None else "refused"] += 1
             assert said is None or 0 < len(said.strip()) < 20_000
-            assert _WATCH.seen == []
+            assert _WATCH.violations == []
 
         with _held():
             attempt()
@@ -151,7 +151,7 @@ def write_json(file: Path, content: Any) -> Path:
     return file
 
 
-def picture(number: int = 0) -> bytes:
+def encoded_png(number: int = 0) -> bytes:
     """A PNG of noise."""
     content = io.BytesIO()
     pixels = np.random.default_rng(number).integers(0, 255, (12, 16, 3), dtype=np.uint8)

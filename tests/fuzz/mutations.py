@@ -73,23 +73,23 @@ def mutated_value(value: Any, draw: random.Random) -> Any:
 
 def mutated_bytes(content: bytes, draw: random.Random) -> bytes:
     """Bytes with some flipped, cut off, repeated, put in or zeroed."""
-    found = bytearray(content)
+    mutated = bytearray(content)
     for _ in range(draw.choice((1, 1, 1, 2, 8))):
-        place = draw.randrange(len(found) + 1)
+        place = draw.randrange(len(mutated) + 1)
         kind = draw.randrange(7)
         if kind == 0:
-            del found[place:]
+            del mutated[place:]
         elif kind == 1:
-            found[place:place] = found[place : place + draw.randrange(64)]
+            mutated[place:place] = mutated[place : place + draw.randrange(64)]
         elif kind == 2:
-            found[place:place] = draw.choice((b"\0" * 8, b"\xff" * 8, b"[" * 300, b"(" * 300, draw.randbytes(6)))
+            mutated[place:place] = draw.choice((b"\0" * 8, b"\xff" * 8, b"[" * 300, b"(" * 300, draw.randbytes(6)))
         elif kind == 3:
-            del found[place : place + draw.randrange(1, 16)]
+            del mutated[place : place + draw.randrange(1, 16)]
         elif kind == 4:
-            found[place : place + 8] = draw.choice((0, 1, 2**31, 2**32 - 1, 2**62, 2**64 - 1)).to_bytes(8, "little")
-        elif found:
-            found[place % len(found)] ^= 1 << draw.randrange(8)
-    return bytes(found)
+            mutated[place : place + 8] = draw.choice((0, 1, 2**31, 2**32 - 1, 2**62, 2**64 - 1)).to_bytes(8, "little")
+        elif mutated:
+            mutated[place % len(mutated)] ^= 1 << draw.randrange(8)
+    return bytes(mutated)
 
 
 def mutated_text(text: str, draw: random.Random) -> bytes:

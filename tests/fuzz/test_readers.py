@@ -24,7 +24,7 @@ from ssld.stage1_ssld.data.sources import open_sources
 from ssld.stage1_ssld.data_config import SourceConfig
 from ssld.stage2_detect.config import ResizeConfig, TrainConfig
 from ssld.stage2_detect.model_config import DetectorConfig
-from tests.fuzz.conftest import Fuzz, picture
+from tests.fuzz.conftest import Fuzz, encoded_png
 from tests.fuzz.mutations import as_json, mutated_bytes, mutated_parquet, mutated_text
 
 RECIPE = """output: run
@@ -80,7 +80,7 @@ def test_tars(fuzz: Fuzz, tmp_path: Path) -> None:
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for number in range(2):
-            for name, data in ((f"{number}.png", picture(number)), (f"{number}.cls", b"1")):
+            for name, data in ((f"{number}.png", encoded_png(number)), (f"{number}.cls", b"1")):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
@@ -110,7 +110,7 @@ def test_tars(fuzz: Fuzz, tmp_path: Path) -> None:
 
 def test_parquet_images(fuzz: Fuzz, tmp_path: Path) -> None:
     file = tmp_path / "x.parquet"
-    table = pa.table({"image": [picture(0), picture(1)], "label": [0, 1], "id": [4, 5]})
+    table = pa.table({"image": [encoded_png(0), encoded_png(1)], "label": [0, 1], "id": [4, 5]})
     pq.write_table(table, file, compression="none")
     sound = file.read_bytes()
     fuzz(lambda draw: mutated_parquet(sound, draw), file, lambda: read_source(file))

@@ -13,7 +13,7 @@ from ssld.stage2_detect.convert_data import _read
 from ssld.stage2_detect.data.check.annotations import check_rows
 from ssld.stage2_detect.data.coco import CocoImage, read_coco
 from ssld.stage2_detect.prediction.files import Parts
-from tests.fuzz.conftest import Fuzz, picture, write_json
+from tests.fuzz.conftest import Fuzz, encoded_png, write_json
 from tests.fuzz.mutations import as_json, mutated_parquet, mutated_text
 
 VOC = """<annotation>
@@ -31,7 +31,7 @@ def images(tmp_path: Path) -> Path:
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(3):
-        (folder / f"{number}.png").write_bytes(picture(number))
+        (folder / f"{number}.png").write_bytes(encoded_png(number))
     return folder
 
 
@@ -63,7 +63,7 @@ def test_voc(fuzz: Fuzz, tmp_path: Path) -> None:
     for number in range(2):
         write = tmp_path / "voc" / "JPEGImages" / f"{number}.png"
         write.parent.mkdir(parents=True, exist_ok=True)
-        write.write_bytes(picture(number))
+        write.write_bytes(encoded_png(number))
     file = tmp_path / "voc" / "Annotations" / "0.xml"
     file.parent.mkdir()
     file.write_text(VOC)
@@ -81,7 +81,7 @@ def test_yolo(which: str, fuzz: Fuzz, tmp_path: Path) -> None:
     labels = "0 0.5 0.5 0.25 0.5\n1 0.1 0.1 0.9 0.1 0.9 0.8\n"
     described = "path: .\ntrain: images/train\nnames: {0: cat, 1: dog}\nnc: 2\n"
     for number in range(2):
-        for folder, name, content in (("images", "png", picture(number)), ("labels", "txt", labels.encode())):
+        for folder, name, content in (("images", "png", encoded_png(number)), ("labels", "txt", labels.encode())):
             place = root / folder / "train" / f"{number}.{name}"
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(content)
@@ -101,7 +101,7 @@ def test_parquet_boxes(fuzz: Fuzz, tmp_path: Path) -> None:
     names = {
         "info": {"features": {"objects": {"feature": {"category": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}}
     }
-    images = [{"bytes": picture(n), "path": f"{n}.png"} for n in range(2)]
+    images = [{"bytes": encoded_png(n), "path": f"{n}.png"} for n in range(2)]
     table = pa.table({"image": images, "objects": objects})
     pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(names)}), file, compression="none")
     classes = tmp_path / "classes.txt"

@@ -40,7 +40,7 @@ def reference_weight(name: str, shape: list[int], salt: int) -> np.ndarray:
         value = 1 + 0.1 * noise
     elif noise.ndim == 1:  # the weight of a norm, small at the end of a residual branch
         value = (0.2 if "branch2c" in name else 1.0) * (1 + 0.1 * noise)
-    elif noise.ndim == 2:  # centred over the inputs, so that RoIs get different classes
+    elif noise.ndim == 2:  # centered over the inputs, so that RoIs get different classes
         gain = 4.0 if "bbox_score" in name else 0.35 if "bbox_delta" in name else 1.4
         value = gain * (noise - noise.mean(axis=0)) / np.sqrt(shape[0])
     else:

@@ -118,7 +118,7 @@ class Page:
         elif method == "Runtime.consoleAPICalled" and details["type"] in ("error", "warning", "assert"):
             self.faults.append(json.dumps(details["args"]))
         elif method == "Network.requestWillBeSent" and not details["request"]["url"].startswith(("file:", "data:")):
-            self.faults.append(f"asked for {details['request']['url'][:200]}")
+            self.faults.append(f"requested {details['request']['url'][:200]}")
 
 
 @contextmanager

@@ -87,8 +87,8 @@ def test_a_broken_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(
         line.level == "fault" and "import torch fails: undefined symbol: x" in line.text for line in machine_lines(died)
     )
-    answer = SOUND | {"broken": {"torchvision": "RuntimeError: operator torchvision::nms does not exist"}}
-    monkeypatch.setattr(machine.subprocess, "run", process(0, f"noise\nANSWER{json.dumps(answer)}\n", ""))
+    facts = SOUND | {"broken": {"torchvision": "RuntimeError: operator torchvision::nms does not exist"}}
+    monkeypatch.setattr(machine.subprocess, "run", process(0, f"noise\nFACTS{json.dumps(facts)}\n", ""))
     lines = list(machine_lines(ask_torch()))
     assert any(line.level == "fault" and "operator torchvision::nms does not exist" in line.text for line in lines)
 
@@ -96,9 +96,9 @@ def test_a_broken_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.process
 def test_this_machine_is_probed_in_another_process() -> None:
-    answer = ask_torch()
-    assert answer["broken"] == {}
-    assert "gloo" in answer["groups"]
+    facts = ask_torch()
+    assert facts["broken"] == {}
+    assert "gloo" in facts["groups"]
 
 
 def test_requirements_of_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,15 +116,15 @@ def test_requirements_of_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("free", "lines"), [(10 * 10**9, 1), (4 * 10**9, 2)])
 def test_disk_space(free: int, lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Path] = []
+    checked_folders: list[Path] = []
 
     def usage(path: Path) -> Any:
-        asked.append(path)
+        checked_folders.append(path)
         return SimpleNamespace(free=free)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     findings = list(_disk_lines({"a": 5 * 10**9, "b": None}, 3, tmp_path / "runs" / "mine"))
-    assert asked == [tmp_path]
+    assert checked_folders == [tmp_path]
     assert findings[0].text == "3 stages: about 5.0 GB of disk, and 1 stage of unknown size; data sets not counted"
     assert len(findings) == lines
     if lines == 2:
@@ -205,7 +205,7 @@ def test_a_loss_that_the_settings_allow_is_no_fault(coco: Path, capfd: pytest.Ca
     content["annotations"].append({"id": 3, "image_id": 1, "category_id": 2, "bbox": [1, 1, 0, 9]})
     (coco / "train.json").write_text(json.dumps(content))
     file = coco / "train.yaml"
-    for allowed, then in ((False, "training stops"), (True, "training goes on with the rest")):
+    for allowed, then in ((False, "training stops"), (True, "training continues with the remaining boxes")):
         made = settings(coco)
         made["data"]["allow_loss"] = allowed
         file.write_text(yaml.safe_dump(made))
@@ -326,6 +326,7 @@ def test_a_pipeline(coco: Path, capfd: pytest.CaptureFixture[str]) -> None:
         (["--annotations", "a.json"], "give --annotations and --images together"),
         (["--fix", "x"], "--fix: give the data too"),
         (["nowhere.yaml"], "nowhere.yaml: no such file; settings are a YAML file"),
+        (["--look_alikes"], "--look_alikes: unknown flag; did you mean '--near_duplicates'?"),
         (["--anotations", "a.json"], "--anotations: unknown flag; did you mean '--annotations'?"),
         (["x.yaml", "--variable", "three"], "--variable three: expected NAME=VALUE"),
     ],

@@ -1,4 +1,4 @@
-"""The report: correct numbers, alternative text for every image, no external resources, unfinished runs shown as such."""
+"""The report: correct numbers, alternative text for every image, no external resources, unfinished runs marked as such."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from PIL import Image
 from ssld.pipelines.config import PipelineConfig, TableConfig
 from ssld.pipelines.report import gains, main
 from ssld.pipelines.reports import charts
-from ssld.pipelines.reports.stage_view import Room, view
+from ssld.pipelines.reports.stage_view import Budget, view
 from ssld.pipelines.reports.table import Interval, Record, Row, table_text, write_record
 
 VOID = {"meta", "link", "br", "img", "path", "use"}
@@ -119,7 +119,7 @@ def test_status_of_every_stage(html: str) -> None:
 
 def test_settings_and_machine(html: str) -> None:
     text = Page(html).text
-    assert "name: <b>&amp;" in text  # shown as it stands, not as markup
+    assert "name: <b>&amp;" in text  # printed as text, not as markup
     assert "ssld distill --steps 100" in text
     assert "some machine" in text
     assert "torch 2.15.0" in text
@@ -205,7 +205,7 @@ def test_same_curves_give_the_same_bytes() -> None:
     assert first == second
     assert [chart.title for chart in first] == ["loss"]
     assert first[0].svg.startswith("<svg")
-    assert "var(--series-0)" in first[0].svg  # the page's colour
+    assert "var(--series-0)" in first[0].svg  # the page's color
 
 
 def test_class_names_of_any_kind_get_into_a_legend() -> None:
@@ -336,23 +336,23 @@ def test_time_of_earlier_starts_counts(tmp_path: Path) -> None:
     write_run(tmp_path / "b", metrics=None, lines=lines[:1])
     write_run(tmp_path / "c", metrics={}, lines=[])
     write_run(tmp_path / "d", metrics=None, lines=[])
-    assert [view(name, None, tmp_path / name, Room()).seconds for name in "abcd"] == [200, 100, 90, None]
+    assert [view(name, None, tmp_path / name, Budget()).seconds for name in "abcd"] == [200, 100, 90, None]
 
 
 def test_some_of_the_predicted_images_are_shown(tmp_path: Path) -> None:
-    pictures = tmp_path / "seen" / "pictures"
-    (pictures / "b").mkdir(parents=True)
+    drawn = tmp_path / "predicted" / "pictures"
+    (drawn / "b").mkdir(parents=True)
     for n in range(13):
-        Image.new("RGB", (60, 40), (n, 0, 0)).save(pictures / f"a{n:02d}.png")
-    Image.new("RGB", (60, 40)).save(pictures / "b" / "last.jpg")
-    (pictures / "a04.png").write_bytes(b"not an image")
-    (pictures / "clip.mp4").write_bytes(b"a video")
-    images = view("seen", "predict", tmp_path / "seen", Room()).predicted
+        Image.new("RGB", (60, 40), (n, 0, 0)).save(drawn / f"a{n:02d}.png")
+    Image.new("RGB", (60, 40)).save(drawn / "b" / "last.jpg")
+    (drawn / "a04.png").write_bytes(b"not an image")
+    (drawn / "clip.mp4").write_bytes(b"a video")
+    images = view("predicted", "predict", tmp_path / "predicted", Budget()).predicted
     assert [one.title for one in images] == ["a00.png", "a02.png", "a07.png", "a09.png", "a11.png"]
     assert images[1].alt == "a02.png with its detections"
-    (pictures / "index.json").write_text("[]")  # marks the images of an evaluation
-    assert view("seen", "predict", tmp_path / "seen", Room()).predicted == []
-    assert view("seen", "predict", tmp_path / "nowhere", Room()).predicted == []
+    (drawn / "index.json").write_text("[]")  # marks the images of an evaluation
+    assert view("predicted", "predict", tmp_path / "predicted", Budget()).predicted == []
+    assert view("predicted", "predict", tmp_path / "nowhere", Budget()).predicted == []
 
 
 def test_a_folder_without_runs(tmp_path: Path, capfd: Any) -> None:
@@ -399,12 +399,12 @@ def test_a_damaged_record_leaves_its_part_out(file: str, tmp_path: Path) -> None
             "confusions": confusions,
         },
         "environment.json": {"command": "train", "arguments": ["--steps", "3"], "versions": {"a": "1"}, "started": "x"},
-        "outcome.json": {"examples": [{"title": "t", "pictures": [1]}]},
+        "outcome.json": {"examples": [{"title": "t", "images": [1]}]},
         "pictures/index.json": {
             "kind": "best",
             "image": "i",
             "truth": "t.jpg",
-            "found": "f.jpg",
+            "detections": "f.jpg",
             "right": 1,
             "wrong": 1,
             "missed": 1,
@@ -432,7 +432,7 @@ def test_a_damaged_record_leaves_its_part_out(file: str, tmp_path: Path) -> None
         for number, content in enumerate(variants):
             whole = [content] if file == "pictures/index.json" and isinstance(content, dict) else content
             (run / file).write_text(json.dumps(whole) + "\n")
-            stage = view("x", None, run, Room())
+            stage = view("x", None, run, Budget())
             assert stage.status in ("finished", "unfinished", "unfinished, at step 1", "unfinished, at step 3"), number
         assert main(["--runs", str(run), "--output", str(tmp_path / f"page{run.name}")]) in (0, 2)
 
@@ -445,7 +445,7 @@ def test_a_page_embeds_no_image_outside_the_run(tmp_path: Path) -> None:
     entry = {
         "kind": "best",
         "image": "i",
-        "found": "../../private.jpg",
+        "detections": "../../private.jpg",
         "right": 1,
         "wrong": 0,
         "missed": 0,
@@ -453,5 +453,5 @@ def test_a_page_embeds_no_image_outside_the_run(tmp_path: Path) -> None:
     }
     for name in ("../../private.jpg", str(tmp_path / "private.jpg")):
         (run / "pictures" / "index.json").write_text(json.dumps([{**entry, "truth": name}]))
-        stage = view("x", None, run, Room())
+        stage = view("x", None, run, Budget())
         assert (stage.pairs, stage.damaged) == ([], ("pictures/index.json",))

@@ -1,4 +1,4 @@
-"""The report in a browser: no errors, no network requests, every image shown, valid links, readable at any size and in both colour schemes."""
+"""The report in a browser: no errors, no network requests, every image shown, valid links, readable at any size and in both color schemes."""
 
 import itertools
 import json
@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from ssld.pipelines.report import main
-from ssld.pipelines.reports.stage_view import Room
+from ssld.pipelines.reports.stage_view import Budget
 from tests.pipelines.browser import Page, browser, find_chromium
 
 PHONE, DESK = 390, 1200
@@ -21,10 +21,10 @@ LONG = "a class whose name is longer than any telephone is wide, without an end"
 # Of every text that is visible: its contrast with what lies behind it (WCAG 2.2, 1.4.3), if that is below the limit.
 CONTRASTS = """
 (() => {
-  const channels = colour => {
+  const channels = color => {
     const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
     canvas.canvas.width = canvas.canvas.height = 1;
-    canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+    canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
     return [...canvas.getImageData(0, 0, 1, 1).data];
   };
   const luminance = rgb => {
@@ -89,7 +89,7 @@ def write_evaluation(run: Path, names: list[str], ap: float, **more: Any) -> Non
     (run / "analysis.json").write_text(json.dumps(analysis_of(names, len(names))))
     index = []
     for kind in ("best", "worst"):
-        files = {side: f"{kind}_1_{side}.jpg" for side in ("truth", "found")}
+        files = {side: f"{kind}_1_{side}.jpg" for side in ("truth", "detections")}
         for number, file in enumerate(files.values()):
             pixels = np.random.default_rng(number).integers(0, 256, (60, 90, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(run / "pictures" / file)
@@ -126,7 +126,7 @@ def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     curation.mkdir()
     (curation / "config.yaml").write_text("keep: 3\n")
     (curation / "result.json").write_text(json.dumps({"metrics": {"kept": 12}, "seconds": 3.0}))
-    rows = [{"title": "kept, the\nworst", "pictures": [["pool", 1, "cat"]]}, {"title": "like another", "pictures": []}]
+    rows = [{"title": "kept, the\nworst", "images": [["pool", 1, "cat"]]}, {"title": "like another", "images": []}]
     (curation / "outcome.json").write_text(json.dumps({"examples": rows}))
     Image.new("RGB", (1200, 430), "white").save(curation / "curation.png")
     Image.new("RGB", (900, 2000), "white").save(curation / "examples.png")
@@ -236,7 +236,7 @@ def test_structure_for_those_who_listen(tab: Page, report_page: Path) -> None:
 
 
 def test_prints(tab: Page, report_page: Path) -> None:
-    """In print: light colours, no navigation, and all details open."""
+    """In print: light colors, no navigation, and all details open."""
     tab.open(report_page, width=DESK, scheme="dark", media="print")
     assert tab.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert tab.value("getComputedStyle(document.querySelector('nav')).display") == "none"
@@ -262,10 +262,10 @@ def test_gain_is_first_and_large(tab: Page, report_page: Path) -> None:
 
 def test_gains_and_bars_show_their_intervals(tab: Page, report_page: Path) -> None:
     opened(tab, report_page, width=DESK)
-    colours = (
+    colors = (
         "[...document.querySelectorAll('.points, .measure')].map(one => [one.innerText, getComputedStyle(one).color])"
     )
-    (ap, green), _, (verdict, grey), (top1, _) = tab.value(colours)
+    (ap, green), _, (verdict, grey), (top1, _) = tab.value(colors)
     assert (ap, verdict) == ("+5.0", "No difference measured")
     assert top1 == "+2.0 points of top-1, SSLD against baseline"
     soft = tab.value("getComputedStyle(document.querySelector('.soft')).color")
@@ -287,13 +287,13 @@ def test_gains_and_bars_show_their_intervals(tab: Page, report_page: Path) -> No
 def test_images_without_room_are_left_out(tmp_path: Path) -> None:
     file = tmp_path / "a.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)).save(file)
-    room = Room(100_000)
-    whole = room.embed(file, 640)
+    budget = Budget(100_000)
+    whole = budget.embed(file, 640)
     assert whole
-    assert room.left == 100_000 - len(whole.partition(",")[2])
-    small = Room(100_000).embed(file, 100)
+    assert budget.left == 100_000 - len(whole.partition(",")[2])
+    small = Budget(100_000).embed(file, 100)
     assert small
     assert len(small) < len(whole) / 4
-    assert Room(1000).embed(file, 640) is None
+    assert Budget(1000).embed(file, 640) is None
     file.write_bytes(b"not an image")
-    assert Room().embed(file, 640) is None
+    assert Budget().embed(file, 640) is None

@@ -128,7 +128,7 @@ def test_what_is_gone_or_changed_is_made_again(
     assert main([str(finished)]) == 0
     out = capfd.readouterr().out
     assert started == ["ap"]
-    assert f"[1/1] ap: {file} is missing or has changed; it is made again" in out
+    assert f"[1/1] ap: {file} is missing or has changed; recomputing it" in out
     assert "[5/5] ap: finished earlier" in out
     assert file.read_text() == "dts"
     assert (finished.parent / "runs/ap/out.txt.changed").exists() == changed

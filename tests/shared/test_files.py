@@ -1,4 +1,4 @@
-"""What is an image, digests of folders, even spreads of numbers, and what a killed process leaves behind."""
+"""Recognition of image files, digests of folders, even spreads of numbers, and leftovers of killed processes."""
 
 import io
 import os
@@ -146,7 +146,7 @@ def test_content_decides_where_the_name_says_nothing(tmp_path: Path) -> None:
     )
     assert tally.kept("image", "a") == 27
     assert tally.dropped("image", "of camera raw, to be converted") == 1
-    assert (tally.skipped("file", "without a suffix"), tally.skipped("file", "of kind .txt")) == (2, 2)
+    assert (tally.skipped("file", "without a suffix"), tally.skipped("file", "with suffix .txt")) == (2, 2)
 
 
 def test_what_is_hidden_and_what_is_no_file(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_run_directories_are_no_data(tmp_path: Path) -> None:
     assert list_images(tmp_path, tally=tally) == ["cat/1.jpg"]
     assert list_folders(tmp_path / "runs") == []
     assert tally.describe() == "1 folder skipped: 1 written by a run (first: runs/one)"
-    assert list_images(tmp_path / "runs" / "one") == ["curves.png", "selected/1.jpg"]  # where it is asked for
+    assert list_images(tmp_path / "runs" / "one") == ["curves.png", "selected/1.jpg"]  # where it is given itself
 
 
 def test_a_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "c.jpg").symlink_to(tmp_path / "annex")
     with pytest.raises(
         UserError,
-        match=r"no images in .*1 image dropped: 1 behind broken links \(first: c.jpg\); 2 files skipped: 2 of kind .csv",
+        match=r"no images in .*1 image dropped: 1 behind broken links \(first: c.jpg\); 2 files skipped: 2 with suffix .csv",
     ):
         require_images(tmp_path)
 

@@ -96,7 +96,7 @@ def test_grey_is_equal_in_all_channels() -> None:
     assert torch.equal(pixels, torch.full((3, 3, 4), 77, dtype=torch.uint8))
 
 
-def test_cmyk_jpeg_keeps_colour() -> None:
+def test_cmyk_jpeg_keeps_color() -> None:
     pixels = decode_image(encoded(Image.new("RGB", (8, 8), (200, 40, 60)).convert("CMYK"), "JPEG", quality=95))
     assert (pixels[:, 4, 4].int() - torch.tensor([200, 40, 60])).abs().max() <= 6
 
@@ -127,7 +127,7 @@ def test_white_is_that_of_the_bits_that_are_used(bits: int) -> None:
 
 
 def test_fractions_negative_values_and_more_than_sixteen_bits() -> None:
-    for values, shown in (
+    for values, expected in (
         ([-1.0, 0.0, 1.0], [0, 128, 255]),
         ([0.0, 0.25, 0.5], [0, 64, 128]),
         ([0.0, 1e6, 2e6], [0, 128, 255]),
@@ -136,12 +136,12 @@ def test_fractions_negative_values_and_more_than_sixteen_bits() -> None:
         ([0.0, 0.0, 0.0], [0, 0, 0]),
     ):
         image = Image.fromarray(np.array([values], np.float32))
-        assert decode_image(encoded(image, "TIFF"))[0, 0].tolist() == shown, values
+        assert decode_image(encoded(image, "TIFF"))[0, 0].tolist() == expected, values
     signed = Image.fromarray(np.array([[-1000, 0, 1000]], np.int32))
     assert decode_image(encoded(signed, "TIFF"))[0, 0].tolist() == [0, 128, 255]
 
 
-def test_colours_of_sixteen_bits_that_would_be_black_are_refused() -> None:
+def test_colors_of_sixteen_bits_that_would_be_black_are_refused() -> None:
     def deep(high: int) -> bytes:
         """A PNG of one pixel with 16 bits a channel."""
         row = zlib.compress(b"\0" + high.to_bytes(2, "big") * 3)
@@ -215,12 +215,12 @@ def test_the_orientation_of_a_png_is_found_behind_its_pixels_and_without_decodin
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def chunks(data: bytes) -> list[bytes]:
-        found, place = [], 8
+        segments, place = [], 8
         while place < len(data):
             end = place + 12 + int.from_bytes(data[place : place + 4])
-            found.append(data[place:end])
+            segments.append(data[place:end])
             place = end
-        return found
+        return segments
 
     data = encoded(gradient(), "PNG", exif=turned())
     parts = chunks(data)
@@ -339,7 +339,7 @@ def test_list_images(tmp_path: Path) -> None:
 
 
 def test_suffixes_of_images_and_videos(tmp_path: Path) -> None:
-    """What phones, browsers and cameras write, in any case; a name is an image or a video, never both."""
+    """Suffixes of phones, browsers and cameras, in any case; a name is an image or a video, never both."""
     images = ["a.jfif", "a.JPE", "b.avif", "c.HEIC", "c.heif", "d.mpo", "e.j2k", "f.tga", "g.pbm"]
     videos = ["a.ts", "b.MTS", "c.3gp", "d.M2TS", "e.ogv", "f.qt"]
     for name in (*images, *videos, "notes.txt", "raw.dng", "ats", "jpg"):
@@ -400,8 +400,8 @@ def test_files_module_needs_no_torch() -> None:
 def test_a_crop_of_a_picture_is_a_slice_of_its_pixels() -> None:
     data = encoded(gradient(), "PNG")
     whole = decode_image(data)
-    for picture in (open_image(data), whole):
-        crop = crop_of(picture, 2, 3, 5, 7)
+    for image_or_pixels in (open_image(data), whole):
+        crop = crop_of(image_or_pixels, 2, 3, 5, 7)
         assert torch.equal(crop, whole[:, 2:7, 3:10])
         assert crop.permute(1, 2, 0).is_contiguous()
         crop.zero_()  # memory of its own
@@ -422,19 +422,19 @@ def test_a_decoder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_torchcodec_reads_jpegs_and_leaves_the_rest_to_pil(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in that answers with a constant: which files reach it, and what happens when it stumbles."""
-    asked: list[bytes] = []
+    """With a stand-in that returns a constant: which files reach it, and what happens when it stumbles."""
+    decoded: list[bytes] = []
 
     def decode_jpeg(source: bytes, *, mode: str) -> torch.Tensor:
-        asked.append(source)
-        if len(asked) > 2:
+        decoded.append(source)
+        if len(decoded) > 2:
             raise RuntimeError("no")
         return torch.full((3, 9, 13), 7, dtype=torch.uint8)
 
     monkeypatch.setitem(sys.modules, "torchcodec", ModuleType("torchcodec"))
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", SimpleNamespace(decode_jpeg=decode_jpeg))
-    colour, grey = encoded(gradient(), "JPEG"), encoded(gradient().convert("L"), "JPEG")
-    for data in (colour, grey):
+    color, grey = encoded(gradient(), "JPEG"), encoded(gradient().convert("L"), "JPEG")
+    for data in (color, grey):
         assert torch.equal(pixels_of(open_image(data, decoder="torchcodec")), torch.full((3, 9, 13), 7))
     others = [
         encoded(gradient(), "PNG"),
@@ -443,10 +443,10 @@ def test_torchcodec_reads_jpegs_and_leaves_the_rest_to_pil(monkeypatch: pytest.M
     ]
     for data in others:
         assert torch.equal(pixels_of(open_image(data, decoder="torchcodec")), decode_image(data))
-    assert asked == [colour, grey]
-    assert torch.equal(pixels_of(open_image(colour, decoder="torchcodec")), decode_image(colour))  # it stumbled
+    assert decoded == [color, grey]
+    assert torch.equal(pixels_of(open_image(color, decoder="torchcodec")), decode_image(color))  # it stumbled
     with pytest.raises(UnreadableImage, match=r"truncated"):
-        open_image(colour[: len(colour) - 40], decoder="torchcodec")
+        open_image(color[: len(color) - 40], decoder="torchcodec")
 
 
 def test_torchcodec_and_pil_see_the_same_pixels() -> None:

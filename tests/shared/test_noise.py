@@ -1,4 +1,4 @@
-"""Messages of libraries: in the log of the run, on the terminal only when asked for."""
+"""Messages of libraries: in the log of the run, on the terminal only with `verbose`."""
 
 import logging
 import warnings
@@ -36,14 +36,14 @@ def test_messages_of_libraries(flags: list[str], tmp_path: Path, capfd: Any) -> 
     assert run_command(Settings, noisy, argv, program="noisy.py", torch_threads=False) == 0
     out, err = capfd.readouterr()
     assert out == "our own line\n"
-    told = [
+    expected = [
         "[timm.models._builder] Unexpected keys (a) found",
         "[huggingface_hub.utils._http] Retry 1/5, HEAD",
         "[datasets.load] after",
     ]
-    assert err.splitlines()[:3] == (told if flags else [])
+    assert err.splitlines()[:3] == (expected if flags else [])
     log = (folder / "log.txt").read_text(encoding="utf-8").splitlines()
-    assert log[:3] == told
+    assert log[:3] == expected
     assert "Overwriting" in log[3]
     assert log[-1] == "our own line"
     assert not any(type(handler).__name__ == "_Sink" for handler in logging.getLogger().handlers)

@@ -113,8 +113,8 @@ def test_files_of_a_finished_run_that_are_gone_or_changed(config: Settings, caps
     run.close()
     assert run.status == "unfinished"
     assert capsys.readouterr().out.splitlines() == [
-        f"{run.path}/model: is gone since this run finished; it is made again",
-        f"{run.path}/table: has changed since this run finished; it is made again, and table.changed is what was there",
+        f"{run.path}/model: missing although this run is finished; writing it again",
+        f"{run.path}/table: changed since this run finished; writing it again, the changed file is kept as table.changed",
     ]
     assert (run.path / "table.changed").read_text() == "made by hand"
     assert not (run.path / "result.json").exists()
@@ -344,5 +344,5 @@ def test_no_file_outside_the_folder_is_moved_aside(tmp_path: Path, name: str) ->
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "result.json").write_text(json.dumps({"metrics": {}, "outputs": {name: "0" * 64}}))
-    with pytest.raises(UserError, match="is no file of this run"):
+    with pytest.raises(UserError, match="not a file of this run"):
         read_result(folder)

@@ -78,12 +78,12 @@ def test_merging_adds_up() -> None:
 def test_what_lies_beside_the_data_is_named_and_is_no_loss() -> None:
     tally, other = Tally(), Tally()
     tally.keep("image", 1, group="cat")
-    other.skip("file", "of kind .txt", "notes.txt", 5)
-    other.skip("file", "of kind .txt", "more.txt", 0)
+    other.skip("file", "with suffix .txt", "notes.txt", 5)
+    other.skip("file", "with suffix .txt", "more.txt", 0)
     tally.merge(other)
-    assert tally.skipped("file") == tally.skipped("file", "of kind .txt") == 5
-    assert tally.describe() == "5 files skipped: 5 of kind .txt (first: notes.txt)"
+    assert tally.skipped("file") == tally.skipped("file", "with suffix .txt") == 5
+    assert tally.describe() == "5 files skipped: 5 with suffix .txt (first: notes.txt)"
     assert tally.bulk_loss() is None
-    skipped = {"of kind .txt": {"count": 5, "first": "notes.txt"}}
+    skipped = {"with suffix .txt": {"count": 5, "first": "notes.txt"}}
     assert tally.record()["file"] == {"kept": 0, "dropped": {}, "changed": {}, "skipped": skipped}
     assert "skipped" not in tally.record()["image"]

@@ -1,4 +1,4 @@
-"""What reaches the terminal: no character of a file or a name can do more there than be read."""
+"""Terminal output: control characters of a file or a name are escaped."""
 
 import ast
 import io
@@ -95,7 +95,7 @@ def test_findings_in_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize("package", ["shared", "stage1_ssld", "stage2_detect", "pipelines"])
 def test_nothing_else_prints(package: str) -> None:
-    """`print` knows nothing of control characters: whoever has other people's text to show says it."""
+    """`print` does not escape control characters, so text of others is printed with `say`."""
     for file in (ROOT / package).rglob("*.py"):
         calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
         printed = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]

@@ -34,7 +34,7 @@ def test_durations(seconds: float | None, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "expected"),
     [
         ("cell é 細胞 – x", "cell é 細胞 – x"),
         ("\x1b[2Jgone", "\\x1b[2Jgone"),
@@ -44,7 +44,7 @@ def test_durations(seconds: float | None, text: str) -> None:
         ("\udcff\u2028", "\\udcff\\u2028"),
     ],
 )
-def test_what_a_terminal_obeys_is_escaped(text: str, shown: str) -> None:
-    assert printable(text) == shown
-    shown.encode()
+def test_what_a_terminal_obeys_is_escaped(text: str, expected: str) -> None:
+    assert printable(text) == expected
+    expected.encode()
     assert printable(text, keep=text) == text

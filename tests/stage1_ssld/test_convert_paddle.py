@@ -19,7 +19,7 @@ from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import create_classifier
 from ssld.shared.models.model_file import read_metadata
 from ssld.shared.models.references import parse_reference
-from ssld.stage1_ssld.convert_paddle import DEPTHS, layer_names, main, recognise, variant_of
+from ssld.stage1_ssld.convert_paddle import DEPTHS, layer_names, main, recognize, variant_of
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "reference_weights.py"
 LEAVES = ("weight", "bias", "_mean", "_variance")
@@ -67,7 +67,7 @@ def test_names_and_shapes_of_every_depth(arch: str, depths: tuple[int, ...], old
     import timm
 
     other = shapes(depths, old=old)
-    assert recognise(other, None, "file") == arch
+    assert recognize(other, None, "file") == arch
     leaf_of = dict(zip(LEAVES, ("weight", "bias", "running_mean", "running_var"), strict=True))
     layers = layer_names(arch, old=old)
     mapped = {}
@@ -174,7 +174,7 @@ def test_a_converted_resnet50_answers_as_paddleclas_does(
 def test_near_fits_are_refused_with_the_reason(depths: tuple[int, ...], bottleneck: bool, reason: str) -> None:
     for old in (False, True):
         with pytest.raises(UserError) as caught:
-            recognise(shapes(depths, bottleneck=bottleneck, old=old), None, "file")
+            recognize(shapes(depths, bottleneck=bottleneck, old=old), None, "file")
         assert reason in str(caught.value)
 
 

@@ -25,7 +25,14 @@ from ssld.stage1_ssld.data.views import val_view
 from ssld.stage1_ssld.data_config import SourceConfig
 from ssld.stage1_ssld.distill import main as distill
 
-FILES = {"selected.parquet", "classes.csv", "curation.png", "examples.png", "candidates.parquet", "look_alikes.parquet"}
+FILES = {
+    "selected.parquet",
+    "classes.csv",
+    "curation.png",
+    "examples.png",
+    "candidates.parquet",
+    "near_duplicates.parquet",
+}
 FILES |= {"outcome.json"}
 RECORDS = {"config.yaml", "environment.json", "log.txt", "pool.json", "result.json", ".lock"}
 
@@ -124,8 +131,8 @@ def test_keeps_the_best_of_each_class_and_no_copy(
     assert call(curate, arguments(settings)) == 0
     assert files_below(run) == FILES | RECORDS | {
         "scores/000000.parquet",
-        "protected/000000.parquet",
-        "protected/000001.parquet",
+        "held_out/000000.parquet",
+        "held_out/000001.parquet",
     }
     rows = selected(run)
     keys = [row["key"] for row in rows]
@@ -171,9 +178,9 @@ def test_keeps_the_best_of_each_class_and_no_copy(
     assert sum(int(row["kept"]) for row in table) == len(rows) == result["kept"]
     for name in ("curation.png", "examples.png"):
         with Image.open(run / name) as drawn:
-            colours = np.asarray(drawn.convert("RGB")).reshape(-1, 3)
+            colors = np.asarray(drawn.convert("RGB")).reshape(-1, 3)
             assert drawn.width > 300
-        assert len(np.unique(colours, axis=0)) > 20
+        assert len(np.unique(colors, axis=0)) > 20
     log = (run / "log.txt").read_text()
     assert "near-duplicates dropped: 6 of validation images, 3 of training images, 6 of better ones" in log
     short = [row for row in table if int(row["kept"]) < 5]
@@ -183,7 +190,7 @@ def test_keeps_the_best_of_each_class_and_no_copy(
 def test_a_manifest_is_a_source(
     arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path, planted: Path
 ) -> None:
-    """Its rows are the images; it says which teacher, classes, settings and numbers it comes from."""
+    """Its rows are the images; its metadata name teacher, classes, settings and numbers."""
     assert call(curate, arguments(settings)) == 0
     source = ImageSource(SourceConfig(path=str(tmp_path / "run" / "selected.parquet")), 0)
     rows = selected(tmp_path / "run")

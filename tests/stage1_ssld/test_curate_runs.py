@@ -1,4 +1,4 @@
-"""A curation that is cut short, shared by two processes, or asked for something wrong."""
+"""A curation that is interrupted, shared by two processes, or given invalid settings."""
 
 import json
 import os
@@ -119,21 +119,21 @@ def test_damaged_and_missing_files_are_made_again(
     whole = contents(run)
     copies = {path.name: path.read_bytes() for path in (run / "selected").iterdir()}
     (run / "result.json").unlink()
-    for name in ("scores/000001.parquet", "candidates.parquet", "look_alikes.parquet", "outcome.json"):
+    for name in ("scores/000001.parquet", "candidates.parquet", "near_duplicates.parquet", "outcome.json"):
         flip(run / name)
     flip(run / "selected" / min(copies))
     capsys.readouterr()
     assert call(curate, arguments(settings)) == 0
     output = capsys.readouterr().out
-    for name in ("scores/000001.parquet", "candidates.parquet", "look_alikes.parquet"):
-        assert f"{run}/{name}: does not match its checksum; it is made again" in output
-    assert f"{run}/selected/{min(copies)}: does not match its checksums; it is made again" in output
+    for name in ("scores/000001.parquet", "candidates.parquet", "near_duplicates.parquet"):
+        assert f"{run}/{name}: does not match its checksum; recomputing it" in output
+    assert f"{run}/selected/{min(copies)}: does not match its checksums; recomputing it" in output
     assert contents(run) == whole
     assert {path.name: path.read_bytes() for path in (run / "selected").iterdir()} == copies
 
     (run / "classes.csv").unlink()
     assert call(curate, arguments(settings)) == 0
-    assert f"{run}/classes.csv: is gone since this run finished; it is made again" in capsys.readouterr().out
+    assert f"{run}/classes.csv: missing although this run is finished; writing it again" in capsys.readouterr().out
     assert contents(run) == whole
 
 

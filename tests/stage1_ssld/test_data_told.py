@@ -70,7 +70,7 @@ def test_bulk_loss_stops_the_run_and_may_be_allowed(
     line = user_error(distill, arguments(settings))
     assert line == (
         f"data.train: {images}: all images of class 'bird' would be left out: 1 behind broken links (first: bird/0.jpg); correct the source, or set "
-        "data.allow_loss: true to go on with the rest"
+        "data.allow_loss: true to continue with the remaining images"
     )
     settings["data"]["allow_loss"] = True
     assert call(distill, arguments(settings)) == 0
@@ -84,7 +84,7 @@ def test_evaluation_stops_on_bulk_loss_too(
     settings = {"model": str(teacher_file), "data": str(images), "device": "cpu", "threads": 1, "workers": 0}
     line = user_error(evaluate, arguments(settings))
     assert line.startswith(f"data: {images}: all images of class 'stripes' would be left out")
-    assert line.endswith("or set allow_loss: true to go on with the rest")
+    assert line.endswith("or set allow_loss: true to continue with the remaining images")
     assert call(evaluate, arguments(settings | {"allow_loss": True})) == 0
     read = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))["read"]
     assert read["data"]["image"]["dropped"]["behind broken links"]["count"] == 2
@@ -156,7 +156,7 @@ def test_one_class_teaches_nothing_by_labels(
     settings |= {"objective": "labels", "data": {"train": [f"{images}"], "image_size": 32}}
     for name in ("0.jpg", "1.jpg", "2.jpg", "gone.jpg"):
         (images / "ring" / name).unlink()
-    assert "all images are of one class, 'disc': labels of one class teach nothing" in user_error(
+    assert "all images are of one class, 'disc': at least two classes are needed" in user_error(
         distill, arguments(settings)
     )
 

@@ -282,7 +282,7 @@ def test_student_and_teacher_see_the_same_pixels(
 def test_a_student_that_starts_as_its_teacher_has_a_loss_of_zero(
     arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, metrics_of: Any
 ) -> None:
-    """Same view, same normalisation, same function: of LayerNorm nets, which compute the same in training mode."""
+    """Same view, same normalization, same function: of LayerNorm nets, which compute the same in training mode."""
     from ssld.shared.models.backbones import input_settings, save_backbone
 
     torch.manual_seed(5)
@@ -290,7 +290,7 @@ def test_a_student_that_starts_as_its_teacher_has_a_loss_of_zero(
     with torch.no_grad():
         net.get_classifier().weight.mul_(100)  # far from uniform predictions: another function would not agree
     file = tmp_path / "teacher.safetensors"
-    # Statistics of its own: a student or teacher normalised by the arch's default would differ.
+    # Statistics of its own: a student or teacher normalized by the arch's default would differ.
     inputs = input_settings(net, {"mean": [0.3, 0.5, 0.6], "std": [0.1, 0.2, 0.3], "input_size": [32, 32]})
     save_backbone(file, net, arch="test_convnext", inputs=inputs, classes=3, licence="apache-2.0")
     data = without(distill_settings, "data", "val")["data"]

@@ -89,7 +89,7 @@ def test_terms_of_features_beside_soft_labels(
     timm.create_model("test_convnext", num_classes=3).load_state_dict(load_file(file))
     output = (tmp_path / "run" / "log.txt").read_text()
     assert (
-        "standardised with 32 views; the statistics are kept in the checkpoints" in output
+        "standardized with 32 views; the statistics are kept in the checkpoints" in output
     )  # no more than the run will see
     assert (
         "pooled in 96 dimensions, spatial in 96 dimensions (c3 at 2 x 2, c4 at 2 x 2, c5 at 2 x 2); heads of" in output
@@ -127,7 +127,7 @@ def test_stopped_and_gone_on_is_the_same_run(
         assert call(distill, arguments(settings, "parts")) == 143
     assert call(distill, arguments(settings, "parts")) == 0
     assert equal(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
-    assert (tmp_path / "parts" / "log.txt").read_text().count("standardised with") == 1
+    assert (tmp_path / "parts" / "log.txt").read_text().count("standardized with") == 1
 
 
 def test_accumulation_changes_nothing(
@@ -148,7 +148,7 @@ def test_accumulation_changes_nothing(
 def test_a_teacher_without_classes_teaches_its_features(
     arguments: Arguments, settings: Settings, call: Call, tmp_path: Path, vit_file: Path, tiny: Any
 ) -> None:
-    """CNN from ViT: a student without classes, which plain timm loads, nearest neighbours judge, and a detector takes."""
+    """CNN from ViT: a student without classes, which plain timm loads, nearest neighbors judge, and a detector takes."""
     assert call(distill, arguments(alone(settings, vit_file))) == 0
     file, output = tmp_path / "run" / "student.safetensors", (tmp_path / "run" / "log.txt").read_text()
     assert "M trained parameters, no classes: only features are learned) at 64 px" in output
@@ -203,7 +203,7 @@ def test_a_vit_learns_from_a_cnn(
 def test_what_no_term_reaches_stays_as_it_is(
     arguments: Arguments, settings: Settings, call: Call, tmp_path: Path, vit_file: Path
 ) -> None:
-    """Layers behind the last map that is compared, and a line that says so."""
+    """Layers behind the last compared map are untrained, and a line reports it."""
     optim = settings["optim"] | {"weight_decay": 0.5}
     losses = [{"name": "spatial", "levels": ["c3"]}]
     assert call(distill, arguments(alone(settings, vit_file, losses=losses, optim=optim))) == 0
@@ -230,7 +230,7 @@ def test_what_no_term_reaches_stays_as_it_is(
         ({"losses": ["kl", "spatial"], "trainable": "classifier"}, "spatial has no effect on frozen features"),
         ({"losses": ["pooled"], "best_by": "agreement"}, "best_by: pooled train no classifier"),
         ({"losses": ["pooled"], "patience": 2, "evaluate_every": 1}, "patience: pooled train no classifier"),
-        ({"store": "somewhere"}, "store: holds soft labels, no features; remove pooled from losses, or leave out store"),
+        ({"store": "somewhere"}, "store: contains no features; remove pooled from losses, or leave out store"),
         (
             {"losses": ["pooled"], "teacher": {"model": "random:test_resnet", "ensemble": ["random:test_resnet"]}},
             "teacher.ensemble: feature terms use the first network only; leave it out, or add a term that compares logits",
@@ -244,7 +244,7 @@ def test_what_no_term_reaches_stays_as_it_is(
             {"losses": ["pooled"], "teacher": {"model": "VIT"}, "hard_label_weight": 1},
             "hard_label_weight: VIT has no classes that labels could belong to; leave it at 0",
         ),
-        ({"teacher": {"global_pool": "max"}}, "were trained on its own pooling; leave it out, or learn from its features"),
+        ({"teacher": {"global_pool": "max"}}, "needs its own pooling; remove global_pool, or use feature losses only"),
         (
             {"losses": ["pooled"], "teacher": {"model": "VIT", "global_pool": "best"}},
             "teacher.global_pool: test_vit: has no pooling 'best'",

@@ -46,7 +46,7 @@ def test_the_onnx_file_answers_as_torch_does(exported: Path, teacher_file: Path)
     mean, std = (np.array(values)[:, None, None] for values in (inputs.mean, inputs.std))
     for count in (1, 2, 5):
         pixels = np.random.default_rng(count).integers(0, 256, (count, 3, 32, 32), np.uint8)
-        with torch.no_grad():  # normalised here, not by the classifier
+        with torch.no_grad():  # normalized by the test, not by the classifier
             expected = net.net.eval()(torch.from_numpy((pixels / 255 - mean) / std).float()).numpy()
         assert abs(expected).max() > 0.5
         (logits,) = session.run(["logits"], {"pixels": pixels})
@@ -232,12 +232,12 @@ def test_a_network_that_cannot_be_traced_is_named(teacher_file: Path, tmp_path: 
     big = torch.nn.Module()
     big.weight = torch.nn.Parameter(torch.empty(2**29, device="meta"))
     net.net = big
-    with pytest.raises(UserError, match=r"2.1 GB of weights; one ONNX file holds 2 GB"):
+    with pytest.raises(UserError, match=r"2.1 GB of weights; ONNX files are limited to 2 GB; use --formats torch"):
         write_onnx(tmp_path / "a.onnx", net, (8, 8), {})
 
 
 class Hub:
-    """Stands for huggingface_hub.HfApi: remembers what it was asked for."""
+    """Stands for huggingface_hub.HfApi: records its calls."""
 
     calls: list[tuple[str, Any]] = []
 

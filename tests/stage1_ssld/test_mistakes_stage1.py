@@ -89,7 +89,7 @@ def test_folder_without_images(
     arguments: Arguments, distill_settings: Settings, user_error: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "notes.txt").write_text("no picture")
+    (tmp_path / "empty" / "notes.txt").write_text("no image")
     data = {"train": [str(tmp_path / "empty")], "image_size": 32}
     assert f"no images in {tmp_path}/empty" in user_error(distill, arguments(distill_settings | {"data": data}))
     assert not (tmp_path / "run").exists()
@@ -191,7 +191,7 @@ def test_loss_that_is_not_finite(
     assert all(tensor.isfinite().all() for tensor in parts["model"].values())
     assert not (tmp_path / "run" / "student.safetensors").exists()
     assert not (tmp_path / "run" / "result.json").exists()
-    advice = "The same command with --optim.lr 0.002 (now 0.02), --optim.clip_grad_norm 1 goes on from step_00000002"
+    advice = "The same command with --optim.lr 0.002 (now 0.02), --optim.clip_grad_norm 1 continues from step_00000002"
     assert advice in line
     assert call(distill, arguments(settings, "run", "--optim.lr", "0.002", "--optim.clip_grad_norm", "1")) == 0
     log = (tmp_path / "run" / "log.txt").read_text()
@@ -201,7 +201,7 @@ def test_loss_that_is_not_finite(
     assert result["changes"] == ["optim.lr: 0.02 -> 0.002", "optim.clip_grad_norm: null -> 1.0"]
 
 
-@pytest.mark.parametrize(("steps", "where"), [(1, "begins again"), (3, "goes on from step_00000002")])
+@pytest.mark.parametrize(("steps", "where"), [(1, "restarts from step 0"), (3, "continues from step_00000002")])
 def test_weights_that_the_last_update_spoilt(
     arguments: Arguments,
     distill_settings: Settings,
@@ -246,7 +246,7 @@ def test_weights_that_are_not_finite_are_not_saved(
     monkeypatch.setattr(torch.optim.SGD, "step", spoils)
     line = user_error(distill, arguments(distill_settings | {"save_every": 2}))
     assert "loss is not finite after step 4: weights or the optimizer's state are not" in line
-    assert "goes on from step_00000002" in line
+    assert "continues from step_00000002" in line
     assert [path.name for path in complete_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000002"]
 
 

@@ -96,12 +96,12 @@ def contents(run: Path) -> dict[str, Any]:
 def test_a_headless_vit_becomes_a_teacher(
     made: Any, monkeypatch: pytest.MonkeyPatch, tiny: Any, encoder_file: Path, files_below: Any
 ) -> None:
-    """Its logits match float64 distances to the centres, from embeddings of plain timm; plain timm loads the file."""
+    """Its logits match float64 distances to the centers, from embeddings of plain timm; plain timm loads the file."""
     given: dict[str, Any] = {}
 
-    def noting(standard: Standard, centre_KD: Any, offset_K: Any, temperature: float) -> Any:
-        given.update(standard=standard, centres=centre_KD, temperature=temperature)
-        return layer(standard, centre_KD, offset_K, temperature)
+    def noting(standard: Standard, center_KD: Any, offset_K: Any, temperature: float) -> Any:
+        given.update(standard=standard, centers=center_KD, temperature=temperature)
+        return layer(standard, center_KD, offset_K, temperature)
 
     layer = steps.linear_layer
     monkeypatch.setattr(steps, "linear_layer", noting)
@@ -117,7 +117,7 @@ def test_a_headless_vit_becomes_a_teacher(
     with torch.no_grad():
         z_BD = net(pixels / 127.5 - 1).double().numpy()
     x_BD = (z_BD - given["standard"].mean_D) / given["standard"].scale_D
-    squares_BK = ((x_BD[:, None] - given["centres"]) ** 2).sum(2)
+    squares_BK = ((x_BD[:, None] - given["centers"]) ** 2).sum(2)
     expected = torch.from_numpy(-squares_BK / 2 / given["temperature"]).softmax(-1).float()
     teacher = FrozenTeacher(str(run / "teacher.safetensors"))
     torch.testing.assert_close(teacher(pixels).softmax(-1), expected, rtol=0, atol=1e-5)
@@ -194,7 +194,7 @@ def test_nothing_is_learnt_where_student_and_teacher_are_equal(made: Any, tiny: 
 def test_class_means_as_prototypes_agree_with_the_head(
     made: Any, tiny: Any, teacher_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A nearest-mean classifier without its head gets its predictions back if the K centres are its means."""
+    """A nearest-mean classifier without its head gets its predictions back if the K centers are its means."""
     pixels = views(tiny.train, 32)
     teacher = FrozenTeacher(str(teacher_file))
     z_BD = teacher.embed(pixels).double().numpy()
@@ -259,8 +259,8 @@ def test_other_commands_take_the_teacher(
         "teacher": file,
         "data": {"path": str(tiny.val)},
     }
-    assert call(evaluate, arguments(common | recorded, "seen")) == 0
-    assert metrics(tmp_path / "seen")["agreement"] == pytest.approx(actual["agreement"])
+    assert call(evaluate, arguments(common | recorded, "evaluated")) == 0
+    assert metrics(tmp_path / "evaluated")["agreement"] == pytest.approx(actual["agreement"])
 
 
 def test_a_student_that_starts_from_a_teacher_keeps_its_arguments(

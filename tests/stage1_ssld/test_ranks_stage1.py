@@ -41,7 +41,7 @@ def test_two_ranks_equal_one(distill_settings: Any, on_one_and_two: Any, tmp_pat
     output, _ = on_one_and_two(distill, "stage1_ssld/distill.py", settings)
     assert "(2 processes x 1 accumulated)" in output
     assert output.count("step 5/5") == 1  # only one rank logs
-    assert "standardised with 40 views" in output
+    assert "standardized with 40 views" in output
     _same_parts(tmp_path, 5, "heads")
     assert "auto_batch: 4 of 8 images per process and pass fit, so accumulate is 1\n" in output
     one, two = tmp_path / "one", tmp_path / "two"

@@ -85,7 +85,7 @@ def test_what_is_not_here_is_said_before_anything_else(
         ({"teacher": {"model": ""}}, "teacher.model: names no model; give timm:NAME"),
         ({"teacher": {"model": " "}}, "teacher.model: names no model"),
         ({"student": {"model": ""}}, "student.model: names no model"),
-        ({"student": {"model": "x" * 2000}}, "student.model: is no name of a model"),
+        ({"student": {"model": "x" * 2000}}, "student.model: not a model name"),
         ({"student": {"model": "random:test_resnet.nonsense"}}, "timm has no weights called 'nonsense' for test_resnet; it has r160_in1k"),
         ({"teacher": {"model": "random:test_maxvit", "size": 50}}, "teacher.model: random:test_maxvit: test_maxvit cannot work at 50 pixels"),
     ],

@@ -145,17 +145,17 @@ def test_it_goes_on_with_the_files_that_are_missing(
         with pytest.raises(SystemExit):
             call(main, arguments(settings))
     assert sorted(contents(store)) == [".shard-00001.bin.123", "shard-00000.bin"]
-    asked: list[str] = []
+    checked_files: list[str] = []
 
     def noted(file: Path, records: np.ndarray) -> None:
-        asked.append(file.name)
+        checked_files.append(file.name)
         write(file, records)
 
     with monkeypatch.context() as patch:
         patch.setattr(store_writer, "_write_shard", noted)
         patch.setattr(store_writer, "try_teacher", lambda *_, **__: pytest.fail("it was tried before"))
         assert call(main, arguments(settings)) == 0
-    assert asked == ["shard-00001.bin", "shard-00002.bin"]
+    assert checked_files == ["shard-00001.bin", "shard-00002.bin"]
     assert contents(store) == contents(tmp_path / "whole" / "store")
 
     (tmp_path / "run" / "result.json").unlink()
@@ -185,7 +185,7 @@ def test_a_file_that_was_damaged_is_made_again(
         (tmp_path / "run" / "result.json").unlink()
         (store / "store.json").unlink()
     assert call(main, arguments(settings)) == 0
-    assert f"{file}: does not match its checksum; it is made again" in capsys.readouterr().out
+    assert f"{file}: does not match its checksum; recomputing it" in capsys.readouterr().out
     assert contents(store) == whole
     assert call(main, arguments(settings)) == 0
     assert "this run is finished" in capsys.readouterr().out

@@ -158,7 +158,7 @@ def photos(tiny_coco: TinyCoco, tmp_path: Path) -> Path:
 def predict_line(detector_file: Path, photos: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """The command line of a prediction; `images` and `output` may be others."""
 
-    def flags(*more: str, images: Path | str = photos, output: str = "seen") -> list[str]:
+    def flags(*more: str, images: Path | str = photos, output: str = "predicted") -> list[str]:
         arguments = ["--model", str(detector_file), "--images", str(images), "--output", str(tmp_path / output)]
         return [*arguments, "--threads", "1", "--workers", "0", "--device", "cpu", "--threshold", "0.3", *more]
 

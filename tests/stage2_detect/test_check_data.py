@@ -277,7 +277,7 @@ def test_near_duplicates() -> None:
     assert hashes[0] == int(expected, 2)
     assert near_duplicates(hashes[:1], hashes[1:]) == [(0, 0)]
     assert difference_hash(Image.new("RGB", (64, 48), (9, 9, 9))) == 0
-    assert near_duplicates([0], [0, 1]) == []  # images of one colour are not compared
+    assert near_duplicates([0], [0, 1]) == []  # images of one color are not compared
     ramp = Image.fromarray(np.tile(np.arange(0, 180, 2, dtype=np.uint8), (80, 1)))  # dark to light, left to right
     assert difference_hash(ramp) == 2**64 - 1
 

@@ -21,7 +21,7 @@ from ssld.shared.config.settings import parse_config
 from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import InputSettings
 from ssld.stage2_detect.config import ConvertPaddleConfig
-from ssld.stage2_detect.convert_paddle import check_recipe, main, recognise
+from ssld.stage2_detect.convert_paddle import check_recipe, main, recognize
 from ssld.stage2_detect.detector_file import load_detector
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models.build import build_detector
@@ -66,7 +66,7 @@ def test_every_parameter_of_the_reference_has_its_place(name: str) -> None:
     import timm
 
     shapes = about(name)["parameters"]
-    arch = recognise(shapes, "file")
+    arch = recognize(shapes, "file")
     assert arch == "resnet50d"
     body = timm.create_model(arch, features_only=True)
     inputs = InputSettings((0.5,) * 3, (0.5,) * 3, (0, 0), "bilinear", False)
@@ -89,7 +89,7 @@ def test_names_of_deeper_backbones(arch: str, third: int, fourth: int) -> None:
         for number in range(1, count):
             letter = f"b{number}" if count > 10 else chr(ord("a") + number)
             shapes |= {name.replace(f"res{stage}b", f"res{stage}{letter}"): shape for name, shape in block.items()}
-    assert recognise(shapes, "file") == arch
+    assert recognize(shapes, "file") == arch
     with torch.device("meta"):
         state = timm.create_model(arch, features_only=True).state_dict()
     expected = {f"pyramid.body.{key}": list(value.shape) for key, value in state.items() if "tracked" not in key}
@@ -111,7 +111,7 @@ def test_names_of_a_backbone_without_deep_stem() -> None:
             )
     shapes["backbone.conv1.conv1.conv.weight"] = [64, 3, 7, 7]
     shapes |= {f"backbone.conv1.conv1.norm.{leaf}": [64] for leaf in ("weight", "bias", "_mean", "_variance")}
-    assert recognise(shapes, "file") == "resnet50"
+    assert recognize(shapes, "file") == "resnet50"
     with torch.device("meta"):
         state = timm.create_model("resnet50", features_only=True).state_dict()
     expected = {f"pyramid.body.{key}": list(value.shape) for key, value in state.items() if "tracked" not in key}
@@ -230,8 +230,8 @@ NO_BOTTLENECK = [f"backbone.res{s}.res{s}{b}.branch2b.conv.weight" for s, bs in 
             ["stem.0.conv.weight", "blocks.0.conv0.conv.weight"],
             "not a detector of PaddleDetection (first of 2 parameters: stem.0.conv.weight); a backbone of PaddleClas",
         ),
-        (NO_BOTTLENECK, "its backbone cannot become one of timm's: timm's ResNets with basic blocks"),
-        (["backbone.stage1.conv.weight"], "its backbone cannot become one of timm's: detectors on a ResNet50, 101"),
+        (NO_BOTTLENECK, "no equivalent timm backbone: timm's ResNets with basic blocks"),
+        (["backbone.stage1.conv.weight"], "no equivalent timm backbone: detectors on a ResNet50, 101"),
         ([], "not a detector of PaddleDetection (first of 0 parameters: no parameters)"),
     ],
 )

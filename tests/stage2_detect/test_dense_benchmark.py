@@ -28,13 +28,13 @@ def test_every_ratio_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         "--pairs 2 --sizes 64x96 --batch 1 --arch test_resnet --teacher-arch test_resnet --modes training inference ld"
     )
     dense.main(line.split())
-    shown = capsys.readouterr().out
-    share = re.search(r"(\d+)% of our detections are torchvision's", shown)
+    output = capsys.readouterr().out
+    share = re.search(r"(\d+)% of our detections are torchvision's", output)
     assert share
     assert int(share[1]) > 95
     rows = ["64x96 training", "64x96 inference", "64x96 LD step / (student step + teacher forward)"]
     for row in rows:
-        assert re.search(rf"^{re.escape(row)}.* \d\.\d{{3}}  \(", shown, re.MULTILINE), row
+        assert re.search(rf"^{re.escape(row)}.* \d\.\d{{3}}  \(", output, re.MULTILINE), row
 
 
 def test_the_measured_assignment_finds_something(

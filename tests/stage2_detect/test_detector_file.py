@@ -43,7 +43,7 @@ def change(path: Path, **facts: Any) -> None:
 
 
 def test_arguments_of_the_backbone(tmp_path: Path) -> None:
-    """Nothing but the answers would tell an activation that was lost."""
+    """A lost activation would change the outputs only."""
     model = write(tmp_path / "d.safetensors", model_args={"act_layer": "silu"})
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     again = load_detector(tmp_path / "d.safetensors").model
@@ -63,7 +63,7 @@ def test_arguments_of_the_backbone(tmp_path: Path) -> None:
         ({"arch": "hf-hub:x/y"}, "hf-hub:x/y: timm has no such model"),
         ({"arch": "local-dir:/etc"}, "local-dir:/etc: timm has no such model"),
         ({"arch": "test_resnet.nonsense"}, "timm has no weights called 'nonsense'"),
-        ({"model_args": {"pretrained": True}}, "'pretrained' is no argument of a network"),
+        ({"model_args": {"pretrained": True}}, "'pretrained' is not a model argument"),
         ({"model_args": {"act_layer": "nothing"}}, "timm cannot build a test_resnet with act_layer=nothing"),
         ({"std": [0.0, 0.5, 0.5]}, "std.0: "),
         ({"category_ids": [3]}, "category_ids: 1 ids, but 2 class_names"),

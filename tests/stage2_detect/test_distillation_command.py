@@ -51,10 +51,10 @@ def write_teacher(path: Path, model: RCNN, data: Any) -> Path:
 def test_a_teacher_answers_in_the_students_class_order_and_with_its_own_mean(teacher_detector: Path) -> None:
     model = load_detector(teacher_detector).model
     assert isinstance(model, RCNN)
-    assert model.normalise.mean_C11.flatten().tolist() == pytest.approx([25.5, 51, 76.5])
+    assert model.normalize.mean_C11.flatten().tolist() == pytest.approx([25.5, 51, 76.5])
     images, _ = batch()
-    asked: Settings = {"device": torch.device("cpu"), "channels_last": False}
-    teacher = open_teacher(teacher_detector, ["wide", "tall"], (4, 8, 16, 32, 64), **asked)
+    options: Settings = {"device": torch.device("cpu"), "channels_last": False}
+    teacher = open_teacher(teacher_detector, ["wide", "tall"], (4, 8, 16, 32, 64), **options)
     features = teacher.features(images)
     torch.testing.assert_close(
         features[0], model.features(images)[0], rtol=1e-4, atol=1e-5
@@ -65,7 +65,7 @@ def test_a_teacher_answers_in_the_students_class_order_and_with_its_own_mean(tea
     torch.testing.assert_close(mapped, own[:, [1, 0, 2]])
     assert teacher.facts["licence"] == "mit"
     with pytest.raises(UserError, match=r"its maps have strides \[4, 8, 16, 32, 64\], the student's \[8, 16\]"):
-        open_teacher(teacher_detector, ["wide", "tall"], (8, 16), **asked)
+        open_teacher(teacher_detector, ["wide", "tall"], (8, 16), **options)
 
 
 # The command
@@ -73,14 +73,14 @@ def test_a_teacher_answers_in_the_students_class_order_and_with_its_own_mean(tea
 
 @pytest.fixture
 def distilled_settings(train_settings: Settings, teacher_detector: Path, tmp_path: Path) -> Settings:
-    """Half of each batch has no annotations; nobody is asked how good the teacher is."""
+    """Half of each batch has no annotations; a teacher of any AP is accepted."""
     draw = np.random.default_rng(8)
-    (tmp_path / "pictures" / "deep").mkdir(parents=True)
+    (tmp_path / "unlabeled" / "deep").mkdir(parents=True)
     for number in range(7):
-        picture = Image.fromarray(draw.integers(0, 256, (64, 64, 3), dtype=np.uint8))
-        picture.save(tmp_path / "pictures" / "deep" / f"{number}.png")
+        image = Image.fromarray(draw.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+        image.save(tmp_path / "unlabeled" / "deep" / f"{number}.png")
     distill = {"teacher": str(teacher_detector), "check_ap": 0.0, "check_images": 3}
-    return train_settings | {"distill": distill, "unlabeled": str(tmp_path / "pictures"), "batch_size": 4}
+    return train_settings | {"distill": distill, "unlabeled": str(tmp_path / "unlabeled"), "batch_size": 4}
 
 
 def test_the_command_writes_these_files(

@@ -86,7 +86,7 @@ def test_the_graph_finds_what_the_detector_finds(kind: str, settings: dict[str, 
     many = [scene(3, 96, 128), scene(1, 64, 64)]
     with torch.no_grad():
         result = compare(lambda pixels, sizes: [part.numpy() for part in net(pixels, sizes)], model, many)
-    assert result["found"] == result["found_by_file"] > 25
+    assert result["detections"] == result["detections_by_file"] > 25
     assert result["missing"] == 0
     assert result["box_difference"] < 1e-3
     assert result["score_difference"] < 1e-5
@@ -192,7 +192,7 @@ def test_a_two_stage_detector_as_a_program(tmp_path: Path) -> None:
         return [part.numpy() for part in program(*inputs)]
 
     result = compare(run, model, [(pixels, sizes)])
-    assert result["found"] == result["found_by_file"] > 25
+    assert result["detections"] == result["detections_by_file"] > 25
     assert result["missing"] == 0
     assert max(result[f"{what}_difference"] for what in ("box", "score", "mask")) < 1e-3
     # Moved: to another device no node names the CPU any more, and to the CPU nothing changes.
@@ -231,7 +231,7 @@ def test_differences_are_found() -> None:
     assert changed(1, 0.25)["score_difference"] == pytest.approx(0.25, abs=1e-3)
     assert changed(1, float("nan"))["score_difference"] == float("inf")
     far = changed(0, 300.0)  # one detection here and one there, of the batch and of its first image alone
-    assert far["missing"] == pytest.approx(4 / (far["found"] + far["found_by_file"]))
+    assert far["missing"] == pytest.approx(4 / (far["detections"] + far["detections_by_file"]))
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +254,7 @@ def test_what_an_export_leaves(exported: Path, detector_file: Path, files_below:
         assert re.search(rf"detector.{name} +[\d.]+ ms +[\d.]+ images/s", log)
     metrics = json.loads((exported / "result.json").read_text())["metrics"]
     for name in ("onnx", "torch"):
-        assert metrics[name]["found"] == metrics[name]["found_by_file"] > 3
+        assert metrics[name]["detections"] == metrics[name]["detections_by_file"] > 3
         assert metrics[name]["box_difference"] < 0.01
         assert metrics["seconds"]["latency"][FILES[name]] > 0
     metadata = load_detector(exported / "hub" / "detector.safetensors").metadata
@@ -351,16 +351,16 @@ def test_nothing_stays_of_an_export_that_fails(
     left = {file.name for file in (tmp_path / "run").iterdir()}
     assert left == {".lock", "config.yaml", "environment.json", "log.txt"}
     argv[argv.index("--output") + 1] = str(tmp_path / "other")
-    asked: list[Any] = []
+    requests: list[Any] = []
 
     class Hub:
         def create_repo(self, repository: str, **options: Any) -> None:
-            asked.append((repository, options["private"]))
+            requests.append((repository, options["private"]))
 
         def upload_folder(self, **options: Any) -> Any:
-            asked.append(options["folder_path"])
+            requests.append(options["folder_path"])
             return type("Done", (), {"commit_url": "https://example.org/commit"})()
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     assert call(main, argv) == 0
-    assert asked == [("me/tiny", False), str(tmp_path / "other" / "hub")]
+    assert requests == [("me/tiny", False), str(tmp_path / "other" / "hub")]

@@ -1,4 +1,4 @@
-"""Files of a detector's export that other tests do not look at: what a kill leaves, and what the card says of the data."""
+"""Files of a detector's export that other tests do not cover: leftovers of a kill, and the data on the card."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def test_what_a_killed_export_leaves_goes(
     [
         {},
         {"unlabeled": "/home/me/street", "distill": {"teacher": "t.safetensors"}},
-        {"unlabeled": "/home/me/street", "pseudo": "/home/me/seen/pseudo_labels.json"},
+        {"unlabeled": "/home/me/street", "pseudo": "/home/me/predicted/pseudo_labels.json"},
     ],
 )
 def test_the_card_names_all_pictures(more: dict[str, Any], detector_file: Path) -> None:
@@ -53,5 +53,5 @@ def test_the_card_names_all_pictures(more: dict[str, Any], detector_file: Path) 
     card = detector_card(read_metadata(detector_file), recipe, push_to_hub=None, parameters=1, checks={})
     data = card.split("## Data\n")[1].split("## ")[0].strip().splitlines()
     unlabeled = ["- and images without annotations: me/street"] if "unlabeled" in more else []
-    pseudo = ["- and pseudo-labels of another detector: seen/pseudo_labels.json"] if "pseudo" in more else []
+    pseudo = ["- and pseudo-labels of another detector: predicted/pseudo_labels.json"] if "pseudo" in more else []
     assert data == ["- training: town/train.json", *unlabeled, *pseudo, "- evaluation: none"]

@@ -47,8 +47,8 @@ def test_names_of_drawn_images() -> None:
 def test_writes_exactly_these_files(
     call: Call, predict_line: Any, photos: Path, tmp_path: Path, files_below: Files
 ) -> None:
-    assert call(predict.main, predict_line("--write", "json,pictures,csv")) == 0
-    run = tmp_path / "seen"
+    assert call(predict.main, predict_line("--write", "json,images,csv")) == 0
+    run = tmp_path / "predicted"
     drawn = {f"pictures/{Path(name).with_suffix('.jpg')}" for name in files_below(photos)}
     assert files_below(run) == RECORDS | {"predictions.json", "predictions.csv"} | drawn
     predictions = content(run / "predictions.json")
@@ -66,7 +66,7 @@ def test_writes_exactly_these_files(
     assert [float(row["width"]) for row in rows] == [row["bbox"][2] for row in predictions["annotations"]]
     # once more: nothing is computed
     before = (run / "predictions.json").stat().st_mtime_ns
-    assert call(predict.main, predict_line("--write", "json,pictures,csv")) == 0
+    assert call(predict.main, predict_line("--write", "json,images,csv")) == 0
     assert (run / "predictions.json").stat().st_mtime_ns == before
 
 
@@ -84,7 +84,7 @@ def test_finds_what_evaluation_finds(
         for row in json.loads((tmp_path / "ap" / "detections.json").read_text())
         if row["score"] >= 0.3
     )
-    read = COCO(str(tmp_path / "seen" / "predictions.json"))
+    read = COCO(str(tmp_path / "predicted" / "predictions.json"))
     files = {image["id"]: image["file_name"] for image in read.dataset["images"]}
     rows = read.dataset["annotations"]
     assert sorted((files[r["image_id"]], r["category_id"], r["score"], *r["bbox"]) for r in rows) == expected
@@ -96,7 +96,7 @@ def test_finds_what_evaluation_finds(
 def test_test_time_augmentation_and_classes(call: Call, predict_line: Any, tmp_path: Path) -> None:
     assert call(predict.main, predict_line()) == 0
     assert call(predict.main, predict_line("--classes", "tall", output="tall")) == 0
-    everything, tall = (content(tmp_path / name / "predictions.json")["annotations"] for name in ("seen", "tall"))
+    everything, tall = (content(tmp_path / name / "predictions.json")["annotations"] for name in ("predicted", "tall"))
     boxes = [[row["score"], *row["bbox"]] for row in everything if row["category_id"] == 7]
     assert [[row["score"], *row["bbox"]] for row in tall] == boxes
     assert 0 < len(boxes) < len(everything)
@@ -107,7 +107,7 @@ def test_test_time_augmentation_and_classes(call: Call, predict_line: Any, tmp_p
 def test_masks_are_written_and_measured(call: Call, predict_line: Any, mask_file: Path, tmp_path: Path) -> None:
     flags = predict_line("--threshold", "0", "--model", str(mask_file))
     assert call(predict.main, flags) == 0
-    rows = COCO(str(tmp_path / "seen" / "predictions.json")).dataset["annotations"]
+    rows = COCO(str(tmp_path / "predicted" / "predictions.json")).dataset["annotations"]
     assert rows
     assert all(row["segmentation"]["size"] == [64, 64] for row in rows)
     assert [filled(row["segmentation"], 64, 64).sum() for row in rows] == [row["area"] for row in rows]
@@ -119,13 +119,13 @@ def test_masks_are_written_and_measured(call: Call, predict_line: Any, mask_file
         == 0
     )
     several = content(tmp_path / "tta" / "predictions.json")["annotations"]
-    assert several != content(tmp_path / "seen" / "predictions.json")["annotations"]
+    assert several != content(tmp_path / "predicted" / "predictions.json")["annotations"]
     assert [filled(row["segmentation"], 64, 64).sum() for row in several] == [row["area"] for row in several]
 
 
 def test_without_detections_the_highest_score_is_logged(call: Call, predict_line: Any, tmp_path: Path) -> None:
     assert call(predict.main, predict_line("--threshold", "1.0")) == 0
-    assert "; the highest score is 0." in (tmp_path / "seen" / "log.txt").read_text()
+    assert "; the highest score is 0." in (tmp_path / "predicted" / "log.txt").read_text()
 
 
 # ---- pseudo-labels
@@ -135,7 +135,7 @@ def test_pseudo_labels_are_annotations_of_pictures_with_boxes(
     call: Call, predict_line: Any, tiny_coco: Any, photos: Path, tmp_path: Path, files_below: Files
 ) -> None:
     assert call(predict.main, predict_line()) == 0
-    boxes = content(tmp_path / "seen" / "predictions.json")["annotations"]
+    boxes = content(tmp_path / "predicted" / "predictions.json")["annotations"]
     best = sorted(max(row["score"] for row in boxes if row["image_id"] == i) for i in {r["image_id"] for r in boxes})
     threshold = best[len(best) // 2]  # half of the images are below
     flags = predict_line("--pseudo_labels", "true", "--threshold", repr(threshold), output="pseudo")
@@ -163,6 +163,6 @@ def test_labeled_pictures_are_left_out(call: Call, predict_line: Any, tmp_path: 
     file = tmp_path / "labeled.json"
     file.write_text(json.dumps({"images": labeled, "annotations": [], "categories": [{"id": 1, "name": "x"}]}))
     assert call(predict.main, predict_line("--exclude", str(file), "--write", "json")) == 0
-    names = {image["file_name"] for image in content(tmp_path / "seen" / "predictions.json")["images"]}
+    names = {image["file_name"] for image in content(tmp_path / "predicted" / "predictions.json")["images"]}
     assert names == {f"{number}.png" for number in range(12)} - {"3.png", "7.png"}
-    assert f"10 images below {photos}, 2 more excluded" in (tmp_path / "seen" / "log.txt").read_text()
+    assert f"10 images below {photos}, 2 more excluded" in (tmp_path / "predicted" / "log.txt").read_text()

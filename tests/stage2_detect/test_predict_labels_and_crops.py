@@ -19,7 +19,7 @@ Files = Callable[[Path], set[str]]
 def test_yolo_labels_are_read_back_as_the_boxes(call: Call, predict_line: Any, photos: Path, tmp_path: Path) -> None:
     """By the reader of YOLO data sets, which knows nothing of this writer."""
     assert call(predict.main, predict_line("--write", "json,yolo")) == 0
-    run = tmp_path / "seen"
+    run = tmp_path / "predicted"
     shutil.copytree(photos, run / "images")
     flags = ["--source", str(run / "data.yaml"), "--splits", "val", "--output", str(tmp_path / "back")]
     assert call(convert_data.main, flags) == 0
@@ -47,11 +47,11 @@ def test_yolo_labels_are_read_back_as_the_boxes(call: Call, predict_line: Any, p
 
 def test_yolo_labels_with_scores(call: Call, predict_line: Any, tmp_path: Path) -> None:
     assert call(predict.main, predict_line("--write", "json,yolo_scores")) == 0
-    predictions = content(tmp_path / "seen" / "predictions.json")
+    predictions = content(tmp_path / "predicted" / "predictions.json")
     names = {image["id"]: image["file_name"] for image in predictions["images"]}
     for image_id, name in names.items():
         scores = [row["score"] for row in predictions["annotations"] if row["image_id"] == image_id]
-        lines = (tmp_path / "seen" / "labels" / name.replace(".png", ".txt")).read_text().splitlines()
+        lines = (tmp_path / "predicted" / "labels" / name.replace(".png", ".txt")).read_text().splitlines()
         assert [len(one.split()) for one in lines] == [6] * len(scores)
         np.testing.assert_allclose([float(one.split()[5]) for one in lines], scores, atol=1e-6)
 
@@ -60,7 +60,7 @@ def test_crops_show_the_objects(
     call: Call, predict_line: Any, photos: Path, tmp_path: Path, files_below: Files
 ) -> None:
     assert call(predict.main, predict_line("--write", "json,crops")) == 0
-    run = tmp_path / "seen"
+    run = tmp_path / "predicted"
     predictions = content(run / "predictions.json")
     class_of = {category["id"]: category["name"] for category in predictions["categories"]}
     expected = {}

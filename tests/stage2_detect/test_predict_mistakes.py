@@ -51,10 +51,10 @@ def test_a_picture_a_pattern_and_a_list(photos: Path, tmp_path: Path, files_belo
         ("# nothing\n", "list.txt: contains no path"),
         (
             '{"images": [{"id": 1}]}',
-            'list.txt: begins with \'{"images": [{"id": 1\'..., which is no path; give an image, a video',
+            'list.txt: begins with \'{"images": [{"id": 1\'..., which is not a path; give an image, a video',
         ),
-        ('[{"id": 1}]', 'list.txt: begins with [{"id": 1}], which is no path'),
-        ("<html>", "list.txt: begins with <html>, which is no path"),
+        ('[{"id": 1}]', 'list.txt: begins with [{"id": 1}], which is not a path'),
+        ("<html>", "list.txt: begins with <html>, which is not a path"),
         ("x" * 500, f"list.txt, line 1: '{'x' * 120}'...: no such file"),
         ("a\x1b[2J.jpg", "list.txt, line 1: 'a\\x1b[2J.jpg'...: no such file"),
         ("a\0b", "list.txt: neither an image or video"),
@@ -87,7 +87,7 @@ def test_names_that_look_like_patterns(photos: Path, tmp_path: Path) -> None:
     assert find_images(str(odd / "deep [2]" / "*.jfif")).names == ["d.jfif"]
     tally = Tally()
     find_images(str(odd), tally)
-    assert tally.skipped("file", "of kind .txt") == 1
+    assert tally.skipped("file", "with suffix .txt") == 1
 
 
 def test_an_image_by_its_content(photos: Path, tmp_path: Path) -> None:
@@ -102,13 +102,13 @@ def test_pictures_that_cannot_be_read_are_named_and_left_out(
     call: Call, predict_line: Any, photos: Path, tmp_path: Path
 ) -> None:
     assert call(predict.main, predict_line(output="whole")) == 0
-    (photos / "0.png").write_bytes(b"no picture at all")
+    (photos / "0.png").write_bytes(b"no image at all")
     damaged = (photos / "4.png").read_bytes()
     (photos / "4.png").write_bytes(damaged[: len(damaged) // 2])  # its header is sound
     (photos / "raw.dng").write_bytes(b"of a camera")
     # Batches of one image, so that one holds nothing readable.
     assert call(predict.main, predict_line("--batch_size", "1")) == 0
-    run = tmp_path / "seen"
+    run = tmp_path / "predicted"
     assert (run / "quarantine.txt").read_text() == "0.png\n4.png\n"
     raw = "1 of camera raw, to be converted (first: raw.dng)"
     counted = f"3 images dropped: 2 that cannot be read (.png) (first: 0.png), {raw}"
@@ -133,7 +133,7 @@ def test_pictures_that_cannot_be_read_are_named_and_left_out(
 def test_none_can_be_read(user_error: Error, predict_line: Any, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     for name in ("a.jpg", "b.png"):
-        (tmp_path / "bad" / name).write_bytes(b"no picture")
+        (tmp_path / "bad" / name).write_bytes(b"no image")
     message = user_error(predict.main, predict_line(images=tmp_path / "bad"))
     assert message == f"nothing can be read in 2 files of {tmp_path / 'bad'}; the first is a.jpg"
 
@@ -144,7 +144,7 @@ def test_no_box_above_the_threshold(
     message = user_error(predict.main, predict_line("--pseudo_labels", "true", "--threshold", "1.0"))
     assert message.startswith(f"{photos}: no box with a score of 1 or more in 12 images; the best has 0.")
     assert message.endswith("give a lower --threshold, or a detector that fits these images")
-    assert not (tmp_path / "seen" / "pseudo_labels.json").exists()
+    assert not (tmp_path / "predicted" / "pseudo_labels.json").exists()
     # The folder can be used again.
     assert call(predict.main, predict_line("--pseudo_labels", "true", "--threshold", "0.1")) == 0
 
@@ -175,12 +175,12 @@ def test_mistakes(
         (predict_line("--model", str(teacher_file)), "backbone"),
         (
             predict_line("--model", str(earlier)),
-            f"{earlier}: was written by an earlier version of this project (its model.rpn.samples is no setting of this one)",
+            f"{earlier}: was written by an earlier version of this project (model.rpn.samples is not a setting of this version)",
         ),
-        (predict_line("--model", str(resized)), "its resize.val_short_side is no setting of this one"),
+        (predict_line("--model", str(resized)), "its resize.val_short_side is not a setting of this version"),
         (predict_line("--exclude", str(tmp_path / "all.json")), "names all images of"),
         (predict_line("--exclude", str(tmp_path / "none.json")), "has a file name of"),
-        (predict_line(output="photos/seen"), "is inside images"),
+        (predict_line(output="photos/predicted"), "is inside `images`"),
         (predict_line("--threshold", "1.5"), "threshold"),
     ):
         drawn = user_error(predict.main, flags)
@@ -198,6 +198,7 @@ def test_pictures_that_would_share_files_are_refused(user_error: Error, predict_
     [
         (["--write", "yolo,yolo_scores"], "choose one"),
         (["--write", "jsn"], "write"),
+        (["--write", "json,pictures"], "did you mean 'images'?"),
         (["--write", "csv", "--pseudo_labels", "true"], "leave one of the two out"),
         (["--write", "[]"], "is empty"),
         (["--tile", "8"], "tile"),

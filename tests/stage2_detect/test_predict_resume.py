@@ -37,7 +37,7 @@ def test_a_killed_run_goes_on(
     monkeypatch.setattr(Parts, "write", killed)
     with pytest.raises(SystemExit):
         call(predict.main, predict_line())
-    run = tmp_path / "seen"
+    run = tmp_path / "predicted"
     assert not (run / "predictions.json").exists()
     assert sorted(path.name for path in (run / "parts").glob("*.json")) == ["000000.json", "000001.json"]
     run_folder: list[int] = []
@@ -91,11 +91,11 @@ def test_a_damaged_part_is_made_again(
         patch.setattr(steps, "assemble", killed)
         with pytest.raises(SystemExit):
             call(predict.main, predict_line())
-    part = tmp_path / "seen" / "parts" / "000001.json"
+    part = tmp_path / "predicted" / "parts" / "000001.json"
     part.write_text(damage(part.read_text()))
     assert call(predict.main, predict_line()) == 0
-    assert f"{part.relative_to(tmp_path)}: does not match its checksum; it is made again" in capsys.readouterr().out
-    one, two = ((tmp_path / name / "predictions.json").read_bytes() for name in ("whole", "seen"))
+    assert f"{part.relative_to(tmp_path)}: does not match its checksum; recomputing it" in capsys.readouterr().out
+    one, two = ((tmp_path / name / "predictions.json").read_bytes() for name in ("whole", "predicted"))
     assert one == two
 
 
@@ -113,7 +113,7 @@ def test_two_processes_write_the_same_file(
     script.write_text(f"import sys; {code}")
     done = scripts.run(str(script), *predict_line("--batch_size", "2", output="two"), ranks=2)
     assert done.returncode == 0, done.stderr[-2000:]
-    one, two = ((tmp_path / name / "predictions.json").read_bytes() for name in ("seen", "two"))
+    one, two = ((tmp_path / name / "predictions.json").read_bytes() for name in ("predicted", "two"))
     assert one == two
     log = (tmp_path / "two" / "log.txt").read_text()
     assert "part 1 of 3 done, 1 left: " in log  # the main process had two of them

@@ -28,7 +28,7 @@ NAMES = ("wide", "tall")
 
 
 @pytest.fixture(scope="module")
-def pictures(tiny_coco: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unlabeled(tiny_coco: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The 12 training scenes, four of them deeper, and one that shows nothing."""
     folder = tmp_path_factory.mktemp("unlabeled") / "more"
     shutil.copytree(tiny_coco.train_images, folder)
@@ -39,20 +39,20 @@ def pictures(tiny_coco: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pseudo_file(pictures: Path, detector_file: Path, call: Call, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What predict.py writes for the pictures."""
+def pseudo_file(unlabeled: Path, detector_file: Path, call: Call, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pseudo-labels that predict.py writes for the unlabeled images."""
     run = tmp_path_factory.mktemp("pseudo") / "run"
-    flags = ["--model", str(detector_file), "--images", str(pictures), "--output", str(run), "--threshold", "0.3"]
+    flags = ["--model", str(detector_file), "--images", str(unlabeled), "--output", str(run), "--threshold", "0.3"]
     flags += ["--pseudo_labels", "true", "--threads", "1", "--workers", "0", "--device", "cpu"]
     assert call(predict.main, flags) == 0
     return run / "pseudo_labels.json"
 
 
 @pytest.fixture
-def settings(train_settings: Settings, pictures: Path, pseudo_file: Path, detector_file: Path) -> Settings:
+def settings(train_settings: Settings, unlabeled: Path, pseudo_file: Path, detector_file: Path) -> Settings:
     """A RetinaNet under a RetinaNet, half of each batch with pseudo-labels."""
     return train_settings | {
-        "unlabeled": str(pictures),
+        "unlabeled": str(unlabeled),
         "pseudo": str(pseudo_file),
         "labeled_ratio": 0.5,
         "model": {"kind": "retinanet", "fpn_channels": 16, "dense": {"convolutions": 1}},
@@ -72,7 +72,7 @@ def loader(tiny_coco: Any, pseudo_file: Path, folder: Path, **changes: Any) -> T
 # ---- the data
 
 
-def test_pseudo_boxes_are_targets_where_the_file_has_them(tiny_coco: Any, pseudo_file: Path, pictures: Path) -> None:
+def test_pseudo_boxes_are_targets_where_the_file_has_them(tiny_coco: Any, pseudo_file: Path, unlabeled: Path) -> None:
     """Against the file's own numbers, moved by the view that seed, id and pass draw."""
     content = json.loads(pseudo_file.read_text())
     ids = {image["id"]: image["file_name"] for image in content["images"]}
@@ -82,8 +82,8 @@ def test_pseudo_boxes_are_targets_where_the_file_has_them(tiny_coco: Any, pseudo
         x, y, width, height = row["bbox"]
         boxes.setdefault(ids[row["image_id"]], []).append([x, y, x + width, y + height])
         labels.setdefault(ids[row["image_id"]], []).append({3: 0, 7: 1}[row["category_id"]])
-    seen = set()
-    batches = loader(tiny_coco, pseudo_file, pictures)
+    batch_names = set()
+    batches = loader(tiny_coco, pseudo_file, unlabeled)
     for step, batch in enumerate(batches):
         assert batch.targets.labeled_B is None  # all count
         for row, record in enumerate(batch.records):
@@ -91,7 +91,7 @@ def test_pseudo_boxes_are_targets_where_the_file_has_them(tiny_coco: Any, pseudo
             assert str(record.image_id).startswith("unlabeled/") == (row >= 2)
             if row < 2:
                 continue
-            seen.add(name)
+            batch_names.add(name)
             number = step // batches.steps_per_epoch
             view = draw_view(
                 64,
@@ -108,13 +108,13 @@ def test_pseudo_boxes_are_targets_where_the_file_has_them(tiny_coco: Any, pseudo
             np.testing.assert_allclose(batch.targets.boxes_BG4[row, :count].numpy(), expected_N4, atol=1e-3)
             assert batch.targets.labels_BG[row, :count].tolist() == labels[name]
             assert (batch.targets.labels_BG[row, count:] == -1).all()
-    assert len(seen) > 2
-    assert seen <= set(boxes)  # never a picture without a box
+    assert len(batch_names) > 2
+    assert batch_names <= set(boxes)  # never an image without a box
 
 
-def test_two_ranks_see_the_union_once(tiny_coco: Any, pseudo_file: Path, pictures: Path) -> None:
+def test_two_ranks_see_the_union_once(tiny_coco: Any, pseudo_file: Path, unlabeled: Path) -> None:
     def images(**changes: Any) -> list[list[str]]:
-        batches = loader(tiny_coco, pseudo_file, pictures, **changes)
+        batches = loader(tiny_coco, pseudo_file, unlabeled, **changes)
         return [[str(record.image_id) for record in batch.records] for batch in batches]
 
     whole = images()
@@ -124,8 +124,8 @@ def test_two_ranks_see_the_union_once(tiny_coco: Any, pseudo_file: Path, picture
     assert [sorted(parts[2 * step] + parts[2 * step + 1]) for step in range(6)] == [sorted(step) for step in whole]
 
 
-def test_a_ratio_of_one_leaves_them_out(tiny_coco: Any, pseudo_file: Path, pictures: Path) -> None:
-    only = loader(tiny_coco, pseudo_file, pictures, labeled_ratio=1.0)
+def test_a_ratio_of_one_leaves_them_out(tiny_coco: Any, pseudo_file: Path, unlabeled: Path) -> None:
+    only = loader(tiny_coco, pseudo_file, unlabeled, labeled_ratio=1.0)
     data = read_coco(tiny_coco.train_annotations, tiny_coco.train_images, training=True)
     plain = TrainLoader(data, RESIZE, AugmentConfig(), batch_size=4, seed=3, start_step=0, stop_step=6)
     assert only.steps_per_epoch == plain.steps_per_epoch == 3
@@ -135,9 +135,9 @@ def test_a_ratio_of_one_leaves_them_out(tiny_coco: Any, pseudo_file: Path, pictu
 
 
 @pytest.mark.parametrize("strong", [True, False])
-def test_augmentation_of_the_unlabeled_alone(tiny_coco: Any, pseudo_file: Path, pictures: Path, strong: bool) -> None:
-    plain = list(loader(tiny_coco, pseudo_file, pictures, auto_augment=not strong))
-    other = list(loader(tiny_coco, pseudo_file, pictures, auto_augment=not strong, auto_augment_unlabeled=strong))
+def test_augmentation_of_the_unlabeled_alone(tiny_coco: Any, pseudo_file: Path, unlabeled: Path, strong: bool) -> None:
+    plain = list(loader(tiny_coco, pseudo_file, unlabeled, auto_augment=not strong))
+    other = list(loader(tiny_coco, pseudo_file, unlabeled, auto_augment=not strong, auto_augment_unlabeled=strong))
     differ = 0
     for one, two in zip(plain, other, strict=True):
         height, width = one.images.pixels_BCHW.shape[2:]
@@ -147,13 +147,13 @@ def test_augmentation_of_the_unlabeled_alone(tiny_coco: Any, pseudo_file: Path, 
 
 
 def test_shapes_come_along_for_mask_heads(
-    mask_file: Path, pictures: Path, call: Call, tmp_path: Path, tiny_coco: Any
+    mask_file: Path, unlabeled: Path, call: Call, tmp_path: Path, tiny_coco: Any
 ) -> None:
-    flags = ["--model", str(mask_file), "--images", str(pictures), "--output", str(tmp_path / "run"), "--threshold"]
+    flags = ["--model", str(mask_file), "--images", str(unlabeled), "--output", str(tmp_path / "run"), "--threshold"]
     flags += ["0", "--pseudo_labels", "true", "--threads", "1", "--workers", "0", "--device", "cpu"]
     assert call(predict.main, flags) == 0
     file = tmp_path / "run" / "pseudo_labels.json"
-    data, total = read_pseudo_labels(file, pictures, NAMES, segmentations=True, cache_annotations=False)
+    data, total = read_pseudo_labels(file, unlabeled, NAMES, segmentations=True, cache_annotations=False)
     assert total == 12
     for record in data.images:
         assert record.segmentations is not None
@@ -163,7 +163,7 @@ def test_shapes_come_along_for_mask_heads(
         del row["segmentation"]
     (tmp_path / "boxes.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"pseudo: .*no usable segmentation"):
-        read_pseudo_labels(tmp_path / "boxes.json", pictures, NAMES, segmentations=True, cache_annotations=False)
+        read_pseudo_labels(tmp_path / "boxes.json", unlabeled, NAMES, segmentations=True, cache_annotations=False)
 
 
 # ---- training
@@ -177,7 +177,7 @@ def test_trains_under_a_teacher_on_both(
     files_below: Callable[[Path], set[str]],
     metrics_of: Callable[[Path], Any],
     pseudo_file: Path,
-    pictures: Path,
+    unlabeled: Path,
 ) -> None:
     assert call(train.main, arguments(settings)) == 0
     run = tmp_path / "run"
@@ -196,7 +196,7 @@ def test_trains_under_a_teacher_on_both(
     content = json.loads(pseudo_file.read_text())
     boxes, images = len(content["annotations"]), len(content["images"])
     log = (run / "log.txt").read_text()
-    assert f"{pseudo_file}: {boxes} pseudo-boxes in {images} of the 12 images in {pictures}" in log
+    assert f"{pseudo_file}: {boxes} pseudo-boxes in {images} of the 12 images in {unlabeled}" in log
     lines = [line for line in metrics_of(run) if "loss_adl" in line]
     assert len(lines) == 6
     for line in lines:

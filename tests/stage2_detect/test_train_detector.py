@@ -38,7 +38,7 @@ def drawn_images_of(run: Path) -> set[str]:
     """The files in a run's index of drawn images, and the index."""
     index = json.loads((run / "pictures/index.json").read_text())
     assert index
-    return {"pictures/index.json", *(f"pictures/{entry[side]}" for entry in index for side in ("truth", "found"))}
+    return {"pictures/index.json", *(f"pictures/{entry[side]}" for entry in index for side in ("truth", "detections"))}
 
 
 def test_a_resumed_run_keeps_its_sheet_of_images(
@@ -153,7 +153,7 @@ def test_writes_exactly_these_files_and_the_detector_evaluates(
 
 
 def test_learns_the_scenes(learning_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path) -> None:
-    """One colour per class: a detector that learns at all detects some of these rectangles. Other seeds reach an AP of 0.4 to 0.95."""
+    """One color per class: a detector that learns at all detects some of these rectangles. Other seeds reach an AP of 0.4 to 0.95."""
     assert call(train.main, arguments(learning_settings)) == 0
     ap50 = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]["AP50"]
     assert ap50 > 0.25, ap50

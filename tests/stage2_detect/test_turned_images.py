@@ -117,9 +117,9 @@ def test_a_file_has_the_same_boxes_in_the_command_and_in_the_call(
     for number, one in enumerate(drawn[:3]):
         for value in (1, 3, 5, 6) if tile is None else (1, 2, 8):
             save_turned(folder / f"{number}_{value}.png", one.pixels, value)
-    flags = ["--batch_size", "1", "--write", "json,pictures", *(["--tile", str(tile)] if tile else [])]
+    flags = ["--batch_size", "1", "--write", "json,images", *(["--tile", str(tile)] if tile else [])]
     assert call(predict.main, predict_line(*flags, images=folder)) == 0
-    written = content(tmp_path / "seen" / "predictions.json")
+    written = content(tmp_path / "predicted" / "predictions.json")
     assert written["info"]["image_orientation"] == "upright"
     total = 0
     drawings: dict[str, list[np.ndarray]] = {}
@@ -134,7 +134,7 @@ def test_a_file_has_the_same_boxes_in_the_command_and_in_the_call(
         np.testing.assert_allclose(np.reshape(corners, (-1, 4)), called.boxes_N4, atol=2e-3)
         assert (image["height"], image["width"]) == scene.pixels.shape[:2]
         total += len(rows)
-        with Image.open(tmp_path / "seen" / "pictures" / f"{path.name}.jpg") as drawing:
+        with Image.open(tmp_path / "predicted" / "pictures" / f"{path.name}.jpg") as drawing:
             drawings.setdefault(path.name[0], []).append(np.array(drawing))
     assert all(np.array_equal(one, several[0]) for several in drawings.values() for one in several)
     assert total > 3

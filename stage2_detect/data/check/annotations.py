@@ -56,29 +56,29 @@ MANY_CROWDS = 0.25
 """share of crowd regions in a class above which they are probably single objects that a tool marked as crowd"""
 
 _FIXES: dict[tuple[Kind, str], str] = {
-    ("image", NO_ID): "leaves them out",
-    ("image", TWICE): "keeps one of equal rows; leaves out different images of one id, and their boxes",
-    ("image", NO_FILE): "leaves them out",
-    ("image", NO_SIZE): "takes the sizes of the image files",
+    ("image", NO_ID): "removes them",
+    ("image", TWICE): "keeps one of several equal rows; removes different images with one id, and their boxes",
+    ("image", NO_FILE): "removes them",
+    ("image", NO_SIZE): "uses the sizes of the image files",
     ("annotation", NO_ID): "gives new ids",
     ("annotation", TWICE): "gives new ids",
-    ("annotation", NO_IMAGE): "leaves them out",
-    ("annotation", NO_CATEGORY): "leaves them out",
-    ("annotation", NO_BOX): "leaves them out",
-    ("annotation", ODD_CROWD): "takes 0",
+    ("annotation", NO_IMAGE): "removes them",
+    ("annotation", NO_CATEGORY): "removes them",
+    ("annotation", NO_BOX): "removes them",
+    ("annotation", ODD_CROWD): "sets it to 0",
 }
 _READ_AS = {
-    WHOLE_ID: "takes the whole number",
-    IMAGE_TYPE: "takes the type of the images",
-    CATEGORY_TYPE: "takes the type of the categories",
-    ODD_NAME: "takes them out",
-    UNUSED: "leaves it out",
-    WHOLE_SIZE: "takes the whole number",
-    TEXT: "takes the numbers",
-    NESTED: "takes its four numbers",
-    SHAPE_BOX: "takes the box around it",
-    EMPTY_CROWD: "takes 0",
-    ODD_AREA: "takes width x height",
+    WHOLE_ID: "reads it as an integer",
+    IMAGE_TYPE: "uses the type of the image ids",
+    CATEGORY_TYPE: "uses the type of the category ids",
+    ODD_NAME: "removes them",
+    UNUSED: "removes it",
+    WHOLE_SIZE: "reads it as an integer",
+    TEXT: "reads it as numbers",
+    NESTED: "reads its four numbers",
+    SHAPE_BOX: "uses the box around it",
+    EMPTY_CROWD: "sets it to 0",
+    ODD_AREA: "uses width x height",
 }
 """how training, evaluation and a cleaned copy read the value of each change"""
 
@@ -289,7 +289,7 @@ def _check_boxes(check: FileCheck, first_of: dict[int, int], *, masks: bool, all
         check.add("warning", text)
     dropped = "training drops them" if check.name == "train" else "never detected, so missed in every score"
     # With a suspicious box format the copy keeps all boxes unchanged.
-    leaves_out, clips = (None, None) if warnings else ("leaves them out", "clips them")
+    leaves_out, clips = (None, None) if warnings else ("removes them", "clips them")
     report(validated.degenerate_N & ~crowd_N, "warning", FLAT, dropped, leaves_out)
     report(validated.outside_N & ~crowd_N, "warning", OUTSIDE, dropped, leaves_out)
     report(clipped_N, "note", "reaching over the border", "training clips them", clips)
@@ -337,7 +337,8 @@ def _report_loss(check: FileCheck, *, allow_loss: bool) -> None:
         if lost:
             allowed = allow_loss and objects
             check.add(
-                "warning" if allowed else "fault", f"{lost}: training {'goes on with the rest' if allowed else 'stops'}"
+                "warning" if allowed else "fault",
+                f"{lost}: training {'continues with the remaining boxes' if allowed else 'stops'}",
             )
     elif not objects + check.tally.dropped("box", FLAT) + check.tally.dropped("box", OUTSIDE):
         check.add("fault", "no objects: evaluation gives no score")
@@ -370,7 +371,7 @@ def _measure(check: FileCheck, used_I: np.ndarray, sides_N2: np.ndarray, owners_
     if empty:
         examples = some([str(rows[index]["file_name"]) for index in empty])
         text = f"{count(len(empty), 'image')} without objects ({examples})"
-        effect = ": trained on as negatives; data.keep_empty: false leaves them out" if check.name == "train" else ""
+        effect = ": trained on as negatives; data.keep_empty: false skips them" if check.name == "train" else ""
         check.add("note", f"{text}{effect}")
     names = list(dict.fromkeys(check.class_of.values()))
     none = [name for name in names if not check.boxes_of[name]]

@@ -47,7 +47,7 @@ def check_images(check: FileCheck, *, quick: bool = False) -> dict[int, ImageFac
             check.add("fault", f"{text}{fitting or ': is that their folder?'}")
         else:
             text = f"{count(len(missing), 'image')} of {len(paths):,} not in {check.folder} ({names}): training stops"
-            check.add("fault", f"{text}{fitting}", None if fitting else "leaves them out")
+            check.add("fault", f"{text}{fitting}", None if fitting else "removes them")
             if not fitting:
                 check.repair.drop_images |= dict.fromkeys(missing, "not in the folder")
     present = [index for index in paths if index not in set(missing)]
@@ -79,7 +79,7 @@ def read_facts(path: Path) -> ImageFacts | str:
 def difference_hash(image: Image.Image) -> int:
     """Return the dHash of an image, 64 bits: each pixel of the grey image at 9 x 8 is compared with the one to its left.
 
-    The hash of an image of one colour is 0. Source: N. Krawetz 2013, hackerfactor.com.
+    The hash of an image of one color is 0. Source: N. Krawetz 2013, hackerfactor.com.
     """
     grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")
@@ -128,11 +128,11 @@ def _check_unreadable(check: FileCheck, reasons: dict[int, str], total: int) -> 
     reason = next(iter(reasons.values()))
     # shared/training/quarantine.py: more than one and more than 1 % stop a training run; a single one stops evaluation.
     ends = check.name == "val" or (len(reasons) > 1 and len(reasons) > 0.01 * total)
-    effect = ("evaluation" if check.name == "val" else "training") + " stops" if ends else "training leaves them out"
+    effect = ("evaluation" if check.name == "val" else "training") + " stops" if ends else "training skips them"
     check.add(
         "fault" if ends else "warning",
         f"{count(len(reasons), 'image')} of {total:,} cannot be read ({some([rows[i]['file_name'] for i in reasons])}; {reason}): {effect}",
-        "leaves them out",
+        "removes them",
     )
     check.repair.drop_images |= dict.fromkeys(reasons, "not readable")
 
@@ -157,7 +157,7 @@ def _check_sizes(check: FileCheck, facts: dict[int, ImageFacts]) -> None:
             "fault",
             f"{count(len(wrong), 'image')} of another size than in the file ({row['file_name']} is {wide} x {high}, not "
             f"{row['width']} x {row['height']}): training stops",
-            "leaves them out: the size that the boxes refer to is unknown",
+            "removes them: the size that the boxes refer to is unknown",
         )
         check.repair.drop_images |= dict.fromkeys(wrong, "of another size than in the file")
     check.statistics["orientation"] = orientation.record()

@@ -133,7 +133,7 @@ class Content(NamedTuple):
 
 
 def coco_content(data: SourceData, split: str, *, source: str, allow_loss: bool) -> Content:
-    """Convert a split to the content of a COCO file; adds the boxes dropped and changed here to the reader's tally.
+    """Convert a split to the content of a COCO file; adds the boxes dropped and changed to the reader's tally.
 
     Raises UserError for large losses unless `allow_loss`, if no object remains to train or evaluate on, and, with `data.hint`, if more than a tenth
     of the boxes reach far beyond their images.

@@ -50,7 +50,7 @@ def read_annotation(file: Path) -> Element:
     root = parse_xml(file)
     if root.name != "annotation":
         raise UserError(
-            f"{file}, line {root.line}: begins with <{root.name}>, and Pascal VOC with <annotation>: is it the XML of another format?"
+            f"{file}, line {root.line}: begins with <{root.name}>, and Pascal VOC with <annotation>: is it another XML format?"
         )
     for element, parents in _below(root, (root,)):
         inside = [parent.name for parent in parents]

@@ -38,7 +38,7 @@ def roi_align(
     Args:
         scale: pixels of the map for one of the RoIs' coordinates, 1 / stride.
         sampling_ratio: samples along a side of a bin; 0 takes as many as the bin has pixels, rounded up.
-        aligned: moves RoIs by half a pixel of the map, so that pixels are points at their centres; without it RoIs are
+        aligned: moves RoIs by half a pixel of the map, so that pixels are points at their centers; without it RoIs are
             at least one pixel wide too.
     """
     if not kernels.on_host(feature_BCHW):
@@ -160,7 +160,7 @@ def _axis(
     last_NS = np.where(used_NSG, low_NSG + (part_NSG > 0), -1).max(axis=2)
     count_NS = (last_NS - first_NS + 1).clip(min=0).astype(np.int64)
     K = max(count_NS.max(initial=0), 1)
-    weight_NSK = np.zeros((*count_NS.shape, K + 1), dtype=np.float32)  # and one for an upper neighbour without weight
+    weight_NSK = np.zeros((*count_NS.shape, K + 1), dtype=np.float32)  # and one for an upper neighbor without weight
     n_N1, s_S = np.arange(len(start_N))[:, None], np.arange(size)
     offset_NSG = (low_NSG - first_NS[..., None]).clip(0, K - 1).astype(np.int64)
     share_NSG = used_NSG / divisor_N11

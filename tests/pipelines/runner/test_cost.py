@@ -89,7 +89,7 @@ def test_what_can_be_counted_without_opening_a_source(tiny: Any, tmp_path: Path)
     labels = ["--objective", "labels"]
     assert counted_source(tmp_path / "list.txt", *labels) == "2 steps of 4 images (2.5 epochs of 3 images)"
     (tmp_path / "list.txt").write_text("a.png\nb.png\nc.png\n")
-    assert counted_source(tmp_path / "list.txt", *labels) == unknown  # no labeled image: the stage says so
+    assert counted_source(tmp_path / "list.txt", *labels) == unknown  # no labeled image: the stage reports it
     (tmp_path / "tars").mkdir()
     (tmp_path / "tars" / "0.tar").write_bytes(b"")
     for path in (tmp_path / "tars", tmp_path / "tars" / "0.tar", tiny.train / "*" / "*.png", Path("hub:a/b")):
@@ -112,9 +112,9 @@ def test_size_of_a_store_is_that_of_its_files(
         "teacher": {"model": str(teacher_file), "check_images": 0},
         **{"views": 3, "top": top, "store_precision": precision, "threads": 1, "workers": 0, "device": "cpu"},
     }
-    told = size_of(tmp_path, "soft_labels", **settings)
+    estimate = size_of(tmp_path, "soft_labels", **settings)
     assert call(write_soft_labels, arguments(settings)) == 0
-    assert told == sum(file.stat().st_size for file in (tmp_path / "run" / "store").glob("*.bin"))
+    assert estimate == sum(file.stat().st_size for file in (tmp_path / "run" / "store").glob("*.bin"))
     settings["data"] = {"train": ["later"], "image_size": 32}
     assert size_of(tmp_path, "soft_labels", **settings) is None
 

@@ -119,7 +119,7 @@ def test_user_error_behind_a_launcher(fake_kinds: None, write_pipeline: Any, err
     stage = one_stage(write_pipeline({"a": {"command": "teach", "processes": 2}}))
     stage.run.mkdir(parents=True)
     (stage.run / "error.json").write_text('{"error": "key: wrong", "exit_code": 2}')
-    begun = time.time() + (0 if error_json else 60)  # an old file says nothing about this start
+    begun = time.time() + (0 if error_json else 60)  # an old file does not describe this start
     outcome = launch._outcome(stage, 1, ["noise"], begun, stopped=False)
     assert outcome.code == expected
     assert outcome.lines[-1] == ("key: wrong" if error_json else "noise")

@@ -184,7 +184,7 @@ def test_rungs_of_the_ladder_differ_in_what_they_are_named_after(smoke: bool) ->
         for seed in (1, 2):
             assert settings[f"{name}_{seed}"] == settings[name] | {"seed": seed}
     assert len(rungs) == 3 * 10
-    assert rungs["stored"].needs == {"teacher", "answers"}
+    assert rungs["stored"].needs == {"teacher", "soft_labels"}
     assert rungs["curated"].needs == {"teacher", "curated_images"}
 
 

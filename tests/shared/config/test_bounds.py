@@ -20,14 +20,14 @@ FREE = {
 }
 
 
-def _models(model: type[BaseModel], seen: set[type[BaseModel]]) -> Iterator[type[BaseModel]]:
-    if model in seen:
+def _models(model: type[BaseModel], visited: set[type[BaseModel]]) -> Iterator[type[BaseModel]]:
+    if model in visited:
         return
-    seen.add(model)
+    visited.add(model)
     yield model
     for field in model.model_fields.values():
         for inner in models_in(field.annotation):
-            yield from _models(inner, seen)
+            yield from _models(inner, visited)
 
 
 def _numbers(annotation: Any, constraints: tuple[Any, ...]) -> Iterator[tuple[type, tuple[Any, ...]]]:
@@ -72,17 +72,17 @@ def test_there_are_settings() -> None:
 
 def _objections(model: type[BaseModel], field: str, value: float) -> set[str]:
     """Kinds of mistakes that a field finds in a number, given as it is and in lists of any form that fields have."""
-    found = set()
+    keys = set()
     for given in (value, *([value] * length for length in range(1, 6)), [[value] * 4] * 3):
         try:
             model.model_validate({field: given})
         except ValidationError as error:
             own = {item["type"] for item in error.errors() if item["loc"][:1] == (field,)}
             assert own, f"takes {given}"
-            found |= own
+            keys |= own
         else:
             raise AssertionError(f"takes {given}")
-    return found
+    return keys
 
 
 @pytest.mark.parametrize(("name", "model", "field", "kind", "constraints"), SETTINGS, ids=[one[0] for one in SETTINGS])

@@ -113,7 +113,7 @@ def test_under_a_launcher_the_line_is_left_in_the_folder_and_the_main_ranks_wins
     assert capsys.readouterr().err == "[rank 1] error: bad\n"
     assert json.loads((tmp_path / "o" / "error.json").read_text()) == {"error": "bad", "exit_code": 2}
     assert run(UserError("the same, later")) == 2
-    assert capsys.readouterr().err == "", "only the first line of another rank is told"
+    assert capsys.readouterr().err == "", "only the first line of another rank is reported"
     monkeypatch.setenv("RANK", "0")
     assert run(UserError("worse")) == 2
     assert capsys.readouterr().err == "error: worse\n"

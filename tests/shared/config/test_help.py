@@ -25,21 +25,21 @@ def flags_in(text: str) -> list[str]:
 
 @pytest.mark.parametrize("config_type", [TrainConfig, DistillConfig, EvaluateConfig])
 def test_help_all_has_every_key_once(config_type: type[CommandConfig]) -> None:
-    shown = flags_in(settings_help(settings_parser(config_type, "x"), config_type, "all"))
+    listed = flags_in(settings_help(settings_parser(config_type, "x"), config_type, "all"))
 
     def leaves(model: object, prefix: str = "") -> set[str]:
-        found: set[str] = set()
+        keys: set[str] = set()
         for name, value in model.items() if isinstance(model, dict) else ():
             inner = value.get("$ref") or next(
                 (one.get("$ref") for one in value.get("anyOf", []) if "$ref" in one), None
             )
             nested = schema["$defs"][inner.rsplit("/", 1)[1]] if inner else {}
-            found |= leaves(nested["properties"], f"{prefix}{name}.") if "properties" in nested else {prefix + name}
-        return found
+            keys |= leaves(nested["properties"], f"{prefix}{name}.") if "properties" in nested else {prefix + name}
+        return keys
 
     schema = config_type.model_json_schema()
-    assert set(shown) == leaves(schema["properties"]) | {"help", "config", "print-config"}
-    assert len(shown) == len(set(shown))
+    assert set(listed) == leaves(schema["properties"]) | {"help", "config", "print-config"}
+    assert len(listed) == len(set(listed))
 
 
 def test_what_a_run_needs_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,7 +120,7 @@ def test_environment_is_not_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("output: o\n", ("--group.rate", "inf"), "command line: group.rate: has to be a finite number"),
         ("output: o\n", ("--steps", "9" * 5000), "command line: steps: is too large a number"),
         ("output: o\n", ("--rate", "1"), "--rate: unknown flag; did you mean '--group.rate'?"),
-        ("- output\n", (), "FILE: expected keys and values at the top level, found list"),
+        ("- output\n", (), "FILE: expected a mapping at the top level, found list"),
         ("output: o\n", ("--stepz", "3"), "--stepz: unknown flag; did you mean '--steps'?"),
         ("output: o\n", ("--group.rat=3",), "--group.rat: unknown flag; did you mean '--group.rate'?"),
         ("output: o\n", ("--steps",), "expected one argument"),
@@ -162,7 +162,7 @@ def test_a_group_given_as_one_flag_names_the_flag_of_its_key(tmp_path: Path) -> 
 
 
 def test_what_a_group_needs_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A bare command prints its usage, and a group that is missing is told by the settings that it needs."""
+    """A bare command prints its usage, and a missing group is reported by the settings that it needs."""
     from ssld.stage2_detect.config import TrainConfig
 
     with pytest.raises(UserError) as caught:

@@ -74,7 +74,7 @@ def test_a_single_gpu_has_an_index(
 def test_auto_precision(
     settings: Settings, gpus: Callable[[int, bool], list[Any]], number: int, bf16: bool, expected: str
 ) -> None:
-    """Older GPUs emulate bf16, slowly, and report it as supported unless asked for the real thing."""
+    """Older GPUs emulate bf16, slowly, and report it as supported unless emulation is excluded."""
     gpus(number, bf16)
     accelerator, config = start_processes(settings())
     assert config.precision == expected

@@ -1,4 +1,4 @@
-"""What is not on this machine is noticed within seconds, in one line; what is in a cache is used without the network."""
+"""Missing downloads are reported within seconds, in one line; cached files are used without the network."""
 
 import json
 import subprocess
@@ -25,31 +25,31 @@ class Answer:
 class Session:
     """Answers by the end of the URL."""
 
-    def __init__(self, answers: dict[str, Any]) -> None:
-        self.answers, self.asked = answers, list[str]()
+    def __init__(self, responses: dict[str, Any]) -> None:
+        self.responses, self.requested = responses, list[str]()
 
     def head(self, url: str, *, headers: Any, timeout: float) -> Answer:
-        self.asked.append(url)
-        found = self.answers.get(url.rsplit("/", 1)[-1], Answer(404))
-        if isinstance(found, BaseException):
-            raise found
-        assert isinstance(found, Answer)
-        return found
+        self.requested.append(url)
+        response = self.responses.get(url.rsplit("/", 1)[-1], Answer(404))
+        if isinstance(response, BaseException):
+            raise response
+        assert isinstance(response, Answer)
+        return response
 
 
 @pytest.fixture
 def network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """A function that sets what the hub answers; its cache is empty."""
+    """A function that sets the responses of the hub; its cache is empty."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
-    def answers(**by_name: Any) -> Session:
+    def respond(**by_name: Any) -> Session:
         session = Session({name.replace("_DOT_", "."): answer for name, answer in by_name.items()})
         monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: session)
         return session
 
-    return answers
+    return respond
 
 
 def test_kinds(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_kinds(tmp_path: Path) -> None:
 def test_what_the_hub_answers(network: Any) -> None:
     session = network(model_DOT_safetensors=Answer(302, 102_000_000))
     assert HUB.ask() == (102_000_000, None)
-    assert session.asked == ["https://huggingface.co/org/name/resolve/v2/model.safetensors"]
+    assert session.requested == ["https://huggingface.co/org/name/resolve/v2/model.safetensors"]
     network(pytorch_model_DOT_bin=Answer(200))
     assert HUB.ask() == (None, None)
     network()
@@ -72,7 +72,7 @@ def test_what_the_hub_answers(network: Any) -> None:
     network(model_DOT_safetensors=Answer(401))
     assert "needs `hf auth login` (status 401)" in str(HUB.ask()[1])
     network(model_DOT_safetensors=Answer(503))
-    assert HUB.ask() == (None, "the hub answers with status 503")
+    assert HUB.ask() == (None, "the hub returned status 503")
     network(model_DOT_safetensors=OSError(-2, "Name or\nservice not known"))
     assert HUB.ask() == (None, "no network ([Errno -2] Name or service not known)")
 
@@ -80,7 +80,7 @@ def test_what_the_hub_answers(network: Any) -> None:
 def test_a_network_that_never_answers(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads, "_SECONDS", -0.45)
     monkeypatch.setattr(Remote, "_ask_hub", lambda self: time.sleep(0.5))
-    assert "no network (no answer within" in str(HUB.ask()[1])
+    assert "no network (no response within" in str(HUB.ask()[1])
 
 
 def test_offline_is_honoured(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +92,7 @@ def test_offline_is_honoured(network: Any, monkeypatch: pytest.MonkeyPatch) -> N
         "teacher.model: hf-hub:org/name: not on this machine, and its download (model.safetensors of org/name) is not possible: "
         "HF_HUB_OFFLINE is set; `hf download org/name` where there is a network, or give a file or a folder instead"
     )
-    assert not session.asked
+    assert not session.requested
 
 
 def test_all_that_some_settings_need(network: Any, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_all_that_some_settings_need(network: Any, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (snapshot / name).write_bytes(b"")
     network(model_DOT_safetensors=Answer(302, 44_000_000), other=Answer(401))
-    found = find_downloads(
+    downloads = find_downloads(
         {
             "student.model": "timm:test_resnet",
             "again": "timm:test_resnet",
@@ -118,7 +118,7 @@ def test_all_that_some_settings_need(network: Any, tmp_path: Path) -> None:
             "here": f"hub:{tmp_path}",
         }
     )
-    assert [(one.text, one.possible) for one in found] == [
+    assert [(one.text, one.possible) for one in downloads] == [
         ("unknown: nothing_like_it: timm has no such model", False),
         (
             "student.model: timm:test_resnet: not on this machine; model.safetensors of timm/test_resnet.r160_in1k (44.0 MB) will be downloaded",
@@ -134,9 +134,9 @@ def test_all_that_some_settings_need(network: Any, tmp_path: Path) -> None:
 
 
 def test_a_timm_model_without_weights(network: Any) -> None:
-    [found] = find_downloads({"student.model": "vit_base_patch16_18x2_224"})
-    assert not found.possible
-    assert "timm has no weights for it; random:vit_base_patch16_18x2_224 begins with random ones" in found.text
+    [download] = find_downloads({"student.model": "vit_base_patch16_18x2_224"})
+    assert not download.possible
+    assert "timm has no weights for it; random:vit_base_patch16_18x2_224 starts from random ones" in download.text
 
 
 def test_weights_behind_a_url(network: Any, tmp_path: Path) -> None:
@@ -154,8 +154,8 @@ def test_from_a_process_of_its_own(tmp_path: Path) -> None:
     """A program without torch asks for timm's names; without any it starts none."""
     script = (
         "import json, sys; from ssld.shared.models.downloads import find_downloads_apart as find; "
-        "found = find({'student.model': 'timm:test_resnet', 'teacher.model': 'x/y.safetensors'}); "
-        "print(json.dumps([[one.text, one.possible] for one in found])); assert 'torch' not in sys.modules"
+        "downloads = find({'student.model': 'timm:test_resnet', 'teacher.model': 'x/y.safetensors'}); "
+        "print(json.dumps([[one.text, one.possible] for one in downloads])); assert 'torch' not in sys.modules"
     )
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Folded BatchNorm: the same answers from fewer modules, and the network as it was where that cannot be had."""
+"""Folded BatchNorm: equal outputs from fewer modules, and an unchanged network where folding is impossible."""
 
 import contextlib
 import copy
@@ -86,7 +86,7 @@ class Twice(Shared):
 
 
 class Undecided(Shared):
-    """What is called depends on the input's values."""
+    """The called layers depend on the input's values."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self.norm(self.conv(x if x.sum() > 0 else -x))

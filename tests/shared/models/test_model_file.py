@@ -1,4 +1,4 @@
-"""The model file: what it says about itself, and what is refused."""
+"""The model file: its metadata, and refused files."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         read_metadata(path)
     save_model_file(path, TENSORS, {"kind": "detector"})
-    with pytest.raises(UserError, match="is a detector file, a backbone file is needed here"):
+    with pytest.raises(UserError, match="is a detector file, a backbone file is needed"):
         read_metadata(path, kind="backbone")
     save_file(TENSORS, path, metadata={"ssld": json.dumps({"kind": "backbone", "format": 2})})
     with pytest.raises(UserError, match=r"written by a newer version .format 2.; update"):
@@ -168,7 +168,7 @@ DETECTOR = {"kind": "detector", "category_ids": [1, 2], "model": {}, "resize": {
         ({"class_names": ["a"]}, "class_names: 1 names, but num_classes is 2"),
         ({"class_names": {"0": "a"}}, "class_names: "),
         ({"num_classes": -1}, "num_classes: "),
-        ({"model_args": {"checkpoint_path": "x"}}, "'checkpoint_path' is no argument of a network"),
+        ({"model_args": {"checkpoint_path": "x"}}, "'checkpoint_path' is not a model argument"),
         ({"model_args": []}, "model_args: "),
         ({"interpolation": 3}, "interpolation: "),
         ({"licence": {}}, "licence: "),

@@ -1,4 +1,4 @@
-"""What a folder, a model of the hub or a file says of itself is kept, and nothing in it reaches the network or other files."""
+"""Metadata of a folder, a hub model or a file are kept, and nothing in them reaches the network or other files."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, place: Path, repo: str) -> Path:
 @pytest.mark.parametrize("prefix", ["", "timm_model.", "model."])
 @pytest.mark.parametrize("place", ["folder", "hub"])
 def test_a_folder_is_its_network(place: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with another activation, whose loss nothing but the answers would tell, and with other classes on top."""
+    """Also with another activation, whose loss only changes the outputs, and with other classes on top."""
     folder, text = tmp_path / "model", str(tmp_path / "model")
     if place == "hub":
         folder, text = cache(monkeypatch, tmp_path / "cache", "org/name"), "hf-hub:org/name"
@@ -59,7 +59,7 @@ def test_a_folder_is_its_network(place: str, prefix: str, tmp_path: Path, monkey
     assert classifier.args["act_layer"] == "silu"
     other, _ = create_classifier(reference, num_classes=7)
     body, line = create_body(reference)
-    x = classifier.normalised(X)
+    x = classifier.normalized(X)
     with torch.no_grad():
         torch.testing.assert_close(classifier.eval()(X), net(x), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(other.net.eval().forward_features(x), net.forward_features(x), rtol=1e-5, atol=1e-6)  # type: ignore[operator]
@@ -116,10 +116,10 @@ def set_args(**args: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_args(in_chans=1), "in_chans is 1, images here have 3 channels"),
-        (set_args(pretrained=True), "'pretrained' is no argument of a network"),
-        (set_args(checkpoint_path="/etc/passwd"), "'checkpoint_path' is no argument of a network"),
-        (set_args(pretrained_cfg_overlay={"file": "/etc/passwd"}), "'pretrained_cfg_overlay' is no argument"),
+        (set_args(in_chans=1), "in_chans is 1, images have 3 channels"),
+        (set_args(pretrained=True), "'pretrained' is not a model argument"),
+        (set_args(checkpoint_path="/etc/passwd"), "'checkpoint_path' is not a model argument"),
+        (set_args(pretrained_cfg_overlay={"file": "/etc/passwd"}), "'pretrained_cfg_overlay' is not a model argument"),
         (set_args(base_width=float("nan")), "base_width has to be a plain JSON value"),
         (set_args(base_width=10**30), "base_width has to be a plain JSON value"),
         (set_args(act_layer={"a": {"b": {"c": {"d": {"e": 1}}}}}), "act_layer has to be a plain JSON value"),
@@ -135,7 +135,7 @@ def set_args(**args: Any) -> Any:
         (lambda config: config["pretrained_cfg"].update(std=[float("nan")] * 3), "std.0: Input should be"),
         (lambda config: config["pretrained_cfg"].update(mean="grey"), "mean: Input should be a valid list"),
         (lambda config: config["pretrained_cfg"].update(mean=[10**400, 0, 0]), "mean.0: "),
-        (lambda config: config["pretrained_cfg"].update(input_size=[1, 28, 28]), "images here have 3 channels"),
+        (lambda config: config["pretrained_cfg"].update(input_size=[1, 28, 28]), "images have 3 channels"),
         (lambda config: config["pretrained_cfg"].update(input_size=7), "input_size: Input should be a valid list"),
         (lambda config: config.update(pretrained_cfg=[]), "pretrained_cfg is not a JSON object"),
     ],
@@ -182,11 +182,14 @@ def test_which_file_of_a_folder(tmp_path: Path) -> None:
     weights.rename(weights.with_name("epoch_3.safetensors"))
     assert parse_reference(str(tmp_path / "model")).file == weights.with_name("epoch_3.safetensors")
     weights.with_name("epoch_4.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"which of epoch_3.safetensors, epoch_4.safetensors are its weights\?"):
+    with pytest.raises(
+        UserError,
+        match=r"several weight files \(epoch_3.safetensors, epoch_4.safetensors\): rename one to model.safetensors",
+    ):
         parse_reference(str(tmp_path / "model"))
     for file in (tmp_path / "model").glob("*.safetensors"):
         file.unlink()
-    with pytest.raises(UserError, match=r"has no weights beside its config\.json; model\.safetensors is expected"):
+    with pytest.raises(UserError, match=r"no weights beside its config\.json \(expected model\.safetensors\)"):
         parse_reference(str(tmp_path / "model"))
 
 
@@ -216,10 +219,10 @@ def test_an_exported_folder_says_what_its_file_says(tmp_path: Path) -> None:
         ("random:test_resnet.nonsense", "timm has no weights called 'nonsense' for test_resnet; it has r160_in1k"),
         ("timm:test_resnet.", "timm has no such model"),
         ("random:hf-hub:x/y", "timm has no such model"),
-        ("hf-hub:", "is no hf-hub:ORG/NAME"),
-        ("hf-hub:name", "is no hf-hub:ORG/NAME"),
-        ("hf-hub:a/b/c", "is no hf-hub:ORG/NAME"),
-        ("hf-hub:../../etc/passwd", "is no hf-hub:ORG/NAME"),
+        ("hf-hub:", "not a valid hf-hub:ORG/NAME"),
+        ("hf-hub:name", "not a valid hf-hub:ORG/NAME"),
+        ("hf-hub:a/b/c", "not a valid hf-hub:ORG/NAME"),
+        ("hf-hub:../../etc/passwd", "not a valid hf-hub:ORG/NAME"),
         ("a" * 5000, "no such file or folder"),
         ("a/" * 3000, "no such file or folder"),
         ("a\0/b", "no such file or folder"),

@@ -38,9 +38,9 @@ def loads(path: Path, net: Any, arch: str = ARCH, *, head: bool = True) -> str:
     body, _ = create_body(reference)
     with torch.no_grad():
         if head:
-            torch.testing.assert_close(classifier.eval()(X), net(classifier.normalised(X)), rtol=1e-5, atol=1e-6)
-        expected = net.forward_intermediates(classifier.normalised(X), intermediates_only=True)
-        torch.testing.assert_close(body.eval()(classifier.normalised(X))[-1], expected[-1], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(classifier.eval()(X), net(classifier.normalized(X)), rtol=1e-5, atol=1e-6)
+        expected = net.forward_intermediates(classifier.normalized(X), intermediates_only=True)
+        torch.testing.assert_close(body.eval()(classifier.normalized(X))[-1], expected[-1], rtol=1e-5, atol=1e-5)
     return classifier.loaded
 
 
@@ -100,7 +100,7 @@ def test_a_head_of_another_kind_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda t: {"student": t, "teacher": t}, "holds several networks (student, teacher); save the one that is meant by itself"),
+        (lambda t: {"student": t, "teacher": t}, "holds several networks (student, teacher); save only the network you want"),
         (lambda t: prefixed("online.", t) | prefixed("target.", t), "holds a test_resnet several times, below online., target.; leave one"),
         (lambda t: {"epoch": 3}, "holds no tensors by name; a state dict is needed"),
         (lambda t: [1], "holds a list, not a state dict of tensors by name"),
@@ -133,7 +133,7 @@ def test_a_larger_network_is_not_taken_for_a_smaller_one(tmp_path: Path) -> None
 
 
 def test_weights_under_the_names_of_their_authors(tmp_path: Path) -> None:
-    """What timm converts: ConvNeXt as published, and Swin with the tables that older versions kept."""
+    """Weights that timm converts: ConvNeXt as published, and Swin with the tables of older versions."""
     net = network("convnext_atto")
     published = {}
     for name, tensor in net.state_dict().items():
@@ -164,7 +164,7 @@ def test_weights_under_the_names_of_their_authors(tmp_path: Path) -> None:
     classifier, inputs = create_classifier(parse_reference(str(tmp_path / "swin")))
     assert inputs.size == (64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(classifier.eval()(X), net(classifier.normalised(X)), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(classifier.eval()(X), net(classifier.normalized(X)), rtol=1e-5, atol=1e-6)
 
 
 def test_position_embeddings_are_resampled(tmp_path: Path) -> None:
@@ -180,4 +180,4 @@ def test_position_embeddings_are_resampled(tmp_path: Path) -> None:
     net.set_input_size(img_size=(96, 96))
     pixels = torch.nn.functional.interpolate(X.float(), (96, 96))
     with torch.no_grad():
-        torch.testing.assert_close(classifier.eval()(pixels), net(classifier.normalised(pixels)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(classifier.eval()(pixels), net(classifier.normalized(pixels)), rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The frozen teacher: its own normalisation, every kind of source, never a gradient."""
+"""The frozen teacher: its own normalization, every kind of source, never a gradient."""
 
 import pickle
 from pathlib import Path
@@ -31,7 +31,7 @@ def reference_logits(net: Any, mean: tuple[float, ...], std: tuple[float, ...]) 
     return logits
 
 
-def test_it_normalises_with_its_own_mean_and_std(tmp_path: Path) -> None:
+def test_it_normalizes_with_its_own_mean_and_std(tmp_path: Path) -> None:
     net, mean, std = make_net(), (0.1, 0.4, 0.7), (0.3, 0.2, 0.25)
     inputs = InputSettings(mean, std, (40, 40), "bilinear", False)
     save_backbone(tmp_path / "t.safetensors", net, arch="test_resnet", inputs=inputs, classes=4)
@@ -82,7 +82,7 @@ def test_frozen(teacher_file: Path) -> None:
     assert logits.dtype == torch.float32
     assert not any(parameter.requires_grad for parameter in teacher._classifier.parameters())
     assert not teacher._classifier.training
-    # batch statistics would make an image's answer depend on its neighbours, and move the running ones
+    # batch statistics would make an image's logits depend on the other images, and move the running ones
     torch.testing.assert_close(teacher(PIXELS[:1]), logits[:1], rtol=1e-4, atol=1e-4)
     assert teacher.content_sha256() == before
 

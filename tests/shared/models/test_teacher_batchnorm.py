@@ -36,7 +36,7 @@ def net_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def in_training_mode(file: Path) -> torch.Tensor:
-    """What the network answers with every BatchNorm in training mode."""
+    """Outputs of the network with every BatchNorm in training mode."""
     classifier, _ = create_classifier(parse_reference(str(file), "test_resnet", allow_pickle=True))
     classifier.eval()
     for module in classifier.modules():
@@ -51,7 +51,7 @@ def test_batch_statistics(net_file: Path) -> None:
     running = FrozenTeacher(str(net_file), arch="test_resnet")
     torch.testing.assert_close(teacher(PIXELS), in_training_mode(net_file), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(teacher(PIXELS), running(PIXELS), rtol=0.1)
-    # an answer depends on the neighbours, but not on what came before
+    # outputs depend on the batch, but not on earlier batches
     first = teacher(PIXELS)
     teacher(PIXELS[:3])
     assert torch.equal(teacher(PIXELS), first)

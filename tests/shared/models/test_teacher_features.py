@@ -1,4 +1,4 @@
-"""What a teacher says beside its logits: pooled features and maps, of networks of every layout, against timm's own forward passes."""
+"""Features of a teacher: pooled features and maps, of networks of every layout, against timm's own forward passes."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def encoder_file(folder: Path, arch: str, classes: int = 0, **model_args: Any) -
     ],
 )
 def test_features_are_timms(tmp_path: Path, arch: str, model_args: dict[str, Any], side: int) -> None:
-    """The map is timm's last intermediate one, normed; the pooled features are what a network without classes answers."""
+    """The map is timm's last intermediate one, normed; the pooled features are the output of a network without classes."""
     path = encoder_file(tmp_path, arch, **model_args)
     teacher = FrozenTeacher(str(path), classes=False)
     pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -90,7 +90,7 @@ def test_pooling_of_features_can_be_set(tmp_path: Path) -> None:
         FrozenTeacher(str(path), classes=False, global_pool="best")
     of_classes = encoder_file(tmp_path, "test_resnet", classes=4)
     with pytest.raises(
-        UserError, match=r"teacher.global_pool: the classes of .* were trained on its own pooling; leave it out"
+        UserError, match=r"teacher.global_pool: .*'s classifier needs its own pooling; remove global_pool"
     ):
         FrozenTeacher(str(of_classes), global_pool="max")
     assert FrozenTeacher(str(of_classes), classes=False).num_classes == 4
@@ -106,5 +106,7 @@ def test_features_that_are_no_map(shape: tuple[int, ...]) -> None:
     net.num_features = 8  # type: ignore[assignment]
     assert feature_map(net, torch.zeros(2, 16, 8), "this").shape == (2, 8, 4, 4)
     for features in (torch.zeros(shape), [torch.zeros(2, 16, 8)]):
-        with pytest.raises(UserError, match=r"^this: its last features \[.*\] are no map; leave spatial out of losses"):
+        with pytest.raises(
+            UserError, match=r"^this: last features have shape \[.*\], not \[B, C, H, W\]; remove spatial from losses"
+        ):
             feature_map(net, features, "this")

@@ -26,20 +26,20 @@ Call = Callable[..., int]
 def test_distillation_takes_the_passes_that_fit(
     arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, small_memory: Any
 ) -> None:
-    """Batches of 8 where 3 images fit: passes of 2, and weights bit for bit those of a run that was told so.
+    """Batches of 8 where 3 images fit: passes of 2, and weights bit for bit those of a run with `accumulate` given.
 
     The student has BatchNorm, whose running statistics the trial changes, and has to put back.
     """
     settings = distill_settings | {"student": {"model": "random:test_resnet"}}
-    assert call(distill, arguments(settings | {"accumulate": 4}, "told")) == 0
+    assert call(distill, arguments(settings | {"accumulate": 4}, "given")) == 0
     sizes = small_memory(Classifier, 3)
     assert call(distill, arguments(settings | {"auto_batch": True})) == 0
     assert sizes == [8, 4, 2, *[2] * 4 * 6, 2]  # and once more after the last update
     assert json.loads((tmp_path / "run" / "auto_batch.json").read_text()) == {"accumulate": 4, "processes": 1}
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "auto_batch: 2 of 8 images per process and pass fit, so accumulate is 4\n" in log
-    told, found = (load_file(tmp_path / name / "student.safetensors") for name in ("told", "run"))
-    assert all(torch.equal(told[name], found[name]) for name in told)
+    given, chosen = (load_file(tmp_path / name / "student.safetensors") for name in ("given", "run"))
+    assert all(torch.equal(given[name], chosen[name]) for name in given)
 
 
 def test_a_run_goes_on_with_what_it_found(
@@ -87,7 +87,7 @@ def test_too_few_passes_after_all(
     assert capsys.readouterr().err == (
         "error: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. auto_batch found too few passes: the same command tries more of them\n"
     )
-    # Who switches it off is told of it, and what it found is left alone.
+    # Switching it off is reported, and the recorded number stays.
     small_memory(Classifier, 0)
     assert call(distill, arguments(settings, "run", "--auto_batch", "false", "--accumulate", "4")) == 2
     assert "The run goes on with --auto_batch true" in capsys.readouterr().err
@@ -120,7 +120,7 @@ def test_any_rank_notes_that_passes_were_too_few(
     "notes", [[{"too_few": 2, "processes": 2}, {}], [{"accumulate": 2, "processes": 2}, {"too_few": 2, "processes": 2}]]
 )
 def test_the_note_of_any_rank_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, notes: list[Settings]) -> None:
-    """Where ranks have folders of their own, the main rank's still has what was found before."""
+    """Where ranks have folders of their own, the main rank's still has the recorded number."""
 
     class Run:
         path, main = tmp_path, True
@@ -207,14 +207,14 @@ def test_out_of_memory_says_what_to_set(
 def test_a_trial_asks_no_other_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that has run out of memory does not answer: the others would wait for ever."""
 
-    def asked(*_: Any) -> None:
-        raise AssertionError("asked")
+    def reduced(*_: Any) -> None:
+        raise AssertionError("all_reduce was called")
 
     monkeypatch.setattr(ranks, "world_size", lambda: 2)
-    monkeypatch.setattr(ranks.dist, "all_reduce", asked)
+    monkeypatch.setattr(ranks.dist, "all_reduce", reduced)
     with ranks.alone():
         assert ranks.total_over_ranks(torch.tensor(3.0)) == 3
-    with pytest.raises(AssertionError, match="asked"):
+    with pytest.raises(AssertionError, match="all_reduce was called"):
         ranks.total_over_ranks(torch.tensor(3.0))
 
 

@@ -1,4 +1,4 @@
-"""What a run says of its speed: on a terminal a bar, elsewhere lines; and that what it says follows from the clock."""
+"""Progress of a run: a bar on a terminal, lines elsewhere; and its speed follows from the clock."""
 
 import io
 import json
@@ -134,11 +134,11 @@ def test_a_terminal_has_a_bar_and_the_lines_stand_above_it(
             state.step()
             state.describe(state.read(images=2), loss=0.125, lr=0.5)
         run.write("a line")
-    shown = terminal.getvalue()
-    assert "8/8" in shown
-    assert "5/8" in shown  # it goes on where the run does
-    assert "loss=0.125" in shown
-    assert "lr=0.5" in shown
+    printed = terminal.getvalue()
+    assert "8/8" in printed
+    assert "5/8" in printed  # it goes on where the run does
+    assert "loss=0.125" in printed
+    assert "lr=0.5" in printed
     assert capsys.readouterr().out == "a line\n"
     assert run.write is print  # as before
 

@@ -31,7 +31,7 @@ def test_none_writes_nothing(run: RunDir) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "images", "seen", "fails"),
+    ("bad", "images", "read_so_far", "fails"),
     [
         (1, 10, 10, False),  # a single one never ends a run
         (2, 10, 10, True),
@@ -45,14 +45,14 @@ def test_none_writes_nothing(run: RunDir) -> None:
         (900, 100_000, 999, False),  # not before 1,000 files
     ],
 )
-def test_threshold(run: RunDir, bad: int, images: int, seen: int, fails: bool) -> None:
+def test_threshold(run: RunDir, bad: int, images: int, read_so_far: int, fails: bool) -> None:
     quarantine = Quarantine(run, images=images)
     quarantine.add([f"{number:04d}.jpg" for number in range(bad)])
     if not fails:
-        quarantine.judge(seen)
+        quarantine.judge(read_so_far)
         return
-    with pytest.raises(UserError, match=f"{bad} of {min(seen, images)} images cannot be read") as caught:
-        quarantine.judge(seen)
+    with pytest.raises(UserError, match=f"{bad} of {min(read_so_far, images)} images cannot be read") as caught:
+        quarantine.judge(read_so_far)
     assert "(first: 0000.jpg)" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len((run.path / "quarantine.txt").read_text().splitlines()) == bad

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def test_planted_copies_are_found_in_little_memory() -> None:
     """The benchmark at a fortieth of its size."""
     line = [sys.executable, "-W", "error", str(ROOT / "benchmarks" / "curation_memory.py"), "--rows", "500000"]
-    line += ["--classes", "100", "--keep", "200", "--protected", "5000"]
+    line += ["--classes", "100", "--keep", "200", "--held_out", "5000"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

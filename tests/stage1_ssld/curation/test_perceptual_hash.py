@@ -67,7 +67,7 @@ def test_copies_are_near_and_others_far() -> None:
     assert far[~np.eye(20, dtype=bool)].min() > 10
 
 
-def test_blank_pictures_are_alike_whatever_their_colour() -> None:
+def test_blank_pictures_are_alike_whatever_their_color() -> None:
     """No structure, no bit but the mean's; black has not even that."""
     values = {perceptual_hash(torch.full((3, 50, 70), grey, dtype=torch.uint8)) for grey in (3, 90, 255)}
     assert values == {(1, 1)}

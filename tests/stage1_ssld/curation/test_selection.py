@@ -64,7 +64,7 @@ def pool(tmp_path: Path) -> dict[str, Any]:
         "hash": hashes(300),
         "mirrored": hashes(300),
     }
-    protected = {
+    held_out = {
         "key": np.array([f"other {number}" for number in range(70)]),
         "class": np.where(np.arange(70) % 10 == 3, UNREADABLE, 0).astype(np.int32),
         "hash": hashes(70),
@@ -72,14 +72,14 @@ def pool(tmp_path: Path) -> dict[str, Any]:
     }
     for name, table, cuts, schema in (
         ("scores", columns, (0, 100, 101, 300), SCORED),
-        ("protected", protected, (0, VAL, 70), HELD_OUT),
+        ("held_out", held_out, (0, VAL, 70), HELD_OUT),
     ):
         (tmp_path / name).mkdir()
         for number, (low, high) in enumerate(itertools.pairwise(cuts)):
             part = {key: value[low:high] for key, value in table.items()}
             lost = [key for key, label in zip(part["key"], part["class"], strict=True) if label == UNREADABLE]
             write_shard(shard_file(tmp_path / name, number), part, schema, lost)
-    return {"folder": tmp_path, "pool": columns, "protected": protected}
+    return {"folder": tmp_path, "pool": columns, "held_out": held_out}
 
 
 def closeness(a: int, b: int) -> float:
@@ -89,7 +89,7 @@ def closeness(a: int, b: int) -> float:
 
 def written_out(pool: dict[str, Any], candidates: int, flips: bool) -> dict[int, str]:
     """{row of a candidate: what becomes of it}, one image and one rule at a time."""
-    scored, protected = pool["pool"], pool["protected"]
+    scored, held_out = pool["pool"], pool["held_out"]
     score, hashes, mirrored = (scored[name].tolist() for name in ("score", "hash", "mirrored"))
     ranked: list[int] = []
     for number in range(CLASSES):
@@ -99,9 +99,9 @@ def written_out(pool: dict[str, Any], candidates: int, flips: bool) -> dict[int,
     fate: dict[int, str] = {}
     for row in ranked:
         for other in range(70):
-            reference = [protected[name].tolist()[other] for name in ("hash", "mirrored")]
+            reference = [held_out[name].tolist()[other] for name in ("hash", "mirrored")]
             near = min((hashes[row] ^ bits).bit_count() for bits in reference) <= DISTANCE
-            if near and protected["class"][other] != UNREADABLE and closeness(row, other + 1000) >= COSINE:
+            if near and held_out["class"][other] != UNREADABLE and closeness(row, other + 1000) >= COSINE:
                 fate[row] = "like_val" if other < VAL or fate.get(row) == "like_val" else "like_train"
     for place, row in enumerate(ranked):
         for better in ranked[:place]:
@@ -120,26 +120,26 @@ def written_out(pool: dict[str, Any], candidates: int, flips: bool) -> dict[int,
 
 @pytest.mark.parametrize(("candidates", "flips"), [(9, True), (12, False), (300, True), (300, False)])
 def test_equals_the_rules_written_out(pool: dict[str, Any], candidates: int, flips: bool) -> None:
-    scored, protected = ScoreFiles(pool["folder"] / "scores", 3), ScoreFiles(pool["folder"] / "protected", 2)
+    scored, held_out = ScoreFiles(pool["folder"] / "scores", 3), ScoreFiles(pool["folder"] / "held_out", 2)
     actual = find_candidates(scored, classes=CLASSES, keep=candidates, min_score=MIN_SCORE, examples=4)
     save_candidates(pool["folder"] / "candidates.parquet", actual)
     actual = load_candidates(pool["folder"] / "candidates.parquet")
-    alike = find_close_pairs(actual.hash_N, actual.mirrored_N if flips else None, protected, hash_distance=DISTANCE)
+    alike = find_close_pairs(actual.hash_N, actual.mirrored_N if flips else None, held_out, hash_distance=DISTANCE)
     ids = actual.id_N.tolist()
     cosine = np.array(
         [closeness(ids[a], ids[b]) for a, b, _ in zip(*alike.inside, strict=True)]
         + [closeness(ids[a], b + 1000) for a, b, _ in zip(*alike.held_out, strict=True)],
         np.float32,
     )
-    save_close_pairs(pool["folder"] / "look_alikes.parquet", alike, actual.id_N)
-    rows = pair_rows(pool["folder"] / "look_alikes.parquet")
+    save_close_pairs(pool["folder"] / "near_duplicates.parquet", alike, actual.id_N)
+    rows = pair_rows(pool["folder"] / "near_duplicates.parquet")
     assert rows is not None
     expected_rows = [(ids[a], ids[b], False) for a, b, _ in zip(*alike.inside, strict=True)]
     expected_rows += [(ids[a], b, True) for a, b, _ in zip(*alike.held_out, strict=True)]
     assert list(zip(*(column.tolist() for column in rows), strict=True)) == expected_rows
-    add_cosines(pool["folder"] / "look_alikes.parquet", cosine)
-    assert pair_rows(pool["folder"] / "look_alikes.parquet") is None
-    alike, known = load_close_pairs(pool["folder"] / "look_alikes.parquet")
+    add_cosines(pool["folder"] / "near_duplicates.parquet", cosine)
+    assert pair_rows(pool["folder"] / "near_duplicates.parquet") is None
+    alike, known = load_close_pairs(pool["folder"] / "near_duplicates.parquet")
     assert known is not None
     decision = decide(actual, alike, known, cosine=COSINE, val_images=VAL, keep=KEEP)
 
@@ -169,15 +169,15 @@ def test_equals_the_rules_written_out(pool: dict[str, Any], candidates: int, fli
 
 
 def test_pairs_are_kept_without_cosines_until_these_are_known(pool: dict[str, Any]) -> None:
-    scored, protected = ScoreFiles(pool["folder"] / "scores", 3), ScoreFiles(pool["folder"] / "protected", 2)
+    scored, held_out = ScoreFiles(pool["folder"] / "scores", 3), ScoreFiles(pool["folder"] / "held_out", 2)
     actual = find_candidates(scored, classes=CLASSES, keep=12, min_score=0)
-    alike = find_close_pairs(actual.hash_N, actual.mirrored_N, protected, hash_distance=DISTANCE)
+    alike = find_close_pairs(actual.hash_N, actual.mirrored_N, held_out, hash_distance=DISTANCE)
     save_close_pairs(pool["folder"] / "pairs.parquet", alike, actual.id_N)
     again, cosine = load_close_pairs(pool["folder"] / "pairs.parquet")
     assert cosine is None
     for mine, read in zip([*alike[0], *alike[1]], [*again[0], *again[1]], strict=True):
         np.testing.assert_array_equal(mine, read)
-    none_held_out = ScoreFiles(pool["folder"] / "protected", 0)
+    none_held_out = ScoreFiles(pool["folder"] / "held_out", 0)
     assert len(find_close_pairs(actual.hash_N, None, none_held_out, hash_distance=DISTANCE).held_out.left_P) == 0
 
 

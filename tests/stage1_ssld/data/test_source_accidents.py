@@ -84,7 +84,7 @@ def test_a_class_whose_images_are_out_of_reach_stops_the_run(tmp_path: Path) -> 
     (tmp_path / "empty").mkdir()
     assert refusal(tmp_path) == (
         f"data.train: {tmp_path}: all images of class '.net' would be left out: 1 in a hidden folder (first: .net/1.png); correct the source, or set "
-        "data.allow_loss: true to go on with the rest"
+        "data.allow_loss: true to continue with the remaining images"
     )
     config = SourceConfig(path=str(tmp_path))
     (images,) = open_sources([config], "data.train", allow_loss=True)
@@ -206,16 +206,17 @@ def test_hidden_files_are_skipped_elsewhere_too(tmp_path: Path) -> None:
     images = source("memory://pool")
     assert [images.key(row) for row in range(len(images))] == ["0:cat/1.png", "0:dog/2"]
     assert len(source("memory://pool/*/*.png")) == 1
-    assert (images.tally.skipped("file", "without a suffix"), images.tally.skipped("file", "of kind .txt")) == (1, 1)
+    assert (images.tally.skipped("file", "without a suffix"), images.tally.skipped("file", "with suffix .txt")) == (
+        1,
+        1,
+    )
     filesystem.store.clear()
 
 
 @pytest.mark.parametrize("name", ["train.csv", "train.lst", "images.arrow", "images.h5", "x.tar.gz"])
 def test_files_that_are_no_sources(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"path,label\n")
-    expected = (
-        "unpack it" if name == "x.tar.gz" else f"{name}: a {Path(name).suffix} file is no source of images; use a"
-    )
+    expected = "unpack it" if name == "x.tar.gz" else f"{name}: unsupported source type {Path(name).suffix}; use a"
     assert expected in refusal(tmp_path / name)
     os.mkfifo(tmp_path / "pipe.parquet")
     assert "pipe.parquet: is neither a file nor a folder" in refusal(tmp_path / "pipe.parquet")
@@ -473,9 +474,7 @@ def test_numbers_without_an_image_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"9,996 of the 10,000 classes would be left out: 9,996 without an image"):
         labeled_classes([listed(0, 1, 2, 9999)])
     assert labeled_classes([listed(0, 1, 2, 9999)], allow_loss=True)[1] == 10_000
-    with pytest.raises(
-        UserError, match=r"list\.txt: all images are of one class, 0: labels of one class teach nothing"
-    ):
+    with pytest.raises(UserError, match=r"list\.txt: all images are of one class, 0: at least two classes are needed"):
         labeled_classes([listed(0, 0, 0, 0)])
     with pytest.raises(UserError, match=r"999,999,996 of the 1,000,000,000 classes would be left out"):
         labeled_classes([listed(0, 1, 2, 999_999_999)])

@@ -192,7 +192,7 @@ def test_lists_that_are_refused(tmp_path: Path, jpeg: Any) -> None:
 def test_patterns(tiny: Any, tmp_path: Path, jpeg: Any) -> None:
     images = source(f"{tiny.train}/*/*_00[0-4].png")
     assert len(images) == 15
-    assert images.labels is None  # a pattern says nothing about classes
+    assert images.labels is None  # a pattern names no classes
     assert images.key(0) == "0:disc/disc_000.png"
     assert images.location(0) == f"{tiny.train}/disc/disc_000.png"
     assert len(source(f"{tiny.train}/**/*.png")) == 30

@@ -177,7 +177,7 @@ def test_erasing() -> None:
         inside[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = True
         assert torch.equal(a[:, ~inside], b[:, ~inside])
         assert 0.01 < inside.float().mean() < 0.4  # a fiftieth to a third, rounded to pixels
-        assert box.unique().numel() > box.numel() / 20  # noise, not one colour
+        assert box.unique().numel() > box.numel() / 20  # noise, not one color
     some = [view("k", number, image_size=32, erase=0.25) for number in range(60)]
     assert 6 <= sum(not torch.equal(a, b) for a, b in zip(plain, some, strict=True)) <= 25
     assert torch.equal(some[0], view("k", 0, image_size=32, erase=0.25))

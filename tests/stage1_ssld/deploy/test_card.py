@@ -1,4 +1,4 @@
-"""The model card says what is recorded, and nothing about the machine it was written on."""
+"""The model card holds what is recorded, and nothing about the machine it was written on."""
 
 import json
 from pathlib import Path

@@ -184,7 +184,7 @@ def test_statistics_are_those_of_all_images(network: Network) -> None:
     teacher.features = one_channel_stands_still  # type: ignore[method-assign]
     views = [View(view, 0, str(number), []) for number, view in enumerate(x)]
     line = heads.measure(teacher, [collate(views[:4]), collate([]), collate(views[4:])])
-    assert line.endswith("standardised with 7 views; the statistics are kept in the checkpoints")
+    assert line.endswith("standardized with 7 views; the statistics are kept in the checkpoints")
     taught = teacher.features(x, maps=True)
     assert taught.map_BCHW is not None
     by_name = {"pooled": taught.pooled_BD, "spatial": taught.map_BCHW.permute(0, 2, 3, 1).flatten(0, 2)}
@@ -202,7 +202,7 @@ def test_statistics_are_those_of_all_images(network: Network) -> None:
     ("value", "message"),
     [
         (float("nan"), "its features are not finite; set teacher.precision: fp32, or check its weights"),
-        (1.0, r"its features \(pooled\) are the same for every image: wrong weights, or images of one colour"),
+        (1.0, r"its features \(pooled\) are the same for every image: wrong weights, or images of one color"),
     ],
 )
 def test_features_that_say_nothing(network: Network, value: float, message: str) -> None:
@@ -239,9 +239,9 @@ def test_a_student_answers_as_timm_has_it(network: Network, arch: str) -> None:
     student = Classifier(net, mean=(0.4,) * 3, std=(0.3,) * 3).eval()
     logits, pooled, maps = student_features(student, pixels(), [1, 3])
     torch.testing.assert_close(logits, student(pixels()))
-    features = net.forward_features(student.normalised(pixels()))
+    features = net.forward_features(student.normalized(pixels()))
     torch.testing.assert_close(pooled, net.forward_head(features, pre_logits=True))
-    _, expected = net.forward_intermediates(student.normalised(pixels()), indices=[1, 3], output_fmt="NCHW")
+    _, expected = net.forward_intermediates(student.normalized(pixels()), indices=[1, 3], output_fmt="NCHW")
     torch.testing.assert_close(maps, expected)
     bare, _, none = student_features(student_of(network(arch)), pixels(), [])
     assert bare.shape == (3, 0)

@@ -199,7 +199,7 @@ def test_a_sure_student_in_another_order_is_not() -> None:
         (9.0, 10.0, True),
         (14.9, 10.0, True),
         (15.1, 10.0, False),
-        (0.9, 0.1, True),  # a teacher that says next to nothing: below a nat no ratio means anything
+        (0.9, 0.1, True),  # a near-uniform teacher: below a nat the ratio is meaningless
         (1.1, 0.1, False),
         (-0.0001, 0.1, True),  # rounding, where student and teacher are the same network
         (-0.1, 0.1, False),

@@ -38,7 +38,7 @@ def test_a_header_of_another_format(store_copy: Path, content: str) -> None:
 def test_a_header_that_was_edited(store_copy: Path) -> None:
     text = (store_copy / "store.json").read_text()
     (store_copy / "store.json").write_text(text.replace('"seed": 5', '"seed": 6'))
-    with pytest.raises(UserError, match=r"store\.json: does not match its checksum; put back what was written"):
+    with pytest.raises(UserError, match=r"store\.json: does not match its checksum; restore the original file"):
         SoftLabelStore(store_copy)
 
 

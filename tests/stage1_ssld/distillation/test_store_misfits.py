@@ -25,7 +25,7 @@ from ssld.stage1_ssld.distillation.soft_label_store import (
 
 
 def edit_header(store: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change what store.json says, and its checksum with it."""
+    """Change store.json, and its checksum with it."""
     header = json.loads((store / "store.json").read_text())
     change(header)
     (store / "store.json").write_text(json.dumps(header | {"sha256": header_checksum(header)}))

@@ -41,7 +41,7 @@ def teacher_of(path: Path, classes: int, seed: int = 0, **options: Any) -> Froze
 
 
 def images_of(count: int) -> Tensor:
-    """Blocks of random colours: noise by the pixel looks the same to every network."""
+    """Blocks of random colors: noise by the pixel looks the same to every network."""
     generator = torch.Generator().manual_seed(count)
     blocks = torch.randint(0, 256, (count, 3, 2, 2), dtype=torch.uint8, generator=generator)
     return blocks.repeat_interleave(16, 2).repeat_interleave(16, 3)
@@ -57,7 +57,7 @@ def refused(teacher: Teacher, pixels: Tensor, labels: Tensor) -> str:
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith(f"{teacher.reference.text}: ")
-    assert message.endswith("; teacher.check_images: 0 leaves this check out")
+    assert message.endswith("; teacher.check_images: 0 skips this check")
     return message
 
 

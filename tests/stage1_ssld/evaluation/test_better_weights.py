@@ -18,7 +18,7 @@ from ssld.shared.run_dir import read_result
 from ssld.stage1_ssld.data.batch import Batch
 from ssld.stage1_ssld.distill import main as distill
 from ssld.stage1_ssld.evaluation import better_weights
-from ssld.stage1_ssld.evaluation.better_weights import choose_weights, nearest_images, neighbours_in_common, weights
+from ssld.stage1_ssld.evaluation.better_weights import choose_weights, nearest_images, neighbors_in_common, weights
 from tests.tf32 import MatrixProductsInTF32
 
 IMAGES = 60
@@ -53,7 +53,7 @@ def copied(net: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in net.state_dict().items()}
 
 
-def test_tf32_does_not_decide_about_neighbours() -> None:
+def test_tf32_does_not_decide_about_neighbors() -> None:
     """Eleven images whose cosines with the first differ by less than the rounding of TF32; the farthest stands first and is none of ten."""
     angles = 0.5 + 1e-5 * torch.tensor([11.0, *range(1, 11)], dtype=torch.float64)
     angles = torch.cat((torch.zeros(1, dtype=torch.float64), angles))
@@ -62,7 +62,7 @@ def test_tf32_does_not_decide_about_neighbours() -> None:
         assert nearest_images(embeddings_ND)[0].tolist() == list(range(2, 12))
 
 
-def test_neighbours_against_numpy() -> None:
+def test_neighbors_against_numpy() -> None:
     draw = np.random.default_rng(1)
     result = []
     embeddings = [draw.normal(size=(40, size)) for size in (5, 9)]
@@ -70,13 +70,13 @@ def test_neighbours_against_numpy() -> None:
         unit = one / np.linalg.norm(one, axis=1, keepdims=True)
         cosines = unit @ unit.T
         np.fill_diagonal(cosines, -np.inf)
-        result.append([set(row) for row in np.argsort(-cosines, axis=1)[:, : better_weights.NEIGHBOURS]])
-    expected = np.mean([len(a & b) / better_weights.NEIGHBOURS for a, b in zip(*result, strict=True)])
+        result.append([set(row) for row in np.argsort(-cosines, axis=1)[:, : better_weights.NEIGHBORS]])
+    expected = np.mean([len(a & b) / better_weights.NEIGHBORS for a, b in zip(*result, strict=True)])
     actual = [nearest_images(torch.from_numpy(one)) for one in embeddings]
     assert [[set(row.tolist()) for row in one] for one in actual] == result
-    assert neighbours_in_common(*actual) == pytest.approx(expected, abs=1e-6)
+    assert neighbors_in_common(*actual) == pytest.approx(expected, abs=1e-6)
     assert 0 < expected < 1
-    assert neighbours_in_common(actual[0], actual[0]) == 1
+    assert neighbors_in_common(actual[0], actual[0]) == 1
 
 
 def test_the_three_sets_of_weights() -> None:
@@ -174,7 +174,7 @@ def test_a_start_with_classes_in_another_order_has_no_classifier(
     assert torch.equal(kept["conv1.0.weight"], turned["conv1.0.weight"])
     assert torch.equal(kept["fc.weight"], last["fc.weight"])
     log = (tmp_path / "better" / "log.txt").read_text()
-    assert "its classification layer begins anew, because its classes are others or in another order" in log
+    assert "classifier re-initialized: different classes or class order" in log
 
 
 def test_what_is_missing_for_a_comparison_is_said(

@@ -1,4 +1,4 @@
-"""Nearest neighbours against a search written out in NumPy, and through evaluate.py, on one process and on two."""
+"""Nearest neighbors against a search written out in NumPy, and through evaluate.py, on one process and on two."""
 
 import json
 import weakref
@@ -53,7 +53,7 @@ def test_against_an_exhaustive_search(k: int) -> None:
     generator = np.random.default_rng(k)
     table = generator.standard_normal((100, 6))
     labels = generator.integers(0, 4, 100)
-    table += 0.8 * np.eye(6)[labels]  # some of it can be told
+    table += 0.8 * np.eye(6)[labels]  # classes are partly separable
     labels[[3, 50, 90]] = -1
     queries, bank = labels[:40], labels[40:]
     known = int((bank >= 0).sum())
@@ -79,7 +79,7 @@ def test_the_vote_is_weighted_by_similarity_and_safe_from_overflow() -> None:
     assert vote(cosines, classes, 3, temperature=100.0).tolist() == [1, 1, 2]
 
 
-def test_of_equal_neighbours_the_earlier_one_votes() -> None:
+def test_of_equal_neighbors_the_earlier_one_votes() -> None:
     table = np.ones((9, 2))
     bank = np.array([1, 0, 0, 0, 0, 0, 0, 0])
     for size in (1, 3, 8):
@@ -183,7 +183,7 @@ def test_mistakes_with_a_bank(tiny: Any, teacher_file: Path, user_error: Any, tm
         assert not (tmp_path / "run").exists()
         return message
 
-    assert f"{tiny.unlabeled}: no labels, which nearest-neighbour accuracy needs" in line(tiny.unlabeled, tiny.train)
+    assert f"{tiny.unlabeled}: no labels, which nearest-neighbor accuracy needs" in line(tiny.unlabeled, tiny.train)
     assert f"bank: {tiny.unlabeled}: no labels for its images to vote" in line(tiny.val, tiny.unlabeled)
     assert f"neighbours: 31 is more than the 30 labeled images of {tiny.train}" in line(
         tiny.val, tiny.train, "--neighbours", "31"

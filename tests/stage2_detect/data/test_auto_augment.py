@@ -1,4 +1,4 @@
-"""AutoAugment on drawn rectangles: boxes follow the pixels; colours against closed forms."""
+"""AutoAugment on drawn rectangles: boxes follow the pixels; colors against closed forms."""
 
 import random
 from collections import Counter
@@ -52,7 +52,7 @@ RECTANGLE = np.array([[200, 150, 420, 330]], dtype=np.float32)
 
 
 def photo(width: int = WIDTH, height: int = HEIGHT, seed: int = 0) -> np.ndarray:
-    """Noise over a gradient, uint8 [height, width, 3]; no pixel has the fill's colour."""
+    """Noise over a gradient, uint8 [height, width, 3]; no pixel has the fill's color."""
     rng = np.random.default_rng(seed)
     pixels = np.linspace(0, 90, width)[None, :, None] + np.linspace(0, 60, height)[:, None, None]
     pixels = (pixels + rng.integers(0, 60, (height, width, 3))).astype(np.uint8)
@@ -122,7 +122,7 @@ def test_magnitudes_in_closed_form(operation: Operation, expected: list[list[flo
 
 
 def test_rotation_in_closed_form() -> None:
-    """30 degrees about the centre of the image, in both directions."""
+    """30 degrees about the center of the image, in both directions."""
     angle, corners = np.pi / 6, np.array([[200, 150], [420, 150], [420, 330], [200, 330]]) - [320, 240]
     expected = set()
     for sign in (-1, 1):
@@ -197,7 +197,7 @@ def test_box_only_probability_is_a_third_for_each_box() -> None:
     assert abs(share - 0.2) < 4 * (0.2 * 0.8 / len(boxes)) ** 0.5
 
 
-def test_colours_in_closed_form() -> None:
+def test_colors_in_closed_form() -> None:
     """Blend with factor 0.1 + 1.8 m / 10 between a degenerate image and the image; SolarizeAdd adds 11 m to dark pixels."""
     before = photo()
     image, values = Image.fromarray(before), before.astype(np.float64)

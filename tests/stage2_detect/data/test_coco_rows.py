@@ -263,7 +263,7 @@ def test_bulk_loss_stops_training_and_is_a_fault(
     if data.tally.kept("box"):
         assert "data.allow_loss: true" in str(error.value)
         assert require_boxes(data, allow_loss=True) is data
-        assert f"{sentence}: training goes on with the rest" in [one.text for one in allowed.findings]
+        assert f"{sentence}: training continues with the remaining boxes" in [one.text for one in allowed.findings]
     else:
         with pytest.raises(UserError, match="no box to train on"):
             require_boxes(data, allow_loss=True)

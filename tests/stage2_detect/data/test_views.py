@@ -104,16 +104,16 @@ def cubic(distance: float) -> float:
 
 
 def test_bicubic_is_opencvs_closed_form() -> None:
-    """Half-pixel centres by the exact scale, four taps, border replicated, no antialiasing; rounded and clamped."""
+    """Half-pixel centers by the exact scale, four taps, border replicated, no antialiasing; rounded and clamped."""
     row = np.random.default_rng(0).integers(0, 256, 23)
     for short_side in (9, 17, 31):
         view = fit_view(5, 23, short_side=short_side, long_side=10**6)
         image = torch.from_numpy(row.astype(np.uint8)).expand(3, 5, 23)
         out = view_image(image, view, "bicubic")[0, view.height // 2].numpy()
         for column in range(view.width):
-            centre = (column + 0.5) / view.scale - 0.5
-            first = int(np.floor(centre)) - 1
-            value = sum(cubic(centre - tap) * row[np.clip(tap, 0, 22)] for tap in range(first, first + 4))
+            center = (column + 0.5) / view.scale - 0.5
+            first = int(np.floor(center)) - 1
+            value = sum(cubic(center - tap) * row[np.clip(tap, 0, 22)] for tap in range(first, first + 4))
             assert abs(out[column] - np.clip(np.round(value), 0, 255)) <= 1
 
 

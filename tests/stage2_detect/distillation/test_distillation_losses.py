@@ -50,7 +50,7 @@ def test_pkd_is_one_minus_pearson() -> None:
 
 
 def test_pkd_gradient() -> None:
-    """d(1 - r)/dx = (r x' - y') / (n sd) with x', y' normalised; zero outside the images."""
+    """d(1 - r)/dx = (r x' - y') / (n sd) with x', y' normalized; zero outside the images."""
     student, teacher = maps(1).requires_grad_(), maps(2) + 0.7 * maps(1)
     pkd(student, teacher, inside()).backward()
     assert student.grad is not None

@@ -74,7 +74,7 @@ def read(folder: Path, content: dict[str, Any], name: str = "truth") -> CocoData
 def resampled(
     content: dict[str, Any], detections: dict[Id, Detections], weights_I: np.ndarray
 ) -> tuple[dict[str, Any], dict[Id, Detections]]:
-    """The data set in which each image occurs as often as its weight says, copies beside each other."""
+    """The data set in which each image occurs as often as its weight, copies beside each other."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     copies: dict[Id, Detections] = {}

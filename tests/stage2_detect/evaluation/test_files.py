@@ -132,14 +132,14 @@ def test_pictures_and_their_index(data: CocoData, tmp_path: Path) -> None:
     assert index[1] == {
         "kind": "best",
         "truth": "best_2_truth.jpg",
-        "found": "best_2_found.jpg",
+        "detections": "best_2_detections.jpg",
         "image": "2.png",
         "lrp": 0.75,
         "right": 1,
         "wrong": 1,
         "missed": 0,
     }
-    with Image.open(folder / "worst_1_truth.jpg") as truth, Image.open(folder / "worst_1_found.jpg") as detections:
+    with Image.open(folder / "worst_1_truth.jpg") as truth, Image.open(folder / "worst_1_detections.jpg") as detections:
         assert max(truth.size) <= 560
         assert truth.size == detections.size
         left, top = (round(v * truth.width / 100) for v in (10, 30))

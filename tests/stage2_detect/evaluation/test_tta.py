@@ -239,7 +239,7 @@ def flags(
 
 
 def test_as_many_objects_as_without_views(flags: Callable[..., list[str]], call: Any, tmp_path: Path) -> None:
-    """What the detector keeps of an image, not a number of its own."""
+    """The number of detections is the detector's, not a setting of its own."""
     file = tmp_path / "run" / "detector.safetensors"
     for most in (7, 130):
         line = flags(f"views_{most}", "--tta.short_sides", "[48, 64, 96]", "--tta.nms_iou", "0.999")

@@ -220,7 +220,7 @@ def test_a_body_without_dense_convolutions_is_refused(name: str, strides: tuple[
         TimmPyramid(body_of(name), name=name, dcn_strides=strides)
 
 
-def test_standardised_convolutions_are_not_taken_for_plain_ones() -> None:
+def test_standardized_convolutions_are_not_taken_for_plain_ones() -> None:
     with pytest.raises(UserError, match="has no dense 3x3 convolution"):
         TimmPyramid(body_of("resnetv2_50x1_bit"), name="resnetv2_50x1_bit", dcn_strides=(32,))
 

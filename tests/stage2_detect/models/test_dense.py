@@ -25,7 +25,7 @@ GRIDS = [(16, 16), (8, 8), (4, 4), (2, 2), (1, 1)]
 ANCHORS = sum(rows * columns for rows, columns in GRIDS)
 
 
-def shown(
+def detect_dense(
     model: DenseDetector, boxes: torch.Tensor, logits: torch.Tensor, size: tuple[int, int], scale: float = 1.0
 ) -> Detections:
     """The detections of one image, from boxes [N, 4] in pixels of the network's input, and logits [N, K] of the first N anchors."""
@@ -45,14 +45,14 @@ def test_the_best_of_many_are_torchvisions(most: int) -> None:
     logits = torch.randn(300, K, generator=generator)
     model = detector("gfl", 0).eval()
     model.detections_per_image, model.candidates = most, None
-    found = shown(model, boxes, logits, (128, 128))
+    detections = detect_dense(model, boxes, logits, (128, 128))
     anchor, label = (logits.sigmoid() > model.score_threshold).nonzero(as_tuple=True)
     scores = logits.sigmoid()[anchor, label]
     assert len(scores) > 800
     best = batched_nms(boxes[anchor].double(), scores.double(), label, 0.6)[:most]
-    torch.testing.assert_close(found.boxes_N4, boxes[anchor[best]])
-    torch.testing.assert_close(found.scores_N, scores[best])
-    assert found.labels_N.tolist() == label[best].tolist()
+    torch.testing.assert_close(detections.boxes_N4, boxes[anchor[best]])
+    torch.testing.assert_close(detections.scores_N, scores[best])
+    assert detections.labels_N.tolist() == label[best].tolist()
 
 
 def test_boxes_are_clipped_to_the_image_and_those_outside_left_out() -> None:
@@ -61,11 +61,13 @@ def test_boxes_are_clipped_to_the_image_and_those_outside_left_out() -> None:
     logits = torch.full((4, K), -20.0)
     logits[:, 1] = torch.tensor([2.0, 4.0, 3.0, 1.0])
     model = detector("gfl", 0).eval()
-    found = shown(model, given, logits, (60, 100), scale=2.0)
-    assert found.boxes_N4.tolist() == [[0, 5, 20, 30], [25, 10, 35, 20]]
-    torch.testing.assert_close(found.scores_N, torch.tensor([2.0, 1.0]).sigmoid())
+    detections = detect_dense(model, given, logits, (60, 100), scale=2.0)
+    assert detections.boxes_N4.tolist() == [[0, 5, 20, 30], [25, 10, 35, 20]]
+    torch.testing.assert_close(detections.scores_N, torch.tensor([2.0, 1.0]).sigmoid())
     model.clip_boxes = False
-    assert shown(model, given, logits, (60, 100), scale=2.0).boxes_N4.tolist() == (given[[1, 2, 0, 3]] / 2).tolist()
+    assert (
+        detect_dense(model, given, logits, (60, 100), scale=2.0).boxes_N4.tolist() == (given[[1, 2, 0, 3]] / 2).tolist()
+    )
 
 
 def test_a_padded_image_has_no_detection_without_area() -> None:
@@ -78,8 +80,8 @@ def test_a_padded_image_has_no_detection_without_area() -> None:
         whole, padded = model(ImageBatch(pixels, sizes, torch.ones(2)))
     cells = sum(128 * 256 // stride**2 for stride in model.pyramid.strides[:4]) + 2
     assert K * 64 < len(padded.scores_N) < len(whole.scores_N) <= K * cells
-    for found in (whole, padded):
-        assert (found.boxes_N4[:, 2:] > found.boxes_N4[:, :2]).all()
+    for detections in (whole, padded):
+        assert (detections.boxes_N4[:, 2:] > detections.boxes_N4[:, :2]).all()
 
 
 def one_object(*box: float) -> Targets:
@@ -97,21 +99,21 @@ def test_an_objects_best_anchor_counts_from_an_iou_on(side: float, least: float,
     targets = one_object(16 - side / 2, 16 - side / 2, 16 + side / 2, 16 + side / 2)
     labels_A = net.assign(GRIDS, torch.tensor([[128, 128]]), targets).labels_BA[0]
     assert (labels_A == 1).sum() == positives
-    centre = (2 * 16 + 2) * 3  # row and column 2 of the finest level, the smallest scale
-    assert labels_A[centre] == positives
+    center = (2 * 16 + 2) * 3  # row and column 2 of the finest level, the smallest scale
+    assert labels_A[center] == positives
 
 
 def test_the_box_loss_is_square_up_to_its_beta() -> None:
     net = RetinaNet(classes=3, channels=8, smooth_l1_beta=0.11)
-    centre, A = (2 * 16 + 2) * 9 + 1, 9 * ANCHORS
+    center, A = (2 * 16 + 2) * 9 + 1, 9 * ANCHORS
     labels_BA = torch.zeros(1, A, dtype=torch.int64)
-    labels_BA[0, centre] = 1
+    labels_BA[0, center] = 1
     assigned = Assignment(labels_BA, torch.zeros_like(labels_BA), torch.zeros(1, A))
     outputs = torch.full((1, A, 3), -20.0), torch.zeros(1, A, 4)
     losses = net.losses(outputs, GRIDS, torch.tensor([[128, 128]]), one_object(5.0, 5, 27, 29), ONE_RANK, assigned)
     # From the anchor (0, 0, 32, 32): dx = 0, dy = 1 / 32, dw = log(22 / 32), dh = log(24 / 32).
-    wanted = 0.5 * (1 / 32) ** 2 / 0.11 + (math.log(32 / 22) - 0.055) + (math.log(32 / 24) - 0.055)
-    assert losses["loss_box"].item() == pytest.approx(wanted, rel=1e-5)
+    expected_loss = 0.5 * (1 / 32) ** 2 / 0.11 + (math.log(32 / 22) - 0.055) + (math.log(32 / 24) - 0.055)
+    assert losses["loss_box"].item() == pytest.approx(expected_loss, rel=1e-5)
 
 
 def test_tower_norm_is_torchvisions_second_head() -> None:
@@ -131,9 +133,9 @@ def test_tower_norm_is_torchvisions_second_head() -> None:
         getattr(branch, name).load_state_dict(last.state_dict())
     features = [torch.randn(2, 64, side, side) for side in (8, 4)]
     logits, deltas = ours(features)
-    wanted = theirs(features)
-    torch.testing.assert_close(logits, wanted["cls_logits"])
-    torch.testing.assert_close(deltas, wanted["bbox_regression"])
+    expected_outputs = theirs(features)
+    torch.testing.assert_close(logits, expected_outputs["cls_logits"])
+    torch.testing.assert_close(deltas, expected_outputs["bbox_regression"])
 
 
 @pytest.mark.parametrize("source", ["p5", "c5"])

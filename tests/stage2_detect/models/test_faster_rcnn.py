@@ -108,11 +108,11 @@ def test_detections_keep_the_contract() -> None:
         assert not detections.boxes_N4.requires_grad
 
 
-def test_normalisation_leaves_zeros_in_the_padding() -> None:
+def test_normalization_leaves_zeros_in_the_padding() -> None:
     model, images = make(), batch()
     dirty = ImageBatch(images.pixels_BCHW.clone(), images.sizes_B2, images.scales_B)
     dirty.pixels_BCHW[1, :, 80:] = 200
-    pixels = model.normalise(dirty)
+    pixels = model.normalize(dirty)
     assert pixels.dtype == torch.float32
     assert (pixels[1, :, 80:] == 0).all()
     assert (pixels[1, :, :, 100:] == 0).all()
@@ -122,7 +122,7 @@ def test_normalisation_leaves_zeros_in_the_padding() -> None:
     torch.testing.assert_close(pixels[1, :, :80, :100], expected.float(), atol=1e-5, rtol=1e-5)
 
 
-def test_normalisation_is_no_part_of_the_weights() -> None:
+def test_normalization_is_no_part_of_the_weights() -> None:
     assert not [name for name in make().state_dict() if "mean_C11" in name or "std_C11" in name]
 
 

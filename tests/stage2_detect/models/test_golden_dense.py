@@ -192,7 +192,7 @@ def test_targets_of_gfl(run: SimpleNamespace) -> None:
 
 
 def test_localization_distillation_on_given_logits() -> None:
-    """The released normalisation, plain sums and means a level, in value and gradient; and the released region."""
+    """The released normalization, plain sums and means a level, in value and gradient; and the released region."""
     golden, about = read("gfl_ld")
     images = len(about["sizes"])
     targets = targets_of(golden, images)

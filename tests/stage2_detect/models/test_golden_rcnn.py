@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 @dataclass(frozen=True)
 class Kind:
-    """What is compared for one detector."""
+    """Values compared for one detector."""
 
     box_losses: Mapping[str, str]
     gradient_norms: int

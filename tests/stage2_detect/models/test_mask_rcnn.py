@@ -1,4 +1,4 @@
-"""Masks of a Mask R-CNN belong to its boxes, and are as large as the picture was."""
+"""Masks of a Mask R-CNN belong to its boxes, and are as large as the image was."""
 
 from pathlib import Path
 from typing import Any
@@ -29,29 +29,29 @@ def test_masks_are_as_large_as_the_picture(mask_model: RCNN) -> None:
     assert (sizes / scale[:, None] + 0.5).floor().long().tolist() != [[301, 833]]
     pixels = torch.randint(0, 256, (1, 3, 64, 128), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images = ImageBatch(pixels, sizes, scale, originals_B2=torch.tensor([[301, 833]]))
-    for found in (
+    for detections in (
         mask_model(images),
         detect_views(mask_model, MultiScaleBatch((images,)), flip=True, nms_iou=0.5, most=100),
     ):
-        assert found[0].masks
-        assert all(mask["size"] == [301, 833] for mask in found[0].masks)
+        assert detections[0].masks
+        assert all(mask["size"] == [301, 833] for mask in detections[0].masks)
 
 
 def test_a_box_that_is_left_out_takes_its_mask_along(mask_model: RCNN, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second of three boxes lies in the rounded half pixel behind the picture; the masks of the others stay theirs."""
+    """The second of three boxes lies in the rounded half pixel behind the image; the masks of the others stay unchanged."""
     corners = torch.tensor([[0.0, 0, 8, 8], [10.9, 0, 11, 8], [2, 0, 6, 8]])
-    found = Detections(corners, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 0, 1]))
-    monkeypatch.setattr(mask_model.roi_heads, "detect_network", lambda *args: [found])
+    detections = Detections(corners, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 0, 1]))
+    monkeypatch.setattr(mask_model.roi_heads, "detect_network", lambda *args: [detections])
     shapes = torch.tensor([0.0, 0.0, 0.9]).view(3, 1, 1).repeat(1, 8, 8)
 
     def predict(features: Any, given: list[Detections]) -> Tensor:
-        assert given == [found]
+        assert given == [detections]
         return shapes[None]
 
     assert mask_model.mask_head is not None
     monkeypatch.setattr(mask_model.mask_head, "predict", predict)
     images = ImageBatch(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.tensor([[8, 11]]), torch.tensor([1.05]))
-    seen = mask_model(images)[0]
-    assert seen.labels_N.tolist() == [0, 1]
-    assert seen.masks
-    assert decode(seen.masks).any(axis=(0, 1)).tolist() == [False, True]
+    result = mask_model(images)[0]
+    assert result.labels_N.tolist() == [0, 1]
+    assert result.masks
+    assert decode(result.masks).any(axis=(0, 1)).tolist() == [False, True]

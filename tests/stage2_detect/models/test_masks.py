@@ -1,4 +1,4 @@
-"""Masks: what is asked of a RoI, the head's loss, pasting, average precision of shapes, and the commands on drawn scenes."""
+"""Masks: targets of a RoI, the head's loss, pasting, average precision of shapes, and the commands on drawn scenes."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ from ssld.stage2_detect.data.views import View
 from ssld.stage2_detect.evaluation.coco_ap import coco_ap
 from ssld.stage2_detect.models.batch import Detections, Targets
 from ssld.stage2_detect.models.mask_head import MaskHead, paste, positives_on_host
-from ssld.stage2_detect.models.mask_targets import ImageMasks, decode, rasterise
+from ssld.stage2_detect.models.mask_targets import ImageMasks, decode, rasterize
 from ssld.stage2_detect.models.roi_heads import SampledRoIs
 
 TRIANGLE = [4.0, 4.0, 36.0, 8.0, 20.0, 30.0]
@@ -47,7 +47,7 @@ def bitmap(polygons: list[list[float]], height: int = 40, width: int = 64) -> np
 def test_polygons_are_filled_as_pycocotools_fills_them(masks: ImageMasks) -> None:
     """Against one call of pycocotools for polygons moved by hand."""
     rois = np.array([[10.0, 5, 60, 45], [0, 0, 30, 30], [30, 20, 31, 20.5]], dtype=np.float32)
-    grids = rasterise([masks], np.zeros(3, dtype=int), np.zeros(3, dtype=int), rois, 28)
+    grids = rasterize([masks], np.zeros(3, dtype=int), np.zeros(3, dtype=int), rois, 28)
     for grid, (x1, y1, x2, y2) in zip(grids, rois.astype(np.float64), strict=True):
         moved = []
         for polygon in (TRIANGLE, SQUARE):
@@ -69,7 +69,7 @@ def test_run_lengths_are_sampled_under_the_centers(compressed: bool) -> None:
         code = {"size": [40, 64], "counts": np.diff(np.concatenate([[0], changes])).tolist()}
     masks = ImageMasks((code,), 40, 64, scale=2.0, left=10.0, top=4.0, mirror=100.0)
     roi = np.array([[-5.0, -6.0, 97.0, 70.0]], dtype=np.float32)
-    (grid,) = rasterise([masks], np.zeros(1, dtype=int), np.zeros(1, dtype=int), roi, 14)
+    (grid,) = rasterize([masks], np.zeros(1, dtype=int), np.zeros(1, dtype=int), roi, 14)
     expected = np.zeros((14, 14), dtype=bool)
     for row in range(14):
         for column in range(14):
@@ -99,7 +99,7 @@ def test_masks_follow_a_view_as_boxes_do(tmp_path: Path) -> None:
 
     for view in (View(1.0, 40, 64), View(2.5, 80, 150, flip=True), View(2.0, 60, 90, flip=True, top=5, left=11)):
         boxes = view_boxes(record.boxes_N4, view)
-        (grid,) = rasterise([masks_of(record, view)], np.zeros(1, int), np.zeros(1, int), boxes, 28)
+        (grid,) = rasterize([masks_of(record, view)], np.zeros(1, int), np.zeros(1, int), boxes, 28)
         assert grid.all(), view
 
 
@@ -141,7 +141,7 @@ def test_loss_is_the_mean_over_positives_of_the_objects_class() -> None:
         one = SampledRoIs(box[None, None], one.valid_BR, one.positive_BR, one.objects_BR)
         logits = model(model._pool([f[image : image + 1] for f in features], one.rois_BR4, one.valid_BR))
         label = int(targets.labels_BG[image, number])
-        expected = rasterise(masks, np.array([image]), np.array([number]), box[None].numpy(), 14)
+        expected = rasterize(masks, np.array([image]), np.array([number]), box[None].numpy(), 14)
         x, y = logits[0, label].detach().double().numpy(), expected[0].astype(np.float64)
         total += float((np.maximum(x, 0) - x * y + np.log1p(np.exp(-np.abs(x)))).mean())
         count += 1

@@ -19,9 +19,9 @@ def candidates(count: int = 120, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]
     """Boxes around a few places, so that many overlap; classes of unequal size."""
     generator = torch.Generator().manual_seed(seed)
     places = 100 * torch.rand(6, 2, generator=generator)
-    centre = places[torch.randint(6, (count,), generator=generator)] + 4 * torch.randn(count, 2, generator=generator)
+    center = places[torch.randint(6, (count,), generator=generator)] + 4 * torch.randn(count, 2, generator=generator)
     half = 10 + 10 * torch.rand(count, 2, generator=generator)
-    boxes_D4 = torch.cat((centre - half, centre + half), dim=1).clamp(min=0)
+    boxes_D4 = torch.cat((center - half, center + half), dim=1).clamp(min=0)
     classes = (K * torch.rand(count, generator=generator) ** 2).long()
     return boxes_D4, 0.05 + 0.95 * torch.rand(count, generator=generator), classes
 

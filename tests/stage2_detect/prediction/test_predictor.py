@@ -24,7 +24,7 @@ def test_three_lines_find_what_the_command_finds(
     call: Call, predict_line: Any, detector_file: Path, photos: Path, tmp_path: Path
 ) -> None:
     assert call(predict.main, predict_line()) == 0
-    detections = content(tmp_path / "seen" / "predictions.json")
+    detections = content(tmp_path / "predicted" / "predictions.json")
     detector = load_detector(str(detector_file))
     files = [photos / image["file_name"] for image in detections["images"]]
     visible = detector.predict(files, threshold=0.3)
@@ -74,7 +74,7 @@ def test_objects_are_drawn_as_the_command_draws_them(
     assert len(objects)
     drawn = objects.draw(photos / "5.png")
     drawn.save(tmp_path / "mine.jpg", quality=92)
-    assert (tmp_path / "mine.jpg").read_bytes() == (tmp_path / "seen" / "pictures" / "5.jpg").read_bytes()
+    assert (tmp_path / "mine.jpg").read_bytes() == (tmp_path / "predicted" / "pictures" / "5.jpg").read_bytes()
 
 
 def test_the_readmes_example(detector_file: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,7 +72,7 @@ def test_frames_and_their_times_come_back(tmp_path: Path, width: int, height: in
 
 
 def turned(file: Path, a: int, b: int, c: int, d: int) -> Path:
-    """A copy whose track header says that players turn it: the matrix of ISO/IEC 14496-12, section 8.3.2."""
+    """A copy whose track header turns it in players: the matrix of ISO/IEC 14496-12, section 8.3.2."""
     data = bytearray(file.read_bytes())
     start = data.index(b"tkhd") + 4 + 4 + 20 + 16  # version and flags; times, id, duration; reserved, layer, volume
     one = 1 << 16
@@ -136,12 +136,12 @@ def test_one_item_is_made_ahead() -> None:
 def test_a_video_is_predicted_as_its_frames(
     call: Callable[..., int], line: Line, clip: Path, tmp_path: Path, files_below: Callable[[Path], set[str]]
 ) -> None:
-    assert call(predict.main, line(clip, "seen", "--write", "json,pictures,csv,yolo,crops")) == 0
+    assert call(predict.main, line(clip, "predicted", "--write", "json,images,csv,yolo,crops")) == 0
     (tmp_path / "frames").mkdir()
     for frame in read_frames(str(clip)):
         Image.fromarray(frame.pixels_HWC).save(tmp_path / "frames" / f"{frame.number:06d}.png")
     assert call(predict.main, line(tmp_path / "frames", "alone", "--write", "json,crops")) == 0
-    detected, alone = (content(tmp_path / name / "predictions.json") for name in ("seen", "alone"))
+    detected, alone = (content(tmp_path / name / "predictions.json") for name in ("predicted", "alone"))
     assert detected["annotations"] == alone["annotations"] != []
     assert detected["videos"] == [
         {"id": 1, "file_name": "clip.mp4", "frames": 12, "width": 64, "height": 64, "frames_per_second": 7.857}
@@ -151,7 +151,7 @@ def test_a_video_is_predicted_as_its_frames(
     assert detected["images"][7]["file_name"] == "clip.mp4/000007.jpg"
     assert {image["video_id"] for image in detected["images"]} == {1}
     # tables, labels and crops, by frame
-    run = tmp_path / "seen"
+    run = tmp_path / "predicted"
     rows = (run / "predictions.csv").read_text().splitlines()
     assert rows[0] == "file_name,class,score,x,y,width,height,frame,seconds"
     assert len(rows) == 1 + len(detected["annotations"])
@@ -187,8 +187,8 @@ def test_pictures_and_videos_in_a_folder(
     (clip.parent / "bad.mp4").write_bytes(b"no video at all")
     data = clip.read_bytes()
     (clip.parent / "short.mkv").write_bytes(data[: len(data) // 3])  # the index of an MP4 is at its end
-    assert call(predict.main, line(clip.parent, "seen")) == 0
-    run = tmp_path / "seen"
+    assert call(predict.main, line(clip.parent, "predicted")) == 0
+    run = tmp_path / "predicted"
     detected = content(run / "predictions.json")
     assert [image["id"] for image in detected["images"]] == list(range(1, 14))
     assert detected["images"][0]["file_name"] == "a.png"
@@ -197,7 +197,7 @@ def test_pictures_and_videos_in_a_folder(
     assert (run / "quarantine.txt").read_text() == "bad.mp4\nshort.mkv\n"
     log = (run / "log.txt").read_text()
     assert "1 image and 3 videos below" in log
-    assert "bad.mp4: cannot be read to its end: Invalid data" in log
+    assert "bad.mp4: decoding stopped early: Invalid data" in log
     assert {path.name for path in (run / "pictures").iterdir()} == {"a.jpg", "clip.mp4"}
     metrics = content(run / "result.json")["metrics"]
     assert (metrics["pictures"], metrics["videos"], metrics["unreadable"]) == (1, 3, 2)
@@ -213,9 +213,9 @@ def test_a_video_that_breaks_off_is_kept_as_far_as_it_goes(
             yield frame
 
     monkeypatch.setattr("ssld.stage2_detect.prediction.video.read_frames", broken)
-    assert call(predict.main, line(clip, "seen")) == 0
-    run = tmp_path / "seen"
-    assert "clip.mp4: cannot be read to its end: no more" in (run / "log.txt").read_text()
+    assert call(predict.main, line(clip, "predicted")) == 0
+    run = tmp_path / "predicted"
+    assert "clip.mp4: decoding stopped early: no more" in (run / "log.txt").read_text()
     assert len(content(run / "predictions.json")["images"]) == 7
     assert len(list(read_frames(str(run / "pictures" / "clip.mp4")))) == 7
 
@@ -236,8 +236,8 @@ def test_a_killed_run_begins_a_video_again_and_keeps_the_finished_ones(
     with monkeypatch.context() as patch:
         patch.setattr(VideoParts, "write", killed)
         with pytest.raises(SystemExit):
-            call(predict.main, line(clip.parent, "seen"))
-    run = tmp_path / "seen"
+            call(predict.main, line(clip.parent, "predicted"))
+    run = tmp_path / "predicted"
     assert {path.name for path in (run / "parts").iterdir()} == {"video_000000.json", "video_000000.json.sha256"}
 
     def counted(path: str) -> Iterator[Frame]:
@@ -246,9 +246,9 @@ def test_a_killed_run_begins_a_video_again_and_keeps_the_finished_ones(
 
     with monkeypatch.context() as patch:
         patch.setattr("ssld.stage2_detect.prediction.video.read_frames", counted)
-        assert call(predict.main, line(clip.parent, "seen")) == 0
+        assert call(predict.main, line(clip.parent, "predicted")) == 0
     assert read == ["other.mp4", "clip.mp4", "other.mp4"]  # detected in; both drawn
-    one, two = ((tmp_path / name / "predictions.json").read_bytes() for name in ("seen", "whole"))
+    one, two = ((tmp_path / name / "predictions.json").read_bytes() for name in ("predicted", "whole"))
     assert one == two
     assert not (run / "parts").exists()
 
@@ -262,12 +262,12 @@ def test_a_part_of_another_video_is_refused(tmp_path: Path) -> None:
 
 
 def test_masks_on_a_video(call: Callable[..., int], line: Line, clip: Path, mask_file: Path, tmp_path: Path) -> None:
-    flags = line(clip, "seen", "--model", str(mask_file), "--threshold", "0.1")
+    flags = line(clip, "predicted", "--model", str(mask_file), "--threshold", "0.1")
     assert call(predict.main, flags) == 0
-    rows = content(tmp_path / "seen" / "predictions.json")["annotations"]
+    rows = content(tmp_path / "predicted" / "predictions.json")["annotations"]
     assert rows, "lower the threshold"
     assert all(row["segmentation"]["size"] == [64, 64] for row in rows)
-    assert len(list(read_frames(str(tmp_path / "seen" / "pictures" / "clip.mp4")))) == 12
+    assert len(list(read_frames(str(tmp_path / "predicted" / "pictures" / "clip.mp4")))) == 12
 
 
 def test_mistakes(

@@ -166,7 +166,7 @@ def test_user_errors(
     assert "is a pickle" in message(init=_pickle(tmp_path))
     earlier, metadata = tmp_path / "earlier.safetensors", read_metadata(trained, kind="detector")
     save_model_file(earlier, load_file(trained), metadata | {"model": metadata["model"] | {"rpn": {"samples": 9}}})
-    assert "was written by an earlier version of this project (its model.rpn.samples" in message(init=str(earlier))
+    assert "was written by an earlier version of this project (model.rpn.samples" in message(init=str(earlier))
     without = {key: value for key, value in train_settings.items() if key != "backbone"}
     assert "backbone: missing; give a backbone file" in user_error(train.main, arguments(without, "bad"))
     assert not (tmp_path / "bad" / "result.json").exists()

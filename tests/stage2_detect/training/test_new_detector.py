@@ -62,9 +62,9 @@ def test_it_trains_and_its_file_predicts(kind: str, teacher_file: Path, tmp_path
     metadata = read_metadata(tmp_path / "own.safetensors", kind="detector")
     assert (metadata["step"], metadata["licence"]) == (30, "apache-2.0")
     with torch.no_grad():
-        expected, found = detector.eval()(images)[0], loaded.model(images)[0]
-    assert torch.equal(found.boxes_N4, expected.boxes_N4)
-    assert torch.equal(found.scores_N, expected.scores_N)
+        expected, actual = detector.eval()(images)[0], loaded.model(images)[0]
+    assert torch.equal(actual.boxes_N4, expected.boxes_N4)
+    assert torch.equal(actual.scores_N, expected.scores_N)
 
 
 def test_a_recipe_gives_the_architecture_of_the_command(

@@ -25,7 +25,7 @@ from ssld.stage2_detect.models.mask_targets import ImageMasks
 ROOT = Path(__file__).resolve().parents[3]
 SHAPE = [[[5.0, 5.0, 30.0, 5.0, 30.0, 30.0, 5.0, 30.0]]]
 B = 4
-# NMS ends when a round changes nothing; masks are rasterised on the host.
+# NMS ends when a round changes nothing; masks are rasterized on the host.
 NMS_ALONE = {"nms.py": 1}
 WAITS = {
     "faster_rcnn": NMS_ALONE,

@@ -1,4 +1,4 @@
-"""K-means over files: statistics, blobs that are recovered, empty centres, equal sizes."""
+"""K-means over files: statistics, blobs that are recovered, empty centers, equal sizes."""
 
 import sys
 from collections.abc import Callable
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ssld.shared.errors import UserError
-from ssld.stage1_ssld.clustering import centres, embedding_files
-from ssld.stage1_ssld.clustering.centres import Clusters, find_clusters, require_scikit_learn
+from ssld.stage1_ssld.clustering import centers, embedding_files
+from ssld.stage1_ssld.clustering.centers import Clusters, find_clusters, require_scikit_learn
 from ssld.stage1_ssld.clustering.embedding_files import Embeddings, save_embeddings, standard_of
 from ssld.stage1_ssld.clustering.prototype_layer import scores
 
@@ -76,30 +76,30 @@ def test_finds_blobs_in_the_order_of_folders(files: Files) -> None:
     result = clustered(embeddings, 5)
     assert sorted(result.size_K) == sorted(np.bincount(labels))
     assert not result.offset_K.any()
-    label_N = scores(standard_of(embeddings)(z), result.centre_KD, result.offset_K).argmax(1)
+    label_N = scores(standard_of(embeddings)(z), result.center_KD, result.offset_K).argmax(1)
     assert len(set(zip(labels.tolist(), label_N.tolist(), strict=True))) == 5
-    for k in range(5):  # centres are the means of what is nearest to them
+    for k in range(5):  # centers are the means of what is nearest to them
         mean = standard_of(embeddings)(z)[label_N == k].mean(0)
-        np.testing.assert_allclose(result.centre_KD[k], mean, atol=1e-5)
+        np.testing.assert_allclose(result.center_KD[k], mean, atol=1e-5)
 
 
 def test_follows_from_the_seed(files: Files) -> None:
     embeddings = files(np.random.default_rng(0).normal(size=(200, 4)))
     one, again, other = (clustered(embeddings, 16, seed=seed) for seed in (0, 0, 1))
-    np.testing.assert_array_equal(one.centre_KD, again.centre_KD)
-    assert not np.allclose(one.centre_KD, other.centre_KD)
+    np.testing.assert_array_equal(one.center_KD, again.center_KD)
+    assert not np.allclose(one.center_KD, other.center_KD)
     assert one.size_K.sum() == 200
     assert one.size_K.min() > 0
 
 
-def test_empty_centres_are_refilled(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of four centres begin where no image is; afterwards every one has images."""
+def test_empty_centers_are_refilled(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of four centers begin where no image is; afterwards every one has images."""
     z, _ = blobs([0.25] * 4, 80)
     embeddings = files(z)
     standard = standard_of(embeddings)
     start = standard(z[[0, -1]])
     away = np.concatenate([start, np.full((2, 6), 1e3)])
-    monkeypatch.setattr(centres, "_by_mini_batches", lambda *_: away.astype(np.float64))
+    monkeypatch.setattr(centers, "_by_mini_batches", lambda *_: away.astype(np.float64))
     result = clustered(embeddings, 4)
     assert result.refilled >= 2
     assert result.size_K.min() > 0
@@ -107,14 +107,14 @@ def test_empty_centres_are_refilled(files: Files, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("balanced", [False, True])
-def test_more_centres_than_different_images(files: Files, balanced: bool) -> None:
+def test_more_centers_than_different_images(files: Files, balanced: bool) -> None:
     z = np.repeat(np.random.default_rng(0).normal(size=(3, 4)), 10, axis=0)
     with pytest.raises(UserError, match="prototypes: 5 are more than the distinct embeddings of these images allow"):
         clustered(files(z), 5, balanced=balanced)
 
 
 def test_balanced_sizes_are_equal(files: Files) -> None:
-    """One blob has 70 % of the images: without the option its centre has them all, with it every centre has about N / K."""
+    """One blob has 70 % of the images: without the option its center has them all, with it every center has about N / K."""
     z, _ = blobs([0.7, 0.1, 0.1, 0.1], 240)
     plain = clustered(files(z), 4)
     assert plain.size_K.max() > 140
@@ -122,7 +122,7 @@ def test_balanced_sizes_are_equal(files: Files) -> None:
     assert result.size_K.sum() == 240
     assert abs(result.size_K - 60).max() <= 3
     embeddings = files(z)
-    label_N = scores(standard_of(embeddings)(z), result.centre_KD, result.offset_K).argmax(1)
+    label_N = scores(standard_of(embeddings)(z), result.center_KD, result.offset_K).argmax(1)
     np.testing.assert_array_equal(np.bincount(label_N, minlength=4), result.size_K)
 
 

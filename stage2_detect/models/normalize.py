@@ -1,6 +1,6 @@
-"""Normalisation of a uint8 batch, on the device: uint8 is a quarter of the bytes to copy.
+"""Normalization of a uint8 batch, on the device: uint8 is a quarter of the bytes to copy.
 
-The padding is zeroed *after* normalising, as in the references: the other order changes features by 14-22 %.
+The padding is zeroed *after* normalizing, as in the references: the other order changes features by 14-22 %.
 
 Shapes: B images, C channels, H height, W width.
 """
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ssld.stage2_detect.models.batch import ImageBatch
 
 
-class Normalise(nn.Module):
-    """Normalises the pixels of a batch to float32 [B, C, H, W], with zeros in the padding.
+class Normalize(nn.Module):
+    """Normalizes the pixels of a batch to float32 [B, C, H, W], with zeros in the padding.
 
     Args:
         mean, std: mean and standard deviation of the backbone's input, for red, green, blue in units of 0..1.
@@ -30,7 +30,7 @@ class Normalise(nn.Module):
         self.register_buffer("std_C11", 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: ImageBatch) -> Tensor:
-        """Normalise a batch; memory format and device stay."""
+        """Normalize a batch; memory format and device stay."""
         H, W = images.pixels_BCHW.shape[-2:]
         device = images.pixels_BCHW.device
         rows_BH = torch.arange(H, device=device) < images.sizes_B2[:, :1]

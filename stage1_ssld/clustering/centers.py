@@ -1,12 +1,12 @@
 """K-means over embeddings larger than memory, without empty clusters and, optionally, with clusters of equal size.
 
-Mini-batches (scikit-learn's `MiniBatchKMeans`; Sculley, "Web-scale k-means clustering", WWW 2010) find the centres, and a few passes over all images
-(Lloyd) refine them. An image belongs to the centre with the largest x.c - |c|^2 / 2 + w, the nearest one if all offsets w are 0.
+Mini-batches (scikit-learn's `MiniBatchKMeans`; Sculley, "Web-scale k-means clustering", WWW 2010) find the centers, and a few passes over all images
+(Lloyd) refine them. An image belongs to the center with the largest x.c - |c|^2 / 2 + w, the nearest one if all offsets w are 0.
 
-Balanced: Sinkhorn's algorithm (Cuturi 2013, arXiv 1306.0895) between the images and centres of N / K images each. The equal sizes are expressed by
-one offset w per centre, so that the assignment stays linear in x (a power diagram).
+Balanced: Sinkhorn's algorithm (Cuturi 2013, arXiv 1306.0895) between the images and centers of N / K images each. The equal sizes are expressed by
+one offset w per center, so that the assignment stays linear in x (a power diagram).
 
-Everything runs in one process, in the order of the files, and is determined by the seed. B images per block, N in all, D features, K centres.
+Everything runs in one process, in the order of the files, and is determined by the seed. B images per block, N in all, D features, K centers.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,11 +20,11 @@ from ssld.stage1_ssld.clustering.prototype_layer import scores, softmax, tempera
 
 _BATCH = 1024  # fewest images per mini-batch
 _STEPS, _PASSES = 60, 2  # fewest mini-batches, and fewest passes over all images that they make
-_LLOYD = 10  # most passes that refine the centres
+_LLOYD = 10  # most passes that refine the centers
 _SETTLED = 1e-3  # smallest relative improvement of the distance for another pass
 _REFILLS = 20  # most further passes to refill empty clusters
 # Balanced:
-_SAMPLE, _SAMPLE_OF_EACH = 8192, 16  # fewest images that offsets are estimated on: in all, and per centre
+_SAMPLE, _SAMPLE_OF_EACH = 8192, 16  # fewest images that offsets are estimated on: in all, and per center
 _PERPLEXITIES, _SHARPENINGS, _STEPS_OF_EACH = (
     (4.0, 1.05),
     6,
@@ -35,9 +35,9 @@ _LEVEL = 0.05  # tolerated relative deviation of a size from N / K
 
 
 class Clusters(NamedTuple):
-    """centre_KD and offset_K float64, for standardised embeddings; size_K images per cluster; refilled: empty clusters that were refilled."""
+    """center_KD and offset_K float64, for standardized embeddings; size_K images per cluster; refilled: empty clusters that were refilled."""
 
-    centre_KD: np.ndarray
+    center_KD: np.ndarray
     offset_K: np.ndarray
     size_K: np.ndarray
     refilled: int
@@ -52,21 +52,21 @@ def find_clusters(
     """Run k-means.
 
     Args:
-        standard: standardisation of the embeddings.
-        count: number K of centres.
+        standard: standardization of the embeddings.
+        count: number K of centers.
         seed: seed of all draws.
         balanced: whether clusters have equal size.
         threads: threads of NumPy's matrix products and scikit-learn.
         log: called with a progress line after each part; an exception of it ends the work.
 
     Raises:
-        UserError: scikit-learn is not installed; more centres than distinct embeddings.
+        UserError: scikit-learn is not installed; more centers than distinct embeddings.
     """
     from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
     with threadpool_limits(threads):
-        centre_KD = _by_mini_batches(embeddings, standard, count, seed, log)
-        return (_balanced if balanced else _refined)(embeddings, standard, centre_KD, log)
+        center_KD = _by_mini_batches(embeddings, standard, count, seed, log)
+        return (_balanced if balanced else _refined)(embeddings, standard, center_KD, log)
 
 
 def require_scikit_learn() -> None:
@@ -90,8 +90,8 @@ def _by_mini_batches(embeddings: Embeddings, standard: Standard, count: int, see
         kmeans.partial_fit(standard(embeddings.rows(next(batches))))
         if step % _STEPS == 0 or step == steps:
             log(f"k-means: {step} of {steps} mini-batches of {size} images")
-    centre_KD: np.ndarray = kmeans.cluster_centers_.astype(np.float64)
-    return centre_KD
+    center_KD: np.ndarray = kmeans.cluster_centers_.astype(np.float64)
+    return center_KD
 
 
 def _random_batches(rows_N: np.ndarray, size: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
@@ -102,16 +102,16 @@ def _random_batches(rows_N: np.ndarray, size: int, generator: np.random.Generato
             yield rows_N[order[first : first + size]]
 
 
-def _refined(embeddings: Embeddings, standard: Standard, centre_KD: np.ndarray, log: Log) -> Clusters:
-    """Run Lloyd's passes until the distance hardly improves; the last pass only counts, so that sizes belong to the returned centres."""
-    count, refilled, before = len(centre_KD), 0, np.inf
+def _refined(embeddings: Embeddings, standard: Standard, center_KD: np.ndarray, log: Log) -> Clusters:
+    """Run Lloyd's passes until the distance hardly improves; the last pass only counts, so that sizes belong to the returned centers."""
+    count, refilled, before = len(center_KD), 0, np.inf
     offset_K = np.zeros(count)
     for number in range(1, _LLOYD + _REFILLS + 1):
-        size_K, sum_KD = np.zeros(count), np.zeros_like(centre_KD)
+        size_K, sum_KD = np.zeros(count), np.zeros_like(center_KD)
         distance, far = 0.0, _Farthest(count, embeddings.width)
         for ids_B, z_BD in embeddings.blocks(count):
             x_BD = standard(z_BD)
-            score_BK = scores(x_BD, centre_KD, offset_K)
+            score_BK = scores(x_BD, center_KD, offset_K)
             label_B = score_BK.argmax(1)
             # |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2)
             distance_B = (x_BD.astype(np.float64) ** 2).sum(1) - 2 * score_BK[np.arange(len(label_B)), label_B]
@@ -122,14 +122,14 @@ def _refined(embeddings: Embeddings, standard: Standard, centre_KD: np.ndarray, 
         empty = np.flatnonzero(size_K == 0)
         log(f"k-means: pass {number}, mean squared distance {distance / len(embeddings):.4g}, {len(empty)} empty")
         if not len(empty) and (number >= _LLOYD or before - distance <= _SETTLED * distance):
-            return Clusters(centre_KD, offset_K, size_K.astype(np.int64), refilled)
+            return Clusters(center_KD, offset_K, size_K.astype(np.int64), refilled)
         before = distance
-        centre_KD = np.where(size_K[:, None] > 0, sum_KD / np.maximum(size_K, 1)[:, None], centre_KD)
+        center_KD = np.where(size_K[:, None] > 0, sum_KD / np.maximum(size_K, 1)[:, None], center_KD)
         if len(empty):
             ids = far.ids(len(empty))
             if len(ids) < len(empty):
                 break
-            centre_KD[empty] = standard(embeddings.rows(ids))
+            center_KD[empty] = standard(embeddings.rows(ids))
             refilled += len(empty)
             before = np.inf
     raise _too_many(count)
@@ -140,10 +140,10 @@ def _too_many(count: int) -> UserError:
 
 
 class _Farthest:
-    """The `most` images farthest from their centres, to which empty centres are moved."""
+    """The `most` images farthest from their centers, to which empty centers are moved."""
 
     def __init__(self, most: int, width: int) -> None:
-        self._most, self._rounding = most, 1e-5 * width  # a standardised embedding has a length of about sqrt(width)
+        self._most, self._rounding = most, 1e-5 * width  # a standardized embedding has a length of about sqrt(width)
         self._ids, self._distances = np.empty(0, np.int64), np.empty(0)
 
     def add(self, ids_B: np.ndarray, distance_B: np.ndarray) -> None:
@@ -152,7 +152,7 @@ class _Farthest:
         self._ids, self._distances = ids[order], distances[order]
 
     def ids(self, count: int) -> np.ndarray:
-        """Rows of the `count` farthest images; fewer if all others coincide with their centres."""
+        """Rows of the `count` farthest images; fewer if all others coincide with their centers."""
         return self._ids[self._distances > self._rounding][:count]
 
 
@@ -164,32 +164,32 @@ def _add_rows(sum_KD: np.ndarray, label_B: np.ndarray, x_BD: np.ndarray) -> None
     sum_KD[labels[starts]] += np.add.reduceat(x_BD[order].astype(np.float64), starts, axis=0)
 
 
-def _balanced(embeddings: Embeddings, standard: Standard, centre_KD: np.ndarray, log: Log) -> Clusters:
-    """Alternate offsets and centres: offsets from a sample, then the means of the images assigned with them, in a pass over all images.
+def _balanced(embeddings: Embeddings, standard: Standard, center_KD: np.ndarray, log: Log) -> Clusters:
+    """Alternate offsets and centers: offsets from a sample, then the means of the images assigned with them, in a pass over all images.
 
-    The last passes adjust the offsets on all images with fixed centres. Returns the clusters with the most equal sizes.
+    The last passes adjust the offsets on all images with fixed centers. Returns the clusters with the most equal sizes.
     """
-    count, share = len(centre_KD), len(embeddings) / len(centre_KD)
+    count, share = len(center_KD), len(embeddings) / len(center_KD)
     sample_BD = standard(embeddings.sample(max(_SAMPLE, _SAMPLE_OF_EACH * count)))
     offset_K, best, off_by = np.zeros(count), None, np.inf
     for number in range(1, _ROUNDS + _LEVELLING + 1):
         if number <= _ROUNDS:
-            score_BK = scores(sample_BD, centre_KD, np.zeros(count))
+            score_BK = scores(sample_BD, center_KD, np.zeros(count))
             offset_K, entropy = _sinkhorn(score_BK, offset_K)
             offset_K = _level(score_BK, offset_K, entropy)
             leveller = _Leveller(count, entropy)
-        size_K, sum_KD = np.zeros(count), np.zeros_like(centre_KD)
+        size_K, sum_KD = np.zeros(count), np.zeros_like(center_KD)
         for _, z_BD in embeddings.blocks(count):
             x_BD = standard(z_BD)
-            label_B = scores(x_BD, centre_KD, offset_K).argmax(1)
+            label_B = scores(x_BD, center_KD, offset_K).argmax(1)
             _add_rows(sum_KD, label_B, x_BD)
             size_K += np.bincount(label_B, minlength=count)
         log(f"k-means: balanced pass {number}, sizes from {size_K.min():.0f} to {size_K.max():.0f} images")
         if number < _ROUNDS:
-            centre_KD = np.where(size_K[:, None] > 0, sum_KD / np.maximum(size_K, 1)[:, None], centre_KD)
+            center_KD = np.where(size_K[:, None] > 0, sum_KD / np.maximum(size_K, 1)[:, None], center_KD)
             continue
         if (off := float(abs(size_K - share).max())) < off_by:
-            best, off_by = Clusters(centre_KD, offset_K.copy(), size_K.astype(np.int64), 0), off
+            best, off_by = Clusters(center_KD, offset_K.copy(), size_K.astype(np.int64), 0), off
         if off <= max(_LEVEL * share, 1.0):
             break
         offset_K = offset_K + leveller.change(size_K, share)
@@ -200,9 +200,9 @@ def _balanced(embeddings: Embeddings, standard: Standard, centre_KD: np.ndarray,
 
 
 def _sinkhorn(score_BK: np.ndarray, offset_K: np.ndarray) -> tuple[np.ndarray, float]:
-    """Return offsets at which every centre has the same mass under the softmax of (score + offset) / entropy, and the last entropy.
+    """Return offsets at which every center has the same mass under the softmax of (score + offset) / entropy, and the last entropy.
 
-    The softmax normalises rows, the offsets normalise columns. The entropy decreases step by step; a small constant one converges far slower.
+    The softmax normalizes rows, the offsets normalize columns. The entropy decreases step by step; a small constant one converges far slower.
     """
     count, some = score_BK.shape[1], slice(None, None, max(1, len(score_BK) // 1024))
     widest, sharpest = (
