@@ -170,13 +170,19 @@ def read_record(output: Path) -> Record | None:
 
 
 def table_text(table: TableConfig, output: Path, *, smoke: bool = False) -> str:
-    """Return the table as aligned lines, with a note if the run was a smoke run."""
+    """Return the table as aligned lines, with a note if the run was a smoke run.
+
+    Columns without a number are left out, unless nothing is measured yet.
+    """
     rows = table_rows(table, output)
     difference = gain(table, output)
     cells = [COLUMNS, *(row.cells() for row in rows), *([gain_cells(difference)] if difference else [])]
     if difference and any(difference.intervals):
         cells.append(interval_cells(difference))
-    widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
+    filled = [0, *(n for n in range(1, len(COLUMNS)) if any(line[n] != NONE for line in cells[1:]))]
+    filled = filled if len(filled) > 1 else list(range(len(COLUMNS)))
+    cells = [tuple(line[n] for n in filled) for line in cells]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(filled))]
     lines = [_line(line, widths) for line in cells]
     if difference:
         lines.insert(len(rows) + 1, "-" * len(lines[0]))

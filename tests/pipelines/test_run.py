@@ -45,7 +45,7 @@ def test_runs_in_order_and_prints_the_table(
         ["SSLD", "70.0", "75.0", "25.7", "50.0"],
         ["SSLD", "-", "baseline", "+10.0", "+25.0", "-", "-"],
     ]
-    assert "5 stages: 0.0 min of work" in out
+    assert "5 stages: 0.0 min computing, 0.0 min in all" in out
 
 
 def test_second_start_skips_everything(finished: Path, started: list[str], capfd: Any) -> None:
