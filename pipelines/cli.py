@@ -7,6 +7,7 @@ import importlib
 import platform
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -99,9 +100,11 @@ def _call(name: str, rest: list[str]) -> int:
     if name == "completion":
         return _completion(rest)
     if name in _BY_KIND and {"-h", "--help"} & set(rest) and _model(rest) is None:
-        print(
-            f"usage: ssld {name} --model FILE ...\n\nThe settings are those of {_scripts(name)}; add --model FILE to see them."
-        )
+        print(f"usage: ssld {name} --model FILE ...\n\nThe settings are those of {_scripts(name)}:")
+        for kind, module in _BY_KIND[name][1].items():
+            print(f"\n---- {kind} file ----\n")
+            with suppress(SystemExit):  # as argparse ends after a help
+                _main_of(module, ["--help"])
         return 0
     return _main_of(_script(name, rest) if name in _BY_KIND else COMMANDS[name][0], rest)
 

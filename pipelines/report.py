@@ -22,6 +22,7 @@ from ssld.pipelines.reports.charts import COLORS, Chart, precision_recall
 from ssld.pipelines.reports.provenance import origin
 from ssld.pipelines.reports.stage_view import Budget, StageView, mean_curve, percent, read_json, view
 from ssld.pipelines.reports.table import (
+    CLAIMS,
     COLUMNS,
     FEW_OBJECTS,
     NONE,
@@ -29,6 +30,7 @@ from ssld.pipelines.reports.table import (
     Row,
     few_objects_text,
     gain,
+    intervals_note,
     objects_of,
     read_record,
     table_rows,
@@ -38,7 +40,7 @@ from ssld.shared.config.command import run_command
 from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.files import write_atomically
 from ssld.shared.run_dir import RunDir
-from ssld.shared.wording import count, duration
+from ssld.shared.wording import FEW_IMAGES, count, duration
 
 _TEMPLATE = "report.html.jinja"
 _OWN_FILES = (
@@ -82,10 +84,13 @@ class Gain:
 
     @property
     def verdict(self) -> str:
-        """`good` or `bad` if the interval does not contain 0, else `none`: only then is a gain or a loss claimed."""
-        if self.interval is None or self.interval.holds_zero:
-            return "none"
-        return "good" if self.interval.low > 0 else "bad"
+        """`good` or `bad` if a gain or a loss is claimed, else `none`."""
+        return CLAIMS.get(self.interval.verdict, "none") if self.interval else "none"
+
+    @property
+    def heading(self) -> str:
+        """Conclusion where no difference is claimed."""
+        return capitalized(self.interval.verdict) if self.interval else "Not compared"
 
 
 @dataclass(frozen=True)
@@ -173,13 +178,15 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
         title=title,
         runs=runs,
         smoke=smoke,
+        few_images=FEW_IMAGES,
         written=time.strftime("%Y-%m-%d %H:%M"),
         columns=[COLUMNS[n] for n in filled],
         rows=[[row.cells()[n] for n in filled] for row in rows],
         gain=[_gain_cells(difference)[n] for n in filled] if difference else None,
         gains=gains(table, rows, difference) if table and difference else [],
         origins=[(name, text) for name, row in table.rows.items() if (text := origin(row, runs))] if table else [],
-        few_objects=few_objects_text(objects) if objects is not None and objects < FEW_OBJECTS else None,
+        few_objects=capitalized(few_objects_text(objects)) if objects is not None and objects < FEW_OBJECTS else None,
+        intervals_note=capitalized(note) if table and (note := intervals_note(table)) else None,
         seeds=max((len(stages) for row in table.rows.values() for stages in (row.classifier, row.detector)), default=1)
         if table
         else 1,
@@ -221,6 +228,11 @@ def _gain_cells(difference: Row) -> list[tuple[str, str | None]]:
         for value, i in pairs
     ]
     return [(difference.name, None), *cells]
+
+
+def capitalized(text: str) -> str:
+    """Return text with a capital first letter."""
+    return text[:1].upper() + text[1:]
 
 
 def signed(points: float) -> str:

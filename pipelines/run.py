@@ -32,7 +32,7 @@ from ssld.pipelines.runner.launch import Signals, command_line, run_stage
 from ssld.pipelines.runner.plan import Planned, downloads, erase, make_plan, to_erase
 from ssld.pipelines.runner.stages import LOGS, Stage, build_stages, find_pipeline, read_pipeline
 from ssld.pipelines.runner.trial import measure
-from ssld.shared.config.command import STOPPED, exit_code
+from ssld.shared.config.command import STOPPED, USER_ERROR, exit_code
 from ssld.shared.config.settings import Parser, did_you_mean
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.files import clear_leftovers
@@ -84,17 +84,17 @@ def _run(argv: list[str]) -> int:
         record = Record(file.stem, arguments.smoke, pipeline)
         write_record(output, record)
         if any(planned.state == "damaged" for planned in plan):
-            code = _run_stages([planned for planned in plan if planned.state == "damaged"], None, output)
+            code = _run_stages([planned for planned in plan if planned.state == "damaged"], None, output, file)
             if code:
                 return code
             plan = make_plan(
                 stages, set()
             )  # compare again: are the new files the ones that later stages were made from?
-        return _run_stages(plan, record, output)
+        return _run_stages(plan, record, output, file)
 
 
-def _run_stages(plan: list[Planned], record: Record | None, output: Path) -> int:
-    """Run the stages of a plan that are not done, then print the table; without a record, print no table."""
+def _run_stages(plan: list[Planned], record: Record | None, output: Path, file: Path) -> int:
+    """Run the stages of a plan of the pipeline `file` that are not done, then print the table; without a record, print no table."""
     started, ran = time.monotonic(), False
     with Signals() as signals:
         for number, planned in enumerate(plan, 1):
@@ -114,7 +114,9 @@ def _run_stages(plan: list[Planned], record: Record | None, output: Path) -> int
                 return STOPPED
             if outcome.code:
                 for line in outcome.lines:
-                    say(f"error: stage {stage.name}: {line}", sys.stderr)
+                    named = outcome.code == USER_ERROR and stage.names_setting(line)
+                    place = f" (stages.{stage.name}.set in {file})" if named else ""
+                    say(f"error: stage {stage.name}: {line}{place}", sys.stderr)
                 return outcome.code
             say(f"{label}: {(time.monotonic() - begun) / 60:.1f} min")
     if record is None:
@@ -130,7 +132,7 @@ def _closing_line(plan: list[Planned], seconds: float, *, measured: bool) -> str
     recorded = sum((read_result(planned.stage.run) or {}).get("seconds", 0) for planned in plan)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     memory = f"; largest process {peak:.1f} GB" if measured else ""
-    return f"{count(len(plan), 'stage')}: {recorded / 60:.1f} min of work, {seconds / 60:.1f} min in this run{memory}"
+    return f"{count(len(plan), 'stage')}: {recorded / 60:.1f} min computing, {seconds / 60:.1f} min in all{memory}"
 
 
 def _estimate(plan: list[Planned], build: Callable[[Path], list[Stage]], output: Path) -> None:

@@ -5,6 +5,8 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+FEW_IMAGES = 30
+"""Number of evaluated images below which no difference is claimed: an interval over so few images is too narrow to be relied on."""
 # Control characters, invisible ones that turn or join text, halves of characters, and what else ends a line.
 _UNPRINTED = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _MOST_KNOWN = 24
@@ -63,6 +65,20 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
         return f"; did you mean {near[0]!r}?"
     more = f" and {len(known) - _MOST_KNOWN} more" if len(known) > _MOST_KNOWN else ""
     return f"; known: {', '.join(sorted(known)[:_MOST_KNOWN])}{more}"
+
+
+def verdict(low: float, high: float, images: int | None, *, identical: bool = False) -> str:
+    """Return the conclusion from the 95 % interval of a difference: `better`, `worse`, or why neither is claimed.
+
+    Args:
+        images: number of evaluated images; None if unknown.
+        identical: whether both rows have the same detections.
+    """
+    if identical:
+        return "identical detections"
+    if images is not None and images < FEW_IMAGES:
+        return f"evaluated on {count(images, 'image')}: too few to tell"
+    return "no difference measured" if low <= 0 <= high else "better" if low > 0 else "worse"
 
 
 def printable(text: str, keep: str = "") -> str:

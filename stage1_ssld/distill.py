@@ -119,7 +119,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     from ssld.stage1_ssld.distillation.features import STATISTICS_IMAGES
     from ssld.stage1_ssld.distillation.losses import entropy
     from ssld.stage1_ssld.distillation.memory_trial import whole_step
-    from ssld.stage1_ssld.distillation.objective import Objective, implausible_start
+    from ssld.stage1_ssld.distillation.objective import Objective, implausible_start, statistics_warning
     from ssld.stage1_ssld.distillation.student import Student
     from ssld.stage1_ssld.distillation.targets import open_targets
     from ssld.stage1_ssld.distillation.teacher import try_teacher
@@ -393,7 +393,9 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 if soft is not None:
                     means = total_over_ranks(entropies) / config.batch_size
                     values |= {"teacher_entropy": means[0], "student_entropy": means[1]}
-                state.log(step, base_lr * factor, **values)
+                values = state.log(step, base_lr * factor, **values)
+                if step <= config.log_every and soft is not None and student.starts_with_head:
+                    run.log_if(statistics_warning(values, soft.logits_BM.shape[1]))
             if config.evaluate_every and step % config.evaluate_every == 0 and step < steps:
                 with progress.pausing():
                     metrics, scored = evaluate_now(step), step

@@ -144,7 +144,10 @@ def _meets(version: str, needs: str | None) -> bool:
 
 
 def requirement_lines(requirements: list[str]) -> Iterator[Line]:
-    """Yield installed packages that are older than required, and required packages that are missing; `requirements` as in the project's metadata."""
+    """Yield installed packages that are older than required, and required packages that are missing; `requirements` as in the project's metadata.
+
+    An old package that only an extra needs is a note: the extra may not be in use.
+    """
     for line in requirements:
         match = re.match(r"([A-Za-z0-9._-]+)\s*(?:\[[^]]*\])?\s*\(?([^();]*)", line)
         if match is None:
@@ -154,7 +157,12 @@ def requirement_lines(requirements: list[str]) -> Iterator[Line]:
             if ";" not in line and name not in PACKAGES:  # `;` marks extras; missing PACKAGES are reported above
                 yield Line("fault", "packages", f"not installed: {name}; pip install '{name}{needs}'")
         elif not _meets(version, needs):
-            yield Line("warning", "packages", f"{name} {version} is not {needs}; pip install --upgrade '{name}{needs}'")
+            extra = re.search(r"""extra\s*==\s*["']([^"']+)""", line)
+            level: Level = "note" if extra else "warning"
+            user = f" (for ssld[{extra[1]}])" if extra else ""
+            yield Line(
+                level, "packages", f"{name} {version} is not {needs}{user}; pip install --upgrade '{name}{needs}'"
+            )
 
 
 def _requirements(package: str) -> list[str]:

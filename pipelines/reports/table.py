@@ -11,7 +11,7 @@ proportions, which is too wide rather than too narrow, because both are evaluate
 import json
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ from ssld.shared.config.settings import validate
 from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.files import write_atomically
 from ssld.shared.run_dir import read_result
-from ssld.shared.wording import count
+from ssld.shared.wording import count, verdict
 
 COLUMNS = ("backbone", "top-1", "agreement", "detector AP", "AP50")
 _CLASSIFIER, _DETECTOR = ("top1", "agreement"), ("AP", "AP50")
 NONE = "-"
+CLAIMS = {"better": "good", "worse": "bad"}
+"""verdicts that claim a difference, and their names on the page"""
 FEW_OBJECTS = 100
 _Z = 1.96  # 97.5th percentile of the normal distribution
 _STUDENT = (
@@ -53,16 +55,24 @@ class Record:
 
 @dataclass(frozen=True)
 class Interval:
-    """A 95 % interval of a fraction or a difference, and its basis in words."""
+    """A 95 % interval of a fraction or a difference.
+
+    Attributes:
+        basis: how it was computed, in words.
+        images: number of evaluated images; None if unknown.
+        identical: whether the two compared evaluations have the same detections.
+    """
 
     low: float
     high: float
     basis: str
+    images: int | None = None
+    identical: bool = False
 
     @property
-    def holds_zero(self) -> bool:
-        """Return whether a difference with this interval is not measurable."""
-        return self.low <= 0 <= self.high
+    def verdict(self) -> str:
+        """Conclusion from the interval of a difference; only `better` and `worse` claim one."""
+        return verdict(self.low, self.high, self.images, identical=self.identical)
 
 
 @dataclass(frozen=True)
@@ -112,7 +122,9 @@ def gain(table: TableConfig, output: Path) -> Row | None:
                 differences.append(value - base_value)
                 compared.append(_compared(key, first, second))
         values.append(statistics.fmean(differences) if differences else None)
-        intervals.append(_over_seeds(differences) if len(differences) > 1 else next(iter(compared), None))
+        known = [interval.images for interval in compared if interval and interval.images is not None]
+        over_seeds = _over_seeds(differences, min(known, default=None)) if len(differences) > 1 else None
+        intervals.append(over_seeds or next(iter(compared), None))
     return Row(" - ".join(table.gain), tuple(values), tuple(intervals))
 
 
@@ -158,23 +170,44 @@ def read_record(output: Path) -> Record | None:
 
 
 def table_text(table: TableConfig, output: Path, *, smoke: bool = False) -> str:
-    """Return the table as aligned lines, with a note if the run was a smoke run."""
+    """Return the table as aligned lines, with a note if the run was a smoke run.
+
+    Columns without a number are left out, unless nothing is measured yet.
+    """
     rows = table_rows(table, output)
     difference = gain(table, output)
     cells = [COLUMNS, *(row.cells() for row in rows), *([gain_cells(difference)] if difference else [])]
     if difference and any(difference.intervals):
         cells.append(interval_cells(difference))
-    widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
+    filled = [0, *(n for n in range(1, len(COLUMNS)) if any(line[n] != NONE for line in cells[1:]))]
+    filled = filled if len(filled) > 1 else list(range(len(COLUMNS)))
+    cells = [tuple(line[n] for n in filled) for line in cells]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(filled))]
     lines = [_line(line, widths) for line in cells]
     if difference:
         lines.insert(len(rows) + 1, "-" * len(lines[0]))
-        if unclear := [name for name, i in zip(COLUMNS[1:], difference.intervals, strict=True) if i and i.holds_zero]:
-            lines.append(f"no difference measured (the interval contains 0): {', '.join(unclear)}")
+        unclear: dict[str, list[str]] = {}
+        for name, interval in zip(COLUMNS[1:], difference.intervals, strict=True):
+            if interval and interval.verdict not in CLAIMS:
+                unclear.setdefault(interval.verdict, []).append(name)
+        lines += [f"{', '.join(names)}: {text}" for text, names in unclear.items()]
+        if any(difference.intervals) and (note := intervals_note(table)):
+            lines.append(note)
         if (objects := objects_of(table, output)) is not None and objects < FEW_OBJECTS:
             lines.append(few_objects_text(objects))
     if smoke:
         lines.append(SMOKE)
     return "\n".join(lines)
+
+
+def intervals_note(table: TableConfig) -> str | None:
+    """Return the note on the sources of error that the intervals of differences leave out; None if every row has several seeds."""
+    rows = [table.rows[name] for name in table.gain or table.rows]
+    if min((len(stages) for row in rows for stages in (row.classifier, row.detector) if stages), default=1) > 1:
+        return None
+    return (
+        "the intervals cover the choice of the images, not the training: another seed can change a difference by more"
+    )
 
 
 def few_objects_text(objects: int) -> str:
@@ -203,11 +236,11 @@ def _fraction(metrics: dict[str, Any], key: str) -> float | None:
     return float(value) if isinstance(value, int | float) and not abs(value) > 1e9 else None
 
 
-def _over_seeds(values: list[float]) -> Interval:
-    """Return the interval of a mean over runs with different seeds."""
+def _over_seeds(values: list[float], images: int | None = None) -> Interval:
+    """Return the interval of a mean over runs with different seeds, each evaluated on `images` images."""
     half = _STUDENT[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
     mean = statistics.fmean(values)
-    return Interval(mean - half, mean + half, f"{len(values)} seeds")
+    return Interval(mean - half, mean + half, f"{len(values)} seeds", images)
 
 
 def _alone(key: str, results: list[dict[str, Any]]) -> Interval | None:
@@ -238,7 +271,10 @@ def _compared(key: str, better: dict[str, Any], base: dict[str, Any]) -> Interva
             return None
         images = compared.get("images")
         basis = f"paired bootstrap over {count(images, 'image')}" if isinstance(images, int) else "paired bootstrap"
-        return _interval([compared[key].get("low"), compared[key].get("high")], basis)
+        interval = _interval([compared[key].get("low"), compared[key].get("high")], basis)
+        own = better.get("outputs")
+        identical = isinstance(own, dict) and own.get("detections.json") == compared["sha256"]
+        return interval and replace(interval, images=images if isinstance(images, int) else None, identical=identical)
     shares = [_fraction(result["metrics"], key) for result in (better, base)]
     numbers = [result["metrics"].get("images") for result in (better, base)]
     variance = 0.0
@@ -247,7 +283,8 @@ def _compared(key: str, better: dict[str, Any], base: dict[str, Any]) -> Interva
             return None
         variance += share * (1 - share) / images
     half, difference = _Z * math.sqrt(variance), float(shares[0] or 0) - float(shares[1] or 0)
-    return Interval(difference - half, difference + half, f"binomial, {count(min(numbers), 'image')}")
+    images = min(numbers)
+    return Interval(difference - half, difference + half, f"binomial, {count(images, 'image')}", images)
 
 
 def _interval(bounds: list[Any], basis: str) -> Interval | None:

@@ -23,9 +23,11 @@ from typing import IO
 from ssld.pipelines.runner.stages import KINDS, Stage, own_file, typed_name
 from ssld.shared.config.command import STOPPED, USER_ERROR
 from ssld.shared.run_dir import read_result
+from ssld.shared.terminal import say
 
 TAIL_LINES = 15
 _GRACE_SECONDS = 600  # after a signal: time to end the step and write the checkpoint
+_ERROR = b"error: "  # beginning of a line about a user's mistake
 _LINGER_SECONDS = 10  # after a normal end: time for loader processes to exit
 
 
@@ -92,6 +94,7 @@ def run_stage(stage: Stage, console: Path, signals: Signals, *, quiet: bool = Fa
     else:
         words = [sys.executable, *line[1:]]
     tail: deque[str] = deque(maxlen=200)
+    errors: list[str] = []
     begun = time.time()
     console.parent.mkdir(parents=True, exist_ok=True)
     if stage.processes > 1:  # so that error.json can be written even before the stage creates its run directory
@@ -111,7 +114,7 @@ def run_stage(stage: Stage, console: Path, signals: Signals, *, quiet: bool = Fa
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signals.received)
         assert process.stdout is not None
-        reader = threading.Thread(target=_pass_through, args=(process.stdout, log, tail, quiet), daemon=True)
+        reader = threading.Thread(target=_pass_through, args=(process.stdout, log, tail, errors, quiet), daemon=True)
         reader.start()
         code = process.wait()
         # A launcher may exit before the processes it started: the stage has ended when all of them have closed their output.
@@ -121,7 +124,10 @@ def run_stage(stage: Stage, console: Path, signals: Signals, *, quiet: bool = Fa
         reader.join(_LINGER_SECONDS)
         process.stdout.close()
         signals.group = None
-    return _outcome(stage, code, list(tail), begun, stopped=signals.received is not None)
+    outcome = _outcome(stage, code, list(tail), begun, stopped=signals.received is not None)
+    for text in errors if outcome.code != USER_ERROR else []:  # the caller prints the lines of a user's mistake
+        say(text, sys.stderr)
+    return outcome
 
 
 def _outcome(stage: Stage, code: int, tail: list[str], begun: float, *, stopped: bool) -> Outcome:
@@ -141,25 +147,37 @@ def _outcome(stage: Stage, code: int, tail: list[str], begun: float, *, stopped:
     return Outcome(1, (f"{reason}; its last lines:", *tail[-TAIL_LINES:]))
 
 
-def _pass_through(source: IO[bytes], log: IO[bytes], tail: deque[str], quiet: bool) -> None:
+def _pass_through(source: IO[bytes], log: IO[bytes], tail: deque[str], errors: list[str], quiet: bool) -> None:
+    """Copy a stage's output to `log`, its last lines to `tail`, error lines to `errors`, and all other lines to the screen unless `quiet`."""
     screen = getattr(sys.stdout, "buffer", None)
-    rest = b""
+    rest, printed = b"", 0  # the line that is not complete yet, and how many of its bytes are on the screen
     while chunk := os.read(source.fileno(), 65536):
         log.write(chunk)
         log.flush()
+        *lines, rest = (rest + chunk).split(b"\n")
+        shown = b""
+        for line in lines:
+            if line.startswith(_ERROR):
+                errors.append(_last_state(line))
+            else:
+                shown += line[printed:] + b"\n"
+            printed = 0
+        if not rest.startswith(_ERROR[: max(1, len(rest))]):
+            shown, printed = shown + rest[printed:], len(rest)
         with suppress(OSError, ValueError):  # a closed terminal must not end the stage
             if quiet:
                 pass
             elif screen is not None:
                 sys.stdout.flush()
-                screen.write(chunk)
+                screen.write(shown)
                 screen.flush()
             else:
-                sys.stdout.write(chunk.decode(errors="replace"))
-        *lines, rest = (rest + chunk).split(b"\n")
+                sys.stdout.write(shown.decode(errors="replace"))
         tail.extend(text for text in map(_last_state, lines) if text)
     if text := _last_state(rest):
         tail.append(text)
+        if not printed:
+            errors.append(text)
 
 
 def _last_state(line: bytes) -> str:

@@ -124,6 +124,11 @@ class Stage:
         """Run directory of the stage."""
         return self.config.output
 
+    def names_setting(self, message: str) -> bool:
+        """Return whether a message begins with a key of the stage's settings, as in `batch_size: ...` or `student.model ...`."""
+        key = re.match(r"(\w+)(?::|\.\w+(?:\.\w+)*[: ])", message)
+        return key is not None and key[1] in type(self.config).model_fields
+
     def writes(self, path: Path) -> bool:
         """Return whether the finished stage contains `path`."""
         return any(path.is_relative_to(self.run / name) for name in self.kind.writes)

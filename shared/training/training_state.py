@@ -103,6 +103,9 @@ class TrainingState:
             facts = read_metadata(best)
             numbers = {name: value for name, value in facts["metrics"].items() if isinstance(value, int | float)}
             metrics["best"] = {"file": best.name, "step": facts["step"], **numbers}
+            if facts["step"] != step:
+                scores = [f", {name} {100 * value:.2f}" for name, value in numbers.items() if value == self.best]
+                self.run.log(f"best: step {facts['step']}{''.join(scores[:1])}: {best}")
             outputs = [*outputs, best]
         if self.run.main:
             keep_newest(self.run.checkpoints, self.keep_checkpoints)
@@ -188,8 +191,8 @@ class TrainingState:
             }
             save_checkpoint(self.run.checkpoints, step, parts | {"optimizer": tensors}, state)
 
-    def log(self, step: int, lr: float, **values: Tensor | float | None) -> None:
-        """Write the averages since the last line to the metrics, the trackers and the log, with further values of this step.
+    def log(self, step: int, lr: float, **values: Tensor | float | None) -> dict[str, float]:
+        """Write the averages since the last line to the metrics, the trackers and the log, with further values of this step; return both.
 
         Args:
             values: numbers by name, such as the norm of the gradient; None, or what is not finite (fp16 skips such a step), is left out.
@@ -206,3 +209,4 @@ class TrainingState:
         self.run.log(
             f"step {step}/{self.steps}: {averages}, lr {lr:.4g}; {self.progress.describe(speed, means['loss'], lr)}"
         )
+        return means

@@ -5,7 +5,8 @@ All values are sums over the images of a batch; the loop divides by the global b
 B images, K classes, M compared logits: the K classes, or the classes stored per view and one bucket for the rest.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +114,26 @@ def implausible_start(loss: Tensor, uniform: Tensor, images: int) -> str | None:
         f"warning: the first loss is {first:.3g} per image, a student with uniform predictions has {reference:.3g}: before any "
         "training the student is confident in classes that the teacher rules out. Check that it starts from the intended weights, that their classes "
         "are in the teacher's order, and that the teacher (or the store) belongs to these classes"
+    )
+
+
+def statistics_warning(values: Mapping[str, float], classes: int) -> str | None:
+    """Return a warning if a student that starts from trained weights, with their classifier, hardly agrees with its teacher and is undecided.
+
+    Its weights may still be good: with BatchNorm in training mode, the statistics of small batches, or of batches of similar images, can destroy the
+    predictions that the same weights give with their running statistics.
+
+    Args:
+        values: means over the first logged steps: `agreement` (0..1), `student_entropy` (nats per image).
+        classes: number of compared classes.
+    """
+    agreement, entropy = values.get("agreement", 1.0), values.get("student_entropy", 0.0)
+    if agreement >= 0.05 or entropy <= 0.8 * math.log(classes):
+        return None
+    return (
+        f"warning: the student starts from trained weights, but agrees with the teacher on {100 * agreement:.1f} % of the first images and its "
+        "predictions are almost uniform. BatchNorm normalizes by each batch in training, which fails for small batches and for similar images; "
+        "student.batchnorm: eval keeps the running statistics"
     )
 
 

@@ -90,6 +90,11 @@ class Student:
         """Whether the initial weights are trained ones, as far as its reference tells."""
         return self._reference.pretrained or self._reference.file is not None
 
+    @property
+    def starts_with_head(self) -> bool:
+        """Whether it starts from trained weights that include its classification layer, and BatchNorm normalizes them by batch statistics."""
+        return self.began_trained and not self.model.new_head and self.uses_batch_statistics()
+
     def start(self) -> dict[str, Tensor]:
         """State dict of timm's model before training. A classification layer that was new then is replaced by the trained one."""
         model, evaluated = self._create()[0], self.evaluated

@@ -20,6 +20,7 @@ import torch
 
 from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.files import file_sha256
+from ssld.shared.wording import verdict
 from ssld.stage2_detect.data.coco import CocoData, Id
 from ssld.stage2_detect.evaluation.analysis import (
     IGNORED,
@@ -167,7 +168,7 @@ def bootstrap_metrics(
     """Compute the entries of result.json and the lines of the log on the intervals of an evaluation.
 
     Args:
-        detections, others: stored detections of the detector, and of the one that it is compared with.
+        detections, others: detections of the detector, and of the one that it is compared with, both from `read_detections`.
         file: the file of `others`.
 
     Returns:
@@ -190,15 +191,30 @@ def bootstrap_metrics(
             "objects": objects,
         }
         other_drawn = draw_ap(match_detections(ground_truth, others))
+        identical = _identical(detections, others)
         for name, value_B in drawn.items():
             difference_B = value_B - other_drawn[name]
             low, high = interval(difference_B)
             compared[name] = {"difference": float(difference_B[0]), "low": low, "high": high}
-            verdict = "no difference measured" if low <= 0 <= high else "better" if low > 0 else "worse"
+            conclusion = verdict(low, high, images, identical=identical)
             numbers = f"{100 * difference_B[0]:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-            lines.append(f"{name} compared with {file}: {numbers}: {verdict}")
+            lines.append(f"{name} compared with {file}: {numbers}: {conclusion}")
+        if not identical:
+            lines.append(
+                "the intervals cover the choice of the images, not the training: another seed can change the difference by more"
+            )
         metrics["compared"] = compared
     return metrics, lines
+
+
+def _identical(detections: Mapping[Id, Detections], others: Mapping[Id, Detections]) -> bool:
+    """Return whether two evaluations have the same boxes, scores and classes, in the same order."""
+    return detections.keys() == others.keys() and all(
+        torch.equal(one.boxes_N4, others[image_id].boxes_N4)
+        and torch.equal(one.scores_N, others[image_id].scores_N)
+        and torch.equal(one.labels_N, others[image_id].labels_N)
+        for image_id, one in detections.items()
+    )
 
 
 def read_detections(file: Path, ground_truth: CocoData) -> dict[Id, Detections]:
@@ -223,9 +239,9 @@ def read_detections(file: Path, ground_truth: CocoData) -> dict[Id, Detections]:
                 )
             x, y, width, height = map(float, row["bbox"])
             rows[image_id].append([x, y, x + width, y + height, float(row["score"]), label_of[category_id]])
-    except (OSError, *MALFORMED) as error:
+    except (OSError, *MALFORMED):
         raise UserError(
-            f"{file}: not a file of detections ({type(error).__name__}); give the detections.json of an evaluation"
+            f"{file}: not a file of detections; give the detections.json that `ssld evaluate` wrote for the other detector"
         ) from None
     tables = {image_id: torch.tensor(table, dtype=torch.float64) for image_id, table in rows.items()}
     return {image_id: Detections(table[:, :4], table[:, 4], table[:, 5].long()) for image_id, table in tables.items()}

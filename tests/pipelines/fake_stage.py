@@ -54,6 +54,8 @@ def work(config: FakeConfig) -> None:
     run.log(f"working in {run.path.name}")
     if config.ends == "user error":
         raise UserError("images: no such folder; give another")
+    if config.ends == "wrong key":
+        raise UserError("text: not allowed")
     if config.ends == "crash":
         for number in range(40):
             print(f"line {number}")

@@ -96,6 +96,11 @@ def test_help_of_evaluate_needs_no_file(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["evaluate", "--help"]) == 0
     out = capsys.readouterr().out
     assert "stage1_ssld/evaluate.py for a backbone, stage2_detect/evaluate.py for a detector" in out
+    detector = out.partition("---- detector file ----")[2]
+    flags = re.findall(r"^  (--\w+)", detector.partition("more:")[0], re.MULTILINE)
+    assert [
+        flag for flag in ("--model", "--annotations", "--images", "--compare", "--output") if flag not in flags
+    ] == []
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_requirements_of_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(line.level, line.text) for line in machine.requirement_lines(requirements)] == [
         ("warning", "torch 2.10.1+cu128 is not >=2.11; pip install --upgrade 'torch>=2.11'"),
         ("fault", "not installed: jinja2; pip install 'jinja2>=3.1'"),
-        ("warning", "onnx 1.9.0 is not >=1.18; pip install --upgrade 'onnx>=1.18'"),
+        ("note", "onnx 1.9.0 is not >=1.18 (for ssld[export]); pip install --upgrade 'onnx>=1.18'"),
     ]
     assert {"av", "torchcodec"} <= machine.OPTIONAL.keys()
 

@@ -46,7 +46,7 @@ def test_runs_in_order_and_prints_the_table(
         ["SSLD", "70.0", "75.0", "25.7", "50.0"],
         ["SSLD", "-", "baseline", "+10.0", "+25.0", "-", "-"],
     ]
-    closing = next(line for line in out.splitlines() if line.startswith("5 stages: 0.0 min of work"))
+    closing = next(line for line in out.splitlines() if line.startswith("5 stages: 0.0 min computing, 0.0 min in all"))
     assert re.search(r"; largest process \d+\.\d GB$", closing)
 
 

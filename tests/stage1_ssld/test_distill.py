@@ -108,6 +108,8 @@ def test_ema_and_evaluation_on_the_way_add_their_files(
     result = json.loads((run / "result.json").read_text())
     assert set(result["outputs"]) == models
     assert result["metrics"]["best"] == {"file": "student_best.safetensors", "step": best["step"], **best["metrics"]}
+    line = f"best: step {best['step']}, top1 {100 * best['metrics']['top1']:.2f}: {run / 'student_best.safetensors'}"
+    assert (line in (run / "log.txt").read_text()) == (best["step"] != 6)
 
 
 def test_ema_is_the_average_of_the_student_alone(

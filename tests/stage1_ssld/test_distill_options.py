@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
+from ssld.shared.models.backbones import input_settings, save_backbone
 from ssld.shared.models.model_file import read_metadata, read_tensors
 from ssld.stage1_ssld.distill import main as distill
 from ssld.stage1_ssld.teach import main as teach
@@ -323,3 +325,32 @@ def test_compile_means_student_and_teacher(
         for name in ("plain", "compiled")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("student", "warned"), [({}, True), ({"batchnorm": "eval"}, False), ({"model": "random:test_resnet"}, False)]
+)
+def test_batch_statistics_are_suspected_where_loaded_weights_start_without_agreement(
+    student: dict[str, str],
+    warned: bool,
+    tiny: Any,
+    arguments: Arguments,
+    distill_settings: Settings,
+    call: Call,
+    tmp_path: Path,
+) -> None:
+    """Teacher and student have 64 classes and unrelated weights, so that they agree on one image in 64, by chance."""
+    files = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        net: Any = timm.create_model("test_resnet", num_classes=64)
+        files.append(tmp_path / f"{seed}.safetensors")
+        save_backbone(files[-1], net, arch="test_resnet", inputs=input_settings(net, {}), classes=64)
+    settings = distill_settings | {
+        "data": {"train": [str(tiny.unlabeled)], "image_size": 32},
+        "teacher": {"model": str(files[0])},
+        "student": {"model": str(files[1])} | student,
+    }
+    assert call(distill, arguments(settings)) == 0
+    log = (tmp_path / "run/log.txt").read_text()
+    assert log.count("student.batchnorm: eval keeps the running statistics") == warned

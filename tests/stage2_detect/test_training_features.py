@@ -88,7 +88,10 @@ def test_patience_ends_a_run_that_does_not_get_better(
     assert (
         "step 6: stopped after 2 evaluations in a row without a better AP (patience)" in (run / "log.txt").read_text()
     )
-    assert read_metadata(run / "detector_best.safetensors")["step"] == 2
+    best = read_metadata(run / "detector_best.safetensors")
+    assert best["step"] == 2
+    log = (run / "log.txt").read_text()
+    assert f"best: step 2, AP {100 * best['metrics']['AP']:.2f}: {run / 'detector_best.safetensors'}\n" in log
     assert read_metadata(run / "detector.safetensors")["step"] == 6
     assert (run / "checkpoints" / "step_00000006" / "COMPLETE").exists()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -85,7 +85,10 @@ def test_means_and_intervals_over_seeds(tmp_path: Path) -> None:
     assert interval is not None
     assert difference.values[0] == pytest.approx(paired.mean())
     assert (interval.low, interval.high) == pytest.approx((paired.mean() - half, paired.mean() + half))
-    assert interval.basis == "3 seeds"
+    assert (interval.basis, interval.images) == ("3 seeds", 10)
+    text = table_text(table, tmp_path)
+    assert "top-1: evaluated on 10 images: too few to tell" in text
+    assert "not the training" not in text  # the seeds cover it
     shutil.rmtree(tmp_path / "b1")  # not run yet: the other pairs count
     fewer = gain(table, tmp_path)
     assert fewer is not None
@@ -110,23 +113,35 @@ def test_intervals_of_one_run(tmp_path: Path) -> None:
     assert (interval.low, interval.high) == pytest.approx((0.18 - half, 0.18 + half))
 
 
-def test_intervals_of_detectors_are_those_of_this_comparison(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("images", "own", "conclusions"),
+    [
+        (30, "other", ["AP50: no difference measured"]),
+        (29, "other", ["detector AP, AP50: evaluated on 29 images: too few to tell"]),
+        (29, "abc", ["detector AP, AP50: identical detections"]),
+    ],
+)
+def test_intervals_of_detectors_are_those_of_this_comparison(
+    images: int, own: str, conclusions: list[str], tmp_path: Path
+) -> None:
     compared = {
         "sha256": "abc",
-        "images": 7,
+        "images": images,
         "objects": 40,
         "AP": {"difference": 0.1, "low": 0.02, "high": 0.2},
         "AP50": {"difference": 0.1, "low": -0.02, "high": 0.2},
     }
     counts = {"at_threshold": {"right": 10, "wrong": 5, "missed": 30}}
-    write_result(tmp_path / "a", {"AP": 0.4, "AP50": 0.6, "compared": compared, **counts})
+    write_result(tmp_path / "a", {"AP": 0.4, "AP50": 0.6, "compared": compared, **counts}, digest=own)
     write_result(tmp_path / "b", {"AP": 0.3, "AP50": 0.5, **counts}, digest="abc")
     table = TableConfig.model_validate({"rows": {n: {"detector": n} for n in "ab"}, "gain": ["a", "b"]})
     lines = table_text(table, tmp_path).splitlines()
-    assert lines[4].split() == ["a", "-", "b", "-", "-", "+10.0", "+10.0"]
-    assert lines[5].split() == ["95", "%", "interval", "-", "-", "+2.0", "to", "+20.0", "-2.0", "to", "+20.0"]
-    assert lines[6] == "no difference measured (the interval contains 0): AP50"
-    assert lines[7].startswith("the detectors are evaluated on 40 objects: too few")
+    assert lines[0].split() == ["backbone", "detector", "AP", "AP50"]  # no row has a classifier
+    assert lines[4].split() == ["a", "-", "b", "+10.0", "+10.0"]
+    assert lines[5].split() == ["95", "%", "interval", "+2.0", "to", "+20.0", "-2.0", "to", "+20.0"]
+    assert lines[6 : 6 + len(conclusions)] == conclusions
+    assert lines[-2].startswith("the intervals cover the choice of the images, not the training")
+    assert lines[-1].startswith("the detectors are evaluated on 40 objects: too few")
     shutil.rmtree(tmp_path / "b")
     write_result(tmp_path / "b", {"AP": 0.3, "AP50": 0.5, **counts}, digest="another evaluation")
     difference = gain(table, tmp_path)

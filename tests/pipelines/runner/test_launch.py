@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,60 @@ def test_output_is_passed_through_and_kept(fake_kinds: None, write_pipeline: Any
 def test_user_error_of_a_stage_is_one_line(fake_kinds: None, write_pipeline: Any) -> None:
     outcome, _ = run_one(write_pipeline({"a": {"command": "teach", "set": {"ends": "user error"}}}))
     assert outcome == Outcome(2, ("images: no such folder; give another",))
+
+
+@pytest.mark.process
+def test_user_error_of_a_stage_is_printed_once(fake_kinds: None, write_pipeline: Any, capfd: Any) -> None:
+    file = write_pipeline({"a": {"command": "teach", "set": {"ends": "user error"}}})
+    assert main([str(file)]) == 2
+    captured = capfd.readouterr()
+    assert captured.err == "error: stage a: images: no such folder; give another\n"
+    assert "images: no such folder" not in captured.out
+    assert captured.out.endswith("working in a\n")
+    assert "\nerror: images: no such folder; give another\n" in (file.parent / "runs/logs/a.txt").read_text()
+
+
+@pytest.mark.process
+def test_place_of_a_wrong_key_is_named(fake_kinds: None, write_pipeline: Any, capfd: Any) -> None:
+    file = write_pipeline({"a": {"command": "teach", "set": {"ends": "wrong key"}}})
+    assert main([str(file)]) == 2
+    assert capfd.readouterr().err == f"error: stage a: text: not allowed (stages.a.set in {file})\n"
+
+
+@pytest.mark.parametrize(
+    ("message", "named"),
+    [
+        ("source: a.txt: no such file", True),
+        ("metrics.top1: must be a number", True),
+        ("metrics.top1 x.safetensors: no such file", True),
+        ("a.txt: no such file", False),
+        ("source and target are the same", False),
+    ],
+)
+def test_keys_of_a_stage_are_recognized(fake_kinds: None, write_pipeline: Any, message: str, named: bool) -> None:
+    assert one_stage(write_pipeline({"a": {"command": "teach"}})).names_setting(message) == named
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_lines_of_errors_are_withheld_from_the_screen(size: int, capfd: Any, tmp_path: Path) -> None:
+    """Whatever the boundaries between two reads."""
+    text = b"one\rtwo\nerror: a\nerr\nerrors: b\n\n error: c\nerror: d"
+    source, target = os.pipe()
+    with (
+        os.fdopen(source, "rb") as reading,
+        (tmp_path / "log").open("wb") as log,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        read = os.read
+        patch.setattr(launch.os, "read", lambda file, most: read(file, size))
+        os.write(target, text)
+        os.close(target)
+        tail, errors = deque[str](), list[str]()
+        launch._pass_through(reading, log, tail, errors)
+    assert capfd.readouterr().out == "one\rtwo\nerr\nerrors: b\n\n error: c\n"
+    assert errors == ["error: a", "error: d"]
+    assert (tmp_path / "log").read_bytes() == text
+    assert list(tail) == ["two", "error: a", "err", "errors: b", " error: c", "error: d"]
 
 
 @pytest.mark.process

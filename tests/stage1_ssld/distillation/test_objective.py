@@ -1,6 +1,7 @@
 """The objective: terms by name and weight, human labels where they count, and the warning about a first loss that cannot be."""
 
 import inspect
+import math
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,13 @@ from ssld.stage1_ssld.data.mixing import Mixed, mix_batch
 from ssld.stage1_ssld.data.soft_labels import SoftLabels
 from ssld.stage1_ssld.data_config import LOSSES, DataConfig, LossConfig
 from ssld.stage1_ssld.distillation import losses
-from ssld.stage1_ssld.distillation.objective import Objective, cross_entropy, evaluate_term, implausible_start
+from ssld.stage1_ssld.distillation.objective import (
+    Objective,
+    cross_entropy,
+    evaluate_term,
+    implausible_start,
+    statistics_warning,
+)
 
 ALL = ("symmetric_kl", "kl", "soft_cross_entropy", "jensen_shannon", "dist", "decoupled_kd", "bernoulli_kl")
 
@@ -210,3 +217,17 @@ def test_a_sure_student_in_another_order_is_not() -> None:
 def test_limits_of_the_plausible(loss: float, uniform: float, fine: bool) -> None:
     warning = implausible_start(torch.tensor(loss * 8), torch.tensor(uniform * 8), 8)
     assert (warning is None) == fine
+
+
+@pytest.mark.parametrize(
+    ("agreement", "share", "warns"), [(0.049, 0.81, True), (0.05, 0.81, False), (0.049, 0.8, False)]
+)
+def test_limits_of_the_warning_about_batch_statistics(agreement: float, share: float, warns: bool) -> None:
+    values = {"agreement": agreement, "student_entropy": share * math.log(100)}
+    warning = statistics_warning(values, 100)
+    assert (warning is not None) == warns
+    if warning:
+        assert warning.startswith("warning: ")
+        assert "4.9 % of the first images" in warning
+        assert "student.batchnorm: eval keeps the running statistics" in warning
+    assert statistics_warning({}, 100) is None  # feature losses alone

@@ -156,11 +156,26 @@ def test_metrics_and_log(tmp_path: Path) -> None:
     low, high = metrics["intervals"]["AP"]
     assert low < coco_ap(data, detections, "pycocotools")["AP"] < high
     assert lines[1].endswith("better")
+    assert lines[-1].startswith("the intervals cover the choice of the images, not the training")
     same, lines = bootstrap_metrics(data, read_detections(file, data), read_detections(file, data), file)
     assert same["compared"]["AP"] == {"difference": 0, "low": 0, "high": 0}
-    assert lines[1].endswith("no difference measured")
+    assert [line.rpartition(": ")[2] for line in lines[1:]] == ["identical detections"] * 2
     content["annotations"] = []
     assert bootstrap_metrics(read(tmp_path, content, "empty"), detections, None, None) == ({}, [])
+
+
+def test_few_images_give_no_verdict(tmp_path: Path) -> None:
+    """The same two detectors as in `test_metrics_and_log`: the interval of the difference on these images does not contain 0."""
+    for images, end in ((29, ": evaluated on 29 images: too few to tell"), (30, ": better")):
+        content = random_content(images, seed=5)
+        data = read(tmp_path, content, f"of_{images}")
+        file = tmp_path / f"{images}.json"
+        write_results(random_detections(content, seed=6, noise=9), data.category_ids, file)
+        metrics, lines = bootstrap_metrics(
+            data, random_detections(content, seed=6, noise=1), read_detections(file, data), file
+        )
+        assert metrics["compared"]["AP"]["low"] > 0
+        assert lines[1].endswith(end)
 
 
 def test_stored_detections_read_back(tmp_path: Path) -> None:
@@ -182,9 +197,9 @@ def test_stored_detections_read_back(tmp_path: Path) -> None:
     [
         ('[{"image_id": 99, "category_id": 7, "bbox": [1, 1, 2, 2], "score": 1}]', "image 99 is not in"),
         ('[{"image_id": 1, "category_id": 1, "bbox": [1, 1, 2, 2], "score": 1}]', "category 1 is not in"),
-        ('[{"image_id": 1}]', "not a file of detections (KeyError)"),
-        ("{", "not a file of detections (JSONDecodeError)"),
-        ('{"images": []}', "not a file of detections (TypeError)"),
+        ('[{"image_id": 1}]', "not a file of detections; give the detections.json"),
+        ("{", "not a file of detections; give the detections.json"),
+        ('{"images": []}', "not a file of detections; give the detections.json"),
     ],
 )
 def test_files_of_other_data_are_refused(text: str, message: str, tmp_path: Path) -> None:
