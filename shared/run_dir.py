@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import yaml
+from pydantic import BaseModel
 
 from ssld.shared.checksums import remove_with_sum
-from ssld.shared.config.settings import NOT_IDENTITY, CommandConfig, differences, dump_yaml, identity
+from ssld.shared.config.settings import NOT_IDENTITY, CommandConfig, differences, dump, dump_yaml, identity
 from ssld.shared.config.training import PASSES_FILE
 from ssld.shared.errors import UserError
 from ssld.shared.files import clear_leftovers, file_sha256, files_digest, write_atomically
@@ -40,6 +41,7 @@ Status = Literal["new", "unfinished", "finished"]
 SPEED = ("seconds", "data_wait", "images_per_second", "memory_gb")
 """keys of metrics.jsonl that describe the machine, not the training"""
 _BEFORE_A_RUN = frozenset({"environment.json", "error.json"})  # written before config.yaml
+_UNRECORDED_PRECISION = "fp32"  # of a command that had no such setting; `auto`, the default of today, is never recorded
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "pycocotools", "safetensors", "numpy", "pillow")
 
 
@@ -355,7 +357,7 @@ def recorded_identity(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
 def recorded_precision(run: Path) -> str | None:
     """Read the precision of the run in a folder; None where there is no run, or its records are damaged, which `RunDir` reports."""
     try:
-        value = recorded_identity(run)[0].get("precision")
+        value = recorded_identity(run)[0].get("precision", _UNRECORDED_PRECISION)
     except UserError:
         return None
     return value if value in ("fp32", "bf16", "fp16") else None
@@ -373,16 +375,21 @@ def _strings(value: Any) -> list[str]:
 
 
 def changes_since(run: Path, config: CommandConfig, inputs: dict[str, str]) -> tuple[list[str], list[str]]:
-    """Compare the recorded run of a folder with the requested one; return lines about (permitted, refused) differences."""
-    old_config, old_inputs = recorded_identity(run)
+    """Compare the recorded run of a folder with the requested one; return lines about (permitted, refused) differences.
+
+    A setting that the record lacks, because an earlier version wrote it, counts as its default of today, `precision` as fp32.
+    """
+    recorded, old_inputs = recorded_identity(run)
+    if hasattr(config, "precision"):
+        recorded = {"precision": _UNRECORDED_PRECISION, **recorded}
     may_change = config.may_change
     if not (run / "result.json").exists():  # the rest of the training uses them
         may_change |= config.may_change_before_the_end
     permitted: list[str] = []
     refused: list[str] = []
-    for key, before, after in differences(old_config, identity(config)):
+    for key, before, after in differences(_with_defaults(recorded, config), dump(config)):
         # `auto` keeps the recorded precision.
-        if _same_place(before, after) or (key == "precision" and after == "auto" and before is not None):
+        if key in NOT_IDENTITY or _same_place(before, after) or (key == "precision" and after == "auto"):
             continue
         line = f"{key}: {json.dumps(before)} -> {json.dumps(after)}"
         (permitted if key in may_change else refused).append(line)
@@ -390,6 +397,16 @@ def changes_since(run: Path, config: CommandConfig, inputs: dict[str, str]) -> t
         f"{key} has other content" for key, before, after in differences(old_inputs, inputs) if before and after
     ]
     return permitted, refused
+
+
+def _with_defaults(record: Any, config: Any) -> Any:
+    """Return recorded settings with the default of each field of `config` that they lack, in groups and lists of groups too."""
+    if isinstance(record, list) and isinstance(config, list | tuple) and len(record) == len(config):
+        return [_with_defaults(one, group) for one, group in zip(record, config, strict=True)]
+    if not isinstance(record, dict) or not isinstance(config, BaseModel):
+        return record
+    defaults = type(config).model_construct().model_dump(mode="json", warnings=False)
+    return defaults | {key: _with_defaults(value, getattr(config, key, None)) for key, value in record.items()}
 
 
 def _same_place(before: Any, after: Any) -> bool:

@@ -73,7 +73,7 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     )
     run.log(describe(metrics))
     if config.expected:
-        metrics["expected_met"], line = compare_expected(config.expected, metrics, len(data.images))
+        metrics["expected_met"], line = compare_expected(config.expected, metrics, len(data.images), config.precision)
         run.log(line)
     files = [run.path / "detections.json"]
     if accelerator.is_main_process:

@@ -288,7 +288,7 @@ def train(config: TrainConfig) -> None:
             keep_best(step, metrics)
     if config.expected:
         measured = len(data.val.images) if data.val else 0
-        metrics["expected_met"], line = compare_expected(config.expected, metrics, measured)
+        metrics["expected_met"], line = compare_expected(config.expected, metrics, measured, config.precision)
         run.log(line)
     file = run.path / "detector.safetensors"
     save_model(file, step, metrics)

@@ -102,13 +102,16 @@ def describe(metrics: dict[str, Any]) -> str:
     return ", ".join(known) or "no score: the evaluation images have no objects"
 
 
-def compare_expected(expected: ExpectedConfig, metrics: Mapping[str, Any], images: int) -> tuple[bool | None, str]:
+def compare_expected(
+    expected: ExpectedConfig, metrics: Mapping[str, Any], images: int, precision: str
+) -> tuple[bool | None, str]:
     """Compare metrics with expected scores.
 
     Args:
         expected: scores in percent.
         metrics: in 0..1.
         images: number of evaluation images.
+        precision: precision of the evaluation, named in the line: published scores are mostly of fp32.
 
     Returns:
         Whether every expected score was reached within the tolerance (None where they cannot be compared), and a line for the log.
@@ -122,5 +125,7 @@ def compare_expected(expected: ExpectedConfig, metrics: Mapping[str, Any], image
     if missing:
         return None, f"expected: not compared: {missing[0]} was not measured"
     met = all(100 * metrics[name] >= value - expected.tolerance for name, value in scores.items())
-    text = ", ".join(f"{name} {100 * metrics[name]:.2f} (expected {value:g})" for name, value in scores.items())
+    text = ", ".join(
+        f"{name} {100 * metrics[name]:.2f} in {precision} (expected {value:g})" for name, value in scores.items()
+    )
     return met, f"expected: {'met' if met else 'NOT met'}: {text}, tolerance {expected.tolerance:g}"

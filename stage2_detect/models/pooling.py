@@ -57,6 +57,9 @@ def pool_rois(
         return pool_by_level(pool, rois_N5, level_N, len(strides))
     if torch.compiler.is_exporting():  # the number of RoIs is a symbol, so there are no chunks
         return _pool_on_all_levels(pool, rois_N5, level_N, len(strides))
+    # torchvision's CUDA kernel copies a channels_last map in each call, here per chunk.
+    for level, feature in enumerate(maps):
+        maps[level] = feature.contiguous()
     options = (size, tuple(1 / stride for stride in strides), sampling_ratio, aligned)
     pooled: Tensor = _PooledInChunks.apply(pool, rois_N5, level_N, options, *maps)
     return pooled

@@ -66,7 +66,7 @@ def select(
 
 def _copy_best(boxes_BRD4: Tensor, scores_BE: Tensor, classes: int, size: int) -> Tensor:
     """Copy (x1, y1, x2, y2, score, label) of the `size` best scores of each image to the host, in their order: float32 [B, size, 6]."""
-    # In their own order, not that of topk, which is arbitrary between equal scores.
+    # In their own order, not that of topk, which is arbitrary between equal scores: of equal scores at the cut any may be copied.
     place_BC = scores_BE.topk(size, dim=1, sorted=False).indices.sort(dim=1).values
     roi_BC, label_BC = place_BC // classes, place_BC % classes
     D = boxes_BRD4.shape[2]

@@ -243,10 +243,10 @@ def test_two_ranks_measure_the_loss_as_one(
 @pytest.mark.parametrize(
     ("expected", "metrics", "met", "text"),
     [
-        ({"AP": 41.4}, {"AP": 0.412}, True, "expected: met: AP 41.20 (expected 41.4), tolerance 0.3"),
-        ({"AP": 41.4}, {"AP": 0.41}, False, "expected: NOT met: AP 41.00 (expected 41.4), tolerance 0.3"),
+        ({"AP": 41.4}, {"AP": 0.412}, True, "expected: met: AP 41.20 in bf16 (expected 41.4), tolerance 0.3"),
+        ({"AP": 41.4}, {"AP": 0.41}, False, "expected: NOT met: AP 41.00 in bf16 (expected 41.4), tolerance 0.3"),
         ({"AP": 41.4, "tolerance": 0.5}, {"AP": 0.41}, True, "tolerance 0.5"),
-        ({"AP": 40, "AP_segm": 36}, {"AP": 0.45, "AP_segm": 0.3}, False, "AP_segm 30.00 (expected 36)"),
+        ({"AP": 40, "AP_segm": 36}, {"AP": 0.45, "AP_segm": 0.3}, False, "AP_segm 30.00 in bf16 (expected 36)"),
         ({"AP": 40, "AP_segm": 36}, {"AP": 0.45}, None, "expected: not compared: AP_segm was not measured"),
         ({"AP": 40}, {}, None, "AP was not measured"),
         ({"AP": 40}, {"AP": None}, None, "AP was not measured"),
@@ -254,13 +254,13 @@ def test_two_ranks_measure_the_loss_as_one(
     ],
 )
 def test_expected(expected: Settings, metrics: Settings, met: bool | None, text: str) -> None:
-    outcome, line = compare_expected(ExpectedConfig(**expected), metrics, 5)
+    outcome, line = compare_expected(ExpectedConfig(**expected), metrics, 5, "bf16")
     assert outcome is met
     assert text in line
 
 
 def test_expected_without_an_evaluation_set() -> None:
-    outcome = compare_expected(ExpectedConfig(AP=40, images=5000), {}, 0)
+    outcome = compare_expected(ExpectedConfig(AP=40, images=5000), {}, 0, "fp32")
     assert outcome == (None, "expected: not compared: there are no evaluation images")
 
 
@@ -270,7 +270,10 @@ def test_expected_is_compared_after_the_last_evaluation(
     settings = train_settings | {"steps": 1, "expected": {"AP": 50, "images": 5}}
     assert call(train.main, arguments(settings)) == 0
     assert result(tmp_path / "run")["expected_met"] is False
-    assert "expected: NOT met: AP 0.00 (expected 50), tolerance 0.3" in (tmp_path / "run" / "log.txt").read_text()
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["config"]["precision"] == "fp32"
+    assert (
+        "expected: NOT met: AP 0.00 in fp32 (expected 50), tolerance 0.3" in (tmp_path / "run" / "log.txt").read_text()
+    )
 
 
 # Backbones without BatchNorm, and invalid settings

@@ -5,6 +5,7 @@ per row, and one call over all rows moved apart compares all pairs of rows too: 
 8 images. So there all rows advance in rounds. In a round a box is dropped if a better one that is still kept overlaps it. A
 box is settled after as many rounds as the longest chain of better boxes, each overlapping the next, that ends in it; when a
 round changes nothing, what is kept is what greedy NMS keeps. Chains of an RPN are 6 to 15 long, so the host waits once.
+Exact ties of IoU and a threshold that float32 rounds may differ from the CPU.
 
 Shapes: B rows, N boxes per row.
 """

@@ -102,6 +102,67 @@ def test_a_run_that_goes_on_keeps_its_precision(settings: Settings, tmp_path: Pa
         RunDir(settings(precision="fp32"), "evaluate")
 
 
+@pytest.mark.parametrize("command", ["distill", "write_soft_labels", "evaluate", "train"])
+def test_runs_of_a_version_without_these_settings_go_on(
+    command: str,
+    distill_settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Their records lack `precision` and `optim.layer_decay`: unfinished and finished ones are the same run, in fp32 also on a GPU with bf16."""
+    config = _config_of(command, distill_settings, tmp_path)
+    run = RunDir(config.model_copy(update={"precision": "fp32"}), command)
+    run.metric(1, loss=0.5)
+    run.close()
+    record = yaml.safe_load((run.path / "config.yaml").read_text())
+    del record["precision"], record["process_timeout"]
+    decay = record.get("optim", {}).pop("layer_decay", None)
+    assert (decay is None) == (command in ("write_soft_labels", "evaluate", "train"))
+    (run.path / "config.yaml").write_text(yaml.safe_dump(record))
+    assert changes_since(run.path, config, run.inputs) == ([], [])
+    monkeypatch.setattr(processes, "best_precision", lambda _: "bf16")
+    _, resolved = start_processes(config)
+    assert resolved.precision == "fp32"
+    again = RunDir(resolved, command)
+    assert again.status == "unfinished"
+    again.finish({})
+    (run.path / "config.yaml").write_text(yaml.safe_dump(record))
+    assert RunDir(resolved, command).status == "finished"
+    assert "changed since" not in capsys.readouterr().out
+    other = changes_since(run.path, config.model_copy(update={"precision": "bf16"}), run.inputs)
+    assert [*other[0], *other[1]] == ['precision: "fp32" -> "bf16"']
+    if decay is not None:
+        optim = config.optim.model_copy(update={"layer_decay": 0.75})
+        other = changes_since(run.path, config.model_copy(update={"optim": optim}), run.inputs)
+        assert other == ([], ["optim.layer_decay: 1.0 -> 0.75"])
+
+
+def _config_of(command: str, distill_settings: dict[str, Any], tmp_path: Path) -> Any:
+    from ssld.stage1_ssld.config import DistillConfig, SoftLabelsConfig
+    from ssld.stage2_detect.config import TrainConfig
+
+    given: dict[str, Any] = {"output": tmp_path / "run", "device": "cpu"}
+    if command == "distill":
+        return DistillConfig.model_validate(distill_settings | given)
+    teacher, data = distill_settings["teacher"], distill_settings["data"]
+    if command == "write_soft_labels":
+        given |= {"teacher": teacher, "data": {"train": data["train"]}, "views": 1}
+        return SoftLabelsConfig.model_validate(given)
+    if command == "evaluate":
+        return EvaluateConfig.model_validate(given | {"model": teacher["model"], "data": {"path": data["val"]}})
+    (tmp_path / "boxes.json").write_text("{}")
+    files = {"train_annotations": str(tmp_path / "boxes.json"), "train_images": data["val"]}
+    given |= {
+        "backbone": "random:test_resnet",
+        "data": files,
+        "steps": 1,
+        "batch_size": 1,
+        "optim": {"lr": 0.1, "reference_batch": 1},
+    }
+    return TrainConfig.model_validate(given)
+
+
 def test_a_training_may_change_its_precision(distill_settings: dict[str, Any], tmp_path: Path) -> None:
     from ssld.stage1_ssld.config import DistillConfig
 

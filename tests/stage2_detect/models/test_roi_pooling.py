@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import ops
 
 from ssld.stage2_detect.models import kernels, pooling
+from ssld.stage2_detect.models.kernels.roi_align import roi_align
 
 
 def test_levels_follow_the_area() -> None:
@@ -88,15 +89,32 @@ def test_a_gpu_needs_the_memory_of_one_result(training: bool, monkeypatch: pytes
     assert sum(count == chunk * row for count in allocations.bytes.values()) > 0
 
 
-def test_chunks_have_the_values_and_gradients_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_chunks_have_the_values_and_gradients_of_torchvision(
+    layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Chunks of 7, the last of them shorter, against torchvision's own autograd, one level at a time."""
     monkeypatch.setattr(pooling, "_CHUNK", 7)
     strides = (1, 2, 4)  # of which RoIs of 28 and of 56 px begin a level
     generator = torch.Generator().manual_seed(4)
-    features = [torch.randn(2, CHANNELS, 128 // s, 160 // s, generator=generator).requires_grad_() for s in strides]
+    features = [
+        torch.randn(2, CHANNELS, 128 // s, 160 // s, generator=generator).to(memory_format=layout).requires_grad_()
+        for s in strides
+    ]
     rois = proposals(count=60)
+    contiguous, addresses = set(), set()
+
+    def record(feature: Tensor, *args: Any, **options: Any) -> Tensor:
+        contiguous.add(feature.is_contiguous())
+        addresses.add(feature.data_ptr())
+        return roi_align(feature, *args, **options)
+
+    monkeypatch.setattr(pooling, "roi_align", record)
     with kernels.plain():
         pooled = pooling.pool_rois(features, rois.boxes_BR4, rois.valid_BR, strides=strides, size=3)
+    # torchvision's CUDA kernel makes no copy of a contiguous map: there is one per level, whatever the number of chunks.
+    assert contiguous == {True}
+    assert len(addresses) == len(strides)
     expected = torch.zeros_like(pooled)
     levels = torch.where(rois.valid_BR, pooling.roi_levels(rois.boxes_BR4, strides), -1)
     for level, (feature, stride) in enumerate(zip(features, strides, strict=True)):
