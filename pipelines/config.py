@@ -63,15 +63,22 @@ class StageConfig(Config):
 class RowConfig(Config):
     """Stages that one row of the table takes its numbers from."""
 
-    classifier: tuple[str, ...] = ()
+    classifier: tuple[str, ...] = Field((), max_length=MOST_SEEDS)
     """name of the stage that reports top-1 accuracy and agreement, or a list of its runs with different seeds"""
-    detector: tuple[str, ...] = ()
+    detector: tuple[str, ...] = Field((), max_length=MOST_SEEDS)
     """name of the stage that reports AP, or a list of its runs with different seeds"""
 
     @field_validator("classifier", "detector", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return () if value is None else (value,) if isinstance(value, str) else value
+
+    @field_validator("classifier", "detector")
+    @classmethod
+    def _each_stage_once(cls, stages: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(stages)) < len(stages):
+            raise ValueError(f"each stage at most once (given: {', '.join(stages)})")
+        return stages
 
 
 class TableConfig(Config):

@@ -4,8 +4,9 @@ Numbers come from the stages' result.json, as fractions, and are printed in perc
 import torch.
 
 Differences have 95 % intervals. If both rows have several runs: over their seeds (Student's t, runs paired by number). Otherwise for detectors a
-paired bootstrap over the evaluation images, measured by `evaluate.py --compare`; for classifiers the binomial interval of two independent
-proportions, which is too wide rather than too narrow, because both are evaluated on the same images.
+paired bootstrap over the evaluation images, measured by `evaluate.py --compare`; for classifiers the interval of two independent proportions
+(Newcombe 1998, "Interval estimation for the difference between independent proportions", method 10), which is too wide rather than too narrow, because
+both are evaluated on the same images. Rows with different runs have a difference of means without an interval.
 """
 
 import json
@@ -26,6 +27,8 @@ COLUMNS = ("backbone", "top-1", "agreement", "detector AP", "AP50")
 _CLASSIFIER, _DETECTOR = ("top1", "agreement"), ("AP", "AP50")
 NONE = "-"
 FEW_OBJECTS = 100
+_MOST = 1e9  # larger numbers are no metric
+_NO_SPREAD = 1e-9  # rounding errors of equal values are smaller
 _Z = 1.96  # 97.5th percentile of the normal distribution
 _STUDENT = (
     12.706,
@@ -67,11 +70,16 @@ class Interval:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: its name, and for each column after the first a fraction and its interval, or None."""
+    """One row of the table: its name, and for each column after the first a fraction and its interval, or None.
+
+    Attributes:
+        notes: for each column the reason why a difference over several runs has no interval, or None.
+    """
 
     name: str
     values: tuple[float | None, ...]
     intervals: tuple[Interval | None, ...] = (None,) * (len(COLUMNS) - 1)
+    notes: tuple[str | None, ...] = (None,) * (len(COLUMNS) - 1)
 
     def cells(self) -> tuple[str, ...]:
         """Return the row as text."""
@@ -85,10 +93,12 @@ def table_rows(table: TableConfig, output: Path) -> list[Row]:
         values: list[float | None] = []
         intervals: list[Interval | None] = []
         for key, stages in _measures(row):
-            results = [result for stage in stages if (result := _result(output, stage))]
-            numbers = [value for result in results if (value := _fraction(result["metrics"], key)) is not None]
+            runs = _runs(output, stages, key)
+            numbers = [value for value, _ in runs.values()]
             values.append(statistics.fmean(numbers) if numbers else None)
-            intervals.append(_over_seeds(numbers) if len(numbers) > 1 else _alone(key, results))
+            intervals.append(
+                _over_seeds(numbers) if len(numbers) > 1 else _alone(key, [result for _, result in runs.values()])
+            )
         rows.append(Row(name, tuple(values), tuple(intervals)))
     return rows
 
@@ -99,21 +109,24 @@ def gain(table: TableConfig, output: Path) -> Row | None:
         return None
     values: list[float | None] = []
     intervals: list[Interval | None] = []
+    notes: list[str | None] = []
     better, base = (_measures(table.rows[name]) for name in table.gain)
     for (key, stages), (_, base_stages) in zip(better, base, strict=True):
-        differences: list[float] = []
-        compared: list[Interval | None] = []
-        for stage, base_stage in zip(stages, base_stages, strict=False):
-            first, second = _result(output, stage), _result(output, base_stage)
-            if first is None or second is None:
-                continue
-            value, base_value = _fraction(first["metrics"], key), _fraction(second["metrics"], key)
-            if value is not None and base_value is not None:
-                differences.append(value - base_value)
-                compared.append(_compared(key, first, second))
-        values.append(statistics.fmean(differences) if differences else None)
-        intervals.append(_over_seeds(differences) if len(differences) > 1 else next(iter(compared), None))
-    return Row(" - ".join(table.gain), tuple(values), tuple(intervals))
+        first, second = _runs(output, stages, key), _runs(output, base_stages, key)
+        interval = note = None
+        if first.keys() != second.keys():
+            note = f"different {'runs' if len(first) == len(second) else 'numbers of runs'}: no interval"
+        elif len(first) > 1:
+            interval = _over_seeds([first[number][0] - second[number][0] for number in first])
+            note = None if interval else "no spread over the seeds: no interval"
+        elif first:
+            number = next(iter(first))
+            interval = _compared(key, first[number][1], second[number][1])
+        means = [statistics.fmean(value for value, _ in runs.values()) for runs in (first, second) if runs]
+        values.append(means[0] - means[1] if len(means) == 2 else None)
+        intervals.append(interval)
+        notes.append(note if len(means) == 2 else None)
+    return Row(" - ".join(table.gain), tuple(values), tuple(intervals), tuple(notes))
 
 
 def gain_cells(row: Row) -> tuple[str, ...]:
@@ -132,7 +145,7 @@ def objects_of(table: TableConfig, output: Path) -> int | None:
     for name in table.gain or table.rows:
         for stage in table.rows[name].detector:
             counts = (_result(output, stage) or {}).get("metrics", {}).get("at_threshold")
-            if isinstance(counts, dict) and all(isinstance(counts.get(key), int) for key in ("right", "missed")):
+            if isinstance(counts, dict) and all(type(counts.get(key)) is int for key in ("right", "missed")):
                 return int(counts["right"] + counts["missed"])
     return None
 
@@ -170,6 +183,7 @@ def table_text(table: TableConfig, output: Path, *, smoke: bool = False) -> str:
         lines.insert(len(rows) + 1, "-" * len(lines[0]))
         if unclear := [name for name, i in zip(COLUMNS[1:], difference.intervals, strict=True) if i and i.holds_zero]:
             lines.append(f"no difference measured (the interval contains 0): {', '.join(unclear)}")
+        lines += [f"{name}: {note}" for name, note in zip(COLUMNS[1:], difference.notes, strict=True) if note]
         if (objects := objects_of(table, output)) is not None and objects < FEW_OBJECTS:
             lines.append(few_objects_text(objects))
     if smoke:
@@ -198,14 +212,25 @@ def _result(output: Path, stage: str) -> dict[str, Any] | None:
     return result if isinstance(result, dict) and isinstance(result.get("metrics"), dict) else None
 
 
+def _runs(output: Path, stages: tuple[str, ...], key: str) -> dict[int, tuple[float, dict[str, Any]]]:
+    """Return (value of the metric, result.json) of each run that has measured it, by the run's number in the row."""
+    results = ((number, _result(output, stage)) for number, stage in enumerate(stages))
+    pairs = ((number, _fraction(result["metrics"], key), result) for number, result in results if result)
+    return {number: (value, result) for number, value, result in pairs if value is not None}
+
+
 def _fraction(metrics: dict[str, Any], key: str) -> float | None:
+    """Return a metric; None for anything but a finite number from 0 on."""
     value = metrics.get(key)
-    return float(value) if isinstance(value, int | float) and not abs(value) > 1e9 else None
+    return float(value) if type(value) in (int, float) and 0 <= value <= _MOST else None
 
 
-def _over_seeds(values: list[float]) -> Interval:
-    """Return the interval of a mean over runs with different seeds."""
-    half = _STUDENT[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+def _over_seeds(values: list[float]) -> Interval | None:
+    """Return the interval of a mean over runs with different seeds; None for runs without spread, which are no sample of seeds."""
+    spread = statistics.stdev(values)
+    if spread < _NO_SPREAD:
+        return None
+    half = _STUDENT[len(values) - 2] * spread / math.sqrt(len(values))
     mean = statistics.fmean(values)
     return Interval(mean - half, mean + half, f"{len(values)} seeds")
 
@@ -220,7 +245,7 @@ def _alone(key: str, results: list[dict[str, Any]]) -> Interval | None:
         bounds = intervals.get(key) if isinstance(intervals, dict) else None
         return _interval(bounds, "bootstrap over the images") if isinstance(bounds, list) and len(bounds) == 2 else None
     share, images = _fraction(metrics, key), metrics.get("images")
-    if share is None or not isinstance(images, int) or images < 1 or not 0 <= share <= 1:
+    if share is None or type(images) is not int or images < 1 or share > 1:
         return None
     centre = (share + _Z**2 / (2 * images)) / (1 + _Z**2 / images)
     half = _Z / (1 + _Z**2 / images) * math.sqrt(share * (1 - share) / images + _Z**2 / (4 * images**2))
@@ -239,17 +264,17 @@ def _compared(key: str, better: dict[str, Any], base: dict[str, Any]) -> Interva
         images = compared.get("images")
         basis = f"paired bootstrap over {count(images, 'image')}" if isinstance(images, int) else "paired bootstrap"
         return _interval([compared[key].get("low"), compared[key].get("high")], basis)
-    shares = [_fraction(result["metrics"], key) for result in (better, base)]
-    numbers = [result["metrics"].get("images") for result in (better, base)]
-    variance = 0.0
-    for share, images in zip(shares, numbers, strict=True):
-        if share is None or not isinstance(images, int) or images < 1 or not 0 <= share <= 1:
-            return None
-        variance += share * (1 - share) / images
-    half, difference = _Z * math.sqrt(variance), float(shares[0] or 0) - float(shares[1] or 0)
-    return Interval(difference - half, difference + half, f"binomial, {count(min(numbers), 'image')}")
+    first, second = _alone(key, [better]), _alone(key, [base])
+    share, base_share = _fraction(better["metrics"], key), _fraction(base["metrics"], key)
+    if first is None or second is None or share is None or base_share is None:
+        return None
+    difference = share - base_share
+    low = difference - math.hypot(share - first.low, second.high - base_share)
+    high = difference + math.hypot(first.high - share, base_share - second.low)
+    images = min(better["metrics"]["images"], base["metrics"]["images"])
+    return Interval(low, high, f"binomial, {count(images, 'image')}")
 
 
 def _interval(bounds: list[Any], basis: str) -> Interval | None:
-    numbers = [float(bound) for bound in bounds if isinstance(bound, int | float) and abs(bound) <= 1]
+    numbers = [float(bound) for bound in bounds if type(bound) in (int, float) and abs(bound) <= 1]
     return Interval(numbers[0], numbers[1], basis) if len(numbers) == 2 else None
