@@ -5,8 +5,8 @@ import torch.
 
 Differences have 95 % intervals. If both rows have several runs: over their seeds (Student's t, runs paired by number). Otherwise for detectors a
 paired bootstrap over the evaluation images, measured by `evaluate.py --compare`; for classifiers the interval of two independent proportions
-(Newcombe 1998, "Interval estimation for the difference between independent proportions", method 10), which is too wide rather than too narrow, because
-both are evaluated on the same images. Rows with different runs have a difference of means without an interval.
+(Newcombe 1998, "Interval estimation for the difference between independent proportions", method 10), which is too wide rather than too narrow,
+because both are evaluated on the same images. Rows with different runs have a difference of means without an interval.
 """
 
 import json
