@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssld.shared.config.command import run_command
+from ssld.shared.config.command import call_command, run_command
 from ssld.shared.config.settings import CommandConfig
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.machine import default_threads
@@ -153,3 +153,27 @@ def test_a_broken_launcher_is_named(
     assert line.startswith(f"error: {name}={value}")
     assert "the launcher's environment is broken; unset RANK, WORLD_SIZE" in line
     assert line.count("\n") == 1
+
+
+def test_a_call_computes_gradients_in_float32_and_one_runs_at_a_time(tmp_path: Path) -> None:
+    seen = []
+
+    def work(config: CommandConfig) -> None:
+        weight = torch.ones(2, requires_grad=True)
+        (2 * weight).sum().backward()
+        assert weight.grad is not None
+        seen.append((weight.dtype, weight.grad.tolist()))
+        with pytest.raises(UserError, match="another run is in progress in this process"):
+            call_command(CommandConfig, work, None, {"output": tmp_path / "inner"}, recipes=tmp_path)
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        for context in (torch.no_grad, torch.inference_mode):
+            with context():
+                call_command(CommandConfig, work, None, {"output": tmp_path / "outer"}, recipes=tmp_path)
+                assert not torch.is_grad_enabled()
+                assert torch.is_inference_mode_enabled() == (context is torch.inference_mode)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert seen == [(torch.float32, [2.0, 2.0])] * 2
