@@ -120,7 +120,8 @@ def call_command(
         settings: settings laid on it, as nested dicts or by dotted key.
 
     Raises:
-        UserError: a mistake the user can fix, or another run in progress in this process; also where the command would end with exit code 2 for memory or disk that ran out.
+        UserError: a mistake the user can fix, or another run in progress in this process; also where the command would end with exit code 2 for
+            memory or disk that ran out.
         Stopped: after Ctrl-C or SIGTERM, with a checkpoint written.
     """
     import torch

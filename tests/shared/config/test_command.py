@@ -4,12 +4,15 @@ import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from ssld.shared.config.command import call_command, run_command
 from ssld.shared.config.settings import CommandConfig
+from ssld.shared.distributed.processes import describe_processes
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.machine import default_threads
 
@@ -102,6 +105,23 @@ def test_number_of_threads(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert default_threads(setting) == expected
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "abc", "", "4.5"])
+def test_a_wrong_number_of_threads_is_one_warning(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(6)))
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    accelerator, config = SimpleNamespace(device="cpu"), SimpleNamespace(precision="fp32", threads=None)
+    assert default_threads(None) == (6, "cores / processes")
+    first, warning = describe_processes(cast(Any, accelerator), cast(Any, config), 0).split("\n")
+    assert first.endswith("(cores / processes), 0 workers")
+    assert warning.startswith(f"warning: OMP_NUM_THREADS={text!r} is ignored: expected a whole number from 1 on")
+    for setting, valid in ((2, text), (None, "4,2"), (None, "4")):
+        monkeypatch.setenv("OMP_NUM_THREADS", valid)
+        config.threads = setting
+        assert "\n" not in describe_processes(cast(Any, accelerator), cast(Any, config), 0)
 
 
 def test_under_a_launcher_the_line_is_left_in_the_folder_and_the_main_ranks_wins(
