@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ssld.shared.config.bounds import Processes
 from ssld.shared.config.settings import CommandConfig, Config, did_you_mean
+from ssld.shared.config.yaml_files import read_recipe
 
 CommandName = Literal[
     "toy_data",
@@ -30,6 +31,7 @@ CommandName = Literal[
     "report",
 ]
 
+ROOT = Path(__file__).resolve().parents[1]
 MOST_SEEDS = 10
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
@@ -41,6 +43,11 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def located(path: str) -> str:
+    """Return `path` below the project's root if it exists only there, else unchanged."""
+    return path if Path(path).exists() or not (ROOT / path).exists() else str(ROOT / path)
 
 
 class StageConfig(Config):
@@ -63,15 +70,22 @@ class StageConfig(Config):
 class RowConfig(Config):
     """Stages that one row of the table takes its numbers from."""
 
-    classifier: tuple[str, ...] = ()
+    classifier: tuple[str, ...] = Field((), max_length=MOST_SEEDS)
     """name of the stage that reports top-1 accuracy and agreement, or a list of its runs with different seeds"""
-    detector: tuple[str, ...] = ()
+    detector: tuple[str, ...] = Field((), max_length=MOST_SEEDS)
     """name of the stage that reports AP, or a list of its runs with different seeds"""
 
     @field_validator("classifier", "detector", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return () if value is None else (value,) if isinstance(value, str) else value
+
+    @field_validator("classifier", "detector")
+    @classmethod
+    def _each_stage_once(cls, stages: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(stages)) < len(stages):
+            raise ValueError(f"each stage at most once (given: {', '.join(stages)})")
+        return stages
 
 
 class TableConfig(Config):
@@ -103,7 +117,7 @@ class PipelineConfig(Config):
         filled: dict[str, Any] = {}
         for name, stage in stages.items():
             other = stage.get("like")
-            if other is not None and other not in filled:
+            if other is not None and not (isinstance(other, str) and other in filled):
                 raise ValueError(
                     f"stages.{name}.like: {other}: no earlier stage of this name{did_you_mean(str(other), list(filled))}"
                 )
@@ -112,6 +126,8 @@ class PipelineConfig(Config):
             if all(isinstance(part, dict) for part in settings):
                 stage = {**base, **stage, "set": dict(flatten(settings[0])) | dict(flatten(settings[1]))}
             filled[name] = stage
+        if not all(isinstance(stage.get("set", {}), dict) for stage in filled.values()):
+            return {**values, "stages": filled}  # likewise
         copies = _copies(filled)
         if max(copies.values(), default=1) == 1:
             return {**values, "stages": filled}
@@ -140,13 +156,14 @@ def copy_name(stage: str, number: int) -> str:
 def _copies(stages: dict[str, Any]) -> dict[str, int]:
     """Return the number of runs of each stage: its own `seeds`, or those of the stages that it reads from.
 
-    Raises ValueError for a stage that reads from stages with different numbers of seeds.
+    Raises ValueError for a number of seeds out of bounds, and for a stage that reads from stages with different numbers of seeds.
     """
     copies: dict[str, int] = {}
     for name, stage in stages.items():
         seeds = stage.get("seeds", 1)
-        if not isinstance(seeds, int) or not 1 <= seeds <= MOST_SEEDS:
-            seeds = 1  # the field's own check reports the mistake
+        if type(seeds) is not int or not 1 <= seeds <= MOST_SEEDS:
+            given = json.dumps(seeds, default=str)
+            raise ValueError(f"stages.{name}.seeds: expected a whole number from 1 to {MOST_SEEDS} (given: {given})")
         references = REFERENCE.findall(json.dumps([stage.get("set"), stage.get("config")], default=str))
         repeated = {key: copies[key] for key in references if copies.get(key, 1) > 1}
         numbers = {seeds} - {1} | set(repeated.values())
@@ -167,14 +184,27 @@ def _repeat(stages: dict[str, Any], copies: dict[str, int]) -> dict[str, Any]:
                 raise ValueError(f"stages.{name}.seeds: {copy} is the name of another stage; rename it")
             settings = dict(_renamed(stage.get("set", {}), copies, number))
             if stage.get("seeds", 1) > 1:
-                seed = settings.get("seed", 0)
-                seed = int(seed) if str(seed).isdecimal() else seed  # text on the command line
-                if not isinstance(seed, int):
-                    raise ValueError(f"stages.{name}.set.seed: {seed!r}: a stage with seeds needs a number")
-                settings["seed"] = seed + number
+                settings["seed"] = _first_seed(name, stage) + number
             config = _renamed(stage.get("config"), copies, number)
             result[copy] = {**stage, "like": None, "set": settings, "config": config, "seeds": 1}
     return result
+
+
+def _first_seed(name: str, stage: dict[str, Any]) -> int:
+    """Return the seed of a stage's first run: that of its `set`, else that of its `config` file, else 0.
+
+    Raises ValueError for a seed that is no number, or a file whose name has variables, which are not known yet.
+    """
+    settings, file = stage.get("set", {}), stage.get("config")
+    place, seed = f"stages.{name}.set.seed", settings.get("seed", 0)
+    if "seed" not in settings and isinstance(file, str):
+        if REFERENCE.search(file):
+            raise ValueError(f"{place}: missing; a stage with seeds and the config {file} needs its first seed here")
+        if (path := Path(located(file))).is_file():  # a missing file is reported with the stage's other settings
+            place, seed = f"stages.{name}.config: {file}: seed", read_recipe(path).get("seed", 0)
+    if type(seed) is not int:
+        raise ValueError(f"{place}: {seed!r}: a stage with seeds needs a number")
+    return seed
 
 
 def _renamed(value: Any, copies: dict[str, int], number: int) -> Any:

@@ -60,6 +60,7 @@ class Gain:
 
     Attributes:
         interval: 95 % interval as fractions; None if it was not measured.
+        note: reason why a difference over several runs has no interval, or None.
     """
 
     measure: str
@@ -68,6 +69,7 @@ class Gain:
     better: str
     base: str
     others: list[tuple[str, float]]
+    note: str | None = None
 
     @property
     def text(self) -> str:
@@ -78,7 +80,7 @@ class Gain:
     def interval_text(self) -> str:
         """Interval as text, in points with sign, and its basis."""
         if self.interval is None:
-            return "no interval measured"
+            return self.note or "no interval measured"
         low, high = (signed(100 * bound) for bound in (self.interval.low, self.interval.high))
         return f"95 % interval {low} to {high} ({self.interval.basis})"
 
@@ -213,7 +215,7 @@ def gains(table: TableConfig, rows: list[Row], difference: Row) -> list[Gain]:
         values = {row.name: value for row in rows if (value := row.values[column]) is not None}
         others = [name for name in values if name not in table.gain]
         over = [(name, 100 * (values[better] - values[name])) for name in others] if len(others) <= 2 else []
-        result.append(Gain(measure, 100 * points, interval, better, base, over))
+        result.append(Gain(measure, 100 * points, interval, better, base, over, difference.notes[column]))
     return result
 
 

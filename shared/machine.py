@@ -27,6 +27,14 @@ def default_threads(setting: int | None) -> tuple[int, str]:
     return max(1, cores() // local), "cores / processes"
 
 
+def ignored_threads(setting: int | None) -> str | None:
+    """Return a warning for the log if OMP_NUM_THREADS would set the threads but is no whole number from 1 on; None otherwise."""
+    text = os.environ.get("OMP_NUM_THREADS")
+    if setting is not None or text is None or _number("OMP_NUM_THREADS"):
+        return None
+    return f"warning: OMP_NUM_THREADS={text[:40]!r} is ignored: expected a whole number from 1 on; cores / processes are used"
+
+
 def _number(name: str) -> int | None:
     """A whole number in the environment, None where there is none: OMP_NUM_THREADS may be a list, as `4,2`, whose first number counts."""
     text = os.environ.get(name, "").partition(",")[0].strip()

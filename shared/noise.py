@@ -62,7 +62,7 @@ def libraries_told_apart(*, verbose: bool) -> Iterator[None]:
         logging.captureWarnings(False)
         root.removeHandler(sink)
         for name, logger in loggers.items():
-            del vars(logger)["addHandler"]
+            vars(logger).pop("addHandler", None)
             logger.handlers, logger.propagate = before[name]
         for name, value in bars.items():
             os.environ.pop(name, None)

@@ -232,6 +232,9 @@ Scalar = Literal["temperature", "beta"]
 """Numbers of LossConfig that a loss can take; 1 where it takes none."""
 
 
+Compared = Literal["logits", "pooled", "spatial"]
+
+
 @dataclass(frozen=True)
 class Loss:
     """A loss that `losses` can name. Its formula is the function of this name in `distillation/losses.py`, or `function`.
@@ -244,7 +247,7 @@ class Loss:
     """
 
     settings: tuple[Scalar, ...] = ()
-    compares: Literal["logits", "pooled", "spatial"] = "logits"
+    compares: Compared = "logits"
     stored: bool = False
     function: Callable[..., Any] | None = None
 
@@ -263,9 +266,7 @@ LOSSES: dict[str, Loss] = {
 """All losses by name; settings, checks and the training loop read their names and properties from here."""
 
 
-def register_loss(
-    name: str, function: Callable[..., Any], *, compares: Literal["logits", "pooled", "spatial"] = "logits"
-) -> None:
+def register_loss(name: str, function: Callable[..., Any], *, compares: Compared = "logits") -> None:
     """Register a custom loss under a name, in this process. Call it before the settings are parsed, on every rank.
 
         def reverse_kl(student, teacher):
@@ -279,15 +280,19 @@ def register_loss(
         name: name of the loss in `losses`.
         function: (student, teacher) -> scalar tensor, the sum over the images of the batch (the loop divides by the global batch). Both arguments
             are [B,K] logits, or [B,D] and [B,N,D] features as `compares` states. If it has parameters `temperature` or `beta`, they are set
-            from the settings of the term.
+            from the settings of the term. The function must not change its arguments in place: other terms read them too.
         compares: what the function receives.
 
     Raises:
-        ValueError: a name that is taken, or not an identifier.
+        ValueError: a name that is taken, or not an identifier; or an unknown word in `compares`.
     """
-    if name in LOSSES or not name.isidentifier():
+    if compares not in get_args(Compared):
         raise ValueError(
-            f"register_loss: {name!r} is {'taken' if name in LOSSES else 'not an identifier'}; give another name"
+            f"register_loss: {name}: compares: expected {', '.join(get_args(Compared))} (given: {compares!r})"
+        )
+    if not isinstance(name, str) or name in LOSSES or not name.isidentifier():
+        raise ValueError(
+            f"register_loss: {name!r} is {'taken' if isinstance(name, str) and name in LOSSES else 'not an identifier'}; give another name"
         )
     parameters = inspect.signature(function).parameters
     settings = tuple(key for key in get_args(Scalar) if key in parameters)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from ssld.pipelines.checks.machine import Line
-from ssld.pipelines.runner.stages import ROOT
+from ssld.pipelines.config import ROOT
 from ssld.shared.config.settings import CommandConfig
 from ssld.shared.files import escaped, list_images, spread
 from ssld.shared.tally import Tally

@@ -4,8 +4,9 @@ Numbers come from the stages' result.json, as fractions, and are printed in perc
 import torch.
 
 Differences have 95 % intervals. If both rows have several runs: over their seeds (Student's t, runs paired by number). Otherwise for detectors a
-paired bootstrap over the evaluation images, measured by `evaluate.py --compare`; for classifiers the binomial interval of two independent
-proportions, which is too wide rather than too narrow, because both are evaluated on the same images.
+paired bootstrap over the evaluation images, measured by `evaluate.py --compare`; for classifiers the interval of two independent proportions
+(Newcombe 1998, "Interval estimation for the difference between independent proportions", method 10), which is too wide rather than too narrow,
+because both are evaluated on the same images. Rows with different runs have a difference of means without an interval.
 """
 
 import json
@@ -28,6 +29,8 @@ NONE = "-"
 CLAIMS = {"better": "good", "worse": "bad"}
 """verdicts that claim a difference, and their names on the page"""
 FEW_OBJECTS = 100
+_MOST = 1e9  # larger numbers are no metric
+_NO_SPREAD = 1e-9  # rounding errors of equal values are smaller
 _Z = 1.96  # 97.5th percentile of the normal distribution
 _STUDENT = (
     12.706,
@@ -77,11 +80,16 @@ class Interval:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: its name, and for each column after the first a fraction and its interval, or None."""
+    """One row of the table: its name, and for each column after the first a fraction and its interval, or None.
+
+    Attributes:
+        notes: for each column the reason why a difference over several runs has no interval, or None.
+    """
 
     name: str
     values: tuple[float | None, ...]
     intervals: tuple[Interval | None, ...] = (None,) * (len(COLUMNS) - 1)
+    notes: tuple[str | None, ...] = (None,) * (len(COLUMNS) - 1)
 
     def cells(self) -> tuple[str, ...]:
         """Return the row as text."""
@@ -95,10 +103,12 @@ def table_rows(table: TableConfig, output: Path) -> list[Row]:
         values: list[float | None] = []
         intervals: list[Interval | None] = []
         for key, stages in _measures(row):
-            results = [result for stage in stages if (result := _result(output, stage))]
-            numbers = [value for result in results if (value := _fraction(result["metrics"], key)) is not None]
+            runs = _runs(output, stages, key)
+            numbers = [value for value, _ in runs.values()]
             values.append(statistics.fmean(numbers) if numbers else None)
-            intervals.append(_over_seeds(numbers) if len(numbers) > 1 else _alone(key, results))
+            intervals.append(
+                _over_seeds(numbers) if len(numbers) > 1 else _alone(key, [result for _, result in runs.values()])
+            )
         rows.append(Row(name, tuple(values), tuple(intervals)))
     return rows
 
@@ -109,23 +119,27 @@ def gain(table: TableConfig, output: Path) -> Row | None:
         return None
     values: list[float | None] = []
     intervals: list[Interval | None] = []
+    notes: list[str | None] = []
     better, base = (_measures(table.rows[name]) for name in table.gain)
     for (key, stages), (_, base_stages) in zip(better, base, strict=True):
-        differences: list[float] = []
-        compared: list[Interval | None] = []
-        for stage, base_stage in zip(stages, base_stages, strict=False):
-            first, second = _result(output, stage), _result(output, base_stage)
-            if first is None or second is None:
-                continue
-            value, base_value = _fraction(first["metrics"], key), _fraction(second["metrics"], key)
-            if value is not None and base_value is not None:
-                differences.append(value - base_value)
-                compared.append(_compared(key, first, second))
-        values.append(statistics.fmean(differences) if differences else None)
-        known = [interval.images for interval in compared if interval and interval.images is not None]
-        over_seeds = _over_seeds(differences, min(known, default=None)) if len(differences) > 1 else None
-        intervals.append(over_seeds or next(iter(compared), None))
-    return Row(" - ".join(table.gain), tuple(values), tuple(intervals))
+        first, second = _runs(output, stages, key), _runs(output, base_stages, key)
+        interval = note = None
+        if first.keys() != second.keys():
+            note = f"different {'runs' if len(first) == len(second) else 'numbers of runs'}: no interval"
+        elif len(first) > 1:
+            pairs = [(first[number], second[number]) for number in first]
+            compared = [_compared(key, one[1], other[1]) for one, other in pairs]
+            images = [one.images for one in compared if one and one.images is not None]
+            interval = _over_seeds([one[0] - other[0] for one, other in pairs], min(images, default=None))
+            note = None if interval else "no spread over the seeds: no interval"
+        elif first:
+            number = next(iter(first))
+            interval = _compared(key, first[number][1], second[number][1])
+        means = [statistics.fmean(value for value, _ in runs.values()) for runs in (first, second) if runs]
+        values.append(means[0] - means[1] if len(means) == 2 else None)
+        intervals.append(interval)
+        notes.append(note if len(means) == 2 else None)
+    return Row(" - ".join(table.gain), tuple(values), tuple(intervals), tuple(notes))
 
 
 def gain_cells(row: Row) -> tuple[str, ...]:
@@ -144,7 +158,7 @@ def objects_of(table: TableConfig, output: Path) -> int | None:
     for name in table.gain or table.rows:
         for stage in table.rows[name].detector:
             counts = (_result(output, stage) or {}).get("metrics", {}).get("at_threshold")
-            if isinstance(counts, dict) and all(isinstance(counts.get(key), int) for key in ("right", "missed")):
+            if isinstance(counts, dict) and all(type(counts.get(key)) is int for key in ("right", "missed")):
                 return int(counts["right"] + counts["missed"])
     return None
 
@@ -191,6 +205,7 @@ def table_text(table: TableConfig, output: Path, *, smoke: bool = False) -> str:
             if interval and interval.verdict not in CLAIMS:
                 unclear.setdefault(interval.verdict, []).append(name)
         lines += [f"{', '.join(names)}: {text}" for text, names in unclear.items()]
+        lines += [f"{name}: {note}" for name, note in zip(COLUMNS[1:], difference.notes, strict=True) if note]
         if any(difference.intervals) and (note := intervals_note(table)):
             lines.append(note)
         if (objects := objects_of(table, output)) is not None and objects < FEW_OBJECTS:
@@ -231,14 +246,28 @@ def _result(output: Path, stage: str) -> dict[str, Any] | None:
     return result if isinstance(result, dict) and isinstance(result.get("metrics"), dict) else None
 
 
+def _runs(output: Path, stages: tuple[str, ...], key: str) -> dict[int, tuple[float, dict[str, Any]]]:
+    """Return (value of the metric, result.json) of each run that has measured it, by the run's number in the row."""
+    results = ((number, _result(output, stage)) for number, stage in enumerate(stages))
+    pairs = ((number, _fraction(result["metrics"], key), result) for number, result in results if result)
+    return {number: (value, result) for number, value, result in pairs if value is not None}
+
+
 def _fraction(metrics: dict[str, Any], key: str) -> float | None:
+    """Return a metric; None for anything but a finite number from 0 on."""
     value = metrics.get(key)
-    return float(value) if isinstance(value, int | float) and not abs(value) > 1e9 else None
+    return float(value) if type(value) in (int, float) and 0 <= value <= _MOST else None
 
 
-def _over_seeds(values: list[float], images: int | None = None) -> Interval:
-    """Return the interval of a mean over runs with different seeds, each evaluated on `images` images."""
-    half = _STUDENT[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+def _over_seeds(values: list[float], images: int | None = None) -> Interval | None:
+    """Return the interval of a mean over runs with different seeds, each evaluated on `images` images.
+
+    None for runs without spread, which are no sample of seeds.
+    """
+    spread = statistics.stdev(values)
+    if spread < _NO_SPREAD:
+        return None
+    half = _STUDENT[len(values) - 2] * spread / math.sqrt(len(values))
     mean = statistics.fmean(values)
     return Interval(mean - half, mean + half, f"{len(values)} seeds", images)
 
@@ -253,7 +282,7 @@ def _alone(key: str, results: list[dict[str, Any]]) -> Interval | None:
         bounds = intervals.get(key) if isinstance(intervals, dict) else None
         return _interval(bounds, "bootstrap over the images") if isinstance(bounds, list) and len(bounds) == 2 else None
     share, images = _fraction(metrics, key), metrics.get("images")
-    if share is None or not isinstance(images, int) or images < 1 or not 0 <= share <= 1:
+    if share is None or type(images) is not int or images < 1 or share > 1:
         return None
     center = (share + _Z**2 / (2 * images)) / (1 + _Z**2 / images)
     half = _Z / (1 + _Z**2 / images) * math.sqrt(share * (1 - share) / images + _Z**2 / (4 * images**2))
@@ -275,18 +304,17 @@ def _compared(key: str, better: dict[str, Any], base: dict[str, Any]) -> Interva
         own = better.get("outputs")
         identical = isinstance(own, dict) and own.get("detections.json") == compared["sha256"]
         return interval and replace(interval, images=images if isinstance(images, int) else None, identical=identical)
-    shares = [_fraction(result["metrics"], key) for result in (better, base)]
-    numbers = [result["metrics"].get("images") for result in (better, base)]
-    variance = 0.0
-    for share, images in zip(shares, numbers, strict=True):
-        if share is None or not isinstance(images, int) or images < 1 or not 0 <= share <= 1:
-            return None
-        variance += share * (1 - share) / images
-    half, difference = _Z * math.sqrt(variance), float(shares[0] or 0) - float(shares[1] or 0)
-    images = min(numbers)
-    return Interval(difference - half, difference + half, f"binomial, {count(images, 'image')}", images)
+    first, second = _alone(key, [better]), _alone(key, [base])
+    share, base_share = _fraction(better["metrics"], key), _fraction(base["metrics"], key)
+    if first is None or second is None or share is None or base_share is None:
+        return None
+    difference = share - base_share
+    low = difference - math.hypot(share - first.low, second.high - base_share)
+    high = difference + math.hypot(first.high - share, base_share - second.low)
+    images = min(better["metrics"]["images"], base["metrics"]["images"])
+    return Interval(low, high, f"binomial, {count(images, 'image')}", images)
 
 
 def _interval(bounds: list[Any], basis: str) -> Interval | None:
-    numbers = [float(bound) for bound in bounds if isinstance(bound, int | float) and abs(bound) <= 1]
+    numbers = [float(bound) for bound in bounds if type(bound) in (int, float) and abs(bound) <= 1]
     return Interval(numbers[0], numbers[1], basis) if len(numbers) == 2 else None

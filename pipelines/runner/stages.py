@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssld.pipelines.config import REFERENCE, CommandName, PipelineConfig, ReportConfig, StageConfig, flatten
+from ssld.pipelines.config import (
+    REFERENCE,
+    ROOT,
+    CommandName,
+    PipelineConfig,
+    ReportConfig,
+    StageConfig,
+    flatten,
+    located,
+)
 from ssld.pipelines.toy_data import ToyDataConfig
 from ssld.shared.config.settings import CommandConfig, did_you_mean, parse_config, validate
 from ssld.shared.config.training import TrainingConfig
@@ -33,7 +42,6 @@ from ssld.stage2_detect.config import EvaluateConfig as EvaluateDetectorConfig
 from ssld.stage2_detect.export_config import ExportDetectorConfig
 from ssld.stage2_detect.predict_config import PredictConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 LOGS = "logs"
 _SPLITS = tuple(
     f"{name}{suffix}"
@@ -211,11 +219,6 @@ def followers(stages: list[Stage], first: set[str]) -> set[str]:
         if stage.needs & names:
             names.add(stage.name)
     return names
-
-
-def located(path: str) -> str:
-    """Return `path` below the project's root if it exists only there, else unchanged."""
-    return path if Path(path).exists() or not (ROOT / path).exists() else str(ROOT / path)
 
 
 def own_file(path: str) -> str:

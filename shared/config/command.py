@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -40,6 +41,9 @@ _PASSES = (
 )
 _MORE_PASSES = "auto_batch found too few passes: the same command tries more of them"
 _SMALLER = "Use a smaller --batch_size"
+_running = (
+    threading.Lock()
+)  # held by `call_command`: threads, loggers and accelerate's state belong to the whole process
 # Message of torch's loader about a dead worker, raised wherever the main process is at that moment.
 _LOADER = re.compile(
     r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is killed by signal: (?P<signal>[^.]+)"
@@ -105,22 +109,32 @@ def call_command(
 ) -> ConfigT:
     """Run `work(config)` in the caller's process, as `run_command` does for a command line, and return the configuration it ran with.
 
-    Afterwards torch's number of threads and accelerate's state are what they were before.
+    The work runs with gradients and float32 as the default type, whatever the caller has set. Afterwards torch's number of threads and default type
+    and accelerate's state are what they were before.
 
     Args:
         config: a configuration, a YAML file, the name of a shipped recipe, or None for `settings` alone.
         settings: settings that override it, as nested dicts or by dotted key.
 
     Raises:
-        UserError: a mistake the user can fix; also where the command would end with exit code 2 for memory or disk that ran out.
+        UserError: a mistake the user can fix, or another run in progress in this process; also where the command would end with exit code 2 for
+            memory or disk that ran out.
         Stopped: after Ctrl-C or SIGTERM, with a checkpoint written.
     """
     import torch
 
     resolved = _resolved(config_type, config, settings)
-    threads, on_child = torch.get_num_threads(), signal.getsignal(signal.SIGCHLD)
+    if not _running.acquire(blocking=False):
+        raise UserError("another run is in progress in this process; wait for it, or start this one in another process")
+    threads, dtype, on_child = torch.get_num_threads(), torch.get_default_dtype(), signal.getsignal(signal.SIGCHLD)
     try:
-        with _own_accelerate_state(), libraries_told_apart(verbose=resolved.verbose):
+        torch.set_default_dtype(torch.float32)
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            _own_accelerate_state(),
+            libraries_told_apart(verbose=resolved.verbose),
+        ):
             _set_threads(resolved.threads)
             work(resolved)
     except (OSError, EOFError, RuntimeError, MemoryError) as error:
@@ -130,6 +144,8 @@ def call_command(
         raise UserError(message) from error
     finally:
         torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        _running.release()
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGCHLD, on_child)
     return resolved

@@ -20,7 +20,7 @@ from ssld.shared.config.settings import launched_ranks
 from ssld.shared.config.training import TrainingConfig
 from ssld.shared.distributed.ranks import from_main_rank, set_timeout, world_size
 from ssld.shared.errors import UserError
-from ssld.shared.machine import default_threads
+from ssld.shared.machine import default_threads, ignored_threads
 from ssld.shared.run_dir import recorded_precision
 from ssld.shared.wording import count
 
@@ -118,9 +118,13 @@ def best_precision(device: torch.device) -> str:
 
 
 def describe_processes(accelerator: Accelerator, config: ComputeConfig, workers: int) -> str:
-    """Describe device, precision, threads and workers for the log: `cuda:0, bf16, 8 threads (cores / processes), 4 workers`."""
+    """Describe device, precision, threads and workers for the log: `cuda:0, bf16, 8 threads (cores / processes), 4 workers`.
+
+    A second line warns of an OMP_NUM_THREADS that cannot be used.
+    """
     threads = count(torch.get_num_threads(), "thread")
-    return f"{accelerator.device}, {config.precision}, {threads} ({default_threads(config.threads)[1]}), {count(workers, 'worker')}"
+    line = f"{accelerator.device}, {config.precision}, {threads} ({default_threads(config.threads)[1]}), {count(workers, 'worker')}"
+    return "\n".join([line, *([warning] if (warning := ignored_threads(config.threads)) else [])])
 
 
 def prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:

@@ -76,7 +76,7 @@ def evaluate_term(term: LossConfig, student: Tensor, teacher: Tensor) -> Tensor:
         student, teacher: what the loss compares: logits [B,M], pooled features [B,D] or those of all cells [B,N,D].
 
     Raises:
-        UserError: a registered loss that returns anything but one number.
+        UserError: a registered loss that returns anything but one number with a gradient.
     """
     if term.standardize:
         student, teacher = losses.standardize_logits(student), losses.standardize_logits(teacher)
@@ -85,6 +85,10 @@ def evaluate_term(term: LossConfig, student: Tensor, teacher: Tensor) -> Tensor:
     if not isinstance(part, Tensor) or part.ndim != 0:
         shape = list(part.shape) if isinstance(part, Tensor) else type(part).__name__
         raise UserError(f"losses: {term.name} returned {shape}; return a scalar tensor, the sum over the batch")
+    if student.requires_grad and torch.is_grad_enabled() and not part.requires_grad:
+        raise UserError(
+            f"losses: {term.name} returned a tensor without gradient; compute it from the student's output, without detach"
+        )
     return part
 
 

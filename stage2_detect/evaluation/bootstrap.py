@@ -20,7 +20,8 @@ import torch
 
 from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.files import file_sha256
-from ssld.shared.wording import verdict
+from ssld.shared.run_dir import input_digest, read_result
+from ssld.shared.wording import count, verdict
 from ssld.stage2_detect.data.coco import CocoData, Id
 from ssld.stage2_detect.evaluation.analysis import (
     IGNORED,
@@ -38,6 +39,7 @@ from ssld.stage2_detect.models.batch import Detections
 
 IOUS_T = np.linspace(0.5, 0.95, 10)
 DRAWS = 1000
+_LARGEST = 1e9  # larger numbers are no pixels, and their products would overflow
 _PERCENTILES = (2.5, 97.5)
 _IMAGES_AT_ONCE = 256  # bounds the memory of the matching
 _VALUES_AT_ONCE = 2_000_000  # draws times detections of a class: bounds the memory of a block of draws
@@ -203,6 +205,12 @@ def bootstrap_metrics(
             lines.append(
                 "the intervals cover the choice of the images, not the training: another seed can change the difference by more"
             )
+        missing = sum(record.image_id not in others for record in ground_truth.images)
+        if missing and recorded_annotations(file) is None:
+            lines.append(
+                f"{file}: no result.json of an evaluation is beside it; {missing} of {count(images, 'image')} have no detections in it "
+                "and count as evaluated"
+            )
         metrics["compared"] = compared
     return metrics, lines
 
@@ -221,13 +229,22 @@ def read_detections(file: Path, ground_truth: CocoData) -> dict[Id, Detections]:
     """Read a `detections.json` on the images of `ground_truth`, without masks.
 
     Raises:
-        UserError: the file is not readable, or has images or classes that `ground_truth` does not have.
+        UserError: the file is not readable, has numbers that are no box or score, or images or classes that `ground_truth` does not have; or the
+            result.json beside it names another annotation file.
     """
+    digest = recorded_annotations(file)
+    if digest is not None and digest != input_digest(Path(ground_truth.file)):
+        raise UserError(
+            f"{file}: is an evaluation of another annotation file than {ground_truth.file}; compare evaluations of the same annotations"
+        )
     label_of = {category_id: label for label, category_id in enumerate(ground_truth.category_ids)}
     images = {record.image_id for record in ground_truth.images}
     rows: dict[Id, list[list[float]]] = defaultdict(list)
     try:
-        for row in json.loads(file.read_bytes()):
+        content = json.loads(file.read_bytes())
+        if not isinstance(content, list):
+            raise TypeError("expected a list of detections")
+        for number, row in enumerate(content):
             image_id, category_id = row["image_id"], row["category_id"]
             if image_id not in images:
                 raise UserError(
@@ -237,11 +254,28 @@ def read_detections(file: Path, ground_truth: CocoData) -> dict[Id, Detections]:
                 raise UserError(
                     f"{file}: category {category_id!r} is not in {ground_truth.file}; compare evaluations of the same annotations"
                 )
-            x, y, width, height = map(float, row["bbox"])
-            rows[image_id].append([x, y, x + width, y + height, float(row["score"]), label_of[category_id]])
+            x, y, width, height = box = row["bbox"]
+            score = row["score"]
+            numbers = all(type(value) in (int, float) and abs(value) <= _LARGEST for value in (*box, score))
+            if not numbers or width < 0 or height < 0:
+                raise UserError(
+                    f"{file}: detection {number}: expected a finite score and a box [x, y, width, height] with sizes from 0 on "
+                    f"(given: {json.dumps([box, score], default=str)[:80]})"
+                )
+            rows[image_id].append([x, y, x + width, y + height, score, label_of[category_id]])
     except (OSError, *MALFORMED):
         raise UserError(
             f"{file}: not a file of detections; give the detections.json that `ssld evaluate` wrote for the other detector"
         ) from None
     tables = {image_id: torch.tensor(table, dtype=torch.float64) for image_id, table in rows.items()}
     return {image_id: Detections(table[:, :4], table[:, 4], table[:, 5].long()) for image_id, table in tables.items()}
+
+
+def recorded_annotations(file: Path) -> str | None:
+    """Return the digest of the annotation file that a `detections.json` was evaluated on; None without the result.json of its evaluation."""
+    result = read_result(file.parent)
+    if result is None or not file.is_file() or result["outputs"].get(file.name) != file_sha256(file):
+        return None
+    inputs = result.get("inputs")
+    digest = inputs.get("annotations") if isinstance(inputs, dict) else None
+    return digest if isinstance(digest, str) else None

@@ -3,9 +3,12 @@
 `train.py` does not use it: there settings and classes come from the run's configuration and annotations (`trained_detector.py`).
 """
 
+import json
+import operator
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from torch import Tensor, nn
 
@@ -21,6 +24,9 @@ from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models import build
 from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
 
+_RESERVED = {"format", "kind", "arch", "timm_version", "class_names", "category_ids", "mean", "std", "model", "resize"}
+_RESERVED |= {"backbone", "model_args", "content_sha256", "metadata_sha256", "config", "inputs", "data"}
+"""metadata keys of a detector file, and arguments of `save_detector`, that are no facts of one's own"""
 KINDS: tuple[str, ...] = get_args(DetectorConfig.model_fields["kind"].annotation)
 
 
@@ -76,7 +82,20 @@ class NewDetector(nn.Module):
         """Write a detector file, which `load_detector` and the commands read, and return its content hash.
 
         `facts` (such as `step=100`) go to the file's metadata. The category ids are 1..K.
+
+        Raises:
+            UserError: `facts` with a key that the file itself sets or a value that JSON does not have, or a path that is a folder.
         """
+        if reserved := sorted(facts.keys() & _RESERVED):
+            raise UserError(f"save: {', '.join(reserved)}: set by the detector itself; give it another name")
+        try:
+            json.dumps(facts)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"save: {error}; give facts as numbers, text, lists and dicts") from None
+        if Path(path).is_dir():
+            raise UserError(
+                f"{path}: is a folder; give the name of a file, such as {Path(path) / 'detector.safetensors'}"
+            )
         ids = tuple(range(1, len(self.class_names) + 1))
         data = CocoData(str(path), training=True, class_names=self.class_names, category_ids=ids, images=[])
         return save_detector(
@@ -117,21 +136,40 @@ def build_detector(
         A module in training mode; `detector.save(FILE)` writes what `ssld.load_detector` reads.
 
     Raises:
-        UserError: an unknown recipe, kind or setting, a backbone that does not load or has no such maps, or no classes.
+        UserError: an unknown recipe, kind or setting, `kind` beside a recipe that is a kind, a YAML file without a group `model`, a backbone that
+            does not load or has no such maps, or classes that are neither a number from 1 on nor a list of different names.
     """
-    names = tuple(f"class {number}" for number in range(classes)) if isinstance(classes, int) else tuple(classes)
-    if (
-        isinstance(classes, str | bool)
-        or not names
-        or len(set(names)) < len(names)
-        or not all(isinstance(n, str) for n in names)
-    ):
-        raise UserError(f"classes: expected a number from 1 on, or a list of different names (given: {classes!r})")
-    if recipe in KINDS:
-        values: dict[str, Any] = {"model": {"kind": recipe}}
+    names = _class_names(classes)
+    if not isinstance(backbone, str | Path):
+        raise UserError(
+            f"backbone: a reference is needed, such as timm:resnet50d or a backbone file (given: {backbone!r})"
+        )
+    if not isinstance(recipe, str | Path):
+        raise UserError(f"recipe: expected the name of a kind or recipe, or a YAML file (given: {recipe!r})")
+    if str(recipe) in KINDS:
+        if "kind" in settings:
+            raise UserError(
+                f"kind: {recipe} is already named as the first argument; leave kind={settings['kind']!r} out"
+            )
+        values: dict[str, Any] = {"model": {"kind": str(recipe)}}
     else:
-        values = read_recipe(recipe_file(recipe, RECIPES, KINDS))
-    model = merge(values.get("model") or {}, settings)
+        values = read_recipe(file := recipe_file(recipe, RECIPES, KINDS))
+        if not isinstance(values.get("model"), dict):
+            raise UserError(f"{file}: has no group `model`, which a detector is built from; give a recipe of stage 2")
+    model = merge(values["model"], settings)
     config = validate(DetectorConfig, model, source=f"model of {recipe}", call=True)
     resize = validate(ResizeConfig, values.get("resize") or {}, source=f"resize of {recipe}")
     return NewDetector(str(backbone), arch, config=config, resize=resize, class_names=names)
+
+
+def _class_names(classes: int | Sequence[str]) -> tuple[str, ...]:
+    """Return one name per class; raises UserError for anything but a number from 1 on or a list of different names."""
+    names: Sequence[str] = ()
+    if isinstance(classes, list | tuple):
+        names = classes
+    elif not isinstance(classes, bool):
+        with suppress(TypeError):
+            names = [f"class {number}" for number in range(operator.index(cast(Any, classes)))]
+    if not names or not all(isinstance(name, str) and name.strip() for name in names) or len(set(names)) < len(names):
+        raise UserError(f"classes: expected a number from 1 on, or a list of different names (given: {classes!r})")
+    return tuple(names)

@@ -88,6 +88,12 @@ def test_returns_anything_but_a_sum(arguments: Any, distill_settings: dict[str, 
     settings = distill_settings | {"losses": ["number"]}
     expected = "losses: number returned float; return a scalar tensor, the sum over the batch"
     assert user_error(main, arguments(settings, "other")) == expected
+    register_loss("detached", lambda student, teacher: (student - teacher).square().sum().detach())
+    settings = distill_settings | {"losses": ["detached"]}
+    expected = (
+        "losses: detached returned a tensor without gradient; compute it from the student's output, without detach"
+    )
+    assert user_error(main, arguments(settings, "third")) == expected
 
 
 def test_the_example_of_the_documentation(
@@ -110,6 +116,9 @@ def test_names(arguments: Any, distill_settings: dict[str, Any], user_error: Any
         register_loss("kl", own_kl)
     with pytest.raises(ValueError, match=r"register_loss: 'own kl' is not an identifier; give another name"):
         register_loss("own kl", own_kl)
+    unknown: Any = "feats"
+    with pytest.raises(ValueError, match=r"own_kl: compares: expected logits, pooled, spatial \(given: 'feats'\)"):
+        register_loss("own_kl", own_kl, compares=unknown)
     message = user_error(main, arguments(distill_settings | {"losses": ["own_kl"]}))
     assert message.endswith(
         "losses.0.name: unknown loss 'own_kl'; give one of symmetric_kl, kl, soft_cross_entropy, jensen_shannon, dist, decoupled_kd, "

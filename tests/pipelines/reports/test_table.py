@@ -109,8 +109,59 @@ def test_intervals_of_one_run(tmp_path: Path) -> None:
     assert difference.intervals[1] is None
     interval = difference.intervals[0]
     assert interval is not None
-    half = 1.96 * math.sqrt(0.98 * 0.02 / 50 + 0.8 * 0.2 / 50)
-    assert (interval.low, interval.high) == pytest.approx((0.18 - half, 0.18 + half))
+    assert interval.low == pytest.approx(0.18 - math.hypot(0.98 - wilson(49, 50)[0], wilson(40, 50)[1] - 0.8))
+    assert interval.high == pytest.approx(0.18 + math.hypot(wilson(49, 50)[1] - 0.98, 0.8 - wilson(40, 50)[0]))
+
+
+def wilson(right: int, images: int) -> tuple[float, float]:
+    """Solve (p - q)^2 = z^2 q (1 - q) / n for q."""
+    share, z = right / images, 1.96
+    low, high = np.sort(np.roots([1 + z**2 / images, -2 * share - z**2 / images, share**2]))
+    return float(low), float(high)
+
+
+@pytest.mark.parametrize(
+    ("right", "images", "base_right", "base_images", "low", "high"),
+    [  # Newcombe 1998, table II, method 10
+        (56, 70, 48, 80, 0.0524, 0.3339),
+        (9, 10, 3, 10, 0.1705, 0.8090),
+        (5, 56, 0, 29, -0.0381, 0.1926),
+        (10, 10, 0, 10, 0.6075, 1.0),
+    ],
+)
+def test_difference_of_proportions_as_published(
+    tmp_path: Path, right: int, images: int, base_right: int, base_images: int, low: float, high: float
+) -> None:
+    write_result(tmp_path / "a", {"top1": right / images, "images": images})
+    write_result(tmp_path / "b", {"top1": base_right / base_images, "images": base_images})
+    table = TableConfig.model_validate({"rows": {n: {"classifier": n} for n in "ab"}, "gain": ["a", "b"]})
+    difference = gain(table, tmp_path)
+    assert difference is not None
+    assert difference.intervals[0] is not None
+    assert (difference.intervals[0].low, difference.intervals[0].high) == pytest.approx((low, high), abs=6e-5)
+
+
+def test_rows_with_different_runs(tmp_path: Path) -> None:
+    for name, value in (("a", 0.5), ("a_1", 0.7), ("a_2", 0.9), ("b", 0.5), ("b_1", float("nan")), ("b_2", -1)):
+        write_result(tmp_path / name, {"top1": value, "images": 100})
+    rows = {"x": {"classifier": ["a", "a_1", "a_2"]}, "y": {"classifier": ["b", "b_1", "b_2"]}}
+    lines = table_text(TableConfig.model_validate({"rows": rows, "gain": ["x", "y"]}), tmp_path).splitlines()
+    assert [line.split() for line in lines[1:3]] == [["x", "70.0", "-", "-", "-"], ["y", "50.0", "-", "-", "-"]]
+    assert lines[4].split() == ["x", "-", "y", "+20.0", "-", "-", "-"]
+    assert lines[5:] == ["top-1: different numbers of runs: no interval"]
+
+
+def test_equal_seeds_and_a_stage_twice(tmp_path: Path) -> None:
+    for name, value in (("a", 0.51), ("a_1", 0.51), ("b", 0.5), ("b_1", 0.5)):
+        write_result(tmp_path / name, {"AP": value})
+    rows = {n: {"detector": [n, f"{n}_1"]} for n in "ab"}
+    lines = table_text(TableConfig.model_validate({"rows": rows, "gain": ["a", "b"]}), tmp_path).splitlines()
+    assert lines[4].split() == ["a", "-", "b", "-", "-", "+1.0", "-"]
+    assert lines[5:] == ["detector AP: no spread over the seeds: no interval"]
+    with pytest.raises(ValueError, match=r"each stage at most once \(given: a, a\)"):
+        TableConfig.model_validate({"rows": {"x": {"detector": ["a", "a"]}}})
+    with pytest.raises(ValueError, match="at most 10 items"):
+        TableConfig.model_validate({"rows": {"x": {"detector": [f"a{n}" for n in range(11)]}}})
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,21 @@ def test_seeds_repeat_a_stage_and_the_stages_that_read_from_it(
     ("change", "message"),
     [
         ({"student_1": {"command": "distill"}}, "stages.student.seeds: student_1 is the name of another stage"),
-        ({"student": {"command": "distill", "seeds": 11}}, "stages.student.seeds: has to be at most 10"),
+        *(
+            ({"student": {"command": "distill", "seeds": seeds}, "two": {"command": "distill", "seeds": 2}}, message)
+            for seeds, message in (
+                (given, f"stages.student.seeds: expected a whole number from 1 to 10 (given: {word})")
+                for given, word in ((11, "11"), (0, "0"), (True, "true"), ("3", '"3"'), (None, "null"), (2.0, "2.0"))
+            )
+        ),
+        ({"student": {"command": "distill", "seeds": 2, "set": None}}, "stages.student.set: "),
+        ({"student": {"command": "distill", "seeds": 2, "set": ["x"]}}, "stages.student.set: "),
+        ({"student": {"command": "distill", "seeds": 2, "set": {"seed": True}}}, "a stage with seeds needs a number"),
+        ({"two": {"command": "distill", "like": ["x"]}}, "stages.two.like: ['x']: no earlier stage of this name"),
+        (
+            {"student": {"command": "distill", "seeds": 2, "config": "${x}/a.yaml"}},
+            "stages.student.set.seed: missing; a stage with seeds and the config ${x}/a.yaml needs its first seed here",
+        ),
         ({"student": {"command": "distill", "seeds": 2, "set": {"seed": "${x}"}}}, "a stage with seeds needs a number"),
         (
             {
@@ -140,6 +154,26 @@ def test_mistakes_in_seeds_are_named(
     with pytest.raises(UserError) as caught:
         read_pipeline(write_pipeline(stages))
     assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_seeds_count_from_the_seed_of_the_config_file(
+    write_pipeline: Callable[..., Path], fake_kinds: None, tmp_path: Path
+) -> None:
+    (tmp_path / "base.yaml").write_text("seed: 42\n", encoding="utf-8")
+    file = tmp_path / "settings.yaml"
+    file.write_text("base: base.yaml\ntext: x\n", encoding="utf-8")
+    stages = {
+        "a": {"command": "distill", "seeds": 2, "config": str(file)},
+        "b": {"like": "a", "set": {"seed": 7}},
+        "c": {"command": "distill", "seeds": 2},
+    }
+    pipeline = read_pipeline(write_pipeline(stages))
+    seeds = {name: stage.set["seed"] for name, stage in pipeline.stages.items()}
+    assert seeds == {"a": 42, "a_1": 43, "b": 7, "b_1": 8, "c": 0, "c_1": 1}
+    file.write_text("seed: x\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"stages.a.config: .*settings.yaml: seed: 'x': a stage with seeds needs"):
+        read_pipeline(write_pipeline(stages))
 
 
 def test_students_of_the_distillation_pipeline_differ_in_what_teaches_them() -> None:

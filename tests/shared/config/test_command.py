@@ -4,12 +4,15 @@ import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
-from ssld.shared.config.command import run_command
+from ssld.shared.config.command import call_command, run_command
 from ssld.shared.config.settings import CommandConfig
+from ssld.shared.distributed.processes import describe_processes
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.machine import default_threads
 
@@ -104,6 +107,23 @@ def test_number_of_threads(
     assert default_threads(setting) == expected
 
 
+@pytest.mark.parametrize("text", ["0", "-1", "abc", "", "4.5"])
+def test_a_wrong_number_of_threads_is_one_warning(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(6)))
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    accelerator, config = SimpleNamespace(device="cpu"), SimpleNamespace(precision="fp32", threads=None)
+    assert default_threads(None) == (6, "cores / processes")
+    first, warning = describe_processes(cast(Any, accelerator), cast(Any, config), 0).split("\n")
+    assert first.endswith("(cores / processes), 0 workers")
+    assert warning.startswith(f"warning: OMP_NUM_THREADS={text!r} is ignored: expected a whole number from 1 on")
+    for setting, valid in ((2, text), (None, "4,2"), (None, "4")):
+        monkeypatch.setenv("OMP_NUM_THREADS", valid)
+        config.threads = setting
+        assert "\n" not in describe_processes(cast(Any, accelerator), cast(Any, config), 0)
+
+
 def test_under_a_launcher_the_line_is_left_in_the_folder_and_the_main_ranks_wins(
     run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -153,3 +173,27 @@ def test_a_broken_launcher_is_named(
     assert line.startswith(f"error: {name}={value}")
     assert "the launcher's environment is broken; unset RANK, WORLD_SIZE" in line
     assert line.count("\n") == 1
+
+
+def test_a_call_computes_gradients_in_float32_and_one_runs_at_a_time(tmp_path: Path) -> None:
+    seen = []
+
+    def work(config: CommandConfig) -> None:
+        weight = torch.ones(2, requires_grad=True)
+        (2 * weight).sum().backward()
+        assert weight.grad is not None
+        seen.append((weight.dtype, weight.grad.tolist()))
+        with pytest.raises(UserError, match="another run is in progress in this process"):
+            call_command(CommandConfig, work, None, {"output": tmp_path / "inner"}, recipes=tmp_path)
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        for context in (torch.no_grad, torch.inference_mode):
+            with context():
+                call_command(CommandConfig, work, None, {"output": tmp_path / "outer"}, recipes=tmp_path)
+                assert not torch.is_grad_enabled()
+                assert torch.is_inference_mode_enabled() == (context is torch.inference_mode)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert seen == [(torch.float32, [2.0, 2.0])] * 2

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from ssld.shared.errors import UserError
+from ssld.shared.files import file_sha256
+from ssld.shared.run_dir import input_digest
 from ssld.stage2_detect.data.coco import CocoData, Id, read_coco
 from ssld.stage2_detect.data.coco_json import write_results
 from ssld.stage2_detect.evaluation import bootstrap
@@ -200,6 +202,22 @@ def test_stored_detections_read_back(tmp_path: Path) -> None:
         ('[{"image_id": 1}]', "not a file of detections; give the detections.json"),
         ("{", "not a file of detections; give the detections.json"),
         ('{"images": []}', "not a file of detections; give the detections.json"),
+        ("{}", "not a file of detections; give the detections.json"),
+        ("null", "not a file of detections; give the detections.json"),
+        *(
+            (
+                f'[{{"image_id": 1, "category_id": 7, "bbox": {box}, "score": {score}}}]',
+                "detection 0: expected a finite score",
+            )
+            for box, score in (
+                ("[1, 1, 2, 2]", "NaN"),
+                ("[1, 1, 2, 2]", "1e999"),
+                ("[1, 1, 2, 2]", "true"),
+                ("[1, NaN, 2, 2]", "0.5"),
+                ("[1, 1, -2, 2]", "0.5"),
+                ('[1, 1, "2", 2]', "0.5"),
+            )
+        ),
     ],
 )
 def test_files_of_other_data_are_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -210,3 +228,29 @@ def test_files_of_other_data_are_refused(text: str, message: str, tmp_path: Path
         read_detections(file, data)
     assert str(caught.value).startswith(f"{file}: ")
     assert message in str(caught.value)
+
+
+def test_evaluations_of_another_annotation_file_are_refused(tmp_path: Path) -> None:
+    content = random_content(4, seed=1)
+    data = read(tmp_path, content)
+    run = tmp_path / "run"
+    run.mkdir()
+    file = run / "detections.json"
+    image = data.images[0].image_id
+    file.write_text(
+        json.dumps([{"image_id": image, "category_id": 7, "bbox": [1, 1, 2, 2], "score": 1}]), encoding="utf-8"
+    )
+    detections = read_detections(file, data)
+    assert bootstrap_metrics(data, detections, detections, file)[1][-1] == (
+        f"{file}: no result.json of an evaluation is beside it; 3 of 4 images have no detections in it and count as evaluated"
+    )
+    result: dict[str, Any] = {"metrics": {}, "outputs": {"detections.json": file_sha256(file)}}
+    for annotations in (data.file, __file__):
+        result["inputs"] = {"annotations": input_digest(Path(annotations))}
+        (run / "result.json").write_text(json.dumps(result), encoding="utf-8")
+        if annotations == data.file:
+            assert not any("result.json" in line for line in bootstrap_metrics(data, detections, detections, file)[1])
+    with pytest.raises(UserError, match="is an evaluation of another annotation file than"):
+        read_detections(file, data)
+    file.write_text("[]", encoding="utf-8")  # no longer the file that result.json describes
+    assert read_detections(file, data) == {}

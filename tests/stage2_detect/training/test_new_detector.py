@@ -96,6 +96,12 @@ def test_a_recipe_gives_the_architecture_of_the_command(
         ("gfl", {"classes": True}, "classes: expected a number from 1 on, or a list of different names (given: True)"),
         ("gfl", {"classes": ["a", "a"]}, "classes: expected"),
         ("gfl", {"classes": "cat"}, "classes: expected"),
+        *(
+            ("gfl", {"classes": classes}, "classes: expected")
+            for classes in (True, 2.0, None, {"a", "b"}, {"a": 1}, (n for n in "ab"), [["a"]], [1, "a"], ["", "b"], -1)
+        ),
+        ("gfl", {"kind": "retinanet"}, "kind: gfl is already named as the first argument; leave kind='retinanet' out"),
+        ("gfl", {"backbone": None}, "backbone: a reference is needed"),
         ("gfl", {"backbone": "nowhere.safetensors"}, "nowhere.safetensors: no such file or folder"),
     ],
 )
@@ -126,3 +132,24 @@ def test_train_is_the_command(
             ("optim", "optim={'lr': ..., 'reference_batch': ...}"),
         )
     ]
+
+
+def test_a_yaml_without_a_model_is_refused_and_a_path_names_a_kind(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"backbone": "random:test_resnet", "classes": np.int64(2), "fpn_channels": 16}
+    for text in ("", "resize: {short_side: 64}\n", "model: [1]\n"):
+        (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=r"x\.yaml: has no group `model`"):
+            ssld.build_detector(tmp_path / "x.yaml", **given)
+    detector = ssld.build_detector(Path("gfl"), **given)
+    assert (detector.config.kind, detector.class_names) == ("gfl", ("class 0", "class 1"))
+    for facts, message in (
+        ({"kind": "x"}, "save: kind: set by the detector itself; give it another name"),
+        ({"data": 1, "class_names": []}, "save: class_names, data: set by"),
+        ({"x": torch.zeros(2)}, "save: Object of type Tensor is not JSON serializable"),
+    ):
+        with pytest.raises(UserError) as raised:
+            detector.save(tmp_path / "out.safetensors", **facts)
+        assert str(raised.value).startswith(message)
+    with pytest.raises(UserError, match="is a folder; give the name of a file"):
+        detector.save(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["x.yaml"]
