@@ -125,7 +125,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     from ssld.stage1_ssld.distillation.teacher import try_teacher
     from ssld.stage1_ssld.evaluation.better_weights import MOST_IMAGES, Choice, choose_weights, weights
     from ssld.stage1_ssld.evaluation.curves import write_curves
-    from ssld.stage1_ssld.evaluation.metrics import describe, evaluate
+    from ssld.stage1_ssld.evaluation.metrics import describe, evaluate, score_of
 
     # ---- references and sources, checked before any process group exists
     check_networks(config.networks(), config.hub_data())
@@ -265,7 +265,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 step=step,
                 metrics=metrics,
                 teacher=teacher_facts,
-                licence=_licences(student.licence(), teacher_facts),
+                licence=student.licence_under(teacher_facts),
                 run=str(run.path),
                 **facts,
             )
@@ -290,7 +290,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         return choice
 
     def keep_best(step: int, metrics: dict[str, float]) -> None:
-        if metrics and state.improved(_score(metrics, config.best_by)):
+        if metrics and state.improved(score_of(metrics, config.best_by)):
             state.check(step)
             save_network(step, run.path / f"{result}_best.safetensors", metrics)
 
@@ -486,19 +486,6 @@ def _has_trained_start(config: DistillConfig | TeachConfig, student: "Student", 
 
 def _keeps_better(config: DistillConfig | TeachConfig) -> bool:
     return isinstance(config, DistillConfig) and config.keep_weights == "better"
-
-
-def _score(metrics: dict[str, float], best_by: str | None) -> float:
-    """Score by which evaluations are compared; higher is better."""
-    if best_by is not None and best_by not in metrics:
-        raise UserError(f"best_by: {best_by} is not measured (measured: {', '.join(metrics)}); leave it out")
-    return metrics[best_by] if best_by else metrics.get("top1", metrics.get("agreement", float("-inf")))
-
-
-def _licences(start: str | None, teacher: dict[str, str] | None) -> str:
-    """Licences of the initial weights and of the teacher's weights, joined."""
-    names = [start, teacher["licence"] if teacher else None]
-    return " AND ".join(dict.fromkeys(name for name in names if name)) or "none: random weights, no teacher"
 
 
 if __name__ == "__main__":

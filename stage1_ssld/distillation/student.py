@@ -146,9 +146,10 @@ class Student:
         fixed = self._classifier_only or self._keeps_statistics
         return not fixed and any(isinstance(module, _BatchNorm) for module in self.model.modules())
 
-    def licence(self) -> str | None:
-        """Licence of the initial weights; None for random ones."""
-        return licence(self._reference)
+    def licence_under(self, teacher: dict[str, str] | None) -> str:
+        """Return the licences of the initial weights and of the teacher's weights (its facts), joined."""
+        names = [licence(self._reference), teacher["licence"] if teacher else None]
+        return " AND ".join(dict.fromkeys(name for name in names if name)) or "none: random weights, no teacher"
 
     def save(self, path: Path, **facts: Any) -> None:
         """Write the backbone file with `facts` in its metadata."""

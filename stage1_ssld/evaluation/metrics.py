@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ssld.shared.distributed.processes import to_device
 from ssld.shared.distributed.ranks import for_sums, sum_dtype, total_over_ranks
+from ssld.shared.errors import UserError
 from ssld.stage1_ssld.data.batch import NO_LABEL, Batch
 from ssld.stage1_ssld.distillation.losses import kl
 
@@ -85,3 +86,10 @@ def describe(metrics: dict[str, float]) -> str:
         parts.append(f"kl {metrics['kl']:.4f}")
     skipped = f" ({metrics['unreadable']} unreadable left out)" if "unreadable" in metrics else ""
     return f"{', '.join(parts) or 'nothing measured'} on {metrics['images']} images{skipped}"
+
+
+def score_of(metrics: dict[str, float], best_by: str | None) -> float:
+    """Return the number by which evaluations are compared, higher is better: `best_by`, else top-1, else agreement."""
+    if best_by is not None and best_by not in metrics:
+        raise UserError(f"best_by: {best_by} is not measured (measured: {', '.join(metrics)}); leave it out")
+    return metrics[best_by] if best_by else metrics.get("top1", metrics.get("agreement", float("-inf")))
