@@ -12,6 +12,8 @@ import torch
 
 import ssld
 
+SUFFIXES = (".jpg", ".jpeg", ".png")
+
 
 def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -20,12 +22,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     parser.add_argument("--output", required=True, help="folder for the drawn images")
     parser.add_argument("--threshold", type=float, default=0.5, help="least score, 0 to 1")
     arguments = parser.parse_args(argv)
-    output = Path(arguments.output)
-    output.mkdir(parents=True, exist_ok=True)
+    files = sorted(file for file in Path(arguments.images).glob("*") if file.suffix.lower() in SUFFIXES)
+    if not files:
+        parser.error(f"{arguments.images}: no such folder, or no {', '.join(SUFFIXES)} file in it")
 
     detector = ssld.load_detector(arguments.file)
     detector.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    files = sorted(file for file in Path(arguments.images).iterdir() if file.suffix in (".jpg", ".png"))
+    output = Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
     total: Counter[str] = Counter()
     for start in range(0, len(files), 32):  # so that any number of images fits into memory
         some = files[start : start + 32]

@@ -393,9 +393,9 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 if soft is not None:
                     means = total_over_ranks(entropies) / config.batch_size
                     values |= {"teacher_entropy": means[0], "student_entropy": means[1]}
-                values = state.log(step, base_lr * factor, **values)
+                averages = state.log(step, base_lr * factor, **values)
                 if step <= config.log_every and soft is not None and student.starts_with_head:
-                    run.log_if(statistics_warning(values, soft.logits_BM.shape[1]))
+                    run.log_if(statistics_warning(averages, soft.logits_BM.shape[1]))
             if config.evaluate_every and step % config.evaluate_every == 0 and step < steps:
                 with progress.pausing():
                     metrics, scored = evaluate_now(step), step

@@ -92,12 +92,23 @@ def test_predict_loop(tmp_path: Path) -> None:
     file = tmp_path / "detector.safetensors"
     save_random_detector(file, "gfl", tmp_path / "train.json")
     out = tmp_path / "out"
+    names = [photo.name for photo in sorted((tmp_path / "photos").iterdir())]
+    for name, other in zip(names, ("A.JPG", "b.jpeg"), strict=False):
+        (tmp_path / "photos" / name).rename(tmp_path / "photos" / other)
     total = main_of("predict_loop")([str(file), str(tmp_path / "photos"), "--output", str(out), "--threshold", "0.005"])
     photos = sorted((tmp_path / "photos").iterdir())
+    assert {"A.JPG", "b.jpeg"} <= {photo.name for photo in photos}
     expected = [detections.names for detections in load_detector(file).predict(photos, threshold=0.005)]
     assert total == Counter(name for names in expected for name in names)
     assert sum(total.values()) > 0
-    assert sorted(image.name for image in out.iterdir()) == [photo.name for photo in photos]
+    assert sorted(image.name for image in out.iterdir()) == [f"{photo.stem}.png" for photo in photos]
+
+
+def test_predict_loop_names_a_folder_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main_of("predict_loop")(["detector", str(tmp_path / "gone"), "--output", str(tmp_path / "out")])
+    assert f"error: {tmp_path / 'gone'}: no such folder, or no .jpg, .jpeg, .png file in it" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_distill_own_loss(

@@ -4,7 +4,9 @@ Every reference (`references.py`) is handled in the same way: weights are read f
 (`state_dicts.py`). The metadata of a name, folder or file are kept: mean, std, class names, arguments of the network.
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -291,7 +293,8 @@ def load_backbone(reference: str | Path, *, arch: str | None = None, features_on
         raise UserError(f"load_backbone: expected a model reference as text, or a path, got {type(reference).__name__}")
     parsed = parse_reference(str(reference), arch)
     if features_only:
-        net = create_body(parsed)[0]
+        with _silent_about_the_head():
+            net = create_body(parsed)[0]
         inputs = input_settings(net, parsed.metadata)
     else:
         classifier, inputs = create_classifier(parsed)
@@ -307,6 +310,24 @@ def load_backbone(reference: str | Path, *, arch: str | None = None, features_on
             own[key] = parsed.metadata[fact]
     net.pretrained_cfg = {**dict(getattr(net, "pretrained_cfg", {})), **own}  # type: ignore[assignment]
     return net.eval()
+
+
+@contextmanager
+def _silent_about_the_head() -> Iterator[None]:
+    """Inside, timm does not warn of weights that a features-only network has no place for.
+
+    `create_body` checks that every tensor of the network was loaded, so that only the layers after its last feature map are left out.
+    """
+
+    def other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Unexpected keys")
+
+    logger = logging.getLogger("timm.models._builder")
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def body_args(args: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Model references, the strict check of backbone files, and features equal to the full model's in three families."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ssld.shared.models.backbones import (
     create_body,
     create_classifier,
     input_settings,
+    load_backbone,
     save_backbone,
 )
 from ssld.shared.models.model_file import read_metadata
@@ -189,3 +191,19 @@ def test_stochastic_depth_where_there_is_none(tmp_path: Path) -> None:
     with torch.no_grad():
         assert not torch.equal(net.train()(pixels), net(pixels))
         assert torch.equal(net.eval()(pixels), net(pixels))
+
+
+def test_layers_behind_the_last_feature_map_cause_no_message(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    net = timm.create_model("test_efficientnet", num_classes=3)  # its conv_head follows the last feature map
+    file = tmp_path / "net.safetensors"
+    save_backbone(file, net, arch="test_efficientnet", inputs=input_settings(net, {}), classes=3)
+    create_body(parse_reference(str(file)))
+    assert "Unexpected keys (conv_head.weight" in caplog.text  # so the next lines test something
+    caplog.clear()
+    body = load_backbone(file, features_only=True)
+    assert caplog.text == ""
+    state = net.state_dict()
+    for name, tensor in body.state_dict().items():
+        assert torch.equal(tensor, state[name])
+    logging.getLogger("timm.models._builder").warning("Unexpected keys")
+    assert "Unexpected keys" in caplog.text  # only inside
