@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ssld.stage2_detect.models.batch import Detections
+from ssld.stage2_detect.models.inference import for_inference
 from tests.simulated_cuda import networks, table
 from tests.simulated_cuda.device import SimulatedCuda
 
@@ -66,6 +68,25 @@ def test_detections_are_those_of_the_cpu(kind: str, gpu: SimulatedCuda) -> None:
         assert len(one) == len(other) > 3
         torch.testing.assert_close(torch.tensor(one.scores_N), torch.tensor(other.scores_N), rtol=1e-3, atol=1e-5)
         assert (one.masks is None) == (other.masks is None)
+
+
+@pytest.mark.parametrize("kind", table.PREDICTION)
+def test_detections_in_half_precision(kind: str, gpu: SimulatedCuda) -> None:
+    """In bf16 under CUDA's autocast, as `evaluate` runs: float32 on the CPU, as many detections up to ties, the better half of the scores near."""
+    results: list[list[Detections]] = []
+    for device, half in (("cpu", False), ("cuda", True)):
+        fast = for_inference(networks.detector(kind).to(device).eval())
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=half):
+            results.append(fast(networks.batch(2, device)[0]))
+    for expected, detections in zip(*results, strict=True):
+        fewest, most = sorted((len(expected.scores_N), len(detections.scores_N)))
+        # Random weights score alike: in bf16 many are equal, and a tie at the cut or in NMS moves the detections after it.
+        assert fewest >= max(3, 0.7 * most)
+        difference = (expected.scores_N[:fewest] - detections.scores_N[:fewest]).abs()[: fewest // 2 + 1].max().item()
+        assert 1e-6 < difference < 1e-3  # bf16, not float32
+        assert {detections.boxes_N4.dtype, detections.scores_N.dtype} == {torch.float32}
+        assert detections.boxes_N4.device.type == "cpu"
+        assert (expected.masks is None) == (detections.masks is None)
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_average_precision_of_masks(
     tmp_path: Path, backend: str, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against pycocotools called on files: polygons, RLE and a crowd, detected with shifted shapes; per class too."""
-    monkeypatch.setattr("ssld.stage2_detect.evaluation.coco_ap._SHAPES_AT_ONCE", at_once)
+    monkeypatch.setattr("ssld.stage2_detect.evaluation.coco_ap._MASKS_AT_ONCE", at_once)
     if backend == "hotcoco":
         pytest.importorskip("hotcoco")
     draw = np.random.default_rng(4)
