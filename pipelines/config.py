@@ -121,7 +121,7 @@ class PipelineConfig(Config):
                 raise ValueError(
                     f"stages.{name}.like: {other}: no earlier stage of this name{did_you_mean(str(other), list(filled))}"
                 )
-            base = filled.get(other, {})
+            base = filled[other] if other is not None else {}
             settings = [part.get("set", {}) for part in (base, stage)]
             if all(isinstance(part, dict) for part in settings):
                 stage = {**base, **stage, "set": dict(flatten(settings[0])) | dict(flatten(settings[1]))}

@@ -391,11 +391,11 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
             if logged:
                 values = {"grad_norm": norm}
                 if soft is not None:
-                    means = total_over_ranks(entropies) / config.batch_size
-                    values |= {"teacher_entropy": means[0], "student_entropy": means[1]}
-                averages = state.log(step, base_lr * factor, **values)
+                    entropy_2 = total_over_ranks(entropies) / config.batch_size
+                    values |= {"teacher_entropy": entropy_2[0], "student_entropy": entropy_2[1]}
+                means = state.log(step, base_lr * factor, **values)
                 if step <= config.log_every and soft is not None and student.starts_with_head:
-                    run.log_if(statistics_warning(averages, soft.logits_BM.shape[1]))
+                    run.log_if(statistics_warning(means, soft.logits_BM.shape[1]))
             if config.evaluate_every and step % config.evaluate_every == 0 and step < steps:
                 with progress.pausing():
                     metrics, scored = evaluate_now(step), step

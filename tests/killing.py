@@ -122,7 +122,7 @@ def run_stages_here() -> None:
     from ssld.pipelines import run as runner
     from ssld.pipelines.runner.launch import Outcome
 
-    def fork(stage: Any, console: Path, signals: Any) -> Outcome:
+    def fork(stage: Any, console: Path, signals: Any, *, quiet: bool = False) -> Outcome:
         module = importlib.import_module(f"ssld.{stage.kind.script.removesuffix('.py').replace('/', '.')}")
         return Outcome(in_child(lambda: int(module.main(list(stage.arguments)))))
 

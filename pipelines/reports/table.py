@@ -256,7 +256,9 @@ def _runs(output: Path, stages: tuple[str, ...], key: str) -> dict[int, tuple[fl
 def _fraction(metrics: dict[str, Any], key: str) -> float | None:
     """Return a metric; None for anything but a finite number from 0 on."""
     value = metrics.get(key)
-    return float(value) if type(value) in (int, float) and 0 <= value <= _MOST else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if 0 <= value <= _MOST else None
 
 
 def _over_seeds(values: list[float], images: int | None = None) -> Interval | None:

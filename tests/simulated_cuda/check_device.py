@@ -111,5 +111,5 @@ def test_training_changes_weights_as_on_the_cpu(gpu: SimulatedCuda) -> None:
                 optimizer.zero_grad()
         assert counted.waits.total() == 0, str(counted)
         assert {p.device.type for p in layer.state_dict().values()} == {device}
-        weights.append(layer[0].weight.detach().cpu())
+        weights.append(layer.get_parameter("0.weight").detach().cpu())
     torch.testing.assert_close(*weights, rtol=0, atol=0)

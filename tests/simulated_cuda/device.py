@@ -65,7 +65,7 @@ class DeviceTensor(Tensor):
     """A tensor of the simulated GPU; `host` holds its values."""
 
     host: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, host: Tensor, requires_grad: bool = False) -> "DeviceTensor":
@@ -84,7 +84,9 @@ class DeviceTensor(Tensor):
         return tensor
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         assert _running, "a tensor of a simulated GPU outlived it"
         return _running[0].run(func, args, kwargs or {})
 
@@ -103,7 +105,7 @@ class DeviceTensor(Tensor):
             "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"DeviceTensor({self.host!r})"
 
 
@@ -197,7 +199,7 @@ class SimulatedCuda:
         _running.append(self)
         for target, value in self._answers().items():
             self._exits.enter_context(mock.patch(target, value, create=True))
-        foreach_types = torch.utils._foreach_utils._foreach_supported_types
+        foreach_types: list[Any] = torch.utils._foreach_utils._foreach_supported_types
         foreach_types.append(DeviceTensor)
         self._exits.callback(foreach_types.remove, DeviceTensor)
         # `Module.to` has to keep its Parameter objects, as it does on CUDA.
@@ -262,7 +264,7 @@ class _Generator(torch.Generator):
     """A generator of the CPU for whatever device, since values are drawn there."""
 
     def __new__(cls, device: Any = None) -> "_Generator":
-        return super().__new__(cls, "cpu")
+        return super().__new__(cls, "cpu")  # type: ignore[call-arg]
 
 
 def _from_data(make: Callable[..., Tensor], data: Any, *args: Any, device: Any = None, **options: Any) -> Tensor:

@@ -68,7 +68,7 @@ def rate(config: TrainConfig, step: int) -> float:
         step,
         milestones=optim.milestones(per_epoch, 270_000),
         gamma=optim.gamma,
-        warmup_steps=optim.warmup_steps,
+        warmup_steps=optim.total_warmup_steps(270_000),
         warmup_start=optim.warmup_start,
     )
     return factor * scale_lr(optim.lr, optim.reference_batch, config.batch_size, optim.name)

@@ -143,7 +143,7 @@ def test_lines_of_errors_are_withheld_from_the_screen(size: int, capfd: Any, tmp
         os.write(target, text)
         os.close(target)
         tail, errors = deque[str](), list[str]()
-        launch._pass_through(reading, log, tail, errors)
+        launch._pass_through(reading, log, tail, errors, quiet=False)
     assert capfd.readouterr().out == "one\rtwo\nerr\nerrors: b\n\n error: c\n"
     assert errors == ["error: a", "error: d"]
     assert (tmp_path / "log").read_bytes() == text

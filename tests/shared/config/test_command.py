@@ -184,13 +184,13 @@ def test_a_call_computes_gradients_in_float32_and_one_runs_at_a_time(tmp_path: P
         assert weight.grad is not None
         seen.append((weight.dtype, weight.grad.tolist()))
         with pytest.raises(UserError, match="another run is in progress in this process"):
-            call_command(CommandConfig, work, None, {"output": tmp_path / "inner"}, recipes=tmp_path)
+            call_command(CommandConfig, work, None, {"output": tmp_path / "inner"})
 
     torch.set_default_dtype(torch.float64)
     try:
         for context in (torch.no_grad, torch.inference_mode):
             with context():
-                call_command(CommandConfig, work, None, {"output": tmp_path / "outer"}, recipes=tmp_path)
+                call_command(CommandConfig, work, None, {"output": tmp_path / "outer"})
                 assert not torch.is_grad_enabled()
                 assert torch.is_inference_mode_enabled() == (context is torch.inference_mode)
         assert torch.get_default_dtype() == torch.float64

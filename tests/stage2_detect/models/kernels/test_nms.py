@@ -50,8 +50,8 @@ def test_every_way_equals_torchvisions_nms_of_the_valid_boxes(way: str) -> None:
     valid[0][2] = False
     with kernels.plain() if way == "plain" else contextlib.nullcontext():
         masks = nms_masks(batches, scores, valid, IOU)
-    for mask, *batch in zip(masks, batches, scores, valid, strict=True):
-        assert [row.nonzero()[:, 0].tolist() for row in mask] == by_row(*batch)
+    for mask, boxes, score, allowed in zip(masks, batches, scores, valid, strict=True):
+        assert [row.nonzero()[:, 0].tolist() for row in mask] == by_row(boxes, score, allowed)
     assert 10 < masks[0][0].sum() < valid[0][0].sum() / 2, "the boxes overlap"
 
 
