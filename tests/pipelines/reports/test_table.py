@@ -146,8 +146,8 @@ def test_rows_with_different_runs(tmp_path: Path) -> None:
         write_result(tmp_path / name, {"top1": value, "images": 100})
     rows = {"x": {"classifier": ["a", "a_1", "a_2"]}, "y": {"classifier": ["b", "b_1", "b_2"]}}
     lines = table_text(TableConfig.model_validate({"rows": rows, "gain": ["x", "y"]}), tmp_path).splitlines()
-    assert [line.split() for line in lines[1:3]] == [["x", "70.0", "-", "-", "-"], ["y", "50.0", "-", "-", "-"]]
-    assert lines[4].split() == ["x", "-", "y", "+20.0", "-", "-", "-"]
+    assert [line.split() for line in lines[1:3]] == [["x", "70.0"], ["y", "50.0"]]
+    assert lines[4].split() == ["x", "-", "y", "+20.0"]
     assert lines[5:] == ["top-1: different numbers of runs: no interval"]
 
 
@@ -156,7 +156,7 @@ def test_equal_seeds_and_a_stage_twice(tmp_path: Path) -> None:
         write_result(tmp_path / name, {"AP": value})
     rows = {n: {"detector": [n, f"{n}_1"]} for n in "ab"}
     lines = table_text(TableConfig.model_validate({"rows": rows, "gain": ["a", "b"]}), tmp_path).splitlines()
-    assert lines[4].split() == ["a", "-", "b", "-", "-", "+1.0", "-"]
+    assert lines[4].split() == ["a", "-", "b", "+1.0"]
     assert lines[5:] == ["detector AP: no spread over the seeds: no interval"]
     with pytest.raises(ValueError, match=r"each stage at most once \(given: a, a\)"):
         TableConfig.model_validate({"rows": {"x": {"detector": ["a", "a"]}}})
