@@ -13,7 +13,7 @@ from ssld.pipelines.checks.data import DataNeeds, DataSet, folder_lines, folders
 from ssld.pipelines.checks.machine import Level, Line
 from ssld.pipelines.config import CommandName
 from ssld.pipelines.runner.cost import disk_bytes, total_text
-from ssld.pipelines.runner.plan import make_plan
+from ssld.pipelines.runner.plan import make_plan, unnamed_networks
 from ssld.pipelines.runner.stages import KINDS, build_stages, read_pipeline
 from ssld.shared.config.settings import CommandConfig, parse_config, validate
 from ssld.shared.config.training import TrainingConfig
@@ -97,6 +97,8 @@ def _download_lines(commands: list[tuple[str, CommandConfig]]) -> Iterator[Line]
     for name, config in commands:
         texts = {key: network.model for key, network in config.networks().items()} | config.hub_data()
         references |= {f"{name}: {key}" if name else key: text for key, text in texts.items()}
+        for text in unnamed_networks(config):
+            yield Line("fault", "settings", f"{name}: {text}" if name else text)
     for download in find_downloads_apart(references):
         yield Line("note" if download.possible else "fault", "settings", download.text)
 

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from safetensors import SafetensorError, safe_open
+
 from ssld.pipelines.runner.stages import Stage, followers
+from ssld.shared.config.settings import CommandConfig
 from ssld.shared.errors import UserError
 from ssld.shared.models.downloads import find_downloads_apart
 from ssld.shared.run_dir import changes_since, gone_or_changed, holds_no_run, input_digest, read_result
@@ -79,19 +82,38 @@ def make_plan(stages: list[Stage], redo: set[str]) -> list[Planned]:
 def downloads(plan: list[Planned]) -> list[str]:
     """Return a line for each model and data set that the remaining stages would download.
 
-    Raises UserError, one line each, for those that are not available.
+    Raises UserError, one line each, for those that are not available, and for weights without an architecture.
     """
     texts: dict[str, str] = {}
+    impossible: list[str] = []
     for planned in plan:
         if planned.state != "done":
             config = planned.stage.config
             references = {key: network.model for key, network in config.networks().items()} | config.hub_data()
             texts |= {f"stage {planned.stage.name}: {key}": text for key, text in references.items()}
+            impossible += [f"stage {planned.stage.name}: {line}" for line in unnamed_networks(config)]
     needed = find_downloads_apart(texts)
-    impossible = [download.text for download in needed if not download.possible]
+    impossible += [download.text for download in needed if not download.possible]
     if impossible:
         raise UserError("\n".join(impossible))
     return [download.text for download in needed]
+
+
+def unnamed_networks(config: CommandConfig) -> Iterator[str]:
+    """Yield an error line for each safetensors file whose architecture neither its metadata nor the settings name. Other faults are left to the command."""
+    for key, network in config.networks().items():
+        file = Path(network.model)
+        if network.arch is not None or file.suffix != ".safetensors" or not file.is_file():
+            continue
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                named = "ssld" in (tensors.metadata() or {})
+        except (OSError, SafetensorError):
+            continue
+        if not named:
+            group = key.rpartition(".")[0]
+            arch_key = f"{group}.arch" if group else "arch"
+            yield f"{key}: {network.model}: does not name its architecture; set {arch_key} to its timm name"
 
 
 def erase(stages: list[Stage], redo: set[str], output: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """The runner: order, skipping, resuming, refusal, --redo, --dry-run, flags, and files that are never deleted."""
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -8,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from ssld.pipelines.run import main
 from ssld.pipelines.runner.plan import erase
@@ -272,6 +275,36 @@ def test_another_kind_of_length_replaces_the_one_of_the_file(write_pipeline: Any
 def test_smoke_needs_its_section(write_pipeline: Any, fake_kinds: None, capfd: Any) -> None:
     assert main([str(write_pipeline({"a": {"command": "teach"}})), "--smoke"]) == 2
     assert "--smoke needs a section `smoke:`" in capfd.readouterr().err
+
+
+def test_weights_without_an_architecture_are_refused_before_anything_runs(tmp_path: Path, capfd: Any) -> None:
+    """All of them at once, with the key that is missing; weights with `arch`, or written by this project, are not."""
+    foreign, own = tmp_path / "foreign.safetensors", tmp_path / "own.safetensors"
+    save_file({"x": np.zeros(1, np.float32)}, foreign)
+    save_file({"x": np.zeros(1, np.float32)}, own, {"ssld": "{}"})
+    (tmp_path / "photos").mkdir()
+    common = {
+        "data.train": [str(tmp_path / "photos")],
+        "steps": 1,
+        "batch_size": 1,
+        "optim": {"lr": 1, "reference_batch": 1},
+    }
+    networks = {"student.model": str(foreign), "teacher.model": str(foreign)}
+    stages = {
+        "a": {"command": "distill", "set": {**common, **networks}},
+        "b": {
+            "command": "distill",
+            "set": {**common, **networks, "student.arch": "resnet18d", "teacher.model": str(own)},
+        },
+    }
+    file = tmp_path / "p.yaml"
+    file.write_text(json.dumps({"output": str(tmp_path / "runs"), "stages": stages}), encoding="utf-8")
+    assert main([str(file), "--dry-run"]) == 2
+    assert capfd.readouterr().err.splitlines() == [
+        f"error: stage a: {key}.model: {foreign}: does not name its architecture; set {key}.arch to its timm name"
+        for key in ("student", "teacher")
+    ]
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("argv", [[], ["nowhere.yaml"], ["nowhere.yaml", "--dry-rum"]])
