@@ -100,7 +100,7 @@ def downloads(plan: list[Planned]) -> list[str]:
 
 
 def unnamed_networks(config: CommandConfig) -> Iterator[str]:
-    """Yield an error line for each safetensors file whose architecture neither its metadata nor the settings name. Other faults are left to the command."""
+    """Yield an error line for each safetensors file whose architecture neither its metadata nor the settings name; the command finds other faults."""
     for key, network in config.networks().items():
         file = Path(network.model)
         if network.arch is not None or file.suffix != ".safetensors" or not file.is_file():
