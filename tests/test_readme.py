@@ -78,8 +78,8 @@ def test_the_quickstart_dry_run(
     monkeypatch.chdir(ROOT)
     assert run.main([QUICKSTART, "--dry-run", "--output", str(tmp_path / "dry")]) == 0
     printed = capsys.readouterr().out
-    for script in ("toy_data.py", "teach.py", "distill.py", "train.py", "evaluate.py", "report.py"):
-        assert script in printed
+    for command in ("toy-data", "teach", "distill", "train", "evaluate", "report"):
+        assert f"    ssld {command} " in printed
     assert "--objective labels" in printed
     assert not (tmp_path / "dry").exists() or not any((tmp_path / "dry").iterdir())
 
