@@ -202,6 +202,8 @@ def _first_seed(name: str, stage: dict[str, Any]) -> int:
             raise ValueError(f"{place}: missing; a stage with seeds and the config {file} needs its first seed here")
         if (path := Path(located(file))).is_file():  # a missing file is reported with the stage's other settings
             place, seed = f"stages.{name}.config: {file}: seed", read_recipe(path).get("seed", 0)
+    if isinstance(seed, str) and seed.isdecimal():  # text on the command line
+        seed = int(seed)
     if type(seed) is not int:
         raise ValueError(f"{place}: {seed!r}: a stage with seeds needs a number")
     return seed

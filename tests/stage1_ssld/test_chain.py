@@ -97,4 +97,4 @@ def test_a_length_on_the_command_line_replaces_the_files_and_fewer_steps_than_do
     assert call(distill.main, arguments(settings, "run", "--steps", "3")) == 0
     assert json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]["steps"] == 3
     message = user_error(distill.main, arguments(settings, "run", "--steps", "2"))
-    assert "is at step 3 already, beyond the 2 asked for" in message
+    assert "is at step 3 already, beyond the 2 requested" in message

@@ -189,7 +189,7 @@ def test_mistakes(user_error: Any, tmp_path: Path) -> None:
         assert not (tmp_path / "run").exists()
         return message
 
-    assert "holds a resnet50d, but arch says resnet101d" in line(small, "--arch", "resnet101d")
+    assert "holds a resnet50d, but arch is resnet101d" in line(small, "--arch", "resnet101d")
     assert "does not hold a resnet50d" in line(small)
     assert "its parameters are not those of the network (1 unknown, 0 layers missing: fc.extra" in line(
         small | {"fc.extra": np.ones(1)}

@@ -284,7 +284,9 @@ def test_an_image_that_went_away_since_it_was_scored(
 
     monkeypatch.setattr(selection_files, "find_close_pairs", breaks)
     message = user_error(curate, arguments(settings | {"pool": [str(pool)], "hash_distance": 16}))
-    assert message.endswith("cannot be read any more, but could when this run began")
+    assert message.endswith(
+        "cannot be read any more, but could when this run began; put it back, or give another --output"
+    )
     assert message.startswith(str(pool))
 
 
@@ -360,6 +362,6 @@ def test_pieces_are_pinned_in_a_process_that_uses_a_gpu(monkeypatch: pytest.Monk
     monkeypatch.setattr(shard_pass, "DataLoader", loader)
     for used in (False, True):
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda used=used: used)
-        settings: dict[str, Any] = {"batch_size": 2, "workers": 0, "told": lambda *_: None}
+        settings: dict[str, Any] = {"batch_size": 2, "workers": 0, "report": lambda *_: None}
         over_shards([Job(0, None)], Reading(False), lambda _: None, lambda *_: None, **settings)  # type: ignore[arg-type]
         assert options["pin_memory"] is used

@@ -269,7 +269,7 @@ def test_a_store_takes_no_pooling(arguments: Arguments, settings: Settings, user
     given = {key: settings[key] for key in ("threads", "workers", "device")}
     data = {key: value for key, value in settings["data"].items() if key != "val"}
     given |= {"data": data, "teacher": settings["teacher"] | {"global_pool": "max"}, "views": 1, "top": 2}
-    assert "teacher.global_pool: the classes of" in user_error(write_soft_labels, arguments(given))
+    assert "classifier needs its own pooling; remove global_pool" in user_error(write_soft_labels, arguments(given))
 
 
 def test_human_labels_beside_features(

@@ -259,7 +259,7 @@ def test_teachers_that_do_not_fit(
         "it is a faster_rcnn detector; a one-stage detector cannot be the teacher of an R-CNN, or the reverse" in mixed
     )
     plain = train_settings | {"distill": {"teacher": str(gfl), "check_ap": 0.0}}
-    assert "it is a gfl detector; one-stage detectors and R-CNNs" in message(plain)
+    assert "it is a gfl detector; a one-stage detector cannot be the teacher of an R-CNN" in message(plain)
     finer = under(train_settings, "gfl", gfl)
     finer["model"] = finer["model"] | {"gfl": {"reg_max": 16}}
     assert "its distances have reg_max 8, the student's 16; set model.gfl.reg_max to 8" in message(finer)

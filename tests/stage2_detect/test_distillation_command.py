@@ -98,6 +98,7 @@ def test_the_command_writes_these_files(
     assert {name for name in files_below(run) if not name.startswith("pictures/")} == {
         ".lock",
         "analysis.json",
+        "batches.jpg",
         "config.yaml",
         "environment.json",
         "log.txt",

@@ -288,8 +288,12 @@ def test_the_files_by_themselves(exported: Path, detector_file: Path, tiny_coco:
         pixels[0, :, :64, :64] = np.array(image.convert("RGB")).transpose(2, 0, 1)
     onnx_session = session(exported / "detector.onnx", threads=1)
     boxes, scores, labels, count = onnx_session.run(None, {"pixels": pixels, "sizes": np.array([[64, 64]])})
-    (result,) = load_detector(detector_file).predict([tiny_coco.val_images / "0.png"], threshold=0.3)
-    many = int((scores[0, : count[0]] >= 0.3).sum())
+    # Scores differ a little as well, so the threshold lies in the widest gap between the best ones.
+    best = scores[0, :6]
+    place = int((best[:-1] - best[1:]).argmax())
+    threshold = float(best[place] + best[place + 1]) / 2
+    (result,) = load_detector(detector_file).predict([tiny_coco.val_images / "0.png"], threshold=threshold)
+    many = int((scores[0, : count[0]] >= threshold).sum())
     assert many == len(result) > 0
     # Padding is not the same in both, which shows near the border of the image.
     np.testing.assert_allclose(boxes[0, :many], result.boxes_N4, atol=1.5)

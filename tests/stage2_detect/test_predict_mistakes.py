@@ -177,7 +177,7 @@ def test_mistakes(
             predict_line("--model", str(earlier)),
             f"{earlier}: was written by an earlier version of this project (model.rpn.samples is not a setting of this version)",
         ),
-        (predict_line("--model", str(resized)), "its resize.val_short_side is not a setting of this version"),
+        (predict_line("--model", str(resized)), "resize.val_short_side is not a setting of this version"),
         (predict_line("--exclude", str(tmp_path / "all.json")), "names all images of"),
         (predict_line("--exclude", str(tmp_path / "none.json")), "has a file name of"),
         (predict_line(output="photos/predicted"), "is inside `images`"),

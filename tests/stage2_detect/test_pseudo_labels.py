@@ -191,6 +191,7 @@ def test_trains_under_a_teacher_on_both(
         "result.json",
         "detector.safetensors",
         "analysis.json",
+        "batches.jpg",
         *(f"checkpoints/step_{step:08d}/{name}" for step in (4, 6) for name in parts),
     }
     content = json.loads(pseudo_file.read_text())

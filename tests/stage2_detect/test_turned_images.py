@@ -134,7 +134,7 @@ def test_a_file_has_the_same_boxes_in_the_command_and_in_the_call(
         np.testing.assert_allclose(np.reshape(corners, (-1, 4)), called.boxes_N4, atol=2e-3)
         assert (image["height"], image["width"]) == scene.pixels.shape[:2]
         total += len(rows)
-        with Image.open(tmp_path / "predicted" / "pictures" / f"{path.name}.jpg") as drawing:
+        with Image.open(tmp_path / "predicted" / "pictures" / f"{path.stem}.jpg") as drawing:
             drawings.setdefault(path.name[0], []).append(np.array(drawing))
     assert all(np.array_equal(one, several[0]) for several in drawings.values() for one in several)
     assert total > 3
