@@ -13,9 +13,20 @@ def to_tf32(tensor: Tensor) -> Tensor:
 
 
 class MatrixProductsInTF32(TorchDispatchMode):
-    """Inside, float32 matrix products are those of TF32, unless `fp32_precision` is ieee; `rounded` counts them."""
+    """Context manager: float32 matrix products are those of TF32, unless `fp32_precision` is ieee; `rounded` counts them."""
 
     rounded = 0
+
+    def __enter__(self) -> "MatrixProductsInTF32":
+        self._matmul: Any = torch.backends.cuda.matmul
+        self._before = self._matmul.fp32_precision  # whatever an earlier test has left
+        self._matmul.fp32_precision = "tf32"
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._matmul.fp32_precision = self._before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         backends: Any = torch.backends
