@@ -34,7 +34,8 @@ TRAINING = {  # a step: forward and backward pass, optimizer
 PREDICTION = {  # LoadedDetector.predict of one batch: from pixels in memory to objects on the host
     "faster_rcnn": Waits(0, 2),  # NMS of the proposals, and one copy to the host
     "cascade_rcnn": Waits(0, 2),
-    "mask_rcnn": Waits(0, 3),  # and a copy of the masks
+    # A third wait for masks: NMS on the host decides on which boxes the mask head runs, and its maps are copied after that.
+    "mask_rcnn": Waits(0, 3),
     "cascade_mask_rcnn": Waits(0, 3),
     "pss_det": Waits(0, 2),
     "soft_nms": Waits(0, 2),
