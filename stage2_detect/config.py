@@ -12,7 +12,7 @@ from ssld.shared.config.training import EmaConfig, OptimConfig, TrainingConfig, 
 from ssld.shared.models.downloads import kind_of
 from ssld.stage2_detect.distill_config import DistillConfig
 from ssld.stage2_detect.model_config import DetectorConfig, Fraction
-from ssld.stage2_detect.yolo_layout import find_yolo, input_places
+from ssld.stage2_detect.layouts.yolo import find_yolo, input_places
 
 RECIPES = Path(__file__).resolve().parent / "configs"
 """folder of the shipped recipes"""
