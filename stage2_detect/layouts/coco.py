@@ -114,7 +114,7 @@ def _first_name(file: Path) -> str | None:
 
 
 def _images_of(file: Path) -> Path:
-    """Return the folder that the file names of an annotation file are relative to. Raises UserError where none of the usual ones holds its first image."""
+    """Return the folder that the file names of a file are relative to. Raises UserError where none of the usual ones holds its first image."""
     name = _first_name(file)
     if name is None:  # a file without images, which its reader reports
         return file.parent

@@ -26,9 +26,7 @@ from ssld.stage2_detect.data.convert.yolo import read_yolo
 from ssld.stage2_detect.data.orientation import Orientation
 from ssld.stage2_detect.layouts.yolo import YoloLayout, find_yolo
 
-LOOKED_FOR = (
-    "neither YOLO (data.yaml, or images/ and labels/) nor Pascal VOC (XML files in Annotations/ or beside the images) nor Parquet files"
-)
+LOOKED_FOR = "neither YOLO (data.yaml, or images/ and labels/) nor Pascal VOC (XML files in Annotations/ or beside the images) nor Parquet files"
 
 
 class Conversion(NamedTuple):
