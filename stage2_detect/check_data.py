@@ -370,7 +370,7 @@ def _parser() -> Parser:
         metavar="PATH",
         help="data set to check, instead of the files: data.yaml or folder (YOLO), folder (VOC, COCO, Roboflow), hub:ORG/NAME",
     )
-    files: dict[str, Any] = {"type": Path, "nargs": "+"}
+    files: dict[str, Any] = {"type": Path, "nargs": "+", "action": "extend"}
     parser.add_argument(
         "--annotations", **files, metavar="JSON", help="COCO JSON file to check, or several, read as one"
     )

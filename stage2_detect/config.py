@@ -44,6 +44,11 @@ class DetectionDataConfig(Config):
     repeat_threshold: Fraction | None = None
     """share of the images, 0 to 1: images of classes that occur in a smaller share are repeated (repeat factors, arXiv 1908.03195); null: none"""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"source": str(value)} if isinstance(value, str | Path) else value
+
     @field_validator("train_annotations", "train_images", "val_annotations", "val_images", mode="before")
     @classmethod
     def _one_is_no_list(cls, value: Any) -> Any:
@@ -346,10 +351,16 @@ class RunDetectorConfig(ComputeConfig):
 class EvaluateConfig(RunDetectorConfig):
     """Evaluate a detector file by COCO AP."""
 
-    annotations: Path
-    """COCO JSON file with the ground truth"""
-    images: Path
-    """folder that the file names in the COCO JSON file are relative to"""
+    alternatives: ClassVar[Alternatives] = (("data", "annotations"), ("data", "images"))
+    data: str | None = None
+    """data set as in training: data.yaml or folder (YOLO), folder (Pascal VOC, COCO, Roboflow's exports), Parquet files or hub:ORG/NAME; null: the
+    files of the next two settings"""
+    split: str | None = None
+    """name of the part of `data` to evaluate on; null: val, valid or validation, else test"""
+    annotations: Path | list[Path] | None = None
+    """COCO JSON file with the ground truth, or a list of files"""
+    images: Path | list[Path] | None = None
+    """folder that the file names in the COCO JSON file are relative to, or a list with one folder for each file"""
     backend: Literal["auto", "hotcoco", "pycocotools"] = "auto"
     """COCO evaluator: hotcoco, pycocotools, or auto, hotcoco if installed; both give equal numbers"""
     score_threshold: float = Field(0.5, ge=0, lt=1)
@@ -361,8 +372,31 @@ class EvaluateConfig(RunDetectorConfig):
     compare: Path | None = None
     """detections.json of another evaluation on the same annotations; the difference in AP is reported with a 95 % interval"""
 
+    @field_validator("annotations", "images", mode="before")
+    @classmethod
+    def _one_is_no_list(cls, value: Any) -> Any:
+        return one_or_list(value)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        files = [key for key in ("annotations", "images") if getattr(self, key) is not None]
+        if self.data is not None and files:
+            raise ValueError(f"data has its own parts; leave out {', '.join(files)}")
+        if self.data is None and len(files) < 2:
+            missing = "images" if self.annotations is not None else "annotations"
+            raise ValueError(f"{missing}: missing; give annotations and images, or data, the path of a data set")
+        if self.split is not None and self.data is None:
+            raise ValueError("split: is a part of data; give data, or leave it out")
+        require_pairs("annotations", "images", self.annotations, self.images)
+        return self
+
+    def pairs(self) -> list[tuple[Path, Path]]:
+        """Return (COCO file, image folder) of each file given; empty with `data`."""
+        return file_pairs(self.annotations, self.images)
+
     def inputs(self) -> dict[str, Path]:
-        files = {"model": self.model, "annotations": self.annotations, "images": self.images}
+        files = {"model": self.model} | (source_inputs("data", self.data) if self.data else {})
+        files |= listed_inputs("annotations", self.annotations) | listed_inputs("images", self.images)
         return files | ({"compare": self.compare} if self.compare else {})
 
 

@@ -24,7 +24,7 @@ from ssld.stage2_detect.data.convert.voc import read_voc
 from ssld.stage2_detect.data.convert.voc_layout import find_voc, is_voc
 from ssld.stage2_detect.data.convert.yolo import read_yolo
 from ssld.stage2_detect.data.orientation import Orientation
-from ssld.stage2_detect.layouts.yolo import YoloLayout, find_yolo
+from ssld.stage2_detect.layouts.yolo import find_yolo
 
 LOOKED_FOR = "neither YOLO (data.yaml, or images/ and labels/) nor Pascal VOC (XML files in Annotations/ or beside the images) nor Parquet files"
 
@@ -38,23 +38,14 @@ class Conversion(NamedTuple):
     orientation: Orientation
 
 
-class Source(NamedTuple):
-    """A data set that has to be converted."""
-
-    splits: list[str]
-    """names of its splits"""
-    layout: YoloLayout | None = None
-    """where it keeps its files, for YOLO"""
-
-
-def find_source(source: str) -> Source | None:
-    """Recognize a data set by its files; None for other data. `source` is a path: data of the hub are on the disk already."""
+def find_splits(source: str) -> list[str] | None:
+    """Return the names of the splits of a data set on the disk that can be converted; None for other data."""
     path = Path(source)
     if layout := find_yolo(path):
-        return Source(list(layout.places), layout)
+        return list(layout.places)
     if is_voc(path):
-        return Source(list(find_voc(path.resolve(), []).splits))
-    return Source(list(files_by_split(path))) if is_hub(source) else None
+        return list(find_voc(path.resolve(), []).splits)
+    return list(files_by_split(path)) if is_hub(source) else None
 
 
 def convert(config: ConvertDataConfig, folder: Path, *, may_be_empty: Collection[str] = ()) -> Conversion:
