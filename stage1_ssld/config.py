@@ -1,21 +1,24 @@
 """Settings of the stage-1 commands, one class per command. Does not import torch, so that the runner checks them quickly."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ssld.shared.config.bounds import BatchSize, Count, Images, Position, Seed, Side, Weight, Workers
-from ssld.shared.config.compute import LONGEST_TIMEOUT, ComputeConfig, ProcessTimeout
-from ssld.shared.config.settings import CommandConfig, Config, ModelText, Network
-from ssld.shared.config.training import EmaConfig, OptimConfig, TrainingConfig, in_steps
-from ssld.shared.errors import UserError
+from ssld.shared.config.bounds import BatchSize, Count, Images, Seed, Side, Weight, Workers
+from ssld.shared.config.compute import LONGEST_TIMEOUT, ProcessTimeout
+from ssld.shared.config.settings import CommandConfig, ModelText, Network
+from ssld.shared.config.training import EmaConfig, TrainingConfig
+from ssld.shared.config.yaml_files import ShortForms
 from ssld.stage1_ssld.data_config import (
     LOSSES,
     DataConfig,
+    EncoderConfig,
+    ForwardConfig,
     LossConfig,
     NetworkConfig,
     SourceConfig,
+    Stage1OptimConfig,
     TeacherConfig,
     hub_sources,
     is_remote,
@@ -24,32 +27,6 @@ from ssld.stage1_ssld.data_config import (
 
 RECIPES = Path(__file__).resolve().parent / "configs"
 """folder of the shipped recipes"""
-
-
-class Stage1OptimConfig(OptimConfig):
-    """Optimizer and its schedule: linear warm-up, then cosine to zero, by step."""
-
-    warmup_steps: Position | None = None
-    """length of the warm-up in steps, or as a fraction of the run; at most a tenth of the run"""
-    warmup_epochs: float | None = Field(None, ge=0, le=1_000_000)
-    """length of the warm-up in passes over the training images; at most a tenth of the run"""
-
-    layer_decay: float = Field(1.0, gt=0, le=1)
-    """factor on the learning rate per layer below the top, for pretrained students (0.65 to 0.95 is usual); 1: one rate for all layers"""
-
-    @model_validator(mode="after")
-    def _one_warmup(self) -> Self:
-        if self.warmup_steps is not None and self.warmup_epochs is not None:
-            raise ValueError("give one of warmup_steps and warmup_epochs")
-        return self
-
-    def total_warmup_steps(self, images: int | None, batch_size: int, steps: int) -> int:
-        """Warm-up steps of a run of `steps` steps over `images` training images, at most a tenth of them; raises UserError if the number of images is
-        needed and unknown."""
-        if self.warmup_epochs and images is None:
-            raise UserError("optim.warmup_epochs: the length of a stream is unknown; give warmup_steps")
-        warmup = self.warmup_steps or round((self.warmup_epochs or 0) * (images or 0) / batch_size)
-        return min(in_steps(warmup, steps), steps // 10)
 
 
 class Stage1Config(TrainingConfig):
@@ -67,7 +44,7 @@ class Stage1Config(TrainingConfig):
 
     @model_validator(mode="after")
     def _patience_needs_evaluations(self) -> Self:
-        if self.patience is not None and (self.evaluate_every is None or self.data.val is None):
+        if self.patience is not None and (self.evaluate_every is None or not self.data.evaluates):
             raise ValueError("patience counts evaluations: give evaluate_every and data.val too, or leave it out")
         return self
 
@@ -78,14 +55,28 @@ class Stage1Config(TrainingConfig):
         return self.data.hub_data("data")
 
 
+_LENGTHS = ("steps", "train_epochs", "train_images")
 EVALUATION_BATCH = 128
 """Most images per evaluation batch; the memory trial of auto_batch runs one too."""
+
+
+_NONE: Any = None
+if TYPE_CHECKING:  # `DistillConfig.fitted` has replaced None before anything reads these settings
+    ChosenBatchSize = int
+    ChosenOptim = Stage1OptimConfig
+else:
+    ChosenBatchSize, ChosenOptim = BatchSize | None, Stage1OptimConfig | None
 
 
 class DistillConfig(Stage1Config):
     """Train a student from a teacher's soft labels on labeled and unlabeled images, without any human label in the loss."""
 
     recipes: ClassVar[Path | None] = RECIPES
+    short_forms: ClassVar[ShortForms] = {"student": "model", "teacher": "model"}
+    batch_size: ChosenBatchSize = Field(_NONE)
+    """global batch size: images per optimizer step, over all processes and accumulated passes; null: 256 on a GPU, 32 on a CPU, at most all images"""
+    optim: ChosenOptim = Field(_NONE)
+    """optimizer and its schedule; null: AdamW, at a rate for a pretrained or a random student, and image_size of the student"""
     student: NetworkConfig
     teacher: TeacherConfig | None = None
     store: Path | None = None
@@ -101,9 +92,60 @@ class DistillConfig(Stage1Config):
     most nearest neighbors in common with the teacher on the images of data.val (labels are not read)"""
 
     @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        given = [key for key in _LENGTHS if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give at most one of {', '.join(_LENGTHS)} (given: {', '.join(given)})")
+        if self.data.streaming and (self.batch_size is None or not given):
+            raise ValueError(
+                "data.streaming: the number of images is unknown; give batch_size, and steps or train_images"
+            )
+        return self
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether nothing is left to be chosen from the data."""
+        return None not in (self.batch_size, self.optim) and any(getattr(self, key) is not None for key in _LENGTHS)
+
+    @property
+    def takes_own_size(self) -> bool:
+        """Whether the size of the views is left to be that of the student's weights."""
+        return self.optim is None and "image_size" not in self.data.model_fields_set
+
+    def fitted(self, images: int, image_size: int, *, gpu: bool, ranks: int = 1) -> Self:
+        """Return the settings with everything that was left out chosen for `images` training images and a student whose weights take `image_size`.
+
+        A random student gets ten times the rate of a pretrained one, whose weights larger steps destroy (docs/distillation.md). The length is 10
+        passes; on a GPU more for few images, up to 100, until two million are seen; on a CPU at most 500 steps.
+        """
+        chosen: dict[str, Any] = {}
+        if self.takes_own_size:
+            chosen["data"] = self.data.model_copy(update={"image_size": image_size})
+        if self.optim is None:
+            lr = 5e-4 if self.student.model.startswith("random:") else 5e-5
+            chosen["optim"] = Stage1OptimConfig(
+                name="adamw",
+                lr=lr,
+                reference_batch=256,
+                weight_decay=0.05,
+                decay_norm_and_bias=False,
+                warmup_steps=0.05,
+            )
+        batch = self.batch_size
+        if batch is None:
+            batch = max(1, min(256 if gpu else 32, images) // ranks) * ranks
+            chosen |= {"batch_size": batch, "auto_batch": self.auto_batch or (gpu and self.accumulate == 1)}
+        if all(getattr(self, key) is None for key in _LENGTHS):
+            steps = round((min(100.0, max(10.0, 2e6 / images)) if gpu else 10) * images / batch)
+            chosen["steps"] = max(20, steps if gpu else min(500, steps))
+        return self.model_copy(update=chosen)
+
+    @model_validator(mode="after")
     def _teacher_needed(self) -> Self:
         if self.objective == "teacher" and self.teacher is None and self.store is None:
             raise ValueError("teacher.model is missing: distillation needs a teacher, or a store of soft labels")
+        if self.teacher is None and self.data.held_out is not None:
+            raise ValueError("data.held_out measures agreement with a teacher: give teacher.model, or data.val")
         return self
 
     @model_validator(mode="after")
@@ -151,6 +193,8 @@ class DistillConfig(Stage1Config):
     def _store_fits(self) -> Self:
         if self.store is None or self.objective == "labels":
             return self
+        if self.data.held_out is not None:
+            raise ValueError("store: has the rows of all images; leave out data.held_out, and give data.val")
         if self.data.mixes:
             raise ValueError(
                 "store: its soft labels belong to unmixed views; set data.mixup and data.cutmix to 0, or leave out store for a live teacher"
@@ -176,7 +220,7 @@ class DistillConfig(Stage1Config):
 
     def networks(self) -> dict[str, Network]:
         teacher = self.teacher.networks("teacher") if self.teacher else {}
-        return self.student.networks("student.model", self.data.image_size) | teacher
+        return self.student.networks("student.model", None if self.takes_own_size else self.data.image_size) | teacher
 
 
 class TeachConfig(Stage1Config):
@@ -191,6 +235,10 @@ class TeachConfig(Stage1Config):
     def _no_streams(self) -> Self:
         if self.data.streaming:
             raise ValueError("data.streaming: labels are not read from streams; set it to false")
+        if self.data.held_out is not None:
+            raise ValueError(
+                "data.held_out: measures agreement with a teacher, which this command has not; give data.val"
+            )
         return self
 
     def inputs(self) -> dict[str, Path]:
@@ -198,15 +246,6 @@ class TeachConfig(Stage1Config):
 
     def networks(self) -> dict[str, Network]:
         return self.model.networks("model.model", self.data.image_size)
-
-
-class ForwardConfig(ComputeConfig):
-    """Settings of commands that run a network over images without training it."""
-
-    batch_size: BatchSize = 256
-    """images per forward pass and process"""
-    workers: Workers = 2
-    """decoding processes per rank; 0 decodes in the main process"""
 
 
 class EvaluateConfig(ForwardConfig):
@@ -274,6 +313,10 @@ class SoftLabelsConfig(ForwardConfig):
             )
         if self.data.streaming:
             raise ValueError("data.streaming: a store needs sources with rows; set it to false")
+        if self.data.held_out is not None:
+            raise ValueError(
+                "data.held_out: a store has all images; leave it out, and give data.val to the distillation"
+            )
         return self
 
     def inputs(self) -> dict[str, Path]:
@@ -349,22 +392,6 @@ class CurateConfig(ForwardConfig):
     def hub_data(self) -> dict[str, str]:
         keys = ("pool", "val", "train")
         return hub_sources((f"{key}.{number}", one) for key in keys for number, one in enumerate(getattr(self, key)))
-
-
-class EncoderConfig(Config):
-    """Encoder to make a teacher from; the classes of a classifier are dropped."""
-
-    model: ModelText
-    """reference of the network: timm:NAME, hf-hub:ID, a folder, a .safetensors file, or a .pth state dict of plain tensors"""
-    arch: str | None = None
-    """timm name of the network, for a file that does not name it"""
-    global_pool: str | None = None
-    """pooling by timm's name: avg, max, avgmax; token or map for a ViT; null: the encoder's own"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_reference(cls, value: Any) -> Any:
-        return {"model": value} if isinstance(value, str) else value
 
 
 class PrototypesConfig(ForwardConfig):

@@ -1,4 +1,4 @@
-"""Settings shared by the stage-1 commands: images, views, networks, teachers, losses. Does not import torch."""
+"""Settings shared by the stage-1 commands: images, views, optimizer, networks, teachers, losses. Does not import torch."""
 
 import inspect
 import json
@@ -10,8 +10,11 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from ssld.shared.config.bounds import Positive, Side, Weight
+from ssld.shared.config.bounds import BatchSize, Position, Positive, Side, Weight, Workers
+from ssld.shared.config.compute import ComputeConfig
 from ssld.shared.config.settings import Config, ModelText, Network
+from ssld.shared.config.training import OptimConfig, in_steps
+from ssld.shared.errors import UserError
 from ssld.shared.files import ImageFolder
 from ssld.shared.models.downloads import kind_of
 
@@ -22,6 +25,15 @@ Ratio = Annotated[float, Field(gt=0, le=100)]
 def is_remote(path: str) -> bool:
     """Whether a source is remote: an fsspec URL (s3://..., gs://..., memory://...), or a data set of the Hugging Face hub."""
     return "://" in path or path.startswith("hub:")
+
+
+class ForwardConfig(ComputeConfig):
+    """Settings of commands that run a network over images without training it."""
+
+    batch_size: BatchSize = 256
+    """images per forward pass and process"""
+    workers: Workers = 2
+    """decoding processes per rank; 0 decodes in the main process"""
 
 
 class SourceConfig(Config):
@@ -76,6 +88,8 @@ class DataConfig(Config):
     """training sources, concatenated, or mixed by weight; distillation does not read their labels"""
     val: SourceConfig | None = None
     """evaluation images; without labels only agreement and KL are measured"""
+    held_out: float | None = Field(None, gt=0, le=0.5)
+    """share of the training images, above 0 to 0.5, that are not trained on but measure agreement and KL, in place of val; chosen by their names"""
     streaming: bool = False
     """read the training sources in file order, shuffled in blocks, without an index; for pools that are remote or larger than memory"""
     allow_loss: bool = False
@@ -124,6 +138,21 @@ class DataConfig(Config):
             raise ValueError(f"train.{given.index(False)}.weight is missing: give every source a weight, or none")
         return self
 
+    @model_validator(mode="after")
+    def _held_out_by_rows(self) -> Self:
+        if self.held_out is not None and self.val is not None:
+            raise ValueError("held_out replaces val: give one of them")
+        if self.held_out is not None and self.streaming:
+            raise ValueError(
+                "held_out: images of streams are not known before they are read; give val, or set streaming: false"
+            )
+        return self
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are evaluation images."""
+        return self.val is not None or self.held_out is not None
+
     @property
     def mixes(self) -> bool:
         """Whether images of a batch are mixed."""
@@ -142,6 +171,32 @@ class DataConfig(Config):
         """Hub data sets among the sources, by key."""
         train = [(f"{key}.train.{number}", source) for number, source in enumerate(self.train)]
         return hub_sources([*train, (f"{key}.val", self.val)])
+
+
+class Stage1OptimConfig(OptimConfig):
+    """Optimizer and its schedule: linear warm-up, then cosine to zero, by step."""
+
+    warmup_steps: Position | None = None
+    """length of the warm-up in steps, or as a fraction of the run; at most a tenth of the run"""
+    warmup_epochs: float | None = Field(None, ge=0, le=1_000_000)
+    """length of the warm-up in passes over the training images; at most a tenth of the run"""
+
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """factor on the learning rate per layer below the top, for pretrained students (0.65 to 0.95 is usual); 1: one rate for all layers"""
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Self:
+        if self.warmup_steps is not None and self.warmup_epochs is not None:
+            raise ValueError("give one of warmup_steps and warmup_epochs")
+        return self
+
+    def total_warmup_steps(self, images: int | None, batch_size: int, steps: int) -> int:
+        """Warm-up steps of a run of `steps` steps over `images` training images, at most a tenth of them; raises UserError if the number of images is
+        needed and unknown."""
+        if self.warmup_epochs and images is None:
+            raise UserError("optim.warmup_epochs: the length of a stream is unknown; give warmup_steps")
+        warmup = self.warmup_steps or round((self.warmup_epochs or 0) * (images or 0) / batch_size)
+        return min(in_steps(warmup, steps), steps // 10)
 
 
 class NetworkConfig(Config):
@@ -174,6 +229,22 @@ class NetworkConfig(Config):
     def networks(self, key: str, image_size: int | None = None) -> dict[str, Network]:
         """The network by key, with the image size it has to support."""
         return {key: Network(self.model, self.arch, image_size)}
+
+
+class EncoderConfig(Config):
+    """Encoder to make a teacher from; the classes of a classifier are dropped."""
+
+    model: ModelText
+    """reference of the network: timm:NAME, hf-hub:ID, a folder, a .safetensors file, or a .pth state dict of plain tensors"""
+    arch: str | None = None
+    """timm name of the network, for a file that does not name it"""
+    global_pool: str | None = None
+    """pooling by timm's name: avg, max, avgmax; token or map for a ViT; null: the encoder's own"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_reference(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
 
 
 class TeacherMember(Config):

@@ -111,12 +111,14 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     from ssld.shared.training.quarantine import Quarantine
     from ssld.shared.training.training_state import TrainingState
     from ssld.stage1_ssld.data.batch_images import view_images
+    from ssld.stage1_ssld.data.held_out import hold_out
     from ssld.stage1_ssld.data.labels import doubt_on_order
     from ssld.stage1_ssld.data.loaders import TrainingData, ValViews, described, make_loader, val_batches
     from ssld.stage1_ssld.data.mixing import mix_batch
     from ssld.stage1_ssld.data.sources import open_sources
     from ssld.stage1_ssld.data.streams import plan_streams
     from ssld.stage1_ssld.distillation.features import STATISTICS_IMAGES
+    from ssld.stage1_ssld.distillation.fitting import fit
     from ssld.stage1_ssld.distillation.losses import entropy
     from ssld.stage1_ssld.distillation.memory_trial import whole_step
     from ssld.stage1_ssld.distillation.objective import Objective, implausible_start, statistics_warning
@@ -134,16 +136,22 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     sources = [] if data.streaming else open_sources(data.train, "data.train", allow_loss=data.allow_loss)
     plan = plan_streams(data, config.batch_size, config.seed) if data.streaming else None
     val_source = open_sources([data.val], "data.val", allow_loss=data.allow_loss)[0] if data.val else None
+    notes: list[str] = []
+    if data.held_out:
+        sources, val_source = hold_out(sources, data.held_out, notes)
 
     # ---- processes and run directory
     accelerator, config = start_processes(config, fixed_size=True)
     device, dtype, rank, ranks = accelerator.device, DTYPES[config.precision], accelerator.process_index, world_size()
     pin_memory = pins_memory()
+    config = fit(config, sum(map(len, sources)), notes, device=device, ranks=ranks)
+    data = config.data
     run = RunDir(config, command, main=accelerator.is_main_process)
     if from_main_rank(run.status) == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
     start_trackers(accelerator, config)
+    run.log_if("\n".join(notes))
 
     # ---- targets: a teacher, a store or labels; and the resulting classes
     targets = open_targets(config, sources, val_source, device=device, log=run.log)
@@ -467,7 +475,7 @@ def _preview(
             yield f"teacher sees views of {view[0]} px; its own size is {own} (teacher.size: own)"
         if "random:" in names:
             yield "warning: the teacher has random weights"
-    if _has_trained_start(config, student, targets) and not (config.data.val and targets.teacher):
+    if _has_trained_start(config, student, targets) and not (config.data.evaluates and targets.teacher):
         missing = "data.val" if targets.teacher else "teacher"
         yield f"{missing}: not given, so the trained weights are not compared with the initial ones"
     passes = (

@@ -134,7 +134,7 @@ def source_inputs(key: str, source: str) -> dict[str, Path]:
     path = Path(source)
     layout = find_yolo(path)
     if layout is None and (coco := find_coco(path)):
-        files = {}
+        files: dict[str, Path] = {}
         for name, (annotations, images) in coco.parts.items():
             files |= {f"{key}: {name} annotations": annotations, f"{key}: {name} images": ImageFolder(images)}
         return files

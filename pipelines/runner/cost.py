@@ -39,6 +39,8 @@ def steps_text(stage: Stage) -> str:
     config = stage.config
     if not isinstance(config, TrainingConfig):
         return ""
+    if isinstance(config, DistillConfig) and not config.is_fitted:
+        return "a length chosen from the images"
     if config.train_epochs is None:
         return f"{config.total_steps(0)} steps of {config.batch_size} images"
     images = training_images(config)
@@ -99,6 +101,9 @@ def training_images(config: CommandConfig) -> int | None:
 def evaluation_images(config: CommandConfig) -> int | None:
     """Return the number of images of an evaluation, 0 for a command without one; None as for `training_images`."""
     match config:
+        case DistillConfig(data=data) if data.held_out:
+            images = _images(data.train)
+            return None if images is None else round(data.held_out * images)
         case DistillConfig() | TeachConfig():
             return _images([config.data.val]) if config.data.val else 0
         case EvaluateBackboneConfig():

@@ -18,6 +18,7 @@ from ssld.shared.config.training import TrainingConfig
 from ssld.shared.files import write_atomically
 from ssld.shared.machine import cores
 from ssld.shared.wording import count, duration
+from ssld.stage1_ssld.config import DistillConfig
 
 FILE = "estimate.json"
 """file in a pipeline's output with the measured rates"""
@@ -131,6 +132,8 @@ def write_rates(output: Path, rates: dict[str, Rate]) -> None:
 
 
 def _steps(config: TrainingConfig, rate: Rate) -> int | None:
+    if isinstance(config, DistillConfig) and not config.is_fitted:
+        return None  # chosen when its images are read
     return None if config.train_epochs is not None and rate.images is None else config.total_steps(rate.images)
 
 

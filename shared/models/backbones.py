@@ -98,6 +98,13 @@ def input_settings(net: nn.Module, metadata: dict[str, Any]) -> InputSettings:
     )
 
 
+def own_size(reference: ModelReference) -> tuple[int, int]:
+    """Return (height, width) of the images that a reference's weights were trained on last, without loading them."""
+    with torch.device("meta"):
+        net = create(reference.arch, reference.text, **network_args(reference, None))
+    return input_settings(net, reference.metadata).size
+
+
 def create_classifier(
     reference: ModelReference,
     *,
