@@ -151,7 +151,8 @@ def choose(source: str, splits: Sequence[str]) -> tuple[str, str | None]:
     A single split without any of these names is trained on. Raises UserError without a split for training, and for two that may be the one meant.
     """
     kinds = _by_kind(source, splits)
-    if "train" not in kinds and list(kinds) != [splits[0] if splits else None]:
+    alone = len(splits) == 1 and part_kind(splits[0]) is None
+    if "train" not in kinds and not alone:
         raise UserError(f"data: {source}: has no part to train on, called train (it has {', '.join(splits) or 'none'})")
     return kinds.get("train", splits[0]), _evaluated(kinds)
 
