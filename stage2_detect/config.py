@@ -27,8 +27,8 @@ class DetectionDataConfig(Config):
     """Data set to train on: one path (`data: PATH`), or COCO JSON files and the image folders that their file names are relative to."""
 
     source: str | None = None
-    """data set with its parts for training and evaluation: data.yaml or folder (YOLO), folder (Pascal VOC, COCO, Roboflow's exports), COCO JSON
-    file, Parquet files or hub:ORG/NAME; converted into ~/.cache/ssld where needed; null: the files of the next four settings"""
+    """data set with its parts for training and evaluation, also given as --data PATH: data.yaml or folder (YOLO), folder (Pascal VOC, COCO,
+    Roboflow's exports), COCO JSON file, Parquet files or hub:ORG/NAME; converted into ~/.cache/ssld where needed; null: the next four settings"""
     train_annotations: Path | list[Path] | None = None
     """COCO JSON file to train on, or a list of files"""
     train_images: Path | list[Path] | None = None

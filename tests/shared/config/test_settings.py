@@ -155,9 +155,9 @@ def test_merge_keys_are_yaml(tmp_path: Path) -> None:
 def test_a_group_given_as_one_flag_names_the_flag_of_its_key(tmp_path: Path) -> None:
     from ssld.stage1_ssld.config import DistillConfig
 
-    message = "--student: is a group or list of settings: give --student.model VALUE, or the whole as JSON"
+    message = "--data: is a group or list of settings: give --data.train VALUE, or the whole as JSON"
     with pytest.raises(UserError) as raised:
-        parse_config(DistillConfig, ["--student", "random:test_resnet"], program="distill.py")
+        parse_config(DistillConfig, ["--data", "photos"], program="distill.py")
     assert str(raised.value) == message
 
 
@@ -168,10 +168,8 @@ def test_what_a_group_needs_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(UserError) as caught:
         parse_config(TrainConfig, [], program="ssld train")
     lines = str(caught.value).splitlines()
-    assert (
-        "command line: data: missing; give it in the YAML file or as --data.train_annotations, --data.train_images"
-        in lines
-    )
+    assert "command line: data: missing; give it in the YAML file or as --data" in lines
+    assert "command line: optim: missing; give it in the YAML file or as --optim.lr, --optim.reference_batch" in lines
     assert "command line: output: missing; give it in the YAML file or as --output" in lines
     usage = capsys.readouterr().err
     assert usage.startswith("usage: ssld train [--config FILE] [--KEY VALUE ...]\n")
