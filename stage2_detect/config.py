@@ -27,16 +27,15 @@ class DetectionDataConfig(Config):
     """Data set to train on: one path (`data: PATH`), or COCO JSON files and the image folders that their file names are relative to."""
 
     source: str | None = None
-    """data set with its parts for training and evaluation, also given as --data PATH: data.yaml or folder (YOLO), folder (Pascal VOC, COCO,
-    Roboflow's exports), COCO JSON file, Parquet files or hub:ORG/NAME; converted into ~/.cache/ssld where needed; null: the next four settings"""
+    """data set, also given as --data PATH: data.yaml, folder (YOLO, VOC, COCO, Roboflow), COCO JSON, Parquet or hub:ORG/NAME; null: files below"""
     train_annotations: Path | list[Path] | None = None
     """COCO JSON file to train on, or a list of files"""
     train_images: Path | list[Path] | None = None
-    """folder that the file names in train_annotations are relative to, or a list with one folder for each file"""
+    """image folder of train_annotations, or a list with one for each file"""
     val_annotations: Path | list[Path] | None = None
     """COCO JSON file to evaluate on, or a list of files; null: no evaluation"""
     val_images: Path | list[Path] | None = None
-    """folder that the file names in val_annotations are relative to, or a list with one folder for each file"""
+    """image folder of val_annotations, or a list with one for each file"""
     keep_empty: bool = True
     """train on images without objects too"""
     allow_loss: bool = False
