@@ -1,0 +1,36 @@
+"""Whether a new pipeline begins with stage 1: only where measurements say that it helps, or where the user asks for it."""
+
+from typing import Literal
+
+from ssld.shared.wording import count
+
+Distill = Literal["auto", "yes", "no"]
+MANY = 5000
+"""photos from which stage 1 is proposed for a pretrained student, with a detector without it for comparison"""
+
+
+def proposes_stage_1(asked: Distill, backbone: str, photos: int, *, detector: bool) -> tuple[bool, str]:
+    """Return whether the pipeline gets stage 1, and why, as a line for the user.
+
+    Args:
+        backbone: reference of the student; `random:NAME` has no weights of its own.
+        photos: number of photos for stage 1, labeled ones included.
+        detector: whether a detector follows.
+    """
+    if not detector:
+        return True, "stage 1 alone: without annotations there is no detector"
+    if asked == "yes":
+        return True, "stage 1: asked for by --distill yes; a second detector without it shows what it gains"
+    if asked == "no":
+        return False, "no stage 1: left out by --distill no"
+    if backbone.startswith("random:"):
+        return True, "stage 1: the student has no weights of its own, and then it helped in every measurement"
+    if photos >= MANY:
+        return True, (
+            f"stage 1 on {count(photos, 'photo')}: not measured for so many photos and a pretrained student; "
+            "compare the AP of the two detectors"
+        )
+    return False, (
+        f"no stage 1: the student is pretrained, and on few photos ({photos:,}) stage 1 changed AP by -1.5 to +2.5, the gain measured with two "
+        "seeds only (docs/benchmarks/pretrained_student_cpu_2026-11-29.md); --distill yes adds it, with a second detector for comparison"
+    )
