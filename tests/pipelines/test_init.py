@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,30 @@ from PIL import Image
 
 from ssld.pipelines import init, run
 from ssld.pipelines.checks import data as checked_data
+from ssld.pipelines.runner.estimate import Rate
 from ssld.pipelines.runner.stages import build_stages, read_pipeline
 from ssld.pipelines.scaffold import pool
-from ssld.pipelines.scaffold.suggest import Facts, pipeline_text, split_content, suggest
+from ssld.pipelines.scaffold.fit import Trained
+from ssld.pipelines.scaffold.suggest import (
+    Facts,
+    Settings,
+    networks_of,
+    pipeline_text,
+    settings_of,
+    shapes,
+    split_content,
+    wanted_steps,
+)
 from ssld.shared.errors import UserError
 from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage2_detect import check_data
 from ssld.stage2_detect.config import TrainConfig
+
+
+def quick_machine(settings: Settings, trained: Trained) -> Rate:
+    """A machine that fits everything into any time."""
+    return Rate(start=0.1, step=0.001, images=32, val_images=8, files=10**6, model=10**6, checkpoint=10**6)
+
 
 CPU: dict[str, Any] = {"devices": []}
 GPU: dict[str, Any] = {"devices": [["NVIDIA H200", 1, 141 * 2**30, 9, 0]]}
@@ -46,7 +64,9 @@ def content(images: int = 40) -> dict[str, Any]:
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The content as files; torch is not imported, since that takes seconds per process."""
     monkeypatch.setattr(init, "ask_torch", lambda: CPU)
-    monkeypatch.setattr(run, "downloads", lambda plan: [])  # of timm's names, which nothing here reads
+    for module in (init, run):  # timm's names, which nothing here reads
+        monkeypatch.setattr(module, "downloads" if module is run else "find_downloads_apart", lambda references: [])
+    monkeypatch.setattr(init, "trials", lambda facts, files: nullcontext(quick_machine))
     monkeypatch.setattr(checked_data, "run_script", check_data.main)
     monkeypatch.chdir(tmp_path)
     draw = np.random.default_rng(0)
@@ -110,6 +130,7 @@ def facts(images: int, sizes: list[float], gpu: tuple[Any, ...] | None = None) -
         val_images=place,
         split=True,
         images=images,
+        val_count=8,
         statistics=measured,
         unlabeled=None,
         unlabeled_images=0,
@@ -123,26 +144,43 @@ def facts(images: int, sizes: list[float], gpu: tuple[Any, ...] | None = None) -
     )
 
 
+NETWORKS = networks_of(gpu=True, backbone=None, arch=None, teacher=None, teacher_arch=None)
+
+
+def largest(known: Facts) -> Settings:
+    """Settings if time does not matter."""
+    shape = max(shapes(known, NETWORKS), key=lambda shape: (shape.networks.channels, shape.short_side))
+    return settings_of(known, shape, steps=wanted_steps(known), distill_steps=50, evaluate_every=0.2)
+
+
 def test_numbers_follow_the_data() -> None:
     gpu = tuple(GPU["devices"][0])
-    cells = suggest(facts(205, [0.09, 0.15, 0.21, 0.25, 0.34], gpu))  # large objects: the smallest images are enough
+    cells = largest(facts(205, [0.09, 0.15, 0.21, 0.25, 0.34], gpu))  # large objects: the smallest images are enough
     assert (cells.short_side, cells.short_sides) == (320, (256, 288, 320))
     assert cells.anchors == (16, 32, 64, 128, 256)
-    small = suggest(facts(205, [0.02, 0.04, 0.1, 0.2, 0.3], gpu))
+    small = largest(facts(205, [0.02, 0.04, 0.1, 0.2, 0.3], gpu))
     assert small.short_side == 608  # 24 px of 4 % of it, but not above 1.25 x 480
     assert small.anchors[0] == 8
     assert cells.steps == round(60 * (200 / 205) ** 0.5 * 205 / 8)
     assert cells.warmup == 0.1
-    assert suggest(facts(118_000, [0.1] * 5, gpu)).steps == 12 * 118_000 // 8
-    assert suggest(facts(118_000, [0.1] * 5, gpu)).warmup == round(1000 / (12 * 118_000 // 8), 4)
+    assert largest(facts(118_000, [0.1] * 5, gpu)).steps == 12 * 118_000 // 8
+    assert largest(facts(118_000, [0.1] * 5, gpu)).warmup == round(1000 / (12 * 118_000 // 8), 4)
     assert cells.precision == "bf16"
-    cpu = suggest(facts(118_000, [0.02, 0.04, 0.1, 0.2, 0.3]))
-    assert (cpu.steps, cpu.short_side, cpu.precision, cpu.batch) == (1500, 384, "fp32", 4)
+    cpu = largest(facts(118_000, [0.02, 0.04, 0.1, 0.2, 0.3]))
+    assert (cpu.precision, cpu.batch) == ("fp32", 4)
+
+
+def test_no_image_size_loses_the_small_objects() -> None:
+    """Objects at the lower quartile keep 12 px at the smallest size, and no size is below 128 px."""
+    for quartile, least, most in ((0.04, 288, 608), (0.15, 128, 320), (0.01, 608, 608), (0.9, 128, 320)):
+        sides = [one.short_side for one in shapes(facts(205, [quartile / 2, quartile, 0.95, 0.95, 0.95]), NETWORKS[:1])]
+        assert (min(sides), max(sides)) == (least, most)
+        assert sides == sorted(set(sides), reverse=True)
 
 
 @pytest.mark.parametrize("unlabeled", [False, True])
 def test_the_runner_takes_what_is_written(photos: Path, unlabeled: bool, capfd: pytest.CaptureFixture[str]) -> None:
-    more = ["--unlabeled", "more photos"] if unlabeled else []
+    more = ["--distill", "yes", "--unlabeled", "more photos"] if unlabeled else []
     assert init.main(["--images", "photos", "--annotations", "all.json", "--output", "mine.yaml", *more]) == 0
     written = {"mine.yaml", "mine_train.json", "mine_val.json"} | (
         {"mine_train.txt", "mine_unlabeled.txt"} if unlabeled else set()
@@ -164,7 +202,7 @@ def test_the_runner_takes_what_is_written(photos: Path, unlabeled: bool, capfd: 
 def test_one_line_changes_the_length(photos: Path) -> None:
     """Warm-up, milestones and intervals of a pipeline that is four times as long are four times as long."""
     line = ["--images", "photos", "--annotations", "all.json", "--output", "mine.yaml"]
-    assert init.main([*line, "--unlabeled", "more photos"]) == 0
+    assert init.main([*line, "--distill", "yes", "--unlabeled", "more photos"]) == 0
     for steps in (100, 400):
         given = {name: {"steps": str(steps)} for name in ("ssld", "detector_ssld")}
         stages = build_stages(read_pipeline(Path("mine.yaml"), given), Path("mine.yaml"), output=Path("runs"))
@@ -278,7 +316,18 @@ def test_mistakes_leave_nothing(photos: Path, capfd: pytest.CaptureFixture[str])
 
 
 def test_no_file_of_yours_is_overwritten(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    line = ["--images", "photos", "--annotations", "all.json", "--output", "mine.yaml", "--unlabeled", "more photos"]
+    line = [
+        "--images",
+        "photos",
+        "--annotations",
+        "all.json",
+        "--output",
+        "mine.yaml",
+        "--distill",
+        "yes",
+        "--unlabeled",
+        "more photos",
+    ]
     names = ["mine.yaml", "mine_train.json", "mine_val.json", "mine_train.txt"]
     for name in names:
         Path(name).write_text("yours")
@@ -288,7 +337,7 @@ def test_no_file_of_yours_is_overwritten(photos: Path, capfd: pytest.CaptureFixt
         assert Path(name).read_text() == "yours"
         Path(name).unlink()
     Path("mine_train.txt").write_text("yours")  # nothing is written there without --unlabeled
-    assert init.main(line[:-2]) == 0
+    assert init.main(line[:-4]) == 0
     assert Path("mine_train.txt").read_text() == "yours"
 
 
@@ -303,7 +352,7 @@ def test_no_batch_is_larger_than_the_data() -> None:
     gpu = tuple(GPU["devices"][0])
     for images in (1, 3, 4, 5, 9):
         for device, most in ((None, 4), (gpu, 8)):
-            chosen = suggest(facts(images, [0.1] * 5, device))
+            chosen = largest(facts(images, [0.1] * 5, device))
             assert chosen.batch == min(most, images)
             assert chosen.distill_batch == images
 
@@ -313,7 +362,18 @@ def test_every_gpu_gets_a_process(
     gpus: int, batch: int, distilling: int, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(init, "ask_torch", lambda: {"devices": GPU["devices"] * gpus})
-    line = ["--images", "photos", "--annotations", "all.json", "--unlabeled", "more photos", "--output", "mine.yaml"]
+    line = [
+        "--images",
+        "photos",
+        "--annotations",
+        "all.json",
+        "--distill",
+        "yes",
+        "--unlabeled",
+        "more photos",
+        "--output",
+        "mine.yaml",
+    ]
     assert init.main(line) == 0
     content = yaml.safe_load(Path("mine.yaml").read_text())
     # 32 training photos and 3 others: too few for 256 at once
@@ -338,7 +398,18 @@ def test_unlabeled_photos_are_told_apart_from_evaluation_photos(
         Image.fromarray(pixels).save(photos / "more photos" / f"new {number}.png")
     for file in sorted((photos / "photos").rglob("*.png")):
         (photos / "more photos" / f"copy of {file.name}").write_bytes(file.read_bytes())
-    line = ["--images", "photos", "--annotations", "all.json", "--unlabeled", "more photos", "--output", "mine.yaml"]
+    line = [
+        "--images",
+        "photos",
+        "--annotations",
+        "all.json",
+        "--distill",
+        "yes",
+        "--unlabeled",
+        "more photos",
+        "--output",
+        "mine.yaml",
+    ]
     assert init.main(line) == 0
     evaluated = [row["file_name"] for row in json.loads(Path("mine_val.json").read_text())["images"]]
     lists = {part: Path(f"mine_{part}.txt").read_text().splitlines() for part in ("unlabeled", "held_out")}
@@ -361,7 +432,7 @@ def test_a_folder_of_evaluation_photos_alone_is_refused(photos: Path, capfd: pyt
     Path("only").mkdir()
     for row in json.loads(Path("first_val.json").read_text())["images"][:2]:
         (photos / "only" / row["file_name"]).write_bytes((photos / "photos" / row["file_name"]).read_bytes())
-    assert init.main([*line, "mine.yaml", "--unlabeled", "only"]) == 2
+    assert init.main([*line, "mine.yaml", "--distill", "yes", "--unlabeled", "only"]) == 2
     error = capfd.readouterr().err
     assert "only: 2 photos dropped: 2 copies of evaluation photos (first: " in error
     assert "no photo is left to train on" in error
@@ -393,7 +464,7 @@ ODD = [
 def test_names_reach_the_pipeline_as_they_are(name: str) -> None:
     """Arbitrary paths and class names are written such that they read back unchanged, without adding keys or lines."""
     measured = facts(9, [0.1] * 5)
-    plain = pipeline_text(Path("a.yaml"), measured, suggest(measured))
+    plain = pipeline_text(Path("a.yaml"), measured, largest(measured))
     odd = dataclasses.replace(
         measured,
         annotations=Path(f"{name}.json"),
@@ -408,7 +479,7 @@ def test_names_reach_the_pipeline_as_they_are(name: str) -> None:
         statistics=measured.statistics | {"classes": {name: 3, f"{name}\noutput: elsewhere": 4}},
         gpu=(name, 2**30, 2**34, 9, 0),
     )
-    text = pipeline_text(Path(f"{name}.yaml"), odd, suggest(odd))
+    text = pipeline_text(Path(f"{name}.yaml"), odd, largest(odd))
     content = yaml.safe_load(text)
     assert content["output"] == f"runs/{name}"
     assert list(content) == list(yaml.safe_load(plain))
