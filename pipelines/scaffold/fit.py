@@ -79,15 +79,13 @@ def fit(facts: Facts, shapes: list[Shape], minutes: float, trial: Trial) -> Fit:
     """
     ordered = sorted(shapes, key=_cost, reverse=True)
     shape = ordered[-1]
-    rates = _tried(facts, shape, trial, {})
+    known: dict[tuple[str, str], Rate] = {}
+    rates = _tried(facts, shape, trial, known)
     for _ in range(MOST_TRIALS - 1):
         best = _best(facts, ordered, shape, rates, minutes)
         if best == shape:
             break
-        kept: dict[Trained, Rate] = {
-            name: rate for name, rate in rates.items() if name == "ssld" and best.networks == shape.networks
-        }
-        shape, rates = best, _tried(facts, best, trial, kept)
+        shape, rates = best, _tried(facts, best, trial, known)
     lengths = lengths_of(facts, rates, minutes)
     if lengths is None:
         fewest = fewest_minutes(facts, _scaled(rates, shape, ordered[-1]))
@@ -130,6 +128,7 @@ def lengths_of(facts: Facts, rates: dict[Trained, Rate], minutes: float) -> Leng
         steps = min(_fitting(each - around, rate), wanted_steps(facts))
         if steps < min(LEAST, wanted_steps(facts)):
             return None
+        steps = steps // 10 * 10  # so that the intervals are whole
         left -= facts.detectors * (around + steps * rate.step)
     return Lengths(steps, distill_steps, every, total - left + REPORT_SECONDS) if left >= 0 else None
 
@@ -143,12 +142,13 @@ def _fitting(seconds: float, rate: Rate) -> int:
     return max(0, int(seconds / max(rate.step, 1e-6)))
 
 
-def _tried(facts: Facts, shape: Shape, trial: Trial, known: dict[Trained, Rate]) -> dict[Trained, Rate]:
-    """Try the trainings of a pipeline with this shape, except for those with a known rate."""
+def _tried(facts: Facts, shape: Shape, trial: Trial, known: dict[tuple[str, str], Rate]) -> dict[Trained, Rate]:
+    """Try the trainings of a pipeline with this shape; stage 1 once for each pair of student and teacher, whose rates are `known`."""
     settings = _settings(facts, shape, Lengths(LEAST, LEAST_DISTILL, None, 0.0))
     rates: dict[Trained, Rate] = {}
     if facts.unlabeled:
-        rates["ssld"] = known.get("ssld") or trial(settings, "ssld")
+        pair = shape.networks.backbone, shape.networks.teacher
+        known[pair] = rates["ssld"] = known.get(pair) or trial(settings, "ssld")
     if facts.detectors:
         rates["detector"] = trial(settings, "detector")
     return rates
@@ -178,7 +178,11 @@ def _wanted(facts: Facts) -> int:
 
 
 def _scaled(rates: dict[Trained, Rate], tried: Shape, shape: Shape) -> dict[Trained, Rate]:
-    factors = {"detector": _cost(shape) / _cost(tried), "ssld": shape.networks.weight / tried.networks.weight}
+    same = shape.networks.backbone == tried.networks.backbone
+    factors = {
+        "detector": _cost(shape) / _cost(tried),
+        "ssld": 1.0 if same else shape.networks.weight / tried.networks.weight,
+    }
     return {name: replace(rate, step=rate.step * factors[name]) for name, rate in rates.items()}
 
 

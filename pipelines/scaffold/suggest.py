@@ -132,7 +132,8 @@ def shapes(facts: Facts, networks: Sequence[Networks]) -> list[Shape]:
     above 1.25 times that of the photos.
     """
     if facts.annotations is None:
-        return [Shape(one, 0) for one in networks]
+        pairs = {(one.backbone, one.teacher): one for one in reversed(networks)}
+        return [Shape(one, 0) for one in networks if one in pairs.values()]
     measured = facts.statistics
     small = max(measured["object_sizes"][1], 1e-3)
     most = 800 if facts.gpu else 640
