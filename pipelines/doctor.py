@@ -14,12 +14,13 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.pipelines.checks.data import FLAGS, DataNeeds, DataSet, check_data
+from ssld.pipelines.checks.data import FLAGS, DataNeeds, DataSet, check_words, words_of
 from ssld.pipelines.checks.machine import Line, ask_torch, machine_lines
 from ssld.pipelines.checks.settings import settings_lines
 from ssld.pipelines.runner.stages import find_pipeline
@@ -94,24 +95,28 @@ def _check_data(data: DataSet, arguments: Namespace, needs: DataNeeds) -> tuple[
     more = ["--fix", str(arguments.fix)] if arguments.fix else []
     more += [flag for flag in ("--quick", "--near_duplicates") if getattr(arguments, flag[2:])]
     more += [flag for flag in ("--masks", "--allow_loss") if getattr(needs, flag[2:])]
-    code, report = check_data(data, *more)
+    code, report = check_words(data, *more)
     if report is None:
-        return code, [Line("fault", "data", f"{data[0]}: not checked, see above")]
+        return code, [Line("fault", "data", f"{data[1]}: not checked, see above")]
     lines = [Line(finding["level"], finding["file"], finding["text"]) for finding in report["findings"]]
     if code and not any(line.level == "fault" for line in lines):  # the check failed after it had written its findings
-        lines.append(Line("fault", "data", f"{data[0]}: not finished, see above"))
+        lines.append(Line("fault", "data", f"{data[1]}: not finished, see above"))
     return code, lines
 
 
 def _data_of(arguments: Namespace) -> list[DataSet]:
-    given = tuple(getattr(arguments, name) for name in FLAGS)
-    if not any(given):
+    given = {name: getattr(arguments, name) or [] for name in FLAGS}
+    if arguments.data:
+        if any(given.values()):
+            raise UserError("--data: names the whole data set; leave out --annotations and the like")
+        return [words_of({"data": [arguments.data]})]
+    if not any(given.values()):
         if arguments.fix and not arguments.settings:
-            raise UserError("--fix: give the data too, by --annotations and --images")
+            raise UserError("--fix: give the data too, by --data, or by --annotations and --images")
         return []
-    if not (given[0] and given[1]) or bool(given[2]) != bool(given[3]):
+    if not (given["annotations"] and given["images"]) or bool(given["val_annotations"]) != bool(given["val_images"]):
         raise UserError("give --annotations and --images together, and --val_annotations and --val_images")
-    return [given]
+    return [words_of(given)]
 
 
 def _variable(text: str) -> tuple[str, str]:
@@ -143,10 +148,16 @@ def parser() -> Parser:
         metavar="NAME=VALUE",
         help="value of a variable of the pipeline",
     )
-    parser.add_argument("--annotations", type=Path, metavar="JSON", help="COCO JSON file to check")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of its images")
-    parser.add_argument("--val_annotations", type=Path, metavar="JSON", help="COCO JSON file for evaluation")
-    parser.add_argument("--val_images", type=Path, metavar="DIR", help="folder of the evaluation images")
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="data set to check, instead of the files: data.yaml or folder (YOLO), folder (VOC, COCO, Roboflow), hub:ORG/NAME",
+    )
+    files: dict[str, Any] = {"type": Path, "nargs": 1, "action": "extend"}
+    parser.add_argument("--annotations", **files, metavar="JSON", help="COCO JSON file to check; repeated for several")
+    parser.add_argument("--images", **files, metavar="DIR", help="folder of its images; one for all files, or repeated")
+    parser.add_argument("--val_annotations", **files, metavar="JSON", help="COCO JSON file for evaluation")
+    parser.add_argument("--val_images", **files, metavar="DIR", help="folder of the evaluation images")
     parser.add_argument("--fix", type=Path, metavar="DIR", help="folder for cleaned copies of the JSON files")
     parser.add_argument(
         "--near_duplicates",

@@ -33,6 +33,7 @@ from ssld.stage2_detect.data.check.findings import LEVELS, Finding
 if TYPE_CHECKING:
     from ssld.stage2_detect.data.check.annotations import FileCheck
     from ssld.stage2_detect.data.check.images import ImageFacts
+    from ssld.stage2_detect.data.convert.parts import DataSet
 
 _WIDTH, _CLASSES = 24, 12
 
@@ -48,7 +49,13 @@ def check_data(arguments: Namespace) -> int:
     from ssld.stage2_detect.data.check.annotations import check_rows
     from ssld.stage2_detect.data.check.images import check_images, check_unlisted
 
-    places = _places(arguments)
+    data = _data(arguments)
+    if arguments.parts:
+        _write_parts(data, arguments)
+        return 0
+    for note in data.notes:
+        say(printable(note))
+    places = _places(data, arguments)
     checks = [
         check_rows(name, file, folder, masks=arguments.masks, allow_loss=arguments.allow_loss)
         for name, file, folder in places
@@ -89,12 +96,55 @@ def line_of(finding: Finding) -> str:
     return f"  {finding.level:<8}{printable(f'{finding.file}: {finding.text}')}{fix}"
 
 
-def _places(arguments: Namespace) -> list[tuple[str, Path, Path]]:
+def _data(arguments: Namespace) -> "DataSet":
+    """Return the parts that the arguments name, converted or merged where needed."""
+    from ssld.shared.config.settings import validate
+    from ssld.stage2_detect.config import DetectionDataConfig
+    from ssld.stage2_detect.data.convert.parts import find_data
+
     if (arguments.val_annotations is None) != (arguments.val_images is None):
         raise UserError("give both --val_annotations and --val_images, or neither")
-    places = [("train", arguments.annotations, arguments.images)]
-    if arguments.val_annotations:
-        places.append(("val", arguments.val_annotations, arguments.val_images))
+    given = {
+        "source": arguments.data,
+        "train_annotations": arguments.annotations,
+        "train_images": arguments.images,
+        "val_annotations": arguments.val_annotations,
+        "val_images": arguments.val_images,
+    }
+    if not arguments.data and not (arguments.annotations and arguments.images):
+        raise UserError("give --data, or --annotations and --images")
+    for folder in [*(arguments.images or []), *(arguments.val_images or [])]:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder")
+    values = {key: value for key, value in given.items() if value is not None}
+    return find_data(
+        validate(DetectionDataConfig, {**values, "allow_loss": arguments.allow_loss}, source="command line")
+    )
+
+
+def _write_parts(data: "DataSet", arguments: Namespace) -> None:
+    parts = {
+        name: part
+        and {
+            "split": part.split,
+            "annotations": str(part.annotations.absolute()),
+            "images": str(part.images.absolute()),
+        }
+        for name, part in (("train", data.train), ("val", data.val))
+    }
+    record = {
+        "kind": data.kind,
+        "source": arguments.data,
+        "converted": data.converted,
+        **parts,
+        "notes": list(data.notes),
+    }
+    arguments.parts.write_text(json.dumps(record), encoding="utf-8")
+
+
+def _places(data: "DataSet", arguments: Namespace) -> list[tuple[str, Path, Path]]:
+    parts = (("train", data.train), ("val", data.val))
+    places = [(name, part.annotations, part.images) for name, part in parts if part]
     for _, _, folder in places:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
@@ -315,10 +365,20 @@ def _write_copies(checks: "Sequence[FileCheck]", copies: dict[str, Path], *, all
 
 def _parser() -> Parser:
     parser = Parser(prog="check_data.py", description="Check a COCO data set before training.", allow_abbrev=False)
-    parser.add_argument("--annotations", type=Path, required=True, metavar="JSON", help="COCO JSON file to check")
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of its images")
-    parser.add_argument("--val_annotations", type=Path, metavar="JSON", help="COCO JSON file for evaluation")
-    parser.add_argument("--val_images", type=Path, metavar="DIR", help="folder of the evaluation images")
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="data set to check, instead of the files: data.yaml or folder (YOLO), folder (VOC, COCO, Roboflow), hub:ORG/NAME",
+    )
+    files: dict[str, Any] = {"type": Path, "nargs": "+", "action": "extend"}
+    parser.add_argument(
+        "--annotations", **files, metavar="JSON", help="COCO JSON file to check, or several, read as one"
+    )
+    parser.add_argument("--images", **files, metavar="DIR", help="folder of its images, or one for each file")
+    parser.add_argument("--val_annotations", **files, metavar="JSON", help="COCO JSON file for evaluation, or several")
+    parser.add_argument(
+        "--val_images", **files, metavar="DIR", help="folder of the evaluation images, or one for each file"
+    )
     parser.add_argument(
         "--fix", type=Path, metavar="DIR", help="write cleaned copies of the JSON files into this folder"
     )
@@ -333,6 +393,12 @@ def _parser() -> Parser:
         type=Path,
         metavar="FILE",
         help="JSON file for the training annotations as training reads them, written if there is no fault; for other programs",
+    )
+    parser.add_argument(
+        "--parts",
+        type=Path,
+        metavar="FILE",
+        help="JSON file for the COCO files and image folders of the parts, written in place of the check; for other programs",
     )
     parser.add_argument(
         "--report", type=Path, metavar="FILE", help="JSON file for the findings and statistics, for other programs"

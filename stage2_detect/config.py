@@ -3,16 +3,19 @@
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ssld.shared.config.bounds import BatchSize, Count, Images, Position, Weight, Workers
 from ssld.shared.config.compute import ComputeConfig
 from ssld.shared.config.settings import CommandConfig, Config, ModelText, Network
 from ssld.shared.config.training import EmaConfig, OptimConfig, TrainingConfig, in_steps
+from ssld.shared.config.yaml_files import Alternatives, ShortForms
+from ssld.shared.files import ImageFolder
 from ssld.shared.models.downloads import kind_of
 from ssld.stage2_detect.distill_config import DistillConfig
+from ssld.stage2_detect.layouts.coco import find_coco
+from ssld.stage2_detect.layouts.yolo import find_yolo, input_places
 from ssld.stage2_detect.model_config import DetectorConfig, Fraction
-from ssld.stage2_detect.yolo_layout import find_yolo, input_places
 
 RECIPES = Path(__file__).resolve().parent / "configs"
 """folder of the shipped recipes"""
@@ -21,16 +24,19 @@ Scale = Annotated[float, Field(gt=0, le=100)]
 
 
 class DetectionDataConfig(Config):
-    """COCO JSON files and the image folders that their file names are relative to."""
+    """Data set to train on: one path (`data: PATH`), or COCO JSON files and the image folders that their file names are relative to."""
 
-    train_annotations: Path
-    """COCO JSON file to train on"""
-    train_images: Path
-    """folder that the file names in train_annotations are relative to"""
-    val_annotations: Path | None = None
-    """COCO JSON file to evaluate on; null: no evaluation"""
-    val_images: Path | None = None
-    """folder that the file names in val_annotations are relative to"""
+    source: str | None = None
+    """data set with its parts for training and evaluation: data.yaml or folder (YOLO), folder (Pascal VOC, COCO, Roboflow's exports), COCO JSON
+    file, Parquet files or hub:ORG/NAME; converted into ~/.cache/ssld where needed; null: the files of the next four settings"""
+    train_annotations: Path | list[Path] | None = None
+    """COCO JSON file to train on, or a list of files"""
+    train_images: Path | list[Path] | None = None
+    """folder that the file names in train_annotations are relative to, or a list with one folder for each file"""
+    val_annotations: Path | list[Path] | None = None
+    """COCO JSON file to evaluate on, or a list of files; null: no evaluation"""
+    val_images: Path | list[Path] | None = None
+    """folder that the file names in val_annotations are relative to, or a list with one folder for each file"""
     keep_empty: bool = True
     """train on images without objects too"""
     allow_loss: bool = False
@@ -38,11 +44,104 @@ class DetectionDataConfig(Config):
     repeat_threshold: Fraction | None = None
     """share of the images, 0 to 1: images of classes that occur in a smaller share are repeated (repeat factors, arXiv 1908.03195); null: none"""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"source": str(value)} if isinstance(value, str | Path) else value
+
+    @field_validator("train_annotations", "train_images", "val_annotations", "val_images", mode="before")
+    @classmethod
+    def _one_is_no_list(cls, value: Any) -> Any:
+        return one_or_list(value)
+
     @model_validator(mode="after")
-    def _val_together(self) -> Self:
-        if (self.val_annotations is None) != (self.val_images is None):
-            raise ValueError("give both val_annotations and val_images, or neither")
+    def _one_way(self) -> Self:
+        files = [key for key in _FILES if getattr(self, key) is not None]
+        if self.source is not None and files:
+            raise ValueError(f"source has its own parts for training and evaluation; leave out {', '.join(files)}")
+        for part in ("train", "val"):
+            names = f"{part}_annotations", f"{part}_images"
+            annotations, images = (getattr(self, name) for name in names)
+            if (annotations is None) != (images is None):
+                other = "" if part == "train" else ", or neither"
+                raise ValueError(f"give both {names[0]} and {names[1]}{other}")
+            require_pairs(*names, annotations, images)
+        if self.source is None and self.train_annotations is None:
+            raise ValueError(
+                "names no images to train on; give a path (--data PATH: data.yaml or the folder of a data set), or train_annotations and train_images"
+            )
         return self
+
+    def pairs(self, part: Literal["train", "val"]) -> list[tuple[Path, Path]]:
+        """Return (COCO file, image folder) of each file given for a part; empty with `source`."""
+        return file_pairs(getattr(self, f"{part}_annotations"), getattr(self, f"{part}_images"))
+
+    @property
+    def may_evaluate(self) -> bool:
+        """Whether there may be evaluation images; of a `source` this is known when its files are read."""
+        return self.source is not None or self.val_annotations is not None
+
+    def inputs(self, key: str) -> dict[str, Path]:
+        """Files and folders of all parts, by key."""
+        files = source_inputs(f"{key}.source", self.source) if self.source else {}
+        for part in ("train", "val"):
+            for name in (f"{part}_annotations", f"{part}_images"):
+                files |= listed_inputs(f"{key}.{name}", getattr(self, name))
+        return files
+
+
+_FILES = ("train_annotations", "train_images", "val_annotations", "val_images")
+
+
+def one_or_list(value: Any) -> Any:
+    """Return the only item of a list of one, which flags give for a single path; other values as they are. Raises ValueError for an empty list."""
+    if isinstance(value, list) and not value:
+        raise ValueError("is an empty list; give a path, or several")
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def require_pairs(first: str, second: str, annotations: Any, images: Any) -> None:
+    """Raise ValueError unless there is a folder for each file, or one folder for all."""
+    files, folders = (len(value) if isinstance(value, list) else 1 for value in (annotations, images))
+    if folders not in (files, 1):
+        raise ValueError(
+            f"{second}: has {folders} folders for {files} files of {first}; give one folder for each file, or one for all"
+        )
+
+
+def file_pairs(annotations: Path | list[Path] | None, images: Path | list[Path] | None) -> list[tuple[Path, Path]]:
+    """Return (COCO file, image folder) of each file; one folder belongs to all files."""
+    files, folders = (
+        value if isinstance(value, list) else [value] * (value is not None) for value in (annotations, images)
+    )
+    folders = folders * len(files) if len(folders) == 1 else folders
+    return [
+        (file, folder) for file, folder in zip(files, folders, strict=True) if file is not None and folder is not None
+    ]
+
+
+def listed_inputs(key: str, value: Path | list[Path] | None) -> dict[str, Path]:
+    """Return a path by its key, or the paths of a list by their numbered keys."""
+    if isinstance(value, list):
+        return {f"{key}.{number}": path for number, path in enumerate(value)}
+    return {} if value is None else {key: value}
+
+
+def source_inputs(key: str, source: str) -> dict[str, Path]:
+    """Return the files and folders of a data set given by one path, by a name for messages; none for one of the hub."""
+    if source.startswith("hub:"):
+        return {}
+    path = Path(source)
+    layout = find_yolo(path)
+    if layout is None and (coco := find_coco(path)):
+        files = {}
+        for name, (annotations, images) in coco.parts.items():
+            files |= {f"{key}: {name} annotations": annotations, f"{key}: {name} images": ImageFolder(images)}
+        return files
+    places = {key: path}
+    if layout and not layout.file.is_dir():  # a description file names folders outside its own
+        places |= {f"{key}: {name}": place for name, place in input_places(layout).items()}
+    return places
 
 
 class ResizeConfig(Config):
@@ -138,6 +237,11 @@ class TrainConfig(TrainingConfig):
     """Fine-tune a detector from a backbone file on COCO annotations."""
 
     recipes: ClassVar[Path | None] = RECIPES
+    short_forms: ClassVar[ShortForms] = {"data": "source"}
+    alternatives: ClassVar[Alternatives] = (
+        *TrainingConfig.alternatives,
+        *(("data.source", f"data.{name}") for name in _FILES),
+    )
     backbone: ModelText | None = None
     """backbone file, timm:NAME or random:NAME; unused if `init` is given"""
     arch: str | None = None
@@ -175,9 +279,9 @@ class TrainConfig(TrainingConfig):
             raise ValueError(
                 "backbone: missing; give a backbone file, timm:NAME or random:NAME, or a detector file as init"
             )
-        if self.val_loss and self.data.val_annotations is None:
+        if self.val_loss and not self.data.may_evaluate:
             raise ValueError("val_loss needs evaluation images: give data.val_annotations and data.val_images too")
-        if self.patience is not None and (self.evaluate_every is None or self.data.val_annotations is None):
+        if self.patience is not None and (self.evaluate_every is None or not self.data.may_evaluate):
             raise ValueError("patience counts evaluations: give evaluate_every and data.val_annotations too")
         if self.pseudo is not None and self.unlabeled is None:
             raise ValueError("pseudo: has boxes of unlabeled images; give their folder as unlabeled")
@@ -197,10 +301,7 @@ class TrainConfig(TrainingConfig):
         return self
 
     def inputs(self) -> dict[str, Path]:
-        data = self.data
-        files = {"data.train_annotations": data.train_annotations, "data.train_images": data.train_images}
-        if data.val_annotations and data.val_images:
-            files |= {"data.val_annotations": data.val_annotations, "data.val_images": data.val_images}
+        files = self.data.inputs("data")
         if self.backbone and not self.init and kind_of(self.backbone) in ("file", "folder", "path"):
             files["backbone"] = Path(self.backbone)
         others = {
@@ -210,6 +311,10 @@ class TrainConfig(TrainingConfig):
             "distill.teacher": self.distill.teacher if self.distill else None,
         }
         return files | {key: path for key, path in others.items() if path is not None}
+
+    def hub_data(self) -> dict[str, str]:
+        source = self.data.source
+        return {"data.source": source} if source and source.startswith("hub:") else {}
 
     def networks(self) -> dict[str, Network]:
         return {"backbone": Network(self.backbone, self.arch)} if self.backbone and not self.init else {}
@@ -246,10 +351,16 @@ class RunDetectorConfig(ComputeConfig):
 class EvaluateConfig(RunDetectorConfig):
     """Evaluate a detector file by COCO AP."""
 
-    annotations: Path
-    """COCO JSON file with the ground truth"""
-    images: Path
-    """folder that the file names in the COCO JSON file are relative to"""
+    alternatives: ClassVar[Alternatives] = (("data", "annotations"), ("data", "images"))
+    data: str | None = None
+    """data set as in training: data.yaml or folder (YOLO), folder (Pascal VOC, COCO, Roboflow's exports), Parquet files or hub:ORG/NAME; null: the
+    files of the next two settings"""
+    split: str | None = None
+    """name of the part of `data` to evaluate on; null: val, valid or validation, else test"""
+    annotations: Path | list[Path] | None = None
+    """COCO JSON file with the ground truth, or a list of files"""
+    images: Path | list[Path] | None = None
+    """folder that the file names in the COCO JSON file are relative to, or a list with one folder for each file"""
     backend: Literal["auto", "hotcoco", "pycocotools"] = "auto"
     """COCO evaluator: hotcoco, pycocotools, or auto, hotcoco if installed; both give equal numbers"""
     score_threshold: float = Field(0.5, ge=0, lt=1)
@@ -261,8 +372,31 @@ class EvaluateConfig(RunDetectorConfig):
     compare: Path | None = None
     """detections.json of another evaluation on the same annotations; the difference in AP is reported with a 95 % interval"""
 
+    @field_validator("annotations", "images", mode="before")
+    @classmethod
+    def _one_is_no_list(cls, value: Any) -> Any:
+        return one_or_list(value)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        files = [key for key in ("annotations", "images") if getattr(self, key) is not None]
+        if self.data is not None and files:
+            raise ValueError(f"data has its own parts; leave out {', '.join(files)}")
+        if self.data is None and len(files) < 2:
+            missing = "images" if self.annotations is not None else "annotations"
+            raise ValueError(f"{missing}: missing; give annotations and images, or data, the path of a data set")
+        if self.split is not None and self.data is None:
+            raise ValueError("split: is a part of data; give data, or leave it out")
+        require_pairs("annotations", "images", self.annotations, self.images)
+        return self
+
+    def pairs(self) -> list[tuple[Path, Path]]:
+        """Return (COCO file, image folder) of each file given; empty with `data`."""
+        return file_pairs(self.annotations, self.images)
+
     def inputs(self) -> dict[str, Path]:
-        files = {"model": self.model, "annotations": self.annotations, "images": self.images}
+        files = {"model": self.model} | (source_inputs("data", self.data) if self.data else {})
+        files |= listed_inputs("annotations", self.annotations) | listed_inputs("images", self.images)
         return files | ({"compare": self.compare} if self.compare else {})
 
 
@@ -286,11 +420,7 @@ class ConvertDataConfig(CommandConfig):
     """convert even if over half of the images or boxes of a split or a class, or all boxes of a class, are unusable; false: stop with an error"""
 
     def inputs(self) -> dict[str, Path]:
-        places = {} if self.source.startswith("hub:") else {"source": Path(self.source)}
-        layout = find_yolo(Path(self.source))
-        if layout and not layout.file.is_dir():  # a description file names folders outside its own
-            places |= {f"source: {name}": place for name, place in input_places(layout).items()}
-        return places | ({"classes": self.classes} if self.classes else {})
+        return source_inputs("source", self.source) | ({"classes": self.classes} if self.classes else {})
 
 
 class ConvertPaddleConfig(CommandConfig):

@@ -32,6 +32,7 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     from ssld.shared.run_dir import RunDir
     from ssld.stage2_detect.data.coco import read_coco, require_masks
     from ssld.stage2_detect.data.coco_json import write_results
+    from ssld.stage2_detect.data.convert.parts import evaluated_part
     from ssld.stage2_detect.data.sizing import Sizing
     from ssld.stage2_detect.detector_file import load_detector
     from ssld.stage2_detect.evaluation.bootstrap import bootstrap_metrics, read_detections
@@ -40,9 +41,10 @@ def evaluate_detector(config: EvaluateConfig) -> None:
 
     loaded = load_detector(config.model)
     with_masks = loaded.has_masks
+    part, notes = evaluated_part(config)
     data = read_coco(
-        config.annotations,
-        config.images,
+        part.annotations,
+        part.images,
         training=False,
         segmentations=with_masks,
         class_names=loaded.class_names,
@@ -58,6 +60,8 @@ def evaluate_detector(config: EvaluateConfig) -> None:
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
     run.log(describe_processes(accelerator, config, config.workers))
+    for note in notes:
+        run.log(note)
     run.log(data.describe())
     run.tell("annotations", data.file, data.tally)
     metrics, detections = score(

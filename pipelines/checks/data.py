@@ -12,7 +12,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +28,8 @@ from ssld.stage1_ssld.config import CurateConfig, PrototypesConfig, SoftLabelsCo
 from ssld.stage1_ssld.data_config import SourceConfig
 from ssld.stage2_detect.config import TrainConfig
 
-DataSet = tuple[Path, Path, Path | None, Path | None]
-"""(training annotations, training images, evaluation annotations, evaluation images)"""
+DataSet = tuple[str, ...]
+"""words of the command line of `check_data.py` that name the files of a data set"""
 
 
 class DataNeeds(NamedTuple):
@@ -40,7 +40,7 @@ class DataNeeds(NamedTuple):
 
 
 FLAGS = ("annotations", "images", "val_annotations", "val_images")
-"""flags of `check_data.py`, in the order of `DataSet`"""
+"""flags of `check_data.py` for the files of a data set"""
 MOST = 5000
 """images opened per folder at most, evenly spread"""
 
@@ -52,7 +52,16 @@ def check_data(places: Sequence[Path | None], *more: str) -> tuple[int, dict[str
         places: files and folders in the order of FLAGS.
         more: further words of its command line.
     """
-    given = [word for name, path in zip(FLAGS, places, strict=True) if path for word in (f"--{name}", str(path))]
+    return check_words(words_of({name: [path] for name, path in zip(FLAGS, places, strict=True) if path}), *more)
+
+
+def words_of(paths: Mapping[str, Sequence[object]]) -> DataSet:
+    """Return the words that name the files and folders of each flag; a flag without any is left out."""
+    return tuple(word for name, several in paths.items() if several for word in (f"--{name}", *map(str, several)))
+
+
+def check_words(given: Sequence[str], *more: str) -> tuple[int, dict[str, Any] | None]:
+    """Do the work of `check_data` for a data set named by words of the command line."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         code = run_script([*given, *more, "--report", str(report)])

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ssld.pipelines.checks.data import DataNeeds, DataSet, folder_lines, folders_of
+from ssld.pipelines.checks.data import DataNeeds, DataSet, folder_lines, folders_of, words_of
 from ssld.pipelines.checks.machine import Level, Line
 from ssld.pipelines.config import CommandName
 from ssld.pipelines.runner.cost import total_text
@@ -149,15 +149,27 @@ def _count_errors(kind: type[CommandConfig], values: dict[str, Any]) -> int:
 
 
 def _detection_data(config: CommandConfig) -> DataSet | None:
-    """Return the files of a detector training that exist; None if the training part does not."""
+    """Return the words that name the files of a detector training that exist; None if the training part does not."""
     if not isinstance(config, TrainConfig):
         return None
     data = config.data
-    if not data.train_annotations.is_file() or not data.train_images.is_dir():
+    if data.source:
+        known = data.source.startswith("hub:") or Path(data.source).exists()
+        return words_of({"data": [data.source]}) if known else None
+    pairs = {part: data.pairs(part) for part in ("train", "val")}
+    there = {part: all(file.is_file() and folder.is_dir() for file, folder in pairs[part]) for part in pairs}
+    if not there["train"]:
         return None  # an earlier stage writes them, or they are missing, which is reported elsewhere
-    if data.val_annotations and data.val_images and data.val_annotations.is_file() and data.val_images.is_dir():
-        return data.train_annotations, data.train_images, data.val_annotations, data.val_images
-    return data.train_annotations, data.train_images, None, None
+    files = {"annotations": pairs["train"], "val_annotations": pairs["val"] if there["val"] else []}
+    columns = {name: list(zip(*files[name], strict=True)) or [(), ()] for name in files}
+    return words_of(
+        {
+            "annotations": columns["annotations"][0],
+            "images": columns["annotations"][1],
+            "val_annotations": columns["val_annotations"][0],
+            "val_images": columns["val_annotations"][1],
+        }
+    )
 
 
 def _fits(config: CommandConfig, probe: dict[str, Any]) -> Iterator[Line]:

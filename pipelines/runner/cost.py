@@ -104,15 +104,16 @@ def evaluation_images(config: CommandConfig) -> int | None:
         case EvaluateBackboneConfig():
             return _images([config.data])
         case TrainConfig():
-            return _coco_rows(config.data.val_annotations) if config.data.val_annotations else 0
+            return None if config.data.source else _coco_rows([file for file, _ in config.data.pairs("val")])
         case EvaluateDetectorConfig():
-            return _coco_rows(config.annotations)
+            return None if config.data else _coco_rows([file for file, _ in config.pairs()])
     return 0
 
 
-def _coco_rows(file: Path) -> int | None:
+def _coco_rows(files: list[Path]) -> int | None:
+    """Return the number of images in COCO files; None if one does not exist yet or is unreadable."""
     try:
-        return len(json.loads(file.read_bytes())["images"])
+        return sum(len(json.loads(file.read_bytes())["images"]) for file in files)
     except (OSError, ValueError, TypeError, KeyError):
         return None  # the stage itself reports the error
 
@@ -150,13 +151,17 @@ def _source_images(source: SourceConfig, labels_needed: bool) -> int | None:
     return count if not labels_needed or (labeled and source.labels == "auto") else 0
 
 
-def _coco_images(data: DetectionDataConfig) -> int:
-    """Return the number of images in a COCO file; images without boxes count only with `keep_empty`. Boxes outside their image are not detected."""
-    content = json.loads(data.train_annotations.read_bytes())
-    if data.keep_empty:
-        return len(content["images"])
-    boxes = (row for row in content["annotations"] if not row.get("iscrowd") and min(row["bbox"][2:]) > 0)
-    return len({row["image_id"] for row in boxes})
+def _coco_images(data: DetectionDataConfig) -> int | None:
+    """Return the number of training images in COCO files; images without boxes count only with `keep_empty`. Boxes outside their image are not
+    detected. None for a data set that has to be converted first."""
+    if data.source:
+        return None
+    images = 0
+    for file, _ in data.pairs("train"):
+        content = json.loads(file.read_bytes())
+        boxes = (row for row in content["annotations"] if not row.get("iscrowd") and min(row["bbox"][2:]) > 0)
+        images += len(content["images"]) if data.keep_empty else len({row["image_id"] for row in boxes})
+    return images
 
 
 def _store_bytes(config: SoftLabelsConfig) -> int | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ssld.shared.config.settings import ConfigT, launched_number, launched_ranks, parse_config, validate
 from ssld.shared.config.training import PASSES_FILE
-from ssld.shared.config.yaml_files import merge, read_recipe, recipe_file, without_others
+from ssld.shared.config.yaml_files import merge, read_recipe, recipe_file, spelled_out, without_others
 from ssld.shared.errors import STOPPED, USER_ERROR, Stopped, UserError, is_out_of_memory
 from ssld.shared.files import write_atomically
 from ssld.shared.machine import default_threads
@@ -158,12 +158,13 @@ def _resolved(config_type: type[ConfigT], config: ConfigT | str | Path | None, s
         for part in reversed(key.split(".")):
             inner = {part: inner}
         over = merge(over, inner)
+    over = spelled_out(over, config_type.short_forms)
     below: dict[str, Any] = {}
     if isinstance(config, config_type):
         below = config.model_dump()
     elif isinstance(config, str | Path):
         config = recipe_file(config, config_type.recipes)
-        below = read_recipe(config, config_type.alternatives)
+        below = read_recipe(config, config_type.alternatives, config_type.short_forms)
     elif config is not None:
         raise TypeError(f"expected a {config_type.__name__}, a YAML file or None, got {type(config).__name__}")
     values = merge(without_others(below, config_type.alternatives, over), over)

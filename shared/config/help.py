@@ -21,7 +21,7 @@ from ssld.shared.errors import UserError
 # fmt: off
 COMMON = (
     "config", "model", "model.model", "student.model", "teacher.model", "backbone", "init", "data", "data.path",
-    "source", "weights", "pool", "data.train", "data.val", "data.train_annotations", "data.train_images",
+    "source", "weights", "pool", "data.source", "data.train", "data.val", "data.train_annotations", "data.train_images",
     "data.val_annotations", "data.val_images", "annotations", "images", "compare", "unlabeled", "pseudo", "distill.teacher",
     "store", "keep", "output", "steps", "train_epochs", "train_images", "batch_size", "data.image_size", "image_size",
     "model.kind", "optim.name", "optim.lr", "optim.warmup_steps", "optim.warmup_epochs", "precision", "workers",

@@ -12,7 +12,6 @@ import typing
 from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 
@@ -29,7 +28,17 @@ from pydantic_settings import (
 from ssld.shared.config.bounds import Processes
 from ssld.shared.config.help import HelpAction, models_in, settings_help
 from ssld.shared.config.plain_values import PlainValues
-from ssld.shared.config.yaml_files import Alternatives, merge, read_recipe, recipe_file, without_others
+from ssld.shared.config.words import underscored as underscored
+from ssld.shared.config.words import with_paths, with_short_forms, with_values
+from ssld.shared.config.yaml_files import (
+    NO_SHORT_FORMS,
+    Alternatives,
+    ShortForms,
+    merge,
+    read_recipe,
+    recipe_file,
+    without_others,
+)
 from ssld.shared.errors import UserError
 from ssld.shared.wording import RENAMED, did_you_mean
 
@@ -119,6 +128,8 @@ class CommandConfig(PlainValues, BaseSettings):
     """keys by the names that other programs have for them, for suggestions"""
     alternatives: ClassVar[Alternatives] = ()
     """groups of keys that exclude each other; one on the command line replaces another of the file"""
+    short_forms: ClassVar[ShortForms] = NO_SHORT_FORMS
+    """groups that may be given as one text, by the key in them that it stands for: `--data PATH` is `--data.source PATH`"""
     may_change: ClassVar[frozenset[str]] = frozenset()
     """keys that may differ between two starts of one run: the change is printed and recorded"""
     may_change_before_the_end: ClassVar[frozenset[str]] = frozenset()
@@ -173,7 +184,8 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
     Raises UserError with one line per wrong key.
     """
     bare = not argv
-    argv = _with_paths(config_type, _with_values(config_type, [underscored(word) for word in argv]))
+    argv = with_short_forms([underscored(word) for word in argv], config_type.short_forms)
+    argv = with_paths(config_type, with_values(config_type, argv))
     parser = _bare_parser(config_type, program)
     try:
         source = CliSettingsSource[ArgumentParser](config_type, cli_parse_args=list(argv), root_parser=parser)
@@ -190,7 +202,7 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
         raise UserError(f"--{name}: is a group or list of settings: give --{key}, or the whole as JSON") from None
     known, _ = parser.parse_known_args(list(argv))
     file = recipe_file(known.config, config_type.recipes) if known.config else None
-    values = read_recipe(file, config_type.alternatives) if file else {}
+    values = read_recipe(file, config_type.alternatives, config_type.short_forms) if file else {}
     values = without_others(values, config_type.alternatives, flags)
     if bare and any(field.is_required() for field in config_type.model_fields.values()):
         print(settings_help(parser, config_type, needed_alone=True), file=sys.stderr)
@@ -224,57 +236,6 @@ def _bare_parser(config_type: type[CommandConfig], program: str) -> Parser:
     parser.add_argument("--config", type=Path, metavar="FILE", help=f"{what} with settings; flags override it")
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and exit")
     return parser
-
-
-def underscored(word: str) -> str:
-    """Spell a flag as its key: `--push-to-hub` becomes `--push_to_hub`."""
-    name, equals, value = word.partition("=")
-    known = not name.startswith("--") or name == "--print-config"
-    return word if known else f"--{name[2:].replace('-', '_')}{equals}{value}"
-
-
-def _with_values(config_type: type[BaseModel], argv: Sequence[str]) -> list[str]:
-    """Give switches without a value `true`: `--benchmark` becomes `--benchmark true`."""
-    words: list[str] = []
-    for word, following in pairwise([*argv, "--"]):
-        words.append(word)
-        alone = word.startswith("--") and "=" not in word and following.startswith("--")
-        if alone and _is_switch(config_type, word.removeprefix("--").split(".")):
-            words.append("true")
-    return words
-
-
-def _with_paths(config_type: type[BaseModel], argv: Sequence[str]) -> list[str]:
-    """Keep names of existing files and folders as paths, whatever they look like: `--pool [old]`, `--pool a,b`, `--data.path null`."""
-    words: list[str] = []
-    for word, before in zip(argv, ["", *argv], strict=False):
-        key = before.removeprefix("--").split(".")
-        there = before.startswith("--") and not word.startswith("-") and os.path.exists(word)
-        if there and key[-1] == "path" and word == "null":
-            words.append("./null")
-        else:
-            words.append(json.dumps([word]) if there and _lists_sources(config_type, key) else word)
-    return words
-
-
-def _lists_sources(model: type[BaseModel], path: Sequence[str]) -> bool:
-    """Whether a key is that of a list of groups of settings that each may be given as a path."""
-    field = model.model_fields.get(path[0])
-    if field is None:
-        return False
-    inner = models_in(field.annotation)
-    if len(path) == 1:
-        return typing.get_origin(field.annotation) is list and any("path" in one.model_fields for one in inner)
-    return any(_lists_sources(one, path[1:]) for one in inner)
-
-
-def _is_switch(model: type[BaseModel], path: Sequence[str]) -> bool:
-    field = model.model_fields.get(path[0])
-    if field is None:
-        return False
-    if len(path) == 1:
-        return field.annotation in (bool, bool | None)
-    return any(_is_switch(inner, path[1:]) for inner in models_in(field.annotation))
 
 
 def validate(

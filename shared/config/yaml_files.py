@@ -1,8 +1,9 @@
 """Settings in YAML files: strict reading, and merging with their bases."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -12,6 +13,9 @@ from ssld.shared.wording import did_you_mean
 
 Alternatives = Sequence[Sequence[str]]
 """groups of dotted keys that exclude each other"""
+ShortForms = Mapping[str, str]
+"""groups that may be given as one text, by the key in them that it stands for"""
+NO_SHORT_FORMS: ShortForms = MappingProxyType({})
 
 
 MOST_NODES, DEEPEST = 200_000, 50
@@ -152,13 +156,15 @@ def recipe_file(name: str | Path, recipes: Path | None, others: Sequence[str] = 
     raise UserError(f"{name}: no such file, and no recipe of this name{hint}")
 
 
-def read_recipe(path: Path, alternatives: Alternatives = (), deeper: int = 2) -> dict[str, Any]:
+def read_recipe(
+    path: Path, alternatives: Alternatives = (), short_forms: ShortForms = NO_SHORT_FORMS, deeper: int = 2
+) -> dict[str, Any]:
     """Read the settings of a YAML file, merged over those of the file that its key `base` names, relative to it.
 
     A base may have a base itself; longer chains are errors. Of keys that are `alternatives`, the file's replaces the base's. Raises UserError as
     `read_settings` does, and for a longer chain.
     """
-    values = read_settings(path)
+    values = spelled_out(read_settings(path), short_forms)
     if "base" not in values:
         return values
     base = values.pop("base")
@@ -168,8 +174,16 @@ def read_recipe(path: Path, alternatives: Alternatives = (), deeper: int = 2) ->
         raise UserError(
             f"{path}: base: {base}: a chain of more than two bases; write the settings into one of the files"
         )
-    below = read_recipe(path.parent / base, alternatives, deeper - 1)
+    below = read_recipe(path.parent / base, alternatives, short_forms, deeper - 1)
     return merge(without_others(below, alternatives, values), values)
+
+
+def spelled_out(values: dict[str, Any], short_forms: ShortForms) -> dict[str, Any]:
+    """Return `values` with each short form, `data: PATH`, as the group that it stands for, `data: {source: PATH}`, so that it merges with others."""
+    return {
+        key: {short_forms[key]: value} if key in short_forms and isinstance(value, str) else value
+        for key, value in values.items()
+    }
 
 
 def without_others(below: dict[str, Any], alternatives: Alternatives, over: dict[str, Any]) -> dict[str, Any]:

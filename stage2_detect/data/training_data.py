@@ -13,6 +13,7 @@ from ssld.shared.files import require_images
 from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.data.batch_order import labeled_images, repeat_factors
 from ssld.stage2_detect.data.coco import CocoData, CocoImage, read_coco, require_boxes, require_masks
+from ssld.stage2_detect.data.convert.parts import DataSet, find_data
 from ssld.stage2_detect.data.image_files import ImageFiles, records_of
 from ssld.stage2_detect.data.loaders import TrainLoader
 
@@ -31,6 +32,7 @@ class TrainingData:
         unreadable: names of unreadable unlabeled images.
         pseudo: line for the log on the pseudo-labels; None without.
         repeats: repeat factor of each labeled image; None without.
+        files: files that the labeled and the evaluation images come from.
     """
 
     train: CocoData
@@ -40,6 +42,7 @@ class TrainingData:
     unreadable: list[str] = field(default_factory=list)
     pseudo: str | None = None
     repeats: np.ndarray | None = None
+    files: DataSet | None = None
 
     @property
     def images(self) -> int:
@@ -64,6 +67,7 @@ class TrainingData:
 
     def describe(self, config: TrainConfig) -> Iterator[str]:
         """Yield lines for the log."""
+        yield from self.files.notes if self.files else ()
         yield self.train.describe()
         if self.val:
             yield self.val.describe()
@@ -88,18 +92,23 @@ class TrainingData:
 
 def read_training_data(config: TrainConfig) -> TrainingData:
     """Read the data that `config` names. Raises UserError for any fault of the files."""
-    files = config.data
+    settings, files = config.data, find_data(config.data)
+    if files.val is None and (config.val_loss or config.patience is not None):
+        what = "val_loss" if config.val_loss else "patience"
+        raise UserError(
+            f"{what}: {settings.source}: has no part to evaluate on; leave {what} out, or add a part called val"
+        )
     options: dict[str, Any] = {"segmentations": config.model.has_masks, "cache_annotations": config.cache_annotations}
     train = read_coco(
-        files.train_annotations, files.train_images, training=True, keep_empty=files.keep_empty, **options
+        files.train.annotations, files.train.images, training=True, keep_empty=settings.keep_empty, **options
     )
-    require_boxes(train, allow_loss=files.allow_loss)
+    require_boxes(train, allow_loss=settings.allow_loss)
     val = val_objects = None
-    if files.val_annotations and files.val_images:
+    if files.val:
         val, val_objects = (
             read_coco(
-                files.val_annotations,
-                files.val_images,
+                files.val.annotations,
+                files.val.images,
                 training=training,
                 class_names=train.class_names,
                 **options,
@@ -113,9 +122,9 @@ def read_training_data(config: TrainConfig) -> TrainingData:
             if part:
                 require_masks(part)
     unlabeled, unreadable, pseudo = _unlabeled(config, train.class_names)
-    threshold = files.repeat_threshold
+    threshold = settings.repeat_threshold
     repeats = repeat_factors(train.images, len(train.class_names), threshold) if threshold is not None else None
-    return TrainingData(train, val, val_objects, unlabeled, unreadable, pseudo, repeats)
+    return TrainingData(train, val, val_objects, unlabeled, unreadable, pseudo, repeats, files)
 
 
 def _unlabeled(config: TrainConfig, class_names: Sequence[str]) -> tuple[list[CocoImage], list[str], str | None]:
@@ -197,10 +206,12 @@ def read_pseudo_labels(
 
 def teacher_check_images(config: TrainConfig, data: TrainingData) -> CocoData:
     """Return the images for the check of a teacher: the evaluation images, or the training images if there are none."""
-    files = config.data
-    return data.val or read_coco(
-        files.train_annotations,
-        files.train_images,
+    if data.val:
+        return data.val
+    part = (data.files or find_data(config.data)).train
+    return read_coco(
+        part.annotations,
+        part.images,
         training=False,
         class_names=data.train.class_names,
         cache_annotations=config.cache_annotations,

@@ -157,13 +157,20 @@ def _data(recipe: dict[str, Any] | None) -> list[str]:
     if recipe is None:
         return ["Not recorded."]
     data = recipe["data"]
-    lines = [f"- training: {folder_name(str(data['train_annotations']))}"]
+    source = data.get("source")
+    lines = [f"- training: {_named(source or data['train_annotations'])}"]
     if recipe.get("unlabeled"):
         lines.append(f"- and images without annotations: {folder_name(str(recipe['unlabeled']))}")
     if recipe.get("pseudo"):
         lines.append(f"- and pseudo-labels of another detector: {folder_name(str(recipe['pseudo']))}")
-    validation = data.get("val_annotations")
-    return [*lines, f"- evaluation: {folder_name(str(validation)) if validation else 'none'}"]
+    validation = f"its evaluation part, if any ({_named(source)})" if source else _named(data.get("val_annotations"))
+    return [*lines, f"- evaluation: {validation or 'none'}"]
+
+
+def _named(paths: Any) -> str:
+    """Name a file or a list of files, without the folders above."""
+    listed = paths if isinstance(paths, list) else [paths] * (paths is not None)
+    return ", ".join(folder_name(str(path)) for path in listed)
 
 
 def _licences(metadata: dict[str, Any], licence: str, recipe: dict[str, Any] | None) -> list[str]:

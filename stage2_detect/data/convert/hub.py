@@ -72,8 +72,8 @@ def read_hub(
     Class names are those of `classes`, else those of the files' metadata, else the names that occur, sorted. Raises
     UserError, naming file and row, for any fault of the data.
     """
-    path = _download(source.removeprefix(HUB)) if source.startswith(HUB) else Path(source)
-    files = _files_by_split(path)
+    path = download(source.removeprefix(HUB)) if source.startswith(HUB) else Path(source)
+    files = files_by_split(path)
     unknown = [split for split in splits if split not in files]
     if unknown:
         raise UserError(f"{source}: has no split {unknown[0]!r} (it has {', '.join(files)})")
@@ -98,7 +98,8 @@ def read_hub(
     return data
 
 
-def _download(name: str) -> Path:
+def download(name: str) -> Path:
+    """Fetch the Parquet files of a data set of the hub, or find them in its client's cache; returns their folder. Raises UserError."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -108,7 +109,7 @@ def _download(name: str) -> Path:
         raise UserError(f"{HUB}{name}: cannot be fetched: {reason}") from None
 
 
-def _files_by_split(path: Path) -> dict[str, list[Path]]:
+def files_by_split(path: Path) -> dict[str, list[Path]]:
     """Return the sorted files of each split. Raises UserError for several subsets in one folder."""
     files = [path] if path.is_file() else [path / name for name in list_files(path, (PARQUET,))]
     if not files:

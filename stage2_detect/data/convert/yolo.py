@@ -1,6 +1,6 @@
 """Reader of detection data in YOLO's format: one text file of normalized boxes or polygons per image.
 
-Layout: https://docs.ultralytics.com/datasets/detect/, and its variants (`stage2_detect/yolo_layout.py`). An image without a label file has no
+Layout: https://docs.ultralytics.com/datasets/detect/, and its variants (`stage2_detect/layouts/yolo.py`). An image without a label file has no
 objects. Rows: `class x_center y_center width height`, or `class x y x y ...` for a polygon (three points or more), as shares of the upright image.
 Deliberately absent: keypoints, confidences; oriented boxes are read as polygons of four points.
 """
@@ -25,7 +25,7 @@ from ssld.stage2_detect.data.convert.records import (
     size_of,
     unread_kind,
 )
-from ssld.stage2_detect.yolo_layout import (
+from ssld.stage2_detect.layouts.yolo import (
     CLASS_LISTS,
     LabelFiles,
     YoloLayout,

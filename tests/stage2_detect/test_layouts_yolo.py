@@ -10,7 +10,7 @@ import pytest
 from converted_data import by_name, counted, line, read, save, write
 
 from ssld.stage2_detect.convert_data import main
-from ssld.stage2_detect.yolo_layout import find_yolo, input_places, label_folders
+from ssld.stage2_detect.layouts.yolo import find_yolo, input_places, label_folders
 
 ROWS = {"a": "0 0.5 0.5 0.25 0.5\n", "b": "1 0.25 0.5 0.5 1\n", "c": "1 0.5 0.25 1 0.5\n"}
 BOXES = {"a": [15, 5, 10, 10], "b": [0, 0, 20, 20], "c": [0, 0, 40, 10]}

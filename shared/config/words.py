@@ -1,0 +1,77 @@
+"""Words of a command line, brought into the form in which pydantic-settings parses them. Does not import torch."""
+
+import json
+import os
+import typing
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from ssld.shared.config.help import models_in
+
+
+def underscored(word: str) -> str:
+    """Spell a flag as its key: `--push-to-hub` becomes `--push_to_hub`."""
+    name, equals, value = word.partition("=")
+    known = not name.startswith("--") or name == "--print-config"
+    return word if known else f"--{name[2:].replace('-', '_')}{equals}{value}"
+
+
+def with_short_forms(argv: Sequence[str], short_forms: Mapping[str, str]) -> list[str]:
+    """Spell out groups that are given as one text: `--data PATH` becomes `--data.source PATH`; JSON of the whole group stays."""
+    words: list[str] = []
+    for word, following in pairwise([*argv, ""]):
+        name, equals, value = word.partition("=")
+        key = name.removeprefix("--")
+        inner = short_forms.get(key) if name.startswith("--") else None
+        whole = (value if equals else following).startswith("{")
+        words.append(f"--{key}.{inner}{equals}{value}" if inner and not whole else word)
+    return words
+
+
+def with_values(config_type: type[BaseModel], argv: Sequence[str]) -> list[str]:
+    """Give switches without a value `true`: `--benchmark` becomes `--benchmark true`."""
+    words: list[str] = []
+    for word, following in pairwise([*argv, "--"]):
+        words.append(word)
+        alone = word.startswith("--") and "=" not in word and following.startswith("--")
+        if alone and _is_switch(config_type, word.removeprefix("--").split(".")):
+            words.append("true")
+    return words
+
+
+def with_paths(config_type: type[BaseModel], argv: Sequence[str]) -> list[str]:
+    """Keep names of existing files and folders as paths, whatever they look like: `--pool [old]`, `--pool a,b`, `--data.path null`."""
+    words: list[str] = []
+    for word, before in zip(argv, ["", *argv], strict=False):
+        key = before.removeprefix("--").split(".")
+        there = before.startswith("--") and not word.startswith("-") and os.path.exists(word)
+        if there and key[-1] == "path" and word == "null":
+            words.append("./null")
+        else:
+            words.append(json.dumps([word]) if there and _lists_sources(config_type, key) else word)
+    return words
+
+
+def _lists_sources(model: type[BaseModel], path: Sequence[str]) -> bool:
+    """Whether a key is that of a list of paths, or of groups of settings that each may be given as a path."""
+    field = model.model_fields.get(path[0])
+    if field is None:
+        return False
+    inner = models_in(field.annotation)
+    if len(path) == 1:
+        kinds = (field.annotation, *typing.get_args(field.annotation))
+        groups = typing.get_origin(field.annotation) is list and any("path" in one.model_fields for one in inner)
+        return groups or list[Path] in kinds
+    return any(_lists_sources(one, path[1:]) for one in inner)
+
+
+def _is_switch(model: type[BaseModel], path: Sequence[str]) -> bool:
+    field = model.model_fields.get(path[0])
+    if field is None:
+        return False
+    if len(path) == 1:
+        return field.annotation in (bool, bool | None)
+    return any(_is_switch(inner, path[1:]) for inner in models_in(field.annotation))

@@ -1,0 +1,1 @@
+"""Where data sets of YOLO and COCO keep their files."""
