@@ -26,7 +26,7 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.pipelines.checks.data import FLAGS, check_data
+from ssld.pipelines.checks.data import FLAGS, check_data, run_script, words_of
 from ssld.pipelines.checks.machine import ask_torch
 from ssld.pipelines.runner.cost import disk_text, steps_text, total_text
 from ssld.pipelines.runner.estimate import Costs
@@ -44,7 +44,7 @@ from ssld.shared.files import list_images, write_atomically
 from ssld.shared.machine import cores
 from ssld.shared.models.downloads import find_downloads_apart, kind_of
 from ssld.shared.terminal import say
-from ssld.shared.wording import duration
+from ssld.shared.wording import duration, printable
 
 MINUTES = 60.0
 """time that a pipeline fits if the user gives none"""
@@ -57,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _init(arguments: Namespace) -> int:
-    names = _names(arguments)
-    _check_arguments(arguments, names.values())
+    _check_arguments(arguments)
     minutes = 60 * arguments.hours if arguments.hours is not None else arguments.minutes or MINUTES
     probe = ask_torch()
     gpus = probe.get("devices") or []
@@ -72,9 +71,12 @@ def _init(arguments: Namespace) -> int:
     distills, why = False, ""
     if arguments.unlabeled:
         photos = len(list_images(arguments.unlabeled))
-        detector = arguments.annotations is not None
+        detector = bool(arguments.annotations or arguments.data)
         distills, why = proposes_stage_1(arguments.distill, networks[0].backbone, photos, detector=detector)
     networks = _available(networks, distills=distills)
+    arguments = _as_files(arguments)
+    names = _names(arguments)
+    _check_unwritten(names.values())
     photos_read = _read_photos(arguments, names) if arguments.annotations else _Photos()
     pool = _divide(arguments, photos_read) if distills else None
     files = dict(photos_read.files)
@@ -224,29 +226,35 @@ def _files(content: dict[str, Any], folder: Path) -> list[Path]:
     return [file for file in files if file.is_file()]
 
 
-def _check_arguments(arguments: Namespace, names: Iterable[Path]) -> None:
+def _check_arguments(arguments: Namespace) -> None:
     output: Path = arguments.output
     if output.suffix not in (".yaml", ".yml"):
         raise UserError(f"--output {output}: give the name of a YAML file, as mine.yaml")
-    for file in names:
-        if file.exists():
-            raise UserError(f"{file}: exists already; give another --output, or delete it")
-    given = {"output": output} | {name: getattr(arguments, name) for name in (*FLAGS, "unlabeled")}
-    for name, path in given.items():
-        if path and "${" in str(path):
-            raise UserError(f"--{name} {path}: ${{ marks a variable in a pipeline; give a path without it")
+    _check_unwritten([output])
+    given = {name: getattr(arguments, name) for name in ("output", "data", "unlabeled", *FLAGS)}
+    for name, paths in given.items():
+        for path in paths if isinstance(paths, list) else [paths]:
+            if path and "${" in str(path):
+                raise UserError(f"--{name} {path}: ${{ marks a variable in a pipeline; give a path without it")
     above = next(folder for folder in output.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):  # before the slow check of the data
         why = "is not writable" if above.is_dir() else "is not a folder"
         raise UserError(f"--output {output}: {above} {why}; give another --output")
     if arguments.val_images and not arguments.val_annotations:
         raise UserError("--val_images: give --val_annotations too")
+    if arguments.data and any(getattr(arguments, name) for name in FLAGS):
+        raise UserError(
+            "--data: has its own images and annotations; leave out --annotations, --images and those for evaluation"
+        )
     if bool(arguments.annotations) != bool(arguments.images):
         raise UserError("give --annotations and --images together")
-    if not arguments.annotations and not arguments.unlabeled:
-        raise UserError("give --images and --annotations for a detector, or --unlabeled for a backbone alone")
-    if not arguments.annotations and (arguments.val_annotations or arguments.distill == "no"):
-        raise UserError("give --images and --annotations too: without them there is stage 1 alone")
+    if not arguments.annotations and not arguments.data:
+        if not arguments.unlabeled:
+            raise UserError(
+                "give --data, or --images and --annotations, for a detector, or --unlabeled for a backbone alone"
+            )
+        if arguments.val_annotations or arguments.distill == "no":
+            raise UserError("give --data, or --images and --annotations, too: without them there is stage 1 alone")
     if arguments.distill == "yes" and not arguments.unlabeled:
         raise UserError("--distill yes: give --unlabeled too, a folder of photos")
     for name, needs in (("arch", "backbone"), ("teacher_arch", "teacher")):
@@ -264,6 +272,36 @@ def _check_arguments(arguments: Namespace, names: Iterable[Path]) -> None:
         raise UserError(f"{arguments.unlabeled}: no such folder")
     if arguments.unlabeled and not list_images(arguments.unlabeled):
         raise UserError(f"{arguments.unlabeled}: no images in it")
+
+
+def _check_unwritten(files: Iterable[Path]) -> None:
+    for file in files:
+        if file.exists():
+            raise UserError(f"{file}: exists already; give another --output, or delete it")
+
+
+def _as_files(arguments: Namespace) -> Namespace:
+    """Return the arguments with one COCO file and one folder of images for each part: a data set in another format is converted, and several files
+    are merged, in the user's cache folder."""
+    places = {name: getattr(arguments, name) for name in FLAGS}
+    if not arguments.data and all(paths is None or len(paths) == 1 for paths in places.values()):
+        return Namespace(**vars(arguments) | {name: paths and paths[0] for name, paths in places.items()})
+    words = words_of(
+        {"data": [arguments.data] if arguments.data else [], **{name: places[name] or [] for name in FLAGS}}
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "parts.json"
+        code = run_script([*words, "--parts", str(report)])
+        if code:
+            raise UserError(f"{arguments.data or arguments.annotations[0]}: cannot be read, see above")
+        parts = json.loads(report.read_text(encoding="utf-8"))
+    found: dict[str, Path | None] = dict.fromkeys(FLAGS)
+    for part, prefix in (("train", ""), ("val", "val_")):
+        if parts[part]:
+            found |= {f"{prefix}{name}": Path(parts[part][name]) for name in ("annotations", "images")}
+    for note in parts["notes"]:
+        say(printable(note))
+    return Namespace(**vars(arguments) | found)
 
 
 def _check_photos(arguments: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -302,8 +340,21 @@ def parser() -> Parser:
         description="Write a commented pipeline for your own photos, to be read and edited.",
         allow_abbrev=False,
     )
-    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the annotated photos")
-    parser.add_argument("--annotations", type=Path, metavar="JSON", help="COCO JSON file of these photos")
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="annotated photos by one path: data.yaml or folder (YOLO), folder (Pascal VOC, COCO, Roboflow), Parquet files or hub:ORG/NAME",
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="folder of the annotated photos, or one for each of --annotations",
+    )
+    parser.add_argument(
+        "--annotations", type=Path, nargs="+", metavar="JSON", help="COCO JSON file of these photos, or several"
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -341,11 +392,12 @@ def parser() -> Parser:
     parser.add_argument(
         "--val_annotations",
         type=Path,
+        nargs="+",
         metavar="JSON",
         help="COCO JSON file for evaluation (default: a part of --annotations)",
     )
     parser.add_argument(
-        "--val_images", type=Path, metavar="DIR", help="folder of the evaluation photos (default: --images)"
+        "--val_images", type=Path, nargs="+", metavar="DIR", help="folder of the evaluation photos (default: --images)"
     )
     parser.add_argument(
         "--val_share",

@@ -53,7 +53,17 @@ _NOT_RATE = frozenset(
 
 
 _DATA = frozenset(
-    {"train", "val", "train_annotations", "train_images", "val_annotations", "val_images", "unlabeled", "pseudo"}
+    {
+        "train",
+        "val",
+        "source",
+        "train_annotations",
+        "train_images",
+        "val_annotations",
+        "val_images",
+        "unlabeled",
+        "pseudo",
+    }
 )
 """settings of a training that name the data it reads"""
 

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from safetensors.numpy import save_file
 
 from ssld.pipelines import init, run
 from ssld.pipelines.checks import data as checked_data
+from ssld.pipelines.checks.settings import settings_lines
 from ssld.pipelines.runner.estimate import Rate
 from ssld.pipelines.runner.stages import build_stages, read_pipeline
 from ssld.pipelines.scaffold import pool
@@ -29,6 +31,7 @@ from ssld.pipelines.scaffold.suggest import (
     wanted_steps,
 )
 from ssld.shared.errors import UserError
+from ssld.shared.models.downloads import Download
 from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage2_detect import check_data
 from ssld.stage2_detect.config import TrainConfig
@@ -67,7 +70,8 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module in (init, run):  # timm's names, which nothing here reads
         monkeypatch.setattr(module, "downloads" if module is run else "find_downloads_apart", lambda references: [])
     monkeypatch.setattr(init, "trials", lambda facts, files: nullcontext(quick_machine))
-    monkeypatch.setattr(checked_data, "run_script", check_data.main)
+    for module in (checked_data, init):
+        monkeypatch.setattr(module, "run_script", check_data.main)
     monkeypatch.chdir(tmp_path)
     draw = np.random.default_rng(0)
     for folder, count in (("photos", 40), ("more photos", 3)):
@@ -263,6 +267,138 @@ def test_a_split_keeps_one_photo_on_one_side(photos: Path) -> None:
     assert yaml.safe_load(Path("mine.yaml").read_text())["output"] == "runs/mine"
 
 
+def test_several_files_are_read_as_one(photos: Path) -> None:
+    """Two files of one class each, in two folders; the split is one of all photos."""
+    whole = content(43)
+    for number in range(3):
+        whole["images"][40 + number]["file_name"] = f"{number}.png"
+    for name, rows in (("one", whole["images"][:40]), ("two", whole["images"][40:])):
+        known = {row["id"] for row in rows}
+        part = whole | {
+            "images": rows,
+            "annotations": [row for row in whole["annotations"] if row["image_id"] in known],
+        }
+        Path(f"{name}.json").write_text(json.dumps(part))
+    places = ["--annotations", "one.json", "two.json", "--images", "photos", "more photos"]
+    assert init.main([*places, "--output", "mine.yaml"]) == 0
+    parts = [json.loads(Path(f"mine_{part}.json").read_text())["images"] for part in ("train", "val")]
+    names = {row["file_name"] for part in parts for row in part}
+    assert names == {f"photos/{number}.png" for number in range(40)} | {
+        f"more photos/{number}.png" for number in range(3)
+    }
+    data = yaml.safe_load(Path("mine.yaml").read_text())["stages"]["detector"]["set"]["data"]
+    assert all((Path(data["train_images"]) / name).is_file() for name in names)
+    assert run.main(["mine.yaml", "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("val", [False, True])
+def test_a_data_set_by_its_path(val: bool, photos: Path) -> None:
+    """YOLO's layout, with and without images for evaluation."""
+    for part, numbers in (("train", range(30)), *([("val", range(30, 40))] if val else [])):
+        for kind in ("images", "labels"):
+            Path("yolo", kind, part).mkdir(parents=True)
+        for number in numbers:
+            Path("photos", f"{number}.png").rename(Path("yolo", "images", part, f"{number}.png"))
+            Path("yolo", "labels", part, f"{number}.txt").write_text("0 0.5 0.5 0.4 0.4\n")
+    more = "val: images/val\n" if val else ""
+    Path("yolo/data.yaml").write_text(f"path: .\ntrain: images/train\n{more}names: [cell]\n")
+    assert init.main(["--data", "yolo/data.yaml", "--output", "mine.yaml"]) == 0
+    data = yaml.safe_load(Path("mine.yaml").read_text())["stages"]["detector"]["set"]["data"]
+    counts = [len(json.loads(Path(data[f"{part}_annotations"]).read_text())["images"]) for part in ("train", "val")]
+    assert counts == ([30, 10] if val else [24, 6])
+    assert run.main(["mine.yaml", "--dry-run"]) == 0
+
+
+def test_a_backbone_and_nothing_else(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert init.main(["--unlabeled", "more photos", "--output", "mine.yaml"]) == 0
+    written = yaml.safe_load(Path("mine.yaml").read_text())
+    assert list(written["stages"]) == ["ssld", "report"]
+    assert {path.name for path in photos.iterdir() if path.is_file()} == {"all.json", "mine.yaml", "mine_unlabeled.txt"}
+    assert "stage 1 alone: without annotations there is no detector" in capfd.readouterr().out
+    for flags in ([], ["--smoke"]):
+        assert run.main(["mine.yaml", "--dry-run", *flags]) == 0, capfd.readouterr().err
+    assert "2 steps of 3 images" in capfd.readouterr().out
+
+
+def test_stage_1_is_left_out_where_nothing_says_that_it_helps(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = ["--images", "photos", "--annotations", "all.json", "--unlabeled", "more photos"]
+    assert init.main([*line, "--output", "mine.yaml"]) == 0
+    assert list(yaml.safe_load(Path("mine.yaml").read_text())["stages"]) == ["detector", "ap", "report"]
+    out = capfd.readouterr().out
+    assert "no stage 1: the student is pretrained, and on few photos" in out
+    assert "--distill yes adds it" in out
+    assert init.main([*line, "--output", "new.yaml", "--backbone", "random:resnet18"]) == 0
+    stages = yaml.safe_load(Path("new.yaml").read_text())["stages"]
+    assert list(stages)[:2] == ["ssld", "detector_ssld"]
+    assert stages["ssld"]["set"]["optim"]["lr"] == 5e-4
+
+
+def test_weights_files_of_ones_own(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Their architectures reach every stage; without one, a line says what is missing before anything is read."""
+    tensors = {"w": np.zeros(2, np.float32)}
+    for name in ("small", "large"):
+        save_file(tensors, f"{name}.safetensors")
+    line = ["--images", "photos", "--annotations", "all.json", "--unlabeled", "more photos", "--distill", "yes"]
+    line += ["--backbone", "small.safetensors", "--teacher", "large.safetensors", "--output", "mine.yaml"]
+    assert init.main([*line, "--teacher_arch", "resnet50"]) == 2
+    message = "error: --backbone small.safetensors: does not name its architecture; add --arch with its timm name\n"
+    assert capfd.readouterr().err == message
+    assert init.main([*line, "--arch", "resnet18", "--teacher_arch", "resnet50"]) == 0
+    stages = {
+        one.name: one.config
+        for one in build_stages(read_pipeline(Path("mine.yaml")), Path("mine.yaml"), output=Path("runs"))
+    }
+    distill, first, plain = stages["ssld"], stages["detector_ssld"], stages["detector_plain"]
+    assert isinstance(distill, DistillConfig)
+    assert isinstance(first, TrainConfig)
+    assert isinstance(plain, TrainConfig)
+    assert distill.teacher
+    assert (distill.student.arch, distill.teacher.arch) == ("resnet18", "resnet50")
+    assert (first.backbone, first.arch) == ("runs/ssld/student.safetensors", None)
+    assert (plain.backbone, plain.arch) == ("small.safetensors", "resnet18")
+
+
+def test_without_weights_and_network_nothing_is_written(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def offline(references: dict[str, str]) -> list[Download]:
+        return [Download(f"{key}: {text}: not on this machine", possible=False) for key, text in references.items()]
+
+    monkeypatch.setattr(init, "find_downloads_apart", offline)
+    assert init.main(["--images", "photos", "--annotations", "all.json", "--output", "mine.yaml"]) == 2
+    error = capfd.readouterr().err
+    assert error == "error: timm:resnet18d.ra2_in1k: not on this machine: --backbone FILE --arch NAME\n"
+    assert not list(photos.glob("mine*"))
+
+
+def test_the_time_is_told_and_kept(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """`init`, a dry run and the doctor tell the same time; another pipeline of this machine knows the rates, those of other sizes are unknown."""
+    line = ["--images", "photos", "--annotations", "all.json"]
+    assert init.main([*line, "--minutes", "20", "--output", "mine.yaml"]) == 0
+    out = capfd.readouterr().out
+    assert "of 20 min; " in out
+    assert "more time: --minutes 60: " in out
+    assert run.main(["mine.yaml", "--dry-run"]) == 0
+    planned = capfd.readouterr().out
+    assert "3 stages in runs/mine: about " in planned
+    assert "last known rate" not in planned
+    findings, _ = settings_lines(Path("mine.yaml"), CPU, {}, quick=True)
+    (time,) = [one.text for one in findings if one.topic == "time"]
+    total = planned.rpartition("runs/mine: ")[2].split(";")[0]
+    assert time.startswith(f"{total} (detector ")
+    text = (
+        Path("mine.yaml")
+        .read_text()
+        .replace("mine_train.json", "all.json")
+        .replace("output: runs/mine", "output: runs/other")
+    )
+    Path("other.yaml").write_text(text)
+    assert run.main(["other.yaml", "--dry-run"]) == 0
+    assert "2 stages by the last known rate of this machine; --estimate measures it" in capfd.readouterr().out
+    assert run.main(["other.yaml", "--dry-run", "--stages.detector.resize.train_long_side", "160"]) == 0
+    assert "unknown time; --estimate measures it" in capfd.readouterr().out
+
+
 def test_given_evaluation_file_and_gpu(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(init, "ask_torch", lambda: GPU)
     train, val = split_content(content(), share=0.2, seed=1)
@@ -301,6 +437,13 @@ def test_mistakes_leave_nothing(photos: Path, capfd: pytest.CaptureFixture[str])
         ([*good, "--unlabeled", "nowhere"], "nowhere: no such folder"),
         ([*good, "--val_images", "photos"], "--val_images: give --val_annotations too"),
         ([*good, "--val_share", "1.5"], "--val_share 1.5: give a share between 0 and 1"),
+        ([*good, "--minutes", "0"], "--minutes 0: give a number above 0"),
+        ([*good, "--data", "x"], "--data: has its own images and annotations; leave out"),
+        ([*good, "--distill", "yes"], "--distill yes: give --unlabeled too"),
+        ([*good, "--backbone", "no/file.safetensors"], "--backbone no/file.safetensors: no such file"),
+        ([*good, "--arch", "resnet18"], "--arch: give --backbone too, a weights file"),
+        (good[2:], "give --annotations and --images together"),
+        (["--output", "mine.yaml"], "give --data, or --images and --annotations, for a detector, or --unlabeled"),
         ([*good, "--sed", "1"], "--sed: unknown flag; did you mean '--seed'?"),
     ]
     Path("elsewhere").mkdir()
