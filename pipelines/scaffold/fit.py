@@ -32,8 +32,8 @@ USED = 0.85
 STAGE_1_SHARE = 0.35
 """share of the planned time that stage 1 gets at most where detectors follow"""
 ENOUGH, LEAST, LEAST_DISTILL = 300, 60, 20
-"""steps after which larger images are preferred to more steps, fewest steps of a detector and of stage 1; a detector of blood cells has about its
-best AP after 300 steps (docs/benchmarks/detectors_cpu_2026-11-21.md)"""
+"""steps from which larger images are preferred to more steps, fewest steps of a detector and of stage 1; on blood cells AP is about 40 after 60 steps
+and 47 after 300 (docs/benchmarks/real_small_cpu_2026-11-21.md, detectors_cpu_2026-11-21.md)"""
 EVALUATING = 0.15
 """share of a detector's time that its evaluations during training take at most, if they can be made rarer"""
 REPORT_SECONDS = 10.0
