@@ -138,7 +138,16 @@ def test_from_photos_to_a_detector(installed: tuple[Path, Path], tmp_path: Path)
     folder = tmp_path / "photos of mine"
     write_coco(tmp_path / "all.json", folder, 0, count=12)
     quiet = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    words = ["--images", folder, "--annotations", "all.json", "--backbone", "random:test_resnet", "--minutes", "600"]
+    words: list[str | Path] = [
+        "--images",
+        folder,
+        "--annotations",
+        "all.json",
+        "--backbone",
+        "random:test_resnet",
+        "--minutes",
+        "600",
+    ]
     told = run(command, "init", *words, "--output", "mine.yaml", cwd=tmp_path, **quiet)
     assert "trial of detector: 3 steps" in told
     planned = run(command, "run", "mine.yaml", "--dry-run", cwd=tmp_path, **quiet)

@@ -65,18 +65,18 @@ def counted(facts: Facts, fitting: Fit, minutes: float, folder: Path) -> float:
     file = folder / "mine.yaml"
     file.write_text(pipeline_text(file, facts, fitting.settings, minutes, fitting.seconds))
     stages = build_stages(read_pipeline(file), file, output=folder / "runs")
-    total, rates = REPORT_SECONDS, {}
+    total = REPORT_SECONDS
+    rates: dict[str, Rate] = {}
     for stage in stages:
         if stage.kind.script.endswith("report.py"):
             continue
         if isinstance(stage.config, EVALUATIONS):
-            model = stage.config.model.parent.name
+            model = Path(stage.config.model).parent.name
             trained = next(one for one in stages if one.name == model)
-            rate: Rate | None = Rate(start=evaluation(rates[model], trained.config, facts))
+            rate = Rate(start=evaluation(rates[model], trained.config, facts))
         else:
             rate = fitting.rates["ssld" if stage.name == "ssld" else "detector"]
         rates[stage.name] = rate
-        assert rate
         time = seconds(stage, rate)
         assert time is not None
         total += time
