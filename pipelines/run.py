@@ -23,11 +23,9 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.pipelines.config import ReportConfig
 from ssld.pipelines.reports.table import Record, table_text, write_record
-from ssld.pipelines.runner.cost import disk_bytes, disk_text, steps_text, total_text
-from ssld.pipelines.runner.estimate import disk as disk_of
-from ssld.pipelines.runner.estimate import rate_key, read_rates, seconds, time_text, write_rates
+from ssld.pipelines.runner.cost import disk_text, steps_text, total_text
+from ssld.pipelines.runner.estimate import expected_costs, read_rates, write_rates
 from ssld.pipelines.runner.launch import Signals, command_line, run_stage
 from ssld.pipelines.runner.plan import Planned, downloads, erase, make_plan, to_erase
 from ssld.pipelines.runner.stages import LOGS, Stage, build_stages, find_pipeline, read_pipeline
@@ -142,21 +140,11 @@ def _estimate(plan: list[Planned], build: Callable[[Path], list[Stage]], output:
         try:
             measure(plan, build, output, rates)
         finally:
-            write_rates(output, rates)
+            write_rates(output, rates, [planned.stage for planned in plan])
 
 
 def _print_plan(plan: list[Planned], doomed: list[Path], output: Path, *, estimated: bool) -> None:
-    stages = [planned.stage for planned in plan]
-    rates = read_rates(output)
-    measured = {stage.name: rates.get(rate_key(stage, output)) for stage in stages}
-    times: dict[str, float | None] = {}
-    disk = disk_bytes(stages)
-    for planned in plan:
-        stage, rate = planned.stage, measured[planned.stage.name]
-        if planned.state != "done" and not isinstance(stage.config, ReportConfig):
-            times[stage.name] = seconds(stage, rate) if rate else None
-        if rate and rate.files and disk.get(stage.name) is None:
-            disk[stage.name] = disk_of(stage, rate)
+    costs = expected_costs(plan, output)
     for run in doomed:
         say(f"would delete {run}")
     for number, planned in enumerate(plan, 1):
@@ -164,16 +152,20 @@ def _print_plan(plan: list[Planned], doomed: list[Path], output: Path, *, estima
         state = {"done": "done, skipped", "begun": "resumes", "damaged": "finished, but files are missing", "new": ""}[
             planned.state
         ]
-        time_needed = times.get(stage.name)
-        costs = [state, steps_text(stage), "" if time_needed is None else f"about {duration(time_needed)}"]
-        costs.append(disk_text(disk[stage.name]) if stage.name in disk else "")
-        say(f"[{number}/{len(plan)}] {stage.name}: {'; '.join(text for text in costs if text) or 'new'}")
+        time_needed = costs.times.get(stage.name)
+        parts = [state, steps_text(stage), "" if time_needed is None else f"about {duration(time_needed)}"]
+        parts.append(disk_text(costs.disk[stage.name]) if stage.name in costs.disk else "")
+        say(f"[{number}/{len(plan)}] {stage.name}: {'; '.join(text for text in parts if text) or 'new'}")
         for note in planned.notes:
             say(f"    {note}")
         say(f"    {shlex.join(command_line(stage))}")
-    needed = time_text(times)
-    needed += "; --estimate measures it" if None in times.values() and not estimated else ""
-    say(f"{count(len(plan), 'stage')} in {output}: {needed}; {total_text(disk)}; data sets not counted")
+    notes = []
+    if costs.remembered:
+        notes.append(f"{count(len(costs.remembered), 'stage')} by the last known rate of this machine")
+    if (None in costs.times.values() or costs.remembered) and not estimated:
+        notes.append("--estimate measures it")
+    needed = "; ".join([costs.time_text(), *notes])
+    say(f"{count(len(plan), 'stage')} in {output}: {needed}; {total_text(costs.disk)}; data sets not counted")
 
 
 def _own_flags(argv: list[str]) -> tuple[list[str], dict[str, str]]:

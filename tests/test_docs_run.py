@@ -8,6 +8,7 @@ import importlib
 import re
 import shlex
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 
 from ssld.pipelines import doctor, init
 from ssld.pipelines.checks import data as checked_data
+from ssld.pipelines.runner.estimate import Rate
 from ssld.pipelines.runner.launch import Outcome, Signals
 from ssld.pipelines.runner.stages import KINDS, Stage
 from ssld.stage2_detect import check_data
@@ -57,7 +59,12 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, call: Callable[..., int], s
         monkeypatch.setattr(f"{place}.run_stage", run_here)
     for module in (doctor, init):
         monkeypatch.setattr(module, "ask_torch", lambda: CPU)
-    monkeypatch.setattr(checked_data, "run_script", check_data.main)
+    for module in (checked_data, init):
+        monkeypatch.setattr(module, "run_script", check_data.main)
+    monkeypatch.setattr(init, "find_downloads_apart", lambda references: [])  # the sandbox replaces what timm names
+    rate = Rate(start=1.0, step=0.01)
+    monkeypatch.setattr(init, "trials", lambda facts, files: nullcontext(lambda settings, trained: rate))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(sandbox.folder / "cache"))
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The wheel: nothing but `ssld`, complete, and a pipeline runs from it in an environment without the repository."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from tests.docs_sandbox import write_coco
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("pipelines", "shared", "stage1_ssld", "stage2_detect")
@@ -97,12 +100,14 @@ def test_the_source_archive_makes_the_same_wheel(source: Path, wheel: Path, tmp_
     assert names_in(wheel_of(unpacked, tmp_path / "again")) == names_in(wheel)
 
 
-def test_a_pipeline_runs_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
-    """Beside packages of others that have our folders' names, and from a folder that has them too."""
-    environment, working_folder = tmp_path / "environment", tmp_path / "working_folder"
-    run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(an environment with the wheel, a working folder): both have packages of others with our folders' names."""
+    place = tmp_path_factory.mktemp("installed")
+    environment, working_folder = place / "environment", place / "working_folder"
+    run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=place)
     python = environment / "bin" / "python"
-    pip("--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+    pip("--python", python, "install", "--no-deps", "--no-index", wheel, cwd=place)
     (packages,) = environment.glob("lib/python*/site-packages")
     # The dependencies of this environment; as .pth files in there are not read, ssld itself is not among them.
     (packages / "dependencies.pth").write_text("".join(f"{path}\n" for path in sys.path if "site-packages" in path))
@@ -114,10 +119,46 @@ def test_a_pipeline_runs_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     assert Path(run(python, "-c", "import ssld; print(ssld.__file__)", cwd=working_folder).strip()).is_relative_to(
         packages
     )
+    return environment / "bin" / "ssld", working_folder
 
-    command = environment / "bin" / "ssld"
+
+def test_a_pipeline_runs_from_the_wheel(installed: tuple[Path, Path]) -> None:
+    """Beside packages of others that have our folders' names, and from a folder that has them too."""
+    command, working_folder = installed
     out = run(command, "run", "quickstart", "--smoke", "--output", "out", cwd=working_folder, OMP_NUM_THREADS="1")
     assert "[11/11] report: " in out
     assert str(ROOT) not in out
     assert (working_folder / "out" / "report" / "report.html").is_file()
     assert {path.name for path in working_folder.iterdir()} == {*PARTS, "out"}
+
+
+def test_from_photos_to_a_detector(installed: tuple[Path, Path], tmp_path: Path) -> None:
+    """`init` with a real trial, `run`, `predict` and `report`, from an empty folder; the time that `init` told is that of the dry run."""
+    command, _ = installed
+    folder = tmp_path / "photos of mine"
+    write_coco(tmp_path / "all.json", folder, 0, count=12)
+    quiet = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    words: list[str | Path] = [
+        "--images",
+        folder,
+        "--annotations",
+        "all.json",
+        "--backbone",
+        "random:test_resnet",
+        "--minutes",
+        "600",
+    ]
+    told = run(command, "init", *words, "--output", "mine.yaml", cwd=tmp_path, **quiet)
+    assert "trial of detector: 3 steps" in told
+    planned = run(command, "run", "mine.yaml", "--dry-run", cwd=tmp_path, **quiet)
+    time = re.search(r"  detector +(about [^;]+);", told)
+    assert time
+    assert f"; {time[1]}; " in planned
+    shorter = ["--stages.detector.steps", "2", "--stages.detector.evaluate_every", "null"]
+    run(command, "run", "mine.yaml", *shorter, cwd=tmp_path, **quiet)
+    model, photo = tmp_path / "runs/mine/detector/detector.safetensors", next(folder.iterdir())
+    run(command, "predict", "--model", model, "--images", photo, "--output", "found", cwd=tmp_path, **quiet)
+    assert (tmp_path / "found" / "predictions.json").is_file()
+    (tmp_path / "runs/mine/report/report.html").unlink()
+    run(command, "report", "--runs", "runs/mine", cwd=tmp_path, **quiet)
+    assert "<html" in (tmp_path / "runs/mine/report/report.html").read_text()

@@ -12,7 +12,8 @@ from typing import Any
 from ssld.pipelines.checks.data import DataNeeds, DataSet, folder_lines, folders_of, words_of
 from ssld.pipelines.checks.machine import Level, Line
 from ssld.pipelines.config import CommandName
-from ssld.pipelines.runner.cost import disk_bytes, total_text
+from ssld.pipelines.runner.cost import total_text
+from ssld.pipelines.runner.estimate import Costs, expected_costs
 from ssld.pipelines.runner.plan import make_plan, unnamed_networks
 from ssld.pipelines.runner.stages import KINDS, build_stages, read_pipeline
 from ssld.shared.config.settings import CommandConfig, parse_config, validate
@@ -21,7 +22,7 @@ from ssld.shared.config.yaml_files import read_recipe
 from ssld.shared.errors import UserError
 from ssld.shared.machine import cores
 from ssld.shared.models.downloads import find_downloads_apart
-from ssld.shared.wording import amount, count, some
+from ssld.shared.wording import amount, count, duration, some
 from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage2_detect.config import TrainConfig
 
@@ -73,8 +74,8 @@ def _commands(file: Path, variables: dict[str, str]) -> tuple[list[tuple[str, Co
         stages = build_stages(pipeline, file, output=pipeline.output, variables=variables)
         lines: list[Line] = []
         try:
-            make_plan(stages, set())
-            lines += _disk_lines(disk_bytes(stages), len(stages), pipeline.output)
+            costs = expected_costs(make_plan(stages, set()), pipeline.output)
+            lines += [_time_line(costs, file), *_disk_lines(costs.disk, len(stages), pipeline.output)]
         except UserError as error:
             lines += [Line("fault", "settings", line) for line in str(error).splitlines()]
         return [(stage.name, stage.config) for stage in stages], lines
@@ -101,6 +102,17 @@ def _download_lines(commands: list[tuple[str, CommandConfig]]) -> Iterator[Line]
             yield Line("fault", "settings", f"{name}: {text}" if name else text)
     for download in find_downloads_apart(references):
         yield Line("note" if download.possible else "fault", "settings", download.text)
+
+
+def _time_line(costs: Costs, file: Path) -> Line:
+    """Return the time of the stages that are left, each one's where it is known."""
+    each = [f"{name} {duration(time)}" for name, time in costs.times.items() if time is not None]
+    parts = [costs.time_text() + (f" ({', '.join(each)})" if len(each) > 1 else "")]
+    if costs.remembered:
+        parts.append(f"{count(len(costs.remembered), 'stage')} by the last known rate of this machine")
+    if None in costs.times.values() or costs.remembered:
+        parts.append(f"ssld run {file} --dry-run --estimate measures it")
+    return Line("ok", "time", "; ".join(parts))
 
 
 def _disk_lines(disk: dict[str, int | None], stages: int, output: Path) -> Iterator[Line]:

@@ -103,17 +103,21 @@ def unnamed_networks(config: CommandConfig) -> Iterator[str]:
     """Yield an error line for each safetensors file whose architecture neither its metadata nor the settings name; the command finds other faults."""
     for key, network in config.networks().items():
         file = Path(network.model)
-        if network.arch is not None or file.suffix != ".safetensors" or not file.is_file():
-            continue
-        try:
-            with safe_open(file, framework="numpy") as tensors:
-                named = "ssld" in (tensors.metadata() or {})
-        except (OSError, SafetensorError):
-            continue
-        if not named:
+        if network.arch is None and file.is_file() and not names_architecture(file):
             group = key.rpartition(".")[0]
             arch_key = f"{group}.arch" if group else "arch"
             yield f"{key}: {network.model}: does not name its architecture; set {arch_key} to its timm name"
+
+
+def names_architecture(file: Path) -> bool:
+    """Return False for a readable safetensors file whose metadata do not name the architecture."""
+    if file.suffix != ".safetensors":
+        return True
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            return "ssld" in (tensors.metadata() or {})
+    except (OSError, SafetensorError):
+        return True
 
 
 def erase(stages: list[Stage], redo: set[str], output: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ssld.pipelines.runner.cost import evaluation_images, training_images
-from ssld.pipelines.runner.estimate import Rate, evaluation_seconds, rate_key
+from ssld.pipelines.runner.estimate import EVALUATIONS, Rate, evaluation_rate, rate_key
 from ssld.pipelines.runner.launch import Outcome, Signals, run_stage
 from ssld.pipelines.runner.plan import Planned
 from ssld.pipelines.runner.stages import Stage
@@ -22,16 +22,13 @@ from ssld.shared.errors import Stopped, UserError
 from ssld.shared.run_dir import read_metrics
 from ssld.shared.terminal import say
 from ssld.stage1_ssld.config import ConvertPaddleConfig, DistillConfig
-from ssld.stage1_ssld.config import EvaluateConfig as EvaluateBackboneConfig
 from ssld.stage2_detect.config import ConvertDataConfig, TrainConfig
 from ssld.stage2_detect.config import ConvertPaddleConfig as ConvertDetectorConfig
-from ssld.stage2_detect.config import EvaluateConfig as EvaluateDetectorConfig
 
 STEPS = 3
 _WHOLE = (ToyDataConfig, ConvertDataConfig, ConvertPaddleConfig, ConvertDetectorConfig)
 """settings of the stages that a trial runs as a whole"""
 _TRIED = (*_WHOLE, TrainingConfig)
-_EVALUATIONS = (EvaluateBackboneConfig, EvaluateDetectorConfig)
 _LENGTH = {
     "steps": str(STEPS),
     "train_epochs": "null",
@@ -71,8 +68,8 @@ def measure(plan: list[Planned], build: Callable[[Path], list[Stage]], output: P
             elif stage.name in needed and stage.needs <= ready and isinstance(stage.config, _TRIED):
                 rates[key] = _try_stage(stage, signals)
                 ready.add(stage.name)
-            elif isinstance(stage.config, _EVALUATIONS) and key not in rates:
-                rate = _evaluation_rate(stage, stages, {other.name: rates.get(keys[other.name]) for other in stages})
+            elif isinstance(stage.config, EVALUATIONS) and key not in rates:
+                rate = evaluation_rate(stage, stages, {other.name: rates.get(keys[other.name]) for other in stages})
                 rates |= {key: rate} if rate else {}
 
 
@@ -80,7 +77,7 @@ def _needed(stages: list[Stage], unknown: set[str]) -> set[str]:
     """Return the stages of unknown rate that can be estimated, and all that they read from."""
     names: set[str] = set()
     for stage in reversed(stages):
-        if stage.name in names or (stage.name in unknown and isinstance(stage.config, (*_TRIED, *_EVALUATIONS))):
+        if stage.name in names or (stage.name in unknown and isinstance(stage.config, (*_TRIED, *EVALUATIONS))):
             names |= {stage.name, *stage.needs}
     return names
 
@@ -140,14 +137,3 @@ def rate_of(run: Path, total: float, *, images: int | None, val_images: int) -> 
         model=sum(size for file, size in sizes.items() if file.parent == run and file.suffix == ".safetensors"),
         checkpoint=sum(size for file, size in sizes.items() if file.is_relative_to(checkpoints)),
     )
-
-
-def _evaluation_rate(stage: Stage, stages: list[Stage], rates: dict[str, Rate | None]) -> Rate | None:
-    """Return the rate of an evaluation from that of the training whose model it reads; None if that is unknown."""
-    assert isinstance(stage.config, _EVALUATIONS)
-    model, images = Path(stage.config.model), evaluation_images(stage.config)
-    for other in stages:
-        rate = rates[other.name]
-        if isinstance(other.config, TrainingConfig) and model.is_relative_to(other.run) and rate and images is not None:
-            return Rate(start=round(rate.start + evaluation_seconds(other.config, rate, images), 3))
-    return None

@@ -8,7 +8,8 @@ import hashlib
 import math
 import shlex
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,28 @@ import jinja2
 import yaml
 
 from ssld.shared.errors import UserError
-from ssld.shared.wording import printable
+from ssld.shared.wording import duration, printable
 
 
 @dataclass(frozen=True)
 class Facts:
     """Facts about the data and the machine from which a pipeline is written."""
 
-    annotations: Path
-    images_folder: Path
-    val_annotations: Path
-    val_images: Path
+    annotations: Path | None
+    """training annotations; None: a backbone alone"""
+    images_folder: Path | None
+    val_annotations: Path | None
+    val_images: Path | None
     split: bool
     """whether the evaluation part was split from the annotations"""
     images: int
     """number of training images"""
+    val_count: int
+    """number of evaluation images"""
     statistics: dict[str, Any]
-    """statistics of the annotations from the data check"""
+    """statistics of the annotations from the data check; empty without annotations"""
     unlabeled: Path | None
+    """folder of photos for stage 1; None: no stage 1"""
     unlabeled_images: int
     pool: Path | None
     """list file of the unlabeled photos for stage 1"""
@@ -47,25 +52,53 @@ class Facts:
     cores: int
     seed: int
 
+    @property
+    def detectors(self) -> int:
+        """Number of detectors that the pipeline trains: with stage 1 a second one without it."""
+        return 0 if self.annotations is None else 2 if self.unlabeled else 1
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Networks of a pipeline, from strong to small, and the width of the detector's heads."""
+
+    backbone: str
+    """student and backbone: a file, `timm:NAME` or `random:NAME`"""
+    arch: str | None
+    """timm name of the backbone, for a file that does not name it"""
+    teacher: str
+    teacher_arch: str | None
+    channels: int
+    hidden: int
+    weight: float
+    """seconds of a training step relative to other networks on the same machine, roughly"""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a training step costs: the networks and the size of the images."""
+
+    networks: Networks
+    short_side: int
+
 
 @dataclass(frozen=True)
 class Settings:
     """Suggested settings of a pipeline."""
 
-    backbone: str
-    teacher: str
+    networks: Networks
     batch: int
     processes: int
     """one per GPU"""
     steps: int
     warmup: float
     """fraction of the run"""
+    evaluate_every: float | None
+    """fraction of the run; None: at the end only"""
     short_sides: tuple[int, ...]
     short_side: int
     long_side: int
     anchors: tuple[int, ...]
-    channels: int
-    hidden: int
     precision: str
     workers: int
     distill_batch: int
@@ -74,54 +107,96 @@ class Settings:
     distill_size: int
 
 
-def suggest(facts: Facts) -> Settings:
-    """Choose settings for a data set and a machine."""
-    gpu, measured = facts.gpu is not None, facts.statistics
-    smallest, small, _, _, largest = measured["object_sizes"]
-    # Objects at the lower quartile should be 24 pixels long, so that half of that exceeds a cell of the finest level. At most 1.25 times the size of
-    # the photos, and at most what the machine can train in reasonable time.
-    required = 24 / max(small, 1e-3)
-    short = _multiple(min(max(required, 320), 1.25 * measured["short_side"], 800 if gpu else 384))
-    aspect = measured["long_side"] / measured["short_side"]
-    long = 32 * math.ceil(min(short * aspect * 1.05, 1.7 * short) / 32)
-    # Anchors of five levels, a factor of two apart: from three quarters of the smallest objects to half of the largest.
-    base = max(_power(0.75 * smallest * short), _power(largest * short / 32, up=True))
-    first = int(min(64, max(8, base)))
-    batch, processes = _shared(
-        min(8 if gpu else 4, facts.images), facts.gpus
-    )  # a batch larger than the data set is an error
-    passes = min(
-        100, max(12, 60 * math.sqrt(200 / facts.images))
-    )  # 60 over 200 photos, 27 over 1,000, 12 over 5,000 and more
-    steps = max(50, round(passes * facts.images / batch))
-    steps = steps if gpu else min(steps, 1500)
-    distill_images = facts.unlabeled_images + facts.images
-    distill_batch, distill_processes = _shared(min(256 if gpu else 32, distill_images), facts.gpus)
-    distill_steps = (
-        round(min(100, max(10, 2e6 / max(distill_images, 1))) * distill_images / distill_batch)
-        if gpu
-        else min(500, 10 * distill_images // distill_batch)
-    )
-    precision = "bf16" if facts.gpu is not None and facts.gpu[3] >= 8 else "fp32"
+_LARGE = Networks("timm:resnet50d.ra2_in1k", None, "timm:hgnetv2_b6.ssld_stage2_ft_in1k", None, 256, 1024, 3.0)
+_SMALL = Networks("timm:resnet18d.ra2_in1k", None, "timm:resnet50d.ra2_in1k", None, 128, 512, 1.0)
+_NARROW = Networks("timm:resnet18d.ra2_in1k", None, "timm:resnet50d.ra2_in1k", None, 64, 256, 0.8)
+LEAST_PIXELS, LEAST_SIDE = 12, 128
+
+
+def networks_of(
+    *, gpu: bool, backbone: str | None, arch: str | None, teacher: str | None, teacher_arch: str | None
+) -> list[Networks]:
+    """Return the networks to choose from on a machine with or without GPU, with those that the user names in all of them."""
+    choices = [_LARGE, _SMALL] if gpu else [_SMALL, _NARROW]
+    if backbone:
+        choices = [replace(one, backbone=backbone, arch=arch) for one in choices]
+    if teacher:
+        choices = [replace(one, teacher=teacher, teacher_arch=teacher_arch) for one in choices]
+    return choices
+
+
+def shapes(facts: Facts, networks: Sequence[Networks]) -> list[Shape]:
+    """Return the networks at each image size that suits the photos; the largest size is the one that the photos deserve if time does not matter.
+
+    Objects at the lower quartile should be 24 pixels long, so that half of that exceeds a cell of the finest level; 12 are the least. No size is
+    above 1.25 times that of the photos.
+    """
+    if facts.annotations is None:
+        pairs = {(one.backbone, one.teacher): one for one in reversed(networks)}
+        return [Shape(one, 0) for one in networks if one in pairs.values()]
+    measured = facts.statistics
+    small = max(measured["object_sizes"][1], 1e-3)
+    most = 800 if facts.gpu else 640
+    largest = _multiple(min(max(24 / small, 320), 1.25 * measured["short_side"], most))
+    least = min(largest, _multiple(max(LEAST_SIDE, LEAST_PIXELS / small)))
+    sides = {largest, least} | {_multiple(largest * factor) for factor in (0.8, 0.65, 0.5, 0.4)}
+    return [Shape(one, side) for one in networks for side in sorted(sides, reverse=True) if least <= side <= largest]
+
+
+def wanted_steps(facts: Facts) -> int:
+    """Return the steps of a detector if time does not matter: 60 passes over 200 photos, 27 over 1,000, 12 over 5,000 and more."""
+    passes = min(100, max(12, 60 * math.sqrt(200 / max(facts.images, 1))))
+    return max(50, round(passes * facts.images / detector_batch(facts)[0]))
+
+
+def wanted_distill_steps(facts: Facts) -> int:
+    """Return the steps of stage 1 if time does not matter: 100 passes over 20,000 photos and fewer, 10 over 200,000 and more."""
+    photos = facts.unlabeled_images + facts.images
+    return max(20, round(min(100, max(10, 2e6 / max(photos, 1))) * photos / distill_batch(facts)[0]))
+
+
+def detector_batch(facts: Facts) -> tuple[int, int]:
+    """Return (images per step, processes) of a detector; a batch larger than the data set is an error."""
+    return _shared(min(8 if facts.gpu else 4, facts.images), facts.gpus)
+
+
+def distill_batch(facts: Facts) -> tuple[int, int]:
+    """Return (images per step, processes) of stage 1."""
+    return _shared(min(256 if facts.gpu else 32, facts.unlabeled_images + facts.images), facts.gpus)
+
+
+def settings_of(
+    facts: Facts, shape: Shape, *, steps: int, distill_steps: int, evaluate_every: float | None
+) -> Settings:
+    """Return all settings of a pipeline whose networks, sizes and lengths are decided."""
+    short, long, first = shape.short_side, 0, 8
+    if facts.annotations is not None:
+        measured = facts.statistics
+        smallest, _, _, _, largest = measured["object_sizes"]
+        aspect = measured["long_side"] / measured["short_side"]
+        long = 32 * math.ceil(min(short * aspect * 1.05, 1.7 * short) / 32)
+        # Anchors of five levels, a factor of two apart: from three quarters of the smallest objects to half of the largest.
+        base = max(_power(0.75 * smallest * short), _power(largest * short / 32, up=True))
+        first = int(min(64, max(8, base)))
+    batch, processes = detector_batch(facts)
+    student_batch, distill_processes = distill_batch(facts)
     return Settings(
-        backbone="resnet50d.ra2_in1k" if gpu else "resnet18d.ra2_in1k",
-        teacher="timm:hgnetv2_b6.ssld_stage2_ft_in1k" if gpu else "timm:resnet50d.ra2_in1k",
+        networks=shape.networks,
         batch=batch,
         processes=processes,
         steps=steps,
         warmup=min(0.1, round(1000 / steps, 4)),
+        evaluate_every=evaluate_every,
         short_sides=tuple(sorted({_multiple(factor * short) for factor in (0.8, 0.9, 1.0)})),
         short_side=short,
         long_side=long,
         anchors=tuple(first * 2**level for level in range(5)),
-        channels=256 if gpu else 128,
-        hidden=1024 if gpu else 512,
-        precision=precision,
+        precision="bf16" if facts.gpu is not None and facts.gpu[3] >= 8 else "fp32",
         workers=max(1, min(8, facts.cores)),
-        distill_batch=distill_batch,
+        distill_batch=student_batch,
         distill_processes=distill_processes,
-        distill_steps=max(20, distill_steps),
-        distill_size=224 if gpu else 128,
+        distill_steps=distill_steps,
+        distill_size=224 if facts.gpu else 128,
     )
 
 
@@ -190,8 +265,16 @@ def _leaders(together: list[list[Any]]) -> dict[Any, Any]:
     return leader
 
 
-def pipeline_text(output: Path, facts: Facts, chosen: Settings) -> str:
-    """Render the YAML file. Every value that the template does not mark as a comment is written by a YAML dumper."""
+def pipeline_text(
+    output: Path, facts: Facts, chosen: Settings, minutes: float = 60, seconds: float | None = None
+) -> str:
+    """Render the YAML file. Every value that the template does not mark as a comment is written by a YAML dumper.
+
+    Args:
+        output: the YAML file.
+        minutes: time that the settings fit.
+        seconds: expected time of the pipeline; None before it is known.
+    """
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -207,8 +290,10 @@ def pipeline_text(output: Path, facts: Facts, chosen: Settings) -> str:
         facts=facts,
         chosen=chosen,
         measured=facts.statistics,
-        classes=list(facts.statistics["classes"]),
-        sizes=[round(100 * value) for value in facts.statistics["object_sizes"]],
+        classes=list(facts.statistics.get("classes", [])),
+        sizes=[round(100 * value) for value in facts.statistics.get("object_sizes", [])],
+        minutes=minutes,
+        expected="not measured" if seconds is None else f"about {duration(seconds)}",
         machine=f"{facts.gpu[0]}, {facts.gpu[2] / 2**30:.0f} GB" if facts.gpu else f"no GPU, {facts.cores} CPU cores",
     )
 

@@ -18,6 +18,12 @@ from ssld.pipelines.runner.stages import KINDS, Kind, Stage
 FAKE = Path(__file__).with_name("fake_stage.py")
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither read nor write the rates that the user's cache folder has."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(scope="session")
 def fake_stage() -> ModuleType:
     """Module of the fake command."""

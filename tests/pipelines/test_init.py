@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,36 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from safetensors.numpy import save_file
 
 from ssld.pipelines import init, run
 from ssld.pipelines.checks import data as checked_data
+from ssld.pipelines.checks.settings import settings_lines
+from ssld.pipelines.runner.estimate import Rate
 from ssld.pipelines.runner.stages import build_stages, read_pipeline
 from ssld.pipelines.scaffold import pool
-from ssld.pipelines.scaffold.suggest import Facts, pipeline_text, split_content, suggest
+from ssld.pipelines.scaffold.fit import Trained
+from ssld.pipelines.scaffold.suggest import (
+    Facts,
+    Settings,
+    networks_of,
+    pipeline_text,
+    settings_of,
+    shapes,
+    split_content,
+    wanted_steps,
+)
 from ssld.shared.errors import UserError
+from ssld.shared.models.downloads import Download
 from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage2_detect import check_data
 from ssld.stage2_detect.config import TrainConfig
+
+
+def quick_machine(settings: Settings, trained: Trained) -> Rate:
+    """A machine that fits everything into any time."""
+    return Rate(start=0.1, step=0.001, images=32, val_images=8, files=10**6, model=10**6, checkpoint=10**6)
+
 
 CPU: dict[str, Any] = {"devices": []}
 GPU: dict[str, Any] = {"devices": [["NVIDIA H200", 1, 141 * 2**30, 9, 0]]}
@@ -46,8 +67,11 @@ def content(images: int = 40) -> dict[str, Any]:
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The content as files; torch is not imported, since that takes seconds per process."""
     monkeypatch.setattr(init, "ask_torch", lambda: CPU)
-    monkeypatch.setattr(run, "downloads", lambda plan: [])  # of timm's names, which nothing here reads
-    monkeypatch.setattr(checked_data, "run_script", check_data.main)
+    for module in (init, run):  # timm's names, which nothing here reads
+        monkeypatch.setattr(module, "downloads" if module is run else "find_downloads_apart", lambda references: [])
+    monkeypatch.setattr(init, "trials", lambda facts, files: nullcontext(quick_machine))
+    for module in (checked_data, init):
+        monkeypatch.setattr(module, "run_script", check_data.main)
     monkeypatch.chdir(tmp_path)
     draw = np.random.default_rng(0)
     for folder, count in (("photos", 40), ("more photos", 3)):
@@ -110,6 +134,7 @@ def facts(images: int, sizes: list[float], gpu: tuple[Any, ...] | None = None) -
         val_images=place,
         split=True,
         images=images,
+        val_count=8,
         statistics=measured,
         unlabeled=None,
         unlabeled_images=0,
@@ -123,26 +148,43 @@ def facts(images: int, sizes: list[float], gpu: tuple[Any, ...] | None = None) -
     )
 
 
+NETWORKS = networks_of(gpu=True, backbone=None, arch=None, teacher=None, teacher_arch=None)
+
+
+def largest(known: Facts) -> Settings:
+    """Settings if time does not matter."""
+    shape = max(shapes(known, NETWORKS), key=lambda shape: (shape.networks.channels, shape.short_side))
+    return settings_of(known, shape, steps=wanted_steps(known), distill_steps=50, evaluate_every=0.2)
+
+
 def test_numbers_follow_the_data() -> None:
     gpu = tuple(GPU["devices"][0])
-    cells = suggest(facts(205, [0.09, 0.15, 0.21, 0.25, 0.34], gpu))  # large objects: the smallest images are enough
+    cells = largest(facts(205, [0.09, 0.15, 0.21, 0.25, 0.34], gpu))  # large objects: the smallest images are enough
     assert (cells.short_side, cells.short_sides) == (320, (256, 288, 320))
     assert cells.anchors == (16, 32, 64, 128, 256)
-    small = suggest(facts(205, [0.02, 0.04, 0.1, 0.2, 0.3], gpu))
+    small = largest(facts(205, [0.02, 0.04, 0.1, 0.2, 0.3], gpu))
     assert small.short_side == 608  # 24 px of 4 % of it, but not above 1.25 x 480
     assert small.anchors[0] == 8
     assert cells.steps == round(60 * (200 / 205) ** 0.5 * 205 / 8)
     assert cells.warmup == 0.1
-    assert suggest(facts(118_000, [0.1] * 5, gpu)).steps == 12 * 118_000 // 8
-    assert suggest(facts(118_000, [0.1] * 5, gpu)).warmup == round(1000 / (12 * 118_000 // 8), 4)
+    assert largest(facts(118_000, [0.1] * 5, gpu)).steps == 12 * 118_000 // 8
+    assert largest(facts(118_000, [0.1] * 5, gpu)).warmup == round(1000 / (12 * 118_000 // 8), 4)
     assert cells.precision == "bf16"
-    cpu = suggest(facts(118_000, [0.02, 0.04, 0.1, 0.2, 0.3]))
-    assert (cpu.steps, cpu.short_side, cpu.precision, cpu.batch) == (1500, 384, "fp32", 4)
+    cpu = largest(facts(118_000, [0.02, 0.04, 0.1, 0.2, 0.3]))
+    assert (cpu.precision, cpu.batch) == ("fp32", 4)
+
+
+def test_no_image_size_loses_the_small_objects() -> None:
+    """Objects at the lower quartile keep 12 px at the smallest size, and no size is below 128 px."""
+    for quartile, least, most in ((0.04, 288, 608), (0.15, 128, 320), (0.01, 608, 608), (0.9, 128, 320)):
+        sides = [one.short_side for one in shapes(facts(205, [quartile / 2, quartile, 0.95, 0.95, 0.95]), NETWORKS[:1])]
+        assert (min(sides), max(sides)) == (least, most)
+        assert sides == sorted(set(sides), reverse=True)
 
 
 @pytest.mark.parametrize("unlabeled", [False, True])
 def test_the_runner_takes_what_is_written(photos: Path, unlabeled: bool, capfd: pytest.CaptureFixture[str]) -> None:
-    more = ["--unlabeled", "more photos"] if unlabeled else []
+    more = ["--distill", "yes", "--unlabeled", "more photos"] if unlabeled else []
     assert init.main(["--images", "photos", "--annotations", "all.json", "--output", "mine.yaml", *more]) == 0
     written = {"mine.yaml", "mine_train.json", "mine_val.json"} | (
         {"mine_train.txt", "mine_unlabeled.txt"} if unlabeled else set()
@@ -164,7 +206,7 @@ def test_the_runner_takes_what_is_written(photos: Path, unlabeled: bool, capfd: 
 def test_one_line_changes_the_length(photos: Path) -> None:
     """Warm-up, milestones and intervals of a pipeline that is four times as long are four times as long."""
     line = ["--images", "photos", "--annotations", "all.json", "--output", "mine.yaml"]
-    assert init.main([*line, "--unlabeled", "more photos"]) == 0
+    assert init.main([*line, "--distill", "yes", "--unlabeled", "more photos"]) == 0
     for steps in (100, 400):
         given = {name: {"steps": str(steps)} for name in ("ssld", "detector_ssld")}
         stages = build_stages(read_pipeline(Path("mine.yaml"), given), Path("mine.yaml"), output=Path("runs"))
@@ -225,6 +267,138 @@ def test_a_split_keeps_one_photo_on_one_side(photos: Path) -> None:
     assert yaml.safe_load(Path("mine.yaml").read_text())["output"] == "runs/mine"
 
 
+def test_several_files_are_read_as_one(photos: Path) -> None:
+    """Two files of one class each, in two folders; the split is one of all photos."""
+    whole = content(43)
+    for number in range(3):
+        whole["images"][40 + number]["file_name"] = f"{number}.png"
+    for name, rows in (("one", whole["images"][:40]), ("two", whole["images"][40:])):
+        known = {row["id"] for row in rows}
+        part = whole | {
+            "images": rows,
+            "annotations": [row for row in whole["annotations"] if row["image_id"] in known],
+        }
+        Path(f"{name}.json").write_text(json.dumps(part))
+    places = ["--annotations", "one.json", "two.json", "--images", "photos", "more photos"]
+    assert init.main([*places, "--output", "mine.yaml"]) == 0
+    parts = [json.loads(Path(f"mine_{part}.json").read_text())["images"] for part in ("train", "val")]
+    names = {row["file_name"] for part in parts for row in part}
+    assert names == {f"photos/{number}.png" for number in range(40)} | {
+        f"more photos/{number}.png" for number in range(3)
+    }
+    data = yaml.safe_load(Path("mine.yaml").read_text())["stages"]["detector"]["set"]["data"]
+    assert all((Path(data["train_images"]) / name).is_file() for name in names)
+    assert run.main(["mine.yaml", "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("val", [False, True])
+def test_a_data_set_by_its_path(val: bool, photos: Path) -> None:
+    """YOLO's layout, with and without images for evaluation."""
+    for part, numbers in (("train", range(30)), *([("val", range(30, 40))] if val else [])):
+        for kind in ("images", "labels"):
+            Path("yolo", kind, part).mkdir(parents=True)
+        for number in numbers:
+            Path("photos", f"{number}.png").rename(Path("yolo", "images", part, f"{number}.png"))
+            Path("yolo", "labels", part, f"{number}.txt").write_text("0 0.5 0.5 0.4 0.4\n")
+    more = "val: images/val\n" if val else ""
+    Path("yolo/data.yaml").write_text(f"path: .\ntrain: images/train\n{more}names: [cell]\n")
+    assert init.main(["--data", "yolo/data.yaml", "--output", "mine.yaml"]) == 0
+    data = yaml.safe_load(Path("mine.yaml").read_text())["stages"]["detector"]["set"]["data"]
+    counts = [len(json.loads(Path(data[f"{part}_annotations"]).read_text())["images"]) for part in ("train", "val")]
+    assert counts == ([30, 10] if val else [24, 6])
+    assert run.main(["mine.yaml", "--dry-run"]) == 0
+
+
+def test_a_backbone_and_nothing_else(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert init.main(["--unlabeled", "more photos", "--output", "mine.yaml"]) == 0
+    written = yaml.safe_load(Path("mine.yaml").read_text())
+    assert list(written["stages"]) == ["ssld", "report"]
+    assert {path.name for path in photos.iterdir() if path.is_file()} == {"all.json", "mine.yaml", "mine_unlabeled.txt"}
+    assert "stage 1 alone: without annotations there is no detector" in capfd.readouterr().out
+    for flags in ([], ["--smoke"]):
+        assert run.main(["mine.yaml", "--dry-run", *flags]) == 0, capfd.readouterr().err
+    assert "2 steps of 3 images" in capfd.readouterr().out
+
+
+def test_stage_1_is_left_out_where_nothing_says_that_it_helps(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = ["--images", "photos", "--annotations", "all.json", "--unlabeled", "more photos"]
+    assert init.main([*line, "--output", "mine.yaml"]) == 0
+    assert list(yaml.safe_load(Path("mine.yaml").read_text())["stages"]) == ["detector", "ap", "report"]
+    out = capfd.readouterr().out
+    assert "stage 1 is left out: the student has pretrained weights, and 3 photos are few; " in out
+    assert "--distill yes adds it" in out
+    assert init.main([*line, "--output", "new.yaml", "--backbone", "random:resnet18"]) == 0
+    stages = yaml.safe_load(Path("new.yaml").read_text())["stages"]
+    assert list(stages)[:2] == ["ssld", "detector_ssld"]
+    assert stages["ssld"]["set"]["optim"]["lr"] == 5e-4
+
+
+def test_weights_files_of_ones_own(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Their architectures reach every stage; without one, a line says what is missing before anything is read."""
+    tensors = {"w": np.zeros(2, np.float32)}
+    for name in ("small", "large"):
+        save_file(tensors, f"{name}.safetensors")
+    line = ["--images", "photos", "--annotations", "all.json", "--unlabeled", "more photos", "--distill", "yes"]
+    line += ["--backbone", "small.safetensors", "--teacher", "large.safetensors", "--output", "mine.yaml"]
+    assert init.main([*line, "--teacher_arch", "resnet50"]) == 2
+    message = "error: --backbone small.safetensors: does not name its architecture; add --arch with its timm name\n"
+    assert capfd.readouterr().err == message
+    assert init.main([*line, "--arch", "resnet18", "--teacher_arch", "resnet50"]) == 0
+    stages = {
+        one.name: one.config
+        for one in build_stages(read_pipeline(Path("mine.yaml")), Path("mine.yaml"), output=Path("runs"))
+    }
+    distill, first, plain = stages["ssld"], stages["detector_ssld"], stages["detector_plain"]
+    assert isinstance(distill, DistillConfig)
+    assert isinstance(first, TrainConfig)
+    assert isinstance(plain, TrainConfig)
+    assert distill.teacher
+    assert (distill.student.arch, distill.teacher.arch) == ("resnet18", "resnet50")
+    assert (first.backbone, first.arch) == ("runs/ssld/student.safetensors", None)
+    assert (plain.backbone, plain.arch) == ("small.safetensors", "resnet18")
+
+
+def test_without_weights_and_network_nothing_is_written(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def offline(references: dict[str, str]) -> list[Download]:
+        return [Download(f"{key}: {text}: not on this machine", possible=False) for key, text in references.items()]
+
+    monkeypatch.setattr(init, "find_downloads_apart", offline)
+    assert init.main(["--images", "photos", "--annotations", "all.json", "--output", "mine.yaml"]) == 2
+    error = capfd.readouterr().err
+    assert error == "error: timm:resnet18d.ra2_in1k: not on this machine: --backbone FILE --arch NAME\n"
+    assert not list(photos.glob("mine*"))
+
+
+def test_the_time_is_told_and_kept(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """`init`, a dry run and the doctor tell the same time; another pipeline of this machine knows the rates, those of other sizes are unknown."""
+    line = ["--images", "photos", "--annotations", "all.json"]
+    assert init.main([*line, "--minutes", "20", "--output", "mine.yaml"]) == 0
+    out = capfd.readouterr().out
+    assert "of 20 min; " in out
+    assert "more time: --minutes 60: " in out
+    assert run.main(["mine.yaml", "--dry-run"]) == 0
+    planned = capfd.readouterr().out
+    assert "3 stages in runs/mine: about " in planned
+    assert "last known rate" not in planned
+    findings, _ = settings_lines(Path("mine.yaml"), CPU, {}, quick=True)
+    (time,) = [one.text for one in findings if one.topic == "time"]
+    total = planned.rpartition("runs/mine: ")[2].split(";")[0]
+    assert time.startswith(f"{total} (detector ")
+    text = (
+        Path("mine.yaml")
+        .read_text()
+        .replace("mine_train.json", "all.json")
+        .replace("output: runs/mine", "output: runs/other")
+    )
+    Path("other.yaml").write_text(text)
+    assert run.main(["other.yaml", "--dry-run"]) == 0
+    assert "2 stages by the last known rate of this machine; --estimate measures it" in capfd.readouterr().out
+    assert run.main(["other.yaml", "--dry-run", "--stages.detector.resize.train_long_side", "160"]) == 0
+    assert "unknown time; --estimate measures it" in capfd.readouterr().out
+
+
 def test_given_evaluation_file_and_gpu(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(init, "ask_torch", lambda: GPU)
     train, val = split_content(content(), share=0.2, seed=1)
@@ -263,6 +437,13 @@ def test_mistakes_leave_nothing(photos: Path, capfd: pytest.CaptureFixture[str])
         ([*good, "--unlabeled", "nowhere"], "nowhere: no such folder"),
         ([*good, "--val_images", "photos"], "--val_images: give --val_annotations too"),
         ([*good, "--val_share", "1.5"], "--val_share 1.5: give a share between 0 and 1"),
+        ([*good, "--minutes", "0"], "--minutes 0: give a number above 0"),
+        ([*good, "--data", "x"], "--data: has its own images and annotations; leave out"),
+        ([*good, "--distill", "yes"], "--distill yes: give --unlabeled too"),
+        ([*good, "--backbone", "no/file.safetensors"], "--backbone no/file.safetensors: no such file"),
+        ([*good, "--arch", "resnet18"], "--arch: give --backbone too, a weights file"),
+        (good[2:], "give --annotations and --images together"),
+        (["--output", "mine.yaml"], "give --data, or --images and --annotations, for a detector, or --unlabeled"),
         ([*good, "--sed", "1"], "--sed: unknown flag; did you mean '--seed'?"),
     ]
     Path("elsewhere").mkdir()
@@ -278,7 +459,18 @@ def test_mistakes_leave_nothing(photos: Path, capfd: pytest.CaptureFixture[str])
 
 
 def test_no_file_of_yours_is_overwritten(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    line = ["--images", "photos", "--annotations", "all.json", "--output", "mine.yaml", "--unlabeled", "more photos"]
+    line = [
+        "--images",
+        "photos",
+        "--annotations",
+        "all.json",
+        "--output",
+        "mine.yaml",
+        "--distill",
+        "yes",
+        "--unlabeled",
+        "more photos",
+    ]
     names = ["mine.yaml", "mine_train.json", "mine_val.json", "mine_train.txt"]
     for name in names:
         Path(name).write_text("yours")
@@ -288,7 +480,7 @@ def test_no_file_of_yours_is_overwritten(photos: Path, capfd: pytest.CaptureFixt
         assert Path(name).read_text() == "yours"
         Path(name).unlink()
     Path("mine_train.txt").write_text("yours")  # nothing is written there without --unlabeled
-    assert init.main(line[:-2]) == 0
+    assert init.main(line[:-4]) == 0
     assert Path("mine_train.txt").read_text() == "yours"
 
 
@@ -303,7 +495,7 @@ def test_no_batch_is_larger_than_the_data() -> None:
     gpu = tuple(GPU["devices"][0])
     for images in (1, 3, 4, 5, 9):
         for device, most in ((None, 4), (gpu, 8)):
-            chosen = suggest(facts(images, [0.1] * 5, device))
+            chosen = largest(facts(images, [0.1] * 5, device))
             assert chosen.batch == min(most, images)
             assert chosen.distill_batch == images
 
@@ -313,7 +505,18 @@ def test_every_gpu_gets_a_process(
     gpus: int, batch: int, distilling: int, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(init, "ask_torch", lambda: {"devices": GPU["devices"] * gpus})
-    line = ["--images", "photos", "--annotations", "all.json", "--unlabeled", "more photos", "--output", "mine.yaml"]
+    line = [
+        "--images",
+        "photos",
+        "--annotations",
+        "all.json",
+        "--distill",
+        "yes",
+        "--unlabeled",
+        "more photos",
+        "--output",
+        "mine.yaml",
+    ]
     assert init.main(line) == 0
     content = yaml.safe_load(Path("mine.yaml").read_text())
     # 32 training photos and 3 others: too few for 256 at once
@@ -338,7 +541,18 @@ def test_unlabeled_photos_are_told_apart_from_evaluation_photos(
         Image.fromarray(pixels).save(photos / "more photos" / f"new {number}.png")
     for file in sorted((photos / "photos").rglob("*.png")):
         (photos / "more photos" / f"copy of {file.name}").write_bytes(file.read_bytes())
-    line = ["--images", "photos", "--annotations", "all.json", "--unlabeled", "more photos", "--output", "mine.yaml"]
+    line = [
+        "--images",
+        "photos",
+        "--annotations",
+        "all.json",
+        "--distill",
+        "yes",
+        "--unlabeled",
+        "more photos",
+        "--output",
+        "mine.yaml",
+    ]
     assert init.main(line) == 0
     evaluated = [row["file_name"] for row in json.loads(Path("mine_val.json").read_text())["images"]]
     lists = {part: Path(f"mine_{part}.txt").read_text().splitlines() for part in ("unlabeled", "held_out")}
@@ -361,7 +575,7 @@ def test_a_folder_of_evaluation_photos_alone_is_refused(photos: Path, capfd: pyt
     Path("only").mkdir()
     for row in json.loads(Path("first_val.json").read_text())["images"][:2]:
         (photos / "only" / row["file_name"]).write_bytes((photos / "photos" / row["file_name"]).read_bytes())
-    assert init.main([*line, "mine.yaml", "--unlabeled", "only"]) == 2
+    assert init.main([*line, "mine.yaml", "--distill", "yes", "--unlabeled", "only"]) == 2
     error = capfd.readouterr().err
     assert "only: 2 photos dropped: 2 copies of evaluation photos (first: " in error
     assert "no photo is left to train on" in error
@@ -393,7 +607,7 @@ ODD = [
 def test_names_reach_the_pipeline_as_they_are(name: str) -> None:
     """Arbitrary paths and class names are written such that they read back unchanged, without adding keys or lines."""
     measured = facts(9, [0.1] * 5)
-    plain = pipeline_text(Path("a.yaml"), measured, suggest(measured))
+    plain = pipeline_text(Path("a.yaml"), measured, largest(measured))
     odd = dataclasses.replace(
         measured,
         annotations=Path(f"{name}.json"),
@@ -408,7 +622,7 @@ def test_names_reach_the_pipeline_as_they_are(name: str) -> None:
         statistics=measured.statistics | {"classes": {name: 3, f"{name}\noutput: elsewhere": 4}},
         gpu=(name, 2**30, 2**34, 9, 0),
     )
-    text = pipeline_text(Path(f"{name}.yaml"), odd, suggest(odd))
+    text = pipeline_text(Path(f"{name}.yaml"), odd, largest(odd))
     content = yaml.safe_load(text)
     assert content["output"] == f"runs/{name}"
     assert list(content) == list(yaml.safe_load(plain))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ssld.pipelines.run import main
-from ssld.pipelines.runner.estimate import FILE, Rate, disk, rate_key, read_rates, seconds, time_text, write_rates
+from ssld.pipelines.runner.estimate import FILE, Rate, disk_of, rate_key, read_rates, seconds, time_text, write_rates
 from ssld.pipelines.runner.stages import KINDS, Stage, build_stages, read_pipeline
 from ssld.pipelines.runner.trial import rate_of, shortened
 from ssld.shared.config.settings import parse_config
@@ -46,12 +46,12 @@ def test_seconds_are_start_steps_and_evaluations() -> None:
 
 
 def test_disk_is_files_and_checkpoints() -> None:
-    assert disk(stage("distill", *DISTILL, "--steps", "100"), RATE) == 1000 + 700  # at the end only
-    assert disk(stage("distill", *DISTILL, "--steps", "100", "--save_every", "0.5"), RATE) == 1000 + 2 * 700
+    assert disk_of(stage("distill", *DISTILL, "--steps", "100"), RATE) == 1000 + 700  # at the end only
+    assert disk_of(stage("distill", *DISTILL, "--steps", "100", "--save_every", "0.5"), RATE) == 1000 + 2 * 700
     # Two are kept, and a third is there while it is written; the best model is a second file.
     more = ["--steps", "100", "--save_every", "0.1", "--evaluate_every", "0.5"]
-    assert disk(stage("distill", *DISTILL, *more), RATE) == 1000 + 300 + 3 * 700
-    assert disk(stage("train", *TRAIN, "--train_epochs", "3"), Rate(start=1, step=1)) is None
+    assert disk_of(stage("distill", *DISTILL, *more), RATE) == 1000 + 300 + 3 * 700
+    assert disk_of(stage("train", *TRAIN, "--train_epochs", "3"), Rate(start=1, step=1)) is None
 
 
 def test_times_for_people() -> None:
@@ -80,7 +80,7 @@ def test_a_rate_belongs_to_settings_without_lengths(monkeypatch: pytest.MonkeyPa
 
 def test_rates_are_kept_beside_the_runs(tmp_path: Path) -> None:
     assert read_rates(tmp_path) == {}
-    write_rates(tmp_path, {"k": RATE})
+    write_rates(tmp_path, {"k": RATE}, [])
     assert read_rates(tmp_path) == {"k": RATE}
     for damaged in ("[]", "{", '{"k": {"pace": 3}}', '{"k": 3}'):
         (tmp_path / FILE).write_text(damaged)

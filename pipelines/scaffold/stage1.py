@@ -1,0 +1,41 @@
+"""Whether a new pipeline begins with stage 1: only where measurements say that it helps, or where the user asks for it."""
+
+from typing import Literal
+
+from ssld.shared.wording import count
+
+Distill = Literal["auto", "yes", "no"]
+MANY = 5000
+"""photos from which stage 1 is proposed for a pretrained student, with a second detector for comparison; a guess:
+the largest measured pool has 989"""
+
+
+def proposes_stage_1(asked: Distill, backbone: str, photos: int, *, detector: bool) -> tuple[bool, str]:
+    """Return whether the pipeline gets stage 1, and why, as a line for the user.
+
+    Args:
+        backbone: reference of the student; `random:NAME` has no weights of its own.
+        photos: number of photos for stage 1, labeled ones included.
+        detector: whether a detector follows.
+    """
+    if not detector:
+        return True, "stage 1 alone: without annotations there is no detector"
+    if asked == "yes":
+        return True, "stage 1: asked for by --distill yes; a second detector without it shows what it gains"
+    if asked == "no":
+        return False, "no stage 1: left out by --distill no"
+    if backbone.startswith("random:"):
+        return (
+            True,
+            "stage 1: the student has no pretrained weights, and then its detectors were better wherever this was measured",
+        )
+    if photos >= MANY:
+        return True, (
+            f"stage 1 on {count(photos, 'photo')}: its gain for a pretrained student is not measured at this size; "
+            "compare the AP of the two detectors"
+        )
+    return False, (
+        f"stage 1 is left out: the student has pretrained weights, and {count(photos, 'photo')} are few; measured on 989 photos, the gain was "
+        "between -1.5 and +2.5 AP (docs/benchmarks/pretrained_student_cpu_2026-11-29.md). --distill yes adds it, and a second detector without it "
+        "for comparison"
+    )

@@ -1,0 +1,75 @@
+"""Trials of a pipeline that is not written yet, in a folder that is deleted afterwards. Does not import torch."""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from ssld.pipelines.runner.estimate import (
+    EVALUATIONS,
+    Costs,
+    Rate,
+    evaluation_rate,
+    expected_costs,
+    rate_key,
+    read_rates,
+    write_rates,
+)
+from ssld.pipelines.runner.plan import Planned
+from ssld.pipelines.runner.stages import Stage, build_stages, read_pipeline
+from ssld.pipelines.runner.trial import measure
+from ssld.pipelines.scaffold.fit import Trained, Trial
+from ssld.pipelines.scaffold.suggest import Facts, Settings, pipeline_text
+from ssld.shared.config.training import TrainingConfig
+from ssld.shared.files import write_atomically
+
+
+@contextmanager
+def trials(facts: Facts, files: Mapping[Path, str]) -> Iterator[Trial]:
+    """Yield a function that measures the rate of a training.
+
+    Args:
+        facts: names files that are not written yet.
+        files: their content.
+    """
+    with tempfile.TemporaryDirectory(prefix="ssld_init_") as name:
+        folder = Path(name)
+        moved = {file: folder / file.name for file in files}
+        for file, text in files.items():
+            write_atomically(moved[file], text)
+        names = ("annotations", "val_annotations", "pool", "held_out", "listing")
+        there = replace(facts, **{key: moved.get(getattr(facts, key), getattr(facts, key)) for key in names})
+        yield lambda settings, trained: _rate(folder, there, settings, trained)
+
+
+def _rate(folder: Path, facts: Facts, settings: Settings, trained: Trained) -> Rate:
+    """Measure the rate of one training of the pipeline with these settings."""
+    file, output = folder / "trial.yaml", folder / "runs"
+    write_atomically(file, pipeline_text(file, facts, settings))
+    pipeline = read_pipeline(file)
+    name = "detector_plain" if trained == "detector" and facts.unlabeled else trained
+
+    def build(output: Path) -> list[Stage]:
+        return [stage for stage in build_stages(pipeline, file, output=output) if stage.name == name]
+
+    (stage,) = build(output)
+    rates: dict[str, Rate] = {}
+    measure([Planned(stage, "new")], build, output, rates)
+    return rates[rate_key(stage, output)]
+
+
+def keep_rates(file: Path, rates: Mapping[Trained, Rate]) -> tuple[list[Stage], Costs]:
+    """Keep the rates of a written pipeline's trainings in its folder; returns its stages and their expected costs."""
+    pipeline = read_pipeline(file)
+    stages = build_stages(pipeline, file, output=pipeline.output)
+    known: dict[str, Rate | None] = {}
+    for stage in stages:
+        if isinstance(stage.config, TrainingConfig):
+            known[stage.name] = rates["ssld" if stage.name == "ssld" else "detector"]
+        elif isinstance(stage.config, EVALUATIONS):
+            known[stage.name] = evaluation_rate(stage, stages, known)
+    new = {rate_key(stage, pipeline.output): rate for stage in stages if (rate := known.get(stage.name))}
+    pipeline.output.mkdir(parents=True, exist_ok=True)
+    write_rates(pipeline.output, read_rates(pipeline.output) | new, stages)
+    return stages, expected_costs([Planned(stage, "new") for stage in stages], pipeline.output)
