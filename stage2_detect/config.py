@@ -10,6 +10,7 @@ from ssld.shared.config.compute import ComputeConfig
 from ssld.shared.config.settings import CommandConfig, Config, ModelText, Network
 from ssld.shared.config.training import EmaConfig, OptimConfig, TrainingConfig, in_steps
 from ssld.shared.models.downloads import kind_of
+from ssld.stage2_detect.augment_config import AugmentConfig
 from ssld.stage2_detect.distill_config import DistillConfig
 from ssld.stage2_detect.model_config import DetectorConfig, Fraction
 from ssld.stage2_detect.yolo_layout import find_yolo, input_places
@@ -17,7 +18,6 @@ from ssld.stage2_detect.yolo_layout import find_yolo, input_places
 RECIPES = Path(__file__).resolve().parent / "configs"
 """folder of the shipped recipes"""
 Side = Annotated[int, Field(ge=32, le=16_384)]
-Scale = Annotated[float, Field(gt=0, le=100)]
 
 
 class DetectionDataConfig(Config):
@@ -62,24 +62,6 @@ class ResizeConfig(Config):
     """interpolation when resizing: bilinear or bicubic; without antialiasing, as in OpenCV"""
     kernel: Literal["reference", "fast"] = "reference"
     """implementation of the resize: reference, in float, within one grey level of OpenCV; fast, in uint8, within a few grey levels"""
-
-
-class AugmentConfig(Config):
-    """Augmentation of training images beyond size and flip."""
-
-    auto_augment: bool = False
-    """AutoAugment for detection, policy v1 (arXiv 1906.11172), applied to the image before resizing"""
-    auto_augment_unlabeled: bool | None = None
-    """AutoAugment on the unlabeled images; null: the value of auto_augment"""
-    large_scale_jitter: tuple[Scale, Scale] | None = None
-    """smallest and largest scale of the image relative to a square of train_long_side, to which it is cropped or padded (arXiv
-    2012.07177); replaces train_short_sides; null: off"""
-
-    @model_validator(mode="after")
-    def _scales_in_order(self) -> Self:
-        if self.large_scale_jitter and self.large_scale_jitter[0] > self.large_scale_jitter[1]:
-            raise ValueError("large_scale_jitter: the smallest scale comes first")
-        return self
 
 
 class ExpectedConfig(Config):
