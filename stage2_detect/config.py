@@ -78,7 +78,7 @@ class ExpectedConfig(Config):
 
 
 class Stage2OptimConfig(OptimConfig):
-    """Optimizer and learning-rate schedule: linear warm-up, then a factor at each milestone, per step."""
+    """Optimizer and learning-rate schedule: linear warm-up, then `schedule`, per step."""
 
     backbone_lr_factors: list[Weight] = Field([1.0] * 5, min_length=5, max_length=5)
     """learning-rate factors of the backbone's stem and stages of stride 4, 8, 16, 32: five numbers"""
@@ -86,6 +86,10 @@ class Stage2OptimConfig(OptimConfig):
     """length of the warm-up in optimizer steps, or as a fraction of the run; limited to a tenth of the run"""
     warmup_start: float = Field(0.1, ge=0, le=1)
     """learning-rate factor at the first step of the warm-up, 0 to 1"""
+    schedule: Literal["milestones", "cosine", "wsd"] = "milestones"
+    """learning rate after the warm-up: milestones (multiplied by gamma at each), cosine (half a cosine to 0) or wsd (constant, then linear to 0)"""
+    decay_steps: Position = 0.2
+    """length of the final decay of wsd in optimizer steps, or as a fraction of the run"""
     milestones_epochs: list[Annotated[float, Field(ge=0, le=1_000_000)]] | None = None
     """passes over the training images after which the learning rate is multiplied by gamma; both milestones null: constant rate"""
     milestones_steps: list[Position] | None = None
@@ -98,6 +102,10 @@ class Stage2OptimConfig(OptimConfig):
     def _one_kind_of_milestones(self) -> Self:
         if self.milestones_epochs is not None and self.milestones_steps is not None:
             raise ValueError("give one of milestones_epochs and milestones_steps")
+        if self.schedule != "milestones" and (self.milestones_epochs or self.milestones_steps):
+            raise ValueError(
+                f"schedule {self.schedule} has no milestones: set milestones_epochs and milestones_steps to null"
+            )
         for name, given in (("epochs", self.milestones_epochs), ("steps", self.milestones_steps)):
             if given and list(given) != sorted(given):
                 raise ValueError(f"milestones_{name}: have to be in ascending order, but are {given}")
