@@ -62,7 +62,7 @@ def test_cwd_recipe() -> None:
     assert distill.ld == LDConfig(ld_weight=0, ld_vlr_weight=0, kd_weight=0)
     assert distill.teacher == resolved("gfl_r101_2x").output / "detector.safetensors"
     assert (config.train_epochs, config.optim.milestones_epochs, expected_scores(config)) == (24, [16, 22], ())
-    changed = {name: None for name in ("distill", "output", "expected", "train_epochs", "optim")}
+    changed = dict.fromkeys(("distill", "output", "expected", "train_epochs", "optim"))
     assert vars(config) | changed == vars(base) | changed
 
 
@@ -206,7 +206,7 @@ def test_a_recipe_trains_and_is_evaluated(
     flags: list[str] = []
     if "_sad_" in name:  # the annotations serve as pseudo-labels
         flags = ["--unlabeled", str(toy / "train"), "--pseudo", str(toy / "train.json"), "--batch_size", "4"]
-    if any(kind in name for kind in ("_ld_", "_adl_", "_sad_")):
+    if any(kind in name for kind in ("_ld_", "_cwd_", "_adl_", "_sad_")):
         flags += ["--distill.teacher", str(teachers[kind]), "--distill.check_ap", "0", "--distill.check_images", "1"]
     file = run(call, name, toy, tmp_path / "run", *flags)
     result = read_result(tmp_path / "run")
