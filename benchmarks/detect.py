@@ -76,7 +76,7 @@ def make_inputs(height: int, width: int, batch: int, device: torch.device) -> In
     bitmaps = [
         decode([mask_codec.frPyObjects(s, height, width)[0] for s in image]).transpose(2, 0, 1) for image in shapes
     ]
-    masks = tuple(ImageMasks(tuple(image), height, width) for image in shapes)
+    masks = tuple(ImageMasks(tuple(image)) for image in shapes)
     objects = zip(boxes.to(device), labels.to(device), bitmaps, strict=True)
     sizes = torch.tensor([[height, width]] * batch)
     return Inputs(

@@ -30,7 +30,8 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from benchmarks.side_by_side import rounds, show
-from ssld.stage2_detect.config import AugmentConfig, ResizeConfig
+from ssld.stage2_detect.augment_config import AugmentConfig
+from ssld.stage2_detect.config import ResizeConfig
 from ssld.stage2_detect.data.coco import CocoData, CocoImage, read_coco
 from ssld.stage2_detect.data.loaders import TrainLoader
 from ssld.stage2_detect.data.padding import padded_side

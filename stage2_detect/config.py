@@ -12,6 +12,7 @@ from ssld.shared.config.training import EmaConfig, OptimConfig, TrainingConfig, 
 from ssld.shared.config.yaml_files import Alternatives, ShortForms
 from ssld.shared.files import ImageFolder
 from ssld.shared.models.downloads import kind_of
+from ssld.stage2_detect.augment_config import AugmentConfig
 from ssld.stage2_detect.distill_config import DistillConfig
 from ssld.stage2_detect.layouts.coco import find_coco
 from ssld.stage2_detect.layouts.yolo import find_yolo, input_places
@@ -20,7 +21,6 @@ from ssld.stage2_detect.model_config import DetectorConfig, Fraction
 RECIPES = Path(__file__).resolve().parent / "configs"
 """folder of the shipped recipes"""
 Side = Annotated[int, Field(ge=32, le=16_384)]
-Scale = Annotated[float, Field(gt=0, le=100)]
 
 
 class DetectionDataConfig(Config):
@@ -162,24 +162,6 @@ class ResizeConfig(Config):
     """implementation of the resize: reference, in float, within one grey level of OpenCV; fast, in uint8, within a few grey levels"""
 
 
-class AugmentConfig(Config):
-    """Augmentation of training images beyond size and flip."""
-
-    auto_augment: bool = False
-    """AutoAugment for detection, policy v1 (arXiv 1906.11172), applied to the image before resizing"""
-    auto_augment_unlabeled: bool | None = None
-    """AutoAugment on the unlabeled images; null: the value of auto_augment"""
-    large_scale_jitter: tuple[Scale, Scale] | None = None
-    """smallest and largest scale of the image relative to a square of train_long_side, to which it is cropped or padded (arXiv
-    2012.07177); replaces train_short_sides; null: off"""
-
-    @model_validator(mode="after")
-    def _scales_in_order(self) -> Self:
-        if self.large_scale_jitter and self.large_scale_jitter[0] > self.large_scale_jitter[1]:
-            raise ValueError("large_scale_jitter: the smallest scale comes first")
-        return self
-
-
 class ExpectedConfig(Config):
     """Scores that a recipe is expected to reach; compared after the last evaluation."""
 
@@ -194,7 +176,7 @@ class ExpectedConfig(Config):
 
 
 class Stage2OptimConfig(OptimConfig):
-    """Optimizer and learning-rate schedule: linear warm-up, then a factor at each milestone, per step."""
+    """Optimizer and learning-rate schedule: linear warm-up, then `schedule`, per step."""
 
     backbone_lr_factors: list[Weight] = Field([1.0] * 5, min_length=5, max_length=5)
     """learning-rate factors of the backbone's stem and stages of stride 4, 8, 16, 32: five numbers"""
@@ -202,6 +184,10 @@ class Stage2OptimConfig(OptimConfig):
     """length of the warm-up in optimizer steps, or as a fraction of the run; limited to a tenth of the run"""
     warmup_start: float = Field(0.1, ge=0, le=1)
     """learning-rate factor at the first step of the warm-up, 0 to 1"""
+    schedule: Literal["milestones", "cosine", "wsd"] = "milestones"
+    """learning rate after the warm-up: milestones (multiplied by gamma at each), cosine (half a cosine to 0) or wsd (constant, then linear to 0)"""
+    decay_steps: Position = 0.2
+    """length of the final decay of wsd in optimizer steps, or as a fraction of the run"""
     milestones_epochs: list[Annotated[float, Field(ge=0, le=1_000_000)]] | None = None
     """passes over the training images after which the learning rate is multiplied by gamma; both milestones null: constant rate"""
     milestones_steps: list[Position] | None = None
@@ -214,6 +200,10 @@ class Stage2OptimConfig(OptimConfig):
     def _one_kind_of_milestones(self) -> Self:
         if self.milestones_epochs is not None and self.milestones_steps is not None:
             raise ValueError("give one of milestones_epochs and milestones_steps")
+        if self.schedule != "milestones" and (self.milestones_epochs or self.milestones_steps):
+            raise ValueError(
+                f"schedule {self.schedule} has no milestones: set milestones_epochs and milestones_steps to null"
+            )
         for name, given in (("epochs", self.milestones_epochs), ("steps", self.milestones_steps)):
             if given and list(given) != sorted(given):
                 raise ValueError(f"milestones_{name}: have to be in ascending order, but are {given}")

@@ -67,6 +67,12 @@ class DistillConfig(Config):
     """detector file of the teacher"""
     pkd_weight: Weight | None = None
     """weight of loss_pkd: Pearson correlation of the feature pyramids (arXiv 2207.02039); null: 6 for R-CNN students, 0 for one-stage students"""
+    cwd_weight: Weight = 0.0
+    """weight of loss_cwd: channel-wise divergence of the feature pyramids (arXiv 2011.13256)"""
+    cwd_class_weight: Weight = 0.0
+    """weight of loss_cwd_class: channel-wise divergence of a one-stage detector's class maps"""
+    cwd_temperature: Positive = 1.0
+    """temperature of loss_cwd and loss_cwd_class"""
     roi_weight: Weight | None = None
     """weight of loss_roi_kd: the teacher's soft labels for the student's RoIs; null: 1 for R-CNN students, 0 for one-stage students"""
     temperature: Positive = 1.0
@@ -90,7 +96,9 @@ class DistillConfig(Config):
 
     def fault(self, model: DetectorConfig) -> str | None:
         """Return an error message if a setting does not fit a student of this architecture, else None."""
-        fits = {"gfl": "distill.ld", "retinanet": "distill.adl"}.get(model.kind, "distill.pkd_weight and roi_weight")
+        fits = {"gfl": "distill.ld", "retinanet": "distill.adl"}.get(
+            model.kind, "distill.pkd_weight, cwd_weight and roi_weight"
+        )
         hint = f"model.kind is {model.kind}, whose settings are {fits}"
         if self.ld and model.kind != "gfl":
             return f"distill.ld: compares distributions of distances, which only gfl heads predict; {hint}"
@@ -101,7 +109,9 @@ class DistillConfig(Config):
         if model.is_dense and (self.roi_weight or self.temperature != 1):
             key = "roi_weight" if self.roi_weight else "temperature"
             return f"distill.{key}: applies to RoIs, which a one-stage detector does not have; {hint}"
-        weights = [self.pkd(model), self.roi(model)]
+        if self.cwd_class_weight and not model.is_dense:
+            return f"distill.cwd_class_weight: applies to class maps, which only one-stage detectors have; {hint}"
+        weights = [self.pkd(model), self.roi(model), self.cwd_weight, self.cwd_class_weight]
         if model.kind == "gfl":
             ld = self.ld or LDConfig()
             weights += [ld.ld_weight, ld.ld_vlr_weight, ld.kd_weight, ld.kd_vlr_weight, ld.imitation_weight]
@@ -109,6 +119,10 @@ class DistillConfig(Config):
             weights.append((self.adl or ADLConfig()).weight)
         if not any(weights):
             names = "distill.ld" if model.kind == "gfl" else "distill.adl.weight"
-            which = f"{names} and pkd_weight" if model.is_dense else "pkd_weight and roi_weight"
-            return f"{which} are {'' if model.kind == 'gfl' else 'both '}0: no loss uses the teacher"
+            which = (
+                f"{names}, pkd_weight, cwd_weight and cwd_class_weight"
+                if model.is_dense
+                else "pkd_weight, cwd_weight and roi_weight"
+            )
+            return f"{which} are 0: no loss uses the teacher"
         return None

@@ -86,7 +86,7 @@ def train(config: TrainConfig) -> None:
     from ssld.shared.run_dir import RunDir
     from ssld.shared.training.auto_batch import find_passes
     from ssld.shared.training.batch_sheet import write_sheet
-    from ssld.shared.training.optim import make_optimizer, multistep_factor, scale_lr, set_lr
+    from ssld.shared.training.optim import make_optimizer, scale_lr, set_lr
     from ssld.shared.training.quarantine import Quarantine
     from ssld.shared.training.training_state import TrainingState
     from ssld.shared.wording import count
@@ -97,6 +97,7 @@ def train(config: TrainConfig) -> None:
     from ssld.stage2_detect.evaluation.scoring import compare_expected, describe, score
     from ssld.stage2_detect.training.batch_images import first_images
     from ssld.stage2_detect.training.memory_trial import whole_step
+    from ssld.stage2_detect.training.schedule import Schedule
     from ssld.stage2_detect.training.trained_detector import TrainedDetector
     from ssld.stage2_detect.training.validation_loss import validation_losses
 
@@ -129,8 +130,7 @@ def train(config: TrainConfig) -> None:
     steps = config.total_steps(steps_per_epoch * config.batch_size)
     config = config.in_steps(steps)
     assert config.log_every is not None
-    milestones = config.optim.milestones(steps_per_epoch, steps)
-    warmup_steps = config.optim.total_warmup_steps(steps)
+    schedule = Schedule.of(config.optim, steps_per_epoch, steps)
 
     # ---- resume
     quarantine = Quarantine(run, data.images)
@@ -207,9 +207,9 @@ def train(config: TrainConfig) -> None:
     run.log(
         f"{steps} steps of {config.batch_size} images ({count(ranks, 'process')} x {config.accumulate} accumulated), "
         f"{steps / steps_per_epoch:.1f} passes, lr {base_lr:g} = {config.optim.lr:g} scaled from batch {config.optim.reference_batch} "
-        f"to {config.batch_size}, warm-up {warmup_steps} steps, milestones {milestones}"
+        f"to {config.batch_size}, {schedule.describe()}"
     )
-    if milestones and min(milestones) >= steps:
+    if schedule.milestones and min(schedule.milestones) >= steps:
         run.log(f"milestones: all are after the last of {steps} steps, so the learning rate never drops")
     run.log(
         f"{f'recipe {config.recipe}' if config.recipe else 'no recipe file; flags only'}; all settings are in {run.path / 'config.yaml'}"
@@ -229,14 +229,8 @@ def train(config: TrainConfig) -> None:
         stream = iter(loader)
         while step < steps and not state.exhausted(config.patience):
             step += 1
-            factor = multistep_factor(
-                step - 1,
-                milestones=milestones,
-                gamma=config.optim.gamma,
-                warmup_steps=warmup_steps,
-                warmup_start=config.optim.warmup_start,
-            )
-            set_lr(optimizer, base_lr * factor)
+            lr = base_lr * schedule.factor(step - 1)
+            set_lr(optimizer, lr)
             model.train()
             for micro in range(config.accumulate):
                 with progress.waiting():
@@ -266,7 +260,7 @@ def train(config: TrainConfig) -> None:
             progress.step()
 
             if logged:
-                state.log(step, base_lr * factor, grad_norm=norm)
+                state.log(step, lr, grad_norm=norm)
             if config.evaluate_every and step % config.evaluate_every == 0 and step < steps:
                 with progress.pausing():
                     metrics, scored = evaluate_now(step), step

@@ -68,5 +68,22 @@ def multistep_factor(
     step: int, *, milestones: Sequence[int], gamma: float, warmup_steps: int, warmup_start: float
 ) -> float:
     """Return the factor on the learning rate at `step` (0-based): linear warm-up from `warmup_start` to 1, times gamma for each milestone passed."""
-    warmup = 1.0 if step >= warmup_steps else warmup_start + (1.0 - warmup_start) * step / warmup_steps
-    return warmup * gamma ** sum(step >= milestone for milestone in milestones)
+    return _warmup(step, warmup_steps, warmup_start) * gamma ** sum(step >= milestone for milestone in milestones)
+
+
+def decay_factor(step: int, *, steps: int, decay_steps: int | None, warmup_steps: int, warmup_start: float) -> float:
+    """Return the factor on the learning rate at `step` (0-based): linear warm-up from `warmup_start` to 1, then a decay that would reach 0 after
+    the last step.
+
+    Args:
+        decay_steps: the rate is constant, and falls linearly in the last `decay_steps` steps (warmup-stable-decay, arXiv 2405.18392); None: it
+            falls as half a cosine from the end of the warm-up on.
+    """
+    length = steps - warmup_steps if decay_steps is None else min(decay_steps, steps - warmup_steps)
+    progress = max(0.0, (step - (steps - length)) / max(1, length))
+    decayed = 0.5 * (1.0 + math.cos(math.pi * progress)) if decay_steps is None else 1.0 - progress
+    return _warmup(step, warmup_steps, warmup_start) * decayed
+
+
+def _warmup(step: int, warmup_steps: int, warmup_start: float) -> float:
+    return 1.0 if step >= warmup_steps else warmup_start + (1.0 - warmup_start) * step / warmup_steps

@@ -22,13 +22,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ssld.shared.distributed.processes import pins_memory, start_worker
 from ssld.shared.errors import UserError
 from ssld.shared.images import ImageHeader, UnreadableImage, decode_image, stable_seed
-from ssld.stage2_detect.config import AugmentConfig, ResizeConfig
+from ssld.stage2_detect.augment_config import AugmentConfig
+from ssld.stage2_detect.config import ResizeConfig
 from ssld.stage2_detect.data.batch_order import BatchOrder, MixedOrder, eval_batches, training_order
 from ssld.stage2_detect.data.coco import CocoData, CocoImage
+from ssld.stage2_detect.data.composites import Sources, TrainingImage, compose
 from ssld.stage2_detect.data.orientation import fit_of, is_upright, misfit
 from ssld.stage2_detect.data.padding import pad_images, pad_targets
 from ssld.stage2_detect.data.sizing import MultiScaleBatch, Sizing
-from ssld.stage2_detect.data.views import TrainingViews, View, ViewedImage
+from ssld.stage2_detect.data.views import TrainingViews, View, ViewedImage, view_matrix
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.mask_targets import ImageMasks
 
@@ -151,7 +153,7 @@ class TrainLoader:
 
     Args:
         data: labeled training images.
-        resize, augment: the whole augmentation, see `views.TrainingViews`. The view number of an image is the epoch. With
+        resize, augment: the whole augmentation, see `views.TrainingViews` and `composites.py`. The view number of an image is the epoch. With
             `large_scale_jitter` every batch is padded to the square of side `train_long_side`.
         batch_size, seed, rank, ranks, accumulate: see `batch_order.BatchOrder`.
         start_step, stop_step: range of optimizer steps.
@@ -160,6 +162,8 @@ class TrainLoader:
         labeled_ratio: share of labeled images per batch, if there are unlabeled ones.
         pseudo: the unlabeled images have pseudo-labels, used as targets like those of labeled images.
         repeats: repeat factors of the labeled images; the view number is then the step.
+        compose_steps: number of steps, from the start of the run, in which labeled images may be composed with each other
+            (`composites.py`); None: all.
 
     Raises:
         UserError: a batch does not fit the data or the ranks; while iterating: the size of an image differs from the file's.
@@ -183,6 +187,7 @@ class TrainLoader:
         labeled_ratio: float = 0.5,
         pseudo: bool = False,
         repeats: np.ndarray | None = None,
+        compose_steps: int | None = None,
     ) -> None:
         wide, more = ([record.width > record.height for record in records] for records in (data.images, unlabeled))
         options = {"batch_size": batch_size, "seed": seed, "ranks": ranks, "accumulate": accumulate}
@@ -191,7 +196,7 @@ class TrainLoader:
         self._records, self._labeled = [*data.images, *unlabeled], len(data.images)
         self._has_unlabeled = bool(unlabeled) and not pseudo
         self._requests = _TrainSampler(self.order, rank, range(start_step, max(stop_step, start_step)))
-        make = _TrainImagesOf(self._records, self._labeled, TrainingViews(seed, resize, augment))
+        make = _TrainImagesOf(self._records, self._labeled, TrainingViews(seed, resize, augment), compose_steps)
         self._loader = BatchLoader(make, self._requests, workers)
 
     def __len__(self) -> int:
@@ -199,17 +204,17 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[TrainBatch]:
         for made in self._loader:
-            flags = torch.tensor([index < self._labeled for index in made.indices])
+            indices = [sources.index for sources in made.sources]
+            flags = torch.tensor([index < self._labeled for index in indices])
             labeled_B = flags if self._has_unlabeled else None
             targets = replace(made.targets, labeled_B=labeled_B, masks=self._masks(made))
-            yield TrainBatch(made.images, targets, [self._records[i] for i in made.indices], made.unreadable)
+            yield TrainBatch(made.images, targets, [self._records[i] for i in indices], made.unreadable)
 
     def _masks(self, made: "_TrainImages") -> tuple[ImageMasks, ...] | None:
         """Return the masks of a batch. They are looked up in this process by the kept positions, so workers need not pickle them."""
         if self._records[0].segmentations is None:
             return None
-        parts = zip(made.indices, made.views, made.kept, strict=True)
-        return tuple(masks_of(self._records[index], view, kept) for index, view, kept in parts)
+        return tuple(sources.masks(self._records) for sources in made.sources)
 
 
 def load_record(record: CocoImage) -> Tensor:
@@ -232,8 +237,7 @@ def masks_of(record: CocoImage, view: View, kept_N: np.ndarray | None = None) ->
     """Return the masks of an image's objects in a view; `kept_N` selects and orders them."""
     shapes = () if record.segmentations is None else record.segmentations
     picked = tuple(shapes[index] for index in (range(len(shapes)) if kept_N is None else kept_N)) if len(shapes) else ()
-    mirror = view.width if view.flip else None
-    return ImageMasks(picked, record.height, record.width, view.scale, left=view.left, top=view.top, mirror=mirror)
+    return ImageMasks(picked, np.broadcast_to(view_matrix(view), (len(picked), 2, 3)))
 
 
 def ahead(items: Iterator[Item]) -> Iterator[Item]:
@@ -329,21 +333,19 @@ class _TrainSampler(Sampler[list[_Request]]):
 
 
 class _TrainImages(NamedTuple):
-    """Micro-batch as a worker makes it; records are looked up by `indices` in the calling process."""
+    """Micro-batch as a worker makes it; records are looked up by `sources` in the calling process."""
 
     images: ImageBatch
     targets: Targets
-    indices: list[int]
-    views: list[View]
-    kept: list[np.ndarray]
+    sources: list[Sources]
     unreadable: list[UnreadableImage]
 
 
 class _TrainImagesOf:
     """Make a micro-batch from its requests."""
 
-    def __init__(self, records: list[CocoImage], labeled: int, views: TrainingViews) -> None:
-        self.records, self.labeled = records, labeled
+    def __init__(self, records: list[CocoImage], labeled: int, views: TrainingViews, compose_steps: int | None) -> None:
+        self.records, self.labeled, self.compose_steps = records, labeled, compose_steps
         augment = views.augment
         strong = augment.auto_augment if augment.auto_augment_unlabeled is None else augment.auto_augment_unlabeled
         self.views = views
@@ -352,31 +354,45 @@ class _TrainImagesOf:
 
     def __call__(self, requests: list[_Request]) -> _TrainImages:
         unreadable: list[UnreadableImage] = []
-        indices, views = zip(*(self._view(request, unreadable) for request in requests), strict=True)
-        objects = [
-            (one.boxes_M4, self.records[index].labels_N[one.kept_M]) for index, one in zip(indices, views, strict=True)
-        ]
-        ids = [self.records[index].image_id for index in indices]
+        made = [self._image(request, unreadable) for request in requests]
+        sources = [one.sources for one in made]
+        ids = [self.records[one.index].image_id for one in sources]
         seeds = [stable_seed(self.views.seed, request.step, one) for request, one in zip(requests, ids, strict=True)]
         return _TrainImages(
-            pad_images(
-                [one.pixels_CHW for one in views], [one.view.scale for one in views], least_side=self.least_side
-            ),
-            pad_targets(objects, seeds),
-            list(indices),
-            [one.view for one in views],
-            [one.kept_M for one in views],
+            pad_images([one.pixels_CHW for one in made], [one.scale for one in made], least_side=self.least_side),
+            pad_targets([(one.boxes_M4, one.sources.labels(self.records)) for one in made], seeds),
+            sources,
             unreadable,
         )
 
-    def _view(self, request: _Request, unreadable: list[UnreadableImage]) -> tuple[int, ViewedImage]:
-        """Return (index, view) of the requested image, or of the next decodable one of its part (labeled or unlabeled)."""
+    def _image(self, request: _Request, unreadable: list[UnreadableImage]) -> TrainingImage:
+        """Return the requested image, or the next decodable one of its part (labeled or unlabeled), composed with others as drawn."""
         labeled = request.image < self.labeled
+
+        def view_of(index: int, zoom: float) -> tuple[int, ViewedImage]:
+            return self._view(index, request.view, zoom, unreadable)
+
+        return compose(
+            request.image,
+            view_of,
+            self.labeled,
+            seed=self.views.seed,
+            number=request.view,
+            record_of=self.records.__getitem__,
+            augment=self.views.augment,
+            compositions=labeled and (self.compose_steps is None or request.step < self.compose_steps),
+        )
+
+    def _view(
+        self, wanted: int, number: int, zoom: float, unreadable: list[UnreadableImage]
+    ) -> tuple[int, ViewedImage]:
+        """Return (index, view) of an image, or of the next decodable one of its part (labeled or unlabeled)."""
+        labeled = wanted < self.labeled
         part = range(self.labeled) if labeled else range(self.labeled, len(self.records))
         views = self.views if labeled else self.unlabeled_views
         failed: list[UnreadableImage] = []
         for offset in range(len(part)):
-            index = part[(request.image - part[0] + offset) % len(part)]
+            index = part[(wanted - part[0] + offset) % len(part)]
             record = self.records[index]
             try:
                 image = load_record(record)
@@ -384,6 +400,6 @@ class _TrainImagesOf:
                 failed.append(UnreadableImage(error.name, error.reason))
                 continue
             unreadable += failed
-            return index, views.of(image, record.boxes_N4, image_id=record.image_id, number=request.view)
+            return index, views.of(image, record.boxes_N4, image_id=record.image_id, number=number, zoom=zoom)
         first = failed[0]
         raise UserError(f"none of the {len(part)} training images can be read; the first: {first.name}, {first.reason}")

@@ -219,9 +219,10 @@ def teacher_check_images(config: TrainConfig, data: TrainingData) -> CocoData:
 
 
 def training_loader(
-    config: TrainConfig, data: TrainingData, *, start: int, stop: int, rank: int, ranks: int
+    config: TrainConfig, data: TrainingData, *, start: int, stop: int, rank: int, ranks: int, steps: int | None = None
 ) -> TrainLoader:
-    """Return this rank's micro-batches from step `start` to `stop`. Raises UserError if the batch does not fit the data or the ranks."""
+    """Return this rank's micro-batches from step `start` to `stop` of a run of `steps` steps (default: `stop`). Raises UserError if the batch
+    does not fit the data or the ranks."""
     return TrainLoader(
         data.train,
         config.resize,
@@ -238,4 +239,5 @@ def training_loader(
         labeled_ratio=config.labeled_ratio,
         pseudo=data.pseudo is not None,
         repeats=data.repeats,
+        compose_steps=round(config.augment.compose_until * (stop if steps is None else steps)),
     )

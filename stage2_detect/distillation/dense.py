@@ -3,8 +3,8 @@
 LD (arXiv 2102.12252; HikariTJU/LD@4287990c, ld_head.py) compares the heads' logits on the same batch: distributions of distances and classes at the
 student's positives (main) and at the cells around them or all negatives (VLR). ADL (arXiv 1901.00366;
 Tangshitao/Semi-supervised-Adaptive-Distillation@3244dfa) compares classes at every anchor that is not ignored. Imitation compares feature maps at
-chosen cells, also on levels without positives, which the released code leaves out. PKD (arXiv 2207.02039) compares feature maps at all cells, for
-either kind.
+chosen cells, also on levels without positives, which the released code leaves out. For either kind, PKD and CWD compare feature maps at all cells
+(`maps.py`), and CWD the class maps of a level: each class and anchor is a channel, a distribution over the cells of an image.
 
 In the released code of LD, sums over the images of a process are not divided, so the strength of the terms depends on their number: `reference`.
 `global` is twice the mean over the images of the global batch: equal to `reference` at two images per process, on any number of ranks.
@@ -22,13 +22,14 @@ from ssld.shared.errors import UserError
 from ssld.stage2_detect.distill_config import ADLConfig, LDConfig
 from ssld.stage2_detect.distillation import regions
 from ssld.stage2_detect.distillation.losses import (
-    adapters,
     adaptive_distillation,
     adaptive_normalizer,
+    channel_wise,
+    inside_maps,
     localization_distillation,
-    pyramid_correlation,
     soft_divergence,
 )
+from ssld.stage2_detect.distillation.maps import MapTerms
 from ssld.stage2_detect.distillation.teacher import FrozenDetector
 from ssld.stage2_detect.models.anchors import Grids, grids_of
 from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
@@ -48,17 +49,24 @@ class DistilledDense(nn.Module):
         student: detector to train; its own losses stay as they are.
         teacher: detector of the same classes and anchors; not part of this module's parameters, buffers or state.
         terms: `LDConfig` for a GFL student, `ADLConfig` for a RetinaNet.
-        pkd_weight: factor on `loss_pkd`, over P3..P7; 0 leaves it out.
-
-    Attributes:
-        adapters: one per level if the teacher's maps have another width and `loss_pkd` is on, else empty.
+        pkd_weight, cwd_weight: factors on `loss_pkd` and `loss_cwd`, over P3..P7; see `MapTerms`.
+        cwd_class_weight: factor on `loss_cwd_class`, over the class maps of P3..P7; 0 leaves it out.
+        cwd_temperature: softmax temperature of both CWD terms.
 
     Raises:
         UserError: the teacher's head is of another kind, or has other anchors or bins; or imitation is on and its maps have another width.
     """
 
     def __init__(
-        self, student: DenseDetector, teacher: FrozenDetector, terms: LDConfig | ADLConfig, *, pkd_weight: float = 0.0
+        self,
+        student: DenseDetector,
+        teacher: FrozenDetector,
+        terms: LDConfig | ADLConfig,
+        *,
+        pkd_weight: float = 0.0,
+        cwd_weight: float = 0.0,
+        cwd_class_weight: float = 0.0,
+        cwd_temperature: float = 1.0,
     ) -> None:
         super().__init__()
         assert isinstance(student.dense, GFL if isinstance(terms, LDConfig) else RetinaNet), (
@@ -68,11 +76,17 @@ class DistilledDense(nn.Module):
         if isinstance(terms, LDConfig) and terms.imitation_weight and student.pyramid.channels != teacher.channels:
             raise UserError(
                 f"distill.ld.imitation_weight: the teacher's maps have {teacher.channels} channels, the student's {student.pyramid.channels}; "
-                "give both the same model.fpn_channels, or use distill.pkd_weight, which adapts them"
+                "give both the same model.fpn_channels, or use distill.pkd_weight or cwd_weight, which adapt them"
             )
-        self.student, self.teacher, self.terms, self.pkd_weight = student, teacher, terms, pkd_weight
-        self.adapters = adapters(
-            student.pyramid.channels, teacher.channels, len(student.pyramid.strides) if pkd_weight else 0
+        self.student, self.teacher, self.terms = student, teacher, terms
+        self.cwd_class_weight, self.cwd_temperature = cwd_class_weight, cwd_temperature
+        self.maps = MapTerms(
+            student.pyramid.channels,
+            teacher.channels,
+            len(student.pyramid.strides),
+            pkd_weight=pkd_weight,
+            cwd_weight=cwd_weight,
+            cwd_temperature=cwd_temperature,
         )
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
@@ -98,17 +112,20 @@ class DistilledDense(nn.Module):
             losses = losses_under_adl(
                 terms, head, outputs, teacher_outputs, grids, sizes_B2, targets, self.student.ranks
             )
-        if self.pkd_weight:
-            correlation = pyramid_correlation(
-                features, teacher_features, self.adapters, self.student.pyramid.strides, sizes_B2
-            )
-            losses["loss_pkd"] = self.pkd_weight * correlation
+        if self.cwd_class_weight:
+            inside = [
+                inside_maps(sizes_B2, maps, stride).flatten(1)
+                for maps, stride in zip(features, self.student.pyramid.strides, strict=True)
+            ]
+            divergence = class_divergence(outputs[0], teacher_outputs[0], inside, self.cwd_temperature)
+            losses["loss_cwd_class"] = self.cwd_class_weight * divergence
+        losses |= self.maps(features, teacher_features, self.student.pyramid.strides, sizes_B2)
         return losses
 
     def weights(self) -> dict[str, float]:
         """Return the factor of each term, by the name of its loss."""
         if isinstance(self.terms, ADLConfig):
-            return {"loss_adl": self.terms.weight, "loss_pkd": self.pkd_weight}
+            return {"loss_adl": self.terms.weight, **self._map_weights()}
         terms = self.terms
         return {
             "loss_ld": terms.ld_weight,
@@ -116,8 +133,29 @@ class DistilledDense(nn.Module):
             "loss_kd": terms.kd_weight,
             "loss_kd_vlr": terms.kd_vlr_weight,
             "loss_imitation": terms.imitation_weight,
-            "loss_pkd": self.pkd_weight,
+            **self._map_weights(),
         }
+
+    def _map_weights(self) -> dict[str, float]:
+        return {**self.maps.weights, "loss_cwd_class": self.cwd_class_weight}
+
+
+def class_divergence(logits_BAK: Tensor, teacher_BAK: Tensor, inside: Sequence[Tensor], temperature: float) -> Tensor:
+    """Compute the sum over the levels of `channel_wise` of the class logits, where each class of each anchor of a cell is a channel; `inside` marks
+    the cells of each level that show the image, bool [B, P]."""
+    B, A, K = logits_BAK.shape
+    counts = [level_BP.shape[1] for level_BP in inside]
+    per_cell = A // sum(counts)
+    levels = zip(
+        *(one.split([per_cell * count for count in counts], dim=1) for one in (logits_BAK, teacher_BAK)),
+        inside,
+        strict=True,
+    )
+    terms = [
+        channel_wise(student.reshape(B, -1, per_cell * K), teacher.reshape(B, -1, per_cell * K), level_BP, temperature)
+        for student, teacher, level_BP in levels
+    ]
+    return torch.stack(terms).sum()
 
 
 def losses_under_ld(

@@ -1,18 +1,16 @@
 """Distillation losses of detectors: pure functions, float32 inside.
 
 For the heads of one-stage detectors, without reduction (the caller weighs, sums and divides): `soft_divergence`, `localization_distillation`,
-`adaptive_distillation`. For RoIs, a sum: `roi_kd`. For feature maps of either kind of detector, means: `pkd`, and its sum over a pyramid,
-`pyramid_correlation`.
+`adaptive_distillation`. For RoIs, a sum: `roi_kd`. For feature maps, means: `pkd` and `channel_wise`; `maps.py` sums them over a pyramid.
 
-Shapes: ... any leading dimensions, B images, C channels of the student, D of the teacher, H rows, W columns, N RoIs, K classes, E bins of a
-distance, 4 distances of a box.
+Shapes: ... any leading dimensions, B images, C channels of the student, D of the teacher, H rows, W columns, P positions of a map, N RoIs, K classes,
+E bins of a distance, 4 distances of a box.
 """
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 _EPSILON = 1e-8  # added to a variance, so that a constant channel has a finite gradient
@@ -77,6 +75,21 @@ def pkd(student_BDHW: Tensor, teacher_BDHW: Tensor, inside_BHW: Tensor) -> Tenso
     return 0.5 * (student - teacher).square().sum() / pixels
 
 
+def channel_wise(student_BPD: Tensor, teacher_BPD: Tensor, inside_BP: Tensor, temperature: float = 1.0) -> Tensor:
+    """Compute the channel-wise divergence (arXiv 2011.13256 equations 3 to 5): T^2 * KL(t || s), where t and s are the softmax of a channel over
+    the P positions that `inside_BP` marks, at temperature T; mean over channels and images, in nats.
+
+    In a channel it compares where the teacher is most active, not how much.
+    """
+    outside_BP1 = ~inside_BP[:, :, None]
+    log_s_BPD, log_t_BPD = (
+        F.log_softmax(maps.float().masked_fill(outside_BP1, -torch.inf) / temperature, dim=1)
+        for maps in (student_BPD, teacher_BPD)
+    )
+    divergence_BPD = log_t_BPD.exp() * (log_t_BPD - log_s_BPD).masked_fill(outside_BP1, 0.0)
+    return temperature**2 * divergence_BPD.sum(dim=1).mean()
+
+
 def roi_kd(student_NK: Tensor, teacher_NK: Tensor, valid_N: Tensor, temperature: float = 1.0) -> Tensor:
     """Compute the sum over the valid RoIs of T^2 * (KL(t||s) + KL(s||t)) / 2 of the softmax at temperature T, in nats; from logits, float32
     inside."""
@@ -91,30 +104,6 @@ def inside_maps(sizes_B2: Tensor, map_BCHW: Tensor, stride: int) -> Tensor:
     rows_BH = stride * torch.arange(H, device=sizes_B2.device) < sizes_B2[:, :1]
     columns_BW = stride * torch.arange(W, device=sizes_B2.device) < sizes_B2[:, 1:]
     return rows_BH[:, :, None] & columns_BW[:, None, :]
-
-
-def adapters(channels: int, teacher_channels: int, levels: int) -> nn.ModuleList:
-    """Make 1x1 convolutions, one per level, from maps of `channels` to maps of `teacher_channels`; none if these are equal."""
-    return nn.ModuleList(
-        nn.Conv2d(channels, teacher_channels, 1) for _ in range(levels if channels != teacher_channels else 0)
-    )
-
-
-def pyramid_correlation(
-    features: Sequence[Tensor],
-    teacher_features: Sequence[Tensor],
-    adapters: nn.ModuleList,
-    strides: Sequence[int],
-    sizes_B2: Tensor,
-) -> Tensor:
-    """Compute the sum of `pkd` over the levels of the student's maps and the teacher's; adapters may be empty."""
-    levels = zip(features, teacher_features, strides, strict=False)
-    return torch.stack(
-        [
-            pkd(adapters[level](maps) if adapters else maps, teacher_maps, inside_maps(sizes_B2, maps, stride))
-            for level, (maps, teacher_maps, stride) in enumerate(levels)
-        ]
-    ).sum()
 
 
 def _normalized(maps_BCHW: Tensor, inside_BHW: Tensor) -> Tensor:

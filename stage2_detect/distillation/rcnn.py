@@ -1,11 +1,12 @@
 """Distillation of an R-CNN student from a teacher's feature maps and its classification of RoIs.
 
-Two terms, on labeled and on unlabeled images alike:
+Three terms, on labeled and on unlabeled images alike:
 
 `loss_pkd`, PKD (arXiv 2207.02039, equations 2 and 3): maps of equal stride, each channel brought to zero mean and unit
 variance over the pixels of the batch that show an image, then half the mean squared error, which is 1 - Pearson's
-correlation. Levels P2..P5 are summed; P6 is every second pixel of P5. Where the widths differ, a 1x1 convolution per level
-projects the student's maps to the teacher's width; it trains with the student and is dropped with the teacher.
+correlation. Levels P2..P5 are summed; P6 is every second pixel of P5.
+
+`loss_cwd`, CWD (arXiv 2011.13256): the same maps, each channel of an image as a distribution over its cells (`maps.py`).
 
 `loss_roi_kd`: the teacher's first box head classifies RoIs of the student (those sampled for the student's own loss; on
 unlabeled images its best proposals) from the teacher's maps. These probabilities are the targets of the student's first
@@ -22,7 +23,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ssld.stage2_detect.distillation.losses import adapters, pyramid_correlation, roi_kd
+from ssld.stage2_detect.distillation.losses import roi_kd
+from ssld.stage2_detect.distillation.maps import MapTerms
 from ssld.stage2_detect.distillation.teacher import FrozenDetector
 from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
 from ssld.stage2_detect.models.rcnn import RCNN
@@ -32,18 +34,16 @@ _LEVELS = 4
 
 class DistilledRCNN(nn.Module):
     """A student under a teacher, with the contract of a detector: in train mode `model(images, targets)` -> the student's losses and
-    `loss_pkd`, `loss_roi_kd`, times their weights; in eval mode `model(images)` -> the student's detections.
+    `loss_pkd`, `loss_cwd`, `loss_roi_kd`, times their weights; in eval mode `model(images)` -> the student's detections.
 
     Images without labels come last in a batch; at least one image has labels.
 
     Args:
         student: detector to train; its own losses stay as they are.
         teacher: detector of the same classes in the same order; not part of this module's parameters, buffers or state.
-        pkd_weight, roi_weight: factors on the two terms; 0 leaves a term out.
+        pkd_weight, cwd_weight, cwd_temperature: see `MapTerms`.
+        roi_weight: factor on `loss_roi_kd`; 0 leaves it out.
         temperature: softmax temperature of `loss_roi_kd`.
-
-    Attributes:
-        adapters: one per level if the teacher's maps have another width and `loss_pkd` is on, else empty.
     """
 
     def __init__(
@@ -52,13 +52,22 @@ class DistilledRCNN(nn.Module):
         teacher: FrozenDetector,
         *,
         pkd_weight: float = 6.0,
+        cwd_weight: float = 0.0,
+        cwd_temperature: float = 1.0,
         roi_weight: float = 1.0,
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
         self.student, self.teacher = student, teacher
-        self.pkd_weight, self.roi_weight, self.temperature = pkd_weight, roi_weight, temperature
-        self.adapters = adapters(student.pyramid.channels, teacher.channels, _LEVELS if pkd_weight else 0)
+        self.roi_weight, self.temperature = roi_weight, temperature
+        self.maps = MapTerms(
+            student.pyramid.channels,
+            teacher.channels,
+            _LEVELS,
+            pkd_weight=pkd_weight,
+            cwd_weight=cwd_weight,
+            cwd_temperature=cwd_temperature,
+        )
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
         """Compute losses in train mode, detections in eval mode."""
@@ -71,10 +80,7 @@ class DistilledRCNN(nn.Module):
         losses, (sampled, logits_NK) = self.student.losses(
             [maps[:labeled] for maps in features], sizes_B2[:labeled], targets.first(labeled), self.student.ranks
         )
-        if self.pkd_weight:
-            losses["loss_pkd"] = self.pkd_weight * pyramid_correlation(
-                features[:_LEVELS], teacher_features, self.adapters, self.student.pyramid.strides, sizes_B2
-            )
+        losses |= self.maps(features, teacher_features, self.student.pyramid.strides, sizes_B2)
         if self.roi_weight:
             rois = [(sampled.rois_BR4, sampled.valid_BR, logits_NK)]
             if labeled < len(sizes_B2):
@@ -84,7 +90,7 @@ class DistilledRCNN(nn.Module):
 
     def weights(self) -> dict[str, float]:
         """Return the factor of each term, by the name of its loss."""
-        return {"loss_pkd": self.pkd_weight, "loss_roi_kd": self.roi_weight}
+        return {**self.maps.weights, "loss_roi_kd": self.roi_weight}
 
     def _unlabeled_rois(self, features: Sequence[Tensor], sizes_B2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the student's best proposals, as many as it samples from a labeled image, and its logits for them."""

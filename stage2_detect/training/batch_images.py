@@ -26,7 +26,7 @@ def first_images(config: TrainConfig, data: TrainingData, *, steps: int, ranks: 
     """
     alone = config.model_copy(update={"workers": 0})
     images: list[tuple[Image.Image, str]] = []
-    batches = training_loader(alone, data, start=0, stop=min(steps, FEWEST), rank=0, ranks=ranks)
+    batches = training_loader(alone, data, start=0, stop=min(steps, FEWEST), rank=0, ranks=ranks, steps=steps)
     for batch in islice(batches, FEWEST):
         images += drawn_images(batch, data.train.class_names)
         if len(images) >= FEWEST:

@@ -96,16 +96,17 @@ class TrainedDetector:
     def _with_teacher(self, teacher: FrozenDetector, distill: DistillConfig) -> DistilledRCNN | DistilledDense:
         """Return the detector with its teacher and the losses between them."""
         model = self._config.model
+        maps = {
+            "pkd_weight": distill.pkd(model),
+            "cwd_weight": distill.cwd_weight,
+            "cwd_temperature": distill.cwd_temperature,
+        }
         if isinstance(self.detector, RCNN):
             return DistilledRCNN(
-                self.detector,
-                teacher,
-                pkd_weight=distill.pkd(model),
-                roi_weight=distill.roi(model),
-                temperature=distill.temperature,
+                self.detector, teacher, roi_weight=distill.roi(model), temperature=distill.temperature, **maps
             )
         terms = (distill.ld or LDConfig()) if model.kind == "gfl" else (distill.adl or ADLConfig())
-        return DistilledDense(self.detector, teacher, terms, pkd_weight=distill.pkd(model))
+        return DistilledDense(self.detector, teacher, terms, cwd_class_weight=distill.cwd_class_weight, **maps)
 
     @property
     def evaluated(self) -> Detector:
@@ -118,8 +119,8 @@ class TrainedDetector:
         networks: dict[str, nn.Module] = {"model": self.detector}
         if self.ema:
             networks["ema"] = self.ema.module
-        if isinstance(self.model, DistilledRCNN | DistilledDense) and len(self.model.adapters):
-            networks["adapters"] = self.model.adapters
+        if isinstance(self.model, DistilledRCNN | DistilledDense) and len(self.model.maps.adapters):
+            networks["adapters"] = self.model.maps.adapters
         return networks
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -134,7 +135,7 @@ class TrainedDetector:
             self.detector, lr_factor=lambda name: factors.get(name.removeprefix("pyramid.body."), 1.0), **decay
         )
         if isinstance(self.model, DistilledRCNN | DistilledDense):
-            groups += parameter_groups(self.model.adapters, **decay)
+            groups += parameter_groups(self.model.maps.adapters, **decay)
         return groups
 
     def preview(self) -> Iterator[str]:

@@ -94,7 +94,7 @@ def batch(images: int, device: str) -> tuple[ImageBatch, Targets]:
         boxes,
         torch.randint(0, len(CLASSES), (images, 2), generator=draw),
         torch.arange(images) + 3,
-        masks=tuple(ImageMasks(tuple(shapes), HEIGHT, WIDTH) for shapes in polygons),
+        masks=tuple(ImageMasks(tuple(shapes)) for shapes in polygons),
     )
     batch = ImageBatch(pixels, sizes, torch.ones(images), sizes)
     return batch.to(device), targets.to(device)

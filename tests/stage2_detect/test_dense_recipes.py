@@ -45,7 +45,25 @@ RETINANET: dict[str, tuple[str, tuple[int, int], int, float | None, str | None]]
 
 
 def test_every_recipe_is_in_a_table() -> None:
-    assert set(DENSE) == {*GFL, *RETINANET}
+    assert set(DENSE) == {*GFL, *RETINANET, "gfl_r50_cwd_2x"}
+
+
+def test_cwd_recipe() -> None:
+    """PaddleDetection@005e0ff8: weight 5 at temperature 1 on the class maps, and no other term."""
+    config, base = resolved("gfl_r50_cwd_2x"), resolved("gfl_r50_1x")
+    distill = config.distill
+    assert distill is not None
+    assert (distill.cwd_class_weight, distill.cwd_temperature, distill.cwd_weight, distill.pkd(config.model)) == (
+        5,
+        1,
+        0,
+        0,
+    )
+    assert distill.ld == LDConfig(ld_weight=0, ld_vlr_weight=0, kd_weight=0)
+    assert distill.teacher == resolved("gfl_r101_2x").output / "detector.safetensors"
+    assert (config.train_epochs, config.optim.milestones_epochs, expected_scores(config)) == (24, [16, 22], ())
+    changed = dict.fromkeys(("distill", "output", "expected", "train_epochs", "optim"))
+    assert vars(config) | changed == vars(base) | changed
 
 
 def common(name: str) -> None:
@@ -188,7 +206,7 @@ def test_a_recipe_trains_and_is_evaluated(
     flags: list[str] = []
     if "_sad_" in name:  # the annotations serve as pseudo-labels
         flags = ["--unlabeled", str(toy / "train"), "--pseudo", str(toy / "train.json"), "--batch_size", "4"]
-    if any(kind in name for kind in ("_ld_", "_adl_", "_sad_")):
+    if any(kind in name for kind in ("_ld_", "_cwd_", "_adl_", "_sad_")):
         flags += ["--distill.teacher", str(teachers[kind]), "--distill.check_ap", "0", "--distill.check_images", "1"]
     file = run(call, name, toy, tmp_path / "run", *flags)
     result = read_result(tmp_path / "run")

@@ -216,13 +216,16 @@ def test_settings_that_do_not_fit(train_settings: Settings, tmp_path: Path) -> N
     assert "distill.adl: compares class probabilities per anchor" in fault("gfl", adl={})
     assert "model.kind is gfl, whose settings are distill.ld" in fault("gfl", adl={})
     assert "distill.ld: compares distributions of distances, which only gfl heads predict" in fault("retinanet", ld={})
-    assert "model.kind is faster_rcnn, whose settings are distill.pkd_weight and roi_weight" in fault(
+    assert "model.kind is faster_rcnn, whose settings are distill.pkd_weight, cwd_weight and roi_weight" in fault(
         "faster_rcnn", ld={}
     )
     assert "distill.roi_weight: applies to RoIs" in fault("gfl", roi_weight=1.0)
     assert "distill.temperature: applies to RoIs" in fault("retinanet", temperature=2.0)
-    assert "distill.ld and pkd_weight are 0" in fault("gfl", ld={"ld_weight": 0, "ld_vlr_weight": 0, "kd_weight": 0})
-    assert "distill.adl.weight and pkd_weight are both 0" in fault("retinanet", adl={"weight": 0})
+    without_ld = fault("gfl", ld={"ld_weight": 0, "ld_vlr_weight": 0, "kd_weight": 0})
+    assert "distill.ld, pkd_weight, cwd_weight and cwd_class_weight are 0" in without_ld
+    without_adl = fault("retinanet", adl={"weight": 0})
+    assert "distill.adl.weight, pkd_weight, cwd_weight and cwd_class_weight are 0" in without_adl
+    assert "distill.cwd_class_weight: applies to class maps" in fault("faster_rcnn", cwd_class_weight=1.0)
     distill = DistillConfig(teacher=Path("x"))
     models = [TrainConfig(**dense_settings(train_settings, kind), output=tmp_path).model for kind in ("gfl", "faster_rcnn")]  # fmt: skip
     assert [(distill.pkd(model), distill.roi(model)) for model in models] == [(0, 0), (6, 1)]

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from ssld.shared.errors import UserError
 from ssld.shared.models.model_file import read_metadata
 from ssld.stage2_detect import predict, train
-from ssld.stage2_detect.config import AugmentConfig, ResizeConfig
+from ssld.stage2_detect.augment_config import AugmentConfig
+from ssld.stage2_detect.config import ResizeConfig
 from ssld.stage2_detect.data.coco import read_coco
 from ssld.stage2_detect.data.loaders import TrainLoader
 from ssld.stage2_detect.data.training_data import read_pseudo_labels

@@ -6,6 +6,7 @@ from torch import nn
 
 from ssld.shared.training.optim import (
     cosine_factor,
+    decay_factor,
     make_optimizer,
     multistep_factor,
     parameter_groups,
@@ -71,3 +72,13 @@ def test_multistep_step_by_step() -> None:
     curve = [multistep_factor(s, milestones=[4, 6], gamma=0.1, warmup_steps=2, warmup_start=0.1) for s in range(8)]
     assert curve == pytest.approx([0.1, 0.55, 1, 1, 0.1, 0.1, 0.01, 0.01])
     assert multistep_factor(0, milestones=[], gamma=0.1, warmup_steps=0, warmup_start=0.1) == 1
+
+
+def test_decay_step_by_step() -> None:
+    warmup = {"warmup_steps": 2, "warmup_start": 0.5}
+    linear = [decay_factor(step, steps=10, decay_steps=4, **warmup) for step in range(11)]
+    assert linear == pytest.approx([0.5, 0.75, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+    cosine = [decay_factor(step, steps=6, decay_steps=None, **warmup) for step in range(7)]
+    assert cosine == pytest.approx([0.5, 0.75, 1, 0.5 + 0.25 * 2**0.5, 0.5, 0.5 - 0.25 * 2**0.5, 0])
+    whole = [decay_factor(step, steps=4, decay_steps=9, warmup_steps=2, warmup_start=0.5) for step in range(4)]
+    assert whole == pytest.approx([0.5, 0.75, 1, 0.5])  # the decay begins after the warm-up at the earliest

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ssld.stage2_detect.config import AugmentConfig, ResizeConfig
+from ssld.stage2_detect.augment_config import AugmentConfig
+from ssld.stage2_detect.config import ResizeConfig
 from ssld.stage2_detect.data.auto_augment import (
     FILL,
     POLICY_V1,

@@ -15,7 +15,8 @@ from PIL import Image
 
 from ssld.shared.errors import UserError
 from ssld.shared.images import decode_image, stable_seed
-from ssld.stage2_detect.config import AugmentConfig, ResizeConfig, TTAConfig
+from ssld.stage2_detect.augment_config import AugmentConfig
+from ssld.stage2_detect.config import ResizeConfig, TTAConfig
 from ssld.stage2_detect.data.batch_order import BatchOrder, eval_batches
 from ssld.stage2_detect.data.coco import CocoData, read_coco
 from ssld.stage2_detect.data.loaders import ImageLoader, TrainBatch, TrainLoader, eval_loader, load_record

@@ -28,7 +28,8 @@ from turned_images import (
 from ssld.shared.errors import UserError
 from ssld.shared.images import ImageHeader
 from ssld.stage2_detect import convert_data
-from ssld.stage2_detect.config import AugmentConfig, ResizeConfig, TrainConfig
+from ssld.stage2_detect.augment_config import AugmentConfig
+from ssld.stage2_detect.config import ResizeConfig, TrainConfig
 from ssld.stage2_detect.data import annotation_cache, orientation
 from ssld.stage2_detect.data.coco import CocoData, read_coco
 from ssld.stage2_detect.data.loaders import TrainLoader, eval_loader, load_record

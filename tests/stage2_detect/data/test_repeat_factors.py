@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ssld.stage2_detect.config import AugmentConfig, ResizeConfig
+from ssld.stage2_detect.augment_config import AugmentConfig
+from ssld.stage2_detect.config import ResizeConfig
 from ssld.stage2_detect.data.batch_order import BatchOrder, MixedOrder, repeat_factors
 from ssld.stage2_detect.data.coco import CocoImage, read_coco
 from ssld.stage2_detect.data.loaders import TrainLoader

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from ssld.shared.errors import UserError
-from ssld.stage2_detect.config import AugmentConfig, ResizeConfig, TrainConfig
+from ssld.stage2_detect.augment_config import AugmentConfig
+from ssld.stage2_detect.config import ResizeConfig, TrainConfig
 from ssld.stage2_detect.data.batch_order import BatchOrder, MixedOrder, training_order
 from ssld.stage2_detect.data.coco import CocoData, read_coco
 from ssld.stage2_detect.data.loaders import TrainLoader, load_record

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ssld.stage2_detect.config import AugmentConfig, ResizeConfig, TrainConfig
+from ssld.stage2_detect.augment_config import AugmentConfig
+from ssld.stage2_detect.config import ResizeConfig, TrainConfig
 from ssld.stage2_detect.data.loaders import eval_loader
 from ssld.stage2_detect.data.sizing import Sizing
 from ssld.stage2_detect.data.training_data import read_training_data, training_loader

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -234,7 +235,8 @@ def test_the_adaptive_loss_on_two_ranks(normalization: str) -> None:
 )
 def test_autocast_leaves_losses_in_float32(kind: str, terms: LDConfig | ADLConfig) -> None:
     student, teacher = detector(kind, 0), detector(kind, 1)
-    model = DistilledDense(student, FrozenDetector(teacher), terms, pkd_weight=1.0).train()
+    on = {"pkd_weight": 1.0, "cwd_weight": 1.0, "cwd_class_weight": 1.0}
+    model = DistilledDense(student, FrozenDetector(teacher), terms, **on).train()
     plain = model(*batch())
     with torch.autocast("cpu", torch.bfloat16):
         losses = model(*batch())
@@ -248,3 +250,28 @@ def test_autocast_leaves_losses_in_float32(kind: str, terms: LDConfig | ADLConfi
         if parameter.requires_grad and not name.startswith("pyramid.body"):
             assert parameter.grad is not None, name
         assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+
+
+@pytest.mark.parametrize(("kind", "terms"), [("gfl", LDConfig()), ("retinanet", ADLConfig())])
+def test_cwd_of_class_maps_takes_each_class_of_each_anchor_as_a_channel(kind: str, terms: LDConfig | ADLConfig) -> None:
+    student, teacher = detector(kind, 0), detector(kind, 1)
+    model = DistilledDense(student, FrozenDetector(teacher), terms, cwd_class_weight=3.0, cwd_temperature=2.0).train()
+    images, targets = batch()
+    losses = model(images, targets)
+    assert isinstance(losses, dict)
+    expected = 0.0
+    with torch.no_grad():
+        features = student.features(images)
+        grids = grids_of(features)
+        pairs = [one.dense(one.features(images))[0].double() for one in (student, teacher)]
+        start, per_cell = 0, pairs[0].shape[1] // sum(rows * columns for rows, columns in grids)
+        for (rows, columns), stride in zip(grids, student.pyramid.strides, strict=True):
+            end = start + rows * columns * per_cell
+            for image, (height, width) in enumerate(images.sizes_B2.tolist()):
+                y, x = np.divmod(np.arange(rows * columns), columns)
+                shown = (y * stride < height) & (x * stride < width)
+                s, t = (one[image, start:end].reshape(rows * columns, -1).numpy()[shown] / 2 for one in pairs)
+                p, q = (np.exp(one) / np.exp(one).sum(0) for one in (s, t))
+                expected += 4 * (q * np.log(q / p)).sum(0).mean() / len(images.sizes_B2)
+            start = end
+    assert losses["loss_cwd_class"].item() == pytest.approx(3 * expected, rel=1e-3)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssld.stage2_detect.distillation.losses import inside_maps, pkd, roi_kd
+from ssld.stage2_detect.distillation.losses import channel_wise, inside_maps, pkd, roi_kd
 
 SIZES = torch.tensor([[60, 96], [64, 33]])
 
@@ -128,3 +128,42 @@ def test_roi_kd_of_no_valid_region_is_zero_with_a_gradient() -> None:
     assert value.item() == 0
     assert student.grad is not None
     assert (student.grad == 0).all()
+
+
+# CWD
+
+
+def cwd_by_hand(student_BPD: np.ndarray, teacher_BPD: np.ndarray, inside_BP: np.ndarray, temperature: float) -> float:
+    """arXiv 2011.13256, equations 3 to 5, one channel of one image at a time."""
+    values = []
+    for student_PD, teacher_PD, inside_P in zip(student_BPD, teacher_BPD, inside_BP, strict=True):
+        for s, t in zip(student_PD[inside_P].T / temperature, teacher_PD[inside_P].T / temperature, strict=True):
+            p, q = (np.exp(x) / np.exp(x).sum() for x in (s, t))
+            values.append(temperature**2 * (q * np.log(q / p)).sum())
+    return float(np.mean(values))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_cwd_is_the_divergence_over_the_positions_of_a_channel(temperature: float) -> None:
+    student, teacher = (maps(seed).flatten(2).mT.double() for seed in (0, 1))
+    mask = inside().flatten(1)
+    expected = cwd_by_hand(student.numpy(), teacher.numpy(), mask.numpy(), temperature)
+    student.requires_grad_(True)
+    value = channel_wise(student, teacher, mask, temperature)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    value.backward()
+    # The gradient of KL by the logits is T * (p - q), divided by the number of channels and images.
+    p, q = ((x.detach() / temperature).masked_fill(~mask[:, :, None], -np.inf).softmax(1) for x in (student, teacher))
+    assert student.grad is not None
+    torch.testing.assert_close(student.grad, temperature * (p - q) / 10, rtol=1e-4, atol=1e-8)
+
+
+def test_cwd_sees_no_offset_and_no_padding() -> None:
+    student, teacher = (maps(seed).flatten(2).mT for seed in (0, 1))
+    mask = inside().flatten(1)
+    value = channel_wise(student, teacher, mask)
+    torch.testing.assert_close(channel_wise(student + 3, teacher - 2, mask), value, rtol=1e-4, atol=0)
+    padding = ~mask[:, :, None]
+    torch.testing.assert_close(channel_wise(student.masked_fill(padding, 1e4), teacher, mask), value, rtol=0, atol=0)
+    assert channel_wise(student, student + 1, mask).item() == pytest.approx(0, abs=1e-5)

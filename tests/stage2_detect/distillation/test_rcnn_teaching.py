@@ -25,7 +25,7 @@ def first(images: ImageBatch, count: int) -> ImageBatch:
 def test_the_terms_are_those_of_the_definition(fpn_channels: int) -> None:
     student, teacher = detector(1), FrozenDetector(detector(2, fpn_channels))
     model = DistilledRCNN(student, teacher, pkd_weight=2.0, roi_weight=3.0, temperature=1.5).train()
-    assert len(model.adapters) == (4 if fpn_channels == 24 else 0)
+    assert len(model.maps.adapters) == (4 if fpn_channels == 24 else 0)
     images, targets = batch()
     losses = model(images, targets)
     with torch.no_grad():
@@ -33,7 +33,7 @@ def test_the_terms_are_those_of_the_definition(fpn_channels: int) -> None:
         assert [guide.shape[1] for guide in guides] == [fpn_channels] * 5
         correlation = 0.0
         for level, stride in enumerate((4, 8, 16, 32)):
-            maps = model.adapters[level](features[level]) if model.adapters else features[level]
+            maps = model.maps.adapters[level](features[level]) if model.maps.adapters else features[level]
             mask = inside_maps(images.sizes_B2, maps, stride).numpy()
             s, t = (x.double().numpy().transpose(1, 0, 2, 3)[:, mask] for x in (maps, guides[level]))
             correlation += np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(s, t, strict=True)])
@@ -60,11 +60,14 @@ def test_the_terms_are_those_of_the_definition(fpn_channels: int) -> None:
 
 def test_each_term_can_be_left_out() -> None:
     images, targets = batch()
-    for pkd_weight, roi_weight, extra in ((1.0, 0.0, {"loss_pkd"}), (0.0, 1.0, {"loss_roi_kd"})):
-        model = DistilledRCNN(
-            detector(1), FrozenDetector(detector(2, 24)), pkd_weight=pkd_weight, roi_weight=roi_weight
-        )
-        assert len(model.adapters) == (4 if pkd_weight else 0)
+    for pkd_weight, cwd_weight, roi_weight, extra in (
+        (1.0, 0.0, 0.0, {"loss_pkd"}),
+        (0.0, 1.0, 0.0, {"loss_cwd"}),
+        (0.0, 0.0, 1.0, {"loss_roi_kd"}),
+    ):
+        weights = {"pkd_weight": pkd_weight, "cwd_weight": cwd_weight, "roi_weight": roi_weight}
+        model = DistilledRCNN(detector(1), FrozenDetector(detector(2, 24)), **weights)
+        assert len(model.maps.adapters) == (0 if roi_weight else 4)
         losses = model.train()(images, targets)
         assert losses.keys() == {"loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_box"} | extra
 
@@ -150,7 +153,7 @@ def test_the_teacher_stays_frozen_and_outside() -> None:
     torch.stack(list(model(images, targets).values())).sum().backward()
     assert all(parameter.grad is None for parameter in teacher_model.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher_model.state_dict().items())
-    assert all(adapter.weight.grad.abs().sum() > 0 for adapter in model.adapters)  # type: ignore[union-attr, operator]
+    assert all(adapter.weight.grad.abs().sum() > 0 for adapter in model.maps.adapters)  # type: ignore[union-attr, operator]
 
 
 def test_in_evaluation_it_is_the_student() -> None:

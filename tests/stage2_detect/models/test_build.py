@@ -188,7 +188,7 @@ def test_forward_divides_by_the_counts_of_its_ranks(kind: str) -> None:
     body = timm.create_model("test_resnet", features_only=True, pretrained=False)
     model: Any = build_detector(config, classes=4, body=body, arch="test_resnet", inputs=INPUTS, ranks=RANKS).train()
     images = ImageBatch(torch.full((1, 3, 64, 96), 9, dtype=torch.uint8), torch.tensor([[64, 96]]), torch.ones(1))
-    shape = (ImageMasks(([[10.0, 12.0, 60.0, 12.0, 60.0, 48.0]],), 64, 96),)
+    shape = (ImageMasks(([[10.0, 12.0, 60.0, 12.0, 60.0, 48.0]],)),)
     targets = Targets(torch.tensor([[[10.0, 12, 60, 48]]]), torch.tensor([[1]]), torch.tensor([5]), masks=shape)
     alone, _ = model.losses(model.features(images), images.sizes_B2, targets, ONE_RANK)
     losses = model(images, targets)

@@ -40,10 +40,8 @@ KINDS = {
 def masks_of(numbers: dict[str, np.ndarray], about: dict[str, Any]) -> tuple[ImageMasks, ...]:
     """One polygon an object, in coordinates of the network's input."""
     return tuple(
-        ImageMasks(
-            tuple([polygon.ravel().tolist()] for polygon in numbers.get(f"input.polygons{image}", ())), height, width
-        )
-        for image, (height, width) in enumerate(about["sizes"])
+        ImageMasks(tuple([polygon.ravel().tolist()] for polygon in numbers.get(f"input.polygons{image}", ())))
+        for image in range(len(about["sizes"]))
     )
 
 

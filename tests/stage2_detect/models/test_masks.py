@@ -38,9 +38,9 @@ def bitmap(polygons: list[list[float]], height: int = 40, width: int = 64) -> np
 @pytest.mark.parametrize(
     "masks",
     [
-        ImageMasks(([TRIANGLE, SQUARE],), 40, 64),
-        ImageMasks(([TRIANGLE, SQUARE],), 40, 64, scale=1.5, left=7.0, top=-3.0),
-        ImageMasks(([TRIANGLE, SQUARE],), 40, 64, scale=2.0, mirror=128.0),
+        ImageMasks(([TRIANGLE, SQUARE],)),
+        ImageMasks(([TRIANGLE, SQUARE],), np.array([[[1.5, 0, -7.0], [0, 1.5, 3.0]]])),
+        ImageMasks(([TRIANGLE, SQUARE],), np.array([[[-2.0, 0, 128.0], [0, 2.0, 0]]])),
     ],
     ids=["as it is", "scaled and cut", "mirrored"],
 )
@@ -52,8 +52,9 @@ def test_polygons_are_filled_as_pycocotools_fills_them(masks: ImageMasks) -> Non
         moved = []
         for polygon in (TRIANGLE, SQUARE):
             x, y = np.array(polygon[::2]), np.array(polygon[1::2])
-            x, y = x * masks.scale - masks.left, y * masks.scale - masks.top
-            x = x if masks.mirror is None else masks.mirror - x
+            if masks.matrices_N23 is not None:
+                ((a, _, b), (_, c, d)) = masks.matrices_N23[0]
+                x, y = a * x + b, c * y + d
             moved.append(np.stack(((x - x1) * (28 / (x2 - x1)), (y - y1) * (28 / (y2 - y1))), axis=1).ravel().tolist())
         np.testing.assert_array_equal(grid, filled(moved, 28, 28))
     assert grids[0].any()
@@ -67,7 +68,7 @@ def test_run_lengths_are_sampled_under_the_centers(compressed: bool) -> None:
         flat = shape.ravel(order="F").astype(int)
         changes = np.flatnonzero(np.diff(np.concatenate([[0], flat, [-1]])))
         code = {"size": [40, 64], "counts": np.diff(np.concatenate([[0], changes])).tolist()}
-    masks = ImageMasks((code,), 40, 64, scale=2.0, left=10.0, top=4.0, mirror=100.0)
+    masks = ImageMasks((code,), np.array([[[-2.0, 0, 110.0], [0, 2.0, -4.0]]]))
     roi = np.array([[-5.0, -6.0, 97.0, 70.0]], dtype=np.float32)
     (grid,) = rasterize([masks], np.zeros(1, dtype=int), np.zeros(1, dtype=int), roi, 14)
     expected = np.zeros((14, 14), dtype=bool)
@@ -122,9 +123,9 @@ def loss_of(
 
 def test_loss_is_the_mean_over_positives_of_the_objects_class() -> None:
     masks = (
-        ImageMasks(([TRIANGLE], [SQUARE]), 40, 64),
-        ImageMasks((rle_of(bitmap([TRIANGLE])),), 40, 64),
-        ImageMasks((), 40, 64),
+        ImageMasks(([TRIANGLE], [SQUARE])),
+        ImageMasks((rle_of(bitmap([TRIANGLE])),)),
+        ImageMasks(()),
     )
     targets = Targets(
         torch.zeros(3, 2, 4), torch.tensor([[1, 0], [0, -1], [-1, -1]]), torch.zeros(3).long(), masks=masks
@@ -151,7 +152,7 @@ def test_loss_is_the_mean_over_positives_of_the_objects_class() -> None:
 
 def test_ranks_add_up_to_the_whole_batch() -> None:
     """Two positives on one rank, one on the other: the whole batch's loss is the mean of the ranks' losses."""
-    masks = (ImageMasks(([TRIANGLE], [SQUARE]), 40, 64), ImageMasks(([TRIANGLE],), 40, 64))
+    masks = (ImageMasks(([TRIANGLE], [SQUARE])), ImageMasks(([TRIANGLE],)))
     labels, boxes, seeds = torch.tensor([[1, 0], [0, -1]]), torch.zeros(2, 2, 4), torch.zeros(2).long()
     features = [torch.randn(2, 4, 64 // stride, 64 // stride) for stride in (4, 8, 16, 32)]
     positive, objects = [[True, True], [True, False]], [[0, 1], [0, 0]]
@@ -175,7 +176,7 @@ def test_loss_without_positives_is_zero_and_so_are_its_gradients() -> None:
     features = [torch.randn(1, 4, 64 // stride, 64 // stride, requires_grad=True) for stride in (4, 8, 16, 32)]
     model = head()
     for labels in (torch.tensor([[1]]), torch.zeros(1, 0).long()):
-        targets = Targets(torch.zeros(*labels.shape, 4), labels, torch.zeros(1).long(), masks=(ImageMasks((), 40, 64),))
+        targets = Targets(torch.zeros(*labels.shape, 4), labels, torch.zeros(1).long(), masks=(ImageMasks(()),))
         loss = loss_of(model, features, sampled([[False, False]], [[0, 0]]), targets)
         loss.backward()
         assert loss.item() == 0

@@ -100,7 +100,7 @@ def batch() -> tuple[ImageBatch, Targets]:
     pixels = torch.randint(0, 256, (B, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images = ImageBatch(pixels, torch.tensor([[64, 64], [60, 50]] * 2), torch.ones(B))
     objects = torch.tensor([[[5.0, 5, 30, 30]], [[10, 10, 40, 40]]]).repeat(2, 1, 1)
-    shapes = tuple(ImageMasks(tuple(SHAPE), 64, 64) for _ in range(B))
+    shapes = tuple(ImageMasks(tuple(SHAPE)) for _ in range(B))
     return images, Targets(objects, torch.tensor([[1], [2]] * 2), torch.arange(B), masks=shapes)
 
 
