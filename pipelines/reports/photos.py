@@ -27,7 +27,7 @@ MOST_COMPARED = 6
 """photos of a comparison, half of them in each direction where both have enough"""
 _LEAST_DIFFERENCE = 0.005  # smaller differences round to 0.00
 _THUMBNAIL = 350  # pixels: about the width of a photo on the page, for which names are placed
-_LETTER, _LINE = 6.4, 14.0  # pixels: width of a letter, height of a line of 11 px text
+_LETTER, _LINE = 7.6, 14.0  # pixels: width of a letter, height of a line of 11 px text
 _LONGEST_NAME = 24
 _GOLDEN = 222.5  # degrees of the golden ratio: colors of neighboring classes are far apart
 Id = int | str

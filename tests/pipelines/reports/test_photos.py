@@ -233,7 +233,7 @@ def test_a_page_with_the_same_photos_three_times(pair: tuple[Path, Path], tmp_pa
     (tmp_path / "all.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     assert main(["--pipeline", str(tmp_path / "all.yaml"), "--runs", str(tmp_path)]) == 0
     html = (tmp_path / "report/report.html").read_text()
-    assert "SSLD: smaller error than without stage 1 on 4 of 10 photos" in html
-    assert "SSLD: larger error than without stage 1 on 2 of 10 photos" in html
+    assert "Smaller error with SSLD: 4 of 10 photos" in html
+    assert "Larger error with SSLD: 2 of 10 photos" in html
     assert len(re.findall(r'<image id="photo-\d"', html)) == 6  # each photo once
     assert html.count('<use href="#photo-') == 18  # and drawn three times
