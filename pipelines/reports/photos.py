@@ -364,7 +364,7 @@ def _place(
     margin = 0.2 * high
     x = min(max(left, margin), max(truth.width - wide, margin))
     choices = [y for y in (top, top + high, bottom + high) if high <= y <= truth.height] or [
-        min(top + high, truth.height)
+        min(max(top, 0.0) + high, truth.height)
     ]
     for y in choices:
         area = (x, y - high, x + wide, y)

@@ -83,9 +83,9 @@ def test_errors_of_a_failed_stage(console: str | None, expected: tuple[str, ...]
         (tmp_path / "logs").mkdir()
         (tmp_path / "logs/broken.txt").write_text(console)
     assert failure(tmp_path / "broken") == expected
-    html = page_of(tmp_path, {"broken": "train"}, {"a": {"detector": "broken"}})
+    html = page_of(tmp_path, {"broken": "train", "later": "train"}, {"a": {"detector": "broken"}})
     assert ("This stage failed." in html) == bool(expected)
-    assert (">failed</td>" in html) == bool(expected)
+    assert ('class="bad">failed</td>' in html) == bool(expected)
     assert "\n".join(expected) in html
 
 
@@ -102,10 +102,12 @@ def test_the_error_of_several_processes(tmp_path: Path) -> None:
 def test_settings_that_differ_from_the_defaults() -> None:
     config = TrainConfig.model_validate(
         {
+            "output": "runs/x",
             "backbone": "random:x",
             "data": DATA,
             "steps": 3,
-            "optim": {"lr": 0.5},
+            "batch_size": 2,
+            "optim": {"lr": 0.5, "reference_batch": 8},
             "model": {"rpn": {"anchor_sizes": [8, 16, 32, 64, 128]}},
         }
     )
@@ -113,12 +115,14 @@ def test_settings_that_differ_from_the_defaults() -> None:
     for key, value, default in changed_settings("train", yaml.safe_dump(config.model_dump(mode="json"))):
         rows[key] = (value, default)
     assert rows == {
-        "backbone": ("random:x", "required"),
+        "backbone": ("random:x", "-"),
         "data.train_annotations": ("a.json", "required"),
         "data.train_images": ("images", "required"),
         "steps": ("3", "-"),
-        "optim.lr": ("0.5", str(TrainConfig.model_fields["optim"].get_default(call_default_factory=True).lr)),
-        "model.rpn.anchor_sizes": ("8, 16, 32, 64, 128", "32, 64, 128, 256, 512"),
+        "batch_size": ("2", "required"),
+        "optim.lr": ("0.5", "required"),
+        "optim.reference_batch": ("8", "required"),
+        "model.rpn.anchor_sizes": ("8.0, 16.0, 32.0, 64.0, 128.0", "32.0, 64.0, 128.0, 256.0, 512.0"),
     }
     assert changed_settings("another", "a: 1") == []
     assert changed_settings("train", "gone: 1") == [("gone", "1", "-")]
