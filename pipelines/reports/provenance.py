@@ -164,6 +164,8 @@ def _text(settings: dict[str, Any], group: str, key: str) -> str | None:
 
 
 def _short(reference: str | None, runs: Path) -> str:
-    """Return a file below the folder of runs relative to it, anything else unchanged."""
+    """Return a file below the folder of runs relative to it, the name of another absolute path, anything else unchanged."""
     path = Path(str(reference))
-    return path.relative_to(runs).as_posix() if path.is_relative_to(runs) else str(reference)
+    if path.is_relative_to(runs):
+        return path.relative_to(runs).as_posix()
+    return path.name if path.is_absolute() else str(reference)
