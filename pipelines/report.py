@@ -8,7 +8,7 @@ run or not finished are marked as such. The page loads nothing from the network.
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,10 +17,13 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.pipelines.config import PipelineConfig, ReportConfig, TableConfig
+from ssld.pipelines.config import PipelineConfig, ReportConfig, RowConfig, TableConfig
+from ssld.pipelines.reports.blocks import StageFolder, blocks_of, read_evaluations, stage_folders, stage_views
+from ssld.pipelines.reports.budget import Budget
 from ssld.pipelines.reports.charts import COLORS, Chart, precision_recall
-from ssld.pipelines.reports.provenance import origin
-from ssld.pipelines.reports.stage_view import Budget, StageView, mean_curve, percent, read_json, view
+from ssld.pipelines.reports.photos import ComparedPhotos, Evaluation, Photos, compare
+from ssld.pipelines.reports.provenance import compared, start
+from ssld.pipelines.reports.stage_view import MINUS, StageView, mean_curve, percent, read_json
 from ssld.pipelines.reports.table import (
     CLAIMS,
     COLUMNS,
@@ -51,6 +54,9 @@ _OWN_FILES = (
     "config.yaml",
     "environment.json",
 )  # deleted in this order
+MANY_CLASSES = 20
+"""more classes are folded on the page"""
+_EXTREMES = 5  # classes with the largest and the smallest differences, of many
 _MEASURES = (("detector AP", 2), ("top-1", 0))  # (title, index into a row's values)
 
 
@@ -117,11 +123,17 @@ class Bars:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Detectors of several rows side by side: AP of each class, and the difference between the two rows of `table.gain`."""
+    """Detectors of several rows side by side: AP of each class, and the difference between the two rows of `table.gain`.
+
+    Attributes:
+        classes: (class, AP in each row, and last the difference if there is one), all as text.
+        extremes: of many classes, those with the largest and smallest difference; else empty.
+    """
 
     names: list[str]
     classes: list[tuple[str, list[str]]]
-    gains: list[str] | None
+    extremes: list[tuple[str, list[str]]]
+    has_gain: bool
     chart: Chart | None
 
 
@@ -162,8 +174,12 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    table = pipeline.table if pipeline else None
-    stages = _stages(pipeline, runs)
+    table = with_every_detector(pipeline) if pipeline else None
+    photos = Photos(Budget())
+    folders = _folders(pipeline, runs)
+    evaluations = read_evaluations(folders)
+    triples = _compared_photos(table, evaluations, photos) if table else None
+    stages = stage_views(folders, evaluations, photos, first=_compared_stages(table))
     rows = table_rows(table, runs) if table else []
     difference = gain(table, runs) if table else None
     objects = objects_of(table, runs) if table else None
@@ -175,7 +191,7 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(count=count, duration=duration, percent=percent, signed=signed)
+    environment.globals.update(count=count, duration=duration, percent=percent, signed=signed, MINUS=MINUS)
     return environment.get_template(_TEMPLATE).render(
         title=title,
         runs=runs,
@@ -186,7 +202,11 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
         rows=[[row.cells()[n] for n in filled] for row in rows],
         gain=[_gain_cells(difference)[n] for n in filled] if difference else None,
         gains=gains(table, rows, difference) if table and difference else [],
-        origins=[(name, text) for name, row in table.rows.items() if (text := origin(row, runs))] if table else [],
+        compared=compared(table, runs) if table else None,
+        starts={name: start(row, runs) for name, row in table.rows.items()} if table else {},
+        triples=triples if triples and (triples.gained or triples.lost) else None,
+        table_gain=table.gain if table else None,
+        photos=photos.embedded,
         few_objects=capitalized(few_objects_text(objects)) if objects is not None and objects < FEW_OBJECTS else None,
         intervals_note=capitalized(note) if table and (note := intervals_note(table)) else None,
         seeds=max((len(stages) for row in table.rows.values() for stages in (row.classifier, row.detector)), default=1)
@@ -195,6 +215,8 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
         bars=[bars for title, column in _MEASURES if (bars := _bars(title, rows, column))],
         comparison=_comparison_if_any(table, runs) if table else None,
         stages=stages,
+        blocks=blocks_of(folders, stages),
+        many_classes=MANY_CLASSES,
         opened=_opened(table, stages),
         seconds=sum(stage.seconds or 0 for stage in stages),
         images_seen=sum(stage.images_seen or 0 for stage in stages),
@@ -238,8 +260,9 @@ def capitalized(text: str) -> str:
 
 
 def signed(points: float) -> str:
-    """Format points with one decimal and a sign; U+2212 is the minus sign as wide as a digit."""
-    return f"{points:+.1f}".replace("-", "\N{MINUS SIGN}")
+    """Format points with one decimal and a sign, none for zero."""
+    text = f"{points:+.1f}".replace("-", MINUS)
+    return text if text[1:] != "0.0" else "0.0"
 
 
 def _bars(measure: str, rows: list[Row], column: int) -> Bars | None:
@@ -286,39 +309,72 @@ def _comparison(table: TableConfig, runs: Path) -> Comparison | None:
         (label, [percent(per_class.get(label)) for per_class in compared.values()])
         for label in next(iter(compared.values()))
     ]
-    differences = None
-    if table.gain and set(table.gain) <= set(compared):
+    extremes: list[tuple[str, list[str]]] = []
+    has_gain = bool(table.gain and set(table.gain) <= set(compared))
+    if table.gain and has_gain:
         better, base = (compared[name] for name in table.gain)
         pairs = [(better.get(label), base.get(label)) for label, _ in classes]
-        differences = ["-" if a is None or b is None else signed(100 * (a - b)) for a, b in pairs]
+        differences = [None if a is None or b is None else 100 * (a - b) for a, b in pairs]
+        for (_, cells), difference in zip(classes, differences, strict=True):
+            cells.append(NONE if difference is None else signed(difference))
+        if len(classes) > MANY_CLASSES:
+            known_rows = [n for n, difference in enumerate(differences) if difference is not None]
+            ranked = sorted(known_rows, key=lambda n: -(differences[n] or 0.0))
+            extremes = [classes[n] for n in dict.fromkeys([*ranked[:_EXTREMES], *ranked[-_EXTREMES:]])]
     means = {name: mean_curve(read_json(runs / table.rows[name].detector[0] / "analysis.json")) for name in compared}
     known = {name: mean for name, mean in means.items() if mean is not None}
+    known = known if any(any(mean[1]) for mean in known.values()) else {}
     chart = None
     if known:
         recall = next(iter(known.values()))[0]
         chart = precision_recall("the detectors", recall, {name: mean[1] for name, mean in known.items()}, None)
-    return Comparison(list(compared), classes, differences, chart)
+    return Comparison(list(compared), classes, extremes, has_gain, chart)
 
 
-def _stages(pipeline: PipelineConfig | None, runs: Path) -> list[StageView]:
-    """Return the stages in the pipeline's order; without a pipeline, the run directories in the order of their start."""
-    budget = Budget()
-    if pipeline is None:
-        folders = [runs] if (runs / "config.yaml").is_file() else _runs_below(runs)
-        return [view(run.resolve().name, None, run, budget) for run in folders]
-    names = [name for name, stage in pipeline.stages.items() if stage.command != "report"]
+def with_every_detector(pipeline: PipelineConfig) -> TableConfig | None:
+    """Return the pipeline's table with a row for each evaluated detector that no row names, called as its stage; None without a table."""
     table = pipeline.table
-    rows = [table.rows[name] for name in (table.gain if table and table.gain else ())] if table else []
-    first = [stage for row in rows for stage in (*row.detector, *row.classifier)]
-    # The compared stages come first, in case the budget does not cover the images of all stages.
-    views = {
-        name: view(name, pipeline.stages[name].command, runs / name, budget)
-        for name in sorted(names, key=lambda name: first.index(name) if name in first else len(first))
-    }
-    return [views[name] for name in names]
+    if table is None:
+        return None
+    named = {stage for row in table.rows.values() for stage in row.detector}
+    others = [
+        name for name, stage in pipeline.stages.items() if stage.command == "evaluate_detector" and name not in named
+    ]
+    more = {name: RowConfig(detector=(name,)) for name in others if name not in table.rows}
+    return table.model_copy(update={"rows": {**table.rows, **more}})
 
 
-def _opened(table: TableConfig | None, stages: list[StageView]) -> str | None:
+def _compared_photos(
+    table: TableConfig, evaluations: Mapping[str, Evaluation], photos: Photos
+) -> ComparedPhotos | None:
+    """Compare the photos of the two rows of `table.gain`, by their first seed; None if the photos of one are not at hand."""
+    if table.gain is None:
+        return None
+    stages = [next(iter(table.rows[name].detector), "") for name in table.gain]
+    if not all(stage in evaluations for stage in stages):
+        return None
+    better, base = (evaluations[stage] for stage in stages)
+    return compare(better, base, table.gain, photos)
+
+
+def _folders(pipeline: PipelineConfig | None, runs: Path) -> list[StageFolder]:
+    """Return the stages in the pipeline's order; without a pipeline, the run directories in the order of their start."""
+    if pipeline is None:
+        found = [runs] if (runs / "config.yaml").is_file() else _runs_below(runs)
+        return stage_folders([(run.resolve().name, None, run) for run in found])
+    stages = [
+        (name, stage.command, runs / name) for name, stage in pipeline.stages.items() if stage.command != "report"
+    ]
+    return stage_folders(stages)
+
+
+def _compared_stages(table: TableConfig | None) -> list[str]:
+    """Return the stages of the two rows of `table.gain`, which get their images first."""
+    rows = [table.rows[name] for name in (table.gain if table.gain else ())] if table else []
+    return [stage for row in rows for stage in (*row.detector, *row.classifier)]
+
+
+def _opened(table: TableConfig | None, stages: Sequence[StageView]) -> str | None:
     """Return the stage whose best and worst images are unfolded: that of the better row, else the first that has any."""
     candidates = [stage.name for stage in stages if stage.pairs]
     better = table.rows[table.gain[0]].detector if table and table.gain else ()

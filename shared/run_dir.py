@@ -19,9 +19,9 @@ import shutil
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, Protocol
 
 import yaml
 from pydantic import BaseModel
@@ -45,6 +45,16 @@ _UNRECORDED_PRECISION = "fp32"  # of a command that had no such setting; `auto`,
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "pycocotools", "safetensors", "numpy", "pillow")
 
 
+class RunListener(Protocol):
+    """A tracker of a run, on its main rank."""
+
+    def metric(self, step: int, values: Mapping[str, Any]) -> None:
+        """Receive one line of metrics.jsonl."""
+
+    def finish(self, metrics: Mapping[str, Any]) -> None:
+        """Receive the metrics of result.json, when all files of the run are written."""
+
+
 class RunDir:
     """A run directory, held exclusively while this object lives.
 
@@ -57,6 +67,7 @@ class RunDir:
     Attributes:
         status: "new", "unfinished" (the same run was started in this folder, or files of the finished run are gone or changed) or "finished".
         write: function that prints a line.
+        listeners: trackers, which get the lines of metrics and the result on the main rank.
 
     Raises:
         UserError: the folder is in use, holds something else, holds another run, or one of its inputs has changed since.
@@ -69,6 +80,7 @@ class RunDir:
         self.main = main
         self.status: Status = "new"
         self.write: Callable[[str], None] = say
+        self.listeners: list[RunListener] = []
         self._config, self._command, self._scratch = config, command, scratch
         self._changes: list[str] = []
         self._started = time.time()
@@ -103,10 +115,12 @@ class RunDir:
             self.log(text)
 
     def metric(self, step: int, **values: Any) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl, and pass it to the listeners."""
         if self.main:
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
+            for listener in self.listeners:
+                listener.metric(step, values)
 
     def cut_metrics(self, step: int) -> None:
         """Drop the lines that a killed run wrote after the checkpoint of `step`, and an incomplete last line."""
@@ -150,6 +164,8 @@ class RunDir:
         }
         write_atomically(self.path / "result.json", json.dumps(record, indent=2) + "\n")
         self._delete_scratch()
+        for listener in self.listeners:
+            listener.finish(metrics)
         self.close()  # the next process need not wait until this object is collected
 
     def reopen(self) -> None:

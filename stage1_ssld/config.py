@@ -268,6 +268,8 @@ class EvaluateConfig(ForwardConfig):
     """side of the view in pixels; a network of fixed size is rebuilt for it; null: the size the model was trained at"""
     val_crop: float | None = Field(None, gt=0, le=1)
     """fraction of the short side in the central crop, above 0 to 1; null: the fraction of the evaluations during training"""
+    trackers: list[Literal["tensorboard"]] = []
+    """trackers: tensorboard, for the scores and images; [] for none"""
 
     def inputs(self) -> dict[str, Path]:
         teacher = self.teacher.inputs("teacher") if self.teacher else {}

@@ -96,7 +96,6 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         pins_memory,
         prepare_model,
         start_processes,
-        start_trackers,
         to_device,
     )
     from ssld.shared.distributed.ranks import from_main_rank, share_buffers, total_over_ranks, world_size
@@ -109,6 +108,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     from ssld.shared.training.batch_sheet import MOST, write_sheet
     from ssld.shared.training.optim import cosine_factor, make_optimizer, parameter_groups, scale_lr, set_lr
     from ssld.shared.training.quarantine import Quarantine
+    from ssld.shared.training.trackers import start_trackers
     from ssld.shared.training.training_state import TrainingState
     from ssld.stage1_ssld.data.batch_images import view_images
     from ssld.stage1_ssld.data.held_out import hold_out
@@ -150,7 +150,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     if from_main_rank(run.status) == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
-    start_trackers(accelerator, config)
+    start_trackers(accelerator, config, run)
     run.log_if("\n".join(notes))
 
     # ---- targets: a teacher, a store or labels; and the resulting classes

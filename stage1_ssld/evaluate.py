@@ -42,6 +42,7 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     from ssld.shared.models.teacher import embed
     from ssld.shared.run_dir import RunDir
     from ssld.shared.training.quarantine import Quarantine
+    from ssld.shared.training.trackers import start_trackers
     from ssld.stage1_ssld.data.batch import Batch
     from ssld.stage1_ssld.data.labels import doubt_on_order, match_classes, neighbor_labels
     from ssld.stage1_ssld.data.loaders import Labels, ValViews, make_loader, val_batches
@@ -67,6 +68,7 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     if from_main_rank(run.status) == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
+    start_trackers(accelerator, config, run)
 
     run.log(describe_processes(accelerator, config, config.workers))
     run.tell("data", source.path, source.tally)

@@ -360,6 +360,8 @@ class EvaluateConfig(RunDetectorConfig):
     """scores to compare the result with, as recipes have them"""
     compare: Path | None = None
     """detections.json of another evaluation on the same annotations; the difference in AP is reported with a 95 % interval"""
+    trackers: list[Literal["tensorboard"]] = []
+    """trackers: tensorboard, for the scores and images; [] for none"""
 
     @field_validator("annotations", "images", mode="before")
     @classmethod

@@ -30,6 +30,7 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     from ssld.shared.distributed.processes import DTYPES, describe_processes, start_processes
     from ssld.shared.distributed.ranks import from_main_rank
     from ssld.shared.run_dir import RunDir
+    from ssld.shared.training.trackers import start_trackers
     from ssld.stage2_detect.data.coco import read_coco, require_masks
     from ssld.stage2_detect.data.coco_json import write_results
     from ssld.stage2_detect.data.convert.parts import evaluated_part
@@ -59,6 +60,7 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     if from_main_rank(run.status) == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
+    start_trackers(accelerator, config, run)
     run.log(describe_processes(accelerator, config, config.workers))
     for note in notes:
         run.log(note)

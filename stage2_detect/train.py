@@ -76,7 +76,6 @@ def train(config: TrainConfig) -> None:
         optimizer_step,
         prepare_model,
         start_processes,
-        start_trackers,
     )
     from ssld.shared.distributed.ranks import from_main_rank, share_buffers, world_size
     from ssld.shared.distributed.stop import StopRequest
@@ -88,6 +87,7 @@ def train(config: TrainConfig) -> None:
     from ssld.shared.training.batch_sheet import write_sheet
     from ssld.shared.training.optim import make_optimizer, scale_lr, set_lr
     from ssld.shared.training.quarantine import Quarantine
+    from ssld.shared.training.trackers import start_trackers
     from ssld.shared.training.training_state import TrainingState
     from ssld.shared.wording import count
     from ssld.stage2_detect.data.sizing import Sizing
@@ -113,7 +113,7 @@ def train(config: TrainConfig) -> None:
     if from_main_rank(run.status) == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
-    start_trackers(accelerator, config)
+    start_trackers(accelerator, config, run)
 
     # ---- detector, teacher, optimizer, schedule
     trained = TrainedDetector(config, data.train, device=device)

@@ -3,13 +3,48 @@
 A separate module because it reads the settings of runs, which neither the table nor the page needs otherwise.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssld.pipelines.config import RowConfig
+from ssld.pipelines.config import RowConfig, TableConfig
 from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.run_dir import read_result
+from ssld.shared.wording import count
+
+_KINDS = {
+    "faster_rcnn": "Faster R-CNN",
+    "cascade_rcnn": "Cascade R-CNN",
+    "mask_rcnn": "Mask R-CNN",
+    "retinanet": "RetinaNet",
+    "gfl": "GFL",
+}
+
+
+def compared(table: TableConfig, runs: Path) -> str | None:
+    """Say what the rows compare: the detector, and the start of each row; None if no row's training is known.
+
+    What all detectors share, such as images seen and image size, is said once.
+    """
+    trainings = {
+        name: training for name, row in table.rows.items() if (training := _training(row.detector, runs)) is not None
+    }
+    shared = set.intersection(*(set(facts) for _, facts in trainings.values())) if trainings else set()
+    clauses = []
+    for name, row in table.rows.items():
+        if name in trainings:
+            start, facts = trainings[name]
+            clauses.append(", ".join([f"{name}: {start}", *(fact for fact in facts if fact not in shared)]))
+        elif text := origin(row, runs):
+            clauses.append(f"{name}: {text}")
+    if not clauses:
+        return None
+    facts = [fact for fact in next(iter(trainings.values()))[1] if fact in shared] if trainings else []
+    starts = len({start for start, _ in trainings.values()})
+    detector = f"a detector from {count(starts, 'start')}" if trainings else ""
+    backbones = count(len(clauses), "backbone") if not trainings else ""
+    return f"Compared: {', '.join([detector or backbones, *facts])}. {'. '.join(clauses)}."
 
 
 def origin(row: RowConfig, runs: Path) -> str | None:
@@ -17,17 +52,36 @@ def origin(row: RowConfig, runs: Path) -> str | None:
 
     A detector row may name a training or an evaluation; the training of an evaluated file is looked up beside the file.
     """
-    parts = [_backbone(run, runs) for run in _folders(row.classifier, runs)]
-    parts += [_detector(run, runs) for run in _folders(row.detector, runs)]
-    return "; ".join(part for part in parts if part) or None
+    training = _training(row.detector, runs)
+    if training is not None:
+        return ", ".join([training[0], *training[1]])
+    run = _first(row.classifier, runs)
+    return _backbone(run, runs) if run else None
 
 
-def _folders(stages: tuple[str, ...], runs: Path) -> list[Path]:
+def start(row: RowConfig, runs: Path) -> str | None:
+    """Name the weights that a row's detector starts from in a few words; None if unknown."""
+    settings = _detector_settings(row.detector, runs)[1]
+    if isinstance(settings.get("init"), str):
+        return "detector file"
+    backbone = settings.get("backbone")
+    if not isinstance(backbone, str):
+        return None
+    kind, _, name = backbone.partition(":")
+    if kind == "random" and name:
+        return "random weights"
+    if _made_by(backbone, runs) is not None:
+        return "stage 1"
+    return "pretrained weights"
+
+
+def _first(stages: Sequence[str], runs: Path) -> Path | None:
     """Return the run directory of the first of several seeds."""
-    return [runs / stages[0]] if stages else []
+    return runs / stages[0] if stages else None
 
 
 def _backbone(run: Path, runs: Path) -> str | None:
+    """Describe the training of a backbone."""
     settings = _settings(run)
     student = _text(settings, "student", "model")
     model = student or _text(settings, "model", "model")
@@ -36,30 +90,64 @@ def _backbone(run: Path, runs: Path) -> str | None:
     teacher = _text(settings, "teacher", "model")
     labels = settings.get("objective") == "labels" or teacher is None
     how = "trained on labels" if labels else f"distilled from {_short(teacher, runs)}"
-    return f"{'student' if student else 'network'} {_short(model, runs)} {how}{_extent(run, settings, 'data', 'image_size')}"
+    facts = [
+        f"{'student' if student else 'network'} {_short(model, runs)} {how}",
+        *_extent(run, settings, "data", "image_size"),
+    ]
+    return ", ".join(facts)
 
 
-def _detector(run: Path, runs: Path) -> str | None:
+def _training(stages: Sequence[str], runs: Path) -> tuple[str, list[str]] | None:
+    """Return (initial weights, [kind of detector, images seen, image size]) of a row's detector, in words; None if unknown."""
+    run, settings = _detector_settings(stages, runs)
+    backbone, init = settings.get("backbone"), settings.get("init")
+    if run is None or not isinstance(backbone, str):
+        return None
+    kind = _text(settings, "model", "kind")
+    teacher = _text(settings, "distill", "teacher")
+    facts = [_KINDS.get(kind, kind)] if kind else []
+    facts += [f"distilled from {_short(teacher, runs)}"] if teacher else []
+    facts += _extent(run, settings, "resize", "short_side")
+    if isinstance(init, str):
+        return f"the detector file {_short(init, runs)}", facts
+    scheme, _, name = backbone.partition(":")
+    if scheme == "random" and name:
+        return f"random weights of {name}", facts
+    made_by = _made_by(backbone, runs)
+    if made_by is not None and (text := _backbone(made_by, runs)):
+        return text, facts
+    if scheme == "timm" and name:
+        return f"timm's pretrained weights of {name}", facts
+    return f"weights of {_short(backbone, runs)}", facts
+
+
+def _detector_settings(stages: Sequence[str], runs: Path) -> tuple[Path | None, dict[str, Any]]:
+    """Return the run directory and settings of a training, also of the one whose file an evaluation names."""
+    run = _first(stages, runs)
+    if run is None:
+        return None, {}
     settings = _settings(run)
-    file = settings.get("model")
-    if isinstance(file, str):  # an evaluation
+    if isinstance(file := settings.get("model"), str):  # an evaluation
         run = Path(file).parent
         settings = _settings(run)
-    backbone = settings.get("backbone")
-    if not isinstance(backbone, str):
-        return None
-    return f"detector trained from {_short(backbone, runs)}{_extent(run, settings, 'resize', 'short_side')}"
+    return run, settings
 
 
-def _extent(run: Path, settings: dict[str, Any], group: str, key: str) -> str:
+def _made_by(backbone: str, runs: Path) -> Path | None:
+    """Return the run directory that a backbone file is in, if it is one of `runs`."""
+    folder = Path(backbone).parent
+    return folder if folder.is_relative_to(runs) and (folder / "config.yaml").is_file() else None
+
+
+def _extent(run: Path, settings: dict[str, Any], group: str, key: str) -> list[str]:
     """Return the number of images seen in training (repeats included) and their size, in words."""
     try:
         images_seen = ((read_result(run) or {}).get("metrics") or {}).get("images_seen")
     except (*MALFORMED, UserError):
         images_seen = None
     side = settings[group].get(key) if isinstance(settings.get(group), dict) else None
-    words = f", {images_seen:,} images seen" if isinstance(images_seen, int) else ""
-    return words + (f" at {side} px" if isinstance(side, int) else "")
+    words = [f"{count(images_seen, 'image')} seen"] if isinstance(images_seen, int) else []
+    return words + ([f"{side} px"] if isinstance(side, int) else [])
 
 
 def _settings(run: Path) -> dict[str, Any]:
@@ -76,6 +164,8 @@ def _text(settings: dict[str, Any], group: str, key: str) -> str | None:
 
 
 def _short(reference: str | None, runs: Path) -> str:
-    """Return a file below the folder of runs relative to it, anything else unchanged."""
+    """Return a file below the folder of runs relative to it, the name of another absolute path, anything else unchanged."""
     path = Path(str(reference))
-    return path.relative_to(runs).as_posix() if path.is_relative_to(runs) else str(reference)
+    if path.is_relative_to(runs):
+        return path.relative_to(runs).as_posix()
+    return path.name if path.is_absolute() else str(reference)

@@ -3,8 +3,6 @@
 Reads only files that a command wrote, and imports no code of the stages. If a file is missing or damaged, its part of the page is left out.
 """
 
-import base64
-import io
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -13,21 +11,28 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ssld.pipelines.config import CommandName
+from ssld.pipelines.reports.budget import Budget
 from ssld.pipelines.reports.charts import Chart, curves, precision_recall
-from ssld.pipelines.runner.stages import KINDS, typed_name
+from ssld.pipelines.reports.photos import PHOTO_SIDE, Drawn, Evaluation, Photos, draw_pair
+from ssld.pipelines.reports.settings_view import changed_settings
+from ssld.pipelines.runner.stages import KINDS, LOGS, typed_name
 from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.files import IMAGE_SUFFIXES, spread
 from ssld.shared.run_dir import read_metrics, read_result
 from ssld.shared.wording import count
 
 T = TypeVar("T")
-PAGE_BYTES = 2_000_000  # encoded bytes of all images in a page
 _MATRIX_CLASSES = 12  # more columns do not fit
 _CONFUSIONS = 15
 _PREDICTED = 6
+_ERROR_LINES = 4
+_CONSOLE_BYTES = 100_000  # of the end of a stage's output, in which an error is looked for
+MINUS = "\N{MINUS SIGN}"
+"""as wide as a digit"""
 _FRACTIONS = ("top1", "top5", "agreement", "teacher_top1", "teacher_top5", "knn", "AP", "AR")
 _HEADLINES = ("AP", "AP50", "AP75", "AP_segm", "top1", "agreement", "kl", "kept")
-_LABELS = {"top1": "top-1", "top5": "top-5", "kl": "KL, nats", "AP_segm": "AP of masks", "images_seen": "images seen"}
+_LABELS = {"top1": "top-1", "top5": "top-5", "kl": "KL", "AP_segm": "AP of masks", "images_seen": "images seen"}
+_UNITS = {"kl": "nats", "memory_gb": "GB", "seconds": "s", "teacher_entropy": "nats", "images_per_second": "images/s"}
 # command as recorded in a run directory -> name of the command in a pipeline
 _RECORDED: dict[str, CommandName] = {
     "write_soft_labels": "soft_labels",
@@ -58,13 +63,19 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Pair:
-    """One evaluation image drawn with its annotations (`truth`) and with its detections, both as data: URLs."""
+    """One evaluation image with its annotations and with its detections.
+
+    Attributes:
+        drawn: the photo with both on top; None if it is not at hand, then there are
+        truth, detections: data: URLs of the two images that the evaluation drew.
+    """
 
     kind: str
     image: str
-    truth: str
-    detections: str
     caption: str
+    drawn: Drawn | None = None
+    truth: str = ""
+    detections: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,11 @@ class StageView:
     predicted: list[Embedded]
     left_out: int
     line: str
+    settings: list[tuple[str, str, str]]
+    """(key, value, default) of what differs from the defaults"""
     config: str
+    errors: tuple[str, ...]
+    """last lines of a stage that failed"""
     environment: list[tuple[str, str]]
     unreadable: int
     damaged: tuple[str, ...]
@@ -109,43 +124,24 @@ class StageView:
         return self.status != "not run"
 
 
-class Budget:
-    """Number of bytes left for images in a page."""
-
-    def __init__(self, left: int = PAGE_BYTES) -> None:
-        self.left = left
-
-    def embed(self, file: Path, longest: int) -> str | None:
-        """Encode an image file as a data: URL, its longer side at most `longest` pixels; None if it is unreadable or the budget is used up."""
-        from PIL import Image
-
-        try:
-            with Image.open(file) as image:
-                if file.suffix == ".jpg" and max(image.size) <= longest:
-                    content = file.read_bytes()
-                else:
-                    small = image.convert("RGB")
-                    small.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-                    buffer = io.BytesIO()
-                    small.save(buffer, "JPEG", quality=85, optimize=True)
-                    content = buffer.getvalue()
-        except Exception:  # PIL raises many kinds of exceptions for damaged files
-            return None
-        text = base64.b64encode(content).decode()
-        if len(text) > self.left:
-            return None
-        self.left -= len(text)
-        return f"data:image/jpeg;base64,{text}"
-
-
-def view(name: str, command: CommandName | None, run: Path, budget: Budget) -> StageView:
+def view(
+    name: str,
+    command: CommandName | None,
+    run: Path,
+    photos: Photos,
+    *,
+    evaluation: Evaluation | None = None,
+    evaluated: bool = False,
+) -> StageView:
     """Build the view of one run directory.
 
     Args:
         name: name of the stage.
         command: name of its command in the pipeline; None: as recorded in the run directory.
         run: run directory, which may be missing.
-        budget: bytes left for images.
+        photos: photos of the page so far, with the bytes left for images.
+        evaluation: annotations and detections of an evaluation, whose photos are then drawn anew.
+        evaluated: whether another stage evaluates this one's detector: scores and images are then that stage's.
     """
     damaged: list[str] = []
 
@@ -162,24 +158,34 @@ def view(name: str, command: CommandName | None, run: Path, budget: Budget) -> S
     lines = part("metrics.jsonl", lambda: _numbered(read_metrics(run)), [])
     environment = read_json(run / "environment.json")
     recorded = str(environment.get("command", ""))
+    known = command or _RECORDED.get(recorded) or recorded or "unknown"
+    errors = () if result else failure(run)
     config, quarantine = run / "config.yaml", run / "quarantine.txt"
     values: dict[str, Any] = result["metrics"] if result else {}
     scalars = {key: value for key, value in values.items() if not isinstance(value, dict | list)}
-    analysis = read_json(run / "analysis.json")
-    pairs, left_out = part("pictures/index.json", lambda: _pairs(run / "pictures", budget), ([], 0))
+    analysis = {} if evaluated else read_json(run / "analysis.json")
+    budget = photos.budget
+    pairs, left_out = part(
+        "pictures/index.json", lambda: ([], 0) if evaluated else _pairs(run / "pictures", photos, evaluation), ([], 0)
+    )
+    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
     images_seen, threshold = values.get("images_seen"), analysis.get("score_threshold")
     return StageView(
         name=name,
-        command=command or _RECORDED.get(recorded) or recorded or "unknown",
-        status=_status(run, result, lines),
+        command=known,
+        status="failed" if errors else _status(run, result, lines),
         seconds=_seconds(result, lines),
         images_seen=images_seen if isinstance(images_seen, int) else None,
-        headlines=[(label(key), number(key, scalars[key])) for key in _HEADLINES if scalars.get(key) is not None],
+        headlines=[
+            (label(key), number(key, scalars[key]))
+            for key in _HEADLINES
+            if scalars.get(key) is not None and not evaluated
+        ],
         metrics=[(label(key), number(key, value)) for key, value in scalars.items()],
         charts=part("metrics.jsonl", lambda: curves(name, lines), [])
         + part("analysis.json", lambda: _precision_recall(name, analysis), []),
         threshold=threshold if isinstance(threshold, float) else None,
-        classes=part("analysis.json", lambda: _classes(values, analysis), []),
+        classes=[] if evaluated else part("analysis.json", lambda: _classes(values, analysis), []),
         matrix=part("analysis.json", lambda: _matrix(analysis), None),
         confusions=part("analysis.json", lambda: _confusions(analysis), []),
         pairs=pairs,
@@ -187,7 +193,9 @@ def view(name: str, command: CommandName | None, run: Path, budget: Budget) -> S
         predicted=_predicted(run / "pictures", budget),
         left_out=left_out,
         line=part("environment.json", lambda: _line(command, recorded, environment), ""),
-        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+        settings=part("config.yaml", lambda: changed_settings(known, text), []),
+        config=text,
+        errors=errors,
         environment=part("environment.json", lambda: _environment(environment), []),
         unreadable=len(quarantine.read_bytes().splitlines()) if quarantine.is_file() else 0,
         damaged=tuple(dict.fromkeys(damaged)),
@@ -219,17 +227,20 @@ def number(key: str, value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float) and key.startswith(_FRACTIONS):
         return percent(value)
-    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    text = f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return text.replace("-", MINUS) if isinstance(value, int | float) else text
 
 
 def percent(value: float | None) -> str:
-    """Format a fraction in percent, without the percent sign; a dash for None and other non-numbers."""
-    return f"{100 * value:.1f}" if isinstance(value, int | float) else "-"
+    """Format a fraction in percent, without the percent sign; a dash for None, other non-numbers, and the -1 that COCO tools write for None."""
+    return f"{100 * value:.1f}" if isinstance(value, int | float) and value >= 0 else "-"
 
 
 def label(key: str) -> str:
-    """Return the readable name of a metric."""
-    return _LABELS.get(key, key.replace("teacher_", "teacher's ").replace("top1", "top-1").replace("_", " "))
+    """Return the readable name of a metric, with its unit."""
+    name = _LABELS.get(key, key.replace("teacher_", "teacher's ").replace("top1", "top-1").replace("_", " "))
+    unit = "%" if key.startswith(_FRACTIONS) else _UNITS.get(key)
+    return f"{name}, {unit}" if unit else name
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -250,6 +261,26 @@ def mean_curve(analysis: Mapping[str, Any]) -> tuple[list[float], list[float]] |
     return record["recall"], [sum(column) / len(by_class) for column in zip(*by_class, strict=True)]
 
 
+def failure(run: Path) -> tuple[str, ...]:
+    """Return the lines that say why a stage ended without a result; none if it has not started, was stopped or is still running."""
+    if error := read_json(run / "error.json").get("error"):
+        return tuple(str(error).splitlines()[:_ERROR_LINES])
+    console = run.parent / LOGS / f"{run.name}.txt"
+    try:
+        with console.open("rb") as file:
+            file.seek(max(0, console.stat().st_size - _CONSOLE_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ()
+    lines = text.splitlines()
+    starts = [number for number, line in enumerate(lines) if line.startswith("$ ")]
+    lines = lines[starts[-1] + 1 :] if starts else lines  # of the last start
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if not errors and any(line.startswith("Traceback (most recent call last)") for line in lines):
+        errors = [line for line in lines if line.strip()][-1:]
+    return tuple(errors[-_ERROR_LINES:])
+
+
 def _status(run: Path, result: dict[str, Any] | None, lines: Sequence[Mapping[str, Any]]) -> str:
     if result:
         return "finished"
@@ -266,7 +297,7 @@ def _seconds(result: dict[str, Any] | None, lines: Sequence[Mapping[str, Any]]) 
 
 def _precision_recall(name: str, analysis: Mapping[str, Any]) -> list[Chart]:
     mean = mean_curve(analysis)
-    if mean is None:
+    if mean is None or not any(mean[1]):  # a detector without a right detection has no curve
         return []
     lines = analysis["precision_recall"]["precision"]
     return [precision_recall(name, mean[0], lines, mean[1] if len(lines) > 1 else None)]
@@ -321,21 +352,26 @@ def _confusions(analysis: Mapping[str, Any]) -> list[tuple[str, str, int]]:
     return [(truth, predicted, value) for value, truth, predicted in mixed[:_CONFUSIONS]]
 
 
-def _pairs(folder: Path, budget: Budget) -> tuple[list[Pair], int]:
-    """Return (the drawn images of an evaluation, number of images left out because the budget is used up)."""
+def _pairs(folder: Path, photos: Photos, evaluation: Evaluation | None) -> tuple[list[Pair], int]:
+    """Return (the best and worst images of an evaluation, number of images left out because the budget is used up)."""
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return [], 0
     pairs = []
     for entry in index:
-        before = budget.left
-        truth, detections = (budget.embed(_inside(folder, entry[side]), 640) for side in ("truth", "detections"))
-        if truth is None or detections is None:
-            budget.left = before
-            continue
+        kind, image = entry["kind"], entry["image"]
         caption = f"{entry['right']} right, {entry['wrong']} wrong, {entry['missed']} missed, error {entry['lrp']:.2f}"
-        pairs.append(Pair(entry["kind"], entry["image"], truth, detections, caption))
+        files = [_inside(folder, entry[side]) for side in ("truth", "detections")]
+        if evaluation and (drawn := draw_pair(evaluation, image, photos)):
+            pairs.append(Pair(kind, image, caption, drawn))
+            continue
+        before = photos.budget.left
+        truth, detections = (photos.budget.embed(file, PHOTO_SIDE) for file in files)
+        if truth is None or detections is None:
+            photos.budget.left = before
+            continue
+        pairs.append(Pair(kind, image, caption, None, truth, detections))
     return pairs, len(index) - len(pairs)
 
 
@@ -374,7 +410,7 @@ def _predicted(folder: Path, budget: Budget) -> list[Embedded]:
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     files = [files[place] for place in spread(len(files), _PREDICTED)]
     names = [file.relative_to(folder).as_posix() for file in files]
-    sources = [budget.embed(file, 480) for file in files]
+    sources = [budget.embed(file, PHOTO_SIDE) for file in files]
     return [Embedded(s, f"{name} with its detections", name) for name, s in zip(names, sources, strict=True) if s]
 
 

@@ -1,4 +1,4 @@
-"""The processes of a run: accelerate's process group, device, precision and trackers, and the data loaders' workers."""
+"""The processes of a run: accelerate's process group, device and precision, and the data loaders' workers."""
 
 import importlib.util
 import os
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ssld.shared.config.compute import ComputeConfig
 from ssld.shared.config.settings import launched_ranks
-from ssld.shared.config.training import TrainingConfig
 from ssld.shared.distributed.ranks import from_main_rank, set_timeout, world_size
 from ssld.shared.errors import UserError
 from ssld.shared.machine import default_threads, ignored_threads
@@ -46,7 +45,7 @@ def start_processes(config: ComputeT, *, fixed_size: bool = False) -> tuple[Acce
     """
     kind = _device_type(config.device)
     _refuse_fp16(config, kind)
-    trackers: list[Any] = list(config.trackers) if isinstance(config, TrainingConfig) else []
+    trackers: list[Any] = list(getattr(config, "trackers", []))
     for name in trackers:  # accelerate leaves out those it does not find
         if importlib.util.find_spec(name) is None:
             raise UserError(f"trackers: {name} is not installed; pip install {name}, or leave it out")
@@ -62,11 +61,12 @@ def start_processes(config: ComputeT, *, fixed_size: bool = False) -> tuple[Acce
         # Convolutions in fp32 run in TF32 by torch's default; without this, matrix products of the same network take several times as long.
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = fixed_size
+    others = [name for name in trackers if name != "tensorboard"]  # see shared/training/trackers.py
     accelerator = Accelerator(
         cpu=kind == "cpu",
         mixed_precision=_MIXED[config.precision],
-        log_with=trackers or None,
-        project_dir=str(config.output) if trackers else None,
+        log_with=others or None,
+        project_dir=str(config.output) if others else None,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     return accelerator, config
@@ -145,15 +145,6 @@ def _strides_are_ambiguous(parameter: Tensor) -> bool:
         and parameter.is_contiguous(memory_format=torch.channels_last)
         and parameter.numel() > 1
     )
-
-
-def start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
-    """Start the trackers of the configuration, after the run directory is open, because they write into it."""
-    if config.trackers:
-        settings = {
-            key: value for key, value in config.model_dump(mode="json").items() if isinstance(value, int | float | str)
-        }
-        accelerator.init_trackers("ssld", config=settings)
 
 
 def optimizer_step(

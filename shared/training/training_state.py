@@ -204,7 +204,6 @@ class TrainingState:
         self.quarantine.judge(step * self.batch_size)
         speed = self.progress.read(self.batch_size)
         self.run.metric(step, lr=lr, **means, **speed)
-        self.accelerator.log({"lr": lr, **means, **speed}, step=step)
         averages = ", ".join(f"{key} {value:.4f}" for key, value in means.items())
         self.run.log(
             f"step {step}/{self.steps}: {averages}, lr {lr:.4g}; {self.progress.describe(speed, means['loss'], lr)}"

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ssld.shared.wording import count
 from ssld.stage2_detect.data.coco import CocoData, Id
 from ssld.stage2_detect.models.batch import Detections
 from ssld.stage2_detect.models.boxes import pairwise_intersection
@@ -28,6 +29,8 @@ IOU = 0.5
 RECALLS_R = np.linspace(0, 1, 101)
 MOST = 100
 """best detections of a class per image that COCO's curves use"""
+MOST_LINES = 20
+"""classes in the log's table"""
 _CHUNK = 256  # images matched at once: bounds the memory
 
 
@@ -208,13 +211,21 @@ def report(analysis: Analysis, ap: Mapping[str, float | None]) -> dict[str, Any]
 
 
 def describe(content: Mapping[str, Any]) -> list[str]:
-    """Format a `report` for the log: a table of classes, and the most frequent confusions."""
+    """Format a `report` for the log: a table of classes, of many those with the highest and lowest AP, and the most frequent confusions."""
     width = max([5, *(len(row["class"]) for row in content["classes"])])
     threshold = content["score_threshold"]
     lines = [
         f"  {'':<{width}} {'AP':>7} {'P':>7} {'R':>7} {'F1':>7} {'objects':>9}   P, R, F1 at a score of {threshold:g}"
     ]
-    for row in [*content["classes"], {"class": "all", "AP": None, **content["all_classes"]}]:
+    rows, shown, gap = list(content["classes"]), 0, None
+    if len(rows) > MOST_LINES:
+        measured = sorted((row for row in rows if row["AP"] is not None), key=lambda row: -row["AP"])
+        best, worst = measured[: MOST_LINES // 2], measured[MOST_LINES // 2 :][-(MOST_LINES // 2) :]
+        gap = f"  ... {count(len(rows) - len(best) - len(worst), 'more class')}, see analysis.json"
+        rows, shown = [*best, *worst], len(best)
+    for number, row in enumerate([*rows, {"class": "all", "AP": None, **content["all_classes"]}]):
+        if gap and number == shown:
+            lines.append(gap)
         cells = (row["AP"], row["precision"], row["recall"], row["f1"])
         objects = row["right"] + row["missed"]
         lines.append(f"  {row['class']:<{width}} {' '.join(map(_percent, cells))} {objects:>9}")

@@ -13,7 +13,9 @@ from PIL import Image
 from ssld.pipelines.config import PipelineConfig, TableConfig
 from ssld.pipelines.report import gains, main
 from ssld.pipelines.reports import charts
-from ssld.pipelines.reports.stage_view import Budget, view
+from ssld.pipelines.reports.budget import Budget
+from ssld.pipelines.reports.photos import Photos
+from ssld.pipelines.reports.stage_view import view
 from ssld.pipelines.reports.table import Interval, Record, Row, table_text, write_record
 
 VOID = {"meta", "link", "br", "img", "path", "use"}
@@ -98,8 +100,8 @@ def test_numbers(html: str) -> None:
     assert "SSLD - baseline - - - -" in text
     assert "KL, nats 0.4321" in text
     assert "steps 100" in text
-    assert "AP 25.7" in text
-    assert "APs -" in text
+    assert "AP, % 25.7" in text
+    assert "APs, % -" in text
     assert "disc 33.3 ring -" in text
     assert "2 of 5 stages finished, 3 min of work, 12,800 images seen in training" in text
     assert "2 unreadable images" in text
@@ -347,7 +349,7 @@ def test_time_of_earlier_starts_counts(tmp_path: Path) -> None:
     write_run(tmp_path / "b", metrics=None, lines=lines[:1])
     write_run(tmp_path / "c", metrics={}, lines=[])
     write_run(tmp_path / "d", metrics=None, lines=[])
-    assert [view(name, None, tmp_path / name, Budget()).seconds for name in "abcd"] == [200, 100, 90, None]
+    assert [view(name, None, tmp_path / name, Photos(Budget())).seconds for name in "abcd"] == [200, 100, 90, None]
 
 
 def test_some_of_the_predicted_images_are_shown(tmp_path: Path) -> None:
@@ -358,12 +360,12 @@ def test_some_of_the_predicted_images_are_shown(tmp_path: Path) -> None:
     Image.new("RGB", (60, 40)).save(drawn / "b" / "last.jpg")
     (drawn / "a04.png").write_bytes(b"not an image")
     (drawn / "clip.mp4").write_bytes(b"a video")
-    images = view("predicted", "predict", tmp_path / "predicted", Budget()).predicted
+    images = view("predicted", "predict", tmp_path / "predicted", Photos(Budget())).predicted
     assert [one.title for one in images] == ["a00.png", "a02.png", "a07.png", "a09.png", "a11.png"]
     assert images[1].alt == "a02.png with its detections"
     (drawn / "index.json").write_text("[]")  # marks the images of an evaluation
-    assert view("predicted", "predict", tmp_path / "predicted", Budget()).predicted == []
-    assert view("predicted", "predict", tmp_path / "nowhere", Budget()).predicted == []
+    assert view("predicted", "predict", tmp_path / "predicted", Photos(Budget())).predicted == []
+    assert view("predicted", "predict", tmp_path / "nowhere", Photos(Budget())).predicted == []
 
 
 def test_a_folder_without_runs(tmp_path: Path, capfd: Any) -> None:
@@ -443,7 +445,7 @@ def test_a_damaged_record_leaves_its_part_out(file: str, tmp_path: Path) -> None
         for number, content in enumerate(variants):
             whole = [content] if file == "pictures/index.json" and isinstance(content, dict) else content
             (run / file).write_text(json.dumps(whole) + "\n")
-            stage = view("x", None, run, Budget())
+            stage = view("x", None, run, Photos(Budget()))
             assert stage.status in ("finished", "unfinished", "unfinished, at step 1", "unfinished, at step 3"), number
         assert main(["--runs", str(run), "--output", str(tmp_path / f"page{run.name}")]) in (0, 2)
 
@@ -464,5 +466,5 @@ def test_a_page_embeds_no_image_outside_the_run(tmp_path: Path) -> None:
     }
     for name in ("../../private.jpg", str(tmp_path / "private.jpg")):
         (run / "pictures" / "index.json").write_text(json.dumps([{**entry, "truth": name}]))
-        stage = view("x", None, run, Budget())
+        stage = view("x", None, run, Photos(Budget()))
         assert (stage.pairs, stage.damaged) == ([], ("pictures/index.json",))

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from ssld.pipelines.report import main
-from ssld.pipelines.reports.stage_view import Budget
+from ssld.pipelines.reports.budget import Budget
 from tests.pipelines.browser import Page, browser, find_chromium
 
 PHONE, DESK = 390, 1200
@@ -278,7 +278,7 @@ def test_gains_and_bars_show_their_intervals(tab: Page, report_page: Path) -> No
         "[...document.querySelectorAll('.bars')[0].querySelectorAll('.track')].map(one => [one, ...one.children]"
         ".map(part => part.getBoundingClientRect()).map(box => [box.left, box.right]))"
     )
-    for ((left, right), bar, whisker), value in zip(boxes, (0.3, 0.25), strict=True):
+    for ((left, right), bar, whisker), value in zip(boxes, (0.3, 0.25, 0.1), strict=True):
         unit = (right - left) / 0.4  # the end of the longest interval
         assert bar == pytest.approx([left, left + unit * value], abs=1)
         assert whisker == pytest.approx([left + unit * (value - 0.05), left + unit * (value + 0.1)], abs=1)

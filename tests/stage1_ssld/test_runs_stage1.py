@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ssld.shared.files import file_sha256
 from ssld.shared.run_dir import RunDir
@@ -88,7 +89,14 @@ def test_a_run_that_died_before_its_last_line_is_finished_without_doubles(
 def test_tensorboard(arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path) -> None:
     for _ in range(2):
         assert call(distill, arguments(distill_settings | {"trackers": ["tensorboard"]})) == 0
-    assert len(list((tmp_path / "run").rglob("events.out.tfevents*"))) >= 1
+    files = list((tmp_path / "run").rglob("events.out.tfevents*"))
+    assert [file.parent for file in files] == [tmp_path / "run"]  # TensorBoard names the run by its folder
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"training/loss", "evaluation/top1", "final/top1"} <= set(tags["scalars"])
+    assert [one.step for one in events.Scalars("training/loss")] == [2, 4, 6]
+    assert "batches" in tags["images"]
 
 
 def test_a_tracker_that_is_not_installed_is_no_silence(

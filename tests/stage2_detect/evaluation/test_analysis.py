@@ -297,3 +297,23 @@ def test_training_data_are_refused(tiny_coco: Any) -> None:
     data = read_coco(tiny_coco.val_annotations, tiny_coco.val_images, training=True)
     with pytest.raises(ValueError, match="training=False"):
         analyse(data, {}, score_threshold=0.5)
+
+
+@pytest.mark.parametrize("measured", [80, 0])
+def test_a_table_of_many_classes_has_the_best_and_the_worst(measured: int) -> None:
+    rows = [
+        {"class": f"c{n}", "AP": (n * 37 % 80) / 100 if n < measured else None}
+        | {"precision": None, "recall": 0.0, "f1": 0.0, "right": 0, "missed": 1}
+        for n in range(80)
+    ]
+    whole = {"precision": None, "recall": 0.0, "f1": 0.0, "right": 0, "missed": 80}
+    confusions = {"names": [*(row["class"] for row in rows), "background"], "counts": np.zeros((81, 81)).tolist()}
+    lines = describe({"classes": rows, "all_classes": whole, "confusions": confusions, "score_threshold": 0.5})
+    if not measured:
+        assert [line.split()[0] for line in lines[1:]] == ["...", "all"]
+        assert lines[1] == "  ... 80 more classes, see analysis.json"
+        return
+    values = [float(line.split()[1]) for line in [*lines[1:11], *lines[12:22]]]
+    assert values == [float(n) for n in [*range(79, 69, -1), *range(9, -1, -1)]]
+    assert lines[11] == "  ... 60 more classes, see analysis.json"
+    assert lines[22].split()[0] == "all"
