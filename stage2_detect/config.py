@@ -251,7 +251,7 @@ class EvaluateConfig(RunDetectorConfig):
     images: Path
     """folder that the file names in the COCO JSON file are relative to"""
     backend: Literal["auto", "hotcoco", "pycocotools"] = "auto"
-    """COCO evaluator: hotcoco, pycocotools, or auto, hotcoco if installed; both give equal numbers"""
+    """COCO evaluator: hotcoco, or pycocotools as a check, much slower with equal numbers; auto: hotcoco"""
     score_threshold: float = Field(0.5, ge=0, lt=1)
     """lowest score of the detections counted in precision, recall and F1 per class and in the confusion matrix"""
     cache_annotations: bool = True
