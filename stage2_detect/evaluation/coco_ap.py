@@ -25,6 +25,7 @@ from pycocotools.cocoeval import COCOeval
 
 from ssld.shared.errors import UserError
 from ssld.stage2_detect.data.coco import CocoData, Id
+from ssld.stage2_detect.evaluation.analysis import in_order
 from ssld.stage2_detect.models.batch import Detections
 
 BACKENDS = ("auto", "hotcoco", "pycocotools")
@@ -90,9 +91,8 @@ def choose_backend(backend: str) -> str:
 
 
 def image_numbers(ground_truth: CocoData) -> dict[Id, int]:
-    """Number the images 1, 2, ... by their ids, whose order decides between equal scores, as it does in pycocotools on the original file."""
-    order = sorted((record.image_id for record in ground_truth.images), key=lambda key: (isinstance(key, str), key))
-    return {image_id: index for index, image_id in enumerate(order, 1)}
+    """Number the images 1, 2, ... in the order of their ids, as pycocotools on the original file."""
+    return {record.image_id: index for index, record in enumerate(in_order(ground_truth), 1)}
 
 
 def detection_table(

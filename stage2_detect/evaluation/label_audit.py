@@ -45,7 +45,7 @@ REASONS = {
     "no_label": "detected without a label",
     "other_class": "detected as another class",
     "other_box": "detected with another box",
-    "not_found": "label not found",
+    "not_found": "labeled but not found",
 }
 IOU, LEAST_IOU = 0.5, 0.1
 """overlap from which a detection and a label are one object; below the second there is no overlap (TIDE's values)"""
@@ -76,19 +76,20 @@ class Finding:
 
 
 def write_audit(
-    run: RunDir, data: CocoData, detections: Mapping[Id, Detections], *, score_threshold: float
+    run: RunDir, data: CocoData, detections: Mapping[Id, Detections], *, folder: Path, score_threshold: float
 ) -> list[Path]:
     """Write the audit of an evaluation into its run directory and a line into its log, on the main rank.
 
     Args:
         data: read with `training=False`.
         detections: by image id, boxes in pixels of the original image.
-        score_threshold: lowest score of detections without a label that counts.
+        folder: folder of the images, which file names are relative to.
+        score_threshold: lowest score of the detections of the first three reasons.
 
     Returns:
         The files written; without findings there is no sheet.
     """
-    audit = audit_labels(data, detections, score_threshold=score_threshold)
+    audit = audit_labels(data, detections, folder=folder, score_threshold=score_threshold)
     write_atomically(run.path / FILE, json.dumps(audit) + "\n")
     files = [run.path / FILE]
     if audit["drawn"]:
@@ -102,8 +103,10 @@ def write_audit(
     return files
 
 
-def audit_labels(data: CocoData, detections: Mapping[Id, Detections], *, score_threshold: float) -> dict[str, Any]:
-    """Compare detections with labels; returns the content of `label_audit.json`, as docs/detection.md describes it.
+def audit_labels(
+    data: CocoData, detections: Mapping[Id, Detections], *, folder: Path, score_threshold: float
+) -> dict[str, Any]:
+    """Compare detections with labels; arguments as of `write_audit`, returns the content of `label_audit.json`, as docs/data.md describes it.
 
     Raises:
         ValueError: an unknown image, a label out of range, or a number that is not finite.
@@ -119,7 +122,7 @@ def audit_labels(data: CocoData, detections: Mapping[Id, Detections], *, score_t
     found = find(truth["annotations"], table_D7, diagnostics, calibration, score_threshold)
     records = {number[record.image_id]: record for record in data.images}
     first_label = _first_labels(truth["annotations"])
-    listed = [_entry(data, records[one.image], one, table_D7, first_label) for one in found[:LISTED]]
+    listed = [_entry(data, records[one.image], folder, one, table_D7, first_label) for one in found[:LISTED]]
     counted = Counter(one.reason for one in found)
     regular = [row for row in truth["annotations"] if not row["iscrowd"]]
     return {
@@ -233,10 +236,17 @@ def _first_labels(annotations: Sequence[Mapping[str, Any]]) -> dict[int, int]:
 
 
 def _entry(
-    data: CocoData, record: CocoImage, one: Finding, table_D7: np.ndarray, first_label: Mapping[int, int]
+    data: CocoData,
+    record: CocoImage,
+    folder: Path,
+    one: Finding,
+    table_D7: np.ndarray,
+    first_label: Mapping[int, int],
 ) -> dict[str, Any]:
     """Convert a finding to JSON values, with the ids and names of the annotation file."""
-    entry: dict[str, Any] = {"image_id": record.image_id, "file_name": record.path, "reason": one.reason}
+    path = Path(record.path)
+    name = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else record.path
+    entry: dict[str, Any] = {"image_id": record.image_id, "file_name": name, "reason": one.reason}
     entry |= {"class": None, "score": None, "box": None, "label_id": None, "label_class": None, "label_box": None}
     if one.detection is not None:
         row = table_D7[one.detection]
@@ -244,8 +254,8 @@ def _entry(
         entry["box"] = row[1:5].round(2).tolist()
     if one.label is not None:
         place = one.label - first_label[one.image]
-        name = data.class_names[int(record.labels_N[place])]
-        entry |= {"label_id": record.annotation_ids[place], "label_class": name}
+        label_class = data.class_names[int(record.labels_N[place])]
+        entry |= {"label_id": record.annotation_ids[place], "label_class": label_class}
         entry["label_box"] = record.file_boxes_N4[place].tolist()
     return entry | {"agreement": round(one.agreement, 4)}
 

@@ -73,7 +73,7 @@ class Scenes:
         return {one: Detections(t[:, :4].float(), t[:, 4].float(), t[:, 5].long()) for one, t in tables.items()}
 
     def audit(self) -> dict[str, Any]:
-        return audit_labels(self.data(), self.detections(), score_threshold=0.5)
+        return audit_labels(self.data(), self.detections(), folder=self._folder, score_threshold=0.5)
 
 
 def well_detected(folder: Path) -> Scenes:
@@ -134,13 +134,13 @@ def test_a_removed_and_a_moved_label_are_named_first(tmp_path: Path) -> None:
             truth = removed["bbox"] if one["image_id"] == removed["image_id"] else at
             np.testing.assert_allclose(one["box"], truth, atol=2.1)
             assert (one["label_id"], one["label_box"]) == (None, None)
-        assert one["file_name"].endswith(f"{one['image_id']}.png")
+        assert one["file_name"] == f"{one['image_id']}.png"
     agreements = [one["agreement"] for one in audit["findings"]]
     assert agreements == sorted(agreements, reverse=True)
     assert [one["agreement"] for one in first if one["box"]] == pytest.approx([34 / 36] * 2, abs=1e-4)
     assert agreements[-1] == 0  # none of the detections at 0.55 is on a label
     assert describe(audit, tmp_path / SHEET) == (
-        f"label audit: 11 objects to look at: 6 detected without a label, 5 label not found; the first are in {tmp_path / SHEET}"
+        f"label audit: 11 objects to look at: 6 detected without a label, 5 labeled but not found; the first are in {tmp_path / SHEET}"
     )
 
 
@@ -234,7 +234,7 @@ def test_errors_and_calibration_against_numpy(tmp_path: Path) -> None:
                 scenes.label(image, box)
             scenes.detect(image, box, scores[-1])
     data, detections = scenes.data(), scenes.detections()
-    audit = audit_labels(data, detections, score_threshold=0.5)
+    audit = audit_labels(data, detections, folder=tmp_path, score_threshold=0.5)
     bins_D, gaps = (np.array(scores) * 10).astype(int), 0.0
     for number, one in enumerate(audit["calibration"]["bins"]):
         inside = bins_D == number
@@ -260,7 +260,7 @@ def test_without_detections_labels_or_both(tmp_path: Path) -> None:
     scenes = Scenes(tmp_path, classes=1)
     scenes.image(1)
     scenes.image(2)
-    assert scenes.audit() | {"findings": []} == audit_labels(scenes.data(), {}, score_threshold=0.5)
+    assert scenes.audit() | {"findings": []} == audit_labels(scenes.data(), {}, folder=tmp_path, score_threshold=0.5)
     scenes.detect(1, [5, 5, 20, 20], 0.9)
     audit = scenes.audit()
     assert (audit["counts"]["no_label"], audit["labels"], audit["tide"]) == (1, 0, None)
@@ -274,7 +274,7 @@ def test_without_detections_labels_or_both(tmp_path: Path) -> None:
     scenes.label(2, [0, 0, 30, 30])
     scenes.label(2, [100, 100, 90, 90])
     scenes.label(1, [0, 0, 60, 60], crowd=1)  # the detection lies on it
-    audit = audit_labels(scenes.data(), {}, score_threshold=0.5)
+    audit = audit_labels(scenes.data(), {}, folder=tmp_path, score_threshold=0.5)
     assert [one["label_box"][2] for one in audit["findings"]] == [90, 30]  # the larger one is easier to find
     assert (audit["calibration"], audit["tide"]["counts"]["Miss"]) == (None, 2)
     assert scenes.audit()["counts"] == {"no_label": 0, "other_class": 0, "other_box": 0, "not_found": 2}
@@ -310,13 +310,13 @@ def test_files_of_an_earlier_audit_are_replaced(tmp_path: Path, monkeypatch: pyt
     scenes = Scenes(tmp_path)
     scenes.image(1)
     scenes.detect(1, [5, 5, 20, 20], 0.9)
-    assert write_audit(run, scenes.data(), scenes.detections(), score_threshold=0.5) == [
+    assert write_audit(run, scenes.data(), scenes.detections(), folder=tmp_path, score_threshold=0.5) == [
         tmp_path / FILE,
         tmp_path / SHEET,
     ]
     with Image.open(tmp_path / SHEET) as sheet:
         assert sheet.size[0] == 480
-    assert write_audit(run, scenes.data(), {}, score_threshold=0.5) == [tmp_path / FILE]
+    assert write_audit(run, scenes.data(), {}, folder=tmp_path, score_threshold=0.5) == [tmp_path / FILE]
     assert not (tmp_path / SHEET).exists()
     assert run.lines[0].endswith(f"1 detected without a label; the first are in {tmp_path / SHEET}")
 
