@@ -137,10 +137,10 @@ def _attend(connection: socket.socket) -> list[str]:
             with contextlib.suppress(OSError):
                 connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
             os._exit(0)
-        ready, _, _ = select.select([connection, woken], [], [])
+        ready, _, _ = select.select([connection.fileno(), woken], [], [])
         if woken in ready:
             os.read(woken, 64)
-        if connection in ready:
+        if connection.fileno() in ready:
             signals = connection.recv(64)
             if not signals:  # the starter was killed
                 os.killpg(child, signal.SIGKILL)

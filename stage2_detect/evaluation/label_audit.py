@@ -221,7 +221,7 @@ def _displaced(
             yield detection, label
 
 
-def _overlaps(boxes_D4: np.ndarray, others_G4: Sequence[Sequence[float]]) -> np.ndarray:
+def _overlaps(boxes_D4: np.ndarray, others_G4: Sequence[Any]) -> np.ndarray:
     """Compute IoU [D, G] of boxes x, y, width, height."""
     others = np.asarray(others_G4, dtype=np.float64)
     return np.asarray(hotcoco.primitives.bbox_iou(boxes_D4, others, [False] * len(others)))

@@ -292,8 +292,8 @@ def test_the_sheet_shows_box_and_label_where_they_are(tmp_path: Path) -> None:
     # Three times the 60 pixels of both together, around their middle: 180 pixels on 480, whose right edge is the image's.
     zoom = 480 / 180
     for k, (left, right) in ((1, (110, 150)), (3, (90, 130))):
-        colored = (np.abs(pixels.astype(int) - class_color(k)) < 12).all(-1)
-        columns = np.flatnonzero(colored[:, :].sum(0) > 60)
+        colored = np.asarray((np.abs(pixels.astype(int) - class_color(k)) < 12).all(-1))
+        columns = np.flatnonzero(colored.sum(0) > 60)
         assert abs(columns.min() - left * zoom) < 3
         assert abs(columns.max() - right * zoom) < 3
 
