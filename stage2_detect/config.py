@@ -351,7 +351,7 @@ class EvaluateConfig(RunDetectorConfig):
     images: Path | list[Path] | None = None
     """folder that the file names in the COCO JSON file are relative to, or a list with one folder for each file"""
     backend: Literal["auto", "hotcoco", "pycocotools"] = "auto"
-    """COCO evaluator: hotcoco, pycocotools, or auto, hotcoco if installed; both give equal numbers"""
+    """COCO evaluator: hotcoco, or pycocotools as a check, much slower with equal numbers; auto: hotcoco"""
     score_threshold: float = Field(0.5, ge=0, lt=1)
     """lowest score of the detections counted in precision, recall and F1 per class and in the confusion matrix"""
     cache_annotations: bool = True

@@ -3,9 +3,10 @@
     python stage2_detect/evaluate.py --model runs/det/detector.safetensors --annotations val.json --images val --output runs/det_ap
 
 Writes `detections.json` (COCO results with the original ids), `analysis.json` (precision, recall and F1 of each class
-at `score_threshold`, confusion matrix, precision-recall curves) and `pictures/` (the best and the worst images, with ground
-truth and detections) beside result.json. With `--compare runs/other_ap/detections.json` the difference in AP to another
-detector is reported with a 95 % interval (`evaluation/bootstrap.py`).
+at `score_threshold`, confusion matrix, precision-recall curves), `label_audit.json` and `label_audit.jpg` (labels to look at
+first) and `pictures/` (the best and the worst images, with ground truth and detections) beside result.json. With
+`--compare runs/other_ap/detections.json` the difference in AP to another detector is reported with a 95 % interval
+(`evaluation/bootstrap.py`).
 """
 
 import sys
@@ -38,6 +39,7 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     from ssld.stage2_detect.detector_file import load_detector
     from ssld.stage2_detect.evaluation.bootstrap import bootstrap_metrics, read_detections
     from ssld.stage2_detect.evaluation.files import write_evaluation
+    from ssld.stage2_detect.evaluation.label_audit import write_audit
     from ssld.stage2_detect.evaluation.scoring import compare_expected, describe, score
 
     loaded = load_detector(config.model)
@@ -90,6 +92,8 @@ def evaluate_detector(config: EvaluateConfig) -> None:
             run.log(line)
         report, written = write_evaluation(run, data, detections, metrics, score_threshold=config.score_threshold)
         files += written
+        threshold = config.score_threshold
+        files += write_audit(run, data, detections, folder=config.images, score_threshold=threshold)
         metrics["at_threshold"] = {key: report[key] for key in ("score_threshold", "iou")} | report["all_classes"]
         metrics["per_class_f1"] = {row["class"]: row["f1"] for row in report["classes"]}
     metrics["orientation"] = {"val": data.orientation.record()}

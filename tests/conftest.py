@@ -5,7 +5,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ os.environ.update(QUIET)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests as `process` that use a fixture that starts processes; others are marked by hand."""
     for item in items:
-        if {"scripts", "tab"} & set(getattr(item, "fixturenames", ())):
+        if {"forking_python", "tab"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.process)
 
 
@@ -186,11 +187,20 @@ def user_error(call: Callable[[Main, list[str]], int], capsys: pytest.CaptureFix
 class Scripts:
     """Starts entry scripts as users do: real processes, one thread each."""
 
-    def start(self, *command: str, ranks: int = 1, **environment: str) -> "subprocess.Popen[str]":
-        """`command` is the script below the project's root and its flags; several ranks go through torch's launcher."""
+    def __init__(self, python: Path) -> None:
+        self._python = python
+
+    def start(
+        self, *command: str, ranks: int = 1, new_python: bool = False, **environment: str
+    ) -> "subprocess.Popen[str]":
+        """`command` is the script below the project's root and its flags; several ranks go through torch's launcher.
+
+        With `new_python` in an interpreter that imports everything, as at a user's; else in a fork of one that has (forking.py).
+        """
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         script = [str(ROOT / command[0]), *command[1:]]
-        line = [sys.executable, "-W", "ignore", *(launcher if ranks > 1 else []), *script]
+        python = sys.executable if new_python else str(self._python)
+        line = [python, "-W", "ignore", *(launcher if ranks > 1 else []), *script]
         env = {
             key: value
             for key, value in os.environ.items()
@@ -205,9 +215,11 @@ class Scripts:
             text=True,
         )
 
-    def run(self, *command: str, ranks: int = 1, **environment: str) -> "subprocess.CompletedProcess[str]":
+    def run(
+        self, *command: str, ranks: int = 1, new_python: bool = False, **environment: str
+    ) -> "subprocess.CompletedProcess[str]":
         """Start and wait."""
-        process = self.start(*command, ranks=ranks, **environment)
+        process = self.start(*command, ranks=ranks, new_python=new_python, **environment)
         try:
             out, err = process.communicate(timeout=600)
         finally:
@@ -216,8 +228,17 @@ class Scripts:
 
 
 @pytest.fixture(scope="session")
-def scripts() -> Scripts:
-    return Scripts()
+def forking_python() -> Iterator[Path]:
+    """A file to start in place of the interpreter: its processes have imported everything (forking.py)."""
+    from tests.forking import Server
+
+    with closing(Server()) as server:
+        yield server.python
+
+
+@pytest.fixture(scope="session")
+def scripts(forking_python: Path) -> Scripts:
+    return Scripts(forking_python)
 
 
 @pytest.fixture(scope="session")

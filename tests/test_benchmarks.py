@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import gpu
 from ssld.shared.config.settings import parse_config
 from ssld.shared.models.model_file import read_tensors
 from ssld.stage2_detect.config import TrainConfig
@@ -76,14 +77,19 @@ def test_rounds_alternate_and_the_first_does_not_count() -> None:
     assert all(second > 0 for seconds in rounds for second in seconds.values())
 
 
+def gpu_row(name: str, images: Path) -> gpu.Row:
+    """A row of benchmarks/gpu.py at the smallest size."""
+    return next(row for row in gpu.rows(images, images, tiny=True, gpu=False) if row.name == name)
+
+
 def test_every_ratio_is_printed(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    networks = ["--student", "resnet10t", "--teacher", "resnet10t", "--size", "32", "--batch", "4"]
-    threads = torch.get_num_threads()
+    row, threads = gpu_row("distill", tiny.train), torch.get_num_threads()
     try:
-        script("distill").main([str(tiny.train), "--pairs", "3", *networks])
+        script("distill").main(row.line[1:])
     finally:
         torch.set_num_threads(threads)
     lines = capsys.readouterr().out.splitlines()
+    assert [line[:3] for line in lines if re.fullmatch(row.cell, line.strip())] == ["(a)", "(c)", "(e)"]
     values = {line[:3]: [float(value) for value in re.findall(r"\d+\.\d{3}", line)] for line in lines}
     for letter in "abcdf":
         middle, low, high = values[f"({letter})"]
@@ -137,13 +143,14 @@ def test_the_detection_loaders_opponent_makes_the_same_batch(tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "mode"), [("faster", "training"), ("mask", "inference")])
-def test_every_ratio_of_the_detector_is_printed(kind: str, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_ratio_of_the_detector_is_printed(
+    kind: str, mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The script itself asserts that both sides find enough, and nearly the same."""
-    detect = script("detect")
-    del detect.FORMATS["contiguous"]
-    common = ["--detectors", kind, "--batch", "1"]
-    detect.main([*common, "--pairs", "2", "--sizes", "96x160", "--modes", mode])
+    row = gpu_row(kind, tmp_path)
+    script("detect").main(row.line[1:])
     out = capsys.readouterr().out
+    assert any(re.fullmatch(row.cell, line.strip()) for line in out.splitlines())
     for ours in ("ours", "ours, reference pooling"):
         match = re.search(rf"{kind} 96x160 {mode}, float32: {ours} / torchvision +(\S+)  \((\S+) to (\S+)\)", out)
         assert match, out

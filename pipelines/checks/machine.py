@@ -32,9 +32,10 @@ PACKAGES = (
     "numpy",
     "pillow",
     "safetensors",
+    "hotcoco",
 )
 OPTIONAL = {
-    **{"hotcoco": "fast", "torchcodec": "fast", "av": "video"},
+    **{"torchcodec": "fast", "av": "video"},
     **{"onnx": "export", "onnxruntime": "export", "onnxscript": "export"},
 }
 _PROBE = """

@@ -12,7 +12,7 @@ Legend: I images (in a chunk), D detections (of an image, or of all), G objects 
 points. All images of a chunk are matched at once: the loop is over the rank of a detection in its image.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ssld.shared.wording import count
-from ssld.stage2_detect.data.coco import CocoData, Id
+from ssld.stage2_detect.data.coco import CocoData, CocoImage, Id
 from ssld.stage2_detect.models.batch import Detections
 from ssld.stage2_detect.models.boxes import pairwise_intersection
 
@@ -64,23 +64,53 @@ class Analysis:
     lrp_I: np.ndarray
 
 
-def analyse(ground_truth: CocoData, detections: Mapping[Id, Detections], *, score_threshold: float) -> Analysis:
-    """Match detections (boxes in pixels of the original image) with the objects of a data set read with `training=False`."""
+@dataclass(frozen=True)
+class Chunk:
+    """Some images, with tables padded to the most rows of an image; the label of padding is -1.
+
+    Attributes:
+        truth_IG6: float64, x1, y1, x2, y2, label, crowd.
+        detections_ID6: float64, x1, y1, x2, y2, label, score; best first.
+        overlaps_IDG: IoU; for crowd regions the share of the detection that lies on them.
+    """
+
+    truth_IG6: np.ndarray
+    detections_ID6: np.ndarray
+    overlaps_IDG: np.ndarray
+
+    def match(self, iou: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return the states [I, D], and for each object the rank [I, G] of the detection matched with it, -1 for none."""
+        return _match(self.detections_ID6, self.truth_IG6, self.overlaps_IDG, iou)
+
+
+def in_order(ground_truth: CocoData) -> list[CocoImage]:
+    """Return the images in COCO's order, which decides between equal scores."""
+    return sorted(ground_truth.images, key=lambda record: (isinstance(record.image_id, str), record.image_id))
+
+
+def chunks(ground_truth: CocoData, detections: Mapping[Id, Detections]) -> Iterator[Chunk]:
+    """Yield the images of a data set in order, as many at once as memory allows. Raises ValueError if it was read with `training=True`."""
     if ground_truth.training:
         raise ValueError("the ground truth must be read with training=False: crowd regions are counted")
-    classes = len(ground_truth.class_names)
-    # The order of images decides between equal scores; this is COCO's order.
-    records = sorted(ground_truth.images, key=lambda record: (isinstance(record.image_id, str), record.image_id))
-    confusions = np.zeros((classes + 1, classes + 1), dtype=np.int64)
-    objects_K = np.zeros(classes, dtype=np.int64)
-    parts: list[tuple[np.ndarray, ...]] = []
-    per_image: list[tuple[np.ndarray, np.ndarray]] = []
+    records = in_order(ground_truth)
     for start in range(0, len(records), _CHUNK):
         chunk = records[start : start + _CHUNK]
         truth_IG6 = _padded([_object_rows(r.file_boxes_N4, r.labels_N, r.crowd_N) for r in chunk])
         detections_ID6 = _padded([_detection_rows(detections.get(record.image_id)) for record in chunk])
         overlaps_IDG = _overlaps(detections_ID6[..., :4], truth_IG6[..., :4], truth_IG6[..., 5] == 1)
-        states_ID, matched_by_IG = _match(detections_ID6, truth_IG6, overlaps_IDG, IOU)
+        yield Chunk(truth_IG6, detections_ID6, overlaps_IDG)
+
+
+def analyse(ground_truth: CocoData, detections: Mapping[Id, Detections], *, score_threshold: float) -> Analysis:
+    """Match detections (boxes in pixels of the original image) with the objects of a data set read with `training=False`."""
+    classes = len(ground_truth.class_names)
+    confusions = np.zeros((classes + 1, classes + 1), dtype=np.int64)
+    objects_K = np.zeros(classes, dtype=np.int64)
+    parts: list[tuple[np.ndarray, ...]] = []
+    per_image: list[tuple[np.ndarray, np.ndarray]] = []
+    for chunk in chunks(ground_truth, detections):
+        truth_IG6, detections_ID6, overlaps_IDG = chunk.truth_IG6, chunk.detections_ID6, chunk.overlaps_IDG
+        states_ID, matched_by_IG = chunk.match(IOU)
         regular_IG = (truth_IG6[..., 4] >= 0) & (truth_IG6[..., 5] == 0)
         objects_K += np.bincount(truth_IG6[..., 4][regular_IG].astype(np.int64), minlength=classes)
         confusions += _confusions(
@@ -91,13 +121,13 @@ def analyse(ground_truth: CocoData, detections: Mapping[Id, Detections], *, scor
         )
         real_ID = detections_ID6[..., 4] >= 0
         labels_ID = detections_ID6[..., 4].astype(np.int64)
-        columns = (labels_ID, detections_ID6[..., 5], states_ID, _ranks(labels_ID))
+        columns = (labels_ID, detections_ID6[..., 5], states_ID, ranks(labels_ID))
         parts.append(tuple(column[real_ID] for column in columns))
     # Detections below the threshold were matched too, after those above it: they may have an object that no other detection has.
     confusions[:classes, classes] = objects_K - confusions[:classes, :classes].sum(1)
     labels_D, scores_D, states_D, ranks_D = (np.concatenate(column) for column in zip(*parts, strict=True))
     counts_I3, lrp_I = (np.concatenate(column) for column in zip(*per_image, strict=True))
-    image_ids = tuple(record.image_id for record in records)
+    image_ids = tuple(record.image_id for record in in_order(ground_truth))
     return Analysis(
         ground_truth.class_names,
         score_threshold,
@@ -254,7 +284,7 @@ def _detection_rows(detections: Detections | None) -> np.ndarray:
     return rows[np.argsort(-scores_D, kind="stable")]
 
 
-def _ranks(labels_ID: np.ndarray) -> np.ndarray:
+def ranks(labels_ID: np.ndarray) -> np.ndarray:
     """Count the detections with the same label before each, which are better."""
     ranks_ID = np.zeros_like(labels_ID)
     for label in np.unique(labels_ID):

@@ -28,12 +28,9 @@ from ssld.stage2_detect.evaluation.analysis import (
     MOST,
     RECALLS_R,
     RIGHT,
-    _detection_rows,
-    _match,
-    _object_rows,
-    _overlaps,
-    _padded,
-    _ranks,
+    chunks,
+    in_order,
+    ranks,
 )
 from ssld.stage2_detect.models.batch import Detections
 
@@ -41,7 +38,6 @@ IOUS_T = np.linspace(0.5, 0.95, 10)
 DRAWS = 1000
 _LARGEST = 1e9  # larger numbers are no pixels, and their products would overflow
 _PERCENTILES = (2.5, 97.5)
-_IMAGES_AT_ONCE = 256  # bounds the memory of the matching
 _VALUES_AT_ONCE = 2_000_000  # draws times detections of a class: bounds the memory of a block of draws
 
 
@@ -63,24 +59,19 @@ class Matches:
 
 def match_detections(ground_truth: CocoData, detections: Mapping[Id, Detections]) -> Matches:
     """Match the detections of a data set (boxes in pixels of the original images) with its objects, read with `training=False`."""
-    if ground_truth.training:
-        raise ValueError("the ground truth must be read with training=False: crowd regions are counted")
-    classes = len(ground_truth.class_names)
-    records = sorted(ground_truth.images, key=lambda record: (isinstance(record.image_id, str), record.image_id))
+    classes, records = len(ground_truth.class_names), in_order(ground_truth)
     objects_IK = np.zeros((len(records), classes), dtype=np.int64)
     for row, record in enumerate(records):
         objects_IK[row] = np.bincount(record.labels_N[~record.crowd_N], minlength=classes)
     columns: list[list[np.ndarray]] = [[], [], [], []]
-    for start in range(0, len(records), _IMAGES_AT_ONCE):
-        chunk = records[start : start + _IMAGES_AT_ONCE]
-        truth_IG6 = _padded([_object_rows(r.file_boxes_N4, r.labels_N, r.crowd_N) for r in chunk])
-        detections_ID6 = _padded([_detection_rows(detections.get(record.image_id)) for record in chunk])
-        overlaps_IDG = _overlaps(detections_ID6[..., :4], truth_IG6[..., :4], truth_IG6[..., 5] == 1)
-        states_IDT = np.stack([_match(detections_ID6, truth_IG6, overlaps_IDG, iou)[0] for iou in IOUS_T], axis=-1)
-        labels_ID = detections_ID6[..., 4].astype(np.int64)
-        kept_ID = (labels_ID >= 0) & (_ranks(labels_ID) < MOST)
-        rows_ID = np.broadcast_to(start + np.arange(len(chunk))[:, None], kept_ID.shape)
-        values: tuple[np.ndarray, ...] = (detections_ID6[..., 5], rows_ID, labels_ID, states_IDT.astype(np.int8))
+    done = 0
+    for chunk in chunks(ground_truth, detections):
+        states_IDT = np.stack([chunk.match(iou)[0] for iou in IOUS_T], axis=-1)
+        labels_ID = chunk.detections_ID6[..., 4].astype(np.int64)
+        kept_ID = (labels_ID >= 0) & (ranks(labels_ID) < MOST)
+        rows_ID = np.broadcast_to(done + np.arange(len(kept_ID))[:, None], kept_ID.shape)
+        done += len(kept_ID)
+        values: tuple[np.ndarray, ...] = (chunk.detections_ID6[..., 5], rows_ID, labels_ID, states_IDT.astype(np.int8))
         for column, value in zip(columns, values, strict=True):
             column.append(value[kept_ID])
     scores_D, images_D, labels_D, states_DT = (np.concatenate(column) for column in columns)

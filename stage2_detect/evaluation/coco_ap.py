@@ -1,7 +1,8 @@
 """COCO average precision of boxes or masks, by hotcoco or pycocotools, and detections as COCO results JSON.
 
 Metric: https://cocodataset.org/#detection-eval, as pycocotools computes it; hotcoco gives the same bits about a hundred
-times faster. Both get arrays, never a file, and both of their precision tables are summarized by the same code.
+times faster, and is used unless pycocotools is requested as a check. Both get arrays, never a file, and both of their
+precision tables are summarized by the same code.
 Known traps are avoided: annotation ids are renumbered from 1 (an id of 0 halves pycocotools' AP), string ids
 become numbers, empty detections score 0 (pycocotools: IndexError) and NaN scores are refused (pycocotools: AP 1).
 Deliberately absent: plots, confusion matrices (`analysis.py`).
@@ -11,12 +12,12 @@ M detection limits.
 """
 
 import contextlib
-import importlib.util
 import io
 import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+import hotcoco
 import numpy as np
 from pycocotools import mask as mask_codec
 from pycocotools.coco import COCO
@@ -24,6 +25,7 @@ from pycocotools.cocoeval import COCOeval
 
 from ssld.shared.errors import UserError
 from ssld.stage2_detect.data.coco import CocoData, Id
+from ssld.stage2_detect.evaluation.analysis import in_order
 from ssld.stage2_detect.models.batch import Detections
 
 BACKENDS = ("auto", "hotcoco", "pycocotools")
@@ -54,12 +56,10 @@ def coco_ap(
         raise ValueError(
             "the ground truth must be read with training=False: crowds and odd boxes count in COCO's scores"
         )
-    # The order of the original ids decides between equal scores, as it does in pycocotools on the original file.
-    order = sorted((record.image_id for record in ground_truth.images), key=lambda key: (isinstance(key, str), key))
-    number = {image_id: index for index, image_id in enumerate(order, 1)}
-    detections_D7 = _detection_table(ground_truth, detections, number)
+    number = image_numbers(ground_truth)
+    detections_D7 = detection_table(ground_truth, detections, number)
     evaluate = _hotcoco_tables if choose_backend(backend) == "hotcoco" else _pycocotools_tables
-    dataset = _dataset(ground_truth, number, masks=masks)
+    dataset = numbered_dataset(ground_truth, number, masks=masks)
     if masks:
         masks_D = _masks(detections, number)
         parts = [evaluate(*group) for group in _groups(dataset, detections_D7, masks_D)]
@@ -84,19 +84,25 @@ def coco_ap(
 
 
 def choose_backend(backend: str) -> str:
-    """Resolve the backend "auto". Raises UserError where the requested one is unknown or not installed."""
+    """Resolve the backend "auto", which is hotcoco. Raises UserError where the requested one is unknown."""
     if backend not in BACKENDS:
         raise UserError(f"unknown COCO backend {backend!r}, choose one of {', '.join(BACKENDS)}")
-    present = importlib.util.find_spec("hotcoco") is not None
-    if backend == "hotcoco" and not present:
-        raise UserError('the COCO backend hotcoco is not installed: pip install "ssld[fast]", or use pycocotools')
-    return "hotcoco" if present and backend != "pycocotools" else "pycocotools"
+    return "hotcoco" if backend == "auto" else backend
 
 
-def _detection_table(
+def image_numbers(ground_truth: CocoData) -> dict[Id, int]:
+    """Number the images 1, 2, ... in the order of their ids, as pycocotools on the original file."""
+    return {record.image_id: index for index, record in enumerate(in_order(ground_truth), 1)}
+
+
+def detection_table(
     ground_truth: CocoData, detections: Mapping[Id, Detections], number: Mapping[Id, int]
 ) -> np.ndarray:
-    """Build a table of all detections, float64 [D, 7]: image number, x, y, width, height, score, label + 1."""
+    """Build a table of all detections by image, float64 [D, 7]: image number, x, y, width, height, score, label + 1.
+
+    Raises:
+        ValueError: an unknown image, a label out of range, or a number that is not finite.
+    """
     tables = [np.zeros((0, 7))]
     for image_id, of_image in detections.items():
         if image_id not in number:
@@ -116,7 +122,7 @@ def _detection_table(
 
 
 def _masks(detections: Mapping[Id, Detections], number: Mapping[Id, int]) -> list[dict[str, Any]]:
-    """List the RLE of every detection, in the order of `_detection_table`."""
+    """List the RLE of every detection, in the order of `detection_table`."""
     codes: list[dict[str, Any]] = []
     for image_id in sorted(detections, key=lambda image_id: number[image_id]):
         masks = detections[image_id].masks
@@ -143,8 +149,8 @@ def _groups(
         yield part, detections_D7[places], [masks_D[place] for place in places]
 
 
-def _dataset(ground_truth: CocoData, number: Mapping[Id, int], *, masks: bool) -> dict[str, list[dict]]:
-    """Convert the data set to COCO's form with ids 1, 2, ... for images, annotations and categories (label + 1)."""
+def numbered_dataset(ground_truth: CocoData, number: Mapping[Id, int], *, masks: bool) -> dict[str, list[dict]]:
+    """Convert a data set to COCO's form with ids 1, 2, ... for images, annotations and categories (label + 1)."""
     images: list[dict] = []
     annotations: list[dict] = []
     for record in ground_truth.images:
@@ -168,8 +174,6 @@ def _dataset(ground_truth: CocoData, number: Mapping[Id, int], *, masks: bool) -
 def _hotcoco_tables(
     dataset: dict[str, list[dict]], detections_D7: np.ndarray, masks_D: list[dict[str, Any]] | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    import hotcoco  # optional dependency
-
     truth = hotcoco.COCO(dataset)
     rows: Any = detections_D7
     if masks_D is not None:

@@ -60,7 +60,6 @@ def test_the_cache(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypat
 
 def test_memory_of_masks(capsys: pytest.CaptureFixture[str]) -> None:
     """A few images of it, in the process that is measured."""
-    pytest.importorskip("hotcoco")
     assert script("segm_memory").main(["--images", "6"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"6 images, \d+ objects, 600 masks of \d+ bytes, hotcoco", lines[0])

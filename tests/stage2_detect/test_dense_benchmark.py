@@ -1,11 +1,12 @@
 """benchmarks/dense.py: both sides are one network with one set of settings, and every row is printed. Nothing here is timed."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import dense
+from benchmarks import dense, gpu
 from benchmarks.detect import make_inputs
 
 
@@ -23,18 +24,19 @@ def test_torchvisions_losses_are_ours() -> None:
     torch.testing.assert_close(reference.head.classification_head.conv[0][0].weight.grad, mine, rtol=1e-3, atol=1e-5)
 
 
-def test_every_ratio_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    line = (
-        "--pairs 2 --sizes 64x96 --batch 1 --arch test_resnet --teacher-arch test_resnet --modes training inference ld"
-    )
-    dense.main(line.split())
+def test_every_ratio_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both = {row.name: row for row in gpu.rows(tmp_path, tmp_path, tiny=True, gpu=False)}
+    line = both["retinanet"].line[1:]
+    assert both["ld"].line[1:] == [*line[: line.index("--modes")], "--modes", "ld"]
+    dense.main([*line, "ld"])
     output = capsys.readouterr().out
     share = re.search(r"(\d+)% of our detections are torchvision's", output)
     assert share
     assert int(share[1]) > 95
-    rows = ["64x96 training", "64x96 inference", "64x96 LD step / (student step + teacher forward)"]
+    rows = ["96x160 training", "96x160 inference", "96x160 LD step / (student step + teacher forward)"]
     for row in rows:
-        assert re.search(rf"^{re.escape(row)}.* \d\.\d{{3}}  \(", output, re.MULTILINE), row
+        (text,) = re.findall(rf"^{re.escape(row)}.*", output, re.MULTILINE)
+        assert re.fullmatch(both["retinanet"].cell, text)
 
 
 def test_the_measured_assignment_finds_something(

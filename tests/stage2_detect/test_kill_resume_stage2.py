@@ -34,7 +34,7 @@ def test_killed_and_stopped_runs_resume_to_the_same_bits(
     metrics_of: Callable[[Path], Any],
 ) -> None:
     settings = train_settings | {"steps": 40, "save_every": 5, "workers": 1}
-    assert scripts.run(TRAIN, *arguments(settings, "whole")).returncode == 0
+    assert scripts.run(TRAIN, *arguments(settings, "whole"), new_python=True).returncode == 0
     argv = arguments(settings, "killed")
     run = tmp_path / "killed"
 
@@ -90,7 +90,8 @@ def test_two_ranks_evaluate_as_one(
     flags += ["--annotations", data["val_annotations"], "--images", data["val_images"], "--threads", "1"]
     flags += ["--batch_size", "2"]  # 5 images: batches of 2, 2 and 1 for two ranks
     assert call(evaluate.main, [*flags, "--output", str(tmp_path / "one")]) == 0
-    done = scripts.run("stage2_detect/evaluate.py", *flags, "--output", str(tmp_path / "two"), ranks=2)
+    line = ["stage2_detect/evaluate.py", *flags, "--output", str(tmp_path / "two")]
+    done = scripts.run(*line, ranks=2, new_python=True)
     assert done.returncode == 0, done.stderr
 
     runs = (tmp_path / "one", tmp_path / "two")

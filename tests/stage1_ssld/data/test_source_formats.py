@@ -1,8 +1,6 @@
 """Sources that are not folders or Parquet on this disk: tar files, lists, patterns, URLs, data sets of the hub."""
 
-import io
 import os
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,12 @@ from fsspec.registry import _registry
 
 from ssld.shared.errors import UserError
 from ssld.stage1_ssld.data.batch import NO_LABEL
-from ssld.stage1_ssld.data.labels import labeled_classes, match_classes
+from ssld.stage1_ssld.data.labels import match_classes
 from ssld.stage1_ssld.data.loaders import TrainViews, make_loader
 from ssld.stage1_ssld.data.shards import source_shards
 from ssld.stage1_ssld.data.sources import ImageSource
 from ssld.stage1_ssld.data_config import DataConfig, SourceConfig
+from tests.stage1_ssld.data.small_sources import pack, unlabeled_because
 
 
 def source(path: Any, **settings: Any) -> ImageSource:
@@ -32,25 +31,6 @@ def message(path: Any, **settings: Any) -> str:
         source(path, **settings)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def unlabeled(images: ImageSource) -> str:
-    """Why labels cannot be read, which is an error only where they are."""
-    assert images.labels is None
-    with pytest.raises(UserError) as caught:
-        labeled_classes([images])
-    return str(caught.value)
-
-
-def pack(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
-    """Write a tar file of these members, in this order."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
 
 
 def images_of(folder: Path) -> dict[str, bytes]:
@@ -91,9 +71,9 @@ def test_class_members_are_labels(tmp_path: Path, jpeg: Any) -> None:
     assert match_classes(images, None, 5, "m") == images.labels
     assert source(tmp_path / "x.tar", labels="none").labels is None
     pack(tmp_path / "y.tar", {"1.jpg": jpeg(), "1.cls": b"cat"})
-    assert "y.tar, 1.cls: is not a class number" in unlabeled(source(tmp_path / "y.tar"))
+    assert "y.tar, 1.cls: is not a class number" in unlabeled_because(source(tmp_path / "y.tar"))
     pack(tmp_path / "y.tar", {"1.jpg": jpeg(), "1.cls": b"3", "1.b.cls": b"4"})
-    assert "y.tar, 1.b.cls: its sample has another class number too" in unlabeled(source(tmp_path / "y.tar"))
+    assert "y.tar, 1.b.cls: its sample has another class number too" in unlabeled_because(source(tmp_path / "y.tar"))
     assert source(tmp_path / "y.tar", labels="none").unlabeled_because is None
 
 
@@ -178,7 +158,7 @@ def test_lists_that_are_refused(tmp_path: Path, jpeg: Any) -> None:
     file.write_text("a.jpg\nb.jpg\nc.jpg\n")
     assert f"2 of 3 checked files do not exist, first {tmp_path}/b.jpg; set root to the folder" in message(file)
     file.write_text("a.jpg 1\na.jpg\n")
-    assert "image 2 has no class number, others have; give one to all or none" in unlabeled(source(file))
+    assert "image 2 has no class number, others have; give one to all or none" in unlabeled_because(source(file))
     file.write_text("\n")
     assert "holds no images" in message(file)
     file.write_bytes(b"\xff\xfe\x00")

@@ -7,17 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
-from pycocotools import mask as mask_codec
 
 from ssld.shared.errors import UserError
 from ssld.stage2_detect.data.check.annotations import check_rows
 from ssld.stage2_detect.data.check.images import check_images
 from ssld.stage2_detect.data.coco import CocoData, read_coco, require_boxes, require_masks
 from ssld.stage2_detect.data.coco_rows import ODD_NAME, clean_name
-from ssld.stage2_detect.data.segmentations import shape_box
 
 Content = dict[str, Any]
 NAN = float("nan")
@@ -202,24 +198,6 @@ def test_masks_are_required_of_the_same_objects(read: Callable[..., CocoData], f
             refused = True
         check = check_rows(part, folder / "data.json", folder, masks=True)
         assert any(one.level == "fault" for one in check.findings) == refused == (part == "val" or number not in (4, 9))
-
-
-@pytest.mark.parametrize("compressed", [False, True])
-@pytest.mark.parametrize("seed", range(6))
-def test_the_box_of_a_mask_is_that_of_coco(seed: int, compressed: bool) -> None:
-    draw = np.random.default_rng(seed)
-    mask = np.zeros((7, 9), dtype=np.uint8, order="F")
-    top, left = draw.integers(0, 6), draw.integers(0, 8)
-    mask[top : top + draw.integers(1, 7), left : left + draw.integers(1, 9)] = draw.integers(0, 2)
-    mask[draw.integers(7), draw.integers(9)] = 1
-    code = mask_codec.encode(mask)
-    column = mask.flatten(order="F")
-    edges = [0, *(np.flatnonzero(np.diff(column)) + 1), len(column)]
-    runs = ([0] if column[0] else []) + np.diff(edges).tolist()
-    shape = {"size": [7, 9], "counts": code["counts"].decode() if compressed else runs}
-    assert shape_box(shape, 7, 9) == mask_codec.toBbox(code).tolist()
-    assert shape_box(shape, 9, 7) is None
-    assert shape_box({"size": [7, 9], "counts": [63]}, 7, 9) is None
 
 
 ALL = "no box to train on: all boxes would be left out:"
@@ -490,15 +468,3 @@ def test_an_evaluation_set_without_objects(read: Callable[..., CocoData], folder
     (folder / "data.json").write_text(json.dumps(whole))
     faults = [one.text for one in check_rows("val", folder / "data.json", folder).findings if one.level == "fault"]
     assert faults == ["no objects: evaluation gives no score"]
-
-
-def test_drawn_names_have_one_line() -> None:
-    import torch
-
-    from ssld.stage2_detect.evaluation.drawing import draw_objects
-    from ssld.stage2_detect.models.batch import Detections
-
-    actual = Detections(torch.tensor([[9.0, 9, 90, 90]] * 9), torch.full((9,), 0.5), torch.zeros(9, dtype=torch.int64))
-    blank = Image.new("RGB", (99, 99))
-    drawn = [draw_objects(blank, actual, [name], legend=True).tobytes() for name in ("hel met", "hel\r\nmet\x00")]
-    assert drawn[0] == drawn[1]

@@ -17,6 +17,7 @@ from ssld.shared.models.model_file import read_metadata
 from ssld.shared.run_dir import read_result
 from ssld.stage2_detect import evaluate, train
 from ssld.stage2_detect.data.coco import read_coco, require_masks
+from ssld.stage2_detect.data.segmentations import shape_box
 from ssld.stage2_detect.data.sizing import Sizing
 from ssld.stage2_detect.detector_file import load_detector
 from ssld.stage2_detect.evaluation.scoring import score
@@ -209,3 +210,21 @@ def test_photos_with_every_kind_of_mask_train(
     result = read_result(tmp_path / "run")
     assert result
     assert result["metrics"]["AP_segm"] is not None
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_box_of_a_mask_is_that_of_coco(seed: int, compressed: bool) -> None:
+    draw = np.random.default_rng(seed)
+    mask = np.zeros((7, 9), dtype=np.uint8, order="F")
+    top, left = draw.integers(0, 6), draw.integers(0, 8)
+    mask[top : top + draw.integers(1, 7), left : left + draw.integers(1, 9)] = draw.integers(0, 2)
+    mask[draw.integers(7), draw.integers(9)] = 1
+    code = mask_codec.encode(mask)
+    column = mask.flatten(order="F")
+    edges = [0, *(np.flatnonzero(np.diff(column)) + 1), len(column)]
+    runs = ([0] if column[0] else []) + np.diff(edges).tolist()
+    shape = {"size": [7, 9], "counts": code["counts"].decode() if compressed else runs}
+    assert shape_box(shape, 7, 9) == mask_codec.toBbox(code).tolist()
+    assert shape_box(shape, 9, 7) is None
+    assert shape_box({"size": [7, 9], "counts": [63]}, 7, 9) is None

@@ -13,7 +13,7 @@ from ssld.shared.files import file_sha256
 from ssld.shared.run_dir import input_digest
 from ssld.stage2_detect.data.coco import CocoData, Id, read_coco
 from ssld.stage2_detect.data.coco_json import write_results
-from ssld.stage2_detect.evaluation import bootstrap
+from ssld.stage2_detect.evaluation import analysis, bootstrap
 from ssld.stage2_detect.evaluation.bootstrap import (
     average_precision,
     bootstrap_metrics,
@@ -115,7 +115,7 @@ def test_blocks_change_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     weights_BI = draw_weights(9, draws=23)
     whole = average_precision(matches, weights_BI)
     monkeypatch.setattr(bootstrap, "_VALUES_AT_ONCE", 100)
-    monkeypatch.setattr(bootstrap, "_IMAGES_AT_ONCE", 2)
+    monkeypatch.setattr(analysis, "_CHUNK", 2)
     again = match_detections(read(tmp_path, content), random_detections(content, seed=4, noise=3))
     np.testing.assert_array_equal(average_precision(again, weights_BI), whole)
 

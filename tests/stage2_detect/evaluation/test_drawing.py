@@ -182,3 +182,10 @@ def test_colors_of_classes_differ() -> None:
     assert len(colors) == 80
     near = [np.abs(np.subtract(class_color(a), class_color(a + 1))).sum() for a in range(20)]
     assert min(near) > 150
+
+
+def test_drawn_names_have_one_line() -> None:
+    actual = Detections(torch.tensor([[9.0, 9, 90, 90]] * 9), torch.full((9,), 0.5), torch.zeros(9, dtype=torch.int64))
+    blank = Image.new("RGB", (99, 99))
+    drawn = [draw_objects(blank, actual, [name], legend=True).tobytes() for name in ("hel met", "hel\r\nmet\x00")]
+    assert drawn[0] == drawn[1]

@@ -204,8 +204,6 @@ def test_average_precision_of_masks(
 ) -> None:
     """Against pycocotools called on files: polygons, RLE and a crowd, detected with shifted shapes; per class too."""
     monkeypatch.setattr("ssld.stage2_detect.evaluation.coco_ap._MASKS_AT_ONCE", at_once)
-    if backend == "hotcoco":
-        pytest.importorskip("hotcoco")
     draw = np.random.default_rng(4)
     images = [{"id": i, "file_name": f"{i}.png", "width": 64, "height": 40} for i in (3, 1, 2)]
     annotations: list[dict[str, Any]] = []
