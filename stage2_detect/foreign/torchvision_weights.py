@@ -132,6 +132,11 @@ def recognize(tensors: Mapping[str, Tensor], source: object) -> Recognized:
             f"{source}: not a Faster R-CNN, Mask R-CNN or RetinaNet of torchvision (first of {len(tensors)} tensors: {first})"
         )
     name = f"{kind}_{body}_fpn{'_v2' if second else ''}"
+    if mobile:
+        raise UserError(
+            f"{source}: a {name}, which cannot be converted: its pyramid begins at stride 32, with a map from the middle of a stage of MobileNetV3, "
+            "and its RoIs are pooled from that map alone"
+        )
     if name not in PUBLISHED:
         raise UserError(f"{source}: a {name}, which cannot be converted; known: {', '.join(PUBLISHED)}")
     return Recognized(name, PUBLISHED[name], labels)

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torchvision
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.models.detection import _utils as reference_utils
 from torchvision.models.detection import roi_heads as reference_roi_heads
@@ -70,6 +72,9 @@ def torchvisions(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     options: dict[str, Any] = {} if "retinanet" in name else counts
     model = getattr(torchvision.models.detection, name)(weights=None, weights_backbone=None, num_classes=91, **options)
     model.transform.resize = lambda image, target: (image, target)  # images come at their size
+    model.transform.image_mean, model.transform.image_std = (
+        (255 * torch.tensor(values)).tolist() for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    )
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
@@ -109,8 +114,8 @@ def ours(name: str, reference: nn.Module) -> Detector:
     assert (found.name, found.labels) == (name, 91)
     settings = found.about.model | {"freeze_stages": 0, "freeze_norm": False}
     config = DetectorConfig.model_validate(settings)
-    body = __import__("timm").create_model(found.about.arch, features_only=True, **found.about.model_args)
-    inputs = InputSettings((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (0, 0), "bilinear", False)
+    body = timm.create_model(found.about.arch, features_only=True, **found.about.model_args)
+    inputs = InputSettings(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, (0, 0), "bilinear", False)
     model = build_detector(config, classes=80, body=body, arch=found.about.arch, inputs=inputs)
     tensors = convert(state, LABELS, norm_eps=1e-5, source="state")
     check_fits(tensors, model.state_dict(), "state")
@@ -129,7 +134,7 @@ def batch() -> tuple[list[Tensor], ImageBatch]:
     pixels = torch.zeros(2, 3, 96, 128, dtype=torch.uint8)
     for place, image in enumerate(images):
         pixels[place, :, : image.shape[1], : image.shape[2]] = image
-    return [image / 255 for image in images], ImageBatch(pixels, torch.tensor(SIZES), torch.ones(2))
+    return [image.float() for image in images], ImageBatch(pixels, torch.tensor(SIZES), torch.ones(2))
 
 
 def objects() -> tuple[list[dict[str, Tensor]], Targets]:
