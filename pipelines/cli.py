@@ -43,6 +43,10 @@ COMMANDS = {
         "ssld.stage2_detect.convert_paddle",
         "convert a PaddleDetection R-CNN file to a detector file",
     ),
+    "convert-torchvision": (
+        "ssld.stage2_detect.convert_torchvision",
+        "convert a detector of torchvision, with published weights or yours, to a detector file",
+    ),
     "convert-data": (
         "ssld.stage2_detect.convert_data",
         "convert YOLO, Pascal VOC or Parquet detection data to COCO JSON",
@@ -63,7 +67,13 @@ _GROUPS = {
     "backbones": ("prototypes", "curate", "teach", "soft-labels", "distill"),
     "detectors": ("train", "predict"),
     "both": ("evaluate", "export"),
-    "data and files of other projects": ("convert-data", "convert-paddle", "convert-paddle-detector", "toy-data"),
+    "data and files of other projects": (
+        "convert-data",
+        "convert-paddle",
+        "convert-paddle-detector",
+        "convert-torchvision",
+        "toy-data",
+    ),
     "this command": ("completion",),
 }
 # command -> (participle for messages, {kind of file: module})

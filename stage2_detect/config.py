@@ -9,7 +9,8 @@ from ssld.shared.config.bounds import BatchSize, Count, Images, Position, Weight
 from ssld.shared.config.compute import ComputeConfig
 from ssld.shared.config.settings import CommandConfig, Config, ModelText, Network
 from ssld.shared.config.training import EmaConfig, OptimConfig, TrainingConfig, in_steps
-from ssld.shared.config.yaml_files import Alternatives, ShortForms
+from ssld.shared.config.yaml_files import Alternatives, ShortForms, merge
+from ssld.shared.errors import UserError
 from ssld.shared.files import ImageFolder
 from ssld.shared.models.downloads import kind_of
 from ssld.stage2_detect.augment_config import AugmentConfig
@@ -17,6 +18,7 @@ from ssld.stage2_detect.distill_config import DistillConfig
 from ssld.stage2_detect.layouts.coco import find_coco
 from ssld.stage2_detect.layouts.yolo import find_yolo, input_places
 from ssld.stage2_detect.model_config import DetectorConfig, Fraction
+from ssld.stage2_detect.published import PREFIX, PUBLISHED, published
 
 RECIPES = Path(__file__).resolve().parent / "configs"
 """folder of the shipped recipes"""
@@ -232,12 +234,13 @@ class TrainConfig(TrainingConfig):
         *(("data.source", f"data.{name}") for name in _FILES),
     )
     backbone: ModelText | None = None
-    """backbone file, timm:NAME or random:NAME; unused if `init` is given"""
+    """backbone file, timm:NAME or random:NAME; unused if `init` is a detector file; beside coco:NAME, the backbone of the start"""
     arch: str | None = None
     """timm name of the backbone, for a file whose metadata lack it"""
     data: DetectionDataConfig
     init: Path | None = None
-    """detector file to start from, with equal or other classes; rows of its heads are reused by class name"""
+    """detector file to start from, or coco:NAME, torchvision's detector trained on COCO (such as coco:fasterrcnn_resnet50_fpn_v2), whose settings
+    become the defaults of `model` and `resize`; classes may differ: rows of its heads are reused by class name"""
     unlabeled: Path | None = None
     """folder of unlabeled images, for distillation or with `pseudo`"""
     pseudo: Path | None = None
@@ -262,8 +265,41 @@ class TrainConfig(TrainingConfig):
     """consecutive evaluations without improvement after which training stops; needs evaluate_every; null: never"""
     expected: ExpectedConfig | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_published(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Make the settings of published weights the defaults of `model` and `resize`."""
+        init = str(values.get("init") or "")
+        if not init.startswith(PREFIX):
+            return values
+        try:
+            about = published(init, "init")
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return values | {
+            "model": merge(about.model, _given(values.get("model"))),
+            "resize": merge(about.resize, _given(values.get("resize"))),
+        }
+
+    @property
+    def init_is_published(self) -> bool:
+        """Whether `init` names published weights in place of a file."""
+        return self.init is not None and str(self.init).startswith(PREFIX)
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if self.init_is_published:
+            weights = DetectorConfig.model_validate(published(str(self.init), "init").model)
+            for key, theirs in weights.geometry().items():
+                if (ours := self.model.geometry()[key]) != theirs:
+                    raise ValueError(
+                        f"model.{key} is {ours}, the weights of {self.init} have {theirs}; leave it out, the settings follow the weights"
+                    )
+        if self.init is None and self.model.freeze_norm and (norms := self.model.new_batch_norms):
+            raise ValueError(
+                f"model.{norms[0]}: batch: its new BatchNorm layers would stay as they are, since model.freeze_norm freezes them too; "
+                "set freeze_norm: false or the norm to group"
+            )
         if self.backbone is None and self.init is None:
             raise ValueError(
                 "backbone: missing; give a backbone file, timm:NAME or random:NAME, or a detector file as init"
@@ -291,10 +327,10 @@ class TrainConfig(TrainingConfig):
 
     def inputs(self) -> dict[str, Path]:
         files = self.data.inputs("data")
-        if self.backbone and not self.init and kind_of(self.backbone) in ("file", "folder", "path"):
+        if self.backbone and self.reads_backbone and kind_of(self.backbone) in ("file", "folder", "path"):
             files["backbone"] = Path(self.backbone)
         others = {
-            "init": self.init,
+            "init": None if self.init_is_published else self.init,
             "unlabeled": self.unlabeled,
             "pseudo": self.pseudo,
             "distill.teacher": self.distill.teacher if self.distill else None,
@@ -306,7 +342,17 @@ class TrainConfig(TrainingConfig):
         return {"data.source": source} if source and source.startswith("hub:") else {}
 
     def networks(self) -> dict[str, Network]:
-        return {"backbone": Network(self.backbone, self.arch)} if self.backbone and not self.init else {}
+        return {"backbone": Network(self.backbone, self.arch)} if self.backbone and self.reads_backbone else {}
+
+    @property
+    def reads_backbone(self) -> bool:
+        """Whether the weights of `backbone` are used: not beside a detector file, which has a backbone of its own."""
+        return self.init is None or self.init_is_published
+
+
+def _given(group: Any) -> dict[str, Any]:
+    """Return the settings of a group that were given, as a dict."""
+    return group.model_dump(exclude_unset=True) if isinstance(group, Config) else dict(group or {})
 
 
 class TTAConfig(Config):
@@ -433,3 +479,18 @@ class ConvertPaddleConfig(CommandConfig):
 
     def inputs(self) -> dict[str, Path]:
         return {"weights": self.weights} | ({"annotations": self.annotations} if self.annotations else {})
+
+
+class ConvertTorchvisionConfig(CommandConfig):
+    """Convert a detector of torchvision (Faster R-CNN, Mask R-CNN, RetinaNet) to a detector file."""
+
+    weights: str
+    """state dict of torchvision, a .pth or .safetensors file; or the name of published weights, such as fasterrcnn_resnet50_fpn_v2"""
+    annotations: Path | None = None
+    """COCO JSON file with the classes of the weights: numbered from 1 in their order, or labeled by category id; null: the 80 classes of COCO"""
+    norm_eps: Weight | None = None
+    """epsilon of the backbone's BatchNorm in torchvision; null: 0 for the published ResNets of v1, else 1e-5; 0 for weights fine-tuned from those"""
+
+    def inputs(self) -> dict[str, Path]:
+        files = {} if self.weights.removeprefix(PREFIX) in PUBLISHED else {"weights": Path(self.weights)}
+        return files | ({"annotations": self.annotations} if self.annotations else {})

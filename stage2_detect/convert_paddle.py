@@ -113,15 +113,13 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
 
 def _classes(config: ConvertPaddleConfig, count: int) -> "CocoData":
     """Return the names and category ids of the file's classes."""
-    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
-
     from ssld.stage2_detect.data.coco import CocoData, read_coco
+    from ssld.stage2_detect.foreign.coco_classes import coco_classes
 
     if config.annotations:
         data = read_coco(config.annotations, None, training=False)
     else:
-        names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # by category id; 0 is background
-        coco = {number: name for number, name in enumerate(names) if number and name != "N/A"}
+        coco = coco_classes()
         data = CocoData("COCO 2017", False, tuple(coco.values()), tuple(coco), images=[])
     if len(data.class_names) != count:
         hint = "" if config.annotations else "; give --annotations with a COCO JSON of the data it was trained on"

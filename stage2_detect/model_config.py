@@ -1,6 +1,6 @@
 """The detector's architecture as settings; they are stored in its file. Does not import torch."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,8 @@ IoU = Annotated[float, Field(gt=0, le=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Layers = Annotated[int, Field(ge=1, le=100)]
 Four = tuple[Positive, Positive, Positive, Positive]
+Norm = Literal["none", "batch", "group"]
+AnchorGrid = Literal["exact", "torchvision"]
 
 
 class RPNConfig(Config):
@@ -20,6 +22,12 @@ class RPNConfig(Config):
     """anchor sizes of the levels P2..P6, one per level: side of a square anchor in pixels"""
     anchor_ratios: list[Positive] = Field([0.5, 1.0, 2.0], min_length=1)
     """anchor aspect ratios, height / width"""
+    anchor_scales: list[Positive] = Field([1.0], min_length=1)
+    """factors on the anchor sizes of every level"""
+    anchor_grid: AnchorGrid = "exact"
+    """anchor sides and distances: exact; torchvision, sides rounded to whole pixels and distances of the cells from the padded image size"""
+    convolutions: int = Field(1, ge=1, le=16)
+    """number of convolutions of the RPN's head"""
     positive_iou: IoU = 0.7
     """IoU with an object from which an anchor is positive"""
     negative_iou: IoU = 0.3
@@ -30,6 +38,14 @@ class RPNConfig(Config):
     """largest share of positives among the sampled anchors, 0 to 1"""
     sampling: Literal["random", "first"] = "random"
     """choice of the sampled anchors: random, or first in index order (for comparisons with other implementations)"""
+    smooth_l1_beta: Weight = 0.0
+    """absolute error at which the RPN's smooth L1 box loss changes from quadratic to linear; 0 is plain L1"""
+    normalization: Literal["samples_per_image", "sampled"] = "samples_per_image"
+    """divisor of the RPN losses: samples_per_image x images, or the number of anchors that were sampled in the process's batch"""
+    min_size: Weight = 1.0
+    """smallest side of a proposal, in pixels; smaller ones are dropped"""
+    score_threshold: Fraction = 0.0
+    """lowest objectness of a proposal, 0 to 1"""
     nms_iou: IoU = 0.7
     """IoU threshold of NMS among the proposals of one level"""
     pre_nms_top_n_train: Count = 2000
@@ -100,7 +116,13 @@ class RoIConfig(Config):
     class_agnostic: bool = False
     """regress one box per RoI instead of one per class; cascade kinds always do"""
     hidden: int = Field(1024, ge=1, le=65_536)
-    """width of the two fully connected layers of the box head"""
+    """width of the fully connected layers of the box head"""
+    convolutions: int = Field(0, ge=0, le=100)
+    """number of 3x3 convolutions of the box head, before the fully connected layers"""
+    fully_connected: int = Field(2, ge=1, le=2)
+    """number of fully connected layers of the box head"""
+    norm: Norm = "none"
+    """norm after the convolutions of the box head: none, batch (BatchNorm) or group (GroupNorm of 32 groups)"""
     sampling_ratio: int = Field(0, ge=0, le=64)
     """RoIAlign sampling points along each side of an output bin; 0: as many as the bin spans pixels of the feature map, rounded up"""
     aligned: bool = True
@@ -143,6 +165,8 @@ class MaskConfig(Config):
     """channels of the mask head's convolutions"""
     convolutions: Layers = 4
     """number of convolutions before the mask head's upsampling"""
+    norm: Norm = "none"
+    """norm after these convolutions: none, batch (BatchNorm) or group (GroupNorm of 32 groups)"""
     pool_size: int = Field(14, ge=1, le=128)
     """side of the pooled features, in cells; the predicted masks are twice as large"""
     threshold: float = Field(0.5, gt=0, lt=1)
@@ -159,7 +183,9 @@ class DenseConfig(Config):
     convolutions: Layers = 4
     """number of convolutions per tower (classification, boxes)"""
     candidates: Count | None = 1000
-    """anchors per level that go into NMS, those with the highest class score; null: all"""
+    """anchors, or scores, per level that go into NMS, those with the highest class score; null: all"""
+    candidates_of: Literal["anchors", "scores"] = "anchors"
+    """unit of candidates: anchors, with the scores of all classes; scores of one anchor and class, as in torchvision"""
     score_threshold: float = Field(0.05, ge=0, lt=1)
     """score above which a box counts as a detection"""
     nms_iou: IoU = 0.6
@@ -206,6 +232,32 @@ class RetinaNetConfig(Config):
     """gamma of the focal loss: the exponent that down-weights well-classified anchors"""
     smooth_l1_beta: Weight = 0.0
     """absolute error at which the smooth L1 box loss changes from quadratic to linear; 0 is plain L1"""
+    box_loss: Literal["l1", "giou"] = "l1"
+    """box loss: l1 between deltas (smooth with smooth_l1_beta), or giou, 1 - GIoU of the boxes, as torchvision's RetinaNet v2"""
+    normalization: Literal["batch", "image"] = "batch"
+    """divisor of the losses: batch, positives of all images together; image, positives of each image, then the number of images"""
+    anchor_grid: AnchorGrid = "exact"
+    """anchor sides and distances: exact; torchvision, sides rounded to whole pixels and distances of the cells from the padded image size"""
+
+
+_GEOMETRY = {
+    "": ("kind", "fpn_channels", "fpn_norm", "dcn_strides"),
+    "rpn": ("anchor_sizes", "anchor_ratios", "anchor_scales", "anchor_grid", "convolutions"),
+    "roi": ("class_agnostic", "hidden", "convolutions", "fully_connected", "norm", "sampling_ratio", "aligned"),
+    "cascade": ("delta_weights",),
+    "mask": ("hidden", "convolutions", "norm", "pool_size"),
+    "dense": ("p6_from", "relu_before_p7", "convolutions"),
+    "gfl": ("reg_max", "tower_bias"),
+    "retinanet": ("tower_norm", "anchor_grid"),
+}
+
+
+def _value(config: Config, key: str) -> Any:
+    """Return the value of a setting by its key with dots."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
 
 
 Kind = Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "retinanet", "gfl"]
@@ -218,10 +270,12 @@ class DetectorConfig(Config):
     """kind of detector; two-stage: faster_rcnn, mask_rcnn, cascade_rcnn, cascade_mask_rcnn; one-stage: retinanet, gfl"""
     fpn_channels: int = Field(256, ge=8, le=8192)
     """channels of the feature pyramid's levels"""
+    fpn_norm: Norm = "none"
+    """norm after the convolutions of the pyramid, P6 and P7 excepted: none, batch (BatchNorm) or group (GroupNorm of 32 groups)"""
     freeze_stages: int = Field(0, ge=0, le=5)
     """number of frozen backbone stages: 0, none; 1, the stem; 2, the stem and the stride-4 stage; ... 5, all"""
     freeze_norm: bool = True
-    """freeze the backbone's BatchNorm layers: running statistics and affine parameters"""
+    """freeze all BatchNorm layers, of backbone, pyramid and heads: running statistics and affine parameters"""
     dcn_strides: list[Literal[4, 8, 16, 32]] = []
     """strides of the backbone stages (4, 8, 16, 32) whose dense 3x3 convolutions become modulated deformable ones (DCNv2)"""
     rpn: RPNConfig = RPNConfig()
@@ -231,6 +285,19 @@ class DetectorConfig(Config):
     dense: DenseConfig = DenseConfig()
     gfl: GFLConfig = GFLConfig()
     retinanet: RetinaNetConfig = RetinaNetConfig()
+
+    def geometry(self) -> dict[str, Any]:
+        """Return the settings by key that weights are trained for: shapes of tensors, anchors, pooling. With others they mean nothing."""
+        keys = [f"{group}.{key}" if group else key for group, keys in _GEOMETRY.items() for key in keys]
+        unread = self.unread_groups
+        return {key: _value(self, key) for key in keys if key.partition(".")[0] not in unread}
+
+    @property
+    def new_batch_norms(self) -> list[str]:
+        """Settings by which BatchNorm is part of the pyramid or the heads of this kind."""
+        heads = {} if self.is_dense else {"roi.norm": self.roi.norm if self.roi.convolutions else "none"}
+        heads |= {"mask.norm": self.mask.norm} if self.has_masks else {}
+        return [key for key, norm in ({"fpn_norm": self.fpn_norm} | heads).items() if norm == "batch"]
 
     @property
     def has_masks(self) -> bool:

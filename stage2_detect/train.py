@@ -4,7 +4,8 @@
 
 Writes `detector.safetensors` (last step) and, with `evaluate_every`, `detector_best.safetensors`; with evaluation images
 `analysis.json` and `pictures/` of the last evaluation, as `evaluate.py` does. Initial weights come, in this order, from (1)
-the newest checkpoint of this run, (2) `init`, a detector file, (3) the backbone, with random heads.
+the newest checkpoint of this run, (2) `init`, a detector file or published weights (`coco:NAME`), the latter perhaps with another backbone, (3)
+the backbone, with random heads.
 """
 
 import sys
@@ -96,6 +97,7 @@ def train(config: TrainConfig) -> None:
     from ssld.stage2_detect.evaluation.files import write_evaluation
     from ssld.stage2_detect.evaluation.scoring import compare_expected, describe, score
     from ssld.stage2_detect.training.batch_images import first_images
+    from ssld.stage2_detect.training.init_weights import open_init
     from ssld.stage2_detect.training.memory_trial import whole_step
     from ssld.stage2_detect.training.schedule import Schedule
     from ssld.stage2_detect.training.trained_detector import TrainedDetector
@@ -103,6 +105,8 @@ def train(config: TrainConfig) -> None:
 
     # ---- backbone and data, checked before any process group exists
     check_networks(config.networks())
+    if config.init:
+        open_init(config.init)
     data = read_training_data(config)
 
     # ---- processes and run directory

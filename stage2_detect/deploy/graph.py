@@ -95,22 +95,28 @@ class DetectorGraph(nn.Module):
     def _one_stage(self, model: DenseDetector, features: list[Tensor], sizes_B2: Tensor) -> tuple[Tensor, ...]:
         logits_BAK, values = model.dense(features)
         grids = anchors.grids_of(features)
-        best_BA = logits_BAK.amax(dim=-1)
-        per_cell = model.dense.head.anchors_per_cell
+        K = model.dense.head.classes
+        of_scores = model.candidates_of == "scores" and model.candidates is not None
+        ranked_BE = logits_BAK.flatten(1) if of_scores else logits_BAK.amax(dim=-1)
+        per_cell = model.dense.head.anchors_per_cell * (K if of_scores else 1)
         chosen, valid, start = [], [], 0
         for rows, columns in grids:
             count = rows * columns * per_cell
-            index_BN, _, valid_BN = _best(best_BA[:, start : start + count], model.candidates)
+            index_BN, _, valid_BN = _best(ranked_BE[:, start : start + count], model.candidates)
             chosen.append(index_BN + start)
             valid.append(valid_BN)
             start += count
         index_BN, valid_BN = torch.cat(chosen, dim=1), torch.cat(valid, dim=1)
+        class_BN1 = (index_BN % K)[..., None]
+        index_BN = index_BN // K if of_scores else index_BN
         row_B1 = torch.arange(index_BN.shape[0], device=index_BN.device)[:, None]
         boxes_BN4 = model.dense.decode(values[row_B1, index_BN], index_BN, grids)
         if model.clip_boxes:
             boxes_BN4 = boxes.clip(boxes_BN4, sizes_B2)
             valid_BN = valid_BN & (boxes.area(boxes_BN4) > 0)
         scores_BNK = torch.where(valid_BN[..., None], logits_BAK[row_B1, index_BN].sigmoid(), NOTHING)
+        if of_scores:
+            scores_BNK = torch.full_like(scores_BNK, NOTHING).scatter(2, class_BN1, scores_BNK.gather(2, class_BN1))
         scores_BKN = scores_BNK.transpose(1, 2)
         keep_BKN = self.nms(boxes_BN4, scores_BKN, model.nms_iou, model.score_threshold, self.most)
         scores_BKN = torch.where(keep_BKN, scores_BKN, NOTHING)
@@ -142,9 +148,7 @@ class DetectorGraph(nn.Module):
         rpn = model.rpn
         post_nms = rpn.post_nms_top_n_test
         grids = anchors.grids_of(features)
-        anchors_A4 = anchors.grid_anchors(
-            grids, sizes_B2.device, strides=rpn.strides, sizes=rpn.anchor_sizes, ratios=rpn.anchor_ratios
-        )
+        anchors_A4 = rpn.anchors(grids, sizes_B2.device)
         candidates, scores, start = [], [], 0
         for feature, (rows, columns) in zip(features, grids, strict=True):
             logits, deltas = rpn.head(feature)
@@ -154,9 +158,11 @@ class DetectorGraph(nn.Module):
             deltas_BN4, anchors_BN4 = boxes.take(deltas_BL4, index_BN), anchors_A4[index_BN + start]
             boxes_BN4 = boxes.clip(boxes.decode(deltas_BN4, anchors_BN4, (1.0, 1.0, 1.0, 1.0)), sizes_B2)
             large_BN = ((boxes_BN4[..., 2:] - boxes_BN4[..., :2]) >= rpn.min_size).all(dim=-1)
+            if rpn.score_threshold > 0:
+                large_BN = large_BN & (scores_BN.sigmoid() >= rpn.score_threshold)
             candidates.append(boxes_BN4)
             scores.append(torch.where(valid_BN & large_BN, scores_BN, NOTHING))
-            start += rows * columns * len(rpn.anchor_ratios)
+            start += rows * columns * rpn.head.objectness.out_channels
         boxes_BLN4, scores_BLN = torch.stack(candidates, dim=1), torch.stack(scores, dim=1)
         keep_BLN = self.nms(
             boxes_BLN4.flatten(0, 1), scores_BLN.flatten(0, 1)[:, None], rpn.nms_iou, NOTHING, post_nms

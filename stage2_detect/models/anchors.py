@@ -1,8 +1,9 @@
 """Anchors: boxes of fixed shapes around every cell of every pyramid level (arXiv 1506.01497, 1612.03144).
 
 As in PaddleDetection@666f597f, cell (i, j) is centered at (j * stride, i * stride), i.e. offset 0, and sides are not
-rounded. torchvision differs in both: it rounds sides and derives strides from padded sizes. Anchors are float32
-whatever the features are: coordinates are computed in float64 and rounded once.
+rounded. torchvision rounds half sides to whole pixels, truncates scaled sizes, and takes the distance of cells from the padded image's size, which
+is no multiple of a coarse level's stride: 61 pixels in place of 64 for P6 of an image of 800. Anchors are float32 whatever the features are:
+coordinates are computed in float64 and rounded once.
 
 Shapes: A anchors in the order level, row, column, scale, ratio; C cells along one axis; S shapes per cell.
 """
@@ -10,12 +11,14 @@ Shapes: A anchors in the order level, row, column, scale, ratio; C cells along o
 import functools
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 Grids = Sequence[tuple[int, int]]
 """(rows, columns) of each level's feature map."""
+AnchorGrid = Literal["exact", "torchvision"]
 
 
 def grids_of(features: Sequence[Tensor]) -> Grids:
@@ -31,6 +34,7 @@ def grid_anchors(
     sizes: Sequence[float],
     ratios: Sequence[float],
     scales: Sequence[float] = (1.0,),
+    grid: AnchorGrid = "exact",
 ) -> Tensor:
     """Make the anchors [A, 4] of levels with these grids, on `device`, without an upload or a wait of the host.
 
@@ -41,10 +45,11 @@ def grid_anchors(
         sizes: side in pixels of each level's square anchor.
         ratios: height / width.
         scales: factors on `sizes`.
+        grid: `torchvision` for its sides and distances; the first level's stride has to divide the padded image's sides.
     """
     if torch.compiler.is_exporting():  # grids can be symbols then, and nothing may be kept
-        return _computed(grids, device, strides, sizes, ratios, scales)
-    return _cached(tuple(grids), device, tuple(strides), tuple(sizes), tuple(ratios), tuple(scales))
+        return _computed(grids, device, strides, sizes, ratios, scales, grid)
+    return _cached(tuple(grids), device, tuple(strides), tuple(sizes), tuple(ratios), tuple(scales), grid)
 
 
 @functools.lru_cache(maxsize=16)  # multi-scale training meets hundreds of grids of up to 4 MB
@@ -55,9 +60,10 @@ def _cached(
     sizes: tuple[float, ...],
     ratios: tuple[float, ...],
     scales: tuple[float, ...],
+    grid: AnchorGrid,
 ) -> Tensor:
     with torch.inference_mode(False):  # the next caller may be a training step
-        return _computed(grids, device, strides, sizes, ratios, scales)
+        return _computed(grids, device, strides, sizes, ratios, scales, grid)
 
 
 def _computed(
@@ -67,12 +73,20 @@ def _computed(
     sizes: Sequence[float],
     ratios: Sequence[float],
     scales: Sequence[float],
+    grid: AnchorGrid,
 ) -> Tensor:
     levels = []
     for (rows, columns), stride, size in zip(grids, strides, sizes, strict=True):
         sides = [(size * scale, math.sqrt(ratio)) for scale in scales for ratio in ratios]
-        x1_CS, x2_CS = _axis(columns, stride, [side / root / 2 for side, root in sides], device)
-        y1_CS, y2_CS = _axis(rows, stride, [side * root / 2 for side, root in sides], device)
+        x_step = y_step = stride
+        if grid == "torchvision":
+            sides = [(math.floor(side), root) for side, root in sides]
+            y_step, x_step = (size * strides[0] // cells for size, cells in zip(grids[0], (rows, columns), strict=True))
+        x_halves, y_halves = [side / root / 2 for side, root in sides], [side * root / 2 for side, root in sides]
+        if grid == "torchvision":
+            x_halves, y_halves = [round(half) for half in x_halves], [round(half) for half in y_halves]
+        x1_CS, x2_CS = _axis(columns, x_step, x_halves, device)
+        y1_CS, y2_CS = _axis(rows, y_step, y_halves, device)
         shape = (rows, columns, len(sides))
         corners = (x1_CS[None], y1_CS[:, None], x2_CS[None], y2_CS[:, None])
         levels.append(torch.stack([corner.expand(shape) for corner in corners], dim=-1).reshape(-1, 4))

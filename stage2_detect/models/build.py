@@ -47,6 +47,7 @@ def build_detector(
         body,
         name=arch,
         channels=config.fpn_channels,
+        norm=config.fpn_norm,
         freeze_stages=config.freeze_stages,
         freeze_norm=config.freeze_norm,
         dcn_strides=config.dcn_strides,
@@ -96,6 +97,7 @@ def _roi_heads(config: DetectorConfig, classes: int) -> RoIHeads:
     return RoIHeads(
         classes=classes,
         channels=config.fpn_channels,
+        freeze_norm=config.freeze_norm,
         stages=_stages(config),
         add_gt_each_stage=cascade.add_gt_each_stage,
         score_rois=cascade.score_rois,
@@ -115,6 +117,7 @@ def _mask_head(config: DetectorConfig, classes: int) -> MaskHead:
     return MaskHead(
         classes=classes,
         channels=config.fpn_channels,
+        freeze_norm=config.freeze_norm,
         sampling_ratio=config.roi.sampling_ratio,
         aligned=config.roi.aligned,
         **dict(config.mask),

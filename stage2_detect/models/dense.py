@@ -4,6 +4,7 @@ Shapes: B images, A anchors of all levels, N candidates of an image, K classes.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ class DenseDetector(nn.Module):
 
     Args:
         mean, std: mean and standard deviation of the backbone's input, for red, green, blue in units of 0..1.
-        candidates: anchors per level before NMS, ranked by their best class; None: all.
+        candidates: anchors per level before NMS, ranked by their best class, or scores; None: all.
+        candidates_of: whether the candidates are anchors with the scores of all classes, or scores of one anchor and class.
         score_threshold: least score of a detection.
         nms_iou: overlap with a better detection of the same class above which a detection is dropped.
         detections_per_image: largest number of detections per image.
@@ -43,6 +45,7 @@ class DenseDetector(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         candidates: int | None = 1000,
+        candidates_of: Literal["anchors", "scores"] = "anchors",
         score_threshold: float = 0.05,
         nms_iou: float = 0.6,
         detections_per_image: int = 100,
@@ -51,7 +54,8 @@ class DenseDetector(nn.Module):
     ) -> None:
         super().__init__()
         self.normalize, self.pyramid, self.dense = Normalize(mean, std), pyramid, dense
-        self.candidates, self.score_threshold, self.nms_iou = candidates, score_threshold, nms_iou
+        self.candidates, self.candidates_of = candidates, candidates_of
+        self.score_threshold, self.nms_iou = score_threshold, nms_iou
         self.detections_per_image, self.clip_boxes, self.ranks = detections_per_image, clip_boxes, ranks
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
@@ -78,18 +82,24 @@ class DenseDetector(nn.Module):
     def detect(self, outputs: Outputs, grids: Grids, images: ImageBatch) -> list[Detections]:
         """Detections of each image in original coordinates, on the CPU: one copy from the device per batch."""
         logits_BAK, values = outputs
+        K = logits_BAK.shape[2]
         anchors_per_cell = logits_BAK.shape[1] // sum(rows * columns for rows, columns in grids)
-        best_BA = logits_BAK.amax(dim=-1)
+        of_scores = self.candidates_of == "scores" and self.candidates is not None
+        ranked_BE = logits_BAK.flatten(1) if of_scores else logits_BAK.amax(dim=-1)
         chosen, start = [], 0
         for rows, columns in grids:
-            count = rows * columns * anchors_per_cell
+            count = rows * columns * anchors_per_cell * (K if of_scores else 1)
             kept = count if self.candidates is None else min(count, self.candidates)
-            chosen.append(best_BA[:, start : start + count].topk(kept, dim=1).indices + start)
+            chosen.append(ranked_BE[:, start : start + count].topk(kept, dim=1).indices + start)
             start += count
         index_BN = torch.cat(chosen, dim=1)
+        class_BN1 = (index_BN % K)[..., None]
+        index_BN = index_BN // K if of_scores else index_BN
         row_B1 = torch.arange(len(index_BN), device=index_BN.device)[:, None]
         boxes_BN4 = self.dense.decode(values[row_B1, index_BN], index_BN, grids)
         scores_BNK = logits_BAK[row_B1, index_BN].sigmoid()
+        if of_scores:
+            scores_BNK = torch.full_like(scores_BNK, -torch.inf).scatter(2, class_BN1, scores_BNK.gather(2, class_BN1))
         boxes_BN4 = boxes_BN4 / images.scales_B[:, None, None]
         if self.clip_boxes:
             boxes_BN4 = boxes.clip(boxes_BN4, (images.sizes_B2 / images.scales_B[:, None] + 0.5).floor())

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ssld.stage2_detect.models.norms import group_norm
+
 _PRIOR = 0.01  # initial probability of every class
-_GROUPS = 32
 
 
 class DenseHead(nn.Module):
@@ -68,14 +69,11 @@ class DenseHead(nn.Module):
 
 
 def _tower(channels: int, convolutions: int, *, norm: bool, bias: bool) -> nn.Sequential:
-    groups = math.gcd(_GROUPS, channels)
-    if groups == channels:
-        groups //= 2  # a group of one channel is 0 on a map of one cell, and torch refuses it
     layers: list[nn.Module] = []
     for _ in range(convolutions):
         layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=bias))
         if norm:
-            layers.append(nn.GroupNorm(groups, channels))
+            layers.append(group_norm(channels))
         layers.append(
             nn.ReLU(inplace=True)
         )  # the backward passes of convolution and GroupNorm do not need their outputs

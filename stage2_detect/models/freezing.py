@@ -33,6 +33,10 @@ class ConstantBatchNorm2d(nn.BatchNorm2d):
         constant._parameters, constant._buffers = norm._parameters, norm._buffers
         return constant.eval()
 
+    def train(self, mode: bool = True) -> "ConstantBatchNorm2d":
+        """Stay in evaluation mode, whatever `mode` is."""
+        return super().train(False)
+
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Normalize [B, C, H, W] by the running statistics."""
         mean, variance = self.running_mean, self.running_var

@@ -20,6 +20,7 @@ from ssld.shared.distributed.ranks import ONE_RANK, Ranks
 from ssld.stage2_detect.models import pooling
 from ssld.stage2_detect.models.batch import Detections, Targets
 from ssld.stage2_detect.models.mask_targets import ImageMasks, rasterize
+from ssld.stage2_detect.models.norms import Norm, RoIConvolutions
 from ssld.stage2_detect.models.roi_heads import SampledRoIs
 
 _PASTED_PIXELS = 2**23  # of full-size masks at once, 8 MB
@@ -54,7 +55,7 @@ def positives_on_host(sampled: SampledRoIs) -> Positives:
     return Positives(len(rows_BR6), most, image_P, place_P, rows_P6[:, 4].astype(np.int64), rows_P6[:, :4])
 
 
-class MaskHead(nn.Module):
+class MaskHead(RoIConvolutions):
     """Predicts a mask for each RoI and class from feature maps.
 
     Args:
@@ -63,6 +64,7 @@ class MaskHead(nn.Module):
         strides: pixels per cell of the feature maps that RoIs are pooled from, finest first.
         hidden: width of the convolutions.
         convolutions: number of convolutions.
+        norm, freeze_norm: norm after the convolutions, see `norms.norm_layer`.
         pool_size: side of the pooled features; maps have twice that.
         sampling_ratio, aligned: see `pooling.pool_rois`.
         threshold: probability from which a pixel belongs to the object.
@@ -76,28 +78,27 @@ class MaskHead(nn.Module):
         strides: Sequence[int] = (4, 8, 16, 32),
         hidden: int = 256,
         convolutions: int = 4,
+        norm: Norm = "none",
+        freeze_norm: bool = False,
         pool_size: int = 14,
         sampling_ratio: int = 0,
         aligned: bool = True,
         threshold: float = 0.5,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            channels=channels, hidden=hidden, convolutions=convolutions, norm=norm, freeze_norm=freeze_norm
+        )
         self.strides, self.pool_size = tuple(strides), pool_size
         self.sampling_ratio, self.aligned, self.threshold = sampling_ratio, aligned, threshold
-        self.convs = nn.ModuleList(
-            nn.Conv2d(channels if number == 0 else hidden, hidden, 3, padding=1) for number in range(convolutions)
-        )
         self.upsample = nn.ConvTranspose2d(hidden if convolutions else channels, hidden, 2, stride=2)
         self.logits = nn.Conv2d(hidden, classes, 1)
-        for layer in (*self.convs, self.upsample, self.logits):
+        for layer in (self.upsample, self.logits):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
-    def forward(self, pooled_NCSS: Tensor) -> Tensor:
-        """Compute float32 logits [N, K, 2 S, 2 S] from pooled features."""
-        maps = pooled_NCSS
-        for conv in self.convs:
-            maps = F.relu(conv(maps))
+    def forward(self, pooled_NCSS: Tensor, valid_N: Tensor | None = None) -> Tensor:
+        """Compute float32 logits [N, K, 2 S, 2 S] from pooled features; with `valid_N` (bool) those of other RoIs mean nothing."""
+        maps = self.convolve(pooled_NCSS, valid_N)
         logits: Tensor = self.logits(F.relu(self.upsample(maps))).float()
         return logits
 
@@ -121,7 +122,7 @@ class MaskHead(nn.Module):
         rois_BR4, positive_BR = sampled.rois_BR4[:, : positives.most], sampled.positive_BR[:, : positives.most]
         objects_BR = sampled.objects_BR[:, : positives.most]
         positive_N = positive_BR.flatten()
-        logits_NKSS = self(self._pool(features, rois_BR4, positive_BR))
+        logits_NKSS = self(self._pool(features, rois_BR4, positive_BR), positive_N)
         if targets.labels_BG.shape[1]:
             class_N = targets.labels_BG.gather(1, objects_BR).clamp(min=0).flatten()
         else:

@@ -2,7 +2,7 @@
 
 Levels are found by their stride in timm's `feature_info`, since many architectures list stride 2 first. A probe on
 construction checks channels and sizes, so that an unsuitable backbone is refused before any data is read. The pyramid is
-torchvision's, without norm, with nearest-neighbor upsampling. For R-CNN it begins at stride 4, and P6 is every second
+torchvision's, by default without norm, with nearest-neighbor upsampling. For R-CNN it begins at stride 4, and P6 is every second
 pixel of P5; for one-stage detectors (arXiv 1708.02002) it begins at stride 8, and P6 and P7 are convolutions.
 
 Shapes: B images, C channels, H height, W width.
@@ -20,6 +20,7 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyrami
 from ssld.shared.errors import UserError
 from ssld.stage2_detect.models import freezing
 from ssld.stage2_detect.models.deform import replace_convolutions
+from ssld.stage2_detect.models.norms import Norm, norm_layer
 
 _PROBE_SIZE = (64, 96)
 
@@ -65,8 +66,9 @@ class TimmPyramid(nn.Module):
         body: a timm `features_only` module.
         name: name of the backbone, for messages.
         channels: width of every output map.
+        norm: norm after the pyramid's convolutions, which then have no bias; P6 and P7 have none.
         freeze_stages: number of frozen stages: 0 none, 1 the stem, 2 stem and stride 4, ..., 5 all of the body.
-        freeze_norm: freeze running statistics, weight and bias of every BatchNorm of the body; LayerNorm is not affected.
+        freeze_norm: freeze running statistics, weight and bias of every BatchNorm; LayerNorm and GroupNorm are not affected.
         dcn_strides: strides of the stages whose dense 3x3 convolutions become deformable. Load weights into the body before.
         p3_p7: leave out the finest level, and add two convolved ones on top.
         p6_from, relu_before_p7: see `P6P7`; for P3..P7 only.
@@ -82,6 +84,7 @@ class TimmPyramid(nn.Module):
         *,
         name: str,
         channels: int = 256,
+        norm: Norm = "none",
         freeze_stages: int = 0,
         freeze_norm: bool = False,
         dcn_strides: Collection[int] = (),
@@ -107,12 +110,18 @@ class TimmPyramid(nn.Module):
         extra: ExtraFPNBlock = LastLevelMaxPool()
         if p3_p7:
             extra = P6P7(widths[-1], channels, p6_from=p6_from, relu_before_p7=relu_before_p7)
-        self.fpn = FeaturePyramidNetwork(widths[self.first_level :], channels, extra_blocks=extra)
+        self.fpn = FeaturePyramidNetwork(
+            widths[self.first_level :],
+            channels,
+            extra_blocks=extra,
+            norm_layer=norm_layer(norm, frozen=freeze_norm),
+        )
         for module in self.fpn.modules():
             if isinstance(module, nn.Conv2d):
                 # = Xavier-uniform with the fan-in for both fans, as in the reference
                 nn.init.kaiming_uniform_(module.weight, a=1)
-                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         # A plain tuple: the modules are registered under `body`, and must not be a second time.
         self._frozen = tuple(freezing.freeze(body, stages=freeze_stages, norm=freeze_norm))
         self.train(self.training)

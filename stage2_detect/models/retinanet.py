@@ -8,6 +8,7 @@ Shapes: B images, G objects (padded), A anchors of all levels, K classes.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,15 @@ from torch.nn import functional as F
 
 from ssld.shared.distributed.ranks import ONE_RANK, Ranks
 from ssld.stage2_detect.models import boxes, focal_losses
-from ssld.stage2_detect.models.anchors import Grids, grid_anchors
+from ssld.stage2_detect.models.anchors import AnchorGrid, Grids, grid_anchors
 from ssld.stage2_detect.models.assign import Assignment
 from ssld.stage2_detect.models.assign import assign as assign_max_iou
 from ssld.stage2_detect.models.batch import Targets
+from ssld.stage2_detect.models.box_losses import generalized_iou
 from ssld.stage2_detect.models.dense_head import DenseHead
 
 _WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # delta weights
+_EPSILON = 1e-7  # of the areas in the GIoU loss, torchvision's
 _OCTAVE = 4  # side of a level's smallest square anchor, in strides
 _SCALES = tuple(2 ** (third / 3) for third in range(3))
 
@@ -39,7 +42,10 @@ class RetinaNet(nn.Module):
         positive_iou, negative_iou: IoU from which an anchor is positive, and below which it is negative; between the two it is ignored.
         low_quality_iou: least IoU with which an object's best anchor is positive although it is below `positive_iou`.
         alpha, gamma: parameters of the focal loss.
-        smooth_l1_beta: distance at which the square part of the box loss ends; 0 is plain L1.
+        smooth_l1_beta: distance at which the square part of the L1 box loss ends; 0 is plain L1.
+        box_loss: `l1` between deltas, or `giou`, 1 - GIoU of the boxes.
+        normalization: divisor of the losses: positives of the `batch`, over all ranks; or of each `image`, the mean over images.
+        anchor_grid: see `anchors.grid_anchors`.
     """
 
     def __init__(
@@ -57,11 +63,15 @@ class RetinaNet(nn.Module):
         alpha: float = 0.25,
         gamma: float = 2.0,
         smooth_l1_beta: float = 0.0,
+        box_loss: Literal["l1", "giou"] = "l1",
+        normalization: Literal["batch", "image"] = "batch",
+        anchor_grid: AnchorGrid = "exact",
     ) -> None:
         super().__init__()
         self.classes, self.strides, self.ratios = classes, tuple(strides), tuple(ratios)
         self.positive_iou, self.negative_iou, self.low_quality_iou = positive_iou, negative_iou, low_quality_iou
         self.alpha, self.gamma, self.smooth_l1_beta = alpha, gamma, smooth_l1_beta
+        self.box_loss, self.normalization, self.anchor_grid = box_loss, normalization, anchor_grid
         self.head = DenseHead(
             classes=classes,
             channels=channels,
@@ -88,6 +98,7 @@ class RetinaNet(nn.Module):
             sizes=[_OCTAVE * stride for stride in self.strides],
             ratios=self.ratios,
             scales=_SCALES,
+            grid=self.anchor_grid,
         )
 
     def assign(self, grids: Grids, sizes_B2: Tensor, targets: Targets) -> Assignment:
@@ -113,7 +124,7 @@ class RetinaNet(nn.Module):
         ranks: Ranks = ONE_RANK,
         assigned: Assignment | None = None,
     ) -> dict[str, Tensor]:
-        """Compute `loss_cls` and `loss_box` from the outputs of `forward`, each a sum divided by the positives of all images and ranks.
+        """Compute `loss_cls` and `loss_box` from the outputs of `forward`, each a sum divided as `normalization` says.
 
         Args:
             assigned: result of `assign`, if the caller has it already.
@@ -127,13 +138,26 @@ class RetinaNet(nn.Module):
             label_BA = torch.where(positive_BA, targets.labels_BG.gather(1, assigned.objects_BA), -1)
         focal_BA = focal_losses.focal_loss(logits_BAK, label_BA, alpha=self.alpha, gamma=self.gamma).sum(dim=-1)
         references_BA4 = self.anchors(grids, logits_BAK.device).expand_as(deltas_BA4)
-        deltas = boxes.encode(boxes.take(targets.boxes_BG4, assigned.objects_BA), references_BA4, _WEIGHTS)
-        distance_BA = F.smooth_l1_loss(deltas_BA4, deltas, beta=self.smooth_l1_beta, reduction="none").sum(dim=-1)
-        factor = ranks.world_size / ranks.total(positive_BA.sum()).clamp(min=1)
-        return {
-            "loss_cls": torch.where(assigned.labels_BA >= 0, focal_BA, 0.0).sum() * factor,
-            "loss_box": torch.where(positive_BA, distance_BA, 0.0).sum() * factor,
-        }
+        objects_BA4 = boxes.take(targets.boxes_BG4, assigned.objects_BA)
+        if self.box_loss == "giou":
+            # Elsewhere a perfect prediction, whose gradient is finite; the zero of `where` times an infinite one would be NaN.
+            objects_BA4 = torch.where(positive_BA[..., None], objects_BA4, references_BA4)
+            deltas_BA4 = torch.where(positive_BA[..., None], deltas_BA4, 0.0)
+            distance_BA = generalized_iou(boxes.decode(deltas_BA4, references_BA4, _WEIGHTS), objects_BA4, _EPSILON)
+        else:
+            deltas = boxes.encode(objects_BA4, references_BA4, _WEIGHTS)
+            distance_BA = F.smooth_l1_loss(deltas_BA4, deltas, beta=self.smooth_l1_beta, reduction="none").sum(dim=-1)
+        sums_2B = torch.stack(
+            (
+                torch.where(assigned.labels_BA >= 0, focal_BA, 0.0).sum(dim=1),
+                torch.where(positive_BA, distance_BA, 0.0).sum(dim=1),
+            )
+        )
+        if self.normalization == "image":
+            loss_cls, loss_box = (sums_2B / positive_BA.sum(dim=1).clamp(min=1)).mean(dim=1)
+        else:
+            loss_cls, loss_box = sums_2B.sum(dim=1) * ranks.world_size / ranks.total(positive_BA.sum()).clamp(min=1)
+        return {"loss_cls": loss_cls, "loss_box": loss_box}
 
     def decode(self, values_BN4: Tensor, index_BN: Tensor, grids: Grids) -> Tensor:
         """Decode boxes [B, N, 4] in pixels of the anchors `index_BN` from their deltas."""

@@ -23,6 +23,7 @@ from ssld.shared.distributed.ranks import ONE_RANK, Ranks
 from ssld.stage2_detect.models import assign, boxes, kernels, pooling, postprocess, sampling
 from ssld.stage2_detect.models.batch import Detections, Targets
 from ssld.stage2_detect.models.box_losses import L1, BoxLoss
+from ssld.stage2_detect.models.norms import Norm, RoIConvolutions
 from ssld.stage2_detect.models.rpn import Proposals
 
 _STREAM = 1  # stream of the sampling hash; the RPN uses 0
@@ -56,25 +57,42 @@ class SampledRoIs:
     """int64 index of the RoI's object in the targets; meaningful for positives only."""
 
 
-class BoxHead(nn.Module):
-    """Two fully connected layers, then K + 1 logits (background last) and 4 deltas for each class or for all together."""
+class BoxHead(RoIConvolutions):
+    """Convolutions, one or two fully connected layers, then K + 1 logits (background last) and 4 deltas for each class or for all together."""
 
-    def __init__(self, *, features: int, hidden: int, classes: int, class_agnostic: bool) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(features, hidden)
-        self.fc2 = nn.Linear(hidden, hidden)
+    def __init__(
+        self,
+        *,
+        channels: int,
+        pool_size: int,
+        hidden: int,
+        convolutions: int,
+        fully_connected: int,
+        norm: Norm,
+        freeze_norm: bool,
+        classes: int,
+        class_agnostic: bool,
+    ) -> None:
+        super().__init__(
+            channels=channels, hidden=channels, convolutions=convolutions, norm=norm, freeze_norm=freeze_norm
+        )
+        self.fc1 = nn.Linear(channels * pool_size**2, hidden)
+        self.fc2 = nn.Linear(hidden, hidden) if fully_connected == 2 else None
         self.logits = nn.Linear(hidden, classes + 1)
         self.deltas = nn.Linear(hidden, 4 if class_agnostic else 4 * classes)
-        for layer in (self.fc1, self.fc2):
+        connected = [layer for layer in (self.fc1, self.fc2) if layer is not None]
+        for layer in connected:
             nn.init.kaiming_uniform_(layer.weight, a=1)
         nn.init.normal_(self.logits.weight, std=0.01)
         nn.init.normal_(self.deltas.weight, std=0.001)
-        for layer in (self.fc1, self.fc2, self.logits, self.deltas):
+        for layer in (*connected, self.logits, self.deltas):
             nn.init.zeros_(layer.bias)
 
-    def forward(self, pooled_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute float32 logits [N, K + 1] and deltas [N, K or 1, 4]."""
-        hidden_NF = F.relu(self.fc2(F.relu(self.fc1(pooled_NCHW.flatten(1)))))
+    def forward(self, pooled_NCHW: Tensor, valid_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Compute float32 logits [N, K + 1] and deltas [N, K or 1, 4]; with `valid_N` (bool) those of other RoIs mean nothing."""
+        hidden_NF = F.relu(self.fc1(self.convolve(pooled_NCHW, valid_N).flatten(1)))
+        if self.fc2 is not None:
+            hidden_NF = F.relu(self.fc2(hidden_NF))
         return self.logits(hidden_NF).float(), self.deltas(hidden_NF).float().unflatten(1, (-1, 4))
 
 
@@ -90,6 +108,8 @@ class RoIHeads(nn.Module):
         add_gt_each_stage: append the objects to the RoIs of later stages, as to those of the first.
         score_rois: RoIs that each stage scores in evaluation, its own or the last stage's; the scores are averaged.
         hidden: width of the fully connected layers.
+        convolutions, fully_connected: number of convolutions (of the maps' width) and of fully connected layers.
+        norm, freeze_norm: norm after the convolutions, see `norms.norm_layer`.
         pool_size, sampling_ratio, aligned: see `pooling.pool_rois`.
         samples_per_image: RoIs per image in the losses.
         positive_fraction: largest share of positives among them.
@@ -109,6 +129,10 @@ class RoIHeads(nn.Module):
         add_gt_each_stage: bool = False,
         score_rois: Literal["own", "last"] = "own",
         hidden: int = 1024,
+        convolutions: int = 0,
+        fully_connected: int = 2,
+        norm: Norm = "none",
+        freeze_norm: bool = False,
         pool_size: int = 7,
         sampling_ratio: int = 0,
         aligned: bool = True,
@@ -133,7 +157,17 @@ class RoIHeads(nn.Module):
         self.box_loss = box_loss
         self.score_threshold, self.nms, self.detections_per_image = score_threshold, nms, detections_per_image
         self.heads = nn.ModuleList(
-            BoxHead(features=channels * pool_size**2, hidden=hidden, classes=classes, class_agnostic=class_agnostic)
+            BoxHead(
+                channels=channels,
+                pool_size=pool_size,
+                hidden=hidden,
+                convolutions=convolutions,
+                fully_connected=fully_connected,
+                norm=norm,
+                freeze_norm=freeze_norm,
+                classes=classes,
+                class_agnostic=class_agnostic,
+            )
             for _ in stages
         )
 
@@ -175,7 +209,7 @@ class RoIHeads(nn.Module):
                     rois_BR4, valid_BR = _with_objects(rois_BR4, valid_BR, targets)
                 assigned = self._assign(stage, rois_BR4, targets)
                 positive_BR, objects_BR = valid_BR & (assigned.labels_BA == 1), assigned.objects_BA
-            logits_NK, deltas_ND4 = head(self._pool(features, rois_BR4, valid_BR))
+            logits_NK, deltas_ND4 = head(self._pool(features, rois_BR4, valid_BR), valid_BR.flatten())
             logits.append(logits_NK)
             loss_cls, loss_box = self._stage_losses(
                 stage, logits_NK, deltas_ND4, rois_BR4, valid_BR, positive_BR, objects_BR, targets, ranks
@@ -191,7 +225,7 @@ class RoIHeads(nn.Module):
         """Compute float32 logits [N, K + 1] of the first stage for given RoIs, in coordinates of the network's input; those
         of RoIs that are not valid are meaningless.
         """
-        logits_NK: Tensor = self.heads[0](self._pool(features, rois_BR4, valid_BR))[0]
+        logits_NK: Tensor = self.heads[0](self._pool(features, rois_BR4, valid_BR), valid_BR.flatten())[0]
         return logits_NK
 
     @torch.no_grad()

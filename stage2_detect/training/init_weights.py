@@ -1,8 +1,11 @@
-"""Start of a training run from a detector file: equal architecture, equal or other classes."""
+"""Start of a training from a detector: a file of this project, or published weights. Equal architecture, equal or other classes."""
 
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from ssld.shared.errors import UserError
@@ -11,50 +14,82 @@ from ssld.shared.models.model_file import read_metadata, read_tensors
 from ssld.shared.models.references import ModelReference
 from ssld.shared.models.timm_names import known_arch
 from ssld.stage2_detect.detector_file import settings_of
+from ssld.stage2_detect.foreign.coco_classes import coco_classes
+from ssld.stage2_detect.foreign.torchvision_weights import convert, find_weights, read_weights
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models.class_rows import carry_rows, rows_per_class
+from ssld.stage2_detect.published import PREFIX, published
+
+_BODY = "pyramid.body."
 
 
-class InitFile:
-    """A detector file whose weights a training run starts from.
+@dataclass(frozen=True)
+class InitWeights:
+    """A detector whose weights a training run starts from; `open_init` makes it.
 
     Attributes:
+        source: the file or the name of the weights.
+        file: the file.
+        config: its settings.
         class_names: its classes in order.
         arch, model_args, inputs: architecture and inputs of its backbone.
         licence: licence of its weights; "unknown" if the file does not give one.
         backbone: origin of its backbone.
-
-    Raises:
-        UserError: not a detector file, or one of an earlier version.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        metadata = read_metadata(path, kind="detector")
-        if metadata.get("kind") != "detector":
-            raise UserError(f"init: {path}: not a detector file: it has no metadata of this project")
-        self._config = settings_of(metadata, "model", DetectorConfig, path)
-        self.class_names: tuple[str, ...] = tuple(metadata["class_names"])
-        self.arch = known_arch(metadata["arch"], path)
-        self.model_args: dict[str, Any] = metadata.get("model_args") or {}
-        self.inputs = InputSettings(tuple(metadata["mean"]), tuple(metadata["std"]), (0, 0), "bilinear", False)
-        self.licence: str = metadata.get("licence", "unknown")
-        self.backbone: dict[str, Any] = metadata.get("backbone", {})
+    source: str
+    file: Path
+    config: DetectorConfig
+    class_names: tuple[str, ...]
+    arch: str
+    model_args: dict[str, Any]
+    inputs: InputSettings
+    licence: str
+    backbone: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_published(self) -> bool:
+        """Whether these are weights of torchvision."""
+        return self.source.startswith(PREFIX)
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights under the names of this project."""
+        if not self.is_published:
+            return read_tensors(self.file)
+        about = published(self.source, "init")
+        return convert(read_weights(self.file), tuple(coco_classes()), norm_eps=about.norm_eps, source=self.file)
 
     def create_body(self, **options: Any) -> nn.Module:
         """Create its features-only backbone with random weights, which `load` replaces. Raises UserError like the shared `create_body`."""
-        return create_body(
-            ModelReference(str(self.path), self.arch, metadata={"model_args": self.model_args}), **options
-        )[0]
+        return create_body(ModelReference(self.source, self.arch, metadata={"model_args": self.model_args}), **options)[
+            0
+        ]
 
-    def load(self, detector: nn.Module, config: DetectorConfig, class_names: tuple[str, ...]) -> str:
-        """Load the file's weights into `detector`, rows of its heads by class name; returns a line for the log.
+    def check_body(self, backbone: str, arch: str, model_args: dict[str, Any]) -> None:
+        """Raise UserError where another backbone is not of this detector's architecture."""
+        same = arch.partition(".")[0] == self.arch.partition(".")[0] and model_args == self.model_args
+        if not same:
+            raise UserError(
+                f"backbone: {backbone} is a {_network(arch, model_args)}, the heads of {self.source} belong to a "
+                f"{_network(self.arch, self.model_args)}; leave backbone out, or give one of that architecture"
+            )
+
+    def load(
+        self, detector: nn.Module, config: DetectorConfig, class_names: tuple[str, ...], *, keep_body: bool = False
+    ) -> str:
+        """Load the weights into `detector`, rows of its heads by class name; returns a line for the log.
+
+        Args:
+            keep_body: leave the weights of the detector's backbone as they are.
 
         Raises UserError if any tensor differs between the architectures; nothing is loaded then.
         """
         initial = detector.state_dict()
-        tensors = read_tensors(self.path)
+        tensors = self.tensors
         self._check_fits(tensors, initial, config, class_names)
+        if keep_body:
+            tensors = tensors | {name: tensor for name, tensor in initial.items() if name.startswith(_BODY)}
         agnostic = config.roi.class_agnostic or config.is_cascade
         detector.load_state_dict(
             carry_rows(tensors, initial, old=self.class_names, new=class_names, class_agnostic=agnostic)
@@ -65,7 +100,10 @@ class InitFile:
         parts = [f"rows of {len(kept)} classes kept{_some(kept)}"]
         parts += [f"{len(new)} new, at random{_some(new)}"] if new else []
         parts += [f"{len(dropped)} dropped{_some(dropped)}"] if dropped else []
-        return f"{self.path}: loaded {len(tensors)}/{len(initial)} tensors; " + ", ".join(parts)
+        kept_body = sum(name.startswith(_BODY) for name in initial) if keep_body else 0
+        loaded = f"{self.source}: loaded {len(tensors) - kept_body}/{len(initial)} tensors"
+        loaded += f", all but the {kept_body} of the backbone" if keep_body else ""
+        return f"{loaded}; {', '.join(parts)}"
 
     def _check_fits(
         self,
@@ -83,11 +121,50 @@ class InitFile:
             if expected[1:] != given[1:] or (expected != given and not by_class):
                 faults.append(f"{name} is {given} instead of {expected}")
         if faults:
-            settings = ", ".join(_differences(self._config, config)) or "none of the settings under model"
+            settings = ", ".join(_differences(self.config, config)) or "none of the settings under model"
             raise UserError(
-                f"init: {self.path}: another architecture than this run's model: {sorted(faults)[0]} "
+                f"init: {self.source}: another architecture than this run's model: {sorted(faults)[0]} "
                 f"({len(faults)} such tensors; settings that differ: {settings})"
             )
+
+
+def open_init(init: Path) -> InitWeights:
+    """Open a detector file, or `coco:NAME`, which is downloaded where it is not in torch hub's cache; weights are read later.
+
+    Raises UserError: not a detector file, one of an earlier version, an unknown name, a download that is not possible, a wrong sha256.
+    """
+    if str(init).startswith(PREFIX):
+        about = published(str(init), "init")
+        file = find_weights(str(init), "init")
+        return InitWeights(
+            source=str(init),
+            file=file,
+            config=DetectorConfig.model_validate(about.model),
+            class_names=tuple(coco_classes().values()),
+            arch=about.arch,
+            model_args=about.model_args,
+            inputs=InputSettings(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, (0, 0), "bilinear", False),
+            licence="bsd-3-clause",
+            backbone={"reference": str(init)},
+        )
+    metadata = read_metadata(init, kind="detector")
+    if metadata.get("kind") != "detector":
+        raise UserError(f"init: {init}: not a detector file: it has no metadata of this project")
+    return InitWeights(
+        source=str(init),
+        file=init,
+        config=settings_of(metadata, "model", DetectorConfig, init),
+        class_names=tuple(metadata["class_names"]),
+        arch=known_arch(metadata["arch"], init),
+        model_args=metadata.get("model_args") or {},
+        inputs=InputSettings(tuple(metadata["mean"]), tuple(metadata["std"]), (0, 0), "bilinear", False),
+        licence=metadata.get("licence", "unknown"),
+        backbone=metadata.get("backbone", {}),
+    )
+
+
+def _network(arch: str, model_args: dict[str, Any]) -> str:
+    return f"{arch} ({', '.join(f'{key}={value}' for key, value in model_args.items())})" if model_args else arch
 
 
 def _differences(file: DetectorConfig, run: DetectorConfig) -> list[str]:
@@ -97,6 +174,14 @@ def _differences(file: DetectorConfig, run: DetectorConfig) -> list[str]:
         "fpn_channels": (file.fpn_channels, run.fpn_channels),
         "dcn_strides": (file.dcn_strides, run.dcn_strides),
         "rpn.anchor_ratios": (len(file.rpn.anchor_ratios), len(run.rpn.anchor_ratios)),
+        "fpn_norm": (file.fpn_norm, run.fpn_norm),
+        "rpn.anchor_scales": (len(file.rpn.anchor_scales), len(run.rpn.anchor_scales)),
+        "rpn.convolutions": (file.rpn.convolutions, run.rpn.convolutions),
+        "roi.convolutions": (file.roi.convolutions, run.roi.convolutions),
+        "roi.fully_connected": (file.roi.fully_connected, run.roi.fully_connected),
+        "roi.norm": (file.roi.norm, run.roi.norm),
+        "mask.norm": (file.mask.norm, run.mask.norm),
+        "retinanet.tower_norm": (file.retinanet.tower_norm, run.retinanet.tower_norm),
         "roi.hidden": (file.roi.hidden, run.roi.hidden),
         "roi.class_agnostic": (file.roi.class_agnostic, run.roi.class_agnostic),
         "cascade.positive_ious": (len(file.cascade.positive_ious), len(run.cascade.positive_ious)),

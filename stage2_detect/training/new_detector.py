@@ -159,6 +159,11 @@ def build_detector(
     model = merge(values["model"], settings)
     config = validate(DetectorConfig, model, source=f"model of {recipe}", call=True)
     resize = validate(ResizeConfig, values.get("resize") or {}, source=f"resize of {recipe}")
+    if config.freeze_norm and (norms := config.new_batch_norms):
+        raise UserError(
+            f"{norms[0]}: batch: its new BatchNorm layers would stay as they are, since freeze_norm freezes them too; "
+            "give freeze_norm=False, or group as the norm"
+        )
     return NewDetector(str(backbone), arch, config=config, resize=resize, class_names=names)
 
 

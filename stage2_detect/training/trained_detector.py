@@ -23,13 +23,14 @@ from ssld.stage2_detect.distillation.teacher import FrozenDetector, open_teacher
 from ssld.stage2_detect.models.build import Detector, build_detector
 from ssld.stage2_detect.models.freezing import lr_factor_of_parameter
 from ssld.stage2_detect.models.rcnn import RCNN
-from ssld.stage2_detect.training.init_weights import InitFile
+from ssld.stage2_detect.training.init_weights import open_init
 
 
 class TrainedDetector:
     """A detector in training.
 
-    Its initial weights are those of `config.init` if given, rows of its heads by class name; else those of the backbone, and random heads.
+    Its initial weights are those of `config.init` if given, rows of its heads by class name; else those of the backbone, and random heads. Beside
+    published weights (`coco:NAME`) a backbone replaces theirs.
 
     Attributes:
         detector: the detector that is written to the file.
@@ -40,15 +41,16 @@ class TrainedDetector:
         loaded: line for the log on the loaded weights.
 
     Raises:
-        UserError: see `parse_reference`, `create_body`, `InitFile`, `build_detector` and `open_teacher`.
+        UserError: see `parse_reference`, `create_body`, `open_init`, `build_detector` and `open_teacher`.
     """
 
     def __init__(self, config: TrainConfig, data: CocoData, *, device: torch.device) -> None:
         self._config, self._data = config, data
         torch.manual_seed(config.seed)
         options = {"drop_path_rate": config.drop_path} if config.drop_path else {}
-        start = InitFile(config.init) if config.init else None
-        if start:
+        start = open_init(config.init) if config.init else None
+        own_body = config.backbone is not None and config.reads_backbone
+        if start and not own_body:
             body = start.create_body(**options)
             self.arch, self._inputs, weights_licence = start.arch, start.inputs, start.licence
             model_args = start.model_args
@@ -59,6 +61,9 @@ class TrainedDetector:
             self.arch, self._inputs = reference.arch, input_settings(body, reference.metadata)
             weights_licence, model_args = licence(reference) or "", body_args(network_args(reference, None))
             origin = {"reference": config.backbone, "content_sha256": reference.metadata.get("content_sha256")}
+            if start:
+                start.check_body(str(config.backbone), self.arch, model_args)
+                weights_licence = f"{start.licence} AND {weights_licence}" if weights_licence else start.licence
         self.detector = build_detector(
             config.model,
             classes=len(data.class_names),
@@ -68,7 +73,8 @@ class TrainedDetector:
             ranks=all_ranks(),
         )
         if start:
-            self.loaded = start.load(self.detector, config.model, data.class_names)
+            loaded = start.load(self.detector, config.model, data.class_names, keep_body=own_body)
+            self.loaded = f"{self.loaded}\n{loaded}" if own_body else loaded
         place(self.detector, device, channels_last=config.channels_last)
         ema = config.ema
         self.ema = ModelEmaV3(self.detector, decay=ema.decay, use_warmup=ema.warmup) if ema else None
@@ -141,8 +147,8 @@ class TrainedDetector:
     def preview(self) -> Iterator[str]:
         """Yield lines for the log on the weights, the parameters and the teacher."""
         config = self._config
-        yield self.loaded
-        if config.init and config.backbone:
+        yield from self.loaded.split("\n")
+        if config.backbone and not config.reads_backbone:
             yield f"backbone: {config.backbone} is unused, since init has a backbone"
         total = sum(parameter.numel() for parameter in self.detector.parameters())
         groups = [(group["lr_factor"], sum(p.numel() for p in group["params"])) for group in self.parameter_groups()]

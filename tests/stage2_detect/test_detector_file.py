@@ -18,7 +18,7 @@ from ssld.stage2_detect.config import ResizeConfig
 from ssld.stage2_detect.detector_file import load_detector, save_detector
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models.build import build_detector
-from ssld.stage2_detect.training.init_weights import InitFile
+from ssld.stage2_detect.training.init_weights import open_init
 
 INPUTS = InputSettings((0.5,) * 3, (0.5,) * 3, (64, 64), "bilinear", False)
 
@@ -53,7 +53,7 @@ def test_arguments_of_the_backbone(tmp_path: Path) -> None:
         expected = model.pyramid.body(x)[-1]
         assert torch.equal(again.pyramid.body(x)[-1], expected)
         assert not torch.allclose(plain.eval()(x)[-1], expected, rtol=1e-2)
-    start = InitFile(tmp_path / "d.safetensors").create_body()
+    start = open_init(tmp_path / "d.safetensors").create_body()
     assert any(isinstance(module, torch.nn.SiLU) for module in start.modules())
 
 

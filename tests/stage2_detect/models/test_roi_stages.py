@@ -33,7 +33,17 @@ from ssld.stage2_detect.models.rpn import Proposals
 
 def test_head_starts_as_the_reference_has_it() -> None:
     torch.manual_seed(0)
-    head = BoxHead(features=256, hidden=128, classes=40, class_agnostic=False)
+    head = BoxHead(
+        channels=256,
+        pool_size=1,
+        hidden=128,
+        convolutions=0,
+        fully_connected=2,
+        norm="none",
+        freeze_norm=False,
+        classes=40,
+        class_agnostic=False,
+    )
     assert head.logits.weight.shape == (41, 128)
     assert head.deltas.weight.shape == (160, 128)
     assert head.logits.weight.std().item() == pytest.approx(0.01, rel=0.1)

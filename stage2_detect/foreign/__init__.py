@@ -1,0 +1,1 @@
+"""Detectors of other projects under the names of this one."""

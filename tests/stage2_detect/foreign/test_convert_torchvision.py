@@ -1,0 +1,178 @@
+"""`ssld convert-torchvision`: older names, classes, epsilon of the norms, and what it refuses."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from ssld.pipelines import cli
+from ssld.shared.errors import UserError
+from ssld.stage2_detect.convert_torchvision import main
+from ssld.stage2_detect.detector_file import load_detector
+from ssld.stage2_detect.foreign.coco_classes import coco_classes
+from ssld.stage2_detect.foreign.torchvision_weights import convert, find_weights, read_weights, recognize
+from ssld.stage2_detect.model_config import DetectorConfig
+from ssld.stage2_detect.published import PUBLISHED
+
+State = dict[str, Tensor]
+UserErrorOf = Callable[..., str]
+
+
+def state_of(name: str, classes: int = 91, **options: Any) -> State:
+    """State dict of a torchvision detector on the meta device: names and shapes."""
+    with torch.device("meta"):
+        model = getattr(torchvision.models.detection, name)(
+            weights=None, weights_backbone=None, num_classes=classes, **options
+        )
+    return dict(model.state_dict())
+
+
+def older(state: State) -> State:
+    """The same weights under the names of torchvision's published files of v1."""
+    renamed = {}
+    for name, tensor in state.items():
+        parts = name.split(".")
+        if "num_batches_tracked" in name:  # frozen norms count nothing
+            continue
+        if name.startswith(("backbone.fpn.inner", "backbone.fpn.layer")):
+            del parts[4]
+        elif name.startswith("rpn.head.conv."):
+            del parts[3:5]
+        elif name.startswith("roi_heads.mask_head."):
+            parts[2:4] = [f"mask_fcn{int(parts[2]) + 1}"]
+        elif name.startswith("head.") and parts[2] == "conv":
+            parts[3:5] = [str(2 * int(parts[3]))]
+        renamed[".".join(parts)] = tensor
+    return renamed
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_architecture_is_recognized_by_its_names(name: str) -> None:
+    """Names of both times of torchvision, and of a distributed run."""
+    state = state_of(name)
+    assert recognize(state, "s") == recognize(state, "t")
+    assert recognize(state, "s").name == name
+    assert recognize(state_of(name, classes=5), "s").labels == 5
+    DetectorConfig.model_validate(PUBLISHED[name].model)
+    assert len(PUBLISHED[name].sha256) == 8
+
+
+@pytest.mark.parametrize("name", ["maskrcnn_resnet50_fpn", "retinanet_resnet50_fpn"])
+def test_older_names_are_read(name: str, tmp_path: Path) -> None:
+    state = {key: torch.zeros(1) for key in state_of(name)}
+    torch.save({"model": {f"module.{key}": tensor for key, tensor in older(state).items()}}, tmp_path / "old.pth")
+    expected = {key for key in state if "num_batches_tracked" not in key}
+    assert read_weights(tmp_path / "old.pth").keys() == expected
+
+
+def test_an_epsilon_of_zero_goes_into_the_weight() -> None:
+    """Channels of tiny variance too: with an epsilon of 0 in torchvision, the norm's output is that of 1e-5 with the new weight."""
+    torch.manual_seed(0)
+    prefix = "backbone.body.bn1"
+    state = {
+        f"{prefix}.weight": torch.rand(4),
+        f"{prefix}.bias": torch.randn(4),
+        f"{prefix}.running_mean": torch.randn(4),
+        f"{prefix}.running_var": torch.tensor([1e-9, 1e-5, 0.3, 20.0]),
+    }
+    maps = torch.randn(2, 4, 3, 3) * state[f"{prefix}.running_var"].sqrt()[:, None, None]
+    frozen = torchvision.ops.FrozenBatchNorm2d(4, eps=0.0)
+    frozen.load_state_dict({key.rpartition(".")[2]: value for key, value in state.items()})
+    norm = nn.BatchNorm2d(4).eval()
+    converted = convert(state, (), norm_eps=0.0, source="s")
+    norm.load_state_dict({key.rpartition(".")[2]: value for key, value in converted.items()})
+    torch.testing.assert_close(norm(maps), frozen(maps), rtol=1e-4, atol=1e-5)
+    same = convert(state, (), norm_eps=1e-5, source="s")
+    assert torch.equal(same["pyramid.body.bn1.weight"], state[f"{prefix}.weight"])
+    state[f"{prefix}.running_var"][0] = 0
+    with pytest.raises(UserError, match=r"s: pyramid\.body\.bn1\.weight has values that are not finite"):
+        convert(state, (), norm_eps=0.0, source="s")
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """RetinaNet weights of three labels with finite values."""
+    file = tmp_path_factory.mktemp("torchvision") / "retina.pth"
+    state = state_of("retinanet_resnet50_fpn", classes=3)
+    torch.save({key: torch.ones(value.shape, dtype=value.dtype) for key, value in state.items()}, file)
+    return file
+
+
+def annotations(folder: Path, *ids: int) -> Path:
+    file = folder / f"classes_{len(ids)}_{max(ids)}.json"
+    categories = [{"id": number, "name": f"class {number}"} for number in ids]
+    file.write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
+    return file
+
+
+def test_the_command_writes_a_detector_file(small_file: Path, tmp_path: Path) -> None:
+    classes = annotations(tmp_path, 3, 7)
+    words = ["--weights", str(small_file), "--annotations", str(classes), "--output", str(tmp_path / "run")]
+    assert cli.main(["convert-torchvision", *words]) == 0
+    detector = load_detector(tmp_path / "run" / "detector.safetensors")
+    assert detector.class_names == ("class 3", "class 7")
+    assert detector.category_ids == (3, 7)
+    assert detector.metadata["model"]["retinanet"]["anchor_grid"] == "torchvision"
+    assert detector.resize.interpolation == "bilinear"
+    assert detector.metadata["source"]["architecture"] == "retinanet_resnet50_fpn"
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "rows of 1 labels without a class dropped (0" in log
+    assert "epsilon of the backbone's BatchNorm 1e-05" in log
+
+
+def test_user_errors(
+    small_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def message(weights: object, *more: object) -> str:
+        words = ["--weights", str(weights), "--output", str(tmp_path / "bad"), *map(str, more)]
+        assert main(words) == 2
+        return capsys.readouterr().err
+
+    unknown = message("fasterrcnn_resnet_50")
+    assert (
+        "no such file, and no published detector; known: fasterrcnn_resnet50_fpn, fasterrcnn_resnet50_fpn_v2" in unknown
+    )
+    assert "has 3 labels, COCO has 91; give --annotations" in message(small_file)
+    assert "has 3 labels; " in message(small_file, "--annotations", annotations(tmp_path, 1, 2, 3, 9))
+
+    state: State = torch.load(small_file)
+    cut = tmp_path / "cut.pth"
+    torch.save({key: value for key, value in state.items() if key != "backbone.fpn.layer_blocks.1.0.bias"}, cut)
+    three = ("--annotations", annotations(tmp_path, 1, 2))
+    assert (
+        "does not fit the detector (names as in this project): pyramid.fpn.layer_blocks.1.0.bias is missing"
+        in message(cut, *three)
+    )
+    torch.save(state | {"extra.weight": torch.zeros(1)}, cut)
+    assert "extra.weight has no place in this project's detectors" in message(cut, *three)
+    torch.save({"layer1.0.conv1.weight": torch.zeros(1)}, cut)
+    assert (
+        "no detector of torchvision on a ResNet or MobileNetV3 with FPN (first of 1 tensors: layer1.0.conv1.weight)"
+        in message(cut)
+    )
+
+    # A published file that is not the published one.
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / PUBLISHED["retinanet_resnet50_fpn"].file).write_bytes(small_file.read_bytes())
+    wrong = message("retinanet_resnet50_fpn")
+    assert "its sha256 begins with" in wrong
+    assert "in place of eeacb38b" in wrong
+    assert not (tmp_path / "bad" / "result.json").exists()
+    with pytest.raises(
+        UserError, match=r"init: coco:fasterrcnn_resnet50: no published detector of torchvision; did you mean"
+    ):
+        find_weights("coco:fasterrcnn_resnet50", "init")
+
+
+def test_classes_of_coco_are_eighty_with_holes() -> None:
+    classes = coco_classes()
+    assert len(classes) == 80
+    assert (classes[1], classes[13], classes[90]) == ("person", "stop sign", "toothbrush")
+    assert 12 not in classes

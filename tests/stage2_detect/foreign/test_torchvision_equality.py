@@ -1,0 +1,240 @@
+"""torchvision's detectors, converted: the same detections, losses, gradients and running statistics as torchvision's own classes.
+
+Random weights, all norms with random statistics; images of two sizes, one without objects. Both sides take the first boxes in place of random ones,
+and torchvision's mask loss takes this project's targets, which are rasterized polygons in place of pooled bitmaps.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+from torchvision.models.detection import _utils as reference_utils
+from torchvision.models.detection import roi_heads as reference_roi_heads
+
+from ssld.shared.models.backbones import InputSettings
+from ssld.stage2_detect.foreign.coco_classes import coco_classes
+from ssld.stage2_detect.foreign.fitting import check_fits
+from ssld.stage2_detect.foreign.torchvision_weights import convert, recognize
+from ssld.stage2_detect.model_config import DetectorConfig
+from ssld.stage2_detect.models.batch import ImageBatch, Targets
+from ssld.stage2_detect.models.build import Detector, build_detector
+from ssld.stage2_detect.models.dense import DenseDetector
+from ssld.stage2_detect.models.mask_targets import ImageMasks, rasterize
+from ssld.stage2_detect.models.rcnn import RCNN
+from ssld.stage2_detect.published import PUBLISHED
+
+SIZES = [(96, 128), (64, 100)]
+LABELS = tuple(coco_classes())
+POST_NMS, SAMPLES, ANCHORS = 40, 12, 32
+PAIRS = {
+    "loss_rpn_cls": "loss_objectness",
+    "loss_rpn_box": "loss_rpn_box_reg",
+    "loss_cls": "loss_classifier",
+    "loss_box": "loss_box_reg",
+    "loss_mask": "loss_mask",
+}
+DENSE_PAIRS = {"loss_cls": "classification", "loss_box": "bbox_regression"}
+
+
+class FirstSampler:
+    """torchvision's sampler, but of the first boxes in their order."""
+
+    def __init__(self, batch_size_per_image: int, positive_fraction: float) -> None:
+        self.count, self.fraction = batch_size_per_image, positive_fraction
+
+    def __call__(self, matched: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        positives, negatives = [], []
+        for labels in matched:
+            positive, negative = torch.zeros_like(labels).bool(), torch.zeros_like(labels).bool()
+            chosen = torch.where(labels >= 1)[0][: int(self.count * self.fraction)]
+            positive[chosen] = True
+            negative[torch.where(labels == 0)[0][: self.count - len(chosen)]] = True
+            positives.append(positive)
+            negatives.append(negative)
+        return positives, negatives
+
+
+def torchvisions(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(reference_utils, "BalancedPositiveNegativeSampler", FirstSampler)
+    counts = {
+        "rpn_post_nms_top_n_train": POST_NMS,
+        "rpn_post_nms_top_n_test": POST_NMS,
+        "rpn_batch_size_per_image": ANCHORS,
+        "box_batch_size_per_image": SAMPLES,
+        "box_score_thresh": 0.02,
+    }
+    torch.manual_seed(0)
+    options: dict[str, Any] = {} if "retinanet" in name else counts
+    model = getattr(torchvision.models.detection, name)(weights=None, weights_backbone=None, num_classes=91, **options)
+    model.transform.resize = lambda image, target: (image, target)  # images come at their size
+    model.transform.image_mean, model.transform.image_std = (
+        (255 * torch.tensor(values)).tolist() for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    )
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
+                module.weight.uniform_(0.5, 1.0)
+                module.bias.uniform_(-0.2, 0.2)
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.running_mean is not None
+                assert module.running_var is not None
+                module.running_mean.uniform_(-0.2, 0.2)
+                module.running_var.uniform_(0.5, 1.5)
+        _enliven(model)
+    return model
+
+
+def _enliven(model: Any) -> None:
+    """Scale last layers so that scores pass the threshold, and take the probability of labels without a class."""
+    others = [label for label in range(91) if label not in LABELS]
+    if hasattr(model, "roi_heads"):
+        predictor = model.roi_heads.box_predictor
+        nn.init.normal_(predictor.cls_score.weight, std=0.3)
+        nn.init.normal_(predictor.bbox_pred.weight, std=0.05)
+        nn.init.normal_(model.rpn.head.cls_logits.weight, std=0.1)
+        nn.init.normal_(model.rpn.head.bbox_pred.weight, std=0.02)
+        without = others[1:]  # the background is a class of this project's softmax too
+        predictor.cls_score.weight[without], predictor.cls_score.bias[without] = 0.0, -1e4
+        return
+    head = model.head.classification_head
+    nn.init.normal_(head.cls_logits.weight, std=0.05)
+    nn.init.normal_(model.head.regression_head.bbox_reg.weight, std=0.02)
+    head.cls_logits.weight.view(9, 91, -1)[:, others] = 0.0
+    head.cls_logits.bias.view(9, 91)[:, others] = -1e4
+
+
+def ours(name: str, reference: nn.Module) -> Detector:
+    state = reference.state_dict()
+    found = recognize(state, "state")
+    assert (found.name, found.labels) == (name, 91)
+    settings = found.about.model | {"freeze_stages": 0, "freeze_norm": False}
+    config = DetectorConfig.model_validate(settings)
+    body = timm.create_model(found.about.arch, features_only=True, **found.about.model_args)
+    inputs = InputSettings(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, (0, 0), "bilinear", False)
+    model = build_detector(config, classes=80, body=body, arch=found.about.arch, inputs=inputs)
+    tensors = convert(state, LABELS, norm_eps=1e-5, source="state")
+    check_fits(tensors, model.state_dict(), "state")
+    model.load_state_dict(tensors)
+    if isinstance(model, RCNN):
+        model.rpn.post_nms_top_n_train = model.rpn.post_nms_top_n_test = POST_NMS
+        model.rpn.samples_per_image, model.roi_heads.samples_per_image = ANCHORS, SAMPLES
+        model.rpn.sampling = model.roi_heads.sampling = "first"
+        model.roi_heads.score_threshold = 0.02
+    return model
+
+
+def batch() -> tuple[list[Tensor], ImageBatch]:
+    draw = torch.Generator().manual_seed(1)
+    images = [torch.randint(0, 256, (3, *size), generator=draw, dtype=torch.uint8) for size in SIZES]
+    pixels = torch.zeros(2, 3, 96, 128, dtype=torch.uint8)
+    for place, image in enumerate(images):
+        pixels[place, :, : image.shape[1], : image.shape[2]] = image
+    return [image.float() for image in images], ImageBatch(pixels, torch.tensor(SIZES), torch.ones(2))
+
+
+def objects() -> tuple[list[dict[str, Tensor]], Targets]:
+    """Three objects in the first image, none in the second."""
+    corners = torch.tensor([[8.0, 10, 70, 60], [40, 30, 120, 90], [4, 60, 40, 94]])
+    classes = torch.tensor([0, 16, 79])
+    empty = {
+        "boxes": torch.zeros(0, 4),
+        "labels": torch.zeros(0, dtype=torch.int64),
+        "masks": torch.zeros(0, *SIZES[1], dtype=torch.uint8),
+    }
+    full = {
+        "boxes": corners,
+        "labels": torch.tensor(LABELS)[classes],
+        "masks": torch.zeros(3, *SIZES[0], dtype=torch.uint8),
+    }
+    polygons = tuple([[x1, y1, x2, y1, (x1 + x2) / 2, y2]] for x1, y1, x2, y2 in corners.tolist())
+    masks = (ImageMasks(polygons, *SIZES[0]), ImageMasks((), *SIZES[1]))
+    targets = Targets(
+        torch.stack((corners, torch.zeros(3, 4))),
+        torch.stack((classes, torch.full((3,), -1))),
+        torch.zeros(2).long(),
+        masks=masks,
+    )
+    return [full, empty], targets
+
+
+def use_our_mask_targets(masks: tuple[ImageMasks, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    def rasterized(gt_masks: Tensor, rois: Tensor, matched: Tensor, size: int) -> Tensor:
+        image = 0 if len(gt_masks) else 1
+        images = torch.full_like(matched, image).numpy()
+        return torch.from_numpy(rasterize(masks, images, matched.numpy(), rois.detach().numpy(), size)).float()
+
+    monkeypatch.setattr(reference_roi_heads, "project_masks_on_boxes", rasterized)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_detections_losses_and_gradients_are_torchvisions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = torchvisions(name, monkeypatch)
+    model = ours(name, reference)
+    floats, images = batch()
+
+    reference.eval()
+    model.eval()
+    maps: list[Tensor] = []
+    if "maskrcnn" in name:  # before they are pasted
+        monkeypatch.setattr(
+            reference_roi_heads, "maskrcnn_inference", _noting(reference_roi_heads.maskrcnn_inference, maps)
+        )
+    with torch.no_grad():
+        expected = reference(floats)
+        actual = model(images)
+    for theirs, one in zip(expected, actual, strict=True):
+        area = (theirs["boxes"][:, 2:] - theirs["boxes"][:, :2]).prod(dim=1)
+        theirs = {key: value[area > 0] for key, value in theirs.items()}
+        assert len(theirs["scores"]) > 5, "a comparison of nothing"
+        assert torch.tensor(LABELS)[one.labels_N].tolist() == theirs["labels"].tolist()
+        torch.testing.assert_close(one.scores_N, theirs["scores"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(one.boxes_N4, theirs["boxes"], rtol=1e-5, atol=1e-4)
+    if maps:
+        assert isinstance(model, RCNN)
+        assert model.mask_head is not None
+        features, detections = model.detect_boxes(images)
+        predicted = model.mask_head.predict(features, detections)
+        for number, one in enumerate(detections):
+            torch.testing.assert_close(predicted[number, : len(one.scores_N)], maps[number][:, 0], rtol=1e-5, atol=1e-5)
+
+    reference.train()
+    model.train()
+    dicts, targets = objects()
+    assert targets.masks is not None
+    use_our_mask_targets(targets.masks, monkeypatch)
+    their_losses = reference(floats, dicts)
+    our_losses = model(images, targets)
+    assert isinstance(our_losses, dict)
+    pairs = DENSE_PAIRS if isinstance(model, DenseDetector) else PAIRS
+    assert {pairs[key] for key in our_losses} == their_losses.keys()
+    for key, loss in our_losses.items():
+        assert loss > 0
+        torch.testing.assert_close(
+            loss, their_losses[pairs[key]], rtol=1e-5, atol=0, msg=lambda m, key=key: f"{key}: {m}"
+        )
+    sum(their_losses.values()).backward()
+    torch.stack(list(our_losses.values())).sum().backward()
+    gradients = {key: parameter.grad for key, parameter in reference.named_parameters()}
+    assert all(gradient is not None for gradient in gradients.values())
+    their_gradients = convert(gradients, LABELS, norm_eps=1e-5, source="gradients")  # type: ignore[arg-type]
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        distance = (parameter.grad - their_gradients[key]).norm() / their_gradients[key].norm().clamp(min=1e-9)
+        assert distance < 1e-4, (key, float(distance))
+    state = convert(reference.state_dict(), LABELS, norm_eps=1e-5, source="state")
+    for key, tensor in model.state_dict().items():  # running statistics of this step
+        torch.testing.assert_close(tensor, state[key], rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def _noting(function: Any, noted: list[Tensor]) -> Any:
+    def call(*args: Any) -> Any:
+        result = function(*args)
+        noted.extend(result)
+        return result
+
+    return call
