@@ -162,7 +162,7 @@ class TimmPyramid(nn.Module):
         divided by these numbers.
         """
         for block, scale in zip(self.fpn.inner_blocks, scales, strict=True):
-            block[0].weight.div_(scale)  # type: ignore[index, operator, union-attr]
+            block[0].weight.div_(scale)
         extra = self.fpn.extra_blocks
         if isinstance(extra, P6P7) and extra.p6_from == "c5":
             extra.p6.weight.div_(scales[-1])

@@ -216,7 +216,9 @@ def test_the_command_records_the_scales(
     assert call(train.main, arguments(still | {"unit_scale": False}, "off")) == 0
     files = {name: tmp_path / name / "detector.safetensors" for name in ("whole", "parts", "start", "small", "off")}
     tensors = {name: load_file(file) for name, file in files.items()}
-    scales = {name: read_metadata(file, kind="detector").get("unit_scale") for name, file in files.items()}
+    scales: dict[str, Any] = {
+        name: read_metadata(file, kind="detector").get("unit_scale") for name, file in files.items()
+    }
     assert scales["whole"] == scales["parts"] == scales["start"] == scales["small"]
     assert scales["off"] is None
     assert all(torch.equal(tensors["whole"][name], tensors["parts"][name]) for name in tensors["whole"])
