@@ -33,7 +33,7 @@ FUNCTIONS = ("load_detector", "build_detector", "train", "distill", "register_lo
 RESULTS: tuple[tuple[type, tuple[str, ...]], ...] = (
     (LoadedDetector, ("predict",)),
     (ImageDetections, ("draw",)),
-    (NewDetector, ("forward", "save")),
+    (NewDetector, ("forward", "unit_scale", "save")),
     (ImageBatch, ("to",)),
     (Targets, ("to",)),
     (Detections, ("where",)),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from benchmarks import gpu
 from ssld.shared.config.settings import parse_config
 from ssld.shared.models.model_file import read_tensors
 from ssld.stage2_detect.config import TrainConfig
+from ssld.stage2_detect.data.coco import CocoImage
 from ssld.stage2_detect.predict_config import PredictConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -354,3 +356,62 @@ def test_a_row_of_a_pretrained_student_that_is_not_there(tmp_path: Path, capsys:
     with pytest.raises(SystemExit, match="2"):
         script("pretrained_student").main([str(tmp_path), "--output", str(tmp_path), "--rows", "init/other"])
     assert capsys.readouterr().err.endswith("error: --rows: init/other: no such row\n")
+
+
+def test_table_of_fine_tuning(tmp_path: Path) -> None:
+    benchmark = script("finetune")
+    numbers = {
+        "torchvision": [(0.2, 0.5, 100.0, 1000.0), (0.3, 0.6, 120.0, 1200.0), (0.1, 0.2, 80.0, 1000.0)],
+        "ours": [(0.25, 0.5, 50.0, 800.0), (0.35, 0.5, 60.0, 960.0)],  # the third seed is not finished
+    }
+    (tmp_path / "bccd").mkdir()
+    for side, runs in numbers.items():
+        for seed, run in enumerate(runs):
+            file = benchmark.result_file(tmp_path, "bccd", side, seed)
+            file.write_text(json.dumps(dict(zip(benchmark.NUMBERS, run, strict=True))))
+    assert list(benchmark.table(tmp_path, ["bccd", "coco-mini"], [0, 1, 2])) == [
+        "| data | side | seeds | AP | AP50 | processor time, s | greatest memory, MB |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| bccd | torchvision | 2 | 25.0 (20.0 to 30.0) | 55.0 (50.0 to 60.0) | 110 (100 to 120) | 1100 (1000 to 1200) |",
+        "| bccd | ours | 2 | 30.0 (25.0 to 35.0) | 50.0 (50.0 to 50.0) | 55 (50 to 60) | 880 (800 to 960) |",
+        "| bccd | ours to torchvision | 2 | +5.0 | -5.0 | x 0.50 | x 0.80 |",
+    ]
+
+
+@pytest.mark.slow
+def test_fine_tuning_runs_on_both_sides(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
+    """At a tiny size, in this process; each side has the numbers of the table, and ours the settings that `ssld init` wrote."""
+    data, benchmark = shared_data("weights").parent, script("finetune")
+    benchmark.prepare(data, tmp_path, "coco-mini", {"train": 2, "val": 1})
+    content = json.loads((tmp_path / "coco-mini" / "train.json").read_text())
+    assert [one["name"] for one in content["categories"]] == ["person", "animal", "vehicle"]
+    assert {one["category_id"] for one in content["annotations"]} <= {1, 2, 3}
+    assert len(content["images"]) == 2
+    threads = torch.get_num_threads()
+    line = [str(data), "--output", str(tmp_path), "--rows", "coco-mini", "--side", "64", "--epochs", "1"]
+    for side in benchmark.SIDES:
+        assert benchmark.main([*line, "--one", side, "0"]) == 0
+        result = json.loads(benchmark.result_file(tmp_path, "coco-mini", side, 0).read_text())
+        assert result.keys() == benchmark.NUMBERS.keys()
+        assert min(result["seconds"], result["peak_mb"]) > 0
+    torch.set_num_threads(threads)
+    used = parse_config(TrainConfig, ["--config", str(tmp_path / "coco-mini/ours-0/config.yaml")], program="train.py")
+    assert (used.optim.name, used.model.fpn_channels, used.unit_scale, used.train_epochs) == ("adamw", 128, True, 1)
+    assert (used.resize.train_short_sides, used.resize.short_side) == ([64], 64)
+
+
+def test_a_flipped_image_keeps_its_objects() -> None:
+    """In torchvision's side of the fine-tuning."""
+    benchmark = script("finetune")
+    pixels = torch.zeros(3, 10, 20, dtype=torch.uint8)
+    pixels[:, 2:5, 3:9] = 255
+    box, none = np.array([[3.0, 2.0, 9.0, 5.0]], np.float32), np.zeros(1)
+    record = CocoImage("image", "image.png", 20, 10, box, np.array([1]), none > 0, none, box, (1,), None)
+    with mock.patch.object(benchmark, "load_record", return_value=pixels):
+        for seed in range(6):
+            torch.manual_seed(seed)
+            image, target = benchmark.flipped_at_random(record)
+            x1, y1, x2, y2 = target["boxes"][0].int().tolist()
+            assert image[:, y1:y2, x1:x2].min() == 1
+            assert image.sum() == 3 * 3 * 6
+            assert target["labels"].tolist() == [2]

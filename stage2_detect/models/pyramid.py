@@ -8,13 +8,14 @@ pixel of P5; for one-stage detectors (arXiv 1708.02002) it begins at stride 8, a
 Shapes: B images, C channels, H height, W width.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import torch
 from timm.layers import Format
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork, LastLevelMaxPool
 
 from ssld.shared.errors import UserError
@@ -143,6 +144,37 @@ class TimmPyramid(nn.Module):
         """Compute P2..P6 or P3..P7."""
         named = {str(i): m for i, m in enumerate(self.features(pixels_BCHW)[self.first_level :])}
         return list(self.fpn(named).values())
+
+    @torch.no_grad()
+    def feature_scales(self, pixels_BCHW: Tensor) -> list[float]:
+        """Measure the root mean square of each of the body's maps that the pyramid uses, finest first.
+
+        Norms that train use the statistics of this batch, as in training; frozen norms use their own. The module is not changed.
+        """
+        modes = [(module, module.training) for module in self.modules()]
+        buffers = [(buffer, buffer.clone()) for buffer in self.body.buffers()]
+        self.eval()  # no drop-path
+        for module in self.body.modules():
+            if isinstance(module, _BatchNorm) and not any(module is one for one in self._frozen):
+                module.train()
+        maps = self.features(pixels_BCHW)[self.first_level :]
+        scales = [one.float().square().mean().sqrt().item() for one in maps]
+        for module, mode in modes:
+            module.training = mode
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        return scales
+
+    @torch.no_grad()
+    def divide_inputs(self, scales: Sequence[float]) -> None:
+        """Divide the weights of the convolutions on the body's maps by one number per map: the pyramid then computes what it would from maps
+        divided by these numbers.
+        """
+        for block, scale in zip(self.fpn.inner_blocks, scales, strict=True):
+            block[0].weight.div_(scale)
+        extra = self.fpn.extra_blocks
+        if isinstance(extra, P6P7) and extra.p6_from == "c5":
+            extra.p6.weight.div_(scales[-1])
 
     @torch.no_grad()
     def _probe(self, widths: list[int], name: str) -> None:

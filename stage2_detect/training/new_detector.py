@@ -23,9 +23,10 @@ from ssld.stage2_detect.detector_file import save_detector
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models import build
 from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
+from ssld.stage2_detect.training import unit_scale
 
 _RESERVED = {"format", "kind", "arch", "timm_version", "class_names", "category_ids", "mean", "std", "model", "resize"}
-_RESERVED |= {"backbone", "model_args", "content_sha256", "metadata_sha256", "config", "inputs", "data"}
+_RESERVED |= {"backbone", "model_args", "content_sha256", "metadata_sha256", "config", "inputs", "data", "unit_scale"}
 """metadata keys of a detector file, and arguments of `save_detector`, that are no facts of one's own"""
 KINDS: tuple[str, ...] = get_args(DetectorConfig.model_fields["kind"].annotation)
 
@@ -77,6 +78,28 @@ class NewDetector(nn.Module):
         """
         output: dict[str, Tensor] | list[Detections] = self.model(images, targets)
         return output
+
+    def unit_scale(self, images: ImageBatch) -> list[float]:
+        """Divide the initial weights of the FPN's lateral convolutions by the scale of the backbone's maps, as `ssld train --unit_scale true` does.
+
+        Call it once, before training, for a backbone whose maps are far from unit scale (EfficientNet-Lite0's are at 7): at a usual learning rate the
+        training would diverge.
+
+        Args:
+            images: about eight training images, on the detector's device.
+
+        Returns:
+            The root mean square of each map, finest first; `save` writes it to the file.
+
+        Raises:
+            UserError: it was called before, or a map is zero everywhere or not finite.
+        """
+        if "unit_scale" in self._facts:
+            raise UserError("unit_scale: the weights are divided already; call it once")
+        scales = unit_scale.measure(self.model, images, self._arch)
+        self.model.pyramid.divide_inputs(scales)
+        self._facts["unit_scale"] = scales
+        return scales
 
     def save(self, path: str | Path, **facts: Any) -> str:
         """Write a detector file, which `load_detector` and the commands read, and return its content hash.

@@ -9,7 +9,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ssld.shared.distributed.ranks import all_ranks
+from ssld.shared.distributed.ranks import all_ranks, from_main_rank, rank
 from ssld.shared.models.backbones import body_args, create_body, input_settings, licence, network_args, place
 from ssld.shared.models.references import parse_reference
 from ssld.shared.training.optim import parameter_groups
@@ -23,6 +23,7 @@ from ssld.stage2_detect.distillation.teacher import FrozenDetector, open_teacher
 from ssld.stage2_detect.models.build import Detector, build_detector
 from ssld.stage2_detect.models.freezing import lr_factor_of_parameter
 from ssld.stage2_detect.models.rcnn import RCNN
+from ssld.stage2_detect.training import unit_scale
 from ssld.stage2_detect.training.init_weights import open_init
 
 
@@ -37,6 +38,7 @@ class TrainedDetector:
         model: the module to train: the detector, or the detector with its teacher.
         ema: moving average of the detector, if there is one.
         teacher: teacher detector, if there is one.
+        unit_scale: scales of the backbone's maps, by which the initial weights of the pyramid were divided, finest first; None: not divided.
         arch: timm name of the backbone.
         loaded: line for the log on the loaded weights.
 
@@ -76,6 +78,7 @@ class TrainedDetector:
             loaded = start.load(self.detector, config.model, data.class_names, keep_body=own_body)
             self.loaded = f"{self.loaded}\n{loaded}" if own_body else loaded
         place(self.detector, device, channels_last=config.channels_last)
+        self.unit_scale = self._to_unit_scale(device) if config.unit_scale and not start else None
         ema = config.ema
         self.ema = ModelEmaV3(self.detector, decay=ema.decay, use_warmup=ema.warmup) if ema else None
         self.teacher: FrozenDetector | None = None
@@ -96,8 +99,19 @@ class TrainedDetector:
             **({"model_args": model_args} if model_args else {}),
             "licence": " AND ".join(dict.fromkeys(name for name in licences if name)) or "none: random weights",
             **({"init": str(config.init)} if config.init else {}),
+            **({"unit_scale": self.unit_scale} if self.unit_scale else {}),
             **({"teacher": self.teacher.facts} if self.teacher else {}),
         }
+
+    def _to_unit_scale(self, device: torch.device) -> list[float]:
+        """Divide the first convolutions by the scale of the backbone's maps; return the scales, equal on every rank."""
+        config, scales = self._config, []
+        if rank() == 0:
+            images = unit_scale.sample_images(self._data, config.resize, config.augment, config.seed)
+            scales = unit_scale.measure(self.detector, images.to(device), self.arch)
+        scales = from_main_rank(scales)
+        self.detector.pyramid.divide_inputs(scales)
+        return scales
 
     def _with_teacher(self, teacher: FrozenDetector, distill: DistillConfig) -> DistilledRCNN | DistilledDense:
         """Return the detector with its teacher and the losses between them."""
@@ -150,6 +164,8 @@ class TrainedDetector:
         yield from self.loaded.split("\n")
         if config.backbone and not config.reads_backbone:
             yield f"backbone: {config.backbone} is unused, since init has a backbone"
+        if self.unit_scale:
+            yield unit_scale.describe(self.detector, self.unit_scale)
         total = sum(parameter.numel() for parameter in self.detector.parameters())
         groups = [(group["lr_factor"], sum(p.numel() for p in group["params"])) for group in self.parameter_groups()]
         trainable = sum(count for _, count in groups)

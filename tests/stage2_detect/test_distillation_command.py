@@ -139,7 +139,7 @@ def test_the_command_writes_these_files(
 def test_resumes_to_the_same_bits(
     distilled_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path, metrics_of: Callable[[Path], Any]
 ) -> None:
-    settings = distilled_settings | {"ema": {"decay": 0.9}}
+    settings = distilled_settings | {"ema": {"decay": 0.9}, "unit_scale": True}
     assert call(train.main, arguments(settings, "whole")) == 0
     assert call(train.main, arguments(settings | {"steps": 3}, "parts")) == 0
     assert call(train.main, arguments(settings, "parts")) == 0
@@ -172,7 +172,7 @@ def test_two_ranks_distil_as_one(
     on_one_and_two: Callable[..., Any],
 ) -> None:
     """Without PKD, whose statistics are those of a process's images."""
-    settings = distilled_settings | {"steps": 4, "batch_size": 8}
+    settings = distilled_settings | {"steps": 4, "batch_size": 8, "unit_scale": True}
     settings["distill"] = settings["distill"] | {"pkd_weight": 0, "roi_weight": 2.0}
     _, lines = on_one_and_two(train.main, "stage2_detect/train.py", settings)
     assert sum("loss_roi_kd" in line for line in lines) == 4

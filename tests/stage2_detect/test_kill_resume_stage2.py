@@ -33,7 +33,7 @@ def test_killed_and_stopped_runs_resume_to_the_same_bits(
     tmp_path: Path,
     metrics_of: Callable[[Path], Any],
 ) -> None:
-    settings = train_settings | {"steps": 40, "save_every": 5, "workers": 1}
+    settings = train_settings | {"steps": 40, "save_every": 5, "workers": 1, "unit_scale": True}
     assert scripts.run(TRAIN, *arguments(settings, "whole"), new_python=True).returncode == 0
     argv = arguments(settings, "killed")
     run = tmp_path / "killed"
@@ -71,7 +71,7 @@ def test_killed_and_stopped_runs_resume_to_the_same_bits(
 
 
 def test_two_ranks_train_as_one(train_settings: dict[str, Any], on_one_and_two: Callable[..., Any]) -> None:
-    settings = train_settings | {"steps": 5}
+    settings = train_settings | {"steps": 5, "unit_scale": True}
     assert settings["model"].get("freeze_norm", True)
     _, lines = on_one_and_two(train.main, TRAIN, settings)
     assert sum("loss_rpn_cls" in line for line in lines) == 5

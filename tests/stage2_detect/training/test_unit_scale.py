@@ -1,0 +1,275 @@
+"""Initial weights that suit the scale of a backbone's maps: any backbone trains at the usual rate, on which without them some diverge."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import ssld
+from ssld.shared.config.settings import parse_config
+from ssld.shared.errors import UserError
+from ssld.shared.models.backbones import InputSettings, create_body
+from ssld.shared.models.model_file import read_metadata
+from ssld.shared.models.references import parse_reference
+from ssld.stage2_detect import train
+from ssld.stage2_detect.config import TrainConfig
+from ssld.stage2_detect.data.padding import pad_images, pad_targets
+from ssld.stage2_detect.model_config import DetectorConfig
+from ssld.stage2_detect.models import freezing
+from ssld.stage2_detect.models.batch import ImageBatch, Targets
+from ssld.stage2_detect.models.build import Detector, build_detector
+from ssld.stage2_detect.training import unit_scale
+
+INPUTS = InputSettings((0.5,) * 3, (0.5,) * 3, (0, 0), "bilinear", False)
+SCALE = 7.0  # of the maps of EfficientNet-Lite0, trained on ImageNet
+SMALL_SWIN = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window_size": 4, "strict_img_size": False}  # fmt: skip
+TINY: dict[str, dict[str, Any]] = {
+    "test_resnet": {},
+    "test_convnext": {},
+    "test_convnext2": {},
+    "test_convnext3": {},
+    "test_efficientnet": {},
+    "test_efficientnet_gn": {},
+    "test_efficientnet_evos": {},
+    "test_byobnet": {},
+    "test_mambaout": {},
+    "lcnet_035": {},
+    "mobilenetv3_small_050": {},
+    "swin_tiny_patch4_window7_224": SMALL_SWIN,
+}
+REAL = ["resnet18d", "mobilenetv3_large_100", "tf_efficientnet_lite0", "hgnetv2_b0", "convnext_atto", "regnetx_002"]
+REAL += ["ghostnet_100", "res2net50_26w_4s", "edgenext_xx_small", "mobilevit_xxs", "efficientvit_b0", "repvgg_a0"]
+
+
+class Loud(nn.Module):
+    """A body whose maps have the scale of EfficientNet-Lite0's, whatever its weights."""
+
+    def __init__(self, body: nn.Module, pixels_BCHW: Tensor) -> None:
+        super().__init__()
+        self.body, self.feature_info = body, freezing.feature_info(body)
+        self.output_fmt = getattr(body, "output_fmt", timm.layers.Format.NCHW)
+        self.factors = [1.0] * len(self.feature_info.channels())
+        with torch.no_grad():
+            self.factors = [SCALE / one.square().mean().sqrt().item() for one in self.eval()(pixels_BCHW)]
+
+    def forward(self, pixels_BCHW: Tensor) -> list[Tensor]:
+        return [factor * one for factor, one in zip(self.factors, self.body(pixels_BCHW), strict=True)]
+
+
+def scenes(side: int = 64) -> tuple[ImageBatch, Targets]:
+    """Four images of noise with a bright box each."""
+    draw = np.random.default_rng(0)
+    pixels, objects = [], []
+    for number in range(4):
+        image = draw.integers(0, 60, (3, side, side), dtype=np.uint8)
+        x, y = draw.integers(0, side // 2, 2).tolist()
+        image[number % 3, y : y + side // 3, x : x + side // 3] = 250
+        pixels.append(torch.from_numpy(image))
+        objects.append((np.array([[x, y, x + side // 3, y + side // 3]], np.float32), np.array([number % 2])))
+    return pad_images(pixels, [1.0] * 4), pad_targets(objects, [0, 1, 2, 3])
+
+
+def detector_on(body: nn.Module, arch: str, **settings: Any) -> Detector:
+    """A small Faster R-CNN, with the recipes' frozen norms."""
+    values: dict[str, Any] = {
+        "fpn_channels": 32,
+        "rpn": {"anchor_sizes": [8, 16, 32, 64, 128], "post_nms_top_n_train": 40, "samples_per_image": 64},
+        "roi": {"hidden": 128, "samples_per_image": 24},
+    }
+    config = DetectorConfig.model_validate(values | settings)
+    return build_detector(config, classes=2, body=body, arch=arch, inputs=INPUTS).train()
+
+
+def losses_at_the_usual_rate(detector: Detector, steps: int) -> list[float]:
+    """Losses under the optimizer of faster_rcnn.yaml for a batch of four, with its warm-up over a tenth of the run, before each step."""
+    images, targets = scenes()
+    optimizer = torch.optim.SGD(
+        [p for p in detector.parameters() if p.requires_grad], lr=0.005, momentum=0.9, weight_decay=1e-4
+    )
+    totals = []
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.005 * min(1.0, 0.1 + 0.9 * step / (steps // 10))
+        loss = torch.stack(list(detector(images, targets).values())).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        totals.append(loss.item())
+    return totals
+
+
+def loud_detector(arch: str, options: dict[str, Any]) -> Detector:
+    torch.manual_seed(0)
+    body = timm.create_model(arch, features_only=True, pretrained=False, **options)
+    return detector_on(Loud(body, scenes()[0].pixels_BCHW / 127.5 - 1), arch)
+
+
+def assert_it_learns(detector: Detector, steps: int) -> None:
+    detector.pyramid.divide_inputs(unit_scale.measure(detector, scenes()[0], "a body"))
+    totals = losses_at_the_usual_rate(detector, steps)
+    assert all(map(math.isfinite, totals)), totals
+    assert np.mean(totals[-5:]) < 0.8 * totals[0], totals
+
+
+@pytest.mark.parametrize("arch", TINY)
+def test_any_body_trains_at_the_usual_rate(arch: str) -> None:
+    assert_it_learns(loud_detector(arch, TINY[arch]), steps=15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", REAL)
+def test_any_real_body_trains_at_the_usual_rate(arch: str) -> None:
+    assert_it_learns(loud_detector(arch, {}), steps=50)
+
+
+def test_without_it_such_a_body_diverges() -> None:
+    assert not math.isfinite(losses_at_the_usual_rate(loud_detector("test_convnext", {}), 20)[-1])
+
+
+@pytest.mark.slow
+def test_trained_weights_at_the_usual_rate(shared_data: Callable[..., Path]) -> None:
+    """The ImageNet weights of EfficientNet-Lite0, as they are."""
+    reference = parse_reference(str(shared_data("weights") / "efficientnet_lite0.safetensors"), "tf_efficientnet_lite0")
+    torch.manual_seed(0)
+    assert_it_learns(detector_on(create_body(reference)[0], "tf_efficientnet_lite0"), steps=20)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"kind": "retinanet"}, {"kind": "gfl", "dense": {"p6_from": "c5"}}],
+    ids=["faster", "retinanet", "c5"],
+)
+def test_the_maps_are_those_of_divided_features(settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    detector = detector_on(
+        timm.create_model("test_resnet", features_only=True, pretrained=False), "test_resnet", **settings
+    )
+    pyramid, images = detector.pyramid, scenes()[0]
+    before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+    pixels = detector.normalize(images)
+    with torch.no_grad():
+        maps = pyramid.features(pixels)[pyramid.first_level :]
+        scales = unit_scale.measure(detector, images, "test_resnet")
+        assert scales == pytest.approx(
+            [float(np.sqrt(np.square(one.double().numpy()).mean())) for one in maps], rel=1e-6
+        )
+        assert all(torch.equal(tensor, before[name]) for name, tensor in detector.state_dict().items())
+        expected = pyramid.fpn(
+            {str(number): one / scale for number, (one, scale) in enumerate(zip(maps, scales, strict=True))}
+        )
+        pyramid.divide_inputs(scales)
+        for one, other in zip(pyramid(pixels), expected.values(), strict=True):
+            torch.testing.assert_close(one, other)
+    changed = {name for name, tensor in detector.state_dict().items() if not torch.equal(tensor, before[name])}
+    laterals = {f"pyramid.fpn.inner_blocks.{number}.0.weight" for number in range(len(maps))}
+    assert changed == laterals | ({"pyramid.fpn.extra_blocks.p6.weight"} if "dense" in settings else set())
+
+
+def test_norms_that_train_are_measured_with_the_statistics_of_the_batch() -> None:
+    """Those of random weights are 0 and 1, far from what training sees."""
+    torch.manual_seed(0)
+    body = timm.create_model("test_byobnet", features_only=True, pretrained=False)
+    detector = detector_on(body, "test_byobnet", freeze_norm=False)
+    before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+    scales = unit_scale.measure(detector, scenes()[0], "test_byobnet")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in detector.state_dict().items())
+    assert all(module.training for module in detector.modules())
+    with torch.no_grad():
+        maps = detector.pyramid.features(detector.normalize(scenes()[0]))
+    assert scales == pytest.approx([one.square().mean().sqrt().item() for one in maps], rel=1e-5)
+
+
+@pytest.mark.parametrize(("factor", "what"), [(0.0, "zero"), (math.nan, "nan")])
+def test_a_body_without_a_scale(factor: float, what: str) -> None:
+    body = Loud(
+        timm.create_model("test_resnet", features_only=True, pretrained=False), scenes()[0].pixels_BCHW / 127.5 - 1
+    )
+    detector = detector_on(body, "test_resnet")
+    body.factors[-1] = factor
+    with pytest.raises(
+        UserError, match=rf"^backbone own cannot be trained: its map of stride 32 is {what} on 4 training images"
+    ):
+        unit_scale.measure(detector, scenes()[0], "own")
+
+
+def test_the_command_records_the_scales(
+    train_settings: dict[str, Any],
+    arguments: Callable[..., list[str]],
+    call: Callable[..., int],
+    teacher_file: Path,
+    tmp_path: Path,
+) -> None:
+    """From a backbone file of stage 1; a run that is continued and one of another batch size start from the same weights."""
+    settings = train_settings | {"backbone": str(teacher_file), "unit_scale": True}
+    still = settings | {"steps": 1, "optim": settings["optim"] | {"lr": 1e-30}}
+    assert call(train.main, arguments(settings, "whole")) == 0
+    assert call(train.main, arguments(settings | {"steps": 3}, "parts")) == 0
+    assert call(train.main, arguments(settings, "parts")) == 0
+    assert call(train.main, arguments(still, "start")) == 0
+    assert call(train.main, arguments(still | {"batch_size": 2}, "small")) == 0
+    assert call(train.main, arguments(still | {"unit_scale": False}, "off")) == 0
+    files = {name: tmp_path / name / "detector.safetensors" for name in ("whole", "parts", "start", "small", "off")}
+    tensors = {name: load_file(file) for name, file in files.items()}
+    scales: dict[str, Any] = {
+        name: read_metadata(file, kind="detector").get("unit_scale") for name, file in files.items()
+    }
+    assert scales["whole"] == scales["parts"] == scales["start"] == scales["small"]
+    assert scales["off"] is None
+    assert all(torch.equal(tensors["whole"][name], tensors["parts"][name]) for name in tensors["whole"])
+    for level, scale in enumerate(scales["start"]):
+        name = f"pyramid.fpn.inner_blocks.{level}.0.weight"
+        torch.testing.assert_close(tensors["start"][name] * scale, tensors["off"][name])
+        assert torch.equal(tensors["start"][name], tensors["small"][name])
+    log = (tmp_path / "whole" / "log.txt").read_text()
+    first = f"{scales['whole'][0]:.3g} (stride 4), "
+    assert (
+        f"unit_scale: the FPN's lateral convolutions are divided by the root mean square of the backbone's maps: {first}"
+        in log
+    )
+    assert "unit_scale" not in (tmp_path / "off" / "log.txt").read_text()
+
+
+def test_a_detector_file_keeps_its_pyramid(
+    train_settings: dict[str, Any], arguments: Callable[..., list[str]], call: Callable[..., int], tmp_path: Path
+) -> None:
+    settings = train_settings | {"steps": 1, "optim": train_settings["optim"] | {"lr": 1e-30}}
+    assert call(train.main, arguments(settings, "first")) == 0
+    first = tmp_path / "first" / "detector.safetensors"
+    assert call(train.main, arguments(settings | {"init": str(first), "unit_scale": True}, "second")) == 0
+    one, two = load_file(first), load_file(tmp_path / "second" / "detector.safetensors")
+    laterals = [name for name in one if "inner_blocks" in name and name.endswith("weight")]
+    assert len(laterals) == 4
+    assert all(torch.equal(one[name], two[name]) for name in laterals)
+
+
+def test_in_your_own_loop(tmp_path: Path) -> None:
+    detector = ssld.build_detector("faster_rcnn", backbone="random:test_resnet", classes=2, fpn_channels=16)
+    before = [block[0].weight.detach().clone() for block in detector.model.pyramid.fpn.inner_blocks]
+    scales = detector.unit_scale(scenes()[0])
+    for block, weight, scale in zip(detector.model.pyramid.fpn.inner_blocks, before, scales, strict=True):
+        torch.testing.assert_close(block[0].weight * scale, weight)
+    with pytest.raises(UserError, match="unit_scale: the weights are divided already; call it once"):
+        detector.unit_scale(scenes()[0])
+    with pytest.raises(UserError, match="save: unit_scale: set by the detector itself"):
+        detector.save(tmp_path / "own.safetensors", unit_scale=[1.0])
+    detector.save(tmp_path / "own.safetensors")
+    assert read_metadata(tmp_path / "own.safetensors", kind="detector")["unit_scale"] == scales
+
+
+def test_published_recipes_are_as_published() -> None:
+    folder = Path(ssld.__file__).parent / "stage2_detect" / "configs"
+    on = {file.stem for file in folder.glob("*.yaml") if setting(file)}
+    assert on == {"faster_rcnn", "faster_rcnn_mobilenetv3_ssld_1x", "faster_rcnn_convnext_tiny_1x"}
+
+
+def setting(recipe: Path) -> bool:
+
+    words = ["--config", str(recipe), "--backbone", "random:test_resnet", "--output", "c"]
+    words += ["--data.train_annotations", "a", "--data.train_images", "b"]
+    return parse_config(TrainConfig, words, program="train.py").unit_scale
