@@ -36,7 +36,7 @@ def export_detector(config: ExportDetectorConfig) -> None:
     from ssld.shared.run_dir import RunDir
     from ssld.stage2_detect.deploy.card import write_folder
     from ssld.stage2_detect.deploy.check import batches_of, check, graph_of, images_of, measure
-    from ssld.stage2_detect.deploy.writing import runner, write
+    from ssld.stage2_detect.deploy.writing import runner, write, write_runtime
     from ssld.stage2_detect.detector_file import load_detector
 
     if "onnx" in config.formats:
@@ -70,6 +70,8 @@ def export_detector(config: ExportDetectorConfig) -> None:
             run.log("measuring speeds")
             metrics["seconds"] = measure(runs, loaded, many, run.log)
     written = list(files.values())
+    if "onnx" in files:
+        written.append(write_runtime(run.path))
 
     # ---- the hub's folder
     folder = run.path / "hub"

@@ -5,6 +5,7 @@ NMS is a custom operator while tracing, translated to ONNX's NonMaxSuppression (
 Shapes: P problems, Q classes, N boxes; see `deploy/graph.py`.
 """
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ssld.stage2_detect.deploy import graph
 from ssld.stage2_detect.detector_file import LoadedDetector
 
 INPUTS = ("pixels", "sizes")
+RUNTIME = "onnx_detector.py"
 LEAST, _MOST = 5, 256
 """Multiples of 32 along a side of a free canvas: `torch.export` needs maps of more than one cell; the coarsest stride is 128."""
 _EXAMPLE = (192, 224)
@@ -113,6 +115,8 @@ def facts_of(loaded: LoadedDetector, canvas: tuple[int, int] | None) -> dict[str
     facts = {
         "kind": "detector",
         "pixels": f"uint8 RGB [batch, 3, {size}] in 0..255, padded at the bottom and the right; normalized inside",
+        "pad_multiple": PAD_MULTIPLE,
+        "least_side": PAD_MULTIPLE * LEAST,
         "sizes": "int64 [batch, 2]: height and width of each image inside the padding",
         "boxes": "float32 [batch, most, 4]: x1, y1, x2, y2 in pixels of the input; divide by (network size / original size)",
         "scores": "float32 [batch, most] in 0..1, falling",
@@ -123,6 +127,13 @@ def facts_of(loaded: LoadedDetector, canvas: tuple[int, int] | None) -> dict[str
         facts["masks"] = "float32 [batch, most, side, side]: probability of the mask, stretched over the box"
         facts["mask_threshold"] = loaded.metadata["model"]["mask"]["threshold"]
     return facts | {key: public(loaded.metadata[key]) for key in _KEPT if loaded.metadata.get(key) is not None}
+
+
+def write_runtime(folder: Path) -> Path:
+    """Copy `onnx_detector.py`, which runs the ONNX file without torch and this project, into a folder."""
+    target = folder / RUNTIME
+    shutil.copyfile(Path(__file__).with_name(RUNTIME), target)
+    return target
 
 
 def runner(name: str, path: Path) -> Callable[[Tensor, Tensor], Sequence[np.ndarray]]:

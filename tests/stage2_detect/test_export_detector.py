@@ -247,7 +247,8 @@ def exported(detector_file: Path, tiny_coco: Any, call: Any, tmp_path_factory: p
 def test_what_an_export_leaves(exported: Path, detector_file: Path, files_below: Any) -> None:
     published = {f"hub/{name}" for name in ("README.md", "config.json", "detector.safetensors", *FILES.values())}
     kept = {".lock", "config.yaml", "environment.json", "log.txt", "result.json"}
-    assert files_below(exported) - kept == published | set(FILES.values())
+    runtime = {"onnx_detector.py", "hub/onnx_detector.py"}
+    assert files_below(exported) - kept == published | set(FILES.values()) | runtime
     log = (exported / "log.txt").read_text()
     for name in ("onnx", "pt2"):
         assert re.search(rf"detector.{name} against torch on 3 images: [1-9]\d* detections", log)
