@@ -58,8 +58,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     initial = [helper.make_tensor(name, integers, [len(value)], value) for name, value in values.items()]
     initial.append(helper.make_tensor("share", floats, [], [1 / 255]))
-    inputs = [("pixels", TensorProto.UINT8, ["b", 3, "h", "w"]), ("sizes", integers, ["b", 2])]
-    outputs = [
+    inputs: list[Any] = [("pixels", TensorProto.UINT8, ["b", 3, "h", "w"]), ("sizes", integers, ["b", 2])]
+    outputs: list[Any] = [
         ("boxes", floats, ["b", 1, 4]),
         ("scores", floats, ["b", 1]),
         ("labels", integers, ["b", 1]),
@@ -93,7 +93,8 @@ def server(model: Path) -> Iterator[Any]:
 
 
 def request(server: Any, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, Any]:
-    connection = HTTPConnection(*server.server_address, timeout=30)
+    host, port = server.server_address
+    connection = HTTPConnection(host, port, timeout=30)
     connection.request(method, path, body, headers)
     answer = connection.getresponse()
     content = answer.read()
