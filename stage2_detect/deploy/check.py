@@ -20,7 +20,7 @@ from ssld.stage2_detect.config import ResizeConfig
 from ssld.stage2_detect.data.image_files import find_images
 from ssld.stage2_detect.data.padding import PAD_MULTIPLE, pad_images
 from ssld.stage2_detect.data.views import View, fit_view, view_image
-from ssld.stage2_detect.deploy.graph import DetectorGraph
+from ssld.stage2_detect.deploy.graph import SOFT_NMS, DetectorGraph
 from ssld.stage2_detect.deploy.writing import LEAST
 from ssld.stage2_detect.detector_file import LoadedDetector
 from ssld.stage2_detect.export_config import ExportDetectorConfig
@@ -235,6 +235,4 @@ def graph_of(model: Detector) -> DetectorGraph:
     try:
         return DetectorGraph(model).eval()
     except ValueError:
-        raise UserError(
-            "export: model.roi.nms.kind lowers scores (soft NMS), for which ONNX has no operator; only hard can be exported"
-        ) from None
+        raise UserError(SOFT_NMS) from None

@@ -29,6 +29,10 @@ KeepByNMS = Callable[[Tensor, Tensor, float, float, int], Tensor]
 """`keep_by_nms`, or an operator with the same result."""
 NOTHING = -1e30  # score of empty places: below every logit, and finite, as ONNX files need it
 
+SOFT_NMS = (
+    "export: model.roi.nms.kind lowers scores (soft NMS), for which ONNX has no operator; only hard can be exported"
+)
+
 
 def keep_by_nms(boxes_PN4: Tensor, scores_PQN: Tensor, iou: float, threshold: float, most: int) -> Tensor:
     """Mark the boxes that greedy NMS keeps, for every problem and class by itself: bool [P, Q, N].

@@ -83,6 +83,9 @@ def try_export(model: Detector, config: DetectorConfig, resize: ResizeConfig, lo
 
     Raises UserError for a detector that cannot be exported.
     """
+    roi_heads = getattr(model, "roi_heads", None)
+    if roi_heads is not None and roi_heads.nms.kind != "hard":
+        raise UserError(graph.SOFT_NMS)
     log("export_check: tracing a copy of the detector and writing it as ONNX")
     started = time.monotonic()
     require_onnx()
