@@ -267,6 +267,8 @@ class TrainConfig(TrainingConfig):
     patience: Count | None = None
     """consecutive evaluations without improvement after which training stops; needs evaluate_every; null: never"""
     expected: ExpectedConfig | None = None
+    export_check: bool = False
+    """try an export to ONNX before the first step, so that a detector that cannot be exported costs no training"""
 
     @model_validator(mode="before")
     @classmethod

@@ -14,38 +14,58 @@ if find_spec("ssld") is None:
     sys.exit(2)
 
 from ssld.shared.config.command import run_command
-from ssld.stage2_detect.export_config import FILES, ExportDetectorConfig
+from ssld.stage2_detect.export_config import FILES, LOWER, ExportDetectorConfig, GateFailed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return run_command(ExportDetectorConfig, export_detector, argv, program="export.py")
+    """Entry point; returns the exit code, 1 where a lower precision loses too much AP."""
+    try:
+        return run_command(ExportDetectorConfig, export_detector, argv, program="export.py")
+    except GateFailed as failed:
+        print(f"error: {failed}", file=sys.stderr)
+        return 1
 
 
 def export_detector(config: ExportDetectorConfig) -> None:
     """Write the files and `hub/`, and upload the folder if requested.
 
-    Raises UserError for a file that is not a detector file, a network that cannot be traced, outputs that differ by more than the tolerances (no
-    file is left then), and an upload that fails.
+    Raises:
+        UserError: a file that is not a detector file, a network that cannot be traced, outputs that differ by more than the tolerances (no
+            file is left then), and an upload that fails.
+        GateFailed: a lower precision loses more than `max_ap_drop`; no file is left.
     """
+    import time
     from contextlib import ExitStack
 
     from ssld.shared.deploy.graph_files import require_onnx
     from ssld.shared.deploy.hub import check_name, push
     from ssld.shared.files import atomically
     from ssld.shared.run_dir import RunDir
+    from ssld.stage2_detect.data.coco import read_coco
     from ssld.stage2_detect.deploy.card import write_folder
     from ssld.stage2_detect.deploy.check import batches_of, check, graph_of, images_of, measure
-    from ssld.stage2_detect.deploy.writing import runner, write
+    from ssld.stage2_detect.deploy.gate import write_lower
+    from ssld.stage2_detect.deploy.writing import openvino_runner, require_openvino, runner, write, write_runtime
     from ssld.stage2_detect.detector_file import load_detector
 
     if "onnx" in config.formats:
         require_onnx()
+    if config.openvino:
+        require_openvino()
     if config.push_to_hub:
         check_name(config.push_to_hub)
     loaded = load_detector(config.model)
-    graph_of(loaded.fast)
+    graph_of(loaded.model)
     images = images_of(config, print)  # before minutes of tracing
+    data = None
+    if config.val_annotations and (config.int8 or config.fp16):
+        data = read_coco(
+            config.val_annotations,
+            config.val_images,
+            training=False,
+            segmentations=loaded.has_masks,
+            class_names=loaded.class_names,
+        )
     run = RunDir(config, "export_detector")
     if run.status == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")
@@ -55,21 +75,34 @@ def export_detector(config: ExportDetectorConfig) -> None:
 
     # ---- the files, under temporary names until all of them are checked
     files = {str(name): run.path / FILES[name] for name in config.formats}
+    files |= {name: run.path / LOWER[name] for name in LOWER if getattr(config, name)}
     metrics: dict[str, object] = {}
     with ExitStack() as stack:
         temporary = {name: stack.enter_context(atomically(file)) for name, file in files.items()}
         canvas = config.canvas
-        for name, path in temporary.items():
-            run.log(f"{FILES[name]}: tracing and writing, which takes a minute or two")
-            canvas = write(name, path, loaded, canvas, run.log)
+        runs = {}
+        for name in config.formats:
+            run.log(f"{FILES[name]}: tracing the network and writing the file")
+            started = time.monotonic()
+            canvas = write(name, temporary[name], loaded, canvas, run.log)
+            run.log(f"{FILES[name]}: written after {time.monotonic() - started:.0f} s")
         many = batches_of(images, loaded.resize, canvas, config.batch_size)
-        runs = {name: runner(name, path) for name, path in temporary.items()}
-        for name, call in runs.items():
-            metrics[name] = check(call, loaded.model, many, config, FILES[name], run.log)
+        for name in config.formats:
+            runs[FILES[name]] = runner(name, temporary[name])
+            metrics[name] = check(runs[FILES[name]], loaded.model, many, config, FILES[name], run.log)
+        if config.openvino:
+            label = f"{FILES['onnx']} by OpenVINO"
+            runs[label] = openvino_runner(temporary["onnx"])
+            metrics["openvino"] = check(runs[label], loaded.model, many, config, label, run.log)
+        if data is not None:
+            lower, metrics["AP"] = write_lower(config, loaded, data, canvas, temporary, run.log)
+            runs |= lower
         if config.benchmark:
             run.log("measuring speeds")
             metrics["seconds"] = measure(runs, loaded, many, run.log)
     written = list(files.values())
+    if "onnx" in files:
+        written.append(write_runtime(run.path))
 
     # ---- the hub's folder
     folder = run.path / "hub"

@@ -5,8 +5,8 @@
     python stage2_detect/predict.py --model runs/det/detector.safetensors --images more_photos --pseudo_labels true --output runs/pseudo
 
 Writes `predictions.json`, a COCO data set whose annotations have scores, and `pictures/`, the images with drawn boxes; `--write` chooses among
-these, CSV, YOLO labels and crops. With `pseudo_labels` it writes `pseudo_labels.json` alone, for `train.py --pseudo`. A killed run resumes with the
-same command.
+these, CSV, YOLO labels, crops, and boxes to correct in Label Studio or CVAT. With `pseudo_labels` it writes `pseudo_labels.json` alone, for
+`train.py --pseudo`. A killed run resumes with the same command.
 """
 
 import sys
@@ -51,6 +51,7 @@ def _predict(config: PredictConfig) -> None:
     from ssld.shared.wording import count
     from ssld.stage2_detect.detector_file import load_detector
     from ssld.stage2_detect.prediction.files import DrawingsAndCrops, Parts, counts, table_text, write_yolo
+    from ssld.stage2_detect.prediction.label_tools import cvat_xml, label_studio_config, label_studio_tasks
     from ssld.stage2_detect.prediction.steps import (
         Runner,
         assemble,
@@ -134,6 +135,14 @@ def _predict(config: PredictConfig) -> None:
             if config.writes("csv"):
                 files.append(run.path / "predictions.csv")
                 write_atomically(files[-1], table_text(content))
+            if config.writes("label_studio"):
+                tasks = label_studio_tasks(content, config.label_studio_prefix)
+                files += [run.path / "label_studio.json", run.path / "label_studio.xml"]
+                write_atomically(files[-2], json.dumps(tasks, allow_nan=False))
+                write_atomically(files[-1], label_studio_config(content))
+            if config.writes("cvat"):
+                files.append(run.path / "cvat.xml")
+                write_atomically(files[-1], cvat_xml(content))
             if config.writes("yolo", "yolo_scores"):
                 files += write_yolo(run.path, content, scores=config.writes("yolo_scores"))
             total = len(work.names) + sum(video["frames"] for video in content.get("videos", []))

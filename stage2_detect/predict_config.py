@@ -11,7 +11,7 @@ from ssld.stage2_detect.config import RunDetectorConfig, Side
 from ssld.stage2_detect.model_config import Fraction
 
 THRESHOLD, PSEUDO_THRESHOLD = 0.5, 0.4
-Written = Literal["json", "images", "csv", "yolo", "yolo_scores", "crops"]
+Written = Literal["json", "images", "csv", "yolo", "yolo_scores", "crops", "label_studio", "cvat"]
 
 
 class PredictConfig(RunDetectorConfig):
@@ -27,8 +27,10 @@ class PredictConfig(RunDetectorConfig):
     images: str
     """images to predict on: image, video, folder (searched recursively), quoted pattern ('photos/**/*.jpg'), or text file with one path per line"""
     write: list[Written] | None = None
-    """outputs to write: json, images (drawn images; a video for a video), csv, yolo (labels/), yolo_scores (with a sixth column), crops; null:
-    json,images"""
+    """outputs to write: json, images (drawn images; a video for a video), csv, yolo (labels/), yolo_scores (with a sixth column), crops,
+    label_studio and cvat (boxes of images to correct in these tools); null: json,images"""
+    label_studio_prefix: str = "/data/local-files/?d="
+    """text before the path of each image in label_studio.json: the place from which Label Studio reads the images"""
     pseudo_labels: bool = False
     """write only pseudo_labels.json, for train.py --pseudo: the images with at least one box"""
     threshold: Fraction | None = None
@@ -58,7 +60,9 @@ class PredictConfig(RunDetectorConfig):
         if self.write is not None and self.pseudo_labels:
             raise ValueError("write: pseudo_labels writes its own file and nothing else; leave one of the two out")
         if self.write is not None and not self.write:
-            raise ValueError("write: is empty; name at least one of json, images, csv, yolo, yolo_scores, crops")
+            raise ValueError(
+                "write: is empty; name at least one of json, images, csv, yolo, yolo_scores, crops, label_studio, cvat"
+            )
         if self.write is not None and {"yolo", "yolo_scores"} <= set(self.write):
             raise ValueError("write: yolo and yolo_scores would write the same files; choose one")
         return self

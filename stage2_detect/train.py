@@ -80,7 +80,7 @@ def train(config: TrainConfig) -> None:
     )
     from ssld.shared.distributed.ranks import from_main_rank, share_buffers, world_size
     from ssld.shared.distributed.stop import StopRequest
-    from ssld.shared.errors import Stopped
+    from ssld.shared.errors import Stopped, UserError
     from ssld.shared.images import stable_seed
     from ssld.shared.models.backbones import check_networks
     from ssld.shared.run_dir import RunDir
@@ -93,6 +93,7 @@ def train(config: TrainConfig) -> None:
     from ssld.shared.wording import count
     from ssld.stage2_detect.data.sizing import Sizing
     from ssld.stage2_detect.data.training_data import read_training_data, teacher_check_images, training_loader
+    from ssld.stage2_detect.deploy.writing import try_export
     from ssld.stage2_detect.distillation.teacher import TeacherCheck
     from ssld.stage2_detect.evaluation.files import write_evaluation
     from ssld.stage2_detect.evaluation.scoring import compare_expected, describe, score
@@ -151,6 +152,15 @@ def train(config: TrainConfig) -> None:
         config.precision,
     )
     start, resumed = state.restore()
+    if config.export_check and start == 0:
+        problem = ""
+        if run.main:
+            try:
+                try_export(trained.detector, config.model, config.resize, run.log)
+            except UserError as error:
+                problem = f"export_check: {error}"
+        if problem := from_main_rank(problem):
+            raise UserError(problem)
     loader = training_loader(config, data, start=start, stop=steps, rank=accelerator.process_index, ranks=ranks)
     sizing = Sizing.of(config.resize)
     evaluation: dict[str, Any] = {

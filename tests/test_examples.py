@@ -145,3 +145,13 @@ def test_the_own_loss_is_what_it_says() -> None:
     expected = (p * np.log(p / q)).sum()
     loss = script("distill_own_loss").reverse_kl(torch.from_numpy(student), torch.from_numpy(teacher))
     assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_serve_names_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The service itself is tested in test_serve.py."""
+    with pytest.raises(SystemExit, match="2"):
+        main_of("serve")([str(tmp_path / "detector.onnx")])
+    assert (
+        f"error: {tmp_path / 'detector.onnx'}: no such file; both are written by `ssld export`"
+        in capsys.readouterr().err
+    )

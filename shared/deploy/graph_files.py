@@ -157,10 +157,12 @@ def interleaved(calls: Mapping[str, Callable[[], object]], *, rounds: int = 10) 
 
 
 def speed_lines(latency: Mapping[str, float], throughput: Mapping[str, float], batch: int) -> list[str]:
-    """Format a table of milliseconds for one image and images per second in batches of `batch`, from medians in seconds."""
+    """Format a table of milliseconds for one image, images per second in batches of `batch`, and the latency's ratio to torch's, from medians in
+    seconds."""
     width = max(map(len, latency))
-    return [f"{'':<{width}}  latency, batch 1  throughput, batch {batch}"] + [
-        f"{name:<{width}}  {1000 * latency[name]:>13.1f} ms  {batch / throughput[name]:>13.1f} images/s"
+    return [f"{'':<{width}}  latency, batch 1  throughput, batch {batch}  latency / torch's"] + [
+        f"{name:<{width}}  {1000 * latency[name]:>13.1f} ms  {batch / throughput[name]:>13.1f} images/s  "
+        f"{latency[name] / latency['torch']:>17.2f}"
         for name in latency
     ]
 

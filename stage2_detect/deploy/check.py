@@ -20,10 +20,10 @@ from ssld.stage2_detect.config import ResizeConfig
 from ssld.stage2_detect.data.image_files import find_images
 from ssld.stage2_detect.data.padding import PAD_MULTIPLE, pad_images
 from ssld.stage2_detect.data.views import View, fit_view, view_image
-from ssld.stage2_detect.deploy.graph import DetectorGraph
+from ssld.stage2_detect.deploy.graph import SOFT_NMS, DetectorGraph
 from ssld.stage2_detect.deploy.writing import LEAST
 from ssld.stage2_detect.detector_file import LoadedDetector
-from ssld.stage2_detect.export_config import FILES, ExportDetectorConfig
+from ssld.stage2_detect.export_config import ExportDetectorConfig
 from ssld.stage2_detect.models.batch import ImageBatch
 from ssld.stage2_detect.models.build import Detector
 
@@ -34,13 +34,17 @@ Run = Callable[[Tensor, Tensor], Sequence[np.ndarray]]
 _FAR = 2.0  # pixels
 
 
-def images_of(config: ExportDetectorConfig, log: Callable[[str], None]) -> list[Tensor]:
-    """Decode evenly chosen images, or draw noise: uint8 [3, H, W] each. Raises UserError where there are none, or none can be read."""
+def images_of(config: ExportDetectorConfig, log: Callable[[str], None], count: int | None = None) -> list[Tensor]:
+    """Decode evenly chosen images, `check_images` of them or `count`, or draw noise: uint8 [3, H, W] each.
+
+    Raises UserError where there are none, or none can be read.
+    """
+    count = count or config.check_images
     if config.images is None:
-        return _noise(config.check_images)
+        return _noise(count)
     folder, names = find_images(config.images)
     names = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
-    chosen = [names[place] for place in spread(len(names), config.check_images)]
+    chosen = [names[place] for place in spread(len(names), count)]
     images = []
     for name in chosen:
         try:
@@ -56,8 +60,8 @@ def batches_of(
     images: Sequence[Tensor], resize: ResizeConfig, canvas: tuple[int, int] | None, batch_size: int
 ) -> list[Batch]:
     """Resize images as the recipe does, or to fit into the canvas, and pad them to batches."""
-    resized = [_fitted(image_CHW, resize, canvas) for image_CHW in images]
-    return [_padded(resized[i : i + batch_size], canvas) for i in range(0, len(resized), batch_size)]
+    resized = [fitted(image_CHW, resize, canvas)[0] for image_CHW in images]
+    return [padded(resized[i : i + batch_size], canvas) for i in range(0, len(resized), batch_size)]
 
 
 def _noise(count: int) -> list[Tensor]:
@@ -74,17 +78,19 @@ def _noise(count: int) -> list[Tensor]:
     return images
 
 
-def _fitted(image_CHW: Tensor, resize: ResizeConfig, canvas: tuple[int, int] | None) -> Tensor:
+def fitted(image_CHW: Tensor, resize: ResizeConfig, canvas: tuple[int, int] | None) -> tuple[Tensor, float]:
+    """Resize an image as the recipe does, or to fit into the canvas; returns it with its scale."""
     height, width = image_CHW.shape[1:]
     view = fit_view(height, width, short_side=resize.short_side, long_side=resize.long_side)
     if canvas is not None and (view.height > canvas[0] or view.width > canvas[1]):
         scale = min(canvas[0] / height, canvas[1] / width)
         high, wide = (max(1, int(scale * side + 0.5)) for side in (height, width))
         view = View(scale, high, wide)
-    return view_image(image_CHW, view, resize.interpolation, resize.kernel)
+    return view_image(image_CHW, view, resize.interpolation, resize.kernel), view.scale
 
 
-def _padded(images: Sequence[Tensor], canvas: tuple[int, int] | None) -> Batch:
+def padded(images: Sequence[Tensor], canvas: tuple[int, int] | None) -> Batch:
+    """Pad resized images to one batch for an exported file."""
     batch = pad_images(images, [1.0] * len(images), least_side=LEAST * PAD_MULTIPLE, canvas=canvas)
     return batch.pixels_BCHW, batch.sizes_B2
 
@@ -207,16 +213,14 @@ def check(
 def measure(
     runs: Mapping[str, Run], loaded: LoadedDetector, many: Sequence[Batch], log: Callable[[str], None]
 ) -> dict[str, dict[str, float]]:
-    """Measure median seconds of the detector in torch and of its files, for one image and for the first batch of the check."""
+    """Measure median seconds of the detector in torch and of its files, by name, for one image and for the first batch of the check."""
     pixels_BCHW, sizes_B2 = many[0]
     batch = len(sizes_B2)
 
     def calls(count: int) -> dict[str, Callable[[], object]]:
         some = pixels_BCHW[:count], sizes_B2[:count]
         images = ImageBatch(*some, torch.ones(count))
-        return {"torch": lambda: loaded.fast(images)} | {
-            FILES[name]: lambda run=run: run(*some) for name, run in runs.items()
-        }
+        return {"torch": lambda: loaded.fast(images)} | {name: lambda run=run: run(*some) for name, run in runs.items()}
 
     latency, throughput = interleaved(calls(1)), interleaved(calls(batch))
     H, W = pixels_BCHW.shape[2:]
@@ -231,6 +235,4 @@ def graph_of(model: Detector) -> DetectorGraph:
     try:
         return DetectorGraph(model).eval()
     except ValueError:
-        raise UserError(
-            "export: model.roi.nms.kind lowers scores (soft NMS), for which ONNX has no operator; only hard can be exported"
-        ) from None
+        raise UserError(SOFT_NMS) from None

@@ -9,9 +9,12 @@ Shapes: B images, N candidates of an image, R proposals, K classes, M rows of th
 NMS.
 """
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import nms
@@ -25,6 +28,10 @@ from ssld.stage2_detect.models.rpn import Proposals
 KeepByNMS = Callable[[Tensor, Tensor, float, float, int], Tensor]
 """`keep_by_nms`, or an operator with the same result."""
 NOTHING = -1e30  # score of empty places: below every logit, and finite, as ONNX files need it
+
+SOFT_NMS = (
+    "export: model.roi.nms.kind lowers scores (soft NMS), for which ONNX has no operator; only hard can be exported"
+)
 
 
 def keep_by_nms(boxes_PN4: Tensor, scores_PQN: Tensor, iou: float, threshold: float, most: int) -> Tensor:
@@ -54,6 +61,41 @@ def keep_by_nms(boxes_PN4: Tensor, scores_PQN: Tensor, iou: float, threshold: fl
     return keep[:-1].view(P, Q, N)
 
 
+class FixedSamePadding(nn.Module):
+    """A convolution with TensorFlow's padding (`timm.layers.Conv2dSame`), for inputs whose sides are multiples of its stride.
+
+    Then the padding does not depend on the sides: k - s in all, of which the greater half comes last. timm computes it from the sides, and a
+    tracer with free sides builds terms of it that grow from layer to layer, and takes minutes for them.
+    """
+
+    def __init__(self, same: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = same
+        totals = [
+            max((kernel - 1) * dilation + 1 - stride, 0)
+            for kernel, dilation, stride in zip(same.kernel_size, same.dilation, same.stride, strict=True)
+        ]
+        self.pads = [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+
+    def forward(self, maps_BCHW: Tensor) -> Tensor:
+        """Return `same(maps_BCHW)`."""
+        conv = self.conv
+        padded = F.pad(maps_BCHW, self.pads)
+        return F.conv2d(padded, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
+
+
+def with_fixed_padding(model: nn.Module) -> nn.Module:
+    """Return a copy whose convolutions with TensorFlow's padding are `FixedSamePadding`; the model itself where it has none."""
+    if not any(isinstance(module, Conv2dSame) for module in model.modules()):
+        return model
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, Conv2dSame):
+                setattr(parent, name, FixedSamePadding(child))
+    return model
+
+
 class DetectorGraph(nn.Module):
     """(pixels uint8 [B, 3, H, W], sizes int64 [B, 2]) -> boxes [B, M, 4], scores [B, M], labels [B, M], count [B], and for a detector with masks
     their maps [B, M, 2S, 2S].
@@ -62,7 +104,7 @@ class DetectorGraph(nn.Module):
     hold zeros, their labels -1. A map is the probability of the object's shape over its box.
 
     Args:
-        model: in evaluation mode; its modules are used, not copied.
+        model: in evaluation mode; its modules are used, not copied, unless they pad as TensorFlow does (`with_fixed_padding`).
         nms: function that drops overlapping boxes.
 
     Raises ValueError for a detector with soft NMS, which changes scores.
@@ -70,7 +112,8 @@ class DetectorGraph(nn.Module):
 
     def __init__(self, model: RCNN | DenseDetector, nms: KeepByNMS = keep_by_nms) -> None:
         super().__init__()
-        self.model, self.nms = model, nms
+        self.model: Any = with_fixed_padding(model)
+        self.nms = nms
         if isinstance(model, RCNN):
             if model.roi_heads.nms.kind != "hard":
                 raise ValueError("soft NMS")

@@ -5,6 +5,10 @@ NMS is a custom operator while tracing, translated to ONNX's NonMaxSuppression (
 Shapes: P problems, Q classes, N boxes; see `deploy/graph.py`.
 """
 
+import copy
+import shutil
+import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssld.shared.deploy.graph_files import Dynamic, read_program, session, write_onnx, write_program
+from ssld.shared.deploy.graph_files import Dynamic, read_program, require_onnx, session, write_onnx, write_program
 from ssld.shared.deploy.hub import public
 from ssld.shared.errors import UserError
+from ssld.stage2_detect.config import ResizeConfig
 from ssld.stage2_detect.data.padding import PAD_MULTIPLE, padded_side
 from ssld.stage2_detect.deploy import graph
 from ssld.stage2_detect.detector_file import LoadedDetector
+from ssld.stage2_detect.model_config import DetectorConfig
+from ssld.stage2_detect.models.build import Detector
 
 INPUTS = ("pixels", "sizes")
+RUNTIME = "onnx_detector.py"
 LEAST, _MOST = 5, 256
 """Multiples of 32 along a side of a free canvas: `torch.export` needs maps of more than one cell; the coarsest stride is 128."""
 _EXAMPLE = (192, 224)
@@ -70,6 +78,27 @@ def write(
     return side, side
 
 
+def try_export(model: Detector, config: DetectorConfig, resize: ResizeConfig, log: Callable[[str], None]) -> None:
+    """Export a detector as ONNX into a temporary folder and run it on an empty image; the detector itself is not changed.
+
+    Raises UserError for a detector that cannot be exported.
+    """
+    roi_heads = getattr(model, "roi_heads", None)
+    if roi_heads is not None and roi_heads.nms.kind != "hard":
+        raise UserError(graph.SOFT_NMS)
+    log("export_check: tracing a copy of the detector and writing it as ONNX")
+    started = time.monotonic()
+    require_onnx()
+    copied = copy.deepcopy(model).cpu().eval()
+    loaded = LoadedDetector(copied, (), (), resize, {"model": config.model_dump(mode="json")})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "detector.onnx"
+        high, wide = write("onnx", path, loaded, None, log) or _EXAMPLE
+        pixels_BCHW = torch.zeros(1, 3, high, wide, dtype=torch.uint8)
+        runner("onnx", path)(pixels_BCHW, torch.tensor([[high, wide]]))
+    log(f"export_check: the detector can be exported ({time.monotonic() - started:.0f} s)")
+
+
 @torch.library.custom_op("ssld::nms", mutates_args=())
 def onnx_nms(boxes_PN4: Tensor, scores_PQN: Tensor, iou: float, threshold: float, most: int) -> Tensor:
     """`graph.keep_by_nms` as an operator that is not traced into."""
@@ -113,6 +142,8 @@ def facts_of(loaded: LoadedDetector, canvas: tuple[int, int] | None) -> dict[str
     facts = {
         "kind": "detector",
         "pixels": f"uint8 RGB [batch, 3, {size}] in 0..255, padded at the bottom and the right; normalized inside",
+        "pad_multiple": PAD_MULTIPLE,
+        "least_side": PAD_MULTIPLE * LEAST,
         "sizes": "int64 [batch, 2]: height and width of each image inside the padding",
         "boxes": "float32 [batch, most, 4]: x1, y1, x2, y2 in pixels of the input; divide by (network size / original size)",
         "scores": "float32 [batch, most] in 0..1, falling",
@@ -123,6 +154,39 @@ def facts_of(loaded: LoadedDetector, canvas: tuple[int, int] | None) -> dict[str
         facts["masks"] = "float32 [batch, most, side, side]: probability of the mask, stretched over the box"
         facts["mask_threshold"] = loaded.metadata["model"]["mask"]["threshold"]
     return facts | {key: public(loaded.metadata[key]) for key in _KEPT if loaded.metadata.get(key) is not None}
+
+
+def write_runtime(folder: Path) -> Path:
+    """Copy `onnx_detector.py`, which runs the ONNX file without torch and this project, into a folder."""
+    target = folder / RUNTIME
+    shutil.copyfile(Path(__file__).with_name(RUNTIME), target)
+    return target
+
+
+def require_openvino() -> None:
+    """Raise UserError where OpenVINO is not installed."""
+    try:
+        import openvino  # noqa: F401
+    except ImportError:
+        raise UserError("openvino: is not installed; pip install 'ssld[openvino]'") from None
+
+
+def openvino_runner(path: Path) -> Callable[[Tensor, Tensor], Sequence[np.ndarray]]:
+    """Return a function that runs an ONNX file by OpenVINO on the CPU, in the precision of the file, on torch's number of threads."""
+    import openvino
+
+    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    try:
+        compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"openvino {openvino.__version__} cannot run {path.name} ({why}); leave openvino out") from None
+
+    def by_openvino(pixels_BCHW: Tensor, sizes_B2: Tensor) -> list[np.ndarray]:
+        output = compiled({"pixels": pixels_BCHW.numpy(), "sizes": sizes_B2.numpy()})
+        return [np.array(output[place]) for place in range(len(compiled.outputs))]
+
+    return by_openvino
 
 
 def runner(name: str, path: Path) -> Callable[[Tensor, Tensor], Sequence[np.ndarray]]:

@@ -22,6 +22,7 @@ from ssld.stage2_detect.evaluation.drawing import draw_objects
 from ssld.stage2_detect.evaluation.scoring import detections
 from ssld.stage2_detect.models.batch import Detections
 from ssld.stage2_detect.models.build import Detector
+from ssld.stage2_detect.models.mask_targets import decode_rle
 from ssld.stage2_detect.prediction.tiles import ImageWindow, merged_windows, pixels_of_window, window_batches
 
 if TYPE_CHECKING:
@@ -55,6 +56,24 @@ class ImageDetections:
         detections = Detections(torch.from_numpy(self.boxes_N4), torch.from_numpy(self.scores_N), labels_N, self.masks)
         canvas = Image.fromarray(np.ascontiguousarray(_pixels(image).permute(1, 2, 0).numpy()))
         return draw_objects(canvas, detections, self.class_names, legend=True)
+
+    def to_supervision(self) -> Any:
+        """Return `supervision.Detections`: boxes, scores, labels, `data["class_name"]`, and masks from a detector that has them.
+
+        Raises UserError where supervision is not installed.
+        """
+        try:
+            import supervision
+        except ImportError:
+            raise UserError("to_supervision: supervision is not installed; pip install supervision") from None
+        masks = None if self.masks is None else [decode_rle(code).astype(bool) for code in self.masks]
+        return supervision.Detections(
+            xyxy=self.boxes_N4.astype(np.float32).reshape(-1, 4),
+            mask=np.stack(masks) if masks else None,
+            confidence=self.scores_N.astype(np.float32),
+            class_id=self.labels_N.astype(int),
+            data={"class_name": np.array(self.names, dtype=str)},
+        )
 
     def __len__(self) -> int:
         return len(self.names)

@@ -1,0 +1,99 @@
+"""Detections as pre-annotations for labeling tools: Label Studio's JSON tasks and CVAT for images 1.1.
+
+Label Studio: https://labelstud.io/guide/predictions, coordinates in percent of the image. CVAT: https://docs.cvat.ai/docs/manual/advanced/formats/format-cvat/,
+corners in pixels. Both have boxes of images; masks and frames of videos are left out.
+"""
+
+from typing import Any
+from urllib.parse import quote
+from xml.etree import ElementTree
+
+_TAGS = ("label", "image")  # names of the controls in Label Studio's labeling configuration
+
+
+def label_studio_tasks(content: dict[str, Any], prefix: str) -> list[dict[str, Any]]:
+    """Convert a data set of `coco_json` to tasks of Label Studio, one per image, with its boxes as a prediction.
+
+    The labeling configuration is `label_studio_config`.
+
+    Args:
+        prefix: what precedes the path of an image in the task, such as `/data/local-files/?d=` for files that Label Studio serves itself.
+    """
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    rows: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
+    for row in content["annotations"]:
+        rows[row["image_id"]].append(row)
+    version = str(content["info"].get("detector") or "ssld")[:16]
+    return [
+        {
+            "data": {"image": prefix + quote(image["file_name"])},
+            "predictions": [
+                {
+                    "model_version": version,
+                    "score": min((row["score"] for row in rows[image["id"]]), default=0.0),
+                    "result": [_result(row, image, names) for row in rows[image["id"]]],
+                }
+            ],
+        }
+        for image in _images(content)
+    ]
+
+
+def label_studio_config(content: dict[str, Any]) -> str:
+    """Return the labeling configuration for the classes of a data set of `coco_json`, to paste into a project's settings."""
+    view = ElementTree.Element("View")
+    ElementTree.SubElement(view, "Image", name=_TAGS[1], value="$image")
+    labels = ElementTree.SubElement(view, "RectangleLabels", name=_TAGS[0], toName=_TAGS[1])
+    for category in content["categories"]:
+        ElementTree.SubElement(labels, "Label", value=category["name"])
+    return _text(view)
+
+
+def cvat_xml(content: dict[str, Any]) -> str:
+    """Convert a data set of `coco_json` to CVAT's XML for images 1.1; images are matched by name when it is uploaded to a task."""
+    root = ElementTree.Element("annotations")
+    ElementTree.SubElement(root, "version").text = "1.1"
+    labels = ElementTree.SubElement(ElementTree.SubElement(ElementTree.SubElement(root, "meta"), "task"), "labels")
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    for name in names.values():
+        ElementTree.SubElement(ElementTree.SubElement(labels, "label"), "name").text = name
+    elements = {}
+    for number, image in enumerate(_images(content)):
+        sides = {"width": str(image["width"]), "height": str(image["height"])}
+        facts = {"id": str(number), "name": image["file_name"], **sides}
+        elements[image["id"]] = ElementTree.SubElement(root, "image", facts)
+    for row in content["annotations"]:
+        if row["image_id"] not in elements:
+            continue
+        x, y, width, height = row["bbox"]
+        corners = {"xtl": x, "ytl": y, "xbr": x + width, "ybr": y + height}
+        facts = {"label": names[row["category_id"]], "source": "auto", "occluded": "0", "z_order": "0"}
+        facts |= {key: f"{value:.2f}" for key, value in corners.items()}
+        ElementTree.SubElement(elements[row["image_id"]], "box", facts)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + _text(root)
+
+
+def _images(content: dict[str, Any]) -> list[dict[str, Any]]:
+    return [image for image in content["images"] if "video_id" not in image]
+
+
+def _result(row: dict[str, Any], image: dict[str, Any], names: dict[Any, str]) -> dict[str, Any]:
+    x, y, width, height = row["bbox"]
+    wide, high = image["width"], image["height"]
+    shares = {"x": x / wide, "y": y / high, "width": width / wide, "height": height / high}
+    return {
+        "id": str(row["id"]),
+        "from_name": _TAGS[0],
+        "to_name": _TAGS[1],
+        "type": "rectanglelabels",
+        "original_width": wide,
+        "original_height": high,
+        "image_rotation": 0,
+        "score": row["score"],
+        "value": {**{key: 100 * share for key, share in shares.items()}, "rotation": 0, "rectanglelabels": [names[row["category_id"]]]},
+    }  # fmt: skip
+
+
+def _text(root: ElementTree.Element) -> str:
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode") + "\n"
