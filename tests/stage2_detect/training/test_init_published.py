@@ -33,8 +33,20 @@ MODEL: Settings = {
     "fpn_channels": 16,
     "fpn_norm": "batch",
     "freeze_norm": False,
-    "rpn": {"anchor_sizes": [8, 12, 16, 24, 32], "anchor_grid": "torchvision", "convolutions": 2, "post_nms_top_n_train": 40},
-    "roi": {"hidden": 32, "convolutions": 1, "fully_connected": 1, "norm": "batch", "sampling_ratio": 2, "samples_per_image": 24},
+    "rpn": {
+        "anchor_sizes": [8, 12, 16, 24, 32],
+        "anchor_grid": "torchvision",
+        "convolutions": 2,
+        "post_nms_top_n_train": 40,
+    },
+    "roi": {
+        "hidden": 32,
+        "convolutions": 1,
+        "fully_connected": 1,
+        "norm": "batch",
+        "sampling_ratio": 2,
+        "samples_per_image": 24,
+    },
 }
 # Names of this project -> names of torchvision.
 NAMES = (
