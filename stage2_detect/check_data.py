@@ -99,8 +99,8 @@ def line_of(finding: Finding) -> str:
 def _data(arguments: Namespace) -> "DataSet":
     """Return the parts that the arguments name, converted or merged where needed."""
     from ssld.shared.config.settings import validate
-    from ssld.stage2_detect.config import DetectionDataConfig
     from ssld.stage2_detect.data.convert.parts import find_data
+    from ssld.stage2_detect.data_config import DetectionDataConfig
 
     if (arguments.val_annotations is None) != (arguments.val_images is None):
         raise UserError("give both --val_annotations and --val_images, or neither")

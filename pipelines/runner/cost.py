@@ -26,8 +26,9 @@ from ssld.stage1_ssld.config import (
 from ssld.stage1_ssld.config import EvaluateConfig as EvaluateBackboneConfig
 from ssld.stage1_ssld.data_config import SourceConfig
 from ssld.stage2_detect.config import ConvertPaddleConfig as ConvertDetectorConfig
-from ssld.stage2_detect.config import DetectionDataConfig, TrainConfig
 from ssld.stage2_detect.config import EvaluateConfig as EvaluateDetectorConfig
+from ssld.stage2_detect.config import TrainConfig
+from ssld.stage2_detect.data_config import DetectionDataConfig
 from ssld.stage2_detect.export_config import ExportDetectorConfig
 
 _SCORED = 100

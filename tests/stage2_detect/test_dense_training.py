@@ -15,7 +15,8 @@ from ssld.shared.errors import UserError
 from ssld.shared.models.model_file import read_metadata
 from ssld.shared.run_dir import read_result
 from ssld.stage2_detect import evaluate, train
-from ssld.stage2_detect.config import DetectionDataConfig, TrainConfig
+from ssld.stage2_detect.config import TrainConfig
+from ssld.stage2_detect.data_config import DetectionDataConfig
 from ssld.stage2_detect.detector_file import load_detector
 from ssld.stage2_detect.distill_config import ADLConfig, DistillConfig
 from ssld.stage2_detect.distillation.dense import DistilledDense

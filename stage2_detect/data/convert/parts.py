@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 from ssld.shared.errors import UserError
 from ssld.shared.terminal import say
 from ssld.shared.wording import count
-from ssld.stage2_detect.config import ConvertDataConfig, DetectionDataConfig, EvaluateConfig, source_inputs
+from ssld.stage2_detect.config import ConvertDataConfig, EvaluateConfig
 from ssld.stage2_detect.data.convert.cache import cache_folder, kept, key_of
 from ssld.stage2_detect.data.convert.conversion import LOOKED_FOR, content_of, convert, find_splits
 from ssld.stage2_detect.data.convert.hub import HUB, download
 from ssld.stage2_detect.data.convert.merging import Pairs, common_folder, write_merged
+from ssld.stage2_detect.data_config import DetectionDataConfig, source_inputs
 from ssld.stage2_detect.layouts.coco import CocoLayout, find_coco, part_kind
 from ssld.stage2_detect.layouts.yolo import find_yolo
 

@@ -9,9 +9,10 @@ from many_formats import BOX, coco, roboflow_coco
 
 from ssld.shared.config.settings import parse_config
 from ssld.shared.errors import UserError
-from ssld.stage2_detect.config import DetectionDataConfig, EvaluateConfig, TrainConfig
+from ssld.stage2_detect.config import EvaluateConfig, TrainConfig
 from ssld.stage2_detect.data.coco import read_coco
 from ssld.stage2_detect.data.convert.parts import evaluated_part, find_data
+from ssld.stage2_detect.data_config import DetectionDataConfig
 
 
 @pytest.fixture(autouse=True)

@@ -15,10 +15,11 @@ from PIL import Image
 
 from ssld.shared.errors import UserError
 from ssld.stage2_detect import check_data
-from ssld.stage2_detect.config import DetectionDataConfig, EvaluateConfig
+from ssld.stage2_detect.config import EvaluateConfig
 from ssld.stage2_detect.data.coco import read_coco
 from ssld.stage2_detect.data.convert import parts as parts_module
 from ssld.stage2_detect.data.convert.parts import DataSet, choose, evaluated_part, find_data
+from ssld.stage2_detect.data_config import DetectionDataConfig
 from ssld.stage2_detect.layouts.coco import part_kind
 
 
