@@ -74,7 +74,7 @@ def test_matches_and_errors_are_those_of_the_evaluation(tmp_path: Path) -> None:
         for _ in range(60)
     ]
     file, images = write_data(tmp_path, objects)
-    found = []
+    found: list[dict[str, Any]] = []
     for image, of_image in enumerate(objects):
         near = [[v + draw.normal(0, 2.5) for v in one] for _, one, _ in of_image if draw.random() < 0.8]
         near = [[left, top, max(wide, 4), max(high, 4)] for left, top, wide, high in near]
@@ -84,7 +84,7 @@ def test_matches_and_errors_are_those_of_the_evaluation(tmp_path: Path) -> None:
     evaluation = evaluation_of(write_run(tmp_path / "ap", file, images, found, 0.3))
     data = read_coco(file, images, training=False)
     number = {category: label for label, category in enumerate(data.category_ids)}
-    detections = {}
+    detections: dict[int | str, Detections] = {}
     for image in range(len(objects)):
         rows = [row for row in found if row["image_id"] == image]
         boxes_N4 = torch.tensor([row["bbox"] for row in rows], dtype=torch.float64).reshape(-1, 4)
