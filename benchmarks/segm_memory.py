@@ -87,7 +87,8 @@ def measure(folder: Path, backend: str) -> int:
 def draw_data(folder: Path, images: int) -> int:
     """Pictures, some of them many times over, and their annotations; returns the number of objects."""
     generator = np.random.default_rng(0)
-    rows, annotations = [], []
+    rows: list[dict] = []
+    annotations: list[dict] = []
     for number in range(images):
         name = f"{number:06d}.jpg"
         if number < PICTURES:

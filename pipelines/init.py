@@ -33,7 +33,7 @@ from ssld.pipelines.runner.estimate import Costs
 from ssld.pipelines.runner.plan import names_architecture
 from ssld.pipelines.runner.stages import Stage
 from ssld.pipelines.scaffold.fit import REPORT_SECONDS, Fit, fit
-from ssld.pipelines.scaffold.pool import Pool, divide_pool
+from ssld.pipelines.scaffold.pool import Pool, divide_pool, some_photos
 from ssld.pipelines.scaffold.stage1 import proposes_stage_1
 from ssld.pipelines.scaffold.suggest import Facts, Networks, networks_of, pipeline_text, shapes, split_content
 from ssld.pipelines.scaffold.trials import keep_rates, trials
@@ -84,6 +84,8 @@ def _init(arguments: Namespace) -> int:
         lists = {"pool": pool.train} | ({"held_out": pool.held_out} if pool.held_out else {})
         lists |= {"listing": [row["file_name"] for row in photos_read.train["images"]]} if arguments.annotations else {}
         files |= {names[name]: "".join(f"{line}\n" for line in lines) for name, lines in lists.items()}
+    if "shown" in names:
+        files[names["shown"]] = "".join(f"{photo}\n" for photo in some_photos(arguments.unlabeled, arguments.seed))
     facts = Facts(
         annotations=names.get("train", arguments.annotations),
         images_folder=arguments.images,
@@ -97,6 +99,7 @@ def _init(arguments: Namespace) -> int:
         unlabeled_images=len(pool.train) if pool else 0,
         pool=names["pool"] if pool else None,
         held_out=names["held_out"] if pool and pool.held_out else None,
+        shown=names.get("shown"),
         listing=names["listing"] if pool and arguments.annotations else None,
         gpu=tuple(gpus[0]) if gpus else None,
         gpus=len(gpus),
@@ -216,6 +219,7 @@ def _names(arguments: Namespace) -> dict[str, Path]:
         names |= {part: output.with_name(f"{output.stem}_{part}.json") for part in ("train", "val")}
     if arguments.unlabeled:
         parts = {"pool": "unlabeled", "held_out": "held_out"} | ({"listing": "train"} if arguments.annotations else {})
+        parts |= {"shown": "shown"} if arguments.annotations else {}
         names |= {name: output.with_name(f"{output.stem}_{part}.txt") for name, part in parts.items()}
     return names
 

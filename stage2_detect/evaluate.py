@@ -93,7 +93,7 @@ def evaluate_detector(config: EvaluateConfig) -> None:
         report, written = write_evaluation(run, data, detections, metrics, score_threshold=config.score_threshold)
         files += written
         threshold = config.score_threshold
-        files += write_audit(run, data, detections, folder=config.images, score_threshold=threshold)
+        files += write_audit(run, data, detections, folder=part.images, score_threshold=threshold)
         metrics["at_threshold"] = {key: report[key] for key in ("score_threshold", "iou")} | report["all_classes"]
         metrics["per_class_f1"] = {row["class"]: row["f1"] for row in report["classes"]}
     metrics["orientation"] = {"val": data.orientation.record()}

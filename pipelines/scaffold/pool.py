@@ -14,6 +14,8 @@ from ssld.shared.files import file_sha256, list_images
 from ssld.shared.tally import Tally
 
 MOST_HELD_OUT, LEAST_HELD_OUT, SHARE = 500, 50, 0.05
+MOST_SHOWN = 24
+"""number of unlabeled photos whose predictions a report shows"""
 SMALLEST_POOL = 5 * LEAST_HELD_OUT
 """number of photos from which some are held out"""
 
@@ -38,10 +40,21 @@ def divide_pool(folder: Path, training: Iterable[Path], evaluation: Iterable[Pat
         else:
             names.append(name)
             tally.keep("photo")
-    order = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode(errors="surrogateescape")).digest())
+    order = sorted(names, key=lambda name: _place(name, seed))
     number = min(MOST_HELD_OUT, max(LEAST_HELD_OUT, round(SHARE * len(names)))) if len(names) >= SMALLEST_POOL else 0
     held_out = set(order[:number])
     return Pool([name for name in names if name not in held_out], sorted(held_out), tally)
+
+
+def some_photos(folder: Path, seed: int) -> list[Path]:
+    """Draw at most `MOST_SHOWN` photos of a folder, as sorted absolute paths."""
+    names = sorted(list_images(folder), key=lambda name: _place(name, seed))[:MOST_SHOWN]
+    return [folder.absolute() / name for name in sorted(names)]
+
+
+def _place(name: str, seed: int) -> bytes:
+    """Return where a photo stands in a random order that does not depend on the other photos."""
+    return hashlib.sha256(f"{seed} {name}".encode(errors="surrogateescape")).digest()
 
 
 def _copies(folder: Path, photos: Iterable[Path]) -> set[str]:

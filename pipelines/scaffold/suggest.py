@@ -44,6 +44,8 @@ class Facts:
     """list file of the unlabeled photos for stage 1"""
     held_out: Path | None
     """list file of the held-out unlabeled photos; None if there are too few"""
+    shown: Path | None
+    """list file of unlabeled photos whose predictions the report shows"""
     listing: Path | None
     """list file of the training photos, for distillation"""
     gpu: tuple[Any, ...] | None

@@ -61,11 +61,10 @@ class RoIConvolutions(nn.Module):
         super().__init__()
         make = norm_layer(norm, frozen=freeze_norm)
         widths = [channels, *[hidden] * convolutions]
-        self.convs = nn.ModuleList(
-            nn.Conv2d(before, after, 3, padding=1, bias=make is None) for before, after in pairwise(widths)
-        )
-        self.norms = nn.ModuleList(make(hidden) for _ in self.convs) if make else None
-        for conv in self.convs:
+        convs = [nn.Conv2d(before, after, 3, padding=1, bias=make is None) for before, after in pairwise(widths)]
+        self.convs = nn.ModuleList(convs)
+        self.norms = nn.ModuleList(make(hidden) for _ in convs) if make else None
+        for conv in convs:
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
             if conv.bias is not None:
                 nn.init.zeros_(conv.bias)

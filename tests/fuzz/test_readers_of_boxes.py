@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from ssld.stage2_detect.config import ConvertDataConfig
-from ssld.stage2_detect.convert_data import _read
 from ssld.stage2_detect.data.check.annotations import check_rows
 from ssld.stage2_detect.data.coco import CocoImage, read_coco
+from ssld.stage2_detect.data.convert.conversion import _read
 from ssld.stage2_detect.prediction.files import Parts
 from tests.fuzz.conftest import Fuzz, encoded_png, write_json
 from tests.fuzz.mutations import as_json, mutated_parquet, mutated_text

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from ssld.pipelines.inspecting import inspect_text
-from ssld.pipelines.reports.stage_view import Budget, view
+from ssld.pipelines.reports.budget import Budget
+from ssld.pipelines.reports.photos import Photos
+from ssld.pipelines.reports.stage_view import view
 from ssld.pipelines.reports.table import read_record
 from ssld.shared.config.settings import CommandConfig
 from ssld.shared.run_dir import changes_since, read_metrics, read_result
@@ -68,7 +70,7 @@ def test_run_directories(name: str, fuzz: Fuzz, tmp_path: Path) -> None:
         changes_since(run, config, {"a": "b"})
         inspect_text(run)
         read_record(run)
-        view("x", None, run, Budget())
+        view("x", None, run, Photos(Budget()))
         read_result(run)
 
     # a line of metrics that cannot be read is left out

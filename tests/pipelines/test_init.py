@@ -141,6 +141,7 @@ def facts(images: int, sizes: list[float], gpu: tuple[Any, ...] | None = None) -
         pool=None,
         held_out=None,
         listing=None,
+        shown=None,
         gpu=gpu,
         gpus=int(gpu is not None),
         cores=2,
@@ -187,14 +188,14 @@ def test_the_runner_takes_what_is_written(photos: Path, unlabeled: bool, capfd: 
     more = ["--distill", "yes", "--unlabeled", "more photos"] if unlabeled else []
     assert init.main(["--images", "photos", "--annotations", "all.json", "--output", "mine.yaml", *more]) == 0
     written = {"mine.yaml", "mine_train.json", "mine_val.json"} | (
-        {"mine_train.txt", "mine_unlabeled.txt"} if unlabeled else set()
+        {"mine_train.txt", "mine_unlabeled.txt", "mine_shown.txt"} if unlabeled else set()
     )
     assert {path.name for path in photos.iterdir() if path.is_file()} == {"all.json"} | written
     assert len(json.loads(Path("mine_val.json").read_text())["images"]) == 8
     if unlabeled:
         assert len(Path("mine_train.txt").read_text().split()) == 32
     pipeline = yaml.safe_load(Path("mine.yaml").read_text())
-    assert len(pipeline["stages"]) == (6 if unlabeled else 3)
+    assert len(pipeline["stages"]) == (7 if unlabeled else 3)
     capfd.readouterr()
     for flags in ([], ["--smoke"]):
         assert run.main(["mine.yaml", "--dry-run", *flags]) == 0, capfd.readouterr().err

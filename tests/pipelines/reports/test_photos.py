@@ -83,7 +83,7 @@ def test_matches_and_errors_are_those_of_the_evaluation(tmp_path: Path) -> None:
             found.append({"image_id": image, "category_id": ids[draw.integers(2)], "bbox": one, "score": score})
     evaluation = evaluation_of(write_run(tmp_path / "ap", file, images, found, 0.3))
     data = read_coco(file, images, training=False)
-    number = {category: label for label, category in enumerate(data.category_ids)}
+    number: dict[Any, int] = {category: label for label, category in enumerate(data.category_ids)}
     detections: dict[int | str, Detections] = {}
     for image in range(len(objects)):
         rows = [row for row in found if row["image_id"] == image]

@@ -29,6 +29,7 @@ DETECTOR = Facts(
     pool=None,
     held_out=None,
     listing=None,
+    shown=None,
     gpu=None,
     gpus=0,
     cores=2,

@@ -1,5 +1,7 @@
 """Parameter groups, learning-rate scaling, and schedules step by step."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -75,7 +77,7 @@ def test_multistep_step_by_step() -> None:
 
 
 def test_decay_step_by_step() -> None:
-    warmup = {"warmup_steps": 2, "warmup_start": 0.5}
+    warmup: dict[str, Any] = {"warmup_steps": 2, "warmup_start": 0.5}
     linear = [decay_factor(step, steps=10, decay_steps=4, **warmup) for step in range(11)]
     assert linear == pytest.approx([0.5, 0.75, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
     cosine = [decay_factor(step, steps=6, decay_steps=None, **warmup) for step in range(7)]

@@ -231,7 +231,8 @@ def shown_by_masks(made: TrainingImage, data: CocoData) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["mosaic", "copy_paste"])
 def test_boxes_and_masks_follow_the_pixels_of_a_composition(data: CocoData, kind: str) -> None:
     sources, objects, pasted, hidden = set(), 0, 0, 0
-    for made in images(data, **{kind: 1.0}, vertical_flip=0.5, quarter_turns=0.5):
+    settings: dict[str, Any] = {kind: 1.0, "vertical_flip": 0.5, "quarter_turns": 0.5}
+    for made in images(data, **settings):
         height, width = made.pixels_CHW.shape[1:]
         assert made.boxes_M4.dtype == np.float32
         assert (made.boxes_M4 >= 0).all()

@@ -4,7 +4,7 @@ Random weights, all norms with random statistics; images of two sizes, one witho
 and torchvision's mask loss takes this project's targets, which are rasterized polygons in place of pooled bitmaps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -152,7 +152,7 @@ def objects() -> tuple[list[dict[str, Tensor]], Targets]:
         "masks": torch.zeros(3, *SIZES[0], dtype=torch.uint8),
     }
     polygons = tuple([[x1, y1, x2, y1, (x1 + x2) / 2, y2]] for x1, y1, x2, y2 in corners.tolist())
-    masks = (ImageMasks(polygons, *SIZES[0]), ImageMasks((), *SIZES[1]))
+    masks = (ImageMasks(polygons), ImageMasks(()))
     targets = Targets(
         torch.stack((corners, torch.zeros(3, 4))),
         torch.stack((classes, torch.full((3,), -1))),
@@ -214,21 +214,23 @@ def test_detections_losses_and_gradients_are_torchvisions(name: str, monkeypatch
     assert {pairs[key] for key in our_losses} == their_losses.keys()
     for key, loss in our_losses.items():
         assert loss > 0
-        torch.testing.assert_close(
-            loss, their_losses[pairs[key]], rtol=1e-5, atol=0, msg=lambda m, key=key: f"{key}: {m}"
-        )
+        torch.testing.assert_close(loss, their_losses[pairs[key]], rtol=1e-5, atol=0, msg=_naming(key))
     sum(their_losses.values()).backward()
     torch.stack(list(our_losses.values())).sum().backward()
     gradients = {key: parameter.grad for key, parameter in reference.named_parameters()}
     assert all(gradient is not None for gradient in gradients.values())
-    their_gradients = convert(gradients, LABELS, norm_eps=1e-5, source="gradients")  # type: ignore[arg-type]
+    their_gradients = convert(gradients, LABELS, norm_eps=1e-5, source="gradients")
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
         distance = (parameter.grad - their_gradients[key]).norm() / their_gradients[key].norm().clamp(min=1e-9)
         assert distance < 1e-4, (key, float(distance))
     state = convert(reference.state_dict(), LABELS, norm_eps=1e-5, source="state")
     for key, tensor in model.state_dict().items():  # running statistics of this step
-        torch.testing.assert_close(tensor, state[key], rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(tensor, state[key], rtol=1e-4, atol=1e-5, msg=_naming(key))
+
+
+def _naming(key: str) -> Callable[[str], str]:
+    return lambda message: f"{key}: {message}"
 
 
 def _noting(function: Any, noted: list[Tensor]) -> Any:

@@ -49,6 +49,7 @@ def test_head_starts_as_the_reference_has_it() -> None:
     assert head.logits.weight.std().item() == pytest.approx(0.01, rel=0.1)
     assert head.deltas.weight.std().item() == pytest.approx(0.001, rel=0.1)
     assert head.fc1.weight.abs().max().item() == pytest.approx(math.sqrt(3 / 256), rel=0.01)
+    assert head.fc2 is not None
     assert all((layer.bias == 0).all() for layer in (head.fc1, head.fc2, head.logits, head.deltas))
 
 
