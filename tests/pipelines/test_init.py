@@ -324,7 +324,7 @@ def test_a_backbone_and_nothing_else(photos: Path, capfd: pytest.CaptureFixture[
 def test_stage_1_is_left_out_where_nothing_says_that_it_helps(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
     line = ["--images", "photos", "--annotations", "all.json", "--unlabeled", "more photos"]
     assert init.main([*line, "--output", "mine.yaml"]) == 0
-    assert list(yaml.safe_load(Path("mine.yaml").read_text())["stages"]) == ["detector", "ap", "report"]
+    assert list(yaml.safe_load(Path("mine.yaml").read_text())["stages"]) == ["detector", "ap", "predictions", "report"]
     out = capfd.readouterr().out
     assert "stage 1 is left out: the student has pretrained weights, and 3 photos are few; " in out
     assert "--distill yes adds it" in out
