@@ -75,6 +75,7 @@ _DENSE: dict[str, Any] = {
     "candidates_of": "scores",
     "score_threshold": 0.05,
     "nms_iou": 0.5,
+    "detections_per_image": 300,
 }
 _RETINANET: dict[str, Any] = {
     "kind": "retinanet",

@@ -33,8 +33,20 @@ MODEL: Settings = {
     "fpn_channels": 16,
     "fpn_norm": "batch",
     "freeze_norm": False,
-    "rpn": {"anchor_sizes": [8, 12, 16, 24, 32], "anchor_grid": "torchvision", "convolutions": 2, "post_nms_top_n_train": 40},
-    "roi": {"hidden": 32, "convolutions": 1, "fully_connected": 1, "norm": "batch", "sampling_ratio": 2, "samples_per_image": 24},
+    "rpn": {
+        "anchor_sizes": [8, 12, 16, 24, 32],
+        "anchor_grid": "torchvision",
+        "convolutions": 2,
+        "post_nms_top_n_train": 40,
+    },
+    "roi": {
+        "hidden": 32,
+        "convolutions": 1,
+        "fully_connected": 1,
+        "norm": "batch",
+        "sampling_ratio": 2,
+        "samples_per_image": 24,
+    },
 }
 # Names of this project -> names of torchvision.
 NAMES = (
@@ -151,7 +163,10 @@ def test_user_errors(
     def message(**changes: Any) -> str:
         return user_error(train.main, arguments(settings | changes, "bad"))
 
-    assert "init: coco:tinny: no published detector of torchvision; did you mean tiny?" in message(init="coco:tinny")
+    unknown = message(init="coco:tinny")
+    assert "init: coco:tinny: no published detector of torchvision" in unknown
+    assert "did you mean" in unknown
+    assert "known: fasterrcnn_resnet50_fpn, " in unknown
     assert "model.rpn.anchor_grid is exact, the weights of coco:tiny have torchvision; leave it out" in message(
         model={"rpn": {"anchor_grid": "exact"}}
     )
