@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ssld.shared.errors import UserError
-from ssld.shared.wording import did_you_mean
 
 PREFIX = "coco:"
 """beginning of a reference to published weights, before the name"""
@@ -113,7 +112,5 @@ def published(name: str, key: str) -> Published:
     """Return the published detector `name`, with or without `coco:`. Raises UserError, which begins with `key`, for an unknown one."""
     short = name.removeprefix(PREFIX)
     if short not in PUBLISHED:
-        raise UserError(
-            f"{key}: {name}: no published detector of torchvision{did_you_mean(short, list(PUBLISHED))}; known: {', '.join(PUBLISHED)}"
-        )
+        raise UserError(f"{key}: {name}: no published detector of torchvision; known: {', '.join(PUBLISHED)}")
     return PUBLISHED[short]

@@ -66,6 +66,7 @@ class RoIConvolutions(nn.Module):
         )
         self.norms = nn.ModuleList(make(hidden) for _ in self.convs) if make else None
         for conv in self.convs:
+            assert isinstance(conv, nn.Conv2d)
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
             if conv.bias is not None:
                 nn.init.zeros_(conv.bias)
