@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ssld.shared.errors import UserError
-from ssld.shared.wording import did_you_mean
 
 PREFIX = "coco:"
 """beginning of a reference to published weights, before the name"""
@@ -75,6 +74,7 @@ _DENSE: dict[str, Any] = {
     "candidates_of": "scores",
     "score_threshold": 0.05,
     "nms_iou": 0.5,
+    "detections_per_image": 300,
 }
 _RETINANET: dict[str, Any] = {
     "kind": "retinanet",
@@ -112,7 +112,5 @@ def published(name: str, key: str) -> Published:
     """Return the published detector `name`, with or without `coco:`. Raises UserError, which begins with `key`, for an unknown one."""
     short = name.removeprefix(PREFIX)
     if short not in PUBLISHED:
-        raise UserError(
-            f"{key}: {name}: no published detector of torchvision{did_you_mean(short, list(PUBLISHED))}; known: {', '.join(PUBLISHED)}"
-        )
+        raise UserError(f"{key}: {name}: no published detector of torchvision; known: {', '.join(PUBLISHED)}")
     return PUBLISHED[short]

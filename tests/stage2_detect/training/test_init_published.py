@@ -163,7 +163,9 @@ def test_user_errors(
     def message(**changes: Any) -> str:
         return user_error(train.main, arguments(settings | changes, "bad"))
 
-    assert "init: coco:tinny: no published detector of torchvision; did you mean tiny?" in message(init="coco:tinny")
+    unknown = message(init="coco:tinny")
+    assert "init: coco:tinny: no published detector of torchvision" in unknown
+    assert "known: fasterrcnn_resnet50_fpn, " in unknown
     assert "model.rpn.anchor_grid is exact, the weights of coco:tiny have torchvision; leave it out" in message(
         model={"rpn": {"anchor_grid": "exact"}}
     )
