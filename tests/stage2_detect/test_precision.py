@@ -30,7 +30,7 @@ def source(tmp_path: Path) -> Path:
         "model.head.logits.weight": draw.normal(0, 0.2, (2, 8, 1, 1)),
         "share": np.array(1 / 255),
     }
-    pads = {"pads": [1, 1, 1, 1]}
+    pads: Any = {"pads": [1, 1, 1, 1]}
     nodes = [
         helper.make_node("Cast", ["pixels"], ["values"], name="cast", to=TensorProto.FLOAT),
         helper.make_node("Mul", ["values", "share"], ["scaled"], name="scale"),
@@ -49,7 +49,7 @@ def source(tmp_path: Path) -> Path:
         "tiny",
         [helper.make_tensor_value_info(name, *shape) for name, shape in shapes.items()],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("logits", "boxes")],
-        [numpy_helper.from_array(np.float32(value), name) for name, value in weights.items()],
+        [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     model.metadata_props.add(key="class_names", value='["a"]')
