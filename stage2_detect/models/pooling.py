@@ -78,7 +78,9 @@ def _pool_on_all_levels(pool: Callable[[int, Tensor], Tensor], rois_N5: Tensor, 
 def _on_level(rois_N5: Tensor, level_N: Tensor, level: int) -> Tensor:
     """RoIs of which those of other levels lie outside of the map."""
     own_N1 = (level_N == level)[:, None]
-    return torch.cat((rois_N5[:, :1], torch.where(own_N1, rois_N5[:, 1:], _NOWHERE)), dim=1)
+    # One pixel wide: OpenVINO pools NaN from a RoI without area.
+    corners = torch.where(own_N1, rois_N5[:, 1:3], _NOWHERE), torch.where(own_N1, rois_N5[:, 3:], _NOWHERE + 1)
+    return torch.cat((rois_N5[:, :1], *corners), dim=1)
 
 
 class _PooledInChunks(torch.autograd.Function):
