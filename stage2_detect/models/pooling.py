@@ -69,18 +69,19 @@ def _pool_on_all_levels(pool: Callable[[int, Tensor], Tensor], rois_N5: Tensor, 
     """Pool every RoI on all levels, but outside of the map on those that are not its own: no shape depends on a value, so the
     host does not wait for a GPU.
     """
-    pooled = pool(0, _on_level(rois_N5, level_N, 0))
-    for level in range(1, levels):
-        pooled = pooled + pool(level, _on_level(rois_N5, level_N, level))
+    pooled: Tensor | float = 0.0
+    for level in range(levels):
+        # Not a sum: OpenVINO pools NaN from the RoIs outside, which have no area.
+        own_N111 = (level_N == level)[:, None, None, None]
+        pooled = torch.where(own_N111, pool(level, _on_level(rois_N5, level_N, level)), pooled)
+    assert isinstance(pooled, Tensor)
     return pooled
 
 
 def _on_level(rois_N5: Tensor, level_N: Tensor, level: int) -> Tensor:
     """RoIs of which those of other levels lie outside of the map."""
     own_N1 = (level_N == level)[:, None]
-    # One pixel wide: OpenVINO pools NaN from a RoI without area.
-    corners = torch.where(own_N1, rois_N5[:, 1:3], _NOWHERE), torch.where(own_N1, rois_N5[:, 3:], _NOWHERE + 1)
-    return torch.cat((rois_N5[:, :1], *corners), dim=1)
+    return torch.cat((rois_N5[:, :1], torch.where(own_N1, rois_N5[:, 1:], _NOWHERE)), dim=1)
 
 
 class _PooledInChunks(torch.autograd.Function):
