@@ -284,7 +284,7 @@ def server_of(argv: Sequence[str] | None = None) -> DetectionServer:
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve until Ctrl-C."""
     with server_of(argv) as server:
-        print(f"http://{server.server_address[0]}:{server.server_address[1]}/detect", flush=True)
+        print(f"http://{server.server_name}:{server.server_port}/detect", flush=True)
         with suppress(KeyboardInterrupt):
             server.serve_forever()
         server.batcher.close()

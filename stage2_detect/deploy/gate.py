@@ -3,6 +3,7 @@
 Every image runs alone, so that padding is the same for all files.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -73,9 +74,9 @@ def decide(
 
 
 def worst_layers(source: Path, int8: Path, batch: Batch, threads: int) -> str:
-    """Name the layers that INT8 makes noisiest."""
+    """Name the layers that INT8 makes noisiest, with their ratio of signal to noise."""
     noise = list(losses(source, int8, batch, threads).items())[:_LISTED]
-    return "; ".join(f"{layer} ({100 * share:.1f} %)" for layer, share in noise)
+    return "; ".join(f"{layer} ({-10 * math.log10(max(share, 1e-30)):.0f} dB)" for layer, share in noise)
 
 
 def write_lower(
@@ -122,7 +123,7 @@ def write_lower(
         line = f"{failed[0]}: loses {lost:.2f} points of AP, max_ap_drop is {config.max_ap_drop:g}"
         if "int8" in failed[0]:
             worst = worst_layers(files["onnx"], files["int8"], calibration[0], torch.get_num_threads())
-            line += f"; layers with most noise by INT8: {worst}; more calibration_images may help, or --int8 false"
+            line += f"; layers with the lowest signal-to-noise ratio in INT8: {worst}; more calibration_images may help, or --int8 false"
         raise GateFailed(line)
     del runs[FILES["onnx"]]
     return runs, aps

@@ -20,8 +20,7 @@ Prepared = tuple[np.ndarray, tuple[int, int], float]
 
 
 class Detections(NamedTuple):
-    """Detections of one image, best first: float32 boxes [N, 4] as x1, y1, x2, y2 in pixels, scores in 0..1, labels as places in `class_names`,
-    their names, and bool masks [N, H, W] from a detector with masks."""
+    """Detections of an image, best first: boxes [N, 4] as x1, y1, x2, y2 in pixels, labels as places in `class_names`, masks bool [N, H, W]."""
 
     boxes: np.ndarray
     scores: np.ndarray
@@ -40,8 +39,7 @@ class OnnxDetector:
         facts = self.session.get_modelmeta().custom_metadata_map
         self.class_names, self.resize = json.loads(facts["class_names"]), json.loads(facts["resize"])
         self.multiple, self.least = json.loads(facts["pad_multiple"]), json.loads(facts["least_side"])
-        self.mask_threshold = float(facts.get("mask_threshold", 0.5))
-        sides = self.session.get_inputs()[0].shape[2:]
+        self.mask_threshold, sides = float(facts.get("mask_threshold", 0.5)), self.session.get_inputs()[0].shape[2:]
         self.canvas = None if any(isinstance(side, str) for side in sides) else sides
 
     def predict(self, images: Sequence[Any], threshold: float = 0.5) -> list[Detections]:
@@ -67,8 +65,10 @@ class OnnxDetector:
         pixels, sizes, scales = zip(*batch, strict=True)
         outputs = self.session.run(None, {"pixels": np.stack(pixels), "sizes": np.array(sizes)})
         found = []
-        for boxes, scores, labels, count, *maps, scale, shape in zip(*outputs, scales, shapes, strict=True):
-            boxes = (boxes[:count] / np.float32(scale)).clip(0, np.array([shape[1], shape[0]] * 2, np.float32))
+        rows = zip(*outputs, sizes, scales, shapes, strict=True)
+        for boxes, scores, labels, count, *maps, size, scale, shape in rows:
+            limits = np.floor(np.array([size[1], size[0]] * 2, np.float32) / np.float32(scale) + np.float32(0.5))
+            boxes = (boxes[:count] / np.float32(scale)).clip(0, limits)
             kept = (scores[:count] >= threshold) & (boxes[:, 2:] > boxes[:, :2]).all(1)
             boxes, scores, labels = boxes[kept], scores[:count][kept], labels[:count][kept]
             masks = pasted(maps[0][:count][kept], boxes, shape, self.mask_threshold) if maps else None
@@ -124,8 +124,8 @@ def pasted(maps: np.ndarray, boxes: np.ndarray, shape: Sequence[int], threshold:
     masks = np.zeros((len(maps), *shape[:2]), bool)
     for mask, grid, corners in zip(masks, maps.astype(np.float64), boxes.astype(np.float64), strict=True):
         window, shares = [], []
-        for start, end in (corners[1::2], corners[::2]):
-            window.append(slice(int(start), int(np.ceil(end))))
+        for start, end, side in zip(corners[1::-1], corners[:1:-1], shape[:2], strict=True):
+            window.append(slice(int(start), min(int(np.ceil(end)), side)))
             centers = (np.arange(window[-1].start, window[-1].stop) + 0.5 - start) / (end - start) * len(grid) - 0.5
             shares.append(np.clip(1 - np.abs(centers[:, None] - np.arange(len(grid))), 0, None))
         mask[tuple(window)] = shares[0] @ grid @ shares[1].T >= threshold

@@ -17,7 +17,7 @@ from torch import Tensor
 from ssld.shared.deploy.graph_files import session
 
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_BETWEEN = ("Add", "Clip", "MaxPool", "Pad", "Relu", "Resize")
+_BETWEEN = ("Add", "Clip", "MaxPool", "Relu", "Resize")
 _LAST = re.compile(r"\b(logits|objectness|deltas|boxes|offset)\.weight$")
 
 
@@ -43,7 +43,7 @@ def inner_nodes(model: Any) -> list[str]:
     chosen, made, names = layers(model), set[str](), []
     for node in model.graph.node:
         data = [name for name in node.input if name and name not in weights]
-        if node.op_type in ("Resize", "Clip", "Pad"):
+        if node.op_type in ("Resize", "Clip"):
             data = data[:1]  # sizes and limits follow
         if node.name in chosen or (node.op_type in _BETWEEN and data and made.issuperset(data)):
             names.append(node.name)

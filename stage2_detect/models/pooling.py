@@ -69,9 +69,12 @@ def _pool_on_all_levels(pool: Callable[[int, Tensor], Tensor], rois_N5: Tensor, 
     """Pool every RoI on all levels, but outside of the map on those that are not its own: no shape depends on a value, so the
     host does not wait for a GPU.
     """
-    pooled = pool(0, _on_level(rois_N5, level_N, 0))
-    for level in range(1, levels):
-        pooled = pooled + pool(level, _on_level(rois_N5, level_N, level))
+    pooled: Tensor | float = 0.0
+    for level in range(levels):
+        # Not a sum: OpenVINO pools NaN from the RoIs outside, which have no area.
+        own_N111 = (level_N == level)[:, None, None, None]
+        pooled = torch.where(own_N111, pool(level, _on_level(rois_N5, level_N, level)), pooled)
+    assert isinstance(pooled, Tensor)
     return pooled
 
 

@@ -49,7 +49,7 @@ def source(tmp_path: Path) -> Path:
         "tiny",
         [helper.make_tensor_value_info(name, *shape) for name, shape in shapes.items()],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("logits", "boxes")],
-        [numpy_helper.from_array(np.asarray(value, dtype=np.float32), name) for name, value in weights.items()],
+        [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     model.metadata_props.add(key="class_names", value='["a"]')
