@@ -129,7 +129,7 @@ class TrainConfig(TrainingConfig):
     become the defaults of `model` and `resize`; classes may differ: rows of its heads are reused by class name"""
     unit_scale: bool = False
     """divide the initial weights of the FPN's lateral convolutions by the scale (root mean square) of the backbone's feature maps, measured on eight
-    training images, so that every backbone trains at the usual rate; false: as published recipes; unused if `init` is given"""
+    training images, and their learning rate accordingly; false: as in published recipes; unused if `init` is given"""
     unlabeled: Path | None = None
     """folder of unlabeled images, for distillation or with `pseudo`"""
     pseudo: Path | None = None

@@ -170,11 +170,16 @@ class TimmPyramid(nn.Module):
         """Divide the weights of the convolutions on the body's maps by one number per map: the pyramid then computes what it would from maps
         divided by these numbers.
         """
-        for block, scale in zip(self.fpn.inner_blocks, scales, strict=True):
-            block[0].weight.div_(scale)
+        for name, scale in self.input_scales(scales).items():
+            self.get_parameter(name).div_(scale)
+
+    def input_scales(self, scales: Sequence[float]) -> dict[str, float]:
+        """Map the name of each weight on the body's maps to the scale of its map."""
+        named = {f"fpn.inner_blocks.{level}.0.weight": scale for level, scale in enumerate(scales)}
         extra = self.fpn.extra_blocks
         if isinstance(extra, P6P7) and extra.p6_from == "c5":
-            extra.p6.weight.div_(scales[-1])
+            named["fpn.extra_blocks.p6.weight"] = scales[-1]
+        return named
 
     @torch.no_grad()
     def _probe(self, widths: list[int], name: str) -> None:

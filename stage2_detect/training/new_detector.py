@@ -80,7 +80,9 @@ class NewDetector(nn.Module):
         return output
 
     def unit_scale(self, images: ImageBatch) -> list[float]:
-        """Divide the initial weights of the FPN's lateral convolutions by the scale of the backbone's maps, as `ssld train --unit_scale true` does.
+        """Divide the initial weights of the FPN's lateral convolutions by the scale of the backbone's maps.
+
+        `ssld train --unit_scale true` also divides their learning rate, by the scale's square (AdamW: by the scale), which is left to your optimizer.
 
         Call it once, before training, for a backbone whose maps are far from unit scale (EfficientNet-Lite0's are at 7): at a usual learning rate the
         training would diverge.

@@ -151,12 +151,17 @@ class TrainedDetector:
             "decay_norm_and_bias": optim.decay_norm_and_bias,
         }
         factors = lr_factor_of_parameter(self.detector.pyramid.body, optim.backbone_lr_factors)
-        groups = parameter_groups(
-            self.detector, lr_factor=lambda name: factors.get(name.removeprefix("pyramid.body."), 1.0), **decay
-        )
+        factors = {f"pyramid.body.{name}": factor for name, factor in factors.items()}
+        factors |= self._divided_factors()
+        groups = parameter_groups(self.detector, lr_factor=lambda name: factors.get(name, 1.0), **decay)
         if isinstance(self.model, DistilledRCNN | DistilledDense):
             groups += parameter_groups(self.model.maps.adapters, **decay)
         return groups
+
+    def _divided_factors(self) -> dict[str, float]:
+        """Return the learning-rate factors of the weights that `unit_scale` has divided."""
+        scales = self.unit_scale
+        return unit_scale.lr_factors(self.detector, scales, self._config.optim.name) if scales else {}
 
     def preview(self) -> Iterator[str]:
         """Yield lines for the log on the weights, the parameters and the teacher."""
@@ -170,7 +175,8 @@ class TrainedDetector:
         groups = [(group["lr_factor"], sum(p.numel() for p in group["params"])) for group in self.parameter_groups()]
         trainable = sum(count for _, count in groups)
         yield f"{config.model.kind} on {self.arch}: {trainable / 1e6:.2f} M of {total / 1e6:.2f} M parameters train"
-        if len(factors := sorted({factor for factor, _ in groups})) > 1:
+        divided = self._divided_factors().values()
+        if len(factors := sorted({factor for factor, _ in groups if factor not in divided})) > 1:
             sums = [f"x{f:g} {sum(n for g, n in groups if g == f) / 1e6:.2f} M" for f in factors]
             yield f"learning-rate factors: {', '.join(sums)}"
         body = self.detector.pyramid.body

@@ -2,7 +2,9 @@
 
 A pyramid and heads with Xavier weights expect inputs of about unit scale. The maps of some backbones are several times as large (7.7 for stride 4 of
 EfficientNet-Lite0), and the first losses with them: at a usual learning rate the training diverges. Dividing the first convolutions by the scale
-that the maps have on a batch (data-dependent initialization, arXiv 1511.06856) changes nothing but initial weights.
+that the maps have on a batch (data-dependent initialization, arXiv 1511.06856) gives the heads maps of unit scale. The gradients of these weights are
+still larger by the scale, and the weights smaller by it, so their learning rate is divided too: the training is then that of a body whose maps are
+divided.
 """
 
 import math
@@ -38,6 +40,16 @@ def measure(detector: Detector, images: ImageBatch, arch: str) -> list[float]:
                 f"{len(images.sizes_B2)} training images; give other weights"
             )
     return scales
+
+
+def lr_factors(detector: Detector, scales: Sequence[float], optimizer: str) -> dict[str, float]:
+    """Return the learning-rate factor of each divided weight, by its name in the detector.
+
+    With W = V / s on maps x, and V what a body of maps x / s would have, a step of SGD on V changes W by 1 / s^2 of a step on W, and a step of Adam,
+    which does not depend on the gradient's scale, by 1 / s.
+    """
+    power = 1 if optimizer == "adamw" else 2
+    return {f"pyramid.{name}": scale**-power for name, scale in detector.pyramid.input_scales(scales).items()}
 
 
 def describe(detector: Detector, scales: Sequence[float]) -> str:

