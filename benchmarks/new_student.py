@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/new_student.py DATA --output runs/new --rows random supervised ssld longer --seeds 0 1 2
 
-DATA holds `tinyimagenet100/`, `bccd/` and `weights/efficientnet_lite{0,2}.safetensors`. The student is an arch for which timm has no weights. A row
-is a backbone (`ROWS`): `random`; `supervised`, trained on the 10,000 labels; the others see all 42,500 images and never a label. All have the same
-steps, views, optimizer and schedule; `longer` has twice, `longest` four times the steps. The teacher of `ssld`, `longer` and `longest` is
-EfficientNet-Lite2 through a store (`--views` of each image, the 10 most likely of 1,000 classes); `live` has it without a store; `lite0_...` have
-EfficientNet-Lite0: its 1,000 classes, prototypes made of its embeddings, or its features.
+DATA holds `tinyimagenet100/`, `bccd/` and `weights/efficientnet_lite{0,2}.safetensors`. The student is a ResNet10-T of half its width, for which
+there are no weights. A row is a backbone (`ROWS`): `random`, its initial weights; `supervised`, trained on the 10,000 labels; the others see all
+42,500 images and never a label. All have the same steps, views, optimizer and schedule; `longer` has twice, `longest` four times the steps. The
+teacher of `ssld`, `longer` and `longest` is EfficientNet-Lite2 through a store (`--views` of each image, the 10 most likely of 1,000 classes); `live`
+has it without a store; `lite0_...` have EfficientNet-Lite0: its 1,000 classes, prototypes made of its embeddings, or its features.
 
 Each backbone is measured on the 5,000 validation images of Tiny ImageNet: by the vote of the 20 nearest neighbors and by a linear probe, both from
 the 10,000 labeled images. With `--seeds` it also makes one Faster R-CNN per seed and set: `bccd`, blood cells, and `mosaics`, dogs and cats of Tiny
@@ -29,6 +29,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import pyarrow.parquet as pq
+import timm
 import torch
 import torch.nn.functional as F
 import yaml
@@ -36,7 +37,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.pretrained_student import command, paste
-from ssld.shared.models.backbones import create_classifier
+from ssld.shared.models.backbones import InputSettings, create_classifier, save_backbone
 from ssld.shared.models.references import parse_reference
 from ssld.shared.models.teacher import embed
 from ssld.shared.run_dir import read_result
@@ -46,7 +47,8 @@ from ssld.stage2_detect import evaluate, train
 from ssld.stage2_detect.data.coco import read_coco
 from ssld.stage2_detect.evaluation.bootstrap import draw_ap, interval, match_detections, read_detections
 
-STUDENT = "lcnet_035"
+# Half as wide as timm's network, so its weights do not fit.
+STUDENT, NARROW = "resnet10t", {"channels": [32, 64, 128, 256], "stem_width": 16}
 STAGE1 = """
 batch_size: 128
 optim: {name: adamw, lr: 3.0e-3, reference_batch: 128, weight_decay: 0.05, decay_norm_and_bias: false, warmup_steps: 0.1}
@@ -135,6 +137,16 @@ class Bench:
 
     # ---- backbones
 
+    def start(self) -> Path:
+        """The file of the student's initial weights, written at the first call."""
+        file = self.output / "start.safetensors"
+        if not file.exists():
+            torch.manual_seed(0)
+            net, mean = timm.create_model(STUDENT, **NARROW), (0.5, 0.5, 0.5)
+            inputs = InputSettings(mean, mean, (64, 64), "bilinear", False)
+            save_backbone(file, net, arch=STUDENT, inputs=inputs, classes=1000, model_args=NARROW)
+        return file
+
     def lite(self, number: str) -> dict[str, Any]:
         file = self.data / "weights" / f"efficientnet_{number}.safetensors"
         return {"model": str(file), "arch": f"tf_efficientnet_{number}"} | self.as_teacher()
@@ -160,7 +172,7 @@ class Bench:
     def student(self, row: Row) -> dict[str, Any]:
         """Settings of a row's stage 1."""
         steps = row.times * self.scale.steps
-        settings: dict[str, Any] = yaml.safe_load(STAGE1) | {"student": {"model": f"random:{STUDENT}"}, "steps": steps}
+        settings: dict[str, Any] = yaml.safe_load(STAGE1) | {"student": {"model": str(self.start())}, "steps": steps}
         if row.losses is None:
             return settings | {"objective": "labels", "data": self.views(self.labeled)}
         settings |= {"losses": list(row.losses), "data": self.views(self.labeled, self.unlabeled)}
@@ -174,7 +186,7 @@ class Bench:
     def backbone(self, name: str) -> str:
         """The reference of a row's backbone; makes what is not there."""
         if name == "random":
-            return f"random:{STUDENT}"
+            return str(self.start())
         row, output = ROWS[name], self.output / "students" / name
         if row.losses is not None and row.teacher == "store":
             command(write_soft_labels.main, *self.soft_labels())
@@ -275,7 +287,6 @@ class Bench:
 @torch.no_grad()
 def embeddings(reference: str, table: Path) -> tuple[Tensor, Tensor]:
     """Embeddings [N,D] of the images of a Parquet file as they are, and labels [N]."""
-    torch.manual_seed(0)  # of random weights
     net = create_classifier(parse_reference(reference))[0].eval().to(memory_format=torch.channels_last)
     content, parts = pq.read_table(table, columns=["image", "label"]).to_pylist(), []
     for start in range(0, len(content), 250):
