@@ -111,6 +111,7 @@ class Scale:
     detector_steps: int = 120
     side: int = 160
     draws: int = 200
+    norms: str = "trained"
 
 
 class Bench:
@@ -215,7 +216,7 @@ class Bench:
 
     def scores(self, name: str, place: str, frozen: bool, seed: int) -> Path:
         """Folder of a detector's detections."""
-        return self.output / "scores" / place / f"{name}{'-frozen' if frozen else ''}-{seed}"
+        return self.output / "scores" / place / f"{name}{'-frozen' if frozen else ''}-{self.scale.norms}-{seed}"
 
     def detector(self, name: str, place: str, frozen: bool, seed: int) -> None:
         """Train and evaluate one detector."""
@@ -228,7 +229,10 @@ class Bench:
         settings["data"] = {"train_annotations": str(annotations), "train_images": str(images)}
         sides = {"train_short_sides": [side * 5 // 6, side], "short_side": side}
         settings["resize"] = sides | {"train_long_side": 2 * side, "long_side": 2 * side}
-        settings["model"] |= {"freeze_stages": 5, "freeze_norm": True} if frozen else {"freeze_stages": 0}
+        settings["model"] |= {
+            "freeze_stages": 5 if frozen else 0,
+            "freeze_norm": frozen or self.scale.norms == "frozen",
+        }
         settings["optim"]["warmup_steps"] = steps // 10
         settings["optim"]["milestones_steps"] = [round(0.7 * steps), round(0.9 * steps)]
         output = self.output / "detectors" / place / scored.name
@@ -350,6 +354,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="*", type=int, default=[], help="of the detectors; none: no detectors")
     parser.add_argument("--sets", nargs="+", choices=["bccd", "mosaics"], default=["bccd", "mosaics"])
     parser.add_argument("--frozen", action="store_true", help="freeze the detectors' backbones")
+    parser.add_argument(
+        "--norms", default=Scale.norms, choices=["trained", "frozen"], help="the backbone's BatchNorm in detectors"
+    )
     parser.add_argument("--table-only", action="store_true", help="run nothing")
     arguments = parser.parse_args(argv)
     scale = Scale(**{name: getattr(arguments, name) for name in Scale.__dataclass_fields__})
