@@ -134,6 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--teacher-backbone", type=Path, required=True, metavar="FILE")
     parser.add_argument("--backbones", type=Path, nargs="+", required=True, metavar="FILE", help="one a seed")
     parser.add_argument("--kinds", nargs="+", choices=["gfl", "retinanet"], default=["gfl", "retinanet"])
+    parser.add_argument(
+        "--rows", nargs="+", metavar="NAME", help="of the table, the one to compare with first; all by default"
+    )
     parser.add_argument("--steps", type=int, default=300, help="of a student")
     parser.add_argument("--teacher-steps", type=int, default=600)
     parser.add_argument("--threshold", default="0.4", help="of a pseudo-label's score")
@@ -150,6 +153,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if kind == "gfl"
             else retinanet_rows(files[kind], pseudo / "pseudo_labels.json", data / "train")
         )
+        if arguments.rows:
+            rows[kind] = {name: rows[kind][name] for name in arguments.rows if name in rows[kind]}
+    if unknown := set(arguments.rows or []) - {name for names in rows.values() for name in names}:
+        parser.error(f"--rows: {min(unknown)}: no such row")
     if not arguments.table_only:
         strays = images_of(data / "val.json") & {file.name for file in (data / "train").rglob("*")}
         if strays:

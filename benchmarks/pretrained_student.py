@@ -110,7 +110,7 @@ class Photos:
     def __init__(self, data: Path, output: Path, scale: Scale) -> None:
         self.output, self.scale, self.weights = output, scale, data / "weights"
         output.mkdir(parents=True, exist_ok=True)
-        _paste(data / "tinyimagenet100", output, scale)
+        paste(data / "tinyimagenet100", output, scale.canvases, scale.side)
         folder = data / "coco-mini"
         own = {
             part: _with_living_things(folder / "annotations" / f"instances_{part}.json") for part in ("train", "val")
@@ -129,7 +129,7 @@ class Photos:
         self.labels = torch.arange(0, len(imagenet), HELD_OUT)
 
 
-def _paste(folder: Path, output: Path, scale: Scale) -> None:
+def paste(folder: Path, output: Path, canvases: tuple[int, int], side: int) -> None:
     """Canvases with dogs and cats on them, three breeds of each, to train on and to evaluate on."""
     for number, (part, source) in enumerate((("train", "labeled"), ("val", "val"))):
         file = output / f"{part}.json"
@@ -137,8 +137,7 @@ def _paste(folder: Path, output: Path, scale: Scale) -> None:
             continue
         photos = read_images(folder / f"{source}.parquet", 20)
         photos = [(one, int(label > 16), box) for one, label, box in photos if label > 13]
-        images, side = scale.canvases[number], scale.side
-        write_split(photos, ["dog", "cat"], output / part, images=images, side=side, seed=number)
+        write_split(photos, ["dog", "cat"], output / part, images=canvases[number], side=side, seed=number)
         content = json.loads(file.read_bytes())
         for row in content["images"]:
             row["file_name"] = f"{part}/{row['file_name']}"

@@ -279,6 +279,14 @@ def test_lines_of_the_dense_grid_are_valid_runs(
         output / "pseudo" / "pseudo_labels.json",
     )
 
+    lines.clear()
+    chosen = ["--output", str(output), "--kinds", "gfl", "--rows", "alone", "kd"]
+    assert grid.main([*arguments, *chosen]) == 0
+    assert [Path(line[line.index("--output") + 1]).name for line in lines] == ["gfl-teacher", "gfl-alone-0", "gfl-kd-0"]
+    with pytest.raises(SystemExit, match="2"):
+        grid.main([*arguments, *chosen, "labeled fifth"])
+    assert capsys.readouterr().err.endswith("error: --rows: labeled fifth: no such row\n")
+
 
 def test_mosaics_carry_the_boxes_along(tmp_path: Path) -> None:
     """Each image is white where its object is, and black elsewhere: the canvases have to be white inside the boxes."""

@@ -1,0 +1,109 @@
+"""benchmarks/new_student.py: its settings, its measures, and a run at the smallest size."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from ssld.shared.config.settings import parse_config
+from ssld.stage1_ssld.config import DistillConfig, PrototypesConfig, SoftLabelsConfig
+from tests.test_benchmarks import script
+
+
+def test_every_row_of_a_new_student_is_a_valid_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings of stage 1, of the store and of the prototypes; all rows have the same views and schedule."""
+    benchmark = script("new_student")
+    monkeypatch.setattr(benchmark, "paste", lambda *_: None)
+    bench = benchmark.Bench(tmp_path, tmp_path / "runs", benchmark.Scale())
+
+    def parsed(kind: Any, settings: dict[str, Any]) -> Any:
+        file = tmp_path / "settings.yaml"
+        file.write_text(yaml.safe_dump(settings))
+        return parse_config(kind, ["--config", str(file), "--output", str(tmp_path / "run")], program="run")
+
+    rows = {name: parsed(DistillConfig, bench.student(row)) for name, row in benchmark.ROWS.items()}
+    supervised, ssld = rows["supervised"], rows["ssld"]
+    assert {name for name, row in rows.items() if row.objective == "labels"} == {"supervised", "supervised_longer"}
+    for name, row in rows.items():
+        assert (row.data.model_dump(exclude={"train"}), row.optim) == (
+            ssld.data.model_dump(exclude={"train"}),
+            ssld.optim,
+        )
+        assert row.hard_label_weight == 0
+        assert row.steps == {"supervised_longer": 2, "longer": 2, "longest": 4}.get(name, 1) * ssld.steps
+    assert [Path(one.path).stem for one in supervised.data.train] == ["labeled"]
+    assert [Path(one.path).stem for one in ssld.data.train] == ["labeled", "unlabeled"]
+    store = parsed(SoftLabelsConfig, bench.soft_labels()[0])
+    assert ssld.store == store.output.parent / "runs" / "soft_labels" / "store"
+    assert store.data == ssld.data  # else the store is refused
+    assert store.teacher == rows["live"].teacher
+    assert rows["lite0_pooled"].teacher.model.endswith("efficientnet_lite0.safetensors")
+    made = parsed(PrototypesConfig, bench.prototypes(64)[0])
+    assert (made.prototypes, made.image_size) == (64, rows["lite0_prototypes64"].teacher.size)
+
+
+def test_measures_of_embeddings() -> None:
+    """The probe is where the gradient of its objective is 0, by float64; the vote finds blobs that are far apart."""
+    benchmark = script("new_student")
+    draw = np.random.default_rng(0)
+    centers = draw.normal(size=(3, 5))
+    labels = torch.from_numpy(draw.integers(0, 3, 90))
+    bank = torch.from_numpy(centers[labels] + 0.8 * draw.normal(size=(90, 5))).float()
+    near = torch.from_numpy(centers + 0.01 * draw.normal(size=(3, 5))).float()
+    assert benchmark.nearest(bank, labels, near, neighbors=5).tolist() == [0, 1, 2]
+    x = bank.double().numpy()
+    x = (x - x.mean(0)) / x.std(0, ddof=1)
+    targets, weights, bias, decay = np.eye(3)[labels], np.zeros((5, 3)), np.zeros(3), 0.05
+    for _ in range(4000):
+        scores = np.exp(x @ weights + bias)
+        error = (scores / scores.sum(1, keepdims=True) - targets) / 90
+        weights, bias = weights - 0.5 * (x.T @ error + decay * weights), bias - 0.5 * error.sum(0)
+    expected = (x @ weights + bias).argmax(1)
+    assert 0.05 < (expected != labels.numpy()).mean() < 0.5  # not separable: the place of the borders counts
+    assert benchmark.probe(bank, labels, bank, decay).tolist() == expected.tolist()
+
+
+@pytest.mark.slow
+def test_a_new_student_is_measured(
+    tmp_path: Path, shared_data: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Store, stage 1, both measures, two detectors and the tables, at the smallest size; a second start finds all of it."""
+    for name in ("tinyimagenet100", "bccd"):
+        shared_data(name)
+    arguments = [
+        str(shared_data("weights").parent),
+        "--output",
+        str(tmp_path),
+        "--rows",
+        "random",
+        "ssld",
+        "--base",
+        "random",
+    ]
+    arguments += [
+        "--images",
+        "150",
+        "--steps",
+        "2",
+        "--teacher-size",
+        "32",
+        "--canvases",
+        "4",
+        "3",
+        "--detector-steps",
+        "1",
+    ]
+    arguments += ["--side", "64", "--draws", "10", "--sets", "mosaics", "--seeds", "0"]
+    benchmark = script("new_student")
+    assert benchmark.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()[-9:]
+    assert [line.count("|") for line in lines] == [4] * 4 + [0] + [5] * 4
+    assert re.fullmatch(r"\| random \| (\S+) \| \1 \| - \|", lines[-2])
+    assert re.fullmatch(r"\| ssld \| (\S+) \| \1 \| [+-]\d+\.\d \([+-]\S+ to [+-]\S+\) \|", lines[-1])
+    assert benchmark.main([*arguments, "--table-only"]) == 0
+    assert capsys.readouterr().out.splitlines() == lines
