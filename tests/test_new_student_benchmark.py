@@ -1,7 +1,5 @@
 """benchmarks/new_student.py: its settings, its measures, and a run at the smallest size."""
 
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,44 +64,3 @@ def test_measures_of_embeddings() -> None:
     expected = (x @ weights + bias).argmax(1)
     assert 0.05 < (expected != labels.numpy()).mean() < 0.5  # not separable: the place of the borders counts
     assert benchmark.probe(bank, labels, bank, decay).tolist() == expected.tolist()
-
-
-@pytest.mark.slow
-def test_a_new_student_is_measured(
-    tmp_path: Path, shared_data: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Store, stage 1, both measures, two detectors and the tables, at the smallest size; a second start finds all of it."""
-    for name in ("tinyimagenet100", "bccd"):
-        shared_data(name)
-    arguments = [
-        str(shared_data("weights").parent),
-        "--output",
-        str(tmp_path),
-        "--rows",
-        "random",
-        "ssld",
-        "--base",
-        "random",
-    ]
-    arguments += [
-        "--images",
-        "150",
-        "--steps",
-        "2",
-        "--teacher-size",
-        "32",
-        "--canvases",
-        "4",
-        "3",
-        "--detector-steps",
-        "1",
-    ]
-    arguments += ["--side", "64", "--draws", "10", "--sets", "mosaics", "--seeds", "0"]
-    benchmark = script("new_student")
-    assert benchmark.main(arguments) == 0
-    lines = capsys.readouterr().out.splitlines()[-9:]
-    assert [line.count("|") for line in lines] == [4] * 4 + [0] + [5] * 4
-    assert re.fullmatch(r"\| random \| (\S+) \| \1 \| - \|", lines[-2])
-    assert re.fullmatch(r"\| ssld \| (\S+) \| \1 \| [+-]\d+\.\d \([+-]\S+ to [+-]\S+\) \|", lines[-1])
-    assert benchmark.main([*arguments, "--table-only"]) == 0
-    assert capsys.readouterr().out.splitlines() == lines
