@@ -24,6 +24,7 @@ CommandName = Literal[
     "evaluate_backbone",
     "export_backbone",
     "convert_detector",
+    "convert_torchvision",
     "train",
     "evaluate_detector",
     "export_detector",

@@ -53,6 +53,8 @@ MINUTES = 60.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns 0, or 2 for a user's mistake."""
     words = [underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+    if not words:
+        parser().print_usage(sys.stderr)
     return exit_code(lambda: _init(parser().parse_args(words)))
 
 

@@ -12,6 +12,7 @@ from ssld.pipelines.cli import COMMANDS
 from ssld.pipelines.runner.stages import KINDS, build_stages, read_pipeline
 from ssld.shared.config.settings import parse_config
 from ssld.stage1_ssld.data_config import DataConfig, LossConfig, TeacherConfig
+from ssld.stage2_detect.augment_config import AugmentConfig
 from tests.docs_sandbox import ROOT, commands
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -112,6 +113,8 @@ def test_settings_are_valid(page: Path, tmp_path: Path) -> None:
         for key, value in values.items():
             if key == "data":
                 DataConfig.model_validate(value)
+            elif key == "augment":
+                AugmentConfig.model_validate(value)
             elif key == "teacher":
                 TeacherConfig.model_validate(value)
             else:

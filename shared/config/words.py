@@ -20,13 +20,14 @@ def underscored(word: str) -> str:
 
 
 def with_short_forms(argv: Sequence[str], short_forms: Mapping[str, str]) -> list[str]:
-    """Spell out groups that are given as one text: `--data PATH` becomes `--data.source PATH`; JSON of the whole group stays."""
+    """Spell out groups that are given as one text: `--data PATH` becomes `--data.source PATH`; `null` and JSON of the whole group stay."""
     words: list[str] = []
     for word, following in pairwise([*argv, ""]):
         name, equals, value = word.partition("=")
         key = name.removeprefix("--")
         inner = short_forms.get(key) if name.startswith("--") else None
-        whole = (value if equals else following).startswith("{")
+        given = value if equals else following
+        whole = given == "null" or given.startswith("{")
         words.append(f"--{key}.{inner}{equals}{value}" if inner and not whole else word)
     return words
 
