@@ -141,14 +141,14 @@ def usage() -> str:
 FIRST_HOUR = (
     ("check this machine", "ssld doctor"),
     (
-        "write a pipeline that suits your photos (more_photos: photos without boxes, for the backbone)",
-        "ssld init --images photos --annotations boxes.json --unlabeled more_photos --output first.yaml",
+        "write a pipeline that suits your photos and an hour of this machine (--minutes; --unlabeled DIR: photos without boxes)",
+        "ssld init --images photos --annotations boxes.json --output first.yaml",
     ),
     ("run it; after an interruption the same command resumes it", "ssld run first.yaml"),
     ("look at runs/first/report/report.html; to write it again", "ssld report --runs runs/first"),
     (
         "detect objects in other photos",
-        "ssld predict --model runs/first/detector_ssld/detector.safetensors --images new_photos --output runs/predictions",
+        "ssld predict --model runs/first/detector/detector.safetensors --images new_photos --output runs/predictions",
     ),
 )
 """(purpose, command line) of each step from photos with boxes to a detector"""

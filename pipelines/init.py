@@ -28,6 +28,7 @@ if find_spec("ssld") is None:
 
 from ssld.pipelines.checks.data import FLAGS, check_data, run_script, words_of
 from ssld.pipelines.checks.machine import ask_torch
+from ssld.pipelines.config import ReportConfig
 from ssld.pipelines.runner.cost import disk_text, steps_text, total_text
 from ssld.pipelines.runner.estimate import Costs
 from ssld.pipelines.runner.plan import names_architecture
@@ -107,6 +108,7 @@ def _init(arguments: Namespace) -> int:
         gpus=len(gpus),
         cores=cores(),
         seed=arguments.seed,
+        pretrained=not networks[0].backbone.startswith("random:"),
     )
     if why:
         say(why)
@@ -202,15 +204,17 @@ def _tell(fitting: Fit, stages: list[Stage], costs: Costs, minutes: float) -> No
     say(f"chosen: {chosen.networks.backbone}, {size}{fitting.reason}")
     width = max(len(stage.name) for stage in stages)
     for stage in stages:
-        time = costs.times.get(stage.name, REPORT_SECONDS)
+        time = costs.times.get(stage.name)
+        if time is None and isinstance(stage.config, ReportConfig):
+            time = REPORT_SECONDS
         disk = disk_text(costs.disk[stage.name]) if stage.name in costs.disk else ""
-        say(
-            "; ".join(
-                text for text in (f"  {stage.name:<{width}}  about {duration(time)}", steps_text(stage), disk) if text
-            )
-        )
+        say("; ".join(text for text in (f"  {stage.name:<{width}}  {_about(time)}", steps_text(stage), disk) if text))
     say(f"  {'sum':<{width}}  about {duration(fitting.seconds)} of {minutes:g} min; {total_text(costs.disk)}")
     say(f"more time: {fitting.more}")
+
+
+def _about(seconds: float | None) -> str:
+    return "unknown time" if seconds is None else f"about {duration(seconds)}"
 
 
 def _names(arguments: Namespace) -> dict[str, Path]:

@@ -30,6 +30,7 @@ from ssld.stage2_detect.config import EvaluateConfig as EvaluateDetectorConfig
 from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.data_config import DetectionDataConfig
 from ssld.stage2_detect.export_config import ExportDetectorConfig
+from ssld.stage2_detect.predict_config import PredictConfig
 
 _SCORED = 100
 """bytes per image that a curation writes at most: file name and numbers, in the scores, the candidates and the selection"""
@@ -113,7 +114,18 @@ def evaluation_images(config: CommandConfig) -> int | None:
             return None if config.data.source else _coco_rows([file for file, _ in config.data.pairs("val")])
         case EvaluateDetectorConfig():
             return None if config.data else _coco_rows([file for file, _ in config.pairs()])
+        case PredictConfig():
+            return _predicted(Path(config.images))
     return 0
+
+
+def _predicted(images: Path) -> int | None:
+    """Return the number of images of a prediction; None for patterns, videos, and files that do not exist yet."""
+    if images.is_dir():
+        return len(list_images(images))
+    if images.suffix == ".txt" and images.is_file():
+        return len(images.read_bytes().split(b"\n")) - 1
+    return None
 
 
 def _coco_rows(files: list[Path]) -> int | None:

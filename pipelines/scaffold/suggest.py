@@ -53,6 +53,8 @@ class Facts:
     gpus: int
     cores: int
     seed: int
+    pretrained: bool = True
+    """whether the backbone has weights"""
 
     @property
     def detectors(self) -> int:
@@ -90,6 +92,7 @@ class Settings:
 
     networks: Networks
     batch: int
+    freeze_norm: bool
     processes: int
     """one per GPU"""
     steps: int
@@ -112,6 +115,8 @@ class Settings:
 _LARGE = Networks("timm:resnet50d.ra2_in1k", None, "timm:hgnetv2_b6.ssld_stage2_ft_in1k", None, 256, 1024, 3.0)
 _SMALL = Networks("timm:resnet18d.ra2_in1k", None, "timm:resnet50d.ra2_in1k", None, 128, 512, 1.0)
 _NARROW = Networks("timm:resnet18d.ra2_in1k", None, "timm:resnet50d.ra2_in1k", None, 64, 256, 0.8)
+FEW = 2
+"""images per process up to which BatchNorm is frozen"""
 LEAST_PIXELS, LEAST_SIDE = 12, 128
 
 
@@ -158,8 +163,12 @@ def wanted_distill_steps(facts: Facts) -> int:
 
 
 def detector_batch(facts: Facts) -> tuple[int, int]:
-    """Return (images per step, processes) of a detector; a batch larger than the data set is an error."""
-    return _shared(min(8 if facts.gpu else 4, facts.images), facts.gpus)
+    """Return (images per step, processes) of a detector; a batch larger than the data set is an error.
+
+    On a CPU, steps of two images: twice the steps in the same time, which is measured in docs/benchmarks/finetune_cpu_2026-11-30.md. BatchNorm of
+    two images is frozen then, which random weights do not allow; they get four.
+    """
+    return _shared(min(8 if facts.gpu else 2 if facts.pretrained else 4, facts.images), facts.gpus)
 
 
 def distill_batch(facts: Facts) -> tuple[int, int]:
@@ -181,10 +190,12 @@ def settings_of(
         base = max(_power(0.75 * smallest * short), _power(largest * short / 32, up=True))
         first = int(min(64, max(8, base)))
     batch, processes = detector_batch(facts)
+    frozen = facts.pretrained and batch // processes <= FEW
     student_batch, distill_processes = distill_batch(facts)
     return Settings(
         networks=shape.networks,
         batch=batch,
+        freeze_norm=frozen,
         processes=processes,
         steps=steps,
         warmup=min(0.1, round(1000 / steps, 4)),

@@ -38,7 +38,7 @@ def trials(facts: Facts, files: Mapping[Path, str]) -> Iterator[Trial]:
         moved = {file: folder / file.name for file in files}
         for file, text in files.items():
             write_atomically(moved[file], text)
-        names = ("annotations", "val_annotations", "pool", "held_out", "listing")
+        names = ("annotations", "val_annotations", "pool", "held_out", "listing", "shown")
         there = replace(facts, **{key: moved.get(getattr(facts, key), getattr(facts, key)) for key in names})
         yield lambda settings, trained: _rate(folder, there, settings, trained)
 

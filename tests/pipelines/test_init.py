@@ -172,7 +172,7 @@ def test_numbers_follow_the_data() -> None:
     assert largest(facts(118_000, [0.1] * 5, gpu)).warmup == round(1000 / (12 * 118_000 // 8), 4)
     assert cells.precision == "bf16"
     cpu = largest(facts(118_000, [0.02, 0.04, 0.1, 0.2, 0.3]))
-    assert (cpu.precision, cpu.batch) == ("fp32", 4)
+    assert (cpu.precision, cpu.batch) == ("fp32", 2)
 
 
 def test_no_image_size_loses_the_small_objects() -> None:
