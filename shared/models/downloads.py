@@ -224,7 +224,7 @@ class Download:
 
 
 def find_downloads(references: Mapping[str, str]) -> list[Download]:
-    """Return the downloads that settings, by key, would need; the key of `url:ADDRESS` ends with its name. All requests run at once, within seconds."""
+    """Return the downloads that settings, by key, would need; the key of `url:ADDRESS` ends with its name. All requests run at once."""
     missing_files: list[tuple[str, str, Remote]] = []
     downloads: dict[int, Download] = {}
     for key, text in references.items():
