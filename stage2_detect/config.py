@@ -235,6 +235,11 @@ class TrainConfig(TrainingConfig):
     def networks(self) -> dict[str, Network]:
         return {"backbone": Network(self.backbone, self.arch)} if self.backbone and self.reads_backbone else {}
 
+    def published_weights(self) -> dict[str, str]:
+        if not self.init_is_published:
+            return {}
+        return {f"init: {self.init}": f"url:{published(str(self.init), 'init').url}"}
+
     @property
     def reads_backbone(self) -> bool:
         """Whether the weights of `backbone` are used: not beside a detector file, which has a backbone of its own."""

@@ -96,8 +96,7 @@ def _download_lines(commands: list[tuple[str, CommandConfig]]) -> Iterator[Line]
     """Yield the downloads that a run needs: models and data sets given by name that are not on this machine."""
     references: dict[str, str] = {}
     for name, config in commands:
-        texts = {key: network.model for key, network in config.networks().items()} | config.hub_data()
-        references |= {f"{name}: {key}" if name else key: text for key, text in texts.items()}
+        references |= {f"{name}: {key}" if name else key: text for key, text in config.remote_references().items()}
         for text in unnamed_networks(config):
             yield Line("fault", "settings", f"{name}: {text}" if name else text)
     for download in find_downloads_apart(references):

@@ -89,8 +89,7 @@ def downloads(plan: list[Planned]) -> list[str]:
     for planned in plan:
         if planned.state != "done":
             config = planned.stage.config
-            references = {key: network.model for key, network in config.networks().items()} | config.hub_data()
-            texts |= {f"stage {planned.stage.name}: {key}": text for key, text in references.items()}
+            texts |= {f"stage {planned.stage.name}: {key}": text for key, text in config.remote_references().items()}
             impossible += [f"stage {planned.stage.name}: {line}" for line in unnamed_networks(config)]
     needed = find_downloads_apart(texts)
     impossible += [download.text for download in needed if not download.possible]

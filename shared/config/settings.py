@@ -154,6 +154,18 @@ class CommandConfig(PlainValues, BaseSettings):
         """Data sets of the Hugging Face hub this command reads, `hub:ORG/NAME` by the key that names them."""
         return {}
 
+    def published_weights(self) -> dict[str, str]:
+        """Published weights this command reads, `url:ADDRESS` by `KEY: NAME` as in the settings."""
+        return {}
+
+    def remote_references(self) -> dict[str, str]:
+        """Everything this command may have to download: models, data sets, published weights."""
+        return (
+            {key: network.model for key, network in self.networks().items()}
+            | self.hub_data()
+            | self.published_weights()
+        )
+
 
 ConfigT = TypeVar("ConfigT", bound=CommandConfig)
 ModelT = TypeVar("ModelT", bound=BaseModel)

@@ -163,6 +163,8 @@ class Remote:
 def unavailable(text: str, remote: Remote, size: int | None, fault: str) -> str:
     """Return the error line for a file that is not on this machine and cannot be downloaded."""
     how = f"hf download {remote.repo.partition('@')[0]}" if remote.repo else f"download {remote.url}"
+    if remote.url:
+        how += f" to {remote.folder}/{remote.names[0]}"
     if remote.dataset:
         how += " --repo-type dataset"
     instead = "a folder of its images" if remote.dataset else "a file or a folder"
@@ -173,12 +175,15 @@ def unavailable(text: str, remote: Remote, size: int | None, fault: str) -> str:
 
 
 def remotes_of(text: str) -> list[Remote]:
-    """Return the remote files of a model reference, or of a data set `hub:ORG/NAME`; none for local or invalid references.
+    """Return the remote files of a model reference, of a data set `hub:ORG/NAME` or of `url:ADDRESS`; none for local or invalid
+    references.
 
     Imports timm for a timm name. Raises UserError for one that timm does not have, or has no weights for.
     """
     if text.startswith("hub:"):
         return [] if Path(text.removeprefix("hub:")).exists() else [Remote(text.removeprefix("hub:"), dataset=True)]
+    if text.startswith("url:"):
+        return [hub_cached(text.removeprefix("url:"))]
     kind = kind_of(text)
     if kind == "hub":
         repo = text.removeprefix("hf-hub:")
@@ -199,10 +204,15 @@ def timm_weights(name: str) -> Remote:
         return Remote(cfg.hf_hub_id, (cfg.hf_hub_filename,) if cfg.hf_hub_filename else WEIGHT_FILES)
     if not cfg.url:
         raise UserError(f"timm:{name}: timm has no weights for it; random:{name} starts from random ones")
+    url, file = cfg.url if isinstance(cfg.url, tuple | list) else (cfg.url, None)
+    return hub_cached(url, file)
+
+
+def hub_cached(url: str, file: str | None = None) -> Remote:
+    """Return the location of weights at an address, kept in torch hub's cache as `file`, by default the last part of the address."""
     from torch.hub import get_dir
 
-    url, file = cfg.url if isinstance(cfg.url, tuple | list) else (cfg.url, cfg.url.rsplit("/", 1)[-1])
-    return Remote(url=url, names=(file,), folder=f"{get_dir()}/checkpoints")
+    return Remote(url=url, names=(file or url.rsplit("/", 1)[-1],), folder=f"{get_dir()}/checkpoints")
 
 
 @dataclass(frozen=True)
@@ -214,7 +224,7 @@ class Download:
 
 
 def find_downloads(references: Mapping[str, str]) -> list[Download]:
-    """Return the downloads that settings, by key, would need. All requests run at once, within seconds."""
+    """Return the downloads that settings, by key, would need; the key of `url:ADDRESS` ends with its name. All requests run at once."""
     missing_files: list[tuple[str, str, Remote]] = []
     downloads: dict[int, Download] = {}
     for key, text in references.items():
@@ -230,12 +240,13 @@ def find_downloads(references: Mapping[str, str]) -> list[Download]:
 
     def look(number: int, key: str, text: str, remote: Remote) -> None:
         size, fault = remote.ask()
+        named = key if text.startswith("url:") else f"{key}: {text}"
         line = (
-            unavailable(text, remote, size, fault)
+            unavailable(named, remote, size, fault)
             if fault
-            else f"{text}: not on this machine; {remote.where}{f' ({amount(size)})' if size else ''} will be downloaded"
+            else f"{named}: not on this machine; {remote.where}{f' ({amount(size)})' if size else ''} will be downloaded"
         )
-        downloads[number] = Download(f"{key}: {line}", possible=fault is None)
+        downloads[number] = Download(line, possible=fault is None)
 
     threads = [threading.Thread(target=look, args=(number, *one)) for number, one in enumerate(missing_files)]
     for thread in threads:
@@ -246,11 +257,14 @@ def find_downloads(references: Mapping[str, str]) -> list[Download]:
 
 
 def find_downloads_apart(references: Mapping[str, str]) -> list[Download]:
-    """Call `find_downloads` in a process of its own, for programs without torch, which timm's names need; no process where nothing is remote."""
+    """Call `find_downloads` in a process of its own, for programs without torch, which timm's names and torch hub's cache need; no process where
+    nothing is remote."""
     remote = {
-        key: text for key, text in references.items() if text.startswith("hub:") or kind_of(text) in ("hub", "timm")
+        key: text
+        for key, text in references.items()
+        if text.startswith(("hub:", "url:")) or kind_of(text) in ("hub", "timm")
     }
-    if not any(kind_of(text) == "timm" for text in remote.values()):
+    if not any(text.startswith("url:") or kind_of(text) == "timm" for text in remote.values()):
         return find_downloads(remote) if remote else []
     script = (
         "import json, sys; from ssld.shared.models.downloads import find_downloads; "

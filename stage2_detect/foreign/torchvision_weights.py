@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ssld.shared.errors import UserError
 from ssld.shared.files import file_sha256
-from ssld.shared.models.downloads import Remote
+from ssld.shared.models.downloads import hub_cached
 from ssld.shared.models.state_dicts import read_state_dict
 from ssld.stage2_detect.published import PUBLISHED, Published, published
 
@@ -81,11 +81,8 @@ def find_weights(reference: str, key: str) -> Path:
 
     Raises UserError, beginning with `key`, for an unknown name, a download that is not possible, and a file of another sha256.
     """
-    from torch.hub import get_dir
-
     about = published(reference, key)
-    remote = Remote(url=about.url, names=(about.file,), folder=f"{get_dir()}/checkpoints")
-    file = remote.fetch(f"{key}: {reference}")
+    file = hub_cached(about.url).fetch(f"{key}: {reference}")
     check_sha256(file, about)
     return file
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import InputSettings, create_body
-from ssld.shared.models.model_file import read_metadata, read_tensors
+from ssld.shared.models.model_file import is_pickle, read_metadata, read_tensors
 from ssld.shared.models.references import ModelReference
 from ssld.shared.models.timm_names import known_arch
 from ssld.stage2_detect.detector_file import settings_of
@@ -147,9 +147,12 @@ def open_init(init: Path) -> InitWeights:
             licence="bsd-3-clause",
             backbone={"reference": str(init)},
         )
+    convert_first = f"`ssld convert-torchvision --weights {init} --output DIR` makes one of a detector of torchvision"
+    if init.is_file() and is_pickle(init):
+        raise UserError(f"init: {init}: not a detector file; {convert_first}")
     metadata = read_metadata(init, kind="detector")
     if metadata.get("kind") != "detector":
-        raise UserError(f"init: {init}: not a detector file: it has no metadata of this project")
+        raise UserError(f"init: {init}: not a detector file: it has no metadata of this project; {convert_first}")
     return InitWeights(
         source=str(init),
         file=init,

@@ -27,9 +27,9 @@ from ssld.stage2_detect.models.dense import DenseDetector
 from ssld.stage2_detect.models.mask_targets import ImageMasks, rasterize
 from ssld.stage2_detect.models.rcnn import RCNN
 
-SIZES = [(96, 128), (64, 100)]
+SIZES = [(64, 96), (60, 70)]
 LABELS = tuple(coco_classes())
-POST_NMS, SAMPLES, ANCHORS = 40, 12, 32
+POST_NMS, SAMPLES, ANCHORS, DETECTIONS = 40, 12, 32, 20
 PAIRS = {
     "loss_rpn_cls": "loss_objectness",
     "loss_rpn_box": "loss_rpn_box_reg",
@@ -37,6 +37,7 @@ PAIRS = {
     "loss_box": "loss_box_reg",
     "loss_mask": "loss_mask",
 }
+NAMES = [f"{kind}_resnet50_fpn{version}" for kind in ("fasterrcnn", "maskrcnn", "retinanet") for version in ("", "_v2")]
 DENSE_PAIRS = {"loss_cls": "classification", "loss_box": "bbox_regression"}
 
 
@@ -66,6 +67,7 @@ def torchvisions(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
         "rpn_batch_size_per_image": ANCHORS,
         "box_batch_size_per_image": SAMPLES,
         "box_score_thresh": 0.02,
+        "box_detections_per_img": DETECTIONS,
     }
     torch.manual_seed(0)
     options: dict[str, Any] = {} if "retinanet" in name else counts
@@ -129,13 +131,14 @@ def ours(name: str, reference: nn.Module) -> Detector:
         model.rpn.samples_per_image, model.roi_heads.samples_per_image = ANCHORS, SAMPLES
         model.rpn.sampling = model.roi_heads.sampling = "first"
         model.roi_heads.score_threshold = 0.02
+        model.roi_heads.detections_per_image = DETECTIONS
     return model
 
 
 def batch() -> tuple[list[Tensor], ImageBatch]:
     draw = torch.Generator().manual_seed(1)
     images = [torch.randint(0, 256, (3, *size), generator=draw, dtype=torch.uint8) for size in SIZES]
-    pixels = torch.zeros(2, 3, 96, 128, dtype=torch.uint8)
+    pixels = torch.zeros(2, 3, *SIZES[0], dtype=torch.uint8)
     for place, image in enumerate(images):
         pixels[place, :, : image.shape[1], : image.shape[2]] = image
     return [image.float() for image in images], ImageBatch(pixels, torch.tensor(SIZES), torch.ones(2))
@@ -143,7 +146,7 @@ def batch() -> tuple[list[Tensor], ImageBatch]:
 
 def objects() -> tuple[list[dict[str, Tensor]], Targets]:
     """Three objects in the first image, none in the second."""
-    corners = torch.tensor([[8.0, 10, 70, 60], [40, 30, 120, 90], [4, 60, 40, 94]])
+    corners = torch.tensor([[8.0, 10, 50, 44], [30, 20, 92, 60], [4, 40, 30, 62]])
     classes = torch.tensor([0, 16, 79])
     empty = {
         "boxes": torch.zeros(0, 4),
@@ -175,7 +178,7 @@ def use_our_mask_targets(masks: tuple[ImageMasks, ...], monkeypatch: pytest.Monk
     monkeypatch.setattr(reference_roi_heads, "project_masks_on_boxes", rasterized)
 
 
-@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "retinanet_resnet50_fpn_v2"])
+@pytest.mark.parametrize("name", NAMES)
 def test_detections_losses_and_gradients_are_torchvisions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = torchvisions(name, monkeypatch)
     model = ours(name, reference)
@@ -205,6 +208,7 @@ def test_detections_losses_and_gradients_are_torchvisions(name: str, monkeypatch
         assert labels_N[mine].tolist() == theirs["labels"][other].tolist()
         torch.testing.assert_close(one.scores_N[mine], theirs["scores"][other], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(one.boxes_N4[mine], theirs["boxes"][other], rtol=1e-5, atol=1e-4)
+    assert len(maps) == (len(SIZES) if "maskrcnn" in name else 0)
     if maps:
         assert isinstance(model, RCNN)
         assert model.mask_head is not None

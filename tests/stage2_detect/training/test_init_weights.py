@@ -163,7 +163,12 @@ def test_user_errors(
     assert "model.fpn_channels (file: 16, run: 8)" in narrow
     assert "model.roi.hidden (file: 32, run: 16)" in message(model=model | {"roi": model["roi"] | {"hidden": 16}})
     assert "no such file" in message(init=str(tmp_path / "nowhere.safetensors"))
-    assert "is a pickle" in message(init=_pickle(tmp_path))
+    pickle = _pickle(tmp_path)
+    convert = "makes one of a detector of torchvision"
+    assert f"{pickle}: is a pickle, which can run code when opened" in message(init=pickle)
+    (tmp_path / "theirs.pth").write_bytes(Path(pickle).read_bytes())
+    theirs = f"init: {tmp_path}/theirs.pth: not a detector file; `ssld convert-torchvision --weights {tmp_path}/theirs.pth --output DIR`"
+    assert f"{theirs} {convert}" in message(init=str(tmp_path / "theirs.pth"))
     earlier, metadata = tmp_path / "earlier.safetensors", read_metadata(trained, kind="detector")
     save_model_file(earlier, load_file(trained), metadata | {"model": metadata["model"] | {"rpn": {"samples": 9}}})
     assert "was written by an earlier version of this project (model.rpn.samples" in message(init=str(earlier))
