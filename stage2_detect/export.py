@@ -43,8 +43,8 @@ def export_detector(config: ExportDetectorConfig) -> None:
     from ssld.shared.run_dir import RunDir
     from ssld.stage2_detect.data.coco import read_coco
     from ssld.stage2_detect.deploy.card import write_folder
-    from ssld.stage2_detect.deploy.check import batches_of, check, graph_of, images_of, measure
-    from ssld.stage2_detect.deploy.gate import write_lower
+    from ssld.stage2_detect.deploy.check import batches_of, check, find, graph_of, images_of, measure
+    from ssld.stage2_detect.deploy.gate import files_of, write_lower
     from ssld.stage2_detect.deploy.writing import openvino_runner, require_openvino, runner, write, write_runtime
     from ssld.stage2_detect.detector_file import load_detector
 
@@ -66,6 +66,8 @@ def export_detector(config: ExportDetectorConfig) -> None:
             segmentations=loaded.has_masks,
             class_names=loaded.class_names,
         )
+        if config.int8:
+            find(config, files_of(data))
     run = RunDir(config, "export_detector")
     if run.status == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")

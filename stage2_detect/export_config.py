@@ -48,7 +48,7 @@ class ExportDetectorConfig(CommandConfig):
     fp16: bool = False
     """write detector_fp16.onnx too: float16 weights and products, for GPUs; kept if its AP passes max_ap_drop"""
     calibration_images: Count = 100
-    """number of images, chosen evenly among `images`, that give the ranges of INT8"""
+    """number of images that give the ranges of INT8, chosen evenly among those of `images` that are not in val_annotations"""
     val_annotations: Path | None = None
     """COCO JSON file of the evaluation set on which AP before and after int8 or fp16 is compared"""
     val_images: Path | None = None

@@ -1,7 +1,7 @@
 """Networks as files that run without this project: ONNX for ONNX Runtime, and `torch.export` programs (.pt2); measuring their speed.
 
 Both are traced from a module with tensors in and tensors out, and have metadata: in ONNX's own, and in `metadata.json` inside a .pt2 file. They do
-not name files or folders of the machine that wrote them. Deliberately absent: quantization, half precision.
+not name files or folders of the machine that wrote them. Quantization and half precision are in `stage2_detect/deploy/precision.py`.
 """
 
 import json

@@ -5,7 +5,7 @@ Detections are compared within classes, each with the one of the nearest box; on
 Shapes: B images of a batch, N and M detections of an image, H height, W width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,29 @@ Run = Callable[[Tensor, Tensor], Sequence[np.ndarray]]
 _FAR = 2.0  # pixels
 
 
-def images_of(config: ExportDetectorConfig, log: Callable[[str], None], count: int | None = None) -> list[Tensor]:
+def find(config: ExportDetectorConfig, without: Collection[Path] = ()) -> tuple[Path, list[str]]:
+    """Find the images of `config.images`: their folder, and their names in it. Raises UserError where there are none.
+
+    Args:
+        without: resolved paths of images to leave out.
+    """
+    assert config.images is not None
+    folder, names = find_images(config.images)
+    names = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    left = [name for name in names if (Path(folder) / name).resolve() not in without]
+    if names and not left:
+        raise UserError(
+            f"images: {config.images} has no image that is not in val_annotations; the ranges of INT8 need others, some of those for training"
+        )
+    return Path(folder), left
+
+
+def images_of(
+    config: ExportDetectorConfig,
+    log: Callable[[str], None],
+    count: int | None = None,
+    without: Collection[Path] = (),
+) -> list[Tensor]:
     """Decode evenly chosen images, `check_images` of them or `count`, or draw noise: uint8 [3, H, W] each.
 
     Raises UserError where there are none, or none can be read.
@@ -42,13 +64,12 @@ def images_of(config: ExportDetectorConfig, log: Callable[[str], None], count: i
     count = count or config.check_images
     if config.images is None:
         return _noise(count)
-    folder, names = find_images(config.images)
-    names = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    folder, names = find(config, without)
     chosen = [names[place] for place in spread(len(names), count)]
     images = []
     for name in chosen:
         try:
-            images.append(decode_image(Path(folder) / name))
+            images.append(decode_image(folder / name))
         except UnreadableImage as error:
             log(f"{error}; left out")
     if not images:

@@ -25,6 +25,11 @@ from ssld.stage2_detect.models.postprocess import to_original
 _LISTED = 5  # layers named in the message
 
 
+def files_of(data: CocoData) -> set[Path]:
+    """Resolve the paths of the evaluation images, which must not give the ranges of INT8: AP would look better than it is."""
+    return {Path(record.path).resolve() for record in data.images}
+
+
 def ap_of_files(
     runs: Mapping[str, Run],
     data: CocoData,
@@ -100,9 +105,9 @@ def write_lower(
     runs = {FILES["onnx"]: runner("onnx", files["onnx"])}
     calibration: list[Batch] = []
     if config.int8:
-        images = images_of(config, log, config.calibration_images)
+        images = images_of(config, log, config.calibration_images, files_of(data))
         calibration = batches_of(images, loaded.resize, canvas, 1)  # singly, since padding would only cost time
-        log(f"{LOWER['int8']}: measuring ranges on {len(images)} images of {config.images}")
+        log(f"{LOWER['int8']}: measuring ranges on {len(images)} images of {config.images}, none of {data.file}")
         log(f"{LOWER['int8']}: {write_int8(files['onnx'], files['int8'], calibration)} layers in INT8")
     if config.fp16:
         log(f"{LOWER['fp16']}: {write_half(files['onnx'], files['fp16'])} layers in float16")

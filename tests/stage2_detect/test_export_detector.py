@@ -438,6 +438,8 @@ def test_lower_precision_has_to_be_compared(
     assert "int8: is kept only if AP holds: give val_annotations and val_images" in line("--int8", "true")
     assert "int8: needs `images`" in line("--int8", "true", *evaluation)
     assert "formats: int8, fp16 and openvino need onnx" in line("--fp16", "true", *evaluation, "--formats", "torch")
+    same = line("--int8", "true", *evaluation, "--images", str(tiny_coco.val_images))
+    assert f"images: {tiny_coco.val_images} has no image that is not in val_annotations" in same
     assert not (tmp_path / "run").exists()
 
 
