@@ -9,7 +9,7 @@ Legend: C channels, H height, W width, M objects of a composed image, N objects 
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,6 +29,8 @@ _FILL = 114
 _CENTER, _ZOOM = (0.3, 0.7), (0.4, 1.0)
 _BLEND = 32.0  # both parameters of the beta distribution, as in ultralytics' mixup
 _PASTED_SHARE = 0.5
+_MOST_CELLS = 2**26
+"""most pixels of the shapes that are compared at once, one byte each"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,10 +190,11 @@ def copy_paste(
     if not len(kept):
         return _alone(below, one)
     over_HW = np.zeros((height, width), dtype=bool)
-    shapes = _shapes(record_of(above), two, two.kept_M[kept], (high, wide), boxes)
-    visible = shapes.any((1, 2))
+    visible = np.zeros(len(kept), dtype=bool)
+    for some, shapes in _shapes(record_of(above), two, two.kept_M[kept], (high, wide), boxes):
+        visible[some] = shapes.any((1, 2))
+        over_HW[:high, :wide] |= shapes.any(0)
     boxes, kept = boxes[visible], kept[visible]
-    over_HW[:high, :wide] = shapes.any(0)
     pasted = torch.from_numpy(over_HW[:high, :wide])
     pixels = one.pixels_CHW.clone()
     pixels[:, :high, :wide] = torch.where(pasted, two.pixels_CHW[:, :high, :wide], pixels[:, :high, :wide])
@@ -205,39 +208,47 @@ def copy_paste(
 
 def _shapes(
     record: CocoImage, viewed: ViewedImage, objects: np.ndarray, sides: tuple[int, int], boxes_M4: np.ndarray
-) -> np.ndarray:
-    """Return the pixels of objects of an image in its view: bool [M, H, W]; their boxes if the image has no masks."""
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield (which objects, their pixels): bool [m, H, W] of m objects of an image in its view; their boxes if the image has no masks."""
     high, wide = sides
-    if record.segmentations is None:
-        shapes = np.zeros((len(objects), high, wide), dtype=bool)
-        for shape_HW, (x1, y1, x2, y2) in zip(shapes, boxes_M4.round().astype(int).tolist(), strict=True):
-            shape_HW[y1:y2, x1:x2] = True
-        return shapes
-    picked = tuple(record.segmentations[index] for index in objects)
-    # A square grid over the whole view, one pixel a cell.
+    # Masks are rasterized in a square grid over the whole view, one pixel a cell; a few at a time, since an image may have thousands of objects.
     side = max(high, wide)
-    matrices = np.broadcast_to(view_matrix(viewed.view), (len(picked), 2, 3))
-    square = np.tile(np.array([[0.0, 0.0, side, side]]), (len(picked), 1))
-    grids = rasterize([ImageMasks(picked, matrices)], np.zeros(len(picked), int), np.arange(len(picked)), square, side)
-    return grids[:, :high, :wide]
+    most = max(1, _MOST_CELLS // (side * side))
+    matrix_23 = view_matrix(viewed.view)
+    for start in range(0, len(objects), most):
+        some = slice(start, min(start + most, len(objects)))
+        count = some.stop - start
+        if record.segmentations is None:
+            shapes = np.zeros((count, high, wide), dtype=bool)
+            for shape_HW, (x1, y1, x2, y2) in zip(shapes, boxes_M4[some].round().astype(int).tolist(), strict=True):
+                shape_HW[y1:y2, x1:x2] = True
+        else:
+            masks = ImageMasks(
+                tuple(record.segmentations[index] for index in objects[some]),
+                np.broadcast_to(matrix_23, (count, 2, 3)),
+            )
+            square = np.tile(np.array([[0.0, 0.0, side, side]]), (count, 1))
+            shapes = rasterize([masks], np.zeros(count, int), np.arange(count), square, side)[:, :high, :wide]
+        yield some, shapes
 
 
 def _remaining(record: CocoImage, viewed: ViewedImage, over_HW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return (boxes of the objects of a view that remain under pasted pixels, their positions)."""
     boxes = viewed.boxes_M4.copy()
-    if not len(boxes):
-        return boxes, np.arange(0)
-    shapes = _shapes(record, viewed, viewed.kept_M, over_HW.shape, boxes)
-    share = (shapes & ~over_HW).sum((1, 2)) / shapes.sum((1, 2)).clip(1)
-    left = np.flatnonzero((share >= LEAST_VISIBLE) | ~shapes.any((1, 2)))
-    if record.segmentations is not None:
-        for position in left[share[left] < 1]:
-            rows, columns = np.nonzero(shapes[position] & ~over_HW)
-            if len(rows):
-                extent = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-                boxes[position, :2] = np.maximum(boxes[position, :2], extent[:2])
-                boxes[position, 2:] = np.minimum(boxes[position, 2:], extent[2:])
-    return boxes[left], left
+    left = np.ones(len(boxes), dtype=bool)
+    for some, shapes in _shapes(record, viewed, viewed.kept_M, over_HW.shape, viewed.boxes_M4):
+        areas = shapes.sum((1, 2))
+        shapes = shapes & ~over_HW
+        share = shapes.sum((1, 2)) / areas.clip(1)
+        left[some] = (share >= LEAST_VISIBLE) | (areas == 0)
+        if record.segmentations is None:
+            continue
+        for offset in np.flatnonzero(left[some] & (share < 1) & (areas > 0)):
+            rows, columns = np.nonzero(shapes[offset])
+            box_4 = boxes[some.start + offset]
+            box_4[:2] = np.maximum(box_4[:2], [columns.min(), rows.min()])
+            box_4[2:] = np.minimum(box_4[2:], [columns.max() + 1, rows.max() + 1])
+    return boxes[left], np.flatnonzero(left)
 
 
 def _whole(pixels_CHW: Tensor) -> np.ndarray:

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ _RECORD = "data.json"
 
 
 def cache_folder() -> Path:
-    """Return the folder of the entries: below XDG_CACHE_HOME, else below ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "ssld" / "data"
+    """Return the folder of the entries: below XDG_CACHE_HOME, which is ignored if relative as its specification says, else below ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache")) / "ssld" / "data"
 
 
 def key_of(places: Iterable[Path], *settings: Any) -> str:
@@ -44,20 +45,22 @@ def key_of(places: Iterable[Path], *settings: Any) -> str:
 def kept(key: str, make: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
     """Return (folder, record) of a key; `make(folder)` fills an empty folder and returns the record, JSON values.
 
-    The checksums of the JSON files that `make` writes are compared before the folder is used again. Raises UserError for a cache that cannot be
-    written.
+    The checksums of the JSON files that `make` writes, and the sizes of its other files, are compared before the folder is used again. Raises
+    UserError for a cache that can neither be written nor holds the folder.
     """
     cache = cache_folder()
     folder, pending = cache / key, cache / f".{key}"
-    try:
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = (cache / f".{key}.lock").open("w")
-    except OSError as error:
-        raise UserError(
-            f"{cache}: cannot be written ({error.strerror}), and converted data are kept there; set XDG_CACHE_HOME to another folder"
-        ) from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as opened:
+        try:
+            cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = opened.enter_context((cache / f".{key}.lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if (record := _read(folder)) is not None:  # filled before it became read-only, as in a container
+                return folder, record
+            raise UserError(
+                f"{cache}: cannot be written ({error.strerror}), and converted data are kept there; set XDG_CACHE_HOME to another folder"
+            ) from None
         if (record := _read(folder)) is not None:
             return folder, record
         shutil.rmtree(pending, ignore_errors=True)
@@ -66,7 +69,8 @@ def kept(key: str, make: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[s
         try:
             record = make(pending)
             sums = {file.name: file_sha256(file) for file in sorted(pending.glob("*.json"))}
-            write_atomically(pending / _RECORD, json.dumps({"record": record, "sha256": sums}) + "\n")
+            content = {"record": record, "sha256": sums, "others": _sizes(pending)}
+            write_atomically(pending / _RECORD, json.dumps(content) + "\n")
             pending.replace(folder)
         finally:
             shutil.rmtree(pending, ignore_errors=True)
@@ -77,9 +81,16 @@ def _read(folder: Path) -> dict[str, Any] | None:
     """Return the record of a complete folder, None for any other."""
     try:
         content = json.loads((folder / _RECORD).read_bytes())
-        if all(file_sha256(folder / name) == digest for name, digest in content["sha256"].items()):
+        sound = all(file_sha256(folder / name) == digest for name, digest in content["sha256"].items())
+        if sound and content["others"] == _sizes(folder):
             record: dict[str, Any] = content["record"]
             return record
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     return None
+
+
+def _sizes(folder: Path) -> list[int]:
+    """Return the number of the files below a folder's subfolders, such as images, and the sum of their sizes."""
+    sizes = [one.stat().st_size for one in folder.glob("*/**/*") if one.is_file()]
+    return [len(sizes), sum(sizes)]

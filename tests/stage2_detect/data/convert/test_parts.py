@@ -1,5 +1,7 @@
 """`data: PATH`: every format gives the same images and boxes; the cache is used again, follows changes, and never holds half a conversion."""
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 from converted_data import write
-from many_formats import BOX, BOXES, FORMATS, NAMES, picture, roboflow_coco, yolo, yolo_file
+from many_formats import BOX, BOXES, FORMATS, NAMES, parquet, picture, roboflow_coco, yolo, yolo_file
 from PIL import Image
 
 from ssld.shared.errors import UserError
@@ -18,6 +20,7 @@ from ssld.stage2_detect import check_data
 from ssld.stage2_detect.config import EvaluateConfig
 from ssld.stage2_detect.data.coco import read_coco
 from ssld.stage2_detect.data.convert import parts as parts_module
+from ssld.stage2_detect.data.convert.cache import cache_folder
 from ssld.stage2_detect.data.convert.parts import DataSet, choose, evaluated_part, find_data
 from ssld.stage2_detect.data_config import DetectionDataConfig
 from ssld.stage2_detect.layouts.coco import part_kind
@@ -72,6 +75,34 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, cache: Path) -> None:
     content = data.train.annotations.read_text()
     data.train.annotations.write_text(content[:-30])
     assert found(tmp_path / "set").train.annotations.read_text() == content
+
+
+def test_a_lost_image_of_the_cache_is_made_again(tmp_path: Path, cache: Path) -> None:
+    data = found(parquet(tmp_path / "set"))
+    image = next(data.train.images.rglob("*.png"))
+    content = image.read_bytes()
+    image.write_bytes(content[:-1])
+    assert found(tmp_path / "set") == data
+    assert image.read_bytes() == content
+
+
+def test_a_cache_that_cannot_be_locked(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = found(yolo(tmp_path / "set"))
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert found(tmp_path / "set") == data
+    data.train.annotations.unlink()
+    with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\).*set XDG_CACHE_HOME"):
+        found(tmp_path / "set")
+
+
+def test_a_relative_cache_folder_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("", "relative/cache"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert cache_folder() == Path.home() / ".cache" / "ssld" / "data"
 
 
 def _killed(source: str) -> None:
