@@ -495,7 +495,7 @@ def test_a_name_need_not_be_given(photos: Path) -> None:
 def test_no_batch_is_larger_than_the_data() -> None:
     gpu = tuple(GPU["devices"][0])
     for images in (1, 3, 4, 5, 9):
-        for device, most in ((None, 4), (gpu, 8)):
+        for device, most in ((None, 2), (gpu, 8)):
             chosen = largest(facts(images, [0.1] * 5, device))
             assert chosen.batch == min(most, images)
             assert chosen.distill_batch == images
