@@ -246,6 +246,10 @@ def _check_arguments(arguments: Namespace) -> None:
         for path in paths if isinstance(paths, list) else [paths]:
             if path and "${" in str(path):
                 raise UserError(f"--{name} {path}: ${{ marks a variable in a pipeline; give a path without it")
+    for name in ("data", *FLAGS):  # before a search for weights, which may end with another line
+        for path in given[name] if isinstance(given[name], list) else [given[name]]:
+            if path and not str(path).startswith("hub:") and not Path(path).exists():
+                raise UserError(f"--{name} {path}: no such file or folder")
     above = next(folder for folder in output.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):  # before the slow check of the data
         why = "is not writable" if above.is_dir() else "is not a folder"
@@ -257,7 +261,9 @@ def _check_arguments(arguments: Namespace) -> None:
             "--data: has its own images and annotations; leave out --annotations, --images and those for evaluation"
         )
     if bool(arguments.annotations) != bool(arguments.images):
-        raise UserError("give --annotations and --images together")
+        raise UserError(
+            "give --annotations and --images together, or --data for a data set in another form; photos without boxes are --unlabeled"
+        )
     if not arguments.annotations and not arguments.data:
         if not arguments.unlabeled:
             raise UserError(

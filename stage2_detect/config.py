@@ -114,7 +114,7 @@ class TrainConfig(TrainingConfig):
     """Fine-tune a detector from a backbone file on COCO annotations."""
 
     recipes: ClassVar[Path | None] = RECIPES
-    short_forms: ClassVar[ShortForms] = {"data": "source"}
+    short_forms: ClassVar[ShortForms] = {"data": "source", "augment": "preset"}
     alternatives: ClassVar[Alternatives] = (
         *TrainingConfig.alternatives,
         *(("data.source", f"data.{name}") for name in FILES),
