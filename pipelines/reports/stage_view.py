@@ -29,6 +29,7 @@ _MATRIX_CLASSES = 12  # more columns do not fit
 _CONFUSIONS = 15
 _PREDICTED = 6
 _ERROR_LINES = 4
+_BATCHES, _BATCHES_TITLE = "batches.jpg", "First training images, as the network gets them"
 _CONSOLE_BYTES = 100_000  # of the end of a stage's output, in which an error is looked for
 MINUS = "\N{MINUS SIGN}"
 """as wide as a digit"""
@@ -108,6 +109,8 @@ class StageView:
     confusions: list[tuple[str, str, int]]
     pairs: list[Pair]
     plots: list[Embedded]
+    batches: Embedded | None
+    """sheet of a training's first images"""
     predicted: list[Embedded]
     left_out: int
     audit: LabelAudit | None
@@ -196,6 +199,7 @@ def view(
         confusions=part("analysis.json", lambda: _confusions(analysis), []),
         pairs=pairs,
         plots=part("outcome.json", lambda: _curation(run, values, budget), []),
+        batches=_sheet(run, _BATCHES, _BATCHES_TITLE, budget),
         predicted=_predicted(run / "pictures", budget),
         left_out=left_out,
         audit=audit,

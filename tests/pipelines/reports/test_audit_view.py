@@ -1,6 +1,7 @@
 """Labels to look at first on the page of an evaluation, and sheets of images within the page's budget."""
 
 import base64
+import io
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from ssld.pipelines.report import main
 from ssld.pipelines.reports.audit_view import read_audit
 from ssld.pipelines.reports.budget import Budget
+from ssld.shared.training.batch_sheet import SHEET_FILE
 from ssld.stage2_detect.evaluation.label_audit import FILE, REASONS, SHEET
 
 
@@ -91,6 +93,17 @@ def test_what_the_list_has_no_room_for_is_left_out_with_its_last_ones(tmp_path: 
     read = read_audit(write_run(tmp_path / "d", json.dumps(audit(many, tide=None, calibration=None))))
     assert read is not None
     assert (len(read.names), read.more, read.gains, read.calibration) == (12, 18, [], None)
+
+
+def test_a_training_shows_its_first_images(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "detector", None)
+    assert "as the network gets them" not in page_of(run)
+    Image.new("RGB", (3000, 1500), "red").save(run / SHEET_FILE)
+    html = page_of(run)
+    assert 'alt="First training images, as the network gets them"' in html
+    source = re.findall(r'src="data:image/jpeg;base64,([^"]*)"', html)
+    with Image.open(io.BytesIO(base64.b64decode(source[0]))) as shown:
+        assert shown.size == (1200, 600)
 
 
 @pytest.mark.parametrize("content", [None, "", "[1]", "{}", json.dumps(audit([finding("a", "odd", 1.0)]))])
