@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ssld.shared.errors import MALFORMED
 from ssld.shared.wording import count
 
 FILE, SHEET = "label_audit.json", "label_audit.jpg"
@@ -90,6 +91,15 @@ def read_audit(run: Path) -> LabelAudit | None:
         gains=[] if tide is None else [(words, _number(tide["gains"][kind])) for kind, words in _KINDS.items()],
         calibration=None if calibration is None else _number(calibration["error"]),
     )
+
+
+def images_of(run: Path) -> int | None:
+    """Return the number of evaluated images that the label audit of an evaluation records; None without a sound one."""
+    try:
+        audit = read_audit(run)
+    except (OSError, *MALFORMED):
+        return None
+    return audit.images if audit else None
 
 
 def _unlearned(finding: dict[str, Any]) -> bool:
