@@ -2,8 +2,8 @@
 
     python pipelines/report.py --runs runs/quickstart
 
-It reads only files that the stages wrote (result.json, metrics.jsonl, analysis.json, pictures/, config.yaml, environment.json). Stages that have not
-run or not finished are marked as such. The page loads nothing from the network. Does not import torch.
+It reads only files that the stages wrote (result.json, metrics.jsonl, analysis.json, label_audit.json, pictures/, config.yaml, environment.json and
+others). Stages that have not run or not finished are marked as such. The page loads nothing from the network. Does not import torch.
 """
 
 import sys
